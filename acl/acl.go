@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package acl decides whose word is taken for what a store item contains. It
+// reads the access-control list of Guix (usually /etc/guix/acl) and verifies the
+// signatures of narinfos against it; it also makes such signatures, for a server
+// that publishes store items.
+//
+// Start with [ParseACL] and [ACL.Verify] to verify, and with [ParseSigningKey]
+// and [SigningKey.Sign] to sign. Keys, signatures and the list itself are
+// s-expressions; see [Sexp].
+//
+// The package reads no files and has no state; what it is given is bounded in
+// size before anything is allocated for it. Signatures are ECDSA over the curve
+// edwards25519 (not EdDSA) or RSA, both with SHA-256: what `guix archive
+// --generate-key` has made since it exists. (Guix, guix/pki.scm; Guix Reference
+// Manual, "Substitute Authentication" and "Invoking guix archive".)
+package acl
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+)
+
+// ACL is an access-control list: the public keys whose signatures count. The
+// zero ACL and a nil *ACL contain no key, so that nothing is authorised.
+//
+// An ACL never changes and can be used by several goroutines at once.
+type ACL struct {
+	keys []*PublicKey
+	// index has the canonical encodings of the keys' expressions.
+	index map[string]*PublicKey
+}
+
+// NewACL returns the list of the given keys; a key that is given twice is listed
+// once.
+func NewACL(keys ...*PublicKey) *ACL {
+	a := &ACL{index: make(map[string]*PublicKey, len(keys))}
+	for _, k := range keys {
+		if enc := string(k.sexp.enc); a.index[enc] == nil {
+			a.index[enc] = k
+			a.keys = append(a.keys, k)
+		}
+	}
+	return a
+}
+
+// ParseACL parses the text of an ACL file, (acl (entry KEY (tag (guix import)))
+// …) with each KEY of the form (public-key …). It fails if the text is no
+// s-expression (see [ParseSexp]) or if a single entry has another form; a
+// list that is partly understood must not be acted upon. (Guix, guix/pki.scm:
+// acl->public-keys.)
+//
+// A key of a kind that cannot be used (see [PublicKey.Usable]) is no error.
+func ParseACL(text []byte) (*ACL, error) {
+	s, err := ParseSexp(text)
+	if err != nil {
+		return nil, fmt.Errorf("acl: %w", err)
+	}
+	c, ok := s.named("acl")
+	if !ok {
+		return nil, errors.New("acl: the list does not start with \"acl\"")
+	}
+	var keys []*PublicKey
+	for n := 1; !c.done(); n++ {
+		entry, _ := c.next()
+		key, err := parseEntry(entry)
+		if err != nil {
+			return nil, fmt.Errorf("acl: entry %d: %w", n, err)
+		}
+		keys = append(keys, key)
+	}
+	return NewACL(keys...), nil
+}
+
+// importTag is the only permission that Guix knows.
+var importTag = list("tag", field("guix", "import"))
+
+func parseEntry(entry Sexp) (*PublicKey, error) {
+	c, ok := entry.named("entry")
+	if !ok {
+		return nil, errors.New("the list does not start with \"entry\"")
+	}
+	key, _ := c.next()
+	if _, ok := key.named("public-key"); !ok {
+		return nil, errors.New("no list \"public-key\" follows \"entry\"")
+	}
+	if tag, _ := c.next(); !tag.Equal(importTag) {
+		return nil, errors.New("(tag (guix import)) does not follow the key")
+	}
+	if !c.done() {
+		return nil, errors.New("something follows the tag")
+	}
+	return newPublicKey(Sexp{slices.Clone(key.enc)}), nil
+}
+
+// DefaultACL returns the list that applies on a machine without an ACL file:
+// that of the machine's own key, given as the text of its signing-key.pub, or
+// the empty list if there is no such file either (signingKeyPub is empty). It
+// fails as [ParsePublicKey] does. (Guix, guix/pki.scm: ensure-acl, which would
+// also write the file.)
+func DefaultACL(signingKeyPub []byte) (*ACL, error) {
+	if len(signingKeyPub) == 0 {
+		return NewACL(), nil
+	}
+	k, err := ParsePublicKey(signingKeyPub)
+	if err != nil {
+		return nil, err
+	}
+	return NewACL(k), nil
+}
+
+// Keys returns the keys of the list, in its order.
+func (a *ACL) Keys() []*PublicKey {
+	if a == nil {
+		return nil
+	}
+	return slices.Clone(a.keys)
+}
+
+// Contains reports whether the list contains the key k.
+func (a *ACL) Contains(k *PublicKey) bool {
+	return a.lookup(k.sexp) != nil
+}
+
+// lookup returns the key of the list that is the expression s, or nil. The key
+// of the list is already decoded.
+func (a *ACL) lookup(s Sexp) *PublicKey {
+	if a == nil {
+		return nil
+	}
+	return a.index[string(s.enc)]
+}
+
+// Text returns the list as Guix writes it to the ACL file.
+func (a *ACL) Text() string {
+	var entries []Sexp
+	for _, k := range a.Keys() {
+		entries = append(entries, list("entry", k.sexp, importTag))
+	}
+	return list("acl", entries...).String()
+}

@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package acl
+
+import (
+	"bytes"
+	"encoding/hex"
+	"math/big"
+	"slices"
+	"testing"
+
+	"filippo.io/edwards25519"
+	fe "filippo.io/edwards25519/field"
+)
+
+// The key and the signatures were made by Libgcrypt 1.10.1.
+const (
+	vectorQ = "B6375DB8F0A731E17737EB8BA5B6AA4A57836475891A573F98DC72AFD6255D44"
+	vectorD = "71E660715A57D10A174FC1E40DB9F2E1E503AC15D2448F0C9AFF6289C4C79BA8"
+	vectorX = "76F6573CE851BD4CFB7EC08C64CF2067F307056B135728AD1FD5603ECBE8265E"
+	vectorY = "445D25D6AF72DC983F571A89756483574AAAB6A58BEB3777E131A7F0B85D37B6"
+)
+
+var ecdsaVectors = []struct{ name, h, r, s string }{
+	{"plain",
+		"5891B5B522D5DF086D0FF0B110FBD9D21BB4FC7163AF34D08286A2E846F6BE03",
+		"029002EB87604059A45053A3D4FBA52017B1CBFAEAD66548F1B817470FAD86F3",
+		"03375D68BA3355D0CBDCA69C69AD734A5E525A2EEF47968D24F9946098AD4F01"},
+	{"short r",
+		"95A0DEEE3CD5E09EB02E66DF7E744CC31C262E97644E9A913B5A83E5203EFA6B",
+		"C2204BFA44098B8BACD35C0F32C4F754E817277E91775568494FD95997DFCB",
+		"0D07A44140037EA8032BBC32B4503C37FD785DE9ABBD8A481E2F84931B9F87EE"},
+	{"short s",
+		"CB8DD286A09BEAAE83CFD6CBF271A7A6F0EA12D447EABF2B4AD56075A9A5C5AF",
+		"07A4A0EA56D743865AE6A30DD60BBA3277BC20B88C466D59F41A4D34D5462228",
+		"4D3B1929D480B27CEB2D4883261E192903CBDFBAD06687B0656E660A55769A"},
+}
+
+func unhex(t testing.TB, s string) []byte {
+	t.Helper()
+	b, err := hex.DecodeString(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func vectorPoint(t testing.TB) *edwards25519.Point {
+	t.Helper()
+	q, err := decodePoint(unhex(t, vectorQ))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return q
+}
+
+func TestVerifyECDSA(t *testing.T) {
+	q := vectorPoint(t)
+	n := groupOrder
+	for _, tt := range ecdsaVectors {
+		t.Run(tt.name, func(t *testing.T) {
+			h, r, s := [32]byte(unhex(t, tt.h)), unhex(t, tt.r), unhex(t, tt.s)
+			add := func(b []byte, m *big.Int) []byte { return m.Add(m, new(big.Int).SetBytes(b)).Bytes() }
+			negate := func(b []byte) []byte { return new(big.Int).Sub(n, new(big.Int).SetBytes(b)).Bytes() }
+			for _, v := range []struct {
+				name string
+				r, s []byte
+				want bool
+			}{
+				{"as it is", r, s, true},
+				{"r with leading zeros", append(make([]byte, 40), r...), s, true},
+				{"s with leading zeros", r, append(make([]byte, 3), s...), true},
+				{"r without leading zeros", bytes.TrimLeft(r, "\x00"), s, true},
+				{"r + n", add(r, new(big.Int).Set(n)), s, false},
+				{"s + n", r, add(s, new(big.Int).Set(n)), false},
+				{"n - r", negate(r), s, false},
+				{"n - s", r, negate(s), false},
+				{"r = 0", []byte{0}, s, false},
+				{"s = 0", r, []byte{0, 0}, false},
+				{"r = n", n.Bytes(), s, false},
+				{"s = n", r, n.Bytes(), false},
+				{"r empty", nil, s, false},
+				{"s empty", r, nil, false},
+				{"r and s exchanged", s, r, false},
+				{"r with a trailing zero", append(slices.Clone(r), 0), s, false},
+				{"r of 33 bytes", append([]byte{1}, append(make([]byte, 32-len(r)), r...)...), s, false},
+				{"r of 1000 bytes", bytes.Repeat(r, 40), s, false},
+			} {
+				if got := verifyECDSA(q, h, v.r, v.s); got != v.want {
+					t.Errorf("%s: %v, want %v", v.name, got, v.want)
+				}
+			}
+			// The lowest three of the 256 bits do not enter into the signature.
+			for bit := range 256 {
+				flipped := h
+				flipped[31-bit/8] ^= 1 << (bit % 8)
+				if got := verifyECDSA(q, flipped, r, s); got != (bit < 3) {
+					t.Errorf("bit %d of the digest flipped: %v", bit, got)
+				}
+			}
+			if verifyECDSA(new(edwards25519.Point).Negate(q), h, r, s) {
+				t.Error("accepted with the opposite point")
+			}
+		})
+	}
+}
+
+func TestSignECDSA(t *testing.T) {
+	key, err := newECDSAKey(unhex(t, vectorD), vectorPoint(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range ecdsaVectors {
+		r, s := key.sign([32]byte(unhex(t, tt.h)))
+		if !bytes.Equal(r, unhex(t, tt.r)) || !bytes.Equal(s, unhex(t, tt.s)) {
+			t.Errorf("%s: signature %X, %X, want %s, %s", tt.name, r, s, tt.r, tt.s)
+		}
+	}
+}
+
+func TestDecodePoint(t *testing.T) {
+	q := vectorPoint(t)
+	flip := func(s string, i int) string {
+		b := unhex(t, s)
+		b[i] ^= 1
+		return hex.EncodeToString(b)
+	}
+	p := new(big.Int).Sub(new(big.Int).Lsh(big.NewInt(1), 255), big.NewInt(19))
+	opposite := new(big.Int).Sub(p, new(big.Int).SetBytes(unhex(t, vectorX)))
+	for _, tt := range []struct {
+		name, in string
+		want     *edwards25519.Point // nil if it is an error
+	}{
+		{"32 bytes", vectorQ, q},
+		{"33 bytes", "40" + vectorQ, q},
+		{"65 bytes", "04" + vectorX + vectorY, q},
+		{"opposite, 65 bytes", "04" + hex.EncodeToString(opposite.FillBytes(make([]byte, 32))) + vectorY, new(edwards25519.Point).Negate(q)},
+		{"opposite, 32 bytes", vectorQ[:62] + "c4", new(edwards25519.Point).Negate(q)},
+		{"nothing", "", nil},
+		{"31 bytes", vectorQ[2:], nil},
+		{"33 bytes, other prefix", "02" + vectorQ, nil},
+		{"65 bytes, other prefix", "40" + vectorX + vectorY, nil},
+		{"64 bytes", vectorX + vectorY, nil},
+		{"x is wrong, but its parity is right", "04" + flip(vectorX, 5) + vectorY, nil},
+		{"x is wrong in its parity", "04" + flip(vectorX, 31) + vectorY, nil},
+		{"y is too large", "04" + vectorX + "c4" + vectorY[2:], nil},
+		{"not on the curve", "02" + repeat("00", 31), nil},
+		{"y is not reduced", "F0" + repeat("FF", 30) + "7F", nil},
+		{"x = 0 with a sign", "01" + repeat("00", 30) + "80", nil},
+		{"identity", "01" + repeat("00", 31), nil},
+		{"order 2", "EC" + repeat("FF", 30) + "7F", nil},
+		{"order 4", repeat("00", 32), nil},
+	} {
+		got, err := decodePoint(unhex(t, tt.in))
+		if tt.want == nil {
+			if err == nil {
+				t.Errorf("%s: no error", tt.name)
+			}
+		} else if err != nil || got.Equal(tt.want) != 1 {
+			t.Errorf("%s: error %v or another point", tt.name, err)
+		}
+	}
+}
+
+func repeat(s string, n int) string {
+	return string(bytes.Repeat([]byte(s), n))
+}
+
+// TestXIsCongruent compares the short cut with the definition, above all for the
+// points that random signatures never meet.
+func TestXIsCongruent(t *testing.T) {
+	p := new(big.Int).Sub(new(big.Int).Lsh(big.NewInt(1), 255), big.NewInt(19))
+	le := func(i *big.Int) []byte {
+		b := i.FillBytes(make([]byte, 32))
+		slices.Reverse(b)
+		return b
+	}
+	// pointWithX returns a point with the given x, if there is one: y^2 is
+	// (1 + x^2) / (1 - d·x^2).
+	d := new(big.Int).Mul(big.NewInt(-121665), new(big.Int).ModInverse(big.NewInt(121666), p))
+	pointWithX := func(x *big.Int) *edwards25519.Point {
+		xx := new(big.Int).Mul(x, x)
+		y := new(big.Int).Sub(big.NewInt(1), new(big.Int).Mul(d, xx))
+		y.Mul(y.ModInverse(y.Mod(y, p), p), xx.Add(xx, big.NewInt(1)))
+		if y.ModSqrt(y.Mod(y, p), p) == nil {
+			return nil
+		}
+		// Coordinates that are not affine, to test the projective comparison.
+		var e [4]fe.Element
+		z := big.NewInt(987654321)
+		for i, v := range []*big.Int{x, y, big.NewInt(1), new(big.Int).Mul(x, y)} {
+			v = new(big.Int).Mul(v, z)
+			if _, err := e[i].SetBytes(le(v.Mod(v, p))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		point, err := new(edwards25519.Point).SetExtendedCoordinates(&e[0], &e[1], &e[2], &e[3])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return point
+	}
+	// For each k, points with x around k·n, and around 0 and p.
+	var centers []*big.Int
+	for k := range int64(8) {
+		centers = append(centers, new(big.Int).Mul(groupOrder, big.NewInt(k)))
+	}
+	centers = append(centers, new(big.Int).Sub(p, big.NewInt(30)), new(big.Int).Rsh(p, 1))
+	points := 0
+	for _, center := range centers {
+		for offset := range int64(30) {
+			x := new(big.Int).Add(center, big.NewInt(offset))
+			if x.Cmp(p) >= 0 {
+				continue
+			}
+			point := pointWithX(x)
+			if point == nil {
+				continue
+			}
+			points++
+			want := new(big.Int).Mod(x, groupOrder)
+			if !xIsCongruent(point, [32]byte(le(want))) {
+				t.Errorf("x = %v: not congruent to %v", x, want)
+			}
+			// These become equal to x only if the field's modulus is let in.
+			for k := range int64(9) {
+				r := new(big.Int).Add(x, p)
+				r.Sub(r, new(big.Int).Mul(groupOrder, big.NewInt(k)))
+				if r.Sign() >= 0 && r.Cmp(groupOrder) < 0 && xIsCongruent(point, [32]byte(le(r))) {
+					t.Errorf("x = %v: congruent to %v", x, r)
+				}
+			}
+			other := new(big.Int).Xor(want, big.NewInt(1))
+			if xIsCongruent(point, [32]byte(le(other))) {
+				t.Errorf("x = %v: congruent to %v", x, other)
+			}
+		}
+	}
+	if points < 100 {
+		t.Errorf("only %d points", points)
+	}
+}
+
+func TestNoncesAreInRange(t *testing.T) {
+	// Two numbers for one digest differ, and skipping works: about half of the
+	// candidates are not less than n.
+	seen := make(map[string]bool)
+	for i := range byte(20) {
+		g := newNonces([32]byte{i}, leftmostBits([32]byte{i}))
+		for range 5 {
+			k := string(g.next().Bytes())
+			if seen[k] || k == string(make([]byte, 32)) {
+				t.Fatalf("nonce %x again, or zero", k)
+			}
+			seen[k] = true
+		}
+	}
+}
+
+func BenchmarkVerifyECDSA(b *testing.B) {
+	q, v := vectorPoint(b), ecdsaVectors[0]
+	h, r, s := [32]byte(unhex(b, v.h)), unhex(b, v.r), unhex(b, v.s)
+	b.Run("whole", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			if !verifyECDSA(q, h, r, s) {
+				b.Fatal("rejected")
+			}
+		}
+	})
+	// The part that is the library's, for comparison.
+	b.Run("multiplication", func(b *testing.B) {
+		x, _, _ := decodeScalar(r)
+		y, _, _ := decodeScalar(s)
+		for b.Loop() {
+			new(edwards25519.Point).VarTimeDoubleScalarBaseMult(x, q, y)
+		}
+	})
+}
+
+func BenchmarkSignECDSA(b *testing.B) {
+	key, err := newECDSAKey(unhex(b, vectorD), vectorPoint(b))
+	if err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		key.sign([32]byte{})
+	}
+}

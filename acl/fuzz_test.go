@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package acl_test
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"strings"
+	"testing"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+)
+
+func FuzzParseSexp(f *testing.F) {
+	for _, s := range []string{
+		eccKey, eccData + eccVal, eccSecret, "(acl (entry " + rsaKey + " (tag (guix import))))",
+		`(a "\n\x41\101\"" #00 fF# |YWI=| |YW| 3:(") (()) b-1./_:*+= "")x`, "(10:0123456789(1:a)0:)",
+	} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		s, err := acl.ParseSexp(text)
+		if err != nil {
+			return
+		}
+		enc := s.AppendCanonical(nil)
+		if len(enc) > 3*len(text) {
+			t.Errorf("%d bytes became %d", len(text), len(enc))
+		}
+		// All ways to write it are read back as the same.
+		for _, again := range []string{string(enc), s.String(), s.String() + ")(", " \n" + string(enc)} {
+			if u, err := acl.ParseSexp([]byte(again)); err != nil || !u.Equal(s) {
+				t.Errorf("%q is read back from %q as %q, %v", enc, again, u, err)
+			}
+		}
+		if strings.ContainsAny(s.String(), "\x00\x1b\r\x7f") {
+			t.Errorf("printed as %q", s.String())
+		}
+		for _, name := range []string{"data", "public-key", "a", ""} {
+			found, ok := s.Find(name)
+			if !ok {
+				continue
+			}
+			inner := found.AppendCanonical(nil)
+			if u, err := acl.ParseSexp(inner); err != nil || !u.Equal(found) || !bytes.Contains(enc, inner) {
+				t.Errorf("Find(%q) in %q = %q", name, enc, inner)
+			}
+		}
+		// The other parsers must live with whatever the expression is.
+		if a, err := acl.ParseACL(text); err == nil {
+			if b, err := acl.ParseACL([]byte(a.Text())); err != nil || b.Text() != a.Text() {
+				t.Errorf("the ACL %q is read back as %v, %v", a.Text(), b, err)
+			}
+		}
+		if k, err := acl.ParsePublicKey(text); err == nil {
+			if l, err := acl.ParsePublicKey([]byte(k.Text())); err != nil || !k.Equal(l) || (k.Usable() == nil) != (l.Usable() == nil) {
+				t.Errorf("the key %v is read back as %v, %v", k, l, err)
+			}
+		}
+		if k, err := acl.ParseSigningKey(text, nil); err == nil {
+			field, err := k.Sign([32]byte{}, "h")
+			if err == nil {
+				err = acl.NewACL(k.PublicKey()).Verify([32]byte{}, field)
+			}
+			if err != nil {
+				t.Errorf("the key %q signs badly: %v", text, err)
+			}
+		}
+	})
+}
+
+func FuzzVerify(f *testing.F) {
+	for _, s := range []string{
+		"(signature " + eccData + eccVal + eccKey + ")", "(signature " + rsaData + rsaVal + rsaKey + ")",
+		"(signature " + eccData + strings.Replace(eccVal, "#07", "#0007", 1) + eccKey + ")",
+	} {
+		f.Add("1;h;", []byte(s), true)
+		f.Add(fieldOf(s), []byte{}, false)
+	}
+	f.Add("2;h;", []byte("()"), true)
+	both := aclOf(f, eccKey, rsaKey)
+	digest := digestOf(f, rsaH)
+	eccNumber, err := hex.DecodeString(eccS)
+	if err != nil {
+		f.Fatal(err)
+	}
+	rsaNumber, err := hex.DecodeString(rsaS)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, field string, sexp []byte, encode bool) {
+		// Mutations of the expression get through base64 only if it is applied here.
+		if encode {
+			field += base64.StdEncoding.EncodeToString(sexp)
+		}
+		s, parseErr := acl.ParseSignature(field)
+		err := both.Verify(digest, field)
+		if parseErr != nil {
+			if s != nil || err == nil || err.Error() != parseErr.Error() {
+				t.Errorf("ParseSignature: %v; Verify: %v", parseErr, err)
+			}
+			return
+		}
+		if errors.Is(err, acl.ErrUnsupportedVersion) {
+			t.Errorf("Verify: %v", err)
+		}
+		k, keyErr := s.PublicKey()
+		if keyErr != nil && !errors.Is(err, acl.ErrCorruptSignature) {
+			t.Errorf("PublicKey: %v; Verify: %v", keyErr, err)
+		}
+		if keyErr == nil && !both.Contains(k) && err == nil {
+			t.Errorf("authorised though the key is %v", k)
+		}
+		if err == nil {
+			// Nobody can make new signatures, so it must be one of the two.
+			raw, _ := base64.StdEncoding.DecodeString(field[strings.LastIndexByte(field, ';')+1:])
+			enc := parseSexp(t, string(raw)).AppendCanonical(nil)
+			if !bytes.Contains(enc, digest[:]) || !bytes.Contains(enc, eccNumber) && !bytes.Contains(enc, rsaNumber) {
+				t.Errorf("authorised: %q", enc)
+			}
+			other := digest
+			other[0] ^= 1
+			if err := both.Verify(other, field); !errors.Is(err, acl.ErrHashMismatch) {
+				t.Errorf("for another digest: %v", err)
+			}
+		}
+		if err != nil && (len(err.Error()) > 600 || strings.ContainsAny(err.Error(), "\x00\x1b\n\r")) {
+			t.Errorf("error %q is not fit to be shown", err)
+		}
+	})
+}

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package acl
+
+import (
+	"crypto/rsa"
+	"errors"
+	"fmt"
+	"slices"
+
+	"filippo.io/edwards25519"
+	fe "filippo.io/edwards25519/field"
+)
+
+// PublicKey is a public key: an s-expression (public-key …). Two keys are the
+// same key if their expressions are, to the last byte of each atom; that one
+// point can be encoded in several ways does not make them one key (Guix,
+// guix/pki.scm: authorized-key?).
+//
+// A PublicKey never changes and can be used by several goroutines at once.
+type PublicKey struct {
+	sexp Sexp
+
+	// At most one of these is set; if none is, unusable tells why.
+	point    *edwards25519.Point
+	rsa      *rsa.PublicKey
+	unusable error
+}
+
+// ParsePublicKey parses a text that contains an expression (public-key …), such
+// as that of a file signing-key.pub. It fails if the text is no s-expression
+// (see [ParseSexp]) or contains no public key.
+//
+// It does not fail if the key is of a kind that this package cannot use; see
+// [PublicKey.Usable].
+func ParsePublicKey(text []byte) (*PublicKey, error) {
+	s, err := ParseSexp(text)
+	if err != nil {
+		return nil, fmt.Errorf("public key: %w", err)
+	}
+	key, ok := s.Find("public-key")
+	if !ok {
+		return nil, errors.New("public key: the text contains no list \"public-key\"")
+	}
+	// A copy, so that the key does not keep the whole text.
+	return newPublicKey(Sexp{slices.Clone(key.enc)}), nil
+}
+
+// newPublicKey makes a key of a list whose first element is public-key.
+func newPublicKey(s Sexp) *PublicKey {
+	k := &PublicKey{sexp: s}
+	k.unusable = k.decode()
+	return k
+}
+
+// Usable returns nil if signatures by k can be verified, and else an error that
+// says why none can. Usable are (ecc (curve Ed25519) (q …)), which is used for
+// ECDSA, and (rsa (n …) (e …)) with a modulus of 1024 to 16384 bits and an odd
+// public exponent below 2^31.
+func (k *PublicKey) Usable() error { return k.unusable }
+
+// Equal reports whether k and l are the same key.
+func (k *PublicKey) Equal(l *PublicKey) bool { return k.sexp.Equal(l.sexp) }
+
+// String returns the expression on one line. It is safe to show on a terminal.
+func (k *PublicKey) String() string { return k.sexp.oneLine() }
+
+// Text returns the expression as Guix writes it to signing-key.pub.
+func (k *PublicKey) Text() string { return k.sexp.String() }
+
+// decode sets k.point or k.rsa.
+func (k *PublicKey) decode() error {
+	c, _ := k.sexp.named("public-key")
+	key, ok := c.next()
+	if !ok || !c.done() {
+		return errors.New("the public key has not exactly one element")
+	}
+	var v [2][]byte
+	// Libgcrypt prints the former name only, but understands both.
+	for _, name := range []string{"ecc", "ecdsa"} {
+		if c, ok := key.named(name); ok {
+			if !c.fields(v[:], "curve", "q") {
+				return errors.New("the elliptic-curve key has other elements than (curve …) and (q …)")
+			}
+			return k.decodeECC(string(v[0]), v[1])
+		}
+	}
+	if c, ok := key.named("rsa"); ok {
+		if !c.fields(v[:], "n", "e") {
+			return errors.New("the RSA key has other elements than (n …) and (e …)")
+		}
+		pub, err := newRSAKey(v[0], v[1])
+		k.rsa = pub
+		return err
+	}
+	return errors.New("the public key is neither of type ecc nor of type rsa")
+}
+
+func (k *PublicKey) decodeECC(curve string, q []byte) error {
+	if curve != "Ed25519" {
+		return fmt.Errorf("the curve is %s instead of Ed25519", quote(curve))
+	}
+	point, err := decodePoint(q)
+	k.point = point
+	return err
+}
+
+// decodePoint decodes the public point of a key in the three forms that
+// Libgcrypt knows: 32 bytes as in EdDSA (RFC 8032, section 5.1.2); the same after
+// a byte 0x40; and both coordinates, big-endian, after a byte 0x04 (SEC 1,
+// section 2.3.3).
+func decodePoint(q []byte) (*edwards25519.Point, error) {
+	var enc [32]byte
+	switch {
+	case len(q) == 32:
+		copy(enc[:], q)
+	case len(q) == 33 && q[0] == 0x40:
+		copy(enc[:], q[1:])
+	case len(q) == 65 && q[0] == 0x04:
+		x, y := q[1:33], q[33:]
+		copy(enc[:], y)
+		slices.Reverse(enc[:])
+		if enc[31]&0x80 != 0 {
+			return nil, errors.New("a coordinate of the public point is too large")
+		}
+		enc[31] |= x[31] << 7
+	default:
+		return nil, fmt.Errorf("the public point has an unknown encoding of %d bytes", len(q))
+	}
+	p, err := new(edwards25519.Point).SetBytes(enc[:])
+	if err != nil {
+		return nil, errors.New("the public point is not on the curve")
+	}
+	// The decoder lets values pass that are not reduced.
+	if [32]byte(p.Bytes()) != enc {
+		return nil, errors.New("the encoding of the public point is not canonical")
+	}
+	if len(q) == 65 {
+		px, _, pz, _ := p.ExtendedCoordinates()
+		x := slices.Clone(q[1:33])
+		slices.Reverse(x)
+		if [32]byte(new(fe.Element).Multiply(px, new(fe.Element).Invert(pz)).Bytes()) != [32]byte(x) {
+			return nil, errors.New("the public point is not on the curve")
+		}
+	}
+	// A point of small order would make signatures that fit many messages.
+	if new(edwards25519.Point).MultByCofactor(p).Equal(edwards25519.NewIdentityPoint()) == 1 {
+		return nil, errors.New("the public point has a small order")
+	}
+	return p, nil
+}

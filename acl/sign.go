@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package acl
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/rand"
+	"crypto/rsa"
+	"errors"
+	"fmt"
+	"math/big"
+	"slices"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	"filippo.io/edwards25519"
+)
+
+// SigningKey is a pair of keys with which narinfos are signed. It never changes
+// and can be used by several goroutines at once.
+type SigningKey struct {
+	public *PublicKey
+	// private is the expression (private-key …).
+	private Sexp
+
+	// One of these is set.
+	ecdsa *ecdsaKey
+	rsa   *rsa.PrivateKey
+}
+
+// ParseSigningKey parses a key pair as `guix archive --generate-key` makes it.
+// secret is the text of signing-key.sec, which must contain an expression
+// (private-key …); public is that of signing-key.pub, which must contain the
+// (public-key …) that belongs to it. public may be empty: then the public key
+// is made of what the private key says.
+//
+// It fails if a text is no s-expression (see [ParseSexp]) or lacks the key, if
+// the private key is neither (ecc (curve Ed25519) (q …) (d …)) nor (rsa (n …) (e
+// …) (d …) (p …) (q …) (u …)), and if the two keys do not belong together. No
+// error says anything about secret numbers.
+func ParseSigningKey(secret, public []byte) (*SigningKey, error) {
+	s, err := ParseSexp(secret)
+	if err != nil {
+		return nil, fmt.Errorf("private key: %w", err)
+	}
+	private, ok := s.Find("private-key")
+	if !ok {
+		return nil, errors.New("private key: the text contains no list \"private-key\"")
+	}
+	k := &SigningKey{private: Sexp{slices.Clone(private.enc)}}
+	if err := k.decode(); err != nil {
+		return nil, fmt.Errorf("private key: %w", err)
+	}
+	if len(public) == 0 {
+		return k, nil
+	}
+	given, err := ParsePublicKey(public)
+	if err != nil {
+		return nil, err
+	}
+	if err := given.Usable(); err != nil {
+		return nil, fmt.Errorf("public key: %w", err)
+	}
+	if !k.public.sameNumbers(given) {
+		return nil, errors.New("the public key does not belong to the private key")
+	}
+	k.public = given
+	return k, nil
+}
+
+// sameNumbers reports whether two usable keys are mathematically the same.
+func (k *PublicKey) sameNumbers(l *PublicKey) bool {
+	if k.rsa != nil {
+		return l.rsa != nil && k.rsa.Equal(l.rsa)
+	}
+	return l.point != nil && k.point.Equal(l.point) == 1
+}
+
+// decode sets all of k but k.private.
+func (k *SigningKey) decode() error {
+	c, _ := k.private.named("private-key")
+	key, ok := c.next()
+	if !ok || !c.done() {
+		return errors.New("the list has not exactly one element")
+	}
+	for _, name := range []string{"ecc", "ecdsa"} {
+		if c, ok := key.named(name); ok {
+			var v [3][]byte
+			if !c.fields(v[:], "curve", "q", "d") {
+				return errors.New("the elliptic-curve key has other elements than (curve …), (q …) and (d …)")
+			}
+			k.public = newPublicKey(list("public-key", list(name, field("curve", v[0]), field("q", v[1]))))
+			if err := k.public.Usable(); err != nil {
+				return err
+			}
+			var err error
+			k.ecdsa, err = newECDSAKey(v[2], k.public.point)
+			return err
+		}
+	}
+	if c, ok := key.named("rsa"); ok {
+		var v [6][]byte
+		if !c.fields(v[:], "n", "e", "d", "p", "q", "u") {
+			return errors.New("the RSA key has other elements than (n …), (e …), (d …), (p …), (q …) and (u …)")
+		}
+		k.public = newPublicKey(list("public-key", list("rsa", field("n", v[0]), field("e", v[1]))))
+		if err := k.public.Usable(); err != nil {
+			return err
+		}
+		return k.decodeRSA(v[2], v[3], v[4])
+	}
+	return errors.New("it is neither of type ecc nor of type rsa")
+}
+
+func (k *SigningKey) decodeRSA(d, p, q []byte) error {
+	for _, number := range [][]byte{d, p, q} {
+		if len(number) > maxRSABits/8+1 {
+			return errors.New("a number of the RSA key is too large")
+		}
+	}
+	k.rsa = &rsa.PrivateKey{
+		PublicKey: *k.public.rsa,
+		D:         new(big.Int).SetBytes(d),
+		Primes:    []*big.Int{new(big.Int).SetBytes(p), new(big.Int).SetBytes(q)},
+	}
+	if k.rsa.Validate() != nil {
+		return errors.New("the numbers of the RSA key do not belong together")
+	}
+	k.rsa.Precompute()
+	return nil
+}
+
+// GenerateSigningKey makes a new key pair of the kind that `guix archive
+// --generate-key` makes, from the system's source of random numbers.
+func GenerateSigningKey() *SigningKey {
+	var seed [64]byte
+	for {
+		rand.Read(seed[:])
+		d, err := new(edwards25519.Scalar).SetUniformBytes(seed[:])
+		if err != nil {
+			panic(err) // The length is right.
+		}
+		if d.Equal(new(edwards25519.Scalar)) == 1 {
+			continue
+		}
+		le := d.Bytes()
+		slices.Reverse(le)
+		curve := field("curve", "Ed25519")
+		q := field("q", new(edwards25519.Point).ScalarBaseMult(d).Bytes())
+		k := &SigningKey{private: list("private-key",
+			list("ecc", curve, q, field("d", bytes.TrimLeft(le, "\x00"))))}
+		if err := k.decode(); err != nil {
+			panic(err) // It was just made.
+		}
+		return k
+	}
+}
+
+// PublicKey returns the public key of the pair.
+func (k *SigningKey) PublicKey() *PublicKey { return k.public }
+
+// SecretText returns the private key as Guix writes it to signing-key.sec. It
+// must be stored where only its owner can read it.
+func (k *SigningKey) SecretText() string { return k.private.String() }
+
+// Sign returns the value of the field Signature of a narinfo, 1;HOST;BASE64,
+// where digest is the SHA-256 digest of its signed part. host is shown to people;
+// Guix writes the name of the machine. The result depends on nothing else: the
+// same arguments give the same value.
+//
+// It fails if host is not UTF-8 or contains a semicolon or a control character.
+// (Guix, guix/scripts/publish.scm: narinfo-string and signed-string; Guix,
+// guix/pki.scm: signature-sexp.)
+func (k *SigningKey) Sign(digest [32]byte, host string) (string, error) {
+	if !utf8.ValidString(host) || strings.ContainsFunc(host, func(r rune) bool { return r == ';' || unicode.IsControl(r) }) {
+		return "", fmt.Errorf("signature: unusable host name %s", quote(host))
+	}
+	var flag string
+	var value Sexp
+	if k.rsa != nil {
+		s, err := rsa.SignPKCS1v15(nil, k.rsa, crypto.SHA256, digest[:])
+		if err != nil {
+			return "", fmt.Errorf("signature: %w", err)
+		}
+		flag, value = "pkcs1", list("rsa", field("s", s))
+	} else {
+		r, s := k.ecdsa.sign(digest)
+		flag, value = "rfc6979", list("ecdsa", field("r", r), field("s", s))
+	}
+	signature := list("signature",
+		list("data", field("flags", flag), list("hash", Sexp{appendAtom(appendAtom(nil, "sha256"), digest[:])})),
+		list("sig-val", value),
+		k.public.sexp)
+	return "1;" + host + ";" + strictBase64.EncodeToString([]byte(signature.String())), nil
+}

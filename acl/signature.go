@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package acl
+
+import (
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"strings"
+	"unicode/utf8"
+)
+
+// The ways in which [ACL.Verify] and [ParseSignature] fail. Each error that they
+// return wraps one of these, and mostly says more. (Guix, guix/pki.scm:
+// signature-case; Guix, guix/narinfo.scm: narinfo-signature->canonical-sexp.)
+var (
+	// ErrUnsupportedVersion: the field has a version other than 1.
+	ErrUnsupportedVersion = errors.New("unsupported version")
+	// ErrCorruptSignature: the field has not the form VERSION;HOST;BASE64 with
+	// an s-expression that contains a list "data" and a list "public-key".
+	ErrCorruptSignature = errors.New("corrupt signature")
+	// ErrUnauthorisedKey: the key that the signature names is not in the ACL.
+	ErrUnauthorisedKey = errors.New("unauthorised key")
+	// ErrHashMismatch: the signature is about another hash.
+	ErrHashMismatch = errors.New("hash mismatch")
+	// ErrInvalidSignature: the signature was not made by the key that it names,
+	// or is of a kind that is not supported.
+	ErrInvalidSignature = errors.New("invalid signature")
+)
+
+// MaxFieldSize is the length, in bytes, of the longest signature field that is
+// looked at. With an Ed25519 key a field takes less than 1 KiB, with the largest
+// RSA key that is supported about 17 KiB.
+const MaxFieldSize = 32 << 10
+
+// Signature is the parsed value of the Signature field of a narinfo. It says
+// nothing about whether the signature is good.
+type Signature struct {
+	// Host is the name that the signing machine gave itself. It is not signed
+	// and can contain any characters but semicolons.
+	Host string
+
+	sexp Sexp
+}
+
+// ParseSignature parses the value of the field Signature of a narinfo,
+// VERSION;HOST;BASE64, where VERSION is 1 and BASE64 is the base64 encoding, in
+// one piece, of an s-expression.
+//
+// It fails with [ErrUnsupportedVersion] or [ErrCorruptSignature].
+func ParseSignature(value string) (*Signature, error) {
+	s, err := parseSignature(value)
+	if err != nil {
+		return nil, err
+	}
+	return &s, nil
+}
+
+// strictBase64 rejects excess bits that are not zero.
+var strictBase64 = base64.StdEncoding.Strict()
+
+func parseSignature(value string) (Signature, error) {
+	if len(value) > MaxFieldSize {
+		return Signature{}, fmt.Errorf("%w: the field has %d bytes", ErrCorruptSignature, len(value))
+	}
+	version, rest, _ := strings.Cut(value, ";")
+	host, text, ok := strings.Cut(rest, ";")
+	if !ok || strings.Contains(text, ";") {
+		return Signature{}, fmt.Errorf("%w: the field has not exactly three parts", ErrCorruptSignature)
+	}
+	if version != "1" {
+		return Signature{}, fmt.Errorf("%w %s", ErrUnsupportedVersion, quote(version))
+	}
+	// Go's decoder would skip line ends.
+	if strings.ContainsAny(text, "\r\n") {
+		return Signature{}, fmt.Errorf("%w: the third part contains a line end", ErrCorruptSignature)
+	}
+	decoded, err := strictBase64.DecodeString(text)
+	if err != nil {
+		return Signature{}, fmt.Errorf("%w: the third part is not base64: %w", ErrCorruptSignature, err)
+	}
+	s, err := ParseSexp(decoded)
+	if err != nil {
+		return Signature{}, fmt.Errorf("%w: %w", ErrCorruptSignature, err)
+	}
+	return Signature{Host: host, sexp: s}, nil
+}
+
+// PublicKey returns the key that the signature claims to be made by. It fails
+// with [ErrCorruptSignature] if the signature names none. Anyone can write any
+// key into a signature, so the result is good for showing only.
+func (s *Signature) PublicKey() (*PublicKey, error) {
+	k, ok := s.sexp.Find("public-key")
+	if !ok {
+		return nil, fmt.Errorf("%w: no list \"public-key\"", ErrCorruptSignature)
+	}
+	return newPublicKey(k), nil
+}
+
+// Verify checks that field, the value of the field Signature of a narinfo, is a
+// signature of digest by a key of the list. digest is the SHA-256 digest of the
+// signed part of the narinfo.
+//
+// It returns nil if so. Otherwise it checks in this order, as Guix does, and
+// returns an error that wraps the first that applies of
+// [ErrUnsupportedVersion] and [ErrCorruptSignature], [ErrUnauthorisedKey],
+// [ErrHashMismatch], and [ErrInvalidSignature]. (Guix, guix/pki.scm:
+// %signature-status.)
+//
+// Accepted are ECDSA signatures with (flags rfc6979) or (flags raw) and RSA
+// signatures with (flags pkcs1), both over (hash sha256 …). Libgcrypt would also
+// verify other combinations; Guix makes none of them.
+func (a *ACL) Verify(digest [32]byte, field string) error {
+	signature, err := parseSignature(field)
+	if err != nil {
+		return err
+	}
+	s := signature.sexp
+	data, ok := s.Find("data")
+	if !ok {
+		return fmt.Errorf("%w: no list \"data\"", ErrCorruptSignature)
+	}
+	subject, ok := s.Find("public-key")
+	if !ok {
+		return fmt.Errorf("%w: no list \"public-key\"", ErrCorruptSignature)
+	}
+	key := a.lookup(subject)
+	if key == nil {
+		return fmt.Errorf("%w %s", ErrUnauthorisedKey, shorten(subject.oneLine()))
+	}
+	if signed := hashValue(data); string(signed) != string(digest[:]) {
+		return fmt.Errorf("%w: %x is signed, not %x", ErrHashMismatch, shorten(string(signed)), digest)
+	}
+	value, ok := s.Find("sig-val")
+	if !ok {
+		return fmt.Errorf("%w: no list \"sig-val\"", ErrInvalidSignature)
+	}
+	if err := key.verify(digest, data, value); err != nil {
+		return fmt.Errorf("%w: %w", ErrInvalidSignature, err)
+	}
+	return nil
+}
+
+// hashValue returns the value in the list (hash NAME VALUE) of data, or nil.
+func hashValue(data Sexp) []byte {
+	hash, _ := data.Find("hash")
+	c, _ := hash.named("hash")
+	if _, ok := c.atom(); !ok {
+		return nil
+	}
+	value, _ := c.atom()
+	return value
+}
+
+// verify checks that value, (sig-val …), is a signature by k over data, (data
+// …), in which the digest is known to stand.
+func (k *PublicKey) verify(digest [32]byte, data, value Sexp) error {
+	if k.unusable != nil {
+		return k.unusable
+	}
+	flag, err := dataFlag(data, digest)
+	if err != nil {
+		return err
+	}
+	c, _ := value.named("sig-val")
+	sig, ok := c.next()
+	if !ok || !c.done() {
+		return errors.New("the list \"sig-val\" has not exactly one element")
+	}
+	if k.rsa != nil {
+		var s [1][]byte
+		c, ok := sig.named("rsa")
+		if !ok || !c.fields(s[:], "s") {
+			return errors.New("the signature by an RSA key is not of the form (rsa (s …))")
+		}
+		if flag != "pkcs1" {
+			return fmt.Errorf("the signature by an RSA key has the flag %s", quote(flag))
+		}
+		return verifyRSA(k.rsa, digest, s[0])
+	}
+	var rs [2][]byte
+	c, ok = sig.named("ecdsa")
+	if !ok || !c.fields(rs[:], "r", "s") {
+		return errors.New("the signature by an elliptic-curve key is not of the form (ecdsa (r …) (s …))")
+	}
+	if flag != "rfc6979" && flag != "raw" {
+		return fmt.Errorf("the signature by an elliptic-curve key has the flag %s", quote(flag))
+	}
+	if !verifyECDSA(k.point, digest, rs[0], rs[1]) {
+		return errors.New("it was not made by the key that it names")
+	}
+	return nil
+}
+
+// dataFlag returns FLAG of (data (flags FLAG) (hash sha256 DIGEST)).
+func dataFlag(data Sexp, digest [32]byte) (string, error) {
+	c, _ := data.named("data")
+	name, flag, ok := c.field()
+	if !ok || string(name) != "flags" {
+		return "", errors.New("the list \"data\" does not start with a list of one flag")
+	}
+	hash, _ := c.next()
+	h, ok := hash.named("hash")
+	if !ok || !c.done() {
+		return "", errors.New("the list \"data\" has other elements than (flags …) and (hash …)")
+	}
+	if algorithm, _ := h.atom(); string(algorithm) != "sha256" {
+		return "", fmt.Errorf("the hash algorithm is %s instead of sha256", quote(string(algorithm)))
+	}
+	if value, _ := h.atom(); string(value) != string(digest[:]) || !h.done() {
+		return "", errors.New("the list \"hash\" has not exactly two elements")
+	}
+	return string(flag), nil
+}
+
+// shownBytes is how much of a string from outside an error message contains.
+const shownBytes = 160
+
+func shorten(s string) string {
+	if len(s) <= shownBytes {
+		return s
+	}
+	end := shownBytes
+	for end > 0 && !utf8.RuneStart(s[end]) {
+		end--
+	}
+	return s[:end] + "…"
+}
+
+func quote(s string) string {
+	return fmt.Sprintf("%q", shorten(s))
+}

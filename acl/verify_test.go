@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package acl_test
+
+import (
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+)
+
+// An RSA key of 1024 bits and a signature by it, made by Libgcrypt; the key was
+// thrown away.
+const (
+	rsaN = "00DCB6CF40148935D5251933F0D12D10BAD0DB17557A8B21F0D3F3BAB26520561F9F658FD899952EAC14B3806C7C9AEF7F0AB7303183DE537DEDFE570A62ADF79ED6574EAC799F05A29B9CC59558766A3E94B91D53936B59FF2B9998CE20526AE1EDDE0A3A79C8A203EBA1BCA58C9678AFD106330750B07CB6ECA4CC05301976BF"
+	rsaH = "DCD1B37F906EDF85260B11FE070C15204B6BD9E8691A768758F055345A311D48"
+	rsaS = "8B4FB7E4FDB9730CFDEE20AC5974BC7D3AB31086B37E44A075E66AA0E0731337F734169243C41F26BA87370F88BB9AC563E04A4D79154EB1F92118A8D2CC714F45C017112DDC685AD096FC7B214D6EFC28FE9BC38E3DB5F0FD97E18F495FE21FF2C130B2D88EE585EB12CC8BEBCDD9428C24AB93E910CFF588655F415AAF8650"
+
+	// The same for ECDSA; the signature is of the same digest.
+	eccQ = "B6375DB8F0A731E17737EB8BA5B6AA4A57836475891A573F98DC72AFD6255D44"
+	eccR = "072922BCD368A8BB9327F8DBD5192F4EB594A44A88D7FCAA12762906D18DB633"
+	eccS = "04940212DA22C039C9D93295D62CD9C51EAD47D38BE73AFD5FB994FF217A3A63"
+)
+
+// The expressions that a signature is put together from.
+var (
+	eccKey  = "(public-key (ecc (curve Ed25519) (q #" + eccQ + "#)))"
+	eccData = "(data (flags rfc6979) (hash sha256 #" + rsaH + "#))"
+	eccVal  = "(sig-val (ecdsa (r #" + eccR + "#) (s #" + eccS + "#)))"
+	rsaKey  = "(public-key (rsa (n #" + rsaN + "#) (e #010001#)))"
+	rsaData = "(data (flags pkcs1) (hash sha256 #" + rsaH + "#))"
+	rsaVal  = "(sig-val (rsa (s #" + rsaS + "#)))"
+)
+
+func fieldOf(sexp string) string {
+	return "1;example.org;" + base64.StdEncoding.EncodeToString([]byte(sexp))
+}
+
+func signatureOf(parts ...string) string {
+	return fieldOf("(signature " + strings.Join(parts, " ") + ")")
+}
+
+func aclOf(t testing.TB, keys ...string) *acl.ACL {
+	t.Helper()
+	text := "(acl"
+	for _, k := range keys {
+		text += " (entry " + k + " (tag (guix import)))"
+	}
+	a, err := acl.ParseACL([]byte(text + ")"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+func digestOf(t testing.TB, h string) [32]byte {
+	t.Helper()
+	b, err := hex.DecodeString(h)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return [32]byte(b)
+}
+
+func TestVerify(t *testing.T) {
+	both := aclOf(t, eccKey, rsaKey)
+	replace := func(s, old, new string) string {
+		if !strings.Contains(s, old) {
+			t.Fatalf("%q is not in %q", old, s)
+		}
+		return strings.Replace(s, old, new, 1)
+	}
+	h2 := strings.Replace(rsaH, "48", "49", 1)
+	keyIn65Bytes := replace(eccKey, eccQ, "0476F6573CE851BD4CFB7EC08C64CF2067F307056B135728AD1FD5603ECBE8265E445D25D6AF72DC983F571A89756483574AAAB6A58BEB3777E131A7F0B85D37B6")
+	keyIn33Bytes := replace(eccKey, eccQ, "40"+eccQ)
+	rsaWithoutZero := replace(rsaKey, "#00DC", "#DC")
+	good := signatureOf(eccData, eccVal, eccKey)
+
+	for _, tt := range []struct {
+		name  string
+		field string
+		acl   *acl.ACL
+		want  error // nil if the signature is good
+		says  string
+	}{
+		{"ECDSA", good, both, nil, ""},
+		{"RSA", signatureOf(rsaData, rsaVal, rsaKey), both, nil, ""},
+		{"in canonical form", fieldOf("(9:signature" + canonical(t, eccData) + canonical(t, eccVal) + canonical(t, eccKey) + ")"), both, nil, ""},
+		{"flag raw", signatureOf(replace(eccData, "rfc6979", "raw"), eccVal, eccKey), both, nil, ""},
+		{"r with leading zeros", signatureOf(eccData, replace(eccVal, "#07", "#000007"), eccKey), both, nil, ""},
+		{"s before r", signatureOf(eccData, "(sig-val (ecdsa (s #"+eccS+"#) (r #"+eccR+"#)))", eccKey), both, nil, ""},
+		{"RSA signature with leading zeros", signatureOf(rsaData, replace(rsaVal, "#8B", "#00008B"), rsaKey), both, nil, ""},
+		{"parts in another order, and more", fieldOf("(x (y " + eccKey + ") (comment 3:abc) " + eccVal + eccData + ")"), both, nil, ""},
+		{"text after the expression", fieldOf("(signature " + eccData + eccVal + eccKey + ") junk"), both, nil, ""},
+		{"no host", strings.Replace(good, "example.org", "", 1), both, nil, ""},
+		{"odd host", strings.Replace(good, "example.org", "ü \x00\r", 1), both, nil, ""},
+		{"65-byte key, listed so", signatureOf(eccData, eccVal, keyIn65Bytes), aclOf(t, keyIn65Bytes), nil, ""},
+		{"33-byte key, listed so", signatureOf(eccData, eccVal, keyIn33Bytes), aclOf(t, keyIn33Bytes), nil, ""},
+		{"RSA modulus without leading zero, listed so", signatureOf(rsaData, rsaVal, rsaWithoutZero), aclOf(t, rsaWithoutZero), nil, ""},
+
+		{"version 2", "2" + good[1:], both, acl.ErrUnsupportedVersion, `"2"`},
+		{"version 11", "1" + good, both, acl.ErrUnsupportedVersion, `"11"`},
+		{"version is no number", "foo" + good[1:], both, acl.ErrUnsupportedVersion, `"foo"`},
+		{"version is empty", good[1:], both, acl.ErrUnsupportedVersion, `""`},
+		{"version is hostile", "\x1b[2J" + strings.Repeat("x", 1000) + good[1:], both, acl.ErrUnsupportedVersion, `"\x1b[2Jxxx`},
+
+		{"empty", "", both, acl.ErrCorruptSignature, "three parts"},
+		{"two parts", "1;example.org", both, acl.ErrCorruptSignature, "three parts"},
+		{"four parts", good + ";", both, acl.ErrCorruptSignature, "three parts"},
+		{"no base64", "1;h;!", both, acl.ErrCorruptSignature, "not base64"},
+		{"no padding", "1;h;KGE", both, acl.ErrCorruptSignature, "not base64"},
+		{"excess bits", "1;h;KGF=", both, acl.ErrCorruptSignature, "not base64"},
+		{"a blank in the base64", good + " ", both, acl.ErrCorruptSignature, "not base64"},
+		{"a carriage return", good + "\r", both, acl.ErrCorruptSignature, "line end"},
+		{"a line feed in the base64", good[:40] + "\n" + good[40:], both, acl.ErrCorruptSignature, "line end"},
+		{"no s-expression", fieldOf("hello"), both, acl.ErrCorruptSignature, "instead of a list"},
+		{"nothing in base64", "1;h;", both, acl.ErrCorruptSignature, "no list"},
+		{"too long", "1;h;" + strings.Repeat("A", acl.MaxFieldSize), both, acl.ErrCorruptSignature, "bytes"},
+		{"no data", signatureOf(eccVal, eccKey), both, acl.ErrCorruptSignature, `"data"`},
+		{"no public key", signatureOf(eccData, eccVal), both, acl.ErrCorruptSignature, `"public-key"`},
+		{"data is an atom", signatureOf("data", eccVal, eccKey), both, acl.ErrCorruptSignature, `"data"`},
+
+		{"empty ACL", good, aclOf(t), acl.ErrUnauthorisedKey, eccQ},
+		{"no ACL", good, nil, acl.ErrUnauthorisedKey, eccQ},
+		{"another key", good, aclOf(t, rsaKey), acl.ErrUnauthorisedKey, eccQ},
+		{"the key in another form", signatureOf(eccData, eccVal, keyIn65Bytes), both, acl.ErrUnauthorisedKey, "76F6573C"},
+		{"the curve in another case", signatureOf(eccData, eccVal, replace(eccKey, "Ed", "ed")), both, acl.ErrUnauthorisedKey, "ed25519"},
+		{"the modulus in another form", signatureOf(rsaData, rsaVal, rsaWithoutZero), both, acl.ErrUnauthorisedKey, "DCB6CF"},
+		{"the key with something added", signatureOf(eccData, eccVal, replace(eccKey, "(q", "(flags eddsa) (q")), both, acl.ErrUnauthorisedKey, "eddsa"},
+		{"an authorised key after another one", signatureOf(eccData, eccVal, replace(eccKey, "B6", "B7"), eccKey), both, acl.ErrUnauthorisedKey, "B737"},
+		{"unauthorised before hash mismatch", signatureOf(replace(eccData, rsaH, h2), eccVal, eccKey), aclOf(t), acl.ErrUnauthorisedKey, ""},
+
+		{"another hash", signatureOf(replace(eccData, rsaH, h2), eccVal, eccKey), both, acl.ErrHashMismatch, strings.ToLower(rsaH)},
+		{"a shorter hash", signatureOf(replace(eccData, rsaH, rsaH[:62]), eccVal, eccKey), both, acl.ErrHashMismatch, ""},
+		{"a longer hash", signatureOf(replace(eccData, rsaH, rsaH+"00"), eccVal, eccKey), both, acl.ErrHashMismatch, ""},
+		{"a huge hash", signatureOf(replace(eccData, rsaH, strings.Repeat("00", 5000)), eccVal, eccKey), both, acl.ErrHashMismatch, ""},
+		{"no hash", signatureOf("(data (flags rfc6979))", eccVal, eccKey), both, acl.ErrHashMismatch, ""},
+		{"hash without value", signatureOf("(data (flags rfc6979) (hash sha256))", eccVal, eccKey), both, acl.ErrHashMismatch, ""},
+		{"the right hash comes second", signatureOf(replace(eccData, "(hash", "(hash sha256 #00#) (hash"), eccVal, eccKey), both, acl.ErrHashMismatch, ""},
+		{"the bits of the hash that ECDSA drops", signatureOf(replace(eccData, rsaH, h2), eccVal, eccKey), both, acl.ErrHashMismatch, ""},
+		{"hash mismatch before invalid signature", signatureOf(replace(eccData, rsaH, h2), rsaVal, eccKey), both, acl.ErrHashMismatch, ""},
+
+		{"no value", signatureOf(eccData, eccKey), both, acl.ErrInvalidSignature, `"sig-val"`},
+		{"empty value", signatureOf(eccData, "(sig-val)", eccKey), both, acl.ErrInvalidSignature, "exactly one"},
+		{"two values", signatureOf(eccData, replace(eccVal, "val", "val (ecdsa)"), eccKey), both, acl.ErrInvalidSignature, "exactly one"},
+		{"value is an atom", signatureOf(eccData, "(sig-val ecdsa)", eccKey), both, acl.ErrInvalidSignature, "not of the form"},
+		{"wrong r", signatureOf(eccData, replace(eccVal, "#0729", "#0728"), eccKey), both, acl.ErrInvalidSignature, "not made by"},
+		{"wrong s", signatureOf(eccData, replace(eccVal, "#0494", "#0495"), eccKey), both, acl.ErrInvalidSignature, "not made by"},
+		{"r twice", signatureOf(eccData, replace(eccVal, "(r", "(r #01#) (r"), eccKey), both, acl.ErrInvalidSignature, "not of the form"},
+		{"r twice and no s", signatureOf(eccData, "(sig-val (ecdsa (r #"+eccR+"#) (r #"+eccR+"#)))", eccKey), both, acl.ErrInvalidSignature, "not of the form"},
+		{"no s", signatureOf(eccData, "(sig-val (ecdsa (r #"+eccR+"#)))", eccKey), both, acl.ErrInvalidSignature, "not of the form"},
+		{"EdDSA", signatureOf(replace(eccData, "rfc6979", "eddsa"), replace(eccVal, "ecdsa", "eddsa"), eccKey), both, acl.ErrInvalidSignature, "not of the form"},
+		{"flag eddsa", signatureOf(replace(eccData, "rfc6979", "eddsa"), eccVal, eccKey), both, acl.ErrInvalidSignature, `flag "eddsa"`},
+		{"flag pkcs1 with ECDSA", signatureOf(rsaData, eccVal, eccKey), both, acl.ErrInvalidSignature, `flag "pkcs1"`},
+		{"two flags", signatureOf(replace(eccData, "rfc6979", "rfc6979 raw"), eccVal, eccKey), both, acl.ErrInvalidSignature, "one flag"},
+		{"no flags", signatureOf(replace(eccData, "(flags rfc6979)", ""), eccVal, eccKey), both, acl.ErrInvalidSignature, "one flag"},
+		{"more in data", signatureOf(replace(eccData, "(hash", "(x y) (hash"), eccVal, eccKey), both, acl.ErrInvalidSignature, "other elements"},
+		{"more in data, at the end", signatureOf(replace(eccData, "#))", "#) (x y))"), eccVal, eccKey), both, acl.ErrInvalidSignature, "other elements"},
+		{"more in hash", signatureOf(replace(eccData, "#))", "# x))"), eccVal, eccKey), both, acl.ErrInvalidSignature, "exactly two"},
+		{"another hash algorithm", signatureOf(replace(eccData, "sha256", "sha512"), eccVal, eccKey), both, acl.ErrInvalidSignature, `"sha512"`},
+		{"RSA value with an ECC key", signatureOf(eccData, rsaVal, eccKey), both, acl.ErrInvalidSignature, "not of the form"},
+		{"ECDSA value with an RSA key", signatureOf(rsaData, eccVal, rsaKey), both, acl.ErrInvalidSignature, "not of the form"},
+		{"flag raw with RSA", signatureOf(replace(rsaData, "pkcs1", "raw"), rsaVal, rsaKey), both, acl.ErrInvalidSignature, `flag "raw"`},
+		{"wrong RSA value", signatureOf(rsaData, replace(rsaVal, "#8B", "#8A"), rsaKey), both, acl.ErrInvalidSignature, "not made by"},
+		{"RSA value too long", signatureOf(rsaData, replace(rsaVal, "#8B", "#018B"), rsaKey), both, acl.ErrInvalidSignature, "longer than"},
+		{"RSA value empty", signatureOf(rsaData, "(sig-val (rsa (s ##)))", rsaKey), both, acl.ErrInvalidSignature, "not made by"},
+		{"RSA value too short", signatureOf(rsaData, replace(rsaVal, "50#", "#"), rsaKey), both, acl.ErrInvalidSignature, "not made by"},
+		{"a listed key that is not usable", signatureOf(eccData, eccVal, "(public-key (dsa (p #01#)))"), aclOf(t, "(public-key (dsa (p #01#)))"), acl.ErrInvalidSignature, "neither of type ecc"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			err := tt.acl.Verify(digestOf(t, rsaH), tt.field)
+			if !errors.Is(err, tt.want) {
+				t.Fatalf("Verify: %v, want %v", err, tt.want)
+			}
+			if err == nil {
+				return
+			}
+			for _, other := range []error{acl.ErrUnsupportedVersion, acl.ErrCorruptSignature, acl.ErrUnauthorisedKey, acl.ErrHashMismatch, acl.ErrInvalidSignature} {
+				if other != tt.want && errors.Is(err, other) {
+					t.Errorf("%v is also %q", err, other)
+				}
+			}
+			if !strings.Contains(err.Error(), tt.says) {
+				t.Errorf("error %q does not say %q", err, tt.says)
+			}
+			if len(err.Error()) > 600 || strings.ContainsAny(err.Error(), "\x1b\n\x00") {
+				t.Errorf("error %q is not fit to be shown", err)
+			}
+			if !strings.HasPrefix(err.Error(), tt.want.Error()) {
+				t.Errorf("error %q does not start with %q", err, tt.want)
+			}
+		})
+	}
+}
+
+func canonical(t testing.TB, text string) string {
+	t.Helper()
+	return string(parseSexp(t, text).AppendCanonical(nil))
+}
+
+func TestParseSignature(t *testing.T) {
+	s, err := acl.ParseSignature(signatureOf(eccData, eccVal, eccKey))
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := s.PublicKey()
+	if err != nil || s.Host != "example.org" || k.String() != eccKey {
+		t.Errorf("host %q, key %v, error %v", s.Host, k, err)
+	}
+	s, err = acl.ParseSignature(signatureOf(eccData, eccVal))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if k, err := s.PublicKey(); !errors.Is(err, acl.ErrCorruptSignature) {
+		t.Errorf("PublicKey = %v, %v", k, err)
+	}
+	for field, want := range map[string]error{"2;h;KGEp": acl.ErrUnsupportedVersion, "1;h;KGE": acl.ErrCorruptSignature} {
+		if s, err := acl.ParseSignature(field); s != nil || !errors.Is(err, want) {
+			t.Errorf("ParseSignature(%q) = %v, %v, want %v", field, s, err, want)
+		}
+	}
+}
+
+// TestVerifyRealNarinfos verifies what other programs signed.
+func TestVerifyRealNarinfos(t *testing.T) {
+	for _, dir := range []string{"guix-mirror", "libchop"} {
+		a, err := acl.ParseACL([]byte(read(t, filepath.Join("..", "testdata", dir, "acl"))))
+		if err != nil {
+			t.Fatal(err)
+		}
+		names, err := filepath.Glob(filepath.Join("..", "testdata", dir, "*.narinfo"))
+		if err == nil && len(names) == 0 {
+			names, err = filepath.Glob(filepath.Join("..", "testdata", dir, "*", "*.narinfo"))
+		}
+		if err != nil || len(names) == 0 {
+			t.Fatalf("no narinfos in %s: %v", dir, err)
+		}
+		for _, name := range names {
+			signed, rest, _ := strings.Cut(read(t, name), "Signature: ")
+			field, _, _ := strings.Cut(rest, "\n")
+			digest := sha256.Sum256([]byte(signed))
+			if err := a.Verify(digest, field); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+			digest[31] ^= 1
+			if err := a.Verify(digest, field); !errors.Is(err, acl.ErrHashMismatch) {
+				t.Errorf("%s with another digest: %v", name, err)
+			}
+		}
+	}
+}
+
+// BenchmarkVerify is about one signature field, from base64 to the decision.
+func BenchmarkVerify(b *testing.B) {
+	digest := digestOf(b, rsaH)
+	for _, bb := range []struct{ name, field string }{
+		{"ecdsa", signatureOf(eccData, eccVal, eccKey)},
+		{"rsa1024", signatureOf(rsaData, rsaVal, rsaKey)},
+		{"unauthorised", signatureOf(eccData, eccVal, strings.Replace(eccKey, "B6", "B7", 1))},
+	} {
+		b.Run(bb.name, func(b *testing.B) {
+			a := aclOf(b, eccKey, rsaKey)
+			b.SetBytes(int64(len(bb.field)))
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := a.Verify(digest, bb.field); err != nil && bb.name != "unauthorised" {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+func ExampleACL_Verify() {
+	list, err := acl.ParseACL([]byte("(acl (entry " + eccKey + " (tag (guix import))))"))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	const signed = "StorePath: /gnu/store/9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello\n" +
+		"NarHash: sha256:04zwf782yjwnh3q6hz5izfd6jyip8kgw6g6yj43fiqhbyhdd0dqw\nNarSize: 120\nReferences: \n"
+	n, err := narinfo.Parse([]byte(signed + "Signature: " + signatureOf(eccData, eccVal, eccKey) + "\nURL: nar/hello\nCompression: none\n"))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	fmt.Println(n.Authorise(list))
+	fmt.Println(n.Authorise(acl.NewACL()) != nil)
+	// Output:
+	// <nil>
+	// true
+}

@@ -1,0 +1,373 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package narinfocache keeps what substitute servers have said about store items
+// on disk, for the next process: the daemon starts one helper to ask about items
+// and another to fetch them, and new ones for each client. Start with [Open].
+//
+// There is a file per server and item. Files appear under their names complete,
+// so any number of processes may use one cache, and any of them may be killed at
+// any time. Each file carries a checksum, for after a power failure. What is in
+// the cache is trusted no more than the servers are: signatures are checked again
+// each time a narinfo is used.
+package narinfocache
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/base32"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+)
+
+// An Entry is what a server has said about an item.
+type Entry struct {
+	// Narinfo is the text of the narinfo; nil if there was none.
+	Narinfo []byte
+	// TTL is how long the entry is valid from when it is stored.
+	TTL time.Duration
+	// Until is when that ends; Get fills it in.
+	Until time.Time
+}
+
+// A Cache is a directory of entries. It is safe for concurrent use, and so is
+// the directory. Close must be called at the end.
+type Cache struct {
+	directory string
+
+	mu      sync.Mutex
+	servers map[string]string // directory of each server seen
+	pending map[string]*later // by server and item: what is not on disk yet
+	size    int               // of the narinfos in pending
+	failed  error             // of writing, since the last PutLater
+	writer  sync.WaitGroup
+	writing bool
+}
+
+// later is an entry that waits to be written.
+type later struct {
+	url, hash string
+	entry     Entry
+	stored    time.Time
+}
+
+const (
+	// maxAge bounds the life of files, whatever their entries say (Guix,
+	// guix/scripts/substitute.scm: cached-narinfo-expiration-time).
+	maxAge = 2 * 24 * time.Hour
+	// cleanupPeriod is the time between two searches for expired entries.
+	cleanupPeriod = 5 * 24 * time.Hour
+	// maxPending bounds the narinfos that wait to be written, in bytes.
+	maxPending = 16 << 20
+	// maxFile bounds the length of a file that is read, in bytes.
+	maxFile = 2 << 20
+	// temporaryPrefix begins the names of files that are being written.
+	temporaryPrefix = ".new-"
+	// temporaryAge is after how long such a file has no writer any more.
+	temporaryAge = time.Hour
+	// stampName is the file whose modification time is that of the last clean-up.
+	stampName = "last-cleanup"
+)
+
+// Open returns the cache in directory, which it creates if need be. Errors are
+// of the file system.
+func Open(directory string) (*Cache, error) {
+	if err := os.MkdirAll(directory, 0o755); err != nil {
+		return nil, err
+	}
+	return &Cache{directory: directory, servers: map[string]string{}, pending: map[string]*later{}}, nil
+}
+
+// Close waits until everything is written.
+func (c *Cache) Close() { c.writer.Wait() }
+
+// A file begins with a line of text that names the format, then, all big-endian,
+// the time of storing in seconds, the TTL in seconds (8 bytes each), 1 byte that
+// tells whether there is a narinfo, the CRC-32C of these and of the narinfo (4
+// bytes), and the narinfo.
+const (
+	magic      = "guix-substitute-eris narinfo 1\n"
+	headLength = len(magic) + 8 + 8 + 1 + 4
+)
+
+// checksum is over a file but for the checksum itself.
+func checksum(file []byte) uint32 {
+	table := crc32.MakeTable(crc32.Castagnoli)
+	return crc32.Update(crc32.Checksum(file[:headLength-4], table), table, file[headLength:])
+}
+
+// serverDirectory is the directory of a server.
+func (c *Cache) serverDirectory(url string) string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	d, ok := c.servers[url]
+	if !ok {
+		sum := sha256.Sum256([]byte(url))
+		name := base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(sum[:])
+		d = filepath.Join(c.directory, strings.ToLower(name))
+		if len(c.servers) < 1000 {
+			c.servers[url] = d
+		}
+	}
+	return d
+}
+
+// Get returns the entry of a server for the item with the given hash part, and
+// whether there is a valid one at the time now. A file that cannot be read or
+// makes no sense is no entry.
+func (c *Cache) Get(url, hash string, now time.Time) (Entry, bool) {
+	if !plain(hash) {
+		return Entry{}, false
+	}
+	c.mu.Lock()
+	l := c.pending[url+" "+hash]
+	c.mu.Unlock()
+	if l != nil && now.Sub(l.stored) <= l.entry.TTL {
+		e := l.entry
+		e.Until = l.stored.Add(e.TTL)
+		return e, true
+	}
+	f, err := os.Open(c.serverDirectory(url) + "/" + hash)
+	if err != nil {
+		return Entry{}, false
+	}
+	defer f.Close()
+	b := make([]byte, 4096) // most narinfos fit
+	n, err := io.ReadFull(f, b)
+	b = b[:n]
+	if err == nil {
+		rest, err := io.ReadAll(io.LimitReader(f, maxFile))
+		if err != nil {
+			return Entry{}, false
+		}
+		b = append(b, rest...)
+	} else if !errors.Is(err, io.ErrUnexpectedEOF) {
+		return Entry{}, false
+	}
+	return decode(b, now)
+}
+
+func decode(b []byte, now time.Time) (Entry, bool) {
+	if len(b) < headLength || string(b[:len(magic)]) != magic {
+		return Entry{}, false
+	}
+	head := b[len(magic):]
+	stored := time.Unix(int64(binary.BigEndian.Uint64(head)), 0)
+	ttl := time.Duration(binary.BigEndian.Uint64(head[8:])) * time.Second
+	age := now.Sub(stored)
+	// A file from the future has been written by a clock that is wrong.
+	if age < -time.Minute || ttl < 0 || age > ttl {
+		return Entry{}, false
+	}
+	if binary.BigEndian.Uint32(head[17:]) != checksum(b) {
+		return Entry{}, false
+	}
+	e := Entry{TTL: ttl, Until: stored.Add(ttl)}
+	if head[16] != 0 {
+		e.Narinfo = b[headLength:]
+	}
+	return e, true
+}
+
+// PutLater stores an entry without waiting for the disk, for creating a file can
+// take longer than getting what is in it. The entry is there for Get at once. The
+// error is that of an earlier entry; the caller must not change e.Narinfo.
+func (c *Cache) PutLater(url, hash string, e Entry, now time.Time) error {
+	c.mu.Lock()
+	if c.size+len(e.Narinfo) > maxPending {
+		c.mu.Unlock()
+		return c.Put(url, hash, e, now)
+	}
+	defer c.mu.Unlock()
+	key := url + " " + hash
+	if old := c.pending[key]; old != nil {
+		c.size -= len(old.entry.Narinfo)
+	}
+	c.size += len(e.Narinfo)
+	c.pending[key] = &later{url, hash, e, now}
+	if !c.writing {
+		c.writing = true
+		c.writer.Go(c.write)
+	}
+	err := c.failed
+	c.failed = nil
+	return err
+}
+
+// write writes what is pending until nothing is.
+func (c *Cache) write() {
+	for {
+		c.mu.Lock()
+		var key string
+		var l *later
+		for key, l = range c.pending {
+			break
+		}
+		if key == "" {
+			c.writing = false
+			c.mu.Unlock()
+			return
+		}
+		c.mu.Unlock()
+		err := c.Put(l.url, l.hash, l.entry, l.stored)
+		c.mu.Lock()
+		if c.pending[key] == l { // nothing newer has come
+			delete(c.pending, key)
+			c.size -= len(l.entry.Narinfo)
+		}
+		if err != nil {
+			c.failed = err
+		}
+		c.mu.Unlock()
+	}
+}
+
+// Put stores an entry. The error is of the file system; the cache is as good as
+// before then.
+func (c *Cache) Put(url, hash string, e Entry, now time.Time) error {
+	if !plain(hash) {
+		return fmt.Errorf("cannot cache a narinfo under the name %q", hash)
+	}
+	var b bytes.Buffer
+	b.WriteString(magic)
+	var head [21]byte
+	binary.BigEndian.PutUint64(head[:], uint64(now.Unix()))
+	binary.BigEndian.PutUint64(head[8:], uint64(e.TTL/time.Second))
+	if e.Narinfo != nil {
+		head[16] = 1
+	}
+	b.Write(head[:])
+	b.Write(e.Narinfo)
+	binary.BigEndian.PutUint32(b.Bytes()[headLength-4:], checksum(b.Bytes()))
+
+	directory := c.serverDirectory(url)
+	f, err := os.CreateTemp(directory, temporaryPrefix)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err = os.MkdirAll(directory, 0o755); err == nil {
+			f, err = os.CreateTemp(directory, temporaryPrefix)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b.Bytes())
+	if err2 := f.Close(); err == nil {
+		err = err2
+	}
+	if err == nil {
+		name := directory + "/" + hash
+		// Where a file takes the place of another one, some file systems make sure
+		// that it is on disk first (ext4 does), which takes twice as long.
+		os.Remove(name)
+		err = os.Rename(f.Name(), name)
+	}
+	if err != nil {
+		os.Remove(f.Name())
+	}
+	return err
+}
+
+// plain tells whether a name can be that of a file here.
+func plain(hash string) bool {
+	for i := range len(hash) {
+		if c := hash[i]; (c < '0' || c > '9') && (c < 'a' || c > 'z') {
+			return false
+		}
+	}
+	return len(hash) == 32
+}
+
+// Clean removes expired entries if that has not been done for some days. It
+// stops when stop is closed, to go on another time. Errors of single files are
+// passed over.
+func (c *Cache) Clean(now time.Time, stop <-chan struct{}) {
+	stamp := filepath.Join(c.directory, stampName)
+	info, err := os.Stat(stamp)
+	if err == nil && now.Sub(info.ModTime()).Abs() < cleanupPeriod {
+		return
+	}
+	// Before the work, so that other processes do not begin it too.
+	if f, err := os.Create(stamp); err == nil {
+		f.Close()
+	}
+	if err := os.Chtimes(stamp, now, now); err != nil {
+		return
+	}
+	servers, err := os.ReadDir(c.directory)
+	if err != nil {
+		return
+	}
+	for _, s := range servers {
+		if s.IsDir() && !c.cleanServer(filepath.Join(c.directory, s.Name()), now, stop) {
+			os.Remove(stamp)
+			return
+		}
+	}
+}
+
+// cleanServer returns false if it was stopped.
+func (c *Cache) cleanServer(directory string, now time.Time, stop <-chan struct{}) bool {
+	d, err := os.Open(directory)
+	if err != nil {
+		return true
+	}
+	defer d.Close()
+	left := false
+	for {
+		names, err := d.Readdirnames(512)
+		for _, name := range names {
+			select {
+			case <-stop:
+				return false
+			default:
+			}
+			path := directory + "/" + name
+			if expired(path, name, now) {
+				os.Remove(path)
+			} else {
+				left = true
+			}
+		}
+		if err != nil {
+			break
+		}
+	}
+	if !left {
+		os.Remove(directory) // fails if there is something new
+	}
+	return true
+}
+
+func expired(path, name string, now time.Time) bool {
+	info, err := os.Lstat(path)
+	if err != nil || !info.Mode().IsRegular() {
+		return false
+	}
+	age := now.Sub(info.ModTime())
+	if strings.HasPrefix(name, temporaryPrefix) {
+		return age > temporaryAge
+	}
+	if age > maxAge {
+		return true
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	var head [headLength]byte
+	if _, err := io.ReadFull(f, head[:]); err != nil || string(head[:len(magic)]) != magic {
+		return true
+	}
+	stored := int64(binary.BigEndian.Uint64(head[len(magic):]))
+	ttl := int64(binary.BigEndian.Uint64(head[len(magic)+8:]))
+	return now.Unix()-stored > ttl
+}

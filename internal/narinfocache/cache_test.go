@@ -1,0 +1,329 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package narinfocache_test
+
+import (
+	"bytes"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
+)
+
+const url = "http://127.0.0.1:8765/sub"
+
+var (
+	hash = strings.Repeat("a", 32)
+	now  = time.Unix(1_800_000_000, 0)
+)
+
+func open(t testing.TB, directory string) *narinfocache.Cache {
+	t.Helper()
+	c, err := narinfocache.Open(directory)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// files returns the files of a cache that are entries.
+func files(t testing.TB, directory string) []string {
+	t.Helper()
+	var found []string
+	err := filepath.WalkDir(directory, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && !d.IsDir() && d.Name() != "last-cleanup" {
+			found = append(found, path)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return found
+}
+
+func TestCache(t *testing.T) {
+	d := t.TempDir() + "/a/b"
+	c := open(t, d)
+	if _, ok := c.Get(url, hash, now); ok {
+		t.Error("there is an entry in an empty cache")
+	}
+	for _, e := range []narinfocache.Entry{
+		{Narinfo: []byte("StorePath: x\n"), TTL: time.Hour},
+		{Narinfo: bytes.Repeat([]byte("long "), 100000), TTL: time.Hour},
+		{Narinfo: []byte{}, TTL: time.Hour},
+		{TTL: time.Minute},
+	} {
+		if err := c.Put(url, hash, e, now); err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range []*narinfocache.Cache{c, open(t, d)} {
+			got, ok := c.Get(url, hash, now.Add(e.TTL))
+			if !ok || !bytes.Equal(got.Narinfo, e.Narinfo) || got.TTL != e.TTL || (got.Narinfo == nil) != (e.Narinfo == nil) {
+				t.Errorf("got %.50q, TTL %v, %v; want %.50q, TTL %v", got.Narinfo, got.TTL, ok, e.Narinfo, e.TTL)
+			}
+			if _, ok := c.Get(url, hash, now.Add(e.TTL+time.Second)); ok {
+				t.Error("an entry outlives its TTL")
+			}
+			if _, ok := c.Get(url, hash, now.Add(-time.Hour)); ok {
+				t.Error("an entry from the future is valid")
+			}
+		}
+	}
+	if _, ok := c.Get(url+"/", hash, now); ok {
+		t.Error("an entry is that of another server")
+	}
+	if _, ok := c.Get(url, strings.Repeat("b", 32), now); ok {
+		t.Error("an entry is that of another item")
+	}
+	for _, bad := range []string{"", "short", "../../" + hash[6:], strings.Repeat("A", 32)} {
+		if err := c.Put(url, bad, narinfocache.Entry{}, now); err == nil {
+			t.Errorf("an entry is stored under the name %q", bad)
+		}
+		if _, ok := c.Get(url, bad, now); ok {
+			t.Errorf("there is an entry named %q", bad)
+		}
+	}
+	if got := files(t, d); len(got) != 1 {
+		t.Errorf("files %q", got)
+	}
+}
+
+func TestPutLater(t *testing.T) {
+	d := t.TempDir()
+	c := open(t, d)
+	const n = 200
+	text := func(i int) string { return strings.Repeat("x", i*1000) }
+	for i := range n {
+		// Twice, the second time with what counts.
+		for _, narinfo := range []string{"old", text(i)} {
+			if err := c.PutLater(url, fmt.Sprintf("%032d", i), narinfocache.Entry{Narinfo: []byte(narinfo), TTL: time.Hour}, now.Add(time.Duration(len(narinfo)))); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	check := func(c *narinfocache.Cache) {
+		t.Helper()
+		for i := range n {
+			if e, ok := c.Get(url, fmt.Sprintf("%032d", i), now); !ok || string(e.Narinfo) != text(i) {
+				t.Errorf("entry %d: %v, %d bytes", i, ok, len(e.Narinfo))
+			}
+		}
+	}
+	check(c)
+	c.Close()
+	check(c)
+	check(open(t, d))
+	if _, ok := c.Get(url, hash, now.Add(2*time.Hour)); ok {
+		t.Error("an entry outlives its TTL")
+	}
+
+	// What goes wrong later is told later.
+	os.RemoveAll(d)
+	if err := os.WriteFile(d, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.PutLater(url, hash, narinfocache.Entry{}, now); err != nil {
+		t.Error(err)
+	}
+	c.Close()
+	if err := c.PutLater(url, hash, narinfocache.Entry{}, now); err == nil {
+		t.Error("an entry cannot be written, and nothing says so")
+	}
+	c.Close()
+}
+
+// TestCorrupt checks that a file that is damaged in any byte or cut anywhere is no
+// entry.
+func TestCorrupt(t *testing.T) {
+	d := t.TempDir()
+	c := open(t, d)
+	if err := c.Put(url, hash, narinfocache.Entry{Narinfo: []byte("StorePath: x\n"), TTL: time.Hour}, now); err != nil {
+		t.Fatal(err)
+	}
+	name := files(t, d)[0]
+	good, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check := func(what string, b []byte) {
+		t.Helper()
+		if err := os.WriteFile(name, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if e, ok := c.Get(url, hash, now); ok {
+			t.Errorf("%s: entry %q", what, e.Narinfo)
+		}
+	}
+	for i := range good {
+		check(fmt.Sprintf("cut at %d", i), good[:i])
+		damaged := bytes.Clone(good)
+		damaged[i] ^= 0x10
+		check(fmt.Sprintf("damaged at %d", i), damaged)
+	}
+	check("zeros", make([]byte, len(good)))
+	check("longer", append(bytes.Clone(good), 0))
+	if err := os.Remove(name); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(name+"/x", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := c.Get(url, hash, now); ok {
+		t.Error("a directory is an entry")
+	}
+	if err := c.Put(url, hash, narinfocache.Entry{}, now); err == nil {
+		t.Error("a directory is replaced by an entry")
+	}
+}
+
+func TestClean(t *testing.T) {
+	d := t.TempDir()
+	c := open(t, d)
+	start := time.Now()
+	hashes := map[string]time.Duration{}
+	for i, ttl := range []time.Duration{time.Second, time.Minute, 24 * time.Hour, 1000 * time.Hour} {
+		h := fmt.Sprintf("%032d", i)
+		hashes[h] = ttl
+		if err := c.Put(url, h, narinfocache.Entry{Narinfo: []byte("x"), TTL: ttl}, start); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Put("http://other", h, narinfocache.Entry{TTL: time.Second}, start); err != nil {
+			t.Fatal(err)
+		}
+	}
+	server := filepath.Dir(files(t, d)[0])
+	for _, junk := range []string{".new-123", strings.Repeat("z", 32)} {
+		if err := os.WriteFile(server+"/"+junk, []byte("junk"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	count := func() int { return len(files(t, d)) }
+	c.Clean(start, nil)
+	if got := count(); got != 9 { // the file that is nothing has gone
+		t.Errorf("%d files after the first clean-up", got)
+	}
+	// Not again so soon, not even for another process.
+	open(t, d).Clean(start.Add(3*24*time.Hour), nil)
+	if got := count(); got != 9 {
+		t.Errorf("%d files after a clean-up that was not due", got)
+	}
+	stopped := make(chan struct{})
+	close(stopped)
+	c.Clean(start.Add(6*24*time.Hour), stopped)
+	if got := count(); got != 9 {
+		t.Errorf("%d files after a clean-up that was stopped", got)
+	}
+	c.Clean(start.Add(6*24*time.Hour), nil)
+	if got := count(); got != 0 {
+		t.Errorf("%d files after everything has expired: %q", got, files(t, d))
+	}
+	if err := c.Put(url, hash, narinfocache.Entry{TTL: time.Hour}, now); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestManyProcesses has processes write and read the same entries, some of which
+// are killed.
+func TestManyProcesses(t *testing.T) {
+	if d := os.Getenv("CACHE_DIRECTORY"); d != "" {
+		c := open(t, d)
+		for i := range 100000 {
+			h := fmt.Sprintf("%032d", i%50)
+			text := strings.Repeat(h, i%300)
+			if err := c.Put(url, h, narinfocache.Entry{Narinfo: []byte(text), TTL: time.Hour}, now); err != nil {
+				t.Fatal(err)
+			}
+			h = fmt.Sprintf("%032d", i*7%50)
+			if e, ok := c.Get(url, h, now); ok && strings.ReplaceAll(string(e.Narinfo), h, "") != "" {
+				fmt.Printf("WRONG entry %q of %s\n", e.Narinfo, h)
+			}
+		}
+		return
+	}
+	d := t.TempDir()
+	var processes []*exec.Cmd
+	var outputs []*bytes.Buffer
+	for range 4 {
+		p := exec.Command(os.Args[0], "-test.run=TestManyProcesses")
+		p.Env = append(os.Environ(), "CACHE_DIRECTORY="+d)
+		out := &bytes.Buffer{}
+		p.Stdout, p.Stderr = out, out
+		if err := p.Start(); err != nil {
+			t.Fatal(err)
+		}
+		processes = append(processes, p)
+		outputs = append(outputs, out)
+	}
+	time.Sleep(300 * time.Millisecond)
+	for _, p := range processes {
+		p.Process.Kill()
+	}
+	for i, p := range processes {
+		p.Wait()
+		if s := outputs[i].String(); strings.Contains(s, "WRONG") || strings.Contains(s, "FAIL") {
+			t.Error(s)
+		}
+	}
+	c := open(t, d)
+	good := 0
+	for i := range 50 {
+		if _, ok := c.Get(url, fmt.Sprintf("%032d", i), now); ok {
+			good++
+		}
+	}
+	if good == 0 {
+		t.Error("nothing was stored")
+	}
+}
+
+func FuzzDecode(f *testing.F) {
+	d := f.TempDir()
+	c := open(f, d)
+	if err := c.Put(url, hash, narinfocache.Entry{Narinfo: []byte("x"), TTL: time.Hour}, now); err != nil {
+		f.Fatal(err)
+	}
+	name := files(f, d)[0]
+	good, err := os.ReadFile(name)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(good)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if err := os.WriteFile(name, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if e, ok := c.Get(url, hash, now); ok && e.TTL < 0 {
+			t.Errorf("entry %+v", e)
+		}
+		c.Clean(now.Add(1000*time.Hour), nil)
+	})
+}
+
+func BenchmarkGet(b *testing.B) {
+	c := open(b, b.TempDir())
+	if err := c.Put(url, hash, narinfocache.Entry{Narinfo: make([]byte, 1500), TTL: time.Hour}, now); err != nil {
+		b.Fatal(err)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, ok := c.Get(url, hash, now); !ok {
+			b.Fatal("no entry")
+		}
+	}
+}
+
+func BenchmarkPut(b *testing.B) {
+	c := open(b, b.TempDir())
+	for b.Loop() {
+		if err := c.Put(url, hash, narinfocache.Entry{Narinfo: make([]byte, 1500), TTL: time.Hour}, now); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

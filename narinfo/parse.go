@@ -1,0 +1,354 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package narinfo
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
+)
+
+// Bounds on what [Parse] accepts.
+const (
+	// MaxSize is the length of the longest narinfo, in bytes. A reference takes
+	// about 60 bytes, the rest of a narinfo about 1000.
+	MaxSize = 1 << 20
+	// MaxReferences is the largest number of references.
+	MaxReferences = 16384
+	// MaxURLs is the largest number of fields URL.
+	MaxURLs = 64
+
+	maxERIS = 16
+)
+
+// signatureField is what ends the signed part of a narinfo.
+const signatureField = "Signature:"
+
+// Parse parses a narinfo: UTF-8 text of lines NAME:VALUE. White space before a
+// value is dropped, white space after it, a carriage return for instance, is
+// part of it. A line that starts with "+" continues the value before, one that
+// starts with "#" is a comment. Empty lines may come first; a later one ends the
+// record, and what follows is not read. If a field occurs twice, the first one
+// counts, except for URL and ERIS. A field Compression or FileSize belongs to
+// the field URL before it. Unknown fields are ignored. (Guix, guix/records.scm:
+// recutils->alist; Guix, guix/narinfo.scm: read-narinfo.)
+//
+// Parse fails, saying why, if
+//
+//   - text exceeds [MaxSize], [MaxReferences] or [MaxURLs], or is not UTF-8,
+//   - a line is of no kind named above, or a field has no colon,
+//   - StorePath or References is missing or malformed, or NarSize is malformed, or
+//   - there is no URL with a supported compression (see [Narinfo.PreferredURLs]).
+//
+// A narinfo without a good NarHash is enough to know that an item is available;
+// [Narinfo.CheckHash] tells whether there is more to it.
+//
+// That the narinfo is the one that was asked for must be checked with
+// [Narinfo.CheckItem], and whether to believe it with [Narinfo.Authorise].
+//
+// Parse keeps no reference to text.
+func Parse(text []byte) (*Narinfo, error) {
+	if len(text) > MaxSize {
+		return nil, fmt.Errorf("narinfo: %d bytes exceed the limit of %d", len(text), MaxSize)
+	}
+	p := parser{lines: lines{text: string(text)}}
+	if !utf8.ValidString(p.text) {
+		return nil, errors.New("narinfo: the text is not UTF-8")
+	}
+	p.signedEnd = -1
+	// The field must start a line: else the last signed value and the signature
+	// would run into one another.
+	if i := strings.Index(p.text, signatureField); i == 0 || i > 0 && p.text[i-1] == '\n' {
+		p.signedEnd = i
+	}
+	for {
+		f, err := p.next()
+		if err != nil {
+			return nil, fmt.Errorf("narinfo: line %d: %w", p.line, err)
+		}
+		if f.name == "" {
+			break
+		}
+		if err := p.field(f); err != nil {
+			return nil, fmt.Errorf("narinfo: field %s in line %d: %w", f.name, f.line, err)
+		}
+	}
+	return p.finish()
+}
+
+// parser collects fields.
+type parser struct {
+	lines
+	signedEnd int // start of the field Signature, or −1
+
+	n Narinfo
+	// These sets have the fields that were seen, all and the signed ones.
+	seen, seenSigned fieldSet
+}
+
+type fieldSet uint
+
+const (
+	storePathField fieldSet = 1 << iota
+	narHashField
+	narSizeField
+	referencesField
+	deriverField
+	signatureSeen
+
+	mandatory  = storePathField | referencesField
+	mustSigned = storePathField | narHashField | referencesField
+)
+
+// first notes that the field f was met, and reports whether it is the first of
+// its kind.
+func (p *parser) first(set fieldSet, f field) bool {
+	if p.seen&set != 0 {
+		return false
+	}
+	p.seen |= set
+	if f.offset < p.signedEnd {
+		p.seenSigned |= set
+	}
+	return true
+}
+
+// field takes in one field.
+func (p *parser) field(f field) error {
+	n := &p.n
+	switch f.name {
+	case "StorePath":
+		if p.first(storePathField, f) {
+			n.StorePath = f.value
+			dir, base := cutBase(f.value)
+			if !strings.HasPrefix(dir, "/") {
+				return fmt.Errorf("%s is not an absolute file name", quote(f.value))
+			}
+			return CheckStoreName(base)
+		}
+	case "NarHash":
+		if p.first(narHashField, f) {
+			n.NarHash = f.value
+		}
+	case "NarSize":
+		if p.first(narSizeField, f) {
+			var err error
+			if n.NarSize, err = strconv.ParseUint(f.value, 10, 64); err != nil {
+				return fmt.Errorf("%s is not a decimal number below 2^64", quote(f.value))
+			}
+			n.NarSizeKnown = true
+		}
+	case "References":
+		if p.first(referencesField, f) {
+			n.References = strings.Fields(f.value)
+			if len(n.References) > MaxReferences {
+				return fmt.Errorf("%d references exceed the limit of %d", len(n.References), MaxReferences)
+			}
+			for _, r := range n.References {
+				if err := checkReference(r); err != nil {
+					return err
+				}
+			}
+		}
+	case "Deriver":
+		if p.first(deriverField, f) && CheckStoreName(f.value) == nil {
+			n.Deriver = f.value
+		}
+	case "Signature":
+		if p.first(signatureSeen, f) {
+			n.Signature = f.value
+		}
+	case "URL":
+		if len(n.URLs) == MaxURLs {
+			return fmt.Errorf("more than %d URLs", MaxURLs)
+		}
+		if n.URLs == nil {
+			n.URLs = make([]URL, 0, 4)
+		}
+		n.URLs = append(n.URLs, URL{URL: f.value})
+	case "Compression":
+		if i := len(n.URLs) - 1; i >= 0 && n.URLs[i].Compression == "" {
+			n.URLs[i].Compression = f.value
+		}
+	case "FileSize":
+		if i := len(n.URLs) - 1; i >= 0 && !n.URLs[i].SizeKnown {
+			// A hint for people and for the choice among URLs: one that makes no
+			// sense is no reason to give up the narinfo.
+			size, err := strconv.ParseUint(f.value, 10, 64)
+			if err == nil {
+				n.URLs[i].FileSize, n.URLs[i].SizeKnown = size, true
+			}
+		}
+	case "ERIS":
+		if len(n.ERIS) < maxERIS {
+			n.ERIS = append(n.ERIS, ERIS{URN: f.value, Signed: f.offset < p.signedEnd})
+		}
+	}
+	return nil
+}
+
+// finish checks that all is there, and decides what is signed.
+func (p *parser) finish() (*Narinfo, error) {
+	if missing := mandatory &^ p.seen; missing != 0 {
+		name := "References"
+		if missing&storePathField != 0 {
+			name = "StorePath"
+		}
+		return nil, fmt.Errorf("narinfo: no field %s", name)
+	}
+	n := &p.n
+	n.hashError = decodeNarHash(&n.NarDigest, n.NarHash)
+	if len(n.URLs) == 0 {
+		return nil, errors.New("narinfo: no field URL")
+	}
+	usable := false
+	for _, u := range n.URLs {
+		usable = usable || u.usable()
+	}
+	if !usable {
+		return nil, errors.New("narinfo: no well-formed URL with a supported compression")
+	}
+	n.text = p.text
+	// The signature may also stand behind the end of the record.
+	if p.seen&signatureSeen != 0 && p.seenSigned&mustSigned == mustSigned {
+		n.signed = p.signedEnd
+		n.NarSizeSigned = p.seenSigned&narSizeField != 0
+		n.DeriverSigned = p.seenSigned&deriverField != 0 && n.Deriver != ""
+		return n, nil
+	}
+	for i := range n.ERIS {
+		n.ERIS[i].Signed = false
+	}
+	return n, nil
+}
+
+// hashPrefix stands before the digits in a NarHash.
+const hashPrefix = "sha256:"
+
+func decodeNarHash(digest *[32]byte, s string) error {
+	digits, ok := strings.CutPrefix(s, hashPrefix)
+	if s == "" {
+		return errors.New("no field NarHash")
+	}
+	if !ok {
+		return fmt.Errorf("%s does not start with \"sha256:\"", quote(s))
+	}
+	if len(digits) == 2*len(digest) {
+		return fmt.Errorf("%s is not in nix-base32; hexadecimal is not understood", quote(s))
+	}
+	if err := nixbase32.Decode(digest[:], digits); err != nil {
+		return fmt.Errorf("%s: %w", quote(s), err)
+	}
+	return nil
+}
+
+// field is a field of a record. The name is not empty.
+type field struct {
+	name, value string
+	offset      int // of the name in the text
+	line        int // counted from 1
+}
+
+// lines divides a text into fields.
+type lines struct {
+	text string
+	pos  int
+	line int // the last one that was taken, counted from 1
+	any  bool
+}
+
+// peek returns the next line without its end, and false at the end of the text.
+func (l *lines) peek() (string, bool) {
+	rest := l.text[l.pos:]
+	if i := strings.IndexByte(rest, '\n'); i >= 0 {
+		return rest[:i], true
+	}
+	return rest, rest != ""
+}
+
+// take moves on after a line that peek returned.
+func (l *lines) take(line string) {
+	l.pos = min(l.pos+len(line)+1, len(l.text))
+	l.line++
+}
+
+// next returns the next field, a field without a name at the end of the record.
+func (l *lines) next() (field, error) {
+	for {
+		line, ok := l.peek()
+		if !ok {
+			return field{}, nil
+		}
+		offset := l.pos
+		l.take(line)
+		switch {
+		case line == "" && l.any:
+			l.pos = len(l.text)
+			return field{}, nil
+		case line == "" || line[0] == '#':
+			continue
+		case line[0] == '+':
+			return field{}, errors.New("it continues a field, but there is none before")
+		case !startsField(line):
+			return field{}, fmt.Errorf("%s is neither a field nor a comment", quote(line))
+		}
+		name, value, ok := strings.Cut(line, ":")
+		if !ok {
+			return field{}, fmt.Errorf("%s has no colon", quote(line))
+		}
+		l.any = true
+		f := field{name, strings.TrimLeftFunc(value, unicode.IsSpace), offset, l.line}
+		l.continuation(&f)
+		return f, nil
+	}
+}
+
+// startsField reports whether the first character of a line makes it a field.
+func startsField(line string) bool {
+	c := line[0]
+	if c < utf8.RuneSelf {
+		return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || c == '%'
+	}
+	r, _ := utf8.DecodeRuneInString(line)
+	return unicode.IsLower(r) || unicode.IsUpper(r)
+}
+
+// continuation takes the lines that continue f, and comments among them.
+func (l *lines) continuation(f *field) {
+	var value []byte
+	for {
+		line, ok := l.peek()
+		if !ok || line == "" || line[0] != '+' && line[0] != '#' {
+			break
+		}
+		l.take(line)
+		if line[0] == '+' {
+			if value == nil {
+				value = append(value, f.value...)
+			}
+			value = append(value, '\n')
+			value = append(value, strings.TrimPrefix(line[1:], " ")...)
+		}
+	}
+	if value != nil {
+		f.value = string(value)
+	}
+}
+
+// quote quotes a string for an error message, cut to a bearable length.
+func quote(s string) string {
+	const most = 80
+	if len(s) > most {
+		end := most
+		for !utf8.RuneStart(s[end]) {
+			end--
+		}
+		s = s[:end] + "…"
+	}
+	return strconv.Quote(s)
+}

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package narinfo
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
+)
+
+// SignedPart returns the part of a narinfo that is to be signed, in the layout of
+// `guix publish`: the fields StorePath, NarHash, NarSize, one ERIS per element of
+// n.ERIS, References, and Deriver if it is not empty, a line each. Its SHA-256
+// digest is what a signature must be made of; give both to [Text].
+//
+// Of n it uses StorePath, NarDigest, NarSize, ERIS (of which whether it is marked
+// as signed does not matter), References and Deriver. It fails if one of
+// them is invalid, if there are more than [MaxReferences] references or
+// more than 16 elements of ERIS, and if n.NarHash is neither empty nor the hash
+// that n.NarDigest denotes. (Guix, guix/scripts/publish.scm: narinfo-string; for
+// ERIS, which stock Guix ignores: Guix, issue 52555.)
+func SignedPart(n *Narinfo) (string, error) {
+	dir, base := cutBase(n.StorePath)
+	if !strings.HasPrefix(dir, "/") || badURLByte(dir) >= 0 {
+		return "", fmt.Errorf("narinfo: %s is not an absolute file name", quote(n.StorePath))
+	}
+	hash := hashPrefix + nixbase32.EncodeToString(n.NarDigest[:])
+	if n.NarHash != "" && n.NarHash != hash {
+		return "", fmt.Errorf("narinfo: the hash is both %s and %s", quote(n.NarHash), hash)
+	}
+	if len(n.References) > MaxReferences || len(n.ERIS) > maxERIS {
+		return "", fmt.Errorf("narinfo: %d references or %d ERIS capabilities are too many", len(n.References), len(n.ERIS))
+	}
+	names := append([]string{base}, n.References...)
+	if n.Deriver != "" {
+		names = append(names, n.Deriver)
+	}
+	for _, name := range names {
+		if err := CheckStoreName(name); err != nil {
+			return "", fmt.Errorf("narinfo: %w", err)
+		}
+	}
+	var b strings.Builder
+	line := func(name, value string) {
+		b.WriteString(name + ": " + value + "\n")
+	}
+	line("StorePath", n.StorePath)
+	line("NarHash", hash)
+	line("NarSize", strconv.FormatUint(n.NarSize, 10))
+	for _, e := range n.ERIS {
+		if e.URN == "" || badURLByte(e.URN) >= 0 || strings.Contains(e.URN, signatureField) {
+			return "", fmt.Errorf("narinfo: %s is not a URN", quote(e.URN))
+		}
+		line("ERIS", e.URN)
+	}
+	line("References", strings.Join(n.References, " "))
+	if n.Deriver != "" {
+		line("Deriver", n.Deriver)
+	}
+	if strings.Contains(b.String(), signatureField) {
+		return "", fmt.Errorf("narinfo: %s must not contain %q", quote(n.StorePath), signatureField)
+	}
+	return b.String(), nil
+}
+
+// Text returns a whole narinfo: what [SignedPart] returned, the field Signature
+// with the value signature, which covers the part before, and the urls, which it
+// does not. If signature is empty, there is no such field, and the narinfo counts
+// as unsigned.
+//
+// It fails if the result is not a narinfo that [Parse] reads back as what it was
+// made of: in particular if urls is empty or contains one that cannot be used.
+func Text(signedPart, signature string, urls []URL) (string, error) {
+	if !strings.HasSuffix(signedPart, "\n") {
+		return "", errors.New("narinfo: the part to be signed does not end with a line feed")
+	}
+	var b strings.Builder
+	b.WriteString(signedPart)
+	if signature != "" {
+		b.WriteString("Signature: " + signature + "\n")
+	}
+	for _, u := range urls {
+		if !u.usable() {
+			return "", fmt.Errorf("narinfo: the URL %s with compression %s cannot be used", quote(u.URL), quote(u.Compression))
+		}
+		b.WriteString("URL: " + u.URL + "\nCompression: " + u.Compression + "\n")
+		if u.SizeKnown {
+			b.WriteString("FileSize: " + strconv.FormatUint(u.FileSize, 10) + "\n")
+		}
+	}
+	n, err := Parse([]byte(b.String()))
+	if err != nil {
+		return "", err
+	}
+	signed, ok := n.SignedText()
+	if n.Signature != signature || ok != (signature != "") || ok && signed != signedPart {
+		return "", errors.New("narinfo: the signature would not cover the part that was signed")
+	}
+	return b.String(), nil
+}

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package narinfo_test
+
+import (
+	"crypto/sha256"
+	"reflect"
+	"strings"
+	"testing"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+)
+
+func TestRealNarinfosAreAuthorised(t *testing.T) {
+	for name, x := range realNarinfos(t) {
+		t.Run(name, func(t *testing.T) {
+			n := parse(t, x[0])
+			keys := parseACL(t, x[1])
+			if err := n.Authorise(keys); err != nil {
+				t.Error(err)
+			}
+			wantIs(t, n.Authorise(acl.NewACL()), acl.ErrUnauthorisedKey)
+			if err := n.CheckItem("/gnu/store", n.StorePath); err != nil {
+				t.Error(err)
+			}
+
+			// Any change in the signed part is found out.
+			signed, _ := n.SignedText()
+			for i := 0; i < len(signed); i += 7 {
+				b := []byte(x[0])
+				b[i] ^= 1
+				if m, err := narinfo.Parse(b); err == nil && m.Authorise(keys) == nil {
+					t.Errorf("authorised after a change at offset %d", i)
+				}
+			}
+		})
+	}
+}
+
+func TestLibchopDigest(t *testing.T) {
+	// The value stands in the signature itself.
+	n := parse(t, read(t, "../testdata/libchop/60m6qih391rq95ck64am8ir64z0sv0zr.narinfo"))
+	signed, ok := n.SignedText()
+	if !ok || !strings.HasSuffix(signed, "-libchop-0.5.2.drv\n") {
+		t.Errorf("SignedText = %q, %v", signed, ok)
+	}
+	if err := n.Authorise(parseACL(t, read(t, "../testdata/libchop/acl"))); err != nil {
+		t.Error(err)
+	}
+	if !n.ERIS[0].Signed {
+		t.Error("the ERIS capability is not marked as signed")
+	}
+}
+
+// testKey is a fresh pair of keys, and testACL authorises it.
+var (
+	testKey = acl.GenerateSigningKey()
+	testACL = acl.NewACL(testKey.PublicKey())
+)
+
+// sign returns the line that signs the text.
+func sign(t testing.TB, text string) string {
+	t.Helper()
+	s, err := testKey.Sign(sha256.Sum256([]byte(text)), "localhost")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return "Signature: " + s + "\n"
+}
+
+// TestSignatureCoverage is about what a signature is taken to cover, above all
+// where the text around it was written by somebody else.
+func TestSignatureCoverage(t *testing.T) {
+	const evil = "/gnu/store/00000000000000000000000000000000-evil"
+	minimal := edit(t, helloSigned, "NarSize: 120\n", "")
+	drv := strings.Repeat("d", 32) + "-d.drv"
+
+	type values struct {
+		storePath       string
+		narSize         uint64
+		deriver         string
+		sizeSigned      bool
+		deriverSigned   bool
+		erisSigned      []bool
+		numberOfRefs    int
+		authorisedError error // nil if authorised
+	}
+	for _, tt := range []struct {
+		name, text string
+		want       values
+	}{
+		{"all above the signature",
+			helloSigned + "Deriver: " + drv + "\n" + sign(t, helloSigned+"Deriver: "+drv+"\n") + helloURLs,
+			values{helloPath, 120, drv, true, true, nil, 0, nil}},
+		{"URLs above the signature",
+			helloSigned + helloURLs + sign(t, helloSigned+helloURLs),
+			values{helloPath, 120, "", true, false, nil, 0, nil}},
+		{"NarSize and Deriver below",
+			minimal + sign(t, minimal) + "NarSize: 7\nDeriver: " + drv + "\n" + helloURLs,
+			values{helloPath, 7, drv, false, false, nil, 0, nil}},
+		{"duplicates below do not count",
+			helloSigned + sign(t, helloSigned) + "StorePath: " + evil + "\nNarSize: 7\nReferences: " + drv + "\nSignature: x\n" + helloURLs,
+			values{helloPath, 120, "", true, false, nil, 0, nil}},
+		{"an invalid Deriver above is not replaced by one below",
+			helloSigned + "Deriver: unknown-deriver\n" + sign(t, helloSigned+"Deriver: unknown-deriver\n") + "Deriver: " + drv + "\n" + helloURLs,
+			values{helloPath, 120, "", true, false, nil, 0, nil}},
+		{"ERIS above and below",
+			helloSigned + "ERIS: a\n" + sign(t, helloSigned+"ERIS: a\n") + "ERIS: b\n" + helloURLs,
+			values{helloPath, 120, "", true, false, []bool{true, false}, 0, nil}},
+		{"a continuation below continues the signature",
+			helloSigned + sign(t, helloSigned) + "+ " + drv + "\n" + helloURLs,
+			values{helloPath, 120, "", true, false, nil, 0, acl.ErrCorruptSignature}},
+		{"a continuation above is signed",
+			helloSigned + "+ " + drv + "\n" + sign(t, helloSigned+"+ "+drv+"\n") + helloURLs,
+			values{helloPath, 120, "", true, false, nil, 1, nil}},
+		{"empty lines and comments above are signed",
+			"\n# x\n" + helloSigned + sign(t, "\n# x\n"+helloSigned) + helloURLs,
+			values{helloPath, 120, "", true, false, nil, 0, nil}},
+		{"empty lines above are not signed",
+			"\n\n" + helloSigned + sign(t, helloSigned) + helloURLs,
+			values{helloPath, 120, "", true, false, nil, 0, acl.ErrHashMismatch}},
+		{"StorePath put before the signed text",
+			"StorePath: " + evil + "\n" + helloSigned + sign(t, helloSigned) + helloURLs,
+			values{evil, 120, "", true, false, nil, 0, acl.ErrHashMismatch}},
+
+		{"no signature", helloSigned + helloURLs,
+			values{helloPath, 120, "", false, false, nil, 0, narinfo.ErrUnsigned}},
+		{"no signature, but ERIS", helloSigned + "ERIS: a\n" + helloURLs,
+			values{helloPath, 120, "", false, false, []bool{false}, 0, narinfo.ErrUnsigned}},
+		{"the signature comes first and signs nothing",
+			sign(t, "") + helloSigned + helloURLs,
+			values{helloPath, 120, "", false, false, nil, 0, narinfo.ErrUnsigned}},
+		{"the signature comes before NarHash",
+			"StorePath: " + helloPath + "\n" + sign(t, "StorePath: "+helloPath+"\n") + strings.SplitN(helloSigned, "\n", 2)[1] + helloURLs,
+			values{helloPath, 120, "", false, false, nil, 0, narinfo.ErrUnsigned}},
+		{"the signature comes before References",
+			strings.Split(helloSigned, "References")[0] + "ERIS: a\n" + sign(t, strings.Split(helloSigned, "References")[0]+"ERIS: a\n") + "References: " + drv + "\n" + helloURLs,
+			values{helloPath, 120, "", false, false, []bool{false}, 1, narinfo.ErrUnsigned}},
+		{"the word stands in a comment before the field",
+			helloSigned + "# Signature: see below\n" + sign(t, helloSigned+"# ") + helloURLs,
+			values{helloPath, 120, "", false, false, nil, 0, narinfo.ErrUnsigned}},
+		{"the word stands in a value before the field",
+			helloSigned + "Note: Signature: see below\n" + sign(t, helloSigned+"Note: ") + helloURLs,
+			values{helloPath, 120, "", false, false, nil, 0, narinfo.ErrUnsigned}},
+		{"the word ends the name of another field",
+			helloSigned + "X-" + sign(t, helloSigned+"X-") + sign(t, helloSigned+"X-") + helloURLs,
+			values{helloPath, 120, "", false, false, nil, 0, narinfo.ErrUnsigned}},
+		{"the word continues a value",
+			helloSigned + "+ " + "Signature: " + drv + "\n" + helloURLs,
+			values{}}, // Not a reference: malformed.
+		{"the field follows the end of the record",
+			helloSigned + helloURLs + "\n" + sign(t, helloSigned+helloURLs+"\n"),
+			values{helloPath, 120, "", false, false, nil, 0, narinfo.ErrUnsigned}},
+		{"the signed text does not end its last line",
+			strings.TrimSuffix(helloSigned, "\n") + sign(t, strings.TrimSuffix(helloSigned, "\n")) + helloURLs,
+			values{}}, // The signature would be references: malformed.
+		{"the same, harmless for the references",
+			helloSigned + "Note: " + sign(t, helloSigned+"Note: ") + helloURLs,
+			values{helloPath, 120, "", false, false, nil, 0, narinfo.ErrUnsigned}},
+		{"a signature for another text",
+			helloSigned + sign(t, helloSigned+"x") + helloURLs,
+			values{helloPath, 120, "", true, false, nil, 0, acl.ErrHashMismatch}},
+		{"another version",
+			helloSigned + strings.Replace(sign(t, helloSigned), "1;", "2;", 1) + helloURLs,
+			values{helloPath, 120, "", true, false, nil, 0, acl.ErrUnsupportedVersion}},
+		{"a carriage return after the signature",
+			helloSigned + strings.TrimSuffix(sign(t, helloSigned), "\n") + "\r\n" + helloURLs,
+			values{helloPath, 120, "", true, false, nil, 0, acl.ErrCorruptSignature}},
+		{"an empty signature",
+			helloSigned + "Signature:\n" + helloURLs,
+			values{helloPath, 120, "", true, false, nil, 0, acl.ErrCorruptSignature}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			n, err := narinfo.Parse([]byte(tt.text))
+			if tt.want.storePath == "" {
+				wantError(t, err, "References")
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := values{n.StorePath, n.NarSize, n.Deriver, n.NarSizeSigned, n.DeriverSigned, nil, len(n.References), tt.want.authorisedError}
+			for _, e := range n.ERIS {
+				got.erisSigned = append(got.erisSigned, e.Signed)
+			}
+			if !reflect.DeepEqual(got, tt.want) {
+				t.Errorf("got %+v, want %+v", got, tt.want)
+			}
+			if err := n.Authorise(testACL); tt.want.authorisedError == nil && err != nil {
+				t.Errorf("not authorised: %v", err)
+			} else if tt.want.authorisedError != nil {
+				wantIs(t, err, tt.want.authorisedError)
+			}
+			signed, ok := n.SignedText()
+			if ok != (tt.want.authorisedError != narinfo.ErrUnsigned) || !ok && signed != "" {
+				t.Errorf("SignedText = %q, %v", signed, ok)
+			}
+		})
+	}
+}
+
+func TestEquivalent(t *testing.T) {
+	a, b := strings.Repeat("a", 32)+"-a", strings.Repeat("b", 32)+"-b"
+	base := edit(t, hello, "References: ", "References: "+a+" "+b)
+	for _, tt := range []struct {
+		name, text string
+		want       bool
+	}{
+		{"itself", base, true},
+		{"unsigned, elsewhere, otherwise compressed", edit(t, base, "Signature: "+helloSignature+"\n"+helloURLs, "Deriver: "+a+"\nURL: http://example.org/x\nCompression: zstd\nERIS: x\n"), true},
+		{"fields in another order", "References: " + a + "  " + b + "\n" + edit(t, base, "References", "X"), true},
+		{"another path", edit(t, base, "-hello", "-hallo"), false},
+		{"another hash", edit(t, base, "sha256:0", "sha256:1"), false},
+		{"another size", edit(t, base, "120", "121"), false},
+		{"other references", edit(t, base, a+" "+b, a), false},
+		{"references in another order", edit(t, base, a+" "+b, b+" "+a), false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			n, m := parse(t, base), parse(t, tt.text)
+			if narinfo.Equivalent(n, m) != tt.want || narinfo.Equivalent(m, n) != tt.want {
+				t.Errorf("Equivalent = %v, %v, want %v", narinfo.Equivalent(n, m), narinfo.Equivalent(m, n), tt.want)
+			}
+		})
+	}
+}
+
+// BenchmarkParseAndAuthorise is what looking up one store item costs.
+func BenchmarkParseAndAuthorise(b *testing.B) {
+	text := []byte(read(b, "../testdata/libchop/60m6qih391rq95ck64am8ir64z0sv0zr.narinfo"))
+	keys := parseACL(b, read(b, "../testdata/libchop/acl"))
+	b.SetBytes(int64(len(text)))
+	b.ReportAllocs()
+	for b.Loop() {
+		n, err := narinfo.Parse(text)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := n.Authorise(keys); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package narinfo
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// URL is a place where the nar of a store item can be had: a field URL with the
+// fields that belong to it.
+type URL struct {
+	// URL is the value of the field, absolute or relative; see [ResolveURL].
+	URL string
+	// Compression is the name of the method by which the nar is compressed, empty
+	// if none was given, in which case the URL cannot be used.
+	Compression string
+	// FileSize is the length in bytes of what the URL yields, if SizeKnown.
+	FileSize  uint64
+	SizeKnown bool
+}
+
+// usable reports whether the URL can be tried.
+func (u URL) usable() bool {
+	switch u.Compression {
+	case "none", "gzip", "lzip", "zstd", "xz", "bzip2":
+		return u.URL != "" && badURLByte(u.URL) < 0
+	}
+	return false
+}
+
+// badURLByte returns the offset of the first byte that no URL may contain, or −1.
+func badURLByte(s string) int {
+	for i := range len(s) {
+		if s[i] <= ' ' || s[i] >= 0x7f {
+			return i
+		}
+	}
+	return -1
+}
+
+// Order tells in which order the URLs of a narinfo are tried.
+type Order int
+
+const (
+	// Fast prefers what takes little time to decompress.
+	Fast Order = iota
+	// Small prefers what takes little time to download.
+	Small
+)
+
+// PreferredURLs returns the URLs that can be used, the preferred ones first.
+// Left out are those with a compression other than none, gzip, lzip, zstd, xz and
+// bzip2, and those that contain blanks, control characters or other than ASCII
+// characters. A parsed narinfo has at least one.
+//
+// With [Fast], the order is: none and zstd alike, then gzip, then lzip, then the
+// rest. With [Small], known sizes come first, in ascending order; then unknown
+// ones, in the order lzip, then zstd, xz and bzip2 alike, then gzip, then none.
+// Where that does not decide, the order of the narinfo does. (Guix,
+// guix/narinfo.scm: narinfo-preferred-uris.)
+func (n *Narinfo) PreferredURLs(order Order) []URL {
+	urls := make([]URL, 0, len(n.URLs))
+	for _, u := range n.URLs {
+		if u.usable() {
+			urls = append(urls, u)
+		}
+	}
+	compare := func(u, v URL) int { return cmp.Compare(slowness(u), slowness(v)) }
+	if order == Small {
+		compare = compareSizes
+	}
+	slices.SortStableFunc(urls, compare)
+	return urls
+}
+
+// slowness ranks methods by the time that decompression takes.
+func slowness(u URL) int {
+	switch u.Compression {
+	case "none", "zstd":
+		return 0
+	case "gzip":
+		return 1
+	case "lzip":
+		return 2
+	}
+	return 3
+}
+
+func compareSizes(u, v URL) int {
+	switch {
+	case u.SizeKnown && v.SizeKnown:
+		return cmp.Compare(u.FileSize, v.FileSize)
+	case u.SizeKnown:
+		return -1
+	case v.SizeKnown:
+		return 1
+	}
+	return cmp.Compare(looseness(u), looseness(v))
+}
+
+// looseness ranks methods by the size of what they usually yield.
+func looseness(u URL) int {
+	switch u.Compression {
+	case "lzip":
+		return 0
+	case "gzip":
+		return 2
+	case "none":
+		return 3
+	}
+	return 1
+}
+
+// ResolveURL returns the absolute URL of a nar, given the URL of the substitute
+// server, base, and the value of a field URL. A value that starts with a scheme
+// is absolute; any other is appended to base, with a slash between them unless
+// base ends with one. Nothing else is changed: neither dot segments nor percent
+// signs are interpreted. (Guix, guix/narinfo.scm: narinfo-maker.)
+//
+// It fails if value is empty or if the result contains blanks, control
+// characters or other than ASCII characters. It does not look at the scheme: an
+// unsigned narinfo can name any, "file" for instance, so the caller must.
+func ResolveURL(base, value string) (string, error) {
+	if value == "" {
+		return "", fmt.Errorf("empty URL in a narinfo from %s", quote(base))
+	}
+	url := value
+	if !hasScheme(value) {
+		url = base + value
+		if !strings.HasSuffix(base, "/") {
+			url = base + "/" + value
+		}
+	}
+	if i := badURLByte(url); i >= 0 {
+		return "", fmt.Errorf("the URL %s contains the byte %#02x", quote(url), url[i])
+	}
+	return url, nil
+}
+
+// hasScheme reports whether s starts with a URI scheme and a colon (RFC 3986,
+// section 3.1).
+func hasScheme(s string) bool {
+	for i := range len(s) {
+		switch c := s[i]; {
+		case 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z':
+		case i > 0 && ('0' <= c && c <= '9' || c == '+' || c == '-' || c == '.'):
+		default:
+			return i > 0 && c == ':'
+		}
+	}
+	return false
+}

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package narinfo_test
+
+import (
+	"slices"
+	"strings"
+	"testing"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+)
+
+func TestResolveURL(t *testing.T) {
+	for _, tt := range []struct {
+		name, base, value, want string
+	}{
+		{"relative", "http://h", "nar/gzip/x", "http://h/nar/gzip/x"},
+		{"base with a slash", "http://h/", "nar/x", "http://h/nar/x"},
+		{"base with a path", "http://h/sub", "nar/x", "http://h/sub/nar/x"},
+		{"absolute path", "http://h", "/nar/x", "http://h//nar/x"},
+		{"absolute path after a slash", "http://h/", "/nar/x", "http://h//nar/x"},
+		{"dot segments", "http://h/a/b", "../x/./y", "http://h/a/b/../x/./y"},
+		{"percent signs", "http://h", "nar/a%2Bb%zz?c=+d", "http://h/nar/a%2Bb%zz?c=+d"},
+		{"absolute", "http://h", "https://g/x", "https://g/x"},
+		{"absolute in upper case", "http://h", "HTTP://g", "HTTP://g"},
+		{"another scheme", "http://h", "file:///etc/passwd", "file:///etc/passwd"},
+		{"scheme of all characters", "http://h", "a1+-.:x", "a1+-.:x"},
+		{"no scheme: digit first", "http://h", "1a:x", "http://h/1a:x"},
+		{"no scheme: slash before the colon", "http://h", "nar/a:x", "http://h/nar/a:x"},
+		{"no scheme: colon first", "http://h", ":x", "http://h/:x"},
+		{"no scheme: no colon", "http://h", "x", "http://h/x"},
+		{"network path", "http://h", "//g/x", "http://h///g/x"},
+		{"file base", "file:///srv", "nar/x", "file:///srv/nar/x"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			got, err := narinfo.ResolveURL(tt.base, tt.value)
+			if err != nil || got != tt.want {
+				t.Errorf("ResolveURL = %q, %v, want %q", got, err, tt.want)
+			}
+		})
+	}
+	for _, value := range []string{"", "a b", "a\n", "a\r", "\x00", "\x7f", "é", "http://g/ x", "a\x1b[2J"} {
+		got, err := narinfo.ResolveURL("http://h", value)
+		if err == nil || strings.ContainsAny(err.Error(), "\x00\x1b\r\n") {
+			t.Errorf("ResolveURL(%q) = %q, %v, want an error without control characters", value, got, err)
+		}
+	}
+}
+
+func TestPreferredURLs(t *testing.T) {
+	// A URL is written METHOD or METHOD=SIZE.
+	for _, tt := range []struct{ name, in, fast, small string }{
+		{"as guix publish writes them", "gzip lzip zstd none=9", "zstd none=9 gzip lzip", "none=9 lzip zstd gzip"},
+		{"all sizes known", "gzip=3 lzip=1 zstd=2 none=9", "zstd=2 none=9 gzip=3 lzip=1", "lzip=1 zstd=2 gzip=3 none=9"},
+		{"none before zstd", "none zstd", "none zstd", "zstd none"},
+		{"all unknown", "none gzip bzip2 xz zstd lzip", "none zstd gzip lzip bzip2 xz", "lzip bzip2 xz zstd gzip none"},
+		{"the rest is alike", "xz bzip2 xz bzip2", "xz bzip2 xz bzip2", "xz bzip2 xz bzip2"},
+		{"known before unknown", "lzip none=100", "none=100 lzip", "none=100 lzip"},
+		{"equal sizes", "gzip=5 none=5 lzip=5", "none=5 gzip=5 lzip=5", "gzip=5 none=5 lzip=5"},
+		{"size zero is known", "gzip=7 none=0", "none=0 gzip=7", "none=0 gzip=7"},
+		{"unsupported", "br=1 gzip=2 GZIP=1 zstd-1=1", "gzip=2", "gzip=2"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var b strings.Builder
+			b.WriteString(helloSigned)
+			for _, w := range strings.Fields(tt.in) {
+				method, size, known := strings.Cut(w, "=")
+				b.WriteString("URL: " + w + "\nCompression: " + method + "\n")
+				if known {
+					b.WriteString("FileSize: " + size + "\n")
+				}
+			}
+			n := parse(t, b.String())
+			for order, want := range map[narinfo.Order]string{narinfo.Fast: tt.fast, narinfo.Small: tt.small} {
+				var got []string
+				for _, u := range n.PreferredURLs(order) {
+					got = append(got, u.URL)
+				}
+				if !slices.Equal(got, strings.Fields(want)) {
+					t.Errorf("order %d: got %q, want %q", order, got, want)
+				}
+			}
+			if n.URLs[0].URL != strings.Fields(tt.in)[0] {
+				t.Error("URLs was changed")
+			}
+		})
+	}
+}
