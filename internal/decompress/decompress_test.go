@@ -1,0 +1,415 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package decompress
+
+import (
+	"bytes"
+	"compress/gzip"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"hash/crc32"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/iotest"
+
+	"github.com/klauspost/compress/zstd"
+	"github.com/ulikunitz/xz"
+	"github.com/ulikunitz/xz/lzma"
+)
+
+// archive makes n bytes, half of which repeat.
+func archive(seed uint64, n int) []byte {
+	r := rand.New(rand.NewPCG(seed, 1))
+	b := make([]byte, 0, n+200)
+	for len(b) < n {
+		if d := 1 + r.IntN(50000); r.IntN(2) == 0 && d < len(b) {
+			for range 4 + r.IntN(80) {
+				b = append(b, b[len(b)-d])
+			}
+			continue
+		}
+		for range r.IntN(40) {
+			b = append(b, byte('a'+r.IntN(26)*r.IntN(26)/26))
+		}
+	}
+	return b[:n]
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func write(t testing.TB, w io.WriteCloser, data []byte) {
+	t.Helper()
+	_, err := w.Write(data)
+	must(t, err)
+	must(t, w.Close())
+}
+
+// A quick brown fox in bzip2, which no Go package here can make.
+const (
+	fox      = "The quick brown fox\n"
+	foxBzip2 = "425a6839314159265359bfb56a8600000253800010400004001b69b2c0200031434d3000503468f51a7ea86d3dd92abf90462025f177245385090bfb56a860"
+)
+
+// compressors make data of each method but bzip2.
+var compressors = map[string]func(t testing.TB, data []byte) []byte{
+	"none": func(t testing.TB, data []byte) []byte { return data },
+	"gzip": func(t testing.TB, data []byte) []byte {
+		var b bytes.Buffer
+		write(t, gzip.NewWriter(&b), data)
+		return b.Bytes()
+	},
+	"lzip": func(t testing.TB, data []byte) []byte {
+		var b bytes.Buffer
+		w, err := lzma.WriterConfig{
+			Properties: &lzma.Properties{LC: 3, LP: 0, PB: 2},
+			DictCap:    1 << 16,
+			EOSMarker:  true,
+		}.NewWriter(&b)
+		must(t, err)
+		write(t, w, data)
+		m := append([]byte("LZIP\x01\x10"), b.Bytes()[lzma.HeaderLen:]...)
+		m = binary.LittleEndian.AppendUint32(m, crc32.ChecksumIEEE(data))
+		m = binary.LittleEndian.AppendUint64(m, uint64(len(data)))
+		return binary.LittleEndian.AppendUint64(m, uint64(len(m)+8))
+	},
+	"zstd": func(t testing.TB, data []byte) []byte { return zstdWindow(t, data, 1<<17) },
+	"xz": func(t testing.TB, data []byte) []byte {
+		return xzData(t, data, xz.WriterConfig{DictCap: 1 << 16, CheckSum: xz.CRC64})
+	},
+}
+
+// zstdWindow makes a frame with a window of so many bytes, even for little data.
+func zstdWindow(t testing.TB, data []byte, window int) []byte {
+	var b bytes.Buffer
+	w, err := zstd.NewWriter(&b, zstd.WithWindowSize(window), zstd.WithEncoderConcurrency(1),
+		zstd.WithZeroFrames(true), zstd.WithSingleSegment(false))
+	must(t, err)
+	// In two parts, so that the size is not known at the beginning.
+	_, err = w.Write(data[:len(data)/2])
+	must(t, err)
+	must(t, w.Flush())
+	write(t, w, data[len(data)/2:])
+	return b.Bytes()
+}
+
+func xzData(t testing.TB, data []byte, c xz.WriterConfig) []byte {
+	var b bytes.Buffer
+	w, err := c.NewWriter(&b)
+	must(t, err)
+	write(t, w, data)
+	return b.Bytes()
+}
+
+var sources = map[string]func(io.Reader) io.Reader{
+	"whole":           func(r io.Reader) io.Reader { return r },
+	"one byte":        iotest.OneByteReader,
+	"half":            iotest.HalfReader,
+	"error with data": iotest.DataErrReader,
+}
+
+func open(t testing.TB, method string, r io.Reader) *Reader {
+	t.Helper()
+	z, err := Open(method, r)
+	if err != nil {
+		t.Fatalf("%s: %v", method, err)
+	}
+	return z
+}
+
+func decompress(t testing.TB, method string, compressed []byte) ([]byte, error) {
+	t.Helper()
+	z := open(t, method, bytes.NewReader(compressed))
+	defer z.Close()
+	return io.ReadAll(z)
+}
+
+func TestMethods(t *testing.T) {
+	for method, compress := range compressors {
+		for _, n := range []int{1, 1000, 120000} {
+			data := archive(uint64(n), n)
+			compressed := compress(t, data)
+			for source, wrap := range sources {
+				z := open(t, method, wrap(bytes.NewReader(compressed)))
+				got, err := io.ReadAll(z)
+				if err != nil || !bytes.Equal(got, data) {
+					t.Errorf("%s, %s: %d bytes of %d, %v", method, source, len(got), n, err)
+				}
+				if k, err := z.Read(make([]byte, 5)); k != 0 || err != io.EOF {
+					t.Errorf("%s, %s: %d bytes and %v after the end", method, source, k, err)
+				}
+				must(t, z.Close())
+
+				z = open(t, method, wrap(bytes.NewReader(compressed)))
+				first := make([]byte, 3)
+				k, err := z.Read(first)
+				if err != io.EOF { // which may come with the last byte
+					must(t, err)
+				}
+				b := bytes.NewBuffer(first[:k:k])
+				if m, err := z.WriteTo(b); err != nil || m != int64(n-k) || !bytes.Equal(b.Bytes(), data) {
+					t.Errorf("%s, %s: WriteTo: %d bytes, %v", method, source, m, err)
+				}
+				if m, err := z.WriteTo(b); m != 0 || err != nil {
+					t.Errorf("%s, %s: WriteTo again: %d bytes, %v", method, source, m, err)
+				}
+				must(t, z.Close())
+				must(t, z.Close())
+				if _, err := z.Read(first); err == nil || err == io.EOF {
+					t.Errorf("%s: %v after Close", method, err)
+				}
+				if _, err := z.WriteTo(b); err == nil {
+					t.Errorf("%s: WriteTo after Close", method)
+				}
+			}
+		}
+	}
+}
+
+func TestBzip2(t *testing.T) {
+	compressed, err := hex.DecodeString(foxBzip2)
+	must(t, err)
+	if got, err := decompress(t, "bzip2", compressed); err != nil || string(got) != fox {
+		t.Errorf("%q, %v", got, err)
+	}
+	if got, err := decompress(t, "bzip2", append(bytes.Clone(compressed), compressed...)); err != nil || string(got) != fox+fox {
+		t.Errorf("two streams: %q, %v", got, err)
+	}
+	for i := range compressed {
+		if got, err := decompress(t, "bzip2", compressed[:i]); !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("cut to %d bytes: %q, %v", i, got, err)
+		}
+	}
+}
+
+func TestUnknownMethod(t *testing.T) {
+	for _, method := range []string{"", "lz4", "GZIP", "gzip ", strings.Repeat("x\x1b", 500)} {
+		z, err := Open(method, strings.NewReader(""))
+		if !errors.Is(err, ErrUnknownMethod) || z != nil {
+			t.Errorf("%.20q: %v", method, err)
+		} else if len(err.Error()) > 300 || strings.ContainsRune(err.Error(), '\x1b') {
+			t.Errorf("%.20q: error %q", method, err)
+		}
+	}
+}
+
+func TestJoined(t *testing.T) {
+	a, b := archive(1, 70000), archive(2, 500)
+	for method, compress := range compressors {
+		compressed := bytes.Join([][]byte{compress(t, a), compress(t, nil), compress(t, b), compress(t, a)}, nil)
+		want := bytes.Join([][]byte{a, b, a}, nil)
+		got, err := decompress(t, method, compressed)
+		if err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s: %d bytes, %v", method, len(got), err)
+		}
+	}
+}
+
+func TestGuixMirror(t *testing.T) {
+	root := filepath.Join("..", "..", "testdata", "guix-mirror", "nar")
+	names, err := filepath.Glob(filepath.Join(root, "gzip", "*"))
+	must(t, err)
+	if len(names) < 10 {
+		t.Fatalf("only %d files of test data", len(names))
+	}
+	for _, name := range names {
+		var first []byte
+		for _, method := range []string{"gzip", "lzip", "zstd", "none"} {
+			dir := strings.TrimSuffix(method, "none")
+			f, err := os.Open(filepath.Join(root, dir, filepath.Base(name)))
+			if errors.Is(err, os.ErrNotExist) && method == "none" {
+				continue // the largest is left out
+			}
+			must(t, err)
+			got, err := io.ReadAll(open(t, method, f))
+			f.Close()
+			if err != nil {
+				t.Errorf("%s, %s: %v", filepath.Base(name), method, err)
+			}
+			if first == nil {
+				first = got
+			}
+			if !bytes.HasPrefix(got, []byte("\x0d\x00\x00\x00\x00\x00\x00\x00nix-archive-1")) || !bytes.Equal(got, first) {
+				t.Errorf("%s, %s: wrong data", filepath.Base(name), method)
+			}
+		}
+	}
+}
+
+func TestTruncated(t *testing.T) {
+	data := archive(3, 500)
+	broken := errors.New("broken")
+	for method, compress := range compressors {
+		if method == "none" {
+			continue
+		}
+		compressed := compress(t, data)
+		joined := len(compressed)
+		compressed = append(compressed, compress(t, archive(4, 50))...)
+		want := append(bytes.Clone(data), archive(4, 50)...)
+		for i := range compressed {
+			if i == joined {
+				continue
+			}
+			if method == "gzip" && i == joined+1 {
+				// One byte that follows may be anything.
+				if got, err := decompress(t, method, compressed[:i]); err != nil || !bytes.Equal(got, data) {
+					t.Errorf("gzip with a byte more: %v", err)
+				}
+				continue
+			}
+			got, err := decompress(t, method, compressed[:i])
+			if !errors.Is(err, io.ErrUnexpectedEOF) || !strings.HasPrefix(err.Error(), method+": ") {
+				t.Errorf("%s, cut to %d bytes of %d: %v", method, i, len(compressed), err)
+			}
+			if !bytes.HasPrefix(want, got) {
+				t.Errorf("%s, cut to %d bytes: wrong data", method, i)
+			}
+			z := open(t, method, io.MultiReader(bytes.NewReader(compressed[:i]), iotest.ErrReader(broken)))
+			_, err = io.ReadAll(z)
+			if !errors.Is(err, broken) {
+				t.Errorf("%s, broken after %d bytes: %v", method, i, err)
+			}
+			if _, again := z.Read(make([]byte, 1)); again != err {
+				t.Errorf("%s, broken after %d bytes: then %v", method, i, again)
+			}
+			z.Close()
+		}
+	}
+}
+
+// TestDamaged: whatever byte is wrong, the data come out right or with an error.
+func TestDamaged(t *testing.T) {
+	data := archive(5, 250)
+	for method, compress := range compressors {
+		if method == "none" {
+			continue
+		}
+		compressed := compress(t, data)
+		accepted := 0
+		for i := range compressed {
+			for _, x := range []byte{0x01, 0x80, 0xFF} {
+				bad := bytes.Clone(compressed)
+				bad[i] ^= x
+				got, err := decompress(t, method, bad)
+				if err != nil {
+					continue
+				}
+				if accepted++; !bytes.Equal(got, data) {
+					t.Errorf("%s, byte %d: wrong data without an error", method, i)
+				}
+			}
+		}
+		// The time and the system in a gzip header, and a few others, do not
+		// matter.
+		if accepted > 24 {
+			t.Errorf("%s: %d changes go unnoticed", method, accepted)
+		}
+	}
+}
+
+func TestGarbage(t *testing.T) {
+	data := archive(6, 3000)
+	for method, compress := range compressors {
+		if method == "none" {
+			continue
+		}
+		compressed := compress(t, data)
+		for _, garbage := range []string{"\x00", "\x00\x00\x00\x00\x00", "garbage, and more of it", "\x1f\x8a", "LZIQ\x01\x10"} {
+			got, err := decompress(t, method, append(bytes.Clone(compressed), garbage...))
+			if method == "gzip" {
+				if err != nil || !bytes.Equal(got, data) {
+					t.Errorf("gzip and %q: %v", garbage, err)
+				}
+			} else if err == nil {
+				t.Errorf("%s and %q: no error", method, garbage)
+			}
+		}
+		if _, err := decompress(t, method, []byte("this is not compressed at all")); err == nil {
+			t.Errorf("%s: garbage accepted", method)
+		}
+	}
+}
+
+type failing struct{ err error }
+
+func (f failing) Write(p []byte) (int, error) { return 0, f.err }
+
+func TestWriterFails(t *testing.T) {
+	full := errors.New("disk full")
+	for method, compress := range compressors {
+		z := open(t, method, bytes.NewReader(compress(t, archive(7, 1000))))
+		if n, err := z.WriteTo(failing{full}); n != 0 || err != full {
+			t.Errorf("%s: %d bytes, %v", method, n, err)
+		}
+		z.Close()
+	}
+}
+
+// TestBuffer: a source with all the data in memory is not decompressed as a whole.
+func TestBuffer(t *testing.T) {
+	zeros := make([]byte, 16<<20)
+	for _, method := range []string{"gzip", "zstd"} {
+		compressed := compressors[method](t, zeros)
+		took := heap(func() {
+			z := open(t, method, bytes.NewBuffer(compressed))
+			if n, err := z.Read(make([]byte, 1000)); n == 0 || err != nil {
+				t.Errorf("%s: %d bytes, %v", method, n, err)
+			}
+			z.Close()
+		})
+		if took > 4<<20 {
+			t.Errorf("%s: %d bytes of memory", method, took)
+		}
+	}
+}
+
+func TestPrograms(t *testing.T) {
+	data := append(archive(8, 400000), make([]byte, 200000)...)
+	tests := []struct{ method, command string }{
+		{"gzip", "gzip -1"},
+		{"gzip", "gzip -9"},
+		{"gzip", "pigz"},
+		{"lzip", "lzip -9"},
+		{"lzip", "plzip -B 100000"},
+		{"zstd", "zstd -1"},
+		{"zstd", "zstd -19"},
+		{"zstd", "zstd -T2 -B100000"},
+		{"zstd", "zstd --ultra -22 --long=27"},
+		{"zstd", "pzstd"},
+		{"xz", "xz -0"},
+		{"xz", "xz -9e"},
+		{"xz", "xz -T2 --block-size=100000"},
+		{"xz", "xz --block-size=50000 --check=none"},
+		{"xz", "xz --check=crc32"},
+		{"xz", "xz --check=sha256 --lzma2=lc=0,lp=3,pb=0"},
+		{"bzip2", "bzip2 -1"},
+		{"bzip2", "bzip2 -9"},
+	}
+	for _, test := range tests {
+		t.Run(test.command, func(t *testing.T) {
+			f := strings.Fields(test.command)
+			if _, err := exec.LookPath(f[0]); err != nil {
+				t.Skipf("the program %s is not installed", f[0])
+			}
+			c := exec.Command(f[0], append(f[1:], "-c")...)
+			c.Stdin = bytes.NewReader(data)
+			compressed, err := c.Output()
+			must(t, err)
+			got, err := decompress(t, test.method, compressed)
+			if err != nil || !bytes.Equal(got, data) {
+				t.Errorf("%d bytes, %v", len(got), err)
+			}
+		})
+	}
+}

@@ -1,0 +1,548 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package lzip
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"testing/iotest"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/ulikunitz/xz/lzma"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/benchdata"
+)
+
+// compress makes a member with an encoder that is not ours.
+func compress(t testing.TB, data []byte, code byte) []byte {
+	t.Helper()
+	dict, ok := parseDictionary(code)
+	if !ok {
+		t.Fatalf("dictionary code %#x", code)
+	}
+	var b bytes.Buffer
+	w, err := lzma.WriterConfig{
+		Properties: &lzma.Properties{LC: 3, LP: 0, PB: 2},
+		DictCap:    dict,
+		EOSMarker:  true,
+	}.NewWriter(&b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Write(data); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return wrap(code, b.Bytes()[lzma.HeaderLen:], data)
+}
+
+const (
+	code4K  = 0x0C
+	code64K = 0x10
+	code1M  = 0x14
+)
+
+func noise(seed uint64, n int) []byte {
+	b := make([]byte, n)
+	var s [32]byte
+	binary.LittleEndian.PutUint64(s[:], seed)
+	rand.NewChaCha8(s).Read(b)
+	return b
+}
+
+func decompress(data []byte, o Options) ([]byte, error) {
+	z := NewReader(bytes.NewReader(data), o)
+	defer z.Close()
+	return io.ReadAll(z)
+}
+
+// readers are the ways to get data from a Reader.
+var readers = map[string]func(*Reader) ([]byte, error){
+	"Read": func(z *Reader) ([]byte, error) { return io.ReadAll(z) },
+	"small Read": func(z *Reader) ([]byte, error) {
+		return io.ReadAll(iotest.OneByteReader(z))
+	},
+	"WriteTo": func(z *Reader) ([]byte, error) {
+		var b bytes.Buffer
+		_, err := z.WriteTo(&b)
+		return b.Bytes(), err
+	},
+	"Next": func(z *Reader) ([]byte, error) {
+		var b []byte
+		for {
+			p, err := z.Next()
+			b = append(b, p...)
+			if err == io.EOF {
+				return b, nil
+			}
+			if err != nil || len(p) == 0 {
+				return b, err
+			}
+		}
+	},
+}
+
+// sources are the ways in which compressed data can arrive.
+var sources = map[string]func(io.Reader) io.Reader{
+	"whole":           func(r io.Reader) io.Reader { return r },
+	"one byte":        iotest.OneByteReader,
+	"half":            iotest.HalfReader,
+	"error with data": iotest.DataErrReader,
+}
+
+func TestReader(t *testing.T) {
+	zeros := make([]byte, 300000)
+	var mixed []byte
+	for i := range uint64(8) {
+		mixed = append(mixed, benchdata.Words(i, 20000)...)
+		mixed = append(mixed, noise(i, 5000)...)
+		mixed = append(mixed, zeros[:7000]...)
+	}
+	join := func(ms ...[]byte) []byte { return bytes.Join(ms, nil) }
+	tests := []struct {
+		name       string
+		compressed []byte
+		data       []byte
+	}{
+		{"empty", compress(t, nil, code4K), nil},
+		{"one byte", compress(t, []byte{7}, code4K), []byte{7}},
+		{"zeros", compress(t, zeros, code64K), zeros},
+		{"words, small dictionary", compress(t, benchdata.Words(1, 200000), code4K), benchdata.Words(1, 200000)},
+		{"mixed", compress(t, mixed, code1M), mixed},
+		{"noise", compress(t, noise(1, 100000), code64K), noise(1, 100000)},
+		{
+			"two members",
+			join(compress(t, benchdata.Words(2, 1000), code4K), compress(t, benchdata.Words(3, 70000), code64K)),
+			join(benchdata.Words(2, 1000), benchdata.Words(3, 70000)),
+		},
+		{
+			"empty members",
+			join(compress(t, nil, code4K), compress(t, nil, code1M), compress(t, benchdata.Words(4, 100), code4K), compress(t, nil, code4K)),
+			benchdata.Words(4, 100),
+		},
+	}
+	for _, test := range tests {
+		for source, wrap := range sources {
+			for reader, read := range readers {
+				if len(test.data) > 100000 && (source == "one byte" || reader == "small Read") && source != reader {
+					continue // slow, and nothing new
+				}
+				z := NewReader(wrap(bytes.NewReader(test.compressed)), Options{})
+				got, err := read(z)
+				if err != nil {
+					t.Errorf("%s: %s from %s: %v", test.name, reader, source, err)
+				} else if !bytes.Equal(got, test.data) {
+					t.Errorf("%s: %s from %s: wrong data", test.name, reader, source)
+				}
+				if _, err := z.Next(); err != io.EOF {
+					t.Errorf("%s: %s from %s: %v after the end", test.name, reader, source, err)
+				}
+				if err := z.Close(); err != nil {
+					t.Errorf("%s: Close: %v", test.name, err)
+				}
+				if _, err := z.Read(make([]byte, 1)); err == nil || err == io.EOF {
+					t.Errorf("%s: %v after Close", test.name, err)
+				}
+			}
+		}
+	}
+}
+
+// TestSymbols decodes members made of random symbols of all kinds, most of which
+// refer to as much of the dictionary as there is.
+func TestSymbols(t *testing.T) {
+	n := 300000
+	if testing.Short() {
+		n = 50000
+	}
+	for seed := range uint64(6) {
+		r := rand.New(rand.NewPCG(seed, 7))
+		code := []byte{code4K, code64K, 0x2F + 1}[seed%3]
+		dict, _ := parseDictionary(code)
+		e := newMemberEncoder()
+		e.literal(1)
+		e.match(0, 2)
+		for len(e.data) < n {
+			length := 2 + r.IntN(272)
+			if r.IntN(2) == 0 {
+				length = 2 + r.IntN(20)
+			}
+			switch k := r.IntN(20); {
+			case k < 8:
+				e.literal(byte(r.IntN(256)))
+			case k < 9:
+				e.shortRepeat()
+			case k < 12:
+				e.repeat(r.IntN(4), length)
+			case k < 14:
+				e.match(uint32(r.IntN(min(len(e.data), 20))), length)
+			case k < 15 && seed > 2:
+				e.sync()
+			case k < 17:
+				e.match(uint32(min(len(e.data), dict)-1), length)
+			default:
+				e.match(uint32(r.IntN(min(len(e.data), dict))), length)
+			}
+		}
+		want := e.data
+		got, err := decompress(e.member(code), Options{})
+		if err != nil {
+			t.Errorf("seed %d: %v", seed, err)
+		} else if !bytes.Equal(got, want) {
+			t.Errorf("seed %d: wrong data", seed)
+		}
+	}
+}
+
+// TestLongestSymbol decodes the least likely of all symbols, starting from the
+// least interval that there can be and others, and counts the input it takes.
+func TestLongestSymbol(t *testing.T) {
+	most := 0
+	for _, rng := range []uint32{31 << 13, 1 << 20, 1<<24 - 1, 1 << 24, 1 << 30, 1<<32 - 1} {
+		e := newMemberEncoder()
+		e.rng = rng
+		e.normalise()
+		unlikely := func(p []uint16) {
+			for i := range p {
+				p[i] = 2017 // for 0, and all bits but that of isRep are 1
+			}
+		}
+		m := &e.model
+		unlikely(m.isMatch[:])
+		m.isRep[0] = 31
+		m.matchLen.choice, m.matchLen.choice2 = 2017, 2017
+		unlikely(m.matchLen.high[:])
+		unlikely(m.slot[3][:])
+		unlikely(m.align[:])
+		model := e.model
+		e.marker(maxMatch)
+		e.flush()
+
+		d := new(decoder)
+		d.init(bytes.NewReader(append(e.out, make([]byte, 100)...)))
+		if err := d.initRange(); err != nil {
+			t.Fatal(err)
+		}
+		d.rng, d.dictSize, d.model = uint64(rng), minDictionary, model
+		if why := d.run(1, inputLimit); why != stopMarker {
+			t.Fatalf("interval %#x: stopped with %d", rng, why)
+		}
+		most = max(most, int(d.ip)-5)
+	}
+	// One of these is what the marker reads beyond what another match does.
+	if most-1 > maxSymbol || most < maxSymbol-2 {
+		t.Errorf("the longest symbol takes %d bytes, maxSymbol is %d", most-1, maxSymbol)
+	}
+}
+
+func TestGuixMirror(t *testing.T) {
+	root := filepath.Join("..", "..", "testdata", "guix-mirror", "nar")
+	names, err := filepath.Glob(filepath.Join(root, "lzip", "*"))
+	if err != nil || len(names) < 10 {
+		t.Fatalf("test data: %d files, %v", len(names), err)
+	}
+	for _, name := range names {
+		compressed, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.Open(filepath.Join(root, "gzip", filepath.Base(name)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		z, err := gzip.NewReader(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want, err := io.ReadAll(z)
+		f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := decompress(compressed, Options{})
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		} else if !bytes.Equal(got, want) {
+			t.Errorf("%s: wrong data", name)
+		}
+	}
+}
+
+// TestSyncFlush reads a member made by lzlib 1.13 with LZ_compress_sync_flush.
+func TestSyncFlush(t *testing.T) {
+	compressed, err := os.ReadFile("testdata/sync-flush.lz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const text = "sync flush in lzlib "
+	var want []byte
+	for k := range 3 {
+		for i := range 4000 {
+			c := text[i*(k+1)%20]
+			if i%97 == 0 {
+				c++
+			}
+			want = append(want, c)
+		}
+	}
+	got, err := decompress(compressed, Options{})
+	if err != nil || !bytes.Equal(got, want) {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+	for i := range compressed {
+		got, err := decompress(compressed[:i], Options{})
+		if err != io.ErrUnexpectedEOF || !bytes.HasPrefix(want, got) {
+			t.Errorf("cut to %d bytes: %v", i, err)
+		}
+	}
+}
+
+// program returns the file name of a program that decodes and encodes lzip, by
+// what it says its name is: what is called lzip may be plzip.
+func program(t testing.TB, want string) string {
+	for _, name := range []string{want, "lzip.lzip"} {
+		path, err := exec.LookPath(name)
+		if err != nil {
+			continue
+		}
+		version, err := exec.Command(path, "--version").Output()
+		if err == nil && bytes.HasPrefix(version, []byte(want+" ")) {
+			return path
+		}
+	}
+	t.Skipf("the program %s is not installed", want)
+	return ""
+}
+
+func TestPrograms(t *testing.T) {
+	data := benchdata.Words(5, 700000)
+	copy(data[300000:], noise(5, 50000))
+	clear(data[400000:600000])
+	for _, command := range []string{
+		"lzip -0", "lzip -6", "lzip -9", "lzip -s 4KiB", "lzip -b 100000", "plzip -6", "plzip -B 65536 -0",
+	} {
+		t.Run(command, func(t *testing.T) {
+			f := strings.Fields(command)
+			c := exec.Command(program(t, f[0]), append(f[1:], "-c")...)
+			c.Stdin = bytes.NewReader(data)
+			compressed, err := c.Output()
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := decompress(compressed, Options{})
+			if err != nil || !bytes.Equal(got, data) {
+				t.Errorf("%d bytes, %v", len(got), err)
+			}
+		})
+	}
+}
+
+func TestTruncated(t *testing.T) {
+	e := newMemberEncoder()
+	for _, c := range benchdata.Words(6, 300) {
+		e.literal(c)
+	}
+	e.match(200, 273)
+	e.match(7, 20)
+	for _, c := range noise(6, 300) {
+		e.literal(c)
+	}
+	data := bytes.Clone(e.data)
+	members := map[string][]byte{
+		"symbols":     e.member(code4K),
+		"compressed":  compress(t, append(benchdata.Words(7, 3000), make([]byte, 50000)...), code4K),
+		"two members": append(compress(t, benchdata.Words(8, 500), code4K), compress(t, benchdata.Words(9, 500), code4K)...),
+	}
+	wants := map[string][]byte{
+		"symbols":     data,
+		"compressed":  append(benchdata.Words(7, 3000), make([]byte, 50000)...),
+		"two members": append(benchdata.Words(8, 500), benchdata.Words(9, 500)...),
+	}
+	for name, m := range members {
+		first := len(compress(t, benchdata.Words(8, 500), code4K))
+		for i := range m {
+			got, err := decompress(m[:i], Options{})
+			if name == "two members" && i == first {
+				if err != nil || len(got) != 500 {
+					t.Errorf("%s, cut to %d bytes: %v", name, i, err)
+				}
+				continue
+			}
+			if err != io.ErrUnexpectedEOF {
+				t.Errorf("%s, cut to %d bytes: %v", name, i, err)
+			}
+			if !bytes.HasPrefix(wants[name], got) {
+				t.Errorf("%s, cut to %d bytes: wrong data", name, i)
+			}
+			// The error of a source that fails comes through.
+			broken := errors.New("broken")
+			z := NewReader(io.MultiReader(bytes.NewReader(m[:i]), iotest.ErrReader(broken)), Options{})
+			if got, err = io.ReadAll(z); err != broken || !bytes.HasPrefix(wants[name], got) {
+				t.Errorf("%s, broken after %d bytes: %v", name, i, err)
+			}
+			z.Close()
+		}
+	}
+}
+
+func TestErrors(t *testing.T) {
+	good := compress(t, benchdata.Words(10, 1000), code4K)
+	change := func(i int, b byte) []byte {
+		m := bytes.Clone(good)
+		if i < 0 {
+			i += len(m)
+		}
+		m[i] ^= b
+		return m
+	}
+	symbols := func(f func(e *memberEncoder)) []byte {
+		e := newMemberEncoder()
+		f(e)
+		return e.member(code4K)
+	}
+	unended := newMemberEncoder()
+	for _, c := range benchdata.Words(11, 400) {
+		unended.literal(c)
+	}
+	unended.flush()
+	tests := []struct {
+		name string
+		data []byte
+		err  error
+	}{
+		{"nothing", nil, io.ErrUnexpectedEOF},
+		{"other format", []byte("\x1f\x8b\x08\x00 and so on"), ErrFormat},
+		{"version 0", change(4, 1), ErrFormat},
+		{"version 2", change(4, 3), ErrFormat},
+		{"dictionary below 4 KiB", change(5, code4K^0x0B), ErrFormat},
+		{"dictionary below 4 KiB by fraction", change(5, code4K^0x2C), ErrFormat},
+		{"dictionary above 512 MiB", change(5, code4K^0x1E), ErrFormat},
+		{"dictionary above the limit", change(5, code4K^0x1C), ErrDictionary},
+		{"first byte of the stream", change(6, 1), ErrFormat},
+		{"code outside of the interval", append([]byte(magic+"\x0c\x00\xff\xff\xff\xff"), make([]byte, 40)...), ErrFormat},
+		{"CRC", change(-20, 1), ErrFormat},
+		{"data size", change(-16, 1), ErrFormat},
+		{"data size, high byte", change(-9, 1), ErrFormat},
+		{"member size", change(-8, 1), ErrFormat},
+		{"member size, high byte", change(-1, 1), ErrFormat},
+		{"no end marker", wrap(code4K, unended.out, unended.data), io.ErrUnexpectedEOF},
+		{"garbage after the member", append(bytes.Clone(good), "garbage"...), ErrFormat},
+		{"little garbage after the member", append(bytes.Clone(good), 0), io.ErrUnexpectedEOF},
+		{"half a header after the member", append(bytes.Clone(good), magic...), io.ErrUnexpectedEOF},
+		{"match with no data", symbols(func(e *memberEncoder) { e.match(0, 2) }), ErrFormat},
+		{"repeat with no data", symbols(func(e *memberEncoder) { e.repeat(0, 2) }), ErrFormat},
+		{"short repeat with no data", symbols(func(e *memberEncoder) { e.shortRepeat() }), ErrFormat},
+		{"distance one too far", symbols(func(e *memberEncoder) { e.literal(1); e.literal(2); e.match(2, 2) }), ErrFormat},
+		{"distance that wraps", symbols(func(e *memberEncoder) { e.literal(1); e.match(0xFFFFFFFE, 2) }), ErrFormat},
+		{
+			"distance beyond the dictionary",
+			symbols(func(e *memberEncoder) {
+				for range 5000 {
+					e.literal(1)
+				}
+				e.match(minDictionary, 2)
+			}),
+			ErrFormat,
+		},
+		{"marker of length 4", symbols(func(e *memberEncoder) { e.literal(1); e.marker(4) }), ErrFormat},
+		{"marker of length 273", symbols(func(e *memberEncoder) { e.literal(1); e.marker(273) }), ErrFormat},
+		{"a member inside of the data", append(bytes.Clone(good[:len(good)-20]), good...), ErrFormat},
+	}
+	for _, test := range tests {
+		for source, wrap := range sources {
+			z := NewReader(wrap(bytes.NewReader(test.data)), Options{})
+			_, err := io.ReadAll(z)
+			if !errors.Is(err, test.err) {
+				t.Errorf("%s, %s: %v", test.name, source, err)
+			}
+			if _, again := z.Next(); again != err {
+				t.Errorf("%s, %s: then %v", test.name, source, again)
+			}
+			z.Close()
+		}
+	}
+}
+
+// TestLastPieceIsChecked: an item that is one piece is not handed out at all if
+// its CRC is wrong.
+func TestLastPieceIsChecked(t *testing.T) {
+	m := compress(t, benchdata.Words(12, 50000), code64K)
+	m[len(m)-20]++
+	if got, err := decompress(m, Options{}); !errors.Is(err, ErrFormat) || len(got) != 0 {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+}
+
+func TestDictionary(t *testing.T) {
+	seen := 0
+	for code := range 256 {
+		size, ok := parseDictionary(byte(code))
+		b, f := code&31, code>>5
+		var want int64
+		if b >= 4 {
+			want = 1<<b - int64(f)<<(b-4)
+		}
+		if wantOK := b <= 29 && want >= 4096; ok != wantOK || ok && int64(size) != want {
+			t.Errorf("code %#x: %d, %t", code, size, ok)
+		} else if ok {
+			seen++
+		}
+	}
+	if seen != 17*8+1 {
+		t.Errorf("%d dictionary sizes", seen)
+	}
+	// All of them work, and cost next to nothing without data.
+	for code := range 256 {
+		if _, ok := parseDictionary(byte(code)); !ok {
+			continue
+		}
+		m := compress(t, benchdata.Words(13, 200), code4K)
+		m[5] = byte(code)
+		got, err := decompress(m, Options{MaxDictionary: maxDictionary})
+		if err != nil || len(got) != 200 {
+			t.Errorf("code %#x: %v", code, err)
+		}
+	}
+}
+
+// TestMemory: the largest dictionary of the format takes no memory that data do
+// not fill.
+func TestMemory(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("needs /proc/self/smaps_rollup")
+	}
+	resident := func() (kib int) {
+		b, err := os.ReadFile("/proc/self/smaps_rollup")
+		if err != nil {
+			t.Skip(err)
+		}
+		_, after, _ := strings.Cut(string(b), "Rss:")
+		if _, err := fmt.Sscan(after, &kib); err != nil {
+			t.Fatal(err)
+		}
+		return kib
+	}
+	m := compress(t, benchdata.Words(14, 100000), code64K)
+	m[5] = 29
+	z := NewReader(bytes.NewReader(m), Options{MaxDictionary: maxDictionary})
+	defer z.Close()
+	before := resident()
+	if _, err := z.Next(); err != nil {
+		t.Fatal(err)
+	}
+	if more := resident() - before; more > 32<<10 {
+		t.Errorf("%d KiB for 100000 bytes", more)
+	}
+}
