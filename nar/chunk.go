@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package nar
+
+import (
+	"context"
+	"io"
+	"sync"
+	"sync/atomic"
+)
+
+// A Chunk is a piece of bytes in memory that several stages of a pipeline can
+// look at at the same time and that is used again when the last of them has
+// released it. So contents travel from a decompressor to a file and to a hash
+// without being copied.
+//
+// Nobody may change Bytes. A Chunk is a small value; copying it does not retain
+// it.
+type Chunk struct {
+	Bytes []byte
+	owner Owner
+}
+
+// An Owner counts the users of a piece of memory. Both methods are safe for
+// concurrent use.
+type Owner interface {
+	// Retain adds a user.
+	Retain()
+	// Release takes a user away. After the last one the memory is used again.
+	Release()
+}
+
+// NewChunk returns a chunk with one user. With a nil owner the memory is left to
+// the garbage collector.
+func NewChunk(b []byte, owner Owner) Chunk { return Chunk{b, owner} }
+
+// Retain adds a user, who must call Release too.
+func (c Chunk) Retain() {
+	if c.owner != nil {
+		c.owner.Retain()
+	}
+}
+
+// Release ends one user's use of the chunk. Each user must call it once.
+func (c Chunk) Release() {
+	if c.owner != nil {
+		c.owner.Release()
+	}
+}
+
+// A Feeder hands out a stream of bytes piece by piece. It is not safe for
+// concurrent use.
+type Feeder interface {
+	// Next returns the next piece, owned by the caller, and io.EOF after the
+	// last. Any other error is final.
+	Next() (Chunk, error)
+}
+
+// buffer is the memory behind the chunks of a ReadAhead.
+type buffer struct {
+	bytes []byte
+	users atomic.Int32
+	home  chan *buffer
+}
+
+func (b *buffer) Retain() { b.users.Add(1) }
+
+func (b *buffer) Release() {
+	if b.users.Add(-1) == 0 {
+		b.home <- b // has room for all buffers
+	}
+}
+
+// A ReadAhead is a [Feeder] that reads from an io.Reader in a goroutine of its
+// own, so that what is behind the reader (a decompressor, a network) works while
+// the consumer does. Its memory is bounded: when all of its buffers are in use
+// it waits until one is released.
+type ReadAhead struct {
+	pieces chan piece
+	stop   context.CancelFunc
+	done   sync.WaitGroup
+	failed error
+}
+
+type piece struct {
+	chunk Chunk
+	err   error
+}
+
+// NewReadAhead starts reading from r, in count buffers of size bytes. It stops
+// at the first error of r, which io.EOF is too, when ctx is done, or at Close.
+func NewReadAhead(ctx context.Context, r io.Reader, count, size int) *ReadAhead {
+	ctx, stop := context.WithCancel(ctx)
+	a := &ReadAhead{pieces: make(chan piece, count), stop: stop}
+	a.done.Go(func() { a.read(ctx, r, count, size) })
+	return a
+}
+
+func (a *ReadAhead) read(ctx context.Context, r io.Reader, count, size int) {
+	defer close(a.pieces)
+	free := make(chan *buffer, count)
+	made := 0
+	var failed error
+	for failed == nil {
+		var b *buffer
+		select {
+		case b = <-free:
+		default:
+			if made < count {
+				b = &buffer{bytes: make([]byte, size), home: free}
+				made++
+				break
+			}
+			select {
+			case b = <-free:
+			case <-ctx.Done():
+				a.send(ctx, piece{err: ctx.Err()})
+				return
+			}
+		}
+		n := 0
+		// Fill the buffer, but do not let a consumer wait that has nothing else
+		// to do.
+		for n < size && failed == nil && (n == 0 || len(a.pieces) > 0) {
+			var m int
+			m, failed = r.Read(b.bytes[n:])
+			n += m
+			if ctx.Err() != nil {
+				failed = ctx.Err()
+			}
+		}
+		if n > 0 {
+			b.users.Store(1)
+			if !a.send(ctx, piece{chunk: Chunk{b.bytes[:n], b}}) {
+				return
+			}
+		}
+	}
+	a.send(ctx, piece{err: failed})
+}
+
+// send delivers p unless nobody listens any more.
+func (a *ReadAhead) send(ctx context.Context, p piece) bool {
+	select {
+	case a.pieces <- p:
+		return true
+	default:
+	}
+	select {
+	case a.pieces <- p:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// Next implements [Feeder].
+func (a *ReadAhead) Next() (Chunk, error) {
+	if a.failed != nil {
+		return Chunk{}, a.failed
+	}
+	p, ok := <-a.pieces
+	if !ok {
+		p.err = context.Canceled
+	}
+	a.failed = p.err
+	return p.chunk, p.err
+}
+
+// Close stops reading and waits for the goroutine to end, which it does as soon
+// as a call of the reader that is under way returns: a caller that has a reader
+// that may block for long must make it return first. Chunks that were handed out
+// stay valid.
+func (a *ReadAhead) Close() {
+	a.stop()
+	for range a.pieces { // the memory goes with it
+	}
+	a.done.Wait()
+}
+
+type readerFeeder struct {
+	r    io.Reader
+	size int
+}
+
+// FeedReader returns a [Feeder] of what r has, without a goroutine: each piece
+// is read when it is asked for, into new memory of size bytes.
+func FeedReader(r io.Reader, size int) Feeder { return &readerFeeder{r, size} }
+
+func (f *readerFeeder) Next() (Chunk, error) {
+	b := make([]byte, f.size)
+	for {
+		n, err := f.r.Read(b)
+		if n > 0 {
+			return Chunk{Bytes: b[:n]}, nil // an error comes back at the next read
+		}
+		if err != nil {
+			return Chunk{}, err
+		}
+	}
+}

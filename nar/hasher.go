@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package nar
+
+import (
+	"context"
+	"crypto/sha256"
+	"hash"
+	"sync"
+)
+
+// A Hasher computes the NarHash of a tree from its nodes, in a goroutine of its
+// own: SHA-256 is what limits a large file once decompression and writing run
+// beside it. Its methods must be called from one goroutine, in the order of the
+// walk: Node for each node, Contents for each piece of the contents of a Regular
+// and EndContents after the last, and Finish in any case.
+//
+// What it hashes is handed over in order, as chunks of contents and as runs of
+// the bytes between them. Small contents are copied into those runs, which saves a
+// hand-over.
+type Hasher struct {
+	ctx    context.Context
+	framer Framer
+	size   uint64
+	frame  []byte // what is not handed over yet; the memory of fill
+	fill   *frameBuffer
+	free   chan *frameBuffer
+	pieces chan Chunk
+	done   sync.WaitGroup
+	state  hash.Hash
+}
+
+// frameBuffer is the memory of a run of framing bytes. It has one user.
+type frameBuffer struct {
+	bytes []byte
+	home  chan *frameBuffer
+}
+
+func (b *frameBuffer) Retain()  { panic("a frame has one user") }
+func (b *frameBuffer) Release() { b.home <- b } // has room for all
+
+const (
+	frameSize    = 64 << 10
+	frameFull    = 32 << 10 // leaves room for what a node and a small piece add
+	frameBuffers = 4
+	hashQueue    = 16
+	// smallPiece is the length in bytes of contents below which they are copied.
+	smallPiece = 4 << 10
+)
+
+// NewHasher starts a hasher. When ctx is done its methods return the error of
+// ctx.
+func NewHasher(ctx context.Context) *Hasher {
+	h := &Hasher{
+		ctx:    ctx,
+		free:   make(chan *frameBuffer, frameBuffers),
+		pieces: make(chan Chunk, hashQueue),
+		state:  sha256.New(),
+	}
+	for range frameBuffers {
+		h.free <- &frameBuffer{home: h.free}
+	}
+	h.done.Go(func() {
+		for c := range h.pieces {
+			h.state.Write(c.Bytes)
+			c.Release()
+		}
+	})
+	return h
+}
+
+// Size is the length of the archive so far, in bytes.
+func (h *Hasher) Size() uint64 { return h.size }
+
+// Node hashes a node, up to the contents of a Regular.
+func (h *Hasher) Node(n Node) error {
+	if err := h.room(); err != nil {
+		return err
+	}
+	before := len(h.frame)
+	h.frame = h.framer.AppendNode(h.frame, n)
+	h.size += uint64(len(h.frame) - before)
+	return h.flush()
+}
+
+// EndContents hashes what follows the contents of a Regular.
+func (h *Hasher) EndContents() error {
+	if err := h.room(); err != nil {
+		return err
+	}
+	before := len(h.frame)
+	h.frame = h.framer.AppendContentsEnd(h.frame)
+	h.size += uint64(len(h.frame) - before)
+	return h.flush()
+}
+
+// Contents hashes a piece of contents. The caller still owns c; the hasher
+// retains it for as long as it needs it.
+func (h *Hasher) Contents(c Chunk) error {
+	h.size += uint64(len(c.Bytes))
+	if len(c.Bytes) < smallPiece {
+		if err := h.room(); err != nil {
+			return err
+		}
+		h.frame = append(h.frame, c.Bytes...)
+		return h.flush()
+	}
+	if err := h.push(); err != nil {
+		return err
+	}
+	c.Retain()
+	if err := h.send(c); err != nil {
+		c.Release()
+		return err
+	}
+	return nil
+}
+
+// Finish ends the goroutine and returns the hash. It means nothing after an
+// error.
+func (h *Hasher) Finish() (sum [sha256.Size]byte) {
+	h.push() // fails only when nobody wants the hash
+	close(h.pieces)
+	h.done.Wait()
+	h.state.Sum(sum[:0])
+	return sum
+}
+
+// room gets memory for framing bytes.
+func (h *Hasher) room() error {
+	if h.fill != nil {
+		return nil
+	}
+	select {
+	case h.fill = <-h.free:
+	case <-h.ctx.Done():
+		return h.ctx.Err()
+	}
+	if h.fill.bytes == nil {
+		h.fill.bytes = make([]byte, 0, frameSize)
+	}
+	h.frame = h.fill.bytes[:0]
+	return nil
+}
+
+// flush hands the framing bytes over if there are many.
+func (h *Hasher) flush() error {
+	if len(h.frame) < frameFull {
+		return nil
+	}
+	return h.push()
+}
+
+// push hands the framing bytes over.
+func (h *Hasher) push() error {
+	if h.fill == nil || len(h.frame) == 0 {
+		return nil
+	}
+	if err := h.send(Chunk{h.frame, h.fill}); err != nil {
+		return err
+	}
+	h.fill, h.frame = nil, nil
+	return nil
+}
+
+func (h *Hasher) send(c Chunk) error {
+	select {
+	case h.pieces <- c:
+		return nil
+	case <-h.ctx.Done():
+		return h.ctx.Err()
+	}
+}

@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package restore
+
+import (
+	"crypto/sha256"
+	"hash"
+	"io"
+
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+)
+
+// A file is a regular file to create.
+type file struct {
+	directory  *directory
+	name       string
+	size       uint64
+	executable bool
+
+	arrived uint64         // bytes in pieces
+	pieces  []nar.Chunk    // all contents, or the first ones when there is a stream
+	copied  bool           // the last piece is our own memory, with room to append
+	stream  chan nar.Chunk // the rest of the contents, nil if there is none
+}
+
+// add takes over c, the next piece of contents.
+func (f *file) add(c nar.Chunk) {
+	f.arrived += uint64(len(c.Bytes))
+	if len(c.Bytes) >= smallPiece || f.arrived == f.size && len(f.pieces) == 0 {
+		f.pieces = append(f.pieces, c)
+		f.copied = false
+		return
+	}
+	if f.copied {
+		last := &f.pieces[len(f.pieces)-1]
+		if len(last.Bytes)+len(c.Bytes) <= cap(last.Bytes) {
+			last.Bytes = append(last.Bytes, c.Bytes...)
+			c.Release()
+			return
+		}
+	}
+	room := min(f.size-f.arrived+uint64(len(c.Bytes)), 8*smallPiece)
+	own := append(make([]byte, 0, room), c.Bytes...)
+	c.Release()
+	f.pieces = append(f.pieces, nar.NewChunk(own, nil))
+	f.copied = true
+}
+
+// release lets go of the memory.
+func (f *file) release() {
+	for _, c := range f.pieces {
+		c.Release()
+	}
+	f.pieces = nil
+}
+
+func (f *file) mode() uint32 {
+	if f.executable {
+		return 0o555
+	}
+	return 0o444
+}
+
+// work creates files until there are no more, or until the first failure.
+func (r *restorer) work() error {
+	for f := range r.files {
+		err := r.create(f)
+		f.release()
+		if err2 := r.complete(f.directory); err == nil {
+			err = err2
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// create makes one file in its final form.
+func (r *restorer) create(f *file) error {
+	share := r.links != nil && f.size >= deduplicationMinimum
+	var key [sha256.Size]byte
+	if share && f.stream == nil {
+		// With all contents at hand a link that exists saves the writing.
+		key = f.linkKey()
+		if r.links.use(&key, f) {
+			return nil
+		}
+	}
+	mode := f.mode()
+	if r.writable {
+		mode |= 0o200
+	}
+	fd, err := unix.Openat(f.directory.fd, f.name,
+		unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, mode)
+	if err != nil {
+		return r.pathError("create", f.name, err)
+	}
+	err = r.fill(fd, f, share, &key)
+	if err == nil && !r.writable {
+		err = futimens(fd, &canonicalTime)
+	}
+	if err2 := unix.Close(fd); err == nil {
+		err = err2
+	}
+	if err != nil {
+		return r.pathError("write", f.name, err)
+	}
+	if share {
+		r.links.share(&key, f)
+	}
+	return nil
+}
+
+// fill writes the contents; of a stream it computes the key of the link too.
+func (r *restorer) fill(fd int, f *file, share bool, key *[sha256.Size]byte) error {
+	for _, c := range f.pieces {
+		if err := writeAll(fd, c.Bytes); err != nil {
+			return err
+		}
+	}
+	if f.stream == nil {
+		return nil
+	}
+	var h *linkHash
+	if share {
+		h = newLinkHash(f)
+		for _, c := range f.pieces {
+			h.Write(c.Bytes)
+		}
+	}
+	f.release() // what follows may need the memory
+	for written := f.arrived; ; {
+		select {
+		case c, ok := <-f.stream:
+			if !ok {
+				if written < f.size { // the walk has failed
+					return io.ErrUnexpectedEOF
+				}
+				if share {
+					h.key(key)
+				}
+				return nil
+			}
+			written += uint64(len(c.Bytes))
+			err := writeAll(fd, c.Bytes)
+			if share {
+				h.Write(c.Bytes)
+			}
+			c.Release()
+			if err != nil {
+				return err
+			}
+		case <-r.ctx.Done():
+			return r.ctx.Err()
+		}
+	}
+}
+
+func writeAll(fd int, b []byte) error {
+	for len(b) > 0 {
+		n, err := unix.Write(fd, b)
+		if err == unix.EINTR {
+			continue
+		} else if err != nil {
+			return err
+		}
+		b = b[n:]
+	}
+	return nil
+}
+
+// linkKey is the key of a file whose contents are complete.
+func (f *file) linkKey() (key [sha256.Size]byte) {
+	h := newLinkHash(f)
+	for _, c := range f.pieces {
+		h.Write(c.Bytes)
+	}
+	h.key(&key)
+	return key
+}
+
+// A linkHash computes the key under which a file is shared: the SHA-256 of the
+// archive that has the file as its root.
+type linkHash struct {
+	hash.Hash
+	framer nar.Framer
+}
+
+func newLinkHash(f *file) *linkHash {
+	h := &linkHash{Hash: sha256.New()}
+	var buffer [256]byte
+	h.Write(h.framer.AppendNode(buffer[:0], nar.Node{Kind: nar.Regular, Size: f.size, Executable: f.executable}))
+	return h
+}
+
+func (h *linkHash) key(key *[sha256.Size]byte) {
+	var buffer [64]byte
+	h.Write(h.framer.AppendContentsEnd(buffer[:0]))
+	h.Sum(key[:0])
+}

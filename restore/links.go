@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package restore
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
+)
+
+// deduplicationMinimum is the length in bytes of the smallest file that is
+// shared (Guix, guix/store/deduplication.scm: %deduplication-minimum-size).
+const deduplicationMinimum = 8192
+
+// links is the directory through which the files of a store share their
+// contents: one hard link for each, named by the hash of the file (Guix,
+// nix/libstore/optimise-store.cc: LocalStore::optimisePath_). Its methods are
+// safe for concurrent use. Sharing is a matter of space only: each failure of it
+// leaves the file as it is.
+type links struct {
+	path string
+
+	mu sync.Mutex
+	fd int // of path, -1 while it is not open
+}
+
+func (l *links) close() {
+	if l.fd >= 0 {
+		unix.Close(l.fd)
+	}
+}
+
+// open returns the descriptor of the directory. With create it makes the
+// directory.
+func (l *links) open(create bool) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.fd >= 0 {
+		return l.fd, nil
+	}
+	const flags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
+	fd, err := unix.Open(l.path, flags, 0)
+	if err == unix.ENOENT && create {
+		if err := unix.Mkdir(l.path, 0o755); err != nil && err != unix.EEXIST {
+			return -1, err
+		}
+		fd, err = unix.Open(l.path, flags, 0)
+	}
+	if err != nil {
+		return -1, err
+	}
+	l.fd = fd
+	return fd, nil
+}
+
+// use creates f as a link to the contents that key names, and tells whether that
+// went well. If not, nothing has been created.
+func (l *links) use(key *[sha256.Size]byte, f *file) bool {
+	fd, err := l.open(false)
+	if err != nil {
+		return false
+	}
+	name := nixbase32.EncodeToString(key[:])
+	if !usable(fd, name, f) {
+		return false
+	}
+	if unix.Linkat(fd, name, f.directory.fd, f.name, 0) != nil {
+		return false
+	}
+	if canonicalize(f) != nil {
+		unix.Unlinkat(f.directory.fd, f.name, 0)
+		return false
+	}
+	return true
+}
+
+// share makes f, which exists in its final form, share its contents with the
+// link that key names, or become that link.
+func (l *links) share(key *[sha256.Size]byte, f *file) {
+	fd, err := l.open(true)
+	if err != nil {
+		return
+	}
+	name := nixbase32.EncodeToString(key[:])
+	if unix.Linkat(f.directory.fd, f.name, fd, name, 0) != unix.EEXIST {
+		return // it is the link now; or the directory is full, or of another owner
+	}
+	if !usable(fd, name, f) {
+		return
+	}
+	// The new link takes the place of the file in one step.
+	temporary := temporaryName()
+	if unix.Linkat(fd, name, fd, temporary, 0) != nil {
+		return
+	}
+	if unix.Renameat(fd, temporary, f.directory.fd, f.name) != nil {
+		unix.Unlinkat(fd, temporary, 0)
+		return
+	}
+	canonicalize(f)
+}
+
+// temporaryName is a name of the form that the daemon clears away should it be
+// left behind.
+func temporaryName() string {
+	var b [8]byte
+	rand.Read(b[:])
+	return fmt.Sprintf(".tmp-link-%d-%s", os.Getpid(), hex.EncodeToString(b[:]))
+}
+
+// usable tells whether the link has the size of f; one that has not was
+// truncated when the machine went down.
+func usable(fd int, name string, f *file) bool {
+	var st unix.Stat_t
+	err := unix.Fstatat(fd, name, &st, unix.AT_SYMLINK_NOFOLLOW)
+	return err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && uint64(st.Size) == f.size
+}
+
+// canonicalize gives a shared file the mode and time of a store file where it has
+// others; then somebody else is making it just now.
+func canonicalize(f *file) error {
+	var st unix.Stat_t
+	if err := unix.Fstatat(f.directory.fd, f.name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return err
+	}
+	if st.Mode&0o7777 != f.mode() {
+		if err := unix.Fchmodat(f.directory.fd, f.name, f.mode(), 0); err != nil {
+			return err
+		}
+	}
+	if st.Mtim != canonicalTime[1] {
+		return unix.UtimesNanoAt(f.directory.fd, f.name, canonicalTime[:], unix.AT_SYMLINK_NOFOLLOW)
+	}
+	return nil
+}

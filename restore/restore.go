@@ -1,0 +1,339 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package restore is where the bytes of a store item go: it writes a stream of
+// nodes in NAR order as files, in the canonical form that the daemon expects of
+// a substitute, and computes the item's NarHash on the way. Start with [Restore].
+//
+// The nodes may come from anybody: nothing is ever written outside the
+// destination or through a symbolic link, and whoever calls Restore compares
+// the resulting hash with one that it trusts, and calls [Remove] when the two
+// differ.
+package restore
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+)
+
+// Options say how [Restore] works. The zero Options restore without
+// de-duplication and without a limit.
+type Options struct {
+	// LinksDirectory is the directory of de-duplication links of the store,
+	// STORE/.links. Files of at least 8192 bytes are shared through it; it is
+	// created when the first is. Empty turns de-duplication off. It must be on
+	// the file system of the destination.
+	LinksDirectory string
+	// MaxBytes is the greatest length of the archive that the nodes may make, in
+	// bytes; 0 is no limit. A tree beyond it fails before the excess is written.
+	MaxBytes uint64
+	// Writable gives the owner permission to write and leaves times as they are,
+	// for trees that are not part of a store.
+	Writable bool
+}
+
+// A Result is what was restored.
+type Result struct {
+	// NarHash is the SHA-256 of the archive of the restored tree.
+	NarHash [sha256.Size]byte
+	// NarSize is the length of that archive in bytes.
+	NarSize uint64
+}
+
+const (
+	// workers is how many files are created at the same time. More than cores,
+	// because file systems wait for disks.
+	workers = 4
+	// maxPieces is how many pieces of contents a file is collected in before it
+	// is created. Files of more pieces are written while they arrive. The
+	// feeders of nodes have many more buffers than this, so that collecting never
+	// takes the last one.
+	maxPieces = 8
+	// smallPiece is the length in bytes below which a piece of contents is copied
+	// to the others of its file instead of being kept: many of them would hold
+	// much memory with little in it.
+	smallPiece = 4 << 10
+	// queuedFiles bounds the files that are complete but not created yet.
+	queuedFiles = 32
+)
+
+// Restore writes the tree of nodes to destination and returns its NarHash and
+// length. Directories get mode 0555, files 0444 or 0555, and everything the
+// modification time 1 second after the Epoch (Guix, guix/serialization.scm:
+// restore-file). The parent of destination must exist and destination must not.
+// The umask of the process must leave read and execute permissions alone; 022 is
+// what the daemon gives its helpers.
+//
+// It returns at the first error of nodes, of the file system or of ctx; whatever
+// has been written by then stays, for [Remove]. Contents that cannot be shared
+// through the links directory are kept as they are, without an error.
+func Restore(ctx context.Context, nodes nar.Nodes, destination string, o Options) (Result, error) {
+	parent, err := unix.Open(filepath.Dir(destination), unix.O_DIRECTORY|unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return Result{}, &os.PathError{Op: "open", Path: filepath.Dir(destination), Err: err}
+	}
+	defer unix.Close(parent)
+	group, ctx := errgroup.WithContext(ctx)
+	r := &restorer{
+		ctx:         ctx,
+		nodes:       nodes,
+		destination: destination,
+		limit:       o.MaxBytes,
+		writable:    o.Writable,
+		files:       make(chan *file, queuedFiles),
+		hash:        nar.NewHasher(ctx),
+		open:        []*directory{{fd: parent}},
+	}
+	if r.limit == 0 {
+		r.limit = 1<<64 - 1
+	}
+	if o.LinksDirectory != "" {
+		r.links = &links{path: o.LinksDirectory, fd: -1}
+		defer r.links.close()
+	}
+	for range workers {
+		group.Go(r.work)
+	}
+	group.Go(r.plan)
+	if err := group.Wait(); err != nil {
+		r.abandon()
+		return Result{}, err
+	}
+	return r.result, nil
+}
+
+// canonicalTime is one second after the Epoch, for access and modification.
+var canonicalTime = [2]unix.Timespec{{Sec: 1}, {Sec: 1}}
+
+type restorer struct {
+	ctx         context.Context
+	nodes       nar.Nodes
+	destination string
+	limit       uint64
+	writable    bool
+	links       *links // nil without de-duplication
+	files       chan *file
+
+	// The rest belongs to plan.
+	hash   *nar.Hasher
+	result Result
+	open   []*directory // the path to the node under way; the first is the parent of destination
+}
+
+// A directory is complete when plan has seen its end and all of its entries are.
+type directory struct {
+	fd      int
+	parent  *directory   // nil: the parent of the destination, which is not ours to complete
+	pending atomic.Int32 // itself, until its end, and each entry that is not complete
+}
+
+// plan walks the nodes: it makes directories, hands files to the workers and
+// everything to the hash.
+func (r *restorer) plan() error {
+	defer close(r.files)
+	defer func() { r.result = Result{r.hash.Finish(), r.hash.Size()} }()
+	for {
+		n, err := r.nodes.Next()
+		if err == io.EOF {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		if err := r.node(n); err != nil {
+			return err
+		}
+		if err := r.ctx.Err(); err != nil {
+			return err
+		}
+	}
+}
+
+func (r *restorer) node(n nar.Node) error {
+	if err := r.hash.Node(n); err != nil {
+		return err
+	}
+	if r.hash.Size() > r.limit {
+		return r.tooLarge()
+	}
+	dir := r.open[len(r.open)-1]
+	name := n.Name
+	if len(r.open) == 1 {
+		name = filepath.Base(r.destination)
+	}
+	switch n.Kind {
+	case nar.End:
+		r.open = r.open[:len(r.open)-1]
+		return r.complete(dir)
+	case nar.Directory:
+		d, err := makeDirectory(dir, name)
+		if err != nil {
+			return r.pathError("mkdir", n.Name, err)
+		}
+		dir.pending.Add(1)
+		r.open = append(r.open, d)
+		return nil
+	case nar.Symlink:
+		if err := unix.Symlinkat(n.Target, dir.fd, name); err != nil {
+			return r.pathError("symlink", n.Name, err)
+		}
+		if r.writable {
+			return nil
+		}
+		if err := unix.UtimesNanoAt(dir.fd, name, canonicalTime[:], unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return r.pathError("utimensat", n.Name, err)
+		}
+		return nil
+	}
+	if n.Size > r.limit-r.hash.Size() {
+		return r.tooLarge()
+	}
+	dir.pending.Add(1)
+	f := &file{directory: dir, name: name, size: n.Size, executable: n.Executable}
+	if err := r.contents(f); err != nil {
+		return err
+	}
+	if err := r.hash.EndContents(); err != nil {
+		return err
+	}
+	if r.hash.Size() > r.limit {
+		return r.tooLarge()
+	}
+	return nil
+}
+
+// contents collects the contents of f and hands it to a worker: whole if it is
+// small, else as a stream.
+func (r *restorer) contents(f *file) error {
+	sent := false
+	err := r.pieces(f, &sent)
+	if err == nil && !sent {
+		err = r.send(f)
+		sent = err == nil
+	}
+	if f.stream != nil {
+		close(f.stream)
+	}
+	if !sent {
+		f.release()
+		r.complete(f.directory)
+	}
+	return err
+}
+
+func (r *restorer) pieces(f *file, sent *bool) error {
+	for arrived := uint64(0); ; {
+		c, err := r.nodes.Contents()
+		if err == io.EOF {
+			if arrived != f.size {
+				return r.pathError("write", f.name, fmt.Errorf("%d bytes of contents instead of %d", arrived, f.size))
+			}
+			return nil
+		} else if err != nil {
+			return err
+		}
+		arrived += uint64(len(c.Bytes))
+		// More contents than the node has said could be more than the limit.
+		if arrived > f.size {
+			c.Release()
+			return r.pathError("write", f.name, errors.New("contents beyond their size"))
+		}
+		if err := r.hash.Contents(c); err != nil {
+			c.Release()
+			return err
+		}
+		if *sent {
+			select {
+			case f.stream <- c:
+				continue
+			case <-r.ctx.Done():
+				c.Release()
+				return r.ctx.Err()
+			}
+		}
+		f.add(c)
+		if len(f.pieces) >= maxPieces && f.arrived < f.size {
+			f.stream = make(chan nar.Chunk, 1)
+			if err := r.send(f); err != nil {
+				return err
+			}
+			*sent = true
+		}
+	}
+}
+
+func (r *restorer) send(f *file) error {
+	select {
+	case r.files <- f:
+		return nil
+	case <-r.ctx.Done():
+		return r.ctx.Err()
+	}
+}
+
+func (r *restorer) tooLarge() error {
+	return fmt.Errorf("%s: more than the %d bytes that it may have", r.destination, r.limit)
+}
+
+// pathError names the file of an error. The whole path below the destination is
+// not known without a cost for each file.
+func (r *restorer) pathError(op, name string, err error) error {
+	path := r.destination
+	if name != "" {
+		path += "/…/" + name
+	}
+	return &os.PathError{Op: op, Path: path, Err: err}
+}
+
+// makeDirectory creates name in parent and opens it, never through a link.
+func makeDirectory(parent *directory, name string) (*directory, error) {
+	if err := unix.Mkdirat(parent.fd, name, 0o755); err != nil {
+		return nil, err
+	}
+	fd, err := unix.Openat(parent.fd, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	d := &directory{fd: fd, parent: parent}
+	d.pending.Store(1) // plan, until the end of the directory
+	return d, nil
+}
+
+// complete takes one of the things away that d waits for; after the last one d
+// gets its final mode and time, and its parent is told.
+func (r *restorer) complete(d *directory) error {
+	for d.parent != nil && d.pending.Add(-1) == 0 {
+		var err error
+		if !r.writable {
+			if err = unix.Fchmod(d.fd, 0o555); err == nil {
+				err = futimens(d.fd, &canonicalTime)
+			}
+		}
+		unix.Close(d.fd)
+		if err != nil {
+			return r.pathError("chmod", "", err)
+		}
+		d = d.parent
+	}
+	return nil
+}
+
+// abandon closes what is left open after an error.
+func (r *restorer) abandon() {
+	for f := range r.files {
+		f.release()
+		r.complete(f.directory)
+	}
+	for _, d := range r.open {
+		r.complete(d)
+	}
+}

@@ -1,0 +1,612 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package restore_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
+)
+
+// makeTree fills an empty directory with files of all kinds, the same for equal
+// seeds.
+func makeTree(t testing.TB, root string, seed uint64, files int) {
+	t.Helper()
+	random := rand.New(rand.NewPCG(seed, 1))
+	check := func(err error) {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	check(os.Mkdir(root, 0o755))
+	dirs := []string{root}
+	for i := range files {
+		dir := dirs[random.IntN(len(dirs))]
+		path := fmt.Sprintf("%s/%c-%d", dir, 'A'+random.IntN(50), i)
+		switch random.IntN(8) {
+		case 0:
+			check(os.Mkdir(path, 0o755))
+			dirs = append(dirs, path)
+		case 1:
+			check(os.Symlink("../"+strings.Repeat("x", 1+random.IntN(100)), path))
+		default:
+			size := random.IntN(30000)
+			if random.IntN(20) == 0 {
+				size = random.IntN(3 << 20)
+			}
+			b := make([]byte, size)
+			for j := range b {
+				b[j] = byte(random.IntN(256))
+			}
+			check(os.WriteFile(path, b, []fs.FileMode{0o644, 0o755}[random.IntN(2)]))
+		}
+	}
+}
+
+// archiveOf returns the archive of a tree.
+func archiveOf(t testing.TB, path string) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	if _, err := nar.Write(&b, nar.NewTree(path)); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+// restoreArchive restores an archive that comes in pieces of the given length.
+func restoreArchive(archive []byte, piece int, destination string, o restore.Options) (restore.Result, error) {
+	ahead := nar.NewReadAhead(context.Background(), bytes.NewReader(archive), 32, piece)
+	defer ahead.Close()
+	return restore.Restore(context.Background(), nar.NewReader(ahead), destination, o)
+}
+
+// checkCanonical checks modes and times of a tree.
+func checkCanonical(t *testing.T, root string) {
+	t.Helper()
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		var st unix.Stat_t
+		if err := unix.Lstat(path, &st); err != nil {
+			return err
+		}
+		if st.Mtim != (unix.Timespec{Sec: 1}) {
+			t.Errorf("%s: modification time %v", path, st.Mtim)
+		}
+		mode := st.Mode & 0o7777
+		switch st.Mode & unix.S_IFMT {
+		case unix.S_IFDIR:
+			if mode != 0o555 {
+				t.Errorf("%s: mode %o", path, mode)
+			}
+		case unix.S_IFREG:
+			if mode != 0o444 && mode != 0o555 {
+				t.Errorf("%s: mode %o", path, mode)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// store returns an empty store that is removed at the end of the test even
+// though its directories are read-only.
+func store(t testing.TB) string {
+	t.Helper()
+	d := filepath.Join(t.TempDir(), "store")
+	if err := os.Mkdir(d, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := restore.Remove(d); err != nil {
+			t.Error(err)
+		}
+	})
+	return d
+}
+
+func TestRoundTrip(t *testing.T) {
+	d := t.TempDir()
+	makeTree(t, d+"/tree", 1, 120)
+	files := map[string]func(string) error{
+		"file":       func(p string) error { return os.WriteFile(p, []byte("hello\n"), 0o644) },
+		"executable": func(p string) error { return os.WriteFile(p, []byte("hello\n"), 0o755) },
+		"empty":      func(p string) error { return os.WriteFile(p, nil, 0o644) },
+		"big":        func(p string) error { return os.WriteFile(p, bytes.Repeat([]byte("abc"), 1<<20), 0o644) },
+		"link":       func(p string) error { return os.Symlink("/gnu/store/x", p) },
+		"directory":  func(p string) error { return os.Mkdir(p, 0o755) },
+	}
+	items := []string{"tree"}
+	for name, f := range files {
+		if err := f(d + "/" + name); err != nil {
+			t.Fatal(err)
+		}
+		items = append(items, name)
+	}
+	for _, item := range items {
+		archive := archiveOf(t, d+"/"+item)
+		for _, piece := range []int{100, 5000, 128 << 10} {
+			for _, deduplicate := range []bool{false, true} {
+				t.Run(fmt.Sprint(item, piece, deduplicate), func(t *testing.T) {
+					s := store(t)
+					var o restore.Options
+					if deduplicate {
+						o.LinksDirectory = s + "/.links"
+					}
+					o.MaxBytes = uint64(len(archive))
+					for _, name := range []string{"one", "two"} {
+						got, err := restoreArchive(archive, piece, s+"/"+name, o)
+						if err != nil {
+							t.Fatal(err)
+						}
+						if want := (restore.Result{NarHash: sha256.Sum256(archive), NarSize: uint64(len(archive))}); got != want {
+							t.Errorf("result %v, want %v", got, want)
+						}
+						if !bytes.Equal(archiveOf(t, s+"/"+name), archive) {
+							t.Errorf("the restored tree is another one")
+						}
+						checkCanonical(t, s+"/"+name)
+					}
+				})
+			}
+		}
+	}
+}
+
+func TestWritable(t *testing.T) {
+	d := t.TempDir()
+	makeTree(t, d+"/tree", 8, 40)
+	archive := archiveOf(t, d+"/tree")
+	if _, err := restoreArchive(archive, 4096, d+"/copy", restore.Options{Writable: true}); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(archiveOf(t, d+"/copy"), archive) {
+		t.Error("the restored tree is another one")
+	}
+	err := filepath.WalkDir(d+"/copy", func(path string, e fs.DirEntry, err error) error {
+		info, err := os.Lstat(path)
+		if err == nil && info.Mode().Perm()&0o200 == 0 || info.ModTime().Unix() == 1 {
+			t.Errorf("%s: %v, %v", path, info.Mode(), info.ModTime())
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// TestLimit checks that no byte beyond the limit is accepted, wherever it is.
+func TestLimit(t *testing.T) {
+	d := t.TempDir()
+	makeTree(t, d+"/tree", 2, 10)
+	archive := archiveOf(t, d+"/tree")
+	for _, less := range []int{1, 8, 100, len(archive) / 2, len(archive) - 10} {
+		s := store(t)
+		_, err := restoreArchive(archive, 4096, s+"/item", restore.Options{MaxBytes: uint64(len(archive) - less)})
+		if err == nil || !strings.Contains(err.Error(), "more than the") {
+			t.Errorf("%d bytes too many: error %v", less, err)
+		}
+	}
+}
+
+// TestHugeFile checks that a size that the archive only claims has no effect.
+func TestHugeFile(t *testing.T) {
+	var framer nar.Framer
+	archive := framer.AppendNode(nil, nar.Node{Kind: nar.Regular, Size: 1 << 62})
+	archive = append(archive, "only this"...)
+	s := store(t)
+	if _, err := restoreArchive(archive, 4096, s+"/item", restore.Options{MaxBytes: 1 << 20}); err == nil || !strings.Contains(err.Error(), "more than the 1048576 bytes") {
+		t.Errorf("error %v", err)
+	}
+	if _, err := restoreArchive(archive, 4096, s+"/item", restore.Options{}); !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("error %v", err)
+	}
+}
+
+// TestTruncated checks that a cut archive is an error, whatever has been
+// written, and that everything can be removed again.
+func TestTruncated(t *testing.T) {
+	d := t.TempDir()
+	makeTree(t, d+"/tree", 3, 60)
+	archive := archiveOf(t, d+"/tree")
+	s := store(t)
+	for i := range 40 {
+		cut := i * len(archive) / 40
+		_, err := restoreArchive(archive[:cut], 10000, s+"/item", restore.Options{LinksDirectory: s + "/.links"})
+		if !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("%d of %d bytes: error %v", cut, len(archive), err)
+		}
+		if err := restore.Remove(s + "/item"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// What has been shared meanwhile is complete.
+	if _, err := restoreArchive(archive, 10000, s+"/item", restore.Options{LinksDirectory: s + "/.links"}); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(archiveOf(t, s+"/item"), archive) {
+		t.Error("the restored tree is another one")
+	}
+	links, err := os.ReadDir(s + "/.links")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range links {
+		sum := sha256.Sum256(archiveOf(t, s+"/.links/"+l.Name()))
+		if got := nixbase32.EncodeToString(sum[:]); got != l.Name() {
+			t.Errorf("link %s has the contents of %s", l.Name(), got)
+		}
+	}
+}
+
+func TestDestinationExists(t *testing.T) {
+	s := store(t)
+	archive := archiveOf(t, s)
+	outside := t.TempDir()
+	if err := os.Symlink(outside, s+"/item"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := restoreArchive(archive, 4096, s+"/item", restore.Options{}); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("error %v", err)
+	}
+	if _, err := restoreArchive(archive, 4096, s+"/absent/item", restore.Options{}); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("error %v", err)
+	}
+}
+
+// node lists for trees that no archive may hold; the restorer must not rely on
+// the reader alone to stay inside the destination.
+type nodeList []nar.Node
+
+func (l *nodeList) Next() (nar.Node, error) {
+	if len(*l) == 0 {
+		return nar.Node{}, io.EOF
+	}
+	n := (*l)[0]
+	*l = (*l)[1:]
+	return n, nil
+}
+
+func (l *nodeList) Contents() (nar.Chunk, error) { return nar.Chunk{}, io.EOF }
+
+func TestNeverThroughLinks(t *testing.T) {
+	outside := t.TempDir()
+	for name, nodes := range map[string]nodeList{
+		"file through a link": {
+			{Kind: nar.Directory},
+			{Kind: nar.Symlink, Name: "a", Target: outside + "/file"},
+			{Kind: nar.Regular, Name: "a"},
+			{Kind: nar.End},
+		},
+		"directory through a link": {
+			{Kind: nar.Directory},
+			{Kind: nar.Symlink, Name: "a", Target: outside},
+			{Kind: nar.Directory, Name: "a"},
+			{Kind: nar.Regular, Name: "file"},
+			{Kind: nar.End},
+			{Kind: nar.End},
+		},
+	} {
+		s := store(t)
+		if _, err := restore.Restore(context.Background(), &nodes, s+"/item", restore.Options{}); !errors.Is(err, fs.ErrExist) {
+			t.Errorf("%s: error %v", name, err)
+		}
+		if entries, err := os.ReadDir(outside); err != nil || len(entries) > 0 {
+			t.Errorf("%s: %v was written outside (error %v)", name, entries, err)
+		}
+	}
+}
+
+// TestMissingContents gives fewer bytes than a node says.
+func TestMissingContents(t *testing.T) {
+	s := store(t)
+	nodes := nodeList{{Kind: nar.Regular, Size: 10000}}
+	_, err := restore.Restore(context.Background(), &nodes, s+"/item", restore.Options{LinksDirectory: s + "/.links"})
+	if err == nil || !strings.Contains(err.Error(), "0 bytes of contents instead of 10000") {
+		t.Errorf("error %v", err)
+	}
+	if _, err := os.Stat(s + "/.links"); err == nil {
+		t.Error("something was shared")
+	}
+}
+
+func TestCancel(t *testing.T) {
+	s := store(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	r, w := io.Pipe()
+	var framer nar.Framer
+	go func() {
+		defer w.Close()
+		w.Write(framer.AppendNode(nil, nar.Node{Kind: nar.Regular, Size: 1 << 40}))
+		for ctx.Err() == nil {
+			w.Write(make([]byte, 1<<20))
+			cancel()
+		}
+	}()
+	ahead := nar.NewReadAhead(ctx, r, 16, 64<<10)
+	_, err := restore.Restore(ctx, nar.NewReader(ahead), s+"/item", restore.Options{})
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("error %v", err)
+	}
+	r.Close()
+	ahead.Close()
+}
+
+// inode returns the number of a file and how many names it has.
+func inode(t *testing.T, path string) (number, names uint64) {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
+		t.Fatal(err)
+	}
+	return st.Ino, uint64(st.Nlink)
+}
+
+func TestDeduplication(t *testing.T) {
+	d := t.TempDir()
+	for name, file := range map[string]struct {
+		size int
+		mode fs.FileMode
+	}{
+		"a": {20000, 0o644}, "b": {20000, 0o644}, "program": {20000, 0o755},
+		"small": {8191, 0o644}, "least": {8192, 0o644},
+		"large": {3 << 20, 0o644}, "twin": {3 << 20, 0o644},
+	} {
+		if err := os.WriteFile(d+"/"+name, bytes.Repeat([]byte("x"), file.size), file.mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	archive := archiveOf(t, d)
+	s := store(t)
+	o := restore.Options{LinksDirectory: s + "/.links"}
+	for _, item := range []string{"one", "two"} {
+		if _, err := restoreArchive(archive, 64<<10, s+"/"+item, o); err != nil {
+			t.Fatal(err)
+		}
+	}
+	names := map[string]uint64{"a": 5, "b": 5, "program": 3, "small": 1, "least": 3, "large": 5, "twin": 5}
+	for name, want := range names {
+		if _, got := inode(t, s+"/one/"+name); got != want {
+			t.Errorf("%s has %d names, want %d", name, got, want)
+		}
+	}
+	// The name of a link is the hash of the file as an archive.
+	const link = "0chzg68p5xqd2562jffa0ms74k7s11a316kx0j0772325mx7z05w" // of 20000 times x
+	want, _ := inode(t, s+"/.links/"+link)
+	if got, _ := inode(t, s+"/two/b"); got != want {
+		t.Errorf("b is not %s", link)
+	}
+	checkCanonical(t, s+"/one")
+	checkCanonical(t, s+"/two")
+}
+
+func TestNoDeduplication(t *testing.T) {
+	d := t.TempDir()
+	file := d + "/file"
+	if err := os.WriteFile(file, make([]byte, 8191), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	s := store(t)
+	if _, err := restoreArchive(archiveOf(t, file), 4096, s+"/small", restore.Options{LinksDirectory: s + "/.links"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(s + "/.links"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("small files make a links directory: %v", err)
+	}
+	if err := os.WriteFile(file, make([]byte, 20000), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	// A link of another size was cut off by a crash; a link with another mode is
+	// being made by somebody; a directory in its place is nonsense.
+	sum := sha256.Sum256(archiveOf(t, file))
+	link := s + "/.links/" + nixbase32.EncodeToString(sum[:])
+	if err := os.Mkdir(s+"/.links", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, prepare := range map[string]func() error{
+		"truncated":   func() error { return os.WriteFile(link, make([]byte, 19999), 0o444) },
+		"directory":   func() error { return os.Mkdir(link, 0o755) },
+		"not a link":  func() error { return os.Symlink("/nowhere", link) },
+		"no .links":   func() error { return os.Remove(s + "/.links") },
+		"a file":      func() error { return errors.Join(os.Remove(s+"/.links"), os.WriteFile(s+"/.links", nil, 0o644)) },
+		"other mode":  func() error { return os.WriteFile(link, make([]byte, 20000), 0o600) },
+		"a good link": func() error { return nil },
+	} {
+		if err := prepare(); err != nil {
+			t.Fatal(name, err)
+		}
+		if _, err := restoreArchive(archiveOf(t, file), 4096, s+"/item", restore.Options{LinksDirectory: s + "/.links"}); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if !bytes.Equal(archiveOf(t, s+"/item"), archiveOf(t, file)) {
+			t.Errorf("%s: wrong contents", name)
+		}
+		checkCanonical(t, s+"/item")
+		os.RemoveAll(s + "/item")
+		os.RemoveAll(s + "/.links")
+		if err := os.Mkdir(s+"/.links", 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestConcurrentDeduplication restores the same item in several places at once.
+func TestConcurrentDeduplication(t *testing.T) {
+	d := t.TempDir()
+	makeTree(t, d+"/tree", 4, 100)
+	archive := archiveOf(t, d+"/tree")
+	s := store(t)
+	failures := make(chan error)
+	const times = 6
+	for i := range times {
+		go func() {
+			_, err := restoreArchive(archive, 30000, fmt.Sprintf("%s/item-%d", s, i), restore.Options{LinksDirectory: s + "/.links"})
+			failures <- err
+		}()
+	}
+	for range times {
+		if err := <-failures; err != nil {
+			t.Error(err)
+		}
+	}
+	for i := range times {
+		item := fmt.Sprintf("%s/item-%d", s, i)
+		if !bytes.Equal(archiveOf(t, item), archive) {
+			t.Errorf("%s is another tree", item)
+		}
+		checkCanonical(t, item)
+	}
+	links, err := os.ReadDir(s + "/.links")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range links {
+		if strings.HasPrefix(l.Name(), ".tmp") {
+			t.Errorf("%s was left behind", l.Name())
+		}
+		if _, names := inode(t, s+"/.links/"+l.Name()); names < times+1 {
+			t.Errorf("link %s has %d names", l.Name(), names)
+		}
+	}
+}
+
+func TestFullDisk(t *testing.T) {
+	d := filepath.Join(t.TempDir(), "small")
+	if err := os.Mkdir(d, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", d, "tmpfs", 0, "size=2m"); err != nil {
+		t.Skipf("cannot mount a small file system (needs root): %v", err)
+	}
+	defer unix.Unmount(d, 0)
+	tree := t.TempDir()
+	makeTree(t, tree+"/tree", 5, 300)
+	_, err := restoreArchive(archiveOf(t, tree+"/tree"), 64<<10, d+"/item", restore.Options{LinksDirectory: d + "/.links"})
+	if !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("error %v", err)
+	}
+	if err := restore.Remove(d + "/item"); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Lstat(d + "/item"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("error %v", err)
+	}
+}
+
+// TestNixStoreOracle has another program look at what was restored.
+func TestNixStoreOracle(t *testing.T) {
+	program, err := exec.LookPath("nix-store")
+	if err != nil {
+		t.Skip("nix-store is not installed")
+	}
+	d := t.TempDir()
+	makeTree(t, d+"/tree", 6, 100)
+	archive, err := exec.Command(program, "--dump", d+"/tree").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := store(t)
+	if _, err := restoreArchive(archive, 64<<10, s+"/item", restore.Options{LinksDirectory: s + "/.links"}); err != nil {
+		t.Fatal(err)
+	}
+	again, err := exec.Command(program, "--dump", s+"/item").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(again, archive) {
+		t.Error("the restored tree is another one")
+	}
+}
+
+func TestRemove(t *testing.T) {
+	d := t.TempDir()
+	outside := t.TempDir()
+	if err := os.WriteFile(outside+"/precious", nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	makeTree(t, d+"/tree", 7, 50)
+	if err := os.Symlink(outside, d+"/tree/link"); err != nil {
+		t.Fatal(err)
+	}
+	deep := d + "/tree"
+	for range 100 {
+		deep += "/deep"
+		if err := os.Mkdir(deep, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for ; deep != d; deep = filepath.Dir(deep) {
+		if err := os.Chmod(deep, 0o100); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 {
+		if err := restore.Remove(d + "/tree"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := os.Lstat(d + "/tree"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("error %v", err)
+	}
+	if _, err := os.Stat(outside + "/precious"); err != nil {
+		t.Error(err)
+	}
+}
+
+func BenchmarkRestore(b *testing.B) {
+	for _, bench := range []struct {
+		name        string
+		files, size int
+	}{{"small", 5000, 1000}, {"medium", 1000, 40000}, {"large", 4, 16 << 20}} {
+		for _, deduplicate := range []bool{false, true} {
+			b.Run(fmt.Sprintf("%s/deduplicate=%v", bench.name, deduplicate), func(b *testing.B) {
+				d := b.TempDir()
+				contents := make([]byte, bench.size)
+				for i := range bench.files {
+					copy(contents, fmt.Sprint(i))
+					if err := os.WriteFile(fmt.Sprintf("%s/%d", d, i), contents, 0o644); err != nil {
+						b.Fatal(err)
+					}
+				}
+				archive := archiveOf(b, d)
+				b.SetBytes(int64(len(archive)))
+				for b.Loop() {
+					b.StopTimer()
+					s := b.TempDir()
+					b.StartTimer()
+					var o restore.Options
+					if deduplicate {
+						o.LinksDirectory = s + "/.links"
+					}
+					if _, err := restoreArchive(archive, 128<<10, s+"/item", o); err != nil {
+						b.Fatal(err)
+					}
+					b.StopTimer()
+					if err := restore.Remove(s); err != nil {
+						b.Fatal(err)
+					}
+					b.StartTimer()
+				}
+			})
+		}
+	}
+}
