@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package eris
+
+import (
+	"bytes"
+	"errors"
+	"strings"
+	"testing"
+
+	"golang.org/x/crypto/blake2b"
+)
+
+func TestBlocks(t *testing.T) {
+	for _, size := range bothSizes {
+		for _, secret := range []ConvergenceSecret{{}, {1, 2, 3}} {
+			plaintext := randomContent(7, int(size))
+			block := make([]byte, size)
+			e := NewEncrypter(secret)
+			pair := e.EncryptLeaf(block, plaintext)
+
+			keyed, err := blake2b.New256(secret[:])
+			if err != nil {
+				t.Fatal(err)
+			}
+			keyed.Write(plaintext)
+			if !bytes.Equal(keyed.Sum(nil), pair.Key[:]) {
+				t.Error("key of a leaf is not the keyed hash")
+			}
+			if pair.Reference != Sum(block) || Verify(pair.Reference, block) != nil {
+				t.Error("reference of a leaf is not its hash")
+			}
+			inPlace := bytes.Clone(plaintext)
+			if e.EncryptLeaf(inPlace, inPlace) != pair || !bytes.Equal(inPlace, block) {
+				t.Error("encrypting in place differs")
+			}
+			Decrypt(inPlace, inPlace, pair.Key, 0)
+			if !bytes.Equal(inPlace, plaintext) {
+				t.Error("leaf does not come back")
+			}
+
+			clear(plaintext[3*pairSize:])
+			pair = EncryptNode(block, plaintext, 5)
+			if pair.Key != Key(blake2b.Sum256(plaintext)) || pair.Reference != Sum(block) {
+				t.Error("key of a node is not the hash")
+			}
+			node, err := DecryptNode(make([]byte, size), block, pair.Key, 5)
+			if err != nil || node.Len() != 3 || !bytes.Equal(node.pairs, plaintext[:3*pairSize]) {
+				t.Errorf("node does not come back: %v", err)
+			}
+			for i := range 3 {
+				if p := node.Pair(i); !bytes.Equal(appendPair(nil, p), plaintext[i*pairSize:][:pairSize]) {
+					t.Errorf("pair %d is wrong", i)
+				}
+			}
+			if _, err := DecryptNode(make([]byte, size), block, pair.Key, 4); err != errNodeKey {
+				t.Errorf("node at another level: %v", err)
+			}
+			pair.Key[31]++
+			if _, err := DecryptNode(make([]byte, size), block, pair.Key, 5); err != errNodeKey {
+				t.Errorf("node with another key: %v", err)
+			}
+		}
+	}
+}
+
+func TestNoAllocations(t *testing.T) {
+	for _, size := range bothSizes {
+		e := NewEncrypter(ConvergenceSecret{})
+		plaintext, block := make([]byte, size), make([]byte, size)
+		plaintext[0] = 1
+		var pair Pair
+		for name, f := range map[string]func(){
+			"EncryptLeaf": func() { pair = e.EncryptLeaf(block, plaintext) },
+			"EncryptNode": func() { pair = EncryptNode(block, plaintext, 1) },
+			"Decrypt":     func() { Decrypt(plaintext, block, pair.Key, 1) },
+			"Verify":      func() { _ = Verify(pair.Reference, block) },
+			"DecryptNode": func() { _, _ = DecryptNode(plaintext, block, pair.Key, 1) },
+		} {
+			pair = EncryptNode(block, plaintext, 1)
+			if n := testing.AllocsPerRun(100, f); n != 0 {
+				t.Errorf("%s of %v: %v allocations", name, size, n)
+			}
+		}
+	}
+}
+
+func TestVerify(t *testing.T) {
+	block := randomContent(1, 1024)
+	ref := Sum(block)
+	if err := Verify(ref, block); err != nil {
+		t.Error(err)
+	}
+	block[1023] ^= 1
+	for name, test := range map[string]struct {
+		ref   Reference
+		block []byte
+		text  string
+	}{
+		"one bit": {ref, block, "do not have this hash"},
+		"cut":     {ref, block[:1023], "1023 bytes is not a block size"},
+		"empty":   {Sum(nil), nil, "0 bytes is not a block size"},
+		// The hash is right, but no block is so long.
+		"2048 bytes": {Sum(make([]byte, 2048)), make([]byte, 2048), "2048 bytes is not a block size"},
+	} {
+		err := Verify(test.ref, test.block)
+		var blockError *BlockError
+		if !errors.As(err, &blockError) || blockError.Reference != test.ref || blockError.Length != len(test.block) {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if !strings.Contains(err.Error(), test.text) || !strings.Contains(err.Error(), test.ref.String()) {
+			t.Errorf("%s: text %q", name, err)
+		}
+	}
+}
+
+func TestPadding(t *testing.T) {
+	for _, size := range bothSizes {
+		for _, n := range []int{0, 1, int(size) - 1, int(size), int(size) + 1, 2*int(size) - 1, 2 * int(size)} {
+			content := bytes.Repeat([]byte{0x80}, n)
+			padded := Pad(bytes.Clone(content), size)
+			if want := (n/int(size) + 1) * int(size); len(padded) != want {
+				t.Fatalf("%d bytes padded to %d, want %d", n, len(padded), want)
+			}
+			if padded[n] != 0x80 || !bytes.Equal(padded[:n], content) || len(bytes.Trim(padded[n+1:], "\x00")) != 0 {
+				t.Errorf("%d bytes padded wrongly", n)
+			}
+			back, err := Unpad(padded)
+			if err != nil || !bytes.Equal(back, content) {
+				t.Errorf("%d bytes came back as %d, %v", n, len(back), err)
+			}
+		}
+	}
+	leaf := make([]byte, 1024)
+	for name, spoil := range map[string]func(){
+		"all zero":            func() {},
+		"ends in 0x42":        func() { leaf[1023] = 0x42 },
+		"0x42 in the padding": func() { leaf[500], leaf[600] = 0x80, 0x42 },
+		"ends in 0x81":        func() { leaf[1023] = 0x81 },
+	} {
+		clear(leaf)
+		spoil()
+		if content, err := Unpad(leaf); err == nil {
+			t.Errorf("%s: %d bytes", name, len(content))
+		}
+	}
+	clear(leaf)
+	leaf[0] = 0x80
+	if content, err := Unpad(leaf); err != nil || len(content) != 0 {
+		t.Errorf("leaf of padding only: %d bytes, %v", len(content), err)
+	}
+}
+
+func TestParseNode(t *testing.T) {
+	for _, size := range bothSizes {
+		full := bytes.Repeat([]byte{1}, int(size))
+		for _, n := range []int{1, 2, size.Arity() - 1, size.Arity()} {
+			plaintext := make([]byte, size)
+			copy(plaintext, full[:n*pairSize])
+			if node, err := ParseNode(plaintext); err != nil || node.Len() != n {
+				t.Errorf("%v, %d pairs: %d, %v", size, n, node.Len(), err)
+			}
+			// A key of zeros is as good as any, and so is a reference with a single bit.
+			clear(plaintext[(n-1)*pairSize : n*pairSize])
+			plaintext[(n-1)*pairSize+31] = 1
+			if node, err := ParseNode(plaintext); err != nil || node.Len() != n {
+				t.Errorf("%v, %d pairs, the last almost zero: %d, %v", size, n, node.Len(), err)
+			}
+		}
+		for name, spoil := range map[string]func(plaintext []byte) error{
+			"all zero":                     func([]byte) error { return errNodeEmpty },
+			"null reference with a key":    func(p []byte) error { copy(p, full[:3*pairSize]); p[3*pairSize+32] = 1; return errNodeTail },
+			"last byte after null pairs":   func(p []byte) error { copy(p, full[:3*pairSize]); p[len(p)-1] = 1; return errNodeTail },
+			"pair after a null pair":       func(p []byte) error { copy(p, full); clear(p[64:128]); return errNodeTail },
+			"null reference first":         func(p []byte) error { copy(p[64:], full[64:]); return errNodeTail },
+			"key only":                     func(p []byte) error { p[63] = 1; return errNodeTail },
+			"last pair has only its key":   func(p []byte) error { copy(p, full); clear(p[len(p)-64 : len(p)-32]); return errNodeTail },
+			"null reference in the middle": func(p []byte) error { copy(p, full); clear(p[512 : 512+32]); return errNodeTail },
+		} {
+			plaintext := make([]byte, size)
+			want := spoil(plaintext)
+			if node, err := ParseNode(plaintext); err != want {
+				t.Errorf("%v, %s: %d pairs, %v", size, name, node.Len(), err)
+			}
+		}
+	}
+	for _, n := range []int{0, 64, 1023, 1025, 65536} {
+		if _, err := ParseNode(make([]byte, n)); err == nil {
+			t.Errorf("node of %d bytes parsed", n)
+		}
+	}
+}
+
+// parseNodeSlowly is ParseNode to the letter of the specification.
+func parseNodeSlowly(plaintext []byte) (pairs []Pair, ok bool) {
+	for i := 0; i < len(plaintext); i += pairSize {
+		if Reference(plaintext[i:i+32]) == (Reference{}) {
+			return pairs, len(pairs) > 0 && len(bytes.Trim(plaintext[i:], "\x00")) == 0
+		}
+		pairs = append(pairs, pairAt(plaintext, i/pairSize))
+	}
+	return pairs, true
+}
+
+func FuzzParseNode(f *testing.F) {
+	f.Add([]byte{}, uint16(0))
+	f.Add(bytes.Repeat([]byte{1}, 1024), uint16(1024))
+	f.Add(bytes.Repeat([]byte{1}, 200), uint16(900))
+	f.Fuzz(func(t *testing.T, data []byte, at uint16) {
+		for _, size := range bothSizes {
+			plaintext := make([]byte, size)
+			copy(plaintext, data)
+			if int(at) < len(plaintext) {
+				copy(plaintext[at:], data)
+			}
+			want, ok := parseNodeSlowly(plaintext)
+			node, err := ParseNode(plaintext)
+			if (err == nil) != ok {
+				t.Fatalf("error %v, want success %v", err, ok)
+			}
+			if err != nil {
+				continue
+			}
+			if node.Len() != len(want) {
+				t.Fatalf("%d pairs, want %d", node.Len(), len(want))
+			}
+			for i := range want {
+				if node.Pair(i) != want[i] {
+					t.Fatalf("pair %d differs", i)
+				}
+			}
+		}
+	})
+}

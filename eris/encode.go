@@ -1,0 +1,341 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package eris
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"runtime"
+	"slices"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// EncodeOptions says how Encode encodes. The zero value follows every recommendation: the block size by the length of the
+// content, the null convergence secret, a worker per core.
+type EncodeOptions struct {
+	BlockSize BlockSize         // 0: the size that BlockSizeFor returns for the length of the content
+	Secret    ConvergenceSecret // zero: the null convergence secret
+	Workers   int               // goroutines that hash, encrypt and put; below 1: runtime.GOMAXPROCS(0)
+}
+
+// A worker takes this many bytes of content at a time. For small blocks it is exactly a subtree of two levels, so that
+// workers make nearly all internal nodes too; for large ones there is one internal node for 128 turns.
+const (
+	turnSmall  = 256 << 10
+	turnLarge  = 128 << 10
+	levelSmall = 2 // of the root of a turn in small blocks
+)
+
+// waitingTurns is how many turns per worker may be done out of order before the workers wait for the one that is late.
+const waitingTurns = 32
+
+// maxEmptyReads is how often a reader may return nothing and no error.
+const maxEmptyReads = 100
+
+// Encode reads content to its end, gives its blocks to the sink, and returns its read capability once the sink has them
+// all. With a nil sink it merely computes the capability.
+//
+// It keeps one buffer of at most 256 KiB per worker; the sink is called by up to that many goroutines at a time. Content
+// that fits one buffer is encoded without further goroutines. The reader is never used by two goroutines at a time, but by
+// different ones one after the other.
+//
+// The first error ends it: one of the reader (io.EOF alone is the end of the content), of the sink, or of the context. A
+// call of Read that is under way cannot be interrupted, and Encode waits for it. What was put by then stays in the sink.
+func Encode(ctx context.Context, r io.Reader, sink Sink, options EncodeOptions) (ReadCapability, error) {
+	size := options.BlockSize
+	if size != 0 && !size.Valid() {
+		return ReadCapability{}, fmt.Errorf("encoding: block size of %d bytes is neither 1 KiB nor 32 KiB", int(size))
+	}
+	if err := ctx.Err(); err != nil {
+		return ReadCapability{}, err
+	}
+
+	// The block size depends on whether the content ends before 16 KiB, and so do the buffers.
+	first := make([]byte, smallContent)
+	n, ended, err := readFull(r, first)
+	if err != nil {
+		return ReadCapability{}, fmt.Errorf("encoding: %w", err)
+	}
+	if size == 0 {
+		size = BlockSize32KiB
+		if ended && n < smallContent { // a reader may return the last bytes together with io.EOF
+			size = BlockSize1KiB
+		}
+	}
+	turn := turnLarge
+	if size == BlockSize1KiB {
+		turn = turnSmall
+	}
+	content := first[:n]
+	if !ended {
+		content = make([]byte, turn)
+		copy(content, first)
+		n, ended, err = readFull(r, content[len(first):])
+		if err != nil {
+			return ReadCapability{}, fmt.Errorf("encoding: %w", err)
+		}
+		content = content[:len(first)+n]
+	}
+
+	if ended {
+		w := newEncodeWorker(sink, size, options.Secret)
+		pairs, err := w.encode(ctx, Pad(content, size))
+		if err != nil {
+			return ReadCapability{}, err
+		}
+		if err := addAll(ctx, &w.tree, 0, pairs); err != nil {
+			return ReadCapability{}, err
+		}
+		return w.tree.finish(ctx)
+	}
+
+	workers := options.Workers
+	if workers < 1 {
+		workers = runtime.GOMAXPROCS(0)
+	}
+	return encodeParallel(ctx, r, content, sink, size, options.Secret, workers)
+}
+
+// readFull reads until b is full or the content ends. Unlike io.ReadFull it takes only io.EOF for the end: a reader's own
+// io.ErrUnexpectedEOF, which says that its input was cut off, must not pass for a shorter content.
+func readFull(r io.Reader, b []byte) (n int, ended bool, err error) {
+	for empty := 0; n < len(b); {
+		m, err := r.Read(b[n:])
+		if m < 0 || m > len(b)-n {
+			return n, false, fmt.Errorf("reader returned a count of %d for %d bytes", m, len(b)-n)
+		}
+		n += m
+		if err == io.EOF {
+			return n, true, nil
+		}
+		if err != nil {
+			return n, false, err
+		}
+		if empty++; m > 0 {
+			empty = 0
+		}
+		if empty >= maxEmptyReads {
+			return n, false, io.ErrNoProgress
+		}
+	}
+	return n, false, nil
+}
+
+func addAll(ctx context.Context, tree *treeBuilder, level int, pairs []Pair) error {
+	for _, pair := range pairs {
+		if err := tree.add(ctx, level, pair); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// encodeWorker encodes one turn after another.
+type encodeWorker struct {
+	leaves leafEncoder
+	tree   treeBuilder // of a turn that is a subtree
+	size   BlockSize
+	pairs  []Pair
+}
+
+func newEncodeWorker(sink Sink, size BlockSize, secret ConvergenceSecret) *encodeWorker {
+	return &encodeWorker{
+		leaves: leafEncoder{encrypter: NewEncrypter(secret), sink: sink},
+		tree:   treeBuilder{size: size, sink: sink},
+		size:   size,
+	}
+}
+
+// encode encodes whole leaves in place. The pairs are valid until the next call.
+func (w *encodeWorker) encode(ctx context.Context, plaintext []byte) ([]Pair, error) {
+	size := int(w.size)
+	w.pairs = w.pairs[:0]
+	for ; len(plaintext) > 0; plaintext = plaintext[size:] {
+		leaf := plaintext[:size]
+		pair, err := w.leaves.encode(ctx, leaf, leaf)
+		if err != nil {
+			return nil, err
+		}
+		w.pairs = append(w.pairs, pair)
+	}
+	return w.pairs, nil
+}
+
+// encodeSubtree encodes content of which every node up to the given level is full, and returns the one pair there.
+func (w *encodeWorker) encodeSubtree(ctx context.Context, content []byte, level int) (Pair, error) {
+	pairs, err := w.encode(ctx, content)
+	if err != nil {
+		return Pair{}, err
+	}
+	if err := addAll(ctx, &w.tree, 0, pairs); err != nil {
+		return Pair{}, err
+	}
+	top := &w.tree.levels[level]
+	root := pairAt(top.pairs, 0)
+	top.pairs = top.pairs[:0]
+	return root, nil
+}
+
+// parallelEncoder is the state that the workers of one Encode share. They read in turns, encode on their own, and hand in
+// pairs; whoever hands in the turn that is next in order goes on to build the tree as far as it can.
+type parallelEncoder struct {
+	size BlockSize
+	turn int // bytes of content in a turn
+	most int // turns that may wait
+
+	in     sync.Mutex // held while reading
+	reader io.Reader
+	turns  int64 // turns read so far
+	atEnd  bool  // the reader has said io.EOF
+	ended  bool  // the last turn has been read
+
+	out      sync.Mutex
+	room     sync.Cond
+	waiting  map[int64]encodedTurn
+	next     int64 // the turn that the tree needs next
+	building bool  // a worker is using the tree
+	tree     treeBuilder
+}
+
+// encodedTurn is what became of one turn: pairs at one level of the tree.
+type encodedTurn struct {
+	level int
+	pairs []Pair
+}
+
+func encodeParallel(ctx context.Context, r io.Reader, first []byte, sink Sink, size BlockSize, secret ConvergenceSecret, workers int) (ReadCapability, error) {
+	p := &parallelEncoder{
+		size: size, turn: len(first), most: workers * waitingTurns,
+		reader: r, turns: 1,
+		waiting: make(map[int64]encodedTurn),
+		tree:    treeBuilder{size: size, sink: sink},
+	}
+	p.room.L = &p.out
+	group, groupCtx := errgroup.WithContext(ctx)
+	// Workers that wait for room must not outlive an error.
+	stop := context.AfterFunc(groupCtx, func() {
+		p.out.Lock()
+		defer p.out.Unlock()
+		p.room.Broadcast()
+	})
+	defer stop()
+	for range workers {
+		buffer := first
+		first = nil
+		group.Go(func() error {
+			return p.work(groupCtx, newEncodeWorker(sink, size, secret), buffer)
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return ReadCapability{}, err
+	}
+	return p.tree.finish(ctx)
+}
+
+// work encodes turns until the content ends. If buffer is not nil, it holds turn 0, which is a whole one.
+func (p *parallelEncoder) work(ctx context.Context, w *encodeWorker, buffer []byte) error {
+	number, last := int64(0), false
+	have := buffer != nil
+	if !have {
+		buffer = make([]byte, p.turn)
+	}
+	for {
+		content := buffer[:p.turn]
+		if !have {
+			var err error
+			content, number, last, err = p.read(ctx, content)
+			if err != nil {
+				return err
+			}
+			if content == nil {
+				return nil
+			}
+		}
+		have = false
+
+		var turn encodedTurn
+		if p.size == BlockSize1KiB && !last {
+			root, err := w.encodeSubtree(ctx, content, levelSmall)
+			if err != nil {
+				return err
+			}
+			turn = encodedTurn{levelSmall, []Pair{root}}
+		} else {
+			if last {
+				content = Pad(content, p.size)
+			}
+			pairs, err := w.encode(ctx, content)
+			if err != nil {
+				return err
+			}
+			turn = encodedTurn{0, slices.Clone(pairs)}
+		}
+		if err := p.handIn(ctx, number, turn); err != nil {
+			return err
+		}
+		if last {
+			return nil
+		}
+	}
+}
+
+// read takes the next turn from the reader. The content is nil if there is none. The last turn is the only one that is not
+// full; it may be empty.
+func (p *parallelEncoder) read(ctx context.Context, buffer []byte) (content []byte, number int64, last bool, err error) {
+	p.in.Lock()
+	defer p.in.Unlock()
+	if p.ended {
+		return nil, 0, false, nil
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, 0, false, err
+	}
+	n := 0
+	if !p.atEnd {
+		if n, p.atEnd, err = readFull(p.reader, buffer); err != nil {
+			p.ended = true
+			return nil, 0, false, fmt.Errorf("encoding: %w", err)
+		}
+	}
+	// The reader may have filled the buffer and said io.EOF at once: the padding then needs a turn of its own.
+	p.ended = p.atEnd && n < len(buffer)
+	p.turns++
+	return buffer[:n], p.turns - 1, p.ended, nil
+}
+
+// handIn gives the pairs of a turn to the tree, now or when those before it have come.
+func (p *parallelEncoder) handIn(ctx context.Context, number int64, turn encodedTurn) error {
+	p.out.Lock()
+	defer p.out.Unlock()
+	for number != p.next && len(p.waiting) >= p.most {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		p.room.Wait()
+	}
+	p.waiting[number] = turn
+	if p.building {
+		return nil // the one who builds will come to it
+	}
+	p.building = true
+	for {
+		turn, ok := p.waiting[p.next]
+		if !ok {
+			break
+		}
+		delete(p.waiting, p.next)
+		p.next++
+		p.room.Broadcast()
+		p.out.Unlock()
+		err := addAll(ctx, &p.tree, turn.level, turn.pairs)
+		p.out.Lock()
+		if err != nil {
+			return err // and building stays set, so that nobody uses the tree again
+		}
+	}
+	p.building = false
+	return nil
+}

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package eris
+
+import (
+	"errors"
+	"fmt"
+)
+
+// ErrNotFound is what a [Blocks] returns, wrapped or not, for a block that it does not have. Readers pass it on, wrapped
+// with the reference.
+var ErrNotFound = errors.New("block not found")
+
+// ErrTooLarge is wrapped by the [*ContentError] of content that is longer than the limit its reader set.
+var ErrTooLarge = errors.New("content is longer than its limit")
+
+// BlockError says that bytes were offered as a block which they are not: their hash is not the reference, or their number
+// is not the block size. The fault lies with who offered them, except in one case: a capability with the wrong block size
+// makes a good block look wrong.
+type BlockError struct {
+	Reference Reference // the block that was asked for
+	Length    int       // how many bytes were offered
+	Want      BlockSize // the block size that was asked for; 0 if either would have done
+}
+
+// Error returns a text with the reference.
+func (e *BlockError) Error() string {
+	switch {
+	case e.Want != 0 && e.Length != int(e.Want):
+		return fmt.Sprintf("block %v: has %d bytes instead of %d", e.Reference, e.Length, int(e.Want))
+	case e.Want == 0 && !BlockSize(e.Length).Valid():
+		return fmt.Sprintf("block %v: %d bytes is not a block size", e.Reference, e.Length)
+	}
+	return fmt.Sprintf("block %v: its bytes do not have this hash", e.Reference)
+}
+
+// ContentError says that content cannot be decoded although every block is what its reference says: the read capability is
+// wrong, the tree is not one that an encoder makes, or the content is longer than allowed ([ErrTooLarge]). No source of
+// blocks can help.
+type ContentError struct {
+	Root Reference // the root reference of the content's capability
+	Err  error     // what is wrong
+}
+
+// Error returns a text with the root reference.
+func (e *ContentError) Error() string {
+	return fmt.Sprintf("content with root %v: %v", e.Root, e.Err)
+}
+
+// Unwrap returns Err.
+func (e *ContentError) Unwrap() error { return e.Err }

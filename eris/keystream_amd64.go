@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+//go:build amd64 && !purego && gc
+
+package eris
+
+import (
+	"encoding/binary"
+
+	"golang.org/x/sys/cpu"
+)
+
+// The 512-bit routine is used from the processor generation on that has VBMI2 (Ice Lake, Zen 4). Older ones with AVX-512
+// lower their clock for 512-bit work, which would cost BLAKE2b, the greater part of the work, more than the cipher gains.
+var (
+	useAVX2   = cpu.X86.HasAVX2
+	useAVX512 = cpu.X86.HasAVX512F && cpu.X86.HasAVX512VBMI2
+)
+
+// Bytes that one turn of each routine makes: 8 and 16 blocks of the cipher. Both divide both block sizes.
+const (
+	strideAVX2   = 8 * 64
+	strideAVX512 = 16 * 64
+)
+
+// xorKeyStreamAVX2 writes src xor the key stream to dst, for strides of 512 bytes. State is the initial state of the
+// cipher; its counter is taken as the start.
+//
+//go:noescape
+func xorKeyStreamAVX2(dst, src *byte, strides int, state *[16]uint32)
+
+// xorKeyStreamAVX512 is the same for strides of 1024 bytes.
+//
+//go:noescape
+func xorKeyStreamAVX512(dst, src *byte, strides int, state *[16]uint32)
+
+// initialState returns the state of RFC 8439, section 2.3, with the counter at 0.
+func initialState(key *Key, level byte) [16]uint32 {
+	return [16]uint32{
+		0x61707865, 0x3320646e, 0x79622d32, 0x6b206574,
+		binary.LittleEndian.Uint32(key[0:]), binary.LittleEndian.Uint32(key[4:]),
+		binary.LittleEndian.Uint32(key[8:]), binary.LittleEndian.Uint32(key[12:]),
+		binary.LittleEndian.Uint32(key[16:]), binary.LittleEndian.Uint32(key[20:]),
+		binary.LittleEndian.Uint32(key[24:]), binary.LittleEndian.Uint32(key[28:]),
+		0, uint32(level), 0, 0,
+	}
+}
+
+// xorKeyStreamVector does the work of xorKeyStream, whose checks have been made, if this processor can; else it returns
+// false and does nothing.
+func xorKeyStreamVector(dst, src []byte, key *Key, level byte) bool {
+	if !useAVX2 {
+		return false
+	}
+	state := initialState(key, level)
+	if useAVX512 {
+		xorKeyStreamAVX512(&dst[0], &src[0], len(src)/strideAVX512, &state)
+	} else {
+		xorKeyStreamAVX2(&dst[0], &src[0], len(src)/strideAVX2, &state)
+	}
+	return true
+}

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package eris
+
+import (
+	"errors"
+	"fmt"
+
+	"golang.org/x/crypto/blake2b"
+)
+
+// Node is the plaintext of an internal node: from 1 to arity pairs, and zero bytes behind them. It is a view of the memory
+// it was parsed from.
+type Node struct {
+	pairs []byte
+}
+
+var (
+	errNodeEmpty = errors.New("internal node has no reference")
+	errNodeTail  = errors.New("internal node has bytes behind its null reference")
+	errNodeKey   = errors.New("key of an internal node is not the hash of its content")
+)
+
+// ParseNode reads the plaintext of an internal node, which must have the length of a block. It returns an error if the
+// node has no pair, or if anything but zero bytes follows the first null reference, the key beside it included (ERIS 1.0.0,
+// section "Decoding"). It checks neither the key of the node nor that it is full: see [DecryptNode].
+func ParseNode(plaintext []byte) (Node, error) {
+	if !BlockSize(len(plaintext)).Valid() {
+		return Node{}, fmt.Errorf("internal node has %d bytes", len(plaintext))
+	}
+	// Nearly every node is full, so look for the null reference from the end: the last pair that has any byte decides.
+	n := len(plaintext)
+	for n > 0 && [pairSize]byte(plaintext[n-pairSize:n]) == [pairSize]byte{} {
+		n -= pairSize
+	}
+	if n == 0 {
+		return Node{}, errNodeEmpty
+	}
+	for i := 0; i < n; i += pairSize {
+		if Reference(plaintext[i:i+32]) == (Reference{}) {
+			return Node{}, errNodeTail
+		}
+	}
+	return Node{pairs: plaintext[:n]}, nil
+}
+
+// DecryptNode decrypts the block of an internal node at the given level (from 1 on) into dst, checks that its key is the
+// hash of its content, and parses it. Every internal node can be checked so, because the convergence secret has no part in
+// its key; this finds trees that were forged below a root, and a wrong level or key in a capability. The block must have
+// been verified. dst and block must be of equal and valid length, and be the same memory or not overlap.
+func DecryptNode(dst, block []byte, key Key, level int) (Node, error) {
+	if level < 1 {
+		panic("eris: internal node at level 0")
+	}
+	Decrypt(dst, block, key, level)
+	if blake2b.Sum256(dst) != [32]byte(key) {
+		return Node{}, errNodeKey
+	}
+	return ParseNode(dst)
+}
+
+// Len returns the number of pairs, from 1 to the arity.
+func (n Node) Len() int { return len(n.pairs) / pairSize }
+
+// Pair returns the i-th pair, from 0 on, of the child at the next lower level.
+func (n Node) Pair(i int) Pair {
+	return pairAt(n.pairs, i)
+}
+
+// pairAt reads the i-th pair of an internal node's plaintext.
+func pairAt(plaintext []byte, i int) Pair {
+	p := plaintext[i*pairSize : (i+1)*pairSize]
+	return Pair{Reference(p[:32]), Key(p[32:])}
+}
+
+// appendPair writes a pair in the form it has in an internal node.
+func appendPair(b []byte, p Pair) []byte {
+	b = append(b, p.Reference[:]...)
+	return append(b, p.Key[:]...)
+}

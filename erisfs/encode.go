@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package erisfs
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"runtime"
+	"strings"
+	"unicode/utf8"
+
+	"golang.org/x/sync/errgroup"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+)
+
+// EncodeOptions say how [Encode] works. The zero value is what everything that is
+// published must have, so that independent publishers come to the same capability.
+type EncodeOptions struct {
+	// Secret is the convergence secret of the files and of the index.
+	Secret eris.ConvergenceSecret
+	// Workers is how many files are encoded at a time; a core each by default.
+	Workers int
+}
+
+// A Result is a tree that has been encoded.
+type Result struct {
+	// Capability denotes the index.
+	Capability eris.ReadCapability
+	// Index is what it denotes.
+	Index *Index
+	// NarHash is the SHA-256 of the archive of the tree, and NarSize its length in
+	// bytes.
+	NarHash [sha256.Size]byte
+	NarSize uint64
+}
+
+// wholeFile is the length in bytes up to which a file is collected and encoded by
+// one worker; larger files are encoded by all of them, one after the other.
+const wholeFile = 1 << 20
+
+// Encode encodes a tree: it puts the blocks of each file and of the index into
+// sink, and returns the capability of the index. With a nil sink it computes the
+// capability only. The sink is called from several goroutines.
+//
+// The block size of each content is that of [eris.BlockSizeFor]. The result has
+// been checked: the index, read back, makes the tree whose NarHash is in the
+// result. A tree that has no ERIS-FS form is an error that wraps
+// [ErrNotRepresentable]; what has been put by then stays in the sink. Other errors
+// are those of nodes, of the sink and of ctx.
+func Encode(ctx context.Context, nodes nar.Nodes, sink eris.Sink, o EncodeOptions) (Result, error) {
+	if o.Workers < 1 {
+		o.Workers = runtime.GOMAXPROCS(0)
+	}
+	group, groupContext := errgroup.WithContext(ctx)
+	e := &encoder{
+		ctx: groupContext, nodes: nodes, sink: sink, options: o,
+		hash:  nar.NewHasher(groupContext),
+		files: make(chan *wholeContents, o.Workers),
+	}
+	for range o.Workers {
+		group.Go(e.work)
+	}
+	group.Go(e.walk)
+	if err := group.Wait(); err != nil {
+		return Result{}, err
+	}
+	r := Result{NarHash: e.sum, NarSize: e.hash.Size()}
+	entries := make([]Entry, len(e.entries))
+	for i, p := range e.entries {
+		entries[i] = *p
+	}
+	var err error
+	if r.Index, err = NewIndex(entries); err != nil {
+		return Result{}, err
+	}
+	index := r.Index.Encode()
+	if err := e.verify(index, r); err != nil {
+		return Result{}, fmt.Errorf("the index does not describe the tree: %w", err)
+	}
+	r.Capability, err = eris.Encode(ctx, bytes.NewReader(index), sink,
+		eris.EncodeOptions{BlockSize: eris.BlockSizeFor(int64(len(index))), Secret: o.Secret, Workers: o.Workers})
+	if err != nil {
+		return Result{}, fmt.Errorf("index: %w", err)
+	}
+	return r, nil
+}
+
+type encoder struct {
+	ctx     context.Context
+	nodes   nar.Nodes
+	sink    eris.Sink
+	options EncodeOptions
+	files   chan *wholeContents
+
+	// The rest belongs to walk until it has ended.
+	hash    *nar.Hasher
+	sum     [sha256.Size]byte
+	entries []*Entry
+	shape   []nar.Node // the walk
+	path    []string
+	empty   bool // the directory under way has no entries so far
+}
+
+// wholeContents is a file that has been read.
+type wholeContents struct {
+	entry  *Entry
+	chunks []nar.Chunk
+}
+
+// walk reads the tree, encodes large files and hands small ones to the workers.
+func (e *encoder) walk() error {
+	defer close(e.files)
+	defer func() { e.sum = e.hash.Finish() }()
+	for {
+		n, err := e.nodes.Next()
+		if err == io.EOF {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		if err := e.node(n); err != nil {
+			return err
+		}
+	}
+}
+
+func (e *encoder) node(n nar.Node) error {
+	if err := e.hash.Node(n); err != nil {
+		return err
+	}
+	e.shape = append(e.shape, n)
+	switch n.Kind {
+	case nar.Directory:
+		if !utf8.ValidString(n.Name) {
+			return fmt.Errorf("%w: the name %.300q is not UTF-8", ErrNotRepresentable, n.Name)
+		}
+		e.path = append(e.path, n.Name)
+		e.empty = true
+		return nil
+	case nar.End:
+		if e.empty {
+			return fmt.Errorf("%w: directory %q is empty", ErrNotRepresentable, strings.Join(e.path[1:], "/"))
+		}
+		e.path = e.path[:len(e.path)-1]
+		return nil
+	}
+	if !utf8.ValidString(n.Name) || !utf8.ValidString(n.Target) {
+		return fmt.Errorf("%w: the name or target %.300q is not UTF-8", ErrNotRepresentable, n.Name+n.Target)
+	}
+	e.empty = false
+	entry := &Entry{Kind: n.Kind, Executable: n.Executable, Target: n.Target}
+	if len(e.path) > 0 {
+		entry.Path = strings.Join(append(e.path[1:len(e.path):len(e.path)], n.Name), "/")
+	}
+	e.entries = append(e.entries, entry)
+	if n.Kind == nar.Symlink {
+		return entry.check()
+	}
+	if err := e.file(entry, n); err != nil {
+		return err
+	}
+	return e.hash.EndContents()
+}
+
+// file encodes a file, or has it encoded.
+func (e *encoder) file(entry *Entry, n nar.Node) error {
+	if n.Size > wholeFile {
+		c, err := eris.Encode(e.ctx, &contentsReader{e: e}, e.sink,
+			eris.EncodeOptions{BlockSize: eris.BlockSizeFor(int64(n.Size)), Secret: e.options.Secret, Workers: e.options.Workers})
+		entry.Capability = c
+		return err
+	}
+	w := &wholeContents{entry: entry}
+	for {
+		c, err := e.nodes.Contents()
+		if err == io.EOF {
+			break
+		} else if err != nil {
+			return err
+		}
+		if err := e.hash.Contents(c); err != nil {
+			return err
+		}
+		w.chunks = append(w.chunks, c)
+	}
+	select {
+	case e.files <- w:
+		return nil
+	case <-e.ctx.Done():
+		return e.ctx.Err()
+	}
+}
+
+// contentsReader reads the contents of the file under way, and hashes them.
+type contentsReader struct {
+	e     *encoder
+	chunk nar.Chunk
+	rest  []byte
+}
+
+func (r *contentsReader) Read(p []byte) (int, error) {
+	if len(r.rest) == 0 {
+		r.chunk.Release()
+		r.chunk = nar.Chunk{}
+		c, err := r.e.nodes.Contents()
+		if err != nil {
+			return 0, err
+		}
+		r.chunk, r.rest = c, c.Bytes
+		if err := r.e.hash.Contents(c); err != nil {
+			return 0, err
+		}
+	}
+	n := copy(p, r.rest)
+	r.rest = r.rest[n:]
+	return n, nil
+}
+
+// work encodes the files that it is handed.
+func (e *encoder) work() error {
+	for w := range e.files {
+		length := 0
+		for _, c := range w.chunks {
+			length += len(c.Bytes)
+		}
+		encoder, err := eris.NewEncoder(e.ctx, e.sink, eris.BlockSizeFor(int64(length)), e.options.Secret)
+		if err != nil {
+			return err
+		}
+		for _, c := range w.chunks {
+			_, err := encoder.Write(c.Bytes)
+			c.Release()
+			if err != nil {
+				return fmt.Errorf("file %.300q: %w", w.entry.Path, err)
+			}
+		}
+		if w.entry.Capability, err = encoder.Close(); err != nil {
+			return fmt.Errorf("file %.300q: %w", w.entry.Path, err)
+		}
+	}
+	return nil
+}
+
+// verify reads the index back, as whoever fetches it will, and compares the tree
+// that it makes with the walk.
+func (e *encoder) verify(index []byte, r Result) error {
+	limits := Limits{NarSize: max(r.NarSize, 1<<20)}
+	if int64(len(index)) > limits.IndexLength() {
+		return fmt.Errorf("%w: its paths are too long", ErrNotRepresentable)
+	}
+	x, err := Decode(index, limits)
+	if err != nil {
+		return err
+	}
+	t := &Tree{entries: x.entries}
+	for i := range e.shape {
+		if len(t.queue) == 0 {
+			t.plan()
+		}
+		if len(t.queue) == 0 {
+			return errors.New("nodes are missing")
+		}
+		n := t.queue[0]
+		t.queue = t.queue[1:]
+		if n.Kind == nar.Regular || n.Kind == nar.Symlink {
+			if t.entries[0].Capability != r.Index.entries[len(r.Index.entries)-len(t.entries)].Capability {
+				return fmt.Errorf("entry %.300q has another capability", t.entries[0].Path)
+			}
+			t.entries = t.entries[1:]
+		}
+		want := e.shape[i]
+		want.Size = 0
+		if n != want {
+			return fmt.Errorf("node %d is %v instead of %v", i, n, want)
+		}
+	}
+	return nil
+}
