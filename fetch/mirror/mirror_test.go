@@ -1,0 +1,832 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package mirror_test
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+)
+
+// hashes returns n different hash parts.
+func hashes(n int) []string {
+	hs := make([]string, n)
+	for i := range hs {
+		hs[i] = fmt.Sprintf("%032d", i)
+	}
+	return hs
+}
+
+// collect asks for narinfos and returns the answers by hash part.
+func collect(ctx context.Context, c *mirror.Client, server string, hs []string) (map[string]mirror.Answer, error) {
+	var mu sync.Mutex
+	answers := map[string]mirror.Answer{}
+	err := c.Narinfos(ctx, server, hs, func(a mirror.Answer) {
+		mu.Lock()
+		defer mu.Unlock()
+		if _, twice := answers[a.Hash]; twice {
+			panic("answered twice: " + a.Hash)
+		}
+		answers[a.Hash] = a
+	})
+	return answers, err
+}
+
+// check makes sure that each item has the answer that serve gives.
+func check(t *testing.T, answers map[string]mirror.Answer, hs []string) {
+	t.Helper()
+	if len(answers) != len(hs) {
+		t.Errorf("%d answers, want %d", len(answers), len(hs))
+	}
+	for _, h := range hs {
+		a := answers[h]
+		if want := "narinfo of " + h; a.Status != 200 || string(a.Body) != want {
+			t.Errorf("%s: status %d, body %.100q, want %q", h, a.Status, a.Body, want)
+		}
+	}
+}
+
+// serve answers requests for narinfos below /base/.
+func serve(w http.ResponseWriter, r *http.Request) {
+	hash, ok := strings.CutPrefix(r.URL.Path, "/base/")
+	hash, ok2 := strings.CutSuffix(hash, ".narinfo")
+	if !ok || !ok2 || len(hash) != 32 {
+		http.Error(w, "what?", http.StatusBadRequest)
+		return
+	}
+	io.WriteString(w, "narinfo of "+hash)
+}
+
+func client(t *testing.T, o mirror.Options) *mirror.Client {
+	c := mirror.NewClient(o)
+	t.Cleanup(c.Close)
+	return c
+}
+
+func TestNarinfos(t *testing.T) {
+	var inFlight, most, connections atomic.Int64
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		n := inFlight.Add(1)
+		defer inFlight.Add(-1)
+		for {
+			m := most.Load()
+			if n <= m || most.CompareAndSwap(m, n) {
+				break
+			}
+		}
+		time.Sleep(time.Millisecond)
+		serve(w, r)
+	}))
+	server.Config.ConnState = func(_ net.Conn, s http.ConnState) {
+		if s == http.StateNew {
+			connections.Add(1)
+		}
+	}
+	server.Start()
+	defer server.Close()
+	c := client(t, mirror.Options{MaxConnections: 7})
+	for _, base := range []string{"/base", "/base/"} {
+		for _, n := range []int{0, 1, 2, 5, 300} {
+			hs := hashes(n)
+			answers, err := collect(t.Context(), c, server.URL+base, hs)
+			if err != nil {
+				t.Fatal(err)
+			}
+			check(t, answers, hs)
+		}
+	}
+	if most.Load() > 7 || most.Load() < 2 {
+		t.Errorf("%d requests at the same time, want at most 7, and several", most.Load())
+	}
+	if connections.Load() > 7 {
+		t.Errorf("%d connections, want at most 7: they are to be used again", connections.Load())
+	}
+}
+
+func TestAnswers(t *testing.T) {
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		i, _ := strconv.Atoi(strings.Trim(strings.TrimSuffix(r.URL.Path, ".narinfo"), "/"))
+		switch i {
+		case 0:
+			w.Header().Set("Cache-Control", `public, Max-Age="77"`)
+			io.WriteString(w, "text")
+		case 1:
+			w.Header().Set("Cache-Control", "max-age=12")
+			w.Header().Set("X-Baking", "1")
+			http.NotFound(w, r)
+		case 2:
+			http.Redirect(w, r, "/elsewhere", http.StatusFound)
+		case 3:
+			w.WriteHeader(http.StatusInternalServerError)
+			w.Write(make([]byte, 100000))
+		case 4: // chunked
+			io.WriteString(w, "a")
+			w.(http.Flusher).Flush()
+			io.WriteString(w, "b")
+		case 5:
+			w.Write(make([]byte, mirror.MaxNarinfo+1))
+		case 6:
+			w.Write(make([]byte, mirror.MaxNarinfo))
+		case 7:
+			w.WriteHeader(http.StatusEarlyHints)
+			io.WriteString(w, "after hints")
+		case 8:
+			w.Header().Set("Cache-Control", "max-age=-5")
+			w.Header().Set("Connection", "close")
+			io.WriteString(w, "")
+		}
+	}))
+	defer server.Close()
+	answers, err := collect(t.Context(), client(t, mirror.Options{}), server.URL, hashes(9))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []struct {
+		status, length int
+		age            time.Duration
+		baking         bool
+	}{
+		{200, 4, 77 * time.Second, false},
+		{404, -1, 12 * time.Second, true},
+		{302, -1, -1, false},
+		{500, -1, -1, false},
+		{200, 2, -1, false},
+		{200, -1, -1, false}, // too long
+		{200, mirror.MaxNarinfo, -1, false},
+		{200, 11, -1, false},
+		{200, 0, -1, false},
+	}
+	for i, h := range hashes(9) {
+		a, w := answers[h], want[i]
+		length := -1
+		if a.Body != nil {
+			length = len(a.Body)
+		}
+		if a.Status != w.status || length != w.length || a.MaxAge != w.age || a.Baking != w.baking {
+			t.Errorf("answer %d: status %d, %d bytes, max-age %v, baking %v; want %+v", i, a.Status, length, a.MaxAge, a.Baking, w)
+		}
+	}
+}
+
+// rawServer serves connections with a function; each gets the number of the
+// connection.
+func rawServer(t *testing.T, f func(n int, conn net.Conn, r *bufio.Reader)) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wait sync.WaitGroup
+	var mu sync.Mutex
+	var open []net.Conn
+	wait.Go(func() {
+		for n := 0; ; n++ {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			mu.Lock()
+			open = append(open, conn)
+			mu.Unlock()
+			wait.Go(func() {
+				defer conn.Close()
+				f(n, conn, bufio.NewReader(conn))
+			})
+		}
+	})
+	t.Cleanup(func() {
+		l.Close()
+		mu.Lock()
+		for _, c := range open {
+			c.Close()
+		}
+		mu.Unlock()
+		wait.Wait()
+	})
+	return "http://" + l.Addr().String() + "/base"
+}
+
+// reply reads a request and answers it; false when there is none.
+func reply(conn net.Conn, r *bufio.Reader) bool {
+	request, err := http.ReadRequest(r)
+	if err != nil {
+		return false
+	}
+	body := "narinfo of " + strings.TrimSuffix(strings.TrimPrefix(request.URL.Path, "/base/"), ".narinfo")
+	_, err = fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+	return err == nil
+}
+
+// TestUnwillingServers asks servers that do not like many requests on a
+// connection, each in its own way.
+func TestUnwillingServers(t *testing.T) {
+	servers := map[string]func(n int, conn net.Conn, r *bufio.Reader){
+		"one answer per connection": func(n int, conn net.Conn, r *bufio.Reader) {
+			reply(conn, r)
+		},
+		"says that it closes": func(n int, conn net.Conn, r *bufio.Reader) {
+			request, err := http.ReadRequest(r)
+			if err == nil {
+				body := "narinfo of " + strings.TrimSuffix(strings.TrimPrefix(request.URL.Path, "/base/"), ".narinfo")
+				fmt.Fprintf(conn, "HTTP/1.0 200 OK\r\n\r\n%s", body)
+			}
+		},
+		"drops what follows a request": func(n int, conn net.Conn, r *bufio.Reader) {
+			for reply(conn, r) {
+				if r.Buffered() > 0 {
+					return
+				}
+			}
+		},
+		"three answers": func(n int, conn net.Conn, r *bufio.Reader) {
+			for range 3 {
+				reply(conn, r)
+			}
+		},
+		"refuses the first connections": func(n int, conn net.Conn, r *bufio.Reader) {
+			if n >= 2 {
+				for reply(conn, r) {
+				}
+			}
+		},
+		"cuts an answer now and then": func(n int, conn net.Conn, r *bufio.Reader) {
+			for i := 0; reply(conn, r); i++ {
+				if i == 5 && n < 5 {
+					io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nnot all")
+					return
+				}
+			}
+		},
+	}
+	for name, f := range servers {
+		t.Run(name, func(t *testing.T) {
+			server := rawServer(t, f)
+			hs := hashes(100)
+			answers, err := collect(t.Context(), client(t, mirror.Options{}), server, hs)
+			if err != nil {
+				t.Fatal(err)
+			}
+			check(t, answers, hs)
+		})
+	}
+}
+
+// TestBrokenServers checks that nothing a server does makes a look-up fail to
+// end, and that a broken server is not asked again.
+func TestBrokenServers(t *testing.T) {
+	endless := func(conn net.Conn, s string) {
+		for {
+			if _, err := io.WriteString(conn, s); err != nil {
+				return
+			}
+		}
+	}
+	servers := map[string]func(n int, conn net.Conn, r *bufio.Reader){
+		"closes at once":  func(n int, conn net.Conn, r *bufio.Reader) {},
+		"no HTTP":         func(n int, conn net.Conn, r *bufio.Reader) { io.WriteString(conn, "220 smtp.example.org ESMTP\r\n") },
+		"endless header":  func(n int, conn net.Conn, r *bufio.Reader) { endless(conn, "HTTP/1.1 200 OK\r\nX: 1\r\n") },
+		"endless line":    func(n int, conn net.Conn, r *bufio.Reader) { endless(conn, "HTTP/1.1 ") },
+		"endless interim": func(n int, conn net.Conn, r *bufio.Reader) { endless(conn, "HTTP/1.1 100 Continue\r\n\r\n") },
+		"silent":          func(n int, conn net.Conn, r *bufio.Reader) { io.Copy(io.Discard, r) },
+		"silent in a body": func(n int, conn net.Conn, r *bufio.Reader) {
+			io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx")
+			io.Copy(io.Discard, r)
+		},
+		"trickles": func(n int, conn net.Conn, r *bufio.Reader) {
+			for _, c := range "HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + strings.Repeat("x", 1000) {
+				time.Sleep(20 * time.Millisecond)
+				if _, err := io.WriteString(conn, string(c)); err != nil {
+					return
+				}
+			}
+		},
+	}
+	for name, f := range servers {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			server := rawServer(t, f)
+			c := client(t, mirror.Options{NarinfoTimeout: 300 * time.Millisecond})
+			var failure *mirror.ServerError
+			answers, err := collect(t.Context(), c, server, hashes(50))
+			if !errors.As(err, &failure) || len(answers) > 0 {
+				t.Fatalf("error %v, %d answers", err, len(answers))
+			}
+			if !strings.HasPrefix(failure.Server, "http://127.0.0.1:") {
+				t.Errorf("the error is about %q", failure.Server)
+			}
+			if c.Down(server) == nil {
+				t.Error("the server would be asked again")
+			}
+			if _, err := collect(t.Context(), c, server, hashes(1)); !errors.As(err, &failure) {
+				t.Errorf("second time: error %v", err)
+			}
+		})
+	}
+}
+
+// TestPoison asks a server that breaks at one item: the others are answered for.
+func TestPoison(t *testing.T) {
+	hs := hashes(40)
+	server := rawServer(t, func(n int, conn net.Conn, r *bufio.Reader) {
+		for {
+			b, err := r.Peek(60)
+			if err != nil || strings.Contains(string(b), hs[20]) {
+				return
+			}
+			if !reply(conn, r) {
+				return
+			}
+		}
+	})
+	answers, err := collect(t.Context(), client(t, mirror.Options{}), server, hs)
+	var failure *mirror.ServerError
+	if !errors.As(err, &failure) || !strings.Contains(err.Error(), hs[20]) {
+		t.Errorf("error %v does not name the item", err)
+	}
+	check(t, answers, append(slices.Clone(hs[:20]), hs[21:]...))
+}
+
+func TestUnreachable(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := l.Addr().String()
+	l.Close()
+	c := client(t, mirror.Options{})
+	var failure *mirror.ServerError
+	if _, err := collect(t.Context(), c, "http://"+address, hashes(20)); !errors.As(err, &failure) {
+		t.Errorf("error %v", err)
+	}
+	if _, err := c.OpenNar(t.Context(), "http://"+address+"/nar/x"); !errors.As(err, &failure) {
+		t.Errorf("error %v", err)
+	}
+}
+
+func TestCancel(t *testing.T) {
+	asked := make(chan bool, 100)
+	server := rawServer(t, func(n int, conn net.Conn, r *bufio.Reader) {
+		asked <- true
+		io.Copy(io.Discard, r)
+	})
+	cause := errors.New("enough")
+	for _, f := range []func(ctx context.Context, c *mirror.Client) error{
+		func(ctx context.Context, c *mirror.Client) error {
+			_, err := collect(ctx, c, server, hashes(30))
+			return err
+		},
+		func(ctx context.Context, c *mirror.Client) error {
+			_, err := c.OpenNar(ctx, server+"/nar")
+			return err
+		},
+	} {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		done := make(chan error)
+		c := client(t, mirror.Options{})
+		go func() { done <- f(ctx, c) }()
+		<-asked
+		cancel(cause)
+		if err := <-done; err != cause {
+			t.Errorf("error %v, want %v", err, cause)
+		}
+		if err := c.Down(server); err != nil {
+			t.Errorf("the server counts as down: %v", err)
+		}
+	}
+}
+
+func TestScheme(t *testing.T) {
+	c := client(t, mirror.Options{})
+	for _, bad := range []string{"ftp://example.org", "gopher://x", "example.org", "/path", ""} {
+		if err := mirror.CheckURL(bad); !errors.Is(err, mirror.ErrUnsupportedScheme) {
+			t.Errorf("%q: error %v", bad, err)
+		}
+		if _, err := collect(t.Context(), c, bad, hashes(1)); !errors.Is(err, mirror.ErrUnsupportedScheme) {
+			t.Errorf("%q: error %v", bad, err)
+		}
+		if _, err := c.OpenNar(t.Context(), bad); !errors.Is(err, mirror.ErrUnsupportedScheme) {
+			t.Errorf("%q: error %v", bad, err)
+		}
+	}
+	for _, bad := range []string{"http://", "https:///path", "http://a b/", "http://[::1", "http://x\x00y/", "http://%zz/"} {
+		if err := mirror.CheckURL(bad); err == nil || strings.ContainsAny(err.Error(), "\x00\n") {
+			t.Errorf("%q: error %q", bad, err)
+		}
+	}
+}
+
+func read(t *testing.T, c *mirror.Client, url string) (string, error) {
+	t.Helper()
+	n, err := c.OpenNar(t.Context(), url)
+	if err != nil {
+		return "", err
+	}
+	defer n.Close()
+	b, err := io.ReadAll(n)
+	return string(b), err
+}
+
+func TestNar(t *testing.T) {
+	var requests []string
+	mux := http.NewServeMux()
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		requests = append(requests, r.RequestURI)
+		mux.ServeHTTP(w, r)
+	}))
+	defer server.Close()
+	mux.HandleFunc("/nar/", func(w http.ResponseWriter, r *http.Request) {
+		user, password, _ := r.BasicAuth()
+		fmt.Fprintf(w, "%s %s %s", r.RequestURI, user, password)
+	})
+	mux.HandleFunc("/redirect", func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, "nar/x?a=b%20c", http.StatusTemporaryRedirect)
+	})
+	mux.HandleFunc("/far", func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, server.URL+"/redirect", http.StatusMovedPermanently)
+	})
+	mux.HandleFunc("/loop", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/loop", http.StatusFound) })
+	mux.HandleFunc("/file", func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, "file:///etc/hostname", http.StatusFound)
+	})
+	mux.HandleFunc("/long", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Length", "3145728")
+		w.Write(make([]byte, 3<<20))
+	})
+	mux.HandleFunc("/live", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Connection", "close")
+		io.WriteString(w, "a")
+		w.(http.Flusher).Flush()
+		io.WriteString(w, "b")
+	})
+	var redirected []string
+	c := client(t, mirror.Options{OnRedirect: func(url string) { redirected = append(redirected, url) }})
+	tests := []struct{ url, want string }{
+		{"/nar/plain", "/nar/plain  "},
+		{"/nar/what%3Fis%3Dthis%2Bthing", "/nar/what%3Fis%3Dthis%2Bthing  "},
+		{"/redirect", "/nar/x?a=b%20c  "},
+		{"/far", "/nar/x?a=b%20c  "},
+		{"/live", "ab"},
+	}
+	for _, test := range tests {
+		if got, err := read(t, c, server.URL+test.url); err != nil || got != test.want {
+			t.Errorf("%s: %q, error %v; want %q", test.url, got, err, test.want)
+		}
+	}
+	if got, err := read(t, c, strings.Replace(server.URL, "http://", "http://alice:s%20cret@", 1)+"/nar/x"); err != nil || got != "/nar/x alice s cret" {
+		t.Errorf("with a password: %q, error %v", got, err)
+	}
+	if len(redirected) != 3 || strings.Contains(fmt.Sprint(redirected), "s%20cret") {
+		t.Errorf("redirections shown: %q", redirected)
+	}
+	// Servers see targets as they stand in the URL.
+	requests = nil
+	read(t, c, server.URL+"//nar/a%2fb/../c")
+	if len(requests) == 0 || requests[0] != "//nar/a%2fb/../c" {
+		t.Errorf("requests %q", requests)
+	}
+	if _, err := read(t, c, server.URL+"/loop"); err == nil || !strings.Contains(err.Error(), "redirections") {
+		t.Errorf("loop: error %v", err)
+	}
+	if _, err := read(t, c, server.URL+"/file"); !errors.Is(err, mirror.ErrUnsupportedScheme) {
+		t.Errorf("redirected to a file: error %v", err)
+	}
+	var status *mirror.StatusError
+	if _, err := read(t, c, server.URL+"/absent"); !errors.As(err, &status) || status.Code != 404 {
+		t.Errorf("absent: error %v", err)
+	}
+	// One that is left early does no harm to the next.
+	n, err := c.OpenNar(t.Context(), server.URL+"/long")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n.Size != 3<<20 {
+		t.Errorf("size %d", n.Size)
+	}
+	n.Close()
+	if got, err := read(t, c, server.URL+"/nar/after"); err != nil || got != "/nar/after  " {
+		t.Errorf("after a nar that was left: %q, error %v", got, err)
+	}
+}
+
+// TestNarReusesConnections fetches many nars and narinfos over one connection.
+func TestNarReusesConnections(t *testing.T) {
+	var connections atomic.Int64
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasSuffix(r.URL.Path, ".narinfo") {
+			serve(w, r)
+			return
+		}
+		io.WriteString(w, "nar")
+	}))
+	server.Config.ConnState = func(_ net.Conn, s http.ConnState) {
+		if s == http.StateNew {
+			connections.Add(1)
+		}
+	}
+	server.Start()
+	defer server.Close()
+	c := client(t, mirror.Options{})
+	for range 20 {
+		if _, err := collect(t.Context(), c, server.URL+"/base", hashes(1)); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := read(t, c, server.URL+"/nar"); err != nil || got != "nar" {
+			t.Fatal(got, err)
+		}
+	}
+	if connections.Load() != 1 {
+		t.Errorf("%d connections", connections.Load())
+	}
+	// A server that has closed meanwhile costs nothing but another connection.
+	server.CloseClientConnections()
+	if got, err := read(t, c, server.URL+"/nar"); err != nil || got != "nar" {
+		t.Errorf("%q, error %v", got, err)
+	}
+}
+
+func TestNarFaults(t *testing.T) {
+	servers := map[string]struct {
+		serve func(n int, conn net.Conn, r *bufio.Reader)
+		want  string
+	}{
+		"cut": {func(n int, conn net.Conn, r *bufio.Reader) {
+			http.ReadRequest(r)
+			io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n12345")
+		}, "unexpected EOF"},
+		"chunk": {func(n int, conn net.Conn, r *bufio.Reader) {
+			http.ReadRequest(r)
+			io.WriteString(conn, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n12345\r\n")
+		}, "EOF"},
+		"silent": {func(n int, conn net.Conn, r *bufio.Reader) { io.Copy(io.Discard, r) }, "no answer within 200ms"},
+		"stalls": {func(n int, conn net.Conn, r *bufio.Reader) {
+			io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n12345")
+			io.Copy(io.Discard, r)
+		}, "timeout"},
+		"closes": {func(n int, conn net.Conn, r *bufio.Reader) {}, ""},
+	}
+	for name, test := range servers {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			server := rawServer(t, test.serve)
+			slow := make(chan string, 10)
+			c := client(t, mirror.Options{
+				NarTimeout: 200 * time.Millisecond,
+				SlowAfter:  20 * time.Millisecond,
+				OnSlow:     func(host string) { slow <- host },
+			})
+			if _, err := read(t, c, server+"/nar"); err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("error %v, want %q", err, test.want)
+			}
+			if name == "silent" && len(slow) != 1 {
+				t.Errorf("%d warnings that the server is slow", len(slow))
+			}
+		})
+	}
+}
+
+func TestTLS(t *testing.T) {
+	// Its certificate is one that nobody knows.
+	server := httptest.NewTLSServer(http.HandlerFunc(serve))
+	defer server.Close()
+	c := client(t, mirror.Options{})
+	hs := hashes(100)
+	answers, err := collect(t.Context(), c, server.URL+"/base", hs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check(t, answers, hs)
+	if _, err := read(t, c, server.URL+"/base/"+hs[0]+".narinfo"); err != nil {
+		t.Error(err)
+	}
+	// A redirection from a server without TLS is followed as well.
+	plain := httptest.NewServer(http.RedirectHandler(server.URL+"/base/"+hs[0]+".narinfo", http.StatusFound))
+	defer plain.Close()
+	if _, err := read(t, c, plain.URL); err != nil {
+		t.Error(err)
+	}
+}
+
+// proxy is an HTTP proxy that notes what it is asked for.
+func proxy(t *testing.T) (string, func() []string) {
+	var mu sync.Mutex
+	var seen []string
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		seen = append(seen, r.Method+" "+r.RequestURI+" "+r.Header.Get("Proxy-Authorization"))
+		mu.Unlock()
+		if r.Method == http.MethodConnect {
+			to, err := net.Dial("tcp", r.Host)
+			if err != nil {
+				http.Error(w, err.Error(), http.StatusBadGateway)
+				return
+			}
+			defer to.Close()
+			from, buffered, err := w.(http.Hijacker).Hijack()
+			if err != nil {
+				return
+			}
+			defer from.Close()
+			io.WriteString(from, "HTTP/1.1 200 Connection established\r\n\r\n")
+			go io.Copy(to, buffered)
+			io.Copy(from, to)
+			return
+		}
+		out, err := http.Get(r.RequestURI)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadGateway)
+			return
+		}
+		defer out.Body.Close()
+		w.WriteHeader(out.StatusCode)
+		io.Copy(w, out.Body)
+	}))
+	t.Cleanup(server.Close)
+	return server.URL, func() []string {
+		mu.Lock()
+		defer mu.Unlock()
+		defer func() { seen = nil }()
+		return seen
+	}
+}
+
+func TestProxy(t *testing.T) {
+	proxyURL, seen := proxy(t)
+	plain := httptest.NewServer(http.HandlerFunc(serve))
+	defer plain.Close()
+	secure := httptest.NewTLSServer(http.HandlerFunc(serve))
+	defer secure.Close()
+	withPassword := strings.Replace(proxyURL, "http://", "http://user:pw@", 1)
+	environment := map[string]string{"http_proxy": withPassword, "https_proxy": strings.TrimPrefix(proxyURL, "http://")}
+	hs := hashes(30)
+	for _, test := range []struct {
+		url, want string
+		exempt    string
+	}{
+		{plain.URL, "GET " + plain.URL + "/base/" + hs[0] + ".narinfo Basic dXNlcjpwdw==", ""},
+		{secure.URL, "CONNECT " + strings.TrimPrefix(secure.URL, "https://") + " ", "example.org, 10.0.0.0/8"},
+		{plain.URL, "", "127.0.0.1"},
+		{secure.URL, "", "example.org,127.0.0.0/8"},
+		{secure.URL, "", "*"},
+	} {
+		environment["no_proxy"] = test.exempt
+		c := client(t, mirror.Options{Getenv: func(name string) string { return environment[name] }})
+		answers, err := collect(t.Context(), c, test.url+"/base", hs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		check(t, answers, hs)
+		if _, err := read(t, c, test.url+"/base/"+hs[0]+".narinfo"); err != nil {
+			t.Error(err)
+		}
+		got := seen()
+		if test.want == "" && len(got) > 0 || test.want != "" && !slices.Contains(got, test.want) {
+			t.Errorf("no_proxy=%q: the proxy was asked for %q, want %q", test.exempt, got, test.want)
+		}
+	}
+	for _, bad := range []string{"socks5://127.0.0.1:1", "http://", "http://%zz"} {
+		c := client(t, mirror.Options{Getenv: func(string) string { return bad }})
+		if _, err := read(t, c, plain.URL); err == nil || !strings.Contains(err.Error(), "http_proxy") {
+			t.Errorf("proxy %q: error %v", bad, err)
+		}
+	}
+}
+
+func TestDirectory(t *testing.T) {
+	d := t.TempDir()
+	hs := hashes(3)
+	for name, contents := range map[string]string{
+		hs[0] + ".narinfo": "narinfo of " + hs[0],
+		"what?is=this":     "odd",
+		"a%3Fb":            "literal",
+	} {
+		if err := os.WriteFile(d+"/"+name, []byte(contents), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Mkdir(d+"/"+hs[2]+".narinfo", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	c := client(t, mirror.Options{})
+	for _, server := range []string{"file://" + d, "file:" + d + "/", "file://localhost" + d} {
+		answers, err := collect(t.Context(), c, server, hs[:2])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if a := answers[hs[0]]; a.Status != 200 || string(a.Body) != "narinfo of "+hs[0] {
+			t.Errorf("answer %+v", a)
+		}
+		if a := answers[hs[1]]; a.Status != 404 || a.Body != nil {
+			t.Errorf("answer %+v", a)
+		}
+	}
+	if _, err := collect(t.Context(), c, "file://"+d, hs[2:]); err == nil || !strings.Contains(err.Error(), "not a regular file") {
+		t.Errorf("a directory as a narinfo: error %v", err)
+	}
+	for name, want := range map[string]string{"what?is=this": "odd", "what%3Fis%3Dthis": "odd", "a%3Fb": "literal"} {
+		if got, err := read(t, c, "file://"+d+"/"+name); err != nil || got != want {
+			t.Errorf("%s: %q, error %v", name, got, err)
+		}
+	}
+	if _, err := read(t, c, "file://"+d+"/absent"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("error %v", err)
+	}
+	if _, err := read(t, c, "file:relative"); err == nil {
+		t.Error("a relative file name is accepted")
+	}
+}
+
+// BenchmarkNarinfos looks 300 narinfos up.
+func BenchmarkNarinfos(b *testing.B) {
+	server := httptest.NewServer(http.HandlerFunc(serve))
+	defer server.Close()
+	u, err := url.Parse(server.URL)
+	if err != nil {
+		b.Fatal(err)
+	}
+	hs := hashes(300)
+	for _, rtt := range []time.Duration{0, 50 * time.Millisecond} {
+		b.Run(fmt.Sprintf("rtt=%v", rtt), func(b *testing.B) {
+			address := delayed(b, u.Host, rtt)
+			for b.Loop() {
+				c := mirror.NewClient(mirror.Options{})
+				if err := c.Narinfos(b.Context(), "http://"+address+"/base", hs, func(mirror.Answer) {}); err != nil {
+					b.Fatal(err)
+				}
+				c.Close()
+			}
+		})
+	}
+}
+
+// delayed returns the address of a relay to another one that takes a round trip
+// time to answer.
+func delayed(b *testing.B, to string, rtt time.Duration) string {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			in, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				time.Sleep(rtt) // the handshake
+				out, err := net.Dial("tcp", to)
+				if err != nil {
+					in.Close()
+					return
+				}
+				go relay(out, in, rtt/2)
+				relay(in, out, rtt/2)
+			}()
+		}
+	}()
+	return l.Addr().String()
+}
+
+// relay copies what comes after a delay.
+func relay(dst, src net.Conn, delay time.Duration) {
+	defer dst.Close()
+	type piece struct {
+		bytes []byte
+		due   time.Time
+	}
+	pieces := make(chan piece, 1000)
+	go func() {
+		defer close(pieces)
+		for {
+			p := make([]byte, 16<<10)
+			n, err := src.Read(p)
+			if n > 0 {
+				pieces <- piece{p[:n], time.Now().Add(delay)}
+			}
+			if err != nil {
+				return
+			}
+		}
+	}()
+	for p := range pieces {
+		time.Sleep(time.Until(p.due))
+		dst.Write(p.bytes)
+	}
+}

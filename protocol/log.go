@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package protocol
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Log is what the user sees: messages and progress. The daemon passes it on
+// from the substituter's standard error, but reads it only while it waits for a
+// reply; so nothing may be written between requests. It is safe for concurrent
+// use.
+type Log struct {
+	// Program stands before messages, like "guix substitute: warning: …".
+	program string
+	traces  bool
+	columns int
+	unicode bool
+	dynamic bool // progress lines that are drawn again and again
+
+	mu   sync.Mutex
+	w    io.Writer
+	line bool // a progress line is drawn, without a newline at its end
+	said map[string]bool
+}
+
+// A LogStyle says how a [Log] looks.
+type LogStyle struct {
+	// Program stands before each message.
+	Program string
+	// Traces asks for events that clients read instead of progress for people
+	// (Guix, guix/progress.scm: progress-reporter/trace).
+	Traces bool
+	// Columns is the width of a progress line in characters.
+	Columns int
+	// Unicode allows other characters than ASCII in a progress line.
+	Unicode bool
+	// Dynamic allows progress lines that are drawn over and over. Clients of the
+	// daemon take them; a file that standard error was redirected to does not.
+	Dynamic bool
+}
+
+// NewLog returns a log that writes to w, each line with a single call of Write.
+func NewLog(w io.Writer, style LogStyle) *Log {
+	return &Log{
+		program: style.Program,
+		traces:  style.Traces,
+		columns: style.Columns,
+		unicode: style.Unicode,
+		dynamic: style.Dynamic,
+		w:       w,
+		said:    map[string]bool{},
+	}
+}
+
+// maxSaid bounds what WarnOnce remembers.
+const maxSaid = 10000
+
+// Warnf shows a warning. The message is one line; what comes from outside
+// belongs in it with %q.
+func (l *Log) Warnf(format string, a ...any) { l.message("warning: ", fmt.Sprintf(format, a...)) }
+
+// Errorf shows an error. The rules of Warnf hold.
+func (l *Log) Errorf(format string, a ...any) { l.message("error: ", fmt.Sprintf(format, a...)) }
+
+// Notef shows a line that is neither.
+func (l *Log) Notef(format string, a ...any) { l.message("", fmt.Sprintf(format, a...)) }
+
+// WarnOnce shows a warning unless one with the same key has been shown before.
+func (l *Log) WarnOnce(key, format string, a ...any) {
+	l.mu.Lock()
+	again := l.said[key] || len(l.said) == maxSaid
+	l.said[key] = true
+	l.mu.Unlock()
+	if !again {
+		l.Warnf(format, a...)
+	}
+}
+
+func (l *Log) message(kind, text string) {
+	text = oneLine(text)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.endLine()
+	io.WriteString(l.w, l.program+": "+kind+text+"\n")
+}
+
+// oneLine keeps a message from being taken for several, or for an event.
+func oneLine(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f {
+			return ' '
+		}
+		return r
+	}, s)
+}
+
+// endLine ends a progress line; the caller holds the lock.
+func (l *Log) endLine() {
+	if l.line {
+		io.WriteString(l.w, "\n")
+		l.line = false
+	}
+}
+
+// draw shows text in place of the progress line.
+func (l *Log) draw(text string) {
+	if !l.dynamic {
+		return
+	}
+	io.WriteString(l.w, "\r\x1b[K"+text)
+	l.line = true
+}
+
+// A descriptorWriter writes to a descriptor that nobody may be reading. A write
+// that would wait for longer than patience is dropped, for it is better to lose a
+// message than to keep the daemon waiting for a reply.
+type descriptorWriter struct {
+	fd    int
+	stuck bool
+}
+
+const (
+	patience = 3 * time.Second
+	// atomicWrite is how much a pipe takes without blocking when it is ready at
+	// all (PIPE_BUF).
+	atomicWrite = 4096
+)
+
+// NewDescriptorWriter returns a writer to the file descriptor fd, usually
+// standard error, that does not block for more than a few seconds in all when
+// nobody reads the other end: it drops what it cannot write. It never returns an
+// error. It is not safe for concurrent use.
+func NewDescriptorWriter(fd int) io.Writer { return &descriptorWriter{fd: fd} }
+
+func (w *descriptorWriter) Write(b []byte) (int, error) {
+	total := len(b)
+	for len(b) > 0 {
+		if !w.ready() {
+			return total, nil
+		}
+		n, err := unix.Write(w.fd, b[:min(len(b), atomicWrite)])
+		if err == unix.EINTR {
+			continue
+		} else if err != nil {
+			return total, nil
+		}
+		b = b[n:]
+	}
+	return total, nil
+}
+
+func (w *descriptorWriter) ready() bool {
+	timeout := int(patience / time.Millisecond)
+	if w.stuck {
+		timeout = 0
+	}
+	deadline := time.Now().Add(patience)
+	for {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(w.fd), Events: unix.POLLOUT}}, timeout)
+		if err == unix.EINTR && time.Now().Before(deadline) {
+			continue
+		}
+		w.stuck = n == 0
+		return n > 0
+	}
+}

@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package protocol
+
+import (
+	"fmt"
+	"io"
+	"path"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unicode/utf8"
+)
+
+// interval is the time between two progress reports (Guix, guix/progress.scm:
+// %progress-interval).
+const interval = 200 * time.Millisecond
+
+// A Download shows the progress of one "substitute" request, over all sources
+// that are tried for it: clients of the daemon must see each event of the start
+// and the success of an item exactly once. Transferred may be called at any time
+// from any goroutine; the other methods from one at a time.
+type Download struct {
+	log  *Log
+	item string
+
+	started     bool
+	url         string
+	size        int64 // of the current source, negative if unknown
+	begin       time.Time
+	transferred atomic.Int64
+	shown       int64
+
+	stop func() // ends the goroutine that draws
+}
+
+// Download starts showing a download. item is the destination that the daemon
+// named in its request. Finish must be called at the end.
+func (l *Log) Download(item string) *Download {
+	return &Download{log: l, item: item}
+}
+
+// From says that the bytes come from url from now on, and how many there will
+// be; a negative size is unknown. What came from the source before counts no
+// more.
+func (d *Download) From(url string, size int64) {
+	d.halt()
+	url = strings.ReplaceAll(oneLine(url), " ", "%20")
+	d.url, d.size, d.begin = url, size, time.Now()
+	d.transferred.Store(0)
+	d.shown = -1
+	l := d.log
+	l.mu.Lock()
+	l.endLine()
+	switch {
+	case !l.traces:
+		io.WriteString(l.w, "Downloading "+url+"...\n")
+	case !d.started:
+		io.WriteString(l.w, "@ download-started "+d.item+" "+url+" "+d.sizeField()+"\n")
+	}
+	d.started = true
+	d.show()
+	l.mu.Unlock()
+	d.draw()
+}
+
+// Transferred adds n bytes to what has come from the current source.
+func (d *Download) Transferred(n int) { d.transferred.Add(int64(n)) }
+
+// draw shows progress now and then until halt.
+func (d *Download) draw() {
+	done := make(chan struct{})
+	var wait sync.WaitGroup
+	wait.Go(func() {
+		ticker := time.NewTicker(interval)
+		defer ticker.Stop()
+		for {
+			select {
+			case <-ticker.C:
+				d.log.mu.Lock()
+				d.show()
+				d.log.mu.Unlock()
+			case <-done:
+				return
+			}
+		}
+	})
+	d.stop = func() { close(done); wait.Wait() }
+}
+
+func (d *Download) halt() {
+	if d.stop != nil {
+		d.stop()
+		d.stop = nil
+	}
+}
+
+// Finish ends the display, before the reply is sent. With success it says that
+// the whole item has come.
+func (d *Download) Finish(success bool) {
+	d.halt()
+	if !d.started {
+		return
+	}
+	l := d.log
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n := d.transferred.Load()
+	if success {
+		d.show()
+	}
+	switch {
+	case !l.traces:
+		l.endLine()
+		if l.dynamic {
+			io.WriteString(l.w, "\n")
+		}
+	case success:
+		if d.size < 0 {
+			d.size = n
+		}
+		if n != d.size {
+			fmt.Fprintf(l.w, "@ download-progress %s %s %d %d\n", d.item, d.url, d.size, d.size)
+		}
+		fmt.Fprintf(l.w, "@ download-succeeded %s %s %d\n\n", d.item, d.url, d.size)
+	}
+}
+
+func (d *Download) sizeField() string {
+	if d.size < 0 {
+		return "-"
+	}
+	return fmt.Sprint(d.size)
+}
+
+// show reports what has been transferred if that is news; the caller holds the
+// lock.
+func (d *Download) show() {
+	n := d.transferred.Load()
+	if n == d.shown {
+		return
+	}
+	d.shown = n
+	if d.log.traces {
+		fmt.Fprintf(d.log.w, "@ download-progress %s %s %s %d\n", d.item, d.url, d.sizeField(), n)
+		return
+	}
+	elapsed := time.Since(d.begin)
+	d.log.draw(progressLine(d.name(), d.size, n, elapsed, d.log.columns, d.log.unicode))
+}
+
+// name is what is downloaded, for people: the base name of the URL, or of the
+// item if the URL names no file, without the hash of a store item.
+func (d *Download) name() string {
+	name := d.item
+	if !strings.HasPrefix(d.url, "urn:") {
+		name = d.url
+	}
+	name = path.Base(name)
+	if len(name) > 33 && name[32] == '-' {
+		return name[33:]
+	}
+	return name
+}
+
+// progressLine is a line of about columns characters that shows a transfer
+// (Guix, guix/progress.scm: display-download-progress).
+func progressLine(name string, size, transferred int64, elapsed time.Duration, columns int, unicode bool) string {
+	rate := "0B/s"
+	if s := elapsed.Seconds(); s > 0 {
+		rate = byteCount(float64(transferred)/s) + "/s"
+	}
+	seconds := int(elapsed.Seconds() + 0.5)
+	clock := fmt.Sprintf("%02d:%02d", seconds/60%60, seconds%60)
+	if seconds >= 3600 {
+		clock = fmt.Sprintf("%02d:%s", seconds/3600, clock)
+	}
+	var left, right string
+	if size > 0 {
+		percent := min(100, 100*float64(transferred)/float64(size))
+		left = " " + name + "  " + byteCount(float64(size))
+		right = fmt.Sprintf("%s %s %s%6.1f%%", rate, clock, bar(percent, unicode), percent)
+	} else {
+		left = " " + name
+		right = fmt.Sprintf("%s %s | %s transferred", rate, clock, byteCount(float64(transferred)))
+	}
+	space := max(1, columns-utf8.RuneCountInString(left)-utf8.RuneCountInString(right))
+	return left + strings.Repeat(" ", space) + right
+}
+
+// byteCount is a number of bytes for people.
+func byteCount(n float64) string {
+	const kib, mib, gib, tib = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+	switch {
+	case n < kib:
+		return fmt.Sprintf("%.0fB", n)
+	case n < mib:
+		return fmt.Sprintf("%.0fKiB", n/kib)
+	case n < gib:
+		return fmt.Sprintf("%.1fMiB", n/mib)
+	case n < tib:
+		return fmt.Sprintf("%.2fGiB", n/gib)
+	}
+	return fmt.Sprintf("%.3fTiB", n/tib)
+}
+
+// bar draws how much of 100 percent is done.
+func bar(percent float64, unicode bool) string {
+	const width = 18
+	if !unicode {
+		filled := int(percent * width / 100)
+		return "[" + strings.Repeat("#", filled) + strings.Repeat(" ", width-filled) + "]"
+	}
+	eighths := int(percent * width * 8 / 100)
+	filled, part := eighths/8, eighths%8
+	s := "▕" + strings.Repeat("█", filled)
+	empty := width - filled
+	if part > 0 {
+		s += string([]rune("▏▎▍▌▋▊▉")[part-1])
+		empty--
+	}
+	return s + strings.Repeat(" ", empty) + "▏"
+}
+
+// A Lookup shows the progress of asking one server for narinfos. Its methods are
+// safe for concurrent use.
+type Lookup struct {
+	log   *Log
+	url   string
+	total int
+
+	mu   sync.Mutex
+	done int
+	last time.Time
+}
+
+// Lookup starts showing that a server is asked about total items over the
+// network.
+func (l *Log) Lookup(url string, total int) *Lookup {
+	p := &Lookup{log: l, url: oneLine(url), total: total}
+	p.show()
+	return p
+}
+
+// Answered says that the answer for one item has come.
+func (p *Lookup) Answered() {
+	p.mu.Lock()
+	p.done++
+	due := p.done == p.total || time.Since(p.last) >= interval
+	p.mu.Unlock()
+	if due {
+		p.show()
+	}
+}
+
+// End ends the line.
+func (p *Lookup) End() {
+	p.log.mu.Lock()
+	defer p.log.mu.Unlock()
+	p.log.endLine()
+}
+
+func (p *Lookup) show() {
+	p.mu.Lock()
+	p.last = time.Now()
+	percent := 100.0
+	if p.total > 0 {
+		percent = 100 * float64(p.done) / float64(p.total)
+	}
+	p.mu.Unlock()
+	p.log.mu.Lock()
+	defer p.log.mu.Unlock()
+	p.log.draw(fmt.Sprintf("looking for substitutes on '%s'... %5.1f%%", p.url, percent))
+}

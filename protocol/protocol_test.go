@@ -1,0 +1,402 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package protocol_test
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"testing/iotest"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
+)
+
+func TestRequests(t *testing.T) {
+	input := "have /gnu/store/a /gnu/store/b \n" +
+		"info /gnu/store/a\n" +
+		"\n" +
+		"  \t \n" +
+		"substitute  /gnu/store/a\t/gnu/store/b\r\n" +
+		"what\n" +
+		"last line"
+	want := []protocol.Request{
+		{"have", []string{"/gnu/store/a", "/gnu/store/b"}},
+		{"info", []string{"/gnu/store/a"}},
+		{},
+		{},
+		{"substitute", []string{"/gnu/store/a", "/gnu/store/b"}},
+		{"what", nil},
+		{"last", []string{"line"}},
+	}
+	for name, r := range map[string]io.Reader{
+		"at once":      strings.NewReader(input),
+		"byte by byte": iotest.OneByteReader(strings.NewReader(input)),
+	} {
+		requests := protocol.NewRequests(r)
+		for i, w := range want {
+			got, err := requests.Next()
+			if err != nil || got.Command != w.Command || !slices.Equal(got.Arguments, w.Arguments) {
+				t.Errorf("%s: request %d: %q, error %v; want %q", name, i, got, err, w)
+			}
+		}
+		for range 2 {
+			if _, err := requests.Next(); err != io.EOF {
+				t.Errorf("%s: error %v at the end", name, err)
+			}
+		}
+	}
+}
+
+func TestLongRequest(t *testing.T) {
+	const n = 200_000
+	path := " /gnu/store/" + strings.Repeat("a", 80)
+	requests := protocol.NewRequests(strings.NewReader("have" + strings.Repeat(path, n) + " \nhave x\n"))
+	got, err := requests.Next()
+	if err != nil || len(got.Arguments) != n || got.Arguments[n-1] != path[1:] {
+		t.Errorf("%d arguments, error %v", len(got.Arguments), err)
+	}
+	if got, err := requests.Next(); err != nil || len(got.Arguments) != 1 {
+		t.Errorf("next request: %q, error %v", got, err)
+	}
+}
+
+// endless has lines without end.
+type endless struct{ left int }
+
+func (e *endless) Read(p []byte) (int, error) {
+	if e.left == 0 {
+		return 0, io.EOF
+	}
+	n := min(len(p), e.left)
+	for i := range p[:n] {
+		p[i] = 'x'
+	}
+	e.left -= n
+	return n, nil
+}
+
+func TestTooLongRequest(t *testing.T) {
+	requests := protocol.NewRequests(io.MultiReader(&endless{protocol.MaxRequest + 1}, strings.NewReader("\nhave x\n")))
+	var tooLong *protocol.TooLongError
+	if _, err := requests.Next(); !errors.As(err, &tooLong) || tooLong.Length != protocol.MaxRequest+2 {
+		t.Errorf("error %v", err)
+	}
+	if got, err := requests.Next(); err != nil || got.Command != "have" {
+		t.Errorf("next request: %q, error %v", got, err)
+	}
+	failure := errors.New("no")
+	requests = protocol.NewRequests(iotest.ErrReader(failure))
+	if _, err := requests.Next(); err != failure {
+		t.Errorf("error %v", err)
+	}
+}
+
+func TestReplies(t *testing.T) {
+	for name, test := range map[string]struct {
+		got  []byte
+		want string
+	}{
+		"have nothing": {protocol.AppendHave(nil, nil), "\n"},
+		"have two":     {protocol.AppendHave(nil, []string{"/s/a", "/s/b"}), "/s/a\n/s/b\n\n"},
+		"info nothing": {protocol.AppendInfo(nil, nil), "\n"},
+		"info two": {protocol.AppendInfo(nil, []protocol.Info{
+			{"/s/a", "/s/d.drv", []string{"/s/c", "/s/a"}, 21, 21064},
+			{Path: "/s/b", NarSize: 1<<64 - 1},
+		}), "/s/a\n/s/d.drv\n2\n/s/c\n/s/a\n21\n21064\n/s/b\n\n0\n0\n18446744073709551615\n\n"},
+		"success":   {protocol.AppendSuccess(nil, "sha256:0abc", 1<<63+100), "success sha256:0abc 9223372036854775908\n"},
+		"mismatch":  {protocol.AppendHashMismatch(nil, "0a", "0b"), "hash-mismatch sha256 0a 0b\n"},
+		"not found": {protocol.AppendNotFound(nil), "not-found\n"},
+	} {
+		if string(test.got) != test.want {
+			t.Errorf("%s: %q, want %q", name, test.got, test.want)
+		}
+	}
+}
+
+func TestOptions(t *testing.T) {
+	// As a substitute helper of an unprivileged client sees them.
+	o := protocol.ParseOptions(`build-fallback=false
+build-max-jobs=1
+build-use-substitutes=true
+substitute-urls=https://bordeaux.guix.gnu.org https://ci.guix.gnu.org
+untrusted-locale=en_US.utf8
+untrusted-print-extended-build-trace=1
+untrusted-terminal-columns=120
+untrusted-user-name=alice
+deduplicate=yes`)
+	if urls, ok := o.SubstituteURLs(); !ok || !slices.Equal(urls, []string{"https://bordeaux.guix.gnu.org", "https://ci.guix.gnu.org"}) {
+		t.Errorf("URLs %q, %v", urls, ok)
+	}
+	if !o.Traces() || o.Columns() != 119 || !o.Deduplicate() || o.Discover() {
+		t.Errorf("traces %v, columns %d, deduplicate %v, discover %v", o.Traces(), o.Columns(), o.Deduplicate(), o.Discover())
+	}
+	if name, ok := o.Get("untrusted-user-name"); !ok || name != "alice" {
+		t.Errorf("user name %q, %v", name, ok)
+	}
+
+	o = protocol.ParseOptions("untrusted-substitute-urls=\nsubstitute-urls=http://a\n\n=x\nno value\nterminal-columns=3\ndeduplicate=no\ndeduplicate=yes\ndiscover=true\nprint-extended-build-trace=0")
+	if urls, ok := o.SubstituteURLs(); !ok || len(urls) > 0 {
+		t.Errorf("URLs %q, %v; an empty list of the client is a list", urls, ok)
+	}
+	if o.Traces() || o.Columns() != 20 || o.Deduplicate() || !o.Discover() {
+		t.Errorf("traces %v, columns %d, deduplicate %v, discover %v", o.Traces(), o.Columns(), o.Deduplicate(), o.Discover())
+	}
+
+	o = protocol.ParseOptions("")
+	if urls, ok := o.SubstituteURLs(); ok || len(urls) > 0 {
+		t.Errorf("URLs %q, %v", urls, ok)
+	}
+	if o.Traces() || o.Columns() != 80 || o.Deduplicate() || o.Discover() {
+		t.Errorf("traces %v, columns %d, deduplicate %v, discover %v", o.Traces(), o.Columns(), o.Deduplicate(), o.Discover())
+	}
+}
+
+// lines is a log that notes each write.
+type lines struct{ writes []string }
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.writes = append(l.writes, string(p))
+	return len(p), nil
+}
+
+func TestTraces(t *testing.T) {
+	var w lines
+	log := protocol.NewLog(&w, protocol.LogStyle{Program: "guix substitute", Traces: true, Columns: 80})
+	d := log.Download("/s/c-bar")
+	d.From("http://h/nar/c-bar", 20112)
+	d.Transferred(1024)
+	d.Transferred(20112 - 1024)
+	d.Finish(true)
+	want := []string{
+		"@ download-started /s/c-bar http://h/nar/c-bar 20112\n",
+		"@ download-progress /s/c-bar http://h/nar/c-bar 20112 0\n",
+		"@ download-progress /s/c-bar http://h/nar/c-bar 20112 20112\n",
+		"@ download-succeeded /s/c-bar http://h/nar/c-bar 20112\n\n",
+	}
+	if !slices.Equal(w.writes, want) {
+		t.Errorf("got %q, want %q", w.writes, want)
+	}
+
+	// Another source: the item does not start again.
+	w.writes = nil
+	d = log.Download("/s/x")
+	d.From("http://one/a b\n@ evil", 10)
+	d.Transferred(4)
+	d.From("http://two/", -1)
+	d.Transferred(7)
+	d.Finish(true)
+	want = []string{
+		"@ download-started /s/x http://one/a%20b%20@%20evil 10\n",
+		"@ download-progress /s/x http://one/a%20b%20@%20evil 10 0\n",
+		"@ download-progress /s/x http://two/ - 0\n",
+		"@ download-progress /s/x http://two/ - 7\n",
+		"@ download-succeeded /s/x http://two/ 7\n\n",
+	}
+	if !slices.Equal(w.writes, want) {
+		t.Errorf("got %q, want %q", w.writes, want)
+	}
+
+	// What has not all been transferred, but is there: a last report says so.
+	w.writes = nil
+	d = log.Download("/s/y")
+	d.From("u", 100)
+	d.Transferred(60)
+	d.Finish(true)
+	if got := strings.Join(w.writes, ""); !strings.Contains(got, "@ download-progress /s/y u 100 100\n@ download-succeeded /s/y u 100\n") {
+		t.Errorf("got %q", got)
+	}
+
+	// Nothing was started: there is no success to tell.
+	w.writes = nil
+	d = log.Download("/s/z")
+	d.Finish(false)
+	d = log.Download("/s/z")
+	d.From("u", 5)
+	d.Finish(false)
+	if got := strings.Join(w.writes, ""); strings.Contains(got, "succeeded") {
+		t.Errorf("got %q", got)
+	}
+}
+
+func TestPeriodicProgress(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	log := protocol.NewLog(w, protocol.LogStyle{Traces: true})
+	d := log.Download("i")
+	d.From("u", 100)
+	d.Transferred(42)
+	// It appears without anybody asking.
+	var got []byte
+	for !bytes.Contains(got, []byte("@ download-progress i u 100 42\n")) {
+		b := make([]byte, 1000)
+		n, err := r.Read(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, b[:n]...)
+	}
+	d.Finish(true)
+	w.Close()
+}
+
+func TestProgressForPeople(t *testing.T) {
+	show := func(style protocol.LogStyle, url string, size int64, n int, success bool) string {
+		var w lines
+		style.Dynamic = true
+		d := protocol.NewLog(&w, style).Download("/gnu/store/lnqjid21cvqw4c4kh7xnj2ikp2d0qfnb-hello-1.0")
+		d.From(url, size)
+		d.Transferred(n)
+		d.Finish(success)
+		return strings.Join(w.writes, "")
+	}
+	const url = "http://h/nar/zstd/lnqjid21cvqw4c4kh7xnj2ikp2d0qfnb-hello-1.0"
+	for name, test := range map[string]struct{ got, want string }{
+		"whole": {show(protocol.LogStyle{Columns: 80}, url, 3<<20, 3<<20, true),
+			`^Downloading ` + url + `\.\.\.\n` +
+				`\r\x1b\[K hello-1\.0  3\.0MiB +\S+/s 00:00 \[ {18}\]   0\.0%` +
+				`\r\x1b\[K hello-1\.0  3\.0MiB +\S+/s 00:00 \[#{18}\] 100\.0%\n\n$`},
+		"half": {show(protocol.LogStyle{Columns: 40, Unicode: true}, url, 2000, 1000, true),
+			`\r\x1b\[K hello-1\.0  2KiB \S+/s 00:00 ▕█{9} {9}▏  50\.0%\n\n$`},
+		"unknown size": {show(protocol.LogStyle{Columns: 80}, url, -1, 100, true),
+			`\r\x1b\[K hello-1\.0 +\S+/s 00:00 \| 100B transferred\n\n$`},
+		"read capability": {show(protocol.LogStyle{Columns: 80}, "urn:eris:BIAD77QD", 2<<40, 1<<40, true),
+			`^Downloading urn:eris:BIAD77QD\.\.\.\n[^$]* hello-1\.0  2\.000TiB +\S+/s 00:00 \[#{9} {9}\]  50\.0%\n\n$`},
+	} {
+		if !regexp.MustCompile(test.want).MatchString(test.got) {
+			t.Errorf("%s: got %q, want %s", name, test.got, test.want)
+		}
+	}
+	// The line is as wide as it may be.
+	line := show(protocol.LogStyle{Columns: 77}, url, 100, 100, true)
+	line = line[strings.LastIndex(line, "\x1b[K")+3:]
+	if got := len(strings.TrimRight(line, "\n")); got != 77 {
+		t.Errorf("line of %d characters: %q", got, line)
+	}
+	// A file gets no line that is drawn over.
+	var w lines
+	d := protocol.NewLog(&w, protocol.LogStyle{}).Download("i")
+	d.From(url, 10)
+	d.Finish(true)
+	if got := strings.Join(w.writes, ""); got != "Downloading "+url+"...\n" {
+		t.Errorf("got %q", got)
+	}
+}
+
+func TestMessages(t *testing.T) {
+	var w lines
+	log := protocol.NewLog(&w, protocol.LogStyle{Program: "guix substitute", Dynamic: true, Columns: 80})
+	lookup := log.Lookup("http://h", 2)
+	lookup.Answered()
+	lookup.Answered()
+	log.Warnf("%s\n@ download-started x", "evil\x1b[2J")
+	lookup.End()
+	log.Errorf("bad")
+	log.Notef("note")
+	for range 3 {
+		log.WarnOnce("key", "once")
+	}
+	want := []string{
+		"\r\x1b[Klooking for substitutes on 'http://h'...   0.0%",
+		"\r\x1b[Klooking for substitutes on 'http://h'... 100.0%",
+		"\n",
+		"guix substitute: warning: evil [2J @ download-started x\n",
+		"guix substitute: error: bad\n",
+		"guix substitute: note\n",
+		"guix substitute: warning: once\n",
+	}
+	if !slices.Equal(w.writes, want) {
+		t.Errorf("got %q, want %q", w.writes, want)
+	}
+}
+
+// TestStuckLog writes to a pipe that nobody reads: that ends, and the pipe is
+// used again when there is room.
+func TestStuckLog(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	out := protocol.NewDescriptorWriter(int(w.Fd()))
+	line := strings.Repeat("x", 999) + "\n"
+	begin := time.Now()
+	for range 1000 {
+		if n, err := io.WriteString(out, line); n != len(line) || err != nil {
+			t.Fatal(n, err)
+		}
+	}
+	t.Logf("dropped what does not fit after %v", time.Since(begin))
+	b := make([]byte, 1<<20)
+	if n, err := r.Read(b); err != nil || n < 32<<10 || n > 1<<20 {
+		t.Errorf("read %d bytes, error %v", n, err)
+	}
+	if _, err := io.WriteString(out, "again\n"); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := r.Read(b); err != nil || string(b[:n]) != "again\n" {
+		t.Errorf("read %q, error %v", b[:n], err)
+	}
+}
+
+func FuzzRequests(f *testing.F) {
+	f.Add([]byte("have /gnu/store/a \ninfo\n\nsubstitute a b"))
+	f.Add([]byte("\x00\xff\n\r\n\v"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		requests := protocol.NewRequests(bytes.NewReader(b))
+		n := 0
+		for {
+			request, err := requests.Next()
+			if err == io.EOF {
+				break
+			} else if err != nil {
+				t.Fatal(err)
+			}
+			n++
+			for _, word := range append(request.Arguments, request.Command) {
+				if strings.ContainsAny(word, " \t\r\n") {
+					t.Errorf("word %q", word)
+				}
+			}
+		}
+		want := bytes.Count(b, []byte("\n"))
+		if len(b) > 0 && b[len(b)-1] != '\n' {
+			want++
+		}
+		if n != want {
+			t.Errorf("%d requests of %d lines", n, want)
+		}
+	})
+}
+
+func FuzzOptions(f *testing.F) {
+	f.Add("substitute-urls=a b\nuntrusted-terminal-columns=100\ndeduplicate=yes")
+	f.Add("=\n==\nterminal-columns=99999999999999999999\nterminal-columns=-5")
+	f.Fuzz(func(t *testing.T, packed string) {
+		o := protocol.ParseOptions(packed)
+		if c := o.Columns(); c < 20 || c > 1000 {
+			t.Errorf("%d columns", c)
+		}
+		urls, set := o.SubstituteURLs()
+		if len(urls) > 0 && !set {
+			t.Error("URLs that are not set")
+		}
+		for _, u := range urls {
+			if strings.ContainsAny(u, " \n\t") {
+				t.Errorf("URL %q", u)
+			}
+		}
+		o.Traces()
+		o.Deduplicate()
+		o.Discover()
+	})
+}

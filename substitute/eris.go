@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package substitute
+
+import (
+	"context"
+	"fmt"
+	"sync/atomic"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
+)
+
+// capabilities returns the read capabilities that narinfos offer for the item,
+// signed ones first. All these narinfos are equivalent to one that is authorised;
+// what they denote is hashed, so that a capability that nobody has signed can do
+// no more harm than a nar from anywhere.
+func (j *job) capabilities(records []record) []eris.ReadCapability {
+	var found []eris.ReadCapability
+	for _, signed := range []bool{true, false} {
+		if !signed && !j.s.UnsignedCapabilities {
+			continue
+		}
+		for _, r := range records {
+			for _, e := range r.narinfo.ERIS {
+				if (e.Signed && r.authorised) != signed {
+					continue
+				}
+				c, err := eris.ParseURN(e.URN)
+				if err != nil || j.tried[c.URN()] {
+					continue // a draft of the encoding, perhaps
+				}
+				j.tried[c.URN()] = true
+				found = append(found, c)
+			}
+		}
+	}
+	return found
+}
+
+// fromBlocks tries the capabilities of the narinfos.
+func (j *job) fromBlocks(ctx context.Context, records []record) (Outcome, bool) {
+	if j.s.Blocks == nil || j.s.Policy == HTTPOnly {
+		return Outcome{}, false
+	}
+	for _, c := range j.capabilities(records) {
+		size, err := j.attemptBlocks(ctx, c)
+		if err == nil {
+			return j.success(size), true
+		}
+		if !j.failed(ctx, fmt.Errorf("%s: %w", c.URN(), err)) {
+			return Outcome{}, false
+		}
+	}
+	return Outcome{}, false
+}
+
+// attemptBlocks restores the item from blocks. It returns the length of the
+// archive.
+func (j *job) attemptBlocks(ctx context.Context, c eris.ReadCapability) (narSize uint64, err error) {
+	if err := restore.Remove(j.destination); err != nil {
+		return 0, err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	limits := erisfs.Limits{NarSize: j.options().MaxBytes}
+	blocks := &countedBlocks{VerifiedBlocks: j.s.Blocks, progress: j.progress, left: int64(j.want.NarSize)}
+	j.progress.From(c.URN(), int64(min(j.want.NarSize, 1<<62)))
+	stop := blocks.watch(cancel)
+	defer stop()
+	contents, err := image.Open(ctx, blocks, c, limits, j.s.Window)
+	if err != nil {
+		return 0, prefer(ctx, err)
+	}
+	nodes, closeNodes, err := contents.Nodes(ctx)
+	if err != nil {
+		return 0, prefer(ctx, err)
+	}
+	result, err := restore.Restore(ctx, nodes, j.destination, j.options())
+	if err != nil {
+		cancel(err)
+		err = context.Cause(ctx)
+	}
+	closeNodes()
+	if err != nil {
+		return 0, err
+	}
+	return result.NarSize, j.check(result)
+}
+
+// prefer returns why a context was cancelled, rather than what followed from it.
+func prefer(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
+// countedBlocks counts the blocks that pass.
+type countedBlocks struct {
+	eris.VerifiedBlocks
+	progress *protocol.Download
+	left     int64 // of what is shown as the whole; blocks are some bytes more
+	n        atomic.Int64
+}
+
+// Get implements [eris.Blocks].
+func (b *countedBlocks) Get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
+	block, err := b.VerifiedBlocks.Get(ctx, ref, size, dst)
+	if n := int64(len(block)); err == nil {
+		after := b.n.Add(n)
+		b.progress.Transferred(int(min(after, b.left) - min(after-n, b.left)))
+	}
+	return block, err
+}
+
+func (b *countedBlocks) watch(cancel context.CancelCauseFunc) (stop func()) {
+	return watchRate(&b.n, cancel)
+}

@@ -1,0 +1,438 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package substitute
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
+)
+
+// How long answers of a server are kept that does not say it (Guix,
+// guix/substitutes.scm: %narinfo-ttl and the two after it).
+const (
+	narinfoTTL   = 36 * time.Hour
+	negativeTTL  = 2 * time.Minute
+	transientTTL = time.Minute
+	maxTTL       = 365 * 24 * time.Hour
+)
+
+const (
+	// slowAfter is for how long a server may give no answer before the next one
+	// is asked as well.
+	slowAfter = time.Second
+	// slowAtLast is for how long one may give answers before that.
+	slowAtLast = 5 * time.Second
+	// lookupTimeout is how long a server gets in all, beside lookupTimeoutEach
+	// per item, so that one that trickles holds up nobody for ever.
+	lookupTimeout     = 30 * time.Second
+	lookupTimeoutEach = 10 * time.Millisecond
+)
+
+// A record is the narinfo of one server for one item.
+type record struct {
+	server     *server
+	narinfo    *narinfo.Narinfo
+	authorised bool
+}
+
+// A found is an item that is available.
+type found struct {
+	// authorised is the record that vouches for the item, the first such in the
+	// order of the servers.
+	authorised record
+	// chosen is the first record that is equivalent to it: what the reply is
+	// made of and what is downloaded first.
+	chosen record
+	// others are all other equivalent ones, in order.
+	others []record
+}
+
+// A lookup asks servers about items. Servers are asked in order, each for what
+// those before it have no authorised narinfo of. When a server is slow, the next
+// one is asked without waiting for it.
+type lookup struct {
+	s       *Substituter
+	items   []*item
+	byHash  map[string]*item
+	changed chan struct{} // has room for one: something has happened
+
+	mu    sync.Mutex
+	asked []*asked
+}
+
+// An item is a store item that is looked up.
+type item struct {
+	path, hash string
+	records    []record // of each server that has a narinfo
+	waiting    map[*asked]bool
+}
+
+// asked is a server that has been asked.
+type asked struct {
+	server  *server
+	begin   time.Time
+	last    time.Time // of an answer
+	pending int       // items without an answer
+	done    bool      // no more answers will come
+	slow    bool      // others are asked without waiting for it
+}
+
+// lookup returns the items among paths that are available.
+func (s *Substituter) lookup(ctx context.Context, paths []string) map[string]*found {
+	l := &lookup{s: s, byHash: map[string]*item{}, changed: make(chan struct{}, 1)}
+	for _, path := range paths {
+		hash, err := narinfo.HashPart(s.StoreDir, path)
+		if err != nil {
+			s.Log.WarnOnce("path "+path, "not looked up: %v", err)
+			continue
+		}
+		// Two paths may have the same hash part; only a narinfo of the very path
+		// counts, so that the first of them decides which it is.
+		if l.byHash[hash] == nil {
+			it := &item{path: path, hash: hash, waiting: map[*asked]bool{}}
+			l.items = append(l.items, it)
+			l.byHash[hash] = it
+		}
+	}
+	l.run(ctx)
+	result := make(map[string]*found, len(l.items))
+	for _, it := range l.items {
+		if f := it.found(); f != nil {
+			result[it.path] = f
+		}
+	}
+	return result
+}
+
+// run asks the servers until everything is decided.
+func (l *lookup) run(parent context.Context) {
+	ctx, cancel := context.WithCancel(parent)
+	var workers sync.WaitGroup
+	defer workers.Wait()
+	defer cancel()
+	for _, server := range l.s.servers {
+		todo := l.todo()
+		if len(todo) == 0 || ctx.Err() != nil {
+			break
+		}
+		a := l.start(server, todo)
+		workers.Go(func() { l.ask(ctx, a, todo) })
+		l.wait(ctx, func() bool { return a.done || a.slow })
+	}
+	l.wait(ctx, l.decided)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, a := range l.asked {
+		// The next lookup does not wait for it again.
+		a.server.sluggish = a.slow && a.pending > 0
+	}
+}
+
+// wait waits until condition holds or ctx is done. It sees to it that servers
+// become slow.
+func (l *lookup) wait(ctx context.Context, condition func() bool) {
+	ticker := time.NewTicker(slowAfter / 10)
+	defer ticker.Stop()
+	for {
+		l.mu.Lock()
+		now := time.Now()
+		for _, a := range l.asked {
+			if now.Sub(a.last) >= slowAfter || now.Sub(a.begin) >= slowAtLast {
+				a.slow = true
+			}
+		}
+		holds := condition()
+		l.mu.Unlock()
+		if holds {
+			return
+		}
+		select {
+		case <-l.changed:
+		case <-ticker.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// decided tells whether no answer to come could matter: each item either has an
+// authorised narinfo, and no server before the one that gave it is worth waiting
+// for, or no server is left that could have one. The caller holds the lock.
+func (l *lookup) decided() bool {
+	for _, it := range l.items {
+		hit := it.firstAuthorised()
+		for a := range it.waiting {
+			if a.done {
+				continue
+			}
+			if hit < 0 || a.server.index < hit && !a.slow {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// firstAuthorised returns the index of the first server with an authorised
+// narinfo, or -1.
+func (it *item) firstAuthorised() int {
+	first := -1
+	for _, r := range it.records {
+		if r.authorised && (first < 0 || r.server.index < first) {
+			first = r.server.index
+		}
+	}
+	return first
+}
+
+// todo returns the items that no server has an authorised narinfo of.
+func (l *lookup) todo() []*item {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var todo []*item
+	for _, it := range l.items {
+		if it.firstAuthorised() < 0 {
+			todo = append(todo, it)
+		}
+	}
+	return todo
+}
+
+func (l *lookup) start(server *server, todo []*item) *asked {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := time.Now()
+	a := &asked{server: server, begin: now, last: now, pending: len(todo), slow: server.sluggish}
+	l.asked = append(l.asked, a)
+	for _, it := range todo {
+		it.waiting[a] = true
+	}
+	return a
+}
+
+// answered notes that a server has answered for an item; r is nil if it has
+// nothing for it.
+func (l *lookup) answered(a *asked, it *item, r *record) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !it.waiting[a] {
+		return
+	}
+	delete(it.waiting, a)
+	a.pending--
+	a.last = time.Now()
+	if r != nil {
+		it.records = append(it.records, *r)
+	}
+	if a.pending == 0 || a.pending%64 == 0 {
+		l.notify()
+	}
+}
+
+func (l *lookup) notify() {
+	select {
+	case l.changed <- struct{}{}:
+	default:
+	}
+}
+
+// ask asks one server, first the cache of what it has said before.
+func (l *lookup) ask(ctx context.Context, a *asked, todo []*item) {
+	defer func() {
+		l.mu.Lock()
+		a.done = true
+		l.notify()
+		l.mu.Unlock()
+	}()
+	l.s.ask(ctx, a.server, todo, func(it *item, r *record) { l.answered(a, it, r) })
+}
+
+// ask asks one server about items, and calls answer, from several goroutines, for
+// those that it says something about.
+func (s *Substituter) ask(ctx context.Context, server *server, todo []*item, answer func(*item, *record)) {
+	local := mirror.IsLocal(server.url)
+	var missing []string
+	byHash := map[string]*item{}
+	for _, it := range todo {
+		if ctx.Err() != nil {
+			return
+		}
+		if r, ok := s.memory.get(server, it.path, s.Now()); ok {
+			answer(it, r)
+			continue
+		}
+		if s.Cache != nil && !local {
+			if e, ok := s.Cache.Get(server.url, it.hash, s.Now()); ok {
+				r := s.read(server, it, e.Narinfo)
+				s.memory.put(server, it.path, r, e.Until)
+				answer(it, r)
+				continue
+			}
+		}
+		missing = append(missing, it.hash)
+		byHash[it.hash] = it
+	}
+	if len(missing) == 0 {
+		return
+	}
+	if s.Mirrors.Down(server.url) != nil {
+		return
+	}
+	var progress *protocol.Lookup
+	if !local {
+		progress = s.Log.Lookup(server.url, len(missing))
+		defer progress.End()
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, lookupTimeout+time.Duration(len(missing))*lookupTimeoutEach,
+		errors.New("too slow"))
+	defer cancel()
+	err := s.Mirrors.Narinfos(ctx, server.url, missing, func(a mirror.Answer) {
+		it := byHash[a.Hash]
+		var text []byte
+		if a.Status == http.StatusOK {
+			text = a.Body
+		}
+		r := s.read(server, it, text)
+		if s.Debug && a.Status != http.StatusOK {
+			baking := ""
+			if a.Baking {
+				baking = " (baking)"
+			}
+			s.Log.Notef("narinfo of %s from %s: status %d%s", it.path, server.url, a.Status, baking)
+		}
+		if !local {
+			progress.Answered()
+			s.remember(server, it, a, r)
+		}
+		answer(it, r)
+	})
+	if err != nil && !errors.Is(err, context.Canceled) {
+		s.Log.WarnOnce("server "+server.url, "%v", naming(server.url, err))
+	}
+}
+
+// remember keeps an answer of a server for later.
+func (s *Substituter) remember(server *server, it *item, a mirror.Answer, r *record) {
+	e := narinfocache.Entry{TTL: transientTTL}
+	switch {
+	case r != nil:
+		e.Narinfo, e.TTL = a.Body, narinfoTTL
+		if a.MaxAge >= 0 {
+			e.TTL = min(a.MaxAge, maxTTL)
+		}
+	case a.Status == http.StatusNotFound || a.Status == http.StatusAccepted:
+		e.TTL = negativeTTL
+		if a.MaxAge >= 0 {
+			e.TTL = min(a.MaxAge, maxTTL)
+		}
+	}
+	now := s.Now()
+	s.memory.put(server, it.path, r, now.Add(e.TTL))
+	if s.Cache == nil {
+		return
+	}
+	if err := s.Cache.PutLater(server.url, a.Hash, e, now); err != nil {
+		s.Log.WarnOnce("cache", "narinfos cannot be kept for later: %v", err)
+	}
+}
+
+// A memory keeps records for the next request of this process, for clients ask
+// first what is available and then about it. It is safe for concurrent use.
+type memory struct {
+	mu      sync.Mutex
+	entries map[memoryKey]memoryEntry
+}
+
+type memoryKey struct {
+	server *server
+	path   string
+}
+
+type memoryEntry struct {
+	record *record // nil if the server has nothing
+	until  time.Time
+}
+
+// maxMemory is how many records are kept.
+const maxMemory = 20000
+
+func (m *memory) get(server *server, path string, now time.Time) (*record, bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	e, ok := m.entries[memoryKey{server, path}]
+	return e.record, ok && !now.After(e.until)
+}
+
+func (m *memory) put(server *server, path string, r *record, until time.Time) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.entries == nil || len(m.entries) >= maxMemory {
+		m.entries = map[memoryKey]memoryEntry{}
+	}
+	m.entries[memoryKey{server, path}] = memoryEntry{r, until}
+}
+
+func (m *memory) clear() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.entries = nil
+}
+
+// read turns the text that a server has given for an item into a record, or into
+// nil if there is none or if it is good for nothing.
+func (s *Substituter) read(server *server, it *item, text []byte) *record {
+	if text == nil {
+		return nil
+	}
+	n, err := narinfo.Parse(text)
+	if err == nil {
+		err = n.CheckItem(s.StoreDir, it.path)
+	}
+	if err != nil {
+		s.Log.WarnOnce(fmt.Sprintf("narinfo %s %s", server.url, it.hash),
+			"narinfo of %s from %s ignored: %v", it.path, server.url, err)
+		return nil
+	}
+	return &record{server: server, narinfo: n, authorised: s.AllowUnauthenticated || n.Authorise(s.Keys) == nil}
+}
+
+// sorted returns records in the order of their servers.
+func sorted(records []record) []record {
+	records = slices.Clone(records)
+	slices.SortFunc(records, func(a, b record) int { return a.server.index - b.server.index })
+	return records
+}
+
+// found decides about an item after the lookup; nil if it is not available.
+func (it *item) found() *found {
+	first := it.firstAuthorised()
+	if first < 0 {
+		return nil
+	}
+	f := &found{}
+	for _, r := range it.records {
+		if r.server.index == first {
+			f.authorised = r
+		}
+	}
+	for _, r := range sorted(it.records) {
+		switch {
+		case !narinfo.Equivalent(r.narinfo, f.authorised.narinfo):
+		case f.chosen.narinfo == nil:
+			f.chosen = r
+		default:
+			f.others = append(f.others, r)
+		}
+	}
+	return f
+}

@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package substitute_test
+
+import (
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
+)
+
+// itemPath is the file name of a store item that is not.
+func itemPath(i int) string { return fmt.Sprintf("/gnu/store/%032d-item", i) }
+
+func itemPaths(n int) []string {
+	paths := make([]string, n)
+	for i := range paths {
+		paths[i] = itemPath(i)
+	}
+	return paths
+}
+
+// sign makes a narinfo; a nil key does not sign it.
+func sign(t testing.TB, key *acl.SigningKey, path string, narSize uint64) string {
+	t.Helper()
+	part, err := narinfo.SignedPart(&narinfo.Narinfo{StorePath: path, NarSize: narSize})
+	if err != nil {
+		t.Fatal(err)
+	}
+	signature := ""
+	if key != nil {
+		if signature, err = key.Sign(sha256.Sum256([]byte(part)), "test"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	text, err := narinfo.Text(part, signature, []narinfo.URL{{URL: "nar", Compression: "none"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
+// A testServer has narinfos, and notes what it is asked for.
+type testServer struct {
+	url   string
+	asked atomic.Int64
+	mu    sync.Mutex
+	texts map[string]string // by path of the URL
+	wait  func(r *http.Request)
+}
+
+func newTestServer(t testing.TB) *testServer {
+	s := &testServer{texts: map[string]string{}}
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		s.asked.Add(1)
+		s.mu.Lock()
+		text, ok := s.texts[r.URL.Path]
+		wait := s.wait
+		s.mu.Unlock()
+		if wait != nil {
+			wait(r)
+		}
+		if !ok {
+			http.NotFound(w, r)
+			return
+		}
+		fmt.Fprint(w, text)
+	}))
+	t.Cleanup(server.Close)
+	s.url = server.URL
+	return s
+}
+
+// has gives the server a narinfo.
+func (s *testServer) has(path, text string) {
+	hash, _, _ := strings.Cut(strings.TrimPrefix(path, "/gnu/store/"), "-")
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.texts["/"+hash+".narinfo"] = text
+}
+
+func newSubstituter(t testing.TB, key *acl.SigningKey, servers ...*testServer) *substitute.Substituter {
+	var urls []string
+	for _, s := range servers {
+		urls = append(urls, s.url)
+	}
+	mirrors := mirror.NewClient(mirror.Options{NarinfoTimeout: 5 * time.Second})
+	t.Cleanup(mirrors.Close)
+	return substitute.New(substitute.Config{
+		StoreDir: "/gnu/store",
+		URLs:     urls,
+		Keys:     acl.NewACL(key.PublicKey()),
+		Mirrors:  mirrors,
+		Log:      protocol.NewLog(logLines{t}, protocol.LogStyle{Columns: 80}),
+	})
+}
+
+// TestOrder checks that servers are asked in order and only for what is missing,
+// and which narinfo the reply is made of.
+func TestOrder(t *testing.T) {
+	key := acl.GenerateSigningKey()
+	a, b, c := newTestServer(t), newTestServer(t), newTestServer(t)
+	a.has(itemPath(0), sign(t, key, itemPath(0), 100)) // a alone decides
+	a.has(itemPath(1), sign(t, nil, itemPath(1), 201)) // not equivalent to what b vouches for
+	a.has(itemPath(2), sign(t, nil, itemPath(2), 300)) // equivalent to it
+	b.has(itemPath(0), sign(t, key, itemPath(0), 101)) // too late
+	b.has(itemPath(1), sign(t, key, itemPath(1), 200))
+	b.has(itemPath(2), sign(t, key, itemPath(2), 300))
+	b.has(itemPath(3), sign(t, nil, itemPath(3), 400)) // nobody vouches for it
+	c.has(itemPath(3), sign(t, nil, itemPath(3), 400))
+	s := newSubstituter(t, key, a, b, c)
+	records := s.Info(context.Background(), itemPaths(5))
+	var got []string
+	for _, r := range records {
+		got = append(got, fmt.Sprint(r.Path, " ", r.NarSize))
+	}
+	want := []string{itemPath(0) + " 100", itemPath(1) + " 200", itemPath(2) + " 300"}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	if a.asked.Load() != 5 || b.asked.Load() != 4 || c.asked.Load() != 2 {
+		t.Errorf("the servers were asked %d, %d and %d times", a.asked.Load(), b.asked.Load(), c.asked.Load())
+	}
+	// What is known need not be asked for.
+	if again := s.Info(context.Background(), itemPaths(5)); len(again) != 3 {
+		t.Errorf("second time: %+v", again)
+	}
+	if a.asked.Load() != 5 || b.asked.Load() != 4 || c.asked.Load() != 2 {
+		t.Error("the servers were asked again")
+	}
+}
+
+// TestSlowServer checks that one that does not answer costs a second, once.
+func TestSlowServer(t *testing.T) {
+	key := acl.GenerateSigningKey()
+	slow, good := newTestServer(t), newTestServer(t)
+	release := make(chan struct{})
+	defer close(release)
+	slow.wait = func(r *http.Request) {
+		select {
+		case <-release:
+		case <-r.Context().Done():
+		}
+	}
+	const n = 20
+	for i := range n {
+		slow.has(itemPath(i), sign(t, key, itemPath(i), 1))
+		good.has(itemPath(i), sign(t, key, itemPath(i), 2))
+	}
+	s := newSubstituter(t, key, slow, good)
+	begin := time.Now()
+	for i := range n {
+		records := s.Info(context.Background(), []string{itemPath(i)})
+		if len(records) != 1 || records[0].NarSize != 2 {
+			t.Fatalf("records %+v", records)
+		}
+	}
+	// A second for each would be 20.
+	t.Logf("%d lookups took %v", n, time.Since(begin))
+	if slow.asked.Load() == 0 {
+		t.Error("the first server was not asked at all")
+	}
+	if time.Since(begin) > 10*time.Second {
+		t.Error("the slow server held each lookup up")
+	}
+}
+
+// TestOrderOfSlowServers checks that an answer that comes while others are waited
+// for counts by its place in the list.
+func TestOrderOfSlowServers(t *testing.T) {
+	key := acl.GenerateSigningKey()
+	first, second := newTestServer(t), newTestServer(t)
+	answered := make(chan struct{})
+	second.wait = func(*http.Request) { close(answered) }
+	first.wait = func(*http.Request) { <-answered } // after the second one was asked
+	for _, path := range itemPaths(1) {
+		first.has(path, sign(t, key, path, 1))
+	}
+	s := newSubstituter(t, key, first, second)
+	if records := s.Info(context.Background(), itemPaths(1)); len(records) != 1 || records[0].NarSize != 1 {
+		t.Errorf("records %+v", records)
+	}
+}
+
+func TestCancelledLookup(t *testing.T) {
+	key := acl.GenerateSigningKey()
+	silent := newTestServer(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	silent.wait = func(r *http.Request) {
+		cancel()
+		<-r.Context().Done()
+	}
+	s := newSubstituter(t, key, silent)
+	if have := s.Have(ctx, itemPaths(30)); len(have) > 0 {
+		t.Errorf("available: %q", have)
+	}
+}
+
+// TestCache checks what is kept for how long.
+func TestCache(t *testing.T) {
+	key := acl.GenerateSigningKey()
+	server := newTestServer(t)
+	server.has(itemPath(0), sign(t, key, itemPath(0), 1))
+	directory := t.TempDir()
+	now := time.Now()
+	ask := func(after time.Duration, paths []string) (have []string, asked int64) {
+		t.Helper()
+		cache, err := narinfocache.Open(directory)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer cache.Close()
+		s := newSubstituter(t, key, server)
+		s.Cache = cache
+		s.Now = func() time.Time { return now.Add(after) }
+		before := server.asked.Load()
+		have = s.Have(context.Background(), paths)
+		return have, server.asked.Load() - before
+	}
+	for _, test := range []struct {
+		after      time.Duration
+		have, asks int
+	}{
+		{0, 1, 2},                            // nothing is known
+		{time.Minute, 1, 0},                  // everything is
+		{3 * time.Minute, 1, 1},              // perhaps it is there now
+		{36*time.Hour + 4*time.Minute, 1, 2}, // the narinfo may have changed
+		{36*time.Hour + 5*time.Minute, 1, 0}, // and again
+		{100 * time.Hour, 1, 2},              // everything is old
+		{-100 * time.Hour, 1, 2},             // or comes from the future
+	} {
+		have, asks := ask(test.after, itemPaths(2))
+		if len(have) != test.have || asks != int64(test.asks) {
+			t.Errorf("after %v: %d available, %d requests; want %d and %d", test.after, len(have), asks, test.have, test.asks)
+		}
+	}
+	// A cached narinfo must still be signed by somebody who is authorised.
+	cache, err := narinfocache.Open(directory)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cache.Close()
+	s := newSubstituter(t, acl.GenerateSigningKey(), server)
+	s.Cache = cache
+	s.Now = func() time.Time { return now.Add(-100 * time.Hour) }
+	if have := s.Have(context.Background(), itemPaths(1)); len(have) > 0 {
+		t.Errorf("available by a key that is not in the list: %q", have)
+	}
+	// What a server has given out for another item is not kept as a narinfo.
+	server.has(itemPath(7), sign(t, key, itemPath(0), 1))
+	if have, asks := ask(0, []string{itemPath(7)}); len(have) > 0 || asks != 1 {
+		t.Errorf("available: %q after %d requests", have, asks)
+	}
+}
+
+// BenchmarkWarmQuery asks about items whose narinfos are in the cache, as a new
+// process does.
+func BenchmarkWarmQuery(b *testing.B) {
+	key := acl.GenerateSigningKey()
+	server := newTestServer(b)
+	const n = 1000
+	for _, path := range itemPaths(n) {
+		server.has(path, sign(b, key, path, 1))
+	}
+	cache, err := narinfocache.Open(b.TempDir())
+	if err != nil {
+		b.Fatal(err)
+	}
+	for i := 0; b.Loop(); i++ {
+		s := newSubstituter(b, key, server)
+		s.Cache = cache
+		if have := s.Have(context.Background(), itemPaths(n)); len(have) != n {
+			b.Fatalf("%d available", len(have))
+		}
+		if i == 0 {
+			cache.Close()
+			b.ResetTimer()
+		}
+	}
+	b.ReportMetric(float64(n)*float64(b.N-1)/b.Elapsed().Seconds(), "narinfos/s")
+}

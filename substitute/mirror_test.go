@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package substitute_test
+
+import (
+	"bufio"
+	"context"
+	"crypto/sha256"
+	"io/fs"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
+)
+
+const guixMirror = "../testdata/guix-mirror"
+
+// logLines is a log that keeps what is shown.
+type logLines struct{ t testing.TB }
+
+func (l logLines) Write(p []byte) (int, error) {
+	l.t.Logf("%q", p)
+	return len(p), nil
+}
+
+// mirrorItems returns the names and store items of the mirror.
+func mirrorItems(t testing.TB) map[string]string {
+	f, err := os.Open(guixMirror + "/items.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	items := map[string]string{}
+	for s := bufio.NewScanner(f); s.Scan(); {
+		name, item, _ := strings.Cut(s.Text(), " ")
+		items[name] = item
+	}
+	return items
+}
+
+func mirrorKeys(t testing.TB) *acl.ACL {
+	text, err := os.ReadFile(guixMirror + "/acl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys, err := acl.ParseACL(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return keys
+}
+
+// TestGuixMirror restores all that a real "guix publish" has made, from each of
+// its compressions alone.
+func TestGuixMirror(t *testing.T) {
+	nixStore, err := exec.LookPath("nix-store")
+	if err != nil {
+		t.Log("nix-store is not installed; it does not check the trees")
+	}
+	for _, compression := range []string{"gzip", "lzip", "zstd", "none"} {
+		t.Run(compression, func(t *testing.T) {
+			var nars []string
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				rest, isNar := strings.CutPrefix(r.URL.Path, "/nar/")
+				if !isNar {
+					http.ServeFile(w, r, guixMirror+"/all"+r.URL.Path)
+					return
+				}
+				kind := "none"
+				if k, _, ok := strings.Cut(rest, "/"); ok {
+					kind = k
+				}
+				if kind != compression {
+					http.NotFound(w, r)
+					return
+				}
+				nars = append(nars, rest)
+				http.ServeFile(w, r, guixMirror+r.URL.Path)
+			}))
+			defer server.Close()
+			mirrors := mirror.NewClient(mirror.Options{})
+			defer mirrors.Close()
+			store := t.TempDir()
+			s := substitute.New(substitute.Config{
+				StoreDir: "/gnu/store",
+				URLs:     []string{server.URL},
+				Keys:     mirrorKeys(t),
+				Mirrors:  mirrors,
+				Log:      protocol.NewLog(logLines{t}, protocol.LogStyle{}),
+			})
+			for name, item := range mirrorItems(t) {
+				nars = nil
+				destination := filepath.Join(store, filepath.Base(item))
+				if name == "many" && compression == "none" {
+					continue // not in the mirror, for its size
+				}
+				outcome := s.Substitute(context.Background(), item, destination)
+				if outcome.Status != substitute.Success {
+					t.Errorf("%s: %+v", item, outcome)
+					continue
+				}
+				if len(nars) != 1 {
+					t.Errorf("%s: nars %q were fetched", item, nars)
+				}
+				checkRestored(t, destination, outcome.NarHash)
+				if nixStore == "" {
+					continue
+				}
+				dump, err := exec.Command(nixStore, "--dump", destination).Output()
+				if err != nil {
+					t.Fatal(err)
+				}
+				sum := sha256.Sum256(dump)
+				if got := "sha256:" + nixbase32.EncodeToString(sum[:]); got != outcome.NarHash || uint64(len(dump)) != outcome.NarSize {
+					t.Errorf("%s: nix-store sees %s, %d bytes; want %s, %d", item, got, len(dump), outcome.NarHash, outcome.NarSize)
+				}
+			}
+			if err := restore.Remove(store); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// checkRestored checks that a tree has a hash, and the modes, times and links
+// that it must have.
+func checkRestored(t *testing.T, root, narHash string) {
+	t.Helper()
+	h := sha256.New()
+	if _, err := nar.Write(h, nar.NewTree(root)); err != nil {
+		t.Error(err)
+		return
+	}
+	if got := "sha256:" + nixbase32.EncodeToString(h.Sum(nil)); got != narHash {
+		t.Errorf("%s has the hash %s, want %s", root, got, narHash)
+	}
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		var st unix.Stat_t
+		if err := unix.Lstat(path, &st); err != nil {
+			return err
+		}
+		mode := st.Mode & 0o7777
+		good := true
+		switch st.Mode & unix.S_IFMT {
+		case unix.S_IFDIR:
+			good = mode == 0o555
+		case unix.S_IFREG:
+			good = (mode == 0o444 || mode == 0o555) && st.Nlink == 1
+		}
+		if !good || st.Mtim != (unix.Timespec{Sec: 1}) || st.Atim.Sec == 0 {
+			t.Errorf("%s: mode %o, %d names, modification time %v", path, st.Mode, st.Nlink, st.Mtim)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// TestGuixMirrorInfo checks what the daemon is told about the items.
+func TestGuixMirrorInfo(t *testing.T) {
+	mirrors := mirror.NewClient(mirror.Options{})
+	defer mirrors.Close()
+	directory, err := filepath.Abs(guixMirror + "/all")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := substitute.New(substitute.Config{
+		StoreDir: "/gnu/store",
+		URLs:     []string{"file://" + directory},
+		Keys:     mirrorKeys(t),
+		Mirrors:  mirrors,
+		Log:      protocol.NewLog(logLines{t}, protocol.LogStyle{}),
+	})
+	items := mirrorItems(t)
+	var paths []string
+	for _, item := range items {
+		paths = append(paths, item)
+	}
+	records := s.Info(context.Background(), paths)
+	if len(records) != len(items) {
+		t.Fatalf("%d of %d items are available", len(records), len(items))
+	}
+	for _, r := range records {
+		hash, err := narinfo.HashPart("/gnu/store", r.Path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, err := os.ReadFile(directory + "/" + hash + ".narinfo")
+		if err != nil {
+			t.Fatal(err)
+		}
+		n, err := narinfo.Parse(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r.NarSize != n.NarSize || len(r.References) != len(n.References) || r.DownloadSize == 0 {
+			t.Errorf("record %+v", r)
+		}
+	}
+	have := s.Have(context.Background(), paths)
+	slices.Sort(have)
+	slices.Sort(paths)
+	if !slices.Equal(have, paths) {
+		t.Errorf("available: %q", have)
+	}
+	// Without the key nothing is available.
+	s.SetKeys(nil)
+	if have := s.Have(context.Background(), paths); len(have) > 0 {
+		t.Errorf("available without authorised keys: %q", have)
+	}
+}

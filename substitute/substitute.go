@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package substitute is the policy of a substituter, and the only room that sees
+// the whole of it: it looks narinfos up, decides which of them are authorised,
+// lists the sources of an item, restores it from the first that works, and checks
+// the result. Start with [New].
+//
+// The rule behind it: trust comes only from the NarHash of an authorised narinfo.
+// Everything else, narinfos of mirrors and nars alike, may come from anybody,
+// since what is restored is hashed and must have that NarHash.
+//
+// It follows Guix, guix/scripts/substitute.scm and guix/substitutes.scm, in what
+// the daemon can see of it; but it never gives up as a whole: whatever goes wrong
+// with an item, its answer is that the item cannot be had.
+package substitute
+
+import (
+	"context"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
+)
+
+// Config is what a [Substituter] works with.
+type Config struct {
+	// StoreDir is the store directory, an absolute file name without a slash at
+	// its end.
+	StoreDir string
+	// URLs are the substitute URLs in the order in which they are asked. Those
+	// that make no sense are passed over, with a warning.
+	URLs []string
+	// Keys are the keys whose signatures count.
+	Keys *acl.ACL
+	// AllowUnauthenticated makes every narinfo count as authorised.
+	AllowUnauthenticated bool
+	// Deduplicate makes equal files of the store share their contents.
+	Deduplicate bool
+	// Mirrors fetches from substitute servers.
+	Mirrors *mirror.Client
+	// Cache keeps narinfos for other processes; nil is none.
+	Cache *narinfocache.Cache
+	// Blocks is where blocks are fetched from; nil is nowhere.
+	Blocks eris.VerifiedBlocks
+	// Window bounds the blocks in flight; zero is a default.
+	Window eris.Window
+	// Policy tells what is tried first.
+	Policy Policy
+	// UnsignedCapabilities allows the use of read capabilities that no signature
+	// covers. What they denote is checked all the same; they decide what is
+	// fetched, but not what is restored.
+	UnsignedCapabilities bool
+	// Log is where messages and progress go.
+	Log *protocol.Log
+	// Debug shows each narinfo that a server does not have.
+	Debug bool
+	// Now is the clock; nil is the system's.
+	Now func() time.Time
+}
+
+// A Policy is the order in which the ways to get an item are tried.
+type Policy uint8
+
+// The policies.
+const (
+	// ERISFirst tries blocks before nars.
+	ERISFirst Policy = iota
+	// HTTPFirst tries nars before blocks.
+	HTTPFirst
+	// ERISOnly uses blocks alone.
+	ERISOnly
+	// HTTPOnly uses nars alone.
+	HTTPOnly
+)
+
+// A Substituter answers the daemon's questions. Its methods are not safe for
+// concurrent use: there is one request at a time.
+type Substituter struct {
+	Config
+	servers []*server
+	order   narinfo.Order
+	memory  memory
+}
+
+// New returns a substituter.
+func New(c Config) *Substituter {
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	s := &Substituter{Config: c}
+	seen := map[string]bool{}
+	for _, url := range c.URLs {
+		if err := mirror.CheckURL(url); err != nil {
+			c.Log.WarnOnce("url "+url, "substitute server ignored: %v", err)
+			continue
+		}
+		if !seen[url] {
+			seen[url] = true
+			s.servers = append(s.servers, &server{url: url, index: len(s.servers)})
+		}
+	}
+	return s
+}
+
+// SetKeys changes the keys whose signatures count.
+func (s *Substituter) SetKeys(keys *acl.ACL) {
+	s.Keys = keys
+	s.memory.clear()
+}
+
+// A server is a substitute server.
+type server struct {
+	url   string
+	index int // in the order of preference
+	// sluggish tells that the last lookup ended without all of its answers.
+	sluggish bool
+}
+
+// Have returns those of the given store items that are available, in the order
+// given. Anything that is not the file name of a store item is not.
+func (s *Substituter) Have(ctx context.Context, items []string) []string {
+	var available []string
+	found := s.lookup(ctx, items)
+	for _, item := range unique(items) {
+		if found[item] != nil {
+			available = append(available, item)
+		}
+	}
+	return available
+}
+
+// Info returns what the daemon wants to know about those of the given store
+// items that are available, in the order given.
+func (s *Substituter) Info(ctx context.Context, items []string) []protocol.Info {
+	var records []protocol.Info
+	found := s.lookup(ctx, items)
+	for _, item := range unique(items) {
+		f := found[item]
+		if f == nil {
+			continue
+		}
+		n := f.chosen.narinfo
+		r := protocol.Info{Path: item, NarSize: n.NarSize, DownloadSize: downloadSize(n)}
+		if n.Deriver != "" {
+			r.Deriver = s.StoreDir + "/" + n.Deriver
+		}
+		for _, ref := range n.References {
+			r.References = append(r.References, s.StoreDir+"/"+ref)
+		}
+		records = append(records, r)
+	}
+	return records
+}
+
+// downloadSize is the size of the nar that would be tried first, in bytes; 0 if
+// it is not known.
+func downloadSize(n *narinfo.Narinfo) uint64 {
+	if urls := n.PreferredURLs(narinfo.Fast); len(urls) > 0 && urls[0].SizeKnown {
+		return urls[0].FileSize
+	}
+	return 0
+}
+
+// unique returns items without repetitions.
+func unique(items []string) []string {
+	seen := make(map[string]bool, len(items))
+	result := make([]string, 0, len(items))
+	for _, item := range items {
+		if !seen[item] {
+			seen[item] = true
+			result = append(result, item)
+		}
+	}
+	return result
+}
