@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package coapserver_test
+
+import (
+	"bytes"
+	"encoding/hex"
+	"net"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+)
+
+// TestHostile has clients that do not keep to the protocol. Each connection must come to its end within bounded time, and
+// others must be served meanwhile.
+func TestHostile(t *testing.T) {
+	store := newMemory()
+	ref, block := store.add(t, eris.BlockSize1KiB)
+	_, address := serveConfig(t, "unix", readWrite, coapserver.Config{
+		Resources:      []coapserver.Resource{{Blocks: store, Sink: store}},
+		MessageTimeout: 200 * time.Millisecond,
+		IdleTimeout:    400 * time.Millisecond,
+	})
+	fromHex := func(text string) []byte {
+		b, err := hex.DecodeString(strings.ReplaceAll(text, " ", ""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	csmAnd := func(text string) func(*client) {
+		return func(c *client) { c.write(append(bytes.Clone(csm), fromHex(text)...)) }
+	}
+	flood := func(b []byte) func(*client) {
+		return func(c *client) {
+			c.write(csm)
+			for c.write(bytes.Repeat(b, 100)) {
+			}
+		}
+	}
+	large := putRequest(1, coap.Block{}, 0, make([]byte, eris.BlockSize32KiB))
+	for _, v := range []struct {
+		name string
+		play func(c *client)
+		last codes.Code // of what the server says last; 0: of no interest
+	}{
+		{"says nothing", func(*client) {}, codes.CSM},
+		{"says nothing after its capabilities", csmAnd(""), codes.CSM},
+		{"request first", func(c *client) { c.write(getRequest(1, ref, eris.BlockSize1KiB, coap.Block{})) }, codes.Abort},
+		{"large request first", func(c *client) { c.write(large[:20000]) }, codes.Abort},
+		{"noise", func(c *client) { c.write(block) }, codes.Abort},
+		{"length of 4 GiB", csmAnd("f1 ffffffff 03 01"), codes.Abort},
+		{"length above what was announced", csmAnd("e1 ffff 03 01"), codes.Abort},
+		{"token of 9 bytes", csmAnd("09 01"), codes.Abort},
+		{"unknown signal", csmAnd("00 ff"), codes.Abort},
+		{"unknown class", csmAnd("00 20"), codes.Abort},
+		{"unknown critical option in capabilities", csmAnd("10 e1 30"), codes.Abort},
+		{"half a head", csmAnd("d1"), codes.CSM},
+		{"half a request", csmAnd("d1 31 01 01 bb"), codes.CSM},
+		{"half a large request", func(c *client) { c.write(append(bytes.Clone(csm), large[:20000]...)) }, codes.CSM},
+		{"head of a large request", func(c *client) { c.write(append(bytes.Clone(csm), large[:6]...)) }, codes.CSM},
+		{"drips", func(c *client) {
+			c.write(csm)
+			for _, b := range large {
+				if !c.write([]byte{b}) {
+					return
+				}
+				time.Sleep(time.Millisecond)
+			}
+		}, 0},
+		{"endless capabilities", flood(csm), 0},
+		{"endless pings", flood(fromHex("01 e2 07")), 0},
+		{"endless empty messages", flood(fromHex("00 00")), 0},
+		{"endless answers", flood(fromHex("01 45 07")), 0},
+		{"endless large answers", flood(coap.AppendMessage(nil, codes.Content, coap.MakeToken(1), nil, make([]byte, 20000))), 0},
+		{"endless requests, answers not read", flood(getRequest(1, ref, eris.BlockSize1KiB, coap.Block{})), 0},
+		{"endless bad requests, answers not read", flood(fromHex("01 01 07")), 0},
+		{"endless blocks, answers not read", flood(putRequest(1, coap.Block{}, 0, block)), 0},
+		{"Release", csmAnd("00 e4"), codes.CSM},
+		{"Abort", csmAnd("00 e5"), 0},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			t.Parallel()
+			c := dial(t, "unix", address)
+			v.play(c)
+			last := c.awaitEnd()
+			if v.last != 0 && last != v.last {
+				t.Errorf("last message is %v, want %v", last, v.last)
+			}
+			good := dial(t, "unix", address, csm...)
+			good.write(getRequest(1, ref, eris.BlockSize1KiB, coap.Block{}))
+			if m := good.readAnswer(); m.Code != codes.Content {
+				t.Errorf("others are not served: %v", m.Head)
+			}
+		})
+	}
+}
+
+// TestHostileMemory checks that lengths alone make the server allocate nothing.
+func TestHostileMemory(t *testing.T) {
+	address := serve(t, "unix", newMemory())
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	const calls = 20
+	for range calls {
+		c := dial(t, "unix", address, csm...)
+		c.write([]byte{0xf0, 0xff, 0xff, 0xff, 0xff, 0x03})
+		if last := c.awaitEnd(); last != codes.Abort {
+			t.Errorf("last message is %v", last)
+		}
+	}
+	runtime.ReadMemStats(&after)
+	if most := uint64(calls * 1 << 20); after.TotalAlloc-before.TotalAlloc > most {
+		t.Errorf("%d bytes were allocated", after.TotalAlloc-before.TotalAlloc)
+	}
+}
+
+// TestMaxConnections checks that connections beyond the limit are closed, and that there is room again when others end.
+func TestMaxConnections(t *testing.T) {
+	store := newMemory()
+	ref, _ := store.add(t, eris.BlockSize1KiB)
+	_, address := serveConfig(t, "unix", readWrite, coapserver.Config{Resources: []coapserver.Resource{{Blocks: store}}, MaxConnections: 3})
+	works := func(c *client) bool {
+		c.write(getRequest(1, ref, eris.BlockSize1KiB, coap.Block{}))
+		return c.readAnswer().Code == codes.Content
+	}
+	var clients []*client
+	for range 3 {
+		c := dial(t, "unix", address, csm...)
+		if !works(c) {
+			t.Fatal("a connection within the limit is not served")
+		}
+		clients = append(clients, c)
+	}
+	if works(dial(t, "unix", address, csm...)) {
+		t.Error("a connection beyond the limit is served")
+	}
+	clients[0].conn.Close()
+	for range 1000 {
+		if works(dial(t, "unix", address, csm...)) {
+			return
+		}
+		pause()
+	}
+	t.Error("there is no room although a connection has ended")
+}
+
+// TestHalfClosed checks that a client that says all it has to say, and closes its side, still gets all its answers.
+func TestHalfClosed(t *testing.T) {
+	store := newMemory()
+	ref, _ := store.add(t, eris.BlockSize1KiB)
+	address := serve(t, "tcp", store)
+	c := dial(t, "tcp", address, csm...)
+	for i := range 100 {
+		c.write(getRequest(uint32(i), ref, eris.BlockSize1KiB, coap.Block{}))
+		c.write(putRequest(uint32(1000+i), coap.Block{}, 0, make([]byte, eris.BlockSize32KiB)))
+	}
+	c.conn.(*net.TCPConn).CloseWrite()
+	for range 200 {
+		if m := c.readAnswer(); m.Code != codes.Content && m.Code != codes.Created {
+			t.Fatalf("answer %v", m.Head)
+		}
+	}
+}
+
+// TestPipe serves a connection that is neither a socket of TCP nor a Unix socket, as one of a WebSocket is.
+func TestPipe(t *testing.T) {
+	store := newMemory()
+	ref, want := store.add(t, eris.BlockSize32KiB)
+	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Blocks: store, Sink: store}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ours, theirs := net.Pipe()
+	var group sync.WaitGroup
+	group.Go(func() { server.ServeConn(theirs, readWrite) })
+	c := newClient(t, ours)
+	group.Go(func() {
+		c.write(csm)
+		for i := range 50 {
+			c.write(getRequest(uint32(i), ref, eris.BlockSize32KiB, coap.Block{}))
+			c.write(putRequest(uint32(i), coap.Block{}, 0, want))
+		}
+	})
+	for range 100 {
+		if m := c.readAnswer(); m.Code != codes.Created && (m.Code != codes.Content || !bytes.Equal(m.payload, want)) {
+			t.Fatalf("answer %v", m.Head)
+		}
+	}
+	ours.Close()
+	group.Wait()
+	server.Close()
+}

@@ -1,0 +1,355 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package coapserver serves ERIS blocks by CoAP (https://eris.codeberg.page/eer/coap.xml): on streams, that is Unix sockets,
+// TCP, TLS and what else yields a net.Conn (RFC 8323), and in datagrams (RFC 7252 and RFC 7959). Start with [New].
+//
+// A connection may have thousands of requests in flight. Blocks to be stored are handed to the store in batches, several at a
+// time, and each is answered once its batch is stored; when too much is under way, the connection is not read any further,
+// so that the client has to wait. No request that was read stays without an answer while the connection lasts.
+//
+// Whoever can connect is believed nothing: every message, every buffer, every wait is bounded, per connection and for the
+// whole server.
+package coapserver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+)
+
+// A Sink takes blocks. Put returns nil only once the block is stored as durably as it ever will be: the client is then told
+// so. It must not keep the memory of the block. It is called by many goroutines at a time. An error that wraps
+// fetch.ErrReadOnly is answered by 4.05, any other by 5.00.
+type Sink interface {
+	Put(ctx context.Context, ref eris.Reference, block []byte) error
+}
+
+// A BatchSink is a [Sink] that can take many blocks at once, which it may make durable together. Refs and blocks have the
+// same length. An error says that none of them may be taken as stored. Blocks that come on streams are put by this method.
+type BatchSink interface {
+	Sink
+	PutBatch(ctx context.Context, refs []eris.Reference, blocks [][]byte) error
+}
+
+// Resource is a store at one path.
+type Resource struct {
+	// Path is the path of the store as in its URL, for example ".well-known/eris", which is also meant by "". The
+	// resource "blocks" below it is served.
+	Path string
+	// Blocks is where blocks come from; nil if none can be had. It is called by many goroutines at a time, each of which
+	// waits for it. If a client does not say which size it wants, which every client known does, it is asked for both.
+	Blocks eris.Blocks
+	// Sink is where blocks go; nil if none are taken.
+	Sink Sink
+}
+
+// Access is what clients of one listener may do.
+type Access struct {
+	Get, Put bool
+}
+
+// Config says what a [Server] serves, and within which bounds. Zero fields stand for the defaults.
+type Config struct {
+	Resources []Resource
+
+	// MaxConnections is the most connections at a time per listener; further ones are closed at once. Default 256.
+	MaxConnections int
+	// MaxPutBytes bounds the memory for blocks that are being stored: per connection, and for all but a first 256 KiB of each
+	// connection together. Defaults 16 MiB and 256 MiB.
+	MaxPutBytes, MaxTotalPutBytes int64
+	// MaxAnswerBytes bounds the memory for answers that the client has not taken yet, in the same way. Defaults 16 MiB
+	// and 256 MiB.
+	MaxAnswerBytes, MaxTotalAnswerBytes int64
+	// MaxGets is the most blocks that are looked up at a time for a connection. Default 32.
+	MaxGets int
+	// IdleTimeout is for how long a connection may send no message. Default 10 min.
+	IdleTimeout time.Duration
+	// MessageTimeout is how long the receipt of one message may take once it has begun, and how long the client may take
+	// to receive 256 KiB. Default 60 s.
+	MessageTimeout time.Duration
+	// StrictMessageSize forbids to send whole blocks of 32 KiB to a client that has not said that it takes messages of
+	// that size. By default that is done if the client said nothing about sizes, because some clients say nothing and take
+	// them.
+	StrictMessageSize bool
+	// Log, if not nil, is given the errors of stores, at most about one per second. It must be safe for concurrent use.
+	Log func(err error)
+
+	// Datagram is for ServePacket.
+	Datagram DatagramConfig
+}
+
+// DatagramConfig bounds what is done for clients that come by UDP. Zero fields stand for the defaults.
+type DatagramConfig struct {
+	// Workers is how many requests are served at a time; more are left in the buffer of the kernel, and dropped when
+	// that is full, upon which clients ask again. Default 64.
+	Workers int
+	// MaxTransfers is the most blocks at a time that are being received part by part; MaxTransfersPerHost is the most from
+	// one address. The oldest make room. Defaults 1024 and 64; 32 KiB are needed for each.
+	MaxTransfers, MaxTransfersPerHost int
+	// TransferTimeout is for how long the parts of a block are kept without a further one. Default 30 s.
+	TransferTimeout time.Duration
+	// AckDelay is after what time a request is acknowledged apart from its answer. Default 1 s; it must be below the 2 s
+	// after which clients ask again.
+	AckDelay time.Duration
+	// AckTimeout is how long the first copy of an answer that goes apart waits to be acknowledged; each of four further
+	// waits is twice as long. Default 2 s (RFC 7252, section 4.8).
+	AckTimeout time.Duration
+}
+
+func (c Config) withDefaults() Config {
+	setDefault(&c.MaxConnections, 256)
+	setDefault(&c.MaxPutBytes, 16<<20)
+	setDefault(&c.MaxTotalPutBytes, 256<<20)
+	setDefault(&c.MaxAnswerBytes, 16<<20)
+	setDefault(&c.MaxTotalAnswerBytes, 256<<20)
+	setDefault(&c.MaxGets, 32)
+	setDefault(&c.IdleTimeout, 10*time.Minute)
+	setDefault(&c.MessageTimeout, time.Minute)
+	setDefault(&c.Datagram.Workers, 64)
+	setDefault(&c.Datagram.MaxTransfers, 1024)
+	setDefault(&c.Datagram.MaxTransfersPerHost, 64)
+	setDefault(&c.Datagram.TransferTimeout, 30*time.Second)
+	setDefault(&c.Datagram.AckDelay, time.Second)
+	setDefault(&c.Datagram.AckTimeout, 2*time.Second)
+	if c.Log == nil {
+		c.Log = func(error) {}
+	}
+	return c
+}
+
+func setDefault[T ~int | ~int64](field *T, value T) {
+	if *field <= 0 {
+		*field = value
+	}
+}
+
+// Server serves blocks. Its methods are safe for concurrent use.
+type Server struct {
+	config    Config
+	resources []Resource
+	paths     *coap.Paths
+	pool      *sync.Pool // of memory for answers
+	batches   sync.Pool  // of *batch
+	parts     sync.Pool  // of *[32768]byte
+	recent    recent
+
+	ctx    context.Context // ends with Close
+	cancel context.CancelFunc
+
+	putBytes    atomic.Int64 // in batches beyond the first of each connection
+	answerBytes atomic.Int64 // as last counted by the connections
+	lastLog     atomic.Int64
+
+	mu       sync.Mutex
+	closing  bool
+	closers  map[closer]struct{} // listeners and packet connections
+	conns    map[*conn]struct{}
+	services sync.WaitGroup // calls of Serve, ServePacket and ServeConn
+}
+
+type closer interface{ Close() error }
+
+// ErrServerClosed is what Serve, ServePacket and ServeConn return after Shutdown or Close.
+var ErrServerClosed = errors.New("server is closed")
+
+// New returns a Server. It returns an error if a path is not valid, occurs twice, or there are more than 64.
+func New(config Config) (*Server, error) {
+	s := &Server{
+		config:    config.withDefaults(),
+		resources: config.Resources,
+		pool:      coap.NewPool(),
+		closers:   make(map[closer]struct{}),
+		conns:     make(map[*conn]struct{}),
+	}
+	seen := make(map[string]bool)
+	var paths [][]string
+	for _, resource := range config.Resources {
+		path, err := coap.ParsePath(resource.Path)
+		if err != nil {
+			return nil, err
+		}
+		if key := fmt.Sprintf("%q", path); seen[key] {
+			return nil, errors.New("two resources have the same store path")
+		} else {
+			seen[key] = true
+		}
+		paths = append(paths, path)
+	}
+	var err error
+	if s.paths, err = coap.NewPaths(paths); err != nil {
+		return nil, err
+	}
+	s.batches.New = func() any { return new(batch) }
+	s.parts.New = func() any { return new([eris.BlockSize32KiB]byte) }
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	return s, nil
+}
+
+// Serve accepts connections and serves them, until the listener fails or the server is closed. It closes the listener. For
+// TLS, the listener must be one of crypto/tls, with the protocol "coap" (RFC 8323, section 8.2).
+func (s *Server) Serve(listener net.Listener, access Access) error {
+	if !s.begin(listener) {
+		listener.Close()
+		return ErrServerClosed
+	}
+	defer s.done(listener)
+	places := make(chan struct{}, s.config.MaxConnections)
+	var group sync.WaitGroup
+	defer group.Wait()
+	for wait := time.Millisecond; ; {
+		conn, err := listener.Accept()
+		if err != nil {
+			if s.isClosing() {
+				return ErrServerClosed
+			}
+			if errors.Is(err, net.ErrClosed) {
+				return err
+			}
+			// Mostly too many open files: others will close theirs.
+			s.log(fmt.Errorf("accepting a connection: %w", err))
+			select {
+			case <-time.After(wait):
+			case <-s.ctx.Done():
+			}
+			wait = min(2*wait, time.Second)
+			continue
+		}
+		wait = time.Millisecond
+		select {
+		case places <- struct{}{}:
+			group.Go(func() {
+				s.serveConn(conn, access)
+				<-places
+			})
+		default:
+			conn.Close()
+		}
+	}
+}
+
+// ServeConn serves one connection until it ends, and closes it. It returns nil, or [ErrServerClosed] without having
+// served.
+func (s *Server) ServeConn(conn net.Conn, access Access) error {
+	s.mu.Lock()
+	if s.closing {
+		s.mu.Unlock()
+		conn.Close()
+		return ErrServerClosed
+	}
+	s.services.Add(1)
+	s.mu.Unlock()
+	defer s.services.Done()
+	s.serveConn(conn, access)
+	return nil
+}
+
+func (s *Server) serveConn(netConn net.Conn, access Access) {
+	c := newConn(s, netConn, access)
+	s.mu.Lock()
+	if s.closing {
+		s.mu.Unlock()
+		netConn.Close()
+		return
+	}
+	s.conns[c] = struct{}{}
+	s.mu.Unlock()
+	c.serve()
+	s.mu.Lock()
+	delete(s.conns, c)
+	s.mu.Unlock()
+}
+
+func (s *Server) begin(c closer) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closing {
+		return false
+	}
+	s.closers[c] = struct{}{}
+	s.services.Add(1)
+	return true
+}
+
+func (s *Server) done(c closer) {
+	c.Close()
+	s.mu.Lock()
+	delete(s.closers, c)
+	s.mu.Unlock()
+	s.services.Done()
+}
+
+func (s *Server) isClosing() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.closing
+}
+
+// Shutdown stops accepting connections and requests by UDP, and tells the clients of all connections that they are to end
+// (Release). It answers what they still ask and waits until they have closed, which they get two seconds for, and until
+// everything is answered. When the context ends before that, it closes everything as Close does, and returns the cause.
+func (s *Server) Shutdown(ctx context.Context) error {
+	for _, c := range s.stop() {
+		c.release()
+	}
+	finished := make(chan struct{})
+	go func() {
+		s.services.Wait()
+		close(finished)
+	}()
+	select {
+	case <-finished:
+		s.cancel()
+		return nil
+	case <-ctx.Done():
+		s.Close()
+		<-finished
+		return context.Cause(ctx)
+	}
+}
+
+// Close closes all listeners and connections at once and waits until all calls of Serve, ServePacket and ServeConn, and of
+// stores, have returned; the contexts of the latter end.
+func (s *Server) Close() error {
+	conns := s.stop()
+	s.cancel()
+	for _, c := range conns {
+		c.fail(ErrServerClosed)
+	}
+	s.services.Wait()
+	return nil
+}
+
+// stop closes the listeners and returns the connections.
+func (s *Server) stop() []*conn {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closing = true
+	for c := range s.closers {
+		if packets, ok := c.(net.PacketConn); ok {
+			// What is being served can still be answered; the socket is closed afterwards.
+			packets.SetReadDeadline(time.Unix(1, 0))
+		} else {
+			c.Close()
+		}
+	}
+	var conns []*conn
+	for c := range s.conns {
+		conns = append(conns, c)
+	}
+	return conns
+}
+
+// log hands an error to the log, unless there was one just now.
+func (s *Server) log(err error) {
+	now, last := time.Now().Unix(), s.lastLog.Load()
+	if now != last && s.lastLog.CompareAndSwap(last, now) {
+		s.config.Log(err)
+	}
+}

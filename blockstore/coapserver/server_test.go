@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package coapserver_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"io"
+	"net"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+)
+
+// memory is a store in memory.
+type memory struct {
+	mu     sync.RWMutex
+	blocks map[eris.Reference][]byte
+}
+
+func newMemory() *memory { return &memory{blocks: make(map[eris.Reference][]byte)} }
+
+func (m *memory) Get(_ context.Context, ref eris.Reference, size eris.BlockSize, _ []byte) ([]byte, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if block, ok := m.blocks[ref]; ok && len(block) == int(size) {
+		return block, nil
+	}
+	return nil, eris.ErrNotFound
+}
+
+func (m *memory) Put(_ context.Context, ref eris.Reference, block []byte) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if _, ok := m.blocks[ref]; !ok {
+		m.blocks[ref] = append([]byte(nil), block...)
+	}
+	return nil
+}
+
+func (m *memory) has(ref eris.Reference) bool {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	block, ok := m.blocks[ref]
+	return ok && eris.Sum(block) == ref
+}
+
+func (m *memory) add(tb testing.TB, size eris.BlockSize) (eris.Reference, []byte) {
+	ref, block := newBlock(size)
+	m.Put(tb.Context(), ref, block)
+	return ref, block
+}
+
+func newBlock(size eris.BlockSize) (eris.Reference, []byte) {
+	block := make([]byte, size)
+	rand.Read(block)
+	return eris.Sum(block), block
+}
+
+// pause waits a little for something that cannot be waited for otherwise.
+func pause() { time.Sleep(5 * time.Millisecond) }
+
+var readWrite = coapserver.Access{Get: true, Put: true}
+
+// serve serves a store, and returns the address.
+func serve(tb testing.TB, network string, store *memory) string {
+	_, address := serveConfig(tb, network, readWrite, coapserver.Config{Resources: []coapserver.Resource{{Blocks: store, Sink: store}}})
+	return address
+}
+
+func serveConfig(tb testing.TB, network string, access coapserver.Access, config coapserver.Config) (*coapserver.Server, string) {
+	server, err := coapserver.New(config)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	address := "127.0.0.1:0"
+	if network == "unix" {
+		address = filepath.Join(tb.TempDir(), "s")
+	}
+	var group sync.WaitGroup
+	if network == "udp" {
+		conn, err := net.ListenPacket("udp", address)
+		if err != nil {
+			tb.Fatal(err)
+		}
+		address = conn.LocalAddr().String()
+		group.Go(func() { server.ServePacket(conn, access) })
+	} else {
+		listener, err := net.Listen(network, address)
+		if err != nil {
+			tb.Fatal(err)
+		}
+		address = listener.Addr().String()
+		group.Go(func() { server.Serve(listener, access) })
+	}
+	tb.Cleanup(func() {
+		server.Close()
+		group.Wait()
+	})
+	return server, address
+}
+
+// TestAnswers checks what is answered to what, byte for byte where the whole of the answer is known.
+func TestAnswers(t *testing.T) {
+	store, pinned := newMemory(), newMemory()
+	small, smallBlock := store.add(t, eris.BlockSize1KiB)
+	large, largeBlock := store.add(t, eris.BlockSize32KiB)
+	newSmall, newSmallBlock := newBlock(eris.BlockSize1KiB)
+	failing := sinkFunc(func(context.Context, eris.Reference, []byte) error { return errors.New("disk full") })
+	readOnly := sinkFunc(func(context.Context, eris.Reference, []byte) error { return fetch.ErrReadOnly })
+	config := coapserver.Config{Resources: []coapserver.Resource{
+		{Blocks: store, Sink: store},
+		{Path: "pinned", Sink: pinned},
+		{Path: "mirror", Blocks: store},
+		{Path: "failing", Blocks: blocksFunc(func() error { return errors.New("disk broken") }), Sink: failing},
+		{Path: "readonly", Sink: readOnly},
+	}}
+	_, address := serveConfig(t, "tcp", readWrite, config)
+	_, getOnly := serveConfig(t, "tcp", coapserver.Access{Get: true}, config)
+	_, putOnly := serveConfig(t, "tcp", coapserver.Access{Put: true}, config)
+	at := func(path string, options ...any) []any {
+		return append([]any{11, path, 11, "blocks"}, options...)
+	}
+	wellKnown := func(options ...any) []any {
+		return append([]any{11, ".well-known", 11, "eris", 11, "blocks"}, options...)
+	}
+	for _, v := range []struct {
+		name    string
+		address string
+		send    []byte
+		code    codes.Code
+		payload []byte
+	}{
+		{"GET, Base32, Size1", address, request(codes.GET, "", wellKnown(15, small.String(), 60, "\x04\x00")...), codes.Content, smallBlock},
+		{"GET, Base32", address, request(codes.GET, "", wellKnown(15, small.String())...), codes.Content, smallBlock},
+		{"GET, raw", address, request(codes.GET, "", wellKnown(15, string(small[:]))...), codes.Content, smallBlock},
+		{"GET, raw, Size1", address, request(codes.GET, "", wellKnown(15, string(large[:]), 60, "\x80\x00")...), codes.Content, largeBlock},
+		{"GET, large, no size", address, request(codes.GET, "", wellKnown(15, string(large[:]))...), codes.Content, largeBlock},
+		{"GET, other size", address, request(codes.GET, "", wellKnown(15, small.String(), 60, "\x80\x00")...), codes.NotFound, nil},
+		{"GET, size that is none", address, request(codes.GET, "", wellKnown(15, small.String(), 60, "\x04\x01")...), codes.BadRequest, nil},
+		{"GET, missing", address, request(codes.GET, "", wellKnown(15, newSmall.String(), 60, "\x04\x00")...), codes.NotFound, nil},
+		{"GET, no reference", address, request(codes.GET, "", wellKnown()...), codes.BadRequest, nil},
+		{"GET, wrong reference", address, request(codes.GET, "", wellKnown(15, "hello")...), codes.BadRequest, nil},
+		{"GET, other path", address, request(codes.GET, "", 11, ".well-known", 11, "core"), codes.NotFound, nil},
+		{"GET, no path", address, request(codes.GET, ""), codes.NotFound, nil},
+		{"GET, Uri-Host", address, request(codes.GET, "", append([]any{3, "localhost", 7, "\x16\x33"}, wellKnown(15, small.String())...)...), codes.Content, smallBlock},
+		{"GET, mirror", address, request(codes.GET, "", at("mirror", 15, small.String())...), codes.Content, smallBlock},
+		{"GET, pinned", address, request(codes.GET, "", at("pinned", 15, small.String())...), codes.MethodNotAllowed, nil},
+		{"GET, failing", address, request(codes.GET, "", at("failing", 15, small.String())...), codes.InternalServerError, nil},
+		{"GET, not permitted", putOnly, request(codes.GET, "", wellKnown(15, small.String())...), codes.MethodNotAllowed, nil},
+		{"GET, unknown critical option", address, request(codes.GET, "", wellKnown(15, small.String(), 2049, "")...), codes.BadOption, nil},
+		{"GET, unknown elective option", address, request(codes.GET, "", wellKnown(15, small.String(), 2048, "")...), codes.Content, smallBlock},
+		{"GET, part", address, request(codes.GET, "", wellKnown(15, large.String(), 23, "\x16")...), codes.Content, largeBlock[1024:2048]},
+		{"GET, part of 16 bytes", address, request(codes.GET, "", wellKnown(15, large.String(), 23, "\x7f\xf0")...), codes.Content, largeBlock[32752:]},
+		{"GET, BERT", address, request(codes.GET, "", wellKnown(15, large.String(), 23, "\x1f\x07"[1:])...), codes.Content, largeBlock},
+		{"GET, part behind the end", address, request(codes.GET, "", wellKnown(15, large.String(), 23, "\x02\x06")...), codes.BadRequest, nil},
+		{"PUT", address, request(codes.PUT, string(newSmallBlock), wellKnown()...), codes.Created, nil},
+		{"PUT, again, with a query", address, request(codes.PUT, string(newSmallBlock), wellKnown(15, large.String())...), codes.Created, nil},
+		{"POST", address, request(codes.POST, string(largeBlock), wellKnown()...), codes.Created, nil},
+		{"PUT, pinned", address, request(codes.PUT, string(largeBlock), at("pinned")...), codes.Created, nil},
+		{"PUT, mirror", address, request(codes.PUT, string(largeBlock), at("mirror")...), codes.MethodNotAllowed, nil},
+		{"PUT, failing", address, request(codes.PUT, string(largeBlock), at("failing")...), codes.InternalServerError, nil},
+		{"PUT, store is read-only", address, request(codes.PUT, string(largeBlock), at("readonly")...), codes.MethodNotAllowed, nil},
+		{"PUT, other path", address, request(codes.PUT, string(largeBlock), at("nowhere")...), codes.NotFound, nil},
+		{"PUT, not permitted", getOnly, request(codes.PUT, string(largeBlock), wellKnown()...), codes.MethodNotAllowed, nil},
+		{"PUT, small, not permitted", getOnly, request(codes.PUT, string(smallBlock), wellKnown()...), codes.MethodNotAllowed, nil},
+		{"PUT, no payload", address, request(codes.PUT, "", wellKnown()...), codes.BadRequest, nil},
+		{"PUT, one byte less", address, request(codes.PUT, string(largeBlock[1:]), wellKnown()...), codes.BadRequest, nil},
+		{"PUT, one byte more", address, request(codes.PUT, string(smallBlock)+"x", wellKnown()...), codes.BadRequest, nil},
+		{"PUT, as much as fits", address, request(codes.PUT, strings.Repeat("x", 65000), wellKnown()...), codes.BadRequest, nil},
+		{"PUT, unknown critical option", address, request(codes.PUT, string(largeBlock), wellKnown(2049, "")...), codes.BadOption, nil},
+		{"PUT, the one and only part", address, request(codes.PUT, string(smallBlock), wellKnown(27, "\x06")...), codes.Created, nil},
+		{"PUT, part that has no beginning", address, request(codes.PUT, string(smallBlock), wellKnown(27, "\x16")...), codes.RequestEntityIncomplete, nil},
+		{"PUT, part of another length", address, request(codes.PUT, string(smallBlock[1:]), wellKnown(27, "\x0e")...), codes.BadRequest, nil},
+		{"PUT, part of something large", address, request(codes.PUT, string(smallBlock), wellKnown(27, "\x0e", 60, "\x01\x00\x00")...), codes.RequestEntityTooLarge, nil},
+		{"DELETE", address, request(codes.DELETE, "", wellKnown()...), codes.MethodNotAllowed, nil},
+		{"FETCH", address, request(5, "", wellKnown()...), codes.MethodNotAllowed, nil},
+		{"Proxy-Uri", address, request(codes.GET, "", 35, "coap://example.net"), codes.ProxyingNotSupported, nil},
+	} {
+		c := dial(t, "tcp", v.address, csm...)
+		c.write(v.send)
+		m := c.readAnswer()
+		if m.Code != v.code || m.Token != coap.MakeToken(1) {
+			t.Errorf("%s: answer is %v, want %v", v.name, m.Head, v.code)
+		} else if v.code == codes.Content && !bytes.Equal(m.payload, v.payload) {
+			t.Errorf("%s: wrong payload of %d bytes", v.name, len(m.payload))
+		}
+		// The connection goes on.
+		c.write(getRequest(2, small, eris.BlockSize1KiB, coap.Block{}))
+		if m := c.readAnswer(); m.Token != coap.MakeToken(2) {
+			t.Errorf("%s: the connection does not go on: %v", v.name, m.Head)
+		}
+		c.conn.Close()
+	}
+	if !store.has(newSmall) || !pinned.has(large) || pinned.has(newSmall) {
+		t.Error("a block is not where it was put")
+	}
+	// The frames of RFC 8323, section 3.2, byte for byte.
+	c := dial(t, "tcp", address, csm...)
+	c.write(request(codes.PUT, string(smallBlock), wellKnown()...))
+	c.readAnswer()
+	c.write(getRequest(1, newSmall, eris.BlockSize32KiB, coap.Block{}))
+	b := make([]byte, 3)
+	if io.ReadFull(c.r, b); !bytes.Equal(b, []byte{0x01, 0x84, 0x01}) {
+		t.Errorf("4.04 is % x", b)
+	}
+	c.write(request(codes.PUT, string(smallBlock), wellKnown()...))
+	if io.ReadFull(c.r, b); !bytes.Equal(b, []byte{0x01, 0x41, 0x01}) {
+		t.Errorf("2.01 is % x", b)
+	}
+}
+
+type sinkFunc func(ctx context.Context, ref eris.Reference, block []byte) error
+
+func (f sinkFunc) Put(ctx context.Context, ref eris.Reference, block []byte) error {
+	return f(ctx, ref, block)
+}
+
+type blocksFunc func() error
+
+func (f blocksFunc) Get(context.Context, eris.Reference, eris.BlockSize, []byte) ([]byte, error) {
+	return nil, f()
+}
+
+// TestParts fetches and puts a block of 32 KiB with clients of different capabilities.
+func TestParts(t *testing.T) {
+	store := newMemory()
+	ref, block := store.add(t, eris.BlockSize32KiB)
+	address := serve(t, "unix", store)
+	for _, v := range []struct {
+		name     string
+		csm      []byte
+		messages int // 0: refused
+		exponent uint8
+	}{
+		{"whole", csm, 1, 0},
+		{"says nothing", []byte{0, 0xe1}, 1, 0},
+		{"base size", []byte{0x30, 0xe1, 0x22, 0x04, 0x80}, 0, 0},
+		{"block-wise", []byte{0x10, 0xe1, 0x40}, 32, 6},
+		{"BERT of one unit", []byte{0x40, 0xe1, 0x22, 0x05, 0x00, 0x20}, 32, coap.BERT},
+		{"BERT", []byte{0x40, 0xe1, 0x22, 0x10, 0x00, 0x20}, 11, coap.BERT},
+	} {
+		c := dial(t, "unix", address, v.csm...)
+		var got []byte
+		messages := 0
+		for part := (coap.Block{}); ; {
+			c.write(getRequest(7, ref, eris.BlockSize32KiB, part))
+			m := c.readAnswer()
+			if v.messages == 0 {
+				if m.Code != codes.InternalServerError {
+					t.Errorf("%s: code %v", v.name, m.Code)
+				}
+				break
+			}
+			messages++
+			if m.Code != codes.Content || m.response.Block2.Offset() != len(got) || m.response.Block2.Exponent != v.exponent {
+				t.Errorf("%s: answer %v, %+v", v.name, m.Head, m.response)
+				break
+			}
+			got = append(got, m.payload...)
+			if !m.response.Block2.More {
+				break
+			}
+			part = coap.Block{Number: uint32(len(got) / 1024), Exponent: v.exponent, Present: true}
+		}
+		if messages != v.messages || v.messages != 0 && !bytes.Equal(got, block) {
+			t.Errorf("%s: %d bytes in %d messages", v.name, len(got), messages)
+		}
+	}
+	for _, v := range []struct {
+		exponent uint8
+		most     int
+	}{{6, 1024}, {2, 64}, {coap.BERT, 3072}, {coap.BERT, 32768}} {
+		c := dial(t, "unix", address, csm...)
+		ref, block := newBlock(eris.BlockSize32KiB)
+		for sent := 0; sent < len(block); {
+			part := coap.Block{Exponent: v.exponent, Present: true}
+			part.Number = uint32(sent / part.Unit())
+			n := min(v.most, len(block)-sent)
+			part.More = sent+n < len(block)
+			c.write(putRequest(9, part, 0, block[sent:sent+n]))
+			sent += n
+			want := codes.Continue
+			if !part.More {
+				want = codes.Created
+			}
+			if m := c.readAnswer(); m.Code != want || m.response.Block1 != part {
+				t.Fatalf("parts of %d: answer %v, %+v to %+v", v.most, m.Head, m.response, part)
+			}
+		}
+		if !store.has(ref) {
+			t.Errorf("parts of %d: the block is not there", v.most)
+		}
+	}
+	// A gap, and what is too long in all.
+	c := dial(t, "unix", address, csm...)
+	for _, v := range []struct {
+		part coap.Block
+		want codes.Code
+	}{
+		{coap.Block{Number: 0, More: true, Exponent: 6, Present: true}, codes.Continue},
+		{coap.Block{Number: 2, More: true, Exponent: 6, Present: true}, codes.RequestEntityIncomplete},
+		{coap.Block{Number: 1, More: true, Exponent: 6, Present: true}, codes.Continue},
+		{coap.Block{Number: 1, More: true, Exponent: 6, Present: true}, codes.Continue},
+		{coap.Block{Number: 2, More: false, Exponent: 6, Present: true}, codes.BadRequest},
+		{coap.Block{Number: 3, More: true, Exponent: 6, Present: true}, codes.RequestEntityIncomplete},
+		{coap.Block{Number: 40, More: true, Exponent: 6, Present: true}, codes.RequestEntityIncomplete},
+		{coap.Block{Number: 0, More: true, Exponent: 6, Present: true}, codes.Continue},
+		{coap.Block{Number: 40, More: true, Exponent: 6, Present: true}, codes.RequestEntityTooLarge},
+	} {
+		c.write(putRequest(9, v.part, 0, make([]byte, 1024)))
+		if m := c.readAnswer(); m.Code != v.want {
+			t.Errorf("part %+v: %v, want %v", v.part, m.Code, v.want)
+		}
+	}
+}
+
+// TestNew checks what is refused.
+func TestNew(t *testing.T) {
+	for _, paths := range [][]string{{"a/.."}, {"a", "/a/"}, {"", ".well-known/eris"}} {
+		var config coapserver.Config
+		for _, path := range paths {
+			config.Resources = append(config.Resources, coapserver.Resource{Path: path})
+		}
+		if _, err := coapserver.New(config); err == nil {
+			t.Errorf("paths %q are taken", paths)
+		}
+	}
+	var config coapserver.Config
+	for i := range 65 {
+		config.Resources = append(config.Resources, coapserver.Resource{Path: strings.Repeat("a", i+1)})
+	}
+	if _, err := coapserver.New(config); err == nil {
+		t.Error("65 paths are taken")
+	}
+	config.Resources = config.Resources[:64]
+	if _, err := coapserver.New(config); err != nil {
+		t.Error(err)
+	}
+}

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package blockstore
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+)
+
+// The test binary, run with this in its environment, is a writer to be killed: see TestKill.
+const writerVariable = "ERIS_BLOCKSTORE_TEST_WRITER"
+
+func TestMain(m *testing.M) {
+	if arguments := os.Getenv(writerVariable); arguments != "" {
+		if err := writeUntilKilled(arguments); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// writeUntilKilled puts blocks, and prints the number of each that was acknowledged. Its arguments are the number of the first
+// block, the limit of the store, and its directory.
+func writeUntilKilled(arguments string) error {
+	fields := strings.SplitN(arguments, " ", 3)
+	first, err := strconv.Atoi(fields[0])
+	if err != nil {
+		return err
+	}
+	limit, err := strconv.ParseInt(fields[1], 10, 64)
+	if err != nil {
+		return err
+	}
+	s, err := Open(fields[2], Options{MaxBytes: limit})
+	if err != nil {
+		return err
+	}
+	var next atomic.Int64
+	next.Store(int64(first))
+	failures := make(chan error)
+	for range 32 {
+		go func() {
+			for {
+				i := int(next.Add(1) - 1)
+				ref, block := testBlock(i, crashSize(i))
+				put := s.Put
+				if crashPinned(i) {
+					put = s.PutPinned
+				}
+				if err := put(context.Background(), ref, block); err != nil {
+					failures <- err
+					return
+				}
+				fmt.Println(i) // one write, so lines stay whole
+			}
+		}()
+	}
+	return <-failures
+}
+
+func crashSize(i int) eris.BlockSize {
+	if i%8 == 0 {
+		return eris.BlockSize32KiB
+	}
+	return eris.BlockSize1KiB
+}
+
+func crashPinned(i int) bool { return i%50 == 0 }
+
+// A process that puts blocks is killed again and again. Every block that it acknowledged is there afterwards, or in a store
+// with a limit at least those that are pinned, and the store is consistent.
+func TestKill(t *testing.T) {
+	executable, err := os.Executable()
+	if err != nil {
+		t.Skip("the test binary cannot be found: ", err)
+	}
+	for name, limit := range map[string]int64{"without limit": 0, "with limit": 4 << 20} {
+		t.Run(name, func(t *testing.T) {
+			directory := t.TempDir()
+			random := rand.New(rand.NewPCG(uint64(limit), 1))
+			var acknowledged []int
+			evicted := false
+			for round := range 6 {
+				first := 0
+				if len(acknowledged) > 0 {
+					first = acknowledged[len(acknowledged)-1] / 100000 * 100000
+				}
+				first += 100000 // numbers that no earlier writer used
+				if round%3 == 2 {
+					first -= 100000 // duplicates, of blocks acknowledged or not
+				}
+				writer := exec.Command(executable)
+				writer.Env = append(os.Environ(), fmt.Sprintf("%s=%d %d %s", writerVariable, first, limit, directory))
+				writer.Stderr = os.Stderr
+				output, err := writer.StdoutPipe()
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := writer.Start(); err != nil {
+					t.Fatal(err)
+				}
+				n, count := random.IntN(600), 0
+				for lines := bufio.NewScanner(output); lines.Scan(); {
+					i, err := strconv.Atoi(lines.Text())
+					if err != nil {
+						t.Fatal(err)
+					}
+					acknowledged = append(acknowledged, i)
+					if count++; count == n {
+						if err := writer.Process.Kill(); err != nil {
+							t.Fatal(err)
+						}
+					}
+				}
+				if err := writer.Wait(); err == nil || writer.ProcessState.Exited() {
+					t.Fatalf("the writer was not killed: %v", err)
+				}
+				s := testOpen(t, directory, Options{MaxBytes: limit})
+				stats := s.Stats()
+				if limit > 0 && stats.Bytes1KiB+stats.Bytes32KiB > limit {
+					t.Errorf("%+v", stats)
+				}
+				for _, i := range acknowledged {
+					if limit == 0 || crashPinned(i) {
+						mustHave(t, s, i, crashSize(i))
+					} else if !has(t, s, i, crashSize(i)) {
+						evicted = true
+					}
+				}
+				if stats := s.Stats(); stats.Damaged != 0 {
+					t.Errorf("%+v", stats)
+				}
+				checkStore(t, s)
+			}
+			if len(acknowledged) == 0 || evicted != (limit > 0) {
+				t.Errorf("%d blocks were acknowledged; evicted: %v", len(acknowledged), evicted)
+			}
+		})
+	}
+}

@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package blockstore
+
+import (
+	"errors"
+	"fmt"
+	"syscall"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+)
+
+// maxVictims bounds the blocks that are evicted in one transaction.
+const maxVictims = 8192
+
+// Eviction goes through the index in the order of references, round after round, and takes the blocks that were last used
+// before a certain time. The time is chosen so that it leaves out all but the least recently used thirty-second of the bytes
+// that the store may have. So it costs some 32 steps in the index for each block, no order of all blocks has to be kept, and
+// blocks that go together are on the same pages of the index.
+
+// plan says what is to be evicted next.
+type plan struct {
+	bytes int64          // how much more to evict by this plan
+	time  uint32         // blocks last used at this time or before are evicted
+	hand  eris.Reference // where to go on
+}
+
+// makePlan chooses the time so that at least so many bytes were last used before it, if there are.
+func (w *writer) makePlan(bytes int64) {
+	w.plan.bytes = bytes
+	w.plan.time = pinnedTime - 1
+	first, last := pinnedTime, uint32(0)
+	each := func(f func(c class, time uint32)) {
+		for _, slab := range w.store.slabs {
+			chunks := *slab.accessChunks.Load()
+			for i, taken := range slab.taken {
+				for slot := range uint32(slotsPerChunk) {
+					if taken[slot/64]&(1<<(slot%64)) == 0 {
+						continue
+					}
+					if t := chunks[i].times[slot].Load(); t != pinnedTime {
+						f(slab.class, t)
+					}
+				}
+			}
+		}
+	}
+	each(func(_ class, t uint32) {
+		first, last = min(first, t), max(last, t)
+	})
+	if first > last {
+		return
+	}
+	var histogram [4096]int64
+	shift := 0
+	for (last-first)>>shift >= uint32(len(histogram)) {
+		shift++
+	}
+	each(func(c class, t uint32) {
+		// Times change meanwhile.
+		i := uint32(len(histogram) - 1)
+		if t >= first {
+			i = min(i, (t-first)>>shift)
+		}
+		histogram[i] += int64(c.size())
+	})
+	var sum int64
+	for i, n := range histogram {
+		if sum += n; sum >= bytes {
+			w.plan.time = min(w.plan.time, first+(uint32(i)+1)<<shift-1)
+			return
+		}
+	}
+}
+
+// evict removes least recently used blocks of at least so many bytes in total, as far as there are any that are not pinned,
+// and no more blocks than given. It returns how many bytes it removed.
+func (c *change) evict(bytes int64, most int) (int64, error) {
+	type victim struct {
+		ref eris.Reference
+		record
+	}
+	if c.state.blocks == c.state.pinned {
+		return 0, nil
+	}
+	var victims []victim
+	var freed int64
+	plan := &c.w.plan
+	share := c.w.store.options.MaxBytes / 32
+	cursor := c.blocks.Cursor()
+	k, v := cursor.Seek(plan.hand[:])
+	for rounds := 0; freed < bytes && len(victims) < most; k, v = cursor.Next() {
+		if k == nil {
+			// A round has ended. Begun again, it would come to the same victims.
+			if k, v = cursor.First(); k == nil || len(victims) > 0 {
+				break
+			}
+			// Blocks may have been used since the plan was made; in the end any will do.
+			switch rounds++; {
+			case rounds <= 2:
+				plan.bytes = 0
+			case rounds == 3:
+				plan.bytes, plan.time = bytes, pinnedTime-1
+			default:
+				return 0, nil
+			}
+		}
+		if plan.bytes <= 0 {
+			c.w.makePlan(max(bytes-freed, share))
+		}
+		r, err := parseRecord(v)
+		if err != nil {
+			return 0, err
+		}
+		if len(k) != len(eris.Reference{}) {
+			return 0, fmt.Errorf("%w: reference of %d bytes", ErrDamaged, len(k))
+		}
+		slab, slot := c.slab(r.location), r.location.slot()
+		switch time := slab.time(slot); {
+		case r.pin == c.state.pin:
+			if time != pinnedTime && slab.isTaken(slot) {
+				slab.setTime(slot, pinnedTime) // the mark was lost in a crash
+			}
+		case time <= plan.time || time == pinnedTime:
+			victims = append(victims, victim{eris.Reference(k), r})
+			freed += int64(slab.class.size())
+			plan.bytes -= int64(slab.class.size())
+		}
+	}
+	plan.hand = eris.Reference{}
+	if k != nil {
+		copy(plan.hand[:], k)
+	}
+	for _, v := range victims {
+		if err := c.remove(&v.ref, v.record); err != nil {
+			return 0, err
+		}
+	}
+	c.evicted += int64(len(victims))
+	return freed, nil
+}
+
+// evict evicts in a transaction of its own.
+func (w *writer) evict(bytes int64) (freed int64, err error) {
+	// On a full disk, where eviction is wanted most, the index may have no room for the pages that a large transaction
+	// changes, but it has those that the last one gave up.
+	for most := maxVictims; most > 0; most /= 8 {
+		freed, err = w.evictAtMost(bytes, most)
+		if !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) {
+			break
+		}
+	}
+	return freed, err
+}
+
+func (w *writer) evictAtMost(bytes int64, most int) (int64, error) {
+	c, err := w.begin()
+	if err != nil {
+		return 0, err
+	}
+	defer c.rollback()
+	freed, err := c.evict(bytes, most)
+	if err != nil || freed == 0 {
+		return 0, err
+	}
+	return freed, c.commit()
+}
+
+// shrink evicts what is above the limit when the store is opened.
+func (w *writer) shrink() {
+	limit := w.store.options.MaxBytes
+	if limit == 0 {
+		return
+	}
+	for {
+		above := w.state.bytes() + w.batchBytes() - limit
+		if above <= 0 || w.store.failed() != nil {
+			return
+		}
+		evicted := int64(0)
+		err := w.guard(func() (err error) {
+			evicted, err = w.evict(above)
+			return err
+		})
+		w.store.progress.background(err)
+		if err != nil || evicted == 0 {
+			return
+		}
+	}
+}
+
+// unpin makes pinned blocks ordinary ones, last used now.
+func (s *slab) unpin(now uint32) {
+	for _, chunk := range *s.accessChunks.Load() {
+		for i := range chunk.times {
+			if chunk.times[i].CompareAndSwap(pinnedTime, now) {
+				chunk.unsaved.Store(true)
+			}
+		}
+	}
+}

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package blockstore
+
+import (
+	"encoding/binary"
+	"math/bits"
+	"sync/atomic"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+)
+
+// hints remembers where some blocks are, of a fixed number of them, so that most reads do without the index. They are only
+// hints: who follows one checks what is there against the checksum of the location, which is bound to the reference. So it
+// does no harm that a hint may be out of date or, for a moment, be made of two halves.
+type hints struct {
+	sets []hintSet
+}
+
+// hintSet is a cache line: the hints whose references agree in some bits.
+type hintSet struct {
+	tags      [4]atomic.Uint64 // first bytes of the reference
+	locations [4]atomic.Uint64
+}
+
+const hintSetSize = 64
+
+// newHints returns hints that take no more memory than given, or little.
+func newHints(bytes int) *hints {
+	n := max(1, bytes/hintSetSize)
+	return &hints{make([]hintSet, 1<<(bits.Len(uint(n))-1))}
+}
+
+func (h *hints) find(ref *eris.Reference) (*hintSet, uint64) {
+	tag := binary.LittleEndian.Uint64(ref[:])
+	return &h.sets[tag&uint64(len(h.sets)-1)], tag
+}
+
+// get returns a location, if there is a hint.
+func (h *hints) get(ref *eris.Reference) (location, bool) {
+	set, tag := h.find(ref)
+	for i := range set.tags {
+		if set.tags[i].Load() == tag {
+			if l := set.locations[i].Load(); l != 0 {
+				return location(l), true
+			}
+		}
+	}
+	return 0, false
+}
+
+// put remembers a location, in place of another hint if need be.
+func (h *hints) put(ref *eris.Reference, l location) {
+	set, tag := h.find(ref)
+	place := -1
+	for i := range set.tags {
+		switch {
+		case set.tags[i].Load() == tag:
+			set.locations[i].Store(uint64(l))
+			return
+		case place < 0 && set.locations[i].Load() == 0:
+			place = i
+		}
+	}
+	if place < 0 {
+		place = int(l.sum() % uint32(len(set.tags))) // any will do
+	}
+	set.locations[place].Store(uint64(l))
+	set.tags[place].Store(tag)
+}
+
+// remove forgets a location.
+func (h *hints) remove(ref *eris.Reference) {
+	set, tag := h.find(ref)
+	for i := range set.tags {
+		if set.tags[i].Load() == tag {
+			set.locations[i].Store(0)
+		}
+	}
+}

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package blockstore
+
+import (
+	"errors"
+	"sync"
+	"sync/atomic"
+)
+
+// Stats is what a [Store] holds, and what it has done since it was opened.
+type Stats struct {
+	// What is there, as of the last commit.
+	Blocks1KiB, Blocks32KiB int64 // blocks of each size
+	Bytes1KiB, Bytes32KiB   int64 // the bytes of these blocks
+	PinnedBlocks            int64 // how many of both are pinned
+	PinnedBytes             int64 // the bytes of these
+	MaxBytes                int64 // Options.MaxBytes
+
+	// What was read.
+	Hits   int64 // blocks that were found
+	Misses int64 // blocks that were not
+
+	// What was put.
+	Puts       int64 // blocks that were acknowledged, duplicates among them
+	Duplicates int64 // blocks that were there already
+	Refused    int64 // blocks that did not fit the limit
+	Failed     int64 // blocks that could not be stored for another reason
+	Commits    int64 // transactions
+	Queued     int   // requests that wait for a transaction, at the moment
+
+	Evicted int64 // blocks that made room for others
+	Damaged int64 // blocks that were damaged on disk and removed
+
+	// Err is the last failure of something that nobody waited for, if there was any: saving the times of access, giving
+	// space back to the file system, or evicting what was above the limit at first. No block is affected.
+	Err error
+}
+
+// Stats returns the statistics. It is cheap, and does not wait for a commit.
+func (s *Store) Stats() Stats {
+	stats := s.progress.get()
+	stats.MaxBytes = s.options.MaxBytes
+	stats.Queued = len(s.queue)
+	for i := range s.reads {
+		stats.Hits += s.reads[i].hits.Load()
+		stats.Misses += s.reads[i].misses.Load()
+	}
+	return stats
+}
+
+// readCounters are counters that one part of all reads shares; they fill a cache line.
+type readCounters struct {
+	hits, misses atomic.Int64
+	_            [48]byte
+}
+
+// progress is what the writer tells about itself.
+type progress struct {
+	mu    sync.Mutex
+	stats Stats
+}
+
+func (p *progress) get() Stats {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.stats
+}
+
+// set notes the state after a commit.
+func (p *progress) set(s state) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.stats.Blocks1KiB, p.stats.Blocks32KiB = s.blocks[class1KiB], s.blocks[class32KiB]
+	p.stats.Bytes1KiB = s.blocks[class1KiB] * int64(class1KiB.size())
+	p.stats.Bytes32KiB = s.blocks[class32KiB] * int64(class32KiB.size())
+	p.stats.PinnedBlocks = s.pinned[class1KiB] + s.pinned[class32KiB]
+	p.stats.PinnedBytes = bytesOf(s.pinned)
+}
+
+// count notes what a transaction did.
+func (p *progress) count(duplicates, damaged, evicted int64, committed bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.stats.Duplicates += duplicates
+	p.stats.Damaged += damaged
+	p.stats.Evicted += evicted
+	if committed {
+		p.stats.Commits++
+	}
+}
+
+// put notes the outcome for a block.
+func (p *progress) put(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case err == nil:
+		p.stats.Puts++
+	case errors.Is(err, ErrFull):
+		p.stats.Refused++
+	default:
+		p.stats.Failed++
+	}
+}
+
+// background notes a failure that nobody waited for.
+func (p *progress) background(err error) {
+	if err == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.stats.Err = err
+}

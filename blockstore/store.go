@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package blockstore
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.etcd.io/bbolt"
+	"golang.org/x/sync/semaphore"
+)
+
+// ErrLocked is wrapped by the error of [Open] and [Rebuild] if another process, or this one, has the store open.
+var ErrLocked = errors.New("in use by another process")
+
+// ErrFull is wrapped by the error of Put and its like if the block does not fit the limit although everything that is not
+// pinned has been evicted.
+var ErrFull = errors.New("block store is full of pinned blocks")
+
+// ErrClosed is wrapped by the errors of all methods after [Store.Close].
+var ErrClosed = errors.New("block store is closed")
+
+// ErrDamaged is wrapped by errors that say that the index is not what the store wrote. [Rebuild] makes a new one.
+var ErrDamaged = errors.New("index is damaged")
+
+// MinBytes is the least limit that a store can have.
+const MinBytes = 1 << 20
+
+// The defaults of [Options], in bytes.
+const (
+	DefaultQueueBytes = 64 << 20
+	DefaultHintBytes  = 32 << 20
+)
+
+// Options says how a [Store] works. The zero value is a store without limit.
+type Options struct {
+	// MaxBytes is the greatest number of bytes of blocks to keep; 0 for no limit, else at least MinBytes. The least
+	// recently used blocks that are not pinned are evicted a little before it is reached: at 31/32 of it, or 16 MiB below
+	// it, whichever is greater. If there is more when the store is opened, it is evicted then.
+	MaxBytes int64
+
+	// QueueBytes is the greatest number of bytes of blocks that are being put at a time; further calls of Put wait. 0
+	// stands for DefaultQueueBytes.
+	QueueBytes int64
+
+	// HintBytes is the memory in bytes for remembering where blocks are, without which a read costs a search of the index:
+	// 16 bytes for each block. It is not touched before it is needed. 0 stands for DefaultHintBytes.
+	HintBytes int
+}
+
+// Store is a store of blocks in a directory. Its methods are safe for use by many goroutines at a time, and made for it.
+// It is an eris.Blocks and an eris.Sink. It must be closed.
+type Store struct {
+	directory string
+	options   Options
+	lock      *os.File
+	index     *bbolt.DB
+	slabs     [classes]*slab
+	hints     *hints
+	now       func() uint32 // the time of an access, in quarters of a second
+
+	room  *semaphore.Weighted // of bytes in the queue
+	queue chan *request
+	gate  sync.RWMutex // held for reading while sending to the queue
+	shut  bool         // under gate: the queue is closed
+
+	writer  writer
+	stopped chan struct{} // closed when the writer has ended
+	final   error         // of the writer, once it has ended
+
+	failure    atomic.Pointer[error] // why no more is written, if so
+	committing atomic.Bool           // the writer is at work
+	broken     atomic.Bool           // the index cannot be used, nor closed
+	reads      [16]readCounters      // by reference, so that cores do not fight over them
+	progress   progress
+	buffers    [classes]sync.Pool // *[]byte, for Pipeline
+
+	closeOnce sync.Once
+	closed    error
+}
+
+// Open opens the store in a directory, which it makes if need be. Errors wrap [ErrLocked] if the store is open already,
+// [ErrDamaged] if its index cannot be used, and else are those of the file system.
+//
+// It takes a few milliseconds, and about one more for each million blocks.
+func Open(directory string, options Options) (*Store, error) {
+	s, err := open(directory, options, clock)
+	if err != nil {
+		return nil, fmt.Errorf("block store %q: %w", directory, err)
+	}
+	return s, nil
+}
+
+func open(directory string, options Options, now func() uint32) (_ *Store, err error) {
+	if options.QueueBytes <= 0 {
+		options.QueueBytes = DefaultQueueBytes
+	}
+	options.QueueBytes = max(options.QueueBytes, int64(class32KiB.size()))
+	if options.HintBytes <= 0 {
+		options.HintBytes = DefaultHintBytes
+	}
+	if options.MaxBytes < 0 || options.MaxBytes > 0 && options.MaxBytes < MinBytes {
+		return nil, fmt.Errorf("limit of %d bytes is below the least possible, %d", options.MaxBytes, MinBytes)
+	}
+	if err := os.MkdirAll(directory, 0o700); err != nil {
+		return nil, err
+	}
+	s := &Store{
+		directory: directory,
+		options:   options,
+		hints:     newHints(options.HintBytes),
+		now:       now,
+		room:      semaphore.NewWeighted(options.QueueBytes),
+		queue:     make(chan *request, maxBatchBlocks),
+		stopped:   make(chan struct{}),
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.closeFiles())
+		}
+	}()
+	if s.lock, err = lockDirectory(directory); err != nil {
+		return nil, err
+	}
+	if err := s.openFiles(); err != nil {
+		return nil, err
+	}
+	s.writer.store = s
+	s.progress.set(s.writer.state)
+	go s.writer.run()
+	return s, nil
+}
+
+// openFiles opens the index, reads what is kept in memory of it, and opens the slabs.
+func (s *Store) openFiles() error {
+	path := filepath.Join(s.directory, indexName)
+	if _, err := os.Stat(path); errors.Is(err, os.ErrNotExist) {
+		for c := range classes {
+			name, _ := slabNames(c)
+			if info, err := os.Stat(filepath.Join(s.directory, name)); err == nil && info.Size() > 0 {
+				return fmt.Errorf("%w: there are blocks, but %s is missing", ErrDamaged, indexName)
+			}
+		}
+		if err := createIndex(s.directory); err != nil {
+			return fmt.Errorf("making the index: %w", err)
+		}
+	}
+	var err error
+	if s.index, err = openIndex(path); err != nil {
+		return err
+	}
+	var taken [classes][]*bitmap
+	if err := guard(func() error {
+		return s.index.View(func(tx *bbolt.Tx) (err error) {
+			s.writer.state, taken, err = loadIndex(tx)
+			return err
+		})
+	}); err != nil {
+		return err
+	}
+	for c := range classes {
+		if s.slabs[c], err = openSlab(s.directory, c, taken[c], s.now()); err != nil {
+			return err
+		}
+		if s.slabs[c].count != s.writer.state.blocks[c] {
+			return fmt.Errorf("%w: %d blocks in %d slots", ErrDamaged, s.writer.state.blocks[c], s.slabs[c].count)
+		}
+	}
+	return syncDirectory(s.directory)
+}
+
+// Close lets calls of Put that are under way come to their end, and closes the store. It returns an error if the times of
+// access could not be saved or a file could not be closed; blocks that were acknowledged are durable in any case. Further
+// calls return the same again.
+func (s *Store) Close() error {
+	s.closeOnce.Do(func() {
+		s.gate.Lock()
+		s.shut = true
+		close(s.queue)
+		s.gate.Unlock()
+		<-s.stopped
+		if s.closed = errors.Join(s.final, s.closeFiles()); s.closed != nil {
+			s.closed = fmt.Errorf("closing block store %q: %w", s.directory, s.closed)
+		}
+	})
+	return s.closed
+}
+
+func (s *Store) closeFiles() error {
+	var err error
+	// A transaction that could not be given up still holds a lock of bbolt: closing would wait for ever.
+	if s.index != nil && !s.writer.stuck && !s.broken.Load() {
+		err = errors.Join(err, guard(s.index.Close))
+	}
+	for _, slab := range s.slabs {
+		if slab != nil {
+			err = errors.Join(err, slab.close())
+		}
+	}
+	if s.lock != nil {
+		err = errors.Join(err, s.lock.Close())
+	}
+	return err
+}
+
+// fail makes all further writes fail.
+func (s *Store) fail(err error) {
+	err = fmt.Errorf("block store %q takes no more blocks until it is opened anew: %w", s.directory, err)
+	s.failure.CompareAndSwap(nil, &err)
+}
+
+// failed returns the error of fail.
+func (s *Store) failed() error {
+	if err := s.failure.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+// clock is the time in quarters of a second since 2024, which a uint32 holds until 2058.
+func clock() uint32 {
+	const epoch = 1704067200 // 2024-01-01
+	t := (time.Now().UnixMilli() - epoch*1000) / 250
+	return uint32(min(max(t, 0), int64(pinnedTime)-1))
+}
+
+// readable turns the errors of files and databases that have been closed into ErrClosed.
+func readable(err error) error {
+	if errors.Is(err, os.ErrClosed) || errors.Is(err, bbolt.ErrDatabaseNotOpen) {
+		return ErrClosed
+	}
+	return err
+}

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package blockstore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"sync"
+	"testing"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+)
+
+// Many goroutines put and get the same few blocks in a store that has room for a third of them, while some give up. What is
+// read is what was put, and the store is consistent in the end.
+func TestStress(t *testing.T) {
+	s := testOpen(t, t.TempDir(), Options{MaxBytes: MinBytes, QueueBytes: 1 << 18, HintBytes: 4096})
+	const blocks = 3000
+	sizeOf := func(i int) eris.BlockSize {
+		if i%100 == 0 {
+			return eris.BlockSize32KiB
+		}
+		return eris.BlockSize1KiB
+	}
+	var group sync.WaitGroup
+	var rounds = 1500
+	for worker := range 16 {
+		group.Go(func() {
+			random := rand.New(rand.NewPCG(uint64(worker), 1))
+			buffer := make([]byte, 0, 32<<10)
+			for round := range rounds {
+				i := random.IntN(blocks)
+				ref, block := testBlock(i, sizeOf(i))
+				switch {
+				case worker == 0 && round%500 == 499:
+					if err := s.UnpinAll(t.Context()); err != nil {
+						t.Error(err)
+					}
+				case round%4 == 0:
+					ctx, cancel := t.Context(), func() {}
+					if worker%4 == 3 {
+						ctx, cancel = context.WithCancel(ctx)
+						go cancel()
+					}
+					put := s.Put
+					if random.IntN(20) == 0 {
+						put = s.PutPinned
+					}
+					if err := put(ctx, ref, block); err != nil && !errors.Is(err, context.Canceled) && !errors.Is(err, ErrFull) {
+						t.Error(err)
+					}
+					cancel()
+				default:
+					got, err := s.Get(t.Context(), ref, sizeOf(i), buffer)
+					if err == nil {
+						err = eris.Verify(ref, got)
+					} else if errors.Is(err, eris.ErrNotFound) {
+						err = nil
+					}
+					if err != nil {
+						t.Error(err)
+					}
+				}
+			}
+		})
+	}
+	group.Wait()
+	stats := s.Stats()
+	t.Logf("%+v", stats)
+	if stats.Damaged != 0 || stats.Failed != 0 || stats.Evicted == 0 || stats.Err != nil {
+		t.Errorf("%+v", stats)
+	}
+	checkStore(t, s)
+}
+
+// Calls that are under way while the store is closed either succeed or say so.
+func TestCloseWhileBusy(t *testing.T) {
+	s := testOpen(t, t.TempDir(), Options{QueueBytes: 1 << 16})
+	var group sync.WaitGroup
+	var mu sync.Mutex
+	acknowledged := make(map[eris.Reference]bool)
+	for worker := range 64 {
+		group.Go(func() {
+			for i := range 1000 {
+				ref, block := testBlock(worker*1000+i, eris.BlockSize1KiB)
+				err := s.Put(context.Background(), ref, block)
+				if errors.Is(err, ErrClosed) {
+					return
+				} else if err != nil {
+					t.Error(err)
+					return
+				}
+				mu.Lock()
+				acknowledged[ref] = true
+				mu.Unlock()
+				if _, err := s.Get(context.Background(), ref, eris.BlockSize1KiB, nil); errors.Is(err, ErrClosed) {
+					return
+				} else if err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	for {
+		mu.Lock()
+		n := len(acknowledged)
+		mu.Unlock()
+		if n > 200 {
+			break
+		}
+	}
+	refs := checkStore(t, s) // closes
+	group.Wait()
+	for ref := range acknowledged {
+		if !refs[ref] {
+			t.Errorf("block %v was acknowledged, but is not there", ref)
+		}
+	}
+}
+
+// A large item is stored by thousands of calls of Put at a time, and every block of it is there. It has 64 MB, or 1 GB if
+// ERIS_LARGE is 1.
+func TestLargeItem(t *testing.T) {
+	blocks, inFlight := 64<<20>>15, 1000
+	if os.Getenv("ERIS_LARGE") == "1" {
+		blocks, inFlight = 1<<30>>15, 4000
+	}
+	directory := t.TempDir()
+	s := testOpen(t, directory, Options{})
+	refs := make([]eris.Reference, blocks)
+	next := make(chan int)
+	var group sync.WaitGroup
+	for range inFlight {
+		group.Go(func() {
+			for i := range next {
+				ref, block := testBlock(i, eris.BlockSize32KiB)
+				if err := s.Put(t.Context(), ref, block); err != nil {
+					t.Error(err)
+				}
+				refs[i] = ref
+			}
+		})
+	}
+	for i := range blocks {
+		next <- i
+	}
+	close(next)
+	group.Wait()
+	stats := s.Stats()
+	t.Logf("%d blocks in %d commits", stats.Blocks32KiB, stats.Commits)
+	if stats.Blocks32KiB != int64(blocks) {
+		t.Errorf("%d blocks instead of %d", stats.Blocks32KiB, blocks)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s = testOpen(t, directory, Options{})
+	buffer := make([]byte, 0, eris.BlockSize32KiB)
+	for i, ref := range refs {
+		block, err := s.Get(t.Context(), ref, eris.BlockSize32KiB, buffer)
+		if err == nil {
+			err = eris.Verify(ref, block)
+		}
+		if err != nil {
+			t.Fatal(fmt.Errorf("block %d of %d: %w", i, blocks, err))
+		}
+	}
+}

@@ -1,0 +1,366 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package blockstore
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+)
+
+// Bounds of a commit: enough for its cost to be shared well, few enough for it not to take long.
+const (
+	maxBatchBlocks = 4096
+	maxBatchBytes  = 16 << 20
+)
+
+// savePeriod is how often times of access are saved; as much of them is lost in a crash.
+const savePeriod = 5 * time.Minute
+
+// writer is the one goroutine that changes the store. It commits whatever requests have come in while it did the last commit.
+type writer struct {
+	store  *Store
+	state  state    // as committed
+	plan   plan     // for eviction
+	next   *request // received, but not part of the last batch
+	stuck  bool     // the index cannot be closed
+	buffer []byte   // for neighbouring blocks
+}
+
+// run does requests until the queue is closed.
+func (w *writer) run() {
+	s := w.store
+	defer close(s.stopped)
+	save := time.NewTicker(savePeriod)
+	defer save.Stop()
+	w.shrink()
+	w.buffer = make([]byte, 256<<10)
+	for {
+		first := w.next
+		w.next = nil
+		for first == nil {
+			select {
+			case r, ok := <-s.queue:
+				if !ok {
+					s.final = w.saveAccesses()
+					return
+				}
+				first = r
+			case <-save.C:
+				s.progress.background(w.saveAccesses())
+			}
+		}
+		w.do(w.collect(first))
+	}
+}
+
+// collect makes a batch of a request and those that wait behind it.
+func (w *writer) collect(first *request) []*request {
+	// Those who were waiting for the last commit may be about to come back.
+	runtime.Gosched()
+	var batch []*request
+	space := w.batchBytes()
+	for r := first; ; {
+		switch {
+		case !r.claimed.CompareAndSwap(false, true):
+			w.store.room.Release(int64(len(r.block))) // nobody waits for it
+		default:
+			batch = append(batch, r)
+			space -= int64(len(r.block))
+		}
+		if r.kind == requestUnpin || len(batch) == maxBatchBlocks {
+			return batch
+		}
+		select {
+		case next, ok := <-w.store.queue:
+			if !ok {
+				return batch
+			}
+			if len(batch) > 0 && (int64(len(next.block)) > space || next.kind == requestUnpin) {
+				w.next = next
+				return batch
+			}
+			r = next
+		default:
+			return batch
+		}
+	}
+}
+
+// do does a batch of requests and completes them.
+func (w *writer) do(batch []*request) {
+	s := w.store
+	err := s.failed()
+	if err == nil && len(batch) > 0 {
+		s.committing.Store(true)
+		err = w.guard(func() error { return w.transact(batch) })
+		s.committing.Store(false)
+	}
+	for _, r := range batch {
+		s.room.Release(int64(len(r.block)))
+		outcome := r.outcome
+		if !r.settled {
+			if r.same != nil {
+				outcome = r.same.outcome
+			}
+			outcome = errors.Join(outcome, err)
+		}
+		if r.kind == requestPut {
+			s.progress.put(outcome)
+		}
+		r.owner.complete(r, outcome)
+	}
+}
+
+// guard calls a function that changes the index. If that panics, nothing is known about the index, and no more is written.
+func (w *writer) guard(f func() error) error {
+	returned := false
+	err := guard(func() error {
+		err := f()
+		returned = true
+		return err
+	})
+	if !returned {
+		w.store.fail(err)
+	}
+	return err
+}
+
+// transact does a batch of requests in one transaction, or in two if blocks must be evicted before there is room.
+func (w *writer) transact(batch []*request) error {
+	var coming int64
+	for _, r := range batch {
+		coming += int64(len(r.block))
+	}
+	if limit := w.store.options.MaxBytes; limit > 0 {
+		for w.state.bytes()+coming > limit {
+			if evicted, err := w.evict(w.state.bytes() + coming - limit); err != nil {
+				return err
+			} else if evicted == 0 {
+				break
+			}
+		}
+	}
+
+	c, err := w.begin()
+	if err != nil {
+		return err
+	}
+	defer c.rollback()
+	fresh, err := c.sort(batch)
+	if err != nil {
+		return err
+	}
+	fresh, err = c.place(fresh)
+	if err != nil {
+		return err
+	}
+	// Evicting a little more than is needed now, for the next batch, saves it a transaction of its own.
+	if limit := w.store.options.MaxBytes; limit > 0 {
+		if _, err := c.evict(c.state.bytes()+sizeOf(fresh)+w.batchBytes()-limit, maxVictims); err != nil {
+			return err
+		}
+	}
+	if !c.changed() && len(fresh) == 0 {
+		return nil
+	}
+	if err := w.write(fresh); err != nil {
+		return err
+	}
+	for _, p := range fresh {
+		if err := c.insert(p); err != nil {
+			return err
+		}
+	}
+	return c.commit()
+}
+
+// placed is a block to be put and the slot for it.
+type placed struct {
+	*request
+	location location
+}
+
+func sizeOf(blocks []placed) int64 {
+	var n int64
+	for _, p := range blocks {
+		n += int64(len(p.block))
+	}
+	return n
+}
+
+// sort does what requests ask for except for blocks that must be written, which it returns, in the order of references:
+// that is how bbolt inserts fastest.
+func (c *change) sort(batch []*request) ([]placed, error) {
+	var fresh []placed
+	seen := make(map[eris.Reference]*request)
+	for _, r := range batch {
+		switch r.kind {
+		case requestUnpin:
+			c.unpin()
+			continue
+		case requestCheck:
+			found, old, err := c.find(&r.ref)
+			if err != nil {
+				return nil, err
+			}
+			if !found || c.holds(&r.ref, old.location, nil) {
+				r.settled = true // it was evicted, or put again
+				continue
+			}
+			c.damaged++
+			if err := c.remove(&r.ref, old); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		if first := seen[r.ref]; first != nil {
+			first.pinned = first.pinned || r.pinned
+			r.same = first
+			continue
+		}
+		found, old, err := c.find(&r.ref)
+		if err != nil {
+			return nil, err
+		}
+		if found && c.holds(&r.ref, old.location, r.block) {
+			c.duplicates++
+			if !r.pinned || old.pin == c.state.pin {
+				c.slab(old.location).touch(old.location.slot(), c.time)
+				r.settled = true
+				continue
+			}
+			if err := c.pin(&r.ref, old); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		if found {
+			// What is there is damaged. It goes before the block comes again, into another slot.
+			c.damaged++
+			if err := c.remove(&r.ref, old); err != nil {
+				return nil, err
+			}
+		}
+		seen[r.ref] = r
+		fresh = append(fresh, placed{request: r})
+	}
+	slices.SortFunc(fresh, func(a, b placed) int { return bytes.Compare(a.ref[:], b.ref[:]) })
+	return fresh, nil
+}
+
+// place finds slots for blocks. It returns those blocks that fit the limit and gives the others their outcome.
+func (c *change) place(blocks []placed) ([]placed, error) {
+	limit := c.w.store.options.MaxBytes
+	space := limit - c.state.bytes()
+	n := 0
+	for _, p := range blocks {
+		if limit > 0 && space < int64(len(p.block)) {
+			p.outcome = ErrFull
+			continue
+		}
+		class := classOf(len(p.block))
+		slab := c.w.store.slabs[class]
+		slot, err := slab.take()
+		if errors.Is(err, ErrFull) {
+			p.outcome = err
+			continue
+		} else if err != nil {
+			return nil, err
+		}
+		space -= int64(len(p.block))
+		c.taken[class] = append(c.taken[class], slot)
+		if p.location = makeLocation(p.sum, class, slot); p.pinned {
+			slab.setTime(slot, pinnedTime)
+		} else {
+			slab.setTime(slot, c.time)
+		}
+		blocks[n] = p
+		n++
+	}
+	return blocks[:n], nil
+}
+
+// write writes blocks to their slots, and makes them durable.
+func (w *writer) write(blocks []placed) error {
+	inOrder := slices.Clone(blocks)
+	slices.SortFunc(inOrder, func(a, b placed) int { return int(a.location.slot()) - int(b.location.slot()) })
+	var dirty [classes]bool
+	for class := range classes {
+		f, size := w.store.slabs[class].file, int64(class.size())
+		// Neighbours are written together, as far as they fit a buffer.
+		run, start := w.buffer[:0], int64(0)
+		flush := func() error {
+			if len(run) == 0 {
+				return nil
+			}
+			_, err := f.WriteAt(run, start)
+			run = run[:0]
+			return err
+		}
+		for _, p := range inOrder {
+			if p.location.class() != class {
+				continue
+			}
+			dirty[class] = true
+			offset := int64(p.location.slot()) * size
+			if offset != start+int64(len(run)) || len(run)+len(p.block) > cap(run) {
+				if err := flush(); err != nil {
+					return fmt.Errorf("writing blocks: %w", err)
+				}
+				start = offset
+			}
+			run = append(run, p.block...)
+		}
+		if err := flush(); err != nil {
+			return fmt.Errorf("writing blocks: %w", err)
+		}
+	}
+	// Both at the same time: a file system with a journal then needs one commit of it.
+	var failures [classes]error
+	var group sync.WaitGroup
+	for class := range classes {
+		if dirty[class] {
+			group.Go(func() { failures[class] = syncData(w.store.slabs[class].file) })
+		}
+	}
+	group.Wait()
+	if err := errors.Join(failures[:]...); err != nil {
+		return fmt.Errorf("writing blocks: %w", err)
+	}
+	return nil
+}
+
+// batchBytes is the greatest number of bytes of blocks in a batch, and what eviction keeps free.
+func (w *writer) batchBytes() int64 {
+	if limit := w.store.options.MaxBytes; limit > 0 {
+		return min(maxBatchBytes, limit/32)
+	}
+	return maxBatchBytes
+}
+
+// unusedBytes is how many bytes of free slots may keep their space on disk, in each slab.
+func (w *writer) unusedBytes() int64 {
+	const most = 64 << 20
+	if limit := w.store.options.MaxBytes; limit > 0 {
+		return min(most, limit/8)
+	}
+	return most
+}
+
+func (w *writer) saveAccesses() error {
+	var err error
+	for _, slab := range w.store.slabs {
+		err = errors.Join(err, slab.saveAccesses())
+	}
+	if err != nil {
+		return fmt.Errorf("saving times of access: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package coap_test
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"math/big"
+	"net"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
+)
+
+// backendStore is what a server serves.
+type backendStore interface {
+	eris.Blocks
+	coapserver.Sink
+}
+
+// testServer is a server that can be restarted at the same address.
+type testServer struct {
+	tb       testing.TB
+	network  string
+	address  string // set by the first start
+	tls      *tls.Config
+	access   coapserver.Access
+	resource []coapserver.Resource
+	config   coapserver.Config
+
+	mu     sync.Mutex
+	server *coapserver.Server
+	conns  map[net.Conn]struct{}
+	group  sync.WaitGroup
+}
+
+const secretPath = "hidden-away"
+
+// startServer starts a server of a store at the well-known path, and another one at a secret path.
+func startServer(tb testing.TB, network string, store backendStore, access coapserver.Access) *testServer {
+	s := &testServer{tb: tb, network: network, access: access, conns: make(map[net.Conn]struct{})}
+	switch network {
+	case "unix":
+		s.address = filepath.Join(tb.TempDir(), "s")
+	case "tls":
+		s.address, s.tls = "127.0.0.1:0", testTLS(tb)
+	default:
+		s.address = "127.0.0.1:0"
+	}
+	s.config.Resources = []coapserver.Resource{{Blocks: store, Sink: store}, {Path: secretPath, Blocks: store, Sink: store}}
+	s.config.Datagram.AckTimeout = 50 * time.Millisecond
+	s.start()
+	tb.Cleanup(s.stop)
+	return s
+}
+
+// recorder takes note of the connections of a listener.
+type recorder struct {
+	net.Listener
+	server *testServer
+}
+
+func (r recorder) Accept() (net.Conn, error) {
+	conn, err := r.Listener.Accept()
+	if err == nil {
+		r.server.mu.Lock()
+		r.server.conns[conn] = struct{}{}
+		r.server.mu.Unlock()
+	}
+	return conn, err
+}
+
+func (s *testServer) start() {
+	server, err := coapserver.New(s.config)
+	if err != nil {
+		s.tb.Fatal(err)
+	}
+	s.server = server
+	if s.network == "udp" {
+		conn, err := net.ListenPacket("udp", s.address)
+		if err != nil {
+			s.tb.Fatal(err)
+		}
+		s.address = conn.LocalAddr().String()
+		s.group.Go(func() { server.ServePacket(conn, s.access) })
+		return
+	}
+	network := s.network
+	if network == "tls" {
+		network = "tcp"
+	}
+	listener, err := net.Listen(network, s.address)
+	if err != nil {
+		s.tb.Fatal(err)
+	}
+	s.address = listener.Addr().String()
+	if s.tls != nil {
+		listener = tls.NewListener(listener, s.tls)
+	}
+	s.group.Go(func() { server.Serve(recorder{listener, s}, s.access) })
+}
+
+func (s *testServer) stop() {
+	s.server.Close()
+	s.group.Wait()
+}
+
+func (s *testServer) restart() {
+	s.stop()
+	s.start()
+}
+
+// breakConnections closes all connections without any ado.
+func (s *testServer) breakConnections() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for conn := range s.conns {
+		conn.Close()
+		delete(s.conns, conn)
+	}
+}
+
+// url returns the URL of the store at the given path.
+func (s *testServer) url(path string) string {
+	switch s.network {
+	case "unix":
+		if path == "" {
+			return "coap+unix://" + s.address
+		}
+		return "coap+unix://" + (&net.UnixAddr{Name: escape(s.address)}).Name + "/" + path
+	case "tcp":
+		return "coap+tcp://" + s.address + "/" + path
+	case "tls":
+		return "coaps+tcp://" + s.address + "/" + path
+	}
+	return "coap://" + s.address + "/" + path
+}
+
+// escape writes the path of a socket as the authority of a URL.
+func escape(path string) string {
+	var out []byte
+	for i := range len(path) {
+		if path[i] == '/' {
+			out = append(out, "%2F"...)
+		} else {
+			out = append(out, path[i])
+		}
+	}
+	return string(out)
+}
+
+func testTLS(tb testing.TB) *tls.Config {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
+	certificate, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return &tls.Config{
+		Certificates: []tls.Certificate{{Certificate: [][]byte{certificate}, PrivateKey: key}},
+		NextProtos:   []string{"coap"},
+	}
+}
+
+func mustOpen(tb testing.TB, url string, options coap.Options) *coap.Store {
+	store, err := coap.Open(url, options)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return store
+}
+
+var readWrite = coapserver.Access{Get: true, Put: true}
+
+func TestConformance(t *testing.T) {
+	for _, network := range []string{"unix", "tcp", "tls", "udp"} {
+		t.Run(network, func(t *testing.T) {
+			sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
+				options := coap.Options{}
+				options.Datagram.AckTimeout = 50 * time.Millisecond
+				server := startServer(t, network, backend, readWrite)
+				readOnly := startServer(t, network, backend, coapserver.Access{Get: true})
+				fixture := sourcetest.Fixture{
+					Source:   mustOpen(t, server.url(secretPath), options),
+					ReadOnly: mustOpen(t, readOnly.url(""), options),
+					Restart:  server.restart,
+					Secret:   secretPath,
+					Held:     4,
+				}
+				if network != "udp" {
+					fixture.Break = server.breakConnections
+				}
+				return fixture
+			})
+		})
+	}
+}
+
+var _ fetch.Store = (*coap.Store)(nil)

@@ -1,0 +1,387 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package coap_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"net"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
+	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+)
+
+// lossy is a socket that loses, doubles and delays datagrams, in both directions.
+type lossy struct {
+	net.PacketConn
+	percent int
+	group   sync.WaitGroup
+
+	mu     sync.Mutex
+	random *rand.Rand
+	again  [][]byte // read once more
+	from   net.Addr
+}
+
+func (l *lossy) roll() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.random.IntN(100)
+}
+
+func (l *lossy) ReadFrom(b []byte) (int, net.Addr, error) {
+	for {
+		l.mu.Lock()
+		if n := len(l.again); n > 0 {
+			copied, from := copy(b, l.again[n-1]), l.from
+			l.again = l.again[:n-1]
+			l.mu.Unlock()
+			return copied, from, nil
+		}
+		l.mu.Unlock()
+		n, from, err := l.PacketConn.ReadFrom(b)
+		if err != nil {
+			return n, from, err
+		}
+		switch roll := l.roll(); {
+		case roll < l.percent:
+			continue
+		case roll < 2*l.percent:
+			l.mu.Lock()
+			l.again, l.from = append(l.again, bytes.Clone(b[:n])), from
+			l.mu.Unlock()
+		}
+		return n, from, nil
+	}
+}
+
+func (l *lossy) WriteTo(b []byte, to net.Addr) (int, error) {
+	switch roll := l.roll(); {
+	case roll < l.percent:
+	case roll < 2*l.percent:
+		l.PacketConn.WriteTo(b, to)
+		l.PacketConn.WriteTo(b, to)
+	case roll < 3*l.percent:
+		late := bytes.Clone(b)
+		l.group.Go(func() {
+			time.Sleep(time.Millisecond)
+			l.PacketConn.WriteTo(late, to)
+		})
+	default:
+		return l.PacketConn.WriteTo(b, to)
+	}
+	return len(b), nil
+}
+
+// fast are options for a peer that is near and loses datagrams.
+var fast = coap.Options{Datagram: coap.DatagramOptions{AckTimeout: 20 * time.Millisecond, MaxRetransmit: 12}}
+
+// TestLoss puts and gets blocks by UDP over a line that loses, doubles and delays one datagram in ten each, with a server
+// that answers at once, and one that takes so long that answers come apart.
+func TestLoss(t *testing.T) {
+	for _, v := range []struct {
+		name     string
+		ackDelay time.Duration
+		latency  time.Duration
+	}{{"at once", 0, 0}, {"apart", time.Millisecond, 4 * time.Millisecond}} {
+		t.Run(v.name, func(t *testing.T) {
+			store := &slowStore{memory: newMemory(), latency: v.latency}
+			config := coapserver.Config{Resources: []coapserver.Resource{{Blocks: store, Sink: store}}}
+			config.Datagram.AckDelay, config.Datagram.AckTimeout = v.ackDelay, 20*time.Millisecond
+			server, err := coapserver.New(config)
+			if err != nil {
+				t.Fatal(err)
+			}
+			socket, err := net.ListenPacket("udp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			line := &lossy{PacketConn: socket, percent: 10, random: rand.New(rand.NewPCG(1, 2))}
+			var group sync.WaitGroup
+			group.Go(func() { server.ServePacket(line, readWrite) })
+			client := mustOpen(t, "coap://"+socket.LocalAddr().String(), fast)
+			var calls sync.WaitGroup
+			for i := range 12 {
+				size := eris.BlockSize1KiB
+				if i%3 == 0 {
+					size = eris.BlockSize32KiB
+				}
+				ref, block := newBlock(size, i)
+				for i := range block {
+					block[i] ^= byte(i >> 10 * 7)
+				}
+				ref = eris.Sum(block)
+				calls.Go(func() {
+					if err := client.Put(t.Context(), ref, block); err != nil {
+						t.Errorf("Put: %v", err)
+						return
+					}
+					if stored, err := store.memory.Get(t.Context(), ref, size, nil); err != nil || !bytes.Equal(stored, block) {
+						t.Errorf("the block that was put is not there: %v", err)
+					}
+					if got, err := get(t, client, ref, size); err != nil || !bytes.Equal(got, block) {
+						t.Errorf("Get: %v", err)
+					}
+				})
+			}
+			calls.Wait()
+			client.Close()
+			server.Close()
+			group.Wait()
+			line.group.Wait()
+		})
+	}
+}
+
+// slowStore is a store in memory that takes its time.
+type slowStore struct {
+	*memory
+	latency time.Duration
+}
+
+func (s *slowStore) Get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
+	time.Sleep(s.latency)
+	return s.memory.Get(ctx, ref, size, dst)
+}
+
+func (s *slowStore) Put(ctx context.Context, ref eris.Reference, block []byte) error {
+	time.Sleep(s.latency)
+	return s.memory.Put(ctx, ref, block)
+}
+
+// datagramPeer plays the other end of UDP: f returns what is sent in answer to a datagram.
+func datagramPeer(t *testing.T, f func(m wire.Datagram) [][]byte) (url string) {
+	socket, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var group sync.WaitGroup
+	group.Go(func() {
+		b := make([]byte, 2000)
+		for {
+			n, from, err := socket.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			m, err := wire.ParseDatagram(b[:n])
+			if err != nil {
+				t.Errorf("client sends nonsense: %v", err)
+				continue
+			}
+			for _, reply := range f(m) {
+				socket.WriteTo(reply, from)
+			}
+		}
+	})
+	t.Cleanup(func() {
+		socket.Close()
+		group.Wait()
+	})
+	return "coap://" + socket.LocalAddr().String()
+}
+
+// datagram makes a message.
+func datagram(kind message.Type, code codes.Code, id uint16, token wire.Token, options []byte, payload []byte) []byte {
+	b := append(wire.AppendDatagramHead(nil, kind, code, id, token), options...)
+	if len(payload) > 0 {
+		b = append(append(b, 0xff), payload...)
+	}
+	return b
+}
+
+// TestDatagramHostile has peers that do not keep to the protocol.
+func TestDatagramHostile(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize1KiB, 1)
+	largeRef, _ := newBlock(eris.BlockSize32KiB, 2)
+	ack := func(m wire.Datagram, payload []byte) []byte {
+		return datagram(message.Acknowledgement, codes.Content, m.ID, m.Token, nil, payload)
+	}
+	part := func(m wire.Datagram, block wire.Block, payload []byte) []byte {
+		return datagram(message.Acknowledgement, codes.Content, m.ID, m.Token, wire.AppendUintOption(nil, 0, message.Block2, block.Uint()), payload)
+	}
+	for _, v := range []struct {
+		name  string
+		reply func(m wire.Datagram) [][]byte
+		ref   eris.Reference
+		size  eris.BlockSize
+		want  outcome
+	}{
+		{"never answers", func(wire.Datagram) [][]byte { return nil }, ref, 1024, fails},
+		{"rejects", func(m wire.Datagram) [][]byte { return [][]byte{wire.AppendEmpty(nil, message.Reset, m.ID)} }, ref, 1024, fails},
+		{"acknowledges only", func(m wire.Datagram) [][]byte { return [][]byte{wire.AppendEmpty(nil, message.Acknowledgement, m.ID)} }, ref, 1024, fails},
+		{"wrong bytes", func(m wire.Datagram) [][]byte { return [][]byte{ack(m, make([]byte, 1024))} }, ref, 1024, wrong},
+		{"one byte less", func(m wire.Datagram) [][]byte { return [][]byte{ack(m, block[1:])} }, ref, 1024, wrong},
+		{"no payload", func(m wire.Datagram) [][]byte { return [][]byte{ack(m, nil)} }, ref, 1024, wrong},
+		{"other token", func(m wire.Datagram) [][]byte { m.Token.Value++; return [][]byte{ack(m, block)} }, ref, 1024, fails},
+		{"other ID", func(m wire.Datagram) [][]byte { m.ID++; return [][]byte{ack(m, block)} }, ref, 1024, fails},
+		{"malformed options", func(m wire.Datagram) [][]byte {
+			return [][]byte{datagram(message.Acknowledgement, codes.Content, m.ID, m.Token, []byte{0xf0}, block)}
+		}, ref, 1024, fails},
+		{"too long", func(m wire.Datagram) [][]byte { return [][]byte{ack(m, make([]byte, 1900))} }, ref, 1024, fails},
+		{"noise", func(wire.Datagram) [][]byte {
+			return [][]byte{block, {}, {0x40}, {0x4f, 0x45, 0, 0}, {0x40, 0, 0, 0, 0}}
+		}, ref, 1024, fails},
+		{"missing", func(m wire.Datagram) [][]byte {
+			return [][]byte{datagram(message.Acknowledgement, codes.NotFound, m.ID, m.Token, nil, nil)}
+		}, ref, 1024, missing},
+		{"answers twice", func(m wire.Datagram) [][]byte { return [][]byte{ack(m, block), ack(m, make([]byte, 1024))} }, ref, 1024, works},
+		{"answers apart", func(m wire.Datagram) [][]byte {
+			return [][]byte{wire.AppendEmpty(nil, message.Acknowledgement, m.ID), datagram(message.Confirmable, codes.Content, 7, m.Token, nil, block)}
+		}, ref, 1024, works},
+		{"answers apart, without ado", func(m wire.Datagram) [][]byte {
+			return [][]byte{datagram(message.NonConfirmable, codes.Content, 7, m.Token, nil, block)}
+		}, ref, 1024, works},
+		{"endless parts", func(m wire.Datagram) [][]byte {
+			return [][]byte{part(m, wire.Block{More: true}, make([]byte, 16))}
+		}, largeRef, 32768, fails},
+		{"endless parts that go on", func(m wire.Datagram) [][]byte {
+			asked := incoming{body: m.Body}.block(message.Block2)
+			asked.More, asked.Exponent, asked.Present = true, 6, true
+			return [][]byte{part(m, asked, make([]byte, 1024))}
+		}, largeRef, 32768, wrong},
+		{"parts that get smaller", func(m wire.Datagram) [][]byte {
+			asked := incoming{body: m.Body}.block(message.Block2)
+			if asked.Number == 0 {
+				asked.Exponent = 6
+			} else if asked.Exponent == 6 {
+				asked.Number, asked.Exponent = asked.Number*2, 5
+			}
+			asked.More, asked.Present = true, true
+			return [][]byte{part(m, asked, make([]byte, asked.Unit()))}
+		}, largeRef, 32768, wrong},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			t.Parallel()
+			url := datagramPeer(t, func(m wire.Datagram) [][]byte {
+				if m.Code != codes.GET {
+					return nil
+				}
+				return v.reply(m)
+			})
+			options := coap.Options{RequestTimeout: 300 * time.Millisecond}
+			options.Datagram = coap.DatagramOptions{AckTimeout: 20 * time.Millisecond, MaxRetransmit: 2}
+			store := mustOpen(t, url, options)
+			defer store.Close()
+			_, err := get(t, store, v.ref, v.size)
+			v.want.check(t, err)
+		})
+	}
+}
+
+// TestDatagramPeer checks what the client sends: copies of a message that is lost, acknowledgements for answers that come
+// apart, also when these come again, and answers to requests and pings of the peer.
+func TestDatagramPeer(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize1KiB, 1)
+	var copies, acks, resets, notFound atomic.Int32
+	var first []byte
+	done := make(chan struct{})
+	answer := func(m wire.Datagram) []byte {
+		return datagram(message.Confirmable, codes.Content, 99, m.Token, nil, block)
+	}
+	token := wire.Token{Value: 0xabcd, Size: 2}
+	url := datagramPeer(t, func(m wire.Datagram) [][]byte {
+		switch {
+		case m.Type == message.Acknowledgement && m.Code == codes.Empty && m.ID == 99:
+			if acks.Add(1) == 2 {
+				return [][]byte{
+					datagram(message.Confirmable, codes.Content, 100, wire.Token{Value: 7, Size: 1}, nil, block),
+					datagram(message.Confirmable, codes.Empty, 101, wire.Token{}, nil, nil),
+					datagram(message.Confirmable, codes.GET, 102, token, nil, nil),
+				}
+			}
+		case m.Type == message.Reset:
+			resets.Add(1)
+		case m.Type == message.Acknowledgement && m.Code == codes.NotFound && m.Token == token:
+			notFound.Add(1)
+			close(done)
+		case m.Code == codes.GET:
+			again := datagram(m.Type, m.Code, m.ID, m.Token, m.Body, nil)
+			if copies.Add(1) == 1 {
+				first = bytes.Clone(again)
+				return nil
+			}
+			if !bytes.Equal(first, again) {
+				t.Error("the copy is another message")
+			}
+			return [][]byte{answer(m), answer(m)}
+		default:
+			t.Errorf("message %+v", m)
+		}
+		return nil
+	})
+	store := mustOpen(t, url, coap.Options{Datagram: coap.DatagramOptions{AckTimeout: 50 * time.Millisecond}})
+	defer store.Close()
+	if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
+		t.Fatal(err)
+	}
+	<-done
+	if copies.Load() < 2 || acks.Load() != 2 || resets.Load() != 2 || notFound.Load() != 1 {
+		t.Errorf("%d copies, %d acknowledgements, %d resets, %d times 4.04", copies.Load(), acks.Load(), resets.Load(), notFound.Load())
+	}
+}
+
+// TestDatagramRefused checks that a port where nobody listens is noticed at once, if the system tells.
+func TestDatagramRefused(t *testing.T) {
+	socket, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := socket.LocalAddr().String()
+	socket.Close()
+	store := mustOpen(t, "coap://"+address, coap.Options{RequestTimeout: 5 * time.Second})
+	defer store.Close()
+	ref, block := newBlock(eris.BlockSize32KiB, 1)
+	_, err = get(t, store, ref, eris.BlockSize32KiB)
+	fails.check(t, err)
+	if err := store.Put(t.Context(), ref, block); err == nil {
+		t.Error("Put did not fail")
+	}
+}
+
+// TestDatagramWindow checks that no more exchanges are in flight than the window allows, and that it starts small.
+func TestDatagramWindow(t *testing.T) {
+	_, block := newBlock(eris.BlockSize1KiB, 1)
+	var mu sync.Mutex
+	var held [][]byte
+	most := 0
+	url := datagramPeer(t, func(m wire.Datagram) [][]byte {
+		mu.Lock()
+		defer mu.Unlock()
+		held = append(held, datagram(message.Acknowledgement, codes.Content, m.ID, m.Token, nil, block))
+		most = max(most, len(held))
+		if len(held) < 4 {
+			return nil
+		}
+		all := held
+		held = nil
+		return all
+	})
+	store := mustOpen(t, url, coap.Options{Unverified: true, Datagram: coap.DatagramOptions{Window: 4, AckTimeout: 10 * time.Second}})
+	defer store.Close()
+	var group sync.WaitGroup
+	for i := range 40 {
+		ref, _ := newBlock(eris.BlockSize1KiB, i)
+		group.Go(func() {
+			if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil && !errors.Is(err, errHangs) {
+				t.Error(err)
+			}
+		})
+	}
+	group.Wait()
+	mu.Lock()
+	defer mu.Unlock()
+	if most != 4 {
+		t.Errorf("%d exchanges in flight", most)
+	}
+}

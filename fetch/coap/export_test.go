@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package coap
+
+import "time"
+
+// WithBackoff returns the options with another time for which no connection is tried after one that failed.
+func WithBackoff(o Options, first time.Duration) Options {
+	o.firstBackoff = first
+	return o
+}

@@ -1,0 +1,442 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package coap_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/hex"
+	"errors"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
+	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+)
+
+// errHangs is the cause of contexts that only calls that hang see the end of.
+var errHangs = errors.New("the call hangs")
+
+// short are options under which what would take a minute takes a fraction of a second.
+var short = coap.WithBackoff(coap.Options{RequestTimeout: 100 * time.Millisecond, CapabilityTimeout: 100 * time.Millisecond}, time.Millisecond)
+
+// outcome is what a test wants of a call.
+type outcome int
+
+const (
+	fails    outcome = iota // of the connection: the block may be there
+	wrong                   // *eris.BlockError
+	missing                 // eris.ErrNotFound
+	response                // *coap.ResponseError
+	works
+)
+
+func (want outcome) check(t *testing.T, err error) {
+	t.Helper()
+	var blockError *eris.BlockError
+	var responseError *coap.ResponseError
+	got := fails
+	switch {
+	case err == nil:
+		got = works
+	case errors.As(err, &blockError):
+		got = wrong
+	case errors.Is(err, eris.ErrNotFound):
+		got = missing
+	case errors.As(err, &responseError):
+		got = response
+	case errors.Is(err, errHangs):
+		t.Error("the call hangs")
+		return
+	}
+	if got != want {
+		t.Errorf("outcome is %d (%v), want %d", got, err, want)
+	}
+	if err != nil && strings.ContainsFunc(err.Error(), func(r rune) bool { return r < ' ' }) {
+		t.Errorf("error has control characters: %q", err)
+	}
+}
+
+// TestHostile has peers that do not keep to the protocol. Each call must come to its end, with an error of the right kind, in
+// bounded time and memory, and the store must work again as soon as its peer does.
+func TestHostile(t *testing.T) {
+	ref1, block1 := newBlock(eris.BlockSize1KiB, 1)
+	ref32, block32 := newBlock(eris.BlockSize32KiB, 2)
+	fromHex := func(text string) []byte {
+		b, err := hex.DecodeString(strings.ReplaceAll(text, " ", ""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	// respond sends what make makes to the first GET, and its parts if it has any, and then goes on as a good peer.
+	respond := func(make func(m incoming) []byte) func(*peer) {
+		return func(p *peer) {
+			p.write(csm)
+			for first := true; ; first = false {
+				m, ok := p.readUntil(codes.GET)
+				switch {
+				case !ok:
+					return
+				case first || m.block(message.Block2).Present:
+					p.write(make(m))
+				case bytes.Contains(m.body, []byte(ref1.String())):
+					p.write(answer(m, block1))
+				default:
+					p.write(answer(m, block32))
+				}
+			}
+		}
+	}
+	// flood sends the same bytes without end.
+	flood := func(b []byte) func(*peer) {
+		return func(p *peer) {
+			var group sync.WaitGroup
+			group.Go(p.awaitEnd)
+			p.write(csm)
+			for p.write(bytes.Repeat(b, 100)) {
+			}
+			group.Wait()
+		}
+	}
+	for _, v := range []struct {
+		name   string
+		play   func(p *peer)
+		size   eris.BlockSize
+		want   outcome
+		aborts bool // the client must say so
+	}{
+		{"wrong bytes", respond(func(m incoming) []byte { return answer(m, make([]byte, 1024)) }), 1024, wrong, false},
+		{"wrong bytes of 32 KiB", respond(func(m incoming) []byte { return answer(m, make([]byte, 32768)) }), 32768, wrong, false},
+		{"one byte less", respond(func(m incoming) []byte { return answer(m, block1[:1023]) }), 1024, wrong, false},
+		{"one byte more", respond(func(m incoming) []byte { return answer(m, append(block1[:1024:1024], 0)) }), 1024, wrong, false},
+		{"one byte less of 32 KiB", respond(func(m incoming) []byte { return answer(m, block32[:32767]) }), 32768, wrong, false},
+		{"one byte more of 32 KiB", respond(func(m incoming) []byte { return answer(m, append(block32[:32768:32768], 0)) }), 32768, wrong, false},
+		{"the other size", respond(func(m incoming) []byte { return answer(m, block32) }), 1024, wrong, false},
+		{"no payload", respond(func(m incoming) []byte { return answer(m, nil) }), 1024, wrong, false},
+		{"as much as fits a message", respond(func(m incoming) []byte { return answer(m, make([]byte, 65500)) }), 32768, wrong, false},
+		{"4.04", respond(func(m incoming) []byte { return wire.AppendHead(nil, codes.NotFound, m.Token, 0) }), 1024, missing, false},
+		{"5.03 with terminal codes", respond(func(m incoming) []byte {
+			return wire.AppendMessage(nil, codes.ServiceUnavailable, m.Token, nil, "\x1b[2J\r\n"+strings.Repeat("x", 2000))
+		}), 1024, response, false},
+		{"2.04", respond(func(m incoming) []byte { return wire.AppendMessage(nil, codes.Changed, m.Token, nil, block1) }), 1024, response, false},
+		{"unknown critical option", respond(func(m incoming) []byte {
+			return wire.AppendMessage(nil, codes.Content, m.Token, wire.AppendOption(nil, 0, 9, "x"), block1)
+		}), 1024, fails, false},
+		{"token with a zero before it", respond(func(m incoming) []byte {
+			m.Token.Size++
+			return answer(m, block1)
+		}), 1024, fails, false},
+		{"token that nobody has", respond(func(m incoming) []byte {
+			m.Token.Value++
+			return answer(m, block1)
+		}), 1024, fails, false},
+		{"never answers", func(p *peer) { p.write(csm); p.awaitEnd() }, 1024, fails, false},
+		{"says nothing at all", func(p *peer) { p.awaitEnd() }, 1024, fails, false},
+		{"closes at once", func(p *peer) {}, 1024, fails, false},
+		{"closes when asked", func(p *peer) { p.write(csm); p.readUntil(codes.GET) }, 1024, fails, false},
+		{"closes in the middle of an answer", func(p *peer) {
+			p.write(csm)
+			m, _ := p.readUntil(codes.GET)
+			p.write(answer(m, block1)[:500])
+		}, 1024, fails, false},
+		{"closes in the middle of a large answer", func(p *peer) {
+			p.write(csm)
+			m, _ := p.readUntil(codes.GET)
+			p.write(answer(m, block32)[:20000])
+		}, 32768, fails, false},
+		{"stops in the middle of an answer", func(p *peer) {
+			p.write(csm)
+			m, _ := p.readUntil(codes.GET)
+			p.write(answer(m, block1)[:500])
+			p.awaitEnd()
+		}, 1024, fails, false},
+		{"stops in the middle of a large answer", func(p *peer) {
+			p.write(csm)
+			m, _ := p.readUntil(codes.GET)
+			p.write(answer(m, block32)[:20000])
+			p.awaitEnd()
+		}, 32768, fails, false},
+		{"drips", func(p *peer) {
+			p.write(csm)
+			m, _ := p.readUntil(codes.GET)
+			for _, b := range answer(m, block32) {
+				if !p.write([]byte{b}) {
+					return
+				}
+				time.Sleep(5 * time.Millisecond)
+			}
+		}, 32768, fails, false},
+		{"length of 4 GiB", respond(func(incoming) []byte { return fromHex("f1 ffffffff 45 01") }), 1024, fails, true},
+		{"length above what was announced", respond(func(m incoming) []byte { return answer(m, make([]byte, 65536)) }), 32768, fails, true},
+		{"token of 15 bytes", respond(func(incoming) []byte { return fromHex("0f 45 0102030405060708090a0b0c0d0e0f") }), 1024, fails, true},
+		{"reserved option", respond(func(m incoming) []byte { return wire.AppendMessage(nil, codes.Content, m.Token, []byte{0xf0}, "") }), 1024, fails, true},
+		{"marker without payload", respond(func(m incoming) []byte { return wire.AppendMessage(nil, codes.Content, m.Token, []byte{0xff}, "") }), 1024, fails, true},
+		{"large answer with malformed options", respond(func(m incoming) []byte {
+			return wire.AppendMessage(nil, codes.Content, m.Token, bytes.Repeat([]byte{0x0f}, 20000), "")
+		}), 32768, fails, true},
+		{"large answer all of options", respond(func(m incoming) []byte {
+			return wire.AppendMessage(nil, codes.Content, m.Token, make([]byte, 60000), "")
+		}), 32768, wrong, false},
+		{"large answer with many options", respond(func(m incoming) []byte {
+			return wire.AppendMessage(nil, codes.Content, m.Token, make([]byte, 20000), block32)
+		}), 32768, works, false},
+		{"answer before capabilities", func(p *peer) {
+			m, _ := p.readUntil(codes.GET)
+			p.write(answer(m, block1))
+			p.awaitEnd()
+		}, 1024, fails, true},
+		{"large answer before capabilities", func(p *peer) {
+			m, _ := p.readUntil(codes.GET)
+			p.write(answer(m, block32))
+			p.awaitEnd()
+		}, 32768, fails, true},
+		{"unknown signal", respond(func(incoming) []byte { return fromHex("00 e6") }), 1024, fails, true},
+		{"unknown class", respond(func(incoming) []byte { return fromHex("00 60") }), 1024, fails, true},
+		{"capabilities with an unknown critical option", func(p *peer) { p.write(fromHex("10 e1 30")); p.awaitEnd() }, 1024, fails, true},
+		{"capabilities with a number of five bytes", func(p *peer) { p.write(fromHex("60 e1 250000000001")); p.awaitEnd() }, 1024, fails, true},
+		{"Abort with terminal codes", respond(func(incoming) []byte { return wire.AppendAbort(nil, 0, "\x1b[2J") }), 1024, fails, false},
+		{"Release instead of an answer", respond(func(incoming) []byte { return fromHex("00 e4") }), 1024, fails, false},
+		{"endless capabilities", flood(csm), 1024, fails, true},
+		{"endless pings", flood(fromHex("01 e2 07")), 1024, fails, true},
+		{"endless empty messages", flood(fromHex("00 00")), 1024, fails, true},
+		{"endless answers that nobody asked for", flood(fromHex("01 45 07")), 1024, fails, true},
+		{"endless large answers that nobody asked for", flood(wire.AppendMessage(nil, codes.Content, wire.MakeToken(7), nil, block32)), 1024, fails, true},
+		{"endless requests", flood(fromHex("01 01 07")), 1024, fails, false},
+		{"noise", flood(block32), 1024, fails, true},
+		{"endless parts of 16 bytes", respond(func(m incoming) []byte {
+			part := m.block(message.Block2)
+			part.More, part.Exponent, part.Present = true, 0, true
+			return wire.AppendMessage(nil, codes.Content, m.Token, wire.AppendUintOption(nil, 0, message.Block2, part.Uint()), make([]byte, 16))
+		}), 1024, wrong, false},
+		{"parts that do not go on", respond(func(m incoming) []byte {
+			part := wire.Block{More: true, Exponent: 6}
+			return wire.AppendMessage(nil, codes.Content, m.Token, wire.AppendUintOption(nil, 0, message.Block2, part.Uint()), make([]byte, 1024))
+		}), 32768, fails, false},
+		{"part of another length than it says", respond(func(m incoming) []byte {
+			part := wire.Block{More: true, Exponent: 6}
+			return wire.AppendMessage(nil, codes.Content, m.Token, wire.AppendUintOption(nil, 0, message.Block2, part.Uint()), make([]byte, 1000))
+		}), 32768, fails, false},
+		{"part from the end", respond(func(m incoming) []byte {
+			part := wire.Block{Number: 1<<20 - 1, Exponent: 6}
+			return wire.AppendMessage(nil, codes.Content, m.Token, wire.AppendUintOption(nil, 0, message.Block2, part.Uint()), make([]byte, 1024))
+		}), 32768, fails, false},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			t.Parallel()
+			told := make(chan bool, 2)
+			store := openPeer(t, short, func(connection int, p *peer) {
+				if connection > 1 { // a call tries two
+					p.serveBlock(map[eris.BlockSize][]byte{eris.BlockSize1KiB: block1, eris.BlockSize32KiB: block32}[v.size])
+					return
+				}
+				v.play(p)
+				if v.aborts {
+					p.awaitEnd()
+				}
+				p.conn.Close()
+				told <- p.aborted
+			})
+			ref := ref1
+			if v.size == eris.BlockSize32KiB {
+				ref = ref32
+			}
+			_, err := get(t, store, ref, v.size)
+			v.want.check(t, err)
+			recovers(t, store, ref, v.size)
+			if !v.aborts {
+				return
+			}
+			// In a flood the last words may get lost.
+			if aborted := <-told; !aborted && !strings.HasPrefix(v.name, "endless") && v.name != "noise" {
+				t.Error("the peer was not told why")
+			}
+		})
+	}
+}
+
+// recovers checks that a store works again.
+func recovers(t *testing.T, store *coap.Store, ref eris.Reference, size eris.BlockSize) {
+	t.Helper()
+	var err error
+	for range 100 {
+		if _, err = get(t, store, ref, size); err == nil {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Errorf("the store does not work again: %v", err)
+}
+
+// TestHostileMemory checks that lengths alone make nobody allocate.
+func TestHostileMemory(t *testing.T) {
+	ref, _ := newBlock(eris.BlockSize1KiB, 1)
+	var before, after runtime.MemStats
+	const calls = 10
+	runtime.ReadMemStats(&before)
+	for range calls {
+		store := openPeer(t, short, func(_ int, p *peer) {
+			p.write(csm)
+			m, _ := p.readUntil(codes.GET)
+			p.write([]byte{0xf0 | m.Token.Size, 0xff, 0xff, 0xff, 0xff, 0x45})
+			p.awaitEnd()
+		})
+		_, err := get(t, store, ref, eris.BlockSize1KiB)
+		fails.check(t, err)
+		store.Close()
+	}
+	runtime.ReadMemStats(&after)
+	if most := uint64(calls * 4 << 20); after.TotalAlloc-before.TotalAlloc > most {
+		t.Errorf("%d bytes were allocated", after.TotalAlloc-before.TotalAlloc)
+	}
+}
+
+// TestAnswersTwice has a peer answer everything twice: no answer may go to a call that it is not for.
+func TestAnswersTwice(t *testing.T) {
+	blocks := make(map[eris.Reference][]byte)
+	var refs []eris.Reference
+	for i := range 200 {
+		ref, block := newBlock(eris.BlockSize1KiB, i)
+		blocks[ref] = block
+		refs = append(refs, ref)
+	}
+	store := openPeer(t, coap.Options{}, func(_ int, p *peer) {
+		p.write(csm)
+		for {
+			m, ok := p.readUntil(codes.GET)
+			if !ok {
+				return
+			}
+			values, _ := m.options()
+			ref, _ := wire.ParseQuery(values[message.URIQuery][0])
+			p.write(answer(m, blocks[ref]), answer(m, blocks[ref]))
+		}
+	})
+	for range 3 {
+		for _, ref := range refs {
+			if got, err := get(t, store, ref, eris.BlockSize1KiB); err != nil || !bytes.Equal(got, blocks[ref]) {
+				t.Fatalf("Get: %v", err)
+			}
+		}
+	}
+}
+
+// TestOneNeverAnswered has a peer that answers all requests but one: it condemns the connection in the end.
+func TestOneNeverAnswered(t *testing.T) {
+	lost, _ := newBlock(eris.BlockSize1KiB, 1)
+	ref, block := newBlock(eris.BlockSize1KiB, 2)
+	store := openPeer(t, coap.Options{RequestTimeout: 20 * time.Millisecond}, func(_ int, p *peer) {
+		p.write(csm)
+		for {
+			m, ok := p.readUntil(codes.GET)
+			if !ok {
+				return
+			}
+			values, _ := m.options()
+			if asked, _ := wire.ParseQuery(values[message.URIQuery][0]); asked == ref {
+				p.write(answer(m, block))
+			}
+		}
+	})
+	done := make(chan struct{})
+	var group sync.WaitGroup
+	group.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			default:
+				get(t, store, ref, eris.BlockSize1KiB)
+			}
+		}
+	})
+	_, err := get(t, store, lost, eris.BlockSize1KiB)
+	fails.check(t, err)
+	close(done)
+	group.Wait()
+}
+
+// TestCancelWithinAnswer ends a call of which half the answer has come: the memory is given back at once, although the rest
+// does not come, and the connection goes on when it does.
+func TestCancelWithinAnswer(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize32KiB, 1)
+	other, otherBlock := newBlock(eris.BlockSize1KiB, 2)
+	half, rest := make(chan struct{}), make(chan struct{})
+	var connections atomic.Int32
+	store := openPeer(t, coap.Options{}, func(_ int, p *peer) {
+		connections.Add(1)
+		p.write(csm)
+		m, _ := p.readUntil(codes.GET)
+		b := answer(m, block)
+		p.write(b[:16000])
+		close(half)
+		<-rest
+		p.write(b[16000:])
+		for {
+			m, ok := p.readUntil(codes.GET)
+			if !ok {
+				return
+			}
+			p.write(answer(m, otherBlock))
+		}
+	})
+	ctx, cancel := context.WithCancelCause(t.Context())
+	memory := make([]byte, 32768)
+	done := make(chan error)
+	go func() {
+		_, err := store.Get(ctx, ref, eris.BlockSize32KiB, memory[:0])
+		done <- err
+	}()
+	<-half
+	time.Sleep(20 * time.Millisecond) // for the reader to be within the payload: not needed for the test to pass
+	cause := errors.New("given up")
+	cancel(cause)
+	if err := <-done; !errors.Is(err, cause) {
+		t.Errorf("error is %v", err)
+	}
+	for i := range memory {
+		memory[i] = 0x5a
+	}
+	close(rest)
+	for range 3 {
+		if _, err := get(t, store, other, eris.BlockSize1KiB); err != nil {
+			t.Error(err)
+		}
+	}
+	if !bytes.Equal(memory, bytes.Repeat([]byte{0x5a}, 32768)) {
+		t.Error("memory was written to after Get had returned")
+	}
+	if n := connections.Load(); n != 1 {
+		t.Errorf("%d connections", n)
+	}
+}
+
+// TestBackoff counts the connections to a peer that closes each at once, while somebody does not stop to ask.
+func TestBackoff(t *testing.T) {
+	ref, _ := newBlock(eris.BlockSize1KiB, 1)
+	var connections atomic.Int32
+	store := openPeer(t, coap.Options{}, func(int, *peer) { connections.Add(1) })
+	var group sync.WaitGroup
+	begin := time.Now()
+	for range 8 {
+		group.Go(func() {
+			for time.Since(begin) < time.Second {
+				_, err := get(t, store, ref, eris.BlockSize1KiB)
+				fails.check(t, err)
+			}
+		})
+	}
+	group.Wait()
+	// At 0, 100, 300, 700, 1500 ms and so on; the last calls may have waited for one more.
+	if n := connections.Load(); n > 7 {
+		t.Errorf("%d connections in a second", n)
+	}
+}

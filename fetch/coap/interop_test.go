@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package coap_test
+
+import (
+	"bytes"
+	"net"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
+)
+
+// libcoapServer starts the example server of libcoap, with dynamic resources, and returns its port. Such a server has one
+// content per path, whatever the query.
+func libcoapServer(t *testing.T, args ...string) (port string) {
+	var name string
+	for _, candidate := range []string{"coap-server", "coap-server-notls", "coap-server-openssl", "coap-server-gnutls"} {
+		if path, err := exec.LookPath(candidate); err == nil {
+			name = path
+			break
+		}
+	}
+	if name == "" {
+		t.Skip("coap-server is not installed")
+	}
+	// It needs the same port for TCP and UDP.
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := listener.Addr().String()
+	listener.Close()
+	port = address[strings.LastIndexByte(address, ':')+1:]
+	command := exec.Command(name, append([]string{"-A", "127.0.0.1", "-p", port, "-d", "100"}, args...)...)
+	if err := command.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		command.Process.Kill()
+		command.Wait()
+	})
+	for range 1000 {
+		if conn, err := net.Dial("tcp", address); err == nil {
+			conn.Close()
+			return port
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	t.Fatal("coap-server does not listen")
+	return ""
+}
+
+// TestLibcoapServer puts blocks to the server of libcoap and gets them back, by TCP and UDP, with messages that it limits, and
+// by a Unix socket through socat.
+func TestLibcoapServer(t *testing.T) {
+	port := libcoapServer(t)
+	// This one takes no message of 32 KiB, and so forces BERT.
+	limited := libcoapServer(t, "-X", "5000")
+	urls := map[string]string{
+		"tcp":          "coap+tcp://127.0.0.1:" + port + "/",
+		"tcp, limited": "coap+tcp://127.0.0.1:" + limited + "/",
+		"udp":          "coap://127.0.0.1:" + port + "/",
+	}
+	if socat, err := exec.LookPath("socat"); err == nil {
+		socket := filepath.Join(t.TempDir(), "s")
+		command := exec.Command(socat, "UNIX-LISTEN:"+socket+",fork", "TCP:127.0.0.1:"+port)
+		if err := command.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			command.Process.Kill()
+			command.Wait()
+		})
+		for range 1000 {
+			if conn, err := net.Dial("unix", socket); err == nil {
+				conn.Close()
+				break
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
+		urls["unix"] = "coap+unix://" + escape(socket) + "/"
+	} else {
+		t.Log("without a Unix socket: socat is not installed")
+	}
+	for name, url := range urls {
+		for _, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
+			t.Run(name+"/"+size.String(), func(t *testing.T) {
+				store := mustOpen(t, url+strings.ReplaceAll(name, ", ", "-")+size.String(), coap.Options{})
+				defer store.Close()
+				block := make([]byte, size)
+				for i := range block {
+					block[i] = byte(i>>4) ^ byte(i*7)
+				}
+				ref := eris.Sum(block)
+				if err := store.Put(t.Context(), ref, block); err != nil {
+					t.Fatalf("Put: %v", err)
+				}
+				var group sync.WaitGroup
+				for range 20 {
+					group.Go(func() {
+						if got, err := get(t, store, ref, size); err != nil || !bytes.Equal(got, block) {
+							t.Errorf("Get: %v", err)
+						}
+					})
+				}
+				group.Wait()
+			})
+		}
+	}
+}

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package coap_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"io"
+	"net"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
+	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+)
+
+// peer is the other end of one connection, played by a script.
+type peer struct {
+	t       *testing.T
+	conn    net.Conn
+	r       *bufio.Reader
+	aborted bool // the client has said Abort
+}
+
+// incoming is a message from the client.
+type incoming struct {
+	wire.Head
+	body []byte
+}
+
+// read returns the next message; ok is false when the connection is over.
+func (p *peer) read() (m incoming, ok bool) {
+	for n := 2; ; n++ {
+		b, err := p.r.Peek(n)
+		if err != nil {
+			return m, false
+		}
+		if m.Head, err = wire.ParseHead(b, 1<<20); err == nil {
+			break
+		}
+	}
+	p.r.Discard(m.Size)
+	m.body = make([]byte, m.Length)
+	_, err := io.ReadFull(p.r, m.body)
+	p.aborted = p.aborted || m.Code == codes.Abort
+	return m, err == nil
+}
+
+// readUntil passes over messages until one with the code comes.
+func (p *peer) readUntil(code codes.Code) (m incoming, ok bool) {
+	for {
+		if m, ok = p.read(); !ok || m.Code == code {
+			return m, ok
+		}
+	}
+}
+
+// write sends bytes. It reports whether that was possible.
+func (p *peer) write(b ...[]byte) bool {
+	_, err := p.conn.Write(bytes.Join(b, nil))
+	return err == nil
+}
+
+// options returns the options and the payload of a message.
+func (m incoming) options() (values map[message.OptionID][][]byte, payload []byte) {
+	values = make(map[message.OptionID][][]byte)
+	walk := wire.ParseOptions(m.body)
+	for {
+		option, ok := walk.Next()
+		if !ok {
+			return values, walk.Payload()
+		}
+		values[option.Number] = append(values[option.Number], option.Value)
+	}
+}
+
+func (m incoming) block(number message.OptionID) wire.Block {
+	values, _ := m.options()
+	if len(values[number]) == 0 {
+		return wire.Block{}
+	}
+	block, _ := wire.ParseBlock(values[number][0])
+	return block
+}
+
+// awaitEnd reads until the connection is over.
+func (p *peer) awaitEnd() {
+	for {
+		if _, ok := p.read(); !ok {
+			return
+		}
+	}
+}
+
+// script plays a peer: it is called for each connection with its number, from 0 on. The connection is closed when it
+// returns.
+type script func(connection int, p *peer)
+
+// playPeer starts to play a peer and returns the URL of it.
+func playPeer(t *testing.T, play script) (url string) {
+	socket := filepath.Join(t.TempDir(), "s")
+	listener, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var group sync.WaitGroup
+	var mu sync.Mutex
+	conns := make(map[net.Conn]struct{})
+	group.Go(func() {
+		for n := 0; ; n++ {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			mu.Lock()
+			conns[conn] = struct{}{}
+			mu.Unlock()
+			group.Go(func() {
+				defer conn.Close()
+				play(n, &peer{t: t, conn: conn, r: bufio.NewReaderSize(conn, 1<<16)})
+			})
+		}
+	})
+	t.Cleanup(func() {
+		listener.Close()
+		mu.Lock()
+		for conn := range conns {
+			conn.Close()
+		}
+		mu.Unlock()
+		group.Wait()
+	})
+	return "coap+unix://" + socket
+}
+
+// openPeer opens a store that is played by a script.
+func openPeer(t *testing.T, options coap.Options, play script) *coap.Store {
+	store := mustOpen(t, playPeer(t, play), options)
+	t.Cleanup(func() { store.Close() })
+	return store
+}
+
+var csm = wire.AppendCapabilities(nil, wire.MessageSize)
+
+// newBlock returns a block that is told from others by a number.
+func newBlock(size eris.BlockSize, n int) (eris.Reference, []byte) {
+	block := bytes.Repeat([]byte{byte(n), byte(n >> 8), byte(n >> 16), 1}, int(size)/4)
+	return eris.Sum(block), block
+}
+
+// answer is 2.05 with a payload.
+func answer(m incoming, payload []byte) []byte {
+	return wire.AppendMessage(nil, codes.Content, m.Token, nil, payload)
+}
+
+// serveBlock answers all requests with one block.
+func (p *peer) serveBlock(block []byte) {
+	p.write(csm)
+	for {
+		m, ok := p.read()
+		if !ok {
+			return
+		}
+		if m.Code == codes.GET {
+			p.write(answer(m, block))
+		}
+	}
+}
+
+// get gets a block and wants the outcome within a time that only a call that hangs exceeds.
+func get(t *testing.T, store *coap.Store, ref eris.Reference, size eris.BlockSize) ([]byte, error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeoutCause(t.Context(), 30*time.Second, errHangs)
+	defer cancel()
+	return store.Get(ctx, ref, size, make([]byte, 0, size))
+}

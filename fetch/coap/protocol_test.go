@@ -1,0 +1,532 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package coap_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
+	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+)
+
+// capabilities returns a capability message with the given Max-Message-Size, 0 for none.
+func capabilities(size uint32, blockWise bool) []byte {
+	var options []byte
+	var previous message.OptionID
+	if size != 0 {
+		options = wire.AppendUintOption(options, 0, message.TCPMaxMessageSize, size)
+		previous = message.TCPMaxMessageSize
+	}
+	if blockWise {
+		options = wire.AppendOption(options, previous, message.TCPBlockWiseTransfer, "")
+	}
+	return wire.AppendMessage(nil, codes.CSM, wire.Token{}, options, "")
+}
+
+// TestFirstMessages checks what the client sends byte for byte: its capabilities, and a request at once, without waiting for
+// the capabilities of the peer (RFC 8323, section 5.3).
+func TestFirstMessages(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize1KiB, 1)
+	for _, raw := range []bool{false, true} {
+		sent := make(chan []byte, 1)
+		store := openPeer(t, coap.Options{RawReferences: raw}, func(_ int, p *peer) {
+			first, _ := p.read()
+			second, _ := p.read()
+			got := wire.AppendMessage(nil, first.Code, first.Token, first.body, "")
+			got = append(got, wire.AppendMessage(nil, second.Code, wire.Token{}, second.body, "")...)
+			sent <- got
+			p.write(csm, answer(second, block))
+			p.awaitEnd()
+		})
+		if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
+			t.Fatal(err)
+		}
+		query := "\x4d\x27" + ref.String()
+		if raw {
+			query = "\x4d\x13" + string(ref[:])
+		}
+		body := "\xbb.well-known\x04eris\x06blocks" + query + "\xd2\x20\x04\x00"
+		want := "\x50\xe1\x23\x01\x00\x00\x20" + fmt.Sprintf("\xd0%c\x01", len(body)-13) + body
+		if got := <-sent; string(got) != want {
+			t.Errorf("raw %v: sent % x, want % x", raw, got, want)
+		}
+	}
+}
+
+// TestOrder has the peer collect requests and answer them from the last to the first, small and large.
+func TestOrder(t *testing.T) {
+	const calls = 100
+	blocks := make(map[string][]byte)
+	var refs []eris.Reference
+	for i := range calls {
+		size := eris.BlockSize1KiB
+		if i%3 == 0 {
+			size = eris.BlockSize32KiB
+		}
+		ref, block := newBlock(size, i)
+		refs, blocks[ref.String()] = append(refs, ref), block
+	}
+	store := openPeer(t, coap.Options{}, func(_ int, p *peer) {
+		p.write(csm)
+		var answers [][]byte
+		for range calls {
+			m, ok := p.readUntil(codes.GET)
+			if !ok {
+				return
+			}
+			values, _ := m.options()
+			answers = append([][]byte{answer(m, blocks[string(values[message.URIQuery][0])])}, answers...)
+		}
+		p.write(answers...)
+		p.awaitEnd()
+	})
+	var group sync.WaitGroup
+	for _, ref := range refs {
+		group.Go(func() {
+			want := blocks[ref.String()]
+			if got, err := get(t, store, ref, eris.BlockSize(len(want))); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("Get: %v", err)
+			}
+		})
+	}
+	group.Wait()
+}
+
+// TestWindow checks that no more requests are without an answer than the window allows, and that all come to their turn.
+func TestWindow(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize1KiB, 1)
+	const window, calls = 7, 100
+	store := openPeer(t, coap.Options{Window: window}, func(_ int, p *peer) {
+		p.write(csm)
+		for range calls / window {
+			var answers [][]byte
+			for range window {
+				m, ok := p.readUntil(codes.GET)
+				if !ok {
+					return
+				}
+				answers = append(answers, answer(m, block))
+			}
+			p.conn.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+			if m, ok := p.read(); ok {
+				t.Errorf("message %v beyond the window", m.Code)
+			}
+			p.conn.SetReadDeadline(time.Time{})
+			p.write(answers...)
+		}
+		p.serveBlock(block)
+	})
+	var group sync.WaitGroup
+	for range calls {
+		group.Go(func() {
+			if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
+				t.Errorf("Get: %v", err)
+			}
+		})
+	}
+	group.Wait()
+}
+
+// TestSignals checks that pings and requests of the peer are answered, with their tokens, whatever they are (RFC 8323,
+// section 5.4; an ERIS server may ask its clients).
+func TestSignals(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize1KiB, 1)
+	token := wire.Token{Value: 0xdeadbeef01020304, Size: 8}
+	path := wire.NewRequests([]string{".well-known", "eris"}, false).AppendGet(nil, &ref, eris.BlockSize1KiB, wire.Block{})
+	done := make(chan struct{})
+	store := openPeer(t, coap.Options{}, func(_ int, p *peer) {
+		defer close(done)
+		p.write(csm)
+		m, _ := p.readUntil(codes.GET)
+		for _, v := range []struct {
+			send []byte
+			want codes.Code
+		}{
+			{wire.AppendMessage(nil, codes.Ping, token, []byte{0x20}, ""), codes.Pong},
+			{wire.AppendMessage(nil, codes.GET, token, path, ""), codes.NotFound},
+			{wire.AppendMessage(nil, codes.PUT, token, nil, block), codes.NotImplemented},
+			{wire.AppendMessage(nil, codes.PUT, token, nil, make([]byte, 40000)), codes.NotImplemented},
+			{wire.AppendMessage(nil, 31, token, nil, ""), codes.NotImplemented},
+		} {
+			p.write([]byte{0, 0}, wire.AppendHead(nil, codes.Pong, token, 0), v.send)
+			if reply, ok := p.read(); !ok || reply.Code != v.want || reply.Token != token || reply.Length != 0 {
+				t.Errorf("reply is %v, want %v", reply.Head, v.want)
+			}
+		}
+		p.write(answer(m, block))
+		p.awaitEnd()
+	})
+	if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
+		t.Error(err)
+	}
+	store.Close()
+	<-done
+}
+
+// TestRelease checks that a connection that the peer wants to end is used to its end, and no further; and that Close says
+// Release.
+func TestRelease(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize1KiB, 1)
+	asked, again := make(chan struct{}), make(chan struct{})
+	var last atomic.Uint32
+	var group sync.WaitGroup
+	group.Add(2)
+	store := openPeer(t, coap.Options{}, func(connection int, p *peer) {
+		defer group.Done()
+		p.write(csm)
+		m, _ := p.readUntil(codes.GET)
+		if connection == 0 {
+			p.write(wire.AppendHead(nil, codes.Release, wire.Token{}, 0), wire.AppendHead(nil, codes.Ping, wire.Token{}, 0))
+			p.readUntil(codes.Pong)
+			close(asked)
+			<-again
+			p.write(answer(m, block))
+			if m, ok := p.read(); ok {
+				t.Errorf("message %v after Release", m.Code)
+			}
+			return
+		}
+		p.write(answer(m, block))
+		close(again)
+		for {
+			m, ok := p.read()
+			if !ok {
+				return
+			}
+			last.Store(uint32(m.Code))
+		}
+	})
+	first := make(chan error)
+	go func() {
+		_, err := get(t, store, ref, eris.BlockSize1KiB)
+		first <- err
+	}()
+	<-asked
+	if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
+		t.Error(err)
+	}
+	if err := <-first; err != nil {
+		t.Error(err)
+	}
+	store.Close()
+	group.Wait()
+	if codes.Code(last.Load()) != codes.Release {
+		t.Errorf("last message is %v", codes.Code(last.Load()))
+	}
+}
+
+// takePut receives a block in one or more messages, with parts of at most the given size, and returns how many there were.
+func (p *peer) takePut(most uint8) (block []byte, messages int) {
+	for {
+		m, ok := p.readUntil(codes.PUT)
+		if !ok {
+			return nil, 0
+		}
+		messages++
+		part := m.block(message.Block1)
+		values, payload := m.options()
+		if len(values[message.URIQuery]) != 0 || len(values[message.URIPath]) != 3 {
+			p.t.Errorf("PUT has a query or a wrong path: %q", values)
+		}
+		if !part.Present {
+			p.write(wire.AppendHead(nil, codes.Created, m.Token, 0))
+			return payload, messages
+		}
+		if part.Offset() != len(block) || !part.FitPart(len(payload)) {
+			p.t.Errorf("part %+v with %d bytes after %d", part, len(payload), len(block))
+		}
+		if size := values[message.Size1]; part.Number == 0 && (len(size) != 1 || !bytes.Equal(size[0], []byte{0x80, 0})) {
+			p.t.Errorf("Size1 is %x", size)
+		}
+		reply := part
+		if part.Exponent > most {
+			// Of what came, only the first unit counts; but this test server takes all of it.
+			reply.Exponent = most
+		}
+		option := wire.AppendUintOption(nil, 0, message.Block1, reply.Uint())
+		block = append(block, payload...)
+		if !part.More {
+			p.write(wire.AppendMessage(nil, codes.Changed, m.Token, option, ""))
+			return block, messages
+		}
+		p.write(wire.AppendMessage(nil, codes.Continue, m.Token, option, ""))
+	}
+}
+
+// TestPutForms checks how blocks of 32 KiB are put to peers of different capabilities.
+func TestPutForms(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize32KiB, 1)
+	for _, v := range []struct {
+		name     string
+		csm      []byte
+		strict   bool
+		most     uint8 // greatest exponent that the peer takes
+		messages int   // 0: the block cannot be put
+	}{
+		{"whole", capabilities(65536, true), true, 7, 1},
+		{"just whole", capabilities(32830, false), true, 7, 1},
+		{"base size, block-wise", capabilities(0, true), true, 7, 32},
+		{"stated base size, block-wise", capabilities(1152, true), true, 7, 32},
+		{"smaller parts", capabilities(1152, true), true, 4, 1 + 124},
+		{"BERT of 2 units", capabilities(2400, true), true, 7, 16},
+		{"BERT of 31 units", capabilities(32000, true), true, 7, 2},
+		{"BERT of one unit is none", capabilities(1300, true), true, 7, 32},
+		{"says nothing", capabilities(0, false), false, 7, 1},
+		{"says nothing, strict", capabilities(0, false), true, 7, 0},
+		{"says no", capabilities(1152, false), false, 7, 0},
+		{"never says anything", nil, false, 7, 1},
+		{"never says anything, strict", nil, true, 7, 0},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			type result struct {
+				block    []byte
+				messages int
+			}
+			results := make(chan result, 4)
+			options := coap.Options{CapabilityTimeout: 50 * time.Millisecond, StrictMessageSize: v.strict}
+			store := openPeer(t, options, func(_ int, p *peer) {
+				p.write(v.csm)
+				if v.messages == 0 {
+					p.awaitEnd()
+					return
+				}
+				if v.csm == nil {
+					m, _ := p.readUntil(codes.PUT)
+					_, block := m.options()
+					p.write(csm, wire.AppendHead(nil, codes.Created, m.Token, 0))
+					results <- result{block, 1}
+				} else {
+					block, messages := p.takePut(v.most)
+					results <- result{block, messages}
+				}
+				p.awaitEnd()
+			})
+			err := store.Put(t.Context(), ref, block)
+			if (err == nil) != (v.messages != 0) {
+				t.Fatalf("Put: %v", err)
+			}
+			if err != nil {
+				return
+			}
+			got := <-results
+			if !bytes.Equal(got.block, block) {
+				t.Error("another block was put")
+			}
+			if got.messages != v.messages {
+				t.Errorf("%d messages, want %d", got.messages, v.messages)
+			}
+		})
+	}
+}
+
+// TestPutRestarts has a server drop what it has received so far: the client begins again, but not for ever.
+func TestPutRestarts(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize32KiB, 1)
+	for _, drops := range []int32{2, 1000} {
+		var dropped atomic.Int32
+		store := openPeer(t, coap.Options{}, func(_ int, p *peer) {
+			p.write(capabilities(1152, true))
+			for {
+				m, ok := p.readUntil(codes.PUT)
+				if !ok {
+					return
+				}
+				part := m.block(message.Block1)
+				code := codes.Continue
+				if part.Number == 7 && dropped.Load() < drops {
+					dropped.Add(1)
+					code = codes.RequestEntityIncomplete
+				} else if !part.More {
+					code = codes.Created
+				}
+				p.write(wire.AppendMessage(nil, code, m.Token, wire.AppendUintOption(nil, 0, message.Block1, part.Uint()), ""))
+			}
+		})
+		err := store.Put(t.Context(), ref, block)
+		if (err == nil) != (drops == 2) || dropped.Load() > 4 {
+			t.Errorf("server dropped it %d times: %v", dropped.Load(), err)
+		}
+	}
+}
+
+// TestPutWaits checks that a block of 32 KiB waits for the capabilities of the peer, and one of 1 KiB does not.
+func TestPutWaits(t *testing.T) {
+	smallRef, small := newBlock(eris.BlockSize1KiB, 1)
+	largeRef, large := newBlock(eris.BlockSize32KiB, 2)
+	store := openPeer(t, coap.Options{}, func(_ int, p *peer) {
+		m, _ := p.readUntil(codes.PUT)
+		if _, payload := m.options(); !bytes.Equal(payload, small) {
+			t.Error("the large block came first")
+		}
+		p.write(capabilities(1152, true), wire.AppendHead(nil, codes.Created, m.Token, 0))
+		if _, messages := p.takePut(7); messages != 32 {
+			t.Errorf("%d messages", messages)
+		}
+	})
+	var group sync.WaitGroup
+	group.Go(func() {
+		if err := store.Put(t.Context(), largeRef, large); err != nil {
+			t.Error(err)
+		}
+	})
+	time.Sleep(10 * time.Millisecond)
+	if err := store.Put(t.Context(), smallRef, small); err != nil {
+		t.Error(err)
+	}
+	group.Wait()
+}
+
+// TestPutAnswers checks what the answers to a PUT mean.
+func TestPutAnswers(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize1KiB, 1)
+	for _, v := range []struct {
+		code     codes.Code
+		ok       bool
+		readOnly bool
+	}{
+		{codes.Created, true, false}, {codes.Changed, true, false},
+		{codes.MethodNotAllowed, false, true}, {codes.NotFound, false, true}, {codes.Forbidden, false, true}, {codes.Unauthorized, false, true},
+		{codes.Content, false, false}, {codes.BadRequest, false, false}, {codes.NotAcceptable, false, false},
+		{codes.InternalServerError, false, false}, {codes.RequestEntityTooLarge, false, false}, {codes.Continue, false, false},
+	} {
+		store := openPeer(t, coap.Options{}, func(_ int, p *peer) {
+			p.write(csm)
+			m, _ := p.readUntil(codes.PUT)
+			p.write(wire.AppendMessage(nil, v.code, m.Token, nil, "why"))
+			p.awaitEnd()
+		})
+		err := store.Put(t.Context(), ref, block)
+		var response *coap.ResponseError
+		if (err == nil) != v.ok || errors.Is(err, fetch.ErrReadOnly) != v.readOnly || !v.ok && !errors.As(err, &response) {
+			t.Errorf("%v: error is %v", v.code, err)
+		}
+		if err != nil && v.code != codes.Content && !strings.Contains(err.Error(), `"why"`) {
+			t.Errorf("%v: error %v does not have the text", v.code, err)
+		}
+	}
+}
+
+// TestGetInParts has peers answer in parts although they were not asked to.
+func TestGetInParts(t *testing.T) {
+	for _, v := range []struct {
+		name     string
+		exponent uint8
+		payload  int
+		size     eris.BlockSize
+		requests int
+	}{
+		{"1024 bytes", 6, 1024, eris.BlockSize32KiB, 32},
+		{"16 bytes", 0, 16, eris.BlockSize1KiB, 64},
+		{"BERT", wire.BERT, 5 * 1024, eris.BlockSize32KiB, 7},
+		{"all in the first", 6, 1024, eris.BlockSize1KiB, 1},
+		{"all in the first, BERT", wire.BERT, 32 * 1024, eris.BlockSize32KiB, 1},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			ref, block := newBlock(v.size, 1)
+			for i := range block {
+				block[i] = byte(i / 16 * 7)
+			}
+			ref = eris.Sum(block)
+			var requests atomic.Int32
+			store := openPeer(t, coap.Options{}, func(_ int, p *peer) {
+				p.write(csm)
+				for {
+					m, ok := p.readUntil(codes.GET)
+					if !ok {
+						return
+					}
+					requests.Add(1)
+					part := m.block(message.Block2)
+					if part.Present && part.Exponent != v.exponent {
+						t.Errorf("asked in another unit: %+v", part)
+					}
+					part.Exponent, part.Present = v.exponent, true
+					end := min(part.Offset()+v.payload, len(block))
+					part.More = end < len(block)
+					p.write(wire.AppendMessage(nil, codes.Content, m.Token, wire.AppendUintOption(nil, 0, message.Block2, part.Uint()), block[part.Offset():end]))
+				}
+			})
+			got, err := get(t, store, ref, v.size)
+			if err != nil || !bytes.Equal(got, block) {
+				t.Errorf("Get: %v", err)
+			}
+			if n := requests.Load(); int(n) != v.requests {
+				t.Errorf("%d requests, want %d", n, v.requests)
+			}
+		})
+	}
+}
+
+// TestPermissions checks that the query of the URL restricts what is done.
+func TestPermissions(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize1KiB, 1)
+	url := playPeer(t, func(_ int, p *peer) { t.Error("a connection was made"); p.awaitEnd() })
+	getOnly, putOnly := mustOpen(t, url+"?get", coap.Options{}), mustOpen(t, url+"?put", coap.Options{})
+	defer getOnly.Close()
+	defer putOnly.Close()
+	if err := getOnly.Put(t.Context(), ref, block); !errors.Is(err, fetch.ErrReadOnly) {
+		t.Errorf("Put: %v", err)
+	}
+	if _, err := get(t, putOnly, ref, eris.BlockSize1KiB); !errors.Is(err, eris.ErrNotFound) {
+		t.Errorf("Get: %v", err)
+	}
+	for _, url := range []string{"coaps://example.net", "coap+ws://example.net", "http://example.net", ""} {
+		if _, err := coap.Open(url, coap.Options{}); err == nil {
+			t.Errorf("%q is taken", url)
+		}
+	}
+}
+
+// TestUnverified checks that verification can be left to the caller, and is done otherwise.
+func TestUnverified(t *testing.T) {
+	ref, _ := newBlock(eris.BlockSize1KiB, 1)
+	_, other := newBlock(eris.BlockSize1KiB, 2)
+	for _, unverified := range []bool{false, true} {
+		store := openPeer(t, coap.Options{Unverified: unverified}, func(_ int, p *peer) { p.serveBlock(other) })
+		_, err := get(t, store, ref, eris.BlockSize1KiB)
+		if (err == nil) != unverified {
+			t.Errorf("unverified %v: %v", unverified, err)
+		}
+	}
+}
+
+// TestIdle checks that a connection that is not used is closed in an orderly way.
+func TestIdle(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize1KiB, 1)
+	over := make(chan codes.Code, 10)
+	store := openPeer(t, coap.Options{RequestTimeout: 40 * time.Millisecond, IdleTimeout: 20 * time.Millisecond}, func(_ int, p *peer) {
+		p.write(csm)
+		last := codes.Empty
+		for {
+			m, ok := p.read()
+			if !ok {
+				over <- last
+				return
+			}
+			last = m.Code
+			if m.Code == codes.GET {
+				p.write(answer(m, block))
+			}
+		}
+	})
+	for range 2 {
+		if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
+			t.Error(err)
+		}
+		if last := <-over; last != codes.Release {
+			t.Errorf("last message is %v", last)
+		}
+	}
+}

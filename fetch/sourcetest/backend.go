@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package sourcetest
+
+import (
+	"context"
+	"errors"
+	"sync"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+)
+
+// Backend is a store in memory that misbehaves on command. The server of the transport under test serves it: its Get and Put
+// are what a server needs. It is safe for concurrent use.
+type Backend struct {
+	mu      sync.Mutex
+	blocks  map[eris.Reference][]byte
+	held    chan struct{} // closed when calls may go on
+	waiting int
+	changed chan struct{} // closed when waiting changes
+	err     error
+}
+
+// NewBackend returns an empty Backend that behaves.
+func NewBackend() *Backend {
+	return &Backend{blocks: make(map[eris.Reference][]byte), changed: make(chan struct{})}
+}
+
+// Get implements [eris.Blocks]. It returns whatever was set for the reference, of whatever size.
+func (b *Backend) Get(ctx context.Context, ref eris.Reference, _ eris.BlockSize, _ []byte) ([]byte, error) {
+	if err := b.wait(ctx); err != nil {
+		return nil, err
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	block, ok := b.blocks[ref]
+	if !ok {
+		return nil, eris.ErrNotFound
+	}
+	return block, nil
+}
+
+// Put stores a copy of the block.
+func (b *Backend) Put(ctx context.Context, ref eris.Reference, block []byte) error {
+	if err := b.wait(ctx); err != nil {
+		return err
+	}
+	b.Set(ref, append([]byte(nil), block...))
+	return nil
+}
+
+// wait waits while calls are held, and returns the error that calls shall return.
+func (b *Backend) wait(ctx context.Context) error {
+	b.mu.Lock()
+	held, err := b.held, b.err
+	if held == nil {
+		b.mu.Unlock()
+		return err
+	}
+	b.count(1)
+	b.mu.Unlock()
+	defer func() {
+		b.mu.Lock()
+		b.count(-1)
+		b.mu.Unlock()
+	}()
+	select {
+	case <-held:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// count changes how many calls are held. The lock must be held.
+func (b *Backend) count(n int) {
+	b.waiting += n
+	close(b.changed)
+	b.changed = make(chan struct{})
+}
+
+// Set makes the backend answer any bytes to a reference.
+func (b *Backend) Set(ref eris.Reference, block []byte) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.blocks[ref] = block
+}
+
+// Has reports whether the backend has the bytes of the block with the given reference.
+func (b *Backend) Has(ref eris.Reference) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	block, ok := b.blocks[ref]
+	return ok && eris.Verify(ref, block) == nil
+}
+
+// Hold lets all further calls wait, until the function that it returns is called or their contexts end.
+func (b *Backend) Hold() (release func()) {
+	held := make(chan struct{})
+	b.mu.Lock()
+	b.held = held
+	b.mu.Unlock()
+	return sync.OnceFunc(func() {
+		b.mu.Lock()
+		if b.held == held {
+			b.held = nil
+		}
+		b.mu.Unlock()
+		close(held)
+	})
+}
+
+// passOthers lets calls pass that are not held yet.
+func (b *Backend) passOthers() {
+	b.mu.Lock()
+	b.held = nil
+	b.mu.Unlock()
+}
+
+// AwaitHeld waits until at least n calls are held.
+func (b *Backend) AwaitHeld(n int) {
+	for {
+		b.mu.Lock()
+		enough, changed := b.waiting >= n, b.changed
+		b.mu.Unlock()
+		if enough {
+			return
+		}
+		<-changed
+	}
+}
+
+// errBackend is a failure that says nothing about blocks.
+var errBackend = errors.New("the backend fails because the test wants it to")
+
+// Fail makes all further calls fail, or not.
+func (b *Backend) Fail(fail bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.err = nil
+	if fail {
+		b.err = errBackend
+	}
+}

@@ -1,0 +1,541 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package sourcetest is the suite that every [fetch.Source] and [fetch.Store] passes. To add one, write a test that starts
+// a server for a [Backend], opens the source on it, and hands both to [Test]:
+//
+//	func TestConformance(t *testing.T) {
+//		sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
+//			server := startServer(t, backend)
+//			source := open(server.URL)
+//			return sourcetest.Fixture{Source: source, Restart: server.Restart}
+//		})
+//	}
+//
+// What a fixture does not offer is not tested. What is particular to a transport, above all what a peer can do that does not
+// keep to its protocol, has to be tested beside the suite.
+package sourcetest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+)
+
+// Fixture is a source to be tested. All fields but Source are optional.
+type Fixture struct {
+	// Source gets from the Backend, through a server that permits everything. The suite closes it. If it is a fetch.Store,
+	// putting is tested as well.
+	Source fetch.Source
+	// ReadOnly is a store whose server takes no blocks from it. The suite closes it.
+	ReadOnly fetch.Store
+	// Restart ends the server of Source, whatever it is doing, and starts it again at the same address.
+	Restart func()
+	// Break breaks the connections of Source, but lets the server run.
+	Break func()
+	// Secret is a part of the URL of Source that must not be shown.
+	Secret string
+	// Held is how many requests the server serves at a time at least; 0 stands for one.
+	Held int
+}
+
+// Test runs the suite. Open is called for every test of it; servers are to be ended by t.Cleanup.
+func Test(t *testing.T, open func(t *testing.T, backend *Backend) Fixture) {
+	for _, test := range []struct {
+		name string
+		run  func(t *testing.T, s *suite)
+	}{
+		{"Get", testGet},
+		{"Missing", testMissing},
+		{"WrongSize", testWrongSize},
+		{"WrongBytes", testWrongBytes},
+		{"BackendFails", testBackendFails},
+		{"CancelBefore", testCancelBefore},
+		{"CancelInFlight", testCancelInFlight},
+		{"CloseInFlight", testCloseInFlight},
+		{"Many", testMany},
+		{"SlowAndFast", testSlowAndFast},
+		{"Restart", testRestart},
+		{"RestartInFlight", testRestartInFlight},
+		{"Break", testBreak},
+		{"String", testString},
+		{"Put", testPut},
+		{"PutMany", testPutMany},
+		{"PutFails", testPutFails},
+		{"PutCancel", testPutCancel},
+		{"PutReadOnly", testPutReadOnly},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			before := runtime.NumGoroutine()
+			t.Run("suite", func(t *testing.T) {
+				s := &suite{backend: NewBackend()}
+				s.Fixture = open(t, s.backend)
+				defer s.close(t)
+				test.run(t, s)
+			})
+			awaitGoroutines(t, before)
+		})
+	}
+}
+
+// awaitGoroutines waits until there are no more goroutines than before. If that never comes to pass, it says which there
+// are.
+func awaitGoroutines(t *testing.T, before int) {
+	t.Helper()
+	for range 500 {
+		if runtime.NumGoroutine() <= before {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	stacks := make([]byte, 1<<16)
+	t.Errorf("goroutines are left:\n%s", stacks[:runtime.Stack(stacks, true)])
+}
+
+type suite struct {
+	Fixture
+	backend *Backend
+	closed  bool
+}
+
+func (s *suite) close(t *testing.T) {
+	if !s.closed {
+		if err := s.Source.Close(); err != nil {
+			t.Errorf("Close: %v", err)
+		}
+	}
+	if s.ReadOnly != nil {
+		if err := s.ReadOnly.Close(); err != nil {
+			t.Errorf("Close: %v", err)
+		}
+	}
+}
+
+// block returns a new block.
+func block(size eris.BlockSize) (eris.Reference, []byte) {
+	b := make([]byte, size)
+	for i := 0; i < len(b); i += 8 {
+		n := rand.Uint64()
+		for j := range 8 {
+			b[i+j] = byte(n >> (8 * j))
+		}
+	}
+	return eris.Sum(b), b
+}
+
+// add adds a new block to the backend.
+func (s *suite) add(size eris.BlockSize) (eris.Reference, []byte) {
+	ref, b := block(size)
+	s.backend.Set(ref, b)
+	return ref, b
+}
+
+func (s *suite) get(ctx context.Context, ref eris.Reference, size eris.BlockSize) ([]byte, error) {
+	return s.Source.Get(ctx, ref, size, make([]byte, 0, size))
+}
+
+// mustGet gets a block and checks that it is the right one.
+func (s *suite) mustGet(t *testing.T, ref eris.Reference, want []byte) {
+	t.Helper()
+	got, err := s.get(t.Context(), ref, eris.BlockSize(len(want)))
+	if err != nil {
+		t.Errorf("Get: %v", err)
+	} else if !bytes.Equal(got, want) {
+		t.Errorf("Get returned something else")
+	}
+}
+
+// getAgain gets a block; failures are forgiven for a while.
+func (s *suite) getAgain(t *testing.T, ref eris.Reference, want []byte) {
+	t.Helper()
+	var err error
+	for range 200 {
+		var got []byte
+		if got, err = s.get(t.Context(), ref, eris.BlockSize(len(want))); err == nil {
+			if !bytes.Equal(got, want) {
+				t.Errorf("Get returned something else")
+			}
+			return
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	t.Errorf("Get never worked again: %v", err)
+}
+
+var bothSizes = []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB}
+
+func testGet(t *testing.T, s *suite) {
+	for _, size := range bothSizes {
+		ref, want := s.add(size)
+		for range 3 {
+			s.mustGet(t, ref, want)
+		}
+		// More room than is needed, with something behind it.
+		memory := bytes.Repeat([]byte{0xa5}, int(size)+64)
+		got, err := s.Source.Get(t.Context(), ref, size, memory[:0])
+		if err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%v: Get with more room: %v", size, err)
+		}
+		if !bytes.Equal(memory[size:], bytes.Repeat([]byte{0xa5}, 64)) {
+			t.Errorf("%v: Get wrote behind the block", size)
+		}
+	}
+}
+
+func testMissing(t *testing.T, s *suite) {
+	for _, size := range bothSizes {
+		ref, _ := block(size)
+		if _, err := s.get(t.Context(), ref, size); !errors.Is(err, eris.ErrNotFound) {
+			t.Errorf("%v: error is %v, not that the block is missing", size, err)
+		}
+		other, want := s.add(size)
+		s.mustGet(t, other, want)
+	}
+}
+
+func testWrongSize(t *testing.T, s *suite) {
+	for i, size := range bothSizes {
+		ref, _ := s.add(size)
+		_, err := s.get(t.Context(), ref, bothSizes[1-i])
+		var wrong *eris.BlockError
+		if !errors.Is(err, eris.ErrNotFound) && !errors.As(err, &wrong) {
+			t.Errorf("%v: error is %v, neither that the block is missing nor that it is wrong", size, err)
+		}
+	}
+	ref, want := s.add(eris.BlockSize1KiB)
+	s.mustGet(t, ref, want)
+}
+
+func testWrongBytes(t *testing.T, s *suite) {
+	for _, size := range bothSizes {
+		ref, b := s.add(size)
+		wrong := bytes.Clone(b)
+		wrong[len(wrong)-1] ^= 1
+		s.backend.Set(ref, wrong)
+		_, err := s.get(t.Context(), ref, size)
+		var blockError *eris.BlockError
+		if !errors.As(err, &blockError) || blockError.Reference != ref {
+			t.Errorf("%v: error is %v, not that the block is wrong", size, err)
+		}
+		other, want := s.add(size)
+		s.mustGet(t, other, want)
+	}
+}
+
+func testBackendFails(t *testing.T, s *suite) {
+	ref, want := s.add(eris.BlockSize1KiB)
+	s.backend.Fail(true)
+	_, err := s.get(t.Context(), ref, eris.BlockSize1KiB)
+	var wrong *eris.BlockError
+	if err == nil || errors.Is(err, eris.ErrNotFound) || errors.As(err, &wrong) {
+		t.Errorf("error is %v, which says something about the block", err)
+	}
+	s.backend.Fail(false)
+	s.getAgain(t, ref, want)
+}
+
+// errGivenUp is the cause of contexts that the suite ends.
+var errGivenUp = errors.New("given up")
+
+func testCancelBefore(t *testing.T, s *suite) {
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(errGivenUp)
+	ref, want := s.add(eris.BlockSize1KiB)
+	if _, err := s.get(ctx, ref, eris.BlockSize1KiB); err != nil && !errors.Is(err, errGivenUp) && !errors.Is(err, context.Canceled) {
+		t.Errorf("error is %v, not that of the context", err)
+	}
+	s.mustGet(t, ref, want)
+}
+
+func testCancelInFlight(t *testing.T, s *suite) {
+	for _, size := range bothSizes {
+		ref, want := s.add(size)
+		release := s.backend.Hold()
+		ctx, cancel := context.WithCancelCause(t.Context())
+		memory := make([]byte, size)
+		done := make(chan error)
+		go func() {
+			_, err := s.Source.Get(ctx, ref, size, memory[:0])
+			done <- err
+		}()
+		s.backend.AwaitHeld(1)
+		cancel(errGivenUp)
+		if err := <-done; !errors.Is(err, errGivenUp) && !errors.Is(err, context.Canceled) {
+			t.Errorf("%v: error is %v, not that of the context", size, err)
+		}
+		// The late answer must go nowhere: neither to this memory, nor to another call.
+		for i := range memory {
+			memory[i] = 0x5a
+		}
+		release()
+		for range 5 {
+			other, want := s.add(size)
+			s.mustGet(t, other, want)
+		}
+		s.mustGet(t, ref, want)
+		if !bytes.Equal(memory, bytes.Repeat([]byte{0x5a}, int(size))) {
+			t.Errorf("%v: memory was written to after Get had returned", size)
+		}
+	}
+}
+
+func testCloseInFlight(t *testing.T, s *suite) {
+	const calls = 20
+	release := s.backend.Hold()
+	defer release()
+	errs := make(chan error, calls)
+	for range calls {
+		ref, _ := s.add(eris.BlockSize1KiB)
+		go func() {
+			_, err := s.get(t.Context(), ref, eris.BlockSize1KiB)
+			errs <- err
+		}()
+	}
+	s.backend.AwaitHeld(max(1, min(s.Held, calls)))
+	s.closed = true
+	if err := s.Source.Close(); err != nil {
+		t.Errorf("Close: %v", err)
+	}
+	for range calls {
+		if err := <-errs; err == nil {
+			t.Error("Get that was under way did not fail")
+		}
+	}
+	ref, _ := s.add(eris.BlockSize1KiB)
+	if _, err := s.get(t.Context(), ref, eris.BlockSize1KiB); err == nil {
+		t.Error("Get after Close did not fail")
+	}
+}
+
+func testMany(t *testing.T, s *suite) {
+	const calls = 3000
+	var group sync.WaitGroup
+	for i := range calls {
+		size := eris.BlockSize1KiB
+		if i%16 == 0 {
+			size = eris.BlockSize32KiB
+		}
+		ref, want := s.add(size)
+		group.Go(func() { s.mustGet(t, ref, want) })
+		if i%100 == 0 {
+			missing, _ := block(eris.BlockSize1KiB)
+			group.Go(func() {
+				if _, err := s.get(t.Context(), missing, eris.BlockSize1KiB); !errors.Is(err, eris.ErrNotFound) {
+					t.Errorf("error is %v, not that the block is missing", err)
+				}
+			})
+		}
+	}
+	group.Wait()
+}
+
+// testSlowAndFast has one answer wait for others.
+func testSlowAndFast(t *testing.T, s *suite) {
+	if s.Held < 2 {
+		t.Skip("the server serves one request at a time")
+	}
+	slow, wantSlow := s.add(eris.BlockSize32KiB)
+	release := s.backend.Hold()
+	defer release()
+	done := make(chan struct{})
+	go func() {
+		s.mustGet(t, slow, wantSlow)
+		close(done)
+	}()
+	s.backend.AwaitHeld(1)
+	for range 100 {
+		ref, want := s.add(eris.BlockSize1KiB)
+		s.backend.passOthers()
+		s.mustGet(t, ref, want)
+	}
+	select {
+	case <-done:
+		t.Error("the answer that is held came")
+	default:
+	}
+	release()
+	<-done
+}
+
+func testRestart(t *testing.T, s *suite) {
+	if s.Restart == nil {
+		t.Skip("the server cannot be restarted")
+	}
+	ref, want := s.add(eris.BlockSize32KiB)
+	s.mustGet(t, ref, want)
+	for range 3 {
+		s.Restart()
+		s.getAgain(t, ref, want)
+	}
+}
+
+func testRestartInFlight(t *testing.T, s *suite) {
+	if s.Restart == nil {
+		t.Skip("the server cannot be restarted")
+	}
+	testInterruption(t, s, s.Restart)
+}
+
+func testBreak(t *testing.T, s *suite) {
+	if s.Break == nil {
+		t.Skip("connections cannot be broken")
+	}
+	testInterruption(t, s, s.Break)
+}
+
+// testInterruption interrupts the server while calls are held: they may fail or not, but must come to an end, and those
+// that do not fail must return their blocks.
+func testInterruption(t *testing.T, s *suite, interrupt func()) {
+	ref, want := s.add(eris.BlockSize1KiB)
+	s.mustGet(t, ref, want)
+	release := s.backend.Hold()
+	defer release()
+	const calls = 50
+	var group sync.WaitGroup
+	for range calls {
+		ref, want := s.add(eris.BlockSize1KiB)
+		group.Go(func() {
+			got, err := s.get(t.Context(), ref, eris.BlockSize1KiB)
+			if err == nil && !bytes.Equal(got, want) {
+				t.Errorf("Get returned something else")
+			}
+			if errors.Is(err, eris.ErrNotFound) {
+				t.Errorf("Get says that the block is missing: %v", err)
+			}
+		})
+	}
+	s.backend.AwaitHeld(max(1, min(s.Held, calls)))
+	interrupt()
+	release()
+	group.Wait()
+	s.getAgain(t, ref, want)
+}
+
+func testString(t *testing.T, s *suite) {
+	text := s.Source.String()
+	if text == "" {
+		t.Error("String returns nothing")
+	}
+	ref, _ := block(eris.BlockSize1KiB)
+	_, err := s.get(t.Context(), ref, eris.BlockSize1KiB)
+	if err == nil {
+		t.Fatal("a block that is missing was found")
+	}
+	if s.Secret != "" && (strings.Contains(text, s.Secret) || strings.Contains(err.Error(), s.Secret)) {
+		t.Errorf("the secret is shown: %s; %v", text, err)
+	}
+}
+
+// store returns the source as a store, or skips the test.
+func (s *suite) store(t *testing.T) fetch.Store {
+	store, ok := s.Source.(fetch.Store)
+	if !ok {
+		t.Skip("the source takes no blocks")
+	}
+	return store
+}
+
+func testPut(t *testing.T, s *suite) {
+	store := s.store(t)
+	for _, size := range bothSizes {
+		ref, b := block(size)
+		for range 2 { // a block that is there already may be put again
+			if err := store.Put(t.Context(), ref, b); err != nil {
+				t.Fatalf("%v: Put: %v", size, err)
+			}
+			if !s.backend.Has(ref) {
+				t.Errorf("%v: the block that was put is not there", size)
+			}
+		}
+		s.mustGet(t, ref, b)
+	}
+	if err := store.Put(t.Context(), eris.Sum(nil), nil); err == nil {
+		t.Error("Put of no block did not fail")
+	}
+}
+
+func testPutMany(t *testing.T, s *suite) {
+	store := s.store(t)
+	const calls = 1000
+	var group sync.WaitGroup
+	for i := range calls {
+		size := eris.BlockSize1KiB
+		if i%16 == 0 {
+			size = eris.BlockSize32KiB
+		}
+		ref, b := block(size)
+		group.Go(func() {
+			if err := store.Put(t.Context(), ref, b); err != nil {
+				t.Errorf("Put: %v", err)
+			} else if !s.backend.Has(ref) {
+				t.Errorf("the block that was put is not there")
+			}
+		})
+	}
+	group.Wait()
+}
+
+func testPutFails(t *testing.T, s *suite) {
+	store := s.store(t)
+	s.backend.Fail(true)
+	for _, size := range bothSizes {
+		ref, b := block(size)
+		if err := store.Put(t.Context(), ref, b); err == nil || errors.Is(err, fetch.ErrReadOnly) {
+			t.Errorf("%v: error is %v, although the store failed", size, err)
+		}
+	}
+	s.backend.Fail(false)
+	ref, b := block(eris.BlockSize32KiB)
+	if err := store.Put(t.Context(), ref, b); err != nil {
+		t.Errorf("Put: %v", err)
+	}
+}
+
+func testPutCancel(t *testing.T, s *suite) {
+	store := s.store(t)
+	for _, size := range bothSizes {
+		ref, b := block(size)
+		release := s.backend.Hold()
+		ctx, cancel := context.WithCancelCause(t.Context())
+		done := make(chan error)
+		go func() { done <- store.Put(ctx, ref, b) }()
+		s.backend.AwaitHeld(1)
+		cancel(errGivenUp)
+		if err := <-done; !errors.Is(err, errGivenUp) && !errors.Is(err, context.Canceled) {
+			t.Errorf("%v: error is %v, not that of the context", size, err)
+		}
+		clear(b)
+		release()
+		next, b := block(size)
+		if err := store.Put(t.Context(), next, b); err != nil || !s.backend.Has(next) {
+			t.Errorf("%v: Put after a Put that was given up: %v", size, err)
+		}
+	}
+}
+
+func testPutReadOnly(t *testing.T, s *suite) {
+	if s.ReadOnly == nil {
+		t.Skip("there is no store that takes no blocks")
+	}
+	for _, size := range bothSizes {
+		ref, b := block(size)
+		if err := s.ReadOnly.Put(t.Context(), ref, b); !errors.Is(err, fetch.ErrReadOnly) {
+			t.Errorf("%v: error is %v, not that the store is read-only", size, err)
+		}
+		if s.backend.Has(ref) {
+			t.Errorf("%v: the block was stored all the same", size)
+		}
+		ref, b = s.add(size)
+		if got, err := s.ReadOnly.Get(t.Context(), ref, size, make([]byte, 0, size)); err != nil || !bytes.Equal(got, b) {
+			t.Errorf("%v: Get: %v", size, err)
+		}
+	}
+}

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package coap
+
+import (
+	"encoding/binary"
+
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+)
+
+// MaxDatagramSize is the greatest size in bytes of a datagram that this program sends or takes: RFC 7252, section 4.6,
+// recommends 1152 and some implementations send a little more.
+const MaxDatagramSize = 1500
+
+// Datagram is one message of RFC 7252, section 3. Body is a part of what it was parsed from.
+type Datagram struct {
+	Type  message.Type
+	Code  codes.Code
+	ID    uint16
+	Token Token
+	Body  []byte // options, payload marker and payload: see ParseOptions
+}
+
+// ParseDatagram reads a message. It returns an error if the version is not 1, the token is longer than 8 bytes, the message
+// is truncated, or its code is 0.00 and more than the first four bytes are there. It does not look at the options.
+func ParseDatagram(b []byte) (Datagram, error) {
+	if len(b) < 4 {
+		return Datagram{}, errMessageTooShort
+	}
+	if b[0]>>6 != 1 {
+		return Datagram{}, errVersion
+	}
+	token := int(b[0] & 15)
+	if token > MaxTokenSize {
+		return Datagram{}, ErrTokenSize
+	}
+	if len(b) < 4+token {
+		return Datagram{}, errMessageTooShort
+	}
+	if b[1] == byte(codes.Empty) && len(b) > 4 {
+		return Datagram{}, errEmptyMessage
+	}
+	return Datagram{
+		Type:  message.Type(b[0] >> 4 & 3),
+		Code:  codes.Code(b[1]),
+		ID:    binary.BigEndian.Uint16(b[2:]),
+		Token: parseToken(b[4 : 4+token]),
+		Body:  b[4+token:],
+	}, nil
+}
+
+// AppendDatagramHead appends what stands before the options of a datagram.
+func AppendDatagramHead(dst []byte, kind message.Type, code codes.Code, id uint16, token Token) []byte {
+	dst = append(dst, 1<<6|byte(kind)<<4|token.Size, byte(code), byte(id>>8), byte(id))
+	return token.Append(dst)
+}
+
+// AppendEmpty appends an empty message: an acknowledgement or a reset.
+func AppendEmpty(dst []byte, kind message.Type, id uint16) []byte {
+	return AppendDatagramHead(dst, kind, codes.Empty, id, Token{})
+}

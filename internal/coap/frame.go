@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package coap
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+)
+
+const (
+	// MaxTokenSize is the greatest length in bytes of a token (RFC 7252, section 3; RFC 8323, section 3.2).
+	MaxTokenSize = 8
+	// MaxHeadSize is the greatest length in bytes of what stands before the options of a message on a stream: lengths, code
+	// and token.
+	MaxHeadSize = 1 + 4 + 1 + MaxTokenSize
+	// BaseMessageSize is the size in bytes of a message that every peer on a stream can receive before it has said anything
+	// (RFC 8323, section 5.3.1).
+	BaseMessageSize = 1152
+	// MessageSize is the Max-Message-Size that this program announces: a message with a block of 32 KiB and any sensible
+	// options fits.
+	MessageSize = 1 << 16
+)
+
+// Errors of ParseHead.
+var (
+	// ErrShortHead says that more bytes are needed.
+	ErrShortHead = errors.New("head of CoAP message is not complete")
+	// ErrTokenSize says that the token is longer than 8 bytes (RFC 8323, section 3.2).
+	ErrTokenSize = errors.New("token of CoAP message is longer than 8 bytes")
+	// ErrMessageSize is wrapped by the error for a message that is longer than the limit.
+	ErrMessageSize = errors.New("CoAP message is too large")
+)
+
+// Token matches a response to its request. Tokens can be compared with ==.
+type Token struct {
+	Value uint64 // its bytes as a big-endian number
+	Size  uint8  // their number, at most MaxTokenSize
+}
+
+// MakeToken returns the shortest token with the given value, of at least one byte.
+func MakeToken(value uint32) Token {
+	return Token{uint64(value), uint8(max(1, uintSize(value)))}
+}
+
+// Append appends the bytes of the token to dst.
+func (t Token) Append(dst []byte) []byte {
+	for n := int(t.Size); n > 0; {
+		n--
+		dst = append(dst, byte(t.Value>>(8*n)))
+	}
+	return dst
+}
+
+// parseToken reads a token of at most MaxTokenSize bytes.
+func parseToken(b []byte) Token {
+	t := Token{Size: uint8(len(b))}
+	for _, c := range b {
+		t.Value = t.Value<<8 | uint64(c)
+	}
+	return t
+}
+
+// Head is what stands before the options of a message on a stream (RFC 8323, section 3.2).
+type Head struct {
+	Code   codes.Code
+	Token  Token
+	Size   int // bytes of the head itself
+	Length int // bytes behind it: options, payload marker and payload
+}
+
+// ParseHead reads the head of a message from the start of b, of which no more than MaxHeadSize bytes are looked at. Limit is
+// the greatest acceptable size in bytes of a message from its first byte to its last. It returns ErrShortHead if b is too
+// short to tell, ErrTokenSize, or an error that wraps ErrMessageSize; the latter two as early as they can be known.
+func ParseHead(b []byte, limit int) (Head, error) {
+	if len(b) < 2 {
+		return Head{}, ErrShortHead
+	}
+	token := int(b[0] & 15)
+	if token > MaxTokenSize {
+		return Head{}, ErrTokenSize
+	}
+	length, at := uint64(b[0]>>4), 1
+	if length >= 13 {
+		switch length {
+		case 13:
+			length, at = 13+uint64(b[1]), 2
+		case 14:
+			if len(b) < 3 {
+				return Head{}, ErrShortHead
+			}
+			length, at = 269+uint64(binary.BigEndian.Uint16(b[1:])), 3
+		default:
+			if len(b) < 5 {
+				return Head{}, ErrShortHead
+			}
+			length, at = 65805+uint64(binary.BigEndian.Uint32(b[1:])), 5
+		}
+	}
+	size := at + 1 + token
+	if total := uint64(size) + length; total > uint64(limit) {
+		return Head{}, fmt.Errorf("%w: %d bytes, limit %d", ErrMessageSize, total, limit)
+	}
+	if len(b) < size {
+		return Head{}, ErrShortHead
+	}
+	return Head{codes.Code(b[at]), parseToken(b[at+1 : size]), size, int(length)}, nil
+}
+
+// AppendHead appends the head of a message on a stream, of which length bytes follow: options, payload marker and payload.
+func AppendHead(dst []byte, code codes.Code, token Token, length int) []byte {
+	switch {
+	case length < 13:
+		dst = append(dst, byte(length)<<4|token.Size)
+	case length < 269:
+		dst = append(dst, 13<<4|token.Size, byte(length-13))
+	case length < 65805:
+		dst = append(dst, 14<<4|token.Size, byte((length-269)>>8), byte(length-269))
+	default:
+		dst = append(dst, 15<<4|token.Size)
+		dst = binary.BigEndian.AppendUint32(dst, uint32(length-65805))
+	}
+	return token.Append(append(dst, byte(code)))
+}
+
+// HeadSize returns how many bytes AppendHead appends.
+func HeadSize(token Token, length int) int {
+	n := 2 + int(token.Size)
+	switch {
+	case length < 13:
+	case length < 269:
+		n++
+	case length < 65805:
+		n += 2
+	default:
+		n += 4
+	}
+	return n
+}
+
+// IsRequest reports whether the code is one of a request: class 0, but not 0.00, the empty message.
+func IsRequest(code codes.Code) bool { return code>>5 == 0 && code != codes.Empty }
+
+// IsResponse reports whether the code is one of a response: classes 2, 4 and 5 (RFC 7252, section 3; class 3 is reserved).
+func IsResponse(code codes.Code) bool {
+	class := code >> 5
+	return class == 2 || class == 4 || class == 5
+}
+
+// IsSignal reports whether the code is one of a signalling message: class 7 (RFC 8323, section 5).
+func IsSignal(code codes.Code) bool { return code>>5 == 7 }
+
+// CodeText returns a code as people write it, for example 4.04, without a name.
+func CodeText(code codes.Code) string {
+	return fmt.Sprintf("%d.%02d", code>>5, code&31)
+}

@@ -1,0 +1,334 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package coap
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net"
+	"slices"
+	"testing"
+	"testing/iotest"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+	tcp "github.com/plgd-dev/go-coap/v3/tcp/coder"
+	udp "github.com/plgd-dev/go-coap/v3/udp/coder"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+)
+
+// streamConn is a connection that only can be read.
+type streamConn struct {
+	net.Conn
+	io.Reader
+}
+
+func (c streamConn) Read(b []byte) (int, error)      { return c.Reader.Read(b) }
+func (c streamConn) SetReadDeadline(time.Time) error { return nil }
+
+// streamMessage is a message as it was read.
+type streamMessage struct {
+	head Head
+	body []byte
+}
+
+// readStream reads messages to the end, in all the ways that a Reader has.
+func readStream(r io.Reader, large bool) (messages []streamMessage, err error) {
+	reader := NewReader(streamConn{Reader: r}, MessageSize, nil)
+	for {
+		for {
+			head, body, ok, err := reader.Buffered()
+			if err != nil {
+				return messages, err
+			}
+			if !ok {
+				break
+			}
+			messages = append(messages, streamMessage{head, bytes.Clone(body)})
+		}
+		head, whole, err := reader.Wait()
+		if err != nil {
+			return messages, err
+		}
+		if whole {
+			continue
+		}
+		if large {
+			body := make([]byte, reader.Rest())
+			part, err := reader.Peek(optionsPeek)
+			if err != nil {
+				return messages, err
+			}
+			n := copy(body, part)
+			reader.Consume(n)
+			if _, err := reader.ReadFull(body[n:]); err != nil {
+				return messages, err
+			}
+			messages = append(messages, streamMessage{head, body})
+		} else {
+			body, err := reader.Peek(reader.Rest())
+			if err != nil {
+				return messages, err
+			}
+			messages = append(messages, streamMessage{head, bytes.Clone(body)})
+		}
+	}
+}
+
+func streamSeeds(f *testing.F) [][]byte {
+	requests := NewRequests(wellKnownPath[:], false)
+	ref, _ := eris.ParseReference(helloReference)
+	get := AppendHead(nil, codes.GET, MakeToken(1), requests.GetSize(1024, Block{}))
+	get = requests.AppendGet(get, &ref, 1024, Block{})
+	answer := AppendMessage(nil, codes.Content, MakeToken(1), nil, make([]byte, 1024))
+	large := AppendMessage(nil, codes.Content, MakeToken(70000), AppendUintOption(nil, 0, message.MaxAge, 60), make([]byte, 32768))
+	csm := AppendCapabilities(nil, MessageSize)
+	return [][]byte{
+		csm, get, answer, large, slices.Concat(csm, get, answer, large, answer), slices.Concat(large, large, large[:20000]),
+		AppendAbort(nil, 9, "no"), {0, 0}, fromHex(f, "ff ffffffff"), fromHex(f, "f0 ffffffff 45"), fromHex(f, "e0 ffff 45"), fromHex(f, "0f 45"),
+	}
+}
+
+// FuzzStream reads any bytes as a stream of messages: however they arrive, and whichever way large messages are read, the
+// result is the same; and where go-coap reads a message, it reads the same one.
+func FuzzStream(f *testing.F) {
+	for _, seed := range streamSeeds(f) {
+		f.Add(seed, uint16(7))
+	}
+	f.Fuzz(func(t *testing.T, b []byte, cut uint16) {
+		want, wantErr := readStream(bytes.NewReader(b), true)
+		for _, other := range []struct {
+			r     io.Reader
+			large bool
+		}{
+			{iotest.OneByteReader(bytes.NewReader(b)), true},
+			{iotest.HalfReader(bytes.NewReader(b)), false},
+			{io.MultiReader(bytes.NewReader(b[:min(len(b), int(cut))]), bytes.NewReader(b[min(len(b), int(cut)):])), true},
+		} {
+			got, err := readStream(other.r, other.large)
+			if !slices.EqualFunc(got, want, func(a, b streamMessage) bool { return a.head == b.head && bytes.Equal(a.body, b.body) }) {
+				t.Fatalf("messages depend on how they arrive: %d and %d", len(got), len(want))
+			}
+			if err == nil || wantErr == nil || err.Error() != wantErr.Error() {
+				t.Fatalf("errors depend on how bytes arrive: %v and %v", err, wantErr)
+			}
+		}
+		at := 0
+		for _, m := range want {
+			whole := b[at : at+m.head.Size+m.head.Length]
+			at += len(whole)
+			if again := AppendHead(nil, m.head.Code, m.head.Token, m.head.Length); m.head.Length < 65805 && !bytes.Equal(again, whole[:m.head.Size]) {
+				t.Fatalf("head % x is written as % x", whole[:m.head.Size], again)
+			}
+			compareStream(t, whole, m)
+		}
+		if wantErr == io.EOF && at != len(b) {
+			t.Fatalf("%d of %d bytes were read", at, len(b))
+		}
+	})
+}
+
+// compareStream compares with go-coap.
+func compareStream(t *testing.T, whole []byte, m streamMessage) {
+	theirs := message.Message{Options: make(message.Options, 0, len(whole)+1)}
+	n, err := tcp.DefaultCoder.Decode(whole, &theirs)
+	options, payload, ourErr := allOptions(m.body)
+	if err != nil {
+		if ourErr == nil {
+			t.Fatalf("go-coap refuses % x: %v", whole[:min(len(whole), 64)], err)
+		}
+		return
+	}
+	if n != len(whole) || theirs.Code != m.head.Code || !bytes.Equal(theirs.Token, m.head.Token.Append(nil)) {
+		t.Fatalf("go-coap reads % x as %v, %d bytes", whole[:min(len(whole), 64)], theirs, n)
+	}
+	if ourErr == nil {
+		compareOptions(t, m.head.Code, options, theirs.Options)
+		if !bytes.Equal(payload, theirs.Payload) {
+			t.Fatal("go-coap reads another payload")
+		}
+	} else if ourErr != errEmptyPayload {
+		t.Fatalf("go-coap takes options that we refuse: %v", ourErr)
+	}
+}
+
+// compareOptions compares options with those of go-coap, which leaves out those whose value has a wrong length, and those
+// with the number 0.
+func compareOptions(t *testing.T, code codes.Code, ours []Option, theirs message.Options) {
+	for _, option := range theirs {
+		for len(ours) > 0 && (ours[0].Number != option.ID || !bytes.Equal(ours[0].Value, option.Value)) {
+			_, defined := message.CoapOptionDefs[ours[0].Number]
+			if !defined && ours[0].Number != 0 && !IsSignal(code) {
+				t.Fatalf("go-coap has no option %d", ours[0].Number)
+			}
+			ours = ours[1:]
+		}
+		if len(ours) == 0 {
+			t.Fatalf("go-coap has an option %d more", option.ID)
+		}
+		ours = ours[1:]
+	}
+}
+
+func allOptions(body []byte) (options []Option, payload []byte, err error) {
+	walk := ParseOptions(body)
+	for {
+		option, ok := walk.Next()
+		if !ok {
+			return options, walk.Payload(), walk.Err()
+		}
+		options = append(options, option)
+	}
+}
+
+// FuzzOptions reads any bytes as options: they are written as they were, and the readers of requests, responses and
+// capabilities agree on what is malformed.
+func FuzzOptions(f *testing.F) {
+	for _, text := range []string{
+		"", wellKnownHex, wellKnownHex + "ff 00", "ff", "c1 2a ff 01", "23 010000 20", "e0 feff", "f0", "0f", "d1 03 0f d214 8000", "e1 000c 01",
+		wellKnownHex + "4d13 3ffe034b0a056707d0ee1a67007ed97cec69cd4b887465b0bd3f76d228a9d969 82 01f6 d218 8000",
+	} {
+		f.Add(fromHex(f, text))
+	}
+	paths, err := NewPaths([][]string{wellKnownPath[:], {"pinned"}})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		options, payload, err := allOptions(b)
+		if err == nil {
+			var again []byte
+			var previous message.OptionID
+			for _, option := range options {
+				again = AppendOption(again, previous, option.Number, option.Value)
+				previous = option.Number
+			}
+			if len(payload) > 0 {
+				again = append(append(again, payloadMarker), payload...)
+			}
+			if !bytes.Equal(again, b) {
+				t.Fatalf("% x is written as % x", b, again)
+			}
+		}
+		var request Request
+		if code := paths.ParseRequest(b, &request); (code == codes.BadRequest) != (err != nil) && code != codes.ProxyingNotSupported {
+			t.Fatalf("request gets code %v, error is %v", code, err)
+		} else if code == codes.Empty && !bytes.Equal(request.Payload, payload) {
+			t.Fatal("request has another payload")
+		}
+		if request.Block1.Offset() < 0 || request.Block2.Offset() >= 1<<30 {
+			t.Fatal("offset of a part is out of range")
+		}
+		var response Response
+		walk := ParseOptions(b)
+		if responseErr := ParseResponse(&walk, &response); (responseErr == nil) != (err == nil) {
+			t.Fatalf("response has error %v, options have %v", responseErr, err)
+		}
+		capabilities := BaseCapabilities()
+		if bad, capErr := capabilities.Update(b); capErr == nil && err != nil || capErr != nil && capabilities != BaseCapabilities() || capErr == nil && bad != 0 {
+			t.Fatalf("capabilities have error %v, options have %v", capErr, err)
+		}
+	})
+}
+
+// FuzzDatagram reads any bytes as a datagram, and compares with go-coap.
+func FuzzDatagram(f *testing.F) {
+	for _, text := range []string{
+		"40 00 0001", "60 00 1234", "70 00 ffff", "42 01 0007 0102" + wellKnownHex, "61 45 0007 01 c1 2a ff 0102", "49 01 0001 010203040506070809", "00 01 0001", "44 01",
+	} {
+		f.Add(fromHex(f, text))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		m, err := ParseDatagram(b)
+		if err == nil {
+			again := append(AppendDatagramHead(nil, m.Type, m.Code, m.ID, m.Token), m.Body...)
+			if !bytes.Equal(again, b) {
+				t.Fatalf("% x is written as % x", b, again)
+			}
+		}
+		theirs := message.Message{Options: make(message.Options, 0, len(b)+1)}
+		_, theirErr := udp.DefaultCoder.Decode(b, &theirs)
+		if err != nil {
+			if theirErr == nil && !errors.Is(err, errEmptyMessage) {
+				t.Fatalf("go-coap takes % x, we say %v", b, err)
+			}
+			return
+		}
+		options, payload, optionsErr := allOptions(m.Body)
+		if theirErr != nil {
+			if optionsErr == nil {
+				t.Fatalf("go-coap refuses % x: %v", b, theirErr)
+			}
+			return
+		}
+		if theirs.Type != m.Type || theirs.Code != m.Code || theirs.MessageID != int32(m.ID) || !bytes.Equal(theirs.Token, m.Token.Append(nil)) {
+			t.Fatalf("go-coap reads % x as %v", b, theirs)
+		}
+		if optionsErr == nil {
+			compareOptions(t, codes.Empty, options, theirs.Options)
+			if !bytes.Equal(payload, theirs.Payload) {
+				t.Fatal("go-coap reads another payload")
+			}
+		}
+	})
+}
+
+// FuzzURL reads any text as the URL of a store: what is shown of it can be read again and names the same place, but not the
+// path.
+func FuzzURL(f *testing.F) {
+	for _, text := range []string{
+		"coap://example.net", "coap+tcp://[::1]:5683?get&put", "coap+unix:///run/eris.sock", "coap+unix://%2Frun%2Feris.sock/store/path",
+		"coaps+tcp://a.example:443/pinned/x%2Fy/", "coap+tcp://[fe80::1%25eth0]", "coap+ws://a/%20", "coap://a/..", "coap://a:0", "coap://%41",
+	} {
+		f.Add(text)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		u, err := ParseURL(text)
+		if err != nil {
+			return
+		}
+		again, err := ParseURL(u.String())
+		if err != nil || again.Scheme != u.Scheme || again.Host != u.Host || again.Port != u.Port {
+			t.Fatalf("%q is shown as %q, which is read as %+v, %v", text, u, again, err)
+		}
+		if !slices.Equal(again.Path, wellKnownPath[:]) {
+			t.Fatalf("%q is shown with its path: %q", text, u)
+		}
+		if len(u.Path) == 0 || len(u.Path) > maxSegments || !u.Get && !u.Put {
+			t.Fatalf("%q: %+v", text, u)
+		}
+		for _, segment := range u.Path {
+			if len(segment) > maxSegmentSize || segment == "." || segment == ".." {
+				t.Fatalf("%q: %+v", text, u)
+			}
+		}
+		if len(NewRequests(u.Path, false).path) > maxPathSize+4*maxSegments {
+			t.Fatalf("%q: the path is too long", text)
+		}
+	})
+}
+
+// FuzzQuery compares references in queries with the parser of package eris.
+func FuzzQuery(f *testing.F) {
+	f.Add([]byte(helloReference))
+	f.Add(bytes.Repeat([]byte{0xff}, 32))
+	f.Add([]byte(helloReference[:51] + "R"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		got, ok := ParseQuery(b)
+		want, err := eris.ParseReference(string(b))
+		if len(b) == 32 {
+			want, err = eris.Reference(b), nil
+		}
+		if ok != (err == nil) || ok && got != want {
+			t.Fatalf("%q: %v %v, want %v %v", b, got, ok, want, err)
+		}
+		if ok {
+			if text := appendReferenceText(nil, &got); string(text) != want.String() {
+				t.Fatalf("written as %s, want %v", text, want)
+			}
+		}
+	})
+}
