@@ -1,0 +1,454 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package dir
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
+)
+
+func mustOpen(tb testing.TB, url string) *Store {
+	tb.Helper()
+	s, err := Open(url, Options{})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { s.Close() })
+	return s
+}
+
+func newBlock(size eris.BlockSize) (eris.Reference, []byte) {
+	block := make([]byte, size)
+	rand.Read(block)
+	return eris.Sum(block), block
+}
+
+// path returns where a block is below a directory.
+func path(directory string, layout Layout, ref eris.Reference) string {
+	name := ref.String()
+	if layout == Sharded {
+		return filepath.Join(directory, name[:2], name)
+	}
+	return filepath.Join(directory, name)
+}
+
+func mustWrite(tb testing.TB, path string, content []byte) {
+	tb.Helper()
+	if err := os.MkdirAll(filepath.Dir(path), 0o777); err != nil {
+		tb.Fatal(err)
+	}
+	if err := os.WriteFile(path, content, 0o666); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+// follow has a store find the blocks of a backend as files, and the backend find the files that were put. Holding and failing
+// happens where the store does file operations.
+func follow(tb testing.TB, s *Store, backend *sourcetest.Backend, directory string, layout Layout) {
+	var mu sync.Mutex
+	s.before = func(ref eris.Reference, put bool) error {
+		block, err := backend.Get(context.Background(), ref, 0, nil)
+		if errors.Is(err, eris.ErrNotFound) || err == nil && put {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		file := path(directory, layout, ref)
+		if there, err := os.ReadFile(file); err == nil && bytes.Equal(there, block) {
+			return nil
+		}
+		mustWrite(tb, file, block)
+		return nil
+	}
+	s.after = func(ref eris.Reference) {
+		block, err := os.ReadFile(path(directory, layout, ref))
+		if err != nil {
+			tb.Error(err)
+		}
+		backend.Set(ref, block)
+	}
+}
+
+func TestConformance(t *testing.T) {
+	for name, layout := range map[string]Layout{"sharded": Sharded, "flat": Flat} {
+		t.Run(name, func(t *testing.T) {
+			sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
+				directory := t.TempDir()
+				open := func(query string) *Store {
+					s, err := Open("file://"+directory+"?layout="+name+query, Options{})
+					if err != nil {
+						t.Fatal(err)
+					}
+					t.Cleanup(func() { s.Close() }) // waits for operations that Close did not wait for
+					follow(t, s, backend, directory, layout)
+					return s
+				}
+				return sourcetest.Fixture{Source: open(""), ReadOnly: open("&get"), Held: 4}
+			})
+		})
+	}
+}
+
+func get(s *Store, ref eris.Reference, size eris.BlockSize) ([]byte, error) {
+	return s.Get(context.Background(), ref, size, nil)
+}
+
+func TestLayouts(t *testing.T) {
+	directory := t.TempDir()
+	s := mustOpen(t, "file://"+directory)
+	for i := range 20 {
+		for _, layout := range []Layout{Flat, Sharded} {
+			ref, block := newBlock(eris.BlockSize1KiB)
+			mustWrite(t, path(directory, layout, ref), block)
+			if got, err := get(s, ref, eris.BlockSize1KiB); err != nil || !bytes.Equal(got, block) {
+				t.Errorf("%d: layout %d: %v", i, layout, err)
+			}
+		}
+	}
+	// What is written is where it belongs, and nothing else is left.
+	for query, layout := range map[string]Layout{"": Sharded, "?layout=sharded": Sharded, "?layout=flat": Flat} {
+		directory := filepath.Join(t.TempDir(), "new directory")
+		s := mustOpen(t, "file://"+strings.ReplaceAll(directory, " ", "%20")+query)
+		ref, block := newBlock(eris.BlockSize32KiB)
+		if err := s.Put(t.Context(), ref, block); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := os.ReadFile(path(directory, layout, ref)); err != nil || !bytes.Equal(got, block) {
+			t.Errorf("%s: %v", query, err)
+		}
+		if left, err := os.ReadDir(filepath.Join(directory, incoming)); err != nil || len(left) > 0 {
+			t.Errorf("%s: %v is left, %v", query, left, err)
+		}
+	}
+}
+
+// TestHostileDirectory has things in the place of blocks that are none. None of them may be read, waited for, or do harm.
+func TestHostileDirectory(t *testing.T) {
+	outside := t.TempDir()
+	for name, layout := range map[string]Layout{"flat": Flat, "sharded": Sharded} {
+		for what, place := range map[string]func(path string, block []byte) error{
+			"symbolic link": func(path string, block []byte) error {
+				target := filepath.Join(outside, filepath.Base(path))
+				mustWrite(t, target, block)
+				return os.Symlink(target, path)
+			},
+			"symbolic link inside": func(path string, block []byte) error {
+				mustWrite(t, path+"x", block)
+				return os.Symlink(filepath.Base(path)+"x", path)
+			},
+			"symbolic link to itself": func(path string, _ []byte) error { return os.Symlink(filepath.Base(path), path) },
+			"pipe":                    func(path string, _ []byte) error { return unix.Mkfifo(path, 0o666) },
+			"directory":               func(path string, _ []byte) error { return os.Mkdir(path, 0o777) },
+			"empty file":              func(path string, _ []byte) error { return os.WriteFile(path, nil, 0o666) },
+			"terabyte": func(path string, _ []byte) error {
+				if err := os.WriteFile(path, nil, 0o666); err != nil {
+					return err
+				}
+				return os.Truncate(path, 1<<40)
+			},
+			"truncated file": func(path string, block []byte) error { return os.WriteFile(path, block[:len(block)-1], 0o666) },
+			"lower case": func(path string, block []byte) error {
+				return os.WriteFile(filepath.Join(filepath.Dir(path), strings.ToLower(filepath.Base(path))), block, 0o666)
+			},
+		} {
+			t.Run(name+"/"+what, func(t *testing.T) {
+				directory := t.TempDir()
+				s := mustOpen(t, "file://"+directory+"?layout="+name)
+				ref, block := newBlock(eris.BlockSize1KiB)
+				file := path(directory, layout, ref)
+				if err := os.MkdirAll(filepath.Dir(file), 0o777); err != nil {
+					t.Fatal(err)
+				}
+				if err := place(file, block); err != nil {
+					t.Skip(err)
+				}
+				_, err := get(s, ref, eris.BlockSize1KiB)
+				var wrong *eris.BlockError
+				wantWrong := what == "terabyte" || what == "truncated file"
+				if wantWrong && (!errors.As(err, &wrong) || wrong.Reference != ref) || !wantWrong && !errors.Is(err, eris.ErrNotFound) {
+					t.Errorf("error is %v", err)
+				}
+				err = s.Put(t.Context(), ref, block)
+				if what == "directory" {
+					if err == nil {
+						t.Error("a directory was replaced")
+					}
+					return
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				if got, err := get(s, ref, eris.BlockSize1KiB); err != nil || !bytes.Equal(got, block) {
+					t.Errorf("the block did not take the place: %v", err)
+				}
+				if info, err := os.Lstat(file); err != nil || !info.Mode().IsRegular() {
+					t.Errorf("there is no regular file: %v, %v", info, err)
+				}
+			})
+		}
+	}
+	t.Run("subdirectories that are links", func(t *testing.T) {
+		directory := t.TempDir()
+		s := mustOpen(t, "file://"+directory)
+		ref, block := newBlock(eris.BlockSize1KiB)
+		mustWrite(t, path(outside, Sharded, ref), block)
+		if err := os.Symlink(filepath.Join(outside, ref.String()[:2]), filepath.Join(directory, ref.String()[:2])); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := get(s, ref, eris.BlockSize1KiB); !errors.Is(err, eris.ErrNotFound) {
+			t.Errorf("error is %v", err)
+		}
+		other, block := newBlock(eris.BlockSize1KiB)
+		for other.String()[:2] == ref.String()[:2] {
+			other, block = newBlock(eris.BlockSize1KiB)
+		}
+		if err := os.Symlink(outside, filepath.Join(directory, incoming)); err != nil {
+			t.Fatal(err)
+		}
+		before, _ := os.ReadDir(outside)
+		if err := s.Put(t.Context(), other, block); err == nil {
+			t.Error("Put followed a link")
+		}
+		if after, _ := os.ReadDir(outside); len(after) != len(before) {
+			t.Error("something was written elsewhere")
+		}
+	})
+}
+
+// TestDamaged checks that a damaged file does not hide a good one, and is replaced.
+func TestDamaged(t *testing.T) {
+	directory := t.TempDir()
+	s := mustOpen(t, "file://"+directory+"?layout=flat")
+	ref, block := newBlock(eris.BlockSize1KiB)
+	wrong := bytes.Clone(block)
+	wrong[0] ^= 1
+	mustWrite(t, path(directory, Flat, ref), wrong)
+	mustWrite(t, path(directory, Sharded, ref), block)
+	if got, err := get(s, ref, eris.BlockSize1KiB); err != nil || !bytes.Equal(got, block) {
+		t.Errorf("error is %v", err)
+	}
+	os.Remove(path(directory, Sharded, ref))
+	var blockError *eris.BlockError
+	if _, err := get(s, ref, eris.BlockSize1KiB); !errors.As(err, &blockError) {
+		t.Errorf("error is %v", err)
+	}
+	if err := s.Put(t.Context(), ref, block); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(path(directory, Flat, ref)); err != nil || !bytes.Equal(got, block) {
+		t.Errorf("the damaged file was not replaced: %v", err)
+	}
+	if err := s.Put(t.Context(), ref, wrong); !errors.As(err, &blockError) {
+		t.Errorf("wrong bytes were put: %v", err)
+	}
+}
+
+// TestOtherDirectory has the directory come, go, and another one take its place, as happens with media.
+func TestOtherDirectory(t *testing.T) {
+	parent := t.TempDir()
+	directory := filepath.Join(parent, "usb")
+	s := mustOpen(t, "file://"+directory)
+	ref, block := newBlock(eris.BlockSize1KiB)
+	expire := func() {
+		s.mu.Lock()
+		s.checked = time.Time{}
+		s.mu.Unlock()
+	}
+	if _, err := get(s, ref, eris.BlockSize1KiB); err == nil || errors.Is(err, eris.ErrNotFound) {
+		t.Errorf("without a directory, the error is %v", err)
+	}
+	mustWrite(t, path(directory, Sharded, ref), block)
+	if _, err := get(s, ref, eris.BlockSize1KiB); err != nil {
+		t.Errorf("with the directory: %v", err)
+	}
+	if err := os.Rename(directory, directory+"-old"); err != nil {
+		t.Fatal(err)
+	}
+	other, otherBlock := newBlock(eris.BlockSize1KiB)
+	expire()
+	if _, err := get(s, other, eris.BlockSize1KiB); err == nil || errors.Is(err, eris.ErrNotFound) {
+		t.Errorf("when the directory has gone, the error is %v", err)
+	}
+	mustWrite(t, path(directory, Sharded, other), otherBlock)
+	expire()
+	if _, err := get(s, other, eris.BlockSize1KiB); err != nil {
+		t.Errorf("in the new directory: %v", err)
+	}
+	expire()
+	if _, err := get(s, ref, eris.BlockSize1KiB); !errors.Is(err, eris.ErrNotFound) {
+		t.Errorf("what was in the old directory: %v", err)
+	}
+	if err := os.RemoveAll(directory); err != nil {
+		t.Fatal(err)
+	}
+	expire()
+	if err := s.Put(t.Context(), ref, block); err == nil {
+		t.Error("Put into a directory that has gone did not fail")
+	}
+	if err := s.Put(t.Context(), ref, block); err != nil {
+		t.Errorf("Put does not make the directory again: %v", err)
+	}
+}
+
+func TestSweep(t *testing.T) {
+	directory := t.TempDir()
+	old, fresh, foreign := "0123456789abcdef", "fedcba9876543210", "photo.jpg"
+	for _, name := range []string{old, fresh, foreign} {
+		mustWrite(t, filepath.Join(directory, incoming, name), []byte("x"))
+	}
+	long := time.Now().Add(-2 * forgotten)
+	for _, name := range []string{old, foreign} {
+		if err := os.Chtimes(filepath.Join(directory, incoming, name), long, long); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := mustOpen(t, "file://"+directory)
+	ref, block := newBlock(eris.BlockSize1KiB)
+	if err := s.Put(t.Context(), ref, block); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]bool{old: false, fresh: true, foreign: true} {
+		if _, err := os.Lstat(filepath.Join(directory, incoming, name)); (err == nil) != want {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestFailures(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize1KiB)
+	s := mustOpen(t, "file://"+t.TempDir()+"?put")
+	if err := s.Put(t.Context(), ref, block); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := get(s, ref, eris.BlockSize1KiB); !errors.Is(err, eris.ErrNotFound) {
+		t.Errorf("what may not be got: %v", err)
+	}
+	s = mustOpen(t, "file://"+filepath.Join(t.TempDir(), "a", "b"))
+	if err := s.Put(t.Context(), ref, block); err == nil {
+		t.Error("parents were made")
+	}
+	file := filepath.Join(t.TempDir(), "file")
+	mustWrite(t, file, nil)
+	s = mustOpen(t, "file://"+file)
+	if err := s.Put(t.Context(), ref, block); err == nil {
+		t.Error("a file was taken for a directory")
+	}
+	for _, err := range []error{unix.EROFS, unix.EACCES, unix.EPERM} {
+		if err := readOnly(&os.PathError{Err: err}); !errors.Is(err, fetch.ErrReadOnly) {
+			t.Errorf("error is %v", err)
+		}
+	}
+	if os.Getuid() != 0 {
+		directory := t.TempDir()
+		os.Chmod(directory, 0o555)
+		s = mustOpen(t, "file://"+directory)
+		if err := s.Put(t.Context(), ref, block); !errors.Is(err, fetch.ErrReadOnly) {
+			t.Errorf("error is %v", err)
+		}
+	}
+	for _, url := range []string{"file:", "http://x", "file://host/x", "file:///x?layout=round", "file:///x?x"} {
+		if _, err := Open(url, Options{}); err == nil {
+			t.Errorf("%s is taken", url)
+		}
+	}
+}
+
+func benchmark(b *testing.B, run func(b *testing.B, s *Store, size eris.BlockSize, refs []eris.Reference, blocks [][]byte)) {
+	for _, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
+		b.Run(size.String(), func(b *testing.B) {
+			s := mustOpen(b, "file://"+b.TempDir())
+			count := max(b.N, 1)
+			refs, blocks := make([]eris.Reference, count), make([][]byte, count)
+			for i := range count {
+				refs[i], blocks[i] = newBlock(size)
+			}
+			b.SetBytes(int64(size))
+			run(b, s, size, refs, blocks)
+			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "blocks/s")
+		})
+	}
+}
+
+func putAll(b *testing.B, s *Store, refs []eris.Reference, blocks [][]byte) {
+	pipeline := fetch.NewPipeline(s)
+	for i, ref := range refs {
+		if err := pipeline.Put(b.Context(), ref, blocks[i]); err != nil {
+			b.Fatal(err)
+		}
+	}
+	if err := pipeline.Flush(); err != nil {
+		b.Fatal(err)
+	}
+}
+
+// BenchmarkPut puts as an encoder does: thousands at a time.
+func BenchmarkPut(b *testing.B) {
+	benchmark(b, func(b *testing.B, s *Store, _ eris.BlockSize, refs []eris.Reference, blocks [][]byte) {
+		b.ResetTimer()
+		putAll(b, s, refs, blocks)
+	})
+}
+
+// BenchmarkPutOneByOne puts each block when the one before is durable.
+func BenchmarkPutOneByOne(b *testing.B) {
+	benchmark(b, func(b *testing.B, s *Store, _ eris.BlockSize, refs []eris.Reference, blocks [][]byte) {
+		b.ResetTimer()
+		for i, ref := range refs {
+			if err := s.Put(b.Context(), ref, blocks[i]); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}
+
+// BenchmarkGet gets from files in the page cache, some at a time, as readers do.
+func BenchmarkGet(b *testing.B) {
+	for _, window := range []int{1, 64} {
+		b.Run(fmt.Sprintf("window=%d", window), func(b *testing.B) {
+			for _, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
+				b.Run(size.String(), func(b *testing.B) {
+					s := mustOpen(b, "file://"+b.TempDir())
+					refs, blocks := make([]eris.Reference, 512), make([][]byte, 512)
+					for i := range refs {
+						refs[i], blocks[i] = newBlock(size)
+					}
+					putAll(b, s, refs, blocks)
+					b.SetBytes(int64(size))
+					b.ReportAllocs()
+					b.ResetTimer()
+					var group sync.WaitGroup
+					for w := range window {
+						group.Go(func() {
+							dst := make([]byte, 0, size)
+							for i := w; i < b.N; i += window {
+								if _, err := s.Get(b.Context(), refs[i%len(refs)], size, dst); err != nil {
+									b.Error(err)
+								}
+							}
+						})
+					}
+					group.Wait()
+					b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "blocks/s")
+				})
+			}
+		})
+	}
+}

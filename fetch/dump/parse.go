@@ -1,0 +1,423 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package dump
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+)
+
+// The tags of a dump (IANA registry of CBOR tags): self-described CBOR, and a block dump.
+const (
+	tagSelfDescribed = 55799
+	tagDump          = 1701996915
+)
+
+// The major types of CBOR (RFC 8949, section 3.1).
+const (
+	majorUnsigned = iota
+	majorNegative
+	majorBytes
+	majorText
+	majorArray
+	majorMap
+	majorTag
+	majorSimple
+)
+
+const (
+	// maxDepth is how deep things that are no blocks may be nested.
+	maxDepth = 16
+	// maxCapabilities is how many read capabilities are kept.
+	maxCapabilities = 1 << 16
+	// headSize is the greatest size of a head in bytes.
+	headSize = 9
+)
+
+// FormatError says where a dump is not a dump.
+type FormatError struct {
+	Offset int64 // in bytes
+	Err    error // io.ErrUnexpectedEOF if the dump is cut off
+}
+
+// Error returns a text with the offset.
+func (e *FormatError) Error() string { return fmt.Sprintf("block dump, byte %d: %v", e.Offset, e.Err) }
+
+// Unwrap returns Err.
+func (e *FormatError) Unwrap() error { return e.Err }
+
+var (
+	errNotDump  = errors.New("this is not a block dump")
+	errReserved = errors.New("reserved length")
+	errBreak    = errors.New("end of something that has not begun")
+	errChunk    = errors.New("wrong part of a string")
+	errDepth    = errors.New("nested too deep")
+)
+
+// input is what is parsed. Both methods are those of bufio.Reader; no more than 64 bytes are peeked at.
+type input interface {
+	Peek(n int) ([]byte, error)
+	Discard(n int) (int, error)
+}
+
+// parser reads a sequence of dumps. It allocates nothing according to lengths that are in it.
+type parser struct {
+	in     input
+	offset int64
+	state  state
+	array  counter // of the elements left of the present dump
+	blocks counter // of the pairs left of its map
+	left   int     // how many bytes of the block have not been consumed
+
+	dumps        int
+	skipped      int64 // pairs and elements that are none of a dump
+	capabilities []eris.ReadCapability
+	more         bool // there were more capabilities than are kept
+
+	// Where and how the present dump could be continued.
+	tail       int64 // where the map ends: the offset of its end, or of what is not whole
+	appendable bool  // array and map are of indefinite length, and have nothing in them that is not kept
+	first      int   // how many capabilities there were before this dump
+}
+
+type state uint8
+
+const (
+	stateStart  state = iota // before a dump, or at the end
+	stateBlocks              // in the map
+	stateAfter               // behind the map
+)
+
+// counter counts the elements that are to come.
+type counter struct {
+	left       uint64
+	indefinite bool
+}
+
+// location is where a block is in a dump.
+type location struct {
+	ref    eris.Reference
+	offset int64
+	size   int
+}
+
+// next goes to the next block, of which it parses all but the bytes. If they are not consumed, the next call does. It
+// returns io.EOF at the end, or a *FormatError, or an error of the input.
+func (p *parser) next() (location, error) {
+	if err := p.discard(uint64(p.left)); err != nil {
+		return location{}, err
+	}
+	p.left = 0
+	for {
+		var err error
+		switch p.state {
+		case stateStart:
+			err = p.start()
+		case stateBlocks:
+			p.tail = p.offset
+			var l location
+			if l, err = p.pair(); l.size > 0 && err == nil {
+				p.left = l.size
+				return l, nil
+			}
+		case stateAfter:
+			err = p.element()
+		}
+		if err != nil {
+			return location{}, err
+		}
+	}
+}
+
+// read consumes bytes of the block.
+func (p *parser) read(block []byte) error {
+	for len(block) > 0 {
+		b, err := p.in.Peek(min(len(block), 64))
+		if len(b) == 0 {
+			return p.cut(err)
+		}
+		n := copy(block, b)
+		p.in.Discard(n)
+		block = block[n:]
+		p.offset += int64(n)
+		p.left -= n
+	}
+	return nil
+}
+
+func (p *parser) wrong(err error) error { return &FormatError{p.offset, err} }
+
+// cut returns the error for an input that ends too early, unless it failed otherwise.
+func (p *parser) cut(err error) error {
+	if err == io.EOF {
+		return p.wrong(io.ErrUnexpectedEOF)
+	}
+	return err
+}
+
+// head is the beginning of a data item: its major type and argument.
+type head struct {
+	major      byte
+	value      uint64
+	indefinite bool // of the majors that can be; of majorSimple, the end of something
+}
+
+// head reads a head.
+func (p *parser) head() (head, error) {
+	b, err := p.in.Peek(1)
+	if err != nil {
+		return head{}, p.cut(err)
+	}
+	h := head{major: b[0] >> 5}
+	size := 1
+	switch info := b[0] & 31; {
+	case info < 24:
+		h.value = uint64(info)
+	case info < 28:
+		n := 1 << (info - 24)
+		size += n
+		if b, err = p.in.Peek(size); err != nil {
+			return head{}, p.cut(err)
+		}
+		var value [8]byte
+		copy(value[8-n:], b[1:size])
+		h.value = binary.BigEndian.Uint64(value[:])
+	case info < 31:
+		return head{}, p.wrong(errReserved)
+	default:
+		if h.major == majorUnsigned || h.major == majorNegative || h.major == majorTag {
+			return head{}, p.wrong(errReserved)
+		}
+		h.indefinite = true
+	}
+	p.in.Discard(size)
+	p.offset += int64(size)
+	return h, nil
+}
+
+// isEnd reports whether the head is the end of something of indefinite length.
+func (h head) isEnd() bool { return h.major == majorSimple && h.indefinite }
+
+// discard passes over bytes.
+func (p *parser) discard(n uint64) error {
+	const most = 1 << 30 // for int of 32 bits
+	for n > 0 {
+		done, err := p.in.Discard(int(min(n, most)))
+		p.offset += int64(done)
+		n -= uint64(done)
+		if err != nil {
+			return p.cut(err)
+		}
+	}
+	return nil
+}
+
+// start reads a dump up to its map.
+func (p *parser) start() error {
+	if p.dumps > 0 {
+		if _, err := p.in.Peek(1); err != nil {
+			return err
+		}
+	}
+	err := p.opening()
+	var format *FormatError
+	if errors.As(err, &format) && format.Err != io.ErrUnexpectedEOF {
+		return p.wrong(errNotDump)
+	}
+	return err
+}
+
+func (p *parser) opening() error {
+	h, err := p.head()
+	for _, tag := range []uint64{tagSelfDescribed, tagDump} {
+		if err == nil && h.major == majorTag && h.value == tag {
+			h, err = p.head()
+		}
+	}
+	if err != nil {
+		return err
+	}
+	if h.major != majorArray || h.value == 0 && !h.indefinite {
+		return p.wrong(errNotDump)
+	}
+	p.array = counter{h.value - 1, h.indefinite}
+	if h, err = p.head(); err != nil {
+		return err
+	}
+	if h.major != majorMap {
+		return p.wrong(errNotDump)
+	}
+	p.blocks = counter{h.value, h.indefinite}
+	p.state = stateBlocks
+	p.dumps++
+	p.appendable = p.array.indefinite && p.blocks.indefinite
+	p.first = len(p.capabilities)
+	return nil
+}
+
+// ends reads what comes before an element of something, and reports whether it has no more; otherwise it returns the head of
+// the element.
+func (p *parser) ends(c *counter) (h head, ended bool, err error) {
+	if !c.indefinite {
+		if c.left == 0 {
+			return head{}, true, nil
+		}
+		c.left--
+	}
+	h, err = p.head()
+	if err != nil || !h.isEnd() {
+		return h, false, err
+	}
+	if !c.indefinite {
+		return h, false, p.wrong(errBreak)
+	}
+	return h, true, nil
+}
+
+// pair reads a pair of the map up to the bytes of its block. If it is none of a dump, the location is zero.
+func (p *parser) pair() (location, error) {
+	h, ended, err := p.ends(&p.blocks)
+	if err != nil {
+		return location{}, err
+	}
+	if ended {
+		p.state = stateAfter
+		return location{}, nil
+	}
+	var l location
+	isBlock := h.major == majorBytes && !h.indefinite && h.value == uint64(len(l.ref))
+	if isBlock {
+		b, err := p.in.Peek(len(l.ref))
+		if err != nil {
+			return location{}, p.cut(err)
+		}
+		copy(l.ref[:], b)
+	}
+	if err := p.skip(h, 0); err != nil {
+		return location{}, err
+	}
+	if h, err = p.head(); err != nil {
+		return location{}, err
+	}
+	isSize := h.value == uint64(eris.BlockSize1KiB) || h.value == uint64(eris.BlockSize32KiB)
+	if isBlock && isSize && h.major == majorBytes && !h.indefinite {
+		l.offset, l.size = p.offset, int(h.value)
+		return l, nil
+	}
+	p.skipped++
+	return location{}, p.skip(h, 0)
+}
+
+// element reads an element of the array behind the map, which should be a read capability.
+func (p *parser) element() error {
+	h, ended, err := p.ends(&p.array)
+	if err != nil {
+		return err
+	}
+	if ended {
+		p.state = stateStart
+		return nil
+	}
+	if h.major == majorTag && h.value == eris.CBORTagReadCapability {
+		if h, err = p.head(); err != nil {
+			return err
+		}
+		if h.major == majorBytes && !h.indefinite && h.value == eris.ReadCapabilitySize {
+			return p.capability()
+		}
+	}
+	p.skipped++
+	p.appendable = false
+	return p.skip(h, 0)
+}
+
+// capability reads the bytes of a read capability.
+func (p *parser) capability() error {
+	var binary [eris.ReadCapabilitySize]byte
+	left := binary[:]
+	for len(left) > 0 {
+		b, err := p.in.Peek(min(len(left), 64))
+		if len(b) == 0 {
+			return p.cut(err)
+		}
+		n := copy(left, b)
+		p.in.Discard(n)
+		p.offset += int64(n)
+		left = left[n:]
+	}
+	var c eris.ReadCapability
+	switch err := c.UnmarshalBinary(binary[:]); {
+	case err != nil:
+		p.skipped++
+		p.appendable = false
+	case len(p.capabilities) == maxCapabilities:
+		p.more = true
+		p.appendable = false
+	default:
+		p.capabilities = append(p.capabilities, c)
+	}
+	return nil
+}
+
+// skip passes over the rest of a data item whose head has been read.
+func (p *parser) skip(h head, depth int) error {
+	if depth > maxDepth {
+		return p.wrong(errDepth)
+	}
+	switch h.major {
+	case majorBytes, majorText:
+		if !h.indefinite {
+			return p.discard(h.value)
+		}
+		for {
+			part, err := p.head()
+			if err != nil {
+				return err
+			}
+			if part.isEnd() {
+				return nil
+			}
+			if part.major != h.major || part.indefinite {
+				return p.wrong(errChunk)
+			}
+			if err := p.discard(part.value); err != nil {
+				return err
+			}
+		}
+	case majorArray, majorMap:
+		for c := (counter{h.value, h.indefinite}); ; {
+			element, ended, err := p.ends(&c)
+			if err != nil || ended {
+				return err
+			}
+			if err := p.skip(element, depth+1); err != nil {
+				return err
+			}
+			if h.major == majorMap {
+				if err := p.item(depth + 1); err != nil {
+					return err
+				}
+			}
+		}
+	case majorTag:
+		return p.item(depth + 1)
+	case majorSimple:
+		if h.indefinite {
+			return p.wrong(errBreak)
+		}
+	}
+	return nil
+}
+
+// item passes over a data item.
+func (p *parser) item(depth int) error {
+	h, err := p.head()
+	if err != nil {
+		return err
+	}
+	return p.skip(h, depth)
+}
