@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/BurntSushi/toml"
+)
+
+// configuration is the configuration file. Everything in it can be left out.
+type configuration struct {
+	// Guix is the absolute file name of the real guix.
+	Guix string `toml:"guix"`
+	// NarinfoConnections is how many connections to one server may ask for
+	// narinfos at the same time.
+	NarinfoConnections int `toml:"narinfo-connections"`
+	// Stores are the URLs of the block stores, in the order in which they are
+	// asked.
+	Stores []string `toml:"eris-stores"`
+	// Policy is eris-first, http-first, eris-only or http-only.
+	Policy string `toml:"policy"`
+	// UnsignedCapabilities is whether read capabilities that no signature covers
+	// are used; they are by default.
+	UnsignedCapabilities *bool `toml:"unsigned-capabilities"`
+}
+
+// maxConfiguration bounds the length of the configuration file in bytes.
+const maxConfiguration = 1 << 20
+
+// configurationFile is the name of the configuration file.
+func configurationFile() string {
+	return filepath.Join(configurationDirectory(), "substitute-eris.toml")
+}
+
+// readConfiguration reads the configuration file; there need not be one. With an
+// error, what it returns is as if there were none.
+func readConfiguration() (configuration, error) {
+	var c configuration
+	name := configurationFile()
+	text, err := os.ReadFile(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return c, nil
+	} else if err != nil {
+		return c, fmt.Errorf("configuration ignored: %w", err)
+	}
+	if len(text) > maxConfiguration {
+		return c, fmt.Errorf("configuration ignored: %s is longer than %d bytes", name, maxConfiguration)
+	}
+	meta, err := toml.Decode(string(text), &c)
+	if err != nil {
+		return configuration{}, fmt.Errorf("configuration ignored: %s: %w", name, err)
+	}
+	if unknown := meta.Undecoded(); len(unknown) > 0 {
+		return c, fmt.Errorf("%s: unknown setting %q", name, unknown[0].String())
+	}
+	return c, nil
+}
+
+// Directories and files as Guix finds them (Guix, guix/config.scm).
+
+func storeDirectory() string { return directoryFrom("NIX_STORE_DIR", "/gnu/store") }
+
+func stateDirectory() string { return directoryFrom("GUIX_STATE_DIRECTORY", "/var/guix") }
+
+func configurationDirectory() string {
+	return directoryFrom("GUIX_CONFIGURATION_DIRECTORY", "/etc/guix")
+}
+
+func directoryFrom(variable, fallback string) string {
+	if d := os.Getenv(variable); d != "" {
+		return filepath.Clean(d)
+	}
+	return fallback
+}

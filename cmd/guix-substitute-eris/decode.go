@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/signal"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
+)
+
+const decodeUsage = `Usage: guix-substitute-eris decode [OPTION]... URN DESTINATION
+Fetch what a read capability denotes and write it to a file or a directory that
+does not exist yet; "-" is standard output. File trees are recognised.
+`
+
+// decodeCommand turns a URN into a file or a tree.
+func decodeCommand(args []string) int {
+	flags := flag.NewFlagSet("decode", flag.ContinueOnError)
+	stores := flags.String("store", "", "fetch blocks from the stores with these `URLS`, separated by spaces, in this order")
+	raw := flags.Bool("raw", false, "write the contents as they are, even if they are a file tree")
+	asJSON := flags.Bool("json", false, "print what was decoded as JSON")
+	if status, ok := parse(flags, args, decodeUsage); !ok {
+		return status
+	}
+	if flags.NArg() != 2 {
+		return fail("decode takes a URN and a destination")
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	result, err := decode(ctx, flags.Arg(0), flags.Arg(1), *stores, *raw)
+	if err != nil {
+		return fail("%v", err)
+	}
+	if *asJSON {
+		text, err := json.MarshalIndent(result, "", "  ")
+		if err != nil {
+			return fail("%v", err)
+		}
+		fmt.Println(string(text))
+	}
+	return 0
+}
+
+// decodeResult is what decode prints.
+type decodeResult struct {
+	Form string `json:"form"`
+	// Size is the length of the contents in bytes.
+	Size int64 `json:"size"`
+	// NarHash and NarSize are those of a tree.
+	NarHash string `json:"narHash,omitempty"`
+	NarSize uint64 `json:"narSize,omitempty"`
+}
+
+func decode(ctx context.Context, urn, destination, flag string, raw bool) (result decodeResult, err error) {
+	c, err := eris.ParseURN(urn)
+	if err != nil {
+		return result, err
+	}
+	file, err := readConfiguration()
+	if err != nil {
+		return result, err
+	}
+	urls := storeURLs(flag, file)
+	if len(urls) == 0 {
+		return result, fmt.Errorf("no store is known; name one by --store or by %s", storeVariable)
+	}
+	stores, err := openStores(urls)
+	defer closeStores(stores)
+	if err != nil {
+		return result, err
+	}
+	shown := showProgress("fetched")
+	defer shown.end()
+	ordered := fetch.NewInOrder(stores, func(source string, err error) {
+		fmt.Fprintf(os.Stderr, "guix-substitute-eris: warning: %s gave wrong bytes and is not asked again: %v\n", source, err)
+	})
+	blocks := countingBlocks{ordered, shown}
+	// What is decoded may be as large as it likes; it goes to disk only.
+	x, err := image.Open(ctx, blocks, c, erisfs.Limits{NarSize: 1 << 60}, eris.Window{})
+	if err != nil {
+		return result, err
+	}
+	result = decodeResult{Form: string(x.Form), Size: x.Content.Size()}
+	if raw || x.Form != image.ERISFS && x.Form != image.Nar {
+		return result, writeContents(ctx, x.Content, destination)
+	}
+	if destination == "-" {
+		return result, errors.New("a file tree cannot be written to standard output; see --raw")
+	}
+	if destination, err = filepath.Abs(destination); err != nil {
+		return result, err
+	}
+	if _, err := os.Lstat(destination); err == nil {
+		return result, &fs.PathError{Op: "decode", Path: destination, Err: fs.ErrExist}
+	}
+	nodes, closeNodes, err := x.Nodes(ctx)
+	if err != nil {
+		return result, err
+	}
+	defer closeNodes()
+	unix.Umask(0o022)
+	r, err := restore.Restore(ctx, nodes, destination, restore.Options{Writable: true})
+	if err != nil {
+		return result, errors.Join(err, restore.Remove(destination))
+	}
+	result.NarHash, result.NarSize = "sha256:"+nixbase32.EncodeToString(r.NarHash[:]), r.NarSize
+	return result, nil
+}
+
+// countingBlocks shows progress.
+type countingBlocks struct {
+	eris.VerifiedBlocks
+	shown *progress
+}
+
+// Get implements [eris.Blocks].
+func (b countingBlocks) Get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
+	block, err := b.VerifiedBlocks.Get(ctx, ref, size, dst)
+	b.shown.add(len(block))
+	return block, err
+}
+
+// writeContents writes contents to a file that there is not yet. A file that is
+// not complete does not stay.
+func writeContents(ctx context.Context, content *eris.Content, destination string) error {
+	if destination == "-" {
+		_, err := content.WriteTo(ctx, os.Stdout)
+		return err
+	}
+	f, err := os.OpenFile(destination, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	if err != nil {
+		return err
+	}
+	_, err = content.WriteTo(ctx, f)
+	if err2 := f.Close(); err == nil {
+		err = err2
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(destination))
+	}
+	return nil
+}

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// guixVariable is the environment variable that names the real guix.
+const guixVariable = "GUIX_SUBSTITUTE_ERIS_GUIX"
+
+// usualGuix are the places where guix is when nobody says where.
+var usualGuix = []string{
+	"/run/current-system/profile/bin/guix",
+	"/var/guix/profiles/per-user/root/current-guix/bin/guix",
+	"/usr/local/bin/guix",
+	"/usr/bin/guix",
+}
+
+// guixCommand hands a command of guix to the real guix: the daemon runs several
+// through the program that it takes for guix. Arguments, environment, working
+// directory and descriptors stay as they are.
+func guixCommand(args []string) int {
+	program, err := realGuix()
+	if err == nil {
+		argv := append([]string{program}, args...)
+		err = &fs.PathError{Op: "cannot run", Path: program, Err: unix.Exec(program, argv, os.Environ())}
+	}
+	return fail("%q is no command of this program, and handing it to guix failed: %v", args[0], err)
+}
+
+// realGuix returns the absolute file name of the real guix, which is never this
+// program.
+func realGuix() (string, error) {
+	self, err := os.Stat("/proc/self/exe")
+	if err != nil {
+		return "", fmt.Errorf("cannot tell this program from the real guix: %w", err)
+	}
+	named, by := os.Getenv(guixVariable), "the environment variable "+guixVariable
+	if named == "" {
+		file, err := readConfiguration()
+		if err != nil {
+			fmt.Fprintf(os.Stderr, "guix-substitute-eris: warning: %v\n", err)
+		}
+		named, by = file.Guix, "the configuration file "+configurationFile()
+	}
+	if named != "" {
+		if !filepath.IsAbs(named) {
+			return "", fmt.Errorf("%s names %q, which is no absolute file name", by, named)
+		}
+		if err := checkGuix(named, self); err != nil {
+			return "", fmt.Errorf("%s names %s: %w", by, named, err)
+		}
+		return named, nil
+	}
+	for _, path := range usualGuix {
+		if checkGuix(path, self) == nil {
+			return path, nil
+		}
+	}
+	return "", fmt.Errorf("no real guix in the usual places; name it by %s or in %s", guixVariable, configurationFile())
+}
+
+// checkGuix returns an error that says why path cannot be the real guix.
+func checkGuix(path string, self fs.FileInfo) error {
+	info, err := os.Stat(path)
+	switch {
+	case err != nil:
+		return err
+	case os.SameFile(info, self):
+		return errors.New("that is this program itself")
+	case !info.Mode().IsRegular() || info.Mode()&0o111 == 0:
+		return errors.New("that is not a program")
+	}
+	return nil
+}

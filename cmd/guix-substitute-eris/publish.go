@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
+)
+
+const publishUsage = `Usage: guix-substitute-eris publish [OPTION]...
+Serve the narinfos and nars of the items of a store over HTTP, with ERIS read
+capabilities. Or, with --annotate, pass on the narinfos of another server and
+add read capabilities to those of items that are in the local store.
+`
+
+// publishSettings are the options of publish.
+type publishSettings struct {
+	listen, store, root, annotate string
+	publicKey, privateKey         string
+	database, manifest, narinfos  string
+	eris                          bool
+	blocks, cache                 string
+	compressions                  string
+	ttl                           time.Duration
+	waitFor                       int64
+}
+
+// publishCommand serves until it is told to stop.
+func publishCommand(args []string) int {
+	var s publishSettings
+	flags := flag.NewFlagSet("publish", flag.ContinueOnError)
+	flags.StringVar(&s.listen, "listen", "127.0.0.1:8080", "listen on `ADDRESS`, a host and a port")
+	flags.StringVar(&s.store, "store-dir", storeDirectory(), "the store directory that narinfos name is `DIRECTORY`")
+	flags.StringVar(&s.root, "root", "", "the items are in `DIRECTORY`, if not in the store directory")
+	flags.StringVar(&s.annotate, "annotate", "", "pass on the narinfos of the server at `URL`")
+	configuration := configurationDirectory()
+	flags.StringVar(&s.publicKey, "public-key", filepath.Join(configuration, "signing-key.pub"), "the key that others authorise is in `FILE`")
+	flags.StringVar(&s.privateKey, "private-key", filepath.Join(configuration, "signing-key.sec"), "sign with the key in `FILE`; \"none\" signs nothing")
+	flags.StringVar(&s.database, "database", filepath.Join(stateDirectory(), "db", "db.sqlite"), "the daemon's database is `FILE`")
+	flags.StringVar(&s.manifest, "manifest", "", "take the items from `FILE`, a list of records with StorePath and References, instead of from the database")
+	flags.StringVar(&s.narinfos, "narinfos", "", "take the items from the narinfos in `DIRECTORY` instead of from the database")
+	flags.BoolVar(&s.eris, "eris", false, "compute read capabilities even though the blocks are stored nowhere")
+	flags.StringVar(&s.blocks, "store", "", "put the blocks into the store at `URL`")
+	flags.StringVar(&s.cache, "cache", "", "keep what is known of read capabilities in `DIRECTORY`")
+	flags.StringVar(&s.compressions, "compression", "zstd,gzip", "offer nars in these `FORMS`, separated by commas: none, gzip, zstd")
+	flags.DurationVar(&s.ttl, "ttl", 0, "narinfos may be kept for this `TIME`, 36h for instance")
+	flags.Int64Var(&s.waitFor, "wait-for", 64<<20, "encode items of up to this many `BYTES` before answering; larger ones are encoded in the background")
+	if status, ok := parse(flags, args, publishUsage); !ok {
+		return status
+	}
+	if flags.NArg() > 0 {
+		return fail("publish takes no arguments, and %q was given", flags.Args())
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	l, err := net.Listen("tcp", s.listen)
+	if err != nil {
+		return fail("%v", err)
+	}
+	if err := s.serve(ctx, l); err != nil {
+		return fail("%v", err)
+	}
+	return 0
+}
+
+// logf shows a message of a server.
+func logf(format string, a ...any) {
+	text := strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f {
+			return ' '
+		}
+		return r
+	}, fmt.Sprintf(format, a...))
+	fmt.Fprintln(os.Stderr, "guix-substitute-eris:", text)
+}
+
+// serve serves on l until ctx is done.
+func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
+	handler, closeHandler, err := s.handler()
+	if err != nil {
+		l.Close()
+		return err
+	}
+	defer closeHandler()
+	server := &http.Server{
+		Handler:           handler,
+		ReadHeaderTimeout: 30 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    64 << 10,
+	}
+	logf("publishing on http://%s", l.Addr())
+	stopped := context.AfterFunc(ctx, func() {
+		// What is being fetched may take its time, but not for ever.
+		graceful, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		if server.Shutdown(graceful) != nil {
+			server.Close()
+		}
+	})
+	defer stopped()
+	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// handler makes what serves, and a function that closes it.
+func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error) {
+	var closers []func()
+	closeAll = func() {
+		for i := len(closers) - 1; i >= 0; i-- {
+			closers[i]()
+		}
+	}
+	defer func() {
+		if err != nil {
+			closeAll()
+		}
+	}()
+	capabilities, err := s.capabilities(&closers)
+	if err != nil {
+		return nil, nil, err
+	}
+	if s.annotate != "" {
+		if capabilities == nil {
+			return nil, nil, errors.New("--annotate needs --eris or --store")
+		}
+		h, err = publish.NewAnnotator(publish.AnnotatorOptions{
+			Upstream: s.annotate, StoreDir: s.store, Root: s.root, Capabilities: capabilities,
+			WaitFor: uint64(max(0, s.waitFor)), Log: logf,
+		})
+		return h, closeAll, err
+	}
+	items, err := s.items(&closers)
+	if err != nil {
+		return nil, nil, err
+	}
+	key, err := s.key()
+	if err != nil {
+		return nil, nil, err
+	}
+	host, err := os.Hostname()
+	if err != nil {
+		host = "localhost"
+	}
+	h, err = publish.NewServer(publish.ServerOptions{
+		StoreDir: s.store, Root: s.root, Items: items, Key: key, Host: host, Capabilities: capabilities,
+		WaitFor: uint64(max(0, s.waitFor)), Compressions: strings.Split(s.compressions, ","), TTL: s.ttl, Log: logf,
+	})
+	return h, closeAll, err
+}
+
+func (s *publishSettings) capabilities(closers *[]func()) (*publish.Capabilities, error) {
+	if s.blocks == "" && !s.eris {
+		return nil, nil
+	}
+	var store fetch.Store
+	if s.blocks != "" {
+		var err error
+		if store, err = openStore(s.blocks); err != nil {
+			return nil, err
+		}
+		*closers = append(*closers, func() { store.Close() })
+	}
+	directory := s.cache
+	if directory == "" {
+		base := "/var/cache"
+		if os.Geteuid() != 0 {
+			var err error
+			if base, err = os.UserCacheDir(); err != nil {
+				return nil, fmt.Errorf("%w; name a directory by --cache", err)
+			}
+		}
+		directory = filepath.Join(base, "guix-substitute-eris", "capabilities")
+	}
+	c := publish.NewCapabilities(directory, store, logf)
+	*closers = append(*closers, c.Close)
+	return c, nil
+}
+
+func (s *publishSettings) items(closers *[]func()) (publish.Items, error) {
+	switch {
+	case s.manifest != "":
+		text, err := os.ReadFile(s.manifest)
+		if err != nil {
+			return nil, err
+		}
+		return publish.ParseManifest(text)
+	case s.narinfos != "":
+		if info, err := os.Stat(s.narinfos); err != nil {
+			return nil, err
+		} else if !info.IsDir() {
+			return nil, &fs.PathError{Op: "open", Path: s.narinfos, Err: unix.ENOTDIR}
+		}
+		return publish.Directory(s.narinfos), nil
+	}
+	d, err := publish.OpenDatabase(s.database, s.store)
+	if err != nil {
+		return nil, fmt.Errorf("the database of guix-daemon cannot be read: %w; see --manifest and --narinfos", err)
+	}
+	*closers = append(*closers, func() { d.Close() })
+	return d, nil
+}
+
+// key reads the key pair that narinfos are signed with.
+func (s *publishSettings) key() (*acl.SigningKey, error) {
+	if s.privateKey == "none" {
+		return nil, nil
+	}
+	secret, err := readLimited(s.privateKey, maxACL)
+	if err != nil {
+		return nil, fmt.Errorf("%w; \"guix archive --generate-key\" makes a key pair", err)
+	}
+	public, err := readLimited(s.publicKey, maxACL)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	key, err := acl.ParseSigningKey(secret, public)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", s.privateKey, err)
+	}
+	return key, nil
+}

@@ -1,0 +1,594 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){
+		"guix-substitute-eris": func() { os.Exit(run(os.Args[1:])) },
+	})
+}
+
+// TestScript runs the scripts, which are the documentation of what the program
+// does at its boundary. Beside the commands of testscript they have those of
+// scriptCommands, which are explained there.
+func TestScript(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:  "testdata/script",
+		Cmds: scriptCommands,
+		Setup: func(env *testscript.Env) error {
+			// As if the machine had no Guix, and nothing of the user's either.
+			for name, value := range map[string]string{
+				"GUIX_CONFIGURATION_DIRECTORY": "$WORK/etc",
+				"GUIX_STATE_DIRECTORY":         "$WORK/var",
+				"HOME":                         "$WORK/home",
+				"MIRROR":                       "",
+			} {
+				env.Setenv(name, strings.ReplaceAll(value, "$WORK", env.WorkDir))
+			}
+			mirror, err := filepath.Abs("../../testdata/guix-mirror")
+			if err != nil {
+				return err
+			}
+			env.Setenv("MIRROR", mirror)
+			// What has been restored is read-only, which testscript cannot remove.
+			env.Defer(func() { makeWritable(env.WorkDir) })
+			return os.MkdirAll(filepath.Join(env.WorkDir, "etc"), 0o755)
+		},
+	})
+}
+
+func makeWritable(root string) {
+	filepath.WalkDir(root, func(path string, d os.DirEntry, err error) error {
+		if err == nil && d.IsDir() {
+			os.Chmod(path, 0o755)
+		}
+		return nil
+	})
+}
+
+// scriptCommands are the commands of the scripts.
+var scriptCommands = map[string]func(ts *testscript.TestScript, neg bool, args []string){
+	"keygen":    scriptKeygen,
+	"acl":       scriptACL,
+	"sign":      scriptSign,
+	"nar":       scriptNar,
+	"narhash":   scriptNarHash,
+	"serve":     scriptServe,
+	"requests":  scriptRequests,
+	"daemon":    scriptDaemon,
+	"expand":    scriptExpand,
+	"replace":   scriptReplace,
+	"stat":      scriptStat,
+	"sameinode": scriptSameInode,
+}
+
+// keygen NAME makes a key pair NAME.pub and NAME.sec.
+func scriptKeygen(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 1 {
+		ts.Fatalf("usage: keygen NAME")
+	}
+	key := acl.GenerateSigningKey()
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]+".pub"), []byte(key.PublicKey().Text()), 0o644))
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]+".sec"), []byte(key.SecretText()), 0o600))
+}
+
+// acl FILE [KEY]... writes an access control list with the given keys.
+func scriptACL(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) < 1 {
+		ts.Fatalf("usage: acl FILE [KEY]...")
+	}
+	var keys []*acl.PublicKey
+	for _, name := range args[1:] {
+		key, err := acl.ParsePublicKey([]byte(ts.ReadFile(name + ".pub")))
+		ts.Check(err)
+		keys = append(keys, key)
+	}
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(acl.NewACL(keys...).Text()), 0o644))
+}
+
+// sign KEY FILE completes the line "Signature:" of a narinfo with a signature of
+// everything above it.
+func scriptSign(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 2 {
+		ts.Fatalf("usage: sign KEY FILE")
+	}
+	key, err := acl.ParseSigningKey([]byte(ts.ReadFile(args[0]+".sec")), nil)
+	ts.Check(err)
+	text := ts.ReadFile(args[1])
+	above, below, ok := strings.Cut(text, "Signature:\n")
+	if !ok {
+		ts.Fatalf("%s has no line \"Signature:\"", args[1])
+	}
+	field, err := key.Sign(sha256.Sum256([]byte(above)), "example.org")
+	ts.Check(err)
+	ts.Check(os.WriteFile(ts.MkAbs(args[1]), []byte(above+"Signature: "+field+"\n"+below), 0o644))
+}
+
+// nar PATH FILE makes a nar of a file tree. The names of the tree are those of
+// the file system.
+func scriptNar(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 2 {
+		ts.Fatalf("usage: nar PATH FILE")
+	}
+	var b bytes.Buffer
+	_, err := nar.Write(&b, nar.NewTree(ts.MkAbs(args[0])))
+	ts.Check(err)
+	ts.Check(os.MkdirAll(filepath.Dir(ts.MkAbs(args[1])), 0o755))
+	ts.Check(os.WriteFile(ts.MkAbs(args[1]), b.Bytes(), 0o644))
+}
+
+// narhash PATH VARIABLE sets a variable to the NarHash of a file tree.
+func scriptNarHash(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 2 {
+		ts.Fatalf("usage: narhash PATH VARIABLE")
+	}
+	h := sha256.New()
+	_, err := nar.Write(h, nar.NewTree(ts.MkAbs(args[0])))
+	ts.Check(err)
+	ts.Setenv(args[1], "sha256:"+nixbase32.EncodeToString(h.Sum(nil)))
+}
+
+// expand FILE... replaces $NAME in files by the value of the variable.
+func scriptExpand(ts *testscript.TestScript, neg bool, args []string) {
+	for _, name := range args {
+		ts.Check(os.WriteFile(ts.MkAbs(name), []byte(os.Expand(ts.ReadFile(name), ts.Getenv)), 0o644))
+	}
+}
+
+// replace FILE OLD NEW replaces a string in a file, which must have it.
+func scriptReplace(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 3 {
+		ts.Fatalf("usage: replace FILE OLD NEW")
+	}
+	text := ts.ReadFile(args[0])
+	if !strings.Contains(text, args[1]) {
+		ts.Fatalf("%s does not contain %q", args[0], args[1])
+	}
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(strings.ReplaceAll(text, args[1], args[2])), 0o644))
+}
+
+// stat FILE MODE checks that a file of a store has an octal mode and the
+// modification time of store files.
+func scriptStat(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 2 {
+		ts.Fatalf("usage: stat FILE MODE")
+	}
+	info, err := os.Lstat(ts.MkAbs(args[0]))
+	ts.Check(err)
+	if got := fmt.Sprintf("%04o", info.Mode().Perm()); got != args[1] {
+		ts.Fatalf("%s has mode %s", args[0], got)
+	}
+	if !info.ModTime().Equal(time.Unix(1, 0)) {
+		ts.Fatalf("%s has the modification time %v", args[0], info.ModTime())
+	}
+}
+
+// sameinode FILE FILE checks that two names are of one file.
+func scriptSameInode(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 2 {
+		ts.Fatalf("usage: sameinode FILE FILE")
+	}
+	a, err := os.Lstat(ts.MkAbs(args[0]))
+	ts.Check(err)
+	b, err := os.Lstat(ts.MkAbs(args[1]))
+	ts.Check(err)
+	if os.SameFile(a, b) == neg {
+		ts.Fatalf("%s and %s: the same file: %v", args[0], args[1], !neg)
+	}
+}
+
+// A scriptServer is a web server of a script.
+type scriptServer struct {
+	mu   sync.Mutex
+	seen []string
+}
+
+// serve VARIABLE DIRECTORY [RULE]... serves the files of a directory over HTTP
+// until the end of the script, and sets the variable to its URL. Rules:
+//
+//	delay=DURATION  each answer takes that long
+//	silent          requests are taken and never answered
+//	refuse          the URL is one where nobody listens
+//	cut=PATH:N      the connection is cut after N bytes of this path
+//	stall=PATH:N    after N bytes of this path nothing more comes
+//	status=PATH:N   this path is answered with HTTP status N
+//	redirect=PATH:URL
+//	header=NAME:VALUE  is added to all answers
+//	nolength        answers have no Content-Length
+func scriptServe(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) < 2 {
+		ts.Fatalf("usage: serve VARIABLE DIRECTORY [RULE]...")
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	ts.Check(err)
+	ts.Setenv(args[0], "http://"+l.Addr().String())
+	if slices.Contains(args[2:], "refuse") {
+		l.Close()
+		return
+	}
+	server := &scriptServer{}
+	root, err := os.OpenRoot(ts.MkAbs(args[1]))
+	ts.Check(err)
+	done := make(chan struct{})
+	h := &http.Server{Handler: server.handler(root, args[2:], done)}
+	var wait sync.WaitGroup
+	wait.Go(func() { h.Serve(l) })
+	ts.Defer(func() {
+		close(done)
+		h.Close()
+		wait.Wait()
+		root.Close()
+	})
+	servers.Store(ts.Getenv("WORK")+"/"+args[0], server)
+}
+
+// servers has the servers of all scripts, which run in parallel.
+var servers sync.Map
+
+func (s *scriptServer) handler(root *os.Root, rules []string, done chan struct{}) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		s.mu.Lock()
+		s.seen = append(s.seen, r.Method+" "+r.RequestURI)
+		s.mu.Unlock()
+		limit, stall := -1, false
+		status := 0
+		length := true
+		for _, rule := range rules {
+			name, value, _ := strings.Cut(rule, "=")
+			path, argument, _ := strings.Cut(value, ":")
+			switch name {
+			case "delay":
+				d, _ := time.ParseDuration(value)
+				select {
+				case <-time.After(d):
+				case <-done:
+				}
+			case "silent":
+				select {
+				case <-r.Context().Done():
+				case <-done:
+				}
+				return
+			case "header":
+				w.Header().Set(path, argument)
+			case "nolength":
+				length = false
+			}
+			if path != r.URL.Path {
+				continue
+			}
+			switch name {
+			case "cut":
+				limit, _ = strconv.Atoi(argument)
+			case "stall":
+				limit, _ = strconv.Atoi(argument)
+				stall = true
+			case "status":
+				status, _ = strconv.Atoi(argument)
+			case "redirect":
+				http.Redirect(w, r, argument, http.StatusFound)
+				return
+			}
+		}
+		if status != 0 {
+			w.WriteHeader(status)
+			return
+		}
+		contents, err := root.ReadFile(strings.TrimPrefix(r.URL.Path, "/"))
+		if err != nil {
+			http.NotFound(w, r)
+			return
+		}
+		if length {
+			w.Header().Set("Content-Length", strconv.Itoa(len(contents)))
+		}
+		if limit < 0 {
+			w.Write(contents)
+			return
+		}
+		w.Write(contents[:min(limit, len(contents))])
+		http.NewResponseController(w).Flush()
+		if stall {
+			select {
+			case <-r.Context().Done():
+			case <-done:
+			}
+		}
+		panic(http.ErrAbortHandler)
+	}
+}
+
+// requests VARIABLE FILE writes what a server has been asked for, sorted, to a
+// file, and forgets it.
+func scriptRequests(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 2 {
+		ts.Fatalf("usage: requests VARIABLE FILE")
+	}
+	v, ok := servers.Load(ts.Getenv("WORK") + "/" + args[0])
+	if !ok {
+		ts.Fatalf("there is no server %s", args[0])
+	}
+	s := v.(*scriptServer)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	slices.Sort(s.seen)
+	text := strings.Join(s.seen, "\n")
+	if text != "" {
+		text += "\n"
+	}
+	s.seen = nil
+	ts.Check(os.WriteFile(ts.MkAbs(args[1]), []byte(text), 0o644))
+}
+
+// daemon query|substitute FILE [OPTION=VALUE]... plays guix-daemon: it starts the
+// program with descriptors like the daemon's, sends the request lines of the
+// file, in which $NAME stands for the value of a variable, one by one, each after
+// the reply to the one before, and then closes the pipe and waits for exit
+// status 0. Replies go to the file "replies" and everything else that the program
+// says to "log". The substitute URLs are those in the variable URLS, the daemon's
+// other options those given.
+//
+// With the option kill=PATH the program is killed as soon as PATH exists and is
+// not empty. With copies=N there are N of them at once, which must reply alike.
+// With program=FILE another program is started. With unread=yes nobody reads the
+// log.
+func scriptDaemon(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) < 2 {
+		ts.Fatalf("usage: daemon query|substitute FILE [OPTION=VALUE]...")
+	}
+	h := helperOptions{mode: args[0], program: "guix-substitute-eris", copies: 1}
+	requests := os.Expand(ts.ReadFile(args[1]), ts.Getenv)
+	options := "substitute-urls=" + ts.Getenv("URLS") + "\n"
+	for _, option := range args[2:] {
+		name, value, _ := strings.Cut(option, "=")
+		switch name {
+		case "kill":
+			h.kill = ts.MkAbs(value)
+		case "copies":
+			h.copies, _ = strconv.Atoi(value)
+		case "program":
+			h.program = ts.MkAbs(value)
+		case "unread":
+			h.unread = true
+		default:
+			options += option + "\n"
+		}
+	}
+	if !strings.Contains(h.program, "/") {
+		for _, d := range filepath.SplitList(ts.Getenv("PATH")) {
+			if _, err := os.Stat(d + "/" + h.program); err == nil {
+				h.program = d + "/" + h.program
+				break
+			}
+		}
+	}
+	h.env = append(scriptEnvironment(ts), "_NIX_OPTIONS="+options)
+	results := make([]helperResult, h.copies)
+	var wait sync.WaitGroup
+	for i := range results {
+		wait.Go(func() { results[i] = h.run(requests) })
+	}
+	wait.Wait()
+	first := results[0]
+	ts.Check(os.WriteFile(ts.MkAbs("replies"), []byte(first.replies), 0o644))
+	ts.Check(os.WriteFile(ts.MkAbs("log"), []byte(first.log), 0o644))
+	ts.Logf("log:\n%s", first.log)
+	for _, r := range results {
+		switch {
+		case h.kill == "" && r.err != nil:
+			ts.Fatalf("%v; replies so far: %q", r.err, r.replies)
+		case h.kill != "" && r.err == nil:
+			ts.Fatalf("the program ended before it was killed; replies: %q", r.replies)
+		case r.replies != first.replies:
+			ts.Fatalf("replies differ: %q and %q", r.replies, first.replies)
+		}
+	}
+}
+
+// helperOptions say how a program is started as by the daemon.
+type helperOptions struct {
+	mode, program string
+	env           []string
+	copies        int
+	kill          string
+	unread        bool
+}
+
+type helperResult struct {
+	replies, log string
+	err          error
+}
+
+// run starts the program, sends requests to it and ends it.
+func (h helperOptions) run(requests string) helperResult {
+	d := startDaemonHelper(h.program, h.mode, h.env, h.unread)
+	if d.err != nil {
+		return helperResult{err: d.err}
+	}
+	var killer sync.WaitGroup
+	finished := make(chan struct{})
+	if h.kill != "" {
+		killer.Go(func() {
+			for {
+				if info, err := os.Stat(h.kill); err == nil && info.Size() > 0 {
+					syscall.Kill(-d.cmd.Process.Pid, syscall.SIGKILL)
+					return
+				}
+				select {
+				case <-finished:
+					return
+				case <-time.After(time.Millisecond):
+				}
+			}
+		})
+	}
+	replies, err := d.talk(requests)
+	close(finished)
+	killer.Wait()
+	if err2 := d.close(); err == nil {
+		err = err2
+	}
+	return helperResult{replies, d.log.String(), err}
+}
+
+// scriptEnvironment is the environment of a script.
+func scriptEnvironment(ts *testscript.TestScript) []string {
+	var env []string
+	for _, name := range []string{
+		"PATH", "HOME", "TMPDIR", "TESTSCRIPT_COMMAND", "GOCOVERDIR", "LC_ALL",
+		"NIX_STORE_DIR", "GUIX_STATE_DIRECTORY", "GUIX_CONFIGURATION_DIRECTORY", "XDG_CACHE_HOME",
+		"GUIX_ALLOW_UNAUTHENTICATED_SUBSTITUTES", "GUIX_SUBSTITUTE_DEBUG", "http_proxy", "https_proxy", "no_proxy",
+		"GUIX_SUBSTITUTE_ERIS_GUIX", "GUIX_EXTENSIONS_PATH", "ERIS_STORE_URL",
+	} {
+		if value := ts.Getenv(name); value != "" {
+			env = append(env, name+"="+value)
+		}
+	}
+	return env
+}
+
+// A daemonHelper is the program started as by the daemon.
+type daemonHelper struct {
+	err     error
+	cmd     *exec.Cmd
+	query   bool
+	stdin   *os.File
+	replies *os.File
+	log     bytes.Buffer
+	logPipe *os.File
+	wait    sync.WaitGroup
+}
+
+func startDaemonHelper(program, mode string, env []string, unread bool) *daemonHelper {
+	d := &daemonHelper{query: mode == "query"}
+	var stdin, replies, log *os.File
+	if stdin, d.stdin, d.err = os.Pipe(); d.err != nil {
+		return d
+	}
+	if d.replies, replies, d.err = os.Pipe(); d.err != nil {
+		return d
+	}
+	if d.logPipe, log, d.err = os.Pipe(); d.err != nil {
+		return d
+	}
+	d.cmd = exec.Command(program, "substitute", "--"+mode)
+	d.cmd.Dir = "/"
+	d.cmd.Env = env
+	d.cmd.Stdin, d.cmd.Stdout, d.cmd.Stderr = stdin, log, log
+	// Descriptor 3 is something that is none of the program's business.
+	d.cmd.ExtraFiles = []*os.File{stdin, replies}
+	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
+	d.err = d.cmd.Start()
+	stdin.Close()
+	replies.Close()
+	log.Close()
+	if d.err == nil && !unread {
+		d.wait.Go(func() { io.Copy(&d.log, d.logPipe) })
+	}
+	return d
+}
+
+// talk sends each line and reads the reply to it.
+func (d *daemonHelper) talk(requests string) (string, error) {
+	var all strings.Builder
+	r := bufio.NewReader(d.replies)
+	for line := range strings.Lines(requests) {
+		if _, err := io.WriteString(d.stdin, line); err != nil {
+			return all.String(), err
+		}
+		if !strings.HasSuffix(line, "\n") {
+			d.stdin.Close() // the last line has no end
+		}
+		if d.query {
+			begin := all.Len()
+			for {
+				reply, err := r.ReadString('\n')
+				all.WriteString(reply)
+				if err != nil {
+					return all.String(), fmt.Errorf("no complete reply to %.100q: %w", line, err)
+				}
+				if reply == "\n" && endOfReply(line, all.String()[begin:]) {
+					break
+				}
+			}
+			continue
+		}
+		// The daemon takes what a single read brings as the reply.
+		var b [4096]byte
+		n, err := d.replies.Read(b[:])
+		all.Write(b[:n])
+		if err != nil {
+			return all.String(), fmt.Errorf("no reply to %.100q: %w", line, err)
+		}
+		if n == 0 || b[n-1] != '\n' {
+			return all.String(), errors.New("the reply was not written at once")
+		}
+	}
+	d.stdin.Close()
+	rest, err := io.ReadAll(r)
+	all.Write(rest)
+	if err == nil && len(rest) > 0 {
+		err = fmt.Errorf("more was replied than was asked for: %q", rest)
+	}
+	return all.String(), err
+}
+
+// endOfReply tells whether the empty line that a reply ends with so far is its
+// end rather than an unknown deriver.
+func endOfReply(request, reply string) bool {
+	if !strings.HasPrefix(request, "info") {
+		return true
+	}
+	lines := strings.Split(strings.TrimSuffix(reply, "\n"), "\n")
+	for len(lines) > 1 { // path, deriver, count, references, two sizes
+		if len(lines) < 3 {
+			return false
+		}
+		count, err := strconv.Atoi(lines[2])
+		if err != nil || len(lines) < 5+count {
+			return err != nil
+		}
+		lines = lines[5+count:]
+	}
+	return len(lines) == 1 && lines[0] == ""
+}
+
+// close ends the program.
+func (d *daemonHelper) close() error {
+	d.stdin.Close()
+	err := d.cmd.Wait()
+	d.wait.Wait()
+	d.replies.Close()
+	d.logPipe.Close()
+	if err != nil {
+		return fmt.Errorf("the program has ended: %w", err)
+	}
+	return nil
+}

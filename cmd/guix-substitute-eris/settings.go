@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"bufio"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/term"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
+)
+
+// defaultURLs are asked when neither the daemon nor the user names servers.
+var defaultURLs = []string{"https://bordeaux.guix.gnu.org", "https://ci.guix.gnu.org"}
+
+// settings are what the flags, the environment and the configuration file say
+// about substitution, in this order of precedence.
+type settings struct {
+	urls           string
+	acl            string
+	store          string
+	cacheDirectory string
+	unauthorised   bool
+	stores         string
+	policy         string
+
+	daemon  bool // the daemon has started this process
+	options protocol.Options
+	file    configuration
+	log     *protocol.Log
+	notes   []string // warnings of the start, for when somebody reads them
+}
+
+func (s *settings) flags(f *flag.FlagSet) {
+	f.StringVar(&s.urls, "substitute-urls", "", "ask the servers with these `URLS`, separated by spaces, in this order")
+	f.StringVar(&s.acl, "acl", "", "take the list of authorised keys from `FILE`")
+	f.StringVar(&s.store, "store-dir", "", "the store is in `DIRECTORY`")
+	f.StringVar(&s.cacheDirectory, "cache-dir", "", "keep narinfos in `DIRECTORY`; \"none\" keeps none")
+	f.StringVar(&s.stores, "eris-store-url", "", "fetch blocks from the stores with these `URLS`, separated by spaces, in this order; \"none\" is none")
+	f.StringVar(&s.policy, "policy", "", "what is tried in which `ORDER`: eris-first, http-first, eris-only or http-only")
+	f.BoolVar(&s.unauthorised, "allow-unauthenticated", false, "accept narinfos without an authorised signature (dangerous)")
+}
+
+// load reads the environment and the configuration file.
+func (s *settings) load() {
+	packed, daemon := os.LookupEnv("_NIX_OPTIONS")
+	s.daemon = daemon
+	s.options = protocol.ParseOptions(packed)
+	terminal := term.IsTerminal(2)
+	columns := s.options.Columns()
+	if !daemon && terminal {
+		if width, _, err := term.GetSize(2); err == nil {
+			columns = max(20, width-1)
+		}
+	}
+	s.log = protocol.NewLog(protocol.NewDescriptorWriter(2), protocol.LogStyle{
+		Program: "guix substitute",
+		Traces:  s.options.Traces(),
+		Columns: columns,
+		Unicode: unicode(),
+		Dynamic: daemon || terminal,
+	})
+	var err error
+	if s.file, err = readConfiguration(); err != nil {
+		s.notes = append(s.notes, err.Error())
+	}
+	if s.store == "" {
+		s.store = storeDirectory()
+	}
+	s.store = filepath.Clean(s.store)
+	if strings.EqualFold(os.Getenv("GUIX_ALLOW_UNAUTHENTICATED_SUBSTITUTES"), "yes") {
+		s.unauthorised = true
+	}
+	if s.policy == "" {
+		s.policy = s.file.Policy
+	}
+	if s.unauthorised {
+		s.notes = append(s.notes, "authentication and authorization of substitutes disabled!")
+	}
+}
+
+// unicode tells whether the locale has other characters than ASCII.
+func unicode() bool {
+	for _, variable := range []string{"LC_ALL", "LC_CTYPE", "LANG"} {
+		if value := os.Getenv(variable); value != "" {
+			value = strings.ToLower(value)
+			return strings.Contains(value, "utf-8") || strings.Contains(value, "utf8")
+		}
+	}
+	return false
+}
+
+// showNotes shows the warnings of the start. The daemon reads them only while it
+// waits for a reply, so this is for after the first request.
+func (s *settings) showNotes() {
+	for _, note := range s.notes {
+		s.log.Warnf("%s", note)
+	}
+	s.notes = nil
+}
+
+// policies are the words for policies.
+var policies = map[string]substitute.Policy{
+	"":           substitute.ERISFirst,
+	"eris-first": substitute.ERISFirst,
+	"http-first": substitute.HTTPFirst,
+	"eris-only":  substitute.ERISOnly,
+	"http-only":  substitute.HTTPOnly,
+}
+
+// A session is a substituter with what it works with.
+type session struct {
+	*substitute.Substituter
+	stores []fetch.Source
+}
+
+func (s *session) close() {
+	closeStores(s.stores)
+	s.Mirrors.Close()
+	if s.Cache != nil {
+		s.Cache.Close()
+	}
+}
+
+// session returns the substituter that the settings describe. It must be closed.
+// For queries it has no stores.
+func (s *settings) session(query bool) *session {
+	result := &session{}
+	policy, ok := policies[s.policy]
+	if !ok {
+		s.notes = append(s.notes, fmt.Sprintf("policy %.40q is not understood; eris-first is followed", s.policy))
+	}
+	var blocks eris.VerifiedBlocks
+	if urls := storeURLs(s.stores, s.file); !query && policy != substitute.HTTPOnly && s.stores != "none" && len(urls) > 0 {
+		var err error
+		if result.stores, err = openStores(urls); err != nil {
+			s.notes = append(s.notes, err.Error())
+		}
+		if len(result.stores) > 0 {
+			blocks = fetch.NewInOrder(result.stores, func(source string, err error) {
+				s.log.Warnf("store %s gave wrong bytes and is not asked again: %v", source, err)
+			})
+		}
+	}
+	unsigned := s.file.UnsignedCapabilities == nil || *s.file.UnsignedCapabilities
+	result.Substituter = substitute.New(substitute.Config{
+		Blocks:               blocks,
+		Policy:               policy,
+		UnsignedCapabilities: unsigned,
+		StoreDir:             s.store,
+		URLs:                 s.serverURLs(),
+		AllowUnauthenticated: s.unauthorised,
+		Deduplicate:          s.options.Deduplicate(),
+		Debug:                os.Getenv("GUIX_SUBSTITUTE_DEBUG") != "",
+		Mirrors: mirror.NewClient(mirror.Options{
+			MaxConnections: s.file.NarinfoConnections,
+			UserAgent:      "guix-substitute-eris",
+			Getenv:         os.Getenv,
+			OnSlow: func(host string) {
+				s.log.Warnf("%s: server is somewhat slow; try '--no-substitutes' if it does not get better", host)
+			},
+			OnRedirect: func(url string) { s.log.Notef("following redirection to '%s'...", url) },
+		}),
+		Cache: s.cache(),
+		Log:   s.log,
+	})
+	return result
+}
+
+// serverURLs returns the substitute URLs in order.
+func (s *settings) serverURLs() []string {
+	urls := defaultURLs
+	if fromDaemon, ok := s.options.SubstituteURLs(); ok {
+		urls = fromDaemon
+	}
+	if s.urls != "" {
+		urls = strings.Fields(s.urls)
+	}
+	if s.options.Discover() {
+		urls = append(s.discovered(), urls...)
+	}
+	return urls
+}
+
+// maxDiscovered is how many servers of the local network are asked (Guix,
+// guix/scripts/substitute.scm: %max-substitute-urls).
+const maxDiscovered = 50
+
+// discovered returns the servers that "guix discover" has found.
+func (s *settings) discovered() []string {
+	f, err := os.Open(filepath.Join(stateDirectory(), "discover", "publish"))
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	var urls []string
+	for lines := bufio.NewScanner(f); lines.Scan() && len(urls) < 10000; {
+		if url := strings.TrimSpace(lines.Text()); url != "" && mirror.CheckURL(url) == nil && !mirror.IsLocal(url) {
+			urls = append(urls, url)
+		}
+	}
+	if len(urls) > maxDiscovered {
+		rand.Shuffle(len(urls), func(i, j int) { urls[i], urls[j] = urls[j], urls[i] })
+		urls = urls[:maxDiscovered]
+	}
+	return slices.Clip(urls)
+}
+
+// cache opens the cache of narinfos, or returns nil.
+func (s *settings) cache() *narinfocache.Cache {
+	directory := s.cacheDirectory
+	if directory == "none" {
+		return nil
+	}
+	if directory == "" {
+		// Where AppArmor lets the daemon's helpers write, and where Guix has its
+		// own (guix/substitutes.scm: %narinfo-cache-directory), beside that.
+		base := os.Getenv("XDG_CACHE_HOME")
+		switch {
+		case base != "":
+			directory = filepath.Join(base, "guix", "substitute-eris")
+		case s.daemon:
+			directory = filepath.Join(stateDirectory(), "substitute", "eris")
+		default:
+			var err error
+			if base, err = os.UserCacheDir(); err != nil {
+				return nil
+			}
+			directory = filepath.Join(base, "guix", "substitute-eris")
+		}
+		directory = filepath.Join(directory, "narinfos")
+	}
+	c, err := narinfocache.Open(directory)
+	if err != nil {
+		s.notes = append(s.notes, fmt.Sprintf("narinfos cannot be kept for later: %v", err))
+		return nil
+	}
+	return c
+}
+
+// maxACL bounds the length of an ACL file in bytes.
+const maxACL = acl.MaxSexpSize
+
+// keys reads the list of authorised keys. Without one the machine's own key is
+// authorised, as Guix, guix/pki.scm: current-acl, has it. When the list cannot be
+// understood, no key is.
+func (s *settings) keys() *acl.ACL {
+	name := s.acl
+	if name == "" {
+		name = filepath.Join(configurationDirectory(), "acl")
+	}
+	text, err := readLimited(name, maxACL)
+	var keys *acl.ACL
+	switch {
+	case err == nil:
+		keys, err = acl.ParseACL(text)
+	case errors.Is(err, fs.ErrNotExist):
+		var public []byte
+		public, err = readLimited(filepath.Join(configurationDirectory(), "signing-key.pub"), maxACL)
+		if err == nil || errors.Is(err, fs.ErrNotExist) {
+			keys, err = acl.DefaultACL(public)
+		}
+	}
+	if err != nil {
+		s.log.WarnOnce("acl", "no substitute is authorised: %s: %v", name, err)
+		return nil
+	}
+	if !s.unauthorised && !s.hasForeignKeys(keys) {
+		s.log.WarnOnce("acl", "access control list %s authorises no other machine; substitutes may be unavailable", name)
+	}
+	return keys
+}
+
+// hasForeignKeys tells whether a list has another key than the machine's own.
+func (s *settings) hasForeignKeys(keys *acl.ACL) bool {
+	listed := keys.Keys()
+	if len(listed) != 1 {
+		return len(listed) > 0
+	}
+	text, err := readLimited(filepath.Join(configurationDirectory(), "signing-key.pub"), maxACL)
+	if err != nil {
+		return true
+	}
+	own, err := acl.ParsePublicKey(text)
+	return err != nil || !own.Equal(listed[0])
+}
+
+// readLimited reads a file of at most limit bytes.
+func readLimited(name string, limit int) ([]byte, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, int64(limit)+1))
+	if err == nil && len(b) > limit {
+		err = fmt.Errorf("%s is longer than %d bytes", name, limit)
+	}
+	return b, err
+}

@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"io"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
+)
+
+// memoryLimit is what the garbage collector keeps the heap below where it can, in
+// bytes.
+const memoryLimit = 48 << 20
+
+const substituteUsage = `Usage: guix-substitute-eris substitute --query|--substitute [OPTION]...
+Answer requests of guix-daemon, read from standard input, on file descriptor 4.
+`
+
+// substituteCommand is what the daemon runs.
+func substituteCommand(args []string) int {
+	var s settings
+	flags := flag.NewFlagSet("substitute", flag.ContinueOnError)
+	query := flags.Bool("query", false, "report on the availability of store items")
+	fetch := flags.Bool("substitute", false, "fetch store items")
+	short := flags.Bool("V", false, "show the version, like --version")
+	long := flags.Bool("version", false, "show the version")
+	s.flags(flags)
+	if len(args) == 0 {
+		printUsage(os.Stdout, flags, substituteUsage)
+		return 0
+	}
+	if status, ok := parse(flags, args, substituteUsage); !ok {
+		return status
+	}
+	if *short || *long {
+		return run([]string{"--version"})
+	}
+	if flags.NArg() > 0 || *query == *fetch {
+		return fail("%q: unrecognized options", args)
+	}
+	// Another program may have left something else there.
+	mode, err := unix.FcntlInt(protocol.ReplyDescriptor, unix.F_GETFL, 0)
+	if err != nil || mode&unix.O_ACCMODE == unix.O_RDONLY {
+		return fail("file descriptor %d is not open for replies; to ask by hand, leave out \"substitute\"", protocol.ReplyDescriptor)
+	}
+	unix.CloseOnExec(protocol.ReplyDescriptor)
+	s.load()
+	return s.serve(os.Stdin, protocol.ReplyDescriptor, *query)
+}
+
+const byHandUsage = `Usage: guix-substitute-eris --query [OPTION]... [ITEM]...
+       guix-substitute-eris --substitute [OPTION]... [ITEM DESTINATION]
+Do by hand what guix-daemon has "guix substitute" do. Replies go to standard
+output in the same form. Without arguments, requests are read from standard
+input.
+`
+
+// byHandCommand is for people who look for faults.
+func byHandCommand(args []string) int {
+	var s settings
+	flags := flag.NewFlagSet("", flag.ContinueOnError)
+	query := flags.Bool("query", false, "report on the availability of store items")
+	fetch := flags.Bool("substitute", false, "restore a store item")
+	s.flags(flags)
+	if status, ok := parse(flags, args, byHandUsage); !ok {
+		return status
+	}
+	items := flags.Args()
+	if *query == *fetch || *fetch && len(items) != 0 && len(items) != 2 {
+		return fail("%q: one of --query and --substitute is needed; --substitute takes an item and a destination", args)
+	}
+	s.load()
+	if len(items) == 0 {
+		return s.serve(os.Stdin, 1, *query)
+	}
+	s.showNotes()
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	sub := s.session(*query)
+	defer sub.close()
+	s.showNotes()
+	sub.SetKeys(s.keys())
+	var reply []byte
+	complete := false
+	if *query {
+		records := sub.Info(ctx, items)
+		reply = protocol.AppendInfo(nil, records)
+		complete = len(records) == len(items)
+	} else {
+		unix.Umask(0o022)
+		outcome := sub.Substitute(ctx, items[0], items[1])
+		reply = appendOutcome(nil, outcome)
+		complete = outcome.Status == substitute.Success
+	}
+	if _, err := os.Stdout.Write(reply); err != nil {
+		return fail("%v", err)
+	}
+	if !complete {
+		return 1
+	}
+	return 0
+}
+
+// serve answers requests until there are no more. It does not end earlier,
+// whatever happens: the daemon would take that for a failure of everything.
+func (s *settings) serve(stdin io.Reader, replies int, query bool) int {
+	if !query {
+		unix.Umask(0o022)
+		debug.SetMemoryLimit(memoryLimit)
+	}
+	sub := s.session(query)
+	defer sub.close()
+	cleaned := make(chan struct{})
+	stop := make(chan struct{})
+	go func() {
+		defer close(cleaned)
+		if query && sub.Cache != nil {
+			sub.Cache.Clean(time.Now(), stop)
+		}
+	}()
+	defer func() {
+		close(stop)
+		<-cleaned
+	}()
+	requests := protocol.NewRequests(stdin)
+	for first := true; ; first = false {
+		request, err := requests.Next()
+		var tooLong *protocol.TooLongError
+		switch {
+		case err == io.EOF:
+			return 0
+		case errors.As(err, &tooLong):
+			s.log.Errorf("%v", err)
+		case err != nil:
+			return fail("%v", err)
+		}
+		s.showNotes()
+		if first || !query {
+			sub.SetKeys(s.keys())
+		}
+		reply := s.answer(sub, request, query)
+		if err := writeAll(replies, reply); err != nil {
+			return fail("cannot reply: %v", err)
+		}
+	}
+}
+
+// answer returns the reply to a request; there is one whatever happens.
+func (s *settings) answer(sub *session, request protocol.Request, query bool) (reply []byte) {
+	defer func() {
+		if fault := recover(); fault != nil {
+			s.log.Errorf("internal error: %v: %s", fault, debug.Stack())
+			reply = noReply(query)
+		}
+	}()
+	ctx := context.Background()
+	arguments := request.Arguments
+	switch {
+	case query && request.Command == "have":
+		return protocol.AppendHave(nil, sub.Have(ctx, arguments))
+	case query && request.Command == "info":
+		return protocol.AppendInfo(nil, sub.Info(ctx, arguments))
+	case !query && request.Command == "substitute" && len(arguments) == 2:
+		return appendOutcome(nil, sub.Substitute(ctx, arguments[0], arguments[1]))
+	}
+	s.log.Errorf("request %.200q with %d arguments is not understood", request.Command, len(arguments))
+	return noReply(query)
+}
+
+// noReply is the reply that says nothing is available.
+func noReply(query bool) []byte {
+	if query {
+		return protocol.AppendHave(nil, nil)
+	}
+	return protocol.AppendNotFound(nil)
+}
+
+func appendOutcome(dst []byte, o substitute.Outcome) []byte {
+	switch o.Status {
+	case substitute.Success:
+		return protocol.AppendSuccess(dst, o.NarHash, o.NarSize)
+	case substitute.HashMismatch:
+		return protocol.AppendHashMismatch(dst, o.Expected, o.Actual)
+	}
+	return protocol.AppendNotFound(dst)
+}
+
+// writeAll writes a reply, with a single write unless the pipe takes less.
+func writeAll(fd int, b []byte) error {
+	for len(b) > 0 {
+		n, err := unix.Write(fd, b)
+		switch err {
+		case nil:
+			b = b[n:]
+		case unix.EINTR:
+		case unix.EAGAIN:
+			unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, -1)
+		default:
+			return err
+		}
+	}
+	return nil
+}

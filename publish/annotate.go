@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package publish
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+)
+
+// AnnotatorOptions say what an [Annotator] serves.
+type AnnotatorOptions struct {
+	// Upstream is the substitute URL of the server whose narinfos are passed on.
+	Upstream string
+	// StoreDir is the store directory; Root is where it is, if not there.
+	StoreDir, Root string
+	// Capabilities finds the read capabilities of items of the store.
+	Capabilities *Capabilities
+	// WaitFor is that of [ServerOptions].
+	WaitFor uint64
+	// Log is where messages go.
+	Log func(format string, a ...any)
+}
+
+// An Annotator passes on the narinfos of another server, unchanged but for a
+// field ERIS below the signature of each item that is in the local store with the
+// same contents. It needs no key: whoever uses the capability checks what it gets
+// against the NarHash that the other server has signed. Nars are redirected to that
+// server. It is an http.Handler.
+type Annotator struct {
+	o        AnnotatorOptions
+	upstream *url.URL
+	client   *http.Client
+}
+
+// upstreamTimeout bounds the time for a narinfo.
+const upstreamTimeout = 30 * time.Second
+
+// NewAnnotator returns an annotator; the error is about its options.
+func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
+	u, err := url.Parse(o.Upstream)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
+		return nil, fmt.Errorf("%q is not the URL of a substitute server", o.Upstream)
+	}
+	if o.Root == "" {
+		o.Root = o.StoreDir
+	}
+	u.Path = strings.TrimSuffix(u.Path, "/")
+	return &Annotator{o: o, upstream: u, client: &http.Client{
+		Timeout: upstreamTimeout,
+		// Narinfos are not redirected; who is would be sent elsewhere himself.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}}, nil
+}
+
+// ServeHTTP implements http.Handler.
+func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if r.Method != http.MethodGet {
+		http.NotFound(w, r)
+		return
+	}
+	there := *a.upstream
+	there.Path, there.RawPath = a.upstream.Path+r.URL.Path, ""
+	if raw := a.upstream.EscapedPath() + r.URL.EscapedPath(); raw != there.Path {
+		there.RawPath = raw
+	}
+	there.RawQuery = r.URL.RawQuery
+	hashPart, ok := strings.CutSuffix(strings.TrimPrefix(r.URL.Path, "/"), ".narinfo")
+	if !ok || len(hashPart) != 32 {
+		http.Redirect(w, r, there.String(), http.StatusFound)
+		return
+	}
+	request, err := http.NewRequestWithContext(r.Context(), http.MethodGet, there.String(), nil)
+	if err != nil {
+		http.NotFound(w, r)
+		return
+	}
+	response, err := a.client.Do(request)
+	if err != nil {
+		a.o.Log("%v", err)
+		http.Error(w, "no answer from "+a.upstream.Host, http.StatusBadGateway)
+		return
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(io.LimitReader(response.Body, narinfo.MaxSize+1))
+	if err != nil || len(text) > narinfo.MaxSize {
+		http.Error(w, "bad answer from "+a.upstream.Host, http.StatusBadGateway)
+		return
+	}
+	for _, name := range []string{"Content-Type", "Cache-Control", "X-Baking"} {
+		if value := response.Header.Get(name); value != "" {
+			w.Header().Set(name, value)
+		}
+	}
+	if response.StatusCode == http.StatusOK {
+		annotated, complete := a.annotate(r.Context(), text)
+		text = annotated
+		if !complete {
+			maxAge(w, temporaryTTL)
+		}
+	}
+	w.WriteHeader(response.StatusCode)
+	w.Write(text)
+}
+
+// annotate adds a capability to a narinfo if there is one. It is not complete if
+// there will be one soon.
+func (a *Annotator) annotate(ctx context.Context, text []byte) (annotated []byte, complete bool) {
+	n, err := narinfo.Parse(text)
+	if err != nil || n.CheckHash() != nil || len(n.ERIS) > 0 || narinfo.CheckStorePath(a.o.StoreDir, n.StorePath) != nil {
+		return text, true
+	}
+	path := filepath.Join(a.o.Root, filepath.Base(n.StorePath))
+	c, known := a.o.Capabilities.Known(path, n.NarDigest)
+	if !known {
+		if _, err := os.Lstat(path); err != nil {
+			return text, true
+		}
+		if n.NarSize > a.o.WaitFor {
+			a.o.Capabilities.FindLater(path, n.NarDigest)
+			return text, false
+		}
+		if c, err = a.o.Capabilities.Find(ctx, path, n.NarDigest); err != nil {
+			// What is in the store here was built here, perhaps, and is different.
+			a.o.Log("%v", err)
+			return text, true
+		}
+	}
+	// The record ends at an empty line.
+	body := strings.TrimRight(string(text), "\n")
+	return []byte(body + "\nERIS: " + c.URN() + "\n"), true
+}

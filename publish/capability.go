@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package publish
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/singleflight"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+)
+
+// An Encoding is a file tree that has been encoded.
+type Encoding struct {
+	// Capability denotes the tree as ERIS-FS, or, if Form is "nar", its archive.
+	Capability eris.ReadCapability
+	// Form is "eris-fs" or "nar".
+	Form string
+	// NarHash is the SHA-256 of the archive, and NarSize its length in bytes.
+	NarHash [sha256.Size]byte
+	NarSize uint64
+	// Files is the number of files and links of the tree; 0 for an archive.
+	Files int
+}
+
+// Encode encodes the file tree at path, which may be a single file, and puts its
+// blocks into sink; nil is nowhere. A tree that ERIS-FS cannot express, because it
+// has empty directories or names that are not UTF-8, is encoded as the archive
+// that it makes, so that each store item has a capability. The zero secret is that
+// of everything that is published.
+func Encode(ctx context.Context, path string, sink eris.Sink, secret eris.ConvergenceSecret) (Encoding, error) {
+	tree := nar.NewTree(path)
+	defer tree.Close()
+	r, err := erisfs.Encode(ctx, tree, sink, erisfs.EncodeOptions{Secret: secret})
+	if err == nil {
+		return Encoding{r.Capability, "eris-fs", r.NarHash, r.NarSize, len(r.Index.Entries())}, nil
+	}
+	if !errors.Is(err, erisfs.ErrNotRepresentable) {
+		return Encoding{}, fmt.Errorf("encoding %s: %w", path, err)
+	}
+	e, err := encodeArchive(ctx, path, sink, secret)
+	if err != nil {
+		return Encoding{}, fmt.Errorf("encoding %s: %w", path, err)
+	}
+	return e, nil
+}
+
+// encodeArchive encodes the archive of a tree.
+func encodeArchive(ctx context.Context, path string, sink eris.Sink, secret eris.ConvergenceSecret) (Encoding, error) {
+	e := Encoding{Form: "nar"}
+	r, w := io.Pipe()
+	hash := sha256.New()
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		tree := nar.NewTree(path)
+		defer tree.Close()
+		n, err := nar.Write(io.MultiWriter(hash, w), tree)
+		e.NarSize = uint64(n)
+		w.CloseWithError(err)
+		return err
+	})
+	group.Go(func() error {
+		var err error
+		e.Capability, err = eris.Encode(ctx, r, sink, eris.EncodeOptions{Secret: secret})
+		r.CloseWithError(err) // a writer that is under way ends
+		return err
+	})
+	if err := group.Wait(); err != nil {
+		return Encoding{}, err
+	}
+	hash.Sum(e.NarHash[:0])
+	return e, nil
+}
+
+// Capabilities finds the read capabilities of store items: from a directory of
+// those that are known, or by encoding them. It is safe for concurrent use.
+type Capabilities struct {
+	directory string
+	store     fetch.Store // nil: blocks are kept nowhere
+	log       func(format string, a ...any)
+
+	flight  singleflight.Group
+	workers chan struct{}
+	wait    sync.WaitGroup
+	ctx     context.Context
+	stop    context.CancelFunc
+
+	mu     sync.Mutex
+	known  map[string]known
+	failed map[string]failure // by path and hash
+}
+
+// failure is why an item could not be encoded, and until when that need not be
+// tried again.
+type failure struct {
+	err   error
+	until time.Time
+}
+
+const (
+	// retryAfter is when an item is tried again that could not be encoded; one
+	// with other contents than it should have is not for long.
+	retryAfter      = time.Minute
+	retryOtherAfter = 24 * time.Hour
+)
+
+// known is what is on disk of an item, as JSON.
+type known struct {
+	StorePath string `json:"storePath"`
+	NarHash   string `json:"narHash"` // in hexadecimal
+	URN       string `json:"urn"`
+	// Store names the store that has the blocks; empty for none.
+	Store string `json:"store"`
+}
+
+// maxKnown is how many capabilities are kept in memory.
+const maxKnown = 100000
+
+// NewCapabilities returns the capabilities that directory knows; it is created
+// when there is something to keep. Blocks of items that are encoded are put into
+// store; nil is nowhere. Messages go to log. Close must be called at the end.
+func NewCapabilities(directory string, store fetch.Store, log func(format string, a ...any)) *Capabilities {
+	ctx, stop := context.WithCancel(context.Background())
+	return &Capabilities{
+		directory: directory, store: store, log: log,
+		workers: make(chan struct{}, runtime.GOMAXPROCS(0)),
+		ctx:     ctx, stop: stop,
+		known: map[string]known{}, failed: map[string]failure{},
+	}
+}
+
+// Close ends what goes on in the background, and waits for it.
+func (c *Capabilities) Close() {
+	c.stop()
+	c.wait.Wait()
+}
+
+// storeName tells stores apart without naming them: a store's URL may be secret.
+func (c *Capabilities) storeName() string {
+	if c.store == nil {
+		return ""
+	}
+	sum := sha256.Sum256([]byte(c.store.String()))
+	return fmt.Sprintf("%x", sum[:16])
+}
+
+// Known returns the capability of a store item with the given NarHash if it need
+// not be computed.
+func (c *Capabilities) Known(path string, narHash [sha256.Size]byte) (eris.ReadCapability, bool) {
+	name := filepath.Base(path)
+	c.mu.Lock()
+	k, ok := c.known[name]
+	c.mu.Unlock()
+	if !ok {
+		text, err := os.ReadFile(c.file(name))
+		if err != nil || json.Unmarshal(text, &k) != nil {
+			return eris.ReadCapability{}, false
+		}
+		c.remember(name, k)
+	}
+	if k.StorePath != path || k.NarHash != fmt.Sprintf("%x", narHash) || c.store != nil && k.Store != c.storeName() {
+		return eris.ReadCapability{}, false
+	}
+	capability, err := eris.ParseURN(k.URN)
+	return capability, err == nil
+}
+
+func (c *Capabilities) file(name string) string {
+	hashPart, _, _ := strings.Cut(name, "-")
+	return filepath.Join(c.directory, hashPart+".json")
+}
+
+func (c *Capabilities) remember(name string, k known) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.known) == maxKnown {
+		clear(c.known)
+	}
+	c.known[name] = k
+}
+
+// Find returns the capability of a store item, encoding the item if need be. The
+// item's archive must have the hash narHash. Several calls for an item encode it
+// once, and no more items are encoded at a time than there are cores.
+func (c *Capabilities) Find(ctx context.Context, path string, narHash [sha256.Size]byte) (eris.ReadCapability, error) {
+	if capability, ok := c.Known(path, narHash); ok {
+		return capability, nil
+	}
+	key := fmt.Sprintf("%s %x", path, narHash)
+	c.mu.Lock()
+	f := c.failed[key]
+	c.mu.Unlock()
+	if time.Now().Before(f.until) {
+		return eris.ReadCapability{}, f.err
+	}
+	result := c.flight.DoChan(key, func() (any, error) {
+		select {
+		case c.workers <- struct{}{}:
+			defer func() { <-c.workers }()
+		case <-c.ctx.Done():
+			return nil, c.ctx.Err()
+		}
+		capability, err := c.encode(path, narHash)
+		if err != nil && c.ctx.Err() == nil {
+			f := failure{err, time.Now().Add(retryAfter)}
+			if errors.Is(err, errOtherContents) {
+				f.until = time.Now().Add(retryOtherAfter)
+			}
+			c.mu.Lock()
+			if len(c.failed) == maxKnown {
+				clear(c.failed)
+			}
+			c.failed[key] = f
+			c.mu.Unlock()
+		}
+		return capability, err
+	})
+	select {
+	case r := <-result:
+		if r.Err != nil {
+			return eris.ReadCapability{}, r.Err
+		}
+		return r.Val.(eris.ReadCapability), nil
+	case <-ctx.Done():
+		return eris.ReadCapability{}, ctx.Err()
+	}
+}
+
+// FindLater has an item encoded in the background.
+func (c *Capabilities) FindLater(path string, narHash [sha256.Size]byte) {
+	c.wait.Go(func() {
+		if _, err := c.Find(c.ctx, path, narHash); err != nil && c.ctx.Err() == nil {
+			c.log("%v", err)
+		}
+	})
+}
+
+// errOtherContents is an item that is not what it should be.
+var errOtherContents = errors.New("other contents than the narinfo says")
+
+func (c *Capabilities) encode(path string, narHash [sha256.Size]byte) (eris.ReadCapability, error) {
+	var sink eris.Sink
+	var pipeline *fetch.Pipeline
+	if c.store != nil {
+		pipeline = fetch.NewPipeline(c.store)
+		sink = pipeline
+	}
+	e, err := Encode(c.ctx, path, sink, eris.ConvergenceSecret{})
+	if pipeline != nil {
+		// Nobody may hear of blocks that are not stored.
+		if err2 := pipeline.Flush(); err == nil && err2 != nil {
+			err = fmt.Errorf("storing the blocks of %s: %w", path, err2)
+		}
+	}
+	if err != nil {
+		return eris.ReadCapability{}, err
+	}
+	if e.NarHash != narHash {
+		return eris.ReadCapability{}, fmt.Errorf("%s: %w: hash %x instead of %x", path, errOtherContents, e.NarHash, narHash)
+	}
+	k := known{path, fmt.Sprintf("%x", narHash), e.Capability.URN(), c.storeName()}
+	c.remember(filepath.Base(path), k)
+	if err := c.write(filepath.Base(path), k); err != nil {
+		c.log("the capability of %s cannot be kept: %v", path, err)
+	}
+	return e.Capability, nil
+}
+
+// write keeps a capability on disk.
+func (c *Capabilities) write(name string, k known) error {
+	text, err := json.Marshal(k)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(c.directory, 0o755); err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(c.directory, ".new-")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(append(text, '\n'))
+	if err2 := f.Close(); err == nil {
+		err = err2
+	}
+	if err == nil {
+		err = os.Rename(f.Name(), c.file(name))
+	}
+	if err != nil {
+		os.Remove(f.Name())
+	}
+	return err
+}

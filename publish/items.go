@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package publish
+
+import (
+	"bytes"
+	"context"
+	"database/sql"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+
+	_ "modernc.org/sqlite" // the driver of the daemon's database
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+)
+
+// Items knows what is in a store. It is safe for concurrent use.
+type Items interface {
+	// Item returns the item whose file name has the given hash part. The error
+	// wraps [ErrNoItem] if there is none.
+	Item(ctx context.Context, hashPart string) (*narinfo.Narinfo, error)
+}
+
+// ErrNoItem is returned for a store item that there is not.
+var ErrNoItem = errors.New("no such store item")
+
+// A Database is the database of guix-daemon as [Items].
+type Database struct {
+	db    *sql.DB
+	store string
+}
+
+// OpenDatabase opens the daemon's database (usually /var/guix/db/db.sqlite) for
+// reading. store is the store directory without a slash at its end. Close must be
+// called at the end.
+func OpenDatabase(name, store string) (*Database, error) {
+	if _, err := os.Stat(name); err != nil {
+		return nil, err
+	}
+	// The daemon may hold the database for a moment.
+	source := url.URL{Scheme: "file", Opaque: (&url.URL{Path: name}).EscapedPath(), RawQuery: "mode=ro&_pragma=busy_timeout(10000)&_pragma=query_only(1)"}
+	db, err := sql.Open("sqlite", source.String())
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	var n int
+	if err := db.QueryRow("SELECT count(*) FROM (SELECT id FROM ValidPaths LIMIT 1)").Scan(&n); err != nil {
+		db.Close()
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return &Database{db, store}, nil
+}
+
+// Close closes the database.
+func (d *Database) Close() error { return d.db.Close() }
+
+// Item implements [Items] (Guix, nix/libstore/local-store.cc: queryPathInfo and
+// queryPathFromHashPart).
+func (d *Database) Item(ctx context.Context, hashPart string) (*narinfo.Narinfo, error) {
+	prefix := d.store + "/" + hashPart
+	var id int64
+	var path, hash string
+	var deriver sql.NullString
+	var size sql.NullInt64
+	row := d.db.QueryRowContext(ctx, "SELECT id, path, hash, deriver, narSize FROM ValidPaths WHERE path >= ? ORDER BY path LIMIT 1", prefix)
+	err := row.Scan(&id, &path, &hash, &deriver, &size)
+	if errors.Is(err, sql.ErrNoRows) || err == nil && !strings.HasPrefix(path, prefix+"-") {
+		return nil, fmt.Errorf("%w: %s", ErrNoItem, prefix)
+	} else if err != nil {
+		return nil, fmt.Errorf("looking %s up: %w", prefix, err)
+	}
+	n := &narinfo.Narinfo{StorePath: path, NarSize: uint64(size.Int64), NarSizeKnown: size.Int64 > 0}
+	digest, ok := strings.CutPrefix(hash, "sha256:")
+	b, err := hex.DecodeString(digest)
+	if !ok || err != nil || len(b) != len(n.NarDigest) {
+		return nil, fmt.Errorf("%s has the hash %.100q in the database, which is no SHA-256", path, hash)
+	}
+	copy(n.NarDigest[:], b)
+	if deriver.String != "" {
+		n.Deriver = filepath.Base(deriver.String)
+	}
+	rows, err := d.db.QueryContext(ctx, "SELECT path FROM Refs JOIN ValidPaths ON reference = id WHERE referrer = ? ORDER BY path", id)
+	if err != nil {
+		return nil, fmt.Errorf("looking the references of %s up: %w", path, err)
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var ref string
+		if err := rows.Scan(&ref); err != nil {
+			return nil, fmt.Errorf("looking the references of %s up: %w", path, err)
+		}
+		n.References = append(n.References, filepath.Base(ref))
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("looking the references of %s up: %w", path, err)
+	}
+	return n, nil
+}
+
+// A Directory is a directory of narinfos, named HASH.narinfo, as [Items]: what a
+// server has once said about items that are in a store.
+type Directory string
+
+// Item implements [Items].
+func (d Directory) Item(_ context.Context, hashPart string) (*narinfo.Narinfo, error) {
+	name := filepath.Join(string(d), hashPart+".narinfo")
+	text, err := os.ReadFile(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: %s", ErrNoItem, hashPart)
+	} else if err != nil {
+		return nil, err
+	}
+	n, err := narinfo.Parse(text)
+	if err == nil {
+		err = n.CheckHash()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return n, nil
+}
+
+// A Manifest is a list of items as [Items].
+type Manifest map[string]*narinfo.Narinfo
+
+// ParseManifest reads a manifest: records like those of narinfos, separated by
+// empty lines, with the fields StorePath and References and, if they are known,
+// NarHash, NarSize and Deriver. What is not known of an item is found out when the
+// item is published.
+func ParseManifest(text []byte) (Manifest, error) {
+	m := Manifest{}
+	for i, record := range bytes.Split(text, []byte("\n\n")) {
+		record = bytes.TrimLeft(record, "\n")
+		if len(record) == 0 {
+			continue
+		}
+		// A narinfo says where the nar is too.
+		record = append(bytes.TrimRight(record, "\n"), "\nURL: x\nCompression: none\n"...)
+		n, err := narinfo.Parse(record)
+		if err == nil && n.NarHash != "" {
+			err = n.CheckHash()
+		}
+		if err != nil {
+			return nil, fmt.Errorf("record %d of the manifest: %w", i+1, err)
+		}
+		hashPart, _, _ := strings.Cut(filepath.Base(n.StorePath), "-")
+		m[hashPart] = n
+	}
+	return m, nil
+}
+
+// Item implements [Items].
+func (m Manifest) Item(_ context.Context, hashPart string) (*narinfo.Narinfo, error) {
+	if n := m[hashPart]; n != nil {
+		return n, nil
+	}
+	return nil, fmt.Errorf("%w: %s", ErrNoItem, hashPart)
+}

@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package publish is the side that gives: it turns store items into read
+// capabilities and blocks, and serves signed narinfos and nars over HTTP, in the
+// layout of "guix publish" with the field ERIS in addition. Start with
+// [NewServer]; [Encode] encodes a single tree; [Annotator] adds read
+// capabilities to the narinfos of another server.
+package publish
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+)
+
+// ServerOptions say what a [Server] serves.
+type ServerOptions struct {
+	// StoreDir is the store directory that narinfos name, without a slash at its
+	// end; Root is where it is, if not there.
+	StoreDir, Root string
+	// Items knows what is in the store.
+	Items Items
+	// Key signs narinfos; nil leaves them unsigned.
+	Key *acl.SigningKey
+	// Host is the name in signatures.
+	Host string
+	// Capabilities finds read capabilities; nil leaves the field ERIS out.
+	Capabilities *Capabilities
+	// WaitFor is the length in bytes of the largest archive of an item that a
+	// request waits to be encoded for. The capability of a larger one is in the
+	// narinfo when it has been computed; until then the narinfo, without it, is
+	// to be kept for a minute only.
+	WaitFor uint64
+	// Compressions are the ways in which nars are offered, in this order: none,
+	// gzip and zstd.
+	Compressions []string
+	// TTL is for how long narinfos may be kept; 0 does not say.
+	TTL time.Duration
+	// Log is where messages go.
+	Log func(format string, a ...any)
+}
+
+// A Server serves narinfos and nars. It is an http.Handler.
+type Server struct {
+	o   ServerOptions
+	mux *http.ServeMux
+}
+
+// temporaryTTL is for how long a narinfo may be kept that will say more soon.
+const temporaryTTL = time.Minute
+
+// NewServer returns a server, or an error for options that make no sense.
+func NewServer(o ServerOptions) (*Server, error) {
+	if o.Root == "" {
+		o.Root = o.StoreDir
+	}
+	if len(o.Compressions) == 0 {
+		o.Compressions = []string{"zstd", "gzip"}
+	}
+	for _, c := range o.Compressions {
+		if c != "none" && c != "gzip" && c != "zstd" {
+			return nil, fmt.Errorf("nars cannot be compressed with %q; none, gzip and zstd are known", c)
+		}
+	}
+	s := &Server{o: o, mux: http.NewServeMux()}
+	s.mux.HandleFunc("GET /{$}", s.welcome)
+	s.mux.HandleFunc("GET /nix-cache-info", s.cacheInfo)
+	s.mux.HandleFunc("GET /signing-key.pub", s.signingKey)
+	s.mux.HandleFunc("GET /{name}", s.narinfo)
+	s.mux.HandleFunc("GET /nar/{item}", func(w http.ResponseWriter, r *http.Request) { s.nar(w, r, "none") })
+	s.mux.HandleFunc("GET /nar/gzip/{item}", func(w http.ResponseWriter, r *http.Request) { s.nar(w, r, "gzip") })
+	s.mux.HandleFunc("GET /nar/zstd/{item}", func(w http.ResponseWriter, r *http.Request) { s.nar(w, r, "zstd") })
+	return s, nil
+}
+
+// ServeHTTP implements http.Handler.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if r.Method != http.MethodGet {
+		http.NotFound(w, r) // as "guix publish" has it
+		return
+	}
+	s.mux.ServeHTTP(w, r)
+}
+
+func (s *Server) welcome(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	fmt.Fprintf(w, "Substitutes for GNU Guix, with ERIS read capabilities.\nThe key that signs them is at signing-key.pub.\n")
+}
+
+func (s *Server) cacheInfo(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Content-Type", "text/plain")
+	fmt.Fprintf(w, "StoreDir: %s\nWantMassQuery: 0\nPriority: 100\n", s.o.StoreDir)
+}
+
+func (s *Server) signingKey(w http.ResponseWriter, r *http.Request) {
+	if s.o.Key == nil {
+		http.NotFound(w, r)
+		return
+	}
+	w.Header().Set("Content-Type", "text/plain")
+	io.WriteString(w, s.o.Key.PublicKey().Text())
+}
+
+// maxAge says for how long an answer may be kept.
+func maxAge(w http.ResponseWriter, d time.Duration) {
+	if d > 0 {
+		w.Header().Set("Cache-Control", fmt.Sprintf("max-age=%d", d/time.Second))
+	}
+}
+
+func (s *Server) narinfo(w http.ResponseWriter, r *http.Request) {
+	hashPart, ok := strings.CutSuffix(r.PathValue("name"), ".narinfo")
+	if !ok || len(hashPart) != 32 {
+		http.NotFound(w, r)
+		return
+	}
+	item, err := s.item(r.Context(), hashPart)
+	if err != nil {
+		s.failed(w, r, err)
+		return
+	}
+	text, complete, err := s.text(r.Context(), item)
+	if err != nil {
+		s.failed(w, r, err)
+		return
+	}
+	ttl := s.o.TTL
+	if !complete {
+		ttl = temporaryTTL
+	}
+	maxAge(w, ttl)
+	w.Header().Set("Content-Type", "application/x-nix-narinfo")
+	io.WriteString(w, text)
+}
+
+// item looks an item up and completes what is known of it.
+func (s *Server) item(ctx context.Context, hashPart string) (*narinfo.Narinfo, error) {
+	n, err := s.o.Items.Item(ctx, hashPart)
+	if err != nil {
+		return nil, err
+	}
+	if err := n.CheckItem(s.o.StoreDir, n.StorePath); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrNoItem, err)
+	}
+	if _, err := os.Lstat(s.file(n.StorePath)); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrNoItem, err)
+	}
+	if n.NarDigest == [sha256.Size]byte{} || !n.NarSizeKnown {
+		clone := *n
+		h := sha256.New()
+		size, err := nar.Write(h, nar.NewTree(s.file(n.StorePath)))
+		if err != nil {
+			return nil, err
+		}
+		h.Sum(clone.NarDigest[:0])
+		clone.NarSize, clone.NarSizeKnown, clone.NarHash = uint64(size), true, ""
+		n = &clone
+	}
+	return n, nil
+}
+
+// file is where a store item is.
+func (s *Server) file(path string) string { return filepath.Join(s.o.Root, filepath.Base(path)) }
+
+// text makes the narinfo of an item. It is not complete if there will be more in
+// it soon.
+func (s *Server) text(ctx context.Context, item *narinfo.Narinfo) (text string, complete bool, err error) {
+	n := &narinfo.Narinfo{
+		StorePath: item.StorePath, NarDigest: item.NarDigest, NarSize: item.NarSize,
+		References: item.References, Deriver: item.Deriver,
+	}
+	complete = true
+	if s.o.Capabilities != nil {
+		path := s.file(item.StorePath)
+		switch c, ok := s.o.Capabilities.Known(path, item.NarDigest); {
+		case ok:
+			n.ERIS = []narinfo.ERIS{{URN: c.URN()}}
+		case item.NarSize > s.o.WaitFor:
+			s.o.Capabilities.FindLater(path, item.NarDigest)
+			complete = false
+		default:
+			c, err := s.o.Capabilities.Find(ctx, path, item.NarDigest)
+			if err != nil {
+				// The nar can still be had.
+				s.o.Log("%v", err)
+				complete = false
+			} else {
+				n.ERIS = []narinfo.ERIS{{URN: c.URN()}}
+			}
+		}
+	}
+	part, err := narinfo.SignedPart(n)
+	if err != nil {
+		return "", false, err
+	}
+	signature := ""
+	if s.o.Key != nil {
+		if signature, err = s.o.Key.Sign(sha256.Sum256([]byte(part)), s.o.Host); err != nil {
+			return "", false, err
+		}
+	}
+	text, err = narinfo.Text(part, signature, s.urls(item))
+	return text, complete, err
+}
+
+// urls are the places of the nar of an item.
+func (s *Server) urls(item *narinfo.Narinfo) []narinfo.URL {
+	name := strings.ReplaceAll(url.PathEscape(filepath.Base(item.StorePath)), "+", "%2B")
+	var urls []narinfo.URL
+	for _, c := range s.o.Compressions {
+		u := narinfo.URL{URL: "nar/" + c + "/" + name, Compression: c}
+		if c == "none" {
+			u = narinfo.URL{URL: "nar/" + name, Compression: c, FileSize: item.NarSize, SizeKnown: true}
+		}
+		urls = append(urls, u)
+	}
+	return urls
+}
+
+// nar serves an item's nar; it is compressed on the way.
+func (s *Server) nar(w http.ResponseWriter, r *http.Request, compression string) {
+	name := r.PathValue("item")
+	if err := narinfo.CheckStoreName(name); err != nil {
+		http.NotFound(w, r)
+		return
+	}
+	item, err := s.o.Items.Item(r.Context(), name[:32])
+	if err == nil && item.StorePath != s.o.StoreDir+"/"+name {
+		err = fmt.Errorf("%w: %s", ErrNoItem, name)
+	}
+	if err != nil {
+		s.failed(w, r, err)
+		return
+	}
+	path := s.file(item.StorePath)
+	if _, err := os.Lstat(path); err != nil {
+		s.failed(w, r, fmt.Errorf("%w: %w", ErrNoItem, err))
+		return
+	}
+	w.Header().Set("Content-Type", "application/x-nix-archive")
+	maxAge(w, s.o.TTL)
+	tree := nar.NewTree(path)
+	defer tree.Close()
+	switch compression {
+	case "gzip":
+		var z *gzip.Writer
+		if z, err = gzip.NewWriterLevel(w, 3); err == nil {
+			_, err = nar.Write(z, tree)
+			err = errors.Join(err, z.Close())
+		}
+	case "zstd":
+		var z *zstd.Encoder
+		if z, err = zstd.NewWriter(w, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(1<<20)); err == nil {
+			_, err = nar.Write(z, tree)
+			err = errors.Join(err, z.Close())
+		}
+	default:
+		if item.NarSizeKnown {
+			w.Header().Set("Content-Length", fmt.Sprint(item.NarSize))
+		}
+		_, err = nar.Write(w, tree)
+	}
+	if err != nil {
+		if r.Context().Err() == nil {
+			s.o.Log("nar of %s: %v", path, err)
+		}
+		panic(http.ErrAbortHandler) // the client must see that it is not whole
+	}
+}
+
+// failed answers a request for something that cannot be had.
+func (s *Server) failed(w http.ResponseWriter, r *http.Request, err error) {
+	if errors.Is(err, ErrNoItem) {
+		http.NotFound(w, r)
+		return
+	}
+	s.o.Log("%s: %v", r.URL.Path, err)
+	http.Error(w, "internal error", http.StatusInternalServerError)
+}
