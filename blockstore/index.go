@@ -13,6 +13,7 @@ import (
 	"runtime/debug"
 
 	"go.etcd.io/bbolt"
+	bbolterrors "go.etcd.io/bbolt/errors"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 )
@@ -180,7 +181,7 @@ func openIndex(path string) (*bbolt.DB, error) {
 		return err
 	})
 	if err != nil {
-		if errors.Is(err, bbolt.ErrInvalid) || errors.Is(err, bbolt.ErrChecksum) || errors.Is(err, bbolt.ErrVersionMismatch) {
+		if errors.Is(err, bbolterrors.ErrInvalid) || errors.Is(err, bbolterrors.ErrChecksum) || errors.Is(err, bbolterrors.ErrVersionMismatch) {
 			err = fmt.Errorf("%w: %w", ErrDamaged, err)
 		}
 		return nil, err

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"go.etcd.io/bbolt"
+	bbolterrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sync/semaphore"
 )
 
@@ -231,7 +232,7 @@ func clock() uint32 {
 
 // readable turns the errors of files and databases that have been closed into ErrClosed.
 func readable(err error) error {
-	if errors.Is(err, os.ErrClosed) || errors.Is(err, bbolt.ErrDatabaseNotOpen) {
+	if errors.Is(err, os.ErrClosed) || errors.Is(err, bbolterrors.ErrDatabaseNotOpen) {
 		return ErrClosed
 	}
 	return err

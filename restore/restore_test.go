@@ -183,8 +183,11 @@ func TestWritable(t *testing.T) {
 		t.Error("the restored tree is another one")
 	}
 	err := filepath.WalkDir(d+"/copy", func(path string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
 		info, err := os.Lstat(path)
-		if err == nil && info.Mode().Perm()&0o200 == 0 || info.ModTime().Unix() == 1 {
+		if err == nil && (info.Mode().Perm()&0o200 == 0 || info.ModTime().Unix() == 1) {
 			t.Errorf("%s: %v, %v", path, info.Mode(), info.ModTime())
 		}
 		return err

@@ -30,13 +30,12 @@ type backendStore interface {
 
 // testServer is a server that can be restarted at the same address.
 type testServer struct {
-	tb       testing.TB
-	network  string
-	address  string // set by the first start
-	tls      *tls.Config
-	access   coapserver.Access
-	resource []coapserver.Resource
-	config   coapserver.Config
+	tb      testing.TB
+	network string
+	address string // set by the first start
+	tls     *tls.Config
+	access  coapserver.Access
+	config  coapserver.Config
 
 	mu     sync.Mutex
 	server *coapserver.Server

@@ -434,11 +434,11 @@ func TestGetInParts(t *testing.T) {
 		{"all in the first, BERT", wire.BERT, 32 * 1024, eris.BlockSize32KiB, 1},
 	} {
 		t.Run(v.name, func(t *testing.T) {
-			ref, block := newBlock(v.size, 1)
+			_, block := newBlock(v.size, 1)
 			for i := range block {
 				block[i] = byte(i / 16 * 7)
 			}
-			ref = eris.Sum(block)
+			ref := eris.Sum(block)
 			var requests atomic.Int32
 			store := openPeer(t, coap.Options{}, func(_ int, p *peer) {
 				p.write(csm)

@@ -34,8 +34,6 @@ const (
 	maxDepth = 16
 	// maxCapabilities is how many read capabilities are kept.
 	maxCapabilities = 1 << 16
-	// headSize is the greatest size of a head in bytes.
-	headSize = 9
 )
 
 // FormatError says where a dump is not a dump.

@@ -24,7 +24,6 @@ var (
 	errOptionNumber    = errors.New("CoAP option number is above 65535")
 	errEmptyPayload    = errors.New("CoAP payload marker without a payload")
 	errUintLength      = errors.New("CoAP option is too long for a number")
-	errBlockReserved   = errors.New("CoAP block size is reserved")
 	errCSMOption       = errors.New("CoAP capability message has an unknown critical option")
 	errMessageTooShort = errors.New("CoAP message is too short")
 	errVersion         = errors.New("CoAP version is not 1")

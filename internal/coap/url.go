@@ -47,7 +47,7 @@ var (
 	errURLEscape   = errors.New("wrong percent-encoding")
 	errURLHost     = errors.New("wrong host")
 	errURLPort     = errors.New("wrong port")
-	errURLPath     = errors.New("path is too long or has a segment that is . or ..")
+	errURLPath     = errors.New("path is too long or leads upwards by a segment of dots")
 	errURLQuery    = errors.New("query may have the elements get and put only")
 	errURLSocket   = errors.New("path of the socket must be absolute and have at most 107 bytes")
 )

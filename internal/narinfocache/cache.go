@@ -50,6 +50,7 @@ type Cache struct {
 	failed  error             // of writing, since the last PutLater
 	writer  sync.WaitGroup
 	writing bool
+	written *sync.Cond // told when one of pending has been written
 }
 
 // later is an entry that waits to be written.
@@ -83,7 +84,9 @@ func Open(directory string) (*Cache, error) {
 	if err := os.MkdirAll(directory, 0o755); err != nil {
 		return nil, err
 	}
-	return &Cache{directory: directory, servers: map[string]string{}, pending: map[string]*later{}}, nil
+	c := &Cache{directory: directory, servers: map[string]string{}, pending: map[string]*later{}}
+	c.written = sync.NewCond(&c.mu)
+	return c, nil
 }
 
 // Close waits until everything is written.
@@ -177,16 +180,17 @@ func decode(b []byte, now time.Time) (Entry, bool) {
 	return e, true
 }
 
-// PutLater stores an entry without waiting for the disk, for creating a file can
-// take longer than getting what is in it. The entry is there for Get at once. The
-// error is that of an earlier entry; the caller must not change e.Narinfo.
+// PutLater stores an entry without waiting for the disk, unless much is waiting
+// already, for creating a file can take longer than getting what is in it. The
+// entry is there for Get at once. The error is that of an earlier entry; the
+// caller must not change e.Narinfo.
 func (c *Cache) PutLater(url, hash string, e Entry, now time.Time) error {
 	c.mu.Lock()
-	if c.size+len(e.Narinfo) > maxPending {
-		c.mu.Unlock()
-		return c.Put(url, hash, e, now)
-	}
 	defer c.mu.Unlock()
+	// Not with Put, which an older entry of the same item could overtake.
+	for c.size > 0 && c.size+len(e.Narinfo) > maxPending {
+		c.written.Wait()
+	}
 	key := url + " " + hash
 	if old := c.pending[key]; old != nil {
 		c.size -= len(old.entry.Narinfo)
@@ -226,6 +230,7 @@ func (c *Cache) write() {
 		if err != nil {
 			c.failed = err
 		}
+		c.written.Broadcast()
 		c.mu.Unlock()
 	}
 }
