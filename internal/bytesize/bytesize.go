@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package bytesize reads numbers of bytes, and of bytes per second, as people
+// write them in settings: "64K", "1.5MiB", "2M/s". Start with [Parse].
+package bytesize
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"strconv"
+	"strings"
+)
+
+// maxText bounds the length of what is read.
+const maxText = 64
+
+// prefixes are the letters of units in the order of their powers.
+const prefixes = "KMGTPE"
+
+var (
+	errForm  = errors.New(`not a number with a unit such as "K", "MiB" or "GB"`)
+	errRange = errors.New("too large")
+)
+
+// Parse returns the number of bytes that a text stands for: a decimal number,
+// perhaps with a fraction, and a unit, perhaps after one space. A letter alone, or
+// followed by "iB", is a power of 1024, as wget(1) and curl(1) have it for
+// --limit-rate and Guix for sizes; followed by "B" it is a power of 1000. "B" or
+// nothing are bytes. The case of the first letter does not matter. What is left of
+// a byte is dropped.
+func Parse(text string) (int64, error) {
+	n, err := parse(text)
+	if err != nil {
+		return 0, fmt.Errorf("size %.64q: %w", text, err)
+	}
+	return n, nil
+}
+
+// ParseRate returns the number of bytes per second that a text stands for. It is
+// read as by [Parse]; "/s" may follow.
+func ParseRate(text string) (int64, error) {
+	n, err := parse(strings.TrimSuffix(text, "/s"))
+	if err != nil {
+		return 0, fmt.Errorf("rate %.64q: %w", text, err)
+	}
+	return n, nil
+}
+
+func parse(text string) (int64, error) {
+	if len(text) > maxText {
+		return 0, errForm
+	}
+	end := 0
+	for end < len(text) && (text[end] == '.' || '0' <= text[end] && text[end] <= '9') {
+		end++
+	}
+	number, unit := text[:end], strings.TrimPrefix(text[end:], " ")
+	if number == "" || number[0] == '.' || number[end-1] == '.' {
+		return 0, errForm
+	}
+	factor, ok := multiplier(unit)
+	if !ok {
+		return 0, errForm
+	}
+	if !strings.Contains(number, ".") {
+		n, err := strconv.ParseInt(number, 10, 64)
+		if err != nil || n > math.MaxInt64/factor {
+			return 0, errRange
+		}
+		return n * factor, nil
+	}
+	f, err := strconv.ParseFloat(number, 64)
+	if errors.Is(err, strconv.ErrSyntax) {
+		return 0, errForm
+	}
+	f *= float64(factor)
+	if err != nil || f >= math.MaxInt64 {
+		return 0, errRange
+	}
+	return int64(f), nil
+}
+
+// multiplier returns how many bytes a unit stands for.
+func multiplier(unit string) (int64, bool) {
+	if unit == "" || unit == "B" {
+		return 1, true
+	}
+	power := strings.IndexByte(prefixes, strings.ToUpper(unit[:1])[0])
+	base := int64(1024)
+	switch unit[1:] {
+	case "", "iB":
+	case "B":
+		base = 1000
+	default:
+		power = -1
+	}
+	if power < 0 {
+		return 0, false
+	}
+	factor := base
+	for range power {
+		factor *= base
+	}
+	return factor, true
+}
