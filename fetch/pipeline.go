@@ -15,6 +15,7 @@ import (
 // store that is asked to keep a block durably answers late, but it answers many
 // requests almost as soon as one. It is safe for concurrent use.
 type Pipeline struct {
+	ctx   context.Context
 	store Store
 	room  *semaphore.Weighted // bytes
 
@@ -37,16 +38,20 @@ const (
 	maxSeen = 1 << 17
 )
 
-// NewPipeline returns a pipeline into store, which stays the caller's.
-func NewPipeline(store Store) *Pipeline {
+// NewPipeline returns a pipeline into store, which stays the caller's. When ctx ends,
+// blocks that have not been stored yet fail.
+func NewPipeline(ctx context.Context, store Store) *Pipeline {
 	return &Pipeline{
+		ctx:   ctx,
 		store: store,
 		room:  semaphore.NewWeighted(pipelineBytes),
 		seen:  map[eris.Reference]struct{}{},
 	}
 }
 
-// Put takes a block over. The error is that of an earlier block or of ctx.
+// Put takes a block over. The error is that of an earlier block or of ctx, which is
+// that of waiting for room only: it may end, as the context of an encoder does, before
+// the block is stored.
 func (p *Pipeline) Put(ctx context.Context, ref eris.Reference, block []byte) error {
 	p.mu.Lock()
 	err := p.failed
@@ -72,7 +77,7 @@ func (p *Pipeline) Put(ctx context.Context, ref eris.Reference, block []byte) er
 	*buffer = append((*buffer)[:0], block...)
 	p.wait.Go(func() {
 		defer p.room.Release(cost)
-		err := p.store.Put(ctx, ref, *buffer)
+		err := p.store.Put(p.ctx, ref, *buffer)
 		p.buffers.Put(buffer)
 		p.mu.Lock()
 		defer p.mu.Unlock()

@@ -257,7 +257,7 @@ func (c *Capabilities) encode(path string, narHash [sha256.Size]byte) (eris.Read
 	var sink eris.Sink
 	var pipeline *fetch.Pipeline
 	if c.store != nil {
-		pipeline = fetch.NewPipeline(c.store)
+		pipeline = fetch.NewPipeline(c.ctx, c.store)
 		sink = pipeline
 	}
 	e, err := Encode(c.ctx, path, sink, eris.ConvergenceSecret{})

@@ -98,7 +98,7 @@ func encode(ctx context.Context, path, storeURL, secretText string) (encodeResul
 			return encodeResult{}, err
 		}
 		defer store.Close()
-		pipeline = fetch.NewPipeline(store)
+		pipeline = fetch.NewPipeline(ctx, store)
 		sink, flush = pipeline.Put, pipeline.Flush
 	}
 	shown := showProgress("encoded")

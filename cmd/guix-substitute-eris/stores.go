@@ -10,11 +10,32 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dir"
 )
 
 // storeVariable has store URLs, separated by spaces; other programs for ERIS read
 // it too.
 const storeVariable = "ERIS_STORE_URL"
+
+// A storeKind opens the stores whose URLs have one of its schemes. docs/sources.md
+// describes them in the same order.
+type storeKind struct {
+	schemes []string
+	open    func(url string) (fetch.Store, error)
+}
+
+// storeKinds are the kinds of stores.
+var storeKinds = []storeKind{
+	{[]string{"coap+unix", "coap+tcp", "coaps+tcp", "coap"}, func(url string) (fetch.Store, error) {
+		return coap.Open(url, coap.Options{})
+	}},
+	{[]string{"file"}, func(url string) (fetch.Store, error) {
+		return dir.Open(url, dir.Options{})
+	}},
+}
+
+// storeAliases are schemes that eris-go has for what we have too.
+var storeAliases = map[string]string{"dir+fs": "file"}
 
 // storeURLs returns the store URLs that were given by a flag, else by the
 // environment, else by the configuration file.
@@ -28,18 +49,39 @@ func storeURLs(flag string, file configuration) []string {
 	return file.Stores
 }
 
-// openStore opens the store at a URL.
+// openStore opens the store at a URL. What is behind the scheme may be a secret,
+// hence errors do not show it.
 func openStore(url string) (fetch.Store, error) {
-	scheme, _, _ := strings.Cut(url, ":")
-	switch scheme {
-	case "coap", "coap+tcp", "coaps+tcp", "coap+unix":
-		s, err := coap.Open(url, coap.Options{})
-		if err != nil {
-			return nil, err
-		}
-		return s, nil
+	scheme, rest, ok := strings.Cut(url, ":")
+	if !ok {
+		return nil, fmt.Errorf("this is not a store URL; one begins with a scheme: %s", storeSchemes())
 	}
-	return nil, fmt.Errorf("store URL with scheme %.40q is not understood", scheme)
+	scheme = strings.ToLower(scheme)
+	if other, ok := storeAliases[scheme]; ok {
+		scheme = other
+	}
+	for _, kind := range storeKinds {
+		for _, s := range kind.schemes {
+			if s != scheme {
+				continue
+			}
+			store, err := kind.open(scheme + ":" + rest)
+			if err != nil {
+				return nil, err // not a nil pointer in an interface
+			}
+			return store, nil
+		}
+	}
+	return nil, fmt.Errorf("store URL with scheme %.40q is not understood; those that are: %s", scheme, storeSchemes())
+}
+
+// storeSchemes lists the schemes that are understood.
+func storeSchemes() string {
+	var all []string
+	for _, kind := range storeKinds {
+		all = append(all, kind.schemes...)
+	}
+	return strings.Join(all, ", ")
 }
 
 // openStores opens all stores that can be opened. Errors name those that cannot.

@@ -388,7 +388,7 @@ func benchmark(b *testing.B, run func(b *testing.B, s *Store, size eris.BlockSiz
 }
 
 func putAll(b *testing.B, s *Store, refs []eris.Reference, blocks [][]byte) {
-	pipeline := fetch.NewPipeline(s)
+	pipeline := fetch.NewPipeline(b.Context(), s)
 	for i, ref := range refs {
 		if err := pipeline.Put(b.Context(), ref, blocks[i]); err != nil {
 			b.Fatal(err)
