@@ -6,7 +6,9 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"net/http/httputil"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -33,16 +35,23 @@ type AnnotatorOptions struct {
 // An Annotator passes on the narinfos of another server, unchanged but for a
 // field ERIS below the signature of each item that is in the local store with the
 // same contents. It needs no key: whoever uses the capability checks what it gets
-// against the NarHash that the other server has signed. Nars are redirected to that
-// server. It is an http.Handler.
+// against the NarHash that the other server has signed. Everything else, nars above
+// all, is redirected to that server; or passed on, if that server is on the loopback
+// interface, where clients would not find it. It is an http.Handler.
 type Annotator struct {
 	o        AnnotatorOptions
 	upstream *url.URL
 	client   *http.Client
+	proxy    *httputil.ReverseProxy // nil to redirect
 }
 
-// upstreamTimeout bounds the time for a narinfo.
-const upstreamTimeout = 30 * time.Second
+const (
+	// upstreamTimeout bounds the time for a narinfo, and for the head of an answer
+	// that is passed on.
+	upstreamTimeout = 30 * time.Second
+	// upstreamConnections bounds the connections to the other server.
+	upstreamConnections = 64
+)
 
 // NewAnnotator returns an annotator; the error is about its options.
 func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
@@ -53,12 +62,43 @@ func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 	if o.Root == "" {
 		o.Root = o.StoreDir
 	}
-	u.Path = strings.TrimSuffix(u.Path, "/")
-	return &Annotator{o: o, upstream: u, client: &http.Client{
-		Timeout: upstreamTimeout,
-		// Narinfos are not redirected; who is would be sent elsewhere himself.
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}}, nil
+	u = u.JoinPath("/")
+	u.Path, u.RawPath = strings.TrimSuffix(u.Path, "/"), strings.TrimSuffix(u.RawPath, "/")
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	transport.MaxConnsPerHost = upstreamConnections
+	transport.MaxIdleConnsPerHost = upstreamConnections
+	transport.ResponseHeaderTimeout = upstreamTimeout
+	a := &Annotator{o: o, upstream: u, client: &http.Client{Transport: transport, Timeout: upstreamTimeout}}
+	if onLoopback(u.Hostname()) {
+		transport := transport.Clone() // nars must not take the connections of narinfos
+		transport.MaxConnsPerHost = 0
+		a.proxy = &httputil.ReverseProxy{
+			Rewrite:   func(r *httputil.ProxyRequest) { r.Out.URL, r.Out.Host = a.there(r.In.URL), "" },
+			Transport: transport,
+			ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
+				a.o.Log("%v", err)
+				http.Error(w, "no answer from "+u.Host, http.StatusBadGateway)
+			},
+		}
+	}
+	return a, nil
+}
+
+// onLoopback tells whether a host is this machine, as seen from itself.
+func onLoopback(host string) bool {
+	ip := net.ParseIP(host)
+	return ip.IsLoopback() || ip == nil && (host == "localhost" || strings.HasSuffix(host, ".localhost"))
+}
+
+// there returns where the other server has what is asked for here.
+func (a *Annotator) there(here *url.URL) *url.URL {
+	there := *a.upstream
+	there.Path, there.RawPath = a.upstream.Path+here.Path, ""
+	if raw := a.upstream.EscapedPath() + here.EscapedPath(); raw != there.EscapedPath() {
+		there.RawPath = raw
+	}
+	there.RawQuery = here.RawQuery
+	return &there
 }
 
 // ServeHTTP implements http.Handler.
@@ -67,15 +107,13 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.NotFound(w, r)
 		return
 	}
-	there := *a.upstream
-	there.Path, there.RawPath = a.upstream.Path+r.URL.Path, ""
-	if raw := a.upstream.EscapedPath() + r.URL.EscapedPath(); raw != there.Path {
-		there.RawPath = raw
-	}
-	there.RawQuery = r.URL.RawQuery
-	hashPart, ok := strings.CutSuffix(strings.TrimPrefix(r.URL.Path, "/"), ".narinfo")
-	if !ok || len(hashPart) != 32 {
-		http.Redirect(w, r, there.String(), http.StatusFound)
+	there := a.there(r.URL)
+	if _, ok := narinfoName(strings.TrimPrefix(r.URL.Path, "/")); !ok {
+		if a.proxy != nil {
+			a.proxy.ServeHTTP(w, r)
+		} else {
+			http.Redirect(w, r, there.String(), http.StatusFound)
+		}
 		return
 	}
 	request, err := http.NewRequestWithContext(r.Context(), http.MethodGet, there.String(), nil)
@@ -115,11 +153,18 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // there will be one soon.
 func (a *Annotator) annotate(ctx context.Context, text []byte) (annotated []byte, complete bool) {
 	n, err := narinfo.Parse(text)
-	if err != nil || n.CheckHash() != nil || len(n.ERIS) > 0 || narinfo.CheckStorePath(a.o.StoreDir, n.StorePath) != nil {
+	if err != nil || n.CheckHash() != nil || narinfo.CheckStorePath(a.o.StoreDir, n.StorePath) != nil {
 		return text, true
 	}
 	path := filepath.Join(a.o.Root, filepath.Base(n.StorePath))
 	c, known := a.o.Capabilities.Known(path, n.NarDigest)
+	if len(n.ERIS) > 0 {
+		// Nothing is to be added, but our store should have the blocks.
+		if _, err := os.Lstat(path); !known && err == nil {
+			a.o.Capabilities.FindLater(path, n.NarDigest)
+		}
+		return text, true
+	}
 	if !known {
 		if _, err := os.Lstat(path); err != nil {
 			return text, true

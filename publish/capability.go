@@ -17,7 +17,6 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sync/singleflight"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
@@ -94,15 +93,23 @@ type Capabilities struct {
 	store     fetch.Store // nil: blocks are kept nowhere
 	log       func(format string, a ...any)
 
-	flight  singleflight.Group
 	workers chan struct{}
 	wait    sync.WaitGroup
 	ctx     context.Context
 	stop    context.CancelFunc
 
-	mu     sync.Mutex
-	known  map[string]known
-	failed map[string]failure // by path and hash
+	mu      sync.Mutex
+	closed  bool
+	known   map[string]known
+	failed  map[string]failure // by path and hash
+	flights map[string]*flight // of items that are being encoded, by path and hash
+}
+
+// flight is the encoding of one item, for all who wait for it.
+type flight struct {
+	done       chan struct{}
+	capability eris.ReadCapability // when done is closed
+	err        error
 }
 
 // failure is why an item could not be encoded, and until when that need not be
@@ -140,12 +147,15 @@ func NewCapabilities(directory string, store fetch.Store, log func(format string
 		directory: directory, store: store, log: log,
 		workers: make(chan struct{}, runtime.GOMAXPROCS(0)),
 		ctx:     ctx, stop: stop,
-		known: map[string]known{}, failed: map[string]failure{},
+		known: map[string]known{}, failed: map[string]failure{}, flights: map[string]*flight{},
 	}
 }
 
-// Close ends what goes on in the background, and waits for it.
+// Close ends what goes on in the background, and waits for it. Calls of Find fail from then on.
 func (c *Capabilities) Close() {
+	c.mu.Lock()
+	c.closed = true
+	c.mu.Unlock()
 	c.stop()
 	c.wait.Wait()
 }
@@ -196,58 +206,81 @@ func (c *Capabilities) remember(name string, k known) {
 
 // Find returns the capability of a store item, encoding the item if need be. The
 // item's archive must have the hash narHash. Several calls for an item encode it
-// once, and no more items are encoded at a time than there are cores.
+// once, and no more items are encoded at a time than there are cores. The encoding
+// goes on when ctx ends before it: somebody will ask again.
 func (c *Capabilities) Find(ctx context.Context, path string, narHash [sha256.Size]byte) (eris.ReadCapability, error) {
 	if capability, ok := c.Known(path, narHash); ok {
 		return capability, nil
 	}
-	key := fmt.Sprintf("%s %x", path, narHash)
-	c.mu.Lock()
-	f := c.failed[key]
-	c.mu.Unlock()
-	if time.Now().Before(f.until) {
-		return eris.ReadCapability{}, f.err
-	}
-	result := c.flight.DoChan(key, func() (any, error) {
-		select {
-		case c.workers <- struct{}{}:
-			defer func() { <-c.workers }()
-		case <-c.ctx.Done():
-			return nil, c.ctx.Err()
-		}
-		capability, err := c.encode(path, narHash)
-		if err != nil && c.ctx.Err() == nil {
-			f := failure{err, time.Now().Add(retryAfter)}
-			if errors.Is(err, errOtherContents) {
-				f.until = time.Now().Add(retryOtherAfter)
-			}
-			c.mu.Lock()
-			if len(c.failed) == maxKnown {
-				clear(c.failed)
-			}
-			c.failed[key] = f
-			c.mu.Unlock()
-		}
-		return capability, err
-	})
+	f := c.encoding(path, narHash, false)
 	select {
-	case r := <-result:
-		if r.Err != nil {
-			return eris.ReadCapability{}, r.Err
-		}
-		return r.Val.(eris.ReadCapability), nil
+	case <-f.done:
+		return f.capability, f.err
 	case <-ctx.Done():
 		return eris.ReadCapability{}, ctx.Err()
 	}
 }
 
-// FindLater has an item encoded in the background.
+// FindLater has an item encoded in the background, unless it is being encoded, or could
+// not be a short while ago. Failures are logged.
 func (c *Capabilities) FindLater(path string, narHash [sha256.Size]byte) {
-	c.wait.Go(func() {
-		if _, err := c.Find(c.ctx, path, narHash); err != nil && c.ctx.Err() == nil {
-			c.log("%v", err)
+	c.encoding(path, narHash, true)
+}
+
+// encoding returns the flight of an item, which it starts if there is none.
+func (c *Capabilities) encoding(path string, narHash [sha256.Size]byte, logged bool) *flight {
+	key := fmt.Sprintf("%s %x", path, narHash)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if f := c.flights[key]; f != nil {
+		return f
+	}
+	f := &flight{done: make(chan struct{})}
+	if failed := c.failed[key]; c.closed || time.Now().Before(failed.until) {
+		if f.err = failed.err; c.closed {
+			f.err = context.Canceled
 		}
+		close(f.done)
+		return f
+	}
+	c.flights[key] = f
+	c.wait.Go(func() {
+		defer close(f.done)
+		f.capability, f.err = c.encodeInTurn(path, narHash)
+		if f.err != nil && c.ctx.Err() == nil && logged {
+			c.log("%v", f.err)
+		}
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.flights, key)
+		if f.err == nil || c.ctx.Err() != nil {
+			delete(c.failed, key)
+			return
+		}
+		until := time.Now().Add(retryAfter)
+		if errors.Is(f.err, errOtherContents) {
+			until = time.Now().Add(retryOtherAfter)
+		}
+		if len(c.failed) == maxKnown {
+			clear(c.failed)
+		}
+		c.failed[key] = failure{f.err, until}
 	})
+	return f
+}
+
+// encodeInTurn encodes an item when there is a core for it.
+func (c *Capabilities) encodeInTurn(path string, narHash [sha256.Size]byte) (eris.ReadCapability, error) {
+	select {
+	case c.workers <- struct{}{}:
+		defer func() { <-c.workers }()
+	case <-c.ctx.Done():
+		return eris.ReadCapability{}, c.ctx.Err()
+	}
+	if capability, ok := c.Known(path, narHash); ok {
+		return capability, nil // another flight has just ended
+	}
+	return c.encode(path, narHash)
 }
 
 // errOtherContents is an item that is not what it should be.

@@ -3,6 +3,7 @@
 package publish_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
@@ -11,12 +12,17 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -438,6 +444,149 @@ func TestAnnotator(t *testing.T) {
 	}
 }
 
+// TestAnnotatorPassesOn checks what an annotator makes of answers that are no
+// narinfos of items that it has.
+func TestAnnotatorPassesOn(t *testing.T) {
+	const hash = "0000000000000000000000000000000a"
+	// Bytes that a parser and printer would not leave alone.
+	odd := "\n# comment\nStorePath: /gnu/store/" + hash + "-x\nNarHash:sha256:" + strings.Repeat("0", 52) +
+		"\nNarSize:  120\nUnknown: \t y \nReferences: \nURL: ../other/nar/x%2Bx?y=%2f\nCompression: none\n"
+	upstream := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.RequestURI {
+		case "/mirror/" + hash + ".narinfo":
+			w.Header().Set("Cache-Control", "max-age=77")
+			w.Header().Set("Content-Type", "text/x-other")
+			io.WriteString(w, odd)
+		case "/mirror/0000000000000000000000000000000b.narinfo":
+			http.Redirect(w, r, hash+".narinfo", http.StatusFound)
+		case "/mirror/0000000000000000000000000000000c.narinfo":
+			w.Header().Set("Cache-Control", "max-age=300")
+			w.Header().Set("X-Baking", "1")
+			w.WriteHeader(404)
+		case "/mirror/0000000000000000000000000000000d.narinfo":
+			w.WriteHeader(503)
+			io.WriteString(w, "later")
+		case "/mirror/0000000000000000000000000000000f.narinfo":
+			w.Write(make([]byte, narinfo.MaxSize+1))
+		default:
+			fmt.Fprintf(w, "%s %s", r.Host, r.RequestURI)
+		}
+	}))
+	defer upstream.Close()
+	capabilities := publish.NewCapabilities(t.TempDir(), nil, logger(t))
+	defer capabilities.Close()
+	annotator := func(url string) string {
+		a, err := publish.NewAnnotator(publish.AnnotatorOptions{
+			Upstream: url, StoreDir: "/gnu/store", Root: t.TempDir(), Capabilities: capabilities, Log: logger(t),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		h := httptest.NewServer(a)
+		t.Cleanup(h.Close)
+		return h.URL
+	}
+	here := annotator(upstream.URL + "/mirror/")
+	for path, want := range map[string]struct {
+		status             int
+		cacheControl, body string
+	}{
+		"/" + hash + ".narinfo":                            {200, "max-age=77", odd},
+		"/0000000000000000000000000000000b.narinfo":        {200, "max-age=77", odd},
+		"/0000000000000000000000000000000c.narinfo":        {404, "max-age=300", ""},
+		"/0000000000000000000000000000000d.narinfo":        {503, "", "later"},
+		"/0000000000000000000000000000000f.narinfo":        {502, "", "bad answer from " + strings.TrimPrefix(upstream.URL, "http://") + "\n"},
+		"/nar/gzip/a%2Bb?x=%2f":                            {200, "", strings.TrimPrefix(upstream.URL, "http://") + " /mirror/nar/gzip/a%2Bb?x=%2f"},
+		"/nix-cache-info":                                  {200, "", strings.TrimPrefix(upstream.URL, "http://") + " /mirror/nix-cache-info"},
+		"/eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee.narinfo?%2e%2e": {200, "", strings.TrimPrefix(upstream.URL, "http://") + " /mirror/eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee.narinfo?%2e%2e"},
+	} {
+		status, header, body := get(t, here+path)
+		if status != want.status || header.Get("Cache-Control") != want.cacheControl || body != want.body {
+			t.Errorf("%s: status %d, header %v, body %.300q; want %+v", path, status, header, body, want)
+		}
+	}
+
+	// Elsewhere than on loopback clients find the nars themselves.
+	elsewhere := annotator("http://mirror.example/a%20b/")
+	client := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	response, err := client.Get(elsewhere + "/nar/zstd/a%2Bb%3Fc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	response.Body.Close()
+	if to := response.Header.Get("Location"); response.StatusCode != 302 || to != "http://mirror.example/a%20b/nar/zstd/a%2Bb%3Fc" {
+		t.Errorf("status %d, to %q", response.StatusCode, to)
+	}
+}
+
+// TestFindLater checks that an item is encoded once in the background, however
+// often it is asked for, and that Close waits for it.
+func TestFindLater(t *testing.T) {
+	directory, items := aStore(t)
+	path := filepath.Join(directory, filepath.Base(items["00000000000000000000000000000002"].StorePath))
+	h := sha256.New()
+	if _, err := nar.Write(h, nar.NewTree(path)); err != nil {
+		t.Fatal(err)
+	}
+	narHash := [32]byte(h.Sum(nil))
+	store := &gatedStore{entered: make(chan struct{}, 100), gate: make(chan struct{})}
+	c := publish.NewCapabilities(t.TempDir(), store, logger(t))
+	before := runtime.NumGoroutine()
+	for range 1000 {
+		c.FindLater(path, narHash)
+	}
+	<-store.entered
+	if n := runtime.NumGoroutine(); n > before+100 {
+		t.Errorf("%d goroutines for one item", n-before)
+	}
+	close(store.gate)
+	if _, err := c.Find(context.Background(), path, narHash); err != nil {
+		t.Error(err)
+	}
+	if _, ok := c.Known(path, narHash); !ok {
+		t.Error("the capability is not known")
+	}
+	c.Close()
+	if _, err := c.Find(context.Background(), path, [32]byte{}); !errors.Is(err, context.Canceled) {
+		t.Errorf("after Close: error %v", err)
+	}
+
+	// Whoever asked is gone, and the store hangs: Close ends it.
+	store = &gatedStore{entered: make(chan struct{}, 100), gate: make(chan struct{})}
+	c = publish.NewCapabilities(t.TempDir(), store, logger(t))
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() { <-store.entered; cancel() }()
+	if _, err := c.Find(ctx, path, narHash); !errors.Is(err, context.Canceled) {
+		t.Errorf("error %v", err)
+	}
+	c.Close()
+	if n := store.inside.Load(); n != 0 {
+		t.Errorf("%d calls of the store go on after Close", n)
+	}
+}
+
+// gatedStore is a store whose Put waits for a gate to be opened.
+type gatedStore struct {
+	memoryStore
+	entered, gate chan struct{}
+	inside        atomic.Int32
+}
+
+func (g *gatedStore) Put(ctx context.Context, ref eris.Reference, block []byte) error {
+	g.inside.Add(1)
+	defer g.inside.Add(-1)
+	select {
+	case g.entered <- struct{}{}:
+	default:
+	}
+	select {
+	case <-g.gate:
+		return g.memoryStore.Put(ctx, ref, block)
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
 // TestDatabase reads a database like the daemon's.
 func TestDatabase(t *testing.T) {
 	name := t.TempDir() + "/db with space?.sqlite"
@@ -497,6 +646,204 @@ func TestDatabase(t *testing.T) {
 	}
 	if _, err := publish.OpenDatabase(name+".bad", "/gnu/store"); err == nil {
 		t.Error("anything is a database")
+	}
+}
+
+// TestDatabaseOfAnotherUser reads the database as somebody who may not write where it
+// is, while the daemon has it open and while nobody has.
+func TestDatabaseOfAnotherUser(t *testing.T) {
+	const variable = "TEST_PUBLISH_DATABASE"
+	if name := os.Getenv(variable); name != "" {
+		d, err := publish.OpenDatabase(name, "/gnu/store")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		if n, err := d.Item(context.Background(), strings.Repeat("a", 32)); err != nil || n.NarSize != 123 {
+			t.Fatalf("item %+v, error %v", n, err)
+		}
+		return
+	}
+	if os.Geteuid() != 0 {
+		t.Skip("only root can be somebody else")
+	}
+	// Not t.TempDir, whose parents others may not enter.
+	directory, err := os.MkdirTemp("/tmp", "publish-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(directory)
+	program, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Chmod(directory, 0o755), os.WriteFile(directory+"/test", program, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	name := directory + "/db.sqlite"
+	db, err := sql.Open("sqlite", "file:"+name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, statement := range []string{
+		"PRAGMA journal_mode = wal",
+		"CREATE TABLE ValidPaths (id integer primary key, path text unique, hash text, deriver text, narSize integer)",
+		"CREATE TABLE Refs (referrer integer, reference integer)",
+		"INSERT INTO ValidPaths VALUES (1, '/gnu/store/" + strings.Repeat("a", 32) + "-a', 'sha256:" + strings.Repeat("00", 32) + "', NULL, 123)",
+	} {
+		if _, err := db.Exec(statement); err != nil {
+			t.Fatal(err)
+		}
+	}
+	try := func(when string) {
+		cmd := exec.Command(directory+"/test", "-test.run=^TestDatabaseOfAnotherUser$")
+		cmd.Dir, cmd.Env = "/", append(os.Environ(), variable+"="+name)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+		if output, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%s: %v\n%s", when, err, output)
+		}
+	}
+	try("while the daemon has it open")
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	try("while nobody has it open")
+}
+
+// TestDatabaseWhileWriting reads while another connection writes.
+func TestDatabaseWhileWriting(t *testing.T) {
+	name := t.TempDir() + "/db.sqlite"
+	db, err := sql.Open("sqlite", "file:"+name+"?_pragma=busy_timeout(10000)")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	for _, statement := range []string{
+		"PRAGMA journal_mode = wal",
+		"CREATE TABLE ValidPaths (id integer primary key, path text unique, hash text, deriver text, narSize integer)",
+		"CREATE TABLE Refs (referrer integer, reference integer)",
+	} {
+		if _, err := db.Exec(statement); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d, err := publish.OpenDatabase(name, "/gnu/store")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	item := func(i int) string { return fmt.Sprintf("%032d", i) }
+	written := make(chan int)
+	go func() {
+		defer close(written)
+		for i := range 100 {
+			// An item and its reference to itself appear together.
+			tx, err := db.Begin()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			_, err1 := tx.Exec("INSERT INTO ValidPaths VALUES (?, ?, ?, NULL, 1)", i+1, "/gnu/store/"+item(i)+"-x", "sha256:"+strings.Repeat("00", 32))
+			_, err2 := tx.Exec("INSERT INTO Refs VALUES (?, ?)", i+1, i+1)
+			if err := errors.Join(err1, err2, tx.Commit()); err != nil {
+				t.Error(err)
+				return
+			}
+			written <- i
+		}
+	}()
+	for last := range written {
+		for _, i := range []int{last, last + 1} { // the second may be there already, or not
+			n, err := d.Item(context.Background(), item(i))
+			if err == nil && len(n.References) != 1 || err != nil && (i == last || !errors.Is(err, publish.ErrNoItem)) {
+				t.Fatalf("item %d: %+v, error %v", i, n, err)
+			}
+		}
+	}
+}
+
+// TestHashParts checks that what a request calls a hash is nothing else.
+func TestHashParts(t *testing.T) {
+	directory, items := aStore(t)
+	narinfos := t.TempDir()
+	write := func(name, text string) {
+		if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	record := "StorePath: /gnu/store/00000000000000000000000000000001-file+plus\n" +
+		"NarHash: sha256:04zwf782yjwnh3q6hz5izfd6jyip8kgw6g6yj43fiqhbyhdd0dqw\nNarSize: 120\nReferences: \nURL: x\nCompression: none\n"
+	write(narinfos+"/00000000000000000000000000000001.narinfo", record)
+	write(narinfos+"/00000000000000000000000000000002.narinfo", record) // a lie
+	// A file outside whose way there has 32 characters.
+	outside := filepath.Join(narinfos, "..", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaa.narinfo")
+	write(outside, record)
+	defer os.Remove(outside)
+	for name, items := range map[string]publish.Items{"directory": publish.Directory(narinfos), "manifest": items} {
+		h := server(t, publish.ServerOptions{Root: directory, Items: items})
+		for path, want := range map[string]int{
+			"/00000000000000000000000000000001.narinfo":                        200,
+			"/00000000000000000000000000000002.narinfo":                        map[string]int{"directory": 404, "manifest": 200}[name],
+			"/..%2faaaaaaaaaaaaaaaaaaaaaaaaaaaaa.narinfo":                      404,
+			"/%00%00%00%00%00%00%00%0000000000000000000000000000000.narinfo":   404,
+			"/eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee.narinfo":                        404,
+			"/0000000000000000000000000000000%C3%A9.narinfo":                   404,
+			"/nar/..%2faaaaaaaaaaaaaaaaaaaaaaaaaaaaa-x":                        404,
+			"/nar/gzip/00000000000000000000000000000001-file+plus%2fx":         404,
+			"/nar/zstd/%2e%2e/00000000000000000000000000000001-file+plus":      404,
+			"/nar/zstd/00000000000000000000000000000001-file+plus%00":          404,
+			"/nar/lzip/00000000000000000000000000000001-file%2Bplus":           404,
+			"/file/x/sha256/04zwf782yjwnh3q6hz5izfd6jyip8kgw6g6yj43fiqhbyhdd0": 404,
+		} {
+			if status, _, body := get(t, h.URL+path); status != want {
+				t.Errorf("%s: %s: status %d, body %.100q; want %d", name, path, status, body, want)
+			}
+		}
+	}
+}
+
+// TestMethods checks that nothing but GET is served, and that requests may come
+// without waiting for answers.
+func TestMethods(t *testing.T) {
+	directory, items := aStore(t)
+	h := server(t, publish.ServerOptions{Root: directory, Items: items, TTL: time.Minute})
+	for _, method := range []string{"HEAD", "POST", "PUT", "DELETE", "OPTIONS"} {
+		request, err := http.NewRequest(method, h.URL+"/00000000000000000000000000000001.narinfo", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response, err := http.DefaultClient.Do(request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
+		if response.StatusCode != 404 {
+			t.Errorf("%s: status %d", method, response.StatusCode)
+		}
+	}
+	conn, err := net.Dial("tcp", strings.TrimPrefix(h.URL, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(time.Minute))
+	order := []int{3, 1, 9, 2, 4, 1}
+	for _, i := range order {
+		fmt.Fprintf(conn, "GET /%032d.narinfo HTTP/1.1\r\nHost: x\r\n\r\n", i)
+	}
+	answers := bufio.NewReader(conn)
+	for _, i := range order {
+		response, err := http.ReadResponse(answers, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(response.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i == 9 && response.StatusCode != 404 || i != 9 && !strings.HasPrefix(string(body), fmt.Sprintf("StorePath: /gnu/store/%032d-", i)) {
+			t.Errorf("item %d: status %d, body %.100q", i, response.StatusCode, body)
+		}
 	}
 }
 

@@ -17,13 +17,17 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sync/singleflight"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
@@ -59,7 +63,24 @@ type ServerOptions struct {
 type Server struct {
 	o   ServerOptions
 	mux *http.ServeMux
+
+	// Archives of items whose hash nobody has told.
+	hashing singleflight.Group
+	hashers chan struct{} // one of them per core at a time
+	mu      sync.Mutex
+	hashed  map[string]archive
 }
+
+// archive is what is known of the archive of an item that is, or was, in the
+// store.
+type archive struct {
+	file   os.FileInfo
+	digest [sha256.Size]byte
+	size   uint64
+}
+
+// maxHashed is how many hashes are kept in memory.
+const maxHashed = 10000
 
 // temporaryTTL is for how long a narinfo may be kept that will say more soon.
 const temporaryTTL = time.Minute
@@ -77,7 +98,10 @@ func NewServer(o ServerOptions) (*Server, error) {
 			return nil, fmt.Errorf("nars cannot be compressed with %q; none, gzip and zstd are known", c)
 		}
 	}
-	s := &Server{o: o, mux: http.NewServeMux()}
+	s := &Server{
+		o: o, mux: http.NewServeMux(),
+		hashers: make(chan struct{}, runtime.GOMAXPROCS(0)), hashed: map[string]archive{},
+	}
 	s.mux.HandleFunc("GET /{$}", s.welcome)
 	s.mux.HandleFunc("GET /nix-cache-info", s.cacheInfo)
 	s.mux.HandleFunc("GET /signing-key.pub", s.signingKey)
@@ -98,9 +122,17 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *Server) welcome(w http.ResponseWriter, r *http.Request) {
-	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-	fmt.Fprintf(w, "Substitutes for GNU Guix, with ERIS read capabilities.\nThe key that signs them is at signing-key.pub.\n")
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	io.WriteString(w, welcomePage)
 }
+
+const welcomePage = `<!DOCTYPE html>
+<html lang="en"><head><title>Substitutes</title></head>
+<body><h1>Substitutes for GNU Guix</h1>
+<p>This is a substitute server: give its address to <code>guix-daemon</code> by the option
+<code>--substitute-urls</code>. Narinfos have ERIS read capabilities where they are known. The
+key that signs them is <a href="signing-key.pub">here</a>.</p></body></html>
+`
 
 func (s *Server) cacheInfo(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "text/plain")
@@ -124,8 +156,8 @@ func maxAge(w http.ResponseWriter, d time.Duration) {
 }
 
 func (s *Server) narinfo(w http.ResponseWriter, r *http.Request) {
-	hashPart, ok := strings.CutSuffix(r.PathValue("name"), ".narinfo")
-	if !ok || len(hashPart) != 32 {
+	hashPart, ok := narinfoName(r.PathValue("name"))
+	if !ok {
 		http.NotFound(w, r)
 		return
 	}
@@ -148,30 +180,75 @@ func (s *Server) narinfo(w http.ResponseWriter, r *http.Request) {
 	io.WriteString(w, text)
 }
 
+// narinfoName returns the hash part in the file name of a narinfo. What it returns
+// has nothing in it but the digits of nix-base32, whatever the name was.
+func narinfoName(name string) (hashPart string, ok bool) {
+	hashPart, ok = strings.CutSuffix(name, ".narinfo")
+	if !ok || len(hashPart) != 32 {
+		return "", false
+	}
+	_, err := nixbase32.DecodeString(hashPart)
+	return hashPart, err == nil
+}
+
 // item looks an item up and completes what is known of it.
 func (s *Server) item(ctx context.Context, hashPart string) (*narinfo.Narinfo, error) {
 	n, err := s.o.Items.Item(ctx, hashPart)
 	if err != nil {
 		return nil, err
 	}
-	if err := n.CheckItem(s.o.StoreDir, n.StorePath); err != nil {
+	if part, err := narinfo.HashPart(s.o.StoreDir, n.StorePath); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNoItem, err)
+	} else if part != hashPart {
+		return nil, fmt.Errorf("%w: what is known of %s is about %s", ErrNoItem, hashPart, n.StorePath)
 	}
-	if _, err := os.Lstat(s.file(n.StorePath)); err != nil {
+	info, err := os.Lstat(s.file(n.StorePath))
+	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNoItem, err)
 	}
 	if n.NarDigest == [sha256.Size]byte{} || !n.NarSizeKnown {
-		clone := *n
-		h := sha256.New()
-		size, err := nar.Write(h, nar.NewTree(s.file(n.StorePath)))
+		a, err := s.hash(s.file(n.StorePath), info)
 		if err != nil {
 			return nil, err
 		}
-		h.Sum(clone.NarDigest[:0])
-		clone.NarSize, clone.NarSizeKnown, clone.NarHash = uint64(size), true, ""
+		clone := *n
+		clone.NarDigest, clone.NarSize, clone.NarSizeKnown, clone.NarHash = a.digest, a.size, true, ""
 		n = &clone
 	}
 	return n, nil
+}
+
+// hash returns the hash of the archive of the item at path, which it computes
+// once for as long as the item stays the same file or directory.
+func (s *Server) hash(path string, info os.FileInfo) (archive, error) {
+	s.mu.Lock()
+	a, ok := s.hashed[path]
+	s.mu.Unlock()
+	if ok && os.SameFile(a.file, info) && a.file.ModTime().Equal(info.ModTime()) {
+		return a, nil
+	}
+	v, err, _ := s.hashing.Do(path, func() (any, error) {
+		s.hashers <- struct{}{}
+		defer func() { <-s.hashers }()
+		a := archive{file: info}
+		h := sha256.New()
+		tree := nar.NewTree(path)
+		defer tree.Close()
+		size, err := nar.Write(h, tree)
+		if err != nil {
+			return a, err
+		}
+		h.Sum(a.digest[:0])
+		a.size = uint64(size)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if len(s.hashed) == maxHashed {
+			clear(s.hashed)
+		}
+		s.hashed[path] = a
+		return a, nil
+	})
+	return v.(archive), err
 }
 
 // file is where a store item is.
@@ -239,7 +316,7 @@ func (s *Server) nar(w http.ResponseWriter, r *http.Request, compression string)
 		http.NotFound(w, r)
 		return
 	}
-	item, err := s.o.Items.Item(r.Context(), name[:32])
+	item, err := s.o.Items.Item(r.Context(), name[:32]) // the digits of a hash, after the check
 	if err == nil && item.StorePath != s.o.StoreDir+"/"+name {
 		err = fmt.Errorf("%w: %s", ErrNoItem, name)
 	}
