@@ -122,10 +122,10 @@ func TestCloseWhileBusy(t *testing.T) {
 }
 
 // A large item is stored by thousands of calls of Put at a time, and every block of it is there. It has 64 MB, or 1 GB if
-// ERIS_LARGE is 1.
+// ERIS_BIG_TESTS is 1.
 func TestLargeItem(t *testing.T) {
 	blocks, inFlight := 64<<20>>15, 1000
-	if os.Getenv("ERIS_LARGE") == "1" {
+	if os.Getenv("ERIS_BIG_TESTS") == "1" {
 		blocks, inFlight = 1<<30>>15, 4000
 	}
 	directory := t.TempDir()

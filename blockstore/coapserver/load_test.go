@@ -90,10 +90,10 @@ func numbered(block []byte, n int) eris.Reference {
 
 // TestStoreLargeItem puts all blocks of a large item through one connection as fast as it takes them, in two ways: with a
 // client that does not read a single answer before it has sent everything, and with one that reads all the while. Each
-// block must be answered exactly once, and be there. With ERIS_LARGE=1 the item has 1 GB.
+// block must be answered exactly once, and be there. With ERIS_BIG_TESTS=1 the item has 1 GB.
 func TestStoreLargeItem(t *testing.T) {
 	bytes := 16 << 20
-	if os.Getenv("ERIS_LARGE") != "" {
+	if os.Getenv("ERIS_BIG_TESTS") != "" {
 		bytes = 1 << 30
 	}
 	for _, v := range []struct {
