@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package sourcestate
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+const url = "coap+tcp://store.example/secret-path"
+
+// clock is a time that tests set.
+type clock struct {
+	mu  sync.Mutex
+	now time.Time
+}
+
+func (c *clock) Now() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.now
+}
+
+func (c *clock) pass(d time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.now = c.now.Add(d)
+}
+
+func newClock() *clock { return &clock{now: time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)} }
+
+func mustSave(t *testing.T, s *State) {
+	t.Helper()
+	if err := s.Save(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestRemembers(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "new", "sources")
+	c := newClock()
+	s := open(path, c.Now)
+	if r := s.Get(url); r != (Record{Score: 1}) {
+		t.Errorf("an unknown source has the record %+v", r)
+	}
+	s.Measured(url, 10<<20, time.Second, 30*time.Millisecond)
+	mustSave(t, s)
+	c.pass(time.Hour)
+	r := open(path, c.Now).Get(url)
+	if r.Rate != 10<<20 || r.RoundTrip != 30*time.Millisecond || r.Score != 1 || !r.Updated.Equal(c.Now().Add(-time.Hour)) {
+		t.Errorf("the next process knows %+v", r)
+	}
+	b, err := os.ReadFile(path)
+	if err != nil || bytes.Contains(b, []byte("secret")) || bytes.Contains(b, []byte("example")) {
+		t.Errorf("the file shows the URL: %s, %v", b, err)
+	}
+	c.pass(maxSpeedAge)
+	if r := open(path, c.Now).Get(url); r.Rate != 0 || r.RoundTrip != 0 {
+		t.Errorf("after %v there is a speed: %+v", maxSpeedAge, r)
+	}
+	c.pass(maxAge)
+	if r := open(path, c.Now).Get(url); !r.Updated.IsZero() {
+		t.Errorf("after %v there is a record: %+v", maxAge, r)
+	}
+}
+
+func TestMeasured(t *testing.T) {
+	s := open("", newClock().Now)
+	s.Measured(url, 100, time.Microsecond, 0)
+	if r := s.Get(url); r.Rate != 0 {
+		t.Errorf("100 bytes tell a rate of %v", r.Rate)
+	}
+	s.Measured(url, 1e8, time.Second, 20*time.Millisecond)
+	s.Measured(url, 2e8, time.Second, 10*time.Millisecond)
+	if r := s.Get(url); r.Rate != 1.5e8 || r.RoundTrip != 10*time.Millisecond {
+		t.Errorf("record %+v", r)
+	}
+	s.Measured(url, 1<<16, time.Second, 30*time.Millisecond)
+	if r := s.Get(url); r.Rate < 1.4e8 || r.RoundTrip != 20*time.Millisecond {
+		t.Errorf("a small measurement weighs too much: %+v", r)
+	}
+	s.Failed(url)
+	if r := s.Get(url); r.Failure.IsZero() {
+		t.Error("a failure is not remembered")
+	}
+	s.Measured(url, 0, 0, time.Millisecond)
+	if r := s.Get(url); !r.Failure.IsZero() {
+		t.Error("a failure is remembered after success")
+	}
+	mustSave(t, s)
+}
+
+func TestFault(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "sources")
+	c := newClock()
+	s := open(path, c.Now)
+	s.Fault(url)
+	if r := s.Get(url); r.Score != 0.25 || !r.Fault.Equal(c.Now()) {
+		t.Errorf("after a fault: %+v", r)
+	}
+	c.pass(faultHalfLife)
+	s.Measured(url, 1<<20, time.Second, 0)
+	for range 2 { // what is learnt later does not change it
+		if r := s.Get(url); r.Score != 0.625 {
+			t.Errorf("after %v: %+v", faultHalfLife, r)
+		}
+		mustSave(t, s)
+		s = open(path, c.Now)
+	}
+	for range 1000 {
+		s.Fault(url)
+	}
+	if r := s.Get(url); r.Score <= 0 {
+		t.Errorf("after many faults: %+v", r)
+	}
+	c.pass(20 * faultHalfLife)
+	if r := s.Get(url); r.Score < 0.99 {
+		t.Errorf("a fault is never forgiven: %+v", r)
+	}
+}
+
+// TestProcesses has several states learn at the same time.
+func TestProcesses(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "sources")
+	var group sync.WaitGroup
+	for i := range 8 {
+		group.Go(func() {
+			s := Open(path)
+			for j := range 5 {
+				s.Measured(fmt.Sprintf("coap+tcp://%d.%d.example", i, j), 1<<20, time.Second, time.Millisecond)
+				if err := s.Save(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	group.Wait()
+	s := Open(path)
+	for i := range 8 {
+		for j := range 5 {
+			if r := s.Get(fmt.Sprintf("coap+tcp://%d.%d.example", i, j)); r.Rate != 1<<20 {
+				t.Errorf("source %d.%d was lost: %+v", i, j, r)
+			}
+		}
+	}
+}
+
+// TestMerge has two processes learn about one source.
+func TestMerge(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "sources")
+	c := newClock()
+	one, two := open(path, c.Now), open(path, c.Now)
+	one.Fault(url)
+	c.pass(time.Minute)
+	two.Measured(url, 1e6, time.Second, time.Millisecond)
+	mustSave(t, two)
+	mustSave(t, one)
+	for _, s := range []*State{one, open(path, c.Now)} {
+		if r := s.Get(url); r.Rate != 1e6 || r.Score > 0.3 || r.Fault.IsZero() {
+			t.Errorf("what either learnt is lost: %+v", r)
+		}
+	}
+}
+
+func TestBounds(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "sources")
+	c := newClock()
+	s := open(path, c.Now)
+	for i := range 5 * maxRecords {
+		c.pass(time.Second)
+		s.Measured(fmt.Sprint(i), 1<<20, time.Second, time.Millisecond)
+	}
+	mustSave(t, s)
+	info, err := os.Stat(path)
+	if err != nil || info.Size() > maxFile {
+		t.Fatalf("the file has %d bytes: %v", info.Size(), err)
+	}
+	s = open(path, c.Now)
+	if len(s.records) != maxRecords || s.Get(fmt.Sprint(5*maxRecords-1)).Rate == 0 {
+		t.Errorf("%d records, and the last is %+v", len(s.records), s.Get(fmt.Sprint(5*maxRecords-1)))
+	}
+}
+
+func TestBadFiles(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "sources")
+	k := key(url)
+	for name, text := range map[string]string{
+		"empty":     "",
+		"cut":       `{"version":1,"sources":{"` + k + `":{"rate":1`,
+		"version":   `{"version":2,"sources":{"` + k + `":{"rate":1,"score":1,"updated":1777000000000}}}`,
+		"rate":      `{"version":1,"sources":{"` + k + `":{"rate":-1,"score":1,"updated":1777000000000}}}`,
+		"huge":      `{"version":1,"sources":{"` + k + `":{"rate":1e300,"score":1,"updated":1777000000000}}}`,
+		"score":     `{"version":1,"sources":{"` + k + `":{"rate":1,"score":7,"updated":1777000000000}}}`,
+		"future":    `{"version":1,"sources":{"` + k + `":{"rate":1,"score":1,"updated":9777000000000}}}`,
+		"oversized": `{"version":1,"sources":{"` + k + `":{"rate":1,"score":1,"updated":1777000000000}}}` + strings.Repeat(" ", maxFile),
+		"array":     `[]`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			s := open(path, newClock().Now)
+			if r := s.Get(url); r != (Record{Score: 1}) {
+				t.Errorf("the record is %+v", r)
+			}
+			s.Measured(url, 1<<20, time.Second, 0)
+			mustSave(t, s)
+			if r := open(path, newClock().Now).Get(url); r.Rate != 1<<20 {
+				t.Errorf("the file was not replaced: %+v", r)
+			}
+		})
+	}
+	good := `{"version":1,"sources":{"` + k + `":{"rate":1,"score":1,"updated":1777000000000}}}`
+	if r := parse([]byte(good), newClock().Now())[k]; r.Rate != 1 {
+		t.Errorf("a good file is not read: %+v", r)
+	}
+}
+
+func TestSaveFails(t *testing.T) {
+	d := t.TempDir()
+	s := Open(filepath.Join(d, "file", "sources"))
+	if err := os.WriteFile(filepath.Join(d, "file"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	s.Measured(url, 1<<20, time.Second, 0)
+	if err := s.Save(); err == nil {
+		t.Error("Save into a file as a directory succeeded")
+	}
+	if r := s.Get(url); r.Rate == 0 {
+		t.Error("what was learnt is lost")
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add([]byte(`{"version":1,"sources":{"` + key(url) + `":{"rate":1,"round_trip":5,"score":0.5,"fault":1776000000000,"updated":1777000000000}}}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		now := newClock().Now()
+		for k, r := range parse(b, now) {
+			r = r.aged(now)
+			if len(k) != 32 || !(r.Rate >= 0 && r.Rate < 1e12) || !(r.Score > 0 && r.Score <= 1) || r.RoundTrip < 0 || r.RoundTrip > time.Minute {
+				t.Errorf("record %+v", r)
+			}
+		}
+	})
+}
