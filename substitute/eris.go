@@ -4,6 +4,7 @@ package substitute
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync/atomic"
 
@@ -14,12 +15,13 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
 
-// capabilities returns the read capabilities that narinfos offer for the item,
-// signed ones first. All these narinfos are equivalent to one that is authorised;
+// untried returns the read capabilities that narinfos offer for the item and that
+// have not been tried, signed ones first. All these narinfos are equivalent to one that is authorised;
 // what they denote is hashed, so that a capability that nobody has signed can do
 // no more harm than a nar from anywhere.
-func (j *job) capabilities(records []record) []eris.ReadCapability {
+func (j *job) untried(records []record) []eris.ReadCapability {
 	var found []eris.ReadCapability
+	seen := map[eris.ReadCapability]bool{}
 	for _, signed := range []bool{true, false} {
 		if !signed && !j.s.UnsignedCapabilities {
 			continue
@@ -30,10 +32,10 @@ func (j *job) capabilities(records []record) []eris.ReadCapability {
 					continue
 				}
 				c, err := eris.ParseURN(e.URN)
-				if err != nil || j.tried[c.URN()] {
+				if err != nil || seen[c] || j.tried[c.URN()] {
 					continue // a draft of the encoding, perhaps
 				}
-				j.tried[c.URN()] = true
+				seen[c] = true
 				found = append(found, c)
 			}
 		}
@@ -46,11 +48,20 @@ func (j *job) fromBlocks(ctx context.Context, records []record) (Outcome, bool) 
 	if j.s.Blocks == nil || j.s.Policy == HTTPOnly {
 		return Outcome{}, false
 	}
-	for _, c := range j.capabilities(records) {
+	for _, c := range j.untried(records) {
 		size, err := j.attemptBlocks(ctx, c)
 		if err == nil {
 			return j.success(size), true
 		}
+		if errors.Is(err, errSlower) {
+			// It is tried again if the nar cannot be had.
+			j.s.Log.Notef("%s: %v", c.URN(), err)
+			if err := restore.Remove(j.destination); err != nil {
+				j.s.Log.Errorf("%v", err)
+			}
+			return Outcome{}, false
+		}
+		j.tried[c.URN()] = true
 		if !j.failed(ctx, fmt.Errorf("%s: %w", c.URN(), err)) {
 			return Outcome{}, false
 		}
@@ -69,8 +80,10 @@ func (j *job) attemptBlocks(ctx context.Context, c eris.ReadCapability) (narSize
 	limits := erisfs.Limits{NarSize: j.options().MaxBytes}
 	blocks := &countedBlocks{VerifiedBlocks: j.s.Blocks, progress: j.progress, left: int64(j.want.NarSize)}
 	j.progress.From(c.URN(), int64(min(j.want.NarSize, 1<<62)))
-	stop := blocks.watch(cancel)
-	defer stop()
+	defer watchRate(&blocks.n, cancel)()
+	if j.choice != nil {
+		defer j.choice.watchPace(blocks.n.Load, cancel)()
+	}
 	contents, err := image.Open(ctx, blocks, c, limits, j.s.Window)
 	if err != nil {
 		return 0, prefer(ctx, err)
@@ -115,8 +128,4 @@ func (b *countedBlocks) Get(ctx context.Context, ref eris.Reference, size eris.B
 		b.progress.Transferred(int(min(after, b.left) - min(after-n, b.left)))
 	}
 	return block, err
-}
-
-func (b *countedBlocks) watch(cancel context.CancelCauseFunc) (stop func()) {
-	return watchRate(&b.n, cancel)
 }

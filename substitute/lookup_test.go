@@ -37,7 +37,13 @@ func itemPaths(n int) []string {
 // sign makes a narinfo; a nil key does not sign it.
 func sign(t testing.TB, key *acl.SigningKey, path string, narSize uint64) string {
 	t.Helper()
-	part, err := narinfo.SignedPart(&narinfo.Narinfo{StorePath: path, NarSize: narSize})
+	return signInfo(t, key, &narinfo.Narinfo{StorePath: path, NarSize: narSize})
+}
+
+// signInfo makes a narinfo out of what is to be signed.
+func signInfo(t testing.TB, key *acl.SigningKey, n *narinfo.Narinfo) string {
+	t.Helper()
+	part, err := narinfo.SignedPart(n)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -103,17 +103,25 @@ type job struct {
 	want        *narinfo.Narinfo
 	progress    *protocol.Download
 	tried       map[string]bool // URLs
+	choice      *choice         // what blocks are compared with while they come; nil if they are not
 	actual      *[32]byte       // the first wrong hash
 }
 
 // run tries one source after the other.
 func (j *job) run(ctx context.Context, f *found) Outcome {
 	known := append([]record{f.chosen}, f.others...)
-	if j.s.Policy != HTTPFirst {
+	blocksFirst := j.s.Policy != HTTPFirst
+	if j.s.Policy == Fastest {
+		j.choice = j.choose(ctx, known)
+		j.choice.show(j)
+		blocksFirst = j.choice.blocksFirst()
+	}
+	if blocksFirst {
 		if o, ok := j.fromBlocks(ctx, known); ok {
 			return o
 		}
 	}
+	j.choice = nil // what is tried last is given its time
 	if o, ok := j.fromServers(ctx, known); ok {
 		return o
 	}
@@ -251,11 +259,13 @@ func (j *job) attempt(ctx context.Context, url, compression string) (narSize uin
 	before := usage()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	begin := time.Now()
 	body, err := j.s.Mirrors.OpenNar(ctx, url)
 	if err != nil {
 		return 0, err
 	}
 	defer body.Close()
+	latency := time.Since(begin)
 	size := body.Size
 	if size < 0 && compression == "none" {
 		size = int64(j.want.NarSize)
@@ -283,6 +293,7 @@ func (j *job) attempt(ctx context.Context, url, compression string) (narSize uin
 	if err := j.check(result); err != nil {
 		return 0, err
 	}
+	j.s.noteServer(url, counted, latency)
 	j.s.adapt(before)
 	return result.NarSize, nil
 }
@@ -301,10 +312,13 @@ type counter struct {
 	r        io.Reader
 	progress *protocol.Download
 	n        atomic.Int64
+	waited   atomic.Int64 // in Read, in nanoseconds
 }
 
 func (c *counter) Read(p []byte) (int, error) {
+	begin := time.Now()
 	n, err := c.r.Read(p)
+	c.waited.Add(int64(time.Since(begin)))
 	c.n.Add(int64(n))
 	c.progress.Transferred(n)
 	return n, err
@@ -313,23 +327,35 @@ func (c *counter) Read(p []byte) (int, error) {
 // watchRate cancels when the bytes that n counts come too slowly to ever make an
 // item. The caller must call what it returns.
 func watchRate(n *atomic.Int64, cancel context.CancelCauseFunc) (stop func()) {
+	before := int64(0)
+	return every(ratePeriod, func() bool {
+		now := n.Load()
+		if now-before < leastRate*int64(ratePeriod/time.Second) {
+			cancel(fmt.Errorf("only %d bytes in %v", now-before, ratePeriod))
+			return false
+		}
+		before = now
+		return true
+	})
+}
+
+// every calls f after each period, until that returns false or stop is called, as
+// the caller must.
+func every(period time.Duration, f func() bool) (stop func()) {
 	done := make(chan struct{})
 	var wait sync.WaitGroup
 	wait.Go(func() {
-		ticker := time.NewTicker(ratePeriod)
+		ticker := time.NewTicker(period)
 		defer ticker.Stop()
-		for before := int64(0); ; {
+		for {
 			select {
 			case <-ticker.C:
 			case <-done:
 				return
 			}
-			now := n.Load()
-			if now-before < leastRate*int64(ratePeriod/time.Second) {
-				cancel(fmt.Errorf("only %d bytes in %v", now-before, ratePeriod))
+			if !f() {
 				return
 			}
-			before = now
 		}
 	})
 	return func() { close(done); wait.Wait() }

@@ -21,6 +21,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
@@ -56,6 +57,16 @@ type Config struct {
 	UnsignedCapabilities bool
 	// Log is where messages and progress go.
 	Log *protocol.Log
+	// StoreSpeed tells how fast the stores of Blocks are; nil is nobody knows.
+	StoreSpeed func() Speed
+	// Speeds remembers how fast substitute servers are; nil is nothing.
+	Speeds Speeds
+	// Nearby has the blocks that need not be fetched; nil is none. NearbyStride
+	// tells how many blocks there are for each that is looked for.
+	Nearby       image.Nearby
+	NearbyStride int
+	// Verbose shows what is expected of blocks and nars, and what is chosen.
+	Verbose bool
 	// Debug shows each narinfo that a server does not have.
 	Debug bool
 	// Now is the clock; nil is the system's.
@@ -67,8 +78,11 @@ type Policy uint8
 
 // The policies.
 const (
+	// Fastest compares what is known of the stores and the servers, and of the
+	// blocks that are there already, and tries first what should take less time.
+	Fastest Policy = iota
 	// ERISFirst tries blocks before nars.
-	ERISFirst Policy = iota
+	ERISFirst
 	// HTTPFirst tries nars before blocks.
 	HTTPFirst
 	// ERISOnly uses blocks alone.

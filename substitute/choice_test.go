@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package substitute_test
+
+import (
+	"bytes"
+	"context"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/benchdata"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
+)
+
+// memoryBlocks has blocks, and hands them out at a bounded pace.
+type memoryBlocks struct {
+	mu     sync.Mutex
+	blocks map[eris.Reference][]byte
+	pace   time.Duration // per block, one after the other
+	asked  int
+}
+
+func (m *memoryBlocks) Put(_ context.Context, ref eris.Reference, block []byte) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.blocks[ref] = bytes.Clone(block)
+	return nil
+}
+
+func (m *memoryBlocks) Get(ctx context.Context, ref eris.Reference, _ eris.BlockSize, _ []byte) ([]byte, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.asked++
+	if m.pace > 0 {
+		select {
+		case <-time.After(m.pace):
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+	if b, ok := m.blocks[ref]; ok {
+		return b, nil
+	}
+	return nil, eris.ErrNotFound
+}
+
+func (m *memoryBlocks) Has(_ context.Context, ref eris.Reference, size eris.BlockSize) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.blocks[ref]) == int(size)
+}
+
+func (m *memoryBlocks) Verified() {}
+
+// knownSpeed is the speed of every server.
+type knownSpeed struct {
+	speed substitute.Speed
+	noted []int64
+}
+
+func (k *knownSpeed) Speed(string) substitute.Speed { return k.speed }
+
+func (k *knownSpeed) Measured(_ string, n int64, _, _ time.Duration) { k.noted = append(k.noted, n) }
+
+// logText collects what is shown.
+type logText struct{ strings.Builder }
+
+func TestChoice(t *testing.T) {
+	tree := filepath.Join(t.TempDir(), "tree")
+	if err := os.Mkdir(tree, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for i, size := range []int{4 << 20, 100_000, 1000, 10, 0} {
+		if err := os.WriteFile(filepath.Join(tree, string(rune('a'+i))), benchdata.Archive(size), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	all := &memoryBlocks{blocks: map[eris.Reference][]byte{}}
+	encoded, err := erisfs.Encode(t.Context(), nar.NewTree(tree), all, erisfs.EncodeOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var archive bytes.Buffer
+	if _, err := nar.Write(&archive, nar.NewTree(tree)); err != nil {
+		t.Fatal(err)
+	}
+	key := acl.GenerateSigningKey()
+	path := itemPath(1)
+	text := signERIS(t, key, path, encoded)
+
+	slow := substitute.Speed{Rate: 1e6, Latency: 50 * time.Millisecond, Known: true}
+	fast := substitute.Speed{Rate: 100e6, Latency: time.Millisecond, Known: true}
+	unknown := substitute.Speed{}
+	for _, v := range []struct {
+		name           string
+		store, server  substitute.Speed
+		policy         substitute.Policy
+		near           bool
+		pace           time.Duration
+		lacks          bool // the server lacks the nar
+		blocks, nar    bool // what is asked for
+		shown, unshown string
+	}{
+		{name: "nothing is known", store: unknown, server: unknown, blocks: true, shown: "blocks first"},
+		{name: "far store", store: slow, server: fast, nar: true, shown: "nar first"},
+		{name: "far server", store: fast, server: slow, blocks: true},
+		{name: "alike", store: fast, server: fast, blocks: true},
+		{name: "far store, but the blocks are here", store: slow, server: fast, near: true, blocks: true, shown: "(0.0 MB of"},
+		{name: "far store alone has the item", store: slow, server: fast, lacks: true, nar: true, blocks: true},
+		{name: "blocks are to be tried first", store: slow, server: fast, policy: substitute.ERISFirst, blocks: true, unshown: "expected"},
+		{name: "blocks alone are to be tried", store: slow, server: fast, policy: substitute.ERISOnly, blocks: true},
+		{name: "nars are to be tried first", store: fast, server: slow, policy: substitute.HTTPFirst, nar: true},
+		{
+			name: "the store turns out to be slow", store: unknown, server: fast, pace: 100 * time.Millisecond,
+			blocks: true, nar: true, shown: "blocks come more slowly",
+		},
+		{
+			name: "the store turns out to be slow, but alone has the item", store: unknown, server: fast, pace: 25 * time.Millisecond,
+			lacks: true, blocks: true, nar: true, shown: "blocks come more slowly",
+		},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			t.Parallel()
+			nars := 0
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				switch {
+				case strings.HasSuffix(r.URL.Path, ".narinfo"):
+					w.Write([]byte(text))
+				default:
+					nars++
+					if v.lacks {
+						http.NotFound(w, r)
+						return
+					}
+					w.Write(archive.Bytes())
+				}
+			}))
+			defer server.Close()
+			blocks := &memoryBlocks{blocks: all.blocks, pace: v.pace}
+			mirrors := mirror.NewClient(mirror.Options{})
+			defer mirrors.Close()
+			var log logText
+			speeds := &knownSpeed{speed: v.server}
+			config := substitute.Config{
+				StoreDir: "/gnu/store", URLs: []string{server.URL}, Keys: acl.NewACL(key.PublicKey()), Mirrors: mirrors,
+				Log:    protocol.NewLog(&log, protocol.LogStyle{}),
+				Blocks: blocks, Policy: v.policy, Verbose: true,
+				StoreSpeed: func() substitute.Speed { return v.store }, Speeds: speeds,
+			}
+			if v.near {
+				config.Nearby = &memoryBlocks{blocks: all.blocks}
+			}
+			destination := filepath.Join(t.TempDir(), "item")
+			outcome := substitute.New(config).Substitute(t.Context(), path, destination)
+			if outcome.Status != substitute.Success {
+				t.Fatalf("%+v:\n%s", outcome, log.String())
+			}
+			checkRestored(t, destination, outcome.NarHash)
+			if (blocks.asked > 0) != v.blocks || (nars > 0) != v.nar {
+				t.Errorf("%d blocks and %d nars were asked for:\n%s", blocks.asked, nars, log.String())
+			}
+			if !strings.Contains(log.String(), v.shown) || v.unshown != "" && strings.Contains(log.String(), v.unshown) {
+				t.Errorf("shown:\n%s", log.String())
+			}
+			if measured := len(speeds.noted) > 0; measured != (v.nar && !v.lacks) {
+				t.Errorf("the speed of the server was noted: %v", speeds.noted)
+			}
+		})
+	}
+}
+
+// signERIS makes a signed narinfo of an encoded tree, whose nar is not compressed.
+func signERIS(t testing.TB, key *acl.SigningKey, path string, encoded erisfs.Result) string {
+	t.Helper()
+	return signInfo(t, key, &narinfo.Narinfo{
+		StorePath: path, NarDigest: encoded.NarHash, NarSize: encoded.NarSize,
+		ERIS: []narinfo.ERIS{{URN: encoded.Capability.URN()}},
+	})
+}
