@@ -25,7 +25,10 @@ import (
 
 const decodeUsage = `Usage: guix-substitute-eris decode [OPTION]... URN DESTINATION
 Fetch what a read capability denotes and write it to a file or a directory that
-does not exist yet; "-" is standard output. File trees are recognised.
+does not exist yet; "-" is standard output. File trees are recognised, as
+ERIS-FS and as nars; other contents, compressed nars among them, are written as
+they are. Blocks come from the stores that --store, or else the variable
+ERIS_STORE_URL, or else the configuration file names.
 `
 
 // decodeCommand turns a URN into a file or a tree.
@@ -71,6 +74,14 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	if err != nil {
 		return result, err
 	}
+	if destination != "-" {
+		if destination, err = filepath.Abs(destination); err != nil {
+			return result, err
+		}
+		if _, err := os.Lstat(destination); err == nil {
+			return result, &fs.PathError{Op: "decode", Path: destination, Err: unix.EEXIST}
+		}
+	}
 	file, err := readConfiguration()
 	if err != nil {
 		return result, err
@@ -101,12 +112,6 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	}
 	if destination == "-" {
 		return result, errors.New("a file tree cannot be written to standard output; see --raw")
-	}
-	if destination, err = filepath.Abs(destination); err != nil {
-		return result, err
-	}
-	if _, err := os.Lstat(destination); err == nil {
-		return result, &fs.PathError{Op: "decode", Path: destination, Err: fs.ErrExist}
 	}
 	nodes, closeNodes, err := x.Nodes(ctx)
 	if err != nil {

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -19,22 +20,36 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
 
 const encodeUsage = `Usage: guix-substitute-eris encode [OPTION]... PATH
 Encode a file or a file tree as ERIS blocks and print the URN of its read
-capability. Blocks are put into the store that --store, or else the variable
-ERIS_STORE_URL, names; with --store=none they are kept nowhere.
+capability. A file is encoded as its contents, like other programs for ERIS do
+it, without its name and permissions; a tree, or with --item a file too, is
+encoded as "publish" encodes store items. "-" is the contents of standard input.
+
+Blocks are put into the store that --store, or else the first that the variable
+ERIS_STORE_URL or the configuration file names; with --store=none, or if none is
+named, they are kept nowhere.
 `
+
+// encodeSettings are the options of encode.
+type encodeSettings struct {
+	store, secret string
+	item, json    bool
+}
 
 // encodeCommand turns a file or a tree into blocks and a URN.
 func encodeCommand(args []string) int {
+	var s encodeSettings
 	flags := flag.NewFlagSet("encode", flag.ContinueOnError)
-	store := flags.String("store", "", "put the blocks into the store at `URL`")
-	secret := flags.String("convergence-secret", "", "use the convergence secret `BASE32`, or \"unique\" for one that nobody knows; by default everybody who encodes the same contents gets the same URN")
-	asJSON := flags.Bool("json", false, "print the result as JSON")
+	flags.StringVar(&s.store, "store", "", "put the blocks into the store at `URL`")
+	flags.StringVar(&s.secret, "convergence-secret", "", "use the convergence secret `BASE32`, or \"unique\" for one that nobody knows; by default everybody who encodes the same contents gets the same URN")
+	flags.BoolVar(&s.item, "item", false, "encode a file as if it were a store item")
+	flags.BoolVar(&s.json, "json", false, "print the result as JSON")
 	if status, ok := parse(flags, args, encodeUsage); !ok {
 		return status
 	}
@@ -43,11 +58,11 @@ func encodeCommand(args []string) int {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
-	result, err := encode(ctx, flags.Arg(0), *store, *secret)
+	result, err := s.encode(ctx, flags.Arg(0))
 	if err != nil {
 		return fail("%v", err)
 	}
-	if !*asJSON {
+	if !s.json {
 		fmt.Println(result.URN)
 		return 0
 	}
@@ -61,66 +76,113 @@ func encodeCommand(args []string) int {
 
 // encodeResult is what encode prints.
 type encodeResult struct {
-	URN     string `json:"urn"`
-	Form    string `json:"form"`
-	NarHash string `json:"narHash"`
-	NarSize uint64 `json:"narSize"`
-	Files   int    `json:"files"`
+	URN string `json:"urn"`
+	// Form is "data" for the contents of a file, "eris-fs" or "nar" for a tree.
+	Form string `json:"form"`
+	// Size is the length of the contents of a file in bytes.
+	Size *int64 `json:"size,omitempty"`
+	// NarHash, NarSize and Files are those of a tree.
+	NarHash string `json:"narHash,omitempty"`
+	NarSize uint64 `json:"narSize,omitempty"`
+	Files   int    `json:"files,omitempty"`
 	// Blocks and Bytes are how many blocks were put, and how long they are in
 	// all; 0 without a store.
 	Blocks int64 `json:"blocks"`
 	Bytes  int64 `json:"bytes"`
 }
 
-func encode(ctx context.Context, path, storeURL, secretText string) (encodeResult, error) {
-	secret, err := convergenceSecret(secretText)
+func (s *encodeSettings) encode(ctx context.Context, path string) (result encodeResult, err error) {
+	secret, err := convergenceSecret(s.secret)
 	if err != nil {
-		return encodeResult{}, err
+		return result, err
 	}
-	if storeURL == "" {
+	if s.store == "" {
 		file, err := readConfiguration()
 		if err != nil {
-			return encodeResult{}, err
+			return result, err
 		}
 		if urls := storeURLs("", file); len(urls) > 0 {
-			storeURL = urls[0]
+			s.store = urls[0]
 		}
 	}
-	if path, err = filepath.Abs(path); err != nil {
-		return encodeResult{}, err
-	}
 	sink := eris.SinkFunc(func(context.Context, eris.Reference, []byte) error { return nil })
-	flush := func() error { return nil }
 	var pipeline *fetch.Pipeline
-	if storeURL != "" && storeURL != "none" {
-		store, err := openStore(storeURL)
+	if s.store != "" && s.store != "none" {
+		store, err := openStore(s.store)
 		if err != nil {
-			return encodeResult{}, err
+			return result, err
 		}
 		defer store.Close()
 		pipeline = fetch.NewPipeline(ctx, store)
-		sink, flush = pipeline.Put, pipeline.Flush
+		sink = pipeline.Put
 	}
 	shown := showProgress("encoded")
-	e, err := publish.Encode(ctx, path, eris.SinkFunc(func(ctx context.Context, ref eris.Reference, block []byte) error {
+	defer shown.end()
+	counted := eris.SinkFunc(func(ctx context.Context, ref eris.Reference, block []byte) error {
 		shown.add(len(block))
 		return sink(ctx, ref, block)
-	}), secret)
-	if err2 := flush(); err == nil && err2 != nil {
-		err = fmt.Errorf("storing the blocks of %s: %w", path, err2)
+	})
+	if content := s.content(path); content != nil {
+		defer content.Close()
+		result, err = encodeContent(ctx, content, counted, secret)
+	} else {
+		result, err = encodeTree(ctx, path, counted, secret)
 	}
-	shown.end()
+	if pipeline == nil {
+		return result, err
+	}
+	if err2 := pipeline.Flush(); err2 != nil { // also after an error: calls may be under way
+		return result, fmt.Errorf("storing the blocks of %s: %w", path, err2)
+	}
+	result.Blocks, result.Bytes = pipeline.Stored()
+	return result, err
+}
+
+// content opens what is to be encoded as its contents; for a tree it returns nil.
+// What cannot be opened counts as a tree, and is an error when that is encoded.
+func (s *encodeSettings) content(path string) io.ReadCloser {
+	if path == "-" {
+		return io.NopCloser(os.Stdin)
+	}
+	if s.item {
+		return nil
+	}
+	if info, err := os.Lstat(path); err != nil || !info.Mode().IsRegular() {
+		return nil
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil
+	}
+	return f
+}
+
+func encodeContent(ctx context.Context, content io.Reader, sink eris.Sink, secret eris.ConvergenceSecret) (encodeResult, error) {
+	var size int64
+	c, err := eris.Encode(ctx, readerFunc(func(p []byte) (int, error) {
+		n, err := content.Read(p)
+		size += int64(max(n, 0))
+		return n, err
+	}), sink, eris.EncodeOptions{Secret: secret})
+	return encodeResult{URN: c.URN(), Form: string(image.Data), Size: &size}, err
+}
+
+// readerFunc is a function as an io.Reader.
+type readerFunc func(p []byte) (int, error)
+
+// Read implements io.Reader.
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+func encodeTree(ctx context.Context, path string, sink eris.Sink, secret eris.ConvergenceSecret) (encodeResult, error) {
+	path, err := filepath.Abs(path)
 	if err != nil {
 		return encodeResult{}, err
 	}
-	r := encodeResult{
+	e, err := publish.Encode(ctx, path, sink, secret)
+	return encodeResult{
 		URN: e.Capability.URN(), Form: e.Form, NarHash: "sha256:" + nixbase32.EncodeToString(e.NarHash[:]),
 		NarSize: e.NarSize, Files: e.Files,
-	}
-	if pipeline != nil {
-		r.Blocks, r.Bytes = pipeline.Stored()
-	}
-	return r, nil
+	}, err
 }
 
 // convergenceSecret reads the secret that a user names.

@@ -35,11 +35,29 @@ type publishSettings struct {
 	publicKey, privateKey         string
 	database, manifest, narinfos  string
 	eris                          bool
-	blocks, cache                 string
+	blocks, cache                 string // blocks is the URL of the store for them
 	compressions                  string
 	ttl                           time.Duration
 	waitFor                       int64
 }
+
+// erisFlag is the option --eris, whose value can be left out.
+type erisFlag publishSettings
+
+// String implements flag.Value.
+func (e *erisFlag) String() string { return "" }
+
+// Set implements flag.Value.
+func (e *erisFlag) Set(value string) error {
+	e.eris = value != "false"
+	if value != "true" && value != "false" {
+		e.blocks = value
+	}
+	return nil
+}
+
+// IsBoolFlag makes the value one that can be left out.
+func (e *erisFlag) IsBoolFlag() bool { return true }
 
 // publishCommand serves until it is told to stop.
 func publishCommand(args []string) int {
@@ -55,7 +73,7 @@ func publishCommand(args []string) int {
 	flags.StringVar(&s.database, "database", filepath.Join(stateDirectory(), "db", "db.sqlite"), "the daemon's database is `FILE`")
 	flags.StringVar(&s.manifest, "manifest", "", "take the items from `FILE`, a list of records with StorePath and References, instead of from the database")
 	flags.StringVar(&s.narinfos, "narinfos", "", "take the items from the narinfos in `DIRECTORY` instead of from the database")
-	flags.BoolVar(&s.eris, "eris", false, "compute read capabilities even though the blocks are stored nowhere")
+	flags.Var((*erisFlag)(&s), "eris", "compute read capabilities even though the blocks are stored nowhere; or, as --eris=`URL`, the same as --store")
 	flags.StringVar(&s.blocks, "store", "", "put the blocks into the store at `URL`")
 	flags.StringVar(&s.cache, "cache", "", "keep what is known of read capabilities in `DIRECTORY`")
 	flags.StringVar(&s.compressions, "compression", "zstd,gzip", "offer nars in these `FORMS`, separated by commas: none, gzip, zstd")
@@ -123,14 +141,14 @@ func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 // handler makes what serves, and a function that closes it.
 func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error) {
 	var closers []func()
-	closeAll = func() {
+	closeOpened := func() {
 		for i := len(closers) - 1; i >= 0; i-- {
 			closers[i]()
 		}
 	}
 	defer func() {
-		if err != nil {
-			closeAll()
+		if closeAll = closeOpened; err != nil {
+			closeOpened()
 		}
 	}()
 	capabilities, err := s.capabilities(&closers)
@@ -145,7 +163,7 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 			Upstream: s.annotate, StoreDir: s.store, Root: s.root, Capabilities: capabilities,
 			WaitFor: uint64(max(0, s.waitFor)), Log: logf,
 		})
-		return h, closeAll, err
+		return h, nil, err
 	}
 	items, err := s.items(&closers)
 	if err != nil {
@@ -163,7 +181,7 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 		StoreDir: s.store, Root: s.root, Items: items, Key: key, Host: host, Capabilities: capabilities,
 		WaitFor: uint64(max(0, s.waitFor)), Compressions: strings.Split(s.compressions, ","), TTL: s.ttl, Log: logf,
 	})
-	return h, closeAll, err
+	return h, nil, err
 }
 
 func (s *publishSettings) capabilities(closers *[]func()) (*publish.Capabilities, error) {

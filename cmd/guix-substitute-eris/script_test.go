@@ -77,6 +77,8 @@ func makeWritable(root string) {
 var scriptCommands = map[string]func(ts *testscript.TestScript, neg bool, args []string){
 	"keygen":    scriptKeygen,
 	"acl":       scriptACL,
+	"publish":   scriptPublish,
+	"fetch":     scriptFetch,
 	"sign":      scriptSign,
 	"nar":       scriptNar,
 	"narhash":   scriptNarHash,
