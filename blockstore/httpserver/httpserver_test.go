@@ -1,0 +1,415 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package httpserver_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/httpserver"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+)
+
+func openStore(t testing.TB) *blockstore.Store {
+	s, err := blockstore.Open(t.TempDir(), blockstore.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+func newBlock(size eris.BlockSize) (eris.Reference, []byte) {
+	block := make([]byte, size)
+	rand.Read(block)
+	return eris.Sum(block), block
+}
+
+// serve starts a server and returns its address.
+func serve(t testing.TB, config httpserver.Config, access httpserver.Access) (*httpserver.Server, string) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := httpserver.New(config)
+	var group sync.WaitGroup
+	group.Go(func() {
+		if err := s.Serve(l, access); err != httpserver.ErrServerClosed {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(func() {
+		s.Close()
+		group.Wait()
+	})
+	return s, l.Addr().String()
+}
+
+var readWrite = httpserver.Access{Get: true, Put: true}
+
+func client(t testing.TB, http2 bool) *http.Client {
+	transport := &http.Transport{Protocols: new(http.Protocols)}
+	transport.Protocols.SetHTTP1(!http2)
+	transport.Protocols.SetUnencryptedHTTP2(http2)
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport}
+}
+
+// TestAnswers checks what is answered to what, by both versions of HTTP.
+func TestAnswers(t *testing.T) {
+	store := openStore(t)
+	small, smallBlock := newBlock(eris.BlockSize1KiB)
+	large, largeBlock := newBlock(eris.BlockSize32KiB)
+	for ref, block := range map[eris.Reference][]byte{small: smallBlock, large: largeBlock} {
+		if err := store.Put(t.Context(), ref, block); err != nil {
+			t.Fatal(err)
+		}
+	}
+	missing, _ := newBlock(eris.BlockSize1KiB)
+	failing := failing{}
+	_, normal := serve(t, httpserver.Config{Blocks: store, Sink: store}, readWrite)
+	_, readOnly := serve(t, httpserver.Config{Blocks: store, Sink: store}, httpserver.Access{Get: true})
+	_, writeOnly := serve(t, httpserver.Config{Blocks: store, Sink: store}, httpserver.Access{Put: true})
+	_, broken := serve(t, httpserver.Config{Blocks: failing, Sink: failing}, readWrite)
+	_, noSink := serve(t, httpserver.Config{Blocks: store}, readWrite)
+	_, refusing := serve(t, httpserver.Config{Blocks: store, Sink: readOnlySink{}}, readWrite)
+	query := func(ref eris.Reference) string { return "/uri-res/N2R?urn:blake2b:" + ref.String() }
+	newSmall, newSmallBlock := newBlock(eris.BlockSize1KiB)
+	newLarge, newLargeBlock := newBlock(eris.BlockSize32KiB)
+	type headers map[string]string
+	block := headers{"Content-Type": "application/octet-stream", "Cache-Control": "public, max-age=31536000, immutable"}
+	for _, v := range []struct {
+		name, method, server, target string
+		body                         []byte
+		send                         headers
+		status                       int
+		want                         []byte
+		headers                      headers
+	}{
+		{"1 KiB", "GET", normal, query(small), nil, nil, 200, smallBlock, block},
+		{"32 KiB", "GET", normal, query(large), nil, nil, 200, largeBlock, block},
+		{"entity tag", "GET", normal, query(large), nil, nil, 200, largeBlock, headers{"Etag": `"` + large.String() + `"`, "Content-Length": "32768"}},
+		{"head", "HEAD", normal, query(large), nil, nil, 200, []byte{}, headers{"Etag": `"` + large.String() + `"`, "Content-Length": "32768"}},
+		{"head of a missing one", "HEAD", normal, query(missing), nil, nil, 404, []byte{}, nil},
+		{"URN in capitals", "GET", normal, "/uri-res/N2R?URN:BLAKE2B:" + small.String(), nil, nil, 200, smallBlock, nil},
+		{"colons encoded", "GET", normal, "/uri-res/N2R?urn%3Ablake2b%3a" + small.String(), nil, nil, 200, smallBlock, nil},
+		{"path encoded", "GET", normal, "/uri%2dres/N2R?urn:blake2b:" + small.String(), nil, nil, 200, smallBlock, nil},
+		{"known", "GET", normal, query(small), nil, headers{"If-None-Match": `"x", W/"` + small.String() + `"`}, 304, []byte{}, nil},
+		{"other tag", "GET", normal, query(small), nil, headers{"If-None-Match": `"` + large.String() + `"`}, 200, smallBlock, nil},
+		{"any tag", "HEAD", normal, query(small), nil, headers{"If-None-Match": "*"}, 304, []byte{}, nil},
+		{"missing, any tag", "GET", normal, query(missing), nil, headers{"If-None-Match": "*"}, 404, nil, nil},
+		{"range", "GET", normal, query(small), nil, headers{"Range": "bytes=1-2"}, 200, smallBlock, nil},
+		{"missing", "GET", normal, query(missing), nil, nil, 404, nil, nil},
+		{"read-only", "GET", readOnly, query(small), nil, nil, 200, smallBlock, nil},
+		{"write-only", "GET", writeOnly, query(small), nil, nil, 403, nil, nil},
+		{"failing", "GET", broken, query(small), nil, nil, 500, nil, nil},
+		{"no query", "GET", normal, "/uri-res/N2R", nil, nil, 400, nil, nil},
+		{"no reference", "GET", normal, "/uri-res/N2R?urn:blake2b:", nil, nil, 400, nil, nil},
+		{"lower case", "GET", normal, "/uri-res/N2R?urn:blake2b:" + strings.ToLower(small.String()), nil, nil, 400, nil, nil},
+		{"too short", "GET", normal, query(small)[:70], nil, nil, 400, nil, nil},
+		{"too long", "GET", normal, query(small) + "A", nil, nil, 400, nil, nil},
+		{"very long", "GET", normal, query(small) + strings.Repeat("A", 9000), nil, nil, 400, nil, nil},
+		{"parameter", "GET", normal, "/uri-res/N2R?q=urn:blake2b:" + small.String(), nil, nil, 400, nil, nil},
+		{"other hash", "GET", normal, "/uri-res/N2R?urn:sha256:" + small.String(), nil, nil, 400, nil, nil},
+		{"read capability", "GET", normal, "/uri-res/N2R?urn:eris:BIAD77QDJMFAKZYH2DXBUZYAP3MXZ3DJZVFYQ5DFWC6T65WSFCU5S2IT4YZGJ7AC4SYQMP2DM2ANS2ZTCP3DJJIRV733CRAAHOSWIYZM3M", nil, nil, 403, nil, nil},
+		{"put of a read capability", "PUT", normal, "/uri-res/N2R?urn:eris:BI", smallBlock, nil, 403, nil, nil},
+		{"other path", "GET", normal, "/uri-res/N2L?urn:blake2b:" + small.String(), nil, nil, 404, nil, nil},
+		{"root", "GET", normal, "/", nil, nil, 404, nil, nil},
+		{"dots", "GET", normal, "/uri-res/../uri-res/N2R?urn:blake2b:" + small.String(), nil, nil, 404, nil, nil},
+		{"delete", "DELETE", normal, query(small), nil, nil, 405, nil, headers{"Allow": "GET, HEAD, PUT"}},
+		{"post", "POST", normal, query(small), smallBlock, nil, 405, nil, nil},
+		{"put", "PUT", normal, query(newSmall), newSmallBlock, nil, 200, []byte{}, headers{"Content-Location": query(newSmall)}},
+		{"put again", "PUT", normal, query(newSmall), newSmallBlock, nil, 200, []byte{}, headers{"Content-Location": query(newSmall)}},
+		{"put without a reference", "PUT", normal, "/uri-res/N2R?urn:blake2b:", newLargeBlock, nil, 200, []byte{}, headers{"Content-Location": query(newLarge)}},
+		{"put without a query", "PUT", normal, "/uri-res/N2R", newLargeBlock, nil, 200, []byte{}, headers{"Content-Location": query(newLarge)}},
+		{"get what was put", "GET", normal, query(newLarge), nil, nil, 200, newLargeBlock, nil},
+		{"put of something else", "PUT", normal, query(missing), newSmallBlock, nil, 400, nil, nil},
+		{"put of nothing", "PUT", normal, query(small), nil, nil, 400, nil, nil},
+		{"put that is short", "PUT", normal, query(small), smallBlock[:1023], nil, 400, nil, nil},
+		{"put that is long", "PUT", normal, query(large), append(bytes.Clone(largeBlock), 0), nil, 400, nil, nil},
+		{"put that is very long", "PUT", normal, query(large), make([]byte, 8<<20), nil, 400, nil, nil},
+		{"put of nonsense", "PUT", normal, "/uri-res/N2R?hello", smallBlock, nil, 400, nil, nil},
+		{"put elsewhere", "PUT", normal, "/other", smallBlock, nil, 403, nil, nil},
+		{"put, read-only", "PUT", readOnly, query(newSmall), newSmallBlock, nil, 403, nil, nil},
+		{"put, no sink", "PUT", noSink, query(newSmall), newSmallBlock, nil, 403, nil, nil},
+		{"put, sink refuses", "PUT", refusing, query(newSmall), newSmallBlock, nil, 403, nil, nil},
+		{"put, failing", "PUT", broken, query(newSmall), newSmallBlock, nil, 500, nil, nil},
+		{"put, write-only", "PUT", writeOnly, query(newSmall), newSmallBlock, nil, 200, nil, nil},
+	} {
+		for _, http2 := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/%v", v.name, http2), func(t *testing.T) {
+				r, err := http.NewRequestWithContext(t.Context(), v.method, "http://"+v.server+v.target, bytes.NewReader(v.body))
+				if err != nil {
+					t.Fatal(err)
+				}
+				for name, value := range v.send {
+					r.Header.Set(name, value)
+				}
+				answer, err := client(t, http2).Do(r)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer answer.Body.Close()
+				body, err := io.ReadAll(answer.Body)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if answer.StatusCode != v.status || (answer.ProtoMajor == 2) != http2 {
+					t.Errorf("status %s by %s, want %d: %.100q", answer.Status, answer.Proto, v.status, body)
+				}
+				if v.want != nil && !bytes.Equal(body, v.want) {
+					t.Errorf("%d bytes, want %d: %.100q", len(body), len(v.want), body)
+				}
+				if v.status >= 400 && answer.Header.Get("Cache-Control") != "" {
+					t.Error("a refusal may be kept")
+				}
+				for name, want := range v.headers {
+					if got := answer.Header.Get(name); got != want {
+						t.Errorf("%s: %q, want %q", name, got, want)
+					}
+				}
+			})
+		}
+	}
+	if _, err := store.Get(t.Context(), missing, 0, nil); !errors.Is(err, eris.ErrNotFound) {
+		t.Errorf("a block was stored under a reference that is not its own: %v", err)
+	}
+}
+
+type failing struct{}
+
+func (failing) Get(context.Context, eris.Reference, eris.BlockSize, []byte) ([]byte, error) {
+	return nil, errors.New("disk is broken")
+}
+func (failing) Put(context.Context, eris.Reference, []byte) error {
+	return errors.New("disk is broken")
+}
+
+type readOnlySink struct{}
+
+func (readOnlySink) Put(context.Context, eris.Reference, []byte) error { return fetch.ErrReadOnly }
+
+// raw sends bytes and returns all that is answered.
+func raw(t *testing.T, address, text string) string {
+	conn, err := net.Dial("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(30 * time.Second))
+	if _, err := io.WriteString(conn, text); err != nil {
+		t.Fatal(err)
+	}
+	b, err := io.ReadAll(conn)
+	if err, ok := err.(net.Error); ok && err.Timeout() {
+		t.Error("the server hangs")
+	}
+	return string(b)
+}
+
+// TestHostile sends what no good client sends.
+func TestHostile(t *testing.T) {
+	store := openStore(t)
+	_, address := serve(t, httpserver.Config{
+		Blocks: store, Sink: store, HeaderTimeout: 200 * time.Millisecond, RequestTimeout: 300 * time.Millisecond,
+	}, readWrite)
+	const head = "PUT /uri-res/N2R HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+	kib := strings.Repeat("x", 1024)
+	for _, v := range []struct{ name, send, want string }{
+		{"header that does not end", "GET / HTTP/1.1\r\nHost: x\r\n", ""},
+		{"header that is too long", "GET / HTTP/1.1\r\nHost: x\r\nA: " + strings.Repeat("a", 64<<10) + "\r\n", "HTTP/1.1 431 "},
+		{"body that does not come", head + "Content-Length: 1024\r\n\r\n", "HTTP/1.1 400 "},
+		{"body that stops at a block", head + "Content-Length: 32768\r\n\r\n" + kib, "HTTP/1.1 400 "},
+		{"chunks that stop at a block", head + "Transfer-Encoding: chunked\r\n\r\n400\r\n" + kib + "\r\n", "HTTP/1.1 400 "},
+		{"chunk of exabytes", head + "Transfer-Encoding: chunked\r\n\r\nfffffffffffffff\r\n" + kib, "HTTP/1.1 400 "},
+		{"body of exabytes", head + "Content-Length: 9223372036854775807\r\n\r\n" + kib, "HTTP/1.1 400 "},
+		{"two lengths", head + "Content-Length: 1024\r\nContent-Length: 1025\r\n\r\n" + kib, "HTTP/1.1 400 "},
+		{"nonsense", "\x00\x01\x02\r\n\r\n", "HTTP/1.1 400 "},
+		{"chunks of a block", head + "Transfer-Encoding: chunked\r\n\r\n400\r\n" + kib + "\r\n0\r\n\r\n", "HTTP/1.1 200 "},
+	} {
+		if got := raw(t, address, v.send); !strings.HasPrefix(got, v.want) {
+			t.Errorf("%s: %.100q, want %q", v.name, got, v.want)
+		}
+	}
+	if stats := store.Stats(); stats.Blocks1KiB != 1 || stats.Blocks32KiB != 0 {
+		t.Errorf("there are %d and %d blocks", stats.Blocks1KiB, stats.Blocks32KiB)
+	}
+}
+
+// TestBounds has more connections and more requests than are allowed.
+func TestBounds(t *testing.T) {
+	waiting := &waiting{entered: make(chan struct{}, 16), leave: make(chan struct{})}
+	server, address := serve(t, httpserver.Config{Blocks: waiting, MaxConnections: 3, MaxRequests: 2}, readWrite)
+	get := "GET /uri-res/N2R?urn:blake2b:" + eris.Sum(nil).String() + " HTTP/1.1\r\nHost: x\r\n\r\n"
+	var conns []net.Conn
+	for i := range 3 {
+		conn, err := net.Dial("tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		conn.SetDeadline(time.Now().Add(time.Minute))
+		conns = append(conns, conn)
+		io.WriteString(conn, get)
+		if i < 2 {
+			<-waiting.entered
+		}
+	}
+	status := func(conn net.Conn) int {
+		answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Error(err)
+			return 0
+		}
+		io.Copy(io.Discard, answer.Body)
+		return answer.StatusCode
+	}
+	if got := status(conns[2]); got != 503 {
+		t.Errorf("the third request at a time is answered by %d", got)
+	}
+	fourth, err := net.Dial("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer fourth.Close()
+	fourth.SetDeadline(time.Now().Add(time.Minute))
+	io.WriteString(fourth, get)
+	if n, err := fourth.Read(make([]byte, 1)); n != 0 || errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("the fourth connection is served: %v", err)
+	}
+	close(waiting.leave)
+	if got := [2]int{status(conns[0]), status(conns[1])}; got != [2]int{404, 404} {
+		t.Errorf("statuses %v", got)
+	}
+	// A connection that ends makes room.
+	conns[2].Close()
+	for begin := time.Now(); ; {
+		conn, err := net.Dial("tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.SetDeadline(time.Now().Add(time.Minute))
+		io.WriteString(conn, get)
+		answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		conn.Close()
+		if err == nil {
+			if answer.StatusCode != 404 {
+				t.Errorf("status %d", answer.StatusCode)
+			}
+			break
+		}
+		if time.Since(begin) > time.Minute {
+			t.Fatal("there is never room again")
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := server.Shutdown(ctx); err != nil {
+		t.Error(err)
+	}
+}
+
+// waiting is blocks that are looked up until told otherwise, and are not there.
+type waiting struct{ entered, leave chan struct{} }
+
+func (w *waiting) Get(ctx context.Context, _ eris.Reference, _ eris.BlockSize, _ []byte) ([]byte, error) {
+	w.entered <- struct{}{}
+	select {
+	case <-w.leave:
+		return nil, eris.ErrNotFound
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// TestClose closes a server whose store never answers, gracefully and at once.
+func TestClose(t *testing.T) {
+	for _, graceful := range []bool{false, true} {
+		waiting := &waiting{entered: make(chan struct{}, 16), leave: make(chan struct{})}
+		server, address := serve(t, httpserver.Config{Blocks: waiting}, readWrite)
+		var group sync.WaitGroup
+		group.Go(func() {
+			answer, err := client(t, false).Get("http://" + address + "/uri-res/N2R?urn:blake2b:" + eris.Sum(nil).String())
+			if err == nil {
+				answer.Body.Close()
+				if answer.StatusCode != 503 {
+					t.Errorf("status %d", answer.StatusCode)
+				}
+			}
+		})
+		<-waiting.entered
+		if graceful {
+			ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+			if err := server.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("Shutdown returns %v", err)
+			}
+			cancel()
+		} else {
+			server.Close()
+		}
+		group.Wait()
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := server.Serve(l, readWrite); err != httpserver.ErrServerClosed {
+			t.Errorf("Serve returns %v after the end", err)
+		}
+	}
+}
+
+// TestMany puts and gets thousands of blocks, many at a time, on connections of HTTP/2.
+func TestMany(t *testing.T) {
+	store := openStore(t)
+	_, address := serve(t, httpserver.Config{Blocks: store, Sink: store}, readWrite)
+	c := client(t, true)
+	var group sync.WaitGroup
+	for range 200 {
+		group.Go(func() {
+			for range 10 {
+				ref, block := newBlock(eris.BlockSize1KiB)
+				url := "http://" + address + "/uri-res/N2R?" + ref.URN()
+				r, err := http.NewRequestWithContext(t.Context(), "PUT", url, bytes.NewReader(block))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				answer, err := c.Do(r)
+				if err != nil || answer.StatusCode != 200 {
+					t.Errorf("PUT: %v, %v", answer, err)
+					return
+				}
+				answer.Body.Close()
+				answer, err = c.Get(url)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				got, err := io.ReadAll(answer.Body)
+				answer.Body.Close()
+				if err != nil || !bytes.Equal(got, block) {
+					t.Errorf("GET: %d bytes, %v", len(got), err)
+					return
+				}
+			}
+		})
+	}
+	group.Wait()
+}
