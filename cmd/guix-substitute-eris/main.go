@@ -30,6 +30,8 @@ func run(args []string) int {
 		return encodeCommand(args[1:])
 	case name == "decode":
 		return decodeCommand(args[1:])
+	case name == "serve":
+		return serveCommand(args[1:])
 	case name == "publish":
 		return publishCommand(args[1:])
 	case name == "demo":

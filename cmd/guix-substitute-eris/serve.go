@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/httpserver"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/systemd"
+)
+
+const serveUsage = `Usage: guix-substitute-eris serve [OPTION]...
+Keep blocks in a directory and serve them by CoAP on a Unix socket, and wherever
+else --listen says. URLs of --listen are
+
+  coap+tcp://HOST:PORT    CoAP over TCP
+  coap://HOST:PORT        CoAP over UDP
+  coap+unix:///PATH       CoAP over a further Unix socket
+  http://HOST:PORT        HTTP, at the path /uri-res/N2R
+
+Whoever can connect may get blocks. To put blocks is permitted on Unix sockets,
+and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".
+`
+
+// serveSettings are the options of serve.
+type serveSettings struct {
+	directory, socket       string
+	socketMode, socketGroup string
+	listen                  []string
+	maxSize, limitRate      string
+}
+
+// stopTime is how long clients get when the server stops.
+const stopTime = 5 * time.Second
+
+// serveCommand serves until it is told to stop.
+func serveCommand(args []string) int {
+	var s serveSettings
+	flags := flag.NewFlagSet("serve", flag.ContinueOnError)
+	flags.StringVar(&s.directory, "directory", "", "keep the blocks in `DIRECTORY`")
+	flags.StringVar(&s.socket, "socket", "", "listen on the Unix socket `PATH`; \"none\" is none")
+	flags.StringVar(&s.socketMode, "socket-mode", "660", "who may write to Unix sockets, and thus put blocks, is said by the octal `MODE`")
+	flags.StringVar(&s.socketGroup, "socket-group", "", "these sockets belong to `GROUP`")
+	flags.Func("listen", "listen at `URL` too; may be given several times", func(url string) error {
+		s.listen = append(s.listen, url)
+		return nil
+	})
+	flags.StringVar(&s.maxSize, "max-size", "", "keep blocks of at most `SIZE` in all, like 20GiB; the least recently used go")
+	flags.StringVar(&s.limitRate, "limit-rate", "", "receive, and send, at most at `RATE` in all, in bytes per second, like 2MiB")
+	if status, ok := parse(flags, args, serveUsage); !ok {
+		return status
+	}
+	if flags.NArg() > 0 {
+		return fail("serve takes no arguments, and %q was given", flags.Args())
+	}
+	if err := s.run(); err != nil {
+		return fail("%v", err)
+	}
+	return 0
+}
+
+// run serves until a signal comes or something fails for good.
+func (s *serveSettings) run() error {
+	passed, err := systemd.Sockets()
+	if err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	var endpoints []*endpoint
+	defer func() {
+		for _, e := range endpoints {
+			e.close()
+		}
+	}()
+	for _, socket := range passed {
+		e, err := passedEndpoint(socket)
+		if err != nil {
+			return err
+		}
+		endpoints = append(endpoints, &e)
+	}
+	own, err := s.endpoints(endpoints)
+	if err != nil {
+		return err
+	}
+	rights, err := parseSocketRights(s.socketMode, s.socketGroup)
+	if err != nil {
+		return err
+	}
+	rate := int64(0)
+	if s.limitRate != "" {
+		if rate, err = bytesize.ParseRate(s.limitRate); err != nil {
+			return fmt.Errorf("--limit-rate: %w", err)
+		}
+	}
+	store, err := s.openStore(ctx)
+	if err != nil {
+		return err
+	}
+	for _, e := range own {
+		if err := e.listen(rights); err != nil {
+			return errors.Join(err, store.Close())
+		}
+		endpoints = append(endpoints, e)
+	}
+	for in, out, i := ratelimit.New(rate, 0), ratelimit.New(rate, 0), 0; i < len(endpoints); i++ {
+		endpoints[i].limit(in, out)
+	}
+	err = serveEndpoints(ctx, store, endpoints, stop)
+	return errors.Join(err, store.Close())
+}
+
+// endpoints returns where to listen, given what is listened on already.
+func (s *serveSettings) endpoints(passed []*endpoint) ([]*endpoint, error) {
+	var endpoints []*endpoint
+	socket := s.socket
+	if socket == "" {
+		for _, e := range passed {
+			if e.scheme == "coap+unix" {
+				socket = "none"
+			}
+		}
+	}
+	if socket == "" {
+		var err error
+		if socket, err = defaultSocket(os.Geteuid(), os.Getenv("XDG_RUNTIME_DIR")); err != nil {
+			return nil, err
+		}
+	}
+	if socket != "none" {
+		path, err := filepath.Abs(socket)
+		if err != nil {
+			return nil, err
+		}
+		endpoints = append(endpoints, &endpoint{scheme: "coap+unix", address: path, get: true, put: true})
+	}
+	for _, url := range s.listen {
+		e, err := parseEndpoint(url)
+		if err != nil {
+			return nil, err
+		}
+		endpoints = append(endpoints, &e)
+	}
+	if len(endpoints)+len(passed) == 0 {
+		return nil, errors.New("there is nothing to listen on; name something by --socket or --listen")
+	}
+	return endpoints, nil
+}
+
+// defaultSocket returns the path of the socket where the store of the system, or
+// of a user, is looked for.
+func defaultSocket(user int, runtimeDirectory string) (string, error) {
+	switch {
+	case user == 0:
+		return "/run/guix-substitute-eris/eris.sock", nil
+	case filepath.IsAbs(runtimeDirectory):
+		return filepath.Join(runtimeDirectory, "eris.sock"), nil
+	}
+	return "", errors.New("XDG_RUNTIME_DIR is not set; name a socket by --socket")
+}
+
+// openStore opens the block store. If its index is damaged, it is made anew.
+func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error) {
+	options := blockstore.Options{}
+	if s.maxSize != "" {
+		var err error
+		if options.MaxBytes, err = bytesize.Parse(s.maxSize); err != nil {
+			return nil, fmt.Errorf("--max-size: %w", err)
+		}
+		if options.MaxBytes < blockstore.MinBytes {
+			return nil, fmt.Errorf("--max-size: %s is less than 1MiB", s.maxSize)
+		}
+	}
+	directory := s.directory
+	if directory == "" {
+		base := "/var/cache"
+		if os.Geteuid() != 0 {
+			var err error
+			if base, err = os.UserCacheDir(); err != nil {
+				return nil, fmt.Errorf("%w; name a directory by --directory", err)
+			}
+		}
+		directory = filepath.Join(base, "guix-substitute-eris", "blocks")
+	}
+	store, err := blockstore.Open(directory, options)
+	if errors.Is(err, blockstore.ErrDamaged) {
+		logf("%v; making it anew from the blocks", err)
+		var blocks int64
+		if blocks, err = blockstore.Rebuild(ctx, directory); err != nil {
+			return nil, err
+		}
+		logf("%d blocks were found", blocks)
+		store, err = blockstore.Open(directory, options)
+	}
+	return store, err
+}
+
+// serveEndpoints serves the store on all endpoints until ctx is done or one of
+// them fails. From then on, further signals end the program at once.
+func serveEndpoints(ctx context.Context, store *blockstore.Store, endpoints []*endpoint, restoreSignals func()) error {
+	logError := func(err error) { logf("%v", err) }
+	coap, err := coapserver.New(coapserver.Config{
+		Resources: []coapserver.Resource{{Blocks: store, Sink: store}},
+		Log:       logError,
+	})
+	if err != nil {
+		return err
+	}
+	web := httpserver.New(httpserver.Config{Blocks: store, Sink: store, Log: logError})
+
+	failed := make(chan error, len(endpoints))
+	var group sync.WaitGroup
+	for _, e := range endpoints {
+		group.Go(func() {
+			var err error
+			switch {
+			case e.packets != nil:
+				err = coap.ServePacket(e.packets, coapserver.Access{Get: e.get, Put: e.put})
+			case e.scheme == "http":
+				err = web.Serve(e.listener, httpserver.Access{Get: e.get, Put: e.put})
+			default:
+				err = coap.Serve(e.listener, coapserver.Access{Get: e.get, Put: e.put})
+			}
+			if !errors.Is(err, coapserver.ErrServerClosed) && !errors.Is(err, httpserver.ErrServerClosed) {
+				failed <- fmt.Errorf("serving on %v: %w", e, err)
+			}
+		})
+		logf("serving on %v", e)
+	}
+	notify("READY=1")
+	select {
+	case <-ctx.Done():
+		logf("stopping")
+	case err = <-failed:
+	}
+	restoreSignals()
+	notify("STOPPING=1")
+	graceful, cancel := context.WithTimeout(context.Background(), stopTime)
+	defer cancel()
+	// What was acknowledged is durable already; clients that do not go are cut off.
+	group.Go(func() { _ = web.Shutdown(graceful) })
+	_ = coap.Shutdown(graceful)
+	group.Wait()
+	return err
+}
+
+// notify tells the service manager, if there is one.
+func notify(state string) {
+	if err := systemd.Notify(state); err != nil {
+		logf("%v", err)
+	}
+}
