@@ -11,6 +11,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dir"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/ipfs"
 )
 
 // storeVariable has store URLs, separated by spaces; other programs for ERIS read
@@ -31,6 +32,9 @@ var storeKinds = []storeKind{
 	}},
 	{[]string{"file"}, func(url string) (fetch.Store, error) {
 		return dir.Open(url, dir.Options{})
+	}},
+	{[]string{"ipfs+http", "ipfs+https"}, func(url string) (fetch.Store, error) {
+		return ipfs.Open(url, ipfs.Options{})
 	}},
 }
 

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package ipfs
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+)
+
+// startKubo starts a daemon that knows nobody, and returns the store URLs of its RPC and its gateway.
+func startKubo(t *testing.T) (rpc, gateway string) {
+	program, err := exec.LookPath("ipfs")
+	if err != nil {
+		t.Skip("Kubo is not installed (program ipfs)")
+	}
+	home := t.TempDir()
+	environment := append(os.Environ(), "HOME="+home, "IPFS_PATH="+home, "IPFS_TELEMETRY=off")
+	// This profile has addresses on the loopback interface only, and no peers to begin with.
+	setup := exec.Command(program, "init", "--profile=test")
+	setup.Env = environment
+	if output, err := setup.CombinedOutput(); err != nil {
+		t.Fatalf("ipfs init: %v\n%s", err, output)
+	}
+	daemon := exec.Command(program, "daemon", "--offline")
+	daemon.Env = environment
+	output, err := daemon.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := daemon.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var group sync.WaitGroup
+	t.Cleanup(func() {
+		daemon.Process.Kill()
+		group.Wait()
+		daemon.Wait()
+	})
+	lines := bufio.NewScanner(output)
+	var said strings.Builder
+	for {
+		if !lines.Scan() {
+			t.Fatalf("ipfs daemon has ended:\n%s", said.String())
+		}
+		said.WriteString(lines.Text() + "\n")
+		if strings.Contains(lines.Text(), "Daemon is ready") {
+			break
+		}
+	}
+	group.Go(func() {
+		for lines.Scan() {
+		}
+	})
+	read := func(name string) string {
+		b, err := os.ReadFile(filepath.Join(home, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(string(b))
+	}
+	port := read("api") // /ip4/127.0.0.1/tcp/PORT
+	return "ipfs+http://127.0.0.1:" + port[strings.LastIndexByte(port, '/')+1:] + "?rpc", "ipfs+" + read("gateway")
+}
+
+// TestKubo puts blocks to the usual daemon by its RPC, and gets them from there and from its gateway.
+func TestKubo(t *testing.T) {
+	rpcURL, gatewayURL := startKubo(t)
+	rpc := mustOpen(t, rpcURL, Options{})
+	defer rpc.Close()
+	gateway := mustOpen(t, gatewayURL, Options{})
+	defer gateway.Close()
+	var group sync.WaitGroup
+	for i := range 100 {
+		size := eris.BlockSize1KiB
+		if i%4 == 0 {
+			size = eris.BlockSize32KiB
+		}
+		block := bytes.Repeat([]byte{byte(i), 1, 2, 3}, int(size)/4)
+		ref := eris.Sum(block)
+		group.Go(func() {
+			for range 2 { // a block that is there already may be put again
+				if err := rpc.Put(t.Context(), ref, block); err != nil {
+					t.Errorf("Put: %v", err)
+					return
+				}
+			}
+			for _, store := range []*Store{rpc, gateway} {
+				if got, err := store.Get(t.Context(), ref, size, nil); err != nil || !bytes.Equal(got, block) {
+					t.Errorf("Get: %v", err)
+				}
+			}
+		})
+	}
+	group.Wait()
+	if rpc.oldPut.Load() {
+		t.Error("the daemon is taken for an old one")
+	}
+	for _, store := range []*Store{rpc, gateway} {
+		if _, err := store.Get(t.Context(), eris.Sum([]byte("absent")), eris.BlockSize1KiB, nil); !errors.Is(err, eris.ErrNotFound) {
+			t.Errorf("error is %v, not that the block is missing", err)
+		}
+	}
+	if err := gateway.Put(t.Context(), eris.Sum(make([]byte, 1024)), make([]byte, 1024)); !errors.Is(err, fetch.ErrReadOnly) {
+		t.Errorf("error is %v, not that a gateway takes no blocks", err)
+	}
+}

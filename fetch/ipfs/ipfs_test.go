@@ -1,0 +1,592 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package ipfs
+
+import (
+	"bytes"
+	"context"
+	"encoding/base32"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
+)
+
+// TestCID has the one pair of reference and name that is known from elsewhere: the block of "Hello world!".
+func TestCID(t *testing.T) {
+	b, err := base32.StdEncoding.WithPadding(base32.NoPadding).DecodeString("H77AGSYKAVTQPUHODJTQA7WZPTWGTTKLRB2GLMF5H53NEKFJ3FUQ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const want = "bafk2bzacea774a2lbicwob6q5yngoad63f6oy2onjoehiznqxu7xnurivhmws"
+	if got := CID(eris.Reference(b)); got != want {
+		t.Errorf("CID is %s, want %s", got, want)
+	}
+	for _, fill := range []byte{0, 0xff} {
+		if got := CID(eris.Reference(bytes.Repeat([]byte{fill}, 32))); len(got) != 62 || !strings.HasPrefix(got, "bafk2bzace") {
+			t.Errorf("CID of %x… is %s", fill, got)
+		}
+	}
+}
+
+// parseCID is the way back, on other code than CID, and as strict as can be.
+func parseCID(text string) (ref eris.Reference, ok bool) {
+	rest, found := strings.CutPrefix(text, "b")
+	b, err := base32.StdEncoding.WithPadding(base32.NoPadding).DecodeString(strings.ToUpper(rest))
+	if !found || text != strings.ToLower(text) || err != nil || len(b) != 38 || !bytes.Equal(b[:6], []byte{1, 0x55, 0xa0, 0xe4, 2, 32}) {
+		return ref, false
+	}
+	return eris.Reference(b[6:]), true
+}
+
+const secretPath = "hidden-away"
+
+// testNode is an IPFS node as far as we need one: a gateway and an RPC that refuse whatever the real ones might.
+type testNode struct {
+	blocks *sourcetest.Backend
+	old    bool // it has "format" instead of "cid-codec"
+	server atomic.Pointer[httptest.Server]
+}
+
+func (n *testNode) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	path, ok := strings.CutPrefix(r.URL.Path, "/"+secretPath)
+	if !ok {
+		http.Error(w, "no such service", http.StatusNotFound)
+		return
+	}
+	if cid, ok := strings.CutPrefix(path, "/ipfs/"); ok {
+		n.gateway(w, r, cid)
+		return
+	}
+	if r.Method != http.MethodPost {
+		http.Error(w, "405 - Method Not Allowed", http.StatusMethodNotAllowed)
+		return
+	}
+	switch path {
+	case "/api/v0/block/get":
+		n.blockGet(w, r)
+	case "/api/v0/block/put":
+		n.blockPut(w, r)
+	default:
+		http.NotFound(w, r)
+	}
+}
+
+func (n *testNode) gateway(w http.ResponseWriter, r *http.Request, cid string) {
+	if r.Method != http.MethodGet {
+		http.Error(w, "method not allowed", http.StatusMethodNotAllowed)
+		return
+	}
+	ref, ok := parseCID(cid)
+	if !ok || r.URL.RawQuery != "format=raw" || r.Header.Get("Accept") != "application/vnd.ipld.raw" {
+		http.Error(w, "only raw blocks are served", http.StatusNotAcceptable)
+		return
+	}
+	block, err := n.blocks.Get(r.Context(), ref, 0, nil)
+	switch {
+	case errors.Is(err, eris.ErrNotFound):
+		http.Error(w, "ipld: could not find "+cid, http.StatusNotFound)
+	case err != nil:
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+	default:
+		w.Header().Set("Content-Type", "application/vnd.ipld.raw")
+		w.Write(block)
+	}
+}
+
+// rpcError is what the RPC of Kubo says when something fails.
+func rpcError(w http.ResponseWriter, status int, message string) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	json.NewEncoder(w).Encode(map[string]any{"Message": message, "Code": 0, "Type": "error"})
+}
+
+func (n *testNode) blockGet(w http.ResponseWriter, r *http.Request) {
+	query := r.URL.Query()
+	ref, ok := parseCID(query.Get("arg"))
+	timeout, err := time.ParseDuration(query.Get("timeout"))
+	if !ok || err != nil || len(query) != 2 {
+		rpcError(w, http.StatusBadRequest, "invalid request "+r.URL.RawQuery)
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), timeout)
+	defer cancel()
+	block, err := n.blocks.Get(ctx, ref, 0, nil)
+	switch {
+	case errors.Is(err, eris.ErrNotFound):
+		rpcError(w, http.StatusInternalServerError, "block was not found locally (offline): ipld: could not find "+query.Get("arg"))
+	case err != nil:
+		rpcError(w, http.StatusInternalServerError, err.Error())
+	default:
+		// Kubo does not say how long it is.
+		w.Header().Set("Content-Type", "application/octet-stream")
+		w.Header().Set("X-Chunked-Output", "1")
+		w.Write(block[:len(block)/2])
+		w.(http.Flusher).Flush()
+		w.Write(block[len(block)/2:])
+	}
+}
+
+func (n *testNode) blockPut(w http.ResponseWriter, r *http.Request) {
+	query := r.URL.Query()
+	codec, other := "cid-codec", "format"
+	if n.old {
+		codec, other = other, codec
+	}
+	if query.Get(codec) != "raw" && !n.old || query.Has(other) && !n.old || query.Get("mhtype") != "blake2b-256" ||
+		query.Get("mhlen") != "32" || query.Get("pin") != "true" || len(query) != 4 {
+		rpcError(w, http.StatusBadRequest, "invalid request "+r.URL.RawQuery)
+		return
+	}
+	parts, err := r.MultipartReader()
+	if err != nil {
+		rpcError(w, http.StatusBadRequest, err.Error())
+		return
+	}
+	part, err := parts.NextPart()
+	if err != nil {
+		rpcError(w, http.StatusInternalServerError, "file argument 'data' is required")
+		return
+	}
+	block, err := io.ReadAll(part)
+	if err != nil || part.FileName() == "" {
+		rpcError(w, http.StatusInternalServerError, "no file")
+		return
+	}
+	if _, err := parts.NextPart(); err != io.EOF {
+		rpcError(w, http.StatusInternalServerError, "one block at a time")
+		return
+	}
+	ref := eris.Sum(block)
+	if err := n.blocks.Put(r.Context(), ref, block); err != nil {
+		rpcError(w, http.StatusInternalServerError, err.Error())
+		return
+	}
+	prefix := "\x01\x55\xa0\xe4\x02\x20"
+	if query.Get(codec) != "raw" {
+		prefix = "\x01\x70\xa0\xe4\x02\x20" // an old one ignores what it does not know, and takes the block for a directory
+	}
+	name := strings.ToLower(base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(append([]byte(prefix), ref[:]...)))
+	json.NewEncoder(w).Encode(map[string]any{"Key": "b" + name, "Size": len(block)})
+}
+
+func startNode(tb testing.TB, blocks *sourcetest.Backend) *testNode {
+	n := &testNode{blocks: blocks}
+	n.server.Store(httptest.NewServer(n))
+	tb.Cleanup(func() { n.stop() })
+	return n
+}
+
+func (n *testNode) breakConnections() { n.server.Load().CloseClientConnections() }
+
+// stop ends the server, and breaks connections until it is at its end: further ones may come while it is ending.
+func (n *testNode) stop() {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		n.server.Load().Close()
+	}()
+	for {
+		n.breakConnections()
+		select {
+		case <-done:
+			return
+		case <-time.After(time.Millisecond):
+		}
+	}
+}
+
+func (n *testNode) restart() {
+	address := n.address()
+	n.stop()
+	listener, err := net.Listen("tcp", address)
+	if err != nil {
+		panic(err)
+	}
+	next := &httptest.Server{Listener: listener, Config: &http.Server{Handler: n}}
+	next.Start()
+	n.server.Store(next)
+}
+
+func (n *testNode) address() string { return n.server.Load().Listener.Addr().String() }
+
+func (n *testNode) url(query string) string {
+	return "ipfs+http://" + n.address() + "/" + secretPath + query
+}
+
+func mustOpen(tb testing.TB, url string, options Options) *Store {
+	tb.Helper()
+	s, err := Open(url, options)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return s
+}
+
+func TestConformance(t *testing.T) {
+	for _, kind := range []string{"gateway", "rpc", "rpc of before 2022"} {
+		t.Run(kind, func(t *testing.T) {
+			sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
+				n := startNode(t, backend)
+				n.old = strings.Contains(kind, "before")
+				query, _, _ := strings.Cut(kind, " ")
+				store := mustOpen(t, n.url("?"+query), Options{})
+				fixture := sourcetest.Fixture{
+					Source:   store,
+					ReadOnly: mustOpen(t, n.url("?gateway"), Options{}),
+					Restart:  n.restart,
+					Break:    n.breakConnections,
+					Secret:   secretPath,
+					Held:     4,
+				}
+				if kind == "gateway" {
+					// Its Put is that of ReadOnly.
+					fixture.Source = sourceOnly{store}
+				}
+				return fixture
+			})
+		})
+	}
+}
+
+// sourceOnly hides that a gateway is a Store.
+type sourceOnly struct{ fetch.Source }
+
+func TestURL(t *testing.T) {
+	for _, v := range []struct {
+		url  string
+		ask  string // method and URL of a GET, or an error
+		text string
+	}{
+		{"ipfs+http://127.0.0.1:8080", "GET http://127.0.0.1:8080/ipfs/CID?format=raw", "ipfs+http://127.0.0.1:8080"},
+		{"ipfs+http://127.0.0.1:5001", "POST http://127.0.0.1:5001/api/v0/block/get?arg=CID&timeout=20s", "ipfs+http://127.0.0.1:5001"},
+		{"ipfs+http://127.0.0.1:5001/", "POST http://127.0.0.1:5001/api/v0/block/get?arg=CID&timeout=20s", "ipfs+http://127.0.0.1:5001"},
+		{"ipfs+http://127.0.0.1:5001?gateway", "GET http://127.0.0.1:5001/ipfs/CID?format=raw", "ipfs+http://127.0.0.1:5001"},
+		{"ipfs+https://node.example/api/v0", "POST https://node.example/api/v0/block/get?arg=CID&timeout=20s", "ipfs+https://node.example"},
+		{"ipfs+https://node.example/a%2Fb/api/v0/", "POST https://node.example/a%2Fb/api/v0/block/get?arg=CID&timeout=20s", "ipfs+https://node.example"},
+		{"ipfs+https://node.example/a?rpc&get", "POST https://node.example/a/api/v0/block/get?arg=CID&timeout=20s", "ipfs+https://node.example"},
+		{"ipfs+https://user:secret@[::1]/a/?gateway", "GET https://[::1]/a/ipfs/CID?format=raw", "ipfs+https://[::1]"},
+		{"ipfs+http://h?put", "", "ipfs+http://h"},
+		{"ipfs+http://", "form", ""},
+		{"ipfs+http:h", "form", ""},
+		{"ipfs+http://h:", "form", ""},
+		{"ipfs+http://h/#secret", "form", ""},
+		{"ipfs+http://h/secret%zz", "form", ""},
+		{"ipfs://secret", "form", ""},
+		{"http://secret", "form", ""},
+		{"ipfs+http://h?secret", "query", ""},
+		{"ipfs+http://h?gateway&rpc", "query", ""},
+		{"ipfs+http://h/api/v0?gateway", "query", ""},
+		{"ipfs+http://h/" + strings.Repeat("secret", 1000), "long", ""},
+	} {
+		s, err := Open(v.url, Options{})
+		if err != nil {
+			if v.text != "" || !strings.Contains(err.Error(), v.ask) || strings.Contains(err.Error(), "secret") {
+				t.Errorf("%.60s: %v", v.url, err)
+			}
+			continue
+		}
+		if got := s.String(); got != v.text {
+			t.Errorf("%.60s: String is %q, want %q", v.url, got, v.text)
+		}
+		request, err := s.node.getRequest(eris.Reference{}, s.options.Timeout)(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := request.Method + " " + strings.Replace(request.URL.String(), CID(eris.Reference{}), "CID", 1)
+		if v.ask != "" && got != v.ask {
+			t.Errorf("%s: asks %s, want %s", v.url, got, v.ask)
+		}
+		if user, password, ok := request.BasicAuth(); ok != strings.Contains(v.url, "@") || ok && (user != "user" || password != "secret") {
+			t.Errorf("%s: user %q, password %q", v.url, user, password)
+		}
+		if v.ask == "" {
+			if _, err := s.Get(t.Context(), eris.Reference{}, eris.BlockSize1KiB, nil); !errors.Is(err, eris.ErrNotFound) {
+				t.Errorf("%s: Get: %v", v.url, err)
+			}
+		}
+		s.Close()
+	}
+}
+
+// TestLocalhost checks that a gateway under this name is asked by its address, so that it does not send us elsewhere.
+func TestLocalhost(t *testing.T) {
+	for url, want := range map[string]string{
+		"ipfs+http://localhost:8080":      "127.0.0.1:8080",
+		"ipfs+http://localhost":           "127.0.0.1",
+		"ipfs+http://localhost:8080/?rpc": "localhost:8080",
+	} {
+		s := mustOpen(t, url, Options{})
+		request, err := s.node.getRequest(eris.Reference{}, time.Second)(t.Context())
+		if err != nil || request.Host != want || request.URL.Hostname() != "localhost" {
+			t.Errorf("%s: host is %q, want %q: %v", url, request.Host, want, err)
+		}
+		s.Close()
+	}
+}
+
+// serve starts a server of one handler, and returns a store for it.
+func serve(t *testing.T, query string, options Options, handler http.HandlerFunc) *Store {
+	t.Helper()
+	server := httptest.NewServer(handler)
+	t.Cleanup(func() {
+		server.CloseClientConnections()
+		server.Close()
+	})
+	s := mustOpen(t, "ipfs+http://"+server.Listener.Addr().String()+"/"+query, options)
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+// raw answers with exactly these bytes and closes the connection.
+func raw(format string, args ...any) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		conn, _, err := w.(http.Hijacker).Hijack()
+		if err != nil {
+			panic(err)
+		}
+		defer conn.Close()
+		fmt.Fprintf(conn, format, args...)
+	}
+}
+
+// status answers with a status and a text.
+func status(code int, text string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) { http.Error(w, text, code) }
+}
+
+// TestHostile has nodes that answer anything but what they should. Each call must end with an error of the right kind.
+func TestHostile(t *testing.T) {
+	block := bytes.Repeat([]byte("block"), 205)[:eris.BlockSize1KiB]
+	ref := eris.Sum(block)
+	const (
+		fails = iota
+		wrong
+		missing
+		response
+	)
+	hangs := func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		<-r.Context().Done()
+	}
+	endless := func(w http.ResponseWriter, _ *http.Request) {
+		for {
+			if _, err := w.Write(make([]byte, 1<<16)); err != nil {
+				return
+			}
+		}
+	}
+	const head = "HTTP/1.1 200 OK\r\n"
+	for _, v := range []struct {
+		name    string
+		query   string
+		handler http.HandlerFunc
+		want    int
+	}{
+		{"wrong bytes", "", func(w http.ResponseWriter, _ *http.Request) { w.Write(make([]byte, 1024)) }, wrong},
+		{"short", "", raw(head+"Content-Length: 1023\r\n\r\n%s", block[:1023]), wrong},
+		{"short, in chunks", "", raw(head+"Transfer-Encoding: chunked\r\n\r\n10\r\n%s\r\n0\r\n\r\n", block[:16]), wrong},
+		{"empty", "", status(200, ""), wrong},
+		{"long", "", raw(head+"Content-Length: 1025\r\n\r\n%s!", block), wrong},
+		{"long, in chunks", "", raw(head+"Transfer-Encoding: chunked\r\n\r\n400\r\n%s\r\n1\r\n!\r\n0\r\n\r\n", block), wrong},
+		{"an exabyte", "", raw(head + "Content-Length: 1152921504606846976\r\n\r\n"), wrong},
+		{"endless", "", endless, wrong},
+		{"endless RPC", "?rpc", endless, wrong},
+		{"cut", "", raw(head+"Content-Length: 1024\r\n\r\n%s", block[:500]), fails},
+		{"cut, in chunks", "", raw(head+"Transfer-Encoding: chunked\r\n\r\n400\r\n%s", block[:500]), fails},
+		{"cut between chunks", "", raw(head+"Transfer-Encoding: chunked\r\n\r\n10\r\n%s\r\n", block[:16]), fails},
+		{"cut, with no length", "", raw(head+"\r\n%s", block[:500]), fails},
+		{"closes", "", raw(""), fails},
+		{"noise", "", raw("%s", bytes.Repeat([]byte{0xff}, 1<<20)), fails},
+		{"endless header", "", raw(head+"X: %s\r\n\r\n", bytes.Repeat([]byte("x"), 1<<20)), fails},
+		{"drips", "", func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Length", "1024")
+			for _, b := range block {
+				w.Write([]byte{b})
+				w.(http.Flusher).Flush()
+				select {
+				case <-r.Context().Done():
+					return
+				case <-time.After(20 * time.Millisecond):
+				}
+			}
+		}, fails},
+		{"stops within", "", func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Length", "1024")
+			w.Write(block[:500])
+			w.(http.Flusher).Flush()
+			<-r.Context().Done()
+		}, fails},
+		{"looks for ever", "", hangs, missing},
+		{"RPC looks for ever", "?rpc", hangs, missing},
+		{"404", "", status(404, "ipld: could not find"), missing},
+		{"410", "", status(410, "blocked"), missing},
+		{"504", "", status(504, "timeout"), missing},
+		{"429", "", status(429, "slow down\x1b[2J"), response},
+		{"302", "", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "http://127.0.0.1:1/", http.StatusFound) }, response},
+		{"206", "", func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusPartialContent); w.Write(block) }, response},
+		{"RPC has no such path", "?rpc", status(404, "404 page not found"), response},
+		{"RPC forbids", "?rpc", status(403, "403 - Forbidden"), response},
+		{"RPC does not find", "?rpc", func(w http.ResponseWriter, _ *http.Request) {
+			rpcError(w, 500, "block was not found locally (offline): ipld: could not find bafk")
+		}, missing},
+		{"RPC did not find in time", "?rpc", func(w http.ResponseWriter, _ *http.Request) { rpcError(w, 500, "context deadline exceeded") }, missing},
+		{"RPC fails", "?rpc", func(w http.ResponseWriter, _ *http.Request) { rpcError(w, 500, "disk on fire") }, response},
+		{"endless text", "", func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusInternalServerError); endless(w, r) }, response},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			t.Parallel()
+			s := serve(t, v.query, Options{Timeout: 300 * time.Millisecond, BodyTimeout: 300 * time.Millisecond}, v.handler)
+			_, err := s.Get(t.Context(), ref, eris.BlockSize1KiB, nil)
+			var blockError *eris.BlockError
+			var responseError *ResponseError
+			got := fails
+			switch {
+			case err == nil:
+				t.Fatal("no error")
+			case errors.As(err, &blockError):
+				got = wrong
+			case errors.Is(err, eris.ErrNotFound):
+				got = missing
+			case errors.As(err, &responseError):
+				got = response
+			}
+			if got != v.want {
+				t.Errorf("outcome is %d, want %d: %v", got, v.want, err)
+			}
+			if len(err.Error()) > 1000 || strings.ContainsFunc(err.Error(), func(r rune) bool { return r < ' ' }) {
+				t.Errorf("error is not fit for people: %q", err)
+			}
+		})
+	}
+}
+
+// TestPutHostile is TestHostile for Put.
+func TestPutHostile(t *testing.T) {
+	block := bytes.Repeat([]byte("block"), 205)[:eris.BlockSize1KiB]
+	ref := eris.Sum(block)
+	for _, v := range []struct {
+		name     string
+		handler  http.HandlerFunc
+		readOnly bool
+	}{
+		{"another name", func(w http.ResponseWriter, _ *http.Request) {
+			fmt.Fprint(w, `{"Key":"bafkreigh2akiscaildc","Size":1024}`)
+		}, false},
+		{"not JSON", status(200, "ok"), false},
+		{"endless JSON", func(w http.ResponseWriter, _ *http.Request) {
+			fmt.Fprint(w, `{"Key":"`)
+			for {
+				if _, err := fmt.Fprint(w, strings.Repeat("b", 1<<16)); err != nil {
+					return
+				}
+			}
+		}, false},
+		{"looks for ever", func(w http.ResponseWriter, r *http.Request) {
+			io.Copy(io.Discard, r.Body)
+			<-r.Context().Done()
+		}, false},
+		{"closes", raw(""), false},
+		{"500", status(500, "no space left on device"), false},
+		{"403", status(403, "403 - Forbidden"), true},
+		{"405", status(405, "405 - Method Not Allowed"), true},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			t.Parallel()
+			s := serve(t, "?rpc", Options{Timeout: 300 * time.Millisecond, BodyTimeout: 300 * time.Millisecond}, v.handler)
+			err := s.Put(t.Context(), ref, block)
+			if err == nil || errors.Is(err, fetch.ErrReadOnly) != v.readOnly || errors.Is(err, eris.ErrNotFound) {
+				t.Errorf("error is %v", err)
+			}
+			if len(err.Error()) > 1000 {
+				t.Errorf("error has %d bytes", len(err.Error()))
+			}
+		})
+	}
+	s := serve(t, "?rpc", Options{}, func(http.ResponseWriter, *http.Request) { t.Error("was asked to store what is not the block") })
+	var wrong *eris.BlockError
+	if err := s.Put(t.Context(), ref, make([]byte, 1024)); !errors.As(err, &wrong) {
+		t.Errorf("error is %v", err)
+	}
+}
+
+// TestConnections counts how many requests are made at a time.
+func TestConnections(t *testing.T) {
+	const most = 3
+	var now, peak atomic.Int32
+	full := make(chan struct{})
+	s := serve(t, "", Options{Connections: most}, func(w http.ResponseWriter, r *http.Request) {
+		n := now.Add(1)
+		defer now.Add(-1)
+		for old := peak.Load(); n > old && !peak.CompareAndSwap(old, n); old = peak.Load() {
+		}
+		if n == most {
+			select {
+			case <-full:
+			default:
+				close(full)
+			}
+		}
+		<-full
+		http.NotFound(w, r)
+	})
+	var group sync.WaitGroup
+	for i := range 40 {
+		group.Go(func() {
+			if _, err := s.Get(t.Context(), eris.Reference{byte(i)}, eris.BlockSize1KiB, nil); !errors.Is(err, eris.ErrNotFound) {
+				t.Errorf("error is %v", err)
+			}
+		})
+	}
+	group.Wait()
+	if n := peak.Load(); n != most {
+		t.Errorf("%d requests at a time, want %d", n, most)
+	}
+}
+
+// TestDown asks a node that is not there many times: connections are tried a few times only, and again once it is there.
+func TestDown(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := listener.Addr().String()
+	listener.Close()
+	s := mustOpen(t, "ipfs+http://"+address, Options{firstBackoff: 50 * time.Millisecond})
+	defer s.Close()
+	for range 1000 {
+		if _, err := s.Get(t.Context(), eris.Reference{}, eris.BlockSize1KiB, nil); err == nil || errors.Is(err, eris.ErrNotFound) {
+			t.Fatalf("error is %v", err)
+		}
+	}
+	s.mu.Lock()
+	if s.failures == 0 || s.failures > 100 {
+		t.Errorf("%d connections were tried", s.failures)
+	}
+	s.mu.Unlock()
+	if listener, err = net.Listen("tcp", address); err != nil {
+		t.Skipf("the port is in use: %v", err)
+	}
+	server := &httptest.Server{Listener: listener, Config: &http.Server{Handler: http.NotFoundHandler()}}
+	server.Start()
+	defer server.Close()
+	for range 500 {
+		if _, err = s.Get(t.Context(), eris.Reference{}, eris.BlockSize1KiB, nil); errors.Is(err, eris.ErrNotFound) {
+			return
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	t.Errorf("the node was not asked again: %v", err)
+}
