@@ -21,12 +21,12 @@ import (
 
 // A connection carries requests to one server, one after the other.
 type connection struct {
-	server string
+	peer   *peer
 	net    net.Conn
 	r      *bufio.Reader
 	limit  *headerLimit // below r
 	reused bool         // it has carried a request before
-	proxy  *url.URL     // what plain HTTP requests are sent to instead of the server
+	proxy  *location    // what plain HTTP requests are sent to instead of the server
 	idle   time.Time    // since when it is in the pool
 }
 
@@ -65,80 +65,311 @@ func (l *headerLimit) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// connect returns a connection to the server of u, one that is at hand if
-// possible. With fresh it is a new one.
-func (c *Client) connect(ctx context.Context, u *url.URL, fresh bool) (*connection, error) {
-	server := serverOf(u)
-	if err := c.downError(server); err != nil {
-		return nil, err
-	}
-	if !fresh {
-		if conn := c.pool.get(server); conn != nil {
-			return conn, nil
+// A peer is a server and what this client has learnt about it.
+type peer struct {
+	server string
+	// slots has an element for each connection that is in use or being made.
+	// Others wait in the pool. As one is made only when none waits there, there
+	// are never more connections in all than slots has room for.
+	slots chan struct{}
+
+	mu    sync.Mutex
+	open  int   // connections, in use or not
+	down  error // why it is not asked again
+	plain bool  // it does not take pipelines
+	// silent is how many nars in a row it has kept silent about.
+	silent int
+}
+
+// peer returns what is known of a server.
+func (c *Client) peer(server string) *peer {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	p := c.peers[server]
+	if p == nil {
+		p = &peer{server: server, slots: make(chan struct{}, c.o.MaxConnections)}
+		// Redirections may name any number of servers.
+		if len(c.peers) < maxServers {
+			c.peers[server] = p
 		}
 	}
-	dialContext, cancel := context.WithTimeout(ctx, c.o.ConnectTimeout)
-	defer cancel()
-	conn, err := c.dial(dialContext, u)
+	return p
+}
+
+func (p *peer) downError() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.down != nil {
+		return &ServerError{p.server, p.down}
+	}
+	return nil
+}
+
+func (p *peer) setDown(err error) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.down = err
+	return &ServerError{p.server, err}
+}
+
+// unreachable notes that a connection could not be made. A server that has others
+// takes no more than those, but is there.
+func (p *peer) unreachable(err error) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.open == 0 {
+		p.down = err
+	}
+	return &ServerError{p.server, err}
+}
+
+func (p *peer) setPlain() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.plain = true
+}
+
+func (p *peer) isPlain() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.plain
+}
+
+func (p *peer) addOpen(n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.open += n
+}
+
+// How a connection is wanted.
+type wish struct {
+	fresh   bool // a new one
+	patient bool // wait while the server has as many as it gets, rather than errBusy
+	again   bool // the server has answered before, so that it does not count as down
+}
+
+var errBusy = errors.New("all connections are in use")
+
+// connect returns a connection to the server of l, which must be given to release
+// after use.
+func (c *Client) connect(ctx context.Context, l *location, w wish) (*connection, error) {
+	p := c.peer(l.server())
+	if err := p.downError(); err != nil {
+		return nil, err
+	}
+	select {
+	case p.slots <- struct{}{}:
+	default:
+		if !w.patient {
+			return nil, errBusy
+		}
+		select {
+		case p.slots <- struct{}{}:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+	if w.fresh {
+		// What waits there takes the place of a new one, and is as old as the one
+		// that was no good.
+		c.pool.drop(p)
+	} else if conn := c.pool.get(p); conn != nil {
+		return conn, nil
+	}
+	conn, err := c.dial(ctx, l)
 	if err != nil {
+		<-p.slots
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
-		if dialContext.Err() != nil {
-			err = fmt.Errorf("no connection within %v", c.o.ConnectTimeout)
+		if w.again {
+			return nil, &ServerError{p.server, err}
 		}
-		return nil, c.setDown(server, err)
+		return nil, p.unreachable(err)
 	}
+	p.addOpen(1)
 	limit := &headerLimit{net: conn.net, left: -1}
-	conn.server, conn.limit, conn.r = server, limit, bufio.NewReaderSize(limit, 64<<10)
+	conn.peer, conn.limit, conn.r = p, limit, bufio.NewReaderSize(limit, 64<<10)
 	return conn, nil
 }
 
-func (c *Client) dial(ctx context.Context, u *url.URL) (*connection, error) {
-	conn := &connection{}
-	to := address(u)
-	proxy, err := c.proxyFor(u)
+// release ends the use of a connection; reuse tells that it can be used again.
+func (c *Client) release(conn *connection, reuse bool) {
+	if reuse {
+		c.pool.put(conn)
+	} else {
+		conn.close()
+	}
+	<-conn.peer.slots
+}
+
+func (c *connection) close() {
+	c.net.Close()
+	c.peer.addOpen(-1)
+}
+
+// dial makes a connection to the server of l, through a proxy if there is one
+// for it.
+func (c *Client) dial(ctx context.Context, l *location) (*connection, error) {
+	host, port := l.host, l.address()
+	proxy, err := c.proxyFor(l)
 	if err != nil {
 		return nil, err
 	}
 	if proxy != nil {
-		to = address(proxy)
+		host, port = proxy.host, proxy.address()
 	}
-	dialer := net.Dialer{KeepAlive: 30 * time.Second}
-	conn.net, err = dialer.DialContext(ctx, "tcp", to)
+	port = port[strings.LastIndexByte(port, ':')+1:]
+	addresses, err := c.resolve(ctx, host)
 	if err != nil {
-		return nil, dialError(err)
+		return nil, err
 	}
-	stop := context.AfterFunc(ctx, func() { conn.net.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
-	switch {
-	case proxy != nil && u.Scheme == "http":
+	raw, err := c.dialAny(ctx, addresses, port)
+	if err != nil {
+		return nil, err
+	}
+	conn := &connection{net: raw}
+	if proxy != nil && l.scheme == "http" {
 		conn.proxy = proxy
-	case proxy != nil:
-		err = tunnel(conn.net, u, proxy)
 	}
-	if err == nil && u.Scheme == "https" {
+	ctx, cancel := context.WithTimeout(ctx, handshakeTimeouts*c.o.ConnectTimeout)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { raw.SetDeadline(time.Unix(1, 0)) })
+	if proxy != nil && l.scheme == "https" {
+		err = tunnel(raw, l, proxy)
+	}
+	if err == nil && l.scheme == "https" {
 		config := c.tls.Clone()
-		config.ServerName = u.Hostname()
-		secure := tls.Client(conn.net, config)
+		config.ServerName, _, _ = strings.Cut(l.host, "%")
+		secure := tls.Client(raw, config)
 		err = secure.HandshakeContext(ctx)
 		conn.net = secure
 	}
+	if !stop() && err == nil {
+		err = ctx.Err()
+	}
 	if err != nil {
-		conn.net.Close()
-		return nil, err
+		raw.Close()
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("no connection within %v", handshakeTimeouts*c.o.ConnectTimeout)
+		}
+		return nil, shortened(err)
 	}
 	return conn, nil
+}
+
+const (
+	// resolveTimeouts and handshakeTimeouts are how often the time to connect
+	// may pass until a name is an address, and until the peer at that address has
+	// shaken hands. Resolvers ask another server when the first has been silent
+	// for 5 seconds.
+	resolveTimeouts   = 3
+	handshakeTimeouts = 2
+	// maxAddresses is how many addresses of a host are tried.
+	maxAddresses = 8
+	// attemptDelay is the time until the next address is tried as well (RFC 8305,
+	// section 5, has 250 ms).
+	attemptDelay = 250 * time.Millisecond
+)
+
+// resolve returns the addresses of a host, those of the two families in turns
+// (RFC 8305, section 4), at least one.
+func (c *Client) resolve(ctx context.Context, host string) ([]netip.Addr, error) {
+	if a, err := netip.ParseAddr(host); err == nil {
+		return []netip.Addr{a}, nil
+	}
+	timeout := resolveTimeouts * c.o.ConnectTimeout
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	found, err := c.lookup(ctx, "ip", host)
+	if err != nil {
+		var dns *net.DNSError
+		switch {
+		case ctx.Err() != nil:
+			err = fmt.Errorf("no answer within %v", timeout)
+		case errors.As(err, &dns):
+			err = errors.New(dns.Err)
+		}
+		return nil, fmt.Errorf("host name lookup: %w", err)
+	}
+	if len(found) == 0 {
+		return nil, errors.New("host name lookup: no address")
+	}
+	var families [2][]netip.Addr // the preferred one and the other
+	for _, a := range found {
+		other := 0
+		if a.Unmap().Is4() != found[0].Unmap().Is4() {
+			other = 1
+		}
+		families[other] = append(families[other], a.Unmap())
+	}
+	var addresses []netip.Addr
+	for i := 0; len(addresses) < min(len(found), maxAddresses); i++ {
+		for _, f := range families {
+			if i < len(f) {
+				addresses = append(addresses, f[i])
+			}
+		}
+	}
+	return addresses, nil
+}
+
+// dialAny connects to the first of the addresses that answers. Each gets the time
+// to connect; the next one is tried when that before it has failed or is slow.
+func (c *Client) dialAny(ctx context.Context, addresses []netip.Addr, port string) (net.Conn, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	type result struct {
+		conn net.Conn
+		err  error
+	}
+	results := make(chan result)
+	pending := 0
+	defer func() {
+		cancel()
+		for range pending {
+			if r := <-results; r.conn != nil {
+				r.conn.Close()
+			}
+		}
+	}()
+	dialer := net.Dialer{Timeout: c.o.ConnectTimeout, KeepAlive: 30 * time.Second}
+	slow := time.NewTicker(attemptDelay)
+	defer slow.Stop()
+	var first error
+	for next := true; ; {
+		if next && len(addresses) > 0 {
+			to := net.JoinHostPort(addresses[0].String(), port)
+			addresses = addresses[1:]
+			pending++
+			go func() {
+				conn, err := dialer.DialContext(ctx, "tcp", to)
+				results <- result{conn, err}
+			}()
+		}
+		next = false
+		select {
+		case <-slow.C:
+			next = true
+		case r := <-results:
+			pending--
+			if r.err == nil {
+				return r.conn, nil
+			}
+			if first == nil {
+				first = dialError(r.err)
+			}
+			if pending == 0 && len(addresses) == 0 {
+				return nil, first
+			}
+			next = true
+		}
+	}
 }
 
 // dialError says in a few words why there is no connection.
 func dialError(err error) error {
 	var op *net.OpError
 	if errors.As(err, &op) && op.Err != nil {
-		var dns *net.DNSError
-		if errors.As(op.Err, &dns) {
-			return fmt.Errorf("host name lookup: %s", dns.Err)
-		}
 		if op.Addr != nil {
 			return fmt.Errorf("connecting to %s: %w", op.Addr, op.Err)
 		}
@@ -151,41 +382,48 @@ func dialError(err error) error {
 // that Guix obeys (guix/build/download.scm: open-connection-for-uri), and
 // no_proxy: a comma-separated list of host names that also stand for their
 // subdomains, addresses, networks in CIDR notation, or "*".
-func (c *Client) proxyFor(u *url.URL) (*url.URL, error) {
-	name := u.Scheme + "_proxy"
+func (c *Client) proxyFor(l *location) (*location, error) {
+	name := l.scheme + "_proxy"
 	value := c.o.Getenv(name)
-	if value == "" || c.exempt(u) {
+	if value == "" || c.exempt(l) {
 		return nil, nil
 	}
 	if !strings.Contains(value, "://") {
 		value = "http://" + value
 	}
-	proxy, err := url.Parse(value)
-	if err != nil || proxy.Scheme != "http" || proxy.Hostname() == "" {
+	proxy, err := parse(value)
+	if err != nil || proxy.scheme != "http" {
 		return nil, fmt.Errorf("%s: only http:// proxies are supported", name)
 	}
 	return proxy, nil
 }
 
-func (c *Client) exempt(u *url.URL) bool {
-	host := strings.ToLower(u.Hostname())
-	address, notAddress := netip.ParseAddr(host)
+func (c *Client) exempt(l *location) bool {
+	to := l.address()
+	port := to[strings.LastIndexByte(to, ':')+1:]
+	address, notAddress := netip.ParseAddr(l.host)
 	for entry := range strings.SplitSeq(c.o.Getenv("no_proxy"), ",") {
 		entry = strings.ToLower(strings.TrimSpace(entry))
-		if h, port, err := net.SplitHostPort(entry); err == nil {
-			if port != u.Port() {
+		if h, p, err := net.SplitHostPort(entry); err == nil {
+			if p != port {
 				continue
 			}
 			entry = h
 		}
-		entry = strings.TrimPrefix(entry, ".")
+		entry = strings.TrimPrefix(strings.Trim(entry, "[]"), ".")
 		if entry == "" {
 			continue
 		}
-		if entry == "*" || entry == host || strings.HasSuffix(host, "."+entry) {
+		if entry == "*" || entry == l.host || strings.HasSuffix(l.host, "."+entry) {
 			return true
 		}
-		if network, err := netip.ParsePrefix(entry); err == nil && notAddress == nil && network.Contains(address) {
+		if notAddress != nil {
+			continue
+		}
+		if a, err := netip.ParseAddr(entry); err == nil && a == address {
+			return true
+		}
+		if network, err := netip.ParsePrefix(entry); err == nil && network.Contains(address.WithZone("")) {
 			return true
 		}
 	}
@@ -194,11 +432,11 @@ func (c *Client) exempt(u *url.URL) bool {
 
 // proxyAuthorization is the header line that a proxy with user information in its
 // URL wants, or nothing.
-func proxyAuthorization(proxy *url.URL) string {
-	if proxy == nil || proxy.User == nil {
+func proxyAuthorization(proxy *location) string {
+	if proxy == nil || proxy.user == nil {
 		return ""
 	}
-	return "Proxy-Authorization: " + basic(proxy.User) + "\r\n"
+	return "Proxy-Authorization: " + basic(proxy.user) + "\r\n"
 }
 
 // basic is a value of RFC 7617.
@@ -207,43 +445,41 @@ func basic(user *url.Userinfo) string {
 	return "Basic " + base64.StdEncoding.EncodeToString([]byte(user.Username()+":"+password))
 }
 
-// tunnel asks a proxy to connect to the host of u (RFC 9110, section 9.3.6).
-func tunnel(conn net.Conn, u, proxy *url.URL) error {
-	to := address(u)
+// tunnel asks a proxy to connect to the host of l (RFC 9110, section 9.3.6).
+func tunnel(conn net.Conn, l, proxy *location) error {
+	to := l.address()
 	_, err := io.WriteString(conn, "CONNECT "+to+" HTTP/1.1\r\nHost: "+to+"\r\n"+proxyAuthorization(proxy)+"\r\n")
 	if err != nil {
 		return err
 	}
 	// Byte by byte: what follows the header belongs to the tunnel.
 	r := bufio.NewReaderSize(io.LimitReader(oneByte{conn}, maxHeader), 16)
-	response, err := http.ReadResponse(r, &http.Request{Method: "CONNECT"})
-	if err != nil {
-		return fmt.Errorf("proxy %s: %w", proxy.Host, err)
+	for range maxInterim {
+		response, err := http.ReadResponse(r, &http.Request{Method: "CONNECT"})
+		switch {
+		case err != nil:
+			return fmt.Errorf("proxy %s: %w", proxy.hostField(), shortened(err))
+		case response.StatusCode >= 300:
+			return fmt.Errorf("proxy %s answered %.100q to a request to connect", proxy.hostField(), response.Status)
+		case response.StatusCode >= 200:
+			return nil
+		}
 	}
-	if response.StatusCode != http.StatusOK {
-		return fmt.Errorf("proxy %s answered %q to a request to connect", proxy.Host, response.Status)
-	}
-	return nil
+	return fmt.Errorf("proxy %s: %w", proxy.hostField(), errInterim)
 }
 
 type oneByte struct{ r io.Reader }
 
 func (o oneByte) Read(p []byte) (int, error) { return o.r.Read(p[:min(1, len(p))]) }
 
-// requestLine begins a request for u: its first line and the Host field. The
-// target is sent as it stands in the URL.
-func (c *connection) requestLine(u *url.URL) string {
-	target := u.EscapedPath()
-	if target == "" {
-		target = "/"
-	}
-	if u.RawQuery != "" || u.ForceQuery {
-		target += "?" + strings.ReplaceAll(u.RawQuery, " ", "%20")
-	}
+// requestLine begins a request for a target at the server of l: its first line and
+// the Host field.
+func (c *connection) requestLine(l *location, target string) string {
+	host := l.hostField()
 	if c.proxy != nil {
-		target = "http://" + u.Host + target
+		target = "http://" + host + target
 	}
-	return "GET " + target + " HTTP/1.1\r\nHost: " + u.Host + "\r\n" + proxyAuthorization(c.proxy)
+	return "GET " + target + " HTTP/1.1\r\nHost: " + host + "\r\n" + proxyAuthorization(c.proxy)
 }
 
 // await sets the bounds for the next answer.
@@ -267,14 +503,16 @@ func (c *connection) header() (*http.Response, error) {
 		response, err := http.ReadResponse(c.r, nil)
 		c.limit.left = -1
 		if err != nil {
-			return nil, err
+			return nil, shortened(err)
 		}
 		if response.StatusCode >= 200 {
 			return response, nil
 		}
 	}
-	return nil, errors.New("too many interim responses")
+	return nil, errInterim
 }
+
+var errInterim = errors.New("too many interim responses")
 
 // A pool keeps connections for later.
 type pool struct {
@@ -290,17 +528,17 @@ const (
 	idleTime = 50 * time.Second
 )
 
-func (p *pool) get(server string) *connection {
+func (p *pool) get(of *peer) *connection {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for i := len(p.idle) - 1; i >= 0; i-- {
 		conn := p.idle[i]
-		if conn.server != server {
+		if conn.peer != of {
 			continue
 		}
 		p.idle = append(p.idle[:i], p.idle[i+1:]...)
 		if time.Since(conn.idle) > idleTime {
-			conn.net.Close()
+			conn.close()
 			continue
 		}
 		conn.reused = true
@@ -309,15 +547,35 @@ func (p *pool) get(server string) *connection {
 	return nil
 }
 
+// drop closes the connections to a server.
+func (p *pool) drop(of *peer) {
+	for conn := p.get(of); conn != nil; conn = p.get(of) {
+		conn.close()
+	}
+}
+
+// count returns how many connections to a server there are.
+func (p *pool) count(of *peer) int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	n := 0
+	for _, conn := range p.idle {
+		if conn.peer == of {
+			n++
+		}
+	}
+	return n
+}
+
 func (p *pool) put(conn *connection) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed || conn.r.Buffered() > 0 {
-		conn.net.Close()
+		conn.close()
 		return
 	}
 	if len(p.idle) == maxIdle {
-		p.idle[0].net.Close()
+		p.idle[0].close()
 		p.idle = p.idle[1:]
 	}
 	conn.idle = time.Now()
@@ -329,7 +587,7 @@ func (p *pool) close() {
 	defer p.mu.Unlock()
 	p.closed = true
 	for _, conn := range p.idle {
-		conn.net.Close()
+		conn.close()
 	}
 	p.idle = nil
 }

@@ -8,7 +8,9 @@
 // HTTP is HTTP/1.1 on connections that are kept and shared by all requests of a
 // [Client]. Narinfos are asked for in pipelines on several connections at once,
 // so that many of them cost about one round trip (Guix, guix/http-client.scm:
-// http-multiple-get, pipelines on one).
+// http-multiple-get, pipelines on one). HTTP/2 is not offered to servers: it would
+// put all requests on one connection, and narinfos are many small answers, which
+// pipelines carry as well.
 //
 // Certificates of servers are not verified, as in Guix,
 // guix/scripts/substitute.scm: open-connection-for-uri/cached. Narinfos are
@@ -20,26 +22,28 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
-	"net/url"
-	"strings"
+	"net"
+	"net/netip"
 	"sync"
 	"time"
 )
 
 // Options say how a [Client] works. The zero value of each is a default.
 type Options struct {
-	// MaxConnections bounds the connections to one server that ask for narinfos
-	// at the same time; 16 by default.
+	// MaxConnections bounds the connections to one server, whatever they are for;
+	// 16 by default.
 	MaxConnections int
-	// ConnectTimeout bounds the time to resolve, connect and shake hands;
+	// ConnectTimeout bounds the time to connect to one address of a server;
 	// 5 seconds by default (Guix, guix/scripts/substitute.scm: %fetch-timeout).
+	// Three times that may pass before the address is known, and twice that until
+	// hands have been shaken.
 	ConnectTimeout time.Duration
 	// NarinfoTimeout bounds the time for which a server may be silent while it owes
 	// narinfos; 10 seconds by default. A whole answer may take three times that.
 	NarinfoTimeout time.Duration
 	// NarTimeout bounds the time for which a server may be silent while it owes a
-	// nar, which it may compress on the fly; 60 seconds by default.
+	// nar, which it may compress on the fly; 60 seconds by default. A server that
+	// has kept silent gets half of that the next time, and so on down to an eighth.
 	NarTimeout time.Duration
 	// SlowAfter is the time after which OnSlow is called for a nar whose headers
 	// have not come; 5 seconds by default.
@@ -58,13 +62,13 @@ type Options struct {
 // A Client fetches from any number of servers. It is safe for concurrent use.
 // Close releases its connections.
 type Client struct {
-	o    Options
-	tls  *tls.Config
-	pool pool
+	o      Options
+	tls    *tls.Config
+	pool   pool
+	lookup func(ctx context.Context, network, host string) ([]netip.Addr, error) // of host names
 
 	mu    sync.Mutex
-	down  map[string]error // by server: why it is not asked again
-	plain map[string]bool  // servers that do not take pipelines
+	peers map[string]*peer // by server
 }
 
 // NewClient returns a client.
@@ -98,12 +102,12 @@ func NewClient(o Options) *Client {
 			NextProtos:         []string{"http/1.1"},
 			ClientSessionCache: tls.NewLRUClientSessionCache(64),
 		},
-		down:  map[string]error{},
-		plain: map[string]bool{},
+		lookup: net.DefaultResolver.LookupNetIP,
+		peers:  map[string]*peer{},
 	}
 }
 
-// Close closes the idle connections.
+// Close closes the idle connections, and those in use after that.
 func (c *Client) Close() { c.pool.close() }
 
 // ErrUnsupportedScheme is returned for URLs whose scheme is not http, https or
@@ -128,56 +132,21 @@ func (e *ServerError) Unwrap() error { return e.Err }
 
 // Down returns why the server of the URL is not asked any more, or nil.
 func (c *Client) Down(rawURL string) error {
-	u, err := parse(rawURL)
-	if err != nil || u.Scheme == "file" {
+	l, err := parse(rawURL)
+	if err != nil || l.scheme == "file" {
 		return nil
 	}
-	return c.downError(serverOf(u))
-}
-
-func (c *Client) downError(server string) error {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	if err := c.down[server]; err != nil {
-		return &ServerError{server, err}
+	p := c.peers[l.server()]
+	c.mu.Unlock()
+	if p == nil {
+		return nil
 	}
-	return nil
+	return p.downError()
 }
 
-// maxServers bounds what is remembered of servers: redirects may name any
-// number of them.
+// maxServers bounds what is remembered of servers.
 const maxServers = 1000
-
-func (c *Client) setDown(server string, err error) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if len(c.down) < maxServers {
-		c.down[server] = err
-	}
-	return &ServerError{server, err}
-}
-
-// parse parses a server's URL or that of a nar.
-func parse(raw string) (*url.URL, error) {
-	u, err := url.Parse(raw)
-	if err != nil {
-		var e *url.Error
-		if errors.As(err, &e) {
-			err = e.Err
-		}
-		return nil, fmt.Errorf("invalid URL %.300q: %w", raw, err)
-	}
-	switch u.Scheme = strings.ToLower(u.Scheme); u.Scheme {
-	case "http", "https":
-		if u.Hostname() == "" {
-			return nil, fmt.Errorf("invalid URL %.300q: no host", raw)
-		}
-	case "file":
-	default:
-		return nil, fmt.Errorf("%w in %.300q", ErrUnsupportedScheme, raw)
-	}
-	return u, nil
-}
 
 // CheckURL returns an error that says why rawURL cannot be the URL of a server
 // or of a nar, or nil. Schemes other than http, https and file are
@@ -189,27 +158,8 @@ func CheckURL(rawURL string) error {
 
 // IsLocal tells whether rawURL is a file: URL, for which no network is used.
 func IsLocal(rawURL string) bool {
-	u, err := parse(rawURL)
-	return err == nil && u.Scheme == "file"
-}
-
-// serverOf identifies a server: connections to one are not used for another.
-func serverOf(u *url.URL) string { return u.Scheme + "://" + address(u) }
-
-// address is the host and port to connect to.
-func address(u *url.URL) string {
-	port := u.Port()
-	if port == "" {
-		port = "80"
-		if u.Scheme == "https" {
-			port = "443"
-		}
-	}
-	host := strings.ToLower(u.Hostname())
-	if strings.Contains(host, ":") {
-		host = "[" + host + "]"
-	}
-	return host + ":" + port
+	l, err := parse(rawURL)
+	return err == nil && l.scheme == "file"
 }
 
 // causeOf prefers the reason of a cancelled context over what its cancellation

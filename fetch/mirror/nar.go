@@ -28,6 +28,7 @@ type Nar struct {
 	Size int64
 
 	body  io.ReadCloser
+	conn  *connection // nil for a file
 	close func(reuse bool)
 	ended bool
 	ctx   context.Context
@@ -35,25 +36,36 @@ type Nar struct {
 
 // Read reads the next bytes.
 func (n *Nar) Read(p []byte) (int, error) {
+	if n.ctx.Err() != nil {
+		return 0, context.Cause(n.ctx)
+	}
 	count, err := n.body.Read(p)
 	if err == io.EOF {
 		n.ended = true
 	} else if err != nil {
-		err = causeOf(n.ctx, err)
+		err = causeOf(n.ctx, shortened(err))
 	}
 	return count, err
 }
 
 // Drain reads a short rest that nobody wants, if there is one, for the connection
-// to be used again after Close.
+// to be used again after Close. It takes a second at most.
 func (n *Nar) Drain() {
-	if !n.ended {
-		io.Copy(io.Discard, io.LimitReader(n, maxDrain))
+	if n.ended {
+		return
 	}
+	if n.conn != nil {
+		n.conn.await(drainTime, drainTime)
+	}
+	io.Copy(io.Discard, io.LimitReader(n, maxDrain))
 }
 
-// maxDrain is the length of the longest rest that is read, in bytes.
-const maxDrain = 64 << 10
+const (
+	// maxDrain is the length of the longest rest that is read, in bytes.
+	maxDrain = 64 << 10
+	// drainTime is how long that may take.
+	drainTime = time.Second
+)
 
 // Close lets go of the connection.
 func (n *Nar) Close() error {
@@ -83,133 +95,141 @@ const maxRedirects = 10
 
 // OpenNar asks for the nar at rawURL, following redirections to http and https
 // URLs. Errors are a [*StatusError], a [*ServerError], an error of the file
-// system for file: URLs, or the cause of ctx.
+// system for file: URLs, or the cause of ctx. None shows user information of a
+// URL, which is sent to its server only (RFC 7617).
 func (c *Client) OpenNar(ctx context.Context, rawURL string) (*Nar, error) {
-	u, err := parse(rawURL)
+	l, err := parse(rawURL)
 	if err != nil {
 		return nil, err
 	}
-	if u.Scheme == "file" {
-		return openNarFile(ctx, u)
+	if l.scheme == "file" {
+		return openNarFile(ctx, l)
 	}
 	for range maxRedirects {
-		n, next, err := c.request(ctx, u)
+		n, next, err := c.request(ctx, l)
 		if err != nil || next == "" {
 			return n, err
 		}
-		target, err := u.Parse(next)
-		if err == nil {
-			target, err = parse(target.String())
-		}
-		if err == nil && target.Scheme == "file" {
-			err = ErrUnsupportedScheme
-		}
+		target, err := l.redirected(next)
 		if err != nil {
-			return nil, fmt.Errorf("%s: redirected to %.300q: %w", u.Redacted(), next, err)
+			return nil, fmt.Errorf("%s: redirected to %.300q: %w", l, WithoutUser(next), err)
 		}
-		u = target
+		l = target
 		if c.o.OnRedirect != nil {
-			c.o.OnRedirect(u.Redacted())
+			c.o.OnRedirect(l.String())
 		}
 	}
-	return nil, fmt.Errorf("%s: more than %d redirections", rawURL, maxRedirects)
+	return nil, fmt.Errorf("%s: more than %d redirections", WithoutUser(rawURL), maxRedirects)
 }
 
 // request makes one request; it returns the nar, or where to ask instead.
-func (c *Client) request(ctx context.Context, u *url.URL) (n *Nar, location string, err error) {
+func (c *Client) request(ctx context.Context, l *location) (n *Nar, elsewhere string, err error) {
 	if c.o.OnSlow != nil {
-		slow := time.AfterFunc(c.o.SlowAfter, func() { c.o.OnSlow(u.Host) })
+		slow := time.AfterFunc(c.o.SlowAfter, func() { c.o.OnSlow(l.hostField()) })
 		defer slow.Stop()
 	}
+	n, response, err := c.get(ctx, l)
+	if err != nil {
+		return nil, "", err
+	}
+	switch response.StatusCode {
+	case http.StatusOK:
+		return n, "", nil
+	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther,
+		http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
+		elsewhere = response.Header.Get("Location")
+	}
+	n.Drain()
+	n.Close()
+	if elsewhere == "" {
+		return nil, "", &StatusError{l.String(), response.Status, response.StatusCode}
+	}
+	return nil, elsewhere, nil
+}
+
+// get sends a request and returns its answer, whatever the status.
+func (c *Client) get(ctx context.Context, l *location) (*Nar, *http.Response, error) {
 	for fresh := false; ; fresh = true {
-		conn, err := c.connect(ctx, u, fresh)
+		conn, err := c.connect(ctx, l, wish{fresh: fresh, patient: true})
 		if err != nil {
-			return nil, "", err
+			return nil, nil, err
 		}
 		cancelled := context.AfterFunc(ctx, func() { conn.net.SetDeadline(time.Unix(1, 0)) })
-		response, err := c.roundTrip(conn, u)
-		if err != nil {
-			cancelled()
-			conn.net.Close()
-			if ctx.Err() == nil && conn.reused && !errors.Is(err, os.ErrDeadlineExceeded) {
-				continue // the server had closed it
-			}
-			if errors.Is(err, os.ErrDeadlineExceeded) {
-				err = fmt.Errorf("no answer within %v", c.o.NarTimeout)
-			}
-			if ctx.Err() != nil {
-				return nil, "", context.Cause(ctx)
-			}
-			return nil, "", &ServerError{serverOf(u), err}
+		response, err := c.roundTrip(conn, l)
+		if err == nil {
+			n := &Nar{URL: l.String(), Size: response.ContentLength, body: response.Body, conn: conn, ctx: ctx}
+			n.close = func(reuse bool) { c.release(conn, cancelled() && reuse && !response.Close) }
+			return n, response, nil
 		}
-		n := &Nar{URL: u.Redacted(), Size: response.ContentLength, body: response.Body, ctx: ctx}
-		n.close = func(reuse bool) {
-			if cancelled() && reuse && !response.Close {
-				c.pool.put(conn)
-			} else {
-				conn.net.Close()
-			}
+		cancelled()
+		c.release(conn, false)
+		if ctx.Err() != nil {
+			return nil, nil, context.Cause(ctx)
 		}
-		switch response.StatusCode {
-		case http.StatusOK:
-			return n, "", nil
-		case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther,
-			http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
-			location = response.Header.Get("Location")
+		if !conn.reused || errors.Is(err, os.ErrDeadlineExceeded) {
+			return nil, nil, &ServerError{conn.peer.server, err}
 		}
-		n.Drain()
-		n.Close()
-		if location == "" {
-			return nil, "", &StatusError{u.Redacted(), response.Status, response.StatusCode}
-		}
-		return nil, location, nil
+		// The server had closed it.
 	}
 }
 
-func (c *Client) roundTrip(conn *connection, u *url.URL) (*http.Response, error) {
-	request := conn.requestLine(u) + "User-Agent: " + c.o.UserAgent + "\r\n"
-	if u.User != nil {
-		request += "Authorization: " + basic(u.User) + "\r\n"
+func (c *Client) roundTrip(conn *connection, l *location) (*http.Response, error) {
+	request := conn.requestLine(l, l.target) + "User-Agent: " + c.o.UserAgent + "\r\n"
+	if l.user != nil {
+		request += "Authorization: " + basic(l.user) + "\r\n"
 	}
-	if err := conn.net.SetWriteDeadline(time.Now().Add(c.o.NarTimeout)); err != nil {
+	patience := conn.peer.patience(c.o.NarTimeout)
+	if err := conn.net.SetWriteDeadline(time.Now().Add(patience)); err != nil {
 		return nil, err
 	}
-	if _, err := io.WriteString(conn.net, request+"\r\n"); err != nil {
+	_, err := io.WriteString(conn.net, request+"\r\n")
+	if err != nil {
 		return nil, err
+	}
+	conn.await(patience, 2*patience)
+	response, err := conn.header()
+	silent := errors.Is(err, os.ErrDeadlineExceeded)
+	conn.peer.answered(!silent)
+	if silent {
+		return nil, fmt.Errorf("no answer within %v: %w", patience, os.ErrDeadlineExceeded)
 	}
 	conn.await(c.o.NarTimeout, 0)
-	return conn.header()
+	return response, err
 }
 
-// filePath is the file name of a file: URL, as it stands (Guix,
-// guix/substitutes.scm, takes it so too). What looks like a host is part of the
-// name.
-func filePath(u *url.URL) (string, error) {
-	path := u.Host + u.EscapedPath()
-	if u.Host == "localhost" {
-		path = u.EscapedPath()
+// patience is for how long the server may be silent before a nar.
+func (p *peer) patience(timeout time.Duration) time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return timeout >> min(p.silent, 3)
+}
+
+// answered notes whether the server has kept silent.
+func (p *peer) answered(yes bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.silent++; yes {
+		p.silent = 0
 	}
-	if u.Opaque != "" {
-		path = u.Opaque
-	}
-	if u.RawQuery != "" || u.ForceQuery {
-		path += "?" + u.RawQuery
-	}
-	if !strings.HasPrefix(path, "/") {
-		return "", fmt.Errorf("invalid URL %.300q: no absolute file name", u.String())
-	}
-	return path, nil
 }
 
 // openRegular opens a file that can be read without waiting for anybody.
 func openRegular(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	// Opening a device can do something, so that it must not be opened to see
+	// what it is.
+	info, err := os.Stat(path)
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is not a regular file", path)
+	}
 	if err != nil {
 		return nil, err
 	}
-	info, err := f.Stat()
-	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("%s is not a regular file", path)
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	if err != nil {
+		return nil, err
+	}
+	if info, err = f.Stat(); err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is not a regular file any more", path)
 	}
 	if err != nil {
 		f.Close()
@@ -218,16 +238,19 @@ func openRegular(path string) (*os.File, error) {
 	return f, nil
 }
 
-func openNarFile(ctx context.Context, u *url.URL) (*Nar, error) {
-	path, err := filePath(u)
-	if err != nil {
-		return nil, err
-	}
-	f, err := openRegular(path)
+// decoded returns the name of a file with its percent signs interpreted, and
+// whether that is another one. Guix takes names as they stand; but those who make
+// URLs encode what cannot stand in one.
+func decoded(path string) (string, bool) {
+	d, err := url.PathUnescape(path)
+	return d, err == nil && d != path && !strings.Contains(d, "\x00")
+}
+
+func openNarFile(ctx context.Context, l *location) (*Nar, error) {
+	f, err := openRegular(l.target)
 	if errors.Is(err, fs.ErrNotExist) {
-		// Servers name the same file with characters encoded.
-		if decoded, err2 := url.PathUnescape(path); err2 == nil && decoded != path && !strings.Contains(decoded, "\x00") {
-			if f2, err2 := openRegular(decoded); err2 == nil {
+		if d, ok := decoded(l.target); ok {
+			if f2, err2 := openRegular(d); err2 == nil {
 				f, err = f2, nil
 			}
 		}
@@ -240,5 +263,5 @@ func openNarFile(ctx context.Context, u *url.URL) (*Nar, error) {
 		f.Close()
 		return nil, err
 	}
-	return &Nar{URL: "file:" + path, Size: info.Size(), body: f, close: func(bool) { f.Close() }, ctx: ctx}, nil
+	return &Nar{URL: l.String(), Size: info.Size(), body: f, close: func(bool) { f.Close() }, ctx: ctx}, nil
 }

@@ -9,7 +9,6 @@ import (
 	"io"
 	"io/fs"
 	"net/http"
-	"net/url"
 	"os"
 	"slices"
 	"strconv"
@@ -39,10 +38,15 @@ type Answer struct {
 const MaxNarinfo = 1 << 20
 
 const (
-	// pipeline is how many requests may be under way on one connection. Their
-	// bytes fit the smallest socket buffers, so that writing them never waits for
+	// pipeline is how many requests may be under way on one connection, and
+	// pipelineSize how many bytes they may have in all if they are more than one.
+	// These fit the smallest socket buffers, so that writing them never waits for
 	// a server that waits for us to read.
-	pipeline = 32
+	pipeline     = 32
+	pipelineSize = 16 << 10
+	// fewRequests is how many answers a server gives at least before it closes a
+	// connection, if it is one that keeps connections open.
+	fewRequests = 8
 	// fewConnections is how many connections a server gets that is not known to
 	// take many: before it has answered, and when it closes each after an answer.
 	fewConnections = 4
@@ -61,26 +65,26 @@ const (
 // the server cannot be reached or breaks off, and the cause of ctx when that is
 // done; then some items have had no answer.
 func (c *Client) Narinfos(ctx context.Context, server string, hashes []string, answer func(Answer)) error {
-	u, err := parse(server)
+	l, err := parse(server)
 	if err != nil {
 		return err
 	}
-	if u.Scheme == "file" {
-		return narinfosFromDirectory(ctx, u, hashes, answer)
+	if l.scheme == "file" {
+		return narinfosFromDirectory(ctx, l, hashes, answer)
 	}
+	base, _, _ := strings.Cut(l.target, "?")
 	b := &batch{
-		c: c, u: u, server: serverOf(u), answer: answer,
-		most: c.o.MaxConnections, todo: hashes, tries: map[string]int{},
+		c: c, l: l, peer: c.peer(l.server()), base: strings.TrimSuffix(base, "/") + "/",
+		answer: answer, most: c.o.MaxConnections, todo: hashes, tries: map[string]int{},
 	}
-	b.base = strings.TrimSuffix(u.EscapedPath(), "/") + "/"
 	return b.run(ctx)
 }
 
 // A batch is one call of Narinfos.
 type batch struct {
 	c      *Client
-	u      *url.URL
-	server string
+	l      *location
+	peer   *peer
 	base   string // path of the server with a slash at its end
 	answer func(Answer)
 
@@ -102,7 +106,7 @@ func (b *batch) run(parent context.Context) error {
 	defer stop()
 	// More than once only if workers have left while another one gave items back.
 	for again := true; again; {
-		b.spawn(ctx, stop, 1)
+		b.spawn(ctx, stop, max(1, b.c.pool.count(b.peer)))
 		b.workers.Wait()
 		again = len(b.todo) > 0 && ctx.Err() == nil
 	}
@@ -142,10 +146,16 @@ func (b *batch) work(ctx context.Context, stop func()) {
 		if len(share) == 0 {
 			return
 		}
-		conn, err := b.c.connect(ctx, b.u, false)
+		conn, err := b.c.connect(ctx, b.l, wish{patient: b.alone()})
 		if err != nil {
 			b.giveBack(share)
-			if ctx.Err() == nil {
+			switch {
+			case ctx.Err() != nil:
+			case err == errBusy:
+				left = b.leave(false)
+			case b.peer.downError() == nil && b.leave(true):
+				left = true // the server takes no more connections
+			default:
 				b.fail(err)
 				stop()
 			}
@@ -178,13 +188,40 @@ func (b *batch) leaveIfTooMany() bool {
 	return false
 }
 
+// alone tells whether there is only one worker.
+func (b *batch) alone() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.active == 1
+}
+
+// leave makes a worker leave unless it is the only one; with fewer, there are
+// never to be as many again.
+func (b *batch) leave(fewer bool) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.active == 1 {
+		return false
+	}
+	b.active--
+	if fewer {
+		b.most = b.active
+	}
+	return true
+}
+
 // survives decides after an error of a connection whether the server gets
 // another one.
 func (b *batch) survives(conn *connection, left []string, answered int, err error) bool {
-	if len(left) > 1 {
-		b.c.setPlain(b.server) // perhaps it only dislikes pipelines
+	silent := errors.Is(err, os.ErrDeadlineExceeded)
+	if conn.reused && answered == 0 && !silent {
+		return true // it was closed while nobody used it
 	}
-	if answered > 0 || conn.reused {
+	plain := b.peer.isPlain()
+	if len(left) > 1 && answered < fewRequests {
+		b.peer.setPlain() // perhaps it only dislikes pipelines
+	}
+	if answered > 0 && !silent {
 		return true
 	}
 	b.mu.Lock()
@@ -194,18 +231,20 @@ func (b *batch) survives(conn *connection, left []string, answered int, err erro
 	if b.good {
 		most = maxFailuresLater
 	}
-	if silent := errors.Is(err, os.ErrDeadlineExceeded); silent || b.failures >= most {
-		if silent {
-			err = fmt.Errorf("no answer within %v", b.c.o.NarinfoTimeout)
-		}
+	if silent {
+		err = fmt.Errorf("no answer within %v", b.c.o.NarinfoTimeout)
+	}
+	if silent && !b.good || b.failures >= most {
 		if b.failed == nil {
-			b.failed = b.c.setDown(b.server, err)
+			b.failed = b.peer.setDown(err)
 		}
 		return false
 	}
 	if len(left) > 0 {
-		// Perhaps the server breaks at this item.
-		if b.tries[left[0]]++; b.tries[left[0]] == maxFailures {
+		// Perhaps the server breaks at this item. Silence is not waited for again,
+		// unless it was about a pipeline.
+		b.tries[left[0]]++
+		if tries := b.tries[left[0]]; tries == maxFailures || silent && (plain || tries > 1) {
 			b.drop(left[0], err)
 		} else {
 			b.postpone(left[0])
@@ -225,7 +264,7 @@ func (b *batch) postpone(hash string) {
 func (b *batch) drop(hash string, err error) {
 	if i := slices.Index(b.todo, hash); i >= 0 {
 		b.todo = slices.Delete(slices.Clone(b.todo), i, i+1)
-		b.skipped = &ServerError{b.server, fmt.Errorf("no answer about %s: %w", hash, err)}
+		b.skipped = &ServerError{b.peer.server, fmt.Errorf("no answer about %s: %w", hash, err)}
 	}
 }
 
@@ -237,26 +276,15 @@ func (b *batch) fail(err error) {
 	}
 }
 
-func (c *Client) setPlain(server string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if len(c.plain) < maxServers {
-		c.plain[server] = true
-	}
-}
-
 // take returns the items to ask for next on a connection on which a number of
 // requests are under way. The items are spread over all connections.
 func (b *batch) take(underWay int) []string {
-	b.c.mu.Lock()
-	plain := b.c.plain[b.server]
-	b.c.mu.Unlock()
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	most := pipeline
-	if plain {
+	most := min(pipeline, max(1, pipelineSize/len(b.request(&connection{}, ""))))
+	if b.peer.isPlain() {
 		most = 1
 	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	fair := (len(b.todo) + b.c.o.MaxConnections - 1) / b.c.o.MaxConnections
 	n := min(len(b.todo), fair, most-underWay)
 	if n <= 0 {
@@ -282,11 +310,7 @@ func (b *batch) exchange(ctx context.Context, stop func(), conn *connection, sha
 	cancelled := context.AfterFunc(ctx, func() { conn.net.SetDeadline(time.Unix(1, 0)) })
 	keep := false
 	defer func() {
-		if cancelled() && keep {
-			b.c.pool.put(conn)
-		} else {
-			conn.net.Close()
-		}
+		b.c.release(conn, cancelled() && keep)
 	}()
 	left = share
 	if err := b.ask(conn, share); err != nil {
@@ -310,7 +334,7 @@ func (b *batch) exchange(ctx context.Context, stop func(), conn *connection, sha
 		answered++
 		b.mu.Lock()
 		b.failures, b.good = 0, true
-		if response.Close {
+		if response.Close && answered < fewRequests {
 			// Many connections at once are more than the backlog of such servers.
 			b.most = min(b.most, fewConnections)
 		}
@@ -318,8 +342,8 @@ func (b *batch) exchange(ctx context.Context, stop func(), conn *connection, sha
 		b.mu.Unlock()
 		b.spawn(ctx, stop, wanted)
 		if response.Close || a.Body == nil && a.Status == http.StatusOK {
-			if len(left) > 0 {
-				b.c.setPlain(b.server)
+			if len(left) > 0 && answered < fewRequests {
+				b.peer.setPlain()
 			}
 			return left, answered, nil
 		}
@@ -336,18 +360,16 @@ func (b *batch) exchange(ctx context.Context, stop func(), conn *connection, sha
 	return nil, answered, nil
 }
 
+// request is a request for an item.
+func (b *batch) request(conn *connection, hash string) string {
+	return conn.requestLine(b.l, b.base+hash+".narinfo") + "User-Agent: " + b.c.o.UserAgent + "\r\n\r\n"
+}
+
 // ask sends a request for each item, all with one write.
 func (b *batch) ask(conn *connection, hashes []string) error {
 	var requests []byte
 	for _, hash := range hashes {
-		u := *b.u
-		u.Path, u.RawPath = b.base+hash+".narinfo", ""
-		if path, err := url.PathUnescape(u.Path); err == nil {
-			u.Path, u.RawPath = path, u.Path
-		}
-		u.RawQuery, u.ForceQuery = "", false
-		requests = append(requests, conn.requestLine(&u)...)
-		requests = append(requests, "User-Agent: "+b.c.o.UserAgent+"\r\n\r\n"...)
+		requests = append(requests, b.request(conn, hash)...)
 	}
 	if err := conn.net.SetWriteDeadline(time.Now().Add(b.c.o.NarinfoTimeout)); err != nil {
 		return err
@@ -378,7 +400,8 @@ func readAnswer(response *http.Response, hash string) (Answer, error) {
 	return a, nil
 }
 
-// maxAge reads the max-age directive of RFC 9111, section 5.2.2.1.
+// maxAge reads the directive max-age (RFC 9111, section 5.2.2.1). What is too
+// large to count is a long time (section 1.2.2).
 func maxAge(h http.Header) time.Duration {
 	for _, field := range h.Values("Cache-Control") {
 		for directive := range strings.SplitSeq(field, ",") {
@@ -386,8 +409,11 @@ func maxAge(h http.Header) time.Duration {
 			if !strings.EqualFold(name, "max-age") {
 				continue
 			}
-			seconds, err := strconv.ParseInt(strings.Trim(value, `"`), 10, 32)
-			if err == nil && seconds >= 0 {
+			seconds, err := strconv.ParseUint(strings.Trim(value, `"`), 10, 31)
+			if errors.Is(err, strconv.ErrRange) {
+				seconds, err = 1<<31, nil
+			}
+			if err == nil {
 				return time.Duration(seconds) * time.Second
 			}
 		}
@@ -396,33 +422,37 @@ func maxAge(h http.Header) time.Duration {
 }
 
 // narinfosFromDirectory answers from the directory of a file: URL.
-func narinfosFromDirectory(ctx context.Context, u *url.URL, hashes []string, answer func(Answer)) error {
-	directory, err := filePath(u)
-	if err != nil {
-		return err
+func narinfosFromDirectory(ctx context.Context, l *location, hashes []string, answer func(Answer)) error {
+	directory := l.target
+	if d, ok := decoded(directory); ok {
+		if _, err := os.Stat(directory); errors.Is(err, fs.ErrNotExist) {
+			directory = d
+		}
 	}
+	var skipped error
 	for _, hash := range hashes {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
 		a := Answer{Hash: hash, Status: http.StatusOK, MaxAge: -1}
 		f, err := openRegular(directory + "/" + hash + ".narinfo")
+		if err == nil {
+			a.Body, err = io.ReadAll(io.LimitReader(f, MaxNarinfo+1))
+			f.Close()
+		}
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			a.Status = http.StatusNotFound
 		case err != nil:
-			return &ServerError{"file:" + directory, err}
-		default:
-			a.Body, err = io.ReadAll(io.LimitReader(f, MaxNarinfo+1))
-			f.Close()
-			if err != nil {
-				return &ServerError{"file:" + directory, err}
+			// That is one file, not the others.
+			if skipped == nil {
+				skipped = &ServerError{"file:" + directory, err}
 			}
-			if len(a.Body) > MaxNarinfo {
-				a.Body = nil
-			}
+			continue
+		case len(a.Body) > MaxNarinfo:
+			a.Body = nil
 		}
 		answer(a)
 	}
-	return nil
+	return skipped
 }

@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package mirror
+
+import (
+	"errors"
+	"fmt"
+	"net/url"
+	"strings"
+)
+
+// A location is a URL that can be fetched, together with how it was written:
+// servers see percent signs as they were found, for %2B and + are not the same to
+// all of them.
+type location struct {
+	scheme string // http, https or file
+	host   string // name or address, without brackets, in lower case
+	port   string // empty for http and https if it is the usual one
+	user   *url.Userinfo
+	// target is what follows the host, without a fragment: for file the name of a
+	// file, for http and https a path, which begins with a slash, and a query.
+	target string
+}
+
+// parse parses a server's URL or that of a nar. Its errors show no user
+// information.
+func parse(raw string) (*location, error) {
+	u, err := url.Parse(raw)
+	if err != nil {
+		return nil, fmt.Errorf("invalid URL %.300q: %w", WithoutUser(raw), plainError(err))
+	}
+	l := &location{scheme: strings.ToLower(u.Scheme), user: u.User}
+	_, rest, _ := strings.Cut(raw, ":")
+	rest, _, _ = strings.Cut(rest, "#")
+	authority := ""
+	if after, ok := strings.CutPrefix(rest, "//"); ok {
+		end := strings.IndexAny(after, "/?")
+		if end < 0 {
+			end = len(after)
+		}
+		authority, rest = after[:end], after[end:]
+	}
+	switch l.scheme {
+	case "http", "https":
+		l.host, l.port = strings.ToLower(u.Hostname()), u.Port()
+		if l.host == "" {
+			return nil, fmt.Errorf("invalid URL %.300q: no host", WithoutUser(raw))
+		}
+		if l.port == map[string]string{"http": "80", "https": "443"}[l.scheme] {
+			l.port = ""
+		}
+		if !strings.HasPrefix(rest, "/") {
+			rest = "/" + rest
+		}
+		l.target = visible(rest)
+	case "file":
+		// What looks like a host is part of the name, and so is a query (Guix,
+		// guix/substitutes.scm, takes names as they stand too).
+		if authority != "localhost" {
+			rest = authority + rest
+		}
+		if !strings.HasPrefix(rest, "/") {
+			return nil, fmt.Errorf("invalid URL %.300q: no absolute file name", raw)
+		}
+		l.target = rest
+	default:
+		return nil, fmt.Errorf("%w in %.300q", ErrUnsupportedScheme, WithoutUser(raw))
+	}
+	return l, nil
+}
+
+// visible encodes the bytes that cannot stand in the first line of a request.
+func visible(target string) string {
+	var b strings.Builder
+	for i := range len(target) {
+		if c := target[i]; c <= ' ' || c >= 0x7f {
+			fmt.Fprintf(&b, "%%%02X", c)
+		} else {
+			b.WriteByte(c)
+		}
+	}
+	return b.String()
+}
+
+// redirected resolves the field Location of an answer (RFC 9110, section 10.2.2).
+// User information stays with its server.
+func (l *location) redirected(value string) (*location, error) {
+	ref, err := url.Parse(value)
+	if err != nil {
+		return nil, plainError(err)
+	}
+	raw := value
+	if !ref.IsAbs() {
+		base, err := url.Parse(l.String())
+		if err != nil {
+			return nil, plainError(err)
+		}
+		raw = base.ResolveReference(ref).String()
+	}
+	to, err := parse(raw)
+	switch {
+	case err != nil:
+		return nil, err
+	case to.scheme == "file":
+		return nil, ErrUnsupportedScheme
+	case to.user == nil && to.server() == l.server():
+		to.user = l.user
+	}
+	return to, nil
+}
+
+// String is the URL without user information, for people and for requests.
+func (l *location) String() string {
+	if l.scheme == "file" {
+		return "file:" + l.target
+	}
+	return l.scheme + "://" + l.hostField() + l.target
+}
+
+// server identifies a server: connections to one are not used for another.
+func (l *location) server() string { return l.scheme + "://" + l.address() }
+
+// address is the host and port to connect to.
+func (l *location) address() string {
+	port := l.port
+	if port == "" {
+		port = "80"
+		if l.scheme == "https" {
+			port = "443"
+		}
+	}
+	return bracketed(l.host) + ":" + port
+}
+
+// hostField is the value of the field Host (RFC 9110, section 7.2). The zone of
+// an address is nobody's business but ours (RFC 6874, section 4).
+func (l *location) hostField() string {
+	host, _, _ := strings.Cut(l.host, "%")
+	host = bracketed(host)
+	if l.port != "" {
+		host += ":" + l.port
+	}
+	return host
+}
+
+func bracketed(host string) string {
+	if strings.Contains(host, ":") {
+		return "[" + host + "]"
+	}
+	return host
+}
+
+// plainError is why a URL cannot be parsed, without the URL.
+func plainError(err error) error {
+	var e *url.Error
+	if errors.As(err, &e) {
+		err = e.Err
+	}
+	return shortened(err)
+}
+
+// maxMessage bounds what a message shows of what a server has sent, in bytes.
+const maxMessage = 200
+
+// A shortError is an error whose message is not all that it could be.
+type shortError struct {
+	message string
+	err     error
+}
+
+func (e *shortError) Error() string { return e.message }
+func (e *shortError) Unwrap() error { return e.err }
+
+// shortened bounds an error's message, which may quote what a server has sent, and
+// makes it one line of ASCII.
+func shortened(err error) error {
+	message := err.Error()
+	plain := len(message) <= maxMessage
+	for i := 0; plain && i < len(message); i++ {
+		plain = message[i] >= ' ' && message[i] < 0x7f
+	}
+	if plain {
+		return err
+	}
+	message = strings.Map(func(r rune) rune {
+		if r < ' ' || r >= 0x7f {
+			return '?'
+		}
+		return r
+	}, message[:min(len(message), maxMessage)])
+	return &shortError{message + "...", err}
+}
+
+// WithoutUser returns a URL without its user information, which may be a password,
+// for messages. What is no URL it returns without what looks like that.
+func WithoutUser(rawURL string) string {
+	start := strings.Index(rawURL, "//")
+	if start < 0 {
+		return rawURL
+	}
+	start += 2
+	end := len(rawURL)
+	if i := strings.IndexAny(rawURL[start:], "/?#"); i >= 0 {
+		end = start + i
+	}
+	if at := strings.LastIndexByte(rawURL[start:end], '@'); at >= 0 {
+		return rawURL[:start] + rawURL[start+at+1:]
+	}
+	return rawURL
+}
