@@ -35,7 +35,7 @@ const (
 	// lookupTimeout is how long a server gets in all, beside lookupTimeoutEach
 	// per item, so that one that trickles holds up nobody for ever.
 	lookupTimeout     = 30 * time.Second
-	lookupTimeoutEach = 10 * time.Millisecond
+	lookupTimeoutEach = 50 * time.Millisecond
 )
 
 // A record is the narinfo of one server for one item.
@@ -285,12 +285,13 @@ func (s *Substituter) ask(ctx context.Context, server *server, todo []*item, ans
 	if len(missing) == 0 {
 		return
 	}
-	if s.Mirrors.Down(server.url) != nil {
+	if err := s.Mirrors.Down(server.url); err != nil {
+		s.sayDown(server.name, err)
 		return
 	}
 	var progress *protocol.Lookup
 	if !local {
-		progress = s.Log.Lookup(server.url, len(missing))
+		progress = s.Log.Lookup(server.name, len(missing))
 		defer progress.End()
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, lookupTimeout+time.Duration(len(missing))*lookupTimeoutEach,
@@ -308,7 +309,7 @@ func (s *Substituter) ask(ctx context.Context, server *server, todo []*item, ans
 			if a.Baking {
 				baking = " (baking)"
 			}
-			s.Log.Notef("narinfo of %s from %s: status %d%s", it.path, server.url, a.Status, baking)
+			s.Log.Notef("narinfo of %s from %s: status %d%s", it.path, server.name, a.Status, baking)
 		}
 		if !local {
 			progress.Answered()
@@ -316,9 +317,24 @@ func (s *Substituter) ask(ctx context.Context, server *server, todo []*item, ans
 		}
 		answer(it, r)
 	})
-	if err != nil && !errors.Is(err, context.Canceled) {
-		s.Log.WarnOnce("server "+server.url, "%v", naming(server.url, err))
+	switch down := s.Mirrors.Down(server.url); {
+	case err == nil || errors.Is(err, context.Canceled):
+	case down != nil:
+		s.sayDown(server.name, down)
+	default:
+		s.Log.WarnOnce("server "+server.url, "%v", naming(server.name, err))
 	}
+}
+
+// sayDown shows once why a server is not asked any more; url is what it was
+// found out with.
+func (s *Substituter) sayDown(url string, down error) {
+	key := url
+	var e *mirror.ServerError
+	if errors.As(down, &e) {
+		key = e.Server
+	}
+	s.Log.WarnOnce("down "+key, "%v", naming(url, down))
 }
 
 // remember keeps an answer of a server for later.
@@ -400,7 +416,7 @@ func (s *Substituter) read(server *server, it *item, text []byte) *record {
 	}
 	if err != nil {
 		s.Log.WarnOnce(fmt.Sprintf("narinfo %s %s", server.url, it.hash),
-			"narinfo of %s from %s ignored: %v", it.path, server.url, err)
+			"narinfo of %s from %s ignored: %v", it.path, server.name, err)
 		return nil
 	}
 	return &record{server: server, narinfo: n, authorised: s.AllowUnauthenticated || n.Authorise(s.Keys) == nil}

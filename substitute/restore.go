@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
@@ -184,6 +185,12 @@ func (j *job) success(size uint64) Outcome {
 // point in trying another one.
 func (j *job) failed(ctx context.Context, err error) bool {
 	j.s.Log.Warnf("%v; trying to find an alternative", err)
+	return j.wiped(ctx)
+}
+
+// wiped removes what a source has left behind. It returns false if there is no
+// point in trying another one.
+func (j *job) wiped(ctx context.Context) bool {
 	if err := restore.Remove(j.destination); err != nil {
 		j.s.Log.Errorf("%v", err)
 		return false
@@ -232,11 +239,27 @@ func (j *job) record(ctx context.Context, r record) (Outcome, bool) {
 			continue
 		}
 		j.tried[url] = true
+		// Whoever sends narinfos over a network has no business with our files.
+		if mirror.IsLocal(url) && !mirror.IsLocal(r.server.url) {
+			j.s.Log.Warnf("%s: %s names a local file, %.300q", j.path, r.server.name, url)
+			continue
+		}
+		if err := j.s.Mirrors.Down(url); err != nil {
+			j.s.sayDown(mirror.WithoutUser(url), err)
+			continue
+		}
 		size, err := j.attempt(ctx, url, u.Compression)
 		if err == nil {
 			return j.success(size), true
 		}
-		if !j.failed(ctx, naming(url, err)) {
+		goOn := false
+		if down := j.s.Mirrors.Down(url); down != nil {
+			j.s.sayDown(mirror.WithoutUser(url), down)
+			goOn = j.wiped(ctx)
+		} else {
+			goOn = j.failed(ctx, naming(mirror.WithoutUser(url), err))
+		}
+		if !goOn {
 			return Outcome{}, false
 		}
 	}

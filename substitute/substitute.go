@@ -114,7 +114,7 @@ func New(c Config) *Substituter {
 		}
 		if !seen[url] {
 			seen[url] = true
-			s.servers = append(s.servers, &server{url: url, index: len(s.servers)})
+			s.servers = append(s.servers, &server{url: url, name: mirror.WithoutUser(url), index: len(s.servers)})
 		}
 	}
 	return s
@@ -129,7 +129,8 @@ func (s *Substituter) SetKeys(keys *acl.ACL) {
 // A server is a substitute server.
 type server struct {
 	url   string
-	index int // in the order of preference
+	name  string // the URL without what may be a password
+	index int    // in the order of preference
 	// sluggish tells that the last lookup ended without all of its answers.
 	sluggish bool
 }

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package substitute_test
+
+import (
+	"bytes"
+	"context"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
+)
+
+// A sharedBuffer is a log that can be looked at.
+type sharedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *sharedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *sharedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+// withLog returns a substituter and what it shows.
+func withLog(t testing.TB, key *acl.SigningKey, urls ...string) (*substitute.Substituter, *sharedBuffer) {
+	mirrors := mirror.NewClient(mirror.Options{NarinfoTimeout: 5 * time.Second, NarTimeout: 5 * time.Second})
+	t.Cleanup(mirrors.Close)
+	log := &sharedBuffer{}
+	return substitute.New(substitute.Config{
+		StoreDir: "/gnu/store",
+		URLs:     urls,
+		Keys:     acl.NewACL(key.PublicKey()),
+		Mirrors:  mirrors,
+		Log:      protocol.NewLog(log, protocol.LogStyle{Program: "test", Dynamic: true, Columns: 80}),
+	}), log
+}
+
+// deadAddress is an address that nobody listens at.
+func deadAddress(t testing.TB) string {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// TestPasswordsNotShown checks that no message shows the user information of a
+// server's URL.
+func TestPasswordsNotShown(t *testing.T) {
+	key := acl.GenerateSigningKey()
+	server := newTestServer(t)
+	server.has(itemPath(0), sign(t, key, itemPath(0), 100)) // the nar is 404
+	server.has(itemPath(1), "nonsense")
+	with := func(address string) string {
+		return "http://alice:s3cret@" + strings.TrimPrefix(address, "http://")
+	}
+	s, log := withLog(t, key, with(server.url), with(deadAddress(t)), "http://alice:s3cret@host:port")
+	s.Debug = true
+	s.Info(context.Background(), itemPaths(3))
+	s.Substitute(context.Background(), itemPath(0), t.TempDir()+"/item")
+	if text := log.String(); strings.Contains(text, "s3cret") || strings.Contains(text, "alice") || !strings.Contains(text, server.url) {
+		t.Errorf("shown: %s", text)
+	}
+}
+
+// TestDeadServerSaidOnce restores items whose nars are at a server that is dead.
+func TestDeadServerSaidOnce(t *testing.T) {
+	key := acl.GenerateSigningKey()
+	server := newTestServer(t)
+	dead := deadAddress(t)
+	for _, path := range itemPaths(5) {
+		text := sign(t, key, path, 100)
+		server.has(path, strings.Replace(text, "URL: nar", "URL: http://"+dead+"/nar", 1))
+	}
+	s, log := withLog(t, key, server.url)
+	for _, path := range itemPaths(5) {
+		if o := s.Substitute(context.Background(), path, t.TempDir()+"/item"); o.Status != substitute.NotFound {
+			t.Errorf("outcome %+v", o)
+		}
+	}
+	if n := strings.Count(log.String(), "connection refused"); n != 1 {
+		t.Errorf("%d messages about the dead server in: %s", n, log)
+	}
+}
+
+// TestLocalFileFromNetwork checks that a narinfo from a network cannot have a file
+// of ours opened, while one of a directory can.
+func TestLocalFileFromNetwork(t *testing.T) {
+	key := acl.GenerateSigningKey()
+	server := newTestServer(t)
+	d := t.TempDir()
+	text := strings.Replace(sign(t, key, itemPath(0), 100), "URL: nar", "URL: file://"+d+"/nar", 1)
+	if err := os.WriteFile(filepath.Join(d, "nar"), []byte("a secret"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	hash, _, _ := strings.Cut(filepath.Base(itemPath(0)), "-")
+	if err := os.WriteFile(filepath.Join(d, hash+".narinfo"), []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	server.has(itemPath(0), text)
+	for url, want := range map[string]string{server.url: "names a local file", "file://" + d: "Downloading file:" + d + "/nar"} {
+		s, log := withLog(t, key, url)
+		s.Substitute(context.Background(), itemPath(0), t.TempDir()+"/item")
+		if !strings.Contains(log.String(), want) || want == "names a local file" && strings.Contains(log.String(), "Downloading") {
+			t.Errorf("%s: %s", url, log)
+		}
+	}
+}
