@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
@@ -29,6 +30,11 @@ var groups = []group{
 	{"large item in 9790 files, none", func(w *workshop) ([]contestant, error) { return restoreRows(w, manyItem, "none") }},
 	{"5000 small files, zstd", func(w *workshop) ([]contestant, error) { return restoreRows(w, smallItem, "zstd") }},
 	{"5000 small files, none", func(w *workshop) ([]contestant, error) { return restoreRows(w, smallItem, "none") }},
+	{"large item in 11 files, blocks on a Unix socket", blocksRows(largeItem)},
+	{"5000 small files, blocks on a Unix socket", blocksRows(smallItem)},
+	{"blocks of 1 KiB on a Unix socket", getRows(eris.BlockSize1KiB)},
+	{"blocks of 32 KiB on a Unix socket", getRows(eris.BlockSize32KiB)},
+	{"encode, large item in 11 files", encodeRows},
 }
 
 func largeItem(w *workshop) (*benchItem, error) {

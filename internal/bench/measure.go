@@ -167,6 +167,7 @@ func usageOf(cmd *exec.Cmd, wall time.Duration) sample {
 type helperRun struct {
 	program   []string // and its first arguments
 	mode      string   // query or substitute
+	arguments []string // further ones
 	url       string
 	requests  []string
 	options   string
@@ -192,7 +193,7 @@ func (w *workshop) helper(h helperRun) (sample, error) {
 	}
 	defer requests.Close()
 	var log bytes.Buffer
-	cmd := exec.Command(h.program[0], append(h.program[1:], "substitute", "--"+h.mode)...)
+	cmd := exec.Command(h.program[0], slices.Concat(h.program[1:], []string{"substitute", "--" + h.mode}, h.arguments)...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, &log, &log
 	cmd.ExtraFiles = []*os.File{stdin, repliesOut}
 	environment := slices.DeleteFunc(os.Environ(), func(v string) bool {

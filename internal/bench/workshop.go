@@ -37,6 +37,8 @@ type workshop struct {
 	key       *acl.SigningKey
 	url       string // of a server of everything in www
 	slowURL   string // the same, 50 ms away
+	storeURL  string // of a block store, if it has been started
+	storeTCP  string // the same by TCP
 	closers   []func()
 	items     map[string]*benchItem
 }
@@ -164,7 +166,11 @@ func (w *workshop) item(name string, fill func(tree string) error, compressions 
 
 // publish writes a signed narinfo.
 func (w *workshop) publish(path string, digest [32]byte, size uint64, urls []narinfo.URL) error {
-	part, err := narinfo.SignedPart(&narinfo.Narinfo{StorePath: path, NarDigest: digest, NarSize: size})
+	return w.publishInfo(&narinfo.Narinfo{StorePath: path, NarDigest: digest, NarSize: size}, urls)
+}
+
+func (w *workshop) publishInfo(n *narinfo.Narinfo, urls []narinfo.URL) error {
+	part, err := narinfo.SignedPart(n)
 	if err != nil {
 		return err
 	}
@@ -176,7 +182,7 @@ func (w *workshop) publish(path string, digest [32]byte, size uint64, urls []nar
 	if err != nil {
 		return err
 	}
-	hash, _, _ := strings.Cut(filepath.Base(path), "-")
+	hash, _, _ := strings.Cut(filepath.Base(n.StorePath), "-")
 	return os.WriteFile(filepath.Join(w.www(), hash+".narinfo"), []byte(text), 0o644)
 }
 
@@ -186,7 +192,6 @@ func (w *workshop) nar(it *benchItem, compressions []string) (digest [32]byte, s
 	h := sha256.New()
 	writers := []io.Writer{h}
 	var closers []io.Closer
-	plain := ""
 	for _, c := range compressions {
 		d := filepath.Join(w.www(), "nar", c)
 		if err := os.MkdirAll(d, 0o755); err != nil {
@@ -201,7 +206,6 @@ func (w *workshop) nar(it *benchItem, compressions []string) (digest [32]byte, s
 		switch c {
 		case "none":
 			z = f
-			plain = f.Name()
 		case "gzip":
 			z, err = gzip.NewWriterLevel(f, 9)
 		case "zstd":
@@ -219,7 +223,6 @@ func (w *workshop) nar(it *benchItem, compressions []string) (digest [32]byte, s
 	for _, c := range closers {
 		err = errors.Join(err, c.Close())
 	}
-	_ = plain
 	h.Sum(digest[:0])
 	return digest, size, err
 }

@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+)
+
+// store starts a block store on a Unix socket, once, and returns its URL.
+func (w *workshop) store() (string, error) {
+	if w.storeURL != "" {
+		return w.storeURL, nil
+	}
+	socket := filepath.Join(w.directory, "eris.sock")
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	w.storeTCP = "coap+tcp://" + l.Addr().String()
+	l.Close()
+	server := exec.Command(w.binary, "serve", "--socket="+socket, "--listen="+w.storeTCP, "--directory="+filepath.Join(w.directory, "blocks"))
+	var log bytes.Buffer
+	server.Stderr = &log
+	if err := server.Start(); err != nil {
+		return "", err
+	}
+	w.closers = append(w.closers, func() { server.Process.Signal(os.Interrupt); server.Wait() })
+	for range 200 {
+		if info, err := os.Stat(socket); err == nil && info.Mode().Type() == os.ModeSocket {
+			w.storeURL = "coap+unix://" + socket
+			return w.storeURL, nil
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	return "", fmt.Errorf("the block store does not listen: %s", log.String())
+}
+
+// encode puts the blocks of an item into the store, and publishes it with its URN
+// and with an uncompressed nar.
+func (w *workshop) encode(it *benchItem) error {
+	store, err := w.store()
+	if err != nil {
+		return err
+	}
+	var stderr bytes.Buffer
+	cmd := exec.Command(w.binary, "encode", "--item", "--store="+store, it.tree)
+	cmd.Stderr = &stderr
+	urn, err := cmd.Output()
+	if err != nil {
+		return fmt.Errorf("encode: %w: %s", err, stderr.String())
+	}
+	digest, size, err := w.digest(it)
+	if err != nil {
+		return err
+	}
+	return w.publishInfo(&narinfo.Narinfo{
+		StorePath: it.path, NarDigest: digest, NarSize: uint64(size), ERIS: []narinfo.ERIS{{URN: strings.TrimSpace(string(urn))}},
+	}, []narinfo.URL{{URL: "nar/none/" + it.name, Compression: "none"}})
+}
+
+// restoreBlocks restores an item from blocks; or from its nar, if there is no
+// store.
+func (w *workshop) restoreBlocks(it *benchItem, store string) (sample, error) {
+	d, err := w.destination()
+	if err != nil {
+		return sample{}, err
+	}
+	policy := "--policy=http-only"
+	if store != "" {
+		policy = "--policy=eris-only"
+	}
+	return w.helper(helperRun{
+		program: []string{w.binary}, mode: "substitute", arguments: []string{policy}, url: w.url, fresh: true, options: "deduplicate=yes",
+		env:      []string{"NIX_STORE_DIR=/gnu/store", "ERIS_STORE_URL=" + store},
+		requests: []string{"substitute " + it.path + " " + filepath.Join(d, it.name)},
+	})
+}
+
+// blocksRows restores the large item from blocks.
+func blocksRows(make func(*workshop) (*benchItem, error)) func(w *workshop) ([]contestant, error) {
+	return func(w *workshop) ([]contestant, error) {
+		it, err := make(w)
+		if err != nil {
+			return nil, err
+		}
+		if err := w.encode(it); err != nil {
+			return nil, err
+		}
+		store, err := w.store()
+		if err != nil {
+			return nil, err
+		}
+		return []contestant{
+			{"ours, from blocks", func() (sample, error) { return w.restoreBlocks(it, store) }},
+			{"ours, from the uncompressed nar", func() (sample, error) { return w.restoreBlocks(it, "") }},
+			{"floor: SHA-256 on one core", func() (sample, error) { return hashFloor(it.size), nil }},
+			{"floor: BLAKE2b, ChaCha20 and a copy on both cores", func() (sample, error) { return blockFloor(it.size, 1), nil }},
+		}, nil
+	}
+}
+
+// encodeRows encodes the large item.
+func encodeRows(w *workshop) ([]contestant, error) {
+	it, err := largeItem(w)
+	if err != nil {
+		return nil, err
+	}
+	store, err := w.store()
+	if err != nil {
+		return nil, err
+	}
+	encode := func(to string) func() (sample, error) {
+		return func() (sample, error) { return run(exec.Command(w.binary, "encode", "--store="+to, it.tree)) }
+	}
+	return []contestant{
+		{"ours, blocks kept nowhere", encode("none")},
+		{"ours, blocks in the store already", encode(store)},
+		{"floor: 2 BLAKE2b and ChaCha20 on both cores", func() (sample, error) { return blockFloor(it.size, 2), nil }},
+		{"floor: the same, and SHA-256 of the nar", func() (sample, error) {
+			s, h := blockFloor(it.size, 2), hashFloor(it.size)
+			s.wall += h.wall / 2
+			return s, nil
+		}},
+	}, nil
+}
+
+// hashFloor is what SHA-256 of so many bytes takes on one core.
+func hashFloor(n int64) sample {
+	block := make([]byte, 128<<10)
+	begin := time.Now()
+	h := sha256.New()
+	for ; n > 0; n -= int64(len(block)) {
+		h.Write(block)
+	}
+	return sample{wall: time.Since(begin)}
+}
+
+// blockFloor is what hashing, deciphering and copying so many bytes takes on two
+// cores, in blocks of 32 KiB.
+func blockFloor(n int64, hashes int) sample {
+	blocks := int(n / int64(eris.BlockSize32KiB))
+	begin := time.Now()
+	var group sync.WaitGroup
+	for range 2 {
+		group.Go(func() {
+			block, plaintext := make([]byte, eris.BlockSize32KiB), make([]byte, eris.BlockSize32KiB)
+			for range blocks / 2 {
+				copy(plaintext, block)
+				for range hashes {
+					eris.Sum(block)
+				}
+				eris.Decrypt(plaintext, block, eris.Key{}, 0)
+			}
+		})
+	}
+	group.Wait()
+	return sample{wall: time.Since(begin)}
+}
+
+// getRows gets blocks from the store, many at a time.
+func getRows(size eris.BlockSize) func(w *workshop) ([]contestant, error) {
+	return func(w *workshop) ([]contestant, error) {
+		url, err := w.store()
+		if err != nil {
+			return nil, err
+		}
+		refs, err := fillStore(url, size)
+		if err != nil {
+			return nil, err
+		}
+		count := 1 << 18
+		if size == eris.BlockSize32KiB {
+			count = 1 << 15
+		}
+		get := func(window int, unverified bool) contestant {
+			name := fmt.Sprintf("ours, window %d", window)
+			if unverified {
+				name += ", not verified"
+			}
+			return contestant{name, func() (sample, error) { return getBlocks(url, refs, size, count, window, unverified) }}
+		}
+		return []contestant{
+			get(256, true), get(256, false), get(16, true), get(1, true),
+			{"floor: BLAKE2b on both cores", func() (sample, error) {
+				s := verifyFloor(size, count)
+				s.note = rate(size, count, s.wall)
+				return s, nil
+			}},
+			{"coap-client, one block in each run", func() (sample, error) { return w.coapClient(refs[0], size) }},
+		}, nil
+	}
+}
+
+// fillStore puts 4096 blocks of a size.
+func fillStore(url string, size eris.BlockSize) ([]eris.Reference, error) {
+	store, err := coap.Open(url, coap.Options{})
+	if err != nil {
+		return nil, err
+	}
+	defer store.Close()
+	refs := make([]eris.Reference, 4096)
+	errs := make([]error, len(refs))
+	var group sync.WaitGroup
+	for i := range refs {
+		block := make([]byte, size)
+		rand.Read(block)
+		refs[i] = eris.Sum(block)
+		group.Go(func() { errs[i] = store.Put(context.Background(), refs[i], block) })
+	}
+	group.Wait()
+	return refs, errors.Join(errs...)
+}
+
+// getBlocks gets so many blocks with so many requests in flight.
+func getBlocks(url string, refs []eris.Reference, size eris.BlockSize, count, window int, unverified bool) (sample, error) {
+	store, err := coap.Open(url, coap.Options{Unverified: unverified})
+	if err != nil {
+		return sample{}, err
+	}
+	defer store.Close()
+	if window == 1 {
+		count /= 16
+	}
+	var next atomic.Int64
+	var failed atomic.Pointer[error]
+	var group sync.WaitGroup
+	begin := time.Now()
+	for range window {
+		group.Go(func() {
+			dst := make([]byte, 0, size)
+			for i := next.Add(1); i <= int64(count); i = next.Add(1) {
+				if _, err := store.Get(context.Background(), refs[i%int64(len(refs))], size, dst); err != nil {
+					failed.Store(&err)
+					return
+				}
+			}
+		})
+	}
+	group.Wait()
+	s := sample{wall: time.Since(begin)}
+	if err := failed.Load(); err != nil {
+		return s, *err
+	}
+	s.note = rate(size, count, s.wall)
+	return s, nil
+}
+
+// rate tells a speed.
+func rate(size eris.BlockSize, count int, wall time.Duration) string {
+	perSecond := float64(count) / wall.Seconds()
+	return fmt.Sprintf("%.0f blocks/s, %.0f MB/s;", perSecond, perSecond*float64(size)/1e6)
+}
+
+func verifyFloor(size eris.BlockSize, count int) sample {
+	begin := time.Now()
+	var group sync.WaitGroup
+	for range 2 {
+		group.Go(func() {
+			block := make([]byte, size)
+			for range count / 2 {
+				eris.Sum(block)
+			}
+		})
+	}
+	group.Wait()
+	return sample{wall: time.Since(begin)}
+}
+
+// coapClient gets a block with the program of libcoap, by TCP.
+func (w *workshop) coapClient(ref eris.Reference, size eris.BlockSize) (sample, error) {
+	path, err := look("coap-client-notls")
+	if err != nil {
+		return sample{}, err
+	}
+	out := filepath.Join(w.directory, "block")
+	s, err := run(exec.Command(path, "-m", "get", "-o", out, w.storeTCP+"/.well-known/eris/blocks?"+ref.String()))
+	if err != nil {
+		return s, err
+	}
+	if block, err := os.ReadFile(out); err != nil || len(block) != int(size) {
+		return s, fmt.Errorf("coap-client wrote %d bytes: %w", len(block), err)
+	}
+	s.note = rate(size, 1, s.wall)
+	return s, nil
+}
