@@ -118,7 +118,7 @@ func blocksRows(make func(*workshop) (*benchItem, error)) func(w *workshop) ([]c
 
 // encodeRows encodes the large item.
 func encodeRows(w *workshop) ([]contestant, error) {
-	it, err := largeItem(w)
+	it, err := largePlainItem(w)
 	if err != nil {
 		return nil, err
 	}

@@ -30,8 +30,8 @@ var groups = []group{
 	{"large item in 9790 files, none", func(w *workshop) ([]contestant, error) { return restoreRows(w, manyItem, "none") }},
 	{"5000 small files, zstd", func(w *workshop) ([]contestant, error) { return restoreRows(w, smallItem, "zstd") }},
 	{"5000 small files, none", func(w *workshop) ([]contestant, error) { return restoreRows(w, smallItem, "none") }},
-	{"large item in 11 files, blocks on a Unix socket", blocksRows(largeItem)},
-	{"5000 small files, blocks on a Unix socket", blocksRows(smallItem)},
+	{"large item in 11 files, blocks on a Unix socket", blocksRows(largePlainItem)},
+	{"5000 small files, blocks on a Unix socket", blocksRows(smallPlainItem)},
 	{"blocks of 1 KiB on a Unix socket", getRows(eris.BlockSize1KiB)},
 	{"blocks of 32 KiB on a Unix socket", getRows(eris.BlockSize32KiB)},
 	{"encode, large item in 11 files", encodeRows},
@@ -47,6 +47,16 @@ func manyItem(w *workshop) (*benchItem, error) {
 
 func smallItem(w *workshop) (*benchItem, error) {
 	return w.item("small-1.0", fillFiles(sizesOf(5000, 5000*1500)), "none", "zstd")
+}
+
+// Items that are published without compression are made sooner.
+
+func largePlainItem(w *workshop) (*benchItem, error) {
+	return w.item("large-plain-1.0", fillFiles(sizesOf(11, w.size)), "none")
+}
+
+func smallPlainItem(w *workshop) (*benchItem, error) {
+	return w.item("small-plain-1.0", fillFiles(sizesOf(5000, 5000*1500)), "none")
 }
 
 // both returns a row of ours, and one of the stock program.
