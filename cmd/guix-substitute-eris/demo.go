@@ -4,168 +4,657 @@ package main
 
 import (
 	"bufio"
-	"bytes"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
-	"net"
+	"io/fs"
+	"math/rand/v2"
 	"net/http"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
 
-const demoUsage = `Usage: guix-substitute-eris demo [OPTION]...
-Serve the store items of testdata/guix-mirror on loopback, and have this program
-query and fetch them into a private directory, as guix-daemon would. Nothing
-outside that directory is touched, and it is removed at the end.
+const demoUsage = `Usage: guix-substitute-eris demo [OPTION]... [PATH]...
+Show the whole way on a private store: items are published with read
+capabilities by one machine, their blocks go to a block store, and the helpers
+of another machine's daemon look the items up. After they have been deleted
+there they come back from the blocks; once more, with the block store stopped,
+they come back from the nars.
+
+The items are copies of the files or trees at PATH; without any, of a generated
+tree and, in the source directory, of what a real "guix publish" has published.
+Everything happens in one new directory, which is removed at the end.
 `
 
 // demoCommand shows the whole way.
 func demoCommand(args []string) int {
 	flags := flag.NewFlagSet("demo", flag.ContinueOnError)
-	mirror := flags.String("mirror", "testdata/guix-mirror", "serve the mirror in `DIRECTORY`")
+	keep := flags.Bool("keep", false, "do not remove the directory")
 	if status, ok := parse(flags, args, demoUsage); !ok {
 		return status
 	}
-	if err := demo(os.Stdout, *mirror); err != nil {
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	defer stop()
+	d := &demo{w: os.Stdout}
+	err := d.run(ctx, flags.Args())
+	err = errors.Join(err, d.end(*keep))
+	if ctx.Err() != nil {
+		return fail("interrupted")
+	}
+	if err != nil {
 		return fail("%v", err)
 	}
 	return 0
 }
 
-// demoItems are the items that the demonstration fetches.
-var demoItems = []string{"text", "shapes", "many", "symlink"}
+// demo is one demonstration: a machine in a directory.
+type demo struct {
+	w         io.Writer
+	directory string
+	children  []*demoChild
+	items     []demoItem
+}
 
-func demo(w io.Writer, mirror string) (err error) {
-	items, err := readItems(filepath.Join(mirror, "items.txt"))
-	if err != nil {
-		return fmt.Errorf("%w (run this in the source directory, or use --mirror)", err)
+// demoItem is a store item.
+type demoItem struct {
+	path string
+	hash string // NarHash
+	size uint64 // NarSize
+}
+
+// maxSocketPath is how long the name of a socket may be (unix(7)).
+const maxSocketPath = 107
+
+func (d *demo) run(ctx context.Context, paths []string) (err error) {
+	// The children are told to end when the thread ends that has started them.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+
+	parent := os.TempDir()
+	if len(parent) > maxSocketPath-len("/guix-substitute-eris-demo-4294967295/eris.sock") {
+		parent = "/tmp"
 	}
-	directory, err := os.MkdirTemp("", "guix-substitute-eris-demo-")
+	if d.directory, err = os.MkdirTemp(parent, "guix-substitute-eris-demo-"); err != nil {
+		return err
+	}
+	d.say("Everything happens in %s.", d.directory)
+	if err := d.makeItems(ctx, paths); err != nil {
+		return err
+	}
+	if err := d.makeConfiguration(); err != nil {
+		return err
+	}
+
+	d.say("\n1. A block store on a Unix socket, and a publisher that puts blocks there")
+	socket := "coap+unix://" + filepath.Join(d.directory, "eris.sock")
+	store, err := d.start("serve", "serving on coap+unix:", "--directory="+filepath.Join(d.directory, "blocks"), "--socket="+filepath.Join(d.directory, "eris.sock"))
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, restore.Remove(directory)) }()
-	url, stop, err := serveMirror(mirror)
+	publisher, err := d.start("publish", "publishing on ", "--listen=127.0.0.1:0", "--store-dir="+d.file("store"), "--root="+d.file("publisher"),
+		"--public-key="+d.file("etc/signing-key.pub"), "--private-key="+d.file("etc/signing-key.sec"),
+		"--manifest="+d.file("manifest"), "--eris="+socket, "--cache="+d.file("cache"))
 	if err != nil {
 		return err
 	}
-	defer stop()
-	fmt.Fprintf(w, "Serving %s at %s.\nThe private directory is %s.\n", mirror, url, directory)
-	d := &demoDaemon{mirror: mirror, directory: directory, url: url}
+	_, server, _ := strings.Cut(publisher.ready, "publishing on ")
+	d.say("   %s\n   %s", socket, server)
 
-	fmt.Fprintf(w, "\nThe daemon asks which of %d items are available:\n", len(items))
-	var all []string
-	for _, path := range items {
-		all = append(all, path)
-	}
-	begin := time.Now()
-	reply, err := d.ask("--query", "have "+strings.Join(all, " "))
-	if err != nil {
-		return err
-	}
-	fmt.Fprintf(w, "  %d are (%v).\n", strings.Count(reply, "/gnu/store/"), time.Since(begin).Round(time.Millisecond))
-
-	for _, name := range demoItems {
-		path := items[name]
-		destination := filepath.Join(directory, filepath.Base(path))
-		fmt.Fprintf(w, "\nThe daemon has %s fetched:\n", path)
+	d.say("\n2. The narinfo of %s", filepath.Base(d.items[0].path))
+	for i, item := range d.items {
 		begin := time.Now()
-		reply, err := d.ask("--substitute", "substitute "+path+" "+destination)
+		text, err := d.narinfo(ctx, server, item.path)
 		if err != nil {
 			return err
 		}
-		fmt.Fprintf(w, "  %s (%v)\n", strings.TrimSpace(reply), time.Since(begin).Round(time.Millisecond))
-		h := sha256.New()
-		if _, err := nar.Write(h, nar.NewTree(destination)); err != nil {
-			return err
+		if i == 0 {
+			d.say("%s", indent(text))
 		}
-		hash := "sha256:" + nixbase32.EncodeToString(h.Sum(nil))
-		if !strings.HasPrefix(reply, "success "+hash+" ") {
-			return fmt.Errorf("%s has the hash %s", destination, hash)
-		}
-		fmt.Fprintf(w, "  %s has that hash.\n", destination)
+		d.say("   %s of nar encoded, blocks stored, narinfo signed in %v", bytesText(item.size), since(begin))
 	}
-	fmt.Fprintln(w, "\nAll is well.")
+
+	d.say("\n3. guix-daemon starts a helper and asks what is available")
+	query, err := d.startHelper(ctx, "--query", server, socket)
+	if err != nil {
+		return err
+	}
+	begin := time.Now()
+	reply, err := query.ask("have "+d.allPaths()+" "+d.file("store")+"/00000000000000000000000000000000-absent", "")
+	if err != nil {
+		return err
+	}
+	if want := strings.ReplaceAll(d.allPaths(), " ", "\n") + "\n\n"; reply != want {
+		return fmt.Errorf("the reply is %q instead of %q", reply, want)
+	}
+	d.say("   %d of %d, after %v", len(d.items), len(d.items)+1, since(begin))
+	if err := query.end(); err != nil {
+		return err
+	}
+
+	helper, err := d.startHelper(ctx, "--substitute", server, socket)
+	if err != nil {
+		return err
+	}
+	d.say("\n4. The items are deleted, and the daemon has another helper fetch them")
+	if err := d.fetchAll(helper, "urn:eris:"); err != nil {
+		return err
+	}
+	d.say("\n5. The block store is stopped, the items are deleted, and fetched once more")
+	if err := store.end(); err != nil {
+		return err
+	}
+	if err := d.fetchAll(helper, server); err != nil {
+		return err
+	}
+	if err := helper.end(); err != nil {
+		return err
+	}
+	if err := publisher.end(); err != nil {
+		return err
+	}
+	d.say("\nAll items have come back both ways, with the hashes that their narinfos say.")
 	return nil
 }
 
-// readItems reads lines of a name and a store item.
-func readItems(name string) (map[string]string, error) {
-	text, err := os.ReadFile(name)
+func (d *demo) say(format string, a ...any) { fmt.Fprintf(d.w, format+"\n", a...) }
+
+// file is a file in the directory.
+func (d *demo) file(name string) string { return filepath.Join(d.directory, name) }
+
+func since(begin time.Time) time.Duration { return time.Since(begin).Round(time.Millisecond) }
+
+func indent(text string) string {
+	var b strings.Builder
+	for line := range strings.Lines(text) {
+		line = strings.TrimSuffix(line, "\n")
+		if len(line) > 132 {
+			line = line[:129] + "..."
+		}
+		b.WriteString("   | " + line + "\n")
+	}
+	return strings.TrimSuffix(b.String(), "\n")
+}
+
+func bytesText(n uint64) string {
+	if n < 1<<20 {
+		return fmt.Sprintf("%.1f KiB", float64(n)/(1<<10))
+	}
+	return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20))
+}
+
+// demoMirror has items that "guix publish" has published, in the source directory.
+const demoMirror = "testdata/guix-mirror"
+
+// makeItems fills the store.
+func (d *demo) makeItems(ctx context.Context, paths []string) error {
+	if err := errors.Join(os.Mkdir(d.file("store"), 0o755), os.Mkdir(d.file("publisher"), 0o755)); err != nil {
+		return err
+	}
+	for _, path := range paths {
+		absolute, err := filepath.Abs(path)
+		if err != nil {
+			return err
+		}
+		tree := nar.NewTree(absolute)
+		err = d.makeItem(ctx, filepath.Base(absolute), tree)
+		tree.Close()
+		if err != nil {
+			return fmt.Errorf("%s: %w", path, err)
+		}
+	}
+	if len(paths) > 0 {
+		return nil
+	}
+	published, err := filepath.Glob(demoMirror + "/nar/gzip/*-shapes")
+	if err != nil {
+		return err
+	}
+	for _, name := range published {
+		_, after, _ := strings.Cut(filepath.Base(name), "-")
+		if err := d.makePublished(ctx, name, after); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+	}
+	generated := d.file("generated")
+	if err := generate(generated); err != nil {
+		return err
+	}
+	tree := nar.NewTree(generated)
+	defer tree.Close()
+	return errors.Join(d.makeItem(ctx, "generated-1.0", tree), os.RemoveAll(generated))
+}
+
+// makePublished makes an item of a nar.
+func (d *demo) makePublished(ctx context.Context, name, as string) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	plain, err := decompress.Open("gzip", f)
+	if err != nil {
+		return err
+	}
+	defer plain.Close()
+	return d.makeItem(ctx, as, nar.NewReader(nar.FeedReader(plain, 64<<10)))
+}
+
+// makeItem puts a tree into the store.
+func (d *demo) makeItem(ctx context.Context, name string, nodes nar.Nodes) error {
+	// What may not be in the name of a store item becomes a hyphen.
+	name = strings.TrimLeft(strings.Map(func(r rune) rune {
+		if strings.ContainsRune("+-._?=", r) || r < 0x80 && ('0' <= r && r <= '9' || 'a' <= r|0x20 && r|0x20 <= 'z') {
+			return r
+		}
+		return '-'
+	}, name), ".")
+	name = name[:min(len(name), 100)]
+	if name == "" {
+		name = "item"
+	}
+	hash := sha256.Sum256(fmt.Appendf(nil, "%d %s", len(d.items), name))
+	item := demoItem{path: d.file("store/" + nixbase32.EncodeToString(hash[:20]) + "-" + name)}
+	if err := narinfo.CheckStorePath(d.file("store"), item.path); err != nil {
+		return err
+	}
+	r, err := restore.Restore(ctx, nodes, item.path, restore.Options{})
+	if err != nil {
+		return err
+	}
+	// The publisher is another machine, with a store of its own.
+	tree := nar.NewTree(item.path)
+	defer tree.Close()
+	if _, err := restore.Restore(ctx, tree, d.file("publisher/"+filepath.Base(item.path)), restore.Options{}); err != nil {
+		return err
+	}
+	item.hash, item.size = "sha256:"+nixbase32.EncodeToString(r.NarHash[:]), r.NarSize
+	d.items = append(d.items, item)
+	return nil
+}
+
+// generate makes a tree with what occurs in store items: many small files, some of
+// them equal, a large one, links and programs.
+func generate(root string) error {
+	random := rand.NewChaCha8([32]byte{})
+	write := func(name string, size int, mode fs.FileMode) error {
+		b := make([]byte, size)
+		random.Read(b)
+		return os.WriteFile(name, b, mode)
+	}
+	for i := range 20 {
+		directory := fmt.Sprintf("%s/share/part %d", root, i)
+		if err := os.MkdirAll(directory, 0o755); err != nil {
+			return err
+		}
+		for j := range 20 {
+			if err := write(fmt.Sprintf("%s/file-%d", directory, j), (i*20+j)*60, 0o644); err != nil {
+				return err
+			}
+		}
+		if err := os.WriteFile(directory+"/LICENSE", []byte(strings.Repeat("the same everywhere\n", 500)), 0o644); err != nil {
+			return err
+		}
+	}
+	if err := os.MkdirAll(root+"/bin", 0o755); err != nil {
+		return err
+	}
+	return errors.Join(write(root+"/bin/program", 12<<20, 0o755), os.Symlink("program", root+"/bin/alias"))
+}
+
+// makeConfiguration makes the key pair, the list of authorised keys, and what the
+// publisher has to know of the items: without a daemon there is no database.
+func (d *demo) makeConfiguration() error {
+	key := acl.GenerateSigningKey()
+	var manifest strings.Builder
+	for i, item := range d.items {
+		references := ""
+		if i > 0 {
+			references = filepath.Base(d.items[i-1].path)
+		}
+		fmt.Fprintf(&manifest, "StorePath: %s\nReferences: %s\n\n", item.path, references)
+	}
+	return errors.Join(
+		os.MkdirAll(d.file("etc"), 0o755),
+		os.WriteFile(d.file("etc/signing-key.pub"), []byte(key.PublicKey().Text()), 0o644),
+		os.WriteFile(d.file("etc/signing-key.sec"), []byte(key.SecretText()), 0o600),
+		os.WriteFile(d.file("etc/acl"), []byte(acl.NewACL(key.PublicKey()).Text()), 0o644),
+		os.WriteFile(d.file("etc/substitute-eris.toml"), []byte("policy = \"eris-first\"\n"), 0o644),
+		os.WriteFile(d.file("manifest"), []byte(manifest.String()), 0o644),
+	)
+}
+
+// narinfo gets the narinfo of an item once it has a read capability.
+func (d *demo) narinfo(ctx context.Context, server, path string) (string, error) {
+	url := server + "/" + filepath.Base(path)[:32] + ".narinfo"
+	for {
+		request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+		if err != nil {
+			return "", err
+		}
+		response, err := http.DefaultClient.Do(request)
+		if err != nil {
+			return "", err
+		}
+		text, err := io.ReadAll(io.LimitReader(response.Body, narinfo.MaxSize))
+		response.Body.Close()
+		if err != nil {
+			return "", err
+		}
+		if response.StatusCode != http.StatusOK {
+			return "", fmt.Errorf("%s: %s", url, response.Status)
+		}
+		if strings.Contains(string(text), "\nERIS: ") {
+			return string(text), nil
+		}
+		// A large item is encoded in the background.
+		select {
+		case <-time.After(200 * time.Millisecond):
+		case <-ctx.Done():
+			return "", ctx.Err()
+		}
+	}
+}
+
+func (d *demo) allPaths() string {
+	var all []string
+	for _, item := range d.items {
+		all = append(all, item.path)
+	}
+	return strings.Join(all, " ")
+}
+
+// fetchAll deletes the items and has a helper fetch them. From is how the URLs of
+// the sources must begin.
+func (d *demo) fetchAll(helper *demoChild, from string) error {
+	for _, item := range d.items {
+		if err := restore.Remove(item.path); err != nil {
+			return err
+		}
+	}
+	// As the garbage collector does with links of files that nobody has any more.
+	if err := restore.Remove(d.file("store/.links")); err != nil {
+		return err
+	}
+	for _, item := range d.items {
+		begin := time.Now()
+		reply, err := helper.ask("substitute "+item.path+" "+item.path, "Downloading ")
+		took := since(begin)
+		if err != nil {
+			return err
+		}
+		if want := fmt.Sprintf("success %s %d\n", item.hash, item.size); reply != want {
+			return helper.failure(fmt.Errorf("the reply is %q instead of %q", reply, want))
+		}
+		h := sha256.New()
+		tree := nar.NewTree(item.path)
+		_, err = nar.Write(h, tree)
+		tree.Close()
+		if err != nil {
+			return err
+		}
+		if got := "sha256:" + nixbase32.EncodeToString(h.Sum(nil)); got != item.hash {
+			return fmt.Errorf("%s has the hash %s instead of %s", item.path, got, item.hash)
+		}
+		source := helper.found("Downloading ")
+		if _, after, ok := strings.Cut(source, "Downloading "); ok {
+			source = strings.TrimSuffix(after, "...")
+		}
+		if !strings.HasPrefix(source, from) {
+			return fmt.Errorf("%s has come from %q instead of %s", item.path, source, from)
+		}
+		rate := float64(item.size) / (1 << 20) / max(took.Seconds(), 0.001)
+		d.say("   %s\n     from %s\n     %v, %.0f MiB/s; hash checked: %s", filepath.Base(item.path), source, took, rate, item.hash)
+	}
+	return nil
+}
+
+// end stops the children, and removes the directory.
+func (d *demo) end(keep bool) error {
+	var all error
+	for i := len(d.children) - 1; i >= 0; i-- {
+		d.children[i].end() // those that should have ended have done so
+	}
+	if d.directory != "" && !keep {
+		all = restore.Remove(d.directory)
+	}
+	return all
+}
+
+// demoChild is this program, run with another command.
+type demoChild struct {
+	name    string
+	cmd     *exec.Cmd
+	stdin   *os.File // of a helper
+	replies *os.File
+	reader  *bufio.Reader
+	wait    sync.WaitGroup
+	ended   bool
+	err     error
+
+	ready string // the line that says that it is ready
+
+	mu    sync.Mutex
+	lines []string // what it has said, the end of it
+}
+
+// maxDemoLines is how much of what a child says is kept.
+const maxDemoLines = 1000
+
+// environment is that of children: nothing of the user's own Guix.
+func (d *demo) environment() []string {
+	var env []string
+	for _, variable := range os.Environ() {
+		name, _, _ := strings.Cut(variable, "=")
+		if strings.HasPrefix(name, "GUIX_") || strings.HasPrefix(name, "NIX_") || strings.HasPrefix(name, "_NIX_") ||
+			strings.HasPrefix(name, "ERIS_") || strings.HasSuffix(strings.ToLower(name), "_proxy") || name == "NOTIFY_SOCKET" || strings.HasPrefix(name, "LISTEN_") {
+			continue
+		}
+		env = append(env, variable)
+	}
+	return append(env, "GUIX_STATE_DIRECTORY="+d.file("state"), "GUIX_CONFIGURATION_DIRECTORY="+d.file("etc"),
+		"NIX_STORE_DIR="+d.file("store"), "HOME="+d.directory, "XDG_CACHE_HOME=", "XDG_RUNTIME_DIR="+d.directory)
+}
+
+func (d *demo) command(name string, args ...string) (*demoChild, error) {
+	program, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	items := map[string]string{}
-	for line := range strings.Lines(string(text)) {
-		if name, path, ok := strings.Cut(strings.TrimSpace(line), " "); ok {
-			items[name] = path
+	c := &demoChild{name: name, cmd: exec.Command(program, append([]string{name}, args...)...)}
+	c.cmd.Dir, c.cmd.Env = d.directory, d.environment()
+	// However this process ends, the child does not outlive it.
+	c.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	return c, nil
+}
+
+// start runs a server, and waits until it says that it is ready.
+func (d *demo) start(name, ready string, args ...string) (*demoChild, error) {
+	c, err := d.command(name, args...)
+	if err != nil {
+		return nil, err
+	}
+	line := make(chan string, 1)
+	if err := d.listen(c, func(text string) {
+		if strings.Contains(text, ready) {
+			select {
+			case line <- text:
+			default:
+			}
 		}
+	}); err != nil {
+		return nil, err
 	}
-	return items, nil
+	gone := make(chan struct{})
+	go func() { c.wait.Wait(); close(gone) }() // ends with the child
+	select {
+	case c.ready = <-line:
+		return c, nil
+	case <-gone:
+		return nil, c.failure(errors.New("it has not started"))
+	}
 }
 
-// serveMirror serves the narinfos and nars of a directory on loopback.
-func serveMirror(mirror string) (url string, stop func(), err error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+// listen starts a child and collects what it says.
+func (d *demo) listen(c *demoChild, each func(line string)) error {
+	r, w, err := os.Pipe()
 	if err != nil {
-		return "", nil, err
+		return err
 	}
-	mux := http.NewServeMux()
-	mux.Handle("/nar/", http.FileServer(http.Dir(mirror)))
-	mux.Handle("/", http.FileServer(http.Dir(filepath.Join(mirror, "all"))))
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: time.Minute}
-	var wait sync.WaitGroup
-	wait.Go(func() { server.Serve(l) })
-	return "http://" + l.Addr().String(), func() { server.Close(); wait.Wait() }, nil
-}
-
-// demoDaemon starts this program as the daemon does.
-type demoDaemon struct {
-	mirror, directory, url string
-}
-
-// ask starts a helper, sends it one request, and returns its reply.
-func (d *demoDaemon) ask(mode, request string) (reply string, err error) {
-	program, err := os.Executable()
-	if err != nil {
-		return "", err
-	}
-	replies, w, err := os.Pipe()
-	if err != nil {
-		return "", err
-	}
-	defer replies.Close()
-	var log bytes.Buffer
-	cmd := exec.Command(program, "substitute", mode, "--acl="+filepath.Join(d.mirror, "acl"))
-	cmd.Stdin = strings.NewReader(request + "\n")
-	cmd.Stdout, cmd.Stderr = &log, &log
-	cmd.ExtraFiles = []*os.File{nil, w} // descriptors 3 and 4
-	cmd.Env = append(os.Environ(),
-		"_NIX_OPTIONS=substitute-urls="+d.url+"\n",
-		"GUIX_STATE_DIRECTORY="+filepath.Join(d.directory, "state"),
-		"GUIX_CONFIGURATION_DIRECTORY="+filepath.Join(d.directory, "etc"),
-		"NIX_STORE_DIR=/gnu/store",
-		"XDG_CACHE_HOME=",
-	)
-	err = cmd.Start()
+	c.cmd.Stdout, c.cmd.Stderr = w, w
+	err = c.cmd.Start()
 	w.Close()
 	if err != nil {
-		return "", err
+		r.Close()
+		return err
 	}
-	b, err := io.ReadAll(bufio.NewReader(replies))
-	if err2 := cmd.Wait(); err == nil && err2 != nil {
-		err = fmt.Errorf("%w: %s", err2, log.String())
+	d.children = append(d.children, c)
+	c.wait.Go(func() {
+		defer r.Close()
+		s := bufio.NewScanner(r)
+		s.Split(scanProgress)
+		for s.Scan() {
+			c.mu.Lock()
+			if len(c.lines) == maxDemoLines {
+				c.lines = append(c.lines[:0], c.lines[maxDemoLines/2:]...)
+			}
+			c.lines = append(c.lines, s.Text())
+			c.mu.Unlock()
+			each(s.Text())
+		}
+		io.Copy(io.Discard, r) // after a line that is too long
+	})
+	return nil
+}
+
+// scanProgress splits at line ends, and at the carriage returns of a line that
+// shows progress.
+func scanProgress(data []byte, atEnd bool) (advance int, token []byte, err error) {
+	for i, c := range data {
+		if c == '\n' || c == '\r' {
+			return i + 1, data[:i], nil
+		}
 	}
-	return string(b), err
+	if atEnd && len(data) > 0 {
+		return len(data), data, nil
+	}
+	return 0, nil, nil
+}
+
+// startHelper starts a helper as guix-daemon does.
+func (d *demo) startHelper(ctx context.Context, mode, server, store string) (*demoChild, error) {
+	c, err := d.command("substitute", mode)
+	if err != nil {
+		return nil, err
+	}
+	c.cmd.Env = append(c.cmd.Env, "_NIX_OPTIONS=substitute-urls="+server+"\n", "ERIS_STORE_URL="+store)
+	stdin, requests, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer stdin.Close()
+	replies, w, err := os.Pipe()
+	if err != nil {
+		return nil, errors.Join(err, requests.Close())
+	}
+	defer w.Close()
+	c.cmd.Stdin, c.stdin, c.replies, c.reader = stdin, requests, replies, bufio.NewReader(replies)
+	c.cmd.ExtraFiles = []*os.File{nil, w} // descriptors 3 and 4
+	if err := d.listen(c, func(string) {}); err != nil {
+		return nil, errors.Join(err, requests.Close(), replies.Close())
+	}
+	// Whoever waits for a reply must not wait for ever.
+	context.AfterFunc(ctx, func() { c.cmd.Process.Kill() })
+	return c, nil
+}
+
+// ask sends a request to a helper and returns the reply: a line, or to a query all
+// lines up to an empty one. With a word that messages have, it waits for a message
+// with that word, too, which comes by another pipe.
+func (c *demoChild) ask(request, word string) (string, error) {
+	c.mu.Lock()
+	c.lines = c.lines[:0]
+	c.mu.Unlock()
+	if _, err := io.WriteString(c.stdin, request+"\n"); err != nil {
+		return "", c.failure(err)
+	}
+	var reply strings.Builder
+	for {
+		line, err := c.reader.ReadString('\n')
+		reply.WriteString(line)
+		if err != nil {
+			return "", c.failure(err)
+		}
+		if line == "\n" || !strings.HasPrefix(request, "have ") {
+			break
+		}
+	}
+	for range 1000 {
+		if word == "" || c.found(word) != "" {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return reply.String(), nil
+}
+
+// found returns the last of the lines that a child has said that has a word.
+func (c *demoChild) found(word string) string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i := len(c.lines) - 1; i >= 0; i-- {
+		if strings.Contains(c.lines[i], word) {
+			return c.lines[i]
+		}
+	}
+	return ""
+}
+
+// failure adds what a child has said to an error.
+func (c *demoChild) failure(err error) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return fmt.Errorf("%s: %w\n%s", c.name, err, strings.Join(c.lines, "\n"))
+}
+
+// end ends a child: a helper by the end of its input, a server by a signal. It may
+// be called twice.
+func (c *demoChild) end() error {
+	if c.ended {
+		return c.err
+	}
+	c.ended = true
+	if c.stdin != nil {
+		c.stdin.Close()
+	} else {
+		c.cmd.Process.Signal(unix.SIGTERM)
+	}
+	hung := time.AfterFunc(20*time.Second, func() { c.cmd.Process.Kill() })
+	defer hung.Stop()
+	c.wait.Wait()
+	if err := c.cmd.Wait(); err != nil {
+		c.err = c.failure(err)
+	}
+	if c.replies != nil {
+		c.replies.Close()
+	}
+	return c.err
 }
