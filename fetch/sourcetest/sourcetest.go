@@ -43,6 +43,8 @@ type Fixture struct {
 	Break func()
 	// Secret is a part of the URL of Source that must not be shown.
 	Secret string
+	// Bans says that the source does not ask a server again that has given wrong bytes.
+	Bans bool
 	// Held is how many requests the server serves at a time at least; 0 stands for one.
 	Held int
 }
@@ -224,6 +226,9 @@ func testWrongBytes(t *testing.T, s *suite) {
 		var blockError *eris.BlockError
 		if !errors.As(err, &blockError) || blockError.Reference != ref {
 			t.Errorf("%v: error is %v, not that the block is wrong", size, err)
+		}
+		if s.Bans {
+			return
 		}
 		other, want := s.add(size)
 		s.mustGet(t, other, want)

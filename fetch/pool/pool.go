@@ -1,0 +1,728 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package pool makes one source of many: stores of unequal speed and honesty are used together, and any of them may be slow,
+// far, dead, or lie. Start with [New].
+//
+// # How it goes
+//
+// Every call of Get runs the request on the goroutine of its caller. With a single source that is all there is to it. With
+// several, the pool knows of each source its round-trip time, the rate at which it delivers, and what is in flight to it, from
+// which follows when a further block would come. A source is given as much as it delivers in two round trips (the product of
+// bandwidth and delay, twice), and no more; callers beyond that wait, in the order in which they came, so that blocks that are
+// needed first are not stuck behind a source that turns out to be slow. A source that has room takes the first block of the
+// queue that the others would not have delivered earlier: the fast ones take from the front, far ones from behind, and one
+// that could only be late takes none.
+//
+// A goroutine watches what is under way. A block that takes longer than 95 of 100 from its source is asked from another one as
+// well, as long as little is asked for twice. A source that falls silent, fails, or gives wrong bytes loses what was asked of it
+// to the others. Sources of which nothing is known, and those that failed, are tried by single requests that nobody waits for.
+//
+// Equal references that are asked for at the same time are fetched once.
+package pool
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
+)
+
+// Options says how a [Pool] behaves. Zero fields stand for the defaults.
+type Options struct {
+	// State is where knowledge about sources comes from and goes to, by their String; nil if there is none. Close saves it.
+	State *sourcestate.State
+	// HedgeShare is the greatest share of bytes that are asked for twice because they are late, beside a first 1 MiB.
+	// Default 0.02. Below 0 nothing is asked for twice.
+	HedgeShare float64
+	// MaxRequests and MaxBytes bound what is in flight to a source, and what Window returns. Defaults 16384 and 32 MiB.
+	MaxRequests int
+	MaxBytes    int64
+	// OnFault, if not nil, is called once for each source that gives wrong bytes, upon which it is not asked again.
+	OnFault func(source string, err error)
+}
+
+// MaxSources is how many sources a pool uses at most.
+const MaxSources = 64
+
+const (
+	// hedgeFree is how many bytes may be asked for twice at any time.
+	hedgeFree = 1 << 20
+	// gentleSearch is how far the queue is searched for blocks that only a source can have that is not trusted yet.
+	gentleSearch = 64
+	// patience is how long a call waits for a source to be tried again when there is no other.
+	patience = time.Second
+)
+
+var (
+	errClosed  = errors.New("pool of sources is closed")
+	errNone    = errors.New("there is no source")
+	errSilent  = errors.New("source has fallen silent")
+	errGivenUp = errors.New("another source was faster")
+	errBanned  = errors.New("source gave wrong bytes before")
+)
+
+// Pool gets blocks from several sources. It implements [eris.VerifiedBlocks], and is safe for concurrent use: the more calls
+// are made at a time, the better it uses its sources, see [Pool.Window].
+type Pool struct {
+	options Options
+	members []*member
+	epoch   time.Time
+	ctx     context.Context // of requests in the background
+	cancel  context.CancelFunc
+	group   sync.WaitGroup
+	kick    chan struct{} // tells the watcher that there is something to watch
+
+	mu       sync.Mutex
+	closed   bool
+	watching bool
+	single   *member // the only one that was not banned, if it is one
+	flights  map[flightKey]*flight
+	spare    []*flight
+	sequence uint64
+	retries  line // blocks that were asked for once, in vain
+	fresh    line
+	scopes   map[<-chan struct{}]*scope
+	latest   *scope
+
+	flying    int   // requests under way
+	delivered int64 // bytes
+	doubled   int64 // bytes that were asked for a second time because they were late
+}
+
+type flightKey struct {
+	ref  eris.Reference
+	size eris.BlockSize
+}
+
+// set is a set of members.
+type set uint64
+
+// flight is a block that is wanted, from the first call that asks for it until that returns.
+type flight struct {
+	key      flightKey
+	sequence uint64
+	missed   set // who does not have it
+	failed   set // who failed
+	asked    set // who is being asked
+	rounds   int
+	err      error // the last failure, of failed
+
+	line    *line // where it waits for a source, if it does
+	place   uint64
+	waiting bool     // the caller waits, and is to be woken by whoever sets this to false
+	granted *request // when woken
+	current *request // that the caller runs
+	others  int      // requests in the background
+	won     []byte   // by one of these
+	over    bool
+
+	wake chan struct{}
+
+	// For other callers that want the same block.
+	done   chan struct{}
+	shared []byte
+	result error
+	again  bool
+}
+
+// New returns a pool of sources, which stay the caller's. Sources should verify their blocks; where they do so already, there is
+// no need to do it again. What is beyond MaxSources is not used. Of sources about which nothing is known, earlier ones are tried
+// first.
+func New(sources []fetch.Source, options Options) *Pool {
+	if options.HedgeShare == 0 {
+		options.HedgeShare = 0.02
+	}
+	if options.MaxRequests <= 0 {
+		options.MaxRequests = 16384
+	}
+	if options.MaxBytes <= 0 {
+		options.MaxBytes = 32 << 20
+	}
+	if options.State == nil {
+		options.State = sourcestate.Open("")
+	}
+	p := &Pool{
+		options: options, epoch: time.Now(), kick: make(chan struct{}, 1),
+		flights: map[flightKey]*flight{}, scopes: map[<-chan struct{}]*scope{},
+	}
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	for i, s := range sources[:min(len(sources), MaxSources)] {
+		p.members = append(p.members, newMember(p, i, s))
+	}
+	p.setSingle()
+	return p
+}
+
+// Verified implements [eris.VerifiedBlocks]: sources verify what they return.
+func (p *Pool) Verified() {}
+
+// String returns the names of the sources.
+func (p *Pool) String() string {
+	var b bytes.Buffer
+	for i, m := range p.members {
+		if i > 0 {
+			b.WriteByte(' ')
+		}
+		b.WriteString(m.name)
+	}
+	return b.String()
+}
+
+// Close makes waiting calls fail, ends what goes on in the background and waits for it, and saves the state. Calls that have
+// been handed to a source end with their contexts, or with the source.
+func (p *Pool) Close() error {
+	p.mu.Lock()
+	first := !p.closed
+	p.closed = true
+	for _, f := range p.flights {
+		p.awaken(f)
+	}
+	for _, m := range p.members {
+		m.remember()
+	}
+	p.mu.Unlock()
+	p.cancel()
+	if first {
+		close(p.kick)
+	}
+	p.group.Wait()
+	p.mu.Lock()
+	p.latest.drop()
+	p.latest = nil
+	p.mu.Unlock()
+	return p.options.State.Save()
+}
+
+func (p *Pool) now() time.Duration { return time.Since(p.epoch) }
+
+// Get implements [eris.Blocks]. The error wraps eris.ErrNotFound if all sources that can be used say that they do not have the
+// block; it is that of a source if one could not say; and the cause of ctx when that is done.
+func (p *Pool) Get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
+	key := flightKey{ref, size}
+	for {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		p.mu.Lock()
+		if p.closed {
+			p.mu.Unlock()
+			return nil, errClosed
+		}
+		if f := p.flights[key]; f != nil {
+			if f.done == nil {
+				f.done = make(chan struct{})
+			}
+			p.mu.Unlock()
+			select {
+			case <-f.done:
+			case <-ctx.Done():
+				return nil, context.Cause(ctx)
+			}
+			if f.again {
+				continue
+			}
+			return f.shared, f.result
+		}
+		f := p.newFlight(key)
+		var block []byte
+		var err error
+		if m := p.single; m != nil {
+			block, err = p.direct(ctx, m, f, dst)
+		} else {
+			block, err = p.lead(ctx, f, dst)
+		}
+		p.finish(ctx, f, block, err)
+		p.mu.Unlock()
+		return block, err
+	}
+}
+
+// newFlight begins a flight. The lock is held here and in all that follows, unless said otherwise.
+func (p *Pool) newFlight(key flightKey) *flight {
+	var f *flight
+	if n := len(p.spare); n > 0 {
+		f = p.spare[n-1]
+		p.spare = p.spare[:n-1]
+	} else {
+		f = &flight{wake: make(chan struct{}, 1)}
+	}
+	p.sequence++
+	f.key, f.sequence = key, p.sequence
+	p.flights[key] = f
+	return f
+}
+
+// maxSpare is how many flights are kept for use by later calls.
+const maxSpare = 4096
+
+// finish ends a flight and gives its result to the others who wait for it.
+func (p *Pool) finish(ctx context.Context, f *flight, block []byte, err error) {
+	delete(p.flights, f.key)
+	f.over = true
+	if f.done != nil {
+		switch {
+		case err == nil:
+			f.shared = bytes.Clone(block) // the caller may go on to change its own
+		case ctx.Err() != nil:
+			f.again = true // that was the caller's affair
+		default:
+			f.result = err
+		}
+		close(f.done)
+		return
+	}
+	if f.others == 0 && len(p.spare) < maxSpare {
+		*f = flight{wake: f.wake}
+		p.spare = append(p.spare, f)
+	}
+}
+
+// direct asks the only source.
+func (p *Pool) direct(ctx context.Context, m *member, f *flight, dst []byte) ([]byte, error) {
+	for round := 0; ; round++ {
+		if err := p.awaitRest(ctx, m); err != nil {
+			return nil, err
+		}
+		now := p.now()
+		r := request{member: m, size: int64(f.key.size)}
+		m.sent(&r, now)
+		p.mu.Unlock()
+		block, err := m.source.Get(ctx, f.key.ref, f.key.size, dst)
+		p.mu.Lock()
+		now = p.now()
+		m.received(&r, now)
+		if err == nil {
+			m.delivers(&r, now)
+			return block, nil
+		}
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		if p.judge(&r, err, now) != failure || round > 0 || !m.proven || p.closed {
+			return nil, err
+		}
+	}
+}
+
+// awaitRest waits until a source that failed may be tried again, unless that is far off.
+func (p *Pool) awaitRest(ctx context.Context, m *member) error {
+	for {
+		left := m.restUntil - p.now()
+		if left <= 0 {
+			return nil
+		}
+		if left > patience {
+			return fmt.Errorf("%s is not tried again for %v: %w", m.name, left.Round(time.Second), m.lastError)
+		}
+		p.mu.Unlock()
+		timer := time.NewTimer(left)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+		case <-p.ctx.Done():
+		}
+		timer.Stop()
+		p.mu.Lock()
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if p.closed {
+			return errClosed
+		}
+	}
+}
+
+// lead asks one source after the other, while the watcher may ask further ones.
+func (p *Pool) lead(ctx context.Context, f *flight, dst []byte) ([]byte, error) {
+	for again := false; ; again = true {
+		if f.won != nil {
+			return f.won, nil
+		}
+		if p.closed {
+			return nil, errClosed
+		}
+		now := p.now()
+		if p.candidates(f, now) != 0 {
+			if again {
+				p.retries.push(f)
+			} else {
+				p.fresh.push(f)
+			}
+			p.pump(now)
+			p.watch()
+		} else if f.others == 0 {
+			if !p.nextRound(f, now) {
+				return nil, p.verdict(f, now)
+			}
+			continue
+		}
+		if f.granted == nil {
+			f.waiting = true
+			p.mu.Unlock()
+			select {
+			case <-f.wake:
+				p.mu.Lock()
+			case <-ctx.Done():
+				p.mu.Lock()
+				if !f.waiting {
+					<-f.wake
+				}
+				f.waiting = false
+				p.leave(f)
+				if r := f.granted; r != nil {
+					f.granted = nil
+					p.end(r, p.now())
+					p.pump(p.now())
+				}
+				p.abandon(f)
+				return nil, context.Cause(ctx)
+			}
+			p.leave(f)
+		}
+		r := f.granted
+		if r == nil {
+			continue
+		}
+		f.granted, f.current = nil, r
+		r.begin(p.scope(ctx), ctx)
+		p.mu.Unlock()
+		block, err := r.member.source.Get(&r.ctx, f.key.ref, f.key.size, dst)
+		p.mu.Lock()
+		f.current = nil
+		p.settle(r, err)
+		if err == nil {
+			p.abandon(f)
+			return block, nil
+		}
+		if ctx.Err() != nil {
+			p.abandon(f)
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// settle takes note of how a request has ended.
+func (p *Pool) settle(r *request, err error) {
+	now, f, m := p.now(), r.flight, r.member
+	p.end(r, now)
+	switch {
+	case err == nil:
+		m.delivers(r, now)
+		if f.over || f.won != nil {
+			m.duplicates++
+		}
+	case r.cut != nil:
+		// Not the source's doing, unless it was silent or has lied, which has been noted then.
+		if r.cut != errGivenUp {
+			f.fail(m, r.cut)
+		} else {
+			m.late(r, now)
+		}
+	case r.ctx.Err() != nil:
+	case p.judge(r, err, now) == miss:
+		f.missed |= m.bit
+		m.remembersMissing(f.key)
+	default:
+		f.fail(m, err)
+	}
+	p.pump(now)
+}
+
+// fail notes that a source could not deliver the block. That it gave wrong bytes is worth more to know than other failures.
+func (f *flight) fail(m *member, err error) {
+	f.failed |= m.bit
+	var wrong *eris.BlockError
+	if f.err == nil || !errors.As(f.err, &wrong) {
+		f.err = fmt.Errorf("%s: %w", m.name, err)
+	}
+}
+
+// verdictKind is what an error says.
+type verdictKind int
+
+const (
+	miss    verdictKind = iota // the source does not have the block
+	lie                        // it gave something else
+	failure                    // it could not say
+)
+
+// judge takes note of an error of a source, and returns what it says.
+func (p *Pool) judge(r *request, err error, now time.Duration) verdictKind {
+	m := r.member
+	var wrong *eris.BlockError
+	switch {
+	case errors.Is(err, eris.ErrNotFound):
+		m.misses++
+		m.answers(r, now)
+		m.hits -= m.hits * hitWeight
+		return miss
+	case errors.As(err, &wrong):
+		if wrong.Length != int(r.size) && eris.BlockSize(wrong.Length).Valid() {
+			// It may be the reader who is wrong: a capability with the wrong block size, which anyone can make, must
+			// not turn us against those who have the block.
+			m.misses++
+			m.answers(r, now)
+			m.hits -= m.hits * hitWeight
+			return miss
+		}
+		m.faults++
+		p.ban(m, err)
+		return lie
+	}
+	m.fails(r, err, now)
+	return failure
+}
+
+// ban excludes a source for good.
+func (p *Pool) ban(m *member, err error) {
+	if m.banned {
+		return
+	}
+	m.banned, m.lastError = true, err
+	p.options.State.Fault(m.name)
+	p.setSingle()
+	m.cut(errBanned)
+	p.sweep()
+	if p.closed {
+		return
+	}
+	p.watch()
+	// The callback and the file system are not to be waited for under the lock.
+	p.group.Go(func() {
+		if p.options.OnFault != nil {
+			p.options.OnFault(m.name, err)
+		}
+		p.options.State.Save() // once more at the end, which reports errors
+	})
+}
+
+// setSingle finds out whether there is only one source.
+func (p *Pool) setSingle() {
+	p.single = nil
+	n := 0
+	for _, m := range p.members {
+		if !m.banned {
+			p.single = m
+			n++
+		}
+	}
+	if n != 1 {
+		p.single = nil
+	}
+}
+
+// candidates returns who can yet be asked for a block, now or soon. Sources that were never reached are not waited for if there
+// are others, even if these do not have the block.
+func (p *Pool) candidates(f *flight, now time.Duration) set {
+	var s, dead set
+	others := false
+	for _, m := range p.members {
+		if m.banned {
+			continue
+		}
+		others = others || m.trusted(now)
+		if m.restUntil-now > patience || (f.missed|f.failed|f.asked)&m.bit != 0 {
+			continue
+		}
+		if m.failures > 0 && !m.proven {
+			dead |= m.bit
+		} else {
+			s |= m.bit
+		}
+	}
+	if !others {
+		s |= dead
+	}
+	return s
+}
+
+// nextRound lets sources be asked again that failed, but worked before: connections break.
+func (p *Pool) nextRound(f *flight, now time.Duration) bool {
+	if f.rounds > 0 {
+		return false
+	}
+	f.rounds++
+	for _, m := range p.members {
+		if f.failed&m.bit != 0 && m.proven && !m.banned && m.restUntil-now <= patience {
+			f.failed &^= m.bit
+		}
+	}
+	return p.candidates(f, now) != 0
+}
+
+// verdict returns why a block cannot be had. Sources that were never reached, and those that lie, have no say in whether the
+// block exists.
+func (p *Pool) verdict(f *flight, now time.Duration) error {
+	unsaid := errNone
+	for _, m := range p.members {
+		if m.lastError != nil && (m.banned || m.restUntil > now || m.failures > 0) {
+			unsaid = fmt.Errorf("%s is not asked: %w", m.name, m.lastError)
+		}
+		if f.failed&m.bit != 0 && m.proven && !m.banned {
+			return f.err
+		}
+	}
+	switch {
+	case f.missed == 0 && f.err != nil:
+		return f.err
+	case f.missed == 0:
+		return unsaid
+	case unsaid != errNone:
+		return fmt.Errorf("block %v: %w (%v)", f.key.ref, eris.ErrNotFound, unsaid)
+	}
+	return fmt.Errorf("block %v: %w", f.key.ref, eris.ErrNotFound)
+}
+
+// awaken wakes the caller if it waits.
+func (p *Pool) awaken(f *flight) {
+	if f.waiting {
+		f.waiting = false
+		f.wake <- struct{}{}
+	}
+}
+
+// leave takes a flight out of the queue.
+func (p *Pool) leave(f *flight) {
+	if f.line != nil {
+		f.line.remove(f)
+	}
+}
+
+// sweep wakes callers for whose block nobody is left, after a source was given up.
+func (p *Pool) sweep() {
+	now := p.now()
+	for _, l := range []*line{&p.retries, &p.fresh} {
+		for _, f := range l.flights {
+			if f != nil && p.candidates(f, now) == 0 {
+				l.remove(f)
+				p.awaken(f)
+			}
+		}
+	}
+}
+
+// abandon ends what goes on in the background for a flight whose caller leaves. Requests that are to tell what a source is
+// like go on.
+func (p *Pool) abandon(f *flight) {
+	f.over = true
+	if f.others == 0 {
+		return
+	}
+	for _, m := range p.members {
+		for r := m.first; r != nil; r = r.next {
+			if r.flight == f && r.background && !r.probe {
+				r.cutOff(errGivenUp)
+			}
+		}
+	}
+}
+
+// pump gives waiting blocks to the sources that have room.
+func (p *Pool) pump(now time.Duration) {
+	for p.retries.live+p.fresh.live > 0 {
+		m, f := p.match(now)
+		if m == nil {
+			return
+		}
+		f.line.remove(f)
+		f.granted = p.start(m, f, now)
+		p.awaken(f)
+	}
+}
+
+// match finds a source that has room, and the block for it; of several, that which delivers first.
+func (p *Pool) match(now time.Duration) (*member, *flight) {
+	var tried set
+	for {
+		var best *member
+		for _, m := range p.members {
+			if tried&m.bit == 0 && m.usable(now) && m.hasRoom() && (best == nil || m.expected(smallestSize) < best.expected(smallestSize)) {
+				best = m
+			}
+		}
+		if best == nil {
+			return nil, nil
+		}
+		if f := p.pick(best, now); f != nil {
+			return best, f
+		}
+		tried |= best.bit
+	}
+}
+
+const smallestSize = int64(eris.BlockSize1KiB)
+
+// pick finds the block that a source is to be asked for: the first that the others would not have delivered before.
+func (p *Pool) pick(m *member, now time.Duration) *flight {
+	var trusted set
+	ahead := int64(0)
+	expected := m.expected(smallestSize)
+	for _, o := range p.members {
+		if o == m || !o.trusted(now) {
+			continue
+		}
+		trusted |= o.bit
+		due := o.expected(smallestSize)
+		// If m does not have the block, another one has to deliver it after that.
+		if mine := expected + time.Duration((1-m.hits)*float64(due)); mine > due {
+			ahead += int64((mine - due).Seconds() * o.speed() * o.hits)
+		}
+	}
+	gentle := !m.trusted(now) && trusted != 0
+	if gentle && m.failures > 0 && !m.proven {
+		return nil // it may be dead: probes will tell
+	}
+	passed := int64(0)
+	for _, l := range []*line{&p.retries, &p.fresh} {
+		if passed+l.bytes <= ahead && !gentle && trusted != 0 && !p.lonely(l) {
+			passed += l.bytes
+			continue
+		}
+		for i, f := range l.flights {
+			if f == nil {
+				continue
+			}
+			if gentle && i > gentleSearch {
+				break // what is behind that will come to the front
+			}
+			spent := f.missed | f.failed | f.asked
+			// When nobody else is left for a block, nothing is gained by waiting.
+			if spent&m.bit == 0 && (trusted&^spent == 0 || !gentle && passed >= ahead) {
+				if !m.lacks(f.key) {
+					return f
+				}
+				f.missed |= m.bit
+			}
+			passed += int64(f.key.size)
+		}
+	}
+	return nil
+}
+
+// lonely reports whether a line may have blocks that some sources do not have.
+func (p *Pool) lonely(l *line) bool { return l == &p.retries && l.live > 0 }
+
+// start books a request to a source.
+func (p *Pool) start(m *member, f *flight, now time.Duration) *request {
+	r := &request{flight: f, member: m, size: int64(f.key.size)}
+	f.asked |= m.bit
+	m.sent(r, now)
+	m.list(r)
+	p.flying++
+	return r
+}
+
+// end books that it has ended.
+func (p *Pool) end(r *request, now time.Duration) {
+	r.flight.asked &^= r.member.bit
+	r.member.unlist(r)
+	r.member.received(r, now)
+	r.ctx.scope.left(p)
+	p.flying--
+}

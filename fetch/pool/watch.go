@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package pool
+
+import (
+	"slices"
+	"time"
+)
+
+const (
+	// watchInterval is how often the watcher looks at what is under way.
+	watchInterval = 10 * time.Millisecond
+	// hedgeDelay is after what time beyond the expected a block may be asked from another source, and unknownDelay after what
+	// time if nothing is known about the first.
+	hedgeDelay   = 15 * time.Millisecond
+	unknownDelay = 100 * time.Millisecond
+	// leastSilence is for how long a source may be silent at least, and unknownSilence for how long one that has never
+	// answered.
+	leastSilence   = 250 * time.Millisecond
+	unknownSilence = 5 * time.Second
+	// latePerSource is how many late requests of a source are looked at in one go.
+	latePerSource = 64
+)
+
+// watch makes sure that the watcher is awake.
+func (p *Pool) watch() {
+	if p.closed {
+		return
+	}
+	if !p.watching {
+		p.watching = true
+		p.group.Go(p.watcher)
+	}
+	select {
+	case p.kick <- struct{}{}:
+	default:
+	}
+}
+
+// watcher runs until the pool is closed; it sleeps while nothing is under way. Called without the lock.
+func (p *Pool) watcher() {
+	timer := time.NewTimer(watchInterval)
+	defer timer.Stop()
+	for range p.kick {
+		for {
+			timer.Reset(watchInterval)
+			select {
+			case <-timer.C:
+			case <-p.ctx.Done():
+				return
+			}
+			p.mu.Lock()
+			if p.closed {
+				p.mu.Unlock()
+				return
+			}
+			idle := p.flying == 0 && p.retries.live+p.fresh.live == 0
+			if !idle {
+				p.look()
+			}
+			p.mu.Unlock()
+			if idle {
+				break
+			}
+		}
+	}
+}
+
+// look does what has become due.
+func (p *Pool) look() {
+	now := p.now()
+	for _, m := range p.members {
+		p.checkSilence(m, now)
+	}
+	p.hedge(now)
+	for _, m := range p.members {
+		p.probe(m, now)
+	}
+	p.sweep()
+	p.pump(now)
+}
+
+// checkSilence takes away what was asked of a source that does not answer any more, if there is another.
+func (p *Pool) checkSilence(m *member, now time.Duration) {
+	oldest := m.first
+	for oldest != nil && oldest.cut != nil {
+		oldest = oldest.next
+	}
+	if oldest == nil {
+		return
+	}
+	since := max(m.heardAt, oldest.start)
+	allowed := unknownSilence
+	if m.proven {
+		gap := time.Duration(float64(oldest.size) / m.speed() * float64(time.Second))
+		allowed = max(leastSilence, 2*m.minRoundTrip(), time.Duration(float64(oldest.expected)*m.tail), 8*gap)
+		allowed = min(allowed, unknownSilence)
+	} else if m.known {
+		allowed = min(2*leastSilence+5*m.minRoundTrip(), unknownSilence) // a connection has to be made
+	}
+	if now-since <= allowed {
+		return
+	}
+	// If all are silent, that may be our end of the line, or this machine.
+	for _, o := range p.members {
+		if o != m && o.trusted(now) && (o.requests == 0 || o.heardAt > since) {
+			m.fails(oldest, errSilent, now)
+			m.cut(errSilent)
+			return
+		}
+	}
+}
+
+// hedge asks other sources for what is late.
+func (p *Pool) hedge(now time.Duration) {
+	if p.options.HedgeShare < 0 {
+		return
+	}
+	var late []*request
+	for _, m := range p.members {
+		n := 0
+		for r := m.first; r != nil && n < latePerSource; r = r.next {
+			if !m.isLate(r, now) {
+				if m.known {
+					break
+				}
+				continue
+			}
+			n++
+			if !r.background && r.cut == nil && !r.hedged && r.flight.others == 0 {
+				late = append(late, r)
+			}
+		}
+	}
+	// The earlier a block was asked for, the earlier it is needed.
+	slices.SortFunc(late, func(a, b *request) int {
+		if a.flight.sequence < b.flight.sequence {
+			return -1
+		}
+		return 1
+	})
+	for _, r := range late {
+		if float64(p.doubled+r.size) > hedgeFree+p.options.HedgeShare*float64(p.delivered) {
+			return
+		}
+		if m := p.alternative(r, now); m != nil {
+			r.hedged = true
+			p.doubled += r.size
+			p.behind(m, r.flight, now, false)
+		}
+	}
+}
+
+func (m *member) isLate(r *request, now time.Duration) bool {
+	age := now - r.start
+	if r.expected >= time.Hour {
+		return age > unknownDelay
+	}
+	return age > time.Duration(float64(r.expected)*m.tail)+hedgeDelay
+}
+
+// alternative returns the source that would deliver a late block first.
+func (p *Pool) alternative(r *request, now time.Duration) *member {
+	var best *member
+	f := r.flight
+	for _, m := range p.members {
+		if (f.missed|f.failed|f.asked)&m.bit != 0 || !m.trusted(now) || m.lacks(f.key) || m.hits < 0.5 {
+			continue
+		}
+		if best == nil || m.expected(r.size) < best.expected(r.size) {
+			best = m
+		}
+	}
+	if best == nil || best.expected(r.size) > 2*(now-r.start) {
+		return nil
+	}
+	return best
+}
+
+// probe asks a source about which nothing is known, or that failed, for a block that another one is being asked for.
+func (p *Pool) probe(m *member, now time.Duration) {
+	if m.probing || m.requests > 0 || !m.usable(now) || m.trusted(now) {
+		return
+	}
+	var newest *flight
+	for _, o := range p.members {
+		if r := o.last; o != m && r != nil && !r.background && r.flight.asked&m.bit == 0 && (newest == nil || r.flight.sequence > newest.sequence) {
+			newest = r.flight
+		}
+	}
+	if newest == nil {
+		return
+	}
+	m.probing = true
+	p.behind(m, newest, now, true)
+}
+
+// behind asks a source for a block in the background.
+func (p *Pool) behind(m *member, f *flight, now time.Duration, probe bool) {
+	r := p.start(m, f, now)
+	r.background, r.probe, r.doubled = true, probe, !probe
+	f.others++
+	r.begin(p.scope(p.ctx), p.ctx)
+	p.group.Go(func() {
+		block, err := m.source.Get(&r.ctx, f.key.ref, f.key.size, make([]byte, 0, f.key.size))
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		f.others--
+		if probe {
+			m.probing = false
+		}
+		first := !f.over && f.won == nil
+		p.settle(r, err)
+		if err == nil && first {
+			f.won = block
+			if f.current != nil {
+				f.current.cutOff(errGivenUp)
+			}
+		}
+		if err == nil && first || f.line == nil && f.granted == nil {
+			p.leave(f)
+			p.awaken(f)
+		}
+	})
+}
