@@ -16,20 +16,30 @@ import (
 // is not computed again: a reader that does not trust the disk does that. The size is 1 KiB, 32 KiB, or 0 for whichever it
 // is. The block is written to dst if the capacity of dst suffices, else to new memory.
 //
-// For a block that the store does not have in that size the error wraps eris.ErrNotFound; so it does for one that was
+// Some hundred reads are done at a time, and further ones wait. For a block that the store does not have in that size the error wraps eris.ErrNotFound; so it does for one that was
 // damaged on disk, which is removed. Other errors are those of the file system, [ErrDamaged], [ErrClosed], and the cause of
 // the context.
 func (s *Store) Get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
 	if size != 0 && !size.Valid() {
 		return nil, fmt.Errorf("block %v: %d bytes is not a block size", ref, int(size))
 	}
-	counters := &s.reads[ref[0]%byte(len(s.reads))]
+	share := &s.reads[ref[0]%readShares]
+	select {
+	case share.places <- struct{}{}:
+	default:
+		select {
+		case share.places <- struct{}{}:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("block %v: %w", ref, context.Cause(ctx))
+		}
+	}
+	defer func() { <-share.places }()
 	// A wrong hint costs a read and does no harm.
 	if l, ok := s.hints.get(&ref); ok && (size == 0 || l.class().size() == int(size)) {
 		if block, ok, _ := s.read(&ref, l, dst); ok {
 			// Readers that never wait would keep the writer from its processor for a time slice after each of its system
 			// calls, so that a commit takes a tenth of a second.
-			if counters.hits.Add(1)%16 == 0 && s.committing.Load() {
+			if share.hits.Add(1)%16 == 0 && s.committing.Load() {
 				runtime.Gosched()
 			}
 			return block, nil
@@ -38,9 +48,9 @@ func (s *Store) Get(ctx context.Context, ref eris.Reference, size eris.BlockSize
 	block, err := s.search(ctx, &ref, size, dst)
 	switch {
 	case err == nil:
-		counters.hits.Add(1)
+		share.hits.Add(1)
 	case errors.Is(err, eris.ErrNotFound):
-		counters.misses.Add(1)
+		share.misses.Add(1)
 		fallthrough
 	default:
 		err = fmt.Errorf("block %v: %w", ref, readable(err))

@@ -49,10 +49,19 @@ func (s *Store) Stats() Stats {
 	return stats
 }
 
-// readCounters are counters that one part of all reads shares; they fill a cache line.
-type readCounters struct {
+// A read that waits for the disk needs a thread, of which a Go program may have 10,000 before it is ended: so many requests
+// may well come at a time, so reads must be bounded.
+const (
+	readShares    = 16
+	readsPerShare = 32
+)
+
+// readShare has the counters that one part of all reads shares, and the places for those that are under way. It fills a cache
+// line.
+type readShare struct {
 	hits, misses atomic.Int64
-	_            [48]byte
+	places       chan struct{}
+	_            [40]byte
 }
 
 // progress is what the writer tells about itself.

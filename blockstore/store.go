@@ -77,7 +77,7 @@ type Store struct {
 	failure    atomic.Pointer[error] // why no more is written, if so
 	committing atomic.Bool           // the writer is at work
 	broken     atomic.Bool           // the index cannot be used, nor closed
-	reads      [16]readCounters      // by reference, so that cores do not fight over them
+	reads      [readShares]readShare // by reference, so that cores do not fight over them
 	progress   progress
 	buffers    [classes]sync.Pool // *[]byte, for Pipeline
 
@@ -119,6 +119,9 @@ func open(directory string, options Options, now func() uint32) (_ *Store, err e
 		room:      semaphore.NewWeighted(options.QueueBytes),
 		queue:     make(chan *request, maxBatchBlocks),
 		stopped:   make(chan struct{}),
+	}
+	for i := range s.reads {
+		s.reads[i].places = make(chan struct{}, readsPerShare)
 	}
 	defer func() {
 		if err != nil {

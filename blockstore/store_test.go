@@ -451,3 +451,32 @@ func TestRebuild(t *testing.T) {
 		}
 	}
 }
+
+// TestReadsAreBounded takes all places for reads of a part: a further one waits for a place, or for its context.
+func TestReadsAreBounded(t *testing.T) {
+	s := testOpen(t, t.TempDir(), Options{})
+	ref := mustPut(t, s, 0, eris.BlockSize1KiB)
+	places := s.reads[ref[0]%readShares].places
+	for range readsPerShare {
+		places <- struct{}{}
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	tired := errors.New("tired")
+	cancel(tired)
+	if _, err := s.Get(ctx, ref, 0, nil); !errors.Is(err, tired) {
+		t.Errorf("Get returns %v", err)
+	}
+	done := make(chan error)
+	go func() {
+		_, err := s.Get(t.Context(), ref, 0, nil)
+		done <- err
+	}()
+	<-places
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	for range readsPerShare - 1 {
+		<-places
+	}
+	mustHave(t, s, 0, eris.BlockSize1KiB)
+}
