@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"math"
 	"slices"
 	"strings"
 	"unicode/utf8"
@@ -49,12 +50,15 @@ var magic = []byte{0xda, 0x65, 0x72, 0x69, 0x74, 0x82}
 // index.
 func IsIndex(head []byte) bool { return bytes.HasPrefix(head, magic) }
 
-// Encode returns the index in its only encoding.
-func (x *Index) Encode() []byte {
+// Encode returns the index in its only encoding. The caller must not change it.
+func (x *Index) Encode() []byte { return x.text }
+
+// encodeEntries returns the index of entries that have been checked.
+func encodeEntries(entries []Entry) []byte {
 	type item struct{ key, value []byte }
-	items := make([]item, len(x.entries))
-	for i := range x.entries {
-		items[i] = item{x.entries[i].appendKey(nil), x.entries[i].appendValue(nil)}
+	items := make([]item, len(entries))
+	for i := range entries {
+		items[i] = item{entries[i].appendKey(nil), entries[i].appendValue(nil)}
 	}
 	slices.SortFunc(items, func(a, b item) int { return bytes.Compare(a.key, b.key) })
 	b := appendHead(nil, majorTag, indexTag)
@@ -130,38 +134,66 @@ type Limits struct {
 
 const (
 	// leastNarEntry is how many bytes the shortest entry takes in an archive: that
-	// of an empty file with a name of one letter.
-	leastNarEntry = 184
+	// of an empty file with a name of one letter. A directory takes less.
+	leastNarEntry     = 184
+	leastNarDirectory = 168
+	// maxEntries bounds the number of entries of any index.
+	maxEntries = 2 << 20
 	// maxIndex bounds the length of any index, in bytes.
 	maxIndex = 256 << 20
+	// plainIndex is the length in bytes up to which an index may be four times as
+	// long as the archive. Beyond it, an index is the more suspicious the longer it
+	// is: the archive must have narPerIndex times as many bytes more. The longest
+	// that occur in Guix, those of two hundred thousand files in some gigabytes,
+	// have 30 MB.
+	plainIndex  = 24 << 20
+	narPerIndex = 256
 )
 
 // maxEntries is the greatest number of entries.
-func (l Limits) maxEntries() uint64 { return l.NarSize/leastNarEntry + 1 }
+func (l Limits) maxEntries() uint64 { return min(l.NarSize/leastNarEntry+1, maxEntries) }
 
-// IndexLength is the length of the longest index that is accepted, in bytes. A
-// path may take more in an index than in an archive, where directories are
-// written once.
+// IndexLength is the length of the longest index that is accepted, in bytes. An
+// index is read into memory, so this bounds the memory that somebody can make us
+// use who publishes one. A path may take more in an index than in an archive, where
+// directories are written once.
 func (l Limits) IndexLength() int64 {
-	return int64(min(1<<20+4*min(l.NarSize, maxIndex), maxIndex))
+	return int64(min(1<<20+4*min(l.NarSize, maxIndex), plainIndex+l.NarSize/narPerIndex, maxIndex))
 }
 
 // Decode reads an index. It accepts only what Encode writes: the deterministic
 // encoding, keys strictly ascending, nothing behind it; and only trees that can be
 // restored, as [NewIndex] has it. Errors name the offset or the path of the fault.
 //
-// The caller has bounded the length of b by [Limits.IndexLength]. Strings of the
-// index are copies.
+// The caller has bounded the length of b by [Limits.IndexLength], and must not
+// change b any more: the index keeps it.
 func Decode(b []byte, limits Limits) (*Index, error) {
-	d := &decoder{b: b}
-	x, err := d.index(limits)
+	x, err := newIndex(b, limits.NarSize)
 	if err != nil {
-		return nil, fmt.Errorf("malformed ERIS-FS index at byte %d: %w", d.pos, err)
-	}
-	if err := x.sort(); err != nil {
 		return nil, fmt.Errorf("malformed ERIS-FS index: %w", err)
 	}
 	return x, nil
+}
+
+// newIndex reads an index whose archive may have a length of narSize.
+func newIndex(b []byte, narSize uint64) (*Index, error) {
+	if uint64(len(b)) > math.MaxUint32 {
+		return nil, fmt.Errorf("%d bytes are too many", len(b))
+	}
+	d := &decoder{b: b}
+	begin, err := d.index(Limits{narSize}.maxEntries())
+	if err != nil {
+		return nil, fmt.Errorf("at byte %d: %w", d.pos, err)
+	}
+	directories, err := order(b, begin)
+	if err != nil {
+		return nil, err
+	}
+	// A few long paths can be the tree of millions of directories.
+	if most := narSize/leastNarDirectory + 1; directories > most {
+		return nil, fmt.Errorf("%d directories, where an archive of %d bytes has at most %d", directories, narSize, most)
+	}
+	return &Index{b, begin}, nil
 }
 
 // A decoder reads CBOR items from b.
@@ -170,7 +202,8 @@ type decoder struct {
 	pos int
 }
 
-func (d *decoder) index(limits Limits) (*Index, error) {
+// index reads everything and returns where the entries begin.
+func (d *decoder) index(most uint64) ([]uint32, error) {
 	if err := d.expect(majorTag, indexTag, "the tag of an index"); err != nil {
 		return nil, err
 	}
@@ -184,11 +217,11 @@ func (d *decoder) index(limits Limits) (*Index, error) {
 	if err != nil {
 		return nil, err
 	}
-	if count > limits.maxEntries() {
-		return nil, fmt.Errorf("%d entries, where an archive of %d bytes has at most %d", count, limits.NarSize, limits.maxEntries())
+	if count > most {
+		return nil, fmt.Errorf("%d entries, where an archive of this length has at most %d", count, most)
 	}
 	// Not by count alone: each entry takes some bytes that must be there.
-	x := &Index{make([]Entry, 0, min(count, uint64(len(d.b)-d.pos)/leastEntry+1))}
+	begins := make([]uint32, 0, min(count, uint64(len(d.b)-d.pos)/leastEntry+1))
 	var last []byte
 	for range count {
 		begin := d.pos
@@ -204,12 +237,12 @@ func (d *decoder) index(limits Limits) (*Index, error) {
 		if err := d.value(&e); err != nil {
 			return nil, fmt.Errorf("entry %.300q: %w", e.Path, err)
 		}
-		x.entries = append(x.entries, e)
+		begins = append(begins, uint32(begin))
 	}
 	if d.pos != len(d.b) {
 		return nil, fmt.Errorf("%d bytes behind the index", len(d.b)-d.pos)
 	}
-	return x, nil
+	return begins, nil
 }
 
 // leastEntry is the length of the shortest entry, that of a link with a path and
@@ -246,6 +279,26 @@ func (d *decoder) key(e *Entry) error {
 	}
 	e.Path = path.String()
 	return checkPath(e.Path)
+}
+
+// keyLength reads the head of a key that has been read before, and returns the
+// number of its names.
+func (d *decoder) keyLength() int {
+	n, _ := d.head(majorArray)
+	return int(n)
+}
+
+// keyName reads the next name of such a key.
+func (d *decoder) keyName() []byte {
+	n, _ := d.head(majorText)
+	b, _ := d.take(int(n))
+	return b
+}
+
+func (d *decoder) skipKey() {
+	for range d.keyLength() {
+		d.keyName()
+	}
 }
 
 // value reads what is at a path.

@@ -258,26 +258,23 @@ func (e *encoder) verify(index []byte, r Result) error {
 	if err != nil {
 		return err
 	}
-	t := &Tree{entries: x.entries}
-	for i := range e.shape {
-		if len(t.queue) == 0 {
-			t.plan()
-		}
-		if len(t.queue) == 0 {
+	t := &Tree{index: x}
+	for i, want := range e.shape {
+		n, ok := t.node()
+		if !ok {
 			return errors.New("nodes are missing")
 		}
-		n := t.queue[0]
-		t.queue = t.queue[1:]
-		if n.Kind == nar.Regular || n.Kind == nar.Symlink {
-			if t.entries[0].Capability != r.Index.entries[len(r.Index.entries)-len(t.entries)].Capability {
-				return fmt.Errorf("entry %.300q has another capability", t.entries[0].Path)
-			}
-			t.entries = t.entries[1:]
-		}
-		want := e.shape[i]
 		want.Size = 0
 		if n != want {
 			return fmt.Errorf("node %d is %v instead of %v", i, n, want)
+		}
+	}
+	if x.Len() != len(e.entries) {
+		return fmt.Errorf("%d entries instead of %d", x.Len(), len(e.entries))
+	}
+	for i, want := range e.entries { // the walk has met them in this order
+		if x.Entry(i) != *want {
+			return fmt.Errorf("entry %.300q is another one", want.Path)
 		}
 	}
 	return nil

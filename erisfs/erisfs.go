@@ -19,8 +19,11 @@
 package erisfs
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"iter"
+	"math"
 	"slices"
 	"strings"
 	"unicode/utf8"
@@ -46,17 +49,50 @@ type Entry struct {
 }
 
 // An Index is the entries of a tree, in NAR order: ascending, directory by
-// directory, by the bytes of the names.
+// directory, by the bytes of the names. It keeps them in the encoded form, and so
+// takes little more memory than that. It is never changed.
 type Index struct {
-	entries []Entry
+	text  []byte
+	begin []uint32 // where in text each entry begins, in NAR order
 }
 
-// Entries returns the entries. The caller must not change them.
-func (x *Index) Entries() []Entry { return x.entries }
+// Len returns the number of entries.
+func (x *Index) Len() int { return len(x.begin) }
+
+// Entry returns the i-th entry, from 0 on.
+func (x *Index) Entry(i int) Entry {
+	d := decoder{b: x.text, pos: int(x.begin[i])}
+	var e Entry
+	err := d.key(&e)
+	if err == nil {
+		err = d.value(&e)
+	}
+	if err != nil {
+		panic("erisfs: " + err.Error()) // Decode has read it before
+	}
+	return e
+}
+
+// Contents returns the capabilities of all files, in NAR order.
+func (x *Index) Contents() iter.Seq[eris.ReadCapability] {
+	return func(yield func(eris.ReadCapability) bool) {
+		for _, begin := range x.begin {
+			d := decoder{b: x.text, pos: int(begin)}
+			d.skipKey()
+			var e Entry
+			if err := d.value(&e); err != nil {
+				panic("erisfs: " + err.Error()) // Decode has read it before
+			}
+			if e.Kind == nar.Regular && !yield(e.Capability) {
+				return
+			}
+		}
+	}
+}
 
 // ErrNotRepresentable is wrapped by the errors for trees that have no ERIS-FS
 // form: those with empty directories and with names or link targets that are not
-// UTF-8.
+// UTF-8; and for those with an index that readers would refuse, see [Limits].
 var ErrNotRepresentable = errors.New("not representable in ERIS-FS")
 
 // NewIndex returns the index with the given entries, in any order. It fails, and
@@ -68,16 +104,15 @@ func NewIndex(entries []Entry) (*Index, error) {
 	if len(entries) == 0 {
 		return nil, fmt.Errorf("%w: empty directory", ErrNotRepresentable)
 	}
+	if len(entries) > maxEntries {
+		return nil, fmt.Errorf("%w: %d entries are more than %d", ErrNotRepresentable, len(entries), maxEntries)
+	}
 	for i := range entries {
 		if err := entries[i].check(); err != nil {
 			return nil, err
 		}
 	}
-	x := &Index{slices.Clone(entries)}
-	if err := x.sort(); err != nil {
-		return nil, err
-	}
-	return x, nil
+	return newIndex(encodeEntries(entries), math.MaxUint64)
 }
 
 func (e *Entry) check() error {
@@ -118,40 +153,45 @@ func checkPath(path string) error {
 	return nil
 }
 
-// sort puts the entries in NAR order, in which a path that is a prefix of others
-// stands directly before them, so that conflicts are between neighbours.
-func (x *Index) sort() error {
-	slices.SortFunc(x.entries, func(a, b Entry) int { return comparePaths(a.Path, b.Path) })
-	for i := 1; i < len(x.entries); i++ {
-		a, b := x.entries[i-1].Path, x.entries[i].Path
-		switch {
-		case a == b:
-			return fmt.Errorf("path %.300q twice", a)
-		case a == "" || strings.HasPrefix(b, a) && b[len(a)] == '/':
-			return fmt.Errorf("path %.300q is in %.300q, which is no directory", b, a)
+// order puts the entries, which begin at the given places of text, in NAR order, in
+// which a path that is a prefix of others stands directly before them, so that
+// conflicts are between neighbours. It returns the number of directories below the
+// root that the paths imply.
+func order(text []byte, begin []uint32) (directories uint64, err error) {
+	slices.SortFunc(begin, func(a, b uint32) int {
+		c, _, _ := compareKeys(text, int(a), int(b))
+		return c
+	})
+	for i, b := range begin {
+		d := decoder{b: text, pos: int(b)}
+		names, shared := d.keyLength(), 0
+		if i > 0 {
+			c, common, within := compareKeys(text, int(begin[i-1]), int(b))
+			if c == 0 || within {
+				x := Index{text, begin}
+				a, b := x.Entry(i-1).Path, x.Entry(i).Path
+				if c == 0 {
+					return 0, fmt.Errorf("path %.300q twice", a)
+				}
+				return 0, fmt.Errorf("path %.300q is in %.300q, which is no directory", b, a)
+			}
+			shared = common
 		}
+		directories += uint64(max(names-1-shared, 0))
 	}
-	return nil
+	return directories, nil
 }
 
-// comparePaths compares paths name by name. A slash ends a name, and so counts
-// less than any byte of one.
-func comparePaths(a, b string) int {
-	n := min(len(a), len(b))
-	for i := range n {
-		x, y := a[i], b[i]
-		if x == y {
-			continue
+// compareKeys compares the paths at two places of an index name by name. Common is
+// how many names they begin with alike, and within tells whether the first is a
+// directory that the second would be in.
+func compareKeys(text []byte, a, b int) (c, common int, within bool) {
+	x, y := decoder{b: text, pos: a}, decoder{b: text, pos: b}
+	n, m := x.keyLength(), y.keyLength()
+	for i := range min(n, m) {
+		if c := bytes.Compare(x.keyName(), y.keyName()); c != 0 {
+			return c, i, false
 		}
-		switch {
-		case x == '/':
-			return -1
-		case y == '/':
-			return 1
-		case x < y:
-			return -1
-		}
-		return 1
 	}
-	return len(a) - len(b)
+	return n - m, min(n, m), n < m
 }

@@ -14,6 +14,8 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -435,6 +437,73 @@ func TestLimits(t *testing.T) {
 	}
 }
 
+// TestIndexMemory checks that an index takes little more memory than its bytes,
+// whatever is in it.
+func TestIndexMemory(t *testing.T) {
+	// The shortest entries of all: links with short names and targets.
+	const count = 300_000
+	entries := make([]erisfs.Entry, count)
+	for i := range entries {
+		entries[i] = erisfs.Entry{Path: strconv.FormatInt(int64(i), 36), Kind: nar.Symlink, Target: "x"}
+	}
+	x, err := erisfs.NewIndex(entries)
+	if err != nil {
+		t.Fatal(err)
+	}
+	index := x.Encode()
+	x, entries = nil, nil
+	heap := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before := heap()
+	if x, err = erisfs.Decode(index, erisfs.Limits{NarSize: count * 192}); err != nil {
+		t.Fatal(err)
+	}
+	if taken := int64(heap() - before); taken > 4*count+(1<<20) {
+		t.Errorf("the index has %d bytes, and %d beside it are in use", len(index), taken)
+	}
+	if x.Len() != count {
+		t.Errorf("%d entries", x.Len())
+	}
+
+	// No index at all may take more than a small part of what is restored.
+	for narSize, most := range map[uint64]int64{
+		0: 1 << 20, 1 << 20: 5 << 20, 200 << 20: 25 << 20, 2 << 30: 32 << 20, 4 << 30: 40 << 20, 1<<64 - 1: 256 << 20,
+	} {
+		if got := (erisfs.Limits{NarSize: narSize}).IndexLength(); got > most {
+			t.Errorf("an archive of %d bytes may have an index of %d", narSize, got)
+		}
+	}
+	x.Entry(0)
+}
+
+// TestDirectoryBomb has an index of few bytes for a tree of many directories.
+func TestDirectoryBomb(t *testing.T) {
+	var entries []erisfs.Entry
+	for i := range 500 {
+		entries = append(entries, erisfs.Entry{Path: fmt.Sprint(i) + strings.Repeat("/d", 2000), Kind: nar.Symlink, Target: "x"})
+	}
+	x, err := erisfs.NewIndex(entries)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tree := x.Nodes(context.Background(), zeroes{}, wide, eris.Window{})
+	defer tree.Close()
+	size, err := nar.Write(io.Discard, tree)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for narSize, want := range map[int64]bool{10 << 20: false, size / 2: false, size: true} {
+		if _, err := erisfs.Decode(x.Encode(), erisfs.Limits{NarSize: uint64(narSize)}); (err == nil) != want {
+			t.Errorf("as an archive of %d bytes instead of %d: error %v", narSize, size, err)
+		}
+	}
+}
+
 func TestEmptyDirectoryIndex(t *testing.T) {
 	b, _ := hex.DecodeString("da65726974" + "8201a0")
 	x, err := erisfs.Decode(b, wide)
@@ -465,10 +534,12 @@ func FuzzDecode(f *testing.F) {
 		if again := x.Encode(); !bytes.Equal(again, b) {
 			t.Errorf("%x is accepted, but written as %x", b, again)
 		}
-		if len(x.Entries()) > 0 {
-			if _, err := erisfs.NewIndex(x.Entries()); err != nil {
-				t.Errorf("%x is accepted, but its entries are not: %v", b, err)
-			}
+		entries := make([]erisfs.Entry, x.Len())
+		for i := range entries {
+			entries[i] = x.Entry(i)
+		}
+		if again, err := erisfs.NewIndex(entries); len(entries) > 0 && (err != nil || !bytes.Equal(again.Encode(), b)) {
+			t.Errorf("%x is accepted, but its entries are not, or make another index: %v", b, err)
 		}
 		// The nodes are those of an archive.
 		tree := x.Nodes(context.Background(), zeroes{}, wide, eris.Window{})

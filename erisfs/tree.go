@@ -3,7 +3,6 @@
 package erisfs
 
 import (
-	"bytes"
 	"context"
 	"io"
 	"iter"
@@ -19,26 +18,44 @@ import (
 // than [Limits.IndexLength], which is for the caller to see to when it opens it.
 // Errors are those of the content and of [Decode].
 func ReadIndex(ctx context.Context, content *eris.Content, limits Limits) (*Index, error) {
-	var b bytes.Buffer
-	b.Grow(int(min(content.Size(), 1<<20)))
+	b := indexBuffer{size: int(min(content.Size(), maxIndex))}
 	if _, err := content.WriteTo(ctx, &b); err != nil {
 		return nil, err
 	}
-	return Decode(b.Bytes(), limits)
+	return Decode(b.b, limits)
+}
+
+// indexBuffer collects an index. It takes memory for what has come, and at the end
+// for no more than that.
+type indexBuffer struct {
+	b    []byte
+	size int // how much there will be
+}
+
+// Write implements io.Writer.
+func (b *indexBuffer) Write(p []byte) (int, error) {
+	if need := len(b.b) + len(p); need > cap(b.b) {
+		grown := make([]byte, len(b.b), max(need, min(2*cap(b.b), b.size), min(64<<10, b.size)))
+		copy(grown, b.b)
+		b.b = grown
+	}
+	b.b = append(b.b, p...)
+	return len(p), nil
 }
 
 // A Tree is the tree of an index as [nar.Nodes], with contents fetched block by
 // block. Many blocks are asked for at a time, ahead of what is read, over all
 // files of the tree; they come in order. It must be closed.
 type Tree struct {
-	entries  []Entry
+	index    *Index
+	next     int // entry
 	sequence *eris.Sequence
 
 	started bool
 	path    string     // of the directory under way
 	depth   int        // directories open
-	queue   []nar.Node // what comes before the next entry
-	entry   *Entry     // the Regular under way, or nil
+	queue   []nar.Node // up to the next entry, which is the last of them
+	file    bool       // a Regular is under way
 }
 
 // Nodes returns the tree of the index. The window bounds what is in flight; no
@@ -46,7 +63,7 @@ type Tree struct {
 func (x *Index) Nodes(ctx context.Context, blocks eris.Blocks, limits Limits, window eris.Window) *Tree {
 	most := int64(min(limits.NarSize, 1<<63-1))
 	return &Tree{
-		entries:  x.entries,
+		index:    x,
 		sequence: eris.NewSequence(ctx, blocks, x.wants(most), most, window),
 	}
 }
@@ -54,9 +71,8 @@ func (x *Index) Nodes(ctx context.Context, blocks eris.Blocks, limits Limits, wi
 // wants are the files in NAR order.
 func (x *Index) wants(limit int64) iter.Seq[eris.Want] {
 	return func(yield func(eris.Want) bool) {
-		for i := range x.entries {
-			e := &x.entries[i]
-			if e.Kind == nar.Regular && !yield(eris.Want{Capability: e.Capability, Limit: limit}) {
+		for c := range x.Contents() {
+			if !yield(eris.Want{Capability: c, Limit: limit}) {
 				return
 			}
 		}
@@ -68,33 +84,37 @@ func (t *Tree) Close() error { return t.sequence.Close() }
 
 // Next implements [nar.Nodes].
 func (t *Tree) Next() (nar.Node, error) {
-	t.entry = nil
-	if len(t.queue) == 0 {
-		t.plan()
-	}
-	if len(t.queue) == 0 {
+	n, ok := t.node()
+	if !ok {
 		return nar.Node{}, io.EOF
 	}
-	n := t.queue[0]
-	t.queue = t.queue[1:]
-	if n.Kind == nar.Regular {
-		t.entry = &t.entries[0]
-		t.entries = t.entries[1:]
+	if t.file = n.Kind == nar.Regular; t.file {
 		info, err := t.sequence.Next()
 		if err != nil {
 			return n, err
 		}
 		n.Size = uint64(info.Size)
-	} else if n.Kind == nar.Symlink {
-		t.entries = t.entries[1:]
 	}
 	return n, nil
+}
+
+// node returns the next node, without its size.
+func (t *Tree) node() (n nar.Node, ok bool) {
+	if len(t.queue) == 0 {
+		t.plan()
+	}
+	if len(t.queue) == 0 {
+		return nar.Node{}, false
+	}
+	n = t.queue[0]
+	t.queue = t.queue[1:]
+	return n, true
 }
 
 // plan queues the nodes up to the next entry, or to the end.
 func (t *Tree) plan() {
 	t.queue = t.queue[:0]
-	if len(t.entries) == 0 {
+	if t.next == t.index.Len() {
 		if !t.started { // the index of an empty directory
 			t.started = true
 			t.queue = append(t.queue, nar.Node{Kind: nar.Directory})
@@ -105,7 +125,8 @@ func (t *Tree) plan() {
 		}
 		return
 	}
-	e := &t.entries[0]
+	e := t.index.Entry(t.next)
+	t.next++
 	node := nar.Node{Kind: e.Kind, Executable: e.Executable, Target: e.Target}
 	if e.Path == "" {
 		t.started = true
@@ -148,7 +169,7 @@ func within(path, root string) bool {
 
 // Contents implements [nar.Nodes].
 func (t *Tree) Contents() (nar.Chunk, error) {
-	if t.entry == nil {
+	if !t.file {
 		return nar.Chunk{}, io.EOF
 	}
 	for {

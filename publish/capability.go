@@ -47,7 +47,7 @@ func Encode(ctx context.Context, path string, sink eris.Sink, secret eris.Conver
 	defer tree.Close()
 	r, err := erisfs.Encode(ctx, tree, sink, erisfs.EncodeOptions{Secret: secret})
 	if err == nil {
-		return Encoding{r.Capability, "eris-fs", r.NarHash, r.NarSize, len(r.Index.Entries())}, nil
+		return Encoding{r.Capability, "eris-fs", r.NarHash, r.NarSize, r.Index.Len()}, nil
 	}
 	if !errors.Is(err, erisfs.ErrNotRepresentable) {
 		return Encoding{}, fmt.Errorf("encoding %s: %w", path, err)

@@ -353,9 +353,9 @@ func (c *conn) largeRequest(head coap.Head) error {
 	return nil
 }
 
-// resource returns the resource of a request, if it has one.
+// resource returns the resource of a request, if it is a store.
 func (c *conn) resource(r *coap.Request) *Resource {
-	if r.Resource < 0 {
+	if r.Resource < 0 || r.Resource >= len(c.server.resources) {
 		return nil
 	}
 	return &c.server.resources[r.Resource]
@@ -365,6 +365,8 @@ func (c *conn) resource(r *coap.Request) *Resource {
 func (c *conn) get(token coap.Token, r *coap.Request) {
 	resource := c.resource(r)
 	switch {
+	case r.Resource >= len(c.server.resources) && c.access.Documents:
+		c.getDocument(token, r)
 	case resource == nil:
 		c.answer(token, codes.NotFound)
 	case !c.access.Get || resource.Blocks == nil:

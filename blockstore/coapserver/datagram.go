@@ -246,7 +246,7 @@ func (p *packets) serve(m coap.Datagram, peer string, memory []byte) (code codes
 	if code := s.paths.ParseRequest(m.Body, &r); code != codes.Empty {
 		return code, nil, nil
 	}
-	if r.Resource < 0 {
+	if r.Resource < 0 || r.Resource >= len(s.resources) {
 		return codes.NotFound, nil, nil
 	}
 	resource := &s.resources[r.Resource]

@@ -167,6 +167,31 @@ func (c *conn) servePart(r getRequest) {
 	c.sendPart(r.token, code, options, payload)
 }
 
+// getDocument answers a GET for a document. Like answer, it waits if the client does not take its answers.
+func (c *conn) getDocument(token coap.Token, r *coap.Request) {
+	document := c.server.config.Documents[r.Resource-len(c.server.resources)]
+	text := document.Text()
+	c.queue.Mu.Lock()
+	defer c.queue.Mu.Unlock()
+	for c.isFull() {
+		c.room.Wait()
+	}
+	options := coap.AppendUintOption(nil, 0, message.ContentFormat, uint32(document.Format))
+	asked, most := r.Block2, len(text)
+	switch {
+	case asked.Present && asked.Exponent == coap.BERT:
+		c.reply(token, codes.BadRequest)
+		return
+	case !asked.Present && partOverhead+len(text) > int(c.capabilities.MessageSize):
+		asked = coap.Block{Exponent: coap.MaxExponent, Present: true}
+	}
+	if asked.Present {
+		most = asked.Unit()
+	}
+	options, payload, code := cut(options, message.ContentFormat, text, asked, most)
+	c.sendPart(token, code, options, payload)
+}
+
 // sendPart sends a response with a payload. The lock must be held.
 func (c *conn) sendPart(token coap.Token, code codes.Code, options, payload []byte) {
 	length := len(options)
@@ -181,7 +206,11 @@ func (c *conn) sendPart(token coap.Token, code codes.Code, options, payload []by
 // part returns the options and the payload of the response that carries a part of a block, of at most the given number of
 // bytes; the whole block if the option is not present. The code is 4.00 if there is no such part.
 func part(block []byte, asked coap.Block, most int) (options, payload []byte, code codes.Code) {
-	options = append(options, maxAgeOption...)
+	return cut(maxAgeOption[:len(maxAgeOption):len(maxAgeOption)], message.MaxAge, block, asked, most)
+}
+
+// cut is part, with other options before those that tell the part. Last is the number of the last of them.
+func cut(options []byte, last message.OptionID, block []byte, asked coap.Block, most int) ([]byte, []byte, codes.Code) {
 	if !asked.Present {
 		return options, block, codes.Content
 	}
@@ -189,9 +218,9 @@ func part(block []byte, asked coap.Block, most int) (options, payload []byte, co
 	if offset >= len(block) {
 		return nil, nil, codes.BadRequest
 	}
-	payload = block[offset:min(len(block), offset+most)]
+	payload := block[offset:min(len(block), offset+most)]
 	asked.More = offset+len(payload) < len(block)
-	options = coap.AppendUintOption(options, message.MaxAge, message.Block2, asked.Uint())
+	options = coap.AppendUintOption(options, last, message.Block2, asked.Uint())
 	options = coap.AppendUintOption(options, message.Block2, message.Size2, uint32(len(block)))
 	return options, payload, codes.Content
 }

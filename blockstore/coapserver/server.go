@@ -50,14 +50,27 @@ type Resource struct {
 	Sink Sink
 }
 
+// Document is a text at one path.
+type Document struct {
+	// Path is the path of the document as in a URL. It must be none of those of stores, nor the "blocks" of one.
+	Path string
+	// Format is the Content-Format (RFC 7252, section 12.3), for example 50 for JSON.
+	Format uint16
+	// Text returns the text, of at most 32 KiB. It must not wait, and is called by many goroutines at a time.
+	Text func() []byte
+}
+
 // Access is what clients of one listener may do.
 type Access struct {
 	Get, Put bool
+	// Documents permits to get documents, on streams.
+	Documents bool
 }
 
 // Config says what a [Server] serves, and within which bounds. Zero fields stand for the defaults.
 type Config struct {
 	Resources []Resource
+	Documents []Document
 
 	// MaxConnections is the most connections at a time per listener; further ones are closed at once. Default 256.
 	MaxConnections int
@@ -146,6 +159,8 @@ type Server struct {
 	putBytes    atomic.Int64 // in batches beyond the first of each connection
 	answerBytes atomic.Int64 // as last counted by the connections
 	lastLog     atomic.Int64
+	accepted    atomic.Int64
+	turnedAway  atomic.Int64
 
 	mu       sync.Mutex
 	closing  bool
@@ -159,7 +174,7 @@ type closer interface{ Close() error }
 // ErrServerClosed is what Serve, ServePacket and ServeConn return after Shutdown or Close.
 var ErrServerClosed = errors.New("server is closed")
 
-// New returns a Server. It returns an error if a path is not valid, occurs twice, or there are more than 64.
+// New returns a Server. It returns an error if a path is not valid, occurs twice, or there are more than 64 in all.
 func New(config Config) (*Server, error) {
 	s := &Server{
 		config:    config.withDefaults(),
@@ -185,6 +200,15 @@ func New(config Config) (*Server, error) {
 	var err error
 	if s.paths, err = coap.NewPaths(paths); err != nil {
 		return nil, err
+	}
+	for _, document := range config.Documents {
+		path, err := coap.ParsePath(document.Path)
+		if err != nil {
+			return nil, err
+		}
+		if _, err := s.paths.Add(path); err != nil {
+			return nil, err
+		}
 	}
 	s.batches.New = func() any { return new(batch) }
 	s.parts.New = func() any { return new([eris.BlockSize32KiB]byte) }
@@ -224,14 +248,30 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 		wait = time.Millisecond
 		select {
 		case places <- struct{}{}:
+			s.accepted.Add(1)
 			group.Go(func() {
 				s.serveConn(conn, access)
 				<-places
 			})
 		default:
+			s.turnedAway.Add(1)
 			conn.Close()
 		}
 	}
+}
+
+// Stats is what a [Server] does at the moment, and what it has done.
+type Stats struct {
+	Connections int   // at the moment
+	Accepted    int64 // connections that Serve has accepted
+	TurnedAway  int64 // connections that it has closed because there were too many
+}
+
+// Stats returns the statistics.
+func (s *Server) Stats() Stats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return Stats{len(s.conns), s.accepted.Load(), s.turnedAway.Load()}
 }
 
 // ServeConn serves one connection until it ends, and closes it. It returns nil, or [ErrServerClosed] without having

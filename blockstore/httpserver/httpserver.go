@@ -100,6 +100,8 @@ type Server struct {
 	memory   sync.Pool // of *[32769]byte
 	lastLog  atomic.Int64
 
+	connections, accepted, turnedAway atomic.Int64
+
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
 
@@ -159,12 +161,24 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 		s.mu.Unlock()
 		s.services.Done()
 	}()
-	err := server.Serve(&limitedListener{Listener: listener, places: make(chan struct{}, s.config.MaxConnections)})
+	err := server.Serve(&limitedListener{listener, s, make(chan struct{}, s.config.MaxConnections)})
 	if errors.Is(err, http.ErrServerClosed) {
 		return ErrServerClosed
 	}
 	server.Close()
 	return err
+}
+
+// Stats is what a [Server] does at the moment, and what it has done.
+type Stats struct {
+	Connections int64 // at the moment
+	Accepted    int64 // connections that Serve has accepted
+	TurnedAway  int64 // connections that it has closed because there were too many
+}
+
+// Stats returns the statistics.
+func (s *Server) Stats() Stats {
+	return Stats{s.connections.Load(), s.accepted.Load(), s.turnedAway.Load()}
 }
 
 // Shutdown stops accepting connections and waits until all requests have been answered. When the context ends before that,
@@ -411,6 +425,7 @@ func (s *Server) log(err error) {
 // limitedListener closes connections that are too many.
 type limitedListener struct {
 	net.Listener
+	server *Server
 	places chan struct{}
 }
 
@@ -422,8 +437,14 @@ func (l *limitedListener) Accept() (net.Conn, error) {
 		}
 		select {
 		case l.places <- struct{}{}:
-			return &limitedConn{Conn: conn, leave: sync.OnceFunc(func() { <-l.places })}, nil
+			l.server.accepted.Add(1)
+			l.server.connections.Add(1)
+			return &limitedConn{Conn: conn, leave: sync.OnceFunc(func() {
+				l.server.connections.Add(-1)
+				<-l.places
+			})}, nil
 		default:
+			l.server.turnedAway.Add(1)
 			conn.Close()
 		}
 	}

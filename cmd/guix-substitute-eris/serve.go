@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/plgd-dev/go-coap/v3/message"
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
@@ -42,6 +44,7 @@ type serveSettings struct {
 	socketMode, socketGroup string
 	listen                  []string
 	maxSize, limitRate      string
+	stats                   bool
 }
 
 // stopTime is how long clients get when the server stops.
@@ -61,16 +64,44 @@ func serveCommand(args []string) int {
 	})
 	flags.StringVar(&s.maxSize, "max-size", "", "keep blocks of at most `SIZE` in all, like 20GiB; the least recently used go")
 	flags.StringVar(&s.limitRate, "limit-rate", "", "receive, and send, at most at `RATE` in all, in bytes per second, like 2MiB")
+	flags.BoolVar(&s.stats, "stats", false, "print the statistics of the server that listens on the socket, as JSON, and do nothing else")
 	if status, ok := parse(flags, args, serveUsage); !ok {
 		return status
 	}
 	if flags.NArg() > 0 {
 		return fail("serve takes no arguments, and %q was given", flags.Args())
 	}
+	if s.stats {
+		if err := s.printStatistics(); err != nil {
+			return fail("%v", err)
+		}
+		return 0
+	}
 	if err := s.run(); err != nil {
 		return fail("%v", err)
 	}
 	return 0
+}
+
+// printStatistics prints the statistics of a running server.
+func (s *serveSettings) printStatistics() error {
+	socket := s.socket
+	if socket == "" {
+		var err error
+		if socket, err = defaultSocket(os.Geteuid(), os.Getenv("XDG_RUNTIME_DIR")); err != nil {
+			return err
+		}
+	}
+	answer, err := askStatistics(socket)
+	if err != nil {
+		return err
+	}
+	text, err := json.MarshalIndent(answer, "", "  ")
+	if err != nil {
+		return err
+	}
+	fmt.Println(string(text))
+	return nil
 }
 
 // run serves until a signal comes or something fails for good.
@@ -211,17 +242,24 @@ func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error
 }
 
 // serveEndpoints serves the store on all endpoints until ctx is done or one of
-// them fails. From then on, further signals end the program at once.
+// them fails; SIGUSR1 has the statistics written to the log. From then on, further signals end the program at once.
 func serveEndpoints(ctx context.Context, store *blockstore.Store, endpoints []*endpoint, restoreSignals func()) error {
 	logError := func(err error) { logf("%v", err) }
+	web := httpserver.New(httpserver.Config{Blocks: store, Sink: store, Log: logError})
+	started := time.Now()
+	var coap *coapserver.Server
+	stats := func() []byte { return statisticsOf(started, store, coap, web).text() }
 	coap, err := coapserver.New(coapserver.Config{
 		Resources: []coapserver.Resource{{Blocks: store, Sink: store}},
+		Documents: []coapserver.Document{{Path: statisticsPath, Format: uint16(message.AppJSON), Text: stats}},
 		Log:       logError,
 	})
 	if err != nil {
 		return err
 	}
-	web := httpserver.New(httpserver.Config{Blocks: store, Sink: store, Log: logError})
+	asked := make(chan os.Signal, 1)
+	signal.Notify(asked, unix.SIGUSR1)
+	defer signal.Stop(asked)
 
 	failed := make(chan error, len(endpoints))
 	var group sync.WaitGroup
@@ -234,7 +272,7 @@ func serveEndpoints(ctx context.Context, store *blockstore.Store, endpoints []*e
 			case e.scheme == "http":
 				err = web.Serve(e.listener, httpserver.Access{Get: e.get, Put: e.put})
 			default:
-				err = coap.Serve(e.listener, coapserver.Access{Get: e.get, Put: e.put})
+				err = coap.Serve(e.listener, coapserver.Access{Get: e.get, Put: e.put, Documents: e.scheme == "coap+unix"})
 			}
 			if !errors.Is(err, coapserver.ErrServerClosed) && !errors.Is(err, httpserver.ErrServerClosed) {
 				failed <- fmt.Errorf("serving on %v: %w", e, err)
@@ -243,10 +281,16 @@ func serveEndpoints(ctx context.Context, store *blockstore.Store, endpoints []*e
 		logf("serving on %v", e)
 	}
 	notify("READY=1")
-	select {
-	case <-ctx.Done():
+	for err == nil && ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+		case err = <-failed:
+		case <-asked:
+			logf("statistics: %s", stats())
+		}
+	}
+	if err == nil {
 		logf("stopping")
-	case err = <-failed:
 	}
 	restoreSignals()
 	notify("STOPPING=1")

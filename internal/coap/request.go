@@ -117,9 +117,9 @@ const maxRequestTag = 8
 
 var errManyPaths = errors.New("more store paths than a server can have")
 
-// Paths knows the paths of the stores of a server. It is safe for concurrent use.
+// Paths knows the paths of the resources of a server. It is safe for concurrent use once all of them have been added.
 type Paths struct {
-	paths [][]string // with "blocks"
+	paths [][]string // of stores, with "blocks"; then others
 }
 
 // NewPaths returns the Paths for the given store paths, segment by segment, without "blocks". It returns an error if there
@@ -133,6 +133,16 @@ func NewPaths(paths [][]string) (*Paths, error) {
 		p.paths = append(p.paths, append(append([]string{}, path...), blocksSegment))
 	}
 	return p, nil
+}
+
+// Add adds the path of a resource that is not a store, segment by segment, and returns its index. It returns an error if there
+// are more than 64 paths.
+func (p *Paths) Add(path []string) (index int, err error) {
+	if len(p.paths) == maxRequestPaths {
+		return 0, errManyPaths
+	}
+	p.paths = append(p.paths, path)
+	return len(p.paths) - 1, nil
 }
 
 // ParseRequest reads the options of a request. It returns codes.Empty, or the code of the response that the options alone

@@ -4,10 +4,11 @@ package image
 
 import (
 	"context"
+	"iter"
+	"slices"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
 // Nearby are blocks that can be had without waiting for anybody else: those of a
@@ -30,7 +31,7 @@ func Present(ctx context.Context, nearby Nearby, c eris.ReadCapability, limits e
 	if !nearby.Has(ctx, c.Root, c.BlockSize) {
 		return 0
 	}
-	for _, content := range p.contents(c, limits) {
+	for content := range p.contents(c, limits) {
 		p.add(eris.Pair{Reference: content.Root, Key: content.Key}, content.BlockSize, content.Level)
 	}
 	return p.bytes
@@ -48,26 +49,20 @@ type presence struct {
 }
 
 // contents are what an image consists of: the files of an index, or one archive.
-func (p *presence) contents(c eris.ReadCapability, limits erisfs.Limits) []eris.ReadCapability {
-	whole := []eris.ReadCapability{c}
+func (p *presence) contents(c eris.ReadCapability, limits erisfs.Limits) iter.Seq[eris.ReadCapability] {
 	x, err := Open(p.ctx, p.nearby, c, limits, eris.Window{Requests: 4})
 	if err != nil || x.Form != ERISFS {
-		return whole
+		return slices.Values([]eris.ReadCapability{c})
 	}
+	none := func(func(eris.ReadCapability) bool) {}
 	if x.Content.Size() > limits.IndexLength() {
-		return nil
+		return none
 	}
 	index, err := erisfs.ReadIndex(p.ctx, x.Content, limits)
 	if err != nil {
-		return nil
+		return none
 	}
-	contents := make([]eris.ReadCapability, 0, len(index.Entries()))
-	for _, e := range index.Entries() {
-		if e.Kind == nar.Regular {
-			contents = append(contents, e.Capability)
-		}
-	}
-	return contents
+	return index.Contents()
 }
 
 // add counts the leaves below a block.
