@@ -12,6 +12,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dir"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/ipfs"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/web"
 )
 
 // storeVariable has store URLs, separated by spaces; other programs for ERIS read
@@ -29,6 +30,9 @@ type storeKind struct {
 var storeKinds = []storeKind{
 	{[]string{"coap+unix", "coap+tcp", "coaps+tcp", "coap"}, func(url string) (fetch.Store, error) {
 		return coap.Open(url, coap.Options{})
+	}},
+	{[]string{"http", "https"}, func(url string) (fetch.Store, error) {
+		return web.Open(url, web.Options{})
 	}},
 	{[]string{"file"}, func(url string) (fetch.Store, error) {
 		return dir.Open(url, dir.Options{})
