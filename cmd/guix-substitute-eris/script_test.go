@@ -220,6 +220,8 @@ type scriptServer struct {
 //	refuse          the URL is one where nobody listens
 //	cut=PATH:N      the connection is cut after N bytes of this path
 //	stall=PATH:N    after N bytes of this path nothing more comes
+//	parts=PATH:N    the connection is cut after N bytes of this path, but answers
+//	                have an entity tag, and ranges can be asked for
 //	status=PATH:N   this path is answered with HTTP status N
 //	redirect=PATH:URL
 //	header=NAME:VALUE  is added to all answers
@@ -259,7 +261,7 @@ func (s *scriptServer) handler(root *os.Root, rules []string, done chan struct{}
 		s.mu.Lock()
 		s.seen = append(s.seen, r.Method+" "+r.RequestURI)
 		s.mu.Unlock()
-		limit, stall := -1, false
+		limit, stall, parts := -1, false, false
 		status := 0
 		length := true
 		for _, rule := range rules {
@@ -289,6 +291,9 @@ func (s *scriptServer) handler(root *os.Root, rules []string, done chan struct{}
 			switch name {
 			case "cut":
 				limit, _ = strconv.Atoi(argument)
+			case "parts":
+				parts = true
+				limit, _ = strconv.Atoi(argument)
 			case "stall":
 				limit, _ = strconv.Atoi(argument)
 				stall = true
@@ -308,8 +313,24 @@ func (s *scriptServer) handler(root *os.Root, rules []string, done chan struct{}
 			http.NotFound(w, r)
 			return
 		}
+		if parts {
+			w.Header().Set("ETag", `"`+r.URL.Path+`"`)
+			var first int
+			fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-", &first)
+			if first > 0 && first < len(contents) && r.Header.Get("If-Range") == w.Header().Get("ETag") {
+				w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", first, len(contents)-1, len(contents)))
+				contents = contents[first:]
+				status = http.StatusPartialContent
+			}
+		}
 		if length {
 			w.Header().Set("Content-Length", strconv.Itoa(len(contents)))
+		}
+		if parts {
+			w.WriteHeader(max(status, http.StatusOK))
+			if limit >= len(contents) {
+				limit = -1
+			}
 		}
 		if limit < 0 {
 			w.Write(contents)

@@ -175,6 +175,9 @@ func (s *settings) session(query bool) *session {
 			OnSlow: func(host string) {
 				s.log.Warnf("%s: server is somewhat slow; try '--no-substitutes' if it does not get better", host)
 			},
+			OnResume: func(url string, offset int64, cut error) {
+				s.log.Notef("%s: %v; going on after %d bytes", url, cut, offset)
+			},
 			OnRedirect: func(url string) { s.log.Notef("following redirection to '%s'...", url) },
 		}),
 		Cache: s.cache(),

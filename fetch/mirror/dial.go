@@ -26,6 +26,7 @@ type connection struct {
 	r      *bufio.Reader
 	limit  *headerLimit // below r
 	reused bool         // it has carried a request before
+	served int          // answers about narinfos that it has carried
 	proxy  *location    // what plain HTTP requests are sent to instead of the server
 	idle   time.Time    // since when it is in the pool
 }
@@ -73,10 +74,12 @@ type peer struct {
 	// are never more connections in all than slots has room for.
 	slots chan struct{}
 
-	mu    sync.Mutex
-	open  int   // connections, in use or not
-	down  error // why it is not asked again
-	plain bool  // it does not take pipelines
+	mu   sync.Mutex
+	open int   // connections, in use or not
+	down error // why it is not asked again
+	// broken is how many pipelines it has broken off soon, since one that it has
+	// not.
+	broken int
 	// silent is how many nars in a row it has kept silent about.
 	silent int
 }
@@ -123,16 +126,24 @@ func (p *peer) unreachable(err error) error {
 	return &ServerError{p.server, err}
 }
 
-func (p *peer) setPlain() {
+// pipelined notes how many answers have come on a connection, and whether it broke
+// while there were more to come.
+func (p *peer) pipelined(answers int, broke bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.plain = true
+	switch {
+	case answers >= fewRequests:
+		p.broken = 0
+	case broke:
+		p.broken++
+	}
 }
 
+// isPlain tells whether the server does not take pipelines.
 func (p *peer) isPlain() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.plain
+	return p.broken >= maxBroken
 }
 
 func (p *peer) addOpen(n int) {
@@ -179,6 +190,9 @@ func (c *Client) connect(ctx context.Context, l *location, w wish) (*connection,
 	conn, err := c.dial(ctx, l)
 	if err != nil {
 		<-p.slots
+		if due, ok := ctx.Deadline(); ok && !time.Now().Before(due) {
+			<-ctx.Done() // the dialer may notice first
+		}
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}

@@ -103,8 +103,11 @@ func (l *location) redirected(value string) (*location, error) {
 		return nil, err
 	case to.scheme == "file":
 		return nil, ErrUnsupportedScheme
-	case to.user == nil && to.server() == l.server():
-		to.user = l.user
+	case to.scheme == l.scheme && to.hostField() == l.hostField():
+		to.host = l.host // with its zone
+		if to.user == nil {
+			to.user = l.user
+		}
 	}
 	return to, nil
 }

@@ -52,6 +52,12 @@ type Options struct {
 	OnSlow func(host string)
 	// OnRedirect is called with the URL that a nar request was redirected to.
 	OnRedirect func(url string)
+	// ResumeDelay is the time until a nar that was cut off is resumed; it doubles
+	// with each attempt. 250 milliseconds by default.
+	ResumeDelay time.Duration
+	// OnResume is called, by the reader of the nar at url, when what was cut off
+	// after offset bytes goes on.
+	OnResume func(url string, offset int64, cut error)
 	// UserAgent names the program to servers.
 	UserAgent string
 	// Getenv looks up the variables http_proxy, https_proxy and no_proxy; nil is
@@ -87,6 +93,9 @@ func NewClient(o Options) *Client {
 	}
 	if o.SlowAfter == 0 {
 		o.SlowAfter = 5 * time.Second
+	}
+	if o.ResumeDelay == 0 {
+		o.ResumeDelay = 250 * time.Millisecond
 	}
 	if o.UserAgent == "" {
 		o.UserAgent = "guix-substitute-eris"

@@ -20,40 +20,40 @@ import (
 // A Nar is the bytes of a nar, compressed as its narinfo says, while they arrive.
 // It must be closed. A read fails when the context of OpenNar is done, and when
 // the server is silent for too long; a nar that is cut off is io.ErrUnexpectedEOF
-// where the server has told its length.
+// where the server has told its length. Before that, reads ask the server for the
+// rest, on other connections, if it has said how to recognise the contents.
 type Nar struct {
 	// URL is where the bytes come from, after all redirections.
 	URL string
 	// Size is how many there are, negative if the server has not said.
 	Size int64
 
+	client   *Client
+	location *location
+	ctx      context.Context
+
 	body  io.ReadCloser
 	conn  *connection // nil for a file
 	close func(reuse bool)
 	ended bool
-	ctx   context.Context
-}
 
-// Read reads the next bytes.
-func (n *Nar) Read(p []byte) (int, error) {
-	if n.ctx.Err() != nil {
-		return 0, context.Cause(n.ctx)
-	}
-	count, err := n.body.Read(p)
-	if err == io.EOF {
-		n.ended = true
-	} else if err != nil {
-		err = causeOf(n.ctx, shortened(err))
-	}
-	return count, err
+	total     int64 // as Size, but also what is learnt later
+	offset    int64 // how many bytes have been read
+	failed    error // why the body cannot be read further
+	validator string
+	draining  bool
+	resumes   int // in all
+	tries     int // since the offset progress
+	progress  int64
 }
 
 // Drain reads a short rest that nobody wants, if there is one, for the connection
 // to be used again after Close. It takes a second at most.
 func (n *Nar) Drain() {
-	if n.ended {
+	if n.ended || n.close == nil {
 		return
 	}
+	n.draining = true
 	if n.conn != nil {
 		n.conn.await(drainTime, drainTime)
 	}
@@ -128,12 +128,15 @@ func (c *Client) request(ctx context.Context, l *location) (n *Nar, elsewhere st
 		slow := time.AfterFunc(c.o.SlowAfter, func() { c.o.OnSlow(l.hostField()) })
 		defer slow.Stop()
 	}
-	n, response, err := c.get(ctx, l)
+	n, response, err := c.get(ctx, l, "", wish{patient: true})
 	if err != nil {
 		return nil, "", err
 	}
 	switch response.StatusCode {
 	case http.StatusOK:
+		if n.validator = validator(response.Header); n.validator != "" {
+			n.conn.await(c.o.NarTimeout/resumableShare, 0)
+		}
 		return n, "", nil
 	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther,
 		http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
@@ -147,17 +150,21 @@ func (c *Client) request(ctx context.Context, l *location) (n *Nar, elsewhere st
 	return nil, elsewhere, nil
 }
 
-// get sends a request and returns its answer, whatever the status.
-func (c *Client) get(ctx context.Context, l *location) (*Nar, *http.Response, error) {
-	for fresh := false; ; fresh = true {
-		conn, err := c.connect(ctx, l, wish{fresh: fresh, patient: true})
+// get sends a request with further fields and returns its answer, whatever the
+// status.
+func (c *Client) get(ctx context.Context, l *location, fields string, w wish) (*Nar, *http.Response, error) {
+	for ; ; w.fresh = true {
+		conn, err := c.connect(ctx, l, w)
 		if err != nil {
 			return nil, nil, err
 		}
 		cancelled := context.AfterFunc(ctx, func() { conn.net.SetDeadline(time.Unix(1, 0)) })
-		response, err := c.roundTrip(conn, l)
+		response, err := c.roundTrip(conn, l, fields)
 		if err == nil {
-			n := &Nar{URL: l.String(), Size: response.ContentLength, body: response.Body, conn: conn, ctx: ctx}
+			n := &Nar{
+				URL: l.String(), Size: response.ContentLength, total: response.ContentLength,
+				client: c, location: l, ctx: ctx, body: response.Body, conn: conn,
+			}
 			n.close = func(reuse bool) { c.release(conn, cancelled() && reuse && !response.Close) }
 			return n, response, nil
 		}
@@ -173,8 +180,8 @@ func (c *Client) get(ctx context.Context, l *location) (*Nar, *http.Response, er
 	}
 }
 
-func (c *Client) roundTrip(conn *connection, l *location) (*http.Response, error) {
-	request := conn.requestLine(l, l.target) + "User-Agent: " + c.o.UserAgent + "\r\n"
+func (c *Client) roundTrip(conn *connection, l *location, fields string) (*http.Response, error) {
+	request := conn.requestLine(l, l.target) + "User-Agent: " + c.o.UserAgent + "\r\n" + fields
 	if l.user != nil {
 		request += "Authorization: " + basic(l.user) + "\r\n"
 	}
@@ -263,5 +270,5 @@ func openNarFile(ctx context.Context, l *location) (*Nar, error) {
 		f.Close()
 		return nil, err
 	}
-	return &Nar{URL: l.String(), Size: info.Size(), body: f, close: func(bool) { f.Close() }, ctx: ctx}, nil
+	return &Nar{URL: l.String(), Size: info.Size(), total: -1, body: f, close: func(bool) { f.Close() }, ctx: ctx}, nil
 }

@@ -47,6 +47,8 @@ const (
 	// fewRequests is how many answers a server gives at least before it closes a
 	// connection, if it is one that keeps connections open.
 	fewRequests = 8
+	// maxBroken is how many pipelines may break before the server gets no more.
+	maxBroken = 2
 	// fewConnections is how many connections a server gets that is not known to
 	// take many: before it has answered, and when it closes each after an answer.
 	fewConnections = 4
@@ -218,9 +220,7 @@ func (b *batch) survives(conn *connection, left []string, answered int, err erro
 		return true // it was closed while nobody used it
 	}
 	plain := b.peer.isPlain()
-	if len(left) > 1 && answered < fewRequests {
-		b.peer.setPlain() // perhaps it only dislikes pipelines
-	}
+	b.peer.pipelined(conn.served, len(left) > 1) // perhaps it only dislikes pipelines
 	if answered > 0 && !silent {
 		return true
 	}
@@ -332,9 +332,10 @@ func (b *batch) exchange(ctx context.Context, stop func(), conn *connection, sha
 		b.answer(a)
 		left = left[1:]
 		answered++
+		conn.served++
 		b.mu.Lock()
 		b.failures, b.good = 0, true
-		if response.Close && answered < fewRequests {
+		if response.Close && conn.served < fewRequests {
 			// Many connections at once are more than the backlog of such servers.
 			b.most = min(b.most, fewConnections)
 		}
@@ -342,9 +343,7 @@ func (b *batch) exchange(ctx context.Context, stop func(), conn *connection, sha
 		b.mu.Unlock()
 		b.spawn(ctx, stop, wanted)
 		if response.Close || a.Body == nil && a.Status == http.StatusOK {
-			if len(left) > 0 && answered < fewRequests {
-				b.peer.setPlain()
-			}
+			b.peer.pipelined(conn.served, len(left) > 0)
 			return left, answered, nil
 		}
 		if len(left) <= pipeline/2 {

@@ -1,0 +1,410 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package mirror_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/link"
+)
+
+// noise is contents that are nowhere like elsewhere.
+func noise(n int) []byte {
+	r := rand.New(rand.NewPCG(uint64(n), 1))
+	b := make([]byte, n)
+	for i := range b {
+		b[i] = byte(r.Uint32())
+	}
+	return b
+}
+
+// abort ends an answer in the middle.
+func abort(w http.ResponseWriter) {
+	w.(http.Flusher).Flush()
+	panic(http.ErrAbortHandler)
+}
+
+// A cuttingServer serves contents of which each answer brings only a part.
+type cuttingServer struct {
+	contents []byte
+	modified time.Time
+	each     int           // bytes of an answer
+	stall    chan struct{} // instead of a cut, silence until this is closed
+	header   func(h http.Header, n int)
+	lie      func(w http.ResponseWriter, r *http.Request, n int) bool // answers itself
+
+	mu       sync.Mutex
+	requests []string // the fields Range and If-Range
+}
+
+func (s *cuttingServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	s.mu.Lock()
+	n := len(s.requests)
+	s.requests = append(s.requests, r.Header.Get("Range")+" if "+r.Header.Get("If-Range"))
+	s.mu.Unlock()
+	if s.header != nil {
+		s.header(w.Header(), n)
+	}
+	if n > 0 && s.lie != nil && s.lie(w, r, n) {
+		return
+	}
+	limited := &limitedWriter{w, s.each}
+	http.ServeContent(limited, r, "nar", s.modified, bytes.NewReader(s.contents))
+	if limited.left == 0 {
+		if s.stall != nil {
+			w.(http.Flusher).Flush()
+			select {
+			case <-s.stall:
+			case <-r.Context().Done():
+			}
+		}
+		abort(w)
+	}
+}
+
+func (s *cuttingServer) asked() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.requests
+}
+
+type limitedWriter struct {
+	http.ResponseWriter
+	left int
+}
+
+func (w *limitedWriter) Write(p []byte) (int, error) {
+	n, err := w.ResponseWriter.Write(p[:min(len(p), w.left)])
+	w.left -= n
+	if err == nil && n < len(p) {
+		err = io.ErrShortWrite
+	}
+	return n, err
+}
+
+func tag(h http.Header, n int) { h.Set("ETag", `"one"`) }
+
+// quick is a client that does not wait long before it resumes.
+func quick(t *testing.T, resumed *atomic.Int64) *mirror.Client {
+	return client(t, mirror.Options{
+		ResumeDelay: time.Millisecond,
+		NarTimeout:  900 * time.Millisecond,
+		OnResume:    func(string, int64, error) { resumed.Add(1) },
+	})
+}
+
+// TestResume reads nars that are cut off, from servers that let them be resumed.
+func TestResume(t *testing.T) {
+	contents := noise(1 << 20)
+	long := time.Now().Add(-time.Hour).UTC().Truncate(time.Second)
+	silence := make(chan struct{})
+	defer close(silence)
+	for name, test := range map[string]struct {
+		server    *cuttingServer
+		most      int64
+		condition string
+	}{
+		"by an entity tag":               {&cuttingServer{each: 300000, header: tag}, 3, `"one"`},
+		"by a date":                      {&cuttingServer{each: 300000, modified: long}, 3, long.Format(http.TimeFormat)},
+		"after silence":                  {&cuttingServer{each: 600000, header: tag, stall: silence}, 1, `"one"`},
+		"many small parts with progress": {&cuttingServer{each: 70000, header: tag}, 14, `"one"`},
+		"after errors of the server": {&cuttingServer{each: 600000, header: tag, lie: func(w http.ResponseWriter, r *http.Request, n int) bool {
+			if n < 4 {
+				http.Error(w, "wait", http.StatusServiceUnavailable)
+			}
+			return n < 4
+		}}, 1, `"one"`},
+		"in parts that the server chooses": {&cuttingServer{each: 400000, header: tag, lie: func(w http.ResponseWriter, r *http.Request, n int) bool {
+			var first int
+			fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-", &first)
+			last := min(first+300000, len(contents)) - 1
+			w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", first, last, len(contents)))
+			w.WriteHeader(http.StatusPartialContent)
+			w.Write(contents[first : last+1])
+			return true
+		}}, 3, `"one"`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			test.server.contents = contents
+			server := httptest.NewServer(test.server)
+			defer server.Close()
+			var resumed atomic.Int64
+			got, err := read(t, quick(t, &resumed), server.URL)
+			if err != nil || got != string(contents) {
+				t.Errorf("%d bytes, error %v; asked %q", len(got), err, test.server.asked())
+			}
+			if n := resumed.Load(); n != test.most {
+				t.Errorf("resumed %d times, want %d", n, test.most)
+			}
+			for i, request := range test.server.asked() {
+				if want := " if " + test.condition; i > 0 && !strings.HasSuffix(request, want) {
+					t.Errorf("request %d: %q, want %q", i, request, want)
+				}
+			}
+		})
+	}
+}
+
+// TestNotResumed checks that what a server sends is not taken for the rest of
+// something else, and that there is an end to trying.
+func TestNotResumed(t *testing.T) {
+	contents := noise(1 << 20)
+	part := func(field string, body []byte) func(w http.ResponseWriter, r *http.Request, n int) bool {
+		return func(w http.ResponseWriter, r *http.Request, n int) bool {
+			w.Header().Set("Content-Range", field)
+			w.WriteHeader(http.StatusPartialContent)
+			w.Write(body)
+			return true
+		}
+	}
+	const each = 600000
+	rest := contents[each:]
+	for name, test := range map[string]struct {
+		server         *cuttingServer
+		least, most    int // requests
+		want, wantElse string
+	}{
+		"no validator": {&cuttingServer{}, 1, 1, "unexpected EOF", ""},
+		"weak tag":     {&cuttingServer{header: func(h http.Header, n int) { h.Set("ETag", `W/"one"`) }}, 1, 1, "unexpected EOF", ""},
+		"odd tag":      {&cuttingServer{header: func(h http.Header, n int) { h["Etag"] = []string{`"a" "b"`} }}, 1, 1, "unexpected EOF", ""},
+		"weak and date": {&cuttingServer{header: func(h http.Header, n int) {
+			h.Set("ETag", `W/"1"`)
+			h.Set("Last-Modified", "Sun, 06 Nov 1994 08:49:37 GMT")
+		}}, 1, 1, "unexpected EOF", ""},
+		"modified just now": {&cuttingServer{header: func(h http.Header, n int) {
+			h.Set("Last-Modified", time.Now().UTC().Format(http.TimeFormat))
+		}}, 1, 1, "unexpected EOF", ""},
+		"no date of the answer": {&cuttingServer{header: func(h http.Header, n int) {
+			h.Set("Last-Modified", "Sun, 06 Nov 1994 08:49:37 GMT")
+			h["Date"] = nil
+		}}, 1, 1, "unexpected EOF", ""},
+		"other contents": {&cuttingServer{header: func(h http.Header, n int) { h.Set("ETag", fmt.Sprintf(`"%d"`, n)) }}, 2, 2, "200 OK", ""},
+		"no ranges":      {&cuttingServer{header: tag, lie: func(w http.ResponseWriter, r *http.Request, n int) bool { w.Write(contents); return true }}, 2, 2, "200 OK", ""},
+		"gone":           {&cuttingServer{header: tag, lie: func(w http.ResponseWriter, r *http.Request, n int) bool { http.NotFound(w, r); return true }}, 2, 2, "404", ""},
+		"no such range":  {&cuttingServer{header: tag, lie: func(w http.ResponseWriter, r *http.Request, n int) bool { w.WriteHeader(416); return true }}, 2, 2, "416", ""},
+		"redirection": {&cuttingServer{header: tag, lie: func(w http.ResponseWriter, r *http.Request, n int) bool {
+			http.Redirect(w, r, "/elsewhere", http.StatusFound)
+			return true
+		}}, 2, 2, "302", ""},
+		"no Content-Range":     {&cuttingServer{header: tag, lie: part("", rest)}, 2, 2, "makes no sense", ""},
+		"odd Content-Range":    {&cuttingServer{header: tag, lie: part("bytes 600000-1048575", rest)}, 2, 2, "makes no sense", ""},
+		"other unit":           {&cuttingServer{header: tag, lie: part("pages 600000-1048575/1048576", rest)}, 2, 2, "makes no sense", ""},
+		"beyond the end":       {&cuttingServer{header: tag, lie: part("bytes 600000-1048576/1048576", append(bytes.Clone(rest), 1))}, 2, 2, "makes no sense", ""},
+		"too large a number":   {&cuttingServer{header: tag, lie: part("bytes 600000-99999999999999999999/*", rest)}, 2, 2, "makes no sense", ""},
+		"other start":          {&cuttingServer{header: tag, lie: part("bytes 0-1048575/1048576", contents)}, 2, 2, "instead of", ""},
+		"other length":         {&cuttingServer{header: tag, lie: part("bytes 600000-1048575/1048577", rest)}, 2, 2, "instead of", ""},
+		"other Content-Length": {&cuttingServer{header: tag, lie: part("bytes 600000-1048575/1048576", rest[:1000])}, 2, 2, "for 1000 bytes", ""},
+		"other tag": {&cuttingServer{header: tag, lie: func(w http.ResponseWriter, r *http.Request, n int) bool {
+			w.Header().Set("ETag", `"two"`)
+			return part("bytes 600000-1048575/1048576", rest)(w, r, n)
+		}}, 2, 2, "changed", ""},
+		"always an error": {&cuttingServer{header: tag, lie: func(w http.ResponseWriter, r *http.Request, n int) bool {
+			w.WriteHeader(http.StatusBadGateway)
+			return true
+		}}, 6, 6, "unexpected EOF", ""},
+		"a byte at a time": {&cuttingServer{header: tag, each: 1}, 6, 6, "unexpected EOF", ""},
+		"nothing more":     {&cuttingServer{header: tag, lie: func(w http.ResponseWriter, r *http.Request, n int) bool { abort(w); return true }}, 2, 6, "unexpected EOF", "EOF"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			test.server.contents = contents
+			if test.server.each == 0 {
+				test.server.each = each
+			}
+			server := httptest.NewServer(test.server)
+			defer server.Close()
+			var resumed atomic.Int64
+			c := quick(t, &resumed)
+			got, err := read(t, c, server.URL)
+			if err == nil || !strings.Contains(err.Error(), test.want) && (test.wantElse == "" || !strings.Contains(err.Error(), test.wantElse)) {
+				t.Errorf("error %v, want %q", err, test.want)
+			}
+			if !bytes.HasPrefix(contents, []byte(got)) {
+				t.Errorf("%d bytes that are not the beginning", len(got))
+			}
+			if n := len(test.server.asked()); n < test.least || n > test.most {
+				t.Errorf("%d requests, want %d to %d: %q", n, test.least, test.most, test.server.asked())
+			}
+			if c.Down(server.URL) != nil {
+				t.Error("the server counts as down")
+			}
+		})
+	}
+}
+
+// TestResumeWithoutLength resumes a nar of unknown length.
+func TestResumeWithoutLength(t *testing.T) {
+	contents := noise(500000)
+	s := &cuttingServer{contents: contents, each: 200000}
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		tag(w.Header(), 0)
+		if len(s.asked()) == 0 {
+			s.mu.Lock()
+			s.requests = append(s.requests, "")
+			s.mu.Unlock()
+			w.Write(contents[:100000]) // chunked
+			abort(w)
+		}
+		s.ServeHTTP(w, r)
+	}))
+	defer server.Close()
+	var resumed atomic.Int64
+	if got, err := read(t, quick(t, &resumed), server.URL); err != nil || got != string(contents) || resumed.Load() != 2 {
+		t.Errorf("%d bytes, error %v, resumed %d times", len(got), err, resumed.Load())
+	}
+}
+
+// TestResumeCancelled gives up while it waits to resume, and while the rest is
+// asked for.
+func TestResumeCancelled(t *testing.T) {
+	contents := noise(1 << 20)
+	enough := errors.New("enough")
+	for _, delay := range []time.Duration{time.Hour, time.Millisecond} {
+		cut, asked := make(chan struct{}), make(chan struct{})
+		s := &cuttingServer{contents: contents, each: 300000, header: tag}
+		s.lie = func(w http.ResponseWriter, r *http.Request, n int) bool {
+			close(asked)
+			<-r.Context().Done()
+			return true
+		}
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			defer func() {
+				if len(s.asked()) == 1 {
+					close(cut)
+				}
+			}()
+			s.ServeHTTP(w, r)
+		}))
+		c := client(t, mirror.Options{ResumeDelay: delay})
+		ctx, cancel := context.WithCancelCause(t.Context())
+		n, err := c.OpenNar(ctx, server.URL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan error, 1)
+		go func() {
+			_, err := io.Copy(io.Discard, n)
+			done <- err
+		}()
+		<-cut
+		if delay < time.Second {
+			<-asked
+		}
+		cancel(enough)
+		if err := <-done; !errors.Is(err, enough) {
+			t.Errorf("error %v", err)
+		}
+		n.Close()
+		server.Close()
+	}
+}
+
+// nginx serves a directory and returns its address, or skips the test.
+func nginx(t *testing.T, www string) string {
+	program, err := exec.LookPath("nginx")
+	if err != nil {
+		if program, err = exec.LookPath("/usr/sbin/nginx"); err != nil {
+			t.Skip("nginx is not installed")
+		}
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := l.Addr().String()
+	l.Close()
+	d := t.TempDir()
+	text := fmt.Sprintf(`daemon off; worker_processes 1; pid %[1]s/nginx.pid; error_log %[1]s/log;
+events { worker_connections 100; }
+http { access_log off; default_type application/octet-stream;
+client_body_temp_path %[1]s/t1; proxy_temp_path %[1]s/t2; fastcgi_temp_path %[1]s/t3; uwsgi_temp_path %[1]s/t4; scgi_temp_path %[1]s/t5;
+server { listen %[2]s; root %[3]s; } }
+`, d, address, www)
+	if os.Geteuid() == 0 {
+		text = "user root;\n" + text
+	}
+	configuration := filepath.Join(d, "nginx.conf")
+	if err := os.WriteFile(configuration, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	server := exec.Command(program, "-c", configuration, "-e", filepath.Join(d, "log"))
+	if err := server.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { server.Process.Signal(os.Interrupt); server.Wait() })
+	for range 200 {
+		if conn, err := net.Dial("tcp", address); err == nil {
+			conn.Close()
+			return address
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	log, _ := os.ReadFile(filepath.Join(d, "log"))
+	t.Fatalf("nginx does not come up: %s", log)
+	return ""
+}
+
+// TestResumeNginx reads from nginx over a link that cuts each connection.
+func TestResumeNginx(t *testing.T) {
+	www := t.TempDir()
+	contents := noise(3 << 20)
+	if err := os.WriteFile(www+"/nar", contents, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	before := time.Now().Add(-time.Minute)
+	if err := os.Chtimes(www+"/nar", before, before); err != nil {
+		t.Fatal(err)
+	}
+	l, err := link.New("tcp", "", nginx(t, www), link.Direction{}, link.Direction{CutAfter: 1 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	var resumed atomic.Int64
+	c := client(t, mirror.Options{ResumeDelay: time.Millisecond, OnResume: func(url string, offset int64, cut error) {
+		if resumed.Add(1) == 1 {
+			t.Logf("%s: %d bytes, then %v", url, offset, cut)
+		}
+	}})
+	if got, err := read(t, c, "http://"+l.Addr()+"/nar"); err != nil || got != string(contents) || resumed.Load() < 3 {
+		t.Errorf("%d bytes, error %v, resumed %d times", len(got), err, resumed.Load())
+	}
+	// One that is replaced in between is not mixed with what takes its place.
+	n, err := c.OpenNar(t.Context(), "http://"+l.Addr()+"/nar")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Close()
+	b := make([]byte, 1000)
+	if _, err := io.ReadFull(n, b); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(www+"/new", noise(3<<20 + 1)[:3<<20], 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(www+"/new", www+"/nar"); err != nil {
+		t.Fatal(err)
+	}
+	got, err := io.ReadAll(n)
+	var status *mirror.StatusError
+	if !errors.As(err, &status) || status.Code != 200 || !bytes.HasPrefix(contents[1000:], got) {
+		t.Errorf("%d bytes, error %v", len(got), err)
+	}
+}
