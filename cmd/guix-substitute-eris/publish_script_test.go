@@ -8,7 +8,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
-	"strings"
+	"regexp"
 	"sync"
 	"syscall"
 
@@ -48,19 +48,31 @@ var publishers sync.Map
 
 // startPublisher runs the command publish and waits until it listens.
 func startPublisher(directory string, env []string, logf func(string, ...any), args []string) (url string, stop func() error, err error) {
-	program, err := exec.LookPath("guix-substitute-eris")
+	urls, stop, err := startServer(directory, env, logf, 1, append([]string{"publish", "--listen=127.0.0.1:0"}, args...)...)
 	if err != nil {
 		return "", nil, err
 	}
-	cmd := exec.Command(program, append([]string{"publish", "--listen=127.0.0.1:0"}, args...)...)
+	return urls[0], stop, nil
+}
+
+// announced is what servers say when they listen.
+var announced = regexp.MustCompile(`(publishing|serving) on (\S+)`)
+
+// startServer runs a command and waits until it listens on so many URLs.
+func startServer(directory string, env []string, logf func(string, ...any), count int, args ...string) (urls []string, stop func() error, err error) {
+	program, err := exec.LookPath("guix-substitute-eris")
+	if err != nil {
+		return nil, nil, err
+	}
+	cmd := exec.Command(program, args...)
 	cmd.Dir, cmd.Env = directory, env
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	log, err := cmd.StderrPipe()
 	if err != nil {
-		return "", nil, err
+		return nil, nil, err
 	}
 	if err := cmd.Start(); err != nil {
-		return "", nil, err
+		return nil, nil, err
 	}
 	var wait sync.WaitGroup
 	lines := make(chan string)
@@ -70,25 +82,25 @@ func startPublisher(directory string, env []string, logf func(string, ...any), a
 			lines <- s.Text()
 		}
 	})
-	var said []string
 	for line := range lines {
-		said = append(said, line)
-		if _, after, ok := strings.Cut(line, "publishing on "); ok {
-			url = after
+		logf("%s: %s", args[0], line)
+		if match := announced.FindStringSubmatch(line); match != nil {
+			urls = append(urls, match[2])
+		}
+		if len(urls) == count {
 			break
 		}
 	}
-	if url == "" {
+	if len(urls) < count {
 		cmd.Wait()
-		logf("publish: %s", strings.Join(said, "\n"))
-		return "", nil, os.ErrProcessDone
+		return nil, nil, os.ErrProcessDone
 	}
 	wait.Go(func() {
 		for line := range lines {
-			logf("publish: %s", line)
+			logf("%s: %s", args[0], line)
 		}
 	})
-	return url, func() error {
+	return urls, func() error {
 		cmd.Process.Signal(unix.SIGTERM)
 		wait.Wait() // all that it says has been read
 		return cmd.Wait()

@@ -1,0 +1,331 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
+)
+
+// chain is a block store, a publisher and what a daemon needs, in a directory of
+// their own.
+type chain struct {
+	t         *testing.T
+	directory string
+	env       []string
+	server    string            // substitute URL
+	stores    map[string]string // store URL by transport
+	items     []chainItem
+}
+
+type chainItem struct {
+	path, hash string
+	size       uint64
+}
+
+// newChain makes the keys and the configuration: blocks only, so that nothing can
+// come from a nar.
+func newChain(t *testing.T) *chain {
+	t.Helper()
+	directory, err := os.MkdirTemp("", "chain") // short, for the socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		makeWritable(directory)
+		os.RemoveAll(directory)
+	})
+	c := &chain{t: t, directory: directory, stores: map[string]string{}}
+	key := acl.GenerateSigningKey()
+	for _, name := range []string{"etc", "items"} {
+		if err := os.Mkdir(directory+"/"+name, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, text := range map[string]string{
+		"etc/signing-key.pub":      key.PublicKey().Text(),
+		"etc/signing-key.sec":      key.SecretText(),
+		"etc/acl":                  acl.NewACL(key.PublicKey()).Text(),
+		"etc/substitute-eris.toml": "policy = \"eris-only\"\n",
+	} {
+		if err := os.WriteFile(directory+"/"+name, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, variable := range os.Environ() {
+		name, _, _ := strings.Cut(variable, "=")
+		if !strings.HasPrefix(name, "ERIS_STORE") && !strings.HasPrefix(name, "GUIX_") && !strings.HasPrefix(name, "NIX_") {
+			c.env = append(c.env, variable)
+		}
+	}
+	c.env = append(c.env, "GUIX_CONFIGURATION_DIRECTORY="+directory+"/etc", "GUIX_STATE_DIRECTORY="+directory+"/var",
+		"HOME="+directory, "XDG_CACHE_HOME="+directory+"/cache")
+	return c
+}
+
+// add puts an item into the store of the publisher.
+func (c *chain) add(path string, nodes nar.Nodes) {
+	c.t.Helper()
+	r, err := restore.Restore(c.t.Context(), nodes, c.directory+"/items/"+filepath.Base(path), restore.Options{})
+	if err != nil {
+		c.t.Fatalf("%s: %v", path, err)
+	}
+	c.items = append(c.items, chainItem{path, "sha256:" + nixbase32.EncodeToString(r.NarHash[:]), r.NarSize})
+}
+
+// serve starts the block store and the publisher, with the given source of items.
+func (c *chain) serve(items string) {
+	c.t.Helper()
+	urls, stop, err := startServer(c.directory, c.env, c.t.Logf, 3, "serve", "--directory="+c.directory+"/blocks",
+		"--socket="+c.directory+"/s", "--listen=coap+tcp://127.0.0.1:0", "--listen=coap://127.0.0.1:0")
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.t.Cleanup(func() {
+		if err := stop(); err != nil {
+			c.t.Error(err)
+		}
+	})
+	for _, url := range urls {
+		scheme, _, _ := strings.Cut(url, ":")
+		c.stores[scheme] = url
+	}
+	var stopPublisher func() error
+	c.server, stopPublisher, err = startPublisher(c.directory, c.env, c.t.Logf, []string{
+		"--root=" + c.directory + "/items", "--cache=" + c.directory + "/cache", "--eris=" + c.stores["coap+unix"], "--wait-for=4000000000", items,
+	})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.t.Cleanup(func() {
+		if err := stopPublisher(); err != nil {
+			c.t.Error(err)
+		}
+	})
+}
+
+// talk sends requests to a helper, as the daemon does.
+func (c *chain) talk(mode, store, requests string) (replies, log string, usage *syscall.Rusage) {
+	c.t.Helper()
+	program, err := exec.LookPath("guix-substitute-eris")
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	d := startDaemonHelper(program, mode, append(c.env, "_NIX_OPTIONS=substitute-urls="+c.server+"\n", "ERIS_STORE_URL="+store), false)
+	if d.err != nil {
+		c.t.Fatal(d.err)
+	}
+	replies, err = d.talk(requests)
+	if err2 := d.close(); err == nil {
+		err = err2
+	}
+	if err != nil {
+		c.t.Fatalf("%v\n%s", err, d.log.String())
+	}
+	return replies, d.log.String(), d.cmd.ProcessState.SysUsage().(*syscall.Rusage)
+}
+
+// query asks for everything.
+func (c *chain) query() {
+	c.t.Helper()
+	var all, want strings.Builder
+	for _, item := range c.items {
+		all.WriteString(" " + item.path)
+		want.WriteString(item.path + "\n")
+	}
+	if replies, log, _ := c.talk("query", "", "have"+all.String()+"\n"); replies != want.String()+"\n" {
+		c.t.Fatalf("replies %q instead of %q\n%s", replies, want.String(), log)
+	}
+}
+
+// substitute fetches everything from one store, and checks it.
+func (c *chain) substitute(store string) {
+	c.t.Helper()
+	destination := c.directory + "/got"
+	if err := os.Mkdir(destination, 0o755); err != nil {
+		c.t.Fatal(err)
+	}
+	var requests, want strings.Builder
+	for i, item := range c.items {
+		fmt.Fprintf(&requests, "substitute %s %s/%d\n", item.path, destination, i)
+		fmt.Fprintf(&want, "success %s %d\n", item.hash, item.size)
+	}
+	replies, log, usage := c.talk("substitute", store, requests.String())
+	if replies != want.String() {
+		c.t.Errorf("%s: replies %q instead of %q\n%s", store, replies, want.String(), log)
+	}
+	if n := strings.Count(log, "Downloading urn:eris:"); n != len(c.items) {
+		c.t.Errorf("%d of %d items were downloaded from blocks\n%s", n, len(c.items), log)
+	}
+	c.t.Logf("%s: %d MiB at most in memory, %.1f s of processor", store, usage.Maxrss>>10, float64(usage.Utime.Nano()+usage.Stime.Nano())/1e9)
+	for i, item := range c.items {
+		h := sha256.New()
+		tree := nar.NewTree(fmt.Sprintf("%s/%d", destination, i))
+		_, err := nar.Write(h, tree)
+		tree.Close()
+		if got := "sha256:" + nixbase32.EncodeToString(h.Sum(nil)); err != nil || got != item.hash {
+			c.t.Errorf("%s: hash %s instead of %s, error %v", item.path, got, item.hash, err)
+		}
+	}
+	if err := restore.Remove(destination); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// manifest is what the publisher is told about the items.
+func (c *chain) manifest() string {
+	c.t.Helper()
+	var b strings.Builder
+	for _, item := range c.items {
+		fmt.Fprintf(&b, "StorePath: %s\nReferences: \nNarHash: %s\nNarSize: %d\n\n", item.path, item.hash, item.size)
+	}
+	if err := os.WriteFile(c.directory+"/manifest", []byte(b.String()), 0o644); err != nil {
+		c.t.Fatal(err)
+	}
+	return "--manifest=" + c.directory + "/manifest"
+}
+
+// TestChain takes the items that "guix publish" has published once through
+// everything: encoded, stored, published, queried, and substituted over each
+// transport.
+func TestChain(t *testing.T) {
+	c := newChain(t)
+	mirror, err := filepath.Abs("../../testdata/guix-mirror")
+	if err != nil {
+		t.Fatal(err)
+	}
+	names, err := filepath.Glob(mirror + "/all/*.narinfo")
+	if err != nil || len(names) < 20 {
+		t.Fatalf("narinfos %v, error %v", names, err)
+	}
+	for _, name := range names {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n, err := narinfo.Parse(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.Open(mirror + "/nar/gzip/" + filepath.Base(n.StorePath))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		plain, err := decompress.Open("gzip", f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.add(n.StorePath, nar.NewReader(nar.FeedReader(plain, 1<<16)))
+		plain.Close()
+		if item := c.items[len(c.items)-1]; item.hash != n.NarHash {
+			t.Fatalf("%s: hash %s instead of %s", item.path, item.hash, n.NarHash)
+		}
+	}
+	c.serve("--narinfos=" + mirror + "/all")
+	c.query()
+	for _, transport := range []string{"coap+unix", "coap+tcp", "coap"} {
+		c.substitute(c.stores[transport])
+	}
+	c.substitute("coap+unix:///nonexistent/s " + c.stores["coap+tcp"]) // a store that is not there does no harm
+}
+
+// generated is an item that is generated: a tree in a new directory.
+func (c *chain) generated(name string, generate func(root string) error) {
+	c.t.Helper()
+	root := c.directory + "/tree"
+	if err := generate(root); err != nil {
+		c.t.Fatal(err)
+	}
+	tree := nar.NewTree(root)
+	defer tree.Close()
+	c.add(fmt.Sprintf("/gnu/store/%032d-%s", len(c.items), name), tree)
+	if err := restore.Remove(root); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// pseudorandom writes a file of the given size.
+func pseudorandom(path string, random *rand.ChaCha8, size int64) error {
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	b := make([]byte, 1<<20)
+	for size > 0 {
+		n := min(size, int64(len(b)))
+		random.Read(b[:n])
+		if _, err := f.Write(b[:n]); err != nil {
+			return err
+		}
+		size -= n
+	}
+	return f.Close()
+}
+
+// TestChainLarge is TestChain with items that are large in one way or another. With
+// ERIS_BIG_TESTS=1 they are as large as occurs.
+func TestChainLarge(t *testing.T) {
+	big, _ := strconv.ParseBool(os.Getenv("ERIS_BIG_TESTS"))
+	size, files, depth, zeros := int64(8<<20), 500, 200, int64(64<<20)
+	if big {
+		size, files, depth, zeros = 1e9, 20000, nar.MaxPath/2, 4<<30
+	}
+	c := newChain(t)
+	random := rand.NewChaCha8([32]byte{1})
+	c.generated("one-file", func(root string) error { return pseudorandom(root, random, size) })
+	c.generated("files", func(root string) error {
+		for i := range files {
+			directory := fmt.Sprintf("%s/%d/%d", root, i%10, i%100)
+			if err := os.MkdirAll(directory, 0o755); err != nil {
+				return err
+			}
+			if err := pseudorandom(fmt.Sprintf("%s/%d", directory, i), random, int64(random.Uint64()%(40<<10+1))); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	c.generated("deep", func(root string) error {
+		if err := os.MkdirAll(root+strings.Repeat("/d", depth-1), 0o755); err != nil {
+			return err
+		}
+		return os.WriteFile(root+strings.Repeat("/d", depth-1)+"/f", bytes.Repeat([]byte("deep"), 1000), 0o644)
+	})
+	c.generated("zeros", func(root string) error {
+		f, err := os.Create(root)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		return f.Truncate(zeros)
+	})
+	c.serve(c.manifest())
+	c.query()
+	c.substitute(c.stores["coap+unix"])
+	c.substitute(c.stores["coap+tcp"])
+	if !big {
+		c.substitute(c.stores["coap"])
+		return
+	}
+	// A datagram has a thirty-second of a block.
+	c.items = c.items[1:]
+	c.substitute(c.stores["coap"])
+}
