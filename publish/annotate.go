@@ -179,7 +179,5 @@ func (a *Annotator) annotate(ctx context.Context, text []byte) (annotated []byte
 			return text, true
 		}
 	}
-	// The record ends at an empty line.
-	body := strings.TrimRight(string(text), "\n")
-	return []byte(body + "\nERIS: " + c.URN() + "\n"), true
+	return withCapability(n, c), true
 }

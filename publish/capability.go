@@ -323,19 +323,5 @@ func (c *Capabilities) write(name string, k known) error {
 	if err := os.MkdirAll(c.directory, 0o755); err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(c.directory, ".new-")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(append(text, '\n'))
-	if err2 := f.Close(); err == nil {
-		err = err2
-	}
-	if err == nil {
-		err = os.Rename(f.Name(), c.file(name))
-	}
-	if err != nil {
-		os.Remove(f.Name())
-	}
-	return err
+	return writeFile(c.directory, filepath.Base(c.file(name)), append(text, '\n'))
 }

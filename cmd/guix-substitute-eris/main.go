@@ -34,6 +34,8 @@ func run(args []string) int {
 		return serveCommand(args[1:])
 	case name == "publish":
 		return publishCommand(args[1:])
+	case name == "export":
+		return exportCommand(args[1:])
 	case name == "demo":
 		return demoCommand(args[1:])
 	case name == "help" || name == "--help" || name == "-h" || name == "-help":
@@ -68,6 +70,7 @@ ERIS:
   decode URN DESTINATION        turn a URN into a file or a tree
   serve                         keep blocks and serve them
   publish                       serve narinfos with the field ERIS, and nars
+  export ITEM... --to=DIRECTORY write narinfos and blocks to a directory
 
 Other commands:
   demo                          show the whole way on a private store
