@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package cache
+
+import (
+	"bufio"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"testing"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+)
+
+// The test binary, run with this in its environment, is another process that uses a
+// cache: see runProcess.
+const processVariable = "ERIS_CACHE_TEST_PROCESS"
+
+func TestMain(m *testing.M) {
+	if arguments := os.Getenv(processVariable); arguments != "" {
+		if err := runProcess(arguments); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// runProcess puts blocks 100 at a time until it is killed or has put so many, and
+// gets them and those of others. It prints the number below which all blocks have
+// been written. Its arguments are the numbers of the first block and of that after
+// the last one, the size of the cache, and its directory.
+func runProcess(arguments string) error {
+	fields := strings.SplitN(arguments, " ", 4)
+	var numbers [3]int
+	for i := range numbers {
+		var err error
+		if numbers[i], err = strconv.Atoi(fields[i]); err != nil {
+			return err
+		}
+	}
+	c, err := Open(fields[3], int64(numbers[2]))
+	if err != nil {
+		return err
+	}
+	found := 0
+	for i := numbers[0]; i < numbers[1]; i += 100 {
+		put(c, i, i+100, mixed)
+		for j := range 100 {
+			ref, want := testBlock(i+j, mixed(i+j))
+			if got, err := c.Get(benchContext, ref, mixed(i+j), nil); err == nil {
+				found++
+				if string(got) != string(want) {
+					return fmt.Errorf("block %d is another one", i+j)
+				}
+			}
+			// Old ones, of this process and of others, where blocks are being overwritten.
+			other := rand.IntN(numbers[1])
+			ref, want = testBlock(other, mixed(other))
+			if got, err := c.Get(benchContext, ref, mixed(other), nil); err == nil && string(got) != string(want) {
+				return fmt.Errorf("block %d is another one", other)
+			}
+		}
+		fmt.Println(i + 100)
+	}
+	if total := numbers[1] - numbers[0]; found < total*9/10 {
+		return fmt.Errorf("%d blocks of %d were there after they had been written", found, total)
+	}
+	return c.Close()
+}
+
+// process returns another process that uses a cache.
+func process(t *testing.T, first, last int, maxBytes int64, directory string) *exec.Cmd {
+	t.Helper()
+	executable, err := os.Executable()
+	if err != nil {
+		t.Skip("the test binary cannot be found: ", err)
+	}
+	p := exec.Command(executable)
+	p.Env = append(os.Environ(), fmt.Sprintf("%s=%d %d %d %s", processVariable, first, last, maxBytes, directory))
+	p.Stderr = os.Stderr
+	return p
+}
+
+// A process is killed while it puts blocks, again and again. What it had written is
+// found by the next.
+func TestKill(t *testing.T) {
+	const most = 64 << 20
+	d := t.TempDir()
+	os.Chmod(d, 0o700)
+	written := map[int]int{}
+	for round := range 6 {
+		first := round * 1_000_000
+		p := process(t, first, first+1_000_000, most, d)
+		output, err := p.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := p.Start(); err != nil {
+			t.Fatal(err)
+		}
+		n := rand.IntN(20)
+		for lines := bufio.NewScanner(output); lines.Scan(); n-- {
+			if written[first], err = strconv.Atoi(lines.Text()); err != nil {
+				t.Fatal(err)
+			}
+			if n == 0 {
+				if err := p.Process.Kill(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if err := p.Wait(); err == nil || p.ProcessState.Exited() {
+			t.Fatalf("the process was not killed: %v", err)
+		}
+	}
+	c := testOpen(t, d, most)
+	total := 0
+	for first, last := range written {
+		total += last - first
+		// A bucket may be full, and two entries may be taken for each other; rarely.
+		if got := count(t, c, first, last, mixed); got < (last-first)*99/100 {
+			t.Errorf("%d blocks of %d are there after the process was killed", got, last-first)
+		}
+	}
+	if total < 600 {
+		t.Errorf("only %d blocks", total)
+	}
+}
+
+// Several processes at a time, one of which is killed, overwrite each other's
+// blocks, and find what they have just written.
+func TestProcesses(t *testing.T) {
+	const most = 8 << 20
+	d := t.TempDir()
+	os.Chmod(d, 0o700)
+	victim := process(t, 1_000_000, 2_000_000, most, d)
+	if err := victim.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var others []*exec.Cmd
+	for i := range 3 {
+		p := process(t, i*10_000, i*10_000+3000, most, d)
+		if err := p.Start(); err != nil {
+			t.Fatal(err)
+		}
+		others = append(others, p)
+	}
+	c := testOpen(t, d, most)
+	put(c, 50_000, 50_100, mixed)
+	for i, p := range others {
+		if i == 1 {
+			victim.Process.Kill()
+			victim.Wait()
+		}
+		if err := p.Wait(); err != nil {
+			t.Error(err)
+		}
+	}
+	put(c, 60_000, 60_100, mixed)
+	if got := count(t, c, 60_000, 60_100, mixed); got < 99 {
+		t.Errorf("%d blocks of 100 after all others", got)
+	}
+}
+
+// Processes that find no file make one at the same time.
+func TestCreateAtOnce(t *testing.T) {
+	for range 20 {
+		d := t.TempDir()
+		os.Chmod(d, 0o700)
+		caches := make(chan *Cache)
+		for range 8 {
+			go func() {
+				c, err := Open(d, 1<<20)
+				if err != nil {
+					t.Error(err)
+				}
+				caches <- c
+			}()
+		}
+		for range 8 {
+			c := <-caches
+			put(c, 0, 10, func(int) eris.BlockSize { return small })
+			if got := count(t, c, 0, 10, func(int) eris.BlockSize { return small }); got != 10 {
+				t.Errorf("%d blocks of 10", got)
+			}
+			if err := c.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
