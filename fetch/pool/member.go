@@ -26,6 +26,8 @@ const (
 	leastRateAge = 500 * time.Millisecond
 	// hitWeight is the weight of one answer in the share of blocks that a source has.
 	hitWeight = 1.0 / 32
+	// typicalWeight is the weight of one delivery in the typical rate.
+	typicalWeight = 1.0 / 64
 	// firstTail, leastTail and greatestTail are of the 95th percentile of how long requests take, in units of what was
 	// expected.
 	firstTail, leastTail, greatestTail = 2.0, 1.2, 8.0
@@ -56,7 +58,8 @@ type member struct {
 	restUntil time.Duration
 	lastError error
 	probing   bool
-	probed    bool
+	silent    bool          // it does not answer; its oldest request, or a probe, is left to it
+	quiet     time.Duration // for how long there was no answer
 
 	first, last *request // in flight, in order of start
 	requests    int
@@ -65,11 +68,11 @@ type member struct {
 	known       bool // roundTrip is
 	roundTrip   windowed
 	rate        windowed // bytes per second
+	typical     float64  // rate, not the best but of late, when as much was asked as it can deliver
 	hits        float64  // share of what was asked that it had
 	tail        float64  // see firstTail
 	delivered   int64    // bytes
 	deliveredAt time.Duration
-	heardAt     time.Duration
 
 	missing      map[flightKey]struct{}
 	missingSince time.Duration
@@ -119,7 +122,7 @@ func newMember(p *Pool, i int, s fetch.Source) *member {
 	if record.RoundTrip > 0 {
 		m.known = true
 		m.roundTrip.present = record.RoundTrip.Seconds()
-		m.rate.present = record.Rate
+		m.rate.present, m.typical = record.Rate, record.Rate
 	}
 	if !record.Failure.IsZero() && p.epoch.Sub(record.Failure) < failureAge {
 		m.failures = 1 // not yet again: the first request tells
@@ -132,7 +135,7 @@ func newMember(p *Pool, i int, s fetch.Source) *member {
 func (m *member) usable(now time.Duration) bool { return !m.banned && m.restUntil <= now }
 
 // trusted reports whether the source works, as far as is known.
-func (m *member) trusted(now time.Duration) bool { return m.usable(now) && m.known && m.failures == 0 }
+func (m *member) trusted(now time.Duration) bool { return m.usable(now) && m.known && m.failures == 0 && !m.silent }
 
 func (m *member) minRoundTrip() time.Duration {
 	return time.Duration(m.roundTrip.best(smaller) * float64(time.Second))
@@ -160,7 +163,7 @@ func (m *member) window() int64 {
 }
 
 func (m *member) hasRoom() bool {
-	if !m.known || m.failures > 0 {
+	if !m.known || m.failures > 0 || m.silent {
 		return m.requests < gentleRequests
 	}
 	if !m.proven && m.requests >= unprovenRequests {
@@ -172,7 +175,7 @@ func (m *member) hasRoom() bool {
 // sent books a request.
 func (m *member) sent(r *request, now time.Duration) {
 	if m.requests == 0 {
-		m.deliveredAt = now
+		m.deliveredAt, m.quiet = now, 0
 	}
 	r.start, r.delivered, r.deliveredAt = now, m.delivered, m.deliveredAt
 	r.expected = m.expected(r.size)
@@ -221,8 +224,7 @@ func (m *member) answers(r *request, now time.Duration) {
 		m.failures = 0
 		m.restUntil = 0
 	}
-	m.known, m.proven, m.probed = true, true, true
-	m.heardAt = now
+	m.known, m.proven, m.silent, m.quiet = true, true, false, 0
 	if r.expected < time.Hour {
 		if float64(took) > float64(r.expected)*m.tail {
 			m.tail = min(greatestTail, m.tail*(1+0.95*tailStep))
@@ -243,6 +245,11 @@ func (m *member) delivers(r *request, now time.Duration) {
 	if interval := now - r.deliveredAt; interval > 0 {
 		sample := float64(m.delivered-r.delivered) / interval.Seconds()
 		m.rate.add(sample, larger, now, max(leastRateAge, rateAge*m.minRoundTrip()), r.full)
+		if m.typical == 0 {
+			m.typical = sample
+		} else if r.full {
+			m.typical += (sample - m.typical) * typicalWeight
+		}
 	}
 	m.deliveredAt = now
 }
@@ -310,8 +317,8 @@ func (m *member) remember() {
 		return
 	}
 	bytes, took := m.delivered-m.remembered, time.Duration(0)
-	if rate := m.rate.best(larger); bytes >= tellingBytes && rate > 0 {
-		took = time.Duration(float64(bytes) / rate * float64(time.Second))
+	if bytes >= tellingBytes && m.typical > 0 {
+		took = time.Duration(float64(bytes) / m.typical * float64(time.Second))
 	}
 	m.remembered = m.delivered
 	m.pool.options.State.Measured(m.name, bytes, took, m.minRoundTrip())

@@ -34,8 +34,8 @@ func (p *Pool) Stats() []SourceStats {
 	for i, m := range p.members {
 		stats[i] = SourceStats{
 			URL: m.name, Requests: m.asked, Bytes: m.delivered, Duplicates: m.duplicates, Misses: m.misses, Faults: m.faults,
-			Failures: m.failed, Banned: m.banned, Resting: m.restUntil > now || m.failures > 0,
-			RoundTrip: m.minRoundTrip(), Rate: m.rate.best(larger), Err: m.lastError,
+			Failures: m.failed, Banned: m.banned, Resting: m.restUntil > now || m.failures > 0 || m.silent,
+			RoundTrip: m.minRoundTrip(), Rate: m.typical, Err: m.lastError,
 		}
 		if m.known {
 			stats[i].Window = m.window()
@@ -61,7 +61,7 @@ func (p *Pool) Expect() Expectation {
 	now := p.now()
 	var e Expectation
 	for _, m := range p.members {
-		if !m.usable(now) || m.failures > 0 {
+		if !m.usable(now) || m.failures > 0 || m.silent {
 			continue
 		}
 		e.Sources++
@@ -71,21 +71,21 @@ func (p *Pool) Expect() Expectation {
 		if e.RoundTrip == 0 || m.minRoundTrip() < e.RoundTrip {
 			e.RoundTrip = m.minRoundTrip()
 		}
-		if rate := m.rate.best(larger); rate > 0 {
+		if m.typical > 0 {
 			e.Known++
-			e.Rate += rate * m.score
+			e.Rate += m.typical * m.score
 		}
 	}
 	return e
 }
 
-// The window for readers: what is in memory for it must leave room for the rest of a process of 64 MiB. A request costs a
-// goroutine that waits.
+// The window for readers: what is in memory for it must leave room for the rest of a process of 64 MiB. A request costs 4 KiB
+// beside its block, for the stack of a goroutine that waits.
 const (
 	leastReaderBytes    = 16 << 20
 	usualReaderBytes    = 24 << 20
-	usualReaderRequests = 2048
-	mostReaderRequests  = 4096
+	usualReaderRequests = 4096
+	mostReaderRequests  = 8192
 )
 
 // Window returns what a reader should keep in flight: what the sources hold in one round trip, twice, and room for blocks that
@@ -98,7 +98,7 @@ func (p *Pool) Window() eris.Window {
 		if m.banned {
 			continue
 		}
-		rate := m.rate.best(larger)
+		rate := m.typical
 		if !m.known || rate == 0 {
 			known = false
 			continue

@@ -57,6 +57,8 @@ func (p *Pool) watcher() {
 			idle := p.flying == 0 && p.retries.live+p.fresh.live == 0
 			if !idle {
 				p.look()
+			} else {
+				p.rest()
 			}
 			p.mu.Unlock()
 			if idle {
@@ -80,16 +82,22 @@ func (p *Pool) look() {
 	p.pump(now)
 }
 
-// checkSilence takes away what was asked of a source that does not answer any more, if there is another.
+// rest forgets how long sources have been quiet, when nothing is asked of them.
+func (p *Pool) rest() {
+	for _, m := range p.members {
+		m.quiet = 0
+	}
+}
+
+// checkSilence takes away what was asked of a source that does not answer any more, if there is another. One request is left
+// to it, whose answer tells when it is back.
 func (p *Pool) checkSilence(m *member, now time.Duration) {
 	oldest := m.first
-	for oldest != nil && oldest.cut != nil {
-		oldest = oldest.next
-	}
-	if oldest == nil {
+	if oldest == nil || m.silent {
 		return
 	}
-	since := max(m.heardAt, oldest.start)
+	// Counted in looks, not by the clock, so that a machine that has no time for us does not look like a silent source.
+	m.quiet += watchInterval
 	allowed := unknownSilence
 	if m.proven {
 		gap := time.Duration(float64(oldest.size) / m.speed() * float64(time.Second))
@@ -98,14 +106,18 @@ func (p *Pool) checkSilence(m *member, now time.Duration) {
 	} else if m.known {
 		allowed = min(2*leastSilence+5*m.minRoundTrip(), unknownSilence) // a connection has to be made
 	}
-	if now-since <= allowed {
+	if m.quiet <= allowed || now-oldest.start <= allowed {
 		return
 	}
-	// If all are silent, that may be our end of the line, or this machine.
+	// If all are silent, that may be our end of the line.
 	for _, o := range p.members {
-		if o != m && o.trusted(now) && (o.requests == 0 || o.heardAt > since) {
-			m.fails(oldest, errSilent, now)
-			m.cut(errSilent)
+		if o != m && o.trusted(now) && (o.requests == 0 || o.quiet < m.quiet) {
+			m.silent, m.lastError = true, errSilent
+			m.failed++
+			for r := oldest.next; r != nil; r = r.next {
+				r.cutOff(errSilent)
+			}
+			p.sweep()
 			return
 		}
 	}
