@@ -211,8 +211,9 @@ func (c *Cache) check(err error) {
 	}
 }
 
-// Has tells whether the cache seems to have a block. It may be wrong, rarely.
-func (c *Cache) Has(ref eris.Reference, size eris.BlockSize) bool {
+// Has tells whether the cache seems to have a block. It may be wrong, rarely: the
+// block is not looked at.
+func (c *Cache) Has(_ context.Context, ref eris.Reference, size eris.BlockSize) bool {
 	if !size.Valid() {
 		return false
 	}

@@ -109,7 +109,7 @@ func TestCache(t *testing.T) {
 			t.Errorf("%s: %d blocks of %d", name, got, n)
 		}
 		ref, block := testBlock(1, small)
-		if !c.Has(ref, small) || c.Has(ref, large) || c.Has(ref, 5) {
+		if !c.Has(t.Context(), ref, small) || c.Has(t.Context(), ref, large) || c.Has(t.Context(), ref, 5) {
 			t.Errorf("%s: the cache does not know what it has", name)
 		}
 		if _, err := c.Get(t.Context(), ref, large, nil); err != eris.ErrNotFound {
@@ -346,7 +346,7 @@ func TestOpenFails(t *testing.T) {
 	var none *Cache
 	put := func() { none.Put(testBlock(1, small)) }
 	put()
-	if has(t, none, 1, small) || none.Has(eris.Reference{}, small) || none.Close() != nil {
+	if has(t, none, 1, small) || none.Has(t.Context(), eris.Reference{}, small) || none.Close() != nil {
 		t.Error("no cache has a block")
 	}
 }
