@@ -24,8 +24,8 @@ import (
 // that candidate begins; the source's bytes are kept until then.
 
 // DefaultLookahead is the memory, in bytes, for members that are decoded ahead
-// unless [Options] say otherwise.
-const DefaultLookahead = 128 << 20
+// unless [Options] say otherwise: what lzip -9 needs for its window.
+const DefaultLookahead = 32 << 20
 
 const (
 	// leastMember is the size in bytes of a header, the least LZMA stream and a
@@ -101,6 +101,9 @@ func (z *Reader) lookAhead() error {
 	z.d.init(&z.feed)
 	// The first job alone; the others while there is nothing to hand out.
 	for len(z.jobs) == 0 && z.start() {
+	}
+	if len(z.jobs) > 0 {
+		z.d.close() // jobs have windows of their own
 	}
 	return nil
 }

@@ -1,0 +1,303 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
+)
+
+// A largeItem is an item of a file of 2 GiB and of many small ones. Its archive is
+// head, block many times, and tail.
+type largeItem struct {
+	head, block, tail []byte
+	blocks            int
+}
+
+func makeLargeItem() *largeItem {
+	const size, blocks = 2 << 30, 32
+	item := &largeItem{blocks: blocks}
+	// Matches near enough for every method, so that compressors take no time;
+	// windows are filled all the same.
+	random := sha256.Sum256(nil)
+	var part []byte
+	for len(part) < 16<<10 {
+		part = append(part, random[:]...)
+		random = sha256.Sum256(random[:])
+	}
+	item.block = bytes.Repeat(part, size/blocks/len(part))
+
+	var framer nar.Framer
+	item.head = framer.AppendNode(item.head, nar.Node{Kind: nar.Directory})
+	item.head = framer.AppendNode(item.head, nar.Node{Kind: nar.Regular, Name: "a", Size: size})
+	item.tail = framer.AppendContentsEnd(item.tail)
+	for i := range 3000 {
+		contents := part[i : 9000+i]
+		item.tail = framer.AppendNode(item.tail, nar.Node{Kind: nar.Regular, Name: fmt.Sprintf("b%04d", i), Size: 9000})
+		item.tail = framer.AppendContentsEnd(append(item.tail, contents...))
+	}
+	item.tail = framer.AppendNode(item.tail, nar.Node{Kind: nar.End})
+	return item
+}
+
+// pieces gives the archive to f piece by piece.
+func (item *largeItem) pieces(f func(piece []byte) error) error {
+	if err := f(item.head); err != nil {
+		return err
+	}
+	for range item.blocks {
+		if err := f(item.block); err != nil {
+			return err
+		}
+	}
+	return f(item.tail)
+}
+
+// Codes of dictionary sizes.
+const (
+	lzipLevel6 = 23 // 8 MiB
+	lzipLevel9 = 25 // 32 MiB
+)
+
+// lzipMember compresses what in has. It takes the fastest level, and says in the
+// header that the dictionary is one of a slower level, which makes a decompressor
+// have the same window.
+func lzipMember(program string, out io.Writer, in io.Reader, dictionary byte) error {
+	cmd := exec.Command(program, "-0", "-c")
+	cmd.Stdin = in
+	r, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	var header [6]byte
+	_, err = io.ReadFull(r, header[:])
+	if err == nil {
+		header[5] = dictionary
+		_, err = out.Write(header[:])
+	}
+	if err == nil {
+		_, err = io.Copy(out, r)
+	}
+	if err != nil {
+		cmd.Process.Kill()
+	}
+	if err2 := cmd.Wait(); err == nil {
+		err = err2
+	}
+	return err
+}
+
+// largeMethods write an item compressed in the ways that servers have.
+func largeMethods(t *testing.T) map[string]func(w io.Writer, item *largeItem) error {
+	joined := func(compress func(io.Writer, []byte) error) func(io.Writer, *largeItem) error {
+		return func(w io.Writer, item *largeItem) error {
+			var block bytes.Buffer
+			return item.pieces(func(piece []byte) error {
+				if len(piece) != len(item.block) {
+					return compress(w, piece)
+				}
+				if block.Len() == 0 {
+					if err := compress(&block, piece); err != nil {
+						return err
+					}
+				}
+				_, err := w.Write(block.Bytes())
+				return err
+			})
+		}
+	}
+	methods := map[string]func(w io.Writer, item *largeItem) error{
+		"none": func(w io.Writer, item *largeItem) error {
+			return item.pieces(func(piece []byte) error {
+				_, err := w.Write(piece)
+				return err
+			})
+		},
+		"gzip": joined(func(w io.Writer, piece []byte) error {
+			z, err := gzip.NewWriterLevel(w, 1)
+			if err == nil {
+				_, err = z.Write(piece)
+			}
+			if err == nil {
+				err = z.Close()
+			}
+			return err
+		}),
+		"zstd": func(w io.Writer, item *largeItem) error { // with the window of level 19
+			z, err := zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedFastest),
+				zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(8<<20))
+			if err != nil {
+				return err
+			}
+			defer z.Close()
+			return item.pieces(func(piece []byte) error {
+				_, err := z.Write(piece)
+				return err
+			})
+		},
+	}
+	// On Debian "lzip" may be plzip, which makes members of its own.
+	program, err := exec.LookPath("lzip.lzip")
+	if err != nil {
+		program, err = exec.LookPath("lzip")
+	}
+	if err != nil {
+		t.Log("lzip is not installed: its format is left out")
+		return methods
+	}
+	methods["lzip"] = func(w io.Writer, item *largeItem) error { // one member
+		r, in := io.Pipe()
+		go func() {
+			in.CloseWithError(item.pieces(func(piece []byte) error {
+				_, err := in.Write(piece)
+				return err
+			}))
+		}()
+		defer r.Close()
+		return lzipMember(program, w, r, lzipLevel9)
+	}
+	// Members like those of plzip -9 and, in between, of plzip.
+	methods["lzip, members"] = joined(func(w io.Writer, piece []byte) error {
+		half := len(piece) / 2
+		for _, part := range [][]byte{piece[:half], piece[half : half+half/2], piece[half+half/2:]} {
+			if len(part) == 0 {
+				continue
+			}
+			dictionary := byte(lzipLevel6)
+			if len(part) > 16<<20 {
+				dictionary = lzipLevel9
+			}
+			if err := lzipMember(program, w, bytes.NewReader(part), dictionary); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return methods
+}
+
+// mostMemory returns the most memory that a process has had at a time, in bytes.
+func mostMemory(t *testing.T, pid int) int {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := regexp.MustCompile(`(?m)^VmHWM:\s+(\d+) kB$`).FindSubmatch(status)
+	if m == nil {
+		t.Fatalf("no VmHWM in %q", status)
+	}
+	n, err := strconv.Atoi(string(m[1]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n << 10
+}
+
+// TestLargeItemMemory restores an item of more than 2 GiB from each compression,
+// as the daemon has it done, and with de-duplication. The process must do with
+// less than 64 MiB.
+func TestLargeItemMemory(t *testing.T) {
+	if os.Getenv("ERIS_BIG_TESTS") == "" {
+		t.Skip("set ERIS_BIG_TESTS for an item of 2 GiB")
+	}
+	const most = 64 << 20
+	directory := t.TempDir()
+	program := directory + "/guix-substitute-eris"
+	build := exec.Command("go", "build", "-o", program, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	item := makeLargeItem()
+	h, size := sha256.New(), 0
+	err := item.pieces(func(piece []byte) error {
+		size += len(piece)
+		_, err := h.Write(piece)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	hash := "sha256:" + nixbase32.EncodeToString(h.Sum(nil))
+	store := filepath.Join(directory, "store")
+	if err := os.Mkdir(store, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := restore.Remove(store); err != nil {
+			t.Error(err)
+		}
+	})
+	name := store + "/" + strings.Repeat("a", 32) + "-large"
+	for method, write := range largeMethods(t) {
+		t.Run(method, func(t *testing.T) {
+			compression, _, _ := strings.Cut(method, ",")
+			var failed error
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path == "/nar" {
+					failed = write(w, item)
+					return
+				}
+				fmt.Fprintf(w, "StorePath: %s\nNarHash: %s\nNarSize: %d\nReferences: \nURL: nar\nCompression: %s\n",
+					name, hash, size, compression)
+			}))
+			d := startDaemonHelper(program, "substitute", []string{
+				"NIX_STORE_DIR=" + store,
+				"GUIX_STATE_DIRECTORY=" + directory + "/var",
+				"GUIX_CONFIGURATION_DIRECTORY=" + directory + "/etc",
+				"GUIX_ALLOW_UNAUTHENTICATED_SUBSTITUTES=yes",
+				"_NIX_OPTIONS=substitute-urls=" + server.URL + "\ndeduplicate=yes",
+			}, false)
+			if d.err != nil {
+				t.Fatal(d.err)
+			}
+			// The pipe of requests stays open while memory is looked at.
+			_, err := io.WriteString(d.stdin, "substitute "+name+" "+name+"\n")
+			var reply [4096]byte
+			n := 0
+			if err == nil {
+				n, err = d.replies.Read(reply[:])
+			}
+			used := mostMemory(t, d.cmd.Process.Pid)
+			if err2 := d.close(); err == nil {
+				err = err2
+			}
+			server.Close()
+			if want := fmt.Sprintf("success %s %d\n", hash, size); err != nil || string(reply[:n]) != want {
+				t.Errorf("reply %q, error %v, of the server %v; log: %s", reply[:n], err, failed, d.log.String())
+			}
+			t.Logf("%.1f MiB of memory for %d MiB", float64(used)/(1<<20), size>>20)
+			if used >= most {
+				t.Errorf("%d bytes of memory are more than %d", used, most)
+			}
+			if err := restore.Remove(name); err != nil {
+				t.Error(err)
+			}
+			if err := restore.Remove(store + "/.links"); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
