@@ -322,7 +322,7 @@ func TestDecodeRejects(t *testing.T) {
 		"huge name":                     {head + "a1" + "817bffffffffffffffff", "text of 18446744073709551615 bytes"},
 		"name that is not UTF-8":        {head + "a1" + "8161ff" + file, "not UTF-8"},
 		"too many names":                {head + "a1" + "990fff", "path of 4095 names"},
-		"long path":                     {head + "a1" + "91" + strings.Repeat("78fa"+strings.Repeat("61", 250), 17) + file, "longer than 4095"},
+		"long path":                     {head + "a1" + "91" + strings.Repeat("78fa"+strings.Repeat("61", 250), 17) + file, "longer than 3800"},
 		"huge path":                     {head + "a1" + "9bffffffffffffffff", "path of 18446744073709551615 names"},
 		"twice":                         {head + "a2" + "816161" + file + "816161" + sym, "not after"},
 		"order":                         {head + "a2" + "816162" + file + "816161" + file, "not after"},

@@ -4,6 +4,7 @@ package nar
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"sync"
 	"sync/atomic"
@@ -123,7 +124,7 @@ func (a *ReadAhead) read(ctx context.Context, r io.Reader, count, size int) {
 		// to do.
 		for n < size && failed == nil && (n == 0 || len(a.pieces) > 0) {
 			var m int
-			m, failed = r.Read(b.bytes[n:])
+			m, failed = contained(r, b.bytes[n:])
 			n += m
 			if ctx.Err() != nil {
 				failed = ctx.Err()
@@ -137,6 +138,17 @@ func (a *ReadAhead) read(ctx context.Context, r io.Reader, count, size int) {
 		}
 	}
 	a.send(ctx, piece{err: failed})
+}
+
+// contained reads from r. What is behind it decodes what comes from anybody; should
+// it panic, that is an error of the stream and not the end of the process.
+func contained(r io.Reader, p []byte) (n int, err error) {
+	defer func() {
+		if fault := recover(); fault != nil {
+			n, err = 0, fmt.Errorf("internal error: %v", fault)
+		}
+	}()
+	return r.Read(p)
 }
 
 // send delivers p unless nobody listens any more.

@@ -62,7 +62,7 @@ type Node struct {
 	Target string
 }
 
-// Limits of what an archive may hold. Linux has the same ones (NAME_MAX,
+// Limits of what an archive may hold. Linux has about the same ones (NAME_MAX,
 // PATH_MAX), and a store item beyond them could not be deleted again by a
 // daemon that works with file names.
 const (
@@ -71,8 +71,11 @@ const (
 	// MaxTarget is the length of the longest symbolic link target, in bytes.
 	MaxTarget = 4095
 	// MaxPath is the length of the longest path of an entry below the root, in
-	// bytes, slashes between its names included. It bounds the depth too.
-	MaxPath = 4095
+	// bytes, slashes between its names included: what PATH_MAX leaves after the
+	// name of an item in the store or in its trash.
+	MaxPath = 3800
+	// MaxDepth is how many directories an entry may be inside of.
+	MaxDepth = 256
 )
 
 // Nodes is a tree as a stream. It is not safe for concurrent use.

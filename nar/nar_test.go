@@ -294,7 +294,12 @@ func TestMalformed(t *testing.T) {
 	for range 17 {
 		node = directory(entry(deep, node))
 	}
+	nested := regular("")
+	for range nar.MaxDepth + 1 {
+		nested = directory(entry("d", nested))
+	}
 	tests := map[string]struct{ archive, message string }{
+		"deep":                    {archive(nested), "more than 256 directories deep"},
 		"empty name":              {archive(directory(entry("", regular("")))), "empty entry name"},
 		"dot":                     {archive(directory(entry(".", regular("")))), `entry name "."`},
 		"dot dot":                 {archive(directory(entry("..", regular("")))), `entry name ".."`},

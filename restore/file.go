@@ -5,7 +5,6 @@ package restore
 import (
 	"crypto/sha256"
 	"hash"
-	"io"
 
 	"golang.org/x/sys/unix"
 
@@ -136,8 +135,8 @@ func (r *restorer) fill(fd int, f *file, share bool, key *[sha256.Size]byte) err
 		select {
 		case c, ok := <-f.stream:
 			if !ok {
-				if written < f.size { // the walk has failed
-					return io.ErrUnexpectedEOF
+				if written < f.size {
+					return errWalk
 				}
 				if share {
 					h.key(key)

@@ -3,40 +3,72 @@
 package restore
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
-// Remove deletes the tree at path, whatever its permissions, without following
-// symbolic links and without crossing into another file system (Guix,
-// guix/build/utils.scm: delete-file-recursively). It is no error when there is
-// nothing.
+// Remove deletes the tree at path, whatever its permissions and depth, without
+// following symbolic links and without crossing mount points, of which one at path
+// is one (Guix, guix/build/utils.scm: delete-file-recursively). It is no error
+// when there is nothing. The last component of path must be a name: what ends with
+// "." or ".." is refused.
 func Remove(path string) error {
-	parent, err := unix.Open(filepath.Dir(path), unix.O_DIRECTORY|unix.O_PATH|unix.O_CLOEXEC, 0)
+	parent, name, err := openParent(path)
 	if err != nil {
-		return &os.PathError{Op: "open", Path: filepath.Dir(path), Err: err}
+		return err
 	}
 	defer unix.Close(parent)
 	var st unix.Stat_t
-	err = unix.Fstatat(parent, filepath.Base(path), &st, unix.AT_SYMLINK_NOFOLLOW)
-	if err == unix.ENOENT {
-		return nil
-	} else if err != nil {
-		return &os.PathError{Op: "stat", Path: path, Err: err}
+	if err := unix.Fstat(parent, &st); err != nil {
+		return &os.PathError{Op: "stat", Path: filepath.Dir(path), Err: err}
 	}
-	if err := removeAt(parent, filepath.Base(path), uint64(st.Dev)); err != nil {
+	r := remover{device: uint64(st.Dev)}
+	if err := r.remove(parent, name, 0); err != nil {
 		return fmt.Errorf("cannot remove %s: %w", path, err)
 	}
 	return nil
 }
 
-// removeAt deletes name in the open directory dir if it is on the device.
-func removeAt(dir int, name string, device uint64) error {
+// openParent opens the directory that path is in, and returns the name that path
+// has there.
+func openParent(path string) (fd int, name string, err error) {
+	trimmed := strings.TrimRight(path, "/")
+	name = trimmed[strings.LastIndexByte(trimmed, '/')+1:]
+	if err := nar.CheckName(name); err != nil {
+		return -1, "", fmt.Errorf("%q cannot be a destination: %w", path, err)
+	}
+	directory := filepath.Dir(trimmed)
+	fd, err = unix.Open(directory, unix.O_DIRECTORY|unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, "", &os.PathError{Op: "open", Path: directory, Err: err}
+	}
+	return fd, name, nil
+}
+
+// A remover deletes one tree. It has a file open for each directory on the way
+// down; what lies deeper than maxOpen is moved up to the root of the tree first.
+type remover struct {
+	device uint64
+	root   *os.File // the tree's own directory
+	moved  bool     // something has been moved to root since it was listed
+}
+
+// maxOpen is how deep a remover goes.
+const maxOpen = 32
+
+var errMount = errors.New("it is a mount point")
+
+// remove deletes name in the open directory dir.
+func (r *remover) remove(dir int, name string, depth int) error {
 	err := unix.Unlinkat(dir, name, 0)
 	if err == nil || err == unix.ENOENT {
 		return nil
@@ -46,7 +78,7 @@ func removeAt(dir int, name string, device uint64) error {
 	}
 	fd, err := openForRemoval(dir, name)
 	if err != nil {
-		return err
+		return fmt.Errorf("%q: %w", name, err)
 	}
 	f := os.NewFile(uintptr(fd), name)
 	defer f.Close()
@@ -54,36 +86,45 @@ func removeAt(dir int, name string, device uint64) error {
 	if err := unix.Fstat(fd, &st); err != nil {
 		return err
 	}
-	if uint64(st.Dev) != device {
-		return fmt.Errorf("%q is a mount point", name)
+	if uint64(st.Dev) != r.device {
+		return fmt.Errorf("%q: %w", name, errMount)
 	}
-	// The owner needs write permission to delete entries; root does not.
-	if st.Mode&0o700 != 0o700 && os.Geteuid() != 0 {
-		if err := unix.Fchmod(fd, 0o700); err != nil {
-			return err
-		}
+	if st.Mode&0o700 != 0o700 {
+		// Its owner needs this to delete entries. Where it fails it may not be
+		// needed; if it is, deleting them fails.
+		unix.Fchmod(fd, 0o700)
+	}
+	if depth == maxOpen {
+		r.moved = true
+		return unix.Renameat(dir, name, int(r.root.Fd()), ".removed-"+rand.Text())
+	}
+	if depth == 0 {
+		r.root = f
 	}
 	// A file system may skip entries when others are deleted while it lists them.
-	for range 3 {
-		if err := removeEntries(f, device); err != nil {
+	for tries := 0; ; tries++ {
+		if depth == 0 && r.moved {
+			tries, r.moved = 0, false
+		}
+		if err := r.entries(f, depth+1); err != nil {
 			return err
 		}
-		if err = unix.Unlinkat(dir, name, unix.AT_REMOVEDIR); err != unix.ENOTEMPTY {
+		err := unix.Unlinkat(dir, name, unix.AT_REMOVEDIR)
+		if err != unix.ENOTEMPTY && err != unix.EEXIST || tries == 3 && !r.moved {
 			return err
 		}
 		if _, err := f.Seek(0, io.SeekStart); err != nil {
 			return err
 		}
 	}
-	return err
 }
 
-// removeEntries deletes what is in the directory f.
-func removeEntries(f *os.File, device uint64) error {
+// entries deletes what is in the directory f.
+func (r *remover) entries(f *os.File, depth int) error {
 	for {
 		names, err := f.Readdirnames(1024)
 		for _, n := range names {
-			if err := removeAt(int(f.Fd()), n, device); err != nil {
+			if err := r.remove(int(f.Fd()), n, depth); err != nil {
 				return err
 			}
 		}
@@ -98,14 +139,14 @@ func removeEntries(f *os.File, device uint64) error {
 // openForRemoval opens the directory name, after giving its owner permission if
 // there is none.
 func openForRemoval(dir int, name string) (int, error) {
-	const flags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
-	fd, err := unix.Openat(dir, name, flags, 0)
+	const flags = unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
+	fd, err := openBeneath(dir, name, unix.O_RDONLY|flags)
 	if err != unix.EACCES {
 		return fd, err
 	}
 	// fchmodat follows links; O_PATH with O_NOFOLLOW makes sure that this is the
 	// directory itself.
-	path, err := unix.Openat(dir, name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	path, err := openBeneath(dir, name, unix.O_PATH|flags)
 	if err != nil {
 		return -1, err
 	}
@@ -113,5 +154,25 @@ func openForRemoval(dir int, name string) (int, error) {
 	if err := unix.Chmod(fmt.Sprintf("/proc/self/fd/%d", path), 0o700); err != nil {
 		return -1, err
 	}
-	return unix.Openat(dir, name, flags, 0)
+	return openBeneath(dir, name, unix.O_RDONLY|flags)
+}
+
+// openBeneath opens name in dir unless it is a mount point, which the number of
+// its device does not tell if it is a part of the same file system.
+func openBeneath(dir int, name string, flags int) (int, error) {
+	for {
+		fd, err := unix.Openat2(dir, name, &unix.OpenHow{
+			Flags:   uint64(flags),
+			Resolve: unix.RESOLVE_NO_XDEV | unix.RESOLVE_NO_SYMLINKS,
+		})
+		switch err {
+		case unix.EINTR, unix.EAGAIN:
+		case unix.EXDEV:
+			return -1, errMount
+		case unix.ENOSYS, unix.EPERM, unix.E2BIG: // before Linux 5.6, or in a sandbox
+			return unix.Openat(dir, name, flags, 0)
+		default:
+			return fd, err
+		}
+	}
 }

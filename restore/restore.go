@@ -17,7 +17,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
@@ -78,9 +77,9 @@ const (
 // has been written by then stays, for [Remove]. Contents that cannot be shared
 // through the links directory are kept as they are, without an error.
 func Restore(ctx context.Context, nodes nar.Nodes, destination string, o Options) (Result, error) {
-	parent, err := unix.Open(filepath.Dir(destination), unix.O_DIRECTORY|unix.O_PATH|unix.O_CLOEXEC, 0)
+	parent, name, err := openParent(destination)
 	if err != nil {
-		return Result{}, &os.PathError{Op: "open", Path: filepath.Dir(destination), Err: err}
+		return Result{}, err
 	}
 	defer unix.Close(parent)
 	group, ctx := errgroup.WithContext(ctx)
@@ -88,6 +87,7 @@ func Restore(ctx context.Context, nodes nar.Nodes, destination string, o Options
 		ctx:         ctx,
 		nodes:       nodes,
 		destination: destination,
+		name:        name,
 		limit:       o.MaxBytes,
 		writable:    o.Writable,
 		files:       make(chan *file, queuedFiles),
@@ -102,14 +102,35 @@ func Restore(ctx context.Context, nodes nar.Nodes, destination string, o Options
 		defer r.links.close()
 	}
 	for range workers {
-		group.Go(r.work)
+		group.Go(func() error { return contained(r.work) })
 	}
-	group.Go(r.plan)
+	group.Go(func() error {
+		r.failed = contained(r.plan)
+		return r.failed
+	})
 	if err := group.Wait(); err != nil {
 		r.abandon()
+		if errors.Is(err, errWalk) && r.failed != nil {
+			err = r.failed
+		}
 		return Result{}, err
 	}
 	return r.result, nil
+}
+
+// errWalk is the error of a file of which no more contents come because the walk
+// has failed, whose own error is what matters.
+var errWalk = errors.New("the walk has failed")
+
+// contained calls f. Whoever gives the nodes reads what comes from anybody; should
+// it panic, that is the end of this restoration, but not of the process.
+func contained(f func() error) (err error) {
+	defer func() {
+		if fault := recover(); fault != nil {
+			err = fmt.Errorf("internal error: %v", fault)
+		}
+	}()
+	return f()
 }
 
 // canonicalTime is one second after the Epoch, for access and modification.
@@ -119,6 +140,7 @@ type restorer struct {
 	ctx         context.Context
 	nodes       nar.Nodes
 	destination string
+	name        string // of destination in its directory
 	limit       uint64
 	writable    bool
 	links       *links // nil without de-duplication
@@ -127,6 +149,7 @@ type restorer struct {
 	// The rest belongs to plan.
 	hash   *nar.Hasher
 	result Result
+	failed error
 	open   []*directory // the path to the node under way; the first is the parent of destination
 }
 
@@ -168,13 +191,17 @@ func (r *restorer) node(n nar.Node) error {
 	dir := r.open[len(r.open)-1]
 	name := n.Name
 	if len(r.open) == 1 {
-		name = filepath.Base(r.destination)
+		name = r.name
 	}
 	switch n.Kind {
 	case nar.End:
 		r.open = r.open[:len(r.open)-1]
 		return r.complete(dir)
 	case nar.Directory:
+		// Each directory on the way down is a file that is open.
+		if len(r.open) > nar.MaxDepth {
+			return r.pathError("mkdir", n.Name, fmt.Errorf("more than %d directories deep", nar.MaxDepth))
+		}
 		d, err := makeDirectory(dir, name)
 		if err != nil {
 			return r.pathError("mkdir", n.Name, err)

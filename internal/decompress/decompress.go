@@ -5,9 +5,10 @@
 // %compression-methods). Start with [Open].
 //
 // What is decompressed comes from anywhere. Whatever it says, no method has a window
-// of more than 128 MiB, and none panics. For what servers offer, the memory is about
-// that of the window: 8 MiB with zstd -19, 32 MiB with lzip -9, less than 1 MiB with
-// gzip. How much comes out is for the caller to bound.
+// of more than 128 MiB, none panics, and none reads for ever without giving anything.
+// For what servers offer, the memory is about that of the window: 8 MiB with zstd
+// -19, 32 MiB with lzip -9, less than 1 MiB with gzip. How much comes out is for the
+// caller to bound.
 package decompress
 
 import (
@@ -29,7 +30,17 @@ const (
 	maxWindow = 128 << 20
 
 	inputSize = 64 << 10
+
+	// freeInput is how many bytes are read in any case, and inputPerByte how many
+	// more for each byte that comes out. No compressor makes data longer by more
+	// than a few hundredths; the decoder of lzip reads some MiB ahead.
+	freeInput    = 32 << 20
+	inputPerByte = 2
 )
+
+// errNothing is in the chain of the error for data that are hardly any. A server
+// could send them without end.
+var errNothing = errors.New("hardly any data come out")
 
 // ErrUnknownMethod is in the chain of the error for a method that there is not.
 var ErrUnknownMethod = errors.New("unknown compression method")
@@ -42,6 +53,24 @@ type Reader struct {
 	r      io.Reader
 	close  func()
 	err    error
+	out    int64 // bytes that have come out
+	free   int64 // freeInput but for tests
+}
+
+// An input is a source that ends when hardly anything comes out of it.
+type input struct {
+	r io.Reader
+	z *Reader
+	n int64
+}
+
+func (i *input) Read(p []byte) (int, error) {
+	if i.n > i.z.free+inputPerByte*i.z.out {
+		return 0, fmt.Errorf("%w: %d bytes of %d", errNothing, i.z.out, i.n)
+	}
+	n, err := i.r.Read(p)
+	i.n += int64(n)
+	return n, err
 }
 
 // Open returns a Reader of what r has, compressed with the given method: none,
@@ -55,10 +84,13 @@ type Reader struct {
 // like one is ignored, as gzip(1) does; for the others it is an error.
 // Checksums are verified.
 func Open(method string, r io.Reader) (*Reader, error) {
-	z := &Reader{method: method, close: func() {}}
-	switch method {
-	case "none":
+	z := &Reader{method: method, close: func() {}, free: freeInput}
+	if method == "none" {
 		z.r = r
+		return z, nil
+	}
+	r = &input{r: r, z: z}
+	switch method {
 	case "gzip":
 		z.r = newGzipReader(r)
 	case "lzip":
@@ -67,10 +99,10 @@ func Open(method string, r io.Reader) (*Reader, error) {
 	case "zstd":
 		return z, z.openZstd(r)
 	case "xz":
-		z.r = &guarded{newXzReader(bufio.NewReaderSize(r, inputSize))}
+		z.r = newXzReader(bufio.NewReaderSize(r, inputSize))
 	case "bzip2":
 		// The reader of the standard library joins streams.
-		z.r = &guarded{bzip2.NewReader(bufio.NewReaderSize(r, inputSize))}
+		z.r = bzip2.NewReader(bufio.NewReaderSize(r, inputSize))
 	default:
 		return nil, fmt.Errorf("%w %.40q", ErrUnknownMethod, method)
 	}
@@ -94,7 +126,7 @@ func (z *Reader) openZstd(r io.Reader) error {
 	if err != nil {
 		return fmt.Errorf("zstd: %w", err)
 	}
-	z.r, z.close = &guarded{&zstdReader{in: in, d: d}}, d.Close
+	z.r, z.close = &zstdReader{in: in, d: d}, d.Close
 	return nil
 }
 
@@ -106,8 +138,16 @@ func (z *Reader) Read(p []byte) (int, error) {
 	if z.err != nil {
 		return 0, z.err
 	}
-	n, err := z.r.Read(p)
+	n, err := z.read(p)
+	z.out += int64(n)
 	return n, z.fail(err)
+}
+
+// read contains what goes wrong in a decoder: should it panic because of what it
+// reads, that is an error of the data like another.
+func (z *Reader) read(p []byte) (n int, err error) {
+	defer caught(&err)
+	return z.r.Read(p)
 }
 
 // WriteTo implements io.WriterTo: it writes all data, or up to an error as
@@ -119,8 +159,8 @@ func (z *Reader) WriteTo(w io.Writer) (int64, error) {
 		}
 		return 0, z.err
 	}
-	out := &output{w: w}
-	n, err := io.Copy(out, z.r)
+	out := &output{w: w, z: z}
+	n, err := out.copy(z.r)
 	if out.err != nil {
 		z.err = out.err
 		return n, out.err
@@ -135,10 +175,17 @@ func (z *Reader) WriteTo(w io.Writer) (int64, error) {
 // the compressed data.
 type output struct {
 	w   io.Writer
+	z   *Reader
 	err error
 }
 
+func (o *output) copy(r io.Reader) (n int64, err error) {
+	defer caught(&err)
+	return io.Copy(o, r)
+}
+
 func (o *output) Write(p []byte) (int, error) {
+	o.z.out += int64(len(p))
 	n, err := o.w.Write(p)
 	if err != nil {
 		o.err = err
@@ -189,15 +236,6 @@ func noEOF(err error) error {
 		return io.ErrUnexpectedEOF
 	}
 	return err
-}
-
-// A guarded decoder is one that is not ours: should it panic because of what it
-// reads, that is an error of the data like another.
-type guarded struct{ r io.Reader }
-
-func (g *guarded) Read(p []byte) (n int, err error) {
-	defer caught(&err)
-	return g.r.Read(p)
 }
 
 func caught(err *error) {

@@ -220,14 +220,3 @@ func TestXz(t *testing.T) {
 		}
 	}
 }
-
-func TestPanic(t *testing.T) {
-	g := &guarded{readerFunc(func([]byte) (int, error) { panic("of a decoder") })}
-	if n, err := g.Read(make([]byte, 1)); n != 0 || err == nil || !strings.Contains(err.Error(), "of a decoder") {
-		t.Errorf("%d, %v", n, err)
-	}
-}
-
-type readerFunc func([]byte) (int, error)
-
-func (f readerFunc) Read(p []byte) (int, error) { return f(p) }

@@ -63,6 +63,12 @@ type outcome struct {
 func (j *job) cost() int { return j.compressed.size + j.size }
 
 func (j *job) run(maxDictionary int) {
+	defer func() {
+		// In the goroutine of the Reader's user it can be contained.
+		if fault := recover(); fault != nil {
+			j.pieces <- outcome{err: errGuess}
+		}
+	}()
 	j.d.init(&feed{data: j.compressed.clone(), err: io.EOF})
 	err := j.d.begin(maxDictionary, j.size+pieceSize)
 	for err == nil {

@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package restore_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
+)
+
+// failing gives the contents of a large file and then does what end says.
+type failing struct {
+	nodes  nodeList
+	pieces int
+	end    func() (nar.Chunk, error)
+}
+
+func (f *failing) Next() (nar.Node, error) { return f.nodes.Next() }
+
+func (f *failing) Contents() (nar.Chunk, error) {
+	if f.pieces == 0 {
+		return f.end()
+	}
+	f.pieces--
+	return nar.NewChunk(make([]byte, 64<<10), nil), nil
+}
+
+// TestCause checks that the error that is reported is the cause, and not what it
+// makes a file that is being written fail with.
+func TestCause(t *testing.T) {
+	cause := errors.New("the compressed data are damaged")
+	for range 100 {
+		s := store(t)
+		_, err := restore.Restore(context.Background(), &failing{
+			nodes:  nodeList{{Kind: nar.Regular, Size: 1 << 30}},
+			pieces: 20,
+			end:    func() (nar.Chunk, error) { return nar.Chunk{}, cause },
+		}, s+"/item", restore.Options{})
+		if !errors.Is(err, cause) {
+			t.Fatalf("error %v, want %v", err, cause)
+		}
+	}
+}
+
+// TestFaultOfSource checks that a fault in what gives the nodes is an error of
+// this item and not the end of the process.
+func TestFaultOfSource(t *testing.T) {
+	s := store(t)
+	_, err := restore.Restore(context.Background(), &failing{
+		nodes:  nodeList{{Kind: nar.Directory}, {Kind: nar.Regular, Name: "a", Size: 1 << 30}},
+		pieces: 20,
+		end:    func() (nar.Chunk, error) { panic("index out of range") },
+	}, s+"/item", restore.Options{})
+	if err == nil || !strings.Contains(err.Error(), "index out of range") {
+		t.Errorf("error %v", err)
+	}
+	if err := restore.Remove(s + "/item"); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestNoName checks that what is no name of a file is neither made nor removed.
+func TestNoName(t *testing.T) {
+	d := t.TempDir()
+	if err := os.MkdirAll(d+"/a/b", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(d+"/a/b/file", nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	t.Chdir(d + "/a/b")
+	for _, path := range []string{"", ".", "..", "../.", "../b/.", "../b/..", d + "/a/.", "x\x00y", "../b/" + strings.Repeat("x", 256)} {
+		if err := restore.Remove(path); err == nil {
+			t.Errorf("%q was removed", path)
+		}
+		nodes := nodeList{{Kind: nar.Symlink, Target: "x"}}
+		if _, err := restore.Restore(context.Background(), &nodes, path, restore.Options{}); err == nil {
+			t.Errorf("%q was restored", path)
+		}
+	}
+	if _, err := os.Stat(d + "/a/b/file"); err != nil {
+		t.Error(err)
+	}
+	// A slash at the end changes nothing.
+	if err := restore.Remove(d + "/a/b/"); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(d + "/a/b"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("error %v", err)
+	}
+}
+
+// TestRemoveKeepsMounts checks that nothing is deleted from another file system,
+// or from a part of this one that is mounted into the tree.
+func TestRemoveKeepsMounts(t *testing.T) {
+	d := t.TempDir()
+	outside := filepath.Join(d, "outside")
+	tree := filepath.Join(d, "tree")
+	for _, name := range []string{outside, tree + "/sub/mount"} {
+		if err := os.MkdirAll(name, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(outside+"/file", []byte("precious"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for name, at := range map[string]string{"below": tree + "/sub/mount", "itself": tree} {
+		if err := unix.Mount(outside, at, "", unix.MS_BIND, ""); err != nil {
+			t.Skipf("cannot mount: %v", err)
+		}
+		err := restore.Remove(tree)
+		if err := unix.Unmount(at, unix.MNT_DETACH); err != nil {
+			t.Fatal(err)
+		}
+		if err == nil || !strings.Contains(err.Error(), "mount point") {
+			t.Errorf("%s: error %v", name, err)
+		}
+		if b, err := os.ReadFile(outside + "/file"); err != nil || string(b) != "precious" {
+			t.Fatalf("%s: %q, error %v: something was deleted that is not part of the tree", name, b, err)
+		}
+	}
+	if err := restore.Remove(tree); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDeepStaleTree removes a tree that is deeper than a process may have files
+// open.
+func TestDeepStaleTree(t *testing.T) {
+	s := store(t)
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	low := limit
+	low.Cur = 100
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &low); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+	parent, err := unix.Open(s, unix.O_DIRECTORY|unix.O_RDONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3000 { // far beyond the longest path, too
+		if err := unix.Mkdirat(parent, "d", 0o755); err != nil {
+			t.Fatal(err)
+		}
+		fd, err := unix.Openat(parent, "d", unix.O_DIRECTORY|unix.O_RDONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		file, err := unix.Openat(fd, "file", unix.O_CREAT|unix.O_WRONLY, 0o444)
+		if err != nil {
+			t.Fatal(err)
+		}
+		unix.Close(file)
+		unix.Fchmod(parent, 0o555)
+		unix.Close(parent)
+		parent = fd
+	}
+	unix.Close(parent)
+	if err := os.Chmod(s, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := restore.Remove(s + "/d"); err != nil {
+		t.Fatal(err)
+	}
+	if names, err := os.ReadDir(s); err != nil || len(names) > 0 {
+		t.Errorf("%v, error %v", names, err)
+	}
+}
+
+// TestOddNames restores names that are as long as may be, and bytes that are no
+// text.
+func TestOddNames(t *testing.T) {
+	s := store(t)
+	nodes := nodeList{
+		{Kind: nar.Directory},
+		{Kind: nar.Regular, Name: "\x01\x1b[2J\n"},
+		{Kind: nar.Symlink, Name: "\xfe\xff", Target: "\x80"},
+		{Kind: nar.Directory, Name: "\xff" + strings.Repeat("x", nar.MaxName-1)},
+		{Kind: nar.End},
+		{Kind: nar.End},
+	}
+	var want bytes.Buffer
+	again := append(nodeList(nil), nodes...)
+	if _, err := nar.Write(&want, &again); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := restoreArchive(want.Bytes(), 100, s+"/item", restore.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := archiveOf(t, s+"/item"); !bytes.Equal(got, want.Bytes()) {
+		t.Error("another tree was restored")
+	}
+	checkCanonical(t, s+"/item")
+}
