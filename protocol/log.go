@@ -4,10 +4,13 @@ package protocol
 
 import (
 	"fmt"
+	"hash/maphash"
 	"io"
 	"strings"
 	"sync"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 )
@@ -26,8 +29,9 @@ type Log struct {
 
 	mu   sync.Mutex
 	w    io.Writer
-	line bool // a progress line is drawn, without a newline at its end
-	said map[string]bool
+	line bool            // a progress line is drawn, without a newline at its end
+	said map[uint64]bool // hashes of keys, which may be long
+	seed maphash.Seed
 }
 
 // A LogStyle says how a [Log] looks.
@@ -39,7 +43,7 @@ type LogStyle struct {
 	Traces bool
 	// Columns is the width of a progress line in characters.
 	Columns int
-	// Unicode allows other characters than ASCII in a progress line.
+	// Unicode allows other characters than ASCII. Without it, "?" stands for them.
 	Unicode bool
 	// Dynamic allows progress lines that are drawn over and over. Clients of the
 	// daemon take them; a file that standard error was redirected to does not.
@@ -55,7 +59,8 @@ func NewLog(w io.Writer, style LogStyle) *Log {
 		unicode: style.Unicode,
 		dynamic: style.Dynamic,
 		w:       w,
-		said:    map[string]bool{},
+		said:    map[uint64]bool{},
+		seed:    maphash.MakeSeed(),
 	}
 }
 
@@ -74,9 +79,12 @@ func (l *Log) Notef(format string, a ...any) { l.message("", fmt.Sprintf(format,
 
 // WarnOnce shows a warning unless one with the same key has been shown before.
 func (l *Log) WarnOnce(key, format string, a ...any) {
+	hash := maphash.String(l.seed, key)
 	l.mu.Lock()
-	again := l.said[key] || len(l.said) == maxSaid
-	l.said[key] = true
+	again := l.said[hash] || len(l.said) == maxSaid
+	if !again {
+		l.said[hash] = true
+	}
 	l.mu.Unlock()
 	if !again {
 		l.Warnf(format, a...)
@@ -84,21 +92,42 @@ func (l *Log) WarnOnce(key, format string, a ...any) {
 }
 
 func (l *Log) message(kind, text string) {
-	text = oneLine(text)
+	text = l.oneLine(text)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.endLine()
 	io.WriteString(l.w, l.program+": "+kind+text+"\n")
 }
 
-// oneLine keeps a message from being taken for several, or for an event.
-func oneLine(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f {
+// maxLine bounds a line in bytes, so that it is written at once, whatever stands
+// in it.
+const maxLine = 3000
+
+// oneLine keeps a message from being taken for several, or for an event, from
+// controlling a terminal, and from being no text in the user's locale.
+func (l *Log) oneLine(s string) string {
+	s = strings.Map(func(r rune) rune {
+		switch {
+		case unicode.IsControl(r):
 			return ' '
+		case r >= utf8.RuneSelf && !l.unicode:
+			return '?'
 		}
 		return r
 	}, s)
+	return cut(s, maxLine)
+}
+
+// cut cuts a text to a length in bytes.
+func cut(s string, most int) string {
+	if len(s) <= most {
+		return s
+	}
+	end := most - len("...")
+	for !utf8.RuneStart(s[end]) {
+		end--
+	}
+	return s[:end] + "..."
 }
 
 // endLine ends a progress line; the caller holds the lock.

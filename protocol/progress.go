@@ -17,6 +17,9 @@ import (
 // %progress-interval).
 const interval = 200 * time.Millisecond
 
+// maxURL bounds what is shown of a URL, in bytes.
+const maxURL = 1500
+
 // A Download shows the progress of one "substitute" request, over all sources
 // that are tried for it: clients of the daemon must see each event of the start
 // and the success of an item exactly once. Transferred may be called at any time
@@ -38,7 +41,7 @@ type Download struct {
 // Download starts showing a download. item is the destination that the daemon
 // named in its request. Finish must be called at the end.
 func (l *Log) Download(item string) *Download {
-	return &Download{log: l, item: item}
+	return &Download{log: l, item: strings.ReplaceAll(l.oneLine(item), " ", "?")}
 }
 
 // From says that the bytes come from url from now on, and how many there will
@@ -46,7 +49,7 @@ func (l *Log) Download(item string) *Download {
 // more.
 func (d *Download) From(url string, size int64) {
 	d.halt()
-	url = strings.ReplaceAll(oneLine(url), " ", "%20")
+	url = cut(strings.ReplaceAll(d.log.oneLine(url), " ", "%20"), maxURL)
 	d.url, d.size, d.begin = url, size, time.Now()
 	d.transferred.Store(0)
 	d.shown = -1
@@ -238,7 +241,7 @@ type Lookup struct {
 // Lookup starts showing that a server is asked about total items over the
 // network.
 func (l *Log) Lookup(url string, total int) *Lookup {
-	p := &Lookup{log: l, url: oneLine(url), total: total}
+	p := &Lookup{log: l, url: cut(l.oneLine(url), maxURL), total: total}
 	p.show()
 	return p
 }

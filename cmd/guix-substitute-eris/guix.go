@@ -3,11 +3,13 @@
 package main
 
 import (
+	"debug/buildinfo"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,13 +25,14 @@ var usualGuix = []string{
 	"/usr/bin/guix",
 }
 
-// guixCommand hands a command of guix to the real guix: the daemon runs several
-// through the program that it takes for guix. Arguments, environment, working
-// directory and descriptors stay as they are.
-func guixCommand(args []string) int {
-	program, err := realGuix()
+// guixCommand hands a command of guix to the real guix, which flag names unless it
+// is empty: the daemon runs several through the program that it takes for guix.
+// Arguments, argv[0] among them, environment, working directory and descriptors
+// stay as they are.
+func guixCommand(flag string, args []string) int {
+	program, err := realGuix(flag)
 	if err == nil {
-		argv := append([]string{program}, args...)
+		argv := append([]string{os.Args[0]}, args...)
 		err = &fs.PathError{Op: "cannot run", Path: program, Err: unix.Exec(program, argv, os.Environ())}
 	}
 	return fail("%q is no command of this program, and handing it to guix failed: %v", args[0], err)
@@ -37,12 +40,15 @@ func guixCommand(args []string) int {
 
 // realGuix returns the absolute file name of the real guix, which is never this
 // program.
-func realGuix() (string, error) {
+func realGuix(flag string) (string, error) {
 	self, err := os.Stat("/proc/self/exe")
 	if err != nil {
 		return "", fmt.Errorf("cannot tell this program from the real guix: %w", err)
 	}
-	named, by := os.Getenv(guixVariable), "the environment variable "+guixVariable
+	named, by := flag, "the option --guix"
+	if named == "" {
+		named, by = os.Getenv(guixVariable), "the environment variable "+guixVariable
+	}
 	if named == "" {
 		file, err := readConfiguration()
 		if err != nil {
@@ -64,7 +70,7 @@ func realGuix() (string, error) {
 			return path, nil
 		}
 	}
-	return "", fmt.Errorf("no real guix in the usual places; name it by %s or in %s", guixVariable, configurationFile())
+	return "", fmt.Errorf("no real guix in the usual places; name it by --guix, by %s or in %s", guixVariable, configurationFile())
 }
 
 // checkGuix returns an error that says why path cannot be the real guix.
@@ -77,6 +83,19 @@ func checkGuix(path string, self fs.FileInfo) error {
 		return errors.New("that is this program itself")
 	case !info.Mode().IsRegular() || info.Mode()&0o111 == 0:
 		return errors.New("that is not a program")
+	case isOurs(path):
+		// Two copies that take each other for guix would run one another for ever.
+		return errors.New("that is a copy of this program")
 	}
 	return nil
+}
+
+// isOurs tells whether path is this program, of whatever version.
+func isOurs(path string) bool {
+	other, err := buildinfo.ReadFile(path)
+	if err != nil {
+		return false // it is not even in Go
+	}
+	own, ok := debug.ReadBuildInfo()
+	return ok && own.Path != "" && other.Path == own.Path
 }

@@ -19,6 +19,12 @@ func main() { os.Exit(run(os.Args[1:])) }
 // run runs the command that the arguments ask for and returns the exit status.
 // What the command line does not know belongs to guix.
 func run(args []string) int {
+	guix := ""
+	if len(args) > 0 {
+		if file, ok := strings.CutPrefix(args[0], "--guix="); ok {
+			guix, args = file, args[1:]
+		}
+	}
 	if len(args) == 0 {
 		fmt.Print(help)
 		return 0
@@ -47,7 +53,7 @@ func run(args []string) int {
 	case strings.HasPrefix(name, "-"):
 		return byHandCommand(args)
 	}
-	return guixCommand(args)
+	return guixCommand(guix, args)
 }
 
 const help = `Usage: guix-substitute-eris COMMAND [OPTION]... [ARGUMENT]...
@@ -78,7 +84,8 @@ Other commands:
   --version, -V                 show the version
 
 Any other command is handed to the real guix, so that this program can stand in
-for guix in the environment of guix-daemon (GUIX=...).
+for guix in the environment of guix-daemon (GUIX=...). The option --guix=FILE
+before the command says where that is.
 
 Run a command with --help to see its options.
 `

@@ -224,12 +224,7 @@ func TestLargeItemMemory(t *testing.T) {
 	}
 	const most = 64 << 20
 	directory := t.TempDir()
-	program := directory + "/guix-substitute-eris"
-	build := exec.Command("go", "build", "-o", program, ".")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
+	program := buildProgram(t)
 	item := makeLargeItem()
 	h, size := sha256.New(), 0
 	err := item.pieces(func(piece []byte) error {

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"bytes"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// buildProgram builds the program as it is shipped. What testscript runs in its
+// place knows by its name what it is, so that it cannot be called otherwise.
+func buildProgram(t *testing.T) string {
+	t.Helper()
+	compiler, err := exec.LookPath("go")
+	if err != nil {
+		t.Skip("the program cannot be built: go is not in PATH")
+	}
+	program := t.TempDir() + "/guix-substitute-eris"
+	build := exec.Command(compiler, "build", "-o", program, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return program
+}
+
+// TestHandedToGuix checks that the real guix gets everything as the daemon has
+// given it, argv[0] and descriptors included.
+func TestHandedToGuix(t *testing.T) {
+	program := buildProgram(t)
+	shell, err := exec.LookPath("bash")
+	if err != nil {
+		t.Skip("bash is not installed")
+	}
+	d := t.TempDir()
+	script := d + "/script"
+	err = os.WriteFile(script, []byte(`tr '\0' '\n' < /proc/$$/cmdline
+pwd
+echo from 4 >&4
+cat <&5
+`), 0o644)
+	if err != nil {
+		t.Fatal(err)
+	}
+	four, err := os.Create(d + "/four")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer four.Close()
+	for _, flag := range []bool{false, true} {
+		five, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(w, "from 5\n"); err != nil {
+			t.Fatal(err)
+		}
+		w.Close()
+		cmd := &exec.Cmd{
+			Path: program,
+			// This is how it names the program for "perform-download" and "discover".
+			Args:       []string{"guix", script, "", "two words", "--query"},
+			Env:        []string{"GUIX_SUBSTITUTE_ERIS_GUIX=" + shell, "X=\xff"},
+			Dir:        d,
+			ExtraFiles: []*os.File{four, four, five},
+		}
+		if flag {
+			cmd.Args = slices.Insert(cmd.Args, 1, "--guix="+shell)
+			cmd.Env[0] = "GUIX_SUBSTITUTE_ERIS_GUIX=/nowhere"
+		}
+		out, err := cmd.Output()
+		five.Close()
+		want := "guix\n" + script + "\n\ntwo words\n--query\n" + d + "\nfrom 5\n"
+		if err != nil || string(out) != want {
+			t.Errorf("with --guix %v: %q, error %v; want %q", flag, out, err, want)
+		}
+		cmd = &exec.Cmd{Path: program, Args: []string{"guix", d + "/environment"}, Env: cmd.Env}
+		if flag {
+			cmd.Args = slices.Insert(cmd.Args, 1, "--guix="+shell)
+		}
+		if err := os.WriteFile(d+"/environment", []byte(`cat /proc/$$/environ`), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		out, err = cmd.Output()
+		if want := strings.Join(cmd.Env, "\x00") + "\x00"; err != nil || string(out) != want {
+			t.Errorf("environment %q, error %v; want %q", out, err, want)
+		}
+	}
+	if b, err := os.ReadFile(d + "/four"); err != nil || string(b) != "from 4\nfrom 4\n" {
+		t.Errorf("descriptor 4 got %q, error %v", b, err)
+	}
+}
+
+// TestNeverItself has copies and links of the program name each other as guix.
+func TestNeverItself(t *testing.T) {
+	program := buildProgram(t)
+	d := t.TempDir()
+	if err := os.Link(program, d+"/hard"); err != nil {
+		t.Skip(err)
+	}
+	if err := os.Symlink(program, d+"/soft"); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(program)
+	if err == nil {
+		err = os.WriteFile(d+"/copy", b, 0o755)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"hard", "soft", "copy"} {
+		for _, called := range []string{program, d + "/copy"} {
+			cmd := exec.Command(called, "offload", "x86_64-linux")
+			cmd.Env = []string{"GUIX_SUBSTITUTE_ERIS_GUIX=" + d + "/" + name}
+			out, err := cmd.CombinedOutput()
+			if err == nil || !bytes.Contains(out, []byte("this program")) {
+				t.Errorf("%s as the guix of %s: %s, error %v", name, called, out, err)
+			}
+		}
+	}
+}
+
+// TestExtension runs the extension as guix does: with the program, and where the
+// program cannot be run.
+func TestExtension(t *testing.T) {
+	guile, err := exec.LookPath("guile")
+	if err != nil {
+		t.Skip("guile is not installed")
+	}
+	d := t.TempDir()
+	if err := os.MkdirAll(d+"/guix/scripts", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	err = os.WriteFile(d+"/guix/scripts/substitute.scm", []byte(`(define-module (guix scripts substitute)
+  #:export (guix-substitute))
+(define (guix-substitute . arguments)
+  (format #t "Guix's own: ~s~%" arguments))
+`), 0o644)
+	if err != nil {
+		t.Fatal(err)
+	}
+	etc, err := filepath.Abs("../../etc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	run := func(program string) (out, log, replies string) {
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		var stderr bytes.Buffer
+		cmd := exec.Command(guile, "--no-auto-compile", "-L", etc, "-L", d, "-c",
+			`((module-ref (resolve-interface '(guix extensions substitute)) 'guix-substitute) "--query")`)
+		cmd.Env = []string{"GUIX_SUBSTITUTE_ERIS=" + program, "GUIX_STATE_DIRECTORY=" + d, "HOME=" + d, "_NIX_OPTIONS=substitute-urls="}
+		cmd.Stdin = strings.NewReader("have /gnu/store/" + strings.Repeat("a", 32) + "-x \n")
+		cmd.Stderr = &stderr
+		cmd.ExtraFiles = []*os.File{w, w}
+		b, err := cmd.Output()
+		w.Close()
+		if err != nil {
+			t.Errorf("%v: %s", err, stderr.String())
+		}
+		answer, err := io.ReadAll(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b), stderr.String(), string(answer)
+	}
+	if out, log, replies := run(buildProgram(t)); out != "" || replies != "\n" {
+		t.Errorf("%q, reply %q, log %s", out, replies, log)
+	}
+	notProgram := d + "/text"
+	if err := os.WriteFile(notProgram, []byte("\x7fELF but no more"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for program, why := range map[string]string{"/nowhere/at/all": "No such file", etc: "Permission denied", notProgram: "Exec format"} {
+		out, log, replies := run(program)
+		if out != "Guix's own: (\"--query\")\n" || replies != "" || !strings.Contains(log, why) {
+			t.Errorf("%s: %q, reply %q, log %s", program, out, replies, log)
+		}
+	}
+}
