@@ -26,10 +26,13 @@ type URL struct {
 func (u URL) usable() bool {
 	switch u.Compression {
 	case "none", "gzip", "lzip", "zstd", "xz", "bzip2":
-		return u.URL != "" && badURLByte(u.URL) < 0
+		return u.URL != "" && len(u.URL) <= maxURLLength && badURLByte(u.URL) < 0
 	}
 	return false
 }
+
+// maxURLLength is the length of the longest URL that is used, in bytes.
+const maxURLLength = 4096
 
 // badURLByte returns the offset of the first byte that no URL may contain, or −1.
 func badURLByte(s string) int {
@@ -53,8 +56,8 @@ const (
 
 // PreferredURLs returns the URLs that can be used, the preferred ones first.
 // Left out are those with a compression other than none, gzip, lzip, zstd, xz and
-// bzip2, and those that contain blanks, control characters or other than ASCII
-// characters. A parsed narinfo has at least one.
+// bzip2, those that contain blanks, control characters or other than ASCII
+// characters, and those of more than 4096 bytes. A parsed narinfo has at least one.
 //
 // With [Fast], the order is: none and zstd alike, then gzip, then lzip, then the
 // rest. With [Small], known sizes come first, in ascending order; then unknown

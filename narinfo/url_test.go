@@ -86,3 +86,15 @@ func TestPreferredURLs(t *testing.T) {
 		})
 	}
 }
+
+func TestLongURL(t *testing.T) {
+	for length, want := range map[int]int{4096: 2, 4097: 1} {
+		n, err := narinfo.Parse([]byte(hello + "URL: " + strings.Repeat("x", length) + "\nCompression: none\n"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := len(n.PreferredURLs(narinfo.Fast)); got != want {
+			t.Errorf("with a URL of %d bytes: %d that can be used, want %d", length, got, want)
+		}
+	}
+}

@@ -99,9 +99,8 @@ func (l *Log) message(kind, text string) {
 	io.WriteString(l.w, l.program+": "+kind+text+"\n")
 }
 
-// maxLine bounds a line in bytes, so that it is written at once, whatever stands
-// in it.
-const maxLine = 3000
+// maxLine bounds what stands in a line, in bytes, so that it is written at once.
+const maxLine = 2000
 
 // oneLine keeps a message from being taken for several, or for an event, from
 // controlling a terminal, and from being no text in the user's locale.

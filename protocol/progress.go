@@ -41,7 +41,7 @@ type Download struct {
 // Download starts showing a download. item is the destination that the daemon
 // named in its request. Finish must be called at the end.
 func (l *Log) Download(item string) *Download {
-	return &Download{log: l, item: strings.ReplaceAll(l.oneLine(item), " ", "?")}
+	return &Download{log: l, item: l.oneLine(item)}
 }
 
 // From says that the bytes come from url from now on, and how many there will

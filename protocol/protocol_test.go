@@ -5,6 +5,7 @@ package protocol_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"regexp"
@@ -13,6 +14,7 @@ import (
 	"testing"
 	"testing/iotest"
 	"time"
+	"unicode/utf8"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 )
@@ -315,6 +317,50 @@ func TestMessages(t *testing.T) {
 	}
 	if !slices.Equal(w.writes, want) {
 		t.Errorf("got %q, want %q", w.writes, want)
+	}
+}
+
+// TestLogIsText checks that nothing from outside controls a terminal, is no text
+// where it is shown, or makes a line too long for one write.
+func TestLogIsText(t *testing.T) {
+	const evil = "a\u009b2Jb\x9b\u0085é\x00\x7f"
+	for unicode, want := range map[bool]string{
+		false: "g: warning: a 2Jb? ?  \n",
+		true:  "g: warning: a 2Jb\ufffd é  \n",
+	} {
+		var w lines
+		protocol.NewLog(&w, protocol.LogStyle{Program: "g", Unicode: unicode}).Warnf("%s", evil)
+		if !slices.Equal(w.writes, []string{want}) {
+			t.Errorf("got %q, want %q", w.writes, want)
+		}
+	}
+	long := "http://h/" + strings.Repeat("x", 1<<20)
+	for _, traces := range []bool{false, true} {
+		var w lines
+		log := protocol.NewLog(&w, protocol.LogStyle{Traces: traces, Unicode: true, Dynamic: true})
+		log.Warnf("%s%s", "é", strings.Repeat("é", 1<<20))
+		log.Lookup(long, 3).End()
+		d := log.Download("/gnu/store/" + strings.Repeat("y", 1<<20) + "\n@ x")
+		d.From(long, 5)
+		d.Transferred(3)
+		d.Finish(true)
+		for _, line := range w.writes {
+			if len(line) > 4096+len("é") || !utf8.ValidString(line) || strings.Contains(line, "\n@") {
+				t.Errorf("line of %d bytes: %.50q", len(line), line)
+			}
+		}
+	}
+}
+
+// TestWarnOnceForgets checks that what has been said does not fill the memory.
+func TestWarnOnceForgets(t *testing.T) {
+	var w lines
+	log := protocol.NewLog(&w, protocol.LogStyle{})
+	for i := range 30_000 {
+		log.WarnOnce(fmt.Sprint(i), "warning")
+	}
+	if len(w.writes) != 10_000 {
+		t.Errorf("%d warnings", len(w.writes))
 	}
 }
 

@@ -406,10 +406,17 @@ func (m *memory) clear() {
 
 // read turns the text that a server has given for an item into a record, or into
 // nil if there is none or if it is good for nothing.
-func (s *Substituter) read(server *server, it *item, text []byte) *record {
+func (s *Substituter) read(server *server, it *item, text []byte) (r *record) {
 	if text == nil {
 		return nil
 	}
+	defer func() {
+		// Not even a fault of ours that a narinfo brings out ends the process.
+		if fault := recover(); fault != nil {
+			s.Log.WarnOnce("fault", "narinfo of %s from %s ignored: internal error: %v", it.path, server.url, fault)
+			r = nil
+		}
+	}()
 	n, err := narinfo.Parse(text)
 	if err == nil {
 		err = n.CheckItem(s.StoreDir, it.path)

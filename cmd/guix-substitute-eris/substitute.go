@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
@@ -161,6 +162,12 @@ func (s *settings) answer(sub *session, request protocol.Request, query bool) (r
 		if fault := recover(); fault != nil {
 			s.log.Errorf("internal error: %v: %s", fault, debug.Stack())
 			reply = noReply(query)
+			if !query && request.Command == "substitute" && len(request.Arguments) == 2 {
+				// Nothing half-made stays, as after any other failure.
+				if err := restore.Remove(request.Arguments[1]); err != nil {
+					s.log.Errorf("%v", err)
+				}
+			}
 		}
 	}()
 	ctx := context.Background()

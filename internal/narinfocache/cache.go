@@ -38,6 +38,9 @@ type Entry struct {
 	Until time.Time
 }
 
+// cost is about how much memory an entry takes, in bytes.
+func (e Entry) cost() int { return 256 + len(e.Narinfo) }
+
 // A Cache is a directory of entries. It is safe for concurrent use, and so is
 // the directory. Close must be called at the end.
 type Cache struct {
@@ -46,7 +49,7 @@ type Cache struct {
 	mu      sync.Mutex
 	servers map[string]string // directory of each server seen
 	pending map[string]*later // by server and item: what is not on disk yet
-	size    int               // of the narinfos in pending
+	size    int               // of pending, in bytes
 	failed  error             // of writing, since the last PutLater
 	writer  sync.WaitGroup
 	writing bool
@@ -66,7 +69,7 @@ const (
 	maxAge = 2 * 24 * time.Hour
 	// cleanupPeriod is the time between two searches for expired entries.
 	cleanupPeriod = 5 * 24 * time.Hour
-	// maxPending bounds the narinfos that wait to be written, in bytes.
+	// maxPending bounds what waits to be written, in bytes.
 	maxPending = 16 << 20
 	// maxFile bounds the length of a file that is read, in bytes.
 	maxFile = 2 << 20
@@ -188,14 +191,14 @@ func (c *Cache) PutLater(url, hash string, e Entry, now time.Time) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	// Not with Put, which an older entry of the same item could overtake.
-	for c.size > 0 && c.size+len(e.Narinfo) > maxPending {
+	for c.size > 0 && c.size+e.cost() > maxPending {
 		c.written.Wait()
 	}
 	key := url + " " + hash
 	if old := c.pending[key]; old != nil {
-		c.size -= len(old.entry.Narinfo)
+		c.size -= old.entry.cost()
 	}
-	c.size += len(e.Narinfo)
+	c.size += e.cost()
 	c.pending[key] = &later{url, hash, e, now}
 	if !c.writing {
 		c.writing = true
@@ -225,7 +228,7 @@ func (c *Cache) write() {
 		c.mu.Lock()
 		if c.pending[key] == l { // nothing newer has come
 			delete(c.pending, key)
-			c.size -= len(l.entry.Narinfo)
+			c.size -= l.entry.cost()
 		}
 		if err != nil {
 			c.failed = err
