@@ -19,7 +19,7 @@ import (
 
 // An endpoint is where blocks are served, and to whom what is permitted there.
 type endpoint struct {
-	scheme   string // coap+unix, coap+tcp, coap (UDP) or http
+	scheme   string // coap+unix, coap+tcp, coap+ws, coap (UDP) or http
 	address  string // host:port, or the path of a socket
 	get, put bool
 
@@ -28,7 +28,7 @@ type endpoint struct {
 }
 
 // serveSchemes are the schemes of endpoints, and the networks to listen on.
-var serveSchemes = map[string]string{"coap+unix": "unix", "coap+tcp": "tcp", "coap": "udp", "http": "tcp"}
+var serveSchemes = map[string]string{"coap+unix": "unix", "coap+tcp": "tcp", "coap+ws": "tcp", "coap": "udp", "http": "tcp"}
 
 // parseEndpoint reads the URL of --listen: scheme://host:port?get&put, or
 // coap+unix:///path?get&put. Without a query, blocks may be got, and put as well
@@ -42,7 +42,7 @@ func parseEndpoint(text string) (endpoint, error) {
 	}
 	network, ok := serveSchemes[u.Scheme]
 	if !ok {
-		return endpoint{}, fmt.Errorf("cannot listen on %.200q: its scheme is none of coap+unix, coap+tcp, coap and http", text)
+		return endpoint{}, fmt.Errorf("cannot listen on %.200q: its scheme is none of coap+unix, coap+tcp, coap+ws, coap and http", text)
 	}
 	e := endpoint{scheme: u.Scheme}
 	if err := e.setAccess(u.RawQuery, u.RawQuery != "" || u.ForceQuery); err != nil {
@@ -62,7 +62,7 @@ func parseEndpoint(text string) (endpoint, error) {
 	default:
 		port := u.Port()
 		if port == "" {
-			port = map[string]string{"http": "80", "coap": "5683", "coap+tcp": "5683"}[u.Scheme]
+			port = map[string]string{"http": "80", "coap+ws": "80", "coap": "5683", "coap+tcp": "5683"}[u.Scheme]
 		}
 		if _, convErr := strconv.ParseUint(port, 10, 16); convErr != nil {
 			err = errors.New("its port is not a number below 65536")

@@ -30,6 +30,7 @@ Keep blocks in a directory and serve them by CoAP on a Unix socket, and wherever
 else --listen says. URLs of --listen are
 
   coap+tcp://HOST:PORT    CoAP over TCP
+  coap+ws://HOST:PORT     CoAP over WebSockets, at the path /.well-known/coap
   coap://HOST:PORT        CoAP over UDP
   coap+unix:///PATH       CoAP over a further Unix socket
   http://HOST:PORT        HTTP, at the path /uri-res/N2R
@@ -269,6 +270,8 @@ func serveEndpoints(ctx context.Context, store *blockstore.Store, endpoints []*e
 			switch {
 			case e.packets != nil:
 				err = coap.ServePacket(e.packets, coapserver.Access{Get: e.get, Put: e.put})
+			case e.scheme == "coap+ws":
+				err = coap.ServeWebSocket(e.listener, coapserver.Access{Get: e.get, Put: e.put})
 			case e.scheme == "http":
 				err = web.Serve(e.listener, httpserver.Access{Get: e.get, Put: e.put})
 			default:

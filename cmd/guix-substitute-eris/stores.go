@@ -28,7 +28,7 @@ type storeKind struct {
 
 // storeKinds are the kinds of stores.
 var storeKinds = []storeKind{
-	{[]string{"coap+unix", "coap+tcp", "coaps+tcp", "coap"}, func(url string) (fetch.Store, error) {
+	{[]string{"coap+unix", "coap+tcp", "coaps+tcp", "coap", "coap+ws", "coaps+ws"}, func(url string) (fetch.Store, error) {
 		return coap.Open(url, coap.Options{})
 	}},
 	{[]string{"http", "https"}, func(url string) (fetch.Store, error) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package coap gets and puts ERIS blocks by CoAP (https://eris.codeberg.page/eer/coap.xml): over Unix sockets, TCP and TLS
-// (RFC 8323) and over UDP (RFC 7252 and RFC 7959). Start with [Open].
+// Package coap gets and puts ERIS blocks by CoAP (https://eris.codeberg.page/eer/coap.xml): over Unix sockets, TCP, TLS and
+// WebSockets (RFC 8323) and over UDP (RFC 7252 and RFC 7959). Start with [Open].
 //
 // On a stream there are many requests in flight; answers come in any order, and a block is one message. The more calls are
 // made at a time, the better the connection is used: each is a goroutine that waits, and thousands are fine. A call does
@@ -43,9 +43,8 @@ type carrier interface {
 	close() error
 }
 
-// Open returns the store at the given URL, which is one of coap+unix, coap+tcp, coaps+tcp and coap; see
-// https://eris.codeberg.page/eer/coap.xml. With Options.Dial it may also be coap+ws or coaps+ws. An empty path stands for
-// .well-known/eris. A query "?get", "?put" or "?get&put" restricts what the store is used for.
+// Open returns the store at the given URL, which is one of coap+unix, coap+tcp, coaps+tcp, coap+ws, coaps+ws and coap; see
+// https://eris.codeberg.page/eer/coap.xml. An empty path stands for .well-known/eris. A query "?get", "?put" or "?get&put" restricts what the store is used for.
 //
 // Open makes no connection: the first Get or Put does, and after a failure, later ones do so again, ever less often. The
 // Store must be closed.
@@ -60,7 +59,7 @@ func Open(url string, options Options) (*Store, error) {
 	s.requests = wire.NewRequests(u.Path, options.RawReferences)
 	s.calls.New = func() any { return &call{wake: make(chan struct{}, 1)} }
 	switch {
-	case options.Dial != nil || u.Scheme == "coap+unix" || u.Scheme == "coap+tcp" || u.Scheme == "coaps+tcp":
+	case options.Dial != nil || u.Scheme == "coap+unix" || u.Scheme == "coap+tcp" || u.Scheme == "coaps+tcp" || u.WebSocket():
 		s.carrier = newStream(s)
 	case u.Scheme == "coap":
 		s.carrier = newDatagrams(s)

@@ -11,6 +11,7 @@ import (
 	"math/big"
 	"net"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -52,6 +53,8 @@ func startServer(tb testing.TB, network string, store backendStore, access coaps
 	case "unix":
 		s.address = filepath.Join(tb.TempDir(), "s")
 	case "tls":
+		s.address, s.tls = "127.0.0.1:0", testTLS(tb, "coap")
+	case "wss":
 		s.address, s.tls = "127.0.0.1:0", testTLS(tb)
 	default:
 		s.address = "127.0.0.1:0"
@@ -95,7 +98,7 @@ func (s *testServer) start() {
 		return
 	}
 	network := s.network
-	if network == "tls" {
+	if network != "unix" {
 		network = "tcp"
 	}
 	listener, err := net.Listen(network, s.address)
@@ -105,6 +108,10 @@ func (s *testServer) start() {
 	s.address = listener.Addr().String()
 	if s.tls != nil {
 		listener = tls.NewListener(listener, s.tls)
+	}
+	if s.network == "ws" || s.network == "wss" {
+		s.group.Go(func() { server.ServeWebSocket(recorder{listener, s}, s.access) })
+		return
 	}
 	s.group.Go(func() { server.Serve(recorder{listener, s}, s.access) })
 }
@@ -141,6 +148,10 @@ func (s *testServer) url(path string) string {
 		return "coap+tcp://" + s.address + "/" + path
 	case "tls":
 		return "coaps+tcp://" + s.address + "/" + path
+	case "ws":
+		return "coap+ws://" + s.address + "/" + path
+	case "wss":
+		return "coaps+ws://" + s.address + "/" + path
 	}
 	return "coap://" + s.address + "/" + path
 }
@@ -158,7 +169,8 @@ func escape(path string) string {
 	return string(out)
 }
 
-func testTLS(tb testing.TB) *tls.Config {
+// testTLS returns the configuration of a server that wants its clients to ask for these protocols.
+func testTLS(tb testing.TB, protocols ...string) *tls.Config {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		tb.Fatal(err)
@@ -170,7 +182,13 @@ func testTLS(tb testing.TB) *tls.Config {
 	}
 	return &tls.Config{
 		Certificates: []tls.Certificate{{Certificate: [][]byte{certificate}, PrivateKey: key}},
-		NextProtos:   []string{"coap"},
+		NextProtos:   protocols,
+		GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+			if !slices.Equal(hello.SupportedProtos, protocols) {
+				tb.Errorf("the client offers the protocols %q", hello.SupportedProtos)
+			}
+			return nil, nil
+		},
 	}
 }
 
@@ -185,7 +203,7 @@ func mustOpen(tb testing.TB, url string, options coap.Options) *coap.Store {
 var readWrite = coapserver.Access{Get: true, Put: true}
 
 func TestConformance(t *testing.T) {
-	for _, network := range []string{"unix", "tcp", "tls", "udp"} {
+	for _, network := range []string{"unix", "tcp", "tls", "ws", "wss", "udp"} {
 		t.Run(network, func(t *testing.T) {
 			sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
 				options := coap.Options{}

@@ -30,7 +30,7 @@ type Options struct {
 	// IdleTimeout is for how long a connection without requests is kept. Default 5 min.
 	IdleTimeout time.Duration
 
-	// DialTimeout is how long making a connection may take, including TLS. Default 5 s.
+	// DialTimeout is how long making a connection may take, including TLS and WebSockets. Default 5 s.
 	DialTimeout time.Duration
 
 	// CapabilityTimeout is how long the first block of 32 KiB that is put waits for the peer to say what it can receive.
@@ -45,7 +45,7 @@ type Options struct {
 	// know, and for peers that connected to us. Its context ends after DialTimeout.
 	Dial func(ctx context.Context) (net.Conn, error)
 
-	// TLS is the configuration for coaps+tcp. If it is nil, certificates are not verified: blocks are verified by their
+	// TLS is the configuration for coaps+tcp and coaps+ws. If it is nil, certificates are not verified: blocks are verified by their
 	// references, so that nobody in between can do more than withhold them; but whoever is in between can see what is
 	// asked for.
 	TLS *tls.Config

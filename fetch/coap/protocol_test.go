@@ -482,7 +482,7 @@ func TestPermissions(t *testing.T) {
 	if _, err := get(t, putOnly, ref, eris.BlockSize1KiB); !errors.Is(err, eris.ErrNotFound) {
 		t.Errorf("Get: %v", err)
 	}
-	for _, url := range []string{"coaps://example.net", "coap+ws://example.net", "http://example.net", ""} {
+	for _, url := range []string{"coaps://example.net", "http://example.net", ""} {
 		if _, err := coap.Open(url, coap.Options{}); err == nil {
 			t.Errorf("%q is taken", url)
 		}

@@ -137,6 +137,9 @@ func (s *stream) finishDial(d *dialing, wait time.Duration) {
 	if d.session != nil {
 		d.session.run()
 	}
+	if socket, ok := conn.(*wire.WebSocket); ok {
+		socket.Wait()
+	}
 }
 
 func (s *stream) connect(wait time.Duration) (net.Conn, error) {
@@ -179,13 +182,16 @@ func (s *stream) open(ctx context.Context) (net.Conn, error) {
 		}
 		return nil
 	}}
-	conn, err := dialer.DialContext(ctx, network, address)
-	if err != nil || !s.store.url.TLS() {
-		return conn, err
-	}
 	config := &tls.Config{InsecureSkipVerify: true}
 	if options.TLS != nil {
 		config = options.TLS.Clone()
+	}
+	if s.store.url.WebSocket() {
+		return openWebSocket(ctx, s.store.url, &dialer, config)
+	}
+	conn, err := dialer.DialContext(ctx, network, address)
+	if err != nil || !s.store.url.TLS() {
+		return conn, err
 	}
 	if config.ServerName == "" {
 		config.ServerName = s.store.url.Host

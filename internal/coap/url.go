@@ -297,6 +297,9 @@ func (u StoreURL) Address() (network, address string) {
 // TLS reports whether the connection is secured by TLS (or DTLS).
 func (u StoreURL) TLS() bool { return strings.HasPrefix(u.Scheme, "coaps") }
 
+// WebSocket reports whether messages go over a WebSocket.
+func (u StoreURL) WebSocket() bool { return u.Scheme == "coap+ws" || u.Scheme == "coaps+ws" }
+
 // String returns the scheme and where to connect to, for messages. It does not show the path of the store, which may be a
 // secret that lets its holder write.
 func (u StoreURL) String() string {

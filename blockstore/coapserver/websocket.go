@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package coapserver
+
+import (
+	"bufio"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/coder/websocket"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+)
+
+const (
+	// handshakeTimeout is how long a client may take to ask for a WebSocket.
+	handshakeTimeout = 30 * time.Second
+	// maxHandshake bounds the header of that request, in bytes.
+	maxHandshake = 16 << 10
+)
+
+// ServeWebSocket is to WebSockets (RFC 8323, section 4) what Serve is to streams: it accepts HTTP connections, on which clients
+// ask for a WebSocket at /.well-known/coap with the subprotocol "coap", and serves those. For TLS, the listener must be one of
+// crypto/tls, with the protocol "http/1.1" or none.
+//
+// A browser may connect only from pages of the host that it connects to. Clients that are no browsers do not say where they
+// come from, and may always.
+func (s *Server) ServeWebSocket(listener net.Listener, access Access) error {
+	if !s.begin(listener) {
+		listener.Close()
+		return ErrServerClosed
+	}
+	defer s.done(listener)
+	clients := &limitedListener{Listener: listener, places: make(chan struct{}, s.config.MaxConnections)}
+	defer clients.group.Wait()
+	server := &http.Server{
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			s.serveWebSocket(w, r, access)
+		}),
+		ReadHeaderTimeout: handshakeTimeout,
+		WriteTimeout:      handshakeTimeout,
+		IdleTimeout:       handshakeTimeout,
+		MaxHeaderBytes:    maxHandshake,
+		ErrorLog:          log.New(io.Discard, "", 0), // what clients do wrong
+	}
+	defer server.Close()
+	err := server.Serve(clients)
+	if s.isClosing() {
+		return ErrServerClosed
+	}
+	return err
+}
+
+// serveWebSocket serves one connection until it ends.
+func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request, access Access) {
+	switch {
+	case r.URL.Path != coap.WebSocketPath:
+		http.Error(w, "there is nothing here but "+coap.WebSocketPath, http.StatusNotFound)
+		return
+	case !offersCoAP(r.Header):
+		http.Error(w, `this is for WebSockets with the subprotocol "coap"`, http.StatusBadRequest)
+		return
+	}
+	hijacker := &hijacker{ResponseWriter: w}
+	socket, err := websocket.Accept(hijacker, r, &websocket.AcceptOptions{Subprotocols: []string{coap.WebSocketProtocol}})
+	if err != nil {
+		return // the client has been told
+	}
+	conn := coap.NewWebSocket(socket, hijacker.conn)
+	_ = s.ServeConn(conn, access) // it closes the connection even if the server is closing
+	conn.Wait()
+}
+
+// offersCoAP reports whether a client wants to speak CoAP (RFC 6455, section 4.1, number 10).
+func offersCoAP(header http.Header) bool {
+	for _, line := range header.Values("Sec-Websocket-Protocol") {
+		for protocol := range strings.SplitSeq(line, ",") {
+			if strings.TrimSpace(protocol) == coap.WebSocketProtocol {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// hijacker takes note of the connection that is taken over.
+type hijacker struct {
+	http.ResponseWriter
+	conn net.Conn
+}
+
+func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, buffers, err := http.NewResponseController(h.ResponseWriter).Hijack()
+	h.conn = conn
+	return conn, buffers, err
+}
+
+// limitedListener closes connections that are too many.
+type limitedListener struct {
+	net.Listener
+	places chan struct{}
+	group  sync.WaitGroup // of connections that are not closed
+}
+
+func (l *limitedListener) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		select {
+		case l.places <- struct{}{}:
+			l.group.Add(1)
+			return &limitedConn{Conn: conn, leave: sync.OnceFunc(func() {
+				<-l.places
+				l.group.Done()
+			})}, nil
+		default:
+			conn.Close()
+		}
+	}
+}
+
+// limitedConn gives its place back when it is closed.
+type limitedConn struct {
+	net.Conn
+	leave func()
+}
+
+func (c *limitedConn) Close() error {
+	defer c.leave()
+	return c.Conn.Close()
+}
