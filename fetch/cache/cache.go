@@ -64,7 +64,7 @@ const (
 	mostBatch = 1 << 20
 	// patience is how long Put waits for room where the disk is slow, once; after
 	// that it drops blocks until there is some.
-	patience = 50 * time.Millisecond
+	patience = 500 * time.Millisecond
 	// closePatience is how long Close waits for the disk.
 	closePatience = 2 * time.Second
 	// pause is for how long nothing is kept after writing has failed.
