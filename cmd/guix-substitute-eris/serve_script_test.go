@@ -5,10 +5,12 @@ package main
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"regexp"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -25,10 +27,12 @@ var blockServers sync.Map
 // A blockServer is the program, run as "serve" under something that plays a
 // service manager.
 type blockServer struct {
-	cmd    *exec.Cmd
-	states *net.UnixConn
-	ended  chan struct{}
-	err    error // once ended is closed
+	cmd       *exec.Cmd
+	urls      map[string]string // UNIX, TCP, WS, UDP, HTTP: the last one of each kind
+	directory string            // of the socket for states
+	states    *net.UnixConn
+	ended     chan struct{}
+	err       error // once ended is closed
 }
 
 // blockstore does something with a server of blocks:
@@ -51,7 +55,7 @@ func scriptBlockstore(ts *testscript.TestScript, neg bool, args []string) {
 	key := ts.Getenv("WORK") + "/" + name
 	log := ts.MkAbs(name + ".log")
 	if args[0] == "start" {
-		s, err := startBlockServer(ts, name, log, args[2:])
+		s, err := startBlockServer(ts.MkAbs("."), log, scriptEnvironment(ts), args[2:]...)
 		text, _ := os.ReadFile(log)
 		ts.Logf("%s", text)
 		if neg {
@@ -64,6 +68,10 @@ func scriptBlockstore(ts *testscript.TestScript, neg bool, args []string) {
 			return
 		}
 		ts.Check(err)
+		ts.Defer(s.end)
+		for kind, url := range s.urls {
+			ts.Setenv(name+"_"+kind, url)
+		}
 		blockServers.Store(key, s)
 		return
 	}
@@ -74,17 +82,12 @@ func scriptBlockstore(ts *testscript.TestScript, neg bool, args []string) {
 	s := v.(*blockServer)
 	switch args[0] {
 	case "stop":
-		s.cmd.Process.Signal(unix.SIGTERM)
-		<-s.ended
+		err := s.stop()
 		text, _ := os.ReadFile(log)
 		ts.Logf("%s", text)
-		ts.Check(s.err)
-		if state := s.state(); state != "STOPPING=1" {
-			ts.Fatalf("it told the service manager %q", state)
-		}
+		ts.Check(err)
 	case "kill":
-		s.cmd.Process.Kill()
-		<-s.ended
+		s.kill()
 	case "signal":
 		signal := unix.SignalNum(args[2])
 		if signal == 0 {
@@ -112,7 +115,9 @@ func scriptBlockstore(ts *testscript.TestScript, neg bool, args []string) {
 // serving are the lines that name what is listened on.
 var serving = regexp.MustCompile(`(?m)^guix-substitute-eris: serving on ((coap\+unix|coap\+tcp|coap\+ws|coap|http)://\S+) `)
 
-func startBlockServer(ts *testscript.TestScript, name, log string, args []string) (*blockServer, error) {
+// startBlockServer starts the program in a directory, with its log in a file, and
+// waits until it is ready. If it ends instead, the error is an [exec.ExitError].
+func startBlockServer(directory, log string, env []string, args ...string) (_ *blockServer, err error) {
 	program, err := exec.LookPath("guix-substitute-eris")
 	if err != nil {
 		return nil, err
@@ -122,24 +127,24 @@ func startBlockServer(ts *testscript.TestScript, name, log string, args []string
 		return nil, err
 	}
 	defer f.Close()
-	// The path of the script's directory can be too long for a socket.
-	directory, err := os.MkdirTemp("", "notify")
-	if err != nil {
+	s := &blockServer{ended: make(chan struct{}), urls: map[string]string{}}
+	// Paths in the directory can be too long for a socket.
+	if s.directory, err = os.MkdirTemp("", "notify"); err != nil {
 		return nil, err
 	}
-	ts.Defer(func() { os.RemoveAll(directory) })
-	address := &net.UnixAddr{Name: directory + "/s", Net: "unixgram"}
-	s := &blockServer{ended: make(chan struct{})}
+	address := &net.UnixAddr{Name: s.directory + "/s", Net: "unixgram"}
 	if s.states, err = net.ListenUnixgram("unixgram", address); err != nil {
+		os.RemoveAll(s.directory)
 		return nil, err
 	}
 	s.cmd = exec.Command(program, append([]string{"serve"}, args...)...)
-	s.cmd.Dir = ts.MkAbs(".")
-	s.cmd.Env = append(scriptEnvironment(ts), "NOTIFY_SOCKET="+address.Name)
+	s.cmd.Dir = directory
+	s.cmd.Env = append(slices.Clip(env), "NOTIFY_SOCKET="+address.Name)
 	s.cmd.Stderr = f
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := s.cmd.Start(); err != nil {
-		s.states.Close()
+		close(s.ended)
+		s.end()
 		return nil, err
 	}
 	go func() {
@@ -147,21 +152,45 @@ func startBlockServer(ts *testscript.TestScript, name, log string, args []string
 		close(s.ended)
 		s.states.SetReadDeadline(time.Now()) // what has come can still be read
 	}()
-	ts.Defer(func() {
-		s.cmd.Process.Kill()
-		<-s.ended
-		s.states.Close()
-	})
 	if state := s.state(); state != "READY=1" {
 		<-s.ended
+		s.end()
 		return nil, s.err
 	}
 	text, err := os.ReadFile(log)
 	for _, match := range serving.FindAllSubmatch(text, -1) {
 		kind := map[string]string{"coap+unix": "UNIX", "coap+tcp": "TCP", "coap+ws": "WS", "coap": "UDP", "http": "HTTP"}[string(match[2])]
-		ts.Setenv(name+"_"+kind, string(match[1]))
+		s.urls[kind] = string(match[1])
 	}
 	return s, err
+}
+
+// kill ends the server by SIGKILL.
+func (s *blockServer) kill() {
+	s.cmd.Process.Kill()
+	<-s.ended
+}
+
+// end is for when the server is not needed any more, whatever it does.
+func (s *blockServer) end() {
+	if s.cmd.Process != nil {
+		s.kill()
+	}
+	s.states.Close()
+	os.RemoveAll(s.directory)
+}
+
+// stop ends the server by SIGTERM, and checks that it does so in good order.
+func (s *blockServer) stop() error {
+	s.cmd.Process.Signal(unix.SIGTERM)
+	<-s.ended
+	if s.err != nil {
+		return s.err
+	}
+	if state := s.state(); state != "STOPPING=1" {
+		return fmt.Errorf("it told the service manager %q", state)
+	}
+	return nil
 }
 
 // state returns what the server next tells the service manager; "" if it has

@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
+)
+
+// serveTest starts a block store in a directory of its own, which the test can use
+// for other things as well.
+func serveTest(t *testing.T, directory string, args ...string) *blockServer {
+	t.Helper()
+	log := filepath.Join(directory, "log")
+	s, err := startBlockServer(directory, log, os.Environ(), append([]string{"--directory=blocks", "--socket=s"}, args...)...)
+	if err != nil {
+		text, _ := os.ReadFile(log)
+		t.Fatalf("%v\n%s", err, text)
+	}
+	t.Cleanup(s.end)
+	return s
+}
+
+// noise returns bytes that look random, and are the same for the same seed.
+func noise(seed uint64, size int) []byte {
+	var key [32]byte
+	binary.BigEndian.PutUint64(key[:], seed)
+	b := make([]byte, size)
+	rand.NewChaCha8(key).Read(b)
+	return b
+}
+
+func noiseBlock(i int) []byte {
+	if i%8 == 0 {
+		return noise(uint64(i), int(eris.BlockSize32KiB))
+	}
+	return noise(uint64(i), int(eris.BlockSize1KiB))
+}
+
+// TestServeKilled kills a block store again and again while blocks are being put
+// into it. No block that it has acknowledged is lost.
+func TestServeKilled(t *testing.T) {
+	directory := t.TempDir()
+	random := rand.New(rand.NewPCG(1, 2))
+	acknowledged := map[int]bool{}
+	next := 0
+	for range 5 {
+		server := serveTest(t, directory)
+		store, err := coap.Open(server.urls["UNIX"], coap.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		var (
+			group sync.WaitGroup
+			mu    sync.Mutex
+		)
+		killAt := len(acknowledged) + random.IntN(1500)
+		for range 256 {
+			group.Go(func() {
+				for {
+					mu.Lock()
+					i := next
+					next++
+					mu.Unlock()
+					block := noiseBlock(i)
+					if err := store.Put(ctx, eris.Sum(block), block); err != nil {
+						return
+					}
+					mu.Lock()
+					acknowledged[i] = true
+					if len(acknowledged) == killAt {
+						server.cmd.Process.Kill()
+						cancel() // nobody else will answer
+					}
+					mu.Unlock()
+				}
+			})
+		}
+		group.Wait()
+		cancel()
+		server.kill()
+		store.Close()
+	}
+	server := serveTest(t, directory)
+	store, err := coap.Open(server.urls["UNIX"], coap.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	for i := range acknowledged {
+		want := noiseBlock(i)
+		got, err := store.Get(t.Context(), eris.Sum(want), eris.BlockSize(len(want)), nil)
+		if err != nil || !bytes.Equal(got, want) {
+			t.Errorf("block %d was acknowledged: %v", i, err)
+		}
+	}
+	if len(acknowledged) < 100 {
+		t.Errorf("%d blocks were acknowledged", len(acknowledged))
+	}
+	if err := server.stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestServeLargeItem has an item encoded into a block store, as fast as that takes
+// it, and decoded again: no block is lost. With ERIS_BIG_TESTS the item has 1 GB.
+func TestServeLargeItem(t *testing.T) {
+	size := int64(48 << 20)
+	if os.Getenv("ERIS_BIG_TESTS") != "" {
+		size = 1e9
+	}
+	directory := t.TempDir()
+	server := serveTest(t, directory)
+	item, copied := filepath.Join(directory, "item"), filepath.Join(directory, "copy")
+	f, err := os.Create(item)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for chunk := int64(0); size > 0; chunk++ {
+		b := noise(uint64(chunk), int(min(size, 4<<20)))
+		if _, err := f.Write(b); err != nil {
+			t.Fatal(err)
+		}
+		size -= int64(len(b))
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	command := func(args ...string) []byte {
+		t.Helper()
+		out, err := exec.Command("guix-substitute-eris", args...).Output()
+		var exit *exec.ExitError
+		if errors.As(err, &exit) {
+			t.Fatalf("%s: %v\n%s", strings.Join(args, " "), err, exit.Stderr)
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	var result encodeResult
+	if err := json.Unmarshal(command("encode", "--json", "--store="+server.urls["UNIX"], item), &result); err != nil {
+		t.Fatal(err)
+	}
+	stats, err := askStatistics(filepath.Join(directory, "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if held := stats.Blocks.Count1KiB + stats.Blocks.Count32KiB; held != result.Blocks || stats.Put.Failed != 0 {
+		t.Errorf("%d blocks were put, and the store has %d: %+v", result.Blocks, held, stats)
+	}
+	command("decode", "--store="+server.urls["UNIX"], result.URN, copied)
+	if err := sameFile(item, copied); err != nil {
+		t.Error(err)
+	}
+	if err := server.stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+func sameFile(a, b string) error {
+	f, err := os.Open(a)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	g, err := os.Open(b)
+	if err != nil {
+		return err
+	}
+	defer g.Close()
+	p, q := make([]byte, 1<<20), make([]byte, 1<<20)
+	for {
+		n, err := io.ReadFull(f, p)
+		m, err2 := io.ReadFull(g, q)
+		if !bytes.Equal(p[:n], q[:m]) {
+			return errors.New("the files differ")
+		}
+		if err != nil || err2 != nil {
+			if n == m && err == err2 && (err == io.EOF || err == io.ErrUnexpectedEOF) {
+				return nil
+			}
+			return errors.Join(err, err2)
+		}
+	}
+}
+
+// TestServeEvicts keeps a block store within its limit, and has it forget what was
+// not used, rather than what was.
+func TestServeEvicts(t *testing.T) {
+	directory := t.TempDir()
+	server := serveTest(t, directory, "--max-size=4MiB")
+	store, err := coap.Open(server.urls["UNIX"], coap.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	put := func(i int) eris.Reference {
+		block := noise(uint64(i), int(eris.BlockSize1KiB))
+		ref := eris.Sum(block)
+		if err := store.Put(t.Context(), ref, block); err != nil {
+			t.Error(err)
+		}
+		return ref
+	}
+	first := put(0)
+	var (
+		next  atomic.Int64
+		group sync.WaitGroup
+	)
+	for range 32 {
+		group.Go(func() {
+			for {
+				i := int(next.Add(1))
+				if i > 16<<10 {
+					return
+				}
+				put(i)
+				if i%16 == 0 {
+					// It is in use all the time.
+					if _, err := store.Get(t.Context(), first, eris.BlockSize1KiB, nil); err != nil {
+						t.Errorf("after %d blocks: %v", i, err)
+						return
+					}
+				}
+			}
+		})
+	}
+	group.Wait()
+	stats, err := askStatistics(filepath.Join(directory, "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if stats.Blocks.Bytes > 4<<20 || stats.Blocks.Bytes < 2<<20 || stats.Evicted == 0 || stats.Put.Failed != 0 || stats.Put.NoRoom != 0 {
+		t.Errorf("%+v", stats)
+	}
+	if _, err := store.Get(t.Context(), put(16<<10), eris.BlockSize1KiB, nil); err != nil {
+		t.Errorf("the last block: %v", err)
+	}
+	if err := server.stop(); err != nil {
+		t.Error(err)
+	}
+}
