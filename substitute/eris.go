@@ -84,7 +84,11 @@ func (j *job) attemptBlocks(ctx context.Context, c eris.ReadCapability) (narSize
 	if j.choice != nil {
 		defer j.choice.watchPace(blocks.n.Load, cancel)()
 	}
-	contents, err := image.Open(ctx, blocks, c, limits, j.s.Window)
+	var window eris.Window
+	if j.s.Window != nil {
+		window = j.s.Window()
+	}
+	contents, err := image.Open(ctx, blocks, c, limits, window)
 	if err != nil {
 		return 0, prefer(ctx, err)
 	}

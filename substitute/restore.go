@@ -16,6 +16,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
@@ -294,7 +295,11 @@ func (j *job) attempt(ctx context.Context, url, compression string) (narSize uin
 		size = int64(j.want.NarSize)
 	}
 	j.progress.From(body.URL, size)
-	counted := &counter{r: body, progress: j.progress}
+	var bounded io.Reader = body
+	if !mirror.IsLocal(url) {
+		bounded = ratelimit.Reader(ctx, body, j.s.Limiter)
+	}
+	counted := &counter{r: bounded, progress: j.progress}
 	stop := watchRate(&counted.n, cancel)
 	defer stop()
 	plain, err := decompress.Open(compression, counted)

@@ -23,6 +23,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 )
@@ -47,8 +48,10 @@ type Config struct {
 	Cache *narinfocache.Cache
 	// Blocks is where blocks are fetched from; nil is nowhere.
 	Blocks eris.VerifiedBlocks
-	// Window bounds the blocks in flight; zero is a default.
-	Window eris.Window
+	// Window bounds the blocks in flight; nil is a default.
+	Window func() eris.Window
+	// Limiter bounds the bytes of nars; nil is no limit.
+	Limiter *ratelimit.Limiter
 	// Policy tells what is tried first.
 	Policy Policy
 	// UnsignedCapabilities allows the use of read capabilities that no signature

@@ -22,8 +22,16 @@ type configuration struct {
 	// Stores are the URLs of the block stores, in the order in which they are
 	// asked.
 	Stores []string `toml:"eris-stores"`
-	// Policy is eris-first, http-first, eris-only or http-only.
+	// Policy is fastest, eris-first, http-first, eris-only or http-only.
 	Policy string `toml:"policy"`
+	// CacheSize is how many bytes of blocks are kept for later, like "2GiB"; "0" is
+	// none. CacheDirectory is where; it holds narinfos, too.
+	CacheSize      string `toml:"cache-size"`
+	CacheDirectory string `toml:"cache-directory"`
+	// LimitRate bounds the bytes per second of blocks and nars, like "2MiB".
+	LimitRate string `toml:"limit-rate"`
+	// Verbose shows what is expected of stores and servers, and what came of it.
+	Verbose bool `toml:"verbose"`
 	// UnsignedCapabilities is whether read capabilities that no signature covers
 	// are used; they are by default.
 	UnsignedCapabilities *bool `toml:"unsigned-capabilities"`

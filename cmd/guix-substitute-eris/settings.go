@@ -14,14 +14,14 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/term"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
@@ -39,6 +39,8 @@ type settings struct {
 	unauthorised   bool
 	stores         string
 	policy         string
+	limitRate      string
+	verbose        bool
 
 	daemon  bool // the daemon has started this process
 	options protocol.Options
@@ -51,9 +53,11 @@ func (s *settings) flags(f *flag.FlagSet) {
 	f.StringVar(&s.urls, "substitute-urls", "", "ask the servers with these `URLS`, separated by spaces, in this order")
 	f.StringVar(&s.acl, "acl", "", "take the list of authorised keys from `FILE`")
 	f.StringVar(&s.store, "store-dir", "", "the store is in `DIRECTORY`")
-	f.StringVar(&s.cacheDirectory, "cache-dir", "", "keep narinfos in `DIRECTORY`; \"none\" keeps none")
-	f.StringVar(&s.stores, "eris-store-url", "", "fetch blocks from the stores with these `URLS`, separated by spaces, in this order; \"none\" is none")
-	f.StringVar(&s.policy, "policy", "", "what is tried in which `ORDER`: eris-first, http-first, eris-only or http-only")
+	f.StringVar(&s.cacheDirectory, "cache-dir", "", "keep narinfos, blocks and what is known of stores in `DIRECTORY`; \"none\" keeps nothing")
+	f.StringVar(&s.stores, "eris-store-url", "", "fetch blocks from the stores with these `URLS`, separated by spaces; \"none\" is none")
+	f.StringVar(&s.policy, "policy", "", "what is tried in which `ORDER`: fastest, eris-first, http-first, eris-only or http-only")
+	f.StringVar(&s.limitRate, "limit-rate", "", "fetch at most `RATE` bytes per second, like 500K or 2MiB, over the network")
+	f.BoolVar(&s.verbose, "verbose", false, "show what is expected of blocks and nars, what is chosen, and what the stores have done")
 	f.BoolVar(&s.unauthorised, "allow-unauthenticated", false, "accept narinfos without an authorised signature (dangerous)")
 }
 
@@ -117,7 +121,8 @@ func (s *settings) showNotes() {
 
 // policies are the words for policies.
 var policies = map[string]substitute.Policy{
-	"":           substitute.ERISFirst,
+	"":           substitute.Fastest,
+	"fastest":    substitute.Fastest,
 	"eris-first": substitute.ERISFirst,
 	"http-first": substitute.HTTPFirst,
 	"eris-only":  substitute.ERISOnly,
@@ -127,11 +132,34 @@ var policies = map[string]substitute.Policy{
 // A session is a substituter with what it works with.
 type session struct {
 	*substitute.Substituter
-	stores []fetch.Source
+	blocks *blocks // nil if there is no store
+	state  *sourcestate.State
+	saved  time.Time
+}
+
+// saveEvery is how often what is known of servers and stores is written down.
+const saveEvery = 5 * time.Second
+
+// after does what is to be done after a substitution. The daemon kills its helpers
+// as soon as it does not need them any more.
+func (s *session) after() {
+	if s.blocks != nil && s.Verbose {
+		s.blocks.show(s.Log)
+	}
+	if time.Since(s.saved) < saveEvery {
+		return
+	}
+	if err := s.state.Save(); err != nil {
+		s.Log.WarnOnce("sources", "what is known of sources cannot be kept for later: %v", err)
+	}
+	s.saved = time.Now()
 }
 
 func (s *session) close() {
-	closeStores(s.stores)
+	if s.blocks != nil {
+		s.blocks.close()
+	}
+	s.state.Save()
 	s.Mirrors.Close()
 	if s.Cache != nil {
 		s.Cache.Close()
@@ -141,27 +169,22 @@ func (s *session) close() {
 // session returns the substituter that the settings describe. It must be closed.
 // For queries it has no stores.
 func (s *settings) session(query bool) *session {
-	result := &session{}
 	policy, ok := policies[s.policy]
 	if !ok {
-		s.notes = append(s.notes, fmt.Sprintf("policy %.40q is not understood; eris-first is followed", s.policy))
+		s.notes = append(s.notes, fmt.Sprintf("policy %.40q is not understood; fastest is followed", s.policy))
 	}
-	var blocks eris.VerifiedBlocks
-	if urls := storeURLs(s.stores, s.file); !query && policy != substitute.HTTPOnly && s.stores != "none" && len(urls) > 0 {
-		var err error
-		if result.stores, err = openStores(urls); err != nil {
-			s.notes = append(s.notes, err.Error())
-		}
-		if len(result.stores) > 0 {
-			blocks = fetch.NewInOrder(result.stores, func(source string, err error) {
-				s.log.Warnf("store %s gave wrong bytes and is not asked again: %v", source, err)
-			})
-		}
+	path := s.inCache("sources")
+	if query {
+		path = "" // which learns nothing about them
 	}
+	result := &session{state: sourcestate.Open(path)}
+	limiter := s.limiter()
 	unsigned := s.file.UnsignedCapabilities == nil || *s.file.UnsignedCapabilities
 	result.Substituter = substitute.New(substitute.Config{
-		Blocks:               blocks,
 		Policy:               policy,
+		Limiter:              limiter,
+		Speeds:               serverSpeeds{result.state},
+		Verbose:              s.verbose || s.file.Verbose,
 		UnsignedCapabilities: unsigned,
 		StoreDir:             s.store,
 		URLs:                 s.serverURLs(),
@@ -183,6 +206,20 @@ func (s *settings) session(query bool) *session {
 		Cache: s.cache(),
 		Log:   s.log,
 	})
+	if urls := storeURLs(s.stores, s.file); !query && policy != substitute.HTTPOnly && len(urls) > 0 {
+		b, err := openBlocks(blocksOptions{
+			urls: urls, directory: s.inCache("blocks"), cacheSize: s.cacheSize(),
+			state: result.state, limiter: limiter, log: s.log,
+		})
+		if err != nil {
+			s.notes = append(s.notes, err.Error())
+		}
+		if b != nil {
+			result.blocks = b
+			result.Blocks, result.Window, result.StoreSpeed = b, b.pool.Window, b.speed
+			result.Nearby, result.NearbyStride = b.nearby, b.stride
+		}
+	}
 	return result
 }
 
@@ -225,29 +262,36 @@ func (s *settings) discovered() []string {
 	return slices.Clip(urls)
 }
 
+// keepDirectory is where things are kept for other processes, or empty.
+func (s *settings) keepDirectory() string {
+	switch {
+	case s.cacheDirectory == "none":
+		return ""
+	case s.cacheDirectory != "":
+		return s.cacheDirectory
+	case s.file.CacheDirectory != "":
+		return s.file.CacheDirectory
+	}
+	// Where AppArmor lets the daemon's helpers write, and where Guix has its own
+	// (guix/substitutes.scm: %narinfo-cache-directory), beside that.
+	base := os.Getenv("XDG_CACHE_HOME")
+	if base == "" && s.daemon {
+		return filepath.Join(stateDirectory(), "substitute", "eris")
+	}
+	if base == "" {
+		var err error
+		if base, err = os.UserCacheDir(); err != nil {
+			return ""
+		}
+	}
+	return filepath.Join(base, "guix", "substitute-eris")
+}
+
 // cache opens the cache of narinfos, or returns nil.
 func (s *settings) cache() *narinfocache.Cache {
-	directory := s.cacheDirectory
-	if directory == "none" {
-		return nil
-	}
+	directory := s.inCache("narinfos")
 	if directory == "" {
-		// Where AppArmor lets the daemon's helpers write, and where Guix has its
-		// own (guix/substitutes.scm: %narinfo-cache-directory), beside that.
-		base := os.Getenv("XDG_CACHE_HOME")
-		switch {
-		case base != "":
-			directory = filepath.Join(base, "guix", "substitute-eris")
-		case s.daemon:
-			directory = filepath.Join(stateDirectory(), "substitute", "eris")
-		default:
-			var err error
-			if base, err = os.UserCacheDir(); err != nil {
-				return nil
-			}
-			directory = filepath.Join(base, "guix", "substitute-eris")
-		}
-		directory = filepath.Join(directory, "narinfos")
+		return nil
 	}
 	c, err := narinfocache.Open(directory)
 	if err != nil {

@@ -48,6 +48,9 @@ var storeAliases = map[string]string{"dir+fs": "file"}
 // storeURLs returns the store URLs that were given by a flag, else by the
 // environment, else by the configuration file.
 func storeURLs(flag string, file configuration) []string {
+	if flag == "none" {
+		return nil
+	}
 	if flag != "" {
 		return strings.Fields(flag)
 	}

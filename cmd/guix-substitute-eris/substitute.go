@@ -100,6 +100,7 @@ func byHandCommand(args []string) int {
 	} else {
 		unix.Umask(0o022)
 		outcome := sub.Substitute(ctx, items[0], items[1])
+		sub.after()
 		reply = appendOutcome(nil, outcome)
 		complete = outcome.Status == substitute.Success
 	}
@@ -178,7 +179,9 @@ func (s *settings) answer(sub *session, request protocol.Request, query bool) (r
 	case query && request.Command == "info":
 		return protocol.AppendInfo(nil, sub.Info(ctx, arguments))
 	case !query && request.Command == "substitute" && len(arguments) == 2:
-		return appendOutcome(nil, sub.Substitute(ctx, arguments[0], arguments[1]))
+		outcome := sub.Substitute(ctx, arguments[0], arguments[1])
+		sub.after()
+		return appendOutcome(nil, outcome)
 	}
 	s.log.Errorf("request %.200q with %d arguments is not understood", request.Command, len(arguments))
 	return noReply(query)
