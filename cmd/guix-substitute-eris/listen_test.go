@@ -18,6 +18,7 @@ func TestParseEndpoint(t *testing.T) {
 		{"coap+ws://host:8080/?put", "coap+ws://host:8080 (put)"},
 		{"coap+ws://host/.well-known/coap", ""},
 		{"coaps+ws://host", ""},
+		{"coap+ws://host", "coap+ws://host:80 (get)"},
 		{"http://host", "http://host:80 (get)"},
 		{"http://host:8080/?get&put", "http://host:8080 (get, put)"},
 		{"coap+unix:///run/a", "coap+unix:///run/a (get, put)"},

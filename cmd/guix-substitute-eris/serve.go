@@ -32,6 +32,7 @@ else --listen says. URLs of --listen are
   coap+tcp://HOST:PORT    CoAP over TCP
   coap+ws://HOST:PORT     CoAP over WebSockets, at the path /.well-known/coap
   coap://HOST:PORT        CoAP over UDP
+  coap+ws://HOST:PORT     CoAP over WebSockets, at the path /.well-known/coap
   coap+unix:///PATH       CoAP over a further Unix socket
   http://HOST:PORT        HTTP, at the path /uri-res/N2R
 
@@ -153,7 +154,7 @@ func (s *serveSettings) run() error {
 	for in, out, i := ratelimit.New(rate, 0), ratelimit.New(rate, 0), 0; i < len(endpoints); i++ {
 		endpoints[i].limit(in, out)
 	}
-	err = serveEndpoints(ctx, store, endpoints, stop)
+	err = serveEndpoints(ctx, store, endpoints, patience(rate), stop)
 	return errors.Join(err, store.Close())
 }
 
@@ -244,16 +245,20 @@ func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error
 
 // serveEndpoints serves the store on all endpoints until ctx is done or one of
 // them fails; SIGUSR1 has the statistics written to the log. From then on, further signals end the program at once.
-func serveEndpoints(ctx context.Context, store *blockstore.Store, endpoints []*endpoint, restoreSignals func()) error {
+func serveEndpoints(
+	ctx context.Context, store *blockstore.Store, endpoints []*endpoint, patience time.Duration, restoreSignals func(),
+) error {
 	logError := func(err error) { logf("%v", err) }
-	web := httpserver.New(httpserver.Config{Blocks: store, Sink: store, Log: logError})
+	web := httpserver.New(httpserver.Config{Blocks: store, Sink: store, RequestTimeout: patience, Log: logError})
 	started := time.Now()
 	var coap *coapserver.Server
 	stats := func() []byte { return statisticsOf(started, store, coap, web).text() }
 	coap, err := coapserver.New(coapserver.Config{
 		Resources: []coapserver.Resource{{Blocks: store, Sink: store}},
 		Documents: []coapserver.Document{{Path: statisticsPath, Format: uint16(message.AppJSON), Text: stats}},
-		Log:       logError,
+
+		MessageTimeout: patience,
+		Log:            logError,
 	})
 	if err != nil {
 		return err
@@ -274,6 +279,8 @@ func serveEndpoints(ctx context.Context, store *blockstore.Store, endpoints []*e
 				err = coap.ServeWebSocket(e.listener, coapserver.Access{Get: e.get, Put: e.put})
 			case e.scheme == "http":
 				err = web.Serve(e.listener, httpserver.Access{Get: e.get, Put: e.put})
+			case e.scheme == "coap+ws":
+				err = coap.ServeWebSocket(e.listener, coapserver.Access{Get: e.get, Put: e.put})
 			default:
 				err = coap.Serve(e.listener, coapserver.Access{Get: e.get, Put: e.put, Documents: e.scheme == "coap+unix"})
 			}
@@ -304,6 +311,17 @@ func serveEndpoints(ctx context.Context, store *blockstore.Store, endpoints []*e
 	_ = coap.Shutdown(graceful)
 	group.Wait()
 	return err
+}
+
+// patience returns how long a client may take for a message, given the limit of
+// bytes per second, 0 if there is none. It must not be cut off because it has to
+// share the rate with many others.
+func patience(rate int64) time.Duration {
+	const shared = 64 << 20 // 256 KiB for each of 256 connections
+	if rate <= 0 {
+		return time.Minute
+	}
+	return min(max(time.Minute, time.Duration(shared/float64(rate)*float64(time.Second))), time.Hour)
 }
 
 // notify tells the service manager, if there is one.

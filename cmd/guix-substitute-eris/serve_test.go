@@ -17,6 +17,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
@@ -255,4 +256,42 @@ func TestServeEvicts(t *testing.T) {
 	if err := server.stop(); err != nil {
 		t.Error(err)
 	}
+}
+
+// TestServeLimitsRate checks that bytes come and go no faster than is permitted, over all listeners together.
+func TestServeLimitsRate(t *testing.T) {
+	const rate, blocks = 256 << 10, 16
+	server := serveTest(t, t.TempDir(), "--limit-rate=256K/s", "--listen=coap+tcp://127.0.0.1:0?get&put")
+	// What may go at once is 32 KiB, and the kernel's buffers have some more on their way.
+	least := time.Duration(blocks-4) * time.Duration(eris.BlockSize32KiB) * time.Second / rate
+	each := func(what string, f func(store *coap.Store, block []byte) error) {
+		t.Helper()
+		begin := time.Now()
+		var group sync.WaitGroup
+		for i, kind := range []string{"UNIX", "TCP"} {
+			store, err := coap.Open(server.urls[kind], coap.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer store.Close()
+			for j := range blocks / 2 {
+				group.Go(func() {
+					if err := f(store, noise(uint64(i*blocks+j), int(eris.BlockSize32KiB))); err != nil {
+						t.Errorf("%s: %v", what, err)
+					}
+				})
+			}
+		}
+		group.Wait()
+		if took := time.Since(begin); took < least {
+			t.Errorf("%s: took %v, and must take %v at least", what, took, least)
+		}
+	}
+	each("putting", func(store *coap.Store, block []byte) error {
+		return store.Put(t.Context(), eris.Sum(block), block)
+	})
+	each("getting", func(store *coap.Store, block []byte) error {
+		_, err := store.Get(t.Context(), eris.Sum(block), eris.BlockSize32KiB, nil)
+		return err
+	})
 }
