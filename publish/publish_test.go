@@ -30,6 +30,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
@@ -151,7 +152,7 @@ func TestPublishAndSubstitute(t *testing.T) {
 		var log bytes.Buffer
 		s := substitute.New(substitute.Config{
 			StoreDir: "/gnu/store", URLs: []string{h.URL}, Keys: acl.NewACL(key.PublicKey()), Mirrors: mirrors,
-			Blocks: fetch.NewInOrder([]fetch.Source{store}, nil), Policy: policy,
+			Blocks: onlyStore(t, store), Policy: policy,
 			Log: protocol.NewLog(&log, protocol.LogStyle{}),
 		})
 		destination := t.TempDir()
@@ -421,7 +422,7 @@ func TestAnnotator(t *testing.T) {
 	for _, unsigned := range []bool{true, false} {
 		s := substitute.New(substitute.Config{
 			StoreDir: "/gnu/store", URLs: []string{h.URL}, Keys: acl.NewACL(key.PublicKey()), Mirrors: mirrors,
-			Blocks: fetch.NewInOrder([]fetch.Source{store}, nil), Policy: substitute.ERISOnly, UnsignedCapabilities: unsigned,
+			Blocks: onlyStore(t, store), Policy: substitute.ERISOnly, UnsignedCapabilities: unsigned,
 			Log: protocol.NewLog(&log, protocol.LogStyle{}),
 		})
 		to := t.TempDir() + "/item"
@@ -862,4 +863,11 @@ func TestItems(t *testing.T) {
 			t.Errorf("%q is accepted as %v", bad, m)
 		}
 	}
+}
+
+// onlyStore is where blocks come from if there is one store.
+func onlyStore(t *testing.T, store fetch.Source) *pool.Pool {
+	p := pool.New([]fetch.Source{store}, pool.Options{})
+	t.Cleanup(func() { p.Close() })
+	return p
 }

@@ -17,7 +17,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
@@ -97,12 +97,13 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	}
 	shown := showProgress("fetched")
 	defer shown.end()
-	ordered := fetch.NewInOrder(stores, func(source string, err error) {
+	all := pool.New(stores, pool.Options{OnFault: func(source string, err error) {
 		fmt.Fprintf(os.Stderr, "guix-substitute-eris: warning: %s gave wrong bytes and is not asked again: %v\n", source, err)
-	})
-	blocks := countingBlocks{ordered, shown}
+	}})
+	defer all.Close()
+	blocks := countingBlocks{all, shown}
 	// What is decoded may be as large as it likes; it goes to disk only.
-	x, err := image.Open(ctx, blocks, c, erisfs.Limits{NarSize: 1 << 60}, eris.Window{})
+	x, err := image.Open(ctx, blocks, c, erisfs.Limits{NarSize: 1 << 60}, all.Window())
 	if err != nil {
 		return result, err
 	}
