@@ -76,10 +76,17 @@ type parser struct {
 	capabilities []eris.ReadCapability
 	more         bool // there were more capabilities than are kept
 
-	// Where and how the present dump could be continued.
+	end    ending // of the present dump, or of the last one if there is no more
+	before ending // of the dump before that
+}
+
+// ending is where and how a dump could be continued.
+type ending struct {
 	tail       int64 // where the map ends: the offset of its end, or of what is not whole
+	end        int64 // where the dump ends; 0 if it is cut off
 	appendable bool  // array and map are of indefinite length, and have nothing in them that is not kept
 	first      int   // how many capabilities there were before this dump
+	last       int   // and after it
 }
 
 type state uint8
@@ -116,7 +123,7 @@ func (p *parser) next() (location, error) {
 		case stateStart:
 			err = p.start()
 		case stateBlocks:
-			p.tail = p.offset
+			p.end.tail = p.offset
 			var l location
 			if l, err = p.pair(); l.size > 0 && err == nil {
 				p.left = l.size
@@ -252,8 +259,9 @@ func (p *parser) opening() error {
 	p.blocks = counter{h.value, h.indefinite}
 	p.state = stateBlocks
 	p.dumps++
-	p.appendable = p.array.indefinite && p.blocks.indefinite
-	p.first = len(p.capabilities)
+	p.before = p.end
+	n := len(p.capabilities)
+	p.end = ending{tail: p.offset, appendable: p.array.indefinite && p.blocks.indefinite, first: n, last: n}
 	return nil
 }
 
@@ -317,6 +325,7 @@ func (p *parser) element() error {
 		return err
 	}
 	if ended {
+		p.end.end = p.offset
 		p.state = stateStart
 		return nil
 	}
@@ -329,7 +338,7 @@ func (p *parser) element() error {
 		}
 	}
 	p.skipped++
-	p.appendable = false
+	p.end.appendable = false
 	return p.skip(h, 0)
 }
 
@@ -351,12 +360,13 @@ func (p *parser) capability() error {
 	switch err := c.UnmarshalBinary(binary[:]); {
 	case err != nil:
 		p.skipped++
-		p.appendable = false
+		p.end.appendable = false
 	case len(p.capabilities) == maxCapabilities:
 		p.more = true
-		p.appendable = false
+		p.end.appendable = false
 	default:
 		p.capabilities = append(p.capabilities, c)
+		p.end.last = len(p.capabilities)
 	}
 	return nil
 }
