@@ -107,9 +107,9 @@ func (s *encodeSettings) encode(ctx context.Context, path string) (result encode
 	}
 	sink := eris.SinkFunc(func(context.Context, eris.Reference, []byte) error { return nil })
 	var pipeline *fetch.Pipeline
+	var store fetch.Store
 	if s.store != "" && s.store != "none" {
-		store, err := openStore(s.store)
-		if err != nil {
+		if store, err = openStore(s.store); err != nil {
 			return result, err
 		}
 		defer store.Close()
@@ -135,6 +135,9 @@ func (s *encodeSettings) encode(ctx context.Context, path string) (result encode
 		return result, fmt.Errorf("storing the blocks of %s: %w", path, err2)
 	}
 	result.Blocks, result.Bytes = pipeline.Stored()
+	if err == nil {
+		err = addCapability(ctx, store, result.URN)
+	}
 	return result, err
 }
 

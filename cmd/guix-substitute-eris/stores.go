@@ -3,14 +3,18 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	neturl "net/url"
 	"os"
 	"strings"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dir"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dump"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/ipfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/web"
 )
@@ -37,13 +41,19 @@ var storeKinds = []storeKind{
 	{[]string{"file"}, func(url string) (fetch.Store, error) {
 		return dir.Open(url, dir.Options{})
 	}},
+	{[]string{"dump"}, func(url string) (fetch.Store, error) {
+		return dump.Open(url)
+	}},
 	{[]string{"ipfs+http", "ipfs+https"}, func(url string) (fetch.Store, error) {
 		return ipfs.Open(url, ipfs.Options{})
 	}},
 }
 
 // storeAliases are schemes that eris-go has for what we have too.
-var storeAliases = map[string]string{"dir+fs": "file"}
+var storeAliases = map[string]string{"dir+fs": "file", "cbor+file": "dump"}
+
+// dumpSuffix is how the names of files end that are dumps, not directories.
+const dumpSuffix = ".cbor"
 
 // storeURLs returns the store URLs that were given by a flag, else by the
 // environment, else by the configuration file.
@@ -64,12 +74,18 @@ func storeURLs(flag string, file configuration) []string {
 // hence errors do not show it.
 func openStore(url string) (fetch.Store, error) {
 	scheme, rest, ok := strings.Cut(url, ":")
+	if !ok && strings.HasSuffix(url, dumpSuffix) {
+		scheme, rest, ok = "dump", (&neturl.URL{Path: url}).EscapedPath(), true
+	}
 	if !ok {
 		return nil, fmt.Errorf("this is not a store URL; one begins with a scheme: %s", storeSchemes())
 	}
 	scheme = strings.ToLower(scheme)
 	if other, ok := storeAliases[scheme]; ok {
 		scheme = other
+	}
+	if path, _, _ := strings.Cut(rest, "?"); scheme == "file" && strings.HasSuffix(path, dumpSuffix) {
+		scheme = "dump"
 	}
 	for _, kind := range storeKinds {
 		for _, s := range kind.schemes {
@@ -93,6 +109,19 @@ func storeSchemes() string {
 		all = append(all, kind.schemes...)
 	}
 	return strings.Join(all, ", ")
+}
+
+// addCapability tells a store of a read capability, if it is one that keeps them and its URL asks for that.
+func addCapability(ctx context.Context, store fetch.Store, urn string) error {
+	d, ok := store.(*dump.Store)
+	if !ok || !d.KeepsCapabilities() {
+		return nil
+	}
+	c, err := eris.ParseURN(urn)
+	if err != nil {
+		return err
+	}
+	return d.AddCapability(ctx, c)
 }
 
 // openStores opens all stores that can be opened. Errors name those that cannot.

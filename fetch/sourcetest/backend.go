@@ -5,6 +5,7 @@ package sourcetest
 import (
 	"context"
 	"errors"
+	"maps"
 	"sync"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -84,6 +85,14 @@ func (b *Backend) Set(ref eris.Reference, block []byte) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.blocks[ref] = block
+}
+
+// All returns everything that was set or put and is still there: for transports whose server is not a program but a file,
+// which a test has to write.
+func (b *Backend) All() map[eris.Reference][]byte {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return maps.Clone(b.blocks)
 }
 
 // Has reports whether the backend has the bytes of the block with the given reference.
