@@ -393,6 +393,12 @@ func (c *conn) control(head coap.Head, body []byte) error {
 		}
 	}
 	switch head.Code {
+	case codes.Ping, codes.Pong, codes.Release:
+		if err := coap.CheckSignal(body); err != nil {
+			return &protocolError{err: err}
+		}
+	}
+	switch head.Code {
 	case codes.Empty, codes.Pong:
 	case codes.CSM:
 		c.queue.Mu.Lock()

@@ -3,6 +3,8 @@
 package coap
 
 import (
+	"time"
+
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -31,6 +33,7 @@ type call struct {
 	length     int // of the payload
 	diagnostic [64]byte
 	err        error
+	took       time.Duration // of an exchange by UDP, from when it was its turn
 
 	wake chan struct{} // receives once when the call is done
 }

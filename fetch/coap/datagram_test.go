@@ -250,6 +250,12 @@ func TestDatagramHostile(t *testing.T) {
 			asked.More, asked.Exponent, asked.Present = true, 6, true
 			return [][]byte{part(m, asked, make([]byte, 1024))}
 		}, largeRef, 32768, wrong},
+		{"parts as there are on streams only", func(m wire.Datagram) [][]byte {
+			return [][]byte{part(m, wire.Block{More: true, Exponent: wire.BERT}, make([]byte, 1024))}
+		}, largeRef, 32768, fails},
+		{"last part as there are on streams only", func(m wire.Datagram) [][]byte {
+			return [][]byte{part(m, wire.Block{Exponent: wire.BERT}, block)}
+		}, ref, 1024, fails},
 		{"parts that get smaller", func(m wire.Datagram) [][]byte {
 			asked := incoming{body: m.Body}.block(message.Block2)
 			if asked.Number == 0 {

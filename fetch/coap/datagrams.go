@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -155,22 +156,48 @@ func (d *datagrams) get(ctx context.Context, c *call) (int, error) {
 	if !c.response.Block2.Present {
 		return c.length, nil
 	}
+	if c.response.Block2.Exponent > wire.MaxExponent {
+		return 0, errBlockwise // reserved but for streams (RFC 7959, section 2.2)
+	}
 	length, more, err := firstPart(c)
 	if err != nil || !more {
 		return length, err
 	}
 	first := c.response.Block2
-	length, err = d.getRest(ctx, e, c, dst, length, first.Exponent)
+	length, err = d.getRest(ctx, inTime(e, partsPerBlock), c, dst, length, first.Exponent)
 	if errors.Is(err, errBlockwise) {
 		// Perhaps the server does not like to be asked for parts out of order.
 		c.response.Block2, c.length = first, first.Unit()
-		return getParts(ctx, e, c, dst)
+		return getParts(ctx, inTime(e, 1), c, dst)
 	}
 	return length, err
 }
 
+// timed bounds the time for all parts of a block, each of which may be in time by itself. What they wait for their turn, behind
+// other blocks, does not count.
+type timed struct {
+	endpoint *endpoint
+	left     atomic.Int64 // nanoseconds of all exchanges together
+}
+
+// inTime gives a block so much time as a whole one gets on a stream, for each of the exchanges that there are at a time.
+func inTime(e *endpoint, atATime int) *timed {
+	t := &timed{endpoint: e}
+	t.left.Store(int64(maxAge*e.options.RequestTimeout) * int64(atATime))
+	return t
+}
+
+func (t *timed) do(ctx context.Context, c *call) error {
+	if t.left.Load() <= 0 {
+		return errSlow
+	}
+	err := t.endpoint.do(ctx, c)
+	t.left.Add(-int64(c.took))
+	return err
+}
+
 // getRest gets all parts of a block but the first, several at a time.
-func (d *datagrams) getRest(ctx context.Context, e *endpoint, c *call, dst []byte, first int, exponent uint8) (int, error) {
+func (d *datagrams) getRest(ctx context.Context, e exchanger, c *call, dst []byte, first int, exponent uint8) (int, error) {
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(partsPerBlock)
 	unit := wire.Block{Exponent: exponent}.Unit()
@@ -219,5 +246,5 @@ func (d *datagrams) put(ctx context.Context, c *call) error {
 			return err
 		}
 	}
-	return putParts(ctx, e, c, block, wire.MaxExponent, blockUnit)
+	return putParts(ctx, inTime(e, 1), c, block, wire.MaxExponent, blockUnit)
 }

@@ -151,6 +151,7 @@ func (e *endpoint) do(ctx context.Context, c *call) error {
 	}()
 
 	began := time.Now()
+	defer func() { c.took = time.Since(began) }()
 	timeout := e.timeout()
 	deadline := began.Add(e.options.RequestTimeout)
 	timer := time.NewTimer(0)

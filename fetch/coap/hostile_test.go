@@ -203,6 +203,10 @@ func TestHostile(t *testing.T) {
 		{"unknown class", respond(func(incoming) []byte { return fromHex("00 60") }), 1024, fails, true},
 		{"capabilities with an unknown critical option", func(p *peer) { p.write(fromHex("10 e1 30")); p.awaitEnd() }, 1024, fails, true},
 		{"capabilities with a number of five bytes", func(p *peer) { p.write(fromHex("60 e1 250000000001")); p.awaitEnd() }, 1024, fails, true},
+		{"ping with an unknown critical option", respond(func(incoming) []byte { return fromHex("10 e2 10") }), 1024, fails, true},
+		{"ping with a malformed option", respond(func(incoming) []byte { return fromHex("10 e2 f0") }), 1024, fails, true},
+		{"pong with an unknown critical option", respond(func(incoming) []byte { return fromHex("10 e3 30") }), 1024, fails, true},
+		{"Release with an unknown critical option", respond(func(incoming) []byte { return fromHex("10 e4 10") }), 1024, fails, true},
 		{"Abort with terminal codes", respond(func(incoming) []byte { return wire.AppendAbort(nil, 0, "\x1b[2J") }), 1024, fails, false},
 		{"Release instead of an answer", respond(func(incoming) []byte { return fromHex("00 e4") }), 1024, fails, false},
 		{"endless capabilities", flood(csm), 1024, fails, true},
@@ -362,6 +366,72 @@ func TestOneNeverAnswered(t *testing.T) {
 	fails.check(t, err)
 	close(done)
 	group.Wait()
+}
+
+// TestSlowParts has a peer that answers each request in time, but sends a block in so many parts that this would take minutes.
+func TestSlowParts(t *testing.T) {
+	ref, _ := newBlock(eris.BlockSize32KiB, 1)
+	reply := func(part wire.Block) (options, payload []byte) {
+		part.More, part.Exponent, part.Present = true, 0, true
+		time.Sleep(50 * time.Millisecond)
+		return wire.AppendUintOption(nil, 0, message.Block2, part.Uint()), make([]byte, 16)
+	}
+	stream := playPeer(t, func(_ int, p *peer) {
+		p.write(csm)
+		for {
+			m, ok := p.readUntil(codes.GET)
+			if !ok {
+				return
+			}
+			options, payload := reply(m.block(message.Block2))
+			p.write(wire.AppendMessage(nil, codes.Content, m.Token, options, payload))
+		}
+	})
+	datagrams := datagramPeer(t, func(m wire.Datagram) [][]byte {
+		options, payload := reply(incoming{body: m.Body}.block(message.Block2))
+		return [][]byte{datagram(message.Acknowledgement, codes.Content, m.ID, m.Token, options, payload)}
+	})
+	for _, url := range []string{stream, datagrams} {
+		store := mustOpen(t, url, short)
+		_, err := get(t, store, ref, eris.BlockSize32KiB)
+		fails.check(t, err)
+		store.Close()
+	}
+}
+
+// TestSilentOnce checks that a peer that has never answered is not asked twice for one block, and one that has is: the
+// connection may have died without anybody having been told.
+func TestSilentOnce(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize1KiB, 1)
+	var asked atomic.Int32
+	silent := openPeer(t, short, func(_ int, p *peer) {
+		p.write(csm)
+		for {
+			if _, ok := p.readUntil(codes.GET); !ok {
+				return
+			}
+			asked.Add(1)
+		}
+	})
+	_, err := get(t, silent, ref, eris.BlockSize1KiB)
+	fails.check(t, err)
+	if n := asked.Load(); n != 1 {
+		t.Errorf("the peer was asked %d times", n)
+	}
+	falls := openPeer(t, short, func(connection int, p *peer) {
+		if connection > 0 {
+			p.serveBlock(block)
+			return
+		}
+		p.write(csm)
+		m, _ := p.readUntil(codes.GET)
+		p.write(answer(m, block))
+		p.awaitEnd()
+	})
+	for range 2 {
+		_, err := get(t, falls, ref, eris.BlockSize1KiB)
+		works.check(t, err)
+	}
 }
 
 // TestCancelWithinAnswer ends a call of which half the answer has come: the memory is given back at once, although the rest

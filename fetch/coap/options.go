@@ -5,6 +5,7 @@ package coap
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"net"
 	"time"
 )
@@ -93,6 +94,14 @@ func (o Options) withDefaults() Options {
 		o.Datagram.MaxRetransmit = 4
 	}
 	return o
+}
+
+var errSlow = errors.New("block takes too long in parts")
+
+// forParts bounds the time for all parts of a block on a stream, each of which may be in time by itself, to what one that comes
+// whole may take.
+func (o *Options) forParts(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, maxAge*o.RequestTimeout, errSlow)
 }
 
 func setDefault(d *time.Duration, value time.Duration) {

@@ -278,6 +278,7 @@ func TestPutForms(t *testing.T) {
 		{"whole", capabilities(65536, true), true, 7, 1},
 		{"just whole", capabilities(32830, false), true, 7, 1},
 		{"base size, block-wise", capabilities(0, true), true, 7, 32},
+		{"base size, block-wise, not strict", capabilities(0, true), false, 7, 32},
 		{"stated base size, block-wise", capabilities(1152, true), true, 7, 32},
 		{"smaller parts", capabilities(1152, true), true, 4, 1 + 124},
 		{"BERT of 2 units", capabilities(2400, true), true, 7, 16},

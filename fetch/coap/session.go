@@ -623,6 +623,12 @@ func (s *session) control(head wire.Head, body []byte) error {
 		return err
 	}
 	switch head.Code {
+	case codes.Ping, codes.Pong, codes.Release:
+		if err := wire.CheckSignal(body); err != nil {
+			return &protocolError{err: err}
+		}
+	}
+	switch head.Code {
 	case codes.Empty, codes.Pong:
 	case codes.CSM:
 		if bad, err := s.capabilities.Update(body); err != nil {

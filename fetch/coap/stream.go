@@ -228,8 +228,7 @@ func (s *stream) get(ctx context.Context, c *call) (length int, err error) {
 		if length, err = session.get(ctx, c); err == nil {
 			return length, nil
 		}
-		var failure *sessionError
-		if attempt > 0 || !errors.As(err, &failure) {
+		if attempt > 0 || !session.again(err) {
 			return 0, err
 		}
 	}
@@ -246,11 +245,21 @@ func (s *stream) put(ctx context.Context, c *call) (err error) {
 		if err = session.put(ctx, c); err == nil {
 			return nil
 		}
-		var failure *sessionError
-		if attempt > 0 || !errors.As(err, &failure) {
+		if attempt > 0 || !session.again(err) {
 			return err
 		}
 	}
+}
+
+// again reports whether a call that has failed should be tried once more, on a new connection: if it was the connection that
+// failed. It may have died unnoticed while nobody used it; but a peer that has never answered is not asked twice.
+func (s *session) again(err error) bool {
+	var failure *sessionError
+	if !errors.As(err, &failure) {
+		return false
+	}
+	_, proven := s.usable()
+	return proven || !errors.Is(err, errSilent)
 }
 
 // get gets a block in one message, or in parts if the peer answers so.
@@ -266,6 +275,8 @@ func (s *session) get(ctx context.Context, c *call) (int, error) {
 	if !c.response.Block2.Present {
 		return c.length, nil
 	}
+	ctx, cancel := s.options.forParts(ctx)
+	defer cancel()
 	return getParts(ctx, s, c, dst)
 }
 
@@ -281,7 +292,8 @@ func (s *session) put(ctx context.Context, c *call) error {
 			return err
 		}
 	}
-	whole := size <= int(capabilities.MessageSize) || !capabilities.Stated && !s.options.StrictMessageSize
+	silent := !capabilities.Stated && !capabilities.BlockWise
+	whole := size <= int(capabilities.MessageSize) || silent && !s.options.StrictMessageSize
 	if !whole && !capabilities.BlockWise {
 		return fmt.Errorf("peer takes messages of %d bytes only", capabilities.MessageSize)
 	}
@@ -304,6 +316,8 @@ func (s *session) putParts(ctx context.Context, c *call, block []byte, capabilit
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
+	ctx, cancel := s.options.forParts(ctx)
+	defer cancel()
 	if capabilities.BERT() {
 		overhead := s.requests.PutSize(wire.Block{Number: 1 << 12, Present: true}, len(block), 0) + wire.MaxHeadSize
 		if units := (int(min(capabilities.MessageSize, wire.MessageSize)) - overhead) / blockUnit; units > 1 {

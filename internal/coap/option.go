@@ -25,6 +25,7 @@ var (
 	errEmptyPayload    = errors.New("CoAP payload marker without a payload")
 	errUintLength      = errors.New("CoAP option is too long for a number")
 	errCSMOption       = errors.New("CoAP capability message has an unknown critical option")
+	errSignalOption    = errors.New("CoAP signalling message has an unknown critical option")
 	errMessageTooShort = errors.New("CoAP message is too short")
 	errVersion         = errors.New("CoAP version is not 1")
 	errEmptyMessage    = errors.New("empty CoAP message is not empty")

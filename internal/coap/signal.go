@@ -59,6 +59,22 @@ func (c *Capabilities) Update(body []byte) (bad message.OptionID, err error) {
 	return 0, nil
 }
 
+// CheckSignal checks the options of a signalling message other than a capability message: they must be well-formed, and
+// none of those that are defined is critical, so one that is cannot be understood, upon which the connection must be aborted
+// (RFC 8323, section 5.2).
+func CheckSignal(body []byte) error {
+	options := ParseOptions(body)
+	for {
+		option, ok := options.Next()
+		if !ok {
+			return options.Err()
+		}
+		if option.Critical() {
+			return errSignalOption
+		}
+	}
+}
+
 // AppendCapabilities appends the capability message that each side must send first: the given Max-Message-Size in bytes, and
 // Block-Wise-Transfer, which together also announce BERT.
 func AppendCapabilities(dst []byte, messageSize uint32) []byte {
