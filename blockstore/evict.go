@@ -174,7 +174,7 @@ func (w *writer) shrink() {
 	}
 	for {
 		above := w.state.bytes() + w.batchBytes() - limit
-		if above <= 0 || w.store.failed() != nil {
+		if above <= 0 || w.store.Err() != nil {
 			return
 		}
 		evicted := int64(0)

@@ -142,7 +142,7 @@ func (r *request) set(ref eris.Reference, block []byte, pinned bool, owner owner
 
 // send hands a request to the writer, which completes it unless the owner claims it first. It waits for room.
 func (s *Store) send(ctx context.Context, r *request) error {
-	if err := s.failed(); err != nil {
+	if err := s.Err(); err != nil {
 		return err
 	}
 	s.gate.RLock()

@@ -218,8 +218,9 @@ func (s *Store) fail(err error) {
 	s.failure.CompareAndSwap(nil, &err)
 }
 
-// failed returns the error of fail.
-func (s *Store) failed() error {
+// Err returns why the store takes no more blocks until it is opened anew, or nil. Whoever keeps a store open for long should
+// ask now and then.
+func (s *Store) Err() error {
 	if err := s.failure.Load(); err != nil {
 		return *err
 	}

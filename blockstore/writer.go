@@ -96,7 +96,7 @@ func (w *writer) collect(first *request) []*request {
 // do does a batch of requests and completes them.
 func (w *writer) do(batch []*request) {
 	s := w.store
-	err := s.failed()
+	err := s.Err()
 	if err == nil && len(batch) > 0 {
 		s.committing.Store(true)
 		err = w.guard(func() error { return w.transact(batch) })

@@ -49,6 +49,9 @@ type serveSettings struct {
 	stats                   bool
 }
 
+// checkPeriod is how often it is looked whether the store still works.
+const checkPeriod = 5 * time.Second
+
 // stopTime is how long clients get when the server stops.
 const stopTime = 5 * time.Second
 
@@ -243,8 +246,8 @@ func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error
 	return store, err
 }
 
-// serveEndpoints serves the store on all endpoints until ctx is done or one of
-// them fails; SIGUSR1 has the statistics written to the log. From then on, further signals end the program at once.
+// serveEndpoints serves the store on all endpoints until ctx is done, one of them
+// fails, or the store takes no more blocks; SIGUSR1 has the statistics written to the log. From then on, further signals end the program at once.
 func serveEndpoints(
 	ctx context.Context, store *blockstore.Store, endpoints []*endpoint, patience time.Duration, restoreSignals func(),
 ) error {
@@ -291,8 +294,13 @@ func serveEndpoints(
 		logf("serving on %v", e)
 	}
 	notify("READY=1")
+	check := time.NewTicker(checkPeriod)
+	defer check.Stop()
 	for err == nil && ctx.Err() == nil {
 		select {
+		case <-check.C:
+			// A service manager starts the server again, and then the index is read, or made, anew.
+			err = store.Err()
 		case <-ctx.Done():
 		case err = <-failed:
 		case <-asked:
