@@ -18,6 +18,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -448,4 +449,34 @@ http {
 		})
 	}
 	group.Wait()
+}
+
+// BenchmarkWebSocket gets blocks over TCP and over a WebSocket, client and server in one process.
+func BenchmarkWebSocket(b *testing.B) {
+	for _, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
+		store := newMemory()
+		ref := store.add(b, size)
+		for _, network := range []string{"tcp", "ws"} {
+			b.Run(size.String()+"/"+network, func(b *testing.B) {
+				client := mustOpen(b, startServer(b, network, store, readWrite).url(""), coap.Options{Unverified: true})
+				defer client.Close()
+				b.SetBytes(int64(size))
+				var next atomic.Int64
+				var group sync.WaitGroup
+				b.ResetTimer()
+				for range 256 {
+					group.Go(func() {
+						dst := make([]byte, 0, size)
+						for next.Add(1) <= int64(b.N) {
+							if _, err := client.Get(b.Context(), ref, size, dst); err != nil {
+								b.Error(err)
+								return
+							}
+						}
+					})
+				}
+				group.Wait()
+			})
+		}
+	}
 }
