@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package web_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/httpserver"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dir"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/web"
+)
+
+// freeAddress returns an address of loopback where nobody listens.
+func freeAddress(t *testing.T) string {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	return listener.Addr().String()
+}
+
+// startNginx starts nginx with the given servers, one of which listens at the address, and returns its directory.
+func startNginx(t *testing.T, address, servers string) (directory string) {
+	nginx, err := exec.LookPath("nginx")
+	if err != nil {
+		t.Skip("nginx is not installed")
+	}
+	directory = t.TempDir()
+	mustWriteCertificate(t, directory)
+	configuration := `
+daemon off; pid nginx.pid; error_log error.log; worker_processes 1; master_process off;
+events { worker_connections 1024; }
+http {
+	access_log off; client_body_temp_path b; proxy_temp_path p; fastcgi_temp_path f; uwsgi_temp_path u; scgi_temp_path s;
+	` + servers + `
+}`
+	if err := os.WriteFile(filepath.Join(directory, "nginx.conf"), []byte(configuration), 0o666); err != nil {
+		t.Fatal(err)
+	}
+	command := exec.Command(nginx, "-p", directory, "-c", "nginx.conf", "-e", filepath.Join(directory, "error.log"))
+	if err := command.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		command.Process.Kill()
+		command.Wait()
+		if t.Failed() {
+			log, _ := os.ReadFile(filepath.Join(directory, "error.log"))
+			t.Logf("nginx says: %.4000s", log)
+		}
+	})
+	for range 2000 {
+		if conn, err := net.Dial("tcp", address); err == nil {
+			conn.Close()
+			return directory
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	t.Fatal("nginx does not listen")
+	return ""
+}
+
+func mustWriteCertificate(t *testing.T, directory string) {
+	certificate := testTLS(t).Certificates[0]
+	key, err := x509.MarshalPKCS8PrivateKey(certificate.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, block := range map[string]*pem.Block{
+		"certificate.pem": {Type: "CERTIFICATE", Bytes: certificate.Certificate[0]},
+		"key.pem":         {Type: "PRIVATE KEY", Bytes: key},
+	} {
+		if err := os.WriteFile(filepath.Join(directory, name), pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// roundTrips puts contents into a store and gets them from another.
+func roundTrips(t *testing.T, to fetch.Store, from fetch.Source) {
+	t.Helper()
+	for _, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
+		content := bytes.Repeat([]byte("all sorts of blocks "), 20000)
+		for i := range content {
+			content[i] ^= byte(i >> 7)
+		}
+		pipeline := fetch.NewPipeline(t.Context(), to)
+		c, err := eris.Encode(t.Context(), bytes.NewReader(content), pipeline, eris.EncodeOptions{BlockSize: size})
+		if err2 := pipeline.Flush(); err == nil {
+			err = err2
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		x, err := eris.Open(t.Context(), from, c, 1<<30, eris.Window{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var out bytes.Buffer
+		if _, err := x.WriteTo(t.Context(), &out); err != nil || !bytes.Equal(out.Bytes(), content) {
+			t.Errorf("%v blocks from %v: %v", size, from, err)
+		}
+	}
+	missing, _ := newBlock(eris.BlockSize1KiB, 250)
+	if _, err := from.Get(t.Context(), missing, eris.BlockSize1KiB, nil); !errors.Is(err, eris.ErrNotFound) {
+		t.Errorf("a block that is missing: %v", err)
+	}
+}
+
+// TestNginxStatic has nginx serve a directory of blocks as docs/sources.md says: by HTTP/1.1 and HTTP/2, in both layouts, and
+// with blocks put by WebDAV.
+func TestNginxStatic(t *testing.T) {
+	plain, secure := freeAddress(t), freeAddress(t)
+	directory := startNginx(t, plain, `
+	server {
+		listen `+plain+`;
+		root blocks;
+		location /dav/ { dav_methods PUT; create_full_put_path on; client_max_body_size 32k; }
+	}
+	server {
+		listen `+secure+` ssl http2;
+		ssl_certificate certificate.pem; ssl_certificate_key key.pem;
+		root blocks;
+	}`)
+	blocks := filepath.Join(directory, "blocks")
+	if err := os.Mkdir(blocks, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	for _, layout := range []string{"flat", "sharded"} {
+		to, err := dir.Open("file:"+filepath.Join(blocks, layout)+"?layout="+layout, dir.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer to.Close()
+		for _, url := range []string{"http://" + plain, "https://" + secure} {
+			from := mustOpen(t, url+"/"+layout+"?static", web.Options{})
+			defer from.Close()
+			roundTrips(t, to, from)
+		}
+		dav := mustOpen(t, "http://"+plain+"/dav/"+layout+"?static&layout="+layout, web.Options{})
+		defer dav.Close()
+		roundTrips(t, dav, dav)
+	}
+	readOnly := mustOpen(t, "https://"+secure+"/flat?static", web.Options{})
+	defer readOnly.Close()
+	ref, block := newBlock(eris.BlockSize1KiB, 1)
+	if err := readOnly.Put(t.Context(), ref, block); !errors.Is(err, fetch.ErrReadOnly) {
+		t.Errorf("Put: %v", err)
+	}
+}
+
+// TestNginxProxy has nginx in front of our own server, as a site would have that offers TLS.
+func TestNginxProxy(t *testing.T) {
+	backend := sourcetest.NewBackend()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := httpserver.New(httpserver.Config{Blocks: backend, Sink: backend})
+	var group sync.WaitGroup
+	group.Go(func() { server.Serve(listener, httpserver.Access{Get: true, Put: true}) })
+	t.Cleanup(func() {
+		server.Close()
+		group.Wait()
+	})
+	plain, secure := freeAddress(t), freeAddress(t)
+	proxy := `location /eris/uri-res/ {
+			proxy_pass http://` + listener.Addr().String() + `/uri-res/;
+			proxy_http_version 1.1;
+			proxy_set_header Connection "";
+		}`
+	startNginx(t, plain, `
+	server { listen `+plain+`; `+proxy+` }
+	server {
+		listen `+secure+` ssl http2;
+		ssl_certificate certificate.pem; ssl_certificate_key key.pem;
+		`+proxy+`
+	}`)
+	for _, url := range []string{
+		"http://" + plain + "/eris", "https://" + secure + "/eris/", "http://" + listener.Addr().String(), "http://" + listener.Addr().String() + "?h2c",
+	} {
+		store := mustOpen(t, url, web.Options{})
+		defer store.Close()
+		roundTrips(t, store, store)
+	}
+}
+
+// TestBucket uses the bucket that BUCKET_URL names, which is to be open for reading and writing: .ci/interop-s3 starts a
+// server for it.
+func TestBucket(t *testing.T) {
+	bucket := os.Getenv("BUCKET_URL")
+	if bucket == "" {
+		t.Skip("BUCKET_URL names no bucket; see .ci/interop-s3")
+	}
+	for _, query := range []string{"?static", "?static&layout=flat", "/prefix?static&layout=sharded"} {
+		store := mustOpen(t, bucket+query, web.Options{})
+		defer store.Close()
+		roundTrips(t, store, store)
+	}
+	// What another program has uploaded, as "aws s3 sync" does for each file of a directory.
+	ref, block := newBlock(eris.BlockSize32KiB, 3)
+	request, err := http.NewRequestWithContext(context.Background(), http.MethodPut, bucket+"/synced/"+ref.String()[:2]+"/"+ref.String(), bytes.NewReader(block))
+	if err != nil {
+		t.Fatal(err)
+	}
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, _ := io.ReadAll(response.Body)
+	response.Body.Close()
+	if response.StatusCode != http.StatusOK {
+		t.Fatalf("%s: %s", response.Status, strings.TrimSpace(string(body)))
+	}
+	store := mustOpen(t, bucket+"/synced?static", web.Options{})
+	defer store.Close()
+	if got, err := get(t, store, ref, eris.BlockSize32KiB); err != nil || !bytes.Equal(got, block) {
+		t.Error(err)
+	}
+}
