@@ -10,6 +10,7 @@ import (
 	"errors"
 	"io"
 	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -293,5 +294,72 @@ func TestServeLimitsRate(t *testing.T) {
 	each("getting", func(store *coap.Store, block []byte) error {
 		_, err := store.Get(t.Context(), eris.Sum(block), eris.BlockSize32KiB, nil)
 		return err
+	})
+}
+
+// TestServeStops stops a block store while clients put as fast as they can, and others hold connections on which they say
+// nothing, or not all. It ends in good order, and has what it has acknowledged.
+func TestServeStops(t *testing.T) {
+	directory := t.TempDir()
+	server := serveTest(t, directory, "--listen=coap+tcp://127.0.0.1:0", "--listen=http://127.0.0.1:0", "--listen=coap+ws://127.0.0.1:0")
+	for _, kind := range []string{"TCP", "HTTP", "WS"} {
+		_, address, _ := strings.Cut(server.urls[kind], "://")
+		for _, text := range []string{"", "G", "GET / HTTP/1.1\r\nHost: x\r\n", "\x00\xe1\xe1\x7f"} {
+			conn, err := net.Dial("tcp", address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			if _, err := io.WriteString(conn, text); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	store, err := coap.Open(server.urls["UNIX"], coap.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var (
+		next, count  atomic.Int64
+		acknowledged sync.Map
+		group        sync.WaitGroup
+	)
+	enough := make(chan struct{})
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	for range 64 {
+		group.Go(func() {
+			for {
+				i := int(next.Add(1))
+				block := noiseBlock(i)
+				if err := store.Put(ctx, eris.Sum(block), block); err != nil {
+					return
+				}
+				acknowledged.Store(i, true)
+				if count.Add(1) == 200 {
+					close(enough)
+				}
+			}
+		})
+	}
+	<-enough
+	if err := server.stop(); err != nil {
+		t.Error(err)
+	}
+	cancel()
+	group.Wait()
+	store.Close()
+
+	server = serveTest(t, directory)
+	if store, err = coap.Open(server.urls["UNIX"], coap.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	acknowledged.Range(func(i, _ any) bool {
+		want := noiseBlock(i.(int))
+		if _, err := store.Get(t.Context(), eris.Sum(want), eris.BlockSize(len(want)), nil); err != nil {
+			t.Errorf("block %d was acknowledged: %v", i, err)
+		}
+		return true
 	})
 }
