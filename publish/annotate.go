@@ -173,10 +173,10 @@ func (a *Annotator) annotate(ctx context.Context, text []byte) (annotated []byte
 			a.o.Capabilities.FindLater(path, n.NarDigest)
 			return text, false
 		}
-		if c, err = a.o.Capabilities.Find(ctx, path, n.NarDigest); err != nil {
-			// What is in the store here was built here, perhaps, and is different.
-			a.o.Log("%v", err)
-			return text, true
+		// What is in the store here was built here, perhaps, and is different.
+		found, err := false, error(nil)
+		if c, found, err = a.o.Capabilities.FindSoon(ctx, path, n.NarDigest); !found {
+			return text, err != nil
 		}
 	}
 	return withCapability(n, c), true

@@ -103,6 +103,9 @@ type Capabilities struct {
 	known   map[string]known
 	failed  map[string]failure // by path and hash
 	flights map[string]*flight // of items that are being encoded, by path and hash
+	// For how long requests may wait, as it was when one began to.
+	patience time.Duration
+	waited   time.Time
 }
 
 // flight is the encoding of one item, for all who wait for it.
@@ -148,6 +151,7 @@ func NewCapabilities(directory string, store fetch.Store, log func(format string
 		workers: make(chan struct{}, runtime.GOMAXPROCS(0)),
 		ctx:     ctx, stop: stop,
 		known: map[string]known{}, failed: map[string]failure{}, flights: map[string]*flight{},
+		patience: patience, waited: time.Now(),
 	}
 }
 
@@ -218,6 +222,43 @@ func (c *Capabilities) Find(ctx context.Context, path string, narHash [sha256.Si
 		return f.capability, f.err
 	case <-ctx.Done():
 		return eris.ReadCapability{}, ctx.Err()
+	}
+}
+
+const (
+	// patience is for how long requests may be kept waiting for items to be encoded.
+	// A client that asks for many items on one connection gives up before long.
+	patience = 5 * time.Second
+	// Patience comes back a second for every so many.
+	patienceAfter = 4
+)
+
+// FindSoon is Find for whoever waits only as long as is bearable, all who wait taken
+// together. If that is too short found is false, and the item is being encoded.
+func (c *Capabilities) FindSoon(ctx context.Context, path string, narHash [sha256.Size]byte) (capability eris.ReadCapability, found bool, err error) {
+	if capability, ok := c.Known(path, narHash); ok {
+		return capability, true, nil
+	}
+	f := c.encoding(path, narHash, true)
+	begin := time.Now()
+	c.mu.Lock()
+	c.patience = min(patience, c.patience+begin.Sub(c.waited)/patienceAfter)
+	c.waited = begin
+	timer := time.NewTimer(max(0, c.patience))
+	c.mu.Unlock()
+	defer timer.Stop()
+	defer func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.patience = max(0, c.patience-time.Since(begin))
+	}()
+	select {
+	case <-f.done:
+		return f.capability, f.err == nil, f.err
+	case <-timer.C:
+		return eris.ReadCapability{}, false, nil
+	case <-ctx.Done():
+		return eris.ReadCapability{}, false, ctx.Err()
 	}
 }
 

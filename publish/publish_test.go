@@ -566,6 +566,43 @@ func TestFindLater(t *testing.T) {
 	}
 }
 
+// TestPatience has a store that hangs: many requests must not wait long for items to
+// be encoded, all of them together, and get what can be said without.
+func TestPatience(t *testing.T) {
+	t.Parallel()
+	directory, items := aStore(t)
+	store := &gatedStore{entered: make(chan struct{}, 100), gate: make(chan struct{})}
+	c := publish.NewCapabilities(t.TempDir(), store, logger(t))
+	defer c.Close()
+	h := server(t, publish.ServerOptions{Root: directory, Items: items, Capabilities: c, WaitFor: 1 << 30, TTL: time.Hour})
+	begin := time.Now()
+	for i := range 100 {
+		_, header, text := get(t, fmt.Sprintf("%s/%032d.narinfo", h.URL, i%5+1))
+		if !strings.HasPrefix(text, "StorePath: ") || strings.Contains(text, "ERIS:") || header.Get("Cache-Control") != "max-age=60" {
+			t.Fatalf("header %v, narinfo:\n%s", header, text)
+		}
+	}
+	if took := time.Since(begin); took > time.Minute { // 100 waits would take minutes
+		t.Errorf("100 requests took %v", took)
+	}
+	close(store.gate)
+	for i := range 5 {
+		n := items[fmt.Sprintf("%032d", i+1)]
+		path := filepath.Join(directory, filepath.Base(n.StorePath))
+		sum := sha256.New()
+		if _, err := nar.Write(sum, nar.NewTree(path)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Find(context.Background(), path, [32]byte(sum.Sum(nil))); err != nil {
+			t.Error(err)
+		}
+		_, header, text := get(t, fmt.Sprintf("%s/%032d.narinfo", h.URL, i+1))
+		if !strings.Contains(text, "\nERIS: urn:eris:B") || header.Get("Cache-Control") != "max-age=3600" {
+			t.Errorf("header %v, narinfo:\n%s", header, text)
+		}
+	}
+}
+
 // gatedStore is a store whose Put waits for a gate to be opened.
 type gatedStore struct {
 	memoryStore

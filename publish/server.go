@@ -46,9 +46,10 @@ type ServerOptions struct {
 	// Capabilities finds read capabilities; nil leaves the field ERIS out.
 	Capabilities *Capabilities
 	// WaitFor is the length in bytes of the largest archive of an item that a
-	// request waits to be encoded for. The capability of a larger one is in the
-	// narinfo when it has been computed; until then the narinfo, without it, is
-	// to be kept for a minute only.
+	// request waits to be encoded for, if it does not take too long: see
+	// [Capabilities.FindSoon]. The capability of another one is in the narinfo when
+	// it has been computed; until then the narinfo, without it, is to be kept for a
+	// minute only.
 	WaitFor uint64
 	// Compressions are the ways in which nars are offered, in this order: none,
 	// gzip and zstd.
@@ -271,12 +272,8 @@ func (s *Server) text(ctx context.Context, item *narinfo.Narinfo) (text string, 
 			s.o.Capabilities.FindLater(path, item.NarDigest)
 			complete = false
 		default:
-			c, err := s.o.Capabilities.Find(ctx, path, item.NarDigest)
-			if err != nil {
-				// The nar can still be had.
-				s.o.Log("%v", err)
-				complete = false
-			} else {
+			// After an error the nar can still be had.
+			if c, complete, err = s.o.Capabilities.FindSoon(ctx, path, item.NarDigest); complete {
 				n.ERIS = []narinfo.ERIS{{URN: c.URN()}}
 			}
 		}

@@ -6,7 +6,9 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"fmt"
+	"io"
 	"math/rand/v2"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +16,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
@@ -108,7 +111,7 @@ func (c *chain) serve(items string) {
 	}
 	var stopPublisher func() error
 	c.server, stopPublisher, err = startPublisher(c.directory, c.env, c.t.Logf, []string{
-		"--root=" + c.directory + "/items", "--cache=" + c.directory + "/cache", "--eris=" + c.stores["coap+unix"], "--wait-for=4000000000", items,
+		"--root=" + c.directory + "/items", "--cache=" + c.directory + "/cache", "--eris=" + c.stores["coap+unix"], items,
 	})
 	if err != nil {
 		c.t.Fatal(err)
@@ -141,9 +144,28 @@ func (c *chain) talk(mode, store, requests string) (replies, log string, usage *
 	return replies, d.log.String(), d.cmd.ProcessState.SysUsage().(*syscall.Rusage)
 }
 
-// query asks for everything.
+// query asks for everything, as soon as all items have been encoded.
 func (c *chain) query() {
 	c.t.Helper()
+	for _, item := range c.items {
+		for begin := time.Now(); ; time.Sleep(50 * time.Millisecond) {
+			response, err := http.Get(c.server + "/" + filepath.Base(item.path)[:32] + ".narinfo")
+			if err != nil {
+				c.t.Fatal(err)
+			}
+			text, err := io.ReadAll(response.Body)
+			response.Body.Close()
+			if err != nil || response.StatusCode != http.StatusOK {
+				c.t.Fatalf("%s: status %s, error %v", item.path, response.Status, err)
+			}
+			if bytes.Contains(text, []byte("\nERIS: urn:eris:B")) {
+				break
+			}
+			if time.Since(begin) > 10*time.Minute {
+				c.t.Fatalf("%s is not encoded", item.path)
+			}
+		}
+	}
 	var all, want strings.Builder
 	for _, item := range c.items {
 		all.WriteString(" " + item.path)

@@ -1,0 +1,477 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
+)
+
+// blockMap is a sink that keeps blocks in memory.
+type blockMap struct {
+	mu sync.Mutex
+	m  map[eris.Reference][]byte
+}
+
+// Put implements eris.Sink.
+func (b *blockMap) Put(_ context.Context, ref eris.Reference, block []byte) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.m == nil {
+		b.m = map[eris.Reference][]byte{}
+	}
+	b.m[ref] = bytes.Clone(block)
+	return nil
+}
+
+// A peer is a block store that need not keep to anything: it is asked what to write
+// for each request; nil is the end of the connection.
+type peer struct {
+	hello  []byte
+	answer func(get coap.Head, block []byte) []byte
+	close  bool // after an answer
+}
+
+// play serves a connection.
+func (p *peer) play(conn net.Conn, blocks *blockMap) {
+	defer conn.Close()
+	if _, err := conn.Write(p.hello); err != nil {
+		return
+	}
+	r := bufio.NewReader(conn)
+	for {
+		var head coap.Head
+		for n := 2; ; n++ {
+			b, err := r.Peek(n)
+			if err != nil {
+				return
+			}
+			if head, err = coap.ParseHead(b, 1<<20); err == nil {
+				break
+			}
+		}
+		r.Discard(head.Size)
+		body := make([]byte, head.Length)
+		if _, err := io.ReadFull(r, body); err != nil {
+			return
+		}
+		if head.Code != codes.GET {
+			continue
+		}
+		var block []byte
+		for options := coap.ParseOptions(body); ; {
+			option, ok := options.Next()
+			if !ok {
+				break
+			}
+			if option.Number == message.URIQuery {
+				if ref, ok := coap.ParseQuery(option.Value); ok {
+					block = blocks.m[ref]
+				}
+			}
+		}
+		if answer := p.answer(head, block); answer != nil {
+			if _, err := conn.Write(answer); err != nil || p.close {
+				return
+			}
+		}
+	}
+}
+
+// listen serves a socket until the end of the test.
+func (p *peer) listen(t *testing.T, socket string, blocks *blockMap) {
+	t.Helper()
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var mu sync.Mutex
+	var conns []net.Conn
+	var wait sync.WaitGroup
+	wait.Go(func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			mu.Lock()
+			conns = append(conns, conn)
+			mu.Unlock()
+			wait.Go(func() { p.play(conn, blocks) })
+		}
+	})
+	t.Cleanup(func() {
+		l.Close()
+		mu.Lock()
+		for _, conn := range conns {
+			conn.Close()
+		}
+		mu.Unlock()
+		wait.Wait()
+	})
+}
+
+// hostileMachine is a daemon's machine, the narinfos of a directory, and the keys.
+type hostileMachine struct {
+	*chain
+	key *acl.SigningKey
+}
+
+func newHostileMachine(t *testing.T) *hostileMachine {
+	c := newChain(t)
+	secret, err := os.ReadFile(c.directory + "/etc/signing-key.sec")
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := acl.ParseSigningKey(secret, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, directory := range []string{"first", "www/nar"} {
+		if err := os.MkdirAll(c.directory+"/"+directory, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	keys, err := os.ReadFile(c.directory + "/etc/acl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{"first/acl": string(keys), "first/substitute-eris.toml": "policy = \"eris-first\"\n"} {
+		if err := os.WriteFile(c.directory+"/"+name, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.server = "file://" + c.directory + "/www"
+	return &hostileMachine{c, key}
+}
+
+// publish writes the narinfo and the nar of an item, with a read capability.
+func (h *hostileMachine) publish(path string, archive []byte, c eris.ReadCapability) {
+	h.t.Helper()
+	part, err := narinfo.SignedPart(&narinfo.Narinfo{
+		StorePath: path, NarDigest: sha256.Sum256(archive), NarSize: uint64(len(archive)), ERIS: []narinfo.ERIS{{URN: c.URN()}},
+	})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	signature, err := h.key.Sign(sha256.Sum256([]byte(part)), "x")
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	text, err := narinfo.Text(part, signature, []narinfo.URL{{URL: "nar/" + filepath.Base(path), Compression: "none"}})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	for name, b := range map[string][]byte{filepath.Base(path)[:32] + ".narinfo": []byte(text), "nar/" + filepath.Base(path): archive} {
+		if err := os.WriteFile(h.directory+"/www/"+name, b, 0o644); err != nil {
+			h.t.Fatal(err)
+		}
+	}
+}
+
+// fetch substitutes an item in both ways: with nars to fall back to, and without.
+// It checks that what cannot be had leaves nothing behind.
+func (h *hostileMachine) fetch(t *testing.T, path, store string, archive []byte, fromBlocks bool) {
+	t.Helper()
+	for _, etc := range []string{"etc", "first"} {
+		destination, err := os.MkdirTemp(h.directory, "store")
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := *h.chain
+		c.t = t
+		c.env = append(c.env[:len(c.env):len(c.env)], "GUIX_CONFIGURATION_DIRECTORY="+h.directory+"/"+etc)
+		reply, log, usage := c.talk("substitute", store, "substitute "+path+" "+destination+"/item\n")
+		sum := sha256.Sum256(archive)
+		if etc == "first" || fromBlocks {
+			var got bytes.Buffer
+			tree := nar.NewTree(destination + "/item")
+			nar.Write(&got, tree)
+			tree.Close()
+			if !strings.HasPrefix(reply, "success ") || sha256.Sum256(got.Bytes()) != sum {
+				t.Errorf("%s: reply %q\n%s", etc, reply, log)
+			}
+			if fallen := strings.Contains(log, "trying to find an alternative"); fallen == fromBlocks {
+				t.Errorf("%s: it has come from elsewhere than expected\n%s", etc, log)
+			}
+		} else {
+			if strings.HasPrefix(reply, "success ") || reply == "" {
+				t.Errorf("%s: reply %q\n%s", etc, reply, log)
+			}
+			if left, err := os.ReadDir(destination); err != nil || len(left) > 0 {
+				t.Errorf("%s: %v is left, error %v\n%s", etc, left, err, log)
+			}
+		}
+		if usage.Maxrss>>10 > 128 {
+			t.Errorf("%s: %d MiB in memory", etc, usage.Maxrss>>10)
+		}
+		if strings.Contains(log, "\x1b[2J") {
+			t.Errorf("%s: what a store has said clears the terminal", etc)
+		}
+		if err := restore.Remove(destination); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestHostileStore has block stores that do not do what they should.
+func TestHostileStore(t *testing.T) { testHostileStores(t, false) }
+
+// TestHostileStoreLarge has those that take minutes, because they do nothing.
+func TestHostileStoreLarge(t *testing.T) {
+	if os.Getenv("ERIS_BIG_TESTS") == "" {
+		t.Skip("takes minutes; set ERIS_BIG_TESTS=1 to run it")
+	}
+	testHostileStores(t, true)
+}
+
+func testHostileStores(t *testing.T, idle bool) {
+	isIdle := map[string]bool{"another's token": true, "never answers": true, "silent": true, "stops in an answer": true}
+	h := newHostileMachine(t)
+	tree := h.directory + "/tree"
+	if err := os.MkdirAll(tree+"/bin", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 50 {
+		if err := os.WriteFile(fmt.Sprintf("%s/bin/%d", tree, i), bytes.Repeat([]byte{byte(i)}, i*3000), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	blocks := &blockMap{}
+	e, err := publish.Encode(t.Context(), tree, blocks, eris.ConvergenceSecret{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var b bytes.Buffer
+	if _, err := nar.Write(&b, nar.NewTree(tree)); err != nil {
+		t.Fatal(err)
+	}
+	archive := b.Bytes()
+	path := "/gnu/store/" + strings.Repeat("a", 32) + "-tree"
+	h.publish(path, archive, e.Capability)
+
+	csm := coap.AppendCapabilities(nil, coap.MessageSize)
+	content := func(get coap.Head, payload []byte) []byte {
+		return coap.AppendMessage(nil, codes.Content, get.Token, nil, payload)
+	}
+	// after is a store that is good for some requests and then does something else.
+	after := func(good int64, bad func(get coap.Head, block []byte) []byte) func(coap.Head, []byte) []byte {
+		var mu sync.Mutex
+		return func(get coap.Head, block []byte) []byte {
+			mu.Lock()
+			defer mu.Unlock()
+			if good--; good >= 0 {
+				return content(get, block)
+			}
+			return bad(get, block)
+		}
+	}
+	wrongBytes := func(get coap.Head, block []byte) []byte {
+		b := bytes.Clone(block)
+		b[len(b)/2] ^= 1
+		return content(get, b)
+	}
+	for name, test := range map[string]struct {
+		peer
+		good bool
+	}{
+		"honest":            {peer{csm, content, false}, true},
+		"answers twice":     {peer{csm, func(get coap.Head, block []byte) []byte { return append(content(get, block), content(get, block)...) }, false}, true},
+		"wrong bytes":       {peer{csm, wrongBytes, false}, false},
+		"wrong bytes later": {peer{csm, after(40, wrongBytes), false}, false},
+		"other blocks":      {peer{csm, func(get coap.Head, block []byte) []byte { return content(get, make([]byte, len(block))) }, false}, false},
+		"too short":         {peer{csm, func(get coap.Head, block []byte) []byte { return content(get, block[1:]) }, false}, false},
+		"too long": {peer{csm, func(get coap.Head, block []byte) []byte {
+			return content(get, append(block[:len(block):len(block)], 0))
+		}, false}, false},
+		"nothing":          {peer{csm, func(get coap.Head, block []byte) []byte { return content(get, nil) }, false}, false},
+		"does not have it": {peer{csm, func(get coap.Head, _ []byte) []byte { return coap.AppendHead(nil, codes.NotFound, get.Token, 0) }, false}, false},
+		"loses blocks":     {peer{csm, after(40, func(get coap.Head, _ []byte) []byte { return coap.AppendHead(nil, codes.NotFound, get.Token, 0) }), false}, false},
+		"fails with an escape": {peer{csm, func(get coap.Head, _ []byte) []byte {
+			return coap.AppendMessage(nil, codes.InternalServerError, get.Token, nil, "\x1b[2J\n")
+		}, false}, false},
+		"cuts an answer":       {peer{csm, func(get coap.Head, block []byte) []byte { return content(get, block)[:500] }, true}, false},
+		"closes":               {peer{csm, func(coap.Head, []byte) []byte { return []byte{} }, true}, false},
+		"closes later":         {peer{csm, after(40, func(coap.Head, []byte) []byte { return []byte{} }), true}, false},
+		"length of 4 GiB":      {peer{csm, func(coap.Head, []byte) []byte { return []byte{0xf1, 0xff, 0xff, 0xff, 0xff, 0x45, 0x01} }, false}, false},
+		"no protocol":          {peer{[]byte("HTTP/1.1 400 Bad Request\r\n\r\n"), content, false}, false},
+		"endless capabilities": {peer{bytes.Repeat(csm, 100000), content, false}, false},
+		"another's token": {peer{csm, func(get coap.Head, block []byte) []byte {
+			get.Token.Value += 1 << 20
+			return content(get, block)
+		}, false}, false},
+		"never answers": {peer{csm, func(coap.Head, []byte) []byte { return nil }, false}, false},
+		"silent":        {peer{nil, func(coap.Head, []byte) []byte { return nil }, false}, false},
+		"stops in an answer": {peer{csm, after(40, func(get coap.Head, block []byte) []byte {
+			return content(get, block)[:len(block)/2]
+		}), false}, false},
+	} {
+		if isIdle[name] != idle {
+			continue
+		}
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			socket := fmt.Sprintf("%s/%x", h.directory, sha256.Sum256([]byte(name)))[:len(h.directory)+9]
+			test.listen(t, socket, blocks)
+			h.fetch(t, path, "coap+unix://"+socket, archive, test.good)
+		})
+	}
+}
+
+// TestHostileContents has read capabilities, signed by somebody who is trusted or
+// not, of contents that are no good. The store is honest.
+func TestHostileContents(t *testing.T) {
+	h := newHostileMachine(t)
+	blocks := &blockMap{}
+	encode := func(content []byte) eris.ReadCapability {
+		c, err := eris.Encode(t.Context(), bytes.NewReader(content), blocks, eris.EncodeOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	hello := encode([]byte("Hello world!"))
+	capability, err := hello.AppendBinary(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := "8200d901145842" + hex.EncodeToString(capability)
+	index := func(entries string) []byte {
+		b, err := hex.DecodeString("da65726974" + "8201" + strings.ReplaceAll(entries, " ", ""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	text := func(s string) string { return fmt.Sprintf("%02x", 0x60+len(s)) + hex.EncodeToString([]byte(s)) }
+	outside := h.directory + "/outside"
+	if err := os.Mkdir(outside, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	linkTo := "8202" + fmt.Sprintf("78%02x", len(outside)) + hex.EncodeToString([]byte(outside))
+
+	// A tree of equal references: with 32 KiB blocks, two blocks a level.
+	bomb := func(level int) eris.ReadCapability {
+		encrypter := eris.NewEncrypter(eris.ConvergenceSecret{})
+		put := func(pair eris.Pair, block []byte) eris.Pair {
+			blocks.Put(t.Context(), pair.Reference, block)
+			return pair
+		}
+		block := make([]byte, eris.BlockSize32KiB)
+		full := put(encrypter.EncryptLeaf(block, make([]byte, len(block))), block)
+		path := put(encrypter.EncryptLeaf(block, eris.Pad(make([]byte, 0, len(block)), eris.BlockSize32KiB)), block)
+		node := func(level int, last eris.Pair) eris.Pair {
+			plaintext := make([]byte, 0, len(block))
+			for i := range eris.BlockSize32KiB.Arity() {
+				pair := full
+				if i == eris.BlockSize32KiB.Arity()-1 {
+					pair = last
+				}
+				plaintext = append(append(plaintext, pair.Reference[:]...), pair.Key[:]...)
+			}
+			return put(eris.EncryptNode(block, plaintext, level), block)
+		}
+		for l := 1; l <= level; l++ {
+			path = node(l, path)
+			full = node(l, full)
+		}
+		return eris.ReadCapability{BlockSize: eris.BlockSize32KiB, Level: level, Root: path.Reference, Key: path.Key}
+	}
+	fileOf := func(c eris.ReadCapability) string {
+		b, err := c.AppendBinary(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return "8200d901145842" + hex.EncodeToString(b)
+	}
+	many := binary.BigEndian.AppendUint32([]byte{0xba}, 2<<20)
+	for i := range 200000 { // of two million, in strictly ascending order
+		many = append(append(many, 0x81, 0x65), fmt.Appendf(nil, "%05x", i)...)
+		many = append(many, 0x82, 0x02, 0x61, 'x')
+	}
+	deep := "9907cf" + strings.Repeat("6164", 0x7cf) + file
+
+	contents := map[string]eris.ReadCapability{
+		"another file":           encode(index("a1 80 8200d901145842" + hex.EncodeToString(capability))),
+		"no tree":                encode([]byte("Hello world!")),
+		"nothing":                encode(nil),
+		"version 2":              encode([]byte("\xda\x65\x72\x69\x74\x82\x02\xa0")),
+		"parent":                 encode(index("a1 82" + text("..") + text("x") + file)),
+		"itself":                 encode(index("a1 81" + text(".") + file)),
+		"slash":                  encode(index("a1 81" + text("a/b") + file)),
+		"empty name":             encode(index("a1 82" + text("") + text("etc") + file)),
+		"zero byte":              encode(index("a1 81" + text("a\x00b") + file)),
+		"absolute":               encode(index("a1 81" + text("/etc/x") + file)),
+		"through a link":         encode(index("a2 81" + text("a") + linkTo + "82" + text("a") + text("x") + file)),
+		"file and directory":     encode(index("a2 81" + text("a") + file + "82" + text("a") + text("x") + file)),
+		"twice":                  encode(index("a2 81" + text("a") + file + "81" + text("a") + file)),
+		"wrong order":            encode(index("a2 81" + text("b") + file + "81" + text("a") + file)),
+		"kind 3":                 encode(index("a1 81" + text("a") + "8203a0")),
+		"text keys":              encode(index("a1" + text("a") + file)),
+		"capability of level 99": encode(index("a1 81" + text("a") + "8200d901145842" + "0f63" + strings.Repeat("00", 64))),
+		"missing block":          encode(index("a1 81" + text("a") + "8200d901145842" + "0a00" + strings.Repeat("01", 64))),
+		"indefinite":             encode(index("bf 81" + text("a") + file + "ff")),
+		"more than it has":       encode(append(index(""), 0xbb, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff)),
+		"many entries":           encode(append(index(""), many...)),
+		"trailing":               encode(index("a1 81" + text("a") + file + "00")),
+		"deep":                   encode(index("a1" + deep)),
+		"bomb":                   bomb(6),
+		"small bomb":             bomb(2),
+		"bomb in an index":       encode(index("a1 81" + text("a") + fileOf(bomb(4)))),
+		"not a nar":              encode([]byte("\x0d\x00\x00\x00\x00\x00\x00\x00nix-archive-1\x00\x00\x00" + strings.Repeat("x", 1000))),
+		"not compressed":         encode([]byte("\x1f\x8b" + strings.Repeat("x", 1000))),
+	}
+	peer := peer{coap.AppendCapabilities(nil, coap.MessageSize), func(get coap.Head, block []byte) []byte {
+		if block == nil {
+			return coap.AppendHead(nil, codes.NotFound, get.Token, 0)
+		}
+		return coap.AppendMessage(nil, codes.Content, get.Token, nil, block)
+	}, false}
+	socket := h.directory + "/p"
+	peer.listen(t, socket, blocks)
+	if err := os.WriteFile(h.directory+"/good", []byte("good"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	var archive bytes.Buffer
+	if _, err := nar.Write(&archive, nar.NewTree(h.directory+"/good")); err != nil {
+		t.Fatal(err)
+	}
+	i := 0
+	t.Run("all", func(t *testing.T) { // ends when all have
+		for name, c := range contents {
+			i++
+			path := fmt.Sprintf("/gnu/store/%032d-x", i)
+			h.publish(path, archive.Bytes(), c)
+			t.Run(name, func(t *testing.T) {
+				t.Parallel()
+				h.fetch(t, path, "coap+unix://"+socket, archive.Bytes(), false)
+			})
+		}
+	})
+	if left, err := os.ReadDir(outside); err != nil || len(left) > 0 {
+		t.Errorf("%v is outside of the store, error %v", left, err)
+	}
+}
