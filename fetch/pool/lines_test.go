@@ -156,6 +156,35 @@ func (r run) String() string {
 	return s
 }
 
+// TestFaultyLines reads over lines that break or fall silent on the way, with real connections.
+func TestFaultyLines(t *testing.T) {
+	const length = 6e6
+	blocks, c := encode(t, eris.BlockSize32KiB, length)
+	good := func() *peer { return &peer{roundTrip: 4 * time.Millisecond, rate: 20e6} }
+	faulty := func(down link.Direction) *peer {
+		p := good()
+		p.down = down
+		return p
+	}
+	for _, v := range []struct {
+		name  string
+		peers []*peer
+	}{
+		{"cut", []*peer{faulty(link.Direction{CutAfter: 1e6})}},
+		{"one is cut", []*peer{faulty(link.Direction{CutAfter: 1e6}), good()}},
+		{"both are cut", []*peer{faulty(link.Direction{CutAfter: 1e6}), faulty(link.Direction{CutAfter: 2e6})}},
+		{"one stalls", []*peer{faulty(link.Direction{StallAfter: 1e6}), good()}},
+		{"loss", []*peer{faulty(link.Direction{Loss: 0.01}), faulty(link.Direction{Loss: 0.001})}},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			for _, p := range v.peers {
+				p.start(t, blocks)
+			}
+			t.Log(read(t, sourcestate.Open(""), c, length, v.peers, pool.Options{}))
+		})
+	}
+}
+
 // BenchmarkLine reads from one source over lines of several lengths, and reports which part of the rate of the line was
 // reached: from the first request to the last byte by a process that knows nothing (cold), and by a later one (warm); and after
 // the first fifth, when the round trips are over that it takes to find out what to ask for (steady).

@@ -48,6 +48,7 @@ type member struct {
 	pool   *Pool
 	source fetch.Source
 	name   string
+	index  int
 	bit    set
 	score  float64
 
@@ -114,8 +115,8 @@ func (w *windowed) add(value float64, better func(a, b float64) float64, now, ag
 
 func newMember(p *Pool, i int, s fetch.Source) *member {
 	m := &member{
-		pool: p, source: s, name: s.String(), bit: 1 << i, hits: 1, tail: firstTail,
-		missing: map[flightKey]struct{}{},
+		pool: p, source: s, name: s.String(), index: i, bit: 1 << i, hits: 1, tail: firstTail,
+		failedAt: -1, missing: map[flightKey]struct{}{},
 	}
 	record := p.options.State.Get(m.name)
 	m.score = record.Score
@@ -126,7 +127,6 @@ func newMember(p *Pool, i int, s fetch.Source) *member {
 	}
 	if !record.Failure.IsZero() && p.epoch.Sub(record.Failure) < failureAge {
 		m.failures = 1 // not yet again: the first request tells
-		m.failedAt = -1
 	}
 	return m
 }
@@ -135,7 +135,9 @@ func newMember(p *Pool, i int, s fetch.Source) *member {
 func (m *member) usable(now time.Duration) bool { return !m.banned && m.restUntil <= now }
 
 // trusted reports whether the source works, as far as is known.
-func (m *member) trusted(now time.Duration) bool { return m.usable(now) && m.known && m.failures == 0 && !m.silent }
+func (m *member) trusted(now time.Duration) bool {
+	return m.usable(now) && m.known && m.failures == 0 && !m.silent
+}
 
 func (m *member) minRoundTrip() time.Duration {
 	return time.Duration(m.roundTrip.best(smaller) * float64(time.Second))
@@ -266,7 +268,7 @@ func (m *member) late(r *request, now time.Duration) {
 func (m *member) fails(r *request, err error, now time.Duration) {
 	m.failed++
 	m.lastError = err
-	if r.start < m.failedAt {
+	if r.start <= m.failedAt {
 		return
 	}
 	m.failedAt = now

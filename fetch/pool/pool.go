@@ -25,6 +25,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/bits"
 	"sync"
 	"time"
 
@@ -53,8 +54,8 @@ const MaxSources = 64
 const (
 	// hedgeFree is how many bytes may be asked for twice at any time.
 	hedgeFree = 1 << 20
-	// gentleSearch is how far the queue is searched for blocks that only a source can have that is not trusted yet.
-	gentleSearch = 64
+	// retrySearch is how far the queue of those that were asked for in vain is searched.
+	retrySearch = 256
 	// patience is how long a call waits for a source to be tried again when there is no other.
 	patience = time.Second
 )
@@ -90,6 +91,7 @@ type Pool struct {
 	scopes   map[<-chan struct{}]*scope
 	latest   *scope
 
+	scratch   survey
 	flying    int   // requests under way
 	delivered int64 // bytes
 	doubled   int64 // bytes that were asked for a second time because they were late
@@ -340,7 +342,12 @@ func (p *Pool) awaitRest(ctx context.Context, m *member) error {
 
 // lead asks one source after the other, while the watcher may ask further ones.
 func (p *Pool) lead(ctx context.Context, f *flight, dst []byte) ([]byte, error) {
-	for again := false; ; again = true {
+	for _, m := range p.members {
+		if m.lacks(f.key) {
+			f.missed |= m.bit
+		}
+	}
+	for {
 		if f.won != nil {
 			return f.won, nil
 		}
@@ -349,7 +356,7 @@ func (p *Pool) lead(ctx context.Context, f *flight, dst []byte) ([]byte, error) 
 		}
 		now := p.now()
 		if p.candidates(f, now) != 0 {
-			if again {
+			if f.spent() != 0 {
 				p.retries.push(f)
 			} else {
 				p.fresh.push(f)
@@ -527,7 +534,7 @@ func (p *Pool) candidates(f *flight, now time.Duration) set {
 			continue
 		}
 		others = others || m.trusted(now)
-		if m.restUntil-now > patience || (f.missed|f.failed|f.asked)&m.bit != 0 {
+		if m.restUntil-now > patience || f.spent()&m.bit != 0 {
 			continue
 		}
 		if m.failures > 0 && !m.proven {
@@ -638,18 +645,19 @@ func (p *Pool) pump(now time.Duration) {
 
 // match finds a source that has room, and the block for it; of several, that which delivers first.
 func (p *Pool) match(now time.Duration) (*member, *flight) {
+	v := p.survey(now)
 	var tried set
 	for {
 		var best *member
-		for _, m := range p.members {
-			if tried&m.bit == 0 && m.usable(now) && m.hasRoom() && (best == nil || m.expected(smallestSize) < best.expected(smallestSize)) {
+		for i, m := range p.members {
+			if tried&m.bit == 0 && m.usable(now) && m.hasRoom() && (best == nil || v.due[i] < v.due[best.index]) {
 				best = m
 			}
 		}
 		if best == nil {
 			return nil, nil
 		}
-		if f := p.pick(best, now); f != nil {
+		if f := p.pick(best, v); f != nil {
 			return best, f
 		}
 		tried |= best.bit
@@ -658,55 +666,112 @@ func (p *Pool) match(now time.Duration) (*member, *flight) {
 
 const smallestSize = int64(eris.BlockSize1KiB)
 
-// pick finds the block that a source is to be asked for: the first that the others would not have delivered before.
-func (p *Pool) pick(m *member, now time.Duration) *flight {
-	var trusted set
-	ahead := int64(0)
-	expected := m.expected(smallestSize)
-	for _, o := range p.members {
-		if o == m || !o.trusted(now) {
+// survey is when sources would deliver a further block.
+type survey struct {
+	trusted set
+	front   *member                   // the trusted one with the least cost
+	due     [MaxSources]time.Duration // how long until it is there, if they have it
+	cost    [MaxSources]time.Duration // the same, and what it takes when they do not, of those that are trusted
+}
+
+func (p *Pool) survey(now time.Duration) *survey {
+	v := &p.scratch
+	v.trusted, v.front = 0, nil
+	// The least of all, and the least but for the one that has it.
+	first, second := time.Hour, time.Hour
+	for i, m := range p.members {
+		v.due[i] = m.expected(smallestSize)
+		if !m.trusted(now) {
 			continue
 		}
-		trusted |= o.bit
-		due := o.expected(smallestSize)
-		// If m does not have the block, another one has to deliver it after that.
-		if mine := expected + time.Duration((1-m.hits)*float64(due)); mine > due {
-			ahead += int64((mine - due).Seconds() * o.speed() * o.hits)
+		v.trusted |= m.bit
+		if v.due[i] < first {
+			first, second = v.due[i], first
+		} else {
+			second = min(second, v.due[i])
 		}
 	}
-	gentle := !m.trusted(now) && trusted != 0
-	if gentle && m.failures > 0 && !m.proven {
+	for i, m := range p.members {
+		if v.trusted&m.bit == 0 {
+			continue
+		}
+		other := first
+		if v.due[i] == first {
+			other = second
+		}
+		if v.trusted == m.bit {
+			other = 0
+		}
+		v.cost[i] = v.due[i] + time.Duration((1-m.hits)*float64(other))
+		if v.front == nil || v.cost[i] < v.cost[v.front.index] {
+			v.front = m
+		}
+	}
+	return v
+}
+
+// cheapest reports whether no other trusted source that can yet be asked is to be preferred.
+func (v *survey) cheapest(m *member, f *flight) bool {
+	left := v.trusted &^ f.spent()
+	for ; left != 0; left &= left - 1 {
+		if i := bits.TrailingZeros64(uint64(left)); v.cost[i] < v.cost[m.index] {
+			return false
+		}
+	}
+	return true
+}
+
+// pick finds the block that a source is to be asked for. Of blocks that were asked for in vain, that is the first for which it is
+// the best that is left. Of others, it is the first that the rest would not have delivered by the time when this one does, which
+// is the very first for the best of all.
+func (p *Pool) pick(m *member, v *survey) *flight {
+	trusted := v.trusted&m.bit != 0
+	if !trusted && v.trusted != 0 && m.failures > 0 && !m.proven {
 		return nil // it may be dead: probes will tell
 	}
-	passed := int64(0)
-	for _, l := range []*line{&p.retries, &p.fresh} {
-		if passed+l.bytes <= ahead && !gentle && trusted != 0 && !p.lonely(l) {
-			passed += l.bytes
+	looked := 0
+	for _, f := range p.retries.flights {
+		if f == nil {
 			continue
 		}
-		for i, f := range l.flights {
-			if f == nil {
-				continue
-			}
-			if gentle && i > gentleSearch {
-				break // what is behind that will come to the front
-			}
-			spent := f.missed | f.failed | f.asked
-			// When nobody else is left for a block, nothing is gained by waiting.
-			if spent&m.bit == 0 && (trusted&^spent == 0 || !gentle && passed >= ahead) {
-				if !m.lacks(f.key) {
-					return f
-				}
-				f.missed |= m.bit
-			}
-			passed += int64(f.key.size)
+		if looked++; looked > retrySearch {
+			break // what is behind that will come to the front
 		}
+		switch {
+		case f.spent()&m.bit != 0:
+		case trusted && v.cheapest(m, f), v.trusted&^f.spent() == 0:
+			return f
+		}
+	}
+	ahead := int64(0)
+	switch {
+	case !trusted && v.trusted != 0:
+		return nil
+	case trusted && m != v.front:
+		for i, o := range p.members {
+			if o != m && v.trusted&o.bit != 0 && v.cost[m.index] > v.due[i] {
+				ahead += int64((v.cost[m.index] - v.due[i]).Seconds() * o.speed() * o.hits)
+			}
+		}
+	}
+	if p.retries.bytes+p.fresh.bytes <= ahead {
+		return nil
+	}
+	passed := p.retries.bytes
+	for _, f := range p.fresh.flights {
+		if f == nil {
+			continue
+		}
+		if passed >= ahead || m == v.front {
+			return f
+		}
+		passed += int64(f.key.size)
 	}
 	return nil
 }
 
-// lonely reports whether a line may have blocks that some sources do not have.
-func (p *Pool) lonely(l *line) bool { return l == &p.retries && l.live > 0 }
+// spent returns who cannot be asked any more.
+func (f *flight) spent() set { return f.missed | f.failed | f.asked }
 
 // start books a request to a source.
 func (p *Pool) start(m *member, f *flight, now time.Duration) *request {

@@ -176,7 +176,7 @@ func (p *Pool) alternative(r *request, now time.Duration) *member {
 	var best *member
 	f := r.flight
 	for _, m := range p.members {
-		if (f.missed|f.failed|f.asked)&m.bit != 0 || !m.trusted(now) || m.lacks(f.key) || m.hits < 0.5 {
+		if f.spent()&m.bit != 0 || !m.trusted(now) || m.lacks(f.key) || m.hits < 0.5 {
 			continue
 		}
 		if best == nil || m.expected(r.size) < best.expected(r.size) {

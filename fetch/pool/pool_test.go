@@ -1,0 +1,660 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package pool_test
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
+)
+
+// fake is a source in simulated time, at the end of a line with a round trip and a rate. Its blocks are made from their numbers,
+// and not verified: what is tested here is who is asked for what, when.
+type fake struct {
+	name      string
+	roundTrip time.Duration
+	rate      float64                                         // bytes per second; 0: no bound
+	answer    func(ctx context.Context, n int, i int64) error // before answering: the i-th request is for block n; nil: has it
+
+	mu     sync.Mutex
+	free   time.Time
+	asked  []int
+	active int
+	most   int
+}
+
+var errBroken = errors.New("connection broken")
+
+func (f *fake) String() string { return f.name }
+func (f *fake) Close() error   { return nil }
+
+func reference(n int) (ref eris.Reference) {
+	binary.BigEndian.PutUint64(ref[:], uint64(n))
+	return ref
+}
+
+func (f *fake) Get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
+	n := int(binary.BigEndian.Uint64(ref[:]))
+	f.mu.Lock()
+	i := int64(len(f.asked))
+	f.asked = append(f.asked, n)
+	f.active++
+	f.most = max(f.most, f.active)
+	f.mu.Unlock()
+	defer func() {
+		f.mu.Lock()
+		f.active--
+		f.mu.Unlock()
+	}()
+	if f.answer != nil {
+		if err := f.answer(ctx, n, i); err != nil {
+			if errors.Is(err, eris.ErrNotFound) {
+				time.Sleep(f.roundTrip)
+			}
+			return nil, err
+		}
+	}
+	f.mu.Lock()
+	now := time.Now()
+	at := now.Add(f.roundTrip)
+	if f.rate > 0 {
+		if f.free.Before(now) {
+			f.free = now
+		}
+		f.free = f.free.Add(time.Duration(float64(size) / f.rate * float64(time.Second)))
+		at = later(at, f.free)
+	}
+	f.mu.Unlock()
+	timer := time.NewTimer(time.Until(at))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	block := dst[:size]
+	copy(block, ref[:])
+	return block, nil
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+func (f *fake) requests() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.asked)
+}
+
+// sources makes a list of fakes.
+func sources(fakes ...*fake) (list []fetch.Source) {
+	for i, f := range fakes {
+		if f.name == "" {
+			f.name = fmt.Sprintf("fake:%d", i)
+		}
+		list = append(list, f)
+	}
+	return list
+}
+
+func get(ctx context.Context, p *pool.Pool, n int, size eris.BlockSize) error {
+	block, err := p.Get(ctx, reference(n), size, make([]byte, 0, size))
+	if err != nil {
+		return err
+	}
+	if len(block) != int(size) || int(binary.BigEndian.Uint64(block)) != n {
+		return fmt.Errorf("got %d bytes of another block", len(block))
+	}
+	return nil
+}
+
+// readAll gets the blocks from 0 to n in order, as a reader does: no more than the window is asked for and not yet handed
+// out. It returns how long that took.
+func readAll(t *testing.T, p *pool.Pool, n int, size eris.BlockSize, window int) time.Duration {
+	t.Helper()
+	begin := time.Now()
+	room := make(chan struct{}, window)
+	results := make(chan chan error, window)
+	go func() {
+		for i := range n {
+			room <- struct{}{}
+			result := make(chan error, 1)
+			results <- result
+			go func() { result <- get(t.Context(), p, i, size) }()
+		}
+		close(results)
+	}()
+	i := 0
+	for result := range results {
+		if err := <-result; err != nil {
+			t.Errorf("block %d: %v", i, err)
+		}
+		i++
+		<-room
+	}
+	return time.Since(begin)
+}
+
+// simulate runs a test in simulated time, with a pool that is closed at the end.
+func simulate(t *testing.T, options pool.Options, list []fetch.Source, f func(t *testing.T, p *pool.Pool)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		p := pool.New(list, options)
+		f(t, p)
+		if err := p.Close(); err != nil {
+			t.Error(err)
+		}
+		if err := get(t.Context(), p, 1, 1024); err == nil {
+			t.Error("Get after Close did not fail")
+		}
+		if t.Failed() {
+			for _, s := range p.Stats() {
+				t.Logf("%+v", s)
+			}
+		}
+	})
+}
+
+const large = eris.BlockSize32KiB
+
+// near checks a time against the best that is possible.
+func near(t *testing.T, took time.Duration, best float64, most float64) {
+	t.Helper()
+	ratio := took.Seconds() / best
+	t.Logf("took %v, %.3f of the best", took, ratio)
+	if ratio > most {
+		t.Errorf("took %v, %.3f of the best instead of at most %.2f", took, ratio, most)
+	}
+}
+
+// TestOne checks that the only source is asked on the goroutine of the caller, in the order of the calls, without a copy and
+// with little work.
+func TestOne(t *testing.T) {
+	f := &fake{}
+	p := pool.New(sources(f), pool.Options{})
+	defer p.Close()
+	memory := make([]byte, 0, large)
+	n := 0
+	allocations := testing.AllocsPerRun(100, func() {
+		n++
+		block, err := p.Get(t.Context(), reference(n), 1024, memory)
+		if err != nil || &block[0] != &memory[:1][0] {
+			t.Fatalf("the block is not in the memory of the caller: %v", err)
+		}
+	})
+	// Those are of the fake: a timer, and its notes.
+	if allocations > 6 {
+		t.Errorf("%v allocations", allocations)
+	}
+	if !slices.IsSorted(f.asked) {
+		t.Error("blocks were not asked for in their order")
+	}
+}
+
+// TestSum has sources of unequal speed deliver together what they can.
+func TestSum(t *testing.T) {
+	const n = 4000
+	for _, v := range []struct {
+		name  string
+		fakes []*fake
+		best  float64
+	}{
+		{"equal", []*fake{{roundTrip: 20e6, rate: 20e6}, {roundTrip: 20e6, rate: 20e6}}, 40e6},
+		{"fast and slow", []*fake{{roundTrip: 20e6, rate: 20e6}, {roundTrip: 20e6, rate: 4e6}}, 24e6},
+		{"slow and fast", []*fake{{roundTrip: 20e6, rate: 4e6}, {roundTrip: 20e6, rate: 20e6}}, 24e6},
+		{"near and far", []*fake{{roundTrip: 5e6, rate: 10e6}, {roundTrip: 100e6, rate: 10e6}}, 20e6},
+		{"near slow and far fast", []*fake{{roundTrip: 5e6, rate: 4e6}, {roundTrip: 100e6, rate: 16e6}}, 20e6},
+		{"three", []*fake{{roundTrip: 5e6, rate: 2e6}, {roundTrip: 50e6, rate: 8e6}, {roundTrip: 100e6, rate: 16e6}}, 26e6},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			simulate(t, pool.Options{}, sources(v.fakes...), func(t *testing.T, p *pool.Pool) {
+				took := readAll(t, p, n, large, 384)
+				near(t, took, n*float64(large)/v.best, 1/0.9)
+				requests := 0
+				for _, f := range v.fakes {
+					requests += f.requests()
+				}
+				if requests > n*102/100+32 {
+					t.Errorf("%d requests for %d blocks", requests, n)
+				}
+			})
+		})
+	}
+}
+
+// TestSmallBlocks keeps enough small blocks in flight over a long line.
+func TestSmallBlocks(t *testing.T) {
+	simulate(t, pool.Options{}, sources(&fake{roundTrip: 100e6, rate: 10e6}, &fake{roundTrip: 100e6, rate: 5e6}), func(t *testing.T, p *pool.Pool) {
+		near(t, readAll(t, p, 20000, 1024, 4096), 20000*1024/15e6, 1.15)
+	})
+}
+
+// TestFarAndSlow adds a source that can only be late to one that is good: it must not cost anything.
+func TestFarAndSlow(t *testing.T) {
+	for _, v := range []struct {
+		name  string
+		other *fake
+	}{
+		{"far", &fake{roundTrip: 3e9, rate: 20e6}},
+		{"slow", &fake{roundTrip: 20e6, rate: 1e4}},
+		{"far and slow", &fake{roundTrip: 1e9, rate: 1e5}},
+		{"has nothing", &fake{roundTrip: 300e6, answer: func(context.Context, int, int64) error { return eris.ErrNotFound }}},
+	} {
+		for _, first := range []bool{true, false} {
+			v.other.free, v.other.asked = time.Time{}, nil
+			t.Run(fmt.Sprintf("%s/first=%v", v.name, first), func(t *testing.T) {
+				list := sources(&fake{name: "good", roundTrip: 20e6, rate: 20e6}, v.other)
+				if first {
+					slices.Reverse(list)
+				}
+				simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
+					near(t, readAll(t, p, 2000, large, 256), 2000*float64(large)/20e6, 1.1)
+				})
+			})
+		}
+	}
+}
+
+// TestStall has one of two equal sources stall at half of the time.
+func TestStall(t *testing.T) {
+	const n = 4000
+	stalled := func(ctx context.Context, _ int, i int64) error {
+		if i < n/4 {
+			return nil
+		}
+		<-ctx.Done()
+		return context.Cause(ctx)
+	}
+	fakes := []*fake{{roundTrip: 20e6, rate: 20e6}, {roundTrip: 20e6, rate: 20e6, answer: stalled}}
+	simulate(t, pool.Options{}, sources(fakes...), func(t *testing.T, p *pool.Pool) {
+		took := readAll(t, p, n, large, 384)
+		near(t, took, n/2*float64(large)/40e6+n/2*float64(large)/20e6, 1.1)
+		if s := p.Stats()[1]; !s.Resting || s.Banned {
+			t.Errorf("the source that stalls is %+v", s)
+		}
+	})
+}
+
+// TestComesBack checks that a source that was silent for a while is used again.
+func TestComesBack(t *testing.T) {
+	const n = 6000
+	f := &fake{roundTrip: 20e6, rate: 20e6}
+	begin := time.Time{}
+	f.answer = func(context.Context, int, int64) error {
+		if begin.IsZero() {
+			begin = time.Now()
+		}
+		if since := time.Since(begin); since > time.Second && since < 2*time.Second {
+			time.Sleep(2*time.Second - since)
+		}
+		return nil
+	}
+	simulate(t, pool.Options{}, sources(f, &fake{roundTrip: 20e6, rate: 20e6}), func(t *testing.T, p *pool.Pool) {
+		near(t, readAll(t, p, n, large, 384), n*float64(large)/40e6+0.5, 1.1)
+		if s := p.Stats()[0]; s.Resting || s.Bytes < n*int64(large)/3 {
+			t.Errorf("the source that came back is %+v", s)
+		}
+	})
+}
+
+// TestHedge has one answer in a hundred take very long, and checks that few blocks are asked for twice.
+func TestHedge(t *testing.T) {
+	const n = 4000
+	f := &fake{roundTrip: 20e6, rate: 20e6}
+	f.answer = func(ctx context.Context, _ int, i int64) error {
+		if i%100 == 50 {
+			select {
+			case <-time.After(5 * time.Second):
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+		}
+		return nil
+	}
+	for _, share := range []float64{0, -1} {
+		list := sources(f, &fake{roundTrip: 20e6, rate: 20e6})
+		f.asked = nil
+		simulate(t, pool.Options{HedgeShare: share}, list, func(t *testing.T, p *pool.Pool) {
+			took := readAll(t, p, n, large, 256)
+			if share < 0 {
+				if took < 5*time.Second {
+					t.Errorf("took %v without asking twice", took)
+				}
+				return
+			}
+			near(t, took, n*float64(large)/40e6, 1.15)
+			if requests := list[0].(*fake).requests() + list[1].(*fake).requests(); requests > n*102/100+32 {
+				t.Errorf("%d requests for %d blocks", requests, n)
+			}
+		})
+	}
+}
+
+// TestHedgeCap has both sources so erratic that everything seems to be late, and checks that the cap holds.
+func TestHedgeCap(t *testing.T) {
+	const n = 6000
+	erratic := func(_ context.Context, n int, i int64) error {
+		time.Sleep(time.Duration((i*7919+int64(n))%13) * 20 * time.Millisecond)
+		return nil
+	}
+	a, b := &fake{roundTrip: 5e6, answer: erratic}, &fake{roundTrip: 5e6, answer: erratic}
+	simulate(t, pool.Options{}, sources(a, b), func(t *testing.T, p *pool.Pool) {
+		readAll(t, p, n, large, 64)
+		if requests := a.requests() + b.requests(); requests > n*102/100+34 {
+			t.Errorf("%d requests for %d blocks", requests, n)
+		}
+	})
+}
+
+// TestDead has a source that cannot be reached, which takes its time to show: it must cost that time at most once.
+func TestDead(t *testing.T) {
+	dead := &fake{answer: func(ctx context.Context, _ int, _ int64) error {
+		select {
+		case <-time.After(5 * time.Second):
+			return errBroken
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}}
+	good := &fake{roundTrip: 20e6, rate: 20e6}
+	state := sourcestate.Open("")
+	simulate(t, pool.Options{State: state}, sources(dead, good), func(t *testing.T, p *pool.Pool) {
+		near(t, readAll(t, p, 10000, large, 256), 10000*float64(large)/20e6, 1.1)
+		if n := dead.requests(); n > 12 {
+			t.Errorf("the dead source was asked %d times", n)
+		}
+		// What nobody has is known without it.
+		good.answer = func(context.Context, int, int64) error { return eris.ErrNotFound }
+		begin := time.Now()
+		if err := get(t.Context(), p, 20000, large); !errors.Is(err, eris.ErrNotFound) || time.Since(begin) > time.Second {
+			t.Errorf("a missing block: %v after %v", err, time.Since(begin))
+		}
+	})
+	// Alone, it fails soon for everyone who comes later.
+	simulate(t, pool.Options{}, sources(dead), func(t *testing.T, p *pool.Pool) {
+		begin := time.Now()
+		for i := range 100 {
+			if err := get(t.Context(), p, i, large); !errors.Is(err, errBroken) {
+				t.Errorf("block %d: %v", i, err)
+			}
+		}
+		if took := time.Since(begin); took > 30*time.Second {
+			t.Errorf("100 blocks took %v to fail", took)
+		}
+	})
+}
+
+// TestMissing checks who is asked for what is missing: everyone, but only once.
+func TestMissing(t *testing.T) {
+	none := func(context.Context, int, int64) error { return eris.ErrNotFound }
+	half := func(_ context.Context, n int, _ int64) error {
+		if n%2 == 1 {
+			return eris.ErrNotFound
+		}
+		return nil
+	}
+	a, b := &fake{roundTrip: 1e6, answer: half}, &fake{roundTrip: 20e6, answer: none}
+	simulate(t, pool.Options{}, sources(a, b), func(t *testing.T, p *pool.Pool) {
+		for i := range 100 {
+			err := get(t.Context(), p, i, 1024)
+			if i%2 == 0 && err != nil || i%2 == 1 && !errors.Is(err, eris.ErrNotFound) {
+				t.Errorf("block %d: %v", i, err)
+			}
+		}
+		asked := a.requests() + b.requests()
+		for i := 1; i < 100; i += 2 {
+			if err := get(t.Context(), p, i, 1024); !errors.Is(err, eris.ErrNotFound) {
+				t.Errorf("block %d: %v", i, err)
+			}
+		}
+		if again := a.requests() + b.requests() - asked; again > 0 {
+			t.Errorf("%d requests for blocks that are known to be missing", again)
+		}
+		time.Sleep(time.Hour)
+		a.answer = nil
+		if err := get(t.Context(), p, 1, 1024); err != nil {
+			t.Errorf("a block that is there now: %v", err)
+		}
+	})
+}
+
+// TestMostlyElsewhere has a near source with few of the blocks in front of a far one with all of them.
+func TestMostlyElsewhere(t *testing.T) {
+	few := &fake{roundTrip: 1e6, rate: 500e6, answer: func(_ context.Context, n int, _ int64) error {
+		if n%50 != 0 {
+			return eris.ErrNotFound
+		}
+		return nil
+	}}
+	all := &fake{roundTrip: 50e6, rate: 20e6}
+	simulate(t, pool.Options{}, sources(few, all), func(t *testing.T, p *pool.Pool) {
+		near(t, readAll(t, p, 3000, large, 256), 3000*float64(large)/20e6, 1.1)
+	})
+}
+
+// TestLiar has the fastest source give wrong bytes.
+func TestLiar(t *testing.T) {
+	liar := &fake{roundTrip: 1e6, answer: func(_ context.Context, n int, _ int64) error {
+		return &eris.BlockError{Reference: reference(n), Length: int(large), Want: large}
+	}}
+	good := &fake{roundTrip: 20e6, rate: 20e6}
+	state := sourcestate.Open(filepath.Join(t.TempDir(), "state"))
+	var faults []string
+	options := pool.Options{State: state, OnFault: func(source string, err error) { faults = append(faults, source) }}
+	simulate(t, options, sources(liar, good), func(t *testing.T, p *pool.Pool) {
+		near(t, readAll(t, p, 2000, large, 256), 2000*float64(large)/20e6, 1.1)
+		synctest.Wait()
+		if !slices.Equal(faults, []string{"fake:0"}) {
+			t.Errorf("faults: %v", faults)
+		}
+		if n := liar.requests(); n > 8 {
+			t.Errorf("the liar was asked %d times", n)
+		}
+		if s := p.Stats()[0]; !s.Banned || s.Faults == 0 {
+			t.Errorf("the liar is %+v", s)
+		}
+		if s := state.Get("fake:0").Score; s > 0.5 {
+			t.Errorf("the score of the liar is %v", s)
+		}
+	})
+	simulate(t, options, sources(liar), func(t *testing.T, p *pool.Pool) {
+		for range 3 {
+			var wrong *eris.BlockError
+			if err := get(t.Context(), p, 1, large); !errors.As(err, &wrong) {
+				t.Errorf("the only source lies: %v", err)
+			}
+		}
+	})
+}
+
+// TestOtherSize checks that nobody is banned because somebody asked for a block by the wrong size: capabilities come from
+// strangers.
+func TestOtherSize(t *testing.T) {
+	f := &fake{answer: func(_ context.Context, n int, _ int64) error {
+		if n == 1 {
+			return &eris.BlockError{Reference: reference(n), Length: int(large), Want: 1024}
+		}
+		return nil
+	}}
+	for _, list := range [][]fetch.Source{sources(f), sources(f, &fake{roundTrip: 1e6})} {
+		simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
+			get(t.Context(), p, 1, 1024)
+			if err := get(t.Context(), p, 2, 1024); err != nil {
+				t.Error(err)
+			}
+			if p.Stats()[0].Banned {
+				t.Error("the source was banned")
+			}
+		})
+	}
+}
+
+// TestBroken has connections break: all blocks come all the same, if there is another source, or the source works again.
+func TestBroken(t *testing.T) {
+	for n := 1; n <= 2; n++ {
+		var until time.Time
+		breaks := func(_ context.Context, _ int, i int64) error {
+			if i%200 == 199 {
+				until = time.Now().Add(80 * time.Millisecond)
+			}
+			if time.Now().Before(until) {
+				return errBroken
+			}
+			return nil
+		}
+		list := sources(&fake{roundTrip: 20e6, rate: 20e6, answer: breaks}, &fake{roundTrip: 30e6, rate: 10e6})[:n]
+		simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
+			readAll(t, p, 1000, large, 128)
+		})
+	}
+}
+
+// TestMerging has many calls want the same block, of which the first is given up.
+func TestMerging(t *testing.T) {
+	for n := 1; n <= 2; n++ {
+		a, b := &fake{roundTrip: 20e6}, &fake{roundTrip: 20e6}
+		simulate(t, pool.Options{HedgeShare: -1}, sources(a, b)[:n], func(t *testing.T, p *pool.Pool) {
+			if err := get(t.Context(), p, 0, large); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Second)
+			before := a.requests() + b.requests()
+			ctx, cancel := context.WithCancel(t.Context())
+			var group sync.WaitGroup
+			group.Go(func() {
+				if err := get(ctx, p, 1, large); !errors.Is(err, context.Canceled) {
+					t.Errorf("the call that was given up returns %v", err)
+				}
+			})
+			synctest.Wait()
+			for range 50 {
+				group.Go(func() {
+					memory := make([]byte, 0, large)
+					block, err := p.Get(t.Context(), reference(1), large, memory)
+					if err != nil || int(binary.BigEndian.Uint64(block)) != 1 {
+						t.Errorf("a call that was not given up: %v", err)
+						return
+					}
+					clear(memory[:large]) // a reader may
+				})
+			}
+			synctest.Wait()
+			if n := a.requests() + b.requests() - before; n != 1 {
+				t.Errorf("%d requests for one block", n)
+			}
+			cancel()
+			group.Wait()
+			if n := a.requests() + b.requests() - before; n > 3 { // and a probe
+				t.Errorf("%d requests for one block that was given up once", n)
+			}
+		})
+	}
+}
+
+// TestCancel gives up calls in every state, and checks that their memory is not touched any more.
+func TestCancel(t *testing.T) {
+	for n := 1; n <= 2; n++ {
+		simulate(t, pool.Options{}, sources(&fake{roundTrip: 1e9, rate: 1e6}, &fake{roundTrip: 1e9, rate: 1e6})[:n], func(t *testing.T, p *pool.Pool) {
+			given := errors.New("given up")
+			ctx, cancel := context.WithCancelCause(t.Context())
+			var group sync.WaitGroup
+			for i := range 500 {
+				group.Go(func() {
+					if err := get(ctx, p, i, large); err != nil && !errors.Is(err, given) && !errors.Is(err, context.Canceled) {
+						t.Errorf("block %d: %v", i, err)
+					}
+				})
+			}
+			time.Sleep(1500 * time.Millisecond)
+			begin := time.Now()
+			cancel(given)
+			group.Wait()
+			if took := time.Since(begin); took > 0 {
+				t.Errorf("calls returned %v after they were given up", took)
+			}
+			if err := get(t.Context(), p, 1000, large); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestClose closes the pool while calls wait.
+func TestClose(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := pool.New(sources(&fake{roundTrip: 1e9}, &fake{roundTrip: 1e9}), pool.Options{})
+		var group sync.WaitGroup
+		failed := 0
+		var mu sync.Mutex
+		for i := range 100 {
+			group.Go(func() {
+				if err := get(t.Context(), p, i, large); err != nil {
+					mu.Lock()
+					failed++
+					mu.Unlock()
+				}
+			})
+		}
+		time.Sleep(10 * time.Millisecond)
+		p.Close()
+		group.Wait()
+		if failed < 50 {
+			t.Errorf("%d calls failed", failed)
+		}
+	})
+}
+
+// TestNone has no sources at all.
+func TestNone(t *testing.T) {
+	simulate(t, pool.Options{}, nil, func(t *testing.T, p *pool.Pool) {
+		if err := get(t.Context(), p, 1, large); err == nil || errors.Is(err, eris.ErrNotFound) {
+			t.Errorf("without sources: %v", err)
+		}
+	})
+}
+
+// TestState checks that a later process knows what an earlier one has learnt.
+func TestState(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state")
+	fresh := func() []fetch.Source {
+		return sources(&fake{roundTrip: 100e6, rate: 50e6}, &fake{roundTrip: 20e6, rate: 5e6})
+	}
+	list := fresh()
+	simulate(t, pool.Options{State: sourcestate.Open(path)}, list, func(t *testing.T, p *pool.Pool) {
+		if e := p.Expect(); e.Sources != 2 || e.Known != 0 || e.Rate != 0 {
+			t.Errorf("at first: %+v", e)
+		}
+		readAll(t, p, 3000, large, 512)
+	})
+	list = fresh()
+	simulate(t, pool.Options{}, list, func(t *testing.T, _ *pool.Pool) {
+		p := pool.New(list, pool.Options{State: sourcestate.Open(path)})
+		defer p.Close()
+		e := p.Expect()
+		if e.Known != 2 || e.Rate < 40e6 || e.Rate > 70e6 || e.RoundTrip < 15*time.Millisecond || e.RoundTrip > 40*time.Millisecond {
+			t.Errorf("the next process expects %+v", e)
+		}
+		w := p.Window()
+		if w.Bytes < 16<<20 || w.Bytes > 32<<20 || w.Requests < 4096 || w.Requests > 8192 {
+			t.Errorf("window %+v", w)
+		}
+		// The far one is known to be worth its delay from the beginning.
+		near(t, readAll(t, p, 3000, large, 512), 3000*float64(large)/55e6, 1.2)
+	})
+}
