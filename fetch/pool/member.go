@@ -59,7 +59,7 @@ type member struct {
 	restUntil time.Duration
 	lastError error
 	probing   bool
-	silent    bool          // it does not answer; its oldest request, or a probe, is left to it
+	silent    bool          // it does not answer, but perhaps a probe
 	quiet     time.Duration // for how long there was no answer
 
 	first, last *request // in flight, in order of start

@@ -56,6 +56,8 @@ const (
 	hedgeFree = 1 << 20
 	// retrySearch is how far the queue of those that were asked for in vain is searched.
 	retrySearch = 256
+	// maxRounds is how often one source is asked again for one block at most.
+	maxRounds = 20
 	// patience is how long a call waits for a source to be tried again when there is no other.
 	patience = time.Second
 )
@@ -113,6 +115,7 @@ type flight struct {
 	failed   set // who failed
 	asked    set // who is being asked
 	rounds   int
+	progress bool  // a source that failed has delivered others meanwhile
 	err      error // the last failure, of failed
 
 	line    *line // where it waits for a source, if it does
@@ -306,7 +309,11 @@ func (p *Pool) direct(ctx context.Context, m *member, f *flight, dst []byte) ([]
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
-		if p.judge(&r, err, now) != failure || round > 0 || !m.proven || p.closed {
+		if p.judge(&r, err, now) != failure || !m.proven || p.closed {
+			return nil, err
+		}
+		// Connections break; as long as blocks come nevertheless, this one is worth another try.
+		if round >= maxRounds || round > 0 && m.delivered == r.delivered {
 			return nil, err
 		}
 	}
@@ -436,6 +443,7 @@ func (p *Pool) settle(r *request, err error) {
 		f.missed |= m.bit
 		m.remembersMissing(f.key)
 	default:
+		f.progress = f.progress || m.delivered > r.delivered
 		f.fail(m, err)
 	}
 	p.pump(now)
@@ -551,10 +559,11 @@ func (p *Pool) candidates(f *flight, now time.Duration) set {
 
 // nextRound lets sources be asked again that failed, but worked before: connections break.
 func (p *Pool) nextRound(f *flight, now time.Duration) bool {
-	if f.rounds > 0 {
+	if f.rounds >= maxRounds || f.rounds > 0 && !f.progress {
 		return false
 	}
 	f.rounds++
+	f.progress = false
 	for _, m := range p.members {
 		if f.failed&m.bit != 0 && m.proven && !m.banned && m.restUntil-now <= patience {
 			f.failed &^= m.bit

@@ -18,6 +18,9 @@ const (
 	// answered.
 	leastSilence   = 250 * time.Millisecond
 	unknownSilence = 5 * time.Second
+	// A request is taken for lost after lostFactor times what was expected, and at least lostAge.
+	lostAge    = 2 * time.Second
+	lostFactor = 10
 	// latePerSource is how many late requests of a source are looked at in one go.
 	latePerSource = 64
 )
@@ -89,8 +92,8 @@ func (p *Pool) rest() {
 	}
 }
 
-// checkSilence takes away what was asked of a source that does not answer any more, if there is another. One request is left
-// to it, whose answer tells when it is back.
+// checkSilence takes away what was asked of a source that does not answer any more, if there is another. A probe then tells when
+// it is back.
 func (p *Pool) checkSilence(m *member, now time.Duration) {
 	oldest := m.first
 	if oldest == nil || m.silent {
@@ -114,9 +117,7 @@ func (p *Pool) checkSilence(m *member, now time.Duration) {
 		if o != m && o.trusted(now) && (o.requests == 0 || o.quiet < m.quiet) {
 			m.silent, m.lastError = true, errSilent
 			m.failed++
-			for r := oldest.next; r != nil; r = r.next {
-				r.cutOff(errSilent)
-			}
+			m.cut(errSilent)
 			p.sweep()
 			return
 		}
@@ -152,8 +153,11 @@ func (p *Pool) hedge(now time.Duration) {
 		return 1
 	})
 	for _, r := range late {
-		if float64(p.doubled+r.size) > hedgeFree+p.options.HedgeShare*float64(p.delivered) {
-			return
+		// What is so late that it may never come is as good as failed, and must not wait until there is room for hedges again:
+		// it may be what everything else waits for.
+		lost := now-r.start > lostAge && (!r.member.known || now-r.start > lostFactor*r.expected)
+		if !lost && float64(p.doubled+r.size) > hedgeFree+p.options.HedgeShare*float64(p.delivered) {
+			continue
 		}
 		if m := p.alternative(r, now); m != nil {
 			r.hedged = true
