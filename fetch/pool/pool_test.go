@@ -241,7 +241,7 @@ func TestSum(t *testing.T) {
 // TestSmallBlocks keeps enough small blocks in flight over a long line.
 func TestSmallBlocks(t *testing.T) {
 	simulate(t, pool.Options{}, sources(&fake{roundTrip: 100e6, rate: 10e6}, &fake{roundTrip: 100e6, rate: 5e6}), func(t *testing.T, p *pool.Pool) {
-		near(t, readAll(t, p, 20000, 1024, 4096), 20000*1024/15e6, 1.15)
+		near(t, readAll(t, p, 20000, 1024, 4096), 20000*1024/15e6, 1.25)
 	})
 }
 
