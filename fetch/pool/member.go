@@ -39,8 +39,10 @@ const (
 
 	maxMissing = 4096
 	missingAge = 30 * time.Second
-	// tellingBytes is what has to be delivered so that the rate says something about the source, not about what was asked.
+	// tellingBytes is what has to be delivered so that the rate says something about the source, not about what was asked; a
+	// sixteenth of it will do after tellingTime.
 	tellingBytes = 2 << 20
+	tellingTime  = 2 * time.Second
 )
 
 // member is a source and what is known about it. All of it is guarded by the lock of the pool.
@@ -70,9 +72,11 @@ type member struct {
 	roundTrip   windowed
 	rate        windowed // bytes per second
 	typical     float64  // rate, not the best but of late, when as much was asked as it can deliver
-	hits        float64  // share of what was asked that it had
-	tail        float64  // see firstTail
-	delivered   int64    // bytes
+	measured    bool     // typical is, by this process
+	firstAt     time.Duration
+	hits        float64 // share of what was asked that it had
+	tail        float64 // see firstTail
+	delivered   int64   // bytes
 	deliveredAt time.Duration
 
 	missing      map[flightKey]struct{}
@@ -179,6 +183,9 @@ func (m *member) sent(r *request, now time.Duration) {
 	if m.requests == 0 {
 		m.deliveredAt, m.quiet = now, 0
 	}
+	if m.asked == 0 {
+		m.firstAt = now
+	}
 	r.start, r.delivered, r.deliveredAt = now, m.delivered, m.deliveredAt
 	r.expected = m.expected(r.size)
 	m.requests++
@@ -247,10 +254,12 @@ func (m *member) delivers(r *request, now time.Duration) {
 	if interval := now - r.deliveredAt; interval > 0 {
 		sample := float64(m.delivered-r.delivered) / interval.Seconds()
 		m.rate.add(sample, larger, now, max(leastRateAge, rateAge*m.minRoundTrip()), r.full)
-		if m.typical == 0 {
-			m.typical = sample
-		} else if r.full {
+		if r.full && (m.delivered >= tellingBytes || m.delivered >= tellingBytes/16 && now-m.firstAt > tellingTime) {
+			if m.typical == 0 {
+				m.typical = sample
+			}
 			m.typical += (sample - m.typical) * typicalWeight
+			m.measured = true
 		}
 	}
 	m.deliveredAt = now
@@ -319,7 +328,7 @@ func (m *member) remember() {
 		return
 	}
 	bytes, took := m.delivered-m.remembered, time.Duration(0)
-	if bytes >= tellingBytes && m.typical > 0 {
+	if m.measured {
 		took = time.Duration(float64(bytes) / m.typical * float64(time.Second))
 	}
 	m.remembered = m.delivered
