@@ -1,7 +1,15 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package sourcetest is the suite that every [fetch.Source] and [fetch.Store] passes. To add one, write a test that starts
-// a server for a [Backend], opens the source on it, and hands both to [Test]:
+// Package sourcetest is the suite that every [fetch.Source] and [fetch.Store] passes: it gets blocks, also ones that are
+// missing, of the wrong size or of wrong bytes, and many at a time; has answers come late, in another order or never; gives
+// calls up, one by one and by closing the source; restarts the server and breaks its connections; and does the same with
+// putting.
+//
+// # How to add a source
+//
+// It takes a package below fetch with one file, in which a type has the methods of [fetch.Source] (and Put, if it takes
+// blocks); one call of [Test]; and one line in the table storeKinds of cmd/guix-substitute-eris/stores.go. For the call, start
+// a server for a [Backend], open the source on it, and hand both to the suite:
 //
 //	func TestConformance(t *testing.T) {
 //		sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
@@ -10,6 +18,9 @@
 //			return sourcetest.Fixture{Source: source, Restart: server.Restart}
 //		})
 //	}
+//
+// A source without a server, whose blocks are in files, makes the Backend's calls where it does file operations, and the test
+// writes the files: see the tests of packages fetch/dir and fetch/dump.
 //
 // What a fixture does not offer is not tested. What is particular to a transport, above all what a peer can do that does not
 // keep to its protocol, has to be tested beside the suite.
@@ -62,6 +73,7 @@ func Test(t *testing.T, open func(t *testing.T, backend *Backend) Fixture) {
 		{"BackendFails", testBackendFails},
 		{"CancelBefore", testCancelBefore},
 		{"CancelInFlight", testCancelInFlight},
+		{"CancelSome", testCancelSome},
 		{"CloseInFlight", testCloseInFlight},
 		{"Many", testMany},
 		{"SlowAndFast", testSlowAndFast},
@@ -290,6 +302,32 @@ func testCancelInFlight(t *testing.T, s *suite) {
 			t.Errorf("%v: memory was written to after Get had returned", size)
 		}
 	}
+}
+
+// testCancelSome gives up half of the calls that are under way; the others must not notice.
+func testCancelSome(t *testing.T, s *suite) {
+	const calls = 40
+	release := s.backend.Hold()
+	defer release()
+	ctx, cancel := context.WithCancelCause(t.Context())
+	var kept, givenUp sync.WaitGroup
+	for i := range calls {
+		ref, want := s.add(bothSizes[i/2%2])
+		if i%2 == 0 {
+			kept.Go(func() { s.mustGet(t, ref, want) })
+			continue
+		}
+		givenUp.Go(func() {
+			if _, err := s.get(ctx, ref, eris.BlockSize(len(want))); !errors.Is(err, errGivenUp) && !errors.Is(err, context.Canceled) {
+				t.Errorf("error is %v, not that of the context", err)
+			}
+		})
+	}
+	s.backend.AwaitHeld(max(1, min(s.Held, calls)))
+	cancel(errGivenUp)
+	givenUp.Wait()
+	release()
+	kept.Wait()
 }
 
 func testCloseInFlight(t *testing.T, s *suite) {
