@@ -24,8 +24,9 @@ import (
 // that candidate begins; the source's bytes are kept until then.
 
 // DefaultLookahead is the memory, in bytes, for members that are decoded ahead
-// unless [Options] say otherwise: what lzip -9 needs for its window.
-const DefaultLookahead = 32 << 20
+// unless [Options] say otherwise. With that, and the window of lzip -9, the whole
+// process takes less than 64 MiB. Members of plzip fit unless its level is above 6.
+const DefaultLookahead = 24 << 20
 
 const (
 	// leastMember is the size in bytes of a header, the least LZMA stream and a
@@ -128,7 +129,15 @@ func (z *Reader) start() bool {
 	room := z.options.Lookahead - held
 	end := z.feed.findEnd()
 	if end < 0 {
-		if z.feed.err != nil || z.feed.data.size+blockSize > min(room, z.options.Lookahead/2) {
+		if z.feed.err != nil {
+			return false
+		}
+		if most := z.options.Lookahead / 3; z.feed.data.size+blockSize > min(room, most) {
+			if z.feed.data.size+blockSize > most {
+				// The members that follow will be as large. What was read for
+				// nothing would be memory beside the window.
+				z.options.Workers = 1
+			}
 			return false
 		}
 		z.feed.readAhead()

@@ -18,8 +18,8 @@ type Options struct {
 	Workers int
 	// Lookahead bounds the memory, in bytes, for members that are decoded ahead,
 	// compressed and decompressed; [DefaultLookahead] if 0. Members that do not
-	// fit, or take more than half of it when compressed, are decoded one after
-	// the other, in the window alone.
+	// fit are decoded one after the other, in the window alone; so are all after
+	// one that takes more than a third of it when compressed.
 	Lookahead int
 }
 
