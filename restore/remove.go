@@ -166,7 +166,7 @@ func openBeneath(dir int, name string, flags int) (int, error) {
 			Resolve: unix.RESOLVE_NO_XDEV | unix.RESOLVE_NO_SYMLINKS,
 		})
 		switch err {
-		case unix.EINTR, unix.EAGAIN:
+		case unix.EINTR:
 		case unix.EXDEV:
 			return -1, errMount
 		case unix.ENOSYS, unix.EPERM, unix.E2BIG: // before Linux 5.6, or in a sandbox
