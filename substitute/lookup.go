@@ -65,6 +65,9 @@ type lookup struct {
 	items   []*item
 	byHash  map[string]*item
 	changed chan struct{} // has room for one: something has happened
+	// ahead is called with each authorised record, from several goroutines, if
+	// nobody has asked for it yet. Then nothing may be shown.
+	ahead func(*record)
 
 	mu    sync.Mutex
 	asked []*asked
@@ -89,11 +92,25 @@ type asked struct {
 
 // lookup returns the items among paths that are available.
 func (s *Substituter) lookup(ctx context.Context, paths []string) map[string]*found {
-	l := &lookup{s: s, byHash: map[string]*item{}, changed: make(chan struct{}, 1)}
+	s.notes.show(s.Log)
+	l := s.newLookup(paths, nil)
+	l.run(ctx)
+	s.notes.show(s.Log)
+	result := make(map[string]*found, len(l.items))
+	for _, it := range l.items {
+		if f := it.found(); f != nil {
+			result[it.path] = f
+		}
+	}
+	return result
+}
+
+func (s *Substituter) newLookup(paths []string, ahead func(*record)) *lookup {
+	l := &lookup{s: s, byHash: map[string]*item{}, changed: make(chan struct{}, 1), ahead: ahead}
 	for _, path := range paths {
 		hash, err := narinfo.HashPart(s.StoreDir, path)
 		if err != nil {
-			s.Log.WarnOnce("path "+path, "not looked up: %v", err)
+			s.warnOnce(ahead != nil, "path "+path, "not looked up: %v", err)
 			continue
 		}
 		// Two paths may have the same hash part; only a narinfo of the very path
@@ -104,14 +121,7 @@ func (s *Substituter) lookup(ctx context.Context, paths []string) map[string]*fo
 			l.byHash[hash] = it
 		}
 	}
-	l.run(ctx)
-	result := make(map[string]*found, len(l.items))
-	for _, it := range l.items {
-		if f := it.found(); f != nil {
-			result[it.path] = f
-		}
-	}
-	return result
+	return l
 }
 
 // run asks the servers until everything is decided.
@@ -134,7 +144,7 @@ func (l *lookup) run(parent context.Context) {
 	defer l.mu.Unlock()
 	for _, a := range l.asked {
 		// The next lookup does not wait for it again.
-		a.server.sluggish = a.slow && a.pending > 0
+		a.server.sluggish.Store(a.slow && a.pending > 0)
 	}
 }
 
@@ -212,7 +222,7 @@ func (l *lookup) start(server *server, todo []*item) *asked {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := time.Now()
-	a := &asked{server: server, begin: now, last: now, pending: len(todo), slow: server.sluggish}
+	a := &asked{server: server, begin: now, last: now, pending: len(todo), slow: server.sluggish.Load()}
 	l.asked = append(l.asked, a)
 	for _, it := range todo {
 		it.waiting[a] = true
@@ -254,91 +264,181 @@ func (l *lookup) ask(ctx context.Context, a *asked, todo []*item) {
 		l.notify()
 		l.mu.Unlock()
 	}()
-	l.s.ask(ctx, a.server, todo, func(it *item, r *record) { l.answered(a, it, r) })
+	l.s.ask(ctx, a.server, todo, l.ahead != nil, func(it *item, r *record) {
+		l.answered(a, it, r)
+		if l.ahead != nil && r != nil && r.authorised {
+			l.ahead(r)
+		}
+	})
 }
 
 // ask asks one server about items, and calls answer, from several goroutines, for
-// those that it says something about.
-func (s *Substituter) ask(ctx context.Context, server *server, todo []*item, answer func(*item, *record)) {
-	local := mirror.IsLocal(server.url)
-	var missing []string
-	byHash := map[string]*item{}
-	for _, it := range todo {
-		if ctx.Err() != nil {
+// those that it says something about. What somebody else is asking for already is
+// waited for. With ahead, nobody has asked for the items yet, and nothing is shown.
+func (s *Substituter) ask(ctx context.Context, server *server, todo []*item, ahead bool, answer func(*item, *record)) {
+	// Again only for what others have been asking for in vain.
+	for range maxAsks {
+		if todo = s.askOnce(ctx, server, todo, ahead, answer); len(todo) == 0 || ctx.Err() != nil {
 			return
 		}
-		if r, ok := s.memory.get(server, it.path, s.Now()); ok {
+	}
+}
+
+// maxAsks is how often it is hoped for an answer that somebody else waits for.
+const maxAsks = 3
+
+// askOnce returns the items that others have been asking for in vain.
+func (s *Substituter) askOnce(ctx context.Context, server *server, todo []*item, ahead bool, answer func(*item, *record)) (again []*item) {
+	local := mirror.IsLocal(server.url)
+	missing := map[string]*asking{} // by hash part
+	theirs := map[*item]*flight{}
+	// Before anything of others is waited for: they may wait for ours.
+	land := func() {
+		for _, m := range missing {
+			s.flights.end(memoryKey{server, m.item.path}, m.flight)
+		}
+	}
+	defer land() // whatever happens
+	for _, it := range todo {
+		if ctx.Err() != nil {
+			return nil
+		}
+		if r, ok := s.known(server, it, local, ahead); ok {
 			answer(it, r)
 			continue
 		}
-		if s.Cache != nil && !local {
-			if e, ok := s.Cache.Get(server.url, it.hash, s.Now()); ok {
-				r := s.read(server, it, e.Narinfo)
-				s.memory.put(server, it.path, r, e.Until)
-				answer(it, r)
-				continue
-			}
+		f, mine := s.flights.begin(memoryKey{server, it.path})
+		if !mine {
+			theirs[it] = f
+			continue
 		}
-		missing = append(missing, it.hash)
-		byHash[it.hash] = it
+		// Whoever had it may have had the answer just now.
+		if r, ok := s.memory.get(server, it.path, s.Now()); ok {
+			f.answer(r)
+			s.flights.end(memoryKey{server, it.path}, f)
+			answer(it, r)
+			continue
+		}
+		missing[it.hash] = &asking{it, f}
 	}
-	if len(missing) == 0 {
-		return
+	var waiter sync.WaitGroup
+	if len(theirs) > 0 {
+		waiter.Go(func() {
+			for it, f := range theirs {
+				select {
+				case <-f.done:
+				case <-ctx.Done():
+					return
+				}
+				if f.answered {
+					answer(it, f.record)
+				} else {
+					again = append(again, it)
+				}
+			}
+		})
 	}
+	if len(missing) > 0 {
+		s.fetch(ctx, server, missing, ahead, answer)
+		land()
+	}
+	waiter.Wait()
+	return again
+}
+
+// known returns what is known already of a server's answer, and whether that is
+// anything.
+func (s *Substituter) known(server *server, it *item, local, ahead bool) (*record, bool) {
+	if r, ok := s.memory.get(server, it.path, s.Now()); ok {
+		return r, true
+	}
+	if s.Cache == nil || local {
+		return nil, false
+	}
+	e, ok := s.Cache.Get(server.url, it.hash, s.Now())
+	if !ok {
+		return nil, false
+	}
+	r := s.read(server, it, e.Narinfo, ahead)
+	s.memory.put(server, it.path, r, e.Until)
+	return r, true
+}
+
+// asking is an item that is being asked for.
+type asking struct {
+	item   *item
+	flight *flight
+}
+
+// fetch gets narinfos from a server.
+func (s *Substituter) fetch(ctx context.Context, server *server, missing map[string]*asking, ahead bool, answer func(*item, *record)) {
 	if err := s.Mirrors.Down(server.url); err != nil {
-		s.sayDown(server.name, err)
+		s.sayDown(server.name, err, ahead)
 		return
 	}
+	local := mirror.IsLocal(server.url)
 	var progress *protocol.Lookup
-	if !local {
+	if !local && !ahead {
 		progress = s.Log.Lookup(server.name, len(missing))
 		defer progress.End()
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, lookupTimeout+time.Duration(len(missing))*lookupTimeoutEach,
 		errors.New("too slow"))
 	defer cancel()
-	err := s.Mirrors.Narinfos(ctx, server.url, missing, func(a mirror.Answer) {
-		it := byHash[a.Hash]
+	hashes := make([]string, 0, len(missing))
+	for hash := range missing {
+		hashes = append(hashes, hash)
+	}
+	slices.Sort(hashes)
+	narinfos := s.Mirrors.Narinfos
+	if ahead {
+		narinfos = s.Mirrors.NarinfosAhead
+	}
+	err := narinfos(ctx, server.url, hashes, func(a mirror.Answer) {
+		it := missing[a.Hash].item
 		var text []byte
 		if a.Status == http.StatusOK {
 			text = a.Body
 		}
-		r := s.read(server, it, text)
-		if s.Debug && a.Status != http.StatusOK {
+		r := s.read(server, it, text, ahead)
+		if s.Debug && !ahead && a.Status != http.StatusOK {
 			baking := ""
 			if a.Baking {
 				baking = " (baking)"
 			}
 			s.Log.Notef("narinfo of %s from %s: status %d%s", it.path, server.name, a.Status, baking)
 		}
-		if !local {
+		if progress != nil {
 			progress.Answered()
-			s.remember(server, it, a, r)
 		}
+		if !local {
+			s.remember(server, it, a, r, ahead)
+		}
+		missing[a.Hash].flight.answer(r)
 		answer(it, r)
 	})
 	switch down := s.Mirrors.Down(server.url); {
 	case err == nil || errors.Is(err, context.Canceled):
 	case down != nil:
-		s.sayDown(server.name, down)
+		s.sayDown(server.name, down, ahead)
 	default:
-		s.Log.WarnOnce("server "+server.url, "%v", naming(server.name, err))
+		s.warnOnce(ahead, "server "+server.url, "%v", naming(server.name, err))
 	}
 }
 
 // sayDown shows once why a server is not asked any more; url is what it was
 // found out with.
-func (s *Substituter) sayDown(url string, down error) {
+func (s *Substituter) sayDown(url string, down error, ahead bool) {
 	key := url
 	var e *mirror.ServerError
 	if errors.As(down, &e) {
 		key = e.Server
 	}
-	s.Log.WarnOnce("down "+key, "%v", naming(url, down))
+	s.warnOnce(ahead, "down "+key, "%v", naming(url, down))
 }
 
 // remember keeps an answer of a server for later.
-func (s *Substituter) remember(server *server, it *item, a mirror.Answer, r *record) {
+func (s *Substituter) remember(server *server, it *item, a mirror.Answer, r *record, ahead bool) {
 	e := narinfocache.Entry{TTL: transientTTL}
 	switch {
 	case r != nil:
@@ -358,7 +458,7 @@ func (s *Substituter) remember(server *server, it *item, a mirror.Answer, r *rec
 		return
 	}
 	if err := s.Cache.PutLater(server.url, a.Hash, e, now); err != nil {
-		s.Log.WarnOnce("cache", "narinfos cannot be kept for later: %v", err)
+		s.warnOnce(ahead, "cache", "narinfos cannot be kept for later: %v", err)
 	}
 }
 
@@ -406,7 +506,7 @@ func (m *memory) clear() {
 
 // read turns the text that a server has given for an item into a record, or into
 // nil if there is none or if it is good for nothing.
-func (s *Substituter) read(server *server, it *item, text []byte) (r *record) {
+func (s *Substituter) read(server *server, it *item, text []byte, ahead bool) (r *record) {
 	if text == nil {
 		return nil
 	}
@@ -422,7 +522,7 @@ func (s *Substituter) read(server *server, it *item, text []byte) (r *record) {
 		err = n.CheckItem(s.StoreDir, it.path)
 	}
 	if err != nil {
-		s.Log.WarnOnce(fmt.Sprintf("narinfo %s %s", server.url, it.hash),
+		s.warnOnce(ahead, fmt.Sprintf("narinfo %s %s", server.url, it.hash),
 			"narinfo of %s from %s ignored: %v", it.path, server.name, err)
 		return nil
 	}

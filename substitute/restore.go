@@ -218,7 +218,7 @@ func (j *job) ask(ctx context.Context, server *server) *record {
 		return nil
 	}
 	var result atomic.Pointer[record]
-	j.s.ask(ctx, server, []*item{{path: j.path, hash: hash}}, func(_ *item, r *record) { result.Store(r) })
+	j.s.ask(ctx, server, []*item{{path: j.path, hash: hash}}, false, func(_ *item, r *record) { result.Store(r) })
 	return result.Load()
 }
 
@@ -246,7 +246,7 @@ func (j *job) record(ctx context.Context, r record) (Outcome, bool) {
 			continue
 		}
 		if err := j.s.Mirrors.Down(url); err != nil {
-			j.s.sayDown(mirror.WithoutUser(url), err)
+			j.s.sayDown(mirror.WithoutUser(url), err, false)
 			continue
 		}
 		size, err := j.attempt(ctx, url, u.Compression)
@@ -255,7 +255,7 @@ func (j *job) record(ctx context.Context, r record) (Outcome, bool) {
 		}
 		goOn := false
 		if down := j.s.Mirrors.Down(url); down != nil {
-			j.s.sayDown(mirror.WithoutUser(url), down)
+			j.s.sayDown(mirror.WithoutUser(url), down, false)
 			goOn = j.wiped(ctx)
 		} else {
 			goOn = j.failed(ctx, naming(mirror.WithoutUser(url), err))

@@ -16,6 +16,7 @@ package substitute
 
 import (
 	"context"
+	"sync/atomic"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
@@ -70,6 +71,10 @@ type Config struct {
 	NearbyStride int
 	// Verbose shows what is expected of blocks and nars, and what is chosen.
 	Verbose bool
+	// LookAhead is how many narinfos are fetched in all before anybody asks for
+	// them: those of the references of what Info was asked about, and of theirs.
+	// None if it is 0. Close must be called then.
+	LookAhead int
 	// Debug shows each narinfo that a server does not have.
 	Debug bool
 	// Now is the clock; nil is the system's.
@@ -101,6 +106,9 @@ type Substituter struct {
 	servers []*server
 	order   narinfo.Order
 	memory  memory
+	flights flights
+	ahead   lookAhead
+	notes   notes
 }
 
 // New returns a substituter.
@@ -125,6 +133,7 @@ func New(c Config) *Substituter {
 
 // SetKeys changes the keys whose signatures count.
 func (s *Substituter) SetKeys(keys *acl.ACL) {
+	s.ahead.stop()
 	s.Keys = keys
 	s.memory.clear()
 }
@@ -135,8 +144,11 @@ type server struct {
 	name  string // the URL without what may be a password
 	index int    // in the order of preference
 	// sluggish tells that the last lookup ended without all of its answers.
-	sluggish bool
+	sluggish atomic.Bool
 }
+
+// Close stops looking ahead. It returns when nothing of that goes on any more.
+func (s *Substituter) Close() { s.ahead.stop() }
 
 // Have returns those of the given store items that are available, in the order
 // given. Anything that is not the file name of a store item is not.
@@ -153,9 +165,13 @@ func (s *Substituter) Have(ctx context.Context, items []string) []string {
 
 // Info returns what the daemon wants to know about those of the given store
 // items that are available, in the order given.
+//
+// After a question about few items, it goes on in the background with what
+// they refer to, as [Config] allows, for that is what the daemon asks about next.
 func (s *Substituter) Info(ctx context.Context, items []string) []protocol.Info {
 	var records []protocol.Info
 	found := s.lookup(ctx, items)
+	defer s.lookAhead(items, found)
 	for _, item := range unique(items) {
 		f := found[item]
 		if f == nil {

@@ -156,6 +156,7 @@ func (s *session) after() {
 }
 
 func (s *session) close() {
+	s.Substituter.Close()
 	if s.blocks != nil {
 		s.blocks.close()
 	}

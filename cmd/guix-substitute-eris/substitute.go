@@ -23,6 +23,9 @@ import (
 // bytes.
 const memoryLimit = 48 << 20
 
+// lookAhead is how many narinfos are fetched ahead for one client of the daemon.
+const lookAhead = 10000
+
 const substituteUsage = `Usage: guix-substitute-eris substitute --query|--substitute [OPTION]...
 Answer requests of guix-daemon, read from standard input, on file descriptor 4.
 `
@@ -134,6 +137,9 @@ func (s *settings) serve(stdin io.Reader, replies int, query bool) int {
 		close(stop)
 		<-cleaned
 	}()
+	if query {
+		sub.LookAhead = lookAhead
+	}
 	requests := protocol.NewRequests(stdin)
 	for first := true; ; first = false {
 		request, err := requests.Next()

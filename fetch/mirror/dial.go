@@ -27,6 +27,7 @@ type connection struct {
 	limit  *headerLimit // below r
 	reused bool         // it has carried a request before
 	served int          // answers about narinfos that it has carried
+	modest bool         // it is used for a modest purpose
 	proxy  *location    // what plain HTTP requests are sent to instead of the server
 	idle   time.Time    // since when it is in the pool
 }
@@ -73,6 +74,9 @@ type peer struct {
 	// Others wait in the pool. As one is made only when none waits there, there
 	// are never more connections in all than slots has room for.
 	slots chan struct{}
+	// modest has an element for each of those that are for a modest purpose, with
+	// room for half as many, so that nobody else has to wait for these.
+	modest chan struct{}
 
 	mu   sync.Mutex
 	open int   // connections, in use or not
@@ -90,7 +94,11 @@ func (c *Client) peer(server string) *peer {
 	defer c.mu.Unlock()
 	p := c.peers[server]
 	if p == nil {
-		p = &peer{server: server, slots: make(chan struct{}, c.o.MaxConnections)}
+		p = &peer{
+			server: server,
+			slots:  make(chan struct{}, c.o.MaxConnections),
+			modest: make(chan struct{}, max(1, c.o.MaxConnections/2)),
+		}
 		// Redirections may name any number of servers.
 		if len(c.peers) < maxServers {
 			c.peers[server] = p
@@ -156,6 +164,7 @@ func (p *peer) addOpen(n int) {
 type wish struct {
 	fresh   bool // a new one
 	patient bool // wait while the server has as many as it gets, rather than errBusy
+	modest  bool // leave others for those who are in a hurry
 	again   bool // the server has answered before, so that it does not count as down
 }
 
@@ -168,17 +177,46 @@ func (c *Client) connect(ctx context.Context, l *location, w wish) (*connection,
 	if err := p.downError(); err != nil {
 		return nil, err
 	}
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	if w.modest {
+		if err := take(ctx, p.modest, w.patient); err != nil {
+			return nil, err
+		}
+	}
+	conn, err := c.connectNow(ctx, l, p, w)
+	if err != nil {
+		if w.modest {
+			<-p.modest
+		}
+		return nil, err
+	}
+	conn.modest = w.modest
+	return conn, nil
+}
+
+// take puts an element into a channel that counts.
+func take(ctx context.Context, slots chan<- struct{}, patient bool) error {
 	select {
-	case p.slots <- struct{}{}:
+	case slots <- struct{}{}:
+		return nil
 	default:
-		if !w.patient {
-			return nil, errBusy
-		}
-		select {
-		case p.slots <- struct{}{}:
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		}
+	}
+	if !patient {
+		return errBusy
+	}
+	select {
+	case slots <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func (c *Client) connectNow(ctx context.Context, l *location, p *peer, w wish) (*connection, error) {
+	if err := take(ctx, p.slots, w.patient); err != nil {
+		return nil, err
 	}
 	if w.fresh {
 		// What waits there takes the place of a new one, and is as old as the one
@@ -209,12 +247,16 @@ func (c *Client) connect(ctx context.Context, l *location, w wish) (*connection,
 
 // release ends the use of a connection; reuse tells that it can be used again.
 func (c *Client) release(conn *connection, reuse bool) {
+	p, modest := conn.peer, conn.modest // others may have it next
 	if reuse {
 		c.pool.put(conn)
 	} else {
 		conn.close()
 	}
-	<-conn.peer.slots
+	<-p.slots
+	if modest {
+		<-p.modest
+	}
 }
 
 func (c *connection) close() {

@@ -31,7 +31,7 @@ import (
 // Options say how a [Client] works. The zero value of each is a default.
 type Options struct {
 	// MaxConnections bounds the connections to one server, whatever they are for;
-	// 16 by default.
+	// 16 by default, and 256 at most.
 	MaxConnections int
 	// ConnectTimeout bounds the time to connect to one address of a server;
 	// 5 seconds by default (Guix, guix/scripts/substitute.scm: %fetch-timeout).
@@ -79,9 +79,10 @@ type Client struct {
 
 // NewClient returns a client.
 func NewClient(o Options) *Client {
-	if o.MaxConnections == 0 {
+	if o.MaxConnections <= 0 {
 		o.MaxConnections = 16
 	}
+	o.MaxConnections = min(o.MaxConnections, maxConnections)
 	if o.ConnectTimeout == 0 {
 		o.ConnectTimeout = 5 * time.Second
 	}
@@ -154,8 +155,12 @@ func (c *Client) Down(rawURL string) error {
 	return p.downError()
 }
 
-// maxServers bounds what is remembered of servers.
-const maxServers = 1000
+const (
+	// maxServers bounds what is remembered of servers.
+	maxServers = 1000
+	// maxConnections is the most that [Options] may ask for.
+	maxConnections = 256
+)
 
 // CheckURL returns an error that says why rawURL cannot be the URL of a server
 // or of a nar, or nil. Schemes other than http, https and file are

@@ -44,6 +44,9 @@ const (
 	// a server that waits for us to read.
 	pipeline     = 32
 	pipelineSize = 16 << 10
+	// modestShare is how many items are asked for at least on a connection where
+	// connections are scarce.
+	modestShare = 8
 	// fewRequests is how many answers a server gives at least before it closes a
 	// connection, if it is one that keeps connections open.
 	fewRequests = 8
@@ -67,6 +70,17 @@ const (
 // the server cannot be reached or breaks off, and the cause of ctx when that is
 // done; then some items have had no answer.
 func (c *Client) Narinfos(ctx context.Context, server string, hashes []string, answer func(Answer)) error {
+	return c.narinfos(ctx, server, hashes, answer, false)
+}
+
+// NarinfosAhead is like Narinfos for items that may be wanted later: it uses half
+// of the connections at most, together with all other calls of it, so that what
+// is wanted now does not have to wait.
+func (c *Client) NarinfosAhead(ctx context.Context, server string, hashes []string, answer func(Answer)) error {
+	return c.narinfos(ctx, server, hashes, answer, true)
+}
+
+func (c *Client) narinfos(ctx context.Context, server string, hashes []string, answer func(Answer), modest bool) error {
 	l, err := parse(server)
 	if err != nil {
 		return err
@@ -77,7 +91,12 @@ func (c *Client) Narinfos(ctx context.Context, server string, hashes []string, a
 	base, _, _ := strings.Cut(l.target, "?")
 	b := &batch{
 		c: c, l: l, peer: c.peer(l.server()), base: strings.TrimSuffix(base, "/") + "/",
-		answer: answer, most: c.o.MaxConnections, todo: hashes, tries: map[string]int{},
+		answer: answer, most: c.o.MaxConnections, modest: modest, todo: hashes, tries: map[string]int{},
+	}
+	b.shares = b.most
+	if modest {
+		b.most = max(1, b.most/2)
+		b.shares = max(1, min(b.most, len(hashes)/modestShare))
 	}
 	return b.run(ctx)
 }
@@ -89,6 +108,8 @@ type batch struct {
 	peer   *peer
 	base   string // path of the server with a slash at its end
 	answer func(Answer)
+	modest bool
+	shares int // how many connections the items are spread over
 
 	workers sync.WaitGroup
 
@@ -148,7 +169,7 @@ func (b *batch) work(ctx context.Context, stop func()) {
 		if len(share) == 0 {
 			return
 		}
-		conn, err := b.c.connect(ctx, b.l, wish{patient: b.alone()})
+		conn, err := b.c.connect(ctx, b.l, wish{patient: b.alone(), modest: b.modest})
 		if err != nil {
 			b.giveBack(share)
 			switch {
@@ -285,7 +306,7 @@ func (b *batch) take(underWay int) []string {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	fair := (len(b.todo) + b.c.o.MaxConnections - 1) / b.c.o.MaxConnections
+	fair := (len(b.todo) + b.shares - 1) / b.shares
 	n := min(len(b.todo), fair, most-underWay)
 	if n <= 0 {
 		return nil

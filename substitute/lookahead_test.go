@@ -1,0 +1,379 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package substitute_test
+
+import (
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/link"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
+)
+
+// signReferring makes a narinfo of an item that refers to others.
+func signReferring(t testing.TB, key *acl.SigningKey, path string, references []string) string {
+	t.Helper()
+	n := &narinfo.Narinfo{StorePath: path, NarSize: 1}
+	for _, r := range references {
+		n.References = append(n.References, filepath.Base(r))
+	}
+	part, err := narinfo.SignedPart(n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signature, err := key.Sign(sha256.Sum256([]byte(part)), "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := narinfo.Text(part, signature, []narinfo.URL{{URL: "nar", Compression: "none"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
+// closure gives servers a closure of n items, of which the farthest are depth
+// steps from the first, itemPath(0). Each item has several references, and one is
+// to itself. It returns the items.
+func closure(t testing.TB, key *acl.SigningKey, n, depth int, server func(i int) *testServer) []string {
+	t.Helper()
+	r := rand.New(rand.NewPCG(1, uint64(n)))
+	references := make([][]string, n)
+	level := func(i int) int { // 0 for the first alone
+		if i == 0 {
+			return 0
+		}
+		return 1 + (i-1)*(depth-1)/(n-1)
+	}
+	var levels [][]int
+	for i := range n {
+		if l := level(i); l == len(levels) {
+			levels = append(levels, nil)
+		}
+		l := level(i)
+		levels[l] = append(levels[l], i)
+		references[i] = append(references[i], itemPath(i))
+		if l == 0 {
+			continue
+		}
+		for range min(3, len(levels[l-1])) {
+			from := levels[l-1][r.IntN(len(levels[l-1]))]
+			references[from] = append(references[from], itemPath(i))
+		}
+	}
+	if len(levels) != depth {
+		t.Fatalf("%d levels", len(levels))
+	}
+	for i, refs := range references {
+		if s := server(i); s != nil {
+			s.has(itemPath(i), signReferring(t, key, itemPath(i), refs))
+		}
+	}
+	return itemPaths(n)
+}
+
+// askOneByOne asks about items as the daemon does, each when it is referred to. It
+// returns how many are available.
+func askOneByOne(t testing.TB, s *substitute.Substituter, first string) int {
+	t.Helper()
+	seen := map[string]bool{first: true}
+	available := 0
+	for queue := []string{first}; len(queue) > 0; queue = queue[1:] {
+		for _, r := range s.Info(context.Background(), queue[:1]) {
+			available++
+			for _, ref := range r.References {
+				if !seen[ref] {
+					seen[ref] = true
+					queue = append(queue, ref)
+				}
+			}
+		}
+	}
+	return available
+}
+
+// TestLookAhead asks about a closure one item at a time. Each narinfo is asked for
+// once, those ahead as well, and nothing is shown between requests.
+func TestLookAhead(t *testing.T) {
+	key := acl.GenerateSigningKey()
+	server := newTestServer(t)
+	closure(t, key, 300, 10, func(int) *testServer { return server })
+	s, log := withLog(t, key, server.url)
+	s.LookAhead = 1000
+	defer s.Close()
+	if n := askOneByOne(t, s, itemPath(0)); n != 300 {
+		t.Errorf("%d available", n)
+	}
+	if n := server.asked.Load(); n != 300 {
+		t.Errorf("%d requests for 300 narinfos", n)
+	}
+	if n := strings.Count(log.String(), "%"); n > 50 {
+		t.Errorf("progress was shown %d times", n)
+	}
+}
+
+// until waits for a condition.
+func until(t *testing.T, what string, condition func() bool) {
+	t.Helper()
+	for range 1000 {
+		if condition() {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatalf("%s does not happen", what)
+}
+
+// TestLookAheadBounds checks what is not looked up ahead.
+func TestLookAheadBounds(t *testing.T) {
+	key := acl.GenerateSigningKey()
+	server := newTestServer(t)
+	items := closure(t, key, 300, 5, func(int) *testServer { return server })
+	for name, test := range map[string]struct {
+		most int
+		ask  func(s *substitute.Substituter)
+		want int64
+	}{
+		"none":          {0, func(s *substitute.Substituter) { s.Info(t.Context(), items[:1]) }, 1},
+		"some":          {50, func(s *substitute.Substituter) { s.Info(t.Context(), items[:1]) }, 50},
+		"availability":  {1000, func(s *substitute.Substituter) { s.Have(t.Context(), items[:1]) }, 1},
+		"many at once":  {1000, func(s *substitute.Substituter) { s.Info(t.Context(), items[:100]) }, 100},
+		"all there is":  {1000, func(s *substitute.Substituter) { s.Info(t.Context(), items[:1]) }, 300},
+		"not available": {1000, func(s *substitute.Substituter) { s.Info(t.Context(), []string{itemPath(1000)}) }, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, _ := withLog(t, key, server.url)
+			s.LookAhead = test.most
+			before := server.asked.Load()
+			test.ask(s)
+			until(t, "asking", func() bool { return server.asked.Load()-before >= test.want })
+			time.Sleep(20 * time.Millisecond) // for more, which would be wrong
+			s.Close()
+			if n := server.asked.Load() - before; n != test.want {
+				t.Errorf("%d requests, want %d", n, test.want)
+			}
+		})
+	}
+	// What is in the store is not looked up, nor what it refers to.
+	store := t.TempDir()
+	here := func(path string) string { return store + "/" + filepath.Base(path) }
+	other := newTestServer(t)
+	for i := range 4 {
+		text := signReferring(t, key, here(itemPath(i)), []string{here(itemPath(2*i + 1)), here(itemPath(2*i + 2))})
+		hash, _, _ := strings.Cut(filepath.Base(itemPath(i)), "-")
+		other.mu.Lock()
+		other.texts["/"+hash+".narinfo"] = text
+		other.mu.Unlock()
+	}
+	if err := os.Mkdir(here(itemPath(1)), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	s, _ := withLog(t, key, other.url)
+	s.StoreDir, s.LookAhead = store, 1000
+	s.Info(t.Context(), []string{here(itemPath(0))})
+	// 0, 2, and what 2 refers to, 5 and 6; not 1, 3 and 4.
+	until(t, "asking", func() bool { return other.asked.Load() >= 4 })
+	time.Sleep(20 * time.Millisecond)
+	s.Close()
+	if n := other.asked.Load(); n != 4 {
+		t.Errorf("%d requests, want 4", n)
+	}
+}
+
+// TestLookAheadOrder checks that what was looked up ahead has the answers of the
+// servers that would have been asked.
+func TestLookAheadOrder(t *testing.T) {
+	key := acl.GenerateSigningKey()
+	a, b := newTestServer(t), newTestServer(t)
+	closure(t, key, 100, 6, func(i int) *testServer { return []*testServer{a, b}[i%2] })
+	s := newSubstituter(t, key, a, b)
+	s.LookAhead = 1000
+	defer s.Close()
+	if n := askOneByOne(t, s, itemPath(0)); n != 100 {
+		t.Errorf("%d available", n)
+	}
+	if a.asked.Load() != 100 || b.asked.Load() != 50 {
+		t.Errorf("the servers were asked %d and %d times", a.asked.Load(), b.asked.Load())
+	}
+}
+
+// TestLookAheadJoined checks that a request waits for what is being looked up
+// ahead rather than asking again, and asks again if nothing comes of that.
+func TestLookAheadJoined(t *testing.T) {
+	key := acl.GenerateSigningKey()
+	server := newTestServer(t)
+	server.has(itemPath(0), signReferring(t, key, itemPath(0), []string{itemPath(1)}))
+	server.has(itemPath(1), signReferring(t, key, itemPath(1), nil))
+	asked, release := make(chan bool, 10), make(chan bool)
+	hash, _, _ := strings.Cut(filepath.Base(itemPath(1)), "-")
+	server.wait = func(r *http.Request) {
+		if strings.Contains(r.URL.Path, hash) {
+			asked <- true
+			select {
+			case <-release:
+			case <-r.Context().Done():
+			}
+		}
+	}
+	s := newSubstituter(t, key, server)
+	s.LookAhead = 1000
+	defer s.Close()
+	s.Info(t.Context(), []string{itemPath(0)})
+	<-asked
+	done := make(chan int)
+	go func() { done <- len(s.Info(t.Context(), []string{itemPath(1)})) }()
+	select {
+	case <-asked:
+		t.Error("asked twice")
+	case <-time.After(50 * time.Millisecond):
+	}
+	release <- true
+	if n := <-done; n != 1 {
+		t.Errorf("%d available", n)
+	}
+	if n := server.asked.Load(); n != 2 {
+		t.Errorf("%d requests", n)
+	}
+}
+
+// TestLookAheadClosed checks that closing does not wait for a server.
+func TestLookAheadClosed(t *testing.T) {
+	key := acl.GenerateSigningKey()
+	server := newTestServer(t)
+	closure(t, key, 200, 5, func(int) *testServer { return server })
+	silent := make(chan bool, 1000)
+	first, _, _ := strings.Cut(filepath.Base(itemPath(0)), "-")
+	server.wait = func(r *http.Request) {
+		if !strings.Contains(r.URL.Path, first) {
+			silent <- true
+			<-r.Context().Done()
+		}
+	}
+	for range 3 {
+		s, log := withLog(t, key, server.url)
+		s.LookAhead = 1000
+		if records := s.Info(t.Context(), []string{itemPath(0)}); len(records) != 1 {
+			t.Errorf("records %+v", records)
+		}
+		shown := log.String()
+		<-silent
+		s.Close()
+		s.Close()
+		if log.String() != shown {
+			t.Errorf("shown between requests: %q", strings.TrimPrefix(log.String(), shown))
+		}
+		// Another request begins anew.
+		s.Info(t.Context(), []string{itemPath(0)})
+		s.SetKeys(acl.NewACL(acl.GenerateSigningKey().PublicKey()))
+		if records := s.Info(t.Context(), []string{itemPath(0)}); len(records) != 0 {
+			t.Error("available by the old keys")
+		}
+		s.Close()
+	}
+}
+
+// TestLookAheadWarnings checks that what goes wrong ahead is said with the next
+// request, and not before.
+func TestLookAheadWarnings(t *testing.T) {
+	key := acl.GenerateSigningKey()
+	server := newTestServer(t)
+	server.has(itemPath(0), signReferring(t, key, itemPath(0), []string{itemPath(1), itemPath(2)}))
+	server.has(itemPath(1), "nonsense")
+	s, log := withLog(t, key, server.url)
+	s.LookAhead = 1000
+	s.Debug = true
+	s.Info(t.Context(), []string{itemPath(0)})
+	shown := log.String()
+	until(t, "asking", func() bool { return server.asked.Load() >= 3 })
+	time.Sleep(50 * time.Millisecond)
+	if log.String() != shown {
+		t.Errorf("shown between requests: %q", strings.TrimPrefix(log.String(), shown))
+	}
+	s.Info(t.Context(), []string{itemPath(1)})
+	s.Close()
+	if n := strings.Count(log.String(), "ignored"); n != 1 {
+		t.Errorf("%d warnings: %s", n, log)
+	}
+}
+
+// TestLookAheadFillsCache checks that what was looked up ahead is there for the
+// next process, as the one that restores items.
+func TestLookAheadFillsCache(t *testing.T) {
+	key := acl.GenerateSigningKey()
+	server := newTestServer(t)
+	items := closure(t, key, 50, 5, func(int) *testServer { return server })
+	directory := t.TempDir()
+	with := func() (*substitute.Substituter, func()) {
+		cache, err := narinfocache.Open(directory)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := newSubstituter(t, key, server)
+		s.Cache = cache
+		return s, func() { s.Close(); cache.Close() }
+	}
+	s, closeIt := with()
+	s.LookAhead = 1000
+	s.Info(t.Context(), items[:1])
+	until(t, "asking", func() bool { return server.asked.Load() >= 50 })
+	if have := s.Have(t.Context(), items); len(have) != 50 || server.asked.Load() != 50 { // waits for answers
+		t.Errorf("%d available after %d requests", len(have), server.asked.Load())
+	}
+	closeIt()
+	s, closeIt = with()
+	defer closeIt()
+	if have := s.Have(t.Context(), items); len(have) != 50 {
+		t.Errorf("%d available", len(have))
+	}
+	for _, item := range items {
+		s.Substitute(t.Context(), item, t.TempDir()+"/item") // the nar is 404
+	}
+	narinfos := server.asked.Load() - 50 // one request for each nar
+	if narinfos != 50 {
+		t.Errorf("%d requests for 50 nars", narinfos)
+	}
+}
+
+// BenchmarkClosure asks about a closure of 1000 items one at a time, as the daemon
+// does, from a server that is 50 ms away. "depths" is the time in units of round
+// trips times steps from the first item to the farthest: one that is perfect has
+// 1, or a bit more for the first connection.
+func BenchmarkClosure(b *testing.B) {
+	key := acl.GenerateSigningKey()
+	const rtt = 50 * time.Millisecond
+	for _, depth := range []int{10, 25} {
+		b.Run(fmt.Sprintf("depth=%d", depth), func(b *testing.B) {
+			server := newTestServer(b)
+			closure(b, key, 1000, depth, func(int) *testServer { return server })
+			up, down := link.Symmetric(rtt, 0)
+			l, err := link.New("tcp", "", strings.TrimPrefix(server.url, "http://"), up, down)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer l.Close()
+			server.url = "http://" + l.Addr()
+			b.ResetTimer()
+			for b.Loop() {
+				s := newSubstituter(b, key, server)
+				s.LookAhead = 10000
+				if n := askOneByOne(b, s, itemPath(0)); n != 1000 {
+					b.Fatalf("%d available", n)
+				}
+				s.Close()
+				s.Mirrors.Close()
+			}
+			b.ReportMetric(float64(b.Elapsed())/float64(b.N)/float64(time.Duration(depth)*rtt), "depths")
+		})
+	}
+}
