@@ -43,7 +43,7 @@ type chainItem struct {
 }
 
 // newChain makes the keys and the configuration: blocks only, so that nothing can
-// come from a nar.
+// come from a nar, and no cache of them, so that everything comes from the store.
 func newChain(t *testing.T) *chain {
 	t.Helper()
 	directory, err := os.MkdirTemp("", "chain") // short, for the socket
@@ -62,15 +62,15 @@ func newChain(t *testing.T) *chain {
 		}
 	}
 	for name, text := range map[string]string{
-		"etc/signing-key.pub":      key.PublicKey().Text(),
-		"etc/signing-key.sec":      key.SecretText(),
-		"etc/acl":                  acl.NewACL(key.PublicKey()).Text(),
-		"etc/substitute-eris.toml": "policy = \"eris-only\"\n",
+		"etc/signing-key.pub": key.PublicKey().Text(),
+		"etc/signing-key.sec": key.SecretText(),
+		"etc/acl":             acl.NewACL(key.PublicKey()).Text(),
 	} {
 		if err := os.WriteFile(directory+"/"+name, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
+	c.configure("policy = \"eris-only\"\ncache-size = \"0\"\n")
 	for _, variable := range os.Environ() {
 		name, _, _ := strings.Cut(variable, "=")
 		if !strings.HasPrefix(name, "ERIS_STORE") && !strings.HasPrefix(name, "GUIX_") && !strings.HasPrefix(name, "NIX_") {
@@ -80,6 +80,14 @@ func newChain(t *testing.T) *chain {
 	c.env = append(c.env, "GUIX_CONFIGURATION_DIRECTORY="+directory+"/etc", "GUIX_STATE_DIRECTORY="+directory+"/var",
 		"HOME="+directory, "XDG_CACHE_HOME="+directory+"/cache")
 	return c
+}
+
+// configure writes the configuration file.
+func (c *chain) configure(text string) {
+	c.t.Helper()
+	if err := os.WriteFile(c.directory+"/etc/substitute-eris.toml", []byte(text), 0o600); err != nil {
+		c.t.Fatal(err)
+	}
 }
 
 // add puts an item into the store of the publisher.

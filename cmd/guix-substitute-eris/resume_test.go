@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
+)
+
+// wire counts the bytes that a server writes to its connections.
+type wire struct {
+	net.Listener
+	sent    atomic.Int64
+	half    atomic.Int64 // reached is closed when so many have been sent; 0 is never
+	once    sync.Once
+	reached chan struct{}
+}
+
+func (w *wire) Accept() (net.Conn, error) {
+	c, err := w.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	// What waits in buffers has been sent, but has not arrived.
+	c.(*net.TCPConn).SetWriteBuffer(64 << 10)
+	return &countedConn{c, w}, nil
+}
+
+type countedConn struct {
+	net.Conn
+	wire *wire
+}
+
+func (c *countedConn) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	sent, half := c.wire.sent.Add(int64(n)), c.wire.half.Load()
+	if half > 0 && sent >= half {
+		c.wire.once.Do(func() { close(c.wire.reached) })
+	}
+	return n, err
+}
+
+// serveCounted is serve with a store in this process, whose wire is counted and
+// carries so many bytes per second.
+func (c *chain) serveCounted(items string, rate int64) (*blockstore.Store, *wire) {
+	c.t.Helper()
+	store, err := blockstore.Open(c.directory+"/blocks", blockstore.Options{})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.t.Cleanup(func() { store.Close() })
+	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Blocks: store, Sink: store}}})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0") // not a near one, of which nothing is kept
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	w := &wire{Listener: listener, reached: make(chan struct{})}
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		server.Serve(ratelimit.Listener(w, nil, ratelimit.New(rate, 0)), coapserver.Access{Get: true, Put: true})
+	}()
+	c.t.Cleanup(func() {
+		listener.Close()
+		server.Close()
+		<-served
+	})
+	c.stores["coap+tcp"] = "coap+tcp://" + listener.Addr().String()
+	var stop func() error
+	c.server, stop, err = startPublisher(c.directory, c.env, c.t.Logf, []string{
+		"--root=" + c.directory + "/items", "--cache=" + c.directory + "/published", "--eris=" + c.stores["coap+tcp"], "--wait-for=4000000000", items,
+	})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.t.Cleanup(func() {
+		if err := stop(); err != nil {
+			c.t.Error(err)
+		}
+	})
+	return store, w
+}
+
+// TestResume kills a helper when half of the bytes of an item have crossed the wire.
+// The next one fetches only what is missing: of 200 MB at most 55 %, which is half
+// and 10 MB that were on their way. After that nothing crosses the wire. With
+// ERIS_BIG_TESTS=1 the item does have 200 MB.
+func TestResume(t *testing.T) {
+	size, rate := int64(40e6), int64(10e6)
+	if big, _ := strconv.ParseBool(os.Getenv("ERIS_BIG_TESTS")); big {
+		size, rate = 200e6, 30e6
+	}
+	const onTheWay = 10e6
+	c := newChain(t)
+	c.configure("policy = \"eris-only\"\n") // and a cache, as if nothing were said of one
+	random := rand.NewChaCha8([32]byte{2})
+	c.generated("large", func(root string) error {
+		if err := os.Mkdir(root, 0o755); err != nil {
+			return err
+		}
+		for i := range 200 { // small blocks as well
+			if err := pseudorandom(fmt.Sprintf("%s/%d", root, i), random, int64(i)*80); err != nil {
+				return err
+			}
+		}
+		return pseudorandom(root+"/large", random, size)
+	})
+	store, wire := c.serveCounted(c.manifest(), rate)
+	// Has the item encoded, for which a helper does not wait as long as it may take.
+	response, err := http.Get(c.server + "/" + filepath.Base(c.items[0].path)[:32] + ".narinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	response.Body.Close()
+	c.query()
+	stats := store.Stats()
+	total, blocks := stats.Bytes1KiB+stats.Bytes32KiB, stats.Blocks1KiB+stats.Blocks32KiB
+	if total < size {
+		t.Fatalf("%d bytes", total)
+	}
+	before := wire.sent.Load()
+	wire.half.Store(before + total/2)
+
+	program, err := exec.LookPath("guix-substitute-eris")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := startDaemonHelper(program, "substitute", append(c.env, "_NIX_OPTIONS=substitute-urls="+c.server+"\n", "ERIS_STORE_URL="+c.stores["coap+tcp"]), false)
+	if d.err != nil {
+		t.Fatal(d.err)
+	}
+	if _, err := io.WriteString(d.stdin, "substitute "+c.items[0].path+" "+c.directory+"/killed\n"); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-wire.reached:
+	case <-time.After(5 * time.Minute):
+		t.Error("half of the item does not cross the wire")
+	}
+	if err := d.cmd.Process.Kill(); err != nil {
+		t.Error(err)
+	}
+	if err := d.close(); err == nil || d.cmd.ProcessState.Exited() {
+		t.Fatalf("the helper was not killed: %v\n%s", err, d.log.String())
+	}
+	crossed := func() int64 {
+		sent := wire.sent.Load()
+		n := sent - before
+		before = sent
+		return n
+	}
+	first, given := crossed(), store.Stats().Hits
+	c.substitute(c.stores["coap+tcp"])
+	second := crossed()
+	t.Logf("of %d bytes %d had crossed the wire when the helper was killed, then %d (%.1f %%); of %d blocks %d were asked for again",
+		total, first, second, 100*float64(second)/float64(total), blocks, store.Stats().Hits-given)
+	if second > total/2+onTheWay {
+		t.Errorf("%d bytes of %d crossed the wire again after %d had been there", second, total, first)
+	}
+	if first < total/2 || first > total*3/4 {
+		t.Errorf("the helper was killed after %d bytes of %d", first, total)
+	}
+	c.substitute(c.stores["coap+tcp"])
+	if third := crossed(); third > total/100 {
+		t.Errorf("%d bytes of %d crossed the wire once more", third, total)
+	}
+}
