@@ -273,7 +273,7 @@ func (s *Server) text(ctx context.Context, item *narinfo.Narinfo) (text string, 
 			complete = false
 		default:
 			// After an error the nar can still be had.
-			if c, complete, err = s.o.Capabilities.FindSoon(ctx, path, item.NarDigest); complete {
+			if c, complete, _ = s.o.Capabilities.FindSoon(ctx, path, item.NarDigest); complete {
 				n.ERIS = []narinfo.ERIS{{URN: c.URN()}}
 			}
 		}

@@ -4,6 +4,7 @@ package coapserver_test
 
 import (
 	"bytes"
+	"slices"
 	"testing"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -81,6 +82,7 @@ func TestDocuments(t *testing.T) {
 	if m := c.readAnswer(); m.Code != codes.NotFound {
 		t.Errorf("without permission: %v %q", m.Code, m.payload)
 	}
+	config.Documents = slices.Clone(config.Documents) // those of the server stay
 	config.Documents[1].Path = "/../x"
 	if _, err := coapserver.New(config); err == nil {
 		t.Error("a path with dots is taken")

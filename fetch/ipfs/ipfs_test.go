@@ -435,7 +435,9 @@ func TestHostile(t *testing.T) {
 		{"410", "", status(410, "blocked"), missing},
 		{"504", "", status(504, "timeout"), missing},
 		{"429", "", status(429, "slow down\x1b[2J"), response},
-		{"302", "", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "http://127.0.0.1:1/", http.StatusFound) }, response},
+		{"302", "", func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "http://127.0.0.1:1/", http.StatusFound)
+		}, response},
 		{"206", "", func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusPartialContent); w.Write(block) }, response},
 		{"RPC has no such path", "?rpc", status(404, "404 page not found"), response},
 		{"RPC forbids", "?rpc", status(403, "403 - Forbidden"), response},
@@ -444,7 +446,10 @@ func TestHostile(t *testing.T) {
 		}, missing},
 		{"RPC did not find in time", "?rpc", func(w http.ResponseWriter, _ *http.Request) { rpcError(w, 500, "context deadline exceeded") }, missing},
 		{"RPC fails", "?rpc", func(w http.ResponseWriter, _ *http.Request) { rpcError(w, 500, "disk on fire") }, response},
-		{"endless text", "", func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusInternalServerError); endless(w, r) }, response},
+		{"endless text", "", func(w http.ResponseWriter, r *http.Request) {
+			w.WriteHeader(http.StatusInternalServerError)
+			endless(w, r)
+		}, response},
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			t.Parallel()
