@@ -22,8 +22,14 @@
 // The cache never fails a fetch. If the disk is full, slow or damaged, or the
 // directory cannot be used, blocks are not kept, and not found.
 //
-// Measured on two cores of a virtual machine (file system ext4, in the page cache):
-// see the benchmarks, and docs/performance.md.
+// What it costs is a few system calls. Measured in processor time on a busy virtual
+// machine with two cores, in memory (/dev/shm), where a read of 512 bytes takes 2 µs
+// and the hash of a block 2 µs (1 KiB) or 64 µs (32 KiB), medians of three runs of
+// the benchmarks of 25 November 2026: a miss 2 µs; a hit 6 µs (1 KiB) or 84 µs
+// (32 KiB), the hash included; to keep a block that was missed 7 µs (1 KiB) or 23 µs
+// (32 KiB), which is 150 000 blocks or 1.4 GB per second and core; Put, which looks
+// first whether the block is there, 9 to 13 µs (1 KiB). To open a cache that has
+// 2 GiB of blocks of 1 KiB, get one and close it takes 0.2 ms.
 package cache
 
 import (
