@@ -80,7 +80,7 @@ func openBlocks(o blocksOptions) (*blocks, error) {
 	b.VerifiedBlocks = b.pool
 	switch {
 	case daemon != nil:
-		b.local = cache.ThroughStore(daemon, b.pool, func(err error) { wrong(daemon.String(), err) })
+		b.local = cache.ThroughStore(daemon, b.pool, func(err error) { o.log.Warnf("store of this machine: %v", err) })
 		b.VerifiedBlocks = b.local
 		b.nearby, b.stride = nearStore{daemon}, 64
 	case o.directory != "" && o.cacheSize > 0 && !allNear(far):
