@@ -5,6 +5,7 @@ package publish
 import (
 	"context"
 	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -22,6 +24,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
 // An Encoding is a file tree that has been encoded.
@@ -100,7 +103,7 @@ type Capabilities struct {
 
 	mu      sync.Mutex
 	closed  bool
-	known   map[string]known
+	known   map[string]known   // by hash part
 	failed  map[string]failure // by path and hash
 	flights map[string]*flight // of items that are being encoded, by path and hash
 	// For how long requests may wait, as it was when one began to.
@@ -136,6 +139,21 @@ type known struct {
 	URN       string `json:"urn"`
 	// Store names the store that has the blocks; empty for none.
 	Store string `json:"store"`
+	// Item is what the narinfo says beside, once there has been one.
+	Item *knownItem `json:"item,omitempty"`
+}
+
+// knownItem is what is known of an item for when it has gone.
+type knownItem struct {
+	StorePath  string   `json:"storePath"`
+	NarSize    uint64   `json:"narSize"`
+	References []string `json:"references"`
+	Deriver    string   `json:"deriver,omitempty"`
+}
+
+func (i *knownItem) equal(other *knownItem) bool {
+	return other != nil && i.StorePath == other.StorePath && i.NarSize == other.NarSize && i.Deriver == other.Deriver &&
+		slices.Equal(i.References, other.References)
 }
 
 // maxKnown is how many capabilities are kept in memory.
@@ -176,22 +194,68 @@ func (c *Capabilities) storeName() string {
 // Known returns the capability of a store item with the given NarHash if it need
 // not be computed.
 func (c *Capabilities) Known(path string, narHash [sha256.Size]byte) (eris.ReadCapability, bool) {
-	name := filepath.Base(path)
-	c.mu.Lock()
-	k, ok := c.known[name]
-	c.mu.Unlock()
-	if !ok {
-		text, err := os.ReadFile(c.file(name))
-		if err != nil || json.Unmarshal(text, &k) != nil {
-			return eris.ReadCapability{}, false
-		}
-		c.remember(name, k)
-	}
-	if k.StorePath != path || k.NarHash != fmt.Sprintf("%x", narHash) || c.store != nil && k.Store != c.storeName() {
+	k, ok := c.lookUp(filepath.Base(path))
+	if !ok || k.StorePath != path || k.NarHash != fmt.Sprintf("%x", narHash) || c.store != nil && k.Store != c.storeName() {
 		return eris.ReadCapability{}, false
 	}
 	capability, err := eris.ParseURN(k.URN)
 	return capability, err == nil
+}
+
+// lookUp returns what is known of the item with a file name, or with a hash part
+// alone.
+func (c *Capabilities) lookUp(name string) (k known, ok bool) {
+	hashPart, _, _ := strings.Cut(name, "-")
+	c.mu.Lock()
+	k, ok = c.known[hashPart]
+	c.mu.Unlock()
+	if ok {
+		return k, true
+	}
+	text, err := os.ReadFile(c.file(name))
+	if err != nil || json.Unmarshal(text, &k) != nil {
+		return known{}, false
+	}
+	c.remember(name, k)
+	return k, true
+}
+
+// Keep records what the narinfo of an item says, for when the item has gone from the
+// store but its blocks have not; see Gone. The capability of the item must be known,
+// and there must be a store for blocks, or it does nothing.
+func (c *Capabilities) Keep(path string, n *narinfo.Narinfo) {
+	k, ok := c.lookUp(filepath.Base(path))
+	item := &knownItem{n.StorePath, n.NarSize, n.References, n.Deriver}
+	if !ok || c.store == nil || k.StorePath != path || item.equal(k.Item) {
+		return
+	}
+	k.Item = item
+	c.remember(filepath.Base(path), k)
+	if err := c.write(filepath.Base(path), k); err != nil {
+		c.log("what is known of %s cannot be kept: %v", path, err)
+	}
+}
+
+// Gone returns an item that is not in the store any more, with its capability, if it
+// can still be had from the blocks that were put into our store: as far as the root
+// block, which it asks for, can tell.
+func (c *Capabilities) Gone(ctx context.Context, hashPart string) (n *narinfo.Narinfo, capability eris.ReadCapability, ok bool) {
+	k, ok := c.lookUp(hashPart)
+	if !ok || k.Item == nil || c.store == nil || k.Store != c.storeName() {
+		return nil, capability, false
+	}
+	capability, err := eris.ParseURN(k.URN)
+	if err != nil {
+		return nil, capability, false
+	}
+	n = &narinfo.Narinfo{StorePath: k.Item.StorePath, NarSize: k.Item.NarSize, NarSizeKnown: true, References: k.Item.References, Deriver: k.Item.Deriver}
+	if digest, err := hex.DecodeString(k.NarHash); err != nil || copy(n.NarDigest[:], digest) != len(n.NarDigest) {
+		return nil, capability, false
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	_, err = c.store.Get(ctx, capability.Root, capability.BlockSize, make([]byte, 0, capability.BlockSize))
+	return n, capability, err == nil
 }
 
 func (c *Capabilities) file(name string) string {
@@ -205,7 +269,8 @@ func (c *Capabilities) remember(name string, k known) {
 	if len(c.known) == maxKnown {
 		clear(c.known)
 	}
-	c.known[name] = k
+	hashPart, _, _ := strings.Cut(name, "-")
+	c.known[hashPart] = k
 }
 
 // Find returns the capability of a store item, encoding the item if need be. The
@@ -347,7 +412,7 @@ func (c *Capabilities) encode(path string, narHash [sha256.Size]byte) (eris.Read
 	if e.NarHash != narHash {
 		return eris.ReadCapability{}, fmt.Errorf("%s: %w: hash %x instead of %x", path, errOtherContents, e.NarHash, narHash)
 	}
-	k := known{path, fmt.Sprintf("%x", narHash), e.Capability.URN(), c.storeName()}
+	k := known{StorePath: path, NarHash: fmt.Sprintf("%x", narHash), URN: e.Capability.URN(), Store: c.storeName()}
 	c.remember(filepath.Base(path), k)
 	if err := c.write(filepath.Base(path), k); err != nil {
 		c.log("the capability of %s cannot be kept: %v", path, err)

@@ -520,6 +520,51 @@ func TestAnnotatorPassesOn(t *testing.T) {
 	}
 }
 
+// TestGone deletes an item: it is offered as long as its blocks are in the store.
+func TestGone(t *testing.T) {
+	directory, items := aStore(t)
+	key := acl.GenerateSigningKey()
+	cache, store := t.TempDir(), &memoryStore{}
+	start := func(store fetch.Store) string {
+		c := publish.NewCapabilities(cache, store, logger(t))
+		t.Cleanup(c.Close)
+		return server(t, publish.ServerOptions{Root: directory, Items: items, Key: key, Capabilities: c, WaitFor: 1 << 30}).URL
+	}
+	const name = "/00000000000000000000000000000002.narinfo"
+	first := start(store)
+	_, _, before := get(t, first+name)
+	if !strings.Contains(before, "ERIS: ") {
+		t.Fatalf("narinfo:\n%s", before)
+	}
+	if err := os.RemoveAll(directory + "/00000000000000000000000000000002-tree"); err != nil {
+		t.Fatal(err)
+	}
+	above, _, _ := strings.Cut(before, "Signature:")
+	for what, url := range map[string]string{"the same process": first, "another one": start(store)} {
+		status, _, text := get(t, url+name)
+		n, err := narinfo.Parse([]byte(text))
+		if status != 200 || err != nil || !strings.HasPrefix(text, above+"Signature:") {
+			t.Fatalf("%s: status %d, error %v, narinfo:\n%s", what, status, err, text)
+		}
+		if err := n.Authorise(acl.NewACL(key.PublicKey())); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+		if status, _, _ := get(t, url+"/nar/zstd/00000000000000000000000000000002-tree"); status != 404 {
+			t.Errorf("%s: status %d of the nar", what, status)
+		}
+	}
+	// Without a store there are no blocks, and blocks may go, too.
+	if status, _, _ := get(t, start(nil)+name); status != 404 {
+		t.Errorf("without a store: status %d", status)
+	}
+	store.mu.Lock()
+	clear(store.blocks)
+	store.mu.Unlock()
+	if status, _, _ := get(t, first+name); status != 404 {
+		t.Errorf("without blocks: status %d", status)
+	}
+}
+
 // TestFindLater checks that an item is encoded once in the background, however
 // often it is asked for, and that Close waits for it.
 func TestFindLater(t *testing.T) {

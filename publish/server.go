@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sync/singleflight"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -162,12 +163,17 @@ func (s *Server) narinfo(w http.ResponseWriter, r *http.Request) {
 		http.NotFound(w, r)
 		return
 	}
+	var text string
+	complete := false
 	item, err := s.item(r.Context(), hashPart)
-	if err != nil {
-		s.failed(w, r, err)
-		return
+	if err == nil {
+		text, complete, err = s.text(r.Context(), item)
+	} else if errors.Is(err, ErrNoItem) && s.o.Capabilities != nil {
+		// What has been deleted here can be had from its blocks, though not as a nar.
+		if item, c, ok := s.o.Capabilities.Gone(r.Context(), hashPart); ok && narinfo.CheckStorePath(s.o.StoreDir, item.StorePath) == nil {
+			text, err = s.sign(item, &c)
+		}
 	}
-	text, complete, err := s.text(r.Context(), item)
 	if err != nil {
 		s.failed(w, r, err)
 		return
@@ -258,38 +264,48 @@ func (s *Server) file(path string) string { return filepath.Join(s.o.Root, filep
 // text makes the narinfo of an item. It is not complete if there will be more in
 // it soon.
 func (s *Server) text(ctx context.Context, item *narinfo.Narinfo) (text string, complete bool, err error) {
+	if s.o.Capabilities == nil {
+		text, err = s.sign(item, nil)
+		return text, true, err
+	}
+	path := s.file(item.StorePath)
+	c, found := s.o.Capabilities.Known(path, item.NarDigest)
+	switch {
+	case found:
+	case item.NarSize > s.o.WaitFor:
+		s.o.Capabilities.FindLater(path, item.NarDigest)
+	default:
+		c, found, _ = s.o.Capabilities.FindSoon(ctx, path, item.NarDigest) // without it, the nar can still be had
+	}
+	if !found {
+		text, err = s.sign(item, nil)
+		return text, false, err
+	}
+	s.o.Capabilities.Keep(path, item)
+	text, err = s.sign(item, &c)
+	return text, true, err
+}
+
+// sign makes the narinfo of an item with a read capability, or without if c is nil.
+func (s *Server) sign(item *narinfo.Narinfo, c *eris.ReadCapability) (string, error) {
 	n := &narinfo.Narinfo{
 		StorePath: item.StorePath, NarDigest: item.NarDigest, NarSize: item.NarSize,
 		References: item.References, Deriver: item.Deriver,
 	}
-	complete = true
-	if s.o.Capabilities != nil {
-		path := s.file(item.StorePath)
-		switch c, ok := s.o.Capabilities.Known(path, item.NarDigest); {
-		case ok:
-			n.ERIS = []narinfo.ERIS{{URN: c.URN()}}
-		case item.NarSize > s.o.WaitFor:
-			s.o.Capabilities.FindLater(path, item.NarDigest)
-			complete = false
-		default:
-			// After an error the nar can still be had.
-			if c, complete, _ = s.o.Capabilities.FindSoon(ctx, path, item.NarDigest); complete {
-				n.ERIS = []narinfo.ERIS{{URN: c.URN()}}
-			}
-		}
+	if c != nil {
+		n.ERIS = []narinfo.ERIS{{URN: c.URN()}}
 	}
 	part, err := narinfo.SignedPart(n)
 	if err != nil {
-		return "", false, err
+		return "", err
 	}
 	signature := ""
 	if s.o.Key != nil {
 		if signature, err = s.o.Key.Sign(sha256.Sum256([]byte(part)), s.o.Host); err != nil {
-			return "", false, err
+			return "", err
 		}
 	}
-	text, err = narinfo.Text(part, signature, s.urls(item))
-	return text, complete, err
+	return narinfo.Text(part, signature, s.urls(item))
 }
 
 // urls are the places of the nar of an item.

@@ -513,7 +513,7 @@ func (s *Substituter) read(server *server, it *item, text []byte, ahead bool) (r
 	defer func() {
 		// Not even a fault of ours that a narinfo brings out ends the process.
 		if fault := recover(); fault != nil {
-			s.warnOnce(ahead, "fault", "narinfo of %s from %s ignored: internal error: %v", it.path, server.name, fault)
+			s.Log.WarnOnce("fault", "narinfo of %s from %s ignored: internal error: %v", it.path, server.url, fault)
 			r = nil
 		}
 	}()
