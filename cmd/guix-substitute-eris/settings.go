@@ -149,7 +149,11 @@ func (s *session) after() {
 	if time.Since(s.saved) < saveEvery {
 		return
 	}
-	if err := s.state.Save(); err != nil {
+	save := s.state.Save
+	if s.blocks != nil {
+		save = s.blocks.pool.Save
+	}
+	if err := save(); err != nil {
 		s.Log.WarnOnce("sources", "what is known of sources cannot be kept for later: %v", err)
 	}
 	s.saved = time.Now()

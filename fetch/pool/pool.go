@@ -204,6 +204,16 @@ func (p *Pool) Close() error {
 	return p.options.State.Save()
 }
 
+// Save saves what has been learnt so far, for processes that may be killed before Close. Errors are those of the file system.
+func (p *Pool) Save() error {
+	p.mu.Lock()
+	for _, m := range p.members {
+		m.remember()
+	}
+	p.mu.Unlock()
+	return p.options.State.Save()
+}
+
 func (p *Pool) now() time.Duration { return time.Since(p.epoch) }
 
 // Get implements [eris.Blocks]. The error wraps eris.ErrNotFound if all sources that can be used say that they do not have the
