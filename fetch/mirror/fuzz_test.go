@@ -54,7 +54,7 @@ func FuzzValidator(f *testing.F) {
 // and that messages have no user information.
 func FuzzLocation(f *testing.F) {
 	for _, s := range []string{
-		"http://user:password@example.org:80/a%2Bb?c d#e", "https://[::1%25lo]/", "file:///a b?c", "file://localhost/x", "ftp://a@b/",
+		"http://user:password@example.org:80/a%2Bb?c d#e", "https://[::1%25lo]/", "file:///a b?c", "file:////a b?c", "file:%zz", "file:///%zz#x", "file://localhost/x", "ftp://a@b/",
 		"http://a@b@c/", "//x/y", "http:/x", "http://\xc3\xa4/\xff", "../x", "?q", "http://x:y@z\\@w/",
 	} {
 		f.Add(s, s)

@@ -25,12 +25,7 @@ type location struct {
 // parse parses a server's URL or that of a nar. Its errors show no user
 // information.
 func parse(raw string) (*location, error) {
-	u, err := url.Parse(raw)
-	if err != nil {
-		return nil, fmt.Errorf("invalid URL %.300q: %w", WithoutUser(raw), plainError(err))
-	}
-	l := &location{scheme: strings.ToLower(u.Scheme), user: u.User}
-	_, rest, _ := strings.Cut(raw, ":")
+	scheme, rest, _ := strings.Cut(raw, ":")
 	rest, _, _ = strings.Cut(rest, "#")
 	authority := ""
 	if after, ok := strings.CutPrefix(rest, "//"); ok {
@@ -40,6 +35,22 @@ func parse(raw string) (*location, error) {
 		}
 		authority, rest = after[:end], after[end:]
 	}
+	if strings.EqualFold(scheme, "file") {
+		// What looks like a host is part of the name, and so is a query (Guix,
+		// guix/substitutes.scm, takes names as they stand too).
+		if authority != "localhost" {
+			rest = authority + rest
+		}
+		if !strings.HasPrefix(rest, "/") {
+			return nil, fmt.Errorf("invalid URL %.300q: no absolute file name", raw)
+		}
+		return &location{scheme: "file", target: rest}, nil
+	}
+	u, err := url.Parse(raw)
+	if err != nil {
+		return nil, fmt.Errorf("invalid URL %.300q: %w", WithoutUser(raw), plainError(err))
+	}
+	l := &location{scheme: strings.ToLower(u.Scheme), user: u.User}
 	switch l.scheme {
 	case "http", "https":
 		l.host, l.port = strings.ToLower(u.Hostname()), u.Port()
@@ -53,16 +64,6 @@ func parse(raw string) (*location, error) {
 			rest = "/" + rest
 		}
 		l.target = visible(rest)
-	case "file":
-		// What looks like a host is part of the name, and so is a query (Guix,
-		// guix/substitutes.scm, takes names as they stand too).
-		if authority != "localhost" {
-			rest = authority + rest
-		}
-		if !strings.HasPrefix(rest, "/") {
-			return nil, fmt.Errorf("invalid URL %.300q: no absolute file name", raw)
-		}
-		l.target = rest
 	default:
 		return nil, fmt.Errorf("%w in %.300q", ErrUnsupportedScheme, WithoutUser(raw))
 	}
@@ -115,7 +116,7 @@ func (l *location) redirected(value string) (*location, error) {
 // String is the URL without user information, for people and for requests.
 func (l *location) String() string {
 	if l.scheme == "file" {
-		return "file:" + l.target
+		return "file://" + l.target
 	}
 	return l.scheme + "://" + l.hostField() + l.target
 }
