@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
@@ -36,12 +37,18 @@ const (
 	// per item, so that one that trickles holds up nobody for ever.
 	lookupTimeout     = 30 * time.Second
 	lookupTimeoutEach = 50 * time.Millisecond
+	// lookupBytes is how many bytes of narinfos a server may send in one look-up,
+	// beside lookupBytesEach per item: narinfos have some kilobytes, and few of them
+	// some hundred.
+	lookupBytes     = 16 << 20
+	lookupBytesEach = 8 << 10
 )
 
 // A record is the narinfo of one server for one item.
 type record struct {
 	server     *server
 	narinfo    *narinfo.Narinfo
+	size       int // of its text, in bytes
 	authorised bool
 }
 
@@ -284,6 +291,8 @@ func (s *Substituter) ask(ctx context.Context, server *server, todo []*item, ahe
 	}
 }
 
+var errTooMuch = errors.New("sends more than narinfos can be, so that its further ones are ignored")
+
 // maxAsks is how often it is hoped for an answer that somebody else waits for.
 const maxAsks = 3
 
@@ -385,6 +394,10 @@ func (s *Substituter) fetch(ctx context.Context, server *server, missing map[str
 	ctx, cancel := context.WithTimeoutCause(ctx, lookupTimeout+time.Duration(len(missing))*lookupTimeoutEach,
 		errors.New("too slow"))
 	defer cancel()
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	left := new(atomic.Int64)
+	left.Store(lookupBytes + int64(len(missing))*lookupBytesEach)
 	hashes := make([]string, 0, len(missing))
 	for hash := range missing {
 		hashes = append(hashes, hash)
@@ -395,6 +408,10 @@ func (s *Substituter) fetch(ctx context.Context, server *server, missing map[str
 		narinfos = s.Mirrors.NarinfosAhead
 	}
 	err := narinfos(ctx, server.url, hashes, func(a mirror.Answer) {
+		if left.Add(-int64(len(a.Body))) < 0 {
+			stop(errTooMuch)
+			return
+		}
 		it := missing[a.Hash].item
 		var text []byte
 		if a.Status == http.StatusOK {
@@ -467,6 +484,7 @@ func (s *Substituter) remember(server *server, it *item, a mirror.Answer, r *rec
 type memory struct {
 	mu      sync.Mutex
 	entries map[memoryKey]memoryEntry
+	bytes   int // put since the entries were made
 }
 
 type memoryKey struct {
@@ -479,8 +497,12 @@ type memoryEntry struct {
 	until  time.Time
 }
 
-// maxMemory is how many records are kept.
-const maxMemory = 20000
+// maxMemory is how many records are kept, and maxMemoryBytes how many bytes of
+// narinfos they may have been made of.
+const (
+	maxMemory      = 20000
+	maxMemoryBytes = 32 << 20
+)
 
 func (m *memory) get(server *server, path string, now time.Time) (*record, bool) {
 	m.mu.Lock()
@@ -492,8 +514,11 @@ func (m *memory) get(server *server, path string, now time.Time) (*record, bool)
 func (m *memory) put(server *server, path string, r *record, until time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.entries == nil || len(m.entries) >= maxMemory {
-		m.entries = map[memoryKey]memoryEntry{}
+	if m.entries == nil || len(m.entries) >= maxMemory || m.bytes > maxMemoryBytes {
+		m.entries, m.bytes = map[memoryKey]memoryEntry{}, 0
+	}
+	if r != nil {
+		m.bytes += r.size
 	}
 	m.entries[memoryKey{server, path}] = memoryEntry{r, until}
 }
@@ -501,7 +526,7 @@ func (m *memory) put(server *server, path string, r *record, until time.Time) {
 func (m *memory) clear() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.entries = nil
+	m.entries, m.bytes = nil, 0
 }
 
 // read turns the text that a server has given for an item into a record, or into
@@ -526,7 +551,7 @@ func (s *Substituter) read(server *server, it *item, text []byte, ahead bool) (r
 			"narinfo of %s from %s ignored: %v", it.path, server.name, err)
 		return nil
 	}
-	return &record{server: server, narinfo: n, authorised: s.AllowUnauthenticated || n.Authorise(s.Keys) == nil}
+	return &record{server: server, narinfo: n, size: len(text), authorised: s.AllowUnauthenticated || n.Authorise(s.Keys) == nil}
 }
 
 // sorted returns records in the order of their servers.

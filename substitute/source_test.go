@@ -123,3 +123,26 @@ func TestLocalFileFromNetwork(t *testing.T) {
 		}
 	}
 }
+
+// TestEndlessNarinfos asks a server whose narinfos are as long as may be: it is not
+// listened to for ever, and what it does not say another one says.
+func TestEndlessNarinfos(t *testing.T) {
+	key := acl.GenerateSigningKey()
+	endless, good := newTestServer(t), newTestServer(t)
+	const n = 60
+	for _, path := range itemPaths(n) {
+		good.has(path, sign(t, key, path, 100))
+		endless.has(path, sign(t, key, path, 100)+"Padding: "+strings.Repeat("x", 900<<10)+"\n")
+	}
+	s, log := withLog(t, key, endless.url, good.url)
+	if records := s.Info(context.Background(), itemPaths(n)); len(records) != n {
+		t.Errorf("%d of %d items are available", len(records), n)
+	}
+	// 16 MiB and 8 KiB per item are 18 such narinfos.
+	if asked := good.asked.Load(); asked < n-20 || asked == n {
+		t.Errorf("the other server was asked for %d of %d items", asked, n)
+	}
+	if text := log.String(); strings.Count(text, "more than narinfos can be") != 1 {
+		t.Errorf("shown: %s", text)
+	}
+}
