@@ -33,7 +33,7 @@ const (
 	readAheadSize    = 128 << 10
 	// A source that brings less than leastRate bytes per second for ratePeriod is
 	// left for the next one.
-	leastRate  = 256
+	leastRate  = 1 << 10
 	ratePeriod = time.Minute
 )
 

@@ -116,7 +116,11 @@ func (l *location) redirected(value string) (*location, error) {
 // String is the URL without user information, for people and for requests.
 func (l *location) String() string {
 	if l.scheme == "file" {
-		return "file://" + l.target
+		// As Guix shows it, unless what follows would be taken for a host.
+		if strings.HasPrefix(l.target, "//") {
+			return "file://" + l.target
+		}
+		return "file:" + l.target
 	}
 	return l.scheme + "://" + l.hostField() + l.target
 }
