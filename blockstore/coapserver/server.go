@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 
@@ -72,7 +73,8 @@ type Config struct {
 	Resources []Resource
 	Documents []Document
 
-	// MaxConnections is the most connections at a time per listener; further ones are closed at once. Default 256.
+	// MaxConnections is the most connections at a time per listener, of which one host may have half (see package
+	// internal/admission); further ones are closed at once. Default 256.
 	MaxConnections int
 	// MaxPutBytes bounds the memory for blocks that are being stored: per connection, and for all but a first 256 KiB of each
 	// connection together. Defaults 16 MiB and 256 MiB.
@@ -159,14 +161,13 @@ type Server struct {
 	putBytes    atomic.Int64 // in batches beyond the first of each connection
 	answerBytes atomic.Int64 // as last counted by the connections
 	lastLog     atomic.Int64
-	accepted    atomic.Int64
-	turnedAway  atomic.Int64
 
 	mu       sync.Mutex
 	closing  bool
 	closers  map[closer]struct{} // listeners and packet connections
 	conns    map[*conn]struct{}
-	services sync.WaitGroup // calls of Serve, ServePacket and ServeConn
+	gates    []*admission.Gate // one for each listener that there was
+	services sync.WaitGroup    // calls of Serve, ServePacket and ServeConn
 }
 
 type closer interface{ Close() error }
@@ -224,9 +225,8 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 		return ErrServerClosed
 	}
 	defer s.done(listener)
-	places := make(chan struct{}, s.config.MaxConnections)
-	var group sync.WaitGroup
-	defer group.Wait()
+	gate := s.gate()
+	defer gate.Wait()
 	for wait := time.Millisecond; ; {
 		conn, err := listener.Accept()
 		if err != nil {
@@ -246,32 +246,42 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 			continue
 		}
 		wait = time.Millisecond
-		select {
-		case places <- struct{}{}:
-			s.accepted.Add(1)
-			group.Go(func() {
+		if leave, ok := gate.Enter(conn); ok {
+			go func() {
+				defer leave()
 				s.serveConn(conn, access)
-				<-places
-			})
-		default:
-			s.turnedAway.Add(1)
-			conn.Close()
+			}()
 		}
 	}
+}
+
+// gate returns the gate for a further listener.
+func (s *Server) gate() *admission.Gate {
+	g := admission.New(s.config.MaxConnections)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.gates = append(s.gates, g)
+	return g
 }
 
 // Stats is what a [Server] does at the moment, and what it has done.
 type Stats struct {
 	Connections int   // at the moment
-	Accepted    int64 // connections that Serve has accepted
-	TurnedAway  int64 // connections that it has closed because there were too many
+	Accepted    int64 // connections that Serve and ServeWebSocket have accepted
+	TurnedAway  int64 // connections that they have closed because there were too many
 }
 
 // Stats returns the statistics.
 func (s *Server) Stats() Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return Stats{len(s.conns), s.accepted.Load(), s.turnedAway.Load()}
+	stats := Stats{Connections: len(s.conns)}
+	for _, g := range s.gates {
+		of := g.Stats()
+		stats.Accepted += of.Accepted
+		stats.TurnedAway += of.TurnedAway
+	}
+	return stats
 }
 
 // ServeConn serves one connection until it ends, and closes it. It returns nil, or [ErrServerClosed] without having

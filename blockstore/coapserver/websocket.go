@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/coder/websocket"
@@ -36,8 +35,8 @@ func (s *Server) ServeWebSocket(listener net.Listener, access Access) error {
 		return ErrServerClosed
 	}
 	defer s.done(listener)
-	clients := &limitedListener{Listener: listener, places: make(chan struct{}, s.config.MaxConnections)}
-	defer clients.group.Wait()
+	gate := s.gate()
+	defer gate.Wait()
 	server := &http.Server{
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			s.serveWebSocket(w, r, access)
@@ -49,7 +48,7 @@ func (s *Server) ServeWebSocket(listener net.Listener, access Access) error {
 		ErrorLog:          log.New(io.Discard, "", 0), // what clients do wrong
 	}
 	defer server.Close()
-	err := server.Serve(clients)
+	err := server.Serve(gate.Listener(listener))
 	if s.isClosing() {
 		return ErrServerClosed
 	}
@@ -98,41 +97,4 @@ func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	conn, buffers, err := http.NewResponseController(h.ResponseWriter).Hijack()
 	h.conn = conn
 	return conn, buffers, err
-}
-
-// limitedListener closes connections that are too many.
-type limitedListener struct {
-	net.Listener
-	places chan struct{}
-	group  sync.WaitGroup // of connections that are not closed
-}
-
-func (l *limitedListener) Accept() (net.Conn, error) {
-	for {
-		conn, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		select {
-		case l.places <- struct{}{}:
-			l.group.Add(1)
-			return &limitedConn{Conn: conn, leave: sync.OnceFunc(func() {
-				<-l.places
-				l.group.Done()
-			})}, nil
-		default:
-			conn.Close()
-		}
-	}
-}
-
-// limitedConn gives its place back when it is closed.
-type limitedConn struct {
-	net.Conn
-	leave func()
-}
-
-func (c *limitedConn) Close() error {
-	defer c.leave()
-	return c.Conn.Close()
 }

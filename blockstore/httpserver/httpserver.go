@@ -28,6 +28,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 )
 
 // Path is where blocks are served.
@@ -53,7 +54,8 @@ type Config struct {
 	// Sink is where blocks go; nil if none are taken.
 	Sink Sink
 
-	// MaxConnections is the most connections at a time per listener; further ones are closed at once. Default 256.
+	// MaxConnections is the most connections at a time per listener, of which one host may have half (see package
+	// internal/admission); further ones are closed at once. Default 256.
 	MaxConnections int
 	// MaxRequests is the most requests at a time in all, each of which needs 32 KiB; further ones are answered by 503.
 	// Default 4096.
@@ -100,15 +102,14 @@ type Server struct {
 	memory   sync.Pool // of *[32769]byte
 	lastLog  atomic.Int64
 
-	connections, accepted, turnedAway atomic.Int64
-
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
 
 	mu       sync.Mutex
 	closing  bool
 	servers  map[*http.Server]struct{}
-	services sync.WaitGroup // calls of Serve
+	gates    []*admission.Gate // one for each listener that there was
+	services sync.WaitGroup    // calls of Serve
 }
 
 // New returns a Server.
@@ -152,6 +153,8 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 		listener.Close()
 		return ErrServerClosed
 	}
+	gate := admission.New(s.config.MaxConnections)
+	s.gates = append(s.gates, gate)
 	s.servers[server] = struct{}{}
 	s.services.Add(1)
 	s.mu.Unlock()
@@ -161,7 +164,7 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 		s.mu.Unlock()
 		s.services.Done()
 	}()
-	err := server.Serve(&limitedListener{listener, s, make(chan struct{}, s.config.MaxConnections)})
+	err := server.Serve(gate.Listener(listener))
 	if errors.Is(err, http.ErrServerClosed) {
 		return ErrServerClosed
 	}
@@ -178,7 +181,16 @@ type Stats struct {
 
 // Stats returns the statistics.
 func (s *Server) Stats() Stats {
-	return Stats{s.connections.Load(), s.accepted.Load(), s.turnedAway.Load()}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var stats Stats
+	for _, g := range s.gates {
+		of := g.Stats()
+		stats.Connections += of.Open
+		stats.Accepted += of.Accepted
+		stats.TurnedAway += of.TurnedAway
+	}
+	return stats
 }
 
 // Shutdown stops accepting connections and waits until all requests have been answered. When the context ends before that,
@@ -420,43 +432,4 @@ func (s *Server) log(err error) {
 	if now != last && s.lastLog.CompareAndSwap(last, now) {
 		s.config.Log(err)
 	}
-}
-
-// limitedListener closes connections that are too many.
-type limitedListener struct {
-	net.Listener
-	server *Server
-	places chan struct{}
-}
-
-func (l *limitedListener) Accept() (net.Conn, error) {
-	for {
-		conn, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		select {
-		case l.places <- struct{}{}:
-			l.server.accepted.Add(1)
-			l.server.connections.Add(1)
-			return &limitedConn{Conn: conn, leave: sync.OnceFunc(func() {
-				l.server.connections.Add(-1)
-				<-l.places
-			})}, nil
-		default:
-			l.server.turnedAway.Add(1)
-			conn.Close()
-		}
-	}
-}
-
-// limitedConn gives its place back when it is closed.
-type limitedConn struct {
-	net.Conn
-	leave func()
-}
-
-func (c *limitedConn) Close() error {
-	defer c.leave()
-	return c.Conn.Close()
 }

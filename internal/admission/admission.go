@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package admission bounds how many connections a server has, in all and from one host, so that no single client can keep all
+// others out. Start with [New].
+package admission
+
+import (
+	"net"
+	"net/netip"
+	"sync"
+)
+
+// A Gate lets connections in as long as there is room. It is safe for concurrent use.
+type Gate struct {
+	most, perHost int
+	open          sync.WaitGroup
+
+	mu    sync.Mutex
+	stats Stats
+	hosts map[netip.Prefix]int
+}
+
+// Stats counts connections.
+type Stats struct {
+	Open       int64 // at the moment
+	Accepted   int64 // so far
+	TurnedAway int64 // so far
+}
+
+// New returns a gate for so many connections at a time, of which one host may have half, but at least one. A host is an IPv4
+// address or an IPv6 network of 64 bits, which is what one subscriber gets at least (RFC 6177). This machine counts for
+// none: who comes from there may be a proxy for many.
+func New(most int) *Gate {
+	return &Gate{most: most, perHost: max(1, most/2), hosts: map[netip.Prefix]int{}}
+}
+
+// Enter lets a connection in, or closes it and returns false. When it has come to its end, leave must be called, once.
+func (g *Gate) Enter(conn net.Conn) (leave func(), ok bool) {
+	host := hostOf(conn.RemoteAddr())
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.stats.Open >= int64(g.most) || g.hosts[host] >= g.perHost {
+		g.stats.TurnedAway++
+		conn.Close()
+		return nil, false
+	}
+	g.stats.Open++
+	g.stats.Accepted++
+	if host.IsValid() {
+		g.hosts[host]++
+	}
+	g.open.Add(1)
+	return func() { g.leave(host) }, true
+}
+
+func (g *Gate) leave(host netip.Prefix) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.stats.Open--
+	if g.hosts[host]--; g.hosts[host] <= 0 {
+		delete(g.hosts, host)
+	}
+	g.open.Done()
+}
+
+// hostOf returns what counts as the host of an address, or the zero value for none.
+func hostOf(address net.Addr) netip.Prefix {
+	tcp, ok := address.(*net.TCPAddr)
+	if !ok {
+		return netip.Prefix{}
+	}
+	ip := tcp.AddrPort().Addr().Unmap().WithZone("")
+	if ip.IsLoopback() {
+		return netip.Prefix{}
+	}
+	bits := 64
+	if ip.Is4() {
+		bits = 32
+	}
+	host, _ := ip.Prefix(bits) // fails for no address, which is of no host
+	return host
+}
+
+// Stats returns the counts.
+func (g *Gate) Stats() Stats {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.stats
+}
+
+// Wait waits until all connections have left. No others may come meanwhile.
+func (g *Gate) Wait() { g.open.Wait() }
+
+// Listener returns a listener that accepts what the gate lets in. Connections leave when they are closed.
+func (g *Gate) Listener(l net.Listener) net.Listener { return &listener{l, g} }
+
+type listener struct {
+	net.Listener
+	gate *Gate
+}
+
+func (l *listener) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if leave, ok := l.gate.Enter(conn); ok {
+			return &member{Conn: conn, leave: sync.OnceFunc(leave)}, nil
+		}
+	}
+}
+
+type member struct {
+	net.Conn
+	leave func()
+}
+
+func (m *member) Close() error {
+	defer m.leave()
+	return m.Conn.Close()
+}
