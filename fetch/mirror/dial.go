@@ -17,6 +17,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/proxy"
 )
 
 // A connection carries requests to one server, one after the other.
@@ -268,12 +270,12 @@ func (c *connection) close() {
 // for it.
 func (c *Client) dial(ctx context.Context, l *location) (*connection, error) {
 	host, port := l.host, l.address()
-	proxy, err := c.proxyFor(l)
+	via, err := c.proxyFor(l)
 	if err != nil {
 		return nil, err
 	}
-	if proxy != nil {
-		host, port = proxy.host, proxy.address()
+	if via != nil {
+		host, port = via.host, via.address()
 	}
 	port = port[strings.LastIndexByte(port, ':')+1:]
 	addresses, err := c.resolve(ctx, host)
@@ -285,14 +287,14 @@ func (c *Client) dial(ctx context.Context, l *location) (*connection, error) {
 		return nil, err
 	}
 	conn := &connection{net: raw}
-	if proxy != nil && l.scheme == "http" {
-		conn.proxy = proxy
+	if via != nil && l.scheme == "http" {
+		conn.proxy = via
 	}
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeouts*c.o.ConnectTimeout)
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { raw.SetDeadline(time.Unix(1, 0)) })
-	if proxy != nil && l.scheme == "https" {
-		err = tunnel(raw, l, proxy)
+	if via != nil && l.scheme == "https" {
+		err = tunnel(raw, l, via)
 	}
 	if err == nil && l.scheme == "https" {
 		config := c.tls.Clone()
@@ -434,56 +436,14 @@ func dialError(err error) error {
 	return err
 }
 
-// proxyFor returns the proxy for requests to u, or nil. The variables are those
-// that Guix obeys (guix/build/download.scm: open-connection-for-uri), and
-// no_proxy: a comma-separated list of host names that also stand for their
-// subdomains, addresses, networks in CIDR notation, or "*".
+// proxyFor returns the proxy for requests to the server of l, or nil.
 func (c *Client) proxyFor(l *location) (*location, error) {
-	name := l.scheme + "_proxy"
-	value := c.o.Getenv(name)
-	if value == "" || c.exempt(l) {
-		return nil, nil
-	}
-	if !strings.Contains(value, "://") {
-		value = "http://" + value
-	}
-	proxy, err := parse(value)
-	if err != nil || proxy.scheme != "http" {
-		return nil, fmt.Errorf("%s: only http:// proxies are supported", name)
-	}
-	return proxy, nil
-}
-
-func (c *Client) exempt(l *location) bool {
 	to := l.address()
-	port := to[strings.LastIndexByte(to, ':')+1:]
-	address, notAddress := netip.ParseAddr(l.host)
-	for entry := range strings.SplitSeq(c.o.Getenv("no_proxy"), ",") {
-		entry = strings.ToLower(strings.TrimSpace(entry))
-		if h, p, err := net.SplitHostPort(entry); err == nil {
-			if p != port {
-				continue
-			}
-			entry = h
-		}
-		entry = strings.TrimPrefix(strings.Trim(entry, "[]"), ".")
-		if entry == "" {
-			continue
-		}
-		if entry == "*" || entry == l.host || strings.HasSuffix(l.host, "."+entry) {
-			return true
-		}
-		if notAddress != nil {
-			continue
-		}
-		if a, err := netip.ParseAddr(entry); err == nil && a == address {
-			return true
-		}
-		if network, err := netip.ParsePrefix(entry); err == nil && network.Contains(address.WithZone("")) {
-			return true
-		}
+	value, err := proxy.For(l.scheme, l.host, to[strings.LastIndexByte(to, ':')+1:], c.o.Getenv)
+	if err != nil || value == "" {
+		return nil, err
 	}
-	return false
+	return parse(value)
 }
 
 // proxyAuthorization is the header line that a proxy with user information in its

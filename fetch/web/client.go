@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"golang.org/x/sync/semaphore"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/proxy"
 )
 
 // Options says how a [Store] behaves. Zero fields stand for the defaults.
@@ -420,4 +422,17 @@ const maxRest = 40 << 10
 func (r *response) finish() {
 	io.CopyN(io.Discard, r.Body, maxRest)
 	r.Body.Close()
+}
+
+// proxyFor returns the proxy for requests to u, or nil.
+func proxyFor(u *url.URL, getenv func(string) string) (*url.URL, error) {
+	port := u.Port()
+	if port == "" {
+		port = map[string]string{"http": "80", "https": "443"}[u.Scheme]
+	}
+	value, err := proxy.For(u.Scheme, u.Hostname(), port, getenv)
+	if err != nil || value == "" {
+		return nil, err
+	}
+	return url.Parse(value)
 }

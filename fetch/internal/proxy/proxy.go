@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package proxy knows which HTTP proxy a request goes through. See [For].
+package proxy
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"net/url"
+	"strings"
+)
+
+// For returns the URL of the proxy for requests to a host by a scheme, http or https, or "" if there is none. The host is a
+// name or an address, without brackets, and the port a number. getenv has the variables that Guix obeys
+// (guix/build/download.scm: open-connection-for-uri), http_proxy and https_proxy, and no_proxy: a comma-separated list of host
+// names that also stand for their subdomains, addresses, networks in CIDR notation, or "*", each with or without a port.
+//
+// It returns an error, which does not show the value, if the proxy is none of HTTP.
+func For(scheme, host, port string, getenv func(string) string) (string, error) {
+	name := scheme + "_proxy"
+	value := getenv(name)
+	if value == "" || exempt(strings.ToLower(host), port, getenv("no_proxy")) {
+		return "", nil
+	}
+	if !strings.Contains(value, "://") {
+		value = "http://" + value
+	}
+	u, err := url.Parse(value)
+	if err != nil || u.Scheme != "http" || u.Hostname() == "" {
+		return "", fmt.Errorf("%s: only http:// proxies are supported", name)
+	}
+	return value, nil
+}
+
+func exempt(host, port, list string) bool {
+	address, notAddress := netip.ParseAddr(host)
+	for entry := range strings.SplitSeq(list, ",") {
+		entry = strings.ToLower(strings.TrimSpace(entry))
+		if h, p, err := net.SplitHostPort(entry); err == nil {
+			if p != port {
+				continue
+			}
+			entry = h
+		}
+		entry = strings.TrimPrefix(strings.Trim(entry, "[]"), ".")
+		if entry == "" {
+			continue
+		}
+		if entry == "*" || entry == host || strings.HasSuffix(host, "."+entry) {
+			return true
+		}
+		if notAddress != nil {
+			continue
+		}
+		if a, err := netip.ParseAddr(entry); err == nil && a == address {
+			return true
+		}
+		if network, err := netip.ParsePrefix(entry); err == nil && network.Contains(address.WithZone("")) {
+			return true
+		}
+	}
+	return false
+}
