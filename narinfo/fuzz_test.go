@@ -125,8 +125,8 @@ func FuzzParse(f *testing.F) {
 
 		// What can be printed is read back as the same.
 		part, err := narinfo.SignedPart(n)
-		if err != nil {
-			return
+		if err != nil || n.NarHash == "" {
+			return // the printed one has the hash of NarDigest
 		}
 		printed, err := narinfo.Text(part, "1;h;", n.PreferredURLs(narinfo.Fast))
 		if err != nil {
