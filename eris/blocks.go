@@ -29,14 +29,42 @@ type VerifiedBlocks interface {
 	Verified()
 }
 
+// A Starter is a source of blocks that can be asked without a goroutine that waits for the answer: thousands of requests in
+// flight then cost little more than the memory of their blocks, and answers that come together are looked at together.
+type Starter interface {
+	Blocks
+	// Starts reports whether it makes sense to call Start, as far as is known.
+	Starts() bool
+	// Start begins what Get does, without waiting, and returns the request; or nil if that cannot be done at the moment, upon
+	// which the caller may call Get. It calls answered once, from any goroutine and perhaps before it returns, as soon as
+	// there is an answer or a failure; answered must not wait, and call nothing of the source. From then on Finish may be
+	// called, when Start has returned, too. The memory dst is as for Get, and in use until then.
+	Start(ref Reference, size BlockSize, dst []byte, answered func()) Request
+}
+
+// A Request is a block that a [Starter] has been asked for.
+type Request interface {
+	// Finish returns what Get would return; it verifies the block, where the source does that. It must be called once, after
+	// answered has been. An error that wraps neither [ErrNotFound] nor [BlockError] says that it may be worth a try to call
+	// Get.
+	Finish() ([]byte, error)
+	// Cancel makes answered be called soon, if it has not been. It must not be called once Finish has been.
+	Cancel()
+}
+
 var (
 	errNodeSingle  = errors.New("root has a single reference")
 	errNodePartial = errors.New("internal node is not full, but not the last of its level")
 )
 
-// getBlock gets and verifies the block of pair. Memory is where a source may put it.
+// getBlock gets and verifies a block. Memory is where a source may put it.
 func getBlock(ctx context.Context, blocks Blocks, ref Reference, size BlockSize, memory []byte) ([]byte, error) {
 	block, err := blocks.Get(ctx, ref, size, memory[:0])
+	return checkBlock(blocks, ref, size, block, err)
+}
+
+// checkBlock verifies what a source has returned.
+func checkBlock(blocks Blocks, ref Reference, size BlockSize, block []byte, err error) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("getting block %v: %w", ref, err)
 	}
@@ -66,6 +94,11 @@ func getNode(ctx context.Context, blocks Blocks, capability *ReadCapability, pai
 	if err != nil {
 		return Node{}, err
 	}
+	return openNode(block, capability, pair, level, plaintext)
+}
+
+// openNode decrypts a block that is an internal node into plaintext.
+func openNode(block []byte, capability *ReadCapability, pair Pair, level int, plaintext []byte) (Node, error) {
 	node, err := DecryptNode(plaintext, block, pair.Key, level)
 	if err != nil {
 		return Node{}, &ContentError{capability.Root, fmt.Errorf("block %v: %w", pair.Reference, err)}
@@ -73,12 +106,8 @@ func getNode(ctx context.Context, blocks Blocks, capability *ReadCapability, pai
 	return node, nil
 }
 
-// getFullNode is getNode for nodes that are not the last of their level.
-func getFullNode(ctx context.Context, blocks Blocks, capability *ReadCapability, pair Pair, level int, plaintext []byte) error {
-	node, err := getNode(ctx, blocks, capability, pair, level, plaintext)
-	if err != nil {
-		return err
-	}
+// checkFull checks a node that is not the last of its level.
+func checkFull(node Node, capability *ReadCapability, pair Pair) error {
 	if node.Len() != capability.BlockSize.Arity() {
 		return &ContentError{capability.Root, fmt.Errorf("block %v: %w", pair.Reference, errNodePartial)}
 	}

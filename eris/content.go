@@ -140,7 +140,11 @@ func (c *Content) pair(ctx context.Context, level int, index int64) (Pair, error
 			return Pair{}, err
 		}
 		recent = recentNode{parent, make([]byte, c.spine.capability.BlockSize)}
-		if err := getFullNode(ctx, c.blocks, &c.spine.capability, pair, level+1, recent.plaintext); err != nil {
+		node, err := getNode(ctx, c.blocks, &c.spine.capability, pair, level+1, recent.plaintext)
+		if err == nil {
+			err = checkFull(node, &c.spine.capability, pair)
+		}
+		if err != nil {
 			return Pair{}, err
 		}
 		c.mu.Lock()

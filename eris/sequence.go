@@ -12,7 +12,8 @@ import (
 // Window bounds what a reader has in flight. Zero fields stand for the defaults.
 type Window struct {
 	// Requests is the greatest number of calls of Blocks.Get at a time, each on a goroutine of its own; the goroutines are
-	// started as they are needed. It should be at least the number of blocks that the line holds in one round trip.
+	// started as they are needed. Of a [Starter] it is the greatest number of requests in flight, which have none. It should be
+	// at least the number of blocks that the line holds in one round trip.
 	Requests int
 
 	// Bytes bounds the memory for blocks that were asked for and not yet released, decrypted or on their way: half of it

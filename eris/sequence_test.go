@@ -66,15 +66,16 @@ func (l *library) check(t *testing.T) (each func(ContentInfo, []byte), done func
 		}
 }
 
-func TestSequence(t *testing.T) {
-	t.Parallel()
+func TestSequence(t *testing.T) { allWays(t, testSequence) }
+
+func testSequence(t *testing.T, way way) {
 	small := newLibrary(t, BlockSize1KiB, 0, 5, 1024, 20000, 70000, 300000, 3, 1, 40000, 1000000, 16384, 16384, 32768, 300000, 16384, 1023)
 	mixed := newLibrary(t, 0, mixedLengths()...)
 	for name, l := range map[string]*library{"small": small, "mixed": mixed} {
 		for _, window := range []Window{{}, {Bytes: 1}, {Requests: 1, Bytes: 1}, {Requests: 7, Bytes: 100 << 10}, {Requests: 1000, Bytes: 1 << 30}} {
 			t.Run(fmt.Sprintf("%s/%+v", name, window), func(t *testing.T) {
 				each, done := l.check(t)
-				if err := readSequence(t.Context(), l, l.wants, 1<<40, window, each); err != nil {
+				if err := readSequence(t.Context(), way.of(l), l.wants, 1<<40, window, each); err != nil {
 					t.Fatal(err)
 				}
 				done()
@@ -83,11 +84,11 @@ func TestSequence(t *testing.T) {
 	}
 	large := newLibrary(t, 0, 100, 16<<20, 100) // level 2
 	each, done := large.check(t)
-	if err := readSequence(t.Context(), large, large.wants, 1<<40, Window{}, each); err != nil {
+	if err := readSequence(t.Context(), way.of(large), large.wants, 1<<40, Window{}, each); err != nil {
 		t.Error(err)
 	}
 	done()
-	if err := readSequence(t.Context(), small, nil, 0, Window{}, nil); err != nil {
+	if err := readSequence(t.Context(), way.of(small), nil, 0, Window{}, nil); err != nil {
 		t.Errorf("no contents: %v", err)
 	}
 }
@@ -108,12 +109,14 @@ func delayed(blocks Blocks, most time.Duration) Blocks {
 	})
 }
 
-func TestSequenceOutOfOrder(t *testing.T) {
+func TestSequenceOutOfOrder(t *testing.T) { allWays(t, testSequenceOutOfOrder) }
+
+func testSequenceOutOfOrder(t *testing.T, way way) {
 	l := newLibrary(t, BlockSize1KiB, 0, 5, 1024, 20000, 70000, 300000, 3, 1, 40000, 500000, 16384, 1023)
 	for _, window := range []Window{{}, {Requests: 1}, {Requests: 5, Bytes: 1}, {Requests: 50, Bytes: 40 << 10}} {
 		synctest.Test(t, func(t *testing.T) {
 			each, done := l.check(t)
-			if err := readSequence(t.Context(), delayed(l, 50*time.Millisecond), l.wants, 1<<40, window, each); err != nil {
+			if err := readSequence(t.Context(), way.of(delayed(l, 50*time.Millisecond)), l.wants, 1<<40, window, each); err != nil {
 				t.Fatal(err)
 			}
 			done()
@@ -139,8 +142,9 @@ func (r *roundTrip) Get(ctx context.Context, ref Reference, size BlockSize, dst 
 
 // In virtual time, in which computing takes none, a full window of requests makes reading take (blocks / requests) round
 // trips. Anything above that is a pipe that ran dry: at the boundary of a node, of a content, or at the start.
-func TestPipeStaysFull(t *testing.T) {
-	t.Parallel()
+func TestPipeStaysFull(t *testing.T) { steadyWays(t, testPipeStaysFull) }
+
+func testPipeStaysFull(t *testing.T, way way) {
 	lengths := func(n, each int) []int { return slices.Repeat([]int{each}, n) }
 	for _, test := range []struct {
 		name     string
@@ -166,7 +170,7 @@ func TestPipeStaysFull(t *testing.T) {
 				const delay = time.Second
 				source := &roundTrip{Blocks: l, delay: delay}
 				start := time.Now()
-				if err := readSequence(t.Context(), source, l.wants, 1<<40, Window{Requests: test.requests, Bytes: 64 << 20}, nil); err != nil {
+				if err := readSequence(t.Context(), way.of(source), l.wants, 1<<40, Window{Requests: test.requests, Bytes: 64 << 20}, nil); err != nil {
 					t.Fatal(err)
 				}
 				took := time.Since(start).Seconds() / delay.Seconds()
@@ -201,8 +205,9 @@ func (w *watcher) Get(ctx context.Context, ref Reference, size BlockSize, dst []
 }
 
 // However long the content, a window bounds the memory.
-func TestWindowBoundsMemory(t *testing.T) {
-	t.Parallel()
+func TestWindowBoundsMemory(t *testing.T) { steadyWays(t, testWindowBoundsMemory) }
+
+func testWindowBoundsMemory(t *testing.T, way way) {
 	for _, size := range bothSizes {
 		f := newForge(size)
 		inner, path := f.full(1)[0], f.last()
@@ -222,7 +227,7 @@ func TestWindowBoundsMemory(t *testing.T) {
 		} {
 			for _, window := range []Window{{Requests: 64, Bytes: 2 << 20}, {Requests: 256, Bytes: 512 << 10}} {
 				w := &watcher{Blocks: test.blocks, memory: make(map[*byte]int)}
-				if err := readSequence(t.Context(), w, test.wants, 1<<40, window, nil); err != nil {
+				if err := readSequence(t.Context(), way.of(w), test.wants, 1<<40, window, nil); err != nil {
 					t.Fatal(err)
 				}
 				used := 0
@@ -247,7 +252,9 @@ func TestWindowBoundsMemory(t *testing.T) {
 
 // A reader that stops taking leaves stops the requests, too, within the window, and gives new room when leaves are released
 // by whomever.
-func TestWindowWithoutReader(t *testing.T) {
+func TestWindowWithoutReader(t *testing.T) { steadyWays(t, testWindowWithoutReader) }
+
+func testWindowWithoutReader(t *testing.T, way way) {
 	for name, lengths := range map[string][]int{
 		"one content":       {3_000_000},
 		"of one block":      slices.Repeat([]int{100}, 3000),
@@ -258,7 +265,7 @@ func TestWindowWithoutReader(t *testing.T) {
 			window := Window{Requests: 64, Bytes: 400 << 10}
 			w := &watcher{Blocks: l, memory: make(map[*byte]int)}
 			source := &counting{Blocks: w}
-			s := NewSequence(t.Context(), source, slices.Values(l.wants), 1<<40, window)
+			s := NewSequence(t.Context(), way.of(source), slices.Values(l.wants), 1<<40, window)
 			defer s.Close()
 			var leaves []Leaf
 			for len(leaves) < 40 {
@@ -295,7 +302,9 @@ func TestWindowWithoutReader(t *testing.T) {
 
 // While a reader waits for one late leaf, the contents behind it are fetched as far as the window allows, and that is further
 // than the iterator was advanced when the waiting began.
-func TestFetchesBehindLateLeaf(t *testing.T) {
+func TestFetchesBehindLateLeaf(t *testing.T) { steadyWays(t, testFetchesBehindLateLeaf) }
+
+func testFetchesBehindLateLeaf(t *testing.T, way way) {
 	l := newLibrary(t, BlockSize1KiB, append([]int{2000}, slices.Repeat([]int{100}, 3000)...)...)
 	late := NewEncrypter(ConvergenceSecret{}).EncryptLeaf(make([]byte, 1024), l.contents[0][:1024]).Reference
 	synctest.Test(t, func(t *testing.T) {
@@ -309,7 +318,7 @@ func TestFetchesBehindLateLeaf(t *testing.T) {
 		each, done := l.check(t)
 		var reading sync.WaitGroup
 		reading.Go(func() {
-			if err := readSequence(t.Context(), source, l.wants, 1<<40, Window{Requests: 64}, each); err != nil {
+			if err := readSequence(t.Context(), way.of(source), l.wants, 1<<40, Window{Requests: 64}, each); err != nil {
 				t.Error(err)
 			}
 		})
@@ -323,8 +332,9 @@ func TestFetchesBehindLateLeaf(t *testing.T) {
 	})
 }
 
-func TestSequenceErrors(t *testing.T) {
-	t.Parallel()
+func TestSequenceErrors(t *testing.T) { allWays(t, testSequenceErrors) }
+
+func testSequenceErrors(t *testing.T, way way) {
 	l := newLibrary(t, BlockSize1KiB, 100, 20000, 100_000, 5000, 0, 3000)
 	failure := errors.New("line is down")
 	for _, ref := range l.sorted() {
@@ -346,7 +356,7 @@ func TestSequenceErrors(t *testing.T) {
 				return block, err
 			})
 			n := 0
-			err := readSequence(t.Context(), source, l.wants, 1<<40, Window{Requests: 3}, func(info ContentInfo, content []byte) {
+			err := readSequence(t.Context(), way.of(source), l.wants, 1<<40, Window{Requests: 3}, func(info ContentInfo, content []byte) {
 				if !bytes.Equal(content, l.contents[n]) {
 					t.Errorf("content %d is wrong", n)
 				}
@@ -367,35 +377,39 @@ func TestSequenceErrors(t *testing.T) {
 	}
 }
 
-func TestSequenceLimits(t *testing.T) {
+func TestSequenceLimits(t *testing.T) { allWays(t, testSequenceLimits) }
+
+func testSequenceLimits(t *testing.T, way way) {
 	l := newLibrary(t, 0, 100, 20000, 100, 40000)
 	for _, total := range []int64{0, 99, 100, 20099, 20100, 20199, 20200, 60199} {
-		if err := readSequence(t.Context(), l, l.wants, total, Window{}, nil); !errors.Is(err, ErrTooLarge) || errorKind(err) != "content" {
+		if err := readSequence(t.Context(), way.of(l), l.wants, total, Window{}, nil); !errors.Is(err, ErrTooLarge) || errorKind(err) != "content" {
 			t.Errorf("total of %d: error %v", total, err)
 		}
 	}
-	if err := readSequence(t.Context(), l, l.wants, 60200, Window{}, nil); err != nil {
+	if err := readSequence(t.Context(), way.of(l), l.wants, 60200, Window{}, nil); err != nil {
 		t.Errorf("just enough: %v", err)
 	}
 	for i := range l.wants {
 		wants := slices.Clone(l.wants)
 		wants[i].Limit--
-		if err := readSequence(t.Context(), l, wants, 1<<40, Window{}, nil); !errors.Is(err, ErrTooLarge) {
+		if err := readSequence(t.Context(), way.of(l), wants, 1<<40, Window{}, nil); !errors.Is(err, ErrTooLarge) {
 			t.Errorf("content %d is one byte too long: error %v", i, err)
 		}
 		wants[i].Limit = -1
-		if err := readSequence(t.Context(), l, wants, 1<<40, Window{}, nil); !errors.Is(err, ErrTooLarge) {
+		if err := readSequence(t.Context(), way.of(l), wants, 1<<40, Window{}, nil); !errors.Is(err, ErrTooLarge) {
 			t.Errorf("content %d has a negative limit: error %v", i, err)
 		}
 		wants[i] = Want{}
-		if err := readSequence(t.Context(), l, wants, 1<<40, Window{}, nil); errorKind(err) != "content" {
+		if err := readSequence(t.Context(), way.of(l), wants, 1<<40, Window{}, nil); errorKind(err) != "content" {
 			t.Errorf("content %d has no capability: error %v", i, err)
 		}
 	}
 }
 
 // The length of a content is there before its leaves are, and what is not wanted can be passed over.
-func TestSequenceSizesFirst(t *testing.T) {
+func TestSequenceSizesFirst(t *testing.T) { steadyWays(t, testSequenceSizesFirst) }
+
+func testSequenceSizesFirst(t *testing.T, way way) {
 	l := newLibrary(t, BlockSize1KiB, 100_000, 5, 200_000)
 	synctest.Test(t, func(t *testing.T) {
 		hold := make(chan struct{})
@@ -415,7 +429,7 @@ func TestSequenceSizesFirst(t *testing.T) {
 			}
 			return l.Get(ctx, ref, size, dst)
 		})
-		s := NewSequence(t.Context(), source, slices.Values(l.wants), 1<<40, Window{})
+		s := NewSequence(t.Context(), way.of(source), slices.Values(l.wants), 1<<40, Window{})
 		defer s.Close()
 		if _, err := s.Leaf(); err != io.EOF {
 			t.Errorf("Leaf before Next: %v", err)
@@ -450,12 +464,14 @@ func TestSequenceSizesFirst(t *testing.T) {
 }
 
 // Holding every leaf, or releasing them late, in another order and elsewhere, slows a reader down but does not stop it.
-func TestSequenceReleases(t *testing.T) {
+func TestSequenceReleases(t *testing.T) { allWays(t, testSequenceReleases) }
+
+func testSequenceReleases(t *testing.T, way way) {
 	l := newLibrary(t, BlockSize1KiB, 300_000, 5, 70_000, 3000)
-	for _, way := range []string{"never", "elsewhere", "reversed"} {
+	for _, release := range []string{"never", "elsewhere", "reversed"} {
 		for _, window := range []Window{{}, {Requests: 3, Bytes: 1}, {Requests: 10, Bytes: 20 << 10}} {
 			synctest.Test(t, func(t *testing.T) {
-				s := NewSequence(t.Context(), delayed(l, time.Millisecond), slices.Values(l.wants), 1<<40, window)
+				s := NewSequence(t.Context(), way.of(delayed(l, time.Millisecond)), slices.Values(l.wants), 1<<40, window)
 				defer s.Close()
 				var held []Leaf
 				var others sync.WaitGroup
@@ -473,7 +489,7 @@ func TestSequenceReleases(t *testing.T) {
 							t.Fatal(err)
 						}
 						content = append(content, leaf.Bytes...)
-						switch way {
+						switch release {
 						case "elsewhere":
 							others.Go(func() {
 								time.Sleep(2 * time.Millisecond)
@@ -489,7 +505,7 @@ func TestSequenceReleases(t *testing.T) {
 						}
 					}
 					if !bytes.Equal(content, l.contents[i]) {
-						t.Errorf("%s, %+v: content %d is wrong", way, window, i)
+						t.Errorf("%s, %+v: content %d is wrong", release, window, i)
 					}
 				}
 				others.Wait()
@@ -499,9 +515,11 @@ func TestSequenceReleases(t *testing.T) {
 }
 
 // Leaves that are held are not written over.
-func TestHeldLeavesStay(t *testing.T) {
+func TestHeldLeavesStay(t *testing.T) { allWays(t, testHeldLeavesStay) }
+
+func testHeldLeavesStay(t *testing.T, way way) {
 	l := newLibrary(t, BlockSize1KiB, 100_000, 50, 100_000)
-	s := NewSequence(t.Context(), l, slices.Values(l.wants), 1<<40, Window{Bytes: 10 << 10})
+	s := NewSequence(t.Context(), way.of(l), slices.Values(l.wants), 1<<40, Window{Bytes: 10 << 10})
 	defer s.Close()
 	var held [][]byte
 	for range l.wants {
@@ -522,7 +540,9 @@ func TestHeldLeavesStay(t *testing.T) {
 }
 
 // A bubble ends only when every goroutine in it has: these tests would fail if anything were left behind.
-func TestSequenceCancellation(t *testing.T) {
+func TestSequenceCancellation(t *testing.T) { steadyWays(t, testSequenceCancellation) }
+
+func testSequenceCancellation(t *testing.T, way way) {
 	l := newLibrary(t, BlockSize1KiB, 100, 300_000, 20_000, 100, 300_000)
 	hang := func(after int64) Blocks {
 		var calls atomic.Int64
@@ -538,7 +558,7 @@ func TestSequenceCancellation(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
-			if err := readSequence(ctx, hang(after), l.wants, 1<<40, Window{Requests: 20}, nil); !errors.Is(err, context.DeadlineExceeded) {
+			if err := readSequence(ctx, way.of(hang(after)), l.wants, 1<<40, Window{Requests: 20}, nil); !errors.Is(err, context.DeadlineExceeded) {
 				t.Errorf("hanging after %d calls: %v", after, err)
 			}
 			for _, want := range l.wants {
@@ -548,7 +568,7 @@ func TestSequenceCancellation(t *testing.T) {
 			}
 		})
 		synctest.Test(t, func(t *testing.T) {
-			s := NewSequence(t.Context(), hang(after), slices.Values(l.wants), 1<<40, Window{Requests: 20})
+			s := NewSequence(t.Context(), way.of(hang(after)), slices.Values(l.wants), 1<<40, Window{Requests: 20})
 			if after > 100 {
 				if _, err := s.Next(); err != nil {
 					t.Error(err)
@@ -566,12 +586,14 @@ func TestSequenceCancellation(t *testing.T) {
 		})
 	}
 	// One that was never used.
-	s := NewSequence(t.Context(), l, slices.Values(l.wants), 1<<40, Window{})
+	s := NewSequence(t.Context(), way.of(l), slices.Values(l.wants), 1<<40, Window{})
 	s.Close()
 }
 
 // The failure of one request ends those in flight.
-func TestFailureEndsRequests(t *testing.T) {
+func TestFailureEndsRequests(t *testing.T) { steadyWays(t, testFailureEndsRequests) }
+
+func testFailureEndsRequests(t *testing.T, way way) {
 	l := newLibrary(t, BlockSize1KiB, 300_000)
 	synctest.Test(t, func(t *testing.T) {
 		var calls, ended atomic.Int64
@@ -587,7 +609,7 @@ func TestFailureEndsRequests(t *testing.T) {
 			}
 			return l.Get(ctx, ref, size, dst)
 		})
-		err := readSequence(t.Context(), source, l.wants, 1<<40, Window{Requests: 30}, nil)
+		err := readSequence(t.Context(), way.of(source), l.wants, 1<<40, Window{Requests: 30}, nil)
 		if errorKind(err) != "missing" {
 			t.Error(err)
 		}
@@ -598,7 +620,9 @@ func TestFailureEndsRequests(t *testing.T) {
 }
 
 // The iterator is not run to its end before there is anything to show, nor beyond the end of the sequence.
-func TestSequenceIteratorIsLazy(t *testing.T) {
+func TestSequenceIteratorIsLazy(t *testing.T) { steadyWays(t, testSequenceIteratorIsLazy) }
+
+func testSequenceIteratorIsLazy(t *testing.T, way way) {
 	l := newLibrary(t, 0, 100)
 	pulled := 0
 	endless := iter.Seq[Want](func(yield func(Want) bool) {
@@ -609,7 +633,7 @@ func TestSequenceIteratorIsLazy(t *testing.T) {
 			}
 		}
 	})
-	s := NewSequence(t.Context(), l, endless, math.MaxInt64, Window{})
+	s := NewSequence(t.Context(), way.of(l), endless, math.MaxInt64, Window{})
 	defer s.Close()
 	if pulled != 0 {
 		t.Error("pulled before it was used")
@@ -658,7 +682,8 @@ func FuzzSequence(f *testing.F) {
 		hold := random.IntN(1 + random.IntN(50))
 		skip := random.IntN(3) == 0
 		synctest.Test(t, func(t *testing.T) {
-			s := NewSequence(t.Context(), delayed(l, delay), slices.Values(l.wants), 1<<40, window)
+			source := way(random.IntN(3)).of(delayed(l, delay))
+			s := NewSequence(t.Context(), source, slices.Values(l.wants), 1<<40, window)
 			defer s.Close()
 			var held []Leaf
 			for i := range l.wants {

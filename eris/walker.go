@@ -41,6 +41,8 @@ type walker struct {
 	workers int
 	idle    []*worker
 
+	flights flights // if the blocks are a Starter
+
 	// The contents that have leaves not asked for yet, in order; those before opened are open, and those from opened to
 	// opening are being opened. Indexes are those of the slice.
 	contents []*content
@@ -161,6 +163,7 @@ func newWalker(ctx context.Context, blocks Blocks, total int64, window Window) *
 		w.leavesAhead[i] = max(1, min(int64(w.requests), w.leafBudget/int64(size)))
 	}
 	w.ready.L = &w.mu
+	w.flights.init(blocks)
 	w.ctx, w.cancel = context.WithCancel(ctx)
 	w.detach = context.AfterFunc(ctx, func() {
 		w.mu.Lock()
@@ -196,7 +199,16 @@ func (w *walker) fail(err error) {
 		close(worker.wake)
 	}
 	w.idle = nil
+	w.flights.fail()
 	w.ready.Broadcast()
+}
+
+// failed ends everything because of the error of a job.
+func (w *walker) failed(err error) {
+	if w.parent.Err() != nil {
+		err = w.parent.Err()
+	}
+	w.fail(err)
 }
 
 // work does jobs until there is a failure; the worker comes with its first. Called without the lock.
@@ -205,25 +217,32 @@ func (w *walker) work(me *worker) {
 		err := w.do(&me.job)
 		w.mu.Lock()
 		if err != nil {
-			if w.parent.Err() != nil {
-				err = w.parent.Err()
-			}
-			w.fail(err)
+			w.failed(err)
+		}
+		starting := w.flights.starter != nil
+		if starting {
+			w.flights.landed(w.err != nil)
 		}
 		if w.err != nil {
 			w.mu.Unlock()
 			return
 		}
 		w.complete(&me.job) // may fail, too
-		more := w.take(&me.job)
-		switch {
-		case more:
-			w.dispatch()
-		case w.err != nil:
+		more := false
+		if starting {
+			more = w.flights.takeLeft(&me.job)
+		} else {
+			more = w.take(&me.job)
+		}
+		if w.err != nil {
 			w.mu.Unlock()
 			return
-		default:
+		}
+		if !more {
 			w.idle = append(w.idle, me)
+		}
+		if more || starting {
+			w.dispatch()
 		}
 		w.wakeReader()
 		w.mu.Unlock()
@@ -235,8 +254,13 @@ func (w *walker) work(me *worker) {
 	}
 }
 
-// dispatch hands out jobs as long as there are both jobs and workers who could do them.
+// dispatch hands out jobs as long as there are both jobs and workers who could do them. With a Starter it gives the lock up
+// meanwhile.
 func (w *walker) dispatch() {
+	if w.flights.starter != nil {
+		w.startAll()
+		return
+	}
 	for w.err == nil {
 		if n := len(w.idle); n > 0 {
 			worker := w.idle[n-1]
@@ -262,19 +286,22 @@ func (w *walker) dispatch() {
 	}
 }
 
-// do gets, verifies and decrypts a block, and checks what can be checked about it. Called without the lock; of the content
-// it uses what does not change, and the spine, which only the one job of its path uses.
+// do gets, verifies and decrypts a block, and checks what can be checked about it. Called without the lock.
 func (w *walker) do(j *job) error {
-	c := j.content
-	capability := &c.spine.capability
-	data := j.buffer.data
-	if j.kind == nodeJob {
-		return getFullNode(w.ctx, w.blocks, capability, j.pair, j.level, data)
+	block, err := getBlock(w.ctx, w.blocks, j.pair.Reference, j.content.spine.capability.BlockSize, j.buffer.data)
+	if err != nil {
+		return err
 	}
+	return w.open(j, block)
+}
+
+// open decrypts the block of a job, and checks what can be checked about it. Called without the lock; of the content it uses
+// what does not change, and the spine, which only the one job of its path uses.
+func (w *walker) open(j *job, block []byte) error {
+	c := j.content
+	data := j.buffer.data
 	if j.level == 0 {
-		if err := getLeaf(w.ctx, w.blocks, j.pair, capability.BlockSize, data); err != nil {
-			return err
-		}
+		Decrypt(data, block, j.pair.Key, 0)
 		if j.kind == pathJob {
 			var err error
 			j.tail, j.length, err = c.spine.leaf(data)
@@ -282,9 +309,12 @@ func (w *walker) do(j *job) error {
 		}
 		return nil
 	}
-	node, err := getNode(w.ctx, w.blocks, capability, j.pair, j.level, data)
+	node, err := openNode(block, &c.spine.capability, j.pair, j.level, data)
 	if err != nil {
 		return err
+	}
+	if j.kind == nodeJob {
+		return checkFull(node, &c.spine.capability, j.pair)
 	}
 	j.next, err = c.spine.node(j.level, node)
 	return err

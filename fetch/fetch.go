@@ -14,7 +14,8 @@ import (
 )
 
 // A Source has blocks. It is safe for concurrent use, and made for many calls at
-// the same time: the more there are, the better it uses its connection.
+// the same time: the more there are, the better it uses its connection. It may be an
+// [eris.Starter] as well.
 type Source interface {
 	// Get is the method of [eris.Blocks]. It returns eris.ErrNotFound, wrapped or
 	// not, for a block that the source does not have, an [eris.BlockError] for

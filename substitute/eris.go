@@ -79,6 +79,7 @@ func (j *job) attemptBlocks(ctx context.Context, c eris.ReadCapability) (narSize
 	defer cancel(nil)
 	limits := erisfs.Limits{NarSize: j.options().MaxBytes}
 	blocks := &countedBlocks{VerifiedBlocks: j.s.Blocks, progress: j.progress, left: int64(j.want.NarSize)}
+	blocks.starter, _ = j.s.Blocks.(eris.Starter)
 	j.progress.From(c.URN(), int64(min(j.want.NarSize, 1<<62)))
 	defer watchRate(&blocks.n, cancel)()
 	if j.choice != nil {
@@ -119,6 +120,7 @@ func prefer(ctx context.Context, err error) error {
 // countedBlocks counts the blocks that pass.
 type countedBlocks struct {
 	eris.VerifiedBlocks
+	starter  eris.Starter // the blocks, or nil
 	progress *protocol.Download
 	left     int64 // of what is shown as the whole; blocks are some bytes more
 	n        atomic.Int64
@@ -127,9 +129,38 @@ type countedBlocks struct {
 // Get implements [eris.Blocks].
 func (b *countedBlocks) Get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
 	block, err := b.VerifiedBlocks.Get(ctx, ref, size, dst)
-	if n := int64(len(block)); err == nil {
-		after := b.n.Add(n)
-		b.progress.Transferred(int(min(after, b.left) - min(after-n, b.left)))
+	if err == nil {
+		b.count(len(block))
+	}
+	return block, err
+}
+
+func (b *countedBlocks) count(n int) {
+	after := b.n.Add(int64(n))
+	b.progress.Transferred(int(min(after, b.left) - min(after-int64(n), b.left)))
+}
+
+// Starts implements [eris.Starter].
+func (b *countedBlocks) Starts() bool { return b.starter != nil && b.starter.Starts() }
+
+// Start implements [eris.Starter].
+func (b *countedBlocks) Start(ref eris.Reference, size eris.BlockSize, dst []byte, answered func()) eris.Request {
+	if of := b.starter.Start(ref, size, dst, answered); of != nil {
+		return &countedRequest{of, b}
+	}
+	return nil
+}
+
+type countedRequest struct {
+	eris.Request
+	blocks *countedBlocks
+}
+
+// Finish implements [eris.Request].
+func (r *countedRequest) Finish() ([]byte, error) {
+	block, err := r.Request.Finish()
+	if err == nil {
+		r.blocks.count(len(block))
 	}
 	return block, err
 }

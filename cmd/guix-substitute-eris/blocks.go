@@ -35,6 +35,7 @@ type blocks struct {
 	nearby image.Nearby
 	stride int
 	stores []fetch.Source
+	near   bool // all stores of the pool are
 	cache  *cache.Cache
 	local  *cache.StoreCache
 }
@@ -76,6 +77,7 @@ func openBlocks(o blocksOptions) (*blocks, error) {
 	if daemon != nil && len(far) == 0 {
 		far, daemon = []fetch.Source{daemon}, nil
 	}
+	b.near = allNear(far)
 	b.pool = pool.New(far, pool.Options{State: o.state, OnFault: wrong})
 	b.VerifiedBlocks = b.pool
 	switch {
@@ -83,7 +85,7 @@ func openBlocks(o blocksOptions) (*blocks, error) {
 		b.local = cache.ThroughStore(daemon, b.pool, func(err error) { o.log.Warnf("store of this machine: %v", err) })
 		b.VerifiedBlocks = b.local
 		b.nearby, b.stride = nearStore{daemon}, 64
-	case o.directory != "" && o.cacheSize > 0 && !allNear(far):
+	case o.directory != "" && o.cacheSize > 0 && !b.near:
 		b.cache = cache.OpenLater(o.directory, o.cacheSize, func(err error) {
 			o.log.WarnOnce("block cache", "blocks cannot be kept for later: %v", err)
 		})
@@ -91,6 +93,33 @@ func openBlocks(o blocksOptions) (*blocks, error) {
 		b.nearby, b.stride = b.cache, 1
 	}
 	return b, failed
+}
+
+// Starts implements [eris.Starter].
+func (b *blocks) Starts() bool {
+	s, ok := b.VerifiedBlocks.(eris.Starter)
+	return ok && s.Starts()
+}
+
+// Start implements [eris.Starter].
+func (b *blocks) Start(ref eris.Reference, size eris.BlockSize, dst []byte, answered func()) eris.Request {
+	s, ok := b.VerifiedBlocks.(eris.Starter)
+	if !ok {
+		return nil
+	}
+	return s.Start(ref, size, dst, answered)
+}
+
+// nearWindow is enough for stores of this machine: what is more only takes memory,
+// the use of which costs more than the block.
+var nearWindow = eris.Window{Requests: 512, Bytes: 4 << 20}
+
+// window is what a reader should keep in flight.
+func (b *blocks) window() eris.Window {
+	if b.near {
+		return nearWindow
+	}
+	return b.pool.Window()
 }
 
 // isNear tells whether a store is on this machine, by its URL.

@@ -198,21 +198,17 @@ func largeMethods(t *testing.T) map[string]func(w io.Writer, item *largeItem) er
 }
 
 // mostMemory returns the most memory that a process has had at a time, in bytes.
-func mostMemory(t *testing.T, pid int) int {
-	t.Helper()
+func mostMemory(pid int) (int, error) {
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
-		t.Fatal(err)
+		return 0, err
 	}
 	m := regexp.MustCompile(`(?m)^VmHWM:\s+(\d+) kB$`).FindSubmatch(status)
 	if m == nil {
-		t.Fatalf("no VmHWM in %q", status)
+		return 0, fmt.Errorf("no VmHWM in %q", status)
 	}
 	n, err := strconv.Atoi(string(m[1]))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return n << 10
+	return n << 10, err
 }
 
 // TestLargeItemMemory restores an item of more than 2 GiB from each compression,
@@ -275,8 +271,11 @@ func TestLargeItemMemory(t *testing.T) {
 			if err == nil {
 				n, err = d.replies.Read(reply[:])
 			}
-			used := mostMemory(t, d.cmd.Process.Pid)
-			if err2 := d.close(); err == nil {
+			used, err2 := mostMemory(d.cmd.Process.Pid)
+			if err2 != nil {
+				t.Error(err2)
+			}
+			if err2 = d.close(); err == nil {
 				err = err2
 			}
 			server.Close()

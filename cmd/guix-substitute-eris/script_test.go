@@ -507,6 +507,7 @@ type daemonHelper struct {
 	log     bytes.Buffer
 	logPipe *os.File
 	wait    sync.WaitGroup
+	memory  int // the most that it has had at a time when all was replied, in bytes
 }
 
 func startDaemonHelper(program, mode string, env []string, unread bool) *daemonHelper {
@@ -573,6 +574,11 @@ func (d *daemonHelper) talk(requests string) (string, error) {
 		if n == 0 || b[n-1] != '\n' {
 			return all.String(), errors.New("the reply was not written at once")
 		}
+	}
+	var err error
+	// What wait(2) tells includes what this process had when it started the other.
+	if d.memory, err = mostMemory(d.cmd.Process.Pid); err != nil {
+		return all.String(), err
 	}
 	d.stdin.Close()
 	rest, err := io.ReadAll(r)

@@ -15,12 +15,15 @@ func Through(c *Cache, blocks eris.VerifiedBlocks) eris.VerifiedBlocks {
 	if c == nil {
 		return blocks
 	}
-	return &through{c, blocks}
+	t := &through{cache: c, blocks: blocks}
+	t.starter, _ = blocks.(eris.Starter)
+	return t
 }
 
 type through struct {
-	cache  *Cache
-	blocks eris.VerifiedBlocks
+	cache   *Cache
+	blocks  eris.VerifiedBlocks
+	starter eris.Starter // the blocks, or nil
 }
 
 func (t *through) Verified() {}
@@ -35,6 +38,37 @@ func (t *through) Get(ctx context.Context, ref eris.Reference, size eris.BlockSi
 	block, err := t.blocks.Get(ctx, ref, size, dst)
 	if err == nil {
 		t.cache.putMissing(&ref, block)
+	}
+	return block, err
+}
+
+// Starts implements [eris.Starter].
+func (t *through) Starts() bool { return t.starter != nil && t.starter.Starts() }
+
+// Start implements [eris.Starter]. It returns nil for a block that is in the cache.
+func (t *through) Start(ref eris.Reference, size eris.BlockSize, dst []byte, answered func()) eris.Request {
+	if t.starter == nil || t.cache.Has(context.Background(), ref, size) {
+		return nil
+	}
+	of := t.starter.Start(ref, size, dst, answered)
+	if of == nil {
+		return nil
+	}
+	return &request{of, t.cache, ref}
+}
+
+// request is a request for a block that will be kept.
+type request struct {
+	eris.Request
+	cache *Cache
+	ref   eris.Reference
+}
+
+// Finish implements [eris.Request].
+func (r *request) Finish() ([]byte, error) {
+	block, err := r.Request.Finish()
+	if err == nil {
+		r.cache.putMissing(&r.ref, block)
 	}
 	return block, err
 }

@@ -87,6 +87,73 @@ func mustGet(t *testing.T, blocks eris.Blocks, first, last int) {
 	}
 }
 
+// starter is a memory that answers without waiting.
+type starter struct {
+	*memory
+	started int
+}
+
+func (s *starter) Starts() bool { return true }
+
+func (s *starter) Start(ref eris.Reference, size eris.BlockSize, dst []byte, answered func()) eris.Request {
+	s.mu.Lock()
+	s.started++
+	s.mu.Unlock()
+	r := &answer{}
+	r.block, r.err = s.Get(context.Background(), ref, size, dst)
+	answered()
+	return r
+}
+
+type answer struct {
+	block []byte
+	err   error
+}
+
+func (a *answer) Cancel()                 {}
+func (a *answer) Finish() ([]byte, error) { return a.block, a.err }
+
+// What is started is kept, too, and what is in the cache is not asked for.
+func TestThroughStarter(t *testing.T) {
+	far := &starter{memory: newMemory().add(0, 100)}
+	c := testOpen(t, t.TempDir(), 16<<20)
+	blocks, ok := Through(c, far).(eris.Starter)
+	if !ok || !blocks.Starts() || Through(c, far.memory).(eris.Starter).Starts() {
+		t.Fatal("it does not pass on whether requests can be started")
+	}
+	start := func(i int) (eris.Request, []byte) {
+		ref, want := testBlock(i, mixed(i))
+		n := 0
+		r := blocks.Start(ref, mixed(i), make([]byte, 0, mixed(i)), func() { n++ })
+		if (r != nil) != (n == 1) {
+			t.Errorf("block %d: %d answers", i, n)
+		}
+		return r, want
+	}
+	for i := range 100 {
+		r, want := start(i)
+		got, err := r.Finish()
+		if err != nil || !bytes.Equal(got, want) {
+			t.Fatalf("block %d: %d bytes, %v", i, len(got), err)
+		}
+		clear(got)
+	}
+	c.flush()
+	for i := range 100 {
+		if r, _ := start(i); r != nil {
+			t.Fatalf("block %d is asked for again", i)
+		}
+	}
+	mustGet(t, blocks, 0, 100)
+	if far.started != 100 || far.gets != 100 {
+		t.Errorf("%d blocks were asked for, %d of them started", far.gets, far.started)
+	}
+	r, _ := start(100)
+	if _, err := r.Finish(); !errors.Is(err, eris.ErrNotFound) {
+		t.Error(err)
+	}
+}
+
 func TestThrough(t *testing.T) {
 	far := newMemory().add(0, 100)
 	if Through(nil, far) != eris.VerifiedBlocks(far) {

@@ -36,6 +36,11 @@ type call struct {
 	took       time.Duration // of an exchange by UDP, from when it was its turn
 
 	wake chan struct{} // receives once when the call is done
+
+	// Of a call that nobody waits for: see Store.Start.
+	store    *Store
+	session  *session
+	answered func() // called in place of waking somebody
 }
 
 type callState uint8
@@ -79,6 +84,10 @@ func (l *callList) remove(c *call) {
 // finish wakes the caller. The call must have been taken.
 func (c *call) finish(err error) {
 	c.err = err
+	if c.answered != nil {
+		c.answered()
+		return
+	}
 	c.wake <- struct{}{}
 }
 

@@ -5,7 +5,7 @@
 //
 // On a stream there are many requests in flight; answers come in any order, and a block is one message. The more calls are
 // made at a time, the better the connection is used: each is a goroutine that waits, and thousands are fine. A call does
-// not start goroutines and, when all goes well, allocates nothing.
+// not start goroutines and, when all goes well, allocates nothing. Requests that are started ([Store.Start]) have no goroutine.
 package coap
 
 import (

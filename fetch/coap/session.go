@@ -226,23 +226,9 @@ func (s *session) usable() (usable, proven bool) {
 // do makes one exchange. The call must be filled in; when do returns nil, so is its response. Errors are the cause of the
 // context and those of the connection, the latter as *sessionError.
 func (s *session) do(ctx context.Context, c *call) error {
-	s.queue.Mu.Lock()
-	if s.err != nil || s.draining {
-		err := s.err
-		s.queue.Mu.Unlock()
-		if err == nil {
-			err = errReleased
-		}
-		return &sessionError{err}
+	if !s.begin(c) {
+		return &sessionError{s.cause()}
 	}
-	if s.waiting.first == nil && s.hasRoom() {
-		s.start(c)
-	} else {
-		c.state = callWaiting
-		s.waiting.push(c)
-	}
-	s.queue.Mu.Unlock()
-
 	select {
 	case <-c.wake:
 	case <-ctx.Done():
@@ -271,26 +257,32 @@ func (e *sessionError) Unwrap() error { return e.err }
 // cancel gives a call up. It reports whether the call is done all the same.
 func (s *session) cancel(c *call) (done bool) {
 	s.queue.Mu.Lock()
+	if s.forget(c) {
+		c.state = callIdle
+		s.queue.Mu.Unlock()
+		return false
+	}
+	s.queue.Mu.Unlock()
+	<-c.wake
+	return true
+}
+
+// forget forgets a call, unless somebody has taken it, who then will soon be done. The lock must be held.
+func (s *session) forget(c *call) bool {
 	switch c.state {
 	case callWaiting:
 		s.waiting.remove(c)
-		c.state = callIdle
-		s.queue.Mu.Unlock()
-		return false
+		return true
 	case callSent:
 		s.table.giveUp(c)
-		c.state = callIdle
-		s.queue.Mu.Unlock()
-		return false
+		return true
 	}
 	if s.direct == c {
 		// The peer may take its time with the rest of the payload.
 		s.abandoned = true
 		s.conn.SetReadDeadline(time.Unix(1, 0))
 	}
-	s.queue.Mu.Unlock()
-	<-c.wake
-	return true
+	return false
 }
 
 // hasRoom reports whether one more request may be sent. The lock must be held.

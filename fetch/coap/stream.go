@@ -26,6 +26,7 @@ type stream struct {
 	cancel  context.CancelFunc
 	group   sync.WaitGroup
 	present atomic.Pointer[session]
+	inParts atomic.Bool // the peer has answered in parts
 
 	mu      sync.Mutex
 	closed  bool

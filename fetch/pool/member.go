@@ -47,12 +47,13 @@ const (
 
 // member is a source and what is known about it. All of it is guarded by the lock of the pool.
 type member struct {
-	pool   *Pool
-	source fetch.Source
-	name   string
-	index  int
-	bit    set
-	score  float64
+	pool    *Pool
+	source  fetch.Source
+	starter eris.Starter // the source, or nil
+	name    string
+	index   int
+	bit     set
+	score   float64
 
 	banned    bool
 	proven    bool // it has answered
@@ -122,6 +123,7 @@ func newMember(p *Pool, i int, s fetch.Source) *member {
 		pool: p, source: s, name: s.String(), index: i, bit: 1 << i, hits: 1, tail: firstTail,
 		failedAt: -1, missing: map[flightKey]struct{}{},
 	}
+	m.starter, _ = s.(eris.Starter)
 	record := p.options.State.Get(m.name)
 	m.score = record.Score
 	if record.RoundTrip > 0 {

@@ -5,7 +5,8 @@
 //
 // # How it goes
 //
-// Every call of Get runs the request on the goroutine of its caller. With a single source that is all there is to it. With
+// Every call of Get runs the request on the goroutine of its caller. With a single source that is all there is to it, and
+// requests may be started without a goroutine, too ([Pool.Start]). With
 // several, the pool knows of each source its round-trip time, the rate at which it delivers, and what is in flight to it, from
 // which follows when a further block would come. A source is given as much as it delivers in two round trips (the product of
 // bandwidth and delay, twice), and no more; callers beyond that wait, in the order in which they came, so that blocks that are
@@ -252,7 +253,11 @@ func (p *Pool) Get(ctx context.Context, ref eris.Reference, size eris.BlockSize,
 		} else {
 			block, err = p.lead(ctx, f, dst)
 		}
-		p.finish(ctx, f, block, err)
+		if err != nil && ctx.Err() != nil {
+			p.finish(f, nil, errAgain) // that is the caller's affair
+		} else {
+			p.finish(f, block, err)
+		}
 		p.mu.Unlock()
 		return block, err
 	}
@@ -277,15 +282,15 @@ func (p *Pool) newFlight(key flightKey) *flight {
 const maxSpare = 4096
 
 // finish ends a flight and gives its result to the others who wait for it.
-func (p *Pool) finish(ctx context.Context, f *flight, block []byte, err error) {
+func (p *Pool) finish(f *flight, block []byte, err error) {
 	delete(p.flights, f.key)
 	f.over = true
 	if f.done != nil {
 		switch {
 		case err == nil:
 			f.shared = bytes.Clone(block) // the caller may go on to change its own
-		case ctx.Err() != nil:
-			f.again = true // that was the caller's affair
+		case err == errAgain:
+			f.again = true
 		default:
 			f.result = err
 		}

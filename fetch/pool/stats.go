@@ -80,12 +80,13 @@ func (p *Pool) Expect() Expectation {
 }
 
 // The window for readers: what is in memory for it must leave room for the rest of a process of 64 MiB. A request costs 4 KiB
-// beside its block, for the stack of a goroutine that waits.
+// beside its block, for the stack of a goroutine that waits, unless it can be started without one.
 const (
 	leastReaderBytes    = 16 << 20
 	usualReaderBytes    = 24 << 20
 	usualReaderRequests = 4096
 	mostReaderRequests  = 8192
+	mostStartedRequests = 16384
 )
 
 // Window returns what a reader should keep in flight: what the sources hold in one round trip, twice, and room for blocks that
@@ -106,13 +107,17 @@ func (p *Pool) Window() eris.Window {
 		product += rate * (m.minRoundTrip() + slack).Seconds()
 	}
 	w := eris.Window{Requests: usualReaderRequests, Bytes: usualReaderBytes}
+	most := mostReaderRequests
+	if p.starter() != nil {
+		w.Requests, most = mostReaderRequests, mostStartedRequests
+	}
 	if known {
 		w.Bytes = leastReaderBytes
 	}
 	// Half of it is for leaves.
 	w.Bytes = min(p.options.MaxBytes, max(w.Bytes, int64(2*windowGain*product)))
 	if requests := int(windowGain * product / float64(eris.BlockSize1KiB)); requests > w.Requests {
-		w.Requests = min(requests, mostReaderRequests)
+		w.Requests = min(requests, most)
 	}
 	w.Requests = min(w.Requests, p.options.MaxRequests)
 	return w

@@ -60,7 +60,8 @@ type Fixture struct {
 	Held int
 }
 
-// Test runs the suite. Open is called for every test of it; servers are to be ended by t.Cleanup.
+// Test runs the suite, and if the source is an [eris.Starter], what concerns getting once more by its methods. Open is called
+// for every test of it; servers are to be ended by t.Cleanup.
 func Test(t *testing.T, open func(t *testing.T, backend *Backend) Fixture) {
 	for _, test := range []struct {
 		name string
@@ -87,12 +88,33 @@ func Test(t *testing.T, open func(t *testing.T, backend *Backend) Fixture) {
 		{"PutCancel", testPutCancel},
 		{"PutReadOnly", testPutReadOnly},
 	} {
+		starter := false
 		t.Run(test.name, func(t *testing.T) {
 			before := runtime.NumGoroutine()
 			t.Run("suite", func(t *testing.T) {
 				s := &suite{backend: NewBackend()}
 				s.Fixture = open(t, s.backend)
 				defer s.close(t)
+				if of, ok := s.Source.(eris.Starter); ok && of.Starts() {
+					starter = !strings.HasPrefix(test.name, "Put")
+				}
+				test.run(t, s)
+			})
+			awaitGoroutines(t, before)
+		})
+		if !starter {
+			continue
+		}
+		t.Run(test.name+"Started", func(t *testing.T) {
+			before := runtime.NumGoroutine()
+			t.Run("suite", func(t *testing.T) {
+				s := &suite{backend: NewBackend()}
+				s.Fixture = open(t, s.backend)
+				defer s.close(t)
+				// There is nothing to start as long as there is no connection.
+				ref, b := s.add(eris.BlockSize1KiB)
+				s.mustGet(t, ref, b)
+				s.starter = s.Source.(eris.Starter)
 				test.run(t, s)
 			})
 			awaitGoroutines(t, before)
@@ -116,6 +138,7 @@ func awaitGoroutines(t *testing.T, before int) {
 
 type suite struct {
 	Fixture
+	starter eris.Starter // the source, if it is to be asked so
 	backend *Backend
 	closed  bool
 }
@@ -153,7 +176,27 @@ func (s *suite) add(size eris.BlockSize) (eris.Reference, []byte) {
 }
 
 func (s *suite) get(ctx context.Context, ref eris.Reference, size eris.BlockSize) ([]byte, error) {
-	return s.Source.Get(ctx, ref, size, make([]byte, 0, size))
+	dst := make([]byte, 0, size)
+	if s.starter == nil || ctx.Err() != nil {
+		return s.Source.Get(ctx, ref, size, dst)
+	}
+	answered := make(chan struct{}, 1) // a second call would wait for ever
+	request := s.starter.Start(ref, size, dst, func() { answered <- struct{}{} })
+	if request == nil {
+		return s.Source.Get(ctx, ref, size, dst)
+	}
+	select {
+	case <-answered:
+	case <-ctx.Done():
+		request.Cancel()
+		<-answered
+	}
+	block, err := request.Finish()
+	var wrong *eris.BlockError
+	if err != nil && !errors.Is(err, eris.ErrNotFound) && !errors.As(err, &wrong) {
+		return s.Source.Get(ctx, ref, size, dst)
+	}
+	return block, err
 }
 
 // mustGet gets a block and checks that it is the right one.
