@@ -112,7 +112,7 @@ func (b *blocks) Start(ref eris.Reference, size eris.BlockSize, dst []byte, answ
 
 // nearWindow is enough for stores of this machine: what is more only takes memory,
 // the use of which costs more than the block.
-var nearWindow = eris.Window{Requests: 512, Bytes: 4 << 20}
+var nearWindow = eris.Window{Requests: 512, Bytes: 8 << 20}
 
 // window is what a reader should keep in flight.
 func (b *blocks) window() eris.Window {

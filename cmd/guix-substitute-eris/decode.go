@@ -130,14 +130,40 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 
 // countingBlocks shows progress.
 type countingBlocks struct {
-	eris.VerifiedBlocks
+	pool  *pool.Pool
 	shown *progress
 }
 
+// Verified implements [eris.VerifiedBlocks].
+func (b countingBlocks) Verified() {}
+
 // Get implements [eris.Blocks].
 func (b countingBlocks) Get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
-	block, err := b.VerifiedBlocks.Get(ctx, ref, size, dst)
+	block, err := b.pool.Get(ctx, ref, size, dst)
 	b.shown.add(len(block))
+	return block, err
+}
+
+// Starts implements [eris.Starter].
+func (b countingBlocks) Starts() bool { return b.pool.Starts() }
+
+// Start implements [eris.Starter].
+func (b countingBlocks) Start(ref eris.Reference, size eris.BlockSize, dst []byte, answered func()) eris.Request {
+	if of := b.pool.Start(ref, size, dst, answered); of != nil {
+		return countingRequest{of, b.shown}
+	}
+	return nil
+}
+
+type countingRequest struct {
+	eris.Request
+	shown *progress
+}
+
+// Finish implements [eris.Request].
+func (r countingRequest) Finish() ([]byte, error) {
+	block, err := r.Request.Finish()
+	r.shown.add(len(block))
 	return block, err
 }
 
