@@ -17,11 +17,16 @@ type Encrypter struct {
 
 // NewEncrypter returns an Encrypter for the given secret.
 func NewEncrypter(secret ConvergenceSecret) *Encrypter {
+	return &Encrypter{keyed: newKeyedHash(&secret)}
+}
+
+// newKeyedHash returns the hash that makes the keys of leaves.
+func newKeyedHash(secret *ConvergenceSecret) hash.Hash {
 	keyed, err := blake2b.New256(secret[:])
 	if err != nil {
 		panic("eris: " + err.Error()) // only for keys above 64 bytes
 	}
-	return &Encrypter{keyed: keyed}
+	return keyed
 }
 
 // leafKey returns the key of a leaf: the BLAKE2b-256 of its plaintext, keyed with the convergence secret.

@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/cpu"
 )
 
-// The 512-bit routine is used from the processor generation on that has VBMI2 (Ice Lake, Zen 4). Older ones with AVX-512
-// lower their clock for 512-bit work, which would cost BLAKE2b, the greater part of the work, more than the cipher gains.
+// The 512-bit routines, here and for BLAKE2b, are used from the processor generation on that has VBMI2 (Ice Lake, Zen 4).
+// Older ones with AVX-512 lower their clock for 512-bit work, and that of whatever else runs on the core with it.
 var (
 	useAVX2   = cpu.X86.HasAVX2
 	useAVX512 = cpu.X86.HasAVX512F && cpu.X86.HasAVX512VBMI2
