@@ -22,10 +22,11 @@ type EncodeOptions struct {
 }
 
 // A worker takes this many bytes of content at a time. For small blocks it is exactly a subtree of two levels, so that
-// workers make nearly all internal nodes too; for large ones there is one internal node for 128 turns.
+// workers make nearly all internal nodes too; for large ones it is the 8 leaves that sumBlocks is best at, and there is one
+// internal node for 64 turns.
 const (
 	turnSmall  = 256 << 10
-	turnLarge  = 128 << 10
+	turnLarge  = 256 << 10
 	levelSmall = 2 // of the root of a turn in small blocks
 )
 
@@ -86,10 +87,11 @@ func Encode(ctx context.Context, r io.Reader, sink Sink, options EncodeOptions) 
 		if err != nil {
 			return ReadCapability{}, err
 		}
-		if err := addAll(ctx, &w.tree, 0, pairs); err != nil {
+		tree := treeBuilder{size: size, sink: sink}
+		if err := addAll(ctx, &tree, 0, pairs); err != nil {
 			return ReadCapability{}, err
 		}
-		return w.tree.finish(ctx)
+		return tree.finish(ctx)
 	}
 
 	workers := options.Workers
@@ -135,48 +137,44 @@ func addAll(ctx context.Context, tree *treeBuilder, level int, pairs []Pair) err
 
 // encodeWorker encodes one turn after another.
 type encodeWorker struct {
-	leaves leafEncoder
-	tree   treeBuilder // of a turn that is a subtree
-	size   BlockSize
+	levels [levelSmall + 1]levelEncoder // those of internal nodes are for turns that are subtrees
+	nodes  []byte                       // the plaintexts of one level of internal nodes
 	pairs  []Pair
 }
 
 func newEncodeWorker(sink Sink, size BlockSize, secret ConvergenceSecret) *encodeWorker {
-	return &encodeWorker{
-		leaves: leafEncoder{encrypter: NewEncrypter(secret), sink: sink},
-		tree:   treeBuilder{size: size, sink: sink},
-		size:   size,
+	w := new(encodeWorker)
+	for level := range w.levels {
+		w.levels[level] = levelEncoder{level: level, size: size, sink: sink}
 	}
+	w.levels[0].secret = &secret
+	return w
 }
 
 // encode encodes whole leaves in place. The pairs are valid until the next call.
 func (w *encodeWorker) encode(ctx context.Context, plaintext []byte) ([]Pair, error) {
-	size := int(w.size)
-	w.pairs = w.pairs[:0]
-	for ; len(plaintext) > 0; plaintext = plaintext[size:] {
-		leaf := plaintext[:size]
-		pair, err := w.leaves.encode(ctx, leaf, leaf)
-		if err != nil {
-			return nil, err
-		}
-		w.pairs = append(w.pairs, pair)
-	}
-	return w.pairs, nil
+	var err error
+	w.pairs, err = w.levels[0].encode(ctx, w.pairs[:0], plaintext)
+	return w.pairs, err
 }
 
-// encodeSubtree encodes content of which every node up to the given level is full, and returns the one pair there.
-func (w *encodeWorker) encodeSubtree(ctx context.Context, content []byte, level int) (Pair, error) {
-	pairs, err := w.encode(ctx, content)
-	if err != nil {
+// encodeSubtree encodes content in place, of which every node up to the top level is full, and returns the one pair there.
+// It goes level by level, for nodes to be hashed many at a time.
+func (w *encodeWorker) encodeSubtree(ctx context.Context, content []byte) (Pair, error) {
+	if _, err := w.encode(ctx, content); err != nil {
 		return Pair{}, err
 	}
-	if err := addAll(ctx, &w.tree, 0, pairs); err != nil {
-		return Pair{}, err
+	for level := 1; level < len(w.levels); level++ {
+		w.nodes = w.nodes[:0]
+		for _, pair := range w.pairs {
+			w.nodes = appendPair(w.nodes, pair)
+		}
+		var err error
+		if w.pairs, err = w.levels[level].encode(ctx, w.pairs[:0], w.nodes); err != nil {
+			return Pair{}, err
+		}
 	}
-	top := &w.tree.levels[level]
-	root := pairAt(top.pairs, 0)
-	top.pairs = top.pairs[:0]
-	return root, nil
+	return w.pairs[0], nil
 }
 
 // parallelEncoder is the state that the workers of one Encode share. They read in turns, encode on their own, and hand in
@@ -258,7 +256,7 @@ func (p *parallelEncoder) work(ctx context.Context, w *encodeWorker, buffer []by
 
 		var turn encodedTurn
 		if p.size == BlockSize1KiB && !last {
-			root, err := w.encodeSubtree(ctx, content, levelSmall)
+			root, err := w.encodeSubtree(ctx, content)
 			if err != nil {
 				return err
 			}

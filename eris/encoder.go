@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 )
 
 // Sink takes the blocks that an encoder makes.
@@ -26,17 +27,18 @@ func (f SinkFunc) Put(ctx context.Context, ref Reference, block []byte) error {
 	return f(ctx, ref, block)
 }
 
-// Encoder encodes content that is written to it. It needs no more memory than two blocks and, for each level of the tree,
-// an internal node. It must not be used by several goroutines at a time. Encode is faster if the content can be read.
+// Encoder encodes content that is written to it. It keeps at most 256 KiB of it (32 KiB for small blocks) and, for each level
+// of the tree, an internal node. It must not be used by several goroutines at a time. Encode is faster if the content can be
+// read.
 type Encoder struct {
-	ctx     context.Context
-	leaves  leafEncoder
-	tree    treeBuilder
-	partial []byte // the start of the leaf that is not complete yet; its capacity is that of a leaf
-	block   []byte // where blocks are made
-	closed  bool
-	result  ReadCapability
-	err     error // kept once something failed
+	ctx    context.Context
+	leaves levelEncoder
+	tree   treeBuilder
+	buffer []byte // content that is not encoded yet: less than fits
+	pairs  []Pair
+	closed bool
+	result ReadCapability
+	err    error // kept once something failed
 }
 
 // NewEncoder returns an Encoder that gives its blocks to the sink; a nil sink takes none, and the Encoder then merely
@@ -47,34 +49,30 @@ func NewEncoder(ctx context.Context, sink Sink, size BlockSize, secret Convergen
 		return nil, fmt.Errorf("encoding: block size of %d bytes is neither 1 KiB nor 32 KiB", int(size))
 	}
 	return &Encoder{
-		ctx:     ctx,
-		leaves:  leafEncoder{encrypter: NewEncrypter(secret), sink: sink},
-		tree:    treeBuilder{size: size, sink: sink},
-		partial: make([]byte, 0, size),
-		block:   make([]byte, size),
+		ctx:    ctx,
+		leaves: levelEncoder{size: size, secret: &secret, sink: sink},
+		tree:   treeBuilder{size: size, sink: sink},
 	}, nil
 }
 
-// Write adds p to the content. It returns the error of the context or of the sink; the content is lost then.
+// Write adds p to the content. It returns the error of the context or of the sink, which may be about content of an earlier
+// Write; the content is lost then.
 func (e *Encoder) Write(p []byte) (int, error) {
 	if e.closed {
 		return 0, errors.New("encoding: write after close")
 	}
+	full := min(hashedAtOnce*int(e.tree.size), turnLarge)
 	written := 0
 	for len(p) > 0 && e.err == nil {
 		if e.err = e.ctx.Err(); e.err != nil {
 			break
 		}
-		n := int(e.tree.size)
-		if len(e.partial) == 0 && len(p) >= n {
-			e.err = e.leaf(p[:n])
-		} else {
-			n = min(len(p), n-len(e.partial))
-			e.partial = append(e.partial, p[:n]...)
-			if len(e.partial) == int(e.tree.size) {
-				e.err = e.leaf(e.partial)
-				e.partial = e.partial[:0]
-			}
+		n := min(len(p), full-len(e.buffer))
+		e.grow(n, full)
+		e.buffer = append(e.buffer, p[:n]...)
+		if len(e.buffer) == full {
+			e.err = e.encode(e.buffer)
+			e.buffer = e.buffer[:0]
 		}
 		if e.err == nil {
 			written += n
@@ -84,13 +82,26 @@ func (e *Encoder) Write(p []byte) (int, error) {
 	return written, e.err
 }
 
-// leaf encodes one complete leaf.
-func (e *Encoder) leaf(plaintext []byte) error {
-	pair, err := e.leaves.encode(e.ctx, e.block, plaintext)
-	if err != nil {
+// grow makes room for n more bytes. Most contents are small, so the buffer starts with a block, and is doubled until full.
+func (e *Encoder) grow(n, full int) {
+	need := len(e.buffer) + n
+	if need <= cap(e.buffer) {
+		return
+	}
+	capacity := max(cap(e.buffer), int(e.tree.size))
+	for capacity < need {
+		capacity *= 2
+	}
+	e.buffer = append(make([]byte, 0, min(capacity, full)), e.buffer...)
+}
+
+// encode encodes complete leaves, in place.
+func (e *Encoder) encode(plaintext []byte) error {
+	var err error
+	if e.pairs, err = e.leaves.encode(e.ctx, e.pairs[:0], plaintext); err != nil {
 		return err
 	}
-	return e.tree.add(e.ctx, 0, pair)
+	return addAll(e.ctx, &e.tree, 0, e.pairs)
 }
 
 // Close ends the content and returns its read capability, once the sink has every block. It returns the error of the
@@ -104,7 +115,7 @@ func (e *Encoder) Close() (ReadCapability, error) {
 		e.err = e.ctx.Err()
 	}
 	if e.err == nil {
-		e.err = e.leaf(Pad(e.partial, e.tree.size))
+		e.err = e.encode(Pad(e.buffer, e.tree.size))
 	}
 	if e.err == nil {
 		e.result, e.err = e.tree.finish(e.ctx)
@@ -112,27 +123,69 @@ func (e *Encoder) Close() (ReadCapability, error) {
 	return e.result, e.err
 }
 
-// leafEncoder encodes leaves, and puts those that differ from the one before. A run of equal leaves, as sparse files have
-// it, then costs one hash per leaf.
-type leafEncoder struct {
-	encrypter *Encrypter
-	sink      Sink
-	last      Pair
-	any       bool
+// hashedAtOnce is how many blocks an encoder hashes in one call, at most: small blocks then stay in the cache nearest to the
+// processor from one step to the next, and the turn that a key takes in each call is not felt.
+const hashedAtOnce = 32
+
+// levelEncoder encodes the nodes of one level in order, and puts those that differ from the one before. A run of equal
+// nodes, as sparse files have it, then costs one hash per node.
+type levelEncoder struct {
+	level  int
+	size   BlockSize
+	secret *ConvergenceSecret // nil for internal nodes
+	sink   Sink
+	last   Pair
+	any    bool
 }
 
-// encode writes the block of the leaf to dst, which may be plaintext, and puts it.
-func (l *leafEncoder) encode(ctx context.Context, dst, plaintext []byte) (Pair, error) {
-	key := l.encrypter.leafKey(plaintext)
-	if l.any && key == l.last.Key {
-		return l.last, nil
+// encode encodes whole nodes in place, puts their blocks, and appends their pairs.
+func (l *levelEncoder) encode(ctx context.Context, pairs []Pair, plaintext []byte) ([]Pair, error) {
+	for len(plaintext) > 0 {
+		n := min(len(plaintext), hashedAtOnce*int(l.size))
+		var err error
+		if pairs, err = l.encodeAtOnce(ctx, pairs, plaintext[:n]); err != nil {
+			return nil, err
+		}
+		plaintext = plaintext[n:]
 	}
-	pair := encryptWith(key, dst, plaintext, 0)
-	if err := put(ctx, l.sink, pair.Reference, dst); err != nil {
-		return Pair{}, err
+	return pairs, nil
+}
+
+// encodeAtOnce is encode for up to hashedAtOnce nodes.
+func (l *levelEncoder) encodeAtOnce(ctx context.Context, pairs []Pair, plaintext []byte) ([]Pair, error) {
+	var keys, references [hashedAtOnce][32]byte
+	var blocks [hashedAtOnce][]byte
+	n := 0
+	for block := range slices.Chunk(plaintext, int(l.size)) {
+		blocks[n] = block
+		n++
 	}
-	l.last, l.any = pair, true
-	return pair, nil
+	sumBlocks(keys[:n], blocks[:n], l.secret)
+
+	// From here on blocks has only those that differ from the one before.
+	different := 0
+	for i, key := range keys[:n] {
+		if i > 0 && key == keys[i-1] || i == 0 && l.any && Key(key) == l.last.Key {
+			continue
+		}
+		xorKeyStream(blocks[i], blocks[i], (*Key)(&key), levelByte(l.level))
+		blocks[different] = blocks[i]
+		different++
+	}
+	sumBlocks(references[:different], blocks[:different], nil)
+
+	next := 0
+	for _, key := range keys[:n] {
+		if !l.any || Key(key) != l.last.Key {
+			l.last, l.any = Pair{references[next], key}, true
+			if err := put(ctx, l.sink, l.last.Reference, blocks[next]); err != nil {
+				return nil, err
+			}
+			next++
+		}
+		pairs = append(pairs, l.last)
+	}
+	return pairs, nil
 }
 
 func put(ctx context.Context, sink Sink, ref Reference, block []byte) error {
