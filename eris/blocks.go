@@ -42,14 +42,17 @@ type Starter interface {
 	Start(ref Reference, size BlockSize, dst []byte, answered func()) Request
 }
 
-// A Request is a block that a [Starter] has been asked for.
+// A Request is a block that a [Starter] has been asked for. The caller verifies the block, because many blocks are verified in
+// much less time together than one by one.
 type Request interface {
-	// Finish returns what Get would return; it verifies the block, where the source does that. It must be called once, after
-	// answered has been. An error that wraps neither [ErrNotFound] nor [BlockError] says that it may be worth a try to call
-	// Get.
-	Finish() ([]byte, error)
 	// Cancel makes answered be called soon, if it has not been. It must not be called once Finish has been.
 	Cancel()
+	// Finish returns what Get would return, but not verified; not even its length need be right. It must be called once, after
+	// answered has been. An error that does not wrap [ErrNotFound] may be worth a call of Get.
+	Finish() ([]byte, error)
+	// Verified must be called once after Finish, before the block is changed: with nil, with the error of Finish, or with a
+	// [BlockError] if the block is a wrong one. It returns that error, with what the source has to say about it.
+	Verified(err error) error
 }
 
 var (
@@ -60,13 +63,8 @@ var (
 // getBlock gets and verifies a block. Memory is where a source may put it.
 func getBlock(ctx context.Context, blocks Blocks, ref Reference, size BlockSize, memory []byte) ([]byte, error) {
 	block, err := blocks.Get(ctx, ref, size, memory[:0])
-	return checkBlock(blocks, ref, size, block, err)
-}
-
-// checkBlock verifies what a source has returned.
-func checkBlock(blocks Blocks, ref Reference, size BlockSize, block []byte, err error) ([]byte, error) {
 	if err != nil {
-		return nil, fmt.Errorf("getting block %v: %w", ref, err)
+		return nil, gettingError(ref, err)
 	}
 	if _, ok := blocks.(VerifiedBlocks); ok && len(block) == int(size) {
 		return block, nil
@@ -75,6 +73,10 @@ func checkBlock(blocks Blocks, ref Reference, size BlockSize, block []byte, err 
 		return nil, err
 	}
 	return block, nil
+}
+
+func gettingError(ref Reference, err error) error {
+	return fmt.Errorf("getting block %v: %w", ref, err)
 }
 
 // getLeaf fills plaintext, which has the length of a block, with a leaf (ERIS 1.0.0, section "Decoding").
@@ -94,22 +96,21 @@ func getNode(ctx context.Context, blocks Blocks, capability *ReadCapability, pai
 	if err != nil {
 		return Node{}, err
 	}
-	return openNode(block, capability, pair, level, plaintext)
-}
-
-// openNode decrypts a block that is an internal node into plaintext.
-func openNode(block []byte, capability *ReadCapability, pair Pair, level int, plaintext []byte) (Node, error) {
 	node, err := DecryptNode(plaintext, block, pair.Key, level)
 	if err != nil {
-		return Node{}, &ContentError{capability.Root, fmt.Errorf("block %v: %w", pair.Reference, err)}
+		return Node{}, nodeError(capability, pair, err)
 	}
 	return node, nil
+}
+
+func nodeError(capability *ReadCapability, pair Pair, err error) error {
+	return &ContentError{capability.Root, fmt.Errorf("block %v: %w", pair.Reference, err)}
 }
 
 // checkFull checks a node that is not the last of its level.
 func checkFull(node Node, capability *ReadCapability, pair Pair) error {
 	if node.Len() != capability.BlockSize.Arity() {
-		return &ContentError{capability.Root, fmt.Errorf("block %v: %w", pair.Reference, errNodePartial)}
+		return nodeError(capability, pair, errNodePartial)
 	}
 	return nil
 }

@@ -90,3 +90,5 @@ func (r *startedRequest) Finish() ([]byte, error) {
 	r.cancel()
 	return r.block, r.err
 }
+
+func (r *startedRequest) Verified(err error) error { return err }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"sync"
 
+	"golang.org/x/crypto/blake2b"
 	"golang.org/x/sync/errgroup"
 )
 
@@ -292,16 +293,18 @@ func (w *walker) do(j *job) error {
 	if err != nil {
 		return err
 	}
-	return w.open(j, block)
+	data := j.buffer.data
+	Decrypt(data, block, j.pair.Key, j.level)
+	return j.check(j.level == 0 || [32]byte(j.pair.Key) == blake2b.Sum256(data))
 }
 
-// open decrypts the block of a job, and checks what can be checked about it. Called without the lock; of the content it uses
-// what does not change, and the spine, which only the one job of its path uses.
-func (w *walker) open(j *job, block []byte) error {
+// check checks the plaintext of a block, and takes from it what a path needs. That a node has the right key the caller has
+// found out. Called without the lock; of the content it uses what does not change, and the spine, which only the one job of its
+// path uses.
+func (j *job) check(rightKey bool) error {
 	c := j.content
 	data := j.buffer.data
 	if j.level == 0 {
-		Decrypt(data, block, j.pair.Key, 0)
 		if j.kind == pathJob {
 			var err error
 			j.tail, j.length, err = c.spine.leaf(data)
@@ -309,9 +312,12 @@ func (w *walker) open(j *job, block []byte) error {
 		}
 		return nil
 	}
-	node, err := openNode(block, &c.spine.capability, j.pair, j.level, data)
+	if !rightKey {
+		return nodeError(&c.spine.capability, j.pair, errNodeKey)
+	}
+	node, err := ParseNode(data)
 	if err != nil {
-		return err
+		return nodeError(&c.spine.capability, j.pair, err)
 	}
 	if j.kind == nodeJob {
 		return checkFull(node, &c.spine.capability, j.pair)

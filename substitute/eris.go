@@ -146,7 +146,7 @@ func (b *countedBlocks) Starts() bool { return b.starter != nil && b.starter.Sta
 // Start implements [eris.Starter].
 func (b *countedBlocks) Start(ref eris.Reference, size eris.BlockSize, dst []byte, answered func()) eris.Request {
 	if of := b.starter.Start(ref, size, dst, answered); of != nil {
-		return &countedRequest{of, b}
+		return &countedRequest{of, b, int(size)}
 	}
 	return nil
 }
@@ -154,13 +154,13 @@ func (b *countedBlocks) Start(ref eris.Reference, size eris.BlockSize, dst []byt
 type countedRequest struct {
 	eris.Request
 	blocks *countedBlocks
+	size   int
 }
 
-// Finish implements [eris.Request].
-func (r *countedRequest) Finish() ([]byte, error) {
-	block, err := r.Request.Finish()
-	if err == nil {
-		r.blocks.count(len(block))
+// Verified implements [eris.Request].
+func (r *countedRequest) Verified(err error) error {
+	if err = r.Request.Verified(err); err == nil {
+		r.blocks.count(r.size)
 	}
-	return block, err
+	return err
 }

@@ -336,7 +336,7 @@ func TestChainLarge(t *testing.T) {
 	big, _ := strconv.ParseBool(os.Getenv("ERIS_BIG_TESTS"))
 	size, files, depth, zeros := int64(8<<20), 500, 200, int64(64<<20)
 	if big {
-		size, files, depth, zeros = 1e9, 20000, 1900, 1<<30 // a path of the system has 4095 bytes
+		size, files, depth, zeros = 1e9, 20000, nar.MaxDepth, 1<<30
 	}
 	c := newChain(t)
 	random := rand.NewChaCha8([32]byte{1})

@@ -54,7 +54,7 @@ func (t *through) Start(ref eris.Reference, size eris.BlockSize, dst []byte, ans
 	if of == nil {
 		return nil
 	}
-	return &request{of, t.cache, ref}
+	return &request{Request: of, cache: t.cache, ref: ref}
 }
 
 // request is a request for a block that will be kept.
@@ -62,13 +62,20 @@ type request struct {
 	eris.Request
 	cache *Cache
 	ref   eris.Reference
+	block []byte
 }
 
 // Finish implements [eris.Request].
 func (r *request) Finish() ([]byte, error) {
-	block, err := r.Request.Finish()
-	if err == nil {
-		r.cache.putMissing(&r.ref, block)
+	var err error
+	r.block, err = r.Request.Finish()
+	return r.block, err
+}
+
+// Verified implements [eris.Request].
+func (r *request) Verified(err error) error {
+	if err = r.Request.Verified(err); err == nil {
+		r.cache.putMissing(&r.ref, r.block)
 	}
-	return block, err
+	return err
 }

@@ -110,8 +110,9 @@ type answer struct {
 	err   error
 }
 
-func (a *answer) Cancel()                 {}
-func (a *answer) Finish() ([]byte, error) { return a.block, a.err }
+func (a *answer) Cancel()                  {}
+func (a *answer) Finish() ([]byte, error)  { return a.block, a.err }
+func (a *answer) Verified(err error) error { return err }
 
 // What is started is kept, too, and what is in the cache is not asked for.
 func TestThroughStarter(t *testing.T) {
@@ -133,7 +134,7 @@ func TestThroughStarter(t *testing.T) {
 	for i := range 100 {
 		r, want := start(i)
 		got, err := r.Finish()
-		if err != nil || !bytes.Equal(got, want) {
+		if err = r.Verified(err); err != nil || !bytes.Equal(got, want) {
 			t.Fatalf("block %d: %d bytes, %v", i, len(got), err)
 		}
 		clear(got)
@@ -149,8 +150,26 @@ func TestThroughStarter(t *testing.T) {
 		t.Errorf("%d blocks were asked for, %d of them started", far.gets, far.started)
 	}
 	r, _ := start(100)
-	if _, err := r.Finish(); !errors.Is(err, eris.ErrNotFound) {
+	_, err := r.Finish()
+	if err = r.Verified(err); !errors.Is(err, eris.ErrNotFound) {
 		t.Error(err)
+	}
+	// What is wrong is not kept.
+	r, _ = start(99)
+	if r != nil {
+		t.Fatal("block 99 is asked for again")
+	}
+	ref, wrong := testBlock(200, mixed(200))
+	wrong[5]++
+	far.blocks[ref] = wrong
+	r, _ = start(200)
+	block, err := r.Finish()
+	if err := r.Verified(errors.Join(err, eris.Verify(ref, block))); err == nil {
+		t.Error("a wrong block is accepted")
+	}
+	c.flush()
+	if c.Has(t.Context(), ref, mixed(200)) {
+		t.Error("a wrong block is kept")
 	}
 }
 

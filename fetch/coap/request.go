@@ -68,29 +68,33 @@ func (c *call) Cancel() {
 
 // Finish implements [eris.Request].
 func (c *call) Finish() ([]byte, error) {
-	store, ref, block, length := c.store, c.ref, c.dst, c.length
-	err := c.err
+	block, err := c.dst, c.err
 	if err == nil {
 		err = getError(c)
 	}
 	if err == nil && c.response.Block2.Present {
 		// From now on each block has a goroutine, to ask for the further parts.
-		store.carrier.(*stream).inParts.Store(true)
+		c.store.carrier.(*stream).inParts.Store(true)
 		err = errInParts
 	}
-	store.recycle(c)
 	switch {
 	case err != nil:
-		return nil, &blockError{store, ref, err}
-	case length != len(block):
-		err = &eris.BlockError{Reference: ref, Length: length, Want: eris.BlockSize(len(block))}
-	case !store.options.Unverified:
-		err = eris.Verify(ref, block)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", store.name, err)
+		return nil, &blockError{c.store, c.ref, err}
+	case c.length != len(block):
+		return nil, &eris.BlockError{Reference: c.ref, Length: c.length, Want: eris.BlockSize(len(block))}
 	}
 	return block, nil
+}
+
+// Verified implements [eris.Request].
+func (c *call) Verified(err error) error {
+	store := c.store
+	store.recycle(c)
+	var wrong *eris.BlockError
+	if errors.As(err, &wrong) {
+		return fmt.Errorf("%s: %w", store.name, err)
+	}
+	return err
 }
 
 var _ eris.Starter = (*Store)(nil)

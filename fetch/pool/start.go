@@ -40,7 +40,7 @@ func (p *Pool) Start(ref eris.Reference, size eris.BlockSize, dst []byte, answer
 	p.mu.Unlock()
 	s.of = source.Start(ref, size, dst, answered)
 	if s.of == nil {
-		s.end(nil, errNotStarted)
+		s.end(errNotStarted)
 		return nil
 	}
 	return s
@@ -58,6 +58,7 @@ type startedRequest struct {
 	flight  *flight
 	request request
 	of      eris.Request
+	block   []byte
 }
 
 var started = sync.Pool{New: func() any { return new(startedRequest) }}
@@ -67,13 +68,20 @@ func (s *startedRequest) Cancel() { s.of.Cancel() }
 
 // Finish implements [eris.Request].
 func (s *startedRequest) Finish() ([]byte, error) {
-	block, err := s.of.Finish()
-	s.end(block, err)
-	return block, err
+	var err error
+	s.block, err = s.of.Finish()
+	return s.block, err
+}
+
+// Verified implements [eris.Request].
+func (s *startedRequest) Verified(err error) error {
+	err = s.of.Verified(err)
+	s.end(err)
+	return err
 }
 
 // end books what has come of the request.
-func (s *startedRequest) end(block []byte, err error) {
+func (s *startedRequest) end(err error) {
 	p, f, r := s.pool, s.flight, &s.request
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -87,7 +95,7 @@ func (s *startedRequest) end(block []byte, err error) {
 	case p.judge(r, err, now) == failure:
 		err = errAgain
 	}
-	p.finish(f, block, err)
+	p.finish(f, s.block, err)
 	*s = startedRequest{}
 	started.Put(s)
 }

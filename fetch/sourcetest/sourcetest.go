@@ -192,6 +192,13 @@ func (s *suite) get(ctx context.Context, ref eris.Reference, size eris.BlockSize
 		<-answered
 	}
 	block, err := request.Finish()
+	if err == nil {
+		err = eris.Verify(ref, block)
+	}
+	if err == nil && len(block) != int(size) {
+		err = &eris.BlockError{Reference: ref, Length: len(block), Want: size}
+	}
+	err = request.Verified(err)
 	var wrong *eris.BlockError
 	if err != nil && !errors.Is(err, eris.ErrNotFound) && !errors.As(err, &wrong) {
 		return s.Source.Get(ctx, ref, size, dst)
