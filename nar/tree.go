@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,6 +25,7 @@ type Tree struct {
 
 	file *os.File // the Regular under way, nil when there is none
 	left uint64
+	free sync.Pool // of *treePiece
 }
 
 // listing is a directory that is being walked: its path and the entries to come,
@@ -149,15 +152,48 @@ func (t *Tree) Contents() (Chunk, error) {
 	if t.file == nil || t.left == 0 {
 		return Chunk{}, io.EOF
 	}
-	b := make([]byte, min(t.left, contentsPiece))
-	n, err := io.ReadFull(t.file, b)
+	c := t.memory()
+	n, err := io.ReadFull(t.file, c.Bytes)
+	if err != nil {
+		c.Release()
+	}
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return Chunk{}, fmt.Errorf("%s became shorter while it was read", filepath.Clean(t.file.Name()))
 	} else if err != nil {
 		return Chunk{}, err
 	}
 	t.left -= uint64(n)
-	return Chunk{Bytes: b}, nil
+	return c, nil
+}
+
+// memory returns memory for the next piece of contents. That of whole pieces is used
+// again, because to clear it and to return it to the system costs as much as to
+// hash it.
+func (t *Tree) memory() Chunk {
+	if t.left < contentsPiece {
+		return Chunk{Bytes: make([]byte, t.left)}
+	}
+	b, _ := t.free.Get().(*treePiece)
+	if b == nil {
+		b = &treePiece{bytes: make([]byte, contentsPiece), home: &t.free}
+	}
+	b.users.Store(1)
+	return Chunk{b.bytes, b}
+}
+
+// treePiece is the memory behind a whole piece of contents.
+type treePiece struct {
+	bytes []byte
+	users atomic.Int32
+	home  *sync.Pool
+}
+
+func (b *treePiece) Retain() { b.users.Add(1) }
+
+func (b *treePiece) Release() {
+	if b.users.Add(-1) == 0 {
+		b.home.Put(b)
+	}
 }
 
 // Write writes the archive of the whole tree that nodes holds to w. It returns
