@@ -146,11 +146,24 @@ func (w *writer) evict(bytes int64) (freed int64, err error) {
 	// changes, but it has those that the last one gave up.
 	for most := maxVictims; most > 0; most /= 8 {
 		freed, err = w.evictAtMost(bytes, most)
-		if !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) {
-			break
+		if !isFullDisk(err) {
+			return freed, err
 		}
 	}
-	return freed, err
+	w.giveBack()
+	return w.evictAtMost(bytes, 1)
+}
+
+func isFullDisk(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+}
+
+// giveBack gives the space of all free slots back to the file system: on a full disk the index needs it. Blocks may have been
+// written to them that the index then had no room for.
+func (w *writer) giveBack() {
+	for _, slab := range w.store.slabs {
+		w.store.progress.background(slab.giveBack())
+	}
 }
 
 func (w *writer) evictAtMost(bytes int64, most int) (int64, error) {

@@ -50,10 +50,8 @@ func (s *Store) PutBatch(ctx context.Context, refs []eris.Reference, blocks [][]
 	if len(refs) != len(blocks) {
 		return fmt.Errorf("%d references for %d blocks", len(refs), len(blocks))
 	}
-	for i, ref := range refs {
-		if err := eris.Verify(ref, blocks[i]); err != nil {
-			return err
-		}
+	if err := eris.VerifyAll(refs, blocks); err != nil {
+		return err
 	}
 	t := newTicket(len(refs))
 	requests := make([]request, len(refs))

@@ -227,6 +227,25 @@ func (s *slab) saveAccesses() error {
 	return nil
 }
 
+// giveBack gives the space of all free slots back to the file system.
+func (s *slab) giveBack() error {
+	end := s.end
+	for end > 0 && !s.isTaken(uint32(end-1)) {
+		end--
+	}
+	if err := s.file.Truncate(end * int64(s.class.size())); err != nil {
+		return err
+	}
+	s.end = end
+	var free []uint32
+	for slot := range uint32(end) {
+		if !s.isTaken(slot) {
+			free = append(free, slot)
+		}
+	}
+	return s.punch(free)
+}
+
 // punch gives the space of free slots back to the file system, as far as they make up whole pages.
 func (s *slab) punch(slots []uint32) error {
 	const page = 4096

@@ -100,6 +100,9 @@ func (w *writer) do(batch []*request) {
 	if err == nil && len(batch) > 0 {
 		s.committing.Store(true)
 		err = w.guard(func() error { return w.transact(batch) })
+		if isFullDisk(err) && s.Err() == nil {
+			w.giveBack()
+		}
 		s.committing.Store(false)
 	}
 	for _, r := range batch {

@@ -20,7 +20,50 @@ func sumBlocks(sums [][32]byte, blocks [][]byte, secret *ConvergenceSecret) {
 	sumBlocksPlain(sums[done:], blocks[done:], secret)
 }
 
-// sumBlocksPlain does the same with nothing but the blake2b package. The vector routines are tested against it.
+// SumAll writes the references of blocks, which [Sum] returns one by one, to refs, of which there must be as many. Blocks need
+// be of neither block size, but many of the same size after one another take much less time than one by one.
+func SumAll(refs []Reference, blocks [][]byte) {
+	if len(refs) != len(blocks) {
+		panic("eris: not as many references as blocks")
+	}
+	const most = 32
+	var sums [most][32]byte
+	for len(blocks) > 0 {
+		n := 0
+		for n < min(most, len(blocks)) && BlockSize(len(blocks[n])).Valid() && len(blocks[n]) == len(blocks[0]) {
+			n++
+		}
+		if n == 0 {
+			refs[0] = Sum(blocks[0])
+			n = 1
+		} else {
+			sumBlocks(sums[:n], blocks[:n], nil)
+			for i := range n {
+				refs[i] = sums[i]
+			}
+		}
+		refs, blocks = refs[n:], blocks[n:]
+	}
+}
+
+// VerifyAll is [Verify] for several blocks, of which there must be as many as references. It returns the error for the first
+// that is wrong.
+func VerifyAll(refs []Reference, blocks [][]byte) error {
+	var sums [32]Reference
+	for len(blocks) > 0 {
+		n := min(len(sums), len(blocks))
+		SumAll(sums[:n], blocks[:n])
+		for i, block := range blocks[:n] {
+			if !BlockSize(len(block)).Valid() || sums[i] != refs[i] {
+				return &BlockError{Reference: refs[i], Length: len(block)}
+			}
+		}
+		refs, blocks = refs[n:], blocks[n:]
+	}
+	return nil
+}
+
+// sumBlocksPlain does what sumBlocks does with nothing but the blake2b package. The vector routines are tested against it.
 func sumBlocksPlain(sums [][32]byte, blocks [][]byte, secret *ConvergenceSecret) {
 	checkSumLengths(sums, blocks)
 	if secret == nil {

@@ -4,8 +4,10 @@ package eris
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 
@@ -197,5 +199,55 @@ func BenchmarkSumBlocks(b *testing.B) {
 				}
 			}
 		}
+	}
+}
+
+func TestSumAll(t *testing.T) {
+	var blocks [][]byte
+	var want []Reference
+	for i, n := range []int{1024, 1024, 32768, 0, 5, 1024, 32768, 32768, 32768, 128} {
+		blocks = append(blocks, randomContent(byte(i), n))
+	}
+	for i := range 100 {
+		blocks = append(blocks, randomContent(byte(100+i), 1024))
+	}
+	for _, b := range blocks {
+		want = append(want, Sum(b))
+	}
+	got := make([]Reference, len(blocks))
+	for n := range blocks {
+		clear(got)
+		SumAll(got[:n], blocks[:n])
+		if !slices.Equal(got[:n], want[:n]) {
+			t.Fatalf("wrong references of %d blocks", n)
+		}
+	}
+}
+
+func TestVerifyAll(t *testing.T) {
+	var refs []Reference
+	var blocks [][]byte
+	for i := range 70 {
+		b := randomContent(byte(i), int([]BlockSize{BlockSize1KiB, BlockSize32KiB}[i%3/2]))
+		refs, blocks = append(refs, Sum(b)), append(blocks, b)
+	}
+	if err := VerifyAll(refs, blocks); err != nil {
+		t.Error(err)
+	}
+	for i := range blocks {
+		right := blocks[i]
+		for _, wrong := range [][]byte{right[:len(right)-1], nil, append(right[:len(right):len(right)], 0), make([]byte, len(right))} {
+			blocks[i] = wrong
+			err := VerifyAll(refs, blocks)
+			var e *BlockError
+			if !errors.As(err, &e) || e.Reference != refs[i] || e.Length != len(wrong) {
+				t.Errorf("block %d of %d bytes: error %v", i, len(wrong), err)
+			}
+		}
+		blocks[i] = right
+	}
+	short := []byte("a block of no size")
+	if err := VerifyAll([]Reference{Sum(short)}, [][]byte{short}); err == nil {
+		t.Error("a block of no size is verified")
 	}
 }

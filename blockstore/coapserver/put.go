@@ -4,6 +4,7 @@ package coapserver
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -175,9 +176,8 @@ func (c *conn) putBatches(b *batch) {
 
 // store stores a batch.
 func (s *Server) store(ctx context.Context, b *batch) codes.Code {
-	for _, block := range b.blocks {
-		b.refs = append(b.refs, eris.Sum(block))
-	}
+	b.refs = slices.Grow(b.refs, len(b.blocks))[:len(b.blocks)]
+	eris.SumAll(b.refs, b.blocks)
 	sink := s.resources[b.resource].Sink
 	if batchSink, ok := sink.(BatchSink); ok {
 		return s.putCode(batchSink.PutBatch(ctx, b.refs, b.blocks))

@@ -18,6 +18,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -111,7 +113,8 @@ func blocksRows(make func(*workshop) (*benchItem, error)) func(w *workshop) ([]c
 			{"ours, from blocks", func() (sample, error) { return w.restoreBlocks(it, store) }},
 			{"ours, from the uncompressed nar", func() (sample, error) { return w.restoreBlocks(it, "") }},
 			{"floor: SHA-256 on one core", func() (sample, error) { return hashFloor(it.size), nil }},
-			{"floor: BLAKE2b, ChaCha20 and a copy on both cores", func() (sample, error) { return blockFloor(it.size, 1), nil }},
+			{"floor: BLAKE2b, ChaCha20 and a copy on both cores", func() (sample, error) { return blockFloor(it.size, 1, false), nil }},
+			{"floor: the same, 8 blocks hashed side by side", func() (sample, error) { return blockFloor(it.size, 1, true), nil }},
 		}, nil
 	}
 }
@@ -132,9 +135,14 @@ func encodeRows(w *workshop) ([]contestant, error) {
 	return []contestant{
 		{"ours, blocks kept nowhere", encode("none")},
 		{"ours, blocks in the store already", encode(store)},
-		{"floor: 2 BLAKE2b and ChaCha20 on both cores", func() (sample, error) { return blockFloor(it.size, 2), nil }},
+		{"floor: 2 BLAKE2b and ChaCha20 on both cores", func() (sample, error) { return blockFloor(it.size, 2, false), nil }},
 		{"floor: the same, and SHA-256 of the nar", func() (sample, error) {
-			s, h := blockFloor(it.size, 2), hashFloor(it.size)
+			s, h := blockFloor(it.size, 2, false), hashFloor(it.size)
+			s.wall += h.wall / 2
+			return s, nil
+		}},
+		{"floor: the same, 8 blocks hashed side by side", func() (sample, error) {
+			s, h := blockFloor(it.size, 2, true), hashFloor(it.size)
 			s.wall += h.wall / 2
 			return s, nil
 		}},
@@ -153,20 +161,33 @@ func hashFloor(n int64) sample {
 }
 
 // blockFloor is what hashing, deciphering and copying so many bytes takes on two
-// cores, in blocks of 32 KiB.
-func blockFloor(n int64, hashes int) sample {
-	blocks := int(n / int64(eris.BlockSize32KiB))
+// cores, in blocks of 32 KiB that are hashed one by one or together.
+func blockFloor(n int64, hashes int, together bool) sample {
+	const many = 8
+	groups := int(n / int64(many*eris.BlockSize32KiB))
 	begin := time.Now()
 	var group sync.WaitGroup
 	for range 2 {
 		group.Go(func() {
-			block, plaintext := make([]byte, eris.BlockSize32KiB), make([]byte, eris.BlockSize32KiB)
-			for range blocks / 2 {
-				copy(plaintext, block)
+			var blocks, plaintexts [many][]byte
+			var refs [many]eris.Reference
+			for i := range many {
+				blocks[i], plaintexts[i] = make([]byte, eris.BlockSize32KiB), make([]byte, eris.BlockSize32KiB)
+			}
+			for range groups / 2 {
 				for range hashes {
-					eris.Sum(block)
+					if together {
+						eris.SumAll(refs[:], blocks[:])
+						continue
+					}
+					for i := range many {
+						refs[i] = eris.Sum(blocks[i])
+					}
 				}
-				eris.Decrypt(plaintext, block, eris.Key{}, 0)
+				for i := range many {
+					copy(plaintexts[i], blocks[i])
+					eris.Decrypt(plaintexts[i], blocks[i], eris.Key{}, 0)
+				}
 			}
 		})
 	}
@@ -228,7 +249,7 @@ func fillStore(url string, size eris.BlockSize) ([]eris.Reference, error) {
 	return refs, errors.Join(errs...)
 }
 
-// getBlocks gets so many blocks with so many requests in flight.
+// getBlocks gets so many blocks with so many requests in flight, in the way in which readers of contents do.
 func getBlocks(url string, refs []eris.Reference, size eris.BlockSize, count, window int, unverified bool) (sample, error) {
 	store, err := coap.Open(url, coap.Options{Unverified: unverified})
 	if err != nil {
@@ -238,28 +259,103 @@ func getBlocks(url string, refs []eris.Reference, size eris.BlockSize, count, wi
 	if window == 1 {
 		count /= 16
 	}
-	var next atomic.Int64
-	var failed atomic.Pointer[error]
-	var group sync.WaitGroup
+	if _, err := store.Get(context.Background(), refs[0], size, nil); err != nil {
+		return sample{}, err // the connection is made
+	}
+	g := &getter{store: store, refs: refs, size: size, count: count, unverified: unverified, answered: make(chan *flying, window), over: make(chan struct{})}
+	g.end = sync.OnceFunc(func() { close(g.over) })
 	begin := time.Now()
+	var group errgroup.Group
 	for range window {
-		group.Go(func() {
-			dst := make([]byte, 0, size)
-			for i := next.Add(1); i <= int64(count); i = next.Add(1) {
-				if _, err := store.Get(context.Background(), refs[i%int64(len(refs))], size, dst); err != nil {
-					failed.Store(&err)
-					return
-				}
-			}
-		})
+		g.start(&flying{dst: make([]byte, 0, size)})
 	}
-	group.Wait()
+	for range min(2, window) {
+		group.Go(g.finish)
+	}
+	err = group.Wait()
 	s := sample{wall: time.Since(begin)}
-	if err := failed.Load(); err != nil {
-		return s, *err
-	}
 	s.note = rate(size, count, s.wall)
-	return s, nil
+	return s, err
+}
+
+// getter gets blocks without a goroutine for each.
+type getter struct {
+	store      *coap.Store
+	refs       []eris.Reference
+	size       eris.BlockSize
+	count      int
+	unverified bool
+	next, done atomic.Int64
+	answered   chan *flying
+	end        func() // closes over
+	over       chan struct{}
+}
+
+// flying is a request in flight.
+type flying struct {
+	ref     eris.Reference
+	dst     []byte
+	request eris.Request
+	started chan struct{}
+}
+
+// start asks for the next block, if there is one.
+func (g *getter) start(f *flying) {
+	i := int(g.next.Add(1)) - 1
+	if i >= g.count {
+		return
+	}
+	f.ref, f.started = g.refs[i%len(g.refs)], make(chan struct{})
+	f.request = g.store.Start(f.ref, g.size, f.dst, func() { g.answered <- f })
+	close(f.started)
+}
+
+// finish takes answers, some at a time.
+func (g *getter) finish() error {
+	defer g.end()
+	const most = 16
+	var batch [most]*flying
+	var refs [most]eris.Reference
+	var blocks [most][]byte
+	for {
+		n := 0
+		select {
+		case batch[0] = <-g.answered:
+			n = 1
+		case <-g.over:
+			return nil
+		}
+	more:
+		for n < most {
+			select {
+			case batch[n] = <-g.answered:
+				n++
+			default:
+				break more
+			}
+		}
+		for i, f := range batch[:n] {
+			<-f.started
+			block, err := f.request.Finish()
+			if err != nil {
+				return err
+			}
+			refs[i], blocks[i] = f.ref, block
+		}
+		var err error
+		if !g.unverified {
+			err = eris.VerifyAll(refs[:n], blocks[:n])
+		}
+		for _, f := range batch[:n] {
+			if err := f.request.Verified(err); err != nil {
+				return err
+			}
+			g.start(f)
+		}
+		if g.done.Add(int64(n)) == int64(g.count) {
+			return nil
+		}
+	}
 }
 
 // rate tells a speed.
