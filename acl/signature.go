@@ -111,6 +111,26 @@ func (s *Signature) PublicKey() (*PublicKey, error) {
 // signatures with (flags pkcs1), both over (hash sha256 …). Libgcrypt would also
 // verify other combinations; Guix makes none of them.
 func (a *ACL) Verify(digest [32]byte, field string) error {
+	return a.check(digest, field, (*PublicKey).verify)
+}
+
+// Known is an access-control list for signatures that were found to be good before,
+// each for the same digest: see [ACL.Known].
+type Known struct{ list *ACL }
+
+// Known returns the list as one for signatures that Verify, of this list or of another
+// one, has accepted before. It makes all checks of Verify again, above all whether the
+// key is in the list, but for the arithmetic that tells whether the signature was made
+// by the key that it names. Whoever uses it must be certain of what was found before.
+func (a *ACL) Known() Known { return Known{a} }
+
+// Verify is to [ACL.Verify] what [Known] says.
+func (k Known) Verify(digest [32]byte, field string) error {
+	return k.list.check(digest, field, func(*PublicKey, [32]byte, Sexp, Sexp) error { return nil })
+}
+
+// check is Verify, with what tells whether a key has made a signature.
+func (a *ACL) check(digest [32]byte, field string, made func(key *PublicKey, digest [32]byte, data, value Sexp) error) error {
 	signature, err := parseSignature(field)
 	if err != nil {
 		return err
@@ -135,7 +155,7 @@ func (a *ACL) Verify(digest [32]byte, field string) error {
 	if !ok {
 		return fmt.Errorf("%w: no list \"sig-val\"", ErrInvalidSignature)
 	}
-	if err := key.verify(digest, data, value); err != nil {
+	if err := made(key, digest, data, value); err != nil {
 		return fmt.Errorf("%w: %w", ErrInvalidSignature, err)
 	}
 	return nil

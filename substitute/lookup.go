@@ -48,8 +48,9 @@ const (
 type record struct {
 	server     *server
 	narinfo    *narinfo.Narinfo
-	size       int // of its text, in bytes
-	authorised bool
+	size       int  // of its text, in bytes
+	verified   bool // bears a good signature of a key that is authorised
+	authorised bool // and so it counts, or would without
 }
 
 // A found is an item that is available.
@@ -368,7 +369,7 @@ func (s *Substituter) known(server *server, it *item, local, ahead bool) (*recor
 	if !ok {
 		return nil, false
 	}
-	r := s.read(server, it, e.Narinfo, ahead)
+	r := s.read(server, it, e.Narinfo, e.Verified, ahead)
 	s.memory.put(server, it.path, r, e.Until)
 	return r, true
 }
@@ -417,7 +418,7 @@ func (s *Substituter) fetch(ctx context.Context, server *server, missing map[str
 		if a.Status == http.StatusOK {
 			text = a.Body
 		}
-		r := s.read(server, it, text, ahead)
+		r := s.read(server, it, text, false, ahead)
 		if s.Debug && !ahead && a.Status != http.StatusOK {
 			baking := ""
 			if a.Baking {
@@ -459,7 +460,7 @@ func (s *Substituter) remember(server *server, it *item, a mirror.Answer, r *rec
 	e := narinfocache.Entry{TTL: transientTTL}
 	switch {
 	case r != nil:
-		e.Narinfo, e.TTL = a.Body, narinfoTTL
+		e.Narinfo, e.TTL, e.Verified = a.Body, narinfoTTL, r.verified
 		if a.MaxAge >= 0 {
 			e.TTL = min(a.MaxAge, maxTTL)
 		}
@@ -530,8 +531,9 @@ func (m *memory) clear() {
 }
 
 // read turns the text that a server has given for an item into a record, or into
-// nil if there is none or if it is good for nothing.
-func (s *Substituter) read(server *server, it *item, text []byte, ahead bool) (r *record) {
+// nil if there is none or if it is good for nothing. With verified, the signature was
+// found to be good before; whether its key is authorised is another question.
+func (s *Substituter) read(server *server, it *item, text []byte, verified, ahead bool) (r *record) {
 	if text == nil {
 		return nil
 	}
@@ -551,7 +553,14 @@ func (s *Substituter) read(server *server, it *item, text []byte, ahead bool) (r
 			"narinfo of %s from %s ignored: %v", it.path, server.name, err)
 		return nil
 	}
-	return &record{server: server, narinfo: n, size: len(text), authorised: s.AllowUnauthenticated || n.Authorise(s.Keys) == nil}
+	var keys narinfo.Verifier = s.Keys
+	if verified {
+		keys = s.Keys.Known()
+	}
+	r = &record{server: server, narinfo: n, size: len(text)}
+	r.verified = n.Authorise(keys) == nil
+	r.authorised = r.verified || s.AllowUnauthenticated
+	return r
 }
 
 // sorted returns records in the order of their servers.

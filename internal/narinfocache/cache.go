@@ -8,7 +8,8 @@
 // so any number of processes may use one cache, and any of them may be killed at
 // any time. Each file carries a checksum, for after a power failure. What is in
 // the cache is trusted no more than the servers are: signatures are checked again
-// each time a narinfo is used.
+// each time a narinfo is used. That a signature was found to be good may be noted
+// beside the narinfo; the note is believed only if nobody else could have written it.
 package narinfocache
 
 import (
@@ -25,6 +26,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -36,6 +38,9 @@ type Entry struct {
 	TTL time.Duration
 	// Until is when that ends; Get fills it in.
 	Until time.Time
+	// Verified notes that the signature of the narinfo was found to have been made by
+	// the key that it names. Get returns true only for what this user has stored.
+	Verified bool
 }
 
 // cost is about how much memory an entry takes, in bytes.
@@ -45,6 +50,7 @@ func (e Entry) cost() int { return 256 + len(e.Narinfo) }
 // the directory. Close must be called at the end.
 type Cache struct {
 	directory string
+	private   bool // nobody else can make files in the directory
 
 	mu      sync.Mutex
 	servers map[string]string // directory of each server seen
@@ -87,9 +93,20 @@ func Open(directory string) (*Cache, error) {
 	if err := os.MkdirAll(directory, 0o755); err != nil {
 		return nil, err
 	}
-	c := &Cache{directory: directory, servers: map[string]string{}, pending: map[string]*later{}}
+	info, err := os.Stat(directory)
+	if err != nil {
+		return nil, err
+	}
+	c := &Cache{directory: directory, private: isPrivate(info), servers: map[string]string{}, pending: map[string]*later{}}
 	c.written = sync.NewCond(&c.mu)
 	return c, nil
+}
+
+// isPrivate tells whether a file or directory is this user's, and no other one can
+// change it.
+func isPrivate(info fs.FileInfo) bool {
+	st, ok := info.Sys().(*syscall.Stat_t)
+	return ok && int(st.Uid) == os.Geteuid() && info.Mode().Perm()&0o022 == 0
 }
 
 // Close waits until everything is written.
@@ -97,11 +114,13 @@ func (c *Cache) Close() { c.writer.Wait() }
 
 // A file begins with a line of text that names the format, then, all big-endian,
 // the time of storing in seconds, the TTL in seconds (8 bytes each), 1 byte that
-// tells whether there is a narinfo, the CRC-32C of these and of the narinfo (4
+// tells whether there is a narinfo (1) and whether its signature is good (3), the CRC-32C of these and of the narinfo (4
 // bytes), and the narinfo.
 const (
 	magic      = "guix-substitute-eris narinfo 1\n"
 	headLength = len(magic) + 8 + 8 + 1 + 4
+
+	verifiedBit = 2
 )
 
 // checksum is over a file but for the checksum itself.
@@ -158,7 +177,12 @@ func (c *Cache) Get(url, hash string, now time.Time) (Entry, bool) {
 	} else if !errors.Is(err, io.ErrUnexpectedEOF) {
 		return Entry{}, false
 	}
-	return decode(b, now)
+	e, ok := decode(b, now)
+	if e.Verified {
+		info, err := f.Stat()
+		e.Verified = err == nil && c.private && isPrivate(info)
+	}
+	return e, ok
 }
 
 func decode(b []byte, now time.Time) (Entry, bool) {
@@ -178,7 +202,7 @@ func decode(b []byte, now time.Time) (Entry, bool) {
 	}
 	e := Entry{TTL: ttl, Until: stored.Add(ttl)}
 	if head[16] != 0 {
-		e.Narinfo = b[headLength:]
+		e.Narinfo, e.Verified = b[headLength:], head[16]&verifiedBit != 0
 	}
 	return e, true
 }
@@ -251,6 +275,9 @@ func (c *Cache) Put(url, hash string, e Entry, now time.Time) error {
 	binary.BigEndian.PutUint64(head[8:], uint64(e.TTL/time.Second))
 	if e.Narinfo != nil {
 		head[16] = 1
+		if e.Verified {
+			head[16] |= verifiedBit
+		}
 	}
 	b.Write(head[:])
 	b.Write(e.Narinfo)
