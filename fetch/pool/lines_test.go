@@ -189,26 +189,28 @@ func TestFaultyLines(t *testing.T) {
 // reached: from the first request to the last byte by a process that knows nothing (cold), and by a later one (warm); and after
 // the first fifth, when the round trips are over that it takes to find out what to ask for (steady).
 func BenchmarkLine(b *testing.B) {
-	const rate = 25e6
-	for _, size := range []eris.BlockSize{eris.BlockSize32KiB, eris.BlockSize1KiB} {
-		length := int64(100e6)
-		if size == eris.BlockSize1KiB {
-			length = 50e6
-		}
+	for _, v := range []struct {
+		size   eris.BlockSize
+		rate   int64 // bytes per second
+		length int64
+	}{
+		{eris.BlockSize32KiB, 25e6, 100e6}, {eris.BlockSize1KiB, 25e6, 50e6}, {eris.BlockSize32KiB, 125e6, 500e6}, {eris.BlockSize1KiB, 125e6, 200e6},
+	} {
 		var blocks *memory
 		var c eris.ReadCapability
 		for _, roundTrip := range []int{1, 20, 100, 300} {
-			b.Run(fmt.Sprintf("%v/%dms", size, roundTrip), func(b *testing.B) {
+			b.Run(fmt.Sprintf("%v/%dMbit/%dms", v.size, v.rate/125e3, roundTrip), func(b *testing.B) {
 				if blocks == nil {
-					blocks, c = encode(b, size, length)
+					blocks, c = encode(b, v.size, v.length)
 				}
-				peers := []*peer{{roundTrip: time.Duration(roundTrip) * time.Millisecond, rate: rate}}
+				peers := []*peer{{roundTrip: time.Duration(roundTrip) * time.Millisecond, rate: v.rate}}
 				peers[0].start(b, blocks)
+				rate := float64(v.rate)
 				for b.Loop() {
 					state := sourcestate.Open("")
 					for _, name := range []string{"cold", "warm"} {
-						r := read(b, state, c, length, peers, pool.Options{})
-						b.ReportMetric(float64(length)/rate/r.took.Seconds(), name)
+						r := read(b, state, c, v.length, peers, pool.Options{})
+						b.ReportMetric(float64(v.length)/rate/r.took.Seconds(), name)
 						if name == "warm" {
 							b.ReportMetric(r.steady/rate, "steady")
 						}
