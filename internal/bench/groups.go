@@ -229,5 +229,23 @@ func rivals(w *workshop, it *benchItem, compression string) []contestant {
 			}
 			return run(exec.Command(path, "xf", archive, "-C", d))
 		}},
+		{"casync extract", func() (sample, error) {
+			path, err := look("casync")
+			if err != nil {
+				return sample{}, err
+			}
+			index := filepath.Join(w.directory, it.name+".caidx")
+			chunks := "--store=" + filepath.Join(w.directory, it.name+".castr")
+			if _, err := os.Stat(index); err != nil {
+				if out, err := exec.Command(path, "make", "--with=unix", chunks, index, it.tree).CombinedOutput(); err != nil {
+					return sample{}, fmt.Errorf("%w: %s", err, out)
+				}
+			}
+			d, err := w.destination()
+			if err != nil {
+				return sample{}, err
+			}
+			return run(exec.Command(path, "extract", "--with=unix", "--seed-output=no", chunks, index, filepath.Join(d, "item")))
+		}},
 	}
 }
