@@ -55,8 +55,11 @@ type ServerOptions struct {
 	// Compressions are the ways in which nars are offered, in this order: none,
 	// gzip and zstd.
 	Compressions []string
-	// TTL is for how long narinfos may be kept; 0 does not say.
-	TTL time.Duration
+	// TTL is for how long narinfos may be kept, and NegativeTTL for how long it may
+	// be that an item is not there; 0 does not say.
+	TTL, NegativeTTL time.Duration
+	// LogDirectory is where the daemon keeps build logs; empty if they are not served.
+	LogDirectory string
 	// Log is where messages go.
 	Log func(format string, a ...any)
 }
@@ -108,6 +111,8 @@ func NewServer(o ServerOptions) (*Server, error) {
 	s.mux.HandleFunc("GET /nix-cache-info", s.cacheInfo)
 	s.mux.HandleFunc("GET /signing-key.pub", s.signingKey)
 	s.mux.HandleFunc("GET /{name}", s.narinfo)
+	s.mux.HandleFunc("GET /file/{name}/sha256/{hash}", s.rawFile)
+	s.mux.HandleFunc("GET /log/{item}", s.log)
 	s.mux.HandleFunc("GET /nar/{item}", func(w http.ResponseWriter, r *http.Request) { s.nar(w, r, "none") })
 	s.mux.HandleFunc("GET /nar/gzip/{item}", func(w http.ResponseWriter, r *http.Request) { s.nar(w, r, "gzip") })
 	s.mux.HandleFunc("GET /nar/zstd/{item}", func(w http.ResponseWriter, r *http.Request) { s.nar(w, r, "zstd") })
@@ -175,6 +180,9 @@ func (s *Server) narinfo(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	if err != nil {
+		if errors.Is(err, ErrNoItem) {
+			maxAge(w, s.o.NegativeTTL)
+		}
 		s.failed(w, r, err)
 		return
 	}

@@ -37,7 +37,8 @@ type publishSettings struct {
 	eris                          bool
 	blocks, cache                 string // blocks is the URL of the store for them
 	compressions                  string
-	ttl                           time.Duration
+	ttl, negativeTTL              time.Duration
+	logs                          string
 	waitFor                       int64
 }
 
@@ -78,6 +79,8 @@ func publishCommand(args []string) int {
 	flags.StringVar(&s.cache, "cache", "", "keep what is known of read capabilities in `DIRECTORY`")
 	flags.StringVar(&s.compressions, "compression", "zstd,gzip", "offer nars in these `FORMS`, separated by commas: none, gzip, zstd")
 	flags.DurationVar(&s.ttl, "ttl", 0, "narinfos may be kept for this `TIME`, 36h for instance")
+	flags.DurationVar(&s.negativeTTL, "negative-ttl", 0, "that an item is not there may be kept for this `TIME`, 10m for instance")
+	flags.StringVar(&s.logs, "log-directory", "/var/log/guix/drvs", "the daemon's build logs are in `DIRECTORY`; \"none\" serves none")
 	flags.Int64Var(&s.waitFor, "wait-for", 64<<20, "encode items of up to this many `BYTES` before answering; larger ones are encoded in the background")
 	if status, ok := parse(flags, args, publishUsage); !ok {
 		return status
@@ -177,9 +180,14 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 	if err != nil {
 		host = "localhost"
 	}
+	logs := s.logs
+	if logs == "none" {
+		logs = ""
+	}
 	h, err = publish.NewServer(publish.ServerOptions{
 		StoreDir: s.store, Root: s.root, Items: items, Key: key, Host: host, Capabilities: capabilities,
-		WaitFor: uint64(max(0, s.waitFor)), Compressions: strings.Split(s.compressions, ","), TTL: s.ttl, Log: logf,
+		WaitFor: uint64(max(0, s.waitFor)), Compressions: strings.Split(s.compressions, ","), TTL: s.ttl, NegativeTTL: s.negativeTTL,
+		LogDirectory: logs, Log: logf,
 	})
 	return h, nil, err
 }

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package publish
+
+import (
+	"compress/bzip2"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+)
+
+// fixedOutputPath returns the file name in the store of a file that is known by its
+// SHA-256 digest, as downloaded sources are (Guix, guix/store.scm: fixed-output-path;
+// nix/libstore/store-api.cc: makeFixedOutputPath).
+func fixedOutputPath(storeDir, name string, digest [sha256.Size]byte) string {
+	inner := sha256.Sum256(fmt.Appendf(nil, "fixed:out:sha256:%x:", digest))
+	outer := sha256.Sum256(fmt.Appendf(nil, "output:out:sha256:%s:%s:%s", hex.EncodeToString(inner[:]), storeDir, name))
+	var short [20]byte
+	for i, b := range outer {
+		short[i%len(short)] ^= b
+	}
+	return storeDir + "/" + nixbase32.EncodeToString(short[:]) + "-" + name
+}
+
+// rawFile serves the contents of a file that is known by its hash.
+func (s *Server) rawFile(w http.ResponseWriter, r *http.Request) {
+	name := r.PathValue("name")
+	digest, err := nixbase32.DecodeString(r.PathValue("hash"))
+	if err != nil || len(digest) != sha256.Size || strings.Contains(name, "/") {
+		http.NotFound(w, r)
+		return
+	}
+	path := fixedOutputPath(s.o.StoreDir, name, [sha256.Size]byte(digest))
+	if narinfo.CheckStorePath(s.o.StoreDir, path) != nil {
+		http.NotFound(w, r)
+		return
+	}
+	if err := s.has(r.Context(), path); err != nil {
+		s.failed(w, r, err)
+		return
+	}
+	f, size, err := openRegular(s.file(path))
+	if err != nil {
+		s.failed(w, r, err)
+		return
+	}
+	defer f.Close()
+	w.Header().Set("Content-Type", "application/octet-stream")
+	w.Header().Set("Content-Length", fmt.Sprint(size))
+	maxAge(w, s.o.TTL)
+	if _, err := io.CopyN(w, f, size); err != nil {
+		panic(http.ErrAbortHandler) // the client must see that it is not whole
+	}
+}
+
+// has returns nil if the store is known to hold the item with this very path.
+func (s *Server) has(ctx context.Context, path string) error {
+	hashPart, err := narinfo.HashPart(s.o.StoreDir, path)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrNoItem, err)
+	}
+	item, err := s.o.Items.Item(ctx, hashPart)
+	if err == nil && item.StorePath != path {
+		err = fmt.Errorf("%w: %s", ErrNoItem, path)
+	}
+	return err
+}
+
+// openRegular opens a file that is a regular one, and no link to one.
+func openRegular(path string) (f *os.File, size int64, err error) {
+	info, err := os.Lstat(path)
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%w: %s is no regular file", ErrNoItem, path)
+	}
+	if err == nil {
+		f, err = os.Open(path)
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("%w: %w", ErrNoItem, err)
+	}
+	if err != nil {
+		return nil, 0, err
+	}
+	return f, info.Size(), nil
+}
+
+// log serves the build log of an item or of a derivation, as the daemon has
+// compressed it (Guix, guix/store.scm: log-file; nix/libstore/build.cc:
+// DerivationGoal::openLogFile).
+func (s *Server) log(w http.ResponseWriter, r *http.Request) {
+	name := r.PathValue("item")
+	if s.o.LogDirectory == "" || narinfo.CheckStoreName(name) != nil {
+		http.NotFound(w, r)
+		return
+	}
+	if !strings.HasSuffix(name, ".drv") {
+		item, err := s.o.Items.Item(r.Context(), name[:32]) // the digits of a hash, after the check
+		if err == nil && (item.StorePath != s.o.StoreDir+"/"+name || item.Deriver == "") {
+			err = fmt.Errorf("%w: nothing is known of how %s was built", ErrNoItem, name)
+		}
+		if err != nil {
+			s.failed(w, r, err)
+			return
+		}
+		name = item.Deriver
+	}
+	if narinfo.CheckStoreName(name) != nil {
+		http.NotFound(w, r)
+		return
+	}
+	for _, suffix := range []string{".gz", ".bz2", ""} {
+		f, size, err := openRegular(filepath.Join(s.o.LogDirectory, name[:2], name[2:]+suffix))
+		if errors.Is(err, ErrNoItem) {
+			continue
+		}
+		if err != nil {
+			s.failed(w, r, err)
+			return
+		}
+		defer f.Close()
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		text := io.Reader(io.LimitReader(f, size))
+		switch suffix {
+		case ".gz":
+			w.Header().Set("Content-Encoding", "gzip")
+		case ".bz2":
+			text = bzip2.NewReader(text) // few clients know it
+		}
+		if _, err := io.Copy(w, text); err != nil {
+			panic(http.ErrAbortHandler)
+		}
+		return
+	}
+	http.NotFound(w, r)
+}

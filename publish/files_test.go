@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package publish_test
+
+import (
+	"bytes"
+	"compress/gzip"
+	"encoding/hex"
+	"net/http"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
+)
+
+// TestRawFile gets a source by its hash. Its name in the store is that of the manual
+// of Guix, and what "nix-store --print-fixed-path" says.
+func TestRawFile(t *testing.T) {
+	const (
+		name = "hello-2.10.tar.gz"
+		hash = "0ssi1wpaf7plaswqqjwigppsg5fyh99vdlb9kzl7c9lng89ndq1i"
+		base = "hbdalsf5lpf01x4dcknwx6xbn6n5km6k-" + name
+	)
+	root := t.TempDir()
+	items, err := publish.ParseManifest([]byte("StorePath: /gnu/store/" + base + "\nReferences: \n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := server(t, publish.ServerOptions{Root: root, Items: items, TTL: time.Hour})
+	ask := func(path string, want int) string {
+		t.Helper()
+		status, header, body := get(t, s.URL+path)
+		if status != want {
+			t.Errorf("%s: status %d", path, status)
+		}
+		if want == http.StatusOK && (header.Get("Content-Type") != "application/octet-stream" || header.Get("Cache-Control") != "max-age=3600") {
+			t.Errorf("%s: header %v", path, header)
+		}
+		return body
+	}
+	file := filepath.Join(root, base)
+	ask("/file/"+name+"/sha256/"+hash, http.StatusNotFound) // it has been deleted
+	if err := os.Symlink("/etc/passwd", file); err != nil {
+		t.Fatal(err)
+	}
+	ask("/file/"+name+"/sha256/"+hash, http.StatusNotFound)
+	os.Remove(file)
+	if err := os.WriteFile(file, []byte("a source"), 0o444); err != nil {
+		t.Fatal(err)
+	}
+	if body := ask("/file/"+name+"/sha256/"+hash, http.StatusOK); body != "a source" {
+		t.Errorf("body %q", body)
+	}
+	for _, path := range []string{
+		"/file/" + name + "/sha256/1" + hash[1:], "/file/other/sha256/" + hash, "/file/" + name + "/sha256/" + hash[1:], "/file/" + name + "/sha256/x",
+		"/file/..%2f" + name + "/sha256/" + hash, "/file/%00/sha256/" + hash, "/file/" + name + "/md5/" + hash, "/file/%2e%2e/sha256/" + hash,
+	} {
+		ask(path, http.StatusNotFound)
+	}
+}
+
+// TestLog gets build logs of an item and of a derivationtion.
+func TestLog(t *testing.T) {
+	const (
+		item       = "00000000000000000000000000000001-hello"
+		other      = "00000000000000000000000000000002-source"
+		derivation = "abcdfghijklmnpqrsvwxyz0123456789-hello.drv"
+	)
+	items, err := publish.ParseManifest([]byte("StorePath: /gnu/store/" + item + "\nReferences: \nDeriver: " + derivation + "\n\nStorePath: /gnu/store/" + other + "\nReferences: \n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	logs := t.TempDir()
+	s := server(t, publish.ServerOptions{Root: t.TempDir(), Items: items, LogDirectory: logs})
+	ask := func(name string, want int) string {
+		t.Helper()
+		status, _, body := get(t, s.URL+"/log/"+name)
+		if status != want {
+			t.Errorf("%s: status %d", name, status)
+		}
+		return body
+	}
+	ask(item, http.StatusNotFound)
+	var packed bytes.Buffer
+	z := gzip.NewWriter(&packed)
+	z.Write([]byte("it was built\n"))
+	z.Close()
+	if err := os.Mkdir(logs+"/ab", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(logs+"/ab/"+derivation[2:]+".gz", packed.Bytes(), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{item, derivation} {
+		if body := ask(name, http.StatusOK); body != "it was built\n" { // the client unpacks it
+			t.Errorf("%s: %q", name, body)
+		}
+	}
+	old, err := hex.DecodeString("425a6839314159265359c7c7a9c900000351800010400030240e80200031003020069ea250599c8937c5dc914e142431f1ea7240")
+	if err != nil {
+		t.Fatal(err)
+	}
+	os.Remove(logs + "/ab/" + derivation[2:] + ".gz")
+	if err := os.WriteFile(logs+"/ab/"+derivation[2:]+".bz2", old, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if body := ask(item, http.StatusOK); body != "it was built\n" {
+		t.Errorf("by bzip2: %q", body)
+	}
+	for _, name := range []string{other, "00000000000000000000000000000001-other", "x", "..%2f..%2fetc%2fpasswd", "00000000000000000000000000000000-x.drv"} {
+		ask(name, http.StatusNotFound)
+	}
+	if status, _, _ := get(t, server(t, publish.ServerOptions{Items: items}).URL+"/log/"+derivation); status != http.StatusNotFound {
+		t.Errorf("without a directory of logs: status %d", status)
+	}
+}
+
+// TestNegativeTTL checks that clients are told for how long an item counts as absent.
+func TestNegativeTTL(t *testing.T) {
+	root, items := aStore(t)
+	s := server(t, publish.ServerOptions{Root: root, Items: items, NegativeTTL: 10 * time.Minute})
+	status, header, _ := get(t, s.URL+"/abcdfghijklmnpqrsvwxyz0123456789.narinfo")
+	if status != http.StatusNotFound || header.Get("Cache-Control") != "max-age=600" {
+		t.Errorf("status %d, header %v", status, header)
+	}
+	if _, header, _ := get(t, s.URL+"/nix-cache-infos"); header.Get("Cache-Control") != "" {
+		t.Errorf("header %v", header)
+	}
+}
