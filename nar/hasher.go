@@ -10,8 +10,8 @@ import (
 )
 
 // A Hasher computes the NarHash of a tree from its nodes, in a goroutine of its
-// own: SHA-256 is what limits a large file once decompression and writing run
-// beside it. Its methods must be called from one goroutine, in the order of the
+// own if there is much to hash: SHA-256 is what limits a large file once
+// decompression and writing run beside it. Its methods must be called from one goroutine, in the order of the
 // walk: Node for each node, Contents for each piece of the contents of a Regular
 // and EndContents after the last, and Finish in any case.
 //
@@ -25,12 +25,13 @@ type Hasher struct {
 	frame  []byte // what is not handed over yet; the memory of fill
 	fill   *frameBuffer
 	free   chan *frameBuffer
-	pieces chan Chunk
+	pieces chan Chunk // nil as long as there is no goroutine
 	done   sync.WaitGroup
 	state  hash.Hash
 }
 
-// frameBuffer is the memory of a run of framing bytes. It has one user.
+// frameBuffer is the memory of a run of framing bytes, which grows as it is needed. It
+// has one user.
 type frameBuffer struct {
 	bytes []byte
 	home  chan *frameBuffer
@@ -40,10 +41,12 @@ func (b *frameBuffer) Retain()  { panic("a frame has one user") }
 func (b *frameBuffer) Release() { b.home <- b } // has room for all
 
 const (
-	frameSize    = 64 << 10
-	frameFull    = 32 << 10 // leaves room for what a node and a small piece add
+	frameFull    = 32 << 10
 	frameBuffers = 4
 	hashQueue    = 16
+	// alone is the length in bytes of an archive up to which there is no goroutine:
+	// two hand-overs cost as much as the hash.
+	alone = 64 << 10
 	// smallPiece is the length in bytes of contents below which they are copied.
 	smallPiece = 4 << 10
 )
@@ -51,22 +54,22 @@ const (
 // NewHasher starts a hasher. When ctx is done its methods return the error of
 // ctx.
 func NewHasher(ctx context.Context) *Hasher {
-	h := &Hasher{
-		ctx:    ctx,
-		free:   make(chan *frameBuffer, frameBuffers),
-		pieces: make(chan Chunk, hashQueue),
-		state:  sha256.New(),
-	}
+	h := &Hasher{ctx: ctx, free: make(chan *frameBuffer, frameBuffers), state: sha256.New()}
 	for range frameBuffers {
 		h.free <- &frameBuffer{home: h.free}
 	}
+	return h
+}
+
+// start starts the goroutine.
+func (h *Hasher) start() {
+	h.pieces = make(chan Chunk, hashQueue)
 	h.done.Go(func() {
 		for c := range h.pieces {
 			h.state.Write(c.Bytes)
 			c.Release()
 		}
 	})
-	return h
 }
 
 // Size is the length of the archive so far, in bytes.
@@ -120,8 +123,10 @@ func (h *Hasher) Contents(c Chunk) error {
 // error.
 func (h *Hasher) Finish() (sum [sha256.Size]byte) {
 	h.push() // fails only when nobody wants the hash
-	close(h.pieces)
-	h.done.Wait()
+	if h.pieces != nil {
+		close(h.pieces)
+		h.done.Wait()
+	}
 	h.state.Sum(sum[:0])
 	return sum
 }
@@ -135,9 +140,6 @@ func (h *Hasher) room() error {
 	case h.fill = <-h.free:
 	case <-h.ctx.Done():
 		return h.ctx.Err()
-	}
-	if h.fill.bytes == nil {
-		h.fill.bytes = make([]byte, 0, frameSize)
 	}
 	h.frame = h.fill.bytes[:0]
 	return nil
@@ -156,6 +158,7 @@ func (h *Hasher) push() error {
 	if h.fill == nil || len(h.frame) == 0 {
 		return nil
 	}
+	h.fill.bytes = h.frame // it may have grown
 	if err := h.send(Chunk{h.frame, h.fill}); err != nil {
 		return err
 	}
@@ -164,6 +167,14 @@ func (h *Hasher) push() error {
 }
 
 func (h *Hasher) send(c Chunk) error {
+	if h.size <= alone {
+		h.state.Write(c.Bytes)
+		c.Release()
+		return nil
+	}
+	if h.pieces == nil {
+		h.start()
+	}
 	select {
 	case h.pieces <- c:
 		return nil

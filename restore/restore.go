@@ -82,9 +82,12 @@ func Restore(ctx context.Context, nodes nar.Nodes, destination string, o Options
 		return Result{}, err
 	}
 	defer unix.Close(parent)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	group, ctx := errgroup.WithContext(ctx)
 	r := &restorer{
 		ctx:         ctx,
+		group:       group,
 		nodes:       nodes,
 		destination: destination,
 		name:        name,
@@ -101,19 +104,20 @@ func Restore(ctx context.Context, nodes nar.Nodes, destination string, o Options
 		r.links = &links{path: o.LinksDirectory, fd: -1}
 		defer r.links.close()
 	}
-	for range workers {
-		group.Go(func() error { return contained(r.work) })
-	}
-	group.Go(func() error {
-		r.failed = contained(r.plan)
-		return r.failed
-	})
-	if err := group.Wait(); err != nil {
-		r.abandon()
-		if errors.Is(err, errWalk) && r.failed != nil {
-			err = r.failed
+	failed := contained(r.plan)
+	if failed != nil {
+		cancel(failed)
+		// The walk may have failed because something else had, or the other way round.
+		if first := context.Cause(ctx); !errors.Is(first, errWalk) {
+			failed = first
 		}
-		return Result{}, err
+	}
+	if err := group.Wait(); failed == nil {
+		failed = err
+	}
+	if failed != nil {
+		r.abandon()
+		return Result{}, failed
 	}
 	return r.result, nil
 }
@@ -147,10 +151,11 @@ type restorer struct {
 	files       chan *file
 
 	// The rest belongs to plan.
-	hash   *nar.Hasher
-	result Result
-	failed error
-	open   []*directory // the path to the node under way; the first is the parent of destination
+	group   *errgroup.Group
+	started int // of the workers
+	hash    *nar.Hasher
+	result  Result
+	open    []*directory // the path to the node under way; the first is the parent of destination
 }
 
 // A directory is complete when plan has seen its end and all of its entries are.
@@ -298,7 +303,13 @@ func (r *restorer) pieces(f *file, sent *bool) error {
 	}
 }
 
+// send hands a file to the workers, and starts another one if those that there are have enough to do: a tiny item is restored
+// in less time than it takes to start several.
 func (r *restorer) send(f *file) error {
+	if r.started == 0 || r.started < workers && (len(r.files) > 0 || f.stream != nil) {
+		r.started++
+		r.group.Go(func() error { return contained(r.work) })
+	}
 	select {
 	case r.files <- f:
 		return nil

@@ -31,6 +31,10 @@ const (
 	// decompressor and the restorer.
 	readAheadBuffers = 24
 	readAheadSize    = 128 << 10
+	leastReadAhead   = 4 << 10
+	// shortArchive is the length in bytes of an archive up to which it is not read
+	// ahead.
+	shortArchive = 64 << 10
 	// A source that brings less than leastRate bytes per second for ratePeriod is
 	// left for the next one.
 	leastRate  = 1 << 10
@@ -306,13 +310,13 @@ func (j *job) attempt(ctx context.Context, url, compression string) (narSize uin
 	if err != nil {
 		return 0, err
 	}
-	ahead := nar.NewReadAhead(ctx, plain, readAheadBuffers, readAheadSize)
-	result, err := restore.Restore(ctx, nar.NewReader(ahead), j.destination, j.options())
+	nodes, closeNodes := j.reader(ctx, plain)
+	result, err := restore.Restore(ctx, nodes, j.destination, j.options())
 	if err != nil {
 		cancel(err) // makes a read that is under way return
 		err = context.Cause(ctx)
 	}
-	ahead.Close()
+	closeNodes()
 	plain.Close()
 	if err != nil {
 		return 0, err
@@ -324,6 +328,15 @@ func (j *job) attempt(ctx context.Context, url, compression string) (narSize uin
 	j.s.noteServer(url, counted, latency)
 	j.s.adapt(before)
 	return result.NarSize, nil
+}
+
+// reader reads the archive, in a goroutine of its own unless it is short.
+func (j *job) reader(ctx context.Context, plain io.Reader) (nodes *nar.Reader, done func()) {
+	if j.want.NarSize <= shortArchive {
+		return nar.NewReader(nar.FeedReader(plain, int(max(j.want.NarSize, leastReadAhead)))), func() {}
+	}
+	ahead := nar.NewReadAhead(ctx, plain, readAheadBuffers, int(min(j.want.NarSize, readAheadSize)))
+	return nar.NewReader(ahead), ahead.Close
 }
 
 func (j *job) options() restore.Options {
