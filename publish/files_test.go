@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
 
@@ -127,5 +129,31 @@ func TestNegativeTTL(t *testing.T) {
 	}
 	if _, header, _ := get(t, s.URL+"/nix-cache-infos"); header.Get("Cache-Control") != "" {
 		t.Errorf("header %v", header)
+	}
+}
+
+// TestRSA publishes with an RSA key, as old machines have.
+func TestRSA(t *testing.T) {
+	secret, err := os.ReadFile("../acl/testdata/rsa.sec")
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := acl.ParseSigningKey(secret, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, items := aStore(t)
+	s := server(t, publish.ServerOptions{Root: root, Items: items, Key: key, Host: "old"})
+	_, _, text := get(t, s.URL+"/00000000000000000000000000000001.narinfo")
+	n, err := narinfo.Parse([]byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Authorise(acl.NewACL(key.PublicKey())); err != nil {
+		t.Error(err)
+	}
+	_, _, public := get(t, s.URL+"/signing-key.pub")
+	if published, err := acl.ParsePublicKey([]byte(public)); err != nil || !acl.NewACL(key.PublicKey()).Contains(published) {
+		t.Errorf("the key that is published is %q, error %v", public, err)
 	}
 }
