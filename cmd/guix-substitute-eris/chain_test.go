@@ -336,7 +336,10 @@ func TestChainLarge(t *testing.T) {
 	big, all := setting != "", setting == "all"
 	size, files, depth, zeros := int64(8<<20), 500, 200, int64(64<<20)
 	if big {
-		size, files, depth, zeros = 1e9, 20000, nar.MaxDepth, 1<<30
+		size, files, depth, zeros = 3e8, 20000, nar.MaxDepth, 1<<30
+	}
+	if all {
+		size = 1e9
 	}
 	c := newChain(t)
 	random := rand.NewChaCha8([32]byte{1})
