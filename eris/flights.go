@@ -317,27 +317,23 @@ func (fs *flights) takeAnswers(batch []*flight) (n int) {
 
 // finishAll does with answers what do does with a block. Called without the lock.
 func (w *walker) finishAll(batch []*flight, errs []error) {
-	var blocks [finishBatch][]byte
+	var answers [finishBatch][]byte
+	var hashes batchHashes
 	for i, f := range batch {
 		f.mu.Lock()
 		f.finishing, f.request = f.request, nil
 		f.mu.Unlock()
-		blocks[i], errs[i] = f.finishing.Finish()
-	}
-	var hashes batchHashes
-	for i, f := range batch {
-		if errs[i] != nil {
-			continue
+		block, err := f.finishing.Finish()
+		if size := f.job.content.spine.capability.BlockSize; err == nil && len(block) != int(size) {
+			err = &BlockError{Reference: f.job.pair.Reference, Length: len(block), Want: size}
 		}
-		if size := f.job.content.spine.capability.BlockSize; len(blocks[i]) != int(size) {
-			errs[i] = &BlockError{Reference: f.job.pair.Reference, Length: len(blocks[i]), Want: size}
-			continue
+		if answers[i], errs[i] = block, err; err == nil {
+			hashes.add(i, block)
 		}
-		hashes.add(i, blocks[i])
 	}
-	hashes.sum(func(i int, sum *[32]byte) {
-		if ref := batch[i].job.pair.Reference; Reference(*sum) != ref {
-			errs[i] = &BlockError{Reference: ref, Length: len(blocks[i])}
+	hashes.sum(func(i int, sum Reference) {
+		if ref := batch[i].job.pair.Reference; sum != ref {
+			errs[i] = &BlockError{Reference: ref, Length: len(answers[i])}
 		}
 	})
 	for i, f := range batch {
@@ -347,7 +343,7 @@ func (w *walker) finishAll(batch []*flight, errs []error) {
 		var wrong *BlockError
 		switch {
 		case err == nil:
-			Decrypt(j.buffer.data, blocks[i], j.pair.Key, j.level)
+			Decrypt(j.buffer.data, answers[i], j.pair.Key, j.level)
 			if j.level > 0 {
 				hashes.add(i, j.buffer.data)
 			} else {
@@ -359,36 +355,30 @@ func (w *walker) finishAll(batch []*flight, errs []error) {
 			errs[i] = errAgain
 		}
 	}
-	hashes.sum(func(i int, sum *[32]byte) {
+	hashes.sum(func(i int, sum Reference) {
 		j := &batch[i].job
-		errs[i] = j.check(Key(*sum) == j.pair.Key)
+		errs[i] = j.check(Key(sum) == j.pair.Key)
 	})
 }
 
-// batchHashes hashes blocks of both sizes, those of each size together.
+// batchHashes hashes some blocks of a batch together.
 type batchHashes struct {
-	of [2]struct {
-		n      int
-		index  [finishBatch]int
-		blocks [finishBatch][]byte
-	}
-	sums [finishBatch][32]byte
+	n      int
+	index  [finishBatch]int
+	blocks [finishBatch][]byte
+	sums   [finishBatch]Reference
 }
 
 func (h *batchHashes) add(i int, block []byte) {
-	of := &h.of[sizeIndex(BlockSize(len(block)))]
-	of.index[of.n], of.blocks[of.n] = i, block
-	of.n++
+	h.index[h.n], h.blocks[h.n] = i, block
+	h.n++
 }
 
 // sum calls each with the hash of every block that was added, and forgets them.
-func (h *batchHashes) sum(each func(i int, sum *[32]byte)) {
-	for k := range h.of {
-		of := &h.of[k]
-		sumBlocks(h.sums[:of.n], of.blocks[:of.n], nil)
-		for i := range of.n {
-			each(of.index[i], &h.sums[i])
-		}
-		of.n = 0
+func (h *batchHashes) sum(each func(i int, sum Reference)) {
+	SumAll(h.sums[:h.n], h.blocks[:h.n])
+	for k := range h.n {
+		each(h.index[k], h.sums[k])
 	}
+	h.n = 0
 }

@@ -4,7 +4,6 @@ package publish
 
 import (
 	"compress/bzip2"
-	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -20,17 +19,17 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
-// fixedOutputPath returns the file name in the store of a file that is known by its
-// SHA-256 digest, as downloaded sources are (Guix, guix/store.scm: fixed-output-path;
+// fixedOutputName returns the name in the store of a file that is known by its SHA-256
+// digest, as downloaded sources are (Guix, guix/store.scm: fixed-output-path;
 // nix/libstore/store-api.cc: makeFixedOutputPath).
-func fixedOutputPath(storeDir, name string, digest [sha256.Size]byte) string {
+func fixedOutputName(storeDir, name string, digest [sha256.Size]byte) string {
 	inner := sha256.Sum256(fmt.Appendf(nil, "fixed:out:sha256:%x:", digest))
 	outer := sha256.Sum256(fmt.Appendf(nil, "output:out:sha256:%s:%s:%s", hex.EncodeToString(inner[:]), storeDir, name))
 	var short [20]byte
 	for i, b := range outer {
 		short[i%len(short)] ^= b
 	}
-	return storeDir + "/" + nixbase32.EncodeToString(short[:]) + "-" + name
+	return nixbase32.EncodeToString(short[:]) + "-" + name
 }
 
 // rawFile serves the contents of a file that is known by its hash.
@@ -41,16 +40,12 @@ func (s *Server) rawFile(w http.ResponseWriter, r *http.Request) {
 		http.NotFound(w, r)
 		return
 	}
-	path := fixedOutputPath(s.o.StoreDir, name, [sha256.Size]byte(digest))
-	if narinfo.CheckStorePath(s.o.StoreDir, path) != nil {
-		http.NotFound(w, r)
-		return
-	}
-	if err := s.has(r.Context(), path); err != nil {
+	item, err := s.named(r.Context(), fixedOutputName(s.o.StoreDir, name, [sha256.Size]byte(digest)))
+	if err != nil {
 		s.failed(w, r, err)
 		return
 	}
-	f, size, err := openRegular(s.file(path))
+	f, size, err := openRegular(s.file(item.StorePath))
 	if err != nil {
 		s.failed(w, r, err)
 		return
@@ -62,19 +57,6 @@ func (s *Server) rawFile(w http.ResponseWriter, r *http.Request) {
 	if _, err := io.CopyN(w, f, size); err != nil {
 		panic(http.ErrAbortHandler) // the client must see that it is not whole
 	}
-}
-
-// has returns nil if the store is known to hold the item with this very path.
-func (s *Server) has(ctx context.Context, path string) error {
-	hashPart, err := narinfo.HashPart(s.o.StoreDir, path)
-	if err != nil {
-		return fmt.Errorf("%w: %w", ErrNoItem, err)
-	}
-	item, err := s.o.Items.Item(ctx, hashPart)
-	if err == nil && item.StorePath != path {
-		err = fmt.Errorf("%w: %s", ErrNoItem, path)
-	}
-	return err
 }
 
 // openRegular opens a file that is a regular one, and no link to one.
@@ -100,22 +82,19 @@ func openRegular(path string) (f *os.File, size int64, err error) {
 // DerivationGoal::openLogFile).
 func (s *Server) log(w http.ResponseWriter, r *http.Request) {
 	name := r.PathValue("item")
-	if s.o.LogDirectory == "" || narinfo.CheckStoreName(name) != nil {
+	if s.o.LogDirectory == "" {
 		http.NotFound(w, r)
 		return
 	}
 	if !strings.HasSuffix(name, ".drv") {
-		item, err := s.o.Items.Item(r.Context(), name[:32]) // the digits of a hash, after the check
-		if err == nil && (item.StorePath != s.o.StoreDir+"/"+name || item.Deriver == "") {
-			err = fmt.Errorf("%w: nothing is known of how %s was built", ErrNoItem, name)
-		}
+		item, err := s.named(r.Context(), name)
 		if err != nil {
 			s.failed(w, r, err)
 			return
 		}
 		name = item.Deriver
 	}
-	if narinfo.CheckStoreName(name) != nil {
+	if narinfo.CheckStoreName(name) != nil { // or there is none
 		http.NotFound(w, r)
 		return
 	}

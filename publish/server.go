@@ -330,17 +330,21 @@ func (s *Server) urls(item *narinfo.Narinfo) []narinfo.URL {
 	return urls
 }
 
-// nar serves an item's nar; it is compressed on the way.
-func (s *Server) nar(w http.ResponseWriter, r *http.Request, compression string) {
-	name := r.PathValue("item")
+// named returns what is known of the item with the given name.
+func (s *Server) named(ctx context.Context, name string) (*narinfo.Narinfo, error) {
 	if err := narinfo.CheckStoreName(name); err != nil {
-		http.NotFound(w, r)
-		return
+		return nil, fmt.Errorf("%w: %w", ErrNoItem, err)
 	}
-	item, err := s.o.Items.Item(r.Context(), name[:32]) // the digits of a hash, after the check
+	item, err := s.o.Items.Item(ctx, name[:32]) // the digits of a hash, after the check
 	if err == nil && item.StorePath != s.o.StoreDir+"/"+name {
 		err = fmt.Errorf("%w: %s", ErrNoItem, name)
 	}
+	return item, err
+}
+
+// nar serves an item's nar; it is compressed on the way.
+func (s *Server) nar(w http.ResponseWriter, r *http.Request, compression string) {
+	item, err := s.named(r.Context(), r.PathValue("item"))
 	if err != nil {
 		s.failed(w, r, err)
 		return

@@ -10,8 +10,8 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
 
@@ -78,12 +78,16 @@ func (j *job) attemptBlocks(ctx context.Context, c eris.ReadCapability) (narSize
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	limits := erisfs.Limits{NarSize: j.options().MaxBytes}
-	blocks := &countedBlocks{VerifiedBlocks: j.s.Blocks, progress: j.progress, left: int64(j.want.NarSize)}
-	blocks.starter, _ = j.s.Blocks.(eris.Starter)
+	var got atomic.Int64           // bytes of blocks
+	shown := int64(j.want.NarSize) // as the whole; blocks are some bytes more
+	blocks := fetch.Counted(j.s.Blocks, func(n int) {
+		after := got.Add(int64(n))
+		j.progress.Transferred(int(min(after, shown) - min(after-int64(n), shown)))
+	})
 	j.progress.From(c.URN(), int64(min(j.want.NarSize, 1<<62)))
-	defer watchRate(&blocks.n, cancel)()
+	defer watchRate(&got, cancel)()
 	if j.choice != nil {
-		defer j.choice.watchPace(blocks.n.Load, cancel)()
+		defer j.choice.watchPace(got.Load, cancel)()
 	}
 	var window eris.Window
 	if j.s.Window != nil {
@@ -113,54 +117,6 @@ func (j *job) attemptBlocks(ctx context.Context, c eris.ReadCapability) (narSize
 func prefer(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
-	}
-	return err
-}
-
-// countedBlocks counts the blocks that pass.
-type countedBlocks struct {
-	eris.VerifiedBlocks
-	starter  eris.Starter // the blocks, or nil
-	progress *protocol.Download
-	left     int64 // of what is shown as the whole; blocks are some bytes more
-	n        atomic.Int64
-}
-
-// Get implements [eris.Blocks].
-func (b *countedBlocks) Get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
-	block, err := b.VerifiedBlocks.Get(ctx, ref, size, dst)
-	if err == nil {
-		b.count(len(block))
-	}
-	return block, err
-}
-
-func (b *countedBlocks) count(n int) {
-	after := b.n.Add(int64(n))
-	b.progress.Transferred(int(min(after, b.left) - min(after-int64(n), b.left)))
-}
-
-// Starts implements [eris.Starter].
-func (b *countedBlocks) Starts() bool { return b.starter != nil && b.starter.Starts() }
-
-// Start implements [eris.Starter].
-func (b *countedBlocks) Start(ref eris.Reference, size eris.BlockSize, dst []byte, answered func()) eris.Request {
-	if of := b.starter.Start(ref, size, dst, answered); of != nil {
-		return &countedRequest{of, b, int(size)}
-	}
-	return nil
-}
-
-type countedRequest struct {
-	eris.Request
-	blocks *countedBlocks
-	size   int
-}
-
-// Verified implements [eris.Request].
-func (r *countedRequest) Verified(err error) error {
-	if err = r.Request.Verified(err); err == nil {
-		r.blocks.count(r.size)
 	}
 	return err
 }

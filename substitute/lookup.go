@@ -397,7 +397,7 @@ func (s *Substituter) fetch(ctx context.Context, server *server, missing map[str
 	defer cancel()
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	left := new(atomic.Int64)
+	var left atomic.Int64 // bytes
 	left.Store(lookupBytes + int64(len(missing))*lookupBytesEach)
 	hashes := make([]string, 0, len(missing))
 	for hash := range missing {

@@ -161,13 +161,13 @@ type Server struct {
 	putBytes    atomic.Int64 // in batches beyond the first of each connection
 	answerBytes atomic.Int64 // as last counted by the connections
 	lastLog     atomic.Int64
+	gates       admission.Gates
 
 	mu       sync.Mutex
 	closing  bool
 	closers  map[closer]struct{} // listeners and packet connections
 	conns    map[*conn]struct{}
-	gates    []*admission.Gate // one for each listener that there was
-	services sync.WaitGroup    // calls of Serve, ServePacket and ServeConn
+	services sync.WaitGroup // calls of Serve, ServePacket and ServeConn
 }
 
 type closer interface{ Close() error }
@@ -225,7 +225,7 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 		return ErrServerClosed
 	}
 	defer s.done(listener)
-	gate := s.gate()
+	gate := s.gates.New(s.config.MaxConnections)
 	defer gate.Wait()
 	for wait := time.Millisecond; ; {
 		conn, err := listener.Accept()
@@ -255,15 +255,6 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 	}
 }
 
-// gate returns the gate for a further listener.
-func (s *Server) gate() *admission.Gate {
-	g := admission.New(s.config.MaxConnections)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.gates = append(s.gates, g)
-	return g
-}
-
 // Stats is what a [Server] does at the moment, and what it has done.
 type Stats struct {
 	Connections int   // at the moment
@@ -275,13 +266,8 @@ type Stats struct {
 func (s *Server) Stats() Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	stats := Stats{Connections: len(s.conns)}
-	for _, g := range s.gates {
-		of := g.Stats()
-		stats.Accepted += of.Accepted
-		stats.TurnedAway += of.TurnedAway
-	}
-	return stats
+	of := s.gates.Stats()
+	return Stats{len(s.conns), of.Accepted, of.TurnedAway}
 }
 
 // ServeConn serves one connection until it ends, and closes it. It returns nil, or [ErrServerClosed] without having

@@ -35,7 +35,7 @@ func (s *Server) ServeWebSocket(listener net.Listener, access Access) error {
 		return ErrServerClosed
 	}
 	defer s.done(listener)
-	gate := s.gate()
+	gate := s.gates.New(s.config.MaxConnections)
 	defer gate.Wait()
 	server := &http.Server{
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -101,6 +101,7 @@ type Server struct {
 	requests *semaphore.Weighted
 	memory   sync.Pool // of *[32769]byte
 	lastLog  atomic.Int64
+	gates    admission.Gates
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
@@ -108,8 +109,7 @@ type Server struct {
 	mu       sync.Mutex
 	closing  bool
 	servers  map[*http.Server]struct{}
-	gates    []*admission.Gate // one for each listener that there was
-	services sync.WaitGroup    // calls of Serve
+	services sync.WaitGroup // calls of Serve
 }
 
 // New returns a Server.
@@ -153,8 +153,6 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 		listener.Close()
 		return ErrServerClosed
 	}
-	gate := admission.New(s.config.MaxConnections)
-	s.gates = append(s.gates, gate)
 	s.servers[server] = struct{}{}
 	s.services.Add(1)
 	s.mu.Unlock()
@@ -164,7 +162,7 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 		s.mu.Unlock()
 		s.services.Done()
 	}()
-	err := server.Serve(gate.Listener(listener))
+	err := server.Serve(s.gates.New(s.config.MaxConnections).Listener(listener))
 	if errors.Is(err, http.ErrServerClosed) {
 		return ErrServerClosed
 	}
@@ -181,16 +179,8 @@ type Stats struct {
 
 // Stats returns the statistics.
 func (s *Server) Stats() Stats {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	var stats Stats
-	for _, g := range s.gates {
-		of := g.Stats()
-		stats.Connections += of.Open
-		stats.Accepted += of.Accepted
-		stats.TurnedAway += of.TurnedAway
-	}
-	return stats
+	of := s.gates.Stats()
+	return Stats{of.Open, of.Accepted, of.TurnedAway}
 }
 
 // Shutdown stops accepting connections and waits until all requests have been answered. When the context ends before that,

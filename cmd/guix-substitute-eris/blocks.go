@@ -95,21 +95,6 @@ func openBlocks(o blocksOptions) (*blocks, error) {
 	return b, failed
 }
 
-// Starts implements [eris.Starter].
-func (b *blocks) Starts() bool {
-	s, ok := b.VerifiedBlocks.(eris.Starter)
-	return ok && s.Starts()
-}
-
-// Start implements [eris.Starter].
-func (b *blocks) Start(ref eris.Reference, size eris.BlockSize, dst []byte, answered func()) eris.Request {
-	s, ok := b.VerifiedBlocks.(eris.Starter)
-	if !ok {
-		return nil
-	}
-	return s.Start(ref, size, dst, answered)
-}
-
 // nearWindow is enough for stores of this machine: what is more only takes memory,
 // the use of which costs more than the block.
 var nearWindow = eris.Window{Requests: 512, Bytes: 8 << 20}

@@ -17,6 +17,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
@@ -101,7 +102,7 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 		fmt.Fprintf(os.Stderr, "guix-substitute-eris: warning: %s gave wrong bytes and is not asked again: %v\n", source, err)
 	}})
 	defer all.Close()
-	blocks := countingBlocks{all, shown}
+	blocks := fetch.Counted(all, shown.add)
 	// What is decoded may be as large as it likes; it goes to disk only.
 	x, err := image.Open(ctx, blocks, c, erisfs.Limits{NarSize: 1 << 60}, all.Window())
 	if err != nil {
@@ -126,45 +127,6 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	}
 	result.NarHash, result.NarSize = "sha256:"+nixbase32.EncodeToString(r.NarHash[:]), r.NarSize
 	return result, nil
-}
-
-// countingBlocks shows progress.
-type countingBlocks struct {
-	pool  *pool.Pool
-	shown *progress
-}
-
-// Verified implements [eris.VerifiedBlocks].
-func (b countingBlocks) Verified() {}
-
-// Get implements [eris.Blocks].
-func (b countingBlocks) Get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
-	block, err := b.pool.Get(ctx, ref, size, dst)
-	b.shown.add(len(block))
-	return block, err
-}
-
-// Starts implements [eris.Starter].
-func (b countingBlocks) Starts() bool { return b.pool.Starts() }
-
-// Start implements [eris.Starter].
-func (b countingBlocks) Start(ref eris.Reference, size eris.BlockSize, dst []byte, answered func()) eris.Request {
-	if of := b.pool.Start(ref, size, dst, answered); of != nil {
-		return countingRequest{of, b.shown}
-	}
-	return nil
-}
-
-type countingRequest struct {
-	eris.Request
-	shown *progress
-}
-
-// Finish implements [eris.Request].
-func (r countingRequest) Finish() ([]byte, error) {
-	block, err := r.Request.Finish()
-	r.shown.add(len(block))
-	return block, err
 }
 
 // writeContents writes contents to a file that there is not yet. A file that is

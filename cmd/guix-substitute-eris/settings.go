@@ -221,7 +221,7 @@ func (s *settings) session(query bool) *session {
 		}
 		if b != nil {
 			result.blocks = b
-			result.Blocks, result.Window, result.StoreSpeed = b, b.window, b.speed
+			result.Blocks, result.Window, result.StoreSpeed = b.VerifiedBlocks, b.window, b.speed
 			result.Nearby, result.NearbyStride = b.nearby, b.stride
 		}
 	}

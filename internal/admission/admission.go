@@ -120,3 +120,33 @@ func (m *member) Close() error {
 	defer m.leave()
 	return m.Conn.Close()
 }
+
+// Gates are those of a server, one for each listener that it has had. The zero value has none. They are safe for concurrent
+// use.
+type Gates struct {
+	mu  sync.Mutex
+	all []*Gate
+}
+
+// New returns a further gate: see [New].
+func (g *Gates) New(most int) *Gate {
+	gate := New(most)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.all = append(g.all, gate)
+	return gate
+}
+
+// Stats returns the sums of the counts of all.
+func (g *Gates) Stats() Stats {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	var sum Stats
+	for _, gate := range g.all {
+		s := gate.Stats()
+		sum.Open += s.Open
+		sum.Accepted += s.Accepted
+		sum.TurnedAway += s.TurnedAway
+	}
+	return sum
+}
