@@ -40,21 +40,33 @@ type server struct {
 }
 
 func startServer(tb testing.TB, blocks eris.Blocks) *server {
-	s := &server{tb: tb, address: "127.0.0.1:0"}
-	s.config.Resources = []coapserver.Resource{{Blocks: blocks}}
-	s.config.MaxGets = 256
+	s := newServer(tb, blocks)
+	s.address = "127.0.0.1:0"
 	s.start()
 	tb.Cleanup(s.stop)
 	return s
 }
 
+// newServer returns a server that does not serve yet.
+func newServer(tb testing.TB, blocks eris.Blocks) *server {
+	s := &server{tb: tb}
+	s.config.Resources = []coapserver.Resource{{Blocks: blocks}}
+	s.config.MaxGets = 256
+	return s
+}
+
+// start serves on the address.
 func (s *server) start() {
-	var err error
-	if s.server, err = coapserver.New(s.config); err != nil {
-		s.tb.Fatal(err)
-	}
 	listener, err := net.Listen("tcp", s.address)
 	if err != nil {
+		s.tb.Fatal(err)
+	}
+	s.serve(listener)
+}
+
+func (s *server) serve(listener net.Listener) {
+	var err error
+	if s.server, err = coapserver.New(s.config); err != nil {
 		s.tb.Fatal(err)
 	}
 	s.address = listener.Addr().String()
