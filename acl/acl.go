@@ -53,7 +53,7 @@ func NewACL(keys ...*PublicKey) *ACL {
 //
 // A key of a kind that cannot be used (see [PublicKey.Usable]) is no error.
 func ParseACL(text []byte) (*ACL, error) {
-	s, err := ParseSexp(text)
+	s, err := parseFile(text)
 	if err != nil {
 		return nil, fmt.Errorf("acl: %w", err)
 	}

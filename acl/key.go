@@ -34,7 +34,7 @@ type PublicKey struct {
 // It does not fail if the key is of a kind that this package cannot use; see
 // [PublicKey.Usable].
 func ParsePublicKey(text []byte) (*PublicKey, error) {
-	s, err := ParseSexp(text)
+	s, err := parseFile(text)
 	if err != nil {
 		return nil, fmt.Errorf("public key: %w", err)
 	}

@@ -36,7 +36,7 @@ func runGuile(t *testing.T, program string) []string {
 		}
 		return out, err
 	}
-	const modules = "(use-modules (gcrypt pk-crypto) (gcrypt base16))"
+	const modules = `(set-port-encoding! (current-output-port) "UTF-8") (use-modules (gcrypt pk-crypto) (gcrypt base16))`
 	if _, err := run(modules); err != nil {
 		t.Skipf("guile-gcrypt is not installed: %v", err)
 	}
@@ -44,7 +44,12 @@ func runGuile(t *testing.T, program string) []string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return strings.Split(strings.TrimSuffix(string(out), "\n\n"), "\n\n")
+	// Numbers that look like text are printed as such; each character stands for a byte.
+	text := make([]byte, 0, len(out))
+	for _, r := range string(out) {
+		text = append(text, byte(r))
+	}
+	return strings.Split(strings.TrimSuffix(string(text), "\n\n"), "\n\n")
 }
 
 // TestLibgcryptVerifies lets Libgcrypt judge signatures, and expects its opinion

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"unicode/utf8"
 )
 
 // Bounds on the texts that this package reads.
@@ -61,6 +62,40 @@ func ParseSexp(text []byte) (Sexp, error) {
 		return Sexp{}, errors.New("s-expression: the list is empty")
 	}
 	return Sexp{p.out}, nil
+}
+
+// parseFile parses the text of a file as ParseSexp does. Guile, which writes such
+// files character by character, each of which stands for a byte, does that in the
+// encoding of its locale; so what is UTF-8 is read as such, and else bytes are what
+// they are.
+func parseFile(text []byte) (Sexp, error) {
+	if b, ok := bytesOfCharacters(text); ok {
+		text = b
+	}
+	return ParseSexp(text)
+}
+
+// bytesOfCharacters returns the bytes that the characters of a text in UTF-8 stand
+// for, each for one (ISO 8859-1). It fails if there are other characters, or the
+// text is none.
+func bytesOfCharacters(text []byte) ([]byte, bool) {
+	plain := true
+	for _, c := range text {
+		plain = plain && c < utf8.RuneSelf
+	}
+	if plain {
+		return text, true
+	}
+	b := make([]byte, 0, len(text))
+	for len(text) > 0 {
+		r, n := utf8.DecodeRune(text)
+		if r > 0xff { // as is utf8.RuneError
+			return nil, false
+		}
+		b = append(b, byte(r))
+		text = text[n:]
+	}
+	return b, true
 }
 
 // sexpParser turns text into its canonical encoding.

@@ -9,9 +9,12 @@ import (
 // String returns s as Libgcrypt prints it, in the "advanced" notation, over
 // several lines and with a line feed at the end. Guix writes its key files, its
 // ACL and the signatures of narinfos like that, and this function gives the same
-// bytes. (Libgcrypt, gcry_sexp_sprint with GCRYSEXP_FMT_ADVANCED.)
+// bytes. (Libgcrypt, gcry_sexp_sprint with GCRYSEXP_FMT_ADVANCED.) There is one
+// exception: an atom that looks like text in ISO 8859-1, as one number in some
+// thousands does, Libgcrypt prints as a string, which readers take for what it is
+// only if they expect the same character encoding. Here it is hexadecimal.
 //
-// The result is safe to show on a terminal.
+// The result is ASCII, and safe to show on a terminal.
 func (s Sexp) String() string {
 	return s.print(true)
 }
@@ -75,15 +78,13 @@ func (s Sexp) print(lines bool) string {
 // printAtom writes an atom in the notation that Libgcrypt chooses for it: as a
 // token if it can be one; as a string if it looks like text; and else in
 // hexadecimal, which includes everything that would be a negative number or has
-// a leading zero byte.
+// a leading zero byte, and here what is not ASCII.
 func printAtom(b *strings.Builder, atom []byte) {
 	const digits = "0123456789ABCDEF"
 	text, token := true, true
 	for i, c := range atom {
 		switch {
-		case i == 0 && (c == 0 || c >= 0x80):
-			text = false
-		case c >= 0x20 && c < 0x7f || c > 0xa0:
+		case c >= 0x20 && c < 0x7f:
 		case strings.IndexByte("\b\t\v\n\f\r", c) >= 0:
 		default:
 			text = false

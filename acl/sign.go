@@ -41,7 +41,7 @@ type SigningKey struct {
 // …) (d …) (p …) (q …) (u …)), and if the two keys do not belong together. No
 // error says anything about secret numbers.
 func ParseSigningKey(secret, public []byte) (*SigningKey, error) {
-	s, err := ParseSexp(secret)
+	s, err := parseFile(secret)
 	if err != nil {
 		return nil, fmt.Errorf("private key: %w", err)
 	}

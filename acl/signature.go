@@ -45,7 +45,10 @@ type Signature struct {
 
 // ParseSignature parses the value of the field Signature of a narinfo,
 // VERSION;HOST;BASE64, where VERSION is 1 and BASE64 is the base64 encoding, in
-// one piece, of an s-expression.
+// one piece, of an s-expression, each byte of which is a character in UTF-8: numbers
+// that look like text are printed as such, and that has characters up to U+00FF.
+// (Guix, guix/narinfo.scm: narinfo-signature->canonical-sexp; Guile-Gcrypt,
+// gcrypt/pk-crypto.scm: string->canonical-sexp.)
 //
 // It fails with [ErrUnsupportedVersion] or [ErrCorruptSignature].
 func ParseSignature(value string) (*Signature, error) {
@@ -79,7 +82,11 @@ func parseSignature(value string) (Signature, error) {
 	if err != nil {
 		return Signature{}, fmt.Errorf("%w: the third part is not base64: %w", ErrCorruptSignature, err)
 	}
-	s, err := ParseSexp(decoded)
+	characters, ok := bytesOfCharacters(decoded)
+	if !ok {
+		return Signature{}, fmt.Errorf("%w: the third part is not base64 of UTF-8 of characters up to U+00FF", ErrCorruptSignature)
+	}
+	s, err := ParseSexp(characters)
 	if err != nil {
 		return Signature{}, fmt.Errorf("%w: %w", ErrCorruptSignature, err)
 	}

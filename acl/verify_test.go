@@ -43,6 +43,15 @@ func fieldOf(sexp string) string {
 	return "1;example.org;" + base64.StdEncoding.EncodeToString([]byte(sexp))
 }
 
+// characters returns the text in UTF-8 whose characters stand for the bytes of s.
+func characters(s string) string {
+	var b strings.Builder
+	for i := range len(s) {
+		b.WriteRune(rune(s[i]))
+	}
+	return b.String()
+}
+
 func signatureOf(parts ...string) string {
 	return fieldOf("(signature " + strings.Join(parts, " ") + ")")
 }
@@ -92,7 +101,9 @@ func TestVerify(t *testing.T) {
 	}{
 		{"ECDSA", good, both, nil, ""},
 		{"RSA", signatureOf(rsaData, rsaVal, rsaKey), both, nil, ""},
-		{"in canonical form", fieldOf("(9:signature" + canonical(t, eccData) + canonical(t, eccVal) + canonical(t, eccKey) + ")"), both, nil, ""},
+		{"in canonical form", fieldOf(characters("(9:signature" + canonical(t, eccData) + canonical(t, eccVal) + canonical(t, eccKey) + ")")), both, nil, ""},
+		{"in canonical form, but not of characters", fieldOf("(9:signature" + canonical(t, eccData) + canonical(t, eccVal) + canonical(t, eccKey) + ")"), both, acl.ErrCorruptSignature, "UTF-8"},
+		{"a character that is no byte", fieldOf("(signature " + eccData + eccVal + eccKey + ") \u0100"), both, acl.ErrCorruptSignature, "UTF-8"},
 		{"flag raw", signatureOf(replace(eccData, "rfc6979", "raw"), eccVal, eccKey), both, nil, ""},
 		{"r with leading zeros", signatureOf(eccData, replace(eccVal, "#07", "#000007"), eccKey), both, nil, ""},
 		{"s before r", signatureOf(eccData, "(sig-val (ecdsa (s #"+eccS+"#) (r #"+eccR+"#)))", eccKey), both, nil, ""},
@@ -296,4 +307,57 @@ func ExampleACL_Verify() {
 	// Output:
 	// <nil>
 	// true
+}
+
+// TestVerifyCharacters verifies signatures in which numbers are printed as text: about one of a thousand signatures has such a number.
+func TestVerifyCharacters(t *testing.T) {
+	const key = "(public-key (ecc (curve Ed25519) (q #8A20FB42F322A6DB2243B2532D136920A5E85F6016138F7039889298241EC790#)))"
+	list := aclOf(t, key)
+	n := 0
+	for line := range strings.Lines(read(t, "testdata/characters.signatures")) {
+		number, field, ok := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
+		if number == "#" || !ok {
+			continue
+		}
+		n++
+		if err := list.Verify(sha256.Sum256([]byte(number)), field); err != nil {
+			t.Errorf("%s: %v", number, err)
+		}
+	}
+	if n != 3 {
+		t.Errorf("%d signatures", n)
+	}
+}
+
+// TestSignCharacters checks that what is signed and written is ASCII, whatever its bytes look like, and read back as it was.
+func TestSignCharacters(t *testing.T) {
+	k := signingKey(t, read(t, "testdata/rsa.sec"), "")
+	digest := [32]byte([]byte(strings.Repeat("a\xe4\xff ", 8)))
+	field, err := k.Sign(digest, "h")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text := decodeField(t, field); strings.ContainsFunc(text, func(r rune) bool { return r > 0x7e }) {
+		t.Errorf("signature is %q", text)
+	}
+	if err := acl.NewACL(k.PublicKey()).Verify(digest, field); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestFilesOfCharacters reads keys and lists that Guile has written in UTF-8 and in ISO 8859-1.
+func TestFilesOfCharacters(t *testing.T) {
+	point := "a\xe4\xff " + strings.Repeat("~\xbf\xc3\xa1", 7)
+	key := "(public-key (ecc (curve Ed25519) (q \"" + point + "\")))"
+	want := parseSexp(t, strings.Replace(key, `"`+point+`"`, fmt.Sprintf("#%x#", point), 1))
+	for _, text := range []string{key, characters(key)} {
+		k, err := acl.ParsePublicKey([]byte(text))
+		if err != nil || !parseSexp(t, k.Text()).Equal(want) {
+			t.Errorf("key %q is read as %v, %v", text, k, err)
+		}
+		list, err := acl.ParseACL([]byte("(acl (entry " + text + " (tag (guix import))))"))
+		if err != nil || !list.Contains(k) {
+			t.Errorf("list with %q does not contain the key (%v)", text, err)
+		}
+	}
 }

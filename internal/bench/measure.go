@@ -225,6 +225,12 @@ func (w *workshop) helper(h helperRun) (sample, error) {
 					return fmt.Errorf("after %q: %w", reply, err)
 				}
 			}
+			if h.mode == "query" {
+				// One that has not answered for all has not done all of the work.
+				if asked, told := strings.Count(request, " "), bytes.Count(reply, []byte("/gnu/store/")); told < asked {
+					return fmt.Errorf("reply about %d of %d items", told, asked)
+				}
+			}
 			if h.mode == "substitute" && !bytes.HasPrefix(reply, []byte("success ")) {
 				return fmt.Errorf("reply %q to %.200q", reply, request)
 			}

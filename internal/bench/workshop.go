@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/klauspost/compress/gzip"
@@ -113,7 +114,7 @@ server { listen %[2]s; root %[3]s; } }
 		if err := server.Start(); err != nil {
 			return err
 		}
-		w.closers = append(w.closers, func() { server.Process.Kill(); server.Wait() })
+		w.closers = append(w.closers, func() { server.Process.Signal(syscall.SIGTERM); server.Wait() }) // its workers, too
 		for range 100 {
 			if conn, err := net.Dial("tcp", address); err == nil {
 				conn.Close()
