@@ -18,7 +18,7 @@ import (
 
 // A StoreCache is a store, for example the daemon of this machine, in the place of
 // a [Cache]: it is asked first, and is given what it did not have. It implements
-// [eris.VerifiedBlocks]. Close must be called at the end.
+// [eris.VerifiedBlocks], and [eris.Starter] as far as the store and the other blocks do. Close must be called at the end.
 type StoreCache struct {
 	store   fetch.Store
 	blocks  eris.VerifiedBlocks
@@ -28,11 +28,14 @@ type StoreCache struct {
 	room       *semaphore.Weighted // bytes
 	impeded    atomic.Bool         // somebody has waited for room for long
 
-	ctx    context.Context // of puts
-	cancel context.CancelFunc
-	mu     sync.Mutex
-	closed bool
-	wait   sync.WaitGroup
+	ctx      context.Context // of puts
+	cancel   context.CancelFunc
+	mu       sync.Mutex
+	closed   bool
+	wait     sync.WaitGroup
+	answered []*storeRequest // by the store; see StoreCache.Start
+	passing  bool            // somebody looks at these
+	passed   sync.WaitGroup  // who does
 }
 
 const (
@@ -82,26 +85,36 @@ func (s *StoreCache) Verified() {}
 func (s *StoreCache) Get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
 	if s.gets.on() {
 		block, err := s.store.Get(ctx, ref, size, dst)
-		var wrong *eris.BlockError
 		switch {
 		case err == nil:
 			return block, nil
 		case ctx.Err() != nil:
 			return nil, context.Cause(ctx)
-		case errors.As(err, &wrong):
-			s.gets.offForGood()
-			s.puts.offForGood()
-			s.fault(&s.gets, err)
-		case !errors.Is(err, eris.ErrNotFound):
-			s.gets.off()
-			s.fault(&s.gets, err)
 		}
+		s.judge(err, size)
 	}
 	block, err := s.blocks.Get(ctx, ref, size, dst)
 	if err == nil && s.puts.on() {
 		s.put(ref, block)
 	}
 	return block, err
+}
+
+// judge takes note of why the store has not given a block of the given size.
+func (s *StoreCache) judge(err error, size eris.BlockSize) {
+	var wrong *eris.BlockError
+	switch {
+	case errors.As(err, &wrong) && wrong.Length != int(size) && eris.BlockSize(wrong.Length).Valid():
+		// It may be the reader who is wrong: anyone can make a read capability with the
+		// wrong block size.
+	case errors.As(err, &wrong):
+		s.gets.offForGood()
+		s.puts.offForGood()
+		s.fault(&s.gets, err)
+	case !errors.Is(err, eris.ErrNotFound):
+		s.gets.off()
+		s.fault(&s.gets, err)
+	}
 }
 
 func (s *StoreCache) fault(what *switchable, err error) {
@@ -152,6 +165,7 @@ func (s *StoreCache) Close() {
 	s.mu.Lock()
 	s.closed = true
 	s.mu.Unlock()
+	s.passed.Wait()
 	timer := time.AfterFunc(closePatience, s.cancel)
 	defer timer.Stop()
 	s.wait.Wait()

@@ -57,7 +57,11 @@ func (p *Pool) pump(now time.Duration) {
 			return
 		}
 		f.line.remove(f)
-		f.granted = p.start(m, f, now)
+		r := &request{}
+		if f.started != nil {
+			r = &f.started.request
+		}
+		f.granted = p.start(r, m, f, now)
 		p.awaken(f)
 	}
 }
@@ -193,8 +197,8 @@ func (p *Pool) pick(m *member, v *survey) *flight {
 func (f *flight) spent() set { return f.missed | f.failed | f.asked }
 
 // start books a request to a source.
-func (p *Pool) start(m *member, f *flight, now time.Duration) *request {
-	r := &request{flight: f, member: m, size: int64(f.key.size)}
+func (p *Pool) start(r *request, m *member, f *flight, now time.Duration) *request {
+	r.flight, r.member, r.size = f, m, int64(f.key.size)
 	f.asked |= m.bit
 	m.sent(r, now)
 	m.list(r)

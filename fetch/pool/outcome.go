@@ -121,10 +121,24 @@ func (p *Pool) setSingle() {
 	}
 }
 
+// lieAbout returns the error of a source that was banned because of this very block, perhaps in answer to another request: that
+// is worth more to know than that others fail.
+func (p *Pool) lieAbout(ref eris.Reference) error {
+	for _, m := range p.members {
+		if wrong := (*eris.BlockError)(nil); m.banned && errors.As(m.lastError, &wrong) && wrong.Reference == ref {
+			return fmt.Errorf("%s: %w", m.name, m.lastError)
+		}
+	}
+	return nil
+}
+
 // verdict returns why a block cannot be had. Sources that were never reached, and those that lie, have no say in whether the
 // block exists.
 func (p *Pool) verdict(f *flight, now time.Duration) error {
 	unsaid := errNone
+	if lie := p.lieAbout(f.key.ref); lie != nil {
+		f.err = lie
+	}
 	for _, m := range p.members {
 		if m.lastError != nil && (m.banned || m.restUntil > now || m.failures > 0) {
 			unsaid = fmt.Errorf("%s is not asked: %w", m.name, m.lastError)

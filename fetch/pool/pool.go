@@ -127,7 +127,8 @@ type flight struct {
 	won     []byte   // by one of these
 	over    bool
 
-	wake chan struct{}
+	wake    chan struct{}
+	started *startedRequest // instead of a caller who waits
 
 	// For other callers that want the same block.
 	done   chan struct{}
@@ -249,6 +250,9 @@ func (p *Pool) Get(ctx context.Context, ref eris.Reference, size eris.BlockSize,
 		var err error
 		if m := p.single; m != nil {
 			block, err = p.direct(ctx, m, f, dst)
+			if lie := p.lieAbout(ref); lie != nil && err != nil && ctx.Err() == nil && !errors.Is(err, eris.ErrNotFound) {
+				err = lie
+			}
 		} else {
 			block, err = p.lead(ctx, f, dst)
 		}
@@ -363,11 +367,7 @@ func (p *Pool) awaitRest(ctx context.Context, m *member) error {
 
 // lead asks one source after the other, while the watcher may ask further ones.
 func (p *Pool) lead(ctx context.Context, f *flight, dst []byte) ([]byte, error) {
-	for _, m := range p.members {
-		if m.lacks(f.key) {
-			f.missed |= m.bit
-		}
-	}
+	p.shun(f)
 	for {
 		if f.won != nil {
 			return f.won, nil
@@ -377,13 +377,7 @@ func (p *Pool) lead(ctx context.Context, f *flight, dst []byte) ([]byte, error) 
 		}
 		now := p.now()
 		if p.candidates(f, now) != 0 {
-			if f.spent() != 0 {
-				p.retries.push(f)
-			} else {
-				p.fresh.push(f)
-			}
-			p.pump(now)
-			p.watch()
+			p.queue(f, now)
 		} else if f.others == 0 {
 			if !p.nextRound(f, now) {
 				return nil, p.verdict(f, now)
@@ -437,6 +431,10 @@ func (p *Pool) lead(ctx context.Context, f *flight, dst []byte) ([]byte, error) 
 
 // awaken wakes the caller if it waits.
 func (p *Pool) awaken(f *flight) {
+	if f.started != nil {
+		f.started.awaken()
+		return
+	}
 	if f.waiting {
 		f.waiting = false
 		f.wake <- struct{}{}

@@ -51,6 +51,9 @@ func (r *request) cutOff(cause error) {
 	if r.cut == nil {
 		r.cut = cause
 		r.ctx.end()
+		if s := r.flight.started; s != nil && r == &s.request {
+			s.cutOff()
+		}
 	}
 }
 

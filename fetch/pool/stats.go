@@ -108,7 +108,7 @@ func (p *Pool) Window() eris.Window {
 	}
 	w := eris.Window{Requests: usualReaderRequests, Bytes: usualReaderBytes}
 	most := mostReaderRequests
-	if p.starter() != nil {
+	if p.starts() {
 		w.Requests, most = mostReaderRequests, mostStartedRequests
 	}
 	if known {

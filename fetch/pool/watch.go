@@ -213,7 +213,7 @@ func (p *Pool) probe(m *member, now time.Duration) {
 
 // behind asks a source for a block in the background.
 func (p *Pool) behind(m *member, f *flight, now time.Duration, probe bool) {
-	r := p.start(m, f, now)
+	r := p.start(&request{}, m, f, now)
 	r.background, r.probe, r.doubled = true, probe, !probe
 	f.others++
 	r.begin(p.scope(p.ctx), p.ctx)
