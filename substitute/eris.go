@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path"
+	"strings"
 	"sync/atomic"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -84,7 +86,7 @@ func (j *job) attemptBlocks(ctx context.Context, c eris.ReadCapability) (narSize
 		after := got.Add(int64(n))
 		j.progress.Transferred(int(min(after, shown) - min(after-int64(n), shown)))
 	})
-	j.progress.From(c.URN(), int64(min(j.want.NarSize, 1<<62)))
+	j.progress.From(shownURN(c, j.path), int64(min(j.want.NarSize, 1<<62)))
 	defer watchRate(&got, cancel)()
 	if j.choice != nil {
 		defer j.choice.watchPace(got.Load, cancel)()
@@ -111,6 +113,17 @@ func (j *job) attemptBlocks(ctx context.Context, c eris.ReadCapability) (narSize
 		return 0, err
 	}
 	return result.NarSize, j.check(result)
+}
+
+// shownURN is what people are told that the item comes from: the URN, and the name of the item in the fragment, because the client
+// of Guix shows what is behind the last slash beside its progress bar (Guix, guix/status.scm: print-build-event). A fragment is
+// not a part of the name (RFC 8141, section 2.3.3).
+func shownURN(c eris.ReadCapability, item string) string {
+	name := path.Base(item)
+	if _, after, ok := strings.Cut(name, "-"); ok {
+		name = after
+	}
+	return c.URN() + "#/" + name
 }
 
 // prefer returns why a context was cancelled, rather than what followed from it.

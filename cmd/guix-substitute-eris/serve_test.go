@@ -225,25 +225,33 @@ func TestServeEvicts(t *testing.T) {
 		next  atomic.Int64
 		group sync.WaitGroup
 	)
-	for range 32 {
-		group.Go(func() {
-			for {
-				i := int(next.Add(1))
-				if i > 16<<10 {
-					return
-				}
-				put(i)
-				if i%16 == 0 {
+	// A store knows to the second when a block was used. In each second, half of what it holds is replaced: by what is put in the
+	// same second, none of what is needed any more has to go.
+	for second := 1; second <= 4; second++ {
+		for begin := time.Now().Unix(); time.Now().Unix() == begin; {
+			time.Sleep(10 * time.Millisecond)
+		}
+		for range 32 {
+			group.Go(func() {
+				for {
 					// It is in use all the time.
 					if _, err := store.Get(t.Context(), first, eris.BlockSize1KiB, nil); err != nil {
-						t.Errorf("after %d blocks: %v", i, err)
+						t.Errorf("after %d blocks: %v", next.Load(), err)
 						return
 					}
+					for range 16 {
+						i := int(next.Add(1))
+						if i > second*2<<10 {
+							return
+						}
+						put(i)
+					}
 				}
-			}
-		})
+			})
+		}
+		group.Wait()
+		next.Store(int64(second * 2 << 10))
 	}
-	group.Wait()
 	stats, err := askStatistics(filepath.Join(directory, "s"))
 	if err != nil {
 		t.Fatal(err)
