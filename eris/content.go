@@ -10,14 +10,15 @@ import (
 	"sync"
 )
 
-// Content is one content whose right-most path has been read, so that its length is known. It is safe for use by several
-// goroutines at a time.
+// Content is one content whose right-most path has been read, so that its length is known, and its left-most one, with which most
+// readers begin. It is safe for use by several goroutines at a time.
 type Content struct {
 	blocks Blocks
 	window Window
 	spine  spine
 	counts [maxLevel + 1]int64
 	path   [maxLevel + 1][]byte // plaintext of the right-most node of each level; the leaf at 0
+	left   [maxLevel + 1][]byte // of the left-most ones below the root; nil where it could not be had
 	tail   []byte               // what of that leaf is content
 	length int64
 
@@ -31,44 +32,87 @@ type recentNode struct {
 	plaintext []byte
 }
 
-// Open fetches the right-most path of a content, one block per level and one more, and returns the Content. Limit is the
+// Open fetches the right-most path of a content, one block per level and one more, and at the same time the left-most path, so
+// that reading can begin as soon as the length is known. It returns the Content. Limit is the
 // greatest length in bytes that is acceptable; content that is longer is refused with a [*ContentError] that wraps
 // [ErrTooLarge], mostly before anything is fetched. The window applies to WriteTo and NewReader.
 //
-// Errors are those of the package comment, or that of the context.
+// Errors are those of the package comment, or that of the context. That the left-most path cannot be had is none: the error comes
+// when it is read.
 func Open(ctx context.Context, blocks Blocks, capability ReadCapability, limit int64, window Window) (*Content, error) {
 	s, err := newSpine(capability, limit)
 	if err != nil {
 		return nil, err
 	}
 	c := &Content{blocks: blocks, window: window, spine: s}
-	size := capability.BlockSize
-	pair := c.spine.root()
-	for level := capability.Level; level > 0; level-- {
-		if err := ctx.Err(); err != nil {
-			return nil, err
-		}
-		c.path[level] = make([]byte, size)
-		node, err := getNode(ctx, blocks, &capability, pair, level, c.path[level])
-		if err != nil {
-			return nil, err
-		}
-		if pair, err = c.spine.node(level, node); err != nil {
-			return nil, err
-		}
+	var left sync.WaitGroup
+	defer left.Wait()
+	leftContext, cancel := context.WithCancel(ctx)
+	if err := c.readPath(ctx, func(first Pair) {
+		left.Go(func() { c.readLeft(leftContext, first) })
+	}); err != nil {
+		cancel()
+		return nil, err
 	}
+	left.Wait()
+	cancel()
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	c.path[0] = make([]byte, size)
-	if err := getLeaf(ctx, blocks, pair, size, c.path[0]); err != nil {
-		return nil, err
+	return c, nil
+}
+
+// readPath fetches the right-most path. It calls rootRead with the first pair of the root, if that has any.
+func (c *Content) readPath(ctx context.Context, rootRead func(first Pair)) (err error) {
+	capability := &c.spine.capability
+	pair := c.spine.root()
+	for level := capability.Level; level > 0; level-- {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		c.path[level] = make([]byte, capability.BlockSize)
+		node, err := getNode(ctx, c.blocks, capability, pair, level, c.path[level])
+		if err != nil {
+			return err
+		}
+		if pair, err = c.spine.node(level, node); err != nil {
+			return err
+		}
+		if level == capability.Level {
+			rootRead(node.Pair(0))
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	c.path[0] = make([]byte, capability.BlockSize)
+	if err := getLeaf(ctx, c.blocks, pair, capability.BlockSize, c.path[0]); err != nil {
+		return err
 	}
 	if c.tail, c.length, err = c.spine.leaf(c.path[0]); err != nil {
-		return nil, err
+		return err
 	}
 	c.counts = c.spine.counts()
-	return c, nil
+	return nil
+}
+
+// readLeft fetches the left-most path below the root, as far as it can be had. Nothing of it is on the right-most path, because a
+// root has two pairs at least.
+func (c *Content) readLeft(ctx context.Context, pair Pair) {
+	capability := c.spine.capability
+	for level := capability.Level - 1; level > 0; level-- {
+		plaintext := make([]byte, capability.BlockSize)
+		node, err := getNode(ctx, c.blocks, &capability, pair, level, plaintext)
+		if err != nil || checkFull(node, &capability, pair) != nil {
+			return
+		}
+		c.left[level] = plaintext
+		pair = node.Pair(0)
+	}
+	plaintext := make([]byte, capability.BlockSize)
+	if getLeaf(ctx, c.blocks, pair, capability.BlockSize, plaintext) == nil {
+		c.left[0] = plaintext
+	}
 }
 
 // Size returns the length of the content in bytes.
@@ -93,7 +137,9 @@ func (c *Content) ReadAt(ctx context.Context, p []byte, offset int64) (int, erro
 		}
 		index, skip := offset/size, int(offset%size)
 		leaf := c.tail
-		if index < c.counts[0]-1 {
+		if index == 0 && c.left[0] != nil {
+			leaf = c.left[0]
+		} else if index < c.counts[0]-1 {
 			pair, err := c.pair(ctx, 0, index)
 			if err != nil {
 				return n, err
@@ -130,6 +176,9 @@ func (c *Content) pair(ctx context.Context, level int, index int64) (Pair, error
 	parent, slot := index/arity, int(index%arity)
 	if parent == c.counts[level+1]-1 {
 		return pairAt(c.path[level+1], slot), nil
+	}
+	if parent == 0 && c.left[level+1] != nil {
+		return pairAt(c.left[level+1], slot), nil
 	}
 	c.mu.Lock()
 	recent := c.recent[level+1]

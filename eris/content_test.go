@@ -9,7 +9,9 @@ import (
 	"io"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/iotest"
 	"testing/synctest"
@@ -129,7 +131,8 @@ func TestReadAtRemembersNodes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n := source.calls.Load(); n != int64(capability.Level)+1 {
+	// The right-most path, and the left-most one without the root.
+	if n := source.calls.Load(); n != 2*int64(capability.Level)+1 {
 		t.Errorf("opening fetched %d blocks", n)
 	}
 	p := make([]byte, 10)
@@ -250,18 +253,19 @@ func TestOpenCancelled(t *testing.T) {
 	content := randomContent(2, 300_000)
 	capability, m := mustEncode(t, content, EncodeOptions{BlockSize: BlockSize1KiB})
 	synctest.Test(t, func(t *testing.T) {
-		for after := range 5 {
+		all := 2*capability.Level + 1 // blocks of both paths
+		for after := range int64(all + 2) {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
-			calls := 0
+			var calls atomic.Int64
 			source := blocksFunc(func(ctx context.Context, ref Reference, size BlockSize, dst []byte) ([]byte, error) {
-				if calls++; calls > after {
+				if calls.Add(1) > after {
 					<-ctx.Done()
 					return nil, ctx.Err()
 				}
 				return m.Get(ctx, ref, size, dst)
 			})
 			_, err := Open(ctx, source, capability, int64(len(content)), Window{})
-			if after < capability.Level+1 && !errors.Is(err, context.DeadlineExceeded) || after > capability.Level && err != nil {
+			if after < int64(all) && !errors.Is(err, context.DeadlineExceeded) || after >= int64(all) && err != nil {
 				t.Errorf("hanging after %d calls: %v", after, err)
 			}
 			cancel()
@@ -281,5 +285,78 @@ func TestOpenCancelled(t *testing.T) {
 	}
 	if n, err := c.WriteTo(ctx, io.Discard); n != 0 || !errors.Is(err, context.Canceled) {
 		t.Errorf("WriteTo: %d, %v", n, err)
+	}
+}
+
+// distant is a source at the other end of a line without a bound to its rate.
+type distant struct {
+	Blocks
+	roundTrip time.Duration
+}
+
+func (d distant) Get(ctx context.Context, ref Reference, size BlockSize, dst []byte) ([]byte, error) {
+	time.Sleep(d.roundTrip)
+	return d.Blocks.Get(ctx, ref, size, dst)
+}
+
+// TestRoundTrips counts how many round trips it takes until a content can be read: one for each level of the tree and one for
+// leaves, since both sides of the tree are gone down at the same time; and one more until all of it is there, if the window is
+// large enough.
+func TestRoundTrips(t *testing.T) {
+	const roundTrip = time.Second
+	for _, length := range []int{10, 5_000, 100_000, 500_000} {
+		content := randomContent(3, length)
+		capability, m := mustEncode(t, content, EncodeOptions{BlockSize: BlockSize1KiB})
+		levels := capability.Level
+		synctest.Test(t, func(t *testing.T) {
+			source := &counting{Blocks: distant{m, roundTrip}}
+			begin := time.Now()
+			trips := func() int { return int(time.Since(begin) / roundTrip) }
+			c, err := Open(t.Context(), source, capability, int64(length), Window{Requests: 4096})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n := trips(); n != levels+1 {
+				t.Errorf("%d bytes, level %d: opening took %d round trips", length, levels, n)
+			}
+			r := c.NewReader(t.Context())
+			defer r.Close()
+			if _, err := r.Read(make([]byte, min(length, 1024))); err != nil {
+				t.Fatal(err)
+			}
+			if n := trips(); n != levels+1 {
+				t.Errorf("%d bytes, level %d: the first leaf took %d round trips", length, levels, n)
+			}
+			if _, err := io.Copy(io.Discard, r); err != nil {
+				t.Fatal(err)
+			}
+			// Nodes at one level are asked for when those above have come.
+			if n := trips(); n > 2*levels+1 {
+				t.Errorf("%d bytes, level %d: the whole took %d round trips", length, levels, n)
+			}
+			if n := source.calls.Load(); n != int64(m.puts) {
+				t.Errorf("%d bytes: %d requests for %d blocks", length, n, m.puts)
+			}
+		})
+		synctest.Test(t, func(t *testing.T) {
+			begin := time.Now()
+			s := NewSequence(t.Context(), distant{m, roundTrip}, slices.Values([]Want{{capability, int64(length)}}), int64(length), Window{Requests: 4096})
+			defer s.Close()
+			if _, err := s.Next(); err != nil {
+				t.Fatal(err)
+			}
+			leaf, err := s.Leaf()
+			if err != nil {
+				t.Fatal(err)
+			}
+			leaf.Release()
+			most := levels + 1
+			if levels > 0 {
+				most++ // leaves are asked for when the content is open
+			}
+			if n := int(time.Since(begin) / roundTrip); n > most {
+				t.Errorf("%d bytes, level %d: the first leaf of a sequence took %d round trips", length, levels, n)
+			}
+		})
 	}
 }

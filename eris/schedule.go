@@ -22,6 +22,7 @@ type content struct {
 	open   bool
 	length int64
 	tail   []byte // what of the last leaf is content
+	head   []byte // the first leaf, which is not to be changed, if it is there already
 	first  int64  // position of its first leaf
 	rows   []row  // per level
 }
@@ -33,6 +34,18 @@ type row struct {
 	last  *buffer   // the right-most node; nil once it is of no more use
 	from  int64     // index of the first of the run
 	run   []*buffer // nil where the node has not come yet
+
+	// The left-most node, unless it is the right-most one, or the root, is asked for together with the right-most path, so that
+	// the first leaf need not wait for one round trip for each level once more.
+	early bool    // that has been done
+	first *buffer // it has come, and is not in the run yet
+}
+
+// leftNode is a left-most node to be asked for.
+type leftNode struct {
+	content *content
+	pair    Pair
+	level   int
 }
 
 // node returns the index-th node of a level, or nil if it has not come.
@@ -52,7 +65,7 @@ func (w *walker) take(j *job) bool {
 	if w.err != nil {
 		return false
 	}
-	if w.takePath(j) {
+	if w.takePath(j) || w.takeLeft(j) {
 		return true
 	}
 	for level := w.top - 1; level > 0; level-- {
@@ -77,7 +90,7 @@ func (w *walker) takePath(j *job) bool {
 	}
 	c := w.contents[w.opening]
 	size, levels := c.spine.capability.BlockSize, int64(c.spine.capability.Level)+1
-	bytes := levels * int64(size)
+	bytes := (levels + max(0, levels-2)) * int64(size)
 	// When nothing else is left to hand out, the next is opened in any case, or there would be no end of waiting.
 	if w.opening > 0 || w.head != w.tail {
 		if w.pathBytes+bytes > w.pathBudget {
@@ -96,6 +109,26 @@ func (w *walker) takePath(j *job) bool {
 
 func (w *walker) pathJob(j *job, c *content) {
 	*j = job{kind: pathJob, content: c, pair: c.pair, level: c.level, buffer: w.buffer(c.spine.capability.BlockSize, onPath)}
+}
+
+// takeLeft goes on with a left-most path. Its memory was booked with that of the right-most one.
+func (w *walker) takeLeft(j *job) bool {
+	if len(w.lefts) == 0 {
+		return false
+	}
+	left := w.lefts[0]
+	w.lefts[0] = leftNode{}
+	w.lefts = w.lefts[1:]
+	*j = job{kind: leftJob, content: left.content, pair: left.pair, level: left.level, buffer: w.buffer(left.content.spine.capability.BlockSize, onPath)}
+	return true
+}
+
+// addLeft has the left-most node of a level asked for; the root and leaves are not meant.
+func (w *walker) addLeft(c *content, level int, pair Pair) {
+	if level > 0 {
+		c.rows[level].early = true
+		w.lefts = append(w.lefts, leftNode{c, pair, level})
+	}
 }
 
 // leastLeaves returns the number of leaves that a content has at least, known from its capability alone.
@@ -127,12 +160,19 @@ func (w *walker) takeNode(j *job, level int) bool {
 			*cursor = nodeCursor{content: cursor.content + 1}
 			continue
 		}
+		r := &c.rows[level]
+		if r.early && node == 0 {
+			r.run = append(r.run, r.first)
+			r.first = nil
+			w.passed(c, level, node)
+			cursor.node++
+			continue
+		}
 		b := w.buffer(size, onNone)
 		*j = job{
 			kind: nodeJob, content: c, level: level, node: node, buffer: b,
 			pair: pairAt(parent.data, int(node)&(size.Arity()-1)),
 		}
-		r := &c.rows[level]
 		r.run = append(r.run, nil)
 		w.passed(c, level, node)
 		cursor.node++
@@ -158,6 +198,14 @@ func (w *walker) takeLeaf(j *job) bool {
 		return false
 	}
 	b := w.buffer(size, onLeaf)
+	if w.nextLeaf == 0 && c.head != nil {
+		copy(b.data, c.head)
+		w.push(slot{content: c, buffer: b, bytes: b.data, done: true})
+		w.passed(c, 0, w.nextLeaf)
+		w.nextLeaf++
+		w.skipLast()
+		return w.takeLeaf(j)
+	}
 	*j = job{
 		kind: leafJob, content: c, slot: w.tail, buffer: b,
 		pair: pairAt(parent.data, int(w.nextLeaf)&(size.Arity()-1)),
@@ -256,9 +304,13 @@ func (w *walker) add(wants []Want) {
 func (w *walker) addOpened(opened *Content) *content {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	c := &content{spine: opened.spine, rows: make([]row, opened.spine.capability.Level+1)}
+	c := &content{spine: opened.spine, rows: make([]row, opened.spine.capability.Level+1), head: opened.left[0]}
 	for level := range c.rows {
-		c.rows[level].last = &buffer{data: opened.path[level], account: foreign}
+		r := &c.rows[level]
+		r.last = &buffer{data: opened.path[level], account: foreign}
+		if level > 0 && opened.left[level] != nil {
+			r.early, r.first = true, &buffer{data: opened.left[level], account: foreign}
+		}
 	}
 	w.contents = append(w.contents, c)
 	w.ended = true

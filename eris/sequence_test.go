@@ -415,12 +415,17 @@ func testSequenceSizesFirst(t *testing.T, way way) {
 		hold := make(chan struct{})
 		paths := make(map[Reference]bool)
 		for i, want := range l.wants {
-			c, err := Open(t.Context(), blocksFunc(func(ctx context.Context, ref Reference, size BlockSize, dst []byte) ([]byte, error) {
-				paths[ref] = true
-				return l.Get(ctx, ref, size, dst)
-			}), want.Capability, want.Limit, Window{})
+			c, err := Open(t.Context(), l, want.Capability, want.Limit, Window{})
 			if err != nil || c.Size() != int64(len(l.contents[i])) {
 				t.Fatal(err)
+			}
+			paths[want.Capability.Root] = true
+			for level := want.Capability.Level; level > 0; level-- {
+				node, err := ParseNode(c.path[level])
+				if err != nil {
+					t.Fatal(err)
+				}
+				paths[node.Pair(node.Len()-1).Reference] = true
 			}
 		}
 		source := blocksFunc(func(ctx context.Context, ref Reference, size BlockSize, dst []byte) ([]byte, error) {

@@ -52,6 +52,7 @@ type walker struct {
 	added    int        // contents added so far
 	ended    bool       // no more contents will be added
 	paths    []*content // whose next block of the path can be asked for
+	lefts    []leftNode // that can be asked for
 
 	asked         int64 // position of the next leaf to be asked for
 	openedLeaves  int64 // position of the end of the open contents
@@ -120,11 +121,12 @@ func sizeIndex(size BlockSize) int {
 	return 1
 }
 
-// jobKind tells the three uses of a block apart.
+// jobKind tells the uses of a block apart.
 type jobKind int
 
 const (
 	pathJob jobKind = iota
+	leftJob
 	nodeJob
 	leafJob
 )
@@ -139,7 +141,8 @@ type job struct {
 	slot    uint64 // of a leafJob
 	buffer  *buffer
 
-	// Results of a pathJob.
+	// Results of a pathJob; the first pair is that of a leftJob, too.
+	first  Pair
 	next   Pair
 	tail   []byte
 	length int64
@@ -319,7 +322,8 @@ func (j *job) check(rightKey bool) error {
 	if err != nil {
 		return nodeError(&c.spine.capability, j.pair, err)
 	}
-	if j.kind == nodeJob {
+	j.first = node.Pair(0)
+	if j.kind != pathJob {
 		return checkFull(node, &c.spine.capability, j.pair)
 	}
 	j.next, err = c.spine.node(j.level, node)
@@ -332,12 +336,22 @@ func (w *walker) complete(j *job) {
 	switch j.kind {
 	case leafJob:
 		w.slots[j.slot&uint64(len(w.slots)-1)].done = true
+	case leftJob:
+		if r := &c.rows[j.level]; len(r.run) > 0 {
+			r.run[0] = j.buffer
+		} else {
+			r.first = j.buffer
+		}
+		w.addLeft(c, j.level-1, j.first)
 	case nodeJob:
 		r := &c.rows[j.level]
 		r.run[j.node-r.from] = j.buffer
 	case pathJob:
 		c.rows[j.level].last = j.buffer
 		if j.level > 0 {
+			if j.level == c.spine.capability.Level {
+				w.addLeft(c, j.level-1, j.first)
+			}
 			c.pair, c.level = j.next, j.level-1
 			w.paths = append(w.paths, c)
 		} else {

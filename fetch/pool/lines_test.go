@@ -186,8 +186,9 @@ func TestFaultyLines(t *testing.T) {
 }
 
 // BenchmarkLine reads from one source over lines of several lengths, and reports which part of the rate of the line was
-// reached: from the first request to the last byte by a process that knows nothing (cold), and by a later one (warm); and after
-// the first fifth, when the round trips are over that it takes to find out what to ask for (steady).
+// reached: from the first request to the last byte by a process that knows nothing (cold), and by a later one (warm); the same as
+// a part of what is possible; and after the first fifth, when the round trips are over that it takes to find out what to ask for
+// (steady).
 func BenchmarkLine(b *testing.B) {
 	for _, v := range []struct {
 		size   eris.BlockSize
@@ -211,6 +212,7 @@ func BenchmarkLine(b *testing.B) {
 					for _, name := range []string{"cold", "warm"} {
 						r := read(b, state, c, v.length, peers, pool.Options{})
 						b.ReportMetric(float64(v.length)/rate/r.took.Seconds(), name)
+						b.ReportMetric(r.ofPossible(v.length, rate, c, roundTrip), name+"possible")
 						if name == "warm" {
 							b.ReportMetric(r.steady/rate, "steady")
 						}
@@ -220,6 +222,14 @@ func BenchmarkLine(b *testing.B) {
 			})
 		}
 	}
+}
+
+// ofPossible returns which part of what is possible over a line was reached, in a transfer of the given length at a rate in
+// bytes per second and a round-trip time in milliseconds: nobody can know what to ask for before one round trip for each level of the
+// tree is over.
+func (r run) ofPossible(length int64, rate float64, c eris.ReadCapability, roundTrip int) float64 {
+	levels := time.Duration(c.Level+1) * time.Duration(roundTrip) * time.Millisecond
+	return (possible(length, rate) + levels).Seconds() / r.took.Seconds()
 }
 
 // possible returns how long lines of the given rates, in bytes per second, take for so many bytes.

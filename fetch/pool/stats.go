@@ -109,7 +109,8 @@ func (p *Pool) Window() eris.Window {
 	w := eris.Window{Requests: usualReaderRequests, Bytes: usualReaderBytes}
 	most := mostReaderRequests
 	if p.starts() {
-		w.Requests, most = mostReaderRequests, mostStartedRequests
+		// Those that are not needed cost nothing.
+		w.Requests, most = mostStartedRequests, mostStartedRequests
 	}
 	if known {
 		w.Bytes = leastReaderBytes

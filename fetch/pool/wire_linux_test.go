@@ -105,6 +105,7 @@ func BenchmarkWire(b *testing.B) {
 					for _, name := range []string{"cold", "warm"} {
 						r := read(b, state, c, v.length, []*peer{p}, pool.Options{})
 						b.ReportMetric(float64(v.length)/rate/r.took.Seconds(), name)
+						b.ReportMetric(r.ofPossible(v.length, rate, c, roundTrip), name+"possible")
 						if name == "warm" {
 							b.ReportMetric(r.steady/rate, "steady")
 						}
