@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
@@ -115,8 +116,148 @@ func blocksRows(make func(*workshop) (*benchItem, error)) func(w *workshop) ([]c
 			{"floor: SHA-256 on one core", func() (sample, error) { return hashFloor(it.size), nil }},
 			{"floor: BLAKE2b, ChaCha20 and a copy on both cores", func() (sample, error) { return blockFloor(it.size, 1, false), nil }},
 			{"floor: the same, 8 blocks hashed side by side", func() (sample, error) { return blockFloor(it.size, 1, true), nil }},
+			{"floor: all work of client and server, with the copies of the kernel, on both cores", func() (sample, error) { return w.workFloor(it.size) }},
 		}, nil
 	}
+}
+
+// smallBlocksRows restores an item of small files from blocks.
+func smallBlocksRows(make func(*workshop) (*benchItem, error)) func(w *workshop) ([]contestant, error) {
+	return func(w *workshop) ([]contestant, error) {
+		rows, err := blocksRows(make)(w)
+		if err != nil {
+			return nil, err
+		}
+		it, err := make(w)
+		if err != nil {
+			return nil, err
+		}
+		count, err := smallBlocks(it.tree)
+		if err != nil {
+			return nil, err
+		}
+		refs, err := fillStore(w.storeURL, eris.BlockSize1KiB)
+		if err != nil {
+			return nil, err
+		}
+		parts := func() (sample, error) {
+			s, err := w.restoreBlocks(it, "")
+			if err != nil {
+				return s, err
+			}
+			blocks, err := getBlocks(w.storeURL, refs, eris.BlockSize1KiB, count, 256, false)
+			return sample{wall: s.wall + blocks.wall, note: fmt.Sprintf("%d blocks;", count)}, err
+		}
+		return append(rows, contestant{"the uncompressed nar, and then as many blocks of 1 KiB, verified", parts}), nil
+	}
+}
+
+// smallBlocks is how many blocks of 1 KiB the files of a tree take.
+func smallBlocks(tree string) (count int, err error) {
+	err = filepath.WalkDir(tree, func(_ string, d os.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		size := int64(eris.BlockSize1KiB)
+		n := int(info.Size()/size) + 1
+		for count += n; n > 1; count += n {
+			n = (n + eris.BlockSize1KiB.Arity() - 1) / eris.BlockSize1KiB.Arity()
+		}
+		return nil
+	})
+	return count, err
+}
+
+// workFloor is what it takes on both cores to read so many bytes from a file, to send them through a socket, to receive, hash
+// and decipher them in blocks of 32 KiB, to hash them once more as an archive, and to write them to a file.
+func (w *workshop) workFloor(n int64) (sample, error) {
+	const many = 8
+	const portion = many * int64(eris.BlockSize32KiB)
+	var group errgroup.Group
+	var begin time.Time
+	ready, start := make(chan struct{}, 2), make(chan struct{})
+	for i := range 2 {
+		group.Go(func() error {
+			name := filepath.Join(w.directory, fmt.Sprintf("floor-%d", i))
+			from, err := os.Create(name + "-from")
+			if err != nil {
+				return err
+			}
+			defer os.Remove(from.Name())
+			defer from.Close()
+			to, err := os.Create(name + "-to")
+			if err != nil {
+				return err
+			}
+			defer os.Remove(to.Name())
+			defer to.Close()
+			sockets, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				return err
+			}
+			defer unix.Close(sockets[0])
+			defer unix.Close(sockets[1])
+			if err := unix.SetsockoptInt(sockets[0], unix.SOL_SOCKET, unix.SO_SNDBUF, int(4*portion)); err != nil {
+				return err
+			}
+			memory := make([]byte, portion)
+			portions := n / 2 / portion
+			for range portions {
+				if _, err := from.Write(memory); err != nil {
+					return err
+				}
+			}
+			var blocks [many][]byte
+			var refs [many]eris.Reference
+			for i := range blocks {
+				blocks[i] = memory[i*int(eris.BlockSize32KiB):][:eris.BlockSize32KiB]
+			}
+			ready <- struct{}{}
+			<-start
+			h := sha256.New()
+			for p := range portions {
+				if _, err := from.ReadAt(memory, p*portion); err != nil {
+					return err
+				}
+				for _, b := range blocks { // a socket need not hold more
+					if _, err := unix.Write(sockets[0], b); err != nil {
+						return err
+					}
+					for len(b) > 0 {
+						n, err := unix.Read(sockets[1], b)
+						if err != nil {
+							return err
+						}
+						b = b[n:]
+					}
+				}
+				eris.SumAll(refs[:], blocks[:])
+				for _, b := range blocks {
+					eris.Decrypt(b, b, eris.Key{}, 0)
+				}
+				h.Write(memory)
+				if _, err := to.Write(memory); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	for range 2 {
+		select {
+		case <-ready:
+		case <-time.After(time.Minute):
+			return sample{}, errors.Join(errors.New("no files"), group.Wait())
+		}
+	}
+	begin = time.Now()
+	close(start)
+	err := group.Wait()
+	return sample{wall: time.Since(begin)}, err
 }
 
 // encodeRows encodes the large item.

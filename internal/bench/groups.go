@@ -31,7 +31,7 @@ var groups = []group{
 	{"5000 small files, zstd", func(w *workshop) ([]contestant, error) { return restoreRows(w, smallItem, "zstd") }},
 	{"5000 small files, none", func(w *workshop) ([]contestant, error) { return restoreRows(w, smallItem, "none") }},
 	{"large item in 11 files, blocks on a Unix socket", blocksRows(largePlainItem)},
-	{"5000 small files, blocks on a Unix socket", blocksRows(smallPlainItem)},
+	{"5000 small files, blocks on a Unix socket", smallBlocksRows(smallPlainItem)},
 	{"blocks of 1 KiB on a Unix socket", getRows(eris.BlockSize1KiB)},
 	{"blocks of 32 KiB on a Unix socket", getRows(eris.BlockSize32KiB)},
 	{"encode, large item in 11 files", encodeRows},
