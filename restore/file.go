@@ -115,13 +115,14 @@ func (r *restorer) create(f *file) error {
 
 // fill writes the contents; of a stream it computes the key of the link too.
 func (r *restorer) fill(fd int, f *file, share bool, key *[sha256.Size]byte) error {
+	w := sparseWriter{fd: fd}
 	for _, c := range f.pieces {
-		if err := writeAll(fd, c.Bytes); err != nil {
+		if err := w.write(c.Bytes); err != nil {
 			return err
 		}
 	}
 	if f.stream == nil {
-		return nil
+		return w.finish()
 	}
 	var h *linkHash
 	if share {
@@ -141,10 +142,10 @@ func (r *restorer) fill(fd int, f *file, share bool, key *[sha256.Size]byte) err
 				if share {
 					h.key(key)
 				}
-				return nil
+				return w.finish()
 			}
 			written += uint64(len(c.Bytes))
-			err := writeAll(fd, c.Bytes)
+			err := w.write(c.Bytes)
 			if share {
 				h.Write(c.Bytes)
 			}
@@ -156,19 +157,6 @@ func (r *restorer) fill(fd int, f *file, share bool, key *[sha256.Size]byte) err
 			return r.ctx.Err()
 		}
 	}
-}
-
-func writeAll(fd int, b []byte) error {
-	for len(b) > 0 {
-		n, err := unix.Write(fd, b)
-		if err == unix.EINTR {
-			continue
-		} else if err != nil {
-			return err
-		}
-		b = b[n:]
-	}
-	return nil
 }
 
 // linkKey is the key of a file whose contents are complete.
