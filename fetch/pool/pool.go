@@ -5,8 +5,8 @@
 //
 // # How it goes
 //
-// Every call of Get runs the request on the goroutine of its caller. With a single source that is all there is to it, and
-// requests may be started without a goroutine, too ([Pool.Start]). With
+// Every call of Get runs the request on the goroutine of its caller; a request that is started ([Pool.Start]) has none, if the
+// source that gets it can do without. With a single source that is all there is to it. With
 // several, the pool knows of each source its round-trip time, the rate at which it delivers, and what is in flight to it, from
 // which follows when a further block would come. A source is given as much as it delivers in two round trips (the product of
 // bandwidth and delay, twice), and no more; callers beyond that wait, in the order in which they came, so that blocks that are
