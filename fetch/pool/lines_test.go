@@ -195,7 +195,7 @@ func BenchmarkLine(b *testing.B) {
 		rate   int64 // bytes per second
 		length int64
 	}{
-		{eris.BlockSize32KiB, 25e6, 100e6}, {eris.BlockSize1KiB, 25e6, 50e6}, {eris.BlockSize32KiB, 125e6, 500e6}, {eris.BlockSize1KiB, 125e6, 200e6},
+		{eris.BlockSize32KiB, 25e6, 100e6}, {eris.BlockSize1KiB, 25e6, 50e6}, {eris.BlockSize32KiB, 125e6, 500e6}, {eris.BlockSize1KiB, 125e6, 500e6},
 	} {
 		var blocks *memory
 		var c eris.ReadCapability

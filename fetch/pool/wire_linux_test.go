@@ -84,7 +84,7 @@ func BenchmarkWire(b *testing.B) {
 		length int64
 		memory int
 	}{
-		{eris.BlockSize32KiB, 125e6, 500e6, 64 << 20}, {eris.BlockSize1KiB, 125e6, 200e6, 64 << 20}, {eris.BlockSize32KiB, 125e6, 500e6, 0},
+		{eris.BlockSize32KiB, 125e6, 500e6, 64 << 20}, {eris.BlockSize1KiB, 125e6, 500e6, 64 << 20}, {eris.BlockSize32KiB, 125e6, 500e6, 0},
 		{eris.BlockSize32KiB, 25e6, 100e6, 0}, {eris.BlockSize1KiB, 25e6, 50e6, 0},
 	} {
 		var blocks *memory
