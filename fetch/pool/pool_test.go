@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -96,6 +97,90 @@ func later(a, b time.Time) time.Time {
 	return b
 }
 
+// starter is a fake that starts requests.
+type starter struct{ *fake }
+
+func (starter) Starts() bool { return true }
+
+func (s starter) Start(ref eris.Reference, size eris.BlockSize, dst []byte, answered func()) eris.Request {
+	ctx, cancel := context.WithCancel(context.Background())
+	r := &startedRequest{cancel: cancel}
+	go func() {
+		r.block, r.err = s.Get(ctx, ref, size, dst)
+		answered()
+	}()
+	return r
+}
+
+type startedRequest struct {
+	cancel func()
+	block  []byte
+	err    error
+}
+
+func (r *startedRequest) Cancel() { r.cancel() }
+
+func (r *startedRequest) Finish() ([]byte, error) {
+	r.cancel()
+	return r.block, r.err
+}
+
+func (r *startedRequest) Verified(err error) error { return err }
+
+// way is one of two: whether sources start requests.
+type way bool
+
+// bothWays runs a test in both.
+func bothWays(t *testing.T, test func(t *testing.T, way way)) {
+	t.Run("called", func(t *testing.T) { test(t, false) })
+	t.Run("started", func(t *testing.T) { test(t, true) })
+}
+
+func (w way) sources(fakes ...*fake) []fetch.Source {
+	list := sources(fakes...)
+	for i, f := range fakes {
+		if w {
+			list[i] = starter{f}
+		}
+	}
+	return list
+}
+
+// fakeOf returns the fake that a source is.
+func fakeOf(s fetch.Source) *fake {
+	if s, ok := s.(starter); ok {
+		return s.fake
+	}
+	return s.(*fake)
+}
+
+var errNotStarted = errors.New("not started")
+
+// start gets a block by a request that is started. The error is errNotStarted if that is to be done by a call of Get.
+func start(ctx context.Context, p *pool.Pool, n int, size eris.BlockSize) ([]byte, error) {
+	answered := make(chan struct{}, 1) // a second call would wait for ever
+	if !p.Starts() || ctx.Err() != nil {
+		return nil, errNotStarted
+	}
+	request := p.Start(reference(n), size, make([]byte, 0, size), func() { answered <- struct{}{} })
+	if request == nil {
+		return nil, errNotStarted
+	}
+	select {
+	case <-answered:
+	case <-ctx.Done():
+		request.Cancel()
+		<-answered
+	}
+	block, err := request.Finish()
+	err = request.Verified(err)
+	var wrong *eris.BlockError
+	if err != nil && !errors.Is(err, eris.ErrNotFound) && !errors.As(err, &wrong) {
+		err = errNotStarted // worth a call of Get
+	}
+	return block, err
+}
+
 func (f *fake) requests() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -113,8 +198,12 @@ func sources(fakes ...*fake) (list []fetch.Source) {
 	return list
 }
 
+// get gets a block: as readers do, if the pool starts requests, and by a call of Get otherwise.
 func get(ctx context.Context, p *pool.Pool, n int, size eris.BlockSize) error {
-	block, err := p.Get(ctx, reference(n), size, make([]byte, 0, size))
+	block, err := start(ctx, p, n, size)
+	if err == errNotStarted {
+		block, err = p.Get(ctx, reference(n), size, make([]byte, 0, size))
+	}
 	if err != nil {
 		return err
 	}
@@ -208,7 +297,9 @@ func TestOne(t *testing.T) {
 }
 
 // TestSum has sources of unequal speed deliver together what they can.
-func TestSum(t *testing.T) {
+func TestSum(t *testing.T) { bothWays(t, testSum) }
+
+func testSum(t *testing.T, way way) {
 	const n = 4000
 	for _, v := range []struct {
 		name  string
@@ -223,7 +314,7 @@ func TestSum(t *testing.T) {
 		{"three", []*fake{{roundTrip: 5e6, rate: 2e6}, {roundTrip: 50e6, rate: 8e6}, {roundTrip: 100e6, rate: 16e6}}, 26e6},
 	} {
 		t.Run(v.name, func(t *testing.T) {
-			simulate(t, pool.Options{}, sources(v.fakes...), func(t *testing.T, p *pool.Pool) {
+			simulate(t, pool.Options{}, way.sources(v.fakes...), func(t *testing.T, p *pool.Pool) {
 				took := readAll(t, p, n, large, 384)
 				near(t, took, n*float64(large)/v.best, 1/0.9)
 				requests := 0
@@ -239,14 +330,18 @@ func TestSum(t *testing.T) {
 }
 
 // TestSmallBlocks keeps enough small blocks in flight over a long line.
-func TestSmallBlocks(t *testing.T) {
-	simulate(t, pool.Options{}, sources(&fake{roundTrip: 100e6, rate: 10e6}, &fake{roundTrip: 100e6, rate: 5e6}), func(t *testing.T, p *pool.Pool) {
+func TestSmallBlocks(t *testing.T) { bothWays(t, testSmallBlocks) }
+
+func testSmallBlocks(t *testing.T, way way) {
+	simulate(t, pool.Options{}, way.sources(&fake{roundTrip: 100e6, rate: 10e6}, &fake{roundTrip: 100e6, rate: 5e6}), func(t *testing.T, p *pool.Pool) {
 		near(t, readAll(t, p, 20000, 1024, 4096), 20000*1024/15e6, 1.25)
 	})
 }
 
 // TestFarAndSlow adds a source that can only be late to one that is good: it must not cost anything.
-func TestFarAndSlow(t *testing.T) {
+func TestFarAndSlow(t *testing.T) { bothWays(t, testFarAndSlow) }
+
+func testFarAndSlow(t *testing.T, way way) {
 	for _, v := range []struct {
 		name  string
 		other *fake
@@ -259,7 +354,7 @@ func TestFarAndSlow(t *testing.T) {
 		for _, first := range []bool{true, false} {
 			v.other.free, v.other.asked = time.Time{}, nil
 			t.Run(fmt.Sprintf("%s/first=%v", v.name, first), func(t *testing.T) {
-				list := sources(&fake{name: "good", roundTrip: 20e6, rate: 20e6}, v.other)
+				list := way.sources(&fake{name: "good", roundTrip: 20e6, rate: 20e6}, v.other)
 				if first {
 					slices.Reverse(list)
 				}
@@ -272,7 +367,9 @@ func TestFarAndSlow(t *testing.T) {
 }
 
 // TestStall has one of two equal sources stall at half of the time.
-func TestStall(t *testing.T) {
+func TestStall(t *testing.T) { bothWays(t, testStall) }
+
+func testStall(t *testing.T, way way) {
 	const n = 4000
 	stalled := func(ctx context.Context, _ int, i int64) error {
 		if i < n/4 {
@@ -282,7 +379,7 @@ func TestStall(t *testing.T) {
 		return context.Cause(ctx)
 	}
 	fakes := []*fake{{roundTrip: 20e6, rate: 20e6}, {roundTrip: 20e6, rate: 20e6, answer: stalled}}
-	simulate(t, pool.Options{}, sources(fakes...), func(t *testing.T, p *pool.Pool) {
+	simulate(t, pool.Options{}, way.sources(fakes...), func(t *testing.T, p *pool.Pool) {
 		took := readAll(t, p, n, large, 384)
 		near(t, took, n/2*float64(large)/40e6+n/2*float64(large)/20e6, 1.1)
 		if s := p.Stats()[1]; !s.Resting || s.Banned {
@@ -292,7 +389,9 @@ func TestStall(t *testing.T) {
 }
 
 // TestComesBack checks that a source that was silent for a while is used again.
-func TestComesBack(t *testing.T) {
+func TestComesBack(t *testing.T) { bothWays(t, testComesBack) }
+
+func testComesBack(t *testing.T, way way) {
 	const n = 6000
 	f := &fake{roundTrip: 20e6, rate: 20e6}
 	begin := time.Time{}
@@ -305,7 +404,7 @@ func TestComesBack(t *testing.T) {
 		}
 		return nil
 	}
-	simulate(t, pool.Options{}, sources(f, &fake{roundTrip: 20e6, rate: 20e6}), func(t *testing.T, p *pool.Pool) {
+	simulate(t, pool.Options{}, way.sources(f, &fake{roundTrip: 20e6, rate: 20e6}), func(t *testing.T, p *pool.Pool) {
 		near(t, readAll(t, p, n, large, 384), n*float64(large)/40e6+0.5, 1.1)
 		if s := p.Stats()[0]; s.Resting || s.Bytes < n*int64(large)/3 {
 			t.Errorf("the source that came back is %+v", s)
@@ -314,7 +413,9 @@ func TestComesBack(t *testing.T) {
 }
 
 // TestHedge has one answer in a hundred take very long, and checks that few blocks are asked for twice.
-func TestHedge(t *testing.T) {
+func TestHedge(t *testing.T) { bothWays(t, testHedge) }
+
+func testHedge(t *testing.T, way way) {
 	const n = 4000
 	f := &fake{roundTrip: 20e6, rate: 20e6}
 	f.answer = func(ctx context.Context, _ int, i int64) error {
@@ -328,7 +429,7 @@ func TestHedge(t *testing.T) {
 		return nil
 	}
 	for _, share := range []float64{0, -1} {
-		list := sources(f, &fake{roundTrip: 20e6, rate: 20e6})
+		list := way.sources(f, &fake{roundTrip: 20e6, rate: 20e6})
 		f.asked = nil
 		simulate(t, pool.Options{HedgeShare: share}, list, func(t *testing.T, p *pool.Pool) {
 			took := readAll(t, p, n, large, 256)
@@ -339,7 +440,7 @@ func TestHedge(t *testing.T) {
 				return
 			}
 			near(t, took, n*float64(large)/40e6, 1.15)
-			if requests := list[0].(*fake).requests() + list[1].(*fake).requests(); requests > n*102/100+32 {
+			if requests := fakeOf(list[0]).requests() + fakeOf(list[1]).requests(); requests > n*102/100+32 {
 				t.Errorf("%d requests for %d blocks", requests, n)
 			}
 		})
@@ -348,7 +449,9 @@ func TestHedge(t *testing.T) {
 
 // TestHedgeCap has both sources so erratic that everything seems to be late, and checks that the cap holds, but not for a block
 // that would never come.
-func TestHedgeCap(t *testing.T) {
+func TestHedgeCap(t *testing.T) { bothWays(t, testHedgeCap) }
+
+func testHedgeCap(t *testing.T, way way) {
 	const n = 6000
 	erratic := func(ctx context.Context, n int, i int64) error {
 		if i == 2000 {
@@ -359,7 +462,7 @@ func TestHedgeCap(t *testing.T) {
 		return nil
 	}
 	a, b := &fake{roundTrip: 5e6, answer: erratic}, &fake{roundTrip: 5e6, answer: erratic}
-	simulate(t, pool.Options{}, sources(a, b), func(t *testing.T, p *pool.Pool) {
+	simulate(t, pool.Options{}, way.sources(a, b), func(t *testing.T, p *pool.Pool) {
 		if took := readAll(t, p, n, large, 64); took > time.Minute {
 			t.Errorf("took %v", took)
 		}
@@ -369,8 +472,40 @@ func TestHedgeCap(t *testing.T) {
 	})
 }
 
+// TestBothHang has two sources of which neither answers the first request for a certain block: not even the second one, which is
+// asked because the first one is late.
+func TestBothHang(t *testing.T) { bothWays(t, testBothHang) }
+
+func testBothHang(t *testing.T, way way) {
+	hangs := func() func(ctx context.Context, n int, i int64) error {
+		var asked atomic.Bool
+		return func(ctx context.Context, n int, i int64) error {
+			if n == 200 && !asked.Swap(true) {
+				<-ctx.Done()
+				return context.Cause(ctx)
+			}
+			return nil
+		}
+	}
+	list := way.sources(&fake{roundTrip: 5e6, answer: hangs()}, &fake{roundTrip: 5e6, answer: hangs()})
+	simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
+		readAll(t, p, 200, large, 64)
+		begin := time.Now()
+		if err := get(t.Context(), p, 200, large); err != nil {
+			t.Error(err)
+		}
+		if took := time.Since(begin); took > 10*time.Second {
+			t.Errorf("took %v", took)
+		} else {
+			t.Logf("took %v", took)
+		}
+	})
+}
+
 // TestDead has a source that cannot be reached, which takes its time to show: it must cost that time at most once.
-func TestDead(t *testing.T) {
+func TestDead(t *testing.T) { bothWays(t, testDead) }
+
+func testDead(t *testing.T, way way) {
 	dead := &fake{answer: func(ctx context.Context, _ int, _ int64) error {
 		select {
 		case <-time.After(5 * time.Second):
@@ -381,7 +516,7 @@ func TestDead(t *testing.T) {
 	}}
 	good := &fake{roundTrip: 20e6, rate: 20e6}
 	state := sourcestate.Open("")
-	simulate(t, pool.Options{State: state}, sources(dead, good), func(t *testing.T, p *pool.Pool) {
+	simulate(t, pool.Options{State: state}, way.sources(dead, good), func(t *testing.T, p *pool.Pool) {
 		near(t, readAll(t, p, 10000, large, 256), 10000*float64(large)/20e6, 1.1)
 		if n := dead.requests(); n > 12 {
 			t.Errorf("the dead source was asked %d times", n)
@@ -394,7 +529,7 @@ func TestDead(t *testing.T) {
 		}
 	})
 	// Alone, it fails soon for everyone who comes later.
-	simulate(t, pool.Options{}, sources(dead), func(t *testing.T, p *pool.Pool) {
+	simulate(t, pool.Options{}, way.sources(dead), func(t *testing.T, p *pool.Pool) {
 		begin := time.Now()
 		for i := range 100 {
 			if err := get(t.Context(), p, i, large); !errors.Is(err, errBroken) {
@@ -408,7 +543,9 @@ func TestDead(t *testing.T) {
 }
 
 // TestMissing checks who is asked for what is missing: everyone, but only once.
-func TestMissing(t *testing.T) {
+func TestMissing(t *testing.T) { bothWays(t, testMissing) }
+
+func testMissing(t *testing.T, way way) {
 	none := func(context.Context, int, int64) error { return eris.ErrNotFound }
 	half := func(_ context.Context, n int, _ int64) error {
 		if n%2 == 1 {
@@ -417,7 +554,7 @@ func TestMissing(t *testing.T) {
 		return nil
 	}
 	a, b := &fake{roundTrip: 1e6, answer: half}, &fake{roundTrip: 20e6, answer: none}
-	simulate(t, pool.Options{}, sources(a, b), func(t *testing.T, p *pool.Pool) {
+	simulate(t, pool.Options{}, way.sources(a, b), func(t *testing.T, p *pool.Pool) {
 		for i := range 100 {
 			err := get(t.Context(), p, i, 1024)
 			if i%2 == 0 && err != nil || i%2 == 1 && !errors.Is(err, eris.ErrNotFound) {
@@ -442,7 +579,9 @@ func TestMissing(t *testing.T) {
 }
 
 // TestMostlyElsewhere has a near source with few of the blocks in front of a far one with all of them.
-func TestMostlyElsewhere(t *testing.T) {
+func TestMostlyElsewhere(t *testing.T) { bothWays(t, testMostlyElsewhere) }
+
+func testMostlyElsewhere(t *testing.T, way way) {
 	few := &fake{roundTrip: 1e6, rate: 500e6, answer: func(_ context.Context, n int, _ int64) error {
 		if n%50 != 0 {
 			return eris.ErrNotFound
@@ -450,13 +589,15 @@ func TestMostlyElsewhere(t *testing.T) {
 		return nil
 	}}
 	all := &fake{roundTrip: 50e6, rate: 20e6}
-	simulate(t, pool.Options{}, sources(few, all), func(t *testing.T, p *pool.Pool) {
+	simulate(t, pool.Options{}, way.sources(few, all), func(t *testing.T, p *pool.Pool) {
 		near(t, readAll(t, p, 3000, large, 256), 3000*float64(large)/20e6, 1.1)
 	})
 }
 
 // TestLiar has the fastest source give wrong bytes.
-func TestLiar(t *testing.T) {
+func TestLiar(t *testing.T) { bothWays(t, testLiar) }
+
+func testLiar(t *testing.T, way way) {
 	liar := &fake{roundTrip: 1e6, answer: func(_ context.Context, n int, _ int64) error {
 		return &eris.BlockError{Reference: reference(n), Length: int(large), Want: large}
 	}}
@@ -464,7 +605,7 @@ func TestLiar(t *testing.T) {
 	state := sourcestate.Open(filepath.Join(t.TempDir(), "state"))
 	var faults []string
 	options := pool.Options{State: state, OnFault: func(source string, err error) { faults = append(faults, source) }}
-	simulate(t, options, sources(liar, good), func(t *testing.T, p *pool.Pool) {
+	simulate(t, options, way.sources(liar, good), func(t *testing.T, p *pool.Pool) {
 		near(t, readAll(t, p, 2000, large, 256), 2000*float64(large)/20e6, 1.1)
 		synctest.Wait()
 		if !slices.Equal(faults, []string{"fake:0"}) {
@@ -480,7 +621,7 @@ func TestLiar(t *testing.T) {
 			t.Errorf("the score of the liar is %v", s)
 		}
 	})
-	simulate(t, options, sources(liar), func(t *testing.T, p *pool.Pool) {
+	simulate(t, options, way.sources(liar), func(t *testing.T, p *pool.Pool) {
 		for range 3 {
 			var wrong *eris.BlockError
 			if err := get(t.Context(), p, 1, large); !errors.As(err, &wrong) {
@@ -492,14 +633,16 @@ func TestLiar(t *testing.T) {
 
 // TestOtherSize checks that nobody is banned because somebody asked for a block by the wrong size: capabilities come from
 // strangers.
-func TestOtherSize(t *testing.T) {
+func TestOtherSize(t *testing.T) { bothWays(t, testOtherSize) }
+
+func testOtherSize(t *testing.T, way way) {
 	f := &fake{answer: func(_ context.Context, n int, _ int64) error {
 		if n == 1 {
 			return &eris.BlockError{Reference: reference(n), Length: int(large), Want: 1024}
 		}
 		return nil
 	}}
-	for _, list := range [][]fetch.Source{sources(f), sources(f, &fake{roundTrip: 1e6})} {
+	for _, list := range [][]fetch.Source{way.sources(f), way.sources(f, &fake{roundTrip: 1e6})} {
 		simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
 			get(t.Context(), p, 1, 1024)
 			if err := get(t.Context(), p, 2, 1024); err != nil {
@@ -513,7 +656,9 @@ func TestOtherSize(t *testing.T) {
 }
 
 // TestBroken has connections break: all blocks come all the same, if there is another source, or the source works again.
-func TestBroken(t *testing.T) {
+func TestBroken(t *testing.T) { bothWays(t, testBroken) }
+
+func testBroken(t *testing.T, way way) {
 	for n := 1; n <= 2; n++ {
 		var until time.Time
 		breaks := func(_ context.Context, _ int, i int64) error {
@@ -525,7 +670,7 @@ func TestBroken(t *testing.T) {
 			}
 			return nil
 		}
-		list := sources(&fake{roundTrip: 20e6, rate: 20e6, answer: breaks}, &fake{roundTrip: 30e6, rate: 10e6})[:n]
+		list := way.sources(&fake{roundTrip: 20e6, rate: 20e6, answer: breaks}, &fake{roundTrip: 30e6, rate: 10e6})[:n]
 		simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
 			readAll(t, p, 1000, large, 128)
 		})

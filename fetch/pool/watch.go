@@ -79,6 +79,7 @@ func (p *Pool) look() {
 	}
 	p.hedge(now)
 	for _, m := range p.members {
+		p.giveUp(m, now)
 		p.probe(m, now)
 	}
 	p.sweep()
@@ -155,8 +156,7 @@ func (p *Pool) hedge(now time.Duration) {
 	for _, r := range late {
 		// What is so late that it may never come is as good as failed, and must not wait until there is room for hedges again:
 		// it may be what everything else waits for.
-		lost := now-r.start > lostAge && (!r.member.known || now-r.start > lostFactor*r.expected)
-		if !lost && float64(p.doubled+r.size) > hedgeFree+p.options.HedgeShare*float64(p.delivered) {
+		if !r.member.isLost(r, now) && float64(p.doubled+r.size) > hedgeFree+p.options.HedgeShare*float64(p.delivered) {
 			continue
 		}
 		if m := p.alternative(r, now); m != nil {
@@ -165,6 +165,23 @@ func (p *Pool) hedge(now time.Duration) {
 			p.behind(m, r.flight, now, false)
 		}
 	}
+}
+
+// giveUp ends requests in the background that may never be answered, and that are all that a caller still waits for, because the
+// source that it had asked before has failed meanwhile.
+func (p *Pool) giveUp(m *member, now time.Duration) {
+	n := 0
+	for r := m.first; r != nil && n < latePerSource && m.isLost(r, now); r = r.next {
+		n++
+		if r.background && !r.probe && r.flight.current == nil && r.flight.waiting {
+			r.cutOff(errSilent)
+		}
+	}
+}
+
+// isLost reports whether a request is so late that it may never be answered.
+func (m *member) isLost(r *request, now time.Duration) bool {
+	return now-r.start > lostAge && (!m.known || now-r.start > lostFactor*r.expected)
 }
 
 func (m *member) isLate(r *request, now time.Duration) bool {
