@@ -660,12 +660,12 @@ func TestBroken(t *testing.T) { bothWays(t, testBroken) }
 
 func testBroken(t *testing.T, way way) {
 	for n := 1; n <= 2; n++ {
-		var until time.Time
+		var until atomic.Int64 // nanoseconds since 1970
 		breaks := func(_ context.Context, _ int, i int64) error {
 			if i%200 == 199 {
-				until = time.Now().Add(80 * time.Millisecond)
+				until.Store(time.Now().Add(80 * time.Millisecond).UnixNano())
 			}
-			if time.Now().Before(until) {
+			if time.Now().UnixNano() < until.Load() {
 				return errBroken
 			}
 			return nil
