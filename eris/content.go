@@ -45,18 +45,20 @@ func Open(ctx context.Context, blocks Blocks, capability ReadCapability, limit i
 		return nil, err
 	}
 	c := &Content{blocks: blocks, window: window, spine: s}
-	var left sync.WaitGroup
-	defer left.Wait()
 	leftContext, cancel := context.WithCancel(ctx)
-	if err := c.readPath(ctx, func(first Pair) {
+	defer cancel()
+	var left sync.WaitGroup
+	err = c.readPath(ctx, func(first Pair) {
 		left.Go(func() { c.readLeft(leftContext, first) })
-	}); err != nil {
-		cancel()
-		return nil, err
+	})
+	if err != nil {
+		cancel() // nobody will read
 	}
 	left.Wait()
-	cancel()
-	if err := ctx.Err(); err != nil {
+	if err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
 		return nil, err
 	}
 	return c, nil

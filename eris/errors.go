@@ -34,6 +34,13 @@ func (e *BlockError) Error() string {
 	return fmt.Sprintf("block %v: its bytes do not have this hash", e.Reference)
 }
 
+// IsOtherSize reports whether what was offered has a valid block size, but another one than was asked for. Then it may be the
+// reader who is wrong: anyone can make a read capability with the wrong block size, and that must not turn a reader against
+// those who have the block.
+func (e *BlockError) IsOtherSize(asked BlockSize) bool {
+	return e.Length != int(asked) && BlockSize(e.Length).Valid()
+}
+
 // ContentError says that content cannot be decoded although every block is what its reference says: the read capability is
 // wrong, the tree is not one that an encoder makes, or the content is longer than allowed ([ErrTooLarge]). No source of
 // blocks can help.

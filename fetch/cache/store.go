@@ -104,10 +104,8 @@ func (s *StoreCache) Get(ctx context.Context, ref eris.Reference, size eris.Bloc
 func (s *StoreCache) judge(err error, size eris.BlockSize) {
 	var wrong *eris.BlockError
 	switch {
-	case errors.As(err, &wrong) && wrong.Length != int(size) && eris.BlockSize(wrong.Length).Valid():
-		// It may be the reader who is wrong: anyone can make a read capability with the
-		// wrong block size.
-	case errors.As(err, &wrong):
+	case errors.As(err, &wrong) && wrong.IsOtherSize(size):
+	case wrong != nil:
 		s.gets.offForGood()
 		s.puts.offForGood()
 		s.fault(&s.gets, err)

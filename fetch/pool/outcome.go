@@ -61,20 +61,12 @@ func (p *Pool) judge(r *request, err error, now time.Duration) verdictKind {
 	m := r.member
 	var wrong *eris.BlockError
 	switch {
-	case errors.Is(err, eris.ErrNotFound):
+	case errors.Is(err, eris.ErrNotFound), errors.As(err, &wrong) && wrong.IsOtherSize(eris.BlockSize(r.size)):
 		m.misses++
 		m.answers(r, now)
 		m.hits -= m.hits * hitWeight
 		return miss
-	case errors.As(err, &wrong):
-		if wrong.Length != int(r.size) && eris.BlockSize(wrong.Length).Valid() {
-			// It may be the reader who is wrong: a capability with the wrong block size, which anyone can make, must
-			// not turn us against those who have the block.
-			m.misses++
-			m.answers(r, now)
-			m.hits -= m.hits * hitWeight
-			return miss
-		}
+	case wrong != nil:
 		m.faults++
 		p.ban(m, err)
 		return lie

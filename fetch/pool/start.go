@@ -34,31 +34,27 @@ func (m *member) starts() bool { return m.starter != nil && m.starter.Starts() }
 // of Get has to find out whether others have what the first one does not.
 func (p *Pool) Start(ref eris.Reference, size eris.BlockSize, dst []byte, answered func()) eris.Request {
 	p.mu.Lock()
-	key, now := flightKey{ref, size}, p.now()
-	if p.closed || p.flights[key] != nil {
+	key, now, m := flightKey{ref, size}, p.now(), p.single
+	if p.closed || p.flights[key] != nil || m != nil && (!m.starts() || m.restUntil > now) {
 		p.mu.Unlock()
 		return nil
 	}
-	s := started.Get().(*startedRequest)
-	s.pool, s.dst, s.answered = p, dst, answered
-	if p.single == nil {
+	f := p.newFlight(key)
+	if m == nil {
 		defer p.mu.Unlock()
-		f := p.newFlight(key)
 		if p.shun(f); p.candidates(f, now) == 0 {
 			p.finish(f, nil, errAgain)
 			return nil
 		}
-		s.flight, f.started, s.queued = f, s, true
+	}
+	s := started.Get().(*startedRequest)
+	s.pool, s.flight, s.dst, s.answered = p, f, dst, answered
+	if m == nil {
+		f.started, s.queued = s, true
 		p.queue(f, now)
 		return s
 	}
-	if !p.single.starts() || p.single.restUntil > now {
-		p.mu.Unlock()
-		return nil
-	}
-	m := p.single
-	s.flight = p.newFlight(key)
-	s.request = request{flight: s.flight, member: m, size: int64(size)}
+	s.request = request{flight: f, member: m, size: int64(size)}
 	m.sent(&s.request, now)
 	s.direct = true
 	p.mu.Unlock()

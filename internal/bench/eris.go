@@ -178,7 +178,6 @@ func (w *workshop) workFloor(n int64) (sample, error) {
 	const many = 8
 	const portion = many * int64(eris.BlockSize32KiB)
 	var group errgroup.Group
-	var begin time.Time
 	ready, start := make(chan struct{}, 2), make(chan struct{})
 	for i := range 2 {
 		group.Go(func() error {
@@ -251,10 +250,11 @@ func (w *workshop) workFloor(n int64) (sample, error) {
 		select {
 		case <-ready:
 		case <-time.After(time.Minute):
+			close(start) // for the other one
 			return sample{}, errors.Join(errors.New("no files"), group.Wait())
 		}
 	}
-	begin = time.Now()
+	begin := time.Now()
 	close(start)
 	err := group.Wait()
 	return sample{wall: time.Since(begin)}, err
