@@ -4,17 +4,13 @@ package web_test
 
 import (
 	"bytes"
-	"context"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
-	"io"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -200,39 +196,5 @@ func TestNginxProxy(t *testing.T) {
 		store := mustOpen(t, url, web.Options{})
 		defer store.Close()
 		roundTrips(t, store, store)
-	}
-}
-
-// TestBucket uses the bucket that BUCKET_URL names, which is to be open for reading and writing: .ci/interop-s3 starts a
-// server for it.
-func TestBucket(t *testing.T) {
-	bucket := os.Getenv("BUCKET_URL")
-	if bucket == "" {
-		t.Skip("BUCKET_URL names no bucket; see .ci/interop-s3")
-	}
-	for _, query := range []string{"?static", "?static&layout=flat", "/prefix?static&layout=sharded"} {
-		store := mustOpen(t, bucket+query, web.Options{})
-		defer store.Close()
-		roundTrips(t, store, store)
-	}
-	// What another program has uploaded, as "aws s3 sync" does for each file of a directory.
-	ref, block := newBlock(eris.BlockSize32KiB, 3)
-	request, err := http.NewRequestWithContext(context.Background(), http.MethodPut, bucket+"/synced/"+ref.String()[:2]+"/"+ref.String(), bytes.NewReader(block))
-	if err != nil {
-		t.Fatal(err)
-	}
-	response, err := http.DefaultClient.Do(request)
-	if err != nil {
-		t.Fatal(err)
-	}
-	body, _ := io.ReadAll(response.Body)
-	response.Body.Close()
-	if response.StatusCode != http.StatusOK {
-		t.Fatalf("%s: %s", response.Status, strings.TrimSpace(string(body)))
-	}
-	store := mustOpen(t, bucket+"/synced?static", web.Options{})
-	defer store.Close()
-	if got, err := get(t, store, ref, eris.BlockSize32KiB); err != nil || !bytes.Equal(got, block) {
-		t.Error(err)
 	}
 }

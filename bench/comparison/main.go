@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
 // Command comparison measures how well-kept embedded databases keep ERIS blocks, and how package blockstore does beside
-// them. It is a module of its own, so that what it compares does not burden the program. Its results and the decision
-// taken are in docs/blockstore.md of the repository.
+// them. Its results and the decision taken are in docs/blockstore.md.
 //
 //	go run . -store bbolt -size 1024         all measurements of one store
 //	go run . -store bbolt -kill 20           kills a writer 20 times, looks for lost blocks

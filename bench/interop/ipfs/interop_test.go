@@ -81,24 +81,34 @@ func (n node) add(t *testing.T, size eris.BlockSize) (eris.Reference, []byte) {
 	return ref, block
 }
 
+func open(t *testing.T, url string, options ipfs.Options) *ipfs.Store {
+	t.Helper()
+	store, err := ipfs.Open(url, options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { store.Close() })
+	return store
+}
+
+func get(t *testing.T, store *ipfs.Store, ref eris.Reference, size eris.BlockSize) ([]byte, error) {
+	return store.Get(t.Context(), ref, size, nil)
+}
+
 func isOffline(b blockstore.Blockstore) exchange.Interface { return offline.Exchange(b) }
 
 func TestGateway(t *testing.T) {
 	n := startNode(t, gateway.Config{}, isOffline)
-	store, err := ipfs.Open("ipfs+http://"+n.url, ipfs.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer store.Close()
+	store := open(t, "ipfs+http://"+n.url, ipfs.Options{})
 	for _, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
 		for range 20 {
 			ref, want := n.add(t, size)
-			if got, err := store.Get(t.Context(), ref, size, nil); err != nil || !bytes.Equal(got, want) {
+			if got, err := get(t, store, ref, size); err != nil || !bytes.Equal(got, want) {
 				t.Fatalf("%v: Get: %v", size, err)
 			}
 		}
 	}
-	if _, err := store.Get(t.Context(), eris.Sum([]byte("absent")), eris.BlockSize1KiB, nil); !errors.Is(err, eris.ErrNotFound) {
+	if _, err := get(t, store, eris.Sum([]byte("absent")), eris.BlockSize1KiB); !errors.Is(err, eris.ErrNotFound) {
 		t.Errorf("error is %v, not that the block is missing", err)
 	}
 }
@@ -106,23 +116,19 @@ func TestGateway(t *testing.T) {
 // TestSearch has the node look for a block: until it gives up, and until we do.
 func TestSearch(t *testing.T) {
 	search := func(b blockstore.Blockstore) exchange.Interface { return searching{offline.Exchange(b)} }
-	for name, patience := range map[string][2]time.Duration{
+	for name, limits := range map[string][2]time.Duration{
 		"node gives up": {100 * time.Millisecond, time.Minute},
 		"we give up":    {time.Minute, 100 * time.Millisecond},
 	} {
 		t.Run(name, func(t *testing.T) {
-			n := startNode(t, gateway.Config{RetrievalTimeout: patience[0]}, search)
-			store, err := ipfs.Open("ipfs+http://"+n.url, ipfs.Options{Timeout: patience[1]})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer store.Close()
-			_, err = store.Get(t.Context(), eris.Sum([]byte("absent")), eris.BlockSize1KiB, nil)
+			n := startNode(t, gateway.Config{RetrievalTimeout: limits[0]}, search)
+			store := open(t, "ipfs+http://"+n.url, ipfs.Options{Timeout: limits[1]})
+			_, err := get(t, store, eris.Sum([]byte("absent")), eris.BlockSize1KiB)
 			if !errors.Is(err, eris.ErrNotFound) {
 				t.Errorf("error is %v, not that the block is missing", err)
 			}
 			ref, want := n.add(t, eris.BlockSize1KiB)
-			if got, err := store.Get(t.Context(), ref, eris.BlockSize1KiB, nil); err != nil || !bytes.Equal(got, want) {
+			if got, err := get(t, store, ref, eris.BlockSize1KiB); err != nil || !bytes.Equal(got, want) {
 				t.Errorf("Get: %v", err)
 			}
 		})
@@ -139,13 +145,9 @@ func TestLocalhost(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	store, err := ipfs.Open("ipfs+http://localhost:"+u.Port(), ipfs.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer store.Close()
+	store := open(t, "ipfs+http://localhost:"+u.Port(), ipfs.Options{})
 	ref, want := n.add(t, eris.BlockSize32KiB)
-	if got, err := store.Get(t.Context(), ref, eris.BlockSize32KiB, nil); err != nil || !bytes.Equal(got, want) {
+	if got, err := get(t, store, ref, eris.BlockSize32KiB); err != nil || !bytes.Equal(got, want) {
 		t.Errorf("Get: %v", err)
 	}
 }

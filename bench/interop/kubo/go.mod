@@ -1,5 +1,5 @@
 // Kubo, the usual daemon of IPFS, for .ci/interop-kubo: nothing of ours is built here.
-module codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/ipfs/interop/kubo
+module codeberg.org/guix-substitute-eris/guix-substitute-eris/bench/interop/kubo
 
 go 1.26.5
 

@@ -116,11 +116,12 @@ func revision() string {
 	return "revision " + strings.TrimSpace(string(out))
 }
 
-// root is the directory of the module.
+// root is the directory of the module that is measured.
 func root() (string, error) {
-	out, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}").Output()
+	const module = "codeberg.org/guix-substitute-eris/guix-substitute-eris"
+	out, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", module).Output()
 	if err != nil {
-		return "", fmt.Errorf("run this in the source directory: %w", err)
+		return "", fmt.Errorf("run this in the directory bench: %w", err)
 	}
 	return filepath.Clean(strings.TrimSpace(string(out))), nil
 }
