@@ -1,8 +1,45 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-# What is not a plain go command; see README.md and docs/performance.md.
+# "make" builds, "make check" tests, "make install" installs below DESTDIR; "make bench" measures.
 
-.PHONY: bench
+PREFIX = /usr/local
+SYSCONFDIR = /etc
+GO = go
+name = guix-substitute-eris
+bin = $(DESTDIR)$(PREFIX)/bin
+units = $(DESTDIR)$(PREFIX)/lib/systemd/system
+extensions = $(DESTDIR)$(SYSCONFDIR)/guix/extensions
+share = $(DESTDIR)$(PREFIX)/share
 
-# Whole-process benchmarks; BENCH has options, see "go run ./internal/bench -help".
+.PHONY: all check install uninstall bench clean $(name)
+
+all: $(name)
+
+# Go knows what has to be built again.
+$(name):
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags=-s -o $@ ./cmd/$(name)
+
+check:
+	$(GO) test ./...
+
+# Texts name the program where it is installed.
+place = sed 's|/usr/local/|$(PREFIX)/|g' $(1) | install -m 644 /dev/stdin $(2)/$(notdir $(1))
+
+install: $(name)
+	install -d $(bin) $(units) $(extensions) $(share)/$(name)/services $(share)/doc/$(name)
+	install -m 755 $(name) $(bin)/
+	$(call place,etc/systemd/$(name).service,$(units))
+	$(call place,etc/systemd/$(name).socket,$(units))
+	$(call place,etc/guix/extensions/substitute.scm,$(extensions))
+	$(call place,etc/guix/services/eris-block-store.scm,$(share)/$(name)/services)
+	install -m 644 README.md CHANGELOG.md docs/*.md $(share)/doc/$(name)/
+
+uninstall:
+	rm -f $(bin)/$(name) $(units)/$(name).service $(units)/$(name).socket $(extensions)/substitute.scm
+	rm -rf $(share)/$(name) $(share)/doc/$(name)
+
+# Whole-process benchmarks; BENCH has options, see "go run . -help" in the directory bench.
 bench:
-	go run ./internal/bench -write docs/performance.md $(BENCH)
+	cd bench && $(GO) run . -write ../docs/performance.md $(BENCH)
+
+clean:
+	rm -f $(name)
