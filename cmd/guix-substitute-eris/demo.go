@@ -396,7 +396,7 @@ func (d *demo) fetchAll(helper *demoChild, from string) error {
 	}
 	for _, item := range d.items {
 		begin := time.Now()
-		reply, err := helper.ask("substitute "+item.path+" "+item.path, "Downloading ")
+		reply, err := helper.ask("substitute "+item.path+" "+item.path, "Downloading "+from)
 		took := since(begin)
 		if err != nil {
 			return err

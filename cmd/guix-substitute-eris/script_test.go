@@ -48,6 +48,7 @@ func TestScript(t *testing.T) {
 				"GUIX_CONFIGURATION_DIRECTORY": "$WORK/etc",
 				"GUIX_STATE_DIRECTORY":         "$WORK/var",
 				"HOME":                         "$WORK/home",
+				"XDG_RUNTIME_DIR":              "$WORK",
 				"MIRROR":                       "",
 			} {
 				env.Setenv(name, strings.ReplaceAll(value, "$WORK", env.WorkDir))
@@ -486,7 +487,7 @@ func scriptEnvironment(ts *testscript.TestScript) []string {
 	var env []string
 	for _, name := range []string{
 		"PATH", "HOME", "TMPDIR", "TESTSCRIPT_COMMAND", "GOCOVERDIR", "LC_ALL",
-		"NIX_STORE_DIR", "GUIX_STATE_DIRECTORY", "GUIX_CONFIGURATION_DIRECTORY", "XDG_CACHE_HOME",
+		"NIX_STORE_DIR", "GUIX_STATE_DIRECTORY", "GUIX_CONFIGURATION_DIRECTORY", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR",
 		"GUIX_ALLOW_UNAUTHENTICATED_SUBSTITUTES", "GUIX_SUBSTITUTE_DEBUG", "http_proxy", "https_proxy", "no_proxy",
 		"GUIX_SUBSTITUTE_ERIS_GUIX", "GUIX_EXTENSIONS_PATH", "ERIS_STORE_URL",
 	} {
