@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package backoff says how long something that failed rests before it is tried again.
+package backoff
+
+import (
+	"math/rand/v2"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// A Backoff is the rest of one source, server or connection. Each failure in a row makes it about
+// twice as long as the one before, between Min and Max, which the owner sets and must be positive.
+// A third of it is chance, so that many clients that failed at the same time do not return at the
+// same time. Its zero state is that nothing has failed. It is not safe for concurrent use: whoever
+// owns it locks.
+type Backoff struct {
+	Min, Max time.Duration
+
+	failures int
+	until    time.Time
+}
+
+// Fail takes note of a failure, and returns how long the rest is from now. The rest is at least
+// retryAfter, as the other side has asked for it (0: it has not), but never longer than Max.
+// Failures while it rests are of what was under way at the same time, and count as one with the
+// first; they can only make the rest longer by their retryAfter.
+func (b *Backoff) Fail(now time.Time, retryAfter time.Duration) time.Duration {
+	rest := b.Rest(now)
+	if rest == 0 {
+		rest = min(b.Min, b.Max)
+		for range b.failures {
+			if rest >= b.Max/2 {
+				rest = b.Max
+				break
+			}
+			rest *= 2
+		}
+		b.failures++
+		rest -= rand.N(rest/3 + 1)
+	}
+	if retryAfter > rest {
+		rest = min(b.Max, retryAfter+rand.N(b.Min/3+1))
+	}
+	b.until = now.Add(rest)
+	return rest
+}
+
+// Succeed ends the rest, and the row of failures.
+func (b *Backoff) Succeed() { b.failures, b.until = 0, time.Time{} }
+
+// Rest returns how long the rest still is; 0 if it is over.
+func (b *Backoff) Rest(now time.Time) time.Duration { return max(0, b.until.Sub(now)) }
+
+// Failures returns the number of failures in a row, those counted that began a rest.
+func (b *Backoff) Failures() int { return b.failures }
+
+// mostRetryAfter bounds what servers ask for; callers have much lower bounds.
+const mostRetryAfter = 24 * time.Hour
+
+// RetryAfter reads the value of the header field Retry-After (RFC 9110, section 10.2.3), a number
+// of seconds or a date. It returns 0 if there is none, it cannot be read, or it is past; and at
+// most a day.
+func RetryAfter(value string, now time.Time) time.Duration {
+	value = strings.TrimSpace(value)
+	if n, err := strconv.ParseUint(value, 10, 64); err == nil {
+		return time.Duration(min(n, uint64(mostRetryAfter/time.Second))) * time.Second
+	}
+	t, err := http.ParseTime(value)
+	if err != nil {
+		return 0
+	}
+	return min(max(0, t.Sub(now)), mostRetryAfter)
+}

@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package files keeps state in files: it replaces them so that they are old or new at any time,
+// locks them, and reads them without trust in whoever may write to the directory. The program often
+// runs as root, in directories where others may have put symbolic links, pipes or files of their
+// own.
+package files
+
+import (
+	"bufio"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// TemporaryPrefix begins the names of the temporary files that [Replace] makes. A process that is
+// killed leaves them behind; those of some age may be removed.
+const TemporaryPrefix = ".new-"
+
+// ErrLocked is wrapped by errors that say that another process, or another open file of this one,
+// has the lock.
+var ErrLocked = errors.New("in use by another process")
+
+// Options says how [Replace] writes. The zero value is for state that may be lost in a power
+// failure.
+type Options struct {
+	Sync   bool // the file and its name are on disk when Replace returns
+	New    bool // fail with [fs.ErrExist] if the file exists
+	Locked bool // the caller has a lock against other writers: at most one temporary file is left behind, and used again
+}
+
+// Replace writes a file with the mode (less the umask), so that others find the old file or the
+// whole new one, also after the process has been killed; with [Options.Sync] also after a power
+// failure. A symbolic link at path is replaced and never followed. The directory must exist. If
+// write or anything else fails the old file stays, and nothing is left behind. The writer is
+// buffered. It is safe for concurrent use, but with [Options.Locked].
+func Replace(path string, mode fs.FileMode, o Options, write func(w io.Writer) error) (err error) {
+	directory, name := filepath.Split(path)
+	f, err := temporary(directory, name, mode, o.Locked)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			os.Remove(f.Name())
+		}
+	}()
+	if err := errors.Join(fill(f, o.Sync, write), f.Close()); err != nil {
+		return err
+	}
+	if o.New {
+		err = moveNew(f.Name(), path)
+	} else {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil || !o.Sync {
+		return err
+	}
+	return SyncDirectory(filepath.Dir(path))
+}
+
+// temporary makes the file that is filled.
+func temporary(directory, name string, mode fs.FileMode, locked bool) (*os.File, error) {
+	temporary := directory + TemporaryPrefix + name
+	if locked {
+		if err := os.Remove(temporary); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+	} else {
+		temporary = directory + TemporaryPrefix + rand.Text()
+	}
+	return os.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode) // O_EXCL follows no link
+}
+
+func fill(f *os.File, sync bool, write func(w io.Writer) error) error {
+	w := bufio.NewWriterSize(f, 64<<10)
+	if err := write(w); err != nil {
+		return err
+	}
+	if err := w.Flush(); err != nil || !sync {
+		return err
+	}
+	return f.Sync()
+}
+
+// moveNew gives a file its name unless that is taken.
+func moveNew(from, to string) error {
+	// A link does not replace what somebody else has made meanwhile; not all file systems have
+	// them.
+	err := os.Link(from, to)
+	if errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	if err == nil {
+		return os.Remove(from)
+	}
+	if _, err := os.Lstat(to); err == nil {
+		return &fs.PathError{Op: "create", Path: to, Err: fs.ErrExist}
+	}
+	return os.Rename(from, to)
+}
+
+// SyncDirectory makes the names in a directory durable.
+func SyncDirectory(directory string) error {
+	d, err := os.Open(directory)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// MakeDirectory makes a directory for state, where only its owner has access, with parents where
+// all have, if it does not exist. It fails if the directory, or a symbolic link in its place,
+// belongs to another user.
+func MakeDirectory(path string) error {
+	if err := os.MkdirAll(filepath.Dir(filepath.Clean(path)), 0o755); err != nil {
+		return err
+	}
+	if err := os.Mkdir(path, 0o700); err == nil || !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	var link, directory unix.Stat_t
+	if err := errors.Join(unix.Lstat(path, &link), unix.Stat(path, &directory)); err != nil {
+		return &fs.PathError{Op: "stat", Path: path, Err: err}
+	}
+	user := uint32(os.Geteuid())
+	switch {
+	case directory.Mode&unix.S_IFMT != unix.S_IFDIR:
+		return &fs.PathError{Op: "open", Path: path, Err: unix.ENOTDIR}
+	case directory.Uid != user || link.Uid != user:
+		return &fs.PathError{Op: "open", Path: path, Err: errForeign}
+	}
+	return nil
+}
+
+var (
+	errForeign = errors.New("it belongs to another user")
+	errShared  = errors.New("other users may write to it")
+	errSpecial = errors.New("it is not a regular file")
+)
+
+// open opens a regular file that belongs to this user, not through a symbolic link at its path.
+func open(path string, flags int) (fd int, size int64, err error) {
+	fd, err = retry(func() (int, error) {
+		return unix.Open(path, flags|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_NONBLOCK|unix.O_NOCTTY, 0o600)
+	})
+	if err != nil {
+		return -1, 0, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	var stat unix.Stat_t
+	err = unix.Fstat(fd, &stat)
+	switch {
+	case err != nil:
+	case stat.Mode&unix.S_IFMT != unix.S_IFREG:
+		err = errSpecial
+	case stat.Uid != uint32(os.Geteuid()):
+		err = errForeign
+	case stat.Mode&0o022 != 0:
+		err = errShared
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, 0, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	return fd, stat.Size, nil
+}
+
+// ReadState reads a file of state whole. It must be a regular file of this user that others cannot
+// write to, of at most the given number of bytes; a symbolic link, a pipe or a device at path is
+// refused at once. The error wraps [fs.ErrNotExist] if there is no file.
+func ReadState(path string, most int) ([]byte, error) {
+	fd, size, err := open(path, unix.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	b := make([]byte, min(int64(most), size)+1) // one more, to see the end
+	for length := 0; length < len(b); {
+		n, err := retry(func() (int, error) { return unix.Read(fd, b[length:]) })
+		if err != nil {
+			return nil, &fs.PathError{Op: "read", Path: path, Err: err}
+		}
+		if n == 0 {
+			return b[:length], nil
+		}
+		length += n
+	}
+	if size <= int64(most) {
+		return nil, &fs.PathError{Op: "read", Path: path, Err: errors.New("it grows")}
+	}
+	return nil, &fs.PathError{Op: "read", Path: path, Err: fmt.Errorf("larger than %d bytes", most)}
+}
+
+// Lock opens a lock file, which it makes with mode 0600 if need be, and takes its lock, for which
+// it waits at most for the given time; 0 tries once. Errors wrap [ErrLocked] if another has it.
+// Closing the file gives the lock back, and so does the end of the process. The file is never
+// written to; it must be a regular file of this user, not a symbolic link.
+func Lock(path string, wait time.Duration) (*os.File, error) {
+	fd, _, err := open(path, unix.O_RDWR|unix.O_CREAT)
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), path)
+	if err := LockFile(f, wait); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// LockFile takes the lock of a file that is open, as [Lock] does. [UnlockFile] gives it back, too.
+func LockFile(f *os.File, wait time.Duration) error {
+	deadline := time.Now().Add(wait)
+	for pause := 10 * time.Microsecond; ; pause = min(2*pause, 5*time.Millisecond) {
+		err := flock(f, unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return nil
+		}
+		if err != unix.EWOULDBLOCK {
+			return &fs.PathError{Op: "lock", Path: f.Name(), Err: err}
+		}
+		if !time.Now().Before(deadline) {
+			return &fs.PathError{Op: "lock", Path: f.Name(), Err: ErrLocked}
+		}
+		time.Sleep(pause)
+	}
+}
+
+// UnlockFile gives back the lock of a file that stays open.
+func UnlockFile(f *os.File) error { return flock(f, unix.LOCK_UN) }
+
+func flock(f *os.File, how int) error {
+	_, err := retry(func() (int, error) { return 0, unix.Flock(int(f.Fd()), how) })
+	return err
+}
+
+// retry repeats a system call that a signal has interrupted.
+func retry(call func() (int, error)) (n int, err error) {
+	for {
+		if n, err = call(); err != unix.EINTR {
+			return n, err
+		}
+	}
+}

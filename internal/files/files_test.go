@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package files_test
+
+import (
+	"errors"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+)
+
+func text(s string) func(io.Writer) error {
+	return func(w io.Writer) error {
+		_, err := io.WriteString(w, s)
+		return err
+	}
+}
+
+func names(t *testing.T, directory string) string {
+	t.Helper()
+	entries, err := os.ReadDir(directory)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return strings.Join(names, " ")
+}
+
+func contents(t *testing.T, path string) string {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+func TestReplace(t *testing.T) {
+	for _, o := range []files.Options{{}, {Sync: true}, {Locked: true}} {
+		directory := t.TempDir()
+		path := filepath.Join(directory, "state")
+		for _, want := range []string{"first, which is longer", "second", ""} {
+			if err := files.Replace(path, 0o600, o, text(want)); err != nil {
+				t.Fatal(err)
+			}
+			if got := contents(t, path); got != want {
+				t.Errorf("%+v: %q, want %q", o, got, want)
+			}
+		}
+		if info, err := os.Stat(path); err != nil || info.Mode() != 0o600 {
+			t.Errorf("%+v: %v, %v", o, info.Mode(), err)
+		}
+		broken := errors.New("broken")
+		err := files.Replace(path, 0o600, o, func(w io.Writer) error { return errors.Join(text("half")(w), broken) })
+		if !errors.Is(err, broken) || contents(t, path) != "" || names(t, directory) != "state" {
+			t.Errorf("%+v, writing fails: %v, %q, files %s", o, err, contents(t, path), names(t, directory))
+		}
+	}
+}
+
+// What others have put in the place of the file, or of the temporary one, is replaced, and not
+// written through.
+func TestReplaceLinks(t *testing.T) {
+	directory := t.TempDir()
+	victim, path := filepath.Join(directory, "victim"), filepath.Join(directory, "state")
+	if err := os.WriteFile(victim, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{path, filepath.Join(directory, files.TemporaryPrefix+"state")} {
+		if err := os.Symlink(victim, name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := files.Replace(path, 0o600, files.Options{Locked: true}, text("new")); err != nil {
+		t.Fatal(err)
+	}
+	if contents(t, victim) != "precious" || contents(t, path) != "new" || names(t, directory) != "state victim" {
+		t.Errorf("victim %q, state %q, files %s", contents(t, victim), contents(t, path), names(t, directory))
+	}
+}
+
+func TestReplaceNew(t *testing.T) {
+	directory := t.TempDir()
+	path := filepath.Join(directory, "file")
+	var group sync.WaitGroup
+	results := make(chan error, 8)
+	for range cap(results) {
+		group.Go(func() { results <- files.Replace(path, 0o666, files.Options{New: true, Sync: true}, text("x")) })
+	}
+	group.Wait()
+	made := 0
+	for range cap(results) {
+		if err := <-results; err == nil {
+			made++
+		} else if !errors.Is(err, fs.ErrExist) {
+			t.Error(err)
+		}
+	}
+	if made != 1 || names(t, directory) != "file" {
+		t.Errorf("%d have made the file; files %s", made, names(t, directory))
+	}
+}
+
+// No file of another kind or another owner is read or locked, and nothing waits for one.
+func TestUnfit(t *testing.T) {
+	directory := t.TempDir()
+	victim := filepath.Join(directory, "victim")
+	if err := os.WriteFile(victim, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, test := range map[string]struct {
+		make func(path string) error
+		root bool
+	}{
+		"symbolic link": {make: func(path string) error { return os.Symlink(victim, path) }},
+		"dangling link": {make: func(path string) error { return os.Symlink(filepath.Join(directory, "none"), path) }},
+		"pipe":          {make: func(path string) error { return unix.Mkfifo(path, 0o600) }},
+		"directory":     {make: func(path string) error { return os.Mkdir(path, 0o700) }},
+		"shared": {make: func(path string) error {
+			return errors.Join(os.WriteFile(path, nil, 0o600), os.Chmod(path, 0o622))
+		}},
+		"foreign": {root: true, make: func(path string) error {
+			return errors.Join(os.WriteFile(path, nil, 0o600), os.Chown(path, 1234, 1234))
+		}},
+		"device": {root: true, make: func(path string) error {
+			return unix.Mknod(path, unix.S_IFCHR|0o600, int(unix.Mkdev(1, 5)))
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(directory, name)
+			if err := test.make(path); err != nil {
+				if test.root {
+					t.Skip(err)
+				}
+				t.Fatal(err)
+			}
+			if b, err := files.ReadState(path, 100); err == nil || errors.Is(err, fs.ErrNotExist) && name != "dangling link" {
+				t.Errorf("read: %q, %v", b, err)
+			}
+			if f, err := files.Lock(path, 0); err == nil {
+				f.Close()
+				t.Error("locked")
+			}
+		})
+	}
+	if contents(t, victim) != "precious" {
+		t.Error("the victim has changed")
+	}
+	if _, err := os.Lstat(filepath.Join(directory, "none")); !errors.Is(err, fs.ErrNotExist) {
+		t.Error("a lock file has been made through a link")
+	}
+}
+
+func TestReadState(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state")
+	if _, err := files.ReadState(path, 10); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("no file: %v", err)
+	}
+	for _, want := range []string{"", "12345", "1234567890"} {
+		if err := files.Replace(path, 0o600, files.Options{}, text(want)); err != nil {
+			t.Fatal(err)
+		}
+		if b, err := files.ReadState(path, 10); err != nil || string(b) != want {
+			t.Errorf("%q, %v, want %q", b, err, want)
+		}
+	}
+	if err := os.WriteFile(path, make([]byte, 11), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := files.ReadState(path, 10); err == nil {
+		t.Error("a file that is too large is read")
+	}
+}
+
+func TestLock(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "lock")
+	if err := os.WriteFile(path, []byte("kept"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	first, err := files.Lock(path, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, wait := range []time.Duration{0, time.Millisecond} {
+		if _, err := files.Lock(path, wait); !errors.Is(err, files.ErrLocked) {
+			t.Errorf("second lock within %v: %v", wait, err)
+		}
+	}
+	var group sync.WaitGroup
+	defer group.Wait()
+	group.Go(func() {
+		second, err := files.Lock(path, time.Hour)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		if err := errors.Join(files.UnlockFile(second), files.LockFile(second, 0), second.Close()); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := first.Close(); err != nil {
+		t.Error(err)
+	}
+	if contents(t, path) != "kept" {
+		t.Error("the lock file has changed")
+	}
+}
+
+func TestMakeDirectory(t *testing.T) {
+	directory := t.TempDir()
+	path := filepath.Join(directory, "a", "b")
+	for range 2 {
+		if err := files.MakeDirectory(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("%v, %v", info, err)
+	}
+	file := filepath.Join(directory, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := files.MakeDirectory(file); err == nil {
+		t.Error("a file in the place of the directory")
+	}
+	if os.Geteuid() != 0 {
+		t.Skip("only root can make the directory of another user")
+	}
+	if err := os.Chown(path, 1234, -1); err != nil {
+		t.Fatal(err)
+	}
+	link := filepath.Join(directory, "link")
+	if err := os.Symlink(path, link); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{path, link} {
+		if err := files.MakeDirectory(path); err == nil {
+			t.Errorf("%s belongs to another user", path)
+		}
+	}
+}
