@@ -22,6 +22,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
@@ -164,6 +165,7 @@ func TestChoice(t *testing.T) {
 				config.Nearby = &memoryBlocks{blocks: all.blocks}
 			}
 			destination := filepath.Join(t.TempDir(), "item")
+			defer restore.Remove(destination) // it is read-only
 			outcome := substitute.New(config).Substitute(t.Context(), path, destination)
 			if outcome.Status != substitute.Success {
 				t.Fatalf("%+v:\n%s", outcome, log.String())
