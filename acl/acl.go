@@ -1,19 +1,16 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package acl decides whose word is taken for what a store item contains. It
-// reads the access-control list of Guix (usually /etc/guix/acl) and verifies the
-// signatures of narinfos against it; it also makes such signatures, for a server
-// that publishes store items.
+// Package acl decides whose word is taken for what a store item contains. It reads the
+// access-control list of Guix (usually /etc/guix/acl) and verifies the signatures of narinfos
+// against it; it also makes such signatures, for a server that publishes store items.
 //
-// Start with [ParseACL] and [ACL.Verify] to verify, and with [ParseSigningKey]
-// and [SigningKey.Sign] to sign. Keys, signatures and the list itself are
-// s-expressions; see [Sexp].
+// Start with [ParseACL] and [ACL.Verify] to verify, and with [ParseSigningKey] and
+// [SigningKey.Sign] to sign. Keys, signatures and the list itself are s-expressions; see [Sexp].
 //
-// The package reads no files and has no state; what it is given is bounded in
-// size before anything is allocated for it. Signatures are ECDSA over the curve
-// edwards25519 (not EdDSA) or RSA, both with SHA-256: what `guix archive
-// --generate-key` has made since it exists. (Guix, guix/pki.scm; Guix Reference
-// Manual, "Substitute Authentication" and "Invoking guix archive".)
+// The package reads no files and has no state; what it is given is bounded in size before anything
+// is allocated for it. Signatures are ECDSA over the curve edwards25519 (not EdDSA) or RSA, both
+// with SHA-256: what `guix archive --generate-key` has made since it exists. (Guix, guix/pki.scm;
+// Guix Reference Manual, "Substitute Authentication" and "Invoking guix archive".)
 package acl
 
 import (
@@ -22,8 +19,8 @@ import (
 	"slices"
 )
 
-// ACL is an access-control list: the public keys whose signatures count. The
-// zero ACL and a nil *ACL contain no key, so that nothing is authorised.
+// ACL is an access-control list: the public keys whose signatures count. The zero ACL and a nil
+// *ACL contain no key, so that nothing is authorised.
 //
 // An ACL never changes and can be used by several goroutines at once.
 type ACL struct {
@@ -32,8 +29,7 @@ type ACL struct {
 	index map[string]*PublicKey
 }
 
-// NewACL returns the list of the given keys; a key that is given twice is listed
-// once.
+// NewACL returns the list of the given keys; a key that is given twice is listed once.
 func NewACL(keys ...*PublicKey) *ACL {
 	a := &ACL{index: make(map[string]*PublicKey, len(keys))}
 	for _, k := range keys {
@@ -45,11 +41,10 @@ func NewACL(keys ...*PublicKey) *ACL {
 	return a
 }
 
-// ParseACL parses the text of an ACL file, (acl (entry KEY (tag (guix import)))
-// …) with each KEY of the form (public-key …). It fails if the text is no
-// s-expression (see [ParseSexp]) or if a single entry has another form; a
-// list that is partly understood must not be acted upon. (Guix, guix/pki.scm:
-// acl->public-keys.)
+// ParseACL parses the text of an ACL file, (acl (entry KEY (tag (guix import))) …) with each KEY of
+// the form (public-key …). It fails if the text is no s-expression (see [ParseSexp]) or if a single
+// entry has another form; a list that is partly understood must not be acted upon. (Guix,
+// guix/pki.scm: acl->public-keys.)
 //
 // A key of a kind that cannot be used (see [PublicKey.Usable]) is no error.
 func ParseACL(text []byte) (*ACL, error) {
@@ -94,11 +89,10 @@ func parseEntry(entry Sexp) (*PublicKey, error) {
 	return newPublicKey(Sexp{slices.Clone(key.enc)}), nil
 }
 
-// DefaultACL returns the list that applies on a machine without an ACL file:
-// that of the machine's own key, given as the text of its signing-key.pub, or
-// the empty list if there is no such file either (signingKeyPub is empty). It
-// fails as [ParsePublicKey] does. (Guix, guix/pki.scm: ensure-acl, which would
-// also write the file.)
+// DefaultACL returns the list that applies on a machine without an ACL file: that of the machine's
+// own key, given as the text of its signing-key.pub, or the empty list if there is no such file
+// either (signingKeyPub is empty). It fails as [ParsePublicKey] does. (Guix, guix/pki.scm:
+// ensure-acl, which would also write the file.)
 func DefaultACL(signingKeyPub []byte) (*ACL, error) {
 	if len(signingKeyPub) == 0 {
 		return NewACL(), nil
@@ -123,8 +117,8 @@ func (a *ACL) Contains(k *PublicKey) bool {
 	return a.lookup(k.sexp) != nil
 }
 
-// lookup returns the key of the list that is the expression s, or nil. The key
-// of the list is already decoded.
+// lookup returns the key of the list that is the expression s, or nil. The key of the list is
+// already decoded.
 func (a *ACL) lookup(s Sexp) *PublicKey {
 	if a == nil {
 		return nil

@@ -10,16 +10,15 @@ import (
 	fe "filippo.io/edwards25519/field"
 )
 
-// What Guix calls a signature with an Ed25519 key is ECDSA (FIPS 186-5, section
-// 6.4) with the group of edwards25519 in place of a NIST curve: the first
-// coordinate of the random point is the x of the Edwards form, and integers are
-// big-endian. Scalars are integers modulo n, the order of the base point B, which
-// has 253 bits:
+// What Guix calls a signature with an Ed25519 key is ECDSA (FIPS 186-5, section 6.4) with the group
+// of edwards25519 in place of a NIST curve: the first coordinate of the random point is the x of
+// the Edwards form, and integers are big-endian. Scalars are integers modulo n, the order of the
+// base point B, which has 253 bits:
 //
 //	n = 2^252 + 27742317777372353535851937790883648493
 
-// leftmostBits returns the number that ECDSA makes of a digest, its leftmost 253
-// bits, reduced modulo n (FIPS 186-5, section 6.4.1, steps 2 and 3).
+// leftmostBits returns the number that ECDSA makes of a digest, its leftmost 253 bits, reduced
+// modulo n (FIPS 186-5, section 6.4.1, steps 2 and 3).
 func leftmostBits(digest [32]byte) *edwards25519.Scalar {
 	var wide [64]byte
 	shifted := shiftDigest(digest)
@@ -31,8 +30,7 @@ func leftmostBits(digest [32]byte) *edwards25519.Scalar {
 	return e
 }
 
-// shiftDigest returns the leftmost 253 bits of a big-endian number of 256 bits,
-// little-endian.
+// shiftDigest returns the leftmost 253 bits of a big-endian number of 256 bits, little-endian.
 func shiftDigest(digest [32]byte) [32]byte {
 	var out [32]byte
 	for i := range out {
@@ -44,9 +42,8 @@ func shiftDigest(digest [32]byte) [32]byte {
 	return out
 }
 
-// decodeScalar decodes a big-endian number, with or without leading zero bytes,
-// that must be at least 1 and less than n. It also returns the number as 32
-// little-endian bytes.
+// decodeScalar decodes a big-endian number, with or without leading zero bytes, that must be at
+// least 1 and less than n. It also returns the number as 32 little-endian bytes.
 func decodeScalar(be []byte) (s *edwards25519.Scalar, le [32]byte, ok bool) {
 	for len(be) > 0 && be[0] == 0 {
 		be = be[1:]
@@ -60,8 +57,8 @@ func decodeScalar(be []byte) (s *edwards25519.Scalar, le [32]byte, ok bool) {
 	return s, le, err == nil
 }
 
-// verifyECDSA reports whether (r, s) is a signature of digest by the key whose
-// public point is q. Nothing here is secret, so it takes variable time.
+// verifyECDSA reports whether (r, s) is a signature of digest by the key whose public point is q.
+// Nothing here is secret, so it takes variable time.
 func verifyECDSA(q *edwards25519.Point, digest [32]byte, r, s []byte) bool {
 	rScalar, rBytes, ok := decodeScalar(r)
 	if !ok {
@@ -82,9 +79,9 @@ func verifyECDSA(q *edwards25519.Point, digest [32]byte, r, s []byte) bool {
 // groupOrder is n.
 var groupOrder, _ = new(big.Int).SetString("7237005577332262213973186563042994240857116359379907606001950938285454250989", 10)
 
-// invertPublic returns the inverse modulo n of a number that is at least 1, less
-// than n, little-endian, and not secret. Euclid's algorithm takes variable time,
-// but a quarter of that of the constant-time inversion of edwards25519.Scalar.
+// invertPublic returns the inverse modulo n of a number that is at least 1, less than n,
+// little-endian, and not secret. Euclid's algorithm takes variable time, but a quarter of that of
+// the constant-time inversion of edwards25519.Scalar.
 func invertPublic(le [32]byte) *edwards25519.Scalar {
 	slices.Reverse(le[:])
 	var i big.Int
@@ -112,18 +109,18 @@ var orderElement = func() fe.Element {
 	return *n
 }()
 
-// lastResidue is 2^255 − 19 − 7n, little-endian: 7n can be added to a smaller
-// number only without reaching 2^255 − 19.
+// lastResidue is 2^255 − 19 − 7n, little-endian: 7n can be added to a smaller number only without
+// reaching 2^255 − 19.
 var lastResidue = [32]byte{
 	0x72, 0x34, 0x47, 0x75, 0x47, 0x4a, 0x7f, 0x97, 0x23, 0xb6, 0x3a, 0x8b, 0xe9, 0x2a, 0xe7, 0x6d,
 	0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x0f,
 }
 
-// xIsCongruent reports whether the x coordinate of p, an integer less than 2^255
-// − 19, is congruent to r modulo n, where r is less than n and little-endian.
+// xIsCongruent reports whether the x coordinate of p, an integer less than 2^255 − 19, is congruent
+// to r modulo n, where r is less than n and little-endian.
 //
-// It does without the inversion that x = X/Z takes: x is one of r, r+n, … r+7n,
-// so X must be the product of Z and one of these.
+// It does without the inversion that x = X/Z takes: x is one of r, r+n, … r+7n, so X must be the
+// product of Z and one of these.
 func xIsCongruent(p *edwards25519.Point, r [32]byte) bool {
 	x, _, z, _ := p.ExtendedCoordinates()
 	var zero, rest, step fe.Element

@@ -166,8 +166,8 @@ func repeat(s string, n int) string {
 	return string(bytes.Repeat([]byte(s), n))
 }
 
-// TestXIsCongruent compares the short cut with the definition, above all for the
-// points that random signatures never meet.
+// TestXIsCongruent compares the short cut with the definition, above all for the points that random
+// signatures never meet.
 func TestXIsCongruent(t *testing.T) {
 	p := new(big.Int).Sub(new(big.Int).Lsh(big.NewInt(1), 255), big.NewInt(19))
 	le := func(i *big.Int) []byte {
@@ -175,8 +175,7 @@ func TestXIsCongruent(t *testing.T) {
 		slices.Reverse(b)
 		return b
 	}
-	// pointWithX returns a point with the given x, if there is one: y^2 is
-	// (1 + x^2) / (1 - d·x^2).
+	// pointWithX returns a point with the given x, if there is one: y^2 is (1 + x^2) / (1 - d·x^2).
 	d := new(big.Int).Mul(big.NewInt(-121665), new(big.Int).ModInverse(big.NewInt(121666), p))
 	pointWithX := func(x *big.Int) *edwards25519.Point {
 		xx := new(big.Int).Mul(x, x)
@@ -242,8 +241,8 @@ func TestXIsCongruent(t *testing.T) {
 }
 
 func TestNoncesAreInRange(t *testing.T) {
-	// Two numbers for one digest differ, and skipping works: about half of the
-	// candidates are not less than n.
+	// Two numbers for one digest differ, and skipping works: about half of the candidates are not
+	// less than n.
 	seen := make(map[string]bool)
 	for i := range byte(20) {
 		g := newNonces([32]byte{i}, leftmostBits([32]byte{i}))

@@ -13,18 +13,17 @@ import (
 	fe "filippo.io/edwards25519/field"
 )
 
-// ecdsaKey is a private key. Its number d is used as it is: it is neither hashed
-// nor clamped as in EdDSA, and the public point is d·B.
+// ecdsaKey is a private key. Its number d is used as it is: it is neither hashed nor clamped as in
+// EdDSA, and the public point is d·B.
 type ecdsaKey struct {
-	// secret is d, big-endian. Libgcrypt makes keys in which d is not less than
-	// n; the bytes matter as such in the derivation of nonces.
+	// secret is d, big-endian. Libgcrypt makes keys in which d is not less than n; the bytes matter
+	// as such in the derivation of nonces.
 	secret [32]byte
 	// scalar is d modulo n.
 	scalar *edwards25519.Scalar
 }
 
-// newECDSAKey makes a key of the big-endian number d, whose public point must be
-// q.
+// newECDSAKey makes a key of the big-endian number d, whose public point must be q.
 func newECDSAKey(d []byte, q *edwards25519.Point) (*ecdsaKey, error) {
 	k := new(ecdsaKey)
 	d = bytes.TrimLeft(d, "\x00")
@@ -45,8 +44,8 @@ func newECDSAKey(d []byte, q *edwards25519.Point) (*ecdsaKey, error) {
 	return k, nil
 }
 
-// sign returns the signature of digest: two big-endian numbers without leading
-// zero bytes. What is secret takes constant time.
+// sign returns the signature of digest: two big-endian numbers without leading zero bytes. What is
+// secret takes constant time.
 func (k *ecdsaKey) sign(digest [32]byte) (r, s []byte) {
 	e := leftmostBits(digest)
 	nonces := newNonces(k.secret, e)
@@ -75,13 +74,13 @@ func bigEndian(s *edwards25519.Scalar) []byte {
 	return bytes.TrimLeft(b, "\x00")
 }
 
-// nonces derives the secret number of each signature from the private key and
-// the digest (RFC 6979, section 3.2) with HMAC-SHA-256 and qlen = 253. Thus
-// numbers are octet strings of 32 bytes, and of each block of output the leftmost
-// 253 bits are taken; a result that is 0 or not less than n is skipped.
+// nonces derives the secret number of each signature from the private key and the digest (RFC 6979,
+// section 3.2) with HMAC-SHA-256 and qlen = 253. Thus numbers are octet strings of 32 bytes, and of
+// each block of output the leftmost 253 bits are taken; a result that is 0 or not less than n is
+// skipped.
 //
-// The RFC wants the private number to be less than n. One that is not, as
-// Libgcrypt makes them, goes in as it is, as in Libgcrypt.
+// The RFC wants the private number to be less than n. One that is not, as Libgcrypt makes them,
+// goes in as it is, as in Libgcrypt.
 type nonces struct {
 	k, v  []byte
 	later bool

@@ -12,10 +12,9 @@ import (
 	fe "filippo.io/edwards25519/field"
 )
 
-// PublicKey is a public key: an s-expression (public-key …). Two keys are the
-// same key if their expressions are, to the last byte of each atom; that one
-// point can be encoded in several ways does not make them one key (Guix,
-// guix/pki.scm: authorized-key?).
+// PublicKey is a public key: an s-expression (public-key …). Two keys are the same key if their
+// expressions are, to the last byte of each atom; that one point can be encoded in several ways
+// does not make them one key (Guix, guix/pki.scm: authorized-key?).
 //
 // A PublicKey never changes and can be used by several goroutines at once.
 type PublicKey struct {
@@ -27,12 +26,11 @@ type PublicKey struct {
 	unusable error
 }
 
-// ParsePublicKey parses a text that contains an expression (public-key …), such
-// as that of a file signing-key.pub. It fails if the text is no s-expression
-// (see [ParseSexp]) or contains no public key.
+// ParsePublicKey parses a text that contains an expression (public-key …), such as that of a file
+// signing-key.pub. It fails if the text is no s-expression (see [ParseSexp]) or contains no public
+// key.
 //
-// It does not fail if the key is of a kind that this package cannot use; see
-// [PublicKey.Usable].
+// It does not fail if the key is of a kind that this package cannot use; see [PublicKey.Usable].
 func ParsePublicKey(text []byte) (*PublicKey, error) {
 	s, err := parseFile(text)
 	if err != nil {
@@ -53,10 +51,9 @@ func newPublicKey(s Sexp) *PublicKey {
 	return k
 }
 
-// Usable returns nil if signatures by k can be verified, and else an error that
-// says why none can. Usable are (ecc (curve Ed25519) (q …)), which is used for
-// ECDSA, and (rsa (n …) (e …)) with a modulus of 1024 to 16384 bits and an odd
-// public exponent below 2^31.
+// Usable returns nil if signatures by k can be verified, and else an error that says why none can.
+// Usable are (ecc (curve Ed25519) (q …)), which is used for ECDSA, and (rsa (n …) (e …)) with a
+// modulus of 1024 to 16384 bits and an odd public exponent below 2^31.
 func (k *PublicKey) Usable() error { return k.unusable }
 
 // Equal reports whether k and l are the same key.
@@ -105,10 +102,9 @@ func (k *PublicKey) decodeECC(curve string, q []byte) error {
 	return err
 }
 
-// decodePoint decodes the public point of a key in the three forms that
-// Libgcrypt knows: 32 bytes as in EdDSA (RFC 8032, section 5.1.2); the same after
-// a byte 0x40; and both coordinates, big-endian, after a byte 0x04 (SEC 1,
-// section 2.3.3).
+// decodePoint decodes the public point of a key in the three forms that Libgcrypt knows: 32 bytes
+// as in EdDSA (RFC 8032, section 5.1.2); the same after a byte 0x40; and both coordinates,
+// big-endian, after a byte 0x04 (SEC 1, section 2.3.3).
 func decodePoint(q []byte) (*edwards25519.Point, error) {
 	var enc [32]byte
 	switch {

@@ -15,9 +15,9 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 )
 
-// runGuile runs a program in Guile with Guile-Gcrypt, the very binding of
-// Libgcrypt that Guix uses, and returns what it prints. It skips the test if
-// they are not installed (on Debian: guile-3.0 and guile-gcrypt).
+// runGuile runs a program in Guile with Guile-Gcrypt, the very binding of Libgcrypt that Guix uses,
+// and returns what it prints. It skips the test if they are not installed (on Debian: guile-3.0 and
+// guile-gcrypt).
 func runGuile(t *testing.T, program string) []string {
 	t.Helper()
 	guile, err := exec.LookPath("guile")
@@ -52,8 +52,7 @@ func runGuile(t *testing.T, program string) []string {
 	return strings.Split(strings.TrimSuffix(string(text), "\n\n"), "\n\n")
 }
 
-// TestLibgcryptVerifies lets Libgcrypt judge signatures, and expects its opinion
-// to be ours.
+// TestLibgcryptVerifies lets Libgcrypt judge signatures, and expects its opinion to be ours.
 func TestLibgcryptVerifies(t *testing.T) {
 	type sample struct{ name, text string }
 	var samples []sample
@@ -128,8 +127,7 @@ func TestLibgcryptVerifies(t *testing.T) {
 	}
 }
 
-// TestLibgcryptSigns compares our signatures with those of Libgcrypt by keys that
-// it makes.
+// TestLibgcryptSigns compares our signatures with those of Libgcrypt by keys that it makes.
 func TestLibgcryptSigns(t *testing.T) {
 	results := runGuile(t, `
 (define (try key type)

@@ -11,8 +11,8 @@ import (
 	"math/big"
 )
 
-// The sizes of RSA moduli that are accepted, in bits. Go refuses smaller ones;
-// larger ones are not found in practice and would be slow.
+// The sizes of RSA moduli that are accepted, in bits. Go refuses smaller ones; larger ones are not
+// found in practice and would be slow.
 const (
 	minRSABits = 1024
 	maxRSABits = 16384
@@ -34,9 +34,8 @@ func newRSAKey(n, e []byte) (*rsa.PublicKey, error) {
 	return &rsa.PublicKey{N: modulus, E: int(exponent)}, nil
 }
 
-// verifyRSA checks that the big-endian number s, with or without leading zero
-// bytes, is a signature of digest by the key pub (RSASSA-PKCS1-v1_5: RFC 8017,
-// section 8.2.2).
+// verifyRSA checks that the big-endian number s, with or without leading zero bytes, is a signature
+// of digest by the key pub (RSASSA-PKCS1-v1_5: RFC 8017, section 8.2.2).
 func verifyRSA(pub *rsa.PublicKey, digest [32]byte, s []byte) error {
 	s = bytes.TrimLeft(s, "\x00")
 	if len(s) > pub.Size() {

@@ -13,43 +13,39 @@ import (
 
 // Bounds on the texts that this package reads.
 const (
-	// MaxSexpSize is the length, in bytes, of the longest text that
-	// [ParseSexp], and hence every parser of this package, accepts. An entry of
-	// an ACL takes about 150 bytes.
+	// MaxSexpSize is the length, in bytes, of the longest text that [ParseSexp], and hence every
+	// parser of this package, accepts. An entry of an ACL takes about 150 bytes.
 	MaxSexpSize = 1 << 20
 
-	// maxSexpDepth bounds how deep lists may be nested. A signature has four
-	// levels, an ACL five.
+	// maxSexpDepth bounds how deep lists may be nested. A signature has four levels, an ACL five.
 	maxSexpDepth = 64
 )
 
-// Sexp is an s-expression: a list whose elements are lists or atoms, an atom
-// being a string of bytes. It is a value that never changes, so it can be
-// copied and used by several goroutines at once. The zero Sexp is no expression
-// at all: it equals only itself, contains nothing, and prints as nothing.
+// Sexp is an s-expression: a list whose elements are lists or atoms, an atom being a string of
+// bytes. It is a value that never changes, so it can be copied and used by several goroutines at
+// once. The zero Sexp is no expression at all: it equals only itself, contains nothing, and prints
+// as nothing.
 //
-// Guix keeps keys, signatures and its ACL in this form; it lets Libgcrypt read
-// and print them. (Libgcrypt Reference Manual, "S-expressions".)
+// Guix keeps keys, signatures and its ACL in this form; it lets Libgcrypt read and print them.
+// (Libgcrypt Reference Manual, "S-expressions".)
 type Sexp struct {
-	// enc is the canonical encoding of the expression. It is flat, so parsing
-	// takes one allocation and equality is that of bytes; it is read by walking
-	// over it. Whatever fills it in guarantees that it is well-formed.
+	// enc is the canonical encoding of the expression. It is flat, so parsing takes one allocation
+	// and equality is that of bytes; it is read by walking over it. Whatever fills it in guarantees
+	// that it is well-formed.
 	enc []byte
 }
 
-// ParseSexp parses the first list in text, ignoring what follows it. White space
-// may precede it.
+// ParseSexp parses the first list in text, ignoring what follows it. White space may precede it.
 //
-// It reads what Libgcrypt reads, canonical and "advanced" notation mixed:
-// tokens, "strings" with C escapes, #hexadecimal#, |base64|, and 5:bytes, each
-// being only another spelling of the same atom. Four things that Libgcrypt lets
-// pass are errors here, for no program writes them: a [display hint], a
-// length before another notation (5"bytes"), a list that does not stand
-// first, and the empty list as the whole expression. On the other hand, 0: is
-// accepted, which Libgcrypt prints but does not read.
+// It reads what Libgcrypt reads, canonical and "advanced" notation mixed: tokens, "strings" with C
+// escapes, #hexadecimal#, |base64|, and 5:bytes, each being only another spelling of the same atom.
+// Four things that Libgcrypt lets pass are errors here, for no program writes them: a [display
+// hint], a length before another notation (5"bytes"), a list that does not stand first, and the
+// empty list as the whole expression. On the other hand, 0: is accepted, which Libgcrypt prints but
+// does not read.
 //
-// Besides such syntax errors, it fails if text is longer than [MaxSexpSize] or
-// if more than 64 lists are nested.
+// Besides such syntax errors, it fails if text is longer than [MaxSexpSize] or if more than 64
+// lists are nested.
 func ParseSexp(text []byte) (Sexp, error) {
 	if len(text) > MaxSexpSize {
 		return Sexp{}, fmt.Errorf("s-expression of %d bytes exceeds the limit of %d", len(text), MaxSexpSize)
@@ -64,10 +60,9 @@ func ParseSexp(text []byte) (Sexp, error) {
 	return Sexp{p.out}, nil
 }
 
-// parseFile parses the text of a file as ParseSexp does. Guile, which writes such
-// files character by character, each of which stands for a byte, does that in the
-// encoding of its locale; so what is UTF-8 is read as such, and else bytes are what
-// they are.
+// parseFile parses the text of a file as ParseSexp does. Guile, which writes such files character
+// by character, each of which stands for a byte, does that in the encoding of its locale; so what
+// is UTF-8 is read as such, and else bytes are what they are.
 func parseFile(text []byte) (Sexp, error) {
 	if b, ok := bytesOfCharacters(text); ok {
 		text = b
@@ -75,9 +70,8 @@ func parseFile(text []byte) (Sexp, error) {
 	return ParseSexp(text)
 }
 
-// bytesOfCharacters returns the bytes that the characters of a text in UTF-8 stand
-// for, each for one (ISO 8859-1). It fails if there are other characters, or the
-// text is none.
+// bytesOfCharacters returns the bytes that the characters of a text in UTF-8 stand for, each for
+// one (ISO 8859-1). It fails if there are other characters, or the text is none.
 func bytesOfCharacters(text []byte) ([]byte, bool) {
 	plain := true
 	for _, c := range text {
@@ -171,8 +165,8 @@ func (p *sexpParser) list() error {
 	return errUnbalanced
 }
 
-// The methods below read one atom in one notation each, starting after its
-// opening character if it has one, and append its bytes to p.out.
+// The methods below read one atom in one notation each, starting after its opening character if it
+// has one, and append its bytes to p.out.
 
 func (p *sexpParser) token() {
 	start := p.pos

@@ -6,13 +6,12 @@ import (
 	"strings"
 )
 
-// String returns s as Libgcrypt prints it, in the "advanced" notation, over
-// several lines and with a line feed at the end. Guix writes its key files, its
-// ACL and the signatures of narinfos like that, and this function gives the same
-// bytes. (Libgcrypt, gcry_sexp_sprint with GCRYSEXP_FMT_ADVANCED.) There is one
-// exception: an atom that looks like text in ISO 8859-1, as one number in some
-// thousands does, Libgcrypt prints as a string, which readers take for what it is
-// only if they expect the same character encoding. Here it is hexadecimal.
+// String returns s as Libgcrypt prints it, in the "advanced" notation, over several lines and with
+// a line feed at the end. Guix writes its key files, its ACL and the signatures of narinfos like
+// that, and this function gives the same bytes. (Libgcrypt, gcry_sexp_sprint with
+// GCRYSEXP_FMT_ADVANCED.) There is one exception: an atom that looks like text in ISO 8859-1, as
+// one number in some thousands does, Libgcrypt prints as a string, which readers take for what it
+// is only if they expect the same character encoding. Here it is hexadecimal.
 //
 // The result is ASCII, and safe to show on a terminal.
 func (s Sexp) String() string {
@@ -43,8 +42,8 @@ func (s Sexp) print(lines bool) string {
 	for len(enc) > 0 {
 		switch enc[0] {
 		case '(':
-			// The blank after an atom stays at the end of the line, even where a
-			// list follows on the next one.
+			// The blank after an atom stays at the end of the line, even where a list follows on
+			// the next one.
 			if depth > 0 {
 				newLine()
 			}
@@ -75,10 +74,9 @@ func (s Sexp) print(lines bool) string {
 	return b.String()
 }
 
-// printAtom writes an atom in the notation that Libgcrypt chooses for it: as a
-// token if it can be one; as a string if it looks like text; and else in
-// hexadecimal, which includes everything that would be a negative number or has
-// a leading zero byte, and here what is not ASCII.
+// printAtom writes an atom in the notation that Libgcrypt chooses for it: as a token if it can be
+// one; as a string if it looks like text; and else in hexadecimal, which includes everything that
+// would be a negative number or has a leading zero byte, and here what is not ASCII.
 func printAtom(b *strings.Builder, atom []byte) {
 	const digits = "0123456789ABCDEF"
 	text, token := true, true

@@ -7,10 +7,9 @@ import (
 	"strconv"
 )
 
-// Find returns the first list inside s, s itself included, whose first element
-// is the atom name, in the order of the text. It reports whether there is one.
-// This is how Guix takes signatures and keys apart. (Libgcrypt,
-// gcry_sexp_find_token.)
+// Find returns the first list inside s, s itself included, whose first element is the atom name, in
+// the order of the text. It reports whether there is one. This is how Guix takes signatures and
+// keys apart. (Libgcrypt, gcry_sexp_find_token.)
 func (s Sexp) Find(name string) (Sexp, bool) {
 	for i := 0; i < len(s.enc); {
 		switch s.enc[i] {
@@ -28,21 +27,20 @@ func (s Sexp) Find(name string) (Sexp, bool) {
 	return Sexp{}, false
 }
 
-// Equal reports whether s and t are the same expression. How their texts spelt
-// the atoms does not matter.
+// Equal reports whether s and t are the same expression. How their texts spelt the atoms does not
+// matter.
 func (s Sexp) Equal(t Sexp) bool {
 	return bytes.Equal(s.enc, t.enc)
 }
 
-// AppendCanonical appends the canonical encoding of s, which has a length before
-// each atom and no white space, to dst and returns the extended slice. Equal
-// expressions have equal encodings, and no others have.
+// AppendCanonical appends the canonical encoding of s, which has a length before each atom and no
+// white space, to dst and returns the extended slice. Equal expressions have equal encodings, and
+// no others have.
 func (s Sexp) AppendCanonical(dst []byte) []byte {
 	return append(dst, s.enc...)
 }
 
-// elements returns a cursor before the first element of s, which has none if s
-// is not a list.
+// elements returns a cursor before the first element of s, which has none if s is not a list.
 func (s Sexp) elements() cursor {
 	if len(s.enc) == 0 || s.enc[0] != '(' {
 		return cursor{}
@@ -50,8 +48,8 @@ func (s Sexp) elements() cursor {
 	return cursor{s.enc[1 : len(s.enc)-1]}
 }
 
-// named returns a cursor after the first element of s, and reports whether s is
-// a list whose first element is the atom name.
+// named returns a cursor after the first element of s, and reports whether s is a list whose first
+// element is the atom name.
 func (s Sexp) named(name string) (cursor, bool) {
 	c := s.elements()
 	atom, ok := c.atom()
@@ -86,8 +84,7 @@ func (c *cursor) atom() (atom []byte, ok bool) {
 	return atom, ok
 }
 
-// field takes the next element if it is a list of the form (name VALUE), VALUE
-// being an atom.
+// field takes the next element if it is a list of the form (name VALUE), VALUE being an atom.
 func (c *cursor) field() (name, value []byte, ok bool) {
 	saved := *c
 	list, _ := c.next()
@@ -101,8 +98,8 @@ func (c *cursor) field() (name, value []byte, ok bool) {
 	return nil, nil, false
 }
 
-// fields takes all elements that are left, which must be lists (name VALUE), one
-// for each of names, in any order. It returns the values in the order of names.
+// fields takes all elements that are left, which must be lists (name VALUE), one for each of names,
+// in any order. It returns the values in the order of names.
 func (c *cursor) fields(values [][]byte, names ...string) bool {
 	seen := 0
 	for !c.done() {

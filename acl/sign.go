@@ -18,8 +18,8 @@ import (
 	"filippo.io/edwards25519"
 )
 
-// SigningKey is a pair of keys with which narinfos are signed. It never changes
-// and can be used by several goroutines at once.
+// SigningKey is a pair of keys with which narinfos are signed. It never changes and can be used by
+// several goroutines at once.
 type SigningKey struct {
 	public *PublicKey
 	// private is the expression (private-key …).
@@ -30,16 +30,14 @@ type SigningKey struct {
 	rsa   *rsa.PrivateKey
 }
 
-// ParseSigningKey parses a key pair as `guix archive --generate-key` makes it.
-// secret is the text of signing-key.sec, which must contain an expression
-// (private-key …); public is that of signing-key.pub, which must contain the
-// (public-key …) that belongs to it. public may be empty: then the public key
-// is made of what the private key says.
+// ParseSigningKey parses a key pair as `guix archive --generate-key` makes it. secret is the text
+// of signing-key.sec, which must contain an expression (private-key …); public is that of
+// signing-key.pub, which must contain the (public-key …) that belongs to it. public may be empty:
+// then the public key is made of what the private key says.
 //
-// It fails if a text is no s-expression (see [ParseSexp]) or lacks the key, if
-// the private key is neither (ecc (curve Ed25519) (q …) (d …)) nor (rsa (n …) (e
-// …) (d …) (p …) (q …) (u …)), and if the two keys do not belong together. No
-// error says anything about secret numbers.
+// It fails if a text is no s-expression (see [ParseSexp]) or lacks the key, if the private key is
+// neither (ecc (curve Ed25519) (q …) (d …)) nor (rsa (n …) (e …) (d …) (p …) (q …) (u …)), and if
+// the two keys do not belong together. No error says anything about secret numbers.
 func ParseSigningKey(secret, public []byte) (*SigningKey, error) {
 	s, err := parseFile(secret)
 	if err != nil {
@@ -132,8 +130,8 @@ func (k *SigningKey) decodeRSA(d, p, q []byte) error {
 	return nil
 }
 
-// GenerateSigningKey makes a new key pair of the kind that `guix archive
-// --generate-key` makes, from the system's source of random numbers.
+// GenerateSigningKey makes a new key pair of the kind that `guix archive --generate-key` makes,
+// from the system's source of random numbers.
 func GenerateSigningKey() *SigningKey {
 	var seed [64]byte
 	for {
@@ -161,18 +159,16 @@ func GenerateSigningKey() *SigningKey {
 // PublicKey returns the public key of the pair.
 func (k *SigningKey) PublicKey() *PublicKey { return k.public }
 
-// SecretText returns the private key as Guix writes it to signing-key.sec. It
-// must be stored where only its owner can read it.
+// SecretText returns the private key as Guix writes it to signing-key.sec. It must be stored where
+// only its owner can read it.
 func (k *SigningKey) SecretText() string { return k.private.String() }
 
-// Sign returns the value of the field Signature of a narinfo, 1;HOST;BASE64,
-// where digest is the SHA-256 digest of its signed part. host is shown to people;
-// Guix writes the name of the machine. The result depends on nothing else: the
-// same arguments give the same value.
+// Sign returns the value of the field Signature of a narinfo, 1;HOST;BASE64, where digest is the
+// SHA-256 digest of its signed part. host is shown to people; Guix writes the name of the machine.
+// The result depends on nothing else: the same arguments give the same value.
 //
-// It fails if host is not UTF-8 or contains a semicolon or a control character.
-// (Guix, guix/scripts/publish.scm: narinfo-string and signed-string; Guix,
-// guix/pki.scm: signature-sexp.)
+// It fails if host is not UTF-8 or contains a semicolon or a control character. (Guix,
+// guix/scripts/publish.scm: narinfo-string and signed-string; Guix, guix/pki.scm: signature-sexp.)
 func (k *SigningKey) Sign(digest [32]byte, host string) (string, error) {
 	if !utf8.ValidString(host) || strings.ContainsFunc(host, func(r rune) bool { return r == ';' || unicode.IsControl(r) }) {
 		return "", fmt.Errorf("signature: unusable host name %s", quote(host))

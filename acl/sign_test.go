@@ -31,8 +31,8 @@ func signingKey(t testing.TB, secret, public string) *acl.SigningKey {
 	return k
 }
 
-// TestSignAsLibgcrypt checks that a whole signature is that of Guix, byte for
-// byte: numbers, layout and all.
+// TestSignAsLibgcrypt checks that a whole signature is that of Guix, byte for byte: numbers, layout
+// and all.
 func TestSignAsLibgcrypt(t *testing.T) {
 	got, err := signingKey(t, eccSecret, "").Sign(digestOf(t, rsaH), "example.org")
 	if err != nil {

@@ -10,45 +10,44 @@ import (
 	"unicode/utf8"
 )
 
-// The ways in which [ACL.Verify] and [ParseSignature] fail. Each error that they
-// return wraps one of these, and mostly says more. (Guix, guix/pki.scm:
-// signature-case; Guix, guix/narinfo.scm: narinfo-signature->canonical-sexp.)
+// The ways in which [ACL.Verify] and [ParseSignature] fail. Each error that they return wraps one
+// of these, and mostly says more. (Guix, guix/pki.scm: signature-case; Guix, guix/narinfo.scm:
+// narinfo-signature->canonical-sexp.)
 var (
 	// ErrUnsupportedVersion: the field has a version other than 1.
 	ErrUnsupportedVersion = errors.New("unsupported version")
-	// ErrCorruptSignature: the field has not the form VERSION;HOST;BASE64 with
-	// an s-expression that contains a list "data" and a list "public-key".
+	// ErrCorruptSignature: the field has not the form VERSION;HOST;BASE64 with an s-expression that
+	// contains a list "data" and a list "public-key".
 	ErrCorruptSignature = errors.New("corrupt signature")
 	// ErrUnauthorisedKey: the key that the signature names is not in the ACL.
 	ErrUnauthorisedKey = errors.New("unauthorised key")
 	// ErrHashMismatch: the signature is about another hash.
 	ErrHashMismatch = errors.New("hash mismatch")
-	// ErrInvalidSignature: the signature was not made by the key that it names,
-	// or is of a kind that is not supported.
+	// ErrInvalidSignature: the signature was not made by the key that it names, or is of a kind
+	// that is not supported.
 	ErrInvalidSignature = errors.New("invalid signature")
 )
 
-// MaxFieldSize is the length, in bytes, of the longest signature field that is
-// looked at. With an Ed25519 key a field takes less than 1 KiB, with the largest
-// RSA key that is supported about 17 KiB.
+// MaxFieldSize is the length, in bytes, of the longest signature field that is looked at. With an
+// Ed25519 key a field takes less than 1 KiB, with the largest RSA key that is supported about 17
+// KiB.
 const MaxFieldSize = 32 << 10
 
-// Signature is the parsed value of the Signature field of a narinfo. It says
-// nothing about whether the signature is good.
+// Signature is the parsed value of the Signature field of a narinfo. It says nothing about whether
+// the signature is good.
 type Signature struct {
-	// Host is the name that the signing machine gave itself. It is not signed
-	// and can contain any characters but semicolons.
+	// Host is the name that the signing machine gave itself. It is not signed and can contain any
+	// characters but semicolons.
 	Host string
 
 	sexp Sexp
 }
 
-// ParseSignature parses the value of the field Signature of a narinfo,
-// VERSION;HOST;BASE64, where VERSION is 1 and BASE64 is the base64 encoding, in
-// one piece, of an s-expression, each byte of which is a character in UTF-8: numbers
-// that look like text are printed as such, and that has characters up to U+00FF.
-// (Guix, guix/narinfo.scm: narinfo-signature->canonical-sexp; Guile-Gcrypt,
-// gcrypt/pk-crypto.scm: string->canonical-sexp.)
+// ParseSignature parses the value of the field Signature of a narinfo, VERSION;HOST;BASE64, where
+// VERSION is 1 and BASE64 is the base64 encoding, in one piece, of an s-expression, each byte of
+// which is a character in UTF-8: numbers that look like text are printed as such, and that has
+// characters up to U+00FF. (Guix, guix/narinfo.scm: narinfo-signature->canonical-sexp;
+// Guile-Gcrypt, gcrypt/pk-crypto.scm: string->canonical-sexp.)
 //
 // It fails with [ErrUnsupportedVersion] or [ErrCorruptSignature].
 func ParseSignature(value string) (*Signature, error) {
@@ -93,9 +92,9 @@ func parseSignature(value string) (Signature, error) {
 	return Signature{Host: host, sexp: s}, nil
 }
 
-// PublicKey returns the key that the signature claims to be made by. It fails
-// with [ErrCorruptSignature] if the signature names none. Anyone can write any
-// key into a signature, so the result is good for showing only.
+// PublicKey returns the key that the signature claims to be made by. It fails with
+// [ErrCorruptSignature] if the signature names none. Anyone can write any key into a signature, so
+// the result is good for showing only.
 func (s *Signature) PublicKey() (*PublicKey, error) {
 	k, ok := s.sexp.Find("public-key")
 	if !ok {
@@ -104,31 +103,29 @@ func (s *Signature) PublicKey() (*PublicKey, error) {
 	return newPublicKey(k), nil
 }
 
-// Verify checks that field, the value of the field Signature of a narinfo, is a
-// signature of digest by a key of the list. digest is the SHA-256 digest of the
-// signed part of the narinfo.
+// Verify checks that field, the value of the field Signature of a narinfo, is a signature of digest
+// by a key of the list. digest is the SHA-256 digest of the signed part of the narinfo.
 //
-// It returns nil if so. Otherwise it checks in this order, as Guix does, and
-// returns an error that wraps the first that applies of
-// [ErrUnsupportedVersion] and [ErrCorruptSignature], [ErrUnauthorisedKey],
-// [ErrHashMismatch], and [ErrInvalidSignature]. (Guix, guix/pki.scm:
+// It returns nil if so. Otherwise it checks in this order, as Guix does, and returns an error that
+// wraps the first that applies of [ErrUnsupportedVersion] and [ErrCorruptSignature],
+// [ErrUnauthorisedKey], [ErrHashMismatch], and [ErrInvalidSignature]. (Guix, guix/pki.scm:
 // %signature-status.)
 //
-// Accepted are ECDSA signatures with (flags rfc6979) or (flags raw) and RSA
-// signatures with (flags pkcs1), both over (hash sha256 …). Libgcrypt would also
-// verify other combinations; Guix makes none of them.
+// Accepted are ECDSA signatures with (flags rfc6979) or (flags raw) and RSA signatures with (flags
+// pkcs1), both over (hash sha256 …). Libgcrypt would also verify other combinations; Guix makes
+// none of them.
 func (a *ACL) Verify(digest [32]byte, field string) error {
 	return a.check(digest, field, (*PublicKey).verify)
 }
 
-// Known is an access-control list for signatures that were found to be good before,
-// each for the same digest: see [ACL.Known].
+// Known is an access-control list for signatures that were found to be good before, each for the
+// same digest: see [ACL.Known].
 type Known struct{ list *ACL }
 
-// Known returns the list as one for signatures that Verify, of this list or of another
-// one, has accepted before. It makes all checks of Verify again, above all whether the
-// key is in the list, but for the arithmetic that tells whether the signature was made
-// by the key that it names. Whoever uses it must be certain of what was found before.
+// Known returns the list as one for signatures that Verify, of this list or of another one, has
+// accepted before. It makes all checks of Verify again, above all whether the key is in the list,
+// but for the arithmetic that reports whether the signature was made by the key that it names.
+// Whoever uses it must be certain of what was found before.
 func (a *ACL) Known() Known { return Known{a} }
 
 // Verify is to [ACL.Verify] what [Known] says.
@@ -136,7 +133,7 @@ func (k Known) Verify(digest [32]byte, field string) error {
 	return k.list.check(digest, field, func(*PublicKey, [32]byte, Sexp, Sexp) error { return nil })
 }
 
-// check is Verify, with what tells whether a key has made a signature.
+// check is Verify, with what reports whether a key has made a signature.
 func (a *ACL) check(digest [32]byte, field string, made func(key *PublicKey, digest [32]byte, data, value Sexp) error) error {
 	signature, err := parseSignature(field)
 	if err != nil {
@@ -179,8 +176,8 @@ func hashValue(data Sexp) []byte {
 	return value
 }
 
-// verify checks that value, (sig-val …), is a signature by k over data, (data
-// …), in which the digest is known to stand.
+// verify checks that value, (sig-val …), is a signature by k over data, (data …), in which the
+// digest is known to stand.
 func (k *PublicKey) verify(digest [32]byte, data, value Sexp) error {
 	if k.unusable != nil {
 		return k.unusable

@@ -16,8 +16,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
-// An RSA key of 1024 bits and a signature by it, made by Libgcrypt; the key was
-// thrown away.
+// An RSA key of 1024 bits and a signature by it, made by Libgcrypt; the key was thrown away.
 const (
 	rsaN = "00DCB6CF40148935D5251933F0D12D10BAD0DB17557A8B21F0D3F3BAB26520561F9F658FD899952EAC14B3806C7C9AEF7F0AB7303183DE537DEDFE570A62ADF79ED6574EAC799F05A29B9CC59558766A3E94B91D53936B59FF2B9998CE20526AE1EDDE0A3A79C8A203EBA1BCA58C9678AFD106330750B07CB6ECA4CC05301976BF"
 	rsaH = "DCD1B37F906EDF85260B11FE070C15204B6BD9E8691A768758F055345A311D48"
@@ -309,7 +308,8 @@ func ExampleACL_Verify() {
 	// true
 }
 
-// TestVerifyCharacters verifies signatures in which numbers are printed as text: about one of a thousand signatures has such a number.
+// TestVerifyCharacters verifies signatures in which numbers are printed as text: about one of a
+// thousand signatures has such a number.
 func TestVerifyCharacters(t *testing.T) {
 	const key = "(public-key (ecc (curve Ed25519) (q #8A20FB42F322A6DB2243B2532D136920A5E85F6016138F7039889298241EC790#)))"
 	list := aclOf(t, key)
@@ -329,7 +329,8 @@ func TestVerifyCharacters(t *testing.T) {
 	}
 }
 
-// TestSignCharacters checks that what is signed and written is ASCII, whatever its bytes look like, and read back as it was.
+// TestSignCharacters checks that what is signed and written is ASCII, whatever its bytes look like,
+// and read back as it was.
 func TestSignCharacters(t *testing.T) {
 	k := signingKey(t, read(t, "testdata/rsa.sec"), "")
 	digest := [32]byte([]byte(strings.Repeat("a\xe4\xff ", 8)))

@@ -55,8 +55,8 @@ func (w *workshop) store() (string, error) {
 	return "", fmt.Errorf("the block store does not listen: %s", log.String())
 }
 
-// encode puts the blocks of an item into the store, and publishes it with its URN
-// and with an uncompressed nar.
+// encode puts the blocks of an item into the store, and publishes it with its URN and with an
+// uncompressed nar.
 func (w *workshop) encode(it *benchItem) error {
 	store, err := w.store()
 	if err != nil {
@@ -78,8 +78,7 @@ func (w *workshop) encode(it *benchItem) error {
 	}, []narinfo.URL{{URL: "nar/none/" + it.name, Compression: "none"}})
 }
 
-// restoreBlocks restores an item from blocks; or from its nar, if there is no
-// store.
+// restoreBlocks restores an item from blocks; or from its nar, if there is no store.
 func (w *workshop) restoreBlocks(it *benchItem, store string) (sample, error) {
 	d, err := w.destination()
 	if err != nil {
@@ -172,8 +171,9 @@ func smallBlocks(tree string) (count int, err error) {
 	return count, err
 }
 
-// workFloor is what it takes on both cores to read so many bytes from a file, to send them through a socket, to receive, hash
-// and decipher them in blocks of 32 KiB, to hash them once more as an archive, and to write them to a file.
+// workFloor is what it takes on both cores to read so many bytes from a file, to send them through
+// a socket, to receive, hash and decipher them in blocks of 32 KiB, to hash them once more as an
+// archive, and to write them to a file.
 func (w *workshop) workFloor(n int64) (sample, error) {
 	const many = 8
 	const portion = many * int64(eris.BlockSize32KiB)
@@ -301,8 +301,8 @@ func hashFloor(n int64) sample {
 	return sample{wall: time.Since(begin)}
 }
 
-// blockFloor is what hashing, deciphering and copying so many bytes takes on two
-// cores, in blocks of 32 KiB that are hashed one by one or together.
+// blockFloor is what hashing, deciphering and copying so many bytes takes on two cores, in blocks
+// of 32 KiB that are hashed one by one or together.
 func blockFloor(n int64, hashes int, together bool) sample {
 	const many = 8
 	groups := int(n / int64(many*eris.BlockSize32KiB))
@@ -390,7 +390,8 @@ func fillStore(url string, size eris.BlockSize) ([]eris.Reference, error) {
 	return refs, errors.Join(errs...)
 }
 
-// getBlocks gets so many blocks with so many requests in flight, in the way in which readers of contents do.
+// getBlocks gets so many blocks with so many requests in flight, in the way in which readers of
+// contents do.
 func getBlocks(url string, refs []eris.Reference, size eris.BlockSize, count, window int, unverified bool) (sample, error) {
 	store, err := coap.Open(url, coap.Options{Unverified: unverified})
 	if err != nil {

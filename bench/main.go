@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Command bench measures the whole program as guix-daemon drives it, beside other
-// programs that do the same work, in one run on one machine. "make bench" runs it.
+// Command bench measures the whole program as guix-daemon drives it, beside other programs that do
+// the same work, in one run on one machine. "make bench" runs it.
 //
-// Each row of the table is the median of several runs, taken in turns with those
-// of its rivals, so that what else the machine does hits all of them. Files are
-// in memory where there is a tmpfs, and servers are on loopback.
+// Each row of the table is the median of several runs, taken in turns with those of its rivals, so
+// that what else the machine does hits all of them. Files are in memory where there is a tmpfs, and
+// servers are on loopback.
 package main
 
 import (

@@ -141,9 +141,8 @@ func run(cmd *exec.Cmd) (sample, error) {
 	return s, err
 }
 
-// peakMemory is how much memory a process that runs has had at most, in bytes; 0
-// if it does not run. What the kernel tells at the end includes what we had when
-// the process was forked.
+// peakMemory is how much memory a process that runs has had at most, in bytes; 0 if it does not
+// run. What the kernel tells at the end includes what we had when the process was forked.
 func peakMemory(pid int) int64 {
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {

@@ -136,8 +136,8 @@ server { listen %[2]s; root %[3]s; } }
 	return nil
 }
 
-// item makes a store item with a function that fills a tree, and publishes it
-// with the given compressions.
+// item makes a store item with a function that fills a tree, and publishes it with the given
+// compressions.
 func (w *workshop) item(name string, fill func(tree string) error, compressions ...string) (*benchItem, error) {
 	if it := w.items[name]; it != nil {
 		return it, nil
@@ -187,8 +187,7 @@ func (w *workshop) publishInfo(n *narinfo.Narinfo, urls []narinfo.URL) error {
 	return os.WriteFile(filepath.Join(w.www(), hash+".narinfo"), []byte(text), 0o644)
 }
 
-// nar writes the nar of an item in all compressions, and returns its hash and
-// length.
+// nar writes the nar of an item in all compressions, and returns its hash and length.
 func (w *workshop) nar(it *benchItem, compressions []string) (digest [32]byte, size int64, err error) {
 	h := sha256.New()
 	writers := []io.Writer{h}
@@ -266,8 +265,7 @@ func lzip() (string, error) {
 	return "", errors.New("lzip is not installed")
 }
 
-// fillFiles fills a tree with files of given lengths, with contents like those of
-// store items.
+// fillFiles fills a tree with files of given lengths, with contents like those of store items.
 func fillFiles(sizes []int) func(string) error {
 	return func(tree string) error {
 		total := 0

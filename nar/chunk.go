@@ -10,20 +10,17 @@ import (
 	"sync/atomic"
 )
 
-// A Chunk is a piece of bytes in memory that several stages of a pipeline can
-// look at at the same time and that is used again when the last of them has
-// released it. So contents travel from a decompressor to a file and to a hash
-// without being copied.
+// A Chunk is a piece of bytes in memory that several stages of a pipeline can look at at the same
+// time and that is used again when the last of them has released it. So contents travel from a
+// decompressor to a file and to a hash without being copied.
 //
-// Nobody may change Bytes. A Chunk is a small value; copying it does not retain
-// it.
+// Nobody may change Bytes. A Chunk is a small value; copying it does not retain it.
 type Chunk struct {
 	Bytes []byte
 	owner Owner
 }
 
-// An Owner counts the users of a piece of memory. Both methods are safe for
-// concurrent use.
+// An Owner counts the users of a piece of memory. Both methods are safe for concurrent use.
 type Owner interface {
 	// Retain adds a user.
 	Retain()
@@ -31,8 +28,8 @@ type Owner interface {
 	Release()
 }
 
-// NewChunk returns a chunk with one user. With a nil owner the memory is left to
-// the garbage collector.
+// NewChunk returns a chunk with one user. With a nil owner the memory is left to the garbage
+// collector.
 func NewChunk(b []byte, owner Owner) Chunk { return Chunk{b, owner} }
 
 // Retain adds a user, who must call Release too.
@@ -49,11 +46,10 @@ func (c Chunk) Release() {
 	}
 }
 
-// A Feeder hands out a stream of bytes piece by piece. It is not safe for
-// concurrent use.
+// A Feeder hands out a stream of bytes piece by piece. It is not safe for concurrent use.
 type Feeder interface {
-	// Next returns the next piece, owned by the caller, and io.EOF after the
-	// last. Any other error is final.
+	// Next returns the next piece, owned by the caller, and io.EOF after the last. Any other error
+	// is final.
 	Next() (Chunk, error)
 }
 
@@ -72,10 +68,9 @@ func (b *buffer) Release() {
 	}
 }
 
-// A ReadAhead is a [Feeder] that reads from an io.Reader in a goroutine of its
-// own, so that what is behind the reader (a decompressor, a network) works while
-// the consumer does. Its memory is bounded: when all of its buffers are in use
-// it waits until one is released.
+// A ReadAhead is a [Feeder] that reads from an io.Reader in a goroutine of its own, so that what is
+// behind the reader (a decompressor, a network) works while the consumer does. Its memory is
+// bounded: when all of its buffers are in use it waits until one is released.
 type ReadAhead struct {
 	pieces chan piece
 	stop   context.CancelFunc
@@ -88,8 +83,8 @@ type piece struct {
 	err   error
 }
 
-// NewReadAhead starts reading from r, in count buffers of size bytes. It stops
-// at the first error of r, which io.EOF is too, when ctx is done, or at Close.
+// NewReadAhead starts reading from r, in count buffers of size bytes. It stops at the first error
+// of r, which io.EOF is too, when ctx is done, or at Close.
 func NewReadAhead(ctx context.Context, r io.Reader, count, size int) *ReadAhead {
 	ctx, stop := context.WithCancel(ctx)
 	a := &ReadAhead{pieces: make(chan piece, count), stop: stop}
@@ -120,8 +115,7 @@ func (a *ReadAhead) read(ctx context.Context, r io.Reader, count, size int) {
 			}
 		}
 		n := 0
-		// Fill the buffer, but do not let a consumer wait that has nothing else
-		// to do.
+		// Fill the buffer, but do not let a consumer wait that has nothing else to do.
 		for n < size && failed == nil && (n == 0 || len(a.pieces) > 0) {
 			var m int
 			m, failed = contained(r, b.bytes[n:])
@@ -140,8 +134,8 @@ func (a *ReadAhead) read(ctx context.Context, r io.Reader, count, size int) {
 	a.send(ctx, piece{err: failed})
 }
 
-// contained reads from r. What is behind it decodes what comes from anybody; should
-// it panic, that is an error of the stream and not the end of the process.
+// contained reads from r. What is behind it decodes what comes from anybody; should it panic, that
+// is an error of the stream and not the end of the process.
 func contained(r io.Reader, p []byte) (n int, err error) {
 	defer func() {
 		if fault := recover(); fault != nil {
@@ -179,10 +173,9 @@ func (a *ReadAhead) Next() (Chunk, error) {
 	return p.chunk, p.err
 }
 
-// Close stops reading and waits for the goroutine to end, which it does as soon
-// as a call of the reader that is under way returns: a caller that has a reader
-// that may block for long must make it return first. Chunks that were handed out
-// stay valid.
+// Close stops reading and waits for the goroutine to end, which it does as soon as a call of the
+// reader that is under way returns: a caller that has a reader that may block for long must make it
+// return first. Chunks that were handed out stay valid.
 func (a *ReadAhead) Close() {
 	a.stop()
 	for range a.pieces { // the memory goes with it
@@ -195,8 +188,8 @@ type readerFeeder struct {
 	size int
 }
 
-// FeedReader returns a [Feeder] of what r has, without a goroutine: each piece
-// is read when it is asked for, into new memory of size bytes.
+// FeedReader returns a [Feeder] of what r has, without a goroutine: each piece is read when it is
+// asked for, into new memory of size bytes.
 func FeedReader(r io.Reader, size int) Feeder { return &readerFeeder{r, size} }
 
 func (f *readerFeeder) Next() (Chunk, error) {

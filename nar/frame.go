@@ -4,11 +4,10 @@ package nar
 
 import "encoding/binary"
 
-// A Framer makes the bytes of an archive that stand around the contents of its
-// files. For each node of a walk, call AppendNode; after the contents of a
-// Regular, AppendContentsEnd. All these bytes and the contents, in that order,
-// are the archive. The zero Framer is ready to use, for one archive. It checks
-// nothing: its nodes come from a [Nodes].
+// A Framer makes the bytes of an archive that stand around the contents of its files. For each node
+// of a walk, call AppendNode; after the contents of a Regular, AppendContentsEnd. All these bytes
+// and the contents, in that order, are the archive. The zero Framer is ready to use, for one
+// archive. It checks nothing: its nodes come from a [Nodes].
 type Framer struct {
 	depth   int // directories open
 	started bool
@@ -46,8 +45,8 @@ func appendString(dst []byte, s string) []byte {
 // padding returns how many zero bytes follow a string of n bytes.
 func padding(n uint64) int { return int(-n & 7) }
 
-// AppendNode appends the bytes that stand before the contents of a Regular, or
-// all bytes of another node, and returns the extended slice.
+// AppendNode appends the bytes that stand before the contents of a Regular, or all bytes of another
+// node, and returns the extended slice.
 func (f *Framer) AppendNode(dst []byte, n Node) []byte {
 	if !f.started {
 		f.started = true
@@ -80,8 +79,8 @@ func (f *Framer) AppendNode(dst []byte, n Node) []byte {
 	return binary.LittleEndian.AppendUint64(dst, n.Size)
 }
 
-// AppendContentsEnd appends the bytes that stand after the contents of the
-// Regular that AppendNode was called with last.
+// AppendContentsEnd appends the bytes that stand after the contents of the Regular that AppendNode
+// was called with last.
 func (f *Framer) AppendContentsEnd(dst []byte) []byte {
 	dst = append(dst, zeros[:padding(f.size)]...)
 	return f.appendClose(dst)

@@ -9,15 +9,14 @@ import (
 	"sync"
 )
 
-// A Hasher computes the NarHash of a tree from its nodes, in a goroutine of its
-// own if there is much to hash: SHA-256 is what limits a large file once
-// decompression and writing run beside it. Its methods must be called from one goroutine, in the order of the
-// walk: Node for each node, Contents for each piece of the contents of a Regular
-// and EndContents after the last, and Finish in any case.
+// A Hasher computes the NarHash of a tree from its nodes, in a goroutine of its own if there is
+// much to hash: SHA-256 is what limits a large file once decompression and writing run beside it.
+// Its methods must be called from one goroutine, in the order of the walk: Node for each node,
+// Contents for each piece of the contents of a Regular and EndContents after the last, and Finish
+// in any case.
 //
-// What it hashes is handed over in order, as chunks of contents and as runs of
-// the bytes between them. Small contents are copied into those runs, which saves a
-// hand-over.
+// What it hashes is handed over in order, as chunks of contents and as runs of the bytes between
+// them. Small contents are copied into those runs, which saves a hand-over.
 type Hasher struct {
 	ctx    context.Context
 	framer Framer
@@ -30,8 +29,8 @@ type Hasher struct {
 	state  hash.Hash
 }
 
-// frameBuffer is the memory of a run of framing bytes, which grows as it is needed. It
-// has one user.
+// frameBuffer is the memory of a run of framing bytes, which grows as it is needed. It has one
+// user.
 type frameBuffer struct {
 	bytes []byte
 	home  chan *frameBuffer
@@ -44,15 +43,14 @@ const (
 	frameFull    = 32 << 10
 	frameBuffers = 4
 	hashQueue    = 16
-	// alone is the length in bytes of an archive up to which there is no goroutine:
-	// two hand-overs cost as much as the hash.
+	// alone is the length in bytes of an archive up to which there is no goroutine: two hand-overs
+	// cost as much as the hash.
 	alone = 64 << 10
 	// smallPiece is the length in bytes of contents below which they are copied.
 	smallPiece = 4 << 10
 )
 
-// NewHasher starts a hasher. When ctx is done its methods return the error of
-// ctx.
+// NewHasher starts a hasher. When ctx is done its methods return the error of ctx.
 func NewHasher(ctx context.Context) *Hasher {
 	h := &Hasher{ctx: ctx, free: make(chan *frameBuffer, frameBuffers), state: sha256.New()}
 	for range frameBuffers {
@@ -97,8 +95,8 @@ func (h *Hasher) EndContents() error {
 	return h.flush()
 }
 
-// Contents hashes a piece of contents. The caller still owns c; the hasher
-// retains it for as long as it needs it.
+// Contents hashes a piece of contents. The caller still owns c; the hasher retains it for as long
+// as it needs it.
 func (h *Hasher) Contents(c Chunk) error {
 	h.size += uint64(len(c.Bytes))
 	if len(c.Bytes) < smallPiece {
@@ -119,8 +117,7 @@ func (h *Hasher) Contents(c Chunk) error {
 	return nil
 }
 
-// Finish ends the goroutine and returns the hash. It means nothing after an
-// error.
+// Finish ends the goroutine and returns the hash. It means nothing after an error.
 func (h *Hasher) Finish() (sum [sha256.Size]byte) {
 	h.push() // fails only when nobody wants the hash
 	if h.pieces != nil {

@@ -1,18 +1,15 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package nar is the grammar of Nix archives (NARs), the canonical form of a
-// store item that NarHash is computed over.
+// Package nar is the grammar of Nix archives (NARs), the canonical form of a store item that
+// NarHash is computed over.
 //
-// Everything in it speaks one language, nodes in NAR order: a [Node] for each
-// directory, file and symbolic link, in the order in which an archive has
-// them, and an [End] after the last entry of each directory. [Nodes] is a
-// stream of them. [NewReader] turns the bytes of an archive into nodes,
-// checking everything that a hostile archive could get wrong; [Framer] turns
-// nodes back into the bytes of an archive; [Tree] reads a file tree as nodes.
-// Start with [Nodes].
+// Everything in it speaks one language, nodes in NAR order: a [Node] for each directory, file and
+// symbolic link, in the order in which an archive has them, and an [End] after the last entry of
+// each directory. [Nodes] is a stream of them. [NewReader] turns the bytes of an archive into
+// nodes, checking everything that a hostile archive could get wrong; [Framer] turns nodes back into
+// the bytes of an archive; [Tree] reads a file tree as nodes. Start with [Nodes].
 //
-// The format is the one of Guix, guix/serialization.scm: write-file-tree and
-// fold-archive.
+// The format is the one of Guix, guix/serialization.scm: write-file-tree and fold-archive.
 package nar
 
 import (
@@ -23,8 +20,8 @@ import (
 // Kind tells what a [Node] is.
 type Kind uint8
 
-// The kinds of nodes. An End closes the directory opened last; it has no other
-// member than its kind.
+// The kinds of nodes. An End closes the directory opened last; it has no other member than its
+// kind.
 const (
 	Directory Kind = iota + 1
 	Regular
@@ -50,29 +47,28 @@ func (k Kind) String() string {
 // A Node is one step of a walk through a tree in NAR order.
 type Node struct {
 	Kind Kind
-	// Name is the entry's name in its directory: 1 to [MaxName] bytes of any
-	// encoding, without NUL or slash, neither "." nor "..". The root has none.
+	// Name is the entry's name in its directory: 1 to [MaxName] bytes of any encoding, without NUL
+	// or slash, neither "." nor "..". The root has none.
 	Name string
-	// Executable tells whether a Regular may be executed by its owner.
+	// Executable reports whether a Regular may be executed by its owner.
 	Executable bool
 	// Size is the length of the contents of a Regular, in bytes.
 	Size uint64
-	// Target is what a Symlink points to: 1 to [MaxTarget] bytes without NUL.
-	// It is data and is never followed.
+	// Target is what a Symlink points to: 1 to [MaxTarget] bytes without NUL. It is data and is
+	// never followed.
 	Target string
 }
 
-// Limits of what an archive may hold. Linux has about the same ones (NAME_MAX,
-// PATH_MAX), and a store item beyond them could not be deleted again by a
-// daemon that works with file names.
+// Limits of what an archive may hold. Linux has about the same ones (NAME_MAX, PATH_MAX), and a
+// store item beyond them could not be deleted again by a daemon that works with file names.
 const (
 	// MaxName is the length of the longest entry name, in bytes.
 	MaxName = 255
 	// MaxTarget is the length of the longest symbolic link target, in bytes.
 	MaxTarget = 4095
-	// MaxPath is the length of the longest path of an entry below the root, in
-	// bytes, slashes between its names included: what PATH_MAX leaves after the
-	// name of an item in the store or in its trash.
+	// MaxPath is the length of the longest path of an entry below the root, in bytes, slashes
+	// between its names included: what PATH_MAX leaves after the name of an item in the store or in
+	// its trash.
 	MaxPath = 3800
 	// MaxDepth is how many directories an entry may be inside of.
 	MaxDepth = 256
@@ -80,27 +76,23 @@ const (
 
 // Nodes is a tree as a stream. It is not safe for concurrent use.
 //
-// The nodes come in NAR order: a directory is followed by its entries,
-// ascending by the bytes of their names and without equal names, then by an
-// End. Whoever implements Nodes has checked names, targets, order and depth;
-// whoever consumes it may rely on that.
+// The nodes come in NAR order: a directory is followed by its entries, ascending by the bytes of
+// their names and without equal names, then by an End. Whoever implements Nodes has checked names,
+// targets, order and depth; whoever consumes it may rely on that.
 type Nodes interface {
-	// Next returns the next node, and io.EOF after the root is complete (after
-	// the End of a root that is a directory). What is left of the contents of
-	// the Regular returned before is skipped. Any other error is final: the tree
-	// is malformed or its source has failed.
+	// Next returns the next node, and io.EOF after the root is complete (after the End of a root
+	// that is a directory). What is left of the contents of the Regular returned before is skipped.
+	// Any other error is final: the tree is malformed or its source has failed.
 	Next() (Node, error)
-	// Contents returns the next piece of the contents of the Regular that Next
-	// returned last, never an empty one, and io.EOF after Size bytes. The caller
-	// owns the piece and must release it.
+	// Contents returns the next piece of the contents of the Regular that Next returned last, never
+	// an empty one, and io.EOF after Size bytes. The caller owns the piece and must release it.
 	Contents() (Chunk, error)
 }
 
 // magic is the string that each archive begins with.
 const magic = "nix-archive-1"
 
-// CheckName returns an error that says why name cannot be the name of a
-// directory entry, or nil.
+// CheckName returns an error that says why name cannot be the name of a directory entry, or nil.
 func CheckName(name string) error {
 	switch {
 	case name == "":
@@ -118,8 +110,8 @@ func CheckName(name string) error {
 	return nil
 }
 
-// CheckTarget returns an error that says why target cannot be the target of a
-// symbolic link, or nil.
+// CheckTarget returns an error that says why target cannot be the target of a symbolic link, or
+// nil.
 func CheckTarget(target string) error {
 	switch {
 	case target == "":

@@ -412,8 +412,7 @@ func FuzzReader(f *testing.F) {
 	f.Add([]byte(archive(symlink("x"))), uint8(1))
 	f.Fuzz(func(t *testing.T, b []byte, size uint8) {
 		r := nar.NewReader(nar.FeedReader(bytes.NewReader(b), int(size)+1))
-		// An archive that is accepted is canonical: writing its nodes gives the
-		// same bytes.
+		// An archive that is accepted is canonical: writing its nodes gives the same bytes.
 		var out bytes.Buffer
 		if _, err := nar.Write(&out, r); err == nil && !bytes.Equal(out.Bytes(), b) {
 			t.Errorf("accepted %q, which is %q in canonical form", b, out.Bytes())

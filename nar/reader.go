@@ -8,11 +8,10 @@ import (
 	"io"
 )
 
-// A Reader turns the bytes of an archive into nodes; it implements [Nodes]. It
-// accepts exactly the archives that the daemon's own importer accepts (Guix,
-// nix/libutil/archive.cc: parse): one archive per tree, with names in order,
-// zero padding, and nothing behind it. It never allocates by a length that the
-// archive claims, and memory does not grow but with the depth of the tree.
+// A Reader turns the bytes of an archive into nodes; it implements [Nodes]. It accepts exactly the
+// archives that the daemon's own importer accepts (Guix, nix/libutil/archive.cc: parse): one
+// archive per tree, with names in order, zero padding, and nothing behind it. It never allocates by
+// a length that the archive claims, and memory does not grow but with the depth of the tree.
 type Reader struct {
 	feeder  Feeder
 	chunk   Chunk  // what is being read; its owner is held once
@@ -42,9 +41,8 @@ const (
 	atEnd
 )
 
-// NewReader returns a reader of the archive that feeder brings. It takes what
-// feeder hands out and releases it; the feeder itself stays the caller's, and so
-// does closing it.
+// NewReader returns a reader of the archive that feeder brings. It takes what feeder hands out and
+// releases it; the feeder itself stays the caller's, and so does closing it.
 func NewReader(feeder Feeder) *Reader { return &Reader{feeder: feeder} }
 
 // Next implements [Nodes]. Errors of the archive name the offset of the fault.
@@ -211,8 +209,8 @@ func (r *Reader) node(name string) (Node, error) {
 	return n, r.errorf("unknown node type %q", kind)
 }
 
-// endNode reads what follows a node whose own parenthesis has been read: the one
-// of the entry around it.
+// endNode reads what follows a node whose own parenthesis has been read: the one of the entry
+// around it.
 func (r *Reader) endNode() error {
 	if len(r.open) == 0 {
 		r.state = atEnd
@@ -349,8 +347,7 @@ func (r *Reader) padding(size uint64) error {
 	return nil
 }
 
-// token reads one of the words of the grammar, none of which is longer than the
-// magic string.
+// token reads one of the words of the grammar, none of which is longer than the magic string.
 func (r *Reader) token() (string, error) {
 	b, err := r.string(len(magic))
 	if err != nil {
@@ -389,8 +386,7 @@ func (r *Reader) expect(words ...string) error {
 	return nil
 }
 
-// unexpected turns the end of the stream into the error that it is inside an
-// archive.
+// unexpected turns the end of the stream into the error that it is inside an archive.
 func unexpected(err error) error {
 	if err == io.EOF {
 		return fmt.Errorf("truncated nar: %w", io.ErrUnexpectedEOF)

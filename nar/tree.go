@@ -28,8 +28,7 @@ type Tree struct {
 	free sync.Pool // of *treePiece
 }
 
-// listing is a directory that is being walked: its path and the entries to come,
-// the next one last.
+// listing is a directory that is being walked: its path and the entries to come, the next one last.
 type listing struct {
 	path    string
 	entries []string
@@ -39,12 +38,11 @@ type listing struct {
 // contentsPiece is how much of a file is read at once, in bytes.
 const contentsPiece = 128 << 10
 
-// NewTree returns a walk through the file tree at path, which may be a
-// directory, a file or a symbolic link; a link is not followed. An owner's
-// execute permission makes a file executable, as Guix, guix/serialization.scm:
-// write-file-tree has it. Anything that an archive cannot hold is an error of
-// Next. The walk is done when Next returns an error, which io.EOF is too;
-// whoever stops earlier must call Close.
+// NewTree returns a walk through the file tree at path, which may be a directory, a file or a
+// symbolic link; a link is not followed. An owner's execute permission makes a file executable, as
+// Guix, guix/serialization.scm: write-file-tree has it. Anything that an archive cannot hold is an
+// error of Next. The walk is done when Next returns an error, which io.EOF is too; whoever stops
+// earlier must call Close.
 func NewTree(path string) *Tree { return &Tree{root: path} }
 
 // Close ends the walk early.
@@ -119,8 +117,8 @@ func (t *Tree) visit(path, name string) (Node, error) {
 		if n.Size == 0 {
 			return n, nil
 		}
-		// Not through a link that has taken the file's place, and without waiting
-		// for the writer of a pipe that has.
+		// Not through a link that has taken the file's place, and without waiting for the writer of
+		// a pipe that has.
 		t.file, err = os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 		if err != nil {
 			return n, err
@@ -131,8 +129,7 @@ func (t *Tree) visit(path, name string) (Node, error) {
 	return n, fmt.Errorf("%s is neither a regular file, a directory nor a symbolic link", path)
 }
 
-// readNames returns the names of a directory in descending order of their
-// bytes.
+// readNames returns the names of a directory in descending order of their bytes.
 func readNames(path string) ([]string, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -166,9 +163,8 @@ func (t *Tree) Contents() (Chunk, error) {
 	return c, nil
 }
 
-// memory returns memory for the next piece of contents. That of whole pieces is used
-// again, because to clear it and to return it to the system costs as much as to
-// hash it.
+// memory returns memory for the next piece of contents. That of whole pieces is used again, because
+// to clear it and to return it to the system costs as much as to hash it.
 func (t *Tree) memory() Chunk {
 	if t.left < contentsPiece {
 		return Chunk{Bytes: make([]byte, t.left)}
@@ -196,8 +192,8 @@ func (b *treePiece) Release() {
 	}
 }
 
-// Write writes the archive of the whole tree that nodes holds to w. It returns
-// the number of bytes written, and the first error of either side.
+// Write writes the archive of the whole tree that nodes holds to w. It returns the number of bytes
+// written, and the first error of either side.
 func Write(w io.Writer, nodes Nodes) (written int64, err error) {
 	var framer Framer
 	var frame []byte

@@ -18,8 +18,8 @@ var (
 	continuation = regexp.MustCompile(`\n\+ ?`)
 )
 
-// readSlowly returns the first value of each field of a record, by rewriting the
-// text rather than walking over it: another way to the same result.
+// readSlowly returns the first value of each field of a record, by rewriting the text rather than
+// walking over it: another way to the same result.
 func readSlowly(text string) map[string]string {
 	text = commentLine.ReplaceAllString(text, "")
 	text = strings.TrimLeft(text, "\n")

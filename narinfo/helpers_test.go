@@ -17,8 +17,8 @@ const (
 	helloPath = "/gnu/store/9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello"
 	helloHash = "sha256:04zwf782yjwnh3q6hz5izfd6jyip8kgw6g6yj43fiqhbyhdd0dqw"
 
-	// hello is a narinfo that Libgcrypt signed with a key that was thrown away,
-	// and helloACL authorises the key.
+	// hello is a narinfo that Libgcrypt signed with a key that was thrown away, and helloACL
+	// authorises the key.
 	helloSigned = "StorePath: " + helloPath + `
 NarHash: ` + helloHash + `
 NarSize: 120
@@ -64,8 +64,8 @@ func read(t testing.TB, name string) string {
 	return string(b)
 }
 
-// realNarinfos returns the texts of the narinfos that other programs made, and
-// with each the ACL that authorises it.
+// realNarinfos returns the texts of the narinfos that other programs made, and with each the ACL
+// that authorises it.
 func realNarinfos(t testing.TB) map[string][2]string {
 	t.Helper()
 	texts := map[string][2]string{"hello": {hello, helloACL}}

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package narinfo reads and writes narinfos, the small texts in which a
-// substitute server describes a store item: what its contents hash to, which
-// items it refers to, and where it can be had. It decides which part of such a
-// text a signature covers, and takes from there whatever must be trusted.
+// Package narinfo reads and writes narinfos, the small texts in which a substitute server describes
+// a store item: what its contents hash to, which items it refers to, and where it can be had. It
+// decides which part of such a text a signature covers, and takes from there whatever must be
+// trusted.
 //
-// Start with [Parse], then ask [Narinfo.Authorise]; a narinfo that is not
-// authorised is worth something only if it is [Equivalent] to one that is.
-// [SignedPart] and [Text] make a narinfo for publication.
+// Start with [Parse], then ask [Narinfo.Authorise]; a narinfo that is not authorised is worth
+// something only if it is [Equivalent] to one that is. [SignedPart] and [Text] make a narinfo for
+// publication.
 //
-// The package does no I/O and trusts nothing that it reads. (Guix,
-// guix/narinfo.scm; Guix, guix/scripts/publish.scm: narinfo-string.)
+// The package does no I/O and trusts nothing that it reads. (Guix, guix/narinfo.scm; Guix,
+// guix/scripts/publish.scm: narinfo-string.)
 package narinfo
 
 import (
@@ -20,56 +20,53 @@ import (
 	"slices"
 )
 
-// Narinfo describes a store item. [Parse] makes one, and fills in every field;
-// to publish one, fill in the fields that [SignedPart] names. A parsed Narinfo
-// that nobody changes can be used by several goroutines at once.
+// Narinfo describes a store item. [Parse] makes one, and fills in every field; to publish one, fill
+// in the fields that [SignedPart] names. A parsed Narinfo that nobody changes can be used by
+// several goroutines at once.
 type Narinfo struct {
-	// StorePath is the absolute file name of the store item. In a parsed narinfo
-	// its last component is a valid name of a store item (see [CheckStoreName]);
-	// use [Narinfo.CheckItem] for the rest.
+	// StorePath is the absolute file name of the store item. In a parsed narinfo its last component
+	// is a valid name of a store item (see [CheckStoreName]); use [Narinfo.CheckItem] for the rest.
 	StorePath string
-	// NarHash is the hash of the item's nar as it was written: "sha256:" and 52
-	// nix-base32 digits, if [Narinfo.CheckHash] returns nil.
+	// NarHash is the hash of the item's nar as it was written: "sha256:" and 52 nix-base32 digits,
+	// if [Narinfo.CheckHash] returns nil.
 	NarHash string
 	// NarDigest is the SHA-256 digest that NarHash denotes.
 	NarDigest [sha256.Size]byte
-	// NarSize is the length of the nar in bytes, if NarSizeKnown; else it is 0. It
-	// need not be true: what counts is NarDigest.
+	// NarSize is the length of the nar in bytes, if NarSizeKnown; else it is 0. It need not be
+	// true: what counts is NarDigest.
 	NarSize      uint64
 	NarSizeKnown bool
-	// References has the names, without directory, of the store items that this
-	// one refers to, in the order in which they were written. All are valid.
+	// References has the names, without directory, of the store items that this one refers to, in
+	// the order in which they were written. All are valid.
 	References []string
-	// Deriver is the name, without directory, of the derivation that built the
-	// item. It is empty if unknown, also if an invalid name was given.
+	// Deriver is the name, without directory, of the derivation that built the item. It is empty if
+	// unknown, also if an invalid name was given.
 	Deriver string
-	// URLs has the places of the nar, in the order in which they were written,
-	// unsupported ones included; [Narinfo.PreferredURLs] has those to try.
-	// URLs are usually not signed.
+	// URLs has the places of the nar, in the order in which they were written, unsupported ones
+	// included; [Narinfo.PreferredURLs] has those to try. URLs are usually not signed.
 	URLs []URL
-	// ERIS has the ERIS read capabilities that the narinfo offers, in the order
-	// in which they were written, whatever their text: whether it is one must be
-	// found out by whoever uses it. What is beyond the first 16 is dropped.
+	// ERIS has the ERIS read capabilities that the narinfo offers, in the order in which they were
+	// written, whatever their text: whether it is one must be found out by whoever uses it. What is
+	// beyond the first 16 is dropped.
 	ERIS []ERIS
 	// Signature is the value of the field Signature, empty if there is none.
 	Signature string
 
-	// NarSizeSigned and DeriverSigned tell whether the values of NarSize and
-	// Deriver are covered by the signature. (StorePath, NarHash and References
-	// always are, or the narinfo counts as unsigned.)
+	// NarSizeSigned and DeriverSigned report whether the values of NarSize and Deriver are covered
+	// by the signature. (StorePath, NarHash and References always are, or the narinfo counts as
+	// unsigned.)
 	NarSizeSigned, DeriverSigned bool
 
-	// text is the whole narinfo. The first signed bytes of it are signed, none if
-	// the narinfo counts as unsigned.
+	// text is the whole narinfo. The first signed bytes of it are signed, none if the narinfo
+	// counts as unsigned.
 	text   string
 	signed int
 
 	hashError error
 }
 
-// CheckHash returns nil if the narinfo has a NarHash that can be compared with
-// what is restored. Without one it may say that an item is available, but nothing
-// can be made of it.
+// CheckHash returns nil if the narinfo has a NarHash that can be compared with what is restored.
+// Without one it may say that an item is available, but nothing can be made of it.
 func (n *Narinfo) CheckHash() error {
 	if n.hashError != nil {
 		return fmt.Errorf("narinfo: NarHash: %w", n.hashError)
@@ -77,49 +74,46 @@ func (n *Narinfo) CheckHash() error {
 	return nil
 }
 
-// ERIS is a value of the field ERIS, which is meant to be an ERIS read capability
-// as a URN. (Guix, issue 52555.)
+// ERIS is a value of the field ERIS, which is meant to be an ERIS read capability as a URN. (Guix,
+// issue 52555.)
 type ERIS struct {
 	URN string
-	// Signed tells whether the signature covers the field. If not, anyone
-	// between the signer and us may have put it there.
+	// Signed reports whether the signature covers the field. If not, anyone between the signer and
+	// us may have put it there.
 	Signed bool
 }
 
-// ErrUnsigned is the error of [Narinfo.Authorise] for a narinfo that has no
-// signature, or one that does not cover StorePath, NarHash and References.
+// ErrUnsigned is the error of [Narinfo.Authorise] for a narinfo that has no signature, or one that
+// does not cover StorePath, NarHash and References.
 var ErrUnsigned = errors.New("unsigned narinfo")
 
 // Verifier knows whose signatures count; an access-control list is one.
 type Verifier interface {
-	// Verify returns nil if signature, the value of the field Signature of a
-	// narinfo, is a good signature of digest by a key that is authorised.
+	// Verify returns nil if signature, the value of the field Signature of a narinfo, is a good
+	// signature of digest by a key that is authorised.
 	Verify(digest [sha256.Size]byte, signature string) error
 }
 
 // Text returns the text that was parsed.
 func (n *Narinfo) Text() string { return n.text }
 
-// SignedText returns the part of the text that its signature covers: everything
-// before the first occurrence of "Signature:", as it is. It reports false if the
-// narinfo counts as unsigned: without a signature, if the signature does not
-// cover StorePath, NarHash and References, or if the first occurrence of
-// "Signature:" is not at the start of that very field. (Guix, guix/narinfo.scm:
-// narinfo-sha256. The last condition is ours; what fails it is no text that a
-// server writes, and might be read in two ways.)
+// SignedText returns the part of the text that its signature covers: everything before the first
+// occurrence of "Signature:", as it is. It reports false if the narinfo counts as unsigned: without
+// a signature, if the signature does not cover StorePath, NarHash and References, or if the first
+// occurrence of "Signature:" is not at the start of that very field. (Guix, guix/narinfo.scm:
+// narinfo-sha256. The last condition is ours; what fails it is no text that a server writes, and
+// might be read in two ways.)
 //
 // Whether the signature is good is another question.
 func (n *Narinfo) SignedText() (string, bool) {
 	return n.text[:n.signed], n.signed > 0
 }
 
-// Authorise returns nil if the narinfo bears a signature that keys accepts. Then
-// StorePath, NarHash, NarDigest and References, and the fields that are marked as
-// signed, are what the signer wrote. Otherwise it returns [ErrUnsigned] or the
-// error of keys.
+// Authorise returns nil if the narinfo bears a signature that keys accepts. Then StorePath,
+// NarHash, NarDigest and References, and the fields that are marked as signed, are what the signer
+// wrote. Otherwise it returns [ErrUnsigned] or the error of keys.
 //
-// It depends on the text that was parsed only, and not on changes made to the
-// fields later.
+// It depends on the text that was parsed only, and not on changes made to the fields later.
 func (n *Narinfo) Authorise(keys Verifier) error {
 	signed, ok := n.SignedText()
 	if !ok {
@@ -128,12 +122,11 @@ func (n *Narinfo) Authorise(keys Verifier) error {
 	return keys.Verify(sha256.Sum256([]byte(signed)), n.Signature)
 }
 
-// Equivalent reports whether two parsed narinfos describe the same store item
-// with the same contents: whether StorePath, NarHash, NarSize and References are
-// the same. Where the nar is, its compression, the deriver and the signature do
-// not matter. So if one of them is authorised, what is found through the other
-// may be used. (Guix, guix/narinfo.scm: equivalent-narinfo?; Guix Reference
-// Manual, "Substitute Authentication".)
+// Equivalent reports whether two parsed narinfos describe the same store item with the same
+// contents: whether StorePath, NarHash, NarSize and References are the same. Where the nar is, its
+// compression, the deriver and the signature do not matter. So if one of them is authorised, what
+// is found through the other may be used. (Guix, guix/narinfo.scm: equivalent-narinfo?; Guix
+// Reference Manual, "Substitute Authentication".)
 func Equivalent(n, m *Narinfo) bool {
 	return n.NarHash == m.NarHash && n.StorePath == m.StorePath &&
 		n.NarSize == m.NarSize && slices.Equal(n.References, m.References)

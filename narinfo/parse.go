@@ -15,8 +15,8 @@ import (
 
 // Bounds on what [Parse] accepts.
 const (
-	// MaxSize is the length of the longest narinfo, in bytes. A reference takes
-	// about 60 bytes, the rest of a narinfo about 1000.
+	// MaxSize is the length of the longest narinfo, in bytes. A reference takes about 60 bytes, the
+	// rest of a narinfo about 1000.
 	MaxSize = 1 << 20
 	// MaxReferences is the largest number of references.
 	MaxReferences = 16384
@@ -29,14 +29,13 @@ const (
 // signatureField is what ends the signed part of a narinfo.
 const signatureField = "Signature:"
 
-// Parse parses a narinfo: UTF-8 text of lines NAME:VALUE. White space before a
-// value is dropped, white space after it, a carriage return for instance, is
-// part of it. A line that starts with "+" continues the value before, one that
-// starts with "#" is a comment. Empty lines may come first; a later one ends the
-// record, and what follows is not read. If a field occurs twice, the first one
-// counts, except for URL and ERIS. A field Compression or FileSize belongs to
-// the field URL before it. Unknown fields are ignored. (Guix, guix/records.scm:
-// recutils->alist; Guix, guix/narinfo.scm: read-narinfo.)
+// Parse parses a narinfo: UTF-8 text of lines NAME:VALUE. White space before a value is dropped,
+// white space after it, a carriage return for instance, is part of it. A line that starts with "+"
+// continues the value before, one that starts with "#" is a comment. Empty lines may come first; a
+// later one ends the record, and what follows is not read. If a field occurs twice, the first one
+// counts, except for URL and ERIS. A field Compression or FileSize belongs to the field URL before
+// it. Unknown fields are ignored. (Guix, guix/records.scm: recutils->alist; Guix, guix/narinfo.scm:
+// read-narinfo.)
 //
 // Parse fails, saying why, if
 //
@@ -45,11 +44,11 @@ const signatureField = "Signature:"
 //   - StorePath or References is missing or malformed, or NarSize is malformed, or
 //   - there is no URL with a supported compression (see [Narinfo.PreferredURLs]).
 //
-// A narinfo without a good NarHash is enough to know that an item is available;
-// [Narinfo.CheckHash] tells whether there is more to it.
+// A narinfo without a good NarHash is enough to know that an item is available; [Narinfo.CheckHash]
+// reports whether there is more to it.
 //
-// That the narinfo is the one that was asked for must be checked with
-// [Narinfo.CheckItem], and whether to believe it with [Narinfo.Authorise].
+// That the narinfo is the one that was asked for must be checked with [Narinfo.CheckItem], and
+// whether to believe it with [Narinfo.Authorise].
 //
 // Parse keeps no reference to text.
 func Parse(text []byte) (*Narinfo, error) {
@@ -61,8 +60,8 @@ func Parse(text []byte) (*Narinfo, error) {
 		return nil, errors.New("narinfo: the text is not UTF-8")
 	}
 	p.signedEnd = -1
-	// The field must start a line: else the last signed value and the signature
-	// would run into one another.
+	// The field must start a line: else the last signed value and the signature would run into one
+	// another.
 	if i := strings.Index(p.text, signatureField); i == 0 || i > 0 && p.text[i-1] == '\n' {
 		p.signedEnd = i
 	}
@@ -105,8 +104,7 @@ const (
 	mustSigned = storePathField | narHashField | referencesField
 )
 
-// first notes that the field f was met, and reports whether it is the first of
-// its kind.
+// first notes that the field f was met, and reports whether it is the first of its kind.
 func (p *parser) first(set fieldSet, f field) bool {
 	if p.seen&set != 0 {
 		return false
@@ -177,8 +175,8 @@ func (p *parser) field(f field) error {
 		}
 	case "FileSize":
 		if i := len(n.URLs) - 1; i >= 0 && !n.URLs[i].SizeKnown {
-			// A hint for people and for the choice among URLs: one that makes no
-			// sense is no reason to give up the narinfo.
+			// A hint for people and for the choice among URLs: one that makes no sense is no reason
+			// to give up the narinfo.
 			size, err := strconv.ParseUint(f.value, 10, 64)
 			if err == nil {
 				n.URLs[i].FileSize, n.URLs[i].SizeKnown = size, true

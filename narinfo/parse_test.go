@@ -215,8 +215,8 @@ func TestCheckHash(t *testing.T) {
 	}
 }
 
-// TestParseBounds checks that texts at the limits are accepted, and in time that
-// is proportional to their length.
+// TestParseBounds checks that texts at the limits are accepted, and in time that is proportional to
+// their length.
 func TestParseBounds(t *testing.T) {
 	a := strings.Repeat("a", 32) + "-a"
 	n := parse(t, edit(t, hello, "References: ", "References: "+strings.Repeat(a+" ", narinfo.MaxReferences)))

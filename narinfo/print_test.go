@@ -13,8 +13,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
-// TestPrintReal checks that what `guix publish` wrote is printed again byte for
-// byte, the field ERIS included.
+// TestPrintReal checks that what `guix publish` wrote is printed again byte for byte, the field
+// ERIS included.
 func TestPrintReal(t *testing.T) {
 	for name, x := range realNarinfos(t) {
 		t.Run(name, func(t *testing.T) {

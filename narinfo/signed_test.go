@@ -69,8 +69,8 @@ func sign(t testing.TB, text string) string {
 	return "Signature: " + s + "\n"
 }
 
-// TestSignatureCoverage is about what a signature is taken to cover, above all
-// where the text around it was written by somebody else.
+// TestSignatureCoverage is about what a signature is taken to cover, above all where the text
+// around it was written by somebody else.
 func TestSignatureCoverage(t *testing.T) {
 	const evil = "/gnu/store/00000000000000000000000000000000-evil"
 	minimal := edit(t, helloSigned, "NarSize: 120\n", "")

@@ -11,8 +11,8 @@ import (
 )
 
 const (
-	// hashPartLen is the number of digits that the name of a store item starts
-	// with; they encode hashPartBytes bytes.
+	// hashPartLen is the number of digits that the name of a store item starts with; they encode
+	// hashPartBytes bytes.
 	hashPartLen   = 32
 	hashPartBytes = 20
 	// maxNameLen is the longest name of a store item, in bytes.
@@ -27,11 +27,10 @@ var nameChars = func() (set [256]bool) {
 	return set
 }()
 
-// CheckStoreName returns nil if name, given without directory, can be the name of
-// a store item, and else an error that contains it: 32 nix-base32 digits, a
-// hyphen, and then one or more of the letters and digits of ASCII and of
-// "+-._?=", the first not being a period; no more than 255 bytes in all. (Guix,
-// nix/libstore/store-api.cc: checkStoreName; Guix, guix/store.scm:
+// CheckStoreName returns nil if name, given without directory, can be the name of a store item, and
+// else an error that contains it: 32 nix-base32 digits, a hyphen, and then one or more of the
+// letters and digits of ASCII and of "+-._?=", the first not being a period; no more than 255 bytes
+// in all. (Guix, nix/libstore/store-api.cc: checkStoreName; Guix, guix/store.scm:
 // store-path-hash-part.)
 func CheckStoreName(name string) error {
 	if err := checkStoreName(name); err != nil {
@@ -57,8 +56,7 @@ func checkStoreName(name string) error {
 	return checkNameChars(name[hashPartLen+1:])
 }
 
-// checkNameChars checks what may follow the hash in the name of a store item, and
-// is not empty.
+// checkNameChars checks what may follow the hash in the name of a store item, and is not empty.
 func checkNameChars(name string) error {
 	if name[0] == '.' {
 		return errors.New("it begins with a period")
@@ -71,9 +69,9 @@ func checkNameChars(name string) error {
 	return nil
 }
 
-// checkReference returns nil if name can be that of a reference: that of any file
-// directly in the store. There need not be a hash in it; the daemon does not look
-// for one, and narinfos without occur in the tests of Guix.
+// checkReference returns nil if name can be that of a reference: that of any file directly in the
+// store. There need not be a hash in it; the daemon does not look for one, and narinfos without
+// occur in the tests of Guix.
 func checkReference(name string) error {
 	err := checkNameChars(name)
 	if err == nil && len(name) > maxNameLen {
@@ -85,9 +83,9 @@ func checkReference(name string) error {
 	return nil
 }
 
-// CheckStorePath returns nil if path is the file name of a store item: storeDir,
-// which is an absolute file name without a slash at its end, a slash, and a name
-// that passes [CheckStoreName]. Otherwise it returns an error that contains path.
+// CheckStorePath returns nil if path is the file name of a store item: storeDir, which is an
+// absolute file name without a slash at its end, a slash, and a name that passes [CheckStoreName].
+// Otherwise it returns an error that contains path.
 func CheckStorePath(storeDir, path string) error {
 	dir, base := cutBase(path)
 	if dir != storeDir {
@@ -96,9 +94,8 @@ func CheckStorePath(storeDir, path string) error {
 	return CheckStoreName(base)
 }
 
-// HashPart returns the part of the file name of a store item by which servers
-// know its narinfo: the first 32 characters of its last component. It fails as
-// [CheckStorePath] does.
+// HashPart returns the part of the file name of a store item by which servers know its narinfo: the
+// first 32 characters of its last component. It fails as [CheckStorePath] does.
 func HashPart(storeDir, path string) (string, error) {
 	if err := CheckStorePath(storeDir, path); err != nil {
 		return "", err
@@ -113,12 +110,11 @@ func cutBase(path string) (dir, base string) {
 	return path[:max(i, 0)], path[i+1:]
 }
 
-// CheckItem returns nil if the narinfo is about item, and item is in the store
-// directory storeDir (see [CheckStorePath]). Otherwise it returns an error.
+// CheckItem returns nil if the narinfo is about item, and item is in the store directory storeDir
+// (see [CheckStorePath]). Otherwise it returns an error.
 //
-// A narinfo must pass this before anything else is made of it. Its signature does
-// not help here: a server may well answer with a narinfo that somebody
-// authorised signed for another item.
+// A narinfo must pass this before anything else is made of it. Its signature does not help here: a
+// server may well answer with a narinfo that somebody authorised signed for another item.
 func (n *Narinfo) CheckItem(storeDir, item string) error {
 	if err := CheckStorePath(storeDir, item); err != nil {
 		return err

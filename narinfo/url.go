@@ -9,13 +9,13 @@ import (
 	"strings"
 )
 
-// URL is a place where the nar of a store item can be had: a field URL with the
-// fields that belong to it.
+// URL is a place where the nar of a store item can be had: a field URL with the fields that belong
+// to it.
 type URL struct {
 	// URL is the value of the field, absolute or relative; see [ResolveURL].
 	URL string
-	// Compression is the name of the method by which the nar is compressed, empty
-	// if none was given, in which case the URL cannot be used.
+	// Compression is the name of the method by which the nar is compressed, empty if none was
+	// given, in which case the URL cannot be used.
 	Compression string
 	// FileSize is the length in bytes of what the URL yields, if SizeKnown.
 	FileSize  uint64
@@ -54,16 +54,15 @@ const (
 	Small
 )
 
-// PreferredURLs returns the URLs that can be used, the preferred ones first.
-// Left out are those with a compression other than none, gzip, lzip, zstd, xz and
-// bzip2, those that contain blanks, control characters or other than ASCII
-// characters, and those of more than 4096 bytes. A parsed narinfo has at least one.
+// PreferredURLs returns the URLs that can be used, the preferred ones first. Left out are those
+// with a compression other than none, gzip, lzip, zstd, xz and bzip2, those that contain blanks,
+// control characters or other than ASCII characters, and those of more than 4096 bytes. A parsed
+// narinfo has at least one.
 //
-// With [Fast], the order is: none and zstd alike, then gzip, then lzip, then the
-// rest. With [Small], known sizes come first, in ascending order; then unknown
-// ones, in the order lzip, then zstd, xz and bzip2 alike, then gzip, then none.
-// Where that does not decide, the order of the narinfo does. (Guix,
-// guix/narinfo.scm: narinfo-preferred-uris.)
+// With [Fast], the order is: none and zstd alike, then gzip, then lzip, then the rest. With
+// [Small], known sizes come first, in ascending order; then unknown ones, in the order lzip, then
+// zstd, xz and bzip2 alike, then gzip, then none. Where that does not decide, the order of the
+// narinfo does. (Guix, guix/narinfo.scm: narinfo-preferred-uris.)
 func (n *Narinfo) PreferredURLs(order Order) []URL {
 	urls := make([]URL, 0, len(n.URLs))
 	for _, u := range n.URLs {
@@ -117,15 +116,14 @@ func looseness(u URL) int {
 	return 1
 }
 
-// ResolveURL returns the absolute URL of a nar, given the URL of the substitute
-// server, base, and the value of a field URL. A value that starts with a scheme
-// is absolute; any other is appended to base, with a slash between them unless
-// base ends with one. Nothing else is changed: neither dot segments nor percent
-// signs are interpreted. (Guix, guix/narinfo.scm: narinfo-maker.)
+// ResolveURL returns the absolute URL of a nar, given the URL of the substitute server, base, and
+// the value of a field URL. A value that starts with a scheme is absolute; any other is appended to
+// base, with a slash between them unless base ends with one. Nothing else is changed: neither dot
+// segments nor percent signs are interpreted. (Guix, guix/narinfo.scm: narinfo-maker.)
 //
-// It fails if value is empty or if the result contains blanks, control
-// characters or other than ASCII characters. It does not look at the scheme: an
-// unsigned narinfo can name any, "file" for instance, so the caller must.
+// It fails if value is empty or if the result contains blanks, control characters or other than
+// ASCII characters. It does not look at the scheme: an unsigned narinfo can name any, "file" for
+// instance, so the caller must.
 func ResolveURL(base, value string) (string, error) {
 	if value == "" {
 		return "", fmt.Errorf("empty URL in a narinfo from %s", quote(base))
@@ -143,8 +141,7 @@ func ResolveURL(base, value string) (string, error) {
 	return url, nil
 }
 
-// hasScheme reports whether s starts with a URI scheme and a colon (RFC 3986,
-// section 3.1).
+// hasScheme reports whether s starts with a URI scheme and a colon (RFC 3986, section 3.1).
 func hasScheme(s string) bool {
 	for i := range len(s) {
 		switch c := s[i]; {

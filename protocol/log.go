@@ -15,10 +15,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Log is what the user sees: messages and progress. The daemon passes it on
-// from the substituter's standard error, but reads it only while it waits for a
-// reply; so nothing may be written between requests. It is safe for concurrent
-// use.
+// A Log is what the user sees: messages and progress. The daemon passes it on from the
+// substituter's standard error, but reads it only while it waits for a reply; so nothing may be
+// written between requests. It is safe for concurrent use.
 type Log struct {
 	// Program stands before messages, like "guix substitute: warning: …".
 	program string
@@ -38,15 +37,15 @@ type Log struct {
 type LogStyle struct {
 	// Program stands before each message.
 	Program string
-	// Traces asks for events that clients read instead of progress for people
-	// (Guix, guix/progress.scm: progress-reporter/trace).
+	// Traces asks for events that clients read instead of progress for people (Guix,
+	// guix/progress.scm: progress-reporter/trace).
 	Traces bool
 	// Columns is the width of a progress line in characters.
 	Columns int
 	// Unicode allows other characters than ASCII. Without it, "?" stands for them.
 	Unicode bool
-	// Dynamic allows progress lines that are drawn over and over. Clients of the
-	// daemon take them; a file that standard error was redirected to does not.
+	// Dynamic allows progress lines that are drawn over and over. Clients of the daemon take them;
+	// a file that standard error was redirected to does not.
 	Dynamic bool
 }
 
@@ -67,8 +66,7 @@ func NewLog(w io.Writer, style LogStyle) *Log {
 // maxSaid bounds what WarnOnce remembers.
 const maxSaid = 10000
 
-// Warnf shows a warning. The message is one line; what comes from outside
-// belongs in it with %q.
+// Warnf shows a warning. The message is one line; what comes from outside belongs in it with %q.
 func (l *Log) Warnf(format string, a ...any) { l.message("warning: ", fmt.Sprintf(format, a...)) }
 
 // Errorf shows an error. The rules of Warnf hold.
@@ -102,8 +100,8 @@ func (l *Log) message(kind, text string) {
 // maxLine bounds what stands in a line, in bytes, so that it is written at once.
 const maxLine = 2000
 
-// oneLine keeps a message from being taken for several, or for an event, from
-// controlling a terminal, and from being no text in the user's locale.
+// oneLine keeps a message from being taken for several, or for an event, from controlling a
+// terminal, and from being no text in the user's locale.
 func (l *Log) oneLine(s string) string {
 	s = strings.Map(func(r rune) rune {
 		switch {
@@ -146,9 +144,9 @@ func (l *Log) draw(text string) {
 	l.line = true
 }
 
-// A descriptorWriter writes to a descriptor that nobody may be reading. A write
-// that would wait for longer than patience is dropped, for it is better to lose a
-// message than to keep the daemon waiting for a reply.
+// A descriptorWriter writes to a descriptor that nobody may be reading. A write that would wait for
+// longer than patience is dropped, for it is better to lose a message than to keep the daemon
+// waiting for a reply.
 type descriptorWriter struct {
 	fd    int
 	stuck bool
@@ -156,15 +154,13 @@ type descriptorWriter struct {
 
 const (
 	patience = 3 * time.Second
-	// atomicWrite is how much a pipe takes without blocking when it is ready at
-	// all (PIPE_BUF).
+	// atomicWrite is how much a pipe takes without blocking when it is ready at all (PIPE_BUF).
 	atomicWrite = 4096
 )
 
-// NewDescriptorWriter returns a writer to the file descriptor fd, usually
-// standard error, that does not block for more than a few seconds in all when
-// nobody reads the other end: it drops what it cannot write. It never returns an
-// error. It is not safe for concurrent use.
+// NewDescriptorWriter returns a writer to the file descriptor fd, usually standard error, that does
+// not block for more than a few seconds in all when nobody reads the other end: it drops what it
+// cannot write. It never returns an error. It is not safe for concurrent use.
 func NewDescriptorWriter(fd int) io.Writer { return &descriptorWriter{fd: fd} }
 
 func (w *descriptorWriter) Write(b []byte) (int, error) {

@@ -7,10 +7,9 @@ import (
 	"strings"
 )
 
-// Options are what the daemon tells its substituter about the settings of the
-// administrator and of the client: the variable _NIX_OPTIONS (Guix,
-// nix/libstore/globals.cc: Settings::pack). The zero Options are those of a
-// program that no daemon has started.
+// Options are what the daemon tells its substituter about the settings of the administrator and of
+// the client: the variable _NIX_OPTIONS (Guix, nix/libstore/globals.cc: Settings::pack). The zero
+// Options are those of a program that no daemon has started.
 type Options struct {
 	values []option
 }
@@ -20,8 +19,8 @@ type option struct{ name, value string }
 // maxOptions is how many options are kept; the daemon sends about twenty.
 const maxOptions = 4096
 
-// ParseOptions reads the value of _NIX_OPTIONS: NAME=VALUE lines. Other lines
-// are passed over, and so is what repeats a name.
+// ParseOptions reads the value of _NIX_OPTIONS: NAME=VALUE lines. Other lines are passed over, and
+// so is what repeats a name.
 func ParseOptions(packed string) Options {
 	var o Options
 	for line := range strings.SplitSeq(packed, "\n") {
@@ -37,8 +36,7 @@ func ParseOptions(packed string) Options {
 	return o
 }
 
-// Get returns the value of an option, and whether it is set. It may be set to
-// the empty string.
+// Get returns the value of an option, and whether it is set. It may be set to the empty string.
 func (o Options) Get(name string) (string, bool) {
 	for _, v := range o.values {
 		if v.name == name {
@@ -48,9 +46,8 @@ func (o Options) Get(name string) (string, bool) {
 	return "", false
 }
 
-// fromClient returns what the client wants, be it trusted or not, before what
-// the administrator has set (Guix, guix/scripts/substitute.scm:
-// find-daemon-option "untrusted-…").
+// fromClient returns what the client wants, be it trusted or not, before what the administrator has
+// set (Guix, guix/scripts/substitute.scm: find-daemon-option "untrusted-…").
 func (o Options) fromClient(name string) (string, bool) {
 	if v, ok := o.Get("untrusted-" + name); ok {
 		return v, true
@@ -58,30 +55,29 @@ func (o Options) fromClient(name string) (string, bool) {
 	return o.Get(name)
 }
 
-// SubstituteURLs returns the substitute URLs in order, and whether the daemon
-// has set them. A client may ask for none at all, which is an empty list.
+// SubstituteURLs returns the substitute URLs in order, and whether the daemon has set them. A
+// client may ask for none at all, which is an empty list.
 func (o Options) SubstituteURLs() ([]string, bool) {
 	v, ok := o.fromClient("substitute-urls")
 	return strings.Fields(v), ok
 }
 
-// Discover tells whether servers found on the local network are to be asked
-// too.
+// Discover reports whether servers found on the local network are to be asked too.
 func (o Options) Discover() bool {
 	v, _ := o.Get("discover")
 	return v == "true"
 }
 
-// Traces tells whether the client wants the events of a download as lines that
-// it can read (“extended build traces”) rather than as text for people.
+// Traces reports whether the client wants the events of a download as lines that it can read
+// (“extended build traces”) rather than as text for people.
 func (o Options) Traces() bool {
 	v, _ := o.fromClient("print-extended-build-trace")
 	n, err := strconv.Atoi(v)
 	return err == nil && n > 0
 }
 
-// Columns returns the width of a progress line in characters: one less than that
-// of the client's terminal, at least 20, and 80 if the client has not told.
+// Columns returns the width of a progress line in characters: one less than that of the client's
+// terminal, at least 20, and 80 if the client has not told.
 func (o Options) Columns() int {
 	v, _ := o.fromClient("terminal-columns")
 	n, err := strconv.Atoi(v)
@@ -91,7 +87,7 @@ func (o Options) Columns() int {
 	return min(max(20, n-1), 1000)
 }
 
-// Deduplicate tells whether files are to be shared with equal ones of the store.
+// Deduplicate reports whether files are to be shared with equal ones of the store.
 func (o Options) Deduplicate() bool {
 	v, _ := o.Get("deduplicate")
 	return v == "yes"

@@ -13,17 +13,16 @@ import (
 	"unicode/utf8"
 )
 
-// interval is the time between two progress reports (Guix, guix/progress.scm:
-// %progress-interval).
+// interval is the time between two progress reports (Guix, guix/progress.scm: %progress-interval).
 const interval = 200 * time.Millisecond
 
 // maxURL bounds what is shown of a URL, in bytes.
 const maxURL = 1500
 
-// A Download shows the progress of one "substitute" request, over all sources
-// that are tried for it: clients of the daemon must see each event of the start
-// and the success of an item exactly once. Transferred may be called at any time
-// from any goroutine; the other methods from one at a time.
+// A Download shows the progress of one "substitute" request, over all sources that are tried for
+// it: clients of the daemon must see each event of the start and the success of an item exactly
+// once. Transferred may be called at any time from any goroutine; the other methods from one at a
+// time.
 type Download struct {
 	log  *Log
 	item string
@@ -38,15 +37,14 @@ type Download struct {
 	stop func() // ends the goroutine that draws
 }
 
-// Download starts showing a download. item is the destination that the daemon
-// named in its request. Finish must be called at the end.
+// Download starts showing a download. item is the destination that the daemon named in its request.
+// Finish must be called at the end.
 func (l *Log) Download(item string) *Download {
 	return &Download{log: l, item: l.oneLine(item)}
 }
 
-// From says that the bytes come from url from now on, and how many there will
-// be; a negative size is unknown. What came from the source before counts no
-// more.
+// From says that the bytes come from url from now on, and how many there will be; a negative size
+// is unknown. What came from the source before counts no more.
 func (d *Download) From(url string, size int64) {
 	d.halt()
 	url = cut(strings.ReplaceAll(d.log.oneLine(url), " ", "%20"), maxURL)
@@ -99,8 +97,8 @@ func (d *Download) halt() {
 	}
 }
 
-// Finish ends the display, before the reply is sent. With success it says that
-// the whole item has come.
+// Finish ends the display, before the reply is sent. With success it says that the whole item has
+// come.
 func (d *Download) Finish(success bool) {
 	d.halt()
 	if !d.started {
@@ -137,8 +135,7 @@ func (d *Download) sizeField() string {
 	return fmt.Sprint(d.size)
 }
 
-// show reports what has been transferred if that is news; the caller holds the
-// lock.
+// show reports what has been transferred if that is news; the caller holds the lock.
 func (d *Download) show() {
 	n := d.transferred.Load()
 	if n == d.shown {
@@ -153,8 +150,8 @@ func (d *Download) show() {
 	d.log.draw(progressLine(d.name(), d.size, n, elapsed, d.log.columns, d.log.unicode))
 }
 
-// name is what is downloaded, for people: the base name of the URL, or of the
-// item if the URL names no file, without the hash of a store item.
+// name is what is downloaded, for people: the base name of the URL, or of the item if the URL names
+// no file, without the hash of a store item.
 func (d *Download) name() string {
 	name := d.item
 	if !strings.HasPrefix(d.url, "urn:") {
@@ -167,8 +164,8 @@ func (d *Download) name() string {
 	return name
 }
 
-// progressLine is a line of about columns characters that shows a transfer
-// (Guix, guix/progress.scm: display-download-progress).
+// progressLine is a line of about columns characters that shows a transfer (Guix,
+// guix/progress.scm: display-download-progress).
 func progressLine(name string, size, transferred int64, elapsed time.Duration, columns int, unicode bool) string {
 	rate := "0B/s"
 	if s := elapsed.Seconds(); s > 0 {
@@ -226,8 +223,8 @@ func bar(percent float64, unicode bool) string {
 	return s + strings.Repeat(" ", empty) + "▏"
 }
 
-// A Lookup shows the progress of asking one server for narinfos. Its methods are
-// safe for concurrent use.
+// A Lookup shows the progress of asking one server for narinfos. Its methods are safe for
+// concurrent use.
 type Lookup struct {
 	log   *Log
 	url   string
@@ -238,8 +235,7 @@ type Lookup struct {
 	last time.Time
 }
 
-// Lookup starts showing that a server is asked about total items over the
-// network.
+// Lookup starts showing that a server is asked about total items over the network.
 func (l *Log) Lookup(url string, total int) *Lookup {
 	p := &Lookup{log: l, url: cut(l.oneLine(url), maxURL), total: total}
 	p.show()

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package protocol is the language that guix-daemon and its substituter speak:
-// requests on standard input, replies on descriptor 4, and messages for the user
-// on standard error. It knows nothing of networks and stores.
+// Package protocol is the language that guix-daemon and its substituter speak: requests on standard
+// input, replies on descriptor 4, and messages for the user on standard error. It knows nothing of
+// networks and stores.
 //
-// [NewRequests] reads requests; the Append functions make replies; [ParseOptions]
-// reads what the daemon puts in the environment; [NewReporter] shows progress. The
-// rules are those of Guix: guix/scripts/substitute.scm on the substituter's side,
-// and nix/libstore/local-store.cc and build.cc on the daemon's.
+// [NewRequests] reads requests; the Append functions make replies; [ParseOptions] reads what the
+// daemon puts in the environment; [NewReporter] shows progress. The rules are those of Guix:
+// guix/scripts/substitute.scm on the substituter's side, and nix/libstore/local-store.cc and
+// build.cc on the daemon's.
 package protocol
 
 import (
@@ -18,19 +18,17 @@ import (
 	"strconv"
 )
 
-// ReplyDescriptor is the file descriptor that replies go to (Guix,
-// nix/libutil/util.cc: Agent).
+// ReplyDescriptor is the file descriptor that replies go to (Guix, nix/libutil/util.cc: Agent).
 const ReplyDescriptor = 4
 
-// MaxRequest is the length in bytes of the longest request line that is read. A
-// client asks about thousands of paths at once, of up to 300 bytes; this leaves
-// room for a million and more.
+// MaxRequest is the length in bytes of the longest request line that is read. A client asks about
+// thousands of paths at once, of up to 300 bytes; this leaves room for a million and more.
 const MaxRequest = 128 << 20
 
 // A Request is a line from the daemon.
 type Request struct {
-	// Command is the first word: "have", "info", "substitute", or whatever was
-	// sent; empty for a line without words.
+	// Command is the first word: "have", "info", "substitute", or whatever was sent; empty for a
+	// line without words.
 	Command string
 	// Arguments are the other words.
 	Arguments []string
@@ -46,10 +44,10 @@ func NewRequests(r io.Reader) *Requests {
 	return &Requests{bufio.NewReaderSize(r, 64<<10)}
 }
 
-// Next returns the next request, however long its line is. It returns io.EOF at
-// the end of the input, after the last line even if that has no newline at its
-// end, and a [*TooLongError] for a line of more than [MaxRequest] bytes, after
-// which it can be called again. Any other error is the reader's.
+// Next returns the next request, however long its line is. It returns io.EOF at the end of the
+// input, after the last line even if that has no newline at its end, and a [*TooLongError] for a
+// line of more than [MaxRequest] bytes, after which it can be called again. Any other error is the
+// reader's.
 func (r *Requests) Next() (Request, error) {
 	line, err := r.line()
 	if err != nil {
@@ -101,8 +99,8 @@ func (r *Requests) line() ([]byte, error) {
 	}
 }
 
-// AppendHave appends the reply to a "have" request: the available paths, in any
-// order. Each must be one line.
+// AppendHave appends the reply to a "have" request: the available paths, in any order. Each must be
+// one line.
 func AppendHave(dst []byte, paths []string) []byte {
 	for _, p := range paths {
 		dst = append(append(dst, p...), '\n')
@@ -112,22 +110,21 @@ func AppendHave(dst []byte, paths []string) []byte {
 
 // Info is what the daemon wants to know about an available path.
 type Info struct {
-	// Path is the store item: one of those asked for, and only once per reply,
-	// or else the daemon gives up.
+	// Path is the store item: one of those asked for, and only once per reply, or else the daemon
+	// gives up.
 	Path string
 	// Deriver is the store file name of the derivation, "" if unknown.
 	Deriver string
 	// References are store file names directly in the store.
 	References []string
-	// DownloadSize is the length of what would be downloaded, in bytes; 0 is
-	// unknown.
+	// DownloadSize is the length of what would be downloaded, in bytes; 0 is unknown.
 	DownloadSize uint64
 	// NarSize is the length of the item's archive in bytes; 0 is unknown.
 	NarSize uint64
 }
 
-// AppendInfo appends the reply to an "info" request: a record for each available
-// path, in any order.
+// AppendInfo appends the reply to an "info" request: a record for each available path, in any
+// order.
 func AppendInfo(dst []byte, records []Info) []byte {
 	for i := range records {
 		r := &records[i]
@@ -143,17 +140,17 @@ func AppendInfo(dst []byte, records []Info) []byte {
 	return append(dst, '\n')
 }
 
-// The replies to a "substitute" request. The daemon takes the bytes of a single
-// read as the reply, so each must be written with a single write.
+// The replies to a "substitute" request. The daemon takes the bytes of a single read as the reply,
+// so each must be written with a single write.
 
-// AppendSuccess appends the reply that the item is at its destination. narHash
-// is the NarHash field as the narinfo has it, "sha256:" and the hash.
+// AppendSuccess appends the reply that the item is at its destination. narHash is the NarHash field
+// as the narinfo has it, "sha256:" and the hash.
 func AppendSuccess(dst []byte, narHash string, narSize uint64) []byte {
 	return fmt.Appendf(dst, "success %s %d\n", narHash, narSize)
 }
 
-// AppendHashMismatch appends the reply that what was found is not what the
-// narinfo says. Both are SHA-256 hashes in nix-base32.
+// AppendHashMismatch appends the reply that what was found is not what the narinfo says. Both are
+// SHA-256 hashes in nix-base32.
 func AppendHashMismatch(dst []byte, expected, actual string) []byte {
 	return fmt.Appendf(dst, "hash-mismatch sha256 %s %s\n", expected, actual)
 }

@@ -320,8 +320,8 @@ func TestMessages(t *testing.T) {
 	}
 }
 
-// TestLogIsText checks that nothing from outside controls a terminal, is no text
-// where it is shown, or makes a line too long for one write.
+// TestLogIsText checks that nothing from outside controls a terminal, is no text where it is shown,
+// or makes a line too long for one write.
 func TestLogIsText(t *testing.T) {
 	const evil = "a\u009b2Jb\x9b\u0085é\x00\x7f"
 	for unicode, want := range map[bool]string{
@@ -364,8 +364,8 @@ func TestWarnOnceForgets(t *testing.T) {
 	}
 }
 
-// TestStuckLog writes to a pipe that nobody reads: that ends, and the pipe is
-// used again when there is room.
+// TestStuckLog writes to a pipe that nobody reads: that ends, and the pipe is used again when there
+// is room.
 func TestStuckLog(t *testing.T) {
 	r, w, err := os.Pipe()
 	if err != nil {

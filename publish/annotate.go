@@ -32,12 +32,11 @@ type AnnotatorOptions struct {
 	Log func(format string, a ...any)
 }
 
-// An Annotator passes on the narinfos of another server, unchanged but for a
-// field ERIS below the signature of each item that is in the local store with the
-// same contents. It needs no key: whoever uses the capability checks what it gets
-// against the NarHash that the other server has signed. Everything else, nars above
-// all, is redirected to that server; or passed on, if that server is on the loopback
-// interface, where clients would not find it. It is an http.Handler.
+// An Annotator passes on the narinfos of another server, unchanged but for a field ERIS below the
+// signature of each item that is in the local store with the same contents. It needs no key:
+// whoever uses the capability checks what it gets against the NarHash that the other server has
+// signed. Everything else, nars above all, is redirected to that server; or passed on, if that
+// server is on the loopback interface, where clients would not find it. It is an http.Handler.
 type Annotator struct {
 	o        AnnotatorOptions
 	upstream *url.URL
@@ -46,8 +45,8 @@ type Annotator struct {
 }
 
 const (
-	// upstreamTimeout bounds the time for a narinfo, and for the head of an answer
-	// that is passed on.
+	// upstreamTimeout bounds the time for a narinfo, and for the head of an answer that is passed
+	// on.
 	upstreamTimeout = 30 * time.Second
 	// upstreamConnections bounds the connections to the other server.
 	upstreamConnections = 64
@@ -84,7 +83,7 @@ func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 	return a, nil
 }
 
-// onLoopback tells whether a host is this machine, as seen from itself.
+// onLoopback reports whether a host is this machine, as seen from itself.
 func onLoopback(host string) bool {
 	ip := net.ParseIP(host)
 	return ip.IsLoopback() || ip == nil && (host == "localhost" || strings.HasSuffix(host, ".localhost"))
@@ -149,8 +148,8 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Write(text)
 }
 
-// annotate adds a capability to a narinfo if there is one. It is not complete if
-// there will be one soon.
+// annotate adds a capability to a narinfo if there is one. It is not complete if there will be one
+// soon.
 func (a *Annotator) annotate(ctx context.Context, text []byte) (annotated []byte, complete bool) {
 	n, err := narinfo.Parse(text)
 	if err != nil || n.CheckHash() != nil || narinfo.CheckStorePath(a.o.StoreDir, n.StorePath) != nil {

@@ -40,11 +40,10 @@ type Encoding struct {
 	Files int
 }
 
-// Encode encodes the file tree at path, which may be a single file, and puts its
-// blocks into sink; nil is nowhere. A tree that ERIS-FS cannot express, because it
-// has empty directories or names that are not UTF-8, is encoded as the archive
-// that it makes, so that each store item has a capability. The zero secret is that
-// of everything that is published.
+// Encode encodes the file tree at path, which may be a single file, and puts its blocks into sink;
+// nil is nowhere. A tree that ERIS-FS cannot express, because it has empty directories or names
+// that are not UTF-8, is encoded as the archive that it makes, so that each store item has a
+// capability. The zero secret is that of everything that is published.
 func Encode(ctx context.Context, path string, sink eris.Sink, secret eris.ConvergenceSecret) (Encoding, error) {
 	tree := nar.NewTree(path)
 	defer tree.Close()
@@ -89,8 +88,8 @@ func encodeArchive(ctx context.Context, path string, sink eris.Sink, secret eris
 	return e, nil
 }
 
-// Capabilities finds the read capabilities of store items: from a directory of
-// those that are known, or by encoding them. It is safe for concurrent use.
+// Capabilities finds the read capabilities of store items: from a directory of those that are
+// known, or by encoding them. It is safe for concurrent use.
 type Capabilities struct {
 	directory string
 	store     fetch.Store // nil: blocks are kept nowhere
@@ -118,16 +117,15 @@ type flight struct {
 	err        error
 }
 
-// failure is why an item could not be encoded, and until when that need not be
-// tried again.
+// failure is why an item could not be encoded, and until when that need not be tried again.
 type failure struct {
 	err   error
 	until time.Time
 }
 
 const (
-	// retryAfter is when an item is tried again that could not be encoded; one
-	// with other contents than it should have is not for long.
+	// retryAfter is when an item is tried again that could not be encoded; one with other contents
+	// than it should have is not for long.
 	retryAfter      = time.Minute
 	retryOtherAfter = 24 * time.Hour
 )
@@ -159,9 +157,9 @@ func (i *knownItem) equal(other *knownItem) bool {
 // maxKnown is how many capabilities are kept in memory.
 const maxKnown = 100000
 
-// NewCapabilities returns the capabilities that directory knows; it is created
-// when there is something to keep. Blocks of items that are encoded are put into
-// store; nil is nowhere. Messages go to log. Close must be called at the end.
+// NewCapabilities returns the capabilities that directory knows; it is created when there is
+// something to keep. Blocks of items that are encoded are put into store; nil is nowhere. Messages
+// go to log. Close must be called at the end.
 func NewCapabilities(directory string, store fetch.Store, log func(format string, a ...any)) *Capabilities {
 	ctx, stop := context.WithCancel(context.Background())
 	return &Capabilities{
@@ -191,8 +189,7 @@ func (c *Capabilities) storeName() string {
 	return fmt.Sprintf("%x", sum[:16])
 }
 
-// Known returns the capability of a store item with the given NarHash if it need
-// not be computed.
+// Known returns the capability of a store item with the given NarHash if it need not be computed.
 func (c *Capabilities) Known(path string, narHash [sha256.Size]byte) (eris.ReadCapability, bool) {
 	k, ok := c.lookUp(filepath.Base(path))
 	if !ok || k.StorePath != path || k.NarHash != fmt.Sprintf("%x", narHash) || c.store != nil && k.Store != c.storeName() {
@@ -202,8 +199,7 @@ func (c *Capabilities) Known(path string, narHash [sha256.Size]byte) (eris.ReadC
 	return capability, err == nil
 }
 
-// lookUp returns what is known of the item with a file name, or with a hash part
-// alone.
+// lookUp returns what is known of the item with a file name, or with a hash part alone.
 func (c *Capabilities) lookUp(name string) (k known, ok bool) {
 	hashPart, _, _ := strings.Cut(name, "-")
 	c.mu.Lock()
@@ -220,9 +216,9 @@ func (c *Capabilities) lookUp(name string) (k known, ok bool) {
 	return k, true
 }
 
-// Keep records what the narinfo of an item says, for when the item has gone from the
-// store but its blocks have not; see Gone. The capability of the item must be known,
-// and there must be a store for blocks, or it does nothing.
+// Keep records what the narinfo of an item says, for when the item has gone from the store but its
+// blocks have not; see Gone. The capability of the item must be known, and there must be a store
+// for blocks, or it does nothing.
 func (c *Capabilities) Keep(path string, n *narinfo.Narinfo) {
 	k, ok := c.lookUp(filepath.Base(path))
 	item := &knownItem{n.StorePath, n.NarSize, n.References, n.Deriver}
@@ -236,9 +232,9 @@ func (c *Capabilities) Keep(path string, n *narinfo.Narinfo) {
 	}
 }
 
-// Gone returns an item that is not in the store any more, with its capability, if it
-// can still be had from the blocks that were put into our store: as far as the root
-// block, which it asks for, can tell.
+// Gone returns an item that is not in the store any more, with its capability, if it can still be
+// had from the blocks that were put into our store: as far as the root block, which it asks for,
+// can tell.
 func (c *Capabilities) Gone(ctx context.Context, hashPart string) (n *narinfo.Narinfo, capability eris.ReadCapability, ok bool) {
 	k, ok := c.lookUp(hashPart)
 	if !ok || k.Item == nil || c.store == nil || k.Store != c.storeName() {
@@ -273,10 +269,10 @@ func (c *Capabilities) remember(name string, k known) {
 	c.known[hashPart] = k
 }
 
-// Find returns the capability of a store item, encoding the item if need be. The
-// item's archive must have the hash narHash. Several calls for an item encode it
-// once, and no more items are encoded at a time than there are cores. The encoding
-// goes on when ctx ends before it: somebody will ask again.
+// Find returns the capability of a store item, encoding the item if need be. The item's archive
+// must have the hash narHash. Several calls for an item encode it once, and no more items are
+// encoded at a time than there are cores. The encoding goes on when ctx ends before it: somebody
+// will ask again.
 func (c *Capabilities) Find(ctx context.Context, path string, narHash [sha256.Size]byte) (eris.ReadCapability, error) {
 	if capability, ok := c.Known(path, narHash); ok {
 		return capability, nil
@@ -291,15 +287,15 @@ func (c *Capabilities) Find(ctx context.Context, path string, narHash [sha256.Si
 }
 
 const (
-	// patience is for how long requests may be kept waiting for items to be encoded.
-	// A client that asks for many items on one connection gives up before long.
+	// patience is for how long requests may be kept waiting for items to be encoded. A client that
+	// asks for many items on one connection gives up before long.
 	patience = 5 * time.Second
 	// Patience comes back a second for every so many.
 	patienceAfter = 4
 )
 
-// FindSoon is Find for whoever waits only as long as is bearable, all who wait taken
-// together. If that is too short found is false, and the item is being encoded.
+// FindSoon is Find for whoever waits only as long as is bearable, all who wait taken together. If
+// that is too short found is false, and the item is being encoded.
 func (c *Capabilities) FindSoon(ctx context.Context, path string, narHash [sha256.Size]byte) (capability eris.ReadCapability, found bool, err error) {
 	if capability, ok := c.Known(path, narHash); ok {
 		return capability, true, nil
@@ -327,8 +323,8 @@ func (c *Capabilities) FindSoon(ctx context.Context, path string, narHash [sha25
 	}
 }
 
-// FindLater has an item encoded in the background, unless it is being encoded, or could
-// not be a short while ago. Failures are logged.
+// FindLater has an item encoded in the background, unless it is being encoded, or could not be a
+// short while ago. Failures are logged.
 func (c *Capabilities) FindLater(path string, narHash [sha256.Size]byte) {
 	c.encoding(path, narHash, true)
 }

@@ -25,21 +25,19 @@ import (
 type ExportOptions struct {
 	// StoreDir is the store directory; Root is where it is, if not there.
 	StoreDir, Root string
-	// Directory is where narinfos are written, named HASH.narinfo, beside the file
-	// nix-cache-info; it is made if need be. It is then a substitute server for
-	// "file" URLs.
+	// Directory is where narinfos are written, named HASH.narinfo, beside the file nix-cache-info;
+	// it is made if need be. It is then a substitute server for "file" URLs.
 	Directory string
 	// Blocks is where the blocks go.
 	Blocks fetch.Store
-	// Servers get narinfos, by hash part, of those items of which they have any.
-	// They are asked in order, each for the items of which those before it have no
-	// authorised narinfo. Errors are logged.
+	// Servers get narinfos, by hash part, of those items of which they have any. They are asked in
+	// order, each for the items of which those before it have no authorised narinfo. Errors are
+	// logged.
 	Servers []func(ctx context.Context, hashParts []string) (map[string][]byte, error)
 	// Keys are those whose signatures count.
 	Keys narinfo.Verifier
-	// Fetch restores an item, checked against an authorised narinfo, to a path that
-	// is not there yet. It is for items that the local store does not have with the
-	// contents that were signed.
+	// Fetch restores an item, checked against an authorised narinfo, to a path that is not there
+	// yet. It is for items that the local store does not have with the contents that were signed.
 	Fetch func(ctx context.Context, storePath, to string) error
 	// Closure exports everything that the items refer to, too.
 	Closure bool
@@ -53,22 +51,19 @@ type Exported struct {
 	Bytes         int64 // of the blocks
 }
 
-// maxExported bounds the number of items, which narinfos from anywhere may make
-// grow.
+// maxExported bounds the number of items, which narinfos from anywhere may make grow.
 const maxExported = 1 << 20
 
-// Export writes narinfos, as signed by whoever has signed them, and blocks of store
-// items, so that they can be substituted from there alone.
+// Export writes narinfos, as signed by whoever has signed them, and blocks of store items, so that
+// they can be substituted from there alone.
 //
-// A narinfo that has no read capability under which we have put blocks gets a
-// second one in a field ERIS below its signature, like those of an [Annotator]. It
-// is written when the archive of the item has been found to have its NarHash, and
-// all blocks are stored. An item without an authorised narinfo is exported with
-// one that somebody else has signed, if the local store has its contents: whether
-// that counts is for others to decide.
+// A narinfo that has no read capability under which we have put blocks gets a second one in a field
+// ERIS below its signature, like those of an [Annotator]. It is written when the archive of the
+// item has been found to have its NarHash, and all blocks are stored. An item without an authorised
+// narinfo is exported with one that somebody else has signed, if the local store has its contents:
+// whether that counts is for others to decide.
 //
-// The first item that cannot be exported ends it; what was written by then is
-// complete.
+// The first item that cannot be exported ends it; what was written by then is complete.
 func Export(ctx context.Context, items []string, o ExportOptions) (Exported, error) {
 	if o.Root == "" {
 		o.Root = o.StoreDir
@@ -138,8 +133,8 @@ func (e *exporter) unseen(paths []string) []string {
 	return unseen
 }
 
-// find gets the narinfos of items: the first authorised one of each, or else the
-// first that has any signature.
+// find gets the narinfos of items: the first authorised one of each, or else the first that has any
+// signature.
 func (e *exporter) find(ctx context.Context, paths []string) (map[string]*narinfo.Narinfo, error) {
 	byHash := map[string]string{}
 	for _, path := range paths {
@@ -252,9 +247,9 @@ func otherContents(path string, sum [sha256.Size]byte, n *narinfo.Narinfo) error
 	return fmt.Errorf("%s: %w: hash sha256:%s instead of %s", path, errOtherContents, nixbase32.EncodeToString(sum[:]), n.NarHash)
 }
 
-// withCapability returns the text of a narinfo with a read capability below the
-// signature, if it does not have it. The rest stays as it is but for empty lines
-// at the end, which would end the record.
+// withCapability returns the text of a narinfo with a read capability below the signature, if it
+// does not have it. The rest stays as it is but for empty lines at the end, which would end the
+// record.
 func withCapability(n *narinfo.Narinfo, c eris.ReadCapability) []byte {
 	for _, e := range n.ERIS {
 		if had, err := eris.ParseURN(e.URN); err == nil && had == c {

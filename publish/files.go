@@ -19,9 +19,9 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
-// fixedOutputName returns the name in the store of a file that is known by its SHA-256
-// digest, as downloaded sources are (Guix, guix/store.scm: fixed-output-path;
-// nix/libstore/store-api.cc: makeFixedOutputPath).
+// fixedOutputName returns the name in the store of a file that is known by its SHA-256 digest, as
+// downloaded sources are (Guix, guix/store.scm: fixed-output-path; nix/libstore/store-api.cc:
+// makeFixedOutputPath).
 func fixedOutputName(storeDir, name string, digest [sha256.Size]byte) string {
 	inner := sha256.Sum256(fmt.Appendf(nil, "fixed:out:sha256:%x:", digest))
 	outer := sha256.Sum256(fmt.Appendf(nil, "output:out:sha256:%s:%s:%s", hex.EncodeToString(inner[:]), storeDir, name))
@@ -77,9 +77,8 @@ func openRegular(path string) (f *os.File, size int64, err error) {
 	return f, info.Size(), nil
 }
 
-// log serves the build log of an item or of a derivation, as the daemon has
-// compressed it (Guix, guix/store.scm: log-file; nix/libstore/build.cc:
-// DerivationGoal::openLogFile).
+// log serves the build log of an item or of a derivation, as the daemon has compressed it (Guix,
+// guix/store.scm: log-file; nix/libstore/build.cc: DerivationGoal::openLogFile).
 func (s *Server) log(w http.ResponseWriter, r *http.Request) {
 	name := r.PathValue("item")
 	if s.o.LogDirectory == "" {

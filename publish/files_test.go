@@ -17,8 +17,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
 
-// TestRawFile gets a source by its hash. Its name in the store is that of the manual
-// of Guix, and what "nix-store --print-fixed-path" says.
+// TestRawFile gets a source by its hash. Its name in the store is that of the manual of Guix, and
+// what "nix-store --print-fixed-path" says.
 func TestRawFile(t *testing.T) {
 	const (
 		name = "hello-2.10.tar.gz"

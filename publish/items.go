@@ -22,8 +22,8 @@ import (
 
 // Items knows what is in a store. It is safe for concurrent use.
 type Items interface {
-	// Item returns the item whose file name has the given hash part. The error
-	// wraps [ErrNoItem] if there is none.
+	// Item returns the item whose file name has the given hash part. The error wraps [ErrNoItem] if
+	// there is none.
 	Item(ctx context.Context, hashPart string) (*narinfo.Narinfo, error)
 }
 
@@ -37,16 +37,14 @@ type Database struct {
 	db    *sql.DB
 }
 
-// OpenDatabase opens the daemon's database (usually /var/guix/db/db.sqlite) for
-// reading. store is the store directory without a slash at its end. Close must be
-// called at the end.
+// OpenDatabase opens the daemon's database (usually /var/guix/db/db.sqlite) for reading. store is
+// the store directory without a slash at its end. Close must be called at the end.
 //
-// The daemon may write at the same time. It keeps a write-ahead log, for which
-// SQLite wants to have a file of shared memory beside the database; when nobody has
-// the database open there is none, and who may not make one, because the directory
-// belongs to root, could not read. Then there is nothing in a log either, so the
-// database is read as a file that nobody changes, and what was read counts if indeed
-// nobody has.
+// The daemon may write at the same time. It keeps a write-ahead log, for which SQLite wants to have
+// a file of shared memory beside the database; when nobody has the database open there is none, and
+// who may not make one, because the directory belongs to root, could not read. Then there is
+// nothing in a log either, so the database is read as a file that nobody changes, and what was read
+// counts if indeed nobody has.
 func OpenDatabase(name, store string) (*Database, error) {
 	if _, err := os.Stat(name); err != nil {
 		return nil, err
@@ -67,8 +65,7 @@ func OpenDatabase(name, store string) (*Database, error) {
 	return d, nil
 }
 
-// databaseURL is what SQLite knows a database by. The daemon may hold it for a
-// moment.
+// databaseURL is what SQLite knows a database by. The daemon may hold it for a moment.
 func databaseURL(name, more string) string {
 	source := url.URL{
 		Scheme: "file", Opaque: (&url.URL{Path: name}).EscapedPath(),
@@ -106,8 +103,7 @@ func (d *Database) read(ctx context.Context, run func(*sql.DB) error) error {
 	}
 }
 
-// quiet tells whether nobody has the database open who could write to it, and
-// which file it is.
+// quiet reports whether nobody has the database open who could write to it, and which file it is.
 func (d *Database) quiet() (os.FileInfo, bool) {
 	info, err := os.Stat(d.name)
 	if err != nil {
@@ -117,9 +113,8 @@ func (d *Database) quiet() (os.FileInfo, bool) {
 	return info, errors.Is(err, fs.ErrNotExist)
 }
 
-// needsSharedMemory tells whether an error is that of a database with a
-// write-ahead log whose other files cannot be made (SQLite, section "Read-Only
-// Databases" of "Write-Ahead Logging").
+// needsSharedMemory reports whether an error is that of a database with a write-ahead log whose
+// other files cannot be made (SQLite, section "Read-Only Databases" of "Write-Ahead Logging").
 func needsSharedMemory(err error) bool {
 	var coded interface{ Code() int }
 	if !errors.As(err, &coded) {
@@ -187,8 +182,8 @@ func (d *Database) item(ctx context.Context, db *sql.DB, hashPart string) (*nari
 	return n, nil
 }
 
-// A Directory is a directory of narinfos, named HASH.narinfo, as [Items]: what a
-// server has once said about items that are in a store.
+// A Directory is a directory of narinfos, named HASH.narinfo, as [Items]: what a server has once
+// said about items that are in a store.
 type Directory string
 
 // Item implements [Items].
@@ -213,10 +208,9 @@ func (d Directory) Item(_ context.Context, hashPart string) (*narinfo.Narinfo, e
 // A Manifest is a list of items as [Items].
 type Manifest map[string]*narinfo.Narinfo
 
-// ParseManifest reads a manifest: records like those of narinfos, separated by
-// empty lines, with the fields StorePath and References and, if they are known,
-// NarHash, NarSize and Deriver. What is not known of an item is found out when the
-// item is published.
+// ParseManifest reads a manifest: records like those of narinfos, separated by empty lines, with
+// the fields StorePath and References and, if they are known, NarHash, NarSize and Deriver. What is
+// not known of an item is found out when the item is published.
 func ParseManifest(text []byte) (Manifest, error) {
 	m := Manifest{}
 	for i, record := range bytes.Split(text, []byte("\n\n")) {

@@ -135,8 +135,8 @@ func server(t *testing.T, o publish.ServerOptions) *httptest.Server {
 	return h
 }
 
-// TestPublishAndSubstitute takes items from one store to another one, through
-// blocks and through nars.
+// TestPublishAndSubstitute takes items from one store to another one, through blocks and through
+// nars.
 func TestPublishAndSubstitute(t *testing.T) {
 	directory, items := aStore(t)
 	key := acl.GenerateSigningKey()
@@ -320,8 +320,7 @@ func TestCapabilities(t *testing.T) {
 	c.Close()
 }
 
-// TestEncodeForms checks that a tree that ERIS-FS cannot express is encoded as
-// its archive.
+// TestEncodeForms checks that a tree that ERIS-FS cannot express is encoded as its archive.
 func TestEncodeForms(t *testing.T) {
 	directory, items := aStore(t)
 	for hash, want := range map[string]string{
@@ -445,8 +444,8 @@ func TestAnnotator(t *testing.T) {
 	}
 }
 
-// TestAnnotatorPassesOn checks what an annotator makes of answers that are no
-// narinfos of items that it has.
+// TestAnnotatorPassesOn checks what an annotator makes of answers that are no narinfos of items
+// that it has.
 func TestAnnotatorPassesOn(t *testing.T) {
 	const hash = "0000000000000000000000000000000a"
 	// Bytes that a parser and printer would not leave alone.
@@ -565,8 +564,8 @@ func TestGone(t *testing.T) {
 	}
 }
 
-// TestFindLater checks that an item is encoded once in the background, however
-// often it is asked for, and that Close waits for it.
+// TestFindLater checks that an item is encoded once in the background, however often it is asked
+// for, and that Close waits for it.
 func TestFindLater(t *testing.T) {
 	directory, items := aStore(t)
 	path := filepath.Join(directory, filepath.Base(items["00000000000000000000000000000002"].StorePath))
@@ -611,8 +610,8 @@ func TestFindLater(t *testing.T) {
 	}
 }
 
-// TestPatience has a store that hangs: many requests must not wait long for items to
-// be encoded, all of them together, and get what can be said without.
+// TestPatience has a store that hangs: many requests must not wait long for items to be encoded,
+// all of them together, and get what can be said without.
 func TestPatience(t *testing.T) {
 	t.Parallel()
 	directory, items := aStore(t)
@@ -732,8 +731,8 @@ func TestDatabase(t *testing.T) {
 	}
 }
 
-// TestDatabaseOfAnotherUser reads the database as somebody who may not write where it
-// is, while the daemon has it open and while nobody has.
+// TestDatabaseOfAnotherUser reads the database as somebody who may not write where it is, while the
+// daemon has it open and while nobody has.
 func TestDatabaseOfAnotherUser(t *testing.T) {
 	const variable = "TEST_PUBLISH_DATABASE"
 	if name := os.Getenv(variable); name != "" {
@@ -885,8 +884,8 @@ func TestHashParts(t *testing.T) {
 	}
 }
 
-// TestMethods checks that nothing but GET is served, and that requests may come
-// without waiting for answers.
+// TestMethods checks that nothing but GET is served, and that requests may come without waiting for
+// answers.
 func TestMethods(t *testing.T) {
 	directory, items := aStore(t)
 	h := server(t, publish.ServerOptions{Root: directory, Items: items, TTL: time.Minute})

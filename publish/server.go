@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package publish is the side that gives: it turns store items into read
-// capabilities and blocks, and serves signed narinfos and nars over HTTP, in the
-// layout of "guix publish" with the field ERIS in addition. Start with
-// [NewServer]; [Encode] encodes a single tree; [Annotator] adds read
+// Package publish is the side that gives: it turns store items into read capabilities and blocks,
+// and serves signed narinfos and nars over HTTP, in the layout of "guix publish" with the field
+// ERIS in addition. Start with [NewServer]; [Encode] encodes a single tree; [Annotator] adds read
 // capabilities to the narinfos of another server.
 package publish
 
@@ -35,8 +34,8 @@ import (
 
 // ServerOptions say what a [Server] serves.
 type ServerOptions struct {
-	// StoreDir is the store directory that narinfos name, without a slash at its
-	// end; Root is where it is, if not there.
+	// StoreDir is the store directory that narinfos name, without a slash at its end; Root is where
+	// it is, if not there.
 	StoreDir, Root string
 	// Items knows what is in the store.
 	Items Items
@@ -46,17 +45,15 @@ type ServerOptions struct {
 	Host string
 	// Capabilities finds read capabilities; nil leaves the field ERIS out.
 	Capabilities *Capabilities
-	// WaitFor is the length in bytes of the largest archive of an item that a
-	// request waits to be encoded for, if it does not take too long: see
-	// [Capabilities.FindSoon]. The capability of another one is in the narinfo when
-	// it has been computed; until then the narinfo, without it, is to be kept for a
-	// minute only.
+	// WaitFor is the length in bytes of the largest archive of an item that a request waits to be
+	// encoded for, if it does not take too long: see [Capabilities.FindSoon]. The capability of
+	// another one is in the narinfo when it has been computed; until then the narinfo, without it,
+	// is to be kept for a minute only.
 	WaitFor uint64
-	// Compressions are the ways in which nars are offered, in this order: none,
-	// gzip and zstd.
+	// Compressions are the ways in which nars are offered, in this order: none, gzip and zstd.
 	Compressions []string
-	// TTL is for how long narinfos may be kept, and NegativeTTL for how long it may
-	// be that an item is not there; 0 does not say.
+	// TTL is for how long narinfos may be kept, and NegativeTTL for how long it may be that an item
+	// is not there; 0 does not say.
 	TTL, NegativeTTL time.Duration
 	// LogDirectory is where the daemon keeps build logs; empty if they are not served.
 	LogDirectory string
@@ -76,8 +73,7 @@ type Server struct {
 	hashed  map[string]archive
 }
 
-// archive is what is known of the archive of an item that is, or was, in the
-// store.
+// archive is what is known of the archive of an item that is, or was, in the store.
 type archive struct {
 	file   os.FileInfo
 	digest [sha256.Size]byte
@@ -195,8 +191,8 @@ func (s *Server) narinfo(w http.ResponseWriter, r *http.Request) {
 	io.WriteString(w, text)
 }
 
-// narinfoName returns the hash part in the file name of a narinfo. What it returns
-// has nothing in it but the digits of nix-base32, whatever the name was.
+// narinfoName returns the hash part in the file name of a narinfo. What it returns has nothing in
+// it but the digits of nix-base32, whatever the name was.
 func narinfoName(name string) (hashPart string, ok bool) {
 	hashPart, ok = strings.CutSuffix(name, ".narinfo")
 	if !ok || len(hashPart) != 32 {
@@ -233,8 +229,8 @@ func (s *Server) item(ctx context.Context, hashPart string) (*narinfo.Narinfo, e
 	return n, nil
 }
 
-// hash returns the hash of the archive of the item at path, which it computes
-// once for as long as the item stays the same file or directory.
+// hash returns the hash of the archive of the item at path, which it computes once for as long as
+// the item stays the same file or directory.
 func (s *Server) hash(path string, info os.FileInfo) (archive, error) {
 	s.mu.Lock()
 	a, ok := s.hashed[path]
@@ -269,8 +265,7 @@ func (s *Server) hash(path string, info os.FileInfo) (archive, error) {
 // file is where a store item is.
 func (s *Server) file(path string) string { return filepath.Join(s.o.Root, filepath.Base(path)) }
 
-// text makes the narinfo of an item. It is not complete if there will be more in
-// it soon.
+// text makes the narinfo of an item. It is not complete if there will be more in it soon.
 func (s *Server) text(ctx context.Context, item *narinfo.Narinfo) (text string, complete bool, err error) {
 	if s.o.Capabilities == nil {
 		text, err = s.sign(item, nil)

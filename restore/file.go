@@ -169,8 +169,8 @@ func (f *file) linkKey() (key [sha256.Size]byte) {
 	return key
 }
 
-// A linkHash computes the key under which a file is shared: the SHA-256 of the
-// archive that has the file as its root.
+// A linkHash computes the key under which a file is shared: the SHA-256 of the archive that has the
+// file as its root.
 type linkHash struct {
 	hash.Hash
 	framer nar.Framer

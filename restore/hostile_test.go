@@ -34,8 +34,8 @@ func (f *failing) Contents() (nar.Chunk, error) {
 	return nar.NewChunk(make([]byte, 64<<10), nil), nil
 }
 
-// TestCause checks that the error that is reported is the cause, and not what it
-// makes a file that is being written fail with.
+// TestCause checks that the error that is reported is the cause, and not what it makes a file that
+// is being written fail with.
 func TestCause(t *testing.T) {
 	cause := errors.New("the compressed data are damaged")
 	for range 100 {
@@ -51,8 +51,8 @@ func TestCause(t *testing.T) {
 	}
 }
 
-// TestFaultOfSource checks that a fault in what gives the nodes is an error of
-// this item and not the end of the process.
+// TestFaultOfSource checks that a fault in what gives the nodes is an error of this item and not
+// the end of the process.
 func TestFaultOfSource(t *testing.T) {
 	s := store(t)
 	_, err := restore.Restore(context.Background(), &failing{
@@ -99,8 +99,8 @@ func TestNoName(t *testing.T) {
 	}
 }
 
-// TestRemoveKeepsMounts checks that nothing is deleted from another file system,
-// or from a part of this one that is mounted into the tree.
+// TestRemoveKeepsMounts checks that nothing is deleted from another file system, or from a part of
+// this one that is mounted into the tree.
 func TestRemoveKeepsMounts(t *testing.T) {
 	d := t.TempDir()
 	outside := filepath.Join(d, "outside")
@@ -133,8 +133,7 @@ func TestRemoveKeepsMounts(t *testing.T) {
 	}
 }
 
-// TestDeepStaleTree removes a tree that is deeper than a process may have files
-// open.
+// TestDeepStaleTree removes a tree that is deeper than a process may have files open.
 func TestDeepStaleTree(t *testing.T) {
 	s := store(t)
 	var limit unix.Rlimit
@@ -180,8 +179,7 @@ func TestDeepStaleTree(t *testing.T) {
 	}
 }
 
-// TestOddNames restores names that are as long as may be, and bytes that are no
-// text.
+// TestOddNames restores names that are as long as may be, and bytes that are no text.
 func TestOddNames(t *testing.T) {
 	s := store(t)
 	nodes := nodeList{

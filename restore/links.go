@@ -15,15 +15,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 )
 
-// deduplicationMinimum is the length in bytes of the smallest file that is
-// shared (Guix, guix/store/deduplication.scm: %deduplication-minimum-size).
+// deduplicationMinimum is the length in bytes of the smallest file that is shared (Guix,
+// guix/store/deduplication.scm: %deduplication-minimum-size).
 const deduplicationMinimum = 8192
 
-// links is the directory through which the files of a store share their
-// contents: one hard link for each, named by the hash of the file (Guix,
-// nix/libstore/optimise-store.cc: LocalStore::optimisePath_). Its methods are
-// safe for concurrent use. Sharing is a matter of space only: each failure of it
-// leaves the file as it is.
+// links is the directory through which the files of a store share their contents: one hard link for
+// each, named by the hash of the file (Guix, nix/libstore/optimise-store.cc:
+// LocalStore::optimisePath_). Its methods are safe for concurrent use. Sharing is a matter of space
+// only: each failure of it leaves the file as it is.
 type links struct {
 	path string
 
@@ -37,8 +36,7 @@ func (l *links) close() {
 	}
 }
 
-// open returns the descriptor of the directory. With create it makes the
-// directory.
+// open returns the descriptor of the directory. With create it makes the directory.
 func (l *links) open(create bool) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -60,8 +58,8 @@ func (l *links) open(create bool) (int, error) {
 	return fd, nil
 }
 
-// use creates f as a link to the contents that key names, and tells whether that
-// went well. If not, nothing has been created.
+// use creates f as a link to the contents that key names, and reports whether that went well. If
+// not, nothing has been created.
 func (l *links) use(key *[sha256.Size]byte, f *file) bool {
 	fd, err := l.open(false)
 	if err != nil {
@@ -81,8 +79,8 @@ func (l *links) use(key *[sha256.Size]byte, f *file) bool {
 	return true
 }
 
-// share makes f, which exists in its final form, share its contents with the
-// link that key names, or become that link.
+// share makes f, which exists in its final form, share its contents with the link that key names,
+// or become that link.
 func (l *links) share(key *[sha256.Size]byte, f *file) {
 	fd, err := l.open(true)
 	if err != nil {
@@ -107,24 +105,23 @@ func (l *links) share(key *[sha256.Size]byte, f *file) {
 	canonicalize(f)
 }
 
-// temporaryName is a name of the form that the daemon clears away should it be
-// left behind.
+// temporaryName is a name of the form that the daemon clears away should it be left behind.
 func temporaryName() string {
 	var b [8]byte
 	rand.Read(b[:])
 	return fmt.Sprintf(".tmp-link-%d-%s", os.Getpid(), hex.EncodeToString(b[:]))
 }
 
-// usable tells whether the link has the size of f; one that has not was
-// truncated when the machine went down.
+// usable reports whether the link has the size of f; one that has not was truncated when the
+// machine went down.
 func usable(fd int, name string, f *file) bool {
 	var st unix.Stat_t
 	err := unix.Fstatat(fd, name, &st, unix.AT_SYMLINK_NOFOLLOW)
 	return err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && uint64(st.Size) == f.size
 }
 
-// canonicalize gives a shared file the mode and time of a store file where it has
-// others; then somebody else is making it just now.
+// canonicalize gives a shared file the mode and time of a store file where it has others; then
+// somebody else is making it just now.
 func canonicalize(f *file) error {
 	var st unix.Stat_t
 	if err := unix.Fstatat(f.directory.fd, f.name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {

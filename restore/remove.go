@@ -16,11 +16,10 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
-// Remove deletes the tree at path, whatever its permissions and depth, without
-// following symbolic links and without crossing mount points, of which one at path
-// is one (Guix, guix/build/utils.scm: delete-file-recursively). It is no error
-// when there is nothing. The last component of path must be a name: what ends with
-// "." or ".." is refused.
+// Remove deletes the tree at path, whatever its permissions and depth, without following symbolic
+// links and without crossing mount points, of which one at path is one (Guix, guix/build/utils.scm:
+// delete-file-recursively). It is no error when there is nothing. The last component of path must
+// be a name: what ends with "." or ".." is refused.
 func Remove(path string) error {
 	parent, name, err := openParent(path)
 	if err != nil {
@@ -38,8 +37,7 @@ func Remove(path string) error {
 	return nil
 }
 
-// openParent opens the directory that path is in, and returns the name that path
-// has there.
+// openParent opens the directory that path is in, and returns the name that path has there.
 func openParent(path string) (fd int, name string, err error) {
 	trimmed := strings.TrimRight(path, "/")
 	name = trimmed[strings.LastIndexByte(trimmed, '/')+1:]
@@ -54,8 +52,8 @@ func openParent(path string) (fd int, name string, err error) {
 	return fd, name, nil
 }
 
-// A remover deletes one tree. It has a file open for each directory on the way
-// down; what lies deeper than maxOpen is moved up to the root of the tree first.
+// A remover deletes one tree. It has a file open for each directory on the way down; what lies
+// deeper than maxOpen is moved up to the root of the tree first.
 type remover struct {
 	device uint64
 	root   *os.File // the tree's own directory
@@ -90,8 +88,8 @@ func (r *remover) remove(dir int, name string, depth int) error {
 		return fmt.Errorf("%q: %w", name, errMount)
 	}
 	if st.Mode&0o700 != 0o700 {
-		// Its owner needs this to delete entries. Where it fails it may not be
-		// needed; if it is, deleting them fails.
+		// Its owner needs this to delete entries. Where it fails it may not be needed; if it is,
+		// deleting them fails.
 		unix.Fchmod(fd, 0o700)
 	}
 	if depth == maxOpen {
@@ -136,16 +134,14 @@ func (r *remover) entries(f *os.File, depth int) error {
 	}
 }
 
-// openForRemoval opens the directory name, after giving its owner permission if
-// there is none.
+// openForRemoval opens the directory name, after giving its owner permission if there is none.
 func openForRemoval(dir int, name string) (int, error) {
 	const flags = unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
 	fd, err := openBeneath(dir, name, unix.O_RDONLY|flags)
 	if err != unix.EACCES {
 		return fd, err
 	}
-	// fchmodat follows links; O_PATH with O_NOFOLLOW makes sure that this is the
-	// directory itself.
+	// fchmodat follows links; O_PATH with O_NOFOLLOW makes sure that this is the directory itself.
 	path, err := openBeneath(dir, name, unix.O_PATH|flags)
 	if err != nil {
 		return -1, err
@@ -157,8 +153,8 @@ func openForRemoval(dir int, name string) (int, error) {
 	return openBeneath(dir, name, unix.O_RDONLY|flags)
 }
 
-// openBeneath opens name in dir unless it is a mount point, which the number of
-// its device does not tell if it is a part of the same file system.
+// openBeneath opens name in dir unless it is a mount point, which the number of its device does not
+// tell if it is a part of the same file system.
 func openBeneath(dir int, name string, flags int) (int, error) {
 	for {
 		fd, err := unix.Openat2(dir, name, &unix.OpenHow{

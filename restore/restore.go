@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package restore is where the bytes of a store item go: it writes a stream of
-// nodes in NAR order as files, in the canonical form that the daemon expects of
-// a substitute, and computes the item's NarHash on the way. Start with [Restore].
+// Package restore is where the bytes of a store item go: it writes a stream of nodes in NAR order
+// as files, in the canonical form that the daemon expects of a substitute, and computes the item's
+// NarHash on the way. Start with [Restore].
 //
-// The nodes may come from anybody: nothing is ever written outside the
-// destination or through a symbolic link, and whoever calls Restore compares
-// the resulting hash with one that it trusts, and calls [Remove] when the two
-// differ.
+// The nodes may come from anybody: nothing is ever written outside the destination or through a
+// symbolic link, and whoever calls Restore compares the resulting hash with one that it trusts, and
+// calls [Remove] when the two differ.
 package restore
 
 import (
@@ -25,19 +24,18 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
-// Options say how [Restore] works. The zero Options restore without
-// de-duplication and without a limit.
+// Options say how [Restore] works. The zero Options restore without de-duplication and without a
+// limit.
 type Options struct {
-	// LinksDirectory is the directory of de-duplication links of the store,
-	// STORE/.links. Files of at least 8192 bytes are shared through it; it is
-	// created when the first is. Empty turns de-duplication off. It must be on
-	// the file system of the destination.
+	// LinksDirectory is the directory of de-duplication links of the store, STORE/.links. Files of
+	// at least 8192 bytes are shared through it; it is created when the first is. Empty turns
+	// de-duplication off. It must be on the file system of the destination.
 	LinksDirectory string
-	// MaxBytes is the greatest length of the archive that the nodes may make, in
-	// bytes; 0 is no limit. A tree beyond it fails before the excess is written.
+	// MaxBytes is the greatest length of the archive that the nodes may make, in bytes; 0 is no
+	// limit. A tree beyond it fails before the excess is written.
 	MaxBytes uint64
-	// Writable gives the owner permission to write and leaves times as they are,
-	// for trees that are not part of a store.
+	// Writable gives the owner permission to write and leaves times as they are, for trees that are
+	// not part of a store.
 	Writable bool
 }
 
@@ -50,32 +48,29 @@ type Result struct {
 }
 
 const (
-	// workers is how many files are created at the same time. More than cores,
-	// because file systems wait for disks.
+	// workers is how many files are created at the same time. More than cores, because file systems
+	// wait for disks.
 	workers = 4
-	// maxPieces is how many pieces of contents a file is collected in before it
-	// is created. Files of more pieces are written while they arrive. The
-	// feeders of nodes have many more buffers than this, so that collecting never
-	// takes the last one.
+	// maxPieces is how many pieces of contents a file is collected in before it is created. Files
+	// of more pieces are written while they arrive. The feeders of nodes have many more buffers
+	// than this, so that collecting never takes the last one.
 	maxPieces = 8
-	// smallPiece is the length in bytes below which a piece of contents is copied
-	// to the others of its file instead of being kept: many of them would hold
-	// much memory with little in it.
+	// smallPiece is the length in bytes below which a piece of contents is copied to the others of
+	// its file instead of being kept: many of them would hold much memory with little in it.
 	smallPiece = 4 << 10
 	// queuedFiles bounds the files that are complete but not created yet.
 	queuedFiles = 32
 )
 
-// Restore writes the tree of nodes to destination and returns its NarHash and
-// length. Directories get mode 0555, files 0444 or 0555, and everything the
-// modification time 1 second after the Epoch (Guix, guix/serialization.scm:
-// restore-file). The parent of destination must exist and destination must not.
-// The umask of the process must leave read and execute permissions alone; 022 is
-// what the daemon gives its helpers.
+// Restore writes the tree of nodes to destination and returns its NarHash and length. Directories
+// get mode 0555, files 0444 or 0555, and everything the modification time 1 second after the Epoch
+// (Guix, guix/serialization.scm: restore-file). The parent of destination must exist and
+// destination must not. The umask of the process must leave read and execute permissions alone; 022
+// is what the daemon gives its helpers.
 //
-// It returns at the first error of nodes, of the file system or of ctx; whatever
-// has been written by then stays, for [Remove]. Contents that cannot be shared
-// through the links directory are kept as they are, without an error.
+// It returns at the first error of nodes, of the file system or of ctx; whatever has been written
+// by then stays, for [Remove]. Contents that cannot be shared through the links directory are kept
+// as they are, without an error.
 func Restore(ctx context.Context, nodes nar.Nodes, destination string, o Options) (Result, error) {
 	parent, name, err := openParent(destination)
 	if err != nil {
@@ -122,12 +117,12 @@ func Restore(ctx context.Context, nodes nar.Nodes, destination string, o Options
 	return r.result, nil
 }
 
-// errWalk is the error of a file of which no more contents come because the walk
-// has failed, whose own error is what matters.
+// errWalk is the error of a file of which no more contents come because the walk has failed, whose
+// own error is what matters.
 var errWalk = errors.New("the walk has failed")
 
-// contained calls f. Whoever gives the nodes reads what comes from anybody; should
-// it panic, that is the end of this restoration, but not of the process.
+// contained calls f. Whoever gives the nodes reads what comes from anybody; should it panic, that
+// is the end of this restoration, but not of the process.
 func contained(f func() error) (err error) {
 	defer func() {
 		if fault := recover(); fault != nil {
@@ -165,8 +160,8 @@ type directory struct {
 	pending atomic.Int32 // itself, until its end, and each entry that is not complete
 }
 
-// plan walks the nodes: it makes directories, hands files to the workers and
-// everything to the hash.
+// plan walks the nodes: it makes directories, hands files to the workers and everything to the
+// hash.
 func (r *restorer) plan() error {
 	defer close(r.files)
 	defer func() { r.result = Result{r.hash.Finish(), r.hash.Size()} }()
@@ -243,8 +238,8 @@ func (r *restorer) node(n nar.Node) error {
 	return nil
 }
 
-// contents collects the contents of f and hands it to a worker: whole if it is
-// small, else as a stream.
+// contents collects the contents of f and hands it to a worker: whole if it is small, else as a
+// stream.
 func (r *restorer) contents(f *file) error {
 	sent := false
 	err := r.pieces(f, &sent)
@@ -303,8 +298,8 @@ func (r *restorer) pieces(f *file, sent *bool) error {
 	}
 }
 
-// send hands a file to the workers, and starts another one if those that there are have enough to do: a tiny item is restored
-// in less time than it takes to start several.
+// send hands a file to the workers, and starts another one if those that there are have enough to
+// do: a tiny item is restored in less time than it takes to start several.
 func (r *restorer) send(f *file) error {
 	if r.started == 0 || r.started < workers && (len(r.files) > 0 || f.stream != nil) {
 		r.started++
@@ -322,8 +317,8 @@ func (r *restorer) tooLarge() error {
 	return fmt.Errorf("%s: more than the %d bytes that it may have", r.destination, r.limit)
 }
 
-// pathError names the file of an error. The whole path below the destination is
-// not known without a cost for each file.
+// pathError names the file of an error. The whole path below the destination is not known without a
+// cost for each file.
 func (r *restorer) pathError(op, name string, err error) error {
 	path := r.destination
 	if name != "" {
@@ -346,8 +341,8 @@ func makeDirectory(parent *directory, name string) (*directory, error) {
 	return d, nil
 }
 
-// complete takes one of the things away that d waits for; after the last one d
-// gets its final mode and time, and its parent is told.
+// complete takes one of the things away that d waits for; after the last one d gets its final mode
+// and time, and its parent is told.
 func (r *restorer) complete(d *directory) error {
 	for d.parent != nil && d.pending.Add(-1) == 0 {
 		var err error

@@ -24,8 +24,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
 
-// makeTree fills an empty directory with files of all kinds, the same for equal
-// seeds.
+// makeTree fills an empty directory with files of all kinds, the same for equal seeds.
 func makeTree(t testing.TB, root string, seed uint64, files int) {
 	t.Helper()
 	random := rand.New(rand.NewPCG(seed, 1))
@@ -108,8 +107,8 @@ func checkCanonical(t *testing.T, root string) {
 	}
 }
 
-// store returns an empty store that is removed at the end of the test even
-// though its directories are read-only.
+// store returns an empty store that is removed at the end of the test even though its directories
+// are read-only.
 func store(t testing.TB) string {
 	t.Helper()
 	d := filepath.Join(t.TempDir(), "store")
@@ -225,8 +224,8 @@ func TestHugeFile(t *testing.T) {
 	}
 }
 
-// TestTruncated checks that a cut archive is an error, whatever has been
-// written, and that everything can be removed again.
+// TestTruncated checks that a cut archive is an error, whatever has been written, and that
+// everything can be removed again.
 func TestTruncated(t *testing.T) {
 	d := t.TempDir()
 	makeTree(t, d+"/tree", 3, 60)
@@ -276,8 +275,8 @@ func TestDestinationExists(t *testing.T) {
 	}
 }
 
-// node lists for trees that no archive may hold; the restorer must not rely on
-// the reader alone to stay inside the destination.
+// node lists for trees that no archive may hold; the restorer must not rely on the reader alone to
+// stay inside the destination.
 type nodeList []nar.Node
 
 func (l *nodeList) Next() (nar.Node, error) {
@@ -418,8 +417,8 @@ func TestNoDeduplication(t *testing.T) {
 	if err := os.WriteFile(file, make([]byte, 20000), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	// A link of another size was cut off by a crash; a link with another mode is
-	// being made by somebody; a directory in its place is nonsense.
+	// A link of another size was cut off by a crash; a link with another mode is being made by
+	// somebody; a directory in its place is nonsense.
 	sum := sha256.Sum256(archiveOf(t, file))
 	link := s + "/.links/" + nixbase32.EncodeToString(sum[:])
 	if err := os.Mkdir(s+"/.links", 0o755); err != nil {

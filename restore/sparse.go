@@ -8,13 +8,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// hole is the length in bytes of what may be left out of a file if it is all zeros: a block of most file systems.
+// hole is the length in bytes of what may be left out of a file if it is all zeros: a block of most
+// file systems.
 const hole = 4096
 
 var zeros [hole]byte // never written to
 
-// sparseWriter writes a new file from its start to its end, and leaves holes where there are only zeros, as Guix does (Guix,
-// guix/store/deduplication.scm: tee). The zero sparseWriter with a file is ready for use.
+// sparseWriter writes a new file from its start to its end, and leaves holes where there are only
+// zeros, as Guix does (Guix, guix/store/deduplication.scm: tee). The zero sparseWriter with a file
+// is ready for use.
 type sparseWriter struct {
 	fd      int
 	offset  int64 // of what is written next
@@ -50,7 +52,7 @@ func (w *sparseWriter) data(b []byte) int {
 	return len(b)
 }
 
-// isHole tells whether b begins with as many zeros as make a hole.
+// isHole reports whether b begins with as many zeros as make a hole.
 func isHole(b []byte) bool {
 	return len(b) >= hole && b[0] == 0 && b[hole-1] == 0 && bytes.Equal(b[:hole], zeros[:])
 }

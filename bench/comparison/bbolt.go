@@ -12,14 +12,16 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 )
 
-// boltEngine is bbolt as its documentation has it: one bucket from reference to block, hashmap free list.
+// boltEngine is bbolt as its documentation has it: one bucket from reference to block, hashmap free
+// list.
 type boltEngine struct{ db *bbolt.DB }
 
 var bucket = []byte("blocks")
 
 func openBbolt(directory string, _ int) (engine, error) { return openBolt(directory, false) }
 
-// openBboltNoFreelist does not write the list of free pages at each commit, and pays for it when it opens.
+// openBboltNoFreelist does not write the list of free pages at each commit, and pays for it when it
+// opens.
 func openBboltNoFreelist(directory string, _ int) (engine, error) { return openBolt(directory, true) }
 
 func openBolt(directory string, noFreelist bool) (engine, error) {

@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// measureBinaries builds the programs below binaries/, static and stripped, and measures their size and how long they
-// take to start, do nothing and end: the least of many runs.
+// measureBinaries builds the programs below binaries/, static and stripped, and measures their size
+// and how long they take to start, do nothing and end: the least of many runs.
 func measureBinaries() error {
 	programs, err := filepath.Glob("binaries/*")
 	if err != nil {

@@ -10,8 +10,9 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 )
 
-// blockstoreEngine is the package that came out of this: slots in files, and an index in bbolt. Other than the databases it
-// verifies each block that is put, checks a checksum of each that is read, and keeps times of access.
+// blockstoreEngine is the package that came out of this: slots in files, and an index in bbolt.
+// Other than the databases it verifies each block that is put, checks a checksum of each that is
+// read, and keeps times of access.
 type blockstoreEngine struct {
 	*blockstore.Store
 	directory string

@@ -26,7 +26,8 @@ type item struct {
 	bytes     []byte
 }
 
-// engines has a constructor for each design. The size is that of the blocks to come, for engines that are tuned by it.
+// engines has a constructor for each design. The size is that of the blocks to come, for engines
+// that are tuned by it.
 var engines = map[string]func(directory string, size int) (engine, error){
 	"bbolt":            openBbolt,
 	"bbolt-nofreelist": openBboltNoFreelist,
@@ -36,8 +37,8 @@ var engines = map[string]func(directory string, size int) (engine, error){
 	"blockstore":       openBlockstore,
 }
 
-// content returns the bytes of the i-th block: noise that differs from block to block and costs little to make, so that
-// the harness does not show in the numbers.
+// content returns the bytes of the i-th block: noise that differs from block to block and costs
+// little to make, so that the harness does not show in the numbers.
 func content(i, size int) []byte {
 	b := make([]byte, size)
 	offset := rand.New(rand.NewPCG(uint64(i), 1)).IntN(len(noise) - size)

@@ -16,7 +16,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 )
 
-// fullDisk mounts a small file system and has a process of its own fill it, because not every store survives that.
+// fullDisk mounts a small file system and has a process of its own fill it, because not every store
+// survives that.
 func fullDisk(name, directory string, size int) error {
 	executable, err := os.Executable()
 	if err != nil {
@@ -44,8 +45,8 @@ func fullDisk(name, directory string, size int) error {
 	return nil
 }
 
-// fillDisk puts blocks until that fails, looks whether all that were acknowledged are there, and whether more can be put when
-// there is space again.
+// fillDisk puts blocks until that fails, looks whether all that were acknowledged are there, and
+// whether more can be put when there is space again.
 func fillDisk(name, directory string, size int) error {
 	stores := filepath.Join(directory, "store")
 	if err := os.Mkdir(stores, 0o700); err != nil {

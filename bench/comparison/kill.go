@@ -16,8 +16,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 )
 
-// killWriters starts a writer, kills it (SIGKILL) in the middle, and does so again; in the end every block that a writer
-// acknowledged must be there.
+// killWriters starts a writer, kills it (SIGKILL) in the middle, and does so again; in the end
+// every block that a writer acknowledged must be there.
 func killWriters(name, directory string, size, kills int) error {
 	executable, err := os.Executable()
 	if err != nil {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Command comparison measures how well-kept embedded databases keep ERIS blocks, and how package blockstore does beside
-// them. Its results and the decision taken are in docs/blockstore.md.
+// Command comparison measures how well-kept embedded databases keep ERIS blocks, and how package
+// blockstore does beside them. Its results and the decision taken are in docs/blockstore.md.
 //
 //	go run . -store bbolt -size 1024         all measurements of one store
 //	go run . -store bbolt -kill 20           kills a writer 20 times, looks for lost blocks
@@ -183,7 +183,8 @@ func measure(name, directory string, size, total int, duration time.Duration) er
 	}
 	report("mixed, 8 readers, batches of 64", "%8.0f reads/s  %8.0f writes/s", n, float64(blocks)/duration.Seconds())
 
-	// Churn, as at a size limit: remove the oldest, add as many, until everything has been replaced once.
+	// Churn, as at a size limit: remove the oldest, add as many, until everything has been replaced
+	// once.
 	oldest, live := 0, next
 	start, written = time.Now(), writtenBytes()
 	for oldest < live {

@@ -13,7 +13,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 )
 
-// pebbleEngine is Pebble without compression (blocks do not compress), with Bloom filters and a cache of 1 GiB.
+// pebbleEngine is Pebble without compression (blocks do not compress), with Bloom filters and a
+// cache of 1 GiB.
 type pebbleEngine struct {
 	db    *pebble.DB
 	cache *pebble.Cache

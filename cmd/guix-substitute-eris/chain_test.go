@@ -26,8 +26,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
 
-// chain is a block store, a publisher and what a daemon needs, in a directory of
-// their own.
+// chain is a block store, a publisher and what a daemon needs, in a directory of their own.
 type chain struct {
 	t         *testing.T
 	directory string
@@ -42,8 +41,8 @@ type chainItem struct {
 	size       uint64
 }
 
-// newChain makes the keys and the configuration: blocks only, so that nothing can
-// come from a nar, and no cache of them, so that everything comes from the store.
+// newChain makes the keys and the configuration: blocks only, so that nothing can come from a nar,
+// and no cache of them, so that everything comes from the store.
 func newChain(t *testing.T) *chain {
 	t.Helper()
 	directory, err := os.MkdirTemp("", "chain") // short, for the socket
@@ -131,8 +130,8 @@ func (c *chain) serve(items string) {
 	})
 }
 
-// mostMiB bounds the memory of a helper in tests. The race detector takes several
-// times as much as the program, and has the most of all for itself.
+// mostMiB bounds the memory of a helper in tests. The race detector takes several times as much as
+// the program, and has the most of all for itself.
 var mostMiB = func() int {
 	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
 		return 1 << 10
@@ -250,9 +249,8 @@ func (c *chain) manifest() string {
 	return "--manifest=" + c.directory + "/manifest"
 }
 
-// TestChain takes the items that "guix publish" has published once through
-// everything: encoded, stored, published, queried, and substituted over each
-// transport.
+// TestChain takes the items that "guix publish" has published once through everything: encoded,
+// stored, published, queried, and substituted over each transport.
 func TestChain(t *testing.T) {
 	c := newChain(t)
 	mirror, err := filepath.Abs("../../testdata/guix-mirror")

@@ -16,24 +16,23 @@ import (
 type configuration struct {
 	// Guix is the absolute file name of the real guix.
 	Guix string `toml:"guix"`
-	// NarinfoConnections is how many connections to one server may ask for
-	// narinfos at the same time.
+	// NarinfoConnections is how many connections to one server may ask for narinfos at the same
+	// time.
 	NarinfoConnections int `toml:"narinfo-connections"`
-	// Stores are the URLs of the block stores, in the order in which they are
-	// asked.
+	// Stores are the URLs of the block stores, in the order in which they are asked.
 	Stores []string `toml:"eris-stores"`
 	// Policy is fastest, eris-first, http-first, eris-only or http-only.
 	Policy string `toml:"policy"`
-	// CacheSize is how many bytes of blocks are kept for later, like "2GiB"; "0" is
-	// none. CacheDirectory is where; it holds narinfos, too.
+	// CacheSize is how many bytes of blocks are kept for later, like "2GiB"; "0" is none.
+	// CacheDirectory is where; it holds narinfos, too.
 	CacheSize      string `toml:"cache-size"`
 	CacheDirectory string `toml:"cache-directory"`
 	// LimitRate bounds the bytes per second of blocks and nars, like "2MiB".
 	LimitRate string `toml:"limit-rate"`
 	// Verbose shows what is expected of stores and servers, and what came of it.
 	Verbose bool `toml:"verbose"`
-	// UnsignedCapabilities is whether read capabilities that no signature covers
-	// are used; they are by default.
+	// UnsignedCapabilities is whether read capabilities that no signature covers are used; they are
+	// by default.
 	UnsignedCapabilities *bool `toml:"unsigned-capabilities"`
 }
 
@@ -45,8 +44,8 @@ func configurationFile() string {
 	return filepath.Join(configurationDirectory(), "substitute-eris.toml")
 }
 
-// readConfiguration reads the configuration file; there need not be one. With an
-// error, what it returns is as if there were none.
+// readConfiguration reads the configuration file; there need not be one. With an error, what it
+// returns is as if there were none.
 func readConfiguration() (configuration, error) {
 	var c configuration
 	name := configurationFile()

@@ -129,8 +129,8 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	return result, nil
 }
 
-// writeContents writes contents to a file that there is not yet. A file that is
-// not complete does not stay.
+// writeContents writes contents to a file that there is not yet. A file that is not complete does
+// not stay.
 func writeContents(ctx context.Context, content *eris.Content, destination string) error {
 	if destination == "-" {
 		_, err := content.WriteTo(ctx, os.Stdout)

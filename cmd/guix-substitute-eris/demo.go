@@ -291,8 +291,8 @@ func (d *demo) makeItem(ctx context.Context, name string, nodes nar.Nodes) error
 	return nil
 }
 
-// generate makes a tree with what occurs in store items: many small files, some of
-// them equal, a large one, links and programs.
+// generate makes a tree with what occurs in store items: many small files, some of them equal, a
+// large one, links and programs.
 func generate(root string) error {
 	random := rand.NewChaCha8([32]byte{})
 	write := func(name string, size int, mode fs.FileMode) error {
@@ -320,8 +320,8 @@ func generate(root string) error {
 	return errors.Join(write(root+"/bin/program", 12<<20, 0o755), os.Symlink("program", root+"/bin/alias"))
 }
 
-// makeConfiguration makes the key pair, the list of authorised keys, and what the
-// publisher has to know of the items: without a daemon there is no database.
+// makeConfiguration makes the key pair, the list of authorised keys, and what the publisher has to
+// know of the items: without a daemon there is no database.
 func (d *demo) makeConfiguration() error {
 	key := acl.GenerateSigningKey()
 	var manifest strings.Builder
@@ -382,8 +382,8 @@ func (d *demo) allPaths() string {
 	return strings.Join(all, " ")
 }
 
-// fetchAll deletes the items and has a helper fetch them. From is how the URLs of
-// the sources must begin.
+// fetchAll deletes the items and has a helper fetch them. From is how the URLs of the sources must
+// begin.
 func (d *demo) fetchAll(helper *demoChild, from string) error {
 	for _, item := range d.items {
 		if err := restore.Remove(item.path); err != nil {
@@ -545,8 +545,7 @@ func (d *demo) listen(c *demoChild, each func(line string)) error {
 	return nil
 }
 
-// scanProgress splits at line ends, and at the carriage returns of a line that
-// shows progress.
+// scanProgress splits at line ends, and at the carriage returns of a line that shows progress.
 func scanProgress(data []byte, atEnd bool) (advance int, token []byte, err error) {
 	for i, c := range data {
 		if c == '\n' || c == '\r' {
@@ -586,9 +585,9 @@ func (d *demo) startHelper(ctx context.Context, mode, server, store string) (*de
 	return c, nil
 }
 
-// ask sends a request to a helper and returns the reply: a line, or to a query all
-// lines up to an empty one. With a word that messages have, it waits for a message
-// with that word, too, which comes by another pipe.
+// ask sends a request to a helper and returns the reply: a line, or to a query all lines up to an
+// empty one. With a word that messages have, it waits for a message with that word, too, which
+// comes by another pipe.
 func (c *demoChild) ask(request, word string) (string, error) {
 	c.mu.Lock()
 	c.lines = c.lines[:0]
@@ -635,8 +634,7 @@ func (c *demoChild) failure(err error) error {
 	return fmt.Errorf("%s: %w\n%s", c.name, err, strings.Join(c.lines, "\n"))
 }
 
-// end ends a child: a helper by the end of its input, a server by a signal. It may
-// be called twice.
+// end ends a child: a helper by the end of its input, a server by a signal. It may be called twice.
 func (c *demoChild) end() error {
 	if c.ended {
 		return c.err

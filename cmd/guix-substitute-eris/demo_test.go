@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// demoCommandIn is the demonstration with a directory for temporary files that has
-// nothing else in it, in a process group of its own.
+// demoCommandIn is the demonstration with a directory for temporary files that has nothing else in
+// it, in a process group of its own.
 func demoCommandIn(t *testing.T, args ...string) (cmd *exec.Cmd, temporary string) {
 	t.Helper()
 	program, err := exec.LookPath("guix-substitute-eris")
@@ -37,8 +37,8 @@ func demoCommandIn(t *testing.T, args ...string) (cmd *exec.Cmd, temporary strin
 	return cmd, temporary
 }
 
-// checkGone checks that no process of a group is left. It may take a moment until
-// those are gone whose parent was killed.
+// checkGone checks that no process of a group is left. It may take a moment until those are gone
+// whose parent was killed.
 func checkGone(t *testing.T, group int) {
 	t.Helper()
 	for begin := time.Now(); unix.Kill(-group, 0) == nil; time.Sleep(10 * time.Millisecond) {
@@ -56,8 +56,8 @@ func checkEmpty(t *testing.T, directory string) {
 	}
 }
 
-// TestDemo runs the demonstration as a visitor does: in the source directory, and
-// elsewhere with a tree of his own.
+// TestDemo runs the demonstration as a visitor does: in the source directory, and elsewhere with a
+// tree of his own.
 func TestDemo(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds")

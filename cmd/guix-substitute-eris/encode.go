@@ -85,8 +85,8 @@ type encodeResult struct {
 	NarHash string `json:"narHash,omitempty"`
 	NarSize uint64 `json:"narSize,omitempty"`
 	Files   int    `json:"files,omitempty"`
-	// Blocks and Bytes are how many blocks were put, and how long they are in
-	// all; 0 without a store.
+	// Blocks and Bytes are how many blocks were put, and how long they are in all; 0 without a
+	// store.
 	Blocks int64 `json:"blocks"`
 	Bytes  int64 `json:"bytes"`
 }
@@ -141,8 +141,8 @@ func (s *encodeSettings) encode(ctx context.Context, path string) (result encode
 	return result, err
 }
 
-// content opens what is to be encoded as its contents; for a tree it returns nil.
-// What cannot be opened counts as a tree, and is an error when that is encoded.
+// content opens what is to be encoded as its contents; for a tree it returns nil. What cannot be
+// opened counts as a tree, and is an error when that is encoded.
 func (s *encodeSettings) content(path string) io.ReadCloser {
 	if path == "-" {
 		return io.NopCloser(os.Stdin)

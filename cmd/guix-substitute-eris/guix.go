@@ -25,10 +25,9 @@ var usualGuix = []string{
 	"/usr/bin/guix",
 }
 
-// guixCommand hands a command of guix to the real guix, which flag names unless it
-// is empty: the daemon runs several through the program that it takes for guix.
-// Arguments, argv[0] among them, environment, working directory and descriptors
-// stay as they are.
+// guixCommand hands a command of guix to the real guix, which flag names unless it is empty: the
+// daemon runs several through the program that it takes for guix. Arguments, argv[0] among them,
+// environment, working directory and descriptors stay as they are.
 func guixCommand(flag string, args []string) int {
 	program, err := realGuix(flag)
 	if err == nil {
@@ -38,8 +37,7 @@ func guixCommand(flag string, args []string) int {
 	return fail("%q is no command of this program, and handing it to guix failed: %v", args[0], err)
 }
 
-// realGuix returns the absolute file name of the real guix, which is never this
-// program.
+// realGuix returns the absolute file name of the real guix, which is never this program.
 func realGuix(flag string) (string, error) {
 	self, err := os.Stat("/proc/self/exe")
 	if err != nil {
@@ -90,7 +88,7 @@ func checkGuix(path string, self fs.FileInfo) error {
 	return nil
 }
 
-// isOurs tells whether path is this program, of whatever version.
+// isOurs reports whether path is this program, of whatever version.
 func isOurs(path string) bool {
 	other, err := buildinfo.ReadFile(path)
 	if err != nil {

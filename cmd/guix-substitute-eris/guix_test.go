@@ -13,8 +13,8 @@ import (
 	"testing"
 )
 
-// buildProgram builds the program as it is shipped. What testscript runs in its
-// place knows by its name what it is, so that it cannot be called otherwise.
+// buildProgram builds the program as it is shipped. What testscript runs in its place knows by its
+// name what it is, so that it cannot be called otherwise.
 func buildProgram(t *testing.T) string {
 	t.Helper()
 	compiler, err := exec.LookPath("go")
@@ -30,8 +30,8 @@ func buildProgram(t *testing.T) string {
 	return program
 }
 
-// TestHandedToGuix checks that the real guix gets everything as the daemon has
-// given it, argv[0] and descriptors included.
+// TestHandedToGuix checks that the real guix gets everything as the daemon has given it, argv[0]
+// and descriptors included.
 func TestHandedToGuix(t *testing.T) {
 	program := buildProgram(t)
 	shell, err := exec.LookPath("bash")
@@ -126,8 +126,8 @@ func TestNeverItself(t *testing.T) {
 	}
 }
 
-// TestExtension runs the extension as guix does: with the program, and where the
-// program cannot be run.
+// TestExtension runs the extension as guix does: with the program, and where the program cannot be
+// run.
 func TestExtension(t *testing.T) {
 	guile, err := exec.LookPath("guile")
 	if err != nil {

@@ -47,8 +47,8 @@ func (b *blockMap) Put(_ context.Context, ref eris.Reference, block []byte) erro
 	return nil
 }
 
-// A peer is a block store that need not keep to anything: it is asked what to write
-// for each request; nil is the end of the connection.
+// A peer is a block store that need not keep to anything: it is asked what to write for each
+// request; nil is the end of the connection.
 type peer struct {
 	hello  []byte
 	answer func(get coap.Head, block []byte) []byte
@@ -192,8 +192,8 @@ func (h *hostileMachine) publish(path string, archive []byte, c eris.ReadCapabil
 	}
 }
 
-// fetch substitutes an item in both ways: with nars to fall back to, and without.
-// It checks that what cannot be had leaves nothing behind.
+// fetch substitutes an item in both ways: with nars to fall back to, and without. It checks that
+// what cannot be had leaves nothing behind.
 func (h *hostileMachine) fetch(t *testing.T, path, store string, archive []byte, fromBlocks bool) {
 	t.Helper()
 	for _, etc := range []string{"etc", "first"} {
@@ -341,8 +341,8 @@ func testHostileStores(t *testing.T, idle bool) {
 	}
 }
 
-// TestHostileContents has read capabilities, signed by somebody who is trusted or
-// not, of contents that are no good. The store is honest.
+// TestHostileContents has read capabilities, signed by somebody who is trusted or not, of contents
+// that are no good. The store is honest.
 func TestHostileContents(t *testing.T) {
 	h := newHostileMachine(t)
 	blocks := &blockMap{}

@@ -31,9 +31,8 @@ type endpoint struct {
 var serveSchemes = map[string]string{"coap+unix": "unix", "coap+tcp": "tcp", "coap+ws": "tcp", "coap": "udp", "http": "tcp"}
 
 // parseEndpoint reads the URL of --listen: scheme://host:port?get&put, or
-// coap+unix:///path?get&put. Without a query, blocks may be got, and put as well
-// on a Unix socket. The host may be left out for all addresses of the machine,
-// and the port may be 0 for any.
+// coap+unix:///path?get&put. Without a query, blocks may be got, and put as well on a Unix socket.
+// The host may be left out for all addresses of the machine, and the port may be 0 for any.
 func parseEndpoint(text string) (endpoint, error) {
 	u, err := url.Parse(text)
 	if err != nil {
@@ -94,9 +93,9 @@ func (e *endpoint) setAccess(query string, present bool) error {
 	return nil
 }
 
-// passedEndpoint makes an endpoint of a socket that the service manager passed.
-// Its name may say more than can be seen: a scheme, or a query like that of a URL,
-// or both: "http", "coap+tcp?get&put".
+// passedEndpoint makes an endpoint of a socket that the service manager passed. Its name may say
+// more than can be seen: a scheme, or a query like that of a URL, or both: "http",
+// "coap+tcp?get&put".
 func passedEndpoint(s systemd.Socket) (endpoint, error) {
 	scheme, query, hasQuery := strings.Cut(s.Name, "?")
 	e := endpoint{scheme: scheme, listener: s.Listener, packets: s.Packets}
@@ -127,8 +126,7 @@ type socketRights struct {
 	group int
 }
 
-// parseSocketRights reads an octal mode and the name or number of a group, which
-// may be empty.
+// parseSocketRights reads an octal mode and the name or number of a group, which may be empty.
 func parseSocketRights(mode, group string) (socketRights, error) {
 	r := socketRights{group: -1}
 	n, err := strconv.ParseUint(mode, 8, 32)

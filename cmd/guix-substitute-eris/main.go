@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Command guix-substitute-eris takes the place of "guix substitute" under
-// guix-daemon. See the README of the project.
+// Command guix-substitute-eris takes the place of "guix substitute" under guix-daemon. See the
+// README of the project.
 package main
 
 import (
@@ -16,8 +16,8 @@ import (
 
 func main() { os.Exit(run(os.Args[1:])) }
 
-// run runs the command that the arguments ask for and returns the exit status.
-// What the command line does not know belongs to guix.
+// run runs the command that the arguments ask for and returns the exit status. What the command
+// line does not know belongs to guix.
 func run(args []string) int {
 	guix := ""
 	if len(args) > 0 {
@@ -99,8 +99,8 @@ func version() string {
 	return info.Main.Version
 }
 
-// parse parses options. When it returns false the command is over, with the
-// status that it returns too.
+// parse parses options. When it returns false the command is over, with the status that it returns
+// too.
 func parse(flags *flag.FlagSet, args []string, usage string) (status int, ok bool) {
 	var messages strings.Builder
 	flags.SetOutput(&messages)

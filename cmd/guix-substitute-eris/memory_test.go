@@ -25,8 +25,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
 
-// A largeItem is an item of a file of 2 GiB and of many small ones. Its archive is
-// head, block many times, and tail.
+// A largeItem is an item of a file of 2 GiB and of many small ones. Its archive is head, block many
+// times, and tail.
 type largeItem struct {
 	head, block, tail []byte
 	blocks            int
@@ -35,8 +35,8 @@ type largeItem struct {
 func makeLargeItem() *largeItem {
 	const size, blocks = 2 << 30, 32
 	item := &largeItem{blocks: blocks}
-	// Matches near enough for every method, so that compressors take no time;
-	// windows are filled all the same.
+	// Matches near enough for every method, so that compressors take no time; windows are filled
+	// all the same.
 	random := sha256.Sum256(nil)
 	var part []byte
 	for len(part) < 16<<10 {
@@ -77,9 +77,8 @@ const (
 	lzipLevel9 = 25 // 32 MiB
 )
 
-// lzipMember compresses what in has. It takes the fastest level, and says in the
-// header that the dictionary is one of a slower level, which makes a decompressor
-// have the same window.
+// lzipMember compresses what in has. It takes the fastest level, and says in the header that the
+// dictionary is one of a slower level, which makes a decompressor have the same window.
 func lzipMember(program string, out io.Writer, in io.Reader, dictionary byte) error {
 	cmd := exec.Command(program, "-0", "-c")
 	cmd.Stdin = in
@@ -211,10 +210,9 @@ func mostMemory(pid int) (int, error) {
 	return n << 10, err
 }
 
-// TestLargeItemMemory restores an item of more than 2 GiB from each compression,
-// as the daemon has it done, and with de-duplication. The process must do with
-// less than 64 MiB. One lzip member as long as the item takes a while, so it is for
-// ERIS_BIG_TESTS=all.
+// TestLargeItemMemory restores an item of more than 2 GiB from each compression, as the daemon has
+// it done, and with de-duplication. The process must do with less than 64 MiB. One lzip member as
+// long as the item takes a while, so it is for ERIS_BIG_TESTS=all.
 func TestLargeItemMemory(t *testing.T) {
 	if os.Getenv("ERIS_BIG_TESTS") == "" {
 		t.Skip("set ERIS_BIG_TESTS for an item of 2 GiB")

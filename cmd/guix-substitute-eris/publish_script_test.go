@@ -16,9 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// publish VARIABLE [OPTION]... runs the command of that name until the end of the
-// script, or until "! publish VARIABLE", and sets the variable to its URL. It must
-// end with status 0 when it is told to.
+// publish VARIABLE [OPTION]... runs the command of that name until the end of the script, or until
+// "! publish VARIABLE", and sets the variable to its URL. It must end with status 0 when it is told
+// to.
 func scriptPublish(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) < 1 {
 		ts.Fatalf("usage: publish VARIABLE [OPTION]...")

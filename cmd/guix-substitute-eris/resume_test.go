@@ -55,8 +55,8 @@ func (c *countedConn) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// serveCounted is serve with a store in this process, whose wire is counted and
-// carries so many bytes per second.
+// serveCounted is serve with a store in this process, whose wire is counted and carries so many
+// bytes per second.
 func (c *chain) serveCounted(items string, rate int64) (*blockstore.Store, *wire) {
 	c.t.Helper()
 	store, err := blockstore.Open(c.directory+"/blocks", blockstore.Options{})
@@ -99,10 +99,9 @@ func (c *chain) serveCounted(items string, rate int64) (*blockstore.Store, *wire
 	return store, w
 }
 
-// TestResume kills a helper when half of the bytes of an item have crossed the wire.
-// The next one fetches only what is missing: of 200 MB at most 55 %, which is half
-// and 10 MB that were on their way. After that nothing crosses the wire. With
-// ERIS_BIG_TESTS=1 the item does have 200 MB.
+// TestResume kills a helper when half of the bytes of an item have crossed the wire. The next one
+// fetches only what is missing: of 200 MB at most 55 %, which is half and 10 MB that were on their
+// way. After that nothing crosses the wire. With ERIS_BIG_TESTS=1 the item does have 200 MB.
 func TestResume(t *testing.T) {
 	size, rate := int64(40e6), int64(10e6)
 	if big, _ := strconv.ParseBool(os.Getenv("ERIS_BIG_TESTS")); big {

@@ -35,9 +35,9 @@ func TestMain(m *testing.M) {
 	})
 }
 
-// TestScript runs the scripts, which are the documentation of what the program
-// does at its boundary. Beside the commands of testscript they have those of
-// scriptCommands, which are explained there.
+// TestScript runs the scripts, which are the documentation of what the program does at its
+// boundary. Beside the commands of testscript they have those of scriptCommands, which are
+// explained there.
 func TestScript(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:  "testdata/script",
@@ -116,8 +116,8 @@ func scriptACL(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(acl.NewACL(keys...).Text()), 0o644))
 }
 
-// sign KEY FILE completes the line "Signature:" of a narinfo with a signature of
-// everything above it.
+// sign KEY FILE completes the line "Signature:" of a narinfo with a signature of everything above
+// it.
 func scriptSign(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) != 2 {
 		ts.Fatalf("usage: sign KEY FILE")
@@ -134,8 +134,7 @@ func scriptSign(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.WriteFile(ts.MkAbs(args[1]), []byte(above+"Signature: "+field+"\n"+below), 0o644))
 }
 
-// nar PATH FILE makes a nar of a file tree. The names of the tree are those of
-// the file system.
+// nar PATH FILE makes a nar of a file tree. The names of the tree are those of the file system.
 func scriptNar(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) != 2 {
 		ts.Fatalf("usage: nar PATH FILE")
@@ -177,8 +176,8 @@ func scriptReplace(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(strings.ReplaceAll(text, args[1], args[2])), 0o644))
 }
 
-// stat FILE MODE checks that a file of a store has an octal mode and the
-// modification time of store files.
+// stat FILE MODE checks that a file of a store has an octal mode and the modification time of store
+// files.
 func scriptStat(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) != 2 {
 		ts.Fatalf("usage: stat FILE MODE")
@@ -213,8 +212,8 @@ type scriptServer struct {
 	seen []string
 }
 
-// serve VARIABLE DIRECTORY [RULE]... serves the files of a directory over HTTP
-// until the end of the script, and sets the variable to its URL. Rules:
+// serve VARIABLE DIRECTORY [RULE]... serves the files of a directory over HTTP until the end of the
+// script, and sets the variable to its URL. Rules:
 //
 //	delay=DURATION  each answer takes that long
 //	silent          requests are taken and never answered
@@ -349,8 +348,8 @@ func (s *scriptServer) handler(root *os.Root, rules []string, done chan struct{}
 	}
 }
 
-// requests VARIABLE FILE writes what a server has been asked for, sorted, to a
-// file, and forgets it.
+// requests VARIABLE FILE writes what a server has been asked for, sorted, to a file, and forgets
+// it.
 func scriptRequests(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) != 2 {
 		ts.Fatalf("usage: requests VARIABLE FILE")
@@ -371,18 +370,16 @@ func scriptRequests(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.WriteFile(ts.MkAbs(args[1]), []byte(text), 0o644))
 }
 
-// daemon query|substitute FILE [OPTION=VALUE]... plays guix-daemon: it starts the
-// program with descriptors like the daemon's, sends the request lines of the
-// file, in which $NAME stands for the value of a variable, one by one, each after
-// the reply to the one before, and then closes the pipe and waits for exit
-// status 0. Replies go to the file "replies" and everything else that the program
-// says to "log". The substitute URLs are those in the variable URLS, the daemon's
-// other options those given.
+// daemon query|substitute FILE [OPTION=VALUE]... plays guix-daemon: it starts the program with
+// descriptors like the daemon's, sends the request lines of the file, in which $NAME stands for the
+// value of a variable, one by one, each after the reply to the one before, and then closes the pipe
+// and waits for exit status 0. Replies go to the file "replies" and everything else that the
+// program says to "log". The substitute URLs are those in the variable URLS, the daemon's other
+// options those given.
 //
-// With the option kill=PATH the program is killed as soon as PATH exists and is
-// not empty. With copies=N there are N of them at once, which must reply alike.
-// With program=FILE another program is started. With unread=yes nobody reads the
-// log.
+// With the option kill=PATH the program is killed as soon as PATH exists and is not empty. With
+// copies=N there are N of them at once, which must reply alike. With program=FILE another program
+// is started. With unread=yes nobody reads the log.
 func scriptDaemon(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) < 2 {
 		ts.Fatalf("usage: daemon query|substitute FILE [OPTION=VALUE]...")
@@ -590,8 +587,8 @@ func (d *daemonHelper) talk(requests string) (string, error) {
 	return all.String(), err
 }
 
-// endOfReply tells whether the empty line that a reply ends with so far is its
-// end rather than an unknown deriver.
+// endOfReply reports whether the empty line that a reply ends with so far is its end rather than an
+// unknown deriver.
 func endOfReply(request, reply string) bool {
 	if !strings.HasPrefix(request, "info") {
 		return true

@@ -198,8 +198,8 @@ func (s *serveSettings) endpoints(passed []*endpoint) ([]*endpoint, error) {
 	return endpoints, nil
 }
 
-// defaultSocket returns the path of the socket where the store of the system, or
-// of a user, is looked for.
+// defaultSocket returns the path of the socket where the store of the system, or of a user, is
+// looked for.
 func defaultSocket(user int, runtimeDirectory string) (string, error) {
 	switch {
 	case user == 0:
@@ -246,8 +246,9 @@ func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error
 	return store, err
 }
 
-// serveEndpoints serves the store on all endpoints until ctx is done, one of them
-// fails, or the store takes no more blocks; SIGUSR1 has the statistics written to the log. From then on, further signals end the program at once.
+// serveEndpoints serves the store on all endpoints until ctx is done, one of them fails, or the
+// store takes no more blocks; SIGUSR1 has the statistics written to the log. From then on, further
+// signals end the program at once.
 func serveEndpoints(
 	ctx context.Context, store *blockstore.Store, endpoints []*endpoint, patience time.Duration, restoreSignals func(),
 ) error {
@@ -321,9 +322,8 @@ func serveEndpoints(
 	return err
 }
 
-// patience returns how long a client may take for a message, given the limit of
-// bytes per second, 0 if there is none. It must not be cut off because it has to
-// share the rate with many others.
+// patience returns how long a client may take for a message, given the limit of bytes per second, 0
+// if there is none. It must not be cut off because it has to share the rate with many others.
 func patience(rate int64) time.Duration {
 	const shared = 64 << 20 // 256 KiB for each of 256 connections
 	if rate <= 0 {

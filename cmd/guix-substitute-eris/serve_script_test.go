@@ -24,8 +24,7 @@ func init() { scriptCommands["blockstore"] = scriptBlockstore }
 // blockServers has the block stores of all scripts, which run in parallel.
 var blockServers sync.Map
 
-// A blockServer is the program, run as "serve" under something that plays a
-// service manager.
+// A blockServer is the program, run as "serve" under something that plays a service manager.
 type blockServer struct {
 	cmd       *exec.Cmd
 	urls      map[string]string // UNIX, TCP, WS, UDP, HTTP: the last one of each kind
@@ -45,8 +44,8 @@ type blockServer struct {
 //	blockstore signal NAME SIGUSR1
 //	blockstore await NAME REGEXP  waits until the log has a match
 //
-// It has the environment of the script. "! blockstore start" wants it to end
-// without having been ready, with status 1.
+// It has the environment of the script. "! blockstore start" wants it to end without having been
+// ready, with status 1.
 func scriptBlockstore(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) < 2 {
 		ts.Fatalf("usage: blockstore start|stop|kill|signal|await NAME [ARGUMENT]...")
@@ -115,8 +114,8 @@ func scriptBlockstore(ts *testscript.TestScript, neg bool, args []string) {
 // serving are the lines that name what is listened on.
 var serving = regexp.MustCompile(`(?m)^guix-substitute-eris: serving on ((coap\+unix|coap\+tcp|coap\+ws|coap|http)://\S+) `)
 
-// startBlockServer starts the program in a directory, with its log in a file, and
-// waits until it is ready. If it ends instead, the error is an [exec.ExitError].
+// startBlockServer starts the program in a directory, with its log in a file, and waits until it is
+// ready. If it ends instead, the error is an [exec.ExitError].
 func startBlockServer(directory, log string, env []string, args ...string) (_ *blockServer, err error) {
 	program, err := exec.LookPath("guix-substitute-eris")
 	if err != nil {
@@ -193,8 +192,7 @@ func (s *blockServer) stop() error {
 	return nil
 }
 
-// state returns what the server next tells the service manager; "" if it has
-// ended.
+// state returns what the server next tells the service manager; "" if it has ended.
 func (s *blockServer) state() string {
 	var b [256]byte
 	n, err := s.states.Read(b[:])

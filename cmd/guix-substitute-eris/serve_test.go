@@ -24,8 +24,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 )
 
-// serveTest starts a block store in a directory of its own, which the test can use
-// for other things as well.
+// serveTest starts a block store in a directory of its own, which the test can use for other things
+// as well.
 func serveTest(t *testing.T, directory string, args ...string) *blockServer {
 	t.Helper()
 	log := filepath.Join(directory, "log")
@@ -54,8 +54,8 @@ func noiseBlock(i int) []byte {
 	return noise(uint64(i), int(eris.BlockSize1KiB))
 }
 
-// TestServeKilled kills a block store again and again while blocks are being put
-// into it. No block that it has acknowledged is lost.
+// TestServeKilled kills a block store again and again while blocks are being put into it. No block
+// that it has acknowledged is lost.
 func TestServeKilled(t *testing.T) {
 	directory := t.TempDir()
 	random := rand.New(rand.NewPCG(1, 2))
@@ -120,8 +120,8 @@ func TestServeKilled(t *testing.T) {
 	}
 }
 
-// TestServeLargeItem has an item encoded into a block store, as fast as that takes
-// it, and decoded again: no block is lost. With ERIS_BIG_TESTS the item has 1 GB.
+// TestServeLargeItem has an item encoded into a block store, as fast as that takes it, and decoded
+// again: no block is lost. With ERIS_BIG_TESTS the item has 1 GB.
 func TestServeLargeItem(t *testing.T) {
 	size := int64(48 << 20)
 	if os.Getenv("ERIS_BIG_TESTS") != "" {
@@ -202,8 +202,8 @@ func sameFile(a, b string) error {
 	}
 }
 
-// TestServeEvicts keeps a block store within its limit, and has it forget what was
-// not used, rather than what was.
+// TestServeEvicts keeps a block store within its limit, and has it forget what was not used, rather
+// than what was.
 func TestServeEvicts(t *testing.T) {
 	directory := t.TempDir()
 	server := serveTest(t, directory, "--max-size=4MiB")
@@ -225,8 +225,8 @@ func TestServeEvicts(t *testing.T) {
 		next  atomic.Int64
 		group sync.WaitGroup
 	)
-	// A store knows to the second when a block was used. In each second, half of what it holds is replaced: by what is put in the
-	// same second, none of what is needed any more has to go.
+	// A store knows to the second when a block was used. In each second, half of what it holds is
+	// replaced: by what is put in the same second, none of what is needed any more has to go.
 	for second := 1; second <= 4; second++ {
 		for begin := time.Now().Unix(); time.Now().Unix() == begin; {
 			time.Sleep(10 * time.Millisecond)
@@ -267,7 +267,8 @@ func TestServeEvicts(t *testing.T) {
 	}
 }
 
-// TestServeLimitsRate checks that bytes come and go no faster than is permitted, over all listeners together.
+// TestServeLimitsRate checks that bytes come and go no faster than is permitted, over all listeners
+// together.
 func TestServeLimitsRate(t *testing.T) {
 	const rate, blocks = 256 << 10, 16
 	server := serveTest(t, t.TempDir(), "--limit-rate=256K/s", "--listen=coap+tcp://127.0.0.1:0?get&put")
@@ -305,8 +306,9 @@ func TestServeLimitsRate(t *testing.T) {
 	})
 }
 
-// TestServeStops stops a block store while clients put as fast as they can, and others hold connections on which they say
-// nothing, or not all. It ends in good order, and has what it has acknowledged.
+// TestServeStops stops a block store while clients put as fast as they can, and others hold
+// connections on which they say nothing, or not all. It ends in good order, and has what it has
+// acknowledged.
 func TestServeStops(t *testing.T) {
 	directory := t.TempDir()
 	server := serveTest(t, directory, "--listen=coap+tcp://127.0.0.1:0", "--listen=http://127.0.0.1:0", "--listen=coap+ws://127.0.0.1:0")

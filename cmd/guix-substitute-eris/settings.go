@@ -29,8 +29,8 @@ import (
 // defaultURLs are asked when neither the daemon nor the user names servers.
 var defaultURLs = []string{"https://bordeaux.guix.gnu.org", "https://ci.guix.gnu.org"}
 
-// settings are what the flags, the environment and the configuration file say
-// about substitution, in this order of precedence.
+// settings are what the flags, the environment and the configuration file say about substitution,
+// in this order of precedence.
 type settings struct {
 	urls           string
 	acl            string
@@ -99,7 +99,7 @@ func (s *settings) load() {
 	}
 }
 
-// unicode tells whether the locale has other characters than ASCII.
+// unicode reports whether the locale has other characters than ASCII.
 func unicode() bool {
 	for _, variable := range []string{"LC_ALL", "LC_CTYPE", "LANG"} {
 		if value := os.Getenv(variable); value != "" {
@@ -110,8 +110,8 @@ func unicode() bool {
 	return false
 }
 
-// showNotes shows the warnings of the start. The daemon reads them only while it
-// waits for a reply, so this is for after the first request.
+// showNotes shows the warnings of the start. The daemon reads them only while it waits for a reply,
+// so this is for after the first request.
 func (s *settings) showNotes() {
 	for _, note := range s.notes {
 		s.log.Warnf("%s", note)
@@ -140,8 +140,8 @@ type session struct {
 // saveEvery is how often what is known of servers and stores is written down.
 const saveEvery = 5 * time.Second
 
-// after does what is to be done after a substitution. The daemon kills its helpers
-// as soon as it does not need them any more.
+// after does what is to be done after a substitution. The daemon kills its helpers as soon as it
+// does not need them any more.
 func (s *session) after() {
 	if s.blocks != nil && s.Verbose {
 		s.blocks.show(s.Log)
@@ -171,8 +171,8 @@ func (s *session) close() {
 	}
 }
 
-// session returns the substituter that the settings describe. It must be closed.
-// For queries it has no stores.
+// session returns the substituter that the settings describe. It must be closed. For queries it has
+// no stores.
 func (s *settings) session(query bool) *session {
 	policy, ok := policies[s.policy]
 	if !ok {
@@ -309,9 +309,8 @@ func (s *settings) cache() *narinfocache.Cache {
 // maxACL bounds the length of an ACL file in bytes.
 const maxACL = acl.MaxSexpSize
 
-// keys reads the list of authorised keys. Without one the machine's own key is
-// authorised, as Guix, guix/pki.scm: current-acl, has it. When the list cannot be
-// understood, no key is.
+// keys reads the list of authorised keys. Without one the machine's own key is authorised, as Guix,
+// guix/pki.scm: current-acl, has it. When the list cannot be understood, no key is.
 func (s *settings) keys() *acl.ACL {
 	name := s.acl
 	if name == "" {
@@ -339,7 +338,7 @@ func (s *settings) keys() *acl.ACL {
 	return keys
 }
 
-// hasForeignKeys tells whether a list has another key than the machine's own.
+// hasForeignKeys reports whether a list has another key than the machine's own.
 func (s *settings) hasForeignKeys(keys *acl.ACL) bool {
 	listed := keys.Keys()
 	if len(listed) != 1 {

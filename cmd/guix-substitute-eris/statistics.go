@@ -18,8 +18,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 
-// statisticsPath is the resource with the statistics of a running server, which it
-// shows on Unix sockets.
+// statisticsPath is the resource with the statistics of a running server, which it shows on Unix
+// sockets.
 const statisticsPath = "stats"
 
 // statistics is what a running server tells about itself, in JSON.

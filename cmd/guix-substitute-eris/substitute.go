@@ -19,13 +19,11 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
-// memoryLimit is what the garbage collector keeps the heap below where it can, in
-// bytes.
+// memoryLimit is what the garbage collector keeps the heap below where it can, in bytes.
 const memoryLimit = 48 << 20
 
-// garbagePercent is how much garbage there may be for what is in use, as far as the
-// limit allows it: with as much as usual, collecting it took a tenth of the time of
-// restoring small files.
+// garbagePercent is how much garbage there may be for what is in use, as far as the limit allows
+// it: with as much as usual, collecting it took a tenth of the time of restoring small files.
 const garbagePercent = 400
 
 // lookAhead is how many narinfos are fetched ahead for one client of the daemon.
@@ -121,8 +119,8 @@ func byHandCommand(args []string) int {
 	return 0
 }
 
-// serve answers requests until there are no more. It does not end earlier,
-// whatever happens: the daemon would take that for a failure of everything.
+// serve answers requests until there are no more. It does not end earlier, whatever happens: the
+// daemon would take that for a failure of everything.
 func (s *settings) serve(stdin io.Reader, replies int, query bool) int {
 	if !query {
 		unix.Umask(0o022)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package admission bounds how many connections a server has, in all and from one host, so that no single client can keep all
-// others out. Start with [New].
+// Package admission bounds how many connections a server has, in all and from one host, so that no
+// single client can keep all others out. Start with [New].
 package admission
 
 import (
@@ -27,14 +27,16 @@ type Stats struct {
 	TurnedAway int64 // so far
 }
 
-// New returns a gate for so many connections at a time, of which one host may have half, but at least one. A host is an IPv4
-// address or an IPv6 network of 64 bits, which is what one subscriber gets at least (RFC 6177). This machine counts for
-// none: who comes from there may be a proxy for many.
+// New returns a gate for so many connections at a time, of which one host may have half, but at
+// least one. A host is an IPv4 address or an IPv6 network of 64 bits, which is what one subscriber
+// gets at least (RFC 6177). This machine counts for none: who comes from there may be a proxy for
+// many.
 func New(most int) *Gate {
 	return &Gate{most: most, perHost: max(1, most/2), hosts: map[netip.Prefix]int{}}
 }
 
-// Enter lets a connection in, or closes it and returns false. When it has come to its end, leave must be called, once.
+// Enter lets a connection in, or closes it and returns false. When it has come to its end, leave
+// must be called, once.
 func (g *Gate) Enter(conn net.Conn) (leave func(), ok bool) {
 	host := hostOf(conn.RemoteAddr())
 	g.mu.Lock()
@@ -91,7 +93,8 @@ func (g *Gate) Stats() Stats {
 // Wait waits until all connections have left. No others may come meanwhile.
 func (g *Gate) Wait() { g.open.Wait() }
 
-// Listener returns a listener that accepts what the gate lets in. Connections leave when they are closed.
+// Listener returns a listener that accepts what the gate lets in. Connections leave when they are
+// closed.
 func (g *Gate) Listener(l net.Listener) net.Listener { return &listener{l, g} }
 
 type listener struct {
@@ -121,8 +124,8 @@ func (m *member) Close() error {
 	return m.Conn.Close()
 }
 
-// Gates are those of a server, one for each listener that it has had. The zero value has none. They are safe for concurrent
-// use.
+// Gates are those of a server, one for each listener that it has had. The zero value has none. They
+// are safe for concurrent use.
 type Gates struct {
 	mu  sync.Mutex
 	all []*Gate

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package benchdata helps benchmarks of decompressors: it has data like those of
-// store items, and measures programs next to functions. Only tests import it.
+// Package benchdata helps benchmarks of decompressors: it has data like those of store items, and
+// measures programs next to functions. Only tests import it.
 package benchdata
 
 import (
@@ -28,9 +28,9 @@ func Words(seed uint64, n int) []byte {
 	return b.Bytes()[:n]
 }
 
-// Archive returns n bytes of the kinds that are in archives of store items: text,
-// something like machine code, tables, runs of zeros, and what is compressed
-// already. They are always the same. Compressors make about a quarter of them.
+// Archive returns n bytes of the kinds that are in archives of store items: text, something like
+// machine code, tables, runs of zeros, and what is compressed already. They are always the same.
+// Compressors make about a quarter of them.
 func Archive(n int) []byte {
 	r := rand.New(rand.NewPCG(1, 2))
 	b := make([]byte, 0, n+1<<20)

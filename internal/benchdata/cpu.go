@@ -9,12 +9,10 @@ import (
 	"time"
 )
 
-// Function returns how much processor time f takes in this process, system calls
-// included.
+// Function returns how much processor time f takes in this process, system calls included.
 func Function(f func()) time.Duration { return cpu(syscall.RUSAGE_SELF, f) }
 
-// Program returns how much processor time the processes take that f starts and
-// waits for.
+// Program returns how much processor time the processes take that f starts and waits for.
 func Program(f func()) time.Duration { return cpu(syscall.RUSAGE_CHILDREN, f) }
 
 func cpu(who int, f func()) time.Duration {

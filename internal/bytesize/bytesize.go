@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package bytesize reads numbers of bytes, and of bytes per second, as people
-// write them in settings: "64K", "1.5MiB", "2M/s". Start with [Parse].
+// Package bytesize reads numbers of bytes, and of bytes per second, as people write them in
+// settings: "64K", "1.5MiB", "2M/s". Start with [Parse].
 package bytesize
 
 import (
@@ -23,12 +23,11 @@ var (
 	errRange = errors.New("too large")
 )
 
-// Parse returns the number of bytes that a text stands for: a decimal number,
-// perhaps with a fraction, and a unit, perhaps after one space. A letter alone, or
-// followed by "iB", is a power of 1024, as wget(1) and curl(1) have it for
-// --limit-rate and Guix for sizes; followed by "B" it is a power of 1000. "B" or
-// nothing are bytes. The case of the first letter does not matter. What is left of
-// a byte is dropped.
+// Parse returns the number of bytes that a text stands for: a decimal number, perhaps with a
+// fraction, and a unit, perhaps after one space. A letter alone, or followed by "iB", is a power of
+// 1024, as wget(1) and curl(1) have it for --limit-rate and Guix for sizes; followed by "B" it is a
+// power of 1000. "B" or nothing are bytes. The case of the first letter does not matter. What is
+// left of a byte is dropped.
 func Parse(text string) (int64, error) {
 	n, err := parse(text)
 	if err != nil {
@@ -37,8 +36,8 @@ func Parse(text string) (int64, error) {
 	return n, nil
 }
 
-// ParseRate returns the number of bytes per second that a text stands for. It is
-// read as by [Parse]; "/s" may follow.
+// ParseRate returns the number of bytes per second that a text stands for. It is read as by
+// [Parse]; "/s" may follow.
 func ParseRate(text string) (int64, error) {
 	n, err := parse(strings.TrimSuffix(text, "/s"))
 	if err != nil {

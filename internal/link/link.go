@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package link simulates a network link for tests and benchmarks: a proxy in this process, for TCP and Unix sockets, that
-// delays what passes through it, bounds its rate, stalls, and cuts connections. Start with [New].
+// Package link simulates a network link for tests and benchmarks: a proxy in this process, for TCP
+// and Unix sockets, that delays what passes through it, bounds its rate, stalls, and cuts
+// connections. Start with [New].
 //
-// All connections of a link share its rate, as on a line. Each direction has a queue in front of the line, as routers have;
-// when it is full, the sender has to wait. Time is that of the clock on the wall: what the machine cannot carry, the link
-// cannot carry either. Bytes move in portions of up to 256 KiB, so that 1 Gbit/s takes some thousand wake-ups a second.
+// All connections of a link share its rate, as on a line. Each direction has a queue in front of
+// the line, as routers have; when it is full, the sender has to wait. Time is that of the clock on
+// the wall: what the machine cannot carry, the link cannot carry either. Bytes move in portions of
+// up to 256 KiB, so that 1 Gbit/s takes some thousand wake-ups a second.
 package link
 
 import (
@@ -26,26 +28,31 @@ type Direction struct {
 	Delay time.Duration
 	// Rate is the most bytes per second; 0 stands for no bound.
 	Rate int64
-	// Queue is how many bytes wait at most to be sent at Rate. Default: what is sent in 20 ms, at least 64 KiB.
+	// Queue is how many bytes wait at most to be sent at Rate. Default: what is sent in 20 ms, at
+	// least 64 KiB.
 	Queue int64
-	// Loss is the share of packets of 1460 bytes that are lost, from 0 to 1. As over TCP, they come one round trip later, and
-	// so does what is behind them; that TCP slows down as well is not simulated.
+	// Loss is the share of packets of 1460 bytes that are lost, from 0 to 1. As over TCP, they come
+	// one round trip later, and so does what is behind them; that TCP slows down as well is not
+	// simulated.
 	Loss float64
-	// CutAfter is the number of bytes of a connection after which it is cut in both directions; 0 stands for never.
-	CutAfter int64
-	// StallAfter is the number of bytes of a connection after which no more of them pass, while the connection stays; 0
+	// CutAfter is the number of bytes of a connection after which it is cut in both directions; 0
 	// stands for never.
+	CutAfter int64
+	// StallAfter is the number of bytes of a connection after which no more of them pass, while the
+	// connection stays; 0 stands for never.
 	StallAfter int64
 }
 
-// Symmetric returns two equal directions with half of the round-trip time each, and the given rate in bytes per second.
+// Symmetric returns two equal directions with half of the round-trip time each, and the given rate
+// in bytes per second.
 func Symmetric(roundTrip time.Duration, rate int64) (up, down Direction) {
 	d := Direction{Delay: roundTrip / 2, Rate: rate}
 	return d, d
 }
 
 const (
-	// largestPortion is how many bytes move at a time; at low rates, fewer, so that the rate is kept in time as well.
+	// largestPortion is how many bytes move at a time; at low rates, fewer, so that the rate is
+	// kept in time as well.
 	largestPortion  = 256 << 10
 	smallestPortion = 1460
 	packet          = 1460
@@ -66,9 +73,10 @@ type Link struct {
 	conns  map[net.Conn]struct{}
 }
 
-// New starts a link to the given address; network is "tcp" or "unix". Connections are to be made to [Link.Addr]: with "tcp",
-// a port of the loopback interface, otherwise the socket named by listen, which may be empty with "tcp". Up is the direction
-// towards the target. Errors are those of listening.
+// New starts a link to the given address; network is "tcp" or "unix". Connections are to be made to
+// [Link.Addr]: with "tcp", a port of the loopback interface, otherwise the socket named by listen,
+// which may be empty with "tcp". Up is the direction towards the target. Errors are those of
+// listening.
 func New(network, listen, target string, up, down Direction) (*Link, error) {
 	if network == "tcp" && listen == "" {
 		listen = "127.0.0.1:0"
@@ -91,7 +99,8 @@ func (l *Link) Addr() string { return l.listener.Addr().String() }
 // Bytes returns how many bytes have entered the link towards the target and from it.
 func (l *Link) Bytes() (up, down int64) { return l.up.passed(), l.down.passed() }
 
-// Stall stops everything, or lets it go on. Connections stay, and new ones are taken, but nothing passes.
+// Stall stops everything, or lets it go on. Connections stay, and new ones are taken, but nothing
+// passes.
 func (l *Link) Stall(stalled bool) {
 	l.up.stall(stalled)
 	l.down.stall(stalled)
@@ -219,8 +228,8 @@ func (l *line) stall(stalled bool) {
 	}
 }
 
-// enter takes n bytes, and returns when they come out at the other end, and how long the sender has to wait before it may
-// send more.
+// enter takes n bytes, and returns when they come out at the other end, and how long the sender has
+// to wait before it may send more.
 func (l *line) enter(n int) (arrival time.Time, wait time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -265,7 +274,8 @@ type wire struct {
 	ctx      context.Context     // ends when nobody takes portions any more
 }
 
-// carry moves bytes from src to dst until either ends. If that is src, dst is told once everything has come there.
+// carry moves bytes from src to dst until either ends. If that is src, dst is told once everything
+// has come there.
 func (l *line) carry(dst, src net.Conn, cut func()) {
 	ctx, cancel := context.WithCancel(l.ctx)
 	w := wire{make(chan portion, maxPortions), semaphore.NewWeighted(maxUnderWay), ctx}

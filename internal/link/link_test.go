@@ -168,7 +168,8 @@ func silent(t *testing.T, c net.Conn) {
 	}
 }
 
-// BenchmarkThroughput sends one way, and reports which part of the rate was reached, and how much processor time a GB takes.
+// BenchmarkThroughput sends one way, and reports which part of the rate was reached, and how much
+// processor time a GB takes.
 func BenchmarkThroughput(b *testing.B) {
 	for _, rate := range []int64{2 << 20, 25e6, 125e6, 0} {
 		name := "unbounded"

@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package nixbase32 converts between bytes and the base-32 notation that Guix
-// and Nix use for hashes: in store file names, in the NarHash field of a
-// narinfo, and in the names of the links under /gnu/store/.links.
+// Package nixbase32 converts between bytes and the base-32 notation that Guix and Nix use for
+// hashes: in store file names, in the NarHash field of a narinfo, and in the names of the links
+// under /gnu/store/.links.
 //
-// The notation differs from RFC 4648 in its alphabet (the letters e, o, t and u
-// are left out) and in its order: the bytes are taken as one little-endian
-// number, and the most significant digit is written first. There is no padding.
-// Every byte string has exactly one spelling, and the decoders here accept no
-// other. (Guix, guix/base32.scm: bytevector->nix-base32-string; Guix,
+// The notation differs from RFC 4648 in its alphabet (the letters e, o, t and u are left out) and
+// in its order: the bytes are taken as one little-endian number, and the most significant digit is
+// written first. There is no padding. Every byte string has exactly one spelling, and the decoders
+// here accept no other. (Guix, guix/base32.scm: bytevector->nix-base32-string; Guix,
 // nix/libutil/hash.cc: printHash32.)
 //
-// Start with [EncodeToString] and [DecodeString]; use [AppendEncode] and
-// [Decode] where no memory should be allocated.
+// Start with [EncodeToString] and [DecodeString]; use [AppendEncode] and [Decode] where no memory
+// should be allocated.
 package nixbase32
 
 import (
@@ -24,8 +23,8 @@ import (
 // alphabet holds the 32 digits in ascending order.
 const alphabet = "0123456789abcdfghijklmnpqrsvwxyz"
 
-// invalid marks, in values, the bytes that are not digits. Its high bit is set,
-// unlike that of any digit, so that several digits can be checked at once.
+// invalid marks, in values, the bytes that are not digits. Its high bit is set, unlike that of any
+// digit, so that several digits can be checked at once.
 const invalid = 0xff
 
 // values maps each byte to its value as a digit.
@@ -39,30 +38,27 @@ var values = func() (v [256]byte) {
 	return v
 }()
 
-// Eight digits carry exactly five bytes, so both directions work on such groups,
-// from the end of the text and the start of the bytes, where the number is least
-// significant.
+// Eight digits carry exactly five bytes, so both directions work on such groups, from the end of
+// the text and the start of the bytes, where the number is least significant.
 const (
 	groupDigits = 8
 	groupBytes  = 5
 )
 
-// EncodedLen returns the number of digits that encode n bytes. n must not be
-// negative.
+// EncodedLen returns the number of digits that encode n bytes. n must not be negative.
 func EncodedLen(n int) int {
 	return n/groupBytes*groupDigits + (n%groupBytes*8+4)/5
 }
 
 // EncodeToString returns the nix-base32 notation of src.
 func EncodeToString(src []byte) string {
-	// The usual subject is a SHA-256 digest; it fits the array, which stays on
-	// the stack.
+	// The usual subject is a SHA-256 digest; it fits the array, which stays on the stack.
 	var buf [64]byte
 	return string(AppendEncode(buf[:0], src))
 }
 
-// AppendEncode appends the nix-base32 notation of src to dst and returns the
-// extended slice. src and the free capacity of dst must not overlap.
+// AppendEncode appends the nix-base32 notation of src to dst and returns the extended slice. src
+// and the free capacity of dst must not overlap.
 func AppendEncode(dst, src []byte) []byte {
 	start := len(dst)
 	n := EncodedLen(len(src))
@@ -95,9 +91,9 @@ func AppendEncode(dst, src []byte) []byte {
 
 // DecodeString returns the bytes that s is the nix-base32 notation of.
 //
-// It fails if the length of s is not [EncodedLen] of any number of bytes, if s
-// contains a character that is not a digit (the error names the first such
-// character), or if the digits say more than the bytes can hold.
+// It fails if the length of s is not [EncodedLen] of any number of bytes, if s contains a character
+// that is not a digit (the error names the first such character), or if the digits say more than
+// the bytes can hold.
 func DecodeString(s string) ([]byte, error) {
 	dst := make([]byte, len(s)*groupBytes/groupDigits)
 	if EncodedLen(len(dst)) != len(s) {
@@ -109,12 +105,12 @@ func DecodeString(s string) ([]byte, error) {
 	return dst, nil
 }
 
-// Decode fills dst with the bytes that s is the nix-base32 notation of. The
-// length of s must be exactly EncodedLen(len(dst)).
+// Decode fills dst with the bytes that s is the nix-base32 notation of. The length of s must be
+// exactly EncodedLen(len(dst)).
 //
-// It fails if the length is another one, if s contains a character that is not
-// a digit (the error names the first such character), or if the digits say more
-// than dst can hold. When it fails, what dst contains is unspecified.
+// It fails if the length is another one, if s contains a character that is not a digit (the error
+// names the first such character), or if the digits say more than dst can hold. When it fails, what
+// dst contains is unspecified.
 func Decode(dst []byte, s string) error {
 	if len(s) != EncodedLen(len(dst)) {
 		return fmt.Errorf("nix-base32: %d digits where %d bytes need %d", len(s), len(dst), EncodedLen(len(dst)))

@@ -13,8 +13,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 )
 
-// reference encodes with arbitrary-precision arithmetic, straight from the
-// definition: a little-endian number, most significant digit first.
+// reference encodes with arbitrary-precision arithmetic, straight from the definition: a
+// little-endian number, most significant digit first.
 func reference(src []byte) string {
 	be := bytes.Clone(src)
 	for i, j := 0, len(be)-1; i < j; i, j = i+1, j-1 {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package systemd takes sockets from a service manager that listens on behalf of its services, and tells it how the service
-// fares (sd_listen_fds(3), sd_notify(3)). The Shepherd speaks the first protocol too.
+// Package systemd takes sockets from a service manager that listens on behalf of its services, and
+// tells it how the service fares (sd_listen_fds(3), sd_notify(3)). The Shepherd speaks the first
+// protocol too.
 package systemd
 
 import (
@@ -23,7 +24,8 @@ const maxSockets = 64
 
 // Socket is a socket that the service manager listens on. One of Listener and Packets is set.
 type Socket struct {
-	// Name is the name that the service manager gives it (FileDescriptorName= of systemd.socket(5)); empty if there is none.
+	// Name is the name that the service manager gives it (FileDescriptorName= of
+	// systemd.socket(5)); empty if there is none.
 	Name     string
 	Listener net.Listener
 	Packets  net.PacketConn
@@ -37,9 +39,10 @@ func (s Socket) Close() error {
 	return s.Packets.Close()
 }
 
-// Sockets returns the sockets that the service manager has passed to this process; none if there is no service manager, or
-// if the variables are meant for another process. It must be called once at most, before anything else opens files. The
-// variables are removed from the environment, and the descriptors are not inherited by programs that are started.
+// Sockets returns the sockets that the service manager has passed to this process; none if there is
+// no service manager, or if the variables are meant for another process. It must be called once at
+// most, before anything else opens files. The variables are removed from the environment, and the
+// descriptors are not inherited by programs that are started.
 func Sockets() (_ []Socket, err error) {
 	pid, count, names := os.Getenv("LISTEN_PID"), os.Getenv("LISTEN_FDS"), os.Getenv("LISTEN_FDNAMES")
 	for _, variable := range []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID"} {
@@ -96,8 +99,8 @@ func socket(fd int) (net.Listener, net.PacketConn, error) {
 	return nil, p, err
 }
 
-// Notify tells the service manager about the state of the service: "READY=1", "STOPPING=1" and the like. It does nothing if
-// none listens (NOTIFY_SOCKET is not set).
+// Notify tells the service manager about the state of the service: "READY=1", "STOPPING=1" and the
+// like. It does nothing if none listens (NOTIFY_SOCKET is not set).
 func Notify(state string) error {
 	address := os.Getenv("NOTIFY_SOCKET")
 	if address == "" {

@@ -14,7 +14,8 @@ import (
 	"testing"
 )
 
-// TestMain plays a service if it is told to: it prints what sockets it has, and answers one client on each.
+// TestMain plays a service if it is told to: it prints what sockets it has, and answers one client
+// on each.
 func TestMain(m *testing.M) {
 	if os.Getenv("TEST_SERVICE") == "" {
 		os.Exit(m.Run())

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package unixsocket makes Unix sockets to listen on, where a dead server may have left one. Start with [Listen].
+// Package unixsocket makes Unix sockets to listen on, where a dead server may have left one. Start
+// with [Listen].
 package unixsocket
 
 import (
@@ -18,19 +19,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrInUse is wrapped by the error of [Listen] if a living server listens on the socket, or seems to.
+// ErrInUse is wrapped by the error of [Listen] if a living server listens on the socket, or seems
+// to.
 var ErrInUse = errors.New("another server listens on it")
 
 // maxPath is the longest path that the address of a Unix socket can hold, on Linux (unix(7)).
 const maxPath = 107
 
-// Listen listens on a stream socket at an absolute path, whose directory it makes if need be, with mode 0755. Who may connect
-// is decided by the permission to write to the socket: it gets the given mode, and the group with the given ID unless that is
-// negative. Nobody can connect before that is done (on Linux).
+// Listen listens on a stream socket at an absolute path, whose directory it makes if need be, with
+// mode 0755. Who may connect is decided by the permission to write to the socket: it gets the given
+// mode, and the group with the given ID unless that is negative. Nobody can connect before that is
+// done (on Linux).
 //
-// A socket that a dead server has left is replaced; anything else at the path is left alone. With ErrInUse wrapped, a living
-// server has the socket. Of several servers that start at the same time, one gets it: they agree by a lock on the file with
-// ".lock" behind the path, which stays. Closing the listener removes the socket.
+// A socket that a dead server has left is replaced; anything else at the path is left alone. With
+// ErrInUse wrapped, a living server has the socket. Of several servers that start at the same time,
+// one gets it: they agree by a lock on the file with ".lock" behind the path, which stays. Closing
+// the listener removes the socket.
 func Listen(path string, mode fs.FileMode, group int) (net.Listener, error) {
 	l, err := listen(path, mode, group)
 	if err != nil {
@@ -59,7 +63,8 @@ func listen(path string, mode fs.FileMode, group int) (_ net.Listener, err error
 		return nil, err
 	}
 	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
-		// On Linux the socket in the file system gets the mode that the descriptor had. Elsewhere the call may fail.
+		// On Linux the socket in the file system gets the mode that the descriptor had. Elsewhere
+		// the call may fail.
 		return c.Control(func(fd uintptr) { _ = unix.Fchmod(int(fd), 0) })
 	}}
 	inner, err := config.Listen(context.Background(), "unix", path)

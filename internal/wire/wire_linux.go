@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package wire joins two network namespaces of this machine by a wire on which packets take time, wait in a queue and get lost,
-// for tests and benchmarks in which the kernel's own TCP is at both ends. It does what the queueing discipline netem does, with
-// two TUN devices and a goroutine for each direction, so that it works with kernels that were built without netem. It needs
-// Linux and root. Start with [New].
+// Package wire joins two network namespaces of this machine by a wire on which packets take time,
+// wait in a queue and get lost, for tests and benchmarks in which the kernel's own TCP is at both
+// ends. It does what the queueing discipline netem does, with two TUN devices and a goroutine for
+// each direction, so that it works with kernels that were built without netem. It needs Linux and
+// root. Start with [New].
 //
-// Package link is the other simulation: it needs no privileges, and carries streams instead of packets, so that there is nothing
-// in it of windows, buffers and retransmissions of TCP.
+// Package link is the other simulation: it needs no privileges, and carries streams instead of
+// packets, so that there is nothing in it of windows, buffers and retransmissions of TCP.
 package wire
 
 import (
@@ -27,12 +28,13 @@ import (
 
 // Options say what a wire is like, in each direction.
 type Options struct {
-	// RoundTrip is the time that a packet and the answer to it are on the way, without the time in queues.
+	// RoundTrip is the time that a packet and the answer to it are on the way, without the time in
+	// queues.
 	RoundTrip time.Duration
 	// Rate is how many bytes per second pass, heads of packets included; 0 stands for no bound.
 	Rate int64
-	// Queue is how many bytes wait at most for their turn; what comes when it is full is lost. Default: what passes in one
-	// round trip, at least 256 KiB.
+	// Queue is how many bytes wait at most for their turn; what comes when it is full is lost.
+	// Default: what passes in one round trip, at least 256 KiB.
 	Queue int64
 	// Loss is the share of packets that are lost, from 0 to 1.
 	Loss float64
@@ -41,13 +43,15 @@ type Options struct {
 const (
 	// packetSize is the greatest length of a packet in bytes, that of Ethernet.
 	packetSize = 1500
-	// maxUnderWay is how many packets are on the way at most in one direction; further ones are lost.
+	// maxUnderWay is how many packets are on the way at most in one direction; further ones are
+	// lost.
 	maxUnderWay = 1 << 17
 	// Addresses that are meant for benchmarks (RFC 2544, section C.2.2).
 	nearAddress, farAddress = "198.18.0.1", "198.18.0.2"
 )
 
-// A Wire joins two namespaces, which exist as long as it does. It is safe for concurrent use, and must be closed.
+// A Wire joins two namespaces, which exist as long as it does. It is safe for concurrent use, and
+// must be closed.
 type Wire struct {
 	near, far *namespace
 	up, down  *direction
@@ -56,8 +60,9 @@ type Wire struct {
 	closeOnce sync.Once
 }
 
-// New makes two namespaces and the wire between them. The error wraps [os.ErrPermission] or [os.ErrNotExist] where that is not
-// possible, because we are not root or the kernel has no TUN devices.
+// New makes two namespaces and the wire between them. The error wraps [os.ErrPermission] or
+// [os.ErrNotExist] where that is not possible, because we are not root or the kernel has no TUN
+// devices.
 func New(o Options) (*Wire, error) {
 	if o.Queue <= 0 {
 		o.Queue = max(256<<10, int64(float64(o.Rate)*o.RoundTrip.Seconds()))
@@ -82,7 +87,8 @@ func New(o Options) (*Wire, error) {
 	return w, nil
 }
 
-// Close takes the wire and its namespaces away. Connections that are still open get no further packets.
+// Close takes the wire and its namespaces away. Connections that are still open get no further
+// packets.
 func (w *Wire) Close() {
 	w.closeOnce.Do(func() {
 		w.stop()
@@ -102,7 +108,8 @@ func (w *Wire) Listen() (net.Listener, error) {
 	return l, err
 }
 
-// Near calls f in a thread at the near end: sockets that f makes itself, not in another goroutine, are sockets there.
+// Near calls f in a thread at the near end: sockets that f makes itself, not in another goroutine,
+// are sockets there.
 func (w *Wire) Near(f func() error) error { return w.near.do(f) }
 
 // Far calls f in a thread at the far end, as [Wire.Near] does at the near one.
@@ -125,7 +132,8 @@ type namespace struct {
 	device *os.File
 }
 
-// newNamespace makes a namespace whose device has the given address; the other end is in the same network.
+// newNamespace makes a namespace whose device has the given address; the other end is in the same
+// network.
 func newNamespace(address string) (*namespace, error) {
 	n := &namespace{}
 	err := inThread(func() error {
@@ -190,7 +198,8 @@ func configure(device, address string) error {
 				return fmt.Errorf("address of %s: %w", device, err)
 			}
 		}
-		// What waits in front of the device would be a queue of ours to no purpose, but what does not fit would be lost.
+		// What waits in front of the device would be a queue of ours to no purpose, but what does
+		// not fit would be lost.
 		request.SetUint32(10000)
 		if err := unix.IoctlIfreq(socket, unix.SIOCSIFTXQLEN, request); err != nil {
 			return fmt.Errorf("queue of %s: %w", device, err)
@@ -318,9 +327,10 @@ func (d *direction) deliver(ctx context.Context) {
 	}
 }
 
-// SetTCPMemory sets how much memory a connection may have for what it receives and for what it sends, in bytes, in the namespace
-// of the thread, as an administrator does with sysctl (Linux, Documentation/networking/ip-sysctl.rst: tcp_rmem and tcp_wmem). It is
-// to be called by the function given to [Wire.Near] or [Wire.Far].
+// SetTCPMemory sets how much memory a connection may have for what it receives and for what it
+// sends, in bytes, in the namespace of the thread, as an administrator does with sysctl (Linux,
+// Documentation/networking/ip-sysctl.rst: tcp_rmem and tcp_wmem). It is to be called by the
+// function given to [Wire.Near] or [Wire.Far].
 func SetTCPMemory(receive, send int) error {
 	for name, most := range map[string]int{"tcp_rmem": receive, "tcp_wmem": send} {
 		file := "/proc/sys/net/ipv4/" + name

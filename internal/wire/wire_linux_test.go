@@ -26,8 +26,8 @@ func start(t *testing.T, o Options) *Wire {
 	return w
 }
 
-// TestWire sends something through a wire and back. Bytes must come as they were, whatever is lost on the way, and not before
-// they can.
+// TestWire sends something through a wire and back. Bytes must come as they were, whatever is lost
+// on the way, and not before they can.
 func TestWire(t *testing.T) {
 	sent := make([]byte, 2e6)
 	for i, random := 0, rand.New(rand.NewPCG(3, 4)); i < len(sent); i++ {

@@ -28,7 +28,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/ipfs"
 )
 
-// searching is an exchange that looks for blocks and never finds them, as a node does that is connected to the network.
+// searching is an exchange that looks for blocks and never finds them, as a node does that is
+// connected to the network.
 type searching struct{ exchange.Interface }
 
 func (searching) GetBlock(ctx context.Context, _ cid.Cid) (blocks.Block, error) {
@@ -135,8 +136,8 @@ func TestSearch(t *testing.T) {
 	}
 }
 
-// TestLocalhost has a gateway that sends whoever calls it by this name to a host for each CID, as Kubo does unless told
-// otherwise.
+// TestLocalhost has a gateway that sends whoever calls it by this name to a host for each CID, as
+// Kubo does unless told otherwise.
 func TestLocalhost(t *testing.T) {
 	n := startNode(t, gateway.Config{
 		PublicGateways: map[string]*gateway.PublicGateway{"localhost": {Paths: []string{"/ipfs"}, UseSubdomains: true}},

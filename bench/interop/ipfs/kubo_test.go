@@ -77,14 +77,16 @@ func startKubo(t *testing.T) (rpc, gateway string) {
 	return "http://127.0.0.1:" + port[strings.LastIndexByte(port, '/')+1:], read("gateway")
 }
 
-// TestKubo puts blocks to the usual daemon by its RPC, and gets them from there and from its gateway.
+// TestKubo puts blocks to the usual daemon by its RPC, and gets them from there and from its
+// gateway.
 func TestKubo(t *testing.T) {
 	rpcURL, gatewayURL := startKubo(t)
 	target, err := url.Parse(rpcURL)
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Daemons from before Kubo 0.11 are sent "format" when they refuse "cid-codec"; this one is not one of them.
+	// Daemons from before Kubo 0.11 are sent "format" when they refuse "cid-codec"; this one is not
+	// one of them.
 	var old atomic.Bool
 	proxy := httptest.NewServer(&httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
 		old.CompareAndSwap(false, r.In.URL.Query().Has("format"))
