@@ -19,12 +19,7 @@ import (
 // substituter's standard error, but reads it only while it waits for a reply; so nothing may be
 // written between requests. It is safe for concurrent use.
 type Log struct {
-	// Program stands before messages, like "guix substitute: warning: …".
-	program string
-	traces  bool
-	columns int
-	unicode bool
-	dynamic bool // progress lines that are drawn again and again
+	style LogStyle
 
 	mu   sync.Mutex
 	w    io.Writer
@@ -35,7 +30,7 @@ type Log struct {
 
 // A LogStyle says how a [Log] looks.
 type LogStyle struct {
-	// Program stands before each message.
+	// Program stands before each message: "guix substitute: warning: …".
 	Program string
 	// Traces asks for events that clients read instead of progress for people (Guix,
 	// guix/progress.scm: progress-reporter/trace).
@@ -51,16 +46,7 @@ type LogStyle struct {
 
 // NewLog returns a log that writes to w, each line with a single call of Write.
 func NewLog(w io.Writer, style LogStyle) *Log {
-	return &Log{
-		program: style.Program,
-		traces:  style.Traces,
-		columns: style.Columns,
-		unicode: style.Unicode,
-		dynamic: style.Dynamic,
-		w:       w,
-		said:    map[uint64]bool{},
-		seed:    maphash.MakeSeed(),
-	}
+	return &Log{style: style, w: w, said: map[uint64]bool{}, seed: maphash.MakeSeed()}
 }
 
 // maxSaid bounds what WarnOnce remembers.
@@ -94,7 +80,7 @@ func (l *Log) message(kind, text string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.endLine()
-	io.WriteString(l.w, l.program+": "+kind+text+"\n")
+	io.WriteString(l.w, l.style.Program+": "+kind+text+"\n")
 }
 
 // maxLine bounds what stands in a line, in bytes, so that it is written at once.
@@ -107,7 +93,7 @@ func (l *Log) oneLine(s string) string {
 		switch {
 		case unicode.IsControl(r):
 			return ' '
-		case r >= utf8.RuneSelf && !l.unicode:
+		case r >= utf8.RuneSelf && !l.style.Unicode:
 			return '?'
 		}
 		return r
@@ -137,7 +123,7 @@ func (l *Log) endLine() {
 
 // draw shows text in place of the progress line.
 func (l *Log) draw(text string) {
-	if !l.dynamic {
+	if !l.style.Dynamic {
 		return
 	}
 	io.WriteString(l.w, "\r\x1b[K"+text)
@@ -145,7 +131,7 @@ func (l *Log) draw(text string) {
 }
 
 // A descriptorWriter writes to a descriptor that nobody may be reading. A write that would wait for
-// longer than patience is dropped, for it is better to lose a message than to keep the daemon
+// longer than writeTimeout is dropped, for it is better to lose a message than to keep the daemon
 // waiting for a reply.
 type descriptorWriter struct {
 	fd    int
@@ -153,7 +139,7 @@ type descriptorWriter struct {
 }
 
 const (
-	patience = 3 * time.Second
+	writeTimeout = 3 * time.Second
 	// atomicWrite is how much a pipe takes without blocking when it is ready at all (PIPE_BUF).
 	atomicWrite = 4096
 )
@@ -181,11 +167,11 @@ func (w *descriptorWriter) Write(b []byte) (int, error) {
 }
 
 func (w *descriptorWriter) ready() bool {
-	timeout := int(patience / time.Millisecond)
+	timeout := int(writeTimeout / time.Millisecond)
 	if w.stuck {
 		timeout = 0
 	}
-	deadline := time.Now().Add(patience)
+	deadline := time.Now().Add(writeTimeout)
 	for {
 		n, err := unix.Poll([]unix.PollFd{{Fd: int32(w.fd), Events: unix.POLLOUT}}, timeout)
 		if err == unix.EINTR && time.Now().Before(deadline) {

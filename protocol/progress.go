@@ -55,7 +55,7 @@ func (d *Download) From(url string, size int64) {
 	l.mu.Lock()
 	l.endLine()
 	switch {
-	case !l.traces:
+	case !l.style.Traces:
 		io.WriteString(l.w, "Downloading "+url+"...\n")
 	case !d.started:
 		io.WriteString(l.w, "@ download-started "+d.item+" "+url+" "+d.sizeField()+"\n")
@@ -112,9 +112,9 @@ func (d *Download) Finish(success bool) {
 		d.show()
 	}
 	switch {
-	case !l.traces:
+	case !l.style.Traces:
 		l.endLine()
-		if l.dynamic {
+		if l.style.Dynamic {
 			io.WriteString(l.w, "\n")
 		}
 	case success:
@@ -142,12 +142,12 @@ func (d *Download) show() {
 		return
 	}
 	d.shown = n
-	if d.log.traces {
+	if d.log.style.Traces {
 		fmt.Fprintf(d.log.w, "@ download-progress %s %s %s %d\n", d.item, d.url, d.sizeField(), n)
 		return
 	}
 	elapsed := time.Since(d.begin)
-	d.log.draw(progressLine(d.name(), d.size, n, elapsed, d.log.columns, d.log.unicode))
+	d.log.draw(progressLine(d.name(), d.size, n, elapsed, d.log.style.Columns, d.log.style.Unicode))
 }
 
 // name is what is downloaded, for people: the base name of the URL, or of the item if the URL names
