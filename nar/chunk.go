@@ -53,18 +53,24 @@ type Feeder interface {
 	Next() (Chunk, error)
 }
 
-// buffer is the memory behind the chunks of a ReadAhead.
+// buffer is memory that goes home when its last user has released it.
 type buffer struct {
 	bytes []byte
 	users atomic.Int32
-	home  chan *buffer
+	home  func(*buffer) // must not wait
+}
+
+// lend returns the first n bytes of the memory, which has one user then.
+func (b *buffer) lend(n int) Chunk {
+	b.users.Store(1)
+	return Chunk{b.bytes[:n], b}
 }
 
 func (b *buffer) Retain() { b.users.Add(1) }
 
 func (b *buffer) Release() {
 	if b.users.Add(-1) == 0 {
-		b.home <- b // has room for all buffers
+		b.home(b)
 	}
 }
 
@@ -94,7 +100,8 @@ func NewReadAhead(ctx context.Context, r io.Reader, count, size int) *ReadAhead 
 
 func (a *ReadAhead) read(ctx context.Context, r io.Reader, count, size int) {
 	defer close(a.pieces)
-	free := make(chan *buffer, count)
+	free := make(chan *buffer, count) // has room for all
+	home := func(b *buffer) { free <- b }
 	made := 0
 	var failed error
 	for failed == nil {
@@ -103,7 +110,7 @@ func (a *ReadAhead) read(ctx context.Context, r io.Reader, count, size int) {
 		case b = <-free:
 		default:
 			if made < count {
-				b = &buffer{bytes: make([]byte, size), home: free}
+				b = &buffer{bytes: make([]byte, size), home: home}
 				made++
 				break
 			}
@@ -125,8 +132,7 @@ func (a *ReadAhead) read(ctx context.Context, r io.Reader, count, size int) {
 			}
 		}
 		if n > 0 {
-			b.users.Store(1)
-			if !a.send(ctx, piece{chunk: Chunk{b.bytes[:n], b}}) {
+			if !a.send(ctx, piece{chunk: b.lend(n)}) {
 				return
 			}
 		}

@@ -22,22 +22,12 @@ type Hasher struct {
 	framer Framer
 	size   uint64
 	frame  []byte // what is not handed over yet; the memory of fill
-	fill   *frameBuffer
-	free   chan *frameBuffer
+	fill   *buffer
+	free   chan *buffer
 	pieces chan Chunk // nil as long as there is no goroutine
 	done   sync.WaitGroup
 	state  hash.Hash
 }
-
-// frameBuffer is the memory of a run of framing bytes, which grows as it is needed. It has one
-// user.
-type frameBuffer struct {
-	bytes []byte
-	home  chan *frameBuffer
-}
-
-func (b *frameBuffer) Retain()  { panic("a frame has one user") }
-func (b *frameBuffer) Release() { b.home <- b } // has room for all
 
 const (
 	frameFull    = 32 << 10
@@ -52,9 +42,10 @@ const (
 
 // NewHasher starts a hasher. When ctx is done its methods return the error of ctx.
 func NewHasher(ctx context.Context) *Hasher {
-	h := &Hasher{ctx: ctx, free: make(chan *frameBuffer, frameBuffers), state: sha256.New()}
+	h := &Hasher{ctx: ctx, free: make(chan *buffer, frameBuffers), state: sha256.New()}
+	home := func(b *buffer) { h.free <- b } // has room for all
 	for range frameBuffers {
-		h.free <- &frameBuffer{home: h.free}
+		h.free <- &buffer{home: home}
 	}
 	return h
 }
@@ -156,7 +147,7 @@ func (h *Hasher) push() error {
 		return nil
 	}
 	h.fill.bytes = h.frame // it may have grown
-	if err := h.send(Chunk{h.frame, h.fill}); err != nil {
+	if err := h.send(h.fill.lend(len(h.frame))); err != nil {
 		return err
 	}
 	h.fill, h.frame = nil, nil

@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,7 +24,7 @@ type Tree struct {
 
 	file *os.File // the Regular under way, nil when there is none
 	left uint64
-	free sync.Pool // of *treePiece
+	free sync.Pool // of *buffer
 }
 
 // listing is a directory that is being walked: its path and the entries to come, the next one last.
@@ -169,27 +168,11 @@ func (t *Tree) memory() Chunk {
 	if t.left < contentsPiece {
 		return Chunk{Bytes: make([]byte, t.left)}
 	}
-	b, _ := t.free.Get().(*treePiece)
+	b, _ := t.free.Get().(*buffer)
 	if b == nil {
-		b = &treePiece{bytes: make([]byte, contentsPiece), home: &t.free}
+		b = &buffer{bytes: make([]byte, contentsPiece), home: func(b *buffer) { t.free.Put(b) }}
 	}
-	b.users.Store(1)
-	return Chunk{b.bytes, b}
-}
-
-// treePiece is the memory behind a whole piece of contents.
-type treePiece struct {
-	bytes []byte
-	users atomic.Int32
-	home  *sync.Pool
-}
-
-func (b *treePiece) Retain() { b.users.Add(1) }
-
-func (b *treePiece) Release() {
-	if b.users.Add(-1) == 0 {
-		b.home.Put(b)
-	}
+	return b.lend(contentsPiece)
 }
 
 // Write writes the archive of the whole tree that nodes holds to w. It returns the number of bytes

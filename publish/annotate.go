@@ -178,5 +178,5 @@ func (a *Annotator) annotate(ctx context.Context, text []byte) (annotated []byte
 			return text, err != nil
 		}
 	}
-	return withCapability(n, c), true
+	return []byte(withCapability(n, c)), true
 }

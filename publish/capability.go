@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -100,27 +101,21 @@ type Capabilities struct {
 	ctx     context.Context
 	stop    context.CancelFunc
 
-	mu      sync.Mutex
-	closed  bool
-	known   map[string]known   // by hash part
-	failed  map[string]failure // by path and hash
-	flights map[string]*flight // of items that are being encoded, by path and hash
+	mu        sync.Mutex
+	closed    bool
+	known     map[string]known     // by hash part
+	encodings map[string]*encoding // that are under way or have failed, by path and hash
 	// For how long requests may wait, as it was when one began to.
-	patience time.Duration
-	waited   time.Time
+	waiting time.Duration
+	waited  time.Time
 }
 
-// flight is the encoding of one item, for all who wait for it.
-type flight struct {
+// An encoding is that of one item, for all who wait for it.
+type encoding struct {
 	done       chan struct{}
 	capability eris.ReadCapability // when done is closed
 	err        error
-}
-
-// failure is why an item could not be encoded, and until when that need not be tried again.
-type failure struct {
-	err   error
-	until time.Time
+	until      time.Time // when an item that could not be encoded may be tried again; zero before
 }
 
 const (
@@ -166,8 +161,8 @@ func NewCapabilities(directory string, store fetch.Store, log func(format string
 		directory: directory, store: store, log: log,
 		workers: make(chan struct{}, runtime.GOMAXPROCS(0)),
 		ctx:     ctx, stop: stop,
-		known: map[string]known{}, failed: map[string]failure{}, flights: map[string]*flight{},
-		patience: patience, waited: time.Now(),
+		known: map[string]known{}, encodings: map[string]*encoding{},
+		waiting: maxWait, waited: time.Now(),
 	}
 }
 
@@ -248,7 +243,7 @@ func (c *Capabilities) Gone(ctx context.Context, hashPart string) (n *narinfo.Na
 	if digest, err := hex.DecodeString(k.NarHash); err != nil || copy(n.NarDigest[:], digest) != len(n.NarDigest) {
 		return nil, capability, false
 	}
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, maxWait)
 	defer cancel()
 	_, err = c.store.Get(ctx, capability.Root, capability.BlockSize, make([]byte, 0, capability.BlockSize))
 	return n, capability, err == nil
@@ -277,21 +272,21 @@ func (c *Capabilities) Find(ctx context.Context, path string, narHash [sha256.Si
 	if capability, ok := c.Known(path, narHash); ok {
 		return capability, nil
 	}
-	f := c.encoding(path, narHash, false)
+	e := c.encoding(path, narHash, false)
 	select {
-	case <-f.done:
-		return f.capability, f.err
+	case <-e.done:
+		return e.capability, e.err
 	case <-ctx.Done():
 		return eris.ReadCapability{}, ctx.Err()
 	}
 }
 
 const (
-	// patience is for how long requests may be kept waiting for items to be encoded. A client that
+	// maxWait is for how long requests may be kept waiting for items to be encoded. A client that
 	// asks for many items on one connection gives up before long.
-	patience = 5 * time.Second
-	// Patience comes back a second for every so many.
-	patienceAfter = 4
+	maxWait = 5 * time.Second
+	// What of it has been used comes back, a second for every so many.
+	refillAfter = 4
 )
 
 // FindSoon is Find for whoever waits only as long as is bearable, all who wait taken together. If
@@ -300,22 +295,22 @@ func (c *Capabilities) FindSoon(ctx context.Context, path string, narHash [sha25
 	if capability, ok := c.Known(path, narHash); ok {
 		return capability, true, nil
 	}
-	f := c.encoding(path, narHash, true)
+	e := c.encoding(path, narHash, true)
 	begin := time.Now()
 	c.mu.Lock()
-	c.patience = min(patience, c.patience+begin.Sub(c.waited)/patienceAfter)
+	c.waiting = min(maxWait, c.waiting+begin.Sub(c.waited)/refillAfter)
 	c.waited = begin
-	timer := time.NewTimer(max(0, c.patience))
+	timer := time.NewTimer(max(0, c.waiting))
 	c.mu.Unlock()
 	defer timer.Stop()
 	defer func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		c.patience = max(0, c.patience-time.Since(begin))
+		c.waiting = max(0, c.waiting-time.Since(begin))
 	}()
 	select {
-	case <-f.done:
-		return f.capability, f.err == nil, f.err
+	case <-e.done:
+		return e.capability, e.err == nil, e.err
 	case <-timer.C:
 		return eris.ReadCapability{}, false, nil
 	case <-ctx.Done():
@@ -329,46 +324,42 @@ func (c *Capabilities) FindLater(path string, narHash [sha256.Size]byte) {
 	c.encoding(path, narHash, true)
 }
 
-// encoding returns the flight of an item, which it starts if there is none.
-func (c *Capabilities) encoding(path string, narHash [sha256.Size]byte, logged bool) *flight {
+// encoding returns the encoding of an item, which it starts if there is none.
+func (c *Capabilities) encoding(path string, narHash [sha256.Size]byte, logged bool) *encoding {
 	key := fmt.Sprintf("%s %x", path, narHash)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if f := c.flights[key]; f != nil {
-		return f
+	if e := c.encodings[key]; e != nil && (e.until.IsZero() || time.Now().Before(e.until)) {
+		return e
 	}
-	f := &flight{done: make(chan struct{})}
-	if failed := c.failed[key]; c.closed || time.Now().Before(failed.until) {
-		if f.err = failed.err; c.closed {
-			f.err = context.Canceled
-		}
-		close(f.done)
-		return f
+	e := &encoding{done: make(chan struct{})}
+	if c.closed {
+		e.err = context.Canceled
+		close(e.done)
+		return e
 	}
-	c.flights[key] = f
+	if len(c.encodings) >= maxKnown {
+		maps.DeleteFunc(c.encodings, func(_ string, e *encoding) bool { return !e.until.IsZero() })
+	}
+	c.encodings[key] = e
 	c.wait.Go(func() {
-		defer close(f.done)
-		f.capability, f.err = c.encodeInTurn(path, narHash)
-		if f.err != nil && c.ctx.Err() == nil && logged {
-			c.log("%v", f.err)
+		defer close(e.done)
+		e.capability, e.err = c.encodeInTurn(path, narHash)
+		if e.err != nil && c.ctx.Err() == nil && logged {
+			c.log("%v", e.err)
 		}
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		delete(c.flights, key)
-		if f.err == nil || c.ctx.Err() != nil {
-			delete(c.failed, key)
-			return
+		switch {
+		case e.err == nil || c.ctx.Err() != nil:
+			delete(c.encodings, key)
+		case errors.Is(e.err, errOtherContents):
+			e.until = time.Now().Add(retryOtherAfter)
+		default:
+			e.until = time.Now().Add(retryAfter)
 		}
-		until := time.Now().Add(retryAfter)
-		if errors.Is(f.err, errOtherContents) {
-			until = time.Now().Add(retryOtherAfter)
-		}
-		if len(c.failed) == maxKnown {
-			clear(c.failed)
-		}
-		c.failed[key] = failure{f.err, until}
 	})
-	return f
+	return e
 }
 
 // encodeInTurn encodes an item when there is a core for it.
@@ -380,7 +371,7 @@ func (c *Capabilities) encodeInTurn(path string, narHash [sha256.Size]byte) (eri
 		return eris.ReadCapability{}, c.ctx.Err()
 	}
 	if capability, ok := c.Known(path, narHash); ok {
-		return capability, nil // another flight has just ended
+		return capability, nil // another encoding has just ended
 	}
 	return c.encode(path, narHash)
 }
@@ -425,5 +416,5 @@ func (c *Capabilities) write(name string, k known) error {
 	if err := os.MkdirAll(c.directory, 0o755); err != nil {
 		return err
 	}
-	return writeFile(c.directory, filepath.Base(c.file(name)), append(text, '\n'))
+	return writeFile(c.file(name), string(text)+"\n")
 }

@@ -15,6 +15,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -88,8 +89,8 @@ func (e *exporter) run(ctx context.Context, items []string) error {
 	if err := os.MkdirAll(e.o.Directory, 0o755); err != nil {
 		return err
 	}
-	info := fmt.Sprintf("StoreDir: %s\nWantMassQuery: 0\nPriority: 100\n", e.o.StoreDir)
-	if err := writeFile(e.o.Directory, "nix-cache-info", []byte(info)); err != nil {
+	info := cacheInfo(e.o.StoreDir)
+	if err := writeFile(filepath.Join(e.o.Directory, "nix-cache-info"), info); err != nil {
 		return err
 	}
 	// Level by level, so that narinfos are asked for many at a time.
@@ -226,7 +227,7 @@ func (e *exporter) export(ctx context.Context, path string, n *narinfo.Narinfo) 
 	e.done.Items++
 	e.done.Blocks += blocks
 	e.done.Bytes += bytes
-	return writeFile(e.o.Directory, filepath.Base(path)[:32]+".narinfo", withCapability(n, encoding.Capability))
+	return writeFile(filepath.Join(e.o.Directory, filepath.Base(path)[:32]+".narinfo"), withCapability(n, encoding.Capability))
 }
 
 // check hashes the archive of a tree, before any of its blocks is stored.
@@ -250,38 +251,21 @@ func otherContents(path string, sum [sha256.Size]byte, n *narinfo.Narinfo) error
 // withCapability returns the text of a narinfo with a read capability below the signature, if it
 // does not have it. The rest stays as it is but for empty lines at the end, which would end the
 // record.
-func withCapability(n *narinfo.Narinfo, c eris.ReadCapability) []byte {
+func withCapability(n *narinfo.Narinfo, c eris.ReadCapability) string {
 	for _, e := range n.ERIS {
 		if had, err := eris.ParseURN(e.URN); err == nil && had == c {
-			return []byte(n.Text())
+			return n.Text()
 		}
 	}
-	return []byte(strings.TrimRight(n.Text(), "\n") + "\nERIS: " + c.URN() + "\n")
+	return strings.TrimRight(n.Text(), "\n") + "\nERIS: " + c.URN() + "\n"
 }
 
-// writeFile puts a file into a directory at once.
-func writeFile(directory, name string, text []byte) error {
-	f, err := os.CreateTemp(directory, ".new-")
-	if err != nil {
+// writeFile writes a file so that it is old or new, also after a power failure.
+func writeFile(path, text string) error {
+	return files.Replace(path, 0o644, files.Options{Sync: true}, func(w io.Writer) error {
+		_, err := io.WriteString(w, text)
 		return err
-	}
-	_, err = f.Write(text)
-	if err == nil {
-		err = f.Chmod(0o644)
-	}
-	if err == nil {
-		err = f.Sync()
-	}
-	if err2 := f.Close(); err == nil {
-		err = err2
-	}
-	if err == nil {
-		err = os.Rename(f.Name(), filepath.Join(directory, name))
-	}
-	if err != nil {
-		os.Remove(f.Name())
-	}
-	return err
+	})
 }
 
 // writerUntil fails when a context ends.

@@ -139,7 +139,12 @@ key that signs them is <a href="signing-key.pub">here</a>.</p></body></html>
 
 func (s *Server) cacheInfo(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "text/plain")
-	fmt.Fprintf(w, "StoreDir: %s\nWantMassQuery: 0\nPriority: 100\n", s.o.StoreDir)
+	io.WriteString(w, cacheInfo(s.o.StoreDir))
+}
+
+// cacheInfo is the text of nix-cache-info, by which clients know a substitute server.
+func cacheInfo(storeDir string) string {
+	return fmt.Sprintf("StoreDir: %s\nWantMassQuery: 0\nPriority: 100\n", storeDir)
 }
 
 func (s *Server) signingKey(w http.ResponseWriter, r *http.Request) {

@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
 // ErrInUse is wrapped by the error of [Listen] if a living server listens on the socket, or seems
@@ -50,8 +52,10 @@ func listen(path string, mode fs.FileMode, group int) (_ net.Listener, err error
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, err
 	}
-	lock, err := lockFile(path + ".lock")
-	if err != nil {
+	lock, err := files.Lock(path+".lock", 0)
+	if errors.Is(err, files.ErrLocked) {
+		return nil, ErrInUse
+	} else if err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -90,28 +94,6 @@ func listen(path string, mode fs.FileMode, group int) (_ net.Listener, err error
 		return nil, err
 	}
 	return l, nil
-}
-
-// lockFile takes the lock that a server has as long as it lives.
-func lockFile(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	for {
-		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err != unix.EINTR {
-			break
-		}
-	}
-	if err != nil {
-		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, ErrInUse
-		}
-		return nil, fmt.Errorf("locking %s: %w", path, err)
-	}
-	return f, nil
 }
 
 // removeDead removes a socket that nobody listens on.
