@@ -78,6 +78,18 @@ func configurationDirectory() string {
 	return directoryFrom("GUIX_CONFIGURATION_DIRECTORY", "/etc/guix")
 }
 
+// cacheDirectory returns the directory of what servers keep, for the system or for a user.
+func cacheDirectory(name string) (string, error) {
+	base := "/var/cache"
+	if os.Geteuid() != 0 {
+		var err error
+		if base, err = os.UserCacheDir(); err != nil {
+			return "", err
+		}
+	}
+	return filepath.Join(base, "guix-substitute-eris", name), nil
+}
+
 func directoryFrom(variable, fallback string) string {
 	if d := os.Getenv(variable); d != "" {
 		return filepath.Clean(d)

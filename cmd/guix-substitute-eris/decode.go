@@ -4,13 +4,11 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io/fs"
 	"os"
-	"os/signal"
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
@@ -44,20 +42,13 @@ func decodeCommand(args []string) int {
 	if flags.NArg() != 2 {
 		return fail("decode takes a URN and a destination")
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	ctx, stop := untilSignal()
 	defer stop()
 	result, err := decode(ctx, flags.Arg(0), flags.Arg(1), *stores, *raw)
-	if err != nil {
-		return fail("%v", err)
+	if err == nil && *asJSON {
+		err = printJSON(result)
 	}
-	if *asJSON {
-		text, err := json.MarshalIndent(result, "", "  ")
-		if err != nil {
-			return fail("%v", err)
-		}
-		fmt.Println(string(text))
-	}
-	return 0
+	return status(err)
 }
 
 // decodeResult is what decode prints.

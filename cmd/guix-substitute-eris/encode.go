@@ -5,17 +5,14 @@ package main
 import (
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"flag"
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -56,22 +53,15 @@ func encodeCommand(args []string) int {
 	if flags.NArg() != 1 {
 		return fail("encode takes one file or directory")
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	ctx, stop := untilSignal()
 	defer stop()
 	result, err := s.encode(ctx, flags.Arg(0))
-	if err != nil {
-		return fail("%v", err)
-	}
-	if !s.json {
+	if err == nil && s.json {
+		err = printJSON(result)
+	} else if err == nil {
 		fmt.Println(result.URN)
-		return 0
 	}
-	text, err := json.MarshalIndent(result, "", "  ")
-	if err != nil {
-		return fail("%v", err)
-	}
-	fmt.Println(string(text))
-	return 0
+	return status(err)
 }
 
 // encodeResult is what encode prints.

@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -55,7 +54,7 @@ func exportCommand(args []string) int {
 		return fail("%v", err)
 	}
 	s.load()
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	ctx, stop := untilSignal()
 	defer stop()
 	unix.Umask(0o022)
 	if err := os.MkdirAll(directory, 0o755); err != nil {

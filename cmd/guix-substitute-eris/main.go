@@ -5,13 +5,18 @@
 package main
 
 import (
+	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"runtime/debug"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 func main() { os.Exit(run(os.Args[1:])) }
@@ -29,21 +34,13 @@ func run(args []string) int {
 		fmt.Print(help)
 		return 0
 	}
+	commands := map[string]func([]string) int{
+		"substitute": substituteCommand, "encode": encodeCommand, "decode": decodeCommand, "serve": serveCommand,
+		"publish": publishCommand, "export": exportCommand, "demo": demoCommand,
+	}
 	switch name := args[0]; {
-	case name == "substitute":
-		return substituteCommand(args[1:])
-	case name == "encode":
-		return encodeCommand(args[1:])
-	case name == "decode":
-		return decodeCommand(args[1:])
-	case name == "serve":
-		return serveCommand(args[1:])
-	case name == "publish":
-		return publishCommand(args[1:])
-	case name == "export":
-		return exportCommand(args[1:])
-	case name == "demo":
-		return demoCommand(args[1:])
+	case commands[name] != nil:
+		return commands[name](args[1:])
 	case name == "help" || name == "--help" || name == "-h" || name == "-help":
 		fmt.Print(help)
 		return 0
@@ -126,6 +123,29 @@ func printUsage(w io.Writer, flags *flag.FlagSet, usage string) {
 		}
 		fmt.Fprintf(w, "  --%s%s\n        %s\n", f.Name, value, text)
 	})
+}
+
+// untilSignal returns a context that ends when the user or the service manager ends the program.
+func untilSignal() (context.Context, context.CancelFunc) {
+	return signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+}
+
+// status shows the error of a command that a person runs, if there is one, and returns its exit
+// status.
+func status(err error) int {
+	if err != nil {
+		return fail("%v", err)
+	}
+	return 0
+}
+
+// printJSON prints a result on standard output.
+func printJSON(v any) error {
+	text, err := json.MarshalIndent(v, "", "  ")
+	if err == nil {
+		_, err = fmt.Println(string(text))
+	}
+	return err
 }
 
 // fail shows an error of a command that a person runs.

@@ -11,7 +11,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"strings"
 	"time"
@@ -88,16 +87,13 @@ func publishCommand(args []string) int {
 	if flags.NArg() > 0 {
 		return fail("publish takes no arguments, and %q was given", flags.Args())
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	ctx, stop := untilSignal()
 	defer stop()
 	l, err := net.Listen("tcp", s.listen)
 	if err != nil {
 		return fail("%v", err)
 	}
-	if err := s.serve(ctx, l); err != nil {
-		return fail("%v", err)
-	}
-	return 0
+	return status(s.serve(ctx, l))
 }
 
 // logf shows a message of a server.
@@ -206,14 +202,10 @@ func (s *publishSettings) capabilities(closers *[]func()) (*publish.Capabilities
 	}
 	directory := s.cache
 	if directory == "" {
-		base := "/var/cache"
-		if os.Geteuid() != 0 {
-			var err error
-			if base, err = os.UserCacheDir(); err != nil {
-				return nil, fmt.Errorf("%w; name a directory by --cache", err)
-			}
+		var err error
+		if directory, err = cacheDirectory("capabilities"); err != nil {
+			return nil, fmt.Errorf("%w; name a directory by --cache", err)
 		}
-		directory = filepath.Join(base, "guix-substitute-eris", "capabilities")
 	}
 	c := publish.NewCapabilities(directory, store, logf)
 	*closers = append(*closers, c.Close)

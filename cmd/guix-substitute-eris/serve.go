@@ -4,13 +4,13 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -32,7 +32,6 @@ else --listen says. URLs of --listen are
   coap+tcp://HOST:PORT    CoAP over TCP
   coap+ws://HOST:PORT     CoAP over WebSockets, at the path /.well-known/coap
   coap://HOST:PORT        CoAP over UDP
-  coap+ws://HOST:PORT     CoAP over WebSockets, at the path /.well-known/coap
   coap+unix:///PATH       CoAP over a further Unix socket
   http://HOST:PORT        HTTP, at the path /uri-res/N2R
 
@@ -77,36 +76,22 @@ func serveCommand(args []string) int {
 		return fail("serve takes no arguments, and %q was given", flags.Args())
 	}
 	if s.stats {
-		if err := s.printStatistics(); err != nil {
-			return fail("%v", err)
-		}
-		return 0
+		return status(s.printStatistics())
 	}
-	if err := s.run(); err != nil {
-		return fail("%v", err)
-	}
-	return 0
+	return status(s.run())
 }
 
 // printStatistics prints the statistics of a running server.
 func (s *serveSettings) printStatistics() error {
-	socket := s.socket
-	if socket == "" {
-		var err error
-		if socket, err = defaultSocket(os.Geteuid(), os.Getenv("XDG_RUNTIME_DIR")); err != nil {
-			return err
-		}
+	socket, err := s.socketPath()
+	if err != nil {
+		return err
 	}
 	answer, err := askStatistics(socket)
 	if err != nil {
 		return err
 	}
-	text, err := json.MarshalIndent(answer, "", "  ")
-	if err != nil {
-		return err
-	}
-	fmt.Println(string(text))
-	return nil
+	return printJSON(answer)
 }
 
 // run serves until a signal comes or something fails for good.
@@ -115,7 +100,7 @@ func (s *serveSettings) run() error {
 	if err != nil {
 		return err
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	ctx, stop := untilSignal()
 	defer stop()
 	var endpoints []*endpoint
 	defer func() {
@@ -157,29 +142,19 @@ func (s *serveSettings) run() error {
 	for in, out, i := ratelimit.New(rate, 0), ratelimit.New(rate, 0), 0; i < len(endpoints); i++ {
 		endpoints[i].limit(in, out)
 	}
-	err = serveEndpoints(ctx, store, endpoints, patience(rate), stop)
+	err = serveEndpoints(ctx, store, endpoints, messageTimeout(rate), stop)
 	return errors.Join(err, store.Close())
 }
 
 // endpoints returns where to listen, given what is listened on already.
 func (s *serveSettings) endpoints(passed []*endpoint) ([]*endpoint, error) {
 	var endpoints []*endpoint
-	socket := s.socket
-	if socket == "" {
-		for _, e := range passed {
-			if e.scheme == "coap+unix" {
-				socket = "none"
-			}
+	onSocket := func(e *endpoint) bool { return e.scheme == "coap+unix" }
+	if s.socket != "none" && (s.socket != "" || !slices.ContainsFunc(passed, onSocket)) {
+		path, err := s.socketPath()
+		if err == nil {
+			path, err = filepath.Abs(path)
 		}
-	}
-	if socket == "" {
-		var err error
-		if socket, err = defaultSocket(os.Geteuid(), os.Getenv("XDG_RUNTIME_DIR")); err != nil {
-			return nil, err
-		}
-	}
-	if socket != "none" {
-		path, err := filepath.Abs(socket)
 		if err != nil {
 			return nil, err
 		}
@@ -196,6 +171,14 @@ func (s *serveSettings) endpoints(passed []*endpoint) ([]*endpoint, error) {
 		return nil, errors.New("there is nothing to listen on; name something by --socket or --listen")
 	}
 	return endpoints, nil
+}
+
+// socketPath returns the path of the socket.
+func (s *serveSettings) socketPath() (string, error) {
+	if s.socket != "" {
+		return s.socket, nil
+	}
+	return defaultSocket(os.Geteuid(), os.Getenv("XDG_RUNTIME_DIR"))
 }
 
 // defaultSocket returns the path of the socket where the store of the system, or of a user, is
@@ -224,14 +207,10 @@ func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error
 	}
 	directory := s.directory
 	if directory == "" {
-		base := "/var/cache"
-		if os.Geteuid() != 0 {
-			var err error
-			if base, err = os.UserCacheDir(); err != nil {
-				return nil, fmt.Errorf("%w; name a directory by --directory", err)
-			}
+		var err error
+		if directory, err = cacheDirectory("blocks"); err != nil {
+			return nil, fmt.Errorf("%w; name a directory by --directory", err)
 		}
-		directory = filepath.Join(base, "guix-substitute-eris", "blocks")
 	}
 	store, err := blockstore.Open(directory, options)
 	if errors.Is(err, blockstore.ErrDamaged) {
@@ -250,10 +229,10 @@ func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error
 // store takes no more blocks; SIGUSR1 has the statistics written to the log. From then on, further
 // signals end the program at once.
 func serveEndpoints(
-	ctx context.Context, store *blockstore.Store, endpoints []*endpoint, patience time.Duration, restoreSignals func(),
+	ctx context.Context, store *blockstore.Store, endpoints []*endpoint, timeout time.Duration, restoreSignals func(),
 ) error {
 	logError := func(err error) { logf("%v", err) }
-	web := httpserver.New(httpserver.Config{Blocks: store, Sink: store, RequestTimeout: patience, Log: logError})
+	web := httpserver.New(httpserver.Config{Blocks: store, Sink: store, RequestTimeout: timeout, Log: logError})
 	started := time.Now()
 	var coap *coapserver.Server
 	stats := func() []byte { return statisticsOf(started, store, coap, web).text() }
@@ -261,7 +240,7 @@ func serveEndpoints(
 		Resources: []coapserver.Resource{{Blocks: store, Sink: store}},
 		Documents: []coapserver.Document{{Path: statisticsPath, Format: uint16(message.AppJSON), Text: stats}},
 
-		MessageTimeout: patience,
+		MessageTimeout: timeout,
 		Log:            logError,
 	})
 	if err != nil {
@@ -283,8 +262,6 @@ func serveEndpoints(
 				err = coap.ServeWebSocket(e.listener, coapserver.Access{Get: e.get, Put: e.put})
 			case e.scheme == "http":
 				err = web.Serve(e.listener, httpserver.Access{Get: e.get, Put: e.put})
-			case e.scheme == "coap+ws":
-				err = coap.ServeWebSocket(e.listener, coapserver.Access{Get: e.get, Put: e.put})
 			default:
 				err = coap.Serve(e.listener, coapserver.Access{Get: e.get, Put: e.put, Documents: e.scheme == "coap+unix"})
 			}
@@ -322,9 +299,9 @@ func serveEndpoints(
 	return err
 }
 
-// patience returns how long a client may take for a message, given the limit of bytes per second, 0
+// messageTimeout returns how long a client may take for a message, given the limit of bytes per second, 0
 // if there is none. It must not be cut off because it has to share the rate with many others.
-func patience(rate int64) time.Duration {
+func messageTimeout(rate int64) time.Duration {
 	const shared = 64 << 20 // 256 KiB for each of 256 connections
 	if rate <= 0 {
 		return time.Minute

@@ -8,7 +8,6 @@ import (
 	"flag"
 	"io"
 	"os"
-	"os/signal"
 	"runtime/debug"
 	"time"
 
@@ -91,7 +90,7 @@ func byHandCommand(args []string) int {
 		return s.serve(os.Stdin, 1, *query)
 	}
 	s.showNotes()
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	ctx, stop := untilSignal()
 	defer stop()
 	sub := s.session(*query)
 	defer sub.close()
