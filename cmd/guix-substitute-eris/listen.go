@@ -3,7 +3,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"io/fs"
 	"net"
@@ -12,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/systemd"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/unixsocket"
@@ -27,96 +27,41 @@ type endpoint struct {
 	packets  net.PacketConn // if it is
 }
 
-// serveSchemes are the schemes of endpoints, and the networks to listen on.
-var serveSchemes = map[string]string{"coap+unix": "unix", "coap+tcp": "tcp", "coap+ws": "tcp", "coap": "udp", "http": "tcp"}
+// serveNetworks are the schemes of endpoints, and the networks to listen on.
+var serveNetworks = map[string]string{"coap+unix": "unix", "coap+tcp": "tcp", "coap+ws": "tcp", "coap": "udp", "http": "tcp"}
 
-// parseEndpoint reads the URL of --listen: scheme://host:port?get&put, or
-// coap+unix:///path?get&put. Without a query, blocks may be got, and put as well on a Unix socket.
-// The host may be left out for all addresses of the machine, and the port may be 0 for any.
+// parseEndpoint reads the URL of --listen; see [storeurl.ParseListen].
 func parseEndpoint(text string) (endpoint, error) {
-	u, err := url.Parse(text)
-	if err != nil {
-		// The error would quote the URL once more.
-		return endpoint{}, fmt.Errorf("%.200q is not a URL", text)
-	}
-	network, ok := serveSchemes[u.Scheme]
-	if !ok {
-		return endpoint{}, fmt.Errorf("cannot listen on %.200q: its scheme is none of coap+unix, coap+tcp, coap+ws, coap and http", text)
-	}
-	e := endpoint{scheme: u.Scheme}
-	if err := e.setAccess(u.RawQuery, u.RawQuery != "" || u.ForceQuery); err != nil {
-		return endpoint{}, fmt.Errorf("cannot listen on %.200q: %w", text, err)
-	}
-	switch {
-	case u.User != nil, u.Fragment != "", u.Opaque != "":
-		err = errors.New("it must be of the form scheme://host:port?get&put")
-	case network == "unix" && (u.Host != "" || len(u.Path) < 2):
-		err = errors.New("it must be of the form coap+unix:///path?get&put")
-	case network == "unix":
-		e.address = u.Path
-	case strings.HasPrefix(u.Scheme, "coap") && u.Path != "" && u.Path != "/" && u.Path != "/.well-known/eris":
-		err = errors.New("blocks are served at the path /.well-known/eris only")
-	case u.Scheme == "http" && u.Path != "" && u.Path != "/":
-		err = errors.New("blocks are served at the path /uri-res/N2R only; leave it out")
-	default:
-		port := u.Port()
-		if port == "" {
-			port = map[string]string{"http": "80", "coap+ws": "80", "coap": "5683", "coap+tcp": "5683"}[u.Scheme]
-		}
-		if _, convErr := strconv.ParseUint(port, 10, 16); convErr != nil {
-			err = errors.New("its port is not a number below 65536")
-		}
-		e.address = net.JoinHostPort(u.Hostname(), port)
-	}
-	if err != nil {
-		return endpoint{}, fmt.Errorf("cannot listen on %.200q: %w", text, err)
-	}
-	return e, nil
-}
-
-// setAccess reads the query of an endpoint.
-func (e *endpoint) setAccess(query string, present bool) error {
-	if !present {
-		e.get, e.put = true, e.scheme == "coap+unix"
-		return nil
-	}
-	for element := range strings.SplitSeq(query, "&") {
-		switch element {
-		case "get":
-			e.get = true
-		case "put":
-			e.put = true
-		default:
-			return errors.New("its query may have the elements get and put only")
-		}
-	}
-	return nil
+	u, err := storeurl.ParseListen(text)
+	_, address := u.Address()
+	return endpoint{scheme: u.Scheme, address: address, get: u.Get, put: u.Put}, err
 }
 
 // passedEndpoint makes an endpoint of a socket that the service manager passed. Its name may say
 // more than can be seen: a scheme, or a query like that of a URL, or both: "http",
 // "coap+tcp?get&put".
 func passedEndpoint(s systemd.Socket) (endpoint, error) {
-	scheme, query, hasQuery := strings.Cut(s.Name, "?")
+	scheme, query, _ := strings.Cut(s.Name, "?")
 	e := endpoint{scheme: scheme, listener: s.Listener, packets: s.Packets}
-	network := ""
-	switch {
-	case s.Packets != nil:
-		e.address = s.Packets.LocalAddr().String()
-		network = s.Packets.LocalAddr().Network()
-	default:
-		e.address = s.Listener.Addr().String()
-		network = s.Listener.Addr().Network()
+	var address net.Addr
+	if s.Packets != nil {
+		address = s.Packets.LocalAddr()
+	} else {
+		address = s.Listener.Addr()
 	}
-	if serveSchemes[scheme] == "" {
+	network := address.Network()
+	e.address = address.String()
+	if serveNetworks[scheme] == "" {
 		e.scheme = map[string]string{"unix": "coap+unix", "tcp": "coap+tcp", "udp": "coap"}[network]
 	}
-	if serveSchemes[e.scheme] != network {
+	if serveNetworks[e.scheme] != network {
 		return endpoint{}, fmt.Errorf("socket %.100q of the service manager: cannot serve this on %s", s.Name, network)
 	}
-	if err := e.setAccess(query, hasQuery); err != nil {
+	u, err := storeurl.ParseListen(e.scheme + "://" + map[string]string{"unix": "/passed"}[network] + "?" + query)
+	if err != nil {
 		return endpoint{}, fmt.Errorf("socket %.100q of the service manager: %w", s.Name, err)
 	}
+	e.get, e.put = u.Get, u.Put
 	return e, nil
 }
 
@@ -151,7 +96,7 @@ func parseSocketRights(mode, group string) (socketRights, error) {
 
 // listen begins to listen.
 func (e *endpoint) listen(rights socketRights) (err error) {
-	switch network := serveSchemes[e.scheme]; network {
+	switch network := serveNetworks[e.scheme]; network {
 	case "unix":
 		if !e.put {
 			// Nobody can do any harm there.
