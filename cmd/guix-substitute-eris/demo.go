@@ -4,6 +4,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -439,25 +440,28 @@ func (d *demo) end(keep bool) error {
 	return all
 }
 
-// demoChild is this program, run with another command.
+// A demoChild is this program, run with another command. What it says is written to it.
 type demoChild struct {
 	name    string
 	cmd     *exec.Cmd
-	stdin   *os.File // of a helper
+	stdin   io.WriteCloser // of a helper
 	replies *os.File
 	reader  *bufio.Reader
-	wait    sync.WaitGroup
-	ended   bool
-	err     error
+	ready   string // the line that says that a server is ready
 
-	ready string // the line that says that it is ready
+	gone chan struct{}
+	err  error // when gone is closed
 
 	mu    sync.Mutex
 	lines []string // what it has said, the end of it
+	rest  []byte   // after the last line
 }
 
-// maxDemoLines is how much of what a child says is kept.
-const maxDemoLines = 1000
+const (
+	// maxDemoLines is how much of what a child says is kept, and maxDemoLine of a line.
+	maxDemoLines = 1000
+	maxDemoLine  = 64 << 10
+)
 
 // environment is that of children: nothing of the user's own Guix.
 func (d *demo) environment() []string {
@@ -474,16 +478,31 @@ func (d *demo) environment() []string {
 		"NIX_STORE_DIR="+d.file("store"), "HOME="+d.directory, "XDG_CACHE_HOME=", "XDG_RUNTIME_DIR="+d.directory)
 }
 
+// command prepares a child.
 func (d *demo) command(name string, args ...string) (*demoChild, error) {
 	program, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	c := &demoChild{name: name, cmd: exec.Command(program, append([]string{name}, args...)...)}
+	c := &demoChild{name: name, cmd: exec.Command(program, append([]string{name}, args...)...), gone: make(chan struct{})}
 	c.cmd.Dir, c.cmd.Env = d.directory, d.environment()
+	c.cmd.Stdout, c.cmd.Stderr = c, c
 	// However this process ends, the child does not outlive it.
 	c.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	return c, nil
+}
+
+// runChild starts a child.
+func (d *demo) runChild(c *demoChild) error {
+	if err := c.cmd.Start(); err != nil {
+		return err
+	}
+	d.children = append(d.children, c)
+	go func() { // ends with the child, which end waits for
+		c.err = c.cmd.Wait()
+		close(c.gone)
+	}()
+	return nil
 }
 
 // start runs a server, and waits until it says that it is ready.
@@ -492,70 +511,29 @@ func (d *demo) start(name, ready string, args ...string) (*demoChild, error) {
 	if err != nil {
 		return nil, err
 	}
-	line := make(chan string, 1)
-	if err := d.listen(c, func(text string) {
-		if strings.Contains(text, ready) {
-			select {
-			case line <- text:
-			default:
-			}
-		}
-	}); err != nil {
+	if err := d.runChild(c); err != nil {
 		return nil, err
 	}
-	gone := make(chan struct{})
-	go func() { c.wait.Wait(); close(gone) }() // ends with the child
-	select {
-	case c.ready = <-line:
-		return c, nil
-	case <-gone:
+	if c.ready = c.await(ready, time.Minute); c.ready == "" {
 		return nil, c.failure(errors.New("it has not started"))
 	}
+	return c, nil
 }
 
-// listen starts a child and collects what it says.
-func (d *demo) listen(c *demoChild, each func(line string)) error {
-	r, w, err := os.Pipe()
-	if err != nil {
-		return err
-	}
-	c.cmd.Stdout, c.cmd.Stderr = w, w
-	err = c.cmd.Start()
-	w.Close()
-	if err != nil {
-		r.Close()
-		return err
-	}
-	d.children = append(d.children, c)
-	c.wait.Go(func() {
-		defer r.Close()
-		s := bufio.NewScanner(r)
-		s.Split(scanProgress)
-		for s.Scan() {
-			c.mu.Lock()
-			if len(c.lines) == maxDemoLines {
-				c.lines = append(c.lines[:0], c.lines[maxDemoLines/2:]...)
-			}
-			c.lines = append(c.lines, s.Text())
-			c.mu.Unlock()
-			each(s.Text())
-		}
-		io.Copy(io.Discard, r) // after a line that is too long
-	})
-	return nil
-}
-
-// scanProgress splits at line ends, and at the carriage returns of a line that shows progress.
-func scanProgress(data []byte, atEnd bool) (advance int, token []byte, err error) {
-	for i, c := range data {
-		if c == '\n' || c == '\r' {
-			return i + 1, data[:i], nil
+// Write takes what the child says. A line that shows progress ends in a carriage return.
+func (c *demoChild) Write(p []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.rest = append(c.rest, p...)
+	for end := 0; end >= 0; {
+		if end = bytes.IndexAny(c.rest, "\r\n"); end >= 0 {
+			c.lines = append(c.lines, string(c.rest[:end]))
+			c.rest = c.rest[end+1:]
 		}
 	}
-	if atEnd && len(data) > 0 {
-		return len(data), data, nil
-	}
-	return 0, nil, nil
+	c.lines = c.lines[max(0, len(c.lines)-maxDemoLines):]
+	c.rest = c.rest[max(0, len(c.rest)-maxDemoLine):]
+	return len(p), nil
 }
 
 // startHelper starts a helper as guix-daemon does.
@@ -565,20 +543,18 @@ func (d *demo) startHelper(ctx context.Context, mode, server, store string) (*de
 		return nil, err
 	}
 	c.cmd.Env = append(c.cmd.Env, "_NIX_OPTIONS=substitute-urls="+server+"\n", "ERIS_STORE_URL="+store)
-	stdin, requests, err := os.Pipe()
+	if c.stdin, err = c.cmd.StdinPipe(); err != nil {
+		return nil, err
+	}
+	replies, w, err := os.Pipe()
 	if err != nil {
 		return nil, err
 	}
-	defer stdin.Close()
-	replies, w, err := os.Pipe()
-	if err != nil {
-		return nil, errors.Join(err, requests.Close())
-	}
 	defer w.Close()
-	c.cmd.Stdin, c.stdin, c.replies, c.reader = stdin, requests, replies, bufio.NewReader(replies)
+	c.replies, c.reader = replies, bufio.NewReader(replies)
 	c.cmd.ExtraFiles = []*os.File{nil, w} // descriptors 3 and 4
-	if err := d.listen(c, func(string) {}); err != nil {
-		return nil, errors.Join(err, requests.Close(), replies.Close())
+	if err := d.runChild(c); err != nil {
+		return nil, errors.Join(err, replies.Close())
 	}
 	// Whoever waits for a reply must not wait for ever.
 	context.AfterFunc(ctx, func() { c.cmd.Process.Kill() })
@@ -590,7 +566,7 @@ func (d *demo) startHelper(ctx context.Context, mode, server, store string) (*de
 // comes by another pipe.
 func (c *demoChild) ask(request, word string) (string, error) {
 	c.mu.Lock()
-	c.lines = c.lines[:0]
+	c.lines = nil
 	c.mu.Unlock()
 	if _, err := io.WriteString(c.stdin, request+"\n"); err != nil {
 		return "", c.failure(err)
@@ -606,13 +582,25 @@ func (c *demoChild) ask(request, word string) (string, error) {
 			break
 		}
 	}
-	for range 1000 {
-		if word == "" || c.found(word) != "" {
-			break
-		}
-		time.Sleep(time.Millisecond)
+	if word != "" {
+		c.await(word, time.Second)
 	}
 	return reply.String(), nil
+}
+
+// await waits for a line that has a word, and returns it; it returns nothing if there is none in
+// time, or before the child ends.
+func (c *demoChild) await(word string, most time.Duration) string {
+	for begin := time.Now(); ; {
+		if line := c.found(word); line != "" || time.Since(begin) > most {
+			return line
+		}
+		select {
+		case <-c.gone:
+			return c.found(word)
+		case <-time.After(time.Millisecond):
+		}
+	}
 }
 
 // found returns the last of the lines that a child has said that has a word.
@@ -636,10 +624,6 @@ func (c *demoChild) failure(err error) error {
 
 // end ends a child: a helper by the end of its input, a server by a signal. It may be called twice.
 func (c *demoChild) end() error {
-	if c.ended {
-		return c.err
-	}
-	c.ended = true
 	if c.stdin != nil {
 		c.stdin.Close()
 	} else {
@@ -647,12 +631,12 @@ func (c *demoChild) end() error {
 	}
 	hung := time.AfterFunc(20*time.Second, func() { c.cmd.Process.Kill() })
 	defer hung.Stop()
-	c.wait.Wait()
-	if err := c.cmd.Wait(); err != nil {
-		c.err = c.failure(err)
-	}
+	<-c.gone
 	if c.replies != nil {
 		c.replies.Close()
 	}
-	return c.err
+	if c.err != nil {
+		return c.failure(c.err)
+	}
+	return nil
 }
