@@ -102,20 +102,18 @@ func (c *chain) add(path string, nodes nar.Nodes) {
 // serve starts the block store and the publisher, with the given source of items.
 func (c *chain) serve(items string) {
 	c.t.Helper()
-	urls, stop, err := startServer(c.directory, c.env, c.t.Logf, 3, "serve", "--directory="+c.directory+"/blocks",
+	store, err := startBlockServer(c.directory, c.directory+"/serve.log", c.env, "--directory="+c.directory+"/blocks",
 		"--socket="+c.directory+"/s", "--listen=coap+tcp://127.0.0.1:0", "--listen=coap://127.0.0.1:0")
 	if err != nil {
 		c.t.Fatal(err)
 	}
 	c.t.Cleanup(func() {
-		if err := stop(); err != nil {
+		if err := store.stop(); err != nil {
 			c.t.Error(err)
 		}
+		store.end()
 	})
-	for _, url := range urls {
-		scheme, _, _ := strings.Cut(url, ":")
-		c.stores[scheme] = url
-	}
+	c.stores = map[string]string{"coap+unix": store.urls["UNIX"], "coap+tcp": store.urls["TCP"], "coap": store.urls["UDP"]}
 	var stopPublisher func() error
 	c.server, stopPublisher, err = startPublisher(c.directory, c.env, c.t.Logf, []string{
 		"--root=" + c.directory + "/items", "--cache=" + c.directory + "/cache", "--eris=" + c.stores["coap+unix"], items,

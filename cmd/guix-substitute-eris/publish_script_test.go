@@ -4,6 +4,7 @@ package main
 
 import (
 	"bufio"
+	"errors"
 	"io"
 	"net/http"
 	"os"
@@ -20,9 +21,6 @@ import (
 // "! publish VARIABLE", and sets the variable to its URL. It must end with status 0 when it is told
 // to.
 func scriptPublish(ts *testscript.TestScript, neg bool, args []string) {
-	if len(args) < 1 {
-		ts.Fatalf("usage: publish VARIABLE [OPTION]...")
-	}
 	key := ts.Getenv("WORK") + "/" + args[0]
 	if neg {
 		stop, ok := publishers.LoadAndDelete(key)
@@ -46,61 +44,41 @@ func scriptPublish(ts *testscript.TestScript, neg bool, args []string) {
 // publishers has the functions that stop the publishers of all scripts.
 var publishers sync.Map
 
+// published is what a publisher says when it listens.
+var published = regexp.MustCompile(`publishing on (\S+)`)
+
 // startPublisher runs the command publish and waits until it listens.
 func startPublisher(directory string, env []string, logf func(string, ...any), args []string) (url string, stop func() error, err error) {
-	urls, stop, err := startServer(directory, env, logf, 1, append([]string{"publish", "--listen=127.0.0.1:0"}, args...)...)
+	program, err := exec.LookPath("guix-substitute-eris")
 	if err != nil {
 		return "", nil, err
 	}
-	return urls[0], stop, nil
-}
-
-// announced is what servers say when they listen.
-var announced = regexp.MustCompile(`(publishing|serving) on (\S+)`)
-
-// startServer runs a command and waits until it listens on so many URLs.
-func startServer(directory string, env []string, logf func(string, ...any), count int, args ...string) (urls []string, stop func() error, err error) {
-	program, err := exec.LookPath("guix-substitute-eris")
-	if err != nil {
-		return nil, nil, err
-	}
-	cmd := exec.Command(program, args...)
+	cmd := exec.Command(program, append([]string{"publish", "--listen=127.0.0.1:0"}, args...)...)
 	cmd.Dir, cmd.Env = directory, env
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	log, err := cmd.StderrPipe()
 	if err != nil {
-		return nil, nil, err
+		return "", nil, err
 	}
 	if err := cmd.Start(); err != nil {
-		return nil, nil, err
+		return "", nil, err
 	}
 	var wait sync.WaitGroup
-	lines := make(chan string)
+	urls := make(chan string, 1)
 	wait.Go(func() {
-		defer close(lines)
+		defer close(urls)
 		for s := bufio.NewScanner(log); s.Scan(); {
-			lines <- s.Text()
+			logf("publish: %s", s.Text())
+			if match := published.FindStringSubmatch(s.Text()); match != nil {
+				urls <- match[1] // it says so once
+			}
 		}
 	})
-	for line := range lines {
-		logf("%s: %s", args[0], line)
-		if match := announced.FindStringSubmatch(line); match != nil {
-			urls = append(urls, match[2])
-		}
-		if len(urls) == count {
-			break
-		}
+	url, ok := <-urls
+	if !ok {
+		return "", nil, errors.Join(os.ErrProcessDone, cmd.Wait())
 	}
-	if len(urls) < count {
-		cmd.Wait()
-		return nil, nil, os.ErrProcessDone
-	}
-	wait.Go(func() {
-		for line := range lines {
-			logf("%s: %s", args[0], line)
-		}
-	})
-	return urls, func() error {
+	return url, func() error {
 		cmd.Process.Signal(unix.SIGTERM)
 		wait.Wait() // all that it says has been read
 		return cmd.Wait()

@@ -74,29 +74,39 @@ func makeWritable(root string) {
 	})
 }
 
+type scriptFunc = func(ts *testscript.TestScript, neg bool, args []string)
+
 // scriptCommands are the commands of the scripts.
-var scriptCommands = map[string]func(ts *testscript.TestScript, neg bool, args []string){
-	"keygen":    scriptKeygen,
-	"acl":       scriptACL,
-	"publish":   scriptPublish,
+var scriptCommands = map[string]scriptFunc{
+	"keygen":    withUsage("NAME", scriptKeygen),
+	"acl":       withUsage("FILE [KEY]...", scriptACL),
+	"publish":   withUsage("VARIABLE [OPTION]...", scriptPublish),
 	"fetch":     scriptFetch,
-	"sign":      scriptSign,
-	"nar":       scriptNar,
-	"narhash":   scriptNarHash,
-	"serve":     scriptServe,
-	"requests":  scriptRequests,
-	"daemon":    scriptDaemon,
+	"sign":      withUsage("KEY FILE", scriptSign),
+	"nar":       withUsage("PATH FILE", scriptNar),
+	"narhash":   withUsage("PATH VARIABLE", scriptNarHash),
+	"serve":     withUsage("VARIABLE DIRECTORY [RULE]...", scriptServe),
+	"requests":  withUsage("VARIABLE FILE", scriptRequests),
+	"daemon":    withUsage("query|substitute FILE [OPTION=VALUE]...", scriptDaemon),
 	"expand":    scriptExpand,
-	"replace":   scriptReplace,
-	"stat":      scriptStat,
-	"sameinode": scriptSameInode,
+	"replace":   withUsage("FILE OLD NEW", scriptReplace),
+	"stat":      withUsage("FILE MODE", scriptStat),
+	"sameinode": withUsage("FILE FILE", scriptSameInode),
+}
+
+// withUsage checks the number of arguments of a command. An optional one stands last.
+func withUsage(usage string, run scriptFunc) scriptFunc {
+	return func(ts *testscript.TestScript, neg bool, args []string) {
+		required, _, optional := strings.Cut(usage, "[")
+		if n := len(strings.Fields(required)); len(args) < n || len(args) > n && !optional {
+			ts.Fatalf("arguments are %q; usage: %s", args, usage)
+		}
+		run(ts, neg, args)
+	}
 }
 
 // keygen NAME makes a key pair NAME.pub and NAME.sec.
 func scriptKeygen(ts *testscript.TestScript, neg bool, args []string) {
-	if len(args) != 1 {
-		ts.Fatalf("usage: keygen NAME")
-	}
 	key := acl.GenerateSigningKey()
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]+".pub"), []byte(key.PublicKey().Text()), 0o644))
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]+".sec"), []byte(key.SecretText()), 0o600))
@@ -104,9 +114,6 @@ func scriptKeygen(ts *testscript.TestScript, neg bool, args []string) {
 
 // acl FILE [KEY]... writes an access control list with the given keys.
 func scriptACL(ts *testscript.TestScript, neg bool, args []string) {
-	if len(args) < 1 {
-		ts.Fatalf("usage: acl FILE [KEY]...")
-	}
 	var keys []*acl.PublicKey
 	for _, name := range args[1:] {
 		key, err := acl.ParsePublicKey([]byte(ts.ReadFile(name + ".pub")))
@@ -119,9 +126,6 @@ func scriptACL(ts *testscript.TestScript, neg bool, args []string) {
 // sign KEY FILE completes the line "Signature:" of a narinfo with a signature of everything above
 // it.
 func scriptSign(ts *testscript.TestScript, neg bool, args []string) {
-	if len(args) != 2 {
-		ts.Fatalf("usage: sign KEY FILE")
-	}
 	key, err := acl.ParseSigningKey([]byte(ts.ReadFile(args[0]+".sec")), nil)
 	ts.Check(err)
 	text := ts.ReadFile(args[1])
@@ -136,9 +140,6 @@ func scriptSign(ts *testscript.TestScript, neg bool, args []string) {
 
 // nar PATH FILE makes a nar of a file tree. The names of the tree are those of the file system.
 func scriptNar(ts *testscript.TestScript, neg bool, args []string) {
-	if len(args) != 2 {
-		ts.Fatalf("usage: nar PATH FILE")
-	}
 	var b bytes.Buffer
 	_, err := nar.Write(&b, nar.NewTree(ts.MkAbs(args[0])))
 	ts.Check(err)
@@ -148,9 +149,6 @@ func scriptNar(ts *testscript.TestScript, neg bool, args []string) {
 
 // narhash PATH VARIABLE sets a variable to the NarHash of a file tree.
 func scriptNarHash(ts *testscript.TestScript, neg bool, args []string) {
-	if len(args) != 2 {
-		ts.Fatalf("usage: narhash PATH VARIABLE")
-	}
 	h := sha256.New()
 	_, err := nar.Write(h, nar.NewTree(ts.MkAbs(args[0])))
 	ts.Check(err)
@@ -166,9 +164,6 @@ func scriptExpand(ts *testscript.TestScript, neg bool, args []string) {
 
 // replace FILE OLD NEW replaces a string in a file, which must have it.
 func scriptReplace(ts *testscript.TestScript, neg bool, args []string) {
-	if len(args) != 3 {
-		ts.Fatalf("usage: replace FILE OLD NEW")
-	}
 	text := ts.ReadFile(args[0])
 	if !strings.Contains(text, args[1]) {
 		ts.Fatalf("%s does not contain %q", args[0], args[1])
@@ -179,9 +174,6 @@ func scriptReplace(ts *testscript.TestScript, neg bool, args []string) {
 // stat FILE MODE checks that a file of a store has an octal mode and the modification time of store
 // files.
 func scriptStat(ts *testscript.TestScript, neg bool, args []string) {
-	if len(args) != 2 {
-		ts.Fatalf("usage: stat FILE MODE")
-	}
 	info, err := os.Lstat(ts.MkAbs(args[0]))
 	ts.Check(err)
 	if got := fmt.Sprintf("%04o", info.Mode().Perm()); got != args[1] {
@@ -194,9 +186,6 @@ func scriptStat(ts *testscript.TestScript, neg bool, args []string) {
 
 // sameinode FILE FILE checks that two names are of one file.
 func scriptSameInode(ts *testscript.TestScript, neg bool, args []string) {
-	if len(args) != 2 {
-		ts.Fatalf("usage: sameinode FILE FILE")
-	}
 	a, err := os.Lstat(ts.MkAbs(args[0]))
 	ts.Check(err)
 	b, err := os.Lstat(ts.MkAbs(args[1]))
@@ -227,9 +216,6 @@ type scriptServer struct {
 //	header=NAME:VALUE  is added to all answers
 //	nolength        answers have no Content-Length
 func scriptServe(ts *testscript.TestScript, neg bool, args []string) {
-	if len(args) < 2 {
-		ts.Fatalf("usage: serve VARIABLE DIRECTORY [RULE]...")
-	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	ts.Check(err)
 	ts.Setenv(args[0], "http://"+l.Addr().String())
@@ -351,9 +337,6 @@ func (s *scriptServer) handler(root *os.Root, rules []string, done chan struct{}
 // requests VARIABLE FILE writes what a server has been asked for, sorted, to a file, and forgets
 // it.
 func scriptRequests(ts *testscript.TestScript, neg bool, args []string) {
-	if len(args) != 2 {
-		ts.Fatalf("usage: requests VARIABLE FILE")
-	}
 	v, ok := servers.Load(ts.Getenv("WORK") + "/" + args[0])
 	if !ok {
 		ts.Fatalf("there is no server %s", args[0])
@@ -381,9 +364,6 @@ func scriptRequests(ts *testscript.TestScript, neg bool, args []string) {
 // copies=N there are N of them at once, which must reply alike. With program=FILE another program
 // is started. With unread=yes nobody reads the log.
 func scriptDaemon(ts *testscript.TestScript, neg bool, args []string) {
-	if len(args) < 2 {
-		ts.Fatalf("usage: daemon query|substitute FILE [OPTION=VALUE]...")
-	}
 	h := helperOptions{mode: args[0], program: "guix-substitute-eris", copies: 1}
 	requests := os.Expand(ts.ReadFile(args[1]), ts.Getenv)
 	options := "substitute-urls=" + ts.Getenv("URLS") + "\n"

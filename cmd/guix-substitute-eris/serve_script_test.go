@@ -19,7 +19,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func init() { scriptCommands["blockstore"] = scriptBlockstore }
+func init() {
+	scriptCommands["blockstore"] = withUsage("start|stop|kill|signal|await NAME [ARGUMENT]...", scriptBlockstore)
+}
 
 // blockServers has the block stores of all scripts, which run in parallel.
 var blockServers sync.Map
@@ -47,9 +49,6 @@ type blockServer struct {
 // It has the environment of the script. "! blockstore start" wants it to end without having been
 // ready, with status 1.
 func scriptBlockstore(ts *testscript.TestScript, neg bool, args []string) {
-	if len(args) < 2 {
-		ts.Fatalf("usage: blockstore start|stop|kill|signal|await NAME [ARGUMENT]...")
-	}
 	name := args[1]
 	key := ts.Getenv("WORK") + "/" + name
 	log := ts.MkAbs(name + ".log")
