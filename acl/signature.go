@@ -10,8 +10,8 @@ import (
 	"unicode/utf8"
 )
 
-// The ways in which [ACL.Verify] fails. Each error that it returns wraps one of these, and mostly
-// says more. (Guix, guix/pki.scm: signature-case; Guix, guix/narinfo.scm:
+// The ways in which [ACL.Verify] and [ParseSignature] fail. Each error that they return wraps one
+// of these, and mostly says more. (Guix, guix/pki.scm: signature-case; Guix, guix/narinfo.scm:
 // narinfo-signature->canonical-sexp.)
 var (
 	// ErrUnsupportedVersion: the field has a version other than 1.
@@ -33,46 +33,74 @@ var (
 // KiB.
 const MaxFieldSize = 32 << 10
 
+// Signature is the parsed value of the Signature field of a narinfo. It says nothing about whether
+// the signature is good.
+type Signature struct {
+	// Host is the name that the signing machine gave itself. It is not signed and can contain any
+	// characters but semicolons.
+	Host string
+
+	sexp Sexp
+}
+
+// ParseSignature parses the value of the field Signature of a narinfo, VERSION;HOST;BASE64, where
+// VERSION is 1 and BASE64 is the base64 encoding, in one piece, of an s-expression, each byte of
+// which is a character in UTF-8: numbers that look like text are printed as such, and that has
+// characters up to U+00FF. (Guix, guix/narinfo.scm: narinfo-signature->canonical-sexp;
+// Guile-Gcrypt, gcrypt/pk-crypto.scm: string->canonical-sexp.)
+//
+// It fails with [ErrUnsupportedVersion] or [ErrCorruptSignature].
+func ParseSignature(value string) (*Signature, error) {
+	s, err := parseSignature(value)
+	if err != nil {
+		return nil, err
+	}
+	return &s, nil
+}
+
 // strictBase64 rejects excess bits that are not zero.
 var strictBase64 = base64.StdEncoding.Strict()
 
-// parseSignature parses the value of the field Signature of a narinfo, VERSION;HOST;BASE64, where
-// VERSION is 1, HOST is the name that the signing machine gave itself, which is not signed, and
-// BASE64 is the base64 encoding, in one piece, of an s-expression, each byte of which is a
-// character in UTF-8: numbers that look like text are printed as such, and that has characters up
-// to U+00FF. (Guix, guix/narinfo.scm: narinfo-signature->canonical-sexp; Guile-Gcrypt,
-// gcrypt/pk-crypto.scm: string->canonical-sexp.)
-//
-// It fails with [ErrUnsupportedVersion] or [ErrCorruptSignature].
-func parseSignature(value string) (Sexp, error) {
+func parseSignature(value string) (Signature, error) {
 	if len(value) > MaxFieldSize {
-		return Sexp{}, fmt.Errorf("%w: the field has %d bytes", ErrCorruptSignature, len(value))
+		return Signature{}, fmt.Errorf("%w: the field has %d bytes", ErrCorruptSignature, len(value))
 	}
 	version, rest, _ := strings.Cut(value, ";")
-	_, text, ok := strings.Cut(rest, ";")
+	host, text, ok := strings.Cut(rest, ";")
 	if !ok || strings.Contains(text, ";") {
-		return Sexp{}, fmt.Errorf("%w: the field has not exactly three parts", ErrCorruptSignature)
+		return Signature{}, fmt.Errorf("%w: the field has not exactly three parts", ErrCorruptSignature)
 	}
 	if version != "1" {
-		return Sexp{}, fmt.Errorf("%w %s", ErrUnsupportedVersion, quote(version))
+		return Signature{}, fmt.Errorf("%w %s", ErrUnsupportedVersion, quote(version))
 	}
 	// Go's decoder would skip line ends.
 	if strings.ContainsAny(text, "\r\n") {
-		return Sexp{}, fmt.Errorf("%w: the third part contains a line end", ErrCorruptSignature)
+		return Signature{}, fmt.Errorf("%w: the third part contains a line end", ErrCorruptSignature)
 	}
 	decoded, err := strictBase64.DecodeString(text)
 	if err != nil {
-		return Sexp{}, fmt.Errorf("%w: the third part is not base64: %w", ErrCorruptSignature, err)
+		return Signature{}, fmt.Errorf("%w: the third part is not base64: %w", ErrCorruptSignature, err)
 	}
 	characters, ok := bytesOfCharacters(decoded)
 	if !ok {
-		return Sexp{}, fmt.Errorf("%w: the third part is not base64 of UTF-8 of characters up to U+00FF", ErrCorruptSignature)
+		return Signature{}, fmt.Errorf("%w: the third part is not base64 of UTF-8 of characters up to U+00FF", ErrCorruptSignature)
 	}
 	s, err := ParseSexp(characters)
 	if err != nil {
-		return Sexp{}, fmt.Errorf("%w: %w", ErrCorruptSignature, err)
+		return Signature{}, fmt.Errorf("%w: %w", ErrCorruptSignature, err)
 	}
-	return s, nil
+	return Signature{Host: host, sexp: s}, nil
+}
+
+// PublicKey returns the key that the signature claims to be made by. It fails with
+// [ErrCorruptSignature] if the signature names none. Anyone can write any key into a signature, so
+// the result is good for showing only.
+func (s *Signature) PublicKey() (*PublicKey, error) {
+	k, ok := s.sexp.Find("public-key")
+	if !ok {
+		return nil, fmt.Errorf("%w: no list \"public-key\"", ErrCorruptSignature)
+	}
+	return newPublicKey(k), nil
 }
 
 // Verify checks that field, the value of the field Signature of a narinfo, is a signature of digest
@@ -107,10 +135,11 @@ func (k Known) Verify(digest [32]byte, field string) error {
 
 // check is Verify, with what reports whether a key has made a signature.
 func (a *ACL) check(digest [32]byte, field string, made func(key *PublicKey, digest [32]byte, data, value Sexp) error) error {
-	s, err := parseSignature(field)
+	signature, err := parseSignature(field)
 	if err != nil {
 		return err
 	}
+	s := signature.sexp
 	data, ok := s.Find("data")
 	if !ok {
 		return fmt.Errorf("%w: no list \"data\"", ErrCorruptSignature)

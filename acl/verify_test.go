@@ -215,6 +215,29 @@ func canonical(t testing.TB, text string) string {
 	return string(parseSexp(t, text).AppendCanonical(nil))
 }
 
+func TestParseSignature(t *testing.T) {
+	s, err := acl.ParseSignature(signatureOf(eccData, eccVal, eccKey))
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := s.PublicKey()
+	if err != nil || s.Host != "example.org" || k.String() != eccKey {
+		t.Errorf("host %q, key %v, error %v", s.Host, k, err)
+	}
+	s, err = acl.ParseSignature(signatureOf(eccData, eccVal))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if k, err := s.PublicKey(); !errors.Is(err, acl.ErrCorruptSignature) {
+		t.Errorf("PublicKey = %v, %v", k, err)
+	}
+	for field, want := range map[string]error{"2;h;KGEp": acl.ErrUnsupportedVersion, "1;h;KGE": acl.ErrCorruptSignature} {
+		if s, err := acl.ParseSignature(field); s != nil || !errors.Is(err, want) {
+			t.Errorf("ParseSignature(%q) = %v, %v, want %v", field, s, err, want)
+		}
+	}
+}
+
 // TestVerifyRealNarinfos verifies what other programs signed.
 func TestVerifyRealNarinfos(t *testing.T) {
 	for _, dir := range []string{"guix-mirror", "libchop"} {

@@ -299,8 +299,9 @@ func serveEndpoints(
 	return err
 }
 
-// messageTimeout returns how long a client may take for a message, given the limit of bytes per second, 0
-// if there is none. It must not be cut off because it has to share the rate with many others.
+// messageTimeout returns how long a client may take for a message, given the limit of bytes per
+// second, 0 if there is none. It must not be cut off because it has to share the rate with many
+// others.
 func messageTimeout(rate int64) time.Duration {
 	const shared = 64 << 20 // 256 KiB for each of 256 connections
 	if rate <= 0 {
