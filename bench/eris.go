@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
@@ -393,7 +394,7 @@ func fillStore(url string, size eris.BlockSize) ([]eris.Reference, error) {
 // getBlocks gets so many blocks with so many requests in flight, in the way in which readers of
 // contents do.
 func getBlocks(url string, refs []eris.Reference, size eris.BlockSize, count, window int, unverified bool) (sample, error) {
-	store, err := coap.Open(url, coap.Options{Unverified: unverified})
+	store, err := coap.Open(url, coap.Options{})
 	if err != nil {
 		return sample{}, err
 	}
@@ -401,15 +402,15 @@ func getBlocks(url string, refs []eris.Reference, size eris.BlockSize, count, wi
 	if window == 1 {
 		count /= 16
 	}
-	if _, err := store.Get(context.Background(), refs[0], size, nil); err != nil {
+	if _, err := fetch.Get(context.Background(), store, refs[0], size, nil); err != nil {
 		return sample{}, err // the connection is made
 	}
-	g := &getter{store: store, refs: refs, size: size, count: count, unverified: unverified, answered: make(chan *flying, window), over: make(chan struct{})}
+	g := &getter{store: store, refs: refs, count: count, unverified: unverified, answered: make(chan *fetch.Request, window), over: make(chan struct{})}
 	g.end = sync.OnceFunc(func() { close(g.over) })
 	begin := time.Now()
 	var group errgroup.Group
 	for range window {
-		g.start(&flying{dst: make([]byte, 0, size)})
+		g.start(&fetch.Request{Size: size, Dst: make([]byte, 0, size), Done: func(r *fetch.Request) { g.answered <- r }})
 	}
 	for range min(2, window) {
 		group.Go(g.finish)
@@ -424,77 +425,53 @@ func getBlocks(url string, refs []eris.Reference, size eris.BlockSize, count, wi
 type getter struct {
 	store      *coap.Store
 	refs       []eris.Reference
-	size       eris.BlockSize
 	count      int
 	unverified bool
 	next, done atomic.Int64
-	answered   chan *flying
-	end        func() // closes over
+	answered   chan *fetch.Request // has room for all, so that Done never waits
+	end        func()              // closes over
 	over       chan struct{}
 }
 
-// flying is a request in flight.
-type flying struct {
-	ref     eris.Reference
-	dst     []byte
-	request eris.Request
-	started chan struct{}
-}
-
-// start asks for the next block, if there is one.
-func (g *getter) start(f *flying) {
-	i := int(g.next.Add(1)) - 1
-	if i >= g.count {
-		return
+// start requests the next block, if there is one.
+func (g *getter) start(r *fetch.Request) {
+	if i := int(g.next.Add(1)) - 1; i < g.count {
+		r.Pair.Reference = g.refs[i%len(g.refs)]
+		g.store.Start(r)
 	}
-	f.ref, f.started = g.refs[i%len(g.refs)], make(chan struct{})
-	f.request = g.store.Start(f.ref, g.size, f.dst, func() { g.answered <- f })
-	close(f.started)
 }
 
-// finish takes answers, some at a time.
+// finish takes responses, some at a time.
 func (g *getter) finish() error {
 	defer g.end()
 	const most = 16
-	var batch [most]*flying
-	var refs [most]eris.Reference
-	var blocks [most][]byte
 	for {
-		n := 0
+		var batch []*fetch.Request
 		select {
-		case batch[0] = <-g.answered:
-			n = 1
+		case r := <-g.answered:
+			batch = append(make([]*fetch.Request, 0, most), r)
 		case <-g.over:
 			return nil
 		}
 	more:
-		for n < most {
+		for len(batch) < most {
 			select {
-			case batch[n] = <-g.answered:
-				n++
+			case r := <-g.answered:
+				batch = append(batch, r)
 			default:
 				break more
 			}
 		}
-		for i, f := range batch[:n] {
-			<-f.started
-			block, err := f.request.Finish()
-			if err != nil {
-				return err
-			}
-			refs[i], blocks[i] = f.ref, block
-		}
-		var err error
 		if !g.unverified {
-			err = eris.VerifyAll(refs[:n], blocks[:n])
+			fetch.Verify(batch)
 		}
-		for _, f := range batch[:n] {
-			if err := f.request.Verified(err); err != nil {
-				return err
+		for _, r := range batch {
+			if r.Err != nil {
+				return r.Err
 			}
-			g.start(f)
+			g.start(r)
 		}
-		if g.done.Add(int64(n)) == int64(g.count) {
+		if g.done.Add(int64(len(batch))) == int64(g.count) {
 			return nil
 		}
 	}

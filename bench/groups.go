@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -21,6 +22,10 @@ var groups = []group{
 	{"300 narinfos, nothing cached, 50 ms away", func(w *workshop) ([]contestant, error) { return narinfoRows(w, 300, w.slowURL, true) }},
 	{"10000 narinfos, cached", func(w *workshop) ([]contestant, error) { return narinfoRows(w, 10000, w.url, false) }},
 	{"100 tiny items in one process", tinyRows},
+	{"60 items of 30 KB as the daemon asks for them, 100 ms away", aheadRows(60, 30_000, "zstd", 100*time.Millisecond)},
+	{"100 items of 1 MB as the daemon asks for them, lzip", aheadRows(100, 1_000_000, "lzip", 0)},
+	{"100 items of 1 MB as the daemon asks for them, zstd", aheadRows(100, 1_000_000, "zstd", 0)},
+	{"100 items of 3 KB as the daemon asks for them, zstd", aheadRows(100, 3_000, "zstd", 0)},
 	{"large item in 11 files, zstd", func(w *workshop) ([]contestant, error) { return restoreRows(w, largeItem, "zstd") }},
 	{"large item in 11 files, gzip", func(w *workshop) ([]contestant, error) { return restoreRows(w, largeItem, "gzip") }},
 	{"large item in 11 files, lzip", func(w *workshop) ([]contestant, error) { return restoreRows(w, largeItem, "lzip") }},

@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -168,6 +169,7 @@ type helperRun struct {
 	mode      string   // query or substitute
 	arguments []string // further ones
 	url       string
+	store     string // the store directory; the usual one if it is empty
 	requests  []string
 	options   string
 	env       []string
@@ -203,6 +205,9 @@ func (w *workshop) helper(h helperRun) (sample, error) {
 		"GUIX_STATE_DIRECTORY="+state,
 		"GUIX_CONFIGURATION_DIRECTORY="+filepath.Join(w.directory, "etc"),
 	), h.env...)
+	if h.store != "" {
+		cmd.Env = append(cmd.Env, "NIX_STORE_DIR="+h.store)
+	}
 	begin := time.Now()
 	if err := cmd.Start(); err != nil {
 		return sample{}, err
@@ -226,7 +231,7 @@ func (w *workshop) helper(h helperRun) (sample, error) {
 			}
 			if h.mode == "query" {
 				// One that has not answered for all has not done all of the work.
-				if asked, told := strings.Count(request, " "), bytes.Count(reply, []byte("/gnu/store/")); told < asked {
+				if asked, told := strings.Count(request, " "), bytes.Count(reply, []byte(cmp.Or(h.store, "/gnu/store")+"/")); told < asked {
 					return fmt.Errorf("reply about %d of %d items", told, asked)
 				}
 			}

@@ -10,31 +10,30 @@ import (
 	"testing"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 )
 
 // benchmarkStore returns a store with blocks of one size, 128 MB of them, and their references.
 func benchmarkStore(b *testing.B, size eris.BlockSize, options Options) (*Store, []eris.Reference) {
 	b.Helper()
 	s := testOpen(b, b.TempDir(), options)
-	refs := make([]eris.Reference, 128<<20/int(size))
-	p := s.Pipeline(false)
-	for i := range refs {
-		ref, block := testBlock(i, size)
-		if err := p.Put(b.Context(), ref, block); err != nil {
-			b.Fatal(err)
-		}
-		refs[i] = ref
+	return s, putMany(b, s, size, 0, 128<<20/int(size))
+}
+
+// reader gets blocks as a server does, and does not verify them.
+func reader(s *Store, size eris.BlockSize) func(ref eris.Reference) error {
+	r := fetch.Request{Size: size, Dst: make([]byte, 0, size), Done: func(*fetch.Request) {}}
+	return func(ref eris.Reference) error {
+		r.Pair.Reference = ref
+		s.Start(&r)
+		return r.Err
 	}
-	if err := p.Wait(); err != nil {
-		b.Fatal(err)
-	}
-	return s, refs
 }
 
 func BenchmarkGet(b *testing.B) {
 	for _, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
 		for _, hintBytes := range []int{0, 64} {
-			s, refs := benchmarkStore(b, size, Options{HintBytes: hintBytes})
+			s, refs := benchmarkStore(b, size, Options{hintBytes: hintBytes})
 			for _, readers := range []int{1, 8} {
 				name := fmt.Sprintf("size=%v/readers=%d", size, readers)
 				if hintBytes != 0 {
@@ -46,13 +45,13 @@ func BenchmarkGet(b *testing.B) {
 					var left atomic.Int64
 					left.Store(int64(b.N))
 					var group sync.WaitGroup
-					for reader := range readers {
+					for seed := range readers {
 						group.Go(func() {
-							random := rand.New(rand.NewPCG(uint64(reader), 1))
-							dst := make([]byte, 0, size)
+							random := rand.New(rand.NewPCG(uint64(seed), 1))
+							read := reader(s, size)
 							for left.Add(-64) > -64 {
 								for range 64 {
-									if _, err := s.Get(b.Context(), refs[random.IntN(len(refs))], size, dst); err != nil {
+									if err := read(refs[random.IntN(len(refs))]); err != nil {
 										b.Error(err)
 										return
 									}
@@ -70,10 +69,11 @@ func BenchmarkGet(b *testing.B) {
 func BenchmarkMiss(b *testing.B) {
 	s, _ := benchmarkStore(b, eris.BlockSize1KiB, Options{})
 	random := rand.NewChaCha8([32]byte{1})
+	read := reader(s, eris.BlockSize1KiB)
 	for b.Loop() {
 		var ref eris.Reference
 		random.Read(ref[:])
-		if _, err := s.Get(b.Context(), ref, eris.BlockSize1KiB, nil); err == nil {
+		if err := read(ref); err == nil {
 			b.Fatal("found what is not there")
 		}
 	}
@@ -137,13 +137,13 @@ func BenchmarkMixed(b *testing.B) {
 			var stop atomic.Bool
 			var reads atomic.Int64
 			var group sync.WaitGroup
-			for reader := range 8 {
+			for seed := range 8 {
 				group.Go(func() {
-					random := rand.New(rand.NewPCG(uint64(reader), 1))
-					dst := make([]byte, 0, size)
+					random := rand.New(rand.NewPCG(uint64(seed), 1))
+					read := reader(s, size)
 					for !stop.Load() {
 						for range 64 {
-							if _, err := s.Get(b.Context(), refs[random.IntN(len(refs))], size, dst); err != nil {
+							if err := read(refs[random.IntN(len(refs))]); err != nil {
 								b.Error(err)
 								return
 							}

@@ -31,8 +31,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// writeUntilKilled puts blocks, and prints the number of each that was acknowledged. Its arguments are the number of the first
-// block, the limit of the store, and its directory.
+// writeUntilKilled puts blocks, and prints the number of each that was acknowledged. Its arguments
+// are the number of the first block, the limit of the store, and its directory.
 func writeUntilKilled(arguments string) error {
 	fields := strings.SplitN(arguments, " ", 3)
 	first, err := strconv.Atoi(fields[0])
@@ -55,11 +55,7 @@ func writeUntilKilled(arguments string) error {
 			for {
 				i := int(next.Add(1) - 1)
 				ref, block := testBlock(i, crashSize(i))
-				put := s.Put
-				if crashPinned(i) {
-					put = s.PutPinned
-				}
-				if err := put(context.Background(), ref, block); err != nil {
+				if err := s.Put(context.Background(), ref, block); err != nil {
 					failures <- err
 					return
 				}
@@ -77,10 +73,8 @@ func crashSize(i int) eris.BlockSize {
 	return eris.BlockSize1KiB
 }
 
-func crashPinned(i int) bool { return i%50 == 0 }
-
-// A process that puts blocks is killed again and again. Every block that it acknowledged is there afterwards, or in a store
-// with a limit at least those that are pinned, and the store is consistent.
+// A process that puts blocks is killed again and again. Every block that it acknowledged is there
+// afterwards, unless the store has a limit, and the store is consistent.
 func TestKill(t *testing.T) {
 	executable, err := os.Executable()
 	if err != nil {
@@ -133,7 +127,7 @@ func TestKill(t *testing.T) {
 					t.Errorf("%+v", stats)
 				}
 				for _, i := range acknowledged {
-					if limit == 0 || crashPinned(i) {
+					if limit == 0 {
 						mustHave(t, s, i, crashSize(i))
 					} else if !has(t, s, i, crashSize(i)) {
 						evicted = true

@@ -1,40 +1,51 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package blockstore keeps ERIS blocks on disk. [Open] opens a [Store]; the packages below this one serve it.
+// Package blockstore keeps ERIS blocks on disk. [Open] opens a [Store]; the packages below this one
+// serve it.
 //
 // # Promises
 //
 //   - What goes in is a block: its hash is its reference, or it is refused.
-//   - What was acknowledged is durable: it survives a crash of the program and of the machine, and goes only by eviction.
-//     Blocks that many goroutines put at the same time share a commit.
-//   - What comes out is what went in. Each block is checked against a checksum (CRC-32C, bound to the reference) when it is
-//     read; one that was damaged on disk counts as absent and is removed, and may be put again.
-//   - With a limit, the least recently used blocks make room for new ones, except those that are pinned.
+//   - What was acknowledged is durable: it survives a crash of the program and of the machine, and
+//     goes only by eviction. Blocks that many goroutines put at the same time share a commit.
+//   - What comes out is what went in. Each block is checked against a checksum (CRC-32C of
+//     reference and block) when it is read; one that was damaged on disk counts as absent and is
+//     removed, and may be put again.
+//   - With a limit, the least recently used blocks make room for new ones.
+//   - Nothing but the blocks need survive: the rest can be made anew from them.
 //
-// The checksum finds accidents. It does not find somebody who can write to the directory, and need not: readers of
-// ERIS verify each block against its reference, and so does package eris.
+// The checksum finds accidents. It does not find somebody who can write to the directory, and need
+// not: readers of ERIS verify each block against its reference. Nor is it what tells references
+// apart, because it can be forged.
 //
 // # On disk
 //
-// A directory holds two files with nothing but blocks, one for each block size, divided into slots of that size; an index
-// (bbolt) that says which reference is in which slot, and which slots are taken; and two files with the time of the last
-// access to each slot. New blocks are written into free slots and synced, and then the index is committed, so that a crash
-// at any moment leaves a consistent store. Slots of evicted blocks are used again, lowest first. docs/blockstore.md of the
-// repository has the measurements that led here.
+// A directory holds two files with nothing but blocks, one for each block size, divided into slots
+// of that size; an index (bbolt) that says which reference is in which slot, and which slots are
+// taken; and two files with the time of the last access to each slot. While the store is closed
+// there is the checksum of the whole index, too. New blocks are written into free slots and synced,
+// and then the index is committed, so that a crash at any moment leaves a consistent store. Slots
+// of evicted blocks are used again, lowest first. docs/blockstore.md of the repository has the
+// measurements that led here.
 //
-// Blocks need no more than their bytes, so the files with blocks can be as large as the limit. When the mix of block sizes
-// shifts, the space of slots that are not soon to be used again is given back to the file system by punching holes (on
-// Linux, where the file system can); without that, the two files together could come to twice the limit. The index takes
-// some 100 bytes per block and never shrinks, and the access times 4 bytes per slot.
+// Blocks need no more than their bytes, so the files with blocks can be as large as the limit. When
+// the mix of block sizes shifts, the space of slots that are not soon to be used again is given
+// back to the file system by punching holes (on Linux, where the file system can); without that,
+// the two files together could come to twice the limit. The index takes some 100 bytes per block
+// and never shrinks, and the access times 4 bytes per slot.
 //
 // # When things go wrong
 //
-// A full disk, and any other failure to write, fails the calls of Put that it concerns; what was stored stays readable, and
-// later calls try again. If the index was possibly not written although its commit had begun, the store takes no more blocks
-// until it is opened anew.
+// A full disk, and any other failure to write, fails the calls of Put that it concerns; what was
+// stored stays readable, and later calls try again. If the index was possibly not written although
+// its commit had begun, the store takes no more blocks until it is opened anew.
 //
-// bbolt maps the index into memory and does not checksum it. Where a damaged or truncated index makes it fail, the Store
-// turns that into an error that wraps [ErrDamaged]; it cannot do so for a cycle in the tree, which ends the program.
-// Wrong bytes are not served in any case, because the checksum of a block is bound to its reference. Because blocks name
-// themselves by their hash, [Rebuild] can make a new index from the blocks alone.
+// bbolt maps the index into memory and does not checksum it. Therefore each entry has a checksum
+// with its key, and before anything is written the whole index is checked, against its checksum,
+// or, after a crash, entry by entry. Damage that is found then or later, by an entry or because
+// bbolt panics, becomes an error that wraps [ErrDamaged], and the index loses its name. Because
+// blocks name themselves by their hash, [Rebuild] makes a new index from the blocks alone. Two
+// things are not found: that the list of free pages was damaged in a crash, before it has led to
+// other damage; and a cycle in the tree that a reader meets before the check has seen the checksum
+// is wrong, which ends the program.
 package blockstore

@@ -4,7 +4,7 @@ package blockstore
 
 import (
 	"errors"
-	"fmt"
+	"math"
 	"syscall"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -13,10 +13,11 @@ import (
 // maxVictims bounds the blocks that are evicted in one transaction.
 const maxVictims = 8192
 
-// Eviction goes through the index in the order of references, round after round, and takes the blocks that were last used
-// before a certain time. The time is chosen so that it leaves out all but the least recently used thirty-second of the bytes
-// that the store may have. So it costs some 32 steps in the index for each block, no order of all blocks has to be kept, and
-// blocks that go together are on the same pages of the index.
+// Eviction goes through the index in the order of references, round after round, and takes the
+// blocks that were last used before a certain time. The time is chosen so that it leaves out all
+// but the least recently used thirty-second of the bytes that the store may have. So it costs some
+// 32 steps in the index for each block, no order of all blocks has to be kept, and blocks that go
+// together are on the same pages of the index.
 
 // plan says what is to be evicted next.
 type plan struct {
@@ -28,18 +29,15 @@ type plan struct {
 // makePlan chooses the time so that at least so many bytes were last used before it, if there are.
 func (w *writer) makePlan(bytes int64) {
 	w.plan.bytes = bytes
-	w.plan.time = pinnedTime - 1
-	first, last := pinnedTime, uint32(0)
+	w.plan.time = math.MaxUint32
+	first, last := uint32(math.MaxUint32), uint32(0)
 	each := func(f func(c class, time uint32)) {
 		for _, slab := range w.store.slabs {
 			chunks := *slab.accessChunks.Load()
 			for i, taken := range slab.taken {
 				for slot := range uint32(slotsPerChunk) {
-					if taken[slot/64]&(1<<(slot%64)) == 0 {
-						continue
-					}
-					if t := chunks[i].times[slot].Load(); t != pinnedTime {
-						f(slab.class, t)
+					if taken.has(slot) {
+						f(slab.class, chunks[i].times[slot].Load())
 					}
 				}
 			}
@@ -73,17 +71,10 @@ func (w *writer) makePlan(bytes int64) {
 	}
 }
 
-// evict removes least recently used blocks of at least so many bytes in total, as far as there are any that are not pinned,
-// and no more blocks than given. It returns how many bytes it removed.
+// evict removes least recently used blocks of at least so many bytes in total, as far as there are
+// any, and no more blocks than given. It returns how many bytes it removed.
 func (c *change) evict(bytes int64, most int) (int64, error) {
-	type victim struct {
-		ref eris.Reference
-		record
-	}
-	if c.state.blocks == c.state.pinned {
-		return 0, nil
-	}
-	var victims []victim
+	var victims []found
 	var freed int64
 	plan := &c.w.plan
 	share := c.w.store.options.MaxBytes / 32
@@ -100,7 +91,7 @@ func (c *change) evict(bytes int64, most int) (int64, error) {
 			case rounds <= 2:
 				plan.bytes = 0
 			case rounds == 3:
-				plan.bytes, plan.time = bytes, pinnedTime-1
+				plan.bytes, plan.time = bytes, math.MaxUint32
 			default:
 				return 0, nil
 			}
@@ -108,21 +99,12 @@ func (c *change) evict(bytes int64, most int) (int64, error) {
 		if plan.bytes <= 0 {
 			c.w.makePlan(max(bytes-freed, share))
 		}
-		r, err := parseRecord(v)
+		l, err := parseLocation(k, v)
 		if err != nil {
 			return 0, err
 		}
-		if len(k) != len(eris.Reference{}) {
-			return 0, fmt.Errorf("%w: reference of %d bytes", ErrDamaged, len(k))
-		}
-		slab, slot := c.slab(r.location), r.location.slot()
-		switch time := slab.time(slot); {
-		case r.pin == c.state.pin:
-			if time != pinnedTime && slab.isTaken(slot) {
-				slab.setTime(slot, pinnedTime) // the mark was lost in a crash
-			}
-		case time <= plan.time || time == pinnedTime:
-			victims = append(victims, victim{eris.Reference(k), r})
+		if slab := c.slab(l); slab.time(l.slot()) <= plan.time {
+			victims = append(victims, found{eris.Reference(k), l})
 			freed += int64(slab.class.size())
 			plan.bytes -= int64(slab.class.size())
 		}
@@ -132,7 +114,7 @@ func (c *change) evict(bytes int64, most int) (int64, error) {
 		copy(plan.hand[:], k)
 	}
 	for _, v := range victims {
-		if err := c.remove(&v.ref, v.record); err != nil {
+		if err := c.remove(&v.ref, v.location); err != nil {
 			return 0, err
 		}
 	}
@@ -142,8 +124,8 @@ func (c *change) evict(bytes int64, most int) (int64, error) {
 
 // evict evicts in a transaction of its own.
 func (w *writer) evict(bytes int64) (freed int64, err error) {
-	// On a full disk, where eviction is wanted most, the index may have no room for the pages that a large transaction
-	// changes, but it has those that the last one gave up.
+	// On a full disk, where eviction is wanted most, the index may have no room for the pages that
+	// a large transaction changes, but it has those that the last one gave up.
 	for most := maxVictims; most > 0; most /= 8 {
 		freed, err = w.evictAtMost(bytes, most)
 		if !isFullDisk(err) {
@@ -158,8 +140,8 @@ func isFullDisk(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
-// giveBack gives the space of all free slots back to the file system: on a full disk the index needs it. Blocks may have been
-// written to them that the index then had no room for.
+// giveBack gives the space of all free slots back to the file system: on a full disk the index
+// needs it. Blocks may have been written to them that the index then had no room for.
 func (w *writer) giveBack() {
 	for _, slab := range w.store.slabs {
 		w.store.progress.background(slab.giveBack())
@@ -191,24 +173,13 @@ func (w *writer) shrink() {
 			return
 		}
 		evicted := int64(0)
-		err := w.guard(func() (err error) {
+		err := w.store.guard(func() (err error) {
 			evicted, err = w.evict(above)
 			return err
 		})
 		w.store.progress.background(err)
 		if err != nil || evicted == 0 {
 			return
-		}
-	}
-}
-
-// unpin makes pinned blocks ordinary ones, last used now.
-func (s *slab) unpin(now uint32) {
-	for _, chunk := range *s.accessChunks.Load() {
-		for i := range chunk.times {
-			if chunk.times[i].CompareAndSwap(pinnedTime, now) {
-				chunk.unsaved.Store(true)
-			}
 		}
 	}
 }

@@ -12,7 +12,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 )
 
-// On a full disk Put fails and says why, what was acknowledged can be read, and when there is space again Put works again.
+// On a full disk Put fails and says why, what was acknowledged can be read, and when there is space
+// again Put works again.
 func TestFullDisk(t *testing.T) {
 	mount := t.TempDir()
 	if err := syscall.Mount("tmpfs", mount, "tmpfs", 0, "size=6m"); err != nil {

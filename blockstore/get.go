@@ -3,100 +3,99 @@
 package blockstore
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"runtime"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 )
 
-// Get returns the block with the given reference, as [eris.Blocks] has it. The bytes are those that were put, but their hash
-// is not computed again: a reader that does not trust the disk does that. The size is 1 KiB, 32 KiB, or 0 for whichever it
-// is. The block is written to dst if the capacity of dst suffices, else to new memory.
+// Start implements [fetch.Source]. It looks the block up, reads it, and calls Done before it
+// returns. The bytes are those that were put, but their hash is not computed again. Some hundred
+// reads are done at a time, and further ones wait.
 //
-// Some hundred reads are done at a time, and further ones wait. For a block that the store does not have in that size the error wraps eris.ErrNotFound; so it does for one that was
-// damaged on disk, which is removed. Other errors are those of the file system, [ErrDamaged], [ErrClosed], and the cause of
-// the context.
-func (s *Store) Get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
-	if size != 0 && !size.Valid() {
-		return nil, fmt.Errorf("block %v: %d bytes is not a block size", ref, int(size))
+// The error wraps [eris.ErrNotFound] if the store does not have the block in that size; so it does
+// for one that was damaged on disk, which is removed. Other errors are those of the file system,
+// [ErrDamaged] and [fetch.ErrClosed].
+func (s *Store) Start(r *fetch.Request) {
+	if r.Size.Valid() {
+		r.Block, r.Err = s.get(&r.Pair.Reference, r.Size, r.Dst)
+	} else {
+		r.Block, r.Err = nil, fmt.Errorf("%d bytes is not a block size", int(r.Size))
 	}
+	if r.Err != nil {
+		r.Err = fmt.Errorf("block %v: %w", r.Pair.Reference, r.Err)
+	}
+	r.Done(r)
+}
+
+// Cancel implements [fetch.Source]. There is nothing to cancel.
+func (s *Store) Cancel(*fetch.Request) {}
+
+// String returns the directory.
+func (s *Store) String() string { return "block store " + s.directory }
+
+func (s *Store) get(ref *eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
 	share := &s.reads[ref[0]%readShares]
-	select {
-	case share.places <- struct{}{}:
-	default:
-		select {
-		case share.places <- struct{}{}:
-		case <-ctx.Done():
-			return nil, fmt.Errorf("block %v: %w", ref, context.Cause(ctx))
-		}
-	}
-	defer func() { <-share.places }()
+	share.running <- struct{}{}
+	defer func() { <-share.running }()
 	// A wrong hint costs a read and does no harm.
-	if l, ok := s.hints.get(&ref); ok && (size == 0 || l.class().size() == int(size)) {
-		if block, ok, _ := s.read(&ref, l, dst); ok {
-			// Readers that never wait would keep the writer from its processor for a time slice after each of its system
-			// calls, so that a commit takes a tenth of a second.
+	if l, ok := s.hints.get(ref); ok && l.class().size() == int(size) {
+		if block, ok, _ := s.read(ref, l, dst); ok {
+			// Readers that never wait would keep the writer from its processor for a time slice
+			// after each of its system calls, so that a commit takes a tenth of a second.
 			if share.hits.Add(1)%16 == 0 && s.committing.Load() {
 				runtime.Gosched()
 			}
 			return block, nil
 		}
 	}
-	block, err := s.search(ctx, &ref, size, dst)
+	block, err := s.search(ref, size, dst)
 	switch {
 	case err == nil:
 		share.hits.Add(1)
 	case errors.Is(err, eris.ErrNotFound):
 		share.misses.Add(1)
-		fallthrough
-	default:
-		err = fmt.Errorf("block %v: %w", ref, readable(err))
 	}
-	return block, err
+	return block, readable(err)
 }
 
 // search gets a block by the index.
-func (s *Store) search(ctx context.Context, ref *eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
+func (s *Store) search(ref *eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
 	var seen location // where other bytes than the block have been seen
 	for {
-		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
-		}
-		r, found, err := s.lookup(ref)
+		l, found, err := s.lookup(ref)
 		if err != nil {
 			return nil, err
 		}
 		if !found {
 			s.hints.remove(ref)
+		}
+		if !found || l.class().size() != int(size) {
 			return nil, eris.ErrNotFound
 		}
-		if size != 0 && r.location.class().size() != int(size) {
-			return nil, eris.ErrNotFound
-		}
-		block, ok, err := s.read(ref, r.location, dst)
+		block, ok, err := s.read(ref, l, dst)
 		if err != nil {
 			return nil, err
 		}
 		if ok {
-			s.hints.put(ref, r.location)
+			s.hints.put(ref, l)
 			return block, nil
 		}
-		// Either the block was evicted and its slot taken by another one since the index was read, which a second look
-		// tells, or it is damaged.
-		if seen != r.location {
-			seen = r.location
-			continue
+		// Either the block was evicted and its slot taken by another one since the index was read,
+		// which a second look tells, or it is damaged.
+		if seen == l {
+			s.removeDamaged(*ref)
+			return nil, fmt.Errorf("%w: damaged on disk", eris.ErrNotFound)
 		}
-		if err := s.removeDamaged(ctx, *ref); err != nil {
-			return nil, err
-		}
+		seen = l
 	}
 }
 
-// read reads the block at a location, and reports whether it is there. An error says that the file could not be read.
+// read reads the block at a location, and reports whether it is there. An error says that the file
+// could not be read.
 func (s *Store) read(ref *eris.Reference, l location, dst []byte) ([]byte, bool, error) {
 	slab, size := s.slabs[l.class()], l.class().size()
 	if cap(dst) < size {
@@ -108,24 +107,24 @@ func (s *Store) read(ref *eris.Reference, l location, dst []byte) ([]byte, bool,
 	} else if err != nil {
 		return nil, false, err
 	}
-	if checksum(*ref, dst) != l.sum() {
+	if checksum(ref, dst) != l.sum() {
 		return nil, false, nil
 	}
 	slab.touch(l.slot(), s.now())
 	return dst, true, nil
 }
 
-// removeDamaged has the writer remove a block if it is damaged, which the writer alone can know for certain: nobody takes
-// slots meanwhile. If it could not be removed, it is absent nevertheless.
-func (s *Store) removeDamaged(ctx context.Context, ref eris.Reference) error {
-	t := newTicket(1)
-	r := &request{kind: requestCheck, ref: ref, owner: t}
-	err := s.send(ctx, r)
-	if err == nil {
-		err = t.wait(ctx, r)
+// removeDamaged has the writer remove a block if it is damaged, which the writer alone can know for
+// certain: nobody takes slots meanwhile. It does not wait. If the queue is full the next reader
+// asks again.
+func (s *Store) removeDamaged(ref eris.Reference) {
+	s.gate.RLock()
+	defer s.gate.RUnlock()
+	if s.shut {
+		return
 	}
-	if err == nil || ctx.Err() != nil {
-		return err
+	select {
+	case s.queue <- &request{ref: ref, owner: newTicket(1)}:
+	default:
 	}
-	return fmt.Errorf("%w: damaged on disk, and could not be removed: %w", eris.ErrNotFound, err)
 }

@@ -3,23 +3,28 @@
 package blockstore
 
 import (
-	"encoding/binary"
+	"hash/maphash"
 	"math/bits"
 	"sync/atomic"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 )
 
-// hints remembers where some blocks are, of a fixed number of them, so that most reads do without the index. They are only
-// hints: who follows one checks what is there against the checksum of the location, which is bound to the reference. So it
-// does no harm that a hint may be out of date or, for a moment, be made of two halves.
+// hints remembers where some blocks are, of a fixed number of them, so that most reads do without
+// the index. They are only hints: who follows one checks what is there against the checksum of the
+// location, which is bound to the reference. So it does no harm that a hint may be out of date or,
+// for a moment, be made of two halves.
+//
+// References are told apart by a hash with a secret seed. Anybody can make a reference that has the
+// checksum of another one, but nobody can make one with this hash, too.
 type hints struct {
+	seed maphash.Seed
 	sets []hintSet
 }
 
-// hintSet is a cache line: the hints whose references agree in some bits.
+// hintSet is a cache line: the hints whose tags agree in some bits.
 type hintSet struct {
-	tags      [4]atomic.Uint64 // first bytes of the reference
+	tags      [4]atomic.Uint64 // hashes of references
 	locations [4]atomic.Uint64
 }
 
@@ -28,11 +33,11 @@ const hintSetSize = 64
 // newHints returns hints that take no more memory than given, or little.
 func newHints(bytes int) *hints {
 	n := max(1, bytes/hintSetSize)
-	return &hints{make([]hintSet, 1<<(bits.Len(uint(n))-1))}
+	return &hints{maphash.MakeSeed(), make([]hintSet, 1<<(bits.Len(uint(n))-1))}
 }
 
 func (h *hints) find(ref *eris.Reference) (*hintSet, uint64) {
-	tag := binary.LittleEndian.Uint64(ref[:])
+	tag := maphash.Bytes(h.seed, ref[:])
 	return &h.sets[tag&uint64(len(h.sets)-1)], tag
 }
 
@@ -52,21 +57,21 @@ func (h *hints) get(ref *eris.Reference) (location, bool) {
 // put remembers a location, in place of another hint if need be.
 func (h *hints) put(ref *eris.Reference, l location) {
 	set, tag := h.find(ref)
-	place := -1
+	free := -1
 	for i := range set.tags {
 		switch {
 		case set.tags[i].Load() == tag:
 			set.locations[i].Store(uint64(l))
 			return
-		case place < 0 && set.locations[i].Load() == 0:
-			place = i
+		case free < 0 && set.locations[i].Load() == 0:
+			free = i
 		}
 	}
-	if place < 0 {
-		place = int(l.sum() % uint32(len(set.tags))) // any will do
+	if free < 0 {
+		free = int(l.sum() % uint32(len(set.tags))) // any will do
 	}
-	set.locations[place].Store(uint64(l))
-	set.tags[place].Store(tag)
+	set.locations[free].Store(uint64(l))
+	set.tags[free].Store(tag)
 }
 
 // remove forgets a location.

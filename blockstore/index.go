@@ -11,20 +11,23 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"syscall"
 
 	"go.etcd.io/bbolt"
 	bbolterrors "go.etcd.io/bbolt/errors"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
 // The index is a bbolt database with three buckets:
 //
-//	blocks  reference                              → record
-//	slots   class (1 byte), chunk number (4 bytes) → a bit per slot of the chunk, set if the slot is taken
+//	blocks  reference                              → location
+//	slots   class (1 byte), chunk number (4 bytes) → a bit for each slot, set if it is taken
 //	store   "state"                                → state
 //
-// All numbers are big-endian but for the words of the bit sets, which are little-endian.
+// All numbers are big-endian but for the words of the bit sets, which are little-endian. Each value
+// ends in a CRC-32C of the key and of what stands before it: see seal.
 var (
 	blocksBucket = []byte("blocks")
 	slotsBucket  = []byte("slots")
@@ -34,9 +37,9 @@ var (
 
 const (
 	indexName     = "index.db"
-	formatVersion = 1
-	recordSize    = 12
-	stateSize     = 4 + 4 + 4*8
+	formatVersion = 2
+	locationSize  = 8
+	stateSize     = 4 + 2*8
 	slotKeySize   = 5
 )
 
@@ -64,8 +67,9 @@ func classOf(size int) class {
 	return class32KiB
 }
 
-// location says where a block is, and how to tell that it is there: from the highest bit on 32 bits of checksum, 1 bit of
-// class, 31 bits of slot. It fits a word, so that it can be read and written at once.
+// location says where a block is, and how to tell that it is there: from the highest bit on 32 bits
+// of checksum, 1 bit of class, 31 bits of slot. It fits a word, so that it can be read and written
+// at once.
 type location uint64
 
 const maxSlots = 1 << 31
@@ -78,80 +82,75 @@ func (l location) sum() uint32  { return uint32(l >> 32) }
 func (l location) class() class { return class(l >> 31 & 1) }
 func (l location) slot() uint32 { return uint32(l) & (maxSlots - 1) }
 
-// checksum returns the CRC-32C of a block, bound to its reference: the bytes of another block, whole and sound, do not pass.
-func checksum(ref eris.Reference, block []byte) uint32 {
-	return crc32.Update(0, castagnoli, block) ^ binary.BigEndian.Uint32(ref[len(ref)-4:])
+// checksum returns the CRC-32C of a reference and a block. It finds accidents; it is easy to make
+// another reference with the same one.
+func checksum(ref *eris.Reference, block []byte) uint32 {
+	return crc32.Update(crc32.Checksum(ref[:], castagnoli), castagnoli, block)
 }
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// record is what the index has of a block.
-type record struct {
-	location location
-	pin      uint32 // the block is pinned if this is state.pin
+// seal appends a checksum to a value of the index.
+func seal(key, value []byte) []byte {
+	return binary.BigEndian.AppendUint32(value, crc32.Update(crc32.Checksum(key, castagnoli), castagnoli, value))
 }
 
-func (r record) append(b []byte) []byte {
-	b = binary.BigEndian.AppendUint64(b, uint64(r.location))
-	return binary.BigEndian.AppendUint32(b, r.pin)
-}
-
-// parseRecord reads what record.append wrote.
-func parseRecord(b []byte) (record, error) {
-	if len(b) != recordSize {
-		return record{}, fmt.Errorf("%w: record of %d bytes", ErrDamaged, len(b))
+// unseal returns the value without the checksum, if that and the length are right.
+func unseal(key, sealed []byte, length int) ([]byte, error) {
+	if len(sealed) != length+4 {
+		return nil, fmt.Errorf("%w: value of %d bytes for key %x", ErrDamaged, len(sealed), key)
 	}
-	return record{location(binary.BigEndian.Uint64(b)), binary.BigEndian.Uint32(b[8:])}, nil
+	value := sealed[:length]
+	if crc32.Update(crc32.Checksum(key, castagnoli), castagnoli, value) != binary.BigEndian.Uint32(sealed[length:]) {
+		return nil, fmt.Errorf("%w: value of key %x has another checksum", ErrDamaged, key)
+	}
+	return value, nil
 }
 
-// state is what the index has of the store as a whole.
-type state struct {
-	pin    uint32         // in records of pinned blocks; raised to unpin them all; never 0
-	blocks [classes]int64 // how many blocks there are
-	pinned [classes]int64 // how many of them are pinned
+// appendLocation appends the value for a block.
+func appendLocation(b []byte, ref *eris.Reference, l location) []byte {
+	return seal(ref[:], binary.BigEndian.AppendUint64(b, uint64(l)))
 }
+
+// parseLocation reads what appendLocation wrote.
+func parseLocation(ref, b []byte) (location, error) {
+	b, err := unseal(ref, b, locationSize)
+	if err != nil {
+		return 0, err
+	}
+	return location(binary.BigEndian.Uint64(b)), nil
+}
+
+// state is what the index has of the store as a whole: how many blocks there are.
+type state struct{ blocks [classes]int64 }
 
 // bytes returns the bytes of all blocks.
-func (s *state) bytes() int64 { return bytesOf(s.blocks) }
-
-func bytesOf(blocks [classes]int64) int64 {
-	return blocks[class1KiB]*int64(class1KiB.size()) + blocks[class32KiB]*int64(class32KiB.size())
+func (s *state) bytes() int64 {
+	return s.blocks[class1KiB]*int64(class1KiB.size()) + s.blocks[class32KiB]*int64(class32KiB.size())
 }
 
 func (s *state) append(b []byte) []byte {
 	b = binary.BigEndian.AppendUint32(b, formatVersion)
-	b = binary.BigEndian.AppendUint32(b, s.pin)
 	for c := range classes {
 		b = binary.BigEndian.AppendUint64(b, uint64(s.blocks[c]))
-		b = binary.BigEndian.AppendUint64(b, uint64(s.pinned[c]))
 	}
-	return b
+	return seal(stateKey, b)
 }
 
 // parseState reads what state.append wrote.
-func parseState(b []byte) (state, error) {
-	var s state
-	if len(b) < 4 {
-		return s, fmt.Errorf("%w: no state", ErrDamaged)
+func parseState(b []byte) (s state, err error) {
+	if len(b) >= 4 && binary.BigEndian.Uint32(b) != formatVersion {
+		return s, fmt.Errorf("%w: its format is not %d", ErrDamaged, formatVersion)
 	}
-	if version := binary.BigEndian.Uint32(b); version != formatVersion {
-		return s, fmt.Errorf("format %d is not known to this version of the program", version)
+	if b, err = unseal(stateKey, b, stateSize); err != nil {
+		return s, err
 	}
-	if len(b) != stateSize {
-		return s, fmt.Errorf("%w: state of %d bytes", ErrDamaged, len(b))
-	}
-	s.pin = binary.BigEndian.Uint32(b[4:])
-	b = b[8:]
 	for c := range classes {
-		blocks, pinned := binary.BigEndian.Uint64(b), binary.BigEndian.Uint64(b[8:])
-		if blocks > maxSlots || pinned > blocks {
-			return s, fmt.Errorf("%w: state of %d blocks, %d pinned", ErrDamaged, blocks, pinned)
+		blocks := binary.BigEndian.Uint64(b[4+8*c:])
+		if blocks > maxSlots {
+			return s, fmt.Errorf("%w: %d blocks", ErrDamaged, blocks)
 		}
-		s.blocks[c], s.pinned[c] = int64(blocks), int64(pinned)
-		b = b[16:]
-	}
-	if s.pin == 0 {
-		return s, fmt.Errorf("%w: state without pin", ErrDamaged)
+		s.blocks[c] = int64(blocks)
 	}
 	return s, nil
 }
@@ -159,6 +158,30 @@ func parseState(b []byte) (state, error) {
 // slotKey returns the key of a chunk of slots in slotsBucket.
 func slotKey(c class, chunk int) []byte {
 	return binary.BigEndian.AppendUint32(append(make([]byte, 0, slotKeySize), byte(c)), uint32(chunk))
+}
+
+// parseChunk reads a bit set and its key.
+func parseChunk(k, v []byte) (class, *bitmap, error) {
+	v, err := unseal(k, v, slotsPerChunk/8)
+	if err != nil {
+		return 0, nil, err
+	}
+	if len(k) != slotKeySize || k[0] >= byte(classes) {
+		return 0, nil, fmt.Errorf("%w: key %x of slots", ErrDamaged, k)
+	}
+	b := new(bitmap)
+	for i := range b {
+		b[i] = binary.LittleEndian.Uint64(v[8*i:])
+	}
+	return class(k[0]), b, nil
+}
+
+// append appends the value for a chunk of slots.
+func (b *bitmap) append(to, key []byte) []byte {
+	for _, word := range b {
+		to = binary.LittleEndian.AppendUint64(to, word)
+	}
+	return seal(key, to)
 }
 
 // openIndex opens the index, which must exist.
@@ -173,57 +196,68 @@ func openIndex(path string) (*bbolt.DB, error) {
 			mapped = 64 << 20
 		}
 		db, err = bbolt.Open(path, 0o600, &bbolt.Options{
-			Timeout:         1, // it is locked by nobody: see lockDirectory
+			Timeout:         1, // it is locked by nobody: the directory is
 			FreelistType:    bbolt.FreelistMapType,
 			InitialMmapSize: mapped,
 			NoStatistics:    true,
 		})
 		return err
 	})
-	if err != nil {
-		if errors.Is(err, bbolterrors.ErrInvalid) || errors.Is(err, bbolterrors.ErrChecksum) || errors.Is(err, bbolterrors.ErrVersionMismatch) {
-			err = fmt.Errorf("%w: %w", ErrDamaged, err)
-		}
-		return nil, err
+	// All that is not the operating system's is about what the file holds: it is too short, or not
+	// a database.
+	if err != nil && !errors.As(err, new(syscall.Errno)) && !errors.Is(err, bbolterrors.ErrTimeout) && !errors.Is(err, ErrDamaged) {
+		err = fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
-	return db, nil
+	return db, err
 }
 
-// createIndex makes an index without blocks, all or nothing.
-func createIndex(directory string) error {
-	temporary := filepath.Join(directory, indexName+".new")
-	if err := os.Remove(temporary); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
+// makeIndex makes a new index, all or nothing, in the place of one that may be there. The function
+// enters the blocks and returns how many.
+func makeIndex(directory string, enter func(*bbolt.DB) (state, error)) (s state, err error) {
+	path := filepath.Join(directory, indexName)
+	if err := os.Remove(path + ".new"); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return s, err
 	}
-	db, err := bbolt.Open(temporary, 0o600, &bbolt.Options{Timeout: 1, FreelistType: bbolt.FreelistMapType})
+	db, err := bbolt.Open(path+".new", 0o600, &bbolt.Options{Timeout: 1, FreelistType: bbolt.FreelistMapType, NoSync: true})
 	if err != nil {
-		return err
+		return s, err
 	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.Remove(path+".new"))
+		}
+	}()
 	err = db.Update(func(tx *bbolt.Tx) error {
 		for _, name := range [][]byte{blocksBucket, slotsBucket, storeBucket} {
-			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
+			if _, err := tx.CreateBucket(name); err != nil {
 				return err
 			}
 		}
-		return tx.Bucket(storeBucket).Put(stateKey, (&state{pin: 1}).append(nil))
+		return nil
 	})
+	if err == nil {
+		s, err = enter(db)
+	}
+	if err == nil {
+		err = db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(storeBucket).Put(stateKey, s.append(nil)) })
+	}
+	if err == nil {
+		err = db.Sync()
+	}
 	if err = errors.Join(err, db.Close()); err != nil {
-		return err
+		return s, err
 	}
-	return installIndex(directory)
-}
-
-// installIndex puts a new, synced index in the place of the old one.
-func installIndex(directory string) error {
-	path := filepath.Join(directory, indexName)
+	if err := os.Remove(filepath.Join(directory, sumName)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return s, err
+	}
 	if err := os.Rename(path+".new", path); err != nil {
-		return err
+		return s, err
 	}
-	return syncDirectory(directory)
+	return s, files.SyncDirectory(directory)
 }
 
-// lookup returns the record of a block.
-func (s *Store) lookup(ref *eris.Reference) (r record, found bool, err error) {
+// lookup returns the location of a block.
+func (s *Store) lookup(ref *eris.Reference) (l location, found bool, err error) {
 	err = s.view(func(tx *bbolt.Tx) (err error) {
 		bucket := tx.Bucket(blocksBucket)
 		if bucket == nil {
@@ -231,38 +265,44 @@ func (s *Store) lookup(ref *eris.Reference) (r record, found bool, err error) {
 		}
 		if v := bucket.Get(ref[:]); v != nil {
 			found = true
-			r, err = parseRecord(v)
+			l, err = parseLocation(ref[:], v)
 		}
 		return err
 	})
-	return r, found, err
+	return l, found, err
 }
 
 // view reads in a transaction.
 func (s *Store) view(f func(*bbolt.Tx) error) error {
-	if s.broken.Load() {
-		return ErrDamaged
-	}
-	began := false
-	err := guard(func() error {
+	return s.guard(func() error {
 		tx, err := s.index.Begin(false)
-		began = true
 		if err != nil {
 			return err
 		}
 		defer tx.Rollback()
 		return f(tx)
 	})
-	if !began {
-		// bbolt panicked while it held its locks. Whoever asked it again would wait for ever.
-		s.broken.Store(true)
+}
+
+// guard calls a function that uses the index, unless that was found to be damaged. If it is found
+// now, no more is written, and the index loses its name, so that it is made anew when the store is
+// opened the next time.
+func (s *Store) guard(f func() error) error {
+	if s.damaged.Load() {
+		return ErrDamaged
+	}
+	err := guard(f)
+	if errors.Is(err, ErrDamaged) && !s.damaged.Swap(true) {
 		s.fail(err)
+		err := os.Remove(filepath.Join(s.directory, indexName))
+		s.progress.background(errors.Join(err, files.SyncDirectory(s.directory)))
 	}
 	return err
 }
 
-// guard calls a function that uses bbolt. bbolt panics where its file is damaged, and faults where the file is shorter than
-// it was; both become errors. That is sound, because all that bbolt keeps in memory is given up then.
+// guard calls a function that uses bbolt. bbolt panics where its file is damaged, and faults where
+// the file is shorter than it was; both become errors. That is sound, because all that bbolt keeps
+// in memory is given up then.
 func guard(f func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
@@ -295,23 +335,4 @@ func loadIndex(tx *bbolt.Tx) (s state, taken [classes][]*bitmap, err error) {
 		return nil
 	})
 	return s, taken, err
-}
-
-// parseChunk reads a bit set and its key.
-func parseChunk(k, v []byte) (class, *bitmap, error) {
-	if len(k) != slotKeySize || k[0] >= byte(classes) || len(v) != slotsPerChunk/8 {
-		return 0, nil, fmt.Errorf("%w: chunk of slots of %d, %d bytes", ErrDamaged, len(k), len(v))
-	}
-	b := new(bitmap)
-	for i := range b {
-		b[i] = binary.LittleEndian.Uint64(v[8*i:])
-	}
-	return class(k[0]), b, nil
-}
-
-func (b *bitmap) append(to []byte) []byte {
-	for _, word := range b {
-		to = binary.LittleEndian.AppendUint64(to, word)
-	}
-	return to
 }

@@ -17,60 +17,40 @@ import (
 	"go.etcd.io/bbolt"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
-// Rebuild makes a new index for the store in a directory from its blocks, in place of the old one if there is one, and
-// returns how many blocks it found. It reads and hashes all blocks, on all cores. The store must not be open: else the error
-// wraps [ErrLocked]. Until the new index is complete and durable, the old one is left as it is.
+// Rebuild makes a new index for the store in a directory from its blocks, in place of the old one
+// if there is one, and returns how many blocks it found. It reads and hashes all blocks, on all
+// cores. The store must not be open: else the error wraps [files.ErrLocked]. Until the new index is
+// complete and durable, the old one is left as it is.
 //
-// No block is pinned afterwards. Bytes that were damaged on disk are kept too, under the name that they have now; nobody asks
-// for that, so they go by eviction. Blocks that were evicted and not yet overwritten are back.
+// Bytes that were damaged on disk are kept too, under the name that they have now; nobody asks for
+// that, so they go by eviction. Blocks that were evicted and not yet overwritten are back.
 func Rebuild(ctx context.Context, directory string) (blocks int64, err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("rebuilding block store %q: %w", directory, err)
 		}
 	}()
-	lock, err := lockDirectory(directory)
+	lock, err := files.Lock(filepath.Join(directory, lockName), 0)
 	if err != nil {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
-	path := filepath.Join(directory, indexName+".new")
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return 0, err
-	}
-	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: 1, FreelistType: bbolt.FreelistMapType})
-	if err != nil {
-		return 0, err
-	}
-	state := state{pin: 1}
-	for c := range classes {
-		if err == nil {
-			state.blocks[c], err = rebuildClass(ctx, db, directory, c)
-		}
-	}
-	if err == nil {
-		err = db.Update(func(tx *bbolt.Tx) error {
-			for _, name := range [][]byte{blocksBucket, slotsBucket, storeBucket} {
-				if _, err := tx.CreateBucketIfNotExists(name); err != nil {
-					return err
-				}
+	s, err := makeIndex(directory, func(db *bbolt.DB) (s state, err error) {
+		for c := range classes {
+			if s.blocks[c], err = enterSlab(ctx, db, directory, c); err != nil {
+				return s, err
 			}
-			return tx.Bucket(storeBucket).Put(stateKey, state.append(nil))
-		})
-	}
-	if err = errors.Join(err, db.Close()); err != nil {
-		return 0, errors.Join(err, os.Remove(path))
-	}
-	if err := installIndex(directory); err != nil {
-		return 0, err
-	}
-	return state.blocks[class1KiB] + state.blocks[class32KiB], nil
+		}
+		return s, nil
+	})
+	return s.blocks[class1KiB] + s.blocks[class32KiB], err
 }
 
-// rebuildClass enters the blocks of one slab into a new index.
-func rebuildClass(ctx context.Context, db *bbolt.DB, directory string, c class) (blocks int64, err error) {
+// enterSlab enters the blocks of one slab into a new index.
+func enterSlab(ctx context.Context, db *bbolt.DB, directory string, c class) (blocks int64, err error) {
 	name, _ := slabNames(c)
 	f, err := os.Open(filepath.Join(directory, name))
 	if errors.Is(err, os.ErrNotExist) {
@@ -81,8 +61,7 @@ func rebuildClass(ctx context.Context, db *bbolt.DB, directory string, c class) 
 	defer f.Close()
 	slab := make([]byte, slotsPerChunk*c.size()/8) // an eighth of a chunk at a time
 	for chunk := 0; ; chunk++ {
-		taken := new(bitmap)
-		var found []placed
+		var found []found
 		end := false
 		for part := 0; part < 8 && !end; part++ {
 			if ctx.Err() != nil {
@@ -93,57 +72,61 @@ func rebuildClass(ctx context.Context, db *bbolt.DB, directory string, c class) 
 			if end = err == io.EOF; err != nil && !end {
 				return 0, err
 			}
-			found = append(found, sumBlocks(slab[:n-n%c.size()], c, first)...)
+			found = append(found, findBlocks(slab[:n-n%c.size()], c, first)...)
 		}
-		slices.SortFunc(found, func(a, b placed) int { return bytes.Compare(a.ref[:], b.ref[:]) })
-		if err := db.Update(func(tx *bbolt.Tx) error {
-			bucket, err := tx.CreateBucketIfNotExists(blocksBucket)
-			if err != nil {
-				return err
-			}
-			for _, p := range found {
-				if bucket.Get(p.ref[:]) != nil {
-					continue // the same block in an earlier slot
-				}
-				if err := bucket.Put(p.ref[:], record{location: p.location}.append(nil)); err != nil {
-					return err
-				}
-				slot := p.location.slot()
-				taken[slot%slotsPerChunk/64] |= 1 << (slot % 64)
-				blocks++
-			}
-			if bucket, err = tx.CreateBucketIfNotExists(slotsBucket); err != nil {
-				return err
-			}
-			return bucket.Put(slotKey(c, chunk), taken.append(nil))
-		}); err != nil {
-			return 0, err
-		}
-		if end {
-			return blocks, nil
+		n, err := enterChunk(db, c, chunk, found)
+		if blocks += n; err != nil || end {
+			return blocks, err
 		}
 	}
 }
 
-// sumBlocks returns the references and locations of neighbouring blocks, the first of which is in the given slot. It leaves out
-// those that are nothing but zeros: such are holes.
-func sumBlocks(slab []byte, c class, first int) []placed {
-	all := make([]placed, len(slab)/c.size())
-	var group sync.WaitGroup
-	workers := runtime.GOMAXPROCS(0)
-	for worker := range workers {
-		group.Go(func() {
-			zeros := make([]byte, c.size())
-			for i := worker; i < len(all); i += workers {
-				block := slab[i*c.size() : (i+1)*c.size()]
-				if bytes.Equal(block, zeros) {
-					continue
-				}
-				r := &request{ref: eris.Sum(block)}
-				all[i] = placed{r, makeLocation(checksum(r.ref, block), c, uint32(first+i))}
+// found is a block in a slab.
+type found struct {
+	ref      eris.Reference
+	location location
+}
+
+// enterChunk enters the blocks of a chunk of slots. It returns how many there are that have not
+// been entered before.
+func enterChunk(db *bbolt.DB, c class, chunk int, all []found) (blocks int64, err error) {
+	slices.SortFunc(all, func(a, b found) int { return bytes.Compare(a.ref[:], b.ref[:]) })
+	err = db.Update(func(tx *bbolt.Tx) error {
+		bucket := tx.Bucket(blocksBucket)
+		taken := new(bitmap)
+		for _, f := range all {
+			if bucket.Get(f.ref[:]) != nil {
+				continue // the same block in an earlier slot
 			}
-		})
+			if err := bucket.Put(f.ref[:], appendLocation(nil, &f.ref, f.location)); err != nil {
+				return err
+			}
+			taken.set(f.location.slot())
+			blocks++
+		}
+		key := slotKey(c, chunk)
+		return tx.Bucket(slotsBucket).Put(key, taken.append(nil, key))
+	})
+	return blocks, err
+}
+
+// findBlocks returns the references and locations of neighbouring blocks, the first of which is in
+// the given slot. It leaves out those that are nothing but zeros: such are holes.
+func findBlocks(slab []byte, c class, first int) (all []found) {
+	blocks := slices.Collect(slices.Chunk(slab, c.size()))
+	refs := make([]eris.Reference, len(blocks))
+	share := max(1, (len(blocks)+runtime.GOMAXPROCS(0)-1)/runtime.GOMAXPROCS(0))
+	var group sync.WaitGroup
+	for i := 0; i < len(blocks); i += share {
+		end := min(i+share, len(blocks))
+		group.Go(func() { eris.SumAll(refs[i:end], blocks[i:end]) })
 	}
 	group.Wait()
-	return slices.DeleteFunc(all, func(p placed) bool { return p.request == nil })
+	zeros := make([]byte, c.size())
+	for i, block := range blocks {
+		if !bytes.Equal(block, zeros) {
+			all = append(all, found{refs[i], makeLocation(checksum(&refs[i], block), c, uint32(first+i))})
+		}
+	}
+	return all
 }

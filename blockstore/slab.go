@@ -19,8 +19,23 @@ const slotsPerChunk = 4096
 // bitmap has a bit for each slot of a chunk.
 type bitmap [slotsPerChunk / 64]uint64
 
-// slab is a file of slots for blocks of one size, and what is known of each slot. Only the writer takes and frees slots;
-// reading and touching are safe for everybody at the same time.
+// The methods of a bitmap take a slot of any chunk, as the one with this position in its chunk.
+func (b *bitmap) has(slot uint32) bool { return b[slot%slotsPerChunk/64]&(1<<(slot%64)) != 0 }
+func (b *bitmap) set(slot uint32)      { b[slot%slotsPerChunk/64] |= 1 << (slot % 64) }
+func (b *bitmap) clear(slot uint32)    { b[slot%slotsPerChunk/64] &^= 1 << (slot % 64) }
+
+// slotsTaken returns how many bits are set.
+func slotsTaken(chunks []*bitmap) (n int64) {
+	for _, b := range chunks {
+		for _, word := range b {
+			n += int64(bits.OnesCount64(word))
+		}
+	}
+	return n
+}
+
+// slab is a file of slots for blocks of one size, and what is known of each slot. Only the writer
+// takes and frees slots; reading and touching are safe for everybody at the same time.
 type slab struct {
 	class class
 	file  *os.File
@@ -41,9 +56,6 @@ type accessesChunk struct {
 	unsaved atomic.Bool
 }
 
-// pinnedTime stands in place of a time of access for pinned blocks, so that they do not count as old.
-const pinnedTime = ^uint32(0)
-
 func slabNames(c class) (blocks, accessed string) {
 	if c == class1KiB {
 		return "blocks-1k", "accessed-1k"
@@ -51,12 +63,12 @@ func slabNames(c class) (blocks, accessed string) {
 	return "blocks-32k", "accessed-32k"
 }
 
-// openSlab opens the files of a slab whose slots are taken as given. If any slot is taken, the file of blocks must exist.
+// openSlab opens the files of a slab whose slots are taken as given. If any slot is taken, the file
+// of blocks must exist.
 func openSlab(directory string, c class, taken []*bitmap, now uint32) (*slab, error) {
-	s := &slab{class: c, taken: taken}
+	s := &slab{class: c, taken: taken, count: slotsTaken(taken)}
 	for chunk, b := range taken {
 		for i, word := range b {
-			s.count += int64(bits.OnesCount64(word))
 			if word != 0 {
 				s.end = int64(chunk*slotsPerChunk + i*64 + bits.Len64(word))
 			}
@@ -70,14 +82,6 @@ func openSlab(directory string, c class, taken []*bitmap, now uint32) (*slab, er
 	var err error
 	if s.file, err = os.OpenFile(filepath.Join(directory, blocks), flags, 0o600); err != nil {
 		return nil, err
-	}
-	// Give back what lies behind the last block.
-	if info, err := s.file.Stat(); err != nil {
-		return nil, errors.Join(err, s.close())
-	} else if end := s.end * int64(c.size()); info.Size() > end {
-		if err := s.file.Truncate(end); err != nil {
-			return nil, errors.Join(err, s.close())
-		}
 	}
 	if s.accessed, err = os.OpenFile(filepath.Join(directory, accessed), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
 		return nil, errors.Join(err, s.close())
@@ -96,7 +100,8 @@ func (s *slab) close() error {
 	return err
 }
 
-// read fills the block with the bytes of a slot. It returns io.EOF or io.ErrUnexpectedEOF if the file is too short.
+// read fills the block with the bytes of a slot. It returns io.EOF or io.ErrUnexpectedEOF if the
+// file is too short.
 func (s *slab) read(block []byte, slot uint32) error {
 	n, err := s.file.ReadAt(block, int64(slot)*int64(s.class.size()))
 	if n == len(block) {
@@ -114,7 +119,7 @@ func (s *slab) take() (uint32, error) {
 		chunk := word / len(bitmap{})
 		if chunk == len(s.taken) {
 			if chunk == maxSlots/slotsPerChunk {
-				return 0, fmt.Errorf("%w: no more than %d blocks of %d bytes", ErrFull, maxSlots, s.class.size())
+				return 0, fmt.Errorf("%w: no more than %d blocks of %d bytes", errFull, maxSlots, s.class.size())
 			}
 			s.grow()
 		}
@@ -134,14 +139,14 @@ func (s *slab) take() (uint32, error) {
 
 // free makes a slot free that was taken.
 func (s *slab) free(slot uint32) {
-	s.taken[slot/slotsPerChunk][slot%slotsPerChunk/64] &^= 1 << (slot % 64)
+	s.taken[slot/slotsPerChunk].clear(slot)
 	s.lowest = min(s.lowest, int(slot))
 	s.count--
 }
 
 func (s *slab) isTaken(slot uint32) bool {
 	chunk := int(slot / slotsPerChunk)
-	return chunk < len(s.taken) && s.taken[chunk][slot%slotsPerChunk/64]&(1<<(slot%64)) != 0
+	return chunk < len(s.taken) && s.taken[chunk].has(slot)
 }
 
 // unused returns the bytes of free slots that may have space on disk.
@@ -163,7 +168,7 @@ func (s *slab) touch(slot, now uint32) {
 	}
 	chunk := chunks[slot/slotsPerChunk]
 	// Written only if it changes: readers on several cores then share the memory.
-	if t := chunk.times[slot%slotsPerChunk].Load(); t != now && t != pinnedTime {
+	if chunk.times[slot%slotsPerChunk].Load() != now {
 		chunk.times[slot%slotsPerChunk].Store(now)
 		if !chunk.unsaved.Load() {
 			chunk.unsaved.Store(true)
@@ -171,14 +176,7 @@ func (s *slab) touch(slot, now uint32) {
 	}
 }
 
-// setTime sets the time of the last access to a slot, or pinnedTime.
-func (s *slab) setTime(slot, time uint32) {
-	chunk := (*s.accessChunks.Load())[slot/slotsPerChunk]
-	chunk.times[slot%slotsPerChunk].Store(time)
-	chunk.unsaved.Store(true)
-}
-
-// time returns the time of the last access to a slot, or pinnedTime.
+// time returns the time of the last access to a slot.
 func (s *slab) time(slot uint32) uint32 {
 	chunks := *s.accessChunks.Load()
 	if int(slot/slotsPerChunk) >= len(chunks) {
@@ -187,7 +185,8 @@ func (s *slab) time(slot uint32) uint32 {
 	return chunks[slot/slotsPerChunk].times[slot%slotsPerChunk].Load()
 }
 
-// loadAccesses reads the times of access. What is absent counts as never accessed, what is to come as accessed now.
+// loadAccesses reads the times of access. What is absent counts as never accessed, what is to come
+// as accessed now.
 func (s *slab) loadAccesses(now uint32) error {
 	chunks := make([]*accessesChunk, len(s.taken))
 	b := make([]byte, 4*slotsPerChunk)
@@ -198,11 +197,7 @@ func (s *slab) loadAccesses(now uint32) error {
 			return err
 		}
 		for j := range n / 4 {
-			t := binary.BigEndian.Uint32(b[4*j:])
-			if t != pinnedTime {
-				t = min(t, now)
-			}
-			chunks[i].times[j].Store(t)
+			chunks[i].times[j].Store(min(binary.BigEndian.Uint32(b[4*j:]), now))
 		}
 	}
 	s.accessChunks.Store(&chunks)
@@ -225,6 +220,15 @@ func (s *slab) saveAccesses() error {
 		}
 	}
 	return nil
+}
+
+// truncate gives back what lies behind the last block.
+func (s *slab) truncate() error {
+	end := s.end * int64(s.class.size())
+	if info, err := s.file.Stat(); err != nil || info.Size() <= end {
+		return err
+	}
+	return s.file.Truncate(end)
 }
 
 // giveBack gives the space of all free slots back to the file system.

@@ -3,7 +3,6 @@
 package blockstore
 
 import (
-	"errors"
 	"sync"
 	"sync/atomic"
 )
@@ -13,8 +12,6 @@ type Stats struct {
 	// What is there, as of the last commit.
 	Blocks1KiB, Blocks32KiB int64 // blocks of each size
 	Bytes1KiB, Bytes32KiB   int64 // the bytes of these blocks
-	PinnedBlocks            int64 // how many of both are pinned
-	PinnedBytes             int64 // the bytes of these
 	MaxBytes                int64 // Options.MaxBytes
 
 	// What was read.
@@ -24,16 +21,16 @@ type Stats struct {
 	// What was put.
 	Puts       int64 // blocks that were acknowledged, duplicates among them
 	Duplicates int64 // blocks that were there already
-	Refused    int64 // blocks that did not fit the limit
-	Failed     int64 // blocks that could not be stored for another reason
+	Failed     int64 // blocks that could not be stored
 	Commits    int64 // transactions
 	Queued     int   // requests that wait for a transaction, at the moment
 
 	Evicted int64 // blocks that made room for others
 	Damaged int64 // blocks that were damaged on disk and removed
 
-	// Err is the last failure of something that nobody waited for, if there was any: saving the times of access, giving
-	// space back to the file system, or evicting what was above the limit at first. No block is affected.
+	// Err is the last failure of something that nobody waited for, if there was any: saving the
+	// times of access, giving space back to the file system, or evicting what was above the limit
+	// at first. No block is affected.
 	Err error
 }
 
@@ -49,18 +46,18 @@ func (s *Store) Stats() Stats {
 	return stats
 }
 
-// A read that waits for the disk needs a thread, of which a Go program may have 10,000 before it is ended: so many requests
-// may well come at a time, so reads must be bounded.
+// A read that waits for the disk needs a thread, of which a Go program may have 10,000 before it is
+// ended: so many requests may well come at a time, so reads must be bounded.
 const (
 	readShares    = 16
 	readsPerShare = 32
 )
 
-// readShare has the counters that one part of all reads shares, and the places for those that are under way. It fills a cache
-// line.
+// readShare has the counters that one part of all reads shares, and a value for each that is under
+// way. It fills a cache line.
 type readShare struct {
 	hits, misses atomic.Int64
-	places       chan struct{}
+	running      chan struct{}
 	_            [40]byte
 }
 
@@ -83,8 +80,6 @@ func (p *progress) set(s state) {
 	p.stats.Blocks1KiB, p.stats.Blocks32KiB = s.blocks[class1KiB], s.blocks[class32KiB]
 	p.stats.Bytes1KiB = s.blocks[class1KiB] * int64(class1KiB.size())
 	p.stats.Bytes32KiB = s.blocks[class32KiB] * int64(class32KiB.size())
-	p.stats.PinnedBlocks = s.pinned[class1KiB] + s.pinned[class32KiB]
-	p.stats.PinnedBytes = bytesOf(s.pinned)
 }
 
 // count notes what a transaction did.
@@ -103,12 +98,9 @@ func (p *progress) count(duplicates, damaged, evicted int64, committed bool) {
 func (p *progress) put(err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	switch {
-	case err == nil:
+	if err == nil {
 		p.stats.Puts++
-	case errors.Is(err, ErrFull):
-		p.stats.Refused++
-	default:
+	} else {
 		p.stats.Failed++
 	}
 }

@@ -3,8 +3,10 @@
 package blockstore
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"sync"
@@ -14,48 +16,49 @@ import (
 	"go.etcd.io/bbolt"
 	bbolterrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sync/semaphore"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
-// ErrLocked is wrapped by the error of [Open] and [Rebuild] if another process, or this one, has the store open.
-var ErrLocked = errors.New("in use by another process")
+// ErrDamaged is wrapped by errors that say that the index is not one that this version of the store
+// wrote: it was damaged, is missing, or has another format. [Rebuild] makes a new one. When it is
+// returned by a store that is open, that must be opened anew.
+var ErrDamaged = errors.New("index is damaged or of another version")
 
-// ErrFull is wrapped by the error of Put and its like if the block does not fit the limit although everything that is not
-// pinned has been evicted.
-var ErrFull = errors.New("block store is full of pinned blocks")
-
-// ErrClosed is wrapped by the errors of all methods after [Store.Close].
-var ErrClosed = errors.New("block store is closed")
-
-// ErrDamaged is wrapped by errors that say that the index is not what the store wrote. [Rebuild] makes a new one.
-var ErrDamaged = errors.New("index is damaged")
+// errFull says that there is no room although all has been evicted that may be.
+var errFull = errors.New("block store is full")
 
 // MinBytes is the least limit that a store can have.
 const MinBytes = 1 << 20
 
-// The defaults of [Options], in bytes.
 const (
-	DefaultQueueBytes = 64 << 20
-	DefaultHintBytes  = 32 << 20
+	// queueBytes is the greatest number of bytes of blocks that are being put at a time; further
+	// calls of Put wait.
+	queueBytes = 64 << 20
+	// hintBytes is the memory for remembering where blocks are, without which a read costs a search
+	// of the index: 16 bytes for each block. It is not touched before it is needed.
+	hintBytes = 32 << 20
+	// lockName is the file whose lock is held while the store is open.
+	lockName = "lock"
 )
 
 // Options says how a [Store] works. The zero value is a store without limit.
 type Options struct {
-	// MaxBytes is the greatest number of bytes of blocks to keep; 0 for no limit, else at least MinBytes. The least
-	// recently used blocks that are not pinned are evicted a little before it is reached: at 31/32 of it, or 16 MiB below
-	// it, whichever is greater. If there is more when the store is opened, it is evicted then.
+	// MaxBytes is the greatest number of bytes of blocks to keep; 0 for no limit, else at least
+	// MinBytes. The least recently used blocks are evicted a little before it is reached: at 31/32
+	// of it, or 16 MiB below it, whichever is greater. If there is more when the store is opened,
+	// it is evicted then.
 	MaxBytes int64
 
-	// QueueBytes is the greatest number of bytes of blocks that are being put at a time; further calls of Put wait. 0
-	// stands for DefaultQueueBytes.
-	QueueBytes int64
-
-	// HintBytes is the memory in bytes for remembering where blocks are, without which a read costs a search of the index:
-	// 16 bytes for each block. It is not touched before it is needed. 0 stands for DefaultHintBytes.
-	HintBytes int
+	// Of tests; 0 stands for the constants and for clock.
+	queueBytes int64
+	hintBytes  int
+	now        func() uint32
 }
 
-// Store is a store of blocks in a directory. Its methods are safe for use by many goroutines at a time, and made for it.
-// It is an eris.Blocks and an eris.Sink. It must be closed.
+// Store is a store of blocks in a directory. Its methods are safe for use by many goroutines at a
+// time, and made for it. It is a [fetch.Store]. It must be closed.
 type Store struct {
 	directory string
 	options   Options
@@ -70,40 +73,45 @@ type Store struct {
 	gate  sync.RWMutex // held for reading while sending to the queue
 	shut  bool         // under gate: the queue is closed
 
-	writer  writer
-	stopped chan struct{} // closed when the writer has ended
-	final   error         // of the writer, once it has ended
+	writer   writer
+	endCheck context.CancelFunc // ends the writer's check of the index
+	stopped  chan struct{}      // closed when the writer has ended
+	final    error              // of the writer, once it has ended
 
 	failure    atomic.Pointer[error] // why no more is written, if so
 	committing atomic.Bool           // the writer is at work
-	broken     atomic.Bool           // the index cannot be used, nor closed
+	damaged    atomic.Bool           // the index cannot be used, nor closed
 	reads      [readShares]readShare // by reference, so that cores do not fight over them
 	progress   progress
-	buffers    [classes]sync.Pool // *[]byte, for Pipeline
 
 	closeOnce sync.Once
 	closed    error
 }
 
-// Open opens the store in a directory, which it makes if need be. Errors wrap [ErrLocked] if the store is open already,
-// [ErrDamaged] if its index cannot be used, and else are those of the file system.
+// Open opens the store in a directory, which it makes if need be. Errors wrap [files.ErrLocked] if
+// the store is open already, [ErrDamaged] if its index cannot be used, and else are those of the
+// file system.
 //
-// It takes a few milliseconds, and about one more for each million blocks.
+// It takes a few milliseconds, and about one more for each million blocks. Then the whole index is
+// checked, a second or so for each million blocks: calls of Put wait for that, and others do not.
+// [Store.Err] tells if it is damaged.
 func Open(directory string, options Options) (*Store, error) {
-	s, err := open(directory, options, clock)
+	s, err := open(directory, options)
 	if err != nil {
 		return nil, fmt.Errorf("block store %q: %w", directory, err)
 	}
 	return s, nil
 }
 
-func open(directory string, options Options, now func() uint32) (_ *Store, err error) {
-	if options.QueueBytes <= 0 {
-		options.QueueBytes = DefaultQueueBytes
+func open(directory string, options Options) (_ *Store, err error) {
+	if options.queueBytes == 0 {
+		options.queueBytes = queueBytes
 	}
-	options.QueueBytes = max(options.QueueBytes, int64(class32KiB.size()))
-	if options.HintBytes <= 0 {
-		options.HintBytes = DefaultHintBytes
+	if options.hintBytes == 0 {
+		options.hintBytes = hintBytes
+	}
+	if options.now == nil {
+		options.now = clock
 	}
 	if options.MaxBytes < 0 || options.MaxBytes > 0 && options.MaxBytes < MinBytes {
 		return nil, fmt.Errorf("limit of %d bytes is below the least possible, %d", options.MaxBytes, MinBytes)
@@ -114,21 +122,21 @@ func open(directory string, options Options, now func() uint32) (_ *Store, err e
 	s := &Store{
 		directory: directory,
 		options:   options,
-		hints:     newHints(options.HintBytes),
-		now:       now,
-		room:      semaphore.NewWeighted(options.QueueBytes),
+		hints:     newHints(options.hintBytes),
+		now:       options.now,
+		room:      semaphore.NewWeighted(options.queueBytes),
 		queue:     make(chan *request, maxBatchBlocks),
 		stopped:   make(chan struct{}),
 	}
 	for i := range s.reads {
-		s.reads[i].places = make(chan struct{}, readsPerShare)
+		s.reads[i].running = make(chan struct{}, readsPerShare)
 	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.closeFiles())
 		}
 	}()
-	if s.lock, err = lockDirectory(directory); err != nil {
+	if s.lock, err = files.Lock(filepath.Join(directory, lockName), 0); err != nil {
 		return nil, err
 	}
 	if err := s.openFiles(); err != nil {
@@ -136,7 +144,9 @@ func open(directory string, options Options, now func() uint32) (_ *Store, err e
 	}
 	s.writer.store = s
 	s.progress.set(s.writer.state)
-	go s.writer.run()
+	ctx, cancel := context.WithCancel(context.Background())
+	s.endCheck = cancel
+	go s.writer.run(ctx)
 	return s, nil
 }
 
@@ -150,7 +160,7 @@ func (s *Store) openFiles() error {
 				return fmt.Errorf("%w: there are blocks, but %s is missing", ErrDamaged, indexName)
 			}
 		}
-		if err := createIndex(s.directory); err != nil {
+		if _, err := makeIndex(s.directory, func(*bbolt.DB) (state, error) { return state{}, nil }); err != nil {
 			return fmt.Errorf("making the index: %w", err)
 		}
 	}
@@ -168,25 +178,30 @@ func (s *Store) openFiles() error {
 		return err
 	}
 	for c := range classes {
-		if s.slabs[c], err = openSlab(s.directory, c, taken[c], s.now()); err != nil {
+		if n := slotsTaken(taken[c]); n != s.writer.state.blocks[c] {
+			return fmt.Errorf("%w: %d blocks in %d slots", ErrDamaged, s.writer.state.blocks[c], n)
+		}
+		s.slabs[c], err = openSlab(s.directory, c, taken[c], s.now())
+		if errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("%w: it has blocks of %d bytes, and their file is missing", ErrDamaged, c.size())
+		} else if err != nil {
 			return err
 		}
-		if s.slabs[c].count != s.writer.state.blocks[c] {
-			return fmt.Errorf("%w: %d blocks in %d slots", ErrDamaged, s.writer.state.blocks[c], s.slabs[c].count)
-		}
 	}
-	return syncDirectory(s.directory)
+	return files.SyncDirectory(s.directory)
 }
 
-// Close lets calls of Put that are under way come to their end, and closes the store. It returns an error if the times of
-// access could not be saved or a file could not be closed; blocks that were acknowledged are durable in any case. Further
-// calls return the same again.
+// Close lets calls of Put that are under way come to their end, and closes the store. It returns an
+// error if the times of access or the checksum of the index, which is read for that, could not be
+// saved, or a file could not be closed; blocks that were acknowledged are durable in any case.
+// Further calls return the same again.
 func (s *Store) Close() error {
 	s.closeOnce.Do(func() {
 		s.gate.Lock()
 		s.shut = true
 		close(s.queue)
 		s.gate.Unlock()
+		s.endCheck()
 		<-s.stopped
 		if s.closed = errors.Join(s.final, s.closeFiles()); s.closed != nil {
 			s.closed = fmt.Errorf("closing block store %q: %w", s.directory, s.closed)
@@ -197,9 +212,8 @@ func (s *Store) Close() error {
 
 func (s *Store) closeFiles() error {
 	var err error
-	// A transaction that could not be given up still holds a lock of bbolt: closing would wait for ever.
-	if s.index != nil && !s.writer.stuck && !s.broken.Load() {
-		err = errors.Join(err, guard(s.index.Close))
+	if s.index != nil {
+		err = s.closeIndex()
 	}
 	for _, slab := range s.slabs {
 		if slab != nil {
@@ -218,8 +232,9 @@ func (s *Store) fail(err error) {
 	s.failure.CompareAndSwap(nil, &err)
 }
 
-// Err returns why the store takes no more blocks until it is opened anew, or nil. Whoever keeps a store open for long should
-// ask now and then.
+// Err returns why the store takes no more blocks until it is opened anew, or nil. Whoever keeps a
+// store open for long should ask now and then. If it wraps [ErrDamaged], blocks that are there may
+// not be found until then.
 func (s *Store) Err() error {
 	if err := s.failure.Load(); err != nil {
 		return *err
@@ -231,13 +246,13 @@ func (s *Store) Err() error {
 func clock() uint32 {
 	const epoch = 1704067200 // 2024-01-01
 	t := (time.Now().UnixMilli() - epoch*1000) / 250
-	return uint32(min(max(t, 0), int64(pinnedTime)-1))
+	return uint32(min(max(t, 0), math.MaxUint32))
 }
 
-// readable turns the errors of files and databases that have been closed into ErrClosed.
+// readable turns the errors of files and databases that have been closed into fetch.ErrClosed.
 func readable(err error) error {
 	if errors.Is(err, os.ErrClosed) || errors.Is(err, bbolterrors.ErrDatabaseNotOpen) {
-		return ErrClosed
+		return fetch.ErrClosed
 	}
 	return err
 }

@@ -7,6 +7,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"hash/crc32"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -15,13 +16,11 @@ import (
 	"go.etcd.io/bbolt"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
-var (
-	_ eris.Blocks = (*Store)(nil)
-	_ eris.Sink   = (*Store)(nil)
-	_ eris.Sink   = (*Pipeline)(nil)
-)
+var _ fetch.Store = (*Store)(nil)
 
 // testBlock returns the i-th block of a size, which is noise. It is the same on each call.
 func testBlock(i int, size eris.BlockSize) (eris.Reference, []byte) {
@@ -56,10 +55,28 @@ func mustPut(t testing.TB, s *Store, i int, size eris.BlockSize) eris.Reference 
 	return ref
 }
 
+// putMany puts blocks, by the hundred, and returns their references.
+func putMany(t testing.TB, s *Store, size eris.BlockSize, from, to int) (all []eris.Reference) {
+	t.Helper()
+	for ; from < to; from += 100 {
+		var refs []eris.Reference
+		var blocks [][]byte
+		for i := from; i < min(from+100, to); i++ {
+			ref, block := testBlock(i, size)
+			refs, blocks = append(refs, ref), append(blocks, block)
+		}
+		if err := s.PutBatch(t.Context(), refs, blocks); err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, refs...)
+	}
+	return all
+}
+
 func mustHave(t testing.TB, s *Store, i int, size eris.BlockSize) {
 	t.Helper()
 	ref, block := testBlock(i, size)
-	got, err := s.Get(t.Context(), ref, size, make([]byte, 0, size))
+	got, err := fetch.Get(t.Context(), s, ref, size, make([]byte, 0, size))
 	if err != nil {
 		t.Fatalf("block %d: %v", i, err)
 	}
@@ -71,13 +88,13 @@ func mustHave(t testing.TB, s *Store, i int, size eris.BlockSize) {
 func mustLack(t testing.TB, s *Store, i int, size eris.BlockSize) {
 	t.Helper()
 	ref, _ := testBlock(i, size)
-	if _, err := s.Get(t.Context(), ref, size, nil); !errors.Is(err, eris.ErrNotFound) {
+	if _, err := fetch.Get(t.Context(), s, ref, size, nil); !errors.Is(err, eris.ErrNotFound) {
 		t.Fatalf("block %d: %v instead of ErrNotFound", i, err)
 	}
 }
 
-// checkStore closes a store and checks that what is on disk is consistent: each record has a slot of its own which holds its
-// block, no other slot is taken, and the sums are right. It returns the references.
+// checkStore closes a store and checks that what is on disk is consistent: the index is, and each
+// slot holds its block. It returns the references.
 func checkStore(t testing.TB, s *Store) map[eris.Reference]bool {
 	t.Helper()
 	if err := s.Close(); err != nil {
@@ -93,56 +110,31 @@ func checkStore(t testing.TB, s *Store) map[eris.Reference]bool {
 		for err := range tx.Check() {
 			t.Errorf("index: %v", err)
 		}
-		recorded, taken, err := loadIndex(tx)
-		if err != nil {
+		if err := checkEntries(t.Context(), tx); err != nil {
 			return err
 		}
-		counted := state{pin: recorded.pin}
-		var files [classes]*os.File
+		var slabs [classes]*os.File
 		for c := range classes {
 			name, _ := slabNames(c)
-			if files[c], err = os.Open(filepath.Join(s.directory, name)); err != nil {
+			var err error
+			if slabs[c], err = os.Open(filepath.Join(s.directory, name)); err != nil {
 				return err
 			}
-			defer files[c].Close()
+			defer slabs[c].Close()
 		}
-		err = tx.Bucket(blocksBucket).ForEach(func(k, v []byte) error {
+		return tx.Bucket(blocksBucket).ForEach(func(k, v []byte) error {
 			ref := eris.Reference(k)
 			refs[ref] = true
-			r, err := parseRecord(v)
+			l, err := parseLocation(k, v)
 			if err != nil {
 				return err
 			}
-			c, slot := r.location.class(), r.location.slot()
-			counted.blocks[c]++
-			if r.pin == recorded.pin {
-				counted.pinned[c]++
-			}
-			word, bit := &taken[c][slot/slotsPerChunk][slot%slotsPerChunk/64], uint64(1)<<(slot%64)
-			if *word&bit == 0 {
-				t.Errorf("block %v is in slot %d, which is free or has another block", ref, slot)
-			}
-			*word &^= bit
-			block := make([]byte, c.size())
-			if _, err := files[c].ReadAt(block, int64(slot)*int64(c.size())); err != nil {
+			block := make([]byte, l.class().size())
+			if _, err := slabs[l.class()].ReadAt(block, int64(l.slot())*int64(len(block))); err != nil {
 				return err
 			}
 			return eris.Verify(ref, block)
 		})
-		if err != nil {
-			return err
-		}
-		if counted != recorded {
-			t.Errorf("counted %+v, recorded %+v", counted, recorded)
-		}
-		for c := range classes {
-			for _, b := range taken[c] {
-				if *b != (bitmap{}) {
-					t.Errorf("slots of class %d are taken without a block", c)
-				}
-			}
-		}
-		return nil
 	})
 	if err != nil {
 		t.Error(err)
@@ -157,22 +149,23 @@ func TestPutGet(t *testing.T) {
 		mustLack(t, s, 1, size)
 		ref := mustPut(t, s, 1, size)
 		mustHave(t, s, 1, size)
-		// Whichever size; no memory given.
-		_, block := testBlock(1, size)
-		if got, err := s.Get(t.Context(), ref, 0, nil); err != nil || !bytes.Equal(got, block) {
-			t.Errorf("size 0: %d bytes, %v", len(got), err)
-		}
 		// The memory given is used.
 		dst := make([]byte, 0, size)
-		if got, err := s.Get(t.Context(), ref, size, dst); err != nil || &got[0] != &dst[:1][0] {
+		if got, err := fetch.Get(t.Context(), s, ref, size, dst); err != nil || &got[0] != &dst[:1][0] {
 			t.Errorf("memory given: not used, %v", err)
 		}
 		other := eris.BlockSize1KiB + eris.BlockSize32KiB - size
-		if _, err := s.Get(t.Context(), ref, other, nil); !errors.Is(err, eris.ErrNotFound) {
+		if _, err := fetch.Get(t.Context(), s, ref, other, nil); !errors.Is(err, eris.ErrNotFound) {
 			t.Errorf("block of %v, asked for as one of %v: %v", size, other, err)
 		}
-		if _, err := s.Get(t.Context(), ref, 2048, nil); err == nil || errors.Is(err, eris.ErrNotFound) {
+		if _, err := fetch.Get(t.Context(), s, ref, 2048, nil); err == nil || errors.Is(err, eris.ErrNotFound) {
 			t.Errorf("size 2048: %v", err)
+		}
+		// Memory that does not suffice is not used.
+		r := fetch.Request{Pair: eris.Pair{Reference: ref}, Size: size, Dst: make([]byte, 0, 10), Done: func(*fetch.Request) {}}
+		s.Start(&r)
+		if fetch.Verify([]*fetch.Request{&r}); r.Err != nil {
+			t.Error(r.Err)
 		}
 	}
 	if err := s.Close(); err != nil {
@@ -194,19 +187,13 @@ func TestPutRefuses(t *testing.T) {
 	wrong[1000] ^= 1
 	var blockError *eris.BlockError
 	long := make([]byte, 1025)
-	puts := map[string]func() error{
-		"other bytes":         func() error { return s.Put(t.Context(), ref, wrong) },
-		"other bytes, pinned": func() error { return s.PutPinned(t.Context(), ref, wrong) },
-		"no block size":       func() error { return s.Put(t.Context(), eris.Sum(long), long) },
-		"no block size, add":  func() error { _, err := s.Add(t.Context(), long); return err },
-		"empty":               func() error { _, err := s.Add(t.Context(), nil); return err },
-		"batch": func() error {
-			return s.PutBatch(t.Context(), []eris.Reference{ref, ref}, [][]byte{block, wrong})
-		},
-		"pipeline": func() error { return s.Pipeline(false).Put(t.Context(), ref, wrong) },
-	}
-	for name, put := range puts {
-		if err := put(); !errors.As(err, &blockError) {
+	for name, err := range map[string]error{
+		"other bytes":   s.Put(t.Context(), ref, wrong),
+		"no block size": s.Put(t.Context(), eris.Sum(long), long),
+		"empty":         s.Put(t.Context(), eris.Sum(nil), nil),
+		"batch":         s.PutBatch(t.Context(), []eris.Reference{ref, ref}, [][]byte{block, wrong}),
+	} {
+		if !errors.As(err, &blockError) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -216,15 +203,6 @@ func TestPutRefuses(t *testing.T) {
 	if stats := s.Stats(); stats.Puts != 0 || stats.Blocks1KiB != 0 {
 		t.Errorf("something was put: %+v", stats)
 	}
-}
-
-func TestAdd(t *testing.T) {
-	s := testOpen(t, t.TempDir(), Options{})
-	want, block := testBlock(1, eris.BlockSize1KiB)
-	if ref, err := s.Add(t.Context(), block); err != nil || ref != want {
-		t.Errorf("%v, %v", ref, err)
-	}
-	mustHave(t, s, 1, eris.BlockSize1KiB)
 }
 
 func TestDuplicates(t *testing.T) {
@@ -249,7 +227,7 @@ func TestDuplicates(t *testing.T) {
 
 func TestBatch(t *testing.T) {
 	// The queue is shorter than the batch.
-	s := testOpen(t, t.TempDir(), Options{QueueBytes: 1 << 18})
+	s := testOpen(t, t.TempDir(), Options{queueBytes: 1 << 18})
 	var refs []eris.Reference
 	var blocks [][]byte
 	for i := range 600 {
@@ -263,7 +241,7 @@ func TestBatch(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i, ref := range refs {
-		if got, err := s.Get(t.Context(), ref, 0, nil); err != nil || !bytes.Equal(got, blocks[i]) {
+		if got, err := fetch.Get(t.Context(), s, ref, eris.BlockSize(len(blocks[i])), nil); err != nil || !bytes.Equal(got, blocks[i]) {
 			t.Fatalf("block %d: %v", i, err)
 		}
 	}
@@ -272,51 +250,13 @@ func TestBatch(t *testing.T) {
 	}
 }
 
-func TestPipeline(t *testing.T) {
-	s := testOpen(t, t.TempDir(), Options{QueueBytes: 1 << 20})
-	content := make([]byte, 3<<20+12345)
-	rand.NewChaCha8([32]byte{7}).Read(content)
-	for _, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
-		p := s.Pipeline(size == eris.BlockSize1KiB)
-		capability, err := eris.Encode(t.Context(), bytes.NewReader(content), p, eris.EncodeOptions{BlockSize: size})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := p.Wait(); err != nil {
-			t.Fatal(err)
-		}
-		c, err := eris.Open(t.Context(), s, capability, int64(len(content)), eris.Window{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		var got bytes.Buffer
-		if _, err := c.WriteTo(t.Context(), &got); err != nil || !bytes.Equal(got.Bytes(), content) {
-			t.Errorf("%v: read %d bytes, %v", size, got.Len(), err)
-		}
-	}
-	if stats := s.Stats(); stats.PinnedBlocks != stats.Blocks1KiB {
-		t.Errorf("%+v", stats)
-	}
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
-	}
-	p := s.Pipeline(false)
-	ref, block := testBlock(1, eris.BlockSize1KiB)
-	if err := p.Put(t.Context(), ref, block); !errors.Is(err, ErrClosed) {
-		t.Errorf("put to a closed store: %v", err)
-	}
-	if err := p.Wait(); err != nil {
-		t.Errorf("waiting for nothing: %v", err)
-	}
-}
-
 func TestLocked(t *testing.T) {
 	directory := t.TempDir()
 	s := testOpen(t, directory, Options{})
-	if _, err := Open(directory, Options{}); !errors.Is(err, ErrLocked) {
+	if _, err := Open(directory, Options{}); !errors.Is(err, files.ErrLocked) {
 		t.Errorf("opened twice: %v", err)
 	}
-	if _, err := Rebuild(t.Context(), directory); !errors.Is(err, ErrLocked) {
+	if _, err := Rebuild(t.Context(), directory); !errors.Is(err, files.ErrLocked) {
 		t.Errorf("rebuilt while open: %v", err)
 	}
 	if err := s.Close(); err != nil {
@@ -333,18 +273,15 @@ func TestClosed(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := s.Get(t.Context(), ref, eris.BlockSize1KiB, nil); !errors.Is(err, ErrClosed) {
+	if _, err := fetch.Get(t.Context(), s, ref, eris.BlockSize1KiB, nil); !errors.Is(err, fetch.ErrClosed) {
 		t.Errorf("Get: %v", err)
 	}
 	ref, block := testBlock(2, eris.BlockSize1KiB)
-	if err := s.Put(t.Context(), ref, block); !errors.Is(err, ErrClosed) {
+	if err := s.Put(t.Context(), ref, block); !errors.Is(err, fetch.ErrClosed) {
 		t.Errorf("Put: %v", err)
 	}
-	if err := s.PutBatch(t.Context(), []eris.Reference{ref}, [][]byte{block}); !errors.Is(err, ErrClosed) {
+	if err := s.PutBatch(t.Context(), []eris.Reference{ref}, [][]byte{block}); !errors.Is(err, fetch.ErrClosed) {
 		t.Errorf("PutBatch: %v", err)
-	}
-	if err := s.UnpinAll(t.Context()); !errors.Is(err, ErrClosed) {
-		t.Errorf("UnpinAll: %v", err)
 	}
 }
 
@@ -368,18 +305,12 @@ func TestContextEnded(t *testing.T) {
 	if err := s.PutBatch(ctx, refs, blocks); err != nil && !errors.Is(err, cause) {
 		t.Errorf("PutBatch: %v", err)
 	}
-	if err := s.UnpinAll(ctx); err != nil && !errors.Is(err, cause) {
-		t.Errorf("UnpinAll: %v", err)
-	}
-	if _, err := s.Get(ctx, eris.Reference{}, 0, nil); !errors.Is(err, cause) {
-		t.Errorf("Get: %v", err)
-	}
 	// What was given up holds no room in the queue.
 	mustPut(t, s, 20, eris.BlockSize1KiB)
-	if !s.room.TryAcquire(s.options.QueueBytes) {
+	if !s.room.TryAcquire(s.options.queueBytes) {
 		t.Error("room of the queue was lost")
 	}
-	s.room.Release(s.options.QueueBytes)
+	s.room.Release(s.options.queueBytes)
 	checkStore(t, s)
 }
 
@@ -396,15 +327,12 @@ func TestStats(t *testing.T) {
 	s := testOpen(t, t.TempDir(), Options{MaxBytes: 1 << 30})
 	mustPut(t, s, 1, eris.BlockSize1KiB)
 	mustPut(t, s, 2, eris.BlockSize1KiB)
-	ref, block := testBlock(3, eris.BlockSize32KiB)
-	if err := s.PutPinned(t.Context(), ref, block); err != nil {
-		t.Fatal(err)
-	}
+	mustPut(t, s, 3, eris.BlockSize32KiB)
 	mustHave(t, s, 1, eris.BlockSize1KiB)
 	mustHave(t, s, 3, eris.BlockSize32KiB)
 	mustLack(t, s, 4, eris.BlockSize1KiB)
 	want := Stats{
-		Blocks1KiB: 2, Bytes1KiB: 2 << 10, Blocks32KiB: 1, Bytes32KiB: 1 << 15, PinnedBlocks: 1, PinnedBytes: 1 << 15,
+		Blocks1KiB: 2, Bytes1KiB: 2 << 10, Blocks32KiB: 1, Bytes32KiB: 1 << 15,
 		MaxBytes: 1 << 30, Hits: 2, Misses: 1, Puts: 3, Commits: 3,
 	}
 	if got := s.Stats(); got != want {
@@ -412,71 +340,52 @@ func TestStats(t *testing.T) {
 	}
 }
 
-func TestRebuild(t *testing.T) {
-	directory := t.TempDir()
-	s := testOpen(t, directory, Options{})
-	for i := range 30 {
-		mustPut(t, s, i, eris.BlockSize1KiB)
-		mustPut(t, s, i, eris.BlockSize32KiB)
-	}
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
-	}
-	index := filepath.Join(directory, indexName)
-	for name, damage := range map[string]func() error{
-		"missing": func() error { return os.Remove(index) },
-		"empty":   func() error { return os.Truncate(index, 0) },
-		"noise": func() error {
-			_, b := testBlock(99, eris.BlockSize32KiB)
-			return os.WriteFile(index, b, 0o600)
-		},
-		"cut": func() error { return os.Truncate(index, 8192) },
-	} {
-		if err := damage(); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := Open(directory, Options{}); !errors.Is(err, ErrDamaged) {
-			t.Errorf("%s: %v instead of ErrDamaged", name, err)
-		}
-		if n, err := Rebuild(t.Context(), directory); err != nil || n != 60 {
-			t.Fatalf("%s: %d blocks, %v", name, n, err)
-		}
-		s := testOpen(t, directory, Options{})
-		for i := range 30 {
-			mustHave(t, s, i, eris.BlockSize1KiB)
-			mustHave(t, s, i, eris.BlockSize32KiB)
-		}
-		if got := len(checkStore(t, s)); got != 60 {
-			t.Errorf("%s: %d blocks", name, got)
-		}
-	}
-}
-
-// TestReadsAreBounded takes all places for reads of a part: a further one waits for a place, or for its context.
+// TestReadsAreBounded has as many reads of a part as there may be: a further one waits.
 func TestReadsAreBounded(t *testing.T) {
 	s := testOpen(t, t.TempDir(), Options{})
 	ref := mustPut(t, s, 0, eris.BlockSize1KiB)
-	places := s.reads[ref[0]%readShares].places
+	running := s.reads[ref[0]%readShares].running
 	for range readsPerShare {
-		places <- struct{}{}
+		running <- struct{}{}
 	}
-	ctx, cancel := context.WithCancelCause(t.Context())
-	tired := errors.New("tired")
-	cancel(tired)
-	if _, err := s.Get(ctx, ref, 0, nil); !errors.Is(err, tired) {
-		t.Errorf("Get returns %v", err)
-	}
-	done := make(chan error)
+	freed := make(chan struct{})
 	go func() {
-		_, err := s.Get(t.Context(), ref, 0, nil)
-		done <- err
+		close(freed)
+		<-running
 	}()
-	<-places
-	if err := <-done; err != nil {
-		t.Error(err)
+	mustHave(t, s, 0, eris.BlockSize1KiB)
+	select {
+	case <-freed:
+	default:
+		t.Error("a read did not wait")
 	}
 	for range readsPerShare - 1 {
-		<-places
+		<-running
 	}
 	mustHave(t, s, 0, eris.BlockSize1KiB)
+}
+
+// A reference that agrees with that of a block in its first eight and last four bytes is not that
+// of the block, whatever stands between: not even where a CRC over the reference is the same.
+func TestForgedReference(t *testing.T) {
+	s := testOpen(t, t.TempDir(), Options{})
+	for _, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
+		ref := mustPut(t, s, 1, size)
+		// The remainder of a multiple of the polynomial is 0.
+		const multiple = 1 | uint64(crc32.Castagnoli)<<1
+		for name, difference := range map[string]uint64{"one bit": 1, "same CRC": multiple} {
+			forged := ref
+			binary.LittleEndian.PutUint64(forged[12:], binary.LittleEndian.Uint64(ref[12:])^difference)
+			mustHave(t, s, 1, size)
+			if _, err := fetch.Get(t.Context(), s, forged, size, nil); err == nil {
+				t.Errorf("%v, %s: the block was got", size, name)
+			}
+			mustHave(t, s, 1, size)
+		}
+		forged := ref
+		binary.LittleEndian.PutUint64(forged[12:], binary.LittleEndian.Uint64(ref[12:])^multiple)
+		if forged == ref || crc32.Checksum(forged[:], castagnoli) != crc32.Checksum(ref[:], castagnoli) {
+			t.Error("the test is wrong")
+		}
+	}
 }

@@ -12,12 +12,13 @@ import (
 	"testing"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 )
 
-// Many goroutines put and get the same few blocks in a store that has room for a third of them, while some give up. What is
-// read is what was put, and the store is consistent in the end.
+// Many goroutines put and get the same few blocks in a store that has room for a third of them,
+// while some give up. What is read is what was put, and the store is consistent in the end.
 func TestStress(t *testing.T) {
-	s := testOpen(t, t.TempDir(), Options{MaxBytes: MinBytes, QueueBytes: 1 << 18, HintBytes: 4096})
+	s := testOpen(t, t.TempDir(), Options{MaxBytes: MinBytes, queueBytes: 1 << 18, hintBytes: 4096})
 	const blocks = 3000
 	sizeOf := func(i int) eris.BlockSize {
 		if i%100 == 0 {
@@ -35,26 +36,18 @@ func TestStress(t *testing.T) {
 				i := random.IntN(blocks)
 				ref, block := testBlock(i, sizeOf(i))
 				switch {
-				case worker == 0 && round%500 == 499:
-					if err := s.UnpinAll(t.Context()); err != nil {
-						t.Error(err)
-					}
 				case round%4 == 0:
 					ctx, cancel := t.Context(), func() {}
 					if worker%4 == 3 {
 						ctx, cancel = context.WithCancel(ctx)
 						go cancel()
 					}
-					put := s.Put
-					if random.IntN(20) == 0 {
-						put = s.PutPinned
-					}
-					if err := put(ctx, ref, block); err != nil && !errors.Is(err, context.Canceled) && !errors.Is(err, ErrFull) {
+					if err := s.Put(ctx, ref, block); err != nil && !errors.Is(err, context.Canceled) {
 						t.Error(err)
 					}
 					cancel()
 				default:
-					got, err := s.Get(t.Context(), ref, sizeOf(i), buffer)
+					got, err := fetch.Get(t.Context(), s, ref, sizeOf(i), buffer)
 					if err == nil {
 						err = eris.Verify(ref, got)
 					} else if errors.Is(err, eris.ErrNotFound) {
@@ -78,7 +71,7 @@ func TestStress(t *testing.T) {
 
 // Calls that are under way while the store is closed either succeed or say so.
 func TestCloseWhileBusy(t *testing.T) {
-	s := testOpen(t, t.TempDir(), Options{QueueBytes: 1 << 16})
+	s := testOpen(t, t.TempDir(), Options{queueBytes: 1 << 16})
 	var group sync.WaitGroup
 	var mu sync.Mutex
 	acknowledged := make(map[eris.Reference]bool)
@@ -87,7 +80,7 @@ func TestCloseWhileBusy(t *testing.T) {
 			for i := range 1000 {
 				ref, block := testBlock(worker*1000+i, eris.BlockSize1KiB)
 				err := s.Put(context.Background(), ref, block)
-				if errors.Is(err, ErrClosed) {
+				if errors.Is(err, fetch.ErrClosed) {
 					return
 				} else if err != nil {
 					t.Error(err)
@@ -96,7 +89,7 @@ func TestCloseWhileBusy(t *testing.T) {
 				mu.Lock()
 				acknowledged[ref] = true
 				mu.Unlock()
-				if _, err := s.Get(context.Background(), ref, eris.BlockSize1KiB, nil); errors.Is(err, ErrClosed) {
+				if _, err := fetch.Get(context.Background(), s, ref, eris.BlockSize1KiB, nil); errors.Is(err, fetch.ErrClosed) {
 					return
 				} else if err != nil {
 					t.Error(err)
@@ -121,8 +114,8 @@ func TestCloseWhileBusy(t *testing.T) {
 	}
 }
 
-// A large item is stored by thousands of calls of Put at a time, and every block of it is there. It has 64 MB, or 1 GB if
-// ERIS_BIG_TESTS is 1.
+// A large item is stored by thousands of calls of Put at a time, and every block of it is there. It
+// has 64 MB, or 1 GB if ERIS_BIG_TESTS is 1.
 func TestLargeItem(t *testing.T) {
 	blocks, inFlight := 64<<20>>15, 1000
 	if os.Getenv("ERIS_BIG_TESTS") == "1" {
@@ -160,7 +153,7 @@ func TestLargeItem(t *testing.T) {
 	s = testOpen(t, directory, Options{})
 	buffer := make([]byte, 0, eris.BlockSize32KiB)
 	for i, ref := range refs {
-		block, err := s.Get(t.Context(), ref, eris.BlockSize32KiB, buffer)
+		block, err := fetch.Get(t.Context(), s, ref, eris.BlockSize32KiB, buffer)
 		if err == nil {
 			err = eris.Verify(ref, block)
 		}

@@ -10,12 +10,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// syncData makes the bytes of a file durable, and of what is known about it as much as is needed to read them.
+// syncData makes the bytes of a file durable, and of what is known about it as much as is needed to
+// read them.
 func syncData(f *os.File) error {
 	return withDescriptor(f, "fdatasync", func(fd int) error { return unix.Fdatasync(fd) })
 }
 
-// punchHole gives the space of a part of a file back to the file system. It does nothing where the file system cannot.
+// punchHole gives the space of a part of a file back to the file system. It does nothing where the
+// file system cannot.
 func punchHole(f *os.File, offset, length int64) error {
 	err := withDescriptor(f, "fallocate", func(fd int) error {
 		return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, offset, length)

@@ -4,6 +4,7 @@ package blockstore
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"runtime"
@@ -23,20 +24,28 @@ const (
 // savePeriod is how often times of access are saved; as much of them is lost in a crash.
 const savePeriod = 5 * time.Minute
 
-// writer is the one goroutine that changes the store. It commits whatever requests have come in while it did the last commit.
+// writer is the one goroutine that changes the store. It commits whatever requests have come in
+// while it did the last commit.
 type writer struct {
 	store  *Store
 	state  state    // as committed
 	plan   plan     // for eviction
 	next   *request // received, but not part of the last batch
-	stuck  bool     // the index cannot be closed
 	buffer []byte   // for neighbouring blocks
 }
 
-// run does requests until the queue is closed.
-func (w *writer) run() {
+// run checks the index, and then does requests until the queue is closed. The context ends the
+// check.
+func (w *writer) run(ctx context.Context) {
 	s := w.store
 	defer close(s.stopped)
+	if err := s.checkIndex(ctx); err != nil {
+		s.fail(err)
+	} else {
+		for _, slab := range s.slabs {
+			s.progress.background(slab.truncate())
+		}
+	}
 	save := time.NewTicker(savePeriod)
 	defer save.Stop()
 	w.shrink()
@@ -74,7 +83,7 @@ func (w *writer) collect(first *request) []*request {
 			batch = append(batch, r)
 			space -= int64(len(r.block))
 		}
-		if r.kind == requestUnpin || len(batch) == maxBatchBlocks {
+		if len(batch) == maxBatchBlocks {
 			return batch
 		}
 		select {
@@ -82,7 +91,7 @@ func (w *writer) collect(first *request) []*request {
 			if !ok {
 				return batch
 			}
-			if len(batch) > 0 && (int64(len(next.block)) > space || next.kind == requestUnpin) {
+			if len(batch) > 0 && int64(len(next.block)) > space {
 				w.next = next
 				return batch
 			}
@@ -99,7 +108,7 @@ func (w *writer) do(batch []*request) {
 	err := s.Err()
 	if err == nil && len(batch) > 0 {
 		s.committing.Store(true)
-		err = w.guard(func() error { return w.transact(batch) })
+		err = s.guard(func() error { return w.transact(batch) })
 		if isFullDisk(err) && s.Err() == nil {
 			w.giveBack()
 		}
@@ -108,34 +117,21 @@ func (w *writer) do(batch []*request) {
 	for _, r := range batch {
 		s.room.Release(int64(len(r.block)))
 		outcome := r.outcome
-		if !r.settled {
+		if !r.known {
 			if r.same != nil {
 				outcome = r.same.outcome
 			}
 			outcome = errors.Join(outcome, err)
 		}
-		if r.kind == requestPut {
+		if r.block != nil {
 			s.progress.put(outcome)
 		}
-		r.owner.complete(r, outcome)
+		r.owner.complete(outcome)
 	}
 }
 
-// guard calls a function that changes the index. If that panics, nothing is known about the index, and no more is written.
-func (w *writer) guard(f func() error) error {
-	returned := false
-	err := guard(func() error {
-		err := f()
-		returned = true
-		return err
-	})
-	if !returned {
-		w.store.fail(err)
-	}
-	return err
-}
-
-// transact does a batch of requests in one transaction, or in two if blocks must be evicted before there is room.
+// transact does a batch of requests in one transaction, or in two if blocks must be evicted before
+// there is room.
 func (w *writer) transact(batch []*request) error {
 	var coming int64
 	for _, r := range batch {
@@ -160,140 +156,109 @@ func (w *writer) transact(batch []*request) error {
 	if err != nil {
 		return err
 	}
-	fresh, err = c.place(fresh)
-	if err != nil {
-		return err
-	}
-	// Evicting a little more than is needed now, for the next batch, saves it a transaction of its own.
+	fresh = c.allocate(fresh)
+	// Evicting a little more than is needed now, for the next batch, saves it a transaction of its
+	// own.
 	if limit := w.store.options.MaxBytes; limit > 0 {
 		if _, err := c.evict(c.state.bytes()+sizeOf(fresh)+w.batchBytes()-limit, maxVictims); err != nil {
 			return err
 		}
 	}
-	if !c.changed() && len(fresh) == 0 {
+	if len(c.removed)+len(fresh) == 0 {
 		return nil
 	}
 	if err := w.write(fresh); err != nil {
 		return err
 	}
-	for _, p := range fresh {
-		if err := c.insert(p); err != nil {
+	for _, a := range fresh {
+		if err := c.insert(a); err != nil {
 			return err
 		}
 	}
 	return c.commit()
 }
 
-// placed is a block to be put and the slot for it.
-type placed struct {
+// addition is a block to be written, and where.
+type addition struct {
 	*request
 	location location
 }
 
-func sizeOf(blocks []placed) int64 {
-	var n int64
-	for _, p := range blocks {
-		n += int64(len(p.block))
+func sizeOf(additions []*addition) (n int64) {
+	for _, a := range additions {
+		n += int64(len(a.block))
 	}
 	return n
 }
 
-// sort does what requests ask for except for blocks that must be written, which it returns, in the order of references:
-// that is how bbolt inserts fastest.
-func (c *change) sort(batch []*request) ([]placed, error) {
-	var fresh []placed
+// sort does what requests ask for except for blocks that must be written, which it returns, in the
+// order of references: that is how bbolt inserts fastest.
+func (c *change) sort(batch []*request) ([]*addition, error) {
+	var fresh []*addition
 	seen := make(map[eris.Reference]*request)
 	for _, r := range batch {
-		switch r.kind {
-		case requestUnpin:
-			c.unpin()
-			continue
-		case requestCheck:
-			found, old, err := c.find(&r.ref)
-			if err != nil {
-				return nil, err
-			}
-			if !found || c.holds(&r.ref, old.location, nil) {
-				r.settled = true // it was evicted, or put again
-				continue
-			}
-			c.damaged++
-			if err := c.remove(&r.ref, old); err != nil {
-				return nil, err
-			}
-			continue
-		}
-		if first := seen[r.ref]; first != nil {
-			first.pinned = first.pinned || r.pinned
+		if first := seen[r.ref]; first != nil && r.block != nil {
 			r.same = first
 			continue
 		}
-		found, old, err := c.find(&r.ref)
+		old, found, err := c.find(&r.ref)
 		if err != nil {
 			return nil, err
 		}
-		if found && c.holds(&r.ref, old.location, r.block) {
-			c.duplicates++
-			if !r.pinned || old.pin == c.state.pin {
-				c.slab(old.location).touch(old.location.slot(), c.time)
-				r.settled = true
-				continue
-			}
-			if err := c.pin(&r.ref, old); err != nil {
-				return nil, err
+		switch {
+		case found && c.holds(&r.ref, old, r.block):
+			r.known = true
+			if r.block != nil {
+				c.duplicates++
+				c.slab(old).touch(old.slot(), c.time)
 			}
 			continue
-		}
-		if found {
+		case found:
 			// What is there is damaged. It goes before the block comes again, into another slot.
 			c.damaged++
 			if err := c.remove(&r.ref, old); err != nil {
 				return nil, err
 			}
 		}
-		seen[r.ref] = r
-		fresh = append(fresh, placed{request: r})
+		if r.block != nil {
+			seen[r.ref] = r
+			fresh = append(fresh, &addition{request: r})
+		}
 	}
-	slices.SortFunc(fresh, func(a, b placed) int { return bytes.Compare(a.ref[:], b.ref[:]) })
+	slices.SortFunc(fresh, func(a, b *addition) int { return bytes.Compare(a.ref[:], b.ref[:]) })
 	return fresh, nil
 }
 
-// place finds slots for blocks. It returns those blocks that fit the limit and gives the others their outcome.
-func (c *change) place(blocks []placed) ([]placed, error) {
+// allocate finds slots for blocks. It returns those blocks that fit, and gives the others their
+// outcome.
+func (c *change) allocate(blocks []*addition) (fit []*addition) {
 	limit := c.w.store.options.MaxBytes
 	space := limit - c.state.bytes()
-	n := 0
-	for _, p := range blocks {
-		if limit > 0 && space < int64(len(p.block)) {
-			p.outcome = ErrFull
+	for _, a := range blocks {
+		if limit > 0 && space < int64(len(a.block)) {
+			a.outcome = errFull
 			continue
 		}
-		class := classOf(len(p.block))
+		class := classOf(len(a.block))
 		slab := c.w.store.slabs[class]
 		slot, err := slab.take()
-		if errors.Is(err, ErrFull) {
-			p.outcome = err
+		if err != nil {
+			a.outcome = err
 			continue
-		} else if err != nil {
-			return nil, err
 		}
-		space -= int64(len(p.block))
+		space -= int64(len(a.block))
 		c.taken[class] = append(c.taken[class], slot)
-		if p.location = makeLocation(p.sum, class, slot); p.pinned {
-			slab.setTime(slot, pinnedTime)
-		} else {
-			slab.setTime(slot, c.time)
-		}
-		blocks[n] = p
-		n++
+		a.location = makeLocation(a.sum, class, slot)
+		slab.touch(slot, c.time)
+		fit = append(fit, a)
 	}
-	return blocks[:n], nil
+	return fit
 }
 
 // write writes blocks to their slots, and makes them durable.
-func (w *writer) write(blocks []placed) error {
+func (w *writer) write(blocks []*addition) error {
 	inOrder := slices.Clone(blocks)
-	slices.SortFunc(inOrder, func(a, b placed) int { return int(a.location.slot()) - int(b.location.slot()) })
+	slices.SortFunc(inOrder, func(a, b *addition) int { return int(a.location.slot()) - int(b.location.slot()) })
 	var dirty [classes]bool
 	for class := range classes {
 		f, size := w.store.slabs[class].file, int64(class.size())
@@ -307,19 +272,19 @@ func (w *writer) write(blocks []placed) error {
 			run = run[:0]
 			return err
 		}
-		for _, p := range inOrder {
-			if p.location.class() != class {
+		for _, a := range inOrder {
+			if a.location.class() != class {
 				continue
 			}
 			dirty[class] = true
-			offset := int64(p.location.slot()) * size
-			if offset != start+int64(len(run)) || len(run)+len(p.block) > cap(run) {
+			offset := int64(a.location.slot()) * size
+			if offset != start+int64(len(run)) || len(run)+len(a.block) > cap(run) {
 				if err := flush(); err != nil {
 					return fmt.Errorf("writing blocks: %w", err)
 				}
 				start = offset
 			}
-			run = append(run, p.block...)
+			run = append(run, a.block...)
 		}
 		if err := flush(); err != nil {
 			return fmt.Errorf("writing blocks: %w", err)

@@ -5,81 +5,18 @@ package eris
 import (
 	"bytes"
 	"fmt"
-	"io"
 	"runtime"
 	"sync"
 	"testing"
 	"time"
 
-	"golang.org/x/crypto/blake2b"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/blake2lanes"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/chacha20"
 )
 
-var bothSizes = []BlockSize{BlockSize1KiB, BlockSize32KiB}
-
-func BenchmarkBLAKE2b(b *testing.B) {
-	for _, size := range bothSizes {
-		block := make([]byte, size)
-		b.Run(size.String(), func(b *testing.B) {
-			b.SetBytes(int64(size))
-			for b.Loop() {
-				blake2b.Sum256(block)
-			}
-		})
-		b.Run(size.String()+"/keyed", func(b *testing.B) {
-			b.SetBytes(int64(size))
-			b.ReportAllocs()
-			e := NewEncrypter(ConvergenceSecret{})
-			for b.Loop() {
-				e.leafKey(block)
-			}
-		})
-	}
-}
-
-func BenchmarkChaCha20(b *testing.B) {
-	key := new(Key)
-	routines := append(xorRoutines(), xorRoutine{"plain", xorKeyStreamPlain})
-	for _, size := range bothSizes {
-		block := make([]byte, size)
-		for _, r := range routines {
-			b.Run(size.String()+"/"+r.name, func(b *testing.B) {
-				b.SetBytes(int64(size))
-				b.ReportAllocs()
-				for b.Loop() {
-					r.xor(block, block, key, 0)
-				}
-			})
-		}
-	}
-}
-
-func BenchmarkBlock(b *testing.B) {
-	for _, size := range bothSizes {
-		plaintext, block := make([]byte, size), make([]byte, size)
-		e := NewEncrypter(ConvergenceSecret{})
-		pair := e.EncryptLeaf(block, plaintext)
-		b.Run(size.String()+"/encrypt", func(b *testing.B) {
-			b.SetBytes(int64(size))
-			b.ReportAllocs()
-			for b.Loop() {
-				e.EncryptLeaf(block, plaintext)
-			}
-		})
-		b.Run(size.String()+"/decrypt", func(b *testing.B) {
-			b.SetBytes(int64(size))
-			b.ReportAllocs()
-			for b.Loop() {
-				if err := Verify(pair.Reference, block); err != nil {
-					b.Fatal(err)
-				}
-				Decrypt(plaintext, block, pair.Key, 0)
-			}
-		})
-	}
-}
-
-// alternate measures work and floor in turns, so that both see the same machine, and reports how near work comes to floor
-// (1 being equal), and the time per unit that it takes more. The units are blocks.
+// alternate measures work and floor in turns, so that both see the same machine, and reports how
+// near work comes to floor (1 being equal), and the time per unit that it takes more. The units are
+// blocks.
 func alternate(b *testing.B, units int, work, floor func()) {
 	var working, flooring time.Duration
 	for b.Loop() {
@@ -131,11 +68,11 @@ func floorOfEncoding(workers, n int, size BlockSize, content []byte) {
 			for i := range n {
 				plaintexts[i] = content[(from+i)%(len(content)/int(size))*int(size):][:size]
 			}
-			sumBlocks(keys[:n], plaintexts[:n], &ConvergenceSecret{})
+			blake2lanes.Sum256(keys[:n], plaintexts[:n], new([32]byte))
 			for i := range n {
-				xorKeyStream(blocks[i], plaintexts[i], (*Key)(&keys[i]), 0)
+				chacha20.XORKeyStream(blocks[i], plaintexts[i], &keys[i], 0)
 			}
-			sumBlocks(references[:n], blocks[:n], nil)
+			blake2lanes.Sum256(references[:n], blocks[:n], nil)
 		}
 	})
 }
@@ -158,22 +95,6 @@ func BenchmarkEncode(b *testing.B) {
 	}
 }
 
-func BenchmarkEncoder(b *testing.B) {
-	content := randomContent(1, 4<<20)
-	for _, size := range bothSizes {
-		b.Run(size.String(), func(b *testing.B) {
-			b.SetBytes(int64(len(content)))
-			for b.Loop() {
-				e, _ := NewEncoder(b.Context(), nil, size, ConvergenceSecret{})
-				e.Write(content)
-				if _, err := e.Close(); err != nil {
-					b.Fatal(err)
-				}
-			}
-		})
-	}
-}
-
 // BenchmarkEncodeSmall encodes contents of one small block, as trees of many files have them.
 func BenchmarkEncodeSmall(b *testing.B) {
 	for _, n := range []int{100, 10000} {
@@ -186,84 +107,6 @@ func BenchmarkEncodeSmall(b *testing.B) {
 					b.Fatal(err)
 				}
 			}
-		})
-	}
-}
-
-// floorOfDecoding verifies and decrypts n blocks: one hash and one decryption each.
-func floorOfDecoding(workers, n int, size BlockSize, pairs []Pair, blocks [][]byte) {
-	inParallel(workers, n, func(_, from, to int) {
-		plaintext := make([]byte, size)
-		for i := from; i < to; i++ {
-			i := i % len(pairs)
-			if verifySize(pairs[i].Reference, blocks[i], size) != nil {
-				panic("bad block")
-			}
-			Decrypt(plaintext, blocks[i], pairs[i].Key, 0)
-		}
-	})
-}
-
-// leavesOf returns the pairs and blocks of the leaves of a content.
-func leavesOf(b *testing.B, content []byte, size BlockSize, m *memory) (pairs []Pair, blocks [][]byte) {
-	e, buffer := NewEncrypter(ConvergenceSecret{}), make([]byte, size)
-	for i := 0; i+int(size) <= len(content); i += int(size) {
-		pair := e.EncryptLeaf(buffer, content[i:][:size])
-		pairs, blocks = append(pairs, pair), append(blocks, m.blocks[pair.Reference])
-	}
-	return pairs, blocks
-}
-
-// The floor is what the cipher and the hash take for so many blocks. The source is a map in memory.
-func BenchmarkDecode(b *testing.B) {
-	for _, size := range bothSizes {
-		content := randomContent(1, 16<<20)
-		if size == BlockSize32KiB {
-			content = randomContent(1, 64<<20)
-		}
-		capability, m := mustEncode(b, content, EncodeOptions{BlockSize: size})
-		pairs, blocks := leavesOf(b, content, size, m)
-		for _, cores := range []int{1, 2} {
-			for _, requests := range []int{cores, 256} {
-				b.Run(fmt.Sprintf("%v/cores=%d/requests=%d", size, cores, requests), func(b *testing.B) {
-					useCores(b, cores)
-					alternate(b, len(pairs), func() {
-						c, err := Open(b.Context(), m, capability, int64(len(content)), Window{Requests: requests})
-						if err != nil {
-							b.Fatal(err)
-						}
-						if _, err := c.WriteTo(b.Context(), io.Discard); err != nil {
-							b.Fatal(err)
-						}
-					}, func() { floorOfDecoding(cores, withNodes(len(pairs), size), size, pairs, blocks) })
-				})
-			}
-		}
-	}
-}
-
-// BenchmarkSequence reads ten thousand contents of one small block each.
-func BenchmarkSequence(b *testing.B) {
-	const contents = 10000
-	all := newMemory()
-	var wants []Want
-	var pairs []Pair
-	var blocks [][]byte
-	for i := range contents {
-		capability, m := mustEncode(b, fmt.Appendf(nil, "content %d", i), EncodeOptions{})
-		all.add(m)
-		wants = append(wants, Want{capability, 100})
-		pairs = append(pairs, Pair{capability.Root, capability.Key})
-		blocks = append(blocks, m.blocks[capability.Root])
-	}
-	for _, cores := range []int{1, 2} {
-		b.Run(fmt.Sprintf("cores=%d", cores), func(b *testing.B) {
-			useCores(b, cores)
-			alternate(b, contents, func() {
-				if err := readSequence(b.Context(), all, wants, 1<<30, Window{}, nil); err != nil {
-					b.Fatal(err)
-				}
-			}, func() { floorOfDecoding(cores, contents, BlockSize1KiB, pairs, blocks) })
 		})
 	}
 }

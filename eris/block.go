@@ -3,70 +3,46 @@
 package eris
 
 import (
-	"hash"
-
 	"golang.org/x/crypto/blake2b"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/blake2lanes"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/chacha20"
 )
 
-// Encrypter makes blocks under one convergence secret. It exists to spare an allocation per block. It must not be used by
-// several goroutines at a time.
-type Encrypter struct {
-	keyed hash.Hash
-	sum   [32]byte
+// Sum returns the reference of a block, given its encrypted bytes. It does not look at the length.
+func Sum(block []byte) Reference {
+	return blake2b.Sum256(block)
 }
 
-// NewEncrypter returns an Encrypter for the given secret.
-func NewEncrypter(secret ConvergenceSecret) *Encrypter {
-	return &Encrypter{keyed: newKeyedHash(&secret)}
-}
-
-// newKeyedHash returns the hash that makes the keys of leaves.
-func newKeyedHash(secret *ConvergenceSecret) hash.Hash {
-	keyed, err := blake2b.New256(secret[:])
-	if err != nil {
-		panic("eris: " + err.Error()) // only for keys above 64 bytes
+// SumAll writes the references of blocks, which [Sum] returns one by one, to refs, of which there
+// must be as many. Blocks need be of neither block size, but many of the same size after one
+// another take much less time than one by one.
+func SumAll(refs []Reference, blocks [][]byte) {
+	if len(refs) != len(blocks) {
+		panic("eris: not as many references as blocks")
 	}
-	return keyed
-}
-
-// leafKey returns the key of a leaf: the BLAKE2b-256 of its plaintext, keyed with the convergence secret.
-func (e *Encrypter) leafKey(plaintext []byte) Key {
-	e.keyed.Reset()
-	e.keyed.Write(plaintext)
-	e.keyed.Sum(e.sum[:0])
-	return e.sum
-}
-
-// EncryptLeaf writes the block of a leaf to dst and returns its reference and key (ERIS 1.0.0, section "Encoding"). The
-// plaintext must have the length of a block, and dst the same; they must be the same memory or not overlap.
-func (e *Encrypter) EncryptLeaf(dst, plaintext []byte) Pair {
-	return encryptWith(e.leafKey(plaintext), dst, plaintext, 0)
-}
-
-// EncryptNode writes the block of an internal node at the given level, from 1 on, to dst and returns its reference and
-// key. The key is the unkeyed BLAKE2b-256 of the plaintext, so no secret is needed. The plaintext must have the length of a
-// block, and dst the same; they must be the same memory or not overlap.
-func EncryptNode(dst, plaintext []byte, level int) Pair {
-	if level < 1 {
-		panic("eris: internal node at level 0")
+	const most = 32
+	var sums [most][32]byte
+	for len(blocks) > 0 {
+		n := 0
+		for n < min(most, len(blocks)) && BlockSize(len(blocks[n])).Valid() && len(blocks[n]) == len(blocks[0]) {
+			n++
+		}
+		if n == 0 {
+			refs[0] = Sum(blocks[0])
+			n = 1
+		} else {
+			blake2lanes.Sum256(sums[:n], blocks[:n], nil)
+			for i := range n {
+				refs[i] = sums[i]
+			}
+		}
+		refs, blocks = refs[n:], blocks[n:]
 	}
-	return encryptWith(blake2b.Sum256(plaintext), dst, plaintext, level)
 }
 
-func encryptWith(key Key, dst, plaintext []byte, level int) Pair {
-	xorKeyStream(dst, plaintext, &key, levelByte(level))
-	return Pair{Sum(dst), key}
-}
-
-// Decrypt writes the plaintext of a block at the given level to dst. It checks nothing: see [Verify] for the block and
-// [DecryptNode] for internal nodes. The block must have the length of a block, and dst the same; they must be the same
-// memory or not overlap.
-func Decrypt(dst, block []byte, key Key, level int) {
-	xorKeyStream(dst, block, &key, levelByte(level))
-}
-
-// Verify returns nil if block is the block with the given reference, and a [*BlockError] if it is of neither block size or
-// has another hash.
+// Verify returns nil if block is the block with the given reference, and a [*BlockError] if it is
+// of neither block size or has another hash.
 func Verify(ref Reference, block []byte) error {
 	if !BlockSize(len(block)).Valid() || Sum(block) != ref {
 		return &BlockError{Reference: ref, Length: len(block)}
@@ -74,18 +50,16 @@ func Verify(ref Reference, block []byte) error {
 	return nil
 }
 
-// verifySize is Verify for one of the two block sizes.
-func verifySize(ref Reference, block []byte, size BlockSize) error {
-	if len(block) != int(size) || Sum(block) != ref {
-		return &BlockError{Reference: ref, Length: len(block), Want: size}
-	}
-	return nil
-}
-
-// levelByte returns the level as the nonce has it.
-func levelByte(level int) byte {
+// Decrypt writes the plaintext of a block at the given level, from 0 to 255, to dst. It checks
+// nothing: see [Verify] for the block and [ParseNode] for internal nodes. The block must have the
+// length of a block, and dst the same; they must be the same memory or not overlap. The cipher is
+// its own inverse: given the plaintext, it writes the block.
+func Decrypt(dst, block []byte, key Key, level int) {
 	if level < 0 || level > 255 {
 		panic("eris: level does not fit a byte")
 	}
-	return byte(level)
+	if !BlockSize(len(block)).Valid() {
+		panic("eris: not the length of a block")
+	}
+	chacha20.XORKeyStream(dst, block, (*[32]byte)(&key), byte(level))
 }

@@ -5,79 +5,67 @@ package eris
 import (
 	"bytes"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 
-	"golang.org/x/crypto/blake2b"
+	"golang.org/x/crypto/chacha20"
 )
 
-func TestBlocks(t *testing.T) {
+// A block is what the ChaCha20 package makes of the plaintext, and comes back.
+func TestDecrypt(t *testing.T) {
 	for _, size := range bothSizes {
-		for _, secret := range []ConvergenceSecret{{}, {1, 2, 3}} {
-			plaintext := randomContent(7, int(size))
-			block := make([]byte, size)
-			e := NewEncrypter(secret)
-			pair := e.EncryptLeaf(block, plaintext)
-
-			keyed, err := blake2b.New256(secret[:])
+		for _, level := range []int{0, 1, 255} {
+			plaintext, key := randomContent(7, int(size)), Key{1, 2, 31: 3}
+			cipher, err := chacha20.NewUnauthenticatedCipher(key[:], []byte{byte(level), 11: 0})
 			if err != nil {
 				t.Fatal(err)
 			}
-			keyed.Write(plaintext)
-			if !bytes.Equal(keyed.Sum(nil), pair.Key[:]) {
-				t.Error("key of a leaf is not the keyed hash")
+			block := make([]byte, size)
+			cipher.XORKeyStream(block, plaintext)
+			got := make([]byte, size)
+			if Decrypt(got, block, key, level); !bytes.Equal(got, plaintext) {
+				t.Errorf("%v, level %d: does not come back", size, level)
 			}
-			if pair.Reference != Sum(block) || Verify(pair.Reference, block) != nil {
-				t.Error("reference of a leaf is not its hash")
-			}
-			inPlace := bytes.Clone(plaintext)
-			if e.EncryptLeaf(inPlace, inPlace) != pair || !bytes.Equal(inPlace, block) {
-				t.Error("encrypting in place differs")
-			}
-			Decrypt(inPlace, inPlace, pair.Key, 0)
-			if !bytes.Equal(inPlace, plaintext) {
-				t.Error("leaf does not come back")
-			}
-
-			clear(plaintext[3*pairSize:])
-			pair = EncryptNode(block, plaintext, 5)
-			if pair.Key != Key(blake2b.Sum256(plaintext)) || pair.Reference != Sum(block) {
-				t.Error("key of a node is not the hash")
-			}
-			node, err := DecryptNode(make([]byte, size), block, pair.Key, 5)
-			if err != nil || node.Len() != 3 || !bytes.Equal(node.pairs, plaintext[:3*pairSize]) {
-				t.Errorf("node does not come back: %v", err)
-			}
-			for i := range 3 {
-				if p := node.Pair(i); !bytes.Equal(appendPair(nil, p), plaintext[i*pairSize:][:pairSize]) {
-					t.Errorf("pair %d is wrong", i)
-				}
-			}
-			if _, err := DecryptNode(make([]byte, size), block, pair.Key, 4); err != errNodeKey {
-				t.Errorf("node at another level: %v", err)
-			}
-			pair.Key[31]++
-			if _, err := DecryptNode(make([]byte, size), block, pair.Key, 5); err != errNodeKey {
-				t.Errorf("node with another key: %v", err)
+			if Decrypt(block, block, key, level); !bytes.Equal(block, plaintext) {
+				t.Errorf("%v, level %d: does not come back in place", size, level)
 			}
 		}
+	}
+	b := make([]byte, 2048)
+	for name, f := range map[string]func(){
+		"512 bytes":  func() { Decrypt(b[:512], b[:512], Key{}, 0) },
+		"2048 bytes": func() { Decrypt(b, b, Key{}, 0) },
+		"level 256":  func() { Decrypt(b[:1024], b[:1024], Key{}, 256) },
+		"level -1":   func() { Decrypt(b[:1024], b[:1024], Key{}, -1) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			defer func() {
+				if recover() == nil {
+					t.Error("did not panic")
+				}
+			}()
+			f()
+		})
 	}
 }
 
 func TestNoAllocations(t *testing.T) {
 	for _, size := range bothSizes {
-		e := NewEncrypter(ConvergenceSecret{})
 		plaintext, block := make([]byte, size), make([]byte, size)
 		plaintext[0] = 1
-		var pair Pair
+		refs, blocks := make([]Reference, 20), make([][]byte, 20)
+		for i := range blocks {
+			blocks[i] = block
+		}
+		text := []byte(Sum(block).String())
 		for name, f := range map[string]func(){
-			"EncryptLeaf": func() { pair = e.EncryptLeaf(block, plaintext) },
-			"EncryptNode": func() { pair = EncryptNode(block, plaintext, 1) },
-			"Decrypt":     func() { Decrypt(plaintext, block, pair.Key, 1) },
-			"Verify":      func() { _ = Verify(pair.Reference, block) },
-			"DecryptNode": func() { _, _ = DecryptNode(plaintext, block, pair.Key, 1) },
+			"Decrypt":        func() { Decrypt(block, block, Key{}, 1) },
+			"SumAll":         func() { SumAll(refs, blocks) },
+			"ParseNode":      func() { _, _ = ParseNode(plaintext) },
+			"ParseReference": func() { _, _ = ParseReference(text) },
+			"AppendText":     func() { _, _ = refs[0].AppendText(text[:0]) },
 		} {
-			pair = EncryptNode(block, plaintext, 1)
 			if n := testing.AllocsPerRun(100, f); n != 0 {
 				t.Errorf("%s of %v: %v allocations", name, size, n)
 			}
@@ -119,7 +107,7 @@ func TestPadding(t *testing.T) {
 	for _, size := range bothSizes {
 		for _, n := range []int{0, 1, int(size) - 1, int(size), int(size) + 1, 2*int(size) - 1, 2 * int(size)} {
 			content := bytes.Repeat([]byte{0x80}, n)
-			padded := Pad(bytes.Clone(content), size)
+			padded := pad(bytes.Clone(content), size)
 			if want := (n/int(size) + 1) * int(size); len(padded) != want {
 				t.Fatalf("%d bytes padded to %d, want %d", n, len(padded), want)
 			}
@@ -161,7 +149,7 @@ func TestParseNode(t *testing.T) {
 			if node, err := ParseNode(plaintext); err != nil || node.Len() != n {
 				t.Errorf("%v, %d pairs: %d, %v", size, n, node.Len(), err)
 			}
-			// A key of zeros is as good as any, and so is a reference with a single bit.
+			// A key of zeros is a key, and a reference with a single bit is one, too.
 			clear(plaintext[(n-1)*pairSize : n*pairSize])
 			plaintext[(n-1)*pairSize+31] = 1
 			if node, err := ParseNode(plaintext); err != nil || node.Len() != n {
@@ -232,4 +220,26 @@ func FuzzParseNode(f *testing.F) {
 			}
 		}
 	})
+}
+
+func TestSumAll(t *testing.T) {
+	var blocks [][]byte
+	var want []Reference
+	for i, n := range []int{1024, 1024, 32768, 0, 5, 1024, 32768, 32768, 32768, 128} {
+		blocks = append(blocks, randomContent(byte(i), n))
+	}
+	for i := range 100 {
+		blocks = append(blocks, randomContent(byte(100+i), 1024))
+	}
+	for _, b := range blocks {
+		want = append(want, Sum(b))
+	}
+	got := make([]Reference, len(blocks))
+	for n := range blocks {
+		clear(got)
+		SumAll(got[:n], blocks[:n])
+		if !slices.Equal(got[:n], want[:n]) {
+			t.Fatalf("wrong references of %d blocks", n)
+		}
+	}
 }

@@ -4,12 +4,10 @@ package eris
 
 import (
 	"fmt"
-	"math"
-	"math/bits"
 )
 
-// BlockSize is the size in bytes of every block of one encoded content. ERIS 1.0.0, section "Block Size", knows two, and
-// nothing else is valid.
+// BlockSize is the size in bytes of every block of one encoded content. ERIS 1.0.0, section "Block
+// Size", knows two, and nothing else is valid.
 type BlockSize int
 
 // The two block sizes, in bytes.
@@ -24,11 +22,9 @@ const smallContent = 16 << 10
 // pairSize is the size in bytes of a reference-key pair in an internal node.
 const pairSize = 64
 
-// maxLevel is the greatest level that any valid capability has, whatever its block size.
-const maxLevel = 14
-
-// BlockSizeFor returns the block size that ERIS 1.0.0 recommends for content of the given length in bytes: 1 KiB if it is
-// below 16 KiB (16384 bytes), else 32 KiB. Publishers who follow it agree on the capability of equal content.
+// BlockSizeFor returns the block size that ERIS 1.0.0 recommends for content of the given length in
+// bytes: 1 KiB if it is below 16 KiB (16384 bytes), else 32 KiB. Publishers who follow it agree on
+// the capability of equal content.
 func BlockSizeFor(length int64) BlockSize {
 	if length < smallContent {
 		return BlockSize1KiB
@@ -36,7 +32,8 @@ func BlockSizeFor(length int64) BlockSize {
 	return BlockSize32KiB
 }
 
-// Valid reports whether s is one of the two block sizes of ERIS 1.0.0. All other methods need a valid size.
+// Valid reports whether s is one of the two block sizes of ERIS 1.0.0. All other methods need a
+// valid size.
 func (s BlockSize) Valid() bool {
 	return s == BlockSize1KiB || s == BlockSize32KiB
 }
@@ -46,41 +43,14 @@ func (s BlockSize) Arity() int {
 	return int(s) / pairSize
 }
 
-// arityBits returns the binary logarithm of the arity, which is a power of two.
-func (s BlockSize) arityBits() int {
-	return bits.TrailingZeros(uint(s)) - 6
-}
-
-// MaxLevel returns the greatest level that content below 2⁶³ bytes needs: 14 for 1 KiB, 6 for 32 KiB. The format has room
-// for 255, but such content could not exist; this package refuses higher levels before it asks for any block.
-func (s BlockSize) MaxLevel() int {
+// maxLevel returns the greatest level that content below 2⁶³ bytes needs: 14 for 1 KiB, 6 for 32
+// KiB. The format has room for 255, but such content could not exist; this package refuses higher
+// levels before any block is fetched.
+func (s BlockSize) maxLevel() int {
 	if s == BlockSize1KiB {
-		return maxLevel
+		return 14
 	}
 	return 6
-}
-
-// Capacity returns the greatest length in bytes of content whose root is at the given level, that is, arity^level × s − 1,
-// but never more than 2⁶³ − 1. The level must be from 0 to MaxLevel.
-func (s BlockSize) Capacity(level int) int64 {
-	shift := level*s.arityBits() + bits.TrailingZeros(uint(s))
-	if shift >= 63 {
-		return math.MaxInt64
-	}
-	return 1<<shift - 1
-}
-
-// least returns the least length in bytes of content whose root is at the given level: one byte more than what the level
-// below can hold. This is what makes a high level a promise of a great length, known before anything is fetched.
-func (s BlockSize) least(level int) int64 {
-	if level == 0 {
-		return 0
-	}
-	least := s.Capacity(level - 1)
-	if least < math.MaxInt64 {
-		least++
-	}
-	return least
 }
 
 // String returns "1KiB" or "32KiB", and the number of bytes of a size that is not valid.

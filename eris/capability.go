@@ -7,8 +7,8 @@ import (
 	"math/bits"
 )
 
-// CBORTagReadCapability is the CBOR tag of a read capability: it stands on a byte string of [ReadCapabilitySize] bytes
-// (IANA registry of CBOR tags, 276).
+// CBORTagReadCapability is the CBOR tag of a read capability: it stands on a byte string of
+// [ReadCapabilitySize] bytes (IANA registry of CBOR tags, 276).
 const CBORTagReadCapability = 276
 
 // ReadCapabilitySize is the size in bytes of the binary form of a read capability.
@@ -17,8 +17,9 @@ const ReadCapabilitySize = 66
 // urnPrefix starts the URN of a read capability.
 const urnPrefix = "urn:eris:"
 
-// ReadCapability is all that is needed, besides the blocks, to read a content. Capabilities can be compared with ==; equal
-// ones denote equal content. It contains a key: who may see it may read the content.
+// ReadCapability is all that is needed, besides the blocks, to read a content. Capabilities can be
+// compared with ==; equal ones denote equal content. It contains a key: who may see it may read the
+// content.
 type ReadCapability struct {
 	BlockSize BlockSize
 	Level     int // of the root: 0 if the content is a single leaf
@@ -26,20 +27,22 @@ type ReadCapability struct {
 	Key       Key
 }
 
-// Validate returns an error if the block size is none of the two, or the level is negative or above [BlockSize.MaxLevel].
-// Whether the content exists and has this shape is another matter.
+// Validate returns an error if the block size is none of the two, or the level is negative or above
+// what content below 2⁶³ bytes needs: 14 for blocks of 1 KiB, 6 for 32 KiB. Whether the content
+// exists and has this shape is another matter.
 func (c ReadCapability) Validate() error {
 	if !c.BlockSize.Valid() {
 		return fmt.Errorf("read capability: block size of %d bytes is neither 1 KiB nor 32 KiB", int(c.BlockSize))
 	}
-	if c.Level < 0 || c.Level > c.BlockSize.MaxLevel() {
+	if c.Level < 0 || c.Level > c.BlockSize.maxLevel() {
 		return fmt.Errorf("read capability: level %d with blocks of %v is out of range", c.Level, c.BlockSize)
 	}
 	return nil
 }
 
-// AppendBinary appends the 66 bytes of the capability to b: the binary logarithm of the block size, the level, the root
-// reference, the root key (ERIS 1.0.0, section "Binary Encoding of Read Capability"). Its errors are those of Validate.
+// AppendBinary appends the 66 bytes of the capability to b: the binary logarithm of the block size,
+// the level, the root reference, the root key (ERIS 1.0.0, section "Binary Encoding of Read
+// Capability"). Its errors are those of Validate.
 func (c ReadCapability) AppendBinary(b []byte) ([]byte, error) {
 	if err := c.Validate(); err != nil {
 		return b, err
@@ -53,13 +56,8 @@ func (c ReadCapability) appendBinary(b []byte) []byte {
 	return append(b, c.Key[:]...)
 }
 
-// MarshalBinary returns the 66 bytes that [ReadCapability.AppendBinary] appends.
-func (c ReadCapability) MarshalBinary() ([]byte, error) {
-	return c.AppendBinary(make([]byte, 0, ReadCapabilitySize))
-}
-
-// UnmarshalBinary reads what MarshalBinary returns. It returns an error, and leaves c as it is, unless data has exactly 66
-// bytes that make a valid capability.
+// UnmarshalBinary reads what AppendBinary appends. It returns an error, and leaves c as it is,
+// unless data has exactly 66 bytes that make a valid capability.
 func (c *ReadCapability) UnmarshalBinary(data []byte) error {
 	if len(data) != ReadCapabilitySize {
 		return fmt.Errorf("read capability: has %d bytes instead of %d", len(data), ReadCapabilitySize)
@@ -83,24 +81,25 @@ func (c *ReadCapability) UnmarshalBinary(data []byte) error {
 	return nil
 }
 
-// URN returns "urn:eris:" and the Base32 (RFC 4648, section 6, without padding) of the binary form, 115 characters in all.
-// The capability must be valid; the URN of one that is not does not parse.
+// URN returns "urn:eris:" and the Base32 (RFC 4648, section 6, without padding) of the binary form,
+// 115 characters in all. The capability must be valid; the URN of one that is not does not parse.
 func (c ReadCapability) URN() string {
 	var binary [ReadCapabilitySize]byte
-	return urnPrefix + base32Text.EncodeToString(c.appendBinary(binary[:0]))
+	return string(appendBase32([]byte(urnPrefix), c.appendBinary(binary[:0])))
 }
 
 // String returns the URN.
 func (c ReadCapability) String() string { return c.URN() }
 
-// ParseURN reads what URN returns, and nothing else: exactly 115 characters, upper-case Base32, spare bits zero, a valid
-// capability. Only "urn:eris:" is taken in any case, as RFC 8141, section 3.1, asks for; its r-, q- and f-components are
-// not defined for ERIS and are refused, and so are the namespaces of drafts ("urn:erisx2:" and the like), whose encoding is
-// another. Errors quote no more than the start of the text, because the rest is a secret if the text is a capability.
+// ParseURN reads what URN returns, and nothing else: exactly 115 characters, upper-case Base32,
+// spare bits zero, a valid capability. Only "urn:eris:" is taken in any case, as RFC 8141, section
+// 3.1, asks for; its r-, q- and f-components are not defined for ERIS and are refused, and so are
+// the namespaces of drafts ("urn:erisx2:" and the like), whose encoding is another. Errors quote no
+// more than the start of the text, because the rest is a secret if the text is a capability.
 func ParseURN(text string) (ReadCapability, error) {
 	rest, ok := cutPrefixFold(text, urnPrefix)
 	if !ok {
-		return ReadCapability{}, fmt.Errorf("read capability: %s does not start with %s", quote(text[:min(len(text), 12)]), urnPrefix)
+		return ReadCapability{}, fmt.Errorf("read capability: %.12q does not start with %s", text, urnPrefix)
 	}
 	var binary [ReadCapabilitySize]byte
 	if err := decodeBase32(binary[:], rest); err != nil {

@@ -3,6 +3,7 @@
 package eris
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -13,38 +14,41 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// EncodeOptions says how Encode encodes. The zero value follows every recommendation: the block size by the length of the
-// content, the null convergence secret, a worker per core.
+// EncodeOptions says how Encode encodes. The zero value follows every recommendation: the block
+// size by the length of the content, the null convergence secret, a worker per core.
 type EncodeOptions struct {
 	BlockSize BlockSize         // 0: the size that BlockSizeFor returns for the length of the content
 	Secret    ConvergenceSecret // zero: the null convergence secret
 	Workers   int               // goroutines that hash, encrypt and put; below 1: runtime.GOMAXPROCS(0)
 }
 
-// A worker takes this many bytes of content at a time. For small blocks it is exactly a subtree of two levels, so that
-// workers make nearly all internal nodes too; for large ones it is the 8 leaves that sumBlocks is best at, and there is one
-// internal node for 64 turns.
+// A worker takes this many bytes of content at a time. For small blocks it is exactly a subtree of
+// two levels, so that workers make nearly all internal nodes too; for large ones it is the 8 leaves
+// that are hashed best together, and there is one internal node for 64 turns.
 const (
-	turnSmall  = 256 << 10
-	turnLarge  = 256 << 10
+	turn       = 256 << 10
 	levelSmall = 2 // of the root of a turn in small blocks
 )
 
-// waitingTurns is how many turns per worker may be done out of order before the workers wait for the one that is late.
+// waitingTurns is how many turns per worker may be done out of order before the workers wait for
+// the one that is late.
 const waitingTurns = 32
 
 // maxEmptyReads is how often a reader may return nothing and no error.
 const maxEmptyReads = 100
 
-// Encode reads content to its end, gives its blocks to the sink, and returns its read capability once the sink has them
-// all. With a nil sink it merely computes the capability.
+// Encode reads content to its end, gives its blocks to the sink, and returns its read capability
+// once the sink has them all. With a nil sink it merely computes the capability.
 //
-// It keeps one buffer of at most 256 KiB per worker; the sink is called by up to that many goroutines at a time. Content
-// that fits one buffer is encoded without further goroutines. The reader is never used by two goroutines at a time, but by
-// different ones one after the other.
+// It keeps one buffer of at most 256 KiB per worker, and one more; the sink is called by up to as
+// many goroutines at a time as there are workers. Content that fits one buffer is encoded without
+// further goroutines. The reader is never used by two goroutines at a time, but by different ones
+// one after the other. If it has the method Len of [bytes.Reader], memory for short content is made
+// to measure.
 //
-// The first error ends it: one of the reader (io.EOF alone is the end of the content), of the sink, or of the context. A
-// call of Read that is under way cannot be interrupted, and Encode waits for it. What was put by then stays in the sink.
+// The first error ends it: one of the reader (io.EOF alone is the end of the content), of the sink,
+// or of the context. A call of Read that is under way cannot be interrupted, and Encode waits for
+// it. What was put by then stays in the sink.
 func Encode(ctx context.Context, r io.Reader, sink Sink, options EncodeOptions) (ReadCapability, error) {
 	size := options.BlockSize
 	if size != 0 && !size.Valid() {
@@ -53,56 +57,58 @@ func Encode(ctx context.Context, r io.Reader, sink Sink, options EncodeOptions) 
 	if err := ctx.Err(); err != nil {
 		return ReadCapability{}, err
 	}
-
-	// The block size depends on whether the content ends before 16 KiB, and so do the buffers.
-	first := make([]byte, smallContent)
-	n, ended, err := readFull(r, first)
+	content, ended, err := firstTurn(r)
 	if err != nil {
 		return ReadCapability{}, fmt.Errorf("encoding: %w", err)
 	}
 	if size == 0 {
 		size = BlockSize32KiB
-		if ended && n < smallContent { // a reader may return the last bytes together with io.EOF
-			size = BlockSize1KiB
+		if ended { // a reader may return the last bytes together with io.EOF
+			size = BlockSizeFor(int64(len(content)))
 		}
 	}
-	turn := turnLarge
-	if size == BlockSize1KiB {
-		turn = turnSmall
-	}
-	content := first[:n]
 	if !ended {
-		content = make([]byte, turn)
-		copy(content, first)
-		n, ended, err = readFull(r, content[len(first):])
-		if err != nil {
-			return ReadCapability{}, fmt.Errorf("encoding: %w", err)
+		workers := options.Workers
+		if workers < 1 {
+			workers = runtime.GOMAXPROCS(0)
 		}
-		content = content[:len(first)+n]
+		return encodeParallel(ctx, io.MultiReader(bytes.NewReader(content), r), sink, size, options.Secret, workers)
 	}
-
-	if ended {
-		w := newEncodeWorker(sink, size, options.Secret)
-		pairs, err := w.encode(ctx, Pad(content, size))
-		if err != nil {
-			return ReadCapability{}, err
-		}
-		tree := treeBuilder{size: size, sink: sink}
-		if err := addAll(ctx, &tree, 0, pairs); err != nil {
-			return ReadCapability{}, err
-		}
-		return tree.finish(ctx)
+	w := newEncodeWorker(sink, size, options.Secret)
+	pairs, err := w.encode(ctx, pad(content, size))
+	if err != nil {
+		return ReadCapability{}, err
 	}
-
-	workers := options.Workers
-	if workers < 1 {
-		workers = runtime.GOMAXPROCS(0)
+	tree := treeBuilder{size: size, sink: sink}
+	if err := addAll(ctx, &tree, 0, pairs); err != nil {
+		return ReadCapability{}, err
 	}
-	return encodeParallel(ctx, r, content, sink, size, options.Secret, workers)
+	return tree.finish(ctx)
 }
 
-// readFull reads until b is full or the content ends. Unlike io.ReadFull it takes only io.EOF for the end: a reader's own
-// io.ErrUnexpectedEOF, which says that its input was cut off, must not pass for a shorter content.
+// firstTurn reads a turn, or what there is if the content ends before. Most contents are small, so
+// it takes a whole buffer only if it has to.
+func firstTurn(r io.Reader) (content []byte, ended bool, err error) {
+	var buffer []byte
+	if l, ok := r.(interface{ Len() int }); ok {
+		n := min(max(l.Len(), 0), turn-1)
+		size := int(BlockSizeFor(int64(n)))
+		buffer = make([]byte, n+1, (n/size+1)*size) // with room for the padding
+	} else {
+		buffer = make([]byte, smallContent)
+	}
+	n, ended, err := readFull(r, buffer)
+	if err != nil || ended || len(buffer) == turn {
+		return buffer[:n], ended, err
+	}
+	content = make([]byte, turn)
+	m, ended, err := readFull(r, content[copy(content, buffer):])
+	return content[:n+m], ended, err
+}
+
+// readFull reads until b is full or the content ends. Unlike io.ReadFull it takes only io.EOF for
+// the end: a reader's own io.ErrUnexpectedEOF, which says that its input was cut off, must not pass
+// for a shorter content.
 func readFull(r io.Reader, b []byte) (n int, ended bool, err error) {
 	for empty := 0; n < len(b); {
 		m, err := r.Read(b[n:])
@@ -158,8 +164,8 @@ func (w *encodeWorker) encode(ctx context.Context, plaintext []byte) ([]Pair, er
 	return w.pairs, err
 }
 
-// encodeSubtree encodes content in place, of which every node up to the top level is full, and returns the one pair there.
-// It goes level by level, for nodes to be hashed many at a time.
+// encodeSubtree encodes content in place, of which every node up to the top level is full, and
+// returns the one pair there. It goes level by level, for nodes to be hashed many at a time.
 func (w *encodeWorker) encodeSubtree(ctx context.Context, content []byte) (Pair, error) {
 	if _, err := w.encode(ctx, content); err != nil {
 		return Pair{}, err
@@ -177,11 +183,11 @@ func (w *encodeWorker) encodeSubtree(ctx context.Context, content []byte) (Pair,
 	return w.pairs[0], nil
 }
 
-// parallelEncoder is the state that the workers of one Encode share. They read in turns, encode on their own, and hand in
-// pairs; whoever hands in the turn that is next in order goes on to build the tree as far as it can.
+// parallelEncoder is the state that the workers of one Encode share. They read in turns, encode on
+// their own, and hand in pairs; whoever hands in the turn that is next in order goes on to build
+// the tree as far as it can.
 type parallelEncoder struct {
 	size BlockSize
-	turn int // bytes of content in a turn
 	most int // turns that may wait
 
 	in     sync.Mutex // held while reading
@@ -204,10 +210,10 @@ type encodedTurn struct {
 	pairs []Pair
 }
 
-func encodeParallel(ctx context.Context, r io.Reader, first []byte, sink Sink, size BlockSize, secret ConvergenceSecret, workers int) (ReadCapability, error) {
+func encodeParallel(ctx context.Context, r io.Reader, sink Sink, size BlockSize, secret ConvergenceSecret, workers int) (ReadCapability, error) {
 	p := &parallelEncoder{
-		size: size, turn: len(first), most: workers * waitingTurns,
-		reader: r, turns: 1,
+		size: size, most: workers * waitingTurns,
+		reader:  r,
 		waiting: make(map[int64]encodedTurn),
 		tree:    treeBuilder{size: size, sink: sink},
 	}
@@ -221,11 +227,7 @@ func encodeParallel(ctx context.Context, r io.Reader, first []byte, sink Sink, s
 	})
 	defer stop()
 	for range workers {
-		buffer := first
-		first = nil
-		group.Go(func() error {
-			return p.work(groupCtx, newEncodeWorker(sink, size, secret), buffer)
-		})
+		group.Go(func() error { return p.work(groupCtx, newEncodeWorker(sink, size, secret)) })
 	}
 	if err := group.Wait(); err != nil {
 		return ReadCapability{}, err
@@ -233,55 +235,42 @@ func encodeParallel(ctx context.Context, r io.Reader, first []byte, sink Sink, s
 	return p.tree.finish(ctx)
 }
 
-// work encodes turns until the content ends. If buffer is not nil, it holds turn 0, which is a whole one.
-func (p *parallelEncoder) work(ctx context.Context, w *encodeWorker, buffer []byte) error {
-	number, last := int64(0), false
-	have := buffer != nil
-	if !have {
-		buffer = make([]byte, p.turn)
-	}
-	for {
-		content := buffer[:p.turn]
-		if !have {
-			var err error
-			content, number, last, err = p.read(ctx, content)
-			if err != nil {
-				return err
-			}
-			if content == nil {
-				return nil
-			}
+// work encodes turns until the content ends.
+func (p *parallelEncoder) work(ctx context.Context, w *encodeWorker) error {
+	buffer := make([]byte, turn)
+	for last := false; !last; {
+		var content []byte
+		var number int64
+		var err error
+		if content, number, last, err = p.read(ctx, buffer); content == nil || err != nil {
+			return err
 		}
-		have = false
-
-		var turn encodedTurn
+		var encoded encodedTurn
 		if p.size == BlockSize1KiB && !last {
 			root, err := w.encodeSubtree(ctx, content)
 			if err != nil {
 				return err
 			}
-			turn = encodedTurn{levelSmall, []Pair{root}}
+			encoded = encodedTurn{levelSmall, []Pair{root}}
 		} else {
 			if last {
-				content = Pad(content, p.size)
+				content = pad(content, p.size)
 			}
 			pairs, err := w.encode(ctx, content)
 			if err != nil {
 				return err
 			}
-			turn = encodedTurn{0, slices.Clone(pairs)}
+			encoded = encodedTurn{0, slices.Clone(pairs)}
 		}
-		if err := p.handIn(ctx, number, turn); err != nil {
+		if err := p.handIn(ctx, number, encoded); err != nil {
 			return err
 		}
-		if last {
-			return nil
-		}
 	}
+	return nil
 }
 
-// read takes the next turn from the reader. The content is nil if there is none. The last turn is the only one that is not
-// full; it may be empty.
+// read takes the next turn from the reader. The content is nil if there is none. The last turn is
+// the only one that is not full; it may be empty.
 func (p *parallelEncoder) read(ctx context.Context, buffer []byte) (content []byte, number int64, last bool, err error) {
 	p.in.Lock()
 	defer p.in.Unlock()
@@ -298,7 +287,8 @@ func (p *parallelEncoder) read(ctx context.Context, buffer []byte) (content []by
 			return nil, 0, false, fmt.Errorf("encoding: %w", err)
 		}
 	}
-	// The reader may have filled the buffer and said io.EOF at once: the padding then needs a turn of its own.
+	// The reader may have filled the buffer and said io.EOF at once: the padding then needs a turn
+	// of its own.
 	p.ended = p.atEnd && n < len(buffer)
 	p.turns++
 	return buffer[:n], p.turns - 1, p.ended, nil

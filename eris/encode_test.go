@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"sync/atomic"
 	"testing"
 	"testing/iotest"
@@ -18,13 +17,13 @@ import (
 	"golang.org/x/crypto/blake2b"
 )
 
-// encodeSlowly encodes as the section "Encoding" of ERIS 1.0.0 puts it, level by level, with nothing of this package but
-// its types and the cipher, which has tests of its own.
+// encodeSlowly encodes as the section "Encoding" of ERIS 1.0.0 puts it, level by level, with
+// nothing of this package but its types and the cipher, which has tests of its own.
 func encodeSlowly(content []byte, size BlockSize, secret ConvergenceSecret) (ReadCapability, *memory) {
 	m := newMemory()
 	block := func(plaintext []byte, key Key, level int) Pair {
 		encrypted := make([]byte, size)
-		xorKeyStream(encrypted, plaintext, &key, byte(level))
+		Decrypt(encrypted, plaintext, key, level)
 		ref := Reference(blake2b.Sum256(encrypted))
 		m.blocks[ref] = encrypted
 		return Pair{ref, key}
@@ -61,7 +60,8 @@ func encodeSlowly(content []byte, size BlockSize, secret ConvergenceSecret) (Rea
 	return ReadCapability{size, level, pairs[0].Reference, pairs[0].Key}, m
 }
 
-// boundaries returns lengths at which the shape of a tree, or the way that an encoder goes, changes.
+// boundaries returns lengths at which the shape of a tree, or the way that an encoder goes,
+// changes.
 func boundaries(size BlockSize) []int {
 	var lengths []int
 	around := func(n int) {
@@ -72,7 +72,7 @@ func boundaries(size BlockSize) []int {
 		}
 	}
 	bs := int(size)
-	for _, n := range []int{0, bs, 2 * bs, smallContent, turnLarge, turnSmall, 2 * turnSmall, 3*turnSmall + bs} {
+	for _, n := range []int{0, bs, 2 * bs, smallContent, turn, turn, 2 * turn, 3*turn + bs} {
 		around(n)
 	}
 	if size == BlockSize1KiB {
@@ -104,26 +104,12 @@ func TestEncodersAgree(t *testing.T) {
 					t.Errorf("%v, %d bytes: %d blocks, want %d", size, n, len(made.blocks), len(blocks.blocks))
 				}
 			}
-			made := newMemory()
-			e, err := NewEncoder(t.Context(), made, size, secret)
-			if err != nil {
-				t.Fatal(err)
-			}
-			for rest := content; len(rest) > 0; {
-				part := rest[:min(len(rest), 1+(n+len(rest))%(2*int(size)+7))]
-				if n, err := e.Write(part); err != nil || n != len(part) {
-					t.Fatal(n, err)
-				}
-				rest = rest[len(part):]
-			}
-			if got, err := e.Close(); err != nil || got != want || len(made.blocks) != len(blocks.blocks) {
-				t.Fatalf("%v, %d bytes: Encoder differs, error %v", size, n, err)
-			}
 		}
 	}
 }
 
-// A function of the content alone decides about the block size, whatever way the reader takes to say where it ends.
+// A function of the content alone decides about the block size, whatever way the reader takes to
+// say where it ends.
 func TestEncodeChoosesBlockSize(t *testing.T) {
 	for _, n := range []int{0, 1, 1024, 16383, 16384, 16385, 40000} {
 		content := randomContent(3, n)
@@ -142,7 +128,8 @@ func TestEncodeChoosesBlockSize(t *testing.T) {
 	}
 }
 
-// atOnce is a reader that says io.EOF together with its last bytes, and gets angry if it is asked again.
+// atOnce is a reader that says io.EOF together with its last bytes, and gets angry if it is asked
+// again.
 type atOnce struct {
 	t    *testing.T
 	rest []byte
@@ -210,9 +197,9 @@ func TestEncodeReaderErrors(t *testing.T) {
 		"count too great":     {func(p []byte) (int, error) { return len(p) + 1, nil }, nil},
 		"count negative":      {func([]byte) (int, error) { return -1, nil }, nil},
 	} {
-		for _, n := range []int{0, 100, 16384, 100000, 3*turnSmall + 77} {
+		for _, n := range []int{0, 100, 16384, 100000, 3*turn + 77} {
 			for _, size := range []BlockSize{0, BlockSize1KiB, BlockSize32KiB} {
-				_, err := Encode(t.Context(), &badReader{n, test.after}, newMemory(), EncodeOptions{BlockSize: size, Workers: 2})
+				_, err := Encode(t.Context(), &badReader{n, test.after}, newMemory().Put, EncodeOptions{BlockSize: size, Workers: 2})
 				if err == nil || test.want != nil && !errors.Is(err, test.want) {
 					t.Errorf("%s after %d bytes: error %v, want %v", name, n, err, test.want)
 				}
@@ -225,14 +212,14 @@ func TestEncodeSinkErrors(t *testing.T) {
 	t.Parallel()
 	failure := errors.New("store is full")
 	for _, size := range bothSizes {
-		content := randomContent(5, 12*turnSmall)
+		content := randomContent(5, 12*turn)
 		_, whole := mustEncode(t, content, EncodeOptions{BlockSize: size})
 		for _, at := range []int{1, 2, 17, 100, whole.puts - 1, whole.puts} {
 			if at > whole.puts {
 				continue
 			}
 			var puts atomic.Int64
-			sink := SinkFunc(func(context.Context, Reference, []byte) error {
+			sink := Sink(func(context.Context, Reference, []byte) error {
 				if int(puts.Add(1)) == at {
 					return failure
 				}
@@ -240,17 +227,6 @@ func TestEncodeSinkErrors(t *testing.T) {
 			})
 			if _, err := Encode(t.Context(), bytes.NewReader(content), sink, EncodeOptions{BlockSize: size, Workers: 3}); !errors.Is(err, failure) {
 				t.Errorf("%v, failure at %d: error %v", size, at, err)
-			}
-
-			puts.Store(0)
-			e, err := NewEncoder(t.Context(), sink, size, ConvergenceSecret{})
-			if err != nil {
-				t.Fatal(err)
-			}
-			_, writeErr := e.Write(content)
-			_, closeErr := e.Close()
-			if !errors.Is(closeErr, failure) || writeErr != nil && !errors.Is(writeErr, failure) {
-				t.Errorf("%v, failure at %d: Write %v, Close %v", size, at, writeErr, closeErr)
 			}
 		}
 	}
@@ -261,7 +237,7 @@ func TestEncodeCancelled(t *testing.T) {
 	for _, at := range []int64{0, 1, 50, 1000} {
 		ctx, cancel := context.WithCancel(t.Context())
 		var puts atomic.Int64
-		sink := SinkFunc(func(ctx context.Context, _ Reference, _ []byte) error {
+		sink := Sink(func(ctx context.Context, _ Reference, _ []byte) error {
 			if puts.Add(1) == at {
 				cancel()
 			}
@@ -273,26 +249,18 @@ func TestEncodeCancelled(t *testing.T) {
 		if _, err := Encode(ctx, bytes.NewReader(content), sink, EncodeOptions{BlockSize: BlockSize1KiB, Workers: 2}); !errors.Is(err, context.Canceled) {
 			t.Errorf("cancelled at %d: %v", at, err)
 		}
-		if at == 0 {
-			e, _ := NewEncoder(ctx, nil, BlockSize1KiB, ConvergenceSecret{})
-			if n, err := e.Write(content); n != 0 || !errors.Is(err, context.Canceled) {
-				t.Errorf("Write: %d, %v", n, err)
-			}
-			if _, err := e.Close(); !errors.Is(err, context.Canceled) {
-				t.Errorf("Close: %v", err)
-			}
-		}
 		cancel()
 	}
 }
 
-// A cancelled context must end an encoding that waits for a sink, and leave nothing behind: the bubble would not end.
+// A cancelled context must end an encoding that waits for a sink, and leave nothing behind: the
+// bubble would not end.
 func TestEncodeCancelledWhileSinkHangs(t *testing.T) {
 	content := randomContent(6, 4<<20)
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 		defer cancel()
-		sink := SinkFunc(func(ctx context.Context, _ Reference, _ []byte) error {
+		sink := Sink(func(ctx context.Context, _ Reference, _ []byte) error {
 			<-ctx.Done()
 			return ctx.Err()
 		})
@@ -302,19 +270,20 @@ func TestEncodeCancelledWhileSinkHangs(t *testing.T) {
 	})
 }
 
-// With a sink whose every call takes a time of its own, turns are finished in any order, and workers have to wait for the
-// one that is late. The result is the same, and calls do overlap: in virtual time, workers make it that much faster.
+// With a sink whose every call takes a time of its own, turns are finished in any order, and
+// workers have to wait for the one that is late. The result is the same, and calls do overlap: in
+// virtual time, workers make it that much faster.
 func TestEncodeWithSlowSink(t *testing.T) {
 	t.Parallel()
 	for _, size := range bothSizes {
-		content := randomContent(8, 60*turnLarge+12345)
+		content := randomContent(8, 60*turn+12345)
 		want, blocks := mustEncode(t, content, EncodeOptions{BlockSize: size})
 		var took [5]time.Duration
 		for _, workers := range []int{1, 4} {
 			synctest.Test(t, func(t *testing.T) {
 				made := newMemory()
 				var now, most atomic.Int64
-				sink := SinkFunc(func(ctx context.Context, ref Reference, block []byte) error {
+				sink := Sink(func(ctx context.Context, ref Reference, block []byte) error {
 					most.Store(max(most.Load(), now.Add(1)))
 					delay := time.Duration(ref[0]) * time.Millisecond
 					if ref[0] == 7 {
@@ -342,21 +311,28 @@ func TestEncodeWithSlowSink(t *testing.T) {
 	}
 }
 
-// One turn that is very late holds the others up, when they are too far ahead of it, but not for ever.
+// One turn that is very late holds the others up, when they are too far ahead of it, but not for
+// ever.
 func TestEncodeWithLateTurn(t *testing.T) {
 	t.Parallel()
-	content := randomContent(8, 100*turnLarge)
+	content := randomContent(8, 100*turn)
 	want, blocks := mustEncode(t, content, EncodeOptions{BlockSize: BlockSize32KiB})
-	first := NewEncrypter(ConvergenceSecret{}).EncryptLeaf(make([]byte, BlockSize32KiB), content[:BlockSize32KiB]).Reference
+	var first Reference // that a shorter content has, too
+	_, shorter := encodeSlowly(content[:BlockSize32KiB+1], BlockSize32KiB, ConvergenceSecret{})
+	for ref := range shorter.blocks {
+		if _, ok := blocks.blocks[ref]; ok {
+			first = ref
+		}
+	}
 	synctest.Test(t, func(t *testing.T) {
 		made := newMemory()
-		sink := SinkFunc(func(ctx context.Context, ref Reference, block []byte) error {
+		sink := Sink(func(ctx context.Context, ref Reference, block []byte) error {
 			if ref == first {
 				time.Sleep(time.Hour)
 				made.mu.Lock()
 				puts := made.puts
 				made.mu.Unlock()
-				if turns := puts / (turnLarge / int(BlockSize32KiB)); turns < 2*waitingTurns || turns > 2*waitingTurns+2 {
+				if turns := puts / (turn / int(BlockSize32KiB)); turns < 2*waitingTurns || turns > 2*waitingTurns+2 {
 					t.Errorf("%d turns were made meanwhile", turns)
 				}
 			}
@@ -373,74 +349,50 @@ func TestEncodeWithLateTurn(t *testing.T) {
 func TestEncodeRecognisesEqualBlocks(t *testing.T) {
 	t.Parallel()
 	for _, size := range bothSizes {
-		content := make([]byte, 20*turnSmall)
+		content := make([]byte, 20*turn)
 		want, blocks := encodeSlowly(content, size, ConvergenceSecret{})
-		m := newMemory()
-		e, err := NewEncoder(t.Context(), m, size, ConvergenceSecret{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		e.Write(content)
-		if got, err := e.Close(); err != nil || got != want {
-			t.Error(got, err)
-		}
-		if m.puts != len(blocks.blocks) {
-			t.Errorf("%v: Encoder put %d blocks, of which %d are different", size, m.puts, len(blocks.blocks))
-		}
-		const workers = 2
-		got, m := mustEncode(t, content, EncodeOptions{BlockSize: size, Workers: workers})
-		checkSameBlocks(t, m, blocks)
-		if got != want || m.puts > (workers+1)*len(blocks.blocks) {
-			t.Errorf("%v: Encode put %d blocks, of which %d are different", size, m.puts, len(blocks.blocks))
+		for _, workers := range []int{1, 2} {
+			got, m := mustEncode(t, content, EncodeOptions{BlockSize: size, Workers: workers})
+			checkSameBlocks(t, m, blocks)
+			if got != want || m.puts > (workers+1)*len(blocks.blocks) {
+				t.Errorf("%v: %d blocks were put, of which %d are different", size, m.puts, len(blocks.blocks))
+			}
 		}
 	}
 }
 
-func TestEncoderMisuse(t *testing.T) {
+func TestEncodeRefusesBlockSizes(t *testing.T) {
 	for _, size := range []BlockSize{-1, 1, 1023, 2048, 65536} {
-		if _, err := NewEncoder(t.Context(), nil, size, ConvergenceSecret{}); err == nil {
-			t.Errorf("NewEncoder takes a block size of %d", size)
-		}
 		if _, err := Encode(t.Context(), bytes.NewReader(nil), nil, EncodeOptions{BlockSize: size}); err == nil {
 			t.Errorf("Encode takes a block size of %d", size)
 		}
 	}
-	if _, err := NewEncoder(t.Context(), nil, 0, ConvergenceSecret{}); err == nil {
-		t.Error("NewEncoder takes a block size of 0")
-	}
-	e, err := NewEncoder(t.Context(), nil, BlockSize1KiB, ConvergenceSecret{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	first, err := e.Close()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if second, err := e.Close(); err != nil || second != first {
-		t.Errorf("second Close: %v, %v", second, err)
-	}
-	if n, err := e.Write([]byte{1}); n != 0 || err == nil {
-		t.Errorf("Write after Close: %d, %v", n, err)
+}
+
+// reckoned is a reader that says how much it has, which need not be true.
+type reckoned struct {
+	io.Reader
+	length int
+}
+
+func (r reckoned) Len() int { return r.length }
+
+func TestEncodeLength(t *testing.T) {
+	for _, n := range []int{0, 1, 1023, 1024, 16383, 16384, turn - 1, turn, turn + 1, 2*turn + 5} {
+		content := randomContent(byte(n), n)
+		want, blocks := encodeSlowly(content, BlockSizeFor(int64(n)), ConvergenceSecret{})
+		for _, length := range []int{n, 0, -1, n - 1, n + 1, 1 << 40} {
+			made := newMemory()
+			got, err := Encode(t.Context(), reckoned{iotest.HalfReader(bytes.NewReader(content)), length}, made.Put, EncodeOptions{})
+			if err != nil || got != want {
+				t.Errorf("%d bytes, said to be %d: %v, %v", n, length, got, err)
+			}
+			checkSameBlocks(t, made, blocks)
+		}
 	}
 }
 
-// Write must not change, nor keep, what it is given.
-func TestEncoderLeavesInputAlone(t *testing.T) {
-	content := randomContent(9, 10*1024)
-	kept := bytes.Clone(content)
-	want, _ := encodeSlowly(content, BlockSize1KiB, ConvergenceSecret{})
-	e, _ := NewEncoder(t.Context(), nil, BlockSize1KiB, ConvergenceSecret{})
-	e.Write(content)
-	if !bytes.Equal(content, kept) {
-		t.Error("content has been changed")
-	}
-	clear(content)
-	if got, _ := e.Close(); got != want {
-		t.Error("content has been kept")
-	}
-}
-
-func FuzzRoundTrip(f *testing.F) {
+func FuzzEncode(f *testing.F) {
 	f.Add([]byte(nil), uint32(0), false, byte(0))
 	f.Add([]byte("abc"), uint32(1024), false, byte(1))
 	f.Add(bytes.Repeat([]byte{0x80}, 100), uint32(16384), true, byte(0))
@@ -455,28 +407,12 @@ func FuzzRoundTrip(f *testing.F) {
 			copy(content[i:], pattern)
 		}
 		secret := ConvergenceSecret{secretByte}
-		want, _ := encodeSlowly(content, size, secret)
+		want, blocks := encodeSlowly(content, size, secret)
 		got, m := mustEncode(t, content, EncodeOptions{BlockSize: size, Secret: secret, Workers: 2})
 		if got != want {
 			t.Fatalf("%d bytes: %v, want %v", len(content), got, want)
 		}
-		e, err := NewEncoder(t.Context(), nil, size, secret)
-		if err != nil {
-			t.Fatal(err)
-		}
-		random := rand.New(rand.NewPCG(uint64(length), 0))
-		for rest := content; len(rest) > 0; {
-			n := 1 + random.IntN(len(rest))
-			e.Write(rest[:n])
-			rest = rest[n:]
-		}
-		if got, err := e.Close(); err != nil || got != want {
-			t.Fatalf("Encoder: %v, %v", got, err)
-		}
-		decoded, err := decodeAll(t.Context(), m, got, int64(len(content)), Window{Requests: 3, Bytes: 64 << 10})
-		if err != nil || !bytes.Equal(decoded, content) {
-			t.Fatalf("decoded %d bytes of %d: %v", len(decoded), len(content), err)
-		}
+		checkSameBlocks(t, m, blocks)
 	})
 }
 
@@ -486,5 +422,6 @@ func ExampleEncode() {
 		panic(err)
 	}
 	fmt.Println(capability.URN())
-	// Output: urn:eris:BIAD77QDJMFAKZYH2DXBUZYAP3MXZ3DJZVFYQ5DFWC6T65WSFCU5S2IT4YZGJ7AC4SYQMP2DM2ANS2ZTCP3DJJIRV733CRAAHOSWIYZM3M
+	// Output:
+	// urn:eris:BIAD77QDJMFAKZYH2DXBUZYAP3MXZ3DJZVFYQ5DFWC6T65WSFCU5S2IT4YZGJ7AC4SYQMP2DM2ANS2ZTCP3DJJIRV733CRAAHOSWIYZM3M
 }

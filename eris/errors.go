@@ -7,20 +7,17 @@ import (
 	"fmt"
 )
 
-// ErrNotFound is what a [Blocks] returns, wrapped or not, for a block that it does not have. Readers pass it on, wrapped
-// with the reference.
+// ErrNotFound is what a source of blocks or a store returns, wrapped or not, for a block that it
+// does not have. Readers pass it on, wrapped with the reference.
 var ErrNotFound = errors.New("block not found")
 
-// ErrTooLarge is wrapped by the [*ContentError] of content that is longer than the limit its reader set.
-var ErrTooLarge = errors.New("content is longer than its limit")
-
-// BlockError says that bytes were offered as a block which they are not: their hash is not the reference, or their number
-// is not the block size. The fault lies with who offered them, except in one case: a capability with the wrong block size
-// makes a good block look wrong.
+// BlockError says that bytes were offered as a block which they are not: their hash is not the
+// reference, or their number is not the block size. The fault lies with who offered them, except in
+// one case: a capability with the wrong block size makes a good block look wrong.
 type BlockError struct {
-	Reference Reference // the block that was asked for
+	Reference Reference // the block that was requested
 	Length    int       // how many bytes were offered
-	Want      BlockSize // the block size that was asked for; 0 if either would have done
+	Want      BlockSize // the block size that was requested; 0 if either would have done
 }
 
 // Error returns a text with the reference.
@@ -34,25 +31,9 @@ func (e *BlockError) Error() string {
 	return fmt.Sprintf("block %v: its bytes do not have this hash", e.Reference)
 }
 
-// IsOtherSize reports whether what was offered has a valid block size, but another one than was asked for. Then it may be the
-// reader who is wrong: anyone can make a read capability with the wrong block size, and that must not turn a reader against
-// those who have the block.
-func (e *BlockError) IsOtherSize(asked BlockSize) bool {
-	return e.Length != int(asked) && BlockSize(e.Length).Valid()
+// IsOtherSize reports whether what was offered has a valid block size, but another one than was
+// requested. Then it may be the reader who is wrong: anyone can make a read capability with the
+// wrong block size, and that must not turn a reader against those who have the block.
+func (e *BlockError) IsOtherSize(requested BlockSize) bool {
+	return e.Length != int(requested) && BlockSize(e.Length).Valid()
 }
-
-// ContentError says that content cannot be decoded although every block is what its reference says: the read capability is
-// wrong, the tree is not one that an encoder makes, or the content is longer than allowed ([ErrTooLarge]). No source of
-// blocks can help.
-type ContentError struct {
-	Root Reference // the root reference of the content's capability
-	Err  error     // what is wrong
-}
-
-// Error returns a text with the root reference.
-func (e *ContentError) Error() string {
-	return fmt.Sprintf("content with root %v: %v", e.Root, e.Err)
-}
-
-// Unwrap returns Err.
-func (e *ContentError) Unwrap() error { return e.Err }

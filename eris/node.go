@@ -5,12 +5,10 @@ package eris
 import (
 	"errors"
 	"fmt"
-
-	"golang.org/x/crypto/blake2b"
 )
 
-// Node is the plaintext of an internal node: from 1 to arity pairs, and zero bytes behind them. It is a view of the memory
-// it was parsed from.
+// Node is the plaintext of an internal node: from 1 to arity pairs, and zero bytes behind them. It
+// is a view of the memory it was parsed from.
 type Node struct {
 	pairs []byte
 }
@@ -18,17 +16,19 @@ type Node struct {
 var (
 	errNodeEmpty = errors.New("internal node has no reference")
 	errNodeTail  = errors.New("internal node has bytes behind its null reference")
-	errNodeKey   = errors.New("key of an internal node is not the hash of its content")
 )
 
-// ParseNode reads the plaintext of an internal node, which must have the length of a block. It returns an error if the
-// node has no pair, or if anything but zero bytes follows the first null reference, the key beside it included (ERIS 1.0.0,
-// section "Decoding"). It checks neither the key of the node nor that it is full: see [DecryptNode].
+// ParseNode reads the plaintext of an internal node, which must have the length of a block. It
+// returns an error if the node has no pair, or if anything but zero bytes follows the first null
+// reference, the key beside it included (ERIS 1.0.0, section "Decoding"). Whether the key of the
+// node is the hash of the plaintext, and whether a node is full that should be, is for the reader
+// to check.
 func ParseNode(plaintext []byte) (Node, error) {
 	if !BlockSize(len(plaintext)).Valid() {
 		return Node{}, fmt.Errorf("internal node has %d bytes", len(plaintext))
 	}
-	// Nearly every node is full, so look for the null reference from the end: the last pair that has any byte decides.
+	// Nearly every node is full, so look for the null reference from the end: the last pair that
+	// has any byte decides.
 	n := len(plaintext)
 	for n > 0 && [pairSize]byte(plaintext[n-pairSize:n]) == [pairSize]byte{} {
 		n -= pairSize
@@ -42,21 +42,6 @@ func ParseNode(plaintext []byte) (Node, error) {
 		}
 	}
 	return Node{pairs: plaintext[:n]}, nil
-}
-
-// DecryptNode decrypts the block of an internal node at the given level (from 1 on) into dst, checks that its key is the
-// hash of its content, and parses it. Every internal node can be checked so, because the convergence secret has no part in
-// its key; this finds trees that were forged below a root, and a wrong level or key in a capability. The block must have
-// been verified. dst and block must be of equal and valid length, and be the same memory or not overlap.
-func DecryptNode(dst, block []byte, key Key, level int) (Node, error) {
-	if level < 1 {
-		panic("eris: internal node at level 0")
-	}
-	Decrypt(dst, block, key, level)
-	if blake2b.Sum256(dst) != [32]byte(key) {
-		return Node{}, errNodeKey
-	}
-	return ParseNode(dst)
 }
 
 // Len returns the number of pairs, from 1 to the arity.

@@ -12,25 +12,22 @@ import (
 	"strings"
 	"unicode/utf8"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
-// The index is one CBOR item in the deterministic encoding of RFC 8949, section
-// 4.2.1:
+// The index is one CBOR item in the deterministic encoding of RFC 8949, section 4.2.1:
 //
 //	#6.1701996916([version: 1, {* path => entry}])
 //	path  = [* tstr]
 //	entry = [0, capability] / [1, capability] / [2, tstr]   ; file, executable, link
 const (
-	indexTag      = 1701996916 // "erit"
-	capabilityTag = 276
-	version       = 1
+	indexTag = 1701996916 // "erit"
+	version  = 1
 
 	kindFile       = 0
 	kindExecutable = 1
 	kindSymlink    = 2
-
-	capabilityLength = 66
 )
 
 // The major types of CBOR.
@@ -43,11 +40,10 @@ const (
 	majorTag   = 6
 )
 
-// Magic is what an index begins with.
+// magic is what an index begins with.
 var magic = []byte{0xda, 0x65, 0x72, 0x69, 0x74, 0x82}
 
-// IsIndex tells whether content that begins with head, of at least 6 bytes, is an
-// index.
+// IsIndex reports whether content that begins with head, of at least 6 bytes, is an index.
 func IsIndex(head []byte) bool { return bytes.HasPrefix(head, magic) }
 
 // Encode returns the index in its only encoding. The caller must not change it.
@@ -95,8 +91,8 @@ func (e *Entry) appendValue(b []byte) []byte {
 	}
 	b = appendHead(b, majorUint, kind)
 	// Unconfirmed: the tag of capabilities.
-	b = appendHead(b, majorTag, capabilityTag)
-	b = appendHead(b, majorBytes, capabilityLength)
+	b = appendHead(b, majorTag, eris.CBORTagReadCapability)
+	b = appendHead(b, majorBytes, eris.ReadCapabilitySize)
 	b, err := e.Capability.AppendBinary(b)
 	if err != nil {
 		panic(err) // NewIndex has checked it
@@ -126,26 +122,25 @@ func appendText(b []byte, s string) []byte {
 
 // Limits bound what an index may describe.
 type Limits struct {
-	// NarSize is the greatest length of the archive of the tree, in bytes. Each
-	// entry takes some hundred bytes of an archive beside its contents, so this
-	// bounds the number of entries, and the length of the index, too.
+	// NarSize is the greatest length of the archive of the tree, in bytes. Each entry takes some
+	// hundred bytes of an archive beside its contents, so this bounds the number of entries, and
+	// the length of the index, too.
 	NarSize uint64
 }
 
 const (
-	// leastNarEntry is how many bytes the shortest entry takes in an archive: that
-	// of an empty file with a name of one letter. A directory takes less.
+	// leastNarEntry is how many bytes the shortest entry takes in an archive: that of an empty file
+	// with a name of one letter. A directory takes less.
 	leastNarEntry     = 184
 	leastNarDirectory = 168
 	// maxEntries bounds the number of entries of any index.
 	maxEntries = 2 << 20
 	// maxIndex bounds the length of any index, in bytes.
 	maxIndex = 256 << 20
-	// plainIndex is the length in bytes up to which an index may be four times as
-	// long as the archive. Beyond it, an index is the more suspicious the longer it
-	// is: the archive must have narPerIndex times as many bytes more. The longest
-	// that occur in Guix, those of two hundred thousand files in some gigabytes,
-	// have 30 MB.
+	// plainIndex is the length in bytes up to which an index may be four times as long as the
+	// archive. Beyond it, an index is the more suspicious the longer it is: the archive must have
+	// narPerIndex times as many bytes more. The longest that occur in Guix, those of two hundred
+	// thousand files in some gigabytes, have 30 MB.
 	plainIndex  = 24 << 20
 	narPerIndex = 256
 )
@@ -153,20 +148,19 @@ const (
 // maxEntries is the greatest number of entries.
 func (l Limits) maxEntries() uint64 { return min(l.NarSize/leastNarEntry+1, maxEntries) }
 
-// IndexLength is the length of the longest index that is accepted, in bytes. An
-// index is read into memory, so this bounds the memory that somebody can make us
-// use who publishes one. A path may take more in an index than in an archive, where
-// directories are written once.
+// IndexLength is the length of the longest index that is accepted, in bytes. An index is read into
+// memory, so this bounds the memory that somebody can make us use who publishes one. A path may
+// take more in an index than in an archive, where directories are written once.
 func (l Limits) IndexLength() int64 {
 	return int64(min(1<<20+4*min(l.NarSize, maxIndex), plainIndex+l.NarSize/narPerIndex, maxIndex))
 }
 
-// Decode reads an index. It accepts only what Encode writes: the deterministic
-// encoding, keys strictly ascending, nothing behind it; and only trees that can be
-// restored, as [NewIndex] has it. Errors name the offset or the path of the fault.
+// Decode reads an index. It accepts only what Encode writes: the deterministic encoding, keys
+// strictly ascending, nothing behind it; and only trees that can be restored, as [NewIndex] has it.
+// Errors name the offset or the path of the fault.
 //
-// The caller has bounded the length of b by [Limits.IndexLength], and must not
-// change b any more: the index keeps it.
+// The caller has bounded the length of b by [Limits.IndexLength], and must not change b any more:
+// the index keeps it.
 func Decode(b []byte, limits Limits) (*Index, error) {
 	x, err := newIndex(b, limits.NarSize)
 	if err != nil {
@@ -245,8 +239,8 @@ func (d *decoder) index(most uint64) ([]uint32, error) {
 	return begins, nil
 }
 
-// leastEntry is the length of the shortest entry, that of a link with a path and
-// a target of one letter.
+// leastEntry is the length of the shortest entry, that of a link with a path and a target of one
+// letter.
 const leastEntry = 7
 
 // key reads a path.
@@ -281,8 +275,7 @@ func (d *decoder) key(e *Entry) error {
 	return checkPath(e.Path)
 }
 
-// keyLength reads the head of a key that has been read before, and returns the
-// number of its names.
+// keyLength reads the head of a key that has been read before, and returns the number of its names.
 func (d *decoder) keyLength() int {
 	n, _ := d.head(majorArray)
 	return int(n)
@@ -313,13 +306,13 @@ func (d *decoder) value(e *Entry) error {
 	switch kind {
 	case kindFile, kindExecutable:
 		e.Kind, e.Executable = nar.Regular, kind == kindExecutable
-		if err := d.expect(majorTag, capabilityTag, "the tag of a read capability"); err != nil {
+		if err := d.expect(majorTag, eris.CBORTagReadCapability, "the tag of a read capability"); err != nil {
 			return err
 		}
-		if err := d.expect(majorBytes, capabilityLength, "a read capability of 66 bytes"); err != nil {
+		if err := d.expect(majorBytes, eris.ReadCapabilitySize, "a read capability of 66 bytes"); err != nil {
 			return err
 		}
-		b, err := d.take(capabilityLength)
+		b, err := d.take(eris.ReadCapabilitySize)
 		if err != nil {
 			return err
 		}

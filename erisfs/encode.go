@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"runtime"
 	"strings"
 	"unicode/utf8"
@@ -19,8 +20,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
-// EncodeOptions say how [Encode] works. The zero value is what everything that is
-// published must have, so that independent publishers come to the same capability.
+// EncodeOptions say how [Encode] works. The zero value is what everything that is published must
+// have, so that independent publishers come to the same capability.
 type EncodeOptions struct {
 	// Secret is the convergence secret of the files and of the index.
 	Secret eris.ConvergenceSecret
@@ -34,25 +35,23 @@ type Result struct {
 	Capability eris.ReadCapability
 	// Index is what it denotes.
 	Index *Index
-	// NarHash is the SHA-256 of the archive of the tree, and NarSize its length in
-	// bytes.
+	// NarHash is the SHA-256 of the archive of the tree, and NarSize its length in bytes.
 	NarHash [sha256.Size]byte
 	NarSize uint64
 }
 
-// wholeFile is the length in bytes up to which a file is collected and encoded by
-// one worker; larger files are encoded by all of them, one after the other.
+// wholeFile is the length in bytes up to which a file is collected and encoded by one worker;
+// larger files are encoded by all of them, one after the other.
 const wholeFile = 1 << 20
 
-// Encode encodes a tree: it puts the blocks of each file and of the index into
-// sink, and returns the capability of the index. With a nil sink it computes the
-// capability only. The sink is called from several goroutines.
+// Encode encodes a tree: it puts the blocks of each file and of the index into sink, and returns
+// the capability of the index. With a nil sink it computes the capability only. The sink is called
+// from several goroutines.
 //
-// The block size of each content is that of [eris.BlockSizeFor]. The result has
-// been checked: the index, read back, makes the tree whose NarHash is in the
-// result. A tree that has no ERIS-FS form is an error that wraps
-// [ErrNotRepresentable]; what has been put by then stays in the sink. Other errors
-// are those of nodes, of the sink and of ctx.
+// The block size of each content is that of [eris.BlockSizeFor]. The result has been checked: the
+// index, read back, makes the tree whose NarHash is in the result. A tree that has no ERIS-FS form
+// is an error that wraps [ErrNotRepresentable]; what has been put by then stays in the sink. Other
+// errors are those of nodes, of the sink and of ctx.
 func Encode(ctx context.Context, nodes nar.Nodes, sink eris.Sink, o EncodeOptions) (Result, error) {
 	if o.Workers < 1 {
 		o.Workers = runtime.GOMAXPROCS(0)
@@ -160,7 +159,7 @@ func (e *encoder) node(n nar.Node) error {
 	}
 	e.entries = append(e.entries, entry)
 	if n.Kind == nar.Symlink {
-		return entry.check()
+		return nil
 	}
 	if err := e.file(entry, n); err != nil {
 		return err
@@ -171,20 +170,14 @@ func (e *encoder) node(n nar.Node) error {
 // file encodes a file, or has it encoded.
 func (e *encoder) file(entry *Entry, n nar.Node) error {
 	if n.Size > wholeFile {
-		c, err := eris.Encode(e.ctx, &contentsReader{e: e}, e.sink,
-			eris.EncodeOptions{BlockSize: eris.BlockSizeFor(int64(n.Size)), Secret: e.options.Secret, Workers: e.options.Workers})
-		entry.Capability = c
-		return err
+		return e.encode(entry, &contentsReader{next: e.contents, length: n.Size}, e.options.Workers)
 	}
 	w := &wholeContents{entry: entry}
 	for {
-		c, err := e.nodes.Contents()
+		c, err := e.contents()
 		if err == io.EOF {
 			break
 		} else if err != nil {
-			return err
-		}
-		if err := e.hash.Contents(c); err != nil {
 			return err
 		}
 		w.chunks = append(w.chunks, c)
@@ -197,58 +190,80 @@ func (e *encoder) file(entry *Entry, n nar.Node) error {
 	}
 }
 
-// contentsReader reads the contents of the file under way, and hashes them.
-type contentsReader struct {
-	e     *encoder
-	chunk nar.Chunk
-	rest  []byte
+// contents reads the next contents of the file under way, and hashes them.
+func (e *encoder) contents() (nar.Chunk, error) {
+	c, err := e.nodes.Contents()
+	if err == nil {
+		err = e.hash.Contents(c)
+	}
+	return c, err
 }
 
+// work encodes the files that it is handed.
+func (e *encoder) work() error {
+	for w := range e.files {
+		if err := e.encode(w.entry, w.reader(), 1); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// encode encodes the contents of a file.
+func (e *encoder) encode(entry *Entry, r *contentsReader, workers int) (err error) {
+	entry.Capability, err = eris.Encode(e.ctx, r, e.sink,
+		eris.EncodeOptions{BlockSize: eris.BlockSizeFor(int64(r.length)), Secret: e.options.Secret, Workers: workers})
+	if err != nil {
+		return fmt.Errorf("file %.300q: %w", entry.Path, err)
+	}
+	return nil
+}
+
+func (w *wholeContents) reader() *contentsReader {
+	r := &contentsReader{}
+	for _, c := range w.chunks {
+		r.length += uint64(len(c.Bytes))
+	}
+	r.next = func() (nar.Chunk, error) {
+		if len(w.chunks) == 0 {
+			return nar.Chunk{}, io.EOF
+		}
+		c := w.chunks[0]
+		w.chunks = w.chunks[1:]
+		return c, nil
+	}
+	return r
+}
+
+// contentsReader reads the contents of a file.
+type contentsReader struct {
+	next   func() (nar.Chunk, error)
+	length uint64 // in all
+	chunk  nar.Chunk
+	rest   []byte
+}
+
+// Len tells [eris.Encode] how much memory to take; it calls it before it reads.
+func (r *contentsReader) Len() int { return int(min(r.length, math.MaxInt)) }
+
+// Read implements io.Reader.
 func (r *contentsReader) Read(p []byte) (int, error) {
 	if len(r.rest) == 0 {
 		r.chunk.Release()
 		r.chunk = nar.Chunk{}
-		c, err := r.e.nodes.Contents()
+		c, err := r.next()
 		if err != nil {
 			return 0, err
 		}
 		r.chunk, r.rest = c, c.Bytes
-		if err := r.e.hash.Contents(c); err != nil {
-			return 0, err
-		}
 	}
 	n := copy(p, r.rest)
 	r.rest = r.rest[n:]
 	return n, nil
 }
 
-// work encodes the files that it is handed.
-func (e *encoder) work() error {
-	for w := range e.files {
-		length := 0
-		for _, c := range w.chunks {
-			length += len(c.Bytes)
-		}
-		encoder, err := eris.NewEncoder(e.ctx, e.sink, eris.BlockSizeFor(int64(length)), e.options.Secret)
-		if err != nil {
-			return err
-		}
-		for _, c := range w.chunks {
-			_, err := encoder.Write(c.Bytes)
-			c.Release()
-			if err != nil {
-				return fmt.Errorf("file %.300q: %w", w.entry.Path, err)
-			}
-		}
-		if w.entry.Capability, err = encoder.Close(); err != nil {
-			return fmt.Errorf("file %.300q: %w", w.entry.Path, err)
-		}
-	}
-	return nil
-}
-
-// verify reads the index back, as whoever fetches it will, and compares the tree
-// that it makes with the walk.
+// verify reads the index back, as whoever fetches it will, and compares the tree that it makes with
+// the walk.
 func (e *encoder) verify(index []byte, r Result) error {
 	limits := Limits{NarSize: max(r.NarSize, 1<<20)}
 	if int64(len(index)) > limits.IndexLength() {

@@ -1,21 +1,19 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package erisfs reads and writes ERIS-FS images: file trees as a small index
-// that names a read capability for each file (https://eris.codeberg.page/eer/eris-fs.xml,
-// version 1).
+// Package erisfs reads and writes ERIS-FS images: file trees as a small index that names a read
+// capability for each file (https://eris.codeberg.page/eer/eris-fs.xml, version 1).
 //
-// [Encode] turns a tree into blocks and the read capability of its index; [Open]
-// turns an index and a source of blocks into nodes in NAR order, which is what a
-// store item is restored from. [Decode] and [Index.Encode] are the format alone.
+// [Encode] turns a tree into blocks and the read capability of its index; [ReadIndex] and
+// [Index.Nodes] turn that and a source of blocks into nodes in NAR order, which is what a store
+// item is restored from. [Decode] and [Index.Encode] are the format alone.
 //
-// An index may come from anybody: it is checked in full, and against bounds that
-// are known beforehand, before a block of any file is fetched.
+// An index may come from anybody: it is checked in full, and against bounds that are known
+// beforehand, before a block of any file is fetched.
 //
-// Some points of the format could not be confirmed by its specification, which is
-// a draft: that the target of a symbolic link is a text string; that read
-// capabilities carry CBOR tag 276; that an item that is no directory is an entry
-// with an empty path. Each of these is in one place, named so in a comment
-// beginning with "Unconfirmed:".
+// Some points of the format could not be confirmed by its specification, which is a draft: that the
+// target of a symbolic link is a text string; that read capabilities carry CBOR tag 276; that an
+// item that is no directory is an entry with an empty path. Each of these is in one place, named so
+// in a comment beginning with "Unconfirmed:".
 package erisfs
 
 import (
@@ -32,15 +30,15 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
-// An Entry is a file or a symbolic link of a tree. Directories are implied by the
-// paths of what is in them.
+// An Entry is a file or a symbolic link of a tree. Directories are implied by the paths of what is
+// in them.
 type Entry struct {
-	// Path has the names from the root downwards, separated by slashes. It is
-	// empty for an item that is itself a file or a link.
+	// Path has the names from the root downwards, separated by slashes. It is empty for an item
+	// that is itself a file or a link.
 	Path string
 	// Kind is nar.Regular or nar.Symlink.
 	Kind nar.Kind
-	// Executable tells whether a Regular may be executed.
+	// Executable reports whether a Regular may be executed.
 	Executable bool
 	// Capability denotes the contents of a Regular.
 	Capability eris.ReadCapability
@@ -48,9 +46,9 @@ type Entry struct {
 	Target string
 }
 
-// An Index is the entries of a tree, in NAR order: ascending, directory by
-// directory, by the bytes of the names. It keeps them in the encoded form, and so
-// takes little more memory than that. It is never changed.
+// An Index is the entries of a tree, in NAR order: ascending, directory by directory, by the bytes
+// of the names. It keeps them in the encoded form, and so takes little more memory than that. It is
+// never changed.
 type Index struct {
 	text  []byte
 	begin []uint32 // where in text each entry begins, in NAR order
@@ -90,16 +88,15 @@ func (x *Index) Contents() iter.Seq[eris.ReadCapability] {
 	}
 }
 
-// ErrNotRepresentable is wrapped by the errors for trees that have no ERIS-FS
-// form: those with empty directories and with names or link targets that are not
-// UTF-8; and for those with an index that readers would refuse, see [Limits].
+// ErrNotRepresentable is wrapped by the errors for trees that have no ERIS-FS form: those with
+// empty directories and with names or link targets that are not UTF-8; and for those with an index
+// that readers would refuse, see [Limits].
 var ErrNotRepresentable = errors.New("not representable in ERIS-FS")
 
-// NewIndex returns the index with the given entries, in any order. It fails, and
-// says why, when an entry cannot be in an index: names and targets are those of
-// package nar and must be UTF-8 (else the error wraps [ErrNotRepresentable]),
-// paths must be different, and none may be in another one that is a file or a
-// link. At least one entry is needed.
+// NewIndex returns the index with the given entries, in any order. It fails, and says why, when an
+// entry cannot be in an index: names and targets are those of package nar and must be UTF-8 (else
+// the error wraps [ErrNotRepresentable]), paths must be different, and none may be in another one
+// that is a file or a link. At least one entry is needed.
 func NewIndex(entries []Entry) (*Index, error) {
 	if len(entries) == 0 {
 		return nil, fmt.Errorf("%w: empty directory", ErrNotRepresentable)
@@ -115,12 +112,10 @@ func NewIndex(entries []Entry) (*Index, error) {
 	return newIndex(encodeEntries(entries), math.MaxUint64)
 }
 
+// check checks what the encoding needs. The rest is found when it is read back.
 func (e *Entry) check() error {
 	if !utf8.ValidString(e.Path) || !utf8.ValidString(e.Target) {
 		return fmt.Errorf("%w: %q is not UTF-8", ErrNotRepresentable, e.Path+e.Target)
-	}
-	if err := checkPath(e.Path); err != nil {
-		return err
 	}
 	switch e.Kind {
 	case nar.Regular:
@@ -128,9 +123,6 @@ func (e *Entry) check() error {
 			return fmt.Errorf("file %.300q: %w", e.Path, err)
 		}
 	case nar.Symlink:
-		if err := nar.CheckTarget(e.Target); err != nil {
-			return fmt.Errorf("link %.300q: %w", e.Path, err)
-		}
 	default:
 		return fmt.Errorf("%.300q is neither a file nor a link", e.Path)
 	}
@@ -153,10 +145,9 @@ func checkPath(path string) error {
 	return nil
 }
 
-// order puts the entries, which begin at the given places of text, in NAR order, in
-// which a path that is a prefix of others stands directly before them, so that
-// conflicts are between neighbours. It returns the number of directories below the
-// root that the paths imply.
+// order puts the entries, which begin at the given places of text, in NAR order, in which a path
+// that is a prefix of others stands directly before them, so that conflicts are between neighbours.
+// It returns the number of directories below the root that the paths imply.
 func order(text []byte, begin []uint32) (directories uint64, err error) {
 	slices.SortFunc(begin, func(a, b uint32) int {
 		c, _, _ := compareKeys(text, int(a), int(b))
@@ -182,9 +173,9 @@ func order(text []byte, begin []uint32) (directories uint64, err error) {
 	return directories, nil
 }
 
-// compareKeys compares the paths at two places of an index name by name. Common is
-// how many names they begin with alike, and within tells whether the first is a
-// directory that the second would be in.
+// compareKeys compares the paths at two places of an index name by name. Common is how many names
+// they begin with alike, and within reports whether the first is a directory that the second would
+// be in.
 func compareKeys(text []byte, a, b int) (c, common int, within bool) {
 	x, y := decoder{b: text, pos: a}, decoder{b: text, pos: b}
 	n, m := x.keyLength(), y.keyLength()

@@ -17,41 +17,25 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/content"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
-// blocks is a source of blocks in memory.
-type blocks struct {
-	mu sync.Mutex
-	m  map[eris.Reference][]byte
+// source opens a store in memory as a source.
+func source(t testing.TB, b *sourcetest.Backend) fetch.Source {
+	s := b.Open(16)
+	t.Cleanup(func() { s.Close() })
+	return s
 }
 
-func (b *blocks) Put(_ context.Context, ref eris.Reference, block []byte) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.m == nil {
-		b.m = map[eris.Reference][]byte{}
-	}
-	b.m[ref] = bytes.Clone(block)
-	return nil
-}
-
-func (b *blocks) Get(_ context.Context, ref eris.Reference, _ eris.BlockSize, _ []byte) ([]byte, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if block, ok := b.m[ref]; ok {
-		return block, nil
-	}
-	return nil, eris.ErrNotFound
-}
-
-// An example is a tree with what it is encoded as, in blocks of 1 KiB with the
-// null convergence secret.
+// An example is a tree with what it is encoded as, in blocks of 1 KiB with the null convergence
+// secret.
 type example struct {
 	name  string
 	make  func(t testing.TB, path string)
@@ -119,18 +103,19 @@ func archive(t testing.TB, nodes nar.Nodes) []byte {
 }
 
 // open reads the index that a capability denotes and returns its tree.
-func open(t testing.TB, b eris.Blocks, c eris.ReadCapability, limits erisfs.Limits, window eris.Window) (*erisfs.Tree, error) {
+func open(t testing.TB, b *sourcetest.Backend, c eris.ReadCapability, limits erisfs.Limits, window fetch.Window) (*erisfs.Tree, error) {
 	t.Helper()
-	ctx := context.Background()
-	content, err := eris.Open(ctx, b, c, limits.IndexLength(), window)
+	ctx, s := context.Background(), source(t, b)
+	r, err := content.Open(ctx, s, c, limits.IndexLength(), window)
 	if err != nil {
 		return nil, err
 	}
-	x, err := erisfs.ReadIndex(ctx, content, limits)
+	defer r.Close()
+	x, err := erisfs.ReadIndex(r, limits)
 	if err != nil {
 		return nil, err
 	}
-	tree := x.Nodes(ctx, b, limits, window)
+	tree := x.Nodes(ctx, s, limits, window)
 	t.Cleanup(func() { tree.Close() })
 	return tree, nil
 }
@@ -140,8 +125,8 @@ func TestExamples(t *testing.T) {
 		t.Run(e.name, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "item")
 			e.make(t, path)
-			var b blocks
-			r, err := erisfs.Encode(context.Background(), nar.NewTree(path), &b, erisfs.EncodeOptions{})
+			b := sourcetest.NewBackend()
+			r, err := erisfs.Encode(context.Background(), nar.NewTree(path), b.Put, erisfs.EncodeOptions{})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -155,7 +140,7 @@ func TestExamples(t *testing.T) {
 			if r.NarHash != sha256.Sum256(want) || r.NarSize != uint64(len(want)) {
 				t.Errorf("NarHash %x, NarSize %d; want %x, %d", r.NarHash, r.NarSize, sha256.Sum256(want), len(want))
 			}
-			tree, err := open(t, &b, r.Capability, erisfs.Limits{NarSize: r.NarSize}, eris.Window{})
+			tree, err := open(t, b, r.Capability, erisfs.Limits{NarSize: r.NarSize}, fetch.Window{})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -203,14 +188,14 @@ func makeTree(t testing.TB, root string, seed uint64, files, size int) {
 func TestRoundTrip(t *testing.T) {
 	root := t.TempDir() + "/item"
 	makeTree(t, root, 1, 200, 40<<10)
-	var b blocks
-	r, err := erisfs.Encode(context.Background(), nar.NewTree(root), &b, erisfs.EncodeOptions{})
+	b := sourcetest.NewBackend()
+	r, err := erisfs.Encode(context.Background(), nar.NewTree(root), b.Put, erisfs.EncodeOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := archive(t, nar.NewTree(root))
-	for _, window := range []eris.Window{{}, {Requests: 1, Bytes: 1}, {Requests: 3, Bytes: 200000}} {
-		tree, err := open(t, &b, r.Capability, erisfs.Limits{NarSize: r.NarSize}, window)
+	for _, window := range []fetch.Window{{}, {Requests: 1, Bytes: 1}, {Requests: 3, Bytes: 200000}} {
+		tree, err := open(t, b, r.Capability, erisfs.Limits{NarSize: r.NarSize}, window)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -219,7 +204,7 @@ func TestRoundTrip(t *testing.T) {
 		}
 	}
 	// Contents may be passed over.
-	tree, err := open(t, &b, r.Capability, erisfs.Limits{NarSize: r.NarSize}, eris.Window{})
+	tree, err := open(t, b, r.Capability, erisfs.Limits{NarSize: r.NarSize}, fetch.Window{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -234,18 +219,21 @@ func TestRoundTrip(t *testing.T) {
 		}
 	}
 	// A missing block of any file is an error, not another tree.
-	for ref := range b.m {
-		block := b.m[ref]
-		delete(b.m, ref)
-		tree, err := open(t, &b, r.Capability, erisfs.Limits{NarSize: r.NarSize}, eris.Window{})
+	for missing, block := range b.All() {
+		without := sourcetest.NewBackend()
+		for ref, block := range b.All() {
+			if ref != missing {
+				without.Set(ref, block)
+			}
+		}
+		tree, err := open(t, without, r.Capability, erisfs.Limits{NarSize: r.NarSize}, fetch.Window{})
 		if err == nil {
 			_, err = nar.Write(io.Discard, tree)
 			tree.Close() // nothing looks for blocks any more
 		}
 		if !errors.Is(err, eris.ErrNotFound) {
-			t.Errorf("without block %v: error %v", ref, err)
+			t.Errorf("without block %v: error %v", missing, err)
 		}
-		b.m[ref] = block
 		if len(block) == 32<<10 {
 			break
 		}
@@ -272,7 +260,7 @@ func TestEncodeFailures(t *testing.T) {
 	root := t.TempDir() + "/item"
 	makeTree(t, root, 2, 50, 10<<10)
 	full := errors.New("store is full")
-	sink := eris.SinkFunc(func(context.Context, eris.Reference, []byte) error { return full })
+	sink := eris.Sink(func(context.Context, eris.Reference, []byte) error { return full })
 	if _, err := erisfs.Encode(context.Background(), nar.NewTree(root), sink, erisfs.EncodeOptions{}); !errors.Is(err, full) {
 		t.Errorf("error %v", err)
 	}
@@ -384,7 +372,7 @@ func TestOrder(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tree := decoded.Nodes(context.Background(), &blocks{}, wide, eris.Window{})
+	tree := decoded.Nodes(context.Background(), source(t, sourcetest.NewBackend()), wide, fetch.Window{})
 	defer tree.Close()
 	a := archive(t, tree)
 	// The reader of archives checks the order.
@@ -404,21 +392,21 @@ func TestOrder(t *testing.T) {
 	}
 }
 
-// TestLimits checks that an index is refused before it is worked through, and
-// contents before they are fetched.
+// TestLimits checks that an index is refused before it is worked through, and contents before they
+// are fetched.
 func TestLimits(t *testing.T) {
 	root := t.TempDir() + "/item"
 	write(t, root+"/large", strings.Repeat("x", 5<<20), 0o644)
-	var b blocks
-	r, err := erisfs.Encode(context.Background(), nar.NewTree(root), &b, erisfs.EncodeOptions{})
+	b := sourcetest.NewBackend()
+	r, err := erisfs.Encode(context.Background(), nar.NewTree(root), b.Put, erisfs.EncodeOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	tree, err := open(t, &b, r.Capability, erisfs.Limits{NarSize: 4 << 20}, eris.Window{})
+	tree, err := open(t, b, r.Capability, erisfs.Limits{NarSize: 4 << 20}, fetch.Window{})
 	if err == nil {
 		_, err = nar.Write(io.Discard, tree)
 	}
-	if !errors.Is(err, eris.ErrTooLarge) {
+	if !errors.Is(err, content.ErrTooLarge) {
 		t.Errorf("error %v", err)
 	}
 	var entries []erisfs.Entry
@@ -437,8 +425,7 @@ func TestLimits(t *testing.T) {
 	}
 }
 
-// TestIndexMemory checks that an index takes little more memory than its bytes,
-// whatever is in it.
+// TestIndexMemory checks that an index takes little more memory than its bytes, whatever is in it.
 func TestIndexMemory(t *testing.T) {
 	// The shortest entries of all: links with short names and targets.
 	const count = 300_000
@@ -491,7 +478,7 @@ func TestDirectoryBomb(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tree := x.Nodes(context.Background(), zeroes{}, wide, eris.Window{})
+	tree := x.Nodes(context.Background(), source(t, sourcetest.NewBackend()), wide, fetch.Window{})
 	defer tree.Close()
 	size, err := nar.Write(io.Discard, tree)
 	if err != nil {
@@ -510,7 +497,7 @@ func TestEmptyDirectoryIndex(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tree := x.Nodes(context.Background(), &blocks{}, wide, eris.Window{})
+	tree := x.Nodes(context.Background(), source(t, sourcetest.NewBackend()), wide, fetch.Window{})
 	defer tree.Close()
 	if got := archive(t, tree); len(got) != 96 {
 		t.Errorf("archive of %d bytes", len(got))
@@ -542,7 +529,7 @@ func FuzzDecode(f *testing.F) {
 			t.Errorf("%x is accepted, but its entries are not, or make another index: %v", b, err)
 		}
 		// The nodes are those of an archive.
-		tree := x.Nodes(context.Background(), zeroes{}, wide, eris.Window{})
+		tree := x.Nodes(context.Background(), source(t, sourcetest.NewBackend()), wide, fetch.Window{})
 		defer tree.Close()
 		depth := 0
 		var last []string
@@ -576,15 +563,8 @@ func FuzzDecode(f *testing.F) {
 	})
 }
 
-// zeroes has no blocks.
-type zeroes struct{}
-
-func (zeroes) Get(context.Context, eris.Reference, eris.BlockSize, []byte) ([]byte, error) {
-	return nil, eris.ErrNotFound
-}
-
 func isContentError(err error) bool {
-	var c *eris.ContentError
+	var c *content.Error
 	return errors.As(err, &c)
 }
 

@@ -7,49 +7,39 @@ import (
 	"io"
 	"iter"
 	"strings"
-	"sync"
-	"sync/atomic"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/content"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
-// ReadIndex reads the index that content holds. The content must not be longer
-// than [Limits.IndexLength], which is for the caller to see to when it opens it.
+// ReadIndex reads the index that a content holds, of which nothing must have been read. The content
+// must not be longer than [Limits.IndexLength], which is for the caller to see to when it opens it.
 // Errors are those of the content and of [Decode].
-func ReadIndex(ctx context.Context, content *eris.Content, limits Limits) (*Index, error) {
-	b := indexBuffer{size: int(min(content.Size(), maxIndex))}
-	if _, err := content.WriteTo(ctx, &b); err != nil {
-		return nil, err
+func ReadIndex(r *content.Reader, limits Limits) (*Index, error) {
+	// It takes memory for what has come, and at the end for no more than that.
+	size := int(min(r.Size(), maxIndex))
+	b := make([]byte, 0, min(size, 64<<10))
+	for len(b) < size {
+		if len(b) == cap(b) {
+			b = append(make([]byte, 0, min(2*cap(b), size)), b...)
+		}
+		n, err := r.Read(b[len(b):cap(b)])
+		if err != nil {
+			return nil, err
+		}
+		b = b[:len(b)+n]
 	}
-	return Decode(b.b, limits)
+	return Decode(b, limits)
 }
 
-// indexBuffer collects an index. It takes memory for what has come, and at the end
-// for no more than that.
-type indexBuffer struct {
-	b    []byte
-	size int // how much there will be
-}
-
-// Write implements io.Writer.
-func (b *indexBuffer) Write(p []byte) (int, error) {
-	if need := len(b.b) + len(p); need > cap(b.b) {
-		grown := make([]byte, len(b.b), max(need, min(2*cap(b.b), b.size), min(64<<10, b.size)))
-		copy(grown, b.b)
-		b.b = grown
-	}
-	b.b = append(b.b, p...)
-	return len(p), nil
-}
-
-// A Tree is the tree of an index as [nar.Nodes], with contents fetched block by
-// block. Many blocks are asked for at a time, ahead of what is read, over all
-// files of the tree; they come in order. It must be closed.
+// A Tree is the tree of an index as [nar.Nodes], with contents fetched block by block. Many blocks
+// are requested at a time, ahead of what is read, over all files of the tree; they come in order.
+// It must be closed.
 type Tree struct {
 	index    *Index
 	next     int // entry
-	sequence *eris.Sequence
+	sequence *content.Sequence
 
 	started bool
 	path    string     // of the directory under way
@@ -58,21 +48,22 @@ type Tree struct {
 	file    bool       // a Regular is under way
 }
 
-// Nodes returns the tree of the index. The window bounds what is in flight; no
-// more than limits.NarSize bytes of contents are accepted. It ends with ctx.
-func (x *Index) Nodes(ctx context.Context, blocks eris.Blocks, limits Limits, window eris.Window) *Tree {
+// Nodes returns the tree of the index. The window bounds what is in flight; no more than
+// limits.NarSize bytes of contents are accepted. The source must verify, as [content.NewSequence]
+// has it. It ends with ctx.
+func (x *Index) Nodes(ctx context.Context, source fetch.Source, limits Limits, window fetch.Window) *Tree {
 	most := int64(min(limits.NarSize, 1<<63-1))
 	return &Tree{
 		index:    x,
-		sequence: eris.NewSequence(ctx, blocks, x.wants(most), most, window),
+		sequence: content.NewSequence(ctx, source, x.wants(most), most, window),
 	}
 }
 
 // wants are the files in NAR order.
-func (x *Index) wants(limit int64) iter.Seq[eris.Want] {
-	return func(yield func(eris.Want) bool) {
+func (x *Index) wants(limit int64) iter.Seq[content.Want] {
+	return func(yield func(content.Want) bool) {
 		for c := range x.Contents() {
-			if !yield(eris.Want{Capability: c, Limit: limit}) {
+			if !yield(content.Want{Capability: c, Limit: limit}) {
 				return
 			}
 		}
@@ -114,55 +105,60 @@ func (t *Tree) node() (n nar.Node, ok bool) {
 // plan queues the nodes up to the next entry, or to the end.
 func (t *Tree) plan() {
 	t.queue = t.queue[:0]
-	if t.next == t.index.Len() {
-		if !t.started { // the index of an empty directory
-			t.started = true
-			t.queue = append(t.queue, nar.Node{Kind: nar.Directory})
-			t.depth = 1
-		}
-		for ; t.depth > 0; t.depth-- {
-			t.queue = append(t.queue, nar.Node{Kind: nar.End})
-		}
+	more := t.next < t.index.Len()
+	var e Entry
+	if more {
+		e = t.index.Entry(t.next)
+		t.next++
+	}
+	// The index of an empty directory has no entries; that of an item that is no directory, one
+	// without a path.
+	if !t.started && !(more && e.Path == "") {
+		t.open("")
+	}
+	t.started = true
+	if !more {
+		t.closeTo(0)
 		return
 	}
-	e := t.index.Entry(t.next)
-	t.next++
 	node := nar.Node{Kind: e.Kind, Executable: e.Executable, Target: e.Target}
-	if e.Path == "" {
-		t.started = true
-		t.queue = append(t.queue, node)
-		return
-	}
-	if !t.started {
-		t.started = true
-		t.queue = append(t.queue, nar.Node{Kind: nar.Directory})
-		t.depth = 1
-	}
-	directory := ""
-	node.Name = e.Path
-	if i := strings.LastIndexByte(e.Path, '/'); i >= 0 {
-		directory, node.Name = e.Path[:i], e.Path[i+1:]
-	}
-	for !within(directory, t.path) {
-		t.queue = append(t.queue, nar.Node{Kind: nar.End})
-		t.depth--
-		t.path = t.path[:max(0, strings.LastIndexByte(t.path, '/'))]
-	}
-	rest := directory[len(t.path):]
-	if t.path != "" && rest != "" {
-		rest = rest[1:]
-	}
-	if rest != "" {
-		for name := range strings.SplitSeq(rest, "/") {
-			t.queue = append(t.queue, nar.Node{Kind: nar.Directory, Name: name})
-			t.depth++
+	if e.Path != "" {
+		directory := ""
+		node.Name = e.Path
+		if i := strings.LastIndexByte(e.Path, '/'); i >= 0 {
+			directory, node.Name = e.Path[:i], e.Path[i+1:]
 		}
+		t.change(directory)
 	}
-	t.path = directory
 	t.queue = append(t.queue, node)
 }
 
-// within tells whether path is root or in it.
+// change queues what leads from the directory under way to another one.
+func (t *Tree) change(directory string) {
+	for !within(directory, t.path) {
+		t.closeTo(t.depth - 1)
+		t.path = t.path[:max(0, strings.LastIndexByte(t.path, '/'))]
+	}
+	if rest := strings.TrimPrefix(directory[len(t.path):], "/"); rest != "" {
+		for name := range strings.SplitSeq(rest, "/") {
+			t.open(name)
+		}
+	}
+	t.path = directory
+}
+
+func (t *Tree) open(name string) {
+	t.queue = append(t.queue, nar.Node{Kind: nar.Directory, Name: name})
+	t.depth++
+}
+
+func (t *Tree) closeTo(depth int) {
+	for ; t.depth > depth; t.depth-- {
+		t.queue = append(t.queue, nar.Node{Kind: nar.End})
+	}
+}
+
+// within reports whether path is root or in it.
 func within(path, root string) bool {
 	return root == "" || path == root || strings.HasPrefix(path, root) && path[len(root)] == '/'
 }
@@ -178,34 +174,8 @@ func (t *Tree) Contents() (nar.Chunk, error) {
 			return nar.Chunk{}, err
 		}
 		if len(leaf.Bytes) > 0 {
-			return chunkOf(leaf), nil
+			return nar.NewChunk(leaf.Bytes, leaf), nil
 		}
 		leaf.Release()
-	}
-}
-
-// sharedLeaf counts the users of a leaf.
-type sharedLeaf struct {
-	users atomic.Int32
-	leaf  eris.Leaf
-}
-
-var sharedLeaves = sync.Pool{New: func() any { return new(sharedLeaf) }}
-
-func chunkOf(leaf eris.Leaf) nar.Chunk {
-	s := sharedLeaves.Get().(*sharedLeaf)
-	s.users.Store(1)
-	s.leaf = leaf
-	return nar.NewChunk(leaf.Bytes, s)
-}
-
-// Retain implements [nar.Owner].
-func (s *sharedLeaf) Retain() { s.users.Add(1) }
-
-// Release implements [nar.Owner].
-func (s *sharedLeaf) Release() {
-	if s.users.Add(-1) == 0 {
-		s.leaf.Release()
-		sharedLeaves.Put(s)
 	}
 }

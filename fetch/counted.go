@@ -2,59 +2,28 @@
 
 package fetch
 
-import (
-	"context"
-
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
-)
-
-// Counted returns blocks that tell how many bytes each block that has come has. got is called from many goroutines, and must
-// not wait. What it returns is an [eris.Starter] where blocks are.
-func Counted(blocks eris.VerifiedBlocks, got func(bytes int)) eris.VerifiedBlocks {
-	c := &counted{VerifiedBlocks: blocks, got: got}
-	c.starter, _ = blocks.(eris.Starter)
+// Counted returns a source that tells how many bytes each block has that has come from another one.
+// got is called from any goroutine, and must not wait. Closing it closes the other one.
+func Counted(source Source, got func(bytes int)) Source {
+	c := &counted{Source: source, got: got}
+	c.done = c.count
 	return c
 }
 
 type counted struct {
-	eris.VerifiedBlocks
-	starter eris.Starter // the blocks, or nil
-	got     func(bytes int)
+	Source
+	got  func(bytes int)
+	done func(r *Request) // count, as a value
 }
 
-func (c *counted) Get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
-	block, err := c.VerifiedBlocks.Get(ctx, ref, size, dst)
-	if err == nil {
-		c.got(len(block))
-	}
-	return block, err
+func (c *counted) Start(r *Request) {
+	r.intercept(c.done)
+	c.Source.Start(r)
 }
 
-// Starts implements [eris.Starter].
-func (c *counted) Starts() bool { return c.starter != nil && c.starter.Starts() }
-
-// Start implements [eris.Starter].
-func (c *counted) Start(ref eris.Reference, size eris.BlockSize, dst []byte, answered func()) eris.Request {
-	if c.starter == nil {
-		return nil
+func (c *counted) count(r *Request) {
+	if r.Err == nil {
+		c.got(len(r.Block))
 	}
-	of := c.starter.Start(ref, size, dst, answered)
-	if of == nil {
-		return nil
-	}
-	return &countedRequest{of, c, int(size)}
-}
-
-type countedRequest struct {
-	eris.Request
-	blocks *counted
-	size   int
-}
-
-// Verified implements [eris.Request].
-func (r *countedRequest) Verified(err error) error {
-	if err = r.Request.Verified(err); err == nil {
-		r.blocks.got(r.size)
-	}
-	return err
+	r.proceed()
 }

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package fetch is where blocks come from and go to. A [Source] has blocks, a
-// [Store] takes them as well; there is a package below this one for each kind,
-// named by the kind of URL that it serves, and all of them pass the suite in
-// fetch/sourcetest. Start with [Source].
+// Package fetch says how blocks are asked for. There is one way: whoever wants a block makes a
+// [Request], and starts it with a [Source]. Nothing waits, so that thousands of requests may be
+// under way without a goroutine each. [Get] is that way for callers that want one block and have
+// the time to wait, and [Workers] makes it of a transport whose calls wait.
+//
+// Packages below this one are sources: a transport each (coap, web, dir, dump, ipfs), and the pool
+// that makes one source of many.
 package fetch
 
 import (
@@ -13,32 +16,135 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 )
 
-// A Source has blocks. It is safe for concurrent use, and made for many calls at
-// the same time: the more there are, the better it uses its connection. It may be an
-// [eris.Starter] as well.
+// A Request asks a source for one block. Whoever makes it owns it, sets the first four fields, and
+// hands it to one source at a time by [Source.Start]. From then on it is the source's, until that
+// calls Done; afterwards it may be used again.
+type Request struct {
+	Pair eris.Pair        // the reference; and the key where it is known (else zero), for sources that have the plaintext
+	Size eris.BlockSize   // that the block has
+	Dst  []byte           // where the source may put the block: length 0, capacity at least Size. It may use other memory
+	Done func(r *Request) // called once for each Start, from any goroutine, perhaps before Start returns
+
+	Block []byte // the result, in Dst or in memory that nobody changes; meaningless if Err is not nil
+	Err   error  // why there is no block: wraps [eris.ErrNotFound] if the source does not have it
+
+	// Held is the source's own, from Start until Done.
+	Held any
+
+	outer []func(r *Request) // Done as it was before each stage that is in front of the source
+}
+
+// intercept has f called instead of Done, which it goes on to by proceed.
+func (r *Request) intercept(f func(r *Request)) {
+	r.outer = append(r.outer, r.Done)
+	r.Done = f
+}
+
+// proceed calls Done as it was before the last call of intercept.
+func (r *Request) proceed() {
+	last := len(r.outer) - 1
+	r.Done = r.outer[last]
+	r.outer = r.outer[:last]
+	r.Done(r)
+}
+
+// Window bounds what a reader has in flight.
+type Window struct {
+	Requests int
+	Bytes    int64
+}
+
+// Source is where blocks come from. Its methods are safe for concurrent use. Nobody believes what
+// it returns: the pool, or Get, verifies.
 type Source interface {
-	// Get is the method of [eris.Blocks]. It returns eris.ErrNotFound, wrapped or
-	// not, for a block that the source does not have, an [eris.BlockError] for
-	// bytes that are not the block, and the cause of ctx when that is done. After
-	// any other error the source may work again later.
+	// Start begins to get a block. It never waits. The result is in the request when Done is
+	// called: a block that need not be the right one, or an error. Errors that do not wrap
+	// [eris.ErrNotFound] say nothing about the block; the source may work again later.
 	//
-	// Each block has been checked against its reference when Get returns it.
-	eris.Blocks
-	// String returns the URL of the source without anything secret, for
-	// messages.
+	// Done must not wait, and call no method of the source that calls it: it notes the result, for
+	// others to go on with.
+	Start(r *Request)
+	// Cancel makes the source call Done of a request that was started with it soon, whatever is
+	// behind the source and however silent it is. It never waits. Once Done has been called it does
+	// nothing, as long as the request has not been started again. Memory at Dst is not used any
+	// more when Done is called. The error is mostly [context.Canceled] then.
+	Cancel(r *Request)
+	// String returns the URL of the source without anything secret, for messages.
 	String() string
-	// Close lets go of everything. Calls that are under way fail.
+	// Close cancels all requests, and returns once nothing of the source is left running. What is
+	// started later fails.
 	Close() error
 }
 
-// A Store is a Source that takes blocks.
+// Store is a source that takes blocks, too.
 type Store interface {
 	Source
-	// Put stores a block. When it returns nil the block is stored durably, as far
-	// as the store can tell. Errors wrap [ErrReadOnly] if the store takes no
-	// blocks from us.
+	// Put stores a block. When it returns nil the block is stored durably, as far as the store can
+	// tell. Errors wrap [ErrReadOnly] if the store takes no blocks from us, and the cause of ctx
+	// when that is done.
 	Put(ctx context.Context, ref eris.Reference, block []byte) error
 }
 
-// ErrReadOnly is returned by stores that take no blocks, or none from us.
+// ErrReadOnly is wrapped by the errors of stores that take no blocks from us.
 var ErrReadOnly = errors.New("store is read-only")
+
+// ErrClosed is the error of requests of a source that is closed.
+var ErrClosed = errors.New("source is closed")
+
+// Get gets one block and waits for it. It may write it to dst, as a [Source] may. The block is
+// verified: an [eris.BlockError] says that the source gave another. Other errors are those of the
+// source, and the cause of ctx when that is done.
+func Get(ctx context.Context, source Source, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	done := make(chan struct{})
+	r := &Request{Pair: eris.Pair{Reference: ref}, Size: size, Dst: dst[:0], Done: func(*Request) { close(done) }}
+	if cap(r.Dst) < int(size) {
+		r.Dst = make([]byte, 0, size)
+	}
+	source.Start(r)
+	select {
+	case <-done:
+	case <-ctx.Done():
+		source.Cancel(r)
+		<-done
+		if r.Err != nil {
+			return nil, context.Cause(ctx)
+		}
+	}
+	Verify([]*Request{r})
+	return r.Block, r.Err
+}
+
+// Verify checks the blocks of requests that are done, those without an error: many at a time take
+// much less time than one by one. Where a block does not have the size and the reference that were
+// asked for, it sets the error of the request to an [eris.BlockError]. It is safe for concurrent
+// use, with different requests.
+func Verify(requests []*Request) {
+	const most = 64
+	for len(requests) > 0 {
+		batch := requests[:min(most, len(requests))]
+		requests = requests[len(batch):]
+		var blocks [most][]byte
+		var sums [most]eris.Reference
+		var index [most]int
+		n := 0
+		for i, r := range batch {
+			switch {
+			case r.Err != nil:
+			case len(r.Block) != int(r.Size):
+				r.Err = &eris.BlockError{Reference: r.Pair.Reference, Length: len(r.Block), Want: r.Size}
+			default:
+				blocks[n], index[n] = r.Block, i
+				n++
+			}
+		}
+		eris.SumAll(sums[:n], blocks[:n])
+		for k := range n {
+			if r := batch[index[k]]; sums[k] != r.Pair.Reference {
+				r.Err = &eris.BlockError{Reference: r.Pair.Reference, Length: len(r.Block)}
+			}
+		}
+	}
+}

@@ -11,9 +11,9 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 )
 
-// A Pipeline is an [eris.Sink] that puts blocks into a store, many at a time: a
-// store that is asked to keep a block durably answers late, but it answers many
-// requests almost as soon as one. It is safe for concurrent use.
+// A Pipeline is an [eris.Sink] that puts blocks into a store, many at a time: a store that is asked
+// to keep a block durably answers late, but it answers many requests almost as soon as one. It is
+// safe for concurrent use.
 type Pipeline struct {
 	ctx   context.Context
 	store Store
@@ -33,13 +33,12 @@ const (
 	pipelineBytes = 32 << 20
 	// pipelineCost is what a block counts beside its bytes: a goroutine.
 	pipelineCost = 4 << 10
-	// maxSeen is how many references are remembered, so that a block that occurs
-	// often is put once.
+	// maxSeen is how many references are remembered, so that a block that occurs often is put once.
 	maxSeen = 1 << 17
 )
 
-// NewPipeline returns a pipeline into store, which stays the caller's. When ctx ends,
-// blocks that have not been stored yet fail.
+// NewPipeline returns a pipeline into store, which stays the caller's. When ctx ends, blocks that
+// have not been stored yet fail.
 func NewPipeline(ctx context.Context, store Store) *Pipeline {
 	return &Pipeline{
 		ctx:   ctx,
@@ -49,9 +48,8 @@ func NewPipeline(ctx context.Context, store Store) *Pipeline {
 	}
 }
 
-// Put takes a block over. The error is that of an earlier block or of ctx, which is
-// that of waiting for room only: it may end, as the context of an encoder does, before
-// the block is stored.
+// Put takes a block over. The error is that of an earlier block or of ctx, which is that of waiting
+// for room only: it may end, as the context of an encoder does, before the block is stored.
 func (p *Pipeline) Put(ctx context.Context, ref eris.Reference, block []byte) error {
 	p.mu.Lock()
 	err := p.failed
@@ -90,9 +88,8 @@ func (p *Pipeline) Put(ctx context.Context, ref eris.Reference, block []byte) er
 	return nil
 }
 
-// Flush waits until every block has been stored, and returns the first error. It
-// must be called before the pipeline is given up, and before anybody is told of
-// the blocks.
+// Flush waits until every block has been stored, and returns the first error. It must be called
+// before the pipeline is given up, and before anybody is told of the blocks.
 func (p *Pipeline) Flush() error {
 	p.wait.Wait()
 	p.mu.Lock()
@@ -100,8 +97,8 @@ func (p *Pipeline) Flush() error {
 	return p.failed
 }
 
-// Stored returns how many blocks have been put so far, and how many bytes they
-// have. Blocks that were given twice count once, mostly.
+// Stored returns how many blocks have been put so far, and how many bytes they have. Blocks that
+// were given twice count once, mostly.
 func (p *Pipeline) Stored() (blocks, bytes int64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -12,19 +12,13 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 )
 
-// lateStore is a store that answers when its backend lets it.
-type lateStore struct{ *sourcetest.Backend }
-
-func (lateStore) String() string { return "late" }
-func (lateStore) Close() error   { return nil }
-
-// TestPipelineOutlivesEncoder checks that a block is stored although the context of the Put that took it over has ended, as
-// that of an encoder has when the last blocks are still under way, but not once the context of the pipeline has.
 func TestPipelineOutlivesEncoder(t *testing.T) {
 	backend := sourcetest.NewBackend()
+	store := backend.Open(1)
+	defer store.Close()
 	whole, stop := context.WithCancel(t.Context())
 	defer stop()
-	pipeline := fetch.NewPipeline(whole, lateStore{backend})
+	pipeline := fetch.NewPipeline(whole, store)
 	put := func(n byte) eris.Reference {
 		block := make([]byte, eris.BlockSize1KiB)
 		block[0] = n

@@ -210,3 +210,37 @@ func (f *readerFeeder) Next() (Chunk, error) {
 		}
 	}
 }
+
+// PieceSize is how much of a file is read at once, in bytes.
+const PieceSize = 128 << 10
+
+// A Pool has memory for pieces of contents, which is used again, because to clear it and to return
+// it to the system costs as much as to hash it. The zero Pool is ready for use; it is safe for
+// concurrent use.
+type Pool struct{ free sync.Pool }
+
+// Get returns a chunk of [PieceSize] bytes of any value, with one user, who may change it as long
+// as there is no other.
+func (p *Pool) Get() Chunk {
+	b, _ := p.free.Get().(*pooled)
+	if b == nil {
+		b = &pooled{bytes: make([]byte, PieceSize), home: &p.free}
+	}
+	b.users.Store(1)
+	return Chunk{b.bytes, b}
+}
+
+// pooled is the memory behind a chunk of a Pool.
+type pooled struct {
+	bytes []byte
+	users atomic.Int32
+	home  *sync.Pool
+}
+
+func (b *pooled) Retain() { b.users.Add(1) }
+
+func (b *pooled) Release() {
+	if b.users.Add(-1) == 0 {
+		b.home.Put(b)
+	}
+}

@@ -15,6 +15,7 @@ package nar
 import (
 	"errors"
 	"fmt"
+	"os"
 )
 
 // Kind tells what a [Node] is.
@@ -57,6 +58,13 @@ type Node struct {
 	// Target is what a Symlink points to: 1 to [MaxTarget] bytes without NUL. It is data and is
 	// never followed.
 	Target string
+	// Same is nil, or an open file that should have the contents of a Regular, for a consumer that
+	// would rather link to it than write a copy. Such a consumer reads it, by ReadAt and before the
+	// next call of Next, in place of Contents.
+	Same *os.File
+	// Unique tells that no other file is likely to have the contents of a Regular, so that it does not
+	// pay to look for one to share them with.
+	Unique bool
 }
 
 // Limits of what an archive may hold. Linux has about the same ones (NAME_MAX, PATH_MAX), and a

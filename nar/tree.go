@@ -10,13 +10,16 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 
 	"golang.org/x/sys/unix"
 )
 
 // A Tree is a file tree on disk as [Nodes]. It must not change meanwhile.
 type Tree struct {
+	// Rename, if not nil, gives the name of an entry in the archive for the one that it has on disk,
+	// both of the same length. It is set before the first call of Next.
+	Rename func(name string) string
+
 	root    string
 	started bool
 	open    []listing
@@ -24,18 +27,18 @@ type Tree struct {
 
 	file *os.File // the Regular under way, nil when there is none
 	left uint64
-	free sync.Pool // of *buffer
+	pool Pool
 }
 
 // listing is a directory that is being walked: its path and the entries to come, the next one last.
 type listing struct {
 	path    string
-	entries []string
+	entries []entry
 	length  int // of its own name and slash in the path below the root
 }
 
-// contentsPiece is how much of a file is read at once, in bytes.
-const contentsPiece = 128 << 10
+// entry is a name on disk and in the archive.
+type entry struct{ disk, name string }
 
 // NewTree returns a walk through the file tree at path, which may be a directory, a file or a
 // symbolic link; a link is not followed. An owner's execute permission makes a file executable, as
@@ -70,13 +73,18 @@ func (t *Tree) Next() (Node, error) {
 		t.open = t.open[:len(t.open)-1]
 		return Node{Kind: End}, nil
 	}
-	name := dir.entries[len(dir.entries)-1]
+	e := dir.entries[len(dir.entries)-1]
 	dir.entries = dir.entries[:len(dir.entries)-1]
-	if t.path+len(name) > MaxPath {
-		return Node{}, fmt.Errorf("%s: path of entry %q is longer than %d bytes", t.root, name, MaxPath)
+	if t.path+len(e.name) > MaxPath {
+		return Node{}, fmt.Errorf("%s: path of entry %q is longer than %d bytes", t.root, e.name, MaxPath)
 	}
-	return t.visit(dir.path+"/"+name, name)
+	return t.visit(dir.path+"/"+e.disk, e.name)
 }
+
+// File returns the open file of the Regular that Next returned last, nil if it is empty. It is
+// valid until the next call of Next. A caller that reads it otherwise than by ReadAt must not call
+// Contents.
+func (t *Tree) File() *os.File { return t.file }
 
 func (t *Tree) visit(path, name string) (Node, error) {
 	info, err := os.Lstat(path)
@@ -94,7 +102,7 @@ func (t *Tree) visit(path, name string) (Node, error) {
 		if len(t.open) > 0 {
 			d.length = len(name) + 1
 		}
-		if d.entries, err = readNames(path); err != nil {
+		if d.entries, err = t.readNames(path); err != nil {
 			return n, err
 		}
 		t.path += d.length
@@ -128,8 +136,8 @@ func (t *Tree) visit(path, name string) (Node, error) {
 	return n, fmt.Errorf("%s is neither a regular file, a directory nor a symbolic link", path)
 }
 
-// readNames returns the names of a directory in descending order of their bytes.
-func readNames(path string) ([]string, error) {
+// readNames returns the entries of a directory in descending order of their names in the archive.
+func (t *Tree) readNames(path string) ([]entry, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
@@ -139,8 +147,20 @@ func readNames(path string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	slices.SortFunc(names, func(a, b string) int { return strings.Compare(b, a) })
-	return names, nil
+	entries := make([]entry, len(names))
+	for i, name := range names {
+		entries[i] = entry{name, name}
+		if t.Rename != nil {
+			entries[i].name = t.Rename(name)
+		}
+	}
+	slices.SortFunc(entries, func(a, b entry) int { return strings.Compare(b.name, a.name) })
+	for i := 1; i < len(entries); i++ {
+		if entries[i].name == entries[i-1].name {
+			return nil, fmt.Errorf("%s would have the entry %q twice", path, entries[i].name)
+		}
+	}
+	return entries, nil
 }
 
 // Contents implements [Nodes].
@@ -162,21 +182,16 @@ func (t *Tree) Contents() (Chunk, error) {
 	return c, nil
 }
 
-// memory returns memory for the next piece of contents. That of whole pieces is used again, because
-// to clear it and to return it to the system costs as much as to hash it.
+// memory returns memory for the next piece of contents.
 func (t *Tree) memory() Chunk {
-	if t.left < contentsPiece {
+	if t.left < PieceSize {
 		return Chunk{Bytes: make([]byte, t.left)}
 	}
-	b, _ := t.free.Get().(*buffer)
-	if b == nil {
-		b = &buffer{bytes: make([]byte, contentsPiece), home: func(b *buffer) { t.free.Put(b) }}
-	}
-	return b.lend(contentsPiece)
+	return t.pool.Get()
 }
 
-// Write writes the archive of the whole tree that nodes holds to w. It returns the number of bytes
-// written, and the first error of either side.
+// Write writes the archive of the whole tree that nodes holds to w. It returns
+// the number of bytes written, and the first error of either side.
 func Write(w io.Writer, nodes Nodes) (written int64, err error) {
 	var framer Framer
 	var frame []byte

@@ -3,6 +3,7 @@
 package protocol
 
 import (
+	"bytes"
 	"fmt"
 	"hash/maphash"
 	"io"
@@ -19,9 +20,11 @@ import (
 // substituter's standard error, but reads it only while it waits for a reply; so nothing may be
 // written between requests. It is safe for concurrent use.
 type Log struct {
-	style LogStyle
+	style  LogStyle
+	behind *Log // of a log that Hold has made: where everything goes once it is released
 
 	mu   sync.Mutex
+	held bool
 	w    io.Writer
 	line bool            // a progress line is drawn, without a newline at its end
 	said map[uint64]bool // hashes of keys, which may be long
@@ -77,10 +80,55 @@ func (l *Log) WarnOnce(key, format string, a ...any) {
 
 func (l *Log) message(kind, text string) {
 	text = l.oneLine(text)
-	l.mu.Lock()
+	l = l.lock()
 	defer l.mu.Unlock()
 	l.endLine()
 	io.WriteString(l.w, l.style.Program+": "+kind+text+"\n")
+}
+
+// lock locks the log that shows what this one is told, and returns it.
+func (l *Log) lock() *Log {
+	l.mu.Lock()
+	if l.behind == nil || l.held {
+		return l
+	}
+	l.mu.Unlock()
+	return l.behind.lock()
+}
+
+// maxHeld bounds what a log keeps that is held, in bytes.
+const maxHeld = 64 << 10
+
+// Hold returns a log that keeps what it is told, as far as there is room, until it is released. Of
+// progress only the start is kept.
+func (l *Log) Hold() *Log {
+	held := NewLog(&heldText{}, l.style)
+	held.behind, held.held = l, true
+	return held
+}
+
+// Release shows what a log that Hold has made was told, and from then on what it is told.
+func (l *Log) Release() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.held {
+		return
+	}
+	l.held = false
+	to := l.behind.lock()
+	defer to.mu.Unlock()
+	to.endLine()
+	to.w.Write(l.w.(*heldText).Bytes())
+}
+
+// heldText is text up to maxHeld; what is beyond is lost.
+type heldText struct{ bytes.Buffer }
+
+func (h *heldText) Write(b []byte) (int, error) {
+	if h.Len()+len(b) <= maxHeld {
+		h.Buffer.Write(b)
+	}
+	return len(b), nil
 }
 
 // maxLine bounds what stands in a line, in bytes, so that it is written at once.

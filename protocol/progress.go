@@ -51,8 +51,7 @@ func (d *Download) From(url string, size int64) {
 	d.url, d.size, d.begin = url, size, time.Now()
 	d.transferred.Store(0)
 	d.shown = -1
-	l := d.log
-	l.mu.Lock()
+	l := d.log.lock()
 	l.endLine()
 	switch {
 	case !l.style.Traces:
@@ -61,7 +60,7 @@ func (d *Download) From(url string, size int64) {
 		io.WriteString(l.w, "@ download-started "+d.item+" "+url+" "+d.sizeField()+"\n")
 	}
 	d.started = true
-	d.show()
+	d.show(l)
 	l.mu.Unlock()
 	d.draw()
 }
@@ -79,9 +78,9 @@ func (d *Download) draw() {
 		for {
 			select {
 			case <-ticker.C:
-				d.log.mu.Lock()
-				d.show()
-				d.log.mu.Unlock()
+				l := d.log.lock()
+				d.show(l)
+				l.mu.Unlock()
 			case <-done:
 				return
 			}
@@ -97,6 +96,9 @@ func (d *Download) halt() {
 	}
 }
 
+// Pause keeps the display as it is until From or Finish.
+func (d *Download) Pause() { d.halt() }
+
 // Finish ends the display, before the reply is sent. With success it says that the whole item has
 // come.
 func (d *Download) Finish(success bool) {
@@ -104,12 +106,11 @@ func (d *Download) Finish(success bool) {
 	if !d.started {
 		return
 	}
-	l := d.log
-	l.mu.Lock()
+	l := d.log.lock()
 	defer l.mu.Unlock()
 	n := d.transferred.Load()
 	if success {
-		d.show()
+		d.show(l)
 	}
 	switch {
 	case !l.style.Traces:
@@ -135,19 +136,19 @@ func (d *Download) sizeField() string {
 	return fmt.Sprint(d.size)
 }
 
-// show reports what has been transferred if that is news; the caller holds the lock.
-func (d *Download) show() {
+// show reports what has been transferred to l, which is locked, if that is news.
+func (d *Download) show(l *Log) {
 	n := d.transferred.Load()
-	if n == d.shown {
+	if n == d.shown || l.held {
 		return
 	}
 	d.shown = n
-	if d.log.style.Traces {
-		fmt.Fprintf(d.log.w, "@ download-progress %s %s %s %d\n", d.item, d.url, d.sizeField(), n)
+	if l.style.Traces {
+		fmt.Fprintf(l.w, "@ download-progress %s %s %s %d\n", d.item, d.url, d.sizeField(), n)
 		return
 	}
 	elapsed := time.Since(d.begin)
-	d.log.draw(progressLine(d.name(), d.size, n, elapsed, d.log.style.Columns, d.log.style.Unicode))
+	l.draw(progressLine(d.name(), d.size, n, elapsed, l.style.Columns, l.style.Unicode))
 }
 
 // name is what is downloaded, for people: the base name of the URL, or of the item if the URL names
@@ -255,9 +256,9 @@ func (p *Lookup) Answered() {
 
 // End ends the line.
 func (p *Lookup) End() {
-	p.log.mu.Lock()
-	defer p.log.mu.Unlock()
-	p.log.endLine()
+	l := p.log.lock()
+	defer l.mu.Unlock()
+	l.endLine()
 }
 
 func (p *Lookup) show() {
@@ -268,7 +269,7 @@ func (p *Lookup) show() {
 		percent = 100 * float64(p.done) / float64(p.total)
 	}
 	p.mu.Unlock()
-	p.log.mu.Lock()
-	defer p.log.mu.Unlock()
-	p.log.draw(fmt.Sprintf("looking for substitutes on '%s'... %5.1f%%", p.url, percent))
+	l := p.log.lock()
+	defer l.mu.Unlock()
+	l.draw(fmt.Sprintf("looking for substitutes on '%s'... %5.1f%%", p.url, percent))
 }

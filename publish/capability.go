@@ -245,7 +245,7 @@ func (c *Capabilities) Gone(ctx context.Context, hashPart string) (n *narinfo.Na
 	}
 	ctx, cancel := context.WithTimeout(ctx, maxWait)
 	defer cancel()
-	_, err = c.store.Get(ctx, capability.Root, capability.BlockSize, make([]byte, 0, capability.BlockSize))
+	_, err = fetch.Get(ctx, c.store, capability.Root, capability.BlockSize, make([]byte, 0, capability.BlockSize))
 	return n, capability, err == nil
 }
 
@@ -384,7 +384,7 @@ func (c *Capabilities) encode(path string, narHash [sha256.Size]byte) (eris.Read
 	var pipeline *fetch.Pipeline
 	if c.store != nil {
 		pipeline = fetch.NewPipeline(c.ctx, c.store)
-		sink = pipeline
+		sink = pipeline.Put
 	}
 	e, err := Encode(c.ctx, path, sink, eris.ConvergenceSecret{})
 	if pipeline != nil {

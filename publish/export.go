@@ -213,7 +213,7 @@ func (e *exporter) export(ctx context.Context, path string, n *narinfo.Narinfo) 
 		}
 	}
 	pipeline := fetch.NewPipeline(ctx, e.o.Blocks)
-	encoding, err := Encode(ctx, tree, pipeline, eris.ConvergenceSecret{})
+	encoding, err := Encode(ctx, tree, pipeline.Put, eris.ConvergenceSecret{})
 	if err2 := pipeline.Flush(); err == nil && err2 != nil {
 		err = fmt.Errorf("storing the blocks of %s: %w", path, err2)
 	}

@@ -29,8 +29,10 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/content"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
@@ -39,39 +41,26 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
-// memoryStore is a fetch.Store in memory.
+// memoryStore is a store in memory that may refuse blocks.
 type memoryStore struct {
-	mu     sync.Mutex
-	blocks map[eris.Reference][]byte
+	fetch.Store
+	blocks func() map[eris.Reference][]byte
 	fail   error
-	puts   int
+	puts   atomic.Int64
 }
 
-func (m *memoryStore) Put(_ context.Context, ref eris.Reference, block []byte) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.puts++
+func newMemoryStore() *memoryStore {
+	backend := sourcetest.NewBackend()
+	return &memoryStore{Store: backend.Open(4), blocks: backend.All}
+}
+
+func (m *memoryStore) Put(ctx context.Context, ref eris.Reference, block []byte) error {
+	m.puts.Add(1)
 	if m.fail != nil {
 		return m.fail
 	}
-	if m.blocks == nil {
-		m.blocks = map[eris.Reference][]byte{}
-	}
-	m.blocks[ref] = bytes.Clone(block)
-	return nil
+	return m.Store.Put(ctx, ref, block)
 }
-
-func (m *memoryStore) Get(_ context.Context, ref eris.Reference, _ eris.BlockSize, _ []byte) ([]byte, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if b, ok := m.blocks[ref]; ok {
-		return b, nil
-	}
-	return nil, eris.ErrNotFound
-}
-
-func (m *memoryStore) String() string { return "memory:" }
-func (m *memoryStore) Close() error   { return nil }
 
 // logger shows messages in the log of a test.
 func logger(t testing.TB) func(string, ...any) {
@@ -140,7 +129,7 @@ func server(t *testing.T, o publish.ServerOptions) *httptest.Server {
 func TestPublishAndSubstitute(t *testing.T) {
 	directory, items := aStore(t)
 	key := acl.GenerateSigningKey()
-	store := &memoryStore{}
+	store := newMemoryStore()
 	capabilities := publish.NewCapabilities(t.TempDir()+"/capabilities", store, logger(t))
 	defer capabilities.Close()
 	h := server(t, publish.ServerOptions{
@@ -289,7 +278,8 @@ func TestCapabilities(t *testing.T) {
 		t.Error("the capability of other contents is known")
 	}
 	c.Close()
-	store := &memoryStore{fail: errors.New("store is full")}
+	store := newMemoryStore()
+	store.fail = errors.New("store is full")
 	c = publish.NewCapabilities(cache, store, logger(t))
 	if _, ok := c.Known(path, narHash); ok {
 		t.Error("nobody has put the blocks into the store")
@@ -311,8 +301,8 @@ func TestCapabilities(t *testing.T) {
 		})
 	}
 	wait.Wait()
-	if store.puts > 2*len(store.blocks)+1 {
-		t.Errorf("%d blocks were put %d times", len(store.blocks), store.puts)
+	if n := len(store.blocks()); int(store.puts.Load()) > 2*n+1 {
+		t.Errorf("%d blocks were put %d times", n, store.puts.Load())
 	}
 	if _, err := c.Find(ctx, path, [32]byte{1}); err == nil || !strings.Contains(err.Error(), "other contents") {
 		t.Errorf("error %v", err)
@@ -329,8 +319,8 @@ func TestEncodeForms(t *testing.T) {
 		"00000000000000000000000000000004": "nar",
 	} {
 		path := filepath.Join(directory, filepath.Base(items[hash].StorePath))
-		store := &memoryStore{}
-		e, err := publish.Encode(context.Background(), path, store, eris.ConvergenceSecret{})
+		store := newMemoryStore()
+		e, err := publish.Encode(context.Background(), path, store.Put, eris.ConvergenceSecret{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -340,22 +330,23 @@ func TestEncodeForms(t *testing.T) {
 			t.Errorf("%s: %+v", path, e)
 		}
 		if want == "nar" {
-			content, err := eris.Open(context.Background(), store, e.Capability, 1<<20, eris.Window{})
+			r, err := content.Open(context.Background(), store, e.Capability, 1<<20, fetch.Window{})
 			if err != nil {
 				t.Fatal(err)
 			}
-			var got bytes.Buffer
-			if _, err := content.WriteTo(context.Background(), &got); err != nil || !bytes.Equal(got.Bytes(), archive.Bytes()) {
-				t.Errorf("%s: %d bytes, error %v", path, got.Len(), err)
+			if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, archive.Bytes()) {
+				t.Errorf("%s: %d bytes, error %v", path, len(got), err)
 			}
+			r.Close()
 		}
 	}
 	if _, err := publish.Encode(context.Background(), directory+"/absent", nil, eris.ConvergenceSecret{}); err == nil {
 		t.Error("nothing can be encoded")
 	}
-	failing := &memoryStore{fail: errors.New("no")}
+	failing := newMemoryStore()
+	failing.fail = errors.New("no")
 	for _, name := range []string{"00000000000000000000000000000004-empty-directory", "00000000000000000000000000000005-large"} {
-		if _, err := publish.Encode(context.Background(), directory+"/"+name, failing, eris.ConvergenceSecret{}); err == nil {
+		if _, err := publish.Encode(context.Background(), directory+"/"+name, failing.Put, eris.ConvergenceSecret{}); err == nil {
 			t.Errorf("%s: no error", name)
 		}
 	}
@@ -373,7 +364,7 @@ func TestAnnotator(t *testing.T) {
 	if err := os.Remove(local + "/00000000000000000000000000000003-link"); err != nil {
 		t.Fatal(err)
 	}
-	store := &memoryStore{}
+	store := newMemoryStore()
 	capabilities := publish.NewCapabilities(t.TempDir(), store, logger(t))
 	defer capabilities.Close()
 	a, err := publish.NewAnnotator(publish.AnnotatorOptions{
@@ -523,7 +514,7 @@ func TestAnnotatorPassesOn(t *testing.T) {
 func TestGone(t *testing.T) {
 	directory, items := aStore(t)
 	key := acl.GenerateSigningKey()
-	cache, store := t.TempDir(), &memoryStore{}
+	cache, store := t.TempDir(), newMemoryStore()
 	start := func(store fetch.Store) string {
 		c := publish.NewCapabilities(cache, store, logger(t))
 		t.Cleanup(c.Close)
@@ -556,9 +547,7 @@ func TestGone(t *testing.T) {
 	if status, _, _ := get(t, start(nil)+name); status != 404 {
 		t.Errorf("without a store: status %d", status)
 	}
-	store.mu.Lock()
-	clear(store.blocks)
-	store.mu.Unlock()
+	store.Store = newMemoryStore().Store
 	if status, _, _ := get(t, first+name); status != 404 {
 		t.Errorf("without blocks: status %d", status)
 	}
@@ -574,7 +563,7 @@ func TestFindLater(t *testing.T) {
 		t.Fatal(err)
 	}
 	narHash := [32]byte(h.Sum(nil))
-	store := &gatedStore{entered: make(chan struct{}, 100), gate: make(chan struct{})}
+	store := &gatedStore{memoryStore: newMemoryStore(), entered: make(chan struct{}, 100), gate: make(chan struct{})}
 	c := publish.NewCapabilities(t.TempDir(), store, logger(t))
 	before := runtime.NumGoroutine()
 	for range 1000 {
@@ -597,7 +586,7 @@ func TestFindLater(t *testing.T) {
 	}
 
 	// Whoever asked is gone, and the store hangs: Close ends it.
-	store = &gatedStore{entered: make(chan struct{}, 100), gate: make(chan struct{})}
+	store = &gatedStore{memoryStore: newMemoryStore(), entered: make(chan struct{}, 100), gate: make(chan struct{})}
 	c = publish.NewCapabilities(t.TempDir(), store, logger(t))
 	ctx, cancel := context.WithCancel(context.Background())
 	go func() { <-store.entered; cancel() }()
@@ -615,7 +604,7 @@ func TestFindLater(t *testing.T) {
 func TestPatience(t *testing.T) {
 	t.Parallel()
 	directory, items := aStore(t)
-	store := &gatedStore{entered: make(chan struct{}, 100), gate: make(chan struct{})}
+	store := &gatedStore{memoryStore: newMemoryStore(), entered: make(chan struct{}, 100), gate: make(chan struct{})}
 	c := publish.NewCapabilities(t.TempDir(), store, logger(t))
 	defer c.Close()
 	h := server(t, publish.ServerOptions{Root: directory, Items: items, Capabilities: c, WaitFor: 1 << 30, TTL: time.Hour})
@@ -649,7 +638,7 @@ func TestPatience(t *testing.T) {
 
 // gatedStore is a store whose Put waits for a gate to be opened.
 type gatedStore struct {
-	memoryStore
+	*memoryStore
 	entered, gate chan struct{}
 	inside        atomic.Int32
 }
@@ -948,7 +937,7 @@ func TestItems(t *testing.T) {
 
 // onlyStore is where blocks come from if there is one store.
 func onlyStore(t *testing.T, store fetch.Source) *pool.Pool {
-	p := pool.New([]fetch.Source{store}, pool.Options{})
+	p := pool.New([]pool.Member{{Source: store}}, pool.Options{})
 	t.Cleanup(func() { p.Close() })
 	return p
 }

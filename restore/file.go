@@ -17,6 +17,7 @@ type file struct {
 	name       string
 	size       uint64
 	executable bool
+	unique     bool
 
 	arrived uint64         // bytes in pieces
 	pieces  []nar.Chunk    // all contents, or the first ones when there is a stream
@@ -79,7 +80,7 @@ func (r *restorer) work() error {
 
 // create makes one file in its final form.
 func (r *restorer) create(f *file) error {
-	share := r.links != nil && f.size >= deduplicationMinimum
+	share := r.links != nil && f.size >= deduplicationMinimum && !f.unique
 	var key [sha256.Size]byte
 	if share && f.stream == nil {
 		// With all contents at hand a link that exists saves the writing.

@@ -27,9 +27,11 @@ import (
 // Options say how [Restore] works. The zero Options restore without de-duplication and without a
 // limit.
 type Options struct {
-	// LinksDirectory is the directory of de-duplication links of the store, STORE/.links. Files of
-	// at least 8192 bytes are shared through it; it is created when the first is. Empty turns
-	// de-duplication off. It must be on the file system of the destination.
+	// LinksDirectory is the directory of de-duplication links of the store,
+	// STORE/.links. Files of at least 8192 bytes are shared through it; it is
+	// created when the first is, and where nodes name files that have their contents already, they
+	// become links to those. Empty turns de-duplication off. It must be on
+	// the file system of the destination.
 	LinksDirectory string
 	// MaxBytes is the greatest length of the archive that the nodes may make, in bytes; 0 is no
 	// limit. A tree beyond it fails before the excess is written.
@@ -148,6 +150,7 @@ type restorer struct {
 	// The rest belongs to plan.
 	group   *errgroup.Group
 	started int // of the workers
+	pool    nar.Pool
 	hash    *nar.Hasher
 	result  Result
 	open    []*directory // the path to the node under way; the first is the parent of destination
@@ -224,10 +227,16 @@ func (r *restorer) node(n nar.Node) error {
 	if n.Size > r.limit-r.hash.Size() {
 		return r.tooLarge()
 	}
-	dir.pending.Add(1)
-	f := &file{directory: dir, name: name, size: n.Size, executable: n.Executable}
-	if err := r.contents(f); err != nil {
+	f := &file{directory: dir, name: name, size: n.Size, executable: n.Executable, unique: n.Unique}
+	linked, err := r.link(f, n.Same)
+	if err != nil {
 		return err
+	}
+	if !linked {
+		dir.pending.Add(1)
+		if err := r.contents(f); err != nil {
+			return err
+		}
 	}
 	if err := r.hash.EndContents(); err != nil {
 		return err

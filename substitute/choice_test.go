@@ -10,14 +10,16 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/benchdata"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -28,23 +30,21 @@ import (
 
 // memoryBlocks has blocks, and hands them out at a bounded pace.
 type memoryBlocks struct {
-	mu     sync.Mutex
-	blocks map[eris.Reference][]byte
-	pace   time.Duration // per block, one after the other
-	asked  int
+	*fetch.Workers
+	*sourcetest.Backend
+	pace      time.Duration // per block, one after the other
+	requested atomic.Int64
 }
 
-func (m *memoryBlocks) Put(_ context.Context, ref eris.Reference, block []byte) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.blocks[ref] = bytes.Clone(block)
-	return nil
+func newMemoryBlocks(t testing.TB, backend *sourcetest.Backend, pace time.Duration) *memoryBlocks {
+	m := &memoryBlocks{Backend: backend, pace: pace}
+	m.Workers = fetch.NewWorkers(1, m.Get)
+	t.Cleanup(func() { m.Close() })
+	return m
 }
 
-func (m *memoryBlocks) Get(ctx context.Context, ref eris.Reference, _ eris.BlockSize, _ []byte) ([]byte, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.asked++
+func (m *memoryBlocks) Get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
+	m.requested.Add(1)
 	if m.pace > 0 {
 		select {
 		case <-time.After(m.pace):
@@ -52,19 +52,14 @@ func (m *memoryBlocks) Get(ctx context.Context, ref eris.Reference, _ eris.Block
 			return nil, context.Cause(ctx)
 		}
 	}
-	if b, ok := m.blocks[ref]; ok {
-		return b, nil
-	}
-	return nil, eris.ErrNotFound
+	return m.Backend.Get(ctx, ref, size, dst)
 }
 
-func (m *memoryBlocks) Has(_ context.Context, ref eris.Reference, size eris.BlockSize) bool {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return len(m.blocks[ref]) == int(size)
+func (m *memoryBlocks) Has(_ context.Context, ref eris.Reference, _ eris.BlockSize) bool {
+	return m.Backend.Has(ref)
 }
 
-func (m *memoryBlocks) Verified() {}
+func (m *memoryBlocks) String() string { return "memory:" }
 
 // knownSpeed is the speed of every server.
 type knownSpeed struct {
@@ -89,8 +84,8 @@ func TestChoice(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	all := &memoryBlocks{blocks: map[eris.Reference][]byte{}}
-	encoded, err := erisfs.Encode(t.Context(), nar.NewTree(tree), all, erisfs.EncodeOptions{})
+	all := sourcetest.NewBackend()
+	encoded, err := erisfs.Encode(t.Context(), nar.NewTree(tree), all.Put, erisfs.EncodeOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -106,31 +101,31 @@ func TestChoice(t *testing.T) {
 	fast := substitute.Speed{Rate: 100e6, Latency: time.Millisecond, Known: true}
 	unknown := substitute.Speed{}
 	for _, v := range []struct {
-		name           string
-		store, server  substitute.Speed
-		policy         substitute.Policy
-		near           bool
-		pace           time.Duration
-		lacks          bool // the server lacks the nar
-		blocks, nar    bool // what is asked for
-		shown, unshown string
+		name          string
+		store, server substitute.Speed
+		policy        substitute.Policy
+		near          bool
+		pace          time.Duration
+		lacks         bool // the server lacks the nar
+		blocks, nar   bool // what is asked for
+		shown         string
 	}{
-		{name: "nothing is known", store: unknown, server: unknown, blocks: true, shown: "blocks first"},
-		{name: "far store", store: slow, server: fast, nar: true, shown: "nar first"},
+		{name: "nothing is known", store: unknown, server: unknown, blocks: true, shown: "way 1 of 2: urn:eris"},
+		{name: "far store", store: slow, server: fast, nar: true, shown: "way 1 of 2: http"},
 		{name: "far server", store: fast, server: slow, blocks: true},
 		{name: "alike", store: fast, server: fast, blocks: true},
 		{name: "far store, but the blocks are here", store: slow, server: fast, near: true, blocks: true, shown: "(0.0 MB of"},
 		{name: "far store alone has the item", store: slow, server: fast, lacks: true, nar: true, blocks: true},
-		{name: "blocks are to be tried first", store: slow, server: fast, policy: substitute.ERISFirst, blocks: true, unshown: "expected"},
+		{name: "blocks are to be tried first", store: slow, server: fast, policy: substitute.ERISFirst, blocks: true},
 		{name: "blocks alone are to be tried", store: slow, server: fast, policy: substitute.ERISOnly, blocks: true},
 		{name: "nars are to be tried first", store: fast, server: slow, policy: substitute.HTTPFirst, nar: true},
 		{
 			name: "the store turns out to be slow", store: unknown, server: fast, pace: 100 * time.Millisecond,
-			blocks: true, nar: true, shown: "blocks come more slowly",
+			blocks: true, nar: true, shown: "too slowly",
 		},
 		{
 			name: "the store turns out to be slow, but alone has the item", store: unknown, server: fast, pace: 25 * time.Millisecond,
-			lacks: true, blocks: true, nar: true, shown: "blocks come more slowly",
+			lacks: true, blocks: true, nar: true, shown: "too slowly",
 		},
 	} {
 		t.Run(v.name, func(t *testing.T) {
@@ -150,7 +145,7 @@ func TestChoice(t *testing.T) {
 				}
 			}))
 			defer server.Close()
-			blocks := &memoryBlocks{blocks: all.blocks, pace: v.pace}
+			blocks := newMemoryBlocks(t, all, v.pace)
 			mirrors := mirror.NewClient(mirror.Options{})
 			defer mirrors.Close()
 			var log logText
@@ -162,7 +157,7 @@ func TestChoice(t *testing.T) {
 				StoreSpeed: func() substitute.Speed { return v.store }, Speeds: speeds,
 			}
 			if v.near {
-				config.Nearby = &memoryBlocks{blocks: all.blocks}
+				config.Nearby = newMemoryBlocks(t, all, 0)
 			}
 			destination := filepath.Join(t.TempDir(), "item")
 			defer restore.Remove(destination) // it is read-only
@@ -171,11 +166,15 @@ func TestChoice(t *testing.T) {
 				t.Fatalf("%+v:\n%s", outcome, log.String())
 			}
 			checkRestored(t, destination, outcome.NarHash)
-			if (blocks.asked > 0) != v.blocks || (nars > 0) != v.nar {
-				t.Errorf("%d blocks and %d nars were asked for:\n%s", blocks.asked, nars, log.String())
+			requested := blocks.requested.Load()
+			if (requested > 0) != v.blocks || (nars > 0) != v.nar {
+				t.Errorf("%d blocks and %d nars were requested:\n%s", requested, nars, log.String())
 			}
-			if !strings.Contains(log.String(), v.shown) || v.unshown != "" && strings.Contains(log.String(), v.unshown) {
+			if !strings.Contains(log.String(), v.shown) {
 				t.Errorf("shown:\n%s", log.String())
+			}
+			if requested == 0 && !strings.Contains(log.String(), "not from blocks") {
+				t.Errorf("it is not said why blocks were not used:\n%s", log.String())
 			}
 			if measured := len(speeds.noted) > 0; measured != (v.nar && !v.lacks) {
 				t.Errorf("the speed of the server was noted: %v", speeds.noted)

@@ -4,132 +4,128 @@ package substitute
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"path"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
-// untried returns the read capabilities that narinfos offer for the item and that
-// have not been tried, signed ones first. All these narinfos are equivalent to one that is authorised;
-// what they denote is hashed, so that a capability that nobody has signed can do
-// no more harm than a nar from anywhere.
-func (j *job) untried(records []record) []eris.ReadCapability {
-	var found []eris.ReadCapability
-	seen := map[eris.ReadCapability]bool{}
+const (
+	// blocksRate is how fast blocks become a tree, in bytes per second on one core.
+	blocksRate = 400e6
+	// presentTime is how long it may take to find out which blocks are there.
+	presentTime = 200 * time.Millisecond
+	// paceAfter is for how long blocks may come at any pace.
+	paceAfter = 2 * time.Second
+)
+
+// A blocksWay is a read capability.
+type blocksWay struct {
+	j          *job
+	capability eris.ReadCapability
+}
+
+// listBlocks adds the read capabilities that narinfos offer, signed ones first. All these narinfos
+// are equivalent to one that is authorised; what they denote is hashed, so that a capability that
+// nobody has signed can do no more harm than a nar from anywhere.
+func (j *job) listBlocks(records []record) {
+	if j.s.Blocks == nil || j.s.Policy == HTTPOnly {
+		return
+	}
 	for _, signed := range []bool{true, false} {
 		if !signed && !j.s.UnsignedCapabilities {
 			continue
 		}
 		for _, r := range records {
 			for _, e := range r.narinfo.ERIS {
-				if (e.Signed && r.authorised) != signed {
-					continue
-				}
 				c, err := eris.ParseURN(e.URN)
-				if err != nil || seen[c] || j.tried[c.URN()] {
+				if (e.Signed && r.authorised) != signed || err != nil || j.listed[c.URN()] {
 					continue // a draft of the encoding, perhaps
 				}
-				seen[c] = true
-				found = append(found, c)
+				j.listed[c.URN()] = true
+				j.ways = append(j.ways, &candidate{way: &blocksWay{j, c}, from: r})
 			}
 		}
 	}
-	return found
 }
 
-// fromBlocks tries the capabilities of the narinfos.
-func (j *job) fromBlocks(ctx context.Context, records []record) (Outcome, bool) {
-	if j.s.Blocks == nil || j.s.Policy == HTTPOnly {
-		return Outcome{}, false
+func (w *blocksWay) String() string { return w.capability.URN() }
+
+func (w *blocksWay) pace() pace { return pace{paceAfter, 0, preferFactor} }
+
+func (w *blocksWay) limits() erisfs.Limits { return erisfs.Limits{NarSize: w.j.options().MaxBytes} }
+
+func (w *blocksWay) expect(ctx context.Context) expectation {
+	s := w.j.s
+	size := int64(min(w.j.want.NarSize, 1<<62))
+	missing := size
+	if s.Nearby != nil && s.Policy == Fastest {
+		within, cancel := context.WithTimeout(ctx, presentTime)
+		missing = max(0, size-image.Present(within, s.Nearby, w.capability, w.limits(), s.NearbyStride))
+		cancel()
 	}
-	for _, c := range j.untried(records) {
-		size, err := j.attemptBlocks(ctx, c)
-		if err == nil {
-			return j.success(size), true
-		}
-		if errors.Is(err, errSlower) {
-			// It is tried again if the nar cannot be had.
-			j.s.Log.Notef("%s: %v", c.URN(), err)
-			if err := restore.Remove(j.destination); err != nil {
-				j.s.Log.Errorf("%v", err)
-			}
-			return Outcome{}, false
-		}
-		j.tried[c.URN()] = true
-		if !j.failed(ctx, fmt.Errorf("%s: %w", c.URN(), err)) {
-			return Outcome{}, false
-		}
+	speed := Speed{}
+	if s.StoreSpeed != nil {
+		speed = s.StoreSpeed()
 	}
-	return Outcome{}, false
+	speed = speed.orUnknown()
+	e := expectation{bytes: missing, time: seconds(float64(size) / blocksRate), known: speed.Known || missing == 0}
+	if missing > 0 && speed.None {
+		e.time, e.known = longest, true
+		if s.Probe != nil {
+			s.Probe(eris.Pair{Reference: w.capability.Root, Key: w.capability.Key}, w.capability.BlockSize)
+		}
+	} else if missing > 0 {
+		// One round trip after the other: the index, level by level, and a first block.
+		depth := time.Duration(w.capability.Level + 2)
+		e.time += depth*speed.Latency + seconds(float64(missing)/speed.Rate)
+	}
+	e.how = fmt.Sprintf("%s of %s missing, %s", megabytes(missing), megabytes(size), speed)
+	return e
 }
 
-// attemptBlocks restores the item from blocks. It returns the length of the
-// archive.
-func (j *job) attemptBlocks(ctx context.Context, c eris.ReadCapability) (narSize uint64, err error) {
-	if err := restore.Remove(j.destination); err != nil {
-		return 0, err
-	}
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	limits := erisfs.Limits{NarSize: j.options().MaxBytes}
-	var got atomic.Int64           // bytes of blocks
-	shown := int64(j.want.NarSize) // as the whole; blocks are some bytes more
-	blocks := fetch.Counted(j.s.Blocks, func(n int) {
-		after := got.Add(int64(n))
-		j.progress.Transferred(int(min(after, shown) - min(after-int64(n), shown)))
+func (w *blocksWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool), error) {
+	s := w.j.s
+	whole := int64(min(w.j.want.NarSize, 1<<62)) // blocks are some bytes more
+	a.from(shownURN(w.capability, w.j.path), whole)
+	var shown atomic.Int64
+	blocks := fetch.Counted(s.Blocks, func(n int) {
+		after := shown.Add(int64(n))
+		a.countShown(n, int(min(after, whole)-min(after-int64(n), whole)))
 	})
-	j.progress.From(shownURN(c, j.path), int64(min(j.want.NarSize, 1<<62)))
-	defer watchRate(&got, cancel)()
-	if j.choice != nil {
-		defer j.choice.watchPace(got.Load, cancel)()
+	var window fetch.Window
+	if s.Window != nil {
+		window = s.Window()
 	}
-	var window eris.Window
-	if j.s.Window != nil {
-		window = j.s.Window()
+	if !w.j.waited() {
+		window.Requests, window.Bytes = window.Requests/aheadShare, window.Bytes/aheadShare
 	}
-	contents, err := image.Open(ctx, blocks, c, limits, window)
+	contents, err := image.Open(ctx, blocks, w.capability, w.limits(), window)
 	if err != nil {
-		return 0, prefer(ctx, err)
+		return nil, nil, err
 	}
 	nodes, closeNodes, err := contents.Nodes(ctx)
 	if err != nil {
-		return 0, prefer(ctx, err)
+		return nil, nil, err
 	}
-	result, err := restore.Restore(ctx, nodes, j.destination, j.options())
-	if err != nil {
-		cancel(err)
-		err = context.Cause(ctx)
-	}
-	closeNodes()
-	if err != nil {
-		return 0, err
-	}
-	return result.NarSize, j.check(result)
+	return nodes, func(bool) { closeNodes() }, nil
 }
 
-// shownURN is what people are told that the item comes from: the URN, and the name of the item in the fragment, because the client
-// of Guix shows what is behind the last slash beside its progress bar (Guix, guix/status.scm: print-build-event). A fragment is
-// not a part of the name (RFC 8141, section 2.3.3).
+// shownURN is what people are told that the item comes from: the URN, and the name of the item in
+// the fragment, because the client of Guix shows what is behind the last slash beside its progress
+// bar (Guix, guix/status.scm: print-build-event). A fragment is not a part of the name (RFC 8141,
+// section 2.3.3).
 func shownURN(c eris.ReadCapability, item string) string {
 	name := path.Base(item)
 	if _, after, ok := strings.Cut(name, "-"); ok {
 		name = after
 	}
 	return c.URN() + "#/" + name
-}
-
-// prefer returns why a context was cancelled, rather than what followed from it.
-func prefer(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	return err
 }

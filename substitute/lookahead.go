@@ -14,24 +14,24 @@ import (
 )
 
 // The daemon asks about one item at a time, and then about what it refers to (Guix,
-// nix/libstore/build.cc: SubstitutionGoal::tryNext), so that a closure costs a
-// round trip for each item. Looking ahead makes that one for each step from the
-// first item to the farthest one: narinfos of references are fetched in the
-// background, wherever a request would look for them first, in memory and on disk.
+// nix/libstore/build.cc: SubstitutionGoal::tryNext), so that a closure costs a round trip for each
+// item. Looking ahead makes that one for each step from the first item to the farthest one:
+// narinfos of references are fetched in the background, wherever a request would look for them
+// first, in memory and on disk.
 
 const (
-	// maxAheadRequest is the number of items of a request after which nothing is
-	// looked up ahead: whoever asks about many at once knows what is wanted.
+	// maxAheadRequest is the number of items of a request after which nothing is looked up ahead:
+	// whoever asks about many at once knows what is wanted.
 	maxAheadRequest = 16
-	// aheadLookups is how many lookups go on at once, each of aheadBatch items at
-	// most; the bounds on connections are those of the mirrors.
+	// aheadLookups is how many lookups go on at once, each of aheadBatch items at most; the bounds
+	// on connections are those of the mirrors.
 	aheadLookups = 8
 	aheadBatch   = 256
-	// aheadGather is the time in which references are gathered for a lookup. It is
-	// short beside a round trip.
+	// aheadGather is the time in which references are gathered for a lookup. It is short beside a
+	// round trip.
 	aheadGather = 2 * time.Millisecond
-	// aheadTime is for how long it goes on without a request, which tells that
-	// somebody is still interested.
+	// aheadTime is for how long it goes on without a request, which tells that somebody is still
+	// interested.
 	aheadTime = 30 * time.Second
 )
 
@@ -48,8 +48,7 @@ type lookAhead struct {
 	queue  []string        // those not yet looked up
 }
 
-// stop ends everything, and waits for that. What it was about to look up is
-// forgotten.
+// stop ends everything, and waits for that. What it was about to look up is forgotten.
 func (a *lookAhead) stop() {
 	a.mu.Lock()
 	if a.cancel != nil {
@@ -58,6 +57,18 @@ func (a *lookAhead) stop() {
 	a.ctx, a.cancel, a.queue, a.seen = nil, nil, nil, nil
 	a.mu.Unlock()
 	a.workers.Wait()
+}
+
+// began reports whether all items are being looked up ahead, or have been.
+func (a *lookAhead) began(items map[string]*missing) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, m := range items {
+		if !a.seen[m.item.path] {
+			return false
+		}
+	}
+	return true
 }
 
 // lookAhead begins with what the found items refer to.
@@ -99,8 +110,8 @@ func (s *Substituter) goAhead(ctx context.Context, n *narinfo.Narinfo) {
 		if known {
 			continue
 		}
-		// The daemon does not ask about what is there, nor about what that refers
-		// to, which is there as well.
+		// The daemon does not ask about what is there, nor about what that refers to, which is
+		// there as well.
 		if _, err := os.Lstat(path); err == nil {
 			continue
 		}
@@ -143,8 +154,8 @@ func (s *Substituter) workAhead(ctx context.Context) {
 	}
 }
 
-// take returns what is to be looked up next. If that is nothing, the worker that
-// calls it is counted no more.
+// take returns what is to be looked up next. If that is nothing, the worker that calls it is
+// counted no more.
 func (a *lookAhead) take(ctx context.Context) []string {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -158,57 +169,55 @@ func (a *lookAhead) take(ctx context.Context) []string {
 	return batch
 }
 
-// flights are the questions that are under way, so that nothing is asked for twice
-// at the same time. The zero value is ready. They are safe for concurrent use.
-type flights struct {
+// pendings are the requests that are under way, so that nothing is requested twice at the same
+// time. The zero value is ready. They are safe for concurrent use.
+type pendings struct {
 	mu   sync.Mutex
-	open map[memoryKey]*flight
+	open map[memoryKey]*pending
 }
 
-// A flight is one question to one server.
-type flight struct {
+// A pending is one request to one server.
+type pending struct {
 	done chan struct{} // closed when there is an answer, or will be none
-	// answered tells whether there is one, and record what it is; they are set
-	// before done is closed.
+	// answered says if there is one, and record what it is; they are set before done is closed.
 	answered bool
 	record   *record
 	once     sync.Once
 }
 
-// begin returns the flight of a question, and whether it is the caller's, who must
-// end it then.
-func (f *flights) begin(key memoryKey) (fl *flight, mine bool) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if fl := f.open[key]; fl != nil {
-		return fl, false
+// begin returns the request for something, and whether it is the caller's, who must end it then.
+func (p *pendings) begin(key memoryKey) (request *pending, ours bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if request := p.open[key]; request != nil {
+		return request, false
 	}
-	if f.open == nil {
-		f.open = map[memoryKey]*flight{}
+	if p.open == nil {
+		p.open = map[memoryKey]*pending{}
 	}
-	fl = &flight{done: make(chan struct{})}
-	f.open[key] = fl
-	return fl, true
+	request = &pending{done: make(chan struct{})}
+	p.open[key] = request
+	return request, true
 }
 
-// end ends a flight, without an answer if it has none.
-func (f *flights) end(key memoryKey, fl *flight) {
-	f.mu.Lock()
-	delete(f.open, key)
-	f.mu.Unlock()
-	fl.once.Do(func() { close(fl.done) })
+// end ends a request, without an answer if it has none.
+func (p *pendings) end(key memoryKey, request *pending) {
+	p.mu.Lock()
+	delete(p.open, key)
+	p.mu.Unlock()
+	request.once.Do(func() { close(request.done) })
 }
 
-// answer gives a flight its answer.
-func (fl *flight) answer(r *record) {
-	fl.once.Do(func() {
-		fl.answered, fl.record = true, r
-		close(fl.done)
+// answer gives a request its answer.
+func (p *pending) answer(r *record) {
+	p.once.Do(func() {
+		p.answered, p.record = true, r
+		close(p.done)
 	})
 }
 
-// notes are warnings that have come up between requests, when nobody reads what is
-// shown. The zero value is ready. They are safe for concurrent use.
+// notes are warnings that have come up between requests, when nobody reads what is shown. The zero
+// value is ready. They are safe for concurrent use.
 type notes struct {
 	mu   sync.Mutex
 	list []note
@@ -230,8 +239,8 @@ func (n *notes) show(log *protocol.Log) {
 	}
 }
 
-// warnOnce shows a warning unless one with the same key has been shown, with the
-// next request if nobody has asked yet.
+// warnOnce shows a warning unless one with the same key has been shown, with the next request if
+// nobody has asked yet.
 func (s *Substituter) warnOnce(ahead bool, key, format string, a ...any) {
 	if !ahead {
 		s.Log.WarnOnce(key, format, a...)

@@ -43,9 +43,8 @@ func signReferring(t testing.TB, key *acl.SigningKey, path string, references []
 	return text
 }
 
-// closure gives servers a closure of n items, of which the farthest are depth
-// steps from the first, itemPath(0). Each item has several references, and one is
-// to itself. It returns the items.
+// closure gives servers a closure of n items, of which the farthest are depth steps from the first,
+// itemPath(0). Each item has several references, and one is to itself. It returns the items.
 func closure(t testing.TB, key *acl.SigningKey, n, depth int, server func(i int) *testServer) []string {
 	t.Helper()
 	r := rand.New(rand.NewPCG(1, uint64(n)))
@@ -83,8 +82,8 @@ func closure(t testing.TB, key *acl.SigningKey, n, depth int, server func(i int)
 	return itemPaths(n)
 }
 
-// askOneByOne asks about items as the daemon does, each when it is referred to. It
-// returns how many are available.
+// askOneByOne asks about items as the daemon does, each when it is referred to. It returns how many
+// are available.
 func askOneByOne(t testing.TB, s *substitute.Substituter, first string) int {
 	t.Helper()
 	seen := map[string]bool{first: true}
@@ -103,8 +102,8 @@ func askOneByOne(t testing.TB, s *substitute.Substituter, first string) int {
 	return available
 }
 
-// TestLookAhead asks about a closure one item at a time. Each narinfo is asked for
-// once, those ahead as well, and nothing is shown between requests.
+// TestLookAhead asks about a closure one item at a time. Each narinfo is asked for once, those
+// ahead as well, and nothing is shown between requests.
 func TestLookAhead(t *testing.T) {
 	key := acl.GenerateSigningKey()
 	server := newTestServer(t)
@@ -118,7 +117,7 @@ func TestLookAhead(t *testing.T) {
 	if n := server.asked.Load(); n != 300 {
 		t.Errorf("%d requests for 300 narinfos", n)
 	}
-	if n := strings.Count(log.String(), "%"); n > 50 {
+	if n := strings.Count(log.String(), "%"); n > 2 { // of the first item alone
 		t.Errorf("progress was shown %d times", n)
 	}
 }
@@ -191,8 +190,8 @@ func TestLookAheadBounds(t *testing.T) {
 	}
 }
 
-// TestLookAheadOrder checks that what was looked up ahead has the answers of the
-// servers that would have been asked.
+// TestLookAheadOrder checks that what was looked up ahead has the answers of the servers that would
+// have been asked.
 func TestLookAheadOrder(t *testing.T) {
 	key := acl.GenerateSigningKey()
 	a, b := newTestServer(t), newTestServer(t)
@@ -208,8 +207,8 @@ func TestLookAheadOrder(t *testing.T) {
 	}
 }
 
-// TestLookAheadJoined checks that a request waits for what is being looked up
-// ahead rather than asking again, and asks again if nothing comes of that.
+// TestLookAheadJoined checks that a request waits for what is being looked up ahead rather than
+// asking again, and asks again if nothing comes of that.
 func TestLookAheadJoined(t *testing.T) {
 	key := acl.GenerateSigningKey()
 	server := newTestServer(t)
@@ -283,8 +282,8 @@ func TestLookAheadClosed(t *testing.T) {
 	}
 }
 
-// TestLookAheadWarnings checks that what goes wrong ahead is said with the next
-// request, and not before.
+// TestLookAheadWarnings checks that what goes wrong ahead is said with the next request, and not
+// before.
 func TestLookAheadWarnings(t *testing.T) {
 	key := acl.GenerateSigningKey()
 	server := newTestServer(t)
@@ -307,8 +306,8 @@ func TestLookAheadWarnings(t *testing.T) {
 	}
 }
 
-// TestLookAheadFillsCache checks that what was looked up ahead is there for the
-// next process, as the one that restores items.
+// TestLookAheadFillsCache checks that what was looked up ahead is there for the next process, as
+// the one that restores items.
 func TestLookAheadFillsCache(t *testing.T) {
 	key := acl.GenerateSigningKey()
 	server := newTestServer(t)
@@ -339,16 +338,15 @@ func TestLookAheadFillsCache(t *testing.T) {
 	for _, item := range items {
 		s.Substitute(t.Context(), item, t.TempDir()+"/item") // the nar is 404
 	}
-	narinfos := server.asked.Load() - 50 // one request for each nar
-	if narinfos != 50 {
-		t.Errorf("%d requests for 50 nars", narinfos)
+	// One request for each nar, and one to see whether the narinfo is still the same.
+	if n := server.asked.Load() - 50; n != 100 {
+		t.Errorf("%d requests for 50 nars", n)
 	}
 }
 
-// BenchmarkClosure asks about a closure of 1000 items one at a time, as the daemon
-// does, from a server that is 50 ms away. "depths" is the time in units of round
-// trips times steps from the first item to the farthest: one that is perfect has
-// 1, or a bit more for the first connection.
+// BenchmarkClosure asks about a closure of 1000 items one at a time, as the daemon does, from a
+// server that is 50 ms away. "depths" is the time in units of round trips times steps from the
+// first item to the farthest: one that is perfect has 1, or a bit more for the first connection.
 func BenchmarkClosure(b *testing.B) {
 	key := acl.GenerateSigningKey()
 	const rtt = 50 * time.Millisecond

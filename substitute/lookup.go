@@ -5,91 +5,68 @@ package substitute
 import (
 	"context"
 	"errors"
-	"fmt"
-	"net/http"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
-)
-
-// How long answers of a server are kept that does not say it (Guix,
-// guix/substitutes.scm: %narinfo-ttl and the two after it).
-const (
-	narinfoTTL   = 36 * time.Hour
-	negativeTTL  = 2 * time.Minute
-	transientTTL = time.Minute
-	maxTTL       = 365 * 24 * time.Hour
 )
 
 const (
-	// slowAfter is for how long a server may give no answer before the next one
-	// is asked as well.
+	// slowAfter is for how long a server may give no answer before the next one is asked as well.
 	slowAfter = time.Second
 	// slowAtLast is for how long one may give answers before that.
 	slowAtLast = 5 * time.Second
-	// lookupTimeout is how long a server gets in all, beside lookupTimeoutEach
-	// per item, so that one that trickles holds up nobody for ever.
-	lookupTimeout     = 30 * time.Second
-	lookupTimeoutEach = 50 * time.Millisecond
-	// lookupBytes is how many bytes of narinfos a server may send in one look-up,
-	// beside lookupBytesEach per item: narinfos have some kilobytes, and few of them
-	// some hundred.
-	lookupBytes     = 16 << 20
-	lookupBytesEach = 8 << 10
 )
 
 // A record is the narinfo of one server for one item.
 type record struct {
 	server     *server
 	narinfo    *narinfo.Narinfo
-	size       int  // of its text, in bytes
-	verified   bool // bears a good signature of a key that is authorised
-	authorised bool // and so it counts, or would without
+	given      time.Time // by the server
+	size       int       // of its text, in bytes
+	authorised bool      // bears a good signature of a key that is authorised, if that is needed
+	refused    error     // why it is not
 }
 
 // A found is an item that is available.
 type found struct {
-	// authorised is the record that vouches for the item, the first such in the
-	// order of the servers.
+	// authorised is the record that vouches for the item, the first such in the order of the
+	// servers.
 	authorised record
-	// chosen is the first record that is equivalent to it: what the reply is
-	// made of and what is downloaded first.
+	// chosen is the first record that is equivalent to it: what the reply is made of and what is
+	// downloaded first.
 	chosen record
 	// others are all other equivalent ones, in order.
 	others []record
 }
 
-// A lookup asks servers about items. Servers are asked in order, each for what
-// those before it have no authorised narinfo of. When a server is slow, the next
-// one is asked without waiting for it.
+// A lookup asks servers about items. Servers are asked in order, each for what those before it have
+// no authorised narinfo of. When a server is slow, the next one is asked without waiting for it.
 type lookup struct {
 	s       *Substituter
 	items   []*item
 	byHash  map[string]*item
 	changed chan struct{} // has room for one: something has happened
-	// ahead is called with each authorised record, from several goroutines, if
-	// nobody has asked for it yet. Then nothing may be shown.
+	// ahead is called with each authorised record, from several goroutines, if nobody has asked for
+	// it yet. Then nothing may be shown.
 	ahead func(*record)
 
-	mu    sync.Mutex
-	asked []*asked
+	mu        sync.Mutex
+	inquiries []*inquiry
 }
 
 // An item is a store item that is looked up.
 type item struct {
 	path, hash string
+	anew       bool     // what has been kept does not count
 	records    []record // of each server that has a narinfo
-	waiting    map[*asked]bool
+	waiting    map[*inquiry]bool
 }
 
-// asked is a server that has been asked.
-type asked struct {
+// An inquiry is a server that is asked about the items of a lookup.
+type inquiry struct {
 	server  *server
 	begin   time.Time
 	last    time.Time // of an answer
@@ -98,12 +75,46 @@ type asked struct {
 	slow    bool      // others are asked without waiting for it
 }
 
-// lookup returns the items among paths that are available.
-func (s *Substituter) lookup(ctx context.Context, paths []string) map[string]*found {
+// lookup looks for narinfos of paths, and says why those do not count that nobody authorises.
+func (s *Substituter) lookup(ctx context.Context, paths []string) *lookup {
 	s.notes.show(s.Log)
 	l := s.newLookup(paths, nil)
 	l.run(ctx)
 	s.notes.show(s.Log)
+	for _, it := range l.items {
+		if it.firstAuthorised() < 0 {
+			for _, r := range it.records {
+				s.sayRefused(r)
+			}
+		}
+	}
+	return l
+}
+
+// sayRefused says once for each key, or each other reason, why narinfos do not count.
+func (s *Substituter) sayRefused(r record) {
+	if !errors.Is(r.refused, acl.ErrUnauthorisedKey) {
+		s.Log.WarnOnce("refused "+r.server.url+r.refused.Error(), "narinfo of %s from %s does not count: %v",
+			r.narinfo.StorePath, r.server.name, r.refused)
+		return
+	}
+	key, host := "that cannot be read", ""
+	if signature, err := acl.ParseSignature(r.narinfo.Signature); err == nil {
+		host = signature.Host
+		if k, err := signature.PublicKey(); err == nil {
+			key = k.String()
+		}
+	}
+	list := s.KeysFile
+	if list == "" {
+		list = "the access control list"
+	}
+	s.Log.WarnOnce("key "+key, "narinfo of %s from %s does not count: it is signed by %.60q with a key that %s does not authorise: %.300s",
+		r.narinfo.StorePath, r.server.name, host, list, key)
+}
+
+// all returns the items that are available.
+func (l *lookup) all() map[string]*found {
 	result := make(map[string]*found, len(l.items))
 	for _, it := range l.items {
 		if f := it.found(); f != nil {
@@ -111,6 +122,16 @@ func (s *Substituter) lookup(ctx context.Context, paths []string) map[string]*fo
 		}
 	}
 	return result
+}
+
+// records returns the narinfos of an item, whether they count or not.
+func (l *lookup) records(path string) []record {
+	for _, it := range l.items {
+		if it.path == path {
+			return it.records
+		}
+	}
+	return nil
 }
 
 func (s *Substituter) newLookup(paths []string, ahead func(*record)) *lookup {
@@ -121,10 +142,10 @@ func (s *Substituter) newLookup(paths []string, ahead func(*record)) *lookup {
 			s.warnOnce(ahead != nil, "path "+path, "not looked up: %v", err)
 			continue
 		}
-		// Two paths may have the same hash part; only a narinfo of the very path
-		// counts, so that the first of them decides which it is.
+		// Two paths may have the same hash part; only a narinfo of the very path counts, so that
+		// the first of them decides which it is.
 		if l.byHash[hash] == nil {
-			it := &item{path: path, hash: hash, waiting: map[*asked]bool{}}
+			it := &item{path: path, hash: hash, waiting: map[*inquiry]bool{}}
 			l.items = append(l.items, it)
 			l.byHash[hash] = it
 		}
@@ -144,27 +165,26 @@ func (l *lookup) run(parent context.Context) {
 			break
 		}
 		a := l.start(server, todo)
-		workers.Go(func() { l.ask(ctx, a, todo) })
+		workers.Go(func() { l.query(ctx, a, todo) })
 		l.wait(ctx, func() bool { return a.done || a.slow })
 	}
 	l.wait(ctx, l.decided)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for _, a := range l.asked {
+	for _, a := range l.inquiries {
 		// The next lookup does not wait for it again.
 		a.server.sluggish.Store(a.slow && a.pending > 0)
 	}
 }
 
-// wait waits until condition holds or ctx is done. It sees to it that servers
-// become slow.
+// wait waits until condition holds or ctx is done. It sees to it that servers become slow.
 func (l *lookup) wait(ctx context.Context, condition func() bool) {
 	ticker := time.NewTicker(slowAfter / 10)
 	defer ticker.Stop()
 	for {
 		l.mu.Lock()
 		now := time.Now()
-		for _, a := range l.asked {
+		for _, a := range l.inquiries {
 			if now.Sub(a.last) >= slowAfter || now.Sub(a.begin) >= slowAtLast {
 				a.slow = true
 			}
@@ -183,9 +203,9 @@ func (l *lookup) wait(ctx context.Context, condition func() bool) {
 	}
 }
 
-// decided tells whether no answer to come could matter: each item either has an
-// authorised narinfo, and no server before the one that gave it is worth waiting
-// for, or no server is left that could have one. The caller holds the lock.
+// decided reports whether no answer to come could matter: each item either has an authorised
+// narinfo, and no server before the one that gave it is worth waiting for, or no server is left
+// that could have one. The caller holds the lock.
 func (l *lookup) decided() bool {
 	for _, it := range l.items {
 		hit := it.firstAuthorised()
@@ -201,8 +221,7 @@ func (l *lookup) decided() bool {
 	return true
 }
 
-// firstAuthorised returns the index of the first server with an authorised
-// narinfo, or -1.
+// firstAuthorised returns the index of the first server with an authorised narinfo, or -1.
 func (it *item) firstAuthorised() int {
 	first := -1
 	for _, r := range it.records {
@@ -226,21 +245,20 @@ func (l *lookup) todo() []*item {
 	return todo
 }
 
-func (l *lookup) start(server *server, todo []*item) *asked {
+func (l *lookup) start(server *server, todo []*item) *inquiry {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := time.Now()
-	a := &asked{server: server, begin: now, last: now, pending: len(todo), slow: server.sluggish.Load()}
-	l.asked = append(l.asked, a)
+	a := &inquiry{server: server, begin: now, last: now, pending: len(todo), slow: server.sluggish.Load()}
+	l.inquiries = append(l.inquiries, a)
 	for _, it := range todo {
 		it.waiting[a] = true
 	}
 	return a
 }
 
-// answered notes that a server has answered for an item; r is nil if it has
-// nothing for it.
-func (l *lookup) answered(a *asked, it *item, r *record) {
+// answered notes that a server has answered for an item; r is nil if it has nothing for it.
+func (l *lookup) answered(a *inquiry, it *item, r *record) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if !it.waiting[a] {
@@ -264,303 +282,20 @@ func (l *lookup) notify() {
 	}
 }
 
-// ask asks one server, first the cache of what it has said before.
-func (l *lookup) ask(ctx context.Context, a *asked, todo []*item) {
+// query queries one server, first the cache of what it has said before.
+func (l *lookup) query(ctx context.Context, a *inquiry, todo []*item) {
 	defer func() {
 		l.mu.Lock()
 		a.done = true
 		l.notify()
 		l.mu.Unlock()
 	}()
-	l.s.ask(ctx, a.server, todo, l.ahead != nil, func(it *item, r *record) {
+	l.s.queryItems(ctx, a.server, todo, l.ahead != nil, func(it *item, r *record) {
 		l.answered(a, it, r)
 		if l.ahead != nil && r != nil && r.authorised {
 			l.ahead(r)
 		}
 	})
-}
-
-// ask asks one server about items, and calls answer, from several goroutines, for
-// those that it says something about. What somebody else is asking for already is
-// waited for. With ahead, nobody has asked for the items yet, and nothing is shown.
-func (s *Substituter) ask(ctx context.Context, server *server, todo []*item, ahead bool, answer func(*item, *record)) {
-	// Again only for what others have been asking for in vain.
-	for range maxAsks {
-		if todo = s.askOnce(ctx, server, todo, ahead, answer); len(todo) == 0 || ctx.Err() != nil {
-			return
-		}
-	}
-}
-
-var errTooMuch = errors.New("sends more than narinfos can be, so that its further ones are ignored")
-
-// maxAsks is how often it is hoped for an answer that somebody else waits for.
-const maxAsks = 3
-
-// askOnce returns the items that others have been asking for in vain.
-func (s *Substituter) askOnce(ctx context.Context, server *server, todo []*item, ahead bool, answer func(*item, *record)) (again []*item) {
-	local := mirror.IsLocal(server.url)
-	missing := map[string]*asking{} // by hash part
-	theirs := map[*item]*flight{}
-	// Before anything of others is waited for: they may wait for ours.
-	land := func() {
-		for _, m := range missing {
-			s.flights.end(memoryKey{server, m.item.path}, m.flight)
-		}
-	}
-	defer land() // whatever happens
-	for _, it := range todo {
-		if ctx.Err() != nil {
-			return nil
-		}
-		if r, ok := s.known(server, it, local, ahead); ok {
-			answer(it, r)
-			continue
-		}
-		f, mine := s.flights.begin(memoryKey{server, it.path})
-		if !mine {
-			theirs[it] = f
-			continue
-		}
-		// Whoever had it may have had the answer just now.
-		if r, ok := s.memory.get(server, it.path, s.Now()); ok {
-			f.answer(r)
-			s.flights.end(memoryKey{server, it.path}, f)
-			answer(it, r)
-			continue
-		}
-		missing[it.hash] = &asking{it, f}
-	}
-	var waiter sync.WaitGroup
-	if len(theirs) > 0 {
-		waiter.Go(func() {
-			for it, f := range theirs {
-				select {
-				case <-f.done:
-				case <-ctx.Done():
-					return
-				}
-				if f.answered {
-					answer(it, f.record)
-				} else {
-					again = append(again, it)
-				}
-			}
-		})
-	}
-	if len(missing) > 0 {
-		s.fetch(ctx, server, missing, ahead, answer)
-		land()
-	}
-	waiter.Wait()
-	return again
-}
-
-// known returns what is known already of a server's answer, and whether that is
-// anything.
-func (s *Substituter) known(server *server, it *item, local, ahead bool) (*record, bool) {
-	if r, ok := s.memory.get(server, it.path, s.Now()); ok {
-		return r, true
-	}
-	if s.Cache == nil || local {
-		return nil, false
-	}
-	e, ok := s.Cache.Get(server.url, it.hash, s.Now())
-	if !ok {
-		return nil, false
-	}
-	r := s.read(server, it, e.Narinfo, e.Verified, ahead)
-	s.memory.put(server, it.path, r, e.Until)
-	return r, true
-}
-
-// asking is an item that is being asked for.
-type asking struct {
-	item   *item
-	flight *flight
-}
-
-// fetch gets narinfos from a server.
-func (s *Substituter) fetch(ctx context.Context, server *server, missing map[string]*asking, ahead bool, answer func(*item, *record)) {
-	if err := s.Mirrors.Down(server.url); err != nil {
-		s.sayDown(server.name, err, ahead)
-		return
-	}
-	local := mirror.IsLocal(server.url)
-	var progress *protocol.Lookup
-	if !local && !ahead {
-		progress = s.Log.Lookup(server.name, len(missing))
-		defer progress.End()
-	}
-	ctx, cancel := context.WithTimeoutCause(ctx, lookupTimeout+time.Duration(len(missing))*lookupTimeoutEach,
-		errors.New("too slow"))
-	defer cancel()
-	ctx, stop := context.WithCancelCause(ctx)
-	defer stop(nil)
-	var left atomic.Int64 // bytes
-	left.Store(lookupBytes + int64(len(missing))*lookupBytesEach)
-	hashes := make([]string, 0, len(missing))
-	for hash := range missing {
-		hashes = append(hashes, hash)
-	}
-	slices.Sort(hashes)
-	narinfos := s.Mirrors.Narinfos
-	if ahead {
-		narinfos = s.Mirrors.NarinfosAhead
-	}
-	err := narinfos(ctx, server.url, hashes, func(a mirror.Answer) {
-		if left.Add(-int64(len(a.Body))) < 0 {
-			stop(errTooMuch)
-			return
-		}
-		it := missing[a.Hash].item
-		var text []byte
-		if a.Status == http.StatusOK {
-			text = a.Body
-		}
-		r := s.read(server, it, text, false, ahead)
-		if s.Debug && !ahead && a.Status != http.StatusOK {
-			baking := ""
-			if a.Baking {
-				baking = " (baking)"
-			}
-			s.Log.Notef("narinfo of %s from %s: status %d%s", it.path, server.name, a.Status, baking)
-		}
-		if progress != nil {
-			progress.Answered()
-		}
-		if !local {
-			s.remember(server, it, a, r, ahead)
-		}
-		missing[a.Hash].flight.answer(r)
-		answer(it, r)
-	})
-	switch down := s.Mirrors.Down(server.url); {
-	case err == nil || errors.Is(err, context.Canceled):
-	case down != nil:
-		s.sayDown(server.name, down, ahead)
-	default:
-		s.warnOnce(ahead, "server "+server.url, "%v", naming(server.name, err))
-	}
-}
-
-// sayDown shows once why a server is not asked any more; url is what it was
-// found out with.
-func (s *Substituter) sayDown(url string, down error, ahead bool) {
-	key := url
-	var e *mirror.ServerError
-	if errors.As(down, &e) {
-		key = e.Server
-	}
-	s.warnOnce(ahead, "down "+key, "%v", naming(url, down))
-}
-
-// remember keeps an answer of a server for later.
-func (s *Substituter) remember(server *server, it *item, a mirror.Answer, r *record, ahead bool) {
-	e := narinfocache.Entry{TTL: transientTTL}
-	switch {
-	case r != nil:
-		e.Narinfo, e.TTL, e.Verified = a.Body, narinfoTTL, r.verified
-		if a.MaxAge >= 0 {
-			e.TTL = min(a.MaxAge, maxTTL)
-		}
-	case a.Status == http.StatusNotFound || a.Status == http.StatusAccepted:
-		e.TTL = negativeTTL
-		if a.MaxAge >= 0 {
-			e.TTL = min(a.MaxAge, maxTTL)
-		}
-	}
-	now := s.Now()
-	s.memory.put(server, it.path, r, now.Add(e.TTL))
-	if s.Cache == nil {
-		return
-	}
-	if err := s.Cache.PutLater(server.url, a.Hash, e, now); err != nil {
-		s.warnOnce(ahead, "cache", "narinfos cannot be kept for later: %v", err)
-	}
-}
-
-// A memory keeps records for the next request of this process, for clients ask
-// first what is available and then about it. It is safe for concurrent use.
-type memory struct {
-	mu      sync.Mutex
-	entries map[memoryKey]memoryEntry
-	bytes   int // put since the entries were made
-}
-
-type memoryKey struct {
-	server *server
-	path   string
-}
-
-type memoryEntry struct {
-	record *record // nil if the server has nothing
-	until  time.Time
-}
-
-// maxMemory is how many records are kept, and maxMemoryBytes how many bytes of
-// narinfos they may have been made of.
-const (
-	maxMemory      = 20000
-	maxMemoryBytes = 32 << 20
-)
-
-func (m *memory) get(server *server, path string, now time.Time) (*record, bool) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	e, ok := m.entries[memoryKey{server, path}]
-	return e.record, ok && !now.After(e.until)
-}
-
-func (m *memory) put(server *server, path string, r *record, until time.Time) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.entries == nil || len(m.entries) >= maxMemory || m.bytes > maxMemoryBytes {
-		m.entries, m.bytes = map[memoryKey]memoryEntry{}, 0
-	}
-	if r != nil {
-		m.bytes += r.size
-	}
-	m.entries[memoryKey{server, path}] = memoryEntry{r, until}
-}
-
-func (m *memory) clear() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.entries, m.bytes = nil, 0
-}
-
-// read turns the text that a server has given for an item into a record, or into
-// nil if there is none or if it is good for nothing. With verified, the signature was
-// found to be good before; whether its key is authorised is another question.
-func (s *Substituter) read(server *server, it *item, text []byte, verified, ahead bool) (r *record) {
-	if text == nil {
-		return nil
-	}
-	defer func() {
-		// Not even a fault of ours that a narinfo brings out ends the process.
-		if fault := recover(); fault != nil {
-			s.Log.WarnOnce("fault", "narinfo of %s from %s ignored: internal error: %v", it.path, server.url, fault)
-			r = nil
-		}
-	}()
-	n, err := narinfo.Parse(text)
-	if err == nil {
-		err = n.CheckItem(s.StoreDir, it.path)
-	}
-	if err != nil {
-		s.warnOnce(ahead, fmt.Sprintf("narinfo %s %s", server.url, it.hash),
-			"narinfo of %s from %s ignored: %v", it.path, server.name, err)
-		return nil
-	}
-	var keys narinfo.Verifier = s.Keys
-	if verified {
-		keys = s.Keys.Known()
-	}
-	r = &record{server: server, narinfo: n, size: len(text)}
-	r.verified = n.Authorise(keys) == nil
-	r.authorised = r.verified || s.AllowUnauthenticated
-	return r
 }
 
 // sorted returns records in the order of their servers.

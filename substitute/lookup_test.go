@@ -3,15 +3,11 @@
 package substitute_test
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/base64"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -119,8 +115,8 @@ func newSubstituter(t testing.TB, key *acl.SigningKey, servers ...*testServer) *
 	})
 }
 
-// TestOrder checks that servers are asked in order and only for what is missing,
-// and which narinfo the reply is made of.
+// TestOrder checks that servers are asked in order and only for what is missing, and which narinfo
+// the reply is made of.
 func TestOrder(t *testing.T) {
 	key := acl.GenerateSigningKey()
 	a, b, c := newTestServer(t), newTestServer(t), newTestServer(t)
@@ -189,8 +185,8 @@ func TestSlowServer(t *testing.T) {
 	}
 }
 
-// TestOrderOfSlowServers checks that an answer that comes while others are waited
-// for counts by its place in the list.
+// TestOrderOfSlowServers checks that an answer that comes while others are waited for counts by its
+// place in the list.
 func TestOrderOfSlowServers(t *testing.T) {
 	key := acl.GenerateSigningKey()
 	first, second := newTestServer(t), newTestServer(t)
@@ -277,8 +273,7 @@ func TestCache(t *testing.T) {
 	}
 }
 
-// BenchmarkWarmQuery asks about items whose narinfos are in the cache, as a new
-// process does.
+// BenchmarkWarmQuery asks about items whose narinfos are in the cache, as a new process does.
 func BenchmarkWarmQuery(b *testing.B) {
 	key := acl.GenerateSigningKey()
 	server := newTestServer(b)
@@ -302,120 +297,4 @@ func BenchmarkWarmQuery(b *testing.B) {
 		}
 	}
 	b.ReportMetric(float64(n)*float64(b.N-1)/b.Elapsed().Seconds(), "narinfos/s")
-}
-
-// TestVerifiedBefore checks when the note in the cache is believed that a signature is
-// good: if nobody else can have written it, and as long as the key is authorised.
-func TestVerifiedBefore(t *testing.T) {
-	key := acl.GenerateSigningKey()
-	server := newTestServer(t)
-	text := sign(t, key, itemPath(0), 1)
-	server.has(itemPath(0), text)
-	hash := itemPath(0)[len("/gnu/store/"):][:32]
-	directory := t.TempDir()
-	have := func(of *acl.SigningKey) bool {
-		t.Helper()
-		cache, err := narinfocache.Open(directory)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer cache.Close()
-		s := newSubstituter(t, of, server)
-		s.Cache = cache
-		return len(s.Have(context.Background(), itemPaths(1))) == 1
-	}
-	entry := func() narinfocache.Entry {
-		t.Helper()
-		cache, err := narinfocache.Open(directory)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer cache.Close()
-		e, ok := cache.Get(server.url, hash, time.Now())
-		if !ok {
-			t.Fatal("nothing is in the cache")
-		}
-		return e
-	}
-	put := func(text string, verified bool) {
-		t.Helper()
-		cache, err := narinfocache.Open(directory)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer cache.Close()
-		e := narinfocache.Entry{Narinfo: []byte(text), TTL: time.Hour, Verified: verified}
-		if err := cache.Put(server.url, hash, e, time.Now()); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if !have(key) || !entry().Verified {
-		t.Error("that the signature is good is not noted")
-	}
-	if have(acl.GenerateSigningKey()) {
-		t.Error("available by a key that is not in the list")
-	}
-	// A signature by the key of something else, which names the right hash.
-	other := sign(t, key, itemPath(1), 1)
-	forged := strings.Replace(text, field(t, text, "Signature"), forgedSignature(t, text, other), 1)
-	put(forged, false)
-	if have(key) || entry().Verified {
-		t.Error("a forged signature is accepted")
-	}
-	put(forged, true)
-	if !have(key) {
-		t.Error("the note is not believed")
-	}
-	if err := os.Chmod(directory, 0o777); err != nil {
-		t.Fatal(err)
-	}
-	if have(key) || entry().Verified {
-		t.Error("a note that anybody can have written is believed")
-	}
-	if err := os.Chmod(directory, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	files, err := filepath.Glob(directory + "/*/" + hash)
-	if err != nil || len(files) != 1 {
-		t.Fatal(files, err)
-	}
-	if err := os.Chmod(files[0], 0o666); err != nil {
-		t.Fatal(err)
-	}
-	if have(key) || entry().Verified {
-		t.Error("a note in a file that anybody can have written is believed")
-	}
-}
-
-// field returns the value of a field of a narinfo.
-func field(t *testing.T, text, name string) string {
-	t.Helper()
-	_, rest, ok := strings.Cut(text, "\n"+name+": ")
-	if !ok {
-		t.Fatalf("no field %s in %q", name, text)
-	}
-	value, _, _ := strings.Cut(rest, "\n")
-	return value
-}
-
-// forgedSignature returns the signature of one narinfo with the numbers of that of
-// another one.
-func forgedSignature(t *testing.T, text, other string) string {
-	t.Helper()
-	split := func(text string) (head, before, numbers, after string) {
-		signature := field(t, text, "Signature")
-		i := strings.LastIndexByte(signature, ';') + 1
-		b, err := base64.StdEncoding.DecodeString(signature[i:])
-		if err != nil {
-			t.Fatal(err)
-		}
-		from, to := bytes.Index(b, []byte("(sig-val")), bytes.Index(b, []byte("(public-key"))
-		if from < 0 || to < from {
-			t.Fatalf("signature %q", b)
-		}
-		return signature[:i], string(b[:from]), string(b[from:to]), string(b[to:])
-	}
-	head, before, _, after := split(text)
-	_, _, numbers, _ := split(other)
-	return head + base64.StdEncoding.EncodeToString([]byte(before+numbers+after))
 }

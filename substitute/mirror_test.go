@@ -65,8 +65,8 @@ func mirrorKeys(t testing.TB) *acl.ACL {
 	return keys
 }
 
-// TestGuixMirror restores all that a real "guix publish" has made, from each of
-// its compressions alone.
+// TestGuixMirror restores all that a real "guix publish" has made, from each of its compressions
+// alone.
 func TestGuixMirror(t *testing.T) {
 	nixStore, err := exec.LookPath("nix-store")
 	if err != nil {
@@ -137,8 +137,7 @@ func TestGuixMirror(t *testing.T) {
 	}
 }
 
-// checkRestored checks that a tree has a hash, and the modes, times and links
-// that it must have.
+// checkRestored checks that a tree has a hash, and the modes, times and links that it must have.
 func checkRestored(t *testing.T, root, narHash string) {
 	t.Helper()
 	h := sha256.New()

@@ -4,101 +4,136 @@ package substitute
 
 import (
 	"context"
+	"errors"
 	"fmt"
-	"io"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
 
 const (
-	// leastLimit is the least bound on the length of an archive, in bytes. A
-	// NarSize that is too small does occur and is harmless: NarHash decides.
+	// leastLimit is the least bound on the length of an archive, in bytes. A NarSize that is too
+	// small does occur and is harmless: NarHash decides.
 	leastLimit = 1 << 20
-	// readAheadBuffers and readAheadSize (bytes) are the memory between a
-	// decompressor and the restorer.
-	readAheadBuffers = 24
-	readAheadSize    = 128 << 10
-	leastReadAhead   = 4 << 10
-	// shortArchive is the length in bytes of an archive up to which it is not read
-	// ahead.
-	shortArchive = 64 << 10
-	// A source that brings less than leastRate bytes per second for ratePeriod is
-	// left for the next one.
+	// A way that brings less than leastRate bytes per second for ratePeriod is left for the next
+	// one, or for none.
 	leastRate  = 1 << 10
 	ratePeriod = time.Minute
+	// paceEvery is how often the pace is looked at.
+	paceEvery = 250 * time.Millisecond
+	// maxRounds is how often ways that have failed for a while are tried again.
+	maxRounds = 3
+	// maxRetryAfter bounds for how long a server is waited for because it wants that.
+	maxRetryAfter = 30 * time.Second
+	// maxServerFailures is after how many failures in a row a server is not waited for.
+	maxServerFailures = 4
 )
+
+// timing are times that tests make shorter.
+type timing struct {
+	slow    time.Duration // after which a slow nar is given up for another way
+	silence time.Duration // that servers may keep about one item, if they are several
+	round   time.Duration // until ways that have failed for a while are tried again; it doubles
+	rounds  time.Duration // all of these together
+}
+
+var usualTiming = timing{slow: 5 * time.Second, silence: 28 * time.Second, round: time.Second, rounds: time.Minute}
 
 // A Status is the outcome of a substitution.
 type Status uint8
 
 // The outcomes.
 const (
-	// NotFound: there is no authorised narinfo, or no source has worked.
+	// NotFound: there is no authorised narinfo, or no way has worked.
 	NotFound Status = iota
 	// Success: the item is at its destination.
 	Success
-	// HashMismatch: sources have worked, but no one has had the right contents.
+	// HashMismatch: ways have worked, but no one has had the right contents.
 	HashMismatch
 )
 
-// An Outcome is what has become of a substitution.
+// An Outcome is the result of a substitution.
 type Outcome struct {
 	Status Status
 	// NarHash and NarSize are those of the narinfo, if Status is Success.
 	NarHash string
 	NarSize uint64
-	// Expected and Actual are the hashes of the narinfo and of what was found
-	// instead, in nix-base32, if Status is HashMismatch.
+	// Expected and Actual are the hashes of the narinfo and of what was found instead, in
+	// nix-base32, if Status is HashMismatch.
 	Expected, Actual string
 }
 
-// Substitute restores a store item to destination. Whatever is there is removed
-// first, and whatever has been written there is removed after a failure. Messages
-// about failures have been shown when it returns.
+// Substitute restores a store item to destination. Whatever is there is removed first, and whatever
+// has been written there is removed after a failure. Messages about failures have been shown when
+// it returns.
+//
+// What has come from a cache, and turns out to be of no use, is requested from its server again,
+// and tried again if it has changed.
 func (s *Substituter) Substitute(ctx context.Context, path, destination string) Outcome {
 	if _, err := narinfo.HashPart(s.StoreDir, path); err != nil {
 		s.Log.Errorf("no valid substitute for %.300q: %v", path, err)
 		return Outcome{}
 	}
-	f := s.lookup(ctx, []string{path})[path]
+	progress := s.Log.Download(destination)
+	defer s.notes.show(s.Log)
+	begin := s.Now()
+	var outcome Outcome
+	for again := false; ; again = true {
+		var useless []record
+		var err error
+		outcome, useless, err = s.substitute(ctx, s.lookup(ctx, []string{path}), &job{
+			path: path, destination: destination, log: s.Log, progress: progress,
+		})
+		if outcome.Status == Success || ctx.Err() != nil {
+			break
+		}
+		if !s.renew(ctx, path, useless, begin, again) || again {
+			progress.Finish(false)
+			s.sayFailed(path, outcome, err)
+			return outcome
+		}
+	}
+	progress.Finish(outcome.Status == Success)
+	return outcome
+}
+
+func (s *Substituter) sayFailed(path string, o Outcome, err error) {
+	switch {
+	case o.Status == HashMismatch:
+		s.Log.Errorf("hash mismatch for '%s': expected %s, got %s", path, o.Expected, o.Actual)
+	case err != nil:
+		s.Log.Errorf("no valid substitute for '%s': %v", path, err)
+	default:
+		s.Log.Errorf("failed to find alternative substitute for '%s'", path)
+	}
+}
+
+var errNone = errors.New("no authorised narinfo describes it")
+
+// substitute tries to get an item that has been looked up. After a failure it returns the narinfos
+// that were of no use. The error is nil if there were ways.
+func (s *Substituter) substitute(ctx context.Context, l *lookup, j *job) (Outcome, []record, error) {
+	f := l.all()[j.path]
 	if f == nil {
-		s.Log.Errorf("no valid substitute for '%s'", path)
-		return Outcome{}
+		return Outcome{}, l.records(j.path), errNone
 	}
 	if err := f.authorised.narinfo.CheckHash(); err != nil {
-		s.Log.Errorf("no valid substitute for '%s': %v", path, err)
-		return Outcome{}
+		return Outcome{}, []record{f.authorised}, err
 	}
-	j := &job{
-		s:           s,
-		path:        path,
-		destination: destination,
-		want:        f.authorised.narinfo,
-		progress:    s.Log.Download(destination),
-		tried:       map[string]bool{},
-	}
-	outcome := j.run(ctx, f)
-	j.progress.Finish(outcome.Status == Success)
-	switch outcome.Status {
-	case NotFound:
-		s.Log.Errorf("failed to find alternative substitute for '%s'", path)
-	case HashMismatch:
-		s.Log.Errorf("hash mismatch for '%s': expected %s, got %s", path, outcome.Expected, outcome.Actual)
-	}
-	return outcome
+	j.s, j.want, j.listed = s, f.authorised.narinfo, map[string]bool{}
+	outcome := j.run(ctx, append([]record{f.chosen}, f.others...))
+	return outcome, j.useless, nil
 }
 
 // A job is the substitution of one item.
@@ -107,32 +142,39 @@ type job struct {
 	path        string
 	destination string
 	want        *narinfo.Narinfo
+	log         *protocol.Log
 	progress    *protocol.Download
-	tried       map[string]bool // URLs
-	choice      *choice         // what blocks are compared with while they come; nil if they are not
-	actual      *[32]byte       // the first wrong hash
+	ahead       *atomic.Bool // the daemon does not wait for it; nil if it always has
+
+	records []record        // that have been listed
+	listed  map[string]bool // URLs and URNs
+	ways    []*candidate    // still to be tried, in order
+	slow    []*candidate    // given up because they were slow
+	failing []*candidate    // failed for a while
+	useless []record        // whose nar is gone or has other contents
+
+	actual       *[32]byte     // the first wrong hash
+	silence      time.Duration // that servers have kept
+	retryAfter   time.Duration // that a failing server wants
+	blocksFailed string        // why blocks have been of no use
 }
 
-// run tries one source after the other.
-func (j *job) run(ctx context.Context, f *found) Outcome {
-	known := append([]record{f.chosen}, f.others...)
-	blocksFirst := j.s.Policy != HTTPFirst
-	if j.s.Policy == Fastest {
-		j.choice = j.choose(ctx, known)
-		j.choice.show(j)
-		blocksFirst = j.choice.blocksFirst()
+// run tries one way after the other. What fails for a while is tried again, some times.
+func (j *job) run(ctx context.Context, known []record) Outcome {
+	j.add(ctx, known)
+	blocks := j.s.Blocks != nil && (j.s.Policy == ERISFirst || j.s.Policy == ERISOnly)
+	if blocks && !slices.ContainsFunc(j.ways, isBlocks) {
+		j.moreRecords(ctx)
 	}
-	if blocksFirst {
-		if o, ok := j.fromBlocks(ctx, known); ok {
+	j.show()
+	begin := time.Now()
+	for round := 0; ; round++ {
+		if o, ok := j.tryAll(ctx); ok {
 			return o
 		}
-	}
-	j.choice = nil // what is tried last is given its time
-	if o, ok := j.fromServers(ctx, known); ok {
-		return o
-	}
-	if o, ok := j.fromBlocks(ctx, known); ok { // those that have not been tried
-		return o
+		if ctx.Err() != nil || round == maxRounds || !j.pause(ctx, round, begin) {
+			break
+		}
 	}
 	if j.actual != nil {
 		return Outcome{
@@ -144,134 +186,147 @@ func (j *job) run(ctx context.Context, f *found) Outcome {
 	return Outcome{}
 }
 
-// fromServers tries the URLs of the narinfos that are known, and then those of
-// the servers that have not been asked.
-func (j *job) fromServers(ctx context.Context, known []record) (Outcome, bool) {
-	for _, r := range known {
-		if o, ok := j.record(ctx, r); ok {
-			return o, true
-		}
-	}
-	// Servers that had no need to be asked for a narinfo may have the bytes.
-	asked := map[*server]bool{}
-	for _, r := range known {
-		asked[r.server] = true
-	}
+func isBlocks(c *candidate) bool {
+	_, blocks := c.way.(*blocksWay)
+	return blocks
+}
+
+// add lists the ways of records.
+func (j *job) add(ctx context.Context, records []record) {
+	j.records = append(j.records, records...)
+	j.list(ctx, records)
+}
+
+// moreRecords asks the servers that had no need to be asked before, which may have the item too. It
+// reports whether there are further ways.
+func (j *job) moreRecords(ctx context.Context) bool {
+	before := len(j.ways)
 	for _, server := range j.s.servers {
-		if asked[server] {
+		if ctx.Err() != nil {
+			return false
+		}
+		if slices.ContainsFunc(j.records, func(r record) bool { return r.server == server }) {
 			continue
 		}
-		if ctx.Err() != nil {
-			break
+		r := j.s.query(ctx, server, j.path, false, true)
+		if r != nil && narinfo.Equivalent(r.narinfo, j.want) {
+			j.add(ctx, []record{*r})
+			if j.s.Policy != ERISFirst && j.s.Policy != ERISOnly || slices.ContainsFunc(j.ways, isBlocks) {
+				break
+			}
 		}
-		if r := j.ask(ctx, server); r != nil && narinfo.Equivalent(r.narinfo, j.want) {
-			if o, ok := j.record(ctx, *r); ok {
-				return o, true
+	}
+	return len(j.ways) > before
+}
+
+// tryAll tries the ways in the list, then those of further servers, and at last those that were
+// slow.
+func (j *job) tryAll(ctx context.Context) (Outcome, bool) {
+	for ctx.Err() == nil {
+		if len(j.ways) == 0 && !j.moreRecords(ctx) {
+			// Nars that have been silent only if there was not much of that.
+			j.ways = slices.DeleteFunc(j.slow, func(c *candidate) bool {
+				c.patient = true
+				return c.got == 0 && !isBlocks(c) && j.silence > j.s.timing.silence/2
+			})
+			j.slow = nil
+			if len(j.ways) == 0 {
+				return Outcome{}, false
 			}
-			if o, ok := j.fromBlocks(ctx, []record{*r}); ok {
-				return o, true
+		}
+		c := j.ways[0]
+		j.ways = j.ways[1:]
+		size, err := j.try(ctx, c)
+		if err == nil {
+			if !isBlocks(c) && !isRewritten(c) {
+				j.whyNotBlocks()
 			}
+			// The daemon needs a number, and takes the one that the narinfo has.
+			if j.want.NarSizeKnown {
+				size = j.want.NarSize
+			}
+			return Outcome{Status: Success, NarHash: j.want.NarHash, NarSize: size}, true
+		}
+		j.failed(c, err)
+		if err := restore.Remove(j.destination); err != nil {
+			j.log.Errorf("%v", err)
+			return Outcome{}, false
 		}
 	}
 	return Outcome{}, false
 }
 
-// success is the outcome of an item that is there, with an archive of the given
-// length.
-func (j *job) success(size uint64) Outcome {
-	// The daemon needs a number, and takes the one that the narinfo has.
-	if j.want.NarSizeKnown {
-		size = j.want.NarSize
+var (
+	// errSlow is why a way is given up for another one.
+	errSlow = errors.New("it comes too slowly; another way should be faster")
+	// errContents is why a way is of no use that works.
+	errContents = errors.New("wrong contents")
+	errSilent   = fmt.Errorf("no answer, like from others before: %w", os.ErrDeadlineExceeded)
+)
+
+// failed notes why a way has failed, and tells it.
+func (j *job) failed(c *candidate, err error) {
+	if isBlocks(c) {
+		j.blocksFailed = err.Error()
 	}
-	return Outcome{Status: Success, NarHash: j.want.NarHash, NarSize: size}
+	if isRewritten(c) {
+		if j.s.Verbose {
+			j.log.Notef("%v; going on with another way", naming(c.String(), err))
+		}
+		return
+	}
+	var status *mirror.StatusError
+	var server *mirror.ServerError
+	switch {
+	case errors.Is(err, errSlow):
+		j.slow = append(j.slow, c)
+		j.log.Notef("%s: %v", c, err)
+		return
+	case errors.Is(err, errContents), errors.As(err, &status) && (status.Code == http.StatusNotFound || status.Code == http.StatusGone):
+		if !isBlocks(c) {
+			j.useless = append(j.useless, c.from)
+		}
+	case status != nil && status.Temporary():
+		j.failing = append(j.failing, c)
+		j.retryAfter = max(j.retryAfter, status.RetryAfter)
+	case errors.As(err, &server) && !errors.Is(err, os.ErrDeadlineExceeded):
+		if server.Failures < maxServerFailures {
+			j.failing = append(j.failing, c)
+			j.retryAfter = max(j.retryAfter, server.Rest)
+		}
+		if server.Rest > 0 {
+			j.log.WarnOnce("down "+server.Server, "%v", naming(c.String(), err))
+			return
+		}
+	}
+	j.log.Warnf("%v; trying to find an alternative", naming(c.String(), err))
 }
 
-// failed deals with a source that has failed. It returns false if there is no
-// point in trying another one.
-func (j *job) failed(ctx context.Context, err error) bool {
-	j.s.Log.Warnf("%v; trying to find an alternative", err)
-	return j.wiped(ctx)
-}
-
-// wiped removes what a source has left behind. It returns false if there is no
-// point in trying another one.
-func (j *job) wiped(ctx context.Context) bool {
-	if err := restore.Remove(j.destination); err != nil {
-		j.s.Log.Errorf("%v", err)
+// pause waits before ways that have failed for a while are tried again. It reports whether there
+// are any, and time.
+func (j *job) pause(ctx context.Context, round int, begin time.Time) bool {
+	if len(j.failing) == 0 {
 		return false
 	}
-	return ctx.Err() == nil
+	wait := j.s.timing.round << round
+	wait += rand.N(wait/4 + 1)
+	wait = max(wait, min(j.retryAfter, maxRetryAfter))
+	if time.Since(begin)+wait > j.s.timing.rounds {
+		return false
+	}
+	j.log.Notef("%s: trying again in %.1f s", j.path, wait.Seconds())
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+		return false
+	}
+	j.ways, j.failing, j.retryAfter = j.failing, nil, 0
+	return true
 }
 
-// check compares what was restored with what the narinfo says.
-func (j *job) check(r restore.Result) error {
-	if r.NarHash == j.want.NarDigest {
-		return nil
-	}
-	if j.actual == nil {
-		j.actual = &r.NarHash
-	}
-	return fmt.Errorf("wrong contents: hash %s instead of %s",
-		nixbase32.EncodeToString(r.NarHash[:]), strings.TrimPrefix(j.want.NarHash, "sha256:"))
-}
-
-// ask asks one server for the item's narinfo.
-func (j *job) ask(ctx context.Context, server *server) *record {
-	hash, err := narinfo.HashPart(j.s.StoreDir, j.path)
-	if err != nil {
-		return nil
-	}
-	var result atomic.Pointer[record]
-	j.s.ask(ctx, server, []*item{{path: j.path, hash: hash}}, false, func(_ *item, r *record) { result.Store(r) })
-	return result.Load()
-}
-
-// record tries the URLs of one narinfo.
-func (j *job) record(ctx context.Context, r record) (Outcome, bool) {
-	if j.s.Policy == ERISOnly {
-		return Outcome{}, false
-	}
-	for _, u := range r.narinfo.PreferredURLs(j.s.order) {
-		if ctx.Err() != nil {
-			return Outcome{}, false
-		}
-		url, err := narinfo.ResolveURL(r.server.url, u.URL)
-		if err != nil {
-			j.s.Log.Warnf("%s: %v", j.path, err)
-			continue
-		}
-		if j.tried[url] {
-			continue
-		}
-		j.tried[url] = true
-		// Whoever sends narinfos over a network has no business with our files.
-		if mirror.IsLocal(url) && !mirror.IsLocal(r.server.url) {
-			j.s.Log.Warnf("%s: %s names a local file, %.300q", j.path, r.server.name, url)
-			continue
-		}
-		if err := j.s.Mirrors.Down(url); err != nil {
-			j.s.sayDown(mirror.WithoutUser(url), err, false)
-			continue
-		}
-		size, err := j.attempt(ctx, url, u.Compression)
-		if err == nil {
-			return j.success(size), true
-		}
-		goOn := false
-		if down := j.s.Mirrors.Down(url); down != nil {
-			j.s.sayDown(mirror.WithoutUser(url), down, false)
-			goOn = j.wiped(ctx)
-		} else {
-			goOn = j.failed(ctx, naming(mirror.WithoutUser(url), err))
-		}
-		if !goOn {
-			return Outcome{}, false
-		}
-	}
-	return Outcome{}, false
-}
-
-// naming makes sure that an error names the URL that it is about.
+// naming makes sure that an error names the URL or URN that it is about.
 func naming(url string, err error) error {
 	if strings.Contains(err.Error(), url) {
 		return err
@@ -279,64 +334,79 @@ func naming(url string, err error) error {
 	return fmt.Errorf("%s: %w", url, err)
 }
 
-// attempt restores the item from one URL. It returns the length of the archive.
-func (j *job) attempt(ctx context.Context, url, compression string) (narSize uint64, err error) {
+// An attempt is the use of one way.
+type attempt struct {
+	progress *protocol.Download
+	cancel   context.CancelCauseFunc
+	got      atomic.Int64 // bytes
+	given    atomic.Bool  // up, because it was slow
+}
+
+// from tells where the item comes from, for people, and how many bytes will come; negative is
+// unknown.
+func (a *attempt) from(url string, size int64) { a.progress.From(url, size) }
+
+// count notes that n bytes have come over the network.
+func (a *attempt) count(n int) { a.countShown(n, n) }
+
+// countShown notes that n bytes have come, of which fewer are shown as progress.
+func (a *attempt) countShown(n, shown int) {
+	a.got.Add(int64(n))
+	a.progress.Transferred(shown)
+}
+
+// slow reports whether the way was given up because it was slow.
+func (a *attempt) slow() bool { return a.given.Load() }
+
+// try restores the item by one way. It returns the length of the archive.
+func (j *job) try(ctx context.Context, c *candidate) (narSize uint64, err error) {
 	if err := restore.Remove(j.destination); err != nil {
 		return 0, err
 	}
-	before := usage()
 	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	begin := time.Now()
-	body, err := j.s.Mirrors.OpenNar(ctx, url)
+	a := &attempt{progress: j.progress, cancel: cancel}
+	stop := j.watch(ctx, c, a)
+	defer func() {
+		cancel(nil)
+		stop()
+		c.got = a.got.Load()
+	}()
+	nodes, done, err := c.nodes(ctx, a)
 	if err != nil {
-		return 0, err
+		return 0, prefer(ctx, err)
 	}
-	defer body.Close()
-	latency := time.Since(begin)
-	size := body.Size
-	if size < 0 && compression == "none" {
-		size = int64(j.want.NarSize)
-	}
-	j.progress.From(body.URL, size)
-	var bounded io.Reader = body
-	if !mirror.IsLocal(url) {
-		bounded = ratelimit.Reader(ctx, body, j.s.Limiter)
-	}
-	counted := &counter{r: bounded, progress: j.progress}
-	stop := watchRate(&counted.n, cancel)
-	defer stop()
-	plain, err := decompress.Open(compression, counted)
-	if err != nil {
-		return 0, err
-	}
-	nodes, closeNodes := j.reader(ctx, plain)
 	result, err := restore.Restore(ctx, nodes, j.destination, j.options())
 	if err != nil {
+		err = prefer(ctx, err)
 		cancel(err) // makes a read that is under way return
-		err = context.Cause(ctx)
+	} else {
+		err = j.check(ctx, c, result)
 	}
-	closeNodes()
-	plain.Close()
-	if err != nil {
-		return 0, err
-	}
-	body.Drain()
-	if err := j.check(result); err != nil {
-		return 0, err
-	}
-	j.s.noteServer(url, counted, latency)
-	j.s.adapt(before)
-	return result.NarSize, nil
+	done(err == nil)
+	return result.NarSize, err
 }
 
-// reader reads the archive, in a goroutine of its own unless it is short.
-func (j *job) reader(ctx context.Context, plain io.Reader) (nodes *nar.Reader, done func()) {
-	if j.want.NarSize <= shortArchive {
-		return nar.NewReader(nar.FeedReader(plain, int(max(j.want.NarSize, leastReadAhead)))), func() {}
+// prefer returns why a context was cancelled, rather than what followed from it.
+func prefer(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
 	}
-	ahead := nar.NewReadAhead(ctx, plain, readAheadBuffers, int(min(j.want.NarSize, readAheadSize)))
-	return nar.NewReader(ahead), ahead.Close
+	return err
+}
+
+// check compares what was restored with what the narinfo says.
+func (j *job) check(ctx context.Context, c *candidate, r restore.Result) error {
+	if r.NarHash == j.want.NarDigest {
+		return nil
+	}
+	if w, ok := c.way.(*rewrittenWay); ok {
+		w.missed(ctx)
+		return errContents
+	}
+	if j.actual == nil {
+		j.actual = &r.NarHash
+	}
+	return errContents
 }
 
 func (j *job) options() restore.Options {
@@ -348,40 +418,77 @@ func (j *job) options() restore.Options {
 	return o
 }
 
-// A counter counts what is read through it.
-type counter struct {
-	r        io.Reader
-	progress *protocol.Download
-	n        atomic.Int64
-	waited   atomic.Int64 // in Read, in nanoseconds
-}
-
-func (c *counter) Read(p []byte) (int, error) {
-	begin := time.Now()
-	n, err := c.r.Read(p)
-	c.waited.Add(int64(time.Since(begin)))
-	c.n.Add(int64(n))
-	c.progress.Transferred(n)
-	return n, err
-}
-
-// watchRate cancels when the bytes that n counts come too slowly to ever make an
-// item. The caller must call what it returns.
-func watchRate(n *atomic.Int64, cancel context.CancelCauseFunc) (stop func()) {
-	before := int64(0)
-	return every(ratePeriod, func() bool {
-		now := n.Load()
-		if now-before < leastRate*int64(ratePeriod/time.Second) {
-			cancel(fmt.Errorf("only %d bytes in %v", now-before, ratePeriod))
-			return false
+// watch gives the attempt up when it is slow: when it could never make an item, or, by its pace,
+// when the next way would be there much earlier, although that begins from the start. If no other
+// way is known, it looks for one first. The caller must call what it returns before it uses the
+// list again.
+func (j *job) watch(ctx context.Context, c *candidate, a *attempt) (stop func()) {
+	begin := sample{at: time.Now()}
+	w := watched{c: c, period: []sample{begin}, window: []sample{begin}}
+	alone := c.patient || j.s.Limiter != nil
+	return every(min(paceEvery, c.pace().after/4), func() bool {
+		now := sample{time.Now(), a.got.Load()}
+		err := w.tooSlow(now)
+		switch {
+		case err != nil || alone:
+		case len(j.ways) > 0:
+			if w.slowerThan(now, j.ways[0].time) {
+				err = errSlow
+			}
+		case w.slowerThan(now, 2*unknownLatency+seconds(float64(c.bytes)/unknownRate)):
+			alone = !j.moreRecords(ctx)
 		}
-		before = now
-		return true
+		if err == nil {
+			return true
+		}
+		a.given.Store(err == errSlow)
+		a.cancel(err)
+		return false
 	})
 }
 
-// every calls f after each period, until that returns false or stop is called, as
-// the caller must.
+// A sample is how many bytes there were at some time.
+type sample struct {
+	at  time.Time
+	got int64
+}
+
+// watched is what is known of the pace of an attempt.
+type watched struct {
+	c      *candidate
+	period []sample // the last one that is older than ratePeriod, and later ones
+	window []sample // the same, with the window of the pace
+}
+
+// since adds a sample to some and removes those that are not needed for a time before it. It
+// returns the bytes since then, and since when that is.
+func since(samples *[]sample, now sample, back time.Duration) (bytes int64, elapsed time.Duration) {
+	*samples = append(*samples, now)
+	for back > 0 && len(*samples) > 1 && now.at.Sub((*samples)[1].at) >= back {
+		*samples = (*samples)[1:]
+	}
+	first := (*samples)[0]
+	return now.got - first.got, now.at.Sub(first.at)
+}
+
+// tooSlow returns why the attempt could never make an item, or nil.
+func (w *watched) tooSlow(now sample) error {
+	bytes, elapsed := since(&w.period, now, ratePeriod)
+	if elapsed < ratePeriod || bytes >= leastRate*int64(ratePeriod/time.Second) {
+		return nil
+	}
+	return fmt.Errorf("only %d bytes in %v", bytes, ratePeriod)
+}
+
+// slowerThan reports whether the attempt is given up, by its pace, for a way that takes some time.
+func (w *watched) slowerThan(now sample, other time.Duration) bool {
+	p := w.c.pace()
+	bytes, elapsed := since(&w.window, now, p.window)
+	left := float64(max(0, w.c.bytes-now.got))
+	return elapsed >= p.after && left > p.factor*float64(bytes)/elapsed.Seconds()*(other+preferMargin).Seconds()
+}
+
+// every calls f after each period, until that returns false or stop is called, as the caller must.
 func every(period time.Duration, f func() bool) (stop func()) {
 	done := make(chan struct{})
 	var wait sync.WaitGroup
@@ -400,33 +507,4 @@ func every(period time.Duration, f func() bool) (stop func()) {
 		}
 	})
 	return func() { close(done); wait.Wait() }
-}
-
-// cpu is how much of the processor has been used until when.
-type cpu struct {
-	at   time.Time
-	user time.Duration
-}
-
-func usage() cpu {
-	var r unix.Rusage
-	unix.Getrusage(unix.RUSAGE_SELF, &r)
-	return cpu{time.Now(), time.Duration(r.Utime.Nano())}
-}
-
-// adapt chooses the compression for the next item: one that is fast to decompress
-// if that was what took the time, and one that is small if it was the network
-// (Guix, guix/scripts/substitute.scm: guix-substitute).
-func (s *Substituter) adapt(before cpu) {
-	after := usage()
-	wall := after.at.Sub(before.at)
-	if wall <= 0 {
-		return
-	}
-	switch share := float64(after.user-before.user) / float64(wall); {
-	case share > 0.8:
-		s.order = narinfo.Fast
-	case share < 0.2:
-		s.order = narinfo.Small
-	}
 }

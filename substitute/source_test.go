@@ -61,8 +61,7 @@ func deadAddress(t testing.TB) string {
 	return l.Addr().String()
 }
 
-// TestPasswordsNotShown checks that no message shows the user information of a
-// server's URL.
+// TestPasswordsNotShown checks that no message shows the user information of a server's URL.
 func TestPasswordsNotShown(t *testing.T) {
 	key := acl.GenerateSigningKey()
 	server := newTestServer(t)
@@ -90,6 +89,7 @@ func TestDeadServerSaidOnce(t *testing.T) {
 		server.has(path, strings.Replace(text, "URL: nar", "URL: http://"+dead+"/nar", 1))
 	}
 	s, log := withLog(t, key, server.url)
+	s.SetTiming(time.Second, time.Second, time.Millisecond, 0)
 	for _, path := range itemPaths(5) {
 		if o := s.Substitute(context.Background(), path, t.TempDir()+"/item"); o.Status != substitute.NotFound {
 			t.Errorf("outcome %+v", o)
@@ -100,8 +100,8 @@ func TestDeadServerSaidOnce(t *testing.T) {
 	}
 }
 
-// TestLocalFileFromNetwork checks that a narinfo from a network cannot have a file
-// of ours opened, while one of a directory can.
+// TestLocalFileFromNetwork checks that a narinfo from a network cannot have a file of ours opened,
+// while one of a directory can.
 func TestLocalFileFromNetwork(t *testing.T) {
 	key := acl.GenerateSigningKey()
 	server := newTestServer(t)
@@ -124,8 +124,8 @@ func TestLocalFileFromNetwork(t *testing.T) {
 	}
 }
 
-// TestEndlessNarinfos asks a server whose narinfos are as long as may be: it is not
-// listened to for ever, and what it does not say another one says.
+// TestEndlessNarinfos asks a server whose narinfos are as long as may be: it is not listened to for
+// ever, and what it does not say another one says.
 func TestEndlessNarinfos(t *testing.T) {
 	key := acl.GenerateSigningKey()
 	endless, good := newTestServer(t), newTestServer(t)
@@ -138,8 +138,8 @@ func TestEndlessNarinfos(t *testing.T) {
 	if records := s.Info(context.Background(), itemPaths(n)); len(records) != n {
 		t.Errorf("%d of %d items are available", len(records), n)
 	}
-	// 16 MiB and 8 KiB per item are 18 such narinfos.
-	if asked := good.asked.Load(); asked < n-20 || asked == n {
+	// 4 MiB and 8 KiB per item are 5 such narinfos.
+	if asked := good.asked.Load(); asked < n-6 || asked == n {
 		t.Errorf("the other server was asked for %d of %d items", asked, n)
 	}
 	if text := log.String(); strings.Count(text, "more than narinfos can be") != 1 {

@@ -1,44 +1,47 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package substitute is the policy of a substituter, and the only room that sees
-// the whole of it: it looks narinfos up, decides which of them are authorised,
-// lists the sources of an item, restores it from the first that works, and checks
-// the result. Start with [New].
+// Package substitute is the policy of a substituter, and the only room that sees the whole of it:
+// it looks narinfos up, decides which of them are authorised, lists the sources of an item,
+// restores it from the first that works, and checks the result. Start with [New].
 //
-// The rule behind it: trust comes only from the NarHash of an authorised narinfo.
-// Everything else, narinfos of mirrors and nars alike, may come from anybody,
-// since what is restored is hashed and must have that NarHash.
+// The rule behind it: trust comes only from the NarHash of an authorised narinfo. Everything else,
+// narinfos of mirrors and nars alike, may come from anybody, since what is restored is hashed and
+// must have that NarHash.
 //
-// It follows Guix, guix/scripts/substitute.scm and guix/substitutes.scm, in what
-// the daemon can see of it; but it never gives up as a whole: whatever goes wrong
-// with an item, its answer is that the item cannot be had.
+// It follows Guix, guix/scripts/substitute.scm and guix/substitutes.scm, in what the daemon can see
+// of it; but it never gives up as a whole: whatever goes wrong with an item, its answer is that the
+// item cannot be had.
 package substitute
 
 import (
 	"context"
+	"strings"
 	"sync/atomic"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
 )
 
 // Config is what a [Substituter] works with.
 type Config struct {
-	// StoreDir is the store directory, an absolute file name without a slash at
-	// its end.
+	// StoreDir is the store directory, an absolute file name without a slash at its end.
 	StoreDir string
-	// URLs are the substitute URLs in the order in which they are asked. Those
-	// that make no sense are passed over, with a warning.
+	// URLs are the substitute URLs in the order in which they are asked. Those that make no sense
+	// are passed over, with a warning.
 	URLs []string
-	// Keys are the keys whose signatures count.
-	Keys *acl.ACL
+	// Keys are the keys whose signatures count, and KeysFile the file that lists them, for
+	// messages.
+	Keys     *acl.ACL
+	KeysFile string
 	// AllowUnauthenticated makes every narinfo count as authorised.
 	AllowUnauthenticated bool
 	// Deduplicate makes equal files of the store share their contents.
@@ -48,32 +51,37 @@ type Config struct {
 	// Cache keeps narinfos for other processes; nil is none.
 	Cache *narinfocache.Cache
 	// Blocks is where blocks are fetched from; nil is nowhere.
-	Blocks eris.VerifiedBlocks
+	Blocks fetch.Source
+	// Reuse finds older items of the store to make new ones of; nil is none. It is tried before
+	// everything else, whatever the policy.
+	Reuse *reuse.Finder
 	// Window bounds the blocks in flight; nil is a default.
-	Window func() eris.Window
+	Window func() fetch.Window
 	// Limiter bounds the bytes of nars; nil is no limit.
 	Limiter *ratelimit.Limiter
 	// Policy tells what is tried first.
 	Policy Policy
-	// UnsignedCapabilities allows the use of read capabilities that no signature
-	// covers. What they denote is checked all the same; they decide what is
-	// fetched, but not what is restored.
+	// UnsignedCapabilities allows the use of read capabilities that no signature covers. What they
+	// denote is checked all the same; they decide what is fetched, but not what is restored.
 	UnsignedCapabilities bool
 	// Log is where messages and progress go.
 	Log *protocol.Log
 	// StoreSpeed tells how fast the stores of Blocks are; nil is nobody knows.
 	StoreSpeed func() Speed
+	// Probe tries stores that are out of reach by a block that nobody waits for, so that it is
+	// noticed when they can be used again; nil is nothing.
+	Probe func(pair eris.Pair, size eris.BlockSize)
 	// Speeds remembers how fast substitute servers are; nil is nothing.
 	Speeds Speeds
-	// Nearby has the blocks that need not be fetched; nil is none. NearbyStride
-	// tells how many blocks there are for each that is looked for.
+	// Nearby has the blocks that need not be fetched; nil is none. NearbyStride tells how many
+	// blocks there are for each that is looked for.
 	Nearby       image.Nearby
 	NearbyStride int
-	// Verbose shows what is expected of blocks and nars, and what is chosen.
+	// Verbose shows the ways to each item, what is expected of them, and why blocks are not used.
 	Verbose bool
-	// LookAhead is how many narinfos are fetched in all before anybody asks for
-	// them: those of the references of what Info was asked about, and of theirs.
-	// None if it is 0. Close must be called then.
+	// LookAhead is how many narinfos are fetched in all before anybody asks for them: those of the
+	// references of what Info was asked about, and of theirs. None if it is 0. Close must be called
+	// then.
 	LookAhead int
 	// Debug shows each narinfo that a server does not have.
 	Debug bool
@@ -86,8 +94,8 @@ type Policy uint8
 
 // The policies.
 const (
-	// Fastest compares what is known of the stores and the servers, and of the
-	// blocks that are there already, and tries first what should take less time.
+	// Fastest compares what is known of the stores and the servers, and of the blocks that are
+	// there already, and tries first what should take less time.
 	Fastest Policy = iota
 	// ERISFirst tries blocks before nars.
 	ERISFirst
@@ -99,16 +107,17 @@ const (
 	HTTPOnly
 )
 
-// A Substituter answers the daemon's questions. Its methods are not safe for
-// concurrent use: there is one request at a time.
+// A Substituter answers the daemon's questions. Its methods are not safe for concurrent use: there
+// is one request at a time.
 type Substituter struct {
 	Config
-	servers []*server
-	order   narinfo.Order
-	memory  memory
-	flights flights
-	ahead   lookAhead
-	notes   notes
+	servers    []*server
+	timing     timing
+	memory     memory
+	pending    pendings
+	ahead      lookAhead
+	precedence precedence
+	notes      notes
 }
 
 // New returns a substituter.
@@ -116,7 +125,7 @@ func New(c Config) *Substituter {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	s := &Substituter{Config: c}
+	s := &Substituter{Config: c, timing: usualTiming}
 	seen := map[string]bool{}
 	for _, url := range c.URLs {
 		if err := mirror.CheckURL(url); err != nil {
@@ -125,7 +134,10 @@ func New(c Config) *Substituter {
 		}
 		if !seen[url] {
 			seen[url] = true
-			s.servers = append(s.servers, &server{url: url, name: mirror.WithoutUser(url), index: len(s.servers)})
+			base, _, _ := strings.Cut(url, "?") // as narinfos are requested
+			s.servers = append(s.servers, &server{
+				url: url, base: base, name: mirror.WithoutUser(url), index: len(s.servers),
+			})
 		}
 	}
 	return s
@@ -141,6 +153,7 @@ func (s *Substituter) SetKeys(keys *acl.ACL) {
 // A server is a substitute server.
 type server struct {
 	url   string
+	base  string // what relative URLs of nars are appended to
 	name  string // the URL without what may be a password
 	index int    // in the order of preference
 	// sluggish tells that the last lookup ended without all of its answers.
@@ -150,11 +163,11 @@ type server struct {
 // Close stops looking ahead. It returns when nothing of that goes on any more.
 func (s *Substituter) Close() { s.ahead.stop() }
 
-// Have returns those of the given store items that are available, in the order
-// given. Anything that is not the file name of a store item is not.
+// Have returns those of the given store items that are available, in the order given. Anything that
+// is not the file name of a store item is not.
 func (s *Substituter) Have(ctx context.Context, items []string) []string {
 	var available []string
-	found := s.lookup(ctx, items)
+	found := s.lookup(ctx, items).all()
 	for _, item := range unique(items) {
 		if found[item] != nil {
 			available = append(available, item)
@@ -163,18 +176,18 @@ func (s *Substituter) Have(ctx context.Context, items []string) []string {
 	return available
 }
 
-// Info returns what the daemon wants to know about those of the given store
-// items that are available, in the order given.
+// Info returns what the daemon wants to know about those of the given store items that are
+// available, in the order given.
 //
-// After a question about few items, it goes on in the background with what
-// they refer to, as [Config] allows, for that is what the daemon asks about next.
+// After a question about few items, it goes on in the background with what they refer to, as
+// [Config] allows, for that is what the daemon asks about next.
 func (s *Substituter) Info(ctx context.Context, items []string) []protocol.Info {
 	var records []protocol.Info
-	found := s.lookup(ctx, items)
+	found := s.lookup(ctx, items).all()
 	defer s.lookAhead(items, found)
 	for _, item := range unique(items) {
 		f := found[item]
-		if f == nil {
+		if f == nil || !s.usable(f) {
 			continue
 		}
 		n := f.chosen.narinfo
@@ -190,8 +203,7 @@ func (s *Substituter) Info(ctx context.Context, items []string) []protocol.Info 
 	return records
 }
 
-// downloadSize is the size of the nar that would be tried first, in bytes; 0 if
-// it is not known.
+// downloadSize is the size of the nar that would be tried first, in bytes; 0 if it is not known.
 func downloadSize(n *narinfo.Narinfo) uint64 {
 	if urls := n.PreferredURLs(narinfo.Fast); len(urls) > 0 && urls[0].SizeKnown {
 		return urls[0].FileSize

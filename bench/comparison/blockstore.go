@@ -8,6 +8,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 )
 
 // blockstoreEngine is the package that came out of this: slots in files, and an index in bbolt.
@@ -16,12 +17,13 @@ import (
 type blockstoreEngine struct {
 	*blockstore.Store
 	directory string
+	size      eris.BlockSize
 	limited   bool
 }
 
-func openBlockstore(directory string, _ int) (engine, error) {
+func openBlockstore(directory string, size int) (engine, error) {
 	s, err := blockstore.Open(directory, blockstore.Options{})
-	return &blockstoreEngine{Store: s, directory: directory}, err
+	return &blockstoreEngine{Store: s, directory: directory, size: eris.BlockSize(size)}, err
 }
 
 func (e *blockstoreEngine) put(blocks []item) error {
@@ -48,11 +50,15 @@ func (e *blockstoreEngine) remove([]eris.Reference) error {
 }
 
 func (e *blockstoreEngine) get(reference eris.Reference, dst []byte) ([]byte, error) {
-	b, err := e.Get(context.Background(), reference, 0, dst)
-	if errors.Is(err, eris.ErrNotFound) {
+	if cap(dst) < int(e.size) {
+		dst = make([]byte, 0, e.size)
+	}
+	r := fetch.Request{Pair: eris.Pair{Reference: reference}, Size: e.size, Dst: dst[:0], Done: func(*fetch.Request) {}}
+	e.Start(&r) // is done when it returns
+	if errors.Is(r.Err, eris.ErrNotFound) {
 		return nil, nil
 	}
-	return b, err
+	return r.Block, r.Err
 }
 
 func (e *blockstoreEngine) close() error { return e.Close() }

@@ -4,7 +4,6 @@ package coapserver_test
 
 import (
 	"bufio"
-	"io"
 	"net"
 	"testing"
 	"time"
@@ -14,6 +13,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 )
 
 // client is a client that does as it is told, and no more.
@@ -23,14 +23,7 @@ type client struct {
 	r    *bufio.Reader
 }
 
-// reply is a message from the server.
-type reply struct {
-	coap.Head
-	response coap.Response
-	payload  []byte
-}
-
-var csm = coap.AppendCapabilities(nil, coap.MessageSize)
+var csm = coaptest.CSM
 
 // dial connects, and says what it can receive unless that is to be left out.
 func dial(tb testing.TB, network, address string, first ...byte) *client {
@@ -57,46 +50,23 @@ func (c *client) write(b []byte) bool {
 }
 
 // read returns the next message; ok is false at the end.
-func (c *client) read() (m reply, ok bool) {
+func (c *client) read() (m coaptest.Message, ok bool) {
 	c.conn.SetReadDeadline(time.Now().Add(30 * time.Second))
-	for n := 2; ; n++ {
-		b, err := c.r.Peek(n)
-		if err != nil {
-			if err, isNet := err.(net.Error); isNet && err.Timeout() {
-				c.tb.Error("the server hangs")
-			}
-			return m, false
-		}
-		if m.Head, err = coap.ParseHead(b, coap.MessageSize); err == nil {
-			break
-		} else if err != coap.ErrShortHead {
-			c.tb.Errorf("server sends nonsense: %v", err)
-			return m, false
-		}
+	m, err := coaptest.Read(c.r)
+	if err, isNet := err.(net.Error); isNet && err.Timeout() {
+		c.tb.Error("the server hangs")
 	}
-	c.r.Discard(m.Size)
-	body := make([]byte, m.Length)
-	if _, err := io.ReadFull(c.r, body); err != nil {
-		return m, false
-	}
-	options := coap.ParseOptions(body)
-	if !coap.IsSignal(m.Code) {
-		if err := coap.ParseResponse(&options, &m.response); err != nil || m.response.Unusable {
-			c.tb.Errorf("server sends nonsense: %v", err)
-		}
-	}
-	m.payload = options.Payload()
-	return m, true
+	return m, err == nil
 }
 
 // readAnswer passes over signalling messages.
-func (c *client) readAnswer() (m reply) {
+func (c *client) readAnswer() (m coaptest.Message) {
 	for {
 		m, ok := c.read()
 		if !ok {
-			return reply{}
+			return coaptest.Message{}
 		}
-		if !coap.IsSignal(m.Code) {
+		if !m.IsSignal() {
 			return m
 		}
 	}
@@ -113,15 +83,12 @@ func (c *client) awaitEnd() (last codes.Code) {
 	}
 }
 
-var wellKnown = coap.NewRequests([]string{".well-known", "eris"}, false)
-
 func getRequest(token uint32, ref eris.Reference, size eris.BlockSize, part coap.Block) []byte {
-	return coap.AppendMessage(nil, codes.GET, coap.MakeToken(token), wellKnown.AppendGet(nil, &ref, size, part), "")
+	return coaptest.Stream(codes.GET, coaptest.Token(token), coaptest.Get(ref, size, part), "")
 }
 
-func putRequest(token uint32, part coap.Block, total int, payload []byte) []byte {
-	b := coap.AppendHead(nil, codes.PUT, coap.MakeToken(token), wellKnown.PutSize(part, total, len(payload)))
-	return wellKnown.AppendPut(b, part, total, payload)
+func putRequest(token uint32, part coap.Block, payload []byte) []byte {
+	return coaptest.Stream(codes.PUT, coaptest.Token(token), coaptest.Put(part), payload)
 }
 
 // request makes a request from options given as pairs of a number and a value.
@@ -130,8 +97,8 @@ func request(code codes.Code, payload string, options ...any) []byte {
 	var previous message.OptionID
 	for i := 0; i < len(options); i += 2 {
 		number := message.OptionID(options[i].(int))
-		b = coap.AppendOption(b, previous, number, options[i+1].(string))
+		b = coaptest.Option(b, previous, number, options[i+1].(string))
 		previous = number
 	}
-	return coap.AppendMessage(nil, code, coap.MakeToken(1), b, payload)
+	return coaptest.Stream(code, coaptest.Token(1), b, payload)
 }

@@ -7,17 +7,19 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 )
 
 // TestDocuments gets documents, whole and in parts, where that is permitted.
 func TestDocuments(t *testing.T) {
 	long := bytes.Repeat([]byte("0123456789abcdef"), 2048)
 	config := coapserver.Config{
-		Resources: []coapserver.Resource{{Blocks: newMemory()}},
+		Resources: []coapserver.Resource{{Source: newMemory()}},
 		Documents: []coapserver.Document{
 			{Path: "short", Format: 50, Text: func() []byte { return []byte("{}") }},
 			{Path: "a/long", Text: func() []byte { return long }},
@@ -32,16 +34,16 @@ func TestDocuments(t *testing.T) {
 	_, address := serveConfig(t, "tcp", access, config)
 	c := dial(t, "tcp", address, csm...)
 	c.write(short)
-	if m := c.readAnswer(); m.Code != codes.Content || string(m.payload) != "{}" {
-		t.Errorf("%v %q", m.Code, m.payload)
+	if m := c.readAnswer(); m.Code != codes.Content || string(m.Payload) != "{}" {
+		t.Errorf("%v %q", m.Code, m.Payload)
 	}
 	c.write(longRequest())
-	if m := c.readAnswer(); m.Code != codes.Content || !bytes.Equal(m.payload, long) || m.response.Block2.Present {
-		t.Errorf("%v, %d bytes", m.Code, len(m.payload))
+	if m := c.readAnswer(); m.Code != codes.Content || !bytes.Equal(m.Payload, long) || m.Block(message.Block2).Present {
+		t.Errorf("%v, %d bytes", m.Code, len(m.Payload))
 	}
 	c.write(request(codes.GET, "", 11, "empty"))
-	if m := c.readAnswer(); m.Code != codes.Content || len(m.payload) != 0 {
-		t.Errorf("%v %q", m.Code, m.payload)
+	if m := c.readAnswer(); m.Code != codes.Content || len(m.Payload) != 0 {
+		t.Errorf("%v %q", m.Code, m.Payload)
 	}
 	c.write(request(codes.PUT, "x", 11, "short"))
 	if m := c.readAnswer(); m.Code != codes.NotFound {
@@ -57,20 +59,20 @@ func TestDocuments(t *testing.T) {
 	}
 
 	// A client that takes small messages gets it in parts.
-	small := dial(t, "tcp", address, coap.AppendCapabilities(nil, coap.BaseMessageSize)...)
+	small := dial(t, "tcp", address, coaptest.Capabilities(1152, true)...)
 	small.write(longRequest())
 	var got []byte
 	for {
 		m := small.readAnswer()
-		if m.Code != codes.Content || !m.response.Block2.Present || int(m.response.Block2.Number)*1024 != len(got) {
-			t.Fatalf("%v, %+v", m.Code, m.response)
+		if m.Code != codes.Content || !m.Block(message.Block2).Present || int(m.Block(message.Block2).Number)*1024 != len(got) {
+			t.Fatalf("%v, %+v", m.Code, m.Options)
 		}
-		got = append(got, m.payload...)
-		if !m.response.Block2.More {
+		got = append(got, m.Payload...)
+		if !m.Block(message.Block2).More {
 			break
 		}
-		next := coap.Block{Number: m.response.Block2.Number + 1, Exponent: 6}
-		small.write(longRequest(23, string(coap.AppendUintOption(nil, 0, 0, next.Uint())[1:])))
+		next := coap.Block{Number: m.Block(message.Block2).Number + 1, Exponent: 6}
+		small.write(longRequest(23, string(coaptest.Block(nil, 0, 0, next)[1:])))
 	}
 	if !bytes.Equal(got, long) {
 		t.Errorf("parts make %d bytes", len(got))
@@ -80,7 +82,7 @@ func TestDocuments(t *testing.T) {
 	c = dial(t, "tcp", address, csm...)
 	c.write(short)
 	if m := c.readAnswer(); m.Code != codes.NotFound {
-		t.Errorf("without permission: %v %q", m.Code, m.payload)
+		t.Errorf("without permission: %v %q", m.Code, m.Payload)
 	}
 	config.Documents = slices.Clone(config.Documents) // those of the server stay
 	config.Documents[1].Path = "/../x"

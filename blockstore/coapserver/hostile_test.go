@@ -17,15 +17,16 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 )
 
-// TestHostile has clients that do not keep to the protocol. Each connection must come to its end within bounded time, and
-// others must be served meanwhile.
+// TestHostile has clients that do not keep to the protocol. Each connection must come to its end
+// within bounded time, and others must be served meanwhile.
 func TestHostile(t *testing.T) {
 	store := newMemory()
 	ref, block := store.add(t, eris.BlockSize1KiB)
 	_, address := serveConfig(t, "unix", readWrite, coapserver.Config{
-		Resources:      []coapserver.Resource{{Blocks: store, Sink: store}},
+		Resources:      []coapserver.Resource{{Source: store, Sink: store}},
 		MessageTimeout: 200 * time.Millisecond,
 		IdleTimeout:    400 * time.Millisecond,
 	})
@@ -46,14 +47,14 @@ func TestHostile(t *testing.T) {
 			}
 		}
 	}
-	large := putRequest(1, coap.Block{}, 0, make([]byte, eris.BlockSize32KiB))
+	large := putRequest(1, coap.Block{}, make([]byte, eris.BlockSize32KiB))
 	for _, v := range []struct {
 		name string
 		play func(c *client)
 		last codes.Code // of what the server says last; 0: of no interest
 	}{
-		{"says nothing", func(*client) {}, codes.CSM},
-		{"says nothing after its capabilities", csmAnd(""), codes.CSM},
+		{"says nothing", func(*client) {}, codes.Release},
+		{"says nothing after its capabilities", csmAnd(""), codes.Release},
 		{"request first", func(c *client) { c.write(getRequest(1, ref, eris.BlockSize1KiB, coap.Block{})) }, codes.Abort},
 		{"large request first", func(c *client) { c.write(large[:20000]) }, codes.Abort},
 		{"noise", func(c *client) { c.write(block) }, codes.Abort},
@@ -84,10 +85,10 @@ func TestHostile(t *testing.T) {
 		{"endless pings", flood(fromHex("01 e2 07")), 0},
 		{"endless empty messages", flood(fromHex("00 00")), 0},
 		{"endless answers", flood(fromHex("01 45 07")), 0},
-		{"endless large answers", flood(coap.AppendMessage(nil, codes.Content, coap.MakeToken(1), nil, make([]byte, 20000))), 0},
+		{"endless large answers", flood(coaptest.Stream(codes.Content, coaptest.Token(1), nil, make([]byte, 20000))), 0},
 		{"endless requests, answers not read", flood(getRequest(1, ref, eris.BlockSize1KiB, coap.Block{})), 0},
 		{"endless bad requests, answers not read", flood(fromHex("01 01 07")), 0},
-		{"endless blocks, answers not read", flood(putRequest(1, coap.Block{}, 0, block)), 0},
+		{"endless blocks, answers not read", flood(putRequest(1, coap.Block{}, block)), 0},
 		{"Release", csmAnd("00 e4"), codes.CSM},
 		{"Abort", csmAnd("00 e5"), 0},
 	} {
@@ -102,7 +103,7 @@ func TestHostile(t *testing.T) {
 			good := dial(t, "unix", address, csm...)
 			good.write(getRequest(1, ref, eris.BlockSize1KiB, coap.Block{}))
 			if m := good.readAnswer(); m.Code != codes.Content {
-				t.Errorf("others are not served: %v", m.Head)
+				t.Errorf("others are not served: %v", m.Code)
 			}
 		})
 	}
@@ -127,11 +128,12 @@ func TestHostileMemory(t *testing.T) {
 	}
 }
 
-// TestMaxConnections checks that connections beyond the limit are closed, and that there is room again when others end.
+// TestMaxConnections checks that connections beyond the limit are closed, and that there is room
+// again when others end.
 func TestMaxConnections(t *testing.T) {
 	store := newMemory()
 	ref, _ := store.add(t, eris.BlockSize1KiB)
-	_, address := serveConfig(t, "unix", readWrite, coapserver.Config{Resources: []coapserver.Resource{{Blocks: store}}, MaxConnections: 3})
+	_, address := serveConfig(t, "unix", readWrite, coapserver.Config{Resources: []coapserver.Resource{{Source: store}}, MaxConnections: 3})
 	works := func(c *client) bool {
 		c.write(getRequest(1, ref, eris.BlockSize1KiB, coap.Block{}))
 		return c.readAnswer().Code == codes.Content
@@ -157,7 +159,8 @@ func TestMaxConnections(t *testing.T) {
 	t.Error("there is no room although a connection has ended")
 }
 
-// TestHalfClosed checks that a client that says all it has to say, and closes its side, still gets all its answers.
+// TestHalfClosed checks that a client that says all it has to say, and closes its side, still gets
+// all its answers.
 func TestHalfClosed(t *testing.T) {
 	store := newMemory()
 	ref, _ := store.add(t, eris.BlockSize1KiB)
@@ -165,21 +168,22 @@ func TestHalfClosed(t *testing.T) {
 	c := dial(t, "tcp", address, csm...)
 	for i := range 100 {
 		c.write(getRequest(uint32(i), ref, eris.BlockSize1KiB, coap.Block{}))
-		c.write(putRequest(uint32(1000+i), coap.Block{}, 0, make([]byte, eris.BlockSize32KiB)))
+		c.write(putRequest(uint32(1000+i), coap.Block{}, make([]byte, eris.BlockSize32KiB)))
 	}
 	c.conn.(*net.TCPConn).CloseWrite()
 	for range 200 {
 		if m := c.readAnswer(); m.Code != codes.Content && m.Code != codes.Created {
-			t.Fatalf("answer %v", m.Head)
+			t.Fatalf("answer %v", m.Code)
 		}
 	}
 }
 
-// TestPipe serves a connection that is neither a socket of TCP nor a Unix socket, as one of a WebSocket is.
+// TestPipe serves a connection that is neither a socket of TCP nor a Unix socket, as one of a
+// WebSocket is.
 func TestPipe(t *testing.T) {
 	store := newMemory()
 	ref, want := store.add(t, eris.BlockSize32KiB)
-	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Blocks: store, Sink: store}}})
+	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Source: store, Sink: store}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -191,12 +195,12 @@ func TestPipe(t *testing.T) {
 		c.write(csm)
 		for i := range 50 {
 			c.write(getRequest(uint32(i), ref, eris.BlockSize32KiB, coap.Block{}))
-			c.write(putRequest(uint32(i), coap.Block{}, 0, want))
+			c.write(putRequest(uint32(i), coap.Block{}, want))
 		}
 	})
 	for range 100 {
-		if m := c.readAnswer(); m.Code != codes.Created && (m.Code != codes.Content || !bytes.Equal(m.payload, want)) {
-			t.Fatalf("answer %v", m.Head)
+		if m := c.readAnswer(); m.Code != codes.Created && (m.Code != codes.Content || !bytes.Equal(m.Payload, want)) {
+			t.Fatalf("answer %v", m.Code)
 		}
 	}
 	ours.Close()

@@ -42,8 +42,8 @@ func run(t *testing.T, name string, args ...string) string {
 	return errors.String() + out.String()
 }
 
-// TestLibcoapClient gets and puts blocks with the client of libcoap, by TCP and UDP, whole and in parts of forced sizes, with
-// and without Size1, and by a Unix socket through socat.
+// TestLibcoapClient gets and puts blocks with the client of libcoap, by TCP and UDP, whole and in
+// parts of forced sizes, with and without Size1, and by a Unix socket through socat.
 func TestLibcoapClient(t *testing.T) {
 	client := coapClient(t)
 	store := newMemory()

@@ -18,10 +18,12 @@ import (
 // batchSize is the size in bytes of the memory of a batch.
 const batchSize = guaranteed
 
-// putsPerBatch is how many goroutines store the blocks of one batch if the store takes only one at a time.
+// putsPerBatch is how many goroutines store the blocks of one batch if the store takes only one at
+// a time.
 const putsPerBatch = 32
 
-// batch is blocks that are stored together. As long as all goroutines that may put are busy, blocks are added to it.
+// batch is blocks that are stored together. As long as all goroutines that may put are busy, blocks
+// are added to it.
 type batch struct {
 	memory   [batchSize]byte
 	used     int
@@ -46,17 +48,20 @@ func (b *batch) reset() {
 	b.blocks = b.blocks[:0]
 }
 
-// put makes room for the payload of a PUT and returns it, or the code of the answer if there shall be none; payload is how
-// many bytes it has. It waits as long as too much is being stored.
-func (c *conn) put(head coap.Head, r *coap.Request, payload int) ([]byte, codes.Code) {
+// put makes room for the payload of a PUT and returns it, or the code of the answer if there shall
+// be none; payload is how many bytes it has. It waits as long as too much is being stored.
+func (c *conn) put(r *coap.Request, payload int) ([]byte, codes.Code) {
 	resource := c.resource(r)
 	switch {
 	case resource == nil:
 		return nil, codes.NotFound
-	case head.Code != codes.PUT && head.Code != codes.POST, !c.access.Put, resource.Sink == nil:
+	case r.Code != codes.PUT && r.Code != codes.POST, !c.access.Put, resource.Sink == nil:
 		return nil, codes.MethodNotAllowed
 	case r.Block1.Present:
-		return c.transfers.part(r, payload)
+		var dst []byte
+		var code codes.Code
+		c.transfer, dst, code = c.transfers.part("", "", r, payload)
+		return dst, code
 	case !eris.BlockSize(payload).Valid():
 		return nil, codes.BadRequest
 	}
@@ -64,22 +69,24 @@ func (c *conn) put(head coap.Head, r *coap.Request, payload int) ([]byte, codes.
 }
 
 // finishPut goes on when the payload is where put wanted it.
-func (c *conn) finishPut(token coap.Token, r *coap.Request, code codes.Code) {
-	switch code {
+func (c *conn) finishPut(r *coap.Request) {
+	token := r.Token
+	switch c.code {
 	case codes.Empty:
 	case codes.Continue:
-		c.answer(token, codes.Continue, coap.AppendUintOption(nil, 0, message.Block1, r.Block1.Uint())...)
+		c.answer(token, codes.Continue, r.Block1.AppendOption(nil, 0, message.Block1)...)
 		return
 	case codes.Created:
 		// The last part of a block: code is what the answer will be if it can be stored.
-		whole := c.transfers.take()
+		whole := c.transfer.finish()
+		c.transfers.remove(c.transfer)
 		if !eris.BlockSize(len(whole)).Valid() {
 			c.answer(token, codes.BadRequest)
 			return
 		}
 		copy(c.add(r.Resource, eris.BlockSize(len(whole))), whole)
 	default:
-		c.answer(token, code)
+		c.answer(token, c.code)
 		return
 	}
 	c.queue.Mu.Lock()
@@ -92,7 +99,8 @@ func (c *conn) finishPut(token coap.Token, r *coap.Request, code codes.Code) {
 	}
 }
 
-// add returns memory for a block in the open batch. Until its answer is added, the batch stays open.
+// add returns memory for a block in the open batch. Until its answer is added, the batch stays
+// open.
 func (c *conn) add(resource int, size eris.BlockSize) []byte {
 	c.queue.Mu.Lock()
 	defer c.queue.Mu.Unlock()
@@ -122,7 +130,8 @@ func (c *conn) add(resource int, size eris.BlockSize) []byte {
 	return block
 }
 
-// handOverBatch starts a goroutine that puts the open batch, if there may be one more. The lock must be held.
+// handOverBatch starts a goroutine that puts the open batch, if there may be one more. The lock
+// must be held.
 func (c *conn) handOverBatch() {
 	b := c.open
 	if b == nil || len(b.answers) != len(b.blocks) {
@@ -151,9 +160,9 @@ func (c *conn) putBatches(b *batch) {
 		c.queue.Mu.Lock()
 		for _, answer := range b.answers {
 			if answer.block1.Present {
-				c.reply(answer.token, code, coap.AppendUintOption(nil, 0, message.Block1, answer.block1.Uint())...)
+				c.peer.Respond(answer.token, code, answer.block1.AppendOption(nil, 0, message.Block1), nil)
 			} else {
-				c.reply(answer.token, code)
+				c.peer.Respond(answer.token, code, nil, nil)
 			}
 		}
 		booked := b.booked

@@ -11,8 +11,8 @@ import (
 // recentBlocks is how many blocks are kept that were served in parts.
 const recentBlocks = 32
 
-// recent keeps blocks that were served in parts, so that a block that is fetched in 2048 parts of 16 bytes is not looked up
-// as often.
+// recent keeps blocks that were served in parts, so that a block that is fetched in 2048 parts of
+// 16 bytes is not looked up as often.
 type recent struct {
 	mu      sync.Mutex
 	entries [recentBlocks]recentBlock

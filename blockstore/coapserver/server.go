@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package coapserver serves ERIS blocks by CoAP (https://eris.codeberg.page/eer/coap.xml): on streams, that is Unix sockets,
-// TCP, TLS and what else yields a net.Conn (RFC 8323), and in datagrams (RFC 7252 and RFC 7959). Start with [New].
+// Package coapserver serves ERIS blocks by CoAP (https://eris.codeberg.page/eer/coap.xml): on
+// streams, that is Unix sockets, TCP, TLS and what else yields a net.Conn (RFC 8323), and in
+// datagrams (RFC 7252 and RFC 7959). Start with [New].
 //
-// A connection may have thousands of requests in flight. Blocks to be stored are handed to the store in batches, several at a
-// time, and each is answered once its batch is stored; when too much is under way, the connection is not read any further,
-// so that the client has to wait. No request that was read stays without an answer while the connection lasts.
+// A connection may have thousands of requests under way. Blocks to be stored are handed to the
+// store in batches, several at a time, and each is answered once its batch is stored; when too much
+// is under way, the connection is not read any further, so that the client has to wait. No request
+// that was read stays without an answer while the connection lasts.
 //
-// Whoever can connect is believed nothing: every message, every buffer, every wait is bounded, per connection and for the
-// whole server.
+// Whoever can connect is believed nothing: every message, every buffer, every wait is bounded, per
+// connection and for the whole server.
 package coapserver
 
 import (
@@ -21,19 +23,24 @@ import (
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/queue"
 )
 
-// A Sink takes blocks. Put returns nil only once the block is stored as durably as it ever will be: the client is then told
-// so. It must not keep the memory of the block. It is called by many goroutines at a time. An error that wraps
-// fetch.ErrReadOnly is answered by 4.05, any other by 5.00.
+// A Sink takes blocks. Put returns nil only once the block is stored as durably as it ever will be:
+// the client is then told so. It must not keep the memory of the block. It is called by many
+// goroutines at a time. An error that wraps fetch.ErrReadOnly is answered by 4.05, any other by
+// 5.00.
 type Sink interface {
 	Put(ctx context.Context, ref eris.Reference, block []byte) error
 }
 
-// A BatchSink is a [Sink] that can take many blocks at once, which it may make durable together. Refs and blocks have the
-// same length. An error says that none of them may be taken as stored. Blocks that come on streams are put by this method.
+// A BatchSink is a [Sink] that can take many blocks at once, which it may make durable together.
+// Refs and blocks have the same length. An error says that none of them may be taken as stored.
+// Blocks that come on streams are put by this method.
 type BatchSink interface {
 	Sink
 	PutBatch(ctx context.Context, refs []eris.Reference, blocks [][]byte) error
@@ -41,23 +48,26 @@ type BatchSink interface {
 
 // Resource is a store at one path.
 type Resource struct {
-	// Path is the path of the store as in its URL, for example ".well-known/eris", which is also meant by "". The
-	// resource "blocks" below it is served.
+	// Path is the path of the store as in its URL, for example ".well-known/eris", which is also
+	// meant by "". The resource "blocks" below it is served.
 	Path string
-	// Blocks is where blocks come from; nil if none can be had. It is called by many goroutines at a time, each of which
-	// waits for it. If a client does not say which size it wants, which every client known does, it is asked for both.
-	Blocks eris.Blocks
+	// Source is where blocks come from; nil if none can be had. Requests are cancelled when their
+	// clients are gone. If a client does not say which size it wants, which every client known
+	// does, it is requested in both. The server does not close it.
+	Source fetch.Source
 	// Sink is where blocks go; nil if none are taken.
 	Sink Sink
 }
 
 // Document is a text at one path.
 type Document struct {
-	// Path is the path of the document as in a URL. It must be none of those of stores, nor the "blocks" of one.
+	// Path is the path of the document as in a URL. It must be none of those of stores, nor the
+	// "blocks" of one.
 	Path string
 	// Format is the Content-Format (RFC 7252, section 12.3), for example 50 for JSON.
 	Format uint16
-	// Text returns the text, of at most 32 KiB. It must not wait, and is called by many goroutines at a time.
+	// Text returns the text, of at most 32 KiB. It must not wait, and is called by many goroutines
+	// at a time.
 	Text func() []byte
 }
 
@@ -73,48 +83,52 @@ type Config struct {
 	Resources []Resource
 	Documents []Document
 
-	// MaxConnections is the most connections at a time per listener, of which one host may have half (see package
-	// internal/admission); further ones are closed at once. Default 256.
+	// MaxConnections is the most connections at a time per listener, of which one host may have
+	// half (see package internal/admission); further ones are closed at once. Default 256.
 	MaxConnections int
-	// MaxPutBytes bounds the memory for blocks that are being stored: per connection, and for all but a first 256 KiB of each
-	// connection together. Defaults 16 MiB and 256 MiB.
+	// MaxPutBytes bounds the memory for blocks that are being stored: per connection, and for all
+	// but a first 256 KiB of each connection together. Defaults 16 MiB and 256 MiB.
 	MaxPutBytes, MaxTotalPutBytes int64
-	// MaxAnswerBytes bounds the memory for answers that the client has not taken yet, in the same way. Defaults 16 MiB
-	// and 256 MiB.
+	// MaxAnswerBytes bounds the memory for answers that the client has not taken yet, in the same
+	// way. Defaults 16 MiB and 256 MiB.
 	MaxAnswerBytes, MaxTotalAnswerBytes int64
 	// MaxGets is the most blocks that are looked up at a time for a connection. Default 32.
 	MaxGets int
 	// IdleTimeout is for how long a connection may send no message. Default 10 min.
 	IdleTimeout time.Duration
-	// MessageTimeout is how long the receipt of one message may take once it has begun, and how long the client may take
-	// to receive 256 KiB. Default 60 s.
+	// MessageTimeout is how long the receipt of one message, or of 4 KiB of a large one, may take
+	// once it has begun, and how long the client may take to receive 256 KiB. Default 60 s.
 	MessageTimeout time.Duration
-	// StrictMessageSize forbids to send whole blocks of 32 KiB to a client that has not said that it takes messages of
-	// that size. By default that is done if the client said nothing about sizes, because some clients say nothing and take
-	// them.
+	// StrictMessageSize forbids to send whole blocks of 32 KiB to a client that has not said that
+	// it takes messages of that size. By default that is done if the client said nothing about
+	// sizes, because some clients say nothing and take them.
 	StrictMessageSize bool
-	// Log, if not nil, is given the errors of stores, at most about one per second. It must be safe for concurrent use.
+	// Log, if not nil, is given the errors of stores, at most about one per second. It must be safe
+	// for concurrent use.
 	Log func(err error)
 
 	// Datagram is for ServePacket.
 	Datagram DatagramConfig
 }
 
-// DatagramConfig bounds what is done for clients that come by UDP. Zero fields stand for the defaults.
+// DatagramConfig bounds what is done for clients that come by UDP. Zero fields stand for the
+// defaults.
 type DatagramConfig struct {
-	// Workers is how many requests are served at a time; more are left in the buffer of the kernel, and dropped when
-	// that is full, upon which clients ask again. Default 64.
+	// Workers is how many requests are served at a time; more are left in the buffer of the kernel,
+	// and dropped when that is full; clients then ask again. Default 64.
 	Workers int
-	// MaxTransfers is the most blocks at a time that are being received part by part; MaxTransfersPerHost is the most from
-	// one address. The oldest make room. Defaults 1024 and 64; 32 KiB are needed for each.
+	// MaxTransfers is the most blocks at a time that are being received part by part;
+	// MaxTransfersPerHost is the most from one address. The oldest make room. Defaults 1024 and 64;
+	// 32 KiB are needed for each.
 	MaxTransfers, MaxTransfersPerHost int
-	// TransferTimeout is for how long the parts of a block are kept without a further one. Default 30 s.
+	// TransferTimeout is for how long the parts of a block are kept without a further one. Default
+	// 30 s.
 	TransferTimeout time.Duration
-	// AckDelay is after what time a request is acknowledged apart from its answer. Default 1 s; it must be below the 2 s
-	// after which clients ask again.
+	// AckDelay is after what time a request is acknowledged apart from its answer. Default 1 s; it
+	// must be below the 2 s after which clients ask again.
 	AckDelay time.Duration
-	// AckTimeout is how long the first copy of an answer that goes apart waits to be acknowledged; each of four further
-	// waits is twice as long. Default 2 s (RFC 7252, section 4.8).
+	// AckTimeout is how long the first copy of an answer that goes apart waits to be acknowledged;
+	// each of four further waits is twice as long. Default 2 s (RFC 7252, section 4.8).
 	AckTimeout time.Duration
 }
 
@@ -175,19 +189,20 @@ type closer interface{ Close() error }
 // ErrServerClosed is what Serve, ServePacket and ServeConn return after Shutdown or Close.
 var ErrServerClosed = errors.New("server is closed")
 
-// New returns a Server. It returns an error if a path is not valid, occurs twice, or there are more than 64 in all.
+// New returns a Server. It returns an error if a path is not valid, occurs twice, or there are more
+// than 64 in all.
 func New(config Config) (*Server, error) {
 	s := &Server{
 		config:    config.withDefaults(),
 		resources: config.Resources,
-		pool:      coap.NewPool(),
+		pool:      queue.NewPool(),
 		closers:   make(map[closer]struct{}),
 		conns:     make(map[*conn]struct{}),
 	}
 	seen := make(map[string]bool)
 	var paths [][]string
 	for _, resource := range config.Resources {
-		path, err := coap.ParsePath(resource.Path)
+		path, err := storeurl.ParsePath(resource.Path)
 		if err != nil {
 			return nil, err
 		}
@@ -198,18 +213,17 @@ func New(config Config) (*Server, error) {
 		}
 		paths = append(paths, path)
 	}
-	var err error
-	if s.paths, err = coap.NewPaths(paths); err != nil {
-		return nil, err
-	}
+	var documents [][]string
 	for _, document := range config.Documents {
-		path, err := coap.ParsePath(document.Path)
+		path, err := storeurl.ParsePath(document.Path)
 		if err != nil {
 			return nil, err
 		}
-		if _, err := s.paths.Add(path); err != nil {
-			return nil, err
-		}
+		documents = append(documents, path)
+	}
+	var err error
+	if s.paths, err = coap.NewPaths(paths, documents); err != nil {
+		return nil, err
 	}
 	s.batches.New = func() any { return new(batch) }
 	s.parts.New = func() any { return new([eris.BlockSize32KiB]byte) }
@@ -217,8 +231,9 @@ func New(config Config) (*Server, error) {
 	return s, nil
 }
 
-// Serve accepts connections and serves them, until the listener fails or the server is closed. It closes the listener. For
-// TLS, the listener must be one of crypto/tls, with the protocol "coap" (RFC 8323, section 8.2).
+// Serve accepts connections and serves them, until the listener fails or the server is closed. It
+// closes the listener. For TLS, the listener must be one of crypto/tls, with the protocol "coap"
+// (RFC 8323, section 8.2).
 func (s *Server) Serve(listener net.Listener, access Access) error {
 	if !s.begin(listener) {
 		listener.Close()
@@ -270,8 +285,8 @@ func (s *Server) Stats() Stats {
 	return Stats{len(s.conns), of.Accepted, of.TurnedAway}
 }
 
-// ServeConn serves one connection until it ends, and closes it. It returns nil, or [ErrServerClosed] without having
-// served.
+// ServeConn serves one connection until it ends, and closes it. It returns nil, or
+// [ErrServerClosed] without having served.
 func (s *Server) ServeConn(conn net.Conn, access Access) error {
 	s.mu.Lock()
 	if s.closing {
@@ -327,12 +342,13 @@ func (s *Server) isClosing() bool {
 	return s.closing
 }
 
-// Shutdown stops accepting connections and requests by UDP, and tells the clients of all connections that they are to end
-// (Release). It answers what they still ask and waits until they have closed, which they get two seconds for, and until
-// everything is answered. When the context ends before that, it closes everything as Close does, and returns the cause.
+// Shutdown stops accepting connections and requests by UDP, and tells the clients of all
+// connections that they are to end (Release). It answers what they still ask and waits until they
+// have closed, which they get two seconds for, and until everything is answered. When the context
+// ends before that, it closes everything as Close does, and returns the cause.
 func (s *Server) Shutdown(ctx context.Context) error {
 	for _, c := range s.stop() {
-		c.release()
+		c.peer.Release(releaseGrace, ErrServerClosed)
 	}
 	finished := make(chan struct{})
 	go func() {
@@ -350,13 +366,13 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	}
 }
 
-// Close closes all listeners and connections at once and waits until all calls of Serve, ServePacket and ServeConn, and of
-// stores, have returned; the contexts of the latter end.
+// Close closes all listeners and connections at once and waits until all calls of Serve,
+// ServePacket and ServeConn, and of stores, have returned; the contexts of the latter end.
 func (s *Server) Close() error {
 	conns := s.stop()
 	s.cancel()
 	for _, c := range conns {
-		c.fail(ErrServerClosed)
+		c.peer.Close(ErrServerClosed)
 	}
 	s.services.Wait()
 	return nil

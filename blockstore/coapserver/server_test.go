@@ -15,12 +15,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 )
 
 // memory is a store in memory.
@@ -39,6 +41,16 @@ func (m *memory) Get(_ context.Context, ref eris.Reference, size eris.BlockSize,
 	}
 	return nil, eris.ErrNotFound
 }
+
+// Start implements [fetch.Source]; like a database, it answers before it returns.
+func (m *memory) Start(r *fetch.Request) {
+	r.Block, r.Err = m.Get(context.Background(), r.Pair.Reference, r.Size, r.Dst)
+	r.Done(r)
+}
+
+func (m *memory) Cancel(*fetch.Request) {}
+func (m *memory) String() string        { return "memory:" }
+func (m *memory) Close() error          { return nil }
 
 func (m *memory) Put(_ context.Context, ref eris.Reference, block []byte) error {
 	m.mu.Lock()
@@ -75,7 +87,7 @@ var readWrite = coapserver.Access{Get: true, Put: true}
 
 // serve serves a store, and returns the address.
 func serve(tb testing.TB, network string, store *memory) string {
-	_, address := serveConfig(tb, network, readWrite, coapserver.Config{Resources: []coapserver.Resource{{Blocks: store, Sink: store}}})
+	_, address := serveConfig(tb, network, readWrite, coapserver.Config{Resources: []coapserver.Resource{{Source: store, Sink: store}}})
 	return address
 }
 
@@ -111,7 +123,8 @@ func serveConfig(tb testing.TB, network string, access coapserver.Access, config
 	return server, address
 }
 
-// TestAnswers checks what is answered to what, byte for byte where the whole of the answer is known.
+// TestAnswers checks what is answered to what, byte for byte where the whole of the answer is
+// known.
 func TestAnswers(t *testing.T) {
 	store, pinned := newMemory(), newMemory()
 	small, smallBlock := store.add(t, eris.BlockSize1KiB)
@@ -120,10 +133,10 @@ func TestAnswers(t *testing.T) {
 	failing := sinkFunc(func(context.Context, eris.Reference, []byte) error { return errors.New("disk full") })
 	readOnly := sinkFunc(func(context.Context, eris.Reference, []byte) error { return fetch.ErrReadOnly })
 	config := coapserver.Config{Resources: []coapserver.Resource{
-		{Blocks: store, Sink: store},
+		{Source: store, Sink: store},
 		{Path: "pinned", Sink: pinned},
-		{Path: "mirror", Blocks: store},
-		{Path: "failing", Blocks: blocksFunc(func() error { return errors.New("disk broken") }), Sink: failing},
+		{Path: "mirror", Source: store},
+		{Path: "failing", Source: failingSource{store, errors.New("disk broken")}, Sink: failing},
 		{Path: "readonly", Sink: readOnly},
 	}}
 	_, address := serveConfig(t, "tcp", readWrite, config)
@@ -191,15 +204,15 @@ func TestAnswers(t *testing.T) {
 		c := dial(t, "tcp", v.address, csm...)
 		c.write(v.send)
 		m := c.readAnswer()
-		if m.Code != v.code || m.Token != coap.MakeToken(1) {
-			t.Errorf("%s: answer is %v, want %v", v.name, m.Head, v.code)
-		} else if v.code == codes.Content && !bytes.Equal(m.payload, v.payload) {
-			t.Errorf("%s: wrong payload of %d bytes", v.name, len(m.payload))
+		if m.Code != v.code || m.Token != coaptest.Token(1) {
+			t.Errorf("%s: answer is %v, want %v", v.name, m.Code, v.code)
+		} else if v.code == codes.Content && !bytes.Equal(m.Payload, v.payload) {
+			t.Errorf("%s: wrong payload of %d bytes", v.name, len(m.Payload))
 		}
 		// The connection goes on.
 		c.write(getRequest(2, small, eris.BlockSize1KiB, coap.Block{}))
-		if m := c.readAnswer(); m.Token != coap.MakeToken(2) {
-			t.Errorf("%s: the connection does not go on: %v", v.name, m.Head)
+		if m := c.readAnswer(); m.Token != coaptest.Token(2) {
+			t.Errorf("%s: the connection does not go on: %v", v.name, m.Code)
 		}
 		c.conn.Close()
 	}
@@ -227,10 +240,15 @@ func (f sinkFunc) Put(ctx context.Context, ref eris.Reference, block []byte) err
 	return f(ctx, ref, block)
 }
 
-type blocksFunc func() error
+// failingSource has no block, for a reason of its own.
+type failingSource struct {
+	*memory
+	err error
+}
 
-func (f blocksFunc) Get(context.Context, eris.Reference, eris.BlockSize, []byte) ([]byte, error) {
-	return nil, f()
+func (s failingSource) Start(r *fetch.Request) {
+	r.Err = s.err
+	r.Done(r)
 }
 
 // TestParts fetches and puts a block of 32 KiB with clients of different capabilities.
@@ -264,12 +282,12 @@ func TestParts(t *testing.T) {
 				break
 			}
 			messages++
-			if m.Code != codes.Content || m.response.Block2.Offset() != len(got) || m.response.Block2.Exponent != v.exponent {
-				t.Errorf("%s: answer %v, %+v", v.name, m.Head, m.response)
+			if m.Code != codes.Content || m.Block(message.Block2).Offset() != len(got) || m.Block(message.Block2).Exponent != v.exponent {
+				t.Errorf("%s: answer %v, %+v", v.name, m.Code, m.Options)
 				break
 			}
-			got = append(got, m.payload...)
-			if !m.response.Block2.More {
+			got = append(got, m.Payload...)
+			if !m.Block(message.Block2).More {
 				break
 			}
 			part = coap.Block{Number: uint32(len(got) / 1024), Exponent: v.exponent, Present: true}
@@ -289,14 +307,14 @@ func TestParts(t *testing.T) {
 			part.Number = uint32(sent / part.Unit())
 			n := min(v.most, len(block)-sent)
 			part.More = sent+n < len(block)
-			c.write(putRequest(9, part, 0, block[sent:sent+n]))
+			c.write(putRequest(9, part, block[sent:sent+n]))
 			sent += n
 			want := codes.Continue
 			if !part.More {
 				want = codes.Created
 			}
-			if m := c.readAnswer(); m.Code != want || m.response.Block1 != part {
-				t.Fatalf("parts of %d: answer %v, %+v to %+v", v.most, m.Head, m.response, part)
+			if m := c.readAnswer(); m.Code != want || m.Block(message.Block1) != part {
+				t.Fatalf("parts of %d: answer %v, %+v to %+v", v.most, m.Code, m.Options, part)
 			}
 		}
 		if !store.has(ref) {
@@ -319,7 +337,7 @@ func TestParts(t *testing.T) {
 		{coap.Block{Number: 0, More: true, Exponent: 6, Present: true}, codes.Continue},
 		{coap.Block{Number: 40, More: true, Exponent: 6, Present: true}, codes.RequestEntityTooLarge},
 	} {
-		c.write(putRequest(9, v.part, 0, make([]byte, 1024)))
+		c.write(putRequest(9, v.part, make([]byte, 1024)))
 		if m := c.readAnswer(); m.Code != v.want {
 			t.Errorf("part %+v: %v, want %v", v.part, m.Code, v.want)
 		}

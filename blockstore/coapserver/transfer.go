@@ -3,21 +3,41 @@
 package coapserver
 
 import (
+	"slices"
+	"time"
+
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 
-// transfer is a block that is being received part by part (RFC 7959, section 2.5).
-type transfer struct {
-	memory [eris.BlockSize32KiB]byte
-	have   int
+// transferKey tells transfers apart. RFC 7959, section 2.5, knows the endpoint, the resource and
+// the Request-Tag only; but there are clients that send several blocks at a time without a tag, and
+// with a token for each.
+type transferKey struct {
+	peer     string // "" on a stream
+	resource int
+	tag      uint64
+	token    coap.Token
 }
 
-// part returns where the payload of a part goes. The code is 2.31 if more parts are due, 2.01 for the last one, and otherwise
-// that of the answer: 4.08 if a part is missing before it, 4.13 if the whole is longer than any block, 4.00 if the payload
-// does not have the length that the option says.
+// transfer is a block that is being received part by part (RFC 7959, section 2.5).
+type transfer struct {
+	key    transferKey
+	host   string
+	last   time.Time
+	memory []byte // what has come so far
+
+	complete bool // there is no memory any more
+	length   int  // of the whole
+	code     codes.Code
+}
+
+// part returns where the payload of a part goes. The code is 2.31 if more parts are due, 2.01 for
+// the last one, and otherwise that of the answer: 4.08 if a part is missing before it, 4.13 if the
+// whole is longer than any block, 4.00 if the payload does not have the length that the option
+// says.
 func (t *transfer) part(r *coap.Request, payload int) ([]byte, codes.Code) {
 	block := r.Block1
 	if !block.FitPart(payload) {
@@ -25,68 +45,135 @@ func (t *transfer) part(r *coap.Request, payload int) ([]byte, codes.Code) {
 	}
 	if block.Number == 0 {
 		// The first part starts afresh, whatever came before (RFC 7959, section 2.5).
-		t.have = 0
+		t.memory = t.memory[:0]
 	}
 	offset := block.Offset()
+	end := offset + payload
 	switch {
-	case r.Size > eris.BlockSize32KiB, offset+payload > len(t.memory):
+	case r.Size > eris.BlockSize32KiB, end > int(eris.BlockSize32KiB):
 		return nil, codes.RequestEntityTooLarge
-	case offset > t.have:
+	case offset > len(t.memory):
 		return nil, codes.RequestEntityIncomplete
 	}
 	// A part that came already is taken once more: its answer was lost.
-	end := offset + payload
-	t.have = max(t.have, end)
+	if grow := end - len(t.memory); grow > 0 {
+		t.memory = slices.Grow(t.memory, grow)[:end]
+	}
 	if block.More {
 		return t.memory[offset:end], codes.Continue
 	}
-	t.have = end
+	t.memory = t.memory[:end]
 	return t.memory[offset:end], codes.Created
 }
 
-// transferKey tells the transfers of one peer apart.
-type transferKey struct {
-	resource int
-	tag      uint64
+// finish takes the block of a transfer whose last part was taken. What is left of it knows the
+// answer, which may have to be given again.
+func (t *transfer) finish() []byte {
+	whole := t.memory
+	t.memory, t.complete, t.length, t.code = nil, true, len(whole), codes.ServiceUnavailable
+	return whole
 }
 
-// maxStreamTransfers is how many blocks may be in the course of being received part by part, on one connection.
-const maxStreamTransfers = 8
-
-// transfers are those of one connection, the one used last at the end.
+// transfers are those of one stream, or of one UDP socket.
 type transfers struct {
-	list []streamTransfer
+	most, mostPerHost int
+	timeout           time.Duration // for which the next part may take; 0: for ever
+
+	all    map[transferKey]*transfer
+	hosts  map[string]int // transfers per host
+	purged time.Time
 }
 
-type streamTransfer struct {
-	key transferKey
-	*transfer
+func newTransfers(most, mostPerHost int, timeout time.Duration) *transfers {
+	return &transfers{most: most, mostPerHost: mostPerHost, timeout: timeout, all: make(map[transferKey]*transfer), hosts: make(map[string]int)}
 }
 
-// part is transfer.part for the transfer that the request belongs to.
-func (t *transfers) part(r *coap.Request, payload int) ([]byte, codes.Code) {
-	key := transferKey{r.Resource, r.Tag}
-	for i, candidate := range t.list {
-		if candidate.key == key {
-			t.list = append(append(t.list[:i], t.list[i+1:]...), candidate)
-			return candidate.part(r, payload)
+// part finds or begins the transfer that a request belongs to, and does what transfer.part does. Of
+// a transfer that is complete it returns the code of its answer if the last part comes again.
+func (s *transfers) part(peer, host string, r *coap.Request, payload int) (t *transfer, dst []byte, code codes.Code) {
+	now := time.Now()
+	s.purge(now)
+	t = s.find(transferKey{peer, r.Resource, r.Tag, r.Token}, r)
+	switch {
+	case t == nil && r.Block1.Number != 0:
+		return nil, nil, codes.RequestEntityIncomplete
+	case t == nil:
+		t = s.add(transferKey{peer, r.Resource, r.Tag, r.Token}, host)
+	case t.complete && r.Block1.Number != 0:
+		if !r.Block1.More && r.Block1.Offset()+payload == t.length {
+			return nil, nil, t.code
+		}
+		return nil, nil, codes.RequestEntityIncomplete
+	}
+	t.last, t.complete = now, false
+	dst, code = t.part(r, payload)
+	return t, dst, code
+}
+
+// find returns the transfer with the given key. A client that has another token for each part has
+// the one that waits for exactly this part. If several do, nobody knows which is meant: they are
+// dropped, so that the client begins again.
+func (s *transfers) find(key transferKey, r *coap.Request) *transfer {
+	if t := s.all[key]; t != nil || r.Block1.Number == 0 {
+		return t
+	}
+	var found []*transfer
+	for _, t := range s.all {
+		if other := t.key; other.peer == key.peer && other.resource == key.resource && other.tag == key.tag &&
+			!t.complete && len(t.memory) == r.Block1.Offset() {
+			found = append(found, t)
 		}
 	}
-	if r.Block1.Number != 0 {
-		return nil, codes.RequestEntityIncomplete
+	if len(found) != 1 {
+		for _, t := range found {
+			s.remove(t)
+		}
+		return nil
 	}
-	if len(t.list) == maxStreamTransfers {
-		t.list = append(t.list[:0], t.list[1:]...)
-	}
-	next := streamTransfer{key, new(transfer)}
-	t.list = append(t.list, next)
-	return next.part(r, payload)
+	t := found[0]
+	delete(s.all, t.key)
+	t.key = key
+	s.all[key] = t
+	return t
 }
 
-// take returns the block of the transfer whose last part was taken, and forgets the transfer. It is valid until the next
-// call.
-func (t *transfers) take() []byte {
-	last := t.list[len(t.list)-1]
-	t.list = t.list[:len(t.list)-1]
-	return last.memory[:last.have]
+// add adds a transfer; if there are too many, the one goes that has waited longest, of the same
+// host if that has too many.
+func (s *transfers) add(key transferKey, host string) *transfer {
+	if crowded := s.hosts[host] >= s.mostPerHost; crowded || len(s.all) >= s.most {
+		var oldest *transfer
+		for _, t := range s.all {
+			if (!crowded || t.host == host) && (oldest == nil || t.last.Before(oldest.last)) {
+				oldest = t
+			}
+		}
+		s.remove(oldest)
+	}
+	t := &transfer{key: key, host: host}
+	s.all[key] = t
+	s.hosts[host]++
+	return t
+}
+
+func (s *transfers) remove(t *transfer) {
+	if s.all[t.key] != t {
+		return
+	}
+	delete(s.all, t.key)
+	if s.hosts[t.host]--; s.hosts[t.host] == 0 {
+		delete(s.hosts, t.host)
+	}
+}
+
+// purge drops transfers that do not go on.
+func (s *transfers) purge(now time.Time) {
+	if s.timeout == 0 || now.Sub(s.purged) < s.timeout/16 {
+		return
+	}
+	s.purged = now
+	for _, t := range s.all {
+		if now.Sub(t.last) > s.timeout {
+			s.remove(t)
+		}
+	}
 }

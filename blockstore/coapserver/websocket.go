@@ -13,7 +13,7 @@ import (
 
 	"github.com/coder/websocket"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+	ws "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/websocket"
 )
 
 const (
@@ -23,12 +23,13 @@ const (
 	maxHandshake = 16 << 10
 )
 
-// ServeWebSocket is to WebSockets (RFC 8323, section 4) what Serve is to streams: it accepts HTTP connections, on which clients
-// ask for a WebSocket at /.well-known/coap with the subprotocol "coap", and serves those. For TLS, the listener must be one of
-// crypto/tls, with the protocol "http/1.1" or none.
+// ServeWebSocket is to WebSockets (RFC 8323, section 4) what Serve is to streams: it accepts HTTP
+// connections, on which clients ask for a WebSocket at /.well-known/coap with the subprotocol
+// "coap", and serves those. For TLS, the listener must be one of crypto/tls, with the protocol
+// "http/1.1" or none.
 //
-// A browser may connect only from pages of the host that it connects to. Clients that are no browsers do not say where they
-// come from, and may always.
+// A browser may connect only from pages of the host that it connects to. Clients that are no
+// browsers do not say where they come from, and may always.
 func (s *Server) ServeWebSocket(listener net.Listener, access Access) error {
 	if !s.begin(listener) {
 		listener.Close()
@@ -58,28 +59,26 @@ func (s *Server) ServeWebSocket(listener net.Listener, access Access) error {
 // serveWebSocket serves one connection until it ends.
 func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request, access Access) {
 	switch {
-	case r.URL.Path != coap.WebSocketPath:
-		http.Error(w, "there is nothing here but "+coap.WebSocketPath, http.StatusNotFound)
+	case r.URL.Path != ws.Path:
+		http.Error(w, "there is nothing here but "+ws.Path, http.StatusNotFound)
 		return
 	case !offersCoAP(r.Header):
 		http.Error(w, `this is for WebSockets with the subprotocol "coap"`, http.StatusBadRequest)
 		return
 	}
 	hijacker := &hijacker{ResponseWriter: w}
-	socket, err := websocket.Accept(hijacker, r, &websocket.AcceptOptions{Subprotocols: []string{coap.WebSocketProtocol}})
+	socket, err := websocket.Accept(hijacker, r, &websocket.AcceptOptions{Subprotocols: []string{ws.Protocol}})
 	if err != nil {
 		return // the client has been told
 	}
-	conn := coap.NewWebSocket(socket, hijacker.conn)
-	_ = s.ServeConn(conn, access) // it closes the connection even if the server is closing
-	conn.Wait()
+	_ = s.ServeConn(ws.New(socket, hijacker.conn), access) // it closes the connection even if the server is closing
 }
 
 // offersCoAP reports whether a client wants to speak CoAP (RFC 6455, section 4.1, number 10).
 func offersCoAP(header http.Header) bool {
 	for _, line := range header.Values("Sec-Websocket-Protocol") {
 		for protocol := range strings.SplitSeq(line, ",") {
-			if strings.TrimSpace(protocol) == coap.WebSocketProtocol {
+			if strings.TrimSpace(protocol) == ws.Protocol {
 				return true
 			}
 		}

@@ -52,7 +52,8 @@ type socketClient struct {
 const askForSocket = "GET /.well-known/coap HTTP/1.1\r\nHost: x.example\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" +
 	"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
 
-// dialSocket makes a connection. The further fields of the request must end in an empty line. The status is that of the answer.
+// dialSocket makes a connection. The further fields of the request must end in an empty line. The
+// status is that of the answer.
 func dialSocket(t *testing.T, address, request string) (c *socketClient, status int) {
 	conn, err := net.Dial("tcp", address)
 	if err != nil {
@@ -122,7 +123,8 @@ func (c *socketClient) read() (first byte, payload []byte, ok bool) {
 	return head[0], payload, err == nil
 }
 
-// awaitEnd reads until the connection is over, and returns the status in the last frame if it was to say so.
+// awaitEnd reads until the connection is over, and returns the status in the last frame if it was
+// to say so.
 func (c *socketClient) awaitEnd() (status uint16) {
 	for {
 		first, payload, ok := c.read()
@@ -140,7 +142,7 @@ var socketCSM = []byte{0, 0xe1, 0x23, 1, 0, 0, 0x20}
 func TestWebSocketMessages(t *testing.T) {
 	store := newMemory()
 	ref, want := store.add(t, eris.BlockSize32KiB)
-	server, address := serveSocket(t, coapserver.Config{Resources: []coapserver.Resource{{Blocks: store, Sink: store}}})
+	server, address := serveSocket(t, coapserver.Config{Resources: []coapserver.Resource{{Source: store, Sink: store}}})
 	c, status := dialSocket(t, address, askForSocket+"Sec-WebSocket-Protocol: chat, coap\r\n\r\n")
 	if status != http.StatusSwitchingProtocols {
 		t.Fatalf("status is %d", status)
@@ -193,7 +195,7 @@ func TestWebSocketMessages(t *testing.T) {
 
 // TestWebSocketHandshake has requests that are not for us.
 func TestWebSocketHandshake(t *testing.T) {
-	_, address := serveSocket(t, coapserver.Config{Resources: []coapserver.Resource{{Blocks: newMemory()}}})
+	_, address := serveSocket(t, coapserver.Config{Resources: []coapserver.Resource{{Source: newMemory()}}})
 	const protocol = "Sec-WebSocket-Protocol: coap\r\n"
 	for _, v := range []struct {
 		name, request string
@@ -237,7 +239,7 @@ func TestWebSocketHandshake(t *testing.T) {
 func TestWebSocketHostile(t *testing.T) {
 	store := newMemory()
 	_, address := serveSocket(t, coapserver.Config{
-		Resources:      []coapserver.Resource{{Blocks: store, Sink: store}},
+		Resources:      []coapserver.Resource{{Source: store, Sink: store}},
 		IdleTimeout:    300 * time.Millisecond,
 		MessageTimeout: 300 * time.Millisecond,
 	})
@@ -309,10 +311,10 @@ func TestWebSocketHostile(t *testing.T) {
 	}
 }
 
-// TestWebSocketConnections checks that connections beyond the limit are closed, whatever has been asked on them, and that there
-// is room again when others end.
+// TestWebSocketConnections checks that connections beyond the limit are closed, whatever has been
+// asked on them, and that there is room again when others end.
 func TestWebSocketConnections(t *testing.T) {
-	_, address := serveSocket(t, coapserver.Config{Resources: []coapserver.Resource{{Blocks: newMemory()}}, MaxConnections: 3})
+	_, address := serveSocket(t, coapserver.Config{Resources: []coapserver.Resource{{Source: newMemory()}}, MaxConnections: 3})
 	request := askForSocket + "Sec-WebSocket-Protocol: coap\r\n\r\n"
 	var clients []*socketClient
 	for range 2 {

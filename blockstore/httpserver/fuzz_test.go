@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 )
 
 // one is a store of one block that takes any.
@@ -21,12 +22,16 @@ type one struct {
 	put   eris.Reference
 }
 
-func (o *one) Get(_ context.Context, ref eris.Reference, _ eris.BlockSize, dst []byte) ([]byte, error) {
-	if ref != eris.Sum(o.block) {
-		return nil, eris.ErrNotFound
+func (o *one) Start(r *fetch.Request) {
+	r.Block, r.Err = o.block, nil
+	if r.Pair.Reference != eris.Sum(o.block) || int(r.Size) != len(o.block) {
+		r.Err = eris.ErrNotFound
 	}
-	return append(dst[:0], o.block...), nil
+	r.Done(r)
 }
+func (o *one) Cancel(*fetch.Request) {}
+func (o *one) String() string        { return "one block" }
+func (o *one) Close() error          { return nil }
 
 func (o *one) Put(_ context.Context, ref eris.Reference, block []byte) error {
 	if eris.Sum(block) != ref || !eris.BlockSize(len(block)).Valid() {
@@ -51,11 +56,11 @@ func FuzzRequest(f *testing.F) {
 		if err != nil {
 			return
 		}
-		server := New(Config{Blocks: store, Sink: store})
+		server := New(Config{Source: store, Sink: store.Put})
 		defer server.Close()
 		store.put = eris.Reference{}
 		w := httptest.NewRecorder()
-		server.Handler(Access{Get: true, Put: true}).ServeHTTP(w, r)
+		server.handler(Access{Get: true, Put: true}).ServeHTTP(w, r)
 		answer := w.Result()
 		query, _ := url.PathUnescape(r.URL.RawQuery)
 		switch {

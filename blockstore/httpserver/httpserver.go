@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package httpserver serves ERIS blocks over HTTP, at /uri-res/N2R?urn:blake2b:REFERENCE (RFC 2169, section 3.1;
-// https://eris.codeberg.page/eer/http.xml). Start with [New].
+// Package httpserver serves ERIS blocks over HTTP, at /uri-res/N2R?urn:blake2b:REFERENCE (RFC 2169,
+// section 3.1; https://eris.codeberg.page/eer/http.xml). Start with [New].
 //
-// Blocks are all that is served: no read capability is decoded, because then the server would see the contents, and the
-// client could not check them. HTTP/1.1 and HTTP/2 without TLS ("h2c", by prior knowledge) are spoken; TLS is for a proxy.
+// Blocks are all that is served: no read capability is decoded, because then the server would see
+// the contents, and the client could not check them. HTTP/1.1 and HTTP/2 without TLS ("h2c", by
+// prior knowledge) are spoken; TLS is for a proxy.
 //
-// Whoever can connect is believed nothing: headers, bodies, waiting times, connections and memory are bounded.
+// Whoever can connect is believed nothing: headers, bodies, waiting times, connections and memory
+// are bounded.
 package httpserver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -34,13 +37,6 @@ import (
 // Path is where blocks are served.
 const Path = "/uri-res/N2R"
 
-// A Sink takes blocks. Put returns nil only once the block is stored as durably as it ever will be. It must not keep the
-// memory of the block. It is called by many goroutines at a time. An error that wraps fetch.ErrReadOnly is answered by 403,
-// any other by 500.
-type Sink interface {
-	Put(ctx context.Context, ref eris.Reference, block []byte) error
-}
-
 // Access is what clients of one listener may do. HEAD goes with GET.
 type Access struct {
 	Get, Put bool
@@ -48,25 +44,30 @@ type Access struct {
 
 // Config says what a [Server] serves, and within which bounds. Zero fields stand for the defaults.
 type Config struct {
-	// Blocks is where blocks come from; nil if none can be had. It is asked for blocks of any size (0), and called by many
-	// goroutines at a time.
-	Blocks eris.Blocks
-	// Sink is where blocks go; nil if none are taken.
-	Sink Sink
+	// Source is where blocks come from; nil if none can be had. Since clients do not say which size
+	// a block has, it is asked for either if need be.
+	Source fetch.Source
+	// Sink is where blocks go, as [fetch.Store] has it; nil if none are taken. It must not keep the
+	// memory of a block. An error that wraps [fetch.ErrReadOnly] is answered by 403, any other by
+	// 500.
+	Sink eris.Sink
 
-	// MaxConnections is the most connections at a time per listener, of which one host may have half (see package
-	// internal/admission); further ones are closed at once. Default 256.
+	// MaxConnections is the most connections at a time per listener, of which one host may have half
+	// (see package internal/admission). Where there are more, the one that has been idle the longest
+	// is closed, or the new one if all are busy. Default 256.
 	MaxConnections int
-	// MaxRequests is the most requests at a time in all, each of which needs 32 KiB; further ones are answered by 503.
-	// Default 4096.
+	// MaxRequests is the most requests at a time in all, each of which needs 32 KiB; further ones
+	// are answered by 503. Default 4096.
 	MaxRequests int64
 	// HeaderTimeout is how long the header of a request may take. Default 30 s.
 	HeaderTimeout time.Duration
-	// RequestTimeout is how long a request may take to come and its answer to go, each. Default 60 s.
+	// RequestTimeout is how long a request may take to come and its answer to go, each. Default 60
+	// s.
 	RequestTimeout time.Duration
 	// IdleTimeout is for how long a connection may wait for a next request. Default 2 min.
 	IdleTimeout time.Duration
-	// Log, if not nil, is given the errors of stores, at most about one per second. It must be safe for concurrent use.
+	// Log, if not nil, is given the errors of stores, at most about one per second. It must be safe
+	// for concurrent use.
 	Log func(err error)
 }
 
@@ -76,24 +77,6 @@ const (
 	// maxStreams is the most requests at a time on one connection of HTTP/2.
 	maxStreams = 128
 )
-
-func (c Config) withDefaults() Config {
-	setDefault(&c.MaxConnections, 256)
-	setDefault(&c.MaxRequests, 4096)
-	setDefault(&c.HeaderTimeout, 30*time.Second)
-	setDefault(&c.RequestTimeout, time.Minute)
-	setDefault(&c.IdleTimeout, 2*time.Minute)
-	if c.Log == nil {
-		c.Log = func(error) {}
-	}
-	return c
-}
-
-func setDefault[T ~int | ~int64](field *T, value T) {
-	if *field <= 0 {
-		*field = value
-	}
-}
 
 // Server serves blocks. Its methods are safe for concurrent use.
 type Server struct {
@@ -108,14 +91,21 @@ type Server struct {
 
 	mu       sync.Mutex
 	closing  bool
-	servers  map[*http.Server]struct{}
+	servers  []*http.Server // one for each call of Serve
 	services sync.WaitGroup // calls of Serve
 }
 
 // New returns a Server.
 func New(config Config) *Server {
-	s := &Server{config: config.withDefaults(), servers: make(map[*http.Server]struct{})}
-	s.requests = semaphore.NewWeighted(s.config.MaxRequests)
+	config.MaxConnections = cmp.Or(config.MaxConnections, 256)
+	config.MaxRequests = cmp.Or(config.MaxRequests, 4096)
+	config.HeaderTimeout = cmp.Or(config.HeaderTimeout, 30*time.Second)
+	config.RequestTimeout = cmp.Or(config.RequestTimeout, time.Minute)
+	config.IdleTimeout = cmp.Or(config.IdleTimeout, 2*time.Minute)
+	if config.Log == nil {
+		config.Log = func(error) {}
+	}
+	s := &Server{config: config, requests: semaphore.NewWeighted(config.MaxRequests)}
 	s.memory.New = func() any { return new([eris.BlockSize32KiB + 1]byte) }
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
@@ -124,10 +114,15 @@ func New(config Config) *Server {
 // ErrServerClosed is what Serve returns after Shutdown or Close.
 var ErrServerClosed = errors.New("server is closed")
 
-// Serve accepts connections and serves them, until the listener fails or the server is closed. It closes the listener.
+// Serve accepts connections and serves them, until the listener fails or the server is closed. It
+// closes the listener.
 func (s *Server) Serve(listener net.Listener, access Access) error {
+	gate := s.gates.New(s.config.MaxConnections)
 	server := &http.Server{
-		Handler:           s.Handler(access),
+		ConnState: func(conn net.Conn, state http.ConnState) {
+			gate.SetIdle(conn, state == http.StateNew || state == http.StateIdle)
+		},
+		Handler:           s.handler(access),
 		ReadHeaderTimeout: s.config.HeaderTimeout,
 		ReadTimeout:       s.config.RequestTimeout,
 		WriteTimeout:      2 * s.config.RequestTimeout, // net/http counts it from the end of the header
@@ -153,16 +148,11 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 		listener.Close()
 		return ErrServerClosed
 	}
-	s.servers[server] = struct{}{}
+	s.servers = append(s.servers, server)
 	s.services.Add(1)
 	s.mu.Unlock()
-	defer func() {
-		s.mu.Lock()
-		delete(s.servers, server)
-		s.mu.Unlock()
-		s.services.Done()
-	}()
-	err := server.Serve(s.gates.New(s.config.MaxConnections).Listener(listener))
+	defer s.services.Done()
+	err := server.Serve(gate.Listener(listener))
 	if errors.Is(err, http.ErrServerClosed) {
 		return ErrServerClosed
 	}
@@ -174,7 +164,7 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 type Stats struct {
 	Connections int64 // at the moment
 	Accepted    int64 // connections that Serve has accepted
-	TurnedAway  int64 // connections that it has closed because there were too many
+	TurnedAway  int64 // connections that it has closed because there were too many, all of them busy
 }
 
 // Stats returns the statistics.
@@ -183,8 +173,8 @@ func (s *Server) Stats() Stats {
 	return Stats{of.Open, of.Accepted, of.TurnedAway}
 }
 
-// Shutdown stops accepting connections and waits until all requests have been answered. When the context ends before that,
-// it closes everything as Close does, and returns the cause.
+// Shutdown stops accepting connections and waits until all requests have been answered. When the
+// context ends before that, it closes everything as Close does, and returns the cause.
 func (s *Server) Shutdown(ctx context.Context) error {
 	var group sync.WaitGroup
 	for _, server := range s.stop() {
@@ -196,32 +186,31 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	return err
 }
 
-// Close closes all listeners and connections at once, and waits until all calls of Serve have returned.
+// Close closes all listeners and connections at once, and waits until all calls of Serve have
+// returned.
 func (s *Server) Close() error {
 	s.cancel()
 	for _, server := range s.stop() {
 		server.Close()
 	}
 	s.services.Wait()
-	// Handlers whose connections were closed may not have come to their end: all of them have when all places are free.
+	// Handlers whose connections were closed may not have come to their end: all of them have when
+	// nothing of the semaphore is taken.
 	_ = s.requests.Acquire(context.Background(), s.config.MaxRequests)
 	s.requests.Release(s.config.MaxRequests)
 	return nil
 }
 
+// stop keeps further calls of Serve from starting, and returns what those have started.
 func (s *Server) stop() []*http.Server {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.closing = true
-	var servers []*http.Server
-	for server := range s.servers {
-		servers = append(servers, server)
-	}
-	return servers
+	return s.servers
 }
 
-// Handler returns what answers requests, for use in another server; the time-outs are then that server's.
-func (s *Server) Handler(access Access) http.Handler {
+// handler answers requests.
+func (s *Server) handler(access Access) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !s.requests.TryAcquire(1) {
 			w.Header().Set("Retry-After", "1")
@@ -260,29 +249,31 @@ var (
 	errNoQuery    = errors.New("query has no reference")
 )
 
-// maxQuery is the greatest length in bytes of a query that is looked at: the URN of a read capability, the longest of the
-// URNs that are understood, with every character percent-encoded.
+// maxQuery is the greatest length in bytes of a query that is looked at: the URN of a read
+// capability, the longest of the URNs that are understood, with every character percent-encoded.
 const maxQuery = 3 * 115
 
-// parseQuery reads the reference of a block from the query of a URL: the bare URN, without the name of a parameter.
-// Characters may be percent-encoded. It returns errNoQuery if the query is empty or ends behind "urn:blake2b:",
-// errCapability for the URN of a read capability, and errQuery for anything else.
-func parseQuery(query string) (eris.Reference, error) {
+// parseQuery reads the reference of a block from the query of a URL: the bare URN, without the name
+// of a parameter. Characters may be percent-encoded. It returns errNoQuery if the query is empty or
+// ends behind "urn:blake2b:", errCapability for the URN of a read capability, and errQuery for
+// anything else.
+func parseQuery(query string) (ref eris.Reference, err error) {
 	if len(query) > maxQuery {
-		return eris.Reference{}, errQuery
+		return ref, errQuery
 	}
 	urn, err := url.PathUnescape(query)
-	switch {
-	case err != nil:
-		return eris.Reference{}, errQuery
-	case urn == "" || strings.EqualFold(urn, "urn:blake2b:"):
-		return eris.Reference{}, errNoQuery
-	case len(urn) >= len("urn:eris:") && strings.EqualFold(urn[:len("urn:eris:")], "urn:eris:"):
-		return eris.Reference{}, errCapability
-	}
-	ref, err := eris.ParseReferenceURN(urn)
 	if err != nil {
-		return eris.Reference{}, errQuery
+		return ref, errQuery
+	}
+	scheme := strings.ToLower(urn)
+	switch {
+	case urn == "" || scheme == "urn:blake2b:":
+		return ref, errNoQuery
+	case strings.HasPrefix(scheme, "urn:eris:"):
+		return ref, errCapability
+	}
+	if ref, err = eris.ParseReferenceURN(urn); err != nil {
+		return ref, errQuery
 	}
 	return ref, nil
 }
@@ -302,7 +293,7 @@ func (s *Server) get(w http.ResponseWriter, r *http.Request, access Access, memo
 		refuse(w, http.StatusNotFound, "there is nothing here but "+Path)
 		return
 	}
-	if !access.Get || s.config.Blocks == nil {
+	if !access.Get || s.config.Source == nil {
 		refuse(w, http.StatusForbidden, "blocks are not to be had here")
 		return
 	}
@@ -311,18 +302,16 @@ func (s *Server) get(w http.ResponseWriter, r *http.Request, access Access, memo
 		refuseQuery(w, err)
 		return
 	}
-	block, err := s.config.Blocks.Get(r.Context(), ref, 0, memory)
-	var wrong *eris.BlockError
+	block, err := fetch.Get(r.Context(), s.config.Source, ref, eris.BlockSize32KiB, memory)
+	if isAbsent(err) {
+		block, err = fetch.Get(r.Context(), s.config.Source, ref, eris.BlockSize1KiB, memory)
+	}
 	switch {
-	case errors.Is(err, eris.ErrNotFound), errors.As(err, &wrong):
+	case isAbsent(err):
 		refuse(w, http.StatusNotFound, "block is not here")
 		return
-	case r.Context().Err() != nil:
-		refuse(w, http.StatusServiceUnavailable, "server is closing")
-		return
 	case err != nil:
-		s.log(fmt.Errorf("getting a block: %w", err))
-		refuse(w, http.StatusInternalServerError, "block cannot be read")
+		s.refuseFault(w, r, fmt.Errorf("getting a block: %w", err), "block cannot be read")
 		return
 	}
 	header := w.Header()
@@ -340,7 +329,29 @@ func (s *Server) get(w http.ResponseWriter, r *http.Request, access Access, memo
 	_, _ = w.Write(block)
 }
 
-// matches tells whether a header If-None-Match (RFC 9110, section 13.1.2) has the block's entity tag, or is "*".
+// isAbsent reports whether an error says that a source does not have a block, or has another one
+// instead, perhaps one that was damaged.
+func isAbsent(err error) bool {
+	return errors.Is(err, eris.ErrNotFound) || errors.As(err, new(*eris.BlockError))
+}
+
+// refuseFault answers where the store failed, and logs it; unless the client has gone or the server
+// is being closed.
+func (s *Server) refuseFault(w http.ResponseWriter, r *http.Request, err error, text string) {
+	if r.Context().Err() != nil {
+		refuse(w, http.StatusServiceUnavailable, "server is closing")
+		return
+	}
+	// At most about one per second.
+	now, last := time.Now().Unix(), s.lastLog.Load()
+	if now != last && s.lastLog.CompareAndSwap(last, now) {
+		s.config.Log(err)
+	}
+	refuse(w, http.StatusInternalServerError, text)
+}
+
+// matches reports whether a header If-None-Match (RFC 9110, section 13.1.2) has the block's entity
+// tag, or is "*".
 func matches(header string, ref eris.Reference) bool {
 	for tag := range strings.SplitSeq(header, ",") {
 		tag = strings.Trim(tag, " \t")
@@ -376,18 +387,14 @@ func (s *Server) put(w http.ResponseWriter, r *http.Request, access Access, memo
 		refuse(w, http.StatusBadRequest, "body is not the block of that reference")
 		return
 	}
-	err = s.config.Sink.Put(r.Context(), ref, block)
+	err = s.config.Sink(r.Context(), ref, block)
 	switch {
 	case err == nil:
 	case errors.Is(err, fetch.ErrReadOnly):
 		refuse(w, http.StatusForbidden, "blocks cannot be stored here")
 		return
-	case r.Context().Err() != nil:
-		refuse(w, http.StatusServiceUnavailable, "server is closing")
-		return
 	default:
-		s.log(fmt.Errorf("storing a block: %w", err))
-		refuse(w, http.StatusInternalServerError, "block cannot be stored")
+		s.refuseFault(w, r, fmt.Errorf("storing a block: %w", err), "block cannot be stored")
 		return
 	}
 	header := w.Header()
@@ -413,13 +420,5 @@ func readBlock(body io.Reader, memory []byte) ([]byte, error) {
 		case err != nil:
 			return nil, errors.New("body cannot be read")
 		}
-	}
-}
-
-// log hands an error to the log, unless there was one just now.
-func (s *Server) log(err error) {
-	now, last := time.Now().Unix(), s.lastLog.Load()
-	if now != last && s.lastLog.CompareAndSwap(last, now) {
-		s.config.Log(err)
 	}
 }

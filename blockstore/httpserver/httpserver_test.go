@@ -12,6 +12,8 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -83,13 +85,13 @@ func TestAnswers(t *testing.T) {
 		}
 	}
 	missing, _ := newBlock(eris.BlockSize1KiB)
-	failing := failing{}
-	_, normal := serve(t, httpserver.Config{Blocks: store, Sink: store}, readWrite)
-	_, readOnly := serve(t, httpserver.Config{Blocks: store, Sink: store}, httpserver.Access{Get: true})
-	_, writeOnly := serve(t, httpserver.Config{Blocks: store, Sink: store}, httpserver.Access{Put: true})
-	_, broken := serve(t, httpserver.Config{Blocks: failing, Sink: failing}, readWrite)
-	_, noSink := serve(t, httpserver.Config{Blocks: store}, readWrite)
-	_, refusing := serve(t, httpserver.Config{Blocks: store, Sink: readOnlySink{}}, readWrite)
+	failing := transport(t, func(context.Context) error { return errDisk })
+	_, normal := serve(t, httpserver.Config{Source: store, Sink: store.Put}, readWrite)
+	_, readOnly := serve(t, httpserver.Config{Source: store, Sink: store.Put}, httpserver.Access{Get: true})
+	_, writeOnly := serve(t, httpserver.Config{Source: store, Sink: store.Put}, httpserver.Access{Put: true})
+	_, broken := serve(t, httpserver.Config{Source: failing, Sink: sink(errDisk)}, readWrite)
+	_, noSink := serve(t, httpserver.Config{Source: store}, readWrite)
+	_, refusing := serve(t, httpserver.Config{Source: store, Sink: sink(fetch.ErrReadOnly)}, readWrite)
 	query := func(ref eris.Reference) string { return "/uri-res/N2R?urn:blake2b:" + ref.String() }
 	newSmall, newSmallBlock := newBlock(eris.BlockSize1KiB)
 	newLarge, newLargeBlock := newBlock(eris.BlockSize32KiB)
@@ -188,23 +190,29 @@ func TestAnswers(t *testing.T) {
 			})
 		}
 	}
-	if _, err := store.Get(t.Context(), missing, 0, nil); !errors.Is(err, eris.ErrNotFound) {
+	if _, err := fetch.Get(t.Context(), store, missing, eris.BlockSize1KiB, nil); !errors.Is(err, eris.ErrNotFound) {
 		t.Errorf("a block was stored under a reference that is not its own: %v", err)
 	}
 }
 
-type failing struct{}
-
-func (failing) Get(context.Context, eris.Reference, eris.BlockSize, []byte) ([]byte, error) {
-	return nil, errors.New("disk is broken")
+// transport is a source that gets blocks by calls that wait.
+func transport(t testing.TB, get func(ctx context.Context) error) fetch.Source {
+	w := fetch.NewWorkers(16, func(ctx context.Context, _ eris.Reference, _ eris.BlockSize, _ []byte) ([]byte, error) {
+		return nil, get(ctx)
+	})
+	t.Cleanup(func() { w.Close() })
+	return struct {
+		*fetch.Workers
+		fmt.Stringer
+	}{w, nil}
 }
-func (failing) Put(context.Context, eris.Reference, []byte) error {
-	return errors.New("disk is broken")
+
+var errDisk = errors.New("disk is broken")
+
+// sink is what Put returns.
+func sink(err error) eris.Sink {
+	return func(context.Context, eris.Reference, []byte) error { return err }
 }
-
-type readOnlySink struct{}
-
-func (readOnlySink) Put(context.Context, eris.Reference, []byte) error { return fetch.ErrReadOnly }
 
 // raw sends bytes and returns all that is answered.
 func raw(t *testing.T, address, text string) string {
@@ -228,7 +236,7 @@ func raw(t *testing.T, address, text string) string {
 func TestHostile(t *testing.T) {
 	store := openStore(t)
 	_, address := serve(t, httpserver.Config{
-		Blocks: store, Sink: store, HeaderTimeout: 200 * time.Millisecond, RequestTimeout: 300 * time.Millisecond,
+		Source: store, Sink: store.Put, HeaderTimeout: 200 * time.Millisecond, RequestTimeout: 300 * time.Millisecond,
 	}, readWrite)
 	const head = "PUT /uri-res/N2R HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
 	kib := strings.Repeat("x", 1024)
@@ -256,22 +264,17 @@ func TestHostile(t *testing.T) {
 // TestBounds has more connections and more requests than are allowed.
 func TestBounds(t *testing.T) {
 	waiting := &waiting{entered: make(chan struct{}, 16), leave: make(chan struct{})}
-	server, address := serve(t, httpserver.Config{Blocks: waiting, MaxConnections: 3, MaxRequests: 2}, readWrite)
-	get := "GET /uri-res/N2R?urn:blake2b:" + eris.Sum(nil).String() + " HTTP/1.1\r\nHost: x\r\n\r\n"
-	var conns []net.Conn
-	for i := range 3 {
+	server, address := serve(t, httpserver.Config{Source: transport(t, waiting.get), MaxConnections: 3, MaxRequests: 3}, readWrite)
+	dial := func() net.Conn {
 		conn, err := net.Dial("tcp", address)
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer conn.Close()
+		t.Cleanup(func() { conn.Close() })
 		conn.SetDeadline(time.Now().Add(time.Minute))
-		conns = append(conns, conn)
-		io.WriteString(conn, get)
-		if i < 2 {
-			<-waiting.entered
-		}
+		return conn
 	}
+	get := "GET /uri-res/N2R?urn:blake2b:" + eris.Sum(nil).String() + " HTTP/1.1\r\nHost: x\r\n\r\n"
 	status := func(conn net.Conn) int {
 		answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
 		if err != nil {
@@ -281,34 +284,36 @@ func TestBounds(t *testing.T) {
 		io.Copy(io.Discard, answer.Body)
 		return answer.StatusCode
 	}
-	if got := status(conns[2]); got != 503 {
-		t.Errorf("the third request at a time is answered by %d", got)
+	var conns []net.Conn
+	for range 3 {
+		conn := dial()
+		conns = append(conns, conn)
+		io.WriteString(conn, get)
+		<-waiting.entered
 	}
-	fourth, err := net.Dial("tcp", address)
-	if err != nil {
-		t.Fatal(err)
+	// A further request is refused, on whichever connection it comes.
+	recorder := httptest.NewRecorder()
+	server.ServeHTTP(recorder, readWrite, httptest.NewRequest("GET", "/", nil))
+	if recorder.Code != 503 {
+		t.Errorf("a further request at a time is answered by %d", recorder.Code)
 	}
-	defer fourth.Close()
-	fourth.SetDeadline(time.Now().Add(time.Minute))
+	// All connections are busy.
+	fourth := dial()
 	io.WriteString(fourth, get)
-	if n, err := fourth.Read(make([]byte, 1)); n != 0 || errors.Is(err, context.DeadlineExceeded) {
+	if n, err := fourth.Read(make([]byte, 1)); n != 0 || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("the fourth connection is served: %v", err)
 	}
 	close(waiting.leave)
-	if got := [2]int{status(conns[0]), status(conns[1])}; got != [2]int{404, 404} {
-		t.Errorf("statuses %v", got)
-	}
-	// A connection that ends makes room.
-	conns[2].Close()
-	for begin := time.Now(); ; {
-		conn, err := net.Dial("tcp", address)
-		if err != nil {
-			t.Fatal(err)
+	for _, conn := range conns {
+		if got := status(conn); got != 404 {
+			t.Errorf("status %d", got)
 		}
-		conn.SetDeadline(time.Now().Add(time.Minute))
+	}
+	// They are idle now, or will be in a moment, and make room.
+	for begin := time.Now(); ; {
+		conn := dial()
 		io.WriteString(conn, get)
 		answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
-		conn.Close()
 		if err == nil {
 			if answer.StatusCode != 404 {
 				t.Errorf("status %d", answer.StatusCode)
@@ -326,16 +331,19 @@ func TestBounds(t *testing.T) {
 	}
 }
 
-// waiting is blocks that are looked up until told otherwise, and are not there.
+// waiting is where blocks are looked up until told otherwise, and are not there.
 type waiting struct{ entered, leave chan struct{} }
 
-func (w *waiting) Get(ctx context.Context, _ eris.Reference, _ eris.BlockSize, _ []byte) ([]byte, error) {
-	w.entered <- struct{}{}
+func (w *waiting) get(ctx context.Context) error {
+	select {
+	case w.entered <- struct{}{}:
+	default:
+	}
 	select {
 	case <-w.leave:
-		return nil, eris.ErrNotFound
+		return eris.ErrNotFound
 	case <-ctx.Done():
-		return nil, context.Cause(ctx)
+		return context.Cause(ctx)
 	}
 }
 
@@ -343,7 +351,7 @@ func (w *waiting) Get(ctx context.Context, _ eris.Reference, _ eris.BlockSize, _
 func TestClose(t *testing.T) {
 	for _, graceful := range []bool{false, true} {
 		waiting := &waiting{entered: make(chan struct{}, 16), leave: make(chan struct{})}
-		server, address := serve(t, httpserver.Config{Blocks: waiting}, readWrite)
+		server, address := serve(t, httpserver.Config{Source: transport(t, waiting.get)}, readWrite)
 		var group sync.WaitGroup
 		group.Go(func() {
 			answer, err := client(t, false).Get("http://" + address + "/uri-res/N2R?urn:blake2b:" + eris.Sum(nil).String())
@@ -378,7 +386,7 @@ func TestClose(t *testing.T) {
 // TestMany puts and gets thousands of blocks, many at a time, on connections of HTTP/2.
 func TestMany(t *testing.T) {
 	store := openStore(t)
-	_, address := serve(t, httpserver.Config{Blocks: store, Sink: store}, readWrite)
+	_, address := serve(t, httpserver.Config{Source: store, Sink: store.Put}, readWrite)
 	c := client(t, true)
 	var group sync.WaitGroup
 	for range 200 {

@@ -7,7 +7,7 @@ import (
 	"fmt"
 	"net/url"
 	"path/filepath"
-	"strings"
+	"slices"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -22,22 +22,16 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
-// defaultCacheSize is how many bytes of blocks are kept for later, if the settings
-// do not say it.
+// defaultCacheSize is how many bytes of blocks are kept for later, if the settings do not say it.
 const defaultCacheSize = 1 << 30
 
-// blocks is where a session gets blocks from: what is near first, then a pool of
-// all that is not. A store on a Unix socket is near, and takes what had to be
-// fetched; where there is none, a directory is.
+// blocks is where a session gets blocks from: a pool, in which a store on a Unix socket is near,
+// and is given what had to be fetched. Where there is none, a directory is.
 type blocks struct {
-	eris.VerifiedBlocks
-	pool   *pool.Pool
-	nearby image.Nearby
-	stride int
-	stores []fetch.Source
-	near   bool // all stores of the pool are
-	cache  *cache.Cache
-	local  *cache.StoreCache
+	*pool.Pool
+	nearby image.Nearby // nil if no blocks are at hand
+	stride int          // see [substitute.Config]
+	local  bool         // all stores are on this machine
 }
 
 // blocksOptions says how blocks are got.
@@ -50,99 +44,67 @@ type blocksOptions struct {
 	log       *protocol.Log
 }
 
-// openBlocks opens the stores and the cache. What it returns must be closed, and is
-// nil if there is no store; the error tells what cannot be used.
+// openBlocks opens the stores and the cache. What it returns must be closed, and is nil if there is
+// no store; the error tells what cannot be used.
 func openBlocks(o blocksOptions) (*blocks, error) {
-	stores, failed := openStores(o.urls)
-	if len(stores) == 0 {
+	members, failed := openStores(o.urls)
+	if len(members) == 0 {
 		return nil, failed
 	}
-	b := &blocks{stores: stores}
-	wrong := func(source string, err error) {
-		o.log.Warnf("store %s gave wrong bytes and is not asked again: %v", source, err)
-	}
-	var far []fetch.Source
-	var daemon fetch.Store
-	for _, s := range stores {
-		store, ok := s.(fetch.Store)
-		switch {
-		case ok && daemon == nil && strings.HasPrefix(s.String(), "coap+unix:"):
-			daemon = store
-		case isNear(s.String()):
-			far = append(far, s)
-		default:
-			far = append(far, fetch.Limited(s, o.limiter))
+	b := &blocks{local: true}
+	for i := range members {
+		m := &members[i]
+		if len(members) > 1 && b.nearby == nil && isSocket(m.Source.String()) {
+			m.Near = true
+			b.nearby, b.stride = &nearStore{Source: m.Source, resting: b.nearRests}, 64
+		} else {
+			b.local = b.local && m.Local
 		}
 	}
-	if daemon != nil && len(far) == 0 {
-		far, daemon = []fetch.Source{daemon}, nil
-	}
-	b.near = allNear(far)
-	b.pool = pool.New(far, pool.Options{State: o.state, OnFault: wrong})
-	b.VerifiedBlocks = b.pool
-	switch {
-	case daemon != nil:
-		b.local = cache.ThroughStore(daemon, b.pool, func(err error) { o.log.Warnf("store of this machine: %v", err) })
-		b.VerifiedBlocks = b.local
-		b.nearby, b.stride = nearStore{daemon}, 64
-	case o.directory != "" && o.cacheSize > 0 && !b.near:
-		b.cache = cache.OpenLater(o.directory, o.cacheSize, func(err error) {
+	if b.nearby == nil && o.directory != "" && o.cacheSize > 0 && !b.local {
+		c := cache.Open(o.directory, o.cacheSize, func(err error) {
 			o.log.WarnOnce("block cache", "blocks cannot be kept for later: %v", err)
 		})
-		b.VerifiedBlocks = cache.Through(b.cache, b.pool)
-		b.nearby, b.stride = b.cache, 1
+		b.nearby, b.stride = c, 1
+		members = append(members, pool.Member{Source: c, Near: true})
 	}
+	b.Pool = pool.New(members, pool.Options{
+		State: o.state, Limiter: o.limiter,
+		OnFault: func(source string, err error) {
+			o.log.Warnf("store %s gave wrong bytes and is not asked again: %v", source, err)
+		},
+		OnRest: func(source string, err error) {
+			o.log.Warnf("store %s is left alone for a while: %v", source, err)
+		},
+	})
 	return b, failed
 }
 
-// nearWindow is enough for stores of this machine: what is more only takes memory,
-// the use of which costs more than the block.
-var nearWindow = eris.Window{Requests: 512, Bytes: 8 << 20}
+// localWindow is enough for stores of this machine: what is more only takes memory, the use of
+// which costs more than the block.
+var localWindow = fetch.Window{Requests: 512, Bytes: 8 << 20}
 
 // window is what a reader should keep in flight.
-func (b *blocks) window() eris.Window {
-	if b.near {
-		return nearWindow
+func (b *blocks) window() fetch.Window {
+	if b.local {
+		return localWindow
 	}
-	return b.pool.Window()
+	return b.Window()
 }
 
-// isNear tells whether a store is on this machine, by its URL.
-func isNear(url string) bool {
-	return strings.HasPrefix(url, "coap+unix:") || strings.HasPrefix(url, "file:") || strings.HasPrefix(url, "dump:")
-}
-
-func allNear(stores []fetch.Source) bool {
-	for _, s := range stores {
-		if !isNear(s.String()) {
-			return false
-		}
-	}
-	return true
-}
-
-func (b *blocks) close() {
-	if b.local != nil {
-		b.local.Close()
-	}
-	b.pool.Close()
-	b.cache.Close()
-	closeStores(b.stores)
-}
-
-// speed is how fast blocks should come. As long as there is a store of which
-// nothing is known, nothing is known of all.
+// speed is how fast blocks should come. As long as there is a store of which nothing is known,
+// nothing is known of all.
 func (b *blocks) speed() substitute.Speed {
-	e := b.pool.Expect()
+	e := b.Expect()
 	if e.Sources == 0 {
-		return substitute.Speed{Rate: 1, Known: true} // none can be used
+		return substitute.Speed{None: true}
 	}
 	return substitute.Speed{Rate: e.Rate, Latency: e.RoundTrip, Known: e.Known == e.Sources && e.Rate > 0}
 }
 
 // show tells what the stores have done.
 func (b *blocks) show(log *protocol.Log) {
-	for _, s := range b.pool.Stats() {
+	for _, s := range b.Stats() {
 		state := ""
 		switch {
 		case s.Banned:
@@ -158,12 +120,23 @@ func (b *blocks) show(log *protocol.Log) {
 	}
 }
 
+// nearRests reports whether the near store cannot be used now.
+func (b *blocks) nearRests() bool {
+	return slices.ContainsFunc(b.Stats(), func(s pool.SourceStats) bool { return s.Near && (s.Resting || s.Banned) })
+}
+
 // nearStore is a store on this machine whose blocks are at hand.
-type nearStore struct{ fetch.Store }
+type nearStore struct {
+	fetch.Source
+	resting func() bool
+}
 
 // Has implements [image.Nearby].
-func (n nearStore) Has(ctx context.Context, ref eris.Reference, size eris.BlockSize) bool {
-	_, err := n.Get(ctx, ref, size, make([]byte, 0, size))
+func (n *nearStore) Has(ctx context.Context, ref eris.Reference, size eris.BlockSize) bool {
+	if n.resting() {
+		return false
+	}
+	_, err := fetch.Get(ctx, n.Source, ref, size, nil)
 	return err == nil
 }
 
@@ -226,8 +199,8 @@ func (s *settings) cacheSize() int64 {
 	return size
 }
 
-// inCache returns a file name in the directory for what is kept for other
-// processes; empty if nothing is.
+// inCache returns a file name in the directory for what is kept for other processes; empty if
+// nothing is.
 func (s *settings) inCache(name string) string {
 	directory := s.keepDirectory()
 	if directory == "" {

@@ -34,6 +34,13 @@ type configuration struct {
 	// UnsignedCapabilities is whether read capabilities that no signature covers are used; they are
 	// by default.
 	UnsignedCapabilities *bool `toml:"unsigned-capabilities"`
+	// Reuse is whether items are made of older ones in the store where that may do; they are by
+	// default.
+	Reuse *bool `toml:"reuse"`
+	// AheadItems and AheadBytes (like "512MiB") bound what is substituted before the daemon asks
+	// for it; 0 items is nothing.
+	AheadItems *int   `toml:"ahead-items"`
+	AheadBytes string `toml:"ahead-bytes"`
 }
 
 // maxConfiguration bounds the length of the configuration file in bytes.

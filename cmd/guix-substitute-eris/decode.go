@@ -7,6 +7,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -82,14 +83,14 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	if len(urls) == 0 {
 		return result, fmt.Errorf("no store is known; name one by --store or by %s", storeVariable)
 	}
-	stores, err := openStores(urls)
-	defer closeStores(stores)
+	members, err := openStores(urls)
 	if err != nil {
+		closeStores(members)
 		return result, err
 	}
 	shown := showProgress("fetched")
 	defer shown.end()
-	all := pool.New(stores, pool.Options{OnFault: func(source string, err error) {
+	all := pool.New(members, pool.Options{OnFault: func(source string, err error) {
 		fmt.Fprintf(os.Stderr, "guix-substitute-eris: warning: %s gave wrong bytes and is not asked again: %v\n", source, err)
 	}})
 	defer all.Close()
@@ -99,9 +100,10 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	if err != nil {
 		return result, err
 	}
+	defer x.Close()
 	result = decodeResult{Form: string(x.Form), Size: x.Content.Size()}
 	if raw || x.Form != image.ERISFS && x.Form != image.Nar {
-		return result, writeContents(ctx, x.Content, destination)
+		return result, writeContents(x.Content, destination)
 	}
 	if destination == "-" {
 		return result, errors.New("a file tree cannot be written to standard output; see --raw")
@@ -120,18 +122,18 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	return result, nil
 }
 
-// writeContents writes contents to a file that there is not yet. A file that is not complete does
-// not stay.
-func writeContents(ctx context.Context, content *eris.Content, destination string) error {
+// writeContents writes contents to a file that there is not yet. A file that is
+// not complete does not stay.
+func writeContents(content io.Reader, destination string) error {
 	if destination == "-" {
-		_, err := content.WriteTo(ctx, os.Stdout)
+		_, err := io.Copy(os.Stdout, content)
 		return err
 	}
 	f, err := os.OpenFile(destination, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
 	if err != nil {
 		return err
 	}
-	_, err = content.WriteTo(ctx, f)
+	_, err = io.Copy(f, content)
 	if err2 := f.Close(); err == nil {
 		err = err2
 	}

@@ -95,7 +95,7 @@ func (s *encodeSettings) encode(ctx context.Context, path string) (result encode
 			s.store = urls[0]
 		}
 	}
-	sink := eris.SinkFunc(func(context.Context, eris.Reference, []byte) error { return nil })
+	sink := eris.Sink(func(context.Context, eris.Reference, []byte) error { return nil })
 	var pipeline *fetch.Pipeline
 	var store fetch.Store
 	if s.store != "" && s.store != "none" {
@@ -108,7 +108,7 @@ func (s *encodeSettings) encode(ctx context.Context, path string) (result encode
 	}
 	shown := showProgress("encoded")
 	defer shown.end()
-	counted := eris.SinkFunc(func(ctx context.Context, ref eris.Reference, block []byte) error {
+	counted := eris.Sink(func(ctx context.Context, ref eris.Reference, block []byte) error {
 		shown.add(len(block))
 		return sink(ctx, ref, block)
 	})

@@ -10,7 +10,6 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -24,6 +23,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
@@ -36,7 +36,7 @@ type blockMap struct {
 	m  map[eris.Reference][]byte
 }
 
-// Put implements eris.Sink.
+// Put is a sink of blocks.
 func (b *blockMap) Put(_ context.Context, ref eris.Reference, block []byte) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -51,7 +51,7 @@ func (b *blockMap) Put(_ context.Context, ref eris.Reference, block []byte) erro
 // request; nil is the end of the connection.
 type peer struct {
 	hello  []byte
-	answer func(get coap.Head, block []byte) []byte
+	answer func(token coap.Token, block []byte) []byte
 	close  bool // after an answer
 }
 
@@ -63,37 +63,20 @@ func (p *peer) play(conn net.Conn, blocks *blockMap) {
 	}
 	r := bufio.NewReader(conn)
 	for {
-		var head coap.Head
-		for n := 2; ; n++ {
-			b, err := r.Peek(n)
-			if err != nil {
-				return
-			}
-			if head, err = coap.ParseHead(b, 1<<20); err == nil {
-				break
-			}
-		}
-		r.Discard(head.Size)
-		body := make([]byte, head.Length)
-		if _, err := io.ReadFull(r, body); err != nil {
+		get, err := coaptest.Read(r)
+		if err != nil {
 			return
 		}
-		if head.Code != codes.GET {
+		if get.Code != codes.GET {
 			continue
 		}
 		var block []byte
-		for options := coap.ParseOptions(body); ; {
-			option, ok := options.Next()
-			if !ok {
-				break
-			}
-			if option.Number == message.URIQuery {
-				if ref, ok := coap.ParseQuery(option.Value); ok {
-					block = blocks.m[ref]
-				}
+		for _, query := range get.Options[message.URIQuery] {
+			if ref, err := eris.ParseReference(query); err == nil {
+				block = blocks.m[ref]
 			}
 		}
-		if answer := p.answer(head, block); answer != nil {
+		if answer := p.answer(get.Token, block); answer != nil {
 			if _, err := conn.Write(answer); err != nil || p.close {
 				return
 			}
@@ -261,7 +244,7 @@ func testHostileStores(t *testing.T, idle bool) {
 		}
 	}
 	blocks := &blockMap{}
-	e, err := publish.Encode(t.Context(), tree, blocks, eris.ConvergenceSecret{})
+	e, err := publish.Encode(t.Context(), tree, blocks.Put, eris.ConvergenceSecret{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -273,60 +256,61 @@ func testHostileStores(t *testing.T, idle bool) {
 	path := "/gnu/store/" + strings.Repeat("a", 32) + "-tree"
 	h.publish(path, archive, e.Capability)
 
-	csm := coap.AppendCapabilities(nil, coap.MessageSize)
-	content := func(get coap.Head, payload []byte) []byte {
-		return coap.AppendMessage(nil, codes.Content, get.Token, nil, payload)
+	content := func(token coap.Token, payload []byte) []byte {
+		return coaptest.Stream(codes.Content, token, nil, payload)
 	}
 	// after is a store that is good for some requests and then does something else.
-	after := func(good int64, bad func(get coap.Head, block []byte) []byte) func(coap.Head, []byte) []byte {
+	after := func(good int64, bad func(token coap.Token, block []byte) []byte) func(coap.Token, []byte) []byte {
 		var mu sync.Mutex
-		return func(get coap.Head, block []byte) []byte {
+		return func(token coap.Token, block []byte) []byte {
 			mu.Lock()
 			defer mu.Unlock()
 			if good--; good >= 0 {
-				return content(get, block)
+				return content(token, block)
 			}
-			return bad(get, block)
+			return bad(token, block)
 		}
 	}
-	wrongBytes := func(get coap.Head, block []byte) []byte {
+	wrongBytes := func(token coap.Token, block []byte) []byte {
 		b := bytes.Clone(block)
 		b[len(b)/2] ^= 1
-		return content(get, b)
+		return content(token, b)
 	}
 	for name, test := range map[string]struct {
 		peer
 		good bool
 	}{
-		"honest":            {peer{csm, content, false}, true},
-		"answers twice":     {peer{csm, func(get coap.Head, block []byte) []byte { return append(content(get, block), content(get, block)...) }, false}, true},
-		"wrong bytes":       {peer{csm, wrongBytes, false}, false},
-		"wrong bytes later": {peer{csm, after(40, wrongBytes), false}, false},
-		"other blocks":      {peer{csm, func(get coap.Head, block []byte) []byte { return content(get, make([]byte, len(block))) }, false}, false},
-		"too short":         {peer{csm, func(get coap.Head, block []byte) []byte { return content(get, block[1:]) }, false}, false},
-		"too long": {peer{csm, func(get coap.Head, block []byte) []byte {
-			return content(get, append(block[:len(block):len(block)], 0))
+		"honest": {peer{coaptest.CSM, content, false}, true},
+		"answers twice": {peer{coaptest.CSM, func(token coap.Token, block []byte) []byte {
+			return append(content(token, block), content(token, block)...)
+		}, false}, true},
+		"wrong bytes":       {peer{coaptest.CSM, wrongBytes, false}, false},
+		"wrong bytes later": {peer{coaptest.CSM, after(40, wrongBytes), false}, false},
+		"other blocks":      {peer{coaptest.CSM, func(token coap.Token, block []byte) []byte { return content(token, make([]byte, len(block))) }, false}, false},
+		"too short":         {peer{coaptest.CSM, func(token coap.Token, block []byte) []byte { return content(token, block[1:]) }, false}, false},
+		"too long": {peer{coaptest.CSM, func(token coap.Token, block []byte) []byte {
+			return content(token, append(block[:len(block):len(block)], 0))
 		}, false}, false},
-		"nothing":          {peer{csm, func(get coap.Head, block []byte) []byte { return content(get, nil) }, false}, false},
-		"does not have it": {peer{csm, func(get coap.Head, _ []byte) []byte { return coap.AppendHead(nil, codes.NotFound, get.Token, 0) }, false}, false},
-		"loses blocks":     {peer{csm, after(40, func(get coap.Head, _ []byte) []byte { return coap.AppendHead(nil, codes.NotFound, get.Token, 0) }), false}, false},
-		"fails with an escape": {peer{csm, func(get coap.Head, _ []byte) []byte {
-			return coap.AppendMessage(nil, codes.InternalServerError, get.Token, nil, "\x1b[2J\n")
+		"nothing":          {peer{coaptest.CSM, func(token coap.Token, block []byte) []byte { return content(token, nil) }, false}, false},
+		"does not have it": {peer{coaptest.CSM, func(token coap.Token, _ []byte) []byte { return coaptest.Stream(codes.NotFound, token, nil, "") }, false}, false},
+		"loses blocks":     {peer{coaptest.CSM, after(40, func(token coap.Token, _ []byte) []byte { return coaptest.Stream(codes.NotFound, token, nil, "") }), false}, false},
+		"fails with an escape": {peer{coaptest.CSM, func(token coap.Token, _ []byte) []byte {
+			return coaptest.Stream(codes.InternalServerError, token, nil, "\x1b[2J\n")
 		}, false}, false},
-		"cuts an answer":       {peer{csm, func(get coap.Head, block []byte) []byte { return content(get, block)[:500] }, true}, false},
-		"closes":               {peer{csm, func(coap.Head, []byte) []byte { return []byte{} }, true}, false},
-		"closes later":         {peer{csm, after(40, func(coap.Head, []byte) []byte { return []byte{} }), true}, false},
-		"length of 4 GiB":      {peer{csm, func(coap.Head, []byte) []byte { return []byte{0xf1, 0xff, 0xff, 0xff, 0xff, 0x45, 0x01} }, false}, false},
+		"cuts an answer":       {peer{coaptest.CSM, func(token coap.Token, block []byte) []byte { return content(token, block)[:500] }, true}, false},
+		"closes":               {peer{coaptest.CSM, func(coap.Token, []byte) []byte { return []byte{} }, true}, false},
+		"closes later":         {peer{coaptest.CSM, after(40, func(coap.Token, []byte) []byte { return []byte{} }), true}, false},
+		"length of 4 GiB":      {peer{coaptest.CSM, func(coap.Token, []byte) []byte { return []byte{0xf1, 0xff, 0xff, 0xff, 0xff, 0x45, 0x01} }, false}, false},
 		"no protocol":          {peer{[]byte("HTTP/1.1 400 Bad Request\r\n\r\n"), content, false}, false},
-		"endless capabilities": {peer{bytes.Repeat(csm, 100000), content, false}, false},
-		"another's token": {peer{csm, func(get coap.Head, block []byte) []byte {
-			get.Token.Value += 1 << 20
-			return content(get, block)
+		"endless capabilities": {peer{bytes.Repeat(coaptest.CSM, 100000), content, false}, false},
+		"another's token": {peer{coaptest.CSM, func(token coap.Token, block []byte) []byte {
+			token.Value += 1 << 20
+			return content(token, block)
 		}, false}, false},
-		"never answers": {peer{csm, func(coap.Head, []byte) []byte { return nil }, false}, false},
-		"silent":        {peer{nil, func(coap.Head, []byte) []byte { return nil }, false}, false},
-		"stops in an answer": {peer{csm, after(40, func(get coap.Head, block []byte) []byte {
-			return content(get, block)[:len(block)/2]
+		"never answers": {peer{coaptest.CSM, func(coap.Token, []byte) []byte { return nil }, false}, false},
+		"silent":        {peer{nil, func(coap.Token, []byte) []byte { return nil }, false}, false},
+		"stops in an answer": {peer{coaptest.CSM, after(40, func(token coap.Token, block []byte) []byte {
+			return content(token, block)[:len(block)/2]
 		}), false}, false},
 	} {
 		if isIdle[name] != idle {
@@ -347,7 +331,7 @@ func TestHostileContents(t *testing.T) {
 	h := newHostileMachine(t)
 	blocks := &blockMap{}
 	encode := func(content []byte) eris.ReadCapability {
-		c, err := eris.Encode(t.Context(), bytes.NewReader(content), blocks, eris.EncodeOptions{})
+		c, err := eris.Encode(t.Context(), bytes.NewReader(content), blocks.Put, eris.EncodeOptions{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -375,16 +359,20 @@ func TestHostileContents(t *testing.T) {
 
 	// A tree of equal references: with 32 KiB blocks, two blocks a level.
 	bomb := func(level int) eris.ReadCapability {
-		encrypter := eris.NewEncrypter(eris.ConvergenceSecret{})
-		put := func(pair eris.Pair, block []byte) eris.Pair {
-			blocks.Put(t.Context(), pair.Reference, block)
-			return pair
+		put := func(plaintext []byte, level int) eris.Pair {
+			key := eris.Key(eris.Sum(plaintext))
+			block := make([]byte, eris.BlockSize32KiB)
+			eris.Decrypt(block, plaintext, key, level) // the cipher is its own inverse
+			ref := eris.Sum(block)
+			blocks.Put(t.Context(), ref, block)
+			return eris.Pair{Reference: ref, Key: key}
 		}
-		block := make([]byte, eris.BlockSize32KiB)
-		full := put(encrypter.EncryptLeaf(block, make([]byte, len(block))), block)
-		path := put(encrypter.EncryptLeaf(block, eris.Pad(make([]byte, 0, len(block)), eris.BlockSize32KiB)), block)
+		leaf := make([]byte, eris.BlockSize32KiB)
+		full := put(leaf, 0)
+		leaf[0] = 0x80
+		path := put(leaf, 0)
 		node := func(level int, last eris.Pair) eris.Pair {
-			plaintext := make([]byte, 0, len(block))
+			plaintext := make([]byte, 0, eris.BlockSize32KiB)
 			for i := range eris.BlockSize32KiB.Arity() {
 				pair := full
 				if i == eris.BlockSize32KiB.Arity()-1 {
@@ -392,7 +380,7 @@ func TestHostileContents(t *testing.T) {
 				}
 				plaintext = append(append(plaintext, pair.Reference[:]...), pair.Key[:]...)
 			}
-			return put(eris.EncryptNode(block, plaintext, level), block)
+			return put(plaintext, level)
 		}
 		for l := 1; l <= level; l++ {
 			path = node(l, path)
@@ -444,11 +432,11 @@ func TestHostileContents(t *testing.T) {
 		"not a nar":              encode([]byte("\x0d\x00\x00\x00\x00\x00\x00\x00nix-archive-1\x00\x00\x00" + strings.Repeat("x", 1000))),
 		"not compressed":         encode([]byte("\x1f\x8b" + strings.Repeat("x", 1000))),
 	}
-	peer := peer{coap.AppendCapabilities(nil, coap.MessageSize), func(get coap.Head, block []byte) []byte {
+	peer := peer{coaptest.CSM, func(token coap.Token, block []byte) []byte {
 		if block == nil {
-			return coap.AppendHead(nil, codes.NotFound, get.Token, 0)
+			return coaptest.Stream(codes.NotFound, token, nil, "")
 		}
-		return coap.AppendMessage(nil, codes.Content, get.Token, nil, block)
+		return coaptest.Stream(codes.Content, token, nil, block)
 	}, false}
 	socket := h.directory + "/p"
 	peer.listen(t, socket, blocks)

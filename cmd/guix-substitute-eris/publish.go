@@ -70,7 +70,7 @@ func publishCommand(args []string) int {
 	configuration := configurationDirectory()
 	flags.StringVar(&s.publicKey, "public-key", filepath.Join(configuration, "signing-key.pub"), "the key that others authorise is in `FILE`")
 	flags.StringVar(&s.privateKey, "private-key", filepath.Join(configuration, "signing-key.sec"), "sign with the key in `FILE`; \"none\" signs nothing")
-	flags.StringVar(&s.database, "database", filepath.Join(stateDirectory(), "db", "db.sqlite"), "the daemon's database is `FILE`")
+	flags.StringVar(&s.database, "database", databaseFile(), "the daemon's database is `FILE`")
 	flags.StringVar(&s.manifest, "manifest", "", "take the items from `FILE`, a list of records with StorePath and References, instead of from the database")
 	flags.StringVar(&s.narinfos, "narinfos", "", "take the items from the narinfos in `DIRECTORY` instead of from the database")
 	flags.Var((*erisFlag)(&s), "eris", "compute read capabilities even though the blocks are stored nowhere; or, as --eris=`URL`, the same as --store")

@@ -64,7 +64,7 @@ func (c *chain) serveCounted(items string, rate int64) (*blockstore.Store, *wire
 		c.t.Fatal(err)
 	}
 	c.t.Cleanup(func() { store.Close() })
-	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Blocks: store, Sink: store}}})
+	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Source: store, Sink: store}}})
 	if err != nil {
 		c.t.Fatal(err)
 	}

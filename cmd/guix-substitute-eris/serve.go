@@ -232,12 +232,12 @@ func serveEndpoints(
 	ctx context.Context, store *blockstore.Store, endpoints []*endpoint, timeout time.Duration, restoreSignals func(),
 ) error {
 	logError := func(err error) { logf("%v", err) }
-	web := httpserver.New(httpserver.Config{Blocks: store, Sink: store, RequestTimeout: timeout, Log: logError})
+	web := httpserver.New(httpserver.Config{Source: store, Sink: store.Put, RequestTimeout: timeout, Log: logError})
 	started := time.Now()
 	var coap *coapserver.Server
 	stats := func() []byte { return statisticsOf(started, store, coap, web).text() }
 	coap, err := coapserver.New(coapserver.Config{
-		Resources: []coapserver.Resource{{Blocks: store, Sink: store}},
+		Resources: []coapserver.Resource{{Source: store, Sink: store}},
 		Documents: []coapserver.Document{{Path: statisticsPath, Format: uint16(message.AppJSON), Text: stats}},
 
 		MessageTimeout: timeout,

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/term"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/ahead"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
@@ -135,6 +136,10 @@ type session struct {
 	blocks *blocks // nil if there is no store
 	state  *sourcestate.State
 	saved  time.Time
+	closed func() // what else is to be closed at the end
+
+	noted   *ahead.Session // of the daemon, when it asks what is available; nil is none
+	staging *ahead.Ahead   // when it substitutes
 }
 
 // saveEvery is how often what is known of servers and stores is written down.
@@ -146,25 +151,40 @@ func (s *session) after() {
 	if s.blocks != nil && s.Verbose {
 		s.blocks.show(s.Log)
 	}
+	if s.Verbose && s.staging != nil {
+		t := s.staging.Stats()
+		s.Log.Notef("ahead of the daemon: %d items staged, %.1f MB; %d used, %.1f MB", t.Staged, float64(t.StagedBytes)/1e6,
+			t.Used, float64(t.UsedBytes)/1e6)
+	}
 	if time.Since(s.saved) < saveEvery {
 		return
 	}
-	save := s.state.Save
-	if s.blocks != nil {
-		save = s.blocks.pool.Save
-	}
-	if err := save(); err != nil {
+	if err := s.state.Save(); err != nil {
 		s.Log.WarnOnce("sources", "what is known of sources cannot be kept for later: %v", err)
 	}
 	s.saved = time.Now()
 }
 
+// note notes what the daemon has asked about on its own, and can have.
+func (s *session) note(items []string, records []protocol.Info) {
+	if s.noted == nil || len(items) != 1 || len(records) != 1 {
+		return
+	}
+	if err := s.noted.Note(records[0].Path); err != nil {
+		s.Log.WarnOnce("session", "items are not substituted ahead of the daemon: %v", err)
+	}
+}
+
 func (s *session) close() {
+	if s.staging != nil {
+		s.staging.Close()
+	}
 	s.Substituter.Close()
 	if s.blocks != nil {
-		s.blocks.close()
+		s.blocks.Close()
 	}
 	s.state.Save()
+	s.closed()
 	s.Mirrors.Close()
 	if s.Cache != nil {
 		s.Cache.Close()
@@ -182,7 +202,7 @@ func (s *settings) session(query bool) *session {
 	if query {
 		path = "" // which learns nothing about them
 	}
-	result := &session{state: sourcestate.Open(path)}
+	result := &session{state: sourcestate.Open(path), closed: func() {}}
 	limiter := s.limiter()
 	unsigned := s.file.UnsignedCapabilities == nil || *s.file.UnsignedCapabilities
 	result.Substituter = substitute.New(substitute.Config{
@@ -195,6 +215,7 @@ func (s *settings) session(query bool) *session {
 		URLs:                 s.serverURLs(),
 		AllowUnauthenticated: s.unauthorised,
 		Deduplicate:          s.options.Deduplicate(),
+		KeysFile:             s.keysFile(),
 		Debug:                os.Getenv("GUIX_SUBSTITUTE_DEBUG") != "",
 		Mirrors: mirror.NewClient(mirror.Options{
 			MaxConnections: s.file.NarinfoConnections,
@@ -211,6 +232,9 @@ func (s *settings) session(query bool) *session {
 		Cache: s.cache(),
 		Log:   s.log,
 	})
+	if !query {
+		result.Reuse, result.closed = s.finder()
+	}
 	if urls := storeURLs(s.stores, s.file); !query && policy != substitute.HTTPOnly && len(urls) > 0 {
 		b, err := openBlocks(blocksOptions{
 			urls: urls, directory: s.inCache("blocks"), cacheSize: s.cacheSize(),
@@ -221,7 +245,8 @@ func (s *settings) session(query bool) *session {
 		}
 		if b != nil {
 			result.blocks = b
-			result.Blocks, result.Window, result.StoreSpeed = b.VerifiedBlocks, b.window, b.speed
+			result.Blocks, result.Window, result.StoreSpeed = b, b.window, b.speed
+			result.Probe = b.Probe
 			result.Nearby, result.NearbyStride = b.nearby, b.stride
 		}
 	}
@@ -312,10 +337,7 @@ const maxACL = acl.MaxSexpSize
 // keys reads the list of authorised keys. Without one the machine's own key is authorised, as Guix,
 // guix/pki.scm: current-acl, has it. When the list cannot be understood, no key is.
 func (s *settings) keys() *acl.ACL {
-	name := s.acl
-	if name == "" {
-		name = filepath.Join(configurationDirectory(), "acl")
-	}
+	name := s.keysFile()
 	text, err := readLimited(name, maxACL)
 	var keys *acl.ACL
 	switch {
@@ -336,6 +358,14 @@ func (s *settings) keys() *acl.ACL {
 		s.log.WarnOnce("acl", "access control list %s authorises no other machine; substitutes may be unavailable", name)
 	}
 	return keys
+}
+
+// keysFile is the name of the list of authorised keys.
+func (s *settings) keysFile() string {
+	if s.acl != "" {
+		return s.acl
+	}
+	return filepath.Join(configurationDirectory(), "acl")
 }
 
 // hasForeignKeys reports whether a list has another key than the machine's own.

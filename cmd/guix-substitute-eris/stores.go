@@ -5,8 +5,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
-	neturl "net/url"
 	"os"
 	"strings"
 
@@ -16,47 +14,16 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dir"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dump"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/ipfs"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/web"
 )
 
-// storeVariable has store URLs, separated by spaces; other programs for ERIS read
-// it too.
+// storeVariable has store URLs, separated by spaces; other programs for ERIS read it too.
 const storeVariable = "ERIS_STORE_URL"
 
-// A storeKind opens the stores whose URLs have one of its schemes. docs/sources.md
-// describes them in the same order.
-type storeKind struct {
-	schemes []string
-	open    func(url string) (fetch.Store, error)
-}
-
-// storeKinds are the kinds of stores.
-var storeKinds = []storeKind{
-	{[]string{"coap+unix", "coap+tcp", "coaps+tcp", "coap", "coap+ws", "coaps+ws"}, func(url string) (fetch.Store, error) {
-		return coap.Open(url, coap.Options{})
-	}},
-	{[]string{"http", "https"}, func(url string) (fetch.Store, error) {
-		return web.Open(url, web.Options{})
-	}},
-	{[]string{"file"}, func(url string) (fetch.Store, error) {
-		return dir.Open(url, dir.Options{})
-	}},
-	{[]string{"dump"}, func(url string) (fetch.Store, error) {
-		return dump.Open(url)
-	}},
-	{[]string{"ipfs+http", "ipfs+https"}, func(url string) (fetch.Store, error) {
-		return ipfs.Open(url, ipfs.Options{})
-	}},
-}
-
-// storeAliases are schemes that eris-go has for what we have too.
-var storeAliases = map[string]string{"dir+fs": "file", "cbor+file": "dump"}
-
-// dumpSuffix is how the names of files end that are dumps, not directories.
-const dumpSuffix = ".cbor"
-
-// storeURLs returns the store URLs that were given by a flag, else by the
-// environment, else by the configuration file.
+// storeURLs returns the store URLs that were given by a flag, else by the environment, else by the
+// configuration file.
 func storeURLs(flag string, file configuration) []string {
 	if flag == "none" {
 		return nil
@@ -70,48 +37,34 @@ func storeURLs(flag string, file configuration) []string {
 	return file.Stores
 }
 
-// openStore opens the store at a URL. What is behind the scheme may be a secret,
-// hence errors do not show it.
-func openStore(url string) (fetch.Store, error) {
-	scheme, rest, ok := strings.Cut(url, ":")
-	if !ok && strings.HasSuffix(url, dumpSuffix) {
-		scheme, rest, ok = "dump", (&neturl.URL{Path: url}).EscapedPath(), true
+// openStore opens the store at a URL. docs/sources.md describes the kinds of stores. Errors do not
+// show what may be a secret.
+func openStore(text string) (fetch.Store, error) {
+	u, err := storeurl.Parse(text)
+	if err != nil {
+		return nil, err
 	}
-	if !ok {
-		return nil, fmt.Errorf("this is not a store URL; one begins with a scheme: %s", storeSchemes())
+	var store fetch.Store
+	switch u.Scheme {
+	case "coap+unix", "coap+tcp", "coaps+tcp", "coap", "coap+ws", "coaps+ws":
+		store, err = coap.Open(text, coap.Options{})
+	case "http", "https":
+		store, err = web.Open(text, web.Options{})
+	case "file":
+		store, err = dir.Open(text, dir.Options{})
+	case "dump":
+		store, err = dump.Open(text)
+	case "ipfs+http", "ipfs+https":
+		store, err = ipfs.Open(text, ipfs.Options{})
 	}
-	scheme = strings.ToLower(scheme)
-	if other, ok := storeAliases[scheme]; ok {
-		scheme = other
+	if err != nil {
+		return nil, err // not a nil pointer in an interface
 	}
-	if path, _, _ := strings.Cut(rest, "?"); scheme == "file" && strings.HasSuffix(path, dumpSuffix) {
-		scheme = "dump"
-	}
-	for _, kind := range storeKinds {
-		for _, s := range kind.schemes {
-			if s != scheme {
-				continue
-			}
-			store, err := kind.open(scheme + ":" + rest)
-			if err != nil {
-				return nil, err // not a nil pointer in an interface
-			}
-			return store, nil
-		}
-	}
-	return nil, fmt.Errorf("store URL with scheme %.40q is not understood; those that are: %s", scheme, storeSchemes())
+	return store, nil
 }
 
-// storeSchemes lists the schemes that are understood.
-func storeSchemes() string {
-	var all []string
-	for _, kind := range storeKinds {
-		all = append(all, kind.schemes...)
-	}
-	return strings.Join(all, ", ")
-}
-
-// addCapability tells a store of a read capability, if it is one that keeps them and its URL asks for that.
+// addCapability tells a store of a read capability, if it is one that keeps them and its URL asks
+// for that.
 func addCapability(ctx context.Context, store fetch.Store, urn string) error {
 	d, ok := store.(*dump.Store)
 	if !ok || !d.KeepsCapabilities() {
@@ -124,9 +77,10 @@ func addCapability(ctx context.Context, store fetch.Store, urn string) error {
 	return d.AddCapability(ctx, c)
 }
 
-// openStores opens all stores that can be opened. Errors name those that cannot.
-func openStores(urls []string) ([]fetch.Source, error) {
-	var stores []fetch.Source
+// openStores opens all stores that can be opened, as members of a pool. Errors name those that
+// cannot.
+func openStores(urls []string) ([]pool.Member, error) {
+	var stores []pool.Member
 	var failed []error
 	for _, url := range urls {
 		s, err := openStore(url)
@@ -134,13 +88,21 @@ func openStores(urls []string) ([]fetch.Source, error) {
 			failed = append(failed, err)
 			continue
 		}
-		stores = append(stores, s)
+		stores = append(stores, pool.Member{Source: s, Local: isLocal(s.String())})
 	}
 	return stores, errors.Join(failed...)
 }
 
-func closeStores(stores []fetch.Source) {
+func closeStores(stores []pool.Member) {
 	for _, s := range stores {
-		s.Close()
+		s.Source.Close()
 	}
+}
+
+// isSocket reports whether a store is a daemon on this machine, by its URL.
+func isSocket(url string) bool { return strings.HasPrefix(url, "coap+unix:") }
+
+// isLocal reports whether a store is on this machine, by its URL.
+func isLocal(url string) bool {
+	return isSocket(url) || strings.HasPrefix(url, "file:") || strings.HasPrefix(url, "dump:")
 }

@@ -9,10 +9,12 @@ import (
 	"io"
 	"os"
 	"runtime/debug"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
@@ -134,6 +136,7 @@ func (s *settings) serve(stdin io.Reader, replies int, query bool) int {
 	stop := make(chan struct{})
 	go func() {
 		defer close(cleaned)
+		s.clean()
 		if query && sub.Cache != nil {
 			sub.Cache.Clean(time.Now(), stop)
 		}
@@ -144,6 +147,7 @@ func (s *settings) serve(stdin io.Reader, replies int, query bool) int {
 	}()
 	if query {
 		sub.LookAhead = lookAhead
+		sub.noted = s.daemonSession()
 	}
 	requests := protocol.NewRequests(stdin)
 	for first := true; ; first = false {
@@ -159,13 +163,33 @@ func (s *settings) serve(stdin io.Reader, replies int, query bool) int {
 		}
 		s.showNotes()
 		if first || !query {
-			sub.SetKeys(s.keys())
+			s.renewKeys(sub, first)
 		}
 		reply := s.answer(sub, request, query)
 		if err := writeAll(replies, reply); err != nil {
 			return fail("cannot reply: %v", err)
 		}
 	}
+}
+
+// renewKeys reads the list of authorised keys. If it has changed, what is staged does not count.
+func (s *settings) renewKeys(sub *session, first bool) {
+	keys := s.keys()
+	if !first && sameKeys(keys, sub.Keys) {
+		return
+	}
+	if sub.staging != nil {
+		sub.staging.Close()
+	}
+	sub.SetKeys(keys)
+	sub.staging = s.ahead(sub)
+}
+
+func sameKeys(a, b *acl.ACL) bool {
+	if a == nil || b == nil {
+		return a == b
+	}
+	return slices.EqualFunc(a.Keys(), b.Keys(), func(a, b *acl.PublicKey) bool { return a.Equal(b) })
 }
 
 // answer returns the reply to a request; there is one whatever happens.
@@ -188,9 +212,11 @@ func (s *settings) answer(sub *session, request protocol.Request, query bool) (r
 	case query && request.Command == "have":
 		return protocol.AppendHave(nil, sub.Have(ctx, arguments))
 	case query && request.Command == "info":
-		return protocol.AppendInfo(nil, sub.Info(ctx, arguments))
+		records := sub.Info(ctx, arguments)
+		sub.note(arguments, records)
+		return protocol.AppendInfo(nil, records)
 	case !query && request.Command == "substitute" && len(arguments) == 2:
-		outcome := sub.Substitute(ctx, arguments[0], arguments[1])
+		outcome := sub.staging.Substitute(ctx, arguments[0], arguments[1])
 		sub.after()
 		return appendOutcome(nil, outcome)
 	}

@@ -19,6 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
 const (
@@ -45,10 +47,7 @@ func mixed(i int) eris.BlockSize {
 
 func testOpen(t testing.TB, directory string, maxBytes int64) *Cache {
 	t.Helper()
-	c, err := Open(directory, maxBytes)
-	if err != nil {
-		t.Fatal(err)
-	}
+	c := Open(directory, maxBytes, func(err error) { t.Error(err) })
 	t.Cleanup(func() {
 		if err := c.Close(); err != nil {
 			t.Error(err)
@@ -57,37 +56,47 @@ func testOpen(t testing.TB, directory string, maxBytes int64) *Cache {
 	return c
 }
 
-// put puts blocks from number first to before last, of sizes that a function tells.
-func put(c *Cache, first, last int, size func(int) eris.BlockSize) {
-	waiting := 0
-	for i := first; i < last; i++ {
-		ref, block := testBlock(i, size(i))
-		// Not faster than the disk, where blocks could be dropped.
-		if waiting += len(block); waiting > c.writer.most {
-			c.flush()
-			waiting = len(block)
+// put keeps blocks from number first to before last, of sizes that a function tells.
+func put(c *Cache, first, last int, size func(int) eris.BlockSize) error {
+	var errs []error
+	for i := first; i < last; {
+		var refs []eris.Reference
+		var blocks [][]byte
+		for ; i < last && len(refs) < 256; i++ {
+			ref, block := testBlock(i, size(i))
+			refs, blocks = append(refs, ref), append(blocks, block)
 		}
-		c.Put(ref, block)
+		errs = append(errs, c.Keep(benchContext, refs, blocks))
 	}
-	c.flush()
+	return errors.Join(errs...)
 }
 
-// has tells whether a block is found. It fails if something else is.
+// has reports whether a block is found.
 func has(t testing.TB, c *Cache, i int, size eris.BlockSize) bool {
 	t.Helper()
 	ref, want := testBlock(i, size)
 	memory := make([]byte, 0, size)
-	got, err := c.Get(t.Context(), ref, size, memory)
+	got, err := fetch.Get(t.Context(), c, ref, size, memory)
 	if err == nil && !bytes.Equal(got, want) {
 		t.Fatalf("block %d is another one", i)
 	}
 	if err == nil && &got[0] != &memory[:1][0] {
 		t.Errorf("block %d is not where there was room for it", i)
 	}
-	if err != nil && err != eris.ErrNotFound {
-		t.Fatal(err)
-	}
 	return err == nil
+}
+
+// peek reports whether a block is there, without using it.
+func peek(c *Cache, i int, size eris.BlockSize) bool {
+	ref, _ := testBlock(i, size)
+	r, s := c.find(&ref, size)
+	if r == nil {
+		return false
+	}
+	defer c.open.RUnlock()
+	block := make([]byte, size)
+	ok, err := r.read(block, s)
+	return ok && err == nil && eris.Verify(ref, block) == nil
 }
 
 // count returns how many blocks are found.
@@ -119,24 +128,19 @@ func TestCache(t *testing.T) {
 		if !c.Has(t.Context(), ref, small) || c.Has(t.Context(), ref, large) || c.Has(t.Context(), ref, 5) {
 			t.Errorf("%s: the cache does not know what it has", name)
 		}
-		if _, err := c.Get(t.Context(), ref, large, nil); err != eris.ErrNotFound {
-			t.Errorf("%s: %v", name, err)
+		for _, size := range []eris.BlockSize{large, 5} {
+			if _, err := fetch.Get(t.Context(), c, ref, size, nil); !errors.Is(err, eris.ErrNotFound) {
+				t.Errorf("%s: %v", name, err)
+			}
 		}
-		if _, err := c.Get(t.Context(), ref, 5, nil); err != eris.ErrNotFound {
-			t.Errorf("%s: %v", name, err)
-		}
-		if got, err := c.Get(t.Context(), ref, small, nil); err != nil || !bytes.Equal(got, block) {
+		if got, err := fetch.Get(t.Context(), c, ref, small, nil); err != nil || !bytes.Equal(got, block) {
 			t.Errorf("%s: without memory: %v", name, err)
 		}
 	}
-	// What is there is not written twice, and no other sizes are.
-	before := other.ring.head.Load()
-	put(other, 0, n, mixed)
-	other.Put(eris.Sum(nil), nil)
-	other.Put(eris.Sum([]byte("x")), []byte("x"))
-	other.flush()
-	if written := other.ring.head.Load() - before; written > 64 {
-		t.Errorf("%d KiB were written again", written)
+	for _, block := range [][]byte{nil, []byte("x")} {
+		if c.Keep(t.Context(), []eris.Reference{eris.Sum(block)}, [][]byte{block}) == nil {
+			t.Errorf("a block of %d bytes is kept", len(block))
+		}
 	}
 	if info, err := os.Stat(d); err != nil || info.Mode().Perm() != 0o700 {
 		t.Errorf("directory: %v, %v", info.Mode(), err)
@@ -169,9 +173,8 @@ func TestBound(t *testing.T) {
 			found, recent := 0, 0
 			for i := next - 1; i >= 0; i-- {
 				total -= int(size(i))
-				// Not with Get, which writes again what is old.
-				ref, _ := testBlock(i, size(i))
-				if block, _ := c.get(&ref, size(i), nil); block != nil {
+				// Not by a request, which writes again what is old.
+				if peek(c, i, size(i)) {
 					found += int(size(i))
 					if total > 2*most+most/2 {
 						recent += int(size(i))
@@ -194,12 +197,11 @@ func TestUsedStay(t *testing.T) {
 		if got := count(t, c, 0, 100, mixed); got < 90 {
 			t.Fatalf("%d blocks of 100 that are used are left after %d others", got, i-900)
 		}
-		c.flush()
 	}
 }
 
-// Whatever happens to the file, no wrong block is found, and the cache goes on or
-// is at least replaced by the next process.
+// Whatever happens to the file, no wrong block is found, and the cache goes on or is at least
+// replaced by the next process.
 func TestDamage(t *testing.T) {
 	const most, n = 1 << 20, 600
 	all := func(int) eris.BlockSize { return small }
@@ -221,10 +223,7 @@ func TestDamage(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := t.TempDir()
-			running, err := Open(d, most)
-			if err != nil {
-				t.Fatal(err)
-			}
+			running := Open(d, most, nil)
 			put(running, 0, n, all)
 			file := filepath.Join(d, fileName)
 			b, err := os.ReadFile(file)
@@ -254,8 +253,7 @@ func flip(random *rand.Rand, b []byte, times int) {
 	}
 }
 
-// What is no cache of this size under the name is replaced, and what it refers to
-// is left alone.
+// What is no cache of this size under the name is replaced, and what it refers to is left alone.
 func TestReplace(t *testing.T) {
 	victim := filepath.Join(t.TempDir(), "victim")
 	for name, prepare := range map[string]func(file string) error{
@@ -296,12 +294,8 @@ func TestReplace(t *testing.T) {
 }
 
 func makeCache(directory string, most int64) error {
-	c, err := Open(directory, most)
-	if err != nil {
-		return err
-	}
-	put(c, -1, 0, func(int) eris.BlockSize { return small })
-	return c.Close()
+	c := Open(directory, most, nil)
+	return errors.Join(put(c, -1, 0, func(int) eris.BlockSize { return small }), c.Close())
 }
 
 func TestOpenFails(t *testing.T) {
@@ -332,13 +326,10 @@ func TestOpenFails(t *testing.T) {
 		"too large":          {filepath.Join(d, "large"), 1 << 62},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if _, err := Open(test.directory, test.most); err == nil || !strings.Contains(err.Error(), test.directory) {
-				t.Errorf("error %v", err)
-			}
 			var told []error
-			c := OpenLater(test.directory, test.most, func(err error) { told = append(told, err) })
+			c := Open(test.directory, test.most, func(err error) { told = append(told, err) })
 			put(c, 0, 10, mixed)
-			if got := count(t, c, 0, 10, mixed); got != 0 || len(told) != 1 {
+			if got := count(t, c, 0, 10, mixed); got != 0 || len(told) != 1 || !strings.Contains(told[0].Error(), test.directory) {
 				t.Errorf("%d blocks are kept nowhere; told: %q", got, told)
 			}
 			if err := c.Close(); err != nil {
@@ -348,11 +339,6 @@ func TestOpenFails(t *testing.T) {
 	}
 	if entries, err := os.ReadDir(writable); err != nil || len(entries) != 0 {
 		t.Errorf("%v, %v", entries, err)
-	}
-	var none *Cache
-	none.Put(testBlock(1, small))
-	if has(t, none, 1, small) || none.Has(t.Context(), eris.Reference{}, small) || none.Close() != nil {
-		t.Error("no cache has a block")
 	}
 }
 
@@ -365,7 +351,7 @@ func TestLater(t *testing.T) {
 			t.Fatalf("%s is there: %v", d, err)
 		}
 	}
-	c := OpenLater(d, 1<<20, func(err error) { t.Error(err) })
+	c := Open(d, 1<<20, func(err error) { t.Error(err) })
 	absent()
 	if err := c.Close(); err != nil {
 		t.Error(err)
@@ -375,7 +361,7 @@ func TestLater(t *testing.T) {
 		t.Error("a closed cache has blocks")
 	}
 	absent()
-	c = OpenLater(d, 1<<20, func(err error) { t.Error(err) })
+	c = Open(d, 1<<20, func(err error) { t.Error(err) })
 	put(c, 0, 100, mixed)
 	if got := count(t, c, 0, 100, mixed); got < 90 {
 		t.Errorf("%d blocks of 100", got)
@@ -395,10 +381,7 @@ func TestLater(t *testing.T) {
 func TestCloseInUse(t *testing.T) {
 	d := t.TempDir()
 	for range 20 {
-		c, err := Open(d, 4<<20)
-		if err != nil {
-			t.Fatal(err)
-		}
+		c := Open(d, 4<<20, nil)
 		var group sync.WaitGroup
 		started := make(chan struct{}, 8)
 		for g := range 8 {
@@ -407,7 +390,7 @@ func TestCloseInUse(t *testing.T) {
 					if i == 20 {
 						started <- struct{}{}
 					}
-					c.Put(testBlock(g*1000+i, mixed(i)))
+					put(c, g*1000+i, g*1000+i+1, func(int) eris.BlockSize { return mixed(i) })
 					has(t, c, g*1000+i/2, mixed(i/2))
 				}
 			})
@@ -420,8 +403,8 @@ func TestCloseInUse(t *testing.T) {
 	}
 }
 
-// Files that were being made by processes that were killed are removed, those of
-// others that may be at it are not.
+// Files that were being made by processes that were killed are removed, those of others that may be
+// at it are not.
 func TestTemporary(t *testing.T) {
 	d := t.TempDir()
 	os.Chmod(d, 0o700)
@@ -434,7 +417,7 @@ func TestTemporary(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	testOpen(t, d, 1<<20)
+	has(t, testOpen(t, d, 1<<20), 1, small)
 	entries, err := os.ReadDir(d)
 	var names []string
 	for _, e := range entries {
@@ -445,14 +428,11 @@ func TestTemporary(t *testing.T) {
 	}
 }
 
-// A process that has been stopped while it held the lock stops nobody: blocks are
-// not kept meanwhile.
+// A process that has been stopped while it held the lock stops nobody: blocks are not kept
+// meanwhile.
 func TestStuckLock(t *testing.T) {
 	d := t.TempDir()
-	c, err := Open(d, 8<<20)
-	if err != nil {
-		t.Fatal(err)
-	}
+	c := testOpen(t, d, 8<<20)
 	put(c, 0, 100, mixed)
 	f, err := os.Open(filepath.Join(d, fileName))
 	if err != nil {
@@ -462,18 +442,11 @@ func TestStuckLock(t *testing.T) {
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
 		t.Fatal(err)
 	}
-	for i := 100; i < 20000; i++ {
-		c.Put(testBlock(i, mixed(i)))
-	}
-	c.flush()
-	if got := count(t, c, 0, 100, mixed); got < 90 {
-		t.Errorf("%d blocks of 100", got)
-	}
-	if got := count(t, c, 100, 20000, mixed); got != 0 {
-		t.Errorf("%d blocks are kept while another process has the lock", got)
-	}
-	if err := c.Close(); !errors.Is(err, errBusy) {
+	if err := put(c, 100, 300, mixed); !errors.Is(err, files.ErrLocked) {
 		t.Error(err)
+	}
+	if got := count(t, c, 0, 300, mixed); got < 90 || got > 100 {
+		t.Errorf("%d blocks of 100, while another process has the lock", got)
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_UN); err != nil {
 		t.Fatal(err)
@@ -524,8 +497,8 @@ func FuzzFile(f *testing.F) {
 
 var benchContext = context.Background()
 
-// cpu reports the time of the processor per operation, which other work on the
-// machine does not change much.
+// cpu reports the time of the processor per operation, which other work on the machine does not
+// change much.
 func cpu(b *testing.B) func() {
 	used := func() int64 {
 		var r unix.Rusage
@@ -536,31 +509,32 @@ func cpu(b *testing.B) func() {
 	return func() { b.ReportMetric(float64(used()-before)/float64(b.N), "cpu-ns/op") }
 }
 
-// BenchmarkPut keeps blocks that are new: by Put, and as Through does, which has
-// looked for them already.
-func BenchmarkPut(b *testing.B) {
+// BenchmarkKeep keeps blocks that are new, 256 KiB at a time.
+func BenchmarkKeep(b *testing.B) {
 	for name, size := range map[string]eris.BlockSize{"1KiB": small, "32KiB": large} {
-		bench := func(b *testing.B, put func(c *Cache, ref *eris.Reference, block []byte)) {
+		b.Run(name, func(b *testing.B) {
 			c := testOpen(b, b.TempDir(), 512<<20)
 			ref, block := testBlock(0, size)
 			c.Has(benchContext, ref, size) // opens it
+			refs, blocks := make([]eris.Reference, (256<<10)/int(size)), make([][]byte, (256<<10)/int(size))
+			for i := range blocks {
+				blocks[i] = block
+			}
 			i := uint64(0)
-			b.SetBytes(int64(size))
+			b.SetBytes(256 << 10)
 			b.ReportAllocs()
 			defer cpu(b)()
 			for b.Loop() {
-				// Other references, without the time for their computation.
-				i += 0x9e3779b97f4a7c15
-				binary.LittleEndian.PutUint64(ref[:], i)
-				binary.LittleEndian.PutUint64(ref[16:], i)
-				put(c, &ref, block)
+				for k := range refs { // other ones, without the time for their computation
+					i += 0x9e3779b97f4a7c15
+					binary.LittleEndian.PutUint64(refs[k][:], i)
+					binary.LittleEndian.PutUint64(refs[k][16:], i)
+				}
+				if err := c.Keep(benchContext, refs, blocks); err != nil {
+					b.Fatal(err)
+				}
 			}
-			c.flush()
-		}
-		b.Run(name, func(b *testing.B) {
-			bench(b, func(c *Cache, ref *eris.Reference, block []byte) { c.Put(*ref, block) })
 		})
-		b.Run("missing/"+name, func(b *testing.B) { bench(b, (*Cache).putMissing) })
 	}
 }
 
@@ -570,18 +544,16 @@ func BenchmarkGet(b *testing.B) {
 		const n = 1000
 		refs := make([]eris.Reference, n)
 		for i := range n {
-			var block []byte
-			refs[i], block = testBlock(i, size)
-			c.Put(refs[i], block)
+			refs[i], _ = testBlock(i, size)
 		}
-		c.flush()
+		put(c, 0, n, func(int) eris.BlockSize { return size })
 		b.Run("hit/"+name, func(b *testing.B) {
 			dst := make([]byte, 0, size)
 			b.SetBytes(int64(size))
 			b.ReportAllocs()
 			defer cpu(b)()
 			for i := 0; b.Loop(); i++ {
-				if _, err := c.Get(benchContext, refs[i%n], size, dst); err != nil {
+				if _, err := fetch.Get(benchContext, c, refs[i%n], size, dst); err != nil {
 					b.Fatal(err)
 				}
 			}
@@ -603,7 +575,7 @@ func BenchmarkGet(b *testing.B) {
 		defer cpu(b)()
 		for i := uint64(0); b.Loop(); i += 0x9e3779b97f4a7c15 {
 			binary.LittleEndian.PutUint64(ref[:], i)
-			if _, err := c.Get(benchContext, ref, large, dst); err == nil {
+			if _, err := fetch.Get(benchContext, c, ref, large, dst); err == nil {
 				b.Fatal("a block")
 			}
 		}
@@ -621,19 +593,12 @@ func BenchmarkOpen(b *testing.B) {
 	for i := uint64(1); i < 2<<20; i++ {
 		binary.LittleEndian.PutUint64(ref[:], i*0x9e3779b97f4a7c15)
 		binary.LittleEndian.PutUint64(ref[16:], i*0x9e3779b97f4a7c15)
-		c.add(&ref, block)
-		if i%512 == 0 {
-			c.flush() // so that none is dropped where the disk is slow
-		}
+		c.Keep(benchContext, []eris.Reference{ref}, [][]byte{block})
 	}
-	c.flush()
 	put(c, 1, 2, func(int) eris.BlockSize { return small })
 	defer cpu(b)()
 	for b.Loop() {
-		next, err := Open(d, 2<<30)
-		if err != nil {
-			b.Fatal(err)
-		}
+		next := Open(d, 2<<30, nil)
 		if !has(b, next, 1, small) {
 			b.Fatal("the last block is not there")
 		}

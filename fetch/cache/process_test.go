@@ -13,10 +13,11 @@ import (
 	"testing"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 )
 
-// The test binary, run with this in its environment, is another process that uses a
-// cache: see runProcess.
+// The test binary, run with this in its environment, is another process that uses a cache: see
+// runProcess.
 const processVariable = "ERIS_CACHE_TEST_PROCESS"
 
 func TestMain(m *testing.M) {
@@ -30,10 +31,10 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// runProcess puts blocks 100 at a time until it is killed or has put so many, and
-// gets them and those of others. It prints the number below which all blocks have
-// been written. Its arguments are the numbers of the first block and of that after
-// the last one, the size of the cache, and its directory.
+// runProcess puts blocks 100 at a time until it is killed or has put so many, and gets them and
+// those of others. It prints the number below which all blocks have been written. Its arguments are
+// the numbers of the first block and of that after the last one, the size of the cache, and its
+// directory.
 func runProcess(arguments string) error {
 	fields := strings.SplitN(arguments, " ", 4)
 	var numbers [3]int
@@ -43,16 +44,13 @@ func runProcess(arguments string) error {
 			return err
 		}
 	}
-	c, err := Open(fields[3], int64(numbers[2]))
-	if err != nil {
-		return err
-	}
+	c := Open(fields[3], int64(numbers[2]), nil)
 	found := 0
 	for i := numbers[0]; i < numbers[1]; i += 100 {
 		put(c, i, i+100, mixed)
 		for j := range 100 {
 			ref, want := testBlock(i+j, mixed(i+j))
-			if got, err := c.Get(benchContext, ref, mixed(i+j), nil); err == nil {
+			if got, err := fetch.Get(benchContext, c, ref, mixed(i+j), nil); err == nil {
 				found++
 				if string(got) != string(want) {
 					return fmt.Errorf("block %d is another one", i+j)
@@ -61,7 +59,7 @@ func runProcess(arguments string) error {
 			// Old ones, of this process and of others, where blocks are being overwritten.
 			other := rand.IntN(numbers[1])
 			ref, want = testBlock(other, mixed(other))
-			if got, err := c.Get(benchContext, ref, mixed(other), nil); err == nil && string(got) != string(want) {
+			if got, err := fetch.Get(benchContext, c, ref, mixed(other), nil); err == nil && string(got) != string(want) {
 				return fmt.Errorf("block %d is another one", other)
 			}
 		}
@@ -86,8 +84,8 @@ func process(t *testing.T, first, last int, maxBytes int64, directory string) *e
 	return p
 }
 
-// A process is killed while it puts blocks, again and again. What it had written is
-// found by the next.
+// A process is killed while it puts blocks, again and again. What it had written is found by the
+// next.
 func TestKill(t *testing.T) {
 	const most = 64 << 20
 	d := t.TempDir()
@@ -132,8 +130,8 @@ func TestKill(t *testing.T) {
 	}
 }
 
-// Several processes at a time, one of which is killed, overwrite each other's
-// blocks, and find what they have just written.
+// Several processes at a time, one of which is killed, overwrite each other's blocks, and find what
+// they have just written.
 func TestProcesses(t *testing.T) {
 	const most = 8 << 20
 	d := t.TempDir()
@@ -175,10 +173,8 @@ func TestCreateAtOnce(t *testing.T) {
 		caches := make(chan *Cache)
 		for range 8 {
 			go func() {
-				c, err := Open(d, 1<<20)
-				if err != nil {
-					t.Error(err)
-				}
+				c := Open(d, 1<<20, func(err error) { t.Error(err) })
+				c.Has(t.Context(), eris.Reference{}, small) // opens it
 				caches <- c
 			}()
 		}

@@ -20,23 +20,23 @@ import (
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
 // A ring is the file of a cache: a head, a table, and blocks.
 //
-// Blocks are written one behind the other, in units of 1 KiB, and from the
-// beginning again when the end is reached, so that the oldest make room. The
-// position of a block counts all units that were ever written before it; it tells
-// both where the block is and whether it has been overwritten since.
+// Blocks are written one behind the other, in units of 1 KiB, and from the beginning again when the
+// end is reached, so that the oldest make room. The position of a block counts all units that were
+// ever written before it; it tells both where the block is and whether it has been overwritten
+// since.
 //
-// The table is a hash table of which a block's place is one bucket. An entry is a
-// number of 8 bytes: 40 bits of position, a bit for the block size, and 23 bits of
-// the reference; 0 is no entry. Entries are written after their blocks. Who finds
-// one must check what it leads to: the block may have been overwritten, or never
-// written before the power failed, or be another one.
+// The table is a hash table of which a block's place is one bucket. An entry is a number of 8
+// bytes: 40 bits of position, a bit for the block size, and 23 bits of the reference; 0 is no
+// entry. Entries are written after their blocks. Who finds one must check what it leads to: the
+// block may have been overwritten, or never written before the power failed, or be another one.
 //
-// Only the counter of units is written under a lock, which the kernel takes from
-// a process that dies.
+// Only the counter of units is written under a lock, which the kernel takes from a process that
+// dies.
 type ring struct {
 	file    *os.File
 	units   uint64        // room for blocks, in units
@@ -48,8 +48,8 @@ type ring struct {
 const (
 	magic      = "guix-substitute-eris blocks 1\n"
 	headLength = 4096 // page, so that buckets and blocks lie well
-	// In the head, little-endian: the number of units, that of buckets, the CRC-32C
-	// of all before it, and, beyond that, the counter of units.
+	// In the head, little-endian: the number of units, that of buckets, the CRC-32C of all before
+	// it, and, beyond that, the counter of units.
 	unitsAt   = 32
 	bucketsAt = 40
 	checkAt   = 48
@@ -58,8 +58,8 @@ const (
 	unit         = 1 << 10
 	bucketSlots  = 64
 	bucketLength = 8 * bucketSlots
-	// Three quarters of the slots are enough for all units; then about one block
-	// of a thousand finds its bucket full of younger ones.
+	// Three quarters of the slots are enough for all units; then about one block of a thousand
+	// finds its bucket full of younger ones.
 	slotsPerUnit = 4.0 / 3
 
 	positionBits = 40
@@ -67,8 +67,7 @@ const (
 
 	fileName        = "blocks"
 	temporaryPrefix = ".new-"
-	// temporaryAge is after how long a file that was being made has no maker any
-	// more.
+	// temporaryAge is after how long a file that was being made has no maker any more.
 	temporaryAge = time.Minute
 
 	// leastBytes is the least size of a cache.
@@ -79,8 +78,8 @@ const (
 
 var errNotOurs = errors.New("is not safe: it must belong to the user of this process, and nobody else may write to it")
 
-// openRing opens the file in a directory, or makes it. A file that is not a ring
-// of the given size is replaced.
+// openRing opens the file in a directory, or makes it. A file that is not a ring of the given size
+// is replaced.
 func openRing(directory *os.Root, maxBytes int64) (*ring, error) {
 	if maxBytes < leastBytes || maxBytes > mostBytes {
 		return nil, fmt.Errorf("a cache of %d bytes is not possible", maxBytes)
@@ -181,8 +180,7 @@ func (r *ring) create(directory *os.Root) error {
 	return nil
 }
 
-// removeTemporary removes what processes have left that were killed while they made
-// a file.
+// removeTemporary removes what processes have left that were killed while they made a file.
 func (r *ring) removeTemporary(directory *os.Root) {
 	d, err := directory.Open(".")
 	if err != nil {
@@ -200,7 +198,7 @@ func (r *ring) removeTemporary(directory *os.Root) {
 	}
 }
 
-// ours tells whether only the user of this process can write to a file.
+// ours reports whether only the user of this process can write to a file.
 func ours(info fs.FileInfo) bool {
 	stat, ok := info.Sys().(*syscall.Stat_t)
 	return ok && int(stat.Uid) == os.Geteuid() && info.Mode()&0o022 == 0
@@ -231,21 +229,21 @@ func (r *ring) bucket(ref *eris.Reference) int64 {
 	return headLength + int64(high*bucketLength)
 }
 
-// age returns how many units have been written since a position. It may be below 0,
-// where another process has written more than is known here.
+// age returns how many units have been written since a position. It may be below 0, where another
+// process has written more than is known here.
 func (r *ring) age(position uint64) int64 {
 	const unused = 64 - positionBits
 	return int64((r.head.Load()-position)<<unused) >> unused
 }
 
-// live tells whether a position may not have been overwritten.
+// live reports whether a position may not have been overwritten.
 func (r *ring) live(position uint64) bool {
 	age := r.age(position)
 	return -int64(r.units) <= age && age <= int64(r.units)
 }
 
-// find returns the entry of a block. There is none in most cases where there is no
-// block, and there may be one.
+// find returns the entry of a block. There is none in most cases where there is no block, and there
+// may be one.
 func (r *ring) find(ref *eris.Reference, size eris.BlockSize) (slot, bool, error) {
 	var b [bucketLength]byte
 	at := r.bucket(ref)
@@ -262,9 +260,8 @@ func (r *ring) find(ref *eris.Reference, size eris.BlockSize) (slot, bool, error
 	return slot{}, false, nil
 }
 
-// insert makes the entry of a block at a position, in place of the one that it has,
-// or of none, or of the oldest. That another process does the same in between may
-// cost one of the two entries.
+// insert makes the entry of a block at a position, in place of the one that it has, or of none, or
+// of the oldest. That another process does the same in between may cost one of the two entries.
 func (r *ring) insert(ref *eris.Reference, size eris.BlockSize, position uint64) error {
 	var b [bucketLength]byte
 	at := r.bucket(ref)
@@ -293,17 +290,22 @@ func (r *ring) insert(ref *eris.Reference, size eris.BlockSize, position uint64)
 	return err
 }
 
-// remove removes an entry that leads to something else, unless it has changed.
-func (r *ring) remove(s slot) error {
-	var b [8]byte
-	if _, err := r.file.ReadAt(b[:], s.at); err != nil {
+// write writes blocks, which lie one behind the other in data, and then their entries.
+func (r *ring) write(refs []eris.Reference, blocks [][]byte, data []byte) error {
+	position, err := r.reserve(uint64(len(data) / unit))
+	if err != nil {
 		return err
 	}
-	if binary.LittleEndian.Uint64(b[:]) != s.entry {
-		return nil
+	if _, err := r.file.WriteAt(data, r.offset(position)); err != nil {
+		return err
 	}
-	_, err := r.file.WriteAt(make([]byte, 8), s.at)
-	return err
+	for i, block := range blocks {
+		if err := r.insert(&refs[i], eris.BlockSize(len(block)), position); err != nil {
+			return err
+		}
+		position += uint64(len(block)) / unit
+	}
+	return nil
 }
 
 // offset returns where a position is in the file.
@@ -311,8 +313,7 @@ func (r *ring) offset(position uint64) int64 {
 	return r.data + int64(position%r.units*unit)
 }
 
-// read fills block with what is at a position. It returns false if the file ends
-// before that.
+// read fills block with what is at a position. It returns false if the file ends before that.
 func (r *ring) read(block []byte, s slot) (bool, error) {
 	// An entry has the last bits of the position only.
 	position := r.head.Load() - uint64(r.age(s.position()))
@@ -333,23 +334,19 @@ func (r *ring) refresh() error {
 	return nil
 }
 
-// lockPatience is how long reserve waits for other processes, which hold the lock
-// for some microseconds.
-const lockPatience = 100 * time.Millisecond
+// lockWait is how long reserve waits for other processes, which hold the lock for some
+// microseconds. One that has been stopped meanwhile must not stop the others.
+const lockWait = 100 * time.Millisecond
 
-var (
-	errBusy = errors.New("another process does not let go of the cache")
-	errRoom = errors.New("the file system is almost full")
-)
+var errRoom = errors.New("the file system is almost full")
 
-// reserve returns the position of n units that are to be written next. It does not
-// let the file grow where the file system is almost full, but begins again at the
-// beginning.
+// reserve returns the position of n units that are to be written next. It does not let the file
+// grow where the file system is almost full, but begins again at the beginning.
 func (r *ring) reserve(n uint64) (position uint64, err error) {
-	if err := r.lock(); err != nil {
+	if err := files.LockFile(r.file, lockWait); err != nil {
 		return 0, err
 	}
-	defer unix.Flock(int(r.file.Fd()), unix.LOCK_UN)
+	defer files.UnlockFile(r.file)
 	if err := r.refresh(); err != nil {
 		return 0, err
 	}
@@ -376,22 +373,4 @@ func (r *ring) reserve(n uint64) (position uint64, err error) {
 	}
 	r.head.Store(head + n)
 	return head, nil
-}
-
-// lock takes the lock of the file. A process that has been stopped while it held
-// the lock must not stop the others.
-func (r *ring) lock() error {
-	wait := 10 * time.Microsecond
-	for start := time.Now(); ; wait *= 2 {
-		err := unix.Flock(int(r.file.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		switch {
-		case err == unix.EINTR:
-		case err != unix.EWOULDBLOCK:
-			return err
-		case time.Since(start) > lockPatience:
-			return errBusy
-		default:
-			time.Sleep(wait)
-		}
-	}
 }

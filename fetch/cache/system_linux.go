@@ -16,9 +16,8 @@ func adviseWillNeed(f *os.File, offset, length int64) {
 // mostReserve bounds what is left free of a large file system, in bytes.
 const mostReserve = 512 << 20
 
-// roomy tells whether the file system of a file is less than nine tenths full, or
-// has 512 MiB of room: a cache must not take the last of it from what is to be
-// kept.
+// roomy reports whether the file system of a file is less than nine tenths full, or has 512 MiB of
+// room: a cache must not take the last of it from what is to be kept.
 func roomy(f *os.File) bool {
 	var s unix.Statfs_t
 	if err := unix.Fstatfs(int(f.Fd()), &s); err != nil {

@@ -6,16 +6,13 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
-	"net"
-	"path/filepath"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 )
 
@@ -37,6 +34,16 @@ func (m *memory) Get(_ context.Context, ref eris.Reference, size eris.BlockSize,
 	return block, nil
 }
 
+// Start implements [fetch.Source]; like a database, it answers before it returns.
+func (m *memory) Start(r *fetch.Request) {
+	r.Block, r.Err = m.Get(context.Background(), r.Pair.Reference, r.Size, r.Dst)
+	r.Done(r)
+}
+
+func (m *memory) Cancel(*fetch.Request) {}
+func (m *memory) String() string        { return "memory:" }
+func (m *memory) Close() error          { return nil }
+
 func (m *memory) Put(_ context.Context, ref eris.Reference, block []byte) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -54,15 +61,16 @@ func (m *memory) add(tb testing.TB, size eris.BlockSize) eris.Reference {
 	return ref
 }
 
-// processorTime returns how much time of all processors the process has used. Unlike time on the wall, it does not depend much on
-// what else goes on.
+// processorTime returns how much time of all processors the process has used. Unlike time on the
+// wall, it does not depend much on what else goes on.
 func processorTime() time.Duration {
 	var usage syscall.Rusage
 	syscall.Getrusage(syscall.RUSAGE_SELF, &usage)
 	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
 }
 
-// BenchmarkGet gets blocks through one Unix socket, client and server in one process.
+// BenchmarkGet gets blocks through one connection, client and server in one process, without
+// verification.
 func BenchmarkGet(b *testing.B) {
 	for _, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
 		store := newMemory()
@@ -70,71 +78,34 @@ func BenchmarkGet(b *testing.B) {
 		for range 256 {
 			refs = append(refs, store.add(b, size))
 		}
-		for _, verified := range []bool{false, true} {
-			for _, window := range []int{1, 16, 256, 4096} {
-				name := fmt.Sprintf("%v/verified=%v/window=%d", size, verified, window)
-				b.Run(name, func(b *testing.B) {
-					server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Blocks: store}}})
-					if err != nil {
-						b.Fatal(err)
+		for _, v := range []struct {
+			network string
+			window  int
+		}{{"unix", 1}, {"unix", 16}, {"unix", 256}, {"unix", 4096}, {"tcp", 256}, {"ws", 256}, {"udp", 16}} {
+			b.Run(fmt.Sprintf("%v/%s/window=%d", size, v.network, v.window), func(b *testing.B) {
+				client := mustOpen(b, startServer(b, v.network, store, readWrite).url(""), coap.Options{})
+				defer client.Close()
+				b.SetBytes(int64(size))
+				b.ReportAllocs()
+				done := make(chan *fetch.Request, v.window)
+				before := processorTime()
+				b.ResetTimer()
+				for i := range b.N {
+					var r *fetch.Request
+					if i < v.window {
+						r = &fetch.Request{Size: size, Dst: make([]byte, 0, size), Done: func(r *fetch.Request) { done <- r }}
+					} else if r = <-done; r.Err != nil {
+						b.Fatal(r.Err)
 					}
-					socket := filepath.Join(b.TempDir(), "s")
-					listener, err := net.Listen("unix", socket)
-					if err != nil {
-						b.Fatal(err)
-					}
-					go server.Serve(listener, coapserver.Access{Get: true})
-					defer server.Close()
-					client, err := coap.Open("coap+unix://"+socket, coap.Options{Unverified: !verified})
-					if err != nil {
-						b.Fatal(err)
-					}
-					defer client.Close()
-					b.SetBytes(int64(size))
-					b.ReportAllocs()
-					var next atomic.Int64
-					var group sync.WaitGroup
-					b.ResetTimer()
-					before := processorTime()
-					for range window {
-						group.Go(func() {
-							dst := make([]byte, 0, size)
-							for {
-								i := next.Add(1)
-								if i > int64(b.N) {
-									return
-								}
-								if _, err := client.Get(b.Context(), refs[i%int64(len(refs))], size, dst); err != nil {
-									b.Error(err)
-									return
-								}
-							}
-						})
-					}
-					group.Wait()
-					b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "blocks/s")
-					b.ReportMetric(float64(processorTime()-before)/float64(b.N), "cpu-ns/op")
-				})
-			}
-		}
-	}
-}
-
-func BenchmarkVerify(b *testing.B) {
-	for _, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
-		b.Run(size.String(), func(b *testing.B) {
-			b.SetBytes(int64(size))
-			before := processorTime()
-			b.RunParallel(func(pb *testing.PB) {
-				block := make([]byte, size)
-				ref := eris.Sum(block)
-				for pb.Next() {
-					if err := eris.Verify(ref, block); err != nil {
-						b.Error(err)
-					}
+					r.Pair.Reference = refs[i%len(refs)]
+					client.Start(r)
 				}
+				for range min(b.N, v.window) {
+					<-done
+				}
+				b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "blocks/s")
+				b.ReportMetric(float64(processorTime()-before)/float64(b.N), "cpu-ns/op")
 			})
-			b.ReportMetric(float64(processorTime()-before)/float64(b.N), "cpu-ns/op")
-		})
+		}
 	}
 }

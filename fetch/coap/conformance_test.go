@@ -3,11 +3,13 @@
 package coap_test
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"math/big"
 	"net"
 	"path/filepath"
@@ -22,12 +24,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 )
-
-// backendStore is what a server serves.
-type backendStore interface {
-	eris.Blocks
-	coapserver.Sink
-}
 
 // testServer is a server that can be restarted at the same address.
 type testServer struct {
@@ -47,7 +43,7 @@ type testServer struct {
 const secretPath = "hidden-away"
 
 // startServer starts a server of a store at the well-known path, and another one at a secret path.
-func startServer(tb testing.TB, network string, store backendStore, access coapserver.Access) *testServer {
+func startServer(tb testing.TB, network string, store fetch.Store, access coapserver.Access) *testServer {
 	s := &testServer{tb: tb, network: network, access: access, conns: make(map[net.Conn]struct{})}
 	switch network {
 	case "unix":
@@ -59,7 +55,7 @@ func startServer(tb testing.TB, network string, store backendStore, access coaps
 	default:
 		s.address = "127.0.0.1:0"
 	}
-	s.config.Resources = []coapserver.Resource{{Blocks: store, Sink: store}, {Path: secretPath, Blocks: store, Sink: store}}
+	s.config.Resources = []coapserver.Resource{{Source: store, Sink: store}, {Path: secretPath, Source: store, Sink: store}}
 	s.config.Datagram.AckTimeout = 50 * time.Millisecond
 	s.start()
 	tb.Cleanup(s.stop)
@@ -207,9 +203,11 @@ func TestConformance(t *testing.T) {
 		t.Run(network, func(t *testing.T) {
 			sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
 				options := coap.Options{}
+				store := backend.Open(64)
+				t.Cleanup(func() { store.Close() })
 				options.Datagram.AckTimeout = 50 * time.Millisecond
-				server := startServer(t, network, backend, readWrite)
-				readOnly := startServer(t, network, backend, coapserver.Access{Get: true})
+				server := startServer(t, network, store, readWrite)
+				readOnly := startServer(t, network, store, coapserver.Access{Get: true})
 				fixture := sourcetest.Fixture{
 					Source:   mustOpen(t, server.url(secretPath), options),
 					ReadOnly: mustOpen(t, readOnly.url(""), options),
@@ -227,3 +225,21 @@ func TestConformance(t *testing.T) {
 }
 
 var _ fetch.Store = (*coap.Store)(nil)
+
+// TestDocument gets a document, whole.
+func TestDocument(t *testing.T) {
+	text := bytes.Repeat([]byte("text"), 5000)
+	server := &testServer{tb: t, network: "unix", address: filepath.Join(t.TempDir(), "s"), conns: make(map[net.Conn]struct{})}
+	server.access = coapserver.Access{Documents: true}
+	server.config.Documents = []coapserver.Document{{Path: "a/text", Text: func() []byte { return text }}}
+	server.start()
+	defer server.stop()
+	store := mustOpen(t, server.url(""), coap.Options{})
+	defer store.Close()
+	if got, err := store.Document(t.Context(), "a/text"); err != nil || !bytes.Equal(got, text) {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+	if _, err := store.Document(t.Context(), "other"); !errors.Is(err, eris.ErrNotFound) {
+		t.Errorf("error is %v", err)
+	}
+}

@@ -4,8 +4,9 @@ package coap
 
 import "time"
 
-// WithBackoff returns the options with another time for which no connection is tried after one that failed.
+// WithBackoff returns the options with another time for which no connection is tried after one that
+// failed.
 func WithBackoff(o Options, first time.Duration) Options {
-	o.firstBackoff = first
+	o.minBackoff = first
 	return o
 }

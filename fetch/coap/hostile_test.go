@@ -7,6 +7,8 @@ import (
 	"context"
 	"encoding/hex"
 	"errors"
+	"net"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
@@ -18,8 +20,10 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 )
 
 // errHangs is the cause of contexts that only calls that hang see the end of.
@@ -65,8 +69,9 @@ func (want outcome) check(t *testing.T, err error) {
 	}
 }
 
-// TestHostile has peers that do not keep to the protocol. Each call must come to its end, with an error of the right kind, in
-// bounded time and memory, and the store must work again as soon as its peer does.
+// TestHostile has peers that do not keep to the protocol. Each call must come to its end, with an
+// error of the right kind, in bounded time and memory, and the store must work again as soon as its
+// peer does.
 func TestHostile(t *testing.T) {
 	ref1, block1 := newBlock(eris.BlockSize1KiB, 1)
 	ref32, block32 := newBlock(eris.BlockSize32KiB, 2)
@@ -77,8 +82,9 @@ func TestHostile(t *testing.T) {
 		}
 		return b
 	}
-	// respond sends what make makes to the first GET, and its parts if it has any, and then goes on as a good peer.
-	respond := func(make func(m incoming) []byte) func(*peer) {
+	// respond sends what make makes to the first GET, and its parts if it has any, and then goes on
+	// as a good peer.
+	respond := func(make func(m coaptest.Message) []byte) func(*peer) {
 		return func(p *peer) {
 			p.write(csm)
 			for first := true; ; first = false {
@@ -86,9 +92,9 @@ func TestHostile(t *testing.T) {
 				switch {
 				case !ok:
 					return
-				case first || m.block(message.Block2).Present:
+				case first || m.Block(message.Block2).Present:
 					p.write(make(m))
-				case bytes.Contains(m.body, []byte(ref1.String())):
+				case bytes.Contains(m.Body, []byte(ref1.String())):
 					p.write(answer(m, block1))
 				default:
 					p.write(answer(m, block32))
@@ -114,28 +120,28 @@ func TestHostile(t *testing.T) {
 		want   outcome
 		aborts bool // the client must say so
 	}{
-		{"wrong bytes", respond(func(m incoming) []byte { return answer(m, make([]byte, 1024)) }), 1024, wrong, false},
-		{"wrong bytes of 32 KiB", respond(func(m incoming) []byte { return answer(m, make([]byte, 32768)) }), 32768, wrong, false},
-		{"one byte less", respond(func(m incoming) []byte { return answer(m, block1[:1023]) }), 1024, wrong, false},
-		{"one byte more", respond(func(m incoming) []byte { return answer(m, append(block1[:1024:1024], 0)) }), 1024, wrong, false},
-		{"one byte less of 32 KiB", respond(func(m incoming) []byte { return answer(m, block32[:32767]) }), 32768, wrong, false},
-		{"one byte more of 32 KiB", respond(func(m incoming) []byte { return answer(m, append(block32[:32768:32768], 0)) }), 32768, wrong, false},
-		{"the other size", respond(func(m incoming) []byte { return answer(m, block32) }), 1024, wrong, false},
-		{"no payload", respond(func(m incoming) []byte { return answer(m, nil) }), 1024, wrong, false},
-		{"as much as fits a message", respond(func(m incoming) []byte { return answer(m, make([]byte, 65500)) }), 32768, wrong, false},
-		{"4.04", respond(func(m incoming) []byte { return wire.AppendHead(nil, codes.NotFound, m.Token, 0) }), 1024, missing, false},
-		{"5.03 with terminal codes", respond(func(m incoming) []byte {
-			return wire.AppendMessage(nil, codes.ServiceUnavailable, m.Token, nil, "\x1b[2J\r\n"+strings.Repeat("x", 2000))
+		{"wrong bytes", respond(func(m coaptest.Message) []byte { return answer(m, make([]byte, 1024)) }), 1024, wrong, false},
+		{"wrong bytes of 32 KiB", respond(func(m coaptest.Message) []byte { return answer(m, make([]byte, 32768)) }), 32768, wrong, false},
+		{"one byte less", respond(func(m coaptest.Message) []byte { return answer(m, block1[:1023]) }), 1024, wrong, false},
+		{"one byte more", respond(func(m coaptest.Message) []byte { return answer(m, append(block1[:1024:1024], 0)) }), 1024, wrong, false},
+		{"one byte less of 32 KiB", respond(func(m coaptest.Message) []byte { return answer(m, block32[:32767]) }), 32768, wrong, false},
+		{"one byte more of 32 KiB", respond(func(m coaptest.Message) []byte { return answer(m, append(block32[:32768:32768], 0)) }), 32768, wrong, false},
+		{"the other size", respond(func(m coaptest.Message) []byte { return answer(m, block32) }), 1024, wrong, false},
+		{"no payload", respond(func(m coaptest.Message) []byte { return answer(m, nil) }), 1024, wrong, false},
+		{"as much as fits a message", respond(func(m coaptest.Message) []byte { return answer(m, make([]byte, 65500)) }), 32768, wrong, false},
+		{"4.04", respond(func(m coaptest.Message) []byte { return coaptest.Stream(codes.NotFound, m.Token, nil, "") }), 1024, missing, false},
+		{"5.03 with terminal codes", respond(func(m coaptest.Message) []byte {
+			return coaptest.Stream(codes.ServiceUnavailable, m.Token, nil, "\x1b[2J\r\n"+strings.Repeat("x", 2000))
 		}), 1024, response, false},
-		{"2.04", respond(func(m incoming) []byte { return wire.AppendMessage(nil, codes.Changed, m.Token, nil, block1) }), 1024, response, false},
-		{"unknown critical option", respond(func(m incoming) []byte {
-			return wire.AppendMessage(nil, codes.Content, m.Token, wire.AppendOption(nil, 0, 9, "x"), block1)
+		{"2.04", respond(func(m coaptest.Message) []byte { return coaptest.Stream(codes.Changed, m.Token, nil, block1) }), 1024, response, false},
+		{"unknown critical option", respond(func(m coaptest.Message) []byte {
+			return coaptest.Stream(codes.Content, m.Token, coaptest.Option(nil, 0, 9, "x"), block1)
 		}), 1024, fails, false},
-		{"token with a zero before it", respond(func(m incoming) []byte {
+		{"token with a zero before it", respond(func(m coaptest.Message) []byte {
 			m.Token.Size++
 			return answer(m, block1)
 		}), 1024, fails, false},
-		{"token that nobody has", respond(func(m incoming) []byte {
+		{"token that nobody has", respond(func(m coaptest.Message) []byte {
 			m.Token.Value++
 			return answer(m, block1)
 		}), 1024, fails, false},
@@ -175,19 +181,19 @@ func TestHostile(t *testing.T) {
 				time.Sleep(5 * time.Millisecond)
 			}
 		}, 32768, fails, false},
-		{"length of 4 GiB", respond(func(incoming) []byte { return fromHex("f1 ffffffff 45 01") }), 1024, fails, true},
-		{"length above what was announced", respond(func(m incoming) []byte { return answer(m, make([]byte, 65536)) }), 32768, fails, true},
-		{"token of 15 bytes", respond(func(incoming) []byte { return fromHex("0f 45 0102030405060708090a0b0c0d0e0f") }), 1024, fails, true},
-		{"reserved option", respond(func(m incoming) []byte { return wire.AppendMessage(nil, codes.Content, m.Token, []byte{0xf0}, "") }), 1024, fails, true},
-		{"marker without payload", respond(func(m incoming) []byte { return wire.AppendMessage(nil, codes.Content, m.Token, []byte{0xff}, "") }), 1024, fails, true},
-		{"large answer with malformed options", respond(func(m incoming) []byte {
-			return wire.AppendMessage(nil, codes.Content, m.Token, bytes.Repeat([]byte{0x0f}, 20000), "")
+		{"length of 4 GiB", respond(func(coaptest.Message) []byte { return fromHex("f1 ffffffff 45 01") }), 1024, fails, true},
+		{"length above what was announced", respond(func(m coaptest.Message) []byte { return answer(m, make([]byte, 65536)) }), 32768, fails, true},
+		{"token of 15 bytes", respond(func(coaptest.Message) []byte { return fromHex("0f 45 0102030405060708090a0b0c0d0e0f") }), 1024, fails, true},
+		{"reserved option", respond(func(m coaptest.Message) []byte { return coaptest.Stream(codes.Content, m.Token, []byte{0xf0}, "") }), 1024, fails, true},
+		{"marker without payload", respond(func(m coaptest.Message) []byte { return coaptest.Stream(codes.Content, m.Token, []byte{0xff}, "") }), 1024, fails, true},
+		{"large answer with malformed options", respond(func(m coaptest.Message) []byte {
+			return coaptest.Stream(codes.Content, m.Token, bytes.Repeat([]byte{0x0f}, 20000), "")
 		}), 32768, fails, true},
-		{"large answer all of options", respond(func(m incoming) []byte {
-			return wire.AppendMessage(nil, codes.Content, m.Token, make([]byte, 60000), "")
+		{"large answer all of options", respond(func(m coaptest.Message) []byte {
+			return coaptest.Stream(codes.Content, m.Token, make([]byte, 60000), "")
 		}), 32768, wrong, false},
-		{"large answer with many options", respond(func(m incoming) []byte {
-			return wire.AppendMessage(nil, codes.Content, m.Token, make([]byte, 20000), block32)
+		{"large answer with many options", respond(func(m coaptest.Message) []byte {
+			return coaptest.Stream(codes.Content, m.Token, make([]byte, 20000), block32)
 		}), 32768, works, false},
 		{"answer before capabilities", func(p *peer) {
 			m, _ := p.readUntil(codes.GET)
@@ -199,39 +205,39 @@ func TestHostile(t *testing.T) {
 			p.write(answer(m, block32))
 			p.awaitEnd()
 		}, 32768, fails, true},
-		{"unknown signal", respond(func(incoming) []byte { return fromHex("00 e6") }), 1024, fails, true},
-		{"unknown class", respond(func(incoming) []byte { return fromHex("00 60") }), 1024, fails, true},
+		{"unknown signal", respond(func(coaptest.Message) []byte { return fromHex("00 e6") }), 1024, fails, true},
+		{"unknown class", respond(func(coaptest.Message) []byte { return fromHex("00 60") }), 1024, fails, true},
 		{"capabilities with an unknown critical option", func(p *peer) { p.write(fromHex("10 e1 30")); p.awaitEnd() }, 1024, fails, true},
 		{"capabilities with a number of five bytes", func(p *peer) { p.write(fromHex("60 e1 250000000001")); p.awaitEnd() }, 1024, fails, true},
-		{"ping with an unknown critical option", respond(func(incoming) []byte { return fromHex("10 e2 10") }), 1024, fails, true},
-		{"ping with a malformed option", respond(func(incoming) []byte { return fromHex("10 e2 f0") }), 1024, fails, true},
-		{"pong with an unknown critical option", respond(func(incoming) []byte { return fromHex("10 e3 30") }), 1024, fails, true},
-		{"Release with an unknown critical option", respond(func(incoming) []byte { return fromHex("10 e4 10") }), 1024, fails, true},
-		{"Abort with terminal codes", respond(func(incoming) []byte { return wire.AppendAbort(nil, 0, "\x1b[2J") }), 1024, fails, false},
-		{"Release instead of an answer", respond(func(incoming) []byte { return fromHex("00 e4") }), 1024, fails, false},
+		{"ping with an unknown critical option", respond(func(coaptest.Message) []byte { return fromHex("10 e2 10") }), 1024, fails, true},
+		{"ping with a malformed option", respond(func(coaptest.Message) []byte { return fromHex("10 e2 f0") }), 1024, fails, true},
+		{"pong with an unknown critical option", respond(func(coaptest.Message) []byte { return fromHex("10 e3 30") }), 1024, fails, true},
+		{"Release with an unknown critical option", respond(func(coaptest.Message) []byte { return fromHex("10 e4 10") }), 1024, fails, true},
+		{"Abort with terminal codes", respond(func(coaptest.Message) []byte { return coaptest.Stream(codes.Abort, wire.Token{}, nil, "\x1b[2J") }), 1024, fails, false},
+		{"Release instead of an answer", respond(func(coaptest.Message) []byte { return fromHex("00 e4") }), 1024, fails, false},
 		{"endless capabilities", flood(csm), 1024, fails, true},
 		{"endless pings", flood(fromHex("01 e2 07")), 1024, fails, true},
 		{"endless empty messages", flood(fromHex("00 00")), 1024, fails, true},
 		{"endless answers that nobody asked for", flood(fromHex("01 45 07")), 1024, fails, true},
-		{"endless large answers that nobody asked for", flood(wire.AppendMessage(nil, codes.Content, wire.MakeToken(7), nil, block32)), 1024, fails, true},
+		{"endless large answers that nobody asked for", flood(coaptest.Stream(codes.Content, coaptest.Token(7), nil, block32)), 1024, fails, true},
 		{"endless requests", flood(fromHex("01 01 07")), 1024, fails, false},
 		{"noise", flood(block32), 1024, fails, true},
-		{"endless parts of 16 bytes", respond(func(m incoming) []byte {
-			part := m.block(message.Block2)
+		{"endless parts of 16 bytes", respond(func(m coaptest.Message) []byte {
+			part := m.Block(message.Block2)
 			part.More, part.Exponent, part.Present = true, 0, true
-			return wire.AppendMessage(nil, codes.Content, m.Token, wire.AppendUintOption(nil, 0, message.Block2, part.Uint()), make([]byte, 16))
+			return coaptest.Stream(codes.Content, m.Token, coaptest.Block(nil, 0, message.Block2, part), make([]byte, 16))
 		}), 1024, wrong, false},
-		{"parts that do not go on", respond(func(m incoming) []byte {
+		{"parts that do not go on", respond(func(m coaptest.Message) []byte {
 			part := wire.Block{More: true, Exponent: 6}
-			return wire.AppendMessage(nil, codes.Content, m.Token, wire.AppendUintOption(nil, 0, message.Block2, part.Uint()), make([]byte, 1024))
+			return coaptest.Stream(codes.Content, m.Token, coaptest.Block(nil, 0, message.Block2, part), make([]byte, 1024))
 		}), 32768, fails, false},
-		{"part of another length than it says", respond(func(m incoming) []byte {
+		{"part of another length than it says", respond(func(m coaptest.Message) []byte {
 			part := wire.Block{More: true, Exponent: 6}
-			return wire.AppendMessage(nil, codes.Content, m.Token, wire.AppendUintOption(nil, 0, message.Block2, part.Uint()), make([]byte, 1000))
+			return coaptest.Stream(codes.Content, m.Token, coaptest.Block(nil, 0, message.Block2, part), make([]byte, 1000))
 		}), 32768, fails, false},
-		{"part from the end", respond(func(m incoming) []byte {
+		{"part from the end", respond(func(m coaptest.Message) []byte {
 			part := wire.Block{Number: 1<<20 - 1, Exponent: 6}
-			return wire.AppendMessage(nil, codes.Content, m.Token, wire.AppendUintOption(nil, 0, message.Block2, part.Uint()), make([]byte, 1024))
+			return coaptest.Stream(codes.Content, m.Token, coaptest.Block(nil, 0, message.Block2, part), make([]byte, 1024))
 		}), 32768, fails, false},
 	} {
 		t.Run(v.name, func(t *testing.T) {
@@ -303,7 +309,8 @@ func TestHostileMemory(t *testing.T) {
 	}
 }
 
-// TestAnswersTwice has a peer answer everything twice: no answer may go to a call that it is not for.
+// TestAnswersTwice has a peer answer everything twice: no answer may go to a call that it is not
+// for.
 func TestAnswersTwice(t *testing.T) {
 	blocks := make(map[eris.Reference][]byte)
 	var refs []eris.Reference
@@ -319,8 +326,8 @@ func TestAnswersTwice(t *testing.T) {
 			if !ok {
 				return
 			}
-			values, _ := m.options()
-			ref, _ := wire.ParseQuery(values[message.URIQuery][0])
+			values := m.Options
+			ref, _ := eris.ParseReference(values[message.URIQuery][0])
 			p.write(answer(m, blocks[ref]), answer(m, blocks[ref]))
 		}
 	})
@@ -333,7 +340,8 @@ func TestAnswersTwice(t *testing.T) {
 	}
 }
 
-// TestOneNeverAnswered has a peer that answers all requests but one: it condemns the connection in the end.
+// TestOneNeverAnswered has a peer that answers all requests but one: it condemns the connection in
+// the end.
 func TestOneNeverAnswered(t *testing.T) {
 	lost, _ := newBlock(eris.BlockSize1KiB, 1)
 	ref, block := newBlock(eris.BlockSize1KiB, 2)
@@ -344,8 +352,8 @@ func TestOneNeverAnswered(t *testing.T) {
 			if !ok {
 				return
 			}
-			values, _ := m.options()
-			if asked, _ := wire.ParseQuery(values[message.URIQuery][0]); asked == ref {
+			values := m.Options
+			if asked, _ := eris.ParseReference(values[message.URIQuery][0]); asked == ref {
 				p.write(answer(m, block))
 			}
 		}
@@ -368,13 +376,14 @@ func TestOneNeverAnswered(t *testing.T) {
 	group.Wait()
 }
 
-// TestSlowParts has a peer that answers each request in time, but sends a block in so many parts that this would take minutes.
+// TestSlowParts has a peer that answers each request in time, but sends a block in so many parts
+// that this would take minutes.
 func TestSlowParts(t *testing.T) {
 	ref, _ := newBlock(eris.BlockSize32KiB, 1)
 	reply := func(part wire.Block) (options, payload []byte) {
 		part.More, part.Exponent, part.Present = true, 0, true
 		time.Sleep(50 * time.Millisecond)
-		return wire.AppendUintOption(nil, 0, message.Block2, part.Uint()), make([]byte, 16)
+		return coaptest.Block(nil, 0, message.Block2, part), make([]byte, 16)
 	}
 	stream := playPeer(t, func(_ int, p *peer) {
 		p.write(csm)
@@ -383,13 +392,13 @@ func TestSlowParts(t *testing.T) {
 			if !ok {
 				return
 			}
-			options, payload := reply(m.block(message.Block2))
-			p.write(wire.AppendMessage(nil, codes.Content, m.Token, options, payload))
+			options, payload := reply(m.Block(message.Block2))
+			p.write(coaptest.Stream(codes.Content, m.Token, options, payload))
 		}
 	})
-	datagrams := datagramPeer(t, func(m wire.Datagram) [][]byte {
-		options, payload := reply(incoming{body: m.Body}.block(message.Block2))
-		return [][]byte{datagram(message.Acknowledgement, codes.Content, m.ID, m.Token, options, payload)}
+	datagrams := datagramPeer(t, func(m coaptest.Message) [][]byte {
+		options, payload := reply(m.Block(message.Block2))
+		return [][]byte{coaptest.Datagram(message.Acknowledgement, codes.Content, m.ID, m.Token, options, payload)}
 	})
 	for _, url := range []string{stream, datagrams} {
 		store := mustOpen(t, url, short)
@@ -399,8 +408,8 @@ func TestSlowParts(t *testing.T) {
 	}
 }
 
-// TestSilentOnce checks that a peer that has never answered is not asked twice for one block, and one that has is: the
-// connection may have died without anybody having been told.
+// TestSilentOnce checks that a peer that has never answered is not asked twice for one block, and
+// one that has is: the connection may have died without anybody having been told.
 func TestSilentOnce(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
 	var asked atomic.Int32
@@ -434,8 +443,8 @@ func TestSilentOnce(t *testing.T) {
 	}
 }
 
-// TestCancelWithinAnswer ends a call of which half the answer has come: the memory is given back at once, although the rest
-// does not come, and the connection goes on when it does.
+// TestCancelWithinAnswer ends a call of which half the answer has come: the memory is given back at
+// once, although the rest does not come, and the connection goes on when it does.
 func TestCancelWithinAnswer(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize32KiB, 1)
 	other, otherBlock := newBlock(eris.BlockSize1KiB, 2)
@@ -462,7 +471,7 @@ func TestCancelWithinAnswer(t *testing.T) {
 	memory := make([]byte, 32768)
 	done := make(chan error)
 	go func() {
-		_, err := store.Get(ctx, ref, eris.BlockSize32KiB, memory[:0])
+		_, err := fetch.Get(ctx, store, ref, eris.BlockSize32KiB, memory[:0])
 		done <- err
 	}()
 	<-half
@@ -489,7 +498,8 @@ func TestCancelWithinAnswer(t *testing.T) {
 	}
 }
 
-// TestBackoff counts the connections to a peer that closes each at once, while somebody does not stop to ask.
+// TestBackoff counts the connections to a peer that closes each at once, while somebody does not
+// stop to ask.
 func TestBackoff(t *testing.T) {
 	ref, _ := newBlock(eris.BlockSize1KiB, 1)
 	var connections atomic.Int32
@@ -508,5 +518,59 @@ func TestBackoff(t *testing.T) {
 	// At 0, 100, 300, 700, 1500 ms and so on; the last calls may have waited for one more.
 	if n := connections.Load(); n > 7 {
 		t.Errorf("%d connections in a second", n)
+	}
+}
+
+// TestAcceptsAndStaysSilent has a peer that accepts connections and neither reads nor writes, so
+// that not even TLS or WebSockets get anywhere. Nothing may hold up Cancel or Close.
+func TestAcceptsAndStaysSilent(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	for _, scheme := range []string{"coap+tcp", "coaps+tcp", "coap+ws", "coaps+ws", "coap"} {
+		store := mustOpen(t, scheme+"://"+listener.Addr().String(), coap.Options{RequestTimeout: time.Hour, DialTimeout: time.Hour})
+		ref, block := newBlock(eris.BlockSize32KiB, 1)
+		done := make(chan *fetch.Request, 4000)
+		var requests []*fetch.Request
+		for range cap(done) {
+			r := &fetch.Request{Size: eris.BlockSize32KiB, Dst: make([]byte, 0, 32<<10), Done: func(r *fetch.Request) { done <- r }}
+			r.Pair.Reference = ref
+			requests = append(requests, r)
+			store.Start(r)
+		}
+		ctx, cancel := context.WithCancelCause(t.Context())
+		put := make(chan error, 1)
+		go func() { put <- store.Put(ctx, ref, block) }()
+		for _, r := range requests[:len(requests)/2] {
+			store.Cancel(r)
+		}
+		for range len(requests) / 2 {
+			if r := <-done; scheme != "coap" && !errors.Is(r.Err, context.Canceled) {
+				t.Errorf("%s: %v", scheme, r.Err)
+			}
+		}
+		cause := errors.New("given up")
+		cancel(cause)
+		if err := <-put; scheme != "coap" && !errors.Is(err, cause) {
+			t.Errorf("%s: Put: %v", scheme, err)
+		}
+		store.Close()
+		for range len(requests) / 2 {
+			if r := <-done; r.Err == nil {
+				t.Errorf("%s: a request has succeeded", scheme)
+			}
+		}
+	}
+}
+
+// TestNothingListens checks that the error says what to do.
+func TestNothingListens(t *testing.T) {
+	store := mustOpen(t, "coap+unix://"+filepath.Join(t.TempDir(), "s"), coap.Options{})
+	defer store.Close()
+	ref, _ := newBlock(eris.BlockSize1KiB, 1)
+	if _, err := get(t, store, ref, eris.BlockSize1KiB); err == nil || !strings.Contains(err.Error(), "nothing listens there") {
+		t.Errorf("error is %v", err)
 	}
 }

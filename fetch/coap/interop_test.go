@@ -16,8 +16,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 )
 
-// libcoapServer starts the example server of libcoap, with dynamic resources, and returns its port. Such a server has one
-// content per path, whatever the query.
+// libcoapServer starts the example server of libcoap, with dynamic resources, and returns its port.
+// Such a server has one content per path, whatever the query.
 func libcoapServer(t *testing.T, args ...string) (port string) {
 	var name string
 	for _, candidate := range []string{"coap-server", "coap-server-notls", "coap-server-openssl", "coap-server-gnutls"} {
@@ -56,8 +56,8 @@ func libcoapServer(t *testing.T, args ...string) (port string) {
 	return ""
 }
 
-// TestLibcoapServer puts blocks to the server of libcoap and gets them back, by TCP and UDP, with messages that it limits, and
-// by a Unix socket through socat.
+// TestLibcoapServer puts blocks to the server of libcoap and gets them back, by TCP and UDP, with
+// messages that it limits, and by a Unix socket through socat.
 func TestLibcoapServer(t *testing.T) {
 	port := libcoapServer(t)
 	// This one takes no message of 32 KiB, and so forces BERT.

@@ -5,87 +5,92 @@ package coap
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"net"
 	"time"
 )
 
 // Options says how a [Store] behaves. Zero fields stand for the defaults.
 type Options struct {
-	// RawReferences asks for blocks by the 32 bytes of their references instead of 52 characters of Base32. Requests get
-	// shorter by 20 bytes, but servers on libraries that check for UTF-8 refuse them.
+	// RawReferences asks for blocks by the 32 bytes of their references instead of 52 characters of
+	// Base32. Requests get shorter by 20 bytes, but servers on libraries that check for UTF-8
+	// refuse them.
 	RawReferences bool
 
-	// Unverified leaves the check of blocks against their references to the caller of Get. It is for callers that check
-	// anyway, as the readers of package eris do, and need not have it done twice.
-	Unverified bool
-
-	// Window is the most requests that are without an answer at a time, on streams; further ones wait for their turn.
-	// Default 16384, at most 65536.
+	// Window is the most requests that are without an answer at a time, on streams; further ones
+	// wait for their turn. Default 16384, at most 65536.
 	Window int
 
-	// RequestTimeout is for how long a connection may make no progress with what was asked for: no answer, and no 4 KiB of
-	// anything large. The connection is then taken for dead. Default 30 s.
+	// RequestTimeout is for how long a connection may make no progress with what was requested: no
+	// answer, and no 4 KiB of anything large. The connection is then taken for dead. Default 30 s.
 	RequestTimeout time.Duration
 
 	// IdleTimeout is for how long a connection without requests is kept. Default 5 min.
 	IdleTimeout time.Duration
 
-	// DialTimeout is how long making a connection may take, including TLS and WebSockets. Default 5 s.
+	// DialTimeout is how long making a connection may take, including TLS and WebSockets. Default 5
+	// s.
 	DialTimeout time.Duration
 
-	// CapabilityTimeout is how long the first block of 32 KiB that is put waits for the peer to say what it can receive.
-	// Default 2 s.
+	// CapabilityTimeout is how long the first block of 32 KiB that is put waits for the peer to say
+	// what it can receive. Default 2 s.
 	CapabilityTimeout time.Duration
 
-	// StrictMessageSize forbids to send whole blocks of 32 KiB to a peer that has not said that it takes messages of that
-	// size. By default that is done if the peer said nothing about sizes, because some servers say nothing and take them.
+	// StrictMessageSize forbids to send whole blocks of 32 KiB to a peer that has not said that it
+	// takes messages of that size. By default that is done if the peer said nothing about sizes,
+	// because some servers say nothing and take them.
 	StrictMessageSize bool
 
-	// Dial, if not nil, makes the stream, on which RFC 8323 is then spoken: for transports that this package does not
-	// know, and for peers that connected to us. Its context ends after DialTimeout.
+	// Dial, if not nil, makes the stream, on which RFC 8323 is then spoken: for transports that
+	// this package does not know, and for peers that connected to us. Its context ends after
+	// DialTimeout.
 	Dial func(ctx context.Context) (net.Conn, error)
 
-	// TLS is the configuration for coaps+tcp and coaps+ws. If it is nil, certificates are not verified: blocks are verified by their
-	// references, so that nobody in between can do more than withhold them; but whoever is in between can see what is
-	// asked for.
+	// TLS is the configuration for coaps+tcp and coaps+ws. If it is nil, certificates are not
+	// verified: blocks are verified by their references, so that nobody in between can do more than
+	// withhold them; but whoever is in between can see what is requested.
 	TLS *tls.Config
 
-	// SocketBuffer asks the kernel for send and receive buffers of this many bytes, as far as it grants them. Default: for
-	// Unix sockets 1 MiB, else what the kernel thinks best; that is mostly too little for 1 Gbit/s over 100 ms, which need
-	// 13 MB and a kernel that allows them (net.core.rmem_max).
+	// SocketBuffer asks the kernel for send and receive buffers of this many bytes, as far as it
+	// grants them. Default: for Unix sockets 1 MiB, else what the kernel thinks best; that is
+	// mostly too little for 1 Gbit/s over 100 ms, which need 13 MB and a kernel that allows them
+	// (net.core.rmem_max).
 	SocketBuffer int
 
 	// Datagram is for coap over UDP.
 	Datagram DatagramOptions
 
-	// firstBackoff is how long no connection is tried after the first that failed; each further time is twice as long.
-	firstBackoff time.Duration
+	// minBackoff is how long no connection is tried after the first that failed; each further time
+	// is twice as long.
+	minBackoff time.Duration
 }
 
 // DatagramOptions says how a [Store] over UDP behaves. Zero fields stand for the defaults.
 type DatagramOptions struct {
-	// Window is the most exchanges in flight at a time. RFC 7252, section 4.7, allows one (NSTART) unless there is a
-	// congestion control; here the window starts at 4, grows by one per round trip, and halves when a message is lost.
-	// Default 64.
+	// Window is the most exchanges under way at a time. RFC 7252, section 4.7, allows one (NSTART)
+	// unless there is a congestion control; here the window starts at 4, grows by one per round
+	// trip, and halves when a message is lost. Default 64.
 	Window int
-	// AckTimeout is how long the first message waits for an answer before it is sent again; once round trips have been
-	// measured, their time counts if it is shorter. Each further wait is twice as long. Default 2 s (RFC 7252, section 4.8).
+	// AckTimeout is how long the first message waits for an answer before it is sent again; once
+	// round trips have been measured, their time counts if it is shorter. Each further wait is
+	// twice as long. Default 2 s (RFC 7252, section 4.8).
 	AckTimeout time.Duration
 	// MaxRetransmit is how often a message is sent again. Default 4 (RFC 7252, section 4.8).
 	MaxRetransmit int
 }
 
+// maxWindow is the most requests that a connection can have without an answer.
+const maxWindow = 1 << 16
+
 func (o Options) withDefaults() Options {
 	if o.Window <= 0 {
 		o.Window = 16384
 	}
-	o.Window = min(o.Window, maxPlaces)
+	o.Window = min(o.Window, maxWindow)
 	setDefault(&o.RequestTimeout, 30*time.Second)
 	setDefault(&o.IdleTimeout, 5*time.Minute)
 	setDefault(&o.DialTimeout, 5*time.Second)
 	setDefault(&o.CapabilityTimeout, 2*time.Second)
-	setDefault(&o.firstBackoff, 100*time.Millisecond)
+	setDefault(&o.minBackoff, 100*time.Millisecond)
 	setDefault(&o.Datagram.AckTimeout, 2*time.Second)
 	if o.Datagram.Window <= 0 {
 		o.Datagram.Window = 64
@@ -94,14 +99,6 @@ func (o Options) withDefaults() Options {
 		o.Datagram.MaxRetransmit = 4
 	}
 	return o
-}
-
-var errSlow = errors.New("block takes too long in parts")
-
-// forParts bounds the time for all parts of a block on a stream, each of which may be in time by itself, to what one that comes
-// whole may take.
-func (o *Options) forParts(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeoutCause(ctx, maxAge*o.RequestTimeout, errSlow)
 }
 
 func setDefault(d *time.Duration, value time.Duration) {

@@ -6,19 +6,18 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"io"
 	"net"
 	"path/filepath"
 	"sync"
 	"testing"
 	"time"
 
-	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
-	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 )
 
 // peer is the other end of one connection, played by a script.
@@ -29,32 +28,15 @@ type peer struct {
 	aborted bool // the client has said Abort
 }
 
-// incoming is a message from the client.
-type incoming struct {
-	wire.Head
-	body []byte
-}
-
 // read returns the next message; ok is false when the connection is over.
-func (p *peer) read() (m incoming, ok bool) {
-	for n := 2; ; n++ {
-		b, err := p.r.Peek(n)
-		if err != nil {
-			return m, false
-		}
-		if m.Head, err = wire.ParseHead(b, 1<<20); err == nil {
-			break
-		}
-	}
-	p.r.Discard(m.Size)
-	m.body = make([]byte, m.Length)
-	_, err := io.ReadFull(p.r, m.body)
+func (p *peer) read() (m coaptest.Message, ok bool) {
+	m, err := coaptest.Read(p.r)
 	p.aborted = p.aborted || m.Code == codes.Abort
 	return m, err == nil
 }
 
 // readUntil passes over messages until one with the code comes.
-func (p *peer) readUntil(code codes.Code) (m incoming, ok bool) {
+func (p *peer) readUntil(code codes.Code) (m coaptest.Message, ok bool) {
 	for {
 		if m, ok = p.read(); !ok || m.Code == code {
 			return m, ok
@@ -68,28 +50,6 @@ func (p *peer) write(b ...[]byte) bool {
 	return err == nil
 }
 
-// options returns the options and the payload of a message.
-func (m incoming) options() (values map[message.OptionID][][]byte, payload []byte) {
-	values = make(map[message.OptionID][][]byte)
-	walk := wire.ParseOptions(m.body)
-	for {
-		option, ok := walk.Next()
-		if !ok {
-			return values, walk.Payload()
-		}
-		values[option.Number] = append(values[option.Number], option.Value)
-	}
-}
-
-func (m incoming) block(number message.OptionID) wire.Block {
-	values, _ := m.options()
-	if len(values[number]) == 0 {
-		return wire.Block{}
-	}
-	block, _ := wire.ParseBlock(values[number][0])
-	return block
-}
-
 // awaitEnd reads until the connection is over.
 func (p *peer) awaitEnd() {
 	for {
@@ -99,8 +59,8 @@ func (p *peer) awaitEnd() {
 	}
 }
 
-// script plays a peer: it is called for each connection with its number, from 0 on. The connection is closed when it
-// returns.
+// script plays a peer: it is called for each connection with its number, from 0 on. The connection
+// is closed when it returns.
 type script func(connection int, p *peer)
 
 // playPeer starts to play a peer and returns the URL of it.
@@ -147,7 +107,7 @@ func openPeer(t *testing.T, options coap.Options, play script) *coap.Store {
 	return store
 }
 
-var csm = wire.AppendCapabilities(nil, wire.MessageSize)
+var csm = coaptest.CSM
 
 // newBlock returns a block that is told from others by a number.
 func newBlock(size eris.BlockSize, n int) (eris.Reference, []byte) {
@@ -156,8 +116,8 @@ func newBlock(size eris.BlockSize, n int) (eris.Reference, []byte) {
 }
 
 // answer is 2.05 with a payload.
-func answer(m incoming, payload []byte) []byte {
-	return wire.AppendMessage(nil, codes.Content, m.Token, nil, payload)
+func answer(m coaptest.Message, payload []byte) []byte {
+	return coaptest.Stream(codes.Content, m.Token, nil, payload)
 }
 
 // serveBlock answers all requests with one block.
@@ -179,5 +139,5 @@ func get(t *testing.T, store *coap.Store, ref eris.Reference, size eris.BlockSiz
 	t.Helper()
 	ctx, cancel := context.WithTimeoutCause(t.Context(), 30*time.Second, errHangs)
 	defer cancel()
-	return store.Get(ctx, ref, size, make([]byte, 0, size))
+	return fetch.Get(ctx, store, ref, size, make([]byte, 0, size))
 }

@@ -19,24 +19,11 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 )
 
-// capabilities returns a capability message with the given Max-Message-Size, 0 for none.
-func capabilities(size uint32, blockWise bool) []byte {
-	var options []byte
-	var previous message.OptionID
-	if size != 0 {
-		options = wire.AppendUintOption(options, 0, message.TCPMaxMessageSize, size)
-		previous = message.TCPMaxMessageSize
-	}
-	if blockWise {
-		options = wire.AppendOption(options, previous, message.TCPBlockWiseTransfer, "")
-	}
-	return wire.AppendMessage(nil, codes.CSM, wire.Token{}, options, "")
-}
-
-// TestFirstMessages checks what the client sends byte for byte: its capabilities, and a request at once, without waiting for
-// the capabilities of the peer (RFC 8323, section 5.3).
+// TestFirstMessages checks what the client sends byte for byte: its capabilities, and a request at
+// once, without waiting for the capabilities of the peer (RFC 8323, section 5.3).
 func TestFirstMessages(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
 	for _, raw := range []bool{false, true} {
@@ -44,8 +31,8 @@ func TestFirstMessages(t *testing.T) {
 		store := openPeer(t, coap.Options{RawReferences: raw}, func(_ int, p *peer) {
 			first, _ := p.read()
 			second, _ := p.read()
-			got := wire.AppendMessage(nil, first.Code, first.Token, first.body, "")
-			got = append(got, wire.AppendMessage(nil, second.Code, wire.Token{}, second.body, "")...)
+			got := coaptest.Stream(first.Code, first.Token, first.Body, "")
+			got = append(got, coaptest.Stream(second.Code, wire.Token{}, second.Body, "")...)
 			sent <- got
 			p.write(csm, answer(second, block))
 			p.awaitEnd()
@@ -65,7 +52,8 @@ func TestFirstMessages(t *testing.T) {
 	}
 }
 
-// TestOrder has the peer collect requests and answer them from the last to the first, small and large.
+// TestOrder has the peer collect requests and answer them from the last to the first, small and
+// large.
 func TestOrder(t *testing.T) {
 	const calls = 100
 	blocks := make(map[string][]byte)
@@ -86,8 +74,8 @@ func TestOrder(t *testing.T) {
 			if !ok {
 				return
 			}
-			values, _ := m.options()
-			answers = append([][]byte{answer(m, blocks[string(values[message.URIQuery][0])])}, answers...)
+			values := m.Options
+			answers = append([][]byte{answer(m, blocks[values[message.URIQuery][0]])}, answers...)
 		}
 		p.write(answers...)
 		p.awaitEnd()
@@ -104,7 +92,8 @@ func TestOrder(t *testing.T) {
 	group.Wait()
 }
 
-// TestWindow checks that no more requests are without an answer than the window allows, and that all come to their turn.
+// TestWindow checks that no more requests are without an answer than the window allows, and that
+// all come to their turn.
 func TestWindow(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
 	const window, calls = 7, 100
@@ -139,12 +128,12 @@ func TestWindow(t *testing.T) {
 	group.Wait()
 }
 
-// TestSignals checks that pings and requests of the peer are answered, with their tokens, whatever they are (RFC 8323,
-// section 5.4; an ERIS server may ask its clients).
+// TestSignals checks that pings and requests of the peer are answered, with their tokens, whatever
+// they are (RFC 8323, section 5.4; an ERIS server may ask its clients).
 func TestSignals(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
 	token := wire.Token{Value: 0xdeadbeef01020304, Size: 8}
-	path := wire.NewRequests([]string{".well-known", "eris"}, false).AppendGet(nil, &ref, eris.BlockSize1KiB, wire.Block{})
+	path := coaptest.Get(ref, eris.BlockSize1KiB, wire.Block{})
 	done := make(chan struct{})
 	store := openPeer(t, coap.Options{}, func(_ int, p *peer) {
 		defer close(done)
@@ -154,15 +143,15 @@ func TestSignals(t *testing.T) {
 			send []byte
 			want codes.Code
 		}{
-			{wire.AppendMessage(nil, codes.Ping, token, []byte{0x20}, ""), codes.Pong},
-			{wire.AppendMessage(nil, codes.GET, token, path, ""), codes.NotFound},
-			{wire.AppendMessage(nil, codes.PUT, token, nil, block), codes.NotImplemented},
-			{wire.AppendMessage(nil, codes.PUT, token, nil, make([]byte, 40000)), codes.NotImplemented},
-			{wire.AppendMessage(nil, 31, token, nil, ""), codes.NotImplemented},
+			{coaptest.Stream(codes.Ping, token, []byte{0x20}, ""), codes.Pong},
+			{coaptest.Stream(codes.GET, token, path, ""), codes.NotFound},
+			{coaptest.Stream(codes.PUT, token, nil, block), codes.NotImplemented},
+			{coaptest.Stream(codes.PUT, token, nil, make([]byte, 40000)), codes.NotImplemented},
+			{coaptest.Stream(31, token, nil, ""), codes.NotImplemented},
 		} {
-			p.write([]byte{0, 0}, wire.AppendHead(nil, codes.Pong, token, 0), v.send)
-			if reply, ok := p.read(); !ok || reply.Code != v.want || reply.Token != token || reply.Length != 0 {
-				t.Errorf("reply is %v, want %v", reply.Head, v.want)
+			p.write([]byte{0, 0}, coaptest.Stream(codes.Pong, token, nil, ""), v.send)
+			if reply, ok := p.read(); !ok || reply.Code != v.want || reply.Token != token || len(reply.Body) != 0 {
+				t.Errorf("reply is %v, want %v", reply.Code, v.want)
 			}
 		}
 		p.write(answer(m, block))
@@ -175,8 +164,8 @@ func TestSignals(t *testing.T) {
 	<-done
 }
 
-// TestRelease checks that a connection that the peer wants to end is used to its end, and no further; and that Close says
-// Release.
+// TestRelease checks that a connection that the peer wants to end is used to its end, and no
+// further; and that Close says Release.
 func TestRelease(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
 	asked, again := make(chan struct{}), make(chan struct{})
@@ -188,7 +177,7 @@ func TestRelease(t *testing.T) {
 		p.write(csm)
 		m, _ := p.readUntil(codes.GET)
 		if connection == 0 {
-			p.write(wire.AppendHead(nil, codes.Release, wire.Token{}, 0), wire.AppendHead(nil, codes.Ping, wire.Token{}, 0))
+			p.write(coaptest.Stream(codes.Release, wire.Token{}, nil, ""), coaptest.Stream(codes.Ping, wire.Token{}, nil, ""))
 			p.readUntil(codes.Pong)
 			close(asked)
 			<-again
@@ -227,27 +216,33 @@ func TestRelease(t *testing.T) {
 	}
 }
 
-// takePut receives a block in one or more messages, with parts of at most the given size, and returns how many there were.
+// takePut receives a block in one or more messages, with parts of at most the given size, and
+// returns how many there were.
 func (p *peer) takePut(most uint8) (block []byte, messages int) {
+	var token wire.Token
 	for {
 		m, ok := p.readUntil(codes.PUT)
 		if !ok {
 			return nil, 0
 		}
 		messages++
-		part := m.block(message.Block1)
-		values, payload := m.options()
+		part := m.Block(message.Block1)
+		if messages > 1 && m.Token != token {
+			p.t.Errorf("part %+v has another token: there are servers that know a transfer by it", part)
+		}
+		token = m.Token
+		values, payload := m.Options, m.Payload
 		if len(values[message.URIQuery]) != 0 || len(values[message.URIPath]) != 3 {
 			p.t.Errorf("PUT has a query or a wrong path: %q", values)
 		}
 		if !part.Present {
-			p.write(wire.AppendHead(nil, codes.Created, m.Token, 0))
+			p.write(coaptest.Stream(codes.Created, m.Token, nil, ""))
 			return payload, messages
 		}
 		if part.Offset() != len(block) || !part.FitPart(len(payload)) {
 			p.t.Errorf("part %+v with %d bytes after %d", part, len(payload), len(block))
 		}
-		if size := values[message.Size1]; part.Number == 0 && (len(size) != 1 || !bytes.Equal(size[0], []byte{0x80, 0})) {
+		if size := values[message.Size1]; part.Number == 0 && (len(size) != 1 || size[0] != "\x80\x00") {
 			p.t.Errorf("Size1 is %x", size)
 		}
 		reply := part
@@ -255,13 +250,13 @@ func (p *peer) takePut(most uint8) (block []byte, messages int) {
 			// Of what came, only the first unit counts; but this test server takes all of it.
 			reply.Exponent = most
 		}
-		option := wire.AppendUintOption(nil, 0, message.Block1, reply.Uint())
+		option := coaptest.Block(nil, 0, message.Block1, reply)
 		block = append(block, payload...)
 		if !part.More {
-			p.write(wire.AppendMessage(nil, codes.Changed, m.Token, option, ""))
+			p.write(coaptest.Stream(codes.Changed, m.Token, option, ""))
 			return block, messages
 		}
-		p.write(wire.AppendMessage(nil, codes.Continue, m.Token, option, ""))
+		p.write(coaptest.Stream(codes.Continue, m.Token, option, ""))
 	}
 }
 
@@ -275,18 +270,18 @@ func TestPutForms(t *testing.T) {
 		most     uint8 // greatest exponent that the peer takes
 		messages int   // 0: the block cannot be put
 	}{
-		{"whole", capabilities(65536, true), true, 7, 1},
-		{"just whole", capabilities(32830, false), true, 7, 1},
-		{"base size, block-wise", capabilities(0, true), true, 7, 32},
-		{"base size, block-wise, not strict", capabilities(0, true), false, 7, 32},
-		{"stated base size, block-wise", capabilities(1152, true), true, 7, 32},
-		{"smaller parts", capabilities(1152, true), true, 4, 1 + 124},
-		{"BERT of 2 units", capabilities(2400, true), true, 7, 16},
-		{"BERT of 31 units", capabilities(32000, true), true, 7, 2},
-		{"BERT of one unit is none", capabilities(1300, true), true, 7, 32},
-		{"says nothing", capabilities(0, false), false, 7, 1},
-		{"says nothing, strict", capabilities(0, false), true, 7, 0},
-		{"says no", capabilities(1152, false), false, 7, 0},
+		{"whole", coaptest.Capabilities(65536, true), true, 7, 1},
+		{"just whole", coaptest.Capabilities(32830, false), true, 7, 1},
+		{"base size, block-wise", coaptest.Capabilities(0, true), true, 7, 32},
+		{"base size, block-wise, not strict", coaptest.Capabilities(0, true), false, 7, 32},
+		{"stated base size, block-wise", coaptest.Capabilities(1152, true), true, 7, 32},
+		{"smaller parts", coaptest.Capabilities(1152, true), true, 4, 1 + 124},
+		{"BERT of 2 units", coaptest.Capabilities(2400, true), true, 7, 16},
+		{"BERT of 31 units", coaptest.Capabilities(32000, true), true, 7, 2},
+		{"BERT of one unit is none", coaptest.Capabilities(1300, true), true, 7, 32},
+		{"says nothing", coaptest.Capabilities(0, false), false, 7, 1},
+		{"says nothing, strict", coaptest.Capabilities(0, false), true, 7, 0},
+		{"says no", coaptest.Capabilities(1152, false), false, 7, 0},
 		{"never says anything", nil, false, 7, 1},
 		{"never says anything, strict", nil, true, 7, 0},
 	} {
@@ -305,8 +300,8 @@ func TestPutForms(t *testing.T) {
 				}
 				if v.csm == nil {
 					m, _ := p.readUntil(codes.PUT)
-					_, block := m.options()
-					p.write(csm, wire.AppendHead(nil, codes.Created, m.Token, 0))
+					block := m.Payload
+					p.write(csm, coaptest.Stream(codes.Created, m.Token, nil, ""))
 					results <- result{block, 1}
 				} else {
 					block, messages := p.takePut(v.most)
@@ -332,19 +327,20 @@ func TestPutForms(t *testing.T) {
 	}
 }
 
-// TestPutRestarts has a server drop what it has received so far: the client begins again, but not for ever.
+// TestPutRestarts has a server drop what it has received so far: the client begins again, but not
+// for ever.
 func TestPutRestarts(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize32KiB, 1)
 	for _, drops := range []int32{2, 1000} {
 		var dropped atomic.Int32
 		store := openPeer(t, coap.Options{}, func(_ int, p *peer) {
-			p.write(capabilities(1152, true))
+			p.write(coaptest.Capabilities(1152, true))
 			for {
 				m, ok := p.readUntil(codes.PUT)
 				if !ok {
 					return
 				}
-				part := m.block(message.Block1)
+				part := m.Block(message.Block1)
 				code := codes.Continue
 				if part.Number == 7 && dropped.Load() < drops {
 					dropped.Add(1)
@@ -352,7 +348,7 @@ func TestPutRestarts(t *testing.T) {
 				} else if !part.More {
 					code = codes.Created
 				}
-				p.write(wire.AppendMessage(nil, code, m.Token, wire.AppendUintOption(nil, 0, message.Block1, part.Uint()), ""))
+				p.write(coaptest.Stream(code, m.Token, coaptest.Block(nil, 0, message.Block1, part), ""))
 			}
 		})
 		err := store.Put(t.Context(), ref, block)
@@ -362,16 +358,17 @@ func TestPutRestarts(t *testing.T) {
 	}
 }
 
-// TestPutWaits checks that a block of 32 KiB waits for the capabilities of the peer, and one of 1 KiB does not.
+// TestPutWaits checks that a block of 32 KiB waits for the capabilities of the peer, and one of 1
+// KiB does not.
 func TestPutWaits(t *testing.T) {
 	smallRef, small := newBlock(eris.BlockSize1KiB, 1)
 	largeRef, large := newBlock(eris.BlockSize32KiB, 2)
 	store := openPeer(t, coap.Options{}, func(_ int, p *peer) {
 		m, _ := p.readUntil(codes.PUT)
-		if _, payload := m.options(); !bytes.Equal(payload, small) {
+		if payload := m.Payload; !bytes.Equal(payload, small) {
 			t.Error("the large block came first")
 		}
-		p.write(capabilities(1152, true), wire.AppendHead(nil, codes.Created, m.Token, 0))
+		p.write(coaptest.Capabilities(1152, true), coaptest.Stream(codes.Created, m.Token, nil, ""))
 		if _, messages := p.takePut(7); messages != 32 {
 			t.Errorf("%d messages", messages)
 		}
@@ -405,7 +402,7 @@ func TestPutAnswers(t *testing.T) {
 		store := openPeer(t, coap.Options{}, func(_ int, p *peer) {
 			p.write(csm)
 			m, _ := p.readUntil(codes.PUT)
-			p.write(wire.AppendMessage(nil, v.code, m.Token, nil, "why"))
+			p.write(coaptest.Stream(v.code, m.Token, nil, "why"))
 			p.awaitEnd()
 		})
 		err := store.Put(t.Context(), ref, block)
@@ -449,14 +446,14 @@ func TestGetInParts(t *testing.T) {
 						return
 					}
 					requests.Add(1)
-					part := m.block(message.Block2)
+					part := m.Block(message.Block2)
 					if part.Present && part.Exponent != v.exponent {
 						t.Errorf("asked in another unit: %+v", part)
 					}
 					part.Exponent, part.Present = v.exponent, true
 					end := min(part.Offset()+v.payload, len(block))
 					part.More = end < len(block)
-					p.write(wire.AppendMessage(nil, codes.Content, m.Token, wire.AppendUintOption(nil, 0, message.Block2, part.Uint()), block[part.Offset():end]))
+					p.write(coaptest.Stream(codes.Content, m.Token, coaptest.Block(nil, 0, message.Block2, part), block[part.Offset():end]))
 				}
 			})
 			got, err := get(t, store, ref, v.size)
@@ -486,19 +483,6 @@ func TestPermissions(t *testing.T) {
 	for _, url := range []string{"coaps://example.net", "http://example.net", ""} {
 		if _, err := coap.Open(url, coap.Options{}); err == nil {
 			t.Errorf("%q is taken", url)
-		}
-	}
-}
-
-// TestUnverified checks that verification can be left to the caller, and is done otherwise.
-func TestUnverified(t *testing.T) {
-	ref, _ := newBlock(eris.BlockSize1KiB, 1)
-	_, other := newBlock(eris.BlockSize1KiB, 2)
-	for _, unverified := range []bool{false, true} {
-		store := openPeer(t, coap.Options{Unverified: unverified}, func(_ int, p *peer) { p.serveBlock(other) })
-		_, err := get(t, store, ref, eris.BlockSize1KiB)
-		if (err == nil) != unverified {
-			t.Errorf("unverified %v: %v", unverified, err)
 		}
 	}
 }

@@ -18,16 +18,15 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 )
 
-// socketPeer is the server's end of a WebSocket, done by hand (RFC 6455): nothing of what is under test is used for it.
+// socketPeer is the server's end of a WebSocket, done by hand (RFC 6455): nothing of what is under
+// test is used for it.
 type socketPeer struct {
 	t    *testing.T
 	conn net.Conn
@@ -118,7 +117,8 @@ func (p *socketPeer) awaitEnd() {
 	}
 }
 
-// playSocket plays a server. Handshake answers the request for a WebSocket, and reports whether the script is to go on.
+// playSocket plays a server. Handshake answers the request for a WebSocket, and reports whether the
+// script is to go on.
 func playSocket(t *testing.T, handshake func(connection int, conn net.Conn, accept string) bool, play func(connection int, p *socketPeer)) (url string) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -220,7 +220,8 @@ func TestWebSocketMessages(t *testing.T) {
 		if !bytes.Equal(m, want) {
 			t.Errorf("GET is %x, want %x", m, want)
 		}
-		// The answer comes in pieces, with a ping between them, whose answer comes between messages.
+		// The answer comes in pieces, with a ping between them, whose answer comes between
+		// messages.
 		answer := socketAnswer(m, block)
 		p.write(frame(opBinary, answer[:1]), frame(opContinuation, nil), frame(final|opPing, []byte("x")))
 		if first, payload, _ := p.read(); first != final|opPong || string(payload) != "x" {
@@ -254,8 +255,8 @@ func TestWebSocketMessages(t *testing.T) {
 	group.Wait()
 }
 
-// TestWebSocketHostile has servers that do not keep to the protocols. Each call must come to its end, and the store must work
-// again as soon as the server does.
+// TestWebSocketHostile has servers that do not keep to the protocols. Each call must come to its
+// end, and the store must work again as soon as the server does.
 func TestWebSocketHostile(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
 	raw := func(text string) func(net.Conn, string) {
@@ -366,7 +367,8 @@ func TestWebSocketHostile(t *testing.T) {
 	}
 }
 
-// TestWebSocketClose checks that Close does not wait for a server that does not agree that it is over.
+// TestWebSocketClose checks that Close does not wait for a server that does not agree that it is
+// over.
 func TestWebSocketClose(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
 	done := make(chan struct{})
@@ -393,8 +395,7 @@ func TestNginx(t *testing.T) {
 	if err != nil {
 		t.Skip("nginx is not installed")
 	}
-	backend := sourcetest.NewBackend()
-	server := startServer(t, "ws", backend, readWrite)
+	server := startServer(t, "ws", newMemory(), readWrite)
 	directory := t.TempDir()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -449,34 +450,4 @@ http {
 		})
 	}
 	group.Wait()
-}
-
-// BenchmarkWebSocket gets blocks over TCP and over a WebSocket, client and server in one process.
-func BenchmarkWebSocket(b *testing.B) {
-	for _, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
-		store := newMemory()
-		ref := store.add(b, size)
-		for _, network := range []string{"tcp", "ws"} {
-			b.Run(size.String()+"/"+network, func(b *testing.B) {
-				client := mustOpen(b, startServer(b, network, store, readWrite).url(""), coap.Options{Unverified: true})
-				defer client.Close()
-				b.SetBytes(int64(size))
-				var next atomic.Int64
-				var group sync.WaitGroup
-				b.ResetTimer()
-				for range 256 {
-					group.Go(func() {
-						dst := make([]byte, 0, size)
-						for next.Add(1) <= int64(b.N) {
-							if _, err := client.Get(b.Context(), ref, size, dst); err != nil {
-								b.Error(err)
-								return
-							}
-						}
-					})
-				}
-				group.Wait()
-			})
-		}
-	}
 }

@@ -4,9 +4,13 @@ package dir
 
 import "golang.org/x/sys/unix"
 
-// syncFileSystem makes everything that was written to the file system of an open directory durable. Since Linux 5.8 it
-// returns an error if that failed for anything written since the directory was opened.
+// syncFileSystem makes everything that was written to the file system of an open directory durable.
+// Since Linux 5.8 it returns an error if that failed for anything written since the directory was
+// opened.
 func syncFileSystem(fd int) error {
-	_, err := retry(func() (int, error) { return 0, unix.Syncfs(fd) })
-	return err
+	for {
+		if err := unix.Syncfs(fd); err != unix.EINTR {
+			return err
+		}
+	}
 }

@@ -6,7 +6,8 @@ package dir
 
 import "golang.org/x/sys/unix"
 
-// syncFileSystem makes everything that was written to any file system durable, if this system waits for that.
+// syncFileSystem makes everything that was written to any file system durable, if this system waits
+// for that.
 func syncFileSystem(int) error {
 	unix.Sync()
 	return nil

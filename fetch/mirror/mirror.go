@@ -1,21 +1,19 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package mirror fetches narinfos and nars from substitute servers: over HTTP
-// and HTTPS, and from directories named by file: URLs. It gives their bytes and
-// knows nothing of what they mean; nothing that comes from here is trusted. Start
-// with [NewClient].
+// Package mirror fetches narinfos and nars from substitute servers: over HTTP and HTTPS, and from
+// directories named by file: URLs. It gives their bytes and knows nothing of what they mean;
+// nothing that comes from here is trusted. Start with [NewClient].
 //
-// HTTP is HTTP/1.1 on connections that are kept and shared by all requests of a
-// [Client]. Narinfos are asked for in pipelines on several connections at once,
-// so that many of them cost about one round trip (Guix, guix/http-client.scm:
-// http-multiple-get, pipelines on one). HTTP/2 is not offered to servers: it would
-// put all requests on one connection, and narinfos are many small answers, which
-// pipelines carry as well.
+// It speaks HTTP/1.1. Nars go through net/http. Narinfos are requested in pipelines, which net/http
+// does not have, so that many of them cost about one round trip (Guix, guix/http-client.scm:
+// http-multiple-get): on one connection, and on more of them only while that makes it faster.
+// Connections that nobody uses are closed after a second, because some servers have few workers
+// that stay with a connection. HTTP/2 is not offered to servers: narinfos are many small responses,
+// which pipelines carry as well.
 //
-// Certificates of servers are not verified, as in Guix,
-// guix/scripts/substitute.scm: open-connection-for-uri/cached. Narinfos are
-// signed and nars are hashed, so a certificate would add no integrity, while the
-// bad clock of a freshly booted machine would take substitutes away.
+// Certificates of servers are not verified, as in Guix, guix/scripts/substitute.scm:
+// open-connection-for-uri/cached. Narinfos are signed and nars are hashed, so a certificate would
+// add no integrity, while the bad clock of a freshly booted machine would take substitutes away.
 package mirror
 
 import (
@@ -23,55 +21,59 @@ import (
 	"crypto/tls"
 	"errors"
 	"net"
-	"net/netip"
+	"net/http"
 	"sync"
 	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
 )
 
 // Options say how a [Client] works. The zero value of each is a default.
 type Options struct {
-	// MaxConnections bounds the connections to one server, whatever they are for;
-	// 16 by default, and 256 at most.
+	// MaxConnections bounds the connections to one server, half of them for narinfos and half for
+	// nars, at least one each; 16 by default, and 256 at most.
 	MaxConnections int
-	// ConnectTimeout bounds the time to connect to one address of a server;
-	// 5 seconds by default (Guix, guix/scripts/substitute.scm: %fetch-timeout).
-	// Three times that may pass before the address is known, and twice that until
-	// hands have been shaken.
+	// ConnectTimeout bounds the time to connect to a server that has one address; 5 seconds by
+	// default (Guix, guix/scripts/substitute.scm: %fetch-timeout). Twice that may pass until all
+	// addresses have been tried, and as much again until a secure connection stands.
 	ConnectTimeout time.Duration
-	// NarinfoTimeout bounds the time for which a server may be silent while it owes
-	// narinfos; 10 seconds by default. A whole answer may take three times that.
+	// NarinfoTimeout bounds the time for which a server may be silent while it owes narinfos; 10
+	// seconds by default. A whole response may take three times that.
 	NarinfoTimeout time.Duration
-	// NarTimeout bounds the time for which a server may be silent while it owes a
-	// nar, which it may compress on the fly; 60 seconds by default. A server that
-	// has kept silent gets half of that the next time, and so on down to an eighth.
+	// NarTimeout bounds the time until the header of a nar, which the server may compress on the
+	// fly; 60 seconds by default. A server that has kept silent gets half of that the next time,
+	// and so on down to an eighth. A third of it bounds silence in the middle of a nar.
 	NarTimeout time.Duration
-	// SlowAfter is the time after which OnSlow is called for a nar whose headers
-	// have not come; 5 seconds by default.
+	// SlowAfter is the time after which OnSlow is called for a nar whose headers have not come; 5
+	// seconds by default.
 	SlowAfter time.Duration
 	// OnSlow is called with the host of a slow server, from any goroutine.
 	OnSlow func(host string)
 	// OnRedirect is called with the URL that a nar request was redirected to.
 	OnRedirect func(url string)
-	// ResumeDelay is the time until a nar that was cut off is resumed; it doubles
-	// with each attempt. 250 milliseconds by default.
+	// ResumeDelay is the time until a nar that was cut off is requested again; it doubles with each
+	// attempt. 250 milliseconds by default.
 	ResumeDelay time.Duration
-	// OnResume is called, by the reader of the nar at url, when what was cut off
-	// after offset bytes goes on.
+	// OnResume is called, by the reader of the nar at url, when what was cut off after offset bytes
+	// goes on.
 	OnResume func(url string, offset int64, cut error)
 	// UserAgent names the program to servers.
 	UserAgent string
-	// Getenv looks up the variables http_proxy, https_proxy and no_proxy; nil is
-	// no proxy.
+	// Getenv looks up the variables http_proxy, https_proxy and no_proxy; nil is no proxy.
 	Getenv func(string) string
 }
 
-// A Client fetches from any number of servers. It is safe for concurrent use.
-// Close releases its connections.
+// A Client fetches from any number of servers. It is safe for concurrent use. Close releases its
+// connections.
 type Client struct {
-	o      Options
-	tls    *tls.Config
-	pool   pool
-	lookup func(ctx context.Context, network, host string) ([]netip.Addr, error) // of host names
+	o         Options
+	tls       *tls.Config
+	dialer    net.Dialer
+	transport *http.Transport // of nars
+
+	ctx     context.Context // of all pipelines
+	cancel  context.CancelFunc
+	workers sync.WaitGroup // of pipelines
 
 	mu    sync.Mutex
 	peers map[string]*peer // by server
@@ -79,60 +81,64 @@ type Client struct {
 
 // NewClient returns a client.
 func NewClient(o Options) *Client {
-	if o.MaxConnections <= 0 {
-		o.MaxConnections = 16
-	}
+	positive(&o.MaxConnections, 16)
 	o.MaxConnections = min(o.MaxConnections, maxConnections)
-	if o.ConnectTimeout == 0 {
-		o.ConnectTimeout = 5 * time.Second
-	}
-	if o.NarinfoTimeout == 0 {
-		o.NarinfoTimeout = 10 * time.Second
-	}
-	if o.NarTimeout == 0 {
-		o.NarTimeout = time.Minute
-	}
-	if o.SlowAfter == 0 {
-		o.SlowAfter = 5 * time.Second
-	}
-	if o.ResumeDelay == 0 {
-		o.ResumeDelay = 250 * time.Millisecond
-	}
+	positive(&o.ConnectTimeout, 5*time.Second)
+	positive(&o.NarinfoTimeout, 10*time.Second)
+	positive(&o.NarTimeout, time.Minute)
+	positive(&o.SlowAfter, 5*time.Second)
+	positive(&o.ResumeDelay, 250*time.Millisecond)
 	if o.UserAgent == "" {
 		o.UserAgent = "guix-substitute-eris"
 	}
 	if o.Getenv == nil {
 		o.Getenv = func(string) string { return "" }
 	}
-	return &Client{
+	c := &Client{
 		o: o,
 		tls: &tls.Config{
 			InsecureSkipVerify: true, // see the package comment
 			MinVersion:         tls.VersionTLS10,
-			NextProtos:         []string{"http/1.1"},
 			ClientSessionCache: tls.NewLRUClientSessionCache(64),
 		},
-		lookup: net.DefaultResolver.LookupNetIP,
+		dialer: net.Dialer{Timeout: 2 * o.ConnectTimeout, KeepAlive: 30 * time.Second},
 		peers:  map[string]*peer{},
+	}
+	c.ctx, c.cancel = context.WithCancel(context.Background())
+	c.transport = c.newTransport()
+	return c
+}
+
+// positive sets what is not positive to a default.
+func positive[T int | time.Duration](n *T, otherwise T) {
+	if *n <= 0 {
+		*n = otherwise
 	}
 }
 
-// Close closes the idle connections, and those in use after that.
-func (c *Client) Close() { c.pool.close() }
+// Close ends all calls of Narinfos, and closes the connections that no nar uses.
+func (c *Client) Close() {
+	c.cancel()
+	c.workers.Wait()
+	c.transport.CloseIdleConnections()
+}
 
-// ErrUnsupportedScheme is returned for URLs whose scheme is not http, https or
-// file.
+// ErrUnsupportedScheme is returned for URLs whose scheme is not http, https or file.
 var ErrUnsupportedScheme = errors.New("unsupported URL scheme")
 
-// A ServerError says that a server could not be reached, broke off, or was
-// silent for too long, as opposed to an answer of the server. Unreachable servers
-// are not tried again for the life of the client, whose calls then return an
-// equal error at once.
+// A ServerError says that a server could not be reached, broke off, or was silent for too long, as
+// opposed to a response of the server. A server that could not be reached, or has been silent or
+// broken from the start, rests: for a second first, and a minute at most. Calls return an equal
+// error at once until that is over.
 type ServerError struct {
 	// Server is the scheme, host and port of the server.
 	Server string
-	// Err is what went wrong.
+	// Err is what went wrong. It wraps [os.ErrDeadlineExceeded] if that is silence.
 	Err error
+	// Rest is how long the server rests, 0 if it does not, and Failures how often in a row that has
+	// begun.
+	Rest     time.Duration
+	Failures int
 }
 
 func (e *ServerError) Error() string { return e.Server + ": " + e.Err.Error() }
@@ -140,19 +146,13 @@ func (e *ServerError) Error() string { return e.Server + ": " + e.Err.Error() }
 // Unwrap returns what went wrong.
 func (e *ServerError) Unwrap() error { return e.Err }
 
-// Down returns why the server of the URL is not asked any more, or nil.
+// Down returns why the server of the URL rests, or nil if it does not.
 func (c *Client) Down(rawURL string) error {
 	l, err := parse(rawURL)
 	if err != nil || l.scheme == "file" {
 		return nil
 	}
-	c.mu.Lock()
-	p := c.peers[l.server()]
-	c.mu.Unlock()
-	if p == nil {
-		return nil
-	}
-	return p.downError()
+	return c.peer(l).resting()
 }
 
 const (
@@ -160,27 +160,85 @@ const (
 	maxServers = 1000
 	// maxConnections is the most that [Options] may ask for.
 	maxConnections = 256
+	// leastRest and mostRest bound the rest of a server that could not be reached.
+	leastRest = time.Second
+	mostRest  = time.Minute
+	// idleTime is after how long a connection that nobody uses is closed.
+	idleTime = time.Second
 )
 
-// CheckURL returns an error that says why rawURL cannot be the URL of a server
-// or of a nar, or nil. Schemes other than http, https and file are
-// [ErrUnsupportedScheme].
+// CheckURL returns an error that says why rawURL cannot be the URL of a server or of a nar, or nil.
+// Schemes other than http, https and file are [ErrUnsupportedScheme].
 func CheckURL(rawURL string) error {
 	_, err := parse(rawURL)
 	return err
 }
 
-// IsLocal tells whether rawURL is a file: URL, for which no network is used.
+// IsLocal reports whether rawURL is a file: URL, for which no network is used.
 func IsLocal(rawURL string) bool {
 	l, err := parse(rawURL)
 	return err == nil && l.scheme == "file"
 }
 
-// causeOf prefers the reason of a cancelled context over what its cancellation
-// did to a connection.
-func causeOf(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
+// A peer is a server and what this client has learnt about it.
+type peer struct {
+	c        *Client
+	location *location // of any of its URLs
+	server   string
+
+	mu   sync.Mutex
+	rest backoff.Backoff
+	down error // why it rests
+	// silent is how many nars in a row it has kept silent about.
+	silent int
+	pipelines
+}
+
+// peer returns what is known of the server of l.
+func (c *Client) peer(l *location) *peer {
+	server := l.server()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	p := c.peers[server]
+	if p == nil {
+		p = &peer{
+			c: c, location: l, server: server,
+			rest:      backoff.Backoff{Min: leastRest, Max: mostRest},
+			pipelines: newPipelines(max(1, c.o.MaxConnections/2)),
+		}
+		// Redirections may name any number of servers.
+		if len(c.peers) < maxServers {
+			c.peers[server] = p
+		}
 	}
-	return err
+	return p
+}
+
+// resting returns why the server rests, or nil.
+func (p *peer) resting() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.restingLocked()
+}
+
+func (p *peer) restingLocked() error {
+	if p.down == nil || p.rest.Rest(time.Now()) == 0 {
+		return nil
+	}
+	return &ServerError{p.server, p.down, p.rest.Rest(time.Now()), p.rest.Failures()}
+}
+
+// fail makes the server rest, and returns the error that says so. The caller holds the lock.
+func (p *peer) fail(err error) error {
+	p.down = err
+	rest := p.rest.Fail(time.Now(), 0)
+	return &ServerError{p.server, err, rest, p.rest.Failures()}
+}
+
+// reached notes that the server has responded.
+func (p *peer) reached() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.rest.Succeed()
+	p.down = nil
 }

@@ -12,7 +12,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
 	"os"
 	"slices"
 	"strconv"
@@ -23,6 +22,7 @@ import (
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/link"
 )
 
 // hashes returns n different hash parts.
@@ -113,7 +113,7 @@ func TestNarinfos(t *testing.T) {
 		}
 	}
 	if most.Load() > 7 || most.Load() < 2 {
-		t.Errorf("%d requests at the same time, want at most 7, and several", most.Load())
+		t.Errorf("%d requests at the same time, want at most 7, and several: the server is slow", most.Load())
 	}
 	if connections.Load() > 7 {
 		t.Errorf("%d connections, want at most 7: they are to be used again", connections.Load())
@@ -132,7 +132,7 @@ func TestAnswers(t *testing.T) {
 			w.Header().Set("X-Baking", "1")
 			http.NotFound(w, r)
 		case 2:
-			http.Redirect(w, r, "/elsewhere", http.StatusFound)
+			http.Redirect(w, r, strings.Replace(r.URL.Path, "2", "0", 1), http.StatusFound)
 		case 3:
 			w.WriteHeader(http.StatusInternalServerError)
 			w.Write(make([]byte, 100000))
@@ -165,7 +165,7 @@ func TestAnswers(t *testing.T) {
 	}{
 		{200, 4, 77 * time.Second, false},
 		{404, -1, 12 * time.Second, true},
-		{302, -1, -1, false},
+		{200, 4, 77 * time.Second, false}, // redirected to the first
 		{500, -1, -1, false},
 		{200, 2, -1, false},
 		{200, -1, -1, false}, // too long
@@ -185,8 +185,7 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
-// rawServer serves connections with a function; each gets the number of the
-// connection.
+// rawServer serves connections with a function; each gets the number of the connection.
 func rawServer(t *testing.T, f func(n int, conn net.Conn, r *bufio.Reader)) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -234,8 +233,8 @@ func reply(conn net.Conn, r *bufio.Reader) bool {
 	return err == nil
 }
 
-// TestUnwillingServers asks servers that do not like many requests on a
-// connection, each in its own way.
+// TestUnwillingServers asks servers that do not like many requests on a connection, each in its own
+// way.
 func TestUnwillingServers(t *testing.T) {
 	servers := map[string]func(n int, conn net.Conn, r *bufio.Reader){
 		"one answer per connection": func(n int, conn net.Conn, r *bufio.Reader) {
@@ -288,8 +287,8 @@ func TestUnwillingServers(t *testing.T) {
 	}
 }
 
-// TestBrokenServers checks that nothing a server does makes a look-up fail to
-// end, and that a broken server is not asked again.
+// TestBrokenServers checks that nothing a server does makes a look-up fail to end, and that a
+// broken server is not asked again.
 func TestBrokenServers(t *testing.T) {
 	endless := func(conn net.Conn, s string) {
 		for {
@@ -525,7 +524,7 @@ func TestNar(t *testing.T) {
 	}
 }
 
-// TestNarReusesConnections fetches many nars and narinfos over one connection.
+// TestNarReusesConnections fetches many nars over one connection, and narinfos over another.
 func TestNarReusesConnections(t *testing.T) {
 	var connections atomic.Int64
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -551,7 +550,7 @@ func TestNarReusesConnections(t *testing.T) {
 			t.Fatal(got, err)
 		}
 	}
-	if connections.Load() != 1 {
+	if connections.Load() > 2 {
 		t.Errorf("%d connections", connections.Load())
 	}
 	// A server that has closed meanwhile costs nothing but another connection.
@@ -756,77 +755,22 @@ func TestDirectory(t *testing.T) {
 func BenchmarkNarinfos(b *testing.B) {
 	server := httptest.NewServer(http.HandlerFunc(serve))
 	defer server.Close()
-	u, err := url.Parse(server.URL)
-	if err != nil {
-		b.Fatal(err)
-	}
 	hs := hashes(300)
 	for _, rtt := range []time.Duration{0, 50 * time.Millisecond} {
 		b.Run(fmt.Sprintf("rtt=%v", rtt), func(b *testing.B) {
-			address := delayed(b, u.Host, rtt)
+			up, down := link.Symmetric(rtt, 0)
+			l, err := link.New("tcp", "", strings.TrimPrefix(server.URL, "http://"), up, down)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer l.Close()
 			for b.Loop() {
 				c := mirror.NewClient(mirror.Options{})
-				if err := c.Narinfos(b.Context(), "http://"+address+"/base", hs, func(mirror.Answer) {}); err != nil {
+				if err := c.Narinfos(b.Context(), "http://"+l.Addr()+"/base", hs, func(mirror.Answer) {}); err != nil {
 					b.Fatal(err)
 				}
 				c.Close()
 			}
 		})
-	}
-}
-
-// delayed returns the address of a relay to another one that takes a round trip
-// time to answer.
-func delayed(b *testing.B, to string, rtt time.Duration) string {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			in, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				time.Sleep(rtt) // the handshake
-				out, err := net.Dial("tcp", to)
-				if err != nil {
-					in.Close()
-					return
-				}
-				go relay(out, in, rtt/2)
-				relay(in, out, rtt/2)
-			}()
-		}
-	}()
-	return l.Addr().String()
-}
-
-// relay copies what comes after a delay.
-func relay(dst, src net.Conn, delay time.Duration) {
-	defer dst.Close()
-	type piece struct {
-		bytes []byte
-		due   time.Time
-	}
-	pieces := make(chan piece, 1000)
-	go func() {
-		defer close(pieces)
-		for {
-			p := make([]byte, 16<<10)
-			n, err := src.Read(p)
-			if n > 0 {
-				pieces <- piece{p[:n], time.Now().Add(delay)}
-			}
-			if err != nil {
-				return
-			}
-		}
-	}()
-	for p := range pieces {
-		time.Sleep(time.Until(p.due))
-		dst.Write(p.bytes)
 	}
 }

@@ -6,57 +6,66 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"io"
 	"io/fs"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"os"
 	"strings"
 	"time"
 
+	"github.com/klauspost/compress/gzip"
 	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
 )
 
-// A Nar is the bytes of a nar, compressed as its narinfo says, while they arrive.
-// It must be closed. A read fails when the context of OpenNar is done, and when
-// the server is silent for too long; a nar that is cut off is io.ErrUnexpectedEOF
-// where the server has told its length. Before that, reads ask the server for the
-// rest, on other connections, if it has said how to recognise the contents.
+// A Nar is the bytes of a nar, compressed as its narinfo says, while they arrive. It must be
+// closed. A read fails when the context of OpenNar is done, and when the server is silent for too
+// long; a nar that is cut off is io.ErrUnexpectedEOF where the server has told its length. Before
+// that, reads request the rest, or all of it again and pass over what they have had already.
 type Nar struct {
 	// URL is where the bytes come from, after all redirections.
 	URL string
 	// Size is how many there are, negative if the server has not said.
 	Size int64
+	// Decoded tells that a Content-Encoding has been undone, which a proxy may have added; but some
+	// servers say so of a file that is compressed itself.
+	Decoded bool
 
-	client   *Client
+	client   *Client // nil for a file
 	location *location
-	ctx      context.Context
+	ctx      context.Context // of the request at hand
+	cancel   context.CancelCauseFunc
+	parent   context.Context
+	silence  *time.Timer // ends ctx when the server is silent
+	timeout  time.Duration
+	body     io.ReadCloser
 
-	body  io.ReadCloser
-	conn  *connection // nil for a file
-	close func(reuse bool)
-	ended bool
-
-	total     int64 // as Size, but also what is learnt later
-	offset    int64 // how many bytes have been read
-	failed    error // why the body cannot be read further
+	total     int64        // as Size, but also what is learnt later
+	offset    int64        // how many bytes have been read
+	had       maphash.Hash // of them
+	failed    error        // why the body cannot be read further
 	validator string
-	draining  bool
-	resumes   int // in all
+	final     bool // it is not requested again
+	ended     bool
+	again     int // requests after the first, in all
+	restarts  int // of them, those for all of it
 	tries     int // since the offset progress
 	progress  int64
 }
 
-// Drain reads a short rest that nobody wants, if there is one, for the connection
-// to be used again after Close. It takes a second at most.
+// Drain reads a short rest that nobody wants, if there is one, for the connection to be used again
+// after Close. It takes a second at most.
 func (n *Nar) Drain() {
-	if n.ended || n.close == nil {
+	if n.ended || n.client == nil {
 		return
 	}
-	n.draining = true
-	if n.conn != nil {
-		n.conn.await(drainTime, drainTime)
-	}
+	n.final, n.timeout = true, drainTime
+	stop := time.AfterFunc(drainTime, func() { n.cancel(errSilent) })
+	defer stop.Stop()
 	io.Copy(io.Discard, io.LimitReader(n, maxDrain))
 }
 
@@ -69,34 +78,41 @@ const (
 
 // Close lets go of the connection.
 func (n *Nar) Close() error {
-	if n.close != nil {
-		n.close(n.ended)
-		n.close = nil
+	n.cancel(nil)
+	if n.silence != nil {
+		n.silence.Stop()
 	}
-	return nil
+	return n.body.Close()
 }
 
-// A StatusError is an answer other than the nar that was asked for.
+// A StatusError is a response other than the nar that was requested.
 type StatusError struct {
-	// URL is what was asked for.
+	// URL is what was requested.
 	URL string
 	// Status is the HTTP status and its reason phrase.
 	Status string
 	// Code is the HTTP status.
 	Code int
+	// RetryAfter is for how long the server wants to be left alone, 0 if it has not said.
+	RetryAfter time.Duration
 }
 
 func (e *StatusError) Error() string {
 	return fmt.Sprintf("%s: server answered %.100q", e.URL, e.Status)
 }
 
+// Temporary reports whether the same request may work later: the server is busy or has failed.
+func (e *StatusError) Temporary() bool {
+	return e.Code >= 500 && e.Code != http.StatusNotImplemented || e.Code == http.StatusRequestTimeout ||
+		e.Code == http.StatusTooEarly || e.Code == http.StatusTooManyRequests
+}
+
 // maxRedirects bounds the redirections of one request.
 const maxRedirects = 10
 
-// OpenNar asks for the nar at rawURL, following redirections to http and https
-// URLs. Errors are a [*StatusError], a [*ServerError], an error of the file
-// system for file: URLs, or the cause of ctx. None shows user information of a
-// URL, which is sent to its server only (RFC 7617).
+// OpenNar asks for the nar at rawURL, following redirections to http and https URLs. Errors are a
+// [*StatusError], a [*ServerError], an error of the file system for file: URLs, or the cause of
+// ctx. None shows user information of a URL, which is sent to its server only (RFC 7617).
 func (c *Client) OpenNar(ctx context.Context, rawURL string) (*Nar, error) {
 	l, err := parse(rawURL)
 	if err != nil {
@@ -106,7 +122,7 @@ func (c *Client) OpenNar(ctx context.Context, rawURL string) (*Nar, error) {
 		return openNarFile(ctx, l)
 	}
 	for range maxRedirects {
-		n, next, err := c.request(ctx, l)
+		n, next, err := c.openNar(ctx, l)
 		if err != nil || next == "" {
 			return n, err
 		}
@@ -122,20 +138,31 @@ func (c *Client) OpenNar(ctx context.Context, rawURL string) (*Nar, error) {
 	return nil, fmt.Errorf("%s: more than %d redirections", WithoutUser(rawURL), maxRedirects)
 }
 
-// request makes one request; it returns the nar, or where to ask instead.
-func (c *Client) request(ctx context.Context, l *location) (n *Nar, elsewhere string, err error) {
+// openNar makes one request; it returns the nar, or where to ask instead.
+func (c *Client) openNar(ctx context.Context, l *location) (n *Nar, elsewhere string, err error) {
+	p := c.peer(l)
+	if err := p.resting(); err != nil {
+		return nil, "", err
+	}
 	if c.o.OnSlow != nil {
 		slow := time.AfterFunc(c.o.SlowAfter, func() { c.o.OnSlow(l.hostField()) })
 		defer slow.Stop()
 	}
-	n, response, err := c.get(ctx, l, "", wish{patient: true})
+	n = &Nar{URL: l.String(), client: c, location: l, parent: ctx, timeout: c.o.NarTimeout / bodyShare}
+	response, err := n.request(nil)
 	if err != nil {
+		n.cancel(nil)
 		return nil, "", err
+	}
+	n.Size, n.total = response.ContentLength, response.ContentLength
+	n.Decoded = response.Header.Get("Content-Encoding") != ""
+	if n.Decoded {
+		n.Size, n.total = -1, -1
 	}
 	switch response.StatusCode {
 	case http.StatusOK:
-		if n.validator = validator(response.Header); n.validator != "" {
-			n.conn.await(c.o.NarTimeout/resumableShare, 0)
+		if !n.Decoded {
+			n.validator = validator(response.Header)
 		}
 		return n, "", nil
 	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther,
@@ -145,73 +172,104 @@ func (c *Client) request(ctx context.Context, l *location) (n *Nar, elsewhere st
 	n.Drain()
 	n.Close()
 	if elsewhere == "" {
-		return nil, "", &StatusError{l.String(), response.Status, response.StatusCode}
+		return nil, "", statusError(l, response)
 	}
 	return nil, elsewhere, nil
 }
 
-// get sends a request with further fields and returns its answer, whatever the
-// status.
-func (c *Client) get(ctx context.Context, l *location, fields string, w wish) (*Nar, *http.Response, error) {
-	for ; ; w.fresh = true {
-		conn, err := c.connect(ctx, l, w)
-		if err != nil {
-			return nil, nil, err
-		}
-		cancelled := context.AfterFunc(ctx, func() { conn.net.SetDeadline(time.Unix(1, 0)) })
-		response, err := c.roundTrip(conn, l, fields)
-		if err == nil {
-			n := &Nar{
-				URL: l.String(), Size: response.ContentLength, total: response.ContentLength,
-				client: c, location: l, ctx: ctx, body: response.Body, conn: conn,
-			}
-			n.close = func(reuse bool) { c.release(conn, cancelled() && reuse && !response.Close) }
-			return n, response, nil
-		}
-		cancelled()
-		c.release(conn, false)
-		if ctx.Err() != nil {
-			return nil, nil, context.Cause(ctx)
-		}
-		if !conn.reused || errors.Is(err, os.ErrDeadlineExceeded) {
-			return nil, nil, &ServerError{conn.peer.server, err}
-		}
-		// The server had closed it.
-	}
+func statusError(l *location, r *http.Response) *StatusError {
+	return &StatusError{l.String(), r.Status, r.StatusCode, backoff.RetryAfter(r.Header.Get("Retry-After"), time.Now())}
 }
 
-func (c *Client) roundTrip(conn *connection, l *location, fields string) (*http.Response, error) {
-	request := conn.requestLine(l, l.target) + "User-Agent: " + c.o.UserAgent + "\r\n" + fields
-	if l.user != nil {
-		request += "Authorization: " + basic(l.user) + "\r\n"
+// bodyShare is the part of the time for which a server may be silent before a nar after which one
+// in the middle is requested again.
+const bodyShare = 3
+
+// dropIdleAfter is for how long a nar is waited for while there are idle connections for narinfos.
+const dropIdleAfter = 200 * time.Millisecond
+
+var errSilent = fmt.Errorf("server is silent: %w", os.ErrDeadlineExceeded)
+
+// request sends a request with further fields and returns the response, whatever the status. The
+// body of the nar is that of the response then.
+func (n *Nar) request(fields http.Header) (*http.Response, error) {
+	c, p := n.client, n.client.peer(n.location)
+	// The server may have few workers, which stay with connections that nobody uses.
+	defer time.AfterFunc(dropIdleAfter, p.dropIdle).Stop()
+	ctx, cancel := context.WithCancelCause(n.parent)
+	n.ctx, n.cancel = ctx, cancel
+	connected := false
+	r := n.location.request(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn: func(httptrace.GotConnInfo) { connected = true },
+	}))
+	for name, values := range fields {
+		r.Header[name] = values
 	}
-	patience := conn.peer.patience(c.o.NarTimeout)
-	if err := conn.net.SetWriteDeadline(time.Now().Add(patience)); err != nil {
-		return nil, err
+	r.Header.Set("Accept-Encoding", "identity")
+	r.Header.Set("User-Agent", c.o.UserAgent)
+	timeout := p.narTimeout()
+	n.silence = time.AfterFunc(timeout, func() {
+		cancel(fmt.Errorf("no answer within %v: %w", timeout, os.ErrDeadlineExceeded))
+	})
+	response, err := c.transport.RoundTrip(r)
+	n.silence.Stop()
+	var body io.Reader
+	if err == nil {
+		n.body = response.Body
+		body, err = decoded(response)
 	}
-	_, err := io.WriteString(conn.net, request+"\r\n")
-	if err != nil {
-		return nil, err
+	switch {
+	case n.parent.Err() != nil:
+		cancel(nil)
+		return nil, context.Cause(n.parent)
+	case err != nil:
+		return nil, p.narFailed(causeOf(ctx, err), connected)
 	}
-	conn.await(patience, 2*patience)
-	response, err := conn.header()
+	p.reached()
+	p.answered(true)
+	n.body = struct {
+		io.Reader
+		io.Closer
+	}{body, response.Body}
+	n.silence = time.AfterFunc(n.timeout, func() { cancel(errSilent) })
+	n.silence.Stop() // until somebody reads
+	return response, nil
+}
+
+// narFailed notes why there is no response.
+func (p *peer) narFailed(err error, connected bool) error {
 	silent := errors.Is(err, os.ErrDeadlineExceeded)
-	conn.peer.answered(!silent)
-	if silent {
-		return nil, fmt.Errorf("no answer within %v: %w", patience, os.ErrDeadlineExceeded)
+	if connected && silent {
+		p.answered(false)
 	}
-	conn.await(c.o.NarTimeout, 0)
-	return response, err
-}
-
-// patience is for how long the server may be silent before a nar.
-func (p *peer) patience(timeout time.Duration) time.Duration {
+	if connected {
+		return &ServerError{Server: p.server, Err: shortened(err)}
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return timeout >> min(p.silent, 3)
+	if p.workers > 0 && p.good {
+		// It takes no more connections, but is there.
+		return &ServerError{Server: p.server, Err: dialError(err)}
+	}
+	return p.fail(dialError(err))
 }
 
-// answered notes whether the server has kept silent.
+// causeOf prefers the reason of a cancelled context over what its cancellation did.
+func causeOf(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
+// narTimeout is for how long the server may be silent before a nar.
+func (p *peer) narTimeout() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.c.o.NarTimeout >> min(p.silent, 3)
+}
+
+// answered notes whether the server has kept silent about a nar.
 func (p *peer) answered(yes bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -220,10 +278,61 @@ func (p *peer) answered(yes bool) {
 	}
 }
 
+// request returns a request for l, with the target as it was written.
+func (l *location) request(ctx context.Context) *http.Request {
+	r := &http.Request{Method: http.MethodGet, Host: l.hostField(), Header: http.Header{}}
+	plain := l.scheme + "://" + l.hostField() + l.target
+	u, err := url.Parse(plain)
+	if err != nil || u.RequestURI() != l.target {
+		u = &url.URL{Opaque: l.target}
+		if strings.HasPrefix(l.target, "//") {
+			u.Opaque = "//" + l.hostField() + l.target
+		}
+	}
+	u.Scheme, u.Host, u.User = l.scheme, l.address(), nil
+	r.URL = u
+	if l.user != nil {
+		r.Header.Set("Authorization", basic(l.user))
+	}
+	return r.WithContext(ctx)
+}
+
+// decoded returns the body of a response without a Content-Encoding, which we have not asked for.
+func decoded(r *http.Response) (io.Reader, error) {
+	switch encoding := strings.ToLower(r.Header.Get("Content-Encoding")); encoding {
+	case "", "identity":
+		r.Header.Del("Content-Encoding")
+		return r.Body, nil
+	case "gzip", "x-gzip":
+		if r.StatusCode != http.StatusOK {
+			return r.Body, nil
+		}
+		return &lazyGzip{body: r.Body}, nil
+	default:
+		return nil, fmt.Errorf("unwanted Content-Encoding %.40q", encoding)
+	}
+}
+
+// A lazyGzip decompresses once it is read.
+type lazyGzip struct {
+	body io.Reader
+	z    *gzip.Reader
+}
+
+func (l *lazyGzip) Read(p []byte) (int, error) {
+	if l.z == nil {
+		z, err := gzip.NewReader(l.body)
+		if err != nil {
+			return 0, err
+		}
+		l.z = z
+	}
+	return l.z.Read(p)
+}
+
 // openRegular opens a file that can be read without waiting for anybody.
 func openRegular(path string) (*os.File, error) {
-	// Opening a device can do something, so that it must not be opened to see
-	// what it is.
+	// Opening a device can do something, so that it must not be opened to see what it is.
 	info, err := os.Stat(path)
 	if err == nil && !info.Mode().IsRegular() {
 		err = fmt.Errorf("%s is not a regular file", path)
@@ -245,10 +354,10 @@ func openRegular(path string) (*os.File, error) {
 	return f, nil
 }
 
-// decoded returns the name of a file with its percent signs interpreted, and
-// whether that is another one. Guix takes names as they stand; but those who make
-// URLs encode what cannot stand in one.
-func decoded(path string) (string, bool) {
+// unescaped returns the name of a file with its percent signs interpreted, and whether that is
+// another one. Guix takes names as they stand; but those who make URLs encode what cannot stand in
+// one.
+func unescaped(path string) (string, bool) {
 	d, err := url.PathUnescape(path)
 	return d, err == nil && d != path && !strings.Contains(d, "\x00")
 }
@@ -256,7 +365,7 @@ func decoded(path string) (string, bool) {
 func openNarFile(ctx context.Context, l *location) (*Nar, error) {
 	f, err := openRegular(l.target)
 	if errors.Is(err, fs.ErrNotExist) {
-		if d, ok := decoded(l.target); ok {
+		if d, ok := unescaped(l.target); ok {
 			if f2, err2 := openRegular(d); err2 == nil {
 				f, err = f2, nil
 			}
@@ -270,5 +379,7 @@ func openNarFile(ctx context.Context, l *location) (*Nar, error) {
 		f.Close()
 		return nil, err
 	}
-	return &Nar{URL: l.String(), Size: info.Size(), total: -1, body: f, close: func(bool) { f.Close() }, ctx: ctx}, nil
+	n := &Nar{URL: l.String(), Size: info.Size(), total: -1, body: f}
+	n.ctx, n.cancel = context.WithCancelCause(ctx)
+	return n, nil
 }

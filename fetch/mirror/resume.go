@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"io"
 	"net/http"
 	"strconv"
@@ -14,51 +15,51 @@ import (
 )
 
 const (
-	// maxResumes bounds how often in a row a nar is resumed that makes no progress
-	// between, and maxResumesInAll how often one is at all.
-	maxResumes      = 5
-	maxResumesInAll = 200
-	// resumeProgress is what counts as progress, in bytes.
-	resumeProgress = 256 << 10
-	// resumableShare is the part of the time for which a server may be silent
-	// before a nar after which one that can be resumed is.
-	resumableShare = 3
+	// maxAgain bounds how often in a row a nar is requested again that makes no progress between,
+	// and maxAgainInAll how often one is at all.
+	maxAgain      = 5
+	maxAgainInAll = 200
+	// maxRestarts bounds how often all of it is.
+	maxRestarts = 3
+	// againProgress is what counts as progress, in bytes.
+	againProgress = 256 << 10
 	// maxValidator bounds what is sent back to a server, in bytes.
 	maxValidator = 1024
 )
 
-// cut deals with an error in the middle of a body: where the server has said by
-// what the contents can be recognised, the rest is asked for on another
-// connection (RFC 9110, section 14). It returns nil if there is more to read.
+// cut deals with an error in the middle of a body: where the server has said by what the contents
+// can be recognised, the rest is requested on another connection (RFC 9110, section 14), or else
+// all of it. It returns nil if there is more to read.
 func (n *Nar) cut(cause error) error {
-	if n.validator == "" || n.draining {
+	if n.final || n.client == nil {
 		return cause
 	}
-	if n.offset-n.progress >= resumeProgress {
+	if n.offset-n.progress >= againProgress {
 		n.tries, n.progress = 0, n.offset
 	}
-	n.Close()
 	for {
-		if n.tries >= maxResumes || n.resumes >= maxResumesInAll {
+		n.Close()
+		if n.tries >= maxAgain || n.again >= maxAgainInAll {
 			return cause
 		}
-		if err := pause(n.ctx, n.client.o.ResumeDelay<<n.tries); err != nil {
+		if err := pause(n.parent, n.client.o.ResumeDelay<<n.tries); err != nil {
 			return err
 		}
 		n.tries++
-		n.resumes++
-		err := n.resume()
+		n.again++
+		err := n.goOn()
+		var server *ServerError
 		switch {
 		case err == nil:
 			if n.client.o.OnResume != nil {
 				n.client.o.OnResume(n.URL, n.offset, cause)
 			}
 			return nil
-		case n.ctx.Err() != nil:
-			return context.Cause(n.ctx)
-		}
-		var server *ServerError
-		if !errors.As(err, &server) {
+		case n.parent.Err() != nil:
+			return context.Cause(n.parent)
+		case errors.Is(err, errRestarts):
+			return cause
+		case !errors.As(err, &server):
 			return fmt.Errorf("%w, and no more of it: %w", cause, err)
 		}
 	}
@@ -76,31 +77,77 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// resume asks for what is missing. After a [*ServerError] it may be tried again.
-func (n *Nar) resume() error {
-	fields := fmt.Sprintf("Range: bytes=%d-\r\nIf-Range: %s\r\n", n.offset, n.validator)
-	rest, response, err := n.client.get(n.ctx, n.location, fields, wish{patient: true, again: true})
+var errRestarts = errors.New("restarted often enough")
+
+// goOn requests what is missing. After a [*ServerError] it may be tried again.
+func (n *Nar) goOn() error {
+	var fields http.Header
+	if n.validator == "" && n.restarts == maxRestarts {
+		return errRestarts
+	}
+	if n.validator != "" {
+		fields = http.Header{"Range": {fmt.Sprintf("bytes=%d-", n.offset)}, "If-Range": {n.validator}}
+	}
+	n.silence.Stop()
+	response, err := n.request(fields)
 	if err != nil {
 		return err
 	}
-	if err := n.continues(response); err != nil {
-		rest.Drain()
-		rest.Close()
-		return err
+	if response.StatusCode == http.StatusOK {
+		return n.restart(response)
 	}
-	n.body, n.conn, n.close, n.ended = rest.body, rest.conn, rest.close, false
-	n.conn.await(n.client.o.NarTimeout/resumableShare, 0)
+	return n.continues(response)
+}
+
+// restart reads all of the nar again, up to where it was cut off, and compares it.
+func (n *Nar) restart(response *http.Response) error {
+	if n.restarts++; n.restarts > maxRestarts {
+		return errRestarts
+	}
+	if n.total >= 0 && response.ContentLength >= 0 && response.ContentLength != n.total {
+		return errChanged
+	}
+	n.validator = ""
+	if response.Header.Get("Content-Encoding") == "" {
+		n.validator = validator(response.Header)
+	}
+	var again maphash.Hash
+	again.SetSeed(n.had.Seed())
+	left := n.offset
+	buffer := make([]byte, 64<<10)
+	for left > 0 {
+		count, err := n.read(buffer[:min(left, int64(len(buffer)))])
+		again.Write(buffer[:count])
+		left -= int64(count)
+		if err != nil && left > 0 {
+			return &ServerError{Server: n.location.server(), Err: shortened(causeOf(n.ctx, noEOF(err)))}
+		}
+	}
+	if again.Sum64() != n.had.Sum64() {
+		return errChanged
+	}
 	return nil
 }
 
-// continues tells why a response is not the rest of the nar, or nil.
+var errChanged = errors.New("the contents have changed")
+
+func noEOF(err error) error {
+	if err == io.EOF {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// continues returns why a response is not the rest of the nar, or nil.
 func (n *Nar) continues(response *http.Response) error {
 	switch code := response.StatusCode; {
 	case code == http.StatusPartialContent:
-	case code >= 500, code == http.StatusRequestTimeout, code == http.StatusTooManyRequests:
-		return &ServerError{n.location.server(), &StatusError{n.URL, response.Status, code}}
 	default:
-		return &StatusError{n.URL, response.Status, code}
+		status := statusError(n.location, response)
+		if status.Temporary() {
+			return &ServerError{Server: n.location.server(), Err: status}
+		}
+		return status
 	}
 	field := response.Header.Get("Content-Range")
 	first, last, total, ok := contentRange(field)
@@ -114,7 +161,7 @@ func (n *Nar) continues(response *http.Response) error {
 		return fmt.Errorf("Content-Range %.100q for %d bytes", field, length)
 	}
 	if tag := response.Header.Get("ETag"); tag != "" && strings.HasPrefix(n.validator, `"`) && tag != n.validator {
-		return errors.New("the contents have changed")
+		return errChanged
 	}
 	if n.total < 0 {
 		n.total = total
@@ -122,8 +169,8 @@ func (n *Nar) continues(response *http.Response) error {
 	return nil
 }
 
-// contentRange parses a field Content-Range of bytes (RFC 9110, section 14.4).
-// total is negative if it is not known.
+// contentRange parses a field Content-Range of bytes (RFC 9110, section 14.4). total is negative if
+// it is not known.
 func contentRange(field string) (first, last, total int64, ok bool) {
 	unit, value, _ := strings.Cut(field, " ")
 	span, of, found := strings.Cut(value, "/")
@@ -145,10 +192,10 @@ func contentRange(field string) (first, last, total int64, ok bool) {
 	return first, last, total, ok
 }
 
-// validator returns what the contents of a response can be recognised by, as a
-// value of the field If-Range (RFC 9110, section 13.1.5), or nothing. It is a
-// strong entity tag, or, where there is none at all, the time of the last
-// modification if that was a second ago at least (section 8.8.2.2).
+// validator returns what the contents of a response can be recognised by, as a value of the field
+// If-Range (RFC 9110, section 13.1.5), or nothing. It is a strong entity tag, or, where there is
+// none at all, the time of the last modification if that was a second ago at least (section
+// 8.8.2.2).
 func validator(h http.Header) string {
 	if tag, ok := h["Etag"]; ok {
 		if len(tag) == 1 && isStrong(tag[0]) {
@@ -168,7 +215,7 @@ func validator(h http.Header) string {
 	return modified
 }
 
-// isStrong tells whether s is a strong entity tag (RFC 9110, section 8.8.3).
+// isStrong reports whether s is a strong entity tag (RFC 9110, section 8.8.3).
 func isStrong(s string) bool {
 	if len(s) < 2 || len(s) > maxValidator || s[0] != '"' || s[len(s)-1] != '"' {
 		return false
@@ -184,16 +231,17 @@ func isStrong(s string) bool {
 // Read reads the next bytes.
 func (n *Nar) Read(p []byte) (int, error) {
 	for {
-		if n.ctx.Err() != nil {
-			return 0, context.Cause(n.ctx)
-		}
 		if n.failed != nil {
 			if n.failed = n.cut(n.failed); n.failed != nil {
 				return 0, n.failed
 			}
 		}
-		count, err := n.body.Read(p)
+		if n.ctx.Err() != nil {
+			return 0, context.Cause(n.ctx)
+		}
+		count, err := n.read(p)
 		n.offset += int64(count)
+		n.had.Write(p[:count])
 		switch {
 		case err == nil:
 		case err == io.EOF && n.offset >= n.total:
@@ -202,10 +250,10 @@ func (n *Nar) Read(p []byte) (int, error) {
 		case err == io.EOF:
 			n.failed = io.ErrUnexpectedEOF
 		default:
-			n.failed = causeOf(n.ctx, shortened(err))
+			n.failed = shortened(causeOf(n.ctx, err))
 		}
 		if n.total >= 0 && n.offset > n.total {
-			n.validator = ""
+			n.final = true
 			n.failed = fmt.Errorf("more than %d bytes", n.total)
 			return 0, n.failed
 		}
@@ -213,4 +261,13 @@ func (n *Nar) Read(p []byte) (int, error) {
 			return count, nil
 		}
 	}
+}
+
+// read reads from the body at hand, with an end to the silence of the server.
+func (n *Nar) read(p []byte) (int, error) {
+	if n.silence != nil {
+		n.silence.Reset(n.timeout)
+		defer n.silence.Stop()
+	}
+	return n.body.Read(p)
 }

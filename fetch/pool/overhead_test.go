@@ -3,8 +3,6 @@
 package pool_test
 
 import (
-	"context"
-	"encoding/binary"
 	"testing"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -13,32 +11,53 @@ import (
 )
 
 // instant is a source that takes no time.
-type instant struct{ block []byte }
-
-func (instant) String() string { return "instant:" }
-func (instant) Close() error   { return nil }
-func (s instant) Get(context.Context, eris.Reference, eris.BlockSize, []byte) ([]byte, error) {
-	return s.block, nil
+type instant struct {
+	name   string
+	blocks map[eris.Reference][]byte
 }
 
-// BenchmarkOverhead measures what the pool takes for a block, beside its source.
+func (s instant) String() string      { return s.name }
+func (instant) Close() error          { return nil }
+func (instant) Cancel(*fetch.Request) {}
+func (s instant) Start(r *fetch.Request) {
+	r.Block = s.blocks[r.Pair.Reference]
+	r.Done(r)
+}
+
+// BenchmarkOverhead measures what the pool takes for a block of 1 KiB, of which verifying it is a
+// part: many are asked for at a time.
 func BenchmarkOverhead(b *testing.B) {
-	s := instant{make([]byte, 1024)}
-	for name, list := range map[string][]fetch.Source{"one": {s}, "two": {s, s}} {
+	const different, window = 8192, 1024
+	blocks := map[eris.Reference][]byte{}
+	var refs []eris.Reference
+	for n := range different {
+		block := make([]byte, 1024)
+		block[0], block[1] = byte(n), byte(n>>8)
+		refs = append(refs, eris.Sum(block))
+		blocks[refs[n]] = block
+	}
+	one, two := instant{"instant:1", blocks}, instant{"instant:2", blocks}
+	for name, list := range map[string][]pool.Member{
+		"one": {{Source: one}}, "near": {{Source: one, Near: true}}, "two": {{Source: one}, {Source: two}},
+	} {
 		b.Run(name, func(b *testing.B) {
 			p := pool.New(list, pool.Options{})
 			defer p.Close()
-			ctx, cancel := context.WithCancel(context.Background())
-			defer cancel()
+			done := make(chan *fetch.Request, window)
+			for range window {
+				done <- &fetch.Request{Size: 1024, Dst: make([]byte, 0, 1024), Done: func(r *fetch.Request) { done <- r }}
+			}
 			b.ReportAllocs()
-			var ref eris.Reference
-			n := uint64(0)
-			for b.Loop() {
-				n++
-				binary.LittleEndian.PutUint64(ref[:], n)
-				if _, err := p.Get(ctx, ref, 1024, nil); err != nil {
-					b.Fatal(err)
+			for n := 0; b.Loop(); n++ {
+				r := <-done
+				if r.Err != nil {
+					b.Fatal(r.Err)
 				}
+				r.Pair.Reference = refs[n%different]
+				p.Start(r)
+			}
+			for range window {
+				<-done
 			}
 		})
 	}

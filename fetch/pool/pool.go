@@ -1,172 +1,177 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package pool makes one source of many: stores of unequal speed and honesty are used together, and any of them may be slow,
-// far, dead, or lie. Start with [New].
+// Package pool makes one source of many: stores of unequal speed and honesty are used together, and
+// any of them may be slow, far, silent, dead, or lie. Start with [New]. A pool of one source runs
+// the same code as a pool of ten.
 //
-// # How it goes
+// # The stages of a request
 //
-// Every call of Get runs the request on the goroutine of its caller; a request that is started ([Pool.Start]) has none, if the
-// source that gets it can do without. With a single source that is all there is to it. With
-// several, the pool knows of each source its round-trip time, the rate at which it delivers, and what is in flight to it, from
-// which follows when a further block would come. A source is given as much as it delivers in two round trips (the product of
-// bandwidth and delay, twice), and no more; callers beyond that wait, in the order in which they came, so that blocks that are
-// needed first are not stuck behind a source that turns out to be slow. A source that has room takes the first block of the
-// queue that the others would not have delivered earlier: the fast ones take from the front, far ones from behind, and one
-// that could only be late takes none.
+//   - Near. Members that are marked near, a store of this machine or the cache on disk, are asked
+//     first, one after the other. What they do not have, or do not say in time, goes on.
+//   - Far. The other members are used together, through the limit of the rate if there is one
+//     ([fetch.Limited]).
+//   - Verify. Every answer is checked against its reference, many at a time, here and nowhere else
+//     ([fetch.Verify]). A member that gave wrong bytes is not asked again by this process.
+//   - Keep. A block that a near member did not have and a far one had is put into the near one,
+//     when there is time.
+//   - Count. Whoever wants to know how many bytes have come for him puts [fetch.Counted] before the
+//     pool.
 //
-// A goroutine watches what is under way. A block that takes longer than 95 of 100 from its source is asked from another one as
-// well, as long as little is asked for twice. A source that falls silent, fails, or gives wrong bytes loses what was asked of it
-// to the others. Sources of which nothing is known, and those that failed, are tried by single requests that nobody waits for.
+// # Words
 //
-// Equal references that are asked for at the same time are fetched once.
+// Window: what is in flight to a member is what it delivers in two round trips (twice the product
+// of bandwidth and delay), and no more. Requests beyond that wait in the pool, in the order in
+// which they came, so that blocks that are needed first are not stuck behind a member that turns
+// out to be slow, that giving up is quick, and that what is measured is the member and not a queue.
+// A far member that has room takes the first waiting block that the others would not have delivered
+// earlier: fast ones take from the front, slow ones from behind, and one that could only be late
+// takes none. From time to time a window is let drain, to measure the round trip again.
+//
+// Rest: a member that answers nothing for a time that follows from its own history, or fails, is
+// left alone for a while, which grows from one time to the next. What was asked of it goes
+// elsewhere, or fails at once if there is nowhere else. The state file says so to other processes,
+// which then do not wait in their turn. A member that rests is tried by single requests that nobody
+// waits for, or only for a moment if there is nobody else (probes: for blocks that were asked for
+// anyway), and is in use again when it answers. Near and far members are treated alike in this.
+//
+// Hedge: a block that takes longer than 95 of 100 from its member is asked from another one as
+// well, as long as little is asked for twice.
+//
+// Equal blocks that are asked for at the same time are fetched once.
 package pool
 
 import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
+	"runtime"
+	"slices"
 	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 )
 
+// Member is a source of a pool, which closes it.
+type Member struct {
+	Source fetch.Source
+	// Near says that it is asked before others, if there are any that are not near, and is given
+	// what it did not have if it is a [Keeper] or a [fetch.Store].
+	Near bool
+	// Local says that it is on this machine: the limit of the rate is not for it. Near members are
+	// local, too.
+	Local bool
+}
+
 // Options says how a [Pool] behaves. Zero fields stand for the defaults.
 type Options struct {
-	// State is where knowledge about sources comes from and goes to, by their String; nil if there is none. Close saves it.
+	// State is where knowledge about sources comes from and goes to, by their String; nil if there
+	// is none. Close saves it.
 	State *sourcestate.State
-	// HedgeShare is the greatest share of bytes that are asked for twice because they are late, beside a first 1 MiB.
-	// Default 0.02. Below 0 nothing is asked for twice.
+	// Limiter bounds the bytes per second of all members together that are not local; nil if
+	// nothing does.
+	Limiter *ratelimit.Limiter
+	// HedgeShare is the greatest share of bytes that are asked for twice because they are late,
+	// beside a first 1 MiB. Default 0.02. Below 0 nothing is asked for twice.
 	HedgeShare float64
-	// MaxRequests and MaxBytes bound what is in flight to a source, and what Window returns. Defaults 16384 and 32 MiB.
-	MaxRequests int
-	MaxBytes    int64
-	// OnFault, if not nil, is called once for each source that gives wrong bytes, upon which it is not asked again.
+	// OnFault, if not nil, is called once for each source that gives wrong bytes and is not asked
+	// again.
 	OnFault func(source string, err error)
+	// OnRest, if not nil, is called the first time that a source is found to be silent or
+	// unreachable, or that a near one fails to keep a block; not for what the state says of earlier
+	// processes.
+	OnRest func(source string, err error)
 }
 
 // MaxSources is how many sources a pool uses at most.
 const MaxSources = 64
 
-const (
-	// hedgeFree is how many bytes may be asked for twice at any time.
-	hedgeFree = 1 << 20
-	// retrySearch is how far the queue of those that were asked for in vain is searched.
-	retrySearch = 256
-	// maxRounds is how often one source is asked again for one block at most.
-	maxRounds = 20
-	// patience is how long a call waits for a source to be tried again when there is no other.
-	patience = time.Second
-)
+// maxRequests and maxBytes bound what is in flight to a source, and what Window returns.
+const maxRequests, maxBytes = 16384, 32 << 20
 
-var (
-	errClosed  = errors.New("pool of sources is closed")
-	errNone    = errors.New("there is no source")
-	errSilent  = errors.New("source has fallen silent")
-	errGivenUp = errors.New("another source was faster")
-	errBanned  = errors.New("source gave wrong bytes before")
-)
-
-// Pool gets blocks from several sources. It implements [eris.VerifiedBlocks], and is safe for concurrent use: the more calls
-// are made at a time, the better it uses its sources, see [Pool.Window].
+// Pool gets blocks from several sources. It is a [fetch.Source]: the more requests are started at a
+// time, the better it uses its members, see [Pool.Window]. What it returns is verified.
 type Pool struct {
 	options Options
 	members []*member
+	near    []*member
+	far     []*member
 	epoch   time.Time
-	ctx     context.Context // of requests in the background
-	cancel  context.CancelFunc
-	group   sync.WaitGroup
-	kick    chan struct{} // tells the watcher that there is something to watch
+	group   errgroup.Group // the workers, the watcher, and calls of OnFault and the like
+	arrived arrivals
+	kick    chan struct{} // wakes the watcher
+	stop    chan struct{} // closed by Close
 
 	mu       sync.Mutex
 	closed   bool
-	watching bool
-	single   *member // the only one that was not banned, if it is one
-	flights  map[flightKey]*flight
-	spare    []*flight
+	sleeping bool // the watcher is
+	lookups  map[key]*lookup
 	sequence uint64
-	retries  line // blocks that were asked for once, in vain
-	fresh    line
-	scopes   map[<-chan struct{}]*scope
-	latest   *scope
+	retries  queue // far blocks that were asked for once, in vain
+	fresh    queue // others
+	spare    *lookup
+	scratch  survey
 
-	scratch   survey
-	flying    int   // requests under way
+	inFlight  int
 	delivered int64 // bytes
 	doubled   int64 // bytes that were asked for a second time because they were late
+
+	// What has been decided under the lock and is to be done without it, see unlock.
+	starts   *attempt
+	lastOf   *attempt
+	finished *lookup
 }
 
-type flightKey struct {
-	ref  eris.Reference
-	size eris.BlockSize
-}
-
-// set is a set of members.
-type set uint64
-
-// flight is a block that is wanted, from the first call that asks for it until that returns.
-type flight struct {
-	key      flightKey
-	sequence uint64
-	missed   set // who does not have it
-	failed   set // who failed
-	asked    set // who is being asked
-	rounds   int
-	progress bool  // a source that failed has delivered others meanwhile
-	err      error // the last failure, of failed
-
-	line    *line // where it waits for a source, if it does
-	place   uint64
-	waiting bool     // the caller waits, and is to be woken by whoever sets this to false
-	granted *request // when woken
-	current *request // that the caller runs
-	others  int      // requests in the background
-	won     []byte   // by one of these
-	over    bool
-
-	wake    chan struct{}
-	started *startedRequest // instead of a caller who waits
-
-	// For other callers that want the same block.
-	done   chan struct{}
-	shared []byte
-	result error
-	again  bool
-}
-
-// New returns a pool of sources, which stay the caller's. Sources should verify their blocks; where they do so already, there is
-// no need to do it again. What is beyond MaxSources is not used. Of sources about which nothing is known, earlier ones are tried
-// first.
-func New(sources []fetch.Source, options Options) *Pool {
+// New returns a pool of sources. What is beyond MaxSources is not used. Of far sources about which
+// nothing is known, earlier ones are tried first.
+func New(members []Member, options Options) *Pool {
 	if options.HedgeShare == 0 {
 		options.HedgeShare = 0.02
-	}
-	if options.MaxRequests <= 0 {
-		options.MaxRequests = 16384
-	}
-	if options.MaxBytes <= 0 {
-		options.MaxBytes = 32 << 20
 	}
 	if options.State == nil {
 		options.State = sourcestate.Open("")
 	}
 	p := &Pool{
-		options: options, epoch: time.Now(), kick: make(chan struct{}, 1),
-		flights: map[flightKey]*flight{}, scopes: map[<-chan struct{}]*scope{},
+		options: options, epoch: time.Now(), kick: make(chan struct{}, 1), stop: make(chan struct{}), sleeping: true,
+		lookups: map[key]*lookup{},
 	}
-	p.ctx, p.cancel = context.WithCancel(context.Background())
-	for i, s := range sources[:min(len(sources), MaxSources)] {
-		p.members = append(p.members, newMember(p, i, s))
+	p.arrived.wake.L = &p.arrived.mu
+	allNear := !slices.ContainsFunc(members, func(m Member) bool { return !m.Near })
+	for i, given := range members {
+		if i == MaxSources {
+			break
+		}
+		if !given.Near && !given.Local {
+			given.Source = fetch.Limited(given.Source, options.Limiter)
+		}
+		m := newMember(p, i, given)
+		p.members = append(p.members, m)
+		if m.near = given.Near && !allNear; m.near {
+			p.near = append(p.near, m)
+			m.keeper = newKeep(p, m)
+		} else {
+			p.far = append(p.far, m)
+		}
 	}
-	p.setSingle()
+	for range runtime.GOMAXPROCS(0) {
+		p.background(p.work)
+	}
+	p.background(p.watch)
 	return p
 }
 
-// Verified implements [eris.VerifiedBlocks]: sources verify what they return.
-func (p *Pool) Verified() {}
+// background runs something that Close waits for.
+func (p *Pool) background(f func()) {
+	p.group.Go(func() error {
+		f()
+		return nil
+	})
+}
 
 // String returns the names of the sources.
 func (p *Pool) String() string {
@@ -180,299 +185,121 @@ func (p *Pool) String() string {
 	return b.String()
 }
 
-// Close makes waiting calls fail, ends what goes on in the background and waits for it, and saves the state. Calls that have
-// been handed to a source end with their contexts, or with the source.
-func (p *Pool) Close() error {
-	p.mu.Lock()
-	first := !p.closed
-	p.closed = true
-	for _, f := range p.flights {
-		p.awaken(f)
-	}
-	for _, m := range p.members {
-		m.remember()
-	}
-	p.mu.Unlock()
-	p.cancel()
-	if first {
-		close(p.kick)
-	}
-	p.group.Wait()
-	p.mu.Lock()
-	p.latest.drop()
-	p.latest = nil
-	p.mu.Unlock()
-	return p.options.State.Save()
-}
-
-// Save saves what has been learnt so far, for processes that may be killed before Close. Errors are those of the file system.
-func (p *Pool) Save() error {
-	p.mu.Lock()
-	for _, m := range p.members {
-		m.remember()
-	}
-	p.mu.Unlock()
-	return p.options.State.Save()
-}
-
 func (p *Pool) now() time.Duration { return time.Since(p.epoch) }
 
-// Get implements [eris.Blocks]. The error wraps eris.ErrNotFound if all sources that can be used say that they do not have the
-// block; it is that of a source if one could not say; and the cause of ctx when that is done.
-func (p *Pool) Get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
-	key := flightKey{ref, size}
-	for {
-		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
-		}
-		p.mu.Lock()
-		if p.closed {
-			p.mu.Unlock()
-			return nil, errClosed
-		}
-		if f := p.flights[key]; f != nil {
-			if f.done == nil {
-				f.done = make(chan struct{})
-			}
-			p.mu.Unlock()
-			select {
-			case <-f.done:
-			case <-ctx.Done():
-				return nil, context.Cause(ctx)
-			}
-			if f.again {
-				continue
-			}
-			return f.shared, f.result
-		}
-		f := p.newFlight(key)
-		var block []byte
-		var err error
-		if m := p.single; m != nil {
-			block, err = p.direct(ctx, m, f, dst)
-			if lie := p.lieAbout(ref); lie != nil && err != nil && ctx.Err() == nil && !errors.Is(err, eris.ErrNotFound) {
-				err = lie
-			}
-		} else {
-			block, err = p.lead(ctx, f, dst)
-		}
-		if err != nil && ctx.Err() != nil {
-			p.finish(f, nil, errAgain) // that is the caller's affair
-		} else {
-			p.finish(f, block, err)
-		}
+// Start implements [fetch.Source]. The error wraps eris.ErrNotFound if all sources that can be used
+// say that they do not have the block; it is that of a source if one could not say. Done is called
+// by goroutines of the pool, until that is closed.
+func (p *Pool) Start(r *fetch.Request) {
+	p.mu.Lock()
+	now, k := p.now(), key{r.Pair.Reference, r.Size}
+	l := p.lookups[k]
+	if l != nil && !p.closed {
+		l.more = append(l.more, r)
+		r.Held = l
 		p.mu.Unlock()
-		return block, err
-	}
-}
-
-// newFlight begins a flight. The lock is held here and in all that follows, unless said otherwise.
-func (p *Pool) newFlight(key flightKey) *flight {
-	var f *flight
-	if n := len(p.spare); n > 0 {
-		f = p.spare[n-1]
-		p.spare = p.spare[:n-1]
-	} else {
-		f = &flight{wake: make(chan struct{}, 1)}
-	}
-	p.sequence++
-	f.key, f.sequence = key, p.sequence
-	p.flights[key] = f
-	return f
-}
-
-// maxSpare is how many flights are kept for use by later calls.
-const maxSpare = 4096
-
-// finish ends a flight and gives its result to the others who wait for it.
-func (p *Pool) finish(f *flight, block []byte, err error) {
-	delete(p.flights, f.key)
-	f.over = true
-	if f.done != nil {
-		switch {
-		case err == nil:
-			f.shared = bytes.Clone(block) // the caller may go on to change its own
-		case err == errAgain:
-			f.again = true
-		default:
-			f.result = err
-		}
-		close(f.done)
 		return
 	}
-	if f.others == 0 && len(p.spare) < maxSpare {
-		*f = flight{wake: f.wake}
-		p.spare = append(p.spare, f)
-	}
-}
-
-// direct asks the only source.
-func (p *Pool) direct(ctx context.Context, m *member, f *flight, dst []byte) ([]byte, error) {
-	for round := 0; ; round++ {
-		if err := p.awaitRest(ctx, m); err != nil {
-			return nil, err
-		}
-		now := p.now()
-		r := request{member: m, size: int64(f.key.size)}
-		m.sent(&r, now)
+	if p.closed {
 		p.mu.Unlock()
-		block, err := m.source.Get(ctx, f.key.ref, f.key.size, dst)
-		p.mu.Lock()
-		now = p.now()
-		m.received(&r, now)
-		if err == nil {
-			m.delivers(&r, now)
-			return block, nil
-		}
-		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
-		}
-		if p.judge(&r, err, now) != failure || !m.proven || p.closed {
-			return nil, err
-		}
-		// Connections break; as long as blocks come nevertheless, this one is worth another try.
-		if round >= maxRounds || round > 0 && m.delivered == r.delivered {
-			return nil, err
-		}
-	}
-}
-
-// awaitRest waits until a source that failed may be tried again, unless that is far off.
-func (p *Pool) awaitRest(ctx context.Context, m *member) error {
-	for {
-		left := m.restUntil - p.now()
-		if left <= 0 {
-			return nil
-		}
-		if left > patience {
-			return fmt.Errorf("%s is not tried again for %v: %w", m.name, left.Round(time.Second), m.lastError)
-		}
-		p.mu.Unlock()
-		timer := time.NewTimer(left)
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-		case <-p.ctx.Done():
-		}
-		timer.Stop()
-		p.mu.Lock()
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		if p.closed {
-			return errClosed
-		}
-	}
-}
-
-// lead asks one source after the other, while the watcher may ask further ones.
-func (p *Pool) lead(ctx context.Context, f *flight, dst []byte) ([]byte, error) {
-	p.shun(f)
-	for {
-		if f.won != nil {
-			return f.won, nil
-		}
-		if p.closed {
-			return nil, errClosed
-		}
-		now := p.now()
-		if p.candidates(f, now) != 0 {
-			p.queue(f, now)
-		} else if f.others == 0 {
-			if !p.nextRound(f, now) {
-				return nil, p.verdict(f, now)
-			}
-			continue
-		}
-		if f.granted == nil {
-			f.waiting = true
-			p.mu.Unlock()
-			select {
-			case <-f.wake:
-				p.mu.Lock()
-			case <-ctx.Done():
-				p.mu.Lock()
-				if !f.waiting {
-					<-f.wake
-				}
-				f.waiting = false
-				p.leave(f)
-				if r := f.granted; r != nil {
-					f.granted = nil
-					p.end(r, p.now())
-					p.pump(p.now())
-				}
-				p.abandon(f)
-				return nil, context.Cause(ctx)
-			}
-			p.leave(f)
-		}
-		r := f.granted
-		if r == nil {
-			continue
-		}
-		f.granted, f.current = nil, r
-		r.begin(p.scope(ctx), ctx)
-		p.mu.Unlock()
-		block, err := r.member.source.Get(&r.ctx, f.key.ref, f.key.size, dst)
-		p.mu.Lock()
-		f.current = nil
-		p.settle(r, err)
-		if err == nil {
-			p.abandon(f)
-			return block, nil
-		}
-		if ctx.Err() != nil {
-			p.abandon(f)
-			return nil, context.Cause(ctx)
-		}
-	}
-}
-
-// awaken wakes the caller if it waits.
-func (p *Pool) awaken(f *flight) {
-	if f.started != nil {
-		f.started.awaken()
+		r.Err = fetch.ErrClosed
+		r.Done(r)
 		return
 	}
-	if f.waiting {
-		f.waiting = false
-		f.wake <- struct{}{}
-	}
-}
-
-// leave takes a flight out of the queue.
-func (p *Pool) leave(f *flight) {
-	if f.line != nil {
-		f.line.remove(f)
-	}
-}
-
-// sweep wakes callers for whose block nobody is left, after a source was given up.
-func (p *Pool) sweep() {
-	now := p.now()
-	for _, l := range []*line{&p.retries, &p.fresh} {
-		for _, f := range l.flights {
-			if f != nil && p.candidates(f, now) == 0 {
-				l.remove(f)
-				p.awaken(f)
-			}
-		}
-	}
-}
-
-// abandon ends what goes on in the background for a flight whose caller leaves. Requests that are to tell what a source is
-// like go on.
-func (p *Pool) abandon(f *flight) {
-	f.over = true
-	if f.others == 0 {
-		return
-	}
+	l = p.newLookup(k, r)
+	r.Held, p.lookups[k] = l, l
 	for _, m := range p.members {
-		for r := m.first; r != nil; r = r.next {
-			if r.flight == f && r.background && !r.probe {
-				r.cutOff(errGivenUp)
-			}
+		if m.lacks(k) {
+			l.missed |= m.bit
 		}
 	}
+	p.probe(r.Pair, r.Size, l, now)
+	p.proceed(l, now)
+	p.pump(now)
+	p.wakeWatcher()
+	p.unlock()
+}
+
+func (p *Pool) wakeWatcher() {
+	if p.sleeping {
+		p.sleeping = false
+		select {
+		case p.kick <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// Cancel implements [fetch.Source].
+func (p *Pool) Cancel(r *fetch.Request) {
+	l, ok := r.Held.(*lookup)
+	if !ok {
+		return
+	}
+	p.mu.Lock()
+	defer p.unlock()
+	if l.over {
+		return
+	}
+	if i := slices.Index(l.more, r); i >= 0 {
+		l.more = slices.Delete(l.more, i, i+1)
+		p.finishAlone(r, context.Canceled)
+	} else if l.request == r {
+		l.cancelled = true
+		p.advance(l, p.now())
+	}
+}
+
+// unlock gives up the lock, and does what was decided under it. Requests that are over are left to
+// the workers, so that Done is never called by a caller of the pool.
+func (p *Pool) unlock() {
+	starts := p.starts
+	p.starts, p.lastOf = nil, nil
+	over := p.finished != nil
+	p.mu.Unlock()
+	if over {
+		p.arrived.kick()
+	}
+	startAll(starts)
+}
+
+// Close cancels all requests, waits a little for blocks that are on their way to be kept, closes
+// the members, and saves the state. Errors are those of closing and saving.
+func (p *Pool) Close() error {
+	p.mu.Lock()
+	if p.closed {
+		p.mu.Unlock()
+		return p.group.Wait()
+	}
+	p.closed = true
+	for _, m := range p.members {
+		m.remember()
+		m.cancelAll(fetch.ErrClosed)
+	}
+	for _, l := range p.lookups {
+		p.advance(l, p.now())
+	}
+	p.unlock()
+	close(p.stop)
+	p.arrived.kick()
+	for _, m := range p.near {
+		m.keeper.close()
+	}
+	var errs []error
+	for _, m := range p.members {
+		errs = append(errs, m.source.Close())
+	}
+	p.group.Wait()
+	return errors.Join(append(errs, p.options.State.Save())...)
+}
+
+// Probe tries members that rest by a block that nobody waits for, if they are due: for callers that
+// see from Expect that the pool is of no use now, and so do not ask it.
+func (p *Pool) Probe(pair eris.Pair, size eris.BlockSize) {
+	p.mu.Lock()
+	if !p.closed {
+		p.probe(pair, size, nil, p.now())
+		p.wakeWatcher()
+	}
+	p.unlock()
 }

@@ -3,71 +3,69 @@
 package pool
 
 import (
+	"errors"
 	"slices"
 	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 )
 
 const (
-	// watchInterval is how often the watcher looks at what is under way.
+	// watchInterval is how often the watcher looks at what is in flight.
 	watchInterval = 10 * time.Millisecond
-	// hedgeDelay is after what time beyond the expected a block may be asked from another source, and unknownDelay after what
-	// time if nothing is known about the first.
+	// hedgeDelay is after what time beyond the expected a block may be asked from another member,
+	// and unknownDelay after what time if nothing is known about the first.
 	hedgeDelay   = 15 * time.Millisecond
 	unknownDelay = 100 * time.Millisecond
-	// leastSilence is for how long a source may be silent at least, and unknownSilence for how long one that has never
-	// answered.
-	leastSilence   = 250 * time.Millisecond
-	unknownSilence = 5 * time.Second
+	// hedgeFree is how many bytes may be asked for twice at any time.
+	hedgeFree = 1 << 20
+	// A member is silent that has not answered for some time that follows from what is known about
+	// it: at least leastSilence, or loneSilence if there is no other; at most mostSilence, unless
+	// it takes longer for one block; firstSilence if it has never answered, for connections have to
+	// be made.
+	leastSilence = 250 * time.Millisecond
+	loneSilence  = 2 * time.Second
+	mostSilence  = 3 * time.Second
+	firstSilence = 1500 * time.Millisecond
+	// mostBusy is for how long at most a member may be silent because it is still answering what
+	// has been cancelled.
+	mostBusy = 10 * time.Second
+	// probeLimit is how long a probe may take, and probeWait for how long its block waits for it if
+	// there is nobody else: who is back is of use at once.
+	probeLimit = 20 * time.Second
+	probeWait  = 250 * time.Millisecond
 	// A request is taken for lost after lostFactor times what was expected, and at least lostAge.
 	lostAge    = 2 * time.Second
 	lostFactor = 10
-	// latePerSource is how many late requests of a source are looked at in one go.
-	latePerSource = 64
+	// latePerMember is how many late requests of a member are looked at in one go.
+	latePerMember = 64
+	// Rests of members that fail, and that are silent.
+	failureRest, silentRest, longestRest = 150 * time.Millisecond, time.Second, time.Minute
 )
 
-// watch makes sure that the watcher is awake.
-func (p *Pool) watch() {
-	if p.closed {
-		return
-	}
-	if !p.watching {
-		p.watching = true
-		p.group.Go(p.watcher)
-	}
-	select {
-	case p.kick <- struct{}{}:
-	default:
-	}
-}
+var errRested = errors.New("source has not answered an earlier process")
 
-// watcher runs until the pool is closed; it sleeps while nothing is under way. Called without the lock.
-func (p *Pool) watcher() {
-	timer := time.NewTimer(watchInterval)
-	defer timer.Stop()
-	for range p.kick {
-		for {
-			timer.Reset(watchInterval)
-			select {
-			case <-timer.C:
-			case <-p.ctx.Done():
-				return
-			}
-			p.mu.Lock()
-			if p.closed {
-				p.mu.Unlock()
-				return
-			}
-			idle := p.flying == 0 && p.retries.live+p.fresh.live == 0
-			if !idle {
-				p.look()
-			} else {
-				p.rest()
-			}
-			p.mu.Unlock()
-			if idle {
-				break
-			}
+// watch looks at what is in flight until the pool is closed; it sleeps while there is nothing.
+// Called without the lock.
+func (p *Pool) watch() {
+	ticker := time.NewTicker(time.Hour)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-p.kick:
+			ticker.Reset(watchInterval)
+		case <-ticker.C:
+		case <-p.stop:
+			return
 		}
+		p.mu.Lock()
+		if p.inFlight == 0 && len(p.lookups) == 0 {
+			p.sleeping = true
+			ticker.Reset(time.Hour)
+		} else if !p.closed {
+			p.look()
+		}
+		p.unlock()
 	}
 }
 
@@ -80,179 +78,167 @@ func (p *Pool) look() {
 	p.hedge(now)
 	for _, m := range p.members {
 		p.giveUp(m, now)
-		p.probe(m, now)
 	}
-	p.sweep()
 	p.pump(now)
 }
 
-// rest forgets how long sources have been quiet, when nothing is asked of them.
-func (p *Pool) rest() {
-	for _, m := range p.members {
-		m.quiet = 0
-	}
-}
-
-// checkSilence takes away what was asked of a source that does not answer any more, if there is another. A probe then tells when
-// it is back.
+// checkSilence has a member rest that does not answer any more.
 func (p *Pool) checkSilence(m *member, now time.Duration) {
 	oldest := m.first
-	if oldest == nil || m.silent {
+	if oldest == nil || m.silent || now < m.busyUntil {
 		return
 	}
-	// Counted in looks, not by the clock, so that a machine that has no time for us does not look like a silent source.
+	// Counted in looks, not by the clock, so that a machine that has no time for us does not look
+	// like a silent source.
 	m.quiet += watchInterval
-	allowed := unknownSilence
-	if m.proven {
-		gap := time.Duration(float64(oldest.size) / m.speed() * float64(time.Second))
-		allowed = max(leastSilence, 2*m.minRoundTrip(), time.Duration(float64(oldest.expected)*m.tail), 8*gap)
-		allowed = min(allowed, unknownSilence)
-	} else if m.known {
-		allowed = min(2*leastSilence+5*m.minRoundTrip(), unknownSilence) // a connection has to be made
-	}
-	if m.quiet <= allowed || now-oldest.start <= allowed {
-		return
-	}
-	// If all are silent, that may be our end of the line.
-	for _, o := range p.members {
-		if o != m && o.trusted(now) && (o.requests == 0 || o.quiet < m.quiet) {
-			m.silent, m.lastError = true, errSilent
-			m.failed++
-			m.cut(errSilent)
-			p.sweep()
-			return
-		}
+	allowed := m.allowedSilence(oldest, now)
+	switch {
+	case m.quiet <= allowed:
+	case m.proven && m.requests == 1 && !m.doubted:
+		// It may be this request that was lost.
+		m.doubted = true
+		oldest.cancel(errLate)
+	default:
+		m.fallsSilent(now)
 	}
 }
 
-// hedge asks other sources for what is late.
+// allowedSilence returns for how long a member may be silent.
+func (m *member) allowedSilence(oldest *attempt, now time.Duration) time.Duration {
+	if !m.proven {
+		if m.known {
+			return min(2*leastSilence+5*m.minRoundTrip(), firstSilence) // a connection has to be made
+		}
+		return firstSilence
+	}
+	rate := m.rate.best(larger)
+	if rate == 0 {
+		rate = m.speed()
+	}
+	gap := seconds(float64(oldest.request.Size) / rate)
+	allowed := max(leastSilence, 2*m.minRoundTrip(), time.Duration(float64(oldest.expected)*m.tail), 8*gap)
+	if !m.pool.othersWork(m, now) {
+		allowed = max(allowed, loneSilence)
+	}
+	return min(allowed, max(mostSilence, 2*gap))
+}
+
+// hedge asks other members for what is late.
 func (p *Pool) hedge(now time.Duration) {
-	if p.options.HedgeShare < 0 {
+	if p.options.HedgeShare < 0 || len(p.far) == 0 || len(p.members) == 1 {
 		return
 	}
-	var late []*request
+	var late []*attempt
 	for _, m := range p.members {
 		n := 0
-		for r := m.first; r != nil && n < latePerSource; r = r.next {
-			if !m.isLate(r, now) {
+		for a := m.first; a != nil && n < latePerMember; a = a.next {
+			if !m.isLate(a, now) {
 				if m.known {
 					break
 				}
 				continue
 			}
 			n++
-			if !r.background && r.cut == nil && !r.hedged && r.flight.others == 0 {
-				late = append(late, r)
+			if l := a.lookup; l != nil && l.foreground == a && a.cause == nil && !a.hedged && a.sibling == nil && l.attempts == a {
+				late = append(late, a)
 			}
 		}
 	}
 	// The earlier a block was asked for, the earlier it is needed.
-	slices.SortFunc(late, func(a, b *request) int {
-		if a.flight.sequence < b.flight.sequence {
+	slices.SortFunc(late, func(a, b *attempt) int {
+		if a.lookup.sequence < b.lookup.sequence {
 			return -1
 		}
 		return 1
 	})
-	for _, r := range late {
-		// What is so late that it may never come is as good as failed, and must not wait until there is room for hedges again:
-		// it may be what everything else waits for.
-		if !r.member.isLost(r, now) && float64(p.doubled+r.size) > hedgeFree+p.options.HedgeShare*float64(p.delivered) {
+	for _, a := range late {
+		size := int64(a.request.Size)
+		// What is so late that it may never come must not wait until there is room for hedges
+		// again: it may be what everything else waits for.
+		if !a.member.isLost(a, now) && float64(p.doubled+size) > hedgeFree+p.options.HedgeShare*float64(p.delivered) {
 			continue
 		}
-		if m := p.alternative(r, now); m != nil {
-			r.hedged = true
-			p.doubled += r.size
-			p.behind(m, r.flight, now, false)
+		if m := p.alternative(a, now); m != nil {
+			a.hedged = true
+			p.doubled += size
+			p.sendBehind(m, a.lookup, a.request.Pair, a.request.Size, now)
 		}
 	}
 }
 
-// giveUp ends requests in the background that may never be answered, and that are all that a caller still waits for, because the
-// source that it had asked before has failed meanwhile.
+// giveUp ends requests that may never be answered although others are, unless there is hope from
+// elsewhere.
 func (p *Pool) giveUp(m *member, now time.Duration) {
 	n := 0
-	for r := m.first; r != nil && n < latePerSource && m.isLost(r, now); r = r.next {
+	for a := m.first; a != nil && n < latePerMember; a = a.next {
+		if a.probe && now-a.start > probeLimit {
+			a.cancel(errLate)
+			m.fails(a, errLate, now)
+			return
+		}
+		if l := a.lookup; a.probe && l != nil && l.queue == nil && now-a.start >= probeWait {
+			p.advance(l, now)
+		}
+		if !m.isLost(a, now) {
+			break
+		}
 		n++
-		if r.background && !r.probe && r.flight.current == nil && r.flight.waiting {
-			r.cutOff(errSilent)
+		if l := a.lookup; l != nil && !a.probe && l.queue == nil && l.attempts == a && a.sibling == nil && (a.background || now-a.start > 2*lostAge) {
+			a.cancel(errLate)
 		}
 	}
 }
 
 // isLost reports whether a request is so late that it may never be answered.
-func (m *member) isLost(r *request, now time.Duration) bool {
-	return now-r.start > lostAge && (!m.known || now-r.start > lostFactor*r.expected)
+func (m *member) isLost(a *attempt, now time.Duration) bool {
+	return now-a.start > lostAge && (!m.known || now-a.start > lostFactor*a.expected)
 }
 
-func (m *member) isLate(r *request, now time.Duration) bool {
-	age := now - r.start
-	if r.expected >= time.Hour {
+func (m *member) isLate(a *attempt, now time.Duration) bool {
+	age := now - a.start
+	if a.expected >= time.Hour {
 		return age > unknownDelay
 	}
-	return age > time.Duration(float64(r.expected)*m.tail)+hedgeDelay
+	return age > time.Duration(float64(a.expected)*m.tail)+hedgeDelay
 }
 
-// alternative returns the source that would deliver a late block first.
-func (p *Pool) alternative(r *request, now time.Duration) *member {
+// alternative returns the far member that would deliver a late block first.
+func (p *Pool) alternative(a *attempt, now time.Duration) *member {
 	var best *member
-	f := r.flight
-	for _, m := range p.members {
-		if f.spent()&m.bit != 0 || !m.trusted(now) || m.lacks(f.key) || m.hits < 0.5 {
+	l, size := a.lookup, int64(a.request.Size)
+	for _, m := range p.far {
+		if l.spent()&m.bit != 0 || !m.trusted(now) || m.hits < 0.5 {
 			continue
 		}
-		if best == nil || m.expected(r.size) < best.expected(r.size) {
+		if best == nil || m.expected(size) < best.expected(size) {
 			best = m
 		}
 	}
-	if best == nil || best.expected(r.size) > 2*(now-r.start) {
+	if best == nil || best.expected(size) > 2*(now-a.start) {
 		return nil
 	}
 	return best
 }
 
-// probe asks a source about which nothing is known, or that failed, for a block that another one is being asked for.
-func (p *Pool) probe(m *member, now time.Duration) {
-	if m.probing || m.requests > 0 || !m.usable(now) || m.trusted(now) {
-		return
-	}
-	var newest *flight
-	for _, o := range p.members {
-		if r := o.last; o != m && r != nil && !r.background && r.flight.asked&m.bit == 0 && (newest == nil || r.flight.sequence > newest.sequence) {
-			newest = r.flight
+// probe asks members that rest, and those about which nothing is known while others work, for a
+// block, behind the back of the lookup for it, which may be nil or over.
+func (p *Pool) probe(pair eris.Pair, size eris.BlockSize, l *lookup, now time.Duration) {
+	for _, m := range p.members {
+		if m.requests > 0 || m.probing || !m.usable(now) || m.trusted(now) {
+			continue
 		}
+		if !m.resting() && (m.known || m.near || !p.othersWork(m, now)) {
+			continue
+		}
+		if l != nil && (l.over || l.spent()&m.bit != 0) {
+			l = nil
+		}
+		m.probing = true
+		p.sendBehind(m, l, pair, size, now).probe = true
 	}
-	if newest == nil {
-		return
-	}
-	m.probing = true
-	p.behind(m, newest, now, true)
 }
 
-// behind asks a source for a block in the background.
-func (p *Pool) behind(m *member, f *flight, now time.Duration, probe bool) {
-	r := p.start(&request{}, m, f, now)
-	r.background, r.probe, r.doubled = true, probe, !probe
-	f.others++
-	r.begin(p.scope(p.ctx), p.ctx)
-	p.group.Go(func() {
-		block, err := m.source.Get(&r.ctx, f.key.ref, f.key.size, make([]byte, 0, f.key.size))
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		f.others--
-		if probe {
-			m.probing = false
-		}
-		first := !f.over && f.won == nil
-		p.settle(r, err)
-		if err == nil && first {
-			f.won = block
-			if f.current != nil {
-				f.current.cutOff(errGivenUp)
-			}
-		}
-		if err == nil && first || f.line == nil && f.granted == nil {
-			p.leave(f)
-			p.awaken(f)
-		}
-	})
+// othersWork reports whether there is a far member, but for m, that works.
+func (p *Pool) othersWork(m *member, now time.Duration) bool {
+	return slices.ContainsFunc(p.far, func(o *member) bool { return o != m && o.trusted(now) })
 }

@@ -9,10 +9,11 @@ import (
 	"sync"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 )
 
-// Backend is a store in memory that misbehaves on command. The server of the transport under test serves it: its Get and Put
-// are what a server needs. It is safe for concurrent use.
+// Backend is a store in memory that misbehaves on command. The server of the transport under test
+// serves it: its Get and Put are what a server needs. It is safe for concurrent use.
 type Backend struct {
 	mu      sync.Mutex
 	blocks  map[eris.Reference][]byte
@@ -27,7 +28,8 @@ func NewBackend() *Backend {
 	return &Backend{blocks: make(map[eris.Reference][]byte), changed: make(chan struct{})}
 }
 
-// Get implements [eris.Blocks]. It returns whatever was set for the reference, of whatever size.
+// Get is what [fetch.NewWorkers] calls. It returns whatever was set for the reference, of whatever
+// size.
 func (b *Backend) Get(ctx context.Context, ref eris.Reference, _ eris.BlockSize, _ []byte) ([]byte, error) {
 	if err := b.wait(ctx); err != nil {
 		return nil, err
@@ -87,8 +89,8 @@ func (b *Backend) Set(ref eris.Reference, block []byte) {
 	b.blocks[ref] = block
 }
 
-// All returns everything that was set or put and is still there: for transports whose server is not a program but a file,
-// which a test has to write.
+// All returns everything that was set or put and is still there: for transports whose server is not
+// a program but a file, which a test has to write.
 func (b *Backend) All() map[eris.Reference][]byte {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -103,7 +105,8 @@ func (b *Backend) Has(ref eris.Reference) bool {
 	return ok && eris.Verify(ref, block) == nil
 }
 
-// Hold lets all further calls wait, until the function that it returns is called or their contexts end.
+// Hold lets all further calls wait, until the function that it returns is called or their contexts
+// end.
 func (b *Backend) Hold() (release func()) {
 	held := make(chan struct{})
 	b.mu.Lock()
@@ -151,3 +154,23 @@ func (b *Backend) Fail(fail bool) {
 		b.err = errBackend
 	}
 }
+
+// Open returns a store whose blocks are those of the backend, without a transport in between; it
+// serves n requests at a time.
+func (b *Backend) Open(n int) fetch.Store {
+	return &direct{fetch.NewWorkers(n, b.Get), b}
+}
+
+type direct struct {
+	*fetch.Workers
+	backend *Backend
+}
+
+func (d *direct) Put(ctx context.Context, ref eris.Reference, block []byte) error {
+	if len(block) == 0 {
+		return errors.New("no block")
+	}
+	return d.backend.Put(ctx, ref, block)
+}
+
+func (d *direct) String() string { return "backend:" }

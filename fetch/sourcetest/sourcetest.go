@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package sourcetest is the suite that every [fetch.Source] and [fetch.Store] passes: it gets blocks, also ones that are
-// missing, of the wrong size or of wrong bytes, and many at a time; has answers come late, in another order or never; gives
-// calls up, one by one and by closing the source; restarts the server and breaks its connections; and does the same with
-// putting.
+// Package sourcetest is the suite that every [fetch.Source] and [fetch.Store] passes: it gets
+// blocks, also ones that are missing, of the wrong size or of wrong bytes, and many at a time; has
+// answers come late, in another order or never; gives calls up, one by one and by closing the
+// source; restarts the server and breaks its connections; and does the same with putting.
 //
 // # How to add a source
 //
-// It takes a package below fetch with one file, in which a type has the methods of [fetch.Source] (and Put, if it takes
-// blocks); one call of [Test]; and one line in the table storeKinds of cmd/guix-substitute-eris/stores.go. For the call, start
-// a server for a [Backend], open the source on it, and hand both to the suite:
+// It takes a package below fetch with one file, in which a type has the methods of [fetch.Source]
+// (and Put, if it takes blocks); one call of [Test]; and one line in the table storeKinds of
+// cmd/guix-substitute-eris/stores.go. For the call, start a server for a [Backend], open the source
+// on it, and hand both to the suite:
 //
 //	func TestConformance(t *testing.T) {
 //		sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
@@ -19,11 +20,12 @@
 //		})
 //	}
 //
-// A source without a server, whose blocks are in files, makes the Backend's calls where it does file operations, and the test
-// writes the files: see the tests of packages fetch/dir and fetch/dump.
+// A source without a server, whose blocks are in files, makes the Backend's calls where it does
+// file operations, and the test writes the files: see the tests of packages fetch/dir and
+// fetch/dump.
 //
-// What a fixture does not offer is not tested. What is particular to a transport, above all what a peer can do that does not
-// keep to its protocol, has to be tested beside the suite.
+// What a fixture does not offer is not tested. What is particular to a transport, above all what a
+// peer can do that does not keep to its protocol, has to be tested beside the suite.
 package sourcetest
 
 import (
@@ -32,8 +34,10 @@ import (
 	"errors"
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -43,12 +47,13 @@ import (
 
 // Fixture is a source to be tested. All fields but Source are optional.
 type Fixture struct {
-	// Source gets from the Backend, through a server that permits everything. The suite closes it. If it is a fetch.Store,
-	// putting is tested as well.
+	// Source gets from the Backend, through a server that permits everything. The suite closes it.
+	// If it is a fetch.Store, putting is tested as well.
 	Source fetch.Source
 	// ReadOnly is a store whose server takes no blocks from it. The suite closes it.
 	ReadOnly fetch.Store
-	// Restart ends the server of Source, whatever it is doing, and starts it again at the same address.
+	// Restart ends the server of Source, whatever it is doing, and starts it again at the same
+	// address.
 	Restart func()
 	// Break breaks the connections of Source, but lets the server run.
 	Break func()
@@ -60,8 +65,7 @@ type Fixture struct {
 	Held int
 }
 
-// Test runs the suite, and if the source is an [eris.Starter], what concerns getting once more by its methods. Open is called
-// for every test of it; servers are to be ended by t.Cleanup.
+// Test runs the suite. Open is called for every test of it; servers are to be ended by t.Cleanup.
 func Test(t *testing.T, open func(t *testing.T, backend *Backend) Fixture) {
 	for _, test := range []struct {
 		name string
@@ -75,6 +79,8 @@ func Test(t *testing.T, open func(t *testing.T, backend *Backend) Fixture) {
 		{"CancelBefore", testCancelBefore},
 		{"CancelInFlight", testCancelInFlight},
 		{"CancelSome", testCancelSome},
+		{"CancelSilent", testCancelSilent},
+		{"StartAgain", testStartAgain},
 		{"CloseInFlight", testCloseInFlight},
 		{"Many", testMany},
 		{"SlowAndFast", testSlowAndFast},
@@ -88,33 +94,12 @@ func Test(t *testing.T, open func(t *testing.T, backend *Backend) Fixture) {
 		{"PutCancel", testPutCancel},
 		{"PutReadOnly", testPutReadOnly},
 	} {
-		starter := false
 		t.Run(test.name, func(t *testing.T) {
 			before := runtime.NumGoroutine()
 			t.Run("suite", func(t *testing.T) {
 				s := &suite{backend: NewBackend()}
 				s.Fixture = open(t, s.backend)
 				defer s.close(t)
-				if of, ok := s.Source.(eris.Starter); ok && of.Starts() {
-					starter = !strings.HasPrefix(test.name, "Put")
-				}
-				test.run(t, s)
-			})
-			awaitGoroutines(t, before)
-		})
-		if !starter {
-			continue
-		}
-		t.Run(test.name+"Started", func(t *testing.T) {
-			before := runtime.NumGoroutine()
-			t.Run("suite", func(t *testing.T) {
-				s := &suite{backend: NewBackend()}
-				s.Fixture = open(t, s.backend)
-				defer s.close(t)
-				// There is nothing to start as long as there is no connection.
-				ref, b := s.add(eris.BlockSize1KiB)
-				s.mustGet(t, ref, b)
-				s.starter = s.Source.(eris.Starter)
 				test.run(t, s)
 			})
 			awaitGoroutines(t, before)
@@ -122,8 +107,8 @@ func Test(t *testing.T, open func(t *testing.T, backend *Backend) Fixture) {
 	}
 }
 
-// awaitGoroutines waits until there are no more goroutines than before. If that never comes to pass, it says which there
-// are.
+// awaitGoroutines waits until there are no more goroutines than before. If that never comes to
+// pass, it says which there are.
 func awaitGoroutines(t *testing.T, before int) {
 	t.Helper()
 	for range 500 {
@@ -138,7 +123,6 @@ func awaitGoroutines(t *testing.T, before int) {
 
 type suite struct {
 	Fixture
-	starter eris.Starter // the source, if it is to be asked so
 	backend *Backend
 	closed  bool
 }
@@ -176,34 +160,7 @@ func (s *suite) add(size eris.BlockSize) (eris.Reference, []byte) {
 }
 
 func (s *suite) get(ctx context.Context, ref eris.Reference, size eris.BlockSize) ([]byte, error) {
-	dst := make([]byte, 0, size)
-	if s.starter == nil || ctx.Err() != nil {
-		return s.Source.Get(ctx, ref, size, dst)
-	}
-	answered := make(chan struct{}, 1) // a second call would wait for ever
-	request := s.starter.Start(ref, size, dst, func() { answered <- struct{}{} })
-	if request == nil {
-		return s.Source.Get(ctx, ref, size, dst)
-	}
-	select {
-	case <-answered:
-	case <-ctx.Done():
-		request.Cancel()
-		<-answered
-	}
-	block, err := request.Finish()
-	if err == nil {
-		err = eris.Verify(ref, block)
-	}
-	if err == nil && len(block) != int(size) {
-		err = &eris.BlockError{Reference: ref, Length: len(block), Want: size}
-	}
-	err = request.Verified(err)
-	var wrong *eris.BlockError
-	if err != nil && !errors.Is(err, eris.ErrNotFound) && !errors.As(err, &wrong) {
-		return s.Source.Get(ctx, ref, size, dst)
-	}
-	return block, err
+	return fetch.Get(ctx, s.Source, ref, size, make([]byte, 0, size))
 }
 
 // mustGet gets a block and checks that it is the right one.
@@ -244,7 +201,7 @@ func testGet(t *testing.T, s *suite) {
 		}
 		// More room than is needed, with something behind it.
 		memory := bytes.Repeat([]byte{0xa5}, int(size)+64)
-		got, err := s.Source.Get(t.Context(), ref, size, memory[:0])
+		got, err := fetch.Get(t.Context(), s.Source, ref, size, memory[:0])
 		if err != nil || !bytes.Equal(got, want) {
 			t.Errorf("%v: Get with more room: %v", size, err)
 		}
@@ -330,7 +287,7 @@ func testCancelInFlight(t *testing.T, s *suite) {
 		memory := make([]byte, size)
 		done := make(chan error)
 		go func() {
-			_, err := s.Source.Get(ctx, ref, size, memory[:0])
+			_, err := fetch.Get(ctx, s.Source, ref, size, memory[:0])
 			done <- err
 		}()
 		s.backend.AwaitHeld(1)
@@ -378,6 +335,84 @@ func testCancelSome(t *testing.T, s *suite) {
 	givenUp.Wait()
 	release()
 	kept.Wait()
+}
+
+// started is a request that tells when it is over.
+type started struct {
+	fetch.Request
+	want  []byte
+	times atomic.Int32
+	done  chan struct{}
+}
+
+// start starts a request for a new block.
+func (s *suite) start(size eris.BlockSize) *started {
+	r := &started{done: make(chan struct{}, 10)}
+	r.Pair.Reference, r.want = s.add(size)
+	r.Size, r.Dst = size, make([]byte, 0, size)
+	r.Done = func(*fetch.Request) {
+		r.times.Add(1)
+		r.done <- struct{}{}
+	}
+	s.Source.Start(&r.Request)
+	return r
+}
+
+// testCancelSilent cancels requests of a server that does not answer, again and again: each ends
+// once, and its memory is left alone then.
+func testCancelSilent(t *testing.T, s *suite) {
+	release := s.backend.Hold()
+	defer release()
+	var requests []*started
+	for i := range 40 {
+		requests = append(requests, s.start(bothSizes[i%2]))
+	}
+	s.backend.AwaitHeld(1)
+	var group sync.WaitGroup
+	for _, r := range slices.Concat(requests, requests) {
+		group.Go(func() { s.Source.Cancel(&r.Request) })
+	}
+	group.Wait()
+	for i, r := range requests {
+		<-r.done
+		s.Source.Cancel(&r.Request)
+		if r.Err == nil {
+			t.Errorf("request %d was answered by a server that does not answer", i)
+		}
+		copy(r.Dst[:r.Size], bytes.Repeat([]byte{0x5a}, int(r.Size)))
+	}
+	release()
+	for range 20 {
+		ref, want := s.add(eris.BlockSize1KiB)
+		s.getAgain(t, ref, want)
+	}
+	for i, r := range requests {
+		if n := r.times.Load(); n != 1 {
+			t.Errorf("request %d ended %d times", i, n)
+		}
+		if !bytes.Equal(r.Dst[:r.Size], bytes.Repeat([]byte{0x5a}, int(r.Size))) {
+			t.Errorf("the memory of request %d was written to after its end", i)
+		}
+	}
+}
+
+// testStartAgain uses a request again, for other blocks, after it was over and then cancelled,
+// which does nothing.
+func testStartAgain(t *testing.T, s *suite) {
+	r := s.start(eris.BlockSize1KiB)
+	for i := range 100 {
+		<-r.done
+		if r.Err != nil || !bytes.Equal(r.Block, r.want) {
+			t.Fatalf("request %d: %v", i, r.Err)
+		}
+		s.Source.Cancel(&r.Request)
+		r.Pair.Reference, r.want = s.add(eris.BlockSize1KiB)
+		s.Source.Start(&r.Request)
+	}
+	<-r.done
+	if n := r.times.Load(); n != 101 {
+		t.Errorf("101 requests ended %d times", n)
+	}
 }
 
 func testCloseInFlight(t *testing.T, s *suite) {
@@ -484,8 +519,8 @@ func testBreak(t *testing.T, s *suite) {
 	testInterruption(t, s, s.Break)
 }
 
-// testInterruption interrupts the server while calls are held: they may fail or not, but must come to an end, and those
-// that do not fail must return their blocks.
+// testInterruption interrupts the server while calls are held: they may fail or not, but must come
+// to an end, and those that do not fail must return their blocks.
 func testInterruption(t *testing.T, s *suite, interrupt func()) {
 	ref, want := s.add(eris.BlockSize1KiB)
 	s.mustGet(t, ref, want)
@@ -627,7 +662,7 @@ func testPutReadOnly(t *testing.T, s *suite) {
 			t.Errorf("%v: the block was stored all the same", size)
 		}
 		ref, b = s.add(size)
-		if got, err := s.ReadOnly.Get(t.Context(), ref, size, make([]byte, 0, size)); err != nil || !bytes.Equal(got, b) {
+		if got, err := fetch.Get(t.Context(), s.ReadOnly, ref, size, make([]byte, 0, size)); err != nil || !bytes.Equal(got, b) {
 			t.Errorf("%v: Get: %v", size, err)
 		}
 	}

@@ -20,7 +20,7 @@ import (
 
 // URL is the parsed URL of a store, or of an endpoint where blocks are served.
 type URL struct {
-	// Scheme is one of [Schemes].
+	// Scheme is in lower case, and one that is known; aliases are resolved.
 	Scheme string
 	// Host is the name or address of the host, without brackets and in lower case. It is the path
 	// of the socket for coap+unix, and empty for file and dump.
@@ -79,15 +79,6 @@ const (
 	// maxSocketPath is the longest path that the address of a Unix socket can hold, on Linux.
 	maxSocketPath = 107
 )
-
-// Schemes returns the schemes of stores.
-func Schemes() []string {
-	var names []string
-	for _, s := range schemes {
-		names = append(names, s.name)
-	}
-	return names
-}
 
 // Parse reads the URL of a store. Errors say what was given, unless it may be secret, what is
 // wrong, and what would be right. The name of a file that ends in .cbor is taken for the URL of the
@@ -281,11 +272,13 @@ func (u *URL) setNetwork(text string, listen bool) error {
 	if err := u.setAuthority(authority, listen); err != nil {
 		return err
 	}
+	var err error
 	if u.isCoAP() {
-		return u.setSegments(path)
+		u.Segments, err = ParsePath(path)
+	} else {
+		u.Path = strings.TrimRight(path, "/")
+		_, err = decode(u.Path)
 	}
-	u.Path = strings.TrimRight(path, "/")
-	_, err := decode(u.Path)
 	return err
 }
 
@@ -303,7 +296,8 @@ func (u *URL) setSocket(authority, path string) error {
 		return fmt.Errorf("the path of the socket must be absolute, with three slashes before it, and have at most %d bytes: coap+unix:///run/eris.sock", maxSocketPath)
 	}
 	u.Host = socket
-	return u.setSegments(path)
+	u.Segments, err = ParsePath(path)
+	return err
 }
 
 func (u *URL) setUser(text string) error {
@@ -363,11 +357,6 @@ func isName(text string) bool {
 
 // wellKnown is where the store of a whole endpoint is (https://eris.codeberg.page/eer/coap.xml).
 func wellKnown() []string { return []string{".well-known", "eris"} }
-
-func (u *URL) setSegments(path string) (err error) {
-	u.Segments, err = ParsePath(path)
-	return err
-}
 
 // ParsePath reads the path of a store of CoAP as it stands in a URL, with or without a slash before
 // it, into its segments. An empty path stands for .well-known/eris. Errors do not show the path.

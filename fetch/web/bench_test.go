@@ -12,6 +12,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/httpserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/web"
 )
@@ -31,7 +32,7 @@ func BenchmarkGet(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	server := httpserver.New(httpserver.Config{Blocks: backend})
+	server := httpserver.New(httpserver.Config{Source: newBackendSource(b, backend)})
 	var serving sync.WaitGroup
 	serving.Go(func() { server.Serve(listener, httpserver.Access{Get: true}) })
 	defer serving.Wait()
@@ -54,7 +55,7 @@ func BenchmarkGet(b *testing.B) {
 					group.Go(func() {
 						memory := make([]byte, 0, size)
 						for n := next.Add(1); n <= int64(b.N); n = next.Add(1) {
-							if _, err := store.Get(b.Context(), refs[n%int64(len(refs))], size, memory); err != nil {
+							if _, err := fetch.Get(b.Context(), store, refs[n%int64(len(refs))], size, memory); err != nil {
 								b.Error(err)
 								return
 							}

@@ -33,7 +33,8 @@ func freeAddress(t *testing.T) string {
 	return listener.Addr().String()
 }
 
-// startNginx starts nginx with the given servers, one of which listens at the address, and returns its directory.
+// startNginx starts nginx with the given servers, one of which listens at the address, and returns
+// its directory.
 func startNginx(t *testing.T, address, servers string) (directory string) {
 	nginx, err := exec.LookPath("nginx")
 	if err != nil {
@@ -90,39 +91,32 @@ func mustWriteCertificate(t *testing.T, directory string) {
 	}
 }
 
-// roundTrips puts contents into a store and gets them from another.
+// roundTrips puts blocks into a store, many at a time, and gets them from another.
 func roundTrips(t *testing.T, to fetch.Store, from fetch.Source) {
 	t.Helper()
 	for _, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
-		content := bytes.Repeat([]byte("all sorts of blocks "), 20000)
-		for i := range content {
-			content[i] ^= byte(i >> 7)
+		var group sync.WaitGroup
+		for i := range byte(200) {
+			group.Go(func() {
+				ref, block := newBlock(size, i)
+				if err := to.Put(t.Context(), ref, block); err != nil {
+					t.Error(err)
+				}
+				if got, err := fetch.Get(t.Context(), from, ref, size, nil); err != nil || !bytes.Equal(got, block) {
+					t.Errorf("%v block from %v: %v", size, from, err)
+				}
+			})
 		}
-		pipeline := fetch.NewPipeline(t.Context(), to)
-		c, err := eris.Encode(t.Context(), bytes.NewReader(content), pipeline, eris.EncodeOptions{BlockSize: size})
-		if err2 := pipeline.Flush(); err == nil {
-			err = err2
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		x, err := eris.Open(t.Context(), from, c, 1<<30, eris.Window{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		var out bytes.Buffer
-		if _, err := x.WriteTo(t.Context(), &out); err != nil || !bytes.Equal(out.Bytes(), content) {
-			t.Errorf("%v blocks from %v: %v", size, from, err)
-		}
+		group.Wait()
 	}
 	missing, _ := newBlock(eris.BlockSize1KiB, 250)
-	if _, err := from.Get(t.Context(), missing, eris.BlockSize1KiB, nil); !errors.Is(err, eris.ErrNotFound) {
+	if _, err := fetch.Get(t.Context(), from, missing, eris.BlockSize1KiB, nil); !errors.Is(err, eris.ErrNotFound) {
 		t.Errorf("a block that is missing: %v", err)
 	}
 }
 
-// TestNginxStatic has nginx serve a directory of blocks as docs/sources.md says: by HTTP/1.1 and HTTP/2, in both layouts, and
-// with blocks put by WebDAV.
+// TestNginxStatic has nginx serve a directory of blocks as docs/sources.md says: by HTTP/1.1 and
+// HTTP/2, in both layouts, and with blocks put by WebDAV.
 func TestNginxStatic(t *testing.T) {
 	plain, secure := freeAddress(t), freeAddress(t)
 	directory := startNginx(t, plain, `
@@ -170,7 +164,7 @@ func TestNginxProxy(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := httpserver.New(httpserver.Config{Blocks: backend, Sink: backend})
+	server := httpserver.New(httpserver.Config{Source: newBackendSource(t, backend), Sink: backend.Put})
 	var group sync.WaitGroup
 	group.Go(func() { server.Serve(listener, httpserver.Access{Get: true, Put: true}) })
 	t.Cleanup(func() {

@@ -20,12 +20,14 @@ import (
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/web"
 )
 
 // blocks is what a server serves.
 type blocks interface {
-	eris.Blocks
+	Get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error)
 	Put(ctx context.Context, ref eris.Reference, block []byte) error
 }
 
@@ -44,7 +46,8 @@ type testServer struct {
 	group  sync.WaitGroup
 }
 
-// startServer starts a server. The protocols are a list of http/1.1, h2 and h2c; h2 and tls have it speak TLS.
+// startServer starts a server. The protocols are a list of http/1.1, h2 and h2c; h2 and tls have it
+// speak TLS.
 func startServer(tb testing.TB, handler http.Handler, protocols ...string) *testServer {
 	s := &testServer{tb: tb, handler: handler, address: "127.0.0.1:0", conns: make(map[net.Conn]http.ConnState)}
 	for _, p := range protocols {
@@ -205,6 +208,17 @@ func put(w http.ResponseWriter, r *http.Request, ref eris.Reference, store block
 	}
 	w.WriteHeader(http.StatusCreated)
 }
+
+// backendSource is what our own server serves.
+type backendSource struct{ *fetch.Workers }
+
+func newBackendSource(tb testing.TB, backend *sourcetest.Backend) fetch.Source {
+	s := backendSource{fetch.NewWorkers(64, backend.Get)}
+	tb.Cleanup(func() { s.Close() })
+	return s
+}
+
+func (backendSource) String() string { return "backend" }
 
 func mustOpen(tb testing.TB, url string, options web.Options) *web.Store {
 	tb.Helper()

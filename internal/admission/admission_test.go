@@ -80,6 +80,55 @@ func TestGate(t *testing.T) {
 	enter("[2001:db8:0:1::4]:1", true)
 }
 
+// TestIdle lets new connections in where others are idle: the one that has been so the longest
+// goes.
+func TestIdle(t *testing.T) {
+	g := admission.New(4)
+	clients := map[string]*client{}
+	leave := map[string]func(){}
+	enter := func(address string, want bool) {
+		t.Helper()
+		c := &client{address: address}
+		l, ok := g.Enter(c)
+		if ok != want || c.closed == want {
+			t.Errorf("%q: let in %v, closed %v", address, ok, c.closed)
+		}
+		clients[address], leave[address] = c, l
+	}
+	for _, address := range []string{"192.0.2.1:1", "192.0.2.1:2", "192.0.2.2:1", "192.0.2.3:1"} {
+		enter(address, true)
+	}
+	enter("192.0.2.4:1", false) // all are busy
+	g.SetIdle(clients["192.0.2.2:1"], true)
+	g.SetIdle(clients["192.0.2.1:2"], true)
+	g.SetIdle(clients["192.0.2.3:1"], true)
+	g.SetIdle(clients["192.0.2.2:1"], true) // for no less long than before
+	enter("192.0.2.1:3", true)              // a host that has half makes room itself
+	if !clients["192.0.2.1:2"].closed || clients["192.0.2.2:1"].closed || clients["192.0.2.3:1"].closed {
+		t.Error("another host made room")
+	}
+	enter("192.0.2.1:4", false)
+	g.SetIdle(clients["192.0.2.2:1"], false)
+	enter("192.0.2.5:1", true)
+	if clients["192.0.2.2:1"].closed || !clients["192.0.2.3:1"].closed {
+		t.Error("a busy connection made room, or none")
+	}
+	if s := g.Stats(); s != (admission.Stats{Open: 4, Accepted: 6, TurnedAway: 2, MadeRoom: 2}) {
+		t.Errorf("%+v", s)
+	}
+	// Those that made room leave, too, and do not count twice.
+	g.SetIdle(clients["192.0.2.3:1"], true)
+	for _, l := range leave {
+		if l != nil {
+			l()
+		}
+	}
+	g.Wait()
+	if s := g.Stats(); s.Open != 0 {
+		t.Errorf("%+v", s)
+	}
+}
+
 func TestListener(t *testing.T) {
 	inner, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -117,10 +166,22 @@ func TestListener(t *testing.T) {
 	}
 	first.Close()
 	first.Close()
+	second := dial()
+	member := <-accepted
+	// The second is idle, and makes room for the third.
+	g.SetIdle(member, true)
 	dial()
-	(<-accepted).Close()
+	third, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := second.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("%d bytes, error %v", n, err)
+	}
+	member.Close()
+	third.Close()
 	g.Wait()
-	if s := g.Stats(); s != (admission.Stats{Accepted: 2, TurnedAway: 1}) {
+	if s := g.Stats(); s != (admission.Stats{Accepted: 3, TurnedAway: 1, MadeRoom: 1}) {
 		t.Errorf("%+v", s)
 	}
 }

@@ -2,7 +2,10 @@
 
 package coap
 
-// Block is the value of an option Block1 or Block2: which part of a body a message carries (RFC 7959, section 2.2).
+import "github.com/plgd-dev/go-coap/v3/message"
+
+// Block is the value of an option Block1 or Block2: which part of a body a message carries (RFC
+// 7959, section 2.2).
 type Block struct {
 	Number   uint32 // of the part, in units of Size
 	More     bool   // parts follow
@@ -13,26 +16,28 @@ type Block struct {
 const (
 	// MaxExponent stands for parts of 1024 bytes.
 	MaxExponent = 6
-	// BERT stands for units of 1024 bytes, of which a message carries several. It is for streams only.
+	// BERT stands for units of 1024 bytes, of which a message carries several. It is for streams
+	// only.
 	BERT = 7
 	// maxBlockNumber is the greatest number that the option can hold.
 	maxBlockNumber = 1<<20 - 1
 )
 
-// ParseBlock reads the value of an option Block1 or Block2. It returns an error if it is longer than 3 bytes.
-func ParseBlock(value []byte) (Block, error) {
+// parseBlock reads the value of an option Block1 or Block2. It returns an error if it is longer
+// than 3 bytes.
+func parseBlock(value []byte) (Block, error) {
 	if len(value) > 3 {
 		return Block{}, errUintLength
 	}
-	n, err := Uint(value)
+	n, err := parseUint(value)
 	if err != nil {
 		return Block{}, err
 	}
 	return Block{Number: n >> 4, More: n&8 != 0, Exponent: uint8(n & 7), Present: true}, nil
 }
 
-// Uint returns the value of the option as a number. The block must have a number below 2²⁰.
-func (b Block) Uint() uint32 {
+// uint returns the value of the option as a number. The block must have a number below 2²⁰.
+func (b Block) uint() uint32 {
 	if b.Number > maxBlockNumber {
 		panic("coap: block number out of range")
 	}
@@ -41,6 +46,11 @@ func (b Block) Uint() uint32 {
 		n |= 8
 	}
 	return n
+}
+
+// AppendOption appends the option to a message: see [AppendUintOption].
+func (b Block) AppendOption(dst []byte, previous, number message.OptionID) []byte {
+	return AppendUintOption(dst, previous, number, b.uint())
 }
 
 // Unit returns the size in bytes that Number counts in.
@@ -53,9 +63,10 @@ func (b Block) Offset() int {
 	return int(b.Number) * b.Unit()
 }
 
-// FitPart checks that a payload of the given length is what the option says of it: a whole unit if more parts follow (with
-// BERT any number of units from one on), else no more than a unit, or with BERT anything that is not empty. Parts after
-// the first must not be empty. (RFC 7959, section 2.2; RFC 8323, section 6.)
+// FitPart checks that a payload of the given length is what the option says of it: a whole unit if
+// more parts follow (with BERT any number of units from one on), else no more than a unit, or with
+// BERT anything that is not empty. Parts after the first must not be empty. (RFC 7959, section 2.2;
+// RFC 8323, section 6.)
 func (b Block) FitPart(length int) bool {
 	switch {
 	case b.Exponent == BERT && b.More:

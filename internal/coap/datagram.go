@@ -9,39 +9,40 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 )
 
-// MaxDatagramSize is the greatest size in bytes of a datagram that this program sends or takes: RFC 7252, section 4.6,
-// recommends 1152 and some implementations send a little more.
-const MaxDatagramSize = 1500
+// maxDatagramSize is the greatest size in bytes of a datagram that this program sends or takes: RFC
+// 7252, section 4.6, recommends 1152 and some implementations send a little more.
+const maxDatagramSize = 1500
 
-// Datagram is one message of RFC 7252, section 3. Body is a part of what it was parsed from.
-type Datagram struct {
+// datagram is one message of RFC 7252, section 3. Body is a part of what it was parsed from.
+type datagram struct {
 	Type  message.Type
 	Code  codes.Code
 	ID    uint16
 	Token Token
-	Body  []byte // options, payload marker and payload: see ParseOptions
+	Body  []byte // options, payload marker and payload: see walkOptions
 }
 
-// ParseDatagram reads a message. It returns an error if the version is not 1, the token is longer than 8 bytes, the message
-// is truncated, or its code is 0.00 and more than the first four bytes are there. It does not look at the options.
-func ParseDatagram(b []byte) (Datagram, error) {
+// parseDatagram reads a message. It returns an error if the version is not 1, the token is longer
+// than 8 bytes, the message is truncated, or its code is 0.00 and more than the first four bytes
+// are there. It does not look at the options.
+func parseDatagram(b []byte) (datagram, error) {
 	if len(b) < 4 {
-		return Datagram{}, errMessageTooShort
+		return datagram{}, errMessageTooShort
 	}
 	if b[0]>>6 != 1 {
-		return Datagram{}, errVersion
+		return datagram{}, errVersion
 	}
 	token := int(b[0] & 15)
 	if token > MaxTokenSize {
-		return Datagram{}, ErrTokenSize
+		return datagram{}, ErrTokenSize
 	}
 	if len(b) < 4+token {
-		return Datagram{}, errMessageTooShort
+		return datagram{}, errMessageTooShort
 	}
 	if b[1] == byte(codes.Empty) && len(b) > 4 {
-		return Datagram{}, errEmptyMessage
+		return datagram{}, errEmptyMessage
 	}
-	return Datagram{
+	return datagram{
 		Type:  message.Type(b[0] >> 4 & 3),
 		Code:  codes.Code(b[1]),
 		ID:    binary.BigEndian.Uint16(b[2:]),
@@ -50,13 +51,13 @@ func ParseDatagram(b []byte) (Datagram, error) {
 	}, nil
 }
 
-// AppendDatagramHead appends what stands before the options of a datagram.
-func AppendDatagramHead(dst []byte, kind message.Type, code codes.Code, id uint16, token Token) []byte {
+// appendDatagramHead appends what stands before the options of a datagram.
+func appendDatagramHead(dst []byte, kind message.Type, code codes.Code, id uint16, token Token) []byte {
 	dst = append(dst, 1<<6|byte(kind)<<4|token.Size, byte(code), byte(id>>8), byte(id))
-	return token.Append(dst)
+	return token.append(dst)
 }
 
-// AppendEmpty appends an empty message: an acknowledgement or a reset.
-func AppendEmpty(dst []byte, kind message.Type, id uint16) []byte {
-	return AppendDatagramHead(dst, kind, codes.Empty, id, Token{})
+// appendEmpty appends an empty message: an acknowledgement or a reset.
+func appendEmpty(dst []byte, kind message.Type, id uint16) []byte {
+	return appendDatagramHead(dst, kind, codes.Empty, id, Token{})
 }

@@ -11,16 +11,17 @@ import (
 )
 
 const (
-	// MaxTokenSize is the greatest length in bytes of a token (RFC 7252, section 3; RFC 8323, section 3.2).
+	// MaxTokenSize is the greatest length in bytes of a token (RFC 7252, section 3; RFC 8323,
+	// section 3.2).
 	MaxTokenSize = 8
-	// MaxHeadSize is the greatest length in bytes of what stands before the options of a message on a stream: lengths, code
-	// and token.
+	// MaxHeadSize is the greatest length in bytes of what stands before the options of a message on
+	// a stream: lengths, code and token.
 	MaxHeadSize = 1 + 4 + 1 + MaxTokenSize
-	// BaseMessageSize is the size in bytes of a message that every peer on a stream can receive before it has said anything
-	// (RFC 8323, section 5.3.1).
-	BaseMessageSize = 1152
-	// MessageSize is the Max-Message-Size that this program announces: a message with a block of 32 KiB and any sensible
-	// options fits.
+	// baseMessageSize is the size in bytes of a message that every peer on a stream can receive
+	// before it has said anything (RFC 8323, section 5.3.1).
+	baseMessageSize = 1152
+	// MessageSize is the Max-Message-Size that this program announces: a message with a block of 32
+	// KiB and any sensible options fits.
 	MessageSize = 1 << 16
 )
 
@@ -40,13 +41,13 @@ type Token struct {
 	Size  uint8  // their number, at most MaxTokenSize
 }
 
-// MakeToken returns the shortest token with the given value, of at least one byte.
-func MakeToken(value uint32) Token {
+// makeToken returns the shortest token with the given value, of at least one byte.
+func makeToken(value uint32) Token {
 	return Token{uint64(value), uint8(max(1, uintSize(value)))}
 }
 
-// Append appends the bytes of the token to dst.
-func (t Token) Append(dst []byte) []byte {
+// append appends the bytes of the token to dst.
+func (t Token) append(dst []byte) []byte {
 	for n := int(t.Size); n > 0; {
 		n--
 		dst = append(dst, byte(t.Value>>(8*n)))
@@ -71,9 +72,10 @@ type Head struct {
 	Length int // bytes behind it: options, payload marker and payload
 }
 
-// ParseHead reads the head of a message from the start of b, of which no more than MaxHeadSize bytes are looked at. Limit is
-// the greatest acceptable size in bytes of a message from its first byte to its last. It returns ErrShortHead if b is too
-// short to tell, ErrTokenSize, or an error that wraps ErrMessageSize; the latter two as early as they can be known.
+// ParseHead reads the head of a message from the start of b, of which no more than MaxHeadSize
+// bytes are looked at. Limit is the greatest acceptable size in bytes of a message from its first
+// byte to its last. It returns ErrShortHead if b is too short to tell, ErrTokenSize, or an error
+// that wraps ErrMessageSize; the latter two as early as they can be known.
 func ParseHead(b []byte, limit int) (Head, error) {
 	if len(b) < 2 {
 		return Head{}, ErrShortHead
@@ -109,7 +111,8 @@ func ParseHead(b []byte, limit int) (Head, error) {
 	return Head{codes.Code(b[at]), parseToken(b[at+1 : size]), size, int(length)}, nil
 }
 
-// AppendHead appends the head of a message on a stream, of which length bytes follow: options, payload marker and payload.
+// AppendHead appends the head of a message on a stream, of which length bytes follow: options,
+// payload marker and payload.
 func AppendHead(dst []byte, code codes.Code, token Token, length int) []byte {
 	switch {
 	case length < 13:
@@ -122,37 +125,15 @@ func AppendHead(dst []byte, code codes.Code, token Token, length int) []byte {
 		dst = append(dst, 15<<4|token.Size)
 		dst = binary.BigEndian.AppendUint32(dst, uint32(length-65805))
 	}
-	return token.Append(append(dst, byte(code)))
+	return token.append(append(dst, byte(code)))
 }
 
-// HeadSize returns how many bytes AppendHead appends.
-func HeadSize(token Token, length int) int {
-	n := 2 + int(token.Size)
-	switch {
-	case length < 13:
-	case length < 269:
-		n++
-	case length < 65805:
-		n += 2
-	default:
-		n += 4
-	}
-	return n
-}
+// isRequest reports whether the code is one of a request: class 0, but not 0.00, the empty message.
+func isRequest(code codes.Code) bool { return code>>5 == 0 && code != codes.Empty }
 
-// IsRequest reports whether the code is one of a request: class 0, but not 0.00, the empty message.
-func IsRequest(code codes.Code) bool { return code>>5 == 0 && code != codes.Empty }
-
-// IsResponse reports whether the code is one of a response: classes 2, 4 and 5 (RFC 7252, section 3; class 3 is reserved).
-func IsResponse(code codes.Code) bool {
+// isResponse reports whether the code is one of a response: classes 2, 4 and 5 (RFC 7252, section
+// 3; class 3 is reserved).
+func isResponse(code codes.Code) bool {
 	class := code >> 5
 	return class == 2 || class == 4 || class == 5
-}
-
-// IsSignal reports whether the code is one of a signalling message: class 7 (RFC 8323, section 5).
-func IsSignal(code codes.Code) bool { return code>>5 == 7 }
-
-// CodeText returns a code as people write it, for example 4.04, without a name.
-func CodeText(code codes.Code) string {
-	return fmt.Sprintf("%d.%02d", code>>5, code&31)
 }

@@ -3,6 +3,8 @@
 package coap
 
 import (
+	"encoding/base32"
+
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 )
 
@@ -12,8 +14,9 @@ const (
 	base32Alphabet    = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
 )
 
-// base32Values has the value of each character of the alphabet, and 0xff for all others. The decoder of encoding/base32
-// allocates, takes line breaks and passes over spare bits, hence this one.
+// base32Values has the value of each character of the alphabet, and 0xff for all others. The
+// decoder of encoding/base32 allocates, takes line breaks and passes over spare bits, hence this
+// one.
 var base32Values = func() (values [256]byte) {
 	for i := range values {
 		values[i] = 0xff
@@ -24,9 +27,10 @@ var base32Values = func() (values [256]byte) {
 	return values
 }()
 
-// ParseQuery reads the reference of a block from the value of Uri-Query in a GET: either its 32 bytes, or the 52 characters
-// of their Base32 in upper case without padding, whose four spare bits must be zero. The length tells them apart.
-func ParseQuery(value []byte) (ref eris.Reference, ok bool) {
+// parseQuery reads the reference of a block from the value of Uri-Query in a GET: either its 32
+// bytes, or the 52 characters of their Base32 in upper case without padding, whose four spare bits
+// must be zero. The length tells them apart.
+func parseQuery(value []byte) (ref eris.Reference, ok bool) {
 	switch len(value) {
 	case rawReferenceSize:
 		return eris.Reference(value), true
@@ -35,7 +39,8 @@ func ParseQuery(value []byte) (ref eris.Reference, ok bool) {
 		return ref, false
 	}
 	var invalid byte
-	// Eight characters are five bytes; 48 characters are 30 bytes, and the last four are two bytes and four spare bits.
+	// Eight characters are five bytes; 48 characters are 30 bytes, and the last four are two bytes
+	// and four spare bits.
 	for group := range 6 {
 		var n uint64
 		for _, c := range value[group*8 : group*8+8] {
@@ -59,15 +64,9 @@ func ParseQuery(value []byte) (ref eris.Reference, ok bool) {
 	return ref, true
 }
 
+var base32Text = base32.StdEncoding.WithPadding(base32.NoPadding)
+
 // appendReferenceText appends the 52 characters of Base32.
 func appendReferenceText(dst []byte, ref *eris.Reference) []byte {
-	for group := range 6 {
-		at := ref[group*5 : group*5+5]
-		n := uint64(at[0])<<32 | uint64(at[1])<<24 | uint64(at[2])<<16 | uint64(at[3])<<8 | uint64(at[4])
-		dst = append(dst,
-			base32Alphabet[n>>35&31], base32Alphabet[n>>30&31], base32Alphabet[n>>25&31], base32Alphabet[n>>20&31],
-			base32Alphabet[n>>15&31], base32Alphabet[n>>10&31], base32Alphabet[n>>5&31], base32Alphabet[n&31])
-	}
-	n := uint32(ref[30])<<12 | uint32(ref[31])<<4
-	return append(dst, base32Alphabet[n>>15&31], base32Alphabet[n>>10&31], base32Alphabet[n>>5&31], base32Alphabet[n&31])
+	return base32Text.AppendEncode(dst, ref[:])
 }

@@ -11,93 +11,93 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 )
 
-// blocksSegment is the resource below the path of a store that has its blocks (https://eris.codeberg.page/eer/coap.xml).
+// blocksSegment is the resource below the path of a store that has its blocks
+// (https://eris.codeberg.page/eer/coap.xml).
 const blocksSegment = "blocks"
 
 // Requests makes the requests for the blocks of one store. It is safe for concurrent use.
 type Requests struct {
-	path []byte // the options Uri-Path
-	raw  bool
+	path     []byte // the options Uri-Path
+	raw      bool
+	document bool // a resource that is not a store
 }
 
-// NewRequests returns the Requests for the store at the given path, segment by segment, without "blocks". References in
-// queries are Base32, which every server known takes, or raw bytes, which makes requests shorter but which libraries that
-// expect text refuse.
+// NewRequests returns the Requests for the store at the given path, segment by segment, without
+// "blocks". References in queries are Base32, which every server known takes, or raw bytes, which
+// makes requests shorter but which libraries that expect text refuse.
 func NewRequests(path []string, raw bool) *Requests {
 	r := &Requests{raw: raw}
 	var previous message.OptionID
 	for _, segment := range append(append([]string{}, path...), blocksSegment) {
-		r.path = AppendOption(r.path, previous, message.URIPath, segment)
+		r.path = appendOption(r.path, previous, message.URIPath, segment)
 		previous = message.URIPath
 	}
 	return r
 }
 
-// AppendGet appends the body of a GET: path, query, Block2 if it is present, and Size1, which some servers insist on.
-func (r *Requests) AppendGet(dst []byte, ref *eris.Reference, size eris.BlockSize, block Block) []byte {
+// method returns the method of a request.
+func (x *Exchange) method() codes.Code {
+	if x.Payload != nil {
+		return codes.PUT
+	}
+	return codes.GET
+}
+
+// append appends the options of a request. Of a GET: path, query, Block2 if it is present, and
+// Size1, which some servers insist on. Of a PUT: path, Block1 if it is present, and Size1 if a
+// total is given.
+func (r *Requests) append(dst []byte, x *Exchange) []byte {
 	dst = append(dst, r.path...)
-	if r.raw {
-		dst = AppendOption(dst, message.URIPath, message.URIQuery, ref[:])
-	} else {
-		dst = appendOptionHead(dst, int(message.URIQuery-message.URIPath), textReferenceSize)
-		dst = appendReferenceText(dst, ref)
+	if r.document {
+		return dst
 	}
-	previous := message.URIQuery
-	if block.Present {
-		dst = AppendUintOption(dst, previous, message.Block2, block.Uint())
-		previous = message.Block2
+	previous, block, size := message.URIPath, message.Block1, uint32(x.Total)
+	if x.Payload == nil {
+		if r.raw {
+			dst = appendOption(dst, message.URIPath, message.URIQuery, x.Reference[:])
+		} else {
+			dst = appendOptionHead(dst, int(message.URIQuery-message.URIPath), textReferenceSize)
+			dst = appendReferenceText(dst, &x.Reference)
+		}
+		previous, block, size = message.URIQuery, message.Block2, uint32(x.Size)
 	}
-	return AppendUintOption(dst, previous, message.Size1, uint32(size))
+	if x.Block.Present {
+		dst = AppendUintOption(dst, previous, block, x.Block.uint())
+		previous = block
+	}
+	if size != 0 {
+		dst = AppendUintOption(dst, previous, message.Size1, size)
+	}
+	return dst
 }
 
-// GetSize returns how many bytes AppendGet appends.
-func (r *Requests) GetSize(size eris.BlockSize, block Block) int {
-	n := len(r.path)
-	if r.raw {
-		n += optionSize(int(message.URIQuery-message.URIPath), rawReferenceSize)
-	} else {
-		n += optionSize(int(message.URIQuery-message.URIPath), textReferenceSize)
-	}
-	previous := message.URIQuery
-	if block.Present {
-		n += optionSize(int(message.Block2-previous), uintSize(block.Uint()))
-		previous = message.Block2
-	}
-	return n + optionSize(int(message.Size1-previous), uintSize(uint32(size)))
+// Overhead returns how many bytes a message on a stream with a PUT has at most beside its payload.
+func (r *Requests) Overhead() int {
+	x := Exchange{Block: Block{Number: maxBlockNumber, Present: true}, Total: 1 << 15, Payload: []byte{}}
+	return MaxHeadSize + len(r.append(nil, &x)) + 1
 }
 
-// AppendPut appends the body of a PUT: path, Block1 if it is present, the size of the whole if given, and the payload, which
-// must not be empty.
-func (r *Requests) AppendPut(dst []byte, block Block, total int, payload []byte) []byte {
-	dst = append(dst, r.path...)
-	previous := message.URIPath
-	if block.Present {
-		dst = AppendUintOption(dst, previous, message.Block1, block.Uint())
-		previous = message.Block1
+// NewDocument returns the Requests for a resource that is no store, at the given path. They have
+// neither queries nor payloads.
+func NewDocument(path []string) *Requests {
+	r := &Requests{document: true}
+	var previous message.OptionID
+	for _, segment := range path {
+		r.path = appendOption(r.path, previous, message.URIPath, segment)
+		previous = message.URIPath
 	}
-	if total != 0 {
-		dst = AppendUintOption(dst, previous, message.Size1, uint32(total))
-	}
-	dst = append(dst, payloadMarker)
-	return append(dst, payload...)
-}
-
-// PutSize returns how many bytes AppendPut appends for a payload of the given length.
-func (r *Requests) PutSize(block Block, total, payload int) int {
-	n := len(r.path)
-	previous := message.URIPath
-	if block.Present {
-		n += optionSize(int(message.Block1-previous), uintSize(block.Uint()))
-		previous = message.Block1
-	}
-	if total != 0 {
-		n += optionSize(int(message.Size1-previous), uintSize(uint32(total)))
-	}
-	return n + 1 + payload
+	return r
 }
 
 // Request is what a server understands of a request.
 type Request struct {
+	Code  codes.Code // the method
+	Token Token
+	// Refuse is codes.Empty, or the code of the response that the options alone call for: 4.00 if
+	// the message is malformed, 4.02 for critical options that are unknown or have an unusable
+	// value, 4.06 for an Accept of something else than octets, 5.05 for a proxy request. The other
+	// fields are then not to be looked at.
+	Refuse       codes.Code
 	Resource     int            // index of the path, or -1: not found
 	Reference    eris.Reference // of a GET
 	HasReference bool           // the one and only query is a reference
@@ -117,50 +117,44 @@ const maxRequestTag = 8
 
 var errManyPaths = errors.New("more store paths than a server can have")
 
-// Paths knows the paths of the resources of a server. It is safe for concurrent use once all of them have been added.
+// Paths knows the paths of the resources of a server. It is safe for concurrent use.
 type Paths struct {
 	paths [][]string // of stores, with "blocks"; then others
 }
 
-// NewPaths returns the Paths for the given store paths, segment by segment, without "blocks". It returns an error if there
-// are more than 64.
-func NewPaths(paths [][]string) (*Paths, error) {
-	if len(paths) > maxRequestPaths {
+// NewPaths returns the Paths for the given paths, segment by segment: those of stores, without
+// "blocks", and then others, in the order of their indices. It returns an error if there are more
+// than 64.
+func NewPaths(stores, others [][]string) (*Paths, error) {
+	if len(stores)+len(others) > maxRequestPaths {
 		return nil, errManyPaths
 	}
 	p := &Paths{}
-	for _, path := range paths {
+	for _, path := range stores {
 		p.paths = append(p.paths, append(append([]string{}, path...), blocksSegment))
 	}
+	p.paths = append(p.paths, others...)
 	return p, nil
 }
 
-// Add adds the path of a resource that is not a store, segment by segment, and returns its index. It returns an error if there
-// are more than 64 paths.
-func (p *Paths) Add(path []string) (index int, err error) {
-	if len(p.paths) == maxRequestPaths {
-		return 0, errManyPaths
-	}
-	p.paths = append(p.paths, path)
-	return len(p.paths) - 1, nil
-}
-
-// ParseRequest reads the options of a request. It returns codes.Empty, or the code of the response that the options alone
-// call for: 4.00 if the message is malformed, 4.02 for critical options that are unknown or have an unusable value, 4.06 for
-// an Accept of something else than octets, 5.05 for a proxy request. Where the path leads is for the caller to judge.
+// parse reads the options of a request. Where the path leads is for the handler to look at.
 //
 // The query of a PUT is of no interest, hence a bad reference is not an error here.
-func (p *Paths) ParseRequest(body []byte, request *Request) codes.Code {
-	*request = Request{Resource: -1}
+func (p *Paths) parse(body []byte, request *Request) {
+	*request = Request{Code: request.Code, Token: request.Token, Resource: -1}
+	request.Refuse = p.parseOptions(body, request)
+}
+
+func (p *Paths) parseOptions(body []byte, request *Request) codes.Code {
 	candidates := ^uint64(0) >> (maxRequestPaths - len(p.paths))
 	if len(p.paths) == 0 {
 		candidates = 0
 	}
 	segments, queries := 0, 0
 	refuse := codes.Empty
-	options := ParseOptions(body)
+	options := walkOptions(body)
 	for {
-		option, ok := options.Next()
+		option, ok := options.next()
 		if !ok {
 			break
 		}
@@ -173,12 +167,13 @@ func (p *Paths) ParseRequest(body []byte, request *Request) codes.Code {
 			}
 			segments++
 		case message.URIQuery:
-			request.Reference, request.HasReference = ParseQuery(option.Value)
+			request.Reference, request.HasReference = parseQuery(option.Value)
 			queries++
 		case message.Size1:
-			n, err := Uint(option.Value)
+			n, err := parseUint(option.Value)
 			request.Size = eris.BlockSize(n)
-			// The option is elective: a value that is too long is passed over (RFC 7252, section 5.4.3).
+			// The option is elective: a value that is too long is passed over (RFC 7252, section
+			// 5.4.3).
 			if err != nil {
 				request.Size = 0
 			} else if !request.Size.Valid() {
@@ -192,14 +187,14 @@ func (p *Paths) ParseRequest(body []byte, request *Request) codes.Code {
 			if !takeBlock(&request.Block2, option.Value) {
 				refuse = codes.BadOption
 			}
-		case RequestTag:
+		case requestTag:
 			if len(option.Value) <= maxRequestTag {
 				request.Tag = mixTag(request.Tag, option.Value)
 			}
 		case message.URIHost, message.URIPort:
 			// Whoever connected to us means us.
 		case message.Accept:
-			if n, err := Uint(option.Value); err != nil || len(option.Value) > 2 {
+			if n, err := parseUint(option.Value); err != nil || len(option.Value) > 2 {
 				refuse = codes.BadOption
 			} else if n != uint32(message.AppOctets) && refuse == codes.Empty {
 				refuse = codes.NotAcceptable
@@ -207,12 +202,12 @@ func (p *Paths) ParseRequest(body []byte, request *Request) codes.Code {
 		case message.ProxyURI, message.ProxyScheme:
 			return codes.ProxyingNotSupported
 		default:
-			if option.Critical() {
+			if option.critical() {
 				refuse = codes.BadOption
 			}
 		}
 	}
-	if options.Err() != nil {
+	if options.err() != nil {
 		return codes.BadRequest
 	}
 	if refuse != codes.Empty {
@@ -227,13 +222,13 @@ func (p *Paths) ParseRequest(body []byte, request *Request) codes.Code {
 			break
 		}
 	}
-	request.Payload = options.Payload()
+	request.Payload = options.payload()
 	return codes.Empty
 }
 
 // takeBlock reads an option Block1 or Block2, which must not be repeated.
 func takeBlock(block *Block, value []byte) bool {
-	b, err := ParseBlock(value)
+	b, err := parseBlock(value)
 	if err != nil || block.Present {
 		return false
 	}
@@ -241,8 +236,8 @@ func takeBlock(block *Block, value []byte) bool {
 	return true
 }
 
-// mixTag folds a Request-Tag into a digest (FNV-1a), which is never 0. It need not withstand an attack: it only tells the
-// transfers of one peer apart.
+// mixTag folds a Request-Tag into a digest (FNV-1a), which is never 0. It need not withstand an
+// attack: it only tells the transfers of one peer apart.
 func mixTag(digest uint64, tag []byte) uint64 {
 	const offset, prime = 14695981039346656037, 1099511628211
 	if digest == 0 {
@@ -260,19 +255,19 @@ type Response struct {
 	Block1 Block
 	Block2 Block
 	Size2  uint32 // 0 if not given
-	// Unusable says that a critical option is unknown or has an unusable value, so that the response must be rejected (RFC
-	// 7252, section 5.4.1).
+	// Unusable says that a critical option is unknown or has an unusable value, so that the
+	// response must be rejected (RFC 7252, section 5.4.1).
 	Unusable bool
 }
 
-// ParseResponse reads the options of a response, from a walk that has not begun, to the payload. It returns the error of the
-// walk.
-func ParseResponse(options *Options, response *Response) error {
+// parseResponse reads the options of a response, from a walk that has not begun, to the payload. It
+// returns the error of the walk.
+func parseResponse(options *optionWalk, response *Response) error {
 	*response = Response{}
 	for {
-		option, ok := options.Next()
+		option, ok := options.next()
 		if !ok {
-			return options.Err()
+			return options.err()
 		}
 		switch option.Number {
 		case message.Block1:
@@ -284,9 +279,9 @@ func ParseResponse(options *Options, response *Response) error {
 				response.Unusable = true
 			}
 		case message.Size2:
-			response.Size2, _ = Uint(option.Value)
+			response.Size2, _ = parseUint(option.Value)
 		default:
-			if option.Critical() {
+			if option.critical() {
 				response.Unusable = true
 			}
 		}

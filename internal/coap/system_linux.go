@@ -8,7 +8,8 @@ import (
 
 const haveVectors = true
 
-// readVector reads into several pieces of memory with one system call. Again says that nothing is there yet.
+// readVector reads into several pieces of memory with one system call. Again says that nothing is
+// there yet.
 func readVector(fd uintptr, vector [][]byte) (n int, again bool, err error) {
 	for {
 		n, err = unix.Readv(int(fd), vector)
@@ -24,8 +25,8 @@ func readVector(fd uintptr, vector [][]byte) (n int, again bool, err error) {
 	}
 }
 
-// SetSocketBuffers asks for send and receive buffers of the given size in bytes: beyond the limit of the system if we may,
-// else as much as it grants.
+// SetSocketBuffers asks for send and receive buffers of the given size in bytes: beyond the limit
+// of the system if we may, else as much as it grants.
 func SetSocketBuffers(fd uintptr, size int) {
 	for option, force := range map[int]int{unix.SO_RCVBUF: unix.SO_RCVBUFFORCE, unix.SO_SNDBUF: unix.SO_SNDBUFFORCE} {
 		if unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, force, size) != nil {

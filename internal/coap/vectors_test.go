@@ -28,23 +28,26 @@ func fromHex(t testing.TB, text string) []byte {
 	return b
 }
 
+var wellKnownPath = []string{".well-known", "eris"}
+
 const wellKnownHex = "bb 2e77656c6c2d6b6e6f776e 04 65726973 06 626c6f636b73 "
 
-// TestVectors checks what is sent byte for byte: RFC 8323, sections 3.2, 5.3 to 5.6; RFC 7252, section 3.1; and the resource of
-// https://eris.codeberg.page/eer/coap.xml.
+// TestVectors checks what is sent byte for byte: RFC 8323, sections 3.2, 5.3 to 5.6; RFC 7252,
+// section 3.1; and the resource of https://eris.codeberg.page/eer/coap.xml.
 func TestVectors(t *testing.T) {
 	ref, err := eris.ParseReference(helloReference)
 	if err != nil {
 		t.Fatal(err)
 	}
-	text, raw := NewRequests(wellKnownPath[:], false), NewRequests(wellKnownPath[:], true)
+	text, raw := NewRequests(wellKnownPath, false), NewRequests(wellKnownPath, true)
+	encode := func(r *Requests, token uint32, x Exchange) []byte {
+		return appendMessage(nil, x.method(), makeToken(token), r.append(nil, &x), x.Payload)
+	}
 	get := func(r *Requests, size eris.BlockSize, block Block) []byte {
-		b := AppendHead(nil, codes.GET, MakeToken(1), r.GetSize(size, block))
-		return r.AppendGet(b, &ref, size, block)
+		return encode(r, 1, Exchange{Reference: ref, Size: size, Block: block})
 	}
 	put := func(block Block, total int, payload []byte) []byte {
-		b := AppendHead(nil, codes.PUT, MakeToken(2), text.PutSize(block, total, len(payload)))
-		return text.AppendPut(b, block, total, payload)
+		return encode(text, 2, Exchange{Block: block, Total: total, Payload: payload})
 	}
 	helloHex := hex.EncodeToString([]byte(helloReference))
 	large := bytes.Repeat([]byte{0xee}, 32768)
@@ -54,7 +57,7 @@ func TestVectors(t *testing.T) {
 		want   string // the beginning
 		length int
 	}{
-		{"CSM", AppendCapabilities(nil, 65536), "50 e1 23010000 20", 7},
+		{"CSM", appendCapabilities(nil, 65536), "50 e1 23010000 20", 7},
 		{"GET, raw reference", get(raw, 1024, Block{}),
 			"d1 31 01 01" + wellKnownHex + "4d13 3ffe034b0a056707d0ee1a67007ed97cec69cd4b887465b0bd3f76d228a9d969 d220 0400", 4 + 62},
 		{"GET, Base32", get(text, 1024, Block{}),
@@ -69,23 +72,23 @@ func TestVectors(t *testing.T) {
 		{"PUT of 1 KiB", put(Block{}, 0, large[:1024]), "e1 030c 03 02" + wellKnownHex + "ff eeee", 1054},
 		{"PUT of a part", put(Block{More: true, Exponent: 7, Present: true}, 32768, large[:1024]),
 			"e1 0313 03 02" + wellKnownHex + "d103 0f d214 8000 ff eeee", 0},
-		{"2.05 of 32 KiB", AppendMessage(nil, codes.Content, MakeToken(1), AppendUintOption(nil, 0, message.ContentFormat, 42), large),
+		{"2.05 of 32 KiB", appendMessage(nil, codes.Content, makeToken(1), AppendUintOption(nil, 0, message.ContentFormat, 42), large),
 			"e1 7ef6 45 01 c1 2a ff eeee", 32776},
-		{"2.05 of 1 KiB", AppendMessage(nil, codes.Content, MakeToken(1), nil, large[:1024]), "e1 02f4 45 01 ff eeee", 1030},
-		{"2.01", AppendHead(nil, codes.Created, MakeToken(2), 0), "01 41 02", 3},
-		{"4.04", AppendHead(nil, codes.NotFound, MakeToken(1), 0), "01 84 01", 3},
+		{"2.05 of 1 KiB", appendMessage(nil, codes.Content, makeToken(1), nil, large[:1024]), "e1 02f4 45 01 ff eeee", 1030},
+		{"2.01", AppendHead(nil, codes.Created, makeToken(2), 0), "01 41 02", 3},
+		{"4.04", AppendHead(nil, codes.NotFound, makeToken(1), 0), "01 84 01", 3},
 		{"Ping", AppendHead(nil, codes.Ping, Token{0xbeef, 2}, 0), "02 e2 beef", 4},
 		{"Pong", AppendHead(nil, codes.Pong, Token{0xbeef, 2}, 0), "02 e3 beef", 4},
-		{"Release", AppendMessage(nil, codes.Release, Token{}, nil, ""), "00 e4", 2},
-		{"Abort", AppendAbort(nil, 9, "no"), "50 e5 21 09 ff 6e6f", 7},
+		{"Release", appendMessage(nil, codes.Release, Token{}, nil, ""), "00 e4", 2},
+		{"Abort", appendAbort(nil, 9, "no"), "50 e5 21 09 ff 6e6f", 7},
 		{"empty", AppendHead(nil, codes.Empty, Token{}, 0), "00 00", 2},
-		{"empty acknowledgement", AppendEmpty(nil, message.Acknowledgement, 0x1234), "60 00 1234", 4},
-		{"reset", AppendEmpty(nil, message.Reset, 0xffff), "70 00 ffff", 4},
-		{"confirmable GET", AppendDatagramHead(nil, message.Confirmable, codes.GET, 7, Token{0x0102, 2}), "42 01 0007 0102", 6},
-		{"length of 4 bytes", AppendHead(nil, codes.Content, MakeToken(1), 65805), "f1 00000000 45 01", 7},
-		{"length of 2 bytes", AppendHead(nil, codes.Content, MakeToken(1), 65804), "e1 ffff 45 01", 5},
-		{"length of 1 byte", AppendHead(nil, codes.Content, MakeToken(1), 268), "d1 ff 45 01", 4},
-		{"length in 4 bits", AppendHead(nil, codes.Content, MakeToken(1), 12), "c1 45 01", 3},
+		{"empty acknowledgement", appendEmpty(nil, message.Acknowledgement, 0x1234), "60 00 1234", 4},
+		{"reset", appendEmpty(nil, message.Reset, 0xffff), "70 00 ffff", 4},
+		{"confirmable GET", appendDatagramHead(nil, message.Confirmable, codes.GET, 7, Token{0x0102, 2}), "42 01 0007 0102", 6},
+		{"length of 4 bytes", AppendHead(nil, codes.Content, makeToken(1), 65805), "f1 00000000 45 01", 7},
+		{"length of 2 bytes", AppendHead(nil, codes.Content, makeToken(1), 65804), "e1 ffff 45 01", 5},
+		{"length of 1 byte", AppendHead(nil, codes.Content, makeToken(1), 268), "d1 ff 45 01", 4},
+		{"length in 4 bits", AppendHead(nil, codes.Content, makeToken(1), 12), "c1 45 01", 3},
 	} {
 		want := fromHex(t, v.want)
 		if !bytes.HasPrefix(v.got, want) {
@@ -103,7 +106,7 @@ func TestParseVectors(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	paths, err := NewPaths([][]string{{"pinned"}, wellKnownPath[:], {".well-known"}})
+	paths, err := NewPaths([][]string{{"pinned"}, wellKnownPath, {".well-known"}}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -153,7 +156,8 @@ func TestParseVectors(t *testing.T) {
 		{"number above 65535", wellKnownHex + "e0 ffff", Request{}, codes.BadRequest},
 	} {
 		var got Request
-		code := paths.ParseRequest(fromHex(t, v.body), &got)
+		paths.parse(fromHex(t, v.body), &got)
+		code := got.Refuse
 		if code != v.code {
 			t.Errorf("%s: code %v, want %v", v.name, code, v.code)
 			continue
@@ -163,15 +167,16 @@ func TestParseVectors(t *testing.T) {
 		}
 	}
 	var a, b Request
-	paths.ParseRequest(fromHex(t, wellKnownHex+"ed 000c 00 01"), &a)
-	paths.ParseRequest(fromHex(t, wellKnownHex+"e1 000c 01"), &a)
-	paths.ParseRequest(fromHex(t, wellKnownHex+"e1 000c 02"), &b)
+	paths.parse(fromHex(t, wellKnownHex+"ed 000c 00 01"), &a)
+	paths.parse(fromHex(t, wellKnownHex+"e1 000c 01"), &a)
+	paths.parse(fromHex(t, wellKnownHex+"e1 000c 02"), &b)
 	if a.Tag == 0 || a.Tag == b.Tag {
 		t.Errorf("Request-Tags are not told apart: %d, %d", a.Tag, b.Tag)
 	}
 }
 
-// TestParseHead checks the heads of messages, above all that a length is refused before anything is done with it.
+// TestParseHead checks the heads of messages, above all that a length is refused before anything is
+// done with it.
 func TestParseHead(t *testing.T) {
 	for _, v := range []struct {
 		text  string
@@ -227,15 +232,15 @@ func TestCapabilities(t *testing.T) {
 		{"truncated", "24 ff", Capabilities{MessageSize: 1152}, 0, false},
 		{"with a diagnostic payload", "40 ff 61", Capabilities{1152, true, false}, 0, true},
 	} {
-		c := BaseCapabilities()
-		bad, err := c.Update(fromHex(t, v.body))
+		c := Capabilities{MessageSize: baseMessageSize}
+		bad, err := c.update(fromHex(t, v.body))
 		if c != v.want || bad != v.bad || (err == nil) != v.ok {
 			t.Errorf("%s: %+v, option %d, error %v; want %+v, option %d", v.name, c, bad, err, v.want, v.bad)
 		}
 	}
-	c := BaseCapabilities()
-	c.Update(fromHex(t, "40"))
-	c.Update(fromHex(t, "22 1000"))
+	c := Capabilities{MessageSize: baseMessageSize}
+	c.update(fromHex(t, "40"))
+	c.update(fromHex(t, "22 1000"))
 	if want := (Capabilities{4096, true, true}); c != want || !c.BERT() {
 		t.Errorf("capabilities are not cumulative: %+v", c)
 	}
@@ -253,15 +258,15 @@ func TestBlock(t *testing.T) {
 		{"fffffF", Block{1<<20 - 1, true, 7, true}},
 	} {
 		b := fromHex(t, v.text)
-		got, err := ParseBlock(b)
+		got, err := parseBlock(b)
 		if err != nil || got != v.want {
 			t.Errorf("%s: %+v, %v", v.text, got, err)
 		}
-		if again := AppendUintOption(nil, 0, 0, got.Uint()); !bytes.Equal(again[1:], b) {
+		if again := AppendUintOption(nil, 0, 0, got.uint()); !bytes.Equal(again[1:], b) {
 			t.Errorf("%s: written as % x", v.text, again[1:])
 		}
 	}
-	if _, err := ParseBlock(make([]byte, 4)); err == nil {
+	if _, err := parseBlock(make([]byte, 4)); err == nil {
 		t.Error("an option of four bytes is taken")
 	}
 	for _, v := range []struct {

@@ -310,8 +310,7 @@ func TestDamaged(t *testing.T) {
 				}
 			}
 		}
-		// The time and the system in a gzip header, and a few others, do not
-		// matter.
+		// The time and the system in a gzip header, and a few others, do not matter.
 		if accepted > 24 {
 			t.Errorf("%s: %d changes go unnoticed", method, accepted)
 		}

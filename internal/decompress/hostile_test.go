@@ -63,6 +63,11 @@ func TestNothing(t *testing.T) {
 			}
 		})
 	}
+	// Empty members take much longer than their bytes.
+	members := &repeated{part: compressors["gzip"](t, nil)}
+	if n, err := open(t, "gzip", members).WriteTo(io.Discard); n != 0 || !errors.Is(err, errNothing) || members.n > freeInput/10 {
+		t.Errorf("%d bytes of %d, error %v", n, members.n, err)
+	}
 	// What a byte comes out of now and then has to end too.
 	source := &repeated{part: append(bytes.Repeat(compressors["zstd"](t, nil), 1000), compressors["zstd"](t, []byte{1})...)}
 	z := open(t, "zstd", source)

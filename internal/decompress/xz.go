@@ -29,20 +29,19 @@ const (
 	xzFooterMagic = "YZ"
 	xzLZMA2       = 0x21
 
-	// A decoder, with a dictionary of its own, is made for each block. Those of
-	// all blocks together may have this many bytes, and so many more per byte
-	// of data, so that a stream of small blocks with large dictionaries, which
-	// nothing makes, does not keep a machine busy.
+	// A decoder, with a dictionary of its own, is made for each block. Those of all blocks together
+	// may have this many bytes, and so many more per byte of data, so that a stream of small blocks
+	// with large dictionaries, which nothing makes, does not keep a machine busy.
 	xzDictionaries        = 1 << 30
 	xzDictionariesPerByte = 64
 )
 
 var crc64Table = crc64.MakeTable(crc64.ECMA)
 
-// An xzReader decompresses the .xz format (https://tukaani.org/xz/xz-file-format.txt,
-// version 1.2.1) with its one usual filter, LZMA2. What is decoded by the library
-// is the contents of a block; the container is read here, because the
-// library's reader for it makes a dictionary of any size that a header gives.
+// An xzReader decompresses the .xz format (https://tukaani.org/xz/xz-file-format.txt, version
+// 1.2.1) with its one usual filter, LZMA2. What is decoded by the library is the contents of a
+// block; the container is read here, because the library's reader for it makes a dictionary of any
+// size that a header gives.
 type xzReader struct {
 	in    *xzInput
 	begun bool
@@ -97,8 +96,8 @@ func (x *xzReader) Read(p []byte) (int, error) {
 	}
 }
 
-// next reads what comes before the data of the next block. It returns io.EOF at
-// the end of the last stream.
+// next reads what comes before the data of the next block. It returns io.EOF at the end of the last
+// stream.
 func (x *xzReader) next() error {
 	if x.records == nil {
 		if err := x.streamHeader(); err != nil {
@@ -121,8 +120,7 @@ func (x *xzReader) next() error {
 	return x.blockHeader(header)
 }
 
-// streamHeader reads the header of a stream, and padding before it if it is not the
-// first.
+// streamHeader reads the header of a stream, and padding before it if it is not the first.
 func (x *xzReader) streamHeader() error {
 	var b [12]byte
 	for {
@@ -308,8 +306,7 @@ func (x *xzReader) index() error {
 	return nil
 }
 
-// xzNumber reads a number of up to 63 bits: seven in each byte, the low ones
-// first.
+// xzNumber reads a number of up to 63 bits: seven in each byte, the low ones first.
 func xzNumber(r io.ByteReader) (uint64, error) {
 	v := uint64(0)
 	for shift := 0; shift < 63; shift += 7 {

@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package image opens what a read capability denotes, in whatever form a file tree
-// may be there: as ERIS-FS, as a nar, or as a compressed nar. Which one it is shows
-// in the first bytes, for a capability does not tell. Start with [Open].
+// Package image opens what a read capability denotes, in whatever form a file tree may be there: as
+// ERIS-FS, as a nar, or as a compressed nar. Which one it is shows in the first bytes, for a
+// capability does not tell. Start with [Open].
 package image
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"strings"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/content"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
@@ -28,41 +29,61 @@ const (
 	Data   Form = "data" // no tree
 )
 
-// An Image is the contents of a read capability.
+// An Image is the contents of a read capability. It must be closed, by Close or by what Nodes
+// returns.
 type Image struct {
-	// Content is the contents as they are.
-	Content *eris.Content
+	// Content is the contents as they are, to be read by Nodes or by the caller, who must not close
+	// it.
+	Content *content.Reader
 	// Form tells what they are.
 	Form Form
 
-	blocks eris.Blocks
+	source fetch.Source
 	limits erisfs.Limits
-	window eris.Window
+	window fetch.Window
 	method string // of compression
+	cancel context.CancelFunc
 }
 
-// Open opens the contents of a read capability, which may make an archive of at
-// most limits.NarSize bytes. The window bounds the blocks in flight. Errors are
-// those of [eris.Open].
-func Open(ctx context.Context, blocks eris.Blocks, c eris.ReadCapability, limits erisfs.Limits, window eris.Window) (*Image, error) {
+// Open starts to read the contents of a read capability, which may make an archive of at most
+// limits.NarSize bytes, and waits for the first ones. The window bounds the blocks in flight, and
+// the context ends all reading. The source must verify its blocks; errors are those of
+// [content.Open].
+func Open(ctx context.Context, source fetch.Source, c eris.ReadCapability, limits erisfs.Limits, window fetch.Window) (*Image, error) {
 	// Longer than both an index and a compressed nar may be.
 	most := max(limits.IndexLength(), int64(min(limits.NarSize, 1<<61))*2)
-	content, err := eris.Open(ctx, blocks, c, most, window)
+	ctx, cancel := context.WithCancel(ctx)
+	r, err := content.Open(ctx, source, c, most, window)
 	if err != nil {
+		cancel()
 		return nil, err
 	}
-	head := make([]byte, 32)
-	n, err := content.ReadAt(ctx, head, 0)
-	if err != nil && !errors.Is(err, io.EOF) {
+	x := &Image{Content: r, source: source, limits: limits, window: window, cancel: cancel}
+	head, err := r.Peek(32)
+	if err != nil {
+		x.Close()
 		return nil, err
 	}
-	x := &Image{Content: content, blocks: blocks, limits: limits, window: window}
-	x.Form, x.method = formOf(head[:n])
+	x.Form, x.method = formOf(head)
 	return x, nil
 }
 
-// formOf tells what contents are that begin with head, and how they are
-// compressed.
+// Close cancels all requests in flight and waits for them. It may be called again, and always
+// returns nil.
+func (x *Image) Close() error {
+	x.cancel()
+	return x.Content.Close()
+}
+
+// index reads the index of a tree.
+func (x *Image) index() (*erisfs.Index, error) {
+	if size := x.Content.Size(); size > x.limits.IndexLength() {
+		return nil, fmt.Errorf("index of %d bytes for an archive of %d", size, x.limits.NarSize)
+	}
+	return erisfs.ReadIndex(x.Content, x.limits)
+}
+
+// formOf tells what contents are that begin with head, and how they are compressed.
 func formOf(head []byte) (form Form, method string) {
 	if erisfs.IsIndex(head) {
 		return ERISFS, ""
@@ -90,34 +111,33 @@ const (
 	readAheadSize    = 128 << 10
 )
 
-// Nodes returns the tree of the image. The caller must call close. Contents that
-// look like a compressed nar may turn out to be something else; that is an error
-// of the nodes.
+// Nodes returns the tree of the image, once. The caller must call close, which closes the image,
+// too; if there is an error, it is closed already. Contents that look like a compressed nar may
+// turn out to be something else; that is an error of the nodes.
 func (x *Image) Nodes(ctx context.Context) (nodes nar.Nodes, close func(), err error) {
 	if x.Form == ERISFS {
-		if size := x.Content.Size(); size > x.limits.IndexLength() {
-			return nil, nil, fmt.Errorf("index of %d bytes for an archive of %d", size, x.limits.NarSize)
-		}
-		index, err := erisfs.ReadIndex(ctx, x.Content, x.limits)
+		index, err := x.index()
+		x.Close()
 		if err != nil {
 			return nil, nil, err
 		}
-		tree := index.Nodes(ctx, x.blocks, x.limits, x.window)
+		tree := index.Nodes(ctx, x.source, x.limits, x.window)
 		return tree, func() { tree.Close() }, nil
 	}
 	if x.method == "" {
+		x.Close()
 		return nil, nil, errors.New("the contents are neither a tree nor a nar")
 	}
-	reader := x.Content.NewReader(ctx)
-	plain, err := decompress.Open(x.method, reader)
+	plain, err := decompress.Open(x.method, x.Content)
 	if err != nil {
-		reader.Close()
+		x.Close()
 		return nil, nil, err
 	}
 	ahead := nar.NewReadAhead(ctx, plain, readAheadBuffers, readAheadSize)
 	return nar.NewReader(ahead), func() {
+		x.cancel() // whoever reads ahead may wait for blocks
 		ahead.Close()
 		plain.Close()
-		reader.Close()
+		x.Close()
 	}, nil
 }

@@ -12,53 +12,51 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/content"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
-// blocks is a source of blocks in memory.
-type blocks struct {
-	mu sync.Mutex
-	m  map[eris.Reference][]byte
-
-	asked int
+// source opens a store in memory as a source.
+func source(t *testing.T, b *sourcetest.Backend) fetch.Source {
+	s := b.Open(16)
+	t.Cleanup(func() { s.Close() })
+	return s
 }
 
-func (b *blocks) Put(_ context.Context, ref eris.Reference, block []byte) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.m[ref] = bytes.Clone(block)
-	return nil
+// counting counts the requests of a source.
+type counting struct {
+	fetch.Source
+	requests atomic.Int64
 }
 
-func (b *blocks) Get(_ context.Context, ref eris.Reference, _ eris.BlockSize, _ []byte) ([]byte, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.asked++
-	if block, ok := b.m[ref]; ok {
-		return block, nil
-	}
-	return nil, eris.ErrNotFound
+func (c *counting) Start(r *fetch.Request) {
+	c.requests.Add(1)
+	c.Source.Start(r)
 }
 
-func encode(t *testing.T, content []byte) (*blocks, eris.ReadCapability) {
+func encode(t *testing.T, content []byte) (fetch.Source, eris.ReadCapability) {
 	t.Helper()
-	b := &blocks{m: map[eris.Reference][]byte{}}
-	c, err := eris.Encode(t.Context(), bytes.NewReader(content), b, eris.EncodeOptions{})
+	b := sourcetest.NewBackend()
+	c, err := eris.Encode(t.Context(), bytes.NewReader(content), b.Put, eris.EncodeOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return b, c
+	return source(t, b), c
 }
 
 // hashOf returns the hash of the archive of an image.
-func hashOf(t *testing.T, b eris.Blocks, c eris.ReadCapability, limits erisfs.Limits) (image.Form, [32]byte, error) {
+func hashOf(t *testing.T, s fetch.Source, c eris.ReadCapability, limits erisfs.Limits) (image.Form, [32]byte, error) {
 	t.Helper()
-	x, err := image.Open(t.Context(), b, c, limits, eris.Window{})
+	x, err := image.Open(t.Context(), s, c, limits, fetch.Window{})
 	if err != nil {
 		return "", [32]byte{}, err
 	}
@@ -72,8 +70,8 @@ func hashOf(t *testing.T, b eris.Blocks, c eris.ReadCapability, limits erisfs.Li
 	return x.Form, [32]byte(h.Sum(nil)), err
 }
 
-// TestForms opens trees in all forms in which others may have encoded them. The
-// archives were made by "guix publish".
+// TestForms opens trees in all forms in which others may have encoded them. The archives were made
+// by "guix publish".
 func TestForms(t *testing.T) {
 	const mirror = "../../testdata/guix-mirror/nar"
 	items, err := filepath.Glob(mirror + "/*-*")
@@ -102,15 +100,15 @@ func TestForms(t *testing.T) {
 				t.Errorf("%s as %s, cut off, is accepted", item, form)
 			}
 		}
-		b := &blocks{m: map[eris.Reference][]byte{}}
-		r, err := erisfs.Encode(t.Context(), nar.NewReader(nar.FeedReader(bytes.NewReader(plain), 1<<16)), b, erisfs.EncodeOptions{})
+		b := sourcetest.NewBackend()
+		r, err := erisfs.Encode(t.Context(), nar.NewReader(nar.FeedReader(bytes.NewReader(plain), 1<<16)), b.Put, erisfs.EncodeOptions{})
 		if errors.Is(err, erisfs.ErrNotRepresentable) {
 			continue
 		}
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got, hash, err := hashOf(t, b, r.Capability, limits); err != nil || got != image.ERISFS || hash != want {
+		if got, hash, err := hashOf(t, source(t, b), r.Capability, limits); err != nil || got != image.ERISFS || hash != want {
 			t.Errorf("%s as ERIS-FS: form %s, hash %x instead of %x, error %v", item, got, hash, want, err)
 		}
 	}
@@ -143,25 +141,117 @@ func TestNoTree(t *testing.T) {
 	}
 	// An index that is too long is not fetched.
 	b, c := encode(t, []byte(index+strings.Repeat("x", 6<<20)))
-	if _, err := image.Open(t.Context(), b, c, limits, eris.Window{}); !errors.Is(err, eris.ErrTooLarge) {
+	if _, err := image.Open(t.Context(), b, c, limits, fetch.Window{}); !errors.Is(err, content.ErrTooLarge) {
 		t.Errorf("error %v", err)
 	}
 	b, c = encode(t, []byte(index+strings.Repeat("0123456789abcdefg", 26<<20/17)))
-	b.asked = 0
-	if _, _, err := hashOf(t, b, c, erisfs.Limits{NarSize: 100 << 20}); err == nil || !strings.Contains(err.Error(), "index of") || b.asked > 10 {
-		t.Errorf("%d blocks were asked for; error %v", b.asked, err)
+	counted := &counting{Source: b}
+	if _, _, err := hashOf(t, counted, c, erisfs.Limits{NarSize: 100 << 20}); err == nil || !strings.Contains(err.Error(), "index of") || counted.requests.Load() > 10 {
+		t.Errorf("%d blocks were requested; error %v", counted.requests.Load(), err)
 	}
-	// What unpacks to more than it may is cut off by whoever restores it; what is
-	// longer than that itself is not opened.
+	// What unpacks to more than it may is cut off by whoever restores it; what is longer than that
+	// itself is not opened.
 	b, c = encode(t, append([]byte("\x1f\x8b"), make([]byte, 11<<20)...))
-	if _, err := image.Open(t.Context(), b, c, limits, eris.Window{}); !errors.Is(err, eris.ErrTooLarge) {
+	if _, err := image.Open(t.Context(), b, c, limits, fetch.Window{}); !errors.Is(err, content.ErrTooLarge) {
 		t.Errorf("error %v", err)
 	}
-	x, err := image.Open(t.Context(), b, c, erisfs.Limits{NarSize: 1 << 60}, eris.Window{})
+	x, err := image.Open(t.Context(), b, c, erisfs.Limits{NarSize: 1 << 60}, fetch.Window{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n, err := x.Content.WriteTo(t.Context(), io.Discard); err != nil || n != 11<<20+2 {
+	defer x.Close()
+	if n, err := io.Copy(io.Discard, x.Content); err != nil || n != 11<<20+2 {
 		t.Errorf("%d bytes, error %v", n, err)
 	}
+}
+
+// silent is a source that responds to the first requests only.
+type silent struct {
+	fetch.Source
+	most     atomic.Int64
+	mu       sync.Mutex
+	requests map[*fetch.Request]bool
+}
+
+func (s *silent) Start(r *fetch.Request) {
+	if s.most.Add(-1) >= 0 {
+		s.Source.Start(r)
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.requests[r] = true
+}
+
+func (s *silent) Cancel(r *fetch.Request) {
+	s.mu.Lock()
+	waiting := s.requests[r]
+	delete(s.requests, r)
+	s.mu.Unlock()
+	if !waiting {
+		s.Source.Cancel(r)
+		return
+	}
+	r.Err = context.Canceled
+	r.Done(r)
+}
+
+// TestCloseWhileSilent closes an image while somebody reads ahead and no blocks come.
+func TestCloseWhileSilent(t *testing.T) {
+	head := []byte("\x0d\x00\x00\x00\x00\x00\x00\x00nix-archive-1\x00\x00\x00")
+	b := sourcetest.NewBackend()
+	c, err := eris.Encode(t.Context(), bytes.NewReader(append(head, make([]byte, 1<<20)...)), b.Put, eris.EncodeOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		silent := &silent{Source: source(t, b), requests: make(map[*fetch.Request]bool)}
+		silent.most.Store(3)
+		x, err := image.Open(t.Context(), silent, c, erisfs.Limits{NarSize: 1 << 21}, fetch.Window{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, closeNodes, err := x.Nodes(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		closeNodes()
+		if n := len(silent.requests); n != 0 {
+			t.Errorf("%d requests were not cancelled", n)
+		}
+	})
+}
+
+// TestPresent looks for what is there of an archive, half of whose leaves are.
+func TestPresent(t *testing.T) {
+	all := sourcetest.NewBackend()
+	random := make([]byte, 300<<10)
+	for i := range random {
+		random[i] = byte(i * i >> 7)
+	}
+	c, err := eris.Encode(t.Context(), bytes.NewReader(random), all.Put, eris.EncodeOptions{BlockSize: eris.BlockSize1KiB})
+	if err != nil {
+		t.Fatal(err)
+	}
+	near := nearby{source(t, all), all}
+	if n := image.Present(t.Context(), near, c, erisfs.Limits{NarSize: 1 << 20}, 1); n < 300<<10 || n > 302<<10 {
+		t.Errorf("%d bytes are there, of all", n)
+	}
+	if n := image.Present(t.Context(), near, c, erisfs.Limits{NarSize: 1 << 20}, 10); n < 290<<10 || n > 302<<10 {
+		t.Errorf("%d bytes are there, of all, by one leaf of ten", n)
+	}
+	none := sourcetest.NewBackend()
+	if n := image.Present(t.Context(), nearby{source(t, none), none}, c, erisfs.Limits{NarSize: 1 << 20}, 1); n != 0 {
+		t.Errorf("%d bytes are there, of nothing", n)
+	}
+}
+
+type nearby struct {
+	fetch.Source
+	backend *sourcetest.Backend
+}
+
+func (n nearby) Has(_ context.Context, ref eris.Reference, _ eris.BlockSize) bool {
+	return n.backend.Has(ref)
 }

@@ -9,30 +9,30 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 )
 
-// Nearby are blocks that can be had without waiting for anybody else: those of a
-// cache, for example.
+// Nearby are blocks that can be had without waiting for anybody else: those of a cache, for
+// example. They need not be verified: what is wrong spoils an estimate only.
 type Nearby interface {
-	eris.Blocks
-	// Has tells whether a block is there. It may be wrong at times.
+	fetch.Source
+	// Has reports whether a block is there. It may be wrong at times.
 	Has(ctx context.Context, ref eris.Reference, size eris.BlockSize) bool
 }
 
 // presentNodes bounds how many internal nodes are read to find out what is there.
 const presentNodes = 4096
 
-// Present estimates how many bytes of the contents of an image are in the leaves
-// that nearby has. It looks at one leaf of stride, and finds only what can be
-// reached by way of an index and of internal nodes that are there too. It ends
-// with ctx, with what it has found by then.
+// Present estimates how many bytes of the contents of an image are in the leaves that nearby has.
+// It looks at one leaf of stride, and finds only what can be reached by way of an index and of
+// internal nodes that are there too. It ends with ctx, with what it has found by then.
 func Present(ctx context.Context, nearby Nearby, c eris.ReadCapability, limits erisfs.Limits, stride int) int64 {
 	p := presence{ctx: ctx, nearby: nearby, stride: max(1, stride), nodes: presentNodes}
 	if !nearby.Has(ctx, c.Root, c.BlockSize) {
 		return 0
 	}
-	for content := range p.contents(c, limits) {
-		p.add(eris.Pair{Reference: content.Root, Key: content.Key}, content.BlockSize, content.Level)
+	for c := range p.contents(c, limits) {
+		p.add(eris.Pair{Reference: c.Root, Key: c.Key}, c.BlockSize, c.Level)
 	}
 	return p.bytes
 }
@@ -50,17 +50,17 @@ type presence struct {
 
 // contents are what an image consists of: the files of an index, or one archive.
 func (p *presence) contents(c eris.ReadCapability, limits erisfs.Limits) iter.Seq[eris.ReadCapability] {
-	x, err := Open(p.ctx, p.nearby, c, limits, eris.Window{Requests: 4})
-	if err != nil || x.Form != ERISFS {
+	x, err := Open(p.ctx, p.nearby, c, limits, fetch.Window{Requests: 4})
+	if err != nil {
 		return slices.Values([]eris.ReadCapability{c})
 	}
-	none := func(func(eris.ReadCapability) bool) {}
-	if x.Content.Size() > limits.IndexLength() {
-		return none
+	defer x.Close()
+	if x.Form != ERISFS {
+		return slices.Values([]eris.ReadCapability{c})
 	}
-	index, err := erisfs.ReadIndex(p.ctx, x.Content, limits)
+	index, err := x.index()
 	if err != nil {
-		return none
+		return func(func(eris.ReadCapability) bool) {}
 	}
 	return index.Contents()
 }
@@ -80,13 +80,14 @@ func (p *presence) add(pair eris.Pair, size eris.BlockSize, level int) {
 		return
 	}
 	p.nodes--
-	block, err := p.nearby.Get(p.ctx, pair.Reference, size, p.block[:0])
-	if err != nil || eris.Verify(pair.Reference, block) != nil || len(block) != int(size) {
+	block, err := fetch.Get(p.ctx, p.nearby, pair.Reference, size, p.block[:0])
+	if err != nil {
 		return
 	}
-	// The node is a view of its memory, which must last while its children are
-	// looked at.
-	node, err := eris.DecryptNode(make([]byte, size), block, pair.Key, level)
+	// The node is a view of its memory, which must last while its children are looked at.
+	plaintext := make([]byte, size)
+	eris.Decrypt(plaintext, block, pair.Key, level)
+	node, err := eris.ParseNode(plaintext)
 	if err != nil {
 		return
 	}

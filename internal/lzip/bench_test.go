@@ -10,15 +10,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"testing"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/benchdata"
 )
 
-// BenchmarkLzip decompresses 32 MiB. If lzip is installed, it does the same in
-// turns, and the ratio of processor times is reported: below 1 is faster.
+// BenchmarkLzip decompresses 32 MiB. If lzip is installed, it does the same in turns, and the ratio
+// of processor times is reported: below 1 is faster.
 func BenchmarkLzip(b *testing.B) {
 	data := benchdata.Archive(32 << 20)
 	compressed := compress(b, data, 0x17)
@@ -50,29 +49,10 @@ func BenchmarkLzip(b *testing.B) {
 		b.ReportMetric(theirs.Seconds()*1e9/float64(len(data)), "lzip-cpu-ns/B")
 		b.ReportMetric(ours.Seconds()/theirs.Seconds(), "of-lzip")
 	})
-	b.Run("members", func(b *testing.B) {
-		// In members as plzip makes them, on one processor and on all.
-		var members []byte
-		for i := 0; i < len(data); i += 4 << 20 {
-			members = append(members, compress(b, data[i:i+4<<20], 0x15)...)
-		}
-		for _, workers := range []int{1, runtime.GOMAXPROCS(0)} {
-			b.Run(map[bool]string{true: "serial", false: "parallel"}[workers == 1], func(b *testing.B) {
-				b.SetBytes(int64(len(data)))
-				for b.Loop() {
-					z := NewReader(bytes.NewReader(members), Options{Workers: workers})
-					if _, err := z.WriteTo(io.Discard); err != nil {
-						b.Fatal(err)
-					}
-					z.Close()
-				}
-			})
-		}
-	})
 }
 
 func drain(b *testing.B, compressed []byte) {
-	z := NewReader(bytes.NewReader(compressed), Options{})
+	z := NewReader(bytes.NewReader(compressed), 0)
 	if _, err := z.WriteTo(io.Discard); err != nil {
 		b.Fatal(err)
 	}

@@ -7,34 +7,32 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
-
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lzcopy"
 )
 
 const (
-	// inputSize is a power of two that a 16-bit number counts up to, so that the
-	// position needs no check.
+	// inputSize is a power of two that a 16-bit number counts up to, so that the position needs no
+	// check.
 	inputSize = 1 << 16
-	// inputLimit is how many bytes of it are used: enough is left that a symbol
-	// that starts at the last of them does not go around.
+	// inputLimit is how many bytes of it are used: enough is left that a symbol that starts at the
+	// last of them does not go around.
 	inputLimit = inputSize - 64
 
-	// pieceSize is how much is decoded at a time, in bytes: little enough that it
-	// is still in the second-level cache when it is checked, hashed and written.
+	// pieceSize is how much is decoded at a time, in bytes: little enough that it is still in the
+	// second-level cache when it is checked, hashed and written.
 	pieceSize = 64 << 10
 	// leastPiece is how much is handed out, in bytes, before input is waited for.
 	leastPiece = 16 << 10
 
-	// leastRing is the least size of a window, in bytes; it lets pieces of members
-	// with a small dictionary be large nevertheless.
+	// leastRing is the least size of a window, in bytes; it lets pieces of members with a small
+	// dictionary be large nevertheless.
 	leastRing = 4 * pieceSize
-	// ringSlack is how much the ring is larger than the dictionary, in bytes: what
-	// is written beyond a match never destroys what can still be referred to.
+	// ringSlack is how much the ring is larger than the dictionary, in bytes: what is written
+	// beyond a match never destroys what can still be referred to.
 	ringSlack = 1 << 12
 )
 
-// A decoder decodes one member at a time from its source, into a window that is
-// the dictionary and the output at once.
+// A decoder decodes one member at a time from its source, into a window that is the dictionary and
+// the output at once.
 type decoder struct {
 	// The range decoder and the state of the LZMA decoder.
 	rng, code              uint64
@@ -44,8 +42,8 @@ type decoder struct {
 	ip                     uint16 // next byte of in
 	dictSize               uint64 // bytes
 
-	// The window is a ring of ring bytes; what lies behind it takes the part of a
-	// match that crosses its end. full says that the ring has been filled once.
+	// The window is a ring of ring bytes; what lies behind it takes the part of a match that
+	// crosses its end. full says that the ring has been filled once.
 	window []byte
 	ring   int
 	pos    int
@@ -66,12 +64,6 @@ type decoder struct {
 	model model
 }
 
-// init makes the decoder ready for its first member.
-func (d *decoder) init(src io.Reader) {
-	d.src = src
-	d.ip, d.inEnd, d.inErr, d.inOff = 0, 0, nil, 0
-}
-
 // close gives the window back.
 func (d *decoder) close() {
 	if d.window != nil {
@@ -83,8 +75,8 @@ func (d *decoder) close() {
 // available is how many bytes of input are in memory.
 func (d *decoder) available() int { return d.inEnd - int(d.ip) }
 
-// need reads until n bytes of input are in memory. It returns
-// io.ErrUnexpectedEOF if the source ends before.
+// need reads until n bytes of input are in memory. It returns io.ErrUnexpectedEOF if the source
+// ends before.
 func (d *decoder) need(n int) error {
 	if d.available() >= n {
 		return nil
@@ -109,8 +101,7 @@ func (d *decoder) need(n int) error {
 	return d.inputError()
 }
 
-// inputError is the error for a member that is not complete when the source has
-// ended.
+// inputError is the error for a member that is not complete when the source has ended.
 func (d *decoder) inputError() error {
 	if d.inErr == io.EOF {
 		return io.ErrUnexpectedEOF
@@ -118,10 +109,9 @@ func (d *decoder) inputError() error {
 	return d.inErr
 }
 
-// begin reads the header of a member. It returns io.EOF if the source ends where
-// a header would begin. ring is the size of the window to have, in bytes, if the
-// dictionary needs less.
-func (d *decoder) begin(maxDict, ring int) error {
+// begin reads the header of a member. It returns io.EOF if the source ends where a header would
+// begin.
+func (d *decoder) begin(maxDict int) error {
 	if err := d.need(headerSize); err != nil {
 		if err == io.ErrUnexpectedEOF && d.available() == 0 {
 			return io.EOF
@@ -138,10 +128,10 @@ func (d *decoder) begin(maxDict, ring int) error {
 	d.began = d.inOff + int64(d.ip)
 	d.ip += headerSize
 
-	ring = max(ring, ringFor(dict))
-	if len(d.window) < ring+maxMatch+lzcopy.Slack {
+	ring := ringFor(dict)
+	if len(d.window) < ring+maxMatch+slack {
 		d.close()
-		if d.window, err = allocate(ring + maxMatch + lzcopy.Slack); err != nil {
+		if d.window, err = allocate(ring + maxMatch + slack); err != nil {
 			return fmt.Errorf("memory for a window of %d bytes: %w", ring, err)
 		}
 		d.ring = ring
@@ -159,9 +149,8 @@ func (d *decoder) begin(maxDict, ring int) error {
 // ringFor is the least size of the window, in bytes, for a dictionary.
 func ringFor(dict int) int { return max(dict+ringSlack, leastRing) &^ (posStates - 1) }
 
-// next returns the next piece of the member, which stays as it is until the next
-// call, and io.EOF with the last one, when the trailer was read and is right. With
-// another error there is no piece.
+// next returns the next piece of the member, which stays as it is until the next call, and io.EOF
+// with the last one, when the trailer was read and is right. With another error there is no piece.
 func (d *decoder) next() ([]byte, error) {
 	if d.pos >= d.ring {
 		// The data from ring on belong at the beginning.
@@ -183,10 +172,9 @@ func (d *decoder) next() ([]byte, error) {
 				return nil, err
 			}
 		}
-		// A trailer follows the last symbol, an end marker, which itself takes
-		// more than one byte. So where the source has ended, no symbol of a
-		// whole member starts later than this either, and what is decoded
-		// before the end is noticed does not come from beyond it.
+		// A trailer follows the last symbol, an end marker, which itself takes more than one byte.
+		// So where the source has ended, no symbol of a whole member starts later than this either,
+		// and what is decoded before the end is noticed does not come from beyond it.
 		why := d.run(end, d.inEnd-maxSymbol)
 		if int(d.ip) > d.inEnd {
 			return nil, d.inputError()
@@ -218,8 +206,7 @@ func (d *decoder) next() ([]byte, error) {
 func (d *decoder) piece() []byte {
 	p := d.window[d.start:d.pos:d.pos]
 	if d.pos > d.ring {
-		// What lies behind the ring comes with the next piece, once it is where
-		// it belongs.
+		// What lies behind the ring comes with the next piece, once it is where it belongs.
 		p = d.window[d.start:d.ring:d.ring]
 	}
 	d.start += len(p)
@@ -228,8 +215,8 @@ func (d *decoder) piece() []byte {
 	return p
 }
 
-// initRange starts a range-coded stream: the first byte is always zero, and four
-// bytes of code follow. A code that is not below the interval cannot be.
+// initRange starts a range-coded stream: the first byte is always zero, and four bytes of code
+// follow. A code that is not below the interval cannot be.
 func (d *decoder) initRange() error {
 	if err := d.need(5); err != nil {
 		return err

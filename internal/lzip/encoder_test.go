@@ -8,9 +8,8 @@ import (
 	"math/bits"
 )
 
-// A memberEncoder makes a member out of symbols that its user chooses, sound or
-// not, and keeps what they stand for, so that every kind of symbol can be
-// tested, which no compressor promises to use.
+// A memberEncoder makes a member out of symbols that its user chooses, sound or not, and keeps what
+// they stand for, so that every kind of symbol can be tested, which no compressor promises to use.
 type memberEncoder struct {
 	model model
 	state int
@@ -23,8 +22,8 @@ type memberEncoder struct {
 	cache   byte
 	pending int
 
-	// While follow is set, literal chooses the bits that a decoder would read
-	// from a stream that has code now and target after it.
+	// While follow is set, literal chooses the bits that a decoder would read from a stream that
+	// has code now and target after it.
 	follow bool
 	code   uint32
 	target []byte
@@ -106,8 +105,8 @@ func (e *memberEncoder) isMatch(b int) int {
 	return e.bit(&e.model.isMatch[e.state<<2|e.posState()], b)
 }
 
-// literal encodes c. It returns false if the target that it follows has
-// something else than a literal there.
+// literal encodes c. It returns false if the target that it follows has something else than a
+// literal there.
 func (e *memberEncoder) literal(c byte) bool {
 	if e.isMatch(0) == 1 {
 		return false
@@ -178,8 +177,7 @@ func (e *memberEncoder) copy(n int) {
 	}
 }
 
-// rawMatch encodes a match with a distance, where 0 is the byte before, without
-// taking it as done.
+// rawMatch encodes a match with a distance, where 0 is the byte before, without taking it as done.
 func (e *memberEncoder) rawMatch(dist uint32, n int) {
 	e.isMatch(1)
 	e.bit(&e.model.isRep[e.state], 0)
@@ -258,8 +256,8 @@ func (e *memberEncoder) flush() {
 	}
 }
 
-// sync encodes a sync-flush marker and starts the range-coded stream anew, as
-// lzlib does (decoder.c: LZd_decode_member).
+// sync encodes a sync-flush marker and starts the range-coded stream anew, as lzlib does
+// (decoder.c: LZd_decode_member).
 func (e *memberEncoder) sync() {
 	e.marker(3)
 	e.flush()

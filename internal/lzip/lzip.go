@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package lzip decompresses the lzip format, in which substitute servers offer
-// the smallest archives. Start with [NewReader].
+// Package lzip decompresses the lzip format, in which substitute servers offer the smallest
+// archives. Start with [NewReader].
 //
-// The format is that of the lzip manual, "File format", and of the Internet
-// draft draft-diaz-lzip: members one after the other, each with a header, an LZMA
-// stream with an end marker, and a trailer with a CRC and sizes. Everything in
-// them is checked. Data that follow the last member and are not a member
-// themselves are an error, as they are for Guix (guix/utils.scm:
-// decompressed-port, by way of lzlib).
+// The format is that of the lzip manual, "File format", and of the Internet draft draft-diaz-lzip:
+// members one after the other, each with a header, an LZMA stream with an end marker, and a trailer
+// with a CRC and sizes. Everything in them is checked. Data that follow the last member and are not
+// a member themselves are an error, as they are for Guix (guix/utils.scm: decompressed-port, by way
+// of lzlib).
 package lzip
 
 import (
@@ -23,20 +22,19 @@ const (
 	minDictionary = 1 << 12
 	maxDictionary = 1 << 29
 
-	// DefaultMaxDictionary is the dictionary size, in bytes, up to which members
-	// are accepted unless [Options] say otherwise. What makes archives has at most
-	// 32 MiB (lzip -9); the format allows 512 MiB.
+	// DefaultMaxDictionary is the dictionary size, in bytes, up to which members are accepted
+	// unless the caller says otherwise. What makes archives has at most 32 MiB (lzip -9); the
+	// format allows 512 MiB.
 	DefaultMaxDictionary = 128 << 20
 )
 
 var (
-	// ErrFormat is in the chain of every error that says that the data are not
-	// sound lzip data. Data that end too early are not among them: those give
-	// io.ErrUnexpectedEOF.
+	// ErrFormat is in the chain of every error that says that the data are not sound lzip data.
+	// Data that end too early are not among them: those give io.ErrUnexpectedEOF.
 	ErrFormat = errors.New("invalid lzip data")
 
-	// ErrDictionary is in the chain of the error for a member whose dictionary is
-	// larger than the limit.
+	// ErrDictionary is in the chain of the error for a member whose dictionary is larger than the
+	// limit.
 	ErrDictionary = errors.New("lzip dictionary too large")
 
 	errClosed = errors.New("lzip reader is closed")
@@ -50,9 +48,8 @@ func formatError(format string, a ...any) error {
 // magic are the first bytes of a member, its version included.
 const magic = "LZIP\x01"
 
-// parseHeader returns the dictionary size, in bytes, that a header of six bytes
-// gives. The format has versions 0 and 1; version 0 has not been made since
-// 2010 and is not supported.
+// parseHeader returns the dictionary size, in bytes, that a header of six bytes gives. The format
+// has versions 0 and 1; version 0 has not been made since 2010 and is not supported.
 func parseHeader(h [headerSize]byte) (dictionary int, err error) {
 	if string(h[:4]) != magic[:4] {
 		return 0, formatError("no member where one must be")
@@ -67,8 +64,8 @@ func parseHeader(h [headerSize]byte) (dictionary int, err error) {
 	return dictionary, nil
 }
 
-// parseDictionary decodes a dictionary size: the low five bits are the exponent
-// of a power of two, from which the high three bits take away so many sixteenths.
+// parseDictionary decodes a dictionary size: the low five bits are the exponent of a power of two,
+// from which the high three bits take away so many sixteenths.
 func parseDictionary(code byte) (size int, ok bool) {
 	exponent := code & 31
 	if exponent < 12 || exponent > 29 {

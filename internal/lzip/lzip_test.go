@@ -62,8 +62,8 @@ func noise(seed uint64, n int) []byte {
 	return b
 }
 
-func decompress(data []byte, o Options) ([]byte, error) {
-	z := NewReader(bytes.NewReader(data), o)
+func decompress(data []byte, maxDictionary int) ([]byte, error) {
+	z := NewReader(bytes.NewReader(data), maxDictionary)
 	defer z.Close()
 	return io.ReadAll(z)
 }
@@ -82,7 +82,7 @@ var readers = map[string]func(*Reader) ([]byte, error){
 	"Next": func(z *Reader) ([]byte, error) {
 		var b []byte
 		for {
-			p, err := z.Next()
+			p, err := z.next()
 			b = append(b, p...)
 			if err == io.EOF {
 				return b, nil
@@ -139,14 +139,14 @@ func TestReader(t *testing.T) {
 				if len(test.data) > 100000 && (source == "one byte" || reader == "small Read") && source != reader {
 					continue // slow, and nothing new
 				}
-				z := NewReader(wrap(bytes.NewReader(test.compressed)), Options{})
+				z := NewReader(wrap(bytes.NewReader(test.compressed)), 0)
 				got, err := read(z)
 				if err != nil {
 					t.Errorf("%s: %s from %s: %v", test.name, reader, source, err)
 				} else if !bytes.Equal(got, test.data) {
 					t.Errorf("%s: %s from %s: wrong data", test.name, reader, source)
 				}
-				if _, err := z.Next(); err != io.EOF {
+				if _, err := z.next(); err != io.EOF {
 					t.Errorf("%s: %s from %s: %v after the end", test.name, reader, source, err)
 				}
 				if err := z.Close(); err != nil {
@@ -160,8 +160,8 @@ func TestReader(t *testing.T) {
 	}
 }
 
-// TestSymbols decodes members made of random symbols of all kinds, most of which
-// refer to as much of the dictionary as there is.
+// TestSymbols decodes members made of random symbols of all kinds, most of which refer to as much
+// of the dictionary as there is.
 func TestSymbols(t *testing.T) {
 	n := 300000
 	if testing.Short() {
@@ -197,7 +197,7 @@ func TestSymbols(t *testing.T) {
 			}
 		}
 		want := e.data
-		got, err := decompress(e.member(code), Options{})
+		got, err := decompress(e.member(code), 0)
 		if err != nil {
 			t.Errorf("seed %d: %v", seed, err)
 		} else if !bytes.Equal(got, want) {
@@ -206,8 +206,8 @@ func TestSymbols(t *testing.T) {
 	}
 }
 
-// TestLongestSymbol decodes the least likely of all symbols, starting from the
-// least interval that there can be and others, and counts the input it takes.
+// TestLongestSymbol decodes the least likely of all symbols, starting from the least interval that
+// there can be and others, and counts the input it takes.
 func TestLongestSymbol(t *testing.T) {
 	most := 0
 	for _, rng := range []uint32{31 << 13, 1 << 20, 1<<24 - 1, 1 << 24, 1 << 30, 1<<32 - 1} {
@@ -231,7 +231,7 @@ func TestLongestSymbol(t *testing.T) {
 		e.flush()
 
 		d := new(decoder)
-		d.init(bytes.NewReader(append(e.out, make([]byte, 100)...)))
+		d.src = bytes.NewReader(append(e.out, make([]byte, 100)...))
 		if err := d.initRange(); err != nil {
 			t.Fatal(err)
 		}
@@ -271,7 +271,7 @@ func TestGuixMirror(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got, err := decompress(compressed, Options{})
+		got, err := decompress(compressed, 0)
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 		} else if !bytes.Equal(got, want) {
@@ -297,20 +297,20 @@ func TestSyncFlush(t *testing.T) {
 			want = append(want, c)
 		}
 	}
-	got, err := decompress(compressed, Options{})
+	got, err := decompress(compressed, 0)
 	if err != nil || !bytes.Equal(got, want) {
 		t.Errorf("%d bytes, %v", len(got), err)
 	}
 	for i := range compressed {
-		got, err := decompress(compressed[:i], Options{})
+		got, err := decompress(compressed[:i], 0)
 		if err != io.ErrUnexpectedEOF || !bytes.HasPrefix(want, got) {
 			t.Errorf("cut to %d bytes: %v", i, err)
 		}
 	}
 }
 
-// program returns the file name of a program that decodes and encodes lzip, by
-// what it says its name is: what is called lzip may be plzip.
+// program returns the file name of a program that decodes and encodes lzip, by what it says its
+// name is: what is called lzip may be plzip.
 func program(t testing.TB, want string) string {
 	for _, name := range []string{want, "lzip.lzip"} {
 		path, err := exec.LookPath(name)
@@ -341,7 +341,7 @@ func TestPrograms(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			got, err := decompress(compressed, Options{})
+			got, err := decompress(compressed, 0)
 			if err != nil || !bytes.Equal(got, data) {
 				t.Errorf("%d bytes, %v", len(got), err)
 			}
@@ -373,7 +373,7 @@ func TestTruncated(t *testing.T) {
 	for name, m := range members {
 		first := len(compress(t, benchdata.Words(8, 500), code4K))
 		for i := range m {
-			got, err := decompress(m[:i], Options{})
+			got, err := decompress(m[:i], 0)
 			if name == "two members" && i == first {
 				if err != nil || len(got) != 500 {
 					t.Errorf("%s, cut to %d bytes: %v", name, i, err)
@@ -388,7 +388,7 @@ func TestTruncated(t *testing.T) {
 			}
 			// The error of a source that fails comes through.
 			broken := errors.New("broken")
-			z := NewReader(io.MultiReader(bytes.NewReader(m[:i]), iotest.ErrReader(broken)), Options{})
+			z := NewReader(io.MultiReader(bytes.NewReader(m[:i]), iotest.ErrReader(broken)), 0)
 			if got, err = io.ReadAll(z); err != broken || !bytes.HasPrefix(wants[name], got) {
 				t.Errorf("%s, broken after %d bytes: %v", name, i, err)
 			}
@@ -462,12 +462,12 @@ func TestErrors(t *testing.T) {
 	}
 	for _, test := range tests {
 		for source, wrap := range sources {
-			z := NewReader(wrap(bytes.NewReader(test.data)), Options{})
+			z := NewReader(wrap(bytes.NewReader(test.data)), 0)
 			_, err := io.ReadAll(z)
 			if !errors.Is(err, test.err) {
 				t.Errorf("%s, %s: %v", test.name, source, err)
 			}
-			if _, again := z.Next(); again != err {
+			if _, again := z.next(); again != err {
 				t.Errorf("%s, %s: then %v", test.name, source, again)
 			}
 			z.Close()
@@ -475,12 +475,11 @@ func TestErrors(t *testing.T) {
 	}
 }
 
-// TestLastPieceIsChecked: an item that is one piece is not handed out at all if
-// its CRC is wrong.
+// TestLastPieceIsChecked: an item that is one piece is not handed out at all if its CRC is wrong.
 func TestLastPieceIsChecked(t *testing.T) {
 	m := compress(t, benchdata.Words(12, 50000), code64K)
 	m[len(m)-20]++
-	if got, err := decompress(m, Options{}); !errors.Is(err, ErrFormat) || len(got) != 0 {
+	if got, err := decompress(m, 0); !errors.Is(err, ErrFormat) || len(got) != 0 {
 		t.Errorf("%d bytes, %v", len(got), err)
 	}
 }
@@ -510,15 +509,14 @@ func TestDictionary(t *testing.T) {
 		}
 		m := compress(t, benchdata.Words(13, 200), code4K)
 		m[5] = byte(code)
-		got, err := decompress(m, Options{MaxDictionary: maxDictionary})
+		got, err := decompress(m, maxDictionary)
 		if err != nil || len(got) != 200 {
 			t.Errorf("code %#x: %v", code, err)
 		}
 	}
 }
 
-// TestMemory: the largest dictionary of the format takes no memory that data do
-// not fill.
+// TestMemory: the largest dictionary of the format takes no memory that data do not fill.
 func TestMemory(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("needs /proc/self/smaps_rollup")
@@ -536,10 +534,10 @@ func TestMemory(t *testing.T) {
 	}
 	m := compress(t, benchdata.Words(14, 100000), code64K)
 	m[5] = 29
-	z := NewReader(bytes.NewReader(m), Options{MaxDictionary: maxDictionary})
+	z := NewReader(bytes.NewReader(m), maxDictionary)
 	defer z.Close()
 	before := resident()
-	if _, err := z.Next(); err != nil {
+	if _, err := z.next(); err != nil {
 		t.Fatal(err)
 	}
 	if more := resident() - before; more > 32<<10 {

@@ -2,10 +2,9 @@
 
 package lzip
 
-// Numbers of the LZMA algorithm that the lzip format fixes: three bits of
-// literal context, no literal position bits, two position bits, and four
-// recent distances. (Lzip manual, "Format of the LZMA stream in lzip files";
-// Internet draft draft-diaz-lzip.)
+// Numbers of the LZMA algorithm that the lzip format fixes: three bits of literal context, no
+// literal position bits, two position bits, and four recent distances. (Lzip manual, "Format of the
+// LZMA stream in lzip files"; Internet draft draft-diaz-lzip.)
 const (
 	litContexts = 8  // one per value of the three high bits of the byte before
 	posStates   = 4  // one per value of the two low bits of the position
@@ -23,21 +22,20 @@ const (
 	probMove = 5 // adaptation rate
 )
 
-// lenModel holds the probabilities of a length: eight short ones and eight
-// middle ones per position state, and 256 long ones.
+// lenModel holds the probabilities of a length: eight short ones and eight middle ones per position
+// state, and 256 long ones.
 type lenModel struct {
 	choice, choice2 uint16
 	low, mid        [posStates][8]uint16
 	high            [256]uint16
 }
 
-// model is all that the decoder has learnt about the member so far. A tree of
-// n bits is an array of 1<<n probabilities of which number 0 is not used: node
-// s has the children 2s and 2s+1.
+// model is all that the decoder has learnt about the member so far. A tree of n bits is an array of
+// 1<<n probabilities of which number 0 is not used: node s has the children 2s and 2s+1.
 //
-// A literal has three trees side by side: the plain one, and at 0x100 and
-// 0x200 those for literals after a match, while the bits decoded so far agree
-// with the byte that the match would have given next, whose next bit is 0 or 1.
+// A literal has three trees side by side: the plain one, and at 0x100 and 0x200 those for literals
+// after a match, while the bits decoded so far agree with the byte that the match would have given
+// next, whose next bit is 0 or 1.
 type model struct {
 	isMatch  [states * posStates]uint16
 	isRep    [states]uint16

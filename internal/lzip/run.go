@@ -2,8 +2,6 @@
 
 package lzip
 
-import "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lzcopy"
-
 // What made run stop.
 type stop uint8
 
@@ -16,19 +14,18 @@ const (
 	stopDistance             // a distance beyond the data so far or the dictionary
 )
 
-// maxSymbol is the greatest number of bytes of input that decoding one symbol
-// takes. The longest symbol is a match: at most 22 bits with probabilities, of
-// which the least likely takes 6.05 bits from the interval (31/2048), and 26
-// without, in all 160; the interval may have been short of 8 bits before, so
-// that at most 21 bytes are shifted in.
+// maxSymbol is the greatest number of bytes of input that decoding one symbol takes. The longest
+// symbol is a match: at most 22 bits with probabilities, of which the least likely takes 6.05 bits
+// from the interval (31/2048), and 26 without, in all 160; the interval may have been short of 8
+// bits before, so that at most 21 bytes are shifted in.
 const maxSymbol = 21
 
 // afterLiteral is the state after a literal.
 var afterLiteral = [states]uint8{0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 4, 5}
 
-// run decodes symbols until the window's position is at end or beyond (by less
-// than a match), or the input's position is above lim. For each symbol that
-// starts at lim or before, maxSymbol bytes must be there to be read.
+// run decodes symbols until the window's position is at end or beyond (by less than a match), or
+// the input's position is above lim. For each symbol that starts at lim or before, maxSymbol bytes
+// must be there to be read.
 func (d *decoder) run(end, lim int) stop {
 	m := &d.model
 	buf := d.window
@@ -55,8 +52,7 @@ func (d *decoder) run(end, lim int) stop {
 			if state < 7 {
 				s, rng, code = d.plainLiteral(t, rng, code)
 			} else {
-				// A state of 7 or more means that there has been a match, so
-				// that rep0 is sound.
+				// A state of 7 or more means that there has been a match, so that rep0 is sound.
 				from := pos - int(rep0) - 1
 				if from < 0 {
 					from += d.ring
@@ -192,7 +188,7 @@ func (d *decoder) run(end, lim int) stop {
 		if n <= 16 && rep0 >= 15 {
 			*(*[16]byte)(buf[pos:]) = *(*[16]byte)(buf[from:])
 		} else {
-			lzcopy.Match(buf, pos, from, int(n))
+			copyMatch(buf, pos, from, int(n))
 		}
 		pos += int(n)
 		prev = buf[pos-1]

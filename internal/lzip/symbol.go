@@ -2,17 +2,15 @@
 
 package lzip
 
-// The range decoder narrows the interval rng by one bit at a time: the bit is 0
-// if code lies below the bound that the bit's probability sets, and each bit
-// changes the probability it was coded with. Both numbers stay below 1<<32 and
-// are kept in 64-bit words, which saves the compiler extensions; code < rng
-// holds from the start of a range-coded stream to its end.
+// The range decoder narrows the interval rng by one bit at a time: the bit is 0 if code lies below
+// the bound that the bit's probability sets, and each bit changes the probability it was coded
+// with. Both numbers stay below 1<<32 and are kept in 64-bit words, which saves the compiler
+// extensions; code < rng holds from the start of a range-coded stream to its end.
 //
-// Everything below is written so that the compiler of Go 1.26 makes for amd64
-// about the machine code one would write by hand; the decoder takes 0.55 to 0.7 of
-// the processor time of lzip 1.23. What that is made of, as the change in
-// processor time on 100 MiB of shared libraries and on 64 MiB of text, measured by
-// taking one thing away at a time:
+// Everything below is written so that the compiler of Go 1.26 makes for amd64 about the machine
+// code one would write by hand; the decoder takes 0.55 to 0.7 of the processor time of lzip 1.23.
+// What that is made of, as the change in processor time on 100 MiB of shared libraries and on 64
+// MiB of text, measured by taking one thing away at a time:
 //
 //   - bits of literals, slots, lengths and alignment decoded with conditional
 //     moves: a branch for them is mispredicted too often (-26 %, -24 %);
@@ -25,9 +23,9 @@ package lzip
 //   - literals, slots and lengths as functions of their own, so that each has all
 //     registers for itself.
 //
-// What did not pay: touching the source of a match as soon as all but the four low
-// bits of its distance are known; huge pages for the window (-3 % with 32 MiB,
-// nothing with 8 MiB). Neither unsafe nor assembly is used.
+// What did not pay: touching the source of a match as soon as all but the four low bits of its
+// distance are known; huge pages for the window (-3 % with 32 MiB, nothing with 8 MiB). Neither
+// unsafe nor assembly is used.
 
 // refill brings rng back to at least 1<<24. It needs one byte of input at most.
 func (d *decoder) refill(rng, code uint64) (uint64, uint64) {
@@ -39,11 +37,11 @@ func (d *decoder) refill(rng, code uint64) (uint64, uint64) {
 	return rng, code
 }
 
-// choose decodes a bit of probability p and, with it, chooses p0 or p1. It
-// returns the probability after adaptation as q.
+// choose decodes a bit of probability p and, with it, chooses p0 or p1. It returns the probability
+// after adaptation as q.
 //
-// The condition is tested again and again because that is what becomes
-// conditional moves: one test for the machine.
+// The condition is tested again and again because that is what becomes conditional moves: one test
+// for the machine.
 func choose(rng, code, p, p0, p1 uint64) (r, c, q, next, bit uint64) {
 	bound := (rng >> probBits) * p
 	r = rng - bound
@@ -94,8 +92,8 @@ func decide(rng, code, p uint64) (r, c, q, bit uint64) {
 	return
 }
 
-// plainLiteral decodes a literal that does not follow a match. The byte is the
-// low eight bits of the result.
+// plainLiteral decodes a literal that does not follow a match. The byte is the low eight bits of
+// the result.
 //
 //go:noinline
 func (d *decoder) plainLiteral(t *[0x300]uint16, rng, code uint64) (sym, r, c uint64) {
@@ -141,13 +139,12 @@ func (d *decoder) plainLiteral(t *[0x300]uint16, rng, code uint64) (sym, r, c ui
 	return 2*s + bit, rng, code
 }
 
-// matchedLiteral decodes a literal after a match, where the match would have
-// given the byte m. The byte is the low eight bits of the result.
+// matchedLiteral decodes a literal after a match, where the match would have given the byte m. The
+// byte is the low eight bits of the result.
 //
-// off is 0x100 as long as the bits agree with those of m and 0 from the first
-// that differs; i is the node at hand. Of the two nodes that may come next, the
-// one that agrees with m is in a tree for literals after a match and the other
-// one is in the plain tree.
+// off is 0x100 as long as the bits agree with those of m and 0 from the first that differs; i is
+// the node at hand. Of the two nodes that may come next, the one that agrees with m is in a tree
+// for literals after a match and the other one is in the plain tree.
 //
 //go:noinline
 func (d *decoder) matchedLiteral(t *[0x300]uint16, m, rng, code uint64) (sym, r, c uint64) {
@@ -307,8 +304,8 @@ func (d *decoder) tree8(t *[256]uint16, rng, code uint64) (sym, r, c uint64) {
 	return s, rng, code
 }
 
-// reversed turns a node of the last level of the alignment tree into the four
-// bits that lead to it, the first of them lowest.
+// reversed turns a node of the last level of the alignment tree into the four bits that lead to it,
+// the first of them lowest.
 var reversed = [16]uint8{0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15}
 
 // alignment decodes the four low bits of a long distance.
@@ -362,8 +359,7 @@ func (d *decoder) length(l *lenModel, posState, rng, code uint64) (n, r, c uint6
 	return n - 256 + minMatch + 16, rng, code
 }
 
-// distance decodes how far back a match of n bytes lies: 0 is the byte just
-// before.
+// distance decodes how far back a match of n bytes lies: 0 is the byte just before.
 func (d *decoder) distance(n, rng, code uint64) (dist, r, c uint64) {
 	slot, rng, code := d.tree6(&d.model.slot[min(n-minMatch, lenStates-1)], rng, code)
 	slot &= 63

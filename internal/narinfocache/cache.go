@@ -1,15 +1,13 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package narinfocache keeps what substitute servers have said about store items
-// on disk, for the next process: the daemon starts one helper to ask about items
-// and another to fetch them, and new ones for each client. Start with [Open].
+// Package narinfocache keeps what substitute servers have said about store items on disk, for the
+// next process: the daemon starts one helper to ask about items and another to fetch them, and new
+// ones for each client. Start with [Open].
 //
-// There is a file per server and item. Files appear under their names complete,
-// so any number of processes may use one cache, and any of them may be killed at
-// any time. Each file carries a checksum, for after a power failure. What is in
-// the cache is trusted no more than the servers are: signatures are checked again
-// each time a narinfo is used. That a signature was found to be good may be noted
-// beside the narinfo; the note is believed only if nobody else could have written it.
+// There is a file per server and item. Files appear under their names complete, so any number of
+// processes may use one cache, and any of them may be killed at any time. Each file carries a
+// checksum, for after a power failure. What is in the cache is trusted no more than the servers
+// are: signatures are checked again each time a narinfo is used.
 package narinfocache
 
 import (
@@ -26,7 +24,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 )
 
@@ -38,19 +35,15 @@ type Entry struct {
 	TTL time.Duration
 	// Until is when that ends; Get fills it in.
 	Until time.Time
-	// Verified notes that the signature of the narinfo was found to have been made by
-	// the key that it names. Get returns true only for what this user has stored.
-	Verified bool
 }
 
 // cost is about how much memory an entry takes, in bytes.
 func (e Entry) cost() int { return 256 + len(e.Narinfo) }
 
-// A Cache is a directory of entries. It is safe for concurrent use, and so is
-// the directory. Close must be called at the end.
+// A Cache is a directory of entries. It is safe for concurrent use, and so is the directory. Close
+// must be called at the end.
 type Cache struct {
 	directory string
-	private   bool // nobody else can make files in the directory
 
 	mu      sync.Mutex
 	servers map[string]string // directory of each server seen
@@ -73,10 +66,14 @@ const (
 	// maxAge bounds the life of files, whatever their entries say (Guix,
 	// guix/scripts/substitute.scm: cached-narinfo-expiration-time).
 	maxAge = 2 * 24 * time.Hour
+	// maxTTL bounds what is believed of their entries.
+	maxTTL = 365 * 24 * time.Hour
 	// cleanupPeriod is the time between two searches for expired entries.
 	cleanupPeriod = 5 * 24 * time.Hour
 	// maxPending bounds what waits to be written, in bytes.
-	maxPending = 16 << 20
+	maxPending = 4 << 20
+	// clockSkew is by how much the clocks of two processes may differ.
+	clockSkew = time.Minute
 	// maxFile bounds the length of a file that is read, in bytes.
 	maxFile = 2 << 20
 	// temporaryPrefix begins the names of files that are being written.
@@ -87,40 +84,25 @@ const (
 	stampName = "last-cleanup"
 )
 
-// Open returns the cache in directory, which it creates if need be. Errors are
-// of the file system.
+// Open returns the cache in directory, which it creates if need be. Errors are of the file system.
 func Open(directory string) (*Cache, error) {
 	if err := os.MkdirAll(directory, 0o755); err != nil {
 		return nil, err
 	}
-	info, err := os.Stat(directory)
-	if err != nil {
-		return nil, err
-	}
-	c := &Cache{directory: directory, private: isPrivate(info), servers: map[string]string{}, pending: map[string]*later{}}
+	c := &Cache{directory: directory, servers: map[string]string{}, pending: map[string]*later{}}
 	c.written = sync.NewCond(&c.mu)
 	return c, nil
-}
-
-// isPrivate tells whether a file or directory is this user's, and no other one can
-// change it.
-func isPrivate(info fs.FileInfo) bool {
-	st, ok := info.Sys().(*syscall.Stat_t)
-	return ok && int(st.Uid) == os.Geteuid() && info.Mode().Perm()&0o022 == 0
 }
 
 // Close waits until everything is written.
 func (c *Cache) Close() { c.writer.Wait() }
 
-// A file begins with a line of text that names the format, then, all big-endian,
-// the time of storing in seconds, the TTL in seconds (8 bytes each), 1 byte that
-// tells whether there is a narinfo (1) and whether its signature is good (3), the CRC-32C of these and of the narinfo (4
-// bytes), and the narinfo.
+// A file begins with a line of text that names the format, then, all big-endian, the time of
+// storing in seconds, the TTL in seconds (8 bytes each), 1 byte that says if there is a narinfo,
+// the CRC-32C of these and of the narinfo (4 bytes), and the narinfo.
 const (
 	magic      = "guix-substitute-eris narinfo 1\n"
 	headLength = len(magic) + 8 + 8 + 1 + 4
-
-	verifiedBit = 2
 )
 
 // checksum is over a file but for the checksum itself.
@@ -145,9 +127,8 @@ func (c *Cache) serverDirectory(url string) string {
 	return d
 }
 
-// Get returns the entry of a server for the item with the given hash part, and
-// whether there is a valid one at the time now. A file that cannot be read or
-// makes no sense is no entry.
+// Get returns the entry of a server for the item with the given hash part, and whether there is a
+// valid one at the time now. A file that cannot be read or makes no sense is no entry.
 func (c *Cache) Get(url, hash string, now time.Time) (Entry, bool) {
 	if !plain(hash) {
 		return Entry{}, false
@@ -155,7 +136,7 @@ func (c *Cache) Get(url, hash string, now time.Time) (Entry, bool) {
 	c.mu.Lock()
 	l := c.pending[url+" "+hash]
 	c.mu.Unlock()
-	if l != nil && now.Sub(l.stored) <= l.entry.TTL {
+	if l != nil && valid(l.stored, l.entry.TTL, now) {
 		e := l.entry
 		e.Until = l.stored.Add(e.TTL)
 		return e, true
@@ -177,12 +158,14 @@ func (c *Cache) Get(url, hash string, now time.Time) (Entry, bool) {
 	} else if !errors.Is(err, io.ErrUnexpectedEOF) {
 		return Entry{}, false
 	}
-	e, ok := decode(b, now)
-	if e.Verified {
-		info, err := f.Stat()
-		e.Verified = err == nil && c.private && isPrivate(info)
-	}
-	return e, ok
+	return decode(b, now)
+}
+
+// valid reports whether an entry counts at the time now. One from the future has been stored by a
+// clock that was wrong.
+func valid(stored time.Time, ttl time.Duration, now time.Time) bool {
+	age := now.Sub(stored)
+	return age >= -clockSkew && age <= ttl
 }
 
 func decode(b []byte, now time.Time) (Entry, bool) {
@@ -190,11 +173,8 @@ func decode(b []byte, now time.Time) (Entry, bool) {
 		return Entry{}, false
 	}
 	head := b[len(magic):]
-	stored := time.Unix(int64(binary.BigEndian.Uint64(head)), 0)
-	ttl := time.Duration(binary.BigEndian.Uint64(head[8:])) * time.Second
-	age := now.Sub(stored)
-	// A file from the future has been written by a clock that is wrong.
-	if age < -time.Minute || ttl < 0 || age > ttl {
+	stored, ttl := times(b)
+	if !valid(stored, ttl, now) {
 		return Entry{}, false
 	}
 	if binary.BigEndian.Uint32(head[17:]) != checksum(b) {
@@ -202,15 +182,20 @@ func decode(b []byte, now time.Time) (Entry, bool) {
 	}
 	e := Entry{TTL: ttl, Until: stored.Add(ttl)}
 	if head[16] != 0 {
-		e.Narinfo, e.Verified = b[headLength:], head[16]&verifiedBit != 0
+		e.Narinfo = b[headLength:]
 	}
 	return e, true
 }
 
-// PutLater stores an entry without waiting for the disk, unless much is waiting
-// already, for creating a file can take longer than getting what is in it. The
-// entry is there for Get at once. The error is that of an earlier entry; the
-// caller must not change e.Narinfo.
+// times reads when a file was stored, and for how long it is valid.
+func times(b []byte) (stored time.Time, ttl time.Duration) {
+	seconds := func(at int) int64 { return int64(binary.BigEndian.Uint64(b[len(magic)+at:])) }
+	return time.Unix(seconds(0), 0), time.Duration(min(seconds(8), int64(maxTTL/time.Second))) * time.Second
+}
+
+// PutLater stores an entry without waiting for the disk, unless much is waiting already, for
+// creating a file can take longer than getting what is in it. The entry is there for Get at once.
+// The error is that of an earlier entry; the caller must not change e.Narinfo.
 func (c *Cache) PutLater(url, hash string, e Entry, now time.Time) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -262,8 +247,7 @@ func (c *Cache) write() {
 	}
 }
 
-// Put stores an entry. The error is of the file system; the cache is as good as
-// before then.
+// Put stores an entry. The error is of the file system; it leaves the cache as it was.
 func (c *Cache) Put(url, hash string, e Entry, now time.Time) error {
 	if !plain(hash) {
 		return fmt.Errorf("cannot cache a narinfo under the name %q", hash)
@@ -275,9 +259,6 @@ func (c *Cache) Put(url, hash string, e Entry, now time.Time) error {
 	binary.BigEndian.PutUint64(head[8:], uint64(e.TTL/time.Second))
 	if e.Narinfo != nil {
 		head[16] = 1
-		if e.Verified {
-			head[16] |= verifiedBit
-		}
 	}
 	b.Write(head[:])
 	b.Write(e.Narinfo)
@@ -299,8 +280,8 @@ func (c *Cache) Put(url, hash string, e Entry, now time.Time) error {
 	}
 	if err == nil {
 		name := directory + "/" + hash
-		// Where a file takes the place of another one, some file systems make sure
-		// that it is on disk first (ext4 does), which takes twice as long.
+		// Where a file takes the place of another one, some file systems make sure that it is on
+		// disk first (ext4 does), which takes twice as long.
 		os.Remove(name)
 		err = os.Rename(f.Name(), name)
 	}
@@ -310,7 +291,7 @@ func (c *Cache) Put(url, hash string, e Entry, now time.Time) error {
 	return err
 }
 
-// plain tells whether a name can be that of a file here.
+// plain reports whether a name can be that of a file here.
 func plain(hash string) bool {
 	for i := range len(hash) {
 		if c := hash[i]; (c < '0' || c > '9') && (c < 'a' || c > 'z') {
@@ -320,9 +301,8 @@ func plain(hash string) bool {
 	return len(hash) == 32
 }
 
-// Clean removes expired entries if that has not been done for some days. It
-// stops when stop is closed, to go on another time. Errors of single files are
-// passed over.
+// Clean removes expired entries if that has not been done for some days. It stops when stop is
+// closed, to go on another time. Errors of single files are passed over.
 func (c *Cache) Clean(now time.Time, stop <-chan struct{}) {
 	stamp := filepath.Join(c.directory, stampName)
 	info, err := os.Stat(stamp)
@@ -402,7 +382,6 @@ func expired(path, name string, now time.Time) bool {
 	if _, err := io.ReadFull(f, head[:]); err != nil || string(head[:len(magic)]) != magic {
 		return true
 	}
-	stored := int64(binary.BigEndian.Uint64(head[len(magic):]))
-	ttl := int64(binary.BigEndian.Uint64(head[len(magic)+8:]))
-	return now.Unix()-stored > ttl
+	stored, ttl := times(head[:])
+	return !valid(stored, ttl, now)
 }

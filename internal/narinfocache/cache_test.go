@@ -139,8 +139,7 @@ func TestPutLater(t *testing.T) {
 	c.Close()
 }
 
-// TestCorrupt checks that a file that is damaged in any byte or cut anywhere is no
-// entry.
+// TestCorrupt checks that a file that is damaged in any byte or cut anywhere is no entry.
 func TestCorrupt(t *testing.T) {
 	d := t.TempDir()
 	c := open(t, d)
@@ -229,8 +228,7 @@ func TestClean(t *testing.T) {
 	}
 }
 
-// TestManyProcesses has processes write and read the same entries, some of which
-// are killed.
+// TestManyProcesses has processes write and read the same entries, some of which are killed.
 func TestManyProcesses(t *testing.T) {
 	if d := os.Getenv("CACHE_DIRECTORY"); d != "" {
 		c := open(t, d)

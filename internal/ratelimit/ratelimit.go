@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package ratelimit bounds how many bytes per second go through what shares a
-// [Limiter]: readers, connections, listeners, datagrams, or whatever calls
-// [Limiter.WaitN]. Start with [New].
+// Package ratelimit bounds how many bytes per second go through what shares a [Limiter]: readers,
+// connections, listeners, datagrams, or whatever calls [Limiter.WaitN]. Start with [New].
 //
-// A nil *Limiter is no limit: wrapping with it returns what was to be wrapped, so
-// that nothing is slower, and no interface lost, where no limit is set.
+// A nil *Limiter is no limit: wrapping with it returns what was to be wrapped, so that nothing is
+// slower, and no interface lost, where no limit is set.
 package ratelimit
 
 import (
@@ -15,19 +14,18 @@ import (
 	"time"
 )
 
-// Bounds of the parts of a stream that are let through at once, and the least
-// burst where none is given, in bytes.
+// Bounds of the parts of a stream that are let through at once, and the least burst where none is
+// given, in bytes.
 const (
 	leastChunk = 1 << 10
 	mostChunk  = 256 << 10
 	leastBurst = 32 << 10 // a block of the larger size
 )
 
-// A Limiter is a bucket into which tokens flow at a steady rate, one for each
-// byte. It is safe for concurrent use, and meant to be shared. Whoever comes takes
-// the tokens at once, even those that are still to flow in, and waits until they
-// are there: nobody starves, and many users get equal shares of equal demands. The
-// methods of a nil Limiter do nothing.
+// A Limiter is a bucket into which tokens flow at a steady rate, one for each byte. It is safe for
+// concurrent use, and meant to be shared. Whoever comes takes the tokens at once, even those that
+// are still to flow in, and waits until they are there: nobody starves, and many users get equal
+// shares of equal demands. The methods of a nil Limiter do nothing.
 type Limiter struct {
 	rate  float64       // bytes per second
 	burst time.Duration // how long a full bucket has taken to fill
@@ -37,9 +35,9 @@ type Limiter struct {
 	spent time.Time // when all tokens that were taken have flowed in, and the bucket is empty
 }
 
-// New returns a limiter to rate bytes per second, or nil, which is no limit, if
-// rate is 0 or less. Burst is how many bytes may go at full speed after a pause;
-// if it is 0 or less it is what a tenth of a second brings, at least 32 KiB.
+// New returns a limiter to rate bytes per second, or nil, which is no limit, if rate is 0 or less.
+// Burst is how many bytes may go at full speed after a pause; if it is 0 or less it is what a tenth
+// of a second brings, at least 32 KiB.
 func New(rate, burst int64) *Limiter {
 	if rate <= 0 {
 		return nil
@@ -60,8 +58,9 @@ func (l *Limiter) duration(n int64) time.Duration {
 	return time.Duration(min(d, math.MaxInt64/8))
 }
 
-// take takes n tokens and returns how long it takes until they are there.
-func (l *Limiter) take(n int) time.Duration {
+// Take takes n tokens and returns how long it takes until they are there, for callers that wait by
+// other means.
+func (l *Limiter) Take(n int) time.Duration {
 	d := l.duration(int64(n))
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -73,8 +72,8 @@ func (l *Limiter) take(n int) time.Duration {
 	return l.spent.Sub(now)
 }
 
-// Return gives back n tokens that were taken but not used, for example because
-// what was to be sent does not exist. Those who wait already do not wait less.
+// Return gives back n tokens that were taken but not used, for example because what was to be sent
+// does not exist. Those who wait already do not wait less.
 func (l *Limiter) Return(n int) {
 	if l == nil || n <= 0 {
 		return
@@ -85,8 +84,8 @@ func (l *Limiter) Return(n int) {
 	l.spent = l.spent.Add(-d)
 }
 
-// WaitN waits until n bytes may go; n may be more than the burst. When ctx is done
-// before that, it returns the cause, and the bytes do not count.
+// WaitN waits until n bytes may go; n may be more than the burst. When ctx is done before that, it
+// returns the cause, and the bytes do not count.
 func (l *Limiter) WaitN(ctx context.Context, n int) error {
 	if l == nil || n <= 0 {
 		return nil
@@ -101,10 +100,10 @@ func (l *Limiter) WaitN(ctx context.Context, n int) error {
 	return nil
 }
 
-// wait takes n tokens and waits until they are there. It returns false if one of
-// two channels, which may be nil, is closed before that.
+// wait takes n tokens and waits until they are there. It returns false if one of two channels,
+// which may be nil, is closed before that.
 func (l *Limiter) wait(n int, done, closed <-chan struct{}) bool {
-	d := l.take(n)
+	d := l.Take(n)
 	if d <= 0 {
 		return true
 	}

@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// Reader returns a reader of r whose bytes count. When ctx is done while bytes
-// that were read wait to be let through, Read returns them with the cause of ctx.
+// Reader returns a reader of r whose bytes count. When ctx is done while bytes that were read wait
+// to be let through, Read returns them with the cause of ctx.
 func Reader(ctx context.Context, r io.Reader, l *Limiter) io.Reader {
 	if l == nil {
 		return r
@@ -35,10 +35,10 @@ func (r *reader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Conn returns a connection over c that reads at most at the rate of in, and
-// writes at most at that of out; the two may be the same, and either may be nil.
-// Deadlines and Close end waiting as they end everything else. Of the methods
-// that some connections have beside those of net.Conn, it has CloseWrite only.
+// Conn returns a connection over c that reads at most at the rate of in, and writes at most at that
+// of out; the two may be the same, and either may be nil. Deadlines and Close end waiting as they
+// end everything else. Of the methods that some connections have beside those of net.Conn, it has
+// CloseWrite only.
 func Conn(c net.Conn, in, out *Limiter) net.Conn {
 	if in == nil && out == nil {
 		return c
@@ -62,9 +62,8 @@ func (s *sides) init(in, out *Limiter) {
 
 func (s *sides) close() { s.once.Do(func() { close(s.closed) }) }
 
-// received waits until bytes that have been read may be handed out. They are
-// handed out even if a deadline passes, for they must not be lost: who reads
-// again then meets the deadline.
+// received waits until bytes that have been read may be handed out. They are handed out even if a
+// deadline passes, for they must not be lost: who reads again then meets the deadline.
 func (s *sides) received(n int) {
 	if s.in.limiter != nil && n > 0 {
 		s.in.limiter.wait(n, s.in.passed(), s.closed)
@@ -185,8 +184,8 @@ func (c *conn) Close() error {
 	return c.Conn.Close()
 }
 
-// CloseWrite ends writing, where the connection below can, else it returns an
-// error that wraps errors.ErrUnsupported.
+// CloseWrite ends writing, where the connection below can, else it returns an error that wraps
+// errors.ErrUnsupported.
 func (c *conn) CloseWrite() error {
 	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return half.CloseWrite()
@@ -209,8 +208,7 @@ func (c *conn) SetWriteDeadline(t time.Time) error {
 	return c.Conn.SetWriteDeadline(t)
 }
 
-// Listener returns a listener whose connections share the limiters, as [Conn] has
-// them.
+// Listener returns a listener whose connections share the limiters, as [Conn] has them.
 func Listener(l net.Listener, in, out *Limiter) net.Listener {
 	if in == nil && out == nil {
 		return l
@@ -231,10 +229,10 @@ func (l *listener) Accept() (net.Conn, error) {
 	return Conn(c, l.in, l.out), nil
 }
 
-// PacketConn returns a socket for datagrams over c that receives at most at the
-// rate of in, and sends at most at that of out; either may be nil. What comes
-// faster fills the buffer of the socket, and is then lost, as datagrams may be.
-// Deadlines and Close end waiting as they end everything else.
+// PacketConn returns a socket for datagrams over c that receives at most at the rate of in, and
+// sends at most at that of out; either may be nil. What comes faster fills the buffer of the
+// socket, and is then lost, as datagrams may be. Deadlines and Close end waiting as they end
+// everything else.
 func PacketConn(c net.PacketConn, in, out *Limiter) net.PacketConn {
 	if in == nil && out == nil {
 		return c

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package sourcestate remembers how fast, how far and how honest sources were, for the next process: the daemon starts new
-// helpers all the time, and each of them would have to find out again. Start with [Open].
+// Package sourcestate remembers how fast, how far and how honest sources were, for the next
+// process: the daemon starts new helpers all the time, and each of them would have to find out
+// again. Start with [Open].
 //
-// What is remembered are hints, never reasons to trust: a file that is lost, cut off or wrong costs some speed. Any number of
-// processes may use one file; each adds what it has learnt. URLs, which may hold secrets, are kept as hashes only.
+// What is remembered are hints, never reasons to trust: a file that is lost, cut off or wrong costs
+// some speed. Any number of processes may use one file; each adds what it has learnt. URLs, which
+// may hold secrets, are kept as hashes only.
 package sourcestate
 
 import (
@@ -12,8 +14,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
-	"errors"
-	"fmt"
 	"io"
 	"math"
 	"os"
@@ -22,42 +22,54 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
-// Record is what is known about a source. Its zero value, but for Score, says that nothing is known.
+// Record is what is known about a source. Its zero value, but for Score, says that nothing is
+// known. It has the form of the file.
 type Record struct {
 	// Rate is the speed in bytes per second; 0 if it is not known.
-	Rate float64
+	Rate float64 `json:"rate,omitzero"`
 	// RoundTrip is the shortest time that an answer took; 0 if it is not known.
-	RoundTrip time.Duration
-	// Score is 1 for a source that never gave wrong bytes, less after it did, and rises again with time. It is above 0.
-	Score float64
-	// Fault is when it last gave wrong bytes, and Failure when it last could not be reached and has not been since.
-	Fault, Failure time.Time
-	// Updated is when anything was last learnt.
-	Updated time.Time
+	RoundTrip time.Duration `json:"round_trip,omitzero"`
+	// Score is 1 for a source that never gave wrong bytes, less after it did, and rises again with
+	// time. It is above 0.
+	Score float64 `json:"score"`
+	// Fault is when it last gave wrong bytes.
+	Fault time.Time `json:"fault,omitzero"`
+	// Rest is until when it is to be left alone because it did not answer, Rests times in a row; 0
+	// if it answers.
+	Rest  time.Time `json:"rest,omitzero"`
+	Rests int       `json:"rests,omitzero"`
+	// Measured is when the rate was last measured, and Updated when anything was last learnt.
+	Measured time.Time `json:"measured,omitzero"`
+	Updated  time.Time `json:"updated"`
 }
 
 const (
-	// maxAge is after how long a record is forgotten, and maxSpeedAge after how long its speed is.
+	// maxAge is after how long a record is forgotten, and maxSpeedAge after how long its speed is:
+	// another network or another hour may have another one.
 	maxAge      = 90 * 24 * time.Hour
-	maxSpeedAge = 14 * 24 * time.Hour
+	maxSpeedAge = 12 * time.Hour
 	// faultHalfLife is after how long a fault weighs half.
 	faultHalfLife = 2 * 24 * time.Hour
+	// rateHalfLife is after how long a rate weighs half of what it did against a new one.
+	rateHalfLife = 10 * time.Minute
 	// faultFactor is what a fault leaves of the score.
-	faultFactor  = 0.25
-	leastScore   = 1.0 / 1024
-	maxRecords   = 512
-	maxFile      = 256 << 10
-	lockPatience = 2 * time.Second
-	// slowestMeasured is how many bytes a measurement needs to say anything about speed, and wholeMeasured to be believed as
-	// much as all earlier ones together.
+	faultFactor = 0.25
+	leastScore  = 1.0 / 1024
+	maxRecords  = 512
+	maxRests    = 1000
+	maxFile     = 256 << 10
+	lockWait    = 2 * time.Second
+	// slowestMeasured is how many bytes a measurement needs to say anything about speed, and
+	// wholeMeasured to be believed as much as all earlier ones together.
 	slowestMeasured = 32 << 10
 	wholeMeasured   = 4 << 20
 )
 
-// State is the knowledge of this process, from the file and of its own. It is safe for concurrent use.
+// State is the knowledge of this process, from the file and of its own. It is safe for concurrent
+// use.
 type State struct {
 	path string
 	now  func() time.Time
@@ -67,8 +79,8 @@ type State struct {
 	touched map[string]bool   // since the last Save
 }
 
-// Open reads the file at path. If there is none, or it makes no sense, nothing is known. An empty path stands for a State that
-// is not kept.
+// Open reads the file at path. If there is none, or it makes no sense, nothing is known. An empty
+// path stands for a State that is not kept.
 func Open(path string) *State { return open(path, time.Now) }
 
 func open(path string, now func() time.Time) *State {
@@ -110,21 +122,26 @@ func (r Record) aged(now time.Time) Record {
 	}
 	if now.Sub(r.Updated) > maxSpeedAge {
 		r.Rate, r.RoundTrip = 0, 0
+	} else if now.Sub(r.Measured) > maxSpeedAge {
+		r.Rate = 0
 	}
 	return r
 }
 
-// Measured notes that the source delivered so many bytes in so much time, and the shortest time an answer took. Either of
-// them may be 0 if it was not measured. It also says that the source can be reached.
+// Measured notes that the source delivered so many bytes in so much time, and the shortest time an
+// answer took. Either of them may be 0 if it was not measured. It also says that the source can be
+// reached.
 func (s *State) Measured(url string, bytes int64, duration, roundTrip time.Duration) {
 	s.change(url, func(r *Record, now time.Time) {
 		if bytes >= slowestMeasured && duration > 0 {
 			rate := float64(bytes) / duration.Seconds()
 			if r.Rate > 0 {
-				weight := min(0.5, 0.5*float64(bytes)/wholeMeasured)
+				// What is old counts less.
+				age := math.Exp2(-now.Sub(r.Measured).Hours() / rateHalfLife.Hours())
+				weight := 1 - age*(1-min(0.5, 0.5*float64(bytes)/wholeMeasured))
 				rate = r.Rate*(1-weight) + rate*weight
 			}
-			r.Rate = rate
+			r.Rate, r.Measured = rate, now
 		}
 		if roundTrip > 0 {
 			if r.RoundTrip > 0 && roundTrip > r.RoundTrip {
@@ -132,7 +149,7 @@ func (s *State) Measured(url string, bytes int64, duration, roundTrip time.Durat
 			}
 			r.RoundTrip = roundTrip
 		}
-		r.Failure = time.Time{}
+		r.Rest, r.Rests = time.Time{}, 0
 	})
 }
 
@@ -144,15 +161,18 @@ func (s *State) Fault(url string) {
 	})
 }
 
-// Failed notes that the source could not be reached.
-func (s *State) Failed(url string) {
-	s.change(url, func(r *Record, now time.Time) { r.Failure = now })
+// Rests notes that the source did not answer, so many times in a row, and is to be left alone until
+// then.
+func (s *State) Rests(url string, until time.Time, times int) {
+	s.change(url, func(r *Record, now time.Time) {
+		r.Rest, r.Rests = until.Round(time.Millisecond).UTC(), min(times, maxRests)
+	})
 }
 
 func (s *State) change(url string, f func(r *Record, now time.Time)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	k, now := key(url), s.now().Truncate(time.Millisecond)
+	k, now := key(url), s.now().Round(time.Millisecond).UTC()
 	stored := s.records[k]
 	r := s.get(k)
 	fault := r.Fault
@@ -170,9 +190,9 @@ func (s *State) change(url string, f func(r *Record, now time.Time)) {
 	}
 }
 
-// Save adds what this process has learnt since the last Save to the file, which appears complete or not at all. It waits at
-// most some seconds for other processes that do the same. Without a path it does nothing. Errors are of the file system; the
-// next Save writes what this one could not.
+// Save adds what this process has learnt since the last Save to the file, which appears complete or
+// not at all. It waits at most some seconds for other processes that do the same. Without a path it
+// does nothing. Errors are of the file system; the next Save writes what this one could not.
 func (s *State) Save() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -182,7 +202,7 @@ func (s *State) Save() error {
 	if err := os.MkdirAll(filepath.Dir(s.path), 0o755); err != nil {
 		return err
 	}
-	lock, err := lockFile(s.path + ".lock")
+	lock, err := files.Lock(s.path+".lock", lockWait)
 	if err != nil {
 		return err
 	}
@@ -202,7 +222,8 @@ func (s *State) Save() error {
 	return nil
 }
 
-// merge adds what this process knows to what the file says, which may be of another process and newer.
+// merge adds what this process knows to what the file says, which may be of another process and
+// newer.
 func merge(theirs, mine Record) Record {
 	if theirs.Updated.IsZero() {
 		return mine
@@ -230,20 +251,11 @@ func merge(theirs, mine Record) Record {
 
 // file is the form on disk.
 type file struct {
-	Version int                 `json:"version"`
-	Sources map[string]fileData `json:"sources"`
+	Version int               `json:"version"`
+	Sources map[string]Record `json:"sources"`
 }
 
-type fileData struct {
-	Rate      float64 `json:"rate,omitempty"`       // bytes per second
-	RoundTrip int64   `json:"round_trip,omitempty"` // microseconds
-	Score     float64 `json:"score"`
-	Fault     int64   `json:"fault,omitempty"` // milliseconds since 1970, like those below
-	Failure   int64   `json:"failure,omitempty"`
-	Updated   int64   `json:"updated"`
-}
-
-const version = 1
+const version = 2
 
 // read returns the records of a file, as far as they make sense.
 func read(path string, now time.Time) map[string]Record {
@@ -267,33 +279,20 @@ func parse(b []byte, now time.Time) map[string]Record {
 	if decoder.Decode(&data) != nil || data.Version != version || len(data.Sources) > maxRecords {
 		return records
 	}
-	for k, d := range data.Sources {
-		r := Record{
-			Rate: d.Rate, RoundTrip: time.Duration(d.RoundTrip) * time.Microsecond, Score: d.Score,
-			Fault: fromMillis(d.Fault), Failure: fromMillis(d.Failure), Updated: fromMillis(d.Updated),
+	soon := now.Add(time.Minute) // clocks are set now and then
+	for k, r := range data.Sources {
+		if len(k) == 32 && r.valid(now, soon) {
+			records[k] = r
 		}
-		soon := now.Add(time.Minute) // clocks are set now and then
-		if len(k) != 32 || r.Updated.After(soon) || now.Sub(r.Updated) > maxAge || r.Fault.After(soon) || r.Failure.After(soon) ||
-			!(r.Rate >= 0 && r.Rate < 1e12) || d.RoundTrip < 0 || d.RoundTrip > time.Minute.Microseconds() || !(r.Score > 0 && r.Score <= 1) {
-			continue
-		}
-		records[k] = r
 	}
 	return records
 }
 
-func fromMillis(n int64) time.Time {
-	if n == 0 {
-		return time.Time{}
-	}
-	return time.UnixMilli(n)
-}
-
-func toMillis(t time.Time) int64 {
-	if t.IsZero() {
-		return 0
-	}
-	return t.UnixMilli()
+// valid reports whether a record makes sense.
+func (r *Record) valid(now, soon time.Time) bool {
+	return !r.Updated.After(soon) && now.Sub(r.Updated) <= maxAge && !r.Fault.After(soon) && !r.Measured.After(soon) &&
+		!r.Rest.After(now.Add(time.Hour)) && r.Rests >= 0 && r.Rests <= maxRests && r.Rate >= 0 && r.Rate < 1e12 &&
+		r.RoundTrip >= 0 && r.RoundTrip <= time.Minute && r.Score > 0 && r.Score <= 1
 }
 
 // newest returns the records that were updated last, as many as are kept.
@@ -313,51 +312,15 @@ func newest(records map[string]Record) map[string]Record {
 	return kept
 }
 
-// write replaces the file. It is not synced: after a power failure it may be empty, which does no harm.
+// write replaces the file. It is not synced: after a power failure it may be empty, which does no
+// harm.
 func write(path string, records map[string]Record) error {
-	data := file{Version: version, Sources: make(map[string]fileData, len(records))}
-	for k, r := range records {
-		data.Sources[k] = fileData{
-			Rate: math.Round(r.Rate), RoundTrip: r.RoundTrip.Microseconds(), Score: r.Score,
-			Fault: toMillis(r.Fault), Failure: toMillis(r.Failure), Updated: toMillis(r.Updated),
-		}
-	}
-	b, err := json.Marshal(data)
+	b, err := json.Marshal(file{version, records})
 	if err != nil {
 		return err
 	}
-	temporary := path + ".new"
-	if err := os.Remove(temporary); err != nil && !errors.Is(err, os.ErrNotExist) {
+	return files.Replace(path, 0o644, files.Options{Locked: true}, func(w io.Writer) error {
+		_, err := w.Write(b)
 		return err
-	}
-	f, err := os.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(temporary, path)
-	}
-	if err != nil {
-		os.Remove(temporary)
-	}
-	return err
-}
-
-// lockFile takes the lock that writers have; closing the file gives it back.
-func lockFile(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o644)
-	if err != nil {
-		return nil, err
-	}
-	for deadline := time.Now().Add(lockPatience); ; time.Sleep(5 * time.Millisecond) {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return f, nil
-		}
-		if (err != unix.EWOULDBLOCK && err != unix.EINTR) || time.Now().After(deadline) {
-			f.Close()
-			return nil, fmt.Errorf("locking %s: %w", path, err)
-		}
-	}
+	})
 }

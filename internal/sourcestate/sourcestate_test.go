@@ -71,7 +71,8 @@ func TestRemembers(t *testing.T) {
 }
 
 func TestMeasured(t *testing.T) {
-	s := open("", newClock().Now)
+	c := newClock()
+	s := open("", c.Now)
 	s.Measured(url, 100, time.Microsecond, 0)
 	if r := s.Get(url); r.Rate != 0 {
 		t.Errorf("100 bytes tell a rate of %v", r.Rate)
@@ -85,15 +86,36 @@ func TestMeasured(t *testing.T) {
 	if r := s.Get(url); r.Rate < 1.4e8 || r.RoundTrip != 20*time.Millisecond {
 		t.Errorf("a small measurement weighs too much: %+v", r)
 	}
-	s.Failed(url)
-	if r := s.Get(url); r.Failure.IsZero() {
-		t.Error("a failure is not remembered")
+	// What is old weighs little, and is then forgotten; but not because nothing else was measured.
+	c.pass(6 * rateHalfLife)
+	s.Measured(url, 4<<20, time.Second, 0)
+	if r := s.Get(url); r.Rate > 1e7 {
+		t.Errorf("an old measurement weighs too much: %+v", r)
+	}
+	c.pass(maxSpeedAge - time.Hour)
+	s.Measured(url, 0, 0, time.Millisecond)
+	c.pass(2 * time.Hour)
+	if r := s.Get(url); r.Rate != 0 || r.RoundTrip == 0 {
+		t.Errorf("after a long time: %+v", r)
+	}
+}
+
+func TestRests(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "sources")
+	c := newClock()
+	s := open(path, c.Now)
+	until := c.Now().Add(time.Minute)
+	s.Rests(url, until, 3)
+	mustSave(t, s)
+	s = open(path, c.Now)
+	if r := s.Get(url); !r.Rest.Equal(until) || r.Rests != 3 {
+		t.Errorf("the next process knows %+v", r)
 	}
 	s.Measured(url, 0, 0, time.Millisecond)
-	if r := s.Get(url); !r.Failure.IsZero() {
-		t.Error("a failure is remembered after success")
-	}
 	mustSave(t, s)
+	if r := open(path, c.Now).Get(url); !r.Rest.IsZero() || r.Rests != 0 {
+		t.Errorf("after it has answered: %+v", r)
+	}
 }
 
 func TestFault(t *testing.T) {
@@ -192,13 +214,13 @@ func TestBadFiles(t *testing.T) {
 	k := key(url)
 	for name, text := range map[string]string{
 		"empty":     "",
-		"cut":       `{"version":1,"sources":{"` + k + `":{"rate":1`,
-		"version":   `{"version":2,"sources":{"` + k + `":{"rate":1,"score":1,"updated":1777000000000}}}`,
-		"rate":      `{"version":1,"sources":{"` + k + `":{"rate":-1,"score":1,"updated":1777000000000}}}`,
-		"huge":      `{"version":1,"sources":{"` + k + `":{"rate":1e300,"score":1,"updated":1777000000000}}}`,
-		"score":     `{"version":1,"sources":{"` + k + `":{"rate":1,"score":7,"updated":1777000000000}}}`,
-		"future":    `{"version":1,"sources":{"` + k + `":{"rate":1,"score":1,"updated":9777000000000}}}`,
-		"oversized": `{"version":1,"sources":{"` + k + `":{"rate":1,"score":1,"updated":1777000000000}}}` + strings.Repeat(" ", maxFile),
+		"cut":       `{"version":2,"sources":{"` + k + `":{"rate":1`,
+		"version":   `{"version":1,"sources":{"` + k + `":{"rate":1,"score":1,"updated":"2026-04-24T03:06:40Z"}}}`,
+		"rate":      `{"version":2,"sources":{"` + k + `":{"rate":-1,"score":1,"updated":"2026-04-24T03:06:40Z"}}}`,
+		"huge":      `{"version":2,"sources":{"` + k + `":{"rate":1e300,"score":1,"updated":"2026-04-24T03:06:40Z"}}}`,
+		"score":     `{"version":2,"sources":{"` + k + `":{"rate":1,"score":7,"updated":"2026-04-24T03:06:40Z"}}}`,
+		"future":    `{"version":2,"sources":{"` + k + `":{"rate":1,"score":1,"updated":"2279-10-26T00:00:00Z"}}}`,
+		"oversized": `{"version":2,"sources":{"` + k + `":{"rate":1,"score":1,"updated":"2026-04-24T03:06:40Z"}}}` + strings.Repeat(" ", maxFile),
 		"array":     `[]`,
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -216,7 +238,7 @@ func TestBadFiles(t *testing.T) {
 			}
 		})
 	}
-	good := `{"version":1,"sources":{"` + k + `":{"rate":1,"score":1,"updated":1777000000000}}}`
+	good := `{"version":2,"sources":{"` + k + `":{"rate":1,"score":1,"measured":"2026-04-24T03:06:40Z","updated":"2026-04-24T03:06:40Z"}}}`
 	if r := parse([]byte(good), newClock().Now())[k]; r.Rate != 1 {
 		t.Errorf("a good file is not read: %+v", r)
 	}
@@ -238,7 +260,7 @@ func TestSaveFails(t *testing.T) {
 }
 
 func FuzzParse(f *testing.F) {
-	f.Add([]byte(`{"version":1,"sources":{"` + key(url) + `":{"rate":1,"round_trip":5,"score":0.5,"fault":1776000000000,"updated":1777000000000}}}`))
+	f.Add([]byte(`{"version":2,"sources":{"` + key(url) + `":{"rate":1,"round_trip":5,"score":0.5,"fault":"2026-04-12T13:20:00Z","rest":"2026-04-24T03:06:40Z","rests":2,"measured":"2026-04-24T03:06:40Z","updated":"2026-04-24T03:06:40Z"}}}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		now := newClock().Now()
 		for k, r := range parse(b, now) {

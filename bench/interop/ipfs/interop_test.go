@@ -25,6 +25,7 @@ import (
 	_ "github.com/multiformats/go-multihash/register/blake2"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/ipfs"
 )
 
@@ -93,7 +94,7 @@ func open(t *testing.T, url string, options ipfs.Options) *ipfs.Store {
 }
 
 func get(t *testing.T, store *ipfs.Store, ref eris.Reference, size eris.BlockSize) ([]byte, error) {
-	return store.Get(t.Context(), ref, size, nil)
+	return fetch.Get(t.Context(), store, ref, size, nil)
 }
 
 func isOffline(b blockstore.Blockstore) exchange.Interface { return offline.Exchange(b) }

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/web"
 )
 
@@ -25,7 +26,7 @@ func open(t *testing.T, url string) *web.Store {
 }
 
 func get(t *testing.T, store *web.Store, ref eris.Reference, size eris.BlockSize) ([]byte, error) {
-	return store.Get(t.Context(), ref, size, nil)
+	return fetch.Get(t.Context(), store, ref, size, nil)
 }
 
 func newBlock(size eris.BlockSize, n byte) (eris.Reference, []byte) {

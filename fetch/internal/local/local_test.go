@@ -3,122 +3,114 @@
 package local
 
 import (
+	"bytes"
 	"context"
 	"errors"
-	"reflect"
-	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
-)
 
-func TestParseURL(t *testing.T) {
-	for text, want := range map[string]struct {
-		url  URL
-		show string
-	}{
-		"file:///media/usb":            {URL{"file", "/media/usb", true, true, nil}, "file:///media/usb"},
-		"FILE:/media/usb":              {URL{"file", "/media/usb", true, true, nil}, "file:///media/usb"},
-		"file://localhost/a%20b":       {URL{"file", "/a b", true, true, nil}, "file:///a%20b"},
-		"file:blocks":                  {URL{"file", "blocks", true, true, nil}, "file:blocks"},
-		"file:../a/b?get":              {URL{"file", "../a/b", true, false, nil}, "file:../a/b"},
-		"file:///a?put&layout=flat":    {URL{"file", "/a", false, true, []string{"layout=flat"}}, "file:///a"},
-		"file:///a?get&put":            {URL{"file", "/a", true, true, nil}, "file:///a"},
-		"file:///100%25%3F%23%FFü?x&y": {URL{"file", "/100%?#\xffü", true, true, []string{"x", "y"}}, "file:///100%25%3F%23%FF%C3%BC"},
-	} {
-		got, err := ParseURL(text, "file")
-		if err != nil || !reflect.DeepEqual(got, want.url) {
-			t.Errorf("%s: %+v, %v", text, got, err)
-		}
-		if got.String() != want.show {
-			t.Errorf("%s: shown as %s, want %s", text, got, want.show)
-		}
-		if again, err := ParseURL(got.String(), "file"); err != nil || again.Path != got.Path {
-			t.Errorf("%s: what is shown is read as %+v, %v", text, again, err)
-		}
-	}
-	for _, text := range []string{
-		"", "file", "file:", "file://", "file://localhost", "file://host/a", "file://media", "dump:a", "files:a", "/a", "file:a#b", "file:%",
-		"file:%zz", "file:a%00", "file:a\n", "file:" + strings.Repeat("a", maxURLSize),
-	} {
-		if u, err := ParseURL(text, "file"); err == nil {
-			t.Errorf("%.40q is taken: %+v", text, u)
-		} else if strings.ContainsAny(err.Error(), "\n\x00") || len(err.Error()) > 300 {
-			t.Errorf("%.40q: the error is not fit to be shown: %.400q", text, err)
-		}
-	}
-}
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
+)
 
 var errTest = errors.New("test")
 
-func TestCalls(t *testing.T) {
-	var released atomic.Int32
-	c := NewCalls(2, func() { released.Add(1) })
-	order := ""
-	finished, err := c.Do(t.Context(), func() error { order += "1"; return nil }, func() error { order += "2"; return errTest })
-	if !finished || err != errTest || order != "12" {
-		t.Errorf("%v, %v, %s", finished, err, order)
-	}
-	finished, err = c.Do(t.Context(), func() error { return errTest }, func() error { t.Error("end after an error"); return nil })
-	if !finished || err != errTest {
-		t.Errorf("%v, %v", finished, err)
-	}
+// testFiles are files whose operations may hang.
+type testFiles struct {
+	hang     chan struct{}
+	commits  func() error
+	released int
+}
 
-	// A call is given up while its operation hangs; so is one that waits for its turn.
-	hang, started := make(chan struct{}), make(chan struct{})
-	hanging := func() error { started <- struct{}{}; <-hang; return nil }
-	ctx, cancel := context.WithCancelCause(t.Context())
-	var group sync.WaitGroup
-	for range 2 {
-		group.Go(func() {
-			if finished, err := c.Do(ctx, hanging, nil); finished || err != errTest {
-				t.Errorf("%v, %v", finished, err)
-			}
-		})
-		<-started
+func (f *testFiles) Read(_ eris.Reference, block []byte) error {
+	<-f.hang
+	block[0] = 1
+	return nil
+}
+
+func (f *testFiles) Write(eris.Reference, []byte) (func() error, error) { return f.commits, nil }
+
+func (f *testFiles) Release() { f.released++ }
+
+func newStore(t *testing.T, files Files) *Store {
+	u, err := storeurl.Parse("file:x")
+	if err != nil {
+		t.Fatal(err)
 	}
-	group.Go(func() {
-		if finished, err := c.Do(ctx, func() error { t.Error("too many operations"); return nil }, nil); !finished || err != errTest {
-			t.Errorf("%v, %v", finished, err)
+	return New(u, files)
+}
+
+// TestHang has file operations hang: calls are given up nevertheless, also by Close, and the files
+// are released when nothing uses them any more.
+func TestHang(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		files := &testFiles{hang: make(chan struct{})}
+		s := newStore(t, files)
+		ctx, cancel := context.WithCancelCause(t.Context())
+		var group sync.WaitGroup
+		for i := range 2 * maxOperations { // half of them wait for their turn
+			group.Go(func() {
+				ctx, want := ctx, errTest
+				if i%2 == 0 {
+					ctx, want = t.Context(), fetch.ErrClosed
+				}
+				if _, err := fetch.Get(ctx, s, eris.Reference{}, eris.BlockSize1KiB, nil); !errors.Is(err, want) {
+					t.Errorf("error is %v, want %v", err, want)
+				}
+			})
+		}
+		synctest.Wait()
+		cancel(errTest)
+		synctest.Wait()
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+		group.Wait()
+		if files.released > 0 {
+			t.Error("released while in use")
+		}
+		if err := s.Put(t.Context(), eris.Sum(make([]byte, 1024)), make([]byte, 1024)); !errors.Is(err, fetch.ErrClosed) {
+			t.Errorf("after Close: %v", err)
+		}
+		close(files.hang)
+		for range 2 {
+			if err := s.Close(); err != nil || files.released != 1 {
+				t.Errorf("%v, released %d times", err, files.released)
+			}
 		}
 	})
-	cancel(errTest)
-	group.Wait()
-
-	if c.Close() {
-		t.Error("Close says that operations have come to an end")
-	}
-	if finished, err := c.Do(t.Context(), hanging, nil); !finished || err != ErrClosed {
-		t.Errorf("after Close: %v, %v", finished, err)
-	}
-	if released.Load() != 0 {
-		t.Error("released while in use")
-	}
-	close(hang)
-	first, again := c.Close(), c.Close()
-	if !first || !again || released.Load() != 1 {
-		t.Errorf("released %d times", released.Load())
-	}
 }
 
-// TestCallsEnds checks that ends are not among those whose number is limited.
-func TestCallsEnds(t *testing.T) {
-	c := NewCalls(1, func() {})
-	const calls = 20
+// TestPutCommits checks that commits are not among the operations whose number is limited, and that
+// nothing is written that is no block.
+func TestPutCommits(t *testing.T) {
+	const calls = 2 * maxOperations
 	var all, group sync.WaitGroup
 	all.Add(calls)
+	s := newStore(t, &testFiles{commits: func() error { all.Done(); all.Wait(); return errTest }})
+	defer s.Close()
+	block := bytes.Repeat([]byte("x"), int(eris.BlockSize32KiB))
 	for range calls {
 		group.Go(func() {
-			c.Do(t.Context(), func() error { return nil }, func() error { all.Done(); all.Wait(); return nil })
+			if err := s.Put(t.Context(), eris.Sum(block), block); !errors.Is(err, errTest) {
+				t.Error(err)
+			}
 		})
 	}
 	group.Wait()
-	c.Close()
+	var wrong *eris.BlockError
+	if err := s.Put(t.Context(), eris.Reference{}, block); !errors.As(err, &wrong) {
+		t.Errorf("another block: %v", err)
+	}
+	if err := s.Put(t.Context(), eris.Sum(block[1:]), block[1:]); !errors.Is(err, errSize) {
+		t.Errorf("something that is no block: %v", err)
+	}
 }
 
-// TestCommits checks that a commit that covers a call has begun after the call, that those who wait share one, and that errors
-// reach those whom they concern.
+// TestCommits checks that a commit that covers a call has begun after the call, that those who wait
+// share one, and that errors reach those whom they concern.
 func TestCommits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		commits, proceed := 0, make(chan error)

@@ -11,10 +11,11 @@ import (
 	"strings"
 )
 
-// For returns the URL of the proxy for requests to a host by a scheme, http or https, or "" if there is none. The host is a
-// name or an address, without brackets, and the port a number. getenv has the variables that Guix obeys
-// (guix/build/download.scm: open-connection-for-uri), http_proxy and https_proxy, and no_proxy: a comma-separated list of host
-// names that also stand for their subdomains, addresses, networks in CIDR notation, or "*", each with or without a port.
+// For returns the URL of the proxy for requests to a host by a scheme, http or https, or "" if
+// there is none. The host is a name or an address, without brackets, and the port a number. getenv
+// has the variables that Guix obeys (guix/build/download.scm: open-connection-for-uri), http_proxy
+// and https_proxy, and no_proxy: a comma-separated list of host names that also stand for their
+// subdomains, addresses, networks in CIDR notation, or "*", each with or without a port.
 //
 // It returns an error, which does not show the value, if the proxy is none of HTTP.
 func For(scheme, host, port string, getenv func(string) string) (string, error) {

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package ahead
+
+import (
+	"cmp"
+	"container/heap"
+	"path"
+	"strings"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
+)
+
+// maxPlanned bounds how many items a plan knows. What is beyond is substituted when the daemon
+// asks for it.
+const maxPlanned = 20000
+
+// A plan knows the items that one daemon process will probably ask for, and in which order.
+//
+// The daemon substitutes an item once all of its references are valid. Of those that could be
+// substituted it takes the first by name, and by file name where names are equal: goals that wait
+// for the only build slot are woken together, and run in the order of their keys (Guix,
+// nix/libstore/build.cc: SubstitutionGoal::key, Worker::run, Worker::childTerminated). So the order
+// is known, as far as the items are.
+//
+// It is not safe for concurrent use.
+type plan struct {
+	items map[string]*planned
+	valid func(path string) bool // reports whether an item is in the store
+	ready queue                  // those that can be substituted, if what was taken is
+	left  int                    // not taken yet
+}
+
+// planned is an item of a plan, or a reference of one.
+type planned struct {
+	substitute.Item
+	known   bool       // it can be had
+	taken   bool       // by the daemon or from this plan, or it is valid
+	waits   int        // for how many references
+	waiters []*planned // that wait for it
+}
+
+func newPlan(valid func(path string) bool) *plan {
+	return &plan{items: map[string]*planned{}, valid: valid}
+}
+
+// item returns what the plan knows of a file name, and nil if it knows enough.
+func (p *plan) item(path string) *planned {
+	i := p.items[path]
+	if i == nil && len(p.items) < maxPlanned {
+		i = &planned{Item: substitute.Item{Path: path}, taken: p.valid(path)}
+		p.items[path] = i
+	}
+	return i
+}
+
+// add adds an item, unless it is known or in the store.
+func (p *plan) add(item substitute.Item) {
+	i := p.item(item.Path)
+	if i == nil || i.known || i.taken {
+		return
+	}
+	i.Item, i.known = item, true
+	p.left++
+	for _, r := range item.References {
+		if r == item.Path {
+			continue
+		}
+		other := p.item(r)
+		if other == nil {
+			i.waits++ // for ever
+		} else if !other.taken {
+			i.waits++
+			other.waiters = append(other.waiters, i)
+		}
+	}
+	if i.waits == 0 {
+		heap.Push(&p.ready, i)
+	}
+}
+
+// take says that an item is being substituted: because the daemon has asked for it, or because
+// next has returned it.
+func (p *plan) take(path string) {
+	i := p.item(path)
+	if i == nil || i.taken {
+		return
+	}
+	i.taken = true
+	if i.known {
+		p.left--
+	}
+	for _, w := range i.waiters {
+		if w.waits--; w.waits == 0 && !w.taken {
+			heap.Push(&p.ready, w)
+		}
+	}
+	i.waiters = nil
+}
+
+// next returns the item that the daemon will ask for next, after all that have been taken, if each
+// substitution succeeds. It is not taken. An item with a reference of which nothing is known, and
+// which is not in the store, is never returned.
+func (p *plan) next() (substitute.Item, bool) {
+	for len(p.ready) > 0 {
+		if first := p.ready[0]; !first.taken {
+			return first.Item, true
+		}
+		heap.Pop(&p.ready)
+	}
+	return substitute.Item{}, false
+}
+
+// queue is a heap of items in the order of the keys of the daemon's goals.
+type queue []*planned
+
+func (q queue) Len() int           { return len(q) }
+func (q queue) Less(i, j int) bool { return compare(q[i].Path, q[j].Path) < 0 }
+func (q queue) Swap(i, j int)      { q[i], q[j] = q[j], q[i] }
+func (q *queue) Push(x any)        { *q = append(*q, x.(*planned)) }
+func (q *queue) Pop() any {
+	last := len(*q) - 1
+	x := (*q)[last]
+	*q = (*q)[:last]
+	return x
+}
+
+// compare compares the keys of two goals, each of which is "a$NAME$PATH".
+func compare(a, b string) int { return cmp.Compare(name(a)+"$"+a, name(b)+"$"+b) }
+
+// name returns the name of a store item, which stands behind the hash.
+func name(file string) string {
+	_, after, _ := strings.Cut(path.Base(file), "-")
+	return after
+}

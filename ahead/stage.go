@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package ahead
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
+)
+
+// stagingName is the directory in the store below which items are staged, in a directory for each
+// session. No store item has such a name, so the garbage collector may remove it at any time (Guix,
+// nix/libstore/gc.cc: LocalStore::collectGarbage), which is right: whatever is wrong with a staged
+// item means that it is not staged.
+const stagingName = ".guix-substitute-eris"
+
+// A stage is a directory in the store in which the helpers of one session restore items before
+// they are asked for. It is there as long as something is in it. Each helper has a shared lock of
+// it, which tells others that it is in use.
+//
+// Of an item that is called KEY there are KEY.part while it is being restored, by whoever has the
+// lock of KEY.lock, and KEY when it is complete and has the right hash, which is a part of the key:
+// helpers that believe other narinfos look for something else.
+type stage struct {
+	store string
+	name  string
+	lock  *os.File // the directory; nil as long as there is none
+}
+
+func (s *stage) path() string { return filepath.Join(s.store, stagingName, s.name) }
+
+// open makes the directory, if there is none.
+func (s *stage) open() error {
+	if s.lock != nil {
+		if isAt(s.lock, s.path()) {
+			return nil
+		}
+		s.lock.Close() // it was collected
+		s.lock = nil
+	}
+	var err error
+	// Another helper may take the directory away meanwhile.
+	for range 10 {
+		// What is in it is nobody's business before its hash has been checked.
+		if err = files.MakeDirectory(filepath.Dir(s.path())); err != nil {
+			continue
+		}
+		if err = files.MakeDirectory(s.path()); err != nil {
+			continue
+		}
+		if s.lock, err = lockDirectory(s.path(), unix.LOCK_SH); err == nil {
+			return nil
+		}
+	}
+	return err
+}
+
+// lockDirectory opens a directory and takes its lock, if it is free.
+func lockDirectory(path string, how int) (*os.File, error) {
+	d, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(d.Fd()), how|unix.LOCK_NB); err != nil {
+		d.Close()
+		return nil, err
+	}
+	// Before the lock was taken, it may have been somebody else's to remove.
+	if !isAt(d, path) {
+		d.Close()
+		return nil, &fs.PathError{Op: "lock", Path: path, Err: fs.ErrNotExist}
+	}
+	return d, nil
+}
+
+// isAt reports whether a file that is open is still the one of that name.
+func isAt(f *os.File, path string) bool {
+	opened, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	named, err := os.Lstat(path)
+	return err == nil && os.SameFile(opened, named)
+}
+
+// close removes the directory with all that is in it, unless another helper uses it.
+func (s *stage) close() error {
+	if s.lock == nil {
+		return nil
+	}
+	defer func() {
+		s.lock.Close()
+		s.lock = nil
+	}()
+	if unix.Flock(int(s.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
+		return nil // who is last removes it
+	}
+	if !isAt(s.lock, s.path()) {
+		return nil // collected
+	}
+	err := restore.Remove(s.path())
+	os.Remove(filepath.Dir(s.path())) // if there is no other session
+	return err
+}
+
+// A claim is the right to stage an item.
+type claim struct {
+	final string
+	lock  *os.File
+}
+
+// claim returns the right to stage an item, or nil if another helper has it or has staged the
+// item, or if it cannot be had.
+func (s *stage) claim(key string) *claim {
+	final := filepath.Join(s.path(), key)
+	lock, err := files.Lock(final+".lock", 0)
+	if err != nil {
+		return nil
+	}
+	c := &claim{final, lock}
+	if _, err := os.Lstat(final); err == nil {
+		c.release()
+		return nil
+	}
+	return c
+}
+
+// part returns the file name at which the item is to be restored.
+func (c *claim) part() string { return c.final + ".part" }
+
+// finish says that the item is complete.
+func (c *claim) finish() error {
+	defer c.release()
+	return rename(c.part(), c.final)
+}
+
+// release gives up the right, if it is one.
+func (c *claim) release() {
+	if c.lock != nil {
+		c.lock.Close()
+	}
+}
+
+// move gives an item that is staged its place in the store, where there must be nothing.
+func (s *stage) move(key, destination string) error {
+	return rename(filepath.Join(s.path(), key), destination)
+}
+
+// take gives an item its place that another helper has staged or is staging; that is waited for,
+// for some time. If it cannot be had, take returns the right to stage it, which may be none.
+func (s *stage) take(key, destination string, wait time.Duration) (moved bool, c *claim) {
+	if s.move(key, destination) == nil {
+		return true, nil
+	}
+	final := filepath.Join(s.path(), key)
+	lock, err := files.Lock(final+".lock", wait)
+	if err != nil {
+		return false, &claim{}
+	}
+	if s.move(key, destination) == nil {
+		lock.Close()
+		return true, nil
+	}
+	return false, &claim{final, lock}
+}
+
+// rename renames a tree that may not be writable, as long as there is nothing of the new name.
+func rename(from, to string) error {
+	err := unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE)
+	if !errors.Is(err, unix.EACCES) {
+		return err
+	}
+	// To move a directory one must be allowed to write to it, unless one is root.
+	if err := os.Chmod(from, 0o755); err != nil {
+		return err
+	}
+	err = unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE)
+	if err != nil {
+		return err
+	}
+	return os.Chmod(to, 0o555)
+}
+
+// free returns how many bytes the file system of the store has left.
+func (s *stage) free() int64 {
+	var st unix.Statfs_t
+	if unix.Statfs(s.store, &st) != nil {
+		return 0
+	}
+	return int64(st.Bavail) * st.Bsize
+}
+
+// CleanStages removes what helpers that were killed have left in the store. What is in use stays.
+// Errors are passed over. It takes no time worth mentioning when there is nothing.
+func CleanStages(store string) {
+	around := filepath.Join(store, stagingName)
+	entries, err := os.ReadDir(around)
+	if err != nil {
+		return
+	}
+	for _, e := range entries {
+		path := filepath.Join(around, e.Name())
+		if lock, err := lockDirectory(path, unix.LOCK_EX); err == nil {
+			restore.Remove(path)
+			lock.Close()
+		}
+	}
+	os.Remove(around)
+}

@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package ahead
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
+)
+
+// tree makes a tree as items of the store are: not writable.
+func tree(t *testing.T, path string) {
+	t.Helper()
+	if err := os.Mkdir(path, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(path, "file"), []byte("contents"), 0o444); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(path, 0o555); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// newStages returns stages of helpers of one session.
+func newStages(t *testing.T, n int) (store string, stages []*stage) {
+	store = t.TempDir()
+	t.Cleanup(func() { restore.Remove(store) })
+	for range n {
+		s := &stage{store: store, name: "1-2"}
+		if err := s.open(); err != nil {
+			t.Fatal(err)
+		}
+		stages = append(stages, s)
+	}
+	return store, stages
+}
+
+// put stages an item.
+func (s *stage) put(t *testing.T, key string) {
+	t.Helper()
+	c := s.claim(key)
+	if c == nil {
+		t.Fatalf("%s cannot be claimed", key)
+	}
+	tree(t, c.part())
+	if err := c.finish(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestStage(t *testing.T) {
+	store, stages := newStages(t, 1)
+	s := stages[0]
+	if err := s.open(); err != nil { // which it is
+		t.Fatal(err)
+	}
+	a, b := filepath.Join(store, "a"), filepath.Join(store, "b")
+	s.put(t, "a")
+	s.put(t, "b")
+	if s.claim("b") != nil {
+		t.Error("an item is staged twice")
+	}
+	info, err := os.Stat(s.path())
+	if err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("mode of the directory is %v, %v", info.Mode(), err)
+	}
+	if err := s.move("a", a); err != nil {
+		t.Fatal(err)
+	}
+	info, err = os.Stat(a)
+	if err != nil || info.Mode().Perm() != 0o555 {
+		t.Errorf("mode of the item is %v, %v", info.Mode(), err)
+	}
+	if text, err := os.ReadFile(filepath.Join(a, "file")); string(text) != "contents" {
+		t.Errorf("contents are %q, %v", text, err)
+	}
+	if err := s.move("b", a); err == nil {
+		t.Error("an item was replaced")
+	}
+	if err := s.move("a", filepath.Join(store, "c")); err == nil {
+		t.Error("an item that is not staged was moved")
+	}
+	CleanStages(store) // which removes nothing that is in use
+	if err := s.move("b", b); err != nil {
+		t.Error(err)
+	}
+	if err := s.close(); err != nil || exists(filepath.Join(store, stagingName)) {
+		t.Errorf("the directory is left: %v", err)
+	}
+}
+
+// Two helpers of one daemon process share what they stage.
+func TestStageShared(t *testing.T) {
+	store, stages := newStages(t, 2)
+	one, other := stages[0], stages[1]
+	a, b := filepath.Join(store, "a"), filepath.Join(store, "b")
+	one.put(t, "a")
+	if other.claim("a") != nil {
+		t.Error("an item is staged twice")
+	}
+	if err := other.move("a", a); err != nil {
+		t.Error(err)
+	}
+	c := one.claim("b")
+	tree(t, c.part())
+	if other.claim("b") != nil {
+		t.Error("an item is being staged twice")
+	}
+	if err := other.move("b", b); err == nil {
+		t.Error("what is not complete was moved")
+	}
+	moved := make(chan bool)
+	go func() {
+		ok, _ := other.take("b", b, time.Hour)
+		moved <- ok
+	}()
+	if err := c.finish(); err != nil {
+		t.Error(err)
+	}
+	if !<-moved || !exists(filepath.Join(b, "file")) {
+		t.Error("what was waited for is not there")
+	}
+	ok, mine := other.take("c", filepath.Join(store, "c"), time.Hour)
+	if ok || mine == nil || one.claim("c") != nil {
+		t.Error("what nobody stages is not the other's")
+	}
+	mine.release()
+	if err := one.close(); err != nil || !exists(other.path()) {
+		t.Errorf("the first takes it from the other: %v", err)
+	}
+	if err := other.close(); err != nil || exists(filepath.Join(store, stagingName)) {
+		t.Errorf("the directory is left: %v", err)
+	}
+}
+
+// The garbage collector may take it away at any time.
+func TestStageCollected(t *testing.T) {
+	store, stages := newStages(t, 1)
+	s := stages[0]
+	a := filepath.Join(store, "a")
+	collect := func() {
+		t.Helper()
+		if err := restore.Remove(filepath.Join(store, stagingName)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := s.claim("a")
+	collect()
+	if err := c.finish(); err == nil {
+		t.Error("what was collected is complete")
+	}
+	if s.claim("a") != nil {
+		t.Error("what was collected can be staged in")
+	}
+	if err := s.move("a", a); err == nil {
+		t.Error("what was collected was moved")
+	}
+	if err := s.open(); err != nil {
+		t.Fatal(err)
+	}
+	s.put(t, "a")
+	collect()
+	if err := s.move("a", a); err == nil {
+		t.Error("what was collected was moved")
+	}
+	if err := s.close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// What helpers leave that were killed is removed by the next one.
+func TestCleanStages(t *testing.T) {
+	store, stages := newStages(t, 1)
+	used, killed := stages[0], &stage{store: store, name: "3-4"}
+	if err := killed.open(); err != nil {
+		t.Fatal(err)
+	}
+	a := filepath.Join(store, "a")
+	used.put(t, "a")
+	killed.put(t, "a")
+	tree(t, killed.claim("b").part())
+	killed.lock.Close() // which the end of a process does
+	CleanStages(store)
+	if exists(killed.path()) {
+		t.Error("what was left is left")
+	}
+	if err := used.move("a", a); err != nil {
+		t.Error(err)
+	}
+	if err := used.close(); err != nil {
+		t.Error(err)
+	}
+	// A link is not followed.
+	target := filepath.Join(store, "target")
+	tree(t, target)
+	if err := os.Mkdir(filepath.Join(store, stagingName), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(target, filepath.Join(store, stagingName, "link")); err != nil {
+		t.Fatal(err)
+	}
+	CleanStages(store)
+	if !exists(filepath.Join(target, "file")) {
+		t.Error("a link was followed")
+	}
+	CleanStages(filepath.Join(store, "none"))
+}

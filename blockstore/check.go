@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package blockstore
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"hash/fnv"
+	"io"
+	"os"
+	"path/filepath"
+
+	"go.etcd.io/bbolt"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+)
+
+// sumName is a file with the checksum of the whole index. It is there while the store is closed,
+// unless the program or the machine crashed. bbolt has no checksums but for its two meta pages; and
+// where the last one of these is damaged, it takes the other one, and with it the index of one
+// transaction before.
+const sumName = "index.sum"
+
+// closeIndex closes the index, and notes its checksum if nobody has to doubt it.
+func (s *Store) closeIndex() error {
+	var size int64
+	err := s.view(func(tx *bbolt.Tx) error { size = tx.Size(); return nil })
+	if s.damaged.Load() {
+		return nil // where bbolt has panicked it may still hold one of its locks: closing would wait for ever
+	}
+	if err = errors.Join(err, guard(s.index.Close)); err != nil || s.Err() != nil {
+		return err
+	}
+	sum, err := s.sumIndex(context.Background(), size)
+	if err != nil {
+		return err
+	}
+	return files.Replace(filepath.Join(s.directory, sumName), 0o600, files.Options{Locked: true}, func(w io.Writer) error {
+		return binary.Write(w, binary.BigEndian, sum)
+	})
+}
+
+// sumIndex returns the checksum of the index, up to the given size. What bbolt has in stock behind
+// that does not count, and may not be there; nor may free pages at the end.
+func (s *Store) sumIndex(ctx context.Context, size int64) (sum uint32, err error) {
+	f, err := os.Open(filepath.Join(s.directory, indexName))
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	b := make([]byte, 1<<20)
+	for size > 0 {
+		n, err := f.Read(b[:min(size, int64(len(b)))])
+		if err == io.EOF {
+			break
+		} else if err = cmp.Or(err, context.Cause(ctx)); err != nil {
+			return 0, err
+		}
+		sum = crc32.Update(sum, castagnoli, b[:n])
+		size -= int64(n)
+	}
+	return sum, nil
+}
+
+// checkIndex checks the whole index: against the checksum, or, where there is none, entry by entry.
+// It must be called before anything is written: what a damaged index has as free may be in use.
+// Besides, the checksum is good for that time only.
+func (s *Store) checkIndex(ctx context.Context) error {
+	path := filepath.Join(s.directory, sumName)
+	b, err := files.ReadState(path, crc32.Size)
+	return s.view(func(tx *bbolt.Tx) error {
+		if err != nil || len(b) != crc32.Size {
+			return cmp.Or(checkMeta(tx.DB()), checkEntries(ctx, tx))
+		}
+		sum, err := s.sumIndex(ctx, tx.Size())
+		switch {
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case err != nil:
+			return fmt.Errorf("%w: %w", ErrDamaged, err) // a new one will be written elsewhere
+		case sum != binary.BigEndian.Uint32(b):
+			return fmt.Errorf("%w: it has another checksum", ErrDamaged)
+		}
+		return errors.Join(os.Remove(path), files.SyncDirectory(s.directory))
+	})
+}
+
+// checkMeta checks the checksums of both meta pages (as in bbolt's internal/common: FNV-1a of 56
+// bytes behind the header of the page).
+func checkMeta(db *bbolt.DB) error {
+	f, err := os.Open(db.Path())
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	for page := range int64(2) {
+		var meta [64]byte
+		_, err := f.ReadAt(meta[:], page*int64(db.Info().PageSize)+16)
+		sum := fnv.New64a()
+		sum.Write(meta[:56])
+		if err != nil || sum.Sum64() != binary.NativeEndian.Uint64(meta[56:]) {
+			return fmt.Errorf("%w: meta page %d is not what was written", ErrDamaged, page)
+		}
+	}
+	return nil
+}
+
+// checkEntries reads all entries of the index. Each must be found where it is looked for, and have
+// a slot of its own, and no other slot may be taken: then no block is missing.
+func checkEntries(ctx context.Context, tx *bbolt.Tx) error {
+	want, taken, err := loadIndex(tx)
+	if err != nil {
+		return err
+	}
+	blocks := tx.Bucket(blocksBucket)
+	cursor := blocks.Cursor()
+	for k, v := cursor.First(); k != nil; k, v = cursor.Next() {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		found := blocks.Get(k)
+		l, err := parseLocation(k, found)
+		if err != nil {
+			return err
+		}
+		c, slot := l.class(), l.slot()
+		if !bytes.Equal(found, v) || int(slot/slotsPerChunk) >= len(taken[c]) || !taken[c][slot/slotsPerChunk].has(slot) {
+			return fmt.Errorf("%w: block %x is in a slot that is free, or has another block", ErrDamaged, k)
+		}
+		taken[c][slot/slotsPerChunk].clear(slot)
+		want.blocks[c]--
+	}
+	for c := range classes {
+		if want.blocks[c] != 0 || slotsTaken(taken[c]) != 0 {
+			return fmt.Errorf("%w: %d blocks of %d bytes are missing", ErrDamaged, want.blocks[c], c.size())
+		}
+	}
+	return nil
+}

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sync"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/ahead"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
+)
+
+const (
+	// defaultAheadItems and defaultAheadBytes bound what is substituted before the daemon asks
+	// for it, if the settings do not say it.
+	defaultAheadItems = 16
+	defaultAheadBytes = 512 << 20
+	// leastAheadWorkers is how many large items are restored at the same time at least: while one
+	// waits for the line, another one can be decompressed.
+	leastAheadWorkers = 2
+)
+
+// aheadItems returns how many items are substituted ahead of the daemon at most.
+func (s *settings) aheadItems() int {
+	if s.file.AheadItems == nil {
+		return defaultAheadItems
+	}
+	return *s.file.AheadItems
+}
+
+// daemonSession returns what is noted about the daemon process that has started this one, or nil.
+func (s *settings) daemonSession() *ahead.Session {
+	directory := s.inCache("sessions")
+	if directory == "" || s.aheadItems() <= 0 {
+		return nil
+	}
+	session, err := ahead.SessionOf(directory, os.Getppid())
+	if err != nil {
+		return nil // without /proc
+	}
+	return session
+}
+
+// ahead returns what substitutes ahead of the daemon. It must be closed.
+func (s *settings) ahead(sub *session) *ahead.Ahead {
+	size := int64(defaultAheadBytes)
+	if s.file.AheadBytes != "" {
+		var err error
+		if size, err = bytesize.Parse(s.file.AheadBytes); err != nil {
+			s.notes = append(s.notes, fmt.Sprintf("ahead-bytes ignored: %v", err))
+			size = defaultAheadBytes
+		}
+	}
+	return ahead.New(sub.Substituter, ahead.Options{
+		StoreDir: s.store,
+		Session:  s.daemonSession(),
+		Items:    s.aheadItems(),
+		Bytes:    size,
+		Workers:  max(leastAheadWorkers, runtime.NumCPU()),
+	})
+}
+
+// clean removes what helpers have left that are gone.
+func (s *settings) clean() {
+	if directory := s.inCache("sessions"); directory != "" {
+		ahead.CleanSessions(directory)
+	}
+	ahead.CleanStages(s.store)
+}
+
+// finder returns what finds older items of the store to make new ones of, or nil. The daemon's
+// database is opened when there is an item of which it is to be asked.
+func (s *settings) finder() (finder *reuse.Finder, closeDatabase func()) {
+	if s.file.Reuse != nil && !*s.file.Reuse {
+		return nil, func() {}
+	}
+	var database *publish.Database
+	open := sync.OnceValue(func() (err error) {
+		database, err = publish.OpenDatabase(databaseFile(), s.store)
+		return err
+	})
+	find := func(ctx context.Context, hashPart string) (*narinfo.Narinfo, error) {
+		if err := open(); err != nil {
+			return nil, fmt.Errorf("%w: %w", reuse.ErrNoDatabase, err)
+		}
+		return database.Item(ctx, hashPart)
+	}
+	return reuse.New(reuse.Config{StoreDir: s.store, Database: find, MissesFile: s.inCache("reuse")}), func() {
+		if database != nil {
+			database.Close()
+		}
+	}
+}
+
+// databaseFile is the daemon's database.
+func databaseFile() string {
+	return filepath.Join(directoryFrom("GUIX_DATABASE_DIRECTORY", filepath.Join(stateDirectory(), "db")), "db.sqlite")
+}

@@ -1,0 +1,386 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+)
+
+// aheadTest is a store, a daemon process, which this one plays, and a server that answers no
+// request for a nar before some number of them are under way.
+type aheadTest struct {
+	t       *testing.T
+	store   string
+	env     []string
+	items   []aheadItem
+	program string
+
+	mu      sync.Mutex
+	changed sync.Cond
+	waiting int            // requests for nars that are under way
+	most    int            // the greatest number so far
+	needed  int            // until nars are sent
+	closed  bool           // nobody is answered any more
+	asked   map[string]int // requests by the name of the item
+}
+
+type aheadItem struct {
+	path       string
+	references []string
+	narinfo    string
+	nar        []byte
+}
+
+// newAheadTest makes items: as many that refer to nothing, and half as many that refer to some.
+func newAheadTest(t *testing.T, needed int, configuration string) *aheadTest {
+	directory := t.TempDir()
+	a := &aheadTest{t: t, store: directory + "/store", needed: needed, asked: map[string]int{}}
+	a.changed.L = &a.mu
+	t.Cleanup(func() { makeWritable(directory) })
+	for _, name := range []string{"store", "etc", "state", "home"} {
+		if err := os.Mkdir(filepath.Join(directory, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(directory+"/etc/substitute-eris.toml", []byte(configuration), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var err error
+	if a.program, err = exec.LookPath("guix-substitute-eris"); err != nil {
+		t.Fatal(err)
+	}
+	a.makeItems(12)
+	server := httptest.NewServer(a)
+	t.Cleanup(func() {
+		a.open(0, true)
+		server.Close()
+	})
+	a.env = []string{
+		"PATH=" + os.Getenv("PATH"), "TESTSCRIPT_COMMAND=guix-substitute-eris", "HOME=" + directory + "/home",
+		"NIX_STORE_DIR=" + a.store, "GUIX_CONFIGURATION_DIRECTORY=" + directory + "/etc",
+		"GUIX_STATE_DIRECTORY=" + directory + "/state", "GUIX_ALLOW_UNAUTHENTICATED_SUBSTITUTES=yes",
+		"_NIX_OPTIONS=print-extended-build-trace=1\nsubstitute-urls=" + server.URL + "\n",
+	}
+	return a
+}
+
+func (a *aheadTest) makeItems(leaves int) {
+	random := rand.New(rand.NewPCG(3, 4))
+	for i := range leaves + leaves/2 {
+		hash := fmt.Sprintf("%032d", i)
+		item := aheadItem{path: fmt.Sprintf("%s/%s-item%d", a.store, hash, random.IntN(1000))}
+		if i >= leaves {
+			for _, k := range random.Perm(i)[:3] {
+				item.references = append(item.references, a.items[k].path)
+			}
+		}
+		tree := filepath.Join(a.t.TempDir(), "tree")
+		if err := os.MkdirAll(filepath.Join(tree, "lib"), 0o755); err != nil {
+			a.t.Fatal(err)
+		}
+		contents := bytes.Repeat([]byte(item.path+"\n"), 200)
+		if err := os.WriteFile(filepath.Join(tree, "lib", "file"), contents, 0o644); err != nil {
+			a.t.Fatal(err)
+		}
+		var archive bytes.Buffer
+		if _, err := nar.Write(&archive, nar.NewTree(tree)); err != nil {
+			a.t.Fatal(err)
+		}
+		item.nar = archive.Bytes()
+		sum := sha256.Sum256(item.nar)
+		var references []string
+		for _, r := range item.references {
+			references = append(references, filepath.Base(r))
+		}
+		item.narinfo = fmt.Sprintf("StorePath: %s\nURL: nar/%s\nCompression: none\nNarHash: sha256:%s\nNarSize: %d\nReferences: %s\n",
+			item.path, filepath.Base(item.path), nixbase32.EncodeToString(sum[:]), len(item.nar), strings.Join(references, " "))
+		a.items = append(a.items, item)
+	}
+}
+
+func (a *aheadTest) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	name := filepath.Base(r.URL.Path)
+	for _, item := range a.items {
+		switch base := filepath.Base(item.path); name {
+		case base[:32] + ".narinfo":
+			io.WriteString(w, item.narinfo)
+			return
+		case base:
+			if !a.pass(base) {
+				w.WriteHeader(http.StatusNotFound)
+			} else {
+				w.Write(item.nar)
+			}
+			return
+		}
+	}
+	w.WriteHeader(http.StatusNotFound)
+}
+
+// pass waits until enough requests are under way.
+func (a *aheadTest) pass(name string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.asked[name]++
+	a.waiting++
+	a.most = max(a.most, a.waiting)
+	a.changed.Broadcast()
+	for a.waiting < a.needed {
+		a.changed.Wait()
+	}
+	a.needed = 0 // from now on
+	a.changed.Broadcast()
+	a.waiting--
+	return !a.closed
+}
+
+// open lets requests pass.
+func (a *aheadTest) open(needed int, closed bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.needed, a.closed = needed, closed
+	a.changed.Broadcast()
+}
+
+// await waits until so many requests are under way.
+func (a *aheadTest) await(n int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for a.waiting < n {
+		a.changed.Wait()
+	}
+}
+
+func (a *aheadTest) requests(item aheadItem) int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.asked[filepath.Base(item.path)]
+}
+
+func (a *aheadTest) start(mode string) *daemonHelper {
+	a.t.Helper()
+	d := startDaemonHelper(a.program, mode, a.env, false)
+	if d.err != nil {
+		a.t.Fatal(d.err)
+	}
+	return d
+}
+
+// query asks about each item on its own, as the daemon does before it substitutes them.
+func (a *aheadTest) query() {
+	a.t.Helper()
+	var requests strings.Builder
+	for _, item := range a.items {
+		fmt.Fprintf(&requests, "info %s\n", item.path)
+	}
+	d := a.start("query")
+	replies, err := d.talk(requests.String())
+	if err2 := d.close(); err == nil {
+		err = err2
+	}
+	if n := strings.Count(replies, "-item"); err != nil || n < len(a.items) {
+		a.t.Fatalf("%d items are available, %v\n%s", n, err, d.log.String())
+	}
+}
+
+// order returns the items in the order in which the daemon substitutes them.
+func (a *aheadTest) order() []aheadItem {
+	left := slices.Clone(a.items)
+	slices.SortFunc(left, func(x, y aheadItem) int {
+		return strings.Compare(filepath.Base(x.path)[33:]+"$"+x.path, filepath.Base(y.path)[33:]+"$"+y.path)
+	})
+	done := map[string]bool{}
+	var order []aheadItem
+	for len(left) > 0 {
+		i := slices.IndexFunc(left, func(item aheadItem) bool {
+			return !slices.ContainsFunc(item.references, func(r string) bool { return !done[r] })
+		})
+		done[left[i].path] = true
+		order = append(order, left[i])
+		left = slices.Delete(left, i, i+1)
+	}
+	return order
+}
+
+// substitute has a helper substitute an item.
+func (a *aheadTest) substitute(d *daemonHelper, item aheadItem, destination string) {
+	a.t.Helper()
+	fmt.Fprintf(d.stdin, "substitute %s %s\n", item.path, destination)
+	var b [4096]byte
+	n, err := d.replies.Read(b[:])
+	if err != nil || !strings.HasPrefix(string(b[:n]), "success sha256:") {
+		a.t.Fatalf("%s: reply %q, %v", item.path, b[:n], err)
+	}
+	text, err := os.ReadFile(destination + "/lib/file")
+	if err != nil || !bytes.HasPrefix(text, []byte(item.path+"\n")) {
+		a.t.Fatalf("%s has other contents: %v", destination, err)
+	}
+	info, err := os.Stat(destination)
+	if err != nil || info.Mode().Perm() != 0o555 || info.ModTime().Unix() != 1 {
+		a.t.Fatalf("%s: mode %v, time %v, error %v", destination, info.Mode(), info.ModTime(), err)
+	}
+}
+
+// left returns what is in the store beside items and the directory of links.
+func (a *aheadTest) left() (names []string) {
+	entries, err := os.ReadDir(a.store)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	for _, e := range entries {
+		if !strings.Contains(e.Name(), "-item") && e.Name() != ".links" {
+			names = append(names, e.Name())
+		}
+	}
+	return names
+}
+
+// Nars are fetched before the daemon asks for their items: nothing would come otherwise. Users see
+// each item begin and end once, and nothing is left.
+func TestAhead(t *testing.T) {
+	a := newAheadTest(t, 8, "")
+	a.query()
+	d := a.start("substitute")
+	for _, item := range a.order() {
+		a.substitute(d, item, item.path)
+	}
+	// The daemon kills its helpers when it needs them no more.
+	if left := a.left(); len(left) > 0 {
+		t.Errorf("%v are left", left)
+	}
+	if err := d.close(); err != nil {
+		t.Error(err)
+	}
+	for _, item := range a.items {
+		if n := a.requests(item); n != 1 {
+			t.Errorf("%s was fetched %d times", item.path, n)
+		}
+		for _, event := range []string{"started", "succeeded"} {
+			if n := strings.Count(d.log.String(), "@ download-"+event+" "+item.path+" "); n != 1 {
+				t.Errorf("%s has %s %d times\n%s", item.path, event, n, d.log.String())
+			}
+		}
+	}
+}
+
+func TestAheadOff(t *testing.T) {
+	a := newAheadTest(t, 0, "ahead-items = 0\n")
+	a.query()
+	d := a.start("substitute")
+	for _, item := range a.order() {
+		a.substitute(d, item, item.path)
+	}
+	if err := d.close(); err != nil {
+		t.Error(err)
+	}
+	if a.most != 1 {
+		t.Errorf("%d nars were being fetched at the same time", a.most)
+	}
+}
+
+// Two helpers of one daemon process fetch nothing twice.
+func TestAheadTwoHelpers(t *testing.T) {
+	a := newAheadTest(t, 8, "")
+	a.query()
+	helpers := []*daemonHelper{a.start("substitute"), a.start("substitute")}
+	for i, item := range a.order() {
+		a.substitute(helpers[i%2], item, item.path)
+	}
+	for _, d := range helpers {
+		if err := d.close(); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, item := range a.items {
+		if n := a.requests(item); n != 1 {
+			t.Errorf("%s was fetched %d times", item.path, n)
+		}
+	}
+	if left := a.left(); len(left) > 0 {
+		t.Errorf("%v are left", left)
+	}
+}
+
+// What is repaired is restored from its source, not from the stage.
+func TestAheadRepair(t *testing.T) {
+	a := newAheadTest(t, 8, "")
+	a.query()
+	d := a.start("substitute")
+	order := a.order()
+	a.substitute(d, order[0], order[0].path)
+	a.substitute(d, order[1], order[1].path+".tmp")
+	if err := d.close(); err != nil {
+		t.Error(err)
+	}
+	if n := a.requests(order[1]); n != 2 {
+		t.Errorf("the item was fetched %d times", n)
+	}
+}
+
+// What a helper that is killed leaves in the store is removed by the next one.
+func TestAheadKilled(t *testing.T) {
+	a := newAheadTest(t, 100, "")
+	a.query()
+	d := a.start("substitute")
+	order := a.order()
+	fmt.Fprintf(d.stdin, "substitute %s %s\n", order[0].path, order[0].path)
+	a.await(8)
+	if left := a.left(); len(left) != 1 {
+		t.Errorf("%v are there while items are staged", left)
+	}
+	if err := d.cmd.Process.Signal(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	d.close() // which says that it was killed
+	a.open(0, false)
+	d = a.start("substitute")
+	for _, item := range order {
+		a.substitute(d, item, item.path)
+	}
+	if left := a.left(); len(left) > 0 {
+		t.Errorf("%v are left", left)
+	}
+	if err := d.close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// The garbage collector may remove what is staged at any time.
+func TestAheadCollected(t *testing.T) {
+	a := newAheadTest(t, 100, "")
+	a.query()
+	d := a.start("substitute")
+	go func() {
+		a.await(8)
+		for range 20 {
+			makeWritable(filepath.Join(a.store, ".guix-substitute-eris"))
+			os.RemoveAll(filepath.Join(a.store, ".guix-substitute-eris"))
+			a.open(0, false)
+			time.Sleep(time.Millisecond)
+		}
+	}()
+	for _, item := range a.order() {
+		a.substitute(d, item, item.path)
+	}
+	if err := d.close(); err != nil {
+		t.Error(err)
+	}
+}

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package eris
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/blake2lanes"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/chacha20"
+)
+
+// Sink takes the blocks that [Encode] makes; nil takes none. It is given a block and its reference,
+// which is the hash of the block. It returns when it is done with the memory of the block, which it
+// must not change; a sink that wants more blocks under way than the encoder has goroutines can copy
+// the block and return. An error ends the encoding. The same block may be put more than once, and
+// as many calls are made at the same time as there are workers.
+type Sink func(ctx context.Context, ref Reference, block []byte) error
+
+// hashedAtOnce is how many blocks an encoder hashes in one call, at most: small blocks then stay in
+// the cache nearest to the processor from one step to the next, and the turn that a key takes in
+// each call is not felt.
+const hashedAtOnce = 32
+
+// levelEncoder encodes the nodes of one level in order, and puts those that differ from the one
+// before. A run of equal nodes, as sparse files have it, then costs one hash per node.
+type levelEncoder struct {
+	level  int
+	size   BlockSize
+	secret *ConvergenceSecret // nil for internal nodes
+	sink   Sink
+	last   Pair
+	any    bool
+}
+
+// encode encodes whole nodes in place, puts their blocks, and appends their pairs.
+func (l *levelEncoder) encode(ctx context.Context, pairs []Pair, plaintext []byte) ([]Pair, error) {
+	for len(plaintext) > 0 {
+		n := min(len(plaintext), hashedAtOnce*int(l.size))
+		var err error
+		if pairs, err = l.encodeAtOnce(ctx, pairs, plaintext[:n]); err != nil {
+			return nil, err
+		}
+		plaintext = plaintext[n:]
+	}
+	return pairs, nil
+}
+
+// encodeAtOnce is encode for up to hashedAtOnce nodes.
+func (l *levelEncoder) encodeAtOnce(ctx context.Context, pairs []Pair, plaintext []byte) ([]Pair, error) {
+	var keys, references [hashedAtOnce][32]byte
+	var blocks [hashedAtOnce][]byte
+	n := 0
+	for block := range slices.Chunk(plaintext, int(l.size)) {
+		blocks[n] = block
+		n++
+	}
+	blake2lanes.Sum256(keys[:n], blocks[:n], (*[32]byte)(l.secret))
+
+	// From here on blocks has only those that differ from the one before.
+	different := 0
+	for i, key := range keys[:n] {
+		if i > 0 && key == keys[i-1] || i == 0 && l.any && Key(key) == l.last.Key {
+			continue
+		}
+		chacha20.XORKeyStream(blocks[i], blocks[i], &key, byte(l.level))
+		blocks[different] = blocks[i]
+		different++
+	}
+	blake2lanes.Sum256(references[:different], blocks[:different], nil)
+
+	next := 0
+	for _, key := range keys[:n] {
+		if !l.any || Key(key) != l.last.Key {
+			l.last, l.any = Pair{references[next], key}, true
+			if err := put(ctx, l.sink, l.last.Reference, blocks[next]); err != nil {
+				return nil, err
+			}
+			next++
+		}
+		pairs = append(pairs, l.last)
+	}
+	return pairs, nil
+}
+
+func put(ctx context.Context, sink Sink, ref Reference, block []byte) error {
+	if sink == nil {
+		return nil
+	}
+	if err := sink(ctx, ref, block); err != nil {
+		return fmt.Errorf("storing block %v: %w", ref, err)
+	}
+	return nil
+}
+
+// treeBuilder makes the internal nodes of a tree while the pairs of its leaves arrive in order. It
+// holds one unfinished node per level.
+type treeBuilder struct {
+	size   BlockSize
+	sink   Sink
+	levels []treeLevel
+}
+
+// treeLevel collects the pairs of the nodes at one level, until they fill a node of the next.
+type treeLevel struct {
+	pairs []byte       // with the capacity of a block
+	nodes levelEncoder // of the next level
+	made  [1]Pair
+}
+
+// add takes the pair of the next node at the given level, level 0 being the leaves. Pairs of a
+// higher level may be added only where the levels below have no unfinished node.
+func (t *treeBuilder) add(ctx context.Context, level int, pair Pair) error {
+	for {
+		for n := len(t.levels); n <= level; n++ {
+			nodes := levelEncoder{level: n + 1, size: t.size, sink: t.sink}
+			t.levels = append(t.levels, treeLevel{pairs: make([]byte, 0, t.size), nodes: nodes})
+		}
+		l := &t.levels[level]
+		l.pairs = appendPair(l.pairs, pair)
+		if len(l.pairs) < int(t.size) {
+			return nil
+		}
+		var err error
+		if pair, err = l.flush(ctx); err != nil {
+			return err
+		}
+		level++
+	}
+}
+
+// flush makes a node of the pairs collected at a level.
+func (l *treeLevel) flush(ctx context.Context) (Pair, error) {
+	plaintext := l.pairs[:l.nodes.size]
+	clear(plaintext[len(l.pairs):])
+	l.pairs = l.pairs[:0]
+	pairs, err := l.nodes.encode(ctx, l.made[:0], plaintext)
+	if err != nil {
+		return Pair{}, err
+	}
+	return pairs[0], nil
+}
+
+// finish makes the nodes that are not full and returns the capability. At least one pair must have
+// been added. A level's pairs become a node if there is more than one, or if a higher level has
+// any; a single pair on top is the root.
+func (t *treeBuilder) finish(ctx context.Context) (ReadCapability, error) {
+	for level := 0; ; level++ {
+		pairs := t.levels[level].pairs
+		if len(pairs) == pairSize && !t.pairsAbove(level) {
+			root := pairAt(pairs, 0)
+			return ReadCapability{BlockSize: t.size, Level: level, Root: root.Reference, Key: root.Key}, nil
+		}
+		if len(pairs) == 0 {
+			continue
+		}
+		pair, err := t.levels[level].flush(ctx)
+		if err != nil {
+			return ReadCapability{}, err
+		}
+		if err := t.add(ctx, level+1, pair); err != nil {
+			return ReadCapability{}, err
+		}
+	}
+}
+
+func (t *treeBuilder) pairsAbove(level int) bool {
+	for _, l := range t.levels[level+1:] {
+		if len(l.pairs) > 0 {
+			return true
+		}
+	}
+	return false
+}

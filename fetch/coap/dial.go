@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package coap
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync"
+	"syscall"
+
+	"github.com/coder/websocket"
+
+	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+	ws "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/websocket"
+)
+
+const (
+	// unixSocketBuffer is how many bytes the kernel shall buffer on Unix sockets.
+	unixSocketBuffer = 1 << 20
+	// maxHandshake bounds the header with which a server answers that it speaks WebSockets, in
+	// bytes.
+	maxHandshake = 16 << 10
+)
+
+var errSubprotocol = errors.New("server speaks WebSockets, but not CoAP over them")
+
+// connection makes a connection of what was dialled. [connection.run] must be called.
+func (s *Store) connection(conn net.Conn) *connection {
+	o := &s.options
+	if packets, ok := conn.(net.PacketConn); ok && s.url.Scheme == "coap" && o.Dial == nil {
+		e := wire.NewEndpoint(packets, true, wire.EndpointConfig{
+			Window: o.Datagram.Window, AckTimeout: o.Datagram.AckTimeout, MaxRetransmit: o.Datagram.MaxRetransmit, Timeout: o.RequestTimeout,
+		})
+		return &connection{e, func() { _ = e.Run(1) }, e.Close}
+	}
+	c := wire.NewConn(conn, wire.Config{Timeout: o.RequestTimeout, IdleTimeout: o.IdleTimeout, Window: o.Window, Pool: s.pool})
+	return &connection{c, func() { _ = c.Run() }, func(err error) { c.Release(0, err) }}
+}
+
+// dial makes a stream, or a socket of UDP, which makes no connection but may have to look a name
+// up.
+func (s *Store) dial(ctx context.Context) (net.Conn, error) {
+	options := &s.options
+	if options.Dial != nil {
+		return options.Dial(ctx)
+	}
+	network, address := s.url.Address()
+	buffer := options.SocketBuffer
+	if network == "unix" && buffer == 0 {
+		buffer = unixSocketBuffer
+	}
+	dialer := net.Dialer{Control: func(_, _ string, raw syscall.RawConn) error {
+		if buffer > 0 {
+			// Before the connection is made, because TCP agrees on the scale of its window then.
+			_ = raw.Control(func(fd uintptr) { wire.SetSocketBuffers(fd, buffer) })
+		}
+		return nil
+	}}
+	config := &tls.Config{InsecureSkipVerify: true}
+	if options.TLS != nil {
+		config = options.TLS.Clone()
+	}
+	if strings.HasSuffix(s.url.Scheme, "+ws") {
+		return s.dialWebSocket(ctx, &dialer, config)
+	}
+	conn, err := dialer.DialContext(ctx, network, address)
+	if err != nil || !s.url.TLS() {
+		return conn, err
+	}
+	if config.ServerName == "" {
+		config.ServerName = s.url.Host
+	}
+	if config.NextProtos == nil {
+		config.NextProtos = []string{"coap"} // RFC 8323, section 8.2
+	}
+	secure := tls.Client(conn, config)
+	if err := secure.HandshakeContext(ctx); err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return secure, nil
+}
+
+// dialWebSocket connects to where a CoAP endpoint is over WebSockets (RFC 8323, section 8.3 and
+// 8.4), through the proxy that the environment names, if any. Dial and config are for the
+// connection below.
+func (s *Store) dialWebSocket(ctx context.Context, dial *net.Dialer, config *tls.Config) (net.Conn, error) {
+	_, host := s.url.Address()
+	target := url.URL{Scheme: "http", Host: host, Path: ws.Path}
+	if s.url.TLS() {
+		target.Scheme = "https"
+		config.NextProtos = nil // HTTP/1.1 is what is spoken then, and WebSockets need
+	}
+	var mu sync.Mutex
+	var conn net.Conn
+	transport := &http.Transport{
+		Proxy: http.ProxyFromEnvironment,
+		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+			c, err := dial.DialContext(ctx, network, address)
+			if err == nil {
+				mu.Lock()
+				conn = c
+				mu.Unlock()
+			}
+			return c, err
+		},
+		TLSClientConfig:        config,
+		MaxResponseHeaderBytes: maxHandshake,
+	}
+	defer transport.CloseIdleConnections()
+	client := &http.Client{
+		Transport: transport,
+		// Stores are where their URLs say.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	socket, _, err := websocket.Dial(ctx, target.String(), &websocket.DialOptions{
+		HTTPClient:   client,
+		HTTPHeader:   http.Header{"User-Agent": {"guix-substitute-eris"}},
+		Subprotocols: []string{ws.Protocol},
+	})
+	if err != nil {
+		return nil, err
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if socket.Subprotocol() != ws.Protocol {
+		_ = socket.CloseNow()
+		return nil, errSubprotocol
+	}
+	return ws.New(socket, conn), nil
+}

@@ -1,0 +1,357 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package content
+
+import (
+	"context"
+	"io"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+)
+
+// fetcher is the engine of a Sequence: it knows which blocks are wanted next, keeps requests for
+// them in flight, and keeps the results until they can be handed out in order.
+//
+// All of it is guarded by one lock, held for well under a microsecond per block.
+//
+// Positions count leaves, over all contents: because every node but the last of a level is full,
+// the position of any node is known once the lengths of the contents before it are, and "ahead" has
+// one meaning for leaves, nodes and contents.
+type fetcher struct {
+	source fetch.Source
+	next   func() (Want, bool) // called without the lock, by the reader only
+	parent context.Context
+	detach func() bool // of the watcher of the parent
+	group  errgroup.Group
+
+	most        int      // requests in flight
+	leafBudget  int64    // most bytes of leaves
+	pathBudget  int64    // most bytes of right-most and left-most paths
+	leavesAhead [2]int64 // per block size: what one window holds
+	totalLimit  int64    // greatest sum of lengths
+
+	mu       sync.Mutex
+	ready    sync.Cond           // what the reader waits on
+	waitsFor func(*fetcher) bool // what lets it go on; nil if it does not wait
+	err      error               // the first failure
+	paused   bool                // only paths are fetched
+
+	responses responses
+	decoders  int
+	inFlight  int
+	requests  []*request // all that there are
+	unused    []*request // of them
+
+	// The contents that have leaves not requested yet, in order; those before opened are open, and
+	// those from opened to opening are being opened. Indexes are those of the slice.
+	contents []*content
+	opened   int
+	opening  int
+	added    int        // contents added so far
+	ended    bool       // no more contents will be added
+	paths    []pathStep // that can be requested
+
+	requested     int64 // position of the next leaf to be requested
+	openedLeaves  int64 // position of the end of the open contents
+	openingLeaves int64 // the least that those being opened will add
+	totalLength   int64 // of all open contents
+
+	nextLeaf  int64                // in contents[0]
+	nextNodes [maxLevel]nodeCursor // per level; that of level 0 is not used
+	top       int                  // greatest level of an open content so far
+
+	// Leaves requested and not handed out, in order: a ring, slots[i&mask] for head <= i < tail.
+	slots      []slot
+	head, tail uint64
+
+	leafBytes, pathBytes int64 // in use
+
+	free      [2][]*buffer
+	releaseMu sync.Mutex
+	released  []*buffer // by holders of leaves, not yet accounted for
+	freed     int64     // their bytes
+}
+
+// The reader fetches this many contents from its iterator at a time, when fewer than as many wait
+// to be opened.
+const refillBatch = 256
+
+// Released leaves are accounted for in batches of this many.
+const releaseBatch = 16
+
+// slot is a position in the order of leaves, and the leaf that stands there.
+type slot struct {
+	content *content
+	buffer  *buffer
+	bytes   []byte
+	done    bool
+	last    bool // of its content
+}
+
+// buffer is memory for a block, and says which account it is on.
+type buffer struct {
+	data    []byte
+	node    eris.Node // that is in data
+	leaf    Leaf      // that is in data, when it is handed out
+	account account
+}
+
+// child returns the pair of the node at the given index of the level below.
+func (b *buffer) child(index int64) eris.Pair {
+	return b.node.Pair(int(index) & (eris.BlockSize(len(b.data)).Arity() - 1))
+}
+
+type account int
+
+const (
+	onNone account = iota // internal nodes that are on neither path: bounded by how far ahead they are requested
+	onLeaf                // leafBytes
+	onPath                // pathBytes, where both paths are booked when the content starts to be opened
+)
+
+func sizeIndex(size eris.BlockSize) int {
+	if size == eris.BlockSize1KiB {
+		return 0
+	}
+	return 1
+}
+
+func newFetcher(ctx context.Context, source fetch.Source, total int64, window fetch.Window) *fetcher {
+	if window.Requests < 1 {
+		window.Requests = defaultRequests
+	}
+	if window.Bytes < 1 {
+		window.Bytes = defaultBytes
+	}
+	f := &fetcher{source: source, parent: ctx, most: window.Requests, totalLimit: total}
+	f.leafBudget = window.Bytes / 2
+	f.pathBudget = window.Bytes - f.leafBudget
+	for i, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
+		f.leavesAhead[i] = max(1, min(int64(f.most), f.leafBudget/int64(size)))
+	}
+	f.ready.L = &f.mu
+	f.responses.wake.L = &f.responses.mu
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.detach = context.AfterFunc(ctx, func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.fail(context.Cause(ctx))
+	})
+	if ctx.Err() != nil { // the watcher may take its time
+		f.fail(context.Cause(ctx))
+	}
+	return f
+}
+
+// close cancels everything and waits until nothing is in flight.
+func (f *fetcher) close() {
+	f.detach()
+	f.mu.Lock()
+	f.fail(errClosed)
+	f.mu.Unlock()
+	_ = f.group.Wait() // decoders return nil; the error is f.err
+}
+
+// fail records the first failure, and cancels everything in flight. The lock is held here and in
+// all that follows, unless said otherwise.
+func (f *fetcher) fail(err error) {
+	if f.err != nil {
+		return
+	}
+	if f.parent.Err() != nil {
+		err = context.Cause(f.parent)
+	}
+	f.err = err
+	f.cancelAll()
+	f.ready.Broadcast()
+}
+
+// resume lets everything be fetched. Called without the lock.
+func (f *fetcher) resume() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.paused = false
+	f.dispatch()
+}
+
+// complete puts the result of a request in its place.
+func (f *fetcher) complete(r *request) {
+	c := r.content
+	switch r.kind {
+	case leafRequest:
+		f.slotAt(r.slot).done = true
+	case nodeRequest:
+		row := &c.rows[r.level]
+		row.run[r.node-row.from] = r.buffer
+	case leftRequest:
+		f.completeLeft(c, r.level, r.buffer)
+		if r.level > 0 {
+			f.paths = append(f.paths, pathStep{leftRequest, c, r.level - 1, r.first})
+		}
+	case pathRequest:
+		c.rows[r.level].last = r.buffer
+		if r.level == 0 {
+			f.setOpen(c, r.tail, r.length)
+			return
+		}
+		f.paths = append(f.paths, pathStep{pathRequest, c, r.level - 1, r.next})
+		if r.level == c.rootLevel() { // it has two pairs at least, so this is not on the right-most path
+			f.paths = append(f.paths, pathStep{leftRequest, c, r.level - 1, r.first})
+		}
+	}
+}
+
+// buffer returns memory for a block, booked on an account. Paths were booked before.
+func (f *fetcher) buffer(size eris.BlockSize, on account) *buffer {
+	if on == onLeaf {
+		f.leafBytes += int64(size)
+	}
+	free := &f.free[sizeIndex(size)]
+	n := len(*free)
+	if n == 0 {
+		return &buffer{data: make([]byte, size), account: on}
+	}
+	b := (*free)[n-1]
+	*free = (*free)[:n-1]
+	b.account = on
+	return b
+}
+
+// put takes a buffer back. It does nothing for nil.
+func (f *fetcher) put(b *buffer) {
+	if b == nil {
+		return
+	}
+	switch b.account {
+	case onLeaf:
+		f.leafBytes -= int64(len(b.data))
+	case onPath:
+		f.pathBytes -= int64(len(b.data))
+	}
+	i := sizeIndex(eris.BlockSize(len(b.data)))
+	f.free[i] = append(f.free[i], b)
+}
+
+// release takes back the buffer of a leaf that was handed out. Called without the lock, by anybody.
+func (f *fetcher) release(b *buffer) {
+	f.releaseMu.Lock()
+	f.released = append(f.released, b)
+	f.freed += int64(len(b.data))
+	enough := len(f.released) >= releaseBatch || f.freed >= min(f.leafBudget, f.pathBudget)/8
+	f.releaseMu.Unlock()
+	if enough {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.reclaim()
+		f.dispatch()
+		f.wakeReader()
+	}
+}
+
+// reclaim books what has been released.
+func (f *fetcher) reclaim() {
+	f.releaseMu.Lock()
+	defer f.releaseMu.Unlock()
+	for i, b := range f.released {
+		f.put(b)
+		f.released[i] = nil
+	}
+	f.released = f.released[:0]
+	f.freed = 0
+}
+
+// waitContent waits until the path of the next content is complete, and returns the content; io.EOF
+// if there is none. All leaves of the one before must have been taken. Called without the lock.
+func (f *fetcher) waitContent() (*content, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.wait((*fetcher).hasContent); err != nil {
+		return nil, err
+	}
+	if f.head != f.tail {
+		return f.slotAt(f.head).content, nil
+	}
+	return f.contents[0], nil // no leaf of it has a slot yet
+}
+
+// waitLeaves waits for the first slot to be done, and appends it and those that follow and are done
+// to ready, up to its capacity. Called without the lock.
+func (f *fetcher) waitLeaves(ready []slot) ([]slot, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.wait((*fetcher).hasLeaf); err != nil {
+		return nil, err
+	}
+	for f.head != f.tail && f.slotAt(f.head).done && len(ready) < cap(ready) {
+		ready = append(ready, *f.slotAt(f.head))
+		*f.slotAt(f.head) = slot{}
+		f.head++
+	}
+	return ready, nil
+}
+
+// wait keeps contents and requests coming until the reader can go on.
+func (f *fetcher) wait(ready func(*fetcher) bool) error {
+	f.reclaim()
+	for {
+		if f.err != nil {
+			return f.err
+		}
+		if f.needsRefill() {
+			f.refill()
+			continue
+		}
+		f.dispatch()
+		if f.err != nil {
+			return f.err
+		}
+		if ready(f) {
+			return nil
+		}
+		if f.needsRefill() {
+			continue // more can be started than has been fetched
+		}
+		if f.ended && f.head == f.tail && len(f.contents) == 0 {
+			return io.EOF
+		}
+		f.waitsFor = ready
+		f.ready.Wait()
+		f.waitsFor = nil
+	}
+}
+
+// needsRefill reports whether the reader should fetch more contents from its iterator.
+func (f *fetcher) needsRefill() bool {
+	return !f.ended && len(f.contents)-f.opening < refillBatch
+}
+
+// refill takes more contents from the iterator. It gives the lock up meanwhile.
+func (f *fetcher) refill() {
+	f.mu.Unlock()
+	var wants []Want
+	more := true
+	for more && len(wants) < refillBatch {
+		var want Want
+		if want, more = f.next(); more {
+			wants = append(wants, want)
+		}
+	}
+	f.mu.Lock()
+	f.ended = !more
+	f.add(wants)
+}
+
+func (f *fetcher) hasContent() bool { return f.head != f.tail || f.opened > 0 }
+func (f *fetcher) hasLeaf() bool    { return f.head != f.tail && f.slotAt(f.head).done }
+
+// wakeReader wakes the reader if it waits and can go on.
+func (f *fetcher) wakeReader() {
+	if f.waitsFor != nil && (f.waitsFor(f) || f.needsRefill()) {
+		f.ready.Signal()
+	}
+}

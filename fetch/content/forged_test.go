@@ -1,0 +1,460 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package content
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"sync/atomic"
+	"testing"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
+)
+
+// forge makes blocks that are right one by one, and trees that no encoder would make.
+type forge struct {
+	*sourcetest.Backend
+	size eris.BlockSize
+}
+
+func newForge(size eris.BlockSize) *forge {
+	return &forge{sourcetest.NewBackend(), size}
+}
+
+// encrypt makes a block of any plaintext; what is missing to a block is zero. Any key will do for a
+// leaf; that of a node must be its hash.
+func (f *forge) encrypt(level int, key eris.Key, plaintext []byte) eris.Pair {
+	block := make([]byte, f.size)
+	copy(block, plaintext)
+	eris.Decrypt(block, block, key, level) // the cipher is its own inverse
+	ref := eris.Sum(block)
+	f.Set(ref, block)
+	return eris.Pair{Reference: ref, Key: key}
+}
+
+// leaf makes a leaf of any plaintext.
+func (f *forge) leaf(plaintext []byte) eris.Pair {
+	return f.encrypt(0, eris.Key(eris.Sum(plaintext)), plaintext)
+}
+
+// full makes n different full leaves.
+func (f *forge) full(n int) []eris.Pair {
+	var pairs []eris.Pair
+	for i := range n {
+		pairs = append(pairs, f.leaf(bytes.Repeat([]byte{1, byte(i), byte(i >> 8)}, int(f.size)/3+1)[:f.size]))
+	}
+	return pairs
+}
+
+// last makes a leaf that ends a content.
+func (f *forge) last() eris.Pair {
+	return f.leaf([]byte("the end\x80"))
+}
+
+// plaintext is that of an internal node.
+func plaintext(pairs ...eris.Pair) (b []byte) {
+	for _, pair := range pairs {
+		b = append(append(b, pair.Reference[:]...), pair.Key[:]...)
+	}
+	return b
+}
+
+// node makes an internal node.
+func (f *forge) node(level int, pairs ...eris.Pair) eris.Pair {
+	return f.raw(level, plaintext(pairs...))
+}
+
+// raw makes an internal node of any plaintext.
+func (f *forge) raw(level int, plaintext []byte) eris.Pair {
+	whole := make([]byte, f.size)
+	copy(whole, plaintext)
+	return f.encrypt(level, eris.Key(eris.Sum(whole)), whole)
+}
+
+// otherKey makes an internal node with a key that is not its hash.
+func (f *forge) otherKey(level int, pairs ...eris.Pair) eris.Pair {
+	return f.encrypt(level, eris.Key{1, 2, 3}, plaintext(pairs...))
+}
+
+func (f *forge) capability(level int, root eris.Pair) eris.ReadCapability {
+	return eris.ReadCapability{BlockSize: f.size, Level: level, Root: root.Reference, Key: root.Key}
+}
+
+func repeat(pair eris.Pair, n int) []eris.Pair {
+	pairs := make([]eris.Pair, n)
+	for i := range pairs {
+		pairs[i] = pair
+	}
+	return pairs
+}
+
+// forgeries are trees that must be refused. All of them are made of blocks that are what their
+// references say.
+var forgeries = map[string]func(f *forge) eris.ReadCapability{
+	"leaf without 0x80, all zero": func(f *forge) eris.ReadCapability { return f.capability(0, f.leaf(nil)) },
+	"leaf without padding":        func(f *forge) eris.ReadCapability { return f.capability(0, f.full(1)[0]) },
+	"leaf with bytes behind 0x80": func(f *forge) eris.ReadCapability { return f.capability(0, f.leaf([]byte{1, 0x80, 0, 0x42})) },
+	"another key at level 0": func(f *forge) eris.ReadCapability {
+		c := f.capability(0, f.last())
+		c.Key[0]++ // noise; this key's does not happen to end in padding
+		return c
+	},
+	"all-zero root":           func(f *forge) eris.ReadCapability { return f.capability(1, f.raw(1, nil)) },
+	"root with a single leaf": func(f *forge) eris.ReadCapability { return f.capability(1, f.node(1, f.last())) },
+	"root with a single child": func(f *forge) eris.ReadCapability {
+		return f.capability(2, f.node(2, f.node(1, f.full(1)[0], f.last())))
+	},
+	"bytes behind the null reference in the root": func(f *forge) eris.ReadCapability {
+		plaintext := plaintext(f.full(1)[0], f.last())
+		return f.capability(1, f.raw(1, append(append(plaintext, make([]byte, 100)...), 1)))
+	},
+	"key beside the null reference in the root": func(f *forge) eris.ReadCapability {
+		plaintext := plaintext(f.full(1)[0], f.last())
+		return f.capability(1, f.raw(1, append(append(plaintext, make([]byte, 32)...), 1)))
+	},
+	"last leaf without padding": func(f *forge) eris.ReadCapability { return f.capability(1, f.node(1, f.full(2)...)) },
+	"root key is not its hash":  func(f *forge) eris.ReadCapability { return f.capability(1, f.otherKey(1, f.full(1)[0], f.last())) },
+	"level one too high":        func(f *forge) eris.ReadCapability { return f.capability(2, f.node(1, f.full(1)[0], f.last())) },
+	"level one too low": func(f *forge) eris.ReadCapability {
+		return f.capability(1, f.node(2, f.node(1, f.full(2)...), f.last()))
+	},
+	"level of a leaf":          func(f *forge) eris.ReadCapability { return f.capability(0, f.node(1, f.full(1)[0], f.last())) },
+	"leaf where a node is due": func(f *forge) eris.ReadCapability { return f.capability(2, f.node(2, f.full(1)[0], f.last())) },
+	"leaf where a last node is": func(f *forge) eris.ReadCapability {
+		return f.capability(2, f.node(2, f.node(1, f.full(16)...), f.last()))
+	},
+	"all-zero last node": func(f *forge) eris.ReadCapability {
+		return f.capability(2, f.node(2, f.node(1, f.full(16)...), f.raw(1, nil)))
+	},
+	"all-zero inner node": func(f *forge) eris.ReadCapability {
+		return f.capability(2, f.node(2, f.raw(1, nil), f.node(1, f.last())))
+	},
+	"half-full inner node": func(f *forge) eris.ReadCapability {
+		return f.capability(2, f.node(2, f.node(1, f.full(8)...), f.node(1, f.last())))
+	},
+	"almost full inner node": func(f *forge) eris.ReadCapability {
+		return f.capability(2, f.node(2, f.node(1, f.full(15)...), f.node(1, f.last())))
+	},
+	"inner key is not its hash": func(f *forge) eris.ReadCapability {
+		return f.capability(2, f.node(2, f.otherKey(1, f.full(16)...), f.node(1, f.last())))
+	},
+	"last key is not its hash": func(f *forge) eris.ReadCapability {
+		return f.capability(2, f.node(2, f.node(1, f.full(16)...), f.otherKey(1, f.last())))
+	},
+	"inner node of the same level": func(f *forge) eris.ReadCapability {
+		return f.capability(2, f.node(2, f.node(2, f.full(16)...), f.node(1, f.last())))
+	},
+	"null reference amid an inner node": func(f *forge) eris.ReadCapability {
+		pairs := f.full(16)
+		pairs[5].Reference = eris.Reference{}
+		return f.capability(2, f.node(2, f.node(1, pairs...), f.node(1, f.last())))
+	},
+	"half-full node deep inside": func(f *forge) eris.ReadCapability {
+		good := f.node(2, repeat(f.node(1, f.full(16)...), 16)...)
+		children := repeat(f.node(1, f.full(16)...), 16)
+		children[7] = f.node(1, f.full(8)...)
+		bad := f.node(2, children...)
+		return f.capability(3, f.node(3, good, bad, f.node(2, f.node(1, f.last()))))
+	},
+	"inner node of one level more, half-full": func(f *forge) eris.ReadCapability {
+		bad := f.node(2, repeat(f.node(1, f.full(16)...), 8)...)
+		return f.capability(3, f.node(3, bad, f.node(2, f.node(1, f.last()))))
+	},
+}
+
+func TestForgeries(t *testing.T) {
+	for name, build := range forgeries {
+		t.Run(name, func(t *testing.T) {
+			f := newForge(eris.BlockSize1KiB)
+			capability := build(f)
+			for way, err := range readEveryWay(t, f.Get, capability, 1<<30) {
+				if errorKind(err) != "content" || errors.Is(err, ErrTooLarge) {
+					t.Errorf("%s: error %v", way, err)
+				}
+			}
+		})
+	}
+}
+
+// readEveryWay reads a content in all the ways there are, and returns the error of each.
+func readEveryWay(t testing.TB, get getFunc, capability eris.ReadCapability, limit int64) map[string]error {
+	errs := make(map[string]error)
+	source := openImmediate(t, get)
+	_, errs["reader"] = readAll(t.Context(), source, capability, limit, fetch.Window{})
+	_, errs["narrow"] = readAll(t.Context(), source, capability, limit, fetch.Window{Requests: 1, Bytes: 1})
+	errs["sequence"] = readSequence(t.Context(), open(t, get), []Want{{capability, limit}}, math.MaxInt64, fetch.Window{}, nil)
+	return errs
+}
+
+// Trees that look odd but are what an encoder makes.
+func TestUnusualTrees(t *testing.T) {
+	for name, build := range map[string]func(f *forge) eris.ReadCapability{
+		"single-child nodes on the right": func(f *forge) eris.ReadCapability {
+			return f.capability(2, f.node(2, f.node(1, f.full(16)...), f.node(1, f.leaf([]byte{0x80}))))
+		},
+		"the same node again and again": func(f *forge) eris.ReadCapability {
+			node := f.node(1, repeat(f.full(1)[0], 16)...)
+			return f.capability(3, f.node(3, f.node(2, repeat(node, 16)...), f.node(2, node, node, f.node(1, f.last()))))
+		},
+	} {
+		f := newForge(eris.BlockSize1KiB)
+		capability := build(f)
+		for way, err := range readEveryWay(t, f.Get, capability, 1<<20) {
+			if err != nil {
+				t.Errorf("%s, %s: %v", name, way, err)
+			}
+		}
+	}
+}
+
+// A bomb is a tree in which all references of a node are equal: as many blocks as it has levels
+// describe arity^level times as much. It is refused by its limit, before more of it is fetched than
+// the right-most path down to where it is obvious.
+func TestBombs(t *testing.T) {
+	for _, size := range bothSizes {
+		f := newForge(size)
+		pair := f.full(1)[0]
+		path := f.last()
+		for level := 1; level <= greatestLevel(size); level++ {
+			// The right-most path must be sound, or the fault would be found there.
+			pairs := append(repeat(pair, size.Arity()-1), path)
+			pair, path = f.node(level, repeat(pair, size.Arity())...), f.node(level, pairs...)
+			capability := f.capability(level, path)
+			for _, limit := range []int64{-1, 0, 1000, capacity(size, level-1), least(size, level), 1 << 40, capacity(size, level) - int64(size)} {
+				most := int64(1)
+				if least(size, level) > limit {
+					most = 0
+				} else if limit >= capacity(size, level)-int64(size) {
+					// Only the last leaf tells that it is a little too much, or it is not.
+					continue
+				}
+				var calls atomic.Int64
+				_, err := Open(t.Context(), openImmediate(t, counted(f.Get, &calls)), capability, limit, fetch.Window{Requests: 1})
+				if !errors.Is(err, ErrTooLarge) || errorKind(err) != "content" {
+					t.Fatalf("%v, level %d, limit %d: error %v", size, level, limit, err)
+				}
+				if calls.Load() > most {
+					t.Errorf("%v, level %d, limit %d: %d blocks were fetched", size, level, limit, calls.Load())
+				}
+			}
+		}
+	}
+}
+
+// capacity returns the greatest length of content whose root is at the given level: arity^level ×
+// size - 1.
+func capacity(size eris.BlockSize, level int) int64 {
+	if n := least(size, level+1); n < math.MaxInt64 {
+		return n - 1
+	}
+	return math.MaxInt64
+}
+
+// greatestLevel returns that of a valid capability.
+func greatestLevel(size eris.BlockSize) int {
+	level := 0
+	for (eris.ReadCapability{BlockSize: size, Level: level + 1}).Validate() == nil {
+		level++
+	}
+	return level
+}
+
+func TestLeast(t *testing.T) {
+	for _, test := range []struct {
+		size  eris.BlockSize
+		level int
+		want  int64
+	}{
+		{eris.BlockSize1KiB, 0, 0}, {eris.BlockSize1KiB, 1, 1 << 10}, {eris.BlockSize1KiB, 2, 16 << 10}, {eris.BlockSize1KiB, 3, 256 << 10},
+		{eris.BlockSize1KiB, 13, 1 << 58}, {eris.BlockSize1KiB, 14, 1 << 62}, {eris.BlockSize1KiB, 15, math.MaxInt64},
+		{eris.BlockSize32KiB, 0, 0}, {eris.BlockSize32KiB, 1, 32 << 10}, {eris.BlockSize32KiB, 2, 16 << 20},
+		{eris.BlockSize32KiB, 6, 1 << 60}, {eris.BlockSize32KiB, 7, math.MaxInt64},
+	} {
+		if got := least(test.size, test.level); got != test.want {
+			t.Errorf("%v, level %d: %d, want %d", test.size, test.level, got, test.want)
+		}
+	}
+}
+
+// Content of 2^58 or 2^60 bytes is sound, and can be started to be read, and left; its length is
+// computed without overflow.
+func TestExabytes(t *testing.T) {
+	for _, size := range bothSizes {
+		level := map[eris.BlockSize]int{eris.BlockSize1KiB: 12, eris.BlockSize32KiB: 5}[size]
+		f := newForge(size)
+		inner, path := f.full(1)[0], f.last()
+		for l := 1; l <= level; l++ {
+			inner, path = f.node(l, repeat(inner, size.Arity())...), f.node(l, append(repeat(inner, size.Arity()-1), path)...)
+		}
+		r, err := Open(t.Context(), open(t, f.Get), f.capability(level, path), math.MaxInt64, fetch.Window{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := capacity(size, level) + 1 - int64(size) + 7; r.Size() != want {
+			t.Errorf("%v: size %d, want %d", size, r.Size(), want)
+		}
+		if _, err := io.ReadFull(r, make([]byte, 1<<20)); err != nil {
+			t.Error(err)
+		}
+		r.Close()
+
+		// At the greatest levels it would be 2^66 bytes or more.
+		for l := level + 1; l <= greatestLevel(size); l++ {
+			inner, path = f.node(l, repeat(inner, size.Arity())...), f.node(l, append(repeat(inner, size.Arity()-1), path)...)
+		}
+		if _, err := Open(t.Context(), open(t, f.Get), f.capability(greatestLevel(size), path), math.MaxInt64, fetch.Window{}); !errors.Is(err, ErrTooLarge) {
+			t.Errorf("%v, level %d: %v", size, greatestLevel(size), err)
+		}
+	}
+}
+
+// FuzzForgedTrees makes trees by a small program: some are sound, most are not. None may make a
+// reader panic, hang, or produce more than its limit; all ways to read must agree; and what can be
+// read has the shape that an encoder gives it.
+func FuzzForgedTrees(f *testing.F) {
+	f.Add([]byte{0, 5, 0, 200}, byte(0), uint32(1<<20))
+	f.Add([]byte{1, 1, 0, 9, 2, 2, 1}, byte(1), uint32(1<<20))
+	f.Add([]byte{1, 1, 2, 16, 1, 0, 9, 2, 1, 1, 3, 3, 0}, byte(2), uint32(1<<20))
+	f.Add([]byte{1, 7, 2, 16, 1, 0, 0, 2, 1, 1, 2, 2, 2}, byte(2), uint32(1<<20))
+	f.Add([]byte{1, 7, 2, 16, 1, 4, 3, 0, 0, 2, 1, 1, 2, 2, 2}, byte(2), uint32(1<<20))
+	f.Add([]byte{1, 7, 2, 16, 1, 2, 16, 2, 2, 16, 3, 0, 0, 2, 1, 1, 2, 1, 2, 2, 2, 3}, byte(3), uint32(1<<22))
+	f.Add([]byte{1, 7, 2, 16, 1, 2, 16, 2, 2, 16, 3, 2, 16, 4, 2, 16, 5}, byte(5), uint32(1<<31))
+	f.Fuzz(func(t *testing.T, program []byte, level byte, limit uint32) {
+		size := eris.BlockSize1KiB
+		tree := newForge(size)
+		stack := []eris.Pair{tree.last()}
+		next := func() int {
+			if len(program) == 0 {
+				return 0
+			}
+			b := program[0]
+			program = program[1:]
+			return int(b)
+		}
+		for steps := 0; len(program) > 0 && steps < 200; steps++ {
+			top := stack[len(stack)-1]
+			switch next() % 6 {
+			case 0: // a leaf with padding
+				b := bytes.Repeat([]byte{'x'}, next()*4)
+				stack = append(stack, tree.leaf(append(b, 0x80)))
+			case 1: // a full leaf
+				stack = append(stack, tree.leaf(bytes.Repeat([]byte{byte(next()) | 1}, int(size))))
+			case 2: // a node of the top n, or of n times the top if there are not so many
+				n, l := next()%17, next()%16
+				if n <= len(stack) && l > 0 {
+					pair := tree.node(l, stack[len(stack)-n:]...)
+					stack = append(stack[:len(stack)-n], pair)
+				} else if l > 0 {
+					stack[len(stack)-1] = tree.node(l, repeat(top, n)...)
+				}
+			case 3: // spoil a byte of the top's pair
+				i := next()
+				if i < 32 {
+					top.Reference[i]++
+				} else {
+					top.Key[i%32]++
+				}
+				stack[len(stack)-1] = top
+			case 4: // spoil or remove a block
+				block := bytes.Clone(tree.All()[top.Reference])
+				if i := next(); i < len(block) && i%5 > 0 {
+					block[i]++
+				} else if i%2 > 0 {
+					block = append(block, 0)
+				} else {
+					block = nil
+				}
+				tree.Set(top.Reference, block)
+			case 5: // the top again
+				stack = append(stack, top)
+			}
+		}
+		capability := tree.capability(int(level), stack[len(stack)-1])
+		most := int64(limit % (4 << 20))
+
+		var content []byte
+		errs := readEveryWay(t, verified(tree.Get), capability, most)
+		content, errs["again"] = readAll(t.Context(), open(t, verified(tree.Get)), capability, most, fetch.Window{Requests: 4})
+		for way, err := range errs {
+			if (err == nil) != (errs["again"] == nil) {
+				t.Fatalf("%s: %v, but again: %v", way, err, errs["again"])
+			}
+			if kind := errorKind(err); kind == "other" {
+				t.Fatalf("%s: error of no kind: %v", way, err)
+			}
+		}
+		if errs["again"] != nil {
+			return
+		}
+		if int64(len(content)) > most {
+			t.Fatalf("%d bytes, limit %d", len(content), most)
+		}
+		if encoded, _ := mustEncode(t, content, eris.EncodeOptions{BlockSize: size}); encoded.Level != capability.Level {
+			t.Fatalf("content of %d bytes at level %d, an encoder puts it at %d", len(content), capability.Level, encoded.Level)
+		}
+	})
+}
+
+// FuzzDecodeMutated changes blocks of a sound content, so that mostly the source is at fault.
+func FuzzDecodeMutated(f *testing.F) {
+	f.Add(uint32(5000), uint16(3), uint16(100), byte(1), byte(0))
+	f.Add(uint32(300000), uint16(0), uint16(0), byte(255), byte(1))
+	f.Add(uint32(20000), uint16(7), uint16(1000), byte(0), byte(2))
+	f.Fuzz(func(t *testing.T, length uint32, which, where uint16, change, kind byte) {
+		content := randomContent(1, int(length%400_000))
+		capability, m := mustEncode(t, content, eris.EncodeOptions{BlockSize: eris.BlockSize1KiB})
+		refs := sorted(m)
+		ref := refs[int(which)%len(refs)]
+		block := bytes.Clone(m.All()[ref])
+		good := false
+		switch kind % 4 {
+		case 0:
+			block[int(where)%len(block)] ^= change
+			good = change == 0
+		case 1:
+			block = block[:int(where)%len(block)]
+		case 2:
+			block = append(block, make([]byte, 1+int(where))...)
+		case 3:
+			other := refs[int(where)%len(refs)]
+			block = m.All()[other]
+			good = other == ref
+		}
+		m.Set(ref, block)
+		for way, err := range readEveryWay(t, verified(m.Get), capability, int64(len(content))) {
+			var blockError *eris.BlockError
+			if good != (err == nil) || err != nil && (!errors.As(err, &blockError) || blockError.Reference != ref) {
+				t.Fatalf("%s: error %v for block %v, good: %v", way, err, ref, good)
+			}
+		}
+	})
+}
+
+func ExampleOpen() {
+	store := sourcetest.NewBackend()
+	ctx := context.Background()
+	capability, err := eris.Encode(ctx, bytes.NewReader([]byte("Hello world!")), store.Put, eris.EncodeOptions{})
+	if err != nil {
+		panic(err)
+	}
+	source := store.Open(1)
+	defer source.Close()
+	const limit = 1 << 20
+	r, err := Open(ctx, source, capability, limit, fetch.Window{})
+	if err != nil {
+		panic(err)
+	}
+	defer r.Close()
+	b, err := io.ReadAll(r)
+	if err != nil {
+		panic(err)
+	}
+	fmt.Printf("%d %s\n", r.Size(), b)
+	// Output: 12 Hello world!
+}

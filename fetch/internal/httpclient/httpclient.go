@@ -1,0 +1,469 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package httpclient makes the requests of the stores that are reached by HTTP: bounded in number,
+// time and size, with rests after failures. What a server sends is not trusted. Start with [New].
+package httpclient
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"net/url"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/klauspost/compress/gzip"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/proxy"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
+)
+
+// Options says how a [Client] behaves. All fields must be set but TLS, Verify, Cleartext and
+// Getenv.
+type Options struct {
+	Connections    int                 // the most connections to one host; further requests wait for one
+	ConnectTimeout time.Duration       // to resolve and connect, and again to shake hands
+	Timeout        time.Duration       // from when a request has a connection until the header of the response
+	BodyTimeout    time.Duration       // from then until the end of the response
+	IdleTimeout    time.Duration       // for how long a connection without requests is kept
+	TLS            *tls.Config         // if it is nil, certificates are verified only if Verify is true
+	Verify         bool                // see TLS
+	Cleartext      bool                // HTTP/2 without TLS, and nothing else
+	Getenv         func(string) string // for the variables of package proxy; nil stands for os.Getenv
+}
+
+// Client makes requests to one store. It is safe for concurrent use.
+type Client struct {
+	options   Options
+	transport *http.Transport
+	ctx       context.Context // ends with Close
+	cancel    context.CancelCauseFunc
+
+	// Where HTTP/2 is possible, requests wait for the first connection: they shall not make as many
+	// as there may be only to find that one is enough.
+	known atomic.Bool   // there has been a connection
+	first chan struct{} // has room if nobody makes it
+
+	mu     sync.Mutex
+	closed bool
+	calls  sync.WaitGroup
+	rest   backoff.Backoff // after failed connections, and when the server has asked for it
+	cause  error           // of the rest
+}
+
+const (
+	maxHeader = 64 << 10
+	// maxRest is how much of a body that nobody wants is read, so that the connection can be used
+	// again.
+	maxRest = 40 << 10
+	// maxWait is how long a request waits in all for a busy server before the caller hears of it.
+	maxWait                = 4 * time.Second
+	firstRest, longestRest = 100 * time.Millisecond, 30 * time.Second
+)
+
+var (
+	// ErrSilent is wrapped by errors of requests that were sent, but had no response in time.
+	ErrSilent  = errors.New("server has not answered")
+	errConnect = errors.New("no connection")
+	errUnsent  = errors.New("the request could not be sent")
+	errNotHTTP = errors.New("the answer is not HTTP")
+	errEncoded = errors.New("server sends blocks in an encoding that was not asked for")
+)
+
+// New returns a client for a store at base. It must be closed.
+func New(base *url.URL, o Options) *Client {
+	if o.Getenv == nil {
+		o.Getenv = os.Getenv
+	}
+	if o.TLS == nil {
+		o.TLS = &tls.Config{InsecureSkipVerify: !o.Verify, ClientSessionCache: tls.NewLRUClientSessionCache(o.Connections)}
+	}
+	c := &Client{options: o, first: make(chan struct{}, 1), rest: backoff.Backoff{Min: firstRest, Max: longestRest}}
+	c.known.Store(base.Scheme == "http" && !o.Cleartext)
+	c.ctx, c.cancel = context.WithCancelCause(context.Background())
+	var protocols http.Protocols
+	protocols.SetHTTP1(!o.Cleartext)
+	protocols.SetHTTP2(true)
+	protocols.SetUnencryptedHTTP2(o.Cleartext)
+	c.transport = &http.Transport{
+		Proxy:                  func(r *http.Request) (*url.URL, error) { return proxyFor(r.URL, o.Getenv) },
+		DialContext:            c.dial,
+		TLSClientConfig:        o.TLS,
+		TLSHandshakeTimeout:    o.ConnectTimeout,
+		DisableCompression:     true,
+		MaxConnsPerHost:        o.Connections,
+		MaxIdleConnsPerHost:    o.Connections,
+		IdleConnTimeout:        o.IdleTimeout,
+		MaxResponseHeaderBytes: maxHeader,
+		ReadBufferSize:         16 << 10,
+		WriteBufferSize:        16 << 10,
+		Protocols:              &protocols,
+		HTTP2:                  &http.HTTP2Config{SendPingTimeout: o.Timeout / 2, PingTimeout: o.Timeout / 2, WriteByteTimeout: o.Timeout},
+	}
+	return c
+}
+
+// Header returns the header that every request must begin with. It is not changed by the client.
+func Header(userAgent string) http.Header {
+	return http.Header{
+		"User-Agent":      {userAgent},
+		"Accept-Encoding": {"identity"}, // blocks do not compress
+		// Whatever we request may be requested twice, so that a connection which the server has
+		// closed meanwhile is not an error. No such field is sent if it has no value (net/http,
+		// Transport).
+		"Idempotency-Key": nil,
+	}
+}
+
+// proxyFor returns the proxy for requests to u, or nil.
+func proxyFor(u *url.URL, getenv func(string) string) (*url.URL, error) {
+	port := u.Port()
+	if port == "" {
+		port = map[string]string{"http": "80", "https": "443"}[u.Scheme]
+	}
+	value, err := proxy.For(u.Scheme, u.Hostname(), port, getenv)
+	if err != nil || value == "" {
+		return nil, err
+	}
+	return url.Parse(value)
+}
+
+// conn is a connection that is closed when the client is.
+type conn struct {
+	net.Conn
+	stop func() bool
+}
+
+// Close closes the connection.
+func (c *conn) Close() error {
+	c.stop()
+	return c.Conn.Close()
+}
+
+// dial connects. The transport may go on with that when nobody waits for it any more, but not when
+// the client is closed.
+func (c *Client) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, c.options.ConnectTimeout, errConnect)
+	defer cancel()
+	defer context.AfterFunc(c.ctx, cancel)()
+	inner, err := (&net.Dialer{KeepAlive: 30 * time.Second}).DialContext(ctx, network, address)
+	switch {
+	case err == nil:
+		return &conn{inner, context.AfterFunc(c.ctx, func() { inner.Close() })}, nil
+	case context.Cause(ctx) == errConnect:
+		return nil, fmt.Errorf("%w within %v", errConnect, c.options.ConnectTimeout)
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return nil, fmt.Errorf("%w; is a server running there?", syscall.ECONNREFUSED)
+	}
+	return nil, err
+}
+
+// Close ends all requests and connections, and waits for that.
+func (c *Client) Close() {
+	c.mu.Lock()
+	c.closed = true
+	c.mu.Unlock()
+	c.cancel(fetch.ErrClosed)
+	c.calls.Wait()
+	c.transport.CloseIdleConnections()
+}
+
+// Retry calls f, which makes requests by [Client.Do], and calls it again when the server was busy,
+// as often as that fits into some seconds. Other errors are those of f.
+func (c *Client) Retry(ctx context.Context, f func() error) error {
+	for waited := time.Duration(0); ; {
+		err := f()
+		busy, ok := errors.AsType[*fetch.BusyError](err)
+		if !ok || waited+busy.After > maxWait {
+			return err
+		}
+		waited += busy.After
+		select {
+		case <-time.After(busy.After):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-c.ctx.Done():
+			return fetch.ErrClosed
+		}
+	}
+}
+
+// begin counts a call that begins, unless none may at present.
+func (c *Client) begin() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return fetch.ErrClosed
+	}
+	if err := c.resting(); err != nil {
+		return err
+	}
+	c.calls.Add(1)
+	return nil
+}
+
+// resting returns why no request is made at present, or nil. The lock must be held.
+func (c *Client) resting() error {
+	left := c.rest.Rest(time.Now())
+	if left == 0 {
+		return nil
+	}
+	if busy, ok := errors.AsType[*fetch.BusyError](c.cause); ok {
+		return &fetch.BusyError{After: left, Err: busy.Err}
+	}
+	return fmt.Errorf("not asked again for %v: %w", left.Round(time.Millisecond), c.cause)
+}
+
+// failed begins a rest.
+func (c *Client) failed(err error, after time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.rest.Fail(time.Now(), after)
+	c.cause = err
+}
+
+// worked ends the row of failures; but not a rest, which an answer to an earlier request says
+// nothing about.
+func (c *Client) worked() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.rest.Rest(time.Now()) == 0 {
+		c.rest.Succeed()
+	}
+}
+
+// Do makes a request and has the response handled, the body of which is decoded, and closed when
+// handle returns. No redirection is followed. After a connection could not be made, calls fail at
+// once for a time that gets longer with each such failure.
+//
+// Errors are those of handle; a [*fetch.BusyError] if the server is busy and says for how long; the
+// cause of ctx; errors that wrap [ErrSilent]; and failures of the connection. None of them quotes
+// the URL or the server.
+func (c *Client) Do(ctx context.Context, request *http.Request, handle func(r *http.Response) error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err := c.begin(); err != nil {
+		return err
+	}
+	defer c.calls.Done()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(c.ctx, func() { cancel(fetch.ErrClosed) })()
+	pass, err := c.enter(ctx)
+	if err != nil {
+		return err
+	}
+	defer pass()
+	e := exchange{client: c, pass: pass, began: time.Now()}
+	e.timer = time.AfterFunc(time.Hour, func() { cancel(ErrSilent) })
+	defer e.timer.Stop()
+	err = e.run(ctx, request, handle)
+	switch cause := context.Cause(ctx); {
+	case err == nil || cause == nil:
+		return err
+	case cause == ErrSilent:
+		return e.silent()
+	default:
+		return cause
+	}
+}
+
+// enter waits until there is a connection, or this request is the one to make it. Pass must be
+// called when that has been done.
+func (c *Client) enter(ctx context.Context) (pass func(), err error) {
+	if c.known.Load() {
+		return func() {}, nil
+	}
+	select {
+	case c.first <- struct{}{}:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	pass = sync.OnceFunc(func() { <-c.first })
+	if c.known.Load() {
+		pass()
+		return pass, nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.resting(); err != nil { // which may have begun meanwhile
+		pass()
+		return nil, err
+	}
+	return pass, nil
+}
+
+// exchange is one request and its response.
+type exchange struct {
+	client    *Client
+	pass      func()
+	timer     *time.Timer
+	began     time.Time
+	connected atomic.Bool
+	wrote     atomic.Bool
+	answered  bool
+}
+
+func (e *exchange) run(ctx context.Context, request *http.Request, handle func(r *http.Response) error) error {
+	c := e.client
+	r, err := c.transport.RoundTrip(request.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn: func(httptrace.GotConnInfo) {
+			e.connected.Store(true)
+			e.timer.Reset(c.options.Timeout)
+			c.known.Store(true)
+			e.pass()
+		},
+		WroteRequest: func(info httptrace.WroteRequestInfo) { e.wrote.Store(info.Err == nil) },
+	})))
+	if err != nil {
+		err = plain(err)
+		if !e.connected.Load() && ctx.Err() == nil {
+			// The longer it took, the longer the rest, so that a host that does not answer takes a
+			// small part of the time.
+			c.failed(err, 6*time.Since(e.began))
+		}
+		return err
+	}
+	e.answered = true
+	e.timer.Reset(c.options.BodyTimeout)
+	defer func() {
+		io.CopyN(io.Discard, r.Body, maxRest)
+		r.Body.Close()
+	}()
+	if busy := busyError(r); busy != nil {
+		c.failed(busy, busy.After)
+		return busy
+	}
+	c.worked()
+	if err := decode(r); err != nil {
+		return err
+	}
+	return handle(r)
+}
+
+// silent returns the error of an exchange that took too long.
+func (e *exchange) silent() error {
+	took := time.Since(e.began).Round(time.Millisecond)
+	if !e.wrote.Load() {
+		return fmt.Errorf("%w within %v", errUnsent, took)
+	}
+	if e.answered {
+		return fmt.Errorf("the answer takes more than %v", took)
+	}
+	return fmt.Errorf("%w for %v", ErrSilent, took)
+}
+
+// plain replaces an error that quotes the server, which may write what it likes, also what is
+// secret in our URL.
+func plain(err error) error {
+	if text := err.Error(); len(text) > 300 || strings.Contains(text, "malformed") {
+		return errNotHTTP
+	}
+	return err
+}
+
+// StatusError is an answer that says neither that the server has the block nor that it does not.
+type StatusError struct {
+	Code int    // the HTTP status
+	Text string // what the server says, shortened, not to be trusted; empty if that was not read
+}
+
+// Error returns the status and the text.
+func (e *StatusError) Error() string {
+	text := strings.TrimSpace(fmt.Sprintf("server answers %d %s", e.Code, http.StatusText(e.Code)))
+	if e.Text != "" {
+		text += fmt.Sprintf(": %.200q", e.Text)
+	}
+	return text
+}
+
+// busyError returns the error of a server that asks to be left alone for a while, or nil.
+func busyError(r *http.Response) *fetch.BusyError {
+	if r.StatusCode != http.StatusTooManyRequests && r.StatusCode != http.StatusServiceUnavailable {
+		return nil
+	}
+	after := backoff.RetryAfter(r.Header.Get("Retry-After"), time.Now())
+	if after == 0 {
+		return nil
+	}
+	return &fetch.BusyError{After: min(after, longestRest), Err: &StatusError{Code: r.StatusCode}}
+}
+
+// decode undoes what a proxy has done that did not heed what was asked for.
+func decode(r *http.Response) error {
+	switch strings.ToLower(r.Header.Get("Content-Encoding")) {
+	case "", "identity":
+		return nil
+	case "gzip", "x-gzip":
+	default:
+		return errEncoded
+	}
+	in, err := gzip.NewReader(io.LimitReader(r.Body, maxRest))
+	if err != nil {
+		return errEncoded
+	}
+	in.Multistream(false)
+	r.Body = struct {
+		io.Reader
+		io.Closer
+	}{in, r.Body}
+	r.ContentLength, r.Uncompressed = -1, true
+	return nil
+}
+
+// ReadBlock reads the block that a response brings to dst, whose capacity must suffice. The error
+// is an [eris.BlockError] if it does not have the size. What is cut off by the connection is not
+// held against the server.
+func ReadBlock(r *http.Response, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
+	wrong := func(length int) error { return &eris.BlockError{Reference: ref, Length: length, Want: size} }
+	if r.ContentLength >= 0 && r.ContentLength != int64(size) {
+		return nil, wrong(int(min(r.ContentLength, 1<<30)))
+	}
+	block := dst[:size]
+	n, err := readFull(r.Body, block)
+	if err == io.EOF {
+		if r.ContentLength < 0 && !r.Uncompressed && r.ProtoMajor == 1 && len(r.TransferEncoding) == 0 {
+			return nil, io.ErrUnexpectedEOF // the end of the body is that of the connection, for whatever reason
+		}
+		return nil, wrong(n)
+	}
+	if err != nil {
+		return nil, err
+	}
+	// To see the end of a body in chunks is also what makes the connection fit for the next
+	// request.
+	var more [1]byte
+	switch n, err := readFull(r.Body, more[:]); {
+	case n > 0:
+		return nil, wrong(int(size) + 1)
+	case err != io.EOF:
+		return nil, err
+	}
+	return block, nil
+}
+
+// readFull is [io.ReadFull], but returns [io.EOF] for every body that is whole and too short, to
+// tell it from one that was cut off.
+func readFull(r io.Reader, p []byte) (n int, err error) {
+	for n < len(p) && err == nil {
+		var read int
+		read, err = r.Read(p[n:])
+		n += read
+	}
+	if n == len(p) {
+		err = nil
+	}
+	return n, err
+}

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package mirror_test
+
+import (
+	"bufio"
+	"compress/gzip"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+)
+
+// TestRest asks a server that cannot be reached at first: it is asked again later by the same
+// client, and no call waits meanwhile.
+func TestRest(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := l.Addr().String()
+	l.Close()
+	c := client(t, mirror.Options{})
+	url := "http://" + address + "/base"
+	var failure *mirror.ServerError
+	for _, ask := range []func() error{
+		func() error { _, err := collect(t.Context(), c, url, hashes(20)); return err },
+		func() error { _, err := read(t, c, url+"/nar"); return err },
+	} {
+		if err := ask(); !errors.As(err, &failure) || c.Down(url) == nil {
+			t.Errorf("error %v", err)
+		}
+	}
+	if l, err = net.Listen("tcp", address); err != nil {
+		t.Skipf("the port has been taken: %v", err)
+	}
+	server := &http.Server{Handler: http.HandlerFunc(serve)}
+	go server.Serve(l)
+	defer server.Close()
+	for c.Down(url) != nil {
+		time.Sleep(10 * time.Millisecond)
+	}
+	hs := hashes(20)
+	answers, err := collect(t.Context(), c, url, hs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check(t, answers, hs)
+}
+
+// TestBusyServers asks servers that refuse more than some requests at a time, and some requests in
+// any case.
+func TestBusyServers(t *testing.T) {
+	for _, most := range []int64{1, 2, 4} {
+		for _, status := range []int{http.StatusServiceUnavailable, http.StatusTooManyRequests} {
+			t.Run(fmt.Sprint(most, " at a time, ", status), func(t *testing.T) {
+				t.Parallel()
+				var now, count, refused atomic.Int64
+				server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					defer now.Add(-1)
+					if now.Add(1) > most || count.Add(1)%30 == 0 {
+						refused.Add(1)
+						w.WriteHeader(status)
+						return
+					}
+					time.Sleep(2 * time.Millisecond)
+					serve(w, r)
+				}))
+				defer server.Close()
+				hs := hashes(100)
+				answers, err := collect(t.Context(), client(t, mirror.Options{}), server.URL+"/base", hs)
+				if err != nil {
+					t.Fatal(err)
+				}
+				check(t, answers, hs)
+				if refused.Load() == 0 {
+					t.Error("nothing was refused")
+				}
+			})
+		}
+	}
+	t.Run("always", func(t *testing.T) {
+		t.Parallel()
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(503) }))
+		defer server.Close()
+		answers, err := collect(t.Context(), client(t, mirror.Options{}), server.URL, hashes(3))
+		if err != nil || len(answers) != 3 || answers[hashes(1)[0]].Status != 503 {
+			t.Errorf("%v, error %v", answers, err)
+		}
+	})
+}
+
+// TestFewWorkers asks servers whose workers stay with a connection until it is closed, for narinfos
+// and then for a nar, by two clients.
+func TestFewWorkers(t *testing.T) {
+	for _, workers := range []int{1, 4} {
+		t.Run(fmt.Sprint(workers), func(t *testing.T) {
+			t.Parallel()
+			free := make(chan bool, workers)
+			server := rawServer(t, func(n int, conn net.Conn, r *bufio.Reader) {
+				free <- true
+				defer func() { <-free }()
+				for reply(conn, r) {
+					time.Sleep(5 * time.Millisecond)
+				}
+			})
+			begin := time.Now()
+			hs := hashes(60)
+			var wait sync.WaitGroup
+			for range 2 {
+				c := client(t, mirror.Options{})
+				answers, err := collect(t.Context(), c, server, hs)
+				if err != nil {
+					t.Fatal(err)
+				}
+				check(t, answers, hs)
+				wait.Go(func() {
+					if _, err := read(t, c, server+"/nar"); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			wait.Wait()
+			if took := time.Since(begin); took > 8*time.Second {
+				t.Errorf("it took %v", took)
+			}
+		})
+	}
+}
+
+// TestContentEncoding undoes what a proxy does to responses.
+func TestContentEncoding(t *testing.T) {
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if accepted := r.Header.Get("Accept-Encoding"); accepted != "identity" {
+			t.Errorf("Accept-Encoding: %s", accepted)
+		}
+		w.Header().Set("Content-Encoding", "gzip")
+		z := gzip.NewWriter(w)
+		defer z.Close()
+		io.WriteString(z, "narinfo of "+strings.TrimSuffix(strings.TrimPrefix(r.URL.Path, "/base/"), ".narinfo"))
+	}))
+	defer server.Close()
+	hs := hashes(20)
+	c := client(t, mirror.Options{})
+	answers, err := collect(t.Context(), c, server.URL+"/base", hs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check(t, answers, hs)
+	if got, err := read(t, c, server.URL+"/base/nar"); err != nil || got != "narinfo of nar" {
+		t.Errorf("%q, error %v", got, err)
+	}
+}
+
+// TestNarinfosRedirected asks a server that sends everybody to another one.
+func TestNarinfosRedirected(t *testing.T) {
+	server := httptest.NewServer(http.HandlerFunc(serve))
+	defer server.Close()
+	first := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, server.URL+"/base"+r.URL.Path, http.StatusMovedPermanently)
+	}))
+	defer first.Close()
+	hs := hashes(50)
+	answers, err := collect(t.Context(), client(t, mirror.Options{}), first.URL, hs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check(t, answers, hs)
+	loop := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, r.URL.Path, http.StatusFound) }))
+	defer loop.Close()
+	if answers, err := collect(t.Context(), client(t, mirror.Options{}), loop.URL, hs[:1]); err != nil || answers[hs[0]].Status != http.StatusFound {
+		t.Errorf("%v, error %v", answers, err)
+	}
+}

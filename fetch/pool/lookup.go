@@ -1,0 +1,383 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package pool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+)
+
+const (
+	// maxRounds is how often one member is asked again for one block at most.
+	maxRounds = 20
+	// waitForRest is how long a block waits for a member that failed to be tried again when there
+	// is no other.
+	waitForRest = time.Second
+)
+
+var (
+	errNone     = errors.New("there is no source")
+	errLate     = errors.New("source has not answered this request, but later ones")
+	errNotFirst = errors.New("another source was faster")
+	errBanned   = errors.New("source gave wrong bytes before")
+)
+
+// key is what makes requests equal.
+type key struct {
+	reference eris.Reference
+	size      eris.BlockSize
+}
+
+// set is a set of members.
+type set uint64
+
+// lookup is a block that is wanted, from the first request for it until Done. It is guarded by the
+// lock of the pool, and once it is over it belongs to the worker that calls Done.
+type lookup struct {
+	key       key
+	pair      eris.Pair
+	request   *fetch.Request   // the first: its Dst is used
+	more      []*fetch.Request // others for the same block
+	cancelled bool             // the first is
+	sequence  uint64
+
+	missed   set // who does not have it
+	failed   set // who failed
+	active   set // who is being asked
+	rounds   int
+	progress bool  // a member that failed again has delivered other blocks meanwhile
+	seen     int64 // bytes that the member had delivered when it failed
+	err      error // the last failure of those in failed; in the end that of the requests
+
+	queue      *queue // where it waits for a member, if it does
+	position   uint64 // there
+	foreground *attempt
+	attempts   *attempt // all
+
+	block []byte // the result
+	over  bool
+	keep  set     // near members that are to keep the block
+	next  *lookup // of those that are over, or spare
+}
+
+// spent returns who cannot be asked any more.
+func (l *lookup) spent() set { return l.missed | l.failed | l.active }
+
+// attempt is a request to a member for a lookup.
+type attempt struct {
+	request    fetch.Request
+	member     *member
+	lookup     *lookup // nil if nobody waits for it any more
+	background bool    // with memory of its own
+	probe      bool    // to learn about the member
+	hedged     bool    // another one was made because this is late
+	cause      error   // why it was cancelled, if it was
+
+	state atomic.Int32
+	steps atomic.Int32 // that Start has returned is one, Done the other
+
+	start    time.Duration
+	expected time.Duration // how long it was to take
+	// What was so at the start.
+	delivered   int64
+	deliveredAt time.Duration
+	full        bool // as much had been asked for as the member delivers in a round trip
+	clean       bool // nothing was in front of it that would falsify the round trip
+
+	next, previous *attempt // of the same member, in order of start
+	sibling        *attempt // of the same lookup
+	following      *attempt // to be started, or spare
+}
+
+// States of an attempt, so that it is cancelled after it has been started.
+const (
+	starting int32 = iota
+	started
+	cancelled
+)
+
+// newLookup returns a lookup. The lock of the pool is held here and in all that follows, unless
+// said otherwise.
+func (p *Pool) newLookup(k key, r *fetch.Request) *lookup {
+	l := p.spare
+	if l != nil {
+		p.spare, l.next = l.next, nil
+	} else {
+		l = &lookup{}
+	}
+	p.sequence++
+	l.key, l.pair, l.request, l.sequence = k, r.Pair, r, p.sequence
+	return l
+}
+
+// recycle takes back lookups that are over. There are never more than have been going on at a time.
+func (p *Pool) recycle(l *lookup) {
+	for l != nil {
+		next := l.next
+		*l = lookup{more: l.more[:0], next: p.spare}
+		p.spare, l = l, next
+	}
+}
+
+// proceed has a block that is not being asked for wait for a member, or ends the lookup if there is
+// none.
+func (p *Pool) proceed(l *lookup, now time.Duration) {
+	for _, m := range p.near {
+		if l.spent()&m.bit == 0 && m.usable(now) && !m.resting() {
+			m.queue.push(l)
+			return
+		}
+	}
+	if p.candidates(l, now) == 0 {
+		if l.awaits(now) {
+			return
+		}
+		if !p.nextRound(l, now) {
+			p.finish(l, p.verdict(l, now))
+			return
+		}
+	}
+	if l.failed|l.missed != 0 {
+		p.retries.push(l)
+	} else {
+		p.fresh.push(l)
+	}
+}
+
+// awaits reports whether somebody is being asked of whom there is hope: of members that rest there
+// is only for a moment.
+func (l *lookup) awaits(now time.Duration) bool {
+	for a := l.attempts; a != nil; a = a.sibling {
+		if !a.member.resting() || now-a.start < probeWait {
+			return true
+		}
+	}
+	return false
+}
+
+// advance goes on with a lookup after something has happened to it: an attempt has ended, or it was
+// cancelled.
+func (p *Pool) advance(l *lookup, now time.Duration) {
+	if a := l.foreground; a != nil {
+		// It uses the memory of the request.
+		switch {
+		case l.block != nil:
+			a.cancel(errNotFirst)
+		case l.cancelled:
+			a.cancel(context.Canceled)
+		}
+		return
+	}
+	switch {
+	case l.block != nil:
+		p.finish(l, nil)
+	case p.closed:
+		p.finish(l, fetch.ErrClosed)
+	case l.cancelled && len(l.more) == 0:
+		p.finish(l, context.Canceled)
+	default:
+		if l.cancelled {
+			p.finishAlone(l.request, context.Canceled)
+			l.cancelled, l.request = false, l.more[0]
+			l.more = append(l.more[:0], l.more[1:]...)
+		}
+		if l.queue == nil {
+			p.proceed(l, now)
+		}
+	}
+}
+
+// finish ends a lookup. What goes on in the background is cancelled, but for requests that are to
+// tell what a member is like.
+func (p *Pool) finish(l *lookup, err error) {
+	if l.queue != nil {
+		l.queue.remove(l)
+	}
+	if p.lookups[l.key] == l {
+		delete(p.lookups, l.key)
+	}
+	for a := l.attempts; a != nil; {
+		next := a.sibling
+		a.lookup, a.sibling = nil, nil
+		if !a.probe {
+			a.cancel(errNotFirst)
+		}
+		a = next
+	}
+	l.attempts = nil
+	l.err, l.over = err, true
+	l.next, p.finished = p.finished, l
+}
+
+// finishAlone ends a request whose lookup goes on for others.
+func (p *Pool) finishAlone(r *fetch.Request, err error) {
+	p.finish(p.newLookup(key{}, r), err)
+}
+
+// send hands a block to a member, as soon as the lock is given up.
+func (p *Pool) send(m *member, l *lookup, now time.Duration) {
+	a := p.newAttempt(m, l.pair, l.key.size, now)
+	a.request.Dst = l.request.Dst[:0]
+	l.foreground = a
+	p.attach(a, l)
+}
+
+// sendBehind asks a member for a block in the background. The lookup may be nil.
+func (p *Pool) sendBehind(m *member, l *lookup, pair eris.Pair, size eris.BlockSize, now time.Duration) *attempt {
+	a := p.newAttempt(m, pair, size, now)
+	a.request.Dst = make([]byte, 0, size)
+	a.background = true
+	if l != nil {
+		p.attach(a, l)
+	}
+	return a
+}
+
+func (p *Pool) attach(a *attempt, l *lookup) {
+	a.lookup, a.sibling = l, l.attempts
+	l.attempts = a
+	l.active |= a.member.bit
+}
+
+// newAttempt books a request to a member.
+func (p *Pool) newAttempt(m *member, pair eris.Pair, size eris.BlockSize, now time.Duration) *attempt {
+	a := m.spare
+	if a != nil {
+		m.spare, a.following = a.following, nil
+	} else {
+		a = &attempt{member: m}
+		a.request.Done = func(*fetch.Request) { a.step(p) }
+	}
+	a.request.Pair, a.request.Size = pair, size
+	m.sent(a, now)
+	p.inFlight++
+	if p.lastOf == nil {
+		p.starts = a
+	} else {
+		p.lastOf.following = a
+	}
+	p.lastOf = a
+	return a
+}
+
+// startAll hands attempts to their members. Called without the lock.
+func startAll(a *attempt) {
+	for a != nil {
+		next, source, p := a.following, a.member.source, a.member.pool
+		a.following = nil
+		source.Start(&a.request)
+		if !a.state.CompareAndSwap(starting, started) {
+			source.Cancel(&a.request)
+		}
+		a.step(p)
+		a = next
+	}
+}
+
+// step is called when Start has returned and when Done is called, in whichever order. After the
+// second time the attempt is for the workers. Called without the lock.
+func (a *attempt) step(p *Pool) {
+	if a.steps.Add(1) == 2 {
+		p.arrived.add(a)
+	}
+}
+
+// cancel makes an attempt end soon. Sources may call Done meanwhile, which does not need the lock.
+func (a *attempt) cancel(cause error) {
+	if a.cause != nil {
+		return
+	}
+	a.cause = cause
+	if a.state.Swap(cancelled) == started {
+		a.member.source.Cancel(&a.request)
+	}
+}
+
+// detach takes an attempt that is over from its lookup, and out of what is in flight to its member.
+func (p *Pool) detach(a *attempt) {
+	m := a.member
+	m.received(a)
+	p.inFlight--
+	if a.probe {
+		m.probing = false
+	}
+	l := a.lookup
+	if l == nil {
+		return
+	}
+	l.active &^= m.bit
+	for at := &l.attempts; *at != nil; at = &(*at).sibling {
+		if *at == a {
+			*at = a.sibling
+			break
+		}
+	}
+	if l.foreground == a {
+		l.foreground = nil
+	}
+}
+
+// recycle takes back an attempt of which nothing is needed any more. What its source holds on to
+// may be of use again.
+func (a *attempt) recycle() {
+	r := &a.request
+	r.Dst, r.Block, r.Err = nil, nil, nil
+	a.lookup, a.sibling, a.cause = nil, nil, nil
+	a.background, a.probe, a.hedged = false, false, false
+	a.state.Store(starting)
+	a.steps.Store(0)
+	a.following, a.member.spare = a.member.spare, a
+}
+
+// fail notes that a member could not deliver the block. That it gave wrong bytes is worth more to
+// know than other failures.
+func (l *lookup) fail(m *member, err error) {
+	l.failed |= m.bit
+	l.progress = l.progress || m.delivered > l.seen
+	l.seen = m.delivered
+	var wrong *eris.BlockError
+	if l.err == nil || !errors.As(l.err, &wrong) {
+		l.err = fmt.Errorf("%s: %w", m.name, err)
+	}
+}
+
+// verdict returns why a block cannot be had. Members that were never reached, and those that lie,
+// have no say in whether the block exists, nor have near ones if there are others.
+func (p *Pool) verdict(l *lookup, now time.Duration) error {
+	unsaid, missed := errNone, l.missed
+	if len(p.far) > 0 {
+		for _, m := range p.near {
+			missed &^= m.bit
+		}
+	}
+	for _, m := range p.members {
+		wrong := (*eris.BlockError)(nil)
+		if m.banned && errors.As(m.lastError, &wrong) && wrong.Reference == l.key.reference {
+			// Perhaps in answer to another request for this very block.
+			l.err = fmt.Errorf("%s: %w", m.name, m.lastError)
+		}
+		if m.lastError != nil && (m.banned || m.restUntil > now || m.failures > 0) {
+			unsaid = fmt.Errorf("%s is not asked: %w", m.name, m.lastError)
+		}
+	}
+	for _, m := range p.members {
+		if l.failed&m.bit != 0 && m.proven && !m.banned {
+			return l.err
+		}
+	}
+	switch {
+	case missed == 0 && l.err != nil:
+		return l.err
+	case missed == 0:
+		return unsaid
+	case unsaid != errNone:
+		return fmt.Errorf("block %v: %w (%v)", l.key.reference, eris.ErrNotFound, unsaid)
+	}
+	return fmt.Errorf("block %v: %w", l.key.reference, eris.ErrNotFound)
+}

@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package pool_test
+
+import (
+	"context"
+	"errors"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
+)
+
+// TestGiveUp has a reader give up the only source after a while, because it is slow or has stalled:
+// that takes no time, and little has been asked for that is of no use.
+func TestGiveUp(t *testing.T) {
+	stalls := func(ctx context.Context, _ int, i int64) error {
+		if i < 64 {
+			return nil
+		}
+		return hang(ctx, 0, i)
+	}
+	for name, f := range map[string]*fake{
+		"slow":   {roundTrip: 20e6, rate: 200e3},
+		"stalls": {roundTrip: 20e6, rate: 20e6, answer: stalls},
+	} {
+		t.Run(name, func(t *testing.T) {
+			simulate(t, pool.Options{}, sources(f), func(t *testing.T, p *pool.Pool) {
+				ctx, cancel := context.WithCancelCause(t.Context())
+				given := errors.New("given up")
+				var group sync.WaitGroup
+				for i := range 512 {
+					group.Go(func() {
+						if err := get(ctx, p, i, large); err != nil && !errors.Is(err, given) {
+							t.Errorf("block %d: %v", i, err)
+						}
+					})
+				}
+				time.Sleep(1900 * time.Millisecond)
+				begin := time.Now()
+				cancel(given)
+				group.Wait()
+				if took := time.Since(begin); took > 0 {
+					t.Errorf("requests ended %v after they were given up", took)
+				}
+				if asked := int64(f.requests()) * int64(large); f.answer == nil && asked-p.Stats()[0].Bytes > 3<<20 {
+					t.Errorf("%d bytes were asked for in vain", asked-p.Stats()[0].Bytes)
+				}
+			})
+		})
+	}
+}
+
+// TestSilent has sources that accept and stay silent, from the beginning or after some blocks: it
+// is noticed once, in time, and the next process knows it.
+func TestSilent(t *testing.T) {
+	for _, v := range []struct {
+		name   string
+		near   bool
+		works  int64         // so many requests are answered
+		most   time.Duration // that everything takes
+		others []*fake
+	}{
+		{name: "alone", most: 2 * time.Second},
+		{name: "alone in the middle", works: 100, most: 5 * time.Second},
+		{name: "beside another", most: 2 * time.Second, others: []*fake{{roundTrip: 20e6}}},
+		{name: "near", near: true, most: 2 * time.Second, others: []*fake{{roundTrip: 20e6}}},
+		{name: "near in the middle", near: true, works: 100, most: 5 * time.Second, others: []*fake{{roundTrip: 20e6}}},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "state")
+			silent := &fake{name: "silent", roundTrip: 1e6}
+			silent.answer = func(ctx context.Context, _ int, i int64) error {
+				if i < v.works {
+					return nil
+				}
+				return hang(ctx, 0, i)
+			}
+			for process := range 2 {
+				list := append(sources(silent), sources(v.others...)...)
+				list[0].Near = v.near
+				var told []string
+				synctest.Test(t, func(t *testing.T) {
+					p := pool.New(list, pool.Options{
+						State:  sourcestate.Open(path),
+						OnRest: func(source string, err error) { told = append(told, source) },
+					})
+					begin := time.Now()
+					for i := range 200 { // one after the other
+						err := get(t.Context(), p, i, 1024)
+						if err != nil && (v.others != nil || errors.Is(err, eris.ErrNotFound) || !strings.Contains(err.Error(), "silent: ") && !strings.HasPrefix(err.Error(), "silent is not")) {
+							t.Errorf("block %d: %v", i, err)
+						}
+					}
+					took := time.Since(begin) - time.Duration(len(v.others))*200*20*time.Millisecond
+					if took > v.most || process > 0 && took > 0 {
+						t.Errorf("process %d took %v", process, took)
+					}
+					if e := p.Expect(); e.Sources != len(v.others) {
+						t.Errorf("process %d expects %+v", process, e)
+					}
+					if process == 0 && v.works == 0 { // and a process that is killed has told
+						synctest.Wait()
+						if r := sourcestate.Open(path).Get("silent"); r.Rests == 0 {
+							t.Errorf("the state says %+v", r)
+						}
+					}
+					p.Close()
+				})
+				if len(told) != 1-process {
+					t.Errorf("process %d was told of %v", process, told)
+				}
+				v.works = 0
+			}
+		})
+	}
+}
+
+// TestReturn has the only source be silent for a while: it is tried by single requests nobody waits
+// for, and is then in use again.
+func TestReturn(t *testing.T) {
+	var silent atomic.Bool
+	f := &fake{roundTrip: 20e6, answer: func(ctx context.Context, _ int, i int64) error {
+		if silent.Load() {
+			return hang(ctx, 0, i)
+		}
+		return nil
+	}}
+	simulate(t, pool.Options{}, sources(f), func(t *testing.T, p *pool.Pool) {
+		readAll(t, p, 100, 1024, 10)
+		silent.Store(true)
+		for range 100 {
+			get(t.Context(), p, 1000, 1024)
+		}
+		before := f.requests()
+		for i := range 100 {
+			begin := time.Now()
+			if err := get(t.Context(), p, 2000+i, 1024); err == nil || time.Since(begin) > 300*time.Millisecond {
+				t.Errorf("while it is silent: %v after %v", err, time.Since(begin))
+			}
+			time.Sleep(time.Second)
+		}
+		if n := f.requests() - before; n < 2 || n > 10 {
+			t.Errorf("it was tried %d times in 100 s", n)
+		}
+		silent.Store(false)
+		for range 100 {
+			p.Probe(eris.Pair{Reference: reference(1, 1024)}, 1024)
+			time.Sleep(time.Second)
+		}
+		if e := p.Expect(); e.Sources != 1 {
+			t.Errorf("after it has returned: %+v", e)
+		}
+		readAll(t, p, 100, 1024, 10)
+		// Whoever asks first when it may have returned has the block.
+		silent.Store(true)
+		for range 10 {
+			get(t.Context(), p, 1000, 1024)
+		}
+		silent.Store(false)
+		time.Sleep(time.Minute)
+		readAll(t, p, 100, 1024, 1)
+	})
+}
+
+// TestSlow has sources that are slow but not silent.
+func TestSlow(t *testing.T) {
+	for name, f := range map[string]*fake{
+		"a block a second": {roundTrip: 20e6, rate: 32 << 10},
+		"200 kB/s":         {roundTrip: 20e6, rate: 200e3},
+		"far":              {roundTrip: 1300e6, rate: 1e6},
+	} {
+		t.Run(name, func(t *testing.T) {
+			simulate(t, pool.Options{}, sources(f), func(t *testing.T, p *pool.Pool) {
+				readAll(t, p, 100, large, 64)
+			})
+		})
+	}
+}
+
+// TestRoundTrip checks that the round trip that is learnt is that of the line, not what waits in
+// it, and that it does not count for long that a store was slow.
+func TestRoundTrip(t *testing.T) {
+	for _, roundTrip := range []time.Duration{5e6, 20e6, 100e6} {
+		f := &fake{roundTrip: roundTrip, rate: 200e3}
+		path := filepath.Join(t.TempDir(), "state")
+		synctest.Test(t, func(t *testing.T) {
+			p := pool.New(sources(f), pool.Options{State: sourcestate.Open(path)})
+			readAll(t, p, 1000, large, 512)
+			learnt := p.Stats()[0].RoundTrip
+			if learnt > 2*roundTrip || learnt < roundTrip/2 {
+				t.Errorf("learnt %v instead of %v", learnt, roundTrip)
+			}
+			if e := p.Expect(); e.Known != 1 || e.Rate > 210e3 || e.Rate < 190e3 {
+				t.Errorf("expects %+v", e)
+			}
+			p.Close()
+			for _, later := range []time.Duration{time.Minute, time.Hour} {
+				time.Sleep(later)
+				p = pool.New(sources(f), pool.Options{State: sourcestate.Open(path)})
+				if e := p.Expect(); e.Sources != 1 || e.Known != 0 && later == time.Hour || e.Known != 1 && later == time.Minute {
+					t.Errorf("after %v: %+v", later, e)
+				}
+				p.Close()
+			}
+			// What is measured then counts at once.
+			f.rate = 20e6
+			p = pool.New(sources(f), pool.Options{State: sourcestate.Open(path)})
+			readAll(t, p, 1000, large, 512)
+			p.Close()
+			if r := sourcestate.Open(path).Get("fake:0"); r.Rate < 15e6 {
+				t.Errorf("the state says %+v", r)
+			}
+		})
+	}
+}
+
+// kept is a near store.
+type kept struct {
+	*fake
+	mu     sync.Mutex
+	blocks map[eris.Reference]bool
+}
+
+func (k *kept) Put(_ context.Context, ref eris.Reference, block []byte) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if eris.Verify(ref, block) != nil {
+		return errors.New("wrong block")
+	}
+	k.blocks[ref] = true
+	return nil
+}
+
+// TestNear has a near store with a half of the blocks: it is asked for all, and keeps what comes
+// from elsewhere.
+func TestNear(t *testing.T) {
+	half := func(_ context.Context, n int, _ int64) error {
+		if n%2 == 1 {
+			return eris.ErrNotFound
+		}
+		return nil
+	}
+	near, far := &kept{fake: &fake{name: "near", answer: half}, blocks: map[eris.Reference]bool{}}, &fake{roundTrip: 20e6, rate: 20e6}
+	list := append([]pool.Member{{Source: near, Near: true}}, sources(far)...)
+	simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
+		const n = 1000
+		readAll(t, p, n, 1024, 64)
+		if near.requests() != n || far.requests() != n/2 {
+			t.Errorf("%d and %d requests", near.requests(), far.requests())
+		}
+		synctest.Wait()
+		for i := range n {
+			if kept := near.blocks[reference(i, 1024)]; kept != (i%2 == 1) {
+				t.Errorf("block %d is kept: %v", i, kept)
+			}
+		}
+		// Without it, the others go on.
+		near.lies = true
+		readAll(t, p, n, 1024, 64)
+		if s := p.Stats()[0]; !s.Banned {
+			t.Errorf("a near store that lies is %+v", s)
+		}
+	})
+}
+
+var _ fetch.Store = (*kept)(nil)

@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package pool
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+)
+
+// This file is what happens to answers: they are noted by whoever brings them, and as many workers
+// as there are processors take some at a time, verify them, and go on with what they are for, so
+// that the lock of the pool and the processor's vectors are used for many blocks at once.
+
+const (
+	// batchLength and batchBytes are how many answers are taken at a time: few enough to leave some
+	// for other processors.
+	batchLength = 32
+	batchBytes  = 256 << 10
+)
+
+// arrivals are attempts that have ended. Nothing else is locked while they are.
+type arrivals struct {
+	mu       sync.Mutex
+	wake     sync.Cond
+	attempts []*attempt // from head on
+	head     int
+	sleeping int  // workers
+	kicked   bool // there is something else to do
+	over     bool // there will be no more
+}
+
+func (q *arrivals) add(a *attempt) {
+	q.mu.Lock()
+	q.attempts = append(q.attempts, a)
+	q.rouse()
+	q.mu.Unlock()
+}
+
+// kick has a worker look at the pool.
+func (q *arrivals) kick() {
+	q.mu.Lock()
+	q.kicked = true
+	q.rouse()
+	q.mu.Unlock()
+}
+
+func (q *arrivals) rouse() {
+	if q.sleeping > 0 {
+		q.sleeping--
+		q.wake.Signal()
+	}
+}
+
+// end sends the workers home.
+func (q *arrivals) end() {
+	q.mu.Lock()
+	q.over = true
+	q.sleeping = 0
+	q.wake.Broadcast()
+	q.mu.Unlock()
+}
+
+// take waits for something to do, and takes some attempts, perhaps none. It returns false when
+// there will be no more.
+func (q *arrivals) take(batch []*attempt) (n int, ok bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for q.head == len(q.attempts) && !q.kicked {
+		if q.over {
+			return 0, false
+		}
+		q.sleeping++
+		q.wake.Wait()
+	}
+	q.kicked = false
+	for size := 0; n < len(batch) && q.head < len(q.attempts) && size < batchBytes; n++ {
+		a := q.attempts[q.head]
+		q.attempts[q.head] = nil
+		q.head++
+		batch[n] = a
+		size += int(a.request.Size)
+	}
+	if q.head == len(q.attempts) {
+		q.attempts, q.head = q.attempts[:0], 0
+	}
+	return n, true
+}
+
+// work goes on with what has arrived until the pool is closed and nothing is in flight. Called
+// without the lock.
+func (p *Pool) work() {
+	var batch [batchLength]*attempt
+	var requests [batchLength]*fetch.Request
+	var done *lookup
+	for {
+		n, ok := p.arrived.take(batch[:])
+		if !ok {
+			return
+		}
+		for i, a := range batch[:n] {
+			requests[i] = &a.request
+		}
+		fetch.Verify(requests[:n])
+		p.mu.Lock()
+		p.recycle(done)
+		now := p.now()
+		for i, a := range batch[:n] {
+			p.ended(a, now)
+			batch[i], requests[i] = nil, nil
+		}
+		p.pump(now)
+		done, p.finished = p.finished, nil
+		last := p.closed && p.inFlight == 0 && len(p.lookups) == 0
+		p.unlock()
+		for l := done; l != nil; l = l.next {
+			p.deliver(l)
+		}
+		if last {
+			p.arrived.end()
+		}
+	}
+}
+
+// deliver calls Done of the requests of a lookup that is over. Called without the lock.
+func (p *Pool) deliver(l *lookup) {
+	if l.err == nil && l.keep != 0 {
+		for _, m := range p.near {
+			if l.keep&m.bit != 0 {
+				m.keeper.add(l.key.reference, l.block)
+			}
+		}
+	}
+	// Those first: the first one may go on to change the block.
+	for i, r := range l.more {
+		if r.Err = l.err; l.err == nil {
+			r.Block = append(r.Dst[:0], l.block...)
+		}
+		l.more[i] = nil
+		r.Done(r)
+	}
+	r := l.request
+	r.Block, r.Err = l.block, l.err
+	r.Done(r)
+}
+
+// ended takes note of how an attempt has ended, after its block has been verified.
+func (p *Pool) ended(a *attempt, now time.Duration) {
+	m, l, block := a.member, a.lookup, a.request.Block
+	p.detach(a)
+	outcome := p.outcome(a, now)
+	cause, err := a.cause, a.request.Err
+	a.recycle()
+	if l == nil {
+		if outcome == success {
+			m.duplicates++
+		}
+		return
+	}
+	switch {
+	case outcome == success && l.block == nil:
+		l.block = block
+		if !m.near {
+			l.keep = l.missed
+		}
+	case outcome == success:
+		m.duplicates++
+	case outcome == miss:
+		l.missed |= m.bit
+		m.remembersMissing(l.key)
+	case cause != nil:
+		// Not the member's doing, unless it was silent or has lied, which has been noted then.
+		if cause != errNotFirst && !l.cancelled {
+			l.fail(m, cause)
+			l.progress = l.progress || cause == errLate
+		}
+	default:
+		l.fail(m, err)
+		l.progress = l.progress || outcome == busy
+	}
+	p.advance(l, now)
+}
+
+// outcomes of an attempt
+type outcome int
+
+const (
+	success outcome = iota
+	miss            // the member does not have the block
+	lie             // it gave something else
+	busy            // it wants to be asked again later
+	failure         // it could not say, or was not let
+)
+
+// outcome takes note of what the answer says about the member.
+func (p *Pool) outcome(a *attempt, now time.Duration) outcome {
+	m, err := a.member, a.request.Err
+	if err == nil {
+		m.delivers(a, now)
+		return success
+	}
+	var wrong *eris.BlockError
+	var later *fetch.BusyError
+	switch {
+	case errors.Is(err, eris.ErrNotFound), errors.As(err, &wrong) && (m.mayErr() || wrong.IsOtherSize(a.request.Size)):
+		m.misses++
+		m.answers(a, now)
+		m.hits -= m.hits * hitWeight
+		return miss
+	case wrong != nil:
+		m.faults++
+		p.ban(m, err)
+		return lie
+	case errors.As(err, &later):
+		m.lastError, m.restUntil = err, max(m.restUntil, now+min(later.After, longestRest))
+		p.reroute(now)
+		return busy
+	case a.cause == nil:
+		m.fails(a, err, now)
+	case a.cause == errNotFirst || a.cause == context.Canceled:
+		m.cancelled(a, now)
+	}
+	return failure
+}
+
+// ban excludes a member for good.
+func (p *Pool) ban(m *member, err error) {
+	if m.banned {
+		return
+	}
+	m.banned, m.lastError = true, err
+	p.options.State.Fault(m.name)
+	m.cancelAll(errBanned)
+	p.reroute(p.now())
+	p.tell(p.options.OnFault, m.name, err)
+}
+
+// tell saves the state and calls a function of the caller of the pool, neither of which is to be
+// waited for under the lock.
+func (p *Pool) tell(f func(source string, err error), name string, err error) {
+	if p.closed {
+		return
+	}
+	p.background(func() {
+		if f != nil {
+			f(name, err)
+		}
+		p.options.State.Save() // once more at the end, which reports errors
+	})
+}
+
+// reroute looks again at the blocks that wait, after a member was lost to them.
+func (p *Pool) reroute(now time.Duration) {
+	for _, m := range p.near {
+		if m.usable(now) && !m.resting() {
+			continue
+		}
+		for l := m.queue.first(); l != nil; l = m.queue.first() {
+			m.queue.remove(l)
+			p.proceed(l, now)
+		}
+	}
+	for _, q := range []*queue{&p.retries, &p.fresh} {
+		waiting := q.lookups
+		for _, l := range waiting {
+			if l != nil && p.candidates(l, now) == 0 {
+				q.remove(l)
+				p.proceed(l, now)
+			}
+		}
+	}
+}

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package fetch
+
+import (
+	"context"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+)
+
+// Workers makes requests of calls that wait, for transports that have no other (HTTP, files): a
+// bounded number of goroutines, started as they are needed, which serve requests in the order in
+// which these were started. A source embeds it, and with it has Start, Cancel and Close. It is safe
+// for concurrent use.
+type Workers struct {
+	get    func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error)
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	most   int
+
+	mu      sync.Mutex
+	wake    sync.Cond // workers that have nothing to do wait on it
+	closed  bool
+	first   *task // of those that no worker has taken, in order
+	last    *task
+	running int
+	idle    int
+	group   errgroup.Group
+}
+
+// task is a request between Start and Done.
+type task struct {
+	reference eris.Reference
+	size      eris.BlockSize
+	next      *task
+
+	mu      sync.Mutex
+	request *Request           // nil once Done has been or is being called
+	cancel  context.CancelFunc // of the call; nil if none is under way
+}
+
+// NewWorkers returns up to n workers that call get, which is as [Get] without verification: it
+// returns an error that wraps [eris.ErrNotFound] for a block that the source does not have. It may
+// write the block to dst, or return other memory that nobody changes; dst is the worker's until get
+// returns, so that a call that does not end in time harms nobody. It should return soon after its
+// context has ended; Close waits for it, Cancel does not.
+func NewWorkers(n int, get func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error)) *Workers {
+	w := &Workers{get: get, most: n}
+	w.wake.L = &w.mu
+	w.ctx, w.cancel = context.WithCancelCause(context.Background())
+	return w
+}
+
+// Start implements [Source].
+func (w *Workers) Start(r *Request) {
+	t := &task{request: r, reference: r.Pair.Reference, size: r.Size}
+	r.Held = t
+	w.mu.Lock()
+	if w.closed {
+		w.mu.Unlock()
+		t.end(nil, ErrClosed)
+		return
+	}
+	if w.last == nil {
+		w.first = t
+	} else {
+		w.last.next = t
+	}
+	w.last = t
+	switch {
+	case w.idle > 0:
+		w.idle--
+		w.wake.Signal()
+	case w.running < w.most:
+		w.running++
+		w.group.Go(func() error {
+			w.work()
+			return nil
+		})
+	}
+	w.mu.Unlock()
+}
+
+// Cancel implements [Source].
+func (w *Workers) Cancel(r *Request) {
+	t, ok := r.Held.(*task)
+	if !ok {
+		return
+	}
+	t.mu.Lock()
+	if t.cancel != nil {
+		t.cancel()
+	}
+	t.mu.Unlock()
+	t.end(nil, context.Canceled)
+}
+
+// Close cancels all requests and waits until the calls that are under way have returned. It always
+// returns nil.
+func (w *Workers) Close() error {
+	w.mu.Lock()
+	w.closed = true
+	first := w.first
+	w.first, w.last = nil, nil
+	w.wake.Broadcast()
+	w.mu.Unlock()
+	w.cancel(ErrClosed)
+	for t := first; t != nil; t = t.next {
+		t.end(nil, ErrClosed)
+	}
+	return w.group.Wait()
+}
+
+// end calls Done, if that has not been done.
+func (t *task) end(block []byte, err error) {
+	t.mu.Lock()
+	r := t.request
+	t.request = nil
+	t.mu.Unlock()
+	if r == nil {
+		return
+	}
+	// The block stands in memory of the worker, or of the source, which nobody changes.
+	r.Block, r.Err = append(r.Dst[:0], block...), err
+	r.Done(r)
+}
+
+// work serves requests until the source is closed.
+func (w *Workers) work() {
+	memory := make([]byte, 0, eris.BlockSize32KiB)
+	for {
+		t, ctx, cancel := w.take()
+		if t == nil {
+			return
+		}
+		block, err := w.get(ctx, t.reference, t.size, memory)
+		if err != nil && ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		cancel()
+		t.end(block, err)
+	}
+}
+
+// take waits for the next request that nobody has cancelled. It returns nil when there will be
+// none.
+func (w *Workers) take() (*task, context.Context, context.CancelFunc) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for {
+		for w.first == nil {
+			if w.closed {
+				return nil, nil, nil
+			}
+			w.idle++
+			w.wake.Wait()
+		}
+		t := w.first
+		w.first = t.next
+		if w.first == nil {
+			w.last = nil
+		}
+		ctx, cancel := context.WithCancel(w.ctx)
+		t.mu.Lock()
+		wanted := t.request != nil
+		t.cancel = cancel
+		t.mu.Unlock()
+		if wanted {
+			return t, ctx, cancel
+		}
+		cancel()
+	}
+}

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package blake2lanes
+
+import (
+	"bytes"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"testing"
+
+	"golang.org/x/crypto/blake2b"
+)
+
+// sumRoutine is one way to do what Sum256 does.
+type sumRoutine struct {
+	name string
+	sum  func(sums [][32]byte, blocks [][]byte, key *[32]byte)
+}
+
+// checkSums compares a routine with the blake2b package, and looks whether it changes its blocks or
+// more than their sums.
+func checkSums(t *testing.T, r sumRoutine, blocks [][]byte, key *[32]byte) {
+	t.Helper()
+	kept := make([][]byte, len(blocks))
+	for i, block := range blocks {
+		kept[i] = bytes.Clone(block)
+	}
+	guard := [32]byte{0xA5, 31: 0x5A}
+	sums := make([][32]byte, len(blocks)+2)
+	sums[0], sums[len(blocks)+1] = guard, guard
+	r.sum(sums[1:len(blocks)+1], blocks, key)
+	for i, block := range kept {
+		var k []byte
+		if key != nil {
+			k = key[:]
+		}
+		hash, err := blake2b.New256(k)
+		if err != nil {
+			t.Fatal(err)
+		}
+		hash.Write(block)
+		if want := hash.Sum(nil); !bytes.Equal(sums[1+i][:], want) {
+			t.Fatalf("%s, %d blocks of %d bytes, keyed %t: sum %d is %x, want %x",
+				r.name, len(blocks), len(block), key != nil, i, sums[1+i], want)
+		}
+		if !bytes.Equal(block, blocks[i]) {
+			t.Fatalf("%s: changed block %d", r.name, i)
+		}
+	}
+	if sums[0] != guard || sums[len(blocks)+1] != guard {
+		t.Fatalf("%s: wrote outside of the sums", r.name)
+	}
+}
+
+func TestSumRoutines(t *testing.T) {
+	random := rand.NewChaCha8([32]byte{2})
+	key := new([32]byte)
+	random.Read(key[:])
+	for _, r := range sumRoutines() {
+		t.Run(r.name, func(t *testing.T) {
+			for _, size := range []int{chunk, 2 * chunk, 3 * chunk, 1 << 10, 32 << 10} {
+				for n := range 21 {
+					for _, key := range []*[32]byte{nil, {}, key} {
+						arena := make([]byte, n*(size+1))
+						blocks := make([][]byte, n)
+						for i := range blocks {
+							blocks[i] = arena[i*(size+1):][:size:size] // at every alignment in turn
+						}
+						checkSums(t, r, blocks, key) // all zero
+						random.Read(arena)
+						checkSums(t, r, blocks, key)
+						for i := range blocks {
+							blocks[i] = blocks[i/2*2%n] // some are the same memory
+						}
+						checkSums(t, r, blocks, key)
+						if n > 0 {
+							for i := range blocks {
+								blocks[i] = arena[i:][:size] // and some overlap
+							}
+							checkSums(t, r, blocks, key)
+						}
+					}
+				}
+			}
+		})
+	}
+}
+
+func TestSum256RefusesLengths(t *testing.T) {
+	b := make([]byte, 4096)
+	for name, messages := range map[string][][]byte{
+		"empty":        {b[:0], b[:0]},
+		"half a chunk": {b[:64], b[:64]},
+		"odd":          {b[:1023], b[:1023]},
+		"shorter":      {b[:1024], b[:1024], b[:1024], b[:896]},
+		"longer":       {b[:1024], b[:2048]},
+		"too few":      {b[:1024]},
+		"none":         {},
+	} {
+		t.Run(name, func(t *testing.T) {
+			defer func() {
+				if recover() == nil {
+					t.Error("did not panic")
+				}
+			}()
+			Sum256(make([][32]byte, max(2, len(messages))), messages, nil)
+		})
+	}
+}
+
+func TestSum256Allocates(t *testing.T) {
+	for _, r := range sumRoutines() {
+		blocks, sums := make([][]byte, 11), make([][32]byte, 11)
+		for i := range blocks {
+			blocks[i] = make([]byte, 1024)
+		}
+		for _, key := range []*[32]byte{nil, {}} {
+			if key != nil && !strings.HasPrefix(r.name, "AVX") {
+				continue // the blake2b package allocates a keyed hash
+			}
+			if n := testing.AllocsPerRun(10, func() { r.sum(sums, blocks, key) }); n != 0 {
+				t.Errorf("%s, keyed %t: %v allocations", r.name, key != nil, n)
+			}
+		}
+	}
+}
+
+func FuzzSum256(f *testing.F) {
+	f.Add(uint64(0), byte(8), byte(8), false, false, make([]byte, 32), []byte{})
+	f.Add(uint64(1), byte(11), byte(8), true, false, bytes.Repeat([]byte{0xff}, 32), []byte("some content"))
+	f.Add(uint64(2), byte(3), byte(1), true, true, []byte("key"), bytes.Repeat([]byte{0xff}, 200))
+	f.Add(uint64(3), byte(20), byte(255), false, true, []byte{}, []byte{1})
+	f.Fuzz(func(t *testing.T, seed uint64, count, chunks byte, keyed, random bool, keyBytes, content []byte) {
+		var key *[32]byte
+		if keyed {
+			key = new([32]byte)
+			copy(key[:], keyBytes)
+		}
+		n, size := int(count%21), (int(chunks)+1)*chunk
+		arena := make([]byte, size+n*97)
+		if random {
+			rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8), byte(seed >> 16)}).Read(arena)
+		}
+		copy(arena[seed%uint64(len(arena)):], content)
+		blocks := make([][]byte, n)
+		for i := range blocks {
+			blocks[i] = arena[97*i:][:size]
+		}
+		for _, r := range sumRoutines() {
+			checkSums(t, r, blocks, key)
+		}
+	})
+}
+
+// BenchmarkSum256 has the blake2b package beside the routines, as "plain".
+func BenchmarkSum256(b *testing.B) {
+	for _, size := range []int{1 << 10, 32 << 10} {
+		for _, n := range []int{32, 8, 4, 3, 2, 1} {
+			content := make([]byte, n*size)
+			blocks, sums := make([][]byte, n), make([][32]byte, n)
+			for i := range blocks {
+				blocks[i] = content[i*size:][:size]
+			}
+			for _, keyed := range []bool{false, true} {
+				var key *[32]byte
+				name := ""
+				if keyed {
+					if size > 1<<10 {
+						continue
+					}
+					key, name = new([32]byte), "/keyed"
+				}
+				for _, r := range sumRoutines() {
+					b.Run(fmt.Sprintf("%d/blocks=%d%s/%s", size, n, name, r.name), func(b *testing.B) {
+						b.SetBytes(int64(len(content)))
+						for b.Loop() {
+							r.sum(sums, blocks, key)
+						}
+					})
+				}
+			}
+		}
+	}
+}

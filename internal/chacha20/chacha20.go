@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package chacha20 is the ChaCha20 of RFC 8439 for whole blocks of ERIS. On amd64 most of the work
+// is done by two small routines of our own, because there golang.org/x/crypto/chacha20 is plain Go;
+// elsewhere that package has vector code, or is all there is.
+package chacha20
+
+import (
+	"unsafe"
+
+	"golang.org/x/crypto/chacha20"
+)
+
+// stride divides every length that is accepted, and is a multiple of what a turn of each vector
+// routine makes.
+const stride = 1024
+
+// XORKeyStream writes src xor the key stream to dst; the counter starts from 0, and the nonce is
+// the given byte and then eleven zero bytes (ERIS 1.0.0, section "Encoding": the level of a node).
+// Both must have the same length, a positive multiple of 1024 bytes, and be the same memory or not
+// overlap; else it panics. It is safe for concurrent use.
+func XORKeyStream(dst, src []byte, key *[32]byte, nonce byte) {
+	if len(src) == 0 || len(src)%stride != 0 || len(dst) != len(src) {
+		panic("chacha20: not the length of a block")
+	}
+	if overlapInexactly(dst, src) {
+		panic("chacha20: source and destination overlap, but are not the same")
+	}
+	if !xorVector(dst, src, key, nonce) {
+		xorPlain(dst, src, key, nonce)
+	}
+}
+
+// xorPlain does the same with nothing but the package of x/crypto. The vector routines are tested
+// against it.
+func xorPlain(dst, src []byte, key *[32]byte, nonce byte) {
+	cipher, err := chacha20.NewUnauthenticatedCipher(key[:], []byte{nonce, chacha20.NonceSize - 1: 0})
+	if err != nil {
+		panic("chacha20: " + err.Error()) // only for wrong lengths of key or nonce
+	}
+	cipher.XORKeyStream(dst, src)
+}
+
+// overlapInexactly reports whether two slices of equal length share memory without being the same
+// memory, in which case writing the one spoils what is still to be read of the other.
+func overlapInexactly(x, y []byte) bool {
+	a, b := uintptr(unsafe.Pointer(unsafe.SliceData(x))), uintptr(unsafe.Pointer(unsafe.SliceData(y)))
+	return a != b && a < b+uintptr(len(y)) && b < a+uintptr(len(x))
+}

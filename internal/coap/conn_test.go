@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package coap
+
+import (
+	"bytes"
+	"errors"
+	"net"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/queue"
+)
+
+// oneBlock is a handler that answers each GET by one block, and takes each PUT.
+type oneBlock struct {
+	conn  *Conn
+	block []byte
+	taken [][]byte
+	dst   []byte
+}
+
+func (h *oneBlock) Request(r *Request, length int) []byte {
+	h.dst = make([]byte, length)
+	return h.dst
+}
+
+func (h *oneBlock) Received(r *Request) {
+	h.conn.Queue.Mu.Lock()
+	defer h.conn.Queue.Mu.Unlock()
+	if r.Code == codes.GET {
+		h.conn.Respond(r.Token, codes.Content, nil, h.block)
+		return
+	}
+	h.taken = append(h.taken, h.dst)
+	h.conn.Respond(r.Token, codes.Created, nil, nil)
+}
+
+func (h *oneBlock) Dry()        {}
+func (h *oneBlock) Written()    {}
+func (h *oneBlock) Finish(bool) {}
+
+// TestBothWays has two peers that request from each other over one connection, at the same time.
+func TestBothWays(t *testing.T) {
+	listener, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	near, err := net.Dial("unix", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	far, err := listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	paths, err := NewPaths([][]string{wellKnownPath}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var handlers [2]*oneBlock
+	var runs sync.WaitGroup
+	for i, conn := range []net.Conn{near, far} {
+		h := &oneBlock{block: bytes.Repeat([]byte{byte(i + 1)}, int(eris.BlockSize32KiB))}
+		h.conn = NewConn(conn, Config{Timeout: time.Minute, IdleTimeout: time.Minute, Window: 100, Pool: queue.NewPool(), Paths: paths, Handler: h})
+		handlers[i] = h
+	}
+	for _, h := range handlers {
+		runs.Go(func() { _ = h.conn.Run() })
+	}
+	const count = 500
+	store := NewRequests(wellKnownPath, false)
+	var group sync.WaitGroup
+	for i, h := range handlers {
+		other := handlers[1-i]
+		for n := range count {
+			group.Add(1)
+			x := &Exchange{Store: store, Size: eris.BlockSize32KiB, Dst: make([]byte, eris.BlockSize32KiB)}
+			if n%10 == 0 {
+				x.Payload = h.block
+			}
+			x.Done = func(x *Exchange) {
+				defer group.Done()
+				switch {
+				case x.Err != nil:
+					t.Error(x.Err)
+				case x.Payload == nil && (x.Code != codes.Content || !bytes.Equal(x.Dst[:x.Length], other.block)):
+					t.Errorf("answer %v with %d bytes", x.Code, x.Length)
+				case x.Payload != nil && x.Code != codes.Created:
+					t.Errorf("answer %v", x.Code)
+				}
+			}
+			if !h.conn.Start(x) {
+				t.Fatal("the connection takes no request")
+			}
+		}
+	}
+	group.Wait()
+	end := errors.New("enough")
+	handlers[0].conn.Release(0, end)
+	runs.Wait()
+	if _, err := handlers[0].conn.State(); err != end {
+		t.Errorf("one side has ended by %v", err)
+	}
+	if _, err := handlers[1].conn.State(); err != errReleased {
+		t.Errorf("the other side has ended by %v", err)
+	}
+	for i, h := range handlers {
+		if len(h.taken) != count/10 || !bytes.Equal(h.taken[0], handlers[1-i].block) {
+			t.Errorf("%d blocks were taken", len(h.taken))
+		}
+	}
+}

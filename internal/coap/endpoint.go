@@ -1,0 +1,586 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package coap
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+)
+
+const (
+	// ackRandomFactor stretches the first wait for an answer by up to this factor, at random (RFC
+	// 7252, section 4.8).
+	ackRandomFactor = 1.5
+	// leastTimeout is the shortest first wait, however fast the peer has been so far.
+	leastTimeout = 200 * time.Millisecond
+	// datagramTokenSize makes it hard to forge answers (RFC 7252, section 5.3.1): tokens start
+	// anywhere.
+	datagramTokenSize = 4
+	// firstWindow is how many exchanges may be under way before anything is known about the
+	// network.
+	firstWindow = 4
+	// recentIDs is how many message IDs of separate answers are remembered, so that copies of them
+	// are acknowledged too.
+	recentIDs = 64
+	// maxUnacknowledged is how many answers may wait to be acknowledged; further ones are sent
+	// once.
+	maxUnacknowledged = 1024
+)
+
+// EndpointConfig says how an [Endpoint] behaves. All numbers must be positive.
+type EndpointConfig struct {
+	// Window is the most exchanges under way at a time. RFC 7252, section 4.7, allows one (NSTART)
+	// unless there is a congestion control; here the window starts at 4, grows by one per round
+	// trip, and halves when a message is lost.
+	Window int
+	// AckTimeout is how long the first copy of a message waits to be acknowledged; each further
+	// wait is twice as long. Once round trips have been measured, their time counts if it is
+	// shorter.
+	AckTimeout time.Duration
+	// MaxRetransmit is how often a message is sent again.
+	MaxRetransmit int
+	// Timeout is how long a request waits for its answer in all.
+	Timeout time.Duration
+
+	// AckDelay is after what time a request of the peer is acknowledged apart from its answer.
+	AckDelay time.Duration
+	// Paths are the resources that may be requested, and Handler serves them: it must call
+	// [Packet.Respond] once, and may wait. If it is nil peers are told that we have nothing.
+	Paths   *Paths
+	Handler func(p *Packet)
+}
+
+// Endpoint is a UDP socket (RFC 7252), over which each side may ask the other. What has to be
+// acknowledged is sent again by timers, so that nobody waits for it. Its methods are safe for
+// concurrent use.
+type Endpoint struct {
+	conn   net.PacketConn
+	writer io.Writer // to the only peer, if the socket is connected
+	config EndpointConfig
+
+	mu        sync.Mutex
+	err       error
+	unacked   map[messageKey]*confirmable
+	byToken   map[Token]*Exchange
+	busy      map[messageKey]struct{} // requests that are being served
+	waiting   exchanges
+	ended     exchanges // whose Done is to be called with their Err, once the lock is given up
+	nextID    uint16
+	nextToken uint32
+	lastHeard time.Time // last answer
+	recent    [recentIDs]uint16
+	recents   int
+
+	// Congestion control: how many exchanges may be under way, as TCP has it.
+	window    float64
+	threshold float64
+	sent      int
+	lastLoss  time.Time
+	roundTrip time.Duration // smoothed, 0 if not known (RFC 6298)
+	variation time.Duration
+}
+
+// messageKey names a message: they are told apart by endpoint and message ID (RFC 7252, section
+// 4.5).
+type messageKey struct {
+	peer string // "" if the socket is connected
+	id   uint16
+}
+
+// confirmable is a message that is sent until it is acknowledged: a request or an answer of ours.
+type confirmable struct {
+	key      messageKey
+	addr     net.Addr
+	bytes    []byte
+	exchange *Exchange // nil for an answer
+	began    time.Time
+	wait     time.Duration
+	tries    int
+	acked    bool // the answer comes apart, and must not be requested again
+	timer    *time.Timer
+}
+
+// NewEndpoint makes an endpoint of a socket, which is its own from then on. If the socket is
+// connected to a peer, it must be a [net.Conn] as well, and connected must be true; only then
+// requests can be made. [Endpoint.Run] must be called.
+func NewEndpoint(conn net.PacketConn, connected bool, config EndpointConfig) *Endpoint {
+	e := &Endpoint{
+		conn:      conn,
+		config:    config,
+		unacked:   make(map[messageKey]*confirmable),
+		byToken:   make(map[Token]*Exchange),
+		busy:      make(map[messageKey]struct{}),
+		nextID:    uint16(rand.Uint32()),
+		nextToken: rand.Uint32(),
+		window:    min(firstWindow, float64(config.Window)),
+		threshold: float64(config.Window),
+	}
+	if connected {
+		e.writer = conn.(net.Conn)
+	}
+	return e
+}
+
+// Run receives datagrams by the given number of goroutines, each of which serves a request at a
+// time, until the socket is closed or its read deadline has passed. It closes the socket, and
+// returns why it has ended.
+func (e *Endpoint) Run(workers int) error {
+	var group sync.WaitGroup
+	for range workers {
+		group.Go(func() {
+			err := e.receive()
+			e.mu.Lock()
+			if e.err == nil {
+				e.err = err
+			}
+			e.mu.Unlock()
+		})
+	}
+	group.Wait()
+	e.Close(errClosed)
+	_, err := e.State()
+	return err
+}
+
+// State returns why the endpoint is at its end, or nil; and reports whether the peer has ever
+// answered.
+func (e *Endpoint) State() (answered bool, err error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return !e.lastHeard.IsZero(), e.err
+}
+
+// Close closes the socket. All exchanges fail with the error. It does not wait.
+func (e *Endpoint) Close(err error) {
+	e.mu.Lock()
+	e.end(err)
+	e.unlock()
+	e.conn.Close()
+}
+
+// end makes all exchanges fail. The lock must be held, and be given up by unlock.
+func (e *Endpoint) end(err error) {
+	if e.err == nil {
+		e.err = err
+	}
+	e.failSent(err)
+	for x := e.waiting.first; x != nil; x = e.waiting.first {
+		e.waiting.remove(x)
+		e.take(x, err)
+	}
+	for _, m := range e.unacked {
+		m.timer.Stop()
+	}
+	clear(e.unacked)
+}
+
+// failSent makes all exchanges fail that are under way. The lock must be held, and be given up by
+// unlock.
+func (e *Endpoint) failSent(err error) {
+	for _, x := range e.byToken {
+		e.take(x, err)
+	}
+}
+
+// take ends an exchange. The lock must be held, and be given up by unlock.
+func (e *Endpoint) take(x *Exchange, err error) {
+	if x.state == exchangeSent {
+		delete(e.byToken, x.token)
+		e.drop(x.sent)
+		x.sent = nil
+		e.sent--
+	}
+	x.kept = nil
+	if x.Keep && err == nil {
+		x.kept = e
+	}
+	x.state, x.Err = exchangeTaken, err
+	e.ended.push(x)
+}
+
+func (e *Endpoint) drop(m *confirmable) {
+	m.timer.Stop()
+	delete(e.unacked, m.key)
+}
+
+// Start sends a request, or lets it wait for its turn: see [Conn.Start].
+func (e *Endpoint) Start(x *Exchange) bool {
+	e.mu.Lock()
+	if e.err != nil {
+		e.mu.Unlock()
+		return false
+	}
+	x.state = exchangeWaiting
+	if x.Block.Number > 0 {
+		e.waiting.pushFirst(x) // what has begun comes before what has not
+	} else {
+		e.waiting.push(x)
+	}
+	e.unlock()
+	return true
+}
+
+// Cancel cancels an exchange: see [Conn.Cancel].
+func (e *Endpoint) Cancel(x *Exchange) {
+	e.mu.Lock()
+	switch x.state {
+	case exchangeWaiting:
+		e.waiting.remove(x)
+		e.take(x, context.Canceled)
+	case exchangeSent:
+		e.take(x, context.Canceled)
+	default:
+		x.kept = nil
+	}
+	e.unlock()
+}
+
+// unlock gives up the lock, sends what may be sent, and calls Done of what has ended meanwhile.
+func (e *Endpoint) unlock() {
+	var send []*confirmable
+	for x := e.waiting.first; x != nil && e.err == nil && float64(e.sent) < max(1, e.window); x = e.waiting.first {
+		e.waiting.remove(x)
+		send = append(send, e.request(x))
+	}
+	ended := e.ended
+	e.ended = exchanges{}
+	e.mu.Unlock()
+	for _, m := range send {
+		e.transmit(m)
+	}
+	for x := ended.first; x != nil; x = ended.first {
+		ended.remove(x)
+		x.finish(x.Err)
+	}
+}
+
+// request makes the message of an exchange. The lock must be held.
+func (e *Endpoint) request(x *Exchange) *confirmable {
+	if x.kept != e {
+		e.nextToken++
+		x.token = Token{Value: uint64(e.nextToken), Size: datagramTokenSize}
+	}
+	b := make([]byte, 0, maxDatagramSize)
+	for e.nextID++; e.unacked[messageKey{id: e.nextID}] != nil; e.nextID++ {
+	}
+	b = x.Store.append(appendDatagramHead(b, message.Confirmable, x.method(), e.nextID, x.token), x)
+	m := e.confirm(messageKey{id: e.nextID}, nil, appendPayload(b, x.Payload), e.timeout())
+	m.exchange, x.sent, x.state = x, m, exchangeSent
+	e.byToken[x.token] = x
+	e.sent++
+	return m
+}
+
+// confirm remembers a message that is to be acknowledged, which the caller then transmits. The lock
+// must be held.
+func (e *Endpoint) confirm(key messageKey, addr net.Addr, b []byte, wait time.Duration) *confirmable {
+	m := &confirmable{key: key, addr: addr, bytes: b, began: time.Now(), wait: wait, tries: 1}
+	m.timer = time.AfterFunc(wait, func() { e.expire(m) })
+	e.unacked[key] = m
+	return m
+}
+
+// transmit sends a message. An error is that of the socket, mostly "connection refused" for what
+// was sent before.
+func (e *Endpoint) transmit(m *confirmable) {
+	if err := e.write(m.bytes, m.addr); err != nil && m.exchange != nil {
+		e.mu.Lock()
+		e.lost(m, err)
+		e.unlock()
+	}
+}
+
+func (e *Endpoint) write(b []byte, addr net.Addr) error {
+	if e.writer != nil {
+		_, err := e.writer.Write(b)
+		return err
+	}
+	_, err := e.conn.WriteTo(b, addr)
+	return err
+}
+
+// expire is called when a message was not acknowledged, or a request not answered, in time.
+func (e *Endpoint) expire(m *confirmable) {
+	e.mu.Lock()
+	if e.unacked[m.key] != m {
+		e.mu.Unlock()
+		return
+	}
+	now := time.Now()
+	left := e.config.Timeout - now.Sub(m.began)
+	if m.acked && left > 0 {
+		// The acknowledgement came at the same time.
+		e.mu.Unlock()
+		return
+	}
+	if m.exchange != nil {
+		e.congested(now)
+	}
+	if m.tries > e.config.MaxRetransmit || left <= 0 && m.exchange != nil {
+		e.lost(m, fmt.Errorf("%w (%v)", ErrSilent, now.Sub(m.began).Round(time.Millisecond)))
+		e.unlock()
+		return
+	}
+	m.tries++
+	m.wait *= 2
+	if m.exchange != nil {
+		m.wait = min(m.wait, left)
+	}
+	m.timer.Reset(m.wait)
+	e.mu.Unlock()
+	e.transmit(m)
+}
+
+// lost gives a message up. If nothing at all was heard lately, the endpoint is of no more use for
+// requests: the peer may have got another address. The lock must be held, and be given up by
+// unlock.
+func (e *Endpoint) lost(m *confirmable, err error) {
+	switch {
+	case e.unacked[m.key] != m:
+	case m.exchange == nil:
+		e.drop(m)
+	case time.Since(e.lastHeard) > e.config.Timeout/2:
+		e.end(err)
+		e.conn.Close()
+	default:
+		e.take(m.exchange, err)
+	}
+}
+
+// timeout returns how long to wait for the answer to a request that is sent for the first time. The
+// lock must be held.
+func (e *Endpoint) timeout() time.Duration {
+	timeout := e.config.AckTimeout
+	if e.roundTrip > 0 {
+		timeout = min(timeout, max(leastTimeout, e.roundTrip+4*e.variation))
+	}
+	return min(e.config.Timeout, time.Duration(float64(timeout)*(1+(ackRandomFactor-1)*rand.Float64())))
+}
+
+// answered takes note of an answer. The lock must be held.
+func (e *Endpoint) answered(m *confirmable) {
+	e.lastHeard = time.Now()
+	if e.window < e.threshold {
+		e.window++
+	} else {
+		e.window += 1 / e.window
+	}
+	e.window = min(e.window, float64(e.config.Window))
+	if m.tries > 1 {
+		return // it is not known to which copy this was the answer
+	}
+	took := e.lastHeard.Sub(m.began)
+	if e.roundTrip == 0 {
+		e.roundTrip, e.variation = took, took/2
+		return
+	}
+	e.variation += ((e.roundTrip - took).Abs() - e.variation) / 4
+	e.roundTrip += (took - e.roundTrip) / 8
+}
+
+// congested takes note of a message that was lost: once per round trip, because what is lost
+// together counts as one. The lock must be held.
+func (e *Endpoint) congested(now time.Time) {
+	if now.Sub(e.lastLoss) < max(e.roundTrip, leastTimeout) {
+		return
+	}
+	e.lastLoss = now
+	e.window = max(1, e.window/2)
+	e.threshold = e.window
+}
+
+// receive takes datagrams until the socket is closed.
+func (e *Endpoint) receive() error {
+	buffer := make([]byte, maxDatagramSize+1)
+	for {
+		n, addr, err := e.conn.ReadFrom(buffer)
+		switch {
+		case errors.Is(err, net.ErrClosed), errors.Is(err, os.ErrDeadlineExceeded):
+			return err
+		case err != nil:
+			// Mostly "connection refused", which anybody could forge: what is under way fails, no
+			// more.
+			e.mu.Lock()
+			e.failSent(err)
+			over := e.err
+			e.unlock()
+			if over != nil {
+				return over
+			}
+			time.Sleep(time.Millisecond)
+			continue
+		case n > maxDatagramSize:
+			continue
+		}
+		if m, err := parseDatagram(buffer[:n]); err == nil {
+			e.packet(m, addr)
+		}
+	}
+}
+
+// packet takes one message.
+func (e *Endpoint) packet(m datagram, addr net.Addr) {
+	key := messageKey{id: m.ID}
+	if e.writer == nil {
+		key.peer = addr.String()
+	}
+	switch confirmable := m.Type == message.Confirmable; {
+	case m.Type == message.Acknowledgement || m.Type == message.Reset:
+		e.acknowledged(m, key)
+	case isRequest(m.Code):
+		e.serve(m, key, addr)
+	case isResponse(m.Code) && e.response(m) && confirmable:
+		// If it is lost, the peer sends again.
+		_ = e.write(appendEmpty(nil, message.Acknowledgement, m.ID), addr)
+	case confirmable:
+		// A ping, or an answer that nobody waits for.
+		_ = e.write(appendEmpty(nil, message.Reset, m.ID), addr)
+	}
+}
+
+// acknowledged takes an acknowledgement or a reset, and the answer that the former may carry.
+func (e *Endpoint) acknowledged(m datagram, key messageKey) {
+	e.mu.Lock()
+	defer e.unlock()
+	sent := e.unacked[key]
+	switch {
+	case sent == nil:
+	case sent.exchange == nil:
+		e.drop(sent)
+	case m.Type == message.Reset:
+		e.lastHeard = time.Now()
+		e.take(sent.exchange, errReset)
+	case m.Code == codes.Empty:
+		sent.acked = true
+		sent.timer.Reset(e.config.Timeout - time.Since(sent.began))
+	case isResponse(m.Code) && m.Token == sent.exchange.token:
+		e.accept(sent.exchange, m)
+	}
+}
+
+// response takes an answer that comes apart. It reports whether it, or a copy of it, was waited
+// for.
+func (e *Endpoint) response(m datagram) bool {
+	e.mu.Lock()
+	defer e.unlock()
+	for i := range min(e.recents, recentIDs) {
+		if e.recent[i] == m.ID {
+			return true
+		}
+	}
+	x := e.byToken[m.Token]
+	if x == nil {
+		return false
+	}
+	if e.accept(x, m) {
+		e.recent[e.recents%recentIDs] = m.ID
+		e.recents++
+	}
+	return true
+}
+
+// accept takes a response. It reports whether it could be understood; if not, it might as well not
+// have come. The lock must be held, and be given up by unlock.
+func (e *Endpoint) accept(x *Exchange, m datagram) bool {
+	var response Response
+	options := walkOptions(m.Body)
+	if parseResponse(&options, &response) != nil {
+		return false
+	}
+	payload := options.payload()
+	x.take(m.Code, &response, len(payload))
+	copy(x.destination(m.Code, len(payload)), payload)
+	e.answered(x.sent)
+	e.take(x, nil)
+	return true
+}
+
+// Packet is a request of the peer that came in a datagram.
+type Packet struct {
+	Request
+	Peer string // address and port
+
+	endpoint    *Endpoint
+	key         messageKey
+	addr        net.Addr
+	confirmable bool
+	timer       *time.Timer
+	acked       bool
+}
+
+// serve serves a request. If that takes long, the request is acknowledged meanwhile, and the answer
+// comes apart (RFC 7252, section 5.2.2).
+func (e *Endpoint) serve(m datagram, key messageKey, addr net.Addr) {
+	p := &Packet{endpoint: e, key: key, addr: addr, Peer: key.peer, confirmable: m.Type == message.Confirmable}
+	p.Code, p.Token = m.Code, m.Token
+	if e.config.Handler == nil {
+		code := codes.NotImplemented
+		if m.Code == codes.GET {
+			code = codes.NotFound
+		}
+		p.Respond(code, nil, nil)
+		return
+	}
+	e.mu.Lock()
+	_, busy := e.busy[key]
+	e.busy[key] = struct{}{}
+	if p.confirmable && !busy {
+		p.timer = time.AfterFunc(e.config.AckDelay, p.acknowledge)
+	}
+	e.mu.Unlock()
+	if busy {
+		return
+	}
+	e.config.Paths.parse(m.Body, &p.Request)
+	e.config.Handler(p)
+}
+
+// acknowledge says that the request has come, and the answer will.
+func (p *Packet) acknowledge() {
+	e := p.endpoint
+	e.mu.Lock()
+	_, busy := e.busy[p.key]
+	p.acked = busy
+	e.mu.Unlock()
+	if busy {
+		_ = e.write(appendEmpty(nil, message.Acknowledgement, p.key.id), p.addr)
+	}
+}
+
+// Respond answers the request. It does not wait until the answer is acknowledged: a timer sees to
+// that.
+func (p *Packet) Respond(code codes.Code, options, payload []byte) {
+	e := p.endpoint
+	e.mu.Lock()
+	delete(e.busy, p.key)
+	if p.timer != nil {
+		p.timer.Stop()
+	}
+	key, kind := p.key, message.Acknowledgement
+	if p.acked || !p.confirmable {
+		e.nextID++
+		key.id, kind = e.nextID, message.NonConfirmable
+		if p.acked && e.err == nil && len(e.unacked) < maxUnacknowledged && e.unacked[key] == nil {
+			kind = message.Confirmable
+		}
+	}
+	b := make([]byte, 0, maxDatagramSize)
+	b = appendDatagramHead(b, kind, code, key.id, p.Token)
+	b = appendPayload(append(b, options...), payload)
+	if kind == message.Confirmable {
+		e.confirm(key, p.addr, b, e.config.AckTimeout)
+	}
+	e.mu.Unlock()
+	// What is lost is sent again, or requested again.
+	_ = e.write(b, p.addr)
+}

@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package websocket makes the byte streams of CoAP over WebSockets (RFC 8323, section 4). Start
+// with [New].
+package websocket
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/coder/websocket"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+)
+
+const (
+	// Path is where a CoAP endpoint is found over WebSockets (RFC 8323, section 8.3).
+	Path = "/.well-known/coap"
+	// Protocol is the subprotocol that both sides must agree on (RFC 8323, section 4.1).
+	Protocol = "coap"
+
+	// maxWrite is more than the size in bytes of any message that is written.
+	maxWrite = 2 * coap.MessageSize
+	// headRoom is how many bytes longer the head of a message is on other streams, at most.
+	headRoom = 4
+	// goodbyeTime is how long the peer may take to agree that a WebSocket ends.
+	goodbyeTime = 250 * time.Millisecond
+)
+
+var (
+	errText   = errors.New("WebSocket message is text, not binary")
+	errLength = errors.New("length in a CoAP message over WebSockets is not zero")
+	errShort  = errors.New("CoAP message over WebSockets is truncated")
+)
+
+// webSocket makes the byte stream of RFC 8323, section 3, of a WebSocket: there, each message is a
+// binary message of its own, which has a length already, so that the length in its head is zero
+// (section 4.2); nothing else differs. Hence whoever speaks CoAP over TCP can speak it over a
+// WebSocket.
+//
+// It is a net.Conn for [coap.Conn]. Like other connections, it can be read on after a
+// deadline. A peer that breaks the framing makes Read fail; messages above the limit of 64 KiB are
+// not read to their end. What is written must be whole messages in the end. Wait is to be
+// called after Close, as coap.Conn does.
+type webSocket struct {
+	socket *websocket.Conn
+	conn   net.Conn // below it
+	in     net.Conn // what receive has received
+	group  sync.WaitGroup
+	close  sync.Once
+
+	mu       sync.Mutex
+	err      error // why receive has ended, unless the peer said so
+	deadline time.Time
+
+	out []byte // the message that is being written, with the head as on other streams
+}
+
+// New takes over a WebSocket whose opening handshake is done, and the connection that it
+// was done on.
+func New(socket *websocket.Conn, conn net.Conn) net.Conn {
+	socket.SetReadLimit(coap.MessageSize)
+	in, received := net.Pipe()
+	w := &webSocket{socket: socket, conn: conn, in: in}
+	w.group.Go(func() {
+		defer received.Close()
+		if err := w.receive(received); websocket.CloseStatus(err) == -1 {
+			w.mu.Lock()
+			w.err = err
+			w.mu.Unlock()
+		}
+	})
+	return w
+}
+
+// receive receives messages and hands them to Read, one by one.
+func (w *webSocket) receive(received net.Conn) error {
+	buffer := make([]byte, headRoom+coap.MessageSize+1)
+	for {
+		kind, r, err := w.socket.Reader(context.Background())
+		if err != nil {
+			return err
+		}
+		if kind != websocket.MessageBinary {
+			return errText
+		}
+		n := headRoom
+		for err == nil && n < len(buffer) {
+			var m int
+			m, err = r.Read(buffer[n:])
+			n += m
+		}
+		if err == nil || errors.Is(err, websocket.ErrMessageTooBig) {
+			return fmt.Errorf("%w: over WebSockets, limit %d", coap.ErrMessageSize, coap.MessageSize)
+		}
+		if err != io.EOF {
+			return err
+		}
+		start, err := fromWebSocket(buffer[:n])
+		if err != nil {
+			return err
+		}
+		if _, err := received.Write(buffer[start:n]); err != nil {
+			return err
+		}
+	}
+}
+
+// fromWebSocket gives a message, which stands behind headRoom bytes, the head that it has on
+// other streams, and returns where it starts then.
+func fromWebSocket(b []byte) (start int, err error) {
+	message := b[headRoom:]
+	if len(message) < 2 {
+		return 0, errShort
+	}
+	if message[0]>>4 != 0 {
+		return 0, errLength
+	}
+	token := int(message[0] & 15)
+	if token > coap.MaxTokenSize {
+		return 0, coap.ErrTokenSize
+	}
+	length := len(message) - 2 - token
+	if length < 0 {
+		return 0, errShort
+	}
+	// What is longer than the length of zero goes before it.
+	head := coap.AppendHead(make([]byte, 0, coap.MaxHeadSize), 0, coap.Token{}, length)
+	head = head[:len(head)-1] // the code is there already
+	start = headRoom + 1 - len(head)
+	copy(b[start:], head)
+	b[start] |= byte(token)
+	return start, nil
+}
+
+// Read returns what has been received.
+func (w *webSocket) Read(b []byte) (int, error) {
+	n, err := w.in.Read(b)
+	if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		return n, err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.err != nil {
+		err = w.err
+	}
+	return n, err
+}
+
+// Write sends the messages that are complete with these bytes.
+func (w *webSocket) Write(b []byte) (int, error) {
+	for written := 0; written < len(b); {
+		n, err := w.write(b[written:])
+		if err != nil {
+			return written, err
+		}
+		written += n
+	}
+	return len(b), nil
+}
+
+// write takes bytes up to the end of a message, which it sends. It returns how many it took.
+func (w *webSocket) write(b []byte) (int, error) {
+	have := len(w.out)
+	// Enough for the head first; then it is known how long the message is.
+	w.out = append(w.out, b[:min(len(b), max(0, coap.MaxHeadSize-have))]...)
+	head, err := coap.ParseHead(w.out, maxWrite)
+	if err == coap.ErrShortHead {
+		return len(w.out) - have, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	size := head.Size + head.Length
+	n := min(len(b), size-have)
+	w.out = append(w.out[:have], b[:n]...)
+	if len(w.out) < size {
+		return n, nil
+	}
+	message := w.out[head.Size-2-int(head.Token.Size):]
+	message[0] = head.Token.Size
+	w.out = w.out[:0]
+	w.mu.Lock()
+	deadline := w.deadline
+	w.mu.Unlock()
+	ctx := context.Background()
+	if !deadline.IsZero() {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithDeadline(ctx, deadline)
+		defer cancel()
+	}
+	return n, w.socket.Write(ctx, websocket.MessageBinary, message)
+}
+
+// Close ends the connection. The peer is told, and given a moment to agree; the connection waits
+// for that by Wait.
+func (w *webSocket) Close() error {
+	w.close.Do(func() {
+		w.in.Close()
+		w.group.Go(func() {
+			timer := time.AfterFunc(goodbyeTime, func() { w.conn.Close() })
+			defer timer.Stop()
+			// If the peer does not answer, or is gone already, that is the end all the same.
+			_ = w.socket.Close(w.status())
+			w.conn.Close()
+		})
+	})
+	return nil
+}
+
+// status returns what a WebSocket calls the end that this one has come to (RFC 6455, section
+// 7.4.1).
+func (w *webSocket) status() (websocket.StatusCode, string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case w.err == errText:
+		return websocket.StatusUnsupportedData, w.err.Error()
+	case w.err == errLength || w.err == errShort || w.err == coap.ErrTokenSize:
+		return websocket.StatusPolicyViolation, w.err.Error()
+	case errors.Is(w.err, coap.ErrMessageSize):
+		return websocket.StatusMessageTooBig, ""
+	}
+	return websocket.StatusNormalClosure, ""
+}
+
+// Wait waits until all is over after Close: at most as long as the peer may take to agree.
+func (w *webSocket) Wait() { w.group.Wait() }
+
+// LocalAddr returns that of the connection below.
+func (w *webSocket) LocalAddr() net.Addr { return w.conn.LocalAddr() }
+
+// RemoteAddr returns that of the connection below.
+func (w *webSocket) RemoteAddr() net.Addr { return w.conn.RemoteAddr() }
+
+// SetDeadline sets both deadlines.
+func (w *webSocket) SetDeadline(t time.Time) error {
+	_ = w.SetWriteDeadline(t)
+	return w.SetReadDeadline(t)
+}
+
+// SetReadDeadline makes Read fail at that time, and work again with a later one.
+func (w *webSocket) SetReadDeadline(t time.Time) error { return w.in.SetReadDeadline(t) }
+
+// SetWriteDeadline is for calls of Write from now on. One that fails by it is the end of the
+// connection.
+func (w *webSocket) SetWriteDeadline(t time.Time) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.deadline = t
+	return nil
+}

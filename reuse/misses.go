@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package reuse
+
+import (
+	"crypto/sha256"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// misses remembers, for all processes, what was tried in vain. It is a table of fixed length in a
+// file: where a record belongs follows from what it says, and the latest counts. So there is
+// nothing to lock, nothing to clear away, and nothing that a process that is killed could leave
+// behind but a record that fits nothing.
+type misses struct{ path string }
+
+// A record is what it was that did not work.
+type record [16]byte
+
+const (
+	missSlots = 4096
+	// repairsVersion changes when the repairs do, so that what failed is tried again.
+	repairsVersion = 1
+	// noOrder is that of a record that says that all orders of references have failed, or that there
+	// is none.
+	noOrder = -1
+)
+
+func newRecord(old string, narHash [sha256.Size]byte, order int) record {
+	sum := sha256.Sum256(fmt.Appendf(nil, "%d %s %x %d", repairsVersion, old, narHash, order))
+	return record(sum[:16])
+}
+
+// offset is where the record belongs.
+func (r record) offset() int64 {
+	return int64(uint(r[0])<<8|uint(r[1])) % missSlots * int64(len(r))
+}
+
+// open opens the file, which may be where others can put one of theirs.
+func (m misses) open(flags int) (int, error) {
+	fd, err := unix.Open(m.path, flags|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return -1, err
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 {
+		unix.Close(fd)
+		return -1, unix.EINVAL
+	}
+	return fd, nil
+}
+
+// has reports whether the record is there. Without a file nothing is.
+func (m misses) has(r record) bool {
+	fd, err := m.open(unix.O_RDONLY)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	var found record
+	n, err := unix.Pread(fd, found[:], r.offset())
+	return err == nil && n == len(found) && found == r
+}
+
+// add keeps the record. What cannot be kept is tried again.
+func (m misses) add(r record) {
+	fd, err := m.open(unix.O_WRONLY | unix.O_CREAT)
+	if err != nil {
+		return
+	}
+	defer unix.Close(fd)
+	unix.Pwrite(fd, r[:], r.offset())
+}

@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package reuse
+
+import (
+	"bytes"
+	"cmp"
+	"debug/elf"
+	"encoding/binary"
+	"errors"
+	"hash/crc32"
+	"io"
+	"math/bits"
+	"os"
+	"path"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+)
+
+// Some files hold more than hashes that follows from hashes: checksums of what has been rewritten.
+// Each repair knows one such format. It is sure of what it does, as the checksum in the old file
+// must be the one that it would have computed; if not, it does nothing.
+
+// errGo is why an item is not rewritten: what identifies a program of Go is computed from all that
+// it was built with.
+var errGo = errors.New("a Go program cannot be made for other references")
+
+// A workshop is what repairs work with.
+type workshop struct {
+	store    string
+	old, new string // names of the items
+	foreign  bool   // other references change than that to itself
+	table    *table
+	pool     *nar.Pool
+	names    func() ([]string, error) // of all items of the store
+}
+
+// repairs returns the patches of a file of the old item. path is below the item.
+func (w *workshop) repairs(f io.ReaderAt, path string, size int64) ([]patch, error) {
+	var head [16]byte
+	if n, err := f.ReadAt(head[:], 0); err != nil && (err != io.EOF || n == 0) {
+		return nil, unexpected(err)
+	}
+	switch {
+	case string(head[:4]) == elf.ELFMAG:
+		return w.elf(f, path)
+	case strings.HasSuffix(path, ".pyc") && head[2] == '\r' && head[3] == '\n':
+		return w.python(head, path)
+	case string(head[:4]) == zipLocal:
+		return w.zip(f, size)
+	}
+	return nil, nil
+}
+
+// stream is the rewritten contents of a part of a file.
+func (w *workshop) stream(f io.ReaderAt, start, size int64) *stream {
+	return &stream{table: w.table, pool: w.pool, file: f, start: start, size: size, piece: nar.PieceSize}
+}
+
+// crc returns the CRC-32 of a part of a file, before and after rewriting.
+func (w *workshop) crc(f io.ReaderAt, start, size int64) (old, new uint32, err error) {
+	s := w.stream(f, start, size)
+	if err := s.each(func(b []byte) { new = crc32.Update(new, crc32.IEEETable, b) }, nil); err != nil {
+		return 0, 0, err
+	}
+	if !s.changed {
+		return new, new, nil
+	}
+	h := crc32.NewIEEE()
+	_, err = io.Copy(h, io.NewSectionReader(f, start, size))
+	return h.Sum32(), new, err
+}
+
+// elf makes the CRC of a debug link anew: that of the file with what has been stripped (GDB manual,
+// "Debugging Information in Separate Files").
+func (w *workshop) elf(f io.ReaderAt, path string) ([]patch, error) {
+	e, err := elf.NewFile(f)
+	if err != nil {
+		return nil, nil // it only begins like one
+	}
+	if w.foreign && e.Section(".note.go.buildid") != nil {
+		return nil, errGo
+	}
+	link := e.Section(".gnu_debuglink")
+	if link == nil || link.Type == elf.SHT_NOBITS || link.FileSize < 8 || link.FileSize > 4<<10 {
+		return nil, nil
+	}
+	data := make([]byte, link.FileSize)
+	if _, err := f.ReadAt(data, int64(link.Offset)); err != nil {
+		return nil, nil
+	}
+	name, _, ok := bytes.Cut(data, []byte{0})
+	at := (len(name) + 4) &^ 3 // behind the NUL, aligned
+	if !ok || at+4 > len(data) || nar.CheckName(string(name)) != nil {
+		return nil, nil
+	}
+	old := e.ByteOrder.Uint32(data[at:])
+	sum, ok := w.debugCRC(path, string(name), old)
+	if !ok || sum == old {
+		return nil, nil
+	}
+	e.ByteOrder.PutUint32(data[at:], sum)
+	return []patch{{int64(link.Offset) + int64(at), data[at : at+4]}}, nil
+}
+
+// debugCRC returns the CRC of the new debug file of the given name of the file at file: of the very
+// file if there is one already, else of the old one, whose CRC is old, after rewriting.
+func (w *workshop) debugCRC(file, name string, old uint32) (uint32, bool) {
+	directory := path.Dir(file)
+	debugItems := w.debugItems()
+	for _, item := range debugItems {
+		if f, size := openRegular(path.Join(w.store, item, "lib/debug", w.store, w.new, directory, name)); f != nil {
+			defer f.Close()
+			sum := crc32.NewIEEE()
+			_, err := io.Copy(sum, io.NewSectionReader(f, 0, size))
+			return sum.Sum32(), err == nil
+		}
+	}
+	itself := path.Join(w.store, w.old)
+	places := []string{
+		path.Join(itself, directory), path.Join(itself, directory, ".debug"),
+		path.Join(itself, "lib/debug", itself, directory), path.Join(itself, "lib/debug", directory),
+	}
+	for _, item := range debugItems {
+		places = append(places, path.Join(w.store, item, "lib/debug", itself, directory))
+	}
+	for _, place := range places {
+		f, size := openRegular(path.Join(place, name))
+		if f == nil {
+			continue
+		}
+		was, is, err := w.crc(f, 0, size)
+		f.Close()
+		if err == nil && was == old {
+			return is, true
+		}
+	}
+	return 0, false
+}
+
+// debugItems returns the items that may be the output "debug" of the derivations of both items.
+func (w *workshop) debugItems() []string {
+	names, err := w.names()
+	if err != nil {
+		return nil
+	}
+	// The name of an output other than "out" ends with that of the output.
+	name := w.old[hashLen:]
+	shorter := name[:max(1, strings.LastIndexByte(name, '-'))]
+	var found []string
+	for _, n := range names {
+		if n[hashLen:] == name+"-debug" || n[hashLen:] == shorter+"-debug" {
+			found = append(found, n)
+		}
+	}
+	return found
+}
+
+// maxSource bounds the source of a compiled file, in bytes.
+const maxSource = 16 << 20
+
+// python makes the hash of the source anew that is in a compiled file (PEP 552). The key is the
+// magic number of the file; later versions of Python compute SipHash-1-3, earlier ones SipHash-2-4.
+func (w *workshop) python(head [16]byte, file string) ([]patch, error) {
+	if binary.LittleEndian.Uint32(head[4:])&1 == 0 {
+		return nil, nil // it has the time and the length of the source
+	}
+	directory, name := path.Split(file)
+	name, _, _ = strings.Cut(name, ".")
+	f, size := openRegular(path.Join(w.store, w.old, strings.TrimSuffix(directory, "__pycache__/"), name+".py"))
+	if f == nil {
+		return nil, nil
+	}
+	defer f.Close()
+	if size > maxSource {
+		return nil, nil
+	}
+	source := make([]byte, size)
+	if _, err := f.ReadAt(source, 0); err != nil && err != io.EOF {
+		return nil, nil
+	}
+	key := uint64(binary.LittleEndian.Uint32(head[:]))
+	old := binary.LittleEndian.Uint64(head[8:])
+	for _, rounds := range [][2]int{{1, 3}, {2, 4}} {
+		if sipHash(rounds, key, source) != old {
+			continue
+		}
+		if _, changed := w.table.rewrite(source, len(source)); changed {
+			return []patch{{8, binary.LittleEndian.AppendUint64(nil, sipHash(rounds, key, source))}}, nil
+		}
+	}
+	return nil, nil
+}
+
+// sipHash computes SipHash with the given rounds for each word and at the end, and a key of 8 bytes
+// and zeros (Aumasson and Bernstein, "SipHash: a fast short-input PRF").
+func sipHash(rounds [2]int, key uint64, b []byte) uint64 {
+	v := [4]uint64{key ^ 0x736f6d6570736575, 0x646f72616e646f6d, key ^ 0x6c7967656e657261, 0x7465646279746573}
+	mix := func(n int) {
+		for range n {
+			v[0] += v[1]
+			v[2] += v[3]
+			v[1] = bits.RotateLeft64(v[1], 13) ^ v[0]
+			v[3] = bits.RotateLeft64(v[3], 16) ^ v[2]
+			v[0] = bits.RotateLeft64(v[0], 32) + v[3]
+			v[2] += v[1]
+			v[1] = bits.RotateLeft64(v[1], 17) ^ v[2]
+			v[3] = bits.RotateLeft64(v[3], 21) ^ v[0]
+			v[2] = bits.RotateLeft64(v[2], 32)
+		}
+	}
+	last := uint64(len(b)) << 56
+	for ; len(b) >= 8; b = b[8:] {
+		word := binary.LittleEndian.Uint64(b)
+		v[3] ^= word
+		mix(rounds[0])
+		v[0] ^= word
+	}
+	for i, c := range b {
+		last |= uint64(c) << (8 * i)
+	}
+	v[3] ^= last
+	mix(rounds[0])
+	v[0] ^= last
+	v[2] ^= 0xff
+	mix(rounds[1])
+	return v[0] ^ v[1] ^ v[2] ^ v[3]
+}
+
+// Signatures of the records of a zip file (APPNOTE.TXT of PKWARE, 4.3).
+const (
+	zipLocal      = "PK\x03\x04"
+	zipDescriptor = "PK\x07\x08"
+	zipCentral    = "PK\x01\x02"
+	zipEnd        = "PK\x05\x06"
+	zipEndLen     = 22
+	// maxZip and maxCentral bound a file that is repaired and its directory, in bytes.
+	maxZip     = 256 << 20
+	maxCentral = 8 << 20
+)
+
+// zip makes the CRCs of members anew that are stored as they are.
+func (w *workshop) zip(f io.ReaderAt, size int64) ([]patch, error) {
+	if size < zipEndLen || size > maxZip {
+		return nil, nil
+	}
+	start, directory := zipDirectory(f, size)
+	var patches []patch
+	total := int64(0) // of what is stored; members do not overlap
+	for rest := directory; len(rest) >= 46 && string(rest[:4]) == zipCentral && total <= size; {
+		le := binary.LittleEndian
+		length := 46 + int(le.Uint16(rest[28:])) + int(le.Uint16(rest[30:])) + int(le.Uint16(rest[32:]))
+		at := start + int64(len(directory)-len(rest))
+		if le.Uint16(rest[10:]) == 0 { // stored
+			total += int64(le.Uint32(rest[20:]))
+			patches = append(patches, w.member(f, size, rest[:46], at)...)
+		}
+		rest = rest[min(length, len(rest)):]
+	}
+	slices.SortFunc(patches, func(a, b patch) int { return cmp.Compare(a.offset, b.offset) })
+	return patches, nil
+}
+
+// zipDirectory returns the central directory and where it is; none of a file that has no such
+// thing.
+func zipDirectory(f io.ReaderAt, size int64) (start int64, directory []byte) {
+	tail := make([]byte, min(size, zipEndLen+1<<16-1)) // there may be a comment
+	if _, err := f.ReadAt(tail, size-int64(len(tail))); err != nil && err != io.EOF {
+		return 0, nil
+	}
+	i := bytes.LastIndex(tail, []byte(zipEnd))
+	if i < 0 || i+zipEndLen > len(tail) {
+		return 0, nil
+	}
+	length, start := int64(binary.LittleEndian.Uint32(tail[i+12:])), int64(binary.LittleEndian.Uint32(tail[i+16:]))
+	if length > maxCentral || start > size-length {
+		return 0, nil
+	}
+	directory = make([]byte, length)
+	if _, err := f.ReadAt(directory, start); err != nil && err != io.EOF {
+		return 0, nil
+	}
+	return start, directory
+}
+
+// member returns the patches of one member, of which header is the entry of the directory at the
+// offset at.
+func (w *workshop) member(f io.ReaderAt, size int64, header []byte, at int64) []patch {
+	le := binary.LittleEndian
+	crc, length, offset := le.Uint32(header[16:]), int64(le.Uint32(header[20:])), int64(le.Uint32(header[42:]))
+	var local [30]byte
+	if _, err := f.ReadAt(local[:], offset); err != nil || string(local[:4]) != zipLocal {
+		return nil
+	}
+	data := offset + int64(len(local)) + int64(le.Uint16(local[26:])) + int64(le.Uint16(local[28:]))
+	if length == 0 || data > size-length {
+		return nil
+	}
+	old, new, err := w.crc(f, data, length)
+	if err != nil || old != crc || new == old {
+		return nil
+	}
+	sum := le.AppendUint32(nil, new)
+	patches := []patch{{at + 16, sum}}
+	if le.Uint32(local[14:]) == crc {
+		patches = append(patches, patch{offset + 14, sum})
+	}
+	var descriptor [8]byte // of a member whose CRC was not known before it
+	if _, err := f.ReadAt(descriptor[:], data+length); err == nil && le.Uint16(local[6:])&8 != 0 {
+		i := int64(0)
+		if string(descriptor[:4]) == zipDescriptor {
+			i = 4
+		}
+		if le.Uint32(descriptor[i:]) == crc {
+			patches = append(patches, patch{data + length + i, sum})
+		}
+	}
+	return patches
+}
+
+// openRegular opens a regular file and returns its length. It returns nil if there is none.
+func openRegular(path string) (*os.File, int64) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, 0
+	}
+	info, err := f.Stat()
+	if err != nil || !info.Mode().IsRegular() {
+		f.Close()
+		return nil, 0
+	}
+	return f, info.Size()
+}

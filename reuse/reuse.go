@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package reuse makes a store item from an older one that is in the store already, with nothing
+// fetched. An item that is built again with other dependencies is the same but for the hashes of
+// their names, if its build is reproducible; the narinfo says which hashes it has. Start with [New]
+// and [Finder.Find].
+//
+// What it yields is a proposal, like what comes from any server: whoever restores it compares the
+// hash with the NarHash of an authorised narinfo. The old item decides nothing and is never
+// changed.
+package reuse
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"iter"
+	"maps"
+	"path/filepath"
+	"slices"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+)
+
+// ErrNoDatabase is wrapped by the error of a [Database] that cannot be read as a whole.
+var ErrNoDatabase = errors.New("no database of store items")
+
+// A Database returns what the daemon's database says about the item whose name begins with the
+// given hash part: its NarDigest, NarSize and References. It fails for what is no valid item, and
+// with [ErrNoDatabase] if it knows about none; in that case the old item is read once more, to find
+// its references in it, and nothing is linked to it. It is not called before there is an item that
+// may be of use, so what is behind it may be opened then.
+type Database func(ctx context.Context, hashPart string) (*narinfo.Narinfo, error)
+
+// Config is what a [Finder] works with.
+type Config struct {
+	// StoreDir is the store directory, an absolute file name without a slash at its end.
+	StoreDir string
+	// Database knows the items of the store; nil is the same as one that fails with [ErrNoDatabase].
+	Database Database
+	// MissesFile is a file of at most 64 KiB that remembers for all processes which attempts have
+	// failed. Its directory must exist when it is needed. Empty is nothing is remembered.
+	MissesFile string
+}
+
+// A Finder finds old items. It is safe for concurrent use.
+type Finder struct {
+	Config
+	listing listing
+	misses  misses
+	pool    nar.Pool
+}
+
+// New returns a finder. It reads nothing yet.
+func New(c Config) *Finder {
+	if c.Database == nil {
+		c.Database = func(context.Context, string) (*narinfo.Narinfo, error) { return nil, ErrNoDatabase }
+	}
+	return &Finder{Config: c, listing: listing{store: c.StoreDir}, misses: misses{c.MissesFile}}
+}
+
+// A Candidate is an old item and what to replace in it.
+type Candidate struct {
+	finder  *Finder
+	old     string           // name
+	info    *narinfo.Narinfo // of the old item; nil without a database
+	want    *narinfo.Narinfo
+	pairs   []pair
+	records []record // what to remember if it fails
+}
+
+// Find yields what the item of an authorised narinfo may be made of, the best first, at most four
+// candidates, without those that have failed before: items of the same name, the newest first, of
+// the same length, whose references can be told to belong to those of want. It looks for each when
+// it is asked for, which costs a query of the database; without one the old item is read then.
+// Failures are no candidates.
+func (f *Finder) Find(ctx context.Context, want *narinfo.Narinfo) iter.Seq[*Candidate] {
+	return func(yield func(*Candidate) bool) {
+		item := filepath.Base(want.StorePath)
+		if narinfo.CheckStorePath(f.StoreDir, want.StorePath) != nil || want.CheckHash() != nil {
+			return
+		}
+		names, err := f.listing.named(item)
+		if err != nil {
+			return
+		}
+		tries := 0
+		for _, name := range names[:min(len(names), maxTries)] {
+			for _, c := range f.candidates(ctx, name, item, want) {
+				if tries == maxTries || !yield(c) {
+					return
+				}
+				tries++
+			}
+		}
+	}
+}
+
+// candidates returns the ways to make an item of the old one of the given name that have not failed
+// yet.
+func (f *Finder) candidates(ctx context.Context, name, item string, want *narinfo.Narinfo) []*Candidate {
+	useless := newRecord(name, want.NarDigest, noOrder)
+	info, err := f.Database(ctx, name[:hashLen])
+	var references []string
+	switch {
+	case errors.Is(err, ErrNoDatabase):
+		// Nothing can be known before it has been read, which is not done in vain twice.
+		if f.misses.has(useless) {
+			return nil
+		}
+		references, err = f.references(ctx, name)
+	case err == nil:
+		// Rewriting keeps the length.
+		if want.NarSizeKnown && info.NarSizeKnown && want.NarSize != info.NarSize {
+			return nil
+		}
+		references = info.References
+	}
+	if err != nil {
+		return nil
+	}
+	ways := mappings(name, item, references, want.References)
+	if len(ways) == 0 && info == nil {
+		f.misses.add(useless)
+	}
+	var found []*Candidate
+	for order, pairs := range ways {
+		r := newRecord(name, want.NarDigest, order)
+		if !f.misses.has(r) {
+			found = append(found, &Candidate{f, name, info, want, pairs, []record{r}})
+		}
+	}
+	if len(found) > 0 {
+		last := found[len(found)-1]
+		last.records = append(last.records, useless)
+	}
+	return found
+}
+
+// references finds out which items of the store an item mentions.
+func (f *Finder) references(ctx context.Context, name string) ([]string, error) {
+	all, err := f.listing.all()
+	if err != nil {
+		return nil, err
+	}
+	found := map[string]bool{}
+	all.found = func(p pair) { found[p.old] = true }
+	tree := nar.NewTree(f.StoreDir + "/" + name)
+	defer tree.Close()
+	for {
+		n, err := tree.Next()
+		if err == io.EOF {
+			return slices.Collect(maps.Keys(found)), nil
+		} else if err != nil {
+			return nil, err
+		}
+		all.text(n.Name)
+		all.text(n.Target)
+		if n.Size == 0 {
+			continue
+		}
+		s := &stream{table: all, pool: &f.pool, file: tree.File(), size: int64(n.Size), piece: nar.PieceSize}
+		if err := s.each(func([]byte) {}, func() bool { return ctx.Err() != nil }); err != nil {
+			return nil, err
+		}
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// String returns the file name of the old item.
+func (c *Candidate) String() string { return c.finder.StoreDir + "/" + c.old }
+
+// Nodes returns what the new item should be. What goes wrong is an error of its Next and Contents,
+// and means that this candidate is of no use: the old item may be deleted or be found to be broken
+// at any time. Files of 8 KiB and more without a hash in them are named, see [nar.Node.Same], if
+// the database says that the old item is complete.
+//
+// It costs about 0.1 s of a processor for each GB, beside what the consumer does, and no more
+// memory than some pieces of [nar.PieceSize] and the sources and directories that are repaired,
+// which have a few MiB. The caller must call Close unless it has seen an error or the end.
+func (c *Candidate) Nodes(ctx context.Context) *Nodes {
+	w := &workshop{
+		store: c.finder.StoreDir, old: c.old, new: filepath.Base(c.want.StorePath),
+		foreign: len(c.pairs) > 1, table: newTable(c.pairs), pool: &c.finder.pool, names: c.finder.listing.read,
+	}
+	n := newNodes(ctx, w, c.info != nil)
+	n.useless = c.remember
+	return n
+}
+
+func (c *Candidate) remember() {
+	for _, r := range c.records {
+		c.finder.misses.add(r)
+	}
+}
+
+// Missed notes that what Nodes has yielded has another NarHash than it should have, so that it is
+// not tried again. Then the old item itself may be wrong: it is compared with its own hash, once if
+// that is right, and the error names it if it is not.
+func (c *Candidate) Missed(ctx context.Context) error {
+	c.remember()
+	if c.info == nil {
+		return nil
+	}
+	right := newRecord(c.old, c.info.NarDigest, noOrder)
+	if c.finder.misses.has(right) {
+		return nil
+	}
+	tree := nar.NewTree(c.String())
+	defer tree.Close()
+	h := sha256.New()
+	if _, err := nar.Write(stopper{ctx, h}, tree); ctx.Err() != nil || errors.Is(err, fs.ErrNotExist) {
+		return nil // it is being deleted
+	} else if err != nil {
+		return fmt.Errorf("an old store item is corrupt: %w", err)
+	}
+	sum := h.Sum(nil)
+	if [sha256.Size]byte(sum) == c.info.NarDigest {
+		c.finder.misses.add(right)
+		return nil
+	}
+	return fmt.Errorf("%s is corrupt: its hash is %s instead of %s; \"guix gc --verify=contents,repair\" looks for more", c,
+		nixbase32.EncodeToString(sum), nixbase32.EncodeToString(c.info.NarDigest[:]))
+}
+
+// stopper is a writer that stops when its context is done.
+type stopper struct {
+	ctx context.Context
+	w   io.Writer
+}
+
+func (s stopper) Write(b []byte) (int, error) {
+	if err := s.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return s.w.Write(b)
+}

@@ -1,0 +1,491 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package reuse
+
+import (
+	"archive/zip"
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
+)
+
+// plain is a file without a hash in it that is long enough for a link.
+var plain = strings.Repeat("No hash is here.\n", 20000)
+
+// tree is an item with hashes everywhere, in an order that depends on them.
+func tree(item string, refs []string) map[string]string {
+	files := map[string]string{
+		"bin/run": "#!/store/" + refs[0] + "/bin/sh\nexec /store/" + item + "/bin/real\n", "bin/real": plain, "share/plain": plain, "share/empty": "",
+		"share/large": strings.Repeat(plain, 3) + refs[0], "link": "->/store/" + refs[0] + "/lib", "lib/x": strings.Join(forms(item), " "),
+	}
+	for i, r := range append(refs, item) {
+		files["share/"+r+".desktop"] = "Exec=/store/" + r
+		files["share/d-"+r+"/"+fmt.Sprint(i)] = fmt.Sprint(i)
+	}
+	return files
+}
+
+func TestReuse(t *testing.T) {
+	for _, test := range []struct {
+		name       string
+		references []string
+	}{
+		{"one reference", []string{"bash-5.1"}},
+		{"many", []string{"bash-5.1", "glibc-2.35", "glibc-2.35-static", "gcc-11.3.0-lib"}},
+		{"two of one name", []string{"bash-5.1", "glibc-2.35", "glibc-2.35"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := newTestStore(t)
+			s.check(s.both("x-1.0", test.references, tree))
+		})
+	}
+}
+
+// TestOrders has two references of one name that belong together in the order that is tried last.
+func TestOrders(t *testing.T) {
+	s := newTestStore(t)
+	_, want := s.both("x-1.0", []string{"y-1.0", "y-1.0"}, func(_ string, refs []string) map[string]string {
+		first, second := 0, 1
+		if strings.Compare(refs[0], refs[1]) > 0 != (refs[0][:hashLen] == hash(1001)) {
+			first, second = 1, 0
+		}
+		return map[string]string{"a": refs[first], "b": refs[second] + plain}
+	})
+	f := s.finder()
+	c, failures := s.attempt(f, want)
+	if c == nil || len(failures) > 1 {
+		t.Fatalf("not made in two tries: %v", failures)
+	}
+	// What failed is not tried again.
+	if err := restore.Remove(want.StorePath); err != nil {
+		t.Fatal(err)
+	}
+	if c, failures := s.attempt(s.finder(), want); c == nil || len(failures) > 0 {
+		t.Errorf("made of %v after %v", c, failures)
+	}
+}
+
+func TestMappings(t *testing.T) {
+	h := func(i int, name string) string { return hash(i) + "-" + name }
+	itself := pair{h(1, "x"), h(2, "x")}
+	for _, test := range []struct {
+		name     string
+		old, new []string
+		want     [][]pair
+	}{
+		{"no references", nil, nil, [][]pair{{itself}}},
+		{"itself", []string{h(1, "x")}, []string{h(2, "x")}, [][]pair{{itself}}},
+		{"only the old one refers to itself", []string{h(1, "x")}, nil, [][]pair{{itself}}},
+		{"the same", []string{h(3, "a")}, []string{h(3, "a")}, [][]pair{{itself}}},
+		{"by name", []string{h(3, "a"), h(4, "b")}, []string{h(6, "b"), h(5, "a")},
+			[][]pair{{itself, {h(3, "a"), h(5, "a")}, {h(4, "b"), h(6, "b")}}}},
+		{"by digits", []string{h(3, "a-1.2")}, []string{h(5, "a-1.3")}, [][]pair{{itself, {h(3, "a-1.2"), h(5, "a-1.3")}}}},
+		{"by name, then by digits", []string{h(3, "a-1.2"), h(4, "a-1.3")}, []string{h(5, "a-1.3"), h(6, "a-1.4")},
+			[][]pair{{itself, {h(4, "a-1.3"), h(5, "a-1.3")}, {h(3, "a-1.2"), h(6, "a-1.4")}}}},
+		{"another length", []string{h(3, "a-1.9")}, []string{h(5, "a-1.10")}, nil},
+		{"one more", []string{h(3, "a")}, []string{h(5, "a"), h(6, "b")}, nil},
+		{"one less", []string{h(3, "a"), h(4, "b")}, []string{h(5, "a")}, nil},
+		{"no hash", []string{"a"}, []string{"b"}, nil},
+	} {
+		got := mappings(h(1, "x"), h(2, "x"), test.old, test.new)
+		for _, way := range append(got, test.want...) {
+			slices.SortFunc(way[1:], func(a, b pair) int { return strings.Compare(a.old, b.old) })
+		}
+		if !reflect.DeepEqual(got, test.want) {
+			t.Errorf("%s: %v instead of %v", test.name, got, test.want)
+		}
+	}
+	// Several of one name: each order once, not too many.
+	for n, want := range []int{1, 1, 2, 4, 4} {
+		var old, new []string
+		for i := range n {
+			old, new = append(old, h(10+i, "a")), append(new, h(20+i, "a"))
+		}
+		ways := map[string]bool{}
+		for _, way := range mappings(h(1, "x"), h(2, "x"), old, new) {
+			ways[fmt.Sprint(way)] = true
+		}
+		if len(ways) != want {
+			t.Errorf("%d references of one name: %d ways instead of %d", n, len(ways), want)
+		}
+	}
+}
+
+// TestDigits has a dependency of another version, whose name is as long.
+func TestDigits(t *testing.T) {
+	s := newTestStore(t)
+	versions := func(set int, version string) (string, *narinfo.Narinfo) {
+		item, ref := hash(set)+"-x-1.0", hash(set+1)+"-y-"+version
+		s.present(ref)
+		s.write(item, tree(item, []string{ref}))
+		return item, s.register(item, ref)
+	}
+	old, _ := versions(10, "1.2")
+	new, want := versions(20, "1.3")
+	s.forget(new)
+	s.check(old, want)
+}
+
+func TestLinks(t *testing.T) {
+	s := newTestStore(t)
+	old, want := s.both("x-1.0", []string{"bash-5.1"}, tree)
+	inode := func(item, path string) uint64 {
+		t.Helper()
+		info, err := os.Stat(s.dir + "/" + item + "/" + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info.Sys().(*syscall.Stat_t).Ino
+	}
+	for _, database := range []Database{s.database, nil} {
+		f := New(Config{StoreDir: s.dir, Database: database})
+		if c, failures := s.attempt(f, want); c == nil {
+			t.Fatal(failures)
+		}
+		for path, linked := range map[string]bool{"bin/real": true, "share/plain": true, "share/large": false, "bin/run": false} {
+			same := inode(old, path) == inode(filepath.Base(want.StorePath), path)
+			if linked = linked && database != nil; same != linked {
+				t.Errorf("%s (with a database: %t) is the same file: %t", path, database != nil, same)
+			}
+		}
+		if err := restore.Remove(want.StorePath); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestGates has old items of which nothing can be made, and that is known without reading them.
+func TestGates(t *testing.T) {
+	for name, change := range map[string]func(s *testStore, old string, want *narinfo.Narinfo){
+		"wrong size in the database": func(s *testStore, old string, _ *narinfo.Narinfo) { s.items[old[:hashLen]].NarSize++ },
+		"not in the database":        func(s *testStore, old string, _ *narinfo.Narinfo) { delete(s.items, old[:hashLen]) },
+		"another name": func(s *testStore, _ string, want *narinfo.Narinfo) {
+			want.StorePath = s.dir + "/" + hash(77) + "-yx-1.0"
+		},
+		"another store":     func(_ *testStore, _ string, want *narinfo.Narinfo) { want.StorePath = "/gnu" + want.StorePath },
+		"unknown reference": func(_ *testStore, _ string, want *narinfo.Narinfo) { want.References[0] = hash(78) + "-zsh" },
+		"itself": func(s *testStore, old string, want *narinfo.Narinfo) {
+			want.StorePath = s.dir + "/" + old
+		},
+	} {
+		s := newTestStore(t)
+		old, want := s.both("x-1.0", []string{"bash-5.1"}, tree)
+		change(s, old, want)
+		for c := range s.finder().Find(t.Context(), want) {
+			t.Errorf("%s: %s is a candidate", name, c)
+		}
+	}
+}
+
+// TestBroken has old items that are not what they should be, or not for long. All fail without
+// harm; the next candidate is tried.
+func TestBroken(t *testing.T) {
+	file := func(s *testStore, old string) string { return s.dir + "/" + old + "/share/plain" }
+	for _, test := range []struct {
+		name    string
+		change  func(s *testStore, old string) error
+		made    bool
+		warning string
+	}{
+		{"corrupt", func(s *testStore, old string) error {
+			return errors.Join(os.Chmod(file(s, old), 0o644), os.WriteFile(file(s, old), []byte(plain[1:]+"x"), 0o644))
+		}, false, "corrupt"},
+		{"vanished", func(s *testStore, old string) error { return restore.Remove(s.dir + "/" + old) }, false, ""},
+		{"being collected", func(s *testStore, old string) error {
+			return os.Rename(s.dir+"/"+old, s.dir+"/.trash")
+		}, false, ""},
+		{"a file less", func(s *testStore, old string) error {
+			return errors.Join(os.Chmod(filepath.Dir(file(s, old)), 0o755), os.Remove(file(s, old)))
+		}, false, "corrupt"},
+		{"other modes", func(s *testStore, old string) error { return os.Chmod(file(s, old), 0o644) }, true, ""},
+		{"other times", func(s *testStore, old string) error {
+			return unix.UtimesNanoAt(unix.AT_FDCWD, file(s, old), []unix.Timespec{{Sec: 5}, {Sec: 5}}, 0)
+		}, true, ""},
+		{"of another user", func(s *testStore, old string) error {
+			if os.Geteuid() != 0 {
+				return nil
+			}
+			return os.Chown(file(s, old), 65534, 65534)
+		}, true, ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := newTestStore(t)
+			old, want := s.both("x-1.0", []string{"bash-5.1"}, tree)
+			f := s.finder()
+			f.listing.named(filepath.Base(want.StorePath)) // it was there a moment ago
+			if err := test.change(s, old); err != nil {
+				t.Fatal(err)
+			}
+			c, failures := s.attempt(f, want)
+			if made := c != nil; made != test.made {
+				t.Errorf("made: %t, %v", made, failures)
+			}
+			if text := fmt.Sprint(failures); !strings.Contains(text, test.warning) || test.warning != "" && !strings.Contains(text, old) {
+				t.Errorf("failed with %s, without %q", text, test.warning)
+			}
+			if c == nil {
+				return
+			}
+			// It is as a new file is, and no link to what is not.
+			a, err := os.Stat(want.StorePath + "/share/plain")
+			if err != nil {
+				t.Fatal(err)
+			}
+			b, err := os.Stat(file(s, old))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if st := a.Sys().(*syscall.Stat_t); st.Mode&0o7777 != 0o444 || st.Mtim.Sec != 1 || int(st.Uid) != os.Geteuid() {
+				t.Errorf("the new file has mode %o, time %d and owner %d", st.Mode, st.Mtim.Sec, st.Uid)
+			}
+			if os.SameFile(a, b) && (os.Geteuid() == 0 || test.name != "of another user") {
+				t.Error("the new file is a link")
+			}
+		})
+	}
+}
+
+// TestNext goes on with the second old item after one that is corrupt.
+func TestNext(t *testing.T) {
+	s := newTestStore(t)
+	older, want := s.both("x-1.0", []string{"bash-5.1"}, tree)
+	newer, reference := hash(300)+"-x-1.0", hash(301)+"-bash-5.1"
+	s.write(newer, tree(newer, []string{reference}))
+	s.register(newer, reference)
+	name := s.dir + "/" + newer + "/share/plain"
+	if err := errors.Join(os.Chmod(name, 0o644), os.WriteFile(name, []byte(plain[1:]+"x"), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	c, failures := s.attempt(s.finder(), want)
+	if c == nil || c.String() != s.dir+"/"+older || len(failures) != 1 {
+		t.Errorf("made of %v after %v", c, failures)
+	}
+}
+
+// failing is nodes that fail after some calls.
+type failing struct {
+	nar.Nodes
+	left int
+}
+
+var errTest = errors.New("a failure of the test")
+
+func (f *failing) Next() (nar.Node, error) {
+	if f.left--; f.left < 0 {
+		return nar.Node{}, errTest
+	}
+	return f.Nodes.Next()
+}
+
+// TestFailures fails at every step, removes what has been made, and looks at the old item.
+func TestFailures(t *testing.T) {
+	s := newTestStore(t)
+	old, want := s.both("x-1.0", []string{"bash-5.1"}, tree)
+	before := s.snapshot(old)
+	for step := 0; ; step++ {
+		var err error
+		for c := range s.finder().Find(t.Context(), want) {
+			nodes := c.Nodes(t.Context())
+			_, err = restore.Restore(t.Context(), &failing{nodes, step}, want.StorePath, restore.Options{LinksDirectory: s.dir + "/.links"})
+			nodes.Close()
+		}
+		if err := restore.Remove(want.StorePath); err != nil {
+			t.Fatal(err)
+		}
+		if s.snapshot(old) != before {
+			t.Fatalf("the old item has changed after a failure at step %d", step)
+		}
+		if err == nil && step > 10 {
+			break
+		} else if !errors.Is(err, errTest) {
+			t.Fatalf("step %d: %v", step, err)
+		}
+	}
+	// Whoever gives up is not kept waiting.
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	for c := range s.finder().Find(ctx, want) {
+		nodes := c.Nodes(ctx)
+		cancel()
+		if _, err := nodes.Next(); !errors.Is(err, context.Canceled) {
+			t.Errorf("goes on after the end: %v", err)
+		}
+	}
+}
+
+// telling is nodes that tell each step to a parent process.
+type telling struct{ nar.Nodes }
+
+func (n telling) Next() (nar.Node, error) {
+	fmt.Println("step")
+	return n.Nodes.Next()
+}
+
+// TestKills kills a process at any step of its work, and looks at the old item.
+func TestKills(t *testing.T) {
+	if dir := os.Getenv("REUSE_TEST_STORE"); dir != "" {
+		s := &testStore{t: t, dir: dir, items: map[string]*narinfo.Narinfo{}}
+		names, err := filepath.Glob(dir + "/*-x-1.0")
+		if err != nil || len(names) == 0 {
+			t.Fatal(err)
+		}
+		old := filepath.Base(names[0])
+		s.items[old[:hashLen]] = &narinfo.Narinfo{StorePath: names[0], References: []string{hash(1001) + "-bash-5.1"}}
+		want := &narinfo.Narinfo{StorePath: dir + "/" + hash(2000) + "-x-1.0", References: []string{hash(2001) + "-bash-5.1"}}
+		for c := range s.finder().Find(t.Context(), want) {
+			restore.Restore(t.Context(), telling{c.Nodes(t.Context())}, want.StorePath, restore.Options{LinksDirectory: dir + "/.links"})
+		}
+		fmt.Println("end")
+		return
+	}
+	s := newTestStore(t)
+	old, want := s.both("x-1.0", []string{"bash-5.1"}, tree)
+	before := s.snapshot(old)
+	for kill, ended := 1, false; !ended; kill++ {
+		child := exec.Command(os.Args[0], "-test.run", "^TestKills$")
+		child.Env = append(os.Environ(), "REUSE_TEST_STORE="+s.dir)
+		output, err := child.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := child.Start(); err != nil {
+			t.Fatal(err)
+		}
+		lines := bufio.NewScanner(output)
+		for steps := 0; steps < kill && lines.Scan(); steps++ {
+			if ended = lines.Text() == "end"; ended && steps < 10 {
+				t.Fatalf("the child has made %d steps only", steps)
+			}
+		}
+		child.Process.Kill()
+		child.Wait()
+		if s.snapshot(old) != before {
+			t.Fatalf("the old item has changed after a kill at step %d", kill)
+		}
+		if err := restore.Remove(want.StorePath); err != nil {
+			t.Fatal(err)
+		}
+		if s.snapshot(old) != before {
+			t.Fatalf("the old item has changed by the removal after a kill at step %d", kill)
+		}
+	}
+}
+
+func TestMisses(t *testing.T) {
+	m := misses{t.TempDir() + "/reuse"}
+	a, b := newRecord("a", [32]byte{1}, 0), newRecord("a", [32]byte{1}, 1)
+	if m.has(a) {
+		t.Error("a record without a file")
+	}
+	m.add(a)
+	if !m.has(a) || m.has(b) {
+		t.Error("not the record that was added")
+	}
+	for i := range 3 * missSlots {
+		m.add(newRecord("x", [32]byte{}, i))
+	}
+	if info, err := os.Stat(m.path); err != nil || info.Size() > missSlots*int64(len(a)) {
+		t.Errorf("the file has %d bytes: %v", info.Size(), err)
+	}
+	if r := newRecord("x", [32]byte{}, 3*missSlots-1); !m.has(r) {
+		t.Error("the last record is not there")
+	}
+	// What somebody else has put in its place is left alone.
+	secret := t.TempDir() + "/secret"
+	if err := errors.Join(os.WriteFile(secret, []byte("secret"), 0o600), os.Remove(m.path), os.Symlink(secret, m.path)); err != nil {
+		t.Fatal(err)
+	}
+	m.add(a)
+	if text, err := os.ReadFile(secret); string(text) != "secret" || m.has(a) {
+		t.Errorf("another file has %q: %v", text, err)
+	}
+}
+
+// TestOpensLate does not ask the database about items that cannot be of use.
+func TestOpensLate(t *testing.T) {
+	s := newTestStore(t)
+	s.both("x-1.0", []string{"bash-5.1"}, tree)
+	f := New(Config{StoreDir: s.dir, Database: func(context.Context, string) (*narinfo.Narinfo, error) {
+		t.Error("the database is asked")
+		return nil, ErrNoDatabase
+	}})
+	for c := range f.Find(t.Context(), &narinfo.Narinfo{StorePath: s.dir + "/" + hash(5) + "-other-1.0"}) {
+		t.Errorf("%s is a candidate", c)
+	}
+}
+
+// TestListing sees what is new in the store, but does not read it for each item that is made.
+func TestListing(t *testing.T) {
+	s := newTestStore(t)
+	l := listing{store: s.dir}
+	count := func() int {
+		t.Helper()
+		names, err := l.read()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(names)
+	}
+	s.present(hash(1)+"-x", hash(2)+"-x", hash(2)+"-x.lock", ".links")
+	if n := count(); n != 3 {
+		t.Errorf("%d items instead of 3", n)
+	}
+	s.present(hash(3) + "-x")
+	l.again = time.Now().Add(time.Hour)
+	if n := count(); n != 3 {
+		t.Errorf("read again, %d items", n)
+	}
+	l.again = time.Time{}
+	if n := count(); n != 4 {
+		t.Errorf("not read again, %d items", n)
+	}
+}
+
+// FuzzRepairs gives files to the repairs that are broken in any way.
+func FuzzRepairs(f *testing.F) {
+	table := newTable(somePairs())
+	f.Add([]byte("\x7fELF\x02\x01\x01"), "bin/x")
+	f.Add([]byte("\xa7\r\r\n\x01\x00\x00\x00abcdefgh"), "x/__pycache__/x.cpython-311.pyc")
+	var b bytes.Buffer
+	z := zip.NewWriter(&b)
+	for i := range 3 {
+		w, err := z.CreateHeader(&zip.FileHeader{Name: "a" + fmt.Sprint(i), Method: uint16(i%2) * zip.Deflate})
+		if err != nil {
+			f.Fatal(err)
+		}
+		fmt.Fprint(w, hash(i))
+	}
+	if err := z.Close(); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b.Bytes(), "x.jar")
+	f.Fuzz(func(t *testing.T, contents []byte, path string) {
+		w := &workshop{
+			store: "/nonexistent", old: hash(1) + "-x", new: hash(2) + "-x", table: table, pool: new(nar.Pool),
+			names: func() ([]string, error) { return nil, nil },
+		}
+		patches, err := w.repairs(bytes.NewReader(contents), path, int64(len(contents)))
+		for _, p := range patches {
+			if err != nil || p.offset < 0 || p.offset+int64(len(p.bytes)) > int64(len(contents)) {
+				t.Errorf("a patch of %d bytes at %d: %v", len(p.bytes), p.offset, err)
+			}
+		}
+	})
+}

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package substitute
+
+import (
+	"context"
+	"io"
+	"sync/atomic"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
+)
+
+// This file is for those who restore items before the daemon asks for them: by the same ways as
+// others, but silently, to another place, and behind what the daemon waits for.
+
+const (
+	// aheadShare is the part of the window of blocks that an item has that nobody waits for.
+	aheadShare = 4
+	// noticeable is how long somebody has waited for bytes before others give way to them, if there
+	// were some recently, and longestPause for how long at once. pauseStep is how often they look.
+	noticeable   = 5 * time.Millisecond
+	recently     = 200 * time.Millisecond
+	longestPause = 100 * time.Millisecond
+	pauseStep    = 2 * time.Millisecond
+)
+
+// An Item is an item that can be had, as the authorised narinfo has it.
+type Item struct {
+	// Path is the file name of the item.
+	Path string
+	// References are the file names of the items that it refers to; itself may be among them.
+	References []string
+	// NarHash is the field of that name, and NarSize the length of the archive in bytes.
+	NarHash string
+	NarSize uint64
+}
+
+// Outcome is the outcome of a substitution of the item that has gone well.
+func (i Item) Outcome() Outcome {
+	return Outcome{Status: Success, NarHash: i.NarHash, NarSize: i.NarSize}
+}
+
+// Known returns those of the items of which there are authorised narinfos that Substitute can use,
+// in any order. It shows nothing, and ends with the context. It is safe for concurrent use, also
+// with Substitute.
+func (s *Substituter) Known(ctx context.Context, paths []string) []Item {
+	l := s.newLookup(paths, func(*record) {})
+	l.run(ctx)
+	var items []Item
+	for path, f := range l.all() {
+		if !s.usable(f) {
+			continue
+		}
+		n := f.authorised.narinfo
+		item := Item{Path: path, NarHash: n.NarHash, NarSize: n.NarSize}
+		for _, r := range n.References {
+			item.References = append(item.References, s.StoreDir+"/"+r)
+		}
+		items = append(items, item)
+	}
+	return items
+}
+
+// A Restoration is a substitution that the daemon has not asked for yet.
+type Restoration struct {
+	s     *Substituter
+	log   *protocol.Log
+	job   *job
+	ahead atomic.Bool
+}
+
+// Prepare returns the restoration of an item to a place, which [Restoration.Run] begins.
+func (s *Substituter) Prepare(path, place string) *Restoration {
+	r := &Restoration{s: s, log: s.Log.Hold()}
+	r.ahead.Store(true)
+	r.job = &job{path: path, destination: place, log: r.log, progress: r.log.Download(path), ahead: &r.ahead}
+	return r
+}
+
+// Run does what Substitute does, once and for all, and returns when that is over. It is safe for
+// concurrent use with the methods of the Substituter.
+func (r *Restoration) Run(ctx context.Context) Outcome {
+	l := r.s.newLookup([]string{r.job.path}, func(*record) {})
+	l.run(ctx)
+	outcome, _, _ := r.s.substitute(ctx, l, r.job)
+	r.job.progress.Pause()
+	return outcome
+}
+
+// Show shows what has happened so far and what happens from now on: the daemon has asked for the
+// item and waits for it.
+func (r *Restoration) Show() {
+	r.ahead.Store(false)
+	r.log.Release()
+}
+
+// Finish shows the end, after Run and Show.
+func (r *Restoration) Finish(success bool) { r.job.progress.Finish(success) }
+
+// waited reports whether the daemon waits for the item.
+func (j *job) waited() bool { return j.ahead == nil || !j.ahead.Load() }
+
+// A precedence sees to it that what the daemon waits for comes first on a line that others use as
+// well. Others give way while it keeps coming, but is waited for: then the line is what takes the
+// time, and not a processor. The zero value is ready. It is safe for concurrent use.
+type precedence struct {
+	since atomic.Int64 // when the call of Read began that somebody waits for, or 0; in nanoseconds
+	last  atomic.Int64 // when one has brought bytes
+}
+
+// read reads what the daemon waits for, which is one thing at a time.
+func (p *precedence) read(r io.Reader, b []byte) (int, error) {
+	p.since.Store(time.Now().UnixNano())
+	n, err := r.Read(b)
+	p.since.Store(0)
+	if n > 0 {
+		p.last.Store(time.Now().UnixNano())
+	}
+	return n, err
+}
+
+// waits reports whether somebody waits for bytes that keep coming.
+func (p *precedence) waits() bool {
+	now, since := time.Now().UnixNano(), p.since.Load()
+	return since != 0 && time.Duration(now-since) >= noticeable && time.Duration(now-p.last.Load()) < recently
+}
+
+// giveWay waits while others wait for what keeps coming, but not for long at once: what comes
+// without pause must not keep others from coming at all.
+func (p *precedence) giveWay(ctx context.Context) {
+	for begin := time.Now(); p.waits() && time.Since(begin) < longestPause; {
+		timer := time.NewTimer(pauseStep)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return
+		}
+	}
+}
+
+// orderly reads what comes over a line, which gives way if nobody waits for it.
+type orderly struct {
+	ctx context.Context
+	r   io.Reader
+	job *job
+}
+
+func (o *orderly) Read(p []byte) (int, error) {
+	if !o.job.waited() {
+		o.job.s.precedence.giveWay(o.ctx)
+		return o.r.Read(p)
+	}
+	return o.job.s.precedence.read(o.r, p)
+}

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package substitute
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"sync/atomic"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+)
+
+// How fast compressed archives are decompressed, and made by a server that has not made them
+// before, in bytes of the archive per second on one core.
+var (
+	decompressRates = map[string]float64{
+		"none": 1500e6, "zstd": 600e6, "gzip": 220e6, "lzip": 100e6, "xz": 80e6, "bzip2": 30e6,
+	}
+	compressRates = map[string]float64{
+		"none": 1000e6, "zstd": 100e6, "gzip": 20e6, "lzip": 1e6, "xz": 1e6, "bzip2": 5e6,
+	}
+)
+
+const (
+	// unknownRatio is how many times smaller a compressed nar is of which the length is not known.
+	unknownRatio = 3.5
+	// readAheadBuffers and readAheadSize (bytes) are the memory between a decompressor and the
+	// restorer.
+	readAheadBuffers = 24
+	readAheadSize    = 128 << 10
+	leastReadAhead   = 4 << 10
+	// shortArchive is the length in bytes of an archive up to which it is not read ahead.
+	shortArchive = 64 << 10
+)
+
+// A narWay is a nar at a URL.
+type narWay struct {
+	j    *job
+	url  string
+	from narinfo.URL
+}
+
+// narURL returns where the nar is that a narinfo offers, or why it cannot be had.
+func narURL(r record, u narinfo.URL) (string, error) {
+	url, err := narinfo.ResolveURL(r.server.base, u.URL)
+	if err == nil {
+		err = mirror.CheckURL(url)
+	}
+	// Whoever sends narinfos over a network has no business with our files.
+	if err == nil && mirror.IsLocal(url) && !mirror.IsLocal(r.server.url) {
+		err = fmt.Errorf("%s names a local file, %.300q", r.server.name, url)
+	}
+	return url, err
+}
+
+// listNars adds the nars that narinfos offer.
+func (j *job) listNars(records []record) {
+	if j.s.Policy == ERISOnly {
+		return
+	}
+	for _, r := range records {
+		for _, u := range r.narinfo.PreferredURLs(narinfo.Fast) {
+			url, err := narURL(r, u)
+			switch {
+			case err != nil:
+				j.log.Warnf("%s: %v", j.path, err)
+			case !j.listed[url]:
+				j.listed[url] = true
+				j.ways = append(j.ways, &candidate{way: &narWay{j, url, u}, from: r})
+			}
+		}
+	}
+}
+
+func (w *narWay) String() string { return mirror.WithoutUser(w.url) }
+
+func (w *narWay) pace() pace { return pace{w.j.s.timing.slow, w.j.s.timing.slow, 10} }
+
+func (w *narWay) expect(context.Context) expectation {
+	method := w.from.Compression
+	speed := w.j.s.serverSpeed(w.url)
+	size := float64(min(w.j.want.NarSize, 1<<62))
+	length, made := float64(min(w.from.FileSize, 1<<62)), 0.0
+	if !w.from.SizeKnown {
+		// It is made while it is sent.
+		length, made = size, size/compressRates[method]
+		if method != "none" {
+			length /= unknownRatio
+		}
+	}
+	took := max(length/speed.Rate, made) + size/decompressRates[method]
+	return expectation{
+		int64(length), 2*speed.Latency + seconds(took), speed.Known,
+		fmt.Sprintf("%s, compression %s, %s", megabytes(int64(length)), method, speed),
+	}
+}
+
+func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool), error) {
+	j, method := w.j, w.from.Compression
+	begin := time.Now()
+	body, err := j.openNar(ctx, a, w.url)
+	if err != nil {
+		return nil, nil, err
+	}
+	latency := time.Since(begin)
+	size := body.Size
+	if size < 0 && method == "none" {
+		size = int64(min(j.want.NarSize, 1<<62))
+	}
+	a.from(body.URL, size)
+	counted := &counter{r: body, a: a}
+	if !mirror.IsLocal(w.url) {
+		counted.r = ratelimit.Reader(ctx, &orderly{ctx, body, j}, j.s.Limiter)
+	}
+	var source io.Reader = counted
+	if method == "gzip" && body.Decoded {
+		// Some servers call a file that is compressed itself encoded.
+		b := bufio.NewReader(counted)
+		if magic, err := b.Peek(2); err == nil && string(magic) != "\x1f\x8b" {
+			method = "none"
+		}
+		source = b
+	}
+	plain, err := decompress.Open(method, source)
+	if err != nil {
+		body.Close()
+		return nil, nil, err
+	}
+	nodes, closeNodes := j.reader(ctx, plain)
+	return nodes, func(ok bool) {
+		closeNodes()
+		plain.Close()
+		if ok {
+			body.Drain()
+		}
+		body.Close()
+		// One that was given up is known to be slow.
+		if j.s.Speeds != nil && !mirror.IsLocal(w.url) && (ok || a.slow()) {
+			j.s.Speeds.Measured(w.url, counted.n.Load(), time.Duration(counted.waited.Load()), latency)
+		}
+	}, nil
+}
+
+// openNar opens a nar. Servers that keep silent have little time in all.
+func (j *job) openNar(ctx context.Context, a *attempt, url string) (*mirror.Nar, error) {
+	begin := time.Now()
+	if j.silence > 0 {
+		left := max(j.s.timing.silence-j.silence, j.s.timing.silence/8)
+		defer time.AfterFunc(left, func() { a.cancel(errSilent) }).Stop()
+	}
+	body, err := j.s.Mirrors.OpenNar(ctx, url)
+	if took := time.Since(begin); err != nil && took >= j.s.timing.slow/2 {
+		j.silence += took
+	}
+	return body, err
+}
+
+// reader reads the archive, in a goroutine of its own unless it is short.
+func (j *job) reader(ctx context.Context, plain io.Reader) (nodes *nar.Reader, done func()) {
+	if j.want.NarSize <= shortArchive {
+		return nar.NewReader(nar.FeedReader(plain, int(max(j.want.NarSize, leastReadAhead)))), func() {}
+	}
+	ahead := nar.NewReadAhead(ctx, plain, readAheadBuffers, int(min(j.want.NarSize, readAheadSize)))
+	return nar.NewReader(ahead), ahead.Close
+}
+
+// A counter counts what is read through it.
+type counter struct {
+	r      io.Reader
+	a      *attempt
+	n      atomic.Int64
+	waited atomic.Int64 // in Read, in nanoseconds
+}
+
+func (c *counter) Read(p []byte) (int, error) {
+	begin := time.Now()
+	n, err := c.r.Read(p)
+	c.waited.Add(int64(time.Since(begin)))
+	c.n.Add(int64(n))
+	c.a.count(n)
+	return n, err
+}

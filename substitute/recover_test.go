@@ -1,0 +1,473 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package substitute_test
+
+import (
+	"bytes"
+	"compress/gzip"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
+)
+
+// A fixture is an item with its archive, and a key.
+type fixture struct {
+	key     *acl.SigningKey
+	archive []byte
+	encoded erisfs.Result
+	blocks  *memoryBlocks
+}
+
+// newFixture makes an item that is a file of so many bytes.
+func newFixture(t *testing.T, size int) *fixture {
+	t.Helper()
+	f := &fixture{key: acl.GenerateSigningKey(), blocks: newMemoryBlocks(t, sourcetest.NewBackend(), 0)}
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, bytes.Repeat([]byte("contents "), size/9+1)[:size], 0o644); err != nil {
+		t.Fatal(err)
+	}
+	var err error
+	if f.encoded, err = erisfs.Encode(t.Context(), nar.NewTree(file), f.blocks.Put, erisfs.EncodeOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	var archive bytes.Buffer
+	if _, err := nar.Write(&archive, nar.NewTree(file)); err != nil {
+		t.Fatal(err)
+	}
+	f.archive = archive.Bytes()
+	return f
+}
+
+// narinfo returns a signed narinfo of itemPath(0) with URLs of nars, "METHOD URL" each.
+func (f *fixture) narinfo(t *testing.T, urls ...string) string {
+	t.Helper()
+	text := signInfo(t, f.key, &narinfo.Narinfo{
+		StorePath: itemPath(0), NarDigest: f.encoded.NarHash, NarSize: f.encoded.NarSize,
+	})
+	head, _, _ := strings.Cut(text, "URL: ")
+	for _, u := range urls {
+		method, url, _ := strings.Cut(u, " ")
+		head += "URL: " + url + "\nCompression: " + method + "\n"
+	}
+	return head
+}
+
+// serve serves the narinfo and lets nar serve all else.
+func (f *fixture) serve(t *testing.T, text string, nar http.HandlerFunc) *httptest.Server {
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasSuffix(r.URL.Path, ".narinfo") {
+			io.WriteString(w, text)
+			return
+		}
+		nar(w, r)
+	}))
+	t.Cleanup(server.Close)
+	return server
+}
+
+func (f *fixture) good(w http.ResponseWriter, r *http.Request) { w.Write(f.archive) }
+
+// restore gets the item and checks what has become of it.
+func (f *fixture) restore(t *testing.T, s *substitute.Substituter, want substitute.Status, log fmt.Stringer) {
+	t.Helper()
+	destination := filepath.Join(t.TempDir(), "item")
+	outcome := s.Substitute(t.Context(), itemPath(0), destination)
+	if outcome.Status != want {
+		t.Fatalf("outcome %+v, want %d:\n%s", outcome, want, log)
+	}
+	if want == substitute.Success {
+		checkRestored(t, destination, outcome.NarHash)
+	}
+}
+
+// TestFailingForAWhile gets an item from the only server, all nars of which fail at first.
+func TestFailingForAWhile(t *testing.T) {
+	f := newFixture(t, 1000)
+	for name, fail := range map[string]func(w http.ResponseWriter){
+		"503":               func(w http.ResponseWriter) { w.WriteHeader(503) },
+		"429, later please": func(w http.ResponseWriter) { w.Header().Set("Retry-After", "1"); w.WriteHeader(429) },
+		"500":               func(w http.ResponseWriter) { w.WriteHeader(500) },
+		"closed":            func(w http.ResponseWriter) { panic(http.ErrAbortHandler) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var requests atomic.Int64
+			server := f.serve(t, f.narinfo(t, "none nar", "none other"), func(w http.ResponseWriter, r *http.Request) {
+				if requests.Add(1) <= 5 {
+					fail(w)
+					return
+				}
+				f.good(w, r)
+			})
+			s, log := withLog(t, f.key, server.URL)
+			s.SetTiming(time.Second, time.Minute, 10*time.Millisecond, time.Minute)
+			begin := time.Now()
+			f.restore(t, s, substitute.Success, log)
+			if name == "429, later please" && time.Since(begin) < 2*time.Second {
+				t.Error("the server was not left alone for as long as it wants")
+			}
+		})
+	}
+	t.Run("for ever", func(t *testing.T) {
+		t.Parallel()
+		var requests atomic.Int64
+		server := f.serve(t, f.narinfo(t, "none nar"), func(w http.ResponseWriter, r *http.Request) { requests.Add(1); w.WriteHeader(503) })
+		s, log := withLog(t, f.key, server.URL)
+		s.SetTiming(time.Second, time.Minute, 10*time.Millisecond, time.Minute)
+		f.restore(t, s, substitute.NotFound, log)
+		if n := requests.Load(); n != 4 {
+			t.Errorf("%d requests", n)
+		}
+	})
+	t.Run("refused", func(t *testing.T) {
+		t.Parallel()
+		address := deadAddress(t)
+		server := f.serve(t, f.narinfo(t, "none http://"+address+"/nar"), http.NotFound)
+		s, log := withLog(t, f.key, server.URL)
+		var late *httptest.Server
+		timer := time.AfterFunc(500*time.Millisecond, func() {
+			late = httptest.NewUnstartedServer(http.HandlerFunc(f.good))
+			if l, err := net.Listen("tcp", address); err == nil {
+				late.Listener.Close()
+				late.Listener = l
+			}
+			late.Start()
+		})
+		f.restore(t, s, substitute.Success, log)
+		timer.Stop()
+		late.Close()
+	})
+}
+
+// drip sends a byte now and then.
+func drip(w http.ResponseWriter, r *http.Request, b []byte) {
+	for i := range b {
+		w.Write(b[i : i+1])
+		w.(http.Flusher).Flush()
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-r.Context().Done():
+			return
+		}
+	}
+}
+
+// TestSlowFirst gets an item from servers of which the first is slow or silent.
+func TestSlowFirst(t *testing.T) {
+	f := newFixture(t, 1_000_000)
+	silent := func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
+	slow := func(w http.ResponseWriter, r *http.Request) { drip(w, r, f.archive) }
+	stalls := func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Length", fmt.Sprint(len(f.archive)))
+		w.Write(f.archive[:900_000])
+		w.(http.Flusher).Flush()
+		<-r.Context().Done()
+	}
+	for name, first := range map[string]http.HandlerFunc{"slow": slow, "silent": silent, "stalls": stalls} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			text := f.narinfo(t, "none nar")
+			s, log := withLog(t, f.key, f.serve(t, text, first).URL, f.serve(t, text, f.good).URL)
+			s.SetTiming(200*time.Millisecond, time.Second, time.Millisecond, time.Second)
+			begin := time.Now()
+			f.restore(t, s, substitute.Success, log)
+			if took := time.Since(begin); took > 4*time.Second {
+				t.Errorf("it took %v:\n%s", took, log)
+			}
+		})
+	}
+	t.Run("six silent URLs", func(t *testing.T) {
+		t.Parallel()
+		text := f.narinfo(t, "none 1", "none 2", "none 3", "none 4", "none 5", "none 6")
+		s, log := withLog(t, f.key, f.serve(t, text, silent).URL)
+		s.SetTiming(200*time.Millisecond, 1200*time.Millisecond, time.Millisecond, time.Second)
+		begin := time.Now()
+		f.restore(t, s, substitute.NotFound, log)
+		if took := time.Since(begin); took > 4*time.Second {
+			t.Errorf("it took %v:\n%s", took, log)
+		}
+	})
+	t.Run("slow to begin, and alone", func(t *testing.T) {
+		t.Parallel()
+		text := f.narinfo(t, "none nar")
+		late := func(w http.ResponseWriter, r *http.Request) {
+			select {
+			case <-time.After(700 * time.Millisecond):
+				f.good(w, r)
+			case <-r.Context().Done():
+			}
+		}
+		s, log := withLog(t, f.key, f.serve(t, text, late).URL, f.serve(t, text, http.NotFound).URL)
+		s.SetTiming(200*time.Millisecond, 5*time.Second, time.Millisecond, time.Second)
+		f.restore(t, s, substitute.Success, log)
+	})
+	t.Run("all are slow", func(t *testing.T) {
+		t.Parallel()
+		g := newFixture(t, 3000)
+		slow := func(w http.ResponseWriter, r *http.Request) {
+			for b := g.archive; len(b) > 0; b = b[min(len(b), 30):] {
+				w.Write(b[:min(len(b), 30)])
+				w.(http.Flusher).Flush()
+				time.Sleep(5 * time.Millisecond)
+			}
+		}
+		s, log := withLog(t, g.key, g.serve(t, g.narinfo(t, "none 1", "none 2"), slow).URL)
+		s.SetTiming(100*time.Millisecond, time.Second, time.Millisecond, time.Second)
+		g.restore(t, s, substitute.Success, log)
+	})
+}
+
+// TestUselessCache gets an item whose narinfo in the cache is of no use any more.
+func TestUselessCache(t *testing.T) {
+	f := newFixture(t, 1000)
+	other := newFixture(t, 2000)
+	renewed := *other
+	other.key = f.key
+	for name, test := range map[string]struct {
+		before, after string
+		key           *acl.SigningKey
+		want          substitute.Status
+	}{
+		"the nar has gone elsewhere": {f.narinfo(t, "none old"), f.narinfo(t, "none 1000"), f.key, substitute.Success},
+		"it was built again":         {f.narinfo(t, "none 2000"), other.narinfo(t, "none 2000"), f.key, substitute.Success},
+		"its key was renewed":        {f.narinfo(t, "none 1000"), renewed.narinfo(t, "none 2000"), renewed.key, substitute.Success},
+		"it has gone":                {f.narinfo(t, "none old"), f.narinfo(t, "none old"), f.key, substitute.NotFound},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var mu sync.Mutex
+			text := test.before
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				mu.Lock()
+				defer mu.Unlock()
+				switch {
+				case strings.HasSuffix(r.URL.Path, ".narinfo"):
+					io.WriteString(w, text)
+				case r.URL.Path == "/1000":
+					w.Write(f.archive)
+				case r.URL.Path == "/2000":
+					w.Write(other.archive)
+				default:
+					http.NotFound(w, r)
+				}
+			}))
+			defer server.Close()
+			directory := t.TempDir()
+			// Another process each time.
+			process := func(key *acl.SigningKey, use func(s *substitute.Substituter, log *sharedBuffer)) {
+				cache, err := narinfocache.Open(directory)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer cache.Close()
+				s, log := withLog(t, key, server.URL)
+				s.Cache = cache
+				use(s, log)
+			}
+			process(f.key, func(s *substitute.Substituter, _ *sharedBuffer) { s.Info(t.Context(), itemPaths(1)) })
+			mu.Lock()
+			text = test.after
+			mu.Unlock()
+			process(test.key, func(s *substitute.Substituter, log *sharedBuffer) { f.restore(t, s, test.want, log) })
+			process(test.key, func(s *substitute.Substituter, log *sharedBuffer) {
+				if n := len(s.Info(t.Context(), itemPaths(1))); (n == 1) != (test.want == substitute.Success) {
+					t.Errorf("%d items are offered afterwards", n)
+				}
+			})
+		})
+	}
+}
+
+// TestClockSetBack checks that what was learnt while the clock was ahead is not believed.
+func TestClockSetBack(t *testing.T) {
+	f := newFixture(t, 10)
+	server := newTestServer(t)
+	s := newSubstituter(t, f.key, server)
+	cache, err := narinfocache.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cache.Close()
+	s.Cache = cache
+	ahead := true
+	s.Now = func() time.Time {
+		if ahead {
+			return time.Now().Add(1000 * time.Hour)
+		}
+		return time.Now()
+	}
+	if have := s.Have(t.Context(), itemPaths(1)); len(have) > 0 {
+		t.Errorf("available: %q", have)
+	}
+	ahead = false
+	server.has(itemPath(0), f.narinfo(t, "none nar"))
+	if have := s.Have(t.Context(), itemPaths(1)); len(have) != 1 {
+		t.Error("an absence of the future is believed")
+	}
+}
+
+// TestPortal asks through a network that wants us to log in first, and afterwards.
+func TestPortal(t *testing.T) {
+	f := newFixture(t, 10)
+	server := newTestServer(t)
+	server.has(itemPath(0), "<html>Please log in</html>")
+	s, log := withLog(t, f.key, server.url)
+	later := time.Duration(0)
+	s.Now = func() time.Time { return time.Now().Add(later) }
+	if have := s.Have(t.Context(), itemPaths(1)); len(have) > 0 {
+		t.Errorf("available: %q", have)
+	}
+	server.has(itemPath(0), f.narinfo(t, "none nar"))
+	later = 6 * time.Second
+	if have := s.Have(t.Context(), itemPaths(1)); len(have) != 1 {
+		t.Errorf("not available seconds later: %s", log)
+	}
+}
+
+// TestOffered checks that only those items are offered that there is a way to.
+func TestOffered(t *testing.T) {
+	f := newFixture(t, 1000)
+	hash := func(value string) string {
+		before, after, _ := strings.Cut(f.narinfo(t, "none nar"), "NarHash: ")
+		_, after, _ = strings.Cut(after, "\n")
+		return before + "NarHash: " + value + "\n" + after
+	}
+	for name, test := range map[string]struct {
+		text string
+		want int
+	}{
+		"as usual":        {f.narinfo(t, "none nar"), 1},
+		"hash in hex":     {hash(fmt.Sprintf("sha256:%x", f.encoded.NarHash)), 0},
+		"SRI":             {hash("sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU="), 0},
+		"ftp":             {f.narinfo(t, "none ftp://127.0.0.1/nar"), 0},
+		"a file of ours":  {f.narinfo(t, "none file:///nar"), 0},
+		"one good of two": {f.narinfo(t, "none ftp://127.0.0.1/nar", "none nar"), 1},
+	} {
+		server := f.serve(t, test.text, f.good)
+		s, log := withLog(t, f.key, server.URL+"/?query")
+		s.AllowUnauthenticated = true
+		if n := len(s.Info(t.Context(), itemPaths(1))); n != test.want {
+			t.Errorf("%s: %d items are offered", name, n)
+		}
+		status := substitute.NotFound
+		if test.want == 1 {
+			status = substitute.Success
+		}
+		f.restore(t, s, status, log)
+	}
+}
+
+// TestSaid checks that what goes wrong is said, and once.
+func TestSaid(t *testing.T) {
+	f := newFixture(t, 1000)
+	mallory := acl.GenerateSigningKey()
+	for name, test := range map[string]struct {
+		serve http.HandlerFunc
+		want  []string
+	}{
+		"forbidden": {func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(403) }, []string{"answered by status 403 Forbidden"}},
+		"a proxy":   {func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(407) }, []string{"answered by status 407"}},
+		"a gateway": {func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(504) }, []string{"answered by status 504"}},
+		"a log-in":  {func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "<html>") }, []string{"ignored"}},
+		"another key": {func(w http.ResponseWriter, r *http.Request) {
+			io.WriteString(w, sign(t, mallory, "/gnu/store"+strings.TrimSuffix(r.URL.Path, ".narinfo")+"-item", 1))
+		}, []string{"/etc/guix/acl", fmt.Sprint(mallory.PublicKey()), `"test"`}},
+		"unsigned": {func(w http.ResponseWriter, r *http.Request) {
+			io.WriteString(w, sign(t, nil, "/gnu/store"+strings.TrimSuffix(r.URL.Path, ".narinfo")+"-item", 1))
+		}, []string{"unsigned narinfo"}},
+	} {
+		server := httptest.NewServer(test.serve)
+		s, log := withLog(t, f.key, server.URL)
+		s.KeysFile = "/etc/guix/acl"
+		for range 2 {
+			if have := s.Have(t.Context(), itemPaths(20)); len(have) > 0 {
+				t.Errorf("%s: available: %q", name, have)
+			}
+		}
+		for _, want := range test.want {
+			if strings.Count(log.String(), want) != 1 {
+				t.Errorf("%s: shown, without %q or more than once: %s", name, want, log)
+			}
+		}
+		server.Close()
+	}
+	wrong := newFixture(t, 2000)
+	s, log := withLog(t, f.key, f.serve(t, f.narinfo(t, "none 1", "none 2"), wrong.good).URL)
+	f.restore(t, s, substitute.HashMismatch, log)
+	if n := strings.Count(log.String(), "\ntest: error: hash mismatch"); n != 1 || strings.Count(log.String(), "expected") != 1 {
+		t.Errorf("shown: %s", log)
+	}
+}
+
+// TestBlocksOfSecondServer checks that a capability that only the second server has is found if
+// blocks are to be tried first.
+func TestBlocksOfSecondServer(t *testing.T) {
+	f := newFixture(t, 10000)
+	nars := atomic.Int64{}
+	nar := func(w http.ResponseWriter, r *http.Request) { nars.Add(1); f.good(w, r) }
+	second := signERIS(t, f.key, itemPath(0), f.encoded)
+	for _, policy := range []substitute.Policy{substitute.ERISFirst, substitute.ERISOnly} {
+		s, log := withLog(t, f.key, f.serve(t, f.narinfo(t, "none nar"), nar).URL, f.serve(t, second, nar).URL)
+		s.Policy, s.Blocks = policy, f.blocks
+		f.restore(t, s, substitute.Success, log)
+		if nars.Load() > 0 {
+			t.Errorf("policy %d: a nar was fetched: %s", policy, log)
+		}
+	}
+}
+
+// TestEncodedNar gets a compressed nar from servers that call it encoded, which is true for one.
+func TestEncodedNar(t *testing.T) {
+	f := newFixture(t, 10000)
+	compress := func(b []byte) []byte {
+		var z bytes.Buffer
+		w := gzip.NewWriter(&z)
+		w.Write(b)
+		w.Close()
+		return z.Bytes()
+	}
+	for _, body := range [][]byte{compress(f.archive), compress(compress(f.archive))} {
+		server := f.serve(t, f.narinfo(t, "gzip nar"), func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Encoding", "gzip")
+			w.Write(body)
+		})
+		s, log := withLog(t, f.key, server.URL)
+		f.restore(t, s, substitute.Success, log)
+	}
+}
+
+// TestUnknownSizes checks that a server that makes nars while it sends them is not asked for those
+// that take it long.
+func TestUnknownSizes(t *testing.T) {
+	f := newFixture(t, 1_000_000)
+	var mu sync.Mutex
+	var paths []string
+	server := f.serve(t, f.narinfo(t, "lzip lzip", "gzip gzip", "zstd zstd"), func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
+		paths = append(paths, r.URL.Path)
+		http.NotFound(w, r)
+	})
+	s, log := withLog(t, f.key, server.URL)
+	f.restore(t, s, substitute.NotFound, log)
+	if want := []string{"/zstd", "/gzip", "/lzip"}; !slices.Equal(paths, want) {
+		t.Errorf("requested: %q, want %q", paths, want)
+	}
+}

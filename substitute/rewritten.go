@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package substitute
+
+import (
+	"context"
+	"math"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
+)
+
+// rewriteRate is how fast an old item is rewritten, in bytes per second.
+const rewriteRate = 500e6
+
+// A rewrittenWay is an older item in the store, of which the new one may be made with nothing
+// fetched. It is a guess: that it fails says nothing about the narinfo, and is nobody's fault.
+type rewrittenWay struct {
+	j   *job
+	old *reuse.Candidate
+}
+
+// listRewritten adds the old items, once. References are those of the narinfo that is authorised.
+func (j *job) listRewritten(ctx context.Context) {
+	const once = "rewritten" // no URL and no URN
+	if j.s.Reuse == nil || j.listed[once] {
+		return
+	}
+	j.listed[once] = true
+	for c := range j.s.Reuse.Find(ctx, j.want) {
+		j.ways = append(j.ways, &candidate{way: &rewrittenWay{j, c}})
+	}
+}
+
+func isRewritten(c *candidate) bool {
+	_, ok := c.way.(*rewrittenWay)
+	return ok
+}
+
+func (w *rewrittenWay) String() string { return w.old.String() }
+
+func (w *rewrittenWay) pace() pace { return pace{after: longest, factor: 1} }
+
+func (w *rewrittenWay) expect(context.Context) expectation {
+	return expectation{0, seconds(float64(w.j.want.NarSize) / rewriteRate), true, "an older item, rewritten"}
+}
+
+func (w *rewrittenWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool), error) {
+	a.from("file://"+w.old.String(), 0)
+	nodes := w.old.Nodes(ctx)
+	return &countedNodes{nodes, a}, func(bool) { nodes.Close() }, nil
+}
+
+// missed notes that the result has another hash.
+func (w *rewrittenWay) missed(ctx context.Context) {
+	if err := w.old.Missed(ctx); err != nil {
+		w.j.log.Warnf("%v", err)
+	}
+}
+
+// countedNodes counts the bytes of the files that come, which do not come over the network, so that
+// the attempt is not taken for one that hangs.
+type countedNodes struct {
+	nar.Nodes
+	a *attempt
+}
+
+func (n *countedNodes) Next() (nar.Node, error) {
+	node, err := n.Nodes.Next()
+	n.a.countShown(int(min(node.Size, math.MaxInt32)), 0)
+	return node, err
+}

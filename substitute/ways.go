@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package substitute
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+)
+
+// This file has the list of the ways to an item, and their order. Today they are old items that are
+// rewritten, blocks, and nars. Blocks are encrypted, so that they do not compress: as many bytes as
+// the archive has, where a nar has a third or a quarter of them. From near or from several places
+// at once, and when many are there already, blocks are the faster way all the same.
+
+// A way is one way to get an item. Each kind is one file, which adds its ways to the list of a job;
+// that sorts them, takes one after the other until one works, and checks what was restored.
+type way interface {
+	// expect returns what the way should cost. It may look at what is there already, for a fifth of
+	// a second.
+	expect(ctx context.Context) expectation
+	// nodes returns the tree as nodes, for the restorer; they stop when ctx ends. It tells the
+	// attempt from where they come, and all bytes that come over the network. done must be called
+	// once the nodes are not used any more; ok reports whether the right item was made of them.
+	nodes(ctx context.Context, a *attempt) (nodes nar.Nodes, done func(ok bool), err error)
+	// pace returns when the way is given up for another one because it is slow.
+	pace() pace
+	// String names the way for messages, without anything secret.
+	String() string
+}
+
+// An expectation is what a way should cost.
+type expectation struct {
+	bytes int64 // that come over the network
+	time  time.Duration
+	known bool   // it rests on what was measured
+	how   string // the same for people
+}
+
+// A pace says that a way is given up once it is clear, after some time, that it needs factor times
+// as long as another way, which begins from the start. What counts is how fast it has been in the
+// last window, or since its beginning if that is 0.
+type pace struct {
+	after, window time.Duration
+	factor        float64
+}
+
+// A candidate is a way in the list.
+type candidate struct {
+	way
+	expectation
+	from    record // the narinfo that offers it
+	got     int64  // bytes, when it was tried
+	patient bool   // it is not given up for being slow
+}
+
+// list adds ways to those of the job. Earlier ones stay before later ones of the same rank.
+func (j *job) list(ctx context.Context, records []record) {
+	before := len(j.ways)
+	j.listRewritten(ctx)
+	j.listBlocks(records)
+	j.listNars(records)
+	for i, c := range j.ways[before:] {
+		c.expectation = c.expect(ctx)
+		j.ways[before+i] = c
+	}
+	slices.SortStableFunc(j.ways, func(a, b *candidate) int { return cmp.Compare(j.rank(a), j.rank(b)) })
+}
+
+// rank returns the place of a way in the list, as the policy has it.
+func (j *job) rank(c *candidate) float64 {
+	_, blocks := c.way.(*blocksWay)
+	switch {
+	case isRewritten(c):
+		return -2
+	case !blocks:
+		// The order of the servers is the user's: a later one has to be faster by some factor.
+		return c.time.Seconds() * (1 + float64(min(c.from.server.index, 8))/4)
+	case j.s.Policy == HTTPFirst:
+		return 1e12
+	case j.s.Policy != Fastest || !c.known:
+		return -1
+	}
+	return (c.time - preferMargin).Seconds() / preferFactor
+}
+
+const (
+	// Nars have to be faster by so much before they are preferred to blocks: what is measured is
+	// not exact, and blocks relieve the servers.
+	preferFactor = 1.5
+	preferMargin = 500 * time.Millisecond
+	// longest is the longest time that is expected of anything.
+	longest = 24 * time.Hour
+)
+
+// show tells the list to people who want to know.
+func (j *job) show() {
+	if !j.s.Verbose {
+		return
+	}
+	for i, c := range j.ways {
+		took := fmt.Sprintf("%.1f s", c.time.Seconds())
+		if c.time >= longest {
+			took = "nobody knows when"
+		}
+		j.log.Notef("%s: way %d of %d: %s: expected %s (%s)", j.path, i+1, len(j.ways), c, took, c.how)
+	}
+}
+
+// A Speed is how fast bytes come.
+type Speed struct {
+	Rate    float64       // bytes per second
+	Latency time.Duration // of an answer
+	Known   bool          // it has been measured
+	None    bool          // nothing comes at the moment
+}
+
+// Speeds remembers how fast servers have been.
+type Speeds interface {
+	// Speed returns what is known of the server at a URL, of which the scheme, the host and the
+	// port count.
+	Speed(url string) Speed
+	// Measured notes that a server has sent so many bytes while they were waited for so long, and
+	// that its first byte came after the latency.
+	Measured(url string, bytes int64, waited, latency time.Duration)
+}
+
+// How fast things go that have not been measured.
+const (
+	unknownRate    = 10e6 // bytes per second
+	unknownLatency = 100 * time.Millisecond
+	nearRate       = 1e9
+)
+
+// orUnknown returns what is expected where nothing, or nothing that makes sense, has been measured.
+func (s Speed) orUnknown() Speed {
+	if s.None || s.Known && s.Rate > 0 && s.Latency < longest {
+		return s
+	}
+	return Speed{Rate: unknownRate, Latency: unknownLatency}
+}
+
+// serverSpeed is how fast a server is, or is thought to be.
+func (s *Substituter) serverSpeed(address string) Speed {
+	u, err := url.Parse(address)
+	if err == nil && u.Scheme == "file" {
+		return Speed{Rate: nearRate, Known: true}
+	}
+	if s.Speeds == nil {
+		return Speed{}.orUnknown()
+	}
+	return s.Speeds.Speed(address).orUnknown()
+}
+
+// String tells a speed to people.
+func (s Speed) String() string {
+	if s.None {
+		return "out of reach"
+	}
+	how := "measured"
+	if !s.Known {
+		how = "not measured"
+	}
+	return fmt.Sprintf("%.1f MB/s after %d ms (%s)", s.Rate/1e6, s.Latency.Milliseconds(), how)
+}
+
+// seconds is a time of so many seconds, the longest one at most.
+func seconds(s float64) time.Duration {
+	return time.Duration(min(s, longest.Seconds()) * float64(time.Second))
+}
+
+func megabytes(n int64) string { return fmt.Sprintf("%.1f MB", float64(n)/1e6) }
+
+// usable reports whether Substitute has a way to what was found.
+func (s *Substituter) usable(f *found) bool {
+	if f.authorised.narinfo.CheckHash() != nil {
+		return false
+	}
+	return slices.ContainsFunc(append([]record{f.chosen}, f.others...), func(r record) bool {
+		return len(r.narinfo.ERIS) > 0 || slices.ContainsFunc(r.narinfo.PreferredURLs(narinfo.Fast), func(u narinfo.URL) bool {
+			_, err := narURL(r, u)
+			return err == nil
+		})
+	})
+}
+
+// whyNotBlocks says to people who want to know why an item has not come from blocks.
+func (j *job) whyNotBlocks() {
+	if !j.s.Verbose {
+		return
+	}
+	why := j.blocksFailed
+	switch {
+	case why != "":
+	case j.s.Policy == HTTPOnly || j.s.Policy == HTTPFirst:
+		why = "the policy prefers nars"
+	case j.s.Blocks == nil:
+		why = "there is no block store"
+	case !slices.ContainsFunc(j.records, func(r record) bool { return len(r.narinfo.ERIS) > 0 }):
+		why = "no narinfo has a field ERIS"
+	case slices.ContainsFunc(j.ways, func(c *candidate) bool { return strings.HasPrefix(c.String(), "urn:") }):
+		why = "they are expected to take longer"
+	default:
+		why = "no narinfo has a read capability that can be used"
+	}
+	j.log.Notef("%s: not from blocks: %s", j.path, why)
+}
