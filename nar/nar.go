@@ -78,8 +78,8 @@ const (
 	// between its names included: what PATH_MAX leaves after the name of an item in the store or in
 	// its trash.
 	MaxPath = 3800
-	// MaxDepth is how many directories an entry may be inside of.
-	MaxDepth = 256
+	// MaxDepth is how many directories an entry may be inside of, which follows from MaxPath.
+	MaxDepth = MaxPath / 2
 )
 
 // Nodes is a tree as a stream. It is not safe for concurrent use.

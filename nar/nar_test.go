@@ -288,6 +288,17 @@ func TestTruncated(t *testing.T) {
 	}
 }
 
+// TestDepth reads as many levels as a path may have.
+func TestDepth(t *testing.T) {
+	node := directory("")
+	for range nar.MaxDepth {
+		node = directory(entry("d", node))
+	}
+	if _, err := read(archive(node)); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestMalformed(t *testing.T) {
 	deep := strings.Repeat("x", 255)
 	node := regular("")
@@ -299,7 +310,7 @@ func TestMalformed(t *testing.T) {
 		nested = directory(entry("d", nested))
 	}
 	tests := map[string]struct{ archive, message string }{
-		"deep":                    {archive(nested), "more than 256 directories deep"},
+		"deep":                    {archive(nested), "is longer than 3800 bytes"},
 		"empty name":              {archive(directory(entry("", regular("")))), "empty entry name"},
 		"dot":                     {archive(directory(entry(".", regular("")))), `entry name "."`},
 		"dot dot":                 {archive(directory(entry("..", regular("")))), `entry name ".."`},

@@ -149,9 +149,6 @@ func (r *Reader) node(name string) (Node, error) {
 	n := Node{Name: name}
 	switch kind {
 	case "directory":
-		if len(r.open) == MaxDepth {
-			return n, r.errorf("more than %d directories deep", MaxDepth)
-		}
 		n.Kind = Directory
 		d := openDirectory{}
 		if len(r.open) > 0 {

@@ -94,9 +94,6 @@ func (t *Tree) visit(path, name string) (Node, error) {
 	n := Node{Name: name}
 	switch info.Mode().Type() {
 	case os.ModeDir:
-		if len(t.open) == MaxDepth {
-			return n, fmt.Errorf("%s: more than %d directories deep", t.root, MaxDepth)
-		}
 		n.Kind = Directory
 		d := listing{path: path}
 		if len(t.open) > 0 {

@@ -26,8 +26,9 @@ type AnnotatorOptions struct {
 	StoreDir, Root string
 	// Capabilities finds the read capabilities of items of the store.
 	Capabilities *Capabilities
-	// WaitFor is that of [ServerOptions].
-	WaitFor uint64
+	// WaitFor and StallTimeout are those of [ServerOptions].
+	WaitFor      uint64
+	StallTimeout time.Duration
 	// Log is where messages go.
 	Log func(format string, a ...any)
 }
@@ -102,8 +103,7 @@ func (a *Annotator) there(here *url.URL) *url.URL {
 
 // ServeHTTP implements http.Handler.
 func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if r.Method != http.MethodGet {
-		http.NotFound(w, r)
+	if w = accept(w, r, a.o.StallTimeout); w == nil {
 		return
 	}
 	there := a.there(r.URL)
@@ -143,6 +143,8 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if !complete {
 			maxAge(w, temporaryTTL)
 		}
+		serveText(w, r, string(text))
+		return
 	}
 	w.WriteHeader(response.StatusCode)
 	w.Write(text)

@@ -3,6 +3,7 @@
 package publish
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -10,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -24,6 +26,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
@@ -134,6 +137,20 @@ type known struct {
 	Store string `json:"store"`
 	// Item is what the narinfo says beside, once there has been one.
 	Item *knownItem `json:"item,omitempty"`
+	// Sum is the SHA-256 of the rest, so that damage is noticed.
+	Sum string `json:"sum"`
+}
+
+// text returns what is on disk.
+func (k known) text() ([]byte, error) {
+	k.Sum = ""
+	text, err := json.Marshal(k)
+	if err != nil {
+		return nil, err
+	}
+	k.Sum = fmt.Sprintf("%x", sha256.Sum256(text))
+	text, err = json.Marshal(k)
+	return append(text, '\n'), err
 }
 
 // knownItem is what is known of an item for when it has gone.
@@ -149,8 +166,12 @@ func (i *knownItem) equal(other *knownItem) bool {
 		slices.Equal(i.References, other.References)
 }
 
-// maxKnown is how many capabilities are kept in memory.
-const maxKnown = 100000
+const (
+	// maxKnown is how many capabilities are kept in memory.
+	maxKnown = 100000
+	// maxKnownFile is how long the file of one may be, in bytes.
+	maxKnownFile = 2 * narinfo.MaxSize
+)
 
 // NewCapabilities returns the capabilities that directory knows; it is created when there is
 // something to keep. Blocks of items that are encoded are put into store; nil is nowhere. Messages
@@ -203,8 +224,22 @@ func (c *Capabilities) lookUp(name string) (k known, ok bool) {
 	if ok {
 		return k, true
 	}
-	text, err := os.ReadFile(c.file(name))
-	if err != nil || json.Unmarshal(text, &k) != nil {
+	text, err := files.ReadState(c.file(name), maxKnownFile)
+	if err == nil {
+		if err = json.Unmarshal(text, &k); err == nil {
+			var same []byte
+			if same, err = k.text(); err == nil && !bytes.Equal(same, text) {
+				err = errors.New("does not have the sum that it states")
+			}
+		}
+		if err != nil {
+			err = fmt.Errorf("%s is damaged: %w", c.file(name), err)
+		}
+	}
+	if err != nil {
+		if !errors.Is(err, fs.ErrNotExist) {
+			c.log("%v", err)
+		}
 		return known{}, false
 	}
 	c.remember(name, k)
@@ -409,12 +444,12 @@ func (c *Capabilities) encode(path string, narHash [sha256.Size]byte) (eris.Read
 
 // write keeps a capability on disk.
 func (c *Capabilities) write(name string, k known) error {
-	text, err := json.Marshal(k)
+	text, err := k.text()
 	if err != nil {
 		return err
 	}
 	if err := os.MkdirAll(c.directory, 0o755); err != nil {
 		return err
 	}
-	return writeFile(c.file(name), string(text)+"\n")
+	return writeFile(c.file(name), string(text))
 }

@@ -14,6 +14,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
+
+	"github.com/klauspost/compress/gzip"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -45,22 +48,20 @@ func (s *Server) rawFile(w http.ResponseWriter, r *http.Request) {
 		s.failed(w, r, err)
 		return
 	}
-	f, size, err := openRegular(s.file(item.StorePath))
+	f, err := openRegular(s.file(item.StorePath))
 	if err != nil {
 		s.failed(w, r, err)
 		return
 	}
 	defer f.Close()
 	w.Header().Set("Content-Type", "application/octet-stream")
-	w.Header().Set("Content-Length", fmt.Sprint(size))
+	w.Header().Set("Etag", fmt.Sprintf(`"%x"`, digest))
 	maxAge(w, s.o.TTL)
-	if _, err := io.CopyN(w, f, size); err != nil {
-		panic(http.ErrAbortHandler) // the client must see that it is not whole
-	}
+	http.ServeContent(w, r, "", time.Time{}, f)
 }
 
 // openRegular opens a file that is a regular one, and no link to one.
-func openRegular(path string) (f *os.File, size int64, err error) {
+func openRegular(path string) (f *os.File, err error) {
 	info, err := os.Lstat(path)
 	if err == nil && !info.Mode().IsRegular() {
 		err = fmt.Errorf("%w: %s is no regular file", ErrNoItem, path)
@@ -71,14 +72,11 @@ func openRegular(path string) (f *os.File, size int64, err error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		err = fmt.Errorf("%w: %w", ErrNoItem, err)
 	}
-	if err != nil {
-		return nil, 0, err
-	}
-	return f, info.Size(), nil
+	return f, err
 }
 
-// log serves the build log of an item or of a derivation, as the daemon has compressed it (Guix,
-// guix/store.scm: log-file; nix/libstore/build.cc: DerivationGoal::openLogFile).
+// log serves the build log of an item or of a derivation, which the daemon may have compressed
+// (Guix, guix/store.scm: log-file; nix/libstore/build.cc: DerivationGoal::openLogFile).
 func (s *Server) log(w http.ResponseWriter, r *http.Request) {
 	name := r.PathValue("item")
 	if s.o.LogDirectory == "" {
@@ -98,7 +96,7 @@ func (s *Server) log(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	for _, suffix := range []string{".gz", ".bz2", ""} {
-		f, size, err := openRegular(filepath.Join(s.o.LogDirectory, name[:2], name[2:]+suffix))
+		f, err := openRegular(filepath.Join(s.o.LogDirectory, name[:2], name[2:]+suffix))
 		if errors.Is(err, ErrNoItem) {
 			continue
 		}
@@ -108,15 +106,18 @@ func (s *Server) log(w http.ResponseWriter, r *http.Request) {
 		}
 		defer f.Close()
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-		text := io.Reader(io.LimitReader(f, size))
+		text := io.Reader(f)
 		switch suffix {
 		case ".gz":
-			w.Header().Set("Content-Encoding", "gzip")
+			text, err = gzip.NewReader(f)
 		case ".bz2":
-			text = bzip2.NewReader(text) // few clients know it
+			text = bzip2.NewReader(f)
 		}
-		if _, err := io.Copy(w, text); err != nil {
-			panic(http.ErrAbortHandler)
+		if err == nil && r.Method == http.MethodGet {
+			_, err = io.Copy(w, text)
+		}
+		if err != nil {
+			panic(http.ErrAbortHandler) // the client must see that it is not whole
 		}
 		return
 	}

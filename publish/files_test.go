@@ -78,7 +78,7 @@ func TestLog(t *testing.T) {
 	s := server(t, publish.ServerOptions{Root: t.TempDir(), Items: items, LogDirectory: logs})
 	ask := func(name string, want int) string {
 		t.Helper()
-		status, _, body := get(t, s.URL+"/log/"+name)
+		status, _, body := request(t, "GET", s.URL+"/log/"+name)
 		if status != want {
 			t.Errorf("%s: status %d", name, status)
 		}
@@ -96,7 +96,7 @@ func TestLog(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, name := range []string{item, derivation} {
-		if body := ask(name, http.StatusOK); body != "it was built\n" { // the client unpacks it
+		if body := ask(name, http.StatusOK); body != "it was built\n" { // whatever the client could unpack
 			t.Errorf("%s: %q", name, body)
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"net/url"
 	"os"
@@ -21,12 +22,11 @@ import (
 	"sync"
 	"time"
 
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sync/singleflight"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -55,6 +55,9 @@ type ServerOptions struct {
 	// TTL is for how long narinfos may be kept, and NegativeTTL for how long it may be that an item
 	// is not there; 0 does not say.
 	TTL, NegativeTTL time.Duration
+	// StallTimeout is for how long a client may take nothing of an answer; it must take 4 KiB per
+	// second in the long run. Default 30 s.
+	StallTimeout time.Duration
 	// LogDirectory is where the daemon keeps build logs; empty if they are not served.
 	LogDirectory string
 	// Log is where messages go.
@@ -66,22 +69,30 @@ type Server struct {
 	o   ServerOptions
 	mux *http.ServeMux
 
-	// Archives of items whose hash nobody has told.
-	hashing singleflight.Group
-	hashers chan struct{} // one of them per core at a time
-	mu      sync.Mutex
-	hashed  map[string]archive
+	compressing *admission.Slots
+	walking     singleflight.Group
+	walkers     chan struct{} // one per core may walk at a time
+
+	mu       sync.Mutex
+	archives map[string]archive // by path
+	sizes    map[string]int64   // of compressed nars, by ETag
 }
 
 // archive is what is known of the archive of an item that is, or was, in the store.
 type archive struct {
 	file   os.FileInfo
+	hashed bool // its digest and size are known; else only that it can be made
 	digest [sha256.Size]byte
 	size   uint64
 }
 
-// maxHashed is how many hashes are kept in memory.
-const maxHashed = 10000
+const (
+	// maxKept is how many archives, and sizes, are kept in memory.
+	maxKept = 10000
+	// compressingPerCore is how many nars are compressed at a time for each core. More than one,
+	// because clients take them slowly.
+	compressingPerCore = 4
+)
 
 // temporaryTTL is for how long a narinfo may be kept that will say more soon.
 const temporaryTTL = time.Minute
@@ -101,7 +112,9 @@ func NewServer(o ServerOptions) (*Server, error) {
 	}
 	s := &Server{
 		o: o, mux: http.NewServeMux(),
-		hashers: make(chan struct{}, runtime.GOMAXPROCS(0)), hashed: map[string]archive{},
+		compressing: admission.NewSlots(compressingPerCore * runtime.GOMAXPROCS(0)),
+		walkers:     make(chan struct{}, runtime.GOMAXPROCS(0)),
+		archives:    map[string]archive{}, sizes: map[string]int64{},
 	}
 	s.mux.HandleFunc("GET /{$}", s.welcome)
 	s.mux.HandleFunc("GET /nix-cache-info", s.cacheInfo)
@@ -117,11 +130,9 @@ func NewServer(o ServerOptions) (*Server, error) {
 
 // ServeHTTP implements http.Handler.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if r.Method != http.MethodGet {
-		http.NotFound(w, r) // as "guix publish" has it
-		return
+	if w := accept(w, r, s.o.StallTimeout); w != nil {
+		s.mux.ServeHTTP(w, r)
 	}
-	s.mux.ServeHTTP(w, r)
 }
 
 func (s *Server) welcome(w http.ResponseWriter, r *http.Request) {
@@ -193,7 +204,7 @@ func (s *Server) narinfo(w http.ResponseWriter, r *http.Request) {
 	}
 	maxAge(w, ttl)
 	w.Header().Set("Content-Type", "application/x-nix-narinfo")
-	io.WriteString(w, text)
+	serveText(w, r, text)
 }
 
 // narinfoName returns the hash part in the file name of a narinfo. What it returns has nothing in
@@ -207,7 +218,7 @@ func narinfoName(name string) (hashPart string, ok bool) {
 	return hashPart, err == nil
 }
 
-// item looks an item up and completes what is known of it.
+// item looks an item up, and completes what is known of it.
 func (s *Server) item(ctx context.Context, hashPart string) (*narinfo.Narinfo, error) {
 	n, err := s.o.Items.Item(ctx, hashPart)
 	if err != nil {
@@ -218,15 +229,26 @@ func (s *Server) item(ctx context.Context, hashPart string) (*narinfo.Narinfo, e
 	} else if part != hashPart {
 		return nil, fmt.Errorf("%w: what is known of %s is about %s", ErrNoItem, hashPart, n.StorePath)
 	}
+	return s.complete(n)
+}
+
+// complete checks that an item is there and can be published, and completes what is known of it.
+func (s *Server) complete(n *narinfo.Narinfo) (*narinfo.Narinfo, error) {
 	info, err := os.Lstat(s.file(n.StorePath))
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNoItem, err)
 	}
-	if n.NarDigest == [sha256.Size]byte{} || !n.NarSizeKnown {
-		a, err := s.hash(s.file(n.StorePath), info)
-		if err != nil {
-			return nil, err
+	path, unknown := s.file(n.StorePath), n.NarDigest == [sha256.Size]byte{} || !n.NarSizeKnown
+	if !unknown && s.o.Capabilities != nil {
+		if _, ok := s.o.Capabilities.Known(path, n.NarDigest); ok {
+			return n, nil // it has been walked
 		}
+	}
+	a, err := s.walk(path, info, unknown)
+	if err != nil {
+		return nil, err
+	}
+	if unknown {
 		clone := *n
 		clone.NarDigest, clone.NarSize, clone.NarSizeKnown, clone.NarHash = a.digest, a.size, true, ""
 		n = &clone
@@ -234,37 +256,61 @@ func (s *Server) item(ctx context.Context, hashPart string) (*narinfo.Narinfo, e
 	return n, nil
 }
 
-// hash returns the hash of the archive of the item at path, which it computes once for as long as
-// the item stays the same file or directory.
-func (s *Server) hash(path string, info os.FileInfo) (archive, error) {
+// walk finds out whether the item at path can be made an archive, and the hash of that if need be,
+// once for as long as the item stays the same file or directory. The error wraps [ErrNoItem] if it
+// never can.
+func (s *Server) walk(path string, info os.FileInfo, hash bool) (archive, error) {
 	s.mu.Lock()
-	a, ok := s.hashed[path]
+	a, ok := s.archives[path]
 	s.mu.Unlock()
-	if ok && os.SameFile(a.file, info) && a.file.ModTime().Equal(info.ModTime()) {
+	if ok && (a.hashed || !hash) && os.SameFile(a.file, info) && a.file.ModTime().Equal(info.ModTime()) {
 		return a, nil
 	}
-	v, err, _ := s.hashing.Do(path, func() (any, error) {
-		s.hashers <- struct{}{}
-		defer func() { <-s.hashers }()
-		a := archive{file: info}
-		h := sha256.New()
-		tree := nar.NewTree(path)
-		defer tree.Close()
-		size, err := nar.Write(h, tree)
+	v, err, _ := s.walking.Do(fmt.Sprint(hash, path), func() (any, error) {
+		s.walkers <- struct{}{}
+		defer func() { <-s.walkers }()
+		a, err := walk(path, hash)
 		if err != nil {
+			s.o.Log("%s cannot be published: %v", path, err)
+			if !errors.As(err, new(*fs.PathError)) {
+				err = fmt.Errorf("%w: %w", ErrNoItem, err)
+			}
 			return a, err
 		}
-		h.Sum(a.digest[:0])
-		a.size = uint64(size)
+		a.file = info
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if len(s.hashed) == maxHashed {
-			clear(s.hashed)
-		}
-		s.hashed[path] = a
+		keep(s.archives, path, a)
 		return a, nil
 	})
 	return v.(archive), err
+}
+
+func walk(path string, hash bool) (a archive, err error) {
+	tree := nar.NewTree(path)
+	defer tree.Close()
+	if hash {
+		h := sha256.New()
+		size, err := nar.Write(h, tree)
+		h.Sum(a.digest[:0])
+		a.size, a.hashed = uint64(size), true
+		return a, err
+	}
+	for err == nil {
+		_, err = tree.Next()
+	}
+	if err == io.EOF {
+		err = nil
+	}
+	return a, err
+}
+
+// keep puts something into a map that is bounded.
+func keep[V any](kept map[string]V, key string, value V) {
+	if len(kept) >= maxKept {
+		clear(kept)
+	}
+	kept[key] = value
 }
 
 // file is where a store item is.
@@ -283,7 +329,11 @@ func (s *Server) text(ctx context.Context, item *narinfo.Narinfo) (text string, 
 	case item.NarSize > s.o.WaitFor:
 		s.o.Capabilities.FindLater(path, item.NarDigest)
 	default:
-		c, found, _ = s.o.Capabilities.FindSoon(ctx, path, item.NarDigest) // without it, the nar can still be had
+		c, found, err = s.o.Capabilities.FindSoon(ctx, path, item.NarDigest)
+		if errors.Is(err, errOtherContents) {
+			return "", false, fmt.Errorf("%w: %w", ErrNoItem, err)
+		}
+		// Without it, the nar can still be had.
 	}
 	if !found {
 		text, err = s.sign(item, nil)
@@ -340,49 +390,6 @@ func (s *Server) named(ctx context.Context, name string) (*narinfo.Narinfo, erro
 		err = fmt.Errorf("%w: %s", ErrNoItem, name)
 	}
 	return item, err
-}
-
-// nar serves an item's nar; it is compressed on the way.
-func (s *Server) nar(w http.ResponseWriter, r *http.Request, compression string) {
-	item, err := s.named(r.Context(), r.PathValue("item"))
-	if err != nil {
-		s.failed(w, r, err)
-		return
-	}
-	path := s.file(item.StorePath)
-	if _, err := os.Lstat(path); err != nil {
-		s.failed(w, r, fmt.Errorf("%w: %w", ErrNoItem, err))
-		return
-	}
-	w.Header().Set("Content-Type", "application/x-nix-archive")
-	maxAge(w, s.o.TTL)
-	tree := nar.NewTree(path)
-	defer tree.Close()
-	switch compression {
-	case "gzip":
-		var z *gzip.Writer
-		if z, err = gzip.NewWriterLevel(w, 3); err == nil {
-			_, err = nar.Write(z, tree)
-			err = errors.Join(err, z.Close())
-		}
-	case "zstd":
-		var z *zstd.Encoder
-		if z, err = zstd.NewWriter(w, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(1<<20)); err == nil {
-			_, err = nar.Write(z, tree)
-			err = errors.Join(err, z.Close())
-		}
-	default:
-		if item.NarSizeKnown {
-			w.Header().Set("Content-Length", fmt.Sprint(item.NarSize))
-		}
-		_, err = nar.Write(w, tree)
-	}
-	if err != nil {
-		if r.Context().Err() == nil {
-			s.o.Log("nar of %s: %v", path, err)
-		}
-		panic(http.ErrAbortHandler) // the client must see that it is not whole
-	}
 }
 
 // failed answers a request for something that cannot be had.

@@ -62,6 +62,11 @@ const (
 	smallPiece = 4 << 10
 	// queuedFiles bounds the files that are complete but not created yet.
 	queuedFiles = 32
+	// maxDescriptors is how many directories are open files at a time. Of those on the way down the
+	// last keptDescriptors stay open, and those in which files are being created; further ones are
+	// closed from leaveFrom on. So what is above that is for directories that have only to be
+	// completed, which workers do.
+	maxDescriptors, leaveFrom, keptDescriptors = 192, 128, 64
 )
 
 // Restore writes the tree of nodes to destination and returns its NarHash and length. Directories
@@ -91,6 +96,7 @@ func Restore(ctx context.Context, nodes nar.Nodes, destination string, o Options
 		limit:       o.MaxBytes,
 		writable:    o.Writable,
 		files:       make(chan *file, queuedFiles),
+		descriptors: make(chan struct{}, maxDescriptors),
 		hash:        nar.NewHasher(ctx),
 		open:        []*directory{{fd: parent}},
 	}
@@ -146,6 +152,7 @@ type restorer struct {
 	writable    bool
 	links       *links // nil without de-duplication
 	files       chan *file
+	descriptors chan struct{} // one in it for each directory that is open, but the first
 
 	// The rest belongs to plan.
 	group   *errgroup.Group
@@ -158,7 +165,8 @@ type restorer struct {
 
 // A directory is complete when plan has seen its end and all of its entries are.
 type directory struct {
-	fd      int
+	fd      int          // -1 between leave and enter
+	inode   uint64       // from leave on
 	parent  *directory   // nil: the parent of the destination, which is not ours to complete
 	pending atomic.Int32 // itself, until its end, and each entry that is not complete
 }
@@ -198,15 +206,21 @@ func (r *restorer) node(n nar.Node) error {
 	}
 	switch n.Kind {
 	case nar.End:
+		if err := r.enter(r.open[len(r.open)-2], dir.fd); err != nil {
+			return err
+		}
 		r.open = r.open[:len(r.open)-1]
 		return r.complete(dir)
 	case nar.Directory:
-		// Each directory on the way down is a file that is open.
-		if len(r.open) > nar.MaxDepth {
-			return r.pathError("mkdir", n.Name, fmt.Errorf("more than %d directories deep", nar.MaxDepth))
+		if len(r.descriptors) >= leaveFrom {
+			r.leave(r.open[1:max(1, len(r.open)-keptDescriptors)])
+		}
+		if err := r.reserve(); err != nil {
+			return err
 		}
 		d, err := makeDirectory(dir, name)
 		if err != nil {
+			<-r.descriptors
 			return r.pathError("mkdir", n.Name, err)
 		}
 		dir.pending.Add(1)
@@ -350,19 +364,73 @@ func makeDirectory(parent *directory, name string) (*directory, error) {
 	return d, nil
 }
 
+// leave closes those of some directories on the way down in which nothing is being created: a
+// process may have no more than a thousand open files, perhaps. Nobody uses them then, for each has
+// a further directory on the way down, and pending counts that and itself.
+func (r *restorer) leave(directories []*directory) {
+	for _, d := range directories {
+		var st unix.Stat_t
+		if d.fd < 0 || d.pending.Load() > 2 || unix.Fstat(d.fd, &st) != nil {
+			continue
+		}
+		unix.Close(d.fd)
+		d.fd, d.inode = -1, st.Ino
+		<-r.descriptors
+	}
+}
+
+// enter opens a directory again that was left, from one in it.
+func (r *restorer) enter(d *directory, child int) error {
+	if d.fd >= 0 {
+		return nil
+	}
+	if err := r.reserve(); err != nil {
+		return err
+	}
+	fd, err := unix.Openat(child, "..", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err == nil {
+		var st unix.Stat_t
+		if err = unix.Fstat(fd, &st); err == nil && st.Ino != d.inode {
+			err = errors.New("a directory has been moved")
+		}
+		if err != nil {
+			unix.Close(fd)
+		}
+	}
+	if err != nil {
+		<-r.descriptors
+		return r.pathError("open", "", err)
+	}
+	d.fd = fd
+	return nil
+}
+
+// reserve waits until one more directory may be open.
+func (r *restorer) reserve() error {
+	select {
+	case r.descriptors <- struct{}{}:
+		return nil
+	case <-r.ctx.Done():
+		return r.ctx.Err()
+	}
+}
+
 // complete takes one of the things away that d waits for; after the last one d gets its final mode
 // and time, and its parent is told.
 func (r *restorer) complete(d *directory) error {
 	for d.parent != nil && d.pending.Add(-1) == 0 {
-		var err error
-		if !r.writable {
-			if err = unix.Fchmod(d.fd, 0o555); err == nil {
-				err = futimens(d.fd, &canonicalTime)
+		if d.fd >= 0 { // else the walk has failed
+			var err error
+			if !r.writable {
+				if err = unix.Fchmod(d.fd, 0o555); err == nil {
+					err = futimens(d.fd, &canonicalTime)
+				}
 			}
-		}
-		unix.Close(d.fd)
-		if err != nil {
-			return r.pathError("chmod", "", err)
+			unix.Close(d.fd)
+			<-r.descriptors
+			if err != nil {
+				return r.pathError("chmod", "", err)
+			}
 		}
 		d = d.parent
 	}

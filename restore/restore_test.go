@@ -539,6 +539,59 @@ func TestNixStoreOracle(t *testing.T) {
 	}
 }
 
+// TestDeep restores a tree with more levels, and files all the way, than the process may have open
+// files.
+func TestDeep(t *testing.T) {
+	d := t.TempDir()
+	deep := d + "/tree"
+	for i := range 500 {
+		if err := errors.Join(os.Mkdir(deep, 0o755), os.WriteFile(deep+"/f", fmt.Appendf(nil, "%9999d", i), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+		deep += "/d"
+	}
+	archive := archiveOf(t, d+"/tree")
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	low := unix.Rlimit{Cur: 256, Max: limit.Max}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &low); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit) // before the directory is removed
+	result, err := restoreArchive(archive, 128<<10, d+"/again", restore.Options{LinksDirectory: d + "/.links"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if result.NarHash != sha256.Sum256(archive) || !bytes.Equal(archiveOf(t, d+"/again"), archive) {
+		t.Error("the restored tree is another one")
+	}
+	info, err := os.Stat(d + "/again/d/d/d")
+	if err != nil || info.Mode().Perm() != 0o555 || info.ModTime().Unix() != 1 {
+		t.Errorf("directory %v, error %v", info, err)
+	}
+	if err := restore.Remove(d + "/again"); err != nil {
+		t.Fatal(err)
+	}
+	// One that is cut, or goes deeper, leaves nothing open.
+	open, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := restoreArchive(archive[:len(archive)/2], 128<<10, d+"/cut", restore.Options{}); err == nil {
+		t.Error("half an archive is restored")
+	}
+	if now, err := os.ReadDir("/proc/self/fd"); err != nil || len(now) > len(open) {
+		t.Errorf("%d open files, after %d, error %v", len(now), len(open), err)
+	}
+	for _, name := range []string{"/cut", "/tree"} { // which the clean-up would have an open file for each level of
+		if err := restore.Remove(d + name); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestRemove(t *testing.T) {
 	d := t.TempDir()
 	outside := t.TempDir()

@@ -59,10 +59,15 @@ type conn struct {
 
 	open    *batch // offered to the next goroutine that puts, and to the reader to put more in
 	putting int    // batches that are being put
+
+	busy    bool            // something is under way, as the gate knows
+	setIdle func(idle bool) // tells the gate
 }
 
-func newConn(s *Server, netConn net.Conn, access Access) *conn {
-	c := &conn{server: s, access: access, transfers: newTransfers(maxStreamTransfers, maxStreamTransfers, 0)}
+// newConn returns a connection. SetIdle is told whether nothing is under way, as at first.
+func newConn(s *Server, netConn net.Conn, access Access, setIdle func(idle bool)) *conn {
+	setIdle(true)
+	c := &conn{server: s, access: access, transfers: newTransfers(maxStreamTransfers, maxStreamTransfers, 0), setIdle: setIdle}
 	if unix, ok := netConn.(*net.UnixConn); ok {
 		// The default holds six blocks of 32 KiB, which makes both sides wait for each other all
 		// the time.
@@ -127,6 +132,25 @@ func (c *conn) Written() {
 		c.cancel()
 	}
 	c.room.Broadcast()
+	c.markIdle()
+}
+
+// markBusy notes that something is under way. The lock must be held.
+func (c *conn) markBusy() {
+	if !c.busy {
+		c.busy = true
+		c.setIdle(false)
+	}
+}
+
+// markIdle notes when nothing is under way any more: the connection may make room for others then.
+// The lock must be held.
+func (c *conn) markIdle() {
+	gets := len(c.gets) - c.firstGet + len(c.started) + c.getters
+	if c.busy && gets == 0 && c.putting == 0 && c.open == nil && c.queue.Bytes() == 0 {
+		c.busy = false
+		c.setIdle(true)
+	}
 }
 
 // Finish implements [coap.Handler].
@@ -151,6 +175,7 @@ func (c *conn) answer(token coap.Token, code codes.Code, options ...byte) {
 	for c.isFull() {
 		c.room.Wait()
 	}
+	c.markBusy()
 	c.peer.Respond(token, code, options, nil)
 }
 

@@ -67,6 +67,7 @@ func (c *conn) get(r *coap.Request) {
 // handOver hands what has been requested to those who do it. The lock must be held.
 func (c *conn) handOver() {
 	if len(c.parsed) > 0 {
+		c.markBusy()
 		if c.firstGet == len(c.gets) {
 			c.gets, c.firstGet = c.gets[:0], 0
 		} else if c.firstGet > maxWaitingGets {
@@ -96,7 +97,10 @@ func (c *conn) callGetter() {
 func (c *conn) getLoop() {
 	c.queue.Mu.Lock()
 	defer c.queue.Mu.Unlock()
-	defer func() { c.getters-- }()
+	defer func() {
+		c.getters--
+		c.markIdle()
+	}()
 	c.calling = false
 	for {
 		for c.isFull() {
@@ -283,6 +287,7 @@ func (c *conn) getDocument(r *coap.Request) {
 	for c.isFull() {
 		c.room.Wait()
 	}
+	c.markBusy()
 	options := coap.AppendUintOption(nil, 0, message.ContentFormat, uint32(document.Format))
 	part, most := r.Block2, len(text)
 	peer, _ := c.peer.Peer()

@@ -16,6 +16,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 )
@@ -128,35 +129,78 @@ func TestHostileMemory(t *testing.T) {
 	}
 }
 
-// TestMaxConnections checks that connections beyond the limit are closed, and that there is room
-// again when others end.
+// holding is a source whose requests wait until release is closed.
+type holding struct {
+	*memory
+	started chan struct{}
+	release chan struct{}
+}
+
+func (h *holding) Start(r *fetch.Request) {
+	go func() {
+		h.started <- struct{}{}
+		<-h.release
+		h.memory.Start(r)
+	}()
+}
+
+// TestMaxConnections checks that a connection beyond the limit is closed if all others are busy,
+// which is logged, and that the one that has been idle the longest makes room otherwise.
 func TestMaxConnections(t *testing.T) {
-	store := newMemory()
-	ref, _ := store.add(t, eris.BlockSize1KiB)
-	_, address := serveConfig(t, "unix", readWrite, coapserver.Config{Resources: []coapserver.Resource{{Source: store}}, MaxConnections: 3})
-	works := func(c *client) bool {
-		c.write(getRequest(1, ref, eris.BlockSize1KiB, coap.Block{}))
-		return c.readAnswer().Code == codes.Content
-	}
+	source := &holding{newMemory(), make(chan struct{}), make(chan struct{})}
+	ref, _ := source.add(t, eris.BlockSize1KiB)
+	logged := make(chan error, 9)
+	server, address := serveConfig(t, "unix", readWrite, coapserver.Config{
+		Resources: []coapserver.Resource{{Source: source}}, MaxConnections: 3, Log: func(err error) { logged <- err },
+	})
+	get := getRequest(1, ref, eris.BlockSize1KiB, coap.Block{})
 	var clients []*client
 	for range 3 {
 		c := dial(t, "unix", address, csm...)
-		if !works(c) {
-			t.Fatal("a connection within the limit is not served")
-		}
+		c.write(get)
+		<-source.started
 		clients = append(clients, c)
 	}
-	if works(dial(t, "unix", address, csm...)) {
-		t.Error("a connection beyond the limit is served")
+	c := dial(t, "unix", address, csm...)
+	c.write(get)
+	if m := c.readAnswer(); m.Code != codes.Empty {
+		t.Errorf("a connection beyond the limit is served: %v", m.Code)
 	}
-	clients[0].conn.Close()
-	for range 1000 {
-		if works(dial(t, "unix", address, csm...)) {
-			return
+	if err := <-logged; !strings.Contains(err.Error(), "1 connections turned away") {
+		t.Errorf("logged: %v", err)
+	}
+	close(source.release)
+	for _, c := range clients {
+		if m := c.readAnswer(); m.Code != codes.Content {
+			t.Errorf("answer %v of a connection within the limit", m.Code)
 		}
-		pause()
 	}
-	t.Error("there is no room although a connection has ended")
+	// They are idle in a moment, and make room for others, whatever these do.
+	go func() {
+		for range source.started {
+		}
+	}()
+	defer close(source.started)
+	for i := range 6 {
+		for tries := 0; ; tries++ {
+			c := dial(t, "unix", address, csm...)
+			c.write(get)
+			if m := c.readAnswer(); m.Code == codes.Content {
+				break
+			} else if tries == 1000 {
+				t.Fatalf("there is no room for connection %d although others are idle", i)
+			}
+			pause()
+		}
+	}
+	for i, c := range clients {
+		if _, ok := c.read(); ok {
+			t.Errorf("connection %d has not made room", i)
+		}
+	}
+	if s := server.Stats(); s.Connections > 3 {
+		t.Errorf("%d connections", s.Connections)
+	}
 }
 
 // TestHalfClosed checks that a client that says all it has to say, and closes its side, still gets

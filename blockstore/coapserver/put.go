@@ -107,6 +107,7 @@ func (c *conn) add(resource int, size eris.BlockSize) []byte {
 	for c.isFull() {
 		c.room.Wait()
 	}
+	c.markBusy()
 	if b := c.open; b != nil && (b.resource != resource || len(b.memory)-b.used < int(size)) {
 		for c.open != nil && c.queue.Err() == nil {
 			if c.handOverBatch(); c.open != nil {

@@ -76,6 +76,9 @@ type Access struct {
 	Get, Put bool
 	// Documents permits to get documents, on streams.
 	Documents bool
+	// Hosts are names by which browsers may know the server on WebSockets, besides the address that
+	// they connect to, and localhost on this machine.
+	Hosts []string
 }
 
 // Config says what a [Server] serves, and within which bounds. Zero fields stand for the defaults.
@@ -83,8 +86,9 @@ type Config struct {
 	Resources []Resource
 	Documents []Document
 
-	// MaxConnections is the most connections at a time per listener, of which one host may have
-	// half (see package internal/admission); further ones are closed at once. Default 256.
+	// MaxConnections is the most connections at a time per listener, of which one host may have half
+	// (see package internal/admission). Where there are more, the one that has been idle the longest
+	// is closed, or the new one if all are busy. Default 256.
 	MaxConnections int
 	// MaxPutBytes bounds the memory for blocks that are being stored: per connection, and for all
 	// but a first 256 KiB of each connection together. Defaults 16 MiB and 256 MiB.
@@ -240,7 +244,7 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 		return ErrServerClosed
 	}
 	defer s.done(listener)
-	gate := s.gates.New(s.config.MaxConnections)
+	gate := s.gates.New(s.config.MaxConnections, listener, s.config.Log)
 	defer gate.Wait()
 	for wait := time.Millisecond; ; {
 		conn, err := listener.Accept()
@@ -264,7 +268,7 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 		if leave, ok := gate.Enter(conn); ok {
 			go func() {
 				defer leave()
-				s.serveConn(conn, access)
+				s.serveConn(conn, access, func(idle bool) { gate.SetIdle(conn, idle) })
 			}()
 		}
 	}
@@ -288,6 +292,11 @@ func (s *Server) Stats() Stats {
 // ServeConn serves one connection until it ends, and closes it. It returns nil, or
 // [ErrServerClosed] without having served.
 func (s *Server) ServeConn(conn net.Conn, access Access) error {
+	return s.serveIn(conn, access, func(bool) {})
+}
+
+// serveIn is ServeConn for a connection that a gate has let in, which is told when it is idle.
+func (s *Server) serveIn(conn net.Conn, access Access, setIdle func(idle bool)) error {
 	s.mu.Lock()
 	if s.closing {
 		s.mu.Unlock()
@@ -297,12 +306,12 @@ func (s *Server) ServeConn(conn net.Conn, access Access) error {
 	s.services.Add(1)
 	s.mu.Unlock()
 	defer s.services.Done()
-	s.serveConn(conn, access)
+	s.serveConn(conn, access, setIdle)
 	return nil
 }
 
-func (s *Server) serveConn(netConn net.Conn, access Access) {
-	c := newConn(s, netConn, access)
+func (s *Server) serveConn(netConn net.Conn, access Access, setIdle func(idle bool)) {
+	c := newConn(s, netConn, access, setIdle)
 	s.mu.Lock()
 	if s.closing {
 		s.mu.Unlock()

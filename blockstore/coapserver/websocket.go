@@ -4,8 +4,6 @@ package coapserver
 
 import (
 	"bufio"
-	"io"
-	"log"
 	"net"
 	"net/http"
 	"strings"
@@ -13,41 +11,34 @@ import (
 
 	"github.com/coder/websocket"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	ws "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/websocket"
 )
 
-const (
-	// handshakeTimeout is how long a client may take to ask for a WebSocket.
-	handshakeTimeout = 30 * time.Second
-	// maxHandshake bounds the header of that request, in bytes.
-	maxHandshake = 16 << 10
-)
+// handshakeTimeout is how long a client may take to ask for a WebSocket.
+const handshakeTimeout = 30 * time.Second
 
 // ServeWebSocket is to WebSockets (RFC 8323, section 4) what Serve is to streams: it accepts HTTP
 // connections, on which clients ask for a WebSocket at /.well-known/coap with the subprotocol
 // "coap", and serves those. For TLS, the listener must be one of crypto/tls, with the protocol
 // "http/1.1" or none.
 //
-// A browser may connect only from pages of the host that it connects to. Clients that are no
-// browsers do not say where they come from, and may always.
+// A browser may connect only from pages of the host that it connects to, which must be the address
+// that is listened on, or one of access.Hosts: the name of another host may lead here, too. Clients
+// that are no browsers do not say where they come from, and may always.
 func (s *Server) ServeWebSocket(listener net.Listener, access Access) error {
 	if !s.begin(listener) {
 		listener.Close()
 		return ErrServerClosed
 	}
 	defer s.done(listener)
-	gate := s.gates.New(s.config.MaxConnections)
+	gate := s.gates.New(s.config.MaxConnections, listener, s.config.Log)
 	defer gate.Wait()
-	server := &http.Server{
-		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			s.serveWebSocket(w, r, access)
-		}),
-		ReadHeaderTimeout: handshakeTimeout,
-		WriteTimeout:      handshakeTimeout,
-		IdleTimeout:       handshakeTimeout,
-		MaxHeaderBytes:    maxHandshake,
-		ErrorLog:          log.New(io.Discard, "", 0), // what clients do wrong
-	}
+	server := gate.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		s.serveWebSocket(w, r, access, gate)
+	}))
+	server.WriteTimeout = handshakeTimeout
+	server.IdleTimeout = handshakeTimeout
 	defer server.Close()
 	err := server.Serve(gate.Listener(listener))
 	if s.isClosing() {
@@ -57,7 +48,7 @@ func (s *Server) ServeWebSocket(listener net.Listener, access Access) error {
 }
 
 // serveWebSocket serves one connection until it ends.
-func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request, access Access) {
+func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request, access Access, gate *admission.Gate) {
 	switch {
 	case r.URL.Path != ws.Path:
 		http.Error(w, "there is nothing here but "+ws.Path, http.StatusNotFound)
@@ -65,13 +56,17 @@ func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request, access A
 	case !offersCoAP(r.Header):
 		http.Error(w, `this is for WebSockets with the subprotocol "coap"`, http.StatusBadRequest)
 		return
+	case !admission.FromPageHere(r, access.Hosts):
+		http.Error(w, "this is no host of that name", http.StatusForbidden)
+		return
 	}
 	hijacker := &hijacker{ResponseWriter: w}
 	socket, err := websocket.Accept(hijacker, r, &websocket.AcceptOptions{Subprotocols: []string{ws.Protocol}})
 	if err != nil {
 		return // the client has been told
 	}
-	_ = s.ServeConn(ws.New(socket, hijacker.conn), access) // it closes the connection even if the server is closing
+	setIdle := func(idle bool) { gate.SetIdle(hijacker.conn, idle) }
+	_ = s.serveIn(ws.New(socket, hijacker.conn), access, setIdle) // it closes the connection even if the server is closing
 }
 
 // offersCoAP reports whether a client wants to speak CoAP (RFC 6455, section 4.1, number 10).

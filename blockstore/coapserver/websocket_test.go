@@ -6,7 +6,6 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/binary"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -29,9 +28,11 @@ func serveSocket(t *testing.T, config coapserver.Config) (*coapserver.Server, st
 	if err != nil {
 		t.Fatal(err)
 	}
+	access := readWrite
+	access.Hosts = []string{"here.example"}
 	var group sync.WaitGroup
 	group.Go(func() {
-		if err := server.ServeWebSocket(listener, readWrite); err != coapserver.ErrServerClosed {
+		if err := server.ServeWebSocket(listener, access); err != coapserver.ErrServerClosed {
 			t.Errorf("ServeWebSocket: %v", err)
 		}
 	})
@@ -202,7 +203,11 @@ func TestWebSocketHandshake(t *testing.T) {
 		want          int
 	}{
 		{"as it should be", askForSocket + protocol + "\r\n", http.StatusSwitchingProtocols},
-		{"page of the same host", askForSocket + protocol + "Origin: http://x.example\r\n\r\n", http.StatusSwitchingProtocols},
+		{"page of this address", strings.Replace(askForSocket, "x.example", address, 1) + protocol + "Origin: http://" + address + "\r\n\r\n", http.StatusSwitchingProtocols},
+		{"page of localhost", strings.Replace(askForSocket, "x.example", "LocalHost:1", 1) + protocol + "Origin: http://localhost:1\r\n\r\n", http.StatusSwitchingProtocols},
+		{"page of this host", strings.Replace(askForSocket, "x.example", "here.example", 1) + protocol + "Origin: http://here.example\r\n\r\n", http.StatusSwitchingProtocols},
+		{"page of a name that leads here", askForSocket + protocol + "Origin: http://x.example\r\n\r\n", http.StatusForbidden},
+		{"page of another address", strings.Replace(askForSocket, "x.example", "192.0.2.1", 1) + protocol + "Origin: http://192.0.2.1\r\n\r\n", http.StatusForbidden},
 		{"page of another host", askForSocket + protocol + "Origin: http://evil.example\r\n\r\n", http.StatusForbidden},
 		{"no subprotocol", askForSocket + "\r\n", http.StatusBadRequest},
 		{"another subprotocol", askForSocket + "Sec-WebSocket-Protocol: coap2, xcoap\r\n\r\n", http.StatusBadRequest},
@@ -311,41 +316,51 @@ func TestWebSocketHostile(t *testing.T) {
 	}
 }
 
-// TestWebSocketConnections checks that connections beyond the limit are closed, whatever has been
-// asked on them, and that there is room again when others end.
+// TestWebSocketConnections checks that connections count whether or not a WebSocket has been
+// requested on them, and that idle ones make room for others.
 func TestWebSocketConnections(t *testing.T) {
-	_, address := serveSocket(t, coapserver.Config{Resources: []coapserver.Resource{{Source: newMemory()}}, MaxConnections: 3})
+	source := &holding{newMemory(), make(chan struct{}), make(chan struct{})}
+	ref, _ := source.add(t, eris.BlockSize1KiB)
+	_, address := serveSocket(t, coapserver.Config{Resources: []coapserver.Resource{{Source: source}}, MaxConnections: 2})
 	request := askForSocket + "Sec-WebSocket-Protocol: coap\r\n\r\n"
-	var clients []*socketClient
-	for range 2 {
+	get := "\x01\x01\x07\xbb.well-known\x04eris\x06blocks\x4d\x13" + string(ref[:]) + "\xd2\x20\x04\x00"
+	busy := func() *socketClient {
 		c, status := dialSocket(t, address, request)
 		if status != http.StatusSwitchingProtocols {
-			t.Fatal("a connection within the limit is not served")
+			t.Fatalf("status %d of a connection within the limit", status)
 		}
-		clients = append(clients, c)
+		c.write(clientFrame(0x82, socketCSM), clientFrame(0x82, []byte(get)))
+		<-source.started
+		return c
 	}
-	if _, err := net.Dial("tcp", address); err != nil { // it asks nothing, but has a place
+	first := busy()
+	silent, err := net.Dial("tcp", address)
+	if err != nil {
 		t.Fatal(err)
 	}
-	works := func() bool {
-		conn, err := net.Dial("tcp", address)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-		fmt.Fprint(conn, request)
-		response, err := http.ReadResponse(bufio.NewReader(conn), nil)
-		return err == nil && response.StatusCode == http.StatusSwitchingProtocols
+	defer silent.Close()
+	second := busy() // the silent one has made room
+	if n, err := silent.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("the silent connection: %d bytes, error %v", n, err)
 	}
-	if works() {
+	if _, status := dialSocket(t, address, request); status == http.StatusSwitchingProtocols {
 		t.Error("a connection beyond the limit is served")
 	}
-	clients[0].conn.Close()
-	for range 1000 {
-		if works() {
+	close(source.release)
+	for _, c := range []*socketClient{first, second} {
+		for i := range 2 {
+			if _, payload, ok := c.read(); !ok || i == 1 && len(payload) < 1024 {
+				t.Errorf("message %d: %d bytes", i, len(payload))
+			}
+		}
+	}
+	// Both are idle in a moment.
+	for tries := 0; ; tries++ {
+		if _, status := dialSocket(t, address, request); status == http.StatusSwitchingProtocols {
 			return
+		} else if tries == 1000 {
+			t.Fatal("there is no room although others are idle")
 		}
 		pause()
 	}
-	t.Error("there is no room although a connection has ended")
 }

@@ -17,7 +17,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log"
 	"net"
 	"net/http"
 	"net/url"
@@ -40,6 +39,9 @@ const Path = "/uri-res/N2R"
 // Access is what clients of one listener may do. HEAD goes with GET.
 type Access struct {
 	Get, Put bool
+	// Hosts are names of the server, besides the address that is connected to, and localhost on this
+	// machine, whose pages may have browsers put blocks.
+	Hosts []string
 }
 
 // Config says what a [Server] serves, and within which bounds. Zero fields stand for the defaults.
@@ -66,17 +68,13 @@ type Config struct {
 	RequestTimeout time.Duration
 	// IdleTimeout is for how long a connection may wait for a next request. Default 2 min.
 	IdleTimeout time.Duration
-	// Log, if not nil, is given the errors of stores, at most about one per second. It must be safe
-	// for concurrent use.
+	// Log, if not nil, is given the errors of stores, at most about one per second, and told when
+	// connections are turned away. It must be safe for concurrent use, and not wait.
 	Log func(err error)
 }
 
-const (
-	// maxHeader is how long the header of a request may be, in bytes.
-	maxHeader = 16 << 10
-	// maxStreams is the most requests at a time on one connection of HTTP/2.
-	maxStreams = 128
-)
+// maxStreams is the most requests at a time on one connection of HTTP/2.
+const maxStreams = 128
 
 // Server serves blocks. Its methods are safe for concurrent use.
 type Server struct {
@@ -117,29 +115,21 @@ var ErrServerClosed = errors.New("server is closed")
 // Serve accepts connections and serves them, until the listener fails or the server is closed. It
 // closes the listener.
 func (s *Server) Serve(listener net.Listener, access Access) error {
-	gate := s.gates.New(s.config.MaxConnections)
-	server := &http.Server{
-		ConnState: func(conn net.Conn, state http.ConnState) {
-			gate.SetIdle(conn, state == http.StateNew || state == http.StateIdle)
-		},
-		Handler:           s.handler(access),
-		ReadHeaderTimeout: s.config.HeaderTimeout,
-		ReadTimeout:       s.config.RequestTimeout,
-		WriteTimeout:      2 * s.config.RequestTimeout, // net/http counts it from the end of the header
-		IdleTimeout:       s.config.IdleTimeout,
-		MaxHeaderBytes:    maxHeader,
-		// What goes wrong between a client and net/http is the client's business.
-		ErrorLog:    log.New(io.Discard, "", 0),
-		BaseContext: func(net.Listener) context.Context { return s.ctx },
-		Protocols:   new(http.Protocols),
-		HTTP2: &http.HTTP2Config{
-			MaxConcurrentStreams:          maxStreams,
-			MaxReceiveBufferPerStream:     64 << 10,
-			MaxReceiveBufferPerConnection: 1 << 20,
-			SendPingTimeout:               30 * time.Second,
-			WriteByteTimeout:              s.config.RequestTimeout,
-		},
+	gate := s.gates.New(s.config.MaxConnections, listener, s.config.Log)
+	server := gate.Server(s.handler(access))
+	server.ReadHeaderTimeout = s.config.HeaderTimeout
+	server.ReadTimeout = s.config.RequestTimeout
+	server.WriteTimeout = 2 * s.config.RequestTimeout // net/http counts it from the end of the header
+	server.IdleTimeout = s.config.IdleTimeout
+	server.BaseContext = func(net.Listener) context.Context { return s.ctx }
+	server.HTTP2 = &http.HTTP2Config{
+		MaxConcurrentStreams:          maxStreams,
+		MaxReceiveBufferPerStream:     64 << 10,
+		MaxReceiveBufferPerConnection: 1 << 20,
+		SendPingTimeout:               30 * time.Second,
+		WriteByteTimeout:              s.config.RequestTimeout,
 	}
+	server.Protocols = new(http.Protocols)
 	server.Protocols.SetHTTP1(true)
 	server.Protocols.SetUnencryptedHTTP2(true)
 	s.mu.Lock()
@@ -367,7 +357,7 @@ func matches(header string, ref eris.Reference) bool {
 
 // put answers a PUT. The memory has one byte more than the largest block.
 func (s *Server) put(w http.ResponseWriter, r *http.Request, access Access, memory []byte) {
-	if r.URL.Path != Path || !access.Put || s.config.Sink == nil {
+	if r.URL.Path != Path || !access.Put || s.config.Sink == nil || !admission.FromPageHere(r, access.Hosts) {
 		refuse(w, http.StatusForbidden, "blocks cannot be stored here")
 		return
 	}

@@ -139,6 +139,8 @@ func TestAnswers(t *testing.T) {
 		{"post", "POST", normal, query(small), smallBlock, nil, 405, nil, nil},
 		{"put", "PUT", normal, query(newSmall), newSmallBlock, nil, 200, []byte{}, headers{"Content-Location": query(newSmall)}},
 		{"put again", "PUT", normal, query(newSmall), newSmallBlock, nil, 200, []byte{}, headers{"Content-Location": query(newSmall)}},
+		{"put by a page of this host", "PUT", normal, query(newSmall), newSmallBlock, headers{"Origin": "http://" + normal}, 200, []byte{}, nil},
+		{"put by a page of a name that leads here", "PUT", normal, query(newSmall), newSmallBlock, headers{"Host": "evil.example", "Origin": "http://evil.example"}, 403, nil, nil},
 		{"put without a reference", "PUT", normal, "/uri-res/N2R?urn:blake2b:", newLargeBlock, nil, 200, []byte{}, headers{"Content-Location": query(newLarge)}},
 		{"put without a query", "PUT", normal, "/uri-res/N2R", newLargeBlock, nil, 200, []byte{}, headers{"Content-Location": query(newLarge)}},
 		{"get what was put", "GET", normal, query(newLarge), nil, nil, 200, newLargeBlock, nil},
@@ -163,6 +165,9 @@ func TestAnswers(t *testing.T) {
 				}
 				for name, value := range v.send {
 					r.Header.Set(name, value)
+				}
+				if host := v.send["Host"]; host != "" {
+					r.Host = host
 				}
 				answer, err := client(t, http2).Do(r)
 				if err != nil {

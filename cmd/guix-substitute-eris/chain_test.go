@@ -330,7 +330,7 @@ func pseudorandom(path string, random *rand.ChaCha8, size int64) error {
 func TestChainLarge(t *testing.T) {
 	setting := os.Getenv("ERIS_BIG_TESTS")
 	big, all := setting != "", setting == "all"
-	size, files, depth, zeros := int64(8<<20), 500, 200, int64(64<<20)
+	size, files, depth, zeros := int64(8<<20), 500, 400, int64(64<<20)
 	if big {
 		size, files, depth, zeros = 3e8, 20000, nar.MaxDepth, 1<<30
 	}

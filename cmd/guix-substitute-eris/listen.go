@@ -19,8 +19,9 @@ import (
 
 // An endpoint is where blocks are served, and to whom what is permitted there.
 type endpoint struct {
-	scheme   string // coap+unix, coap+tcp, coap+ws, coap (UDP) or http
-	address  string // host:port, or the path of a socket
+	scheme   string   // coap+unix, coap+tcp, coap+ws, coap (UDP) or http
+	address  string   // host:port, or the path of a socket
+	hosts    []string // the host as it was given, by which browsers may know it, too
 	get, put bool
 
 	listener net.Listener   // unless the scheme is coap
@@ -34,7 +35,7 @@ var serveNetworks = map[string]string{"coap+unix": "unix", "coap+tcp": "tcp", "c
 func parseEndpoint(text string) (endpoint, error) {
 	u, err := storeurl.ParseListen(text)
 	_, address := u.Address()
-	return endpoint{scheme: u.Scheme, address: address, get: u.Get, put: u.Put}, err
+	return endpoint{scheme: u.Scheme, address: address, hosts: []string{u.Host}, get: u.Get, put: u.Put}, err
 }
 
 // passedEndpoint makes an endpoint of a socket that the service manager passed. Its name may say

@@ -19,6 +19,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
 
@@ -39,6 +40,7 @@ type publishSettings struct {
 	ttl, negativeTTL              time.Duration
 	logs                          string
 	waitFor                       int64
+	maxConnections                int
 }
 
 // erisFlag is the option --eris, whose value can be left out.
@@ -81,6 +83,7 @@ func publishCommand(args []string) int {
 	flags.DurationVar(&s.negativeTTL, "negative-ttl", 0, "that an item is not there may be kept for this `TIME`, 10m for instance")
 	flags.StringVar(&s.logs, "log-directory", "/var/log/guix/drvs", "the daemon's build logs are in `DIRECTORY`; \"none\" serves none")
 	flags.Int64Var(&s.waitFor, "wait-for", 64<<20, "encode items of up to this many `BYTES` before answering; larger ones are encoded in the background")
+	maxConnectionsFlag(flags, &s.maxConnections, "")
 	if status, ok := parse(flags, args, publishUsage); !ok {
 		return status
 	}
@@ -115,12 +118,8 @@ func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 		return err
 	}
 	defer closeHandler()
-	server := &http.Server{
-		Handler:           handler,
-		ReadHeaderTimeout: 30 * time.Second,
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    64 << 10,
-	}
+	gate := admission.New(s.maxConnections, l, func(err error) { logf("%v; see --max-connections", err) })
+	server := gate.Server(handler)
 	logf("publishing on http://%s", l.Addr())
 	stopped := context.AfterFunc(ctx, func() {
 		// What is being fetched may take its time, but not for ever.
@@ -131,7 +130,7 @@ func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 		}
 	})
 	defer stopped()
-	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+	if err := server.Serve(gate.Listener(l)); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
 	return nil

@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -45,6 +46,7 @@ type serveSettings struct {
 	socketMode, socketGroup string
 	listen                  []string
 	maxSize, limitRate      string
+	maxConnections          int
 	stats                   bool
 }
 
@@ -68,6 +70,7 @@ func serveCommand(args []string) int {
 	})
 	flags.StringVar(&s.maxSize, "max-size", "", "keep blocks of at most `SIZE` in all, like 20GiB; the least recently used go")
 	flags.StringVar(&s.limitRate, "limit-rate", "", "receive, and send, at most at `RATE` in all, in bytes per second, like 2MiB")
+	maxConnectionsFlag(flags, &s.maxConnections, "per --listen and --socket ")
 	flags.BoolVar(&s.stats, "stats", false, "print the statistics of the server that listens on the socket, as JSON, and do nothing else")
 	if status, ok := parse(flags, args, serveUsage); !ok {
 		return status
@@ -79,6 +82,19 @@ func serveCommand(args []string) int {
 		return status(s.printStatistics())
 	}
 	return status(s.run())
+}
+
+// maxConnectionsFlag defines the option --max-connections of a server.
+func maxConnectionsFlag(flags *flag.FlagSet, value *int, where string) {
+	*value = 256
+	flags.Func("max-connections", "have at most `NUMBER` connections "+where+"at a time, of which one host may have half (256)", func(text string) error {
+		n, err := strconv.Atoi(text)
+		if err == nil && n < 1 {
+			err = errors.New("must be at least 1")
+		}
+		*value = n
+		return err
+	})
 }
 
 // printStatistics prints the statistics of a running server.
@@ -142,7 +158,7 @@ func (s *serveSettings) run() error {
 	for in, out, i := ratelimit.New(rate, 0), ratelimit.New(rate, 0), 0; i < len(endpoints); i++ {
 		endpoints[i].limit(in, out)
 	}
-	err = serveEndpoints(ctx, store, endpoints, messageTimeout(rate), stop)
+	err = s.serveEndpoints(ctx, store, endpoints, messageTimeout(rate), stop)
 	return errors.Join(err, store.Close())
 }
 
@@ -228,11 +244,11 @@ func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error
 // serveEndpoints serves the store on all endpoints until ctx is done, one of them fails, or the
 // store takes no more blocks; SIGUSR1 has the statistics written to the log. From then on, further
 // signals end the program at once.
-func serveEndpoints(
+func (s *serveSettings) serveEndpoints(
 	ctx context.Context, store *blockstore.Store, endpoints []*endpoint, timeout time.Duration, restoreSignals func(),
 ) error {
 	logError := func(err error) { logf("%v", err) }
-	web := httpserver.New(httpserver.Config{Source: store, Sink: store.Put, RequestTimeout: timeout, Log: logError})
+	web := httpserver.New(httpserver.Config{Source: store, Sink: store.Put, MaxConnections: s.maxConnections, RequestTimeout: timeout, Log: logError})
 	started := time.Now()
 	var coap *coapserver.Server
 	stats := func() []byte { return statisticsOf(started, store, coap, web).text() }
@@ -240,6 +256,7 @@ func serveEndpoints(
 		Resources: []coapserver.Resource{{Source: store, Sink: store}},
 		Documents: []coapserver.Document{{Path: statisticsPath, Format: uint16(message.AppJSON), Text: stats}},
 
+		MaxConnections: s.maxConnections,
 		MessageTimeout: timeout,
 		Log:            logError,
 	})
@@ -259,9 +276,9 @@ func serveEndpoints(
 			case e.packets != nil:
 				err = coap.ServePacket(e.packets, coapserver.Access{Get: e.get, Put: e.put})
 			case e.scheme == "coap+ws":
-				err = coap.ServeWebSocket(e.listener, coapserver.Access{Get: e.get, Put: e.put})
+				err = coap.ServeWebSocket(e.listener, coapserver.Access{Get: e.get, Put: e.put, Hosts: e.hosts})
 			case e.scheme == "http":
-				err = web.Serve(e.listener, httpserver.Access{Get: e.get, Put: e.put})
+				err = web.Serve(e.listener, httpserver.Access{Get: e.get, Put: e.put, Hosts: e.hosts})
 			default:
 				err = coap.Serve(e.listener, coapserver.Access{Get: e.get, Put: e.put, Documents: e.scheme == "coap+unix"})
 			}

@@ -39,8 +39,8 @@ func (p *Pool) nextRound(l *lookup, now time.Duration) bool {
 	return p.candidates(l, now) != 0
 }
 
-// pump gives waiting blocks to the members that have room.
-func (p *Pool) pump(now time.Duration) {
+// distribute gives waiting blocks to the members that have room.
+func (p *Pool) distribute(now time.Duration) {
 	if p.closed {
 		return
 	}

@@ -28,7 +28,7 @@ type Keeper interface {
 const (
 	// keepBytes bounds the blocks that wait while others are being kept, and these. What is more is
 	// dropped.
-	keepBytes = 2 << 20
+	keepBytes = 8 << 20
 	// keepPuts is how many blocks are put into a store at a time.
 	keepPuts = 64
 	// keepLimit is how long that may take for a batch, and keepClose for what there is when the

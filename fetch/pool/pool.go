@@ -215,7 +215,7 @@ func (p *Pool) Start(r *fetch.Request) {
 	}
 	p.probe(r.Pair, r.Size, l, now)
 	p.proceed(l, now)
-	p.pump(now)
+	p.distribute(now)
 	p.wakeWatcher()
 	p.unlock()
 }

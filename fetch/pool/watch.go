@@ -79,7 +79,7 @@ func (p *Pool) look() {
 	for _, m := range p.members {
 		p.giveUp(m, now)
 	}
-	p.pump(now)
+	p.distribute(now)
 }
 
 // checkSilence has a member rest that does not answer any more.

@@ -113,7 +113,7 @@ func (p *Pool) work() {
 			p.ended(a, now)
 			batch[i], requests[i] = nil, nil
 		}
-		p.pump(now)
+		p.distribute(now)
 		done, p.finished = p.finished, nil
 		last := p.closed && p.inFlight == 0 && len(p.lookups) == 0
 		p.unlock()

@@ -1,26 +1,86 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package admission bounds how many connections a server has, in all and from one host, so that no
-// single client can keep all others out, nor many that do nothing. Start with [New].
+// Package admission bounds what a server does at a time, in all and for one host, so that no single
+// client can keep all others out, nor many that do nothing: connections by a [Gate], and what is
+// costly by [Slots].
 package admission
 
 import (
+	"context"
+	"fmt"
+	"io"
+	"log"
 	"net"
+	"net/http"
 	"net/netip"
+	"net/url"
+	"slices"
+	"strings"
 	"sync"
+	"time"
 )
+
+// shares counts what there is at a time, in all and of each host. A host is an IPv4 address or an
+// IPv6 network of 64 bits, which is what one subscriber gets at least (RFC 6177); the zero value
+// counts for none.
+type shares struct {
+	most, perHost int
+	all           int
+	hosts         map[netip.Prefix]int
+}
+
+func newShares(most int) shares {
+	return shares{most: most, perHost: max(1, most/2), hosts: map[netip.Prefix]int{}}
+}
+
+func (s *shares) add(host netip.Prefix) {
+	s.all++
+	if host.IsValid() {
+		s.hosts[host]++
+	}
+}
+
+func (s *shares) remove(host netip.Prefix) {
+	s.all--
+	if s.hosts[host]--; s.hosts[host] <= 0 {
+		delete(s.hosts, host)
+	}
+}
+
+// hostOf returns what counts as the host of an address, or the zero value for none.
+func hostOf(ip netip.Addr) netip.Prefix {
+	ip = ip.Unmap().WithZone("")
+	bits := 64
+	if ip.Is4() {
+		bits = 32
+	}
+	host, _ := ip.Prefix(bits) // fails for no address, which is of no host
+	return host
+}
+
+// addressOf returns the IP address of an address, or the zero value.
+func addressOf(address net.Addr) netip.Addr {
+	if tcp, ok := address.(*net.TCPAddr); ok {
+		return tcp.AddrPort().Addr().Unmap()
+	}
+	return netip.Addr{}
+}
 
 // A Gate lets connections in as long as there is room, or another one is idle. It is safe for
 // concurrent use.
 type Gate struct {
-	most, perHost int
-	open          sync.WaitGroup
+	public bool // it does not listen on this machine alone
+	log    func(error)
+	open   sync.WaitGroup
 
 	mu       sync.Mutex
+	shares   shares
 	stats    Stats
-	hosts    map[netip.Prefix]int
 	visitors map[net.Conn]*visitor
 	clock    uint64 // how often a connection has become idle
+
+	lastLog time.Time
+	logged  int64 // of those turned away
 }
 
 // visitor is a connection that has been let in.
@@ -37,38 +97,55 @@ type Stats struct {
 	MadeRoom   int64 // so far: those that were idle, and were closed for others
 }
 
+// logEvery is how often it is logged at most that connections are turned away.
+const logEvery = time.Minute
+
 // New returns a gate for so many connections at a time, of which one host may have half, but at
-// least one. A host is an IPv4 address or an IPv6 network of 64 bits, which is what one subscriber
-// gets at least (RFC 6177). This machine counts for none: who comes from there may be a proxy for
-// many.
-func New(most int) *Gate {
+// least one. Listener is where they come from. If it listens on a loopback address, whoever comes
+// from there counts for no host, for that may be a proxy for many; a proxy on the same machine must
+// therefore use such an address. Log, if not nil, is told once a minute at most that connections
+// were turned away; it must not wait.
+func New(most int, listener net.Listener, log func(error)) *Gate {
+	if log == nil {
+		log = func(error) {}
+	}
 	return &Gate{
-		most:     most,
-		perHost:  max(1, most/2),
-		hosts:    map[netip.Prefix]int{},
+		public:   listener != nil && !addressOf(listener.Addr()).IsLoopback(),
+		log:      log,
+		shares:   newShares(most),
 		visitors: map[net.Conn]*visitor{},
 	}
+}
+
+// host returns what counts as the host of a connection.
+func (g *Gate) host(conn net.Conn) netip.Prefix {
+	ip := addressOf(conn.RemoteAddr())
+	if ip.IsLoopback() {
+		if !g.public {
+			return netip.Prefix{}
+		}
+		ip = netip.AddrFrom4([4]byte{127, 0, 0, 1}) // all of it is one host
+	}
+	return hostOf(ip)
 }
 
 // Enter lets a connection in, or closes it and returns false. When it has come to its end, leave
 // must be called, once. Where there is no room it closes the connection that has been idle the
 // longest, of the same host if it is that which has too many.
 func (g *Gate) Enter(conn net.Conn) (leave func(), ok bool) {
-	host := hostOf(conn.RemoteAddr())
+	host := g.host(conn)
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	ok = g.hosts[host] < g.perHost || g.makeRoom(func(v *visitor) bool { return v.host == host })
-	ok = ok && (g.stats.Open < int64(g.most) || g.makeRoom(func(*visitor) bool { return true }))
+	ok = g.shares.hosts[host] < g.shares.perHost || g.makeRoom(func(v *visitor) bool { return v.host == host })
+	ok = ok && (g.shares.all < g.shares.most || g.makeRoom(func(*visitor) bool { return true }))
 	if !ok {
 		g.stats.TurnedAway++
+		g.logTurnedAway()
 		conn.Close()
 		return nil, false
 	}
-	g.stats.Open++
 	g.stats.Accepted++
-	if host.IsValid() {
-		g.hosts[host]++
-	}
+	g.shares.add(host)
 	v := &visitor{host: host}
 	g.visitors[conn] = v
 	g.open.Add(1)
@@ -80,6 +157,17 @@ func (g *Gate) Enter(conn net.Conn) (leave func(), ok bool) {
 			g.remove(conn, v)
 		}
 	}, true
+}
+
+// logTurnedAway tells how many connections were turned away since it has told so last.
+func (g *Gate) logTurnedAway() {
+	now := time.Now()
+	if g.logged > 0 && now.Sub(g.lastLog) < logEvery {
+		return
+	}
+	g.log(fmt.Errorf("%d connections turned away: all of %d, or half of them for one host, are busy",
+		g.stats.TurnedAway-g.logged, g.shares.most))
+	g.logged, g.lastLog = g.stats.TurnedAway, now
 }
 
 // SetIdle says whether nothing is being done for a connection at the moment, so that it may make
@@ -122,36 +210,17 @@ func (g *Gate) makeRoom(may func(*visitor) bool) bool {
 
 // remove takes a connection out of all counts.
 func (g *Gate) remove(conn net.Conn, v *visitor) {
-	g.stats.Open--
-	if g.hosts[v.host]--; g.hosts[v.host] <= 0 {
-		delete(g.hosts, v.host)
-	}
+	g.shares.remove(v.host)
 	delete(g.visitors, conn)
-}
-
-// hostOf returns what counts as the host of an address, or the zero value for none.
-func hostOf(address net.Addr) netip.Prefix {
-	tcp, ok := address.(*net.TCPAddr)
-	if !ok {
-		return netip.Prefix{}
-	}
-	ip := tcp.AddrPort().Addr().Unmap().WithZone("")
-	if ip.IsLoopback() {
-		return netip.Prefix{}
-	}
-	bits := 64
-	if ip.Is4() {
-		bits = 32
-	}
-	host, _ := ip.Prefix(bits) // fails for no address, which is of no host
-	return host
 }
 
 // Stats returns the counts.
 func (g *Gate) Stats() Stats {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.stats
+	stats := g.stats
+	stats.Open = int64(g.shares.all)
+	return stats
 }
 
 // Wait waits until all connections have left. No others may come meanwhile.
@@ -188,6 +257,33 @@ func (m *member) Close() error {
 	return m.Conn.Close()
 }
 
+// The bounds of what [Gate.Server] returns.
+const (
+	headerTimeout  = 30 * time.Second
+	requestTimeout = time.Minute
+	idleTimeout    = 2 * time.Minute
+	maxHeader      = 16 << 10
+)
+
+// Server returns an HTTP server for the listener of the gate, whose idle connections make room. The
+// header of a request has 30 seconds and 16 KiB, its body a minute, and so has what the handler
+// writes, unless it sets other deadlines; a connection waits 2 minutes for a further request. What
+// goes wrong between clients and net/http is not logged. Fields may be changed before it serves.
+func (g *Gate) Server(handler http.Handler) *http.Server {
+	return &http.Server{
+		Handler: handler,
+		ConnState: func(conn net.Conn, state http.ConnState) {
+			g.SetIdle(conn, state == http.StateNew || state == http.StateIdle)
+		},
+		ReadHeaderTimeout: headerTimeout,
+		ReadTimeout:       requestTimeout,
+		WriteTimeout:      requestTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeader,
+		ErrorLog:          log.New(io.Discard, "", 0),
+	}
+}
+
 // Gates are those of a server, one for each listener that it has had. The zero value has none. They
 // are safe for concurrent use.
 type Gates struct {
@@ -196,8 +292,8 @@ type Gates struct {
 }
 
 // New returns a further gate: see [New].
-func (g *Gates) New(most int) *Gate {
-	gate := New(most)
+func (g *Gates) New(most int, listener net.Listener, log func(error)) *Gate {
+	gate := New(most, listener, log)
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.all = append(g.all, gate)
@@ -217,4 +313,69 @@ func (g *Gates) Stats() Stats {
 		sum.MadeRoom += s.MadeRoom
 	}
 	return sum
+}
+
+// FromPageHere reports whether a request may be answered though it changes something or begins a
+// conversation: whether it is of no browser, which would say where its page comes from (Origin), or
+// names as its host the address that it came to, localhost if that is of this machine, or one of
+// names. The name of any other host can be made to lead here, so that its pages seem to be ours.
+func FromPageHere(r *http.Request, names []string) bool {
+	here, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
+	local := addressOf(here)
+	if r.Header.Get("Origin") == "" || !local.IsValid() {
+		return true
+	}
+	u := url.URL{Host: strings.ToLower(r.Host)}
+	host := u.Hostname()
+	if ip, err := netip.ParseAddr(host); err == nil {
+		return ip.Unmap().WithZone("") == local.WithZone("")
+	}
+	return host == "localhost" && local.IsLoopback() || slices.Contains(names, host)
+}
+
+// Slots bound how many things are done at a time that cost much, of which one host may have half,
+// but at least one. They are safe for concurrent use.
+type Slots struct {
+	mu     sync.Mutex
+	shares shares
+	freed  chan struct{} // closed when a slot has become free
+}
+
+// NewSlots returns so many slots.
+func NewSlots(most int) *Slots {
+	return &Slots{shares: newShares(most), freed: make(chan struct{})}
+}
+
+// Acquire waits for a slot, until ctx ends, whose cause it returns then. Remote is the address of
+// the client, as in [http.Request]; this machine counts for no host, for it may be a proxy. Release
+// must be called, once.
+func (s *Slots) Acquire(ctx context.Context, remote string) (release func(), err error) {
+	address, _ := netip.ParseAddrPort(remote)
+	host := hostOf(address.Addr())
+	if address.Addr().Unmap().IsLoopback() {
+		host = netip.Prefix{}
+	}
+	for {
+		s.mu.Lock()
+		if s.shares.all < s.shares.most && s.shares.hosts[host] < s.shares.perHost {
+			s.shares.add(host)
+			s.mu.Unlock()
+			return func() { s.release(host) }, nil
+		}
+		freed := s.freed
+		s.mu.Unlock()
+		select {
+		case <-freed:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+func (s *Slots) release(host netip.Prefix) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.shares.remove(host)
+	close(s.freed)
+	s.freed = make(chan struct{})
 }

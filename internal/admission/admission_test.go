@@ -3,9 +3,15 @@
 package admission_test
 
 import (
+	"context"
+	"errors"
 	"io"
 	"net"
+	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 )
@@ -34,7 +40,7 @@ func (c *client) Close() error {
 }
 
 func TestGate(t *testing.T) {
-	g := admission.New(6)
+	g := admission.New(6, nil, nil)
 	var leave []func()
 	enter := func(address string, want bool) {
 		t.Helper()
@@ -83,7 +89,7 @@ func TestGate(t *testing.T) {
 // TestIdle lets new connections in where others are idle: the one that has been so the longest
 // goes.
 func TestIdle(t *testing.T) {
-	g := admission.New(4)
+	g := admission.New(4, nil, nil)
 	clients := map[string]*client{}
 	leave := map[string]func(){}
 	enter := func(address string, want bool) {
@@ -134,7 +140,7 @@ func TestListener(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := admission.New(1)
+	g := admission.New(1, inner, nil)
 	l := g.Listener(inner)
 	defer l.Close()
 	dial := func() net.Conn {
@@ -184,4 +190,112 @@ func TestListener(t *testing.T) {
 	if s := g.Stats(); s != (admission.Stats{Accepted: 3, TurnedAway: 1, MadeRoom: 1}) {
 		t.Errorf("%+v", s)
 	}
+}
+
+// at is a listener that only has an address.
+type at struct {
+	net.Listener
+	address string
+}
+
+func (l at) Addr() net.Addr { return (&client{address: l.address}).RemoteAddr() }
+
+// TestLoopback checks that this machine is one host, unless the listener is for it alone.
+func TestLoopback(t *testing.T) {
+	for _, c := range []struct {
+		listens string
+		from    []string
+		want    int
+	}{
+		{"192.0.2.1:1", []string{"127.0.0.1:1", "[::1]:2", "127.0.0.2:3"}, 2},
+		{"[::]:1", []string{"127.0.0.1:1", "[::1]:2", "[::ffff:127.0.0.1]:3"}, 2},
+		{"127.0.0.1:1", []string{"127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"}, 3},
+		{"[::1]:1", []string{"[::1]:1", "[::1]:2", "[::1]:3"}, 3},
+		{"", []string{"", "", ""}, 3},
+	} {
+		g := admission.New(4, at{address: c.listens}, nil)
+		entered := 0
+		for _, address := range c.from {
+			if _, ok := g.Enter(&client{address: address}); ok {
+				entered++
+			}
+		}
+		if entered != c.want {
+			t.Errorf("%q: %d of %q let in, want %d", c.listens, entered, c.from, c.want)
+		}
+	}
+}
+
+// TestLog checks that it is told once a minute at most that connections are turned away.
+func TestLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var logged []string
+		g := admission.New(2, nil, func(err error) { logged = append(logged, err.Error()) })
+		for _, address := range []string{"192.0.2.1:1", "192.0.2.1:2", "192.0.2.1:3", "192.0.2.2:1", "192.0.2.3:1"} {
+			g.Enter(&client{address: address})
+		}
+		time.Sleep(time.Minute)
+		g.Enter(&client{address: "192.0.2.4:1"})
+		if len(logged) != 2 || !strings.HasPrefix(logged[0], "1 connections turned away: all of 2,") || !strings.HasPrefix(logged[1], "3 connections turned away") {
+			t.Errorf("logged: %q", logged)
+		}
+	})
+}
+
+// TestSlots checks that those who wait get slots when others give them back, and that no host gets
+// all.
+func TestSlots(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := admission.NewSlots(4)
+		var mu sync.Mutex
+		var held []func()
+		waiting := 0
+		expect := func(holding, wait int) {
+			t.Helper()
+			synctest.Wait()
+			mu.Lock()
+			defer mu.Unlock()
+			if len(held) != holding || waiting != wait {
+				t.Errorf("%d have had a slot, %d wait, want %d and %d", len(held), waiting, holding, wait)
+			}
+		}
+		for i, c := range []struct {
+			remote        string
+			holding, wait int
+		}{
+			{"192.0.2.1:1", 1, 0},
+			{"192.0.2.1:2", 2, 0},
+			{"192.0.2.1:3", 2, 1}, // has half
+			{"192.0.2.2:1", 3, 1},
+			{"127.0.0.1:1", 4, 1},
+			{"127.0.0.1:2", 4, 2},
+		} {
+			mu.Lock()
+			waiting++
+			mu.Unlock()
+			go func() {
+				release, err := s.Acquire(t.Context(), c.remote)
+				mu.Lock()
+				defer mu.Unlock()
+				waiting--
+				if err != nil {
+					t.Errorf("%d: %v", i, err)
+				}
+				held = append(held, release)
+			}()
+			expect(c.holding, c.wait)
+		}
+		held[2]() // that of another host
+		expect(5, 1)
+		held[0]()
+		expect(6, 0)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := s.Acquire(ctx, "192.0.2.3:1"); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("error %v", err)
+		}
+		for _, release := range []int{1, 3, 4, 5} {
+			held[release]()
+		}
+	})
 }

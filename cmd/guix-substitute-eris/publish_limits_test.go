@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"bufio"
+	"crypto/rand"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// TestPublishConnections has more clients than the publisher may have connections: idle ones make
+// room, busy ones do not, and that is logged.
+func TestPublishConnections(t *testing.T) {
+	directory := t.TempDir()
+	const item = "00000000000000000000000000000001-item"
+	contents := make([]byte, 32<<20) // more than sockets hold
+	rand.Read(contents)
+	if err := os.Mkdir(directory+"/items", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string][]byte{
+		"items/" + item: contents, "manifest": []byte("StorePath: /gnu/store/" + item + "\nReferences: \n"),
+	} {
+		if err := os.WriteFile(directory+"/"+name, text, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var mu sync.Mutex
+	var log strings.Builder
+	logf := func(format string, a ...any) {
+		mu.Lock()
+		defer mu.Unlock()
+		fmt.Fprintf(&log, format+"\n", a...)
+	}
+	url, stop, err := startPublisher(directory, os.Environ(), logf, []string{
+		"--root=items", "--manifest=manifest", "--private-key=none", "--max-connections=3",
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dial := func() net.Conn {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		conn.SetDeadline(time.Now().Add(time.Minute))
+		return conn
+	}
+	// get returns the status of the answer, 0 if there is none.
+	get := func(conn net.Conn, path string) int {
+		fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: x\r\n\r\n", path)
+		answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			return 0
+		}
+		return answer.StatusCode
+	}
+	var idle []net.Conn
+	for range 5 {
+		idle = append(idle, dial())
+	}
+	for _, conn := range idle[:2] {
+		if n, err := conn.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("an idle connection has not made room: %d bytes, error %v", n, err)
+		}
+	}
+	var busy []net.Conn
+	for i := range 3 {
+		conn := dial()
+		if status := get(conn, "/nar/"+item); status != 200 {
+			t.Errorf("connection %d: status %d", i, status)
+		}
+		busy = append(busy, conn)
+	}
+	if status := get(dial(), "/nix-cache-info"); status != 0 {
+		t.Errorf("a connection beyond the limit: status %d", status)
+	}
+	busy[0].Close()
+	for tries := 0; get(dial(), "/nix-cache-info") != 200; tries++ {
+		if tries == 1000 {
+			t.Fatal("there is no room although a connection has ended")
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	for _, conn := range busy[1:] {
+		conn.Close()
+	}
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+	if !strings.Contains(log.String(), "connections turned away: all of 3, or half of them for one host, are busy; see --max-connections") {
+		t.Errorf("log:\n%s", log.String())
+	}
+}

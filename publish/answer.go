@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package publish
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+)
+
+const (
+	// stallTimeout is the default of [ServerOptions.StallTimeout].
+	stallTimeout = 30 * time.Second
+	// leastRate is how many bytes per second a client must take in the long run.
+	leastRate = 4 << 10
+	// maxWrite is how much is written before it is looked how fast the client takes it.
+	maxWrite = 32 << 10
+	// slotWait is how long a request waits until its nar can be compressed.
+	slotWait = 30 * time.Second
+)
+
+// accept refuses requests that are not to be served, and returns nil then: other methods than GET
+// and HEAD, as if nothing were there, which is what "guix publish" does, and requests with a body,
+// without waiting for it. Otherwise it returns where to write the answer; the client must take it
+// fast enough.
+func accept(w http.ResponseWriter, r *http.Request, stall time.Duration) http.ResponseWriter {
+	controller := http.NewResponseController(w)
+	switch {
+	case r.ContentLength != 0:
+		_ = controller.SetReadDeadline(time.Unix(1, 0)) // else net/http would read some of it
+		w.Header().Set("Connection", "close")
+		http.Error(w, "requests have no bodies here", http.StatusRequestEntityTooLarge)
+		return nil
+	case r.Method != http.MethodGet && r.Method != http.MethodHead:
+		http.NotFound(w, r)
+		return nil
+	}
+	// Each of several ranges could take as long as the whole.
+	if r.Method == http.MethodHead || strings.Contains(r.Header.Get("Range"), ",") {
+		r.Header.Del("Range")
+	}
+	stall = cmp.Or(stall, stallTimeout)
+	return &pacedWriter{w, controller, stall, stall}
+}
+
+// A pacedWriter fails when the client takes what is written too slowly.
+type pacedWriter struct {
+	http.ResponseWriter
+	controller  *http.ResponseController
+	stall, left time.Duration // for how long it may take nothing, at most and now
+}
+
+// Unwrap is for http.ResponseController.
+func (p *pacedWriter) Unwrap() http.ResponseWriter { return p.ResponseWriter }
+
+// Write implements io.Writer.
+func (p *pacedWriter) Write(b []byte) (written int, err error) {
+	for len(b) > 0 && err == nil {
+		begin := time.Now()
+		if err = p.controller.SetWriteDeadline(begin.Add(p.left)); err != nil {
+			return written, err
+		}
+		var n int
+		n, err = p.ResponseWriter.Write(b[:min(len(b), maxWrite)])
+		written += n
+		b = b[n:]
+		p.left = min(p.stall, p.left-time.Since(begin)+time.Duration(n)*time.Second/leastRate)
+	}
+	return written, err
+}
+
+// serveText answers with a text that is known by its hash.
+func serveText(w http.ResponseWriter, r *http.Request, text string) {
+	w.Header().Set("Etag", fmt.Sprintf(`"%x"`, sha256.Sum256([]byte(text))))
+	http.ServeContent(w, r, "", time.Time{}, strings.NewReader(text))
+}
+
+// compressedForm is part of the ETags of compressed nars. It must change whenever [writeNar] makes
+// other bytes of a tree than before, as it may with another version of a library: a test tells.
+const compressedForm = "1"
+
+// writeNar writes the nar of the tree at path. It makes the same bytes each time.
+func writeNar(w io.Writer, path, compression string) error {
+	tree := nar.NewTree(path)
+	defer tree.Close()
+	var z io.WriteCloser
+	var err error
+	switch compression {
+	case "gzip":
+		z, err = gzip.NewWriterLevel(w, 3)
+	case "zstd":
+		z, err = zstd.NewWriter(w, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(1<<20))
+	default:
+		_, err = nar.Write(w, tree)
+		return err
+	}
+	if err == nil {
+		_, err = nar.Write(z, tree)
+		err = errors.Join(err, z.Close())
+	}
+	return err
+}
+
+// nar serves an item's nar; it is compressed on the way.
+func (s *Server) nar(w http.ResponseWriter, r *http.Request, compression string) {
+	item, err := s.named(r.Context(), r.PathValue("item"))
+	if err == nil {
+		item, err = s.complete(item)
+	}
+	if err != nil {
+		s.failed(w, r, err)
+		return
+	}
+	n := &narContent{ctx: r.Context(), server: s, path: s.file(item.StorePath), compression: compression}
+	n.tag = fmt.Sprintf(`"%x-%s-%s"`, item.NarDigest, compression, compressedForm)
+	known, size := true, int64(item.NarSize)
+	if compression == "none" {
+		n.tag = fmt.Sprintf(`"%x"`, item.NarDigest)
+	} else {
+		size, known = s.size(n.tag)
+	}
+	n.size = size
+	// The size need not be known to send the whole.
+	whole := !known && r.Header.Get("Range") == "" && r.Header.Get("If-None-Match") == ""
+	if compression != "none" && !(whole && r.Method == http.MethodHead) {
+		release, ok := s.slot(w, r)
+		if !ok {
+			return
+		}
+		defer release()
+	}
+	w.Header().Set("Content-Type", "application/x-nix-archive")
+	w.Header().Set("Etag", n.tag)
+	w.Header().Set("Accept-Ranges", "bytes")
+	maxAge(w, s.o.TTL)
+	switch {
+	case !whole:
+		http.ServeContent(w, r, "", time.Time{}, n)
+		err = n.close()
+	case r.Method == http.MethodGet:
+		_, err = n.measure(w)
+	}
+	if err != nil {
+		if r.Context().Err() == nil {
+			s.o.Log("nar of %s: %v", n.path, err)
+		}
+		panic(http.ErrAbortHandler) // the client must see that it is not whole
+	}
+}
+
+// slot waits until a nar may be compressed, or answers that there are too many.
+func (s *Server) slot(w http.ResponseWriter, r *http.Request) (release func(), ok bool) {
+	ctx, cancel := context.WithTimeout(r.Context(), slotWait)
+	defer cancel()
+	release, err := s.compressing.Acquire(ctx, r.RemoteAddr)
+	if err != nil {
+		w.Header().Set("Retry-After", "5")
+		http.Error(w, "too many nars are being compressed", http.StatusServiceUnavailable)
+	}
+	return release, err == nil
+}
+
+// size returns the size of a compressed nar, if it is known.
+func (s *Server) size(tag string) (size int64, known bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	size, known = s.sizes[tag]
+	return size, known
+}
+
+// A narContent is a nar as an io.ReadSeeker, for [http.ServeContent]: it is made from its beginning
+// when it is read, and what is before the offset is dropped. It must be closed.
+type narContent struct {
+	ctx               context.Context
+	server            *Server
+	path, compression string
+	tag               string
+	size              int64 // 0: not known
+
+	offset int64
+	pipe   *io.PipeReader // nil: nothing has been read
+	done   chan error
+}
+
+// measure writes the nar, and keeps its size.
+func (n *narContent) measure(w io.Writer) (size int64, err error) {
+	count := &skipper{w: w}
+	if err := writeNar(count, n.path, n.compression); err != nil {
+		return 0, err
+	}
+	n.server.mu.Lock()
+	defer n.server.mu.Unlock()
+	keep(n.server.sizes, n.tag, count.offset)
+	return count.offset, nil
+}
+
+// Seek implements io.Seeker. The size is found out by making the nar, if it is not known.
+func (n *narContent) Seek(offset int64, whence int) (int64, error) {
+	if whence == io.SeekEnd {
+		if n.size == 0 {
+			v, err, _ := n.server.walking.Do(n.tag, func() (any, error) { return n.measure(io.Discard) })
+			if err != nil {
+				return 0, err
+			}
+			n.size = v.(int64)
+		}
+		offset += n.size
+	}
+	n.offset = offset
+	return offset, nil
+}
+
+// Read implements io.Reader. Once it has been called, Seek must not be.
+func (n *narContent) Read(p []byte) (int, error) {
+	if n.pipe == nil {
+		var w *io.PipeWriter
+		n.pipe, w = io.Pipe()
+		n.done = make(chan error, 1)
+		go func() {
+			err := writeNar(writerUntil{n.ctx, &skipper{w: w, skip: n.offset}}, n.path, n.compression)
+			w.CloseWithError(err)
+			n.done <- err
+		}()
+	}
+	return n.pipe.Read(p)
+}
+
+// close ends what makes the nar, and returns its error, if it was not closed before its end.
+func (n *narContent) close() error {
+	if n.pipe == nil {
+		return nil
+	}
+	n.pipe.Close()
+	if err := <-n.done; !errors.Is(err, io.ErrClosedPipe) {
+		return err
+	}
+	return nil
+}
+
+// A skipper drops the first bytes that are written to it, and counts all.
+type skipper struct {
+	w            io.Writer
+	skip, offset int64
+}
+
+// Write implements io.Writer.
+func (s *skipper) Write(p []byte) (int, error) {
+	dropped := min(int64(len(p)), max(0, s.skip-s.offset))
+	s.offset += dropped
+	if dropped == int64(len(p)) {
+		return len(p), nil
+	}
+	n, err := s.w.Write(p[dropped:])
+	s.offset += int64(n)
+	return int(dropped) + n, err
+}

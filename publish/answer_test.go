@@ -1,0 +1,422 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package publish_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
+)
+
+// request sends a request with the given fields, NAME: VALUE, and returns the answer as it came.
+func request(t *testing.T, method, url string, fields ...string) (status int, header http.Header, body string) {
+	t.Helper()
+	r, err := http.NewRequest(method, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header.Set("Accept-Encoding", "gzip, identity")
+	for _, field := range fields {
+		name, value, _ := strings.Cut(field, ": ")
+		r.Header.Set(name, value)
+	}
+	response, err := http.DefaultClient.Do(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	b, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if encoding := response.Header.Get("Content-Encoding"); encoding != "" {
+		t.Errorf("%s: encoded by %s", url, encoding)
+	}
+	return response.StatusCode, response.Header, string(b)
+}
+
+// TestParts gets parts of what is published, and not again what has not changed. Each server is
+// asked for a part before anybody has got the whole from it.
+func TestParts(t *testing.T) {
+	directory, items := aStore(t)
+	const source = "hbdalsf5lpf01x4dcknwx6xbn6n5km6k-hello-2.10.tar.gz"
+	if err := os.WriteFile(filepath.Join(directory, source), bytes.Repeat([]byte("source"), 9999), 0o444); err != nil {
+		t.Fatal(err)
+	}
+	sources, err := publish.ParseManifest([]byte("StorePath: /gnu/store/" + source + "\nReferences: \n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	items["hbdalsf5lpf01x4dcknwx6xbn6n5km6k"] = sources["hbdalsf5lpf01x4dcknwx6xbn6n5km6k"]
+	// What compresses badly, so that there are many compressed blocks.
+	random := rand.NewChaCha8([32]byte{7})
+	contents := make([]byte, 3e6)
+	random.Read(contents)
+	if err := os.WriteFile(directory+"/00000000000000000000000000000005-large", contents, 0o444); err != nil {
+		t.Fatal(err)
+	}
+	serve := func() string {
+		return server(t, publish.ServerOptions{Root: directory, Items: items, Compressions: []string{"zstd", "gzip", "none"}}).URL
+	}
+	upstream := serve()
+	capabilities := publish.NewCapabilities(t.TempDir(), nil, logger(t))
+	defer capabilities.Close()
+	annotator, err := publish.NewAnnotator(publish.AnnotatorOptions{
+		Upstream: upstream, StoreDir: "/gnu/store", Root: directory, Capabilities: capabilities, WaitFor: 1 << 30, Log: logger(t),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	annotated := httptest.NewServer(annotator)
+	defer annotated.Close()
+	for _, path := range []string{
+		"/00000000000000000000000000000005.narinfo",
+		"/nar/00000000000000000000000000000005-large",
+		"/nar/gzip/00000000000000000000000000000005-large",
+		"/nar/zstd/00000000000000000000000000000005-large",
+		"/nar/zstd/00000000000000000000000000000002-tree",
+		"/file/hello-2.10.tar.gz/sha256/0ssi1wpaf7plaswqqjwigppsg5fyh99vdlb9kzl7c9lng89ndq1i",
+	} {
+		for _, start := range []func() string{serve, serve, func() string { return annotated.URL }} {
+			checkParts(t, upstream+path, start()+path)
+		}
+	}
+	// Each kind of a nar has a tag of its own, and so has each item.
+	tags := map[string]string{}
+	for _, path := range []string{"/nar/00000000000000000000000000000005-large", "/nar/gzip/00000000000000000000000000000005-large",
+		"/nar/zstd/00000000000000000000000000000005-large", "/nar/zstd/00000000000000000000000000000001-file+plus"} {
+		_, header, _ := request(t, "HEAD", upstream+path)
+		if other := tags[header.Get("Etag")]; other != "" {
+			t.Errorf("%s has the tag of %s", path, other)
+		}
+		tags[header.Get("Etag")] = path
+	}
+}
+
+// checkParts gets from second parts of what first has.
+func checkParts(t *testing.T, first, second string) {
+	t.Helper()
+	if strings.HasSuffix(first, ".narinfo") {
+		first = second // an annotated one is another
+	}
+	status, header, whole := request(t, "GET", first)
+	tag := header.Get("Etag")
+	if status != 200 || len(tag) < 10 || tag[0] != '"' || header.Get("Accept-Ranges") != "bytes" {
+		t.Fatalf("%s: status %d, header %v", first, status, header)
+	}
+	n := len(whole)
+	for name, c := range map[string]struct {
+		fields []string
+		status int
+		body   string
+		length int
+	}{
+		"resumed":          {[]string{fmt.Sprintf("Range: bytes=%d-", n/2), "If-Range: " + tag}, 206, whole[n/2:], n - n/2},
+		"middle":           {[]string{fmt.Sprintf("Range: bytes=%d-%d", n/3, n/2)}, 206, whole[n/3 : n/2+1], n/2 + 1 - n/3},
+		"end":              {[]string{"Range: bytes=-7"}, 206, whole[n-7:], 7},
+		"other tag":        {[]string{"Range: bytes=7-", `If-Range: "other"`}, 200, whole, n},
+		"weak tag":         {[]string{"Range: bytes=7-", "If-Range: W/" + tag}, 200, whole, n},
+		"several":          {[]string{"Range: bytes=1-2,7-9"}, 200, whole, -1},
+		"beyond the end":   {[]string{fmt.Sprintf("Range: bytes=%d-", n)}, 416, "", -1},
+		"known":            {[]string{"If-None-Match: " + tag}, 304, "", -1},
+		"known otherwise":  {[]string{`If-None-Match: "other"`}, 200, whole, n},
+		"for another file": {[]string{`If-Match: "other"`, "Range: bytes=7-"}, 412, "", -1},
+	} {
+		status, header, body := request(t, "GET", second, c.fields...)
+		if status != c.status || body != c.body && status < 400 || status < 400 && header.Get("Etag") != tag {
+			t.Errorf("%s: %s: status %d, %d bytes, header %v; want status %d, %d bytes", second, name, status, len(body), header, c.status, len(c.body))
+		}
+		if got := header.Get("Content-Length"); c.length >= 0 && got != fmt.Sprint(c.length) {
+			t.Errorf("%s: %s: length %q instead of %d", second, name, got, c.length)
+		}
+	}
+	for _, fields := range [][]string{nil, {"Range: bytes=7-"}} {
+		status, header, body := request(t, "HEAD", second, fields...)
+		if status != 200 || header.Get("Etag") != tag || body != "" || header.Get("Content-Length") != fmt.Sprint(n) {
+			t.Errorf("%s: HEAD: status %d, header %v", second, status, header)
+		}
+	}
+}
+
+// TestCompressedForm checks that nars are compressed to the same bytes as ever. If they are not any
+// more, compressedForm must be changed with this test: it is in the ETags that promise them.
+func TestCompressedForm(t *testing.T) {
+	directory := t.TempDir()
+	const item = "00000000000000000000000000000001-item"
+	var text bytes.Buffer
+	for i := range int64(200000) {
+		fmt.Fprintln(&text, i*i%1009, i)
+	}
+	if err := os.WriteFile(directory+"/"+item, text.Bytes(), 0o444); err != nil {
+		t.Fatal(err)
+	}
+	items, err := publish.ParseManifest([]byte("StorePath: /gnu/store/" + item + "\nReferences: \n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := server(t, publish.ServerOptions{Root: directory, Items: items})
+	for compression, want := range map[string]string{
+		"gzip": "7f01172487a11629f83119b8aa7d4cb81b973ed2ec3af7c42bcfefe98ef511a6",
+		"zstd": "25c63bfe65099b620418ca582b3b865bb496d5fa3cae774715716250cac66813",
+	} {
+		_, header, body := request(t, "GET", h.URL+"/nar/"+compression+"/"+item)
+		if got := fmt.Sprintf("%x", sha256.Sum256([]byte(body))); got != want || !strings.HasSuffix(header.Get("Etag"), "-"+compression+`-1"`) {
+			t.Errorf("%s: SHA-256 %s, ETag %s", compression, got, header.Get("Etag"))
+		}
+	}
+}
+
+// TestBodies announces bodies that do not come: nobody waits for them.
+func TestBodies(t *testing.T) {
+	directory, items := aStore(t)
+	h := server(t, publish.ServerOptions{Root: directory, Items: items})
+	for _, body := range []string{"Content-Length: 1000", "Content-Length: 1000000", "Transfer-Encoding: chunked"} {
+		for _, method := range []string{"GET", "POST"} {
+			conn, err := net.Dial("tcp", strings.TrimPrefix(h.URL, "http://"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			conn.SetDeadline(time.Now().Add(20 * time.Second))
+			fmt.Fprintf(conn, "%s /nix-cache-info HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n", method, body)
+			answer, err := io.ReadAll(conn)
+			if err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 413 ") {
+				t.Errorf("%s, %s: error %v, answer %q", method, body, err, answer)
+			}
+		}
+	}
+}
+
+// counted counts what a handler answers at a time by more than a kilobyte.
+type counted struct {
+	http.Handler
+	now, most, refused, done atomic.Int64
+}
+
+func (c *counted) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	defer c.done.Add(1)
+	a := &countedAnswer{ResponseWriter: w, c: c}
+	defer func() {
+		if a.counts {
+			c.now.Add(-1)
+		}
+	}()
+	c.Handler.ServeHTTP(a, r)
+}
+
+type countedAnswer struct {
+	http.ResponseWriter
+	c      *counted
+	counts bool
+}
+
+func (a *countedAnswer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
+
+func (a *countedAnswer) WriteHeader(status int) {
+	if status == http.StatusServiceUnavailable {
+		a.c.refused.Add(1)
+	}
+	a.ResponseWriter.WriteHeader(status)
+}
+
+func (a *countedAnswer) Write(p []byte) (int, error) {
+	if !a.counts && len(p) > 1024 {
+		a.counts = true
+		now := a.c.now.Add(1)
+		for most := a.c.most.Load(); now > most && !a.c.most.CompareAndSwap(most, now); most = a.c.most.Load() {
+		}
+	}
+	return a.ResponseWriter.Write(p)
+}
+
+// TestStalled has many clients that ask for nars and read nothing: few nars are compressed at a
+// time, and all clients are cut off, or told to come later.
+func TestStalled(t *testing.T) {
+	directory := t.TempDir()
+	const item = "00000000000000000000000000000001-item"
+	contents := make([]byte, 32<<20) // more than sockets hold
+	rand.NewChaCha8([32]byte{}).Read(contents)
+	if err := os.WriteFile(directory+"/"+item, contents, 0o444); err != nil {
+		t.Fatal(err)
+	}
+	items, err := publish.ParseManifest([]byte("StorePath: /gnu/store/" + item + "\nReferences: \n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := publish.NewServer(publish.ServerOptions{
+		StoreDir: "/gnu/store", Root: directory, Items: items, StallTimeout: time.Second, Log: func(string, ...any) {},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	handler := &counted{Handler: s}
+	h := httptest.NewServer(handler)
+	defer h.Close()
+	const clients = 60
+	for i := range clients {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(h.URL, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		fmt.Fprintf(conn, "GET /nar/%s%s HTTP/1.1\r\nHost: x\r\n\r\n", []string{"zstd/", "gzip/", "zstd/", ""}[i%4], item)
+	}
+	// They do not keep others from what is small.
+	if status, _, _ := get(t, h.URL+"/00000000000000000000000000000001.narinfo"); status != 200 {
+		t.Errorf("status %d", status)
+	}
+	deadline := time.Now().Add(time.Minute)
+	for handler.done.Load() < clients+1 && time.Now().Before(deadline) {
+		time.Sleep(10 * time.Millisecond)
+	}
+	if n := handler.done.Load(); n != clients+1 {
+		t.Errorf("%d requests of %d have come to an end", n, clients+1)
+	}
+	if most, may := handler.most.Load(), int64(4*runtime.GOMAXPROCS(0)+clients/4); most > may {
+		t.Errorf("%d nars at a time, of which at most %d are plain", most, clients/4)
+	}
+	if status, _, body := get(t, h.URL+"/nar/zstd/"+item); status != 200 || len(body) < len(contents) {
+		t.Errorf("afterwards: status %d, %d bytes", status, len(body))
+	}
+}
+
+// TestUnpublishable offers no items whose nars cannot be made, and deep ones that can.
+func TestUnpublishable(t *testing.T) {
+	directory := t.TempDir()
+	name := func(i int) string { return fmt.Sprintf("%032d-item", i) }
+	deep := directory + "/" + name(1)
+	for path, i := deep, 0; i < 400; path, i = path+"/d", i+1 {
+		if err := os.Mkdir(path, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.MkdirAll(directory+"/"+name(2)+"/x", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mkfifo(directory+"/"+name(2)+"/x/pipe", 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(directory+"/"+name(3), []byte("not what it was"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	manifest := ""
+	for i := range 3 {
+		// Somebody has told the hash, so that it need not be computed.
+		manifest += "StorePath: /gnu/store/" + name(i+1) + "\nReferences: \n"
+		if i > 0 {
+			manifest += "NarHash: sha256:0" + strings.Repeat("1", 51) + "\nNarSize: 1000\n"
+		}
+		manifest += "\n"
+	}
+	items, err := publish.ParseManifest([]byte(manifest))
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := acl.GenerateSigningKey()
+	capabilities := publish.NewCapabilities(t.TempDir(), nil, logger(t))
+	defer capabilities.Close()
+	h := server(t, publish.ServerOptions{Root: directory, Items: items, Key: key, Capabilities: capabilities, WaitFor: 1 << 20})
+	for path, want := range map[string]int{
+		"/00000000000000000000000000000001.narinfo": 200,
+		"/nar/zstd/" + name(1):                      200,
+		"/00000000000000000000000000000002.narinfo": 404,
+		"/nar/zstd/" + name(2):                      404,
+		"/nar/" + name(2):                           404,
+		"/00000000000000000000000000000003.narinfo": 404,
+	} {
+		if status, _, _ := get(t, h.URL+path); status != want {
+			t.Errorf("%s: status %d instead of %d", path, status, want)
+		}
+	}
+	mirrors := mirror.NewClient(mirror.Options{})
+	defer mirrors.Close()
+	var log bytes.Buffer
+	s := substitute.New(substitute.Config{
+		StoreDir: "/gnu/store", URLs: []string{h.URL}, Keys: acl.NewACL(key.PublicKey()), Mirrors: mirrors, Blocks: onlyStore(t, newMemoryStore()),
+		Log: protocol.NewLog(&log, protocol.LogStyle{}),
+	})
+	to := t.TempDir() + "/item"
+	if outcome := s.Substitute(context.Background(), "/gnu/store/"+name(1), to); outcome.Status != substitute.Success {
+		t.Errorf("%+v\n%s", outcome, log.String())
+	}
+	var want, got bytes.Buffer
+	nar.Write(&want, nar.NewTree(deep))
+	nar.Write(&got, nar.NewTree(to))
+	if !bytes.Equal(got.Bytes(), want.Bytes()) {
+		t.Error("a deep item comes back as another tree")
+	}
+	if err := restore.Remove(to); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDamagedCapability changes each byte of what is kept of a capability: it is noticed.
+func TestDamagedCapability(t *testing.T) {
+	directory, items := aStore(t)
+	path := filepath.Join(directory, filepath.Base(items["00000000000000000000000000000002"].StorePath))
+	h := sha256.New()
+	if _, err := nar.Write(h, nar.NewTree(path)); err != nil {
+		t.Fatal(err)
+	}
+	narHash := [32]byte(h.Sum(nil))
+	cache := t.TempDir()
+	c := publish.NewCapabilities(cache, nil, logger(t))
+	want, err := c.Find(context.Background(), path, narHash)
+	c.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := cache + "/00000000000000000000000000000002.json"
+	text, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range text {
+		damaged := bytes.Clone(text)
+		if damaged[i] = 'A'; bytes.Equal(damaged, text) {
+			damaged[i] = 'B'
+		}
+		if err := os.WriteFile(name, damaged, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		var logged atomic.Int64
+		c := publish.NewCapabilities(cache, nil, func(string, ...any) { logged.Add(1) })
+		if got, ok := c.Known(path, narHash); ok {
+			t.Errorf("byte %d changed from %q: known as %v", i, text[i:i+1], got == want)
+		}
+		if logged.Load() == 0 {
+			t.Errorf("byte %d: nothing is logged", i)
+		}
+		c.Close()
+	}
+	c = publish.NewCapabilities(cache, nil, logger(t))
+	defer c.Close()
+	if got, err := c.Find(context.Background(), path, narHash); err != nil || got != want {
+		t.Errorf("found again: %v, error %v", got == want, err)
+	}
+	if again, err := os.ReadFile(name); err != nil || !bytes.Equal(again, text) {
+		t.Errorf("what is kept is %q, error %v", again, err)
+	}
+}
