@@ -25,9 +25,7 @@ func TestParseACL(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			a, err := acl.ParseACL([]byte(tt.text))
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			var got []string
 			for _, k := range a.Keys() {
 				got = append(got, k.String())
@@ -82,17 +80,13 @@ func TestParseACLRejects(t *testing.T) {
 func TestRealACL(t *testing.T) {
 	text := read(t, "../testdata/guix-mirror/acl")
 	a, err := acl.ParseACL([]byte(text))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if a.Text() != text {
 		t.Errorf("Text =\n%swant\n%s", a.Text(), text)
 	}
 	pub := read(t, "../testdata/guix-mirror/signing-key.pub")
 	k, err := acl.ParsePublicKey([]byte(pub))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if !a.Contains(k) || !a.Keys()[0].Equal(k) || k.Usable() != nil || k.Text() != pub {
 		t.Errorf("the key %v and the list %v do not fit", k, a.Keys())
 	}
@@ -103,9 +97,7 @@ func TestRealACL(t *testing.T) {
 
 func TestEmptyACLs(t *testing.T) {
 	k, err := acl.ParsePublicKey([]byte(eccKey))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for name, a := range map[string]*acl.ACL{"nil": nil, "zero": {}, "no keys": acl.NewACL()} {
 		if a.Contains(k) || len(a.Keys()) != 0 || a.Text() != "(acl)\n" {
 			t.Errorf("%s: keys %v, text %q", name, a.Keys(), a.Text())
@@ -167,9 +159,7 @@ func TestPublicKeyUsable(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			k, err := acl.ParsePublicKey([]byte(tt.key))
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			err = k.Usable()
 			if tt.want == "" && err != nil {
 				t.Errorf("not usable: %v", err)

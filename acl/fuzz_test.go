@@ -83,13 +83,9 @@ func FuzzVerify(f *testing.F) {
 	both := aclOf(f, eccKey, rsaKey)
 	digest := digestOf(f, rsaH)
 	eccNumber, err := hex.DecodeString(eccS)
-	if err != nil {
-		f.Fatal(err)
-	}
+	must(f, err)
 	rsaNumber, err := hex.DecodeString(rsaS)
-	if err != nil {
-		f.Fatal(err)
-	}
+	must(f, err)
 	f.Fuzz(func(t *testing.T, field string, sexp []byte, encode bool) {
 		// Mutations of the expression get through base64 only if it is applied here.
 		if encode {

@@ -67,35 +67,44 @@ func (k *PublicKey) Text() string { return k.sexp.String() }
 
 // decode sets k.point or k.rsa.
 func (k *PublicKey) decode() error {
-	c, _ := k.sexp.named("public-key")
+	kind, v, err := k.sexp.numbers("public-key", []string{"curve", "q"}, []string{"n", "e"})
+	switch {
+	case err != nil:
+	case kind == "rsa":
+		k.rsa, err = newRSAKey(v[0], v[1])
+	default:
+		err = k.decodeECC(string(v[0]), v[1])
+	}
+	return err
+}
+
+// numbers takes (LIST (KIND (NAME NUMBER) …)) apart, where the names are those of an elliptic-curve
+// key or an RSA key. It returns the kind, ecc, ecdsa or rsa, and the numbers in the order of the
+// names.
+func (s Sexp) numbers(list string, ecc, rsa []string) (kind string, numbers [][]byte, err error) {
+	c, _ := s.named(list)
 	key, ok := c.next()
 	if !ok || !c.done() {
-		return errors.New("the public key has not exactly one element")
+		return "", nil, fmt.Errorf("the list %q has not exactly one element", list)
 	}
-	var v [2][]byte
-	// Libgcrypt prints the former name only, but understands both.
-	for _, name := range []string{"ecc", "ecdsa"} {
-		if c, ok := key.named(name); ok {
-			if !c.fields(v[:], "curve", "q") {
-				return errors.New("the elliptic-curve key has other elements than (curve …) and (q …)")
-			}
-			return k.decodeECC(string(v[0]), v[1])
+	// Libgcrypt prints ecc only, but understands ecdsa too.
+	for kind, names := range map[string][]string{"ecc": ecc, "ecdsa": ecc, "rsa": rsa} {
+		c, ok := key.named(kind)
+		if !ok {
+			continue
 		}
-	}
-	if c, ok := key.named("rsa"); ok {
-		if !c.fields(v[:], "n", "e") {
-			return errors.New("the RSA key has other elements than (n …) and (e …)")
+		numbers = make([][]byte, len(names))
+		if !c.fields(numbers, names...) {
+			return "", nil, fmt.Errorf("the list %q has other elements than %q", kind, names)
 		}
-		pub, err := newRSAKey(v[0], v[1])
-		k.rsa = pub
-		return err
+		return kind, numbers, nil
 	}
-	return errors.New("the public key is neither of type ecc nor of type rsa")
+	return "", nil, errors.New("the key is neither of type ecc nor of type rsa")
 }
 
 func (k *PublicKey) decodeECC(curve string, q []byte) error {
 	if curve != "Ed25519" {
-		return fmt.Errorf("the curve is %s instead of Ed25519", quote(curve))
+		return fmt.Errorf("the curve is %.100q instead of Ed25519", curve)
 	}
 	point, err := decodePoint(q)
 	k.point = point

@@ -41,9 +41,7 @@ func runGuile(t *testing.T, program string) []string {
 		t.Skipf("guile-gcrypt is not installed: %v", err)
 	}
 	out, err := run(modules + program)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	// Numbers that look like text are printed as such; each character stands for a byte.
 	text := make([]byte, 0, len(out))
 	for _, r := range string(out) {
@@ -62,15 +60,11 @@ func TestLibgcryptVerifies(t *testing.T) {
 	digest := digestOf(t, rsaH)
 	for i := range 20 {
 		field, err := acl.GenerateSigningKey().Sign(digest, "h")
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		samples = append(samples, sample{fmt.Sprintf("new key %d", i), decodeField(t, field)})
 	}
 	field, err := signingKey(t, read(t, "testdata/rsa.sec"), "").Sign(digest, "h")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	samples = append(samples, sample{"RSA", decodeField(t, field)})
 
 	n := "1000000000000000000000000000000014DEF9DEA2F79CD65812631A5CF5D3ED"
@@ -155,9 +149,7 @@ func TestLibgcryptSigns(t *testing.T) {
 			t.Errorf("key\n%s\nis read as\n%s", results[i], text)
 		}
 		field, err := k.Sign([32]byte(bytes.Repeat([]byte{byte(i / 3 % 20)}, 32)), "h")
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		want := "(signature " + results[i+1] + results[i+2] + k.PublicKey().Text() + ")"
 		if got := decodeField(t, field); got != parseSexp(t, want).String() {
 			t.Errorf("signed\n%s\nLibgcrypt signed\n%s", got, want)

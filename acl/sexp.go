@@ -5,6 +5,7 @@ package acl
 import (
 	"bytes"
 	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"strconv"
@@ -234,15 +235,8 @@ func (p *sexpParser) escape() (byte, error) {
 	if len(rest) < digits {
 		return 0, errTruncated
 	}
-	v := 0
-	for _, c := range rest[:digits] {
-		d := int(hexValue[c])
-		if d >= base {
-			return 0, errEscape
-		}
-		v = v*base + d
-	}
-	if v > 0xff {
+	v, err := strconv.ParseUint(string(rest[:digits]), base, 8)
+	if err != nil {
 		return 0, errEscape
 	}
 	p.pos += digits
@@ -250,27 +244,23 @@ func (p *sexpParser) escape() (byte, error) {
 }
 
 func (p *sexpParser) hexadecimal() error {
-	high, odd := byte(0), false
-	for ; p.pos < len(p.text); p.pos++ {
-		c := p.text[p.pos]
-		d := hexValue[c]
-		switch {
-		case d != noHex && odd:
-			p.out = append(p.out, high<<4|d)
-			odd = false
-		case d != noHex:
-			high, odd = d, true
-		case class[c] == classSpace:
-		case c != '#':
-			return fmt.Errorf("%q is not a hexadecimal digit", c)
-		case odd:
-			return errors.New("odd number of hexadecimal digits")
-		default:
-			p.pos++
-			return nil
+	n := bytes.IndexByte(p.text[p.pos:], '#')
+	if n < 0 {
+		return errTruncated
+	}
+	start := len(p.out)
+	for _, c := range p.text[p.pos : p.pos+n] {
+		if class[c] != classSpace {
+			p.out = append(p.out, c)
 		}
 	}
-	return errTruncated
+	length, err := hex.Decode(p.out[start:], p.out[start:])
+	if err != nil {
+		return fmt.Errorf("malformed number: %w", err)
+	}
+	p.out = p.out[:start+length]
+	p.pos += n + 1
+	return nil
 }
 
 func (p *sexpParser) base64() error {
@@ -316,12 +306,7 @@ const (
 	classToken // all that a token may contain, apart from digits
 )
 
-const noHex = 0xff
-
-var (
-	class    [256]byte
-	hexValue [256]byte
-)
+var class [256]byte
 
 func init() {
 	for _, c := range []byte(" \t\n\v\f\r") {
@@ -330,17 +315,11 @@ func init() {
 	for _, c := range []byte("-./_:*+=") {
 		class[c] = classToken
 	}
-	for i := range hexValue {
-		hexValue[i] = noHex
-	}
 	for i := range byte(26) {
 		class['a'+i], class['A'+i] = classToken, classToken
 	}
 	for i := range byte(10) {
-		class['0'+i], hexValue['0'+i] = classDigit, i
-	}
-	for i := range byte(6) {
-		hexValue['a'+i], hexValue['A'+i] = 10+i, 10+i
+		class['0'+i] = classDigit
 	}
 	class['('], class[')'] = classOpen, classClose
 }

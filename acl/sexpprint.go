@@ -3,6 +3,7 @@
 package acl
 
 import (
+	"fmt"
 	"strings"
 )
 
@@ -78,7 +79,6 @@ func (s Sexp) print(lines bool) string {
 // one; as a string if it looks like text; and else in hexadecimal, which includes everything that
 // would be a negative number or has a leading zero byte, and here what is not ASCII.
 func printAtom(b *strings.Builder, atom []byte) {
-	const digits = "0123456789ABCDEF"
 	text, token := true, true
 	for i, c := range atom {
 		switch {
@@ -93,12 +93,7 @@ func printAtom(b *strings.Builder, atom []byte) {
 	}
 	switch {
 	case !text:
-		b.WriteByte('#')
-		for _, c := range atom {
-			b.WriteByte(digits[c>>4])
-			b.WriteByte(digits[c&15])
-		}
-		b.WriteByte('#')
+		fmt.Fprintf(b, "#%X#", atom)
 	case token && len(atom) > 0:
 		b.Write(atom)
 	default:

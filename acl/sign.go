@@ -78,38 +78,24 @@ func (k *PublicKey) sameNumbers(l *PublicKey) bool {
 
 // decode sets all of k but k.private.
 func (k *SigningKey) decode() error {
-	c, _ := k.private.named("private-key")
-	key, ok := c.next()
-	if !ok || !c.done() {
-		return errors.New("the list has not exactly one element")
+	eccNames, rsaNames := []string{"curve", "q", "d"}, []string{"n", "e", "d", "p", "q", "u"}
+	kind, v, err := k.private.numbers("private-key", eccNames, rsaNames)
+	if err != nil {
+		return err
 	}
-	for _, name := range []string{"ecc", "ecdsa"} {
-		if c, ok := key.named(name); ok {
-			var v [3][]byte
-			if !c.fields(v[:], "curve", "q", "d") {
-				return errors.New("the elliptic-curve key has other elements than (curve …), (q …) and (d …)")
-			}
-			k.public = newPublicKey(list("public-key", list(name, field("curve", v[0]), field("q", v[1]))))
-			if err := k.public.Usable(); err != nil {
-				return err
-			}
-			var err error
-			k.ecdsa, err = newECDSAKey(v[2], k.public.point)
-			return err
-		}
+	names := eccNames
+	if kind == "rsa" {
+		names = rsaNames
 	}
-	if c, ok := key.named("rsa"); ok {
-		var v [6][]byte
-		if !c.fields(v[:], "n", "e", "d", "p", "q", "u") {
-			return errors.New("the RSA key has other elements than (n …), (e …), (d …), (p …), (q …) and (u …)")
-		}
-		k.public = newPublicKey(list("public-key", list("rsa", field("n", v[0]), field("e", v[1]))))
-		if err := k.public.Usable(); err != nil {
-			return err
-		}
+	k.public = newPublicKey(list("public-key", list(kind, field(names[0], v[0]), field(names[1], v[1]))))
+	if err := k.public.Usable(); err != nil {
+		return err
+	}
+	if kind == "rsa" {
 		return k.decodeRSA(v[2], v[3], v[4])
 	}
-	return errors.New("it is neither of type ecc nor of type rsa")
+	k.ecdsa, err = newECDSAKey(v[2], k.public.point)
+	return err
 }
 
 func (k *SigningKey) decodeRSA(d, p, q []byte) error {
@@ -171,7 +157,7 @@ func (k *SigningKey) SecretText() string { return k.private.String() }
 // guix/scripts/publish.scm: narinfo-string and signed-string; Guix, guix/pki.scm: signature-sexp.)
 func (k *SigningKey) Sign(digest [32]byte, host string) (string, error) {
 	if !utf8.ValidString(host) || strings.ContainsFunc(host, func(r rune) bool { return r == ';' || unicode.IsControl(r) }) {
-		return "", fmt.Errorf("signature: unusable host name %s", quote(host))
+		return "", fmt.Errorf("signature: unusable host name %.100q", host)
 	}
 	var flag string
 	var value Sexp

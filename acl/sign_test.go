@@ -15,6 +15,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 const (
 	eccSecret = "(private-key (ecc (curve Ed25519) (q #" + eccQ + "#) (d #" + eccD + "#)))"
 	eccD      = "71E660715A57D10A174FC1E40DB9F2E1E503AC15D2448F0C9AFF6289C4C79BA8"
@@ -25,9 +33,7 @@ const (
 func signingKey(t testing.TB, secret, public string) *acl.SigningKey {
 	t.Helper()
 	k, err := acl.ParseSigningKey([]byte(secret), []byte(public))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return k
 }
 
@@ -35,9 +41,7 @@ func signingKey(t testing.TB, secret, public string) *acl.SigningKey {
 // and all.
 func TestSignAsLibgcrypt(t *testing.T) {
 	got, err := signingKey(t, eccSecret, "").Sign(digestOf(t, rsaH), "example.org")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	// From a narinfo that Guix wrote.
 	want := "1;example.org;KHNpZ25hdHVyZSAKIChkYXRhIAogIChmbGFncyByZmM2OTc5KQogIChoYXNoIHNoYTI1NiAjRENEMUIzN0Y5MDZFREY4NTI2MEIxMUZFMDcwQzE1MjA0QjZCRDlFODY5MUE3Njg3NThGMDU1MzQ1QTMxMUQ0OCMpCiAgKQogKHNpZy12YWwgCiAgKGVjZHNhIAogICAociAjMDcyOTIyQkNEMzY4QThCQjkzMjdGOERCRDUxOTJGNEVCNTk0QTQ0QTg4RDdGQ0FBMTI3NjI5MDZEMThEQjYzMyMpCiAgIChzICMwNDk0MDIxMkRBMjJDMDM5QzlEOTMyOTVENjJDRDlDNTFFQUQ0N0QzOEJFNzNBRkQ1RkI5OTRGRjIxN0EzQTYzIykKICAgKQogICkKIChwdWJsaWMta2V5IAogIChlY2MgCiAgIChjdXJ2ZSBFZDI1NTE5KQogICAocSAjQjYzNzVEQjhGMEE3MzFFMTc3MzdFQjhCQTVCNkFBNEE1NzgzNjQ3NTg5MUE1NzNGOThEQzcyQUZENjI1NUQ0NCMpCiAgICkKICApCiApCg=="
 	if got != want {
@@ -47,9 +51,7 @@ func TestSignAsLibgcrypt(t *testing.T) {
 	// The signature value starts with a zero byte, which is kept.
 	k := signingKey(t, read(t, "testdata/rsa.sec"), "")
 	got, err = k.Sign(digestOf(t, rsaDigest), "h")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	want = "1;h;" + base64.StdEncoding.EncodeToString([]byte(parseSexp(t, "(signature (data (flags pkcs1) (hash sha256 #"+rsaDigest+"#))"+
 		read(t, "testdata/rsa.sig-val")+k.PublicKey().String()+")").String()))
 	if got != want {
@@ -63,9 +65,7 @@ func TestSignAsLibgcrypt(t *testing.T) {
 func decodeField(t testing.TB, field string) string {
 	t.Helper()
 	text, err := base64.StdEncoding.DecodeString(field[strings.LastIndexByte(field, ';')+1:])
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return string(text)
 }
 
@@ -81,9 +81,7 @@ func TestGenerateSigningKey(t *testing.T) {
 		digest := [32]byte{i}
 		a := acl.NewACL(k.PublicKey())
 		field, err := again.Sign(digest, "localhost")
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if err := a.Verify(digest, field); err != nil {
 			t.Error(err)
 		}
@@ -118,9 +116,7 @@ func TestParseSigningKey(t *testing.T) {
 				t.Errorf("public key %v, want %v", k.PublicKey(), tt.key)
 			}
 			field, err := k.Sign(digestOf(t, rsaH), "example.org")
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			if text := decodeField(t, field); !strings.Contains(text, eccR) || !strings.Contains(text, eccS) {
 				t.Errorf("another signature: %s", decodeField(t, field))
 			}
@@ -181,18 +177,14 @@ func replaceNumber(key, name, hex string) string {
 func TestSignRSA(t *testing.T) {
 	for _, bits := range []int{1024, 2048} {
 		priv, err := rsa.GenerateKey(rand.Reader, bits)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		number := func(name string, i *big.Int) string { return fmt.Sprintf("(%s #00%X#)", name, i.Bytes()) }
 		p, q := priv.Primes[0], priv.Primes[1]
 		k := signingKey(t, "(private-key (rsa "+number("n", priv.N)+"(e #010001#)"+number("d", priv.D)+number("p", p)+number("q", q)+
 			number("u", new(big.Int).ModInverse(p, q))+"))", "")
 		digest := digestOf(t, rsaH)
 		field, err := k.Sign(digest, "h")
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if err := acl.NewACL(k.PublicKey()).Verify(digest, field); err != nil {
 			t.Errorf("%d bits: %v", bits, err)
 		}

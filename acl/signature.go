@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-	"unicode/utf8"
 )
 
 // The ways in which [ACL.Verify] and [ParseSignature] fail. Each error that they return wraps one
@@ -33,6 +32,9 @@ var (
 // KiB.
 const MaxFieldSize = 32 << 10
 
+// strictBase64 rejects excess bits that are not zero.
+var strictBase64 = base64.StdEncoding.Strict()
+
 // Signature is the parsed value of the Signature field of a narinfo. It says nothing about whether
 // the signature is good.
 type Signature struct {
@@ -51,45 +53,34 @@ type Signature struct {
 //
 // It fails with [ErrUnsupportedVersion] or [ErrCorruptSignature].
 func ParseSignature(value string) (*Signature, error) {
-	s, err := parseSignature(value)
-	if err != nil {
-		return nil, err
-	}
-	return &s, nil
-}
-
-// strictBase64 rejects excess bits that are not zero.
-var strictBase64 = base64.StdEncoding.Strict()
-
-func parseSignature(value string) (Signature, error) {
 	if len(value) > MaxFieldSize {
-		return Signature{}, fmt.Errorf("%w: the field has %d bytes", ErrCorruptSignature, len(value))
+		return nil, fmt.Errorf("%w: the field has %d bytes", ErrCorruptSignature, len(value))
 	}
 	version, rest, _ := strings.Cut(value, ";")
 	host, text, ok := strings.Cut(rest, ";")
 	if !ok || strings.Contains(text, ";") {
-		return Signature{}, fmt.Errorf("%w: the field has not exactly three parts", ErrCorruptSignature)
+		return nil, fmt.Errorf("%w: the field has not exactly three parts", ErrCorruptSignature)
 	}
 	if version != "1" {
-		return Signature{}, fmt.Errorf("%w %s", ErrUnsupportedVersion, quote(version))
+		return nil, fmt.Errorf("%w %.100q", ErrUnsupportedVersion, version)
 	}
 	// Go's decoder would skip line ends.
 	if strings.ContainsAny(text, "\r\n") {
-		return Signature{}, fmt.Errorf("%w: the third part contains a line end", ErrCorruptSignature)
+		return nil, fmt.Errorf("%w: the third part contains a line end", ErrCorruptSignature)
 	}
 	decoded, err := strictBase64.DecodeString(text)
 	if err != nil {
-		return Signature{}, fmt.Errorf("%w: the third part is not base64: %w", ErrCorruptSignature, err)
+		return nil, fmt.Errorf("%w: the third part is not base64: %w", ErrCorruptSignature, err)
 	}
 	characters, ok := bytesOfCharacters(decoded)
 	if !ok {
-		return Signature{}, fmt.Errorf("%w: the third part is not base64 of UTF-8 of characters up to U+00FF", ErrCorruptSignature)
+		return nil, fmt.Errorf("%w: the third part is not base64 of UTF-8 of characters up to U+00FF", ErrCorruptSignature)
 	}
 	s, err := ParseSexp(characters)
 	if err != nil {
-		return Signature{}, fmt.Errorf("%w: %w", ErrCorruptSignature, err)
+		return nil, fmt.Errorf("%w: %w", ErrCorruptSignature, err)
 	}
-	return Signature{Host: host, sexp: s}, nil
+	return &Signature{Host: host, sexp: s}, nil
 }
 
 // PublicKey returns the key that the signature claims to be made by. It fails with
@@ -115,27 +106,7 @@ func (s *Signature) PublicKey() (*PublicKey, error) {
 // pkcs1), both over (hash sha256 …). Libgcrypt would also verify other combinations; Guix makes
 // none of them.
 func (a *ACL) Verify(digest [32]byte, field string) error {
-	return a.check(digest, field, (*PublicKey).verify)
-}
-
-// Known is an access-control list for signatures that were found to be good before, each for the
-// same digest: see [ACL.Known].
-type Known struct{ list *ACL }
-
-// Known returns the list as one for signatures that Verify, of this list or of another one, has
-// accepted before. It makes all checks of Verify again, above all whether the key is in the list,
-// but for the arithmetic that reports whether the signature was made by the key that it names.
-// Whoever uses it must be certain of what was found before.
-func (a *ACL) Known() Known { return Known{a} }
-
-// Verify is to [ACL.Verify] what [Known] says.
-func (k Known) Verify(digest [32]byte, field string) error {
-	return k.list.check(digest, field, func(*PublicKey, [32]byte, Sexp, Sexp) error { return nil })
-}
-
-// check is Verify, with what reports whether a key has made a signature.
-func (a *ACL) check(digest [32]byte, field string, made func(key *PublicKey, digest [32]byte, data, value Sexp) error) error {
-	signature, err := parseSignature(field)
+	signature, err := ParseSignature(field)
 	if err != nil {
 		return err
 	}
@@ -150,16 +121,16 @@ func (a *ACL) check(digest [32]byte, field string, made func(key *PublicKey, dig
 	}
 	key := a.lookup(subject)
 	if key == nil {
-		return fmt.Errorf("%w %s", ErrUnauthorisedKey, shorten(subject.oneLine()))
+		return fmt.Errorf("%w %.300s", ErrUnauthorisedKey, subject.oneLine())
 	}
 	if signed := hashValue(data); string(signed) != string(digest[:]) {
-		return fmt.Errorf("%w: %x is signed, not %x", ErrHashMismatch, shorten(string(signed)), digest)
+		return fmt.Errorf("%w: %.100x is signed, not %x", ErrHashMismatch, signed, digest)
 	}
 	value, ok := s.Find("sig-val")
 	if !ok {
 		return fmt.Errorf("%w: no list \"sig-val\"", ErrInvalidSignature)
 	}
-	if err := made(key, digest, data, value); err != nil {
+	if err := key.verify(digest, data, value); err != nil {
 		return fmt.Errorf("%w: %w", ErrInvalidSignature, err)
 	}
 	return nil
@@ -198,7 +169,7 @@ func (k *PublicKey) verify(digest [32]byte, data, value Sexp) error {
 			return errors.New("the signature by an RSA key is not of the form (rsa (s …))")
 		}
 		if flag != "pkcs1" {
-			return fmt.Errorf("the signature by an RSA key has the flag %s", quote(flag))
+			return fmt.Errorf("the signature by an RSA key has the flag %.100q", flag)
 		}
 		return verifyRSA(k.rsa, digest, s[0])
 	}
@@ -208,7 +179,7 @@ func (k *PublicKey) verify(digest [32]byte, data, value Sexp) error {
 		return errors.New("the signature by an elliptic-curve key is not of the form (ecdsa (r …) (s …))")
 	}
 	if flag != "rfc6979" && flag != "raw" {
-		return fmt.Errorf("the signature by an elliptic-curve key has the flag %s", quote(flag))
+		return fmt.Errorf("the signature by an elliptic-curve key has the flag %.100q", flag)
 	}
 	if !verifyECDSA(k.point, digest, rs[0], rs[1]) {
 		return errors.New("it was not made by the key that it names")
@@ -229,28 +200,10 @@ func dataFlag(data Sexp, digest [32]byte) (string, error) {
 		return "", errors.New("the list \"data\" has other elements than (flags …) and (hash …)")
 	}
 	if algorithm, _ := h.atom(); string(algorithm) != "sha256" {
-		return "", fmt.Errorf("the hash algorithm is %s instead of sha256", quote(string(algorithm)))
+		return "", fmt.Errorf("the hash algorithm is %.100q instead of sha256", string(algorithm))
 	}
 	if value, _ := h.atom(); string(value) != string(digest[:]) || !h.done() {
 		return "", errors.New("the list \"hash\" has not exactly two elements")
 	}
 	return string(flag), nil
-}
-
-// shownBytes is how much of a string from outside an error message contains.
-const shownBytes = 160
-
-func shorten(s string) string {
-	if len(s) <= shownBytes {
-		return s
-	}
-	end := shownBytes
-	for end > 0 && !utf8.RuneStart(s[end]) {
-		end--
-	}
-	return s[:end] + "…"
-}
-
-func quote(s string) string {
-	return fmt.Sprintf("%q", shorten(s))
 }

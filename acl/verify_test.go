@@ -62,18 +62,14 @@ func aclOf(t testing.TB, keys ...string) *acl.ACL {
 		text += " (entry " + k + " (tag (guix import)))"
 	}
 	a, err := acl.ParseACL([]byte(text + ")"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return a
 }
 
 func digestOf(t testing.TB, h string) [32]byte {
 	t.Helper()
 	b, err := hex.DecodeString(h)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return [32]byte(b)
 }
 
@@ -217,17 +213,13 @@ func canonical(t testing.TB, text string) string {
 
 func TestParseSignature(t *testing.T) {
 	s, err := acl.ParseSignature(signatureOf(eccData, eccVal, eccKey))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	k, err := s.PublicKey()
 	if err != nil || s.Host != "example.org" || k.String() != eccKey {
 		t.Errorf("host %q, key %v, error %v", s.Host, k, err)
 	}
 	s, err = acl.ParseSignature(signatureOf(eccData, eccVal))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if k, err := s.PublicKey(); !errors.Is(err, acl.ErrCorruptSignature) {
 		t.Errorf("PublicKey = %v, %v", k, err)
 	}
@@ -242,9 +234,7 @@ func TestParseSignature(t *testing.T) {
 func TestVerifyRealNarinfos(t *testing.T) {
 	for _, dir := range []string{"guix-mirror", "libchop"} {
 		a, err := acl.ParseACL([]byte(read(t, filepath.Join("..", "testdata", dir, "acl"))))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		names, err := filepath.Glob(filepath.Join("..", "testdata", dir, "*.narinfo"))
 		if err == nil && len(names) == 0 {
 			names, err = filepath.Glob(filepath.Join("..", "testdata", dir, "*", "*.narinfo"))
@@ -335,9 +325,7 @@ func TestSignCharacters(t *testing.T) {
 	k := signingKey(t, read(t, "testdata/rsa.sec"), "")
 	digest := [32]byte([]byte(strings.Repeat("a\xe4\xff ", 8)))
 	field, err := k.Sign(digest, "h")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if text := decodeField(t, field); strings.ContainsFunc(text, func(r rune) bool { return r > 0x7e }) {
 		t.Errorf("signature is %q", text)
 	}

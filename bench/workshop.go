@@ -23,7 +23,6 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/benchdata"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
@@ -272,7 +271,7 @@ func fillFiles(sizes []int) func(string) error {
 		for _, n := range sizes {
 			total += n
 		}
-		data := benchdata.Archive(total)
+		data := archive(total)
 		for i, n := range sizes {
 			name := filepath.Join(tree, fmt.Sprintf("lib/%02d/file-%05d", i%50, i))
 			if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {

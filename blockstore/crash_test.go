@@ -99,23 +99,15 @@ func TestKill(t *testing.T) {
 				writer.Env = append(os.Environ(), fmt.Sprintf("%s=%d %d %s", writerVariable, first, limit, directory))
 				writer.Stderr = os.Stderr
 				output, err := writer.StdoutPipe()
-				if err != nil {
-					t.Fatal(err)
-				}
-				if err := writer.Start(); err != nil {
-					t.Fatal(err)
-				}
+				must(t, err)
+				must(t, writer.Start())
 				n, count := random.IntN(600), 0
 				for lines := bufio.NewScanner(output); lines.Scan(); {
 					i, err := strconv.Atoi(lines.Text())
-					if err != nil {
-						t.Fatal(err)
-					}
+					must(t, err)
 					acknowledged = append(acknowledged, i)
 					if count++; count == n {
-						if err := writer.Process.Kill(); err != nil {
-							t.Fatal(err)
-						}
+						must(t, writer.Process.Kill())
 					}
 				}
 				if err := writer.Wait(); err == nil || writer.ProcessState.Exited() {

@@ -35,12 +35,8 @@ func damageTemplate(t *testing.T) (map[string][]byte, []eris.Reference) {
 	refs := putMany(t, s, eris.BlockSize1KiB, 0, damage1KiB)
 	refs = append(refs, putMany(t, s, eris.BlockSize32KiB, 0, damage32KiB)...)
 	var used int64
-	if err := s.view(func(tx *bbolt.Tx) error { used = tx.Size(); return nil }); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.view(func(tx *bbolt.Tx) error { used = tx.Size(); return nil }))
+	must(t, s.Close())
 	files := make(map[string][]byte)
 	for _, name := range []string{indexName, sumName, "blocks-1k", "blocks-32k", "accessed-1k", "accessed-32k"} {
 		var err error
@@ -55,9 +51,7 @@ func damageTemplate(t *testing.T) (map[string][]byte, []eris.Reference) {
 func writeFiles(t *testing.T, directory string, files map[string][]byte) {
 	t.Helper()
 	for name, content := range files {
-		if err := os.WriteFile(filepath.Join(directory, name), content, 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(filepath.Join(directory, name), content, 0o600))
 	}
 }
 
@@ -71,9 +65,7 @@ func start(t *testing.T, directory string) *Store {
 		}
 		s, err = Open(directory, Options{hintBytes: 64})
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return s
 }
 
@@ -118,9 +110,7 @@ func doDamage(t *testing.T, directory string, random *rand.Rand) string {
 	name := []string{indexName, indexName, indexName, indexName, "blocks-1k", "blocks-32k", "accessed-1k"}[random.IntN(7)]
 	path := filepath.Join(directory, name)
 	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	page := func() []byte {
 		i := random.IntN(len(b)/4096) * 4096
 		return b[i : i+4096]
@@ -145,9 +135,7 @@ func doDamage(t *testing.T, directory string, random *rand.Rand) string {
 		copy(other, kept)
 		what = "pages swapped"
 	case 9:
-		if err := os.Remove(path); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Remove(path))
 		return name + ": missing"
 	}
 	writeFiles(t, directory, map[string][]byte{name: b})
@@ -174,9 +162,7 @@ func TestRepair(t *testing.T) {
 			t.Run(fmt.Sprint(round), func(t *testing.T) {
 				t.Parallel()
 				directory := filepath.Join(parent, fmt.Sprint(round))
-				if err := os.Mkdir(directory, 0o700); err != nil {
-					t.Fatal(err)
-				}
+				must(t, os.Mkdir(directory, 0o700))
 				writeFiles(t, directory, template)
 				if round%2 == 1 {
 					os.Remove(filepath.Join(directory, sumName)) // as after a crash
@@ -258,9 +244,7 @@ func TestUnusableIndex(t *testing.T) {
 	} {
 		directory := t.TempDir()
 		writeFiles(t, directory, template)
-		if err := v.damage(filepath.Join(directory, v.file)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, v.damage(filepath.Join(directory, v.file)))
 		want := wholeBlocks(t, directory)
 		if _, err := Open(directory, Options{}); !errors.Is(err, ErrDamaged) {
 			t.Errorf("%s: %v instead of ErrDamaged", name, err)
@@ -287,9 +271,7 @@ func TestDamagedBlock(t *testing.T) {
 			putMany(t, s, size, 0, 3)
 			ref, block := testBlock(1, size)
 			found, _, err := s.lookup(&ref)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			offset := int64(found.slot())*int64(size) + int64(size)/2
 			if _, err := s.slabs[found.class()].file.WriteAt([]byte{block[size/2] ^ 0x10}, offset); err != nil {
 				t.Fatal(err)
@@ -343,13 +325,9 @@ func TestCutFiles(t *testing.T) {
 		directory := t.TempDir()
 		writeFiles(t, directory, template)
 		s, err := Open(directory, Options{hintBytes: 64})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		mustPut(t, s, 0, eris.BlockSize1KiB) // is there; the index has been checked
-		if err := os.Truncate(filepath.Join(directory, indexName), length); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Truncate(filepath.Join(directory, indexName), length))
 		readAll(t, s, refs)
 		if err := s.Err(); !errors.Is(err, ErrDamaged) {
 			t.Errorf("index of %d bytes: %v instead of ErrDamaged", length, err)
@@ -369,9 +347,7 @@ func TestCutFiles(t *testing.T) {
 	directory := t.TempDir()
 	writeFiles(t, directory, template)
 	s := testOpen(t, directory, Options{})
-	if err := os.Truncate(filepath.Join(directory, "blocks-32k"), 5<<15+1); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Truncate(filepath.Join(directory, "blocks-32k"), 5<<15+1))
 	if there := readAll(t, s, refs); there != damage1KiB+5 {
 		t.Errorf("%d blocks are there", there)
 	}

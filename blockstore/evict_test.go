@@ -39,18 +39,14 @@ func TestEviction(t *testing.T) {
 		t.Fatalf("%d evicted before the limit", evicted)
 	}
 	// Use the first third, after opening the store anew.
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.Close())
 	s = testOpen(t, directory, Options{MaxBytes: MinBytes, now: now.Load})
 	for i := range fits / 3 {
 		now.Add(1)
 		mustHave(t, s, i, eris.BlockSize1KiB)
 	}
 	// Opened anew again, put as many as the second third.
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.Close())
 	s = testOpen(t, directory, Options{MaxBytes: MinBytes, now: now.Load})
 	for i := fits; i < fits+fits/3; i++ {
 		now.Add(1)
@@ -85,9 +81,7 @@ func TestShrink(t *testing.T) {
 	for i := range 80 {
 		mustPut(t, s, i, eris.BlockSize32KiB)
 	}
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.Close())
 	s = testOpen(t, directory, Options{MaxBytes: MinBytes})
 	mustPut(t, s, 100, eris.BlockSize32KiB)
 	if got := s.Stats().Bytes32KiB; got > MinBytes {
@@ -108,9 +102,7 @@ func TestShift(t *testing.T) {
 		for c := range classes {
 			name, _ := slabNames(c)
 			info, err := os.Stat(filepath.Join(directory, name))
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			used += info.Sys().(*syscall.Stat_t).Blocks * 512
 		}
 		if stats := s.Stats(); stats.Bytes1KiB+stats.Bytes32KiB > limit || stats.Err != nil {

@@ -26,9 +26,7 @@ func TestFullDisk(t *testing.T) {
 	}()
 	directory, filler := filepath.Join(mount, "store"), filepath.Join(mount, "filler")
 	s, err := Open(directory, Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer func() { s.Close() }()
 	var acknowledged []int
 	next := 0
@@ -63,9 +61,7 @@ func TestFullDisk(t *testing.T) {
 			mustHave(t, s, i, crashSize(i))
 		}
 	}
-	if err := os.WriteFile(filler, make([]byte, 3<<20), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(filler, make([]byte, 3<<20), 0o600))
 	// Large batches fail first, then ever smaller ones: now the blocks do not fit, now the index.
 	for _, size := range []int{64, 8, 1} {
 		fill(size, 20)
@@ -84,9 +80,7 @@ func TestFullDisk(t *testing.T) {
 	}
 	check()
 	// Space again.
-	if err := os.Remove(filler); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Remove(filler))
 	fill(1, 20)
 	if len(acknowledged) < half*3/2 {
 		t.Errorf("%d acknowledged with half of the space, %d with all of it", half, len(acknowledged))

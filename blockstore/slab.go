@@ -11,6 +11,8 @@ import (
 	"os"
 	"path/filepath"
 	"sync/atomic"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
 // slotsPerChunk is how many slots share a bit set in the index and a chunk of access times.
@@ -268,7 +270,7 @@ next:
 			}
 		}
 		last = int64(first)
-		if err := punchHole(s.file, int64(first)*size, int64(perPage)*size); err != nil {
+		if err := files.PunchHole(s.file, int64(first)*size, int64(perPage)*size); err != nil {
 			return err
 		}
 	}

@@ -20,6 +20,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 var _ fetch.Store = (*Store)(nil)
 
 // testBlock returns the i-th block of a size, which is noise. It is the same on each call.
@@ -35,9 +43,7 @@ func testBlock(i int, size eris.BlockSize) (eris.Reference, []byte) {
 func testOpen(t testing.TB, directory string, options Options) *Store {
 	t.Helper()
 	s, err := Open(directory, options)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() {
 		if err := s.Close(); err != nil {
 			t.Error(err)
@@ -49,9 +55,7 @@ func testOpen(t testing.TB, directory string, options Options) *Store {
 func mustPut(t testing.TB, s *Store, i int, size eris.BlockSize) eris.Reference {
 	t.Helper()
 	ref, block := testBlock(i, size)
-	if err := s.Put(t.Context(), ref, block); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.Put(t.Context(), ref, block))
 	return ref
 }
 
@@ -65,9 +69,7 @@ func putMany(t testing.TB, s *Store, size eris.BlockSize, from, to int) (all []e
 			ref, block := testBlock(i, size)
 			refs, blocks = append(refs, ref), append(blocks, block)
 		}
-		if err := s.PutBatch(t.Context(), refs, blocks); err != nil {
-			t.Fatal(err)
-		}
+		must(t, s.PutBatch(t.Context(), refs, blocks))
 		all = append(all, refs...)
 	}
 	return all
@@ -97,13 +99,9 @@ func mustLack(t testing.TB, s *Store, i int, size eris.BlockSize) {
 // slot holds its block. It returns the references.
 func checkStore(t testing.TB, s *Store) map[eris.Reference]bool {
 	t.Helper()
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.Close())
 	db, err := bbolt.Open(filepath.Join(s.directory, indexName), 0o600, &bbolt.Options{ReadOnly: true})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer db.Close()
 	refs := make(map[eris.Reference]bool)
 	err = db.View(func(tx *bbolt.Tx) error {
@@ -168,9 +166,7 @@ func TestPutGet(t *testing.T) {
 			t.Error(r.Err)
 		}
 	}
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.Close())
 	s = testOpen(t, directory, Options{})
 	mustHave(t, s, 1, eris.BlockSize1KiB)
 	mustHave(t, s, 1, eris.BlockSize32KiB)
@@ -216,9 +212,7 @@ func TestDuplicates(t *testing.T) {
 	}
 	// In one batch.
 	ref, block := testBlock(2, eris.BlockSize1KiB)
-	if err := s.PutBatch(t.Context(), []eris.Reference{ref, ref, ref}, [][]byte{block, block, block}); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.PutBatch(t.Context(), []eris.Reference{ref, ref, ref}, [][]byte{block, block, block}))
 	mustHave(t, s, 2, eris.BlockSize1KiB)
 	if got := len(checkStore(t, s)); got != 2 {
 		t.Errorf("%d blocks", got)
@@ -234,12 +228,8 @@ func TestBatch(t *testing.T) {
 		ref, block := testBlock(i, []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB}[i/300])
 		refs, blocks = append(refs, ref), append(blocks, block)
 	}
-	if err := s.PutBatch(t.Context(), refs, blocks); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.PutBatch(t.Context(), nil, nil); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.PutBatch(t.Context(), refs, blocks))
+	must(t, s.PutBatch(t.Context(), nil, nil))
 	for i, ref := range refs {
 		if got, err := fetch.Get(t.Context(), s, ref, eris.BlockSize(len(blocks[i])), nil); err != nil || !bytes.Equal(got, blocks[i]) {
 			t.Fatalf("block %d: %v", i, err)
@@ -259,9 +249,7 @@ func TestLocked(t *testing.T) {
 	if _, err := Rebuild(t.Context(), directory); !errors.Is(err, files.ErrLocked) {
 		t.Errorf("rebuilt while open: %v", err)
 	}
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.Close())
 	testOpen(t, directory, Options{})
 }
 
@@ -269,9 +257,7 @@ func TestClosed(t *testing.T) {
 	s := testOpen(t, t.TempDir(), Options{})
 	ref := mustPut(t, s, 1, eris.BlockSize1KiB)
 	for range 2 {
-		if err := s.Close(); err != nil {
-			t.Fatal(err)
-		}
+		must(t, s.Close())
 	}
 	if _, err := fetch.Get(t.Context(), s, ref, eris.BlockSize1KiB, nil); !errors.Is(err, fetch.ErrClosed) {
 		t.Errorf("Get: %v", err)

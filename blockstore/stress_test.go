@@ -147,9 +147,7 @@ func TestLargeItem(t *testing.T) {
 	if stats.Blocks32KiB != int64(blocks) {
 		t.Errorf("%d blocks instead of %d", stats.Blocks32KiB, blocks)
 	}
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.Close())
 	s = testOpen(t, directory, Options{})
 	buffer := make([]byte, 0, eris.BlockSize32KiB)
 	for i, ref := range refs {

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
 // Bounds of a commit: enough for its cost to be shared well, few enough for it not to take long.
@@ -295,7 +296,7 @@ func (w *writer) write(blocks []*addition) error {
 	var group sync.WaitGroup
 	for class := range classes {
 		if dirty[class] {
-			group.Go(func() { failures[class] = syncData(w.store.slabs[class].file) })
+			group.Go(func() { failures[class] = files.SyncData(w.store.slabs[class].file) })
 		}
 	}
 	group.Wait()

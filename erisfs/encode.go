@@ -57,13 +57,10 @@ func Encode(ctx context.Context, nodes nar.Nodes, sink eris.Sink, o EncodeOption
 		o.Workers = runtime.GOMAXPROCS(0)
 	}
 	group, groupContext := errgroup.WithContext(ctx)
+	group.SetLimit(o.Workers + 1)
 	e := &encoder{
-		ctx: groupContext, nodes: nodes, sink: sink, options: o,
-		hash:  nar.NewHasher(groupContext),
-		files: make(chan *wholeContents, o.Workers),
-	}
-	for range o.Workers {
-		group.Go(e.work)
+		ctx: groupContext, group: group, nodes: nodes, sink: sink, options: o,
+		hash: nar.NewHasher(groupContext),
 	}
 	group.Go(e.walk)
 	if err := group.Wait(); err != nil {
@@ -92,10 +89,10 @@ func Encode(ctx context.Context, nodes nar.Nodes, sink eris.Sink, o EncodeOption
 
 type encoder struct {
 	ctx     context.Context
+	group   *errgroup.Group // of the walk and of small files
 	nodes   nar.Nodes
 	sink    eris.Sink
 	options EncodeOptions
-	files   chan *wholeContents
 
 	// The rest belongs to walk until it has ended.
 	hash    *nar.Hasher
@@ -106,15 +103,8 @@ type encoder struct {
 	empty   bool // the directory under way has no entries so far
 }
 
-// wholeContents is a file that has been read.
-type wholeContents struct {
-	entry  *Entry
-	chunks []nar.Chunk
-}
-
-// walk reads the tree, encodes large files and hands small ones to the workers.
+// walk reads the tree, encodes large files and has small ones encoded by others.
 func (e *encoder) walk() error {
-	defer close(e.files)
 	defer func() { e.sum = e.hash.Finish() }()
 	for {
 		n, err := e.nodes.Next()
@@ -124,6 +114,9 @@ func (e *encoder) walk() error {
 			return err
 		}
 		if err := e.node(n); err != nil {
+			return err
+		}
+		if err := e.ctx.Err(); err != nil {
 			return err
 		}
 	}
@@ -172,7 +165,7 @@ func (e *encoder) file(entry *Entry, n nar.Node) error {
 	if n.Size > wholeFile {
 		return e.encode(entry, &contentsReader{next: e.contents, length: n.Size}, e.options.Workers)
 	}
-	w := &wholeContents{entry: entry}
+	var chunks []nar.Chunk
 	for {
 		c, err := e.contents()
 		if err == io.EOF {
@@ -180,14 +173,18 @@ func (e *encoder) file(entry *Entry, n nar.Node) error {
 		} else if err != nil {
 			return err
 		}
-		w.chunks = append(w.chunks, c)
+		chunks = append(chunks, c)
 	}
-	select {
-	case e.files <- w:
-		return nil
-	case <-e.ctx.Done():
-		return e.ctx.Err()
+	next := func() (nar.Chunk, error) {
+		if len(chunks) == 0 {
+			return nar.Chunk{}, io.EOF
+		}
+		c := chunks[0]
+		chunks = chunks[1:]
+		return c, nil
 	}
+	e.group.Go(func() error { return e.encode(entry, &contentsReader{next: next, length: n.Size}, 1) })
+	return nil
 }
 
 // contents reads the next contents of the file under way, and hashes them.
@@ -199,16 +196,6 @@ func (e *encoder) contents() (nar.Chunk, error) {
 	return c, err
 }
 
-// work encodes the files that it is handed.
-func (e *encoder) work() error {
-	for w := range e.files {
-		if err := e.encode(w.entry, w.reader(), 1); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // encode encodes the contents of a file.
 func (e *encoder) encode(entry *Entry, r *contentsReader, workers int) (err error) {
 	entry.Capability, err = eris.Encode(e.ctx, r, e.sink,
@@ -217,22 +204,6 @@ func (e *encoder) encode(entry *Entry, r *contentsReader, workers int) (err erro
 		return fmt.Errorf("file %.300q: %w", entry.Path, err)
 	}
 	return nil
-}
-
-func (w *wholeContents) reader() *contentsReader {
-	r := &contentsReader{}
-	for _, c := range w.chunks {
-		r.length += uint64(len(c.Bytes))
-	}
-	r.next = func() (nar.Chunk, error) {
-		if len(w.chunks) == 0 {
-			return nar.Chunk{}, io.EOF
-		}
-		c := w.chunks[0]
-		w.chunks = w.chunks[1:]
-		return c, nil
-	}
-	return r
 }
 
 // contentsReader reads the contents of a file.

@@ -27,6 +27,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 // source opens a store in memory as a source.
 func source(t testing.TB, b *sourcetest.Backend) fetch.Source {
 	s := b.Open(16)
@@ -45,19 +53,13 @@ type example struct {
 
 func write(t testing.TB, path, contents string, mode fs.FileMode) {
 	t.Helper()
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(path, []byte(contents), mode); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.MkdirAll(filepath.Dir(path), 0o755))
+	must(t, os.WriteFile(path, []byte(contents), mode))
 }
 
 func link(t testing.TB, target, path string) {
 	t.Helper()
-	if err := os.Symlink(target, path); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Symlink(target, path))
 }
 
 const helloCapability = "0a003ffe034b0a056707d0ee1a67007ed97cec69cd4b887465b0bd3f76d228a9d96913e63264fc02e4b1063f436680d96b3313f634a511aff7b144003ba564632cdb"
@@ -127,9 +129,7 @@ func TestExamples(t *testing.T) {
 			e.make(t, path)
 			b := sourcetest.NewBackend()
 			r, err := erisfs.Encode(context.Background(), nar.NewTree(path), b.Put, erisfs.EncodeOptions{})
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			if got := hex.EncodeToString(r.Index.Encode()); got != e.index {
 				t.Errorf("index %s, want %s", got, e.index)
 			}
@@ -141,9 +141,7 @@ func TestExamples(t *testing.T) {
 				t.Errorf("NarHash %x, NarSize %d; want %x, %d", r.NarHash, r.NarSize, sha256.Sum256(want), len(want))
 			}
 			tree, err := open(t, b, r.Capability, erisfs.Limits{NarSize: r.NarSize}, fetch.Window{})
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			if got := archive(t, tree); !bytes.Equal(got, want) {
 				t.Error("another tree comes back")
 			}
@@ -190,24 +188,18 @@ func TestRoundTrip(t *testing.T) {
 	makeTree(t, root, 1, 200, 40<<10)
 	b := sourcetest.NewBackend()
 	r, err := erisfs.Encode(context.Background(), nar.NewTree(root), b.Put, erisfs.EncodeOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	want := archive(t, nar.NewTree(root))
 	for _, window := range []fetch.Window{{}, {Requests: 1, Bytes: 1}, {Requests: 3, Bytes: 200000}} {
 		tree, err := open(t, b, r.Capability, erisfs.Limits{NarSize: r.NarSize}, window)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if got := archive(t, tree); !bytes.Equal(got, want) {
 			t.Errorf("window %+v: another tree comes back", window)
 		}
 	}
 	// Contents may be passed over.
 	tree, err := open(t, b, r.Capability, erisfs.Limits{NarSize: r.NarSize}, fetch.Window{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for nodes := 0; ; nodes++ {
 		if _, err := tree.Next(); err == io.EOF {
 			if nodes < 200 {
@@ -365,13 +357,9 @@ func TestOrder(t *testing.T) {
 	x, err := erisfs.NewIndex([]erisfs.Entry{
 		file("b"), file("a/b"), file("a-b"), file("a/a/a"), file("a.b"), file("a0"), file("aa/x"), file("a!"), file("a/\x01"),
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	decoded, err := erisfs.Decode(x.Encode(), wide)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	tree := decoded.Nodes(context.Background(), source(t, sourcetest.NewBackend()), wide, fetch.Window{})
 	defer tree.Close()
 	a := archive(t, tree)
@@ -399,9 +387,7 @@ func TestLimits(t *testing.T) {
 	write(t, root+"/large", strings.Repeat("x", 5<<20), 0o644)
 	b := sourcetest.NewBackend()
 	r, err := erisfs.Encode(context.Background(), nar.NewTree(root), b.Put, erisfs.EncodeOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	tree, err := open(t, b, r.Capability, erisfs.Limits{NarSize: 4 << 20}, fetch.Window{})
 	if err == nil {
 		_, err = nar.Write(io.Discard, tree)
@@ -414,9 +400,7 @@ func TestLimits(t *testing.T) {
 		entries = append(entries, erisfs.Entry{Path: fmt.Sprint(i), Kind: nar.Symlink, Target: "x"})
 	}
 	x, err := erisfs.NewIndex(entries)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if _, err := erisfs.Decode(x.Encode(), erisfs.Limits{NarSize: 1000 * 150}); err == nil || !strings.Contains(err.Error(), "1000 entries") {
 		t.Errorf("error %v", err)
 	}
@@ -434,9 +418,7 @@ func TestIndexMemory(t *testing.T) {
 		entries[i] = erisfs.Entry{Path: strconv.FormatInt(int64(i), 36), Kind: nar.Symlink, Target: "x"}
 	}
 	x, err := erisfs.NewIndex(entries)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	index := x.Encode()
 	x, entries = nil, nil
 	heap := func() uint64 {
@@ -475,15 +457,11 @@ func TestDirectoryBomb(t *testing.T) {
 		entries = append(entries, erisfs.Entry{Path: fmt.Sprint(i) + strings.Repeat("/d", 1800), Kind: nar.Symlink, Target: "x"})
 	}
 	x, err := erisfs.NewIndex(entries)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	tree := x.Nodes(context.Background(), source(t, sourcetest.NewBackend()), wide, fetch.Window{})
 	defer tree.Close()
 	size, err := nar.Write(io.Discard, tree)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for narSize, want := range map[int64]bool{10 << 20: false, size / 2: false, size: true} {
 		if _, err := erisfs.Decode(x.Encode(), erisfs.Limits{NarSize: uint64(narSize)}); (err == nil) != want {
 			t.Errorf("as an archive of %d bytes instead of %d: error %v", narSize, size, err)
@@ -494,9 +472,7 @@ func TestDirectoryBomb(t *testing.T) {
 func TestEmptyDirectoryIndex(t *testing.T) {
 	b, _ := hex.DecodeString("da65726974" + "8201a0")
 	x, err := erisfs.Decode(b, wide)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	tree := x.Nodes(context.Background(), source(t, sourcetest.NewBackend()), wide, fetch.Window{})
 	defer tree.Close()
 	if got := archive(t, tree); len(got) != 96 {
@@ -594,16 +570,12 @@ func BenchmarkDecode(b *testing.B) {
 	var entries []erisfs.Entry
 	var c eris.ReadCapability
 	raw, _ := hex.DecodeString(helloCapability)
-	if err := c.UnmarshalBinary(raw); err != nil {
-		b.Fatal(err)
-	}
+	must(b, c.UnmarshalBinary(raw))
 	for i := range 10000 {
 		entries = append(entries, erisfs.Entry{Path: fmt.Sprintf("share/dir-%d/file-%d", i%100, i), Kind: nar.Regular, Capability: c})
 	}
 	x, err := erisfs.NewIndex(entries)
-	if err != nil {
-		b.Fatal(err)
-	}
+	must(b, err)
 	index := x.Encode()
 	b.SetBytes(int64(len(index)))
 	b.ReportAllocs()

@@ -4,7 +4,6 @@ package nar
 
 import (
 	"context"
-	"fmt"
 	"io"
 	"sync"
 	"sync/atomic"
@@ -125,7 +124,7 @@ func (a *ReadAhead) read(ctx context.Context, r io.Reader, count, size int) {
 		// Fill the buffer, but do not let a consumer wait that has nothing else to do.
 		for n < size && failed == nil && (n == 0 || len(a.pieces) > 0) {
 			var m int
-			m, failed = contained(r, b.bytes[n:])
+			m, failed = r.Read(b.bytes[n:])
 			n += m
 			if ctx.Err() != nil {
 				failed = ctx.Err()
@@ -138,17 +137,6 @@ func (a *ReadAhead) read(ctx context.Context, r io.Reader, count, size int) {
 		}
 	}
 	a.send(ctx, piece{err: failed})
-}
-
-// contained reads from r. What is behind it decodes what comes from anybody; should it panic, that
-// is an error of the stream and not the end of the process.
-func contained(r io.Reader, p []byte) (n int, err error) {
-	defer func() {
-		if fault := recover(); fault != nil {
-			n, err = 0, fmt.Errorf("internal error: %v", fault)
-		}
-	}()
-	return r.Read(p)
 }
 
 // send delivers p unless nobody listens any more.
@@ -222,25 +210,9 @@ type Pool struct{ free sync.Pool }
 // Get returns a chunk of [PieceSize] bytes of any value, with one user, who may change it as long
 // as there is no other.
 func (p *Pool) Get() Chunk {
-	b, _ := p.free.Get().(*pooled)
+	b, _ := p.free.Get().(*buffer)
 	if b == nil {
-		b = &pooled{bytes: make([]byte, PieceSize), home: &p.free}
+		b = &buffer{bytes: make([]byte, PieceSize), home: func(b *buffer) { p.free.Put(b) }}
 	}
-	b.users.Store(1)
-	return Chunk{b.bytes, b}
-}
-
-// pooled is the memory behind a chunk of a Pool.
-type pooled struct {
-	bytes []byte
-	users atomic.Int32
-	home  *sync.Pool
-}
-
-func (b *pooled) Retain() { b.users.Add(1) }
-
-func (b *pooled) Release() {
-	if b.users.Add(-1) == 0 {
-		b.home.Put(b)
-	}
+	return b.lend(PieceSize)
 }

@@ -66,37 +66,21 @@ func (h *Hasher) Size() uint64 { return h.size }
 
 // Node hashes a node, up to the contents of a Regular.
 func (h *Hasher) Node(n Node) error {
-	if err := h.room(); err != nil {
-		return err
-	}
-	before := len(h.frame)
-	h.frame = h.framer.AppendNode(h.frame, n)
-	h.size += uint64(len(h.frame) - before)
-	return h.flush()
+	return h.extend(func(frame []byte) []byte { return h.framer.AppendNode(frame, n) })
 }
 
 // EndContents hashes what follows the contents of a Regular.
 func (h *Hasher) EndContents() error {
-	if err := h.room(); err != nil {
-		return err
-	}
-	before := len(h.frame)
-	h.frame = h.framer.AppendContentsEnd(h.frame)
-	h.size += uint64(len(h.frame) - before)
-	return h.flush()
+	return h.extend(h.framer.AppendContentsEnd)
 }
 
 // Contents hashes a piece of contents. The caller still owns c; the hasher retains it for as long
 // as it needs it.
 func (h *Hasher) Contents(c Chunk) error {
-	h.size += uint64(len(c.Bytes))
 	if len(c.Bytes) < smallPiece {
-		if err := h.room(); err != nil {
-			return err
-		}
-		h.frame = append(h.frame, c.Bytes...)
-		return h.flush()
+		return h.extend(func(frame []byte) []byte { return append(frame, c.Bytes...) })
 	}
+	h.size += uint64(len(c.Bytes))
 	if err := h.push(); err != nil {
 		return err
 	}
@@ -119,22 +103,19 @@ func (h *Hasher) Finish() (sum [sha256.Size]byte) {
 	return sum
 }
 
-// room gets memory for framing bytes.
-func (h *Hasher) room() error {
-	if h.fill != nil {
-		return nil
+// extend hashes what is appended to the framing bytes, which are handed over when there are many.
+func (h *Hasher) extend(appendTo func([]byte) []byte) error {
+	if h.fill == nil {
+		select {
+		case h.fill = <-h.free:
+		case <-h.ctx.Done():
+			return h.ctx.Err()
+		}
+		h.frame = h.fill.bytes[:0]
 	}
-	select {
-	case h.fill = <-h.free:
-	case <-h.ctx.Done():
-		return h.ctx.Err()
-	}
-	h.frame = h.fill.bytes[:0]
-	return nil
-}
-
-// flush hands the framing bytes over if there are many.
-func (h *Hasher) flush() error {
+	before := len(h.frame)
+	h.frame = appendTo(h.frame)
+	h.size += uint64(len(h.frame) - before)
 	if len(h.frame) < frameFull {
 		return nil
 	}

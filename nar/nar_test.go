@@ -21,6 +21,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 // strs concatenates strings in the encoding of the format.
 func strs(ss ...string) string {
 	var b strings.Builder
@@ -120,25 +128,19 @@ var vectors = []struct {
 
 func file(contents string, mode os.FileMode) func(*testing.T, string) {
 	return func(t *testing.T, path string) {
-		if err := os.WriteFile(path, []byte(contents), mode); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(path, []byte(contents), mode))
 	}
 }
 
 func link(target string) func(*testing.T, string) {
 	return func(t *testing.T, path string) {
-		if err := os.Symlink(target, path); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Symlink(target, path))
 	}
 }
 
 func dir() func(*testing.T, string) {
 	return func(t *testing.T, path string) {
-		if err := os.Mkdir(path, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Mkdir(path, 0o755))
 	}
 }
 
@@ -149,9 +151,7 @@ func TestVectors(t *testing.T) {
 			v.make(t, path)
 			var b bytes.Buffer
 			n, err := nar.Write(&b, nar.NewTree(path))
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			if n != int64(v.length) || b.Len() != v.length {
 				t.Errorf("wrote %d bytes, said %d, want %d", b.Len(), n, v.length)
 			}
@@ -160,9 +160,7 @@ func TestVectors(t *testing.T) {
 				t.Errorf("hash %s, want %s", got, v.hash)
 			}
 			want, err := describe(nar.NewTree(path))
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			if got, err := read(b.String()); err != nil || got != want {
 				t.Errorf("read back:\n%s(error %v), want:\n%s", got, err, want)
 			}
@@ -174,9 +172,7 @@ func TestHexVector(t *testing.T) {
 	const archive = "0d000000000000006e69782d617263686976652d310000000100000000000000280000000000000004000000000000007479706500000000" +
 		"0700000000000000726567756c6172000800000000000000636f6e74656e74730200000000000000686900000000000001000000000000002900000000000000"
 	b, err := hex.DecodeString(archive)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if got, err := read(string(b)); err != nil || got != "regular \"\" \"hi\"\n" {
 		t.Errorf("got %q, error %v", got, err)
 	}
@@ -192,9 +188,7 @@ func TestNixStore(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "item")
 		v.make(t, path)
 		want, err := exec.Command(program, "--dump", path).Output()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		var got bytes.Buffer
 		if _, err := nar.Write(&got, nar.NewTree(path)); err != nil {
 			t.Fatal(err)
@@ -361,9 +355,7 @@ func TestReadAhead(t *testing.T) {
 	long := strings.NewReader(strings.Repeat("0123456789abcdef", 1<<10))
 	a := nar.NewReadAhead(context.Background(), long, 2, size)
 	first, err := a.Next()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if _, err := a.Next(); err != nil {
 		t.Fatal(err)
 	}

@@ -256,7 +256,7 @@ func (r *Reader) skipContents() error {
 		}
 		c.Release()
 	}
-	if err := r.padding(r.size); err != nil {
+	if _, err := r.padded(0, padding(r.size)); err != nil {
 		return err
 	}
 	if err := r.expect(")"); err != nil {
@@ -318,30 +318,21 @@ func (r *Reader) string(limit int) ([]byte, error) {
 	if size > uint64(limit) {
 		return nil, r.errorf("string of %d bytes where at most %d are expected", size, limit)
 	}
-	pad := padding(size)
-	b, err := r.take(int(size) + pad)
+	return r.padded(int(size), padding(size))
+}
+
+// padded returns the next n bytes, behind which so many zero bytes must be.
+func (r *Reader) padded(n, padding int) ([]byte, error) {
+	b, err := r.take(n + padding)
 	if err != nil {
 		return nil, err
 	}
-	for _, c := range b[size:] {
+	for _, c := range b[n:] {
 		if c != 0 {
 			return nil, r.errorf("padding is not zero")
 		}
 	}
-	return b[:size], nil
-}
-
-func (r *Reader) padding(size uint64) error {
-	b, err := r.take(padding(size))
-	if err != nil {
-		return err
-	}
-	for _, c := range b {
-		if c != 0 {
-			return r.errorf("padding is not zero")
-		}
-	}
-	return nil
+	return b[:n], nil
 }
 
 // token reads one of the words of the grammar, none of which is longer than the magic string.

@@ -129,9 +129,7 @@ func FuzzParse(f *testing.F) {
 			return // the printed one has the hash of NarDigest
 		}
 		printed, err := narinfo.Text(part, "1;h;", n.PreferredURLs(narinfo.Fast))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		m := parse(t, printed)
 		wantIs(t, m.Authorise(acl.NewACL()), acl.ErrCorruptSignature)
 		if !narinfo.Equivalent(n, m) || m.Deriver != n.Deriver || len(m.ERIS) != len(n.ERIS) {

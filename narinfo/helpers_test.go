@@ -13,6 +13,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 const (
 	helloPath = "/gnu/store/9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello"
 	helloHash = "sha256:04zwf782yjwnh3q6hz5izfd6jyip8kgw6g6yj43fiqhbyhdd0dqw"
@@ -49,18 +57,14 @@ func parse(t testing.TB, text string) *narinfo.Narinfo {
 func parseACL(t testing.TB, text string) *acl.ACL {
 	t.Helper()
 	a, err := acl.ParseACL([]byte(text))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return a
 }
 
 func read(t testing.TB, name string) string {
 	t.Helper()
 	b, err := os.ReadFile(name)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return string(b)
 }
 

@@ -5,6 +5,7 @@ package narinfo
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode"
@@ -100,7 +101,6 @@ const (
 	deriverField
 	signatureSeen
 
-	mandatory  = storePathField | referencesField
 	mustSigned = storePathField | narHashField | referencesField
 )
 
@@ -125,7 +125,7 @@ func (p *parser) field(f field) error {
 			n.StorePath = f.value
 			dir, base := cutBase(f.value)
 			if !strings.HasPrefix(dir, "/") {
-				return fmt.Errorf("%s is not an absolute file name", quote(f.value))
+				return fmt.Errorf("%.300q is not an absolute file name", f.value)
 			}
 			return CheckStoreName(base)
 		}
@@ -137,7 +137,7 @@ func (p *parser) field(f field) error {
 		if p.first(narSizeField, f) {
 			var err error
 			if n.NarSize, err = strconv.ParseUint(f.value, 10, 64); err != nil {
-				return fmt.Errorf("%s is not a decimal number below 2^64", quote(f.value))
+				return fmt.Errorf("%.300q is not a decimal number below 2^64", f.value)
 			}
 			n.NarSizeKnown = true
 		}
@@ -192,23 +192,18 @@ func (p *parser) field(f field) error {
 
 // finish checks that all is there, and decides what is signed.
 func (p *parser) finish() (*Narinfo, error) {
-	if missing := mandatory &^ p.seen; missing != 0 {
-		name := "References"
-		if missing&storePathField != 0 {
-			name = "StorePath"
-		}
-		return nil, fmt.Errorf("narinfo: no field %s", name)
+	switch {
+	case p.seen&storePathField == 0:
+		return nil, errors.New("narinfo: no field StorePath")
+	case p.seen&referencesField == 0:
+		return nil, errors.New("narinfo: no field References")
 	}
 	n := &p.n
 	n.hashError = decodeNarHash(&n.NarDigest, n.NarHash)
 	if len(n.URLs) == 0 {
 		return nil, errors.New("narinfo: no field URL")
 	}
-	usable := false
-	for _, u := range n.URLs {
-		usable = usable || u.usable()
-	}
-	if !usable {
+	if !slices.ContainsFunc(n.URLs, URL.usable) {
 		return nil, errors.New("narinfo: no well-formed URL with a supported compression")
 	}
 	n.text = p.text
@@ -234,13 +229,13 @@ func decodeNarHash(digest *[32]byte, s string) error {
 		return errors.New("no field NarHash")
 	}
 	if !ok {
-		return fmt.Errorf("%s does not start with \"sha256:\"", quote(s))
+		return fmt.Errorf("%.300q does not start with \"sha256:\"", s)
 	}
 	if len(digits) == 2*len(digest) {
-		return fmt.Errorf("%s is not in nix-base32; hexadecimal is not understood", quote(s))
+		return fmt.Errorf("%.300q is not in nix-base32; hexadecimal is not understood", s)
 	}
 	if err := nixbase32.Decode(digest[:], digits); err != nil {
-		return fmt.Errorf("%s: %w", quote(s), err)
+		return fmt.Errorf("%.300q: %w", s, err)
 	}
 	return nil
 }
@@ -293,11 +288,11 @@ func (l *lines) next() (field, error) {
 		case line[0] == '+':
 			return field{}, errors.New("it continues a field, but there is none before")
 		case !startsField(line):
-			return field{}, fmt.Errorf("%s is neither a field nor a comment", quote(line))
+			return field{}, fmt.Errorf("%.300q is neither a field nor a comment", line)
 		}
 		name, value, ok := strings.Cut(line, ":")
 		if !ok {
-			return field{}, fmt.Errorf("%s has no colon", quote(line))
+			return field{}, fmt.Errorf("%.300q has no colon", line)
 		}
 		l.any = true
 		f := field{name, strings.TrimLeftFunc(value, unicode.IsSpace), offset, l.line}
@@ -336,17 +331,4 @@ func (l *lines) continuation(f *field) {
 	if value != nil {
 		f.value = string(value)
 	}
-}
-
-// quote quotes a string for an error message, cut to a bearable length.
-func quote(s string) string {
-	const most = 80
-	if len(s) > most {
-		end := most
-		for !utf8.RuneStart(s[end]) {
-			end--
-		}
-		s = s[:end] + "…"
-	}
-	return strconv.Quote(s)
 }

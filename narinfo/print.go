@@ -24,11 +24,11 @@ import (
 func SignedPart(n *Narinfo) (string, error) {
 	dir, base := cutBase(n.StorePath)
 	if !strings.HasPrefix(dir, "/") || badURLByte(dir) >= 0 {
-		return "", fmt.Errorf("narinfo: %s is not an absolute file name", quote(n.StorePath))
+		return "", fmt.Errorf("narinfo: %.300q is not an absolute file name", n.StorePath)
 	}
 	hash := hashPrefix + nixbase32.EncodeToString(n.NarDigest[:])
 	if n.NarHash != "" && n.NarHash != hash {
-		return "", fmt.Errorf("narinfo: the hash is both %s and %s", quote(n.NarHash), hash)
+		return "", fmt.Errorf("narinfo: the hash is both %.300q and %s", n.NarHash, hash)
 	}
 	if len(n.References) > MaxReferences || len(n.ERIS) > maxERIS {
 		return "", fmt.Errorf("narinfo: %d references or %d ERIS capabilities are too many", len(n.References), len(n.ERIS))
@@ -51,7 +51,7 @@ func SignedPart(n *Narinfo) (string, error) {
 	line("NarSize", strconv.FormatUint(n.NarSize, 10))
 	for _, e := range n.ERIS {
 		if e.URN == "" || badURLByte(e.URN) >= 0 || strings.Contains(e.URN, signatureField) {
-			return "", fmt.Errorf("narinfo: %s is not a URN", quote(e.URN))
+			return "", fmt.Errorf("narinfo: %.300q is not a URN", e.URN)
 		}
 		line("ERIS", e.URN)
 	}
@@ -60,7 +60,7 @@ func SignedPart(n *Narinfo) (string, error) {
 		line("Deriver", n.Deriver)
 	}
 	if strings.Contains(b.String(), signatureField) {
-		return "", fmt.Errorf("narinfo: %s must not contain %q", quote(n.StorePath), signatureField)
+		return "", fmt.Errorf("narinfo: %.300q must not contain %q", n.StorePath, signatureField)
 	}
 	return b.String(), nil
 }
@@ -82,7 +82,7 @@ func Text(signedPart, signature string, urls []URL) (string, error) {
 	}
 	for _, u := range urls {
 		if !u.usable() {
-			return "", fmt.Errorf("narinfo: the URL %s with compression %s cannot be used", quote(u.URL), quote(u.Compression))
+			return "", fmt.Errorf("narinfo: the URL %.300q with compression %.300q cannot be used", u.URL, u.Compression)
 		}
 		b.WriteString("URL: " + u.URL + "\nCompression: " + u.Compression + "\n")
 		if u.SizeKnown {

@@ -20,13 +20,9 @@ func TestPrintReal(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			n := parse(t, x[0])
 			signed, err := narinfo.SignedPart(n)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			text, err := narinfo.Text(signed, n.Signature, n.URLs)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			if text != x[0] {
 				t.Errorf("printed\n%s\nwant\n%s", text, x[0])
 			}
@@ -44,21 +40,15 @@ func TestPrintSignParse(t *testing.T) {
 		Deriver:    strings.Repeat("d", 32) + "-hello.drv",
 	}
 	signed, err := narinfo.SignedPart(n)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if want := "StorePath: " + helloPath + "\nNarHash: " + helloHash + "\nNarSize: 120\nERIS: urn:eris:A\nERIS: urn:eris:B\nReferences: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa-a 9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello\nDeriver: dddddddddddddddddddddddddddddddd-hello.drv\n"; signed != want {
 		t.Errorf("SignedPart = %q, want %q", signed, want)
 	}
 	urls := []narinfo.URL{{URL: "nar/x", Compression: "none", FileSize: 120, SizeKnown: true}, {URL: "nar/zstd/x", Compression: "zstd"}}
 	signature, err := testKey.Sign(sha256.Sum256([]byte(signed)), "localhost")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	text, err := narinfo.Text(signed, signature, urls)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	m := parse(t, text)
 	if err := m.Authorise(testACL); err != nil {
 		t.Error(err)
@@ -69,9 +59,7 @@ func TestPrintSignParse(t *testing.T) {
 	}
 
 	text, err = narinfo.Text(signed, "", urls)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if m := parse(t, text); !narinfo.Equivalent(m, parse(t, text)) || m.Signature != "" || m.ERIS[0].Signed {
 		t.Errorf("without a signature: %+v", m)
 	}

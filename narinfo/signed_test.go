@@ -63,9 +63,7 @@ var (
 func sign(t testing.TB, text string) string {
 	t.Helper()
 	s, err := testKey.Sign(sha256.Sum256([]byte(text)), "localhost")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return "Signature: " + s + "\n"
 }
 
@@ -177,9 +175,7 @@ func TestSignatureCoverage(t *testing.T) {
 				wantError(t, err, "References")
 				return
 			}
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			got := values{n.StorePath, n.NarSize, n.Deriver, n.NarSizeSigned, n.DeriverSigned, nil, len(n.References), tt.want.authorisedError}
 			for _, e := range n.ERIS {
 				got.erisSigned = append(got.erisSigned, e.Signed)
@@ -233,11 +229,7 @@ func BenchmarkParseAndAuthorise(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		n, err := narinfo.Parse(text)
-		if err != nil {
-			b.Fatal(err)
-		}
-		if err := n.Authorise(keys); err != nil {
-			b.Fatal(err)
-		}
+		must(b, err)
+		must(b, n.Authorise(keys))
 	}
 }

@@ -34,7 +34,7 @@ var nameChars = func() (set [256]bool) {
 // store-path-hash-part.)
 func CheckStoreName(name string) error {
 	if err := checkStoreName(name); err != nil {
-		return fmt.Errorf("%s is not the name of a store item: %w", quote(name), err)
+		return fmt.Errorf("%.300q is not the name of a store item: %w", name, err)
 	}
 	return nil
 }
@@ -78,7 +78,7 @@ func checkReference(name string) error {
 		err = fmt.Errorf("it is longer than %d bytes", maxNameLen)
 	}
 	if err != nil {
-		return fmt.Errorf("%s is not the name of a store item: %w", quote(name), err)
+		return fmt.Errorf("%.300q is not the name of a store item: %w", name, err)
 	}
 	return nil
 }
@@ -89,7 +89,7 @@ func checkReference(name string) error {
 func CheckStorePath(storeDir, path string) error {
 	dir, base := cutBase(path)
 	if dir != storeDir {
-		return fmt.Errorf("%s is not in the store directory %s", quote(path), quote(storeDir))
+		return fmt.Errorf("%.300q is not in the store directory %.300q", path, storeDir)
 	}
 	return CheckStoreName(base)
 }
@@ -120,7 +120,7 @@ func (n *Narinfo) CheckItem(storeDir, item string) error {
 		return err
 	}
 	if n.StorePath != item {
-		return fmt.Errorf("the narinfo is about %s instead of %s", quote(n.StorePath), quote(item))
+		return fmt.Errorf("the narinfo is about %.300q instead of %.300q", n.StorePath, item)
 	}
 	return nil
 }

@@ -126,7 +126,7 @@ func looseness(u URL) int {
 // instance, so the caller must.
 func ResolveURL(base, value string) (string, error) {
 	if value == "" {
-		return "", fmt.Errorf("empty URL in a narinfo from %s", quote(base))
+		return "", fmt.Errorf("empty URL in a narinfo from %.300q", base)
 	}
 	url := value
 	if !hasScheme(value) {
@@ -136,7 +136,7 @@ func ResolveURL(base, value string) (string, error) {
 		}
 	}
 	if i := badURLByte(url); i >= 0 {
-		return "", fmt.Errorf("the URL %s contains the byte %#02x", quote(url), url[i])
+		return "", fmt.Errorf("the URL %.300q contains the byte %#02x", url, url[i])
 	}
 	return url, nil
 }

@@ -90,9 +90,7 @@ func TestPreferredURLs(t *testing.T) {
 func TestLongURL(t *testing.T) {
 	for length, want := range map[int]int{4096: 3, 4097: 2} { // beside the two of hello
 		n, err := narinfo.Parse([]byte(hello + "URL: " + strings.Repeat("x", length) + "\nCompression: none\n"))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if got := len(n.PreferredURLs(narinfo.Fast)); got != want {
 			t.Errorf("with a URL of %d bytes: %d that can be used, want %d", length, got, want)
 		}

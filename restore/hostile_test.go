@@ -71,12 +71,8 @@ func TestFaultOfSource(t *testing.T) {
 // TestNoName checks that what is no name of a file is neither made nor removed.
 func TestNoName(t *testing.T) {
 	d := t.TempDir()
-	if err := os.MkdirAll(d+"/a/b", 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(d+"/a/b/file", nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.MkdirAll(d+"/a/b", 0o755))
+	must(t, os.WriteFile(d+"/a/b/file", nil, 0o644))
 	t.Chdir(d + "/a/b")
 	for _, path := range []string{"", ".", "..", "../.", "../b/.", "../b/..", d + "/a/.", "x\x00y", "../b/" + strings.Repeat("x", 256)} {
 		if err := restore.Remove(path); err == nil {
@@ -106,21 +102,15 @@ func TestRemoveKeepsMounts(t *testing.T) {
 	outside := filepath.Join(d, "outside")
 	tree := filepath.Join(d, "tree")
 	for _, name := range []string{outside, tree + "/sub/mount"} {
-		if err := os.MkdirAll(name, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.MkdirAll(name, 0o755))
 	}
-	if err := os.WriteFile(outside+"/file", []byte("precious"), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(outside+"/file", []byte("precious"), 0o644))
 	for name, at := range map[string]string{"below": tree + "/sub/mount", "itself": tree} {
 		if err := unix.Mount(outside, at, "", unix.MS_BIND, ""); err != nil {
 			t.Skipf("cannot mount: %v", err)
 		}
 		err := restore.Remove(tree)
-		if err := unix.Unmount(at, unix.MNT_DETACH); err != nil {
-			t.Fatal(err)
-		}
+		must(t, unix.Unmount(at, unix.MNT_DETACH))
 		if err == nil || !strings.Contains(err.Error(), "mount point") {
 			t.Errorf("%s: error %v", name, err)
 		}
@@ -137,43 +127,27 @@ func TestRemoveKeepsMounts(t *testing.T) {
 func TestDeepStaleTree(t *testing.T) {
 	s := store(t)
 	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		t.Fatal(err)
-	}
+	must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
 	low := limit
 	low.Cur = 100
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &low); err != nil {
-		t.Fatal(err)
-	}
+	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &low))
 	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
 	parent, err := unix.Open(s, unix.O_DIRECTORY|unix.O_RDONLY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for range 3000 { // far beyond the longest path, too
-		if err := unix.Mkdirat(parent, "d", 0o755); err != nil {
-			t.Fatal(err)
-		}
+		must(t, unix.Mkdirat(parent, "d", 0o755))
 		fd, err := unix.Openat(parent, "d", unix.O_DIRECTORY|unix.O_RDONLY, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		file, err := unix.Openat(fd, "file", unix.O_CREAT|unix.O_WRONLY, 0o444)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		unix.Close(file)
 		unix.Fchmod(parent, 0o555)
 		unix.Close(parent)
 		parent = fd
 	}
 	unix.Close(parent)
-	if err := os.Chmod(s, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := restore.Remove(s + "/d"); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Chmod(s, 0o755))
+	must(t, restore.Remove(s+"/d"))
 	if names, err := os.ReadDir(s); err != nil || len(names) > 0 {
 		t.Errorf("%v, error %v", names, err)
 	}

@@ -24,14 +24,20 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 // makeTree fills an empty directory with files of all kinds, the same for equal seeds.
 func makeTree(t testing.TB, root string, seed uint64, files int) {
 	t.Helper()
 	random := rand.New(rand.NewPCG(seed, 1))
 	check := func(err error) {
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 	}
 	check(os.Mkdir(root, 0o755))
 	dirs := []string{root}
@@ -102,9 +108,7 @@ func checkCanonical(t *testing.T, root string) {
 		}
 		return nil
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 }
 
 // store returns an empty store that is removed at the end of the test even though its directories
@@ -112,9 +116,7 @@ func checkCanonical(t *testing.T, root string) {
 func store(t testing.TB) string {
 	t.Helper()
 	d := filepath.Join(t.TempDir(), "store")
-	if err := os.Mkdir(d, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(d, 0o755))
 	t.Cleanup(func() {
 		if err := restore.Remove(d); err != nil {
 			t.Error(err)
@@ -136,9 +138,7 @@ func TestRoundTrip(t *testing.T) {
 	}
 	items := []string{"tree"}
 	for name, f := range files {
-		if err := f(d + "/" + name); err != nil {
-			t.Fatal(err)
-		}
+		must(t, f(d+"/"+name))
 		items = append(items, name)
 	}
 	for _, item := range items {
@@ -154,9 +154,7 @@ func TestRoundTrip(t *testing.T) {
 					o.MaxBytes = uint64(len(archive))
 					for _, name := range []string{"one", "two"} {
 						got, err := restoreArchive(archive, piece, s+"/"+name, o)
-						if err != nil {
-							t.Fatal(err)
-						}
+						must(t, err)
 						if want := (restore.Result{NarHash: sha256.Sum256(archive), NarSize: uint64(len(archive))}); got != want {
 							t.Errorf("result %v, want %v", got, want)
 						}
@@ -237,9 +235,7 @@ func TestTruncated(t *testing.T) {
 		if !errors.Is(err, io.ErrUnexpectedEOF) {
 			t.Errorf("%d of %d bytes: error %v", cut, len(archive), err)
 		}
-		if err := restore.Remove(s + "/item"); err != nil {
-			t.Fatal(err)
-		}
+		must(t, restore.Remove(s+"/item"))
 	}
 	// What has been shared meanwhile is complete.
 	if _, err := restoreArchive(archive, 10000, s+"/item", restore.Options{LinksDirectory: s + "/.links"}); err != nil {
@@ -249,9 +245,7 @@ func TestTruncated(t *testing.T) {
 		t.Error("the restored tree is another one")
 	}
 	links, err := os.ReadDir(s + "/.links")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for _, l := range links {
 		sum := sha256.Sum256(archiveOf(t, s+"/.links/"+l.Name()))
 		if got := nixbase32.EncodeToString(sum[:]); got != l.Name() {
@@ -264,9 +258,7 @@ func TestDestinationExists(t *testing.T) {
 	s := store(t)
 	archive := archiveOf(t, s)
 	outside := t.TempDir()
-	if err := os.Symlink(outside, s+"/item"); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Symlink(outside, s+"/item"))
 	if _, err := restoreArchive(archive, 4096, s+"/item", restore.Options{}); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("error %v", err)
 	}
@@ -357,9 +349,7 @@ func TestCancel(t *testing.T) {
 func inode(t *testing.T, path string) (number, names uint64) {
 	t.Helper()
 	var st unix.Stat_t
-	if err := unix.Lstat(path, &st); err != nil {
-		t.Fatal(err)
-	}
+	must(t, unix.Lstat(path, &st))
 	return st.Ino, uint64(st.Nlink)
 }
 
@@ -373,9 +363,7 @@ func TestDeduplication(t *testing.T) {
 		"small": {8191, 0o644}, "least": {8192, 0o644},
 		"large": {3 << 20, 0o644}, "twin": {3 << 20, 0o644},
 	} {
-		if err := os.WriteFile(d+"/"+name, bytes.Repeat([]byte("x"), file.size), file.mode); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(d+"/"+name, bytes.Repeat([]byte("x"), file.size), file.mode))
 	}
 	archive := archiveOf(t, d)
 	s := store(t)
@@ -404,9 +392,7 @@ func TestDeduplication(t *testing.T) {
 func TestNoDeduplication(t *testing.T) {
 	d := t.TempDir()
 	file := d + "/file"
-	if err := os.WriteFile(file, make([]byte, 8191), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(file, make([]byte, 8191), 0o644))
 	s := store(t)
 	if _, err := restoreArchive(archiveOf(t, file), 4096, s+"/small", restore.Options{LinksDirectory: s + "/.links"}); err != nil {
 		t.Fatal(err)
@@ -414,16 +400,12 @@ func TestNoDeduplication(t *testing.T) {
 	if _, err := os.Stat(s + "/.links"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("small files make a links directory: %v", err)
 	}
-	if err := os.WriteFile(file, make([]byte, 20000), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(file, make([]byte, 20000), 0o644))
 	// A link of another size was cut off by a crash; a link with another mode is being made by
 	// somebody; a directory in its place is nonsense.
 	sum := sha256.Sum256(archiveOf(t, file))
 	link := s + "/.links/" + nixbase32.EncodeToString(sum[:])
-	if err := os.Mkdir(s+"/.links", 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(s+"/.links", 0o755))
 	for name, prepare := range map[string]func() error{
 		"truncated":   func() error { return os.WriteFile(link, make([]byte, 19999), 0o444) },
 		"directory":   func() error { return os.Mkdir(link, 0o755) },
@@ -445,9 +427,7 @@ func TestNoDeduplication(t *testing.T) {
 		checkCanonical(t, s+"/item")
 		os.RemoveAll(s + "/item")
 		os.RemoveAll(s + "/.links")
-		if err := os.Mkdir(s+"/.links", 0o755); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Mkdir(s+"/.links", 0o755))
 	}
 }
 
@@ -478,9 +458,7 @@ func TestConcurrentDeduplication(t *testing.T) {
 		checkCanonical(t, item)
 	}
 	links, err := os.ReadDir(s + "/.links")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for _, l := range links {
 		if strings.HasPrefix(l.Name(), ".tmp") {
 			t.Errorf("%s was left behind", l.Name())
@@ -493,9 +471,7 @@ func TestConcurrentDeduplication(t *testing.T) {
 
 func TestFullDisk(t *testing.T) {
 	d := filepath.Join(t.TempDir(), "small")
-	if err := os.Mkdir(d, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(d, 0o755))
 	if err := unix.Mount("tmpfs", d, "tmpfs", 0, "size=2m"); err != nil {
 		t.Skipf("cannot mount a small file system (needs root): %v", err)
 	}
@@ -523,17 +499,13 @@ func TestNixStoreOracle(t *testing.T) {
 	d := t.TempDir()
 	makeTree(t, d+"/tree", 6, 100)
 	archive, err := exec.Command(program, "--dump", d+"/tree").Output()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	s := store(t)
 	if _, err := restoreArchive(archive, 64<<10, s+"/item", restore.Options{LinksDirectory: s + "/.links"}); err != nil {
 		t.Fatal(err)
 	}
 	again, err := exec.Command(program, "--dump", s+"/item").Output()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if !bytes.Equal(again, archive) {
 		t.Error("the restored tree is another one")
 	}
@@ -595,29 +567,19 @@ func TestDeep(t *testing.T) {
 func TestRemove(t *testing.T) {
 	d := t.TempDir()
 	outside := t.TempDir()
-	if err := os.WriteFile(outside+"/precious", nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(outside+"/precious", nil, 0o644))
 	makeTree(t, d+"/tree", 7, 50)
-	if err := os.Symlink(outside, d+"/tree/link"); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Symlink(outside, d+"/tree/link"))
 	deep := d + "/tree"
 	for range 100 {
 		deep += "/deep"
-		if err := os.Mkdir(deep, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Mkdir(deep, 0o755))
 	}
 	for ; deep != d; deep = filepath.Dir(deep) {
-		if err := os.Chmod(deep, 0o100); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Chmod(deep, 0o100))
 	}
 	for range 2 {
-		if err := restore.Remove(d + "/tree"); err != nil {
-			t.Fatal(err)
-		}
+		must(t, restore.Remove(d+"/tree"))
 	}
 	if _, err := os.Lstat(d + "/tree"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("error %v", err)
@@ -638,9 +600,7 @@ func BenchmarkRestore(b *testing.B) {
 				contents := make([]byte, bench.size)
 				for i := range bench.files {
 					copy(contents, fmt.Sprint(i))
-					if err := os.WriteFile(fmt.Sprintf("%s/%d", d, i), contents, 0o644); err != nil {
-						b.Fatal(err)
-					}
+					must(b, os.WriteFile(fmt.Sprintf("%s/%d", d, i), contents, 0o644))
 				}
 				archive := archiveOf(b, d)
 				b.SetBytes(int64(len(archive)))
@@ -656,9 +616,7 @@ func BenchmarkRestore(b *testing.B) {
 						b.Fatal(err)
 					}
 					b.StopTimer()
-					if err := restore.Remove(s); err != nil {
-						b.Fatal(err)
-					}
+					must(b, restore.Remove(s))
 					b.StartTimer()
 				}
 			})

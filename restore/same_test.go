@@ -40,16 +40,10 @@ var storeTime = []unix.Timespec{{Sec: 1}, {Sec: 1}}
 // canonicalFile makes a file as it is in a store, of the given contents.
 func canonicalFile(t *testing.T, path, contents string) *os.File {
 	t.Helper()
-	if err := os.WriteFile(path, []byte(contents), 0o444); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.UtimesNanoAt(unix.AT_FDCWD, path, storeTime, 0); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(path, []byte(contents), 0o444))
+	must(t, unix.UtimesNanoAt(unix.AT_FDCWD, path, storeTime, 0))
 	f, err := os.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { f.Close() })
 	return f
 }
@@ -106,9 +100,7 @@ func TestSame(t *testing.T) {
 			}
 			node := nar.Node{Kind: nar.Regular, Size: uint64(len(test.contents)), Executable: test.executable, Same: f}
 			r, err := restore.Restore(t.Context(), &sameNodes{nodeList{node}, test.contents}, s+"/item", o)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			got, err := os.ReadFile(s + "/item")
 			if err != nil || string(got) != test.contents {
 				t.Errorf("wrong contents: %v", err)
@@ -117,13 +109,9 @@ func TestSame(t *testing.T) {
 				t.Error("wrong hash")
 			}
 			a, err := f.Stat()
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			b, err := os.Stat(s + "/item")
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			if os.SameFile(a, b) != test.linked {
 				t.Errorf("it is a link: %t", !test.linked)
 			}
@@ -134,9 +122,7 @@ func TestSame(t *testing.T) {
 func sameDevice(t *testing.T, a, b string) bool {
 	t.Helper()
 	var x, y unix.Stat_t
-	if err := errors.Join(unix.Stat(a, &x), unix.Stat(b, &y)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(unix.Stat(a, &x), unix.Stat(b, &y)))
 	return x.Dev == y.Dev
 }
 
@@ -160,9 +146,7 @@ func TestSameIsWhatIsHashed(t *testing.T) {
 	s := store(t)
 	nodes := &sameNodes{nodeList{{Kind: nar.Regular, Size: 1 << 20, Same: f}}, strings.Repeat("y", 1<<20)}
 	r, err := restore.Restore(t.Context(), nodes, s+"/item", restore.Options{LinksDirectory: s + "/.links"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if want := sha256.Sum256(archiveOf(t, s+"/item")); r.NarHash != want {
 		t.Error("the hash is not that of what is there")
 	}
@@ -192,9 +176,7 @@ func changeSame(t *testing.T, change func(path string) error) error {
 	const size = 64 << 20
 	directory := t.TempDir()
 	f := canonicalFile(t, directory+"/old", "")
-	if err := errors.Join(os.Chmod(f.Name(), 0o644), os.Truncate(f.Name(), size), os.Chmod(f.Name(), 0o444), unix.UtimesNanoAt(unix.AT_FDCWD, f.Name(), storeTime, 0)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(os.Chmod(f.Name(), 0o644), os.Truncate(f.Name(), size), os.Chmod(f.Name(), 0o444), unix.UtimesNanoAt(unix.AT_FDCWD, f.Name(), storeTime, 0)))
 	s := store(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	var changer sync.WaitGroup

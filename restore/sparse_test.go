@@ -19,21 +19,15 @@ import (
 func allocated(t *testing.T, name string) int64 {
 	t.Helper()
 	var st unix.Stat_t
-	if err := unix.Stat(name, &st); err != nil {
-		t.Fatal(err)
-	}
+	must(t, unix.Stat(name, &st))
 	return st.Blocks * 512
 }
 
 // TestHoles restores files with runs of zeros, which must take no place and be read as they were.
 func TestHoles(t *testing.T) {
 	d := t.TempDir()
-	if err := os.WriteFile(d+"/probe", nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Truncate(d+"/probe", 1<<20); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(d+"/probe", nil, 0o644))
+	must(t, os.Truncate(d+"/probe", 1<<20))
 	holes := allocated(t, d+"/probe") == 0
 	zeros := func(n int) []byte { return make([]byte, n) }
 	data := func(n int) []byte { return bytes.Repeat([]byte{7, 0, 0, 0, 9}, n/5+1)[:n] }
@@ -54,16 +48,12 @@ func TestHoles(t *testing.T) {
 	} {
 		content := bytes.Join(v.parts, nil)
 		tree := filepath.Join(d, fmt.Sprint("file", i))
-		if err := os.WriteFile(tree, content, 0o644); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(tree, content, 0o644))
 		archive := archiveOf(t, tree)
 		for _, piece := range []int{1000, 30000, 128 << 10} {
 			s := store(t)
 			got, err := restoreArchive(archive, piece, s+"/item", restore.Options{LinksDirectory: s + "/.links"})
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			if got.NarHash != sha256.Sum256(archive) {
 				t.Errorf("%d, in pieces of %d: another NarHash", i, piece)
 			}

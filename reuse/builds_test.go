@@ -68,13 +68,9 @@ func TestC(t *testing.T) {
 	s.forget(debug(2))
 	t.Run("old debug file", func(t *testing.T) { s.check(old, made[2]) })
 	t.Run("no debug file", func(t *testing.T) {
-		if err := os.Rename(s.dir+"/"+debug(1), s.dir+"/gone"); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Rename(s.dir+"/"+debug(1), s.dir+"/gone"))
 		s.misses(old, made[2], errWrong)
-		if err := os.Rename(s.dir+"/gone", s.dir+"/"+debug(1)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Rename(s.dir+"/gone", s.dir+"/"+debug(1)))
 	})
 	t.Run("debug output", func(t *testing.T) { s.check(debug(1), wantDebug) })
 }

@@ -26,6 +26,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 // plain is a file without a hash in it that is long enough for a link.
 var plain = strings.Repeat("No hash is here.\n", 20000)
 
@@ -74,9 +82,7 @@ func TestOrders(t *testing.T) {
 		t.Fatalf("not made in two tries: %v", failures)
 	}
 	// What failed is not tried again.
-	if err := restore.Remove(want.StorePath); err != nil {
-		t.Fatal(err)
-	}
+	must(t, restore.Remove(want.StorePath))
 	if c, failures := s.attempt(s.finder(), want); c == nil || len(failures) > 0 {
 		t.Errorf("made of %v after %v", c, failures)
 	}
@@ -149,9 +155,7 @@ func TestLinks(t *testing.T) {
 	inode := func(item, path string) uint64 {
 		t.Helper()
 		info, err := os.Stat(s.dir + "/" + item + "/" + path)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		return info.Sys().(*syscall.Stat_t).Ino
 	}
 	for _, database := range []Database{s.database, nil} {
@@ -165,9 +169,7 @@ func TestLinks(t *testing.T) {
 				t.Errorf("%s (with a database: %t) is the same file: %t", path, database != nil, same)
 			}
 		}
-		if err := restore.Remove(want.StorePath); err != nil {
-			t.Fatal(err)
-		}
+		must(t, restore.Remove(want.StorePath))
 	}
 }
 
@@ -230,9 +232,7 @@ func TestBroken(t *testing.T) {
 			old, want := s.both("x-1.0", []string{"bash-5.1"}, tree)
 			f := s.finder()
 			f.listing.named(filepath.Base(want.StorePath)) // it was there a moment ago
-			if err := test.change(s, old); err != nil {
-				t.Fatal(err)
-			}
+			must(t, test.change(s, old))
 			c, failures := s.attempt(f, want)
 			if made := c != nil; made != test.made {
 				t.Errorf("made: %t, %v", made, failures)
@@ -245,13 +245,9 @@ func TestBroken(t *testing.T) {
 			}
 			// It is as a new file is, and no link to what is not.
 			a, err := os.Stat(want.StorePath + "/share/plain")
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			b, err := os.Stat(file(s, old))
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			if st := a.Sys().(*syscall.Stat_t); st.Mode&0o7777 != 0o444 || st.Mtim.Sec != 1 || int(st.Uid) != os.Geteuid() {
 				t.Errorf("the new file has mode %o, time %d and owner %d", st.Mode, st.Mtim.Sec, st.Uid)
 			}
@@ -270,9 +266,7 @@ func TestNext(t *testing.T) {
 	s.write(newer, tree(newer, []string{reference}))
 	s.register(newer, reference)
 	name := s.dir + "/" + newer + "/share/plain"
-	if err := errors.Join(os.Chmod(name, 0o644), os.WriteFile(name, []byte(plain[1:]+"x"), 0o644)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(os.Chmod(name, 0o644), os.WriteFile(name, []byte(plain[1:]+"x"), 0o644)))
 	c, failures := s.attempt(s.finder(), want)
 	if c == nil || c.String() != s.dir+"/"+older || len(failures) != 1 {
 		t.Errorf("made of %v after %v", c, failures)
@@ -306,9 +300,7 @@ func TestFailures(t *testing.T) {
 			_, err = restore.Restore(t.Context(), &failing{nodes, step}, want.StorePath, restore.Options{LinksDirectory: s.dir + "/.links"})
 			nodes.Close()
 		}
-		if err := restore.Remove(want.StorePath); err != nil {
-			t.Fatal(err)
-		}
+		must(t, restore.Remove(want.StorePath))
 		if s.snapshot(old) != before {
 			t.Fatalf("the old item has changed after a failure at step %d", step)
 		}
@@ -362,12 +354,8 @@ func TestKills(t *testing.T) {
 		child := exec.Command(os.Args[0], "-test.run", "^TestKills$")
 		child.Env = append(os.Environ(), "REUSE_TEST_STORE="+s.dir)
 		output, err := child.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := child.Start(); err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
+		must(t, child.Start())
 		lines := bufio.NewScanner(output)
 		for steps := 0; steps < kill && lines.Scan(); steps++ {
 			if ended = lines.Text() == "end"; ended && steps < 10 {
@@ -379,9 +367,7 @@ func TestKills(t *testing.T) {
 		if s.snapshot(old) != before {
 			t.Fatalf("the old item has changed after a kill at step %d", kill)
 		}
-		if err := restore.Remove(want.StorePath); err != nil {
-			t.Fatal(err)
-		}
+		must(t, restore.Remove(want.StorePath))
 		if s.snapshot(old) != before {
 			t.Fatalf("the old item has changed by the removal after a kill at step %d", kill)
 		}
@@ -409,9 +395,7 @@ func TestMisses(t *testing.T) {
 	}
 	// What somebody else has put in its place is left alone.
 	secret := t.TempDir() + "/secret"
-	if err := errors.Join(os.WriteFile(secret, []byte("secret"), 0o600), os.Remove(m.path), os.Symlink(secret, m.path)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(os.WriteFile(secret, []byte("secret"), 0o600), os.Remove(m.path), os.Symlink(secret, m.path)))
 	m.add(a)
 	if text, err := os.ReadFile(secret); string(text) != "secret" || m.has(a) {
 		t.Errorf("another file has %q: %v", text, err)
@@ -438,9 +422,7 @@ func TestListing(t *testing.T) {
 	count := func() int {
 		t.Helper()
 		names, err := l.read()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		return len(names)
 	}
 	s.present(hash(1)+"-x", hash(2)+"-x", hash(2)+"-x.lock", ".links")
@@ -467,14 +449,10 @@ func FuzzRepairs(f *testing.F) {
 	z := zip.NewWriter(&b)
 	for i := range 3 {
 		w, err := z.CreateHeader(&zip.FileHeader{Name: "a" + fmt.Sprint(i), Method: uint16(i%2) * zip.Deflate})
-		if err != nil {
-			f.Fatal(err)
-		}
+		must(f, err)
 		fmt.Fprint(w, hash(i))
 	}
-	if err := z.Close(); err != nil {
-		f.Fatal(err)
-	}
+	must(f, z.Close())
 	f.Add(b.Bytes(), "x.jar")
 	f.Fuzz(func(t *testing.T, contents []byte, path string) {
 		w := &workshop{

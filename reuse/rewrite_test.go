@@ -92,9 +92,7 @@ func streamed(t testing.TB, pairs []pair, b []byte) []byte {
 	t.Helper()
 	s := &stream{table: newTable(pairs), pool: new(nar.Pool), file: bytes.NewReader(b), size: int64(len(b)), piece: smallPiece}
 	var got []byte
-	if err := s.each(func(b []byte) { got = append(got, b...) }, nil); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.each(func(b []byte) { got = append(got, b...) }, nil))
 	return got
 }
 
@@ -159,9 +157,7 @@ func TestPatches(t *testing.T) {
 		patches: []patch{{0, []byte("first")}, {end - 2, []byte("middle")}, {int64(len(b)) - 4, []byte("last")}},
 	}
 	var got []byte
-	if err := s.each(func(b []byte) { got = append(got, b...) }, nil); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.each(func(b []byte) { got = append(got, b...) }, nil))
 	for _, p := range s.patches {
 		copy(b[p.offset:], p.bytes)
 	}

@@ -33,9 +33,7 @@ type testStore struct {
 func newTestStore(t testing.TB) *testStore {
 	t.Helper()
 	s := &testStore{t: t, dir: t.TempDir() + "/store", items: map[string]*narinfo.Narinfo{}, state: t.TempDir()}
-	if err := os.Mkdir(s.dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(s.dir, 0o755))
 	t.Cleanup(func() {
 		names, _ := os.ReadDir(s.dir)
 		for _, n := range names {

@@ -5,6 +5,7 @@ package substitute_test
 import (
 	"bytes"
 	"context"
+	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -20,7 +21,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/benchdata"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
@@ -79,8 +79,11 @@ func TestChoice(t *testing.T) {
 	if err := os.Mkdir(tree, 0o755); err != nil {
 		t.Fatal(err)
 	}
+	random := rand.NewChaCha8([32]byte{1})
 	for i, size := range []int{4 << 20, 100_000, 1000, 10, 0} {
-		if err := os.WriteFile(filepath.Join(tree, string(rune('a'+i))), benchdata.Archive(size), 0o644); err != nil {
+		contents := make([]byte, size)
+		random.Read(contents)
+		if err := os.WriteFile(filepath.Join(tree, string(rune('a'+i))), contents, 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}

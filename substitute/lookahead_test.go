@@ -15,7 +15,7 @@ import (
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/link"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
@@ -354,13 +354,7 @@ func BenchmarkClosure(b *testing.B) {
 		b.Run(fmt.Sprintf("depth=%d", depth), func(b *testing.B) {
 			server := newTestServer(b)
 			closure(b, key, 1000, depth, func(int) *testServer { return server })
-			up, down := link.Symmetric(rtt, 0)
-			l, err := link.New("tcp", "", strings.TrimPrefix(server.url, "http://"), up, down)
-			if err != nil {
-				b.Fatal(err)
-			}
-			defer l.Close()
-			server.url = "http://" + l.Addr()
+			server.url = "http://" + sourcetest.Proxy(b, strings.TrimPrefix(server.url, "http://"), rtt, 0)
 			b.ResetTimer()
 			for b.Loop() {
 				s := newSubstituter(b, key, server)

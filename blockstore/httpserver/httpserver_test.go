@@ -25,11 +25,17 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 func openStore(t testing.TB) *blockstore.Store {
 	s, err := blockstore.Open(t.TempDir(), blockstore.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() {
 		if err := s.Close(); err != nil {
 			t.Error(err)
@@ -47,9 +53,7 @@ func newBlock(size eris.BlockSize) (eris.Reference, []byte) {
 // serve starts a server and returns its address.
 func serve(t testing.TB, config httpserver.Config, access httpserver.Access) (*httpserver.Server, string) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	s := httpserver.New(config)
 	var group sync.WaitGroup
 	group.Go(func() {
@@ -80,9 +84,7 @@ func TestAnswers(t *testing.T) {
 	small, smallBlock := newBlock(eris.BlockSize1KiB)
 	large, largeBlock := newBlock(eris.BlockSize32KiB)
 	for ref, block := range map[eris.Reference][]byte{small: smallBlock, large: largeBlock} {
-		if err := store.Put(t.Context(), ref, block); err != nil {
-			t.Fatal(err)
-		}
+		must(t, store.Put(t.Context(), ref, block))
 	}
 	missing, _ := newBlock(eris.BlockSize1KiB)
 	failing := transport(t, func(context.Context) error { return errDisk })
@@ -160,9 +162,7 @@ func TestAnswers(t *testing.T) {
 		for _, http2 := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s/%v", v.name, http2), func(t *testing.T) {
 				r, err := http.NewRequestWithContext(t.Context(), v.method, "http://"+v.server+v.target, bytes.NewReader(v.body))
-				if err != nil {
-					t.Fatal(err)
-				}
+				must(t, err)
 				for name, value := range v.send {
 					r.Header.Set(name, value)
 				}
@@ -170,14 +170,10 @@ func TestAnswers(t *testing.T) {
 					r.Host = host
 				}
 				answer, err := client(t, http2).Do(r)
-				if err != nil {
-					t.Fatal(err)
-				}
+				must(t, err)
 				defer answer.Body.Close()
 				body, err := io.ReadAll(answer.Body)
-				if err != nil {
-					t.Fatal(err)
-				}
+				must(t, err)
 				if answer.StatusCode != v.status || (answer.ProtoMajor == 2) != http2 {
 					t.Errorf("status %s by %s, want %d: %.100q", answer.Status, answer.Proto, v.status, body)
 				}
@@ -222,9 +218,7 @@ func sink(err error) eris.Sink {
 // raw sends bytes and returns all that is answered.
 func raw(t *testing.T, address, text string) string {
 	conn, err := net.Dial("tcp", address)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(30 * time.Second))
 	if _, err := io.WriteString(conn, text); err != nil {
@@ -272,9 +266,7 @@ func TestBounds(t *testing.T) {
 	server, address := serve(t, httpserver.Config{Source: transport(t, waiting.get), MaxConnections: 3, MaxRequests: 3}, readWrite)
 	dial := func() net.Conn {
 		conn, err := net.Dial("tcp", address)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		t.Cleanup(func() { conn.Close() })
 		conn.SetDeadline(time.Now().Add(time.Minute))
 		return conn
@@ -379,9 +371,7 @@ func TestClose(t *testing.T) {
 		}
 		group.Wait()
 		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if err := server.Serve(l, readWrite); err != httpserver.ErrServerClosed {
 			t.Errorf("Serve returns %v after the end", err)
 		}

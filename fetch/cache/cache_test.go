@@ -23,6 +23,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 const (
 	small = eris.BlockSize1KiB
 	large = eris.BlockSize32KiB
@@ -227,9 +235,7 @@ func TestDamage(t *testing.T) {
 			put(running, 0, n, all)
 			file := filepath.Join(d, fileName)
 			b, err := os.ReadFile(file)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			if err := os.WriteFile(file, damage(b), 0o600); err != nil { // the same file: others have it open
 				t.Fatal(err)
 			}
@@ -267,14 +273,10 @@ func TestReplace(t *testing.T) {
 		"same size": func(f string) error { return makeCache(filepath.Dir(f), 1<<20) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			if err := os.WriteFile(victim, []byte("victim"), 0o600); err != nil {
-				t.Fatal(err)
-			}
+			must(t, os.WriteFile(victim, []byte("victim"), 0o600))
 			d := t.TempDir()
 			os.Chmod(d, 0o700)
-			if err := prepare(filepath.Join(d, fileName)); err != nil {
-				t.Fatal(err)
-			}
+			must(t, prepare(filepath.Join(d, fileName)))
 			c := testOpen(t, d, 1<<20)
 			if got := has(t, c, -1, small); got != (name == "same size") {
 				t.Errorf("a block is there: %v", got)
@@ -301,17 +303,11 @@ func makeCache(directory string, most int64) error {
 func TestOpenFails(t *testing.T) {
 	d := t.TempDir()
 	writable := filepath.Join(d, "writable")
-	if err := errors.Join(os.Mkdir(writable, 0o700), os.Chmod(writable, 0o777)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(os.Mkdir(writable, 0o700), os.Chmod(writable, 0o777)))
 	file := filepath.Join(d, "file")
-	if err := os.WriteFile(file, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(file, nil, 0o600))
 	occupied := filepath.Join(d, "occupied")
-	if err := os.MkdirAll(filepath.Join(occupied, fileName, "x"), 0o700); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.MkdirAll(filepath.Join(occupied, fileName, "x"), 0o700))
 	for name, test := range map[string]struct {
 		directory string
 		most      int64
@@ -410,12 +406,8 @@ func TestTemporary(t *testing.T) {
 	os.Chmod(d, 0o700)
 	for name, age := range map[string]time.Duration{temporaryPrefix + "old": 2 * temporaryAge, temporaryPrefix + "new": 0, "foreign": 2 * temporaryAge} {
 		name = filepath.Join(d, name)
-		if err := os.WriteFile(name, nil, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Chtimes(name, time.Time{}, time.Now().Add(-age)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(name, nil, 0o600))
+		must(t, os.Chtimes(name, time.Time{}, time.Now().Add(-age)))
 	}
 	has(t, testOpen(t, d, 1<<20), 1, small)
 	entries, err := os.ReadDir(d)
@@ -435,22 +427,16 @@ func TestStuckLock(t *testing.T) {
 	c := testOpen(t, d, 8<<20)
 	put(c, 0, 100, mixed)
 	f, err := os.Open(filepath.Join(d, fileName))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer f.Close()
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
-		t.Fatal(err)
-	}
+	must(t, unix.Flock(int(f.Fd()), unix.LOCK_EX))
 	if err := put(c, 100, 300, mixed); !errors.Is(err, files.ErrLocked) {
 		t.Error(err)
 	}
 	if got := count(t, c, 0, 300, mixed); got < 90 || got > 100 {
 		t.Errorf("%d blocks of 100, while another process has the lock", got)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_UN); err != nil {
-		t.Fatal(err)
-	}
+	must(t, unix.Flock(int(f.Fd()), unix.LOCK_UN))
 	c = testOpen(t, d, 8<<20)
 	put(c, 100, 200, mixed)
 	if got := count(t, c, 0, 200, mixed); got < 198 {
@@ -465,9 +451,7 @@ func FuzzFile(f *testing.F) {
 	c := testOpen(f, d, most)
 	put(c, 0, 100, mixed)
 	good, err := os.ReadFile(filepath.Join(d, fileName))
-	if err != nil {
-		f.Fatal(err)
-	}
+	must(f, err)
 	file := filepath.Join(d, "file")
 	f.Add(good[:headLength], 0)
 	f.Add(good[headLength:headLength+10*bucketLength], headLength)
@@ -478,12 +462,8 @@ func FuzzFile(f *testing.F) {
 			return
 		}
 		copy(damaged[at:], b)
-		if err := os.WriteFile(file, damaged, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Rename(file, filepath.Join(d, fileName)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(file, damaged, 0o600))
+		must(t, os.Rename(file, filepath.Join(d, fileName)))
 		c := testOpen(t, d, most)
 		for i := range 20 {
 			has(t, c, i, mixed(i))
@@ -530,9 +510,7 @@ func BenchmarkKeep(b *testing.B) {
 					binary.LittleEndian.PutUint64(refs[k][:], i)
 					binary.LittleEndian.PutUint64(refs[k][16:], i)
 				}
-				if err := c.Keep(benchContext, refs, blocks); err != nil {
-					b.Fatal(err)
-				}
+				must(b, c.Keep(benchContext, refs, blocks))
 			}
 		})
 	}

@@ -35,9 +35,7 @@ func TestFullDisk(t *testing.T) {
 	put(c, 0, 1000, all) // 32 MiB
 	free := func() uint64 {
 		var s syscall.Statfs_t
-		if err := syscall.Statfs(mount, &s); err != nil {
-			t.Fatal(err)
-		}
+		must(t, syscall.Statfs(mount, &s))
 		return s.Bavail * uint64(s.Bsize)
 	}
 	if left := free(); left == 0 {
@@ -63,9 +61,7 @@ func TestFullDisk(t *testing.T) {
 		t.Error(err)
 	}
 	// A new cache has no room.
-	if err := os.Remove(filepath.Join(d, fileName)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Remove(filepath.Join(d, fileName)))
 	os.WriteFile(filler, make([]byte, 8<<20), 0o600)
 	var failed error
 	c = Open(d, most, func(err error) { failed = err })
@@ -79,9 +75,7 @@ func TestFullDisk(t *testing.T) {
 		t.Error(err)
 	}
 	// Room again.
-	if err := os.Remove(filler); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Remove(filler))
 	c = open()
 	put(c, 0, 100, all)
 	if got := count(t, c, 0, 100, all); got < 99 {

@@ -95,21 +95,15 @@ func TestKill(t *testing.T) {
 		first := round * 1_000_000
 		p := process(t, first, first+1_000_000, most, d)
 		output, err := p.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := p.Start(); err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
+		must(t, p.Start())
 		n := rand.IntN(20)
 		for lines := bufio.NewScanner(output); lines.Scan(); n-- {
 			if written[first], err = strconv.Atoi(lines.Text()); err != nil {
 				t.Fatal(err)
 			}
 			if n == 0 {
-				if err := p.Process.Kill(); err != nil {
-					t.Fatal(err)
-				}
+				must(t, p.Process.Kill())
 			}
 		}
 		if err := p.Wait(); err == nil || p.ProcessState.Exited() {
@@ -137,15 +131,11 @@ func TestProcesses(t *testing.T) {
 	d := t.TempDir()
 	os.Chmod(d, 0o700)
 	victim := process(t, 1_000_000, 2_000_000, most, d)
-	if err := victim.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, victim.Start())
 	var others []*exec.Cmd
 	for i := range 3 {
 		p := process(t, i*10_000, i*10_000+3000, most, d)
-		if err := p.Start(); err != nil {
-			t.Fatal(err)
-		}
+		must(t, p.Start())
 		others = append(others, p)
 	}
 	c := testOpen(t, d, most)

@@ -97,44 +97,43 @@ func openRing(directory *os.Root, maxBytes int64) (*ring, error) {
 			return nil, err
 		}
 	}
-	adviseWillNeed(r.file, 0, r.data)
+	unix.Fadvise(int(r.file.Fd()), 0, r.data, unix.FADV_WILLNEED) // only to be faster
 	return r, nil
 }
 
 // adopt opens the file that is there, if it is one that can be used.
-func (r *ring) adopt(directory *os.Root) (bool, error) {
+func (r *ring) adopt(directory *os.Root) (found bool, err error) {
 	info, err := directory.Lstat(fileName)
+	if err == nil && !info.Mode().IsRegular() {
+		return false, nil
+	}
+	var f *os.File
+	if err == nil {
+		f, err = directory.OpenFile(fileName, os.O_RDWR|unix.O_NOFOLLOW, 0)
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	} else if err != nil {
 		return false, err
 	}
-	if !info.Mode().IsRegular() {
-		return false, nil
-	}
-	f, err := directory.OpenFile(fileName, os.O_RDWR|unix.O_NOFOLLOW, 0)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	} else if err != nil {
+	defer func() {
+		if !found {
+			f.Close()
+		}
+	}()
+	if info, err = f.Stat(); err != nil {
 		return false, err
+	}
+	if !ours(info) || !info.Mode().IsRegular() || info.Size() < r.data {
+		return false, nil
 	}
 	var head [headLength]byte
-	info, err = f.Stat()
-	if err == nil {
-		if !ours(info) || !info.Mode().IsRegular() || info.Size() < r.data {
-			f.Close()
-			return false, nil
-		}
-		_, err = f.ReadAt(head[:], 0)
-	}
-	if err != nil {
-		f.Close()
+	if _, err := f.ReadAt(head[:], 0); err != nil {
 		return false, err
 	}
 	want := r.headBytes()
 	counter := binary.LittleEndian.Uint64(head[counterAt:])
 	if string(head[:counterAt]) != string(want[:counterAt]) || counter < r.units || counter > 1<<62 {
-		f.Close()
 		return false, nil
 	}
 	r.file = f
@@ -373,4 +372,18 @@ func (r *ring) reserve(n uint64) (position uint64, err error) {
 	}
 	r.head.Store(head + n)
 	return head, nil
+}
+
+// mostReserve bounds what is left free of a large file system, in bytes.
+const mostReserve = 512 << 20
+
+// roomy reports whether the file system of a file is less than nine tenths full, or has 512 MiB of
+// room: a cache must not take the last of it from what is to be kept.
+func roomy(f *os.File) bool {
+	var s unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &s); err != nil {
+		return true // writing tells
+	}
+	free := s.Bavail * uint64(s.Bsize)
+	return free >= min(s.Blocks/10*uint64(s.Bsize), mostReserve)
 }

@@ -66,9 +66,7 @@ func TestLargeKnownAnswers(t *testing.T) {
 			}
 			check := func(capability eris.ReadCapability, err error) {
 				t.Helper()
-				if err != nil {
-					t.Fatal(err)
-				}
+				must(t, err)
 				if capability.URN() != test.urn || capability.Level != test.level {
 					t.Errorf("%v of level %d, want %s of level %d", capability, capability.Level, test.urn, test.level)
 				}
@@ -82,9 +80,7 @@ func TestLargeKnownAnswers(t *testing.T) {
 			capability, err := eris.Encode(t.Context(), keyStreamReader(test.name, test.length), m.Put, eris.EncodeOptions{BlockSize: test.size})
 			check(capability, err)
 			r, err := Open(t.Context(), open(t, m.Get), capability, test.length, fetch.Window{})
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			defer r.Close()
 			compare := &comparer{want: bufio.NewReaderSize(keyStreamReader(test.name, test.length), 1<<20)}
 			if n, err := io.Copy(compare, r); err != nil || n != test.length {

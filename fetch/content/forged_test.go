@@ -293,9 +293,7 @@ func TestExabytes(t *testing.T) {
 			inner, path = f.node(l, repeat(inner, size.Arity())...), f.node(l, append(repeat(inner, size.Arity()-1), path)...)
 		}
 		r, err := Open(t.Context(), open(t, f.Get), f.capability(level, path), math.MaxInt64, fetch.Window{})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if want := capacity(size, level) + 1 - int64(size) + 7; r.Size() != want {
 			t.Errorf("%v: size %d, want %d", size, r.Size(), want)
 		}

@@ -19,6 +19,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 var bothSizes = []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB}
 
 // getFunc is what a test has a source do.
@@ -104,9 +112,7 @@ func mustEncode(t testing.TB, content []byte, options eris.EncodeOptions) (eris.
 	t.Helper()
 	backend := sourcetest.NewBackend()
 	capability, err := eris.Encode(t.Context(), bytes.NewReader(content), backend.Put, options)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return capability, backend
 }
 
@@ -133,9 +139,7 @@ func newLibrary(t testing.TB, size eris.BlockSize, lengths ...int) *library {
 	for i, n := range lengths {
 		content := randomContent(byte(i), n)
 		capability, err := eris.Encode(t.Context(), bytes.NewReader(content), l.Put, eris.EncodeOptions{BlockSize: size})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		l.contents = append(l.contents, content)
 		l.wants = append(l.wants, Want{capability, int64(n)})
 	}

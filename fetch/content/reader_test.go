@@ -23,9 +23,7 @@ func TestReader(t *testing.T) {
 	capability, backend := mustEncode(t, content, eris.EncodeOptions{BlockSize: eris.BlockSize1KiB})
 	begin := func() *Reader {
 		r, err := Open(t.Context(), open(t, backend.Get), capability, int64(len(content)), fetch.Window{Requests: 4})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if r.Size() != int64(len(content)) {
 			t.Errorf("size %d", r.Size())
 		}
@@ -110,9 +108,7 @@ func TestRoundTrips(t *testing.T) {
 				}
 			}
 			r, err := Open(t.Context(), source, capability, int64(length), fetch.Window{Requests: 4096})
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			defer r.Close()
 			check("opening", levels+1)
 			if b, err := r.Peek(32); err != nil || !bytes.Equal(b, content[:min(32, length)]) {
@@ -166,9 +162,7 @@ func BenchmarkSequence(b *testing.B) {
 			}
 			b.SetBytes(n)
 			for b.Loop() {
-				if err := readSequence(b.Context(), openImmediate(b, get), l.wants, 1<<40, fetch.Window{}, nil); err != nil {
-					b.Fatal(err)
-				}
+				must(b, readSequence(b.Context(), openImmediate(b, get), l.wants, 1<<40, fetch.Window{}, nil))
 			}
 		})
 	}

@@ -44,9 +44,7 @@ func testSequence(t *testing.T, open openFunc) {
 		for _, window := range []fetch.Window{{}, {Bytes: 1}, {Requests: 1, Bytes: 1}, {Requests: 7, Bytes: 100 << 10}, {Requests: 1000, Bytes: 1 << 30}} {
 			t.Run(fmt.Sprintf("%s/%+v", name, window), func(t *testing.T) {
 				each, done := l.check(t)
-				if err := readSequence(t.Context(), open(t, l.Get), l.wants, 1<<40, window, each); err != nil {
-					t.Fatal(err)
-				}
+				must(t, readSequence(t.Context(), open(t, l.Get), l.wants, 1<<40, window, each))
 				done()
 			})
 		}
@@ -69,9 +67,7 @@ func testSequenceOutOfOrder(t *testing.T, open openFunc) {
 	for _, window := range []fetch.Window{{}, {Requests: 1}, {Requests: 5, Bytes: 1}, {Requests: 50, Bytes: 40 << 10}} {
 		synctest.Test(t, func(t *testing.T) {
 			each, done := l.check(t)
-			if err := readSequence(t.Context(), open(t, delayed(l.Get, 50*time.Millisecond)), l.wants, 1<<40, window, each); err != nil {
-				t.Fatal(err)
-			}
+			must(t, readSequence(t.Context(), open(t, delayed(l.Get, 50*time.Millisecond)), l.wants, 1<<40, window, each))
 			done()
 		})
 	}
@@ -113,9 +109,7 @@ func TestPipeStaysFull(t *testing.T) {
 					return l.Get(ctx, ref, size, dst)
 				})
 				start := time.Now()
-				if err := readSequence(t.Context(), source, l.wants, 1<<40, fetch.Window{Requests: test.requests, Bytes: 64 << 20}, nil); err != nil {
-					t.Fatal(err)
-				}
+				must(t, readSequence(t.Context(), source, l.wants, 1<<40, fetch.Window{Requests: test.requests, Bytes: 64 << 20}, nil))
 				took := time.Since(start).Seconds() / delay.Seconds()
 				ideal := float64(calls.Load()) / float64(test.requests)
 				t.Logf("%.1f round trips for %d blocks, ideal %.1f", took, calls.Load(), ideal)
@@ -185,9 +179,7 @@ func TestWindowBoundsMemory(t *testing.T) {
 		} {
 			for _, window := range []fetch.Window{{Requests: 64, Bytes: 2 << 20}, {Requests: 256, Bytes: 512 << 10}} {
 				w := watch(t, open(t, test.get))
-				if err := readSequence(t.Context(), w, test.wants, 1<<40, window, nil); err != nil {
-					t.Fatal(err)
-				}
+				must(t, readSequence(t.Context(), w, test.wants, 1<<40, window, nil))
 				_, used := w.used()
 				// Nodes ahead: see Window. Memory of either block size is kept for blocks of this
 				// size.
@@ -228,9 +220,7 @@ func TestWindowWithoutReader(t *testing.T) {
 						continue
 					}
 				}
-				if err != nil {
-					t.Fatal(err)
-				}
+				must(t, err)
 				leaves = append(leaves, leaf)
 			}
 			synctest.Wait()
@@ -372,9 +362,7 @@ func TestSequenceSizesFirst(t *testing.T) {
 				plaintext := make([]byte, c.BlockSize)
 				eris.Decrypt(plaintext, l.All()[pair.Reference], pair.Key, level)
 				node, err := eris.ParseNode(plaintext)
-				if err != nil {
-					t.Fatal(err)
-				}
+				must(t, err)
 				pair = node.Pair(node.Len() - 1)
 			}
 			paths[pair.Reference] = true
@@ -443,9 +431,7 @@ func testSequenceReleases(t *testing.T, open openFunc) {
 						if err == io.EOF {
 							break
 						}
-						if err != nil {
-							t.Fatal(err)
-						}
+						must(t, err)
 						content = append(content, leaf.Bytes...)
 						switch release {
 						case "elsewhere":

@@ -40,9 +40,7 @@ func (v *vector) store(t *testing.T) *sourcetest.Backend {
 	m := sourcetest.NewBackend()
 	for ref, block := range v.Blocks {
 		r, err := eris.ParseReference(ref)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		m.Set(r, mustBase32(t, block))
 	}
 	return m
@@ -51,9 +49,7 @@ func (v *vector) store(t *testing.T) *sourcetest.Backend {
 func mustBase32(t *testing.T, text string) []byte {
 	t.Helper()
 	b, err := base32.StdEncoding.WithPadding(base32.NoPadding).DecodeString(text)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return b
 }
 
@@ -68,9 +64,7 @@ func TestOfficialVectors(t *testing.T) {
 	t.Parallel()
 	const directory = "../../../shared/testdata/eris-test-vectors"
 	paths, err := filepath.Glob(filepath.Join(directory, "*.json"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if len(paths) == 0 {
 		t.Skipf("the official ERIS test vectors are not in %s", directory)
 	}
@@ -79,18 +73,12 @@ func TestOfficialVectors(t *testing.T) {
 	}
 	for _, path := range paths {
 		data, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		var v vector
-		if err := json.Unmarshal(data, &v); err != nil {
-			t.Fatal(err)
-		}
+		must(t, json.Unmarshal(data, &v))
 		t.Run(filepath.Base(path), func(t *testing.T) {
 			capability, err := eris.ParseURN(v.URN)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			want := eris.ReadCapability{BlockSize: eris.BlockSize(v.ReadCapability.BlockSize), Level: v.ReadCapability.Level}
 			copy(want.Root[:], mustBase32(t, v.ReadCapability.RootReference))
 			copy(want.Key[:], mustBase32(t, v.ReadCapability.RootKey))
@@ -115,9 +103,7 @@ func TestOfficialVectors(t *testing.T) {
 func testPositiveVector(t *testing.T, v *vector, capability eris.ReadCapability) {
 	content, store := mustBase32(t, v.Content), v.store(t)
 	secret, err := eris.ParseConvergenceSecret(v.ConvergenceSecret)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 
 	encoded, blocks := mustEncode(t, content, eris.EncodeOptions{BlockSize: eris.BlockSize(v.BlockSize), Secret: secret})
 	if encoded != capability {

@@ -22,12 +22,18 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 )
 
-func mustOpen(tb testing.TB, url string) *Store {
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
 	tb.Helper()
-	s, err := Open(url, Options{})
 	if err != nil {
 		tb.Fatal(err)
 	}
+}
+
+func mustOpen(tb testing.TB, url string) *Store {
+	tb.Helper()
+	s, err := Open(url, Options{})
+	must(tb, err)
 	tb.Cleanup(func() { s.Close() })
 	return s
 }
@@ -49,12 +55,8 @@ func path(directory string, layout Layout, ref eris.Reference) string {
 
 func mustWrite(tb testing.TB, path string, content []byte) {
 	tb.Helper()
-	if err := os.MkdirAll(filepath.Dir(path), 0o777); err != nil {
-		tb.Fatal(err)
-	}
-	if err := os.WriteFile(path, content, 0o666); err != nil {
-		tb.Fatal(err)
-	}
+	must(tb, os.MkdirAll(filepath.Dir(path), 0o777))
+	must(tb, os.WriteFile(path, content, 0o666))
 }
 
 // follow has a store find the blocks of a backend as files, and the backend find the files that
@@ -94,9 +96,7 @@ func TestConformance(t *testing.T) {
 				directory := t.TempDir()
 				open := func(query string) *Store {
 					s, err := Open("file://"+directory+"?layout="+name+query, Options{})
-					if err != nil {
-						t.Fatal(err)
-					}
+					must(t, err)
 					t.Cleanup(func() { s.Close() }) // waits for operations that Close did not wait for
 					follow(t, s, backend, directory, layout)
 					return s
@@ -128,9 +128,7 @@ func TestLayouts(t *testing.T) {
 		directory := filepath.Join(t.TempDir(), "new directory")
 		s := mustOpen(t, "file://"+strings.ReplaceAll(directory, " ", "%20")+query)
 		ref, block := newBlock(eris.BlockSize32KiB)
-		if err := s.Put(t.Context(), ref, block); err != nil {
-			t.Fatal(err)
-		}
+		must(t, s.Put(t.Context(), ref, block))
 		if got, err := os.ReadFile(path(directory, layout, ref)); err != nil || !bytes.Equal(got, block) {
 			t.Errorf("%s: %v", query, err)
 		}
@@ -175,9 +173,7 @@ func TestHostileDirectory(t *testing.T) {
 				s := mustOpen(t, "file://"+directory+"?layout="+name)
 				ref, block := newBlock(eris.BlockSize1KiB)
 				file := path(directory, layout, ref)
-				if err := os.MkdirAll(filepath.Dir(file), 0o777); err != nil {
-					t.Fatal(err)
-				}
+				must(t, os.MkdirAll(filepath.Dir(file), 0o777))
 				if err := place(file, block); err != nil {
 					t.Skip(err)
 				}
@@ -194,9 +190,7 @@ func TestHostileDirectory(t *testing.T) {
 					}
 					return
 				}
-				if err != nil {
-					t.Fatal(err)
-				}
+				must(t, err)
 				if got, err := get(s, ref, eris.BlockSize1KiB); err != nil || !bytes.Equal(got, block) {
 					t.Errorf("the block did not take the place: %v", err)
 				}
@@ -211,9 +205,7 @@ func TestHostileDirectory(t *testing.T) {
 		s := mustOpen(t, "file://"+directory)
 		ref, block := newBlock(eris.BlockSize1KiB)
 		mustWrite(t, path(outside, Sharded, ref), block)
-		if err := os.Symlink(filepath.Join(outside, ref.String()[:2]), filepath.Join(directory, ref.String()[:2])); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Symlink(filepath.Join(outside, ref.String()[:2]), filepath.Join(directory, ref.String()[:2])))
 		if _, err := get(s, ref, eris.BlockSize1KiB); err == nil {
 			t.Error("Get followed a link")
 		}
@@ -221,9 +213,7 @@ func TestHostileDirectory(t *testing.T) {
 		for other.String()[:2] == ref.String()[:2] {
 			other, block = newBlock(eris.BlockSize1KiB)
 		}
-		if err := os.Symlink(outside, filepath.Join(directory, incoming)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Symlink(outside, filepath.Join(directory, incoming)))
 		before, _ := os.ReadDir(outside)
 		if err := s.Put(t.Context(), other, block); err == nil {
 			t.Error("Put followed a link")
@@ -247,9 +237,7 @@ func TestDamaged(t *testing.T) {
 	if _, err := get(s, ref, eris.BlockSize1KiB); !errors.As(err, &blockError) {
 		t.Errorf("error is %v", err)
 	}
-	if err := s.Put(t.Context(), ref, block); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.Put(t.Context(), ref, block))
 	if got, err := os.ReadFile(path(directory, Flat, ref)); err != nil || !bytes.Equal(got, block) {
 		t.Errorf("the damaged file was not replaced: %v", err)
 	}
@@ -282,9 +270,7 @@ func TestOtherDirectory(t *testing.T) {
 	if _, err := get(s, ref, eris.BlockSize1KiB); err != nil {
 		t.Errorf("with the directory: %v", err)
 	}
-	if err := os.Rename(directory, directory+"-old"); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Rename(directory, directory+"-old"))
 	other, otherBlock := newBlock(eris.BlockSize1KiB)
 	expire()
 	if _, err := get(s, other, eris.BlockSize1KiB); err == nil || errors.Is(err, eris.ErrNotFound) {
@@ -299,9 +285,7 @@ func TestOtherDirectory(t *testing.T) {
 	if _, err := get(s, ref, eris.BlockSize1KiB); !errors.Is(err, eris.ErrNotFound) {
 		t.Errorf("what was in the old directory: %v", err)
 	}
-	if err := os.RemoveAll(directory); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.RemoveAll(directory))
 	expire()
 	if err := s.Put(t.Context(), ref, block); err == nil {
 		t.Error("Put into a directory that has gone did not fail")
@@ -319,15 +303,11 @@ func TestClean(t *testing.T) {
 	}
 	long := time.Now().Add(-2 * forgotten)
 	for _, name := range []string{old, foreign} {
-		if err := os.Chtimes(filepath.Join(directory, incoming, name), long, long); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Chtimes(filepath.Join(directory, incoming, name), long, long))
 	}
 	s := mustOpen(t, "file://"+directory)
 	ref, block := newBlock(eris.BlockSize1KiB)
-	if err := s.Put(t.Context(), ref, block); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.Put(t.Context(), ref, block))
 	for name, want := range map[string]bool{old: false, fresh: true, foreign: true} {
 		if _, err := os.Lstat(filepath.Join(directory, incoming, name)); (err == nil) != want {
 			t.Errorf("%s: %v", name, err)
@@ -338,9 +318,7 @@ func TestClean(t *testing.T) {
 func TestFailures(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB)
 	s := mustOpen(t, "file://"+t.TempDir()+"?put")
-	if err := s.Put(t.Context(), ref, block); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.Put(t.Context(), ref, block))
 	if _, err := get(s, ref, eris.BlockSize1KiB); !errors.Is(err, eris.ErrNotFound) {
 		t.Errorf("what may not be got: %v", err)
 	}
@@ -379,13 +357,9 @@ func TestFailures(t *testing.T) {
 func putAll(b *testing.B, s *Store, refs []eris.Reference, blocks [][]byte) {
 	pipeline := fetch.NewPipeline(b.Context(), s)
 	for i, ref := range refs {
-		if err := pipeline.Put(b.Context(), ref, blocks[i]); err != nil {
-			b.Fatal(err)
-		}
+		must(b, pipeline.Put(b.Context(), ref, blocks[i]))
 	}
-	if err := pipeline.Flush(); err != nil {
-		b.Fatal(err)
-	}
+	must(b, pipeline.Flush())
 }
 
 // BenchmarkPut puts as an encoder does: thousands at a time.

@@ -17,6 +17,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/local"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
 // incoming is the subdirectory where files are while they are being written.
@@ -53,10 +54,7 @@ func (r *root) sync() error {
 		return err
 	}
 	defer directory.Close()
-	if err := syncFileSystem(int(directory.Fd())); err != nil {
-		return &os.PathError{Op: "sync", Path: r.Name(), Err: err}
-	}
-	return nil
+	return files.SyncFileSystem(directory)
 }
 
 // file returns the path of a block in the directory.

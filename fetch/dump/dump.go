@@ -35,7 +35,6 @@ import (
 	"os"
 	"slices"
 	"sync"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -63,7 +62,7 @@ type Store struct {
 
 	reading   sync.RWMutex
 	file      *os.File // nil if it is not open
-	state     fileState
+	state     os.FileInfo
 	appending bool // there is a writer, so that the file changes
 	checked   time.Time
 	contents  *contents
@@ -75,19 +74,9 @@ type Store struct {
 
 var _ fetch.Store = (*Store)(nil)
 
-// fileState is what differs once a file has been changed.
-type fileState struct {
-	device, inode uint64
-	size          int64
-	changed       time.Time
-}
-
-func stateOf(info os.FileInfo) fileState {
-	s := fileState{size: info.Size(), changed: info.ModTime()}
-	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
-		s.device, s.inode = uint64(stat.Dev), uint64(stat.Ino)
-	}
-	return s
+// unchanged reports whether a file is the same and, by its size and time, has not been changed.
+func unchanged(before, after os.FileInfo) bool {
+	return os.SameFile(before, after) && before.Size() == after.Size() && before.ModTime().Equal(after.ModTime())
 }
 
 // Open returns the store in the file that a URL names: dump:///media/usb/blocks.cbor, or
@@ -170,7 +159,7 @@ func (s *Store) find(ref eris.Reference, block []byte) error {
 	if n, err := s.file.ReadAt(block, at.offset()); n < len(block) {
 		return fmt.Errorf("reading at byte %d: %w", at.offset(), err)
 	}
-	if info, err := s.file.Stat(); err == nil && !s.appending && stateOf(info) != s.state {
+	if info, err := s.file.Stat(); err == nil && !s.appending && !unchanged(s.state, info) {
 		return errMoved
 	}
 	return nil
@@ -194,7 +183,7 @@ func (s *Store) refresh(now bool) error {
 		return err
 	}
 	s.checked = time.Now()
-	if s.file != nil && stateOf(info) == s.state {
+	if s.file != nil && unchanged(s.state, info) {
 		return nil
 	}
 	file, err := openRegular(s.URL.Path, os.O_RDONLY)
@@ -221,7 +210,7 @@ func (s *Store) setFile(file *os.File) error {
 	if s.file != nil {
 		s.file.Close()
 	}
-	s.file, s.state, s.contents = file, stateOf(info), c
+	s.file, s.state, s.contents = file, info, c
 	return nil
 }
 

@@ -22,12 +22,18 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 )
 
-func mustOpen(tb testing.TB, url string) *Store {
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
 	tb.Helper()
-	s, err := Open(url)
 	if err != nil {
 		tb.Fatal(err)
 	}
+}
+
+func mustOpen(tb testing.TB, url string) *Store {
+	tb.Helper()
+	s, err := Open(url)
+	must(tb, err)
 	s.checkEvery = 0
 	s.sync = func(*os.File) error { return nil } // which takes most of the time; there is no power cut in tests
 	tb.Cleanup(func() { s.Close() })
@@ -38,9 +44,7 @@ func mustOpen(tb testing.TB, url string) *Store {
 func openBytes(tb testing.TB, content []byte) (s *Store, path string) {
 	tb.Helper()
 	path = filepath.Join(tb.TempDir(), "dump.cbor")
-	if err := os.WriteFile(path, content, 0o666); err != nil {
-		tb.Fatal(err)
-	}
+	must(tb, os.WriteFile(path, content, 0o666))
 	return mustOpen(tb, "dump:"+strings.ReplaceAll(path, "#", "%23")), path
 }
 
@@ -138,9 +142,7 @@ func pair(ref eris.Reference, block []byte, behind string) []byte {
 func TestConformance(t *testing.T) {
 	sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
 		path := filepath.Join(t.TempDir(), "dump.cbor")
-		if err := os.WriteFile(path, []byte("\xda\x65\x72\x69\x73\x9f\xbf\xff\xff"), 0o666); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(path, []byte("\xda\x65\x72\x69\x73\x9f\xbf\xff\xff"), 0o666))
 		o := &outsider{tb: t, path: path, has: make(map[eris.Reference]string)}
 		open := func(query string) *Store {
 			s := mustOpen(t, "dump:"+path+query)
@@ -297,19 +299,11 @@ func TestContinue(t *testing.T) {
 				}
 				return
 			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := s.AddCapability(t.Context(), newCapability(9)); err != nil {
-				t.Fatal(err)
-			}
-			if err := s.AddCapability(t.Context(), newCapability(9)); err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
+			must(t, s.AddCapability(t.Context(), newCapability(9)))
+			must(t, s.AddCapability(t.Context(), newCapability(9)))
 			dump, err := os.ReadFile(path)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			after, now, err := read(dump)
 			if err != io.EOF {
 				t.Errorf("what was written is no dump: %v", err)
@@ -336,9 +330,7 @@ func TestWritten(t *testing.T) {
 	want := "\xda\x65\x72\x69\x73\x9f\xbf"
 	for i := range refs {
 		for range 2 {
-			if err := s.Put(t.Context(), refs[i], blocks[i]); err != nil {
-				t.Fatal(err)
-			}
+			must(t, s.Put(t.Context(), refs[i], blocks[i]))
 		}
 		want += string(pair(refs[i], blocks[i], ""))
 		if got, err := os.ReadFile(path); err != nil || string(got) != want+"\xff\xff" {
@@ -347,9 +339,7 @@ func TestWritten(t *testing.T) {
 	}
 	want += "\xff"
 	for n := range byte(3) {
-		if err := s.AddCapability(t.Context(), newCapability(n)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, s.AddCapability(t.Context(), newCapability(n)))
 		binary, _ := newCapability(n).AppendBinary(nil)
 		want += "\xd9\x01\x14\x58\x42" + string(binary)
 		if got, err := os.ReadFile(path); err != nil || string(got) != want+"\xff" {
@@ -384,9 +374,7 @@ func TestCutEverywhere(t *testing.T) {
 		if cut%7 != 0 && cut > 60 && cut < ends[1]-40 && (cut < ends[0]-40 || cut > ends[0]+60) {
 			continue // in the middle of a block
 		}
-		if err := os.WriteFile(path, dump[:cut], 0o666); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(path, dump[:cut], 0o666))
 		s := mustOpen(t, "dump:"+path)
 		whole := 0
 		for n, i := range []int{0, 2} {
@@ -470,32 +458,24 @@ func TestChanged(t *testing.T) {
 	if _, err := get(s, refs[1], eris.BlockSize32KiB); !errors.Is(err, eris.ErrNotFound) {
 		t.Error(err)
 	}
-	if err := os.WriteFile(path, append([]byte("\x81\xa1"), two...), 0o666); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(path, append([]byte("\x81\xa1"), two...), 0o666))
 	if _, err := get(s, refs[1], eris.BlockSize32KiB); err != nil {
 		t.Error(err)
 	}
 	if _, err := get(s, refs[0], eris.BlockSize1KiB); !errors.Is(err, eris.ErrNotFound) {
 		t.Error(err)
 	}
-	if err := os.Remove(path); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Remove(path))
 	if _, err := get(s, refs[1], eris.BlockSize32KiB); !errors.Is(err, os.ErrNotExist) || errors.Is(err, eris.ErrNotFound) {
 		t.Errorf("error is %v", err)
 	}
 	// While it is being written, the file may be neither replaced nor locked by another writer.
 	w := mustOpen(t, "dump:"+path)
-	if err := w.Put(t.Context(), refs[0], blocks[0]); err != nil {
-		t.Fatal(err)
-	}
+	must(t, w.Put(t.Context(), refs[0], blocks[0]))
 	if err := mustOpen(t, "dump:"+path).Put(t.Context(), refs[1], blocks[1]); !errors.Is(err, errLocked) {
 		t.Errorf("a second writer: %v", err)
 	}
-	if err := os.WriteFile(path, append([]byte("\x81\xa1"), two...), 0o666); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(path, append([]byte("\x81\xa1"), two...), 0o666))
 	if err := w.Put(t.Context(), refs[2], blocks[2]); !errors.Is(err, errChanged) {
 		t.Errorf("the file was changed: %v", err)
 	}
@@ -524,9 +504,7 @@ func TestNoFile(t *testing.T) {
 	}
 	if os.Geteuid() != 0 {
 		path := filepath.Join(directory, "read-only.cbor")
-		if err := os.WriteFile(path, []byte("\x81\xa0"), 0o444); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(path, []byte("\x81\xa0"), 0o444))
 		if err := mustOpen(t, "dump:"+path).Put(t.Context(), ref, block); !errors.Is(err, fetch.ErrReadOnly) {
 			t.Errorf("read-only file: %v", err)
 		}
@@ -550,27 +528,21 @@ func TestRoundTrip(t *testing.T) {
 		s := mustOpen(t, "dump:"+path+"?capability")
 		pipeline := fetch.NewPipeline(t.Context(), s)
 		c, err := eris.Encode(t.Context(), bytes.NewReader(content), pipeline.Put, eris.EncodeOptions{BlockSize: size})
-		if err := errors.Join(err, pipeline.Flush(), s.AddCapability(t.Context(), c)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, errors.Join(err, pipeline.Flush(), s.AddCapability(t.Context(), c)))
 		all = append(all, c)
 		n, _ := pipeline.Stored()
 		put += int(n)
 		s.Close()
 	}
 	dump, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	blocks, capabilities, err := read(dump)
 	if err != io.EOF || !slices.Equal(capabilities, all) || len(blocks) != put {
 		t.Fatalf("%v, %v, %d blocks of %d", capabilities, err, len(blocks), put)
 	}
 	copied := mustOpen(t, "dump:"+filepath.Join(t.TempDir(), "copy.cbor"))
 	for ref, block := range blocks {
-		if err := copied.Put(t.Context(), ref, block); err != nil {
-			t.Fatal(err)
-		}
+		must(t, copied.Put(t.Context(), ref, block))
 	}
 	for _, s := range []*Store{mustOpen(t, "dump:"+path), copied} {
 		for ref, block := range blocks {
@@ -626,9 +598,7 @@ func FuzzDump(f *testing.F) {
 			return
 		}
 		after, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		more, now, err := read(after)
 		if err != io.EOF || len(more) != len(blocks)+1 || more[ref] == nil {
 			t.Errorf("%d blocks, then %d, %v", len(blocks), len(more), err)

@@ -34,7 +34,7 @@ var (
 // writer is a dump that is being continued. It is protected by the lock writing.
 type writer struct {
 	file         *os.File // which is locked
-	state        fileState
+	state        os.FileInfo
 	tail         int64 // where the next block goes
 	end          int   // how many bytes the end of the dump has, which is at the tail
 	capabilities []eris.ReadCapability
@@ -155,13 +155,13 @@ func (s *Store) commit() error {
 
 // write writes pairs and the end of the dump behind them. See the package comment for the order. It
 // changes nothing of the writer.
-func (s *Store) write(w *writer, pairs []byte, capabilities []eris.ReadCapability) (state fileState, end int, err error) {
+func (s *Store) write(w *writer, pairs []byte, capabilities []eris.ReadCapability) (state os.FileInfo, end int, err error) {
 	info, err := os.Stat(s.URL.Path)
 	if err != nil {
-		return state, 0, err
+		return nil, 0, err
 	}
-	if stateOf(info) != w.state {
-		return state, 0, errChanged
+	if !unchanged(w.state, info) {
+		return nil, 0, errChanged
 	}
 	data := appendEnd(pairs, capabilities)
 	end = len(data) - len(pairs)
@@ -175,13 +175,11 @@ func (s *Store) write(w *writer, pairs []byte, capabilities []eris.ReadCapabilit
 	}
 	for _, step := range steps {
 		if err := step(); err != nil {
-			return state, 0, err
+			return nil, 0, err
 		}
 	}
-	if info, err = w.file.Stat(); err != nil {
-		return state, 0, err
-	}
-	return stateOf(info), end, nil
+	state, err = w.file.Stat()
+	return state, end, err
 }
 
 // openWriter opens the dump for writing, and makes it if there is none. The lock writing must be
@@ -259,7 +257,7 @@ func (s *Store) startWriter(file *os.File) (*writer, error) {
 	case !c.end.appendable && c.foreign:
 		return nil, errForeign
 	case !c.end.appendable:
-		return nil, s.renew(again, s.state.size)
+		return nil, s.renew(again, s.state.Size())
 	}
 	w := &writer{file: file, state: s.state, tail: c.end.tail, capabilities: slices.Clone(c.capabilities)}
 	if c.end.end > 0 {

@@ -24,9 +24,7 @@ import (
 // client, and no call waits meanwhile.
 func TestRest(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	address := l.Addr().String()
 	l.Close()
 	c := client(t, mirror.Options{})
@@ -51,9 +49,7 @@ func TestRest(t *testing.T) {
 	}
 	hs := hashes(20)
 	answers, err := collect(t.Context(), c, url, hs)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	check(t, answers, hs)
 }
 
@@ -78,9 +74,7 @@ func TestBusyServers(t *testing.T) {
 				defer server.Close()
 				hs := hashes(100)
 				answers, err := collect(t.Context(), client(t, mirror.Options{}), server.URL+"/base", hs)
-				if err != nil {
-					t.Fatal(err)
-				}
+				must(t, err)
 				check(t, answers, hs)
 				if refused.Load() == 0 {
 					t.Error("nothing was refused")
@@ -119,9 +113,7 @@ func TestFewWorkers(t *testing.T) {
 			for range 2 {
 				c := client(t, mirror.Options{})
 				answers, err := collect(t.Context(), c, server, hs)
-				if err != nil {
-					t.Fatal(err)
-				}
+				must(t, err)
 				check(t, answers, hs)
 				wait.Go(func() {
 					if _, err := read(t, c, server+"/nar"); err != nil {
@@ -152,9 +144,7 @@ func TestContentEncoding(t *testing.T) {
 	hs := hashes(20)
 	c := client(t, mirror.Options{})
 	answers, err := collect(t.Context(), c, server.URL+"/base", hs)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	check(t, answers, hs)
 	if got, err := read(t, c, server.URL+"/base/nar"); err != nil || got != "narinfo of nar" {
 		t.Errorf("%q, error %v", got, err)
@@ -171,9 +161,7 @@ func TestNarinfosRedirected(t *testing.T) {
 	defer first.Close()
 	hs := hashes(50)
 	answers, err := collect(t.Context(), client(t, mirror.Options{}), first.URL, hs)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	check(t, answers, hs)
 	loop := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, r.URL.Path, http.StatusFound) }))
 	defer loop.Close()

@@ -194,9 +194,7 @@ func TestPipelinesKept(t *testing.T) {
 			piped.Store(0)
 			hs := hashes(1000)
 			answers, err := collect(t.Context(), c, server, hs)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			check(t, answers, hs)
 			if piped.Load() < requests.Load()/4 {
 				t.Errorf("%d of %d requests were in a pipeline", piped.Load(), requests.Load())
@@ -219,9 +217,7 @@ func TestPipelinesKept(t *testing.T) {
 // TestOneConnectionOnly asks a server that takes no connection beside the first.
 func TestOneConnectionOnly(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	var wait sync.WaitGroup
 	defer wait.Wait()
 	wait.Go(func() {
@@ -241,9 +237,7 @@ func TestOneConnectionOnly(t *testing.T) {
 	hs := hashes(300)
 	for range 2 {
 		answers, err := collect(t.Context(), c, server, hs)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		check(t, answers, hs)
 	}
 	if err := c.Down(server); err != nil {
@@ -287,9 +281,7 @@ func TestOneSilentItem(t *testing.T) {
 func TestLongPath(t *testing.T) {
 	long := "/" + strings.Repeat("long/", 20000)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		r.URL.Path = "/base/" + strings.TrimPrefix(r.URL.Path, long)
 		serve(w, r)
@@ -300,9 +292,7 @@ func TestLongPath(t *testing.T) {
 	defer server.Close()
 	hs := hashes(100)
 	answers, err := collect(t.Context(), client(t, mirror.Options{}), server.URL+long, hs)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	check(t, answers, hs)
 }
 
@@ -336,9 +326,7 @@ func TestMaxAge(t *testing.T) {
 	defer server.Close()
 	hs := hashes(len(tests))
 	answers, err := collect(t.Context(), client(t, mirror.Options{}), server.URL, hs)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for i, test := range tests {
 		if got := answers[hs[i]].MaxAge; got != test.want {
 			t.Errorf("%q: %v, want %v", test.header, got, test.want)
@@ -502,15 +490,11 @@ func TestTunnel(t *testing.T) {
 // TestDirectoryOddities checks that nothing in a directory hangs us or takes the other files away.
 func TestDirectoryOddities(t *testing.T) {
 	d := t.TempDir() + "/of a stick"
-	if err := os.Mkdir(d, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(d, 0o755))
 	hs := hashes(8)
 	file := func(i int) string { return d + "/" + hs[i] + ".narinfo" }
 	for _, i := range []int{0, 7} {
-		if err := os.WriteFile(file(i), []byte("narinfo of "+hs[i]), 0o644); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(file(i), []byte("narinfo of "+hs[i]), 0o644))
 	}
 	for _, err := range []error{
 		os.Mkdir(file(1), 0o755),
@@ -519,9 +503,7 @@ func TestDirectoryOddities(t *testing.T) {
 		os.Symlink(hs[4]+".narinfo", file(4)),
 		os.Symlink(file(0), file(5)),
 	} {
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 	}
 	c := client(t, mirror.Options{})
 	for _, server := range []string{"file://" + d, "file://" + strings.ReplaceAll(d, " ", "%20") + "/"} {

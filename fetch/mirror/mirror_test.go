@@ -22,8 +22,16 @@ import (
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/link"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 )
+
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
 
 // hashes returns n different hash parts.
 func hashes(n int) []string {
@@ -106,9 +114,7 @@ func TestNarinfos(t *testing.T) {
 		for _, n := range []int{0, 1, 2, 5, 300} {
 			hs := hashes(n)
 			answers, err := collect(t.Context(), c, server.URL+base, hs)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			check(t, answers, hs)
 		}
 	}
@@ -155,9 +161,7 @@ func TestAnswers(t *testing.T) {
 	}))
 	defer server.Close()
 	answers, err := collect(t.Context(), client(t, mirror.Options{}), server.URL, hashes(9))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	want := []struct {
 		status, length int
 		age            time.Duration
@@ -189,9 +193,7 @@ func TestAnswers(t *testing.T) {
 func rawServer(t *testing.T, f func(n int, conn net.Conn, r *bufio.Reader)) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	var wait sync.WaitGroup
 	var mu sync.Mutex
 	var open []net.Conn
@@ -279,9 +281,7 @@ func TestUnwillingServers(t *testing.T) {
 			server := rawServer(t, f)
 			hs := hashes(100)
 			answers, err := collect(t.Context(), client(t, mirror.Options{}), server, hs)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			check(t, answers, hs)
 		})
 	}
@@ -364,9 +364,7 @@ func TestPoison(t *testing.T) {
 
 func TestUnreachable(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	address := l.Addr().String()
 	l.Close()
 	c := client(t, mirror.Options{})
@@ -512,9 +510,7 @@ func TestNar(t *testing.T) {
 	}
 	// One that is left early does no harm to the next.
 	n, err := c.OpenNar(t.Context(), server.URL+"/long")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if n.Size != 3<<20 {
 		t.Errorf("size %d", n.Size)
 	}
@@ -607,9 +603,7 @@ func TestTLS(t *testing.T) {
 	c := client(t, mirror.Options{})
 	hs := hashes(100)
 	answers, err := collect(t.Context(), c, server.URL+"/base", hs)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	check(t, answers, hs)
 	if _, err := read(t, c, server.URL+"/base/"+hs[0]+".narinfo"); err != nil {
 		t.Error(err)
@@ -687,9 +681,7 @@ func TestProxy(t *testing.T) {
 		environment["no_proxy"] = test.exempt
 		c := client(t, mirror.Options{Getenv: func(name string) string { return environment[name] }})
 		answers, err := collect(t.Context(), c, test.url+"/base", hs)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		check(t, answers, hs)
 		if _, err := read(t, c, test.url+"/base/"+hs[0]+".narinfo"); err != nil {
 			t.Error(err)
@@ -715,19 +707,13 @@ func TestDirectory(t *testing.T) {
 		"what?is=this":     "odd",
 		"a%3Fb":            "literal",
 	} {
-		if err := os.WriteFile(d+"/"+name, []byte(contents), 0o644); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(d+"/"+name, []byte(contents), 0o644))
 	}
-	if err := os.Mkdir(d+"/"+hs[2]+".narinfo", 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(d+"/"+hs[2]+".narinfo", 0o755))
 	c := client(t, mirror.Options{})
 	for _, server := range []string{"file://" + d, "file:" + d + "/", "file://localhost" + d} {
 		answers, err := collect(t.Context(), c, server, hs[:2])
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if a := answers[hs[0]]; a.Status != 200 || string(a.Body) != "narinfo of "+hs[0] {
 			t.Errorf("answer %+v", a)
 		}
@@ -758,17 +744,10 @@ func BenchmarkNarinfos(b *testing.B) {
 	hs := hashes(300)
 	for _, rtt := range []time.Duration{0, 50 * time.Millisecond} {
 		b.Run(fmt.Sprintf("rtt=%v", rtt), func(b *testing.B) {
-			up, down := link.Symmetric(rtt, 0)
-			l, err := link.New("tcp", "", strings.TrimPrefix(server.URL, "http://"), up, down)
-			if err != nil {
-				b.Fatal(err)
-			}
-			defer l.Close()
+			address := sourcetest.Proxy(b, strings.TrimPrefix(server.URL, "http://"), rtt, 0)
 			for b.Loop() {
 				c := mirror.NewClient(mirror.Options{})
-				if err := c.Narinfos(b.Context(), "http://"+l.Addr()+"/base", hs, func(mirror.Answer) {}); err != nil {
-					b.Fatal(err)
-				}
+				must(b, c.Narinfos(b.Context(), "http://"+address+"/base", hs, func(mirror.Answer) {}))
 				c.Close()
 			}
 		})

@@ -22,7 +22,7 @@ import (
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/link"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 )
 
 // noise is contents that are nowhere like elsewhere.
@@ -338,9 +338,7 @@ func TestResumeCancelled(t *testing.T) {
 		c := client(t, mirror.Options{ResumeDelay: delay})
 		ctx, cancel := context.WithCancelCause(t.Context())
 		n, err := c.OpenNar(ctx, server.URL)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		done := make(chan error, 1)
 		go func() {
 			_, err := io.Copy(io.Discard, n)
@@ -368,9 +366,7 @@ func nginx(t *testing.T, www string) string {
 		}
 	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	address := l.Addr().String()
 	l.Close()
 	d := t.TempDir()
@@ -384,13 +380,9 @@ server { listen %[2]s; root %[3]s; } }
 		text = "user root;\n" + text
 	}
 	configuration := filepath.Join(d, "nginx.conf")
-	if err := os.WriteFile(configuration, []byte(text), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(configuration, []byte(text), 0o644))
 	server := exec.Command(program, "-c", configuration, "-e", filepath.Join(d, "log"))
-	if err := server.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, server.Start())
 	t.Cleanup(func() { server.Process.Signal(os.Interrupt); server.Wait() })
 	for range 200 {
 		if conn, err := net.Dial("tcp", address); err == nil {
@@ -408,43 +400,29 @@ server { listen %[2]s; root %[3]s; } }
 func TestResumeNginx(t *testing.T) {
 	www := t.TempDir()
 	contents := noise(3 << 20)
-	if err := os.WriteFile(www+"/nar", contents, 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(www+"/nar", contents, 0o644))
 	before := time.Now().Add(-time.Minute)
-	if err := os.Chtimes(www+"/nar", before, before); err != nil {
-		t.Fatal(err)
-	}
-	l, err := link.New("tcp", "", nginx(t, www), link.Direction{}, link.Direction{CutAfter: 1 << 20})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
+	must(t, os.Chtimes(www+"/nar", before, before))
+	url := "http://" + sourcetest.Proxy(t, nginx(t, www), 0, 1<<20) + "/nar"
 	var resumed atomic.Int64
 	c := client(t, mirror.Options{ResumeDelay: time.Millisecond, OnResume: func(url string, offset int64, cut error) {
 		if resumed.Add(1) == 1 {
 			t.Logf("%s: %d bytes, then %v", url, offset, cut)
 		}
 	}})
-	if got, err := read(t, c, "http://"+l.Addr()+"/nar"); err != nil || got != string(contents) || resumed.Load() < 3 {
+	if got, err := read(t, c, url); err != nil || got != string(contents) || resumed.Load() < 3 {
 		t.Errorf("%d bytes, error %v, resumed %d times", len(got), err, resumed.Load())
 	}
 	// One that is replaced in between is not mixed with what takes its place.
-	n, err := c.OpenNar(t.Context(), "http://"+l.Addr()+"/nar")
-	if err != nil {
-		t.Fatal(err)
-	}
+	n, err := c.OpenNar(t.Context(), url)
+	must(t, err)
 	defer n.Close()
 	b := make([]byte, 1000)
 	if _, err := io.ReadFull(n, b); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(www+"/new", noise(3<<20 + 1)[:3<<20], 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(www+"/new", www+"/nar"); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(www+"/new", noise(3<<20 + 1)[:3<<20], 0o644))
+	must(t, os.Rename(www+"/new", www+"/nar"))
 	got, err := io.ReadAll(n)
 	if err == nil || !strings.Contains(err.Error(), "changed") || !bytes.HasPrefix(contents[1000:], got) {
 		t.Errorf("%d bytes, error %v", len(got), err)

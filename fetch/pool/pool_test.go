@@ -137,6 +137,16 @@ func hang(ctx context.Context, _ int, _ int64) error {
 	return context.Cause(ctx)
 }
 
+// stallsAfter answers so many requests, and then hangs.
+func stallsAfter(most int64) func(ctx context.Context, n int, i int64) error {
+	return func(ctx context.Context, n int, i int64) error {
+		if i < most {
+			return nil
+		}
+		return hang(ctx, n, i)
+	}
+}
+
 func missing(context.Context, int, int64) error { return eris.ErrNotFound }
 
 func (f *fake) requests() int {
@@ -322,13 +332,7 @@ func TestFarAndSlow(t *testing.T) {
 // TestStall has one of two equal sources stall at half of the time.
 func TestStall(t *testing.T) {
 	const n = 4000
-	stalled := func(ctx context.Context, _ int, i int64) error {
-		if i < n/4 {
-			return nil
-		}
-		return hang(ctx, 0, i)
-	}
-	fakes := []*fake{{roundTrip: 20e6, rate: 20e6}, {roundTrip: 20e6, rate: 20e6, answer: stalled}}
+	fakes := []*fake{{roundTrip: 20e6, rate: 20e6}, {roundTrip: 20e6, rate: 20e6, answer: stallsAfter(n / 4)}}
 	simulate(t, pool.Options{}, sources(fakes...), func(t *testing.T, p *pool.Pool) {
 		took := readAll(t, p, n, large, 384)
 		near(t, took, n/2*float64(large)/40e6+n/2*float64(large)/20e6, 1.1)

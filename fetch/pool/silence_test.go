@@ -22,15 +22,9 @@ import (
 // TestGiveUp has a reader give up the only source after a while, because it is slow or has stalled:
 // that takes no time, and little has been asked for that is of no use.
 func TestGiveUp(t *testing.T) {
-	stalls := func(ctx context.Context, _ int, i int64) error {
-		if i < 64 {
-			return nil
-		}
-		return hang(ctx, 0, i)
-	}
 	for name, f := range map[string]*fake{
 		"slow":   {roundTrip: 20e6, rate: 200e3},
-		"stalls": {roundTrip: 20e6, rate: 20e6, answer: stalls},
+		"stalls": {roundTrip: 20e6, rate: 20e6, answer: stallsAfter(64)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			simulate(t, pool.Options{}, sources(f), func(t *testing.T, p *pool.Pool) {
@@ -77,13 +71,7 @@ func TestSilent(t *testing.T) {
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "state")
-			silent := &fake{name: "silent", roundTrip: 1e6}
-			silent.answer = func(ctx context.Context, _ int, i int64) error {
-				if i < v.works {
-					return nil
-				}
-				return hang(ctx, 0, i)
-			}
+			silent := &fake{name: "silent", roundTrip: 1e6, answer: stallsAfter(v.works)}
 			for process := range 2 {
 				list := append(sources(silent), sources(v.others...)...)
 				list[0].Near = v.near

@@ -31,8 +31,8 @@ package sourcetest
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
-	"math/rand/v2"
 	"runtime"
 	"slices"
 	"strings"
@@ -143,12 +143,7 @@ func (s *suite) close(t *testing.T) {
 // block returns a new block.
 func block(size eris.BlockSize) (eris.Reference, []byte) {
 	b := make([]byte, size)
-	for i := 0; i < len(b); i += 8 {
-		n := rand.Uint64()
-		for j := range 8 {
-			b[i+j] = byte(n >> (8 * j))
-		}
-	}
+	rand.Read(b)
 	return eris.Sum(b), b
 }
 
@@ -190,6 +185,17 @@ func (s *suite) getAgain(t *testing.T, ref eris.Reference, want []byte) {
 	}
 	t.Errorf("Get never worked again: %v", err)
 }
+
+// mixed is the size of the i-th of many blocks.
+func mixed(i int) eris.BlockSize {
+	if i%16 == 0 {
+		return eris.BlockSize32KiB
+	}
+	return eris.BlockSize1KiB
+}
+
+// awaitHeld waits until as many calls are held as there are, or as the server serves at a time.
+func (s *suite) awaitHeld(calls int) { s.backend.AwaitHeld(max(1, min(s.Held, calls))) }
 
 var bothSizes = []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB}
 
@@ -269,11 +275,13 @@ func testBackendFails(t *testing.T, s *suite) {
 // errGivenUp is the cause of contexts that the suite ends.
 var errGivenUp = errors.New("given up")
 
+func isGivenUp(err error) bool { return errors.Is(err, errGivenUp) || errors.Is(err, context.Canceled) }
+
 func testCancelBefore(t *testing.T, s *suite) {
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(errGivenUp)
 	ref, want := s.add(eris.BlockSize1KiB)
-	if _, err := s.get(ctx, ref, eris.BlockSize1KiB); err != nil && !errors.Is(err, errGivenUp) && !errors.Is(err, context.Canceled) {
+	if _, err := s.get(ctx, ref, eris.BlockSize1KiB); err != nil && !isGivenUp(err) {
 		t.Errorf("error is %v, not that of the context", err)
 	}
 	s.mustGet(t, ref, want)
@@ -292,7 +300,7 @@ func testCancelInFlight(t *testing.T, s *suite) {
 		}()
 		s.backend.AwaitHeld(1)
 		cancel(errGivenUp)
-		if err := <-done; !errors.Is(err, errGivenUp) && !errors.Is(err, context.Canceled) {
+		if err := <-done; !isGivenUp(err) {
 			t.Errorf("%v: error is %v, not that of the context", size, err)
 		}
 		// The late answer must go nowhere: neither to this memory, nor to another call.
@@ -325,12 +333,12 @@ func testCancelSome(t *testing.T, s *suite) {
 			continue
 		}
 		givenUp.Go(func() {
-			if _, err := s.get(ctx, ref, eris.BlockSize(len(want))); !errors.Is(err, errGivenUp) && !errors.Is(err, context.Canceled) {
+			if _, err := s.get(ctx, ref, eris.BlockSize(len(want))); !isGivenUp(err) {
 				t.Errorf("error is %v, not that of the context", err)
 			}
 		})
 	}
-	s.backend.AwaitHeld(max(1, min(s.Held, calls)))
+	s.awaitHeld(calls)
 	cancel(errGivenUp)
 	givenUp.Wait()
 	release()
@@ -427,7 +435,7 @@ func testCloseInFlight(t *testing.T, s *suite) {
 			errs <- err
 		}()
 	}
-	s.backend.AwaitHeld(max(1, min(s.Held, calls)))
+	s.awaitHeld(calls)
 	s.closed = true
 	if err := s.Source.Close(); err != nil {
 		t.Errorf("Close: %v", err)
@@ -447,11 +455,7 @@ func testMany(t *testing.T, s *suite) {
 	const calls = 3000
 	var group sync.WaitGroup
 	for i := range calls {
-		size := eris.BlockSize1KiB
-		if i%16 == 0 {
-			size = eris.BlockSize32KiB
-		}
-		ref, want := s.add(size)
+		ref, want := s.add(mixed(i))
 		group.Go(func() { s.mustGet(t, ref, want) })
 		if i%100 == 0 {
 			missing, _ := block(eris.BlockSize1KiB)
@@ -540,7 +544,7 @@ func testInterruption(t *testing.T, s *suite, interrupt func()) {
 			}
 		})
 	}
-	s.backend.AwaitHeld(max(1, min(s.Held, calls)))
+	s.awaitHeld(calls)
 	interrupt()
 	release()
 	group.Wait()
@@ -595,11 +599,7 @@ func testPutMany(t *testing.T, s *suite) {
 	const calls = 1000
 	var group sync.WaitGroup
 	for i := range calls {
-		size := eris.BlockSize1KiB
-		if i%16 == 0 {
-			size = eris.BlockSize32KiB
-		}
-		ref, b := block(size)
+		ref, b := block(mixed(i))
 		group.Go(func() {
 			if err := store.Put(t.Context(), ref, b); err != nil {
 				t.Errorf("Put: %v", err)
@@ -637,7 +637,7 @@ func testPutCancel(t *testing.T, s *suite) {
 		go func() { done <- store.Put(ctx, ref, b) }()
 		s.backend.AwaitHeld(1)
 		cancel(errGivenUp)
-		if err := <-done; !errors.Is(err, errGivenUp) && !errors.Is(err, context.Canceled) {
+		if err := <-done; !isGivenUp(err) {
 			t.Errorf("%v: error is %v, not that of the context", size, err)
 		}
 		clear(b)

@@ -29,9 +29,7 @@ func BenchmarkGet(b *testing.B) {
 		}
 	}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		b.Fatal(err)
-	}
+	must(b, err)
 	server := httpserver.New(httpserver.Config{Source: newBackendSource(b, backend)})
 	var serving sync.WaitGroup
 	serving.Go(func() { server.Serve(listener, httpserver.Access{Get: true}) })

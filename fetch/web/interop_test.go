@@ -26,9 +26,7 @@ import (
 // freeAddress returns an address of loopback where nobody listens.
 func freeAddress(t *testing.T) string {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer listener.Close()
 	return listener.Addr().String()
 }
@@ -49,13 +47,9 @@ http {
 	access_log off; client_body_temp_path b; proxy_temp_path p; fastcgi_temp_path f; uwsgi_temp_path u; scgi_temp_path s;
 	` + servers + `
 }`
-	if err := os.WriteFile(filepath.Join(directory, "nginx.conf"), []byte(configuration), 0o666); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(filepath.Join(directory, "nginx.conf"), []byte(configuration), 0o666))
 	command := exec.Command(nginx, "-p", directory, "-c", "nginx.conf", "-e", filepath.Join(directory, "error.log"))
-	if err := command.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, command.Start())
 	t.Cleanup(func() {
 		command.Process.Kill()
 		command.Wait()
@@ -78,16 +72,12 @@ http {
 func mustWriteCertificate(t *testing.T, directory string) {
 	certificate := testTLS(t).Certificates[0]
 	key, err := x509.MarshalPKCS8PrivateKey(certificate.PrivateKey)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for name, block := range map[string]*pem.Block{
 		"certificate.pem": {Type: "CERTIFICATE", Bytes: certificate.Certificate[0]},
 		"key.pem":         {Type: "PRIVATE KEY", Bytes: key},
 	} {
-		if err := os.WriteFile(filepath.Join(directory, name), pem.EncodeToMemory(block), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(filepath.Join(directory, name), pem.EncodeToMemory(block), 0o600))
 	}
 }
 
@@ -131,14 +121,10 @@ func TestNginxStatic(t *testing.T) {
 		root blocks;
 	}`)
 	blocks := filepath.Join(directory, "blocks")
-	if err := os.Mkdir(blocks, 0o777); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(blocks, 0o777))
 	for _, layout := range []string{"flat", "sharded"} {
 		to, err := dir.Open("file:"+filepath.Join(blocks, layout)+"?layout="+layout, dir.Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer to.Close()
 		for _, url := range []string{"http://" + plain, "https://" + secure} {
 			from := mustOpen(t, url+"/"+layout+"?static", web.Options{})
@@ -161,9 +147,7 @@ func TestNginxStatic(t *testing.T) {
 func TestNginxProxy(t *testing.T) {
 	backend := sourcetest.NewBackend()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	server := httpserver.New(httpserver.Config{Source: newBackendSource(t, backend), Sink: backend.Put})
 	var group sync.WaitGroup
 	group.Go(func() { server.Serve(listener, httpserver.Access{Get: true, Put: true}) })

@@ -140,14 +140,10 @@ func (s *testServer) url(path string) string {
 
 func testTLS(tb testing.TB) *tls.Config {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		tb.Fatal(err)
-	}
+	must(tb, err)
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
 	certificate, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
-	if err != nil {
-		tb.Fatal(err)
-	}
+	must(tb, err)
 	return &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{certificate}, PrivateKey: key}}}
 }
 
@@ -226,8 +222,6 @@ func mustOpen(tb testing.TB, url string, options web.Options) *web.Store {
 		options.Getenv = func(string) string { return "" }
 	}
 	store, err := web.Open(url, options)
-	if err != nil {
-		tb.Fatal(err)
-	}
+	must(tb, err)
 	return store
 }

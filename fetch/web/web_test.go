@@ -25,6 +25,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/web"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 func newBlock(size eris.BlockSize, n byte) (eris.Reference, []byte) {
 	block := bytes.Repeat([]byte{n, 1, 2, 3}, int(size)/4)
 	return eris.Sum(block), block
@@ -428,9 +436,7 @@ func TestSilence(t *testing.T) {
 // TestDeadServer checks that a host that takes no connection costs no connection per call.
 func TestDeadServer(t *testing.T) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	// A host that lets everybody wait, as soon as its queue is full.
 	var waiting atomic.Int32
 	go func() {

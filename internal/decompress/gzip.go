@@ -32,30 +32,11 @@ func (g *gzipReader) Read(p []byte) (int, error) {
 			return 0, err
 		}
 		n, err := g.z.Read(p)
-		if err = g.after(int64(n), err); n > 0 || err != nil {
+		if err = g.after(n, err); n > 0 || err != nil {
 			return n, err
 		}
 	}
 	return 0, nil
-}
-
-// WriteTo saves a copy.
-func (g *gzipReader) WriteTo(w io.Writer) (written int64, err error) {
-	for {
-		if err := g.member(); err == io.EOF {
-			return written, nil
-		} else if err != nil {
-			return written, err
-		}
-		n, err := g.z.WriteTo(w)
-		written += n
-		if err == nil {
-			err = io.EOF // of the member
-		}
-		if err := g.after(n, err); err != nil {
-			return written, err
-		}
-	}
 }
 
 // member reads the header of a member unless it is inside of one. It returns io.EOF if there was a
@@ -88,7 +69,7 @@ func (g *gzipReader) member() (err error) {
 }
 
 // after deals with what the reader of a member has returned.
-func (g *gzipReader) after(n int64, err error) error {
+func (g *gzipReader) after(n int, err error) error {
 	g.begun = g.begun || n > 0
 	if err != io.EOF {
 		return err

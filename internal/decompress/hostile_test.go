@@ -65,7 +65,7 @@ func TestNothing(t *testing.T) {
 	}
 	// Empty members take much longer than their bytes.
 	members := &repeated{part: compressors["gzip"](t, nil)}
-	if n, err := open(t, "gzip", members).WriteTo(io.Discard); n != 0 || !errors.Is(err, errNothing) || members.n > freeInput/10 {
+	if n, err := io.Copy(io.Discard, open(t, "gzip", members)); n != 0 || !errors.Is(err, errNothing) || members.n > freeInput/10 {
 		t.Errorf("%d bytes of %d, error %v", n, members.n, err)
 	}
 	// What a byte comes out of now and then has to end too.
@@ -73,7 +73,7 @@ func TestNothing(t *testing.T) {
 	z := open(t, "zstd", source)
 	z.free = free
 	defer z.Close()
-	if n, err := z.WriteTo(io.Discard); n == 0 || !errors.Is(err, errNothing) || source.n > 2*free {
+	if n, err := io.Copy(io.Discard, z); n == 0 || !errors.Is(err, errNothing) || source.n > 2*free {
 		t.Errorf("%d bytes of %d, error %v", n, source.n, err)
 	}
 }
@@ -81,20 +81,14 @@ func TestNothing(t *testing.T) {
 // TestContained checks that a fault of a decoder is an error.
 func TestContained(t *testing.T) {
 	for _, method := range methods {
-		for _, use := range []func(z *Reader) error{
-			func(z *Reader) error { _, err := z.Read(make([]byte, 10)); return err },
-			func(z *Reader) error { _, err := z.WriteTo(io.Discard); return err },
-		} {
-			z := open(t, method, strings.NewReader(""))
-			z.r = faulty{}
-			if err := use(z); err == nil || !strings.Contains(err.Error(), "decoder failed: index out of range") {
+		z := open(t, method, strings.NewReader(""))
+		z.r = faulty{}
+		for range 2 {
+			if _, err := z.Read(make([]byte, 10)); err == nil || !strings.Contains(err.Error(), "decoder failed: index out of range") {
 				t.Errorf("%s: error %v", method, err)
 			}
-			if _, err := z.Read(make([]byte, 1)); err == nil {
-				t.Errorf("%s: no error afterwards", method)
-			}
-			must(t, z.Close())
 		}
+		must(t, z.Close())
 	}
 	if _, err := open(t, "none", iotest.ErrReader(errClosed)).Read(nil); err != errClosed {
 		t.Errorf("error %v", err)

@@ -13,6 +13,8 @@ import (
 	"hash/crc32"
 	"hash/crc64"
 	"io"
+	"math"
+	"slices"
 
 	"github.com/ulikunitz/xz/lzma"
 )
@@ -57,8 +59,10 @@ type xzReader struct {
 	data    int64     // bytes of data of all blocks so far
 	windows int64     // bytes of the dictionaries so far
 
-	// The blocks of the stream: their number, and a digest of their sizes.
+	// The blocks of the stream: their number, and the length and a digest of their records in the
+	// index.
 	blocks  uint64
+	length  int64
 	records hash.Hash
 }
 
@@ -131,7 +135,7 @@ func (x *xzReader) streamHeader() error {
 		if err != nil {
 			return noEOF(err)
 		}
-		if !x.begun || b[0] != 0 || b[1] != 0 || b[2] != 0 || b[3] != 0 {
+		if !x.begun || !zeros(b[:4]) {
 			break
 		}
 	}
@@ -149,7 +153,7 @@ func (x *xzReader) streamHeader() error {
 		return err
 	}
 	x.begun = true
-	x.blocks, x.records = 0, sha256.New()
+	x.blocks, x.length, x.records = 0, 0, sha256.New()
 	return nil
 }
 
@@ -182,8 +186,9 @@ func (x *xzReader) blockHeader(b []byte) error {
 	x.sizes = [2]int64{-1, -1}
 	for i, flag := range []byte{0x40, 0x80} {
 		if flags&flag != 0 {
-			size, err := xzNumber(r)
-			if err != nil {
+			left := r.Len()
+			size, err := binary.ReadUvarint(r)
+			if err != nil || size > math.MaxInt64 || left-r.Len() != len(binary.AppendUvarint(nil, size)) {
 				return xzError("block header")
 			}
 			x.sizes[i] = int64(size)
@@ -193,7 +198,7 @@ func (x *xzReader) blockHeader(b []byte) error {
 	if _, err := io.ReadFull(r, filter); err != nil || flags&3 != 0 || filter[0] != xzLZMA2 || filter[1] != 1 {
 		return xzError("filters other than LZMA2")
 	}
-	if !zeros(r) {
+	if !zeros(b[n-r.Len() : n]) {
 		return xzError("unknown contents of a block header")
 	}
 	dictionary, err := lzma.DecodeDictCap(filter[2])
@@ -237,9 +242,7 @@ func (x *xzReader) endBlock() error {
 		}
 		got := x.check.Sum(nil)
 		if x.flags[1] != 10 { // the CRCs are written with the low byte first
-			for i, j := 0, len(got)-1; i < j; i, j = i+1, j-1 {
-				got[i], got[j] = got[j], got[i]
-			}
+			slices.Reverse(got)
 		}
 		if !bytes.Equal(got, want) {
 			return xzError("checksum of a block")
@@ -247,38 +250,31 @@ func (x *xzReader) endBlock() error {
 		unpadded += int64(len(want))
 	}
 	x.blocks++
-	record(x.records, uint64(unpadded), uint64(x.blockN))
+	// Numbers are as those of package binary: seven bits in each byte, the low ones first.
+	record := binary.AppendUvarint(binary.AppendUvarint(nil, uint64(unpadded)), uint64(x.blockN))
+	x.length += int64(len(record))
+	x.records.Write(record)
 	return nil
 }
 
-func record(h hash.Hash, unpadded, data uint64) {
-	var b [16]byte
-	binary.LittleEndian.PutUint64(b[:], unpadded)
-	binary.LittleEndian.PutUint64(b[8:], data)
-	h.Write(b[:])
-}
-
-// index reads the index, behind its first byte, and the footer.
+// index reads the index, behind its first byte, and the footer. There is but one index for the
+// blocks.
 func (x *xzReader) index() error {
 	x.in.crc = crc32.NewIEEE()
 	x.in.crc.Write([]byte{0})
-	number := func() uint64 {
-		n, err := xzNumber(x.in)
-		if err != nil && x.in.err == nil {
-			x.in.err = err
-		}
-		return n
+	want := binary.AppendUvarint(nil, x.blocks)
+	got := make([]byte, len(want))
+	if err := x.in.full(got); err != nil {
+		return err
+	}
+	if !bytes.Equal(got, want) {
+		return xzError("index of another number of blocks than %d", x.blocks)
 	}
 	records := sha256.New()
-	n := number()
-	for i := uint64(0); i < n && i <= x.blocks && x.in.err == nil; i++ {
-		unpadded, data := number(), number()
-		record(records, unpadded, data)
+	if _, err := io.CopyN(records, x.in, x.length); err != nil {
+		return noEOF(err)
 	}
-	if x.in.err != nil {
-		return noEOF(x.in.err)
-	}
-	if n != x.blocks || !bytes.Equal(records.Sum(nil), x.records.Sum(nil)) {
+	if !bytes.Equal(records.Sum(nil), x.records.Sum(nil)) {
 		return xzError("index of other blocks")
 	}
 	if err := x.in.padding(x.in.n - x.first); err != nil {
@@ -306,33 +302,7 @@ func (x *xzReader) index() error {
 	return nil
 }
 
-// xzNumber reads a number of up to 63 bits: seven in each byte, the low ones first.
-func xzNumber(r io.ByteReader) (uint64, error) {
-	v := uint64(0)
-	for shift := 0; shift < 63; shift += 7 {
-		b, err := r.ReadByte()
-		if err != nil {
-			return 0, err
-		}
-		v |= uint64(b&0x7F) << shift
-		if b < 0x80 {
-			if b == 0 && shift > 0 {
-				break
-			}
-			return v, nil
-		}
-	}
-	return 0, xzError("a number")
-}
-
-func zeros(r *bytes.Reader) bool {
-	for r.Len() > 0 {
-		if b, _ := r.ReadByte(); b != 0 {
-			return false
-		}
-	}
-	return true
-}
+func zeros(b []byte) bool { return bytes.Count(b, []byte{0}) == len(b) }
 
 // An xzInput counts what is read through it.
 type xzInput struct {
@@ -383,7 +353,7 @@ func (i *xzInput) padding(n int64) error {
 	if err := i.full(b); err != nil {
 		return err
 	}
-	if !zeros(bytes.NewReader(b)) {
+	if !zeros(b) {
 		return xzError("padding")
 	}
 	return nil

@@ -18,6 +18,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 func text(s string) func(io.Writer) error {
 	return func(w io.Writer) error {
 		_, err := io.WriteString(w, s)
@@ -28,9 +36,7 @@ func text(s string) func(io.Writer) error {
 func names(t *testing.T, directory string) string {
 	t.Helper()
 	entries, err := os.ReadDir(directory)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	var names []string
 	for _, e := range entries {
 		names = append(names, e.Name())
@@ -41,9 +47,7 @@ func names(t *testing.T, directory string) string {
 func contents(t *testing.T, path string) string {
 	t.Helper()
 	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return string(b)
 }
 
@@ -52,9 +56,7 @@ func TestReplace(t *testing.T) {
 		directory := t.TempDir()
 		path := filepath.Join(directory, "state")
 		for _, want := range []string{"first, which is longer", "second", ""} {
-			if err := files.Replace(path, 0o600, o, text(want)); err != nil {
-				t.Fatal(err)
-			}
+			must(t, files.Replace(path, 0o600, o, text(want)))
 			if got := contents(t, path); got != want {
 				t.Errorf("%+v: %q, want %q", o, got, want)
 			}
@@ -75,17 +77,11 @@ func TestReplace(t *testing.T) {
 func TestReplaceLinks(t *testing.T) {
 	directory := t.TempDir()
 	victim, path := filepath.Join(directory, "victim"), filepath.Join(directory, "state")
-	if err := os.WriteFile(victim, []byte("precious"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(victim, []byte("precious"), 0o600))
 	for _, name := range []string{path, filepath.Join(directory, files.TemporaryPrefix+"state")} {
-		if err := os.Symlink(victim, name); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Symlink(victim, name))
 	}
-	if err := files.Replace(path, 0o600, files.Options{Locked: true}, text("new")); err != nil {
-		t.Fatal(err)
-	}
+	must(t, files.Replace(path, 0o600, files.Options{Locked: true}, text("new")))
 	if contents(t, victim) != "precious" || contents(t, path) != "new" || names(t, directory) != "state victim" {
 		t.Errorf("victim %q, state %q, files %s", contents(t, victim), contents(t, path), names(t, directory))
 	}
@@ -117,9 +113,7 @@ func TestReplaceNew(t *testing.T) {
 func TestUnfit(t *testing.T) {
 	directory := t.TempDir()
 	victim := filepath.Join(directory, "victim")
-	if err := os.WriteFile(victim, []byte("precious"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(victim, []byte("precious"), 0o600))
 	for name, test := range map[string]struct {
 		make func(path string) error
 		root bool
@@ -169,16 +163,12 @@ func TestReadState(t *testing.T) {
 		t.Errorf("no file: %v", err)
 	}
 	for _, want := range []string{"", "12345", "1234567890"} {
-		if err := files.Replace(path, 0o600, files.Options{}, text(want)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, files.Replace(path, 0o600, files.Options{}, text(want)))
 		if b, err := files.ReadState(path, 10); err != nil || string(b) != want {
 			t.Errorf("%q, %v, want %q", b, err, want)
 		}
 	}
-	if err := os.WriteFile(path, make([]byte, 11), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(path, make([]byte, 11), 0o600))
 	if _, err := files.ReadState(path, 10); err == nil {
 		t.Error("a file that is too large is read")
 	}
@@ -186,13 +176,9 @@ func TestReadState(t *testing.T) {
 
 func TestLock(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "lock")
-	if err := os.WriteFile(path, []byte("kept"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(path, []byte("kept"), 0o600))
 	first, err := files.Lock(path, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for _, wait := range []time.Duration{0, time.Millisecond} {
 		if _, err := files.Lock(path, wait); !errors.Is(err, files.ErrLocked) {
 			t.Errorf("second lock within %v: %v", wait, err)
@@ -222,30 +208,22 @@ func TestMakeDirectory(t *testing.T) {
 	directory := t.TempDir()
 	path := filepath.Join(directory, "a", "b")
 	for range 2 {
-		if err := files.MakeDirectory(path); err != nil {
-			t.Fatal(err)
-		}
+		must(t, files.MakeDirectory(path))
 	}
 	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o700 {
 		t.Errorf("%v, %v", info, err)
 	}
 	file := filepath.Join(directory, "file")
-	if err := os.WriteFile(file, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(file, nil, 0o600))
 	if err := files.MakeDirectory(file); err == nil {
 		t.Error("a file in the place of the directory")
 	}
 	if os.Geteuid() != 0 {
 		t.Skip("only root can make the directory of another user")
 	}
-	if err := os.Chown(path, 1234, -1); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Chown(path, 1234, -1))
 	link := filepath.Join(directory, "link")
-	if err := os.Symlink(path, link); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Symlink(path, link))
 	for _, path := range []string{path, link} {
 		if err := files.MakeDirectory(path); err == nil {
 			t.Errorf("%s belongs to another user", path)

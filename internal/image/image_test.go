@@ -25,6 +25,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 // source opens a store in memory as a source.
 func source(t *testing.T, b *sourcetest.Backend) fetch.Source {
 	s := b.Open(16)
@@ -47,9 +55,7 @@ func encode(t *testing.T, content []byte) (fetch.Source, eris.ReadCapability) {
 	t.Helper()
 	b := sourcetest.NewBackend()
 	c, err := eris.Encode(t.Context(), bytes.NewReader(content), b.Put, eris.EncodeOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return source(t, b), c
 }
 
@@ -81,15 +87,11 @@ func TestForms(t *testing.T) {
 	limits := erisfs.Limits{NarSize: 1 << 20}
 	for _, item := range items {
 		plain, err := os.ReadFile(item)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		want := sha256.Sum256(plain)
 		for form, directory := range map[image.Form]string{"nar": "", "nar.gzip": "gzip", "nar.lzip": "lzip", "nar.zstd": "zstd"} {
 			text, err := os.ReadFile(filepath.Join(mirror, directory, filepath.Base(item)))
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			b, c := encode(t, text)
 			if got, hash, err := hashOf(t, b, c, limits); err != nil || got != form || hash != want {
 				t.Errorf("%s as %s: form %s, hash %x instead of %x, error %v", item, form, got, hash, want, err)
@@ -105,9 +107,7 @@ func TestForms(t *testing.T) {
 		if errors.Is(err, erisfs.ErrNotRepresentable) {
 			continue
 		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if got, hash, err := hashOf(t, source(t, b), r.Capability, limits); err != nil || got != image.ERISFS || hash != want {
 			t.Errorf("%s as ERIS-FS: form %s, hash %x instead of %x, error %v", item, got, hash, want, err)
 		}
@@ -156,9 +156,7 @@ func TestNoTree(t *testing.T) {
 		t.Errorf("error %v", err)
 	}
 	x, err := image.Open(t.Context(), b, c, erisfs.Limits{NarSize: 1 << 60}, fetch.Window{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer x.Close()
 	if n, err := io.Copy(io.Discard, x.Content); err != nil || n != 11<<20+2 {
 		t.Errorf("%d bytes, error %v", n, err)
@@ -201,20 +199,14 @@ func TestCloseWhileSilent(t *testing.T) {
 	head := []byte("\x0d\x00\x00\x00\x00\x00\x00\x00nix-archive-1\x00\x00\x00")
 	b := sourcetest.NewBackend()
 	c, err := eris.Encode(t.Context(), bytes.NewReader(append(head, make([]byte, 1<<20)...)), b.Put, eris.EncodeOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	synctest.Test(t, func(t *testing.T) {
 		silent := &silent{Source: source(t, b), requests: make(map[*fetch.Request]bool)}
 		silent.most.Store(3)
 		x, err := image.Open(t.Context(), silent, c, erisfs.Limits{NarSize: 1 << 21}, fetch.Window{})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		_, closeNodes, err := x.Nodes(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		synctest.Wait()
 		closeNodes()
 		if n := len(silent.requests); n != 0 {
@@ -231,9 +223,7 @@ func TestPresent(t *testing.T) {
 		random[i] = byte(i * i >> 7)
 	}
 	c, err := eris.Encode(t.Context(), bytes.NewReader(random), all.Put, eris.EncodeOptions{BlockSize: eris.BlockSize1KiB})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	near := nearby{source(t, all), all}
 	if n := image.Present(t.Context(), near, c, erisfs.Limits{NarSize: 1 << 20}, 1); n < 300<<10 || n > 302<<10 {
 		t.Errorf("%d bytes are there, of all", n)

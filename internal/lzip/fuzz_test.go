@@ -13,8 +13,6 @@ import (
 	"testing/iotest"
 
 	"github.com/ulikunitz/xz/lzma"
-
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/benchdata"
 )
 
 const fuzzDictionary = 1 << 20
@@ -104,7 +102,7 @@ func FuzzReader(f *testing.F) {
 			f.Add(data)
 		}
 	}
-	small := compress(f, benchdata.Words(30, 300), code4K)
+	small := compress(f, words(30, 300), code4K)
 	f.Add(small)
 	f.Add(append(bytes.Clone(small), compress(f, make([]byte, 9000), code4K)...))
 	f.Add(bytes.Repeat(compress(f, []byte("x"), code4K), 4))
@@ -213,31 +211,4 @@ func check(t *testing.T, data []byte) {
 			t.Fatalf("the oracle accepts it: %v", err)
 		}
 	}
-}
-
-func FuzzHeader(f *testing.F) {
-	f.Add([]byte("LZIP\x01\x0c"))
-	f.Add([]byte("LZIP\x00\x0c"))
-	f.Add([]byte("LZIP\x01\x1d"))
-	f.Add([]byte("LZIP\x01\xec"))
-	f.Fuzz(func(t *testing.T, data []byte) {
-		if len(data) < headerSize {
-			return
-		}
-		size, err := parseHeader([headerSize]byte(data))
-		if err != nil {
-			if size != 0 {
-				t.Fatalf("%d and %v", size, err)
-			}
-			return
-		}
-		if string(data[:5]) != magic || size < minDictionary || size > maxDictionary {
-			t.Fatalf("%x gives %d", data[:headerSize], size)
-		}
-		// The smallest number of sixteenths and exponent that give it.
-		b, sixteenths := int(data[5]&31), int(data[5]>>5)
-		if size != (16-sixteenths)<<(b-4) {
-			t.Fatalf("%x gives %d", data[5], size)
-		}
-	})
 }

@@ -21,11 +21,6 @@ const (
 
 	minDictionary = 1 << 12
 	maxDictionary = 1 << 29
-
-	// DefaultMaxDictionary is the dictionary size, in bytes, up to which members are accepted
-	// unless the caller says otherwise. What makes archives has at most 32 MiB (lzip -9); the
-	// format allows 512 MiB.
-	DefaultMaxDictionary = 128 << 20
 )
 
 var (

@@ -23,12 +23,9 @@ type Reader struct {
 }
 
 // NewReader returns a Reader of r. It reads from r only when data are wanted, and may read more of
-// r than the members need. maxDictionary is the largest dictionary size accepted, in bytes;
-// [DefaultMaxDictionary] if 0. It bounds the window, which takes memory only as data arrive.
+// r than the members need. maxDictionary is the largest dictionary size accepted, in bytes.
+// It bounds the window, which takes memory only as data arrive.
 func NewReader(r io.Reader, maxDictionary int) *Reader {
-	if maxDictionary == 0 {
-		maxDictionary = DefaultMaxDictionary
-	}
 	z := &Reader{maxDictionary: maxDictionary}
 	z.d.src = r
 	return z
@@ -80,26 +77,6 @@ func (z *Reader) Read(p []byte) (int, error) {
 	n := copy(p, piece)
 	z.piece = piece[n:]
 	return n, err
-}
-
-// WriteTo implements io.WriterTo: it writes all the data, or up to an error, to w without copying
-// them.
-func (z *Reader) WriteTo(w io.Writer) (int64, error) {
-	var written int64
-	for {
-		p, err := z.next()
-		if err == io.EOF {
-			return written, nil
-		}
-		if err != nil {
-			return written, err
-		}
-		n, err := w.Write(p)
-		written += int64(n)
-		if err != nil {
-			return written, err
-		}
-	}
 }
 
 // Close gives the memory of the Reader back. It does not close the source. It returns nil, and may

@@ -16,6 +16,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 const url = "http://127.0.0.1:8765/sub"
 
 var (
@@ -26,9 +34,7 @@ var (
 func open(t testing.TB, directory string) *narinfocache.Cache {
 	t.Helper()
 	c, err := narinfocache.Open(directory)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return c
 }
 
@@ -42,9 +48,7 @@ func files(t testing.TB, directory string) []string {
 		}
 		return err
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return found
 }
 
@@ -60,9 +64,7 @@ func TestCache(t *testing.T) {
 		{Narinfo: []byte{}, TTL: time.Hour},
 		{TTL: time.Minute},
 	} {
-		if err := c.Put(url, hash, e, now); err != nil {
-			t.Fatal(err)
-		}
+		must(t, c.Put(url, hash, e, now))
 		for _, c := range []*narinfocache.Cache{c, open(t, d)} {
 			got, ok := c.Get(url, hash, now.Add(e.TTL))
 			if !ok || !bytes.Equal(got.Narinfo, e.Narinfo) || got.TTL != e.TTL || (got.Narinfo == nil) != (e.Narinfo == nil) {
@@ -103,9 +105,7 @@ func TestPutLater(t *testing.T) {
 	for i := range n {
 		// Twice, the second time with what counts.
 		for _, narinfo := range []string{"old", text(i)} {
-			if err := c.PutLater(url, fmt.Sprintf("%032d", i), narinfocache.Entry{Narinfo: []byte(narinfo), TTL: time.Hour}, now.Add(time.Duration(len(narinfo)))); err != nil {
-				t.Fatal(err)
-			}
+			must(t, c.PutLater(url, fmt.Sprintf("%032d", i), narinfocache.Entry{Narinfo: []byte(narinfo), TTL: time.Hour}, now.Add(time.Duration(len(narinfo)))))
 		}
 	}
 	check := func(c *narinfocache.Cache) {
@@ -126,9 +126,7 @@ func TestPutLater(t *testing.T) {
 
 	// What goes wrong later is told later.
 	os.RemoveAll(d)
-	if err := os.WriteFile(d, nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(d, nil, 0o644))
 	if err := c.PutLater(url, hash, narinfocache.Entry{}, now); err != nil {
 		t.Error(err)
 	}
@@ -143,19 +141,13 @@ func TestPutLater(t *testing.T) {
 func TestCorrupt(t *testing.T) {
 	d := t.TempDir()
 	c := open(t, d)
-	if err := c.Put(url, hash, narinfocache.Entry{Narinfo: []byte("StorePath: x\n"), TTL: time.Hour}, now); err != nil {
-		t.Fatal(err)
-	}
+	must(t, c.Put(url, hash, narinfocache.Entry{Narinfo: []byte("StorePath: x\n"), TTL: time.Hour}, now))
 	name := files(t, d)[0]
 	good, err := os.ReadFile(name)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	check := func(what string, b []byte) {
 		t.Helper()
-		if err := os.WriteFile(name, b, 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(name, b, 0o600))
 		if e, ok := c.Get(url, hash, now); ok {
 			t.Errorf("%s: entry %q", what, e.Narinfo)
 		}
@@ -168,12 +160,8 @@ func TestCorrupt(t *testing.T) {
 	}
 	check("zeros", make([]byte, len(good)))
 	check("longer", append(bytes.Clone(good), 0))
-	if err := os.Remove(name); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.MkdirAll(name+"/x", 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Remove(name))
+	must(t, os.MkdirAll(name+"/x", 0o755))
 	if _, ok := c.Get(url, hash, now); ok {
 		t.Error("a directory is an entry")
 	}
@@ -190,18 +178,12 @@ func TestClean(t *testing.T) {
 	for i, ttl := range []time.Duration{time.Second, time.Minute, 24 * time.Hour, 1000 * time.Hour} {
 		h := fmt.Sprintf("%032d", i)
 		hashes[h] = ttl
-		if err := c.Put(url, h, narinfocache.Entry{Narinfo: []byte("x"), TTL: ttl}, start); err != nil {
-			t.Fatal(err)
-		}
-		if err := c.Put("http://other", h, narinfocache.Entry{TTL: time.Second}, start); err != nil {
-			t.Fatal(err)
-		}
+		must(t, c.Put(url, h, narinfocache.Entry{Narinfo: []byte("x"), TTL: ttl}, start))
+		must(t, c.Put("http://other", h, narinfocache.Entry{TTL: time.Second}, start))
 	}
 	server := filepath.Dir(files(t, d)[0])
 	for _, junk := range []string{".new-123", strings.Repeat("z", 32)} {
-		if err := os.WriteFile(server+"/"+junk, []byte("junk"), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(server+"/"+junk, []byte("junk"), 0o600))
 	}
 	count := func() int { return len(files(t, d)) }
 	c.Clean(start, nil)
@@ -235,9 +217,7 @@ func TestManyProcesses(t *testing.T) {
 		for i := range 100000 {
 			h := fmt.Sprintf("%032d", i%50)
 			text := strings.Repeat(h, i%300)
-			if err := c.Put(url, h, narinfocache.Entry{Narinfo: []byte(text), TTL: time.Hour}, now); err != nil {
-				t.Fatal(err)
-			}
+			must(t, c.Put(url, h, narinfocache.Entry{Narinfo: []byte(text), TTL: time.Hour}, now))
 			h = fmt.Sprintf("%032d", i*7%50)
 			if e, ok := c.Get(url, h, now); ok && strings.ReplaceAll(string(e.Narinfo), h, "") != "" {
 				fmt.Printf("WRONG entry %q of %s\n", e.Narinfo, h)
@@ -253,9 +233,7 @@ func TestManyProcesses(t *testing.T) {
 		p.Env = append(os.Environ(), "CACHE_DIRECTORY="+d)
 		out := &bytes.Buffer{}
 		p.Stdout, p.Stderr = out, out
-		if err := p.Start(); err != nil {
-			t.Fatal(err)
-		}
+		must(t, p.Start())
 		processes = append(processes, p)
 		outputs = append(outputs, out)
 	}
@@ -284,23 +262,15 @@ func TestManyProcesses(t *testing.T) {
 func FuzzDecode(f *testing.F) {
 	d := f.TempDir()
 	c := open(f, d)
-	if err := c.Put(url, hash, narinfocache.Entry{Narinfo: []byte("x"), TTL: time.Hour}, now); err != nil {
-		f.Fatal(err)
-	}
+	must(f, c.Put(url, hash, narinfocache.Entry{Narinfo: []byte("x"), TTL: time.Hour}, now))
 	name := files(f, d)[0]
 	good, err := os.ReadFile(name)
-	if err != nil {
-		f.Fatal(err)
-	}
+	must(f, err)
 	f.Add(good)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		// Cleaning removes a directory that is empty.
-		if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(name, b, 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.MkdirAll(filepath.Dir(name), 0o700))
+		must(t, os.WriteFile(name, b, 0o600))
 		if e, ok := c.Get(url, hash, now); ok && e.TTL < 0 {
 			t.Errorf("entry %+v", e)
 		}
@@ -310,9 +280,7 @@ func FuzzDecode(f *testing.F) {
 
 func BenchmarkGet(b *testing.B) {
 	c := open(b, b.TempDir())
-	if err := c.Put(url, hash, narinfocache.Entry{Narinfo: make([]byte, 1500), TTL: time.Hour}, now); err != nil {
-		b.Fatal(err)
-	}
+	must(b, c.Put(url, hash, narinfocache.Entry{Narinfo: make([]byte, 1500), TTL: time.Hour}, now))
 	b.ReportAllocs()
 	for b.Loop() {
 		if _, ok := c.Get(url, hash, now); !ok {
@@ -324,8 +292,6 @@ func BenchmarkGet(b *testing.B) {
 func BenchmarkPut(b *testing.B) {
 	c := open(b, b.TempDir())
 	for b.Loop() {
-		if err := c.Put(url, hash, narinfocache.Entry{Narinfo: make([]byte, 1500), TTL: time.Hour}, now); err != nil {
-			b.Fatal(err)
-		}
+		must(b, c.Put(url, hash, narinfocache.Entry{Narinfo: make([]byte, 1500), TTL: time.Hour}, now))
 	}
 }

@@ -43,24 +43,55 @@ func Conn(c net.Conn, in, out *Limiter) net.Conn {
 	if in == nil && out == nil {
 		return c
 	}
-	l := &conn{Conn: c}
-	l.init(in, out)
-	return l
+	return &conn{newSides(c, in, out), c}
 }
 
-// sides are the two directions of a connection.
+// A socket is what connections and sockets for datagrams have in common.
+type socket interface {
+	Close() error
+	SetDeadline(time.Time) error
+	SetReadDeadline(time.Time) error
+	SetWriteDeadline(time.Time) error
+}
+
+// sides are the two directions of a socket, whose deadlines and end they watch.
 type sides struct {
+	socket
 	in, out side
 	once    sync.Once
 	closed  chan struct{}
 }
 
-func (s *sides) init(in, out *Limiter) {
-	s.closed = make(chan struct{})
-	s.in.limiter, s.out.limiter = in, out
+func newSides(s socket, in, out *Limiter) *sides {
+	return &sides{
+		socket: s, closed: make(chan struct{}),
+		in: side{limiter: in, done: make(chan struct{})}, out: side{limiter: out, done: make(chan struct{})},
+	}
 }
 
-func (s *sides) close() { s.once.Do(func() { close(s.closed) }) }
+// Close ends all waiting and closes the socket.
+func (s *sides) Close() error {
+	s.once.Do(func() { close(s.closed) })
+	s.in.set(time.Time{})
+	s.out.set(time.Time{})
+	return s.socket.Close()
+}
+
+func (s *sides) SetDeadline(t time.Time) error {
+	s.in.set(t)
+	s.out.set(t)
+	return s.socket.SetDeadline(t)
+}
+
+func (s *sides) SetReadDeadline(t time.Time) error {
+	s.in.set(t)
+	return s.socket.SetReadDeadline(t)
+}
+
+func (s *sides) SetWriteDeadline(t time.Time) error {
+	s.out.set(t)
+	return s.socket.SetWriteDeadline(t)
+}
 
 // received waits until bytes that have been read may be handed out. They are handed out even if a
 // deadline passes, for they must not be lost: who reads again then meets the deadline.
@@ -90,16 +121,13 @@ type side struct {
 
 	mu    sync.Mutex
 	timer *time.Timer
-	done  chan struct{} // closed when the deadline passes; nil if none was set yet
+	done  chan struct{} // closed when the deadline passes
 }
 
 // passed returns a channel that is closed when the deadline passes.
 func (s *side) passed() <-chan struct{} {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.done == nil {
-		s.done = make(chan struct{})
-	}
 	return s.done
 }
 
@@ -113,9 +141,6 @@ func (s *side) set(t time.Time) {
 	if s.timer != nil {
 		s.timer.Stop()
 		s.timer = nil
-	}
-	if s.done == nil {
-		s.done = make(chan struct{})
 	}
 	select {
 	case <-s.done:
@@ -142,26 +167,27 @@ func (s *side) set(t time.Time) {
 	}
 }
 
-func (s *sides) setDeadline(t time.Time) { s.in.set(t); s.out.set(t) }
-
 // conn is a connection with limits.
 type conn struct {
-	net.Conn
-	sides
+	*sides
+	conn net.Conn
 }
+
+func (c *conn) LocalAddr() net.Addr  { return c.conn.LocalAddr() }
+func (c *conn) RemoteAddr() net.Addr { return c.conn.RemoteAddr() }
 
 func (c *conn) Read(p []byte) (int, error) {
 	if c.in.limiter != nil {
 		p = p[:min(len(p), c.in.limiter.chunk)]
 	}
-	n, err := c.Conn.Read(p)
+	n, err := c.conn.Read(p)
 	c.received(n)
 	return n, err
 }
 
 func (c *conn) Write(p []byte) (int, error) {
 	if c.out.limiter == nil {
-		return c.Conn.Write(p)
+		return c.conn.Write(p)
 	}
 	written := 0
 	for {
@@ -169,7 +195,7 @@ func (c *conn) Write(p []byte) (int, error) {
 		if err := c.sending(len(part)); err != nil {
 			return written, err
 		}
-		n, err := c.Conn.Write(part)
+		n, err := c.conn.Write(part)
 		written += n
 		if err != nil || written == len(p) {
 			return written, err
@@ -177,35 +203,13 @@ func (c *conn) Write(p []byte) (int, error) {
 	}
 }
 
-func (c *conn) Close() error {
-	c.close()
-	c.in.set(time.Time{})
-	c.out.set(time.Time{})
-	return c.Conn.Close()
-}
-
 // CloseWrite ends writing, where the connection below can, else it returns an error that wraps
 // errors.ErrUnsupported.
 func (c *conn) CloseWrite() error {
-	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+	if half, ok := c.conn.(interface{ CloseWrite() error }); ok {
 		return half.CloseWrite()
 	}
 	return errors.ErrUnsupported
-}
-
-func (c *conn) SetDeadline(t time.Time) error {
-	c.setDeadline(t)
-	return c.Conn.SetDeadline(t)
-}
-
-func (c *conn) SetReadDeadline(t time.Time) error {
-	c.in.set(t)
-	return c.Conn.SetReadDeadline(t)
-}
-
-func (c *conn) SetWriteDeadline(t time.Time) error {
-	c.out.set(t)
-	return c.Conn.SetWriteDeadline(t)
 }
 
 // Listener returns a listener whose connections share the limiters, as [Conn] has them.
@@ -237,18 +241,18 @@ func PacketConn(c net.PacketConn, in, out *Limiter) net.PacketConn {
 	if in == nil && out == nil {
 		return c
 	}
-	l := &packetConn{PacketConn: c}
-	l.init(in, out)
-	return l
+	return &packetConn{newSides(c, in, out), c}
 }
 
 type packetConn struct {
-	net.PacketConn
-	sides
+	*sides
+	conn net.PacketConn
 }
 
+func (c *packetConn) LocalAddr() net.Addr { return c.conn.LocalAddr() }
+
 func (c *packetConn) ReadFrom(p []byte) (int, net.Addr, error) {
-	n, address, err := c.PacketConn.ReadFrom(p)
+	n, address, err := c.conn.ReadFrom(p)
 	c.received(n)
 	return n, address, err
 }
@@ -257,27 +261,5 @@ func (c *packetConn) WriteTo(p []byte, address net.Addr) (int, error) {
 	if err := c.sending(len(p)); err != nil {
 		return 0, err
 	}
-	return c.PacketConn.WriteTo(p, address)
-}
-
-func (c *packetConn) Close() error {
-	c.close()
-	c.in.set(time.Time{})
-	c.out.set(time.Time{})
-	return c.PacketConn.Close()
-}
-
-func (c *packetConn) SetDeadline(t time.Time) error {
-	c.setDeadline(t)
-	return c.PacketConn.SetDeadline(t)
-}
-
-func (c *packetConn) SetReadDeadline(t time.Time) error {
-	c.in.set(t)
-	return c.PacketConn.SetReadDeadline(t)
-}
-
-func (c *packetConn) SetWriteDeadline(t time.Time) error {
-	c.out.set(t)
-	return c.PacketConn.SetWriteDeadline(t)
+	return c.conn.WriteTo(p, address)
 }

@@ -14,6 +14,14 @@ import (
 	"testing"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 // TestMain plays a service if it is told to: it prints what sockets it has, and answers one client
 // on each.
 func TestMain(m *testing.M) {
@@ -52,9 +60,7 @@ func TestMain(m *testing.M) {
 
 func service(t *testing.T, files []*os.File, env ...string) *exec.Cmd {
 	program, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	cmd := exec.Command(program)
 	cmd.Env = append(append(os.Environ(), "TEST_SERVICE=1"), env...)
 	cmd.ExtraFiles = files
@@ -64,45 +70,31 @@ func service(t *testing.T, files []*os.File, env ...string) *exec.Cmd {
 func TestSockets(t *testing.T) {
 	directory := t.TempDir()
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer tcp.Close()
 	unix, err := net.Listen("unix", filepath.Join(directory, "s"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer unix.Close()
 	udp, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer udp.Close()
 	var files []*os.File
 	for _, c := range []interface{ File() (*os.File, error) }{tcp.(*net.TCPListener), unix.(*net.UnixListener), udp.(*net.UDPConn)} {
 		f, err := c.File()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer f.Close()
 		files = append(files, f)
 	}
 	states, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(directory, "n"), Net: "unixgram"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer states.Close()
 	cmd := service(t, files, "LISTEN_PID=self", "LISTEN_FDS=3", "LISTEN_FDNAMES=one:two?get:", "NOTIFY_SOCKET="+filepath.Join(directory, "n"))
 	var out strings.Builder
 	cmd.Stdout = &out
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, cmd.Start())
 	for _, addr := range []net.Addr{tcp.Addr(), unix.Addr(), udp.LocalAddr()} {
 		conn, err := net.Dial(addr.Network(), addr.String())
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		io.WriteString(conn, "hello")
 		if c, ok := conn.(interface{ CloseWrite() error }); ok {
 			c.CloseWrite()
@@ -138,9 +130,7 @@ func TestNoSockets(t *testing.T) {
 		{[]string{"LISTEN_PID=self", "LISTEN_FDS=2", "LISTEN_FDNAMES=a"}, "error: socket 0 of the service manager: not a socket: "},
 	} {
 		null, err := os.Open(os.DevNull)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		out, err := service(t, []*os.File{null}, v.env...).Output()
 		null.Close()
 		if err != nil {

@@ -13,12 +13,18 @@ import (
 	"testing"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 func mustListen(t *testing.T, path string) net.Listener {
 	t.Helper()
 	l, err := Listen(path, 0o660, -1)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { l.Close() })
 	return l
 }
@@ -26,9 +32,7 @@ func mustListen(t *testing.T, path string) net.Listener {
 func mustDial(t *testing.T, path string) {
 	t.Helper()
 	conn, err := net.Dial("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	conn.Close()
 }
 
@@ -36,9 +40,7 @@ func mustDial(t *testing.T, path string) {
 func dead(t *testing.T, path string) {
 	t.Helper()
 	l, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	l.(*net.UnixListener).SetUnlinkOnClose(false)
 	l.Close()
 }
@@ -46,9 +48,7 @@ func dead(t *testing.T, path string) {
 func TestListen(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a", "b", "s")
 	l, err := Listen(path, 0o620, os.Getgid())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	info, err := os.Lstat(path)
 	if err != nil || info.Mode() != fs.ModeSocket|0o620 {
 		t.Errorf("%v, %v", info.Mode(), err)
@@ -87,9 +87,7 @@ func TestListenLeaves(t *testing.T) {
 	directory := t.TempDir()
 	foreign := filepath.Join(directory, "foreign")
 	other, err := net.Listen("unix", foreign)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer other.Close()
 	if _, err := Listen(foreign, 0o600, -1); !errors.Is(err, ErrInUse) {
 		t.Errorf("a living server without a lock: %v", err)
@@ -97,17 +95,11 @@ func TestListenLeaves(t *testing.T) {
 	mustDial(t, foreign)
 
 	file := filepath.Join(directory, "file")
-	if err := os.WriteFile(file, []byte("x"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(file, []byte("x"), 0o600))
 	link := filepath.Join(directory, "link")
-	if err := os.Symlink(foreign, link); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Symlink(foreign, link))
 	locked := filepath.Join(directory, "locked")
-	if err := os.Symlink(file, locked+".lock"); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Symlink(file, locked+".lock"))
 	for _, path := range []string{file, link, directory, locked, "relative", filepath.Join(directory, strings.Repeat("x", 108))} {
 		if l, err := Listen(path, 0o600, -1); err == nil {
 			t.Errorf("%s: is replaced", path)
@@ -158,13 +150,9 @@ func TestListenRace(t *testing.T) {
 func TestCloseLeavesOthers(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	l := mustListen(t, path)
-	if err := os.Remove(path); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Remove(path))
 	other, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer other.Close()
 	if err := l.Close(); err != nil {
 		t.Error(err)

@@ -6,7 +6,7 @@
 // each direction, so that it works with kernels that were built without netem. It needs Linux and
 // root. Start with [New].
 //
-// Package link is the other simulation: it needs no privileges, and carries streams instead of
+// Package link is another simulation: it needs no privileges, and carries streams instead of
 // packets, so that there is nothing in it of windows, buffers and retransmissions of TCP.
 package wire
 

@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-//go:build unix
-
 package lzip
 
 import "golang.org/x/sys/unix"

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package pool_test
+// Package lines measures what reading blocks over long lines takes.
+package lines
 
 import (
 	"fmt"
@@ -10,12 +11,12 @@ import (
 	"testing"
 	"time"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/bench/lines/link"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/link"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 )
 
@@ -24,6 +25,20 @@ type blocks struct {
 	instant
 	size eris.BlockSize
 	refs []eris.Reference
+}
+
+// instant is a source that takes no time.
+type instant struct {
+	name   string
+	blocks map[eris.Reference][]byte
+}
+
+func (s instant) String() string      { return s.name }
+func (instant) Close() error          { return nil }
+func (instant) Cancel(*fetch.Request) {}
+func (s instant) Start(r *fetch.Request) {
+	r.Block = s.blocks[r.Pair.Reference]
+	r.Done(r)
 }
 
 // makeBlocks returns blocks of so many bytes together.
@@ -39,13 +54,17 @@ func makeBlocks(size eris.BlockSize, length int64) *blocks {
 	return b
 }
 
-// serve serves blocks by CoAP over TCP, and returns the address.
+// serve serves blocks by CoAP over TCP on loopback, and returns the address.
 func serve(tb testing.TB, source fetch.Source) string {
-	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Source: source}}, MaxGets: 256})
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		tb.Fatal(err)
 	}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	return serveOn(tb, listener, source)
+}
+
+func serveOn(tb testing.TB, listener net.Listener, source fetch.Source) string {
+	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Source: source}}, MaxGets: 256})
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -58,8 +77,8 @@ func serve(tb testing.TB, source fetch.Source) string {
 	return listener.Addr().String()
 }
 
-func open(tb testing.TB, address string) fetch.Source {
-	s, err := coap.Open("coap+tcp://"+address, coap.Options{})
+func open(tb testing.TB, address string, o coap.Options) fetch.Source {
+	s, err := coap.Open("coap+tcp://"+address, o)
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -73,7 +92,8 @@ type peer struct {
 	down      link.Direction
 	spoiled   bool // its blocks are wrong
 
-	link *link.Link
+	address string
+	options coap.Options
 }
 
 // start makes the line to a peer.
@@ -92,7 +112,7 @@ func (p *peer) start(tb testing.TB, b *blocks) {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	p.link = l
+	p.address = l.Addr()
 	tb.Cleanup(func() { l.Close() })
 }
 
@@ -109,7 +129,7 @@ type run struct {
 func (b *blocks) read(tb testing.TB, state *sourcestate.State, peers []*peer) (r run) {
 	var members []pool.Member
 	for _, p := range peers {
-		members = append(members, pool.Member{Source: open(tb, p.link.Addr())})
+		members = append(members, pool.Member{Source: open(tb, p.address, p.options)})
 	}
 	p := pool.New(members, pool.Options{State: state})
 	r.window = p.Window()
@@ -217,15 +237,20 @@ func BenchmarkLine(b *testing.B) {
 				p.start(b, all)
 				rate += float64(p.rate)
 			}
-			for b.Loop() {
-				state := sourcestate.Open("")
-				for _, name := range []string{"cold", "warm"} {
-					r := all.read(b, state, v.peers)
-					b.ReportMetric(float64(v.length)/rate/r.took.Seconds(), name)
-					b.ReportMetric(r.steady/rate, name+"steady")
-					b.Log(name, r)
-				}
-			}
+			all.measure(b, v.length, rate, v.peers)
 		})
+	}
+}
+
+// measure reads all blocks by a process that knows nothing and by a later one.
+func (all *blocks) measure(b *testing.B, length int64, rate float64, peers []*peer) {
+	for b.Loop() {
+		state := sourcestate.Open("")
+		for _, name := range []string{"cold", "warm"} {
+			r := all.read(b, state, peers)
+			b.ReportMetric(float64(length)/rate/r.took.Seconds(), name)
+			b.ReportMetric(r.steady/rate, name+"steady")
+			b.Log(name, r)
+		}
 	}
 }

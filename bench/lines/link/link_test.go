@@ -14,7 +14,7 @@ import (
 	"testing"
 	"time"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/link"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/bench/lines/link"
 )
 
 // start serves every connection by f, behind a link.

@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package benchdata helps benchmarks of decompressors: it has data like those of store items, and
-// measures programs next to functions. Only tests import it.
-package benchdata
+package main
 
 import (
 	"bytes"
 	"math/rand/v2"
 )
 
-// Words returns n bytes of something like text, the same for the same seed.
-func Words(seed uint64, n int) []byte {
+// words returns n bytes of something like text, the same for the same seed.
+func words(seed uint64, n int) []byte {
 	r := rand.New(rand.NewPCG(seed, 1))
 	vocabulary := make([]string, 300)
 	for i := range vocabulary {
@@ -28,13 +26,13 @@ func Words(seed uint64, n int) []byte {
 	return b.Bytes()[:n]
 }
 
-// Archive returns n bytes of the kinds that are in archives of store items: text, something like
+// archive returns n bytes of the kinds that are in archives of store items: text, something like
 // machine code, tables, runs of zeros, and what is compressed already. They are always the same.
 // Compressors make about a quarter of them.
-func Archive(n int) []byte {
+func archive(n int) []byte {
 	r := rand.New(rand.NewPCG(1, 2))
 	b := make([]byte, 0, n+1<<20)
-	text := Words(40, 4<<20)
+	text := words(40, 4<<20)
 	var code []byte
 	for len(code) < 1<<18 {
 		code = append(code, "\x48\x89\x8b\xe8\x0f\xc3\x00\xff"[r.IntN(8)], byte(r.IntN(16)*r.IntN(17)))
