@@ -14,7 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Tree is a file tree on disk as [Nodes]. It must not change meanwhile.
+// A Tree is a file tree on disk as [Nodes]. It must not change meanwhile: the Next after a file
+// that has is an error.
 type Tree struct {
 	// Rename, if not nil, gives the name of an entry in the archive for the one that it has on disk,
 	// both of the same length. It is set before the first call of Next.
@@ -25,7 +26,8 @@ type Tree struct {
 	open    []listing
 	path    int // length of the path of the directory under way
 
-	file *os.File // the Regular under way, nil when there is none
+	file *os.File    // the Regular under way, nil when there is none
+	info os.FileInfo // of file, as it was
 	left uint64
 	pool Pool
 }
@@ -59,6 +61,9 @@ func (t *Tree) closeFile() {
 
 // Next implements [Nodes].
 func (t *Tree) Next() (Node, error) {
+	if err := t.checkFile(); err != nil {
+		return Node{}, err
+	}
 	t.closeFile()
 	if !t.started {
 		t.started = true
@@ -79,6 +84,18 @@ func (t *Tree) Next() (Node, error) {
 		return Node{}, fmt.Errorf("%s: path of entry %q is longer than %d bytes", t.root, e.name, MaxPath)
 	}
 	return t.visit(dir.path+"/"+e.disk, e.name)
+}
+
+// checkFile returns an error if the Regular under way has changed.
+func (t *Tree) checkFile() error {
+	if t.file == nil {
+		return nil
+	}
+	info, err := t.file.Stat()
+	if err == nil && (info.Size() != t.info.Size() || !info.ModTime().Equal(t.info.ModTime())) {
+		err = fmt.Errorf("%s has changed while it was read", filepath.Clean(t.file.Name()))
+	}
+	return err
 }
 
 // File returns the open file of the Regular that Next returned last, nil if it is empty. It is
@@ -127,7 +144,7 @@ func (t *Tree) visit(path, name string) (Node, error) {
 		if err != nil {
 			return n, err
 		}
-		t.left = n.Size
+		t.left, t.info = n.Size, info
 		return n, nil
 	}
 	return n, fmt.Errorf("%s is neither a regular file, a directory nor a symbolic link", path)

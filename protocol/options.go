@@ -62,6 +62,13 @@ func (o Options) SubstituteURLs() ([]string, bool) {
 	return strings.Fields(v), ok
 }
 
+// UntrustedURLs reports whether the substitute URLs are those of a client that the daemon does not
+// trust: any user of the machine.
+func (o Options) UntrustedURLs() bool {
+	_, ok := o.Get("untrusted-substitute-urls")
+	return ok
+}
+
 // Discover reports whether servers found on the local network are to be asked too.
 func (o Options) Discover() bool {
 	v, _ := o.Get("discover")

@@ -13,7 +13,6 @@ import (
 	"io"
 	"io/fs"
 	"maps"
-	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -448,8 +447,8 @@ func (c *Capabilities) write(name string, k known) error {
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(c.directory, 0o755); err != nil {
+	if err := files.MakeDirectory(c.directory); err != nil {
 		return err
 	}
-	return writeFile(c.file(name), string(text))
+	return writeFile(c.file(name), 0o600, string(text))
 }

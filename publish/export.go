@@ -13,6 +13,8 @@ import (
 	"path/filepath"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
@@ -52,6 +54,9 @@ type Exported struct {
 	Bytes         int64 // of the blocks
 }
 
+// MaxNarinfos bounds the narinfos of one export, in bytes.
+const MaxNarinfos = 256 << 20
+
 // maxExported bounds the number of items, which narinfos from anywhere may make grow.
 const maxExported = 1 << 20
 
@@ -60,11 +65,15 @@ const maxExported = 1 << 20
 //
 // A narinfo that has no read capability under which we have put blocks gets a second one in a field
 // ERIS below its signature, like those of an [Annotator]. It is written when the archive of the
-// item has been found to have its NarHash, and all blocks are stored. An item without an authorised
+// item has been found to have its NarHash. An item without an authorised
 // narinfo is exported with one that somebody else has signed, if the local store has its contents:
 // whether that counts is for others to decide.
 //
-// The first item that cannot be exported ends it; what was written by then is complete.
+// It fails before anything is stored if the file system of Directory has less room than the items
+// have bytes, and at the first item that cannot be exported. Narinfos are written when the blocks
+// of all items are stored, each after those that it refers to, and nix-cache-info is written last;
+// so what there is after a failure can be substituted. The blocks stay, and need not be stored
+// again.
 func Export(ctx context.Context, items []string, o ExportOptions) (Exported, error) {
 	if o.Root == "" {
 		o.Root = o.StoreDir
@@ -75,9 +84,18 @@ func Export(ctx context.Context, items []string, o ExportOptions) (Exported, err
 }
 
 type exporter struct {
-	o    ExportOptions
-	seen map[string]bool
-	done Exported
+	o     ExportOptions
+	seen  map[string]bool
+	items []*exportItem
+	text  int // bytes of narinfos
+	done  Exported
+}
+
+// An exportItem is an item with its narinfo, in the end that with a read capability.
+type exportItem struct {
+	path    string
+	narinfo *narinfo.Narinfo
+	text    string
 }
 
 func (e *exporter) run(ctx context.Context, items []string) error {
@@ -86,14 +104,25 @@ func (e *exporter) run(ctx context.Context, items []string) error {
 			return err
 		}
 	}
+	if err := e.collect(ctx, items); err != nil {
+		return err
+	}
+	if err := e.checkRoom(); err != nil {
+		return err
+	}
 	if err := os.MkdirAll(e.o.Directory, 0o755); err != nil {
 		return err
 	}
-	info := cacheInfo(e.o.StoreDir)
-	if err := writeFile(filepath.Join(e.o.Directory, "nix-cache-info"), info); err != nil {
-		return err
+	for _, it := range e.items {
+		if err := e.export(ctx, it); err != nil {
+			return err
+		}
 	}
-	// Level by level, so that narinfos are asked for many at a time.
+	return e.write()
+}
+
+// collect gets the narinfos of all items, level by level, so that many are asked for at a time.
+func (e *exporter) collect(ctx context.Context, items []string) error {
 	for wanted := e.unseen(items); len(wanted) > 0; {
 		if len(e.seen) > maxExported {
 			return fmt.Errorf("more than %d items are too many", maxExported)
@@ -108,9 +137,10 @@ func (e *exporter) run(ctx context.Context, items []string) error {
 			if n == nil {
 				return fmt.Errorf("no server has a narinfo of %s that can be used", path)
 			}
-			if err := e.export(ctx, path, n); err != nil {
-				return err
+			if e.text += len(n.Text()); e.text > MaxNarinfos {
+				return fmt.Errorf("narinfos of more than %d bytes are too many", MaxNarinfos)
 			}
+			e.items = append(e.items, &exportItem{path: path, narinfo: n})
 			if e.o.Closure {
 				for _, name := range n.References {
 					references = append(references, e.o.StoreDir+"/"+name)
@@ -120,6 +150,82 @@ func (e *exporter) run(ctx context.Context, items []string) error {
 		wanted = e.unseen(references)
 	}
 	return nil
+}
+
+// checkRoom compares the free space with what the items that have not been exported before should
+// need: about as much as their archives. One that has to be fetched takes its space twice, for a
+// while.
+func (e *exporter) checkRoom() error {
+	directory := e.o.Directory // or what it will be made in
+	var file unix.Statfs_t
+	for err := unix.Statfs(directory, &file); err != nil; err = unix.Statfs(directory, &file) {
+		if err != unix.ENOENT || directory == filepath.Dir(directory) {
+			return &fs.PathError{Op: "statfs", Path: directory, Err: err}
+		}
+		directory = filepath.Dir(directory)
+	}
+	free := float64(file.Bavail) * float64(file.Bsize)
+	needed, fetched := 0.0, 0.0
+	for _, it := range e.items {
+		if e.has(it) {
+			continue
+		}
+		size := float64(it.narinfo.NarSize)
+		needed += size
+		if _, err := os.Lstat(filepath.Join(e.o.Root, filepath.Base(it.path))); err != nil {
+			fetched = max(fetched, size)
+		}
+	}
+	const mib = 1 << 20
+	if needed += fetched; needed > free {
+		return fmt.Errorf("%s has too little room: the items need about %.1f MiB, and %.1f MiB are free", e.o.Directory, needed/mib, free/mib)
+	}
+	e.o.Log("%d items need at most about %.1f MiB; %.1f MiB are free in %s", len(e.items), needed/mib, free/mib, e.o.Directory)
+	return nil
+}
+
+// has reports whether an item has been exported before, with all of its blocks.
+func (e *exporter) has(it *exportItem) bool {
+	text, err := files.ReadRegular(e.file(it), narinfo.MaxSize)
+	if err != nil {
+		return false
+	}
+	n, err := narinfo.Parse(text)
+	return err == nil && n.CheckHash() == nil && n.NarDigest == it.narinfo.NarDigest
+}
+
+// file is the name of the narinfo of an item.
+func (e *exporter) file(it *exportItem) string {
+	return filepath.Join(e.o.Directory, filepath.Base(it.path)[:32]+".narinfo")
+}
+
+// write writes the narinfos, each after those of the items that it refers to, and then what makes
+// the directory a substitute server.
+func (e *exporter) write() error {
+	left := make(map[string]*exportItem, len(e.items))
+	for _, it := range e.items {
+		left[filepath.Base(it.path)] = it
+	}
+	var write func(it *exportItem) error
+	write = func(it *exportItem) error {
+		delete(left, filepath.Base(it.path))
+		for _, name := range it.narinfo.References {
+			if reference := left[name]; reference != nil {
+				if err := write(reference); err != nil {
+					return err
+				}
+			}
+		}
+		return writeFile(e.file(it), 0o644, it.text)
+	}
+	for _, it := range e.items {
+		if left[filepath.Base(it.path)] != nil {
+			if err := write(it); err != nil {
+				return err
+			}
+		}
+	}
+	return writeFile(filepath.Join(e.o.Directory, "nix-cache-info"), 0o644, cacheInfo(e.o.StoreDir))
 }
 
 // unseen returns the paths that have not been met before.
@@ -192,8 +298,9 @@ func (e *exporter) find(ctx context.Context, paths []string) (map[string]*narinf
 	return found, nil
 }
 
-// export writes one item.
-func (e *exporter) export(ctx context.Context, path string, n *narinfo.Narinfo) error {
+// export stores the blocks of one item.
+func (e *exporter) export(ctx context.Context, it *exportItem) error {
+	path, n := it.path, it.narinfo
 	tree := filepath.Join(e.o.Root, filepath.Base(path))
 	if err := e.check(ctx, tree, n); err != nil {
 		if e.o.Fetch == nil || ctx.Err() != nil {
@@ -227,7 +334,8 @@ func (e *exporter) export(ctx context.Context, path string, n *narinfo.Narinfo) 
 	e.done.Items++
 	e.done.Blocks += blocks
 	e.done.Bytes += bytes
-	return writeFile(filepath.Join(e.o.Directory, filepath.Base(path)[:32]+".narinfo"), withCapability(n, encoding.Capability))
+	it.text = withCapability(n, encoding.Capability)
+	return nil
 }
 
 // check hashes the archive of a tree, before any of its blocks is stored.
@@ -261,8 +369,8 @@ func withCapability(n *narinfo.Narinfo, c eris.ReadCapability) string {
 }
 
 // writeFile writes a file so that it is old or new, also after a power failure.
-func writeFile(path, text string) error {
-	return files.Replace(path, 0o644, files.Options{Sync: true}, func(w io.Writer) error {
+func writeFile(path string, mode fs.FileMode, text string) error {
+	return files.Replace(path, mode, files.Options{Sync: true}, func(w io.Writer) error {
 		_, err := io.WriteString(w, text)
 		return err
 	})

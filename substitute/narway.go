@@ -5,8 +5,10 @@ package substitute
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"sync/atomic"
 	"time"
 
@@ -131,10 +133,10 @@ func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool
 	plain, err := decompress.Open(method, source)
 	if err != nil {
 		body.Close()
-		return nil, nil, err
+		return nil, nil, w.unquoted(err)
 	}
-	nodes, closeNodes := j.reader(ctx, plain)
-	return nodes, func(ok bool) {
+	reader, closeNodes := j.reader(ctx, plain)
+	return unquotedNodes{reader, w}, func(ok bool) {
 		closeNodes()
 		plain.Close()
 		if ok {
@@ -146,6 +148,33 @@ func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool
 			j.s.Speeds.Measured(w.url, counted.n.Load(), time.Duration(counted.waited.Load()), latency)
 		}
 	}, nil
+}
+
+// unquoted is an error without anything that a local file contains.
+func (w *narWay) unquoted(err error) error {
+	var ofFile *fs.PathError
+	if err == nil || err == io.EOF || !mirror.IsLocal(w.url) || errors.As(err, &ofFile) {
+		return err
+	}
+	return errUnquoted
+}
+
+// unquotedNodes are the nodes of a nar, whose errors do not show what a local file contains.
+type unquotedNodes struct {
+	nar.Nodes
+	w *narWay
+}
+
+// Next implements [nar.Nodes].
+func (n unquotedNodes) Next() (nar.Node, error) {
+	node, err := n.Nodes.Next()
+	return node, n.w.unquoted(err)
+}
+
+// Contents implements [nar.Nodes].
+func (n unquotedNodes) Contents() (nar.Chunk, error) {
+	chunk, err := n.Nodes.Contents()
+	return chunk, n.w.unquoted(err)
 }
 
 // openNar opens a nar. Servers that keep silent have little time in all.

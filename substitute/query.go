@@ -54,6 +54,10 @@ func (s *Substituter) queryItems(ctx context.Context, server *server, todo []*it
 	}
 }
 
+// errUnquoted is the error about what is in a local file. What that is, is not told: whoever names
+// such files to the daemon need not have the right to read them.
+var errUnquoted = errors.New("the local file has other contents than it should")
+
 var errTooMuch = errors.New("sends more than narinfos can be, so that its further ones are ignored")
 
 // maxQueries is how often it is hoped for an answer that somebody else waits for.
@@ -385,6 +389,9 @@ func (s *Substituter) read(server *server, it *item, text []byte, given time.Tim
 		err, kind = n.CheckItem(s.StoreDir, it.path), "item"
 	}
 	if err != nil {
+		if mirror.IsLocal(server.url) {
+			err = errUnquoted
+		}
 		s.warnOnce(ahead, "narinfo "+kind+server.url,
 			"narinfo of %s from %s ignored: %v", it.path, server.name, err)
 		return nil

@@ -202,9 +202,8 @@ func (s *settings) cacheSize() int64 {
 // inCache returns a file name in the directory for what is kept for other processes; empty if
 // nothing is.
 func (s *settings) inCache(name string) string {
-	directory := s.keepDirectory()
-	if directory == "" {
+	if s.kept == "" {
 		return ""
 	}
-	return filepath.Join(directory, name)
+	return filepath.Join(s.kept, name)
 }

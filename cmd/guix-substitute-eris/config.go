@@ -56,14 +56,11 @@ func configurationFile() string {
 func readConfiguration() (configuration, error) {
 	var c configuration
 	name := configurationFile()
-	text, err := os.ReadFile(name)
+	text, err := readLimited(name, maxConfiguration)
 	if errors.Is(err, fs.ErrNotExist) {
 		return c, nil
 	} else if err != nil {
 		return c, fmt.Errorf("configuration ignored: %w", err)
-	}
-	if len(text) > maxConfiguration {
-		return c, fmt.Errorf("configuration ignored: %s is longer than %d bytes", name, maxConfiguration)
 	}
 	meta, err := toml.Decode(string(text), &c)
 	if err != nil {

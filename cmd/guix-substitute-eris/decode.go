@@ -8,9 +8,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
-	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
@@ -18,6 +16,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
@@ -68,11 +67,8 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 		return result, err
 	}
 	if destination != "-" {
-		if destination, err = filepath.Abs(destination); err != nil {
+		if destination, err = checkNew(destination); err != nil {
 			return result, err
-		}
-		if _, err := os.Lstat(destination); err == nil {
-			return result, &fs.PathError{Op: "decode", Path: destination, Err: unix.EEXIST}
 		}
 	}
 	file, err := readConfiguration()
@@ -114,31 +110,22 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	}
 	defer closeNodes()
 	unix.Umask(0o022)
-	r, err := restore.Restore(ctx, nodes, destination, restore.Options{Writable: true})
-	if err != nil {
-		return result, errors.Join(err, restore.Remove(destination))
-	}
-	result.NarHash, result.NarSize = "sha256:"+nixbase32.EncodeToString(r.NarHash[:]), r.NarSize
-	return result, nil
+	err = makeTree(destination, func(temporary string) error {
+		r, err := restore.Restore(ctx, nodes, temporary, restore.Options{Writable: true})
+		result.NarHash, result.NarSize = "sha256:"+nixbase32.EncodeToString(r.NarHash[:]), r.NarSize
+		return err
+	})
+	return result, err
 }
 
-// writeContents writes contents to a file that there is not yet. A file that is
-// not complete does not stay.
+// writeContents writes contents to a file that there is not yet, or to standard output.
 func writeContents(content io.Reader, destination string) error {
 	if destination == "-" {
 		_, err := io.Copy(os.Stdout, content)
 		return err
 	}
-	f, err := os.OpenFile(destination, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
-	if err != nil {
+	return files.Replace(destination, 0o644, files.Options{New: true, Sync: true}, func(w io.Writer) error {
+		_, err := io.Copy(w, content)
 		return err
-	}
-	_, err = io.Copy(f, content)
-	if err2 := f.Close(); err == nil {
-		err = err2
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(destination))
-	}
-	return nil
+	})
 }

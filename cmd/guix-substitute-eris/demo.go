@@ -16,7 +16,6 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -53,7 +52,7 @@ func demoCommand(args []string) int {
 	if status, ok := parse(flags, args, demoUsage); !ok {
 		return status
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	ctx, stop := untilSignal()
 	defer stop()
 	d := &demo{w: os.Stdout}
 	err := d.run(ctx, flags.Args())
@@ -583,7 +582,7 @@ func (c *demoChild) ask(request, word string) (string, error) {
 		}
 	}
 	if word != "" {
-		c.await(word, time.Second)
+		c.await(word, time.Minute)
 	}
 	return reply.String(), nil
 }

@@ -108,7 +108,7 @@ func TestDemoFails(t *testing.T) {
 
 // TestDemoEnds ends the demonstration in the middle.
 func TestDemoEnds(t *testing.T) {
-	for _, signal := range []os.Signal{unix.SIGINT, unix.SIGTERM, unix.SIGKILL} {
+	for _, signal := range []os.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGTERM, unix.SIGKILL} {
 		t.Run(signal.String(), func(t *testing.T) {
 			t.Parallel()
 			cmd, temporary := demoCommandIn(t)

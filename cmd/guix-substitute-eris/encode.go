@@ -7,7 +7,6 @@ import (
 	"crypto/rand"
 	"flag"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"sync/atomic"
@@ -133,9 +132,9 @@ func (s *encodeSettings) encode(ctx context.Context, path string) (result encode
 
 // content opens what is to be encoded as its contents; for a tree it returns nil. What cannot be
 // opened counts as a tree, and is an error when that is encoded.
-func (s *encodeSettings) content(path string) io.ReadCloser {
+func (s *encodeSettings) content(path string) *os.File {
 	if path == "-" {
-		return io.NopCloser(os.Stdin)
+		return os.Stdin
 	}
 	if s.item {
 		return nil
@@ -150,13 +149,23 @@ func (s *encodeSettings) content(path string) io.ReadCloser {
 	return f
 }
 
-func encodeContent(ctx context.Context, content io.Reader, sink eris.Sink, secret eris.ConvergenceSecret) (encodeResult, error) {
+// encodeContent encodes the contents of a file, which must not change meanwhile.
+func encodeContent(ctx context.Context, content *os.File, sink eris.Sink, secret eris.ConvergenceSecret) (encodeResult, error) {
+	before, err := content.Stat()
+	if err != nil {
+		return encodeResult{}, err
+	}
 	var size int64
 	c, err := eris.Encode(ctx, readerFunc(func(p []byte) (int, error) {
 		n, err := content.Read(p)
 		size += int64(max(n, 0))
 		return n, err
 	}), sink, eris.EncodeOptions{Secret: secret})
+	if after, err2 := content.Stat(); err == nil && before.Mode().IsRegular() {
+		if err = err2; err == nil && (after.Size() != before.Size() || !after.ModTime().Equal(before.ModTime())) {
+			err = fmt.Errorf("%s has changed while it was read", content.Name())
+		}
+	}
 	return encodeResult{URN: c.URN(), Form: string(image.Data), Size: &size}, err
 }
 

@@ -38,6 +38,7 @@ func exportCommand(args []string) int {
 	closure := flags.Bool("closure", false, "export everything that the items refer to, too")
 	root := flags.String("root", "", "the items are in `DIRECTORY`, if not in the store directory")
 	layout := flags.String("layout", "sharded", "blocks are in subdirectories (\"sharded\"), or all in one (\"flat\"): `LAYOUT`")
+	create := flags.Bool("create", false, "make the directory where sticks are mounted, even if there is none")
 	s.flags(flags)
 	items, status, ok := parseMixed(flags, args, exportUsage)
 	if !ok {
@@ -57,8 +58,10 @@ func exportCommand(args []string) int {
 	ctx, stop := untilSignal()
 	defer stop()
 	unix.Umask(0o022)
-	if err := os.MkdirAll(directory, 0o755); err != nil {
-		return fail("%v", err)
+	if !*create {
+		if err := checkMounted(directory, mountParents); err != nil {
+			return fail("%v; --create makes the directory all the same", err)
+		}
 	}
 	where := url.URL{Scheme: "file", Path: filepath.Join(directory, "blocks")}
 	blocks, err := openStore(where.String() + "?layout=" + *layout)
@@ -95,14 +98,56 @@ func exportCommand(args []string) int {
 	return 0
 }
 
+// mountParents are the directories below which sticks are mounted.
+var mountParents = []string{"/media", "/mnt", "/run/media"}
+
+// checkMounted returns an error if a directory is one of parents, or below, where nothing is
+// mounted, so that what is written there goes to the disk of the system. One that has something in
+// it is in use.
+func checkMounted(directory string, parents []string) error {
+	if entries, err := os.ReadDir(directory); err == nil && len(entries) > 0 {
+		return nil
+	}
+	existing, missing := directory, ""
+	for _, err := os.Stat(existing); err != nil && existing != "/"; _, err = os.Stat(existing) {
+		missing = filepath.Join(filepath.Base(existing), missing)
+		existing = filepath.Dir(existing)
+	}
+	existing, err := filepath.EvalSymlinks(existing)
+	if err != nil {
+		return err
+	}
+	resolved := filepath.Join(existing, missing)
+	for _, parent := range parents {
+		if resolved != parent && !strings.HasPrefix(resolved, parent+"/") {
+			continue
+		}
+		var here, above unix.Stat_t
+		if err := unix.Stat(existing, &here); err != nil {
+			return &os.PathError{Op: "stat", Path: existing, Err: err}
+		}
+		if err := unix.Stat(filepath.Dir(parent), &above); err != nil || here.Dev == above.Dev {
+			return fmt.Errorf("no stick is mounted where %s is to be", directory)
+		}
+	}
+	return nil
+}
+
 // narinfosFrom gets the narinfos that a server has.
 func narinfosFrom(ctx context.Context, client *mirror.Client, server string, hashParts []string) (map[string][]byte, error) {
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
 	var mu sync.Mutex
 	texts := map[string][]byte{}
+	total := 0
 	err := client.Narinfos(ctx, server, hashParts, func(a mirror.Answer) {
 		if a.Status == http.StatusOK && a.Body != nil {
 			mu.Lock()
 			defer mu.Unlock()
+			if total += len(a.Body); total > publish.MaxNarinfos {
+				stop(fmt.Errorf("%s sends more than narinfos can be", mirror.WithoutUser(server)))
+				return
+			}
 			texts[a.Hash] = a.Body
 		}
 	})

@@ -10,12 +10,18 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
 // guixVariable is the environment variable that names the real guix.
 const guixVariable = "GUIX_SUBSTITUTE_ERIS_GUIX"
+
+// handedVariable is the environment variable that lists the programs that a command has been handed
+// to as the real guix, so that one that calls this program again is handed nothing twice.
+const handedVariable = "GUIX_SUBSTITUTE_ERIS_HANDED"
 
 // usualGuix are the places where guix is when nobody says where.
 var usualGuix = []string{
@@ -27,14 +33,26 @@ var usualGuix = []string{
 
 // guixCommand hands a command of guix to the real guix, which flag names unless it is empty: the
 // daemon runs several through the program that it takes for guix. Arguments, argv[0] among them,
-// environment, working directory and descriptors stay as they are.
+// environment (but for one variable), working directory and descriptors stay as they are.
 func guixCommand(flag string, args []string) int {
 	program, err := realGuix(flag)
 	if err == nil {
-		argv := append([]string{os.Args[0]}, args...)
-		err = &fs.PathError{Op: "cannot run", Path: program, Err: unix.Exec(program, argv, os.Environ())}
+		err = handTo(program, args)
 	}
 	return fail("%q is no command of this program, and handing it to guix failed: %v", args[0], err)
+}
+
+// handTo replaces this process by the real guix. It returns only after an error.
+func handTo(program string, args []string) error {
+	handed := filepath.SplitList(os.Getenv(handedVariable))
+	if slices.Contains(handed, program) {
+		return fmt.Errorf("%s is not the real guix: it has called this program again (as %s says)", program, handedVariable)
+	}
+	if err := os.Setenv(handedVariable, strings.Join(append(handed, program), ":")); err != nil {
+		return err
+	}
+	argv := append([]string{os.Args[0]}, args...)
+	return &fs.PathError{Op: "cannot run", Path: program, Err: unix.Exec(program, argv, os.Environ())}
 }
 
 // realGuix returns the absolute file name of the real guix, which is never this program.

@@ -88,7 +88,7 @@ cat <&5
 			t.Fatal(err)
 		}
 		out, err = cmd.Output()
-		if want := strings.Join(cmd.Env, "\x00") + "\x00"; err != nil || string(out) != want {
+		if want := strings.Join(cmd.Env, "\x00") + "\x00GUIX_SUBSTITUTE_ERIS_HANDED=" + shell + "\x00"; err != nil || string(out) != want {
 			t.Errorf("environment %q, error %v; want %q", out, err, want)
 		}
 	}

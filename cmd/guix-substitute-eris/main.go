@@ -125,9 +125,14 @@ func printUsage(w io.Writer, flags *flag.FlagSet, usage string) {
 	})
 }
 
-// untilSignal returns a context that ends when the user or the service manager ends the program.
+// untilSignal returns a context that ends when the user, the service manager or the end of the
+// terminal ends the program. One that "nohup" has started outlives the terminal.
 func untilSignal() (context.Context, context.CancelFunc) {
-	return signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	signals := []os.Signal{unix.SIGINT, unix.SIGTERM}
+	if !signal.Ignored(unix.SIGHUP) {
+		signals = append(signals, unix.SIGHUP)
+	}
+	return signal.NotifyContext(context.Background(), signals...)
 }
 
 // status shows the error of a command that a person runs, if there is one, and returns its exit

@@ -21,6 +21,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/ahead"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
@@ -44,9 +45,11 @@ type settings struct {
 	verbose        bool
 
 	daemon  bool // the daemon has started this process
+	byHand  bool // a person has, and nothing of theirs is replaced
 	options protocol.Options
 	file    configuration
 	log     *protocol.Log
+	kept    string   // the directory of what is kept for other processes; empty if nothing is
 	notes   []string // warnings of the start, for when somebody reads them
 }
 
@@ -94,6 +97,12 @@ func (s *settings) load() {
 	}
 	if s.policy == "" {
 		s.policy = s.file.Policy
+	}
+	if s.kept = s.keepDirectory(); s.kept != "" {
+		if err := files.MakeDirectory(s.kept); err != nil {
+			s.notes = append(s.notes, fmt.Sprintf("nothing is kept for later: %v", err))
+			s.kept = ""
+		}
 	}
 	if s.unauthorised {
 		s.notes = append(s.notes, "authentication and authorization of substitutes disabled!")
@@ -220,6 +229,7 @@ func (s *settings) session(query bool) *session {
 		Mirrors: mirror.NewClient(mirror.Options{
 			MaxConnections: s.file.NarinfoConnections,
 			UserAgent:      "guix-substitute-eris",
+			PublicFiles:    s.publicFiles(),
 			Getenv:         os.Getenv,
 			OnSlow: func(host string) {
 				s.log.Warnf("%s: server is somewhat slow; try '--no-substitutes' if it does not get better", host)
@@ -251,6 +261,15 @@ func (s *settings) session(query bool) *session {
 		}
 	}
 	return result
+}
+
+// publicFiles returns the URLs of servers if they come from somebody who may not read all that we
+// can.
+func (s *settings) publicFiles() []string {
+	if s.urls == "" && s.options.UntrustedURLs() {
+		return append([]string{}, s.serverURLs()...) // not nil
+	}
+	return nil
 }
 
 // serverURLs returns the substitute URLs in order.

@@ -87,6 +87,7 @@ func byHandCommand(args []string) int {
 	if *query == *fetch || *fetch && len(items) != 0 && len(items) != 2 {
 		return fail("%q: one of --query and --substitute is needed; --substitute takes an item and a destination", args)
 	}
+	s.byHand = true
 	s.load()
 	if len(items) == 0 {
 		return s.serve(os.Stdin, 1, *query)
@@ -103,21 +104,62 @@ func byHandCommand(args []string) int {
 	if *query {
 		records := sub.Info(ctx, items)
 		reply = protocol.AppendInfo(nil, records)
-		complete = len(records) == len(items)
+		complete = s.sayMissing(items, records)
 	} else {
 		unix.Umask(0o022)
-		outcome := sub.Substitute(ctx, items[0], items[1])
-		sub.after()
+		outcome := s.restore(ctx, sub, items[0], items[1])
 		reply = appendOutcome(nil, outcome)
 		complete = outcome.Status == substitute.Success
 	}
 	if _, err := os.Stdout.Write(reply); err != nil {
 		return fail("%v", err)
 	}
+	if ctx.Err() != nil {
+		return fail("interrupted")
+	}
 	if !complete {
 		return 1
 	}
 	return 0
+}
+
+// sayMissing names the items that cannot be had, and reports whether there are none.
+func (s *settings) sayMissing(items []string, records []protocol.Info) bool {
+	complete := true
+	for _, item := range items {
+		if !slices.ContainsFunc(records, func(r protocol.Info) bool { return r.Path == item }) {
+			s.log.Errorf("no server offers '%s' so that it can be used", item)
+			complete = false
+		}
+	}
+	return complete
+}
+
+// errNotRestored is for what has been told already.
+var errNotRestored = errors.New("not restored")
+
+// restore restores an item. The destination is the daemon's, who wants what is there to be
+// replaced; a person's files are not touched.
+func (s *settings) restore(ctx context.Context, sub *session, item, destination string) substitute.Outcome {
+	defer sub.after()
+	if !s.byHand {
+		return sub.staging.Substitute(ctx, item, destination)
+	}
+	var outcome substitute.Outcome
+	destination, err := checkNew(destination)
+	if err == nil {
+		err = makeTree(destination, func(temporary string) error {
+			if outcome = sub.Substitute(ctx, item, temporary); outcome.Status != substitute.Success {
+				return errNotRestored
+			}
+			return nil
+		})
+	}
+	if err == nil || errors.Is(err, errNotRestored) {
+		return outcome
+	}
+	s.log.Errorf("%v", err)
+	return substitute.Outcome{}
 }
 
 // serve answers requests until there are no more. It does not end earlier, whatever happens: the
@@ -165,11 +207,25 @@ func (s *settings) serve(stdin io.Reader, replies int, query bool) int {
 		if first || !query {
 			s.renewKeys(sub, first)
 		}
-		reply := s.answer(sub, request, query)
+		ctx, stop := s.requestContext()
+		reply := s.answer(ctx, sub, request, query)
+		interrupted := ctx.Err() != nil
+		stop()
 		if err := writeAll(replies, reply); err != nil {
 			return fail("cannot reply: %v", err)
 		}
+		if interrupted {
+			return fail("interrupted")
+		}
 	}
+}
+
+// requestContext returns the context of a request. A person ends one by a signal; the daemon kills.
+func (s *settings) requestContext() (context.Context, context.CancelFunc) {
+	if s.byHand {
+		return untilSignal()
+	}
+	return context.WithCancel(context.Background())
 }
 
 // renewKeys reads the list of authorised keys. If it has changed, what is staged does not count.
@@ -193,12 +249,12 @@ func sameKeys(a, b *acl.ACL) bool {
 }
 
 // answer returns the reply to a request; there is one whatever happens.
-func (s *settings) answer(sub *session, request protocol.Request, query bool) (reply []byte) {
+func (s *settings) answer(ctx context.Context, sub *session, request protocol.Request, query bool) (reply []byte) {
 	defer func() {
 		if fault := recover(); fault != nil {
 			s.log.Errorf("internal error: %v: %s", fault, debug.Stack())
 			reply = noReply(query)
-			if !query && request.Command == "substitute" && len(request.Arguments) == 2 {
+			if !query && !s.byHand && request.Command == "substitute" && len(request.Arguments) == 2 {
 				// Nothing half-made stays, as after any other failure.
 				if err := restore.Remove(request.Arguments[1]); err != nil {
 					s.log.Errorf("%v", err)
@@ -206,7 +262,6 @@ func (s *settings) answer(sub *session, request protocol.Request, query bool) (r
 			}
 		}
 	}()
-	ctx := context.Background()
 	arguments := request.Arguments
 	switch {
 	case query && request.Command == "have":
@@ -216,9 +271,7 @@ func (s *settings) answer(sub *session, request protocol.Request, query bool) (r
 		sub.note(arguments, records)
 		return protocol.AppendInfo(nil, records)
 	case !query && request.Command == "substitute" && len(arguments) == 2:
-		outcome := sub.staging.Substitute(ctx, arguments[0], arguments[1])
-		sub.after()
-		return appendOutcome(nil, outcome)
+		return appendOutcome(nil, s.restore(ctx, sub, arguments[0], arguments[1]))
 	}
 	s.log.Errorf("request %.200q with %d arguments is not understood", request.Command, len(arguments))
 	return noReply(query)

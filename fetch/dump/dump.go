@@ -37,12 +37,11 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/local"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
 // Store is a dump in a file. It implements [fetch.Store], and is safe for concurrent use. Errors of
@@ -101,7 +100,6 @@ func Open(url string) (*Store, error) {
 }
 
 var (
-	errRegular = errors.New("not a regular file")
 	errTooMany = errors.New("the dump has too many blocks for all of them to be known")
 	errMoved   = errors.New("the dump was changed while it was read")
 )
@@ -186,7 +184,7 @@ func (s *Store) refresh(now bool) error {
 	if s.file != nil && unchanged(s.state, info) {
 		return nil
 	}
-	file, err := openRegular(s.URL.Path, os.O_RDONLY)
+	file, _, err := files.OpenRegular(s.URL.Path, os.O_RDONLY)
 	if err != nil {
 		return err
 	}
@@ -212,22 +210,6 @@ func (s *Store) setFile(file *os.File) error {
 	}
 	s.file, s.state, s.contents = file, info, c
 	return nil
-}
-
-func openRegular(path string, flags int) (*os.File, error) {
-	file, err := os.OpenFile(path, flags|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
-	if err != nil {
-		return nil, err
-	}
-	info, err := file.Stat()
-	if err == nil && !info.Mode().IsRegular() {
-		err = &os.PathError{Op: "open", Path: path, Err: errRegular}
-	}
-	if err != nil {
-		file.Close()
-		return nil, err
-	}
-	return file, nil
 }
 
 // KeepsCapabilities reports whether the URL asks for read capabilities to be written.

@@ -190,7 +190,7 @@ func (s *Store) openWriter() (*writer, error) {
 	}
 	const tries = 10 // others may rename it at the same time
 	for range tries {
-		file, err := openRegular(s.URL.Path, os.O_RDWR)
+		file, _, err := files.OpenRegular(s.URL.Path, os.O_RDWR)
 		if errors.Is(err, os.ErrNotExist) {
 			err = files.Replace(s.URL.Path, 0o666, files.Options{New: true, Sync: true}, func(w io.Writer) error {
 				_, err := w.Write(appendEnd([]byte(opening), nil))
@@ -240,7 +240,7 @@ func (s *Store) startWriter(file *os.File) (*writer, error) {
 		}
 	}
 	// A descriptor of its own, which outlives the writer.
-	again, err := openRegular(s.URL.Path, os.O_RDONLY)
+	again, _, err := files.OpenRegular(s.URL.Path, os.O_RDONLY)
 	if err != nil {
 		return nil, err
 	}

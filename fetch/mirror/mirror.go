@@ -59,6 +59,11 @@ type Options struct {
 	OnResume func(url string, offset int64, cut error)
 	// UserAgent names the program to servers.
 	UserAgent string
+	// PublicFiles, if not nil, are the URLs of servers that somebody has named who may not read all
+	// that this process can. Then a local file is used only if it is below the directory of a file:
+	// URL among them, is regular, may be read by everybody, and is not reached through a symbolic
+	// link below that directory. Otherwise it is an [fs.ErrNotExist], whether it exists or not.
+	PublicFiles []string
 	// Getenv looks up the variables http_proxy, https_proxy and no_proxy; nil is no proxy.
 	Getenv func(string) string
 }

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"hash/maphash"
 	"io"
-	"io/fs"
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
@@ -17,7 +16,6 @@ import (
 	"time"
 
 	"github.com/klauspost/compress/gzip"
-	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
 )
@@ -119,7 +117,7 @@ func (c *Client) OpenNar(ctx context.Context, rawURL string) (*Nar, error) {
 		return nil, err
 	}
 	if l.scheme == "file" {
-		return openNarFile(ctx, l)
+		return c.openNarFile(ctx, l)
 	}
 	for range maxRedirects {
 		n, next, err := c.openNar(ctx, l)
@@ -328,58 +326,4 @@ func (l *lazyGzip) Read(p []byte) (int, error) {
 		l.z = z
 	}
 	return l.z.Read(p)
-}
-
-// openRegular opens a file that can be read without waiting for anybody.
-func openRegular(path string) (*os.File, error) {
-	// Opening a device can do something, so that it must not be opened to see what it is.
-	info, err := os.Stat(path)
-	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("%s is not a regular file", path)
-	}
-	if err != nil {
-		return nil, err
-	}
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
-	if err != nil {
-		return nil, err
-	}
-	if info, err = f.Stat(); err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("%s is not a regular file any more", path)
-	}
-	if err != nil {
-		f.Close()
-		return nil, err
-	}
-	return f, nil
-}
-
-// unescaped returns the name of a file with its percent signs interpreted, and whether that is
-// another one. Guix takes names as they stand; but those who make URLs encode what cannot stand in
-// one.
-func unescaped(path string) (string, bool) {
-	d, err := url.PathUnescape(path)
-	return d, err == nil && d != path && !strings.Contains(d, "\x00")
-}
-
-func openNarFile(ctx context.Context, l *location) (*Nar, error) {
-	f, err := openRegular(l.target)
-	if errors.Is(err, fs.ErrNotExist) {
-		if d, ok := unescaped(l.target); ok {
-			if f2, err2 := openRegular(d); err2 == nil {
-				f, err = f2, nil
-			}
-		}
-	}
-	if err != nil {
-		return nil, err
-	}
-	info, err := f.Stat()
-	if err != nil {
-		f.Close()
-		return nil, err
-	}
-	n := &Nar{URL: l.String(), Size: info.Size(), total: -1, body: f}
-	n.ctx, n.cancel = context.WithCancelCause(ctx)
-	return n, nil
 }

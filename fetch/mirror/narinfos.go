@@ -7,9 +7,7 @@ import (
 	"context"
 	"errors"
 	"io"
-	"io/fs"
 	"net/http"
-	"os"
 	"runtime"
 	"strconv"
 	"strings"
@@ -62,7 +60,7 @@ func (c *Client) narinfos(ctx context.Context, server string, hashes []string, a
 	case err != nil:
 		return err
 	case l.scheme == "file":
-		return narinfosFromDirectory(ctx, l, hashes, answer)
+		return c.narinfosFromDirectory(ctx, l, hashes, answer)
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
 	case len(hashes) == 0:
@@ -231,40 +229,4 @@ func maxAge(h http.Header) time.Duration {
 		}
 	}
 	return -1
-}
-
-// narinfosFromDirectory answers from the directory of a file: URL.
-func narinfosFromDirectory(ctx context.Context, l *location, hashes []string, answer func(Answer)) error {
-	directory := l.target
-	if d, ok := unescaped(directory); ok {
-		if _, err := os.Stat(directory); errors.Is(err, fs.ErrNotExist) {
-			directory = d
-		}
-	}
-	var skipped error
-	for _, hash := range hashes {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		a := Answer{Hash: hash, Status: http.StatusOK, MaxAge: -1}
-		f, err := openRegular(directory + "/" + hash + ".narinfo")
-		if err == nil {
-			a.Body, err = io.ReadAll(io.LimitReader(f, MaxNarinfo+1))
-			f.Close()
-		}
-		switch {
-		case errors.Is(err, fs.ErrNotExist):
-			a.Status = http.StatusNotFound
-		case err != nil:
-			// That is one file, not the others.
-			if skipped == nil {
-				skipped = &ServerError{Server: "file:" + directory, Err: err}
-			}
-			continue
-		case len(a.Body) > MaxNarinfo:
-			a.Body = nil
-		}
-		answer(a)
-	}
-	return skipped
 }

@@ -56,7 +56,7 @@ func Replace(path string, mode fs.FileMode, o Options, write func(w io.Writer) e
 		return err
 	}
 	if o.New {
-		err = moveNew(f.Name(), path)
+		err = MoveNew(f.Name(), path)
 	} else {
 		err = os.Rename(f.Name(), path)
 	}
@@ -90,11 +90,21 @@ func fill(f *os.File, sync bool, write func(w io.Writer) error) error {
 	return f.Sync()
 }
 
-// moveNew gives a file its name unless that is taken.
-func moveNew(from, to string) error {
-	// A link does not replace what somebody else has made meanwhile; not all file systems have
-	// them.
-	err := os.Link(from, to)
+// MoveNew gives a file or a directory another name on the same file system. The error wraps
+// [fs.ErrExist] if there is something of that name.
+func MoveNew(from, to string) error {
+	err := unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE)
+	switch err {
+	case nil:
+		return nil
+	case unix.EEXIST:
+		return &fs.PathError{Op: "create", Path: to, Err: fs.ErrExist}
+	case unix.EINVAL, unix.ENOSYS: // not on this file system
+	default:
+		return &os.LinkError{Op: "rename", Old: from, New: to, Err: err}
+	}
+	// A link does not replace what somebody else has made meanwhile; nor does everything have them.
+	err = os.Link(from, to)
 	if errors.Is(err, fs.ErrExist) {
 		return err
 	}
@@ -195,7 +205,7 @@ func ReadState(path string, most int) ([]byte, error) {
 	if size <= int64(most) {
 		return nil, &fs.PathError{Op: "read", Path: path, Err: errors.New("it grows")}
 	}
-	return nil, &fs.PathError{Op: "read", Path: path, Err: fmt.Errorf("larger than %d bytes", most)}
+	return nil, tooLarge(path, most)
 }
 
 // Lock opens a lock file, which it makes with mode 0600 if need be, and takes its lock, for which
@@ -248,4 +258,51 @@ func retry(call func() (int, error)) (n int, err error) {
 			return n, err
 		}
 	}
+}
+
+// OpenRegular opens a file that is no state of ours, whoever owns it. Anything but a regular file
+// is refused at once: a device is not opened, and no writer of a pipe is waited for. Symbolic links
+// are followed unless flags has O_NOFOLLOW.
+func OpenRegular(path string, flags int) (*os.File, fs.FileInfo, error) {
+	stat := os.Stat
+	if flags&unix.O_NOFOLLOW != 0 {
+		stat = os.Lstat
+	}
+	info, err := stat(path) // opening a device may do something
+	if err == nil && !info.Mode().IsRegular() {
+		err = &fs.PathError{Op: "open", Path: path, Err: errSpecial}
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	f, err := os.OpenFile(path, flags|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	if info, err = f.Stat(); err == nil && !info.Mode().IsRegular() {
+		err = &fs.PathError{Op: "open", Path: path, Err: errSpecial}
+	}
+	if err != nil {
+		f.Close()
+		return nil, nil, err
+	}
+	return f, info, nil
+}
+
+// ReadRegular reads a file of at most the given number of bytes as [OpenRegular] opens it.
+func ReadRegular(path string, most int) ([]byte, error) {
+	f, _, err := OpenRegular(path, os.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, int64(most)+1))
+	if err == nil && len(b) > most {
+		err = tooLarge(path, most)
+	}
+	return b, err
+}
+
+func tooLarge(path string, most int) error {
+	return &fs.PathError{Op: "read", Path: path, Err: fmt.Errorf("larger than %d bytes", most)}
 }

@@ -109,6 +109,21 @@ func TestReplaceNew(t *testing.T) {
 	}
 }
 
+func TestMoveNew(t *testing.T) {
+	directory := t.TempDir()
+	from, to := filepath.Join(directory, "from"), filepath.Join(directory, "to")
+	for range 2 {
+		if err := os.Mkdir(from, 0o555); err != nil { // one that nobody may write to
+			t.Fatal(err)
+		}
+		if err := files.MoveNew(from, to); err == nil && names(t, directory) == "to" {
+			continue
+		} else if !errors.Is(err, fs.ErrExist) || names(t, directory) != "from to" {
+			t.Errorf("%v, files %s", err, names(t, directory))
+		}
+	}
+}
+
 // No file of another kind or another owner is read or locked, and nothing waits for one.
 func TestUnfit(t *testing.T) {
 	directory := t.TempDir()
@@ -147,10 +162,19 @@ func TestUnfit(t *testing.T) {
 				f.Close()
 				t.Error("locked")
 			}
+			// What is no state may be anybody's, and behind a link, but no less regular.
+			b, err := files.ReadRegular(path, 8)
+			regular := map[string]string{"symbolic link": "precious", "shared": "", "foreign": ""}
+			if want, ok := regular[name]; (err == nil) != ok || string(b) != want {
+				t.Errorf("read as no state: %q, %v", b, err)
+			}
 		})
 	}
 	if contents(t, victim) != "precious" {
 		t.Error("the victim has changed")
+	}
+	if _, err := files.ReadRegular(victim, 7); err == nil {
+		t.Error("a file that is too large is read")
 	}
 	if _, err := os.Lstat(filepath.Join(directory, "none")); !errors.Is(err, fs.ErrNotExist) {
 		t.Error("a lock file has been made through a link")

@@ -4,6 +4,9 @@
 // next process: the daemon starts one helper to ask about items and another to fetch them, and new
 // ones for each client. Start with [Open].
 //
+// Together the files take at most about 256 MiB; those go first that have not been used for
+// longest.
+//
 // There is a file per server and item. Files appear under their names complete, so any number of
 // processes may use one cache, and any of them may be killed at any time. Each file carries a
 // checksum, for after a power failure. What is in the cache is trusted no more than the servers
@@ -20,11 +23,17 @@ import (
 	"hash/crc32"
 	"io"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
 // An Entry is what a server has said about an item.
@@ -44,6 +53,8 @@ func (e Entry) cost() int { return 256 + len(e.Narinfo) }
 // must be called at the end.
 type Cache struct {
 	directory string
+	most      int64 // bytes on disk
+	trimEvery int   // files
 
 	mu      sync.Mutex
 	servers map[string]string // directory of each server seen
@@ -70,26 +81,30 @@ const (
 	maxTTL = 365 * 24 * time.Hour
 	// cleanupPeriod is the time between two searches for expired entries.
 	cleanupPeriod = 5 * 24 * time.Hour
+	// maxBytes bounds what the entries take on disk. It is looked at after about trimEvery files.
+	maxBytes  = 256 << 20
+	trimEvery = 4096
 	// maxPending bounds what waits to be written, in bytes.
 	maxPending = 4 << 20
 	// clockSkew is by how much the clocks of two processes may differ.
 	clockSkew = time.Minute
 	// maxFile bounds the length of a file that is read, in bytes.
 	maxFile = 2 << 20
-	// temporaryPrefix begins the names of files that are being written.
-	temporaryPrefix = ".new-"
 	// temporaryAge is after how long such a file has no writer any more.
 	temporaryAge = time.Hour
 	// stampName is the file whose modification time is that of the last clean-up.
 	stampName = "last-cleanup"
 )
 
-// Open returns the cache in directory, which it creates if need be. Errors are of the file system.
+// Open returns the cache in directory, which it creates if need be, for its owner alone. It fails
+// if the directory belongs to another user. Other errors are of the file system, too.
 func Open(directory string) (*Cache, error) {
-	if err := os.MkdirAll(directory, 0o755); err != nil {
+	if err := files.MakeDirectory(directory); err != nil {
 		return nil, err
 	}
-	c := &Cache{directory: directory, servers: map[string]string{}, pending: map[string]*later{}}
+	c := &Cache{
+		directory: directory, most: maxBytes, trimEvery: trimEvery, servers: map[string]string{}, pending: map[string]*later{},
+	}
 	c.written = sync.NewCond(&c.mu)
 	return c, nil
 }
@@ -141,21 +156,8 @@ func (c *Cache) Get(url, hash string, now time.Time) (Entry, bool) {
 		e.Until = l.stored.Add(e.TTL)
 		return e, true
 	}
-	f, err := os.Open(c.serverDirectory(url) + "/" + hash)
+	b, err := files.ReadState(c.serverDirectory(url)+"/"+hash, maxFile)
 	if err != nil {
-		return Entry{}, false
-	}
-	defer f.Close()
-	b := make([]byte, 4096) // most narinfos fit
-	n, err := io.ReadFull(f, b)
-	b = b[:n]
-	if err == nil {
-		rest, err := io.ReadAll(io.LimitReader(f, maxFile))
-		if err != nil {
-			return Entry{}, false
-		}
-		b = append(b, rest...)
-	} else if !errors.Is(err, io.ErrUnexpectedEOF) {
 		return Entry{}, false
 	}
 	return decode(b, now)
@@ -234,6 +236,10 @@ func (c *Cache) write() {
 		}
 		c.mu.Unlock()
 		err := c.Put(l.url, l.hash, l.entry, l.stored)
+		// By chance, because many processes that write little write much together.
+		if rand.IntN(c.trimEvery) == 0 {
+			c.trim(time.Now(), nil)
+		}
 		c.mu.Lock()
 		if c.pending[key] == l { // nothing newer has come
 			delete(c.pending, key)
@@ -265,28 +271,21 @@ func (c *Cache) Put(url, hash string, e Entry, now time.Time) error {
 	binary.BigEndian.PutUint32(b.Bytes()[headLength-4:], checksum(b.Bytes()))
 
 	directory := c.serverDirectory(url)
-	f, err := os.CreateTemp(directory, temporaryPrefix)
+	name := directory + "/" + hash
+	// Where a file takes the place of another one, some file systems make sure that it is on disk
+	// first (ext4 does), which takes twice as long.
+	os.Remove(name)
+	write := func() error {
+		return files.Replace(name, 0o600, files.Options{}, func(w io.Writer) error {
+			_, err := w.Write(b.Bytes())
+			return err
+		})
+	}
+	err := write()
 	if errors.Is(err, fs.ErrNotExist) {
-		if err = os.MkdirAll(directory, 0o755); err == nil {
-			f, err = os.CreateTemp(directory, temporaryPrefix)
+		if err = files.MakeDirectory(directory); err == nil {
+			err = write()
 		}
-	}
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b.Bytes())
-	if err2 := f.Close(); err == nil {
-		err = err2
-	}
-	if err == nil {
-		name := directory + "/" + hash
-		// Where a file takes the place of another one, some file systems make sure that it is on
-		// disk first (ext4 does), which takes twice as long.
-		os.Remove(name)
-		err = os.Rename(f.Name(), name)
-	}
-	if err != nil {
-		os.Remove(f.Name())
 	}
 	return err
 }
@@ -301,35 +300,86 @@ func plain(hash string) bool {
 	return len(hash) == 32
 }
 
-// Clean removes expired entries if that has not been done for some days. It stops when stop is
-// closed, to go on another time. Errors of single files are passed over.
+// Clean removes expired entries, and what is too much, if that has not been done for some days. It
+// stops when stop is closed, to go on another time. Errors of single files are passed over.
 func (c *Cache) Clean(now time.Time, stop <-chan struct{}) {
 	stamp := filepath.Join(c.directory, stampName)
-	info, err := os.Stat(stamp)
+	info, err := os.Lstat(stamp)
 	if err == nil && now.Sub(info.ModTime()).Abs() < cleanupPeriod {
 		return
 	}
 	// Before the work, so that other processes do not begin it too.
-	if f, err := os.Create(stamp); err == nil {
-		f.Close()
-	}
-	if err := os.Chtimes(stamp, now, now); err != nil {
+	err = files.Replace(stamp, 0o600, files.Options{}, func(io.Writer) error { return nil })
+	if err != nil || os.Chtimes(stamp, now, now) != nil {
 		return
 	}
-	servers, err := os.ReadDir(c.directory)
-	if err != nil {
-		return
-	}
-	for _, s := range servers {
-		if s.IsDir() && !c.cleanServer(filepath.Join(c.directory, s.Name()), now, stop) {
-			os.Remove(stamp)
-			return
-		}
+	remove := func(path string, info fs.FileInfo) bool { return expired(path, info, now) }
+	if !c.walk(stop, remove) || !c.trim(now, stop) {
+		os.Remove(stamp)
 	}
 }
 
-// cleanServer returns false if it was stopped.
-func (c *Cache) cleanServer(directory string, now time.Time, stop <-chan struct{}) bool {
+// trim removes those entries, if all take too much, that have not been used for longest, to the
+// hour, until they take three quarters of what they may. It returns false if it was stopped.
+func (c *Cache) trim(now time.Time, stop <-chan struct{}) bool {
+	var hours [maxAge/time.Hour + 1]int64 // bytes, by when they were last used
+	total := int64(0)
+	if !c.walk(stop, func(_ string, info fs.FileInfo) (remove bool) {
+		hours[idle(info, now)] += onDisk(info)
+		total += onDisk(info)
+		return false
+	}) {
+		return false
+	}
+	if total <= c.most {
+		return true
+	}
+	excess := total - c.most/4*3
+	last := len(hours) - 1 // the hour of which not all are removed
+	for ; hours[last] < excess; last-- {
+		excess -= hours[last]
+	}
+	return c.walk(stop, func(_ string, info fs.FileInfo) (remove bool) {
+		hour := idle(info, now)
+		if hour == last && excess > 0 {
+			excess -= onDisk(info)
+			return true
+		}
+		return hour > last
+	})
+}
+
+// idle returns for how many hours a file has not been used, as far as the file system tells: some
+// note reading once a day.
+func idle(info fs.FileInfo, now time.Time) int {
+	used := info.ModTime()
+	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
+		if read := time.Unix(stat.Atim.Unix()); read.After(used) && !read.After(now) {
+			used = read
+		}
+	}
+	return int(min(max(0, now.Sub(used)), maxAge) / time.Hour)
+}
+
+// onDisk is about how many bytes a file takes on disk.
+func onDisk(info fs.FileInfo) int64 { return (info.Size() + 4095) &^ 4095 }
+
+// walk calls remove for all files of servers, and removes those for which it returns true. It
+// returns false if it was stopped.
+func (c *Cache) walk(stop <-chan struct{}, remove func(path string, info fs.FileInfo) bool) bool {
+	servers, err := os.ReadDir(c.directory)
+	if err != nil {
+		return true
+	}
+	for _, s := range servers {
+		if s.IsDir() && !walkServer(filepath.Join(c.directory, s.Name()), stop, remove) {
+			return false
+		}
+	}
+	return true
+}
+
+func walkServer(directory string, stop <-chan struct{}, remove func(path string, info fs.FileInfo) bool) bool {
 	d, err := os.Open(directory)
 	if err != nil {
 		return true
@@ -345,7 +395,8 @@ func (c *Cache) cleanServer(directory string, now time.Time, stop <-chan struct{
 			default:
 			}
 			path := directory + "/" + name
-			if expired(path, name, now) {
+			info, err := os.Lstat(path)
+			if err == nil && info.Mode().IsRegular() && remove(path, info) {
 				os.Remove(path)
 			} else {
 				left = true
@@ -361,19 +412,15 @@ func (c *Cache) cleanServer(directory string, now time.Time, stop <-chan struct{
 	return true
 }
 
-func expired(path, name string, now time.Time) bool {
-	info, err := os.Lstat(path)
-	if err != nil || !info.Mode().IsRegular() {
-		return false
-	}
+func expired(path string, info fs.FileInfo, now time.Time) bool {
 	age := now.Sub(info.ModTime())
-	if strings.HasPrefix(name, temporaryPrefix) {
+	if strings.HasPrefix(info.Name(), files.TemporaryPrefix) {
 		return age > temporaryAge
 	}
 	if age > maxAge {
 		return true
 	}
-	f, err := os.Open(path)
+	f, _, err := files.OpenRegular(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NOATIME) // this is no use of it
 	if err != nil {
 		return false
 	}

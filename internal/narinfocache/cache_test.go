@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -207,6 +208,106 @@ func TestClean(t *testing.T) {
 	}
 	if err := c.Put(url, hash, narinfocache.Entry{TTL: time.Hour}, now); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestTrim checks that the cache does not grow without end, and that what is used stays.
+func TestTrim(t *testing.T) {
+	d := t.TempDir()
+	c := open(t, d)
+	const most = 1 << 20
+	c.SetMost(most, 1)
+	name := func(i int) string { return fmt.Sprintf("%032d", i) }
+	for i := range 300 { // 8 KiB on disk each
+		if err := c.Put(url, name(i), narinfocache.Entry{Narinfo: make([]byte, 5000), TTL: time.Hour}, time.Now()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Stored a day ago, and some of them read since.
+	day := time.Now().Add(-24 * time.Hour)
+	for i, path := range files(t, d) {
+		read := day
+		if i < 50 {
+			read = time.Now().Add(-2 * time.Hour)
+		}
+		if err := os.Chtimes(path, read, day); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range 20 {
+		if err := c.PutLater(url, name(1000+i), narinfocache.Entry{TTL: time.Hour}, time.Now()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.Close()
+	left := func(from, to int) (n int) {
+		for i := from; i < to; i++ {
+			if _, ok := c.Get(url, name(i), time.Now().Add(-time.Minute)); ok {
+				n++
+			}
+		}
+		return n
+	}
+	if used, unused, fresh := left(0, 50), left(50, 300), left(1000, 1020); used != 50 || fresh != 20 || unused > (most-50*8192)/8192 {
+		t.Errorf("left are %d of 50 entries that were used, %d new ones, and %d others", used, fresh, unused)
+	}
+}
+
+// TestUnfit checks that nothing is read or written through what others might have put there.
+func TestUnfit(t *testing.T) {
+	d := t.TempDir()
+	c := open(t, d)
+	entry := narinfocache.Entry{Narinfo: []byte("x"), TTL: time.Hour}
+	if err := c.Put(url, hash, entry, now); err != nil {
+		t.Fatal(err)
+	}
+	path := files(t, d)[0]
+	for _, checked := range []string{path, filepath.Dir(path), d} {
+		info, err := os.Stat(checked)
+		if err != nil || info.Mode().Perm()&0o077 != 0 && checked != d {
+			t.Errorf("%s: mode %v, error %v", checked, info.Mode(), err)
+		}
+	}
+	victim := filepath.Join(t.TempDir(), "victim")
+	if err := os.Rename(path, victim); err != nil {
+		t.Fatal(err)
+	}
+	precious, err := os.ReadFile(victim)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, make := range map[string]func() error{
+		"link": func() error { return os.Symlink(victim, path) },
+		"pipe": func() error { return syscall.Mkfifo(path, 0o600) },
+	} {
+		if err := make(); err != nil {
+			t.Fatal(err)
+		}
+		if _, ok := c.Get(url, hash, now); ok {
+			t.Errorf("an entry is read from a %s", name)
+		}
+		if err := c.Put(url, hash, entry, now); err != nil {
+			t.Error(err)
+		}
+		if _, ok := c.Get(url, hash, now); !ok {
+			t.Errorf("an entry does not take the place of a %s", name)
+		}
+		os.Remove(path)
+	}
+	if err := os.Symlink(victim, filepath.Join(d, "last-cleanup")); err != nil {
+		t.Fatal(err)
+	}
+	c.Clean(time.Now().Add(100*24*time.Hour), nil)
+	if b, err := os.ReadFile(victim); err != nil || !bytes.Equal(b, precious) {
+		t.Errorf("what a link names has changed: %q, error %v", b, err)
+	}
+	if os.Geteuid() == 0 {
+		if err := os.Chown(d, 1234, -1); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := narinfocache.Open(d); err == nil {
+			t.Error("the cache of another user is used")
+		}
 	}
 }
 

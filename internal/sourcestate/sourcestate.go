@@ -16,7 +16,6 @@ import (
 	"encoding/json"
 	"io"
 	"math"
-	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -199,7 +198,7 @@ func (s *State) Save() error {
 	if s.path == "" || len(s.touched) == 0 {
 		return nil
 	}
-	if err := os.MkdirAll(filepath.Dir(s.path), 0o755); err != nil {
+	if err := files.MakeDirectory(filepath.Dir(s.path)); err != nil {
 		return err
 	}
 	lock, err := files.Lock(s.path+".lock", lockWait)
@@ -259,15 +258,9 @@ const version = 2
 
 // read returns the records of a file, as far as they make sense.
 func read(path string, now time.Time) map[string]Record {
-	records := map[string]Record{}
-	f, err := os.Open(path)
+	b, err := files.ReadState(path, maxFile)
 	if err != nil {
-		return records
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxFile+1))
-	if err != nil || len(b) > maxFile {
-		return records
+		return map[string]Record{}
 	}
 	return parse(b, now)
 }
@@ -319,7 +312,7 @@ func write(path string, records map[string]Record) error {
 	if err != nil {
 		return err
 	}
-	return files.Replace(path, 0o644, files.Options{Locked: true}, func(w io.Writer) error {
+	return files.Replace(path, 0o600, files.Options{Locked: true}, func(w io.Writer) error {
 		_, err := w.Write(b)
 		return err
 	})

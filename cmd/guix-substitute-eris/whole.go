@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"crypto/rand"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
+)
+
+// checkNew returns the absolute form of the name of a file or tree that a user wants to be made,
+// and an error if there is something of that name.
+func checkNew(path string) (string, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return "", err
+	}
+	if _, err := os.Lstat(path); err == nil {
+		return "", &fs.PathError{Op: "create", Path: path, Err: unix.EEXIST}
+	}
+	return path, nil
+}
+
+// makeTree has a file or a tree made beside the name that it gets when it is complete and on disk:
+// whatever ends the program, what has the name is whole. Nothing is left behind after an error.
+func makeTree(path string, restoreTo func(temporary string) error) (err error) {
+	directory := filepath.Dir(path)
+	temporary := filepath.Join(directory, files.TemporaryPrefix+rand.Text())
+	defer func() { err = errors.Join(err, restore.Remove(temporary)) }()
+	if err := restoreTo(temporary); err != nil {
+		return err
+	}
+	d, err := os.Open(directory)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if err := unix.Syncfs(int(d.Fd())); err != nil {
+		return &fs.PathError{Op: "sync", Path: directory, Err: err}
+	}
+	if err := files.MoveNew(temporary, path); err != nil {
+		return err
+	}
+	return d.Sync()
+}
