@@ -37,6 +37,11 @@ func (r Reference) String() string {
 	return string(appendBase32(text[:0], r[:]))
 }
 
+// AppendText appends what String returns, and makes no garbage. It always returns nil.
+func (r Reference) AppendText(b []byte) ([]byte, error) {
+	return appendBase32(b, r[:]), nil
+}
+
 // URN returns "urn:blake2b:" and the text of String.
 func (r Reference) URN() string {
 	return referenceURNPrefix + r.String()

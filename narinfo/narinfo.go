@@ -18,6 +18,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
+	"strings"
 )
 
 // Narinfo describes a store item. [Parse] makes one, and fills in every field; to publish one, fill
@@ -49,6 +51,9 @@ type Narinfo struct {
 	// written, whatever their text: whether it is one must be found out by whoever uses it. What is
 	// beyond the first 16 is dropped.
 	ERIS []ERIS
+	// Deltas has the deltas that make the item of another one, in the order in which they were
+	// written. Those that make no sense, and what is beyond the first 16, are dropped.
+	Deltas []Delta
 	// Signature is the value of the field Signature, empty if there is none.
 	Signature string
 
@@ -74,13 +79,68 @@ func (n *Narinfo) CheckHash() error {
 	return nil
 }
 
-// ERIS is a value of the field ERIS, which is meant to be an ERIS read capability as a URN. (Guix,
-// issue 52555.)
+// ERIS is a value of the field ERIS, which is meant to be an ERIS read capability as a URN, and may
+// say more about what that denotes, separated by single spaces: the form, and its length in bytes.
+// (Guix, issue 52555; form and length are ours.)
 type ERIS struct {
 	URN string
-	// Signed reports whether the signature covers the field. If not, anyone between the signer and
-	// us may have put it there.
+	// Form is "nar." and the name of a compression for a compressed nar of Size bytes. It is empty
+	// if nothing is said, as of ERIS-FS and of nars.
+	Form string
+	Size uint64
+	// Signed tells whether the signature covers the field. If not, anyone between the signer and us
+	// may have put it there.
 	Signed bool
+}
+
+// value is the text of the field.
+func (e ERIS) value() string {
+	if e.Form == "" {
+		return e.URN
+	}
+	return e.URN + " " + e.Form + " " + strconv.FormatUint(e.Size, 10)
+}
+
+// parseERIS is the reverse of value. Of what is no value of three parts, all is the URN.
+func parseERIS(value string) ERIS {
+	parts := strings.Split(value, " ")
+	if len(parts) == 3 && parts[1] != "" {
+		if size, err := strconv.ParseUint(parts[2], 10, 64); err == nil {
+			return ERIS{URN: parts[0], Form: parts[1], Size: size}
+		}
+	}
+	return ERIS{URN: value}
+}
+
+// Delta is a value of the field Delta, which is ours: where to find what makes the item of another
+// one, the base.
+type Delta struct {
+	// Base is the name of the base, without directory; it is a valid one.
+	Base string
+	// Size is the length of the delta in bytes, above 0.
+	Size uint64
+	// URL is where it is: a URN of ERIS, or a URL, which may be relative as that of a nar.
+	URL string
+	// Signed is that of [ERIS].
+	Signed bool
+}
+
+// Text returns the line for a narinfo, without its end.
+func (d Delta) Text() string {
+	return "Delta: " + d.Base + " " + strconv.FormatUint(d.Size, 10) + " " + d.URL
+}
+
+// parseDelta reads a value of the field Delta: base, size and URL, separated by single spaces.
+func parseDelta(value string) (d Delta, ok bool) {
+	parts := strings.Split(value, " ")
+	if len(parts) != 3 || CheckStoreName(parts[0]) != nil {
+		return Delta{}, false
+	}
+	size, err := strconv.ParseUint(parts[1], 10, 63)
+	if err != nil || size == 0 || parts[2] == "" || len(parts[2]) > maxDeltaURL || badURLByte(parts[2]) >= 0 {
+		return Delta{}, false
+	}
+	return Delta{Base: parts[0], Size: size, URL: parts[2]}, true
 }
 
 // ErrUnsigned is the error of [Narinfo.Authorise] for a narinfo that has no signature, or one that

@@ -24,7 +24,10 @@ const (
 	// MaxURLs is the largest number of fields URL.
 	MaxURLs = 64
 
-	maxERIS = 16
+	maxERIS   = 16
+	maxDeltas = 16
+	// maxDeltaURL is the length of the longest URL of a delta that is used, in bytes.
+	maxDeltaURL = 4096
 )
 
 // signatureField is what ends the signed part of a narinfo.
@@ -34,9 +37,9 @@ const signatureField = "Signature:"
 // white space after it, a carriage return for instance, is part of it. A line that starts with "+"
 // continues the value before, one that starts with "#" is a comment. Empty lines may come first; a
 // later one ends the record, and what follows is not read. If a field occurs twice, the first one
-// counts, except for URL and ERIS. A field Compression or FileSize belongs to the field URL before
-// it. Unknown fields are ignored. (Guix, guix/records.scm: recutils->alist; Guix, guix/narinfo.scm:
-// read-narinfo.)
+// counts, except for URL, ERIS and Delta. A field Compression or FileSize belongs to the field URL
+// before it. Unknown fields are ignored. (Guix, guix/records.scm: recutils->alist; Guix,
+// guix/narinfo.scm: read-narinfo.)
 //
 // Parse fails, saying why, if
 //
@@ -184,7 +187,14 @@ func (p *parser) field(f field) error {
 		}
 	case "ERIS":
 		if len(n.ERIS) < maxERIS {
-			n.ERIS = append(n.ERIS, ERIS{URN: f.value, Signed: f.offset < p.signedEnd})
+			e := parseERIS(f.value)
+			e.Signed = f.offset < p.signedEnd
+			n.ERIS = append(n.ERIS, e)
+		}
+	case "Delta":
+		if d, ok := parseDelta(f.value); ok && len(n.Deltas) < maxDeltas {
+			d.Signed = f.offset < p.signedEnd
+			n.Deltas = append(n.Deltas, d)
 		}
 	}
 	return nil
@@ -216,6 +226,9 @@ func (p *parser) finish() (*Narinfo, error) {
 	}
 	for i := range n.ERIS {
 		n.ERIS[i].Signed = false
+	}
+	for i := range n.Deltas {
+		n.Deltas[i].Signed = false
 	}
 	return n, nil
 }

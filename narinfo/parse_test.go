@@ -43,6 +43,8 @@ func TestParseHello(t *testing.T) {
 	}
 }
 
+const deltaBase = "9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello-1"
+
 func TestParseLibchop(t *testing.T) {
 	n := parse(t, read(t, "../testdata/libchop/60m6qih391rq95ck64am8ir64z0sv0zr.narinfo"))
 	want := []narinfo.ERIS{{
@@ -126,7 +128,18 @@ func TestParseAccepts(t *testing.T) {
 		{"a URL that cannot be used beside one that can", hello + "URL: a b\nCompression: none\nURL: x\nCompression: brotli\nURL:\nCompression: none\n",
 			func(n *narinfo.Narinfo) any { return len(n.PreferredURLs(narinfo.Fast)) }, 2},
 		{"any ERIS value", edit(t, hello, "NarSize", "ERIS: urn:erisx2:AAAA\nERIS:\nNarSize"),
-			func(n *narinfo.Narinfo) any { return n.ERIS }, []narinfo.ERIS{{"urn:erisx2:AAAA", true}, {"", true}}},
+			func(n *narinfo.Narinfo) any { return n.ERIS }, []narinfo.ERIS{{URN: "urn:erisx2:AAAA", Signed: true}, {Signed: true}}},
+		{"ERIS values that say the form, or not quite", edit(t, hello, "NarSize", "ERIS: u nar.zstd 7\nERIS: u nar.zstd\nERIS: u nar.zstd -7\nERIS: u  7\nNarSize"),
+			func(n *narinfo.Narinfo) any { return n.ERIS }, []narinfo.ERIS{
+				{URN: "u", Form: "nar.zstd", Size: 7, Signed: true}, {URN: "u nar.zstd", Signed: true}, {URN: "u nar.zstd -7", Signed: true}, {URN: "u  7", Signed: true}}},
+		{"deltas, also such that make no sense", hello + "Delta: " + deltaBase + " 7 delta/x\n" +
+			"Delta: ../x 7 y\nDelta: " + deltaBase + " 0 y\nDelta: " + deltaBase + " -7 y\nDelta: " + deltaBase + " 9223372036854775808 y\nDelta: " + deltaBase + " 7 \n" +
+			"Delta: " + deltaBase + " 7 y z\nDelta: " + deltaBase + " 7 \x01\nDelta: " + deltaBase + " 7 " + strings.Repeat("x", 4097) + "\nDelta: " + deltaBase + " 9 urn:eris:A",
+			func(n *narinfo.Narinfo) any { return n.Deltas }, []narinfo.Delta{{Base: deltaBase, Size: 7, URL: "delta/x"}, {Base: deltaBase, Size: 9, URL: "urn:eris:A"}}},
+		{"too many deltas", hello + strings.Repeat("Delta: "+deltaBase+" 7 x\n", 1000),
+			func(n *narinfo.Narinfo) any { return len(n.Deltas) }, 16},
+		{"a signed delta", edit(t, hello, "NarSize", "Delta: "+deltaBase+" 7 x\nNarSize"),
+			func(n *narinfo.Narinfo) any { return n.Deltas[0].Signed }, true},
 		{"no NarSize", edit(t, hello, "NarSize", "X"),
 			func(n *narinfo.Narinfo) any { return []any{n.NarSize, n.NarSizeKnown} }, []any{uint64(0), false}},
 		{"references without a hash", edit(t, hello, "References: ", "References: bar baz"),

@@ -50,10 +50,10 @@ func SignedPart(n *Narinfo) (string, error) {
 	line("NarHash", hash)
 	line("NarSize", strconv.FormatUint(n.NarSize, 10))
 	for _, e := range n.ERIS {
-		if e.URN == "" || badURLByte(e.URN) >= 0 || strings.Contains(e.URN, signatureField) {
-			return "", fmt.Errorf("narinfo: %.300q is not a URN", e.URN)
+		if e.URN == "" || badURLByte(e.URN+e.Form) >= 0 || strings.Contains(e.value(), signatureField) {
+			return "", fmt.Errorf("narinfo: %.300q is not a URN", e.value())
 		}
-		line("ERIS", e.URN)
+		line("ERIS", e.value())
 	}
 	line("References", strings.Join(n.References, " "))
 	if n.Deriver != "" {

@@ -35,13 +35,13 @@ func TestPrintSignParse(t *testing.T) {
 		StorePath:  helloPath,
 		NarDigest:  sha256.Sum256(helloNar()),
 		NarSize:    120,
-		ERIS:       []narinfo.ERIS{{URN: "urn:eris:A"}, {URN: "urn:eris:B"}},
+		ERIS:       []narinfo.ERIS{{URN: "urn:eris:A"}, {URN: "urn:eris:B", Form: "nar.zstd", Size: 77}},
 		References: []string{strings.Repeat("a", 32) + "-a", "9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello"},
 		Deriver:    strings.Repeat("d", 32) + "-hello.drv",
 	}
 	signed, err := narinfo.SignedPart(n)
 	must(t, err)
-	if want := "StorePath: " + helloPath + "\nNarHash: " + helloHash + "\nNarSize: 120\nERIS: urn:eris:A\nERIS: urn:eris:B\nReferences: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa-a 9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello\nDeriver: dddddddddddddddddddddddddddddddd-hello.drv\n"; signed != want {
+	if want := "StorePath: " + helloPath + "\nNarHash: " + helloHash + "\nNarSize: 120\nERIS: urn:eris:A\nERIS: urn:eris:B nar.zstd 77\nReferences: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa-a 9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello\nDeriver: dddddddddddddddddddddddddddddddd-hello.drv\n"; signed != want {
 		t.Errorf("SignedPart = %q, want %q", signed, want)
 	}
 	urls := []narinfo.URL{{URL: "nar/x", Compression: "none", FileSize: 120, SizeKnown: true}, {URL: "nar/zstd/x", Compression: "zstd"}}
@@ -54,7 +54,7 @@ func TestPrintSignParse(t *testing.T) {
 		t.Error(err)
 	}
 	if !slices.Equal(m.References, n.References) || m.Deriver != n.Deriver || !slices.Equal(m.URLs, urls) ||
-		!slices.Equal(m.ERIS, []narinfo.ERIS{{"urn:eris:A", true}, {"urn:eris:B", true}}) {
+		!slices.Equal(m.ERIS, []narinfo.ERIS{{URN: "urn:eris:A", Signed: true}, {URN: "urn:eris:B", Form: "nar.zstd", Size: 77, Signed: true}}) {
 		t.Errorf("read back %+v", m)
 	}
 

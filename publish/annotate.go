@@ -24,8 +24,10 @@ type AnnotatorOptions struct {
 	Upstream string
 	// StoreDir is the store directory; Root is where it is, if not there.
 	StoreDir, Root string
-	// Capabilities finds the read capabilities of items of the store.
+	// Capabilities finds the read capabilities of items of the store, and Deltas their deltas; nil
+	// is none.
 	Capabilities *Capabilities
+	Deltas       *Deltas
 	// WaitFor and StallTimeout are those of [ServerOptions].
 	WaitFor      uint64
 	StallTimeout time.Duration
@@ -106,6 +108,9 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if w = accept(w, r, a.o.StallTimeout); w == nil {
 		return
 	}
+	if a.o.Deltas != nil && a.o.Deltas.serve(w, r) {
+		return
+	}
 	there := a.there(r.URL)
 	if _, ok := narinfoName(strings.TrimPrefix(r.URL.Path, "/")); !ok {
 		if a.proxy != nil {
@@ -150,13 +155,29 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Write(text)
 }
 
-// annotate adds a capability to a narinfo if there is one. It is not complete if there will be one
-// soon.
+// annotate adds to a narinfo what there is. It is not complete if there will be more soon.
 func (a *Annotator) annotate(ctx context.Context, text []byte) (annotated []byte, complete bool) {
 	n, err := narinfo.Parse(text)
 	if err != nil || n.CheckHash() != nil || narinfo.CheckStorePath(a.o.StoreDir, n.StorePath) != nil {
 		return text, true
 	}
+	complete = true
+	if a.o.Capabilities != nil {
+		text, complete = a.withCapability(ctx, n)
+	}
+	if a.o.Deltas != nil {
+		deltas, all := a.o.Deltas.Known(n)
+		if len(deltas) > 0 {
+			text = []byte(withDeltas(strings.TrimRight(string(text), "\n")+"\n", deltas))
+		}
+		complete = complete && all
+	}
+	return text, complete
+}
+
+// withCapability returns the text of a narinfo with a capability, if there is one.
+func (a *Annotator) withCapability(ctx context.Context, n *narinfo.Narinfo) (annotated []byte, complete bool) {
+	text := []byte(n.Text())
 	path := filepath.Join(a.o.Root, filepath.Base(n.StorePath))
 	c, known := a.o.Capabilities.Known(path, n.NarDigest)
 	if len(n.ERIS) > 0 {

@@ -91,9 +91,37 @@ func encodeArchive(ctx context.Context, path string, sink eris.Sink, secret eris
 	return e, nil
 }
 
+// encodeCompressed encodes the compressed nar of a tree, byte for byte as a [Server] serves it.
+func encodeCompressed(ctx context.Context, path, compression string, sink eris.Sink) (*knownNar, error) {
+	n := &knownNar{Compression: compression, Form: compressedForm}
+	var size counted
+	r, w := io.Pipe()
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		err := writeNar(io.MultiWriter(&size, w), path, compression)
+		w.CloseWithError(err)
+		return err
+	})
+	group.Go(func() error {
+		capability, err := eris.Encode(ctx, r, sink, eris.EncodeOptions{})
+		r.CloseWithError(err) // a writer that is under way ends
+		n.URN = capability.URN()
+		return err
+	})
+	if err := group.Wait(); err != nil {
+		return nil, fmt.Errorf("encoding the nar of %s: %w", path, err)
+	}
+	n.Size = uint64(size)
+	return n, nil
+}
+
 // Capabilities finds the read capabilities of store items: from a directory of those that are
 // known, or by encoding them. It is safe for concurrent use.
 type Capabilities struct {
+	// Nar is a compression, gzip or zstd: of the nar that is compressed so there is a capability
+	// too. Empty is none. It is set before anything else is done.
+	Nar string
+
 	directory string
 	store     fetch.Store // nil: blocks are kept nowhere
 	log       func(format string, a ...any)
@@ -134,6 +162,8 @@ type known struct {
 	URN       string `json:"urn"`
 	// Store names the store that has the blocks; empty for none.
 	Store string `json:"store"`
+	// Nar is what is known of the compressed nar, if that is encoded too.
+	Nar *knownNar `json:"nar,omitempty"`
 	// Item is what the narinfo says beside, once there has been one.
 	Item *knownItem `json:"item,omitempty"`
 	// Sum is the SHA-256 of the rest, so that damage is noticed.
@@ -150,6 +180,20 @@ func (k known) text() ([]byte, error) {
 	k.Sum = fmt.Sprintf("%x", sha256.Sum256(text))
 	text, err = json.Marshal(k)
 	return append(text, '\n'), err
+}
+
+// knownNar is what is known of a compressed nar.
+type knownNar struct {
+	URN         string `json:"urn"`
+	Size        uint64 `json:"size"` // in bytes
+	Compression string `json:"compression"`
+	// Form is [compressedForm], as it was.
+	Form string `json:"form"`
+}
+
+// current reports whether it is what [writeNar] makes with a compression.
+func (n *knownNar) current(compression string) bool {
+	return n != nil && n.Compression == compression && n.Form == compressedForm
 }
 
 // knownItem is what is known of an item for when it has gone.
@@ -196,11 +240,14 @@ func (c *Capabilities) Close() {
 }
 
 // storeName tells stores apart without naming them: a store's URL may be secret.
-func (c *Capabilities) storeName() string {
-	if c.store == nil {
+func (c *Capabilities) storeName() string { return storeName(c.store) }
+
+// storeName is empty for no store.
+func storeName(store fetch.Store) string {
+	if store == nil {
 		return ""
 	}
-	sum := sha256.Sum256([]byte(c.store.String()))
+	sum := sha256.Sum256([]byte(store.String()))
 	return fmt.Sprintf("%x", sum[:16])
 }
 
@@ -210,8 +257,24 @@ func (c *Capabilities) Known(path string, narHash [sha256.Size]byte) (eris.ReadC
 	if !ok || k.StorePath != path || k.NarHash != fmt.Sprintf("%x", narHash) || c.store != nil && k.Store != c.storeName() {
 		return eris.ReadCapability{}, false
 	}
+	if c.Nar != "" && !k.Nar.current(c.Nar) {
+		return eris.ReadCapability{}, false
+	}
 	capability, err := eris.ParseURN(k.URN)
 	return capability, err == nil
+}
+
+// values returns what narinfos say of an item of which the capability is known.
+func (c *Capabilities) values(path string) []narinfo.ERIS {
+	k, ok := c.lookUp(filepath.Base(path))
+	if !ok {
+		return nil
+	}
+	values := []narinfo.ERIS{{URN: k.URN}}
+	if c.Nar != "" && k.Nar.current(c.Nar) {
+		values = append(values, narinfo.ERIS{URN: k.Nar.URN, Form: "nar." + c.Nar, Size: k.Nar.Size})
+	}
+	return values
 }
 
 // lookUp returns what is known of the item with a file name, or with a hash part alone.
@@ -421,6 +484,10 @@ func (c *Capabilities) encode(path string, narHash [sha256.Size]byte) (eris.Read
 		sink = pipeline.Put
 	}
 	e, err := Encode(c.ctx, path, sink, eris.ConvergenceSecret{})
+	var compressed *knownNar
+	if err == nil && c.Nar != "" {
+		compressed, err = encodeCompressed(c.ctx, path, c.Nar, sink)
+	}
 	if pipeline != nil {
 		// Nobody may hear of blocks that are not stored.
 		if err2 := pipeline.Flush(); err == nil && err2 != nil {
@@ -433,7 +500,7 @@ func (c *Capabilities) encode(path string, narHash [sha256.Size]byte) (eris.Read
 	if e.NarHash != narHash {
 		return eris.ReadCapability{}, fmt.Errorf("%s: %w: hash %x instead of %x", path, errOtherContents, e.NarHash, narHash)
 	}
-	k := known{StorePath: path, NarHash: fmt.Sprintf("%x", narHash), URN: e.Capability.URN(), Store: c.storeName()}
+	k := known{StorePath: path, NarHash: fmt.Sprintf("%x", narHash), URN: e.Capability.URN(), Store: c.storeName(), Nar: compressed}
 	c.remember(filepath.Base(path), k)
 	if err := c.write(filepath.Base(path), k); err != nil {
 		c.log("the capability of %s cannot be kept: %v", path, err)

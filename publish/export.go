@@ -42,6 +42,11 @@ type ExportOptions struct {
 	// Fetch restores an item, checked against an authorised narinfo, to a path that is not there
 	// yet. It is for items that the local store does not have with the contents that were signed.
 	Fetch func(ctx context.Context, storePath, to string) error
+	// Since is the directory of an earlier export, which whoever gets this one has in the store. What
+	// is there is left out; an item of which an older version is there, and also in the local store,
+	// is exported as a delta from that, in place of its blocks, where it is much smaller. Empty is
+	// none.
+	Since string
 	// Closure exports everything that the items refer to, too.
 	Closure bool
 	// Log is where messages go.
@@ -79,16 +84,21 @@ func Export(ctx context.Context, items []string, o ExportOptions) (Exported, err
 		o.Root = o.StoreDir
 	}
 	e := exporter{o: o, seen: map[string]bool{}}
-	err := e.run(ctx, items)
+	var err error
+	if e.earlier, err = readEarlier(o.Since, o.StoreDir); err != nil {
+		return Exported{}, err
+	}
+	err = e.run(ctx, items)
 	return e.done, err
 }
 
 type exporter struct {
-	o     ExportOptions
-	seen  map[string]bool
-	items []*exportItem
-	text  int // bytes of narinfos
-	done  Exported
+	o       ExportOptions
+	seen    map[string]bool
+	items   []*exportItem
+	text    int // bytes of narinfos
+	done    Exported
+	earlier *earlier
 }
 
 // An exportItem is an item with its narinfo, in the end that with a read capability.
@@ -140,7 +150,9 @@ func (e *exporter) collect(ctx context.Context, items []string) error {
 			if e.text += len(n.Text()); e.text > MaxNarinfos {
 				return fmt.Errorf("narinfos of more than %d bytes are too many", MaxNarinfos)
 			}
-			e.items = append(e.items, &exportItem{path: path, narinfo: n})
+			if !e.earlier.has(n) {
+				e.items = append(e.items, &exportItem{path: path, narinfo: n})
+			}
 			if e.o.Closure {
 				for _, name := range n.References {
 					references = append(references, e.o.StoreDir+"/"+name)
@@ -318,6 +330,10 @@ func (e *exporter) export(ctx context.Context, it *exportItem) error {
 		if err := e.o.Fetch(ctx, path, tree); err != nil {
 			return err
 		}
+	}
+	if text, err := e.exportDelta(ctx, n, tree); text != "" || err != nil {
+		it.text = text
+		return err
 	}
 	pipeline := fetch.NewPipeline(ctx, e.o.Blocks)
 	encoding, err := Encode(ctx, tree, pipeline.Put, eris.ConvergenceSecret{})

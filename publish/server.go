@@ -25,7 +25,6 @@ import (
 	"golang.org/x/sync/singleflight"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
@@ -45,6 +44,8 @@ type ServerOptions struct {
 	Host string
 	// Capabilities finds read capabilities; nil leaves the field ERIS out.
 	Capabilities *Capabilities
+	// Deltas has deltas of the items; nil has none.
+	Deltas *Deltas
 	// WaitFor is the length in bytes of the largest archive of an item that a request waits to be
 	// encoded for, if it does not take too long: see [Capabilities.FindSoon]. The capability of
 	// another one is in the narinfo when it has been computed; until then the narinfo, without it,
@@ -125,6 +126,13 @@ func NewServer(o ServerOptions) (*Server, error) {
 	s.mux.HandleFunc("GET /nar/{item}", func(w http.ResponseWriter, r *http.Request) { s.nar(w, r, "none") })
 	s.mux.HandleFunc("GET /nar/gzip/{item}", func(w http.ResponseWriter, r *http.Request) { s.nar(w, r, "gzip") })
 	s.mux.HandleFunc("GET /nar/zstd/{item}", func(w http.ResponseWriter, r *http.Request) { s.nar(w, r, "zstd") })
+	if o.Deltas != nil {
+		s.mux.HandleFunc("GET /delta/", func(w http.ResponseWriter, r *http.Request) {
+			if !o.Deltas.serve(w, r) {
+				http.NotFound(w, r)
+			}
+		})
+	}
 	return s, nil
 }
 
@@ -185,10 +193,14 @@ func (s *Server) narinfo(w http.ResponseWriter, r *http.Request) {
 	item, err := s.item(r.Context(), hashPart)
 	if err == nil {
 		text, complete, err = s.text(r.Context(), item)
+		if s.o.Deltas != nil && err == nil {
+			deltas, all := s.o.Deltas.Known(item)
+			text, complete = withDeltas(text, deltas), complete && all
+		}
 	} else if errors.Is(err, ErrNoItem) && s.o.Capabilities != nil {
 		// What has been deleted here can be had from its blocks, though not as a nar.
-		if item, c, ok := s.o.Capabilities.Gone(r.Context(), hashPart); ok && narinfo.CheckStorePath(s.o.StoreDir, item.StorePath) == nil {
-			text, err = s.sign(item, &c)
+		if item, _, ok := s.o.Capabilities.Gone(r.Context(), hashPart); ok && narinfo.CheckStorePath(s.o.StoreDir, item.StorePath) == nil {
+			text, err = s.sign(item, s.o.Capabilities.values(item.StorePath))
 		}
 	}
 	if err != nil {
@@ -323,13 +335,13 @@ func (s *Server) text(ctx context.Context, item *narinfo.Narinfo) (text string, 
 		return text, true, err
 	}
 	path := s.file(item.StorePath)
-	c, found := s.o.Capabilities.Known(path, item.NarDigest)
+	_, found := s.o.Capabilities.Known(path, item.NarDigest)
 	switch {
 	case found:
 	case item.NarSize > s.o.WaitFor:
 		s.o.Capabilities.FindLater(path, item.NarDigest)
 	default:
-		c, found, err = s.o.Capabilities.FindSoon(ctx, path, item.NarDigest)
+		_, found, err = s.o.Capabilities.FindSoon(ctx, path, item.NarDigest)
 		if errors.Is(err, errOtherContents) {
 			return "", false, fmt.Errorf("%w: %w", ErrNoItem, err)
 		}
@@ -340,18 +352,15 @@ func (s *Server) text(ctx context.Context, item *narinfo.Narinfo) (text string, 
 		return text, false, err
 	}
 	s.o.Capabilities.Keep(path, item)
-	text, err = s.sign(item, &c)
+	text, err = s.sign(item, s.o.Capabilities.values(path))
 	return text, true, err
 }
 
-// sign makes the narinfo of an item with a read capability, or without if c is nil.
-func (s *Server) sign(item *narinfo.Narinfo, c *eris.ReadCapability) (string, error) {
+// sign makes the narinfo of an item with read capabilities, or without any.
+func (s *Server) sign(item *narinfo.Narinfo, capabilities []narinfo.ERIS) (string, error) {
 	n := &narinfo.Narinfo{
 		StorePath: item.StorePath, NarDigest: item.NarDigest, NarSize: item.NarSize,
-		References: item.References, Deriver: item.Deriver,
-	}
-	if c != nil {
-		n.ERIS = []narinfo.ERIS{{URN: c.URN()}}
+		References: item.References, Deriver: item.Deriver, ERIS: capabilities,
 	}
 	part, err := narinfo.SignedPart(n)
 	if err != nil {
@@ -363,7 +372,7 @@ func (s *Server) sign(item *narinfo.Narinfo, c *eris.ReadCapability) (string, er
 			return "", err
 		}
 	}
-	return narinfo.Text(part, signature, s.urls(item))
+	return narinfo.Text(part, signature, s.urls(n))
 }
 
 // urls are the places of the nar of an item.
@@ -374,6 +383,11 @@ func (s *Server) urls(item *narinfo.Narinfo) []narinfo.URL {
 		u := narinfo.URL{URL: "nar/" + c + "/" + name, Compression: c}
 		if c == "none" {
 			u = narinfo.URL{URL: "nar/" + name, Compression: c, FileSize: item.NarSize, SizeKnown: true}
+		}
+		for _, e := range item.ERIS {
+			if e.Form == "nar."+c {
+				u.FileSize, u.SizeKnown = e.Size, true
+			}
 		}
 		urls = append(urls, u)
 	}

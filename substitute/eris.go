@@ -15,6 +15,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
 const (
@@ -30,6 +31,8 @@ const (
 type blocksWay struct {
 	j          *job
 	capability eris.ReadCapability
+	form       string // of what it denotes, see [narinfo.ERIS]
+	size       int64  // of that, in bytes
 }
 
 // listBlocks adds the read capabilities that narinfos offer, signed ones first. All these narinfos
@@ -50,25 +53,47 @@ func (j *job) listBlocks(records []record) {
 					continue // a draft of the encoding, perhaps
 				}
 				j.listed[c.URN()] = true
-				j.ways = append(j.ways, &candidate{way: &blocksWay{j, c}, from: r})
+				j.ways = append(j.ways, &candidate{way: newBlocksWay(j, c, e), from: r})
 			}
 		}
 	}
+}
+
+// newBlocksWay returns the way by a value of the field ERIS.
+func newBlocksWay(j *job, c eris.ReadCapability, e narinfo.ERIS) *blocksWay {
+	w := &blocksWay{j, c, e.Form, int64(min(j.want.NarSize, 1<<62))}
+	if e.Form != "" {
+		w.size = int64(min(e.Size, 1<<62))
+	}
+	return w
 }
 
 func (w *blocksWay) String() string { return w.capability.URN() }
 
 func (w *blocksWay) pace() pace { return pace{paceAfter, 0, preferFactor} }
 
-func (w *blocksWay) limits() erisfs.Limits { return erisfs.Limits{NarSize: w.j.options().MaxBytes} }
+func (j *job) limits() erisfs.Limits { return erisfs.Limits{NarSize: j.options().MaxBytes} }
 
 func (w *blocksWay) expect(ctx context.Context) expectation {
-	s := w.j.s
-	size := int64(min(w.j.want.NarSize, 1<<62))
+	e := w.j.expectBlocks(ctx, w.capability, w.size)
+	size := float64(min(w.j.want.NarSize, 1<<62))
+	e.time += seconds(size / blocksRate)
+	if method, compressed := strings.CutPrefix(w.form, "nar."); compressed {
+		e.how += ", compression " + method
+		if rate := decompressRates[method]; rate > 0 {
+			e.time += seconds(size / rate)
+		}
+	}
+	return e
+}
+
+// expectBlocks returns what it should cost to get contents of size bytes.
+func (j *job) expectBlocks(ctx context.Context, c eris.ReadCapability, size int64) expectation {
+	s := j.s
 	missing := size
 	if s.Nearby != nil && s.Policy == Fastest {
 		within, cancel := context.WithTimeout(ctx, presentTime)
-		missing = max(0, size-image.Present(within, s.Nearby, w.capability, w.limits(), s.NearbyStride))
+		missing = max(0, size-image.Present(within, s.Nearby, c, j.limits(), s.NearbyStride))
 		cancel()
 	}
 	speed := Speed{}
@@ -76,15 +101,15 @@ func (w *blocksWay) expect(ctx context.Context) expectation {
 		speed = s.StoreSpeed()
 	}
 	speed = speed.orUnknown()
-	e := expectation{bytes: missing, time: seconds(float64(size) / blocksRate), known: speed.Known || missing == 0}
+	e := expectation{bytes: missing, known: speed.Known || missing == 0}
 	if missing > 0 && speed.None {
 		e.time, e.known = longest, true
 		if s.Probe != nil {
-			s.Probe(eris.Pair{Reference: w.capability.Root, Key: w.capability.Key}, w.capability.BlockSize)
+			s.Probe(eris.Pair{Reference: c.Root, Key: c.Key}, c.BlockSize)
 		}
 	} else if missing > 0 {
 		// One round trip after the other: the index, level by level, and a first block.
-		depth := time.Duration(w.capability.Level + 2)
+		depth := time.Duration(c.Level + 2)
 		e.time += depth*speed.Latency + seconds(float64(missing)/speed.Rate)
 	}
 	e.how = fmt.Sprintf("%s of %s missing, %s", megabytes(missing), megabytes(size), speed)
@@ -92,22 +117,7 @@ func (w *blocksWay) expect(ctx context.Context) expectation {
 }
 
 func (w *blocksWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool), error) {
-	s := w.j.s
-	whole := int64(min(w.j.want.NarSize, 1<<62)) // blocks are some bytes more
-	a.from(shownURN(w.capability, w.j.path), whole)
-	var shown atomic.Int64
-	blocks := fetch.Counted(s.Blocks, func(n int) {
-		after := shown.Add(int64(n))
-		a.countShown(n, int(min(after, whole)-min(after-int64(n), whole)))
-	})
-	var window fetch.Window
-	if s.Window != nil {
-		window = s.Window()
-	}
-	if !w.j.waited() {
-		window.Requests, window.Bytes = window.Requests/aheadShare, window.Bytes/aheadShare
-	}
-	contents, err := image.Open(ctx, blocks, w.capability, w.limits(), window)
+	contents, err := w.j.openImage(ctx, a, w.capability, w.size)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -116,6 +126,24 @@ func (w *blocksWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok b
 		return nil, nil, err
 	}
 	return nodes, func(bool) { closeNodes() }, nil
+}
+
+// openImage opens the contents of a read capability, of size bytes or some more.
+func (j *job) openImage(ctx context.Context, a *attempt, c eris.ReadCapability, size int64) (*image.Image, error) {
+	a.from(shownURN(c, j.path), size)
+	var shown atomic.Int64
+	blocks := fetch.Counted(j.s.Blocks, func(n int) {
+		after := shown.Add(int64(n))
+		a.countShown(n, int(min(after, size)-min(after-int64(n), size)))
+	})
+	var window fetch.Window
+	if j.s.Window != nil {
+		window = j.s.Window()
+	}
+	if !j.waited() {
+		window.Requests, window.Bytes = window.Requests/aheadShare, window.Bytes/aheadShare
+	}
+	return image.Open(ctx, blocks, c, j.limits(), window)
 }
 
 // shownURN is what people are told that the item comes from: the URN, and the name of the item in

@@ -49,9 +49,9 @@ type narWay struct {
 	from narinfo.URL
 }
 
-// narURL returns where the nar is that a narinfo offers, or why it cannot be had.
-func narURL(r record, u narinfo.URL) (string, error) {
-	url, err := narinfo.ResolveURL(r.server.base, u.URL)
+// narURL returns where something is that a narinfo offers, or why it cannot be had.
+func narURL(r record, value string) (string, error) {
+	url, err := narinfo.ResolveURL(r.server.base, value)
 	if err == nil {
 		err = mirror.CheckURL(url)
 	}
@@ -69,7 +69,7 @@ func (j *job) listNars(records []record) {
 	}
 	for _, r := range records {
 		for _, u := range r.narinfo.PreferredURLs(narinfo.Fast) {
-			url, err := narURL(r, u)
+			url, err := narURL(r, u.URL)
 			switch {
 			case err != nil:
 				j.log.Warnf("%s: %v", j.path, err)
@@ -106,25 +106,18 @@ func (w *narWay) expect(context.Context) expectation {
 
 func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool), error) {
 	j, method := w.j, w.from.Compression
-	begin := time.Now()
-	body, err := j.openNar(ctx, a, w.url)
+	size := int64(-1)
+	if method == "none" {
+		size = int64(min(j.want.NarSize, 1<<62))
+	}
+	body, err := j.download(ctx, a, w.url, size)
 	if err != nil {
 		return nil, nil, err
 	}
-	latency := time.Since(begin)
-	size := body.Size
-	if size < 0 && method == "none" {
-		size = int64(min(j.want.NarSize, 1<<62))
-	}
-	a.from(body.URL, size)
-	counted := &counter{r: body, a: a}
-	if !mirror.IsLocal(w.url) {
-		counted.r = ratelimit.Reader(ctx, &orderly{ctx, body, j}, j.s.Limiter)
-	}
-	var source io.Reader = counted
-	if method == "gzip" && body.Decoded {
+	var source io.Reader = body
+	if method == "gzip" && body.nar.Decoded {
 		// Some servers call a file that is compressed itself encoded.
-		b := bufio.NewReader(counted)
+		b := bufio.NewReader(body)
 		if magic, err := b.Peek(2); err == nil && string(magic) != "\x1f\x8b" {
 			method = "none"
 		}
@@ -132,49 +125,83 @@ func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool
 	}
 	plain, err := decompress.Open(method, source)
 	if err != nil {
-		body.Close()
-		return nil, nil, w.unquoted(err)
+		body.nar.Close()
+		return nil, nil, unquoted(w.url, err)
 	}
 	reader, closeNodes := j.reader(ctx, plain)
-	return unquotedNodes{reader, w}, func(ok bool) {
+	return unquotedNodes{reader, w.url}, func(ok bool) {
 		closeNodes()
 		plain.Close()
-		if ok {
-			body.Drain()
-		}
-		body.Close()
-		// One that was given up is known to be slow.
-		if j.s.Speeds != nil && !mirror.IsLocal(w.url) && (ok || a.slow()) {
-			j.s.Speeds.Measured(w.url, counted.n.Load(), time.Duration(counted.waited.Load()), latency)
-		}
+		body.done(ok)
 	}, nil
 }
 
-// unquoted is an error without anything that a local file contains.
-func (w *narWay) unquoted(err error) error {
+// unquoted is an error of what is read from a URL, without anything that a local file contains.
+func unquoted(url string, err error) error {
 	var ofFile *fs.PathError
-	if err == nil || err == io.EOF || !mirror.IsLocal(w.url) || errors.As(err, &ofFile) {
+	if err == nil || err == io.EOF || !mirror.IsLocal(url) || errors.As(err, &ofFile) {
 		return err
 	}
 	return errUnquoted
 }
 
-// unquotedNodes are the nodes of a nar, whose errors do not show what a local file contains.
+// unquotedNodes are nodes whose errors do not show what a local file contains.
 type unquotedNodes struct {
 	nar.Nodes
-	w *narWay
+	url string
 }
 
 // Next implements [nar.Nodes].
 func (n unquotedNodes) Next() (nar.Node, error) {
 	node, err := n.Nodes.Next()
-	return node, n.w.unquoted(err)
+	return node, unquoted(n.url, err)
 }
 
 // Contents implements [nar.Nodes].
 func (n unquotedNodes) Contents() (nar.Chunk, error) {
 	chunk, err := n.Nodes.Contents()
-	return chunk, n.w.unquoted(err)
+	return chunk, unquoted(n.url, err)
+}
+
+// A download is the bytes that a server sends.
+type download struct {
+	*counter
+	nar     *mirror.Nar
+	url     string
+	latency time.Duration
+	j       *job
+	a       *attempt
+}
+
+// download begins to fetch what a server has at a URL, of size bytes if the server does not say;
+// negative is unknown. The caller must call done, or close the nar to give it up.
+func (j *job) download(ctx context.Context, a *attempt, url string, size int64) (*download, error) {
+	begin := time.Now()
+	body, err := j.openNar(ctx, a, url)
+	if err != nil {
+		return nil, err
+	}
+	d := &download{&counter{r: body, a: a}, body, url, time.Since(begin), j, a}
+	if body.Size >= 0 {
+		size = body.Size
+	}
+	a.from(body.URL, size)
+	if !mirror.IsLocal(url) {
+		d.r = ratelimit.Reader(ctx, &orderly{ctx, body, j}, j.s.Limiter)
+	}
+	return d, nil
+}
+
+// done ends the download, and learns from it how fast the server is.
+func (d *download) done(ok bool) {
+	if ok {
+		d.nar.Drain()
+	}
+	d.nar.Close()
+	// One that was given up is known to be slow.
+	if d.j.s.Speeds != nil && !mirror.IsLocal(d.url) && (ok || d.a.slow()) {
+		d.j.s.Speeds.Measured(d.url, d.n.Load(), time.Duration(d.waited.Load()), d.latency)
+	}
 }
 
 // openNar opens a nar. Servers that keep silent have little time in all.

@@ -238,7 +238,7 @@ func (j *job) tryAll(ctx context.Context) (Outcome, bool) {
 		j.ways = j.ways[1:]
 		size, err := j.try(ctx, c)
 		if err == nil {
-			if !isBlocks(c) && !isRewritten(c) {
+			if _, byNar := c.way.(*narWay); byNar {
 				j.whyNotBlocks()
 			}
 			// The daemon needs a number, and takes the one that the narinfo has.
@@ -269,7 +269,7 @@ func (j *job) failed(c *candidate, err error) {
 	if isBlocks(c) {
 		j.blocksFailed = err.Error()
 	}
-	if isRewritten(c) {
+	if isRewritten(c) || isDelta(c) {
 		if j.s.Verbose {
 			j.log.Notef("%v; going on with another way", naming(c.String(), err))
 		}
@@ -403,7 +403,7 @@ func (j *job) check(ctx context.Context, c *candidate, r restore.Result) error {
 		w.missed(ctx)
 		return errContents
 	}
-	if j.actual == nil {
+	if j.actual == nil && !isDelta(c) { // the base may be to blame
 		j.actual = &r.NarHash
 	}
 	return errContents

@@ -16,9 +16,10 @@ import (
 )
 
 // This file has the list of the ways to an item, and their order. Today they are old items that are
-// rewritten, blocks, and nars. Blocks are encrypted, so that they do not compress: as many bytes as
-// the archive has, where a nar has a third or a quarter of them. From near or from several places
-// at once, and when many are there already, blocks are the faster way all the same.
+// rewritten, deltas, blocks, and nars. Blocks are encrypted, so that they do not compress: those of
+// ERIS-FS are as many bytes as the archive has, where a nar has a third or a quarter of them. From
+// near or from several places at once, and when many are there already, blocks are the faster way
+// all the same.
 
 // A way is one way to get an item. Each kind is one file, which adds its ways to the list of a job;
 // that sorts them, takes one after the other until one works, and checks what was restored.
@@ -65,6 +66,7 @@ type candidate struct {
 func (j *job) list(ctx context.Context, records []record) {
 	before := len(j.ways)
 	j.listRewritten(ctx)
+	j.listDeltas(records)
 	j.listBlocks(records)
 	j.listNars(records)
 	for i, c := range j.ways[before:] {
@@ -76,7 +78,12 @@ func (j *job) list(ctx context.Context, records []record) {
 
 // rank returns the place of a way in the list, as the policy has it.
 func (j *job) rank(c *candidate) float64 {
-	_, blocks := c.way.(*blocksWay)
+	blocks := isBlocks(c)
+	if d, ok := c.way.(*deltaWay); ok {
+		blocks = d.blocks()
+	}
+	// Where time does not count, fewer bytes are better: a compressed nar than ERIS-FS.
+	fewer := float64(c.bytes) / (1 << 63)
 	switch {
 	case isRewritten(c):
 		return -2
@@ -84,9 +91,9 @@ func (j *job) rank(c *candidate) float64 {
 		// The order of the servers is the user's: a later one has to be faster by some factor.
 		return c.time.Seconds() * (1 + float64(min(c.from.server.index, 8))/4)
 	case j.s.Policy == HTTPFirst:
-		return 1e12
+		return 1e12 * (1 + fewer)
 	case j.s.Policy != Fastest || !c.known:
-		return -1
+		return fewer - 1
 	}
 	return (c.time - preferMargin).Seconds() / preferFactor
 }
@@ -185,7 +192,7 @@ func (s *Substituter) usable(f *found) bool {
 	}
 	return slices.ContainsFunc(append([]record{f.chosen}, f.others...), func(r record) bool {
 		return len(r.narinfo.ERIS) > 0 || slices.ContainsFunc(r.narinfo.PreferredURLs(narinfo.Fast), func(u narinfo.URL) bool {
-			_, err := narURL(r, u)
+			_, err := narURL(r, u.URL)
 			return err == nil
 		})
 	})

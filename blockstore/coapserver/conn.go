@@ -11,7 +11,6 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/queue"
 )
 
 const (
@@ -35,7 +34,6 @@ type conn struct {
 	server *Server
 	access Access
 	peer   *coap.Conn
-	queue  *queue.Queue
 	ctx    context.Context // ends with the connection
 	cancel context.CancelFunc
 	group  sync.WaitGroup
@@ -43,31 +41,23 @@ type conn struct {
 	// Of the goroutine that reads.
 	parsed    []getRequest // not handed over yet
 	transfers *transfers
-	transfer  *transfer  // of the request that is being received
-	code      codes.Code // what put said to it
-	putter    bool       // it is a PUT that is not answered yet
 
 	room    sync.Cond // there is room for more again
-	counted int64     // of queue.Bytes, in answerBytes of the server
+	counted int64     // of what waits to be sent, in answerBytes of the server
+	idle    func(bool)
+	isIdle  bool // as idle was told
 
 	gets     []getRequest // waiting, from firstGet on
 	firstGet int
 	getters  int
-	calling  bool       // a getter has been started that has taken nothing yet
-	started  []*getCall // requests of sources without an answer
-	idle     []*getCall // to be used again
+	calling  bool // a getter has been started that has taken nothing yet
 
 	open    *batch // offered to the next goroutine that puts, and to the reader to put more in
 	putting int    // batches that are being put
-
-	busy    bool            // something is under way, as the gate knows
-	setIdle func(idle bool) // tells the gate
 }
 
-// newConn returns a connection. SetIdle is told whether nothing is under way, as at first.
-func newConn(s *Server, netConn net.Conn, access Access, setIdle func(idle bool)) *conn {
-	setIdle(true)
-	c := &conn{server: s, access: access, transfers: newTransfers(maxStreamTransfers, maxStreamTransfers, 0), setIdle: setIdle}
+func newConn(s *Server, netConn net.Conn, access Access, idle func(bool)) *conn {
+	c := &conn{server: s, access: access, idle: idle, transfers: newTransfers(maxStreamTransfers, maxStreamTransfers, 0)}
 	if unix, ok := netConn.(*net.UnixConn); ok {
 		// The default holds six blocks of 32 KiB, which makes both sides wait for each other all
 		// the time.
@@ -77,79 +67,62 @@ func newConn(s *Server, netConn net.Conn, access Access, setIdle func(idle bool)
 	c.peer = coap.NewConn(netConn, coap.Config{
 		Timeout: s.config.MessageTimeout, IdleTimeout: s.config.IdleTimeout, Pool: s.pool, Paths: s.paths, Handler: c,
 	})
-	c.queue = c.peer.Queue
-	c.room.L = &c.queue.Mu
+	c.room.L = c.peer
 	return c
 }
 
 // serve serves the connection until it ends.
 func (c *conn) serve() {
 	defer c.cancel()
-	stop := context.AfterFunc(c.ctx, c.cancelGets)
-	defer stop()
 	_ = c.peer.Run()
-	c.queue.Mu.Lock()
+	c.peer.Lock()
 	c.server.answerBytes.Add(-c.counted)
 	c.counted = 0
-	c.queue.Mu.Unlock()
+	c.peer.Unlock()
 }
 
 // Request implements [coap.Handler].
-func (c *conn) Request(r *coap.Request, length int) (dst []byte) {
-	c.putter = false
+func (c *conn) Request(r *coap.Request) {
+	code := c.server.check(r, c.access)
 	switch {
-	case r.Refuse != codes.Empty:
-		c.answer(r.Token, r.Refuse)
+	case code != codes.Empty:
+		c.answer(r.Token, code, nil)
 	case r.Code == codes.GET:
-		c.get(r)
+		c.parsed = append(c.parsed, newGetRequest(r))
+		if len(c.parsed) >= maxParsed {
+			c.dispatch()
+		}
 	default:
-		c.putter = true
-		dst, c.code = c.put(r, length)
-	}
-	return dst
-}
-
-// Received implements [coap.Handler].
-func (c *conn) Received(r *coap.Request) {
-	if c.putter {
-		c.finishPut(r)
+		c.put(r)
 	}
 }
 
-// Dry implements [coap.Handler]: now is the time to do what was part.
+// Dry implements [coap.Handler]: now is the time to do what was requested.
 func (c *conn) Dry() {
-	c.queue.Mu.Lock()
+	c.peer.Lock()
+	defer c.peer.Unlock()
 	c.handOver()
-	c.queue.Mu.Unlock()
+	c.tellIdle()
 }
 
 // Written implements [coap.Handler].
 func (c *conn) Written() {
-	bytes := max(0, int64(c.queue.Bytes())-guaranteed)
+	bytes := max(0, int64(c.peer.Queued())-guaranteed)
 	c.server.answerBytes.Add(bytes - c.counted)
 	c.counted = bytes
-	if c.queue.Err() != nil {
+	if c.peer.Broken() {
 		c.cancel()
 	}
+	c.tellIdle()
 	c.room.Broadcast()
-	c.markIdle()
 }
 
-// markBusy notes that something is under way. The lock must be held.
-func (c *conn) markBusy() {
-	if !c.busy {
-		c.busy = true
-		c.setIdle(false)
-	}
-}
-
-// markIdle notes when nothing is under way any more: the connection may make room for others then.
-// The lock must be held.
-func (c *conn) markIdle() {
-	gets := len(c.gets) - c.firstGet + len(c.started) + c.getters
-	if c.busy && gets == 0 && c.putting == 0 && c.open == nil && c.queue.Bytes() == 0 {
-		c.busy = false
-		c.setIdle(true)
+// tellIdle calls idle if it has changed whether nothing is under way. The lock must be held.
+func (c *conn) tellIdle() {
+	idle := c.firstGet == len(c.gets) && c.getters == 0 && c.open == nil && c.putting == 0 && c.peer.Queued() == 0
+	if idle != c.isIdle {
+		c.isIdle = idle
+		c.idle(idle)
 	}
 }
 
@@ -160,49 +133,35 @@ func (c *conn) Finish(failed bool) {
 	}
 	c.dispatch()
 	c.group.Wait()
-	c.queue.Mu.Lock()
-	defer c.queue.Mu.Unlock()
-	for len(c.started) > 0 {
-		c.room.Wait()
-	}
 }
 
 // answer sends a response without a payload. Only the goroutine that reads calls it: if the client
 // does not take its answers, it waits, so that no further requests are read.
-func (c *conn) answer(token coap.Token, code codes.Code, options ...byte) {
-	c.queue.Mu.Lock()
-	defer c.queue.Mu.Unlock()
+func (c *conn) answer(token coap.Token, code codes.Code, options []byte) {
+	c.peer.Lock()
+	defer c.peer.Unlock()
 	for c.isFull() {
 		c.room.Wait()
 	}
-	c.markBusy()
 	c.peer.Respond(token, code, options, nil)
 }
 
 // isFull reports whether there are so many answers that have not been taken that no more may be
 // made. The lock must be held.
 func (c *conn) isFull() bool {
-	bytes := int64(c.queue.Bytes())
-	if bytes <= guaranteed || c.queue.Err() != nil {
+	bytes := int64(c.peer.Queued())
+	if bytes <= guaranteed || c.peer.Broken() {
 		return false
 	}
 	return bytes >= c.server.config.MaxAnswerBytes || c.server.answerBytes.Load() > c.server.config.MaxTotalAnswerBytes
 }
 
-// dispatch does what was part, and waits if too much is being part.
+// dispatch does what was requested, and waits if too much is.
 func (c *conn) dispatch() {
-	c.queue.Mu.Lock()
+	c.peer.Lock()
 	c.handOver()
-	for len(c.gets)-c.firstGet > maxWaitingGets && c.queue.Err() == nil {
+	for len(c.gets)-c.firstGet > maxWaitingGets && !c.peer.Broken() {
 		c.room.Wait()
 	}
-	c.queue.Mu.Unlock()
-}
-
-// resource returns the resource of a request, if it is a store.
-func (c *conn) resource(r *coap.Request) *Resource {
-	if r.Resource < 0 || r.Resource >= len(c.server.resources) {
-		return nil
-	}
-	return &c.server.resources[r.Resource]
+	c.peer.Unlock()
 }

@@ -8,7 +8,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -17,8 +16,6 @@ import (
 
 const (
 	maxRetransmit = 4
-	// maxPart is the greatest payload in bytes of a datagram (RFC 7252, section 4.6).
-	maxPart = 1024
 	// answerTimeout is more than all copies of an answer take with the default timeouts (RFC 7252,
 	// section 4.8.2).
 	answerTimeout = 2 * time.Minute
@@ -49,61 +46,36 @@ func (s *Server) ServePacket(conn net.PacketConn, access Access) error {
 	defer s.done(conn)
 	d := &s.config.Datagram
 	p := &packets{server: s, access: access, transfers: newTransfers(d.MaxTransfers, d.MaxTransfersPerHost, d.TransferTimeout)}
-	err := coap.NewEndpoint(conn, false, coap.EndpointConfig{
+	err := coap.NewEndpoint(conn, coap.EndpointConfig{
 		Window: 1, AckTimeout: d.AckTimeout, MaxRetransmit: maxRetransmit, Timeout: answerTimeout,
-		AckDelay: d.AckDelay, Paths: s.paths, Handler: p.serve,
-	}).Run(d.Workers)
+		Workers: d.Workers, AckDelay: d.AckDelay, Paths: s.paths, Handler: p.serve,
+	}).Run()
 	if s.isClosing() {
 		return ErrServerClosed
 	}
 	return err
 }
 
+// datagramForm is how blocks go in datagrams (RFC 7252, section 4.6).
+var datagramForm = form{whole: unit, exponent: coap.MaxExponent}
+
 // serve does what a request asks for, and answers.
 func (p *packets) serve(packet *coap.Packet) {
-	memory := p.server.parts.Get().(*[eris.BlockSize32KiB]byte)
-	defer p.server.parts.Put(memory)
-	packet.Respond(p.answer(packet, memory[:0]))
-}
-
-// answer does what a request asks for and returns the answer. The memory has room for a block.
-func (p *packets) answer(packet *coap.Packet, memory []byte) (code codes.Code, options, payload []byte) {
 	s, r := p.server, &packet.Request
+	code := s.check(r, p.access)
 	switch {
-	case r.Refuse != codes.Empty:
-		return r.Refuse, nil, nil
-	case r.Resource < 0 || r.Resource >= len(s.resources):
-		return codes.NotFound, nil, nil
-	case r.Block1.Exponent == coap.BERT || r.Block2.Exponent == coap.BERT:
-		return codes.BadRequest, nil, nil
+	case code != codes.Empty:
+		packet.Respond(code, nil, nil)
+	case r.Block1.Exponent == coap.BERT:
+		packet.Respond(codes.BadRequest, nil, nil)
+	case r.Code == codes.GET:
+		l := s.lookups.Get().(*lookup)
+		defer s.lookups.Put(l)
+		packet.Respond(s.get(s.ctx, l, newGetRequest(r), datagramForm))
+	default:
+		code = p.put(packet)
+		packet.Respond(code, block1Option(r.Block1, code), nil)
 	}
-	resource := &s.resources[r.Resource]
-	switch {
-	case r.Code == codes.GET && p.access.Get && resource.Source != nil:
-		if !r.HasReference || r.BadSize {
-			return codes.BadRequest, nil, nil
-		}
-		block, code := s.get(s.ctx, newGetRequest(r), memory)
-		if code != codes.Content {
-			return code, nil, nil
-		}
-		part := r.Block2
-		if !part.Present && len(block) > maxPart {
-			part = coap.Block{Exponent: coap.MaxExponent, Present: true}
-		}
-		options, payload, code = cutBlock(block, part, part.Unit())
-		return code, options, payload
-	case (r.Code == codes.PUT || r.Code == codes.POST) && p.access.Put && resource.Sink != nil:
-		code := p.put(packet)
-		if r.Block1.Present {
-			if code == codes.RequestEntityTooLarge {
-				r.Block1.More = false
-			}
-			options = r.Block1.AppendOption(nil, 0, message.Block1)
-		}
-		return code, options, nil
-	}
-	return codes.MethodNotAllowed, nil, nil
 }
 
 // put takes a PUT.
@@ -117,8 +89,7 @@ func (p *packets) put(packet *coap.Packet) codes.Code {
 		host = addr.Addr().String()
 	}
 	p.mu.Lock()
-	t, dst, code := p.transfers.part(packet.Peer, host, r, len(r.Payload))
-	copy(dst, r.Payload)
+	t, code := p.transfers.part(packet.Peer, host, r)
 	if t == nil || code != codes.Created {
 		p.mu.Unlock()
 		return code
@@ -127,11 +98,11 @@ func (p *packets) put(packet *coap.Packet) codes.Code {
 	p.mu.Unlock()
 	code = p.store(r.Resource, whole)
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	if t.complete {
 		// The last part may come again, if this answer is lost.
 		t.code = code
 	}
-	p.mu.Unlock()
 	return code
 }
 
@@ -141,5 +112,5 @@ func (p *packets) store(resource int, block []byte) codes.Code {
 		return codes.BadRequest
 	}
 	s := p.server
-	return s.putCode(s.resources[resource].Sink.Put(s.ctx, eris.Sum(block), block))
+	return s.putCode(s.config.Resources[resource].Sink.Put(s.ctx, eris.Sum(block), block))
 }

@@ -58,7 +58,7 @@ func (s *socket) read() coaptest.Message {
 func TestNeverAcknowledged(t *testing.T) {
 	store := &held{release: make(chan struct{})}
 	good := newMemory()
-	ref, block := good.add(t, eris.BlockSize1KiB)
+	ref, block := good.add(eris.BlockSize1KiB)
 	config := coapserver.Config{Resources: []coapserver.Resource{{Source: good, Sink: store}}}
 	const workers = 4
 	config.Datagram = coapserver.DatagramConfig{Workers: workers, AckDelay: time.Millisecond, AckTimeout: time.Hour}

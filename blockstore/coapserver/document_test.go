@@ -50,7 +50,7 @@ func TestDocuments(t *testing.T) {
 		t.Errorf("PUT: %v", m.Code)
 	}
 	c.write(longRequest(23, "\x07")) // BERT
-	if m := c.readAnswer(); m.Code != codes.BadRequest {
+	if m := c.readAnswer(); m.Code != codes.Content || !bytes.Equal(m.Payload, long) {
 		t.Errorf("BERT: %v", m.Code)
 	}
 	c.write(longRequest(23, "\x02\x06")) // NUM 32 of 0..31

@@ -5,10 +5,10 @@ package coapserver_test
 import (
 	"bytes"
 	"encoding/hex"
+	"errors"
 	"net"
 	"runtime"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -17,6 +17,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	fetchcoap "codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 )
@@ -25,7 +26,7 @@ import (
 // within bounded time, and others must be served meanwhile.
 func TestHostile(t *testing.T) {
 	store := newMemory()
-	ref, block := store.add(t, eris.BlockSize1KiB)
+	ref, block := store.add(eris.BlockSize1KiB)
 	_, address := serveConfig(t, "unix", readWrite, coapserver.Config{
 		Resources:      []coapserver.Resource{{Source: store, Sink: store}},
 		MessageTimeout: 200 * time.Millisecond,
@@ -65,6 +66,7 @@ func TestHostile(t *testing.T) {
 		{"unknown signal", csmAnd("00 ff"), codes.Abort},
 		{"unknown class", csmAnd("00 20"), codes.Abort},
 		{"unknown critical option in capabilities", csmAnd("10 e1 30"), codes.Abort},
+		{"number of five bytes in capabilities", csmAnd("60 e1 250000000001"), codes.Abort},
 		{"ping with an unknown critical option", csmAnd("10 e2 10"), codes.Abort},
 		{"ping with a malformed option", csmAnd("10 e2 f0"), codes.Abort},
 		{"pong with an unknown critical option", csmAnd("10 e3 30"), codes.Abort},
@@ -129,77 +131,54 @@ func TestHostileMemory(t *testing.T) {
 	}
 }
 
-// holding is a source whose requests wait until release is closed.
-type holding struct {
-	*memory
-	started chan struct{}
-	release chan struct{}
-}
-
-func (h *holding) Start(r *fetch.Request) {
-	go func() {
-		h.started <- struct{}{}
-		<-h.release
-		h.memory.Start(r)
-	}()
-}
-
-// TestMaxConnections checks that a connection beyond the limit is closed if all others are busy,
-// which is logged, and that the one that has been idle the longest makes room otherwise.
+// TestMaxConnections checks that connections beyond the limit are closed as long as something is
+// requested on all others, and that those where nothing is make room.
 func TestMaxConnections(t *testing.T) {
-	source := &holding{newMemory(), make(chan struct{}), make(chan struct{})}
-	ref, _ := source.add(t, eris.BlockSize1KiB)
-	logged := make(chan error, 9)
-	server, address := serveConfig(t, "unix", readWrite, coapserver.Config{
-		Resources: []coapserver.Resource{{Source: source}}, MaxConnections: 3, Log: func(err error) { logged <- err },
-	})
-	get := getRequest(1, ref, eris.BlockSize1KiB, coap.Block{})
-	var clients []*client
-	for range 3 {
-		c := dial(t, "unix", address, csm...)
-		c.write(get)
-		<-source.started
-		clients = append(clients, c)
-	}
-	c := dial(t, "unix", address, csm...)
-	c.write(get)
-	if m := c.readAnswer(); m.Code != codes.Empty {
-		t.Errorf("a connection beyond the limit is served: %v", m.Code)
-	}
-	if err := <-logged; !strings.Contains(err.Error(), "1 connections turned away") {
-		t.Errorf("logged: %v", err)
-	}
-	close(source.release)
-	for _, c := range clients {
-		if m := c.readAnswer(); m.Code != codes.Content {
-			t.Errorf("answer %v of a connection within the limit", m.Code)
-		}
-	}
-	// They are idle in a moment, and make room for others, whatever these do.
-	go func() {
-		for range source.started {
-		}
-	}()
-	defer close(source.started)
-	for i := range 6 {
-		for tries := 0; ; tries++ {
-			c := dial(t, "unix", address, csm...)
-			c.write(get)
-			if m := c.readAnswer(); m.Code == codes.Content {
-				break
-			} else if tries == 1000 {
-				t.Fatalf("there is no room for connection %d although others are idle", i)
+	for _, network := range []string{"tcp", "ws"} {
+		t.Run(network, func(t *testing.T) {
+			store := &held{release: make(chan struct{})}
+			logged := make(chan error, 9)
+			config := coapserver.Config{Resources: []coapserver.Resource{{Source: store.source(t)}}, MaxConnections: 3, Log: func(err error) { logged <- err }}
+			server, address := serveConfig(t, network, readWrite, config)
+			ref, _ := newBlock(eris.BlockSize1KiB)
+			open := func() *fetchcoap.Store {
+				client, err := fetchcoap.Open("coap+"+network+"://"+address, fetchcoap.Options{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { client.Close() })
+				return client
 			}
-			pause()
-		}
-	}
-	for i, c := range clients {
-		if _, ok := c.read(); ok {
-			t.Errorf("connection %d has not made room", i)
-		}
-	}
-	if s := server.Stats(); s.Connections > 3 {
-		t.Errorf("%d connections", s.Connections)
+			done := make(chan *fetch.Request, 3)
+			for i := range cap(done) {
+				r := &fetch.Request{Size: eris.BlockSize1KiB, Dst: make([]byte, 0, 1024), Done: func(r *fetch.Request) { done <- r }}
+				r.Pair.Reference = ref
+				open().Start(r)
+				for store.calls.Load() <= int64(i) {
+					pause()
+				}
+			}
+			other := open()
+			if _, err := fetch.Get(t.Context(), other, ref, eris.BlockSize1KiB, nil); errors.Is(err, eris.ErrNotFound) || server.Stats().TurnedAway == 0 {
+				t.Errorf("a connection beyond the limit is served: %v", err)
+			}
+			if err := <-logged; !strings.Contains(err.Error(), "connections turned away") {
+				t.Errorf("logged: %v", err)
+			}
+			close(store.release)
+			for range cap(done) {
+				if r := <-done; !errors.Is(r.Err, eris.ErrNotFound) {
+					t.Errorf("a connection within the limit is not served: %v", r.Err)
+				}
+			}
+			for range 1000 {
+				if _, err := fetch.Get(t.Context(), other, ref, eris.BlockSize1KiB, nil); errors.Is(err, eris.ErrNotFound) {
+					return
+				}
+				pause()
+			}
+			t.Error("connections where nothing is requested do not make room")
+		})
 	}
 }
 
@@ -207,7 +186,7 @@ func TestMaxConnections(t *testing.T) {
 // all its answers.
 func TestHalfClosed(t *testing.T) {
 	store := newMemory()
-	ref, _ := store.add(t, eris.BlockSize1KiB)
+	ref, _ := store.add(eris.BlockSize1KiB)
 	address := serve(t, "tcp", store)
 	c := dial(t, "tcp", address, csm...)
 	for i := range 100 {
@@ -220,34 +199,4 @@ func TestHalfClosed(t *testing.T) {
 			t.Fatalf("answer %v", m.Code)
 		}
 	}
-}
-
-// TestPipe serves a connection that is neither a socket of TCP nor a Unix socket, as one of a
-// WebSocket is.
-func TestPipe(t *testing.T) {
-	store := newMemory()
-	ref, want := store.add(t, eris.BlockSize32KiB)
-	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Source: store, Sink: store}}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ours, theirs := net.Pipe()
-	var group sync.WaitGroup
-	group.Go(func() { server.ServeConn(theirs, readWrite) })
-	c := newClient(t, ours)
-	group.Go(func() {
-		c.write(csm)
-		for i := range 50 {
-			c.write(getRequest(uint32(i), ref, eris.BlockSize32KiB, coap.Block{}))
-			c.write(putRequest(uint32(i), coap.Block{}, want))
-		}
-	})
-	for range 100 {
-		if m := c.readAnswer(); m.Code != codes.Created && (m.Code != codes.Content || !bytes.Equal(m.Payload, want)) {
-			t.Fatalf("answer %v", m.Code)
-		}
-	}
-	ours.Close()
-	group.Wait()
-	server.Close()
 }

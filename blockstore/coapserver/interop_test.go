@@ -68,7 +68,7 @@ func TestLibcoapClient(t *testing.T) {
 						args = append(args, "-b", strconv.Itoa(part))
 					}
 					path := url + "/.well-known/eris/blocks"
-					ref, want := store.add(t, size)
+					ref, want := store.add(size)
 					out := filepath.Join(t.TempDir(), "out")
 					run(t, client, append(args, "-B", "20", "-m", "get", "-o", out, path+"?"+ref.String())...)
 					if got, err := os.ReadFile(out); err != nil || !bytes.Equal(got, want) {

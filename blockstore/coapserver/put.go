@@ -5,11 +5,10 @@ package coapserver
 import (
 	"context"
 	"slices"
-	"sync"
-	"sync/atomic"
 
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
+	"golang.org/x/sync/errgroup"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
@@ -29,7 +28,7 @@ type batch struct {
 	used     int
 	resource int
 	blocks   [][]byte
-	answers  []putAnswer // fewer than blocks while one is being received
+	answers  []putAnswer
 	refs     []eris.Reference
 	booked   bool // on the account of the server
 }
@@ -48,94 +47,71 @@ func (b *batch) reset() {
 	b.blocks = b.blocks[:0]
 }
 
-// put makes room for the payload of a PUT and returns it, or the code of the answer if there shall
-// be none; payload is how many bytes it has. It waits as long as too much is being stored.
-func (c *conn) put(r *coap.Request, payload int) ([]byte, codes.Code) {
-	resource := c.resource(r)
-	switch {
-	case resource == nil:
-		return nil, codes.NotFound
-	case r.Code != codes.PUT && r.Code != codes.POST, !c.access.Put, resource.Sink == nil:
-		return nil, codes.MethodNotAllowed
-	case r.Block1.Present:
-		var dst []byte
-		var code codes.Code
-		c.transfer, dst, code = c.transfers.part("", "", r, payload)
-		return dst, code
-	case !eris.BlockSize(payload).Valid():
-		return nil, codes.BadRequest
-	}
-	return c.add(r.Resource, eris.BlockSize(payload)), codes.Empty
-}
-
-// finishPut goes on when the payload is where put wanted it.
-func (c *conn) finishPut(r *coap.Request) {
-	token := r.Token
-	switch c.code {
-	case codes.Empty:
-	case codes.Continue:
-		c.answer(token, codes.Continue, r.Block1.AppendOption(nil, 0, message.Block1)...)
-		return
-	case codes.Created:
-		// The last part of a block: code is what the answer will be if it can be stored.
-		whole := c.transfer.finish()
-		c.transfers.remove(c.transfer)
-		if !eris.BlockSize(len(whole)).Valid() {
-			c.answer(token, codes.BadRequest)
+// put takes a PUT. It waits as long as too much is being stored.
+func (c *conn) put(r *coap.Request) {
+	block := r.Payload
+	if r.Block1.Present {
+		t, code := c.transfers.part("", "", r)
+		if code != codes.Created {
+			c.answer(r.Token, code, block1Option(r.Block1, code))
 			return
 		}
-		copy(c.add(r.Resource, eris.BlockSize(len(whole))), whole)
-	default:
-		c.answer(token, c.code)
+		block = t.finish()
+		c.transfers.remove(t)
+	}
+	if !eris.BlockSize(len(block)).Valid() {
+		c.answer(r.Token, codes.BadRequest, nil)
 		return
 	}
-	c.queue.Mu.Lock()
-	b := c.open
-	b.answers = append(b.answers, putAnswer{token, r.Block1})
-	full := len(b.memory)-b.used < int(eris.BlockSize1KiB)
-	c.queue.Mu.Unlock()
-	if full {
-		c.dispatch()
-	}
+	c.peer.Lock()
+	defer c.peer.Unlock()
+	c.add(r.Resource, block, putAnswer{r.Token, r.Block1})
 }
 
-// add returns memory for a block in the open batch. Until its answer is added, the batch stays
-// open.
-func (c *conn) add(resource int, size eris.BlockSize) []byte {
-	c.queue.Mu.Lock()
-	defer c.queue.Mu.Unlock()
+// block1Option returns the option of the answer to a part of a block.
+func block1Option(part coap.Block, code codes.Code) []byte {
+	if !part.Present {
+		return nil
+	}
+	if code == codes.RequestEntityTooLarge {
+		part.More = false
+	}
+	return part.AppendOption(nil, 0, message.Block1)
+}
+
+// add adds a block to the open batch, and hands that over if it is full. The lock must be held.
+func (c *conn) add(resource int, block []byte, answer putAnswer) {
 	for c.isFull() {
 		c.room.Wait()
 	}
-	c.markBusy()
-	if b := c.open; b != nil && (b.resource != resource || len(b.memory)-b.used < int(size)) {
-		for c.open != nil && c.queue.Err() == nil {
-			if c.handOverBatch(); c.open != nil {
-				c.room.Wait()
-			}
+	for c.open != nil && (c.open.resource != resource || len(c.open.memory)-c.open.used < len(block)) && !c.peer.Broken() {
+		if c.handOverBatch(); c.open != nil {
+			c.room.Wait()
 		}
-		if c.queue.Err() != nil {
-			c.open = nil
-		}
+	}
+	if c.peer.Broken() {
+		return // nobody waits for the answer
 	}
 	if c.open == nil {
-		b := c.server.batches.Get().(*batch)
-		b.reset()
-		b.resource = resource
-		c.open = b
+		c.open = c.server.batches.Get().(*batch)
+		c.open.reset()
+		c.open.resource = resource
 	}
 	b := c.open
-	block := b.memory[b.used : b.used+int(size)]
-	b.used += int(size)
-	b.blocks = append(b.blocks, block)
-	return block
+	memory := b.memory[b.used : b.used+copy(b.memory[b.used:], block)]
+	b.used += len(memory)
+	b.blocks = append(b.blocks, memory)
+	b.answers = append(b.answers, answer)
+	if len(b.memory)-b.used < int(eris.BlockSize1KiB) {
+		c.handOver()
+	}
 }
 
 // handOverBatch starts a goroutine that puts the open batch, if there may be one more. The lock
 // must be held.
 func (c *conn) handOverBatch() {
 	b := c.open
-	if b == nil || len(b.answers) != len(b.blocks) {
+	if b == nil {
 		return
 	}
 	if c.putting > 0 {
@@ -158,20 +134,16 @@ func (c *conn) handOverBatch() {
 func (c *conn) putBatches(b *batch) {
 	for b != nil {
 		code := c.server.store(c.ctx, b)
-		c.queue.Mu.Lock()
+		c.peer.Lock()
 		for _, answer := range b.answers {
-			if answer.block1.Present {
-				c.peer.Respond(answer.token, code, answer.block1.AppendOption(nil, 0, message.Block1), nil)
-			} else {
-				c.peer.Respond(answer.token, code, nil, nil)
-			}
+			c.peer.Respond(answer.token, code, block1Option(answer.block1, code), nil)
 		}
 		booked := b.booked
 		b.booked = false
 		c.server.batches.Put(b)
 		b = nil
-		if next := c.open; next != nil && len(next.answers) == len(next.blocks) {
-			b, c.open = next, nil
+		if c.open != nil {
+			b, c.open = c.open, nil
 			b.booked = booked
 		} else {
 			c.putting--
@@ -179,8 +151,9 @@ func (c *conn) putBatches(b *batch) {
 				c.server.putBytes.Add(-batchSize)
 			}
 		}
+		c.tellIdle()
 		c.room.Broadcast()
-		c.queue.Mu.Unlock()
+		c.peer.Unlock()
 	}
 }
 
@@ -188,34 +161,14 @@ func (c *conn) putBatches(b *batch) {
 func (s *Server) store(ctx context.Context, b *batch) codes.Code {
 	b.refs = slices.Grow(b.refs, len(b.blocks))[:len(b.blocks)]
 	eris.SumAll(b.refs, b.blocks)
-	sink := s.resources[b.resource].Sink
+	sink := s.config.Resources[b.resource].Sink
 	if batchSink, ok := sink.(BatchSink); ok {
 		return s.putCode(batchSink.PutBatch(ctx, b.refs, b.blocks))
 	}
-	var (
-		group sync.WaitGroup
-		next  atomic.Int64
-		fault atomic.Pointer[error]
-	)
-	work := func() {
-		for {
-			i := int(next.Add(1)) - 1
-			if i >= len(b.blocks) || fault.Load() != nil {
-				return
-			}
-			if err := sink.Put(ctx, b.refs[i], b.blocks[i]); err != nil {
-				fault.Store(&err)
-				return
-			}
-		}
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(putsPerBatch)
+	for i, block := range b.blocks {
+		group.Go(func() error { return sink.Put(ctx, b.refs[i], block) })
 	}
-	for range min(putsPerBatch, len(b.blocks)) - 1 {
-		group.Go(work)
-	}
-	work()
-	group.Wait()
-	if err := fault.Load(); err != nil {
-		return s.putCode(*err)
-	}
-	return codes.Created
+	return s.putCode(group.Wait())
 }

@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -27,7 +28,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/queue"
 )
 
 // A Sink takes blocks. Put returns nil only once the block is stored as durably as it ever will be:
@@ -74,7 +74,7 @@ type Document struct {
 // Access is what clients of one listener may do.
 type Access struct {
 	Get, Put bool
-	// Documents permits to get documents, on streams.
+	// Documents permits to get documents.
 	Documents bool
 	// Hosts are names by which browsers may know the server on WebSockets, besides the address that
 	// they connect to, and localhost on this machine.
@@ -165,13 +165,12 @@ func setDefault[T ~int | ~int64](field *T, value T) {
 
 // Server serves blocks. Its methods are safe for concurrent use.
 type Server struct {
-	config    Config
-	resources []Resource
-	paths     *coap.Paths
-	pool      *sync.Pool // of memory for answers
-	batches   sync.Pool  // of *batch
-	parts     sync.Pool  // of *[32768]byte
-	recent    recent
+	config  Config
+	paths   *coap.Paths
+	pool    *sync.Pool // of memory for answers
+	batches sync.Pool  // of *batch
+	lookups sync.Pool  // of *lookup
+	recent  recent
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
@@ -197,27 +196,22 @@ var ErrServerClosed = errors.New("server is closed")
 // than 64 in all.
 func New(config Config) (*Server, error) {
 	s := &Server{
-		config:    config.withDefaults(),
-		resources: config.Resources,
-		pool:      queue.NewPool(),
-		closers:   make(map[closer]struct{}),
-		conns:     make(map[*conn]struct{}),
+		config:  config.withDefaults(),
+		pool:    coap.NewPool(),
+		closers: make(map[closer]struct{}),
+		conns:   make(map[*conn]struct{}),
 	}
-	seen := make(map[string]bool)
-	var paths [][]string
+	var stores, documents [][]string
 	for _, resource := range config.Resources {
 		path, err := storeurl.ParsePath(resource.Path)
 		if err != nil {
 			return nil, err
 		}
-		if key := fmt.Sprintf("%q", path); seen[key] {
+		if slices.ContainsFunc(stores, func(other []string) bool { return slices.Equal(other, path) }) {
 			return nil, errors.New("two resources have the same store path")
-		} else {
-			seen[key] = true
 		}
-		paths = append(paths, path)
+		stores = append(stores, path)
 	}
-	var documents [][]string
 	for _, document := range config.Documents {
 		path, err := storeurl.ParsePath(document.Path)
 		if err != nil {
@@ -226,11 +220,11 @@ func New(config Config) (*Server, error) {
 		documents = append(documents, path)
 	}
 	var err error
-	if s.paths, err = coap.NewPaths(paths, documents); err != nil {
+	if s.paths, err = coap.NewPaths(stores, documents); err != nil {
 		return nil, err
 	}
 	s.batches.New = func() any { return new(batch) }
-	s.parts.New = func() any { return new([eris.BlockSize32KiB]byte) }
+	s.lookups.New = newLookup
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s, nil
 }
@@ -268,7 +262,7 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 		if leave, ok := gate.Enter(conn); ok {
 			go func() {
 				defer leave()
-				s.serveConn(conn, access, func(idle bool) { gate.SetIdle(conn, idle) })
+				_ = s.serveConn(conn, access, func(idle bool) { gate.SetIdle(conn, idle) })
 			}()
 		}
 	}
@@ -292,38 +286,28 @@ func (s *Server) Stats() Stats {
 // ServeConn serves one connection until it ends, and closes it. It returns nil, or
 // [ErrServerClosed] without having served.
 func (s *Server) ServeConn(conn net.Conn, access Access) error {
-	return s.serveIn(conn, access, func(bool) {})
+	return s.serveConn(conn, access, func(bool) {})
 }
 
-// serveIn is ServeConn for a connection that a gate has let in, which is told when it is idle.
-func (s *Server) serveIn(conn net.Conn, access Access, setIdle func(idle bool)) error {
-	s.mu.Lock()
-	if s.closing {
-		s.mu.Unlock()
-		conn.Close()
-		return ErrServerClosed
-	}
-	s.services.Add(1)
-	s.mu.Unlock()
-	defer s.services.Done()
-	s.serveConn(conn, access, setIdle)
-	return nil
-}
-
-func (s *Server) serveConn(netConn net.Conn, access Access, setIdle func(idle bool)) {
-	c := newConn(s, netConn, access, setIdle)
+// serveConn is ServeConn. Idle is told when the connection begins, and ceases, to have nothing
+// under way; it must not wait.
+func (s *Server) serveConn(netConn net.Conn, access Access, idle func(bool)) error {
+	c := newConn(s, netConn, access, idle)
 	s.mu.Lock()
 	if s.closing {
 		s.mu.Unlock()
 		netConn.Close()
-		return
+		return ErrServerClosed
 	}
 	s.conns[c] = struct{}{}
+	s.services.Add(1)
 	s.mu.Unlock()
+	defer s.services.Done()
 	c.serve()
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	delete(s.conns, c)
-	s.mu.Unlock()
+	return nil
 }
 
 func (s *Server) begin(c closer) bool {

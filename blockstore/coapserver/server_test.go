@@ -21,56 +21,27 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 )
 
 // memory is a store in memory.
 type memory struct {
-	mu     sync.RWMutex
-	blocks map[eris.Reference][]byte
+	fetch.Store
+	backend *sourcetest.Backend
 }
 
-func newMemory() *memory { return &memory{blocks: make(map[eris.Reference][]byte)} }
-
-func (m *memory) Get(_ context.Context, ref eris.Reference, size eris.BlockSize, _ []byte) ([]byte, error) {
-	m.mu.RLock()
-	defer m.mu.RUnlock()
-	if block, ok := m.blocks[ref]; ok && len(block) == int(size) {
-		return block, nil
-	}
-	return nil, eris.ErrNotFound
+func newMemory() *memory {
+	backend := sourcetest.NewBackend()
+	return &memory{backend.Open(64), backend}
 }
 
-// Start implements [fetch.Source]; like a database, it answers before it returns.
-func (m *memory) Start(r *fetch.Request) {
-	r.Block, r.Err = m.Get(context.Background(), r.Pair.Reference, r.Size, r.Dst)
-	r.Done(r)
-}
+func (m *memory) has(ref eris.Reference) bool { return m.backend.Has(ref) }
 
-func (m *memory) Cancel(*fetch.Request) {}
-func (m *memory) String() string        { return "memory:" }
-func (m *memory) Close() error          { return nil }
-
-func (m *memory) Put(_ context.Context, ref eris.Reference, block []byte) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if _, ok := m.blocks[ref]; !ok {
-		m.blocks[ref] = append([]byte(nil), block...)
-	}
-	return nil
-}
-
-func (m *memory) has(ref eris.Reference) bool {
-	m.mu.RLock()
-	defer m.mu.RUnlock()
-	block, ok := m.blocks[ref]
-	return ok && eris.Sum(block) == ref
-}
-
-func (m *memory) add(tb testing.TB, size eris.BlockSize) (eris.Reference, []byte) {
+func (m *memory) add(size eris.BlockSize) (eris.Reference, []byte) {
 	ref, block := newBlock(size)
-	m.Put(tb.Context(), ref, block)
+	m.backend.Set(ref, block)
 	return ref, block
 }
 
@@ -109,12 +80,20 @@ func serveConfig(tb testing.TB, network string, access coapserver.Access, config
 		address = conn.LocalAddr().String()
 		group.Go(func() { server.ServePacket(conn, access) })
 	} else {
-		listener, err := net.Listen(network, address)
+		listener, err := net.Listen(strings.Replace(network, "ws", "tcp", 1), address)
 		if err != nil {
 			tb.Fatal(err)
 		}
 		address = listener.Addr().String()
-		group.Go(func() { server.Serve(listener, access) })
+		serve := server.Serve
+		if network == "ws" {
+			serve = server.ServeWebSocket
+		}
+		group.Go(func() {
+			if err := serve(listener, access); err != coapserver.ErrServerClosed {
+				tb.Errorf("served until %v", err)
+			}
+		})
 	}
 	tb.Cleanup(func() {
 		server.Close()
@@ -127,8 +106,8 @@ func serveConfig(tb testing.TB, network string, access coapserver.Access, config
 // known.
 func TestAnswers(t *testing.T) {
 	store, pinned := newMemory(), newMemory()
-	small, smallBlock := store.add(t, eris.BlockSize1KiB)
-	large, largeBlock := store.add(t, eris.BlockSize32KiB)
+	small, smallBlock := store.add(eris.BlockSize1KiB)
+	large, largeBlock := store.add(eris.BlockSize32KiB)
 	newSmall, newSmallBlock := newBlock(eris.BlockSize1KiB)
 	failing := sinkFunc(func(context.Context, eris.Reference, []byte) error { return errors.New("disk full") })
 	readOnly := sinkFunc(func(context.Context, eris.Reference, []byte) error { return fetch.ErrReadOnly })
@@ -254,7 +233,7 @@ func (s failingSource) Start(r *fetch.Request) {
 // TestParts fetches and puts a block of 32 KiB with clients of different capabilities.
 func TestParts(t *testing.T) {
 	store := newMemory()
-	ref, block := store.add(t, eris.BlockSize32KiB)
+	ref, block := store.add(eris.BlockSize32KiB)
 	address := serve(t, "unix", store)
 	for _, v := range []struct {
 		name     string

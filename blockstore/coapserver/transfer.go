@@ -34,36 +34,36 @@ type transfer struct {
 	code     codes.Code
 }
 
-// part returns where the payload of a part goes. The code is 2.31 if more parts are due, 2.01 for
-// the last one, and otherwise that of the answer: 4.08 if a part is missing before it, 4.13 if the
-// whole is longer than any block, 4.00 if the payload does not have the length that the option
-// says.
-func (t *transfer) part(r *coap.Request, payload int) ([]byte, codes.Code) {
+// part takes a part. The code is 2.31 if more parts are due, 2.01 for the last one, and otherwise
+// that of the answer: 4.08 if a part is missing before it, 4.13 if the whole is longer than any
+// block, 4.00 if the payload does not have the length that the option says.
+func (t *transfer) part(r *coap.Request) codes.Code {
 	block := r.Block1
-	if !block.FitPart(payload) {
-		return nil, codes.BadRequest
+	if !block.FitPart(len(r.Payload)) {
+		return codes.BadRequest
 	}
 	if block.Number == 0 {
 		// The first part starts afresh, whatever came before (RFC 7959, section 2.5).
 		t.memory = t.memory[:0]
 	}
 	offset := block.Offset()
-	end := offset + payload
+	end := offset + len(r.Payload)
 	switch {
 	case r.Size > eris.BlockSize32KiB, end > int(eris.BlockSize32KiB):
-		return nil, codes.RequestEntityTooLarge
+		return codes.RequestEntityTooLarge
 	case offset > len(t.memory):
-		return nil, codes.RequestEntityIncomplete
+		return codes.RequestEntityIncomplete
 	}
 	// A part that came already is taken once more: its answer was lost.
 	if grow := end - len(t.memory); grow > 0 {
 		t.memory = slices.Grow(t.memory, grow)[:end]
 	}
+	copy(t.memory[offset:], r.Payload)
 	if block.More {
-		return t.memory[offset:end], codes.Continue
+		return codes.Continue
 	}
 	t.memory = t.memory[:end]
-	return t.memory[offset:end], codes.Created
+	return codes.Created
 }
 
 // finish takes the block of a transfer whose last part was taken. What is left of it knows the
@@ -90,24 +90,24 @@ func newTransfers(most, mostPerHost int, timeout time.Duration) *transfers {
 
 // part finds or begins the transfer that a request belongs to, and does what transfer.part does. Of
 // a transfer that is complete it returns the code of its answer if the last part comes again.
-func (s *transfers) part(peer, host string, r *coap.Request, payload int) (t *transfer, dst []byte, code codes.Code) {
+func (s *transfers) part(peer, host string, r *coap.Request) (*transfer, codes.Code) {
 	now := time.Now()
 	s.purge(now)
-	t = s.find(transferKey{peer, r.Resource, r.Tag, r.Token}, r)
+	key := transferKey{peer, r.Resource, r.Tag, r.Token}
+	t := s.find(key, r)
 	switch {
 	case t == nil && r.Block1.Number != 0:
-		return nil, nil, codes.RequestEntityIncomplete
+		return nil, codes.RequestEntityIncomplete
 	case t == nil:
-		t = s.add(transferKey{peer, r.Resource, r.Tag, r.Token}, host)
+		t = s.add(key, host)
 	case t.complete && r.Block1.Number != 0:
-		if !r.Block1.More && r.Block1.Offset()+payload == t.length {
-			return nil, nil, t.code
+		if !r.Block1.More && r.Block1.Offset()+len(r.Payload) == t.length {
+			return nil, t.code
 		}
-		return nil, nil, codes.RequestEntityIncomplete
+		return nil, codes.RequestEntityIncomplete
 	}
 	t.last, t.complete = now, false
-	dst, code = t.part(r, payload)
-	return t, dst, code
+	return t, t.part(r)
 }
 
 // find returns the transfer with the given key. A client that has another token for each part has

@@ -3,7 +3,7 @@
 package coapserver
 
 import (
-	"bufio"
+	"context"
 	"net"
 	"net/http"
 	"strings"
@@ -37,6 +37,9 @@ func (s *Server) ServeWebSocket(listener net.Listener, access Access) error {
 	server := gate.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		s.serveWebSocket(w, r, access, gate)
 	}))
+	server.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
+		return context.WithValue(ctx, connKey{}, conn)
+	}
 	server.WriteTimeout = handshakeTimeout
 	server.IdleTimeout = handshakeTimeout
 	defer server.Close()
@@ -46,6 +49,9 @@ func (s *Server) ServeWebSocket(listener net.Listener, access Access) error {
 	}
 	return err
 }
+
+// connKey is the key of the connection in the context of a request.
+type connKey struct{}
 
 // serveWebSocket serves one connection until it ends.
 func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request, access Access, gate *admission.Gate) {
@@ -60,13 +66,13 @@ func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request, access A
 		http.Error(w, "this is no host of that name", http.StatusForbidden)
 		return
 	}
-	hijacker := &hijacker{ResponseWriter: w}
-	socket, err := websocket.Accept(hijacker, r, &websocket.AcceptOptions{Subprotocols: []string{ws.Protocol}})
+	socket, err := websocket.Accept(w, r, &websocket.AcceptOptions{Subprotocols: []string{ws.Protocol}})
 	if err != nil {
 		return // the client has been told
 	}
-	setIdle := func(idle bool) { gate.SetIdle(hijacker.conn, idle) }
-	_ = s.serveIn(ws.New(socket, hijacker.conn), access, setIdle) // it closes the connection even if the server is closing
+	conn := r.Context().Value(connKey{}).(net.Conn)
+	idle := func(idle bool) { gate.SetIdle(conn, idle) }
+	_ = s.serveConn(ws.New(socket, conn), access, idle) // it closes the connection even if the server is closing
 }
 
 // offersCoAP reports whether a client wants to speak CoAP (RFC 6455, section 4.1, number 10).
@@ -79,16 +85,4 @@ func offersCoAP(header http.Header) bool {
 		}
 	}
 	return false
-}
-
-// hijacker takes note of the connection that is taken over.
-type hijacker struct {
-	http.ResponseWriter
-	conn net.Conn
-}
-
-func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	conn, buffers, err := http.NewResponseController(h.ResponseWriter).Hijack()
-	h.conn = conn
-	return conn, buffers, err
 }

@@ -39,6 +39,7 @@ func exportCommand(args []string) int {
 	root := flags.String("root", "", "the items are in `DIRECTORY`, if not in the store directory")
 	layout := flags.String("layout", "sharded", "blocks are in subdirectories (\"sharded\"), or all in one (\"flat\"): `LAYOUT`")
 	create := flags.Bool("create", false, "make the directory where sticks are mounted, even if there is none")
+	since := flags.String("since", "", "leave out what `DIRECTORY`, an earlier export, has, and write deltas from older versions that it has")
 	s.flags(flags)
 	items, status, ok := parseMixed(flags, args, exportUsage)
 	if !ok {
@@ -75,7 +76,7 @@ func exportCommand(args []string) int {
 	keys := s.keys()
 	sub.SetKeys(keys)
 	options := publish.ExportOptions{
-		StoreDir: s.store, Root: *root, Directory: directory, Blocks: blocks, Keys: keys, Closure: *closure, Log: logf,
+		StoreDir: s.store, Root: *root, Directory: directory, Blocks: blocks, Keys: keys, Closure: *closure, Since: *since, Log: logf,
 		Fetch: func(ctx context.Context, path, to string) error {
 			if outcome := sub.Substitute(ctx, path, to); outcome.Status != substitute.Success {
 				return fmt.Errorf("%s is not in the local store and cannot be fetched", path)

@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -20,6 +21,7 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/delta"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
@@ -217,9 +219,7 @@ func TestLargeItemMemory(t *testing.T) {
 	if os.Getenv("ERIS_BIG_TESTS") == "" {
 		t.Skip("set ERIS_BIG_TESTS for an item of 2 GiB")
 	}
-	const most = 64 << 20
 	directory := t.TempDir()
-	program := buildProgram(t)
 	item := makeLargeItem()
 	h, size := sha256.New(), 0
 	err := item.pieces(func(piece []byte) error {
@@ -248,45 +248,17 @@ func TestLargeItemMemory(t *testing.T) {
 		t.Run(method, func(t *testing.T) {
 			compression, _, _ := strings.Cut(method, ",")
 			var failed error
-			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			serve := func(w http.ResponseWriter, r *http.Request) {
 				if r.URL.Path == "/nar" {
 					failed = write(w, item)
 					return
 				}
 				fmt.Fprintf(w, "StorePath: %s\nNarHash: %s\nNarSize: %d\nReferences: \nURL: nar\nCompression: %s\n",
 					name, hash, size, compression)
-			}))
-			d := startDaemonHelper(program, "substitute", []string{
-				"NIX_STORE_DIR=" + store,
-				"GUIX_STATE_DIRECTORY=" + directory + "/var",
-				"GUIX_CONFIGURATION_DIRECTORY=" + directory + "/etc",
-				"GUIX_ALLOW_UNAUTHENTICATED_SUBSTITUTES=yes",
-				"_NIX_OPTIONS=substitute-urls=" + server.URL + "\ndeduplicate=yes",
-			}, false)
-			if d.err != nil {
-				t.Fatal(d.err)
 			}
-			// The pipe of requests stays open while memory is looked at.
-			_, err := io.WriteString(d.stdin, "substitute "+name+" "+name+"\n")
-			var reply [4096]byte
-			n := 0
-			if err == nil {
-				n, err = d.replies.Read(reply[:])
-			}
-			used, err2 := mostMemory(d.cmd.Process.Pid)
-			if err2 != nil {
-				t.Error(err2)
-			}
-			if err2 = d.close(); err == nil {
-				err = err2
-			}
-			server.Close()
-			if want := fmt.Sprintf("success %s %d\n", hash, size); err != nil || string(reply[:n]) != want {
-				t.Errorf("reply %q, error %v, of the server %v; log: %s", reply[:n], err, failed, d.log.String())
-			}
-			t.Logf("%.1f MiB of memory for %d MiB", float64(used)/(1<<20), size>>20)
-			if used >= most {
-				t.Errorf("%d bytes of memory are more than %d", used, most)
+			checkMemory(t, directory, name, fmt.Sprintf("success %s %d\n", hash, size), serve)
+			if failed != nil {
+				t.Error(failed)
 			}
 			if err := restore.Remove(name); err != nil {
 				t.Error(err)
@@ -296,4 +268,93 @@ func TestLargeItemMemory(t *testing.T) {
 			}
 		})
 	}
+}
+
+// checkMemory has an item restored from a server, as the daemon has it done, to its place in the
+// store, which is in directory. The process must do with less than 64 MiB.
+func checkMemory(t *testing.T, directory, name, want string, serve http.HandlerFunc) {
+	t.Helper()
+	const most = 64 << 20
+	server := httptest.NewServer(serve)
+	defer server.Close()
+	d := startDaemonHelper(buildProgram(t), "substitute", []string{
+		"NIX_STORE_DIR=" + filepath.Dir(name),
+		"GUIX_STATE_DIRECTORY=" + directory + "/var",
+		"GUIX_CONFIGURATION_DIRECTORY=" + directory + "/etc",
+		"GUIX_ALLOW_UNAUTHENTICATED_SUBSTITUTES=yes",
+		"_NIX_OPTIONS=substitute-urls=" + server.URL + "\ndeduplicate=yes",
+	}, false)
+	if d.err != nil {
+		t.Fatal(d.err)
+	}
+	// The pipe of requests stays open while memory is looked at.
+	_, err := io.WriteString(d.stdin, "substitute "+name+" "+name+"\n")
+	var reply [4096]byte
+	n := 0
+	if err == nil {
+		n, err = d.replies.Read(reply[:])
+	}
+	used, err2 := mostMemory(d.cmd.Process.Pid)
+	if err2 != nil {
+		t.Error(err2)
+	}
+	if err2 = d.close(); err == nil {
+		err = err2
+	}
+	if err != nil || string(reply[:n]) != want {
+		t.Errorf("reply %q, error %v; log: %s", reply[:n], err, d.log.String())
+	}
+	t.Logf("%.1f MiB of memory", float64(used)/(1<<20))
+	if used >= most {
+		t.Errorf("%d bytes of memory are more than %d", used, most)
+	}
+}
+
+// TestDeltaMemory restores an item by a delta from one of more than 2 GiB, with dictionaries as long
+// as they may be.
+func TestDeltaMemory(t *testing.T) {
+	if os.Getenv("ERIS_BIG_TESTS") == "" {
+		t.Skip("set ERIS_BIG_TESTS for an item of 2 GiB")
+	}
+	directory := t.TempDir()
+	store := directory + "/store"
+	t.Cleanup(func() {
+		if err := restore.Remove(store); err != nil {
+			t.Error(err)
+		}
+	})
+	base, item := strings.Repeat("a", 32)+"-foo-1", strings.Repeat("b", 32)+"-foo-2"
+	contents := makeLargeItem().block[:40<<20]
+	for name, changed := range map[string][]byte{
+		store + "/" + base:     contents,
+		directory + "/" + item: append([]byte("inserted"), contents...),
+	} {
+		err := errors.Join(os.MkdirAll(name, 0o755), os.WriteFile(name+"/changed", changed, 0o444),
+			os.WriteFile(name+"/large", nil, 0o644), os.Truncate(name+"/large", 2<<30))
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	h := sha256.New()
+	size, err := nar.Write(h, nar.NewTree(directory+"/"+item))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var made bytes.Buffer
+	length, err := delta.Write(t.Context(), &made, directory+"/"+item, store+"/"+base, delta.WriteOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	hash := "sha256:" + nixbase32.EncodeToString(h.Sum(nil))
+	checkMemory(t, directory, store+"/"+item, fmt.Sprintf("success %s %d\n", hash, size), func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/delta":
+			w.Write(made.Bytes())
+		case "/" + item[:32] + ".narinfo":
+			fmt.Fprintf(w, "StorePath: %s/%s\nNarHash: %s\nNarSize: %d\nReferences: \nURL: nar\nCompression: none\nDelta: %s %d delta\n",
+				store, item, hash, size, base, length)
+		default:
+			http.NotFound(w, r)
+		}
+	})
 }

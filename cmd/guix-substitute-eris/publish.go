@@ -20,6 +20,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
 
@@ -36,7 +37,8 @@ type publishSettings struct {
 	database, manifest, narinfos  string
 	eris                          bool
 	blocks, cache                 string // blocks is the URL of the store for them
-	compressions                  string
+	compressions, forms           string
+	deltas                        string // how many bytes of them are kept
 	ttl, negativeTTL              time.Duration
 	logs                          string
 	waitFor                       int64
@@ -84,6 +86,8 @@ func publishCommand(args []string) int {
 	flags.StringVar(&s.logs, "log-directory", "/var/log/guix/drvs", "the daemon's build logs are in `DIRECTORY`; \"none\" serves none")
 	flags.Int64Var(&s.waitFor, "wait-for", 64<<20, "encode items of up to this many `BYTES` before answering; larger ones are encoded in the background")
 	maxConnectionsFlag(flags, &s.maxConnections, "")
+	flags.StringVar(&s.forms, "forms", "eris-fs", "what read capabilities denote is one of these `FORMS`, separated by commas: eris-fs and, in addition, nar, the compressed nar")
+	flags.StringVar(&s.deltas, "deltas", "0", "make deltas from older versions of items, in the background, and keep `BYTES` of them (1GiB, for instance)")
 	if status, ok := parse(flags, args, publishUsage); !ok {
 		return status
 	}
@@ -149,16 +153,24 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 			closeOpened()
 		}
 	}()
-	capabilities, err := s.capabilities(&closers)
+	store, err := s.openBlocks(&closers)
+	if err != nil {
+		return nil, nil, err
+	}
+	capabilities, err := s.capabilities(store, &closers)
+	if err != nil {
+		return nil, nil, err
+	}
+	deltas, err := s.deltasOf(store, &closers)
 	if err != nil {
 		return nil, nil, err
 	}
 	if s.annotate != "" {
-		if capabilities == nil {
-			return nil, nil, errors.New("--annotate needs --eris or --store")
+		if capabilities == nil && deltas == nil {
+			return nil, nil, errors.New("--annotate needs --eris or --store, or --deltas")
 		}
 		h, err = publish.NewAnnotator(publish.AnnotatorOptions{
-			Upstream: s.annotate, StoreDir: s.store, Root: s.root, Capabilities: capabilities,
+			Upstream: s.annotate, StoreDir: s.store, Root: s.root, Capabilities: capabilities, Deltas: deltas,
 			WaitFor: uint64(max(0, s.waitFor)), Log: logf,
 		})
 		return h, nil, err
@@ -180,35 +192,97 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 		logs = ""
 	}
 	h, err = publish.NewServer(publish.ServerOptions{
-		StoreDir: s.store, Root: s.root, Items: items, Key: key, Host: host, Capabilities: capabilities,
+		StoreDir: s.store, Root: s.root, Items: items, Key: key, Host: host, Capabilities: capabilities, Deltas: deltas,
 		WaitFor: uint64(max(0, s.waitFor)), Compressions: strings.Split(s.compressions, ","), TTL: s.ttl, NegativeTTL: s.negativeTTL,
 		LogDirectory: logs, Log: logf,
 	})
 	return h, nil, err
 }
 
-func (s *publishSettings) capabilities(closers *[]func()) (*publish.Capabilities, error) {
-	if s.blocks == "" && !s.eris {
+// openBlocks opens the store for blocks; without one it is nil.
+func (s *publishSettings) openBlocks(closers *[]func()) (fetch.Store, error) {
+	if s.blocks == "" {
 		return nil, nil
 	}
-	var store fetch.Store
-	if s.blocks != "" {
-		var err error
-		if store, err = openStore(s.blocks); err != nil {
-			return nil, err
-		}
+	store, err := openStore(s.blocks)
+	if err == nil {
 		*closers = append(*closers, func() { store.Close() })
 	}
-	directory := s.cache
-	if directory == "" {
-		var err error
-		if directory, err = cacheDirectory("capabilities"); err != nil {
-			return nil, fmt.Errorf("%w; name a directory by --cache", err)
-		}
+	return store, err
+}
+
+func (s *publishSettings) capabilities(store fetch.Store, closers *[]func()) (*publish.Capabilities, error) {
+	if store == nil && !s.eris {
+		return nil, nil
+	}
+	directory, err := s.cached("capabilities", "")
+	if err != nil {
+		return nil, err
+	}
+	nar, err := s.narForm()
+	if err != nil {
+		return nil, err
 	}
 	c := publish.NewCapabilities(directory, store, logf)
+	c.Nar = nar
 	*closers = append(*closers, c.Close)
 	return c, nil
+}
+
+// narForm returns the compression of the nars that have read capabilities of their own, or nothing.
+func (s *publishSettings) narForm() (string, error) {
+	switch s.forms {
+	case "eris-fs":
+		return "", nil
+	case "eris-fs,nar":
+	default:
+		return "", fmt.Errorf("the forms are \"eris-fs\" or \"eris-fs,nar\", and not %q", s.forms)
+	}
+	if s.annotate != "" {
+		return "", errors.New("the form nar is not for --annotate: the nars are those of the other server")
+	}
+	for _, c := range strings.Split(s.compressions, ",") {
+		if c != "none" {
+			return c, nil
+		}
+	}
+	return "", errors.New("the form nar needs a compression")
+}
+
+// deltasOf returns what makes deltas, or nothing if none are kept.
+func (s *publishSettings) deltasOf(store fetch.Store, closers *[]func()) (*publish.Deltas, error) {
+	most, err := bytesize.Parse(s.deltas)
+	if err != nil {
+		return nil, fmt.Errorf("--deltas: %w", err)
+	}
+	if most == 0 {
+		return nil, nil
+	}
+	directory, err := s.cached("deltas", "deltas")
+	if err != nil {
+		return nil, err
+	}
+	items, err := s.items(closers) // of which deltas are made
+	if err != nil {
+		return nil, err
+	}
+	d := publish.NewDeltas(publish.DeltaOptions{
+		Directory: directory, MaxBytes: most, StoreDir: s.store, Root: s.root, Items: items, Store: store, Log: logf,
+	})
+	*closers = append(*closers, d.Close)
+	return d, nil
+}
+
+// cached returns a directory of the cache: the given one below that of --cache, or the usual one.
+func (s *publishSettings) cached(usual, below string) (string, error) {
+	if s.cache != "" {
+		return filepath.Join(s.cache, below), nil
+	}
+	directory, err := cacheDirectory(usual)
+	if err != nil {
+		return "", fmt.Errorf("%w; name a directory by --cache", err)
+	}
+	return directory, nil
 }
 
 func (s *publishSettings) items(closers *[]func()) (publish.Items, error) {

@@ -10,8 +10,10 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sys/unix"
@@ -85,10 +87,21 @@ func startPublisher(directory string, env []string, logf func(string, ...any), a
 	}, nil
 }
 
-// fetch URL FILE gets a file over HTTP. "! fetch URL" wants status 404.
+// fetch URL FILE [TEXT] gets a file over HTTP; with a text, until it has that, within half a minute.
+// "! fetch URL" wants status 404.
 func scriptFetch(ts *testscript.TestScript, neg bool, args []string) {
-	if len(args) != 2 && !neg || neg && len(args) != 1 {
-		ts.Fatalf("usage: fetch URL FILE")
+	if len(args) != 2 && len(args) != 3 && !neg || neg && len(args) != 1 {
+		ts.Fatalf("usage: fetch URL FILE [TEXT]")
+	}
+	if len(args) == 3 {
+		for range 300 {
+			scriptFetch(ts, false, args[:2])
+			if strings.Contains(ts.ReadFile(args[1]), args[2]) {
+				return
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		ts.Fatalf("%s does not get %q", args[0], args[2])
 	}
 	response, err := http.Get(args[0])
 	ts.Check(err)

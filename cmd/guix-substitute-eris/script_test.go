@@ -11,6 +11,9 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -92,6 +95,7 @@ var scriptCommands = map[string]scriptFunc{
 	"nar":       withUsage("PATH FILE", scriptNar),
 	"narhash":   withUsage("PATH VARIABLE", scriptNarHash),
 	"serve":     withUsage("VARIABLE DIRECTORY [RULE]...", scriptServe),
+	"proxy":     withUsage("VARIABLE URL", scriptProxy),
 	"requests":  withUsage("VARIABLE FILE", scriptRequests),
 	"daemon":    withUsage("query|substitute FILE [OPTION=VALUE]...", scriptDaemon),
 	"expand":    scriptExpand,
@@ -243,6 +247,35 @@ func scriptServe(ts *testscript.TestScript, neg bool, args []string) {
 		root.Close()
 	})
 	servers.Store(ts.Getenv("WORK")+"/"+args[0], server)
+}
+
+// proxy VARIABLE URL serves what another server has, and sets the variable to its URL. In what
+// "requests" writes, the length of each answer follows its path.
+func scriptProxy(ts *testscript.TestScript, neg bool, args []string) {
+	there, err := url.Parse(args[1])
+	ts.Check(err)
+	server := &scriptServer{}
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		counted := &countedAnswer{ResponseWriter: w}
+		httputil.NewSingleHostReverseProxy(there).ServeHTTP(counted, r)
+		server.mu.Lock()
+		defer server.mu.Unlock()
+		server.seen = append(server.seen, fmt.Sprintf("%s %s %d", r.Method, r.URL.Path, counted.n))
+	}))
+	ts.Defer(proxy.Close)
+	ts.Setenv(args[0], proxy.URL)
+	servers.Store(ts.Getenv("WORK")+"/"+args[0], server)
+}
+
+type countedAnswer struct {
+	http.ResponseWriter
+	n int
+}
+
+func (c *countedAnswer) Write(p []byte) (int, error) {
+	n, err := c.ResponseWriter.Write(p)
+	c.n += n
+	return n, err
 }
 
 // servers has the servers of all scripts, which run in parallel.

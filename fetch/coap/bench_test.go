@@ -3,10 +3,8 @@
 package coap_test
 
 import (
-	"context"
 	"crypto/rand"
 	"fmt"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -16,49 +14,15 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 )
 
-// memory is a store in memory.
+// memory is a store in memory that, like a database, answers before Start returns.
 type memory struct {
-	mu     sync.RWMutex
+	fetch.Store
 	blocks map[eris.Reference][]byte
 }
 
-func newMemory() *memory { return &memory{blocks: make(map[eris.Reference][]byte)} }
-
-func (m *memory) Get(_ context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
-	m.mu.RLock()
-	block, ok := m.blocks[ref]
-	m.mu.RUnlock()
-	if !ok || len(block) != int(size) {
-		return nil, eris.ErrNotFound
-	}
-	return block, nil
-}
-
-// Start implements [fetch.Source]; like a database, it answers before it returns.
 func (m *memory) Start(r *fetch.Request) {
-	r.Block, r.Err = m.Get(context.Background(), r.Pair.Reference, r.Size, r.Dst)
+	r.Block, r.Err = m.blocks[r.Pair.Reference], nil
 	r.Done(r)
-}
-
-func (m *memory) Cancel(*fetch.Request) {}
-func (m *memory) String() string        { return "memory:" }
-func (m *memory) Close() error          { return nil }
-
-func (m *memory) Put(_ context.Context, ref eris.Reference, block []byte) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if _, ok := m.blocks[ref]; !ok {
-		m.blocks[ref] = append([]byte(nil), block...)
-	}
-	return nil
-}
-
-func (m *memory) add(tb testing.TB, size eris.BlockSize) eris.Reference {
-	block := make([]byte, size)
-	rand.Read(block)
-	ref := eris.Sum(block)
-	m.Put(context.Background(), ref, block)
-	return ref
 }
 
 // processorTime returns how much time of all processors the process has used. Unlike time on the
@@ -73,10 +37,13 @@ func processorTime() time.Duration {
 // verification.
 func BenchmarkGet(b *testing.B) {
 	for _, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
-		store := newMemory()
+		store := &memory{blocks: make(map[eris.Reference][]byte)}
 		var refs []eris.Reference
 		for range 256 {
-			refs = append(refs, store.add(b, size))
+			block := make([]byte, size)
+			rand.Read(block)
+			refs = append(refs, eris.Sum(block))
+			store.blocks[eris.Sum(block)] = block
 		}
 		for _, v := range []struct {
 			network string

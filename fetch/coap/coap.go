@@ -21,7 +21,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/queue"
 )
 
 // putSockets is how many blocks of 32 KiB are put at a time by UDP. Each such transfer has a
@@ -63,7 +62,7 @@ func Open(url string, options Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{url: u, name: u.String(), options: options.withDefaults(), pool: queue.NewPool()}
+	s := &Store{url: u, name: u.String(), options: options.withDefaults(), pool: wire.NewPool()}
 	s.blocks = wire.NewRequests(u.Segments, options.RawReferences)
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.main = s.newLink()
@@ -122,12 +121,12 @@ func (s *Store) Document(ctx context.Context, path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := s.main.await(ctx)
+	c, err := s.main.get()
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", s.name, err)
 	}
 	x := &wire.Exchange{Store: wire.NewDocument(segments), Dst: make([]byte, eris.BlockSize32KiB)}
-	if err = do(ctx, c, x); err == nil {
+	if err = s.do(ctx, c, x); err == nil {
 		err = getError(x)
 	}
 	if err == nil && (x.Response.Block2.Present || x.Length > len(x.Dst)) {

@@ -14,6 +14,7 @@ import (
 	"net"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -134,36 +135,12 @@ func (s *testServer) breakConnections() {
 
 // url returns the URL of the store at the given path.
 func (s *testServer) url(path string) string {
-	switch s.network {
-	case "unix":
-		if path == "" {
-			return "coap+unix://" + s.address
-		}
-		return "coap+unix://" + (&net.UnixAddr{Name: escape(s.address)}).Name + "/" + path
-	case "tcp":
-		return "coap+tcp://" + s.address + "/" + path
-	case "tls":
-		return "coaps+tcp://" + s.address + "/" + path
-	case "ws":
-		return "coap+ws://" + s.address + "/" + path
-	case "wss":
-		return "coaps+ws://" + s.address + "/" + path
-	}
-	return "coap://" + s.address + "/" + path
+	schemes := map[string]string{"unix": "coap+unix", "tcp": "coap+tcp", "tls": "coaps+tcp", "ws": "coap+ws", "wss": "coaps+ws", "udp": "coap"}
+	return schemes[s.network] + "://" + escape(s.address) + "/" + path
 }
 
 // escape writes the path of a socket as the authority of a URL.
-func escape(path string) string {
-	var out []byte
-	for i := range len(path) {
-		if path[i] == '/' {
-			out = append(out, "%2F"...)
-		} else {
-			out = append(out, path[i])
-		}
-	}
-	return string(out)
-}
+func escape(path string) string { return strings.ReplaceAll(path, "/", "%2F") }
 
 // testTLS returns the configuration of a server that wants its clients to ask for these protocols.
 func testTLS(tb testing.TB, protocols ...string) *tls.Config {

@@ -8,9 +8,9 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"strings"
-	"sync"
 	"syscall"
 
 	"github.com/coder/websocket"
@@ -29,17 +29,16 @@ const (
 
 var errSubprotocol = errors.New("server speaks WebSockets, but not CoAP over them")
 
-// connection makes a connection of what was dialled. [connection.run] must be called.
-func (s *Store) connection(conn net.Conn) *connection {
+// newConnection returns a connection that dial makes something for. Its Run must be called.
+func (s *Store) newConnection(dial func() (net.Conn, error)) connection {
 	o := &s.options
-	if packets, ok := conn.(net.PacketConn); ok && s.url.Scheme == "coap" && o.Dial == nil {
-		e := wire.NewEndpoint(packets, true, wire.EndpointConfig{
-			Window: o.Datagram.Window, AckTimeout: o.Datagram.AckTimeout, MaxRetransmit: o.Datagram.MaxRetransmit, Timeout: o.RequestTimeout,
+	if s.url.Scheme == "coap" && o.Dial == nil {
+		return wire.NewEndpoint(nil, wire.EndpointConfig{
+			Window: o.Datagram.Window, AckTimeout: o.Datagram.AckTimeout, MaxRetransmit: o.Datagram.MaxRetransmit,
+			Timeout: o.RequestTimeout, Dial: dial,
 		})
-		return &connection{e, func() { _ = e.Run(1) }, e.Close}
 	}
-	c := wire.NewConn(conn, wire.Config{Timeout: o.RequestTimeout, IdleTimeout: o.IdleTimeout, Window: o.Window, Pool: s.pool})
-	return &connection{c, func() { _ = c.Run() }, func(err error) { c.Release(0, err) }}
+	return wire.NewConn(nil, wire.Config{Timeout: o.RequestTimeout, IdleTimeout: o.IdleTimeout, Window: o.Window, Pool: s.pool, Dial: dial})
 }
 
 // dial makes a stream, or a socket of UDP, which makes no connection but may have to look a name
@@ -57,7 +56,7 @@ func (s *Store) dial(ctx context.Context) (net.Conn, error) {
 	dialer := net.Dialer{Control: func(_, _ string, raw syscall.RawConn) error {
 		if buffer > 0 {
 			// Before the connection is made, because TCP agrees on the scale of its window then.
-			_ = raw.Control(func(fd uintptr) { wire.SetSocketBuffers(fd, buffer) })
+			_ = raw.Control(func(fd uintptr) { setSocketBuffers(fd, buffer) })
 		}
 		return nil
 	}}
@@ -96,19 +95,9 @@ func (s *Store) dialWebSocket(ctx context.Context, dial *net.Dialer, config *tls
 		target.Scheme = "https"
 		config.NextProtos = nil // HTTP/1.1 is what is spoken then, and WebSockets need
 	}
-	var mu sync.Mutex
-	var conn net.Conn
 	transport := &http.Transport{
-		Proxy: http.ProxyFromEnvironment,
-		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
-			c, err := dial.DialContext(ctx, network, address)
-			if err == nil {
-				mu.Lock()
-				conn = c
-				mu.Unlock()
-			}
-			return c, err
-		},
+		Proxy:                  http.ProxyFromEnvironment,
+		DialContext:            dial.DialContext,
 		TLSClientConfig:        config,
 		MaxResponseHeaderBytes: maxHandshake,
 	}
@@ -118,6 +107,8 @@ func (s *Store) dialWebSocket(ctx context.Context, dial *net.Dialer, config *tls
 		// Stores are where their URLs say.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
+	var conn net.Conn
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) { conn = info.Conn }})
 	socket, _, err := websocket.Dial(ctx, target.String(), &websocket.DialOptions{
 		HTTPClient:   client,
 		HTTPHeader:   http.Header{"User-Agent": {"guix-substitute-eris"}},
@@ -126,8 +117,6 @@ func (s *Store) dialWebSocket(ctx context.Context, dial *net.Dialer, config *tls
 	if err != nil {
 		return nil, err
 	}
-	mu.Lock()
-	defer mu.Unlock()
 	if socket.Subprotocol() != ws.Protocol {
 		_ = socket.CloseNow()
 		return nil, errSubprotocol

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"net"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -69,9 +68,10 @@ func (want outcome) check(t *testing.T, err error) {
 	}
 }
 
-// TestHostile has peers that do not keep to the protocol. Each call must come to its end, with an
-// error of the right kind, in bounded time and memory, and the store must work again as soon as its
-// peer does.
+// TestHostile has peers that do not keep to the protocol where it is about answers to us; package
+// coapserver has those that break the framing, which is the same for both sides. Each call must
+// come to its end, with an error of the right kind, in bounded time and memory, and the store must
+// work again as soon as its peer does.
 func TestHostile(t *testing.T) {
 	ref1, block1 := newBlock(eris.BlockSize1KiB, 1)
 	ref32, block32 := newBlock(eris.BlockSize32KiB, 2)
@@ -181,9 +181,6 @@ func TestHostile(t *testing.T) {
 				time.Sleep(5 * time.Millisecond)
 			}
 		}, 32768, fails, false},
-		{"length of 4 GiB", respond(func(coaptest.Message) []byte { return fromHex("f1 ffffffff 45 01") }), 1024, fails, true},
-		{"length above what was announced", respond(func(m coaptest.Message) []byte { return answer(m, make([]byte, 65536)) }), 32768, fails, true},
-		{"token of 15 bytes", respond(func(coaptest.Message) []byte { return fromHex("0f 45 0102030405060708090a0b0c0d0e0f") }), 1024, fails, true},
 		{"reserved option", respond(func(m coaptest.Message) []byte { return coaptest.Stream(codes.Content, m.Token, []byte{0xf0}, "") }), 1024, fails, true},
 		{"marker without payload", respond(func(m coaptest.Message) []byte { return coaptest.Stream(codes.Content, m.Token, []byte{0xff}, "") }), 1024, fails, true},
 		{"large answer with malformed options", respond(func(m coaptest.Message) []byte {
@@ -205,23 +202,9 @@ func TestHostile(t *testing.T) {
 			p.write(answer(m, block32))
 			p.awaitEnd()
 		}, 32768, fails, true},
-		{"unknown signal", respond(func(coaptest.Message) []byte { return fromHex("00 e6") }), 1024, fails, true},
-		{"unknown class", respond(func(coaptest.Message) []byte { return fromHex("00 60") }), 1024, fails, true},
-		{"capabilities with an unknown critical option", func(p *peer) { p.write(fromHex("10 e1 30")); p.awaitEnd() }, 1024, fails, true},
-		{"capabilities with a number of five bytes", func(p *peer) { p.write(fromHex("60 e1 250000000001")); p.awaitEnd() }, 1024, fails, true},
-		{"ping with an unknown critical option", respond(func(coaptest.Message) []byte { return fromHex("10 e2 10") }), 1024, fails, true},
-		{"ping with a malformed option", respond(func(coaptest.Message) []byte { return fromHex("10 e2 f0") }), 1024, fails, true},
-		{"pong with an unknown critical option", respond(func(coaptest.Message) []byte { return fromHex("10 e3 30") }), 1024, fails, true},
-		{"Release with an unknown critical option", respond(func(coaptest.Message) []byte { return fromHex("10 e4 10") }), 1024, fails, true},
 		{"Abort with terminal codes", respond(func(coaptest.Message) []byte { return coaptest.Stream(codes.Abort, wire.Token{}, nil, "\x1b[2J") }), 1024, fails, false},
 		{"Release instead of an answer", respond(func(coaptest.Message) []byte { return fromHex("00 e4") }), 1024, fails, false},
-		{"endless capabilities", flood(csm), 1024, fails, true},
-		{"endless pings", flood(fromHex("01 e2 07")), 1024, fails, true},
-		{"endless empty messages", flood(fromHex("00 00")), 1024, fails, true},
-		{"endless answers that nobody asked for", flood(fromHex("01 45 07")), 1024, fails, true},
-		{"endless large answers that nobody asked for", flood(coaptest.Stream(codes.Content, coaptest.Token(7), nil, block32)), 1024, fails, true},
 		{"endless requests", flood(fromHex("01 01 07")), 1024, fails, false},
-		{"noise", flood(block32), 1024, fails, true},
 		{"endless parts of 16 bytes", respond(func(m coaptest.Message) []byte {
 			part := m.Block(message.Block2)
 			part.More, part.Exponent, part.Present = true, 0, true
@@ -265,8 +248,7 @@ func TestHostile(t *testing.T) {
 			if !v.aborts {
 				return
 			}
-			// In a flood the last words may get lost.
-			if aborted := <-told; !aborted && !strings.HasPrefix(v.name, "endless") && v.name != "noise" {
+			if aborted := <-told; !aborted {
 				t.Error("the peer was not told why")
 			}
 		})
@@ -284,29 +266,6 @@ func recovers(t *testing.T, store *coap.Store, ref eris.Reference, size eris.Blo
 		time.Sleep(10 * time.Millisecond)
 	}
 	t.Errorf("the store does not work again: %v", err)
-}
-
-// TestHostileMemory checks that lengths alone make nobody allocate.
-func TestHostileMemory(t *testing.T) {
-	ref, _ := newBlock(eris.BlockSize1KiB, 1)
-	var before, after runtime.MemStats
-	const calls = 10
-	runtime.ReadMemStats(&before)
-	for range calls {
-		store := openPeer(t, short, func(_ int, p *peer) {
-			p.write(csm)
-			m, _ := p.readUntil(codes.GET)
-			p.write([]byte{0xf0 | m.Token.Size, 0xff, 0xff, 0xff, 0xff, 0x45})
-			p.awaitEnd()
-		})
-		_, err := get(t, store, ref, eris.BlockSize1KiB)
-		fails.check(t, err)
-		store.Close()
-	}
-	runtime.ReadMemStats(&after)
-	if most := uint64(calls * 4 << 20); after.TotalAlloc-before.TotalAlloc > most {
-		t.Errorf("%d bytes were allocated", after.TotalAlloc-before.TotalAlloc)
-	}
 }
 
 // TestAnswersTwice has a peer answer everything twice: no answer may go to a call that it is not

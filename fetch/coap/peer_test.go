@@ -63,16 +63,15 @@ func (p *peer) awaitEnd() {
 // is closed when it returns.
 type script func(connection int, p *peer)
 
-// playPeer starts to play a peer and returns the URL of it.
-func playPeer(t *testing.T, play script) (url string) {
-	socket := filepath.Join(t.TempDir(), "s")
-	listener, err := net.Listen("unix", socket)
+// listen serves connections, each of which is closed when f returns, and returns the address.
+func listen(t *testing.T, network, address string, f func(connection int, conn net.Conn)) string {
+	listener, err := net.Listen(network, address)
 	if err != nil {
 		t.Fatal(err)
 	}
 	var group sync.WaitGroup
 	var mu sync.Mutex
-	conns := make(map[net.Conn]struct{})
+	var conns []net.Conn
 	group.Go(func() {
 		for n := 0; ; n++ {
 			conn, err := listener.Accept()
@@ -80,24 +79,31 @@ func playPeer(t *testing.T, play script) (url string) {
 				return
 			}
 			mu.Lock()
-			conns[conn] = struct{}{}
+			conns = append(conns, conn)
 			mu.Unlock()
 			group.Go(func() {
 				defer conn.Close()
-				play(n, &peer{t: t, conn: conn, r: bufio.NewReaderSize(conn, 1<<16)})
+				f(n, conn)
 			})
 		}
 	})
 	t.Cleanup(func() {
 		listener.Close()
 		mu.Lock()
-		for conn := range conns {
+		for _, conn := range conns {
 			conn.Close()
 		}
 		mu.Unlock()
 		group.Wait()
 	})
-	return "coap+unix://" + socket
+	return listener.Addr().String()
+}
+
+// playPeer starts to play a peer and returns the URL of it.
+func playPeer(t *testing.T, play script) (url string) {
+	return "coap+unix://" + listen(t, "unix", filepath.Join(t.TempDir(), "s"), func(n int, conn net.Conn) {
+		play(n, &peer{t: t, conn: conn, r: bufio.NewReaderSize(conn, 1<<16)})
+	})
 }
 
 // openPeer opens a store that is played by a script.

@@ -5,7 +5,6 @@ package coap_test
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -22,81 +21,16 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 )
 
-// TestFirstMessages checks what the client sends byte for byte: its capabilities, and a request at
-// once, without waiting for the capabilities of the peer (RFC 8323, section 5.3).
-func TestFirstMessages(t *testing.T) {
-	ref, block := newBlock(eris.BlockSize1KiB, 1)
-	for _, raw := range []bool{false, true} {
-		sent := make(chan []byte, 1)
-		store := openPeer(t, coap.Options{RawReferences: raw}, func(_ int, p *peer) {
-			first, _ := p.read()
-			second, _ := p.read()
-			got := coaptest.Stream(first.Code, first.Token, first.Body, "")
-			got = append(got, coaptest.Stream(second.Code, wire.Token{}, second.Body, "")...)
-			sent <- got
-			p.write(csm, answer(second, block))
-			p.awaitEnd()
-		})
-		if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
-			t.Fatal(err)
-		}
-		query := "\x4d\x27" + ref.String()
-		if raw {
-			query = "\x4d\x13" + string(ref[:])
-		}
-		body := "\xbb.well-known\x04eris\x06blocks" + query + "\xd2\x20\x04\x00"
-		want := "\x50\xe1\x23\x01\x00\x00\x20" + fmt.Sprintf("\xd0%c\x01", len(body)-13) + body
-		if got := <-sent; string(got) != want {
-			t.Errorf("raw %v: sent % x, want % x", raw, got, want)
-		}
-	}
-}
-
-// TestOrder has the peer collect requests and answer them from the last to the first, small and
-// large.
-func TestOrder(t *testing.T) {
-	const calls = 100
+// TestWindow checks that no more requests are without an answer than the window allows, that all
+// come to their turn, and that answers may come in another order, small and large.
+func TestWindow(t *testing.T) {
+	const window, calls = 7, 98
 	blocks := make(map[string][]byte)
 	var refs []eris.Reference
 	for i := range calls {
-		size := eris.BlockSize1KiB
-		if i%3 == 0 {
-			size = eris.BlockSize32KiB
-		}
-		ref, block := newBlock(size, i)
+		ref, block := newBlock([]eris.BlockSize{eris.BlockSize32KiB, eris.BlockSize1KiB, eris.BlockSize1KiB}[i%3], i)
 		refs, blocks[ref.String()] = append(refs, ref), block
 	}
-	store := openPeer(t, coap.Options{}, func(_ int, p *peer) {
-		p.write(csm)
-		var answers [][]byte
-		for range calls {
-			m, ok := p.readUntil(codes.GET)
-			if !ok {
-				return
-			}
-			values := m.Options
-			answers = append([][]byte{answer(m, blocks[values[message.URIQuery][0]])}, answers...)
-		}
-		p.write(answers...)
-		p.awaitEnd()
-	})
-	var group sync.WaitGroup
-	for _, ref := range refs {
-		group.Go(func() {
-			want := blocks[ref.String()]
-			if got, err := get(t, store, ref, eris.BlockSize(len(want))); err != nil || !bytes.Equal(got, want) {
-				t.Errorf("Get: %v", err)
-			}
-		})
-	}
-	group.Wait()
-}
-
-// TestWindow checks that no more requests are without an answer than the window allows, and that
-// all come to their turn.
-func TestWindow(t *testing.T) {
-	ref, block := newBlock(eris.BlockSize1KiB, 1)
-	const window, calls = 7, 100
 	store := openPeer(t, coap.Options{Window: window}, func(_ int, p *peer) {
 		p.write(csm)
 		for range calls / window {
@@ -106,7 +40,7 @@ func TestWindow(t *testing.T) {
 				if !ok {
 					return
 				}
-				answers = append(answers, answer(m, block))
+				answers = append([][]byte{answer(m, blocks[m.Options[message.URIQuery][0]])}, answers...)
 			}
 			p.conn.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
 			if m, ok := p.read(); ok {
@@ -115,12 +49,13 @@ func TestWindow(t *testing.T) {
 			p.conn.SetReadDeadline(time.Time{})
 			p.write(answers...)
 		}
-		p.serveBlock(block)
+		p.awaitEnd()
 	})
 	var group sync.WaitGroup
-	for range calls {
+	for _, ref := range refs {
 		group.Go(func() {
-			if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
+			want := blocks[ref.String()]
+			if got, err := get(t, store, ref, eris.BlockSize(len(want))); err != nil || !bytes.Equal(got, want) {
 				t.Errorf("Get: %v", err)
 			}
 		})

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
@@ -15,15 +14,8 @@ import (
 	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 
-const (
-	// blockUnit is the size in bytes of the largest unit of block-wise transfer.
-	blockUnit = 1024
-	// maxRestarts is how often the transfer of a block begins again because the server asks for
-	// that.
-	maxRestarts = 3
-	// baseMessageSize is the size in bytes of a message that every peer takes.
-	baseMessageSize = 1152
-)
+// baseMessageSize is the size in bytes of a message that every peer takes.
+const baseMessageSize = 1152
 
 // Put implements [fetch.Store]: it returns nil once the server has answered that it has the block.
 // The reference is not sent, servers compute it; it is for messages. If the connection fails, the
@@ -36,7 +28,8 @@ func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error
 		return &blockError{s, ref, fetch.ErrReadOnly}
 	}
 	err := s.put(ctx, block)
-	if s.again(err) {
+	var failure *connectionError
+	if errors.As(err, &failure) && failure.again {
 		err = s.put(ctx, block)
 	}
 	if cause := context.Cause(ctx); err == nil || cause != nil && errors.Is(err, cause) {
@@ -47,17 +40,20 @@ func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error
 
 // connectionError is a failure of the connection, not of the request.
 type connectionError struct {
-	err      error
-	answered bool // the peer has, before
+	err   error
+	again bool // the request should be made once more on a new connection
 }
 
 func (e *connectionError) Error() string { return e.err.Error() }
 func (e *connectionError) Unwrap() error { return e.err }
 
-// again reports whether a call that has failed should be tried once more, as [request.lost] does.
-func (s *Store) again(err error) bool {
-	var failure *connectionError
-	return errors.As(err, &failure) && s.url.Scheme != "coap" && (failure.answered || !errors.Is(err, wire.ErrSilent))
+// again reports whether a request that has failed should be made once more on a new connection: not
+// if none can be made, and not if the peer has never answered.
+func (s *Store) again(c connection, err error) bool {
+	var dial *dialError
+	answered, _ := c.State()
+	return s.url.Scheme != "coap" && !errors.As(err, &dial) && !errors.Is(err, context.Canceled) &&
+		(answered || !errors.Is(err, wire.ErrSilent))
 }
 
 // put puts a block in one message, or in parts if the peer cannot take it otherwise.
@@ -65,14 +61,14 @@ func (s *Store) put(ctx context.Context, block []byte) error {
 	if s.url.Scheme == "coap" && len(block) > blockUnit {
 		return s.putParts(ctx, block, nil)
 	}
-	c, err := s.main.await(ctx)
+	c, err := s.main.get()
 	if err != nil {
 		return err
 	}
 	peer := wire.Capabilities{MessageSize: baseMessageSize}
 	size := len(block) + s.blocks.Overhead()
-	if conn, ok := c.carrier.(*wire.Conn); ok && size > baseMessageSize {
-		if peer, err = s.peer(ctx, conn); err != nil {
+	if conn, ok := c.(*wire.Conn); ok && size > baseMessageSize {
+		if peer, err = conn.AwaitPeer(ctx, s.options.CapabilityTimeout); err != nil {
 			return err
 		}
 		silent := !peer.Stated && !peer.BlockWise
@@ -85,7 +81,7 @@ func (s *Store) put(ctx context.Context, block []byte) error {
 		}
 	}
 	x := &wire.Exchange{Store: s.blocks, Payload: block}
-	if err := do(ctx, c, x); err != nil {
+	if err := s.do(ctx, c, x); err != nil {
 		return err
 	}
 	if x.Code != codes.RequestEntityTooLarge || len(block) <= blockUnit || !peer.BlockWise {
@@ -94,33 +90,13 @@ func (s *Store) put(ctx context.Context, block []byte) error {
 	return s.putParts(ctx, block, &peer)
 }
 
-// peer returns what the peer can receive. It waits for a while until the peer has said so.
-func (s *Store) peer(ctx context.Context, conn *wire.Conn) (wire.Capabilities, error) {
-	read := func() (wire.Capabilities, <-chan struct{}) {
-		conn.Queue.Mu.Lock()
-		defer conn.Queue.Mu.Unlock()
-		return conn.Peer()
-	}
-	_, introduced := read()
-	timer := time.NewTimer(s.options.CapabilityTimeout)
-	defer timer.Stop()
-	select {
-	case <-introduced:
-	case <-timer.C:
-	case <-ctx.Done():
-		return wire.Capabilities{}, context.Cause(ctx)
-	}
-	peer, _ := read()
-	return peer, nil
-}
-
 // do makes an exchange and waits for it.
-func do(ctx context.Context, c *connection, x *wire.Exchange) error {
+func (s *Store) do(ctx context.Context, c connection, x *wire.Exchange) error {
 	done := make(chan struct{})
 	x.Done = func(*wire.Exchange) { close(done) }
 	if !c.Start(x) {
-		answered, err := c.State()
-		return &connectionError{err, answered}
+		_, err := c.State()
+		return &connectionError{err, s.again(c, err)}
 	}
 	select {
 	case <-done:
@@ -128,92 +104,18 @@ func do(ctx context.Context, c *connection, x *wire.Exchange) error {
 		c.Cancel(x)
 		<-done
 	}
+	return s.failure(ctx, c, x.Err)
+}
+
+// failure returns what the error of an exchange means.
+func (s *Store) failure(ctx context.Context, c connection, err error) error {
 	switch {
-	case errors.Is(x.Err, context.Canceled):
+	case errors.Is(err, context.Canceled):
 		return context.Cause(ctx)
-	case x.Err != nil:
-		answered, _ := c.State()
-		return &connectionError{x.Err, answered}
+	case err != nil:
+		return &connectionError{err, s.again(c, err)}
 	}
 	return nil
-}
-
-// putParts puts a block part by part, after those that others put so on the same link: a server may
-// tell transfers apart by the endpoint alone, and would make one block of the parts of two, which
-// nobody would notice. Peer is nil by UDP.
-func (s *Store) putParts(ctx context.Context, block []byte, peer *wire.Capabilities) error {
-	var l *link
-	select {
-	case l = <-s.parts:
-		defer func() { s.parts <- l }()
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	case <-s.ctx.Done():
-		return fetch.ErrClosed
-	}
-	ctx, cancel := context.WithTimeoutCause(ctx, slowParts*s.options.RequestTimeout, errSlow)
-	defer cancel()
-	c, err := l.await(ctx)
-	if err != nil {
-		return err
-	}
-	t := transfer{x: wire.Exchange{Store: s.blocks}, block: block, exponent: wire.MaxExponent, most: blockUnit}
-	if peer != nil && peer.BERT() {
-		if units := (int(min(peer.MessageSize, wire.MessageSize)) - s.blocks.Overhead()) / blockUnit; units > 1 {
-			t.exponent, t.most = wire.BERT, units*blockUnit
-		}
-	}
-	// The token is kept between parts.
-	defer func() { c.Cancel(&t.x) }()
-	return t.run(ctx, c)
-}
-
-// transfer is a block that is put in parts, in units of the given exponent and in messages with at
-// most the given number of bytes of it (RFC 7959, section 2.5; RFC 8323, section 6). All have one
-// token.
-type transfer struct {
-	x        wire.Exchange
-	block    []byte
-	exponent uint8
-	most     int
-}
-
-func (t *transfer) run(ctx context.Context, c *connection) error {
-	for sent, restarts := 0, 0; ; {
-		x := &t.x
-		part := wire.Block{Exponent: t.exponent, Present: true}
-		part.Number = uint32(sent / part.Unit())
-		length := min(t.most, len(t.block)-sent)
-		part.More = sent+length < len(t.block)
-		x.Block, x.Total, x.Payload, x.Keep = part, 0, t.block[sent:sent+length], part.More
-		if sent == 0 {
-			x.Total = len(t.block)
-		}
-		if err := do(ctx, c, x); err != nil {
-			return err
-		}
-		answer := x.Response.Block1
-		switch {
-		case x.Code == codes.RequestEntityTooLarge && sent == 0 && answer.Present && answer.Exponent < t.exponent:
-			// The server wants smaller parts from the first on.
-			t.exponent, t.most = answer.Exponent, answer.Unit()
-			continue
-		case x.Code == codes.RequestEntityIncomplete && sent > 0 && restarts < maxRestarts:
-			// The server has dropped what came before, or a copy of an old message made it start
-			// afresh.
-			sent = 0
-			restarts++
-			continue
-		case !part.More || x.Code != codes.Continue:
-			return putError(x)
-		case !answer.Present || x.Response.Unusable || answer.Number != part.Number:
-			return errBlockwise
-		}
-		sent += length
-		if answer.Exponent < t.exponent {
-			t.exponent, t.most = answer.Exponent, min(t.most, answer.Unit())
-		}
-	}
 }
 
 // putError returns what the last answer to a PUT means.

@@ -14,7 +14,6 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/queue"
 )
 
 // oneBlock is a handler that answers each GET by one block, and takes each PUT.
@@ -22,22 +21,16 @@ type oneBlock struct {
 	conn  *Conn
 	block []byte
 	taken [][]byte
-	dst   []byte
 }
 
-func (h *oneBlock) Request(r *Request, length int) []byte {
-	h.dst = make([]byte, length)
-	return h.dst
-}
-
-func (h *oneBlock) Received(r *Request) {
-	h.conn.Queue.Mu.Lock()
-	defer h.conn.Queue.Mu.Unlock()
+func (h *oneBlock) Request(r *Request) {
+	h.conn.Lock()
+	defer h.conn.Unlock()
 	if r.Code == codes.GET {
 		h.conn.Respond(r.Token, codes.Content, nil, h.block)
 		return
 	}
-	h.taken = append(h.taken, h.dst)
+	h.taken = append(h.taken, bytes.Clone(r.Payload))
 	h.conn.Respond(r.Token, codes.Created, nil, nil)
 }
 
@@ -68,7 +61,7 @@ func TestBothWays(t *testing.T) {
 	var runs sync.WaitGroup
 	for i, conn := range []net.Conn{near, far} {
 		h := &oneBlock{block: bytes.Repeat([]byte{byte(i + 1)}, int(eris.BlockSize32KiB))}
-		h.conn = NewConn(conn, Config{Timeout: time.Minute, IdleTimeout: time.Minute, Window: 100, Pool: queue.NewPool(), Paths: paths, Handler: h})
+		h.conn = NewConn(conn, Config{Timeout: time.Minute, IdleTimeout: time.Minute, Window: 100, Pool: NewPool(), Paths: paths, Handler: h})
 		handlers[i] = h
 	}
 	for _, h := range handlers {

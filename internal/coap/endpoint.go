@@ -3,7 +3,6 @@
 package coap
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -51,7 +50,12 @@ type EndpointConfig struct {
 	MaxRetransmit int
 	// Timeout is how long a request waits for its answer in all.
 	Timeout time.Duration
+	// Dial makes a socket that is connected to a peer, which must be a [net.PacketConn] as well,
+	// unless one was given. Only then requests can be made.
+	Dial func() (net.Conn, error)
 
+	// Workers is how many requests of peers are served at a time.
+	Workers int
 	// AckDelay is after what time a request of the peer is acknowledged apart from its answer.
 	AckDelay time.Duration
 	// Paths are the resources that may be requested, and Handler serves them: it must call
@@ -64,19 +68,14 @@ type EndpointConfig struct {
 // acknowledged is sent again by timers, so that nobody waits for it. Its methods are safe for
 // concurrent use.
 type Endpoint struct {
-	conn   net.PacketConn
-	writer io.Writer // to the only peer, if the socket is connected
+	requester
+	conn   net.PacketConn // nil until it is made
+	writer io.Writer      // to the only peer, if the socket is connected
 	config EndpointConfig
 
-	mu        sync.Mutex
-	err       error
 	unacked   map[messageKey]*confirmable
-	byToken   map[Token]*Exchange
 	busy      map[messageKey]struct{} // requests that are being served
-	waiting   exchanges
-	ended     exchanges // whose Done is to be called with their Err, once the lock is given up
 	nextID    uint16
-	nextToken uint32
 	lastHeard time.Time // last answer
 	recent    [recentIDs]uint16
 	recents   int
@@ -84,7 +83,6 @@ type Endpoint struct {
 	// Congestion control: how many exchanges may be under way, as TCP has it.
 	window    float64
 	threshold float64
-	sent      int
 	lastLoss  time.Time
 	roundTrip time.Duration // smoothed, 0 if not known (RFC 6298)
 	variation time.Duration
@@ -99,6 +97,7 @@ type messageKey struct {
 
 // confirmable is a message that is sent until it is acknowledged: a request or an answer of ours.
 type confirmable struct {
+	endpoint *Endpoint
 	key      messageKey
 	addr     net.Addr
 	bytes    []byte
@@ -110,102 +109,77 @@ type confirmable struct {
 	timer    *time.Timer
 }
 
-// NewEndpoint makes an endpoint of a socket, which is its own from then on. If the socket is
-// connected to a peer, it must be a [net.Conn] as well, and connected must be true; only then
-// requests can be made. [Endpoint.Run] must be called.
-func NewEndpoint(conn net.PacketConn, connected bool, config EndpointConfig) *Endpoint {
+// NewEndpoint makes an endpoint of a socket, which is its own from then on. If there is none,
+// requests wait until config.Dial has made it. [Endpoint.Run] must be called.
+func NewEndpoint(conn net.PacketConn, config EndpointConfig) *Endpoint {
 	e := &Endpoint{
 		conn:      conn,
 		config:    config,
 		unacked:   make(map[messageKey]*confirmable),
-		byToken:   make(map[Token]*Exchange),
 		busy:      make(map[messageKey]struct{}),
 		nextID:    uint16(rand.Uint32()),
-		nextToken: rand.Uint32(),
 		window:    min(firstWindow, float64(config.Window)),
 		threshold: float64(config.Window),
 	}
-	if connected {
-		e.writer = conn.(net.Conn)
+	e.requester = requester{
+		transport: e,
+		sent:      make(map[uint32]sentRequest),
+		lastToken: rand.Uint32(),
+		tokenSize: datagramTokenSize,
 	}
 	return e
 }
 
-// Run receives datagrams by the given number of goroutines, each of which serves a request at a
-// time, until the socket is closed or its read deadline has passed. It closes the socket, and
-// returns why it has ended.
-func (e *Endpoint) Run(workers int) error {
-	var group sync.WaitGroup
-	for range workers {
-		group.Go(func() {
-			err := e.receive()
-			e.mu.Lock()
-			if e.err == nil {
-				e.err = err
-			}
-			e.mu.Unlock()
-		})
+// Run makes the socket if there is none, and receives datagrams by several goroutines, each of
+// which serves a request at a time, until the socket is closed or its read deadline has passed. It
+// closes the socket, and returns why it has ended.
+func (e *Endpoint) Run() error {
+	if e.conn != nil || e.connect(e.config.Dial) {
+		var group sync.WaitGroup
+		for range max(1, e.config.Workers) {
+			group.Go(func() {
+				err := e.receive()
+				e.Lock()
+				defer e.Unlock()
+				if e.err == nil {
+					e.err = err
+				}
+			})
+		}
+		group.Wait()
+		e.Close(errClosed)
 	}
-	group.Wait()
-	e.Close(errClosed)
 	_, err := e.State()
 	return err
 }
 
-// State returns why the endpoint is at its end, or nil; and reports whether the peer has ever
-// answered.
-func (e *Endpoint) State() (answered bool, err error) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return !e.lastHeard.IsZero(), e.err
-}
+// open implements transport.
+func (e *Endpoint) open(conn net.Conn) { e.conn, e.writer = conn.(net.PacketConn), conn }
 
 // Close closes the socket. All exchanges fail with the error. It does not wait.
 func (e *Endpoint) Close(err error) {
-	e.mu.Lock()
+	e.Lock()
+	defer e.Unlock()
 	e.end(err)
-	e.unlock()
-	e.conn.Close()
 }
 
-// end makes all exchanges fail. The lock must be held, and be given up by unlock.
+// Release is Close: there is no connection that the peer would have to be told of.
+func (e *Endpoint) Release(_ time.Duration, err error) { e.Close(err) }
+
+// end makes all exchanges fail, and closes the socket. The lock must be held.
 func (e *Endpoint) end(err error) {
 	if e.err == nil {
 		e.err = err
 	}
 	e.failSent(err)
-	for x := e.waiting.first; x != nil; x = e.waiting.first {
-		e.waiting.remove(x)
-		e.take(x, err)
-	}
+	e.failWaiting(err)
 	for _, m := range e.unacked {
 		m.timer.Stop()
 	}
 	clear(e.unacked)
-}
-
-// failSent makes all exchanges fail that are under way. The lock must be held, and be given up by
-// unlock.
-func (e *Endpoint) failSent(err error) {
-	for _, x := range e.byToken {
-		e.take(x, err)
+	if e.conn != nil {
+		e.conn.Close()
 	}
-}
-
-// take ends an exchange. The lock must be held, and be given up by unlock.
-func (e *Endpoint) take(x *Exchange, err error) {
-	if x.state == exchangeSent {
-		delete(e.byToken, x.token)
-		e.drop(x.sent)
-		x.sent = nil
-		e.sent--
-	}
-	x.kept = nil
-	if x.Keep && err == nil {
-		x.kept = e
-	}
-	x.state, x.Err = exchangeTaken, err
-	e.ended.push(x)
 }
 
 func (e *Endpoint) drop(m *confirmable) {
@@ -213,94 +187,49 @@ func (e *Endpoint) drop(m *confirmable) {
 	delete(e.unacked, m.key)
 }
 
-// Start sends a request, or lets it wait for its turn: see [Conn.Start].
-func (e *Endpoint) Start(x *Exchange) bool {
-	e.mu.Lock()
-	if e.err != nil {
-		e.mu.Unlock()
-		return false
-	}
-	x.state = exchangeWaiting
-	if x.Block.Number > 0 {
-		e.waiting.pushFirst(x) // what has begun comes before what has not
-	} else {
-		e.waiting.push(x)
-	}
-	e.unlock()
-	return true
+// hasRoom implements transport.
+func (e *Endpoint) hasRoom() bool {
+	return e.conn != nil && float64(len(e.sent)) < max(1, e.window)
 }
 
-// Cancel cancels an exchange: see [Conn.Cancel].
-func (e *Endpoint) Cancel(x *Exchange) {
-	e.mu.Lock()
-	switch x.state {
-	case exchangeWaiting:
-		e.waiting.remove(x)
-		e.take(x, context.Canceled)
-	case exchangeSent:
-		e.take(x, context.Canceled)
-	default:
-		x.kept = nil
-	}
-	e.unlock()
+// forget implements transport.
+func (e *Endpoint) forget(x *Exchange) {
+	delete(e.sent, uint32(x.token.Value))
+	e.drop(x.sent)
+	x.sent = nil
 }
 
-// unlock gives up the lock, sends what may be sent, and calls Done of what has ended meanwhile.
-func (e *Endpoint) unlock() {
-	var send []*confirmable
-	for x := e.waiting.first; x != nil && e.err == nil && float64(e.sent) < max(1, e.window); x = e.waiting.first {
-		e.waiting.remove(x)
-		send = append(send, e.request(x))
-	}
-	ended := e.ended
-	e.ended = exchanges{}
-	e.mu.Unlock()
-	for _, m := range send {
-		e.transmit(m)
-	}
-	for x := ended.first; x != nil; x = ended.first {
-		ended.remove(x)
-		x.finish(x.Err)
-	}
-}
-
-// request makes the message of an exchange. The lock must be held.
-func (e *Endpoint) request(x *Exchange) *confirmable {
-	if x.kept != e {
-		e.nextToken++
-		x.token = Token{Value: uint64(e.nextToken), Size: datagramTokenSize}
-	}
+// transmit implements transport.
+func (e *Endpoint) transmit(x *Exchange) {
 	b := make([]byte, 0, maxDatagramSize)
 	for e.nextID++; e.unacked[messageKey{id: e.nextID}] != nil; e.nextID++ {
 	}
 	b = x.Store.append(appendDatagramHead(b, message.Confirmable, x.method(), e.nextID, x.token), x)
 	m := e.confirm(messageKey{id: e.nextID}, nil, appendPayload(b, x.Payload), e.timeout())
-	m.exchange, x.sent, x.state = x, m, exchangeSent
-	e.byToken[x.token] = x
-	e.sent++
-	return m
+	m.exchange, x.sent = x, m
+	e.outbox = append(e.outbox, m)
 }
 
-// confirm remembers a message that is to be acknowledged, which the caller then transmits. The lock
+// confirm remembers a message that is to be acknowledged, which the caller then sends. The lock
 // must be held.
 func (e *Endpoint) confirm(key messageKey, addr net.Addr, b []byte, wait time.Duration) *confirmable {
-	m := &confirmable{key: key, addr: addr, bytes: b, began: time.Now(), wait: wait, tries: 1}
+	m := &confirmable{endpoint: e, key: key, addr: addr, bytes: b, began: time.Now(), wait: wait, tries: 1}
 	m.timer = time.AfterFunc(wait, func() { e.expire(m) })
 	e.unacked[key] = m
 	return m
 }
 
-// transmit sends a message. An error is that of the socket, mostly "connection refused" for what
-// was sent before.
-func (e *Endpoint) transmit(m *confirmable) {
-	if err := e.write(m.bytes, m.addr); err != nil && m.exchange != nil {
-		e.mu.Lock()
+// write sends a message. An error is that of the socket, mostly "connection refused" for what was
+// sent before.
+func (e *Endpoint) write(m *confirmable) {
+	if err := e.writeTo(m.bytes, m.addr); err != nil && m.exchange != nil {
+		e.Lock()
+		defer e.Unlock()
 		e.lost(m, err)
-		e.unlock()
 	}
 }
 
-func (e *Endpoint) write(b []byte, addr net.Addr) error {
+func (e *Endpoint) writeTo(b []byte, addr net.Addr) error {
 	if e.writer != nil {
 		_, err := e.writer.Write(b)
 		return err
@@ -311,24 +240,21 @@ func (e *Endpoint) write(b []byte, addr net.Addr) error {
 
 // expire is called when a message was not acknowledged, or a request not answered, in time.
 func (e *Endpoint) expire(m *confirmable) {
-	e.mu.Lock()
+	e.Lock()
+	defer e.Unlock()
 	if e.unacked[m.key] != m {
-		e.mu.Unlock()
 		return
 	}
 	now := time.Now()
 	left := e.config.Timeout - now.Sub(m.began)
 	if m.acked && left > 0 {
-		// The acknowledgement came at the same time.
-		e.mu.Unlock()
-		return
+		return // the acknowledgement came at the same time
 	}
 	if m.exchange != nil {
 		e.congested(now)
 	}
 	if m.tries > e.config.MaxRetransmit || left <= 0 && m.exchange != nil {
 		e.lost(m, fmt.Errorf("%w (%v)", ErrSilent, now.Sub(m.began).Round(time.Millisecond)))
-		e.unlock()
 		return
 	}
 	m.tries++
@@ -337,13 +263,11 @@ func (e *Endpoint) expire(m *confirmable) {
 		m.wait = min(m.wait, left)
 	}
 	m.timer.Reset(m.wait)
-	e.mu.Unlock()
-	e.transmit(m)
+	e.outbox = append(e.outbox, m)
 }
 
 // lost gives a message up. If nothing at all was heard lately, the endpoint is of no more use for
-// requests: the peer may have got another address. The lock must be held, and be given up by
-// unlock.
+// requests: the peer may have got another address. The lock must be held.
 func (e *Endpoint) lost(m *confirmable, err error) {
 	switch {
 	case e.unacked[m.key] != m:
@@ -351,7 +275,6 @@ func (e *Endpoint) lost(m *confirmable, err error) {
 		e.drop(m)
 	case time.Since(e.lastHeard) > e.config.Timeout/2:
 		e.end(err)
-		e.conn.Close()
 	default:
 		e.take(m.exchange, err)
 	}
@@ -367,9 +290,9 @@ func (e *Endpoint) timeout() time.Duration {
 	return min(e.config.Timeout, time.Duration(float64(timeout)*(1+(ackRandomFactor-1)*rand.Float64())))
 }
 
-// answered takes note of an answer. The lock must be held.
-func (e *Endpoint) answered(m *confirmable) {
-	e.lastHeard = time.Now()
+// measure takes note of an answer. The lock must be held.
+func (e *Endpoint) measure(m *confirmable) {
+	e.lastHeard, e.answered = time.Now(), true
 	if e.window < e.threshold {
 		e.window++
 	} else {
@@ -410,10 +333,10 @@ func (e *Endpoint) receive() error {
 		case err != nil:
 			// Mostly "connection refused", which anybody could forge: what is under way fails, no
 			// more.
-			e.mu.Lock()
+			e.Lock()
 			e.failSent(err)
 			over := e.err
-			e.unlock()
+			e.Unlock()
 			if over != nil {
 				return over
 			}
@@ -441,24 +364,24 @@ func (e *Endpoint) packet(m datagram, addr net.Addr) {
 		e.serve(m, key, addr)
 	case isResponse(m.Code) && e.response(m) && confirmable:
 		// If it is lost, the peer sends again.
-		_ = e.write(appendEmpty(nil, message.Acknowledgement, m.ID), addr)
+		_ = e.writeTo(appendEmpty(nil, message.Acknowledgement, m.ID), addr)
 	case confirmable:
 		// A ping, or an answer that nobody waits for.
-		_ = e.write(appendEmpty(nil, message.Reset, m.ID), addr)
+		_ = e.writeTo(appendEmpty(nil, message.Reset, m.ID), addr)
 	}
 }
 
 // acknowledged takes an acknowledgement or a reset, and the answer that the former may carry.
 func (e *Endpoint) acknowledged(m datagram, key messageKey) {
-	e.mu.Lock()
-	defer e.unlock()
+	e.Lock()
+	defer e.Unlock()
 	sent := e.unacked[key]
 	switch {
 	case sent == nil:
 	case sent.exchange == nil:
 		e.drop(sent)
 	case m.Type == message.Reset:
-		e.lastHeard = time.Now()
+		e.lastHeard, e.answered = time.Now(), true
 		e.take(sent.exchange, errReset)
 	case m.Code == codes.Empty:
 		sent.acked = true
@@ -471,36 +394,34 @@ func (e *Endpoint) acknowledged(m datagram, key messageKey) {
 // response takes an answer that comes apart. It reports whether it, or a copy of it, was waited
 // for.
 func (e *Endpoint) response(m datagram) bool {
-	e.mu.Lock()
-	defer e.unlock()
+	e.Lock()
+	defer e.Unlock()
 	for i := range min(e.recents, recentIDs) {
 		if e.recent[i] == m.ID {
 			return true
 		}
 	}
-	x := e.byToken[m.Token]
-	if x == nil {
-		return false
-	}
-	if e.accept(x, m) {
+	s, ok := e.find(m.Token)
+	if ok && e.accept(s.exchange, m) {
 		e.recent[e.recents%recentIDs] = m.ID
 		e.recents++
 	}
-	return true
+	return ok
 }
 
 // accept takes a response. It reports whether it could be understood; if not, it might as well not
-// have come. The lock must be held, and be given up by unlock.
+// have come. The lock must be held.
 func (e *Endpoint) accept(x *Exchange, m datagram) bool {
 	var response Response
 	options := walkOptions(m.Body)
 	if parseResponse(&options, &response) != nil {
 		return false
 	}
-	payload := options.payload()
-	x.take(m.Code, &response, len(payload))
-	copy(x.destination(m.Code, len(payload)), payload)
-	e.answered(x.sent)
+	if answer := response.Block1; x.Payload != nil && answer.Present && answer.Number < x.Block.Number {
+		return false // a late copy of the answer to the part before, which had the same token
+	}
+	x.answer(m.Code, &response, options.payload())
+	e.measure(x.sent)
 	e.take(x, nil)
 	return true
 }
@@ -524,20 +445,16 @@ func (e *Endpoint) serve(m datagram, key messageKey, addr net.Addr) {
 	p := &Packet{endpoint: e, key: key, addr: addr, Peer: key.peer, confirmable: m.Type == message.Confirmable}
 	p.Code, p.Token = m.Code, m.Token
 	if e.config.Handler == nil {
-		code := codes.NotImplemented
-		if m.Code == codes.GET {
-			code = codes.NotFound
-		}
-		p.Respond(code, nil, nil)
+		p.Respond(refusal(m.Code), nil, nil)
 		return
 	}
-	e.mu.Lock()
+	e.Lock()
 	_, busy := e.busy[key]
 	e.busy[key] = struct{}{}
 	if p.confirmable && !busy {
 		p.timer = time.AfterFunc(e.config.AckDelay, p.acknowledge)
 	}
-	e.mu.Unlock()
+	e.Unlock()
 	if busy {
 		return
 	}
@@ -548,12 +465,12 @@ func (e *Endpoint) serve(m datagram, key messageKey, addr net.Addr) {
 // acknowledge says that the request has come, and the answer will.
 func (p *Packet) acknowledge() {
 	e := p.endpoint
-	e.mu.Lock()
+	e.Lock()
 	_, busy := e.busy[p.key]
 	p.acked = busy
-	e.mu.Unlock()
+	e.Unlock()
 	if busy {
-		_ = e.write(appendEmpty(nil, message.Acknowledgement, p.key.id), p.addr)
+		_ = e.writeTo(appendEmpty(nil, message.Acknowledgement, p.key.id), p.addr)
 	}
 }
 
@@ -561,7 +478,7 @@ func (p *Packet) acknowledge() {
 // that.
 func (p *Packet) Respond(code codes.Code, options, payload []byte) {
 	e := p.endpoint
-	e.mu.Lock()
+	e.Lock()
 	delete(e.busy, p.key)
 	if p.timer != nil {
 		p.timer.Stop()
@@ -580,7 +497,7 @@ func (p *Packet) Respond(code codes.Code, options, payload []byte) {
 	if kind == message.Confirmable {
 		e.confirm(key, p.addr, b, e.config.AckTimeout)
 	}
-	e.mu.Unlock()
+	e.Unlock()
 	// What is lost is sent again, or requested again.
-	_ = e.write(b, p.addr)
+	_ = e.writeTo(b, p.addr)
 }

@@ -3,7 +3,10 @@
 package coap
 
 import (
+	"context"
 	"errors"
+	"net"
+	"sync"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
@@ -13,7 +16,9 @@ import (
 // Exchange is a request that we make to the peer, and its response. Whoever makes it owns it but
 // from Start of a [Conn] or an [Endpoint] until Done is called; then it may be used again.
 type Exchange struct {
-	// The request: a PUT if there is a payload, else a GET.
+	// The request: a PUT if there is a payload, else a GET. A block that is put in parts has one
+	// exchange for all of them: parts after the first have the token of the first, because some
+	// servers know a transfer by it.
 	Store     *Requests
 	Reference eris.Reference
 	Size      eris.BlockSize
@@ -21,9 +26,6 @@ type Exchange struct {
 	Total     int   // of a PUT in parts: the size of the whole, or 0 to say nothing
 	Payload   []byte
 
-	// Keep says that further parts of the same transfer follow, which have the same token: some
-	// servers know a transfer by it. After Done, either Start or Cancel must be called.
-	Keep bool
 	// Dst is where the payload of a response with content goes, if it is no longer than this.
 	Dst []byte
 	// Done is called once for each Start that took the exchange, without any lock held. It must not
@@ -38,8 +40,8 @@ type Exchange struct {
 
 	diagnostic [64]byte
 	state      exchangeState
-	kept       any // where the token is still ours: nil or a *pending or *Endpoint
 	token      Token
+	owner      *requester   // that gave the token
 	sent       *confirmable // on an Endpoint
 	next       *Exchange
 	previous   *Exchange
@@ -60,30 +62,19 @@ func (x *Exchange) Text() string {
 	return string(x.diagnostic[:min(x.Length, len(x.diagnostic))])
 }
 
-// take notes a response, all but its payload.
-func (x *Exchange) take(code codes.Code, response *Response, length int) {
-	x.Code, x.Response, x.Length = code, *response, length
-}
-
-// destination returns where a payload of the given length goes: nil if it is longer than what is
-// wanted. Of anything but content, the beginning is kept for messages.
-func (x *Exchange) destination(code codes.Code, length int) []byte {
-	if code != codes.Content {
-		return x.diagnostic[:min(length, len(x.diagnostic))]
+// answer notes a response. Of anything but content, the beginning of the payload is kept for
+// messages.
+func (x *Exchange) answer(code codes.Code, response *Response, payload []byte) {
+	x.Code, x.Response, x.Length = code, *response, len(payload)
+	switch {
+	case code != codes.Content:
+		copy(x.diagnostic[:], payload)
+	case len(payload) <= len(x.Dst):
+		copy(x.Dst, payload)
 	}
-	if length > len(x.Dst) {
-		return nil
-	}
-	return x.Dst[:length]
 }
 
-// finish calls Done. The exchange must have been taken, and no lock be held.
-func (x *Exchange) finish(err error) {
-	x.Err = err
-	x.Done(x)
-}
-
-// exchanges is a list of those that wait, in the order in which they are to be sent.
+// exchanges is a list in the order in which they are to be dealt with.
 type exchanges struct {
 	first, last *Exchange
 }
@@ -122,53 +113,182 @@ func (l *exchanges) remove(x *Exchange) {
 	x.next, x.previous = nil, nil
 }
 
-// pending is the requests without an answer on a stream, by token. Tokens are numbers that are not
-// used again, so that a second answer to one request is not taken for the answer to another. A
-// request that was cancelled stays until its answer comes, or the connection ends.
-type pending struct {
-	requests map[uint32]pendingRequest
-	last     uint32 // token
+// transport is what is different between a [Conn] and an [Endpoint] for requests of ours. The lock
+// is held in all calls.
+type transport interface {
+	// hasRoom reports whether one more request may be sent.
+	hasRoom() bool
+	// transmit sends a request, which has its token.
+	transmit(x *Exchange)
+	// forget is told that nobody waits any more for the response to a request that was sent.
+	forget(x *Exchange)
+	// open begins to use what was dialled, and end is told that the connection is at its end.
+	open(conn net.Conn)
+	end(err error)
 }
 
-type pendingRequest struct {
-	exchange *Exchange // nil if it was cancelled
+// requester is the requests of ours on a [Conn] or an [Endpoint], and the lock of that: those that
+// wait for their turn, or for a connection to be made; those without an answer; and those whose
+// Done is to be called once the lock is given up.
+type requester struct {
+	mu        sync.Mutex
+	transport transport
+
+	waiting   exchanges
+	sent      map[uint32]sentRequest // by token
+	ended     exchanges
+	outbox    []*confirmable // to be written once the lock is given up
+	err       error          // why the connection is at its end
+	draining  bool           // the peer has announced the end: no further requests of ours
+	answered  bool           // the peer has ever answered
+	lastToken uint32
+	tokenSize uint8 // 0 for the shortest
+}
+
+type sentRequest struct {
+	exchange *Exchange // nil if nobody waits for the answer any more
 	since    uint32    // tick of the connection
 }
 
-// add gives an exchange a token, unless it has kept one.
-func (p *pending) add(x *Exchange, tick uint32) {
-	if x.kept != p {
-		p.last++
-		x.token = makeToken(p.last)
+// Lock takes the lock of the connection, which may guard what belongs to its owner as well, so that
+// one hold of it does for both.
+func (r *requester) Lock() { r.mu.Lock() }
+
+// Unlock gives up the lock, sends what may be sent, and calls Done of what has ended meanwhile.
+func (r *requester) Unlock() {
+	r.flush()
+	ended, outbox := r.ended, r.outbox
+	r.ended, r.outbox = exchanges{}, nil
+	r.mu.Unlock()
+	for _, m := range outbox {
+		m.endpoint.write(m)
 	}
-	p.requests[uint32(x.token.Value)] = pendingRequest{x, tick}
+	for x := ended.first; x != nil; x = ended.first {
+		ended.remove(x)
+		x.Done(x)
+	}
 }
 
-// remove returns the exchange that an answer is for; nil if that was cancelled, and false if no
-// answer to the token is due.
-func (p *pending) remove(token Token) (*Exchange, bool) {
-	n := uint32(token.Value)
-	r, ok := p.requests[n]
-	if !ok || token != makeToken(n) {
-		return nil, false
+// connect dials. It reports whether that worked, and the connection was not closed meanwhile.
+func (r *requester) connect(dial func() (net.Conn, error)) bool {
+	conn, err := dial()
+	r.Lock()
+	defer r.Unlock()
+	switch {
+	case err != nil:
+		r.transport.end(err)
+		return false
+	case r.err != nil:
+		conn.Close()
+		return false
 	}
-	delete(p.requests, n)
-	if x := r.exchange; x != nil {
-		x.kept = nil
-		if x.Keep {
-			x.kept = p
+	r.transport.open(conn)
+	return true
+}
+
+// State returns why the connection is at its end, or nil if it is not and takes further requests;
+// and reports whether the peer has ever answered.
+func (r *requester) State() (answered bool, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.err == nil && r.draining {
+		return r.answered, errReleased
+	}
+	return r.answered, r.err
+}
+
+// Start sends a request, or lets it wait for its turn, or for the connection to be made; it never
+// waits itself. It reports whether the connection takes the request. If not, because the connection
+// is at its end, Done is not called.
+func (r *requester) Start(x *Exchange) bool {
+	r.Lock()
+	defer r.Unlock()
+	if r.err != nil || r.draining {
+		return false
+	}
+	x.state = exchangeWaiting
+	if x.Block.Number > 0 {
+		r.waiting.pushFirst(x) // what has begun comes before what has not
+	} else {
+		r.waiting.push(x)
+	}
+	return true
+}
+
+// Cancel makes Done of an exchange be called soon, if that has not been done, with
+// [context.Canceled]. It never waits. The memory at Dst is not used any more once Done is called.
+func (r *requester) Cancel(x *Exchange) {
+	r.Lock()
+	defer r.Unlock()
+	r.take(x, context.Canceled)
+}
+
+// flush sends what waits and may be sent. Tokens are numbers that are not used again, so that a
+// second answer to one request is not taken for the answer to another. The lock must be held.
+func (r *requester) flush() {
+	for x := r.waiting.first; x != nil && r.err == nil && r.transport.hasRoom(); x = r.waiting.first {
+		r.waiting.remove(x)
+		if later := x.Payload != nil && x.Block.Number > 0; !later || x.owner != r {
+			r.lastToken++
+			x.owner, x.token = r, r.token(r.lastToken)
+		}
+		x.state = exchangeSent
+		r.sent[uint32(x.token.Value)] = sentRequest{exchange: x}
+		r.transport.transmit(x)
+	}
+}
+
+func (r *requester) token(n uint32) Token {
+	if r.tokenSize > 0 {
+		return Token{uint64(n), r.tokenSize}
+	}
+	return makeToken(n)
+}
+
+// find returns the request that has a token, and reports whether there is one. The lock must be
+// held.
+func (r *requester) find(token Token) (sentRequest, bool) {
+	n := uint32(token.Value)
+	s, ok := r.sent[n]
+	return s, ok && token == r.token(n)
+}
+
+// take ends an exchange. The lock must be held.
+func (r *requester) take(x *Exchange, err error) {
+	switch x.state {
+	case exchangeWaiting:
+		r.waiting.remove(x)
+	case exchangeSent:
+		r.transport.forget(x)
+	default:
+		return
+	}
+	x.state, x.Err = exchangeTaken, err
+	r.ended.push(x)
+}
+
+// failWaiting ends all exchanges that were not sent yet. The lock must be held.
+func (r *requester) failWaiting(err error) {
+	for r.waiting.first != nil {
+		r.take(r.waiting.first, err)
+	}
+}
+
+// failSent ends all exchanges without an answer. The lock must be held.
+func (r *requester) failSent(err error) {
+	for _, s := range r.sent {
+		if s.exchange != nil {
+			r.take(s.exchange, err)
 		}
 	}
-	return r.exchange, true
 }
 
-// age returns for how many ticks the oldest request has been without an answer.
-func (p *pending) age(now uint32) uint32 {
-	age := uint32(0)
-	for _, r := range p.requests {
-		age = max(age, now-r.since)
+// refusal is the answer to a request of the peer if we serve nothing.
+func refusal(method codes.Code) codes.Code {
+	if method == codes.GET {
+		return codes.NotFound
 	}
-	return age
+	return codes.NotImplemented
 }
 
 // Errors of exchanges, and of connections.

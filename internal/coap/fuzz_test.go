@@ -6,11 +6,9 @@ import (
 	"bytes"
 	"errors"
 	"io"
-	"net"
 	"slices"
 	"testing"
 	"testing/iotest"
-	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -20,60 +18,24 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 )
 
-// streamConn is a connection that only can be read.
-type streamConn struct {
-	net.Conn
-	io.Reader
-}
-
-func (c streamConn) Read(b []byte) (int, error)      { return c.Reader.Read(b) }
-func (c streamConn) SetReadDeadline(time.Time) error { return nil }
-
 // streamMessage is a message as it was read.
 type streamMessage struct {
 	head Head
 	body []byte
 }
 
-// readStream reads messages to the end, in all the ways that a reader has.
-func readStream(r io.Reader, large bool) (messages []streamMessage, err error) {
-	reader := newReader(streamConn{Reader: r}, MessageSize, nil)
+// readStream reads messages to the end.
+func readStream(r io.Reader) (messages []streamMessage, err error) {
+	reader := newReader(r, MessageSize)
 	for {
-		for {
-			head, body, ok, err := reader.buffered()
-			if err != nil {
-				return messages, err
-			}
-			if !ok {
-				break
-			}
-			messages = append(messages, streamMessage{head, bytes.Clone(body)})
-		}
-		head, whole, err := reader.wait()
+		head, body, ok, err := reader.next()
 		if err != nil {
 			return messages, err
 		}
-		if whole {
-			continue
-		}
-		if large {
-			body := make([]byte, reader.rest)
-			part, err := reader.peek(optionsPeek)
-			if err != nil {
-				return messages, err
-			}
-			n := copy(body, part)
-			reader.consume(n)
-			if _, err := reader.readFull(body[n:]); err != nil {
-				return messages, err
-			}
-			messages = append(messages, streamMessage{head, body})
-		} else {
-			body, err := reader.peek(reader.rest)
-			if err != nil {
-				return messages, err
-			}
+		if ok {
 			messages = append(messages, streamMessage{head, bytes.Clone(body)})
+		} else if err := reader.fill(); err != nil {
+			return messages, err
 		}
 	}
 }
@@ -92,24 +54,20 @@ func streamSeeds(f *testing.F) [][]byte {
 	}
 }
 
-// FuzzStream reads any bytes as a stream of messages: however they arrive, and whichever way large
-// messages are read, the result is the same; and where go-coap reads a message, it reads the same
-// one.
+// FuzzStream reads any bytes as a stream of messages: however they arrive, the result is the same;
+// and where go-coap reads a message, it reads the same one.
 func FuzzStream(f *testing.F) {
 	for _, seed := range streamSeeds(f) {
 		f.Add(seed, uint16(7))
 	}
 	f.Fuzz(func(t *testing.T, b []byte, cut uint16) {
-		want, wantErr := readStream(bytes.NewReader(b), true)
-		for _, other := range []struct {
-			r     io.Reader
-			large bool
-		}{
-			{iotest.OneByteReader(bytes.NewReader(b)), true},
-			{iotest.HalfReader(bytes.NewReader(b)), false},
-			{io.MultiReader(bytes.NewReader(b[:min(len(b), int(cut))]), bytes.NewReader(b[min(len(b), int(cut)):])), true},
+		want, wantErr := readStream(bytes.NewReader(b))
+		for _, other := range []io.Reader{
+			iotest.OneByteReader(bytes.NewReader(b)),
+			iotest.HalfReader(bytes.NewReader(b)),
+			io.MultiReader(bytes.NewReader(b[:min(len(b), int(cut))]), bytes.NewReader(b[min(len(b), int(cut)):])),
 		} {
-			got, err := readStream(other.r, other.large)
+			got, err := readStream(other)
 			if !slices.EqualFunc(got, want, func(a, b streamMessage) bool { return a.head == b.head && bytes.Equal(a.body, b.body) }) {
 				t.Fatalf("messages depend on how they arrive: %d and %d", len(got), len(want))
 			}
@@ -273,28 +231,6 @@ func FuzzDatagram(f *testing.F) {
 			compareOptions(t, codes.Empty, options, theirs.Options)
 			if !bytes.Equal(payload, theirs.Payload) {
 				t.Fatal("go-coap reads another payload")
-			}
-		}
-	})
-}
-
-// FuzzQuery compares references in queries with the parser of package eris.
-func FuzzQuery(f *testing.F) {
-	f.Add([]byte(helloReference))
-	f.Add(bytes.Repeat([]byte{0xff}, 32))
-	f.Add([]byte(helloReference[:51] + "R"))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		got, ok := parseQuery(b)
-		want, err := eris.ParseReference(string(b))
-		if len(b) == 32 {
-			want, err = eris.Reference(b), nil
-		}
-		if ok != (err == nil) || ok && got != want {
-			t.Fatalf("%q: %v %v, want %v %v", b, got, ok, want, err)
-		}
-		if ok {
-			if text := appendReferenceText(nil, &got); string(text) != want.String() {
-				t.Fatalf("written as %s, want %v", text, want)
 			}
 		}
 	})

@@ -4,6 +4,7 @@ package coap
 
 import (
 	"errors"
+	"slices"
 
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -26,14 +27,25 @@ type Requests struct {
 // "blocks". References in queries are Base32, which every server known takes, or raw bytes, which
 // makes requests shorter but which libraries that expect text refuse.
 func NewRequests(path []string, raw bool) *Requests {
-	r := &Requests{raw: raw}
+	r := NewDocument(append(slices.Clone(path), blocksSegment))
+	r.raw, r.document = raw, false
+	return r
+}
+
+// NewDocument returns the Requests for a resource that is no store, at the given path. They have
+// neither queries nor payloads.
+func NewDocument(path []string) *Requests {
+	r := &Requests{document: true}
 	var previous message.OptionID
-	for _, segment := range append(append([]string{}, path...), blocksSegment) {
+	for _, segment := range path {
 		r.path = appendOption(r.path, previous, message.URIPath, segment)
 		previous = message.URIPath
 	}
 	return r
 }
+
+// referenceTextSize is the length of a reference in Base32.
+const referenceTextSize = 52
 
 // method returns the method of a request.
 func (x *Exchange) method() codes.Code {
@@ -56,8 +68,8 @@ func (r *Requests) append(dst []byte, x *Exchange) []byte {
 		if r.raw {
 			dst = appendOption(dst, message.URIPath, message.URIQuery, x.Reference[:])
 		} else {
-			dst = appendOptionHead(dst, int(message.URIQuery-message.URIPath), textReferenceSize)
-			dst = appendReferenceText(dst, &x.Reference)
+			dst = appendOptionHead(dst, int(message.URIQuery-message.URIPath), referenceTextSize)
+			dst, _ = x.Reference.AppendText(dst) // never fails
 		}
 		previous, block, size = message.URIQuery, message.Block2, uint32(x.Size)
 	}
@@ -75,18 +87,6 @@ func (r *Requests) append(dst []byte, x *Exchange) []byte {
 func (r *Requests) Overhead() int {
 	x := Exchange{Block: Block{Number: maxBlockNumber, Present: true}, Total: 1 << 15, Payload: []byte{}}
 	return MaxHeadSize + len(r.append(nil, &x)) + 1
-}
-
-// NewDocument returns the Requests for a resource that is no store, at the given path. They have
-// neither queries nor payloads.
-func NewDocument(path []string) *Requests {
-	r := &Requests{document: true}
-	var previous message.OptionID
-	for _, segment := range path {
-		r.path = appendOption(r.path, previous, message.URIPath, segment)
-		previous = message.URIPath
-	}
-	return r
 }
 
 // Request is what a server understands of a request.
@@ -224,6 +224,16 @@ func (p *Paths) parseOptions(body []byte, request *Request) codes.Code {
 	}
 	request.Payload = options.payload()
 	return codes.Empty
+}
+
+// parseQuery reads the reference of a block from the value of Uri-Query in a GET: its 32 bytes, or
+// their Base32. The length tells them apart.
+func parseQuery(value []byte) (ref eris.Reference, ok bool) {
+	if len(value) == len(ref) {
+		return eris.Reference(value), true
+	}
+	ref, err := eris.ParseReference(value)
+	return ref, err == nil
 }
 
 // takeBlock reads an option Block1 or Block2, which must not be repeated.

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
 	"sync"
 	"time"
 
@@ -44,76 +43,78 @@ var (
 // (section 4.2); nothing else differs. Hence whoever speaks CoAP over TCP can speak it over a
 // WebSocket.
 //
-// It is a net.Conn for [coap.Conn]. Like other connections, it can be read on after a
-// deadline. A peer that breaks the framing makes Read fail; messages above the limit of 64 KiB are
-// not read to their end. What is written must be whole messages in the end. Wait is to be
-// called after Close, as coap.Conn does.
+// It is a net.Conn for [coap.Conn]. A peer that breaks the framing makes Read fail; messages above
+// the limit of 64 KiB are not read to their end. A read that its deadline ends is the end of the
+// connection. What is written must be whole messages in the end. Wait is to be called after Close,
+// as coap.Conn does.
 type webSocket struct {
-	socket *websocket.Conn
-	conn   net.Conn // below it
-	in     net.Conn // what receive has received
-	group  sync.WaitGroup
-	close  sync.Once
+	net.Conn // below it
+	socket   *websocket.Conn
+	reading  context.Context // ends with the read deadline
+	stop     context.CancelFunc
+	group    sync.WaitGroup
+	close    sync.Once
+
+	in   []byte // a message that was received, behind headRoom bytes
+	rest []byte // what has not been read of it
+	out  []byte // the message that is being written, with the head as on other streams
 
 	mu       sync.Mutex
-	err      error // why receive has ended, unless the peer said so
-	deadline time.Time
-
-	out []byte // the message that is being written, with the head as on other streams
+	fault    error     // of the peer
+	deadline time.Time // for writing
 }
 
-// New takes over a WebSocket whose opening handshake is done, and the connection that it
-// was done on.
+// New takes over a WebSocket whose opening handshake is done, and the connection that it was done
+// on.
 func New(socket *websocket.Conn, conn net.Conn) net.Conn {
 	socket.SetReadLimit(coap.MessageSize)
-	in, received := net.Pipe()
-	w := &webSocket{socket: socket, conn: conn, in: in}
-	w.group.Go(func() {
-		defer received.Close()
-		if err := w.receive(received); websocket.CloseStatus(err) == -1 {
-			w.mu.Lock()
-			w.err = err
-			w.mu.Unlock()
-		}
-	})
+	w := &webSocket{Conn: conn, socket: socket, in: make([]byte, headRoom+coap.MessageSize+1)}
+	w.reading, w.stop = context.WithCancel(context.Background())
 	return w
 }
 
-// receive receives messages and hands them to Read, one by one.
-func (w *webSocket) receive(received net.Conn) error {
-	buffer := make([]byte, headRoom+coap.MessageSize+1)
-	for {
-		kind, r, err := w.socket.Reader(context.Background())
+// Read returns what has been received.
+func (w *webSocket) Read(b []byte) (int, error) {
+	if len(w.rest) == 0 {
+		err := w.receive()
+		if websocket.CloseStatus(err) != -1 {
+			return 0, io.EOF
+		}
 		if err != nil {
-			return err
-		}
-		if kind != websocket.MessageBinary {
-			return errText
-		}
-		n := headRoom
-		for err == nil && n < len(buffer) {
-			var m int
-			m, err = r.Read(buffer[n:])
-			n += m
-		}
-		if err == nil || errors.Is(err, websocket.ErrMessageTooBig) {
-			return fmt.Errorf("%w: over WebSockets, limit %d", coap.ErrMessageSize, coap.MessageSize)
-		}
-		if err != io.EOF {
-			return err
-		}
-		start, err := fromWebSocket(buffer[:n])
-		if err != nil {
-			return err
-		}
-		if _, err := received.Write(buffer[start:n]); err != nil {
-			return err
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.fault = err
+			return 0, err
 		}
 	}
+	n := copy(b, w.rest)
+	w.rest = w.rest[n:]
+	return n, nil
 }
 
-// fromWebSocket gives a message, which stands behind headRoom bytes, the head that it has on
-// other streams, and returns where it starts then.
+// receive receives a message.
+func (w *webSocket) receive() error {
+	kind, r, err := w.socket.Reader(w.reading)
+	if err != nil {
+		return err
+	}
+	if kind != websocket.MessageBinary {
+		return errText
+	}
+	n, err := io.ReadFull(r, w.in[headRoom:])
+	switch {
+	case err == nil, errors.Is(err, websocket.ErrMessageTooBig):
+		return fmt.Errorf("%w: over WebSockets, limit %d", coap.ErrMessageSize, coap.MessageSize)
+	case err != io.EOF && err != io.ErrUnexpectedEOF: // these are the end of the message
+		return err
+	}
+	start, err := fromWebSocket(w.in[:headRoom+n])
+	w.rest = w.in[start : headRoom+n]
+	return err
+}
+
+// fromWebSocket gives a message, which stands behind headRoom bytes, the head that it has on other
+// streams, and returns where it starts then.
 func fromWebSocket(b []byte) (start int, err error) {
 	message := b[headRoom:]
 	if len(message) < 2 {
@@ -137,20 +138,6 @@ func fromWebSocket(b []byte) (start int, err error) {
 	copy(b[start:], head)
 	b[start] |= byte(token)
 	return start, nil
-}
-
-// Read returns what has been received.
-func (w *webSocket) Read(b []byte) (int, error) {
-	n, err := w.in.Read(b)
-	if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
-		return n, err
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.err != nil {
-		err = w.err
-	}
-	return n, err
 }
 
 // Write sends the messages that are complete with these bytes.
@@ -202,13 +189,13 @@ func (w *webSocket) write(b []byte) (int, error) {
 // for that by Wait.
 func (w *webSocket) Close() error {
 	w.close.Do(func() {
-		w.in.Close()
 		w.group.Go(func() {
-			timer := time.AfterFunc(goodbyeTime, func() { w.conn.Close() })
+			timer := time.AfterFunc(goodbyeTime, func() { w.Conn.Close() })
 			defer timer.Stop()
 			// If the peer does not answer, or is gone already, that is the end all the same.
 			_ = w.socket.Close(w.status())
-			w.conn.Close()
+			w.Conn.Close()
+			w.stop()
 		})
 	})
 	return nil
@@ -220,11 +207,11 @@ func (w *webSocket) status() (websocket.StatusCode, string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	switch {
-	case w.err == errText:
-		return websocket.StatusUnsupportedData, w.err.Error()
-	case w.err == errLength || w.err == errShort || w.err == coap.ErrTokenSize:
-		return websocket.StatusPolicyViolation, w.err.Error()
-	case errors.Is(w.err, coap.ErrMessageSize):
+	case w.fault == errText:
+		return websocket.StatusUnsupportedData, w.fault.Error()
+	case w.fault == errLength || w.fault == errShort || w.fault == coap.ErrTokenSize:
+		return websocket.StatusPolicyViolation, w.fault.Error()
+	case errors.Is(w.fault, coap.ErrMessageSize):
 		return websocket.StatusMessageTooBig, ""
 	}
 	return websocket.StatusNormalClosure, ""
@@ -233,20 +220,19 @@ func (w *webSocket) status() (websocket.StatusCode, string) {
 // Wait waits until all is over after Close: at most as long as the peer may take to agree.
 func (w *webSocket) Wait() { w.group.Wait() }
 
-// LocalAddr returns that of the connection below.
-func (w *webSocket) LocalAddr() net.Addr { return w.conn.LocalAddr() }
-
-// RemoteAddr returns that of the connection below.
-func (w *webSocket) RemoteAddr() net.Addr { return w.conn.RemoteAddr() }
-
 // SetDeadline sets both deadlines.
 func (w *webSocket) SetDeadline(t time.Time) error {
 	_ = w.SetWriteDeadline(t)
 	return w.SetReadDeadline(t)
 }
 
-// SetReadDeadline makes Read fail at that time, and work again with a later one.
-func (w *webSocket) SetReadDeadline(t time.Time) error { return w.in.SetReadDeadline(t) }
+// SetReadDeadline makes Read fail at that time, for good.
+func (w *webSocket) SetReadDeadline(t time.Time) error {
+	if !t.IsZero() {
+		time.AfterFunc(time.Until(t), w.stop)
+	}
+	return nil
+}
 
 // SetWriteDeadline is for calls of Write from now on. One that fails by it is the end of the
 // connection.

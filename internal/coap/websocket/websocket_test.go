@@ -3,11 +3,357 @@
 package websocket
 
 import (
+	"bufio"
 	"bytes"
+	"context"
+	"crypto/sha1"
+	"encoding/base64"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"sync"
 	"testing"
+	"time"
 
+	"github.com/coder/websocket"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
+
+// peer is the other end of a WebSocket, done by hand (RFC 6455): nothing of what is under test is
+// used for it.
+type peer struct {
+	t      *testing.T
+	conn   net.Conn
+	r      *bufio.Reader
+	client bool // its frames are masked, and those that it gets are not
+}
+
+// Opcodes (RFC 6455, section 5.2).
+const (
+	opContinuation = 0
+	opText         = 1
+	opBinary       = 2
+	opClose        = 8
+	opPing         = 9
+	opPong         = 10
+	final          = 0x80
+)
+
+// frame makes a frame.
+func (p *peer) frame(first byte, payload []byte) []byte {
+	mask := byte(0)
+	if p.client {
+		mask = 0x80
+	}
+	b := []byte{first}
+	switch n := len(payload); {
+	case n < 126:
+		b = append(b, mask|byte(n))
+	case n < 1<<16:
+		b = binary.BigEndian.AppendUint16(append(b, mask|126), uint16(n))
+	default:
+		b = binary.BigEndian.AppendUint64(append(b, mask|127), uint64(n))
+	}
+	if !p.client {
+		return append(b, payload...)
+	}
+	key := [4]byte{1, 2, 3, 4}
+	b = append(b, key[:]...)
+	for i, c := range payload {
+		b = append(b, c^key[i&3])
+	}
+	return b
+}
+
+func (p *peer) write(b ...[]byte) bool {
+	_, err := p.conn.Write(bytes.Join(b, nil))
+	return err == nil
+}
+
+// read returns the next frame, which must be whole; ok is false at the end of the connection.
+func (p *peer) read() (first byte, payload []byte, ok bool) {
+	var head [2]byte
+	if _, err := io.ReadFull(p.r, head[:]); err != nil {
+		return 0, nil, false
+	}
+	masked := head[1]&0x80 != 0
+	if masked == p.client {
+		p.t.Errorf("frame is masked: %v", masked)
+	}
+	length := uint64(head[1] & 0x7f)
+	if extended := map[uint64]int{126: 2, 127: 8}[length]; extended > 0 {
+		b := make([]byte, 8)
+		if _, err := io.ReadFull(p.r, b[8-extended:]); err != nil {
+			return 0, nil, false
+		}
+		length = binary.BigEndian.Uint64(b)
+	}
+	var key [4]byte
+	if masked {
+		io.ReadFull(p.r, key[:])
+	}
+	if length > 1<<17 {
+		p.t.Errorf("frame has %d bytes", length)
+		return 0, nil, false
+	}
+	payload = make([]byte, length)
+	_, err := io.ReadFull(p.r, payload)
+	for i := range payload {
+		payload[i] ^= key[i&3]
+	}
+	return head[0], payload, err == nil
+}
+
+// message returns the next message, which must be in one frame.
+func (p *peer) message() []byte {
+	first, payload, ok := p.read()
+	if !ok || first != final|opBinary {
+		p.t.Errorf("frame begins with %x: %v", first, ok)
+	}
+	return payload
+}
+
+// awaitEnd reads until the connection is over, and returns the status in the last frame if it was
+// to say so.
+func (p *peer) awaitEnd() (status uint16) {
+	for {
+		first, payload, ok := p.read()
+		if !ok {
+			return status
+		}
+		if first == final|opClose && len(payload) >= 2 {
+			status = binary.BigEndian.Uint16(payload)
+		}
+	}
+}
+
+type connKey struct{}
+
+// open makes a WebSocket: client says whether the peer is the client.
+func open(t *testing.T, client bool) (ours net.Conn, theirs *peer) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	opened := make(chan net.Conn, 1)
+	options := &websocket.AcceptOptions{Subprotocols: []string{Protocol}}
+	if client {
+		server := &http.Server{
+			ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+				return context.WithValue(ctx, connKey{}, conn)
+			},
+			Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				socket, err := websocket.Accept(w, r, options)
+				if err != nil {
+					t.Error(err)
+				}
+				opened <- New(socket, r.Context().Value(connKey{}).(net.Conn))
+			}),
+		}
+		go server.Serve(listener)
+		t.Cleanup(func() { server.Close() })
+		conn, err := net.Dial("tcp", listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(conn, "GET / HTTP/1.1\r\nHost: x.example\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Protocol: coap\r\n"+
+			"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+		theirs = &peer{t, conn, bufio.NewReader(conn), true}
+		if _, err := http.ReadResponse(theirs.r, nil); err != nil {
+			t.Fatal(err)
+		}
+		return <-opened, theirs
+	}
+	defer listener.Close()
+	go func() {
+		var conn net.Conn
+		transport := &http.Transport{DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+			c, err := net.Dial(network, address)
+			conn = c
+			return c, err
+		}}
+		socket, _, err := websocket.Dial(t.Context(), "http://"+listener.Addr().String(), &websocket.DialOptions{
+			HTTPClient: &http.Client{Transport: transport}, Subprotocols: options.Subprotocols,
+		})
+		if err != nil {
+			t.Error(err)
+		}
+		opened <- New(socket, conn)
+	}()
+	conn, err := listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	theirs = &peer{t, conn, bufio.NewReader(conn), false}
+	request, err := http.ReadRequest(theirs.r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := sha1.Sum([]byte(request.Header.Get("Sec-Websocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
+	fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"+
+		"Sec-WebSocket-Accept: %s\r\nSec-WebSocket-Protocol: coap\r\n\r\n", base64.StdEncoding.EncodeToString(sum[:]))
+	return <-opened, theirs
+}
+
+// play makes a connection over a WebSocket, on which a block is requested. The channels have why it
+// has ended, and the request when it is done.
+func play(t *testing.T, client bool, timeout time.Duration) (c *coap.Conn, p *peer, over chan error, done chan *coap.Exchange) {
+	ours, p := open(t, client)
+	c = coap.NewConn(ours, coap.Config{Timeout: timeout, IdleTimeout: timeout, Window: 16, Pool: coap.NewPool()})
+	over, done = make(chan error, 1), make(chan *coap.Exchange, 1)
+	go func() { over <- c.Run() }()
+	t.Cleanup(func() { p.conn.Close() })
+	c.Start(&coap.Exchange{Store: store, Size: eris.BlockSize32KiB, Dst: make([]byte, 32768), Done: func(x *coap.Exchange) { done <- x }})
+	return c, p, over, done
+}
+
+var store = coap.NewRequests([]string{".well-known", "eris"}, true)
+
+// csm is the capabilities as they go over WebSockets: the length is zero, all else as ever.
+var csm = []byte{0, 0xe1, 0x23, 1, 0, 0, 0x20}
+
+// path and options of the requests.
+const (
+	path   = "\xbb.well-known\x04eris\x06blocks"
+	noHash = "\x4d\x13\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
+	get    = "\x01\x01\x01" + path + noHash + "\xd2\x20\x80\x00"
+)
+
+// TestMessages has the messages of both sides byte for byte, as server and as client of HTTP; and
+// checks that the end does not wait for a peer that does not agree to it.
+func TestMessages(t *testing.T) {
+	for _, client := range []bool{true, false} {
+		c, p, over, done := play(t, client, time.Minute)
+		if m := p.message(); !bytes.Equal(m, csm) {
+			t.Errorf("first message is %x, want %x", m, csm)
+		}
+		if m := p.message(); string(m) != get {
+			t.Errorf("GET is %x, want %x", m, get)
+		}
+		// The answer comes in pieces, with a ping between them, whose answer comes between
+		// messages.
+		block := bytes.Repeat([]byte{1, 2, 3, 4}, 8192)
+		answer := append([]byte{1, 0x45, 1, 0xff}, block...)
+		p.write(p.frame(final|opBinary, csm), p.frame(opBinary, answer[:1]), p.frame(opContinuation, nil), p.frame(final|opPing, []byte("x")))
+		if first, payload, _ := p.read(); first != final|opPong || string(payload) != "x" {
+			t.Errorf("answer to a ping is %x %q", first, payload)
+		}
+		p.write(p.frame(opContinuation, answer[1:20000]), p.frame(final|opContinuation, answer[20000:]))
+		if x := <-done; x.Err != nil || !bytes.Equal(x.Dst, block) {
+			t.Errorf("answer has not come: %v", x.Err)
+		}
+		// Put: head and payload are one message.
+		c.Start(&coap.Exchange{Store: store, Payload: block, Done: func(x *coap.Exchange) { done <- x }})
+		if m := p.message(); string(m) != "\x01\x03\x02"+path+"\xff"+string(block) {
+			t.Errorf("PUT has %d bytes", len(m))
+		}
+		p.write(p.frame(final|opBinary, []byte{1, 0x41, 2}))
+		if x := <-done; x.Err != nil || x.Code != 0x41 {
+			t.Errorf("answer to PUT: %v, %v", x.Code, x.Err)
+		}
+		// Two requests of the peer, the second in pieces.
+		p.write(p.frame(final|opBinary, []byte(get)), p.frame(opBinary, []byte(get[:1])), p.frame(final|opContinuation, []byte(get[1:])))
+		for range 2 {
+			if m := p.message(); !bytes.Equal(m, []byte{1, 0x84, 1}) {
+				t.Errorf("answer to GET is %x", m)
+			}
+		}
+		end, begin := errors.New("enough"), time.Now()
+		c.Release(0, end)
+		if m := p.message(); !bytes.Equal(m, []byte{0, 0xe4}) {
+			t.Errorf("last message is %x, want Release", m)
+		}
+		if err := <-over; err != end || time.Since(begin) > 4*time.Second { // it is 5 s that WebSockets would wait
+			t.Errorf("connection ended by %v after %v", err, time.Since(begin))
+		}
+	}
+}
+
+// TestHostile has peers, as clients and as servers of HTTP, that do not keep to the protocols:
+// their connections end, they are told why, and what was requested from them fails.
+func TestHostile(t *testing.T) {
+	const (
+		normal, malformed, unsupported, violation, tooLarge = 1000, 1002, 1003, 1008, 1009
+
+		any = 0
+	)
+	one := func(first byte, payload []byte) func(*peer) []byte {
+		return func(p *peer) []byte { return p.frame(first, payload) }
+	}
+	raw := func(b ...byte) func(*peer) []byte { return func(*peer) []byte { return b } }
+	answer := append([]byte{1, 0x45, 1, 0xff}, make([]byte, 1024)...)
+	for _, v := range []struct {
+		name   string
+		before func(p *peer) []byte // nil for the capabilities
+		send   func(p *peer) []byte
+		repeat bool
+		want   uint16 // status of the close frame
+	}{
+		{"text", nil, one(final|opText, answer), false, unsupported},
+		{"length in the head", nil, one(final|opBinary, append([]byte{0x11}, answer[1:]...)), false, violation},
+		{"empty message", nil, one(final|opBinary, nil), false, violation},
+		{"token is cut", nil, one(final|opBinary, []byte{8, 0x45, 1}), false, violation},
+		{"token of 9 bytes", nil, one(final|opBinary, append([]byte{9, 0x45}, make([]byte, 20)...)), false, violation},
+		{"too large", nil, one(final|opBinary, append([]byte{1, 0x45, 1, 0xff}, make([]byte, 70000)...)), false, tooLarge},
+		{"length of an exabyte", nil, raw(final|opBinary, 0xff, 0x10, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4), false, any},
+		{"masked the wrong way", nil, func(p *peer) []byte {
+			p.client = !p.client
+			defer func() { p.client = !p.client }()
+			return p.frame(final|opBinary, answer)
+		}, false, any},
+		{"reserved bit", nil, one(final|0x40|opBinary, answer), false, malformed},
+		{"stray continuation", nil, one(final|opContinuation, answer), false, malformed},
+		{"fragmented ping", nil, one(opPing, nil), false, malformed},
+		{"long ping", nil, one(final|opPing, make([]byte, 126)), false, any},
+		{"answer before capabilities", raw(), one(final|opBinary, answer), false, normal},
+		{"closes", nil, one(final|opClose, []byte{0x03, 0xe8}), false, normal},
+		{"stops within a message", nil, func(p *peer) []byte { return p.frame(final|opBinary, answer)[:500] }, false, any},
+		{"says nothing", raw(), raw(), false, any},
+		{"endless message", one(opBinary, []byte{0}), one(opContinuation, make([]byte, 1000)), true, any},
+		{"endless empty fragments", one(opBinary, []byte{0}), one(opContinuation, nil), true, any},
+		{"endless pings", nil, one(final|opPing, []byte("x")), true, any},
+		{"endless pongs", nil, one(final|opPong, []byte("x")), true, any},
+		{"endless capabilities", nil, one(final|opBinary, csm), true, any},
+	} {
+		for _, client := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s/client=%v", v.name, client), func(t *testing.T) {
+				t.Parallel()
+				_, p, over, done := play(t, client, 300*time.Millisecond)
+				before := one(final|opBinary, csm)
+				if v.before != nil {
+					before = v.before
+				}
+				var group sync.WaitGroup
+				defer group.Wait()
+				p.write(before(p))
+				b := v.send(p)
+				if v.repeat {
+					group.Go(func() {
+						for p.write(bytes.Repeat(b, 100)) {
+						}
+					})
+				} else {
+					p.write(b)
+				}
+				if got := p.awaitEnd(); v.want != any && got != v.want {
+					t.Errorf("status is %d, want %d", got, v.want)
+				}
+				p.conn.Close()
+				if x := <-done; x.Err == nil {
+					t.Error("the request does not fail")
+				}
+				if err := <-over; err == nil {
+					t.Error("the connection does not say why it has ended")
+				}
+			})
+		}
+	}
+}
 
 // FuzzWebSocket compares the head that a message over WebSockets is given with what is left when it
 // is taken off.

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package delta makes a store item from another one that is there already and from what differs. A
+// delta is a list of the files of the new item: each is the same as one of the old item, called the
+// base, or compressed with a part of one as the dictionary. [Write] makes a delta, and [NewReader]
+// the nodes of the new item of it and of the base. The format is in docs/formats.md, "Deltas".
+//
+// A delta may come from anybody, and the base may be anything: whoever restores the nodes compares
+// the hash with the NarHash of an authorised narinfo.
+package delta
+
+import (
+	"encoding/binary"
+	"fmt"
+	"io"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+)
+
+// The header: magic, version, encoder, and the length of the compressed index in four bytes.
+const (
+	magic      = "\xd5sdelta\n"
+	version    = 1
+	encoder    = 1 // zstd with the dictionary as content before the frame
+	headerSize = len(magic) + 2 + 4
+)
+
+// Bounds, which readers check and writers keep.
+const (
+	// maxIndex is the length of the longest compressed index, in bytes.
+	maxIndex = 4 << 20
+	// indexWindow is the greatest window of its compression.
+	indexWindow = 8 << 20
+	// maxReplacements is how many hashes are replaced at most: as many as a narinfo may have
+	// references, and the item's own.
+	maxReplacements = 16384 + 1
+	// pieceSize is the length in bytes of the contents in a frame, if they are not the last ones of
+	// a file. It bounds the memory of readers, together with maxDictionary.
+	pieceSize     = 4 << 20
+	maxDictionary = 16 << 20
+)
+
+// dictionaryFor is how long the dictionary of a piece of n bytes may be, so that many small pieces
+// cannot make a reader read the base over and over.
+func dictionaryFor(n int) int { return min(maxDictionary, 16<<10+8*n) }
+
+// frameFor is how long the frame of a piece of n bytes may be: what does not compress becomes a
+// little longer.
+func frameFor(n int) int { return n + n>>12 + 64 }
+
+// kinds of nodes in the index.
+const (
+	kindEnd = iota
+	kindDirectory
+	kindSymlink
+	kindRegular
+	kindExecutable
+)
+
+// A method is how the contents of a file are there.
+type method uint64
+
+const (
+	methodCopy     method = iota // a file of the base as it is
+	methodReplaced               // a file of the base with its hashes replaced
+	methodPatch                  // frames with parts of a file of the base, replaced, as dictionaries
+	methodNew                    // frames
+)
+
+// A piece is a frame in the index.
+type piece struct {
+	offset, length uint64 // of the dictionary in the base
+	frame          uint64 // length in bytes
+}
+
+// appendString appends a string behind its length.
+func appendString(b []byte, s string) []byte {
+	return append(binary.AppendUvarint(b, uint64(len(s))), s...)
+}
+
+// indexReader reads the parts of an index.
+type indexReader interface {
+	io.Reader
+	io.ByteReader
+}
+
+func readUvarint(r indexReader) (uint64, error) {
+	n, err := binary.ReadUvarint(r)
+	return n, unexpected(err)
+}
+
+// readString reads a string of at most limit bytes.
+func readString(r indexReader, limit int) (string, error) {
+	n, err := readUvarint(r)
+	if err != nil {
+		return "", err
+	}
+	if n > uint64(limit) {
+		return "", fmt.Errorf("string of %d bytes, longer than %d", n, limit)
+	}
+	b := make([]byte, n)
+	_, err = io.ReadFull(r, b)
+	return string(b), unexpected(err)
+}
+
+// unexpected is the error of what ends too early.
+func unexpected(err error) error {
+	if err == io.EOF {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+var errTooDeep = fmt.Errorf("more than %d directories deep", nar.MaxDepth)
+
+// A path is where a walk through a tree is.
+type path struct {
+	bytes []byte
+	ends  []int // of the directories
+}
+
+// enter adds an entry to the path, which must be undone by leave.
+func (p *path) enter(name string) {
+	p.ends = append(p.ends, len(p.bytes))
+	if len(p.bytes) > 0 {
+		p.bytes = append(p.bytes, '/')
+	}
+	p.bytes = append(p.bytes, name...)
+}
+
+func (p *path) leave() {
+	last := len(p.ends) - 1
+	p.bytes, p.ends = p.bytes[:p.ends[last]], p.ends[:last]
+}
+
+// entry returns the path of an entry.
+func (p *path) entry(name string) string {
+	if len(p.bytes) == 0 {
+		return name
+	}
+	return string(p.bytes) + "/" + name
+}

@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package coap
+
+import (
+	"context"
+	"errors"
+
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+)
+
+const (
+	// blockUnit is the size in bytes of the largest unit of block-wise transfer.
+	blockUnit = 1024
+	// partsAtATime is how many parts of one block are requested at a time by UDP.
+	partsAtATime = 8
+	// slowParts is how many RequestTimeouts all parts of a block may take together.
+	slowParts = 10
+	// maxRestarts is how often the transfer of a block begins again because the server asks for
+	// that.
+	maxRestarts = 3
+)
+
+// getParts gets the parts of a block that follow the first, which has come, and is in memory of the
+// size of the block. It returns the length of the whole, or any that is greater than the block if
+// that is too long.
+func (s *Store) getParts(ctx context.Context, c connection, first *wire.Exchange, dst []byte) (int, error) {
+	part, udp := first.Response.Block2, s.url.Scheme == "coap"
+	switch {
+	case part.Number != 0 || !part.FitPart(first.Length) || udp && part.Exponent > wire.MaxExponent:
+		return 0, errBlockwise
+	case !part.More:
+		return first.Length, nil
+	case first.Length >= len(dst):
+		return first.Length + 1, nil
+	case udp:
+		var failure *connectionError
+		err := s.getPartsAtOnce(ctx, c, first, dst)
+		if err == nil || errors.As(err, &failure) || ctx.Err() != nil {
+			return len(dst), err
+		}
+		// Perhaps the server does not like to be requested parts out of order.
+	}
+	x := &wire.Exchange{Store: first.Store, Reference: first.Reference, Size: first.Size}
+	length := first.Length
+	for part.More && length < len(dst) {
+		aim(x, length, part.Exponent, dst)
+		err := s.do(ctx, c, x)
+		if err == nil {
+			err = partError(x)
+		}
+		if err != nil {
+			return 0, err
+		}
+		part = x.Response.Block2
+		length += x.Length
+	}
+	if part.More {
+		length++
+	}
+	return length, nil
+}
+
+// getPartsAtOnce gets all parts that follow the first, several at a time. On a stream few servers
+// answer so.
+func (s *Store) getPartsAtOnce(ctx context.Context, c connection, first *wire.Exchange, dst []byte) (err error) {
+	unit, exponent := first.Length, first.Response.Block2.Exponent
+	exchanges := make([]wire.Exchange, min(partsAtATime, (len(dst)-1)/unit))
+	done := make(chan *wire.Exchange, len(exchanges))
+	next, underWay := unit, 0
+	start := func(x *wire.Exchange) {
+		aim(x, next, exponent, dst)
+		next += unit
+		underWay++
+		if !c.Start(x) {
+			_, x.Err = c.State()
+			done <- x
+		} else if ctx.Err() != nil {
+			c.Cancel(x) // the others have been cancelled already
+		}
+	}
+	for i := range exchanges {
+		x := &exchanges[i]
+		*x = wire.Exchange{Store: first.Store, Reference: first.Reference, Size: first.Size, Done: func(x *wire.Exchange) { done <- x }}
+		start(x)
+	}
+	stop := context.AfterFunc(ctx, func() { cancelAll(c, exchanges) })
+	defer stop()
+	for ; underWay > 0; underWay-- {
+		x := <-done
+		switch {
+		case err != nil:
+			continue
+		case x.Err != nil:
+			err = s.failure(ctx, c, x.Err)
+		case ctx.Err() != nil:
+			err = context.Cause(ctx)
+		default:
+			err = partError(x)
+			part, end := x.Response.Block2, min(x.Block.Offset()+unit, len(dst))
+			if err == nil && (part.More != (end < len(dst)) || part.Exponent != exponent || x.Block.Offset()+x.Length != end) {
+				err = errBlockwise
+			}
+		}
+		if err != nil {
+			cancelAll(c, exchanges)
+		} else if next < len(dst) {
+			start(x)
+		}
+	}
+	return err
+}
+
+func cancelAll(c connection, exchanges []wire.Exchange) {
+	for i := range exchanges {
+		c.Cancel(&exchanges[i])
+	}
+}
+
+// aim makes an exchange one for the part of a block at an offset. What is left of a block must be
+// requested in the unit of the answers, which may be smaller than that of the first request (RFC
+// 7959, section 2.4; RFC 8323, section 6).
+func aim(x *wire.Exchange, offset int, exponent uint8, dst []byte) {
+	x.Block = wire.Block{Exponent: exponent, Present: true}
+	x.Block.Number = uint32(offset / x.Block.Unit())
+	x.Dst = dst[offset:]
+}
+
+// partError returns what is wrong with the answer to a request for a part, or nil.
+func partError(x *wire.Exchange) error {
+	part := x.Response.Block2
+	if err := getError(x); err != nil {
+		return err
+	}
+	if !part.Present || part.Offset() != x.Block.Offset() || !part.FitPart(x.Length) {
+		return errBlockwise
+	}
+	return nil
+}
+
+// putParts puts a block part by part, after those that others put so on the same link: a server may
+// tell transfers apart by the endpoint alone, and would make one block of the parts of two, which
+// nobody would notice. Peer is nil by UDP.
+func (s *Store) putParts(ctx context.Context, block []byte, peer *wire.Capabilities) error {
+	var l *link
+	select {
+	case l = <-s.parts:
+		defer func() { s.parts <- l }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-s.ctx.Done():
+		return fetch.ErrClosed
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, slowParts*s.options.RequestTimeout, errSlow)
+	defer cancel()
+	c, err := l.get()
+	if err != nil {
+		return err
+	}
+	t := transfer{x: wire.Exchange{Store: s.blocks}, block: block, exponent: wire.MaxExponent, most: blockUnit}
+	if peer != nil && peer.BERT() {
+		if units := (int(min(peer.MessageSize, wire.MessageSize)) - s.blocks.Overhead()) / blockUnit; units > 1 {
+			t.exponent, t.most = wire.BERT, units*blockUnit
+		}
+	}
+	return s.run(ctx, c, &t)
+}
+
+// transfer is a block that is put in parts, in units of the given exponent and in messages with at
+// most the given number of bytes of it (RFC 7959, section 2.5; RFC 8323, section 6).
+type transfer struct {
+	x        wire.Exchange
+	block    []byte
+	exponent uint8
+	most     int
+}
+
+func (s *Store) run(ctx context.Context, c connection, t *transfer) error {
+	for sent, restarts := 0, 0; ; {
+		x := &t.x
+		part := wire.Block{Exponent: t.exponent, Present: true}
+		part.Number = uint32(sent / part.Unit())
+		length := min(t.most, len(t.block)-sent)
+		part.More = sent+length < len(t.block)
+		x.Block, x.Total, x.Payload = part, 0, t.block[sent:sent+length]
+		if sent == 0 {
+			x.Total = len(t.block)
+		}
+		if err := s.do(ctx, c, x); err != nil {
+			return err
+		}
+		answer := x.Response.Block1
+		switch {
+		case x.Code == codes.RequestEntityTooLarge && sent == 0 && answer.Present && answer.Exponent < t.exponent:
+			// The server wants smaller parts from the first on.
+			t.exponent, t.most = answer.Exponent, answer.Unit()
+			continue
+		case x.Code == codes.RequestEntityIncomplete && sent > 0 && restarts < maxRestarts:
+			// The server has dropped what came before, or a copy of an old message made it start
+			// afresh.
+			sent = 0
+			restarts++
+			continue
+		case !part.More || x.Code != codes.Continue:
+			return putError(x)
+		case !answer.Present || x.Response.Unusable || answer.Number != part.Number:
+			return errBlockwise
+		}
+		sent += length
+		if answer.Exponent < t.exponent {
+			t.exponent, t.most = answer.Exponent, min(t.most, answer.Unit())
+		}
+	}
+}

@@ -1,0 +1,482 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package publish
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/delta"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
+)
+
+// DeltaOptions say how [Deltas] are made.
+type DeltaOptions struct {
+	// Directory keeps them; it is created when there is something to keep. MaxBytes bounds their
+	// lengths together: the oldest ones make room.
+	Directory string
+	MaxBytes  int64
+	// StoreDir is the store directory that items name; Root is where it is, if not there.
+	StoreDir, Root string
+	// Items knows what is in the store.
+	Items Items
+	// Store gets the deltas in blocks too; nil is nothing.
+	Store fetch.Store
+	// Log is where messages go.
+	Log func(format string, a ...any)
+}
+
+// Deltas makes deltas of the items of a store, in the background: of each that somebody wants from
+// up to three that are older and have the same name without version. It is safe for concurrent use.
+type Deltas struct {
+	o     DeltaOptions
+	queue chan *narinfo.Narinfo
+	stop  context.CancelFunc
+	done  sync.WaitGroup
+
+	mu      sync.Mutex
+	pending map[string]bool // hash parts in the queue
+	listing listing
+}
+
+const (
+	// maxBases is of how many items deltas of one are made at most.
+	maxBases = 3
+	// leastItem is the length in bytes of the smallest archive of an item that deltas pay for.
+	leastItem = 32 << 10
+	// deltaQueue is how many items may wait for their deltas.
+	deltaQueue = 1000
+	// A delta must be so much smaller than the compressed nar.
+	deltaGain = 2
+)
+
+// itemDeltas is what is kept of the deltas of an item, as JSON.
+type itemDeltas struct {
+	NarHash string      `json:"narHash"` // in hexadecimal
+	Deltas  []keptDelta `json:"deltas"`
+}
+
+type keptDelta struct {
+	Base string `json:"base"` // name
+	Size uint64 `json:"size"`
+	// URN is empty if the delta is not in blocks; Store tells which store has them.
+	URN   string `json:"urn,omitempty"`
+	Store string `json:"store,omitempty"`
+}
+
+// NewDeltas returns deltas that are made as o says. Close must be called at the end.
+func NewDeltas(o DeltaOptions) *Deltas {
+	if o.Root == "" {
+		o.Root = o.StoreDir
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	d := &Deltas{o: o, queue: make(chan *narinfo.Narinfo, deltaQueue), stop: stop, pending: map[string]bool{}}
+	d.listing.root = o.Root
+	d.done.Go(func() { d.work(ctx) })
+	return d
+}
+
+// Close ends what goes on in the background, and waits for it.
+func (d *Deltas) Close() {
+	d.stop()
+	d.done.Wait()
+}
+
+// Known returns the deltas of an item, for its narinfo, of which the URLs are relative to that of
+// the server. If they have not been made yet, that is put off to the background, if the item is in
+// the store; complete reports that there is nothing to wait for.
+func (d *Deltas) Known(item *narinfo.Narinfo) (list []narinfo.Delta, complete bool) {
+	if item.NarSize < leastItem {
+		return nil, true
+	}
+	hash := hashPartOf(item.StorePath)
+	kept, ok := d.read(hash)
+	if !ok || kept.NarHash != fmt.Sprintf("%x", item.NarDigest) {
+		_, err := os.Lstat(d.tree(item.StorePath))
+		return nil, err != nil || !d.enqueue(hash, item)
+	}
+	for _, k := range kept.Deltas {
+		if k.URN != "" && k.Store == storeName(d.o.Store) {
+			list = append(list, narinfo.Delta{Base: k.Base, Size: k.Size, URL: k.URN})
+		}
+		base := hashPartOf(k.Base)
+		if _, err := os.Lstat(d.file(base, hash)); err == nil {
+			list = append(list, narinfo.Delta{Base: k.Base, Size: k.Size, URL: "delta/" + base + "/" + hash})
+		}
+	}
+	return list, true
+}
+
+// hashPartOf returns the hash in the file name of a store item, which must have one.
+func hashPartOf(path string) string { return filepath.Base(path)[:reuse.HashLength] }
+
+// file is where the delta of an item from another one is; both are hash parts.
+func (d *Deltas) file(base, hash string) string {
+	return filepath.Join(d.o.Directory, base+"-"+hash+".delta")
+}
+
+func (d *Deltas) record(hash string) string { return filepath.Join(d.o.Directory, hash+".json") }
+
+// read returns what is kept of an item.
+func (d *Deltas) read(hash string) (kept itemDeltas, ok bool) {
+	text, err := os.ReadFile(d.record(hash))
+	return kept, err == nil && json.Unmarshal(text, &kept) == nil
+}
+
+// enqueue has the deltas of an item made. It reports whether they will be.
+func (d *Deltas) enqueue(hash string, item *narinfo.Narinfo) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.pending[hash] {
+		return true
+	}
+	select {
+	case d.queue <- item:
+		d.pending[hash] = true
+		return true
+	default:
+		return false // somebody will want it again
+	}
+}
+
+// work makes deltas until ctx ends.
+func (d *Deltas) work(ctx context.Context) {
+	for {
+		select {
+		case item := <-d.queue:
+			if err := d.make(ctx, item); err != nil && ctx.Err() == nil {
+				d.o.Log("%v", err)
+			}
+			d.mu.Lock()
+			delete(d.pending, hashPartOf(item.StorePath))
+			d.mu.Unlock()
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// make makes and records the deltas of an item. What fails is not tried again either.
+func (d *Deltas) make(ctx context.Context, item *narinfo.Narinfo) error {
+	bases, err := d.bases(ctx, item)
+	if err != nil {
+		return err
+	}
+	kept := itemDeltas{NarHash: fmt.Sprintf("%x", item.NarDigest)}
+	if err := files.MakeDirectory(d.o.Directory); err != nil {
+		return err
+	}
+	tree := d.tree(item.StorePath)
+	limit := int64(0)
+	if len(bases) > 0 {
+		if limit, err = usefulSize(ctx, tree); err != nil {
+			return err
+		}
+	}
+	var failures error
+	for _, base := range bases {
+		k, err := d.makeFrom(ctx, base, item, min(limit, d.o.MaxBytes))
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case err == nil:
+			kept.Deltas = append(kept.Deltas, k)
+		case !errors.Is(err, delta.ErrTooLarge):
+			failures = errors.Join(failures, err)
+		}
+	}
+	failures = errors.Join(failures, d.clean())
+	text, err := json.Marshal(kept)
+	if err == nil {
+		err = writeFile(d.record(hashPartOf(item.StorePath)), 0o600, string(text)+"\n")
+	}
+	return errors.Join(failures, err)
+}
+
+// tree is where a store item is.
+func (d *Deltas) tree(path string) string { return filepath.Join(d.o.Root, filepath.Base(path)) }
+
+// bases returns what is known of the items that deltas of an item are made of.
+func (d *Deltas) bases(ctx context.Context, item *narinfo.Narinfo) ([]*narinfo.Narinfo, error) {
+	names, err := d.listing.older(filepath.Base(item.StorePath))
+	if err != nil {
+		return nil, err
+	}
+	var bases []*narinfo.Narinfo
+	for _, name := range names {
+		n, err := d.o.Items.Item(ctx, hashPartOf(name))
+		if err == nil && n.StorePath == d.o.StoreDir+"/"+name {
+			bases = append(bases, n)
+		}
+		if len(bases) == maxBases {
+			break
+		}
+	}
+	return bases, nil
+}
+
+// makeFrom makes one delta.
+func (d *Deltas) makeFrom(ctx context.Context, base, item *narinfo.Narinfo, limit int64) (keptDelta, error) {
+	k := keptDelta{Base: filepath.Base(base.StorePath)}
+	name := d.file(hashPartOf(base.StorePath), hashPartOf(item.StorePath))
+	size, err := writeDelta(ctx, name, d.tree(base.StorePath), base, d.tree(item.StorePath), item, limit)
+	k.Size = uint64(size)
+	if err != nil || d.o.Store == nil {
+		return k, err
+	}
+	c, err := encodeFile(ctx, name, d.o.Store)
+	if err == nil {
+		k.URN, k.Store = c.URN(), storeName(d.o.Store)
+	} else if ctx.Err() == nil {
+		d.o.Log("%v", err) // it can be had as a file
+	}
+	return k, ctx.Err()
+}
+
+// writeDelta writes a delta to a file of the given name, which is there once it has been found to
+// make the item. It returns the length in bytes.
+func writeDelta(ctx context.Context, name, baseTree string, base *narinfo.Narinfo, tree string, item *narinfo.Narinfo, limit int64) (size int64, err error) {
+	o := delta.WriteOptions{
+		MaxSize: limit, Scratch: filepath.Dir(name),
+		Replacements: reuse.Replacements(filepath.Base(base.StorePath), filepath.Base(item.StorePath), base.References, item.References),
+	}
+	f, err := os.CreateTemp(filepath.Dir(name), files.TemporaryPrefix)
+	if err != nil {
+		return 0, err
+	}
+	defer os.Remove(f.Name()) // unless it has another name then
+	defer f.Close()
+	size, err = delta.Write(ctx, f, tree, baseTree, o)
+	if err == nil {
+		err = checkDelta(ctx, io.NewSectionReader(f, 0, size), baseTree, item)
+	}
+	if err == nil {
+		err = f.Chmod(0o644)
+	}
+	if err == nil {
+		err = os.Rename(f.Name(), name)
+	}
+	return size, err
+}
+
+// checkDelta reads a delta that has just been written.
+func checkDelta(ctx context.Context, body io.Reader, baseTree string, item *narinfo.Narinfo) error {
+	r, err := delta.NewReader(ctx, body, baseTree, delta.ReadOptions{MaxSize: item.NarSize})
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	h := sha256.New()
+	if _, err := nar.Write(h, r); err != nil {
+		return err
+	}
+	if sum := [sha256.Size]byte(h.Sum(nil)); sum != item.NarDigest {
+		return fmt.Errorf("delta of %s: %w", item.StorePath, errOtherContents)
+	}
+	return nil
+}
+
+// encodeFile puts the blocks of a file into a store.
+func encodeFile(ctx context.Context, name string, store fetch.Store) (c eris.ReadCapability, err error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return c, err
+	}
+	defer f.Close()
+	pipeline := fetch.NewPipeline(ctx, store)
+	c, err = eris.Encode(ctx, f, pipeline.Put, eris.EncodeOptions{})
+	if err2 := pipeline.Flush(); err == nil {
+		err = err2
+	}
+	if err != nil {
+		err = fmt.Errorf("storing the blocks of %s: %w", name, err)
+	}
+	return c, err
+}
+
+// usefulSize is how long a delta of a tree may be to be of use, in bytes.
+func usefulSize(ctx context.Context, path string) (int64, error) {
+	var n counted
+	err := writeNar(writerUntil{ctx, &n}, path, "zstd")
+	return int64(n) / deltaGain, err
+}
+
+// counted counts what is written to it.
+type counted int64
+
+// Write implements io.Writer.
+func (c *counted) Write(p []byte) (int, error) {
+	*c += counted(len(p))
+	return len(p), nil
+}
+
+// abandonedAfter is when a temporary file is one that nobody writes any more.
+const abandonedAfter = 24 * time.Hour
+
+// clean removes the oldest deltas where there are too many bytes of them, and what a process has
+// left behind that was killed.
+func (d *Deltas) clean() error {
+	abandoned, _ := filepath.Glob(filepath.Join(d.o.Directory, files.TemporaryPrefix+"*"))
+	for _, name := range abandoned {
+		if info, err := os.Lstat(name); err == nil && time.Since(info.ModTime()) > abandonedAfter {
+			os.Remove(name)
+		}
+	}
+	names, err := filepath.Glob(filepath.Join(d.o.Directory, "*.delta"))
+	if err != nil {
+		return err
+	}
+	var all []fs.FileInfo
+	sum := int64(0)
+	for _, name := range names {
+		if info, err := os.Lstat(name); err == nil {
+			all = append(all, info)
+			sum += info.Size()
+		}
+	}
+	slices.SortFunc(all, func(a, b fs.FileInfo) int { return a.ModTime().Compare(b.ModTime()) })
+	for _, info := range all {
+		if sum <= d.o.MaxBytes {
+			break
+		}
+		if err := os.Remove(filepath.Join(d.o.Directory, info.Name())); err != nil {
+			return err
+		}
+		sum -= info.Size()
+	}
+	return nil
+}
+
+// serve answers a request for /delta/BASE/ITEM. It reports whether there is that delta; if not,
+// nothing has been written.
+func (d *Deltas) serve(w http.ResponseWriter, r *http.Request) bool {
+	parts := strings.Split(r.URL.Path, "/")
+	if len(parts) != 4 || parts[1] != "delta" {
+		return false
+	}
+	base, ok := narinfoName(parts[2] + ".narinfo")
+	hash, ok2 := narinfoName(parts[3] + ".narinfo")
+	if !ok || !ok2 {
+		return false
+	}
+	f, err := os.Open(d.file(base, hash))
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	w.Header().Set("Content-Type", "application/octet-stream")
+	// A file is never changed, but another one may take its place.
+	w.Header().Set("Etag", fmt.Sprintf(`"%x-%x"`, info.Size(), info.ModTime().UnixNano()))
+	http.ServeContent(w, r, "", time.Time{}, f)
+	return true
+}
+
+// withDeltas adds deltas to the text of a narinfo, below the signature.
+func withDeltas(text string, deltas []narinfo.Delta) string {
+	for _, d := range deltas {
+		text += d.Text() + "\n"
+	}
+	return text
+}
+
+// A listing is the names of the items of a store, by their names without versions.
+type listing struct {
+	root   string
+	mtime  time.Time
+	byName map[string][]string
+}
+
+// older returns the names of items that are of the same name as another one but for the version,
+// and have been in the store for longer, the latest first.
+func (l *listing) older(item string) ([]string, error) {
+	info, err := os.Stat(l.root)
+	if err != nil {
+		return nil, err
+	}
+	if l.byName == nil || !l.mtime.Equal(info.ModTime()) {
+		names, err := readNames(l.root)
+		if err != nil {
+			return nil, err
+		}
+		l.byName, l.mtime = map[string][]string{}, info.ModTime()
+		for _, name := range names {
+			if narinfo.CheckStoreName(name) == nil {
+				key := unversionedName(name)
+				l.byName[key] = append(l.byName[key], name)
+			}
+		}
+	}
+	born, ok := birth(l.root, item)
+	if !ok {
+		return nil, fmt.Errorf("%w: %s", ErrNoItem, item)
+	}
+	type aged struct {
+		name string
+		born int64
+	}
+	var found []aged
+	for _, name := range l.byName[unversionedName(item)] {
+		if b, ok := birth(l.root, name); ok && b < born && name != item {
+			found = append(found, aged{name, b})
+		}
+	}
+	slices.SortFunc(found, func(a, b aged) int { return cmp.Or(cmp.Compare(b.born, a.born), cmp.Compare(a.name, b.name)) })
+	var names []string
+	for _, f := range found {
+		names = append(names, f.name)
+	}
+	return names, nil
+}
+
+func readNames(directory string) ([]string, error) {
+	f, err := os.Open(directory)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return f.Readdirnames(-1)
+}
+
+// birth is when an item came to its place, as far as can be told: its modification time is that of
+// all items.
+func birth(root, name string) (nanoseconds int64, ok bool) {
+	var st unix.Stat_t
+	err := unix.Lstat(root+"/"+name, &st)
+	return st.Ctim.Nano(), err == nil
+}
+
+// unversionedName is the name of an item without hash and version, as far as that begins with a
+// digit: what it has in common with its other versions. The name of an output stays.
+func unversionedName(name string) string {
+	var kept []string
+	for _, part := range strings.Split(name[reuse.HashLength+1:], "-") {
+		if part == "" || part[0] < '0' || part[0] > '9' {
+			kept = append(kept, part)
+		}
+	}
+	return strings.Join(kept, "-")
+}

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package publish
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/delta"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+)
+
+// earlier is what an earlier export has: what is in a store that it was brought to.
+type earlier struct {
+	items  map[string]*narinfo.Narinfo   // by store path
+	byName map[string][]*narinfo.Narinfo // by name without version
+}
+
+// readEarlier reads the narinfos in a directory; an empty one has nothing.
+func readEarlier(directory, storeDir string) (*earlier, error) {
+	e := &earlier{map[string]*narinfo.Narinfo{}, map[string][]*narinfo.Narinfo{}}
+	if directory == "" {
+		return e, nil
+	}
+	names, err := readNames(directory)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range names {
+		hash, ok := narinfoName(name)
+		if !ok {
+			continue
+		}
+		if len(e.items) == maxExported {
+			return nil, fmt.Errorf("%s: more than %d items are too many", directory, maxExported)
+		}
+		text, err := files.ReadState(filepath.Join(directory, name), narinfo.MaxSize)
+		if err != nil {
+			return nil, err
+		}
+		n, err := narinfo.Parse(text)
+		if err == nil {
+			err = errors.Join(narinfo.CheckStorePath(storeDir, n.StorePath), n.CheckHash())
+		}
+		if err != nil || hashPartOf(n.StorePath) != hash {
+			continue // it is no use there either
+		}
+		e.items[n.StorePath] = n
+		key := unversionedName(filepath.Base(n.StorePath))
+		e.byName[key] = append(e.byName[key], n)
+	}
+	return e, nil
+}
+
+// has reports whether an item was there with the same contents.
+func (e *earlier) has(n *narinfo.Narinfo) bool {
+	had := e.items[n.StorePath]
+	return had != nil && had.NarDigest == n.NarDigest
+}
+
+// exportDelta exports an item of which the tree is at hand as a delta from an older one, in place
+// of its blocks. It returns the narinfo with the delta, or nothing if no delta is of use.
+func (e *exporter) exportDelta(ctx context.Context, n *narinfo.Narinfo, tree string) (string, error) {
+	limit := int64(0)
+	for i, base := range e.earlier.byName[unversionedName(filepath.Base(n.StorePath))] {
+		baseTree := filepath.Join(e.o.Root, filepath.Base(base.StorePath))
+		if i == maxBases {
+			break
+		}
+		if base.StorePath == n.StorePath || e.check(ctx, baseTree, base) != nil {
+			continue // it is not here, or is another one here
+		}
+		if limit == 0 {
+			var err error
+			if limit, err = usefulSize(ctx, tree); err != nil {
+				return "", err
+			}
+		}
+		place := "delta/" + hashPartOf(base.StorePath) + "/" + hashPartOf(n.StorePath)
+		name := filepath.Join(e.o.Directory, place)
+		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+			return "", err
+		}
+		size, err := writeDelta(ctx, name, baseTree, base, tree, n, limit)
+		if errors.Is(err, delta.ErrTooLarge) {
+			os.Remove(filepath.Dir(name)) // if it is empty
+			continue
+		} else if err != nil {
+			return "", err
+		}
+		e.done.Items++
+		e.done.Bytes += size
+		line := narinfo.Delta{Base: filepath.Base(base.StorePath), Size: uint64(size), URL: place}
+		return strings.TrimRight(n.Text(), "\n") + "\n" + line.Text() + "\n", nil
+	}
+	return "", nil
+}

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package substitute
+
+import (
+	"context"
+	"io"
+	"os"
+	"strings"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/delta"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+)
+
+// deltaRate is how fast an item is made of a base and a delta, in bytes per second.
+const deltaRate = 250e6
+
+// A deltaWay is a delta, of which the base is in the store. What narinfos say of deltas is not
+// signed, and the base may be broken: that it fails says nothing about the narinfo.
+type deltaWay struct {
+	j          *job
+	base       string // file name
+	size       int64  // of the delta, in bytes
+	url        string // empty for a read capability
+	capability eris.ReadCapability
+}
+
+func isDelta(c *candidate) bool {
+	_, ok := c.way.(*deltaWay)
+	return ok
+}
+
+// listDeltas adds the deltas that narinfos offer. No server learns which bases there are.
+func (j *job) listDeltas(records []record) {
+	for _, r := range records {
+		for _, d := range r.narinfo.Deltas {
+			w := &deltaWay{j: j, base: j.s.StoreDir + "/" + d.Base, size: int64(d.Size)}
+			if _, err := os.Lstat(w.base); err != nil || w.base == j.path || !w.locate(r, d) || j.listed[w.key()] {
+				continue
+			}
+			j.listed[w.key()] = true
+			j.ways = append(j.ways, &candidate{way: w, from: r})
+		}
+	}
+}
+
+// locate finds out where the delta is. It reports whether that may be used.
+func (w *deltaWay) locate(r record, d narinfo.Delta) bool {
+	s := w.j.s
+	if strings.HasPrefix(d.URL, "urn:") {
+		c, err := eris.ParseURN(d.URL)
+		w.capability = c
+		return err == nil && s.Blocks != nil && s.Policy != HTTPOnly && (s.UnsignedCapabilities || d.Signed && r.authorised)
+	}
+	url, err := narURL(r, d.URL)
+	w.url = url
+	return err == nil && s.Policy != ERISOnly
+}
+
+// key tells deltas apart: one may be offered for several bases, if only by mistake.
+func (w *deltaWay) key() string { return w.String() + " " + w.base }
+
+// blocks reports whether the delta comes in blocks.
+func (w *deltaWay) blocks() bool { return w.url == "" }
+
+func (w *deltaWay) String() string {
+	if w.blocks() {
+		return w.capability.URN()
+	}
+	return mirror.WithoutUser(w.url)
+}
+
+// pace never gives a delta up: how fast it comes says little, because most of the time may be spent
+// on the base.
+func (w *deltaWay) pace() pace { return pace{after: longest, factor: 1} }
+
+func (w *deltaWay) expect(ctx context.Context) expectation {
+	var e expectation
+	if w.blocks() {
+		e = w.j.expectBlocks(ctx, w.capability, w.size)
+	} else {
+		speed := w.j.s.serverSpeed(w.url)
+		e = expectation{
+			bytes: w.size, known: speed.Known, time: 2*speed.Latency + seconds(float64(w.size)/speed.Rate),
+			how: megabytes(w.size) + ", " + speed.String(),
+		}
+	}
+	e.time += seconds(float64(min(w.j.want.NarSize, 1<<62)) / deltaRate)
+	e.how = "a delta from " + w.base + ", " + e.how
+	return e
+}
+
+func (w *deltaWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool), error) {
+	body, done, err := w.open(ctx, a)
+	if err != nil {
+		return nil, nil, err
+	}
+	nodes, err := delta.NewReader(ctx, body, w.base, delta.ReadOptions{MaxSize: w.j.options().MaxBytes, Link: w.valid(ctx)})
+	if err != nil {
+		done(false)
+		return nil, nil, unquoted(w.url, err)
+	}
+	return &countedNodes{unquotedNodes{nodes, w.url}, a}, func(ok bool) {
+		nodes.Close()
+		done(ok)
+	}, nil
+}
+
+// open begins to read the delta.
+func (w *deltaWay) open(ctx context.Context, a *attempt) (io.Reader, func(ok bool), error) {
+	if w.blocks() {
+		contents, err := w.j.openImage(ctx, a, w.capability, w.size)
+		if err != nil {
+			return nil, nil, err
+		}
+		return contents.Content, func(bool) { contents.Close() }, nil
+	}
+	body, err := w.j.download(ctx, a, w.url, w.size)
+	if err != nil {
+		return nil, nil, err
+	}
+	return body, body.done, nil
+}
+
+// valid reports whether the daemon says that the base is complete, so that its files may be linked
+// to.
+func (w *deltaWay) valid(ctx context.Context) bool {
+	if w.j.s.Reuse == nil {
+		return false
+	}
+	part, err := narinfo.HashPart(w.j.s.StoreDir, w.base)
+	if err != nil {
+		return false
+	}
+	_, err = w.j.s.Reuse.Database(ctx, part)
+	return err == nil
+}
