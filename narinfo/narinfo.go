@@ -88,7 +88,7 @@ type ERIS struct {
 	// if nothing is said, as of ERIS-FS and of nars.
 	Form string
 	Size uint64
-	// Signed tells whether the signature covers the field. If not, anyone between the signer and us
+	// Signed reports whether the signature covers the field. If not, anyone between the signer and us
 	// may have put it there.
 	Signed bool
 }
@@ -187,7 +187,23 @@ func (n *Narinfo) Authorise(keys Verifier) error {
 // compression, the deriver and the signature do not matter. So if one of them is authorised, what
 // is found through the other may be used. (Guix, guix/narinfo.scm: equivalent-narinfo?; Guix
 // Reference Manual, "Substitute Authentication".)
-func Equivalent(n, m *Narinfo) bool {
-	return n.NarHash == m.NarHash && n.StorePath == m.StorePath &&
-		n.NarSize == m.NarSize && slices.Equal(n.References, m.References)
+func Equivalent(n, m *Narinfo) bool { return len(Differences(n, m)) == 0 }
+
+// Differences returns the names of the fields in which two parsed narinfos differ, of those that
+// [Equivalent] compares.
+func Differences(n, m *Narinfo) (fields []string) {
+	for _, f := range []struct {
+		name string
+		same bool
+	}{
+		{"StorePath", n.StorePath == m.StorePath},
+		{"NarHash", n.NarHash == m.NarHash},
+		{"NarSize", n.NarSize == m.NarSize},
+		{"References", slices.Equal(n.References, m.References)},
+	} {
+		if !f.same {
+			fields = append(fields, f.name)
+		}
+	}
+	return fields
 }

@@ -5,6 +5,7 @@ package substitute_test
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
@@ -164,9 +165,17 @@ func TestChoice(t *testing.T) {
 			}
 			destination := filepath.Join(t.TempDir(), "item")
 			defer restore.Remove(destination) // it is read-only
-			outcome := substitute.New(config).Substitute(t.Context(), path, destination)
+			s := substitute.New(config)
+			e, err := s.Explain(t.Context(), path)
+			if err != nil || len(e.Ways) == 0 || nars > 0 || blocks.requested.Load() > 0 || log.Len() > 0 {
+				t.Fatalf("%+v, error %v; %d nars were requested; shown:\n%s", e, err, nars, log.String())
+			}
+			outcome := s.Substitute(t.Context(), path, destination)
 			if outcome.Status != substitute.Success {
 				t.Fatalf("%+v:\n%s", outcome, log.String())
+			}
+			if first := fmt.Sprintf("way 1 of %d: %s: ", len(e.Ways), e.Ways[0].Name); !strings.Contains(log.String(), first) {
+				t.Errorf("it is not done what was explained, %q:\n%s", first, log.String())
 			}
 			checkRestored(t, destination, outcome.NarHash)
 			requested := blocks.requested.Load()

@@ -21,8 +21,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
-// TestDelta gets an item by a delta where there is one that can be used, and from the nar elsewhere,
-// without a warning.
+// TestDelta gets an item by a delta where there is one that can be used, and from the nar
+// elsewhere, without a warning.
 func TestDelta(t *testing.T) {
 	base, url := itemName(1, "x-1"), "delta"
 	for _, test := range []struct {

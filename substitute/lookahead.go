@@ -228,13 +228,17 @@ type note struct{ key, text string }
 // maxNotes is how many are kept.
 const maxNotes = 50
 
+// take returns the notes and forgets them.
+func (n *notes) take() (list []note) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	list, n.list = n.list, nil
+	return list
+}
+
 // show shows the notes.
 func (n *notes) show(log *protocol.Log) {
-	n.mu.Lock()
-	list := n.list
-	n.list = nil
-	n.mu.Unlock()
-	for _, note := range list {
+	for _, note := range n.take() {
 		log.WarnOnce(note.key, "%s", note.text)
 	}
 }

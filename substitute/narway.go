@@ -100,7 +100,7 @@ func (w *narWay) expect(context.Context) expectation {
 	took := max(length/speed.Rate, made) + size/decompressRates[method]
 	return expectation{
 		int64(length), 2*speed.Latency + seconds(took), speed.Known,
-		fmt.Sprintf("%s, compression %s, %s", megabytes(int64(length)), method, speed),
+		fmt.Sprintf("compression %s, %s", method, speed),
 	}
 }
 

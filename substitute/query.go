@@ -153,6 +153,7 @@ type missing struct {
 func (s *Substituter) fetch(ctx context.Context, server *server, items map[string]*missing, ahead bool, answer func(*item, *record)) {
 	if err := s.Mirrors.Down(server.url); err != nil {
 		s.sayDown(server.name, err, ahead)
+		hear(items, err)
 		return
 	}
 	local := mirror.IsLocal(server.url)
@@ -183,6 +184,9 @@ func (s *Substituter) fetch(ctx context.Context, server *server, items map[strin
 			return
 		}
 		it := items[a.Hash].item
+		if it.heard != nil {
+			it.heard(a, nil)
+		}
 		r := s.received(server, it, a, ahead)
 		if progress != nil {
 			progress.Answered()
@@ -190,12 +194,22 @@ func (s *Substituter) fetch(ctx context.Context, server *server, items map[strin
 		items[a.Hash].pending.answer(r)
 		answer(it, r)
 	})
+	hear(items, err)
 	switch down := s.Mirrors.Down(server.url); {
 	case err == nil || errors.Is(err, context.Canceled):
 	case down != nil:
 		s.sayDown(server.name, down, ahead)
 	default:
 		s.warnOnce(ahead, "server "+server.url, "%v", naming(server.name, err))
+	}
+}
+
+// hear tells whoever wants to know it why a server has not answered.
+func hear(items map[string]*missing, err error) {
+	for _, m := range items {
+		if err != nil && m.item.heard != nil {
+			m.item.heard(mirror.Answer{}, err)
+		}
 	}
 }
 

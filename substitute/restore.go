@@ -124,16 +124,31 @@ var errNone = errors.New("no authorised narinfo describes it")
 // substitute tries to get an item that has been looked up. After a failure it returns the narinfos
 // that were of no use. The error is nil if there were ways.
 func (s *Substituter) substitute(ctx context.Context, l *lookup, j *job) (Outcome, []record, error) {
+	if useless, err := s.prepare(ctx, l, j); err != nil {
+		return Outcome{}, useless, err
+	}
+	j.show()
+	outcome := j.run(ctx)
+	return outcome, j.useless, nil
+}
+
+// prepare lists the ways to an item that has been looked up. With an error it returns the narinfos
+// that are of no use.
+func (s *Substituter) prepare(ctx context.Context, l *lookup, j *job) ([]record, error) {
 	f := l.all()[j.path]
 	if f == nil {
-		return Outcome{}, l.records(j.path), errNone
+		return l.records(j.path), errNone
 	}
 	if err := f.authorised.narinfo.CheckHash(); err != nil {
-		return Outcome{}, []record{f.authorised}, err
+		return []record{f.authorised}, err
 	}
 	j.s, j.want, j.listed = s, f.authorised.narinfo, map[string]bool{}
-	outcome := j.run(ctx, append([]record{f.chosen}, f.others...))
-	return outcome, j.useless, nil
+	j.add(ctx, append([]record{f.chosen}, f.others...))
+	blocks := s.Blocks != nil && (s.Policy == ERISFirst || s.Policy == ERISOnly)
+	if blocks && !slices.ContainsFunc(j.ways, isBlocks) {
+		j.moreRecords(ctx)
+	}
+	return nil, nil
 }
 
 // A job is the substitution of one item.
@@ -160,13 +175,7 @@ type job struct {
 }
 
 // run tries one way after the other. What fails for a while is tried again, some times.
-func (j *job) run(ctx context.Context, known []record) Outcome {
-	j.add(ctx, known)
-	blocks := j.s.Blocks != nil && (j.s.Policy == ERISFirst || j.s.Policy == ERISOnly)
-	if blocks && !slices.ContainsFunc(j.ways, isBlocks) {
-		j.moreRecords(ctx)
-	}
-	j.show()
+func (j *job) run(ctx context.Context) Outcome {
 	begin := time.Now()
 	for round := 0; ; round++ {
 		if o, ok := j.tryAll(ctx); ok {

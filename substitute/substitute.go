@@ -15,6 +15,7 @@ package substitute
 
 import (
 	"context"
+	"fmt"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -129,7 +130,10 @@ func New(c Config) *Substituter {
 	seen := map[string]bool{}
 	for _, url := range c.URLs {
 		if err := mirror.CheckURL(url); err != nil {
-			c.Log.WarnOnce("url "+url, "substitute server ignored: %v", err)
+			if !strings.Contains(url, ":") {
+				err = fmt.Errorf("%w; a space in a URL is written %%20", err)
+			}
+			s.warnOnce(true, "url "+url, "substitute server ignored: %v", err) // with the first request
 			continue
 		}
 		if !seen[url] {

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"net/url"
 	"slices"
-	"strings"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
@@ -117,7 +116,7 @@ func (j *job) show() {
 		if c.time >= longest {
 			took = "nobody knows when"
 		}
-		j.log.Notef("%s: way %d of %d: %s: expected %s (%s)", j.path, i+1, len(j.ways), c, took, c.how)
+		j.log.Notef("%s: way %d of %d: %s: expected %s, %s (%s)", j.path, i+1, len(j.ways), c, took, megabytes(c.bytes), c.how)
 	}
 }
 
@@ -200,22 +199,26 @@ func (s *Substituter) usable(f *found) bool {
 
 // whyNotBlocks says to people who want to know why an item has not come from blocks.
 func (j *job) whyNotBlocks() {
-	if !j.s.Verbose {
-		return
+	if j.s.Verbose {
+		j.log.Notef("%s: not from blocks: %s", j.path, j.notBlocks())
 	}
-	why := j.blocksFailed
+}
+
+// notBlocks returns why an item does not come from blocks.
+func (j *job) notBlocks() string {
 	switch {
-	case why != "":
+	case j.blocksFailed != "":
+		return j.blocksFailed
 	case j.s.Policy == HTTPOnly || j.s.Policy == HTTPFirst:
-		why = "the policy prefers nars"
+		return "the policy prefers nars"
 	case j.s.Blocks == nil:
-		why = "there is no block store"
+		return "there is no block store"
 	case !slices.ContainsFunc(j.records, func(r record) bool { return len(r.narinfo.ERIS) > 0 }):
-		why = "no narinfo has a field ERIS"
-	case slices.ContainsFunc(j.ways, func(c *candidate) bool { return strings.HasPrefix(c.String(), "urn:") }):
-		why = "they are expected to take longer"
-	default:
-		why = "no narinfo has a read capability that can be used"
+		return "no narinfo has a field ERIS"
+	case j.s.StoreSpeed != nil && j.s.StoreSpeed().None:
+		return "no block store can be reached"
+	case slices.ContainsFunc(j.ways, isBlocks):
+		return "they are expected to take longer"
 	}
-	j.log.Notef("%s: not from blocks: %s", j.path, why)
+	return "no narinfo has a read capability that can be used"
 }

@@ -29,9 +29,10 @@ const defaultCacheSize = 1 << 30
 // and is given what had to be fetched. Where there is none, a directory is.
 type blocks struct {
 	*pool.Pool
-	nearby image.Nearby // nil if no blocks are at hand
-	stride int          // see [substitute.Config]
-	local  bool         // all stores are on this machine
+	members []pool.Member
+	nearby  image.Nearby // nil if no blocks are at hand
+	stride  int          // see [substitute.Config]
+	local   bool         // all stores are on this machine
 }
 
 // blocksOptions says how blocks are got.
@@ -68,13 +69,14 @@ func openBlocks(o blocksOptions) (*blocks, error) {
 		b.nearby, b.stride = c, 1
 		members = append(members, pool.Member{Source: c, Near: true})
 	}
+	b.members = members
 	b.Pool = pool.New(members, pool.Options{
 		State: o.state, Limiter: o.limiter,
 		OnFault: func(source string, err error) {
-			o.log.Warnf("store %s gave wrong bytes and is not asked again: %v", source, err)
+			o.log.Warnf("store %s gave wrong bytes and is not asked again: %s", source, storeFailure(source, err))
 		},
 		OnRest: func(source string, err error) {
-			o.log.Warnf("store %s is left alone for a while: %v", source, err)
+			o.log.Warnf("store %s is left alone for a while: %s", source, storeFailure(source, err))
 		},
 	})
 	return b, failed

@@ -64,10 +64,10 @@ func readConfiguration() (configuration, error) {
 	}
 	meta, err := toml.Decode(string(text), &c)
 	if err != nil {
-		return configuration{}, fmt.Errorf("configuration ignored: %s: %w", name, err)
+		return configuration{}, fmt.Errorf("configuration ignored: %s: %s", name, plain(err))
 	}
-	if unknown := meta.Undecoded(); len(unknown) > 0 {
-		return c, fmt.Errorf("%s: unknown setting %q", name, unknown[0].String())
+	if undecoded := meta.Undecoded(); len(undecoded) > 0 {
+		return c, fmt.Errorf("%s: %s", name, unknown("setting", undecoded[0].String(), settingNames()))
 	}
 	return c, nil
 }

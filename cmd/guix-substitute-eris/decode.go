@@ -40,7 +40,7 @@ func decodeCommand(args []string) int {
 		return status
 	}
 	if flags.NArg() != 2 {
-		return fail("decode takes a URN and a destination")
+		return usageError("decode takes a URN and a destination: guix-substitute-eris decode --store=URL urn:eris:… FILE")
 	}
 	ctx, stop := untilSignal()
 	defer stop()
@@ -87,7 +87,7 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	shown := showProgress("fetched")
 	defer shown.end()
 	all := pool.New(members, pool.Options{OnFault: func(source string, err error) {
-		fmt.Fprintf(os.Stderr, "guix-substitute-eris: warning: %s gave wrong bytes and is not asked again: %v\n", source, err)
+		fmt.Fprintf(os.Stderr, "guix-substitute-eris: warning: %s gave wrong bytes and is not asked again: %s\n", source, storeFailure(source, err))
 	}})
 	defer all.Close()
 	blocks := fetch.Counted(all, shown.add)

@@ -61,7 +61,7 @@ func demoCommand(args []string) int {
 		return fail("interrupted")
 	}
 	if err != nil {
-		return fail("%v", err)
+		return fail("%w", err)
 	}
 	return 0
 }

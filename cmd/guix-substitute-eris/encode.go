@@ -50,7 +50,7 @@ func encodeCommand(args []string) int {
 		return status
 	}
 	if flags.NArg() != 1 {
-		return fail("encode takes one file or directory")
+		return usageError("encode takes one file or directory: guix-substitute-eris encode --store=URL FILE")
 	}
 	ctx, stop := untilSignal()
 	defer stop()
@@ -58,7 +58,7 @@ func encodeCommand(args []string) int {
 	if err == nil && s.json {
 		err = printJSON(result)
 	} else if err == nil {
-		fmt.Println(result.URN)
+		_, err = fmt.Println(result.URN)
 	}
 	return status(err)
 }

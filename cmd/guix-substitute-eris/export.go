@@ -41,19 +41,19 @@ func exportCommand(args []string) int {
 	create := flags.Bool("create", false, "make the directory where sticks are mounted, even if there is none")
 	since := flags.String("since", "", "leave out what `DIRECTORY`, an earlier export, has, and write deltas from older versions that it has")
 	s.flags(flags)
-	items, status, ok := parseMixed(flags, args, exportUsage)
-	if !ok {
+	if status, ok := parse(flags, args, exportUsage); !ok {
 		return status
 	}
+	items := flags.Args()
 	if len(items) == 0 || *to == "" {
-		return fail("export takes store items, and a directory as --to")
+		return usageError("export takes store items, and a directory as --to")
 	}
 	if *layout != "sharded" && *layout != "flat" {
-		return fail("the layout is either sharded or flat, and not %q", *layout)
+		return usageError("the layout is either sharded or flat, and not %q", *layout)
 	}
 	directory, err := filepath.Abs(*to)
 	if err != nil {
-		return fail("%v", err)
+		return fail("%w", err)
 	}
 	s.load()
 	ctx, stop := untilSignal()
@@ -61,13 +61,13 @@ func exportCommand(args []string) int {
 	unix.Umask(0o022)
 	if !*create {
 		if err := checkMounted(directory, mountParents); err != nil {
-			return fail("%v; --create makes the directory all the same", err)
+			return fail("%w; --create makes the directory all the same", err)
 		}
 	}
 	where := url.URL{Scheme: "file", Path: filepath.Join(directory, "blocks")}
 	blocks, err := openStore(where.String() + "?layout=" + *layout)
 	if err != nil {
-		return fail("%v", err)
+		return fail("%w", err)
 	}
 	defer blocks.Close()
 	sub := s.session(false)
@@ -91,7 +91,7 @@ func exportCommand(args []string) int {
 	}
 	done, err := publish.Export(ctx, items, options)
 	if err != nil {
-		return fail("%v", err)
+		return fail("%w", err)
 	}
 	where.Path = directory
 	fmt.Printf("%d items, %d blocks, %.1f MiB\nsubstitute URL: %s\nblock store: %s/blocks\n",
@@ -157,22 +157,4 @@ func narinfosFrom(ctx context.Context, client *mirror.Client, server string, has
 		err = fmt.Errorf("some narinfos could not be had: %w", err)
 	}
 	return texts, err
-}
-
-// parseMixed is parse for a command whose options may stand behind its arguments.
-func parseMixed(flags *flag.FlagSet, args []string, usage string) (arguments []string, status int, ok bool) {
-	for {
-		if status, ok := parse(flags, args, usage); !ok {
-			return nil, status, false
-		}
-		rest := flags.Args()
-		for len(rest) > 0 && (rest[0] == "-" || !strings.HasPrefix(rest[0], "-")) {
-			arguments = append(arguments, rest[0])
-			rest = rest[1:]
-		}
-		if len(rest) == 0 {
-			return arguments, 0, true
-		}
-		args = rest
-	}
 }

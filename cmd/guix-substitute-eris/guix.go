@@ -31,6 +31,14 @@ var usualGuix = []string{
 	"/usr/bin/guix",
 }
 
+// isGuix reports whether the program runs in place of guix: it is called by that name, or in the
+// environment of guix-daemon, which tells its helpers its options or, in way B, has the variable
+// GUIX.
+func isGuix() bool {
+	_, helper := os.LookupEnv("_NIX_OPTIONS")
+	return helper || filepath.Base(os.Args[0]) == "guix" || os.Getenv("GUIX") != "" || os.Getenv(guixVariable) != ""
+}
+
 // guixCommand hands a command of guix to the real guix, which flag names unless it is empty: the
 // daemon runs several through the program that it takes for guix. Arguments, argv[0] among them,
 // environment (but for one variable), working directory and descriptors stay as they are.

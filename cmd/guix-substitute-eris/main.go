@@ -11,9 +11,11 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -21,8 +23,8 @@ import (
 
 func main() { os.Exit(run(os.Args[1:])) }
 
-// run runs the command that the arguments ask for and returns the exit status. What the command
-// line does not know belongs to guix.
+// run runs the command that the arguments ask for and returns the exit status. What it does not
+// know belongs to guix if it runs in place of that.
 func run(args []string) int {
 	guix := ""
 	if len(args) > 0 {
@@ -37,6 +39,7 @@ func run(args []string) int {
 	commands := map[string]func([]string) int{
 		"substitute": substituteCommand, "encode": encodeCommand, "decode": decodeCommand, "serve": serveCommand,
 		"publish": publishCommand, "export": exportCommand, "demo": demoCommand,
+		"explain": explainCommand, "doctor": doctorCommand, "narinfo": narinfoCommand, "keygen": keygenCommand,
 	}
 	switch name := args[0]; {
 	case commands[name] != nil:
@@ -49,8 +52,11 @@ func run(args []string) int {
 		return 0
 	case strings.HasPrefix(name, "-"):
 		return byHandCommand(args)
+	case guix != "" || isGuix():
+		return guixCommand(guix, args)
 	}
-	return guixCommand(guix, args)
+	return usageError("%s\nhint: \"guix-substitute-eris --help\" shows the commands; those of guix are run by \"guix %s\"",
+		unknown("command", args[0], slices.Sorted(maps.Keys(commands))), args[0])
 }
 
 const help = `Usage: guix-substitute-eris COMMAND [OPTION]... [ARGUMENT]...
@@ -61,9 +67,9 @@ What guix-daemon runs; replies go to file descriptor 4:
   substitute --substitute       fetch store items
 
 The same by hand; replies go to standard output, and the exit status is 0 if
-all that was asked for could be had, else 1:
-  --query [ITEM]...             report on the given store items, or answer
-                                requests read from standard input
+all that was asked for can be had:
+  --query [ITEM]...             say whether the given store items can be had, or
+                                answer requests read from standard input
   --substitute [ITEM DESTINATION]
                                 restore a store item, or answer requests read
                                 from standard input
@@ -75,16 +81,24 @@ ERIS:
   publish                       serve narinfos with the field ERIS, and nars
   export ITEM... --to=DIRECTORY write narinfos and blocks to a directory
 
+To find out what is wrong:
+  explain ITEM...               say from where items would come, and why
+  doctor                        look whether all is set up, and say what to mend
+  narinfo ITEM...               show what the servers say of items
+
 Other commands:
+  keygen                        make a key pair to sign narinfos with
   demo                          show the whole way on a private store
   help, --help, -h              show this help
   --version, -V                 show the version
 
-Any other command is handed to the real guix, so that this program can stand in
-for guix in the environment of guix-daemon (GUIX=...). The option --guix=FILE
-before the command says where that is.
+In the environment of guix-daemon (GUIX=...) or under the name guix, any other
+command is handed to the real guix. The option --guix=FILE before the command
+says where that is.
 
-Run a command with --help to see its options.
+Run a command with --help to see its options. Exit statuses: 0 for success, 2
+for a wrong command line, 3 if something is not available, 4 if it is not
+authorised, 5 if who has it cannot be reached, 1 for any other failure.
 `
 
 // version is the version of the module that the program was built from.
@@ -96,20 +110,33 @@ func version() string {
 	return info.Main.Version
 }
 
-// parse parses options. When it returns false the command is over, with the status that it returns
-// too.
+// parse parses options, which may stand anywhere before "--". When it returns false the command is
+// over, with the status that it returns too.
 func parse(flags *flag.FlagSet, args []string, usage string) (status int, ok bool) {
 	var messages strings.Builder
 	flags.SetOutput(&messages)
 	flags.Usage = func() {}
+	var arguments []string
 	err := flags.Parse(args)
+	for err == nil && flags.NArg() > 0 {
+		rest := flags.Args()
+		if before := args[:len(args)-len(rest)]; len(before) > 0 && before[len(before)-1] == "--" {
+			arguments = append(arguments, rest...)
+			break
+		}
+		arguments, args = append(arguments, rest[0]), rest[1:]
+		err = flags.Parse(args)
+	}
+	if err == nil {
+		err = flags.Parse(append([]string{"--"}, arguments...))
+	}
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		printUsage(os.Stdout, flags, usage)
 		return 0, false
 	case err != nil:
-		fmt.Fprintf(os.Stderr, "guix-substitute-eris: error: %v\nTry \"guix-substitute-eris %s --help\".\n", err, flags.Name())
-		return 1, false
+		command := strings.TrimSpace(flags.Name() + " --help")
+		return usageError("%s\nhint: \"guix-substitute-eris %s\" shows the options", optionError(flags, err), command), false
 	}
 	return 0, true
 }
@@ -139,7 +166,7 @@ func untilSignal() (context.Context, context.CancelFunc) {
 // status.
 func status(err error) int {
 	if err != nil {
-		return fail("%v", err)
+		return fail("%w", err)
 	}
 	return 0
 }
@@ -151,10 +178,4 @@ func printJSON(v any) error {
 		_, err = fmt.Println(string(text))
 	}
 	return err
-}
-
-// fail shows an error of a command that a person runs.
-func fail(format string, a ...any) int {
-	fmt.Fprintf(os.Stderr, "guix-substitute-eris: error: "+format+"\n", a...)
-	return 1
 }

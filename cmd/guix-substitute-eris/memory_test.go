@@ -310,8 +310,8 @@ func checkMemory(t *testing.T, directory, name, want string, serve http.HandlerF
 	}
 }
 
-// TestDeltaMemory restores an item by a delta from one of more than 2 GiB, with dictionaries as long
-// as they may be.
+// TestDeltaMemory restores an item by a delta from one of more than 2 GiB, with dictionaries as
+// long as they may be.
 func TestDeltaMemory(t *testing.T) {
 	if os.Getenv("ERIS_BIG_TESTS") == "" {
 		t.Skip("set ERIS_BIG_TESTS for an item of 2 GiB")

@@ -92,13 +92,13 @@ func publishCommand(args []string) int {
 		return status
 	}
 	if flags.NArg() > 0 {
-		return fail("publish takes no arguments, and %q was given", flags.Args())
+		return usageError("publish takes no arguments, and %q was given", flags.Arg(0))
 	}
 	ctx, stop := untilSignal()
 	defer stop()
 	l, err := net.Listen("tcp", s.listen)
 	if err != nil {
-		return fail("%v", err)
+		return fail("%w", err)
 	}
 	return status(s.serve(ctx, l))
 }

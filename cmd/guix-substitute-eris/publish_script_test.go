@@ -87,8 +87,8 @@ func startPublisher(directory string, env []string, logf func(string, ...any), a
 	}, nil
 }
 
-// fetch URL FILE [TEXT] gets a file over HTTP; with a text, until it has that, within half a minute.
-// "! fetch URL" wants status 404.
+// fetch URL FILE [TEXT] gets a file over HTTP; with a text, until it has that, within half a
+// minute. "! fetch URL" wants status 404.
 func scriptFetch(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) != 2 && len(args) != 3 && !neg || neg && len(args) != 1 {
 		ts.Fatalf("usage: fetch URL FILE [TEXT]")

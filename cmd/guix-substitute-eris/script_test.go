@@ -87,21 +87,24 @@ type scriptFunc = func(ts *testscript.TestScript, neg bool, args []string)
 
 // scriptCommands are the commands of the scripts.
 var scriptCommands = map[string]scriptFunc{
-	"keygen":    withUsage("NAME", scriptKeygen),
-	"acl":       withUsage("FILE [KEY]...", scriptACL),
-	"publish":   withUsage("VARIABLE [OPTION]...", scriptPublish),
-	"fetch":     scriptFetch,
-	"sign":      withUsage("KEY FILE", scriptSign),
-	"nar":       withUsage("PATH FILE", scriptNar),
-	"narhash":   withUsage("PATH VARIABLE", scriptNarHash),
-	"serve":     withUsage("VARIABLE DIRECTORY [RULE]...", scriptServe),
-	"proxy":     withUsage("VARIABLE URL", scriptProxy),
-	"requests":  withUsage("VARIABLE FILE", scriptRequests),
-	"daemon":    withUsage("query|substitute FILE [OPTION=VALUE]...", scriptDaemon),
-	"expand":    scriptExpand,
-	"replace":   withUsage("FILE OLD NEW", scriptReplace),
-	"stat":      withUsage("FILE MODE", scriptStat),
-	"sameinode": withUsage("FILE FILE", scriptSameInode),
+	"keygen":     withUsage("NAME", scriptKeygen),
+	"acl":        withUsage("FILE [KEY]...", scriptACL),
+	"publish":    withUsage("VARIABLE [OPTION]...", scriptPublish),
+	"fetch":      scriptFetch,
+	"sign":       withUsage("KEY FILE", scriptSign),
+	"nar":        withUsage("PATH FILE", scriptNar),
+	"narhash":    withUsage("PATH VARIABLE", scriptNarHash),
+	"serve":      withUsage("VARIABLE DIRECTORY [RULE]...", scriptServe),
+	"proxy":      withUsage("VARIABLE URL", scriptProxy),
+	"requests":   withUsage("VARIABLE FILE", scriptRequests),
+	"daemon":     withUsage("query|substitute FILE [OPTION=VALUE]...", scriptDaemon),
+	"expand":     scriptExpand,
+	"replace":    withUsage("FILE OLD NEW", scriptReplace),
+	"stat":       withUsage("FILE MODE", scriptStat),
+	"sameinode":  withUsage("FILE FILE", scriptSameInode),
+	"document":   withUsage("FILE", scriptDocument),
+	"measured":   withUsage("FILE URL BYTES DURATION", scriptMeasured),
+	"transcript": withUsage("FILE", scriptTranscript),
 }
 
 // withUsage checks the number of arguments of a command. An optional one stands last.
@@ -505,7 +508,7 @@ func scriptEnvironment(ts *testscript.TestScript) []string {
 		"PATH", "HOME", "TMPDIR", "TESTSCRIPT_COMMAND", "GOCOVERDIR", "LC_ALL",
 		"NIX_STORE_DIR", "GUIX_STATE_DIRECTORY", "GUIX_CONFIGURATION_DIRECTORY", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR",
 		"GUIX_ALLOW_UNAUTHENTICATED_SUBSTITUTES", "GUIX_SUBSTITUTE_DEBUG", "http_proxy", "https_proxy", "no_proxy",
-		"GUIX_SUBSTITUTE_ERIS_GUIX", "GUIX_EXTENSIONS_PATH", "ERIS_STORE_URL",
+		"GUIX_SUBSTITUTE_ERIS_GUIX", "GUIX_EXTENSIONS_PATH", "ERIS_STORE_URL", "COLUMNS", "GUIX_SUBSTITUTE_ERIS_SYSTEM_ROOT", "SERVER", "URLS", "STORE", "ITEM",
 	} {
 		if value := ts.Getenv(name); value != "" {
 			env = append(env, name+"="+value)

@@ -76,7 +76,7 @@ func serveCommand(args []string) int {
 		return status
 	}
 	if flags.NArg() > 0 {
-		return fail("serve takes no arguments, and %q was given", flags.Args())
+		return usageError("serve takes no arguments, and %q was given", flags.Arg(0))
 	}
 	if s.stats {
 		return status(s.printStatistics())

@@ -47,7 +47,7 @@ type blockServer struct {
 //	blockstore await NAME REGEXP  waits until the log has a match
 //
 // It has the environment of the script. "! blockstore start" wants it to end without having been
-// ready, with status 1.
+// ready, with status 1 or 2.
 func scriptBlockstore(ts *testscript.TestScript, neg bool, args []string) {
 	name := args[1]
 	key := ts.Getenv("WORK") + "/" + name
@@ -60,7 +60,7 @@ func scriptBlockstore(ts *testscript.TestScript, neg bool, args []string) {
 			var exit *exec.ExitError
 			if err == nil {
 				ts.Fatalf("it has started")
-			} else if !errors.As(err, &exit) || exit.ExitCode() != 1 {
+			} else if !errors.As(err, &exit) || exit.ExitCode() != statusFailed && exit.ExitCode() != statusUsage {
 				ts.Fatalf("%v", err)
 			}
 			return

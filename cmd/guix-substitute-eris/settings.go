@@ -77,8 +77,12 @@ func (s *settings) load() {
 			columns = max(20, width-1)
 		}
 	}
+	program := "guix-substitute-eris"
+	if daemon {
+		program = "guix substitute"
+	}
 	s.log = protocol.NewLog(protocol.NewDescriptorWriter(2), protocol.LogStyle{
-		Program: "guix substitute",
+		Program: program,
 		Traces:  s.options.Traces(),
 		Columns: columns,
 		Unicode: unicode(),

@@ -7,9 +7,11 @@ import (
 	"errors"
 	"flag"
 	"io"
+	"maps"
 	"os"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -54,7 +56,7 @@ func substituteCommand(args []string) int {
 		return run([]string{"--version"})
 	}
 	if flags.NArg() > 0 || *query == *fetch {
-		return fail("%q: unrecognized options", args)
+		return usageError("%q: unrecognized options", strings.Join(args, " "))
 	}
 	// Another program may have left something else there.
 	mode, err := unix.FcntlInt(protocol.ReplyDescriptor, unix.F_GETFL, 0)
@@ -68,59 +70,72 @@ func substituteCommand(args []string) int {
 
 const byHandUsage = `Usage: guix-substitute-eris --query [OPTION]... [ITEM]...
        guix-substitute-eris --substitute [OPTION]... [ITEM DESTINATION]
-Do by hand what guix-daemon has "guix substitute" do. Replies go to standard
-output in the same form. Without arguments, requests are read from standard
-input.
+Do by hand what guix-daemon has "guix substitute" do. Without arguments, requests
+are read from standard input, and replies go to standard output in the language
+of the daemon.
 `
 
 // byHandCommand is for people who look for faults.
 func byHandCommand(args []string) int {
 	var s settings
 	flags := flag.NewFlagSet("", flag.ContinueOnError)
-	query := flags.Bool("query", false, "report on the availability of store items")
+	query := flags.Bool("query", false, "say whether store items can be had")
 	fetch := flags.Bool("substitute", false, "restore a store item")
+	raw := flags.Bool("raw", false, "answer about items in the language of the daemon, too")
 	s.flags(flags)
 	if status, ok := parse(flags, args, byHandUsage); !ok {
 		return status
 	}
 	items := flags.Args()
-	if *query == *fetch || *fetch && len(items) != 0 && len(items) != 2 {
-		return fail("%q: one of --query and --substitute is needed; --substitute takes an item and a destination", args)
+	switch _, known := policies[s.policy]; {
+	case *query == *fetch:
+		return usageError("one of --query and --substitute is needed")
+	case *fetch && len(items) != 0 && len(items) != 2:
+		return usageError("--substitute takes an item and a destination: --substitute /gnu/store/… /tmp/…")
+	case !known:
+		return usageError("%s", unknown("policy", s.policy, slices.Sorted(maps.Keys(policies))))
 	}
 	s.byHand = true
 	s.load()
 	if len(items) == 0 {
 		return s.serve(os.Stdin, 1, *query)
 	}
-	s.showNotes()
 	ctx, stop := untilSignal()
 	defer stop()
+	if *query && !*raw {
+		return s.answerInWords(ctx, items)
+	}
+	s.showNotes()
 	sub := s.session(*query)
 	defer sub.close()
 	s.showNotes()
 	sub.SetKeys(s.keys())
 	var reply []byte
-	complete := false
+	result := 0
 	if *query {
 		records := sub.Info(ctx, items)
 		reply = protocol.AppendInfo(nil, records)
-		complete = s.sayMissing(items, records)
+		if !s.sayMissing(items, records) {
+			result = statusUnavailable
+		}
 	} else {
 		unix.Umask(0o022)
 		outcome := s.restore(ctx, sub, items[0], items[1])
 		reply = appendOutcome(nil, outcome)
-		complete = outcome.Status == substitute.Success
+		switch outcome.Status {
+		case substitute.NotFound:
+			result = statusUnavailable
+		case substitute.HashMismatch:
+			result = statusFailed
+		}
 	}
 	if _, err := os.Stdout.Write(reply); err != nil {
-		return fail("%v", err)
+		return fail("%w", err)
 	}
 	if ctx.Err() != nil {
 		return fail("interrupted")
 	}
-	if !complete {
-		return 1
-	}
-	return 0
+	return result
 }
 
 // sayMissing names the items that cannot be had, and reports whether there are none.
@@ -201,7 +216,7 @@ func (s *settings) serve(stdin io.Reader, replies int, query bool) int {
 		case errors.As(err, &tooLong):
 			s.log.Errorf("%v", err)
 		case err != nil:
-			return fail("%v", err)
+			return fail("%w", err)
 		}
 		s.showNotes()
 		if first || !query {

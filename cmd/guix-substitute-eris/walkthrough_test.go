@@ -22,16 +22,9 @@ func TestWalkthrough(t *testing.T) {
 			t.Skipf("%s is not there", program)
 		}
 	}
-	text, err := os.ReadFile("../../docs/walkthrough.md")
+	script, err := shellBlocks("walkthrough.md")
 	if err != nil {
 		t.Fatal(err)
-	}
-	var script strings.Builder
-	script.WriteString("set -eu\n")
-	for i, part := range strings.Split(string(text), "\n```") {
-		if block, ok := strings.CutPrefix(part, "sh\n"); ok && i%2 == 1 {
-			script.WriteString(block + "\n")
-		}
 	}
 	c := newChain(t)
 	if err := os.Remove(c.directory + "/etc/substitute-eris.toml"); err != nil {
@@ -46,7 +39,7 @@ func TestWalkthrough(t *testing.T) {
 	l.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "bash", "-c", strings.ReplaceAll(script.String(), ":8181", ":"+port))
+	cmd := exec.CommandContext(ctx, "bash", "-c", strings.ReplaceAll(script, ":8181", ":"+port))
 	cmd.Dir, cmd.Env = c.directory, c.env
 	// Servers that a step has left behind end with the group.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGKILL}

@@ -27,24 +27,60 @@ const presentNodes = 4096
 // It looks at one leaf of stride, and finds only what can be reached by way of an index and of
 // internal nodes that are there too. It ends with ctx, with what it has found by then.
 func Present(ctx context.Context, nearby Nearby, c eris.ReadCapability, limits erisfs.Limits, stride int) int64 {
-	p := presence{ctx: ctx, nearby: nearby, stride: max(1, stride), nodes: presentNodes}
+	stride = max(1, stride)
+	var leaves int
+	var bytes int64
+	p := presence{ctx: ctx, nearby: nearby, nodes: presentNodes, found: func(b Block, level int) {
+		if level > 0 {
+			return
+		}
+		if leaves++; leaves%stride == 0 && nearby.Has(ctx, b.Reference, b.Size) {
+			bytes += int64(b.Size) * int64(stride)
+		}
+	}}
 	if !nearby.Has(ctx, c.Root, c.BlockSize) {
 		return 0
 	}
 	for c := range p.contents(c, limits) {
 		p.add(eris.Pair{Reference: c.Root, Key: c.Key}, c.BlockSize, c.Level)
 	}
-	return p.bytes
+	return bytes
 }
 
-// presence counts what is there.
+// A Block is one of the blocks of an image.
+type Block struct {
+	Reference eris.Reference
+	Size      eris.BlockSize
+}
+
+// Blocks returns the blocks of the contents of an image, as far as they can be found by way of
+// those that the source has, and the form, which is empty if the source has not even the first one.
+// What is below a block that it does not have is left out, and so are blocks of an index but for
+// its root. Each is in the list as often as in the image. It ends with ctx, with what it has by
+// then.
+func Blocks(ctx context.Context, source fetch.Source, c eris.ReadCapability, limits erisfs.Limits) ([]Block, Form) {
+	blocks := []Block{{c.Root, c.BlockSize}}
+	p := presence{ctx: ctx, nearby: everything{source}, nodes: presentNodes, found: func(b Block, _ int) {
+		blocks = append(blocks, b)
+	}}
+	for c := range p.contents(c, limits) {
+		p.add(eris.Pair{Reference: c.Root, Key: c.Key}, c.BlockSize, c.Level)
+	}
+	return blocks, p.form
+}
+
+// everything is a source that is thought to have all blocks.
+type everything struct{ fetch.Source }
+
+func (everything) Has(context.Context, eris.Reference, eris.BlockSize) bool { return true }
+
+// presence goes through the blocks of an image.
 type presence struct {
 	ctx    context.Context
 	nearby Nearby
-	stride int
-	leaves int // seen so far
 	nodes  int // that may still be read
-	bytes  int64
+	found  func(b Block, level int)
+	form   Form // of the contents; empty if they cannot be read
 	block  [eris.BlockSize32KiB]byte
 }
 
@@ -55,6 +91,7 @@ func (p *presence) contents(c eris.ReadCapability, limits erisfs.Limits) iter.Se
 		return slices.Values([]eris.ReadCapability{c})
 	}
 	defer x.Close()
+	p.form = x.Form
 	if x.Form != ERISFS {
 		return slices.Values([]eris.ReadCapability{c})
 	}
@@ -65,15 +102,13 @@ func (p *presence) contents(c eris.ReadCapability, limits erisfs.Limits) iter.Se
 	return index.Contents()
 }
 
-// add counts the leaves below a block.
+// add goes through a block and those below it.
 func (p *presence) add(pair eris.Pair, size eris.BlockSize, level int) {
 	if p.ctx.Err() != nil {
 		return
 	}
+	p.found(Block{pair.Reference, size}, level)
 	if level == 0 {
-		if p.leaves++; p.leaves%p.stride == 0 && p.nearby.Has(p.ctx, pair.Reference, size) {
-			p.bytes += int64(size) * int64(p.stride)
-		}
 		return
 	}
 	if p.nodes == 0 || !p.nearby.Has(p.ctx, pair.Reference, size) {

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// A daemonProcess is the running guix-daemon.
+type daemonProcess struct {
+	pid         int
+	program     string // its file name; empty if that cannot be read
+	arguments   []string
+	environment map[string]string // nil if it cannot be read
+	credentials credentials
+	confinement string // by AppArmor; empty if there is none
+}
+
+// maxProcessFile bounds the length of what is read of a process, in bytes.
+const maxProcessFile = 4 << 20
+
+// findDaemon returns the running guix-daemon and no child of it, or nil. proc is usually /proc.
+func findDaemon(proc string) *daemonProcess {
+	entries, err := os.ReadDir(proc)
+	if err != nil {
+		return nil
+	}
+	parents := map[int]int{}
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		// The name is in parentheses, and may have any characters (proc_pid_stat(5)).
+		stat, _ := readLimited(filepath.Join(proc, e.Name(), "stat"), maxProcessFile)
+		_, after, ok := bytes.Cut(stat, []byte(" (guix-daemon) "))
+		fields := strings.Fields(string(after))
+		if ok && len(fields) > 1 {
+			parents[pid], _ = strconv.Atoi(fields[1])
+		}
+	}
+	var first []int
+	for pid, parent := range parents {
+		if _, child := parents[parent]; !child {
+			first = append(first, pid)
+		}
+	}
+	if len(first) == 0 {
+		return nil
+	}
+	return readDaemon(proc, slices.MinFunc(first, cmp.Compare))
+}
+
+func readDaemon(proc string, pid int) *daemonProcess {
+	d := &daemonProcess{pid: pid}
+	in := func(name string) string { return filepath.Join(proc, strconv.Itoa(pid), name) }
+	if program, err := os.Readlink(in("exe")); err == nil {
+		d.program = strings.TrimSuffix(program, " (deleted)")
+	}
+	if text, err := readLimited(in("cmdline"), maxProcessFile); err == nil {
+		d.arguments = strings.Split(string(text), "\x00")
+	}
+	if text, err := readLimited(in("environ"), maxProcessFile); err == nil {
+		d.environment = map[string]string{}
+		for variable := range strings.SplitSeq(string(text), "\x00") {
+			if name, value, ok := strings.Cut(variable, "="); ok {
+				d.environment[name] = value
+			}
+		}
+	}
+	text, _ := readLimited(in("status"), maxProcessFile)
+	for line := range strings.Lines(string(text)) {
+		fields := strings.Fields(line)
+		for i, f := range fields {
+			n, err := strconv.Atoi(f)
+			switch {
+			case err != nil:
+			case fields[0] == "Uid:" && i == 2: // the effective one
+				d.credentials.uid = n
+			case fields[0] == "Gid:" && i == 2, fields[0] == "Groups:":
+				d.credentials.groups = append(d.credentials.groups, n)
+			}
+		}
+	}
+	if text, err := readLimited(in("attr/current"), maxProcessFile); err == nil {
+		d.confinement = strings.TrimSpace(strings.Trim(string(text), "\x00"))
+	}
+	return d
+}
+
+const (
+	// extensionDirectory is where the README has people put the extension.
+	extensionDirectory = "/etc/guix/extensions"
+	usualProgram       = "/usr/local/bin/guix-substitute-eris"
+)
+
+// examineDaemon finds out whether the running daemon starts this program.
+func (d *doctor) examineDaemon() {
+	d.daemon = findDaemon(filepath.Join("/", d.root, "proc"))
+	p := d.daemon
+	if p == nil {
+		start := "sudo systemctl start guix-daemon"
+		if d.shepherd() {
+			start = "sudo herd start guix-daemon"
+		}
+		d.ill(start, "guix-daemon", "it does not run")
+		return
+	}
+	d.well("guix-daemon", "process %d, user %d, %s", p.pid, p.credentials.uid, cmp.Or(p.program, "of a program that cannot be seen"))
+	if p.environment == nil {
+		d.ill("sudo guix-substitute-eris doctor", "in use", "the environment of the daemon can be read by root only, so that it is not known")
+		return
+	}
+	program, how, err := d.usedProgram()
+	if err != nil {
+		mend := d.plugIn()
+		if errors.Is(err, errNotRestarted) {
+			mend = "sudo systemctl daemon-reload && sudo systemctl restart guix-daemon"
+		}
+		d.ill(mend, "in use", "%v", err)
+		return
+	}
+	d.well("in use", "%s: %s", how, program)
+	d.examineConfinement(program)
+}
+
+// plugIn are the commands that have the daemon use the program as an extension, which works with
+// every daemon.
+func (d *doctor) plugIn() string {
+	commands := "sudo mkdir -p " + extensionDirectory + "\n" +
+		"sudo cp etc/guix/extensions/substitute.scm " + extensionDirectory + "/\n"
+	if self, err := os.Executable(); err == nil && self != usualProgram && d.root == "" {
+		commands += "sudo install " + self + " " + usualProgram + "\n"
+	}
+	return commands + d.daemonSetting("GUIX_EXTENSIONS_PATH="+extensionDirectory)
+}
+
+// usedProgram returns the program that the daemon's helpers are, and how the daemon comes to it; or
+// why it is not this one.
+func (d *doctor) usedProgram() (program, how string, err error) {
+	env := d.daemon.environment
+	for directory := range strings.SplitSeq(env["GUIX_EXTENSIONS_PATH"], ":") {
+		file := filepath.Join(directory, "substitute.scm")
+		text, err := readLimited(file, 1<<20)
+		if directory == "" || err != nil || !bytes.Contains(text, []byte("guix-substitute-eris")) {
+			continue
+		}
+		if !strings.HasSuffix(filepath.Clean(directory), "/guix/extensions") {
+			return "", "", errors.New("Guix finds no extensions in " + directory + ": the name must end in /guix/extensions")
+		}
+		program = cmp.Or(env["GUIX_SUBSTITUTE_ERIS"], usualProgram)
+		return program, "as an extension, " + file, d.checkProgram(program)
+	}
+	guix := env["GUIX"]
+	if guix != "" && d.checkProgram(guix) == nil {
+		return guix, "in place of guix (GUIX)", nil
+	}
+	if env["GUIX_EXTENSIONS_PATH"] != "" {
+		return "", "", errors.New("there is no substitute.scm of this program in " + env["GUIX_EXTENSIONS_PATH"] + " (GUIX_EXTENSIONS_PATH)")
+	}
+	for _, name := range []string{"GUIX_EXTENSIONS_PATH", "GUIX"} {
+		if set := d.unitVariable(name); set != "" && env[name] == "" {
+			return "", "", fmt.Errorf("the service sets %s=%s, and %w", name, set, errNotRestarted)
+		}
+	}
+	if set := d.unitVariable("GUIX"); set != "" && guix != set {
+		return "", "", errors.New("the service sets GUIX=" + set + ", but the daemon has GUIX=" + guix +
+			": the guix-daemon of \"guix pull\" is a wrapper that sets it itself; use the extension")
+	}
+	if guix != "" {
+		return "", "", errors.New("the daemon starts " + guix + " (GUIX), which is not this program")
+	}
+	return "", "", errors.New("the daemon has neither GUIX_EXTENSIONS_PATH nor GUIX in its environment, so that it uses Guix's own helper")
+}
+
+// checkProgram returns an error that says why a program is not this one.
+func (d *doctor) checkProgram(path string) error {
+	info, err := os.Stat(path)
+	switch {
+	case err != nil:
+		return err
+	case info.Mode().Perm()&0o111 == 0:
+		return errors.New(path + " is not executable")
+	}
+	self, err := os.Stat("/proc/self/exe")
+	if err == nil && os.SameFile(info, self) || isOurs(path) {
+		return nil
+	}
+	return errors.New(path + " is not this program")
+}
+
+// errNotRestarted is why the daemon does not have what its service sets.
+var errNotRestarted = errors.New("the running daemon does not have it: it was not restarted since")
+
+// unitVariable returns the value of a variable that the service of the daemon has in its files, or
+// nothing.
+func (d *doctor) unitVariable(name string) (value string) {
+	for _, pattern := range []string{"etc/systemd/system/guix-daemon.service", "etc/systemd/system/guix-daemon.service.d/*.conf"} {
+		files, _ := filepath.Glob(filepath.Join("/", d.root, pattern))
+		for _, file := range files {
+			text, _ := readLimited(file, 1<<20)
+			for line := range strings.Lines(string(text)) {
+				setting, ok := strings.CutPrefix(strings.TrimSpace(line), "Environment=")
+				for word := range strings.FieldsSeq(setting) {
+					if v, found := strings.CutPrefix(strings.Trim(word, `"'`), name+"="); ok && found {
+						value = v
+					}
+				}
+			}
+		}
+	}
+	return value
+}
+
+// examineConfinement looks whether AppArmor lets the daemon run the program. The profile of Guix
+// permits programs in the store only (Guix, etc/apparmor.d/guix-daemon.in).
+func (d *doctor) examineConfinement(program string) {
+	profile, enforced := strings.CutSuffix(d.daemon.confinement, " (enforce)")
+	if !enforced {
+		return
+	}
+	const local = "etc/apparmor.d/local/guix-daemon"
+	rules, _ := readLimited(filepath.Join("/", d.root, local), 1<<20)
+	if strings.HasPrefix(program, storeDirectory()+"/") || bytes.Contains(rules, []byte(program)) {
+		d.well("AppArmor", "the profile %s is in force and permits it", profile)
+		return
+	}
+	d.ill("echo '"+program+" ixmr,' | sudo tee -a /"+local+"\nsudo apparmor_parser -r /etc/apparmor.d/guix-daemon", "AppArmor",
+		"the profile %s is in force and lets the daemon run programs in the store only", profile)
+}

@@ -1,0 +1,419 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
+)
+
+const doctorUsage = `Usage: guix-substitute-eris doctor [OPTION]...
+Look whether this program is set up: whether the running guix-daemon uses it, and
+whether keys, directories, servers and stores are as they should be. What is not
+comes with the command that mends it. Nothing is changed.
+
+The environment of the daemon decides where it can be read: as root. The exit
+status is 0 if all is well, else 1.
+`
+
+// systemVariable names a directory that stands for / where the doctor looks at processes and
+// services, for tests.
+const systemVariable = "GUIX_SUBSTITUTE_ERIS_SYSTEM_ROOT"
+
+// A finding is a line of the doctor's report.
+type finding struct {
+	Subject string `json:"subject"`
+	OK      bool   `json:"ok"`
+	Detail  string `json:"detail"`
+	// Mend is the commands that mend it, in lines, or empty.
+	Mend string `json:"mend,omitempty"`
+}
+
+// A doctor gathers findings.
+type doctor struct {
+	settings
+	root     string // of the system
+	daemon   *daemonProcess
+	findings []finding
+}
+
+func (d *doctor) well(subject, format string, a ...any) {
+	d.findings = append(d.findings, finding{subject, true, fmt.Sprintf(format, a...), ""})
+}
+
+func (d *doctor) ill(mend, subject, format string, a ...any) {
+	d.findings = append(d.findings, finding{subject, false, plainText(fmt.Sprintf(format, a...)), mend})
+}
+
+// doctorCommand looks for what is not as it should be.
+func doctorCommand(args []string) int {
+	d := doctor{root: os.Getenv(systemVariable)}
+	flags := flag.NewFlagSet("doctor", flag.ContinueOnError)
+	asJSON := flags.Bool("json", false, "print the findings as JSON")
+	d.flags(flags)
+	if status, ok := parse(flags, args, doctorUsage); !ok {
+		return status
+	}
+	rest := flags.Args()
+	if len(rest) > 0 {
+		return usageError("doctor takes no arguments, and %q was given", rest[0])
+	}
+	ctx, stop := untilSignal()
+	defer stop()
+	d.examine(ctx)
+	sick := slices.ContainsFunc(d.findings, func(f finding) bool { return !f.OK })
+	if *asJSON {
+		if err := printJSON(d.findings); err != nil {
+			return fail("%w", err)
+		}
+	} else {
+		p := newPage()
+		showFindings(p, d.findings)
+		if _, err := io.WriteString(os.Stdout, p.String()); err != nil {
+			return fail("%w", err)
+		}
+	}
+	if sick {
+		return statusFailed
+	}
+	return 0
+}
+
+func showFindings(p *page, findings []finding) {
+	bads := 0
+	for _, f := range findings {
+		m := good
+		if !f.OK {
+			m = bad
+			bads++
+		}
+		p.say(0, m, "%s: %s", f.Subject, f.Detail)
+		for line := range strings.Lines(f.Mend) {
+			p.command(6, strings.TrimSuffix(line, "\n"))
+		}
+	}
+	if bads == 0 {
+		p.heading("All is well.")
+		return
+	}
+	p.heading(count(bads, "thing") + " to mend, by the commands above.")
+}
+
+// examine makes all findings.
+func (d *doctor) examine(ctx context.Context) {
+	d.versions()
+	d.examineDaemon()
+	d.adoptEnvironment()
+	d.load()
+	d.log, d.notes = protocol.NewLog(io.Discard, protocol.LogStyle{}), nil // the findings say it
+	d.settings.daemon = d.daemon != nil && d.daemon.environment != nil
+	sub := d.silentSession(false)
+	defer sub.close()
+	d.examineKeys()
+	d.examineState()
+	d.examineServers(ctx, sub)
+	d.examineStores(ctx, sub)
+	d.examineClock(time.Now())
+}
+
+func (d *doctor) versions() {
+	d.well("version", "guix-substitute-eris %s, %s, %s/%s", version(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+}
+
+// adoptEnvironment makes the environment of the daemon the one that counts, for what its helpers
+// are told by it.
+func (d *doctor) adoptEnvironment() {
+	if d.daemon == nil || d.daemon.environment == nil {
+		return
+	}
+	for _, name := range []string{storeVariable, "XDG_CACHE_HOME"} {
+		ours, theirs := os.Getenv(name), d.daemon.environment[name]
+		if name == storeVariable && ours != "" && ours != theirs {
+			d.ill("echo \"eris-stores = [\\\"$"+storeVariable+"\\\"]\" | sudo tee -a "+configurationFile(), "environment", "%s is set here, but the daemon has another value, or none", storeVariable)
+		}
+		os.Setenv(name, theirs)
+	}
+	for _, name := range []string{"NIX_STORE_DIR", "GUIX_STATE_DIRECTORY", "GUIX_CONFIGURATION_DIRECTORY", "http_proxy", "https_proxy", "no_proxy"} {
+		if value, ok := d.daemon.environment[name]; ok {
+			os.Setenv(name, value)
+		}
+	}
+	for _, option := range d.daemon.arguments {
+		if urls, ok := strings.CutPrefix(option, "--substitute-urls="); ok && d.urls == "" {
+			d.urls = urls
+		}
+	}
+}
+
+// shepherd reports whether services are those of Guix System, and not of systemd.
+func (d *doctor) shepherd() bool {
+	_, err := os.Stat(filepath.Join("/", d.root, "run/current-system/profile/bin/herd"))
+	return err == nil
+}
+
+// daemonSetting are the commands that put a variable into the environment of the daemon.
+func (d *doctor) daemonSetting(setting string) string {
+	if d.shepherd() {
+		return "sudo editor /etc/config.scm # (guix-configuration (environment '(\"" + setting + "\")))\n" +
+			"sudo guix system reconfigure /etc/config.scm && sudo herd restart guix-daemon"
+	}
+	return "sudo mkdir -p /etc/systemd/system/guix-daemon.service.d\n" +
+		"printf '[Service]\\nEnvironment=\"" + setting + "\"\\n' | sudo tee -a /etc/systemd/system/guix-daemon.service.d/eris.conf\n" +
+		"sudo systemctl daemon-reload && sudo systemctl restart guix-daemon"
+}
+
+func (d *doctor) examineKeys() {
+	name := d.keysFile()
+	text, err := readLimited(name, maxACL)
+	var keys *acl.ACL
+	if err == nil {
+		keys, err = acl.ParseACL(text)
+	}
+	const authorise = "sudo guix archive --authorize < KEY-OF-A-SERVER.pub"
+	switch {
+	case err != nil:
+		d.ill(authorise, "authorised keys", "%s: %v", name, err)
+	case !d.hasForeignKeys(keys):
+		d.ill(authorise, "authorised keys", "%s authorises no other machine, so that no substitute counts", name)
+	default:
+		d.well("authorised keys", "%s in %s", count(len(keys.Keys()), "key"), name)
+	}
+	if d.unauthorised {
+		d.ill("unset GUIX_ALLOW_UNAUTHENTICATED_SUBSTITUTES", "authorised keys", "signatures do not count, by the settings: anybody on the network can replace substitutes")
+	}
+	secret := filepath.Join(configurationDirectory(), "signing-key.sec")
+	info, err := os.Stat(secret)
+	switch {
+	case err != nil: // which is well on a machine that publishes nothing
+	case info.Mode().Perm()&0o077 != 0:
+		d.ill("sudo chmod 400 "+secret, "signing key", "%s can be read by others than its owner", secret)
+	default:
+		d.well("signing key", "%s", secret)
+	}
+	if _, err := readConfiguration(); err != nil {
+		d.ill("sudo editor "+configurationFile(), "configuration", "%v", err)
+	} else if _, err := os.Stat(configurationFile()); err != nil {
+		d.well("configuration", "there is no %s, and none is needed", configurationFile())
+	} else {
+		d.well("configuration", "%s", configurationFile())
+	}
+}
+
+// leastFree is how many bytes should be free.
+const leastFree = 1 << 30
+
+func (d *doctor) examineState() {
+	directory := d.keepDirectory()
+	if directory == "" {
+		d.well("cache", "nothing is kept for later, by the settings")
+	} else if owner, err := writable(directory, d.helper()); err != nil {
+		d.ill(fmt.Sprintf("sudo install -d -o %d %s", owner, directory), "cache", "narinfos and blocks cannot be kept for later: %v", err)
+	} else {
+		d.well("cache", "%s", directory)
+	}
+	for _, place := range []struct{ subject, path string }{{"store", d.store}, {"state", stateDirectory()}} {
+		var fsys unix.Statfs_t
+		if err := unix.Statfs(place.path, &fsys); err != nil {
+			d.ill("sudo mkdir -p "+place.path, place.subject, "%v", &fs.PathError{Op: "statfs", Path: place.path, Err: err})
+			continue
+		}
+		free := int64(min(fsys.Bavail, 1<<40)) * fsys.Bsize
+		if free < leastFree {
+			d.ill("guix gc -F 5G", place.subject, "%s: only %s are free", place.path, shownSize(free))
+			continue
+		}
+		d.well(place.subject, "%s, %s free", place.path, shownSize(free))
+	}
+}
+
+// writable returns an error that says why a user cannot write to a directory, or make it, and who
+// ought to own it.
+func writable(directory string, who credentials) (owner int, err error) {
+	for name := directory; ; name = filepath.Dir(name) {
+		info, err := os.Stat(name)
+		switch {
+		case os.IsNotExist(err) && name != filepath.Dir(name):
+			continue
+		case err != nil:
+			return who.uid, err
+		case !info.IsDir():
+			return who.uid, &fs.PathError{Op: "open", Path: name, Err: unix.ENOTDIR}
+		case !who.may(info, 2):
+			return who.uid, fmt.Errorf("user %d may not write to %s", who.uid, name)
+		}
+		return who.uid, nil
+	}
+}
+
+// credentials are those of a process.
+type credentials struct {
+	uid    int
+	groups []int
+}
+
+// may reports whether a process may do something with a file: 2 is to write to it.
+func (c credentials) may(info fs.FileInfo, what fs.FileMode) bool {
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	switch {
+	case !ok || c.uid == 0:
+		return true
+	case int(stat.Uid) == c.uid:
+		what <<= 6
+	case slices.Contains(c.groups, int(stat.Gid)):
+		what <<= 3
+	}
+	return info.Mode()&what == what
+}
+
+// helper are the credentials that the helpers of the daemon have.
+func (d *doctor) helper() credentials {
+	if d.daemon != nil {
+		return d.daemon.credentials
+	}
+	groups, _ := os.Getgroups() // none is none
+	return credentials{os.Geteuid(), append(groups, os.Getegid())}
+}
+
+func (d *doctor) examineServers(ctx context.Context, sub *session) {
+	urls := d.serverURLs()
+	if len(urls) == 0 {
+		d.ill("sudo guix-daemon --substitute-urls='"+strings.Join(defaultURLs, " ")+"' …", "server", "none is configured")
+	}
+	results := make([]func(), len(urls))
+	var wait sync.WaitGroup
+	for i, url := range urls {
+		wait.Go(func() { results[i] = d.examineServer(ctx, sub.Mirrors, url) })
+	}
+	wait.Wait()
+	for _, result := range results {
+		result()
+	}
+}
+
+// absent is a hash part that no item has.
+const absent = "00000000000000000000000000000000"
+
+// examineServer returns what adds the finding.
+func (d *doctor) examineServer(ctx context.Context, mirrors *mirror.Client, url string) func() {
+	name := "server " + mirror.WithoutUser(url)
+	ctx, cancel := context.WithTimeoutCause(ctx, 2*probeTimeout, fmt.Errorf("no answer in %v", 2*probeTimeout))
+	defer cancel()
+	status := 0
+	begin := time.Now()
+	err := mirror.CheckURL(url)
+	if err == nil {
+		err = mirrors.Narinfos(ctx, url, []string{absent}, func(a mirror.Answer) { status = a.Status })
+	}
+	took := time.Since(begin)
+	path, local := strings.CutPrefix(url, "file://")
+	if _, err2 := os.Stat(path); local && err == nil {
+		err = err2
+	}
+	return func() {
+		switch {
+		case mirror.CheckURL(url) != nil:
+			d.ill("sudo systemctl edit --full guix-daemon # --substitute-urls=…", name, "%v", err)
+		case err != nil:
+			d.ill("curl -I "+mirror.WithoutUser(url)+"/nix-cache-info", name, "%s", strings.TrimPrefix(plain(err), mirror.WithoutUser(url)+": "))
+		case status >= 400 && status != http.StatusNotFound && status != http.StatusGone:
+			d.ill("curl -I "+mirror.WithoutUser(url)+"/nix-cache-info", name, "answers with status %d %s", status, http.StatusText(status))
+		default:
+			d.well(name, "answers (%s)", shownTime(took))
+		}
+	}
+}
+
+func (d *doctor) examineStores(ctx context.Context, sub *session) {
+	urls := storeURLs(d.stores, d.file)
+	if len(urls) == 0 {
+		d.well("block stores", "none is configured; substitutes come as nars")
+	}
+	for _, url := range urls {
+		d.examineSocket(url)
+	}
+	if sub.blocks == nil {
+		if _, known := policies[d.policy]; len(urls) > 0 && known && policies[d.policy] != substitute.HTTPOnly {
+			d.ill("sudo editor "+configurationFile(), "block stores", "none of them can be opened")
+		}
+		return
+	}
+	results := make([]storeReport, len(sub.blocks.members))
+	stats := sub.blocks.Stats()
+	var wait sync.WaitGroup
+	for i, m := range sub.blocks.members {
+		wait.Go(func() { results[i] = reportStore(ctx, m, stats[i], nil) })
+	}
+	wait.Wait()
+	for _, r := range results {
+		subject := "block store " + r.URL
+		switch {
+		case strings.HasPrefix(r.URL, "cache:"):
+		case r.Failure != "" && isSocket(r.URL):
+			d.ill("sudo systemctl start guix-substitute-eris.socket", subject, "%s", r.Failure)
+		case r.Failure != "":
+			d.ill("guix-substitute-eris serve --listen=… # on that machine", subject, "%s", r.Failure)
+		default:
+			d.well(subject, "answers (%s)", shownTime(r.Latency))
+		}
+	}
+}
+
+// examineSocket looks whether the daemon's helpers may connect to a store on a Unix socket.
+func (d *doctor) examineSocket(url string) {
+	u, err := storeurl.Parse(url)
+	if err != nil {
+		d.ill("sudo editor "+configurationFile(), "block store", "%v", err)
+		return
+	}
+	if u.Scheme != "coap+unix" {
+		return
+	}
+	info, err := os.Stat(u.Host)
+	if who := d.helper(); err == nil && !who.may(info, 2) {
+		stat := info.Sys().(*syscall.Stat_t)
+		mend := "sudo chmod o+w " + u.Host
+		if len(who.groups) > 0 {
+			mend = fmt.Sprintf("sudo chgrp %[1]d %[2]s # for good: serve --socket-group=%[1]d", who.groups[0], u.Host)
+		}
+		d.ill(mend, "block store "+url,
+			"the daemon, as user %d, may not connect to it: the socket is for the group %d", who.uid, stat.Gid)
+	}
+}
+
+// examineClock compares a time with that at which the program was made.
+func (d *doctor) examineClock(now time.Time) {
+	made := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, s := range info.Settings {
+			if t, err := time.Parse(time.RFC3339, s.Value); s.Key == "vcs.time" && err == nil {
+				made = t
+			}
+		}
+	}
+	if now.Before(made.Add(-24 * time.Hour)) {
+		d.ill("sudo timedatectl set-ntp true", "clock", "it is %s by the clock, and this program was made at %s", now.Format(time.DateTime), made.Format(time.DateTime))
+		return
+	}
+	d.well("clock", "%s", now.Format("2006-01-02 15:04"))
+}

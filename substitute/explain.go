@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package substitute
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+)
+
+// An Availability says whether an item can be had, and if not, the one thing that is in the way.
+type Availability string
+
+// The availabilities.
+const (
+	Available     Availability = "available"
+	NotAvailable  Availability = "not available"  // no server has it, or no way to it can be used
+	NotAuthorised Availability = "not authorised" // servers have it, but no signature counts
+	NotReachable  Availability = "not reachable"  // no server has answered
+)
+
+// An Explanation is what a [Substituter] knows of an item and what it would do to get it. What
+// comes from servers is checked, but may have any characters; it is for the caller to show it
+// safely.
+type Explanation struct {
+	Path         string       `json:"path"`
+	Availability Availability `json:"availability"`
+	// Reason says in one sentence why that is so, or why the first way is the first.
+	Reason  string         `json:"reason"`
+	Servers []ServerReport `json:"servers"` // in the order of preference
+	// NarHash, NarSize (bytes) and References are those of the authorised narinfo.
+	NarHash    string      `json:"narHash,omitempty"`
+	NarSize    uint64      `json:"narSize,omitempty"`
+	References int         `json:"references"`
+	Ways       []WayReport `json:"ways"` // in the order in which they would be tried
+	// Notes are warnings, each a sentence.
+	Notes []string `json:"notes,omitempty"`
+}
+
+// A ServerReport is what one server says about an item.
+type ServerReport struct {
+	URL     string        `json:"url"`               // without a password
+	Latency time.Duration `json:"latencyNs"`         // of the answer, or until it was given up
+	Status  int           `json:"status,omitempty"`  // of HTTP; 0 if there was no answer
+	Failure string        `json:"failure,omitempty"` // why there was no answer, or why it is of no use
+	// Baking says that it has begun to make the nar, and will have a narinfo later.
+	Baking bool `json:"baking,omitempty"`
+	// Narinfo is what it has answered; nil if nothing, or nothing that is one of the item.
+	Narinfo *narinfo.Narinfo `json:"-"`
+	// Signer is what the signer calls itself, which anybody can write, and Key its public key, as
+	// an s-expression.
+	Signer string `json:"signer,omitempty"`
+	Key    string `json:"key,omitempty"`
+	// Authorised reports whether the narinfo counts by itself, and Refused says why not.
+	Authorised bool   `json:"authorised"`
+	Refused    string `json:"refused,omitempty"`
+	// UnknownKey says that the signature may be good, but that the key is not authorised.
+	UnknownKey bool `json:"unknownKey,omitempty"`
+	// Vouches says that it is this narinfo that the item must have the hash of.
+	Vouches bool `json:"vouches,omitempty"`
+	// Differs are the fields in which it differs from that one; none if what it offers can be used.
+	Differs      []string           `json:"differs,omitempty"`
+	Nars         []NarReport        `json:"nars,omitempty"`
+	Capabilities []CapabilityReport `json:"capabilities,omitempty"`
+}
+
+// A NarReport is a nar that a narinfo offers.
+type NarReport struct {
+	URL         string `json:"url"` // as the narinfo has it
+	Compression string `json:"compression"`
+	Size        int64  `json:"size"`             // in bytes; negative if unknown: it is made while it is sent
+	Unused      string `json:"unused,omitempty"` // why it cannot be used
+}
+
+// A CapabilityReport is a read capability that a narinfo offers.
+type CapabilityReport struct {
+	URN       string `json:"urn"`
+	Signed    bool   `json:"signed"` // the signature covers it
+	BlockSize int    `json:"blockSize,omitempty"`
+	Level     int    `json:"level"`
+	Unused    string `json:"unused,omitempty"` // why it cannot be used
+}
+
+// A WayReport is one way to get the item.
+type WayReport struct {
+	Kind string `json:"kind"` // "old item", "blocks" or "nar"
+	// Name is the file name of the old item, the URN, or the URL.
+	Name   string        `json:"name"`
+	Server string        `json:"server,omitempty"` // whose narinfo offers it
+	Bytes  int64         `json:"bytes"`            // to be fetched
+	Time   time.Duration `json:"timeNs"`           // that it should take
+	Known  bool          `json:"known"`            // the time rests on what was measured
+	How    string        `json:"how"`              // the expectation for people
+}
+
+// Explain says what it knows of an item and what Substitute would do to get it; it runs the same
+// code up to the first byte of the contents. All servers are requested anew, also those that
+// Substitute would not need, and what they say is kept for later as usual. The path must be that of
+// a store item. It does not look at single blocks, but for those nearby.
+func (s *Substituter) Explain(ctx context.Context, path string) (Explanation, error) {
+	hash, err := narinfo.HashPart(s.StoreDir, path)
+	if err != nil {
+		return Explanation{}, err
+	}
+	e := Explanation{Path: path, Servers: make([]ServerReport, len(s.servers))}
+	records := make([]*record, len(s.servers))
+	var workers sync.WaitGroup
+	for i, server := range s.servers {
+		workers.Go(func() { e.Servers[i], records[i] = s.inquire(ctx, server, path, hash) })
+	}
+	workers.Wait()
+	for _, n := range s.notes.take() {
+		// The reports of the servers say why one has not answered.
+		if !slices.ContainsFunc([]string{"down ", "status ", "server "}, func(p string) bool { return strings.HasPrefix(n.key, p) }) {
+			e.Notes = append(e.Notes, n.text)
+		}
+	}
+	j := &job{path: path, log: s.Log}
+	_, err = s.prepare(ctx, s.lookup(ctx, []string{path}), j)
+	want := j.want
+	for i := range e.Servers {
+		s.describe(&e.Servers[i], records[i], want)
+	}
+	if err != nil {
+		e.Availability, e.Reason = s.unavailable(e.Servers, err)
+		return e, context.Cause(ctx)
+	}
+	if len(j.ways) == 0 {
+		j.moreRecords(ctx)
+	}
+	e.NarHash, e.NarSize, e.References = want.NarHash, want.NarSize, len(want.References)
+	for _, c := range j.ways {
+		e.Ways = append(e.Ways, c.report())
+	}
+	e.Availability, e.Reason = j.reason()
+	return e, context.Cause(ctx)
+}
+
+// inquire requests what a server has.
+func (s *Substituter) inquire(ctx context.Context, server *server, path, hash string) (ServerReport, *record) {
+	r := ServerReport{URL: server.name}
+	var mu sync.Mutex
+	var result *record
+	it := &item{path: path, hash: hash, anew: true, heard: func(a mirror.Answer, err error) {
+		mu.Lock()
+		defer mu.Unlock()
+		r.Status, r.Baking = a.Status, a.Baking
+		if err != nil {
+			r.Failure = err.Error()
+		}
+	}}
+	begin := time.Now()
+	s.queryItems(ctx, server, []*item{it}, true, func(_ *item, answer *record) {
+		mu.Lock()
+		defer mu.Unlock()
+		result = answer
+	})
+	r.Latency = time.Since(begin)
+	return r, result
+}
+
+// describe adds what a narinfo says; want is the one that is authorised, if there is one.
+func (s *Substituter) describe(report *ServerReport, r *record, want *narinfo.Narinfo) {
+	if r == nil {
+		return
+	}
+	n := r.narinfo
+	report.Narinfo, report.Authorised = n, r.authorised
+	if signature, err := acl.ParseSignature(n.Signature); err == nil {
+		report.Signer = signature.Host
+		if key, err := signature.PublicKey(); err == nil {
+			report.Key = key.String()
+		}
+	}
+	if r.refused != nil {
+		report.Refused, report.UnknownKey = r.refused.Error(), errors.Is(r.refused, acl.ErrUnauthorisedKey)
+	}
+	if want != nil {
+		report.Vouches, report.Differs = want.Text() == n.Text() && r.authorised, narinfo.Differences(n, want)
+	}
+	usable := n.PreferredURLs(narinfo.Fast)
+	for _, u := range n.URLs {
+		nar := NarReport{URL: u.URL, Compression: u.Compression, Size: -1}
+		if u.SizeKnown {
+			nar.Size = int64(min(u.FileSize, 1<<62))
+		}
+		if _, err := narURL(*r, u.URL); err != nil {
+			nar.Unused = err.Error()
+		} else if !slices.Contains(usable, u) {
+			nar.Unused = "the URL or the compression is not understood"
+		}
+		report.Nars = append(report.Nars, nar)
+	}
+	for _, c := range n.ERIS {
+		report.Capabilities = append(report.Capabilities, s.capability(c, c.Signed && r.authorised))
+	}
+}
+
+func (s *Substituter) capability(e narinfo.ERIS, signed bool) CapabilityReport {
+	c, err := eris.ParseURN(e.URN)
+	r := CapabilityReport{URN: e.URN, Signed: signed, BlockSize: int(c.BlockSize), Level: c.Level}
+	switch {
+	case err != nil:
+		r.Unused = err.Error()
+	case !signed && !s.UnsignedCapabilities:
+		r.Unused = "it is not signed, and the settings want that"
+	}
+	return r
+}
+
+// unavailable says why there is no way at all.
+func (s *Substituter) unavailable(servers []ServerReport, err error) (Availability, string) {
+	count := map[string]int{}
+	for _, r := range servers {
+		switch {
+		case r.UnknownKey:
+			count["key"]++
+		case r.Narinfo != nil && !r.Authorised:
+			count["refused"]++
+		case r.Narinfo == nil && r.Failure == "":
+			count["absent"]++
+		}
+	}
+	switch {
+	case !errors.Is(err, errNone):
+		return NotAvailable, err.Error()
+	case len(servers) == 0:
+		return NotAvailable, "there is no substitute server to ask"
+	case count["key"] > 0:
+		return NotAuthorised, "it is signed by a key that is not authorised"
+	case count["refused"] > 0:
+		return NotAuthorised, "no narinfo of it has a signature that counts"
+	case count["absent"] > 0:
+		return NotAvailable, "no server that answers has it"
+	}
+	return NotReachable, "no server can be reached"
+}
+
+// report describes a way.
+func (c *candidate) report() WayReport {
+	r := WayReport{Kind: "nar", Name: c.String(), Bytes: c.bytes, Time: c.time, Known: c.known, How: c.how}
+	switch {
+	case isRewritten(c):
+		r.Kind = "old item"
+	case isBlocks(c):
+		r.Kind = "blocks"
+	}
+	if c.from.server != nil {
+		r.Server = c.from.server.name
+	}
+	return r
+}
+
+// reason says why the first way is the first.
+func (j *job) reason() (Availability, string) {
+	if len(j.ways) == 0 {
+		return NotAvailable, "no way to it can be used: " + j.notBlocks() + ", and no nar"
+	}
+	first := j.ways[0]
+	if !isBlocks(first) && !isRewritten(first) {
+		return Available, "it comes as a nar, and not from blocks: " + j.notBlocks()
+	}
+	if isRewritten(first) {
+		return Available, "it is made of an older item, with nothing fetched, unless the result has another hash"
+	}
+	nar := slices.IndexFunc(j.ways, func(c *candidate) bool { return !isBlocks(c) })
+	switch {
+	case j.s.Policy == ERISOnly || j.s.Policy == ERISFirst:
+		return Available, "it comes from blocks, because the policy prefers them"
+	case nar < 0:
+		return Available, "it comes from blocks, which are the only way"
+	case first.bytes == 0:
+		return Available, "it comes from blocks, which are all here"
+	case !first.known:
+		return Available, "it comes from blocks: they are preferred while the speed of the stores is not known"
+	}
+	return Available, fmt.Sprintf("it comes from blocks, which relieve the servers and should take %.1f s, where a nar takes %.1f s",
+		first.time.Seconds(), j.ways[nar].time.Seconds())
+}
