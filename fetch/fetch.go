@@ -12,6 +12,7 @@ package fetch
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 )
@@ -87,6 +88,11 @@ type Store interface {
 
 // ErrReadOnly is wrapped by the errors of stores that take no blocks from us.
 var ErrReadOnly = errors.New("store is read-only")
+
+// ErrUnanswered is wrapped by the errors of a source that asks others, none of whom has said
+// whether it has the block. It wraps [eris.ErrNotFound]: whoever wanted it goes elsewhere. But to
+// ask again, for another size, is of no use now.
+var ErrUnanswered = fmt.Errorf("%w: nobody has said to have it", eris.ErrNotFound)
 
 // ErrClosed is the error of requests of a source that is closed.
 var ErrClosed = errors.New("source is closed")

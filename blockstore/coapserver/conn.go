@@ -10,6 +10,7 @@ import (
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 
@@ -33,6 +34,7 @@ const (
 type conn struct {
 	server *Server
 	access Access
+	client string // as in [admission.Host]
 	peer   *coap.Conn
 	ctx    context.Context // ends with the connection
 	cancel context.CancelFunc
@@ -50,6 +52,7 @@ type conn struct {
 	gets     []getRequest // waiting, from firstGet on
 	firstGet int
 	getters  int
+	maxGets  int
 	calling  bool // a getter has been started that has taken nothing yet
 
 	open    *batch // offered to the next goroutine that puts, and to the reader to put more in
@@ -58,6 +61,12 @@ type conn struct {
 
 func newConn(s *Server, netConn net.Conn, access Access, idle func(bool)) *conn {
 	c := &conn{server: s, access: access, idle: idle, transfers: newTransfers(maxStreamTransfers, maxStreamTransfers, 0)}
+	if c.maxGets = s.config.MaxGets; access.Relay != nil {
+		c.maxGets = s.config.MaxRelayed
+	}
+	if remote := netConn.RemoteAddr(); remote != nil {
+		c.client = admission.Host(remote.String())
+	}
 	if unix, ok := netConn.(*net.UnixConn); ok {
 		// The default holds six blocks of 32 KiB, which makes both sides wait for each other all
 		// the time.
@@ -88,7 +97,7 @@ func (c *conn) Request(r *coap.Request) {
 	case code != codes.Empty:
 		c.answer(r.Token, code, nil)
 	case r.Code == codes.GET:
-		c.parsed = append(c.parsed, newGetRequest(r))
+		c.parsed = append(c.parsed, c.server.newGetRequest(r, &c.access, c.client))
 		if len(c.parsed) >= maxParsed {
 			c.dispatch()
 		}

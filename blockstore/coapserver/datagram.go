@@ -11,6 +11,7 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 
@@ -71,7 +72,7 @@ func (p *packets) serve(packet *coap.Packet) {
 	case r.Code == codes.GET:
 		l := s.lookups.Get().(*lookup)
 		defer s.lookups.Put(l)
-		packet.Respond(s.get(s.ctx, l, newGetRequest(r), datagramForm))
+		packet.Respond(s.get(s.ctx, l, s.newGetRequest(r, &p.access, admission.Host(packet.Peer)), datagramForm))
 	default:
 		code = p.put(packet)
 		packet.Respond(code, block1Option(r.Block1, code), nil)

@@ -63,10 +63,21 @@ type getRequest struct {
 	token    coap.Token
 	block2   coap.Block
 	resource uint8
+	last     bool         // nobody else may be asked, although clients may have others asked
+	source   fetch.Source // where the block comes from; nil if it is a document
 }
 
-func newGetRequest(r *coap.Request) getRequest {
-	return getRequest{r.Reference, r.Size, r.Token, r.Block2, uint8(r.Resource)}
+// newGetRequest returns what a client at an address, as in [admission.Host], wants to get.
+func (s *Server) newGetRequest(r *coap.Request, access *Access, client string) getRequest {
+	g := getRequest{ref: r.Reference, size: r.Size, token: r.Token, block2: r.Block2, resource: uint8(r.Resource)}
+	switch {
+	case r.Resource >= len(s.config.Resources):
+	case access.Relay != nil:
+		g.last, g.source = r.HopLimit == 1, access.Relay(client, int(r.HopLimit))
+	default:
+		g.source = s.config.Resources[r.Resource].Source
+	}
+	return g
 }
 
 // handOver hands what has been requested to those who do it. The lock must be held.
@@ -87,7 +98,7 @@ func (c *conn) handOver() {
 // callGetter starts a goroutine that gets, if there is work that nobody is about to take. The lock
 // must be held.
 func (c *conn) callGetter() {
-	if c.calling || c.firstGet == len(c.gets) || c.getters >= c.server.config.MaxGets {
+	if c.calling || c.firstGet == len(c.gets) || c.getters >= c.maxGets {
 		return
 	}
 	c.calling = true
@@ -221,13 +232,12 @@ func (s *Server) find(ctx context.Context, l *lookup, r getRequest) ([]byte, cod
 	if r.size == 0 {
 		first, last = eris.BlockSize32KiB, eris.BlockSize1KiB // the client does not say which it wants
 	}
-	source := s.config.Resources[r.resource].Source
-	block, err := l.get(ctx, source, r.ref, first)
-	if block == nil && first != last {
-		block, err = l.get(ctx, source, r.ref, last)
+	block, err := l.get(ctx, r.source, r.ref, first)
+	if block == nil && first != last && !errors.Is(err, fetch.ErrUnanswered) {
+		block, err = l.get(ctx, r.source, r.ref, last)
 	}
 	if block == nil {
-		return nil, s.getCode(err)
+		return nil, s.getCode(err, r.last)
 	}
 	return block, codes.Content
 }
@@ -266,10 +276,12 @@ func (l *lookup) get(ctx context.Context, source fetch.Source, ref eris.Referenc
 	return l.Block, nil
 }
 
-// getCode returns the code for what a store returned instead of a block.
-func (s *Server) getCode(err error) codes.Code {
+// getCode returns the code for what a store returned instead of a block. Last is as in getRequest.
+func (s *Server) getCode(err error, last bool) codes.Code {
 	var wrong *eris.BlockError
 	switch {
+	case last && errors.Is(err, eris.ErrNotFound):
+		return coap.HopLimitReached
 	case err == nil, errors.Is(err, eris.ErrNotFound), errors.As(err, &wrong):
 		return codes.NotFound
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):

@@ -74,6 +74,10 @@ type Document struct {
 // Access is what clients of one listener may do.
 type Access struct {
 	Get, Put bool
+	// Relay, if not nil, returns where blocks come from for a client, instead of the Source of a
+	// resource: see [fetch/relay.Relay.For], whose arguments it is given. It is called for each
+	// request, and must not wait.
+	Relay func(client string, hops int) fetch.Source
 	// Documents permits to get documents.
 	Documents bool
 	// Hosts are names by which browsers may know the server on WebSockets, besides the address that
@@ -96,8 +100,9 @@ type Config struct {
 	// MaxAnswerBytes bounds the memory for answers that the client has not taken yet, in the same
 	// way. Defaults 16 MiB and 256 MiB.
 	MaxAnswerBytes, MaxTotalAnswerBytes int64
-	// MaxGets is the most blocks that are looked up at a time for a connection. Default 32.
-	MaxGets int
+	// MaxGets is the most blocks that are looked up at a time for a connection, and MaxRelayed that
+	// where others are asked for them, which takes longer; each needs 32 KiB. Defaults 32 and 256.
+	MaxGets, MaxRelayed int
 	// IdleTimeout is for how long a connection may send no message. Default 10 min.
 	IdleTimeout time.Duration
 	// MessageTimeout is how long the receipt of one message, or of 4 KiB of a large one, may take
@@ -143,6 +148,7 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.MaxAnswerBytes, 16<<20)
 	setDefault(&c.MaxTotalAnswerBytes, 256<<20)
 	setDefault(&c.MaxGets, 32)
+	setDefault(&c.MaxRelayed, 256)
 	setDefault(&c.IdleTimeout, 10*time.Minute)
 	setDefault(&c.MessageTimeout, time.Minute)
 	setDefault(&c.Datagram.Workers, 64)

@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"path/filepath"
@@ -324,6 +325,60 @@ func TestParts(t *testing.T) {
 }
 
 // TestNew checks what is refused.
+// TestRelay checks from where a block comes where clients may have others asked, and what is
+// answered to a request that may not go on (RFC 8768).
+func TestRelay(t *testing.T) {
+	own, others := newMemory(), newMemory()
+	small, block := others.add(eris.BlockSize1KiB)
+	missing, _ := newBlock(eris.BlockSize1KiB)
+	seen := make(chan string, 1)
+	access := coapserver.Access{Get: true, Relay: func(client string, hops int) fetch.Source {
+		seen <- fmt.Sprint(client, " ", hops)
+		if hops == 1 {
+			return own
+		}
+		return others
+	}}
+	config := coapserver.Config{Resources: []coapserver.Resource{{Source: own}}}
+	_, address := serveConfig(t, "tcp", access, config)
+	_, socket := serveConfig(t, "unix", access, config)
+	_, plain := serveConfig(t, "tcp", coapserver.Access{Get: true}, config)
+	for _, v := range []struct {
+		network, address string
+		ref              eris.Reference
+		limit, size      string
+		seen             string
+		code             codes.Code
+	}{
+		{"tcp", address, small, "", "\x04\x00", "127.0.0.1/32 0", codes.Content},
+		{"tcp", address, small, "\x02", "\x04\x00", "127.0.0.1/32 2", codes.Content},
+		{"tcp", address, small, "\x02", "", "127.0.0.1/32 2", codes.Content},
+		{"tcp", address, small, "\x01", "\x04\x00", "127.0.0.1/32 1", coap.HopLimitReached},
+		{"tcp", address, small, "\x01", "", "127.0.0.1/32 1", coap.HopLimitReached},
+		{"unix", socket, missing, "", "\x04\x00", " 0", codes.NotFound},
+		{"tcp", plain, small, "\x02", "\x04\x00", "", codes.NotFound},
+		{"tcp", plain, small, "\x01", "\x04\x00", "", codes.NotFound},
+	} {
+		options := []any{11, ".well-known", 11, "eris", 11, "blocks", 15, v.ref.String()}
+		if v.limit != "" {
+			options = append(options, 16, v.limit)
+		}
+		if v.size != "" {
+			options = append(options, 60, v.size)
+		}
+		c := dial(t, v.network, v.address, csm...)
+		c.write(request(codes.GET, "", options...))
+		m := c.readAnswer()
+		got := ""
+		if v.seen != "" {
+			got = <-seen
+		}
+		if m.Code != v.code || got != v.seen || m.Code == codes.Content && !bytes.Equal(m.Payload, block) {
+			t.Errorf("%v: code %v from %q", v, m.Code, got)
+		}
+	}
+}
+
 func TestNew(t *testing.T) {
 	for _, paths := range [][]string{{"a/.."}, {"a", "/a/"}, {"", ".well-known/eris"}} {
 		var config coapserver.Config

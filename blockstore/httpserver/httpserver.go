@@ -39,6 +39,10 @@ const Path = "/uri-res/N2R"
 // Access is what clients of one listener may do. HEAD goes with GET.
 type Access struct {
 	Get, Put bool
+	// Relay, if not nil, returns where blocks come from for a client, instead of the Source of the
+	// Config: see [fetch/relay.Relay.For], whose arguments it is given. It is called for each
+	// request, and must not wait.
+	Relay func(client string, hops int) fetch.Source
 	// Hosts are names of the server, besides the address that is connected to, and localhost on this
 	// machine, whose pages may have browsers put blocks.
 	Hosts []string
@@ -292,12 +296,19 @@ func (s *Server) get(w http.ResponseWriter, r *http.Request, access Access, memo
 		refuseQuery(w, err)
 		return
 	}
-	block, err := fetch.Get(r.Context(), s.config.Source, ref, eris.BlockSize32KiB, memory)
-	if isAbsent(err) {
-		block, err = fetch.Get(r.Context(), s.config.Source, ref, eris.BlockSize1KiB, memory)
+	source := s.config.Source
+	if access.Relay != nil {
+		source = access.Relay(admission.Host(r.RemoteAddr), hops(r))
+	}
+	block, err := fetch.Get(r.Context(), source, ref, eris.BlockSize32KiB, memory)
+	if isAbsent(err) && !errors.Is(err, fetch.ErrUnanswered) {
+		block, err = fetch.Get(r.Context(), source, ref, eris.BlockSize1KiB, memory)
 	}
 	switch {
 	case isAbsent(err):
+		if access.Relay != nil {
+			w.Header().Set("Cache-Control", "no-store") // somebody else may have it the next time
+		}
 		refuse(w, http.StatusNotFound, "block is not here")
 		return
 	case err != nil:
@@ -317,6 +328,20 @@ func (s *Server) get(w http.ResponseWriter, r *http.Request, access Access, memo
 	header.Set("Content-Length", strconv.Itoa(len(block)))
 	// net/http drops the body of the answer to HEAD.
 	_, _ = w.Write(block)
+}
+
+// hops returns through how many servers a request may go, this one among them; 0 if it does not
+// say. The header Max-Forwards has how many after this one (RFC 9110, section 7.6.2).
+func hops(r *http.Request) int {
+	text := r.Header.Get("Max-Forwards")
+	if text == "" {
+		return 0
+	}
+	n, err := strconv.ParseUint(text, 10, 8)
+	if err != nil {
+		return 1 // somebody bounds it
+	}
+	return int(n) + 1
 }
 
 // isAbsent reports whether an error says that a source does not have a block, or has another one

@@ -16,6 +16,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -193,6 +194,56 @@ func TestAnswers(t *testing.T) {
 	}
 	if _, err := fetch.Get(t.Context(), store, missing, eris.BlockSize1KiB, nil); !errors.Is(err, eris.ErrNotFound) {
 		t.Errorf("a block was stored under a reference that is not its own: %v", err)
+	}
+}
+
+// TestRelay checks from where a block comes where clients may have others asked, that the header
+// Max-Forwards is obeyed, and that nobody is asked for the other size who has not answered.
+func TestRelay(t *testing.T) {
+	own := openStore(t)
+	ref, _ := newBlock(eris.BlockSize1KiB)
+	var calls atomic.Int32
+	var result error
+	seen := ""
+	_, address := serve(t, httpserver.Config{Source: own}, httpserver.Access{Get: true, Relay: func(client string, hops int) fetch.Source {
+		seen = fmt.Sprint(client, " ", hops)
+		return transport(t, func(context.Context) error {
+			calls.Add(1)
+			return result
+		})
+	}})
+	_, plain := serve(t, httpserver.Config{Source: own}, httpserver.Access{Get: true})
+	for _, v := range []struct {
+		address, forwards string
+		err               error
+		seen, cache       string
+		calls             int32
+	}{
+		{address, "", eris.ErrNotFound, "127.0.0.1/32 0", "no-store", 2},
+		{address, "0", eris.ErrNotFound, "127.0.0.1/32 1", "no-store", 2},
+		{address, "1", fetch.ErrUnanswered, "127.0.0.1/32 2", "no-store", 1},
+		{address, "255", eris.ErrNotFound, "127.0.0.1/32 256", "no-store", 2},
+		{address, "256", eris.ErrNotFound, "127.0.0.1/32 1", "no-store", 2},
+		{address, "-1", eris.ErrNotFound, "127.0.0.1/32 1", "no-store", 2},
+		{plain, "1", nil, "", "", 0},
+	} {
+		seen, result = "", v.err
+		calls.Store(0)
+		r, err := http.NewRequest("GET", "http://"+v.address+"/uri-res/N2R?urn:blake2b:"+ref.String(), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if v.forwards != "" {
+			r.Header.Set("Max-Forwards", v.forwards)
+		}
+		answer, err := client(t, false).Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		answer.Body.Close()
+		if n := calls.Load(); answer.StatusCode != 404 || seen != v.seen || answer.Header.Get("Cache-Control") != v.cache || n != v.calls {
+			t.Errorf("%+v: status %d, seen %q, cache %q, %d calls", v, answer.StatusCode, seen, answer.Header.Get("Cache-Control"), n)
+		}
 	}
 }
 

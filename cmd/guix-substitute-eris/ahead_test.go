@@ -363,23 +363,29 @@ func TestAheadKilled(t *testing.T) {
 	}
 }
 
-// The garbage collector may remove what is staged at any time.
+// The garbage collector may remove what is staged at any time: it moves the directory away and then
+// deletes it (Guix, nix/libstore/gc.cc: LocalStore::deletePathRecursive).
 func TestAheadCollected(t *testing.T) {
 	a := newAheadTest(t, 100, "")
 	a.query()
 	d := a.start("substitute")
-	go func() {
+	var collector sync.WaitGroup
+	collector.Go(func() {
 		a.await(8)
-		for range 20 {
-			makeWritable(filepath.Join(a.store, ".guix-substitute-eris"))
-			os.RemoveAll(filepath.Join(a.store, ".guix-substitute-eris"))
+		for i := range 20 {
+			trash := filepath.Join(a.store, fmt.Sprintf("trash-item%d", i))
+			if os.Rename(filepath.Join(a.store, ".guix-substitute-eris"), trash) == nil {
+				makeWritable(trash)
+				os.RemoveAll(trash)
+			}
 			a.open(0, false)
 			time.Sleep(time.Millisecond)
 		}
-	}()
+	})
 	for _, item := range a.order() {
 		a.substitute(d, item, item.path)
 	}
+	collector.Wait()
 	if err := d.close(); err != nil {
 		t.Error(err)
 	}

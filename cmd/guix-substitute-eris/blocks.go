@@ -48,7 +48,7 @@ type blocksOptions struct {
 // openBlocks opens the stores and the cache. What it returns must be closed, and is nil if there is
 // no store; the error tells what cannot be used.
 func openBlocks(o blocksOptions) (*blocks, error) {
-	members, failed := openStores(o.urls)
+	members, failed := openStores(o.urls, 0)
 	if len(members) == 0 {
 		return nil, failed
 	}

@@ -79,7 +79,7 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	if len(urls) == 0 {
 		return result, fmt.Errorf("no store is known; name one by --store or by %s", storeVariable)
 	}
-	members, err := openStores(urls)
+	members, err := openStores(urls, 0)
 	if err != nil {
 		closeStores(members)
 		return result, err

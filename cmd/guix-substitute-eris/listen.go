@@ -11,6 +11,8 @@ import (
 	"strconv"
 	"strings"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/relay"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/systemd"
@@ -23,6 +25,7 @@ type endpoint struct {
 	address  string   // host:port, or the path of a socket
 	hosts    []string // the host as it was given, by which browsers may know it, too
 	get, put bool
+	relay    bool // what the store does not have may be got from elsewhere
 
 	listener net.Listener   // unless the scheme is coap
 	packets  net.PacketConn // if it is
@@ -35,7 +38,7 @@ var serveNetworks = map[string]string{"coap+unix": "unix", "coap+tcp": "tcp", "c
 func parseEndpoint(text string) (endpoint, error) {
 	u, err := storeurl.ParseListen(text)
 	_, address := u.Address()
-	return endpoint{scheme: u.Scheme, address: address, hosts: []string{u.Host}, get: u.Get, put: u.Put}, err
+	return endpoint{scheme: u.Scheme, address: address, hosts: []string{u.Host}, get: u.Get, put: u.Put, relay: u.Relay()}, err
 }
 
 // passedEndpoint makes an endpoint of a socket that the service manager passed. Its name may say
@@ -62,7 +65,7 @@ func passedEndpoint(s systemd.Socket) (endpoint, error) {
 	if err != nil {
 		return endpoint{}, fmt.Errorf("socket %.100q of the service manager: %w", s.Name, err)
 	}
-	e.get, e.put = u.Get, u.Put
+	e.get, e.put, e.relay = u.Get, u.Put, u.Relay()
 	return e, nil
 }
 
@@ -116,6 +119,14 @@ func (e *endpoint) listen(rights socketRights) (err error) {
 		}
 	}
 	return err
+}
+
+// relayBy returns how clients get what the store does not have; nil if they do not.
+func (e *endpoint) relayBy(r *relay.Relay) func(client string, hops int) fetch.Source {
+	if r == nil || !e.relay {
+		return nil
+	}
+	return r.For
 }
 
 // limit bounds how fast bytes come and go.

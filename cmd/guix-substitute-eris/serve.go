@@ -21,8 +21,11 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/httpserver"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/relay"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/systemd"
 )
 
@@ -36,7 +39,9 @@ else --listen says. URLs of --listen are
   coap+unix:///PATH       CoAP over a further Unix socket
   http://HOST:PORT        HTTP, at the path /uri-res/N2R
 
-Whoever can connect may get blocks. To put blocks is permitted on Unix sockets,
+Whoever can connect may get blocks. What the store does not have comes from the
+stores that --upstream names, if the client is on a Unix socket, or the URL says
+"?relay"; it is kept. To put blocks is permitted on Unix sockets,
 and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".
 `
 
@@ -44,7 +49,7 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".
 type serveSettings struct {
 	directory, socket       string
 	socketMode, socketGroup string
-	listen                  []string
+	listen, upstreams       []string
 	maxSize, limitRate      string
 	maxConnections          int
 	stats                   bool
@@ -66,6 +71,10 @@ func serveCommand(args []string) int {
 	flags.StringVar(&s.socketGroup, "socket-group", "", "these sockets belong to `GROUP`")
 	flags.Func("listen", "listen at `URL` too; may be given several times", func(url string) error {
 		s.listen = append(s.listen, url)
+		return nil
+	})
+	flags.Func("upstream", "get what is not here from the store at `URL`, and keep it; may be given several times", func(url string) error {
+		s.upstreams = append(s.upstreams, url)
 		return nil
 	})
 	flags.StringVar(&s.maxSize, "max-size", "", "keep blocks of at most `SIZE` in all, like 20GiB; the least recently used go")
@@ -155,10 +164,18 @@ func (s *serveSettings) run() error {
 		}
 		endpoints = append(endpoints, e)
 	}
-	for in, out, i := ratelimit.New(rate, 0), ratelimit.New(rate, 0), 0; i < len(endpoints); i++ {
-		endpoints[i].limit(in, out)
+	in, out := ratelimit.New(rate, 0), ratelimit.New(rate, 0)
+	for _, e := range endpoints {
+		e.limit(in, out)
 	}
-	err = s.serveEndpoints(ctx, store, endpoints, messageTimeout(rate), stop)
+	from, err := s.openUpstreams(store, in)
+	if err != nil {
+		return errors.Join(err, store.Close())
+	}
+	err = s.serveEndpoints(ctx, store, from, endpoints, messageTimeout(rate), stop)
+	if from != nil {
+		err = errors.Join(err, from.Close())
+	}
 	return errors.Join(err, store.Close())
 }
 
@@ -174,7 +191,7 @@ func (s *serveSettings) endpoints(passed []*endpoint) ([]*endpoint, error) {
 		if err != nil {
 			return nil, err
 		}
-		endpoints = append(endpoints, &endpoint{scheme: "coap+unix", address: path, get: true, put: true})
+		endpoints = append(endpoints, &endpoint{scheme: "coap+unix", address: path, get: true, put: true, relay: true})
 	}
 	for _, url := range s.listen {
 		e, err := parseEndpoint(url)
@@ -209,6 +226,43 @@ func defaultSocket(user int, runtimeDirectory string) (string, error) {
 	return "", errors.New("XDG_RUNTIME_DIR is not set; name a socket by --socket")
 }
 
+// blockDirectory returns the directory of the block store.
+func (s *serveSettings) blockDirectory() (string, error) {
+	if s.directory != "" {
+		return s.directory, nil
+	}
+	directory, err := cacheDirectory("blocks")
+	if err != nil {
+		return "", fmt.Errorf("%w; name a directory by --directory", err)
+	}
+	return directory, nil
+}
+
+// openUpstreams returns what gets blocks from elsewhere; nil if there is nowhere. The limiter is of
+// what is received.
+func (s *serveSettings) openUpstreams(store *blockstore.Store, limiter *ratelimit.Limiter) (*relay.Relay, error) {
+	if len(s.upstreams) == 0 {
+		return nil, nil
+	}
+	if len(s.upstreams) > relay.MaxUpstreams {
+		return nil, fmt.Errorf("--upstream: there may be %d at most", relay.MaxUpstreams)
+	}
+	directory, err := s.blockDirectory()
+	if err != nil {
+		return nil, err
+	}
+	return relay.New(store, relay.Options{
+		Open: func(hops int) ([]pool.Member, error) { return openStores(s.upstreams, hops) },
+		Pool: pool.Options{
+			State: sourcestate.Open(filepath.Join(directory, "upstreams")), Limiter: limiter,
+			OnFault: func(source string, err error) {
+				logf("upstream %s gave wrong bytes and is not asked again: %v", source, err)
+			},
+			OnRest: func(source string, err error) { logf("upstream %s is left alone for a while: %v", source, err) },
+		},
+	})
+}
+
 // openStore opens the block store. If its index is damaged, it is made anew.
 func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error) {
 	options := blockstore.Options{}
@@ -221,12 +275,9 @@ func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error
 			return nil, fmt.Errorf("--max-size: %s is less than 1MiB", s.maxSize)
 		}
 	}
-	directory := s.directory
-	if directory == "" {
-		var err error
-		if directory, err = cacheDirectory("blocks"); err != nil {
-			return nil, fmt.Errorf("%w; name a directory by --directory", err)
-		}
+	directory, err := s.blockDirectory()
+	if err != nil {
+		return nil, err
 	}
 	store, err := blockstore.Open(directory, options)
 	if errors.Is(err, blockstore.ErrDamaged) {
@@ -245,13 +296,13 @@ func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error
 // store takes no more blocks; SIGUSR1 has the statistics written to the log. From then on, further
 // signals end the program at once.
 func (s *serveSettings) serveEndpoints(
-	ctx context.Context, store *blockstore.Store, endpoints []*endpoint, timeout time.Duration, restoreSignals func(),
+	ctx context.Context, store *blockstore.Store, from *relay.Relay, endpoints []*endpoint, timeout time.Duration, restoreSignals func(),
 ) error {
 	logError := func(err error) { logf("%v", err) }
 	web := httpserver.New(httpserver.Config{Source: store, Sink: store.Put, MaxConnections: s.maxConnections, RequestTimeout: timeout, Log: logError})
 	started := time.Now()
 	var coap *coapserver.Server
-	stats := func() []byte { return statisticsOf(started, store, coap, web).text() }
+	stats := func() []byte { return statisticsOf(started, store, from, coap, web).text() }
 	coap, err := coapserver.New(coapserver.Config{
 		Resources: []coapserver.Resource{{Source: store, Sink: store}},
 		Documents: []coapserver.Document{{Path: statisticsPath, Format: uint16(message.AppJSON), Text: stats}},
@@ -274,13 +325,13 @@ func (s *serveSettings) serveEndpoints(
 			var err error
 			switch {
 			case e.packets != nil:
-				err = coap.ServePacket(e.packets, coapserver.Access{Get: e.get, Put: e.put})
+				err = coap.ServePacket(e.packets, coapserver.Access{Get: e.get, Put: e.put, Relay: e.relayBy(from)})
 			case e.scheme == "coap+ws":
-				err = coap.ServeWebSocket(e.listener, coapserver.Access{Get: e.get, Put: e.put, Hosts: e.hosts})
+				err = coap.ServeWebSocket(e.listener, coapserver.Access{Get: e.get, Put: e.put, Relay: e.relayBy(from), Hosts: e.hosts})
 			case e.scheme == "http":
-				err = web.Serve(e.listener, httpserver.Access{Get: e.get, Put: e.put, Hosts: e.hosts})
+				err = web.Serve(e.listener, httpserver.Access{Get: e.get, Put: e.put, Relay: e.relayBy(from), Hosts: e.hosts})
 			default:
-				err = coap.Serve(e.listener, coapserver.Access{Get: e.get, Put: e.put, Documents: e.scheme == "coap+unix"})
+				err = coap.Serve(e.listener, coapserver.Access{Get: e.get, Put: e.put, Relay: e.relayBy(from), Documents: e.scheme == "coap+unix"})
 			}
 			if !errors.Is(err, coapserver.ErrServerClosed) && !errors.Is(err, httpserver.ErrServerClosed) {
 				failed <- fmt.Errorf("serving on %v: %w", e, err)

@@ -14,6 +14,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/httpserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/relay"
 )
 
 // statisticsPath is the resource with the statistics of a running server, which it shows on Unix
@@ -53,6 +54,31 @@ type statistics struct {
 
 	CoAP connectionStatistics `json:"coap"`
 	HTTP connectionStatistics `json:"http"`
+
+	Upstreams *upstreamStatistics `json:"upstreams,omitempty"`
+}
+
+// upstreamStatistics is what was got from elsewhere since the start.
+type upstreamStatistics struct {
+	Found   int64             `json:"found"`
+	Absent  int64             `json:"absent"`
+	Late    int64             `json:"late"`    // of these, nobody answered in time
+	Refused int64             `json:"refused"` // of these, the client had looked for too much in vain
+	Stores  []storeStatistics `json:"stores"`
+}
+
+type storeStatistics struct {
+	URL       string  `json:"url"`
+	Requests  int64   `json:"requests"`
+	Bytes     int64   `json:"bytes"`
+	Misses    int64   `json:"misses"`
+	Faults    int64   `json:"faults"`
+	Failures  int64   `json:"failures"`
+	Banned    bool    `json:"banned"`
+	Resting   bool    `json:"resting"`
+	Rate      float64 `json:"rate"`      // bytes per second; 0: not known
+	RoundTrip float64 `json:"roundTrip"` // seconds; 0: not known
+	LastError string  `json:"lastError,omitempty"`
 }
 
 type connectionStatistics struct {
@@ -62,7 +88,7 @@ type connectionStatistics struct {
 }
 
 // statisticsOf collects the statistics of a server.
-func statisticsOf(started time.Time, store *blockstore.Store, blocks *coapserver.Server, web *httpserver.Server) statistics {
+func statisticsOf(started time.Time, store *blockstore.Store, from *relay.Relay, blocks *coapserver.Server, web *httpserver.Server) statistics {
 	s := statistics{Version: version(), Started: started.UTC().Truncate(time.Second)}
 	b := store.Stats()
 	s.Blocks.Count1KiB, s.Blocks.Count32KiB = b.Blocks1KiB, b.Blocks32KiB
@@ -77,7 +103,25 @@ func statisticsOf(started time.Time, store *blockstore.Store, blocks *coapserver
 	c := blocks.Stats()
 	s.CoAP = connectionStatistics{int64(c.Connections), c.Accepted, c.TurnedAway}
 	s.HTTP = connectionStatistics(web.Stats())
+	if from != nil {
+		s.Upstreams = upstreamStatisticsOf(from.Stats())
+	}
 	return s
+}
+
+func upstreamStatisticsOf(r relay.Stats) *upstreamStatistics {
+	u := &upstreamStatistics{Found: r.Found, Absent: r.Absent, Late: r.Late, Refused: r.Refused}
+	for _, s := range r.Upstreams {
+		of := storeStatistics{
+			URL: s.URL, Requests: s.Requests, Bytes: s.Bytes, Misses: s.Misses, Faults: s.Faults, Failures: s.Failures,
+			Banned: s.Banned, Resting: s.Resting, Rate: s.Rate, RoundTrip: s.RoundTrip.Seconds(),
+		}
+		if s.Err != nil {
+			of.LastError = fmt.Sprintf("%.100v", s.Err)
+		}
+		u.Stores = append(u.Stores, of)
+	}
+	return u
 }
 
 // text returns the JSON, in one line.

@@ -39,7 +39,11 @@ func storeURLs(flag string, file configuration) []string {
 
 // openStore opens the store at a URL. docs/sources.md describes the kinds of stores. Errors do not
 // show what may be a secret.
-func openStore(text string) (fetch.Store, error) {
+func openStore(text string) (fetch.Store, error) { return openStoreFor(text, 0) }
+
+// openStoreFor is openStore for a server that forwards requests, which are to say through how many
+// servers they may go.
+func openStoreFor(text string, hops int) (fetch.Store, error) {
 	u, err := storeurl.Parse(text)
 	if err != nil {
 		return nil, err
@@ -47,9 +51,9 @@ func openStore(text string) (fetch.Store, error) {
 	var store fetch.Store
 	switch u.Scheme {
 	case "coap+unix", "coap+tcp", "coaps+tcp", "coap", "coap+ws", "coaps+ws":
-		store, err = coap.Open(text, coap.Options{})
+		store, err = coap.Open(text, coap.Options{HopLimit: uint8(hops)})
 	case "http", "https":
-		store, err = web.Open(text, web.Options{})
+		store, err = web.Open(text, web.Options{HopLimit: hops})
 	case "file":
 		store, err = dir.Open(text, dir.Options{})
 	case "dump":
@@ -78,12 +82,12 @@ func addCapability(ctx context.Context, store fetch.Store, urn string) error {
 }
 
 // openStores opens all stores that can be opened, as members of a pool. Errors name those that
-// cannot.
-func openStores(urls []string) ([]pool.Member, error) {
+// cannot. Hops is as in openStoreFor.
+func openStores(urls []string, hops int) ([]pool.Member, error) {
 	var stores []pool.Member
 	var failed []error
 	for _, url := range urls {
-		s, err := openStore(url)
+		s, err := openStoreFor(url, hops)
 		if err != nil {
 			failed = append(failed, err)
 			continue

@@ -64,6 +64,7 @@ func Open(url string, options Options) (*Store, error) {
 	}
 	s := &Store{url: u, name: u.String(), options: options.withDefaults(), pool: wire.NewPool()}
 	s.blocks = wire.NewRequests(u.Segments, options.RawReferences)
+	s.blocks.HopLimit = options.HopLimit
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.main = s.newLink()
 	switch u.Scheme {

@@ -16,6 +16,11 @@ type Options struct {
 	// refuse them.
 	RawReferences bool
 
+	// HopLimit, if not 0, says in all requests for blocks how many servers they may go through that
+	// ask others for what they do not have (RFC 8768), the first one among them. With 1 it answers
+	// from what it has itself.
+	HopLimit uint8
+
 	// Window is the most requests that are without an answer at a time, on streams; further ones
 	// wait for their turn. Default 16384, at most 65536.
 	Window int

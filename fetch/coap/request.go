@@ -189,7 +189,7 @@ func getError(x *wire.Exchange) error {
 		return errUnusable
 	case x.Code == codes.Content:
 		return nil
-	case x.Code == codes.NotFound:
+	case x.Code == codes.NotFound, x.Code == wire.HopLimitReached:
 		return eris.ErrNotFound
 	}
 	return &ResponseError{x.Code, x.Text()}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
 )
@@ -36,6 +37,7 @@ type member struct {
 	name   string
 	near   bool
 	local  bool
+	bySize bool // see anySizer
 	index  int
 	bit    set
 	score  float64
@@ -294,6 +296,13 @@ func (m *member) remembersMissing(k key) {
 		m.missingSince = now
 	}
 	m.missing[k] = struct{}{}
+}
+
+// remembersMissingSizes is remembersMissing for a block that the member does not have in any size.
+func (m *member) remembersMissingSizes(k key) {
+	for _, k.size = range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
+		m.remembersMissing(k)
+	}
 }
 
 // remember adds to the state what was learnt since the last time.

@@ -68,6 +68,10 @@ type Member struct {
 	Local bool
 }
 
+// anySizer is a source that knows blocks by reference alone: what it does not have in one size, it
+// does not have in the other.
+type anySizer interface{ AnySize() bool }
+
 // Options says how a [Pool] behaves. Zero fields stand for the defaults.
 type Options struct {
 	// State is where knowledge about sources comes from and goes to, by their String; nil if there
@@ -146,10 +150,15 @@ func New(members []Member, options Options) *Pool {
 		if i == MaxSources {
 			break
 		}
+		bySize := true
+		if s, ok := given.Source.(anySizer); ok {
+			bySize = !s.AnySize()
+		}
 		if !given.Near && !given.Local {
 			given.Source = fetch.Limited(given.Source, options.Limiter)
 		}
 		m := newMember(p, i, given)
+		m.bySize = bySize
 		p.members = append(p.members, m)
 		if m.near = given.Near && !allNear; m.near {
 			p.near = append(p.near, m)

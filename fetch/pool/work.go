@@ -171,7 +171,11 @@ func (p *Pool) ended(a *attempt, now time.Duration) {
 		m.duplicates++
 	case outcome == miss:
 		l.missed |= m.bit
-		m.remembersMissing(l.key)
+		if !m.bySize && errors.Is(err, eris.ErrNotFound) {
+			m.remembersMissingSizes(l.key)
+		} else {
+			m.remembersMissing(l.key)
+		}
 	case cause != nil:
 		// Not the member's doing, unless it was silent or has lied, which has been noted then.
 		if cause != errNotFirst && !l.cancelled {

@@ -100,7 +100,9 @@ func ParseScheme(text string, schemes ...string) (URL, error) {
 
 // ParseListen reads the URL of an endpoint where blocks are served: scheme://host:port?get&put or
 // coap+unix:///path?get&put. The host may be left out for all addresses of the machine, and the
-// port may be 0 for any. Without a query, blocks may be got, and put as well on a Unix socket.
+// port may be 0 for any. Unless the query says get or put, blocks may be got, and put as well on a
+// Unix socket. With "relay" in the query, or on a Unix socket, they are got from elsewhere if need
+// be, see [URL.Relay].
 func ParseListen(text string) (URL, error) {
 	u, err := parse("endpoint", text, true)
 	if err != nil {
@@ -186,10 +188,16 @@ func cutScheme(text string, listen bool) (scheme, string, error) {
 	return scheme{}, "", fmt.Errorf("it begins with no scheme; for a directory with blocks write file:%s; other %s", (&url.URL{Path: text}).EscapedPath(), list)
 }
 
+// relay is what the query of an endpoint has whose clients may cause requests of others.
+const relay = "relay"
+
+// Relay reports whether what the clients of an endpoint get may be got from elsewhere for them.
+func (u *URL) Relay() bool { return u.Get && (u.Scheme == "coap+unix" || u.Has(relay)) }
+
 func (u *URL) setQuery(query string, s scheme, listen bool) error {
 	settings := s.settings
 	if listen {
-		settings = nil
+		settings = []string{relay}
 	}
 	for element := range strings.SplitSeq(query, "&") {
 		switch {

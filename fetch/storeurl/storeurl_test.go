@@ -150,8 +150,11 @@ func TestParseListen(t *testing.T) {
 		"coap://127.0.0.1:5683?put":              "udp 127.0.0.1:5683 put",
 		"coap+ws://:8081":                        "tcp :8081 get",
 		"http://localhost:8080/":                 "tcp localhost:8080 get",
-		"coap+unix:///run/x.sock":                "unix /run/x.sock get put",
-		"coap+unix:///run/x.sock?get":            "unix /run/x.sock get",
+		"http://:8080?relay":                     "tcp :8080 get relay",
+		"coap+tcp://:0?put&relay":                "tcp :0 put",
+		"coap+unix:///run/x.sock":                "unix /run/x.sock get put relay",
+		"coap+unix:///run/x.sock?get":            "unix /run/x.sock get relay",
+		"coap+unix:///run/x.sock?put":            "unix /run/x.sock put",
 	} {
 		u, err := ParseListen(text)
 		if err != nil {
@@ -166,6 +169,9 @@ func TestParseListen(t *testing.T) {
 		if u.Put {
 			got += " put"
 		}
+		if u.Relay() {
+			got += " relay"
+		}
 		if got != want {
 			t.Errorf("%s: %s, want %s", text, got, want)
 		}
@@ -177,7 +183,7 @@ func TestParseListen(t *testing.T) {
 		"https://127.0.0.1":       `endpoint "https://127.0.0.1": the scheme is not understood; schemes are coap+unix, coap+tcp, coap, coap+ws, http`,
 		"http://127.0.0.1/base":   `endpoint "http://127.0.0.1": blocks are always served at the same path; leave it out`,
 		"coap+tcp://:5683/store":  `endpoint "coap+tcp://:5683": blocks are always served at the same path; leave it out`,
-		"http://127.0.0.1?static": `endpoint "http://127.0.0.1": "static" in the query is not understood; there may be get, put`,
+		"http://127.0.0.1?static": `endpoint "http://127.0.0.1": "static" in the query is not understood; there may be get, put, relay`,
 		"http://me@127.0.0.1":     `endpoint "http://127.0.0.1": user names are not used`,
 		"http://127.0.0.1:70000":  `endpoint "http:…": the port is not a number from 1 to 65535`,
 	} {

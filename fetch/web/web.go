@@ -37,6 +37,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -69,6 +70,10 @@ type Options struct {
 	TLS *tls.Config
 	// UserAgent names the program to servers.
 	UserAgent string
+	// HopLimit, if not 0, says in all requests for blocks how many servers they may go through that
+	// ask others for what they do not have, the first one among them: by the header Max-Forwards
+	// (RFC 9110, section 7.6.2), which does not count that one.
+	HopLimit int
 	// Getenv looks up the variables http_proxy, https_proxy and no_proxy, which mean what they mean
 	// to package fetch/mirror. Default os.Getenv.
 	Getenv func(string) string
@@ -151,6 +156,9 @@ func Open(url string, options Options) (*Store, error) {
 	}
 	options = options.withDefaults()
 	s := &Store{url: u, layouts: []layout{service}, header: httpclient.Header(options.UserAgent)}
+	if options.HopLimit > 0 {
+		s.header.Set("Max-Forwards", strconv.Itoa(options.HopLimit-1))
+	}
 	switch {
 	case u.Has("layout=flat"):
 		s.layouts = []layout{flat}
@@ -186,6 +194,10 @@ func (s *Store) String() string {
 	}
 	return s.url.String()
 }
+
+// AnySize reports whether a block that is not there in one size is not there in the other either:
+// it is, because addresses do not tell the size.
+func (s *Store) AnySize() bool { return true }
 
 // Close ends all requests and connections.
 func (s *Store) Close() error {

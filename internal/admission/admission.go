@@ -58,6 +58,17 @@ func hostOf(ip netip.Addr) netip.Prefix {
 	return host
 }
 
+// Host returns what counts as one host in text, given the address of a client, as in
+// [http.Request] or of a datagram: an IPv4 address, or an IPv6 network of 64 bits. It is empty for
+// what has no IP address, like clients on Unix sockets.
+func Host(remote string) string {
+	address, err := netip.ParseAddrPort(remote)
+	if err != nil {
+		return ""
+	}
+	return hostOf(address.Addr()).String()
+}
+
 // addressOf returns the IP address of an address, or the zero value.
 func addressOf(address net.Addr) netip.Addr {
 	if tcp, ok := address.(*net.TCPAddr); ok {

@@ -6,11 +6,19 @@ import (
 	"errors"
 
 	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
 )
 
 // requestTag tells concurrent block-wise requests to one resource apart (RFC 9175, section 3.2).
 // go-coap has no name for it.
 const requestTag message.OptionID = 292
+
+// hopLimit is how many proxies a request may pass (RFC 8768). go-coap has no name for it.
+const hopLimit message.OptionID = 16
+
+// HopLimitReached is the code 5.08 (RFC 8768, section 4): the request would have to go on, and may
+// not.
+const HopLimitReached codes.Code = 5<<5 | 8
 
 // Errors of optionWalk. All but errTruncated say that the message is malformed whatever follows.
 var (

@@ -18,6 +18,10 @@ const blocksSegment = "blocks"
 
 // Requests makes the requests for the blocks of one store. It is safe for concurrent use.
 type Requests struct {
+	// HopLimit, if not 0, is how many servers a GET may go through (RFC 8768), the one that it is
+	// sent to among them. It must be set before the first request.
+	HopLimit uint8
+
 	path     []byte // the options Uri-Path
 	raw      bool
 	document bool // a resource that is not a store
@@ -55,9 +59,9 @@ func (x *Exchange) method() codes.Code {
 	return codes.GET
 }
 
-// append appends the options of a request. Of a GET: path, query, Block2 if it is present, and
-// Size1, which some servers insist on. Of a PUT: path, Block1 if it is present, and Size1 if a
-// total is given.
+// append appends the options of a request. Of a GET: path, query, Hop-Limit if there is one, Block2
+// if it is present, and Size1, which some servers insist on. Of a PUT: path, Block1 if it is
+// present, and Size1 if a total is given.
 func (r *Requests) append(dst []byte, x *Exchange) []byte {
 	dst = append(dst, r.path...)
 	if r.document {
@@ -72,6 +76,10 @@ func (r *Requests) append(dst []byte, x *Exchange) []byte {
 			dst, _ = x.Reference.AppendText(dst) // never fails
 		}
 		previous, block, size = message.URIQuery, message.Block2, uint32(x.Size)
+		if r.HopLimit != 0 {
+			dst = AppendUintOption(dst, previous, hopLimit, uint32(r.HopLimit))
+			previous = hopLimit
+		}
 	}
 	if x.Block.Present {
 		dst = AppendUintOption(dst, previous, block, x.Block.uint())
@@ -103,6 +111,7 @@ type Request struct {
 	HasReference bool           // the one and only query is a reference
 	Size         eris.BlockSize // from Size1: 0 if there is none
 	BadSize      bool           // there is a Size1, but it is no block size
+	HopLimit     uint8          // 0 if there is none
 	Block1       Block
 	Block2       Block
 	Tag          uint64 // a digest of the options Request-Tag, 0 if there are none
@@ -190,6 +199,13 @@ func (p *Paths) parseOptions(body []byte, request *Request) codes.Code {
 		case requestTag:
 			if len(option.Value) <= maxRequestTag {
 				request.Tag = mixTag(request.Tag, option.Value)
+			}
+		case hopLimit:
+			// RFC 8768, section 3: what is not from 1 to 255 is refused.
+			if n, err := parseUint(option.Value); err != nil || n < 1 || n > 255 {
+				refuse = codes.BadRequest
+			} else {
+				request.HopLimit = uint8(n)
 			}
 		case message.URIHost, message.URIPort:
 			// Whoever connected to us means us.

@@ -40,6 +40,8 @@ func TestVectors(t *testing.T) {
 		t.Fatal(err)
 	}
 	text, raw := NewRequests(wellKnownPath, false), NewRequests(wellKnownPath, true)
+	limited := NewRequests(wellKnownPath, false)
+	limited.HopLimit = 2
 	encode := func(r *Requests, token uint32, x Exchange) []byte {
 		return appendMessage(nil, x.method(), makeToken(token), r.append(nil, &x), x.Payload)
 	}
@@ -62,6 +64,8 @@ func TestVectors(t *testing.T) {
 			"d1 31 01 01" + wellKnownHex + "4d13 3ffe034b0a056707d0ee1a67007ed97cec69cd4b887465b0bd3f76d228a9d969 d220 0400", 4 + 62},
 		{"GET, Base32", get(text, 1024, Block{}),
 			"d1 45 01 01" + wellKnownHex + "4d27" + helloHex + "d220 0400", 4 + 82},
+		{"GET, Hop-Limit", get(limited, 1024, Block{}),
+			"d1 47 01 01" + wellKnownHex + "4d27" + helloHex + "11 02 d21f 0400", 0},
 		{"GET of 32 KiB", get(text, 32768, Block{}),
 			"d1 45 01 01" + wellKnownHex + "4d27" + helloHex + "d220 8000", 4 + 82},
 		{"GET of a part", get(text, 32768, Block{Number: 31, Exponent: 6, Present: true}),
@@ -120,6 +124,9 @@ func TestParseVectors(t *testing.T) {
 	}{
 		{"raw reference", wellKnownHex + rawQuery + "d220 0400", Request{Resource: 1, Reference: ref, HasReference: true, Size: 1024}, 0},
 		{"Base32", wellKnownHex + textQuery + "d220 8000", Request{Resource: 1, Reference: ref, HasReference: true, Size: 32768}, 0},
+		{"Hop-Limit", wellKnownHex + textQuery + "11 ff", Request{Resource: 1, Reference: ref, HasReference: true, HopLimit: 255}, 0},
+		{"Hop-Limit 0", wellKnownHex + textQuery + "10", Request{}, codes.BadRequest},
+		{"Hop-Limit 256", wellKnownHex + textQuery + "12 0100", Request{}, codes.BadRequest},
 		{"no Size1", wellKnownHex + textQuery, Request{Resource: 1, Reference: ref, HasReference: true}, 0},
 		{"size that is none", wellKnownHex + textQuery + "d220 0401", Request{Resource: 1, Reference: ref, HasReference: true, Size: 1025, BadSize: true}, 0},
 		{"Size1 that is too long", wellKnownHex + textQuery + "d520 0000000400", Request{Resource: 1, Reference: ref, HasReference: true}, 0},

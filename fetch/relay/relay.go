@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package relay gets for the clients of a server what its own store does not have from other
+// stores, its upstreams, and keeps it. Start with [New].
+//
+// A block that the store has comes from there at once. Any other is asked for of a pool of the
+// upstreams (package fetch/pool), which verifies it, has it put into the store, asks for equal
+// blocks once, and leaves alone who is silent or lies. If nobody has it, or nobody says so in time,
+// it counts as not found ([fetch.ErrUnanswered]): then a client goes elsewhere, and can still get
+// what the store has.
+//
+// # Loops
+//
+// Two servers may name each other as upstreams. So requests say how many servers they may go
+// through ([Options.Open]): those that are made for a client that said nothing may go through two,
+// those that are made for another server through one, which has to answer from its own store.
+// Those two kinds have a pool each. Therefore a request never waits for one that waits for it, and
+// nothing goes round.
+//
+// # Bounds
+//
+// A client has a bounded number of requests of upstreams under way; further ones wait for these. A
+// client on the network may look in vain for so many blocks per second only; what goes beyond it is
+// looked for in the store alone. Thus who asks for what nobody has cannot have upstreams flooded.
+package relay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
+)
+
+// MaxUpstreams is how many upstreams are used at most.
+const MaxUpstreams = pool.MaxSources - 1
+
+const (
+	// levels is how many servers a request may go through that a client makes who says nothing.
+	levels = 2
+	// silence is after what time a request is given up if no block has come from upstreams meanwhile,
+	// firstSilence if none has for recentTime, so that nothing speaks for them; longest is after what
+	// time in any case. What comes later is kept for the next time. The first two are a little less
+	// than after what time a pool takes a source for silent: clients with a pool must not think that
+	// of the server because of its upstreams, for it has blocks itself.
+	silence, firstSilence, longest = 1800 * time.Millisecond, 1200 * time.Millisecond, 30 * time.Second
+	recentTime                     = time.Minute
+	// watchInterval is how often that is looked at.
+	watchInterval = 100 * time.Millisecond
+	// localRequests and networkRequests are the most requests of upstreams under way for one
+	// client: for all on Unix sockets together, and for a host. The pool knows best how many are of
+	// use, hence the first is more than enough.
+	localRequests, networkRequests = 16384, 128
+	// missRate is how many blocks per second a host may look for in vain in the long run, and
+	// missBurst how many at first.
+	missRate, missBurst = 64, 1024
+	// maxClients is from how many hosts on those are forgotten for which nothing is under way.
+	maxClients = 1024
+)
+
+// Store is what a relay needs of the store of its server.
+type Store interface {
+	// Source answers before Start returns. What it returns is not verified.
+	fetch.Source
+	// PutBatch stores blocks, as [pool.Keeper] has it.
+	PutBatch(ctx context.Context, refs []eris.Reference, blocks [][]byte) error
+}
+
+// Options says how a [Relay] behaves.
+type Options struct {
+	// Open opens the upstreams, whose requests are to say that they may go through so many servers.
+	// It is called by New, twice. The relay closes them.
+	Open func(hops int) ([]pool.Member, error)
+	// Pool is for the pools, see there.
+	Pool pool.Options
+}
+
+// Relay is safe for concurrent use.
+type Relay struct {
+	store  Store
+	looks  sync.Pool // of *fetch.Request
+	memory sync.Pool // of *[32768]byte
+	pools  [levels]*pool.Pool
+	wake   chan struct{} // there is a request to start, or the first one under way
+	stop   chan struct{}
+	done   chan struct{}
+
+	mu       sync.Mutex
+	active   map[*ticket]struct{}
+	clients  map[string]*client
+	ready    []*ticket // that may be started, by the watcher
+	received time.Time // when the last block has come
+	stats    Stats
+}
+
+// Stats is what a [Relay] has done.
+type Stats struct {
+	Found   int64 // blocks that came from upstreams
+	Absent  int64 // requests for what nobody has, or could say to have
+	Late    int64 // those among them that nobody answered in time
+	Refused int64 // those among them that were not made, because the client had looked for too much in vain
+	// Upstreams is what the upstreams have done, in the order in which they were given.
+	Upstreams []pool.SourceStats
+}
+
+// client is on whose behalf upstreams are asked. It is guarded by the lock of the relay.
+type client struct {
+	most     int
+	underWay int
+	waiting  []*ticket
+	misses   *ratelimit.Limiter // nil: no limit
+}
+
+// New returns a relay in front of a store, which must outlive it. Errors are those of Open.
+func New(store Store, options Options) (*Relay, error) {
+	r := &Relay{
+		store: store, wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{}),
+		active: map[*ticket]struct{}{}, clients: map[string]*client{},
+	}
+	r.looks.New = func() any { return new(fetch.Request) }
+	r.memory.New = func() any { return new([eris.BlockSize32KiB]byte) }
+	for i := range r.pools {
+		members, err := options.Open(levels - i)
+		if err != nil {
+			for _, m := range members {
+				m.Source.Close()
+			}
+			for _, p := range r.pools[:i] {
+				p.Close()
+			}
+			return nil, err
+		}
+		members = members[:min(len(members), MaxUpstreams)]
+		r.pools[i] = pool.New(append(members, pool.Member{Source: keeper{store}, Near: true}), options.Pool)
+	}
+	go r.watch() // Close waits for it
+	return r, nil
+}
+
+// Close cancels all requests, keeps what has come if that does not take long, and closes the
+// upstreams. The store remains open.
+func (r *Relay) Close() error {
+	close(r.stop)
+	<-r.done
+	r.mu.Lock()
+	var active []*ticket
+	for t := range r.active {
+		active = append(active, t)
+	}
+	r.mu.Unlock()
+	for _, t := range active {
+		t.cancel(fetch.ErrClosed)
+	}
+	var errs []error
+	for _, p := range r.pools {
+		errs = append(errs, p.Close())
+	}
+	r.mu.Lock()
+	ready := r.ready
+	r.ready = nil
+	r.mu.Unlock()
+	for _, t := range ready {
+		t.start() // which fails at once
+	}
+	return errors.Join(errs...)
+}
+
+// For returns where blocks come from for a client: its host, or "" for this machine's own, and
+// through how many servers its requests may go, this one among them; 0 if they do not say. It never
+// waits. The source need not be closed, and must not be used after the relay is. Where
+// upstreams could not say whether they have a block, its errors wrap [fetch.ErrUnanswered].
+func (r *Relay) For(client string, hops int) fetch.Source {
+	return &view{relay: r, client: client, hops: hops}
+}
+
+// Stats returns the statistics.
+func (r *Relay) Stats() Stats {
+	r.mu.Lock()
+	stats := r.stats
+	r.mu.Unlock()
+	for i, p := range r.pools {
+		of := p.Stats()
+		of = of[:len(of)-1] // without the keeper
+		if i == 0 {
+			stats.Upstreams = of
+			continue
+		}
+		for j, s := range of {
+			u := &stats.Upstreams[j]
+			u.Requests += s.Requests
+			u.Bytes += s.Bytes
+			u.Duplicates += s.Duplicates
+			u.Misses += s.Misses
+			u.Faults += s.Faults
+			u.Failures += s.Failures
+			u.Banned = u.Banned || s.Banned
+			u.Resting = u.Resting || s.Resting
+			if u.Err == nil {
+				u.Err = s.Err
+			}
+		}
+	}
+	return stats
+}
+
+// watch starts requests that have waited, and gives up those that nobody answers, until the relay
+// is closed.
+func (r *Relay) watch() {
+	defer close(r.done)
+	ticker := time.NewTicker(time.Hour)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-r.stop:
+			return
+		case <-r.wake:
+			ticker.Reset(watchInterval)
+		case <-ticker.C:
+		}
+		r.mu.Lock()
+		ready, late := r.ready, r.late()
+		r.ready = nil
+		if len(r.active) == 0 {
+			ticker.Reset(time.Hour)
+		}
+		r.mu.Unlock()
+		for _, t := range ready {
+			t.start()
+		}
+		for _, t := range late {
+			t.answer(errLate)
+		}
+	}
+}
+
+// late returns the requests to be given up. The lock must be held.
+func (r *Relay) late() (late []*ticket) {
+	now := time.Now()
+	quiet, allowed := now.Sub(r.received), silence
+	if quiet > recentTime {
+		allowed = firstSilence
+	}
+	for t := range r.active {
+		if age := now.Sub(t.began); !t.answered && (age > longest || min(age, quiet) > allowed) {
+			late = append(late, t)
+		}
+	}
+	return late
+}
+
+// poke wakes the watcher.
+func (r *Relay) poke() {
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// clientOf returns what is known of a client. The lock must be held.
+func (r *Relay) clientOf(name string) *client {
+	c := r.clients[name]
+	if c != nil {
+		return c
+	}
+	if len(r.clients) >= maxClients {
+		for name, c := range r.clients {
+			if c.underWay == 0 {
+				delete(r.clients, name)
+			}
+		}
+	}
+	c = &client{most: localRequests}
+	if name != "" {
+		c.most, c.misses = networkRequests, ratelimit.New(missRate, missBurst)
+	}
+	r.clients[name] = c
+	return c
+}
+
+// find looks a block up in the store. It reports whether upstreams may be asked.
+func (r *Relay) find(q *fetch.Request) (goOn bool) {
+	look := r.looks.Get().(*fetch.Request)
+	defer r.looks.Put(look)
+	*look = fetch.Request{Pair: q.Pair, Size: q.Size, Dst: q.Dst, Done: func(*fetch.Request) {}, Held: look.Held}
+	r.store.Start(look)
+	q.Block, q.Err = look.Block, look.Err
+	goOn = errors.Is(q.Err, eris.ErrNotFound)
+	if goOn && q.Size == eris.BlockSize32KiB {
+		// A client that does not know the size tries this one first. A block has one size only.
+		look.Size = eris.BlockSize1KiB
+		r.store.Start(look)
+		goOn = look.Err != nil
+	}
+	look.Dst, look.Block = nil, nil
+	return goOn
+}
+
+// keeper is the store of the server in a pool, in which blocks have been looked up already.
+type keeper struct{ Store }
+
+// Start implements [fetch.Source].
+func (k keeper) Start(r *fetch.Request) {
+	r.Block, r.Err = nil, eris.ErrNotFound
+	r.Done(r)
+}
+
+// Close implements [fetch.Source]. The store is not the pool's.
+func (k keeper) Close() error { return nil }
+
+// Keep implements [pool.Keeper].
+func (k keeper) Keep(ctx context.Context, refs []eris.Reference, blocks [][]byte) error {
+	return k.PutBatch(ctx, refs, blocks)
+}
+
+var (
+	errLate    = fmt.Errorf("%w in time", fetch.ErrUnanswered)
+	errRefused = fmt.Errorf("%w: too much was looked for in vain", fetch.ErrUnanswered)
+)

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package relay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
+)
+
+// view is the relay as a client sees it.
+type view struct {
+	relay  *Relay
+	client string
+	hops   int
+}
+
+// Start implements [fetch.Source].
+func (v *view) Start(q *fetch.Request) {
+	r := v.relay
+	q.Held = nil
+	if !r.find(q) || v.hops == 1 {
+		q.Done(q)
+		return
+	}
+	t := &ticket{relay: r, outer: q, pool: r.pools[0], began: time.Now()}
+	if v.hops > 1 {
+		t.pool = r.pools[1]
+	}
+	t.inner = fetch.Request{Pair: q.Pair, Size: q.Size, Done: func(*fetch.Request) { t.finish() }}
+	q.Held = t
+	r.mu.Lock()
+	t.client = r.clientOf(v.client)
+	first := len(r.active) == 0
+	switch {
+	case t.client.refuses():
+		r.stats.Absent++
+		r.stats.Refused++
+		t.answered = true
+		r.mu.Unlock()
+		q.Block, q.Err = nil, errRefused
+		q.Done(q)
+		return
+	case t.client.underWay >= t.client.most:
+		r.active[t] = struct{}{}
+		t.client.waiting = append(t.client.waiting, t)
+		r.mu.Unlock()
+	default:
+		r.active[t] = struct{}{}
+		t.client.underWay++
+		t.booked = true
+		r.mu.Unlock()
+		t.start()
+	}
+	if first {
+		r.poke()
+	}
+}
+
+// Cancel implements [fetch.Source].
+func (v *view) Cancel(q *fetch.Request) {
+	if t, ok := q.Held.(*ticket); ok {
+		t.cancel(context.Canceled)
+	}
+}
+
+// String returns the names of the upstreams.
+func (v *view) String() string { return v.relay.pools[0].String() }
+
+// Close does nothing: the relay is closed as a whole.
+func (v *view) Close() error { return nil }
+
+// refuses reports whether the client has looked for too many blocks in vain. If it has not, one
+// more is booked, until it is found.
+func (c *client) refuses() bool {
+	if c.misses == nil {
+		return false
+	}
+	if c.misses.Take(1) > 0 {
+		c.misses.Return(1)
+		return true
+	}
+	return false
+}
+
+// finds takes back what refuses has booked.
+func (c *client) finds(size eris.BlockSize) {
+	n := 1
+	if size == eris.BlockSize1KiB {
+		n = 2 // who does not know the size has looked for the other first
+	}
+	c.misses.Return(n)
+}
+
+// ticket is a request of upstreams, made once. It has memory of its own: when nobody waits for it
+// any more, the block may come nevertheless, and is kept.
+type ticket struct {
+	relay  *Relay
+	outer  *fetch.Request // of the client; not to be touched once it has been answered
+	inner  fetch.Request  // of the pool
+	memory *[eris.BlockSize32KiB]byte
+	pool   *pool.Pool
+	began  time.Time
+	state  atomic.Int32
+
+	// Guarded by the lock of the relay.
+	client   *client
+	booked   bool // among those under way of the client
+	answered bool // Done of the outer one has been or is being called
+}
+
+// States of a ticket, so that it is cancelled after it has been started.
+const (
+	starting int32 = iota
+	started
+	cancelled
+)
+
+// start asks the pool. Called without the lock.
+func (t *ticket) start() {
+	t.memory = t.relay.memory.Get().(*[eris.BlockSize32KiB]byte)
+	t.inner.Dst = t.memory[:0:t.inner.Size]
+	t.pool.Start(&t.inner)
+	if !t.state.CompareAndSwap(starting, started) {
+		t.pool.Cancel(&t.inner)
+	}
+}
+
+// answer answers the client with an error, if it has not been answered. What was asked of the pool
+// goes on.
+func (t *ticket) answer(err error) {
+	r, q := t.relay, t.outer
+	r.mu.Lock()
+	if t.answered {
+		r.mu.Unlock()
+		return
+	}
+	t.answered = true
+	if !t.booked {
+		i := slices.Index(t.client.waiting, t)
+		t.client.waiting = slices.Delete(t.client.waiting, i, i+1)
+		delete(r.active, t)
+	}
+	if err == errLate {
+		r.stats.Absent++
+		r.stats.Late++
+	}
+	q.Block, q.Err = nil, err
+	r.mu.Unlock()
+	q.Done(q)
+}
+
+// cancel is answer, and has the pool do no more.
+func (t *ticket) cancel(cause error) {
+	t.answer(cause)
+	if t.state.Swap(cancelled) == started {
+		t.pool.Cancel(&t.inner)
+	}
+}
+
+// finish is called when the pool is done.
+func (t *ticket) finish() {
+	r, c, q := t.relay, t.client, t.outer
+	err := t.verdict()
+	r.mu.Lock()
+	delete(r.active, t)
+	c.underWay--
+	if len(c.waiting) > 0 {
+		next := c.waiting[0]
+		c.waiting = c.waiting[1:]
+		c.underWay++
+		next.booked = true
+		r.ready = append(r.ready, next)
+		r.poke()
+	}
+	if err == nil {
+		r.received = time.Now()
+		c.finds(t.inner.Size)
+	}
+	answer := !t.answered
+	t.answered = true
+	switch {
+	case !answer:
+	case err == nil:
+		r.stats.Found++
+	default:
+		r.stats.Absent++
+	}
+	r.mu.Unlock()
+	if answer {
+		q.Err = err
+		if err == nil {
+			q.Block = append(q.Dst[:0], t.inner.Block...)
+		}
+	}
+	r.memory.Put(t.memory)
+	if answer {
+		q.Done(q)
+	}
+}
+
+// verdict returns the error for the client.
+func (t *ticket) verdict() error {
+	err := t.inner.Err
+	if err == nil || errors.Is(err, eris.ErrNotFound) || errors.Is(err, fetch.ErrClosed) || errors.Is(err, context.Canceled) {
+		return err
+	}
+	return fmt.Errorf("%w (%v)", fetch.ErrUnanswered, err)
+}
