@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-# "make" builds, "make check" tests, "make install" installs below DESTDIR; "make bench" measures.
+# "make" builds, "make check" tests, "make install" installs below DESTDIR; "make bench" measures,
+# "make soak" tests with many faults and kills.
 
 PREFIX = /usr/local
 SYSCONFDIR = /etc
@@ -10,7 +11,7 @@ units = $(DESTDIR)$(PREFIX)/lib/systemd/system
 extensions = $(DESTDIR)$(SYSCONFDIR)/guix/extensions
 share = $(DESTDIR)$(PREFIX)/share
 
-.PHONY: all check install uninstall bench clean $(name)
+.PHONY: all check soak install uninstall bench clean $(name)
 
 all: $(name)
 
@@ -20,6 +21,14 @@ $(name):
 
 check:
 	$(GO) test ./...
+
+# A quarter of an hour: schedules of faults, and how often a helper, a block store and a publisher are
+# killed. SOAK=0 and KILLS=0 leave one of them out.
+SOAK = 1000
+KILLS = 500
+soak:
+	ERIS_SOAK=$(SOAK) ERIS_KILLS=$(KILLS) nice $(GO) test -count=1 -timeout 1h -parallel 8 \
+		-run '^Test(Soak|HelperKilled|ServeKilled|PublishKilled)$$' ./cmd/$(name)
 
 # Texts name the program where it is installed.
 place = sed 's|/usr/local/|$(PREFIX)/|g' $(1) | install -m 644 /dev/stdin $(2)/$(notdir $(1))

@@ -186,6 +186,7 @@ func (j *job) download(ctx context.Context, a *attempt, url string, size int64) 
 		size = body.Size
 	}
 	a.from(body.URL, size)
+	a.total.Store(size)
 	if !mirror.IsLocal(url) {
 		d.r = ratelimit.Reader(ctx, &orderly{ctx, body, j}, j.s.Limiter)
 	}

@@ -5,6 +5,7 @@ package substitute_test
 import (
 	"bytes"
 	"compress/gzip"
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -25,6 +26,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
@@ -194,6 +196,64 @@ func TestSlowFirst(t *testing.T) {
 			}
 		})
 	}
+	for name, announced := range map[string]bool{"longer than expected": true, "longer than expected, not announced": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var stored bytes.Buffer
+			z, err := gzip.NewWriterLevel(&stored, gzip.NoCompression)
+			if err != nil {
+				t.Fatal(err)
+			}
+			z.Write(f.archive)
+			z.Close()
+			text := f.narinfo(t, "gzip nar")
+			stalls := func(w http.ResponseWriter, r *http.Request) {
+				if announced {
+					w.Header().Set("Content-Length", fmt.Sprint(stored.Len()))
+				}
+				w.Write(stored.Bytes()[:900_000])
+				drip(w, r, stored.Bytes()[900_000:])
+			}
+			good := func(w http.ResponseWriter, r *http.Request) { w.Write(stored.Bytes()) }
+			s, log := withLog(t, f.key, f.serve(t, text, stalls).URL, f.serve(t, text, good).URL)
+			s.SetTiming(200*time.Millisecond, time.Second, time.Millisecond, time.Second)
+			begin := time.Now()
+			f.restore(t, s, substitute.Success, log)
+			if took := time.Since(begin); took > 4*time.Second {
+				t.Errorf("it took %v:\n%s", took, log)
+			}
+		})
+	}
+	t.Run("the first, as is known, with two URLs", func(t *testing.T) {
+		t.Parallel()
+		first := f.serve(t, f.narinfo(t, "none 1", "none 2"), slow).URL
+		s, log := withLog(t, f.key, first, f.serve(t, f.narinfo(t, "none nar"), f.good).URL)
+		s.SetTiming(200*time.Millisecond, time.Second, time.Millisecond, time.Second)
+		s.Speeds = slowServer(first)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		destination := filepath.Join(t.TempDir(), "item")
+		if o := s.Substitute(ctx, itemPath(0), destination); o.Status != substitute.Success {
+			t.Errorf("outcome %+v:\n%s", o, log)
+		}
+		restore.Remove(destination)
+	})
+	t.Run("servers that give no narinfos before the good one", func(t *testing.T) {
+		t.Parallel()
+		text := f.narinfo(t, "none nar")
+		urls := []string{f.serve(t, text, http.NotFound).URL}
+		for range 3 {
+			server := httptest.NewServer(http.HandlerFunc(silent))
+			t.Cleanup(server.Close)
+			urls = append(urls, server.URL)
+		}
+		s, log := withLog(t, f.key, append(urls, f.serve(t, text, f.good).URL)...)
+		begin := time.Now()
+		f.restore(t, s, substitute.Success, log)
+		if took := time.Since(begin); took > 9*time.Second {
+			t.Errorf("it took %v:\n%s", took, log)
+		}
+	})
 	t.Run("six silent URLs", func(t *testing.T) {
 		t.Parallel()
 		text := f.narinfo(t, "none 1", "none 2", "none 3", "none 4", "none 5", "none 6")
@@ -234,6 +294,15 @@ func TestSlowFirst(t *testing.T) {
 		g.restore(t, s, substitute.Success, log)
 	})
 }
+
+// slowServer is the only server of which something is known: that it is slow.
+type slowServer string
+
+func (s slowServer) Speed(url string) substitute.Speed {
+	return substitute.Speed{Rate: 100, Known: strings.HasPrefix(url, string(s))}
+}
+
+func (s slowServer) Measured(string, int64, time.Duration, time.Duration) {}
 
 // TestUselessCache gets an item whose narinfo in the cache is of no use any more.
 func TestUselessCache(t *testing.T) {

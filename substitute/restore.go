@@ -206,23 +206,41 @@ func (j *job) add(ctx context.Context, records []record) {
 	j.list(ctx, records)
 }
 
-// moreRecords asks the servers that had no need to be asked before, which may have the item too. It
-// reports whether there are further ways.
-func (j *job) moreRecords(ctx context.Context) bool {
+// moreRecords asks the servers that had no need to be asked before, which may have the item too: in
+// order, and without waiting for those that are slow. It reports whether there are further ways.
+func (j *job) moreRecords(parent context.Context) bool {
 	before := len(j.ways)
-	for _, server := range j.s.servers {
-		if ctx.Err() != nil {
-			return false
+	rest := slices.DeleteFunc(slices.Clone(j.s.servers), func(server *server) bool {
+		return slices.ContainsFunc(j.records, func(r record) bool { return r.server == server })
+	})
+	ctx, cancel := context.WithCancel(parent)
+	var queries sync.WaitGroup
+	defer queries.Wait()
+	defer cancel()
+	answers := make(chan *record, len(rest))
+	slow := time.NewTicker(slowAfter)
+	defer slow.Stop()
+	for pending := 0; pending > 0 || len(rest) > 0; {
+		if len(rest) > 0 {
+			server := rest[0]
+			rest = rest[1:]
+			queries.Go(func() { answers <- j.s.query(ctx, server, j.path, false, true) })
+			pending++
+			slow.Reset(slowAfter)
 		}
-		if slices.ContainsFunc(j.records, func(r record) bool { return r.server == server }) {
-			continue
-		}
-		r := j.s.query(ctx, server, j.path, false, true)
-		if r != nil && narinfo.Equivalent(r.narinfo, j.want) {
-			j.add(ctx, []record{*r})
-			if j.s.Policy != ERISFirst && j.s.Policy != ERISOnly || slices.ContainsFunc(j.ways, isBlocks) {
-				break
+		select {
+		case r := <-answers:
+			pending--
+			if r == nil || !narinfo.Equivalent(r.narinfo, j.want) {
+				continue
 			}
+			j.add(parent, []record{*r})
+			if j.s.Policy != ERISFirst && j.s.Policy != ERISOnly || slices.ContainsFunc(j.ways, isBlocks) {
+				return len(j.ways) > before
+			}
+		case <-slow.C:
+		case <-ctx.Done():
+			return false
 		}
 	}
 	return len(j.ways) > before
@@ -348,12 +366,26 @@ type attempt struct {
 	progress *protocol.Download
 	cancel   context.CancelCauseFunc
 	got      atomic.Int64 // bytes
+	total    atomic.Int64 // bytes that will come, as the server says; negative if it does not
 	given    atomic.Bool  // up, because it was slow
 }
 
 // from tells where the item comes from, for people, and how many bytes will come; negative is
 // unknown.
 func (a *attempt) from(url string, size int64) { a.progress.From(url, size) }
+
+// left returns how many bytes are still to come, of so many that were expected.
+func (a *attempt) left(expected int64) int64 {
+	got := a.got.Load()
+	switch total := a.total.Load(); {
+	case total > 0:
+		return max(0, total-got)
+	case total < 0:
+		// It is a guess. When it has turned out to be too small, the end may be far all the same.
+		return max(expected-got, got/8)
+	}
+	return max(0, expected-got)
+}
 
 // count notes that n bytes have come over the network.
 func (a *attempt) count(n int) { a.countShown(n, n) }
@@ -429,22 +461,21 @@ func (j *job) options() restore.Options {
 
 // watch gives the attempt up when it is slow: when it could never make an item, or, by its pace,
 // when the next way would be there much earlier, although that begins from the start. If no other
-// way is known, it looks for one first. The caller must call what it returns before it uses the
-// list again.
+// way is known that would be, it looks for one at further servers. The caller must call what it
+// returns before it uses the list again.
 func (j *job) watch(ctx context.Context, c *candidate, a *attempt) (stop func()) {
 	begin := sample{at: time.Now()}
-	w := watched{c: c, period: []sample{begin}, window: []sample{begin}}
-	alone := c.patient || j.s.Limiter != nil
+	w := watched{c: c, a: a, period: []sample{begin}, window: []sample{begin}}
+	patient := c.patient || j.s.Limiter != nil
+	alone := false // there are no further servers
 	return every(min(paceEvery, c.pace().after/4), func() bool {
 		now := sample{time.Now(), a.got.Load()}
 		err := w.tooSlow(now)
 		switch {
-		case err != nil || alone:
-		case len(j.ways) > 0:
-			if w.slowerThan(now, j.ways[0].time) {
-				err = errSlow
-			}
-		case w.slowerThan(now, 2*unknownLatency+seconds(float64(c.bytes)/unknownRate)):
+		case err != nil || patient:
+		case len(j.ways) > 0 && w.slowerThan(now, j.ways[0].time):
+			err = errSlow
+		case !alone && w.slowerThan(now, 2*unknownLatency+seconds(float64(c.bytes)/unknownRate)):
 			alone = !j.moreRecords(ctx)
 		}
 		if err == nil {
@@ -465,6 +496,7 @@ type sample struct {
 // watched is what is known of the pace of an attempt.
 type watched struct {
 	c      *candidate
+	a      *attempt
 	period []sample // the last one that is older than ratePeriod, and later ones
 	window []sample // the same, with the window of the pace
 }
@@ -493,7 +525,7 @@ func (w *watched) tooSlow(now sample) error {
 func (w *watched) slowerThan(now sample, other time.Duration) bool {
 	p := w.c.pace()
 	bytes, elapsed := since(&w.window, now, p.window)
-	left := float64(max(0, w.c.bytes-now.got))
+	left := float64(w.a.left(w.c.bytes))
 	return elapsed >= p.after && left > p.factor*float64(bytes)/elapsed.Seconds()*(other+preferMargin).Seconds()
 }
 

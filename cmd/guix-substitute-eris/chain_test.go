@@ -114,15 +114,19 @@ func (c *chain) serve(items string) {
 		store.end()
 	})
 	c.stores = map[string]string{"coap+unix": store.urls["UNIX"], "coap+tcp": store.urls["TCP"], "coap": store.urls["UDP"]}
-	var stopPublisher func() error
-	c.server, stopPublisher, err = startPublisher(c.directory, c.env, c.t.Logf, []string{
-		"--root=" + c.directory + "/items", "--cache=" + c.directory + "/cache", "--eris=" + c.stores["coap+unix"], items,
-	})
+	c.publish("--cache="+c.directory+"/cache", "--eris="+c.stores["coap+unix"], items)
+}
+
+// publish starts the publisher.
+func (c *chain) publish(args ...string) {
+	c.t.Helper()
+	p, err := startPublisher(c.directory, c.env, c.t.Logf, append(args, "--root="+c.directory+"/items"))
 	if err != nil {
 		c.t.Fatal(err)
 	}
+	c.server = p.url
 	c.t.Cleanup(func() {
-		if err := stopPublisher(); err != nil {
+		if err := p.stop(); err != nil {
 			c.t.Error(err)
 		}
 	})

@@ -304,8 +304,7 @@ func testHostileStores(t *testing.T, idle bool) {
 		"no protocol":          {peer{[]byte("HTTP/1.1 400 Bad Request\r\n\r\n"), content, false}, false},
 		"endless capabilities": {peer{bytes.Repeat(coaptest.CSM, 100000), content, false}, false},
 		"another's token": {peer{coaptest.CSM, func(token coap.Token, block []byte) []byte {
-			token.Value += 1 << 20
-			return content(token, block)
+			return content(coap.Token{Value: token.Value + 1<<20, Size: 4}, block)
 		}, false}, false},
 		"never answers": {peer{coaptest.CSM, func(coap.Token, []byte) []byte { return nil }, false}, false},
 		"silent":        {peer{nil, func(coap.Token, []byte) []byte { return nil }, false}, false},

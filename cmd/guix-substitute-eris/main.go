@@ -11,6 +11,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log"
 	"maps"
 	"os"
 	"os/signal"
@@ -26,6 +27,8 @@ func main() { os.Exit(run(os.Args[1:])) }
 // run runs the command that the arguments ask for and returns the exit status. What it does not
 // know belongs to guix if it runs in place of that.
 func run(args []string) int {
+	// Package net/http tells, among others, what servers send that nobody has asked for.
+	log.SetOutput(io.Discard)
 	guix := ""
 	if len(args) > 0 {
 		if file, ok := strings.CutPrefix(args[0], "--guix="); ok {

@@ -40,14 +40,14 @@ func TestPublishConnections(t *testing.T) {
 		defer mu.Unlock()
 		fmt.Fprintf(&log, format+"\n", a...)
 	}
-	url, stop, err := startPublisher(directory, os.Environ(), logf, []string{
+	publisher, err := startPublisher(directory, os.Environ(), logf, []string{
 		"--root=items", "--manifest=manifest", "--private-key=none", "--max-connections=3",
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	dial := func() net.Conn {
-		conn, err := net.Dial("tcp", strings.TrimPrefix(url, "http://"))
+		conn, err := net.Dial("tcp", strings.TrimPrefix(publisher.url, "http://"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -94,7 +94,7 @@ func TestPublishConnections(t *testing.T) {
 	for _, conn := range busy[1:] {
 		conn.Close()
 	}
-	if err := stop(); err != nil {
+	if err := publisher.stop(); err != nil {
 		t.Error(err)
 	}
 	if !strings.Contains(log.String(), "connections turned away: all of 3, or half of them for one host, are busy; see --max-connections") {

@@ -25,49 +25,56 @@ import (
 func scriptPublish(ts *testscript.TestScript, neg bool, args []string) {
 	key := ts.Getenv("WORK") + "/" + args[0]
 	if neg {
-		stop, ok := publishers.LoadAndDelete(key)
+		p, ok := publishers.LoadAndDelete(key)
 		if !ok {
 			ts.Fatalf("there is no publisher %s", args[0])
 		}
-		ts.Check(stop.(func() error)())
+		ts.Check(p.(*publisher).stop())
 		return
 	}
-	url, stop, err := startPublisher(ts.MkAbs("."), scriptEnvironment(ts), ts.Logf, args[1:])
+	p, err := startPublisher(ts.MkAbs("."), scriptEnvironment(ts), ts.Logf, args[1:])
 	ts.Check(err)
-	ts.Setenv(args[0], url)
-	publishers.Store(key, stop)
+	ts.Setenv(args[0], p.url)
+	publishers.Store(key, p)
 	ts.Defer(func() {
-		if stop, ok := publishers.LoadAndDelete(key); ok {
-			ts.Check(stop.(func() error)())
+		if p, ok := publishers.LoadAndDelete(key); ok {
+			ts.Check(p.(*publisher).stop())
 		}
 	})
 }
 
-// publishers has the functions that stop the publishers of all scripts.
+// publishers has the publishers of all scripts.
 var publishers sync.Map
 
 // published is what a publisher says when it listens.
 var published = regexp.MustCompile(`publishing on (\S+)`)
 
+// A publisher is the program, run as "publish".
+type publisher struct {
+	cmd *exec.Cmd
+	url string
+	log sync.WaitGroup
+}
+
 // startPublisher runs the command publish and waits until it listens.
-func startPublisher(directory string, env []string, logf func(string, ...any), args []string) (url string, stop func() error, err error) {
+func startPublisher(directory string, env []string, logf func(string, ...any), args []string) (*publisher, error) {
 	program, err := exec.LookPath("guix-substitute-eris")
 	if err != nil {
-		return "", nil, err
+		return nil, err
 	}
 	cmd := exec.Command(program, append([]string{"publish", "--listen=127.0.0.1:0"}, args...)...)
 	cmd.Dir, cmd.Env = directory, env
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	log, err := cmd.StderrPipe()
 	if err != nil {
-		return "", nil, err
+		return nil, err
 	}
 	if err := cmd.Start(); err != nil {
-		return "", nil, err
+		return nil, err
 	}
-	var wait sync.WaitGroup
+	p := &publisher{cmd: cmd}
 	urls := make(chan string, 1)
-	wait.Go(func() {
+	p.log.Go(func() {
 		defer close(urls)
 		for s := bufio.NewScanner(log); s.Scan(); {
 			logf("publish: %s", s.Text())
@@ -76,15 +83,25 @@ func startPublisher(directory string, env []string, logf func(string, ...any), a
 			}
 		}
 	})
-	url, ok := <-urls
-	if !ok {
-		return "", nil, errors.Join(os.ErrProcessDone, cmd.Wait())
+	var ok bool
+	if p.url, ok = <-urls; !ok {
+		return nil, errors.Join(os.ErrProcessDone, cmd.Wait())
 	}
-	return url, func() error {
-		cmd.Process.Signal(unix.SIGTERM)
-		wait.Wait() // all that it says has been read
-		return cmd.Wait()
-	}, nil
+	return p, nil
+}
+
+// stop ends the publisher by SIGTERM.
+func (p *publisher) stop() error {
+	p.cmd.Process.Signal(unix.SIGTERM)
+	p.log.Wait() // all that it says has been read
+	return p.cmd.Wait()
+}
+
+// kill ends the publisher by SIGKILL.
+func (p *publisher) kill() {
+	p.cmd.Process.Kill()
+	p.log.Wait()
+	p.cmd.Wait()
 }
 
 // fetch URL FILE [TEXT] gets a file over HTTP; with a text, until it has that, within half a

@@ -84,18 +84,7 @@ func (c *chain) serveCounted(items string, rate int64) (*blockstore.Store, *wire
 		<-served
 	})
 	c.stores["coap+tcp"] = "coap+tcp://" + listener.Addr().String()
-	var stop func() error
-	c.server, stop, err = startPublisher(c.directory, c.env, c.t.Logf, []string{
-		"--root=" + c.directory + "/items", "--cache=" + c.directory + "/published", "--eris=" + c.stores["coap+tcp"], "--wait-for=4000000000", items,
-	})
-	if err != nil {
-		c.t.Fatal(err)
-	}
-	c.t.Cleanup(func() {
-		if err := stop(); err != nil {
-			c.t.Error(err)
-		}
-	})
+	c.publish("--cache="+c.directory+"/published", "--eris="+c.stores["coap+tcp"], "--wait-for=4000000000", items)
 	return store, w
 }
 

@@ -62,7 +62,8 @@ func TestServeKilled(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2))
 	acknowledged := map[int]bool{}
 	next := 0
-	for range 5 {
+	n := kills(t, 5)
+	for range n {
 		server := serveTest(t, directory)
 		store, err := coap.Open(server.urls["UNIX"], coap.Options{})
 		if err != nil {
@@ -73,7 +74,7 @@ func TestServeKilled(t *testing.T) {
 			group sync.WaitGroup
 			mu    sync.Mutex
 		)
-		killAt := len(acknowledged) + random.IntN(1500)
+		killAt := len(acknowledged) + 1 + random.IntN(max(200, 7500/n))
 		for range 256 {
 			group.Go(func() {
 				for {
