@@ -3,10 +3,12 @@
 package restore
 
 import (
+	"bytes"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"io"
 	"os"
 	"sync"
 
@@ -24,7 +26,8 @@ const deduplicationMinimum = 8192
 // LocalStore::optimisePath_). Its methods are safe for concurrent use. Sharing is a matter of space
 // only: each failure of it leaves the file as it is.
 type links struct {
-	path string
+	path    string
+	damaged func(file string) // tells a link that has other contents than its name says; or nil
 
 	mu sync.Mutex
 	fd int // of path, -1 while it is not open
@@ -66,7 +69,7 @@ func (l *links) use(key *[sha256.Size]byte, f *file) bool {
 		return false
 	}
 	name := nixbase32.EncodeToString(key[:])
-	if !usable(fd, name, f) {
+	if !l.usable(fd, name, key, f) {
 		return false
 	}
 	if unix.Linkat(fd, name, f.directory.fd, f.name, 0) != nil {
@@ -90,7 +93,9 @@ func (l *links) share(key *[sha256.Size]byte, f *file) {
 	if unix.Linkat(f.directory.fd, f.name, fd, name, 0) != unix.EEXIST {
 		return // it is the link now; or the directory is full, or of another owner
 	}
-	if !usable(fd, name, f) {
+	if !l.usable(fd, name, key, f) {
+		// One that was damaged is gone.
+		unix.Linkat(f.directory.fd, f.name, fd, name, 0)
 		return
 	}
 	// The new link takes the place of the file in one step.
@@ -112,12 +117,57 @@ func temporaryName() string {
 	return fmt.Sprintf(".tmp-link-%d-%s", os.Getpid(), hex.EncodeToString(b[:]))
 }
 
-// usable reports whether the link has the size of f; one that has not was truncated when the
-// machine went down.
-func usable(fd int, name string, f *file) bool {
+// usable reports whether the link has the contents of f. One that has others, because a disk or
+// whoever could write to it has changed it, or because it was truncated when the machine went down,
+// is removed, and told.
+func (l *links) usable(fd int, name string, key *[sha256.Size]byte, f *file) bool {
+	link, err := unix.Openat(fd, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	contents := os.NewFile(uintptr(link), l.path+"/"+name)
+	defer contents.Close()
 	var st unix.Stat_t
-	err := unix.Fstatat(fd, name, &st, unix.AT_SYMLINK_NOFOLLOW)
-	return err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && uint64(st.Size) == f.size
+	if unix.Fstat(link, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return false
+	}
+	if uint64(st.Size) == f.size {
+		same, err := f.same(contents, key)
+		if same || err != nil {
+			return same
+		}
+	}
+	if unix.Unlinkat(fd, name, 0) == nil && l.damaged != nil {
+		l.damaged(contents.Name())
+	}
+	return false
+}
+
+// same reports whether r, which has as many bytes, has the contents of f.
+func (f *file) same(r io.Reader, key *[sha256.Size]byte) (bool, error) {
+	if f.stream != nil { // they are not at hand any more
+		h := newLinkHash(f)
+		if _, err := io.Copy(h, r); err != nil {
+			return false, err
+		}
+		var found [sha256.Size]byte
+		h.key(&found)
+		return found == *key, nil
+	}
+	buffer := make([]byte, 64<<10)
+	for _, piece := range f.pieces {
+		for rest := piece.Bytes; len(rest) > 0; {
+			n, err := io.ReadFull(r, buffer[:min(len(rest), len(buffer))])
+			if err != nil {
+				return false, err
+			}
+			if !bytes.Equal(buffer[:n], rest[:n]) {
+				return false, nil
+			}
+			rest = rest[n:]
+		}
+	}
+	return true, nil
 }
 
 // canonicalize gives a shared file the mode and time of a store file where it has others; then

@@ -33,6 +33,10 @@ type Options struct {
 	// become links to those. Empty turns de-duplication off. It must be on
 	// the file system of the destination.
 	LinksDirectory string
+	// Damaged, if not nil, is called with the name of each file in LinksDirectory that had other
+	// contents than it should have, and was removed; other store items may share it. It is called
+	// from several goroutines.
+	Damaged func(file string)
 	// MaxBytes is the greatest length of the archive that the nodes may make, in bytes; 0 is no
 	// limit. A tree beyond it fails before the excess is written.
 	MaxBytes uint64
@@ -104,7 +108,7 @@ func Restore(ctx context.Context, nodes nar.Nodes, destination string, o Options
 		r.limit = 1<<64 - 1
 	}
 	if o.LinksDirectory != "" {
-		r.links = &links{path: o.LinksDirectory, fd: -1}
+		r.links = &links{path: o.LinksDirectory, damaged: o.Damaged, fd: -1}
 		defer r.links.close()
 	}
 	failed := contained(r.plan)

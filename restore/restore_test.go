@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -387,6 +388,58 @@ func TestDeduplication(t *testing.T) {
 	}
 	checkCanonical(t, s+"/one")
 	checkCanonical(t, s+"/two")
+}
+
+// TestDamagedLinks has files in the directory of links that are not what their names say: cut, or
+// with other bytes. They are not linked to, but told and replaced.
+func TestDamagedLinks(t *testing.T) {
+	d := t.TempDir()
+	sizes := map[string]int{"small": 20000, "large": 3 << 20}
+	for name, size := range sizes {
+		must(t, os.WriteFile(d+"/"+name, bytes.Repeat([]byte(name), size/5), 0o644))
+	}
+	archive := archiveOf(t, d)
+	s := store(t)
+	var mu sync.Mutex
+	var damaged []string
+	o := restore.Options{LinksDirectory: s + "/.links", Damaged: func(file string) {
+		mu.Lock()
+		defer mu.Unlock()
+		damaged = append(damaged, file)
+	}}
+	first, err := restoreArchive(archive, 64<<10, s+"/one", o)
+	must(t, err)
+	for i, damage := range []func(f *os.File) error{
+		func(f *os.File) error { return f.Truncate(5) },
+		func(f *os.File) error { _, err := f.WriteAt([]byte("X"), 4000); return err },
+	} {
+		for name := range sizes {
+			path := s + "/one/" + name
+			must(t, os.Chmod(path, 0o644))
+			f, err := os.OpenFile(path, os.O_WRONLY, 0)
+			must(t, err)
+			must(t, damage(f))
+			must(t, f.Close())
+		}
+		item := fmt.Sprintf("%s/after%d", s, i)
+		again, err := restoreArchive(archive, 64<<10, item, o)
+		must(t, err)
+		for name, size := range sizes {
+			text, err := os.ReadFile(item + "/" + name)
+			if err != nil || !bytes.Equal(text, bytes.Repeat([]byte(name), size/5)) {
+				t.Errorf("%s has %d bytes, %v", name, len(text), err)
+			}
+			if _, links := inode(t, item+"/"+name); links != 2 {
+				t.Errorf("%s has %d names", name, links)
+			}
+		}
+		if again != first || len(damaged) != 2*(i+1) {
+			t.Errorf("%d files were told to be damaged", len(damaged))
+		}
+		must(t, restore.Remove(s+"/one"))
+		_, err = restoreArchive(archive, 64<<10, s+"/one", o)
+		must(t, err)
+	}
 }
 
 func TestNoDeduplication(t *testing.T) {

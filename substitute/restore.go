@@ -455,6 +455,9 @@ func (j *job) options() restore.Options {
 	// The links of a store are for what is in it.
 	if j.s.Deduplicate && strings.HasPrefix(j.destination, j.s.StoreDir+"/") {
 		o.LinksDirectory = j.s.StoreDir + "/.links"
+		o.Damaged = func(file string) {
+			j.log.WarnOnce("damaged "+file, "%s was damaged and is replaced; 'guix gc --verify=contents' finds the items that share it", file)
+		}
 	}
 	return o
 }
