@@ -336,11 +336,14 @@ func (a *Ahead) fill() bool {
 
 // restore stages an item.
 func (a *Ahead) restore(ctx context.Context, s *staged, c *claim, large bool) {
+	defer c.release()
 	s.outcome = s.restoration.Run(ctx)
-	if s.outcome.Status != substitute.Success || c.finish() != nil {
+	// The narinfo may be another one than when the item was planned, but the key names a hash.
+	if s.outcome.Status != substitute.Success || s.outcome.NarHash != s.item.NarHash || c.finish() != nil {
 		s.outcome = substitute.Outcome{}
-		restore.Remove(c.part())
-		c.release()
+		if c.holds() {
+			restore.Remove(c.part())
+		}
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -135,9 +135,15 @@ func (s *stage) claim(key string) *claim {
 // part returns the file name at which the item is to be restored.
 func (c *claim) part() string { return c.final + ".part" }
 
+// holds reports whether what is at part is this helper's: if the stage was collected, another
+// helper may have made it anew, with a lock of its own.
+func (c *claim) holds() bool { return c.lock != nil && isAt(c.lock, c.lock.Name()) }
+
 // finish says that the item is complete.
 func (c *claim) finish() error {
-	defer c.release()
+	if !c.holds() {
+		return fs.ErrNotExist
+	}
 	return rename(c.part(), c.final)
 }
 
@@ -173,16 +179,15 @@ func (s *stage) take(key, destination string, wait time.Duration) (moved bool, c
 
 // rename renames a tree that may not be writable, as long as there is nothing of the new name.
 func rename(from, to string) error {
-	err := unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE)
-	if !errors.Is(err, unix.EACCES) {
+	err := files.MoveNew(from, to)
+	if info, failed := os.Lstat(from); !errors.Is(err, unix.EACCES) || failed != nil || !info.IsDir() {
 		return err
 	}
 	// To move a directory one must be allowed to write to it, unless one is root.
 	if err := os.Chmod(from, 0o755); err != nil {
 		return err
 	}
-	err = unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE)
-	if err != nil {
+	if err := files.MoveNew(from, to); err != nil {
 		return err
 	}
 	return os.Chmod(to, 0o555)
@@ -201,7 +206,17 @@ func (s *stage) free() int64 {
 // Errors are passed over. It takes no time worth mentioning when there is nothing.
 func CleanStages(store string) {
 	around := filepath.Join(store, stagingName)
-	entries, err := os.ReadDir(around)
+	// Others may be able to put something of that name into the store.
+	d, err := os.OpenFile(around, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return
+	}
+	defer d.Close()
+	var st unix.Stat_t
+	if unix.Fstat(int(d.Fd()), &st) != nil || st.Uid != uint32(os.Geteuid()) {
+		return
+	}
+	entries, err := d.ReadDir(-1)
 	if err != nil {
 		return
 	}

@@ -46,6 +46,7 @@ func (s *stage) put(t *testing.T, key string) {
 	if c == nil {
 		t.Fatalf("%s cannot be claimed", key)
 	}
+	defer c.release()
 	tree(t, c.part())
 	if err := c.finish(); err != nil {
 		t.Fatal(err)
@@ -121,6 +122,7 @@ func TestStageShared(t *testing.T) {
 	if err := c.finish(); err != nil {
 		t.Error(err)
 	}
+	c.release()
 	if !<-moved || !exists(filepath.Join(b, "file")) {
 		t.Error("what was waited for is not there")
 	}
@@ -208,4 +210,47 @@ func TestCleanStages(t *testing.T) {
 		t.Error("a link was followed")
 	}
 	CleanStages(filepath.Join(store, "none"))
+	// Nor one in place of the directory around.
+	if err := restore.Remove(filepath.Join(store, stagingName)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(target+"s", "precious"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(target+"s", filepath.Join(store, stagingName)); err != nil {
+		t.Fatal(err)
+	}
+	CleanStages(store)
+	if !exists(filepath.Join(target+"s", "precious")) {
+		t.Error("a link was followed")
+	}
+}
+
+// Two helpers of one session stage the same item, because the collector has taken away what the
+// first one works in: it must not take the other's for its own.
+func TestStageMadeAnew(t *testing.T) {
+	store, stages := newStages(t, 2)
+	first := stages[0].claim("a")
+	defer first.release()
+	tree(t, first.part())
+	if err := os.Rename(filepath.Join(store, stagingName), filepath.Join(store, "trash")); err != nil {
+		t.Fatal(err)
+	}
+	if err := stages[1].open(); err != nil {
+		t.Fatal(err)
+	}
+	second := stages[1].claim("a")
+	if second == nil {
+		t.Fatal("the item cannot be claimed")
+	}
+	defer second.release()
+	if err := os.Mkdir(second.part(), 0o755); err != nil { // which is not complete
+		t.Fatal(err)
+	}
+	if err := first.finish(); err == nil {
+		t.Error("what another helper makes was taken for complete")
+	}
+	if err := stages[1].move("a", filepath.Join(store, "a")); err == nil {
+		t.Error("what is not complete was moved")
+	}
 }

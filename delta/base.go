@@ -95,6 +95,9 @@ func (b *base) descriptor(path string) (int, error) {
 	for first := true; ; first = false {
 		name, rest, more := strings.Cut(path, "/")
 		if err := nar.CheckName(name); err != nil {
+			if !first {
+				unix.Close(at)
+			}
 			return -1, err
 		}
 		flags := 0

@@ -110,6 +110,14 @@ func (l *limited) Cancel(r *Request) {
 	}
 }
 
+// Waits reports whether a request is held back, so that the source does not know of it yet.
+func (l *limited) Waits(r *Request) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	_, waits := l.waiting[r]
+	return waits
+}
+
 func (l *limited) Close() error {
 	l.mu.Lock()
 	l.closed = true

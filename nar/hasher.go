@@ -94,7 +94,8 @@ func (h *Hasher) Contents(c Chunk) error {
 
 // Finish ends the goroutine and returns the hash. It means nothing after an error.
 func (h *Hasher) Finish() (sum [sha256.Size]byte) {
-	h.push() // fails only when nobody wants the hash
+	h.ctx = context.Background() // what is left is taken soon, and the hash must not lack it
+	h.push()
 	if h.pieces != nil {
 		close(h.pieces)
 		h.done.Wait()

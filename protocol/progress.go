@@ -20,9 +20,9 @@ const interval = 200 * time.Millisecond
 const maxURL = 1500
 
 // A Download shows the progress of one "substitute" request, over all sources that are tried for
-// it: clients of the daemon must see each event of the start and the success of an item exactly
-// once. Transferred may be called at any time from any goroutine; the other methods from one at a
-// time.
+// it: clients of the daemon must see the success of an item exactly once, and a start for each way
+// that is tried. Transferred may be called at any time from any goroutine; the other methods from
+// one at a time.
 type Download struct {
 	log  *Log
 	item string
@@ -56,7 +56,9 @@ func (d *Download) From(url string, size int64) {
 	switch {
 	case !l.style.Traces:
 		io.WriteString(l.w, "Downloading "+url+"...\n")
-	case !d.started:
+	default:
+		// Once more when another way is taken: the progress that follows at once makes clients
+		// forget what they knew of the item (Guix, guix/status.scm: compute-status).
 		io.WriteString(l.w, "@ download-started "+d.item+" "+url+" "+d.sizeField()+"\n")
 	}
 	d.started = true

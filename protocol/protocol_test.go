@@ -185,7 +185,7 @@ func TestTraces(t *testing.T) {
 		t.Errorf("got %q, want %q", w.writes, want)
 	}
 
-	// Another source: the item does not start again.
+	// Another way: clients are told from where the item comes now.
 	w.writes = nil
 	d = log.Download("/s/x")
 	d.From("http://one/a b\n@ evil", 10)
@@ -196,6 +196,7 @@ func TestTraces(t *testing.T) {
 	want = []string{
 		"@ download-started /s/x http://one/a%20b%20@%20evil 10\n",
 		"@ download-progress /s/x http://one/a%20b%20@%20evil 10 0\n",
+		"@ download-started /s/x http://two/ -\n",
 		"@ download-progress /s/x http://two/ - 0\n",
 		"@ download-progress /s/x http://two/ - 7\n",
 		"@ download-succeeded /s/x http://two/ 7\n\n",

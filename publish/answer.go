@@ -133,7 +133,7 @@ func (s *Server) nar(w http.ResponseWriter, r *http.Request, compression string)
 	n.size = size
 	// The size need not be known to send the whole.
 	whole := !known && r.Header.Get("Range") == "" && r.Header.Get("If-None-Match") == ""
-	if compression != "none" && !(whole && r.Method == http.MethodHead) {
+	if (compression != "none" || r.Header.Get("Range") != "") && !(whole && r.Method == http.MethodHead) {
 		release, ok := s.slot(w, r)
 		if !ok {
 			return

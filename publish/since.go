@@ -39,7 +39,7 @@ func readEarlier(directory, storeDir string) (*earlier, error) {
 		if len(e.items) == maxExported {
 			return nil, fmt.Errorf("%s: more than %d items are too many", directory, maxExported)
 		}
-		text, err := files.ReadState(filepath.Join(directory, name), narinfo.MaxSize)
+		text, err := files.ReadRegular(filepath.Join(directory, name), narinfo.MaxSize)
 		if err != nil {
 			return nil, err
 		}

@@ -64,8 +64,8 @@ const (
 	// smallPiece is the length in bytes below which a piece of contents is copied to the others of
 	// its file instead of being kept: many of them would hold much memory with little in it.
 	smallPiece = 4 << 10
-	// queuedFiles bounds the files that are complete but not created yet.
-	queuedFiles = 32
+	// queuedFiles bounds the files that are complete but not created yet, each of up to maxPieces.
+	queuedFiles = 8
 	// maxDescriptors is how many directories are open files at a time. Of those on the way down the
 	// last keptDescriptors stay open, and those in which files are being created; further ones are
 	// closed from leaveFrom on. So what is above that is for directories that have only to be

@@ -8,6 +8,7 @@ import (
 	"debug/elf"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"hash/crc32"
 	"io"
 	"math/bits"
@@ -78,7 +79,7 @@ func (w *workshop) crc(f io.ReaderAt, start, size int64) (old, new uint32, err e
 // elf makes the CRC of a debug link anew: that of the file with what has been stripped (GDB manual,
 // "Debugging Information in Separate Files").
 func (w *workshop) elf(f io.ReaderAt, path string) ([]patch, error) {
-	e, err := elf.NewFile(f)
+	e, err := elf.NewFile(&bounded{f, maxELF})
 	if err != nil {
 		return nil, nil // it only begins like one
 	}
@@ -105,6 +106,24 @@ func (w *workshop) elf(f io.ReaderAt, path string) ([]patch, error) {
 	}
 	e.ByteOrder.PutUint32(data[at:], sum)
 	return []patch{{int64(link.Offset) + int64(at), data[at : at+4]}}, nil
+}
+
+// maxELF bounds what is read to find the sections of a program, in bytes; what is kept of them
+// takes about four times that.
+const maxELF = 2 << 20
+
+// bounded is a file that cannot be read beyond so many bytes in all.
+type bounded struct {
+	io.ReaderAt
+	left int
+}
+
+// ReadAt implements io.ReaderAt.
+func (b *bounded) ReadAt(p []byte, offset int64) (int, error) {
+	if b.left -= len(p); b.left < 0 {
+		return 0, errors.New("too many sections")
+	}
+	return b.ReaderAt.ReadAt(p, offset)
 }
 
 // debugCRC returns the CRC of the new debug file of the given name of the file at file: of the very
@@ -322,16 +341,24 @@ func (w *workshop) member(f io.ReaderAt, size int64, header []byte, at int64) []
 	return patches
 }
 
-// openRegular opens a regular file and returns its length. It returns nil if there is none.
+// openRegular opens a regular file and returns its length. It returns nil if there is none. Whoever
+// has built an item may have put links into it that lead to devices, which it does something to
+// open; so no link in the path is followed, and nothing else is opened.
 func openRegular(path string) (*os.File, int64) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	fd, err := unix.Openat2(unix.AT_FDCWD, path, &unix.OpenHow{
+		Flags: unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS,
+	})
+	if err != nil {
+		return nil, 0 // also before Linux 5.6
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if unix.Fstat(fd, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return nil, 0
+	}
+	f, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", fd))
 	if err != nil {
 		return nil, 0
 	}
-	info, err := f.Stat()
-	if err != nil || !info.Mode().IsRegular() {
-		f.Close()
-		return nil, 0
-	}
-	return f, info.Size()
+	return f, st.Size
 }

@@ -5,6 +5,7 @@ package substitute
 import (
 	"context"
 	"io"
+	"runtime/debug"
 	"sync/atomic"
 	"time"
 
@@ -49,7 +50,7 @@ func (s *Substituter) Known(ctx context.Context, paths []string) []Item {
 	l.run(ctx)
 	var items []Item
 	for path, f := range l.all() {
-		if !s.usable(f) {
+		if !s.usable(f) || !f.authorised.narinfo.NarSizeKnown {
 			continue
 		}
 		n := f.authorised.narinfo
@@ -80,11 +81,17 @@ func (s *Substituter) Prepare(path, place string) *Restoration {
 
 // Run does what Substitute does, once and for all, and returns when that is over. It is safe for
 // concurrent use with the methods of the Substituter.
-func (r *Restoration) Run(ctx context.Context) Outcome {
+func (r *Restoration) Run(ctx context.Context) (outcome Outcome) {
+	defer r.job.progress.Pause()
+	defer func() {
+		if fault := recover(); fault != nil {
+			r.log.Errorf("internal error: %v: %s", fault, debug.Stack())
+			outcome = Outcome{}
+		}
+	}()
 	l := r.s.newLookup([]string{r.job.path}, func(*record) {})
 	l.run(ctx)
-	outcome, _, _ := r.s.substitute(ctx, l, r.job)
-	r.job.progress.Pause()
+	outcome, _, _ = r.s.substitute(ctx, l, r.job)
 	return outcome
 }
 
@@ -142,14 +149,17 @@ func (p *precedence) giveWay(ctx context.Context) {
 
 // orderly reads what comes over a line, which gives way if nobody waits for it.
 type orderly struct {
-	ctx context.Context
-	r   io.Reader
-	job *job
+	ctx    context.Context
+	r      io.Reader
+	job    *job
+	paused atomic.Int64 // to give way, in nanoseconds
 }
 
 func (o *orderly) Read(p []byte) (int, error) {
 	if !o.job.waited() {
+		begin := time.Now()
 		o.job.s.precedence.giveWay(o.ctx)
+		o.paused.Add(int64(time.Since(begin)))
 		return o.r.Read(p)
 	}
 	return o.job.s.precedence.read(o.r, p)

@@ -166,6 +166,7 @@ func (n unquotedNodes) Contents() (nar.Chunk, error) {
 // A download is the bytes that a server sends.
 type download struct {
 	*counter
+	orderly *orderly
 	nar     *mirror.Nar
 	url     string
 	latency time.Duration
@@ -181,14 +182,14 @@ func (j *job) download(ctx context.Context, a *attempt, url string, size int64) 
 	if err != nil {
 		return nil, err
 	}
-	d := &download{&counter{r: body, a: a}, body, url, time.Since(begin), j, a}
+	d := &download{&counter{r: body, a: a}, &orderly{ctx: ctx, r: body, job: j}, body, url, time.Since(begin), j, a}
 	if body.Size >= 0 {
 		size = body.Size
 	}
 	a.from(body.URL, size)
 	a.total.Store(size)
 	if !mirror.IsLocal(url) {
-		d.r = ratelimit.Reader(ctx, &orderly{ctx, body, j}, j.s.Limiter)
+		d.r = ratelimit.Reader(ctx, d.orderly, j.s.Limiter)
 	}
 	return d, nil
 }
@@ -201,7 +202,7 @@ func (d *download) done(ok bool) {
 	d.nar.Close()
 	// One that was given up is known to be slow.
 	if d.j.s.Speeds != nil && !mirror.IsLocal(d.url) && (ok || d.a.slow()) {
-		d.j.s.Speeds.Measured(d.url, d.n.Load(), time.Duration(d.waited.Load()), d.latency)
+		d.j.s.Speeds.Measured(d.url, d.n.Load(), time.Duration(d.waited.Load()-d.orderly.paused.Load()), d.latency)
 	}
 }
 

@@ -42,6 +42,7 @@ type conn struct {
 
 	// Of the goroutine that reads.
 	parsed    []getRequest // not handed over yet
+	crowded   bool         // too many that were handed over have not been served
 	transfers *transfers
 
 	room    sync.Cond // there is room for more again
@@ -98,7 +99,7 @@ func (c *conn) Request(r *coap.Request) {
 		c.answer(r.Token, code, nil)
 	case r.Code == codes.GET:
 		c.parsed = append(c.parsed, c.server.newGetRequest(r, &c.access, c.client))
-		if len(c.parsed) >= maxParsed {
+		if len(c.parsed) >= maxParsed || c.crowded {
 			c.dispatch()
 		}
 	default:
@@ -111,6 +112,7 @@ func (c *conn) Dry() {
 	c.peer.Lock()
 	defer c.peer.Unlock()
 	c.handOver()
+	c.crowded = len(c.gets)-c.firstGet > maxWaitingGets
 	c.tellIdle()
 }
 
@@ -172,5 +174,6 @@ func (c *conn) dispatch() {
 	for len(c.gets)-c.firstGet > maxWaitingGets && !c.peer.Broken() {
 		c.room.Wait()
 	}
+	c.crowded = false
 	c.peer.Unlock()
 }

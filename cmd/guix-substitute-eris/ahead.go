@@ -11,6 +11,7 @@ import (
 	"sync"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/ahead"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
@@ -25,11 +26,16 @@ const (
 	// leastAheadWorkers is how many large items are restored at the same time at least: while one
 	// waits for the line, another one can be decompressed.
 	leastAheadWorkers = 2
+	// mostAheadWorkers bounds the memory that they take.
+	mostAheadWorkers = 4
 )
 
 // aheadItems returns how many items are substituted ahead of the daemon at most.
 func (s *settings) aheadItems() int {
-	if s.file.AheadItems == nil {
+	switch {
+	case s.aheadWorkers() <= 0:
+		return 0
+	case s.file.AheadItems == nil:
 		return defaultAheadItems
 	}
 	return *s.file.AheadItems
@@ -63,8 +69,19 @@ func (s *settings) ahead(sub *session) *ahead.Ahead {
 		Session:  s.daemonSession(),
 		Items:    s.aheadItems(),
 		Bytes:    size,
-		Workers:  max(leastAheadWorkers, runtime.NumCPU()),
+		Workers:  s.aheadWorkers(),
 	})
+}
+
+// aheadWorkers returns how many large items are restored ahead of the daemon at the same time. A
+// connection to each server is left for what the daemon waits for: of those that are allowed, half
+// are for nars (see package mirror).
+func (s *settings) aheadWorkers() int {
+	connections := s.file.NarinfoConnections
+	if connections <= 0 {
+		connections = mirror.DefaultConnections
+	}
+	return min(max(leastAheadWorkers, runtime.NumCPU()), mostAheadWorkers, connections-connections/2-1)
 }
 
 // clean removes what helpers have left that are gone.

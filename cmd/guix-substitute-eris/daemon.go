@@ -12,6 +12,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // A daemonProcess is the running guix-daemon.
@@ -28,7 +30,8 @@ type daemonProcess struct {
 const maxProcessFile = 4 << 20
 
 // findDaemon returns the running guix-daemon and no child of it, or nil. proc is usually /proc.
-func findDaemon(proc string) *daemonProcess {
+// Anybody can give a process that name; trusted tells whose count, by real and effective user.
+func findDaemon(proc string, trusted func(uid string) bool) *daemonProcess {
 	entries, err := os.ReadDir(proc)
 	if err != nil {
 		return nil
@@ -43,7 +46,7 @@ func findDaemon(proc string) *daemonProcess {
 		stat, _ := readLimited(filepath.Join(proc, e.Name(), "stat"), maxProcessFile)
 		_, after, ok := bytes.Cut(stat, []byte(" (guix-daemon) "))
 		fields := strings.Fields(string(after))
-		if ok && len(fields) > 1 {
+		if ok && len(fields) > 1 && trustedProcess(filepath.Join(proc, e.Name()), trusted) {
 			parents[pid], _ = strconv.Atoi(fields[1])
 		}
 	}
@@ -57,6 +60,25 @@ func findDaemon(proc string) *daemonProcess {
 		return nil
 	}
 	return readDaemon(proc, slices.MinFunc(first, cmp.Compare))
+}
+
+// trustedProcess reports whether both users of a process are trusted: the real one too, because a
+// set-user-ID program may be started under any name.
+func trustedProcess(directory string, trusted func(uid string) bool) bool {
+	text, _ := readLimited(filepath.Join(directory, "status"), maxProcessFile)
+	for line := range strings.Lines(string(text)) {
+		if fields := strings.Fields(line); len(fields) > 2 && fields[0] == "Uid:" {
+			return trusted(fields[1]) && trusted(fields[2])
+		}
+	}
+	return false
+}
+
+// trusts reports whether a daemon may be one of the user: root, or whoever owns the store.
+func (d *doctor) trusts(uid string) bool {
+	var store unix.Stat_t
+	err := unix.Stat(storeDirectory(), &store)
+	return uid == "0" || d.root != "" || err == nil && uid == strconv.Itoa(int(store.Uid))
 }
 
 func readDaemon(proc string, pid int) *daemonProcess {
@@ -104,7 +126,7 @@ const (
 
 // examineDaemon finds out whether the running daemon starts this program.
 func (d *doctor) examineDaemon() {
-	d.daemon = findDaemon(filepath.Join("/", d.root, "proc"))
+	d.daemon = findDaemon(filepath.Join("/", d.root, "proc"), d.trusts)
 	p := d.daemon
 	if p == nil {
 		start := "sudo systemctl start guix-daemon"

@@ -126,6 +126,8 @@ func (d *doctor) examine(ctx context.Context) {
 	d.examineDaemon()
 	d.adoptEnvironment()
 	d.load()
+	// Nothing is changed: a directory that root made would be closed to a daemon that is not root.
+	d.kept = ""
 	d.log, d.notes = protocol.NewLog(io.Discard, protocol.LogStyle{}), nil // the findings say it
 	d.settings.daemon = d.daemon != nil && d.daemon.environment != nil
 	sub := d.silentSession(false)

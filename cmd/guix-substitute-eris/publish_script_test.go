@@ -32,7 +32,9 @@ func scriptPublish(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Check(p.(*publisher).stop())
 		return
 	}
-	p, err := startPublisher(ts.MkAbs("."), scriptEnvironment(ts), ts.Logf, args[1:])
+	// The log of a script is not for other goroutines.
+	unread := func(string, ...any) {}
+	p, err := startPublisher(ts.MkAbs("."), scriptEnvironment(ts), unread, args[1:])
 	ts.Check(err)
 	ts.Setenv(args[0], p.url)
 	publishers.Store(key, p)

@@ -210,11 +210,11 @@ func (c *Cache) Keep(_ context.Context, refs []eris.Reference, blocks [][]byte) 
 
 // Close ends all requests, waits for the disk for at most some seconds, and lets go of the file.
 func (c *Cache) Close() error {
-	c.once.Do(func() {}) // it is not opened any more
 	closed := make(chan struct{})
 	go func() {
 		defer close(closed)
 		c.Workers.Close()
+		c.once.Do(func() {}) // it is not opened any more; waits for the disk if it is being opened
 		c.open.Lock()
 		defer c.open.Unlock()
 		if c.ring != nil && !c.closed {

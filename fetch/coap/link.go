@@ -7,7 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -43,6 +45,7 @@ type link struct {
 
 	mu      sync.Mutex
 	closed  bool
+	running map[connection]struct{} // the present one, and those before it that the peer lets end
 	backoff backoff.Backoff
 	err     error // why the last connection is over
 }
@@ -54,7 +57,7 @@ func (e *dialError) Error() string { return e.err.Error() }
 func (e *dialError) Unwrap() error { return e.err }
 
 func (s *Store) newLink() *link {
-	l := &link{store: s, backoff: backoff.Backoff{Min: s.options.minBackoff, Max: maxRest}}
+	l := &link{store: s, running: map[connection]struct{}{}, backoff: backoff.Backoff{Min: s.options.minBackoff, Max: maxRest}}
 	s.links = append(s.links, l)
 	return l
 }
@@ -84,10 +87,12 @@ func (l *link) get() (connection, error) {
 		return conn, nil
 	})
 	l.present.Store(&c)
+	l.running[c] = struct{}{}
 	l.group.Go(func() {
 		_ = c.Run()
 		l.mu.Lock()
 		defer l.mu.Unlock()
+		delete(l.running, c)
 		l.retire(&c)
 	})
 	return c, nil
@@ -129,12 +134,13 @@ func (l *link) dial(rest time.Duration) (net.Conn, error) {
 	return nil, fmt.Errorf("connecting: %w", err)
 }
 
-// close ends the connection, and makes all fail that wait for it. It does not wait.
+// close ends the connections, and makes all fail that wait for them. It does not wait.
 func (l *link) close() {
 	l.mu.Lock()
 	l.closed = true
+	running := slices.Collect(maps.Keys(l.running))
 	l.mu.Unlock()
-	if c := l.present.Load(); c != nil {
-		(*c).Release(0, fetch.ErrClosed)
+	for _, c := range running {
+		c.Release(0, fetch.ErrClosed)
 	}
 }

@@ -24,11 +24,14 @@ type request struct {
 	first wire.Exchange
 
 	mu         sync.Mutex
-	round      uint64 // how often it has been started
-	over       bool   // Done has been or is being called
+	over       bool // there is a result; Done is called when nothing of send is under way
 	cancelled  bool
+	sending    int // calls of send
 	connection connection
 	exchange   *wire.Exchange
+	started    bool // the exchange is with the connection
+	length     int  // the result
+	err        error
 	again      bool               // on a new connection
 	stop       context.CancelFunc // of a block that comes in parts
 }
@@ -42,9 +45,8 @@ func newRequest(s *Store) *request {
 // start begins a request anew.
 func (q *request) start(r *fetch.Request) {
 	q.mu.Lock()
-	q.round++
 	q.r, q.over, q.cancelled, q.again = r, false, false, false
-	q.connection, q.exchange = nil, &q.first
+	q.connection, q.exchange, q.started = nil, &q.first, false
 	q.stop = nil
 	q.mu.Unlock()
 	switch {
@@ -76,32 +78,41 @@ func (q *request) connect() {
 	}
 }
 
-// send makes an exchange. It reports whether the connection takes it.
+// send makes an exchange. It reports whether the connection takes it. Until it returns Done is not
+// called, so that the exchange is not used again.
 func (q *request) send(c connection, x *wire.Exchange) bool {
 	q.mu.Lock()
 	q.connection = c
-	round := q.round
+	q.sending++
 	q.mu.Unlock()
-	if !c.Start(x) {
-		return false
-	}
+	taken := c.Start(x)
 	q.mu.Lock()
-	cancelled := q.cancelled && q.round == round
+	if taken && q.exchange == x {
+		q.started = true
+	}
+	cancelled := taken && q.cancelled
 	q.mu.Unlock()
 	if cancelled {
 		c.Cancel(x)
 	}
-	return true
+	q.mu.Lock()
+	q.sending--
+	finished := q.over && q.sending == 0
+	q.mu.Unlock()
+	if finished {
+		q.finish()
+	}
+	return taken
 }
 
 // cancel implements [Store.Cancel].
 func (q *request) cancel() {
 	q.mu.Lock()
 	q.cancelled = true
-	over, c, x, stop := q.over, q.connection, q.exchange, q.stop
+	started, c, x, stop := q.started && !q.over, q.connection, q.exchange, q.stop
 	q.mu.Unlock()
-	if over || c == nil {
-		return // it is over, or will see that it is cancelled
+	if !started {
+		return // it is over, or send will see that it is cancelled
 	}
 	c.Cancel(x)
 	if stop != nil {
@@ -109,12 +120,21 @@ func (q *request) cancel() {
 	}
 }
 
-// end calls Done, with a block of the given length or an error.
+// end notes the result, a block of the given length or an error, and calls Done if nothing of send
+// is under way.
 func (q *request) end(length int, err error) {
 	q.mu.Lock()
-	q.over = true
-	r := q.r
+	q.over, q.length, q.err = true, length, err
+	finished := q.sending == 0
 	q.mu.Unlock()
+	if finished {
+		q.finish()
+	}
+}
+
+// finish calls Done.
+func (q *request) finish() {
+	r, length, err := q.r, q.length, q.err
 	r.Block, r.Err = nil, nil
 	switch {
 	case errors.Is(err, context.Canceled):
@@ -149,7 +169,7 @@ func (q *request) lost(err error) {
 	q.mu.Lock()
 	again := !q.again && !q.cancelled && q.store.again(q.connection, err)
 	if again {
-		q.again, q.connection = true, nil
+		q.again, q.connection, q.started = true, nil, false
 		old := q.exchange
 		q.exchange = &wire.Exchange{Store: old.Store, Reference: old.Reference, Size: old.Size, Dst: q.dst, Done: q.answered}
 		q.stop = nil

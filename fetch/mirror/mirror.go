@@ -28,6 +28,10 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
 )
 
+// DefaultConnections is how many connections there are to one server at most, if [Options] does
+// not say it.
+const DefaultConnections = 16
+
 // Options say how a [Client] works. The zero value of each is a default.
 type Options struct {
 	// MaxConnections bounds the connections to one server, half of them for narinfos and half for
@@ -86,7 +90,7 @@ type Client struct {
 
 // NewClient returns a client.
 func NewClient(o Options) *Client {
-	positive(&o.MaxConnections, 16)
+	positive(&o.MaxConnections, DefaultConnections)
 	o.MaxConnections = min(o.MaxConnections, maxConnections)
 	positive(&o.ConnectTimeout, 5*time.Second)
 	positive(&o.NarinfoTimeout, 10*time.Second)

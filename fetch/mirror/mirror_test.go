@@ -571,6 +571,7 @@ func TestNarFaults(t *testing.T) {
 		}, "EOF"},
 		"silent": {func(n int, conn net.Conn, r *bufio.Reader) { io.Copy(io.Discard, r) }, "no answer within 200ms"},
 		"stalls": {func(n int, conn net.Conn, r *bufio.Reader) {
+			http.ReadRequest(r)
 			io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n12345")
 			io.Copy(io.Discard, r)
 		}, "timeout"},

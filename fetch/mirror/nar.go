@@ -196,19 +196,22 @@ func (n *Nar) request(fields http.Header) (*http.Response, error) {
 	defer time.AfterFunc(dropIdleAfter, p.dropIdle).Stop()
 	ctx, cancel := context.WithCancelCause(n.parent)
 	n.ctx, n.cancel = ctx, cancel
-	connected := false
+	timeout, connected := p.narTimeout(), false
 	r := n.location.request(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		GotConn: func(httptrace.GotConnInfo) { connected = true },
+		GotConn: func(httptrace.GotConnInfo) {
+			connected = true
+			n.silence.Reset(timeout) // waiting for a connection of our own is not the server's silence
+		},
 	}))
 	for name, values := range fields {
 		r.Header[name] = values
 	}
 	r.Header.Set("Accept-Encoding", "identity")
 	r.Header.Set("User-Agent", c.o.UserAgent)
-	timeout := p.narTimeout()
 	n.silence = time.AfterFunc(timeout, func() {
 		cancel(fmt.Errorf("no answer within %v: %w", timeout, os.ErrDeadlineExceeded))
 	})
+	n.silence.Stop() // until there is a connection, which has timeouts of its own
 	response, err := c.transport.RoundTrip(r)
 	n.silence.Stop()
 	var body io.Reader

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 )
 
 const (
@@ -85,7 +86,7 @@ func (p *Pool) look() {
 // checkSilence has a member rest that does not answer any more.
 func (p *Pool) checkSilence(m *member, now time.Duration) {
 	oldest := m.first
-	if oldest == nil || m.silent || now < m.busyUntil {
+	if oldest == nil || m.silent || now < m.busyUntil || oldest.heldBack() {
 		return
 	}
 	// Counted in looks, not by the clock, so that a machine that has no time for us does not look
@@ -191,15 +192,21 @@ func (p *Pool) giveUp(m *member, now time.Duration) {
 
 // isLost reports whether a request is so late that it may never be answered.
 func (m *member) isLost(a *attempt, now time.Duration) bool {
-	return now-a.start > lostAge && (!m.known || now-a.start > lostFactor*a.expected)
+	return now-a.start > lostAge && (!m.known || now-a.start > lostFactor*a.expected) && !a.heldBack()
+}
+
+// heldBack reports whether it is the limit of the rate that a request waits for, not the member.
+func (a *attempt) heldBack() bool {
+	limited, ok := a.member.source.(interface{ Waits(r *fetch.Request) bool })
+	return ok && limited.Waits(&a.request)
 }
 
 func (m *member) isLate(a *attempt, now time.Duration) bool {
 	age := now - a.start
 	if a.expected >= time.Hour {
-		return age > unknownDelay
+		return age > unknownDelay && !a.heldBack()
 	}
-	return age > time.Duration(float64(a.expected)*m.tail)+hedgeDelay
+	return age > time.Duration(float64(a.expected)*m.tail)+hedgeDelay && !a.heldBack()
 }
 
 // alternative returns the far member that would deliver a late block first.
