@@ -109,10 +109,7 @@ func key(item substitute.Item) string {
 func New(restorer Restorer, o Options) *Ahead {
 	a := &Ahead{o: o, restorer: restorer, kick: make(chan struct{}, 1), staged: map[string]*staged{}}
 	a.ctx, a.cancel = context.WithCancel(context.Background())
-	a.plan = newPlan(func(path string) bool {
-		_, err := os.Lstat(path)
-		return err == nil
-	})
+	a.plan = newPlan(exists)
 	a.stage.store = o.StoreDir
 	if o.Session != nil {
 		a.stage.name = filepath.Base(o.Session.path)

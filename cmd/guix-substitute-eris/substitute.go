@@ -220,7 +220,7 @@ func (s *settings) serve(stdin io.Reader, replies int, query bool) int {
 		}
 		s.showNotes()
 		if first || !query {
-			s.renewKeys(sub, first)
+			s.renewKeys(sub, query, first)
 		}
 		ctx, stop := s.requestContext()
 		reply := s.answer(ctx, sub, request, query)
@@ -244,7 +244,7 @@ func (s *settings) requestContext() (context.Context, context.CancelFunc) {
 }
 
 // renewKeys reads the list of authorised keys. If it has changed, what is staged does not count.
-func (s *settings) renewKeys(sub *session, first bool) {
+func (s *settings) renewKeys(sub *session, query, first bool) {
 	keys := s.keys()
 	if !first && sameKeys(keys, sub.Keys) {
 		return
@@ -253,7 +253,9 @@ func (s *settings) renewKeys(sub *session, first bool) {
 		sub.staging.Close()
 	}
 	sub.SetKeys(keys)
-	sub.staging = s.ahead(sub)
+	if !query {
+		sub.staging = s.ahead(sub)
+	}
 }
 
 func sameKeys(a, b *acl.ACL) bool {
