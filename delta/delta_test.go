@@ -176,6 +176,12 @@ func read(ctx context.Context, b []byte, base string, o delta.ReadOptions) ([]by
 // TestLink restores files that are the same as links to those of the base.
 func TestLink(t *testing.T) {
 	store := t.TempDir()
+	t.Cleanup(func() { // store items are read-only, and only root can remove those
+		items, _ := filepath.Glob(store + "/*")
+		for _, item := range items {
+			os.Chmod(item, 0o755)
+		}
+	})
 	same := noise(1, 10<<10)
 	for name, tr := range map[string]tree{"old": {"a": same, "b": same + oldHash}, "new": {"a": same, "b": same + newHash}} {
 		if _, err := restore.Restore(t.Context(), nar.NewTree(tr.make(t)), store+"/"+name, restore.Options{}); err != nil {
