@@ -5,6 +5,8 @@ package acl
 import (
 	"math/big"
 	"slices"
+	"sync"
+	"sync/atomic"
 
 	"filippo.io/edwards25519"
 	fe "filippo.io/edwards25519/field"
@@ -57,9 +59,61 @@ func decodeScalar(be []byte) (s *edwards25519.Scalar, le [32]byte, ok bool) {
 	return s, le, err == nil
 }
 
+// A publicPoint is the point of a public key. It is safe for concurrent use.
+type publicPoint struct {
+	*edwards25519.Point
+	used      atomic.Int64 // how often it was multiplied
+	multiples func() *[64][16]edwards25519.Point
+}
+
+func newPublicPoint(q *edwards25519.Point) *publicPoint {
+	p := &publicPoint{Point: q}
+	p.multiples = sync.OnceValue(p.multiply)
+	return p
+}
+
+// manyUses is after how many multiplications of a point it pays to make its multiples, which takes
+// as long as a few signatures and 160 KB.
+const manyUses = 64
+
+// multiply returns the points d·16^i·p for each i and each digit d.
+func (p *publicPoint) multiply() *[64][16]edwards25519.Point {
+	var table [64][16]edwards25519.Point
+	base := p.Point
+	for i := range table {
+		row := &table[i]
+		row[0].Set(edwards25519.NewIdentityPoint())
+		for d := 1; d < len(row); d++ {
+			row[d].Add(&row[d-1], base)
+		}
+		base = new(edwards25519.Point).Add(&row[15], base)
+	}
+	return &table
+}
+
+// sum returns x·p + y·B in variable time. All narinfos of a server are signed by one key, so that of
+// many signatures most are by a point whose multiples are known, which saves all doublings.
+func (p *publicPoint) sum(x, y *edwards25519.Scalar) *edwards25519.Point {
+	sum := new(edwards25519.Point)
+	if p.used.Add(1) <= manyUses {
+		return sum.VarTimeDoubleScalarBaseMult(x, p.Point, y)
+	}
+	sum.ScalarBaseMult(y)
+	table := p.multiples()
+	for i, b := range x.Bytes() {
+		if low := b & 15; low != 0 {
+			sum.Add(sum, &table[2*i][low])
+		}
+		if high := b >> 4; high != 0 {
+			sum.Add(sum, &table[2*i+1][high])
+		}
+	}
+	return sum
+}
+
 // verifyECDSA reports whether (r, s) is a signature of digest by the key whose public point is q.
 // Nothing here is secret, so it takes variable time.
-func verifyECDSA(q *edwards25519.Point, digest [32]byte, r, s []byte) bool {
+func verifyECDSA(q *publicPoint, digest [32]byte, r, s []byte) bool {
 	rScalar, rBytes, ok := decodeScalar(r)
 	if !ok {
 		return false
@@ -72,8 +126,7 @@ func verifyECDSA(q *edwards25519.Point, digest [32]byte, r, s []byte) bool {
 	u1 := leftmostBits(digest)
 	u1.Multiply(u1, w)
 	u2 := rScalar.Multiply(rScalar, w)
-	point := new(edwards25519.Point).VarTimeDoubleScalarBaseMult(u2, q, u1)
-	return xIsCongruent(point, rBytes)
+	return xIsCongruent(q.sum(u2, u1), rBytes)
 }
 
 // groupOrder is n.

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"encoding/hex"
 	"math/big"
+	"math/rand/v2"
 	"slices"
 	"testing"
 
@@ -55,7 +56,7 @@ func vectorPoint(t testing.TB) *edwards25519.Point {
 }
 
 func TestVerifyECDSA(t *testing.T) {
-	q := vectorPoint(t)
+	q := newPublicPoint(vectorPoint(t))
 	n := groupOrder
 	for _, tt := range ecdsaVectors {
 		t.Run(tt.name, func(t *testing.T) {
@@ -98,10 +99,42 @@ func TestVerifyECDSA(t *testing.T) {
 					t.Errorf("bit %d of the digest flipped: %v", bit, got)
 				}
 			}
-			if verifyECDSA(new(edwards25519.Point).Negate(q), h, r, s) {
+			if verifyECDSA(newPublicPoint(new(edwards25519.Point).Negate(q.Point)), h, r, s) {
 				t.Error("accepted with the opposite point")
 			}
 		})
+	}
+}
+
+// TestSum compares what is computed at first with what is computed after many uses, also for a point
+// that is not in the subgroup of the base point.
+func TestSum(t *testing.T) {
+	two, err := new(edwards25519.Point).SetBytes(unhex(t, "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	random := rand.New(rand.NewPCG(1, 2))
+	scalar := func() *edwards25519.Scalar {
+		var b [64]byte
+		for i := range b {
+			b[i] = byte(random.Uint32())
+		}
+		s, _ := new(edwards25519.Scalar).SetUniformBytes(b[:])
+		return s
+	}
+	q := vectorPoint(t)
+	for _, point := range []*edwards25519.Point{q, two, new(edwards25519.Point).Add(q, two)} {
+		p := newPublicPoint(point)
+		for i := range 2 * manyUses {
+			x, y := scalar(), scalar()
+			if i%16 == 0 {
+				x = edwards25519.NewScalar()
+			}
+			want := new(edwards25519.Point).VarTimeDoubleScalarBaseMult(x, point, y)
+			if p.sum(x, y).Equal(want) != 1 {
+				t.Fatalf("use %d: another point", i)
+			}
+		}
 	}
 }
 
@@ -257,7 +290,7 @@ func TestNoncesAreInRange(t *testing.T) {
 }
 
 func BenchmarkVerifyECDSA(b *testing.B) {
-	q, v := vectorPoint(b), ecdsaVectors[0]
+	q, v := newPublicPoint(vectorPoint(b)), ecdsaVectors[0]
 	h, r, s := [32]byte(unhex(b, v.h)), unhex(b, v.r), unhex(b, v.s)
 	b.Run("whole", func(b *testing.B) {
 		b.ReportAllocs()
@@ -272,7 +305,7 @@ func BenchmarkVerifyECDSA(b *testing.B) {
 		x, _, _ := decodeScalar(r)
 		y, _, _ := decodeScalar(s)
 		for b.Loop() {
-			new(edwards25519.Point).VarTimeDoubleScalarBaseMult(x, q, y)
+			new(edwards25519.Point).VarTimeDoubleScalarBaseMult(x, q.Point, y)
 		}
 	})
 }

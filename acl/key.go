@@ -21,7 +21,7 @@ type PublicKey struct {
 	sexp Sexp
 
 	// At most one of these is set; if none is, unusable tells why.
-	point    *edwards25519.Point
+	point    *publicPoint
 	rsa      *rsa.PublicKey
 	unusable error
 }
@@ -107,7 +107,9 @@ func (k *PublicKey) decodeECC(curve string, q []byte) error {
 		return fmt.Errorf("the curve is %.100q instead of Ed25519", curve)
 	}
 	point, err := decodePoint(q)
-	k.point = point
+	if err == nil {
+		k.point = newPublicPoint(point)
+	}
 	return err
 }
 

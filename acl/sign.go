@@ -73,7 +73,7 @@ func (k *PublicKey) sameNumbers(l *PublicKey) bool {
 	if k.rsa != nil {
 		return l.rsa != nil && k.rsa.Equal(l.rsa)
 	}
-	return l.point != nil && k.point.Equal(l.point) == 1
+	return l.point != nil && k.point.Equal(l.point.Point) == 1
 }
 
 // decode sets all of k but k.private.
@@ -94,7 +94,7 @@ func (k *SigningKey) decode() error {
 	if kind == "rsa" {
 		return k.decodeRSA(v[2], v[3], v[4])
 	}
-	k.ecdsa, err = newECDSAKey(v[2], k.public.point)
+	k.ecdsa, err = newECDSAKey(v[2], k.public.point.Point)
 	return err
 }
 
