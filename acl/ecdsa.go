@@ -91,8 +91,8 @@ func (p *publicPoint) multiply() *[64][16]edwards25519.Point {
 	return &table
 }
 
-// sum returns x·p + y·B in variable time. All narinfos of a server are signed by one key, so that of
-// many signatures most are by a point whose multiples are known, which saves all doublings.
+// sum returns x·p + y·B in variable time. All narinfos of a server are signed by one key, so that
+// of many signatures most are by a point whose multiples are known, which saves all doublings.
 func (p *publicPoint) sum(x, y *edwards25519.Scalar) *edwards25519.Point {
 	sum := new(edwards25519.Point)
 	if p.used.Add(1) <= manyUses {

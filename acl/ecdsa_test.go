@@ -106,8 +106,8 @@ func TestVerifyECDSA(t *testing.T) {
 	}
 }
 
-// TestSum compares what is computed at first with what is computed after many uses, also for a point
-// that is not in the subgroup of the base point.
+// TestSum compares what is computed at first with what is computed after many uses, also for a
+// point that is not in the subgroup of the base point.
 func TestSum(t *testing.T) {
 	two, err := new(edwards25519.Point).SetBytes(unhex(t, "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f"))
 	if err != nil {
