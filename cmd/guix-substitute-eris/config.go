@@ -41,6 +41,8 @@ type configuration struct {
 	// for it; 0 items is nothing.
 	AheadItems *int   `toml:"ahead-items"`
 	AheadBytes string `toml:"ahead-bytes"`
+	// Confine is whether the helper gives up access to what it does not need; it does by default.
+	Confine *bool `toml:"confine"`
 }
 
 // maxConfiguration bounds the length of the configuration file in bytes.

@@ -24,6 +24,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/confine"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
@@ -132,6 +133,11 @@ func (d *doctor) examine(ctx context.Context) {
 	d.settings.daemon = d.daemon != nil && d.daemon.environment != nil
 	sub := d.silentSession(false)
 	defer sub.close()
+	if d.confines() {
+		d.well("confinement", "helpers confine themselves: %s", confine.InForce())
+	} else {
+		d.ill("sudo sed -i '/^confine *=/d' "+configurationFile(), "confinement", "helpers do not confine themselves: \"confine = false\" in %s", configurationFile())
+	}
 	d.examineKeys()
 	d.examineState()
 	d.examineServers(ctx, sub)

@@ -116,6 +116,7 @@ func sameEachTime(text, work string) string {
 		{`sha256:[0-9a-z]{52}`, "sha256:HASH"},
 		{`\d{4}-\d\d-\d\d \d\d:\d\d(:\d\d)?`, "DATE"},
 		{`version: guix-substitute-eris .*`, "version: VERSION"},
+		{`helpers confine themselves: .*`, "helpers confine themselves"},
 		{`\S+/bin/guix-substitute-eris( ixmr)?\b`, "PROGRAM"},
 		{`for the group \d+`, "for the group GID"},
 		{`process \d+, user \d+`, "process PID, user UID"},

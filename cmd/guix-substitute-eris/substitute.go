@@ -108,6 +108,9 @@ func byHandCommand(args []string) int {
 	s.showNotes()
 	sub := s.session(*query)
 	defer sub.close()
+	if *fetch {
+		s.confine(items[1])
+	}
 	s.showNotes()
 	sub.SetKeys(s.keys())
 	var reply []byte
@@ -218,6 +221,9 @@ func (s *settings) serve(stdin io.Reader, replies int, query bool) int {
 		case err != nil:
 			return fail("%w", err)
 		}
+		if first && !s.byHand {
+			s.confine(destinationOf(request))
+		}
 		s.showNotes()
 		if first || !query {
 			s.renewKeys(sub, query, first)
@@ -271,9 +277,9 @@ func (s *settings) answer(ctx context.Context, sub *session, request protocol.Re
 		if fault := recover(); fault != nil {
 			s.log.Errorf("internal error: %v: %s", fault, debug.Stack())
 			reply = noReply(query)
-			if !query && !s.byHand && request.Command == "substitute" && len(request.Arguments) == 2 {
+			if destination := destinationOf(request); !query && !s.byHand && destination != "" {
 				// Nothing half-made stays, as after any other failure.
-				if err := restore.Remove(request.Arguments[1]); err != nil {
+				if err := restore.Remove(destination); err != nil {
 					s.log.Errorf("%v", err)
 				}
 			}
@@ -287,11 +293,19 @@ func (s *settings) answer(ctx context.Context, sub *session, request protocol.Re
 		records := sub.Info(ctx, arguments)
 		sub.note(arguments, records)
 		return protocol.AppendInfo(nil, records)
-	case !query && request.Command == "substitute" && len(arguments) == 2:
+	case !query && destinationOf(request) != "":
 		return appendOutcome(nil, s.restore(ctx, sub, arguments[0], arguments[1]))
 	}
 	s.log.Errorf("request %.200q with %d arguments is not understood", request.Command, len(arguments))
 	return noReply(query)
+}
+
+// destinationOf is where a request wants something to be, if anywhere.
+func destinationOf(r protocol.Request) string {
+	if r.Command == "substitute" && len(r.Arguments) == 2 {
+		return r.Arguments[1]
+	}
+	return ""
 }
 
 // noReply is the reply that says nothing is available.

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/confine"
+)
+
+// systemFiles are what the libraries of Go read: certificates, names of hosts and servers of names,
+// time zones, and what the kernel says of this process and of control groups.
+var systemFiles = []string{
+	"/etc", "/run", "/usr/share", "/usr/local/share", "/var/lib/ca-certificates", "/proc", "/sys",
+	"/dev/null", "/dev/urandom",
+}
+
+// confines reports whether helpers confine themselves.
+func (s *settings) confines() bool { return s.file.Confine == nil || *s.file.Confine }
+
+// confine confines this process before it reads what servers send. The destination is that of the
+// first request, which is the daemon's word; all others of the daemon are in the store.
+func (s *settings) confine(destination string) {
+	if !s.confines() {
+		return
+	}
+	paths := confine.Paths{
+		Write: []string{s.store},
+		Read:  append(slices.Clone(systemFiles), configurationDirectory(), stateDirectory(), filepath.Dir(databaseFile()), filepath.Dir(s.keysFile())),
+	}
+	if destination != "" {
+		paths.Write = append(paths.Write, filepath.Dir(destination))
+	}
+	if s.kept != "" {
+		paths.Write = append(paths.Write, s.kept)
+	}
+	// Where the names of these are links to is not known beforehand.
+	for _, file := range []string{"/etc/resolv.conf", "/etc/hosts", os.Getenv("SSL_CERT_FILE"), os.Getenv("SSL_CERT_DIR")} {
+		if file, err := filepath.EvalSymlinks(file); err == nil && file != "" {
+			paths.Read = append(paths.Read, file, filepath.Dir(file))
+		}
+	}
+	if slices.ContainsFunc(s.serverURLs(), mirror.IsLocal) && s.publicFiles() == nil {
+		// A directory that the administrator has named may have links to anywhere.
+		paths.Read = append(paths.Read, "/")
+	}
+	for _, text := range storeURLs(s.stores, s.file) {
+		u, err := storeurl.Parse(text)
+		switch {
+		case err != nil:
+		case u.Scheme == "file":
+			paths.Write = append(paths.Write, u.Path)
+		case u.Scheme == "dump":
+			paths.Write = append(paths.Write, filepath.Dir(u.Path))
+		}
+	}
+	if err := confine.Process(paths); err != nil && (s.verbose || s.file.Verbose) {
+		s.notes = append(s.notes, err.Error())
+	}
+}
