@@ -5,11 +5,11 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"os"
 
+	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -18,37 +18,42 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/whole"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
 
-const decodeUsage = `Usage: guix-substitute-eris decode [OPTION]... URN DESTINATION
-Fetch what a read capability denotes and write it to a file or a directory that
+// decodeCommand turns a URN into a file or a tree.
+func decodeCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "URN DESTINATION",
+		Short: "turn a URN into a file or a tree",
+		Long: `Fetch what a read capability denotes and write it to a file or a directory that
 does not exist yet; "-" is standard output. File trees are recognised, as
 ERIS-FS and as nars; other contents, compressed nars among them, are written as
 they are. Blocks come from the stores that --store, or else the variable
-ERIS_STORE_URL, or else the configuration file names.
-`
-
-// decodeCommand turns a URN into a file or a tree.
-func decodeCommand(args []string) int {
-	flags := flag.NewFlagSet("decode", flag.ContinueOnError)
-	stores := flags.String("store", "", "fetch blocks from the stores with these `URLS`, separated by spaces, in this order")
-	raw := flags.Bool("raw", false, "write the contents as they are, even if they are a file tree")
-	asJSON := flags.Bool("json", false, "print what was decoded as JSON")
-	if status, ok := parse(flags, args, decodeUsage); !ok {
-		return status
+ERIS_STORE_URL, or else the configuration file names.`,
 	}
-	if flags.NArg() != 2 {
-		return usageError("decode takes a URN and a destination: guix-substitute-eris decode --store=URL urn:eris:… FILE")
+	stores := c.Flags().String("store", "", "fetch blocks from the stores with these `URLS`, separated by spaces, in this order")
+	raw := c.Flags().Bool("raw", false, "write the contents as they are, even if they are a file tree")
+	asJSON := c.Flags().Bool("json", false, "print what was decoded as JSON")
+	c.RunE = func(_ *cobra.Command, args []string) error {
+		if len(args) != 2 {
+			return message.Usage("decode takes a URN and a destination: guix-substitute-eris decode --store=URL urn:eris:… FILE")
+		}
+		ctx, stop := program.UntilSignal()
+		defer stop()
+		result, err := decode(ctx, args[0], args[1], *stores, *raw)
+		if err == nil && *asJSON {
+			err = page.JSON(result)
+		}
+		return err
 	}
-	ctx, stop := untilSignal()
-	defer stop()
-	result, err := decode(ctx, flags.Arg(0), flags.Arg(1), *stores, *raw)
-	if err == nil && *asJSON {
-		err = printJSON(result)
-	}
-	return status(err)
+	return c
 }
 
 // decodeResult is what decode prints.
@@ -67,27 +72,27 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 		return result, err
 	}
 	if destination != "-" {
-		if destination, err = checkNew(destination); err != nil {
+		if destination, err = whole.CheckNew(destination); err != nil {
 			return result, err
 		}
 	}
-	file, err := readConfiguration()
+	file, err := settings.Read()
 	if err != nil {
 		return result, err
 	}
-	urls := storeURLs(flag, file)
+	urls := settings.StoreURLs(flag, file)
 	if len(urls) == 0 {
-		return result, fmt.Errorf("no store is known; name one by --store or by %s", storeVariable)
+		return result, fmt.Errorf("no store is known; name one by --store or by %s", settings.StoreVariable)
 	}
-	members, err := openStores(urls, 0)
+	members, err := settings.OpenStores(urls, 0)
 	if err != nil {
-		closeStores(members)
+		settings.CloseStores(members)
 		return result, err
 	}
 	shown := showProgress("fetched")
 	defer shown.end()
 	all := pool.New(members, pool.Options{OnFault: func(source string, err error) {
-		fmt.Fprintf(os.Stderr, "guix-substitute-eris: warning: %s gave wrong bytes and is not asked again: %s\n", source, storeFailure(source, err))
+		fmt.Fprintf(os.Stderr, "guix-substitute-eris: warning: %s gave wrong bytes and is not asked again: %s\n", source, message.OfStore(source, err))
 	}})
 	defer all.Close()
 	blocks := fetch.Counted(all, shown.add)
@@ -110,7 +115,7 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	}
 	defer closeNodes()
 	unix.Umask(0o022)
-	err = makeTree(destination, func(temporary string) error {
+	err = whole.Make(destination, func(temporary string) error {
 		r, err := restore.Restore(ctx, nodes, temporary, restore.Options{Writable: true})
 		result.NarHash, result.NarSize = "sha256:"+nixbase32.EncodeToString(r.NarHash[:]), r.NarSize
 		return err

@@ -5,32 +5,25 @@ package main
 import (
 	"context"
 	"crypto/rand"
-	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
 	"sync/atomic"
 	"time"
 
+	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
-
-const encodeUsage = `Usage: guix-substitute-eris encode [OPTION]... PATH
-Encode a file or a file tree as ERIS blocks and print the URN of its read
-capability. A file is encoded as its contents, like other programs for ERIS do
-it, without its name and permissions; a tree, or with --item a file too, is
-encoded as "publish" encodes store items. "-" is the contents of standard input.
-
-Blocks are put into the store that --store, or else the first that the variable
-ERIS_STORE_URL or the configuration file names; with --store=none, or if none is
-named, they are kept nowhere.
-`
 
 // encodeSettings are the options of encode.
 type encodeSettings struct {
@@ -39,28 +32,40 @@ type encodeSettings struct {
 }
 
 // encodeCommand turns a file or a tree into blocks and a URN.
-func encodeCommand(args []string) int {
+func encodeCommand() *cobra.Command {
 	var s encodeSettings
-	flags := flag.NewFlagSet("encode", flag.ContinueOnError)
-	flags.StringVar(&s.store, "store", "", "put the blocks into the store at `URL`")
-	flags.StringVar(&s.secret, "convergence-secret", "", "use the convergence secret `BASE32`, or \"unique\" for one that nobody knows; by default everybody who encodes the same contents gets the same URN")
-	flags.BoolVar(&s.item, "item", false, "encode a file as if it were a store item")
-	flags.BoolVar(&s.json, "json", false, "print the result as JSON")
-	if status, ok := parse(flags, args, encodeUsage); !ok {
-		return status
+	c := &cobra.Command{
+		Use:   "PATH",
+		Short: "turn a file or a tree into blocks and a URN",
+		Long: `Encode a file or a file tree as ERIS blocks and print the URN of its read
+capability. A file is encoded as its contents, like other programs for ERIS do
+it, without its name and permissions; a tree, or with --item a file too, is
+encoded as "publish" encodes store items. "-" is the contents of standard input.
+
+Blocks are put into the store that --store, or else the first that the variable
+ERIS_STORE_URL or the configuration file names; with --store=none, or if none is
+named, they are kept nowhere.`,
 	}
-	if flags.NArg() != 1 {
-		return usageError("encode takes one file or directory: guix-substitute-eris encode --store=URL FILE")
+	f := c.Flags()
+	f.StringVar(&s.store, "store", "", "put the blocks into the store at `URL`")
+	f.StringVar(&s.secret, "convergence-secret", "", "use the convergence secret `BASE32`, or \"unique\" for one that nobody knows; by default everybody who encodes the same contents gets the same URN")
+	f.BoolVar(&s.item, "item", false, "encode a file as if it were a store item")
+	f.BoolVar(&s.json, "json", false, "print the result as JSON")
+	c.RunE = func(_ *cobra.Command, args []string) error {
+		if len(args) != 1 {
+			return message.Usage("encode takes one file or directory: guix-substitute-eris encode --store=URL FILE")
+		}
+		ctx, stop := program.UntilSignal()
+		defer stop()
+		result, err := s.encode(ctx, args[0])
+		if err == nil && s.json {
+			err = page.JSON(result)
+		} else if err == nil {
+			_, err = fmt.Println(result.URN)
+		}
+		return err
 	}
-	ctx, stop := untilSignal()
-	defer stop()
-	result, err := s.encode(ctx, flags.Arg(0))
-	if err == nil && s.json {
-		err = printJSON(result)
-	} else if err == nil {
-		_, err = fmt.Println(result.URN)
-	}
-	return status(err)
+	return c
 }
 
 // encodeResult is what encode prints.
@@ -86,11 +91,11 @@ func (s *encodeSettings) encode(ctx context.Context, path string) (result encode
 		return result, err
 	}
 	if s.store == "" {
-		file, err := readConfiguration()
+		file, err := settings.Read()
 		if err != nil {
 			return result, err
 		}
-		if urls := storeURLs("", file); len(urls) > 0 {
+		if urls := settings.StoreURLs("", file); len(urls) > 0 {
 			s.store = urls[0]
 		}
 	}
@@ -98,7 +103,7 @@ func (s *encodeSettings) encode(ctx context.Context, path string) (result encode
 	var pipeline *fetch.Pipeline
 	var store fetch.Store
 	if s.store != "" && s.store != "none" {
-		if store, err = openStore(s.store); err != nil {
+		if store, err = settings.OpenStore(s.store); err != nil {
 			return result, err
 		}
 		defer store.Close()
@@ -125,7 +130,7 @@ func (s *encodeSettings) encode(ctx context.Context, path string) (result encode
 	}
 	result.Blocks, result.Bytes = pipeline.Stored()
 	if err == nil {
-		err = addCapability(ctx, store, result.URN)
+		err = settings.AddCapability(ctx, store, result.URN)
 	}
 	return result, err
 }

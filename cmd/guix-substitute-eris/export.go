@@ -4,79 +4,90 @@ package main
 
 import (
 	"context"
-	"errors"
-	"flag"
 	"fmt"
-	"net/http"
 	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 
+	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
-const exportUsage = `Usage: guix-substitute-eris export [OPTION]... ITEM... --to=DIRECTORY
-Write the narinfos of store items, as they were signed, and the blocks of the
+// exportSettings are the options of export.
+type exportSettings struct {
+	session.Settings
+	to, root, layout, since string
+	closure, create         bool
+}
+
+// exportCommand writes items to a directory.
+func exportCommand() *cobra.Command {
+	var e exportSettings
+	c := &cobra.Command{
+		Use:   "ITEM... --to=DIRECTORY",
+		Short: "write narinfos and blocks to a directory",
+		Long: `Write the narinfos of store items, as they were signed, and the blocks of the
 items to a directory, which can then be carried elsewhere. There it is both the
 substitute server file://DIRECTORY and the block store file:DIRECTORY/blocks.
 
 Narinfos come from the substitute servers. Items come from the local store; what
-it does not have with the contents that were signed is fetched like a substitute.
-`
+it does not have with the contents that were signed is fetched like a substitute.`,
+	}
+	f := c.Flags()
+	f.StringVar(&e.to, "to", "", "write to `DIRECTORY`")
+	f.BoolVar(&e.closure, "closure", false, "export everything that the items refer to, too")
+	f.StringVar(&e.root, "root", "", "the items are in `DIRECTORY`, if not in the store directory")
+	f.StringVar(&e.layout, "layout", "sharded", "blocks are in subdirectories (\"sharded\"), or all in one (\"flat\"): `LAYOUT`")
+	f.BoolVar(&e.create, "create", false, "make the directory where sticks are mounted, even if there is none")
+	f.StringVar(&e.since, "since", "", "leave out what `DIRECTORY`, an earlier export, has, and write deltas from older versions that it has")
+	e.Flags(f)
+	c.RunE = func(_ *cobra.Command, items []string) error {
+		if len(items) == 0 || e.to == "" {
+			return message.Usage("export takes store items, and a directory as --to")
+		}
+		if e.layout != "sharded" && e.layout != "flat" {
+			return message.Usage("the layout is either sharded or flat, and not %q", e.layout)
+		}
+		return e.export(items)
+	}
+	return c
+}
 
-// exportCommand writes items to a directory.
-func exportCommand(args []string) int {
-	var s settings
-	flags := flag.NewFlagSet("export", flag.ContinueOnError)
-	to := flags.String("to", "", "write to `DIRECTORY`")
-	closure := flags.Bool("closure", false, "export everything that the items refer to, too")
-	root := flags.String("root", "", "the items are in `DIRECTORY`, if not in the store directory")
-	layout := flags.String("layout", "sharded", "blocks are in subdirectories (\"sharded\"), or all in one (\"flat\"): `LAYOUT`")
-	create := flags.Bool("create", false, "make the directory where sticks are mounted, even if there is none")
-	since := flags.String("since", "", "leave out what `DIRECTORY`, an earlier export, has, and write deltas from older versions that it has")
-	s.flags(flags)
-	if status, ok := parse(flags, args, exportUsage); !ok {
-		return status
-	}
-	items := flags.Args()
-	if len(items) == 0 || *to == "" {
-		return usageError("export takes store items, and a directory as --to")
-	}
-	if *layout != "sharded" && *layout != "flat" {
-		return usageError("the layout is either sharded or flat, and not %q", *layout)
-	}
-	directory, err := filepath.Abs(*to)
+func (e *exportSettings) export(items []string) error {
+	directory, err := filepath.Abs(e.to)
 	if err != nil {
-		return fail("%w", err)
+		return err
 	}
-	s.load()
-	ctx, stop := untilSignal()
+	e.Load()
+	ctx, stop := program.UntilSignal()
 	defer stop()
 	unix.Umask(0o022)
-	if !*create {
+	if !e.create {
 		if err := checkMounted(directory, mountParents); err != nil {
-			return fail("%w; --create makes the directory all the same", err)
+			return fmt.Errorf("%w; --create makes the directory all the same", err)
 		}
 	}
 	where := url.URL{Scheme: "file", Path: filepath.Join(directory, "blocks")}
-	blocks, err := openStore(where.String() + "?layout=" + *layout)
+	blocks, err := settings.OpenStore(where.String() + "?layout=" + e.layout)
 	if err != nil {
-		return fail("%w", err)
+		return err
 	}
 	defer blocks.Close()
-	sub := s.session(false)
-	defer sub.close()
-	s.showNotes()
-	keys := s.keys()
+	sub := e.Session(false)
+	defer sub.Close()
+	e.ShowNotes()
+	keys := e.Keys()
 	sub.SetKeys(keys)
 	options := publish.ExportOptions{
-		StoreDir: s.store, Root: *root, Directory: directory, Blocks: blocks, Keys: keys, Closure: *closure, Since: *since, Log: logf,
+		StoreDir: e.Store, Root: e.root, Directory: directory, Blocks: blocks, Keys: keys, Closure: e.closure, Since: e.since, Log: message.Log,
 		Fetch: func(ctx context.Context, path, to string) error {
 			if outcome := sub.Substitute(ctx, path, to); outcome.Status != substitute.Success {
 				return fmt.Errorf("%s is not in the local store and cannot be fetched", path)
@@ -84,19 +95,19 @@ func exportCommand(args []string) int {
 			return nil
 		},
 	}
-	for _, server := range s.serverURLs() {
+	for _, server := range e.ServerURLs() {
 		options.Servers = append(options.Servers, func(ctx context.Context, hashParts []string) (map[string][]byte, error) {
-			return narinfosFrom(ctx, sub.Mirrors, server, hashParts)
+			return session.NarinfosFrom(ctx, sub.Mirrors, server, hashParts)
 		})
 	}
 	done, err := publish.Export(ctx, items, options)
 	if err != nil {
-		return fail("%w", err)
+		return err
 	}
 	where.Path = directory
 	fmt.Printf("%d items, %d blocks, %.1f MiB\nsubstitute URL: %s\nblock store: %s/blocks\n",
 		done.Items, done.Blocks, float64(done.Bytes)/(1<<20), where.String(), where.String())
-	return 0
+	return nil
 }
 
 // mountParents are the directories below which sticks are mounted.
@@ -132,29 +143,4 @@ func checkMounted(directory string, parents []string) error {
 		}
 	}
 	return nil
-}
-
-// narinfosFrom gets the narinfos that a server has.
-func narinfosFrom(ctx context.Context, client *mirror.Client, server string, hashParts []string) (map[string][]byte, error) {
-	ctx, stop := context.WithCancelCause(ctx)
-	defer stop(nil)
-	var mu sync.Mutex
-	texts := map[string][]byte{}
-	total := 0
-	err := client.Narinfos(ctx, server, hashParts, func(a mirror.Answer) {
-		if a.Status == http.StatusOK && a.Body != nil {
-			mu.Lock()
-			defer mu.Unlock()
-			if total += len(a.Body); total > publish.MaxNarinfos {
-				stop(fmt.Errorf("%s sends more than narinfos can be", mirror.WithoutUser(server)))
-				return
-			}
-			texts[a.Hash] = a.Body
-		}
-	})
-	var down *mirror.ServerError
-	if errors.As(err, &down) {
-		err = fmt.Errorf("some narinfos could not be had: %w", err)
-	}
-	return texts, err
 }

@@ -5,27 +5,51 @@
 package main
 
 import (
-	"context"
-	"encoding/json"
+	"cmp"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"log"
-	"maps"
 	"os"
-	"os/signal"
-	"runtime/debug"
 	"slices"
 	"strings"
 
-	"golang.org/x/sys/unix"
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/demo"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/inspect"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/serving"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
 )
 
 func main() { os.Exit(run(os.Args[1:])) }
 
+// A row is a command in the table of commands.
+type row struct {
+	name, group string
+	new         func() *cobra.Command // Use is what it takes beside options
+}
+
+// commands are the commands that people run, in the order of the help.
+var commands = []row{
+	{"encode", "ERIS", encodeCommand},
+	{"decode", "ERIS", decodeCommand},
+	{"serve", "ERIS", serving.Serve},
+	{"publish", "ERIS", serving.Publish},
+	{"export", "ERIS", exportCommand},
+	{"explain", "To find out what is wrong", inspect.Explain},
+	{"doctor", "To find out what is wrong", inspect.Doctor},
+	{"narinfo", "To find out what is wrong", inspect.Narinfo},
+	{"keygen", "Other commands", keygenCommand},
+	{"demo", "Other commands", demo.Command},
+	{"substitute", "What guix-daemon runs", substituteCommand},
+}
+
 // run runs the command that the arguments ask for and returns the exit status. What it does not
-// know belongs to guix if it runs in place of that.
+// know belongs to guix if it runs in place of that. For the daemon, no commands of people are made.
 func run(args []string) int {
 	// Package net/http tells, among others, what servers send that nobody has asked for.
 	log.SetOutput(io.Discard)
@@ -35,150 +59,128 @@ func run(args []string) int {
 			guix, args = file, args[1:]
 		}
 	}
-	if len(args) == 0 {
-		fmt.Print(help)
-		return 0
+	if isHelper(args) {
+		return message.Report(helper(&session.Settings{}, args[1] == "--query"))
 	}
-	commands := map[string]func([]string) int{
-		"substitute": substituteCommand, "encode": encodeCommand, "decode": decodeCommand, "serve": serveCommand,
-		"publish": publishCommand, "export": exportCommand, "demo": demoCommand,
-		"explain": explainCommand, "doctor": doctorCommand, "narinfo": narinfoCommand, "keygen": keygenCommand,
+	if len(args) > 0 && !isOurs(args[0]) {
+		if guix != "" || program.IsGuix() {
+			return message.Report(program.Guix(guix, args))
+		}
+		return message.Report(unknownCommand(args[0]))
 	}
-	switch name := args[0]; {
-	case commands[name] != nil:
-		return commands[name](args[1:])
-	case name == "help" || name == "--help" || name == "-h" || name == "-help":
-		fmt.Print(help)
-		return 0
-	case name == "--version" || name == "-V" || name == "-version":
-		fmt.Println("guix-substitute-eris", version())
-		return 0
-	case strings.HasPrefix(name, "-"):
-		return byHandCommand(args)
-	case guix != "" || isGuix():
-		return guixCommand(guix, args)
-	}
-	return usageError("%s\nhint: \"guix-substitute-eris --help\" shows the commands; those of guix are run by \"guix %s\"",
-		unknown("command", args[0], slices.Sorted(maps.Keys(commands))), args[0])
+	root := rootCommand()
+	root.SetArgs(args)
+	return message.Report(root.Execute())
 }
 
-const help = `Usage: guix-substitute-eris COMMAND [OPTION]... [ARGUMENT]...
-Substitutes for GNU Guix: a replacement for "guix substitute".
+// isOurs reports whether the first argument is not for guix.
+func isOurs(name string) bool {
+	return strings.HasPrefix(name, "-") || slices.Contains(commandNames(), name)
+}
 
-What guix-daemon runs; replies go to file descriptor 4:
-  substitute --query            report on the availability of store items
-  substitute --substitute       fetch store items
+// commandNames returns the names of all commands, with those of package cobra.
+func commandNames() []string {
+	names := []string{"help", "completion", cobra.ShellCompRequestCmd, cobra.ShellCompNoDescRequestCmd}
+	for _, r := range commands {
+		names = append(names, r.name)
+	}
+	return names
+}
 
-The same by hand; replies go to standard output, and the exit status is 0 if
-all that was asked for can be had:
+func unknownCommand(name string) error {
+	return message.Usage("%s\nhint: \"guix-substitute-eris --help\" shows the commands; those of guix are run by \"guix %s\"",
+		message.Unknown("command", name, commandNames()), name)
+}
+
+// rootCommand returns the program as a command, with all others.
+func rootCommand() *cobra.Command {
+	root := byHandCommand()
+	root.Use, root.Version = "guix-substitute-eris COMMAND [OPTION]... [ARGUMENT]...", program.Version()
+	root.Long = help
+	root.SilenceErrors, root.SilenceUsage, root.DisableFlagsInUseLine = true, true, true
+	root.SetVersionTemplate("guix-substitute-eris {{.Version}}\n")
+	root.SetHelpFunc(showHelp)
+	root.SetFlagErrorFunc(optionError)
+	root.Args = cobra.ArbitraryArgs
+	for _, r := range commands {
+		if !root.ContainsGroup(r.group) {
+			root.AddGroup(&cobra.Group{ID: r.group, Title: r.group + ":"})
+		}
+		c := r.new()
+		c.Use, c.GroupID = strings.TrimSpace(r.name+" [OPTION]... "+c.Use), r.group
+		c.DisableFlagsInUseLine = true
+		root.AddCommand(c)
+	}
+	return root
+}
+
+const help = `Substitutes for GNU Guix: a replacement for "guix substitute".
+
+By hand, --query and --substitute do what guix-daemon has "guix substitute" do;
+replies go to standard output, and the exit status is 0 if all that was asked
+for can be had:
+
   --query [ITEM]...             say whether the given store items can be had, or
                                 answer requests read from standard input
   --substitute [ITEM DESTINATION]
                                 restore a store item, or answer requests read
                                 from standard input
 
-ERIS:
-  encode PATH                   turn a file or a tree into blocks and a URN
-  decode URN DESTINATION        turn a URN into a file or a tree
-  serve                         keep blocks and serve them
-  publish                       serve narinfos with the field ERIS, and nars
-  export ITEM... --to=DIRECTORY write narinfos and blocks to a directory
-
-To find out what is wrong:
-  explain ITEM...               say from where items would come, and why
-  doctor                        look whether all is set up, and say what to mend
-  narinfo ITEM...               show what the servers say of items
-
-Other commands:
-  keygen                        make a key pair to sign narinfos with
-  demo                          show the whole way on a private store
-  help, --help, -h              show this help
-  --version, -V                 show the version
-
 In the environment of guix-daemon (GUIX=...) or under the name guix, any other
 command is handed to the real guix. The option --guix=FILE before the command
 says where that is.
 
-Run a command with --help to see its options. Exit statuses: 0 for success, 2
-for a wrong command line, 3 if something is not available, 4 if it is not
-authorised, 5 if who has it cannot be reached, 1 for any other failure.
-`
+Exit statuses: 0 for success, 2 for a wrong command line, 3 if something is not
+available, 4 if it is not authorised, 5 if who has it cannot be reached, 1 for
+any other failure.`
 
-// version is the version of the module that the program was built from.
-func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok || info.Main.Version == "" || info.Main.Version == "(devel)" {
-		return "development version"
+// showHelp shows what a command does, and its options with what they are by default.
+func showHelp(c *cobra.Command, _ []string) {
+	w := os.Stdout
+	fmt.Fprintf(w, "Usage: %s\n\n%s\n", c.UseLine(), cmp.Or(c.Long, c.Short))
+	for _, g := range c.Groups() {
+		fmt.Fprintf(w, "\n%s\n", g.Title)
+		for _, sub := range c.Commands() {
+			if sub.GroupID == g.ID {
+				fmt.Fprintf(w, "  %-12s %s\n", sub.Name(), sub.Short)
+			}
+		}
 	}
-	return info.Main.Version
+	fmt.Fprintf(w, "\nOptions:\n%s", c.LocalFlags().FlagUsagesWrapped(helpColumns))
 }
 
-// parse parses options, which may stand anywhere before "--". When it returns false the command is
-// over, with the status that it returns too.
-func parse(flags *flag.FlagSet, args []string, usage string) (status int, ok bool) {
-	var messages strings.Builder
-	flags.SetOutput(&messages)
-	flags.Usage = func() {}
-	var arguments []string
-	err := flags.Parse(args)
-	for err == nil && flags.NArg() > 0 {
-		rest := flags.Args()
-		if before := args[:len(args)-len(rest)]; len(before) > 0 && before[len(before)-1] == "--" {
-			arguments = append(arguments, rest...)
-			break
-		}
-		arguments, args = append(arguments, rest[0]), rest[1:]
-		err = flags.Parse(args)
-	}
-	if err == nil {
-		err = flags.Parse(append([]string{"--"}, arguments...))
-	}
+// helpColumns is the width of a help.
+const helpColumns = 80
+
+// optionError says in our words what is wrong with an option.
+func optionError(c *cobra.Command, err error) error {
+	text := err.Error()
+	var unknown *pflag.NotExistError
+	var missing *pflag.ValueRequiredError
+	var invalid *pflag.InvalidValueError
 	switch {
-	case errors.Is(err, flag.ErrHelp):
-		printUsage(os.Stdout, flags, usage)
-		return 0, false
-	case err != nil:
-		command := strings.TrimSpace(flags.Name() + " --help")
-		return usageError("%s\nhint: \"guix-substitute-eris %s\" shows the options", optionError(flags, err), command), false
-	}
-	return 0, true
-}
-
-func printUsage(w io.Writer, flags *flag.FlagSet, usage string) {
-	fmt.Fprint(w, usage, "\nOptions:\n")
-	flags.VisitAll(func(f *flag.Flag) {
-		value, text := flag.UnquoteUsage(f)
-		if value != "" {
-			value = "=" + strings.ToUpper(value)
+	case errors.As(err, &unknown):
+		var names []string
+		c.Flags().VisitAll(func(f *pflag.Flag) { names = append(names, "--"+f.Name) })
+		name := "--" + unknown.GetSpecifiedName()
+		if unknown.GetSpecifiedShortnames() != "" {
+			name = "-" + unknown.GetSpecifiedName()
 		}
-		fmt.Fprintf(w, "  --%s%s\n        %s\n", f.Name, value, text)
-	})
-}
-
-// untilSignal returns a context that ends when the user, the service manager or the end of the
-// terminal ends the program. One that "nohup" has started outlives the terminal.
-func untilSignal() (context.Context, context.CancelFunc) {
-	signals := []os.Signal{unix.SIGINT, unix.SIGTERM}
-	if !signal.Ignored(unix.SIGHUP) {
-		signals = append(signals, unix.SIGHUP)
+		text = message.Unknown("option", name, names)
+	case errors.As(err, &missing):
+		value, _ := pflag.UnquoteUsage(missing.GetFlag())
+		text = fmt.Sprintf("the option --%[1]s needs a value: --%[1]s=%[2]s", missing.GetFlag().Name, value)
+	case errors.As(err, &invalid):
+		why := fmt.Sprint(errors.Unwrap(invalid))
+		switch invalid.GetFlag().Value.Type() {
+		case "duration":
+			why = "it must be a time with a unit, like 90s, 15m or 36h"
+		case "bool":
+			why = "it must be true or false, or be left out"
+		case "int", "int64":
+			why = "it must be a number"
+		}
+		text = fmt.Sprintf("the option --%s has the value %q: %s", invalid.GetFlag().Name, invalid.GetValue(), why)
 	}
-	return signal.NotifyContext(context.Background(), signals...)
-}
-
-// status shows the error of a command that a person runs, if there is one, and returns its exit
-// status.
-func status(err error) int {
-	if err != nil {
-		return fail("%w", err)
-	}
-	return 0
-}
-
-// printJSON prints a result on standard output.
-func printJSON(v any) error {
-	text, err := json.MarshalIndent(v, "", "  ")
-	if err == nil {
-		_, err = fmt.Println(string(text))
-	}
-	return err
+	return message.Usage("%s\nhint: \"%s --help\" shows the options", text, c.CommandPath())
 }

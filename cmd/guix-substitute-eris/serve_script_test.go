@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sys/unix"
 )
@@ -60,7 +61,7 @@ func scriptBlockstore(ts *testscript.TestScript, neg bool, args []string) {
 			var exit *exec.ExitError
 			if err == nil {
 				ts.Fatalf("it has started")
-			} else if !errors.As(err, &exit) || exit.ExitCode() != statusFailed && exit.ExitCode() != statusUsage {
+			} else if !errors.As(err, &exit) || exit.ExitCode() != int(message.Failed) && exit.ExitCode() != int(message.BadUsage) {
 				ts.Fatalf("%v", err)
 			}
 			return
@@ -110,8 +111,8 @@ func scriptBlockstore(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// serving are the lines that name what is listened on.
-var serving = regexp.MustCompile(`(?m)^guix-substitute-eris: serving on ((coap\+unix|coap\+tcp|coap\+ws|coap|http)://\S+) `)
+// servingLine is a line that names what is listened on.
+var servingLine = regexp.MustCompile(`(?m)^guix-substitute-eris: serving on ((coap\+unix|coap\+tcp|coap\+ws|coap|http)://\S+) `)
 
 // startBlockServer starts the program in a directory, with its log in a file, and waits until it is
 // ready. If it ends instead, the error is an [exec.ExitError].
@@ -156,7 +157,7 @@ func startBlockServer(directory, log string, env []string, args ...string) (_ *b
 		return nil, s.err
 	}
 	text, err := os.ReadFile(log)
-	for _, match := range serving.FindAllSubmatch(text, -1) {
+	for _, match := range servingLine.FindAllSubmatch(text, -1) {
 		kind := map[string]string{"coap+unix": "UNIX", "coap+tcp": "TCP", "coap+ws": "WS", "coap": "UDP", "http": "HTTP"}[string(match[2])]
 		s.urls[kind] = string(match[1])
 	}

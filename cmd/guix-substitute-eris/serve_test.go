@@ -23,6 +23,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/serving"
 )
 
 // serveTest starts a block store in a directory of its own, which the test can use for other things
@@ -161,7 +162,7 @@ func TestServeLargeItem(t *testing.T) {
 	if err := json.Unmarshal(command("encode", "--json", "--store="+server.urls["UNIX"], item), &result); err != nil {
 		t.Fatal(err)
 	}
-	stats, err := askStatistics(filepath.Join(directory, "s"))
+	stats, err := serving.AskStatistics(filepath.Join(directory, "s"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -254,7 +255,7 @@ func TestServeEvicts(t *testing.T) {
 		group.Wait()
 		next.Store(int64(second * 2 << 10))
 	}
-	stats, err := askStatistics(filepath.Join(directory, "s"))
+	stats, err := serving.AskStatistics(filepath.Join(directory, "s"))
 	if err != nil {
 		t.Fatal(err)
 	}

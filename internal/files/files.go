@@ -306,3 +306,17 @@ func ReadRegular(path string, most int) ([]byte, error) {
 func tooLarge(path string, most int) error {
 	return &fs.PathError{Op: "read", Path: path, Err: fmt.Errorf("larger than %d bytes", most)}
 }
+
+// ReadLimited reads a file of at most limit bytes; a longer one is an error.
+func ReadLimited(name string, limit int) ([]byte, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, int64(limit)+1))
+	if err == nil && len(b) > limit {
+		err = fmt.Errorf("%s is longer than %d bytes", name, limit)
+	}
+	return b, err
+}

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package main
+// Package session has what helpers of the daemon and commands about store items have in common: the
+// settings of substitution, and the session that they describe.
+package session
 
 import (
 	"bufio"
+	"cmp"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -16,29 +19,34 @@ import (
 	"strings"
 	"time"
 
+	"github.com/spf13/pflag"
 	"golang.org/x/term"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/ahead"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
-// defaultURLs are asked when neither the daemon nor the user names servers.
-var defaultURLs = []string{"https://bordeaux.guix.gnu.org", "https://ci.guix.gnu.org"}
+// DefaultURLs are asked when neither the daemon nor the user names servers.
+var DefaultURLs = []string{"https://bordeaux.guix.gnu.org", "https://ci.guix.gnu.org"}
 
-// settings are what the flags, the environment and the configuration file say about substitution,
+// Settings are what the flags, the environment and the configuration file say about substitution,
 // in this order of precedence.
-type settings struct {
-	urls           string
+type Settings struct {
+	URLs           string // of servers, separated by spaces
 	acl            string
-	store          string
+	Store          string // its directory
 	cacheDirectory string
-	unauthorised   bool
+	Unauthorised   bool // signatures do not count
 	stores         string
 	policy         string
 	limitRate      string
@@ -47,26 +55,27 @@ type settings struct {
 	daemon  bool // the daemon has started this process
 	byHand  bool // a person has, and nothing of theirs is replaced
 	options protocol.Options
-	file    configuration
+	file    settings.File
 	log     *protocol.Log
 	kept    string   // the directory of what is kept for other processes; empty if nothing is
 	notes   []string // warnings of the start, for when somebody reads them
 }
 
-func (s *settings) flags(f *flag.FlagSet) {
-	f.StringVar(&s.urls, "substitute-urls", "", "ask the servers with these `URLS`, separated by spaces, in this order")
+// Flags defines the options.
+func (s *Settings) Flags(f *pflag.FlagSet) {
+	f.StringVar(&s.URLs, "substitute-urls", "", "ask the servers with these `URLS`, separated by spaces, in this order")
 	f.StringVar(&s.acl, "acl", "", "take the list of authorised keys from `FILE`")
-	f.StringVar(&s.store, "store-dir", "", "the store is in `DIRECTORY`")
+	f.StringVar(&s.Store, "store-dir", "", "the store is in `DIRECTORY`")
 	f.StringVar(&s.cacheDirectory, "cache-dir", "", "keep narinfos, blocks and what is known of stores in `DIRECTORY`; \"none\" keeps nothing")
 	f.StringVar(&s.stores, "eris-store-url", "", "fetch blocks from the stores with these `URLS`, separated by spaces; \"none\" is none")
 	f.StringVar(&s.policy, "policy", "", "what is tried in which `ORDER`: fastest, eris-first, http-first, eris-only or http-only")
 	f.StringVar(&s.limitRate, "limit-rate", "", "fetch at most `RATE` bytes per second, like 500K or 2MiB, over the network")
 	f.BoolVar(&s.verbose, "verbose", false, "show what is expected of blocks and nars, what is chosen, and what the stores have done")
-	f.BoolVar(&s.unauthorised, "allow-unauthenticated", false, "accept narinfos without an authorised signature (dangerous)")
+	f.BoolVar(&s.Unauthorised, "allow-unauthenticated", false, "accept narinfos without an authorised signature (dangerous)")
 }
 
-// load reads the environment and the configuration file.
-func (s *settings) load() {
+// Load reads the environment and the configuration file.
+func (s *Settings) Load() {
 	packed, daemon := os.LookupEnv("_NIX_OPTIONS")
 	s.daemon = daemon
 	s.options = protocol.ParseOptions(packed)
@@ -85,48 +94,45 @@ func (s *settings) load() {
 		Program: program,
 		Traces:  s.options.Traces(),
 		Columns: columns,
-		Unicode: unicode(),
+		Unicode: page.Unicode(),
 		Dynamic: daemon || terminal,
 	})
 	var err error
-	if s.file, err = readConfiguration(); err != nil {
+	if s.file, err = settings.Read(); err != nil {
 		s.notes = append(s.notes, err.Error())
 	}
-	if s.store == "" {
-		s.store = storeDirectory()
+	if s.Store == "" {
+		s.Store = settings.StoreDirectory()
 	}
-	s.store = filepath.Clean(s.store)
+	s.Store = filepath.Clean(s.Store)
 	if strings.EqualFold(os.Getenv("GUIX_ALLOW_UNAUTHENTICATED_SUBSTITUTES"), "yes") {
-		s.unauthorised = true
+		s.Unauthorised = true
 	}
 	if s.policy == "" {
 		s.policy = s.file.Policy
 	}
-	if s.kept = s.keepDirectory(); s.kept != "" {
+	if s.kept = s.KeepDirectory(); s.kept != "" {
 		if err := files.MakeDirectory(s.kept); err != nil {
 			s.notes = append(s.notes, fmt.Sprintf("nothing is kept for later: %v", err))
 			s.kept = ""
 		}
 	}
-	if s.unauthorised {
+	if s.Unauthorised {
 		s.notes = append(s.notes, "authentication and authorization of substitutes disabled!")
 	}
 }
 
-// unicode reports whether the locale has other characters than ASCII.
-func unicode() bool {
-	for _, variable := range []string{"LC_ALL", "LC_CTYPE", "LANG"} {
-		if value := os.Getenv(variable); value != "" {
-			value = strings.ToLower(value)
-			return strings.Contains(value, "utf-8") || strings.Contains(value, "utf8")
-		}
-	}
-	return false
+// LoadQuietly is Load for whoever looks at the settings of the daemon's helpers, or of a person if
+// daemon is false: warnings are not shown, and nothing is kept. A directory that root made would be
+// closed to a daemon that is not root.
+func (s *Settings) LoadQuietly(daemon bool) {
+	s.Load()
+	s.kept, s.log, s.notes, s.daemon = "", protocol.NewLog(io.Discard, protocol.LogStyle{}), nil, daemon
 }
 
-// showNotes shows the warnings of the start. The daemon reads them only while it waits for a reply,
+// ShowNotes shows the warnings of the start. The daemon reads them only while it waits for a reply,
 // so this is for after the first request.
-func (s *settings) showNotes() {
+func (s *Settings) ShowNotes() {
 	for _, note := range s.notes {
 		s.log.Warnf("%s", note)
 	}
@@ -135,7 +141,6 @@ func (s *settings) showNotes() {
 
 // policies are the words for policies.
 var policies = map[string]substitute.Policy{
-	"":           substitute.Fastest,
 	"fastest":    substitute.Fastest,
 	"eris-first": substitute.ERISFirst,
 	"http-first": substitute.HTTPFirst,
@@ -143,8 +148,23 @@ var policies = map[string]substitute.Policy{
 	"http-only":  substitute.HTTPOnly,
 }
 
-// A session is a substituter with what it works with.
-type session struct {
+// Policies returns the words for policies, in the order of the alphabet.
+func Policies() []string { return slices.Sorted(maps.Keys(policies)) }
+
+// Policy returns the policy, and an error if the settings have a word for it that is not known.
+func (s *Settings) Policy() (substitute.Policy, error) {
+	policy, ok := policies[cmp.Or(s.policy, "fastest")]
+	if !ok {
+		return policy, errors.New(message.Unknown("policy", s.policy, Policies()))
+	}
+	return policy, nil
+}
+
+// StoreURLs returns the URLs of the block stores; see [settings.StoreURLs].
+func (s *Settings) StoreURLs() []string { return settings.StoreURLs(s.stores, s.file) }
+
+// A Session is a substituter with what it works with.
+type Session struct {
 	*substitute.Substituter
 	blocks *blocks // nil if there is no store
 	state  *sourcestate.State
@@ -155,12 +175,20 @@ type session struct {
 	staging *ahead.Ahead   // when it substitutes
 }
 
+// Stores returns the block stores, if there are any, and what is known of each.
+func (s *Session) Stores() ([]pool.Member, []pool.SourceStats) {
+	if s.blocks == nil {
+		return nil, nil
+	}
+	return s.blocks.members, s.blocks.Stats()
+}
+
 // saveEvery is how often what is known of servers and stores is written down.
 const saveEvery = 5 * time.Second
 
 // after does what is to be done after a substitution. The daemon kills its helpers as soon as it
 // does not need them any more.
-func (s *session) after() {
+func (s *Session) after() {
 	if s.blocks != nil && s.Verbose {
 		s.blocks.show(s.Log)
 	}
@@ -179,7 +207,7 @@ func (s *session) after() {
 }
 
 // note notes what the daemon has asked about on its own, and can have.
-func (s *session) note(items []string, records []protocol.Info) {
+func (s *Session) note(items []string, records []protocol.Info) {
 	if s.noted == nil || len(items) != 1 || len(records) != 1 {
 		return
 	}
@@ -188,7 +216,8 @@ func (s *session) note(items []string, records []protocol.Info) {
 	}
 }
 
-func (s *session) close() {
+// Close writes down what is known of sources, and ends all.
+func (s *Session) Close() {
 	if s.staging != nil {
 		s.staging.Close()
 	}
@@ -204,18 +233,18 @@ func (s *session) close() {
 	}
 }
 
-// session returns the substituter that the settings describe. It must be closed. For queries it has
+// Session returns the substituter that the settings describe. It must be closed. For queries it has
 // no stores.
-func (s *settings) session(query bool) *session {
-	policy, ok := policies[s.policy]
-	if !ok {
+func (s *Settings) Session(query bool) *Session {
+	policy, err := s.Policy()
+	if err != nil {
 		s.notes = append(s.notes, fmt.Sprintf("policy %.40q is not understood; fastest is followed", s.policy))
 	}
 	path := s.inCache("sources")
 	if query {
 		path = "" // which learns nothing about them
 	}
-	result := &session{state: sourcestate.Open(path), closed: func() {}}
+	result := &Session{state: sourcestate.Open(path), closed: func() {}}
 	limiter := s.limiter()
 	unsigned := s.file.UnsignedCapabilities == nil || *s.file.UnsignedCapabilities
 	result.Substituter = substitute.New(substitute.Config{
@@ -224,11 +253,11 @@ func (s *settings) session(query bool) *session {
 		Speeds:               serverSpeeds{result.state},
 		Verbose:              s.verbose || s.file.Verbose,
 		UnsignedCapabilities: unsigned,
-		StoreDir:             s.store,
-		URLs:                 s.serverURLs(),
-		AllowUnauthenticated: s.unauthorised,
+		StoreDir:             s.Store,
+		URLs:                 s.ServerURLs(),
+		AllowUnauthenticated: s.Unauthorised,
 		Deduplicate:          s.options.Deduplicate(),
-		KeysFile:             s.keysFile(),
+		KeysFile:             s.KeysFile(),
 		Debug:                os.Getenv("GUIX_SUBSTITUTE_DEBUG") != "",
 		Mirrors: mirror.NewClient(mirror.Options{
 			MaxConnections: s.file.NarinfoConnections,
@@ -249,7 +278,7 @@ func (s *settings) session(query bool) *session {
 	if !query {
 		result.Reuse, result.closed = s.finder()
 	}
-	if urls := storeURLs(s.stores, s.file); !query && policy != substitute.HTTPOnly && len(urls) > 0 {
+	if urls := s.StoreURLs(); !query && policy != substitute.HTTPOnly && len(urls) > 0 {
 		b, err := openBlocks(blocksOptions{
 			urls: urls, directory: s.inCache("blocks"), cacheSize: s.cacheSize(),
 			state: result.state, limiter: limiter, log: s.log,
@@ -269,21 +298,21 @@ func (s *settings) session(query bool) *session {
 
 // publicFiles returns the URLs of servers if they come from somebody who may not read all that we
 // can.
-func (s *settings) publicFiles() []string {
-	if s.urls == "" && s.options.UntrustedURLs() {
-		return append([]string{}, s.serverURLs()...) // not nil
+func (s *Settings) publicFiles() []string {
+	if s.URLs == "" && s.options.UntrustedURLs() {
+		return append([]string{}, s.ServerURLs()...) // not nil
 	}
 	return nil
 }
 
-// serverURLs returns the substitute URLs in order.
-func (s *settings) serverURLs() []string {
-	urls := defaultURLs
+// ServerURLs returns the substitute URLs in order.
+func (s *Settings) ServerURLs() []string {
+	urls := DefaultURLs
 	if fromDaemon, ok := s.options.SubstituteURLs(); ok {
 		urls = fromDaemon
 	}
-	if s.urls != "" {
-		urls = strings.Fields(s.urls)
+	if s.URLs != "" {
+		urls = strings.Fields(s.URLs)
 	}
 	if s.options.Discover() {
 		urls = append(s.discovered(), urls...)
@@ -296,8 +325,8 @@ func (s *settings) serverURLs() []string {
 const maxDiscovered = 50
 
 // discovered returns the servers that "guix discover" has found.
-func (s *settings) discovered() []string {
-	f, err := os.Open(filepath.Join(stateDirectory(), "discover", "publish"))
+func (s *Settings) discovered() []string {
+	f, err := os.Open(filepath.Join(settings.StateDirectory(), "discover", "publish"))
 	if err != nil {
 		return nil
 	}
@@ -315,8 +344,8 @@ func (s *settings) discovered() []string {
 	return slices.Clip(urls)
 }
 
-// keepDirectory is where things are kept for other processes, or empty.
-func (s *settings) keepDirectory() string {
+// KeepDirectory is where things are kept for other processes, or empty.
+func (s *Settings) KeepDirectory() string {
 	switch {
 	case s.cacheDirectory == "none":
 		return ""
@@ -329,7 +358,7 @@ func (s *settings) keepDirectory() string {
 	// (guix/substitutes.scm: %narinfo-cache-directory), beside that.
 	base := os.Getenv("XDG_CACHE_HOME")
 	if base == "" && s.daemon {
-		return filepath.Join(stateDirectory(), "substitute", "eris")
+		return filepath.Join(settings.StateDirectory(), "substitute", "eris")
 	}
 	if base == "" {
 		var err error
@@ -341,7 +370,7 @@ func (s *settings) keepDirectory() string {
 }
 
 // cache opens the cache of narinfos, or returns nil.
-func (s *settings) cache() *narinfocache.Cache {
+func (s *Settings) cache() *narinfocache.Cache {
 	directory := s.inCache("narinfos")
 	if directory == "" {
 		return nil
@@ -357,18 +386,18 @@ func (s *settings) cache() *narinfocache.Cache {
 // maxACL bounds the length of an ACL file in bytes.
 const maxACL = acl.MaxSexpSize
 
-// keys reads the list of authorised keys. Without one the machine's own key is authorised, as Guix,
+// Keys reads the list of authorised keys. Without one the machine's own key is authorised, as Guix,
 // guix/pki.scm: current-acl, has it. When the list cannot be understood, no key is.
-func (s *settings) keys() *acl.ACL {
-	name := s.keysFile()
-	text, err := readLimited(name, maxACL)
+func (s *Settings) Keys() *acl.ACL {
+	name := s.KeysFile()
+	text, err := files.ReadLimited(name, maxACL)
 	var keys *acl.ACL
 	switch {
 	case err == nil:
 		keys, err = acl.ParseACL(text)
 	case errors.Is(err, fs.ErrNotExist):
 		var public []byte
-		public, err = readLimited(filepath.Join(configurationDirectory(), "signing-key.pub"), maxACL)
+		public, err = files.ReadLimited(filepath.Join(settings.Directory(), "signing-key.pub"), maxACL)
 		if err == nil || errors.Is(err, fs.ErrNotExist) {
 			keys, err = acl.DefaultACL(public)
 		}
@@ -377,27 +406,27 @@ func (s *settings) keys() *acl.ACL {
 		s.log.WarnOnce("acl", "no substitute is authorised: %s: %v", name, err)
 		return nil
 	}
-	if !s.unauthorised && !s.hasForeignKeys(keys) {
+	if !s.Unauthorised && !s.HasForeignKeys(keys) {
 		s.log.WarnOnce("acl", "access control list %s authorises no other machine; substitutes may be unavailable", name)
 	}
 	return keys
 }
 
-// keysFile is the name of the list of authorised keys.
-func (s *settings) keysFile() string {
+// KeysFile is the name of the list of authorised keys.
+func (s *Settings) KeysFile() string {
 	if s.acl != "" {
 		return s.acl
 	}
-	return filepath.Join(configurationDirectory(), "acl")
+	return filepath.Join(settings.Directory(), "acl")
 }
 
-// hasForeignKeys reports whether a list has another key than the machine's own.
-func (s *settings) hasForeignKeys(keys *acl.ACL) bool {
+// HasForeignKeys reports whether a list has another key than the machine's own.
+func (s *Settings) HasForeignKeys(keys *acl.ACL) bool {
 	listed := keys.Keys()
 	if len(listed) != 1 {
 		return len(listed) > 0
 	}
-	text, err := readLimited(filepath.Join(configurationDirectory(), "signing-key.pub"), maxACL)
+	text, err := files.ReadLimited(filepath.Join(settings.Directory(), "signing-key.pub"), maxACL)
 	if err != nil {
 		return true
 	}
@@ -405,16 +434,13 @@ func (s *settings) hasForeignKeys(keys *acl.ACL) bool {
 	return err != nil || !own.Equal(listed[0])
 }
 
-// readLimited reads a file of at most limit bytes.
-func readLimited(name string, limit int) ([]byte, error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, int64(limit)+1))
-	if err == nil && len(b) > limit {
-		err = fmt.Errorf("%s is longer than %d bytes", name, limit)
-	}
-	return b, err
+// SilentSession returns a session that shows nothing by itself but the warnings of its beginning.
+func (s *Settings) SilentSession(query bool) *Session {
+	log := s.log
+	s.log = protocol.NewLog(io.Discard, protocol.LogStyle{})
+	sub := s.Session(query)
+	s.log = log
+	s.ShowNotes()
+	sub.SetKeys(s.Keys())
+	return sub
 }

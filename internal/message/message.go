@@ -1,75 +1,103 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package main
+// Package message tells people what is wrong, in words that need no knowledge of the program, and
+// what to do; it owns the exit statuses of commands.
+package message
 
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io/fs"
 	"net"
 	"os"
-	"reflect"
 	"regexp"
 	"slices"
 	"strings"
 	"syscall"
-	"time"
+
+	"github.com/spf13/cobra"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 )
 
+// A Status is the exit status of a command. As an error it stands for what has been told already.
+type Status int
+
 // The exit statuses of commands that people run, which the help describes.
 const (
-	statusFailed       = 1
-	statusUsage        = 2
-	statusUnavailable  = 3
-	statusUnauthorised = 4
-	statusUnreachable  = 5
+	Failed       Status = 1
+	BadUsage     Status = 2
+	Unavailable  Status = 3
+	Unauthorised Status = 4
+	Unreachable  Status = 5
 )
 
-// errUnavailable is wrapped by errors that say that something is nowhere to be had.
-var errUnavailable = errors.New("not available")
+// Error implements error.
+func (s Status) Error() string { return fmt.Sprintf("exit status %d", int(s)) }
 
-// fail shows an error of a command that a person runs, and what to do, if that is known. It returns
-// the exit status, which depends on what the format wraps.
-func fail(format string, a ...any) int {
-	err := fmt.Errorf(format, a...)
+// Err returns the status as an error, nil if it is 0.
+func (s Status) Err() error {
+	if s == 0 {
+		return nil
+	}
+	return s
+}
+
+// ErrUnavailable is wrapped by errors that say that something is nowhere to be had.
+var ErrUnavailable = errors.New("not available")
+
+// usageError is what is wrong with a command line.
+type usageError struct{ error }
+
+// Usage returns the error that something is wrong with a command line.
+func Usage(format string, a ...any) error { return usageError{fmt.Errorf(format, a...)} }
+
+// Report shows the error of a command that a person runs, if there is one that has not been told,
+// and what to do, if that is known. After "\nhint: ", the error may say so itself. It returns the
+// exit status, which depends on what the error wraps.
+func Report(err error) int {
+	var told Status
+	if err == nil {
+		return 0
+	} else if errors.As(err, &told) {
+		return int(told)
+	}
 	text, h, ok := strings.Cut(err.Error(), "\nhint: ")
 	if !ok {
 		h = hint(err)
 	}
-	fmt.Fprintf(os.Stderr, "guix-substitute-eris: error: %s\n", plainText(text))
+	fmt.Fprintf(os.Stderr, "guix-substitute-eris: error: %s\n", Text(text))
 	if h != "" {
 		fmt.Fprintf(os.Stderr, "hint: %s\n", h)
 	}
+	return int(statusOf(err))
+}
+
+func statusOf(err error) Status {
+	var usage usageError
 	var op *net.OpError
 	var server *mirror.ServerError
 	switch {
+	case errors.As(err, &usage):
+		return BadUsage
 	case errors.As(err, &op) && op.Op == "listen":
-	case errors.Is(err, eris.ErrNotFound), errors.Is(err, errUnavailable):
-		return statusUnavailable
+	case errors.Is(err, eris.ErrNotFound), errors.Is(err, ErrUnavailable):
+		return Unavailable
 	case op != nil, errors.As(err, &server), errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, os.ErrDeadlineExceeded):
-		return statusUnreachable
+		return Unreachable
 	}
-	return statusFailed
+	return Failed
 }
 
-// usageError shows what is wrong with a command line.
-func usageError(format string, a ...any) int {
-	fail(format, a...)
-	return statusUsage
-}
+// Plain is an error in the words of people who do not know in what the program is written.
+func Plain(err error) string { return Text(err.Error()) }
 
-// plain is an error in the words of people who do not know in what the program is written.
-func plain(err error) string { return plainText(err.Error()) }
-
-// plainText does the same with a text, of which each line is an error of its own. It says
+// Text does the same with a text, of which each line is an error of its own. It says
 // everything once.
-func plainText(text string) string {
+func Text(text string) string {
 	lines := strings.Split(text, "\n")
 	for i, line := range lines {
 		for _, w := range [...]struct{ pattern, words string }{
@@ -130,7 +158,7 @@ func hint(err error) string {
 	case errors.Is(err, fetch.ErrReadOnly), has("4.05"), has("403 Forbidden"):
 		return "whoever serves the store must permit it: serve --listen='URL?get&put', or its socket"
 	case errors.Is(err, eris.ErrNotFound):
-		return "no store that was asked has it; name others by --store or " + storeVariable
+		return "no store that was asked has it; name others by --store or " + "ERIS_STORE_URL"
 	case has("no list \"private-key\""):
 		return "--private-key takes the other file of the pair, signing-key.sec"
 	case has("Base32"), has("does not start with urn:eris:"):
@@ -151,42 +179,8 @@ func hint(err error) string {
 	return ""
 }
 
-// optionError says in our words what the package flag has found wrong.
-func optionError(flags *flag.FlagSet, err error) string {
-	text := err.Error()
-	if name, ok := strings.CutPrefix(text, "flag provided but not defined: -"); ok {
-		return unknown("option", "--"+strings.TrimLeft(name, "-"), optionNames(flags))
-	}
-	if name, ok := strings.CutPrefix(text, "flag needs an argument: -"); ok {
-		name = strings.TrimLeft(name, "-")
-		value, _ := flag.UnquoteUsage(flags.Lookup(name))
-		return fmt.Sprintf("the option --%[1]s needs a value: --%[1]s=%[2]s", name, strings.ToUpper(value))
-	}
-	m := regexp.MustCompile(`^invalid (?:boolean )?value ("(?:[^"\\]|\\.)*") for (?:flag )?-([\w-]+): (.*)$`).FindStringSubmatch(text)
-	if m == nil {
-		return text
-	}
-	why := m[3]
-	if g, ok := flags.Lookup(m[2]).Value.(flag.Getter); ok && strings.Contains(why, "parse error") || why == "value out of range" {
-		switch g.Get().(type) {
-		case time.Duration:
-			why = "it must be a time with a unit, like 90s, 15m or 36h"
-		case bool:
-			why = "it must be true or false, or be left out"
-		default:
-			why = "it must be a number"
-		}
-	}
-	return fmt.Sprintf("the option --%s has the value %s: %s", m[2], m[1], why)
-}
-
-func optionNames(flags *flag.FlagSet) (names []string) {
-	flags.VisitAll(func(f *flag.Flag) { names = append(names, "--"+f.Name) })
-	return names
-}
-
-// unknown says that there is no command, option or setting of a name, and which one may be meant.
-func unknown(thing, name string, known []string) string {
+// Unknown says that there is no command, option or setting of a name, and which one may be meant.
+func Unknown(thing, name string, known []string) string {
 	text := fmt.Sprintf("there is no %s %q", thing, name)
 	best, least := "", min(3, max(1, len(strings.TrimLeft(name, "-"))/3))
 	for _, k := range known {
@@ -229,10 +223,27 @@ func distance(a, b string) int {
 	return d[len(a)][len(b)]
 }
 
-// settingNames are the settings of the configuration file.
-func settingNames() (names []string) {
-	for _, f := range reflect.VisibleFields(reflect.TypeFor[configuration]()) {
-		names = append(names, f.Tag.Get("toml"))
+// Log shows a message of a server.
+func Log(format string, a ...any) {
+	text := strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f {
+			return ' '
+		}
+		return r
+	}, fmt.Sprintf(format, a...))
+	fmt.Fprintln(os.Stderr, "guix-substitute-eris:", text)
+}
+
+// OfStore says what is wrong with a store, which the caller names.
+func OfStore(url string, err error) string {
+	text := strings.TrimPrefix(err.Error(), url+": ")
+	return Text(regexp.MustCompile(`^block [A-Z2-7]{52}: `).ReplaceAllString(text, ""))
+}
+
+// NoArguments is a [cobra.PositionalArgs] for commands that take none.
+func NoArguments(c *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return Usage("%s takes no arguments, and %q was given", c.Name(), args[0])
 	}
-	return names
+	return nil
 }

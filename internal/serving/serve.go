@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package main
+// Package serving has the commands that serve until they are told to stop: serve keeps blocks, and
+// publish offers narinfos and nars.
+package serving
 
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"os"
 	"os/signal"
@@ -15,7 +16,9 @@ import (
 	"sync"
 	"time"
 
-	"github.com/plgd-dev/go-coap/v3/message"
+	coapmessage "github.com/plgd-dev/go-coap/v3/message"
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
@@ -24,26 +27,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/relay"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/systemd"
 )
-
-const serveUsage = `Usage: guix-substitute-eris serve [OPTION]...
-Keep blocks in a directory and serve them by CoAP on a Unix socket, and wherever
-else --listen says. URLs of --listen are
-
-  coap+tcp://HOST:PORT    CoAP over TCP
-  coap+ws://HOST:PORT     CoAP over WebSockets, at the path /.well-known/coap
-  coap://HOST:PORT        CoAP over UDP
-  coap+unix:///PATH       CoAP over a further Unix socket
-  http://HOST:PORT        HTTP, at the path /uri-res/N2R
-
-Whoever can connect may get blocks. What the store does not have comes from the
-stores that --upstream names, if the client is on a Unix socket, or the URL says
-"?relay"; it is kept. To put blocks is permitted on Unix sockets,
-and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".
-`
 
 // serveSettings are the options of serve.
 type serveSettings struct {
@@ -61,49 +52,69 @@ const checkPeriod = 5 * time.Second
 // stopTime is how long clients get when the server stops.
 const stopTime = 5 * time.Second
 
-// serveCommand serves until it is told to stop.
-func serveCommand(args []string) int {
+// Serve is the command that keeps blocks and serves them.
+func Serve() *cobra.Command {
 	var s serveSettings
-	flags := flag.NewFlagSet("serve", flag.ContinueOnError)
-	flags.StringVar(&s.directory, "directory", "", "keep the blocks in `DIRECTORY`")
-	flags.StringVar(&s.socket, "socket", "", "listen on the Unix socket `PATH`; \"none\" is none")
-	flags.StringVar(&s.socketMode, "socket-mode", "660", "who may write to Unix sockets, and thus put blocks, is said by the octal `MODE`")
-	flags.StringVar(&s.socketGroup, "socket-group", "", "these sockets belong to `GROUP`")
-	flags.Func("listen", "listen at `URL` too; may be given several times", func(url string) error {
-		s.listen = append(s.listen, url)
-		return nil
-	})
-	flags.Func("upstream", "get what is not here from the store at `URL`, and keep it; may be given several times", func(url string) error {
-		s.upstreams = append(s.upstreams, url)
-		return nil
-	})
-	flags.StringVar(&s.maxSize, "max-size", "", "keep blocks of at most `SIZE` in all, like 20GiB; the least recently used go")
-	flags.StringVar(&s.limitRate, "limit-rate", "", "receive, and send, at most at `RATE` in all, in bytes per second, like 2MiB")
-	maxConnectionsFlag(flags, &s.maxConnections, "per --listen and --socket ")
-	flags.BoolVar(&s.stats, "stats", false, "print the statistics of the server that listens on the socket, as JSON, and do nothing else")
-	if status, ok := parse(flags, args, serveUsage); !ok {
-		return status
+	c := &cobra.Command{
+		Short: "keep blocks and serve them",
+		Long: `Keep blocks in a directory and serve them by CoAP on a Unix socket, and wherever
+else --listen says. URLs of --listen are
+
+  coap+tcp://HOST:PORT    CoAP over TCP
+  coap+ws://HOST:PORT     CoAP over WebSockets, at the path /.well-known/coap
+  coap://HOST:PORT        CoAP over UDP
+  coap+unix:///PATH       CoAP over a further Unix socket
+  http://HOST:PORT        HTTP, at the path /uri-res/N2R
+
+Whoever can connect may get blocks. What the store does not have comes from the
+stores that --upstream names, if the client is on a Unix socket, or the URL says
+"?relay"; it is kept. To put blocks is permitted on Unix sockets,
+and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
+		Args: message.NoArguments,
 	}
-	if flags.NArg() > 0 {
-		return usageError("serve takes no arguments, and %q was given", flags.Arg(0))
+	f := c.Flags()
+	f.StringVar(&s.directory, "directory", "", "keep the blocks in `DIRECTORY`")
+	f.StringVar(&s.socket, "socket", "", "listen on the Unix socket `PATH`; \"none\" is none")
+	f.StringVar(&s.socketMode, "socket-mode", "660", "who may write to Unix sockets, and thus put blocks, is said by the octal `MODE`")
+	f.StringVar(&s.socketGroup, "socket-group", "", "these sockets belong to `GROUP`")
+	f.StringArrayVar(&s.listen, "listen", nil, "listen at `URL` too; may be given several times")
+	f.StringArrayVar(&s.upstreams, "upstream", nil, "get what is not here from the store at `URL`, and keep it; may be given several times")
+	f.StringVar(&s.maxSize, "max-size", "", "keep blocks of at most `SIZE` in all, like 20GiB; the least recently used go")
+	f.StringVar(&s.limitRate, "limit-rate", "", "receive, and send, at most at `RATE` in all, in bytes per second, like 2MiB")
+	maxConnectionsFlag(f, &s.maxConnections, "per --listen and --socket ")
+	f.BoolVar(&s.stats, "stats", false, "print the statistics of the server that listens on the socket, as JSON, and do nothing else")
+	c.RunE = func(*cobra.Command, []string) error {
+		if s.stats {
+			return s.printStatistics()
+		}
+		return s.run()
 	}
-	if s.stats {
-		return status(s.printStatistics())
-	}
-	return status(s.run())
+	return c
 }
 
 // maxConnectionsFlag defines the option --max-connections of a server.
-func maxConnectionsFlag(flags *flag.FlagSet, value *int, where string) {
+func maxConnectionsFlag(flags *pflag.FlagSet, value *int, where string) {
 	*value = 256
-	flags.Func("max-connections", "have at most `NUMBER` connections "+where+"at a time, of which one host may have half (256)", func(text string) error {
-		n, err := strconv.Atoi(text)
-		if err == nil && n < 1 {
-			err = errors.New("must be at least 1")
-		}
-		*value = n
-		return err
-	})
+	flags.Var((*atLeastOne)(value), "max-connections", "have at most `NUMBER` connections "+where+"at a time, of which one host may have half")
+}
+
+// atLeastOne is the value of an option.
+type atLeastOne int
+
+// String implements [pflag.Value].
+func (n *atLeastOne) String() string { return strconv.Itoa(int(*n)) }
+
+// Type implements [pflag.Value].
+func (n *atLeastOne) Type() string { return "number" }
+
+// Set implements [pflag.Value].
+func (n *atLeastOne) Set(text string) error {
+	value, err := strconv.Atoi(text)
+	if err != nil || value < 1 {
+		return errors.New("it must be a number of at least 1")
+	}
+	*n = atLeastOne(value)
+	return nil
 }
 
 // printStatistics prints the statistics of a running server.
@@ -112,11 +123,11 @@ func (s *serveSettings) printStatistics() error {
 	if err != nil {
 		return err
 	}
-	answer, err := askStatistics(socket)
+	answer, err := AskStatistics(socket)
 	if err != nil {
 		return err
 	}
-	return printJSON(answer)
+	return page.JSON(answer)
 }
 
 // run serves until a signal comes or something fails for good.
@@ -125,7 +136,7 @@ func (s *serveSettings) run() error {
 	if err != nil {
 		return err
 	}
-	ctx, stop := untilSignal()
+	ctx, stop := program.UntilSignal()
 	defer stop()
 	var endpoints []*endpoint
 	defer func() {
@@ -231,7 +242,7 @@ func (s *serveSettings) blockDirectory() (string, error) {
 	if s.directory != "" {
 		return s.directory, nil
 	}
-	directory, err := cacheDirectory("blocks")
+	directory, err := settings.CacheDirectory("blocks")
 	if err != nil {
 		return "", fmt.Errorf("%w; name a directory by --directory", err)
 	}
@@ -252,13 +263,13 @@ func (s *serveSettings) openUpstreams(store *blockstore.Store, limiter *ratelimi
 		return nil, err
 	}
 	return relay.New(store, relay.Options{
-		Open: func(hops int) ([]pool.Member, error) { return openStores(s.upstreams, hops) },
+		Open: func(hops int) ([]pool.Member, error) { return settings.OpenStores(s.upstreams, hops) },
 		Pool: pool.Options{
 			State: sourcestate.Open(filepath.Join(directory, "upstreams")), Limiter: limiter,
 			OnFault: func(source string, err error) {
-				logf("upstream %s gave wrong bytes and is not asked again: %v", source, err)
+				message.Log("upstream %s gave wrong bytes and is not asked again: %v", source, err)
 			},
-			OnRest: func(source string, err error) { logf("upstream %s is left alone for a while: %v", source, err) },
+			OnRest: func(source string, err error) { message.Log("upstream %s is left alone for a while: %v", source, err) },
 		},
 	})
 }
@@ -281,12 +292,12 @@ func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error
 	}
 	store, err := blockstore.Open(directory, options)
 	if errors.Is(err, blockstore.ErrDamaged) {
-		logf("%v; making it anew from the blocks", err)
+		message.Log("%v; making it anew from the blocks", err)
 		var blocks int64
 		if blocks, err = blockstore.Rebuild(ctx, directory); err != nil {
 			return nil, err
 		}
-		logf("%d blocks were found", blocks)
+		message.Log("%d blocks were found", blocks)
 		store, err = blockstore.Open(directory, options)
 	}
 	return store, err
@@ -298,14 +309,14 @@ func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error
 func (s *serveSettings) serveEndpoints(
 	ctx context.Context, store *blockstore.Store, from *relay.Relay, endpoints []*endpoint, timeout time.Duration, restoreSignals func(),
 ) error {
-	logError := func(err error) { logf("%v", err) }
+	logError := func(err error) { message.Log("%v", err) }
 	web := httpserver.New(httpserver.Config{Source: store, Sink: store.Put, MaxConnections: s.maxConnections, RequestTimeout: timeout, Log: logError})
 	started := time.Now()
 	var coap *coapserver.Server
 	stats := func() []byte { return statisticsOf(started, store, from, coap, web).text() }
 	coap, err := coapserver.New(coapserver.Config{
 		Resources: []coapserver.Resource{{Source: store, Sink: store}},
-		Documents: []coapserver.Document{{Path: statisticsPath, Format: uint16(message.AppJSON), Text: stats}},
+		Documents: []coapserver.Document{{Path: statisticsPath, Format: uint16(coapmessage.AppJSON), Text: stats}},
 
 		MaxConnections: s.maxConnections,
 		MessageTimeout: timeout,
@@ -337,7 +348,7 @@ func (s *serveSettings) serveEndpoints(
 				failed <- fmt.Errorf("serving on %v: %w", e, err)
 			}
 		})
-		logf("serving on %v", e)
+		message.Log("serving on %v", e)
 	}
 	notify("READY=1")
 	check := time.NewTicker(checkPeriod)
@@ -350,11 +361,11 @@ func (s *serveSettings) serveEndpoints(
 		case <-ctx.Done():
 		case err = <-failed:
 		case <-asked:
-			logf("statistics: %s", stats())
+			message.Log("statistics: %s", stats())
 		}
 	}
 	if err == nil {
-		logf("stopping")
+		message.Log("stopping")
 	}
 	restoreSignals()
 	notify("STOPPING=1")
@@ -381,6 +392,6 @@ func messageTimeout(rate int64) time.Duration {
 // notify tells the service manager, if there is one.
 func notify(state string) {
 	if err := systemd.Notify(state); err != nil {
-		logf("%v", err)
+		message.Log("%v", err)
 	}
 }

@@ -1,21 +1,20 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package main
+package inspect
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
-	"flag"
 	"fmt"
-	"io"
 	"os"
-	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -23,21 +22,13 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
-
-const explainUsage = `Usage: guix-substitute-eris explain [OPTION]... ITEM...
-Say from where store items would come and why: what each substitute server says
-of them and whether it counts, what each block store has, which ways there are,
-what they should cost, and which one is taken. Nothing is restored.
-
-An ITEM is a store path, a hash part, or a link into the store, of a profile for
-example. What servers say is requested anew, and kept for later.
-
-The exit status is 0 if all items can be had, 3 if one is not available, 4 if
-one is not authorised, 5 if no server can be reached.
-`
 
 const (
 	// sampledBlocks is how many blocks of an item each store is asked for.
@@ -50,68 +41,69 @@ const (
 	sampleTimeout = 20 * time.Second
 )
 
-// explainCommand says from where items would come.
-func explainCommand(args []string) int {
-	var s settings
-	flags := flag.NewFlagSet("explain", flag.ContinueOnError)
-	asJSON := flags.Bool("json", false, "print what is known as JSON")
-	full := flags.Bool("full", false, "ask each store for all blocks of the items, and not only for some")
-	s.flags(flags)
-	if status, ok := parse(flags, args, explainUsage); !ok {
-		return status
+// Explain is the command that says from where items would come.
+func Explain() *cobra.Command {
+	var s session.Settings
+	c := &cobra.Command{
+		Use:   "ITEM...",
+		Short: "say from where items would come, and why",
+		Long: `Say from where store items would come and why: what each substitute server says
+of them and whether it counts, what each block store has, which ways there are,
+what they should cost, and which one is taken. Nothing is restored.
+
+An ITEM is a store path, a hash part, or a link into the store, of a profile for
+example. What servers say is requested anew, and kept for later.
+
+The exit status is 0 if all items can be had, 3 if one is not available, 4 if
+one is not authorised, 5 if no server can be reached.`,
 	}
-	arguments := flags.Args()
-	if len(arguments) == 0 {
-		return usageError("explain takes store items: guix-substitute-eris explain /gnu/store/…")
+	asJSON := c.Flags().Bool("json", false, "print what is known as JSON")
+	full := c.Flags().Bool("full", false, "ask each store for all blocks of the items, and not only for some")
+	s.Flags(c.Flags())
+	c.RunE = func(_ *cobra.Command, items []string) error {
+		if len(items) == 0 {
+			return message.Usage("explain takes store items: guix-substitute-eris explain /gnu/store/…")
+		}
+		return explain(&s, items, *asJSON, *full)
 	}
-	s.load()
-	ctx, stop := untilSignal()
+	return c
+}
+
+func explain(s *session.Settings, items []string, asJSON, full bool) error {
+	s.Load()
+	ctx, stop := program.UntilSignal()
 	defer stop()
-	sub := s.silentSession(false)
-	defer sub.close()
+	sub := s.SilentSession(false)
+	defer sub.Close()
 	var all []explanation
-	worst := s.forItems(ctx, sub, arguments, func(e explanation) int {
-		s.examineStores(ctx, sub, &e, *full)
+	worst, err := forItems(ctx, s, sub, items, func(e explanation) message.Status {
+		e.examineStores(ctx, sub, full)
 		all = append(all, e)
 		return exitStatus[e.Availability]
 	})
-	if len(all) < len(arguments) {
-		return worst
+	if err != nil {
+		return err
 	}
-	if *asJSON {
-		if err := printJSON(all); err != nil {
-			return fail("%w", err)
+	if asJSON {
+		if err := page.JSON(all); err != nil {
+			return err
 		}
-		return worst
+		return worst.Err()
 	}
-	p := newPage()
+	p := page.New()
 	for i, e := range all {
 		if i > 0 {
-			p.line(0, "")
+			p.Line(0, "")
 		}
 		e.show(p)
 	}
-	if _, err := io.WriteString(os.Stdout, p.String()); err != nil {
-		return fail("%w", err)
-	}
-	return worst
+	return cmp.Or(p.Print(), worst.Err())
 }
 
 // exitStatus are the exit statuses of commands that are about items.
-var exitStatus = map[substitute.Availability]int{
-	substitute.Available: 0, substitute.NotAvailable: statusUnavailable,
-	substitute.NotAuthorised: statusUnauthorised, substitute.NotReachable: statusUnreachable,
-}
-
-// silentSession returns a session that shows nothing by itself but the warnings of its beginning.
-func (s *settings) silentSession(query bool) *session {
-	log := s.log
-	s.log = protocol.NewLog(io.Discard, protocol.LogStyle{})
-	sub := s.session(query)
-	s.log = log
-	s.showNotes()
-	sub.SetKeys(s.keys())
-	return sub
+var exitStatus = map[substitute.Availability]message.Status{
+	substitute.Available: 0, substitute.NotAvailable: message.Unavailable,
+	substitute.NotAuthorised: message.Unauthorised, substitute.NotReachable: message.Unreachable,
 }
 
 // An explanation is what is known of an item.
@@ -137,28 +129,31 @@ type storeReport struct {
 	Resting bool          `json:"resting"`           // it has failed lately, and is left alone for now
 }
 
-// forItems calls show with what is known of items but for the stores, and returns the exit status,
-// the highest of those that show has returned.
-func (s *settings) forItems(ctx context.Context, sub *session, items []string, show func(explanation) int) (worst int) {
+// forItems calls show with what is known of items but for the stores, and returns the highest of
+// the exit statuses that show has returned.
+func forItems(
+	ctx context.Context, s *session.Settings, sub *session.Session, items []string, show func(explanation) message.Status,
+) (worst message.Status, err error) {
 	for _, text := range items {
-		e := explanation{keys: s.keysFile()}
-		item, err := s.findItem(ctx, sub, text)
+		e := explanation{keys: s.KeysFile()}
+		item, err := s.FindItem(ctx, sub, text)
 		if err == nil {
 			e.Explanation, err = sub.Explain(ctx, item)
 		}
 		if err != nil {
-			return fail("%w", err)
+			return 0, err
 		}
 		_, err = os.Lstat(item)
 		e.InStore = err == nil
 		worst = max(worst, show(e))
 	}
-	return worst
+	return worst, nil
 }
 
 // examineStores finds out what the stores have of an item.
-func (s *settings) examineStores(ctx context.Context, sub *session, e *explanation, full bool) {
-	if sub.blocks == nil {
+func (e *explanation) examineStores(ctx context.Context, sub *session.Session, full bool) {
+	members, stats := sub.Stores()
+	if len(members) == 0 {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, sampleTimeout)
@@ -166,7 +161,7 @@ func (s *settings) examineStores(ctx context.Context, sub *session, e *explanati
 	var blocks []image.Block
 	if c, ok := e.capability(); ok {
 		var form image.Form
-		all := lookInto(sub.blocks.members)
+		all := lookInto(members)
 		defer all.Close()
 		blocks, form = image.Blocks(ctx, all, c, erisfs.Limits{NarSize: max(e.NarSize, 1<<20)})
 		e.Form = string(form)
@@ -176,13 +171,18 @@ func (s *settings) examineStores(ctx context.Context, sub *session, e *explanati
 		blocks = sample(blocks, sampledBlocks)
 	}
 	e.Sampled = len(blocks)
-	stats := sub.blocks.Stats()
-	e.Stores = make([]storeReport, len(sub.blocks.members))
+	e.Stores = reportStores(ctx, members, stats, blocks)
+}
+
+// reportStores asks all stores for blocks.
+func reportStores(ctx context.Context, members []pool.Member, stats []pool.SourceStats, blocks []image.Block) []storeReport {
+	reports := make([]storeReport, len(members))
 	var wait sync.WaitGroup
-	for i, m := range sub.blocks.members {
-		wait.Go(func() { e.Stores[i] = reportStore(ctx, m, stats[i], blocks) })
+	for i, m := range members {
+		wait.Go(func() { reports[i] = reportStore(ctx, m, stats[i], blocks) })
 	}
 	wait.Wait()
+	return reports
 }
 
 // A looker gets blocks from whichever of some stores has them, and has none keep them: what is
@@ -261,7 +261,7 @@ func reportStore(ctx context.Context, m pool.Member, known pool.SourceStats, blo
 	r := storeReport{URL: m.Source.String(), Near: m.Near, Rate: known.Rate, Resting: known.Resting}
 	latency, err := probe(ctx, m.Source)
 	if r.Latency = latency; err != nil {
-		r.Failure = storeFailure(r.URL, err)
+		r.Failure = message.OfStore(r.URL, err)
 		return r
 	}
 	begin := time.Now()
@@ -281,19 +281,13 @@ func reportStore(ctx context.Context, m pool.Member, known pool.SourceStats, blo
 		})
 	}
 	if err := group.Wait(); err != nil {
-		r.Failure = storeFailure(r.URL, err)
+		r.Failure = message.OfStore(r.URL, err)
 	}
 	r.Has = int(has.Load())
-	if r.Rate == 0 && bytes.Load() >= leastMeasured {
+	if r.Rate == 0 && bytes.Load() >= session.LeastMeasured {
 		r.Rate = float64(bytes.Load()) / time.Since(begin).Seconds()
 	}
 	return r
-}
-
-// storeFailure says what is wrong with a store, which the caller names.
-func storeFailure(url string, err error) string {
-	text := strings.TrimPrefix(err.Error(), url+": ")
-	return plainText(regexp.MustCompile(`^block [A-Z2-7]{52}: `).ReplaceAllString(text, ""))
 }
 
 // probe asks a store for a block that there cannot be. It returns how long the answer took, or why
@@ -311,61 +305,61 @@ func probe(ctx context.Context, source fetch.Source) (time.Duration, error) {
 	return time.Since(begin), err
 }
 
-func (e *explanation) show(p *page) {
-	p.line(0, "%s", e.Path)
+func (e *explanation) show(p *page.Page) {
+	p.Line(0, "%s", e.Path)
 	facts := []string{"not in the store"}
 	if e.InStore {
 		facts[0] = "in the store already"
 	}
 	if e.NarHash != "" {
-		facts = append(facts, shownSize(int64(e.NarSize))+" unpacked", count(e.References, "reference"))
+		facts = append(facts, page.Size(int64(e.NarSize))+" unpacked", page.Count(e.References, "reference"))
 	}
-	p.line(2, "%s", strings.Join(facts, ", "))
+	p.Line(2, "%s", strings.Join(facts, ", "))
 	if e.NarHash != "" {
-		p.line(2, "%s", e.NarHash)
+		p.Line(2, "%s", e.NarHash)
 	}
-	p.heading("Substitute servers")
+	p.Heading("Substitute servers")
 	if len(e.Servers) == 0 {
-		p.say(2, bad, "none is known; name some by --substitute-urls")
+		p.Say(2, page.Bad, "none is known; name some by --substitute-urls")
 	}
 	for i, s := range e.Servers {
-		p.line(2, "%d. %s", i+1, s.URL)
+		p.Line(2, "%d. %s", i+1, s.URL)
 		e.showServer(p, s)
 	}
-	p.heading("Block stores")
+	p.Heading("Block stores")
 	if len(e.Stores) == 0 {
-		p.say(2, note, "none is used; name some by --eris-store-url, by %s or in %s", storeVariable, configurationFile())
+		p.Say(2, page.Note, "none is used; name some by --eris-store-url, by %s or in %s", settings.StoreVariable, settings.FileName())
 	}
 	for i, s := range e.Stores {
-		p.line(2, "%d. %s", i+1, s.URL)
+		p.Line(2, "%d. %s", i+1, s.URL)
 		e.showStore(p, s)
 	}
 	switch {
 	case e.Form != "":
-		p.say(2, note, "the blocks hold the item in the form %s", e.Form)
+		p.Say(2, page.Note, "the blocks hold the item in the form %s", e.Form)
 	case e.Blocks > 0:
-		p.say(2, bad, "its first block is in none of them, or in none that answers")
+		p.Say(2, page.Bad, "its first block is in none of them, or in none that answers")
 	}
-	p.heading("Ways to it, in the order in which they are tried")
+	p.Heading("Ways to it, in the order in which they are tried")
 	if len(e.Ways) == 0 {
-		p.say(2, bad, "none")
+		p.Say(2, page.Bad, "none")
 	}
 	for i, w := range e.Ways {
 		showWay(p, i+1, w)
 	}
 	for _, n := range e.Notes {
-		p.say(2, bad, "%s", plainText(n))
+		p.Say(2, page.Bad, "%s", message.Text(n))
 	}
-	p.line(0, "")
-	m := arrow
+	p.Line(0, "")
+	m := page.Arrow
 	if e.Availability != substitute.Available {
-		m = bad
+		m = page.Bad
 	}
-	p.say(0, m, "%s.", capitalised(plainText(e.Reason)))
+	p.Say(0, m, "%s.", capitalised(message.Text(e.Reason)))
 	e.mend(p)
 }
 
-func (e *explanation) showServer(p *page, s substitute.ServerReport) {
+func (e *explanation) showServer(p *page.Page, s substitute.ServerReport) {
 	if s.Narinfo == nil {
 		showNoNarinfo(p, s)
 		return
@@ -374,25 +368,25 @@ func (e *explanation) showServer(p *page, s substitute.ServerReport) {
 	if s.Vouches {
 		what = "has a narinfo, which the others are compared with"
 	}
-	p.say(5, good, "%s (%s)", what, shownTime(s.Latency))
+	p.Say(5, page.Good, "%s (%s)", what, page.Duration(s.Latency))
 	e.showSignature(p, s)
 	if e.NarHash != "" && !s.Vouches {
 		if len(s.Differs) > 0 {
-			p.say(5, bad, "not used: it differs from the authorised narinfo in %s", strings.Join(s.Differs, ", "))
+			p.Say(5, page.Bad, "not used: it differs from the authorised narinfo in %s", strings.Join(s.Differs, ", "))
 			return
 		}
-		p.say(5, good, "used: it says the same as the authorised narinfo")
+		p.Say(5, page.Good, "used: it says the same as the authorised narinfo")
 	}
 	for _, n := range s.Nars {
-		m, why := note, ""
+		m, why := page.Note, ""
 		if n.Unused != "" {
-			m, why = bad, "not used ("+n.Unused+"): "
+			m, why = page.Bad, "not used ("+n.Unused+"): "
 		}
-		size := shownSize(n.Size)
+		size := page.Size(n.Size)
 		if n.Size < 0 {
 			size = "made while it is sent"
 		}
-		p.say(5, m, "%snar, compression %s, %s: %s", why, n.Compression, size, n.URL)
+		p.Say(5, m, "%snar, compression %s, %s: %s", why, n.Compression, size, n.URL)
 	}
 	for _, c := range s.Capabilities {
 		signed := "not signed"
@@ -400,59 +394,59 @@ func (e *explanation) showServer(p *page, s substitute.ServerReport) {
 			signed = "signed"
 		}
 		if c.Unused != "" {
-			p.say(5, bad, "%s; not used: %s", shownCapability(c.URN), c.Unused)
+			p.Say(5, page.Bad, "%s; not used: %s", shownCapability(c.URN), c.Unused)
 		} else {
-			p.say(5, note, "%s, %s, blocks of %d KiB", shownCapability(c.URN), signed, c.BlockSize>>10)
+			p.Say(5, page.Note, "%s, %s, blocks of %d KiB", shownCapability(c.URN), signed, c.BlockSize>>10)
 		}
 	}
 }
 
 // showNoNarinfo says what a server answers instead of a narinfo.
-func showNoNarinfo(p *page, s substitute.ServerReport) {
-	took := shownTime(s.Latency)
+func showNoNarinfo(p *page.Page, s substitute.ServerReport) {
+	took := page.Duration(s.Latency)
 	switch {
 	case s.Failure != "":
-		p.say(5, bad, "%s", plainText(strings.TrimPrefix(s.Failure, s.URL+": ")))
+		p.Say(5, page.Bad, "%s", message.Text(strings.TrimPrefix(s.Failure, s.URL+": ")))
 	case s.Baking:
-		p.say(5, note, "does not have it yet, and has begun to make it (%s)", took)
+		p.Say(5, page.Note, "does not have it yet, and has begun to make it (%s)", took)
 	case s.Status == 404 || s.Status == 410 || s.Status == 0:
-		p.say(5, note, "does not have it (%s)", took)
+		p.Say(5, page.Note, "does not have it (%s)", took)
 	case s.Status == 200:
-		p.say(5, bad, "answers with something else than a narinfo of the item (%s)", took)
+		p.Say(5, page.Bad, "answers with something else than a narinfo of the item (%s)", took)
 	default:
-		p.say(5, bad, "answers with status %d (%s)", s.Status, took)
+		p.Say(5, page.Bad, "answers with status %d (%s)", s.Status, took)
 	}
 }
 
 // showSignature says what the signature of a narinfo is worth.
-func (e *explanation) showSignature(p *page, s substitute.ServerReport) {
+func (e *explanation) showSignature(p *page.Page, s substitute.ServerReport) {
 	signer := fmt.Sprintf("%s, key %s", s.Signer, fingerprint(s.Key))
 	switch {
 	case s.Authorised && s.Refused == "":
-		p.say(5, good, "signed by %s, which %s authorises", signer, e.keys)
+		p.Say(5, page.Good, "signed by %s, which %s authorises", signer, e.keys)
 	case s.Authorised:
-		p.say(5, bad, "its signature does not count (%s), but the settings want none", s.Refused)
+		p.Say(5, page.Bad, "its signature does not count (%s), but the settings want none", s.Refused)
 	case s.UnknownKey:
-		p.say(5, bad, "signed by %s, which %s does not authorise", signer, e.keys)
+		p.Say(5, page.Bad, "signed by %s, which %s does not authorise", signer, e.keys)
 	case s.Key == "":
-		p.say(5, note, "not signed")
+		p.Say(5, page.Note, "not signed")
 	default:
-		p.say(5, bad, "signed by %s: %s", signer, s.Refused)
+		p.Say(5, page.Bad, "signed by %s: %s", signer, s.Refused)
 	}
 }
 
-func (e *explanation) showStore(p *page, s storeReport) {
+func (e *explanation) showStore(p *page.Page, s storeReport) {
 	if s.Failure != "" {
-		p.say(5, bad, "%s", s.Failure)
+		p.Say(5, page.Bad, "%s", s.Failure)
 		return
 	}
 	near := ""
 	if s.Near {
 		near = "; it is asked first, and keeps what others have"
 	}
-	p.say(5, good, "answers (%s)%s", shownTime(s.Latency), near)
+	p.Say(5, page.Good, "answers (%s)%s", page.Duration(s.Latency), near)
 	if s.Resting {
-		p.say(5, bad, "it has failed lately, and is left alone for a while")
+		p.Say(5, page.Bad, "it has failed lately, and is left alone for a while")
 	}
 	rate := ""
 	if s.Rate > 0 {
@@ -461,47 +455,47 @@ func (e *explanation) showStore(p *page, s storeReport) {
 	switch {
 	case e.Sampled == 0:
 	case s.Has == e.Sampled && e.Sampled == e.Blocks:
-		p.say(5, good, "has all of the %s of it%s", count(e.Blocks, "block"), rate)
+		p.Say(5, page.Good, "has all of the %s of it%s", page.Count(e.Blocks, "block"), rate)
 	case s.Has == e.Sampled:
-		p.say(5, good, "has all of %d sampled blocks, of %d of it%s", e.Sampled, e.Blocks, rate)
+		p.Say(5, page.Good, "has all of %d sampled blocks, of %d of it%s", e.Sampled, e.Blocks, rate)
 	case s.Near:
-		p.say(5, note, "has %d of the %s that were looked for, of %d of it%s", s.Has, count(e.Sampled, "block"), e.Blocks, rate)
+		p.Say(5, page.Note, "has %d of the %s that were looked for, of %d of it%s", s.Has, page.Count(e.Sampled, "block"), e.Blocks, rate)
 	default:
-		p.say(5, bad, "has %d of the %s that were looked for, of %d of it%s", s.Has, count(e.Sampled, "block"), e.Blocks, rate)
+		p.Say(5, page.Bad, "has %d of the %s that were looked for, of %d of it%s", s.Has, page.Count(e.Sampled, "block"), e.Blocks, rate)
 	}
 }
 
-func showWay(p *page, i int, w substitute.WayReport) {
+func showWay(p *page.Page, i int, w substitute.WayReport) {
 	name := w.Name
 	if w.Kind == "blocks" {
 		name = shownCapability(name)
 	}
-	p.line(2, "%d. %s %s", i, w.Kind, name)
-	took := "about " + shownTime(w.Time)
+	p.Line(2, "%d. %s %s", i, w.Kind, name)
+	took := "about " + page.Duration(w.Time)
 	if w.Time >= 24*time.Hour {
 		took = "nobody knows how long"
 	}
-	p.say(5, note, "%s for %s: %s", took, shownSize(w.Bytes), w.How)
+	p.Say(5, page.Note, "%s for %s: %s", took, page.Size(w.Bytes), w.How)
 }
 
 // mend says what to do if an item cannot be had.
-func (e *explanation) mend(p *page) {
+func (e *explanation) mend(p *page.Page) {
 	switch e.Availability {
 	case substitute.NotAuthorised:
 		for _, s := range e.Servers {
 			if s.UnknownKey {
-				p.line(2, "If you trust %s, authorise its key:", s.Signer)
-				p.command(4, "guix-substitute-eris narinfo --key "+e.Path+" | sudo guix archive --authorize")
+				p.Line(2, "If you trust %s, authorise its key:", s.Signer)
+				p.Command(4, "guix-substitute-eris narinfo --key "+e.Path+" | sudo guix archive --authorize")
 				return
 			}
 		}
-		p.line(2, "Name a server that signs its narinfos by --substitute-urls.")
+		p.Line(2, "Name a server that signs its narinfos by --substitute-urls.")
 	case substitute.NotAvailable:
-		p.line(2, "Name a server that has it by --substitute-urls, or build it:")
-		p.command(4, "guix build --no-substitutes …")
+		p.Line(2, "Name a server that has it by --substitute-urls, or build it:")
+		p.Command(4, "guix build --no-substitutes …")
 	case substitute.NotReachable:
-		p.line(2, "Look at the network and at the addresses:")
-		p.command(4, "guix-substitute-eris doctor")
+		p.Line(2, "Look at the network and at the addresses:")
+		p.Command(4, "guix-substitute-eris doctor")
 	}
 }
 
@@ -522,13 +516,6 @@ func fingerprint(key string) string {
 		return "unknown"
 	}
 	return "#" + number[:min(16, len(number))] + "…"
-}
-
-func shownTime(d time.Duration) string {
-	if d < time.Second {
-		return fmt.Sprintf("%d ms", max(d.Milliseconds(), 1))
-	}
-	return fmt.Sprintf("%.1f s", d.Seconds())
 }
 
 func capitalised(text string) string {

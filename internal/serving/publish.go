@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package main
+package serving
 
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io/fs"
 	"net"
@@ -15,20 +14,19 @@ import (
 	"strings"
 	"time"
 
+	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
-
-const publishUsage = `Usage: guix-substitute-eris publish [OPTION]...
-Serve the narinfos and nars of the items of a store over HTTP, with ERIS read
-capabilities. Or, with --annotate, pass on the narinfos of another server and
-add read capabilities to those of items that are in the local store.
-`
 
 // publishSettings are the options of publish.
 type publishSettings struct {
@@ -45,13 +43,13 @@ type publishSettings struct {
 	maxConnections                int
 }
 
-// erisFlag is the option --eris, whose value can be left out.
+// erisFlag is the option --eris, of which the value can be left out.
 type erisFlag publishSettings
 
-// String implements flag.Value.
+// String implements [pflag.Value].
 func (e *erisFlag) String() string { return "" }
 
-// Set implements flag.Value.
+// Set implements [pflag.Value].
 func (e *erisFlag) Set(value string) error {
 	e.eris = value != "false"
 	if value != "true" && value != "false" {
@@ -60,58 +58,51 @@ func (e *erisFlag) Set(value string) error {
 	return nil
 }
 
-// IsBoolFlag makes the value one that can be left out.
-func (e *erisFlag) IsBoolFlag() bool { return true }
+// Type implements [pflag.Value].
+func (e *erisFlag) Type() string { return "string" }
 
-// publishCommand serves until it is told to stop.
-func publishCommand(args []string) int {
+// Publish is the command that serves narinfos and nars.
+func Publish() *cobra.Command {
 	var s publishSettings
-	flags := flag.NewFlagSet("publish", flag.ContinueOnError)
-	flags.StringVar(&s.listen, "listen", "127.0.0.1:8080", "listen on `ADDRESS`, a host and a port")
-	flags.StringVar(&s.store, "store-dir", storeDirectory(), "the store directory that narinfos name is `DIRECTORY`")
-	flags.StringVar(&s.root, "root", "", "the items are in `DIRECTORY`, if not in the store directory")
-	flags.StringVar(&s.annotate, "annotate", "", "pass on the narinfos of the server at `URL`")
-	configuration := configurationDirectory()
-	flags.StringVar(&s.publicKey, "public-key", filepath.Join(configuration, "signing-key.pub"), "the key that others authorise is in `FILE`")
-	flags.StringVar(&s.privateKey, "private-key", filepath.Join(configuration, "signing-key.sec"), "sign with the key in `FILE`; \"none\" signs nothing")
-	flags.StringVar(&s.database, "database", databaseFile(), "the daemon's database is `FILE`")
-	flags.StringVar(&s.manifest, "manifest", "", "take the items from `FILE`, a list of records with StorePath and References, instead of from the database")
-	flags.StringVar(&s.narinfos, "narinfos", "", "take the items from the narinfos in `DIRECTORY` instead of from the database")
-	flags.Var((*erisFlag)(&s), "eris", "compute read capabilities even though the blocks are stored nowhere; or, as --eris=`URL`, the same as --store")
-	flags.StringVar(&s.blocks, "store", "", "put the blocks into the store at `URL`")
-	flags.StringVar(&s.cache, "cache", "", "keep what is known of read capabilities in `DIRECTORY`")
-	flags.StringVar(&s.compressions, "compression", "zstd,gzip", "offer nars in these `FORMS`, separated by commas: none, gzip, zstd")
-	flags.DurationVar(&s.ttl, "ttl", 0, "narinfos may be kept for this `TIME`, 36h for instance")
-	flags.DurationVar(&s.negativeTTL, "negative-ttl", 0, "that an item is not there may be kept for this `TIME`, 10m for instance")
-	flags.StringVar(&s.logs, "log-directory", "/var/log/guix/drvs", "the daemon's build logs are in `DIRECTORY`; \"none\" serves none")
-	flags.Int64Var(&s.waitFor, "wait-for", 64<<20, "encode items of up to this many `BYTES` before answering; larger ones are encoded in the background")
-	maxConnectionsFlag(flags, &s.maxConnections, "")
-	flags.StringVar(&s.forms, "forms", "eris-fs", "what read capabilities denote is one of these `FORMS`, separated by commas: eris-fs and, in addition, nar, the compressed nar")
-	flags.StringVar(&s.deltas, "deltas", "0", "make deltas from older versions of items, in the background, and keep `BYTES` of them (1GiB, for instance)")
-	if status, ok := parse(flags, args, publishUsage); !ok {
-		return status
+	c := &cobra.Command{
+		Short: "serve narinfos with the field ERIS, and nars",
+		Long: `Serve the narinfos and nars of the items of a store over HTTP, with ERIS read
+capabilities. Or, with --annotate, pass on the narinfos of another server and
+add read capabilities to those of items that are in the local store.`,
+		Args: message.NoArguments,
 	}
-	if flags.NArg() > 0 {
-		return usageError("publish takes no arguments, and %q was given", flags.Arg(0))
-	}
-	ctx, stop := untilSignal()
-	defer stop()
-	l, err := net.Listen("tcp", s.listen)
-	if err != nil {
-		return fail("%w", err)
-	}
-	return status(s.serve(ctx, l))
-}
-
-// logf shows a message of a server.
-func logf(format string, a ...any) {
-	text := strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f {
-			return ' '
+	f := c.Flags()
+	f.StringVar(&s.listen, "listen", "127.0.0.1:8080", "listen on `ADDRESS`, a host and a port")
+	f.StringVar(&s.store, "store-dir", settings.StoreDirectory(), "the store directory that narinfos name is `DIRECTORY`")
+	f.StringVar(&s.root, "root", "", "the items are in `DIRECTORY`, if not in the store directory")
+	f.StringVar(&s.annotate, "annotate", "", "pass on the narinfos of the server at `URL`")
+	f.StringVar(&s.publicKey, "public-key", filepath.Join(settings.Directory(), "signing-key.pub"), "the key that others authorise is in `FILE`")
+	f.StringVar(&s.privateKey, "private-key", filepath.Join(settings.Directory(), "signing-key.sec"), "sign with the key in `FILE`; \"none\" signs nothing")
+	f.StringVar(&s.database, "database", settings.DatabaseFile(), "the daemon's database is `FILE`")
+	f.StringVar(&s.manifest, "manifest", "", "take the items from `FILE`, a list of records with StorePath and References, instead of from the database")
+	f.StringVar(&s.narinfos, "narinfos", "", "take the items from the narinfos in `DIRECTORY` instead of from the database")
+	f.Var((*erisFlag)(&s), "eris", "compute read capabilities even though the blocks are stored nowhere; or, as --eris=`URL`, the same as --store")
+	f.Lookup("eris").NoOptDefVal = "true"
+	f.StringVar(&s.blocks, "store", "", "put the blocks into the store at `URL`")
+	f.StringVar(&s.cache, "cache", "", "keep what is known of read capabilities in `DIRECTORY`")
+	f.StringVar(&s.compressions, "compression", "zstd,gzip", "offer nars in these `FORMS`, separated by commas: none, gzip, zstd")
+	f.DurationVar(&s.ttl, "ttl", 0, "narinfos may be kept for this `TIME`, 36h for instance")
+	f.DurationVar(&s.negativeTTL, "negative-ttl", 0, "that an item is not there may be kept for this `TIME`, 10m for instance")
+	f.StringVar(&s.logs, "log-directory", "/var/log/guix/drvs", "the daemon's build logs are in `DIRECTORY`; \"none\" serves none")
+	f.Int64Var(&s.waitFor, "wait-for", 64<<20, "encode items of up to this many `BYTES` before answering; larger ones are encoded in the background")
+	maxConnectionsFlag(f, &s.maxConnections, "")
+	f.StringVar(&s.forms, "forms", "eris-fs", "what read capabilities denote is one of these `FORMS`, separated by commas: eris-fs and, in addition, nar, the compressed nar")
+	f.StringVar(&s.deltas, "deltas", "0", "make deltas from older versions of items, in the background, and keep `BYTES` of them (1GiB, for instance)")
+	c.RunE = func(*cobra.Command, []string) error {
+		ctx, stop := program.UntilSignal()
+		defer stop()
+		l, err := net.Listen("tcp", s.listen)
+		if err != nil {
+			return err
 		}
-		return r
-	}, fmt.Sprintf(format, a...))
-	fmt.Fprintln(os.Stderr, "guix-substitute-eris:", text)
+		return s.serve(ctx, l)
+	}
+	return c
 }
 
 // serve serves on l until ctx is done.
@@ -122,9 +113,9 @@ func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 		return err
 	}
 	defer closeHandler()
-	gate := admission.New(s.maxConnections, l, func(err error) { logf("%v; see --max-connections", err) })
+	gate := admission.New(s.maxConnections, l, func(err error) { message.Log("%v; see --max-connections", err) })
 	server := gate.Server(handler)
-	logf("publishing on http://%s", l.Addr())
+	message.Log("publishing on http://%s", l.Addr())
 	stopped := context.AfterFunc(ctx, func() {
 		// What is being fetched may take its time, but not for ever.
 		graceful, cancel := context.WithTimeout(context.Background(), 5*time.Second)
@@ -171,7 +162,7 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 		}
 		h, err = publish.NewAnnotator(publish.AnnotatorOptions{
 			Upstream: s.annotate, StoreDir: s.store, Root: s.root, Capabilities: capabilities, Deltas: deltas,
-			WaitFor: uint64(max(0, s.waitFor)), Log: logf,
+			WaitFor: uint64(max(0, s.waitFor)), Log: message.Log,
 		})
 		return h, nil, err
 	}
@@ -194,7 +185,7 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 	h, err = publish.NewServer(publish.ServerOptions{
 		StoreDir: s.store, Root: s.root, Items: items, Key: key, Host: host, Capabilities: capabilities, Deltas: deltas,
 		WaitFor: uint64(max(0, s.waitFor)), Compressions: strings.Split(s.compressions, ","), TTL: s.ttl, NegativeTTL: s.negativeTTL,
-		LogDirectory: logs, Log: logf,
+		LogDirectory: logs, Log: message.Log,
 	})
 	return h, nil, err
 }
@@ -204,7 +195,7 @@ func (s *publishSettings) openBlocks(closers *[]func()) (fetch.Store, error) {
 	if s.blocks == "" {
 		return nil, nil
 	}
-	store, err := openStore(s.blocks)
+	store, err := settings.OpenStore(s.blocks)
 	if err == nil {
 		*closers = append(*closers, func() { store.Close() })
 	}
@@ -223,7 +214,7 @@ func (s *publishSettings) capabilities(store fetch.Store, closers *[]func()) (*p
 	if err != nil {
 		return nil, err
 	}
-	c := publish.NewCapabilities(directory, store, logf)
+	c := publish.NewCapabilities(directory, store, message.Log)
 	c.Nar = nar
 	*closers = append(*closers, c.Close)
 	return c, nil
@@ -267,7 +258,7 @@ func (s *publishSettings) deltasOf(store fetch.Store, closers *[]func()) (*publi
 		return nil, err
 	}
 	d := publish.NewDeltas(publish.DeltaOptions{
-		Directory: directory, MaxBytes: most, StoreDir: s.store, Root: s.root, Items: items, Store: store, Log: logf,
+		Directory: directory, MaxBytes: most, StoreDir: s.store, Root: s.root, Items: items, Store: store, Log: message.Log,
 	})
 	*closers = append(*closers, d.Close)
 	return d, nil
@@ -278,7 +269,7 @@ func (s *publishSettings) cached(usual, below string) (string, error) {
 	if s.cache != "" {
 		return filepath.Join(s.cache, below), nil
 	}
-	directory, err := cacheDirectory(usual)
+	directory, err := settings.CacheDirectory(usual)
 	if err != nil {
 		return "", fmt.Errorf("%w; name a directory by --cache", err)
 	}
@@ -314,11 +305,11 @@ func (s *publishSettings) key() (*acl.SigningKey, error) {
 	if s.privateKey == "none" {
 		return nil, nil
 	}
-	secret, err := readLimited(s.privateKey, maxACL)
+	secret, err := files.ReadLimited(s.privateKey, acl.MaxSexpSize)
 	if err != nil {
 		return nil, fmt.Errorf("%w; \"guix archive --generate-key\" makes a key pair", err)
 	}
-	public, err := readLimited(s.publicKey, maxACL)
+	public, err := files.ReadLimited(s.publicKey, acl.MaxSexpSize)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package main
+package session
 
 import (
 	"os"
@@ -10,6 +10,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/confine"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 )
 
 // systemFiles are what the libraries of Go read: certificates, names of hosts and servers of names,
@@ -19,18 +20,18 @@ var systemFiles = []string{
 	"/dev/null", "/dev/urandom",
 }
 
-// confines reports whether helpers confine themselves.
-func (s *settings) confines() bool { return s.file.Confine == nil || *s.file.Confine }
+// Confines reports whether helpers confine themselves.
+func (s *Settings) Confines() bool { return s.file.Confine == nil || *s.file.Confine }
 
 // confine confines this process before it reads what servers send. The destination is that of the
 // first request, which is the daemon's word; all others of the daemon are in the store.
-func (s *settings) confine(destination string) {
-	if !s.confines() {
+func (s *Settings) confine(destination string) {
+	if !s.Confines() {
 		return
 	}
 	paths := confine.Paths{
-		Write: []string{s.store},
-		Read:  append(slices.Clone(systemFiles), configurationDirectory(), stateDirectory(), filepath.Dir(databaseFile()), filepath.Dir(s.keysFile())),
+		Write: []string{s.Store},
+		Read:  append(slices.Clone(systemFiles), settings.Directory(), settings.StateDirectory(), filepath.Dir(settings.DatabaseFile()), filepath.Dir(s.KeysFile())),
 	}
 	if destination != "" {
 		paths.Write = append(paths.Write, filepath.Dir(destination))
@@ -44,11 +45,11 @@ func (s *settings) confine(destination string) {
 			paths.Read = append(paths.Read, file, filepath.Dir(file))
 		}
 	}
-	if slices.ContainsFunc(s.serverURLs(), mirror.IsLocal) && s.publicFiles() == nil {
+	if slices.ContainsFunc(s.ServerURLs(), mirror.IsLocal) && s.publicFiles() == nil {
 		// A directory that the administrator has named may have links to anywhere.
 		paths.Read = append(paths.Read, "/")
 	}
-	for _, text := range storeURLs(s.stores, s.file) {
+	for _, text := range s.StoreURLs() {
 		u, err := storeurl.Parse(text)
 		switch {
 		case err != nil:

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package main
+package session
 
 import (
 	"context"
 	"fmt"
 	"os"
-	"path/filepath"
 	"runtime"
 	"sync"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/ahead"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
@@ -31,7 +31,7 @@ const (
 )
 
 // aheadItems returns how many items are substituted ahead of the daemon at most.
-func (s *settings) aheadItems() int {
+func (s *Settings) aheadItems() int {
 	switch {
 	case s.aheadWorkers() <= 0:
 		return 0
@@ -42,7 +42,7 @@ func (s *settings) aheadItems() int {
 }
 
 // daemonSession returns what is noted about the daemon process that has started this one, or nil.
-func (s *settings) daemonSession() *ahead.Session {
+func (s *Settings) daemonSession() *ahead.Session {
 	directory := s.inCache("sessions")
 	if directory == "" || s.aheadItems() <= 0 {
 		return nil
@@ -55,7 +55,7 @@ func (s *settings) daemonSession() *ahead.Session {
 }
 
 // ahead returns what substitutes ahead of the daemon. It must be closed.
-func (s *settings) ahead(sub *session) *ahead.Ahead {
+func (s *Settings) ahead(sub *Session) *ahead.Ahead {
 	size := int64(defaultAheadBytes)
 	if s.file.AheadBytes != "" {
 		var err error
@@ -65,7 +65,7 @@ func (s *settings) ahead(sub *session) *ahead.Ahead {
 		}
 	}
 	return ahead.New(sub.Substituter, ahead.Options{
-		StoreDir: s.store,
+		StoreDir: s.Store,
 		Session:  s.daemonSession(),
 		Items:    s.aheadItems(),
 		Bytes:    size,
@@ -76,7 +76,7 @@ func (s *settings) ahead(sub *session) *ahead.Ahead {
 // aheadWorkers returns how many large items are restored ahead of the daemon at the same time. A
 // connection to each server is left for what the daemon waits for: of those that are allowed, half
 // are for nars (see package mirror).
-func (s *settings) aheadWorkers() int {
+func (s *Settings) aheadWorkers() int {
 	connections := s.file.NarinfoConnections
 	if connections <= 0 {
 		connections = mirror.DefaultConnections
@@ -85,22 +85,22 @@ func (s *settings) aheadWorkers() int {
 }
 
 // clean removes what helpers have left that are gone.
-func (s *settings) clean() {
+func (s *Settings) clean() {
 	if directory := s.inCache("sessions"); directory != "" {
 		ahead.CleanSessions(directory)
 	}
-	ahead.CleanStages(s.store)
+	ahead.CleanStages(s.Store)
 }
 
 // finder returns what finds older items of the store to make new ones of, or nil. The daemon's
 // database is opened when there is an item of which it is to be asked.
-func (s *settings) finder() (finder *reuse.Finder, closeDatabase func()) {
+func (s *Settings) finder() (finder *reuse.Finder, closeDatabase func()) {
 	if s.file.Reuse != nil && !*s.file.Reuse {
 		return nil, func() {}
 	}
 	var database *publish.Database
 	open := sync.OnceValue(func() (err error) {
-		database, err = publish.OpenDatabase(databaseFile(), s.store)
+		database, err = publish.OpenDatabase(settings.DatabaseFile(), s.Store)
 		return err
 	})
 	find := func(ctx context.Context, hashPart string) (*narinfo.Narinfo, error) {
@@ -109,14 +109,9 @@ func (s *settings) finder() (finder *reuse.Finder, closeDatabase func()) {
 		}
 		return database.Item(ctx, hashPart)
 	}
-	return reuse.New(reuse.Config{StoreDir: s.store, Database: find, MissesFile: s.inCache("reuse")}), func() {
+	return reuse.New(reuse.Config{StoreDir: s.Store, Database: find, MissesFile: s.inCache("reuse")}), func() {
 		if database != nil {
 			database.Close()
 		}
 	}
-}
-
-// databaseFile is the daemon's database.
-func databaseFile() string {
-	return filepath.Join(directoryFrom("GUIX_DATABASE_DIRECTORY", filepath.Join(stateDirectory(), "db")), "db.sqlite")
 }

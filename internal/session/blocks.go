@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package main
+package session
 
 import (
 	"context"
@@ -16,7 +16,9 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
@@ -48,14 +50,14 @@ type blocksOptions struct {
 // openBlocks opens the stores and the cache. What it returns must be closed, and is nil if there is
 // no store; the error tells what cannot be used.
 func openBlocks(o blocksOptions) (*blocks, error) {
-	members, failed := openStores(o.urls, 0)
+	members, failed := settings.OpenStores(o.urls, 0)
 	if len(members) == 0 {
 		return nil, failed
 	}
 	b := &blocks{local: true}
 	for i := range members {
 		m := &members[i]
-		if len(members) > 1 && b.nearby == nil && isSocket(m.Source.String()) {
+		if len(members) > 1 && b.nearby == nil && settings.IsSocket(m.Source.String()) {
 			m.Near = true
 			b.nearby, b.stride = &nearStore{Source: m.Source, resting: b.nearRests}, 64
 		} else {
@@ -73,10 +75,10 @@ func openBlocks(o blocksOptions) (*blocks, error) {
 	b.Pool = pool.New(members, pool.Options{
 		State: o.state, Limiter: o.limiter,
 		OnFault: func(source string, err error) {
-			o.log.Warnf("store %s gave wrong bytes and is not asked again: %s", source, storeFailure(source, err))
+			o.log.Warnf("store %s gave wrong bytes and is not asked again: %s", source, message.OfStore(source, err))
 		},
 		OnRest: func(source string, err error) {
-			o.log.Warnf("store %s is left alone for a while: %s", source, storeFailure(source, err))
+			o.log.Warnf("store %s is left alone for a while: %s", source, message.OfStore(source, err))
 		},
 	})
 	return b, failed
@@ -145,8 +147,8 @@ func (n *nearStore) Has(ctx context.Context, ref eris.Reference, size eris.Block
 // serverSpeeds remembers the speeds of substitute servers among those of stores.
 type serverSpeeds struct{ state *sourcestate.State }
 
-// leastMeasured is how many bytes tell something about a speed.
-const leastMeasured = 64 << 10
+// LeastMeasured is how many bytes tell something about a speed.
+const LeastMeasured = 64 << 10
 
 // Speed implements [substitute.Speeds].
 func (s serverSpeeds) Speed(address string) substitute.Speed {
@@ -156,7 +158,7 @@ func (s serverSpeeds) Speed(address string) substitute.Speed {
 
 // Measured implements [substitute.Speeds].
 func (s serverSpeeds) Measured(address string, bytes int64, waited, latency time.Duration) {
-	if bytes < leastMeasured {
+	if bytes < LeastMeasured {
 		bytes, waited = 0, 0
 	}
 	s.state.Measured(serverOf(address), bytes, max(waited, time.Millisecond), latency)
@@ -172,7 +174,7 @@ func serverOf(address string) string {
 }
 
 // limiter returns what bounds the bytes per second that are fetched, or nil.
-func (s *settings) limiter() *ratelimit.Limiter {
+func (s *Settings) limiter() *ratelimit.Limiter {
 	text := s.limitRate
 	if text == "" {
 		text = s.file.LimitRate
@@ -189,7 +191,7 @@ func (s *settings) limiter() *ratelimit.Limiter {
 }
 
 // cacheSize returns how many bytes of blocks are kept for later.
-func (s *settings) cacheSize() int64 {
+func (s *Settings) cacheSize() int64 {
 	if s.file.CacheSize == "" {
 		return defaultCacheSize
 	}
@@ -203,7 +205,7 @@ func (s *settings) cacheSize() int64 {
 
 // inCache returns a file name in the directory for what is kept for other processes; empty if
 // nothing is.
-func (s *settings) inCache(name string) string {
+func (s *Settings) inCache(name string) string {
 	if s.kept == "" {
 		return ""
 	}

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package main
+// Package settings reads the configuration file, finds the directories of Guix and of this program,
+// and opens block stores by their URLs.
+package settings
 
 import (
 	"errors"
@@ -8,12 +10,15 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"reflect"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"github.com/BurntSushi/toml"
 )
 
-// configuration is the configuration file. Everything in it can be left out.
-type configuration struct {
+// File is the configuration file. Everything in it can be left out.
+type File struct {
 	// Guix is the absolute file name of the real guix.
 	Guix string `toml:"guix"`
 	// NarinfoConnections is how many connections to one server may ask for narinfos at the same
@@ -48,17 +53,17 @@ type configuration struct {
 // maxConfiguration bounds the length of the configuration file in bytes.
 const maxConfiguration = 1 << 20
 
-// configurationFile is the name of the configuration file.
-func configurationFile() string {
-	return filepath.Join(configurationDirectory(), "substitute-eris.toml")
+// FileName is the name of the configuration file.
+func FileName() string {
+	return filepath.Join(Directory(), "substitute-eris.toml")
 }
 
-// readConfiguration reads the configuration file; there need not be one. With an error, what it
+// Read reads the configuration file; there need not be one. With an error, what it
 // returns is as if there were none.
-func readConfiguration() (configuration, error) {
-	var c configuration
-	name := configurationFile()
-	text, err := readLimited(name, maxConfiguration)
+func Read() (File, error) {
+	var c File
+	name := FileName()
+	text, err := files.ReadLimited(name, maxConfiguration)
 	if errors.Is(err, fs.ErrNotExist) {
 		return c, nil
 	} else if err != nil {
@@ -66,26 +71,27 @@ func readConfiguration() (configuration, error) {
 	}
 	meta, err := toml.Decode(string(text), &c)
 	if err != nil {
-		return configuration{}, fmt.Errorf("configuration ignored: %s: %s", name, plain(err))
+		return File{}, fmt.Errorf("configuration ignored: %s: %s", name, message.Plain(err))
 	}
 	if undecoded := meta.Undecoded(); len(undecoded) > 0 {
-		return c, fmt.Errorf("%s: %s", name, unknown("setting", undecoded[0].String(), settingNames()))
+		return c, fmt.Errorf("%s: %s", name, message.Unknown("setting", undecoded[0].String(), settingNames()))
 	}
 	return c, nil
 }
 
-// Directories and files as Guix finds them (Guix, guix/config.scm).
+// StoreDirectory is the store, as Guix finds it (Guix, guix/config.scm).
+func StoreDirectory() string { return directoryFrom("NIX_STORE_DIR", "/gnu/store") }
 
-func storeDirectory() string { return directoryFrom("NIX_STORE_DIR", "/gnu/store") }
+// StateDirectory has the state of Guix, found in the same way.
+func StateDirectory() string { return directoryFrom("GUIX_STATE_DIRECTORY", "/var/guix") }
 
-func stateDirectory() string { return directoryFrom("GUIX_STATE_DIRECTORY", "/var/guix") }
-
-func configurationDirectory() string {
+// Directory has the configuration of Guix, found in the same way.
+func Directory() string {
 	return directoryFrom("GUIX_CONFIGURATION_DIRECTORY", "/etc/guix")
 }
 
-// cacheDirectory returns the directory of what servers keep, for the system or for a user.
-func cacheDirectory(name string) (string, error) {
+// CacheDirectory returns the directory of what servers keep, for the system or for a user.
+func CacheDirectory(name string) (string, error) {
 	base := "/var/cache"
 	if os.Geteuid() != 0 {
 		var err error
@@ -96,9 +102,22 @@ func cacheDirectory(name string) (string, error) {
 	return filepath.Join(base, "guix-substitute-eris", name), nil
 }
 
+// DatabaseFile is the daemon's database.
+func DatabaseFile() string {
+	return filepath.Join(directoryFrom("GUIX_DATABASE_DIRECTORY", filepath.Join(StateDirectory(), "db")), "db.sqlite")
+}
+
 func directoryFrom(variable, fallback string) string {
 	if d := os.Getenv(variable); d != "" {
 		return filepath.Clean(d)
 	}
 	return fallback
+}
+
+// settingNames are the settings of the configuration file.
+func settingNames() (names []string) {
+	for _, f := range reflect.VisibleFields(reflect.TypeFor[File]()) {
+		names = append(names, f.Tag.Get("toml"))
+	}
+	return names
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package main
+package settings
 
 import (
 	"context"
@@ -19,27 +19,27 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/web"
 )
 
-// storeVariable has store URLs, separated by spaces; other programs for ERIS read it too.
-const storeVariable = "ERIS_STORE_URL"
+// StoreVariable has store URLs, separated by spaces; other programs for ERIS read it too.
+const StoreVariable = "ERIS_STORE_URL"
 
-// storeURLs returns the store URLs that were given by a flag, else by the environment, else by the
+// StoreURLs returns the store URLs that were given by a flag, else by the environment, else by the
 // configuration file.
-func storeURLs(flag string, file configuration) []string {
+func StoreURLs(flag string, file File) []string {
 	if flag == "none" {
 		return nil
 	}
 	if flag != "" {
 		return strings.Fields(flag)
 	}
-	if urls := strings.Fields(os.Getenv(storeVariable)); len(urls) > 0 {
+	if urls := strings.Fields(os.Getenv(StoreVariable)); len(urls) > 0 {
 		return urls
 	}
 	return file.Stores
 }
 
-// openStore opens the store at a URL. docs/sources.md describes the kinds of stores. Errors do not
+// OpenStore opens the store at a URL. docs/sources.md describes the kinds of stores. Errors do not
 // show what may be a secret.
-func openStore(text string) (fetch.Store, error) { return openStoreFor(text, 0) }
+func OpenStore(text string) (fetch.Store, error) { return openStoreFor(text, 0) }
 
 // openStoreFor is openStore for a server that forwards requests, which are to say through how many
 // servers they may go.
@@ -67,9 +67,9 @@ func openStoreFor(text string, hops int) (fetch.Store, error) {
 	return store, nil
 }
 
-// addCapability tells a store of a read capability, if it is one that keeps them and its URL asks
+// AddCapability tells a store of a read capability, if it is one that keeps them and its URL asks
 // for that.
-func addCapability(ctx context.Context, store fetch.Store, urn string) error {
+func AddCapability(ctx context.Context, store fetch.Store, urn string) error {
 	d, ok := store.(*dump.Store)
 	if !ok || !d.KeepsCapabilities() {
 		return nil
@@ -81,9 +81,9 @@ func addCapability(ctx context.Context, store fetch.Store, urn string) error {
 	return d.AddCapability(ctx, c)
 }
 
-// openStores opens all stores that can be opened, as members of a pool. Errors name those that
+// OpenStores opens all stores that can be opened, as members of a pool. Errors name those that
 // cannot. Hops is as in openStoreFor.
-func openStores(urls []string, hops int) ([]pool.Member, error) {
+func OpenStores(urls []string, hops int) ([]pool.Member, error) {
 	var stores []pool.Member
 	var failed []error
 	for _, url := range urls {
@@ -97,16 +97,17 @@ func openStores(urls []string, hops int) ([]pool.Member, error) {
 	return stores, errors.Join(failed...)
 }
 
-func closeStores(stores []pool.Member) {
+// CloseStores closes what [OpenStores] has opened.
+func CloseStores(stores []pool.Member) {
 	for _, s := range stores {
 		s.Source.Close()
 	}
 }
 
-// isSocket reports whether a store is a daemon on this machine, by its URL.
-func isSocket(url string) bool { return strings.HasPrefix(url, "coap+unix:") }
+// IsSocket reports whether a store is a daemon on this machine, by its URL.
+func IsSocket(url string) bool { return strings.HasPrefix(url, "coap+unix:") }
 
 // isLocal reports whether a store is on this machine, by its URL.
 func isLocal(url string) bool {
-	return isSocket(url) || strings.HasPrefix(url, "file:") || strings.HasPrefix(url, "dump:")
+	return IsSocket(url) || strings.HasPrefix(url, "file:") || strings.HasPrefix(url, "dump:")
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package main
+package inspect
 
 import (
 	"bytes"
@@ -13,6 +13,9 @@ import (
 	"strconv"
 	"strings"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"golang.org/x/sys/unix"
 )
 
@@ -43,7 +46,7 @@ func findDaemon(proc string, trusted func(uid string) bool) *daemonProcess {
 			continue
 		}
 		// The name is in parentheses, and may have any characters (proc_pid_stat(5)).
-		stat, _ := readLimited(filepath.Join(proc, e.Name(), "stat"), maxProcessFile)
+		stat, _ := files.ReadLimited(filepath.Join(proc, e.Name(), "stat"), maxProcessFile)
 		_, after, ok := bytes.Cut(stat, []byte(" (guix-daemon) "))
 		fields := strings.Fields(string(after))
 		if ok && len(fields) > 1 && trustedProcess(filepath.Join(proc, e.Name()), trusted) {
@@ -65,7 +68,7 @@ func findDaemon(proc string, trusted func(uid string) bool) *daemonProcess {
 // trustedProcess reports whether both users of a process are trusted: the real one too, because a
 // set-user-ID program may be started under any name.
 func trustedProcess(directory string, trusted func(uid string) bool) bool {
-	text, _ := readLimited(filepath.Join(directory, "status"), maxProcessFile)
+	text, _ := files.ReadLimited(filepath.Join(directory, "status"), maxProcessFile)
 	for line := range strings.Lines(string(text)) {
 		if fields := strings.Fields(line); len(fields) > 2 && fields[0] == "Uid:" {
 			return trusted(fields[1]) && trusted(fields[2])
@@ -77,7 +80,7 @@ func trustedProcess(directory string, trusted func(uid string) bool) bool {
 // trusts reports whether a daemon may be one of the user: root, or whoever owns the store.
 func (d *doctor) trusts(uid string) bool {
 	var store unix.Stat_t
-	err := unix.Stat(storeDirectory(), &store)
+	err := unix.Stat(settings.StoreDirectory(), &store)
 	return uid == "0" || d.root != "" || err == nil && uid == strconv.Itoa(int(store.Uid))
 }
 
@@ -87,10 +90,10 @@ func readDaemon(proc string, pid int) *daemonProcess {
 	if program, err := os.Readlink(in("exe")); err == nil {
 		d.program = strings.TrimSuffix(program, " (deleted)")
 	}
-	if text, err := readLimited(in("cmdline"), maxProcessFile); err == nil {
+	if text, err := files.ReadLimited(in("cmdline"), maxProcessFile); err == nil {
 		d.arguments = strings.Split(string(text), "\x00")
 	}
-	if text, err := readLimited(in("environ"), maxProcessFile); err == nil {
+	if text, err := files.ReadLimited(in("environ"), maxProcessFile); err == nil {
 		d.environment = map[string]string{}
 		for variable := range strings.SplitSeq(string(text), "\x00") {
 			if name, value, ok := strings.Cut(variable, "="); ok {
@@ -98,7 +101,7 @@ func readDaemon(proc string, pid int) *daemonProcess {
 			}
 		}
 	}
-	text, _ := readLimited(in("status"), maxProcessFile)
+	text, _ := files.ReadLimited(in("status"), maxProcessFile)
 	for line := range strings.Lines(string(text)) {
 		fields := strings.Fields(line)
 		for i, f := range fields {
@@ -112,7 +115,7 @@ func readDaemon(proc string, pid int) *daemonProcess {
 			}
 		}
 	}
-	if text, err := readLimited(in("attr/current"), maxProcessFile); err == nil {
+	if text, err := files.ReadLimited(in("attr/current"), maxProcessFile); err == nil {
 		d.confinement = strings.TrimSpace(strings.Trim(string(text), "\x00"))
 	}
 	return d
@@ -171,7 +174,7 @@ func (d *doctor) usedProgram() (program, how string, err error) {
 	env := d.daemon.environment
 	for directory := range strings.SplitSeq(env["GUIX_EXTENSIONS_PATH"], ":") {
 		file := filepath.Join(directory, "substitute.scm")
-		text, err := readLimited(file, 1<<20)
+		text, err := files.ReadLimited(file, 1<<20)
 		if directory == "" || err != nil || !bytes.Contains(text, []byte("guix-substitute-eris")) {
 			continue
 		}
@@ -213,7 +216,7 @@ func (d *doctor) checkProgram(path string) error {
 		return errors.New(path + " is not executable")
 	}
 	self, err := os.Stat("/proc/self/exe")
-	if err == nil && os.SameFile(info, self) || isOurs(path) {
+	if err == nil && os.SameFile(info, self) || program.IsOurs(path) {
 		return nil
 	}
 	return errors.New(path + " is not this program")
@@ -226,9 +229,9 @@ var errNotRestarted = errors.New("the running daemon does not have it: it was no
 // nothing.
 func (d *doctor) unitVariable(name string) (value string) {
 	for _, pattern := range []string{"etc/systemd/system/guix-daemon.service", "etc/systemd/system/guix-daemon.service.d/*.conf"} {
-		files, _ := filepath.Glob(filepath.Join("/", d.root, pattern))
-		for _, file := range files {
-			text, _ := readLimited(file, 1<<20)
+		units, _ := filepath.Glob(filepath.Join("/", d.root, pattern))
+		for _, file := range units {
+			text, _ := files.ReadLimited(file, 1<<20)
 			for line := range strings.Lines(string(text)) {
 				setting, ok := strings.CutPrefix(strings.TrimSpace(line), "Environment=")
 				for word := range strings.FieldsSeq(setting) {
@@ -250,8 +253,8 @@ func (d *doctor) examineConfinement(program string) {
 		return
 	}
 	const local = "etc/apparmor.d/local/guix-daemon"
-	rules, _ := readLimited(filepath.Join("/", d.root, local), 1<<20)
-	if strings.HasPrefix(program, storeDirectory()+"/") || bytes.Contains(rules, []byte(program)) {
+	rules, _ := files.ReadLimited(filepath.Join("/", d.root, local), 1<<20)
+	if strings.HasPrefix(program, settings.StoreDirectory()+"/") || bytes.Contains(rules, []byte(program)) {
 		d.well("AppArmor", "the profile %s is in force and permits it", profile)
 		return
 	}

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package main
+// Package demo shows the whole way on a private store, for people who have nothing but the program.
+package demo
 
 import (
 	"bufio"
@@ -8,7 +9,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"io/fs"
@@ -23,18 +23,24 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
 
-const demoUsage = `Usage: guix-substitute-eris demo [OPTION]... [PATH]...
-Show the whole way on a private store: items are published with read
+// Command shows the whole way.
+func Command() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "[PATH]...",
+		Short: "show the whole way on a private store",
+		Long: `Show the whole way on a private store: items are published with read
 capabilities by one machine, their blocks go to a block store, and the helpers
 of another machine's daemon look the items up. After they have been deleted
 there they come back from the blocks; once more, with the block store stopped,
@@ -42,28 +48,21 @@ they come back from the nars.
 
 The items are copies of the files or trees at PATH; without any, of a generated
 tree and, in the source directory, of what a real "guix publish" has published.
-Everything happens in one new directory, which is removed at the end.
-`
-
-// demoCommand shows the whole way.
-func demoCommand(args []string) int {
-	flags := flag.NewFlagSet("demo", flag.ContinueOnError)
-	keep := flags.Bool("keep", false, "do not remove the directory")
-	if status, ok := parse(flags, args, demoUsage); !ok {
-		return status
+Everything happens in one new directory, which is removed at the end.`,
 	}
-	ctx, stop := untilSignal()
-	defer stop()
-	d := &demo{w: os.Stdout}
-	err := d.run(ctx, flags.Args())
-	err = errors.Join(err, d.end(*keep))
-	if ctx.Err() != nil {
-		return fail("interrupted")
+	keep := c.Flags().Bool("keep", false, "do not remove the directory")
+	c.RunE = func(_ *cobra.Command, paths []string) error {
+		ctx, stop := program.UntilSignal()
+		defer stop()
+		d := &demo{w: os.Stdout}
+		err := d.run(ctx, paths)
+		err = errors.Join(err, d.end(*keep))
+		if ctx.Err() != nil {
+			return errors.New("interrupted")
+		}
+		return err
 	}
-	if err != nil {
-		return fail("%w", err)
-	}
-	return 0
+	return c
 }
 
 // demo is one demonstration: a machine in a directory.

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package main
+package inspect
 
 import (
+	"cmp"
 	"context"
-	"flag"
 	"fmt"
-	"io"
 	"io/fs"
 	"net/http"
 	"os"
@@ -19,24 +18,21 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/confine"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
-
-const doctorUsage = `Usage: guix-substitute-eris doctor [OPTION]...
-Look whether this program is set up: whether the running guix-daemon uses it, and
-whether keys, directories, servers and stores are as they should be. What is not
-comes with the command that mends it. Nothing is changed.
-
-The environment of the daemon decides where it can be read: as root. The exit
-status is 0 if all is well, else 1.
-`
 
 // systemVariable names a directory that stands for / where the doctor looks at processes and
 // services, for tests.
@@ -53,7 +49,7 @@ type finding struct {
 
 // A doctor gathers findings.
 type doctor struct {
-	settings
+	session.Settings
 	root     string // of the system
 	daemon   *daemonProcess
 	findings []finding
@@ -64,61 +60,62 @@ func (d *doctor) well(subject, format string, a ...any) {
 }
 
 func (d *doctor) ill(mend, subject, format string, a ...any) {
-	d.findings = append(d.findings, finding{subject, false, plainText(fmt.Sprintf(format, a...)), mend})
+	d.findings = append(d.findings, finding{subject, false, message.Text(fmt.Sprintf(format, a...)), mend})
 }
 
-// doctorCommand looks for what is not as it should be.
-func doctorCommand(args []string) int {
+// Doctor is the command that looks for what is not as it should be.
+func Doctor() *cobra.Command {
 	d := doctor{root: os.Getenv(systemVariable)}
-	flags := flag.NewFlagSet("doctor", flag.ContinueOnError)
-	asJSON := flags.Bool("json", false, "print the findings as JSON")
-	d.flags(flags)
-	if status, ok := parse(flags, args, doctorUsage); !ok {
-		return status
+	c := &cobra.Command{
+		Short: "look whether all is set up, and say what to mend",
+		Long: `Look whether this program is set up: whether the running guix-daemon uses it, and
+whether keys, directories, servers and stores are as they should be. What is not
+comes with the command that mends it. Nothing is changed.
+
+The environment of the daemon decides where it can be read: as root. The exit
+status is 0 if all is well, else 1.`,
+		Args: message.NoArguments,
 	}
-	rest := flags.Args()
-	if len(rest) > 0 {
-		return usageError("doctor takes no arguments, and %q was given", rest[0])
-	}
-	ctx, stop := untilSignal()
+	asJSON := c.Flags().Bool("json", false, "print the findings as JSON")
+	d.Flags(c.Flags())
+	c.RunE = func(*cobra.Command, []string) error { return d.run(*asJSON) }
+	return c
+}
+
+func (d *doctor) run(asJSON bool) error {
+	ctx, stop := program.UntilSignal()
 	defer stop()
 	d.examine(ctx)
-	sick := slices.ContainsFunc(d.findings, func(f finding) bool { return !f.OK })
-	if *asJSON {
-		if err := printJSON(d.findings); err != nil {
-			return fail("%w", err)
-		}
-	} else {
-		p := newPage()
-		showFindings(p, d.findings)
-		if _, err := io.WriteString(os.Stdout, p.String()); err != nil {
-			return fail("%w", err)
-		}
+	var worst message.Status
+	if slices.ContainsFunc(d.findings, func(f finding) bool { return !f.OK }) {
+		worst = message.Failed
 	}
-	if sick {
-		return statusFailed
+	if asJSON {
+		return cmp.Or(page.JSON(d.findings), worst.Err())
 	}
-	return 0
+	p := page.New()
+	showFindings(p, d.findings)
+	return cmp.Or(p.Print(), worst.Err())
 }
 
-func showFindings(p *page, findings []finding) {
+func showFindings(p *page.Page, findings []finding) {
 	bads := 0
 	for _, f := range findings {
-		m := good
+		m := page.Good
 		if !f.OK {
-			m = bad
+			m = page.Bad
 			bads++
 		}
-		p.say(0, m, "%s: %s", f.Subject, f.Detail)
+		p.Say(0, m, "%s: %s", f.Subject, f.Detail)
 		for line := range strings.Lines(f.Mend) {
-			p.command(6, strings.TrimSuffix(line, "\n"))
+			p.Command(6, strings.TrimSuffix(line, "\n"))
 		}
 	}
 	if bads == 0 {
-		p.heading("All is well.")
+		p.Heading("All is well.")
 		return
 	}
-	p.heading(count(bads, "thing") + " to mend, by the commands above.")
+	p.Heading(page.Count(bads, "thing") + " to mend, by the commands above.")
 }
 
 // examine makes all findings.
@@ -126,17 +123,13 @@ func (d *doctor) examine(ctx context.Context) {
 	d.versions()
 	d.examineDaemon()
 	d.adoptEnvironment()
-	d.load()
-	// Nothing is changed: a directory that root made would be closed to a daemon that is not root.
-	d.kept = ""
-	d.log, d.notes = protocol.NewLog(io.Discard, protocol.LogStyle{}), nil // the findings say it
-	d.settings.daemon = d.daemon != nil && d.daemon.environment != nil
-	sub := d.silentSession(false)
-	defer sub.close()
-	if d.confines() {
+	d.LoadQuietly(d.daemon != nil && d.daemon.environment != nil)
+	sub := d.SilentSession(false)
+	defer sub.Close()
+	if d.Confines() {
 		d.well("confinement", "helpers confine themselves: %s", confine.InForce())
 	} else {
-		d.ill("sudo sed -i '/^confine *=/d' "+configurationFile(), "confinement", "helpers do not confine themselves: \"confine = false\" in %s", configurationFile())
+		d.ill("sudo sed -i '/^confine *=/d' "+settings.FileName(), "confinement", "helpers do not confine themselves: \"confine = false\" in %s", settings.FileName())
 	}
 	d.examineKeys()
 	d.examineState()
@@ -146,7 +139,7 @@ func (d *doctor) examine(ctx context.Context) {
 }
 
 func (d *doctor) versions() {
-	d.well("version", "guix-substitute-eris %s, %s, %s/%s", version(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	d.well("version", "guix-substitute-eris %s, %s, %s/%s", program.Version(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }
 
 // adoptEnvironment makes the environment of the daemon the one that counts, for what its helpers
@@ -155,10 +148,10 @@ func (d *doctor) adoptEnvironment() {
 	if d.daemon == nil || d.daemon.environment == nil {
 		return
 	}
-	for _, name := range []string{storeVariable, "XDG_CACHE_HOME"} {
+	for _, name := range []string{settings.StoreVariable, "XDG_CACHE_HOME"} {
 		ours, theirs := os.Getenv(name), d.daemon.environment[name]
-		if name == storeVariable && ours != "" && ours != theirs {
-			d.ill("echo \"eris-stores = [\\\"$"+storeVariable+"\\\"]\" | sudo tee -a "+configurationFile(), "environment", "%s is set here, but the daemon has another value, or none", storeVariable)
+		if name == settings.StoreVariable && ours != "" && ours != theirs {
+			d.ill("echo \"eris-stores = [\\\"$"+settings.StoreVariable+"\\\"]\" | sudo tee -a "+settings.FileName(), "environment", "%s is set here, but the daemon has another value, or none", settings.StoreVariable)
 		}
 		os.Setenv(name, theirs)
 	}
@@ -168,8 +161,8 @@ func (d *doctor) adoptEnvironment() {
 		}
 	}
 	for _, option := range d.daemon.arguments {
-		if urls, ok := strings.CutPrefix(option, "--substitute-urls="); ok && d.urls == "" {
-			d.urls = urls
+		if urls, ok := strings.CutPrefix(option, "--substitute-urls="); ok && d.URLs == "" {
+			d.URLs = urls
 		}
 	}
 }
@@ -192,8 +185,8 @@ func (d *doctor) daemonSetting(setting string) string {
 }
 
 func (d *doctor) examineKeys() {
-	name := d.keysFile()
-	text, err := readLimited(name, maxACL)
+	name := d.KeysFile()
+	text, err := files.ReadLimited(name, acl.MaxSexpSize)
 	var keys *acl.ACL
 	if err == nil {
 		keys, err = acl.ParseACL(text)
@@ -202,15 +195,15 @@ func (d *doctor) examineKeys() {
 	switch {
 	case err != nil:
 		d.ill(authorise, "authorised keys", "%s: %v", name, err)
-	case !d.hasForeignKeys(keys):
+	case !d.HasForeignKeys(keys):
 		d.ill(authorise, "authorised keys", "%s authorises no other machine, so that no substitute counts", name)
 	default:
-		d.well("authorised keys", "%s in %s", count(len(keys.Keys()), "key"), name)
+		d.well("authorised keys", "%s in %s", page.Count(len(keys.Keys()), "key"), name)
 	}
-	if d.unauthorised {
+	if d.Unauthorised {
 		d.ill("unset GUIX_ALLOW_UNAUTHENTICATED_SUBSTITUTES", "authorised keys", "signatures do not count, by the settings: anybody on the network can replace substitutes")
 	}
-	secret := filepath.Join(configurationDirectory(), "signing-key.sec")
+	secret := filepath.Join(settings.Directory(), "signing-key.sec")
 	info, err := os.Stat(secret)
 	switch {
 	case err != nil: // which is well on a machine that publishes nothing
@@ -219,12 +212,12 @@ func (d *doctor) examineKeys() {
 	default:
 		d.well("signing key", "%s", secret)
 	}
-	if _, err := readConfiguration(); err != nil {
-		d.ill("sudo editor "+configurationFile(), "configuration", "%v", err)
-	} else if _, err := os.Stat(configurationFile()); err != nil {
-		d.well("configuration", "there is no %s, and none is needed", configurationFile())
+	if _, err := settings.Read(); err != nil {
+		d.ill("sudo editor "+settings.FileName(), "configuration", "%v", err)
+	} else if _, err := os.Stat(settings.FileName()); err != nil {
+		d.well("configuration", "there is no %s, and none is needed", settings.FileName())
 	} else {
-		d.well("configuration", "%s", configurationFile())
+		d.well("configuration", "%s", settings.FileName())
 	}
 }
 
@@ -232,7 +225,7 @@ func (d *doctor) examineKeys() {
 const leastFree = 1 << 30
 
 func (d *doctor) examineState() {
-	directory := d.keepDirectory()
+	directory := d.KeepDirectory()
 	if directory == "" {
 		d.well("cache", "nothing is kept for later, by the settings")
 	} else if owner, err := writable(directory, d.helper()); err != nil {
@@ -240,7 +233,7 @@ func (d *doctor) examineState() {
 	} else {
 		d.well("cache", "%s", directory)
 	}
-	for _, place := range []struct{ subject, path string }{{"store", d.store}, {"state", stateDirectory()}} {
+	for _, place := range []struct{ subject, path string }{{"store", d.Store}, {"state", settings.StateDirectory()}} {
 		var fsys unix.Statfs_t
 		if err := unix.Statfs(place.path, &fsys); err != nil {
 			d.ill("sudo mkdir -p "+place.path, place.subject, "%v", &fs.PathError{Op: "statfs", Path: place.path, Err: err})
@@ -248,10 +241,10 @@ func (d *doctor) examineState() {
 		}
 		free := int64(min(fsys.Bavail, 1<<40)) * fsys.Bsize
 		if free < leastFree {
-			d.ill("guix gc -F 5G", place.subject, "%s: only %s are free", place.path, shownSize(free))
+			d.ill("guix gc -F 5G", place.subject, "%s: only %s are free", place.path, page.Size(free))
 			continue
 		}
-		d.well(place.subject, "%s, %s free", place.path, shownSize(free))
+		d.well(place.subject, "%s, %s free", place.path, page.Size(free))
 	}
 }
 
@@ -303,10 +296,10 @@ func (d *doctor) helper() credentials {
 	return credentials{os.Geteuid(), append(groups, os.Getegid())}
 }
 
-func (d *doctor) examineServers(ctx context.Context, sub *session) {
-	urls := d.serverURLs()
+func (d *doctor) examineServers(ctx context.Context, sub *session.Session) {
+	urls := d.ServerURLs()
 	if len(urls) == 0 {
-		d.ill("sudo guix-daemon --substitute-urls='"+strings.Join(defaultURLs, " ")+"' …", "server", "none is configured")
+		d.ill("sudo guix-daemon --substitute-urls='"+strings.Join(session.DefaultURLs, " ")+"' …", "server", "none is configured")
 	}
 	results := make([]func(), len(urls))
 	var wait sync.WaitGroup
@@ -343,46 +336,37 @@ func (d *doctor) examineServer(ctx context.Context, mirrors *mirror.Client, url 
 		case mirror.CheckURL(url) != nil:
 			d.ill("sudo systemctl edit --full guix-daemon # --substitute-urls=…", name, "%v", err)
 		case err != nil:
-			d.ill("curl -I "+mirror.WithoutUser(url)+"/nix-cache-info", name, "%s", strings.TrimPrefix(plain(err), mirror.WithoutUser(url)+": "))
+			d.ill("curl -I "+mirror.WithoutUser(url)+"/nix-cache-info", name, "%s", strings.TrimPrefix(message.Plain(err), mirror.WithoutUser(url)+": "))
 		case status >= 400 && status != http.StatusNotFound && status != http.StatusGone:
 			d.ill("curl -I "+mirror.WithoutUser(url)+"/nix-cache-info", name, "answers with status %d %s", status, http.StatusText(status))
 		default:
-			d.well(name, "answers (%s)", shownTime(took))
+			d.well(name, "answers (%s)", page.Duration(took))
 		}
 	}
 }
 
-func (d *doctor) examineStores(ctx context.Context, sub *session) {
-	urls := storeURLs(d.stores, d.file)
+func (d *doctor) examineStores(ctx context.Context, sub *session.Session) {
+	urls := d.StoreURLs()
 	if len(urls) == 0 {
 		d.well("block stores", "none is configured; substitutes come as nars")
 	}
 	for _, url := range urls {
 		d.examineSocket(url)
 	}
-	if sub.blocks == nil {
-		if _, known := policies[d.policy]; len(urls) > 0 && known && policies[d.policy] != substitute.HTTPOnly {
-			d.ill("sudo editor "+configurationFile(), "block stores", "none of them can be opened")
-		}
-		return
+	members, stats := sub.Stores()
+	if policy, err := d.Policy(); len(members) == 0 && len(urls) > 0 && err == nil && policy != substitute.HTTPOnly {
+		d.ill("sudo editor "+settings.FileName(), "block stores", "none of them can be opened")
 	}
-	results := make([]storeReport, len(sub.blocks.members))
-	stats := sub.blocks.Stats()
-	var wait sync.WaitGroup
-	for i, m := range sub.blocks.members {
-		wait.Go(func() { results[i] = reportStore(ctx, m, stats[i], nil) })
-	}
-	wait.Wait()
-	for _, r := range results {
+	for _, r := range reportStores(ctx, members, stats, nil) {
 		subject := "block store " + r.URL
 		switch {
 		case strings.HasPrefix(r.URL, "cache:"):
-		case r.Failure != "" && isSocket(r.URL):
+		case r.Failure != "" && settings.IsSocket(r.URL):
 			d.ill("sudo systemctl start guix-substitute-eris.socket", subject, "%s", r.Failure)
 		case r.Failure != "":
 			d.ill("guix-substitute-eris serve --listen=… # on that machine", subject, "%s", r.Failure)
 		default:
-			d.well(subject, "answers (%s)", shownTime(r.Latency))
+			d.well(subject, "answers (%s)", page.Duration(r.Latency))
 		}
 	}
 }
@@ -391,7 +375,7 @@ func (d *doctor) examineStores(ctx context.Context, sub *session) {
 func (d *doctor) examineSocket(url string) {
 	u, err := storeurl.Parse(url)
 	if err != nil {
-		d.ill("sudo editor "+configurationFile(), "block store", "%v", err)
+		d.ill("sudo editor "+settings.FileName(), "block store", "%v", err)
 		return
 	}
 	if u.Scheme != "coap+unix" {

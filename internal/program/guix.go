@@ -1,18 +1,23 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package main
+// Package program is what this program knows of itself, and of the guix in place of which it may
+// run.
+package program
 
 import (
+	"context"
 	"debug/buildinfo"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"strings"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"golang.org/x/sys/unix"
 )
 
@@ -31,23 +36,23 @@ var usualGuix = []string{
 	"/usr/bin/guix",
 }
 
-// isGuix reports whether the program runs in place of guix: it is called by that name, or in the
+// IsGuix reports whether the program runs in place of guix: it is called by that name, or in the
 // environment of guix-daemon, which tells its helpers its options or, in way B, has the variable
 // GUIX.
-func isGuix() bool {
+func IsGuix() bool {
 	_, helper := os.LookupEnv("_NIX_OPTIONS")
 	return helper || filepath.Base(os.Args[0]) == "guix" || os.Getenv("GUIX") != "" || os.Getenv(guixVariable) != ""
 }
 
-// guixCommand hands a command of guix to the real guix, which flag names unless it is empty: the
+// Guix hands a command of guix to the real guix, which flag names unless it is empty: the
 // daemon runs several through the program that it takes for guix. Arguments, argv[0] among them,
 // environment (but for one variable), working directory and descriptors stay as they are.
-func guixCommand(flag string, args []string) int {
+func Guix(flag string, args []string) error {
 	program, err := realGuix(flag)
 	if err == nil {
 		err = handTo(program, args)
 	}
-	return fail("%q is no command of this program, and handing it to guix failed: %v", args[0], err)
+	return fmt.Errorf("%q is no command of this program, and handing it to guix failed: %v", args[0], err)
 }
 
 // handTo replaces this process by the real guix. It returns only after an error.
@@ -74,11 +79,11 @@ func realGuix(flag string) (string, error) {
 		named, by = os.Getenv(guixVariable), "the environment variable "+guixVariable
 	}
 	if named == "" {
-		file, err := readConfiguration()
+		file, err := settings.Read()
 		if err != nil {
 			fmt.Fprintf(os.Stderr, "guix-substitute-eris: warning: %v\n", err)
 		}
-		named, by = file.Guix, "the configuration file "+configurationFile()
+		named, by = file.Guix, "the configuration file "+settings.FileName()
 	}
 	if named != "" {
 		if !filepath.IsAbs(named) {
@@ -94,7 +99,7 @@ func realGuix(flag string) (string, error) {
 			return path, nil
 		}
 	}
-	return "", fmt.Errorf("no real guix in the usual places; name it by --guix, by %s or in %s", guixVariable, configurationFile())
+	return "", fmt.Errorf("no real guix in the usual places; name it by --guix, by %s or in %s", guixVariable, settings.FileName())
 }
 
 // checkGuix returns an error that says why path cannot be the real guix.
@@ -107,19 +112,38 @@ func checkGuix(path string, self fs.FileInfo) error {
 		return errors.New("that is this program itself")
 	case !info.Mode().IsRegular() || info.Mode()&0o111 == 0:
 		return errors.New("that is not a program")
-	case isOurs(path):
+	case IsOurs(path):
 		// Two copies that take each other for guix would run one another for ever.
 		return errors.New("that is a copy of this program")
 	}
 	return nil
 }
 
-// isOurs reports whether path is this program, of whatever version.
-func isOurs(path string) bool {
+// IsOurs reports whether path is this program, of whatever version.
+func IsOurs(path string) bool {
 	other, err := buildinfo.ReadFile(path)
 	if err != nil {
 		return false // it is not even in Go
 	}
 	own, ok := debug.ReadBuildInfo()
 	return ok && own.Path != "" && other.Path == own.Path
+}
+
+// Version is the version of the module that the program was built from.
+func Version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok || info.Main.Version == "" || info.Main.Version == "(devel)" {
+		return "development version"
+	}
+	return info.Main.Version
+}
+
+// UntilSignal returns a context that ends when the user, the service manager or the end of the
+// terminal ends the program. One that "nohup" has started outlives the terminal.
+func UntilSignal() (context.Context, context.CancelFunc) {
+	signals := []os.Signal{unix.SIGINT, unix.SIGTERM}
+	if !signal.Ignored(unix.SIGHUP) {
+		signals = append(signals, unix.SIGHUP)
+	}
+	return signal.NotifyContext(context.Background(), signals...)
 }

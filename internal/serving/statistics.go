@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package main
+package serving
 
 import (
 	"context"
@@ -15,6 +15,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/httpserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/relay"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 )
 
 // statisticsPath is the resource with the statistics of a running server, which it shows on Unix
@@ -24,8 +25,8 @@ const statisticsPath = "stats"
 // statisticsTimeout is how long a server may take to send its statistics.
 const statisticsTimeout = 30 * time.Second
 
-// statistics is what a running server tells about itself, in JSON.
-type statistics struct {
+// Statistics is what a running server tells about itself, in JSON.
+type Statistics struct {
 	Version string    `json:"version"`
 	Started time.Time `json:"started"`
 
@@ -88,8 +89,8 @@ type connectionStatistics struct {
 }
 
 // statisticsOf collects the statistics of a server.
-func statisticsOf(started time.Time, store *blockstore.Store, from *relay.Relay, blocks *coapserver.Server, web *httpserver.Server) statistics {
-	s := statistics{Version: version(), Started: started.UTC().Truncate(time.Second)}
+func statisticsOf(started time.Time, store *blockstore.Store, from *relay.Relay, blocks *coapserver.Server, web *httpserver.Server) Statistics {
+	s := Statistics{Version: program.Version(), Started: started.UTC().Truncate(time.Second)}
 	b := store.Stats()
 	s.Blocks.Count1KiB, s.Blocks.Count32KiB = b.Blocks1KiB, b.Blocks32KiB
 	s.Blocks.Bytes, s.Blocks.MaxBytes = b.Bytes1KiB+b.Bytes32KiB, b.MaxBytes
@@ -125,7 +126,7 @@ func upstreamStatisticsOf(r relay.Stats) *upstreamStatistics {
 }
 
 // text returns the JSON, in one line.
-func (s statistics) text() []byte {
+func (s Statistics) text() []byte {
 	b, err := json.Marshal(s)
 	if err != nil {
 		panic(err) // it has nothing that JSON cannot express
@@ -133,8 +134,8 @@ func (s statistics) text() []byte {
 	return b
 }
 
-// askStatistics asks the server at a Unix socket for its statistics.
-func askStatistics(socket string) (statistics, error) {
+// AskStatistics asks the server at a Unix socket for its statistics.
+func AskStatistics(socket string) (Statistics, error) {
 	s, err := readStatistics(socket)
 	if err != nil {
 		return s, fmt.Errorf("asking the block store at %s for its statistics: %w", socket, err)
@@ -142,7 +143,7 @@ func askStatistics(socket string) (statistics, error) {
 	return s, nil
 }
 
-func readStatistics(socket string) (s statistics, err error) {
+func readStatistics(socket string) (s Statistics, err error) {
 	path, err := filepath.Abs(socket)
 	if err != nil {
 		return s, err

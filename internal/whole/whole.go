@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package main
+// Package whole makes files and trees that get their names when they are complete.
+package whole
 
 import (
 	"crypto/rand"
@@ -15,9 +16,9 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
 
-// checkNew returns the absolute form of the name of a file or tree that a user wants to be made,
+// CheckNew returns the absolute form of the name of a file or tree that a user wants to be made,
 // and an error if there is something of that name.
-func checkNew(path string) (string, error) {
+func CheckNew(path string) (string, error) {
 	path, err := filepath.Abs(path)
 	if err != nil {
 		return "", err
@@ -28,9 +29,9 @@ func checkNew(path string) (string, error) {
 	return path, nil
 }
 
-// makeTree has a file or a tree made beside the name that it gets when it is complete and on disk:
+// Make has a file or a tree made beside the name that it gets when it is complete and on disk:
 // whatever ends the program, what has the name is whole. Nothing is left behind after an error.
-func makeTree(path string, restoreTo func(temporary string) error) (err error) {
+func Make(path string, restoreTo func(temporary string) error) (err error) {
 	directory := filepath.Dir(path)
 	temporary := filepath.Join(directory, files.TemporaryPrefix+rand.Text())
 	defer func() { err = errors.Join(err, restore.Remove(temporary)) }()

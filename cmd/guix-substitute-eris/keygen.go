@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
+)
+
+// keygenCommand makes a key pair.
+func keygenCommand() *cobra.Command {
+	c := &cobra.Command{
+		Short: "make a key pair to sign narinfos with",
+		Long: `Make a key pair to sign narinfos with, as "guix archive --generate-key" does. No
+file is overwritten.`,
+		Args: message.NoArguments,
+	}
+	public := c.Flags().String("public-key", filepath.Join(settings.Directory(), "signing-key.pub"), "write the public key to `FILE`")
+	secret := c.Flags().String("private-key", filepath.Join(settings.Directory(), "signing-key.sec"), "write the private key to `FILE`, which only its owner can read")
+	c.RunE = func(*cobra.Command, []string) error {
+		if err := keygen(*public, *secret); err != nil {
+			return fmt.Errorf("the key pair is not made: %w", err)
+		}
+		fmt.Printf("public key:  %s\nprivate key: %s\n", *public, *secret)
+		fmt.Printf("Whoever is to trust it: sudo guix archive --authorize < %s\n", filepath.Base(*public))
+		return nil
+	}
+	return c
+}
+
+func keygen(public, secret string) error {
+	for _, name := range []string{public, secret} {
+		if _, err := os.Lstat(name); err == nil {
+			return fmt.Errorf("%s exists, and others may trust it\nhint: move it away, or name another file by --public-key and --private-key", name)
+		}
+	}
+	for _, name := range []string{public, secret} {
+		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+			return err
+		}
+	}
+	key := acl.GenerateSigningKey()
+	write := func(name, text string, mode os.FileMode) error {
+		return files.Replace(name, mode, files.Options{Sync: true, New: true}, func(w io.Writer) error {
+			_, err := io.WriteString(w, text)
+			return err
+		})
+	}
+	// The private one first: a public key without it is of no use.
+	if err := write(secret, key.SecretText(), 0o400); err != nil {
+		return err
+	}
+	return write(public, key.PublicKey().Text(), 0o444)
+}

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package inspect
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
+)
+
+// Answer says of items in words whether they can be had. The error may be a [message.Status].
+func Answer(ctx context.Context, s *session.Settings, items []string) error {
+	sub := s.SilentSession(false) // blocks may be the only way
+	defer sub.Close()
+	p := page.New()
+	worst, err := forItems(ctx, s, sub, items, func(e explanation) message.Status {
+		p.Line(0, "%s", e.Path)
+		if e.Availability != substitute.Available {
+			p.Say(2, page.Bad, "%s: %s", e.Availability, message.Text(e.Reason))
+			return exitStatus[e.Availability]
+		}
+		for _, r := range e.Servers {
+			if r.Vouches {
+				p.Say(2, page.Good, "%s from %s, signed by %s", e.Availability, r.URL, r.Signer)
+				break
+			}
+		}
+		p.Say(2, page.Note, "%s unpacked, %s, %s", page.Size(int64(e.NarSize)), page.Count(e.References, "reference"), e.NarHash)
+		return 0
+	})
+	if worst > 0 && p.Len() > 0 {
+		p.Line(0, "\"guix-substitute-eris explain ITEM\" says more.")
+	}
+	return cmp.Or(p.Print(), err, worst.Err())
+}
+
+// Narinfo is the command that shows what servers say.
+func Narinfo() *cobra.Command {
+	var s session.Settings
+	c := &cobra.Command{
+		Use:   "ITEM...",
+		Short: "show what the servers say of items",
+		Long: `Show the narinfos of store items that the substitute servers have, each below a
+line that says which server it is from, and what its signature is worth.`,
+	}
+	key := c.Flags().Bool("key", false, "show the public key by which the first narinfo that has one is signed, for \"guix archive --authorize\"")
+	s.Flags(c.Flags())
+	c.RunE = func(_ *cobra.Command, items []string) error {
+		if len(items) == 0 {
+			return message.Usage("narinfo takes store items: guix-substitute-eris narinfo /gnu/store/…")
+		}
+		s.Load()
+		ctx, stop := program.UntilSignal()
+		defer stop()
+		sub := s.SilentSession(true)
+		defer sub.Close()
+		worst, err := forItems(ctx, &s, sub, items, func(e explanation) message.Status {
+			if showNarinfos(&e.Explanation, *key) {
+				return 0
+			}
+			fmt.Fprintf(os.Stderr, "%s: %s: %s\n", e.Path, substitute.NotAvailable, message.Text(e.Reason))
+			return max(message.Unavailable, exitStatus[e.Availability])
+		})
+		return cmp.Or(err, worst.Err())
+	}
+	return c
+}
+
+// showNarinfos shows the narinfos of an item, or the key of the first that has one, and reports
+// whether there was anything to show.
+func showNarinfos(e *substitute.Explanation, key bool) (shown bool) {
+	for _, r := range e.Servers {
+		switch {
+		case r.Narinfo == nil && r.Failure != "":
+			fmt.Fprintf(os.Stderr, "# %s: %s\n", page.Clean(r.URL), page.Clean(message.Text(strings.TrimPrefix(r.Failure, r.URL+": "))))
+			continue
+		case r.Narinfo == nil:
+			fmt.Fprintf(os.Stderr, "# %s: no narinfo (status %d)\n", page.Clean(r.URL), r.Status)
+			continue
+		case key && r.Key == "":
+			continue
+		}
+		if key {
+			fmt.Fprintf(os.Stderr, "# signed by %s, from %s\n", page.Clean(r.Signer), page.Clean(r.URL))
+			fmt.Println(r.Key)
+			return true
+		}
+		fmt.Printf("# %s: %s\n", page.Clean(r.URL), page.Clean(worth(r)))
+		for line := range strings.Lines(r.Narinfo.Text()) {
+			fmt.Println(page.Clean(strings.TrimSuffix(line, "\n")))
+		}
+		shown = true
+	}
+	return shown
+}
+
+// worth says in some words what the signature of a narinfo is worth.
+func worth(r substitute.ServerReport) string {
+	signer := fmt.Sprintf("signed by %s, key %s", r.Signer, fingerprint(r.Key))
+	switch {
+	case r.Key == "":
+		return "not signed"
+	case r.UnknownKey:
+		return signer + ", which is not authorised"
+	case r.Refused != "":
+		return signer + ": " + r.Refused
+	}
+	return signer + ", which is authorised"
+}

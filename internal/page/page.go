@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package page shows results to people: text in lines that are no longer than the terminal is wide,
+// and the same as JSON.
+package page
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"golang.org/x/term"
+)
+
+// A Page is a text for people, in lines that are no longer than the terminal is wide.
+type Page struct {
+	strings.Builder
+	columns int
+	unicode bool
+}
+
+// usualColumns is the width of a page where nothing else is known, and for a wide terminal.
+const usualColumns = 80
+
+// New returns an empty page for standard output; the variable COLUMNS counts more than its width.
+func New() *Page {
+	p := &Page{columns: usualColumns, unicode: Unicode()}
+	if width, _, err := term.GetSize(1); err == nil && width > 0 {
+		p.columns = min(width, usualColumns)
+	}
+	if width, err := strconv.Atoi(os.Getenv("COLUMNS")); err == nil && width > 0 {
+		p.columns = width
+	}
+	p.columns = max(p.columns, 40)
+	return p
+}
+
+// Print prints the page on standard output.
+func (p *Page) Print() error {
+	_, err := io.WriteString(os.Stdout, p.String())
+	return err
+}
+
+// A Mark begins a line.
+type Mark int
+
+const (
+	Note  Mark = iota // neither well nor not
+	Good              // all is well
+	Bad               // something is not
+	Arrow             // what follows from it
+)
+
+func (p *Page) mark(m Mark) string {
+	if p.unicode {
+		return [...]string{"·", "✓", "✗", "→"}[m]
+	}
+	return [...]string{"-", "ok", "!!", "=>"}[m]
+}
+
+// Say adds a paragraph that begins with a mark, with further lines below the text.
+func (p *Page) Say(indent int, m Mark, format string, a ...any) {
+	p.paragraph(strings.Repeat(" ", indent)+p.mark(m)+" ", fmt.Sprintf(format, a...))
+}
+
+// Line adds a paragraph.
+func (p *Page) Line(indent int, format string, a ...any) {
+	p.paragraph(strings.Repeat(" ", indent), fmt.Sprintf(format, a...))
+}
+
+// Heading adds a line with an empty one before it.
+func (p *Page) Heading(text string) {
+	p.WriteByte('\n')
+	p.Line(0, "%s", text)
+}
+
+// Command adds a command to be copied, which is in one line whatever its length.
+func (p *Page) Command(indent int, text string) {
+	fmt.Fprintf(p, "%*s%s\n", indent, "", p.clean(text))
+}
+
+const (
+	// longestWord is how many characters words have that are no names.
+	longestWord = 40
+	// shortestName is how many characters of a name are of use.
+	shortestName = 32
+)
+
+// paragraph adds words after a prefix. What is too long for a line, and a long name that does not
+// fit into the rest of one, is shortened in its middle.
+func (p *Page) paragraph(prefix, text string) {
+	room := p.columns - utf8.RuneCountInString(prefix)
+	used := 0
+	p.WriteString(prefix)
+	for _, word := range strings.Fields(p.clean(text)) {
+		most := room
+		if left := room - used - 1; used > 0 && left >= shortestName && utf8.RuneCountInString(word) > longestWord {
+			most = left
+		}
+		word = p.shorten(word, most)
+		n := utf8.RuneCountInString(word)
+		switch {
+		case used == 0:
+		case used+1+n > room:
+			p.WriteString("\n" + strings.Repeat(" ", utf8.RuneCountInString(prefix)))
+			used = 0
+		default:
+			p.WriteByte(' ')
+			used++
+		}
+		p.WriteString(word)
+		used += n
+	}
+	p.WriteByte('\n')
+}
+
+// shorten takes the middle out of a word of more than most characters.
+func (p *Page) shorten(word string, most int) string {
+	runes := []rune(word)
+	if len(runes) <= most {
+		return word
+	}
+	gap := "..."
+	if p.unicode {
+		gap = "…"
+	}
+	keep := most - utf8.RuneCountInString(gap)
+	return string(runes[:keep-keep/3]) + gap + string(runes[len(runes)-keep/3:])
+}
+
+func (p *Page) clean(text string) string { return clean(text, p.unicode) }
+
+// Clean replaces what may have come from anybody and does not belong on a terminal.
+func Clean(text string) string { return clean(text, Unicode()) }
+
+func clean(text string, unicode bool) string {
+	if !unicode {
+		text = strings.ReplaceAll(text, "…", "...")
+	}
+	return strings.Map(func(r rune) rune {
+		switch {
+		case r == '\n' || r == '\t':
+			return ' '
+		case r < ' ' || r >= 0x7f && r < 0xa0 || r == utf8.RuneError || !unicode && r >= 0x7f || !strconv.IsPrint(r):
+			return '?'
+		}
+		return r
+	}, text)
+}
+
+// Size is a number of bytes for people.
+func Size(n int64) string {
+	switch {
+	case n < 0:
+		return "unknown size"
+	case n < 1000:
+		return fmt.Sprintf("%d B", n)
+	case n < 1e6:
+		return fmt.Sprintf("%.1f kB", float64(n)/1e3)
+	case n < 1e9:
+		return fmt.Sprintf("%.1f MB", float64(n)/1e6)
+	}
+	return fmt.Sprintf("%.1f GB", float64(n)/1e9)
+}
+
+// Count is a number of things, with the plural that most words have.
+func Count(n int, thing string) string {
+	if n == 1 {
+		return "1 " + thing
+	}
+	return fmt.Sprintf("%d %ss", n, thing)
+}
+
+// Unicode reports whether the locale has other characters than ASCII.
+func Unicode() bool {
+	for _, variable := range []string{"LC_ALL", "LC_CTYPE", "LANG"} {
+		if value := os.Getenv(variable); value != "" {
+			value = strings.ToLower(value)
+			return strings.Contains(value, "utf-8") || strings.Contains(value, "utf8")
+		}
+	}
+	return false
+}
+
+// Duration is a time for people, of at least a millisecond.
+func Duration(d time.Duration) string {
+	if d < time.Second {
+		return fmt.Sprintf("%d ms", max(d.Milliseconds(), 1))
+	}
+	return fmt.Sprintf("%.1f s", d.Seconds())
+}
+
+// JSON prints a result on standard output.
+func JSON(v any) error {
+	text, err := json.MarshalIndent(v, "", "  ")
+	if err == nil {
+		_, err = fmt.Println(string(text))
+	}
+	return err
+}

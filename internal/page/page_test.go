@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package page
+
+import (
+	"strings"
+	"testing"
+	"unicode/utf8"
+)
+
+// TestPage has texts of strangers and of all lengths.
+func TestPage(t *testing.T) {
+	for _, unicode := range []bool{true, false} {
+		p := &Page{columns: 40, unicode: unicode}
+		p.Say(5, Good, "%s and %s", strings.Repeat("http://example.org/", 9), "\x1b[2J\u202e é\xff\u0085 word word word word word word")
+		p.Line(0, "")
+		p.Heading(strings.Repeat("x", 41))
+		for line := range strings.Lines(p.String()) {
+			line = strings.TrimSuffix(line, "\n")
+			if utf8.RuneCountInString(line) > 40 || !utf8.ValidString(line) || strings.ContainsAny(line, "\x1b\u202e\u0085") || !unicode && strings.Contains(line, "é") {
+				t.Errorf("%v: %q", unicode, line)
+			}
+		}
+	}
+}

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package session
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
+)
+
+// maxLinks is how many links are followed from a file to a store item.
+const maxLinks = 40
+
+// FindItem returns the store item that a person means: by its path or that of a file in it, by its
+// name or its hash part, or by a link into the store, of a profile for example. For a hash part,
+// the store and then the servers are looked through for the name.
+func (s *Settings) FindItem(ctx context.Context, sub *Session, text string) (string, error) {
+	path := strings.TrimRight(text, "/")
+	if !strings.Contains(path, "/") && len(path) >= 32 && narinfo.CheckStoreName(path[:32]+"-x") == nil {
+		if _, err := os.Lstat(path); err != nil {
+			return s.itemByHash(ctx, sub, path)
+		}
+	}
+	for range maxLinks {
+		absolute, err := filepath.Abs(path)
+		if err != nil {
+			return "", err
+		}
+		if inside, ok := strings.CutPrefix(absolute, s.Store+"/"); ok {
+			item, _, _ := strings.Cut(inside, "/")
+			item = s.Store + "/" + item
+			return item, narinfo.CheckStorePath(s.Store, item)
+		}
+		if path, err = os.Readlink(absolute); err != nil {
+			break
+		}
+		if !filepath.IsAbs(path) {
+			path = filepath.Join(filepath.Dir(absolute), path)
+		}
+	}
+	// A link may stand anywhere in the name.
+	real, err := filepath.EvalSymlinks(text)
+	if err == nil && strings.HasPrefix(real, s.Store+"/") {
+		return s.FindItem(ctx, sub, real)
+	}
+	return "", fmt.Errorf("%q is neither an item of the store directory %q, nor a link to one, nor a hash part (32 letters and digits)", text, s.Store)
+}
+
+// itemByHash returns the item with the given name or hash part.
+func (s *Settings) itemByHash(ctx context.Context, sub *Session, text string) (string, error) {
+	if narinfo.CheckStoreName(text) == nil {
+		return s.Store + "/" + text, nil
+	}
+	if len(text) != 32 {
+		return "", fmt.Errorf("%q is no name of a store item", text)
+	}
+	if found, _ := filepath.Glob(s.Store + "/" + text + "-*"); len(found) > 0 {
+		return found[0], nil
+	}
+	var failed []error
+	for _, server := range s.ServerURLs() {
+		texts, err := NarinfosFrom(ctx, sub.Mirrors, server, []string{text})
+		failed = append(failed, err)
+		if n, err := narinfo.Parse(texts[text]); err == nil && strings.HasPrefix(n.StorePath, s.Store+"/"+text+"-") {
+			return n.StorePath, nil
+		}
+	}
+	err := errors.Join(failed...)
+	if err == nil {
+		err = fmt.Errorf("no server has it, and the store has no item of that name: %w", message.ErrUnavailable)
+	}
+	return "", fmt.Errorf("hash part %s: %w", text, err)
+}
+
+// NarinfosFrom gets the narinfos that a server has.
+func NarinfosFrom(ctx context.Context, client *mirror.Client, server string, hashParts []string) (map[string][]byte, error) {
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	var mu sync.Mutex
+	texts := map[string][]byte{}
+	total := 0
+	err := client.Narinfos(ctx, server, hashParts, func(a mirror.Answer) {
+		if a.Status == http.StatusOK && a.Body != nil {
+			mu.Lock()
+			defer mu.Unlock()
+			if total += len(a.Body); total > publish.MaxNarinfos {
+				stop(fmt.Errorf("%s sends more than narinfos can be", mirror.WithoutUser(server)))
+				return
+			}
+			texts[a.Hash] = a.Body
+		}
+	})
+	var down *mirror.ServerError
+	if errors.As(err, &down) {
+		err = fmt.Errorf("some narinfos could not be had: %w", err)
+	}
+	return texts, err
+}

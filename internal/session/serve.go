@@ -1,0 +1,280 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package session
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime/debug"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/whole"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
+)
+
+// memoryLimit is what the garbage collector keeps the heap below where it can, in bytes.
+const memoryLimit = 48 << 20
+
+// garbagePercent is how much garbage there may be for what is in use, as far as the limit allows
+// it: with as much as usual, collecting it took a tenth of the time of restoring small files.
+const garbagePercent = 400
+
+// lookAhead is how many narinfos are fetched ahead for one client of the daemon.
+const lookAhead = 10000
+
+// ByHand does once what a helper does, for a person: it answers about the items to standard output,
+// or, unless it is a query, restores the first item to a destination that there must not be. The
+// error may be a [message.Status].
+func (s *Settings) ByHand(ctx context.Context, query bool, items []string) error {
+	s.byHand = true
+	s.ShowNotes()
+	sub := s.Session(query)
+	defer sub.Close()
+	if !query {
+		s.confine(items[1])
+	}
+	s.ShowNotes()
+	sub.SetKeys(s.Keys())
+	var reply []byte
+	var result message.Status
+	if query {
+		records := sub.Info(ctx, items)
+		reply = protocol.AppendInfo(nil, records)
+		if !s.sayMissing(items, records) {
+			result = message.Unavailable
+		}
+	} else {
+		unix.Umask(0o022)
+		outcome := s.restore(ctx, sub, items[0], items[1])
+		reply = appendOutcome(nil, outcome)
+		switch outcome.Status {
+		case substitute.NotFound:
+			result = message.Unavailable
+		case substitute.HashMismatch:
+			result = message.Failed
+		}
+	}
+	if _, err := os.Stdout.Write(reply); err != nil {
+		return err
+	}
+	if ctx.Err() != nil {
+		return errInterrupted
+	}
+	return result.Err()
+}
+
+var errInterrupted = errors.New("interrupted")
+
+// sayMissing names the items that cannot be had, and reports whether there are none.
+func (s *Settings) sayMissing(items []string, records []protocol.Info) bool {
+	complete := true
+	for _, item := range items {
+		if !slices.ContainsFunc(records, func(r protocol.Info) bool { return r.Path == item }) {
+			s.log.Errorf("no server offers '%s' so that it can be used", item)
+			complete = false
+		}
+	}
+	return complete
+}
+
+// errNotRestored is for what has been told already.
+var errNotRestored = errors.New("not restored")
+
+// restore restores an item. The destination is the daemon's, who wants what is there to be
+// replaced; a person's files are not touched.
+func (s *Settings) restore(ctx context.Context, sub *Session, item, destination string) substitute.Outcome {
+	defer sub.after()
+	if !s.byHand {
+		return sub.staging.Substitute(ctx, item, destination)
+	}
+	var outcome substitute.Outcome
+	destination, err := whole.CheckNew(destination)
+	if err == nil {
+		err = whole.Make(destination, func(temporary string) error {
+			if outcome = sub.Substitute(ctx, item, temporary); outcome.Status != substitute.Success {
+				return errNotRestored
+			}
+			return nil
+		})
+	}
+	if err == nil || errors.Is(err, errNotRestored) {
+		return outcome
+	}
+	s.log.Errorf("%v", err)
+	return substitute.Outcome{}
+}
+
+// Serve answers requests until there are no more, to the daemon or, by hand, to a person. It does
+// not end earlier, whatever happens: the daemon would take that for a failure of everything.
+func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error {
+	s.byHand = byHand
+	if !query {
+		unix.Umask(0o022)
+		debug.SetMemoryLimit(memoryLimit)
+		if os.Getenv("GOGC") == "" {
+			debug.SetGCPercent(garbagePercent)
+		}
+	}
+	sub := s.Session(query)
+	defer sub.Close()
+	cleaned := make(chan struct{})
+	stop := make(chan struct{})
+	go func() {
+		defer close(cleaned)
+		s.clean()
+		if query && sub.Cache != nil {
+			sub.Cache.Clean(time.Now(), stop)
+		}
+	}()
+	defer func() {
+		close(stop)
+		<-cleaned
+	}()
+	if query {
+		sub.LookAhead = lookAhead
+		sub.noted = s.daemonSession()
+	}
+	requests := protocol.NewRequests(stdin)
+	for first := true; ; first = false {
+		request, err := requests.Next()
+		var tooLong *protocol.TooLongError
+		switch {
+		case err == io.EOF:
+			return nil
+		case errors.As(err, &tooLong):
+			s.log.Errorf("%v", err)
+		case err != nil:
+			return err
+		}
+		if first && !s.byHand {
+			s.confine(destinationOf(request))
+		}
+		s.ShowNotes()
+		if first || !query {
+			s.renewKeys(sub, query, first)
+		}
+		ctx, stop := s.requestContext()
+		reply := s.answer(ctx, sub, request, query)
+		interrupted := ctx.Err() != nil
+		stop()
+		if err := writeAll(replies, reply); err != nil {
+			return fmt.Errorf("cannot reply: %v", err)
+		}
+		if interrupted {
+			return errInterrupted
+		}
+	}
+}
+
+// requestContext returns the context of a request. A person ends one by a signal; the daemon kills.
+func (s *Settings) requestContext() (context.Context, context.CancelFunc) {
+	if s.byHand {
+		return program.UntilSignal()
+	}
+	return context.WithCancel(context.Background())
+}
+
+// renewKeys reads the list of authorised keys. If it has changed, what is staged does not count.
+func (s *Settings) renewKeys(sub *Session, query, first bool) {
+	keys := s.Keys()
+	if !first && sameKeys(keys, sub.Keys) {
+		return
+	}
+	if sub.staging != nil {
+		sub.staging.Close()
+	}
+	sub.SetKeys(keys)
+	if !query {
+		sub.staging = s.ahead(sub)
+	}
+}
+
+func sameKeys(a, b *acl.ACL) bool {
+	if a == nil || b == nil {
+		return a == b
+	}
+	return slices.EqualFunc(a.Keys(), b.Keys(), func(a, b *acl.PublicKey) bool { return a.Equal(b) })
+}
+
+// answer returns the reply to a request; there is one whatever happens.
+func (s *Settings) answer(ctx context.Context, sub *Session, request protocol.Request, query bool) (reply []byte) {
+	defer func() {
+		if fault := recover(); fault != nil {
+			s.log.Errorf("internal error: %v: %s", fault, debug.Stack())
+			reply = noReply(query)
+			if destination := destinationOf(request); !query && !s.byHand && destination != "" {
+				// Nothing half-made stays, as after any other failure.
+				if err := restore.Remove(destination); err != nil {
+					s.log.Errorf("%v", err)
+				}
+			}
+		}
+	}()
+	arguments := request.Arguments
+	switch {
+	case query && request.Command == "have":
+		return protocol.AppendHave(nil, sub.Have(ctx, arguments))
+	case query && request.Command == "info":
+		records := sub.Info(ctx, arguments)
+		sub.note(arguments, records)
+		return protocol.AppendInfo(nil, records)
+	case !query && destinationOf(request) != "":
+		return appendOutcome(nil, s.restore(ctx, sub, arguments[0], arguments[1]))
+	}
+	s.log.Errorf("request %.200q with %d arguments is not understood", request.Command, len(arguments))
+	return noReply(query)
+}
+
+// destinationOf is where a request wants something to be, if anywhere.
+func destinationOf(r protocol.Request) string {
+	if r.Command == "substitute" && len(r.Arguments) == 2 {
+		return r.Arguments[1]
+	}
+	return ""
+}
+
+// noReply is the reply that says nothing is available.
+func noReply(query bool) []byte {
+	if query {
+		return protocol.AppendHave(nil, nil)
+	}
+	return protocol.AppendNotFound(nil)
+}
+
+func appendOutcome(dst []byte, o substitute.Outcome) []byte {
+	switch o.Status {
+	case substitute.Success:
+		return protocol.AppendSuccess(dst, o.NarHash, o.NarSize)
+	case substitute.HashMismatch:
+		return protocol.AppendHashMismatch(dst, o.Expected, o.Actual)
+	}
+	return protocol.AppendNotFound(dst)
+}
+
+// writeAll writes a reply, with a single write unless the pipe takes less.
+func writeAll(fd int, b []byte) error {
+	for len(b) > 0 {
+		n, err := unix.Write(fd, b)
+		switch err {
+		case nil:
+			b = b[n:]
+		case unix.EINTR:
+		case unix.EAGAIN:
+			unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, -1)
+		default:
+			return err
+		}
+	}
+	return nil
+}
