@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package lan
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"time"
+
+	"golang.org/x/net/dns/dnsmessage"
+	"golang.org/x/net/ipv4"
+)
+
+const (
+	// MaxFound is how many servers Browse finds at most.
+	MaxFound = 32
+	// multicastPort is the port of Multicast DNS.
+	multicastPort = 5353
+	// maxMessage bounds the length of a message (RFC 6762, section 17).
+	maxMessage = 9000
+)
+
+// Browse asks the local network, once, which machines have a service of a type, and calls found
+// with the address of each, once. It listens until ctx ends, which should be soon: who is there
+// answers within a tenth of a second (RFC 6762, sections 5.1 and 6). The error is nil unless nobody
+// could be asked.
+func Browse(ctx context.Context, service string, found func(netip.AddrPort)) error {
+	question, err := question(service)
+	var socket *net.UDPConn
+	if err == nil {
+		socket, err = ask(question)
+	}
+	if err != nil {
+		return fmt.Errorf("looking for %s on the local network: %w", service, err)
+	}
+	defer socket.Close()
+	defer context.AfterFunc(ctx, func() { socket.SetReadDeadline(time.Unix(1, 0)) })()
+	b := make([]byte, maxMessage)
+	seen := map[netip.AddrPort]bool{}
+	for {
+		n, from, err := socket.ReadFromUDPAddrPort(b)
+		if err != nil {
+			return nil
+		}
+		for _, port := range ports(b[:n], service) {
+			a := netip.AddrPortFrom(from.Addr().Unmap(), port)
+			if !seen[a] && len(seen) < MaxFound {
+				seen[a] = true
+				found(a)
+			}
+		}
+	}
+}
+
+func question(service string) ([]byte, error) {
+	name, err := dnsmessage.NewName(service + ".local.")
+	if err != nil {
+		return nil, err
+	}
+	m := dnsmessage.Message{Questions: []dnsmessage.Question{{Name: name, Type: dnsmessage.TypePTR, Class: dnsmessage.ClassINET}}}
+	return m.Pack()
+}
+
+var errNobody = errors.New("no network interface can do that")
+
+// ask sends a question on all interfaces, by IPv4, and returns where answers come. From another
+// port than that of Multicast DNS, an answer comes to nobody else.
+func ask(question []byte) (*net.UDPConn, error) {
+	socket, err := net.ListenUDP("udp4", &net.UDPAddr{})
+	if err != nil {
+		return nil, err
+	}
+	err = errNobody
+	to := &net.UDPAddr{IP: net.IPv4(224, 0, 0, 251), Port: multicastPort}
+	for _, i := range interfaces() {
+		if _, failed := ipv4.NewPacketConn(socket).WriteTo(question, &ipv4.ControlMessage{IfIndex: i.Index}, to); failed == nil {
+			err = nil
+		}
+	}
+	if err != nil {
+		socket.Close()
+		return nil, err
+	}
+	return socket, nil
+}
+
+// ports returns the ports of the services of a type that a message is about. Their address is that
+// of whoever has sent it. What is no message has none.
+func ports(message []byte, service string) (ports []uint16) {
+	var p dnsmessage.Parser
+	header, err := p.Start(message)
+	if err != nil || !header.Response || p.SkipAllQuestions() != nil {
+		return nil
+	}
+	// Where a service is stands beside the answer mostly (RFC 6763, section 12.1).
+	answers, _ := p.AllAnswers()
+	p.SkipAllAuthorities()
+	more, _ := p.AllAdditionals()
+	for _, r := range append(answers, more...) {
+		srv, ok := r.Body.(*dnsmessage.SRVResource)
+		name := strings.ToLower(r.Header.Name.String())
+		if ok && srv.Port != 0 && strings.HasSuffix(name, "."+service+".local.") && len(ports) < MaxFound {
+			ports = append(ports, srv.Port)
+		}
+	}
+	return ports
+}

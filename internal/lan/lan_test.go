@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package lan
+
+import (
+	"context"
+	"net/netip"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/net/dns/dnsmessage"
+)
+
+// TestMain is, in a network namespace, one of the machines of TestBrowse.
+func TestMain(m *testing.M) {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	switch os.Getenv("LAN_TEST") {
+	case "advertise":
+		if err := Advertise(ctx, Blocks, 5683); err != nil {
+			println(err.Error())
+			os.Exit(1)
+		}
+	case "browse":
+		// As often as it takes: how soon the others are there depends on the machine.
+		var found []string
+		for len(found) < 2 && ctx.Err() == nil {
+			found = nil
+			once, end := context.WithTimeout(ctx, 300*time.Millisecond)
+			if err := Browse(once, Blocks, func(a netip.AddrPort) { found = append(found, a.String()) }); err != nil {
+				println(err.Error())
+			}
+			end()
+		}
+		slices.Sort(found)
+		os.Stdout.WriteString(strings.Join(found, " "))
+	default:
+		os.Exit(m.Run())
+	}
+}
+
+// lan makes a bridge with three machines, in namespaces of its own.
+const lan = `
+set -e
+ip link set lo up
+ip link add bridge type bridge
+ip link set bridge up
+for i in 1 2 3; do
+	unshare --net sleep 60 &
+	eval pid$i=$!
+	for try in $(seq 100); do
+		[ "$(readlink /proc/$!/ns/net)" != "$(readlink /proc/self/ns/net)" ] && break
+		sleep 0.01
+	done
+	ip link add port$i type veth peer name lan0 netns $!
+	ip link set port$i master bridge up
+	nsenter -t $! -n sh -c "ip link set lo up; ip address add 192.0.2.$i/24 dev lan0; ip link set lan0 up"
+done
+trap 'kill $pid1 $pid2 $pid3 $others' EXIT
+LAN_TEST=advertise nsenter -t $pid1 -n "$0" &
+others=$!
+LAN_TEST=advertise nsenter -t $pid2 -n "$0" &
+others="$others $!"
+LAN_TEST=browse nsenter -t $pid3 -n "$0"
+`
+
+// TestBrowse has one machine of a network find two others.
+func TestBrowse(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can make network namespaces")
+	}
+	for _, program := range []string{"ip", "unshare", "nsenter"} {
+		if _, err := exec.LookPath(program); err != nil {
+			t.Skip(err)
+		}
+	}
+	var errors strings.Builder
+	command := exec.Command("unshare", "--net", "sh", "-c", lan, os.Args[0])
+	command.Stderr = &errors
+	out, err := command.Output()
+	if strings.Contains(errors.String(), "not permitted") || strings.Contains(errors.String(), "not supported") {
+		t.Skip(errors.String())
+	}
+	if err != nil || string(out) != "192.0.2.1:5683 192.0.2.2:5683" {
+		t.Errorf("found %q, %v: %s", out, err, errors.String())
+	}
+}
+
+func response(t testing.TB, name string, port uint16) []byte {
+	owner, target := dnsmessage.MustNewName(name), dnsmessage.MustNewName("a.local.")
+	m := dnsmessage.Message{
+		Header: dnsmessage.Header{Response: true},
+		Additionals: []dnsmessage.Resource{{
+			Header: dnsmessage.ResourceHeader{Name: owner, Class: dnsmessage.ClassINET, TTL: 120},
+			Body:   &dnsmessage.SRVResource{Port: port, Target: target},
+		}},
+	}
+	b, err := m.Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestPorts(t *testing.T) {
+	for _, test := range []struct {
+		message []byte
+		want    []uint16
+	}{
+		{response(t, "eris-a._eris._tcp.local.", 5683), []uint16{5683}},
+		{response(t, "eris-a._ERIS._tcp.local.", 5683), []uint16{5683}},
+		{response(t, "printer._ipp._tcp.local.", 631), nil},
+		{response(t, "eris-a._eris._tcp.local.", 0), nil},
+		{nil, nil},
+	} {
+		if got := ports(test.message, Blocks); !slices.Equal(got, test.want) {
+			t.Errorf("%q: %v, want %v", test.message, got, test.want)
+		}
+	}
+	question, err := question(Blocks)
+	if err != nil || ports(question, Blocks) != nil {
+		t.Errorf("a question has ports, or %v", err)
+	}
+}
+
+func FuzzPorts(f *testing.F) {
+	f.Add(response(f, "eris-a._eris._tcp.local.", 5683))
+	f.Fuzz(func(t *testing.T, message []byte) {
+		if got := ports(message, Blocks); len(got) > MaxFound || slices.Contains(got, 0) {
+			t.Errorf("%v", got)
+		}
+	})
+}
