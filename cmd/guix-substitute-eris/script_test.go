@@ -36,6 +36,7 @@ import (
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
 		"guix-substitute-eris": func() { os.Exit(run(os.Args[1:])) },
+		"lying-store":          lyingStore,
 	})
 }
 

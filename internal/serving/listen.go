@@ -3,9 +3,11 @@
 package serving
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"net"
+	"net/netip"
 	"net/url"
 	"os/user"
 	"strconv"
@@ -119,6 +121,17 @@ func (e *endpoint) listen(rights socketRights) (err error) {
 		}
 	}
 	return err
+}
+
+// advertisedPort returns the port where others of the local network can get blocks.
+func advertisedPort(endpoints []*endpoint) (uint16, error) {
+	for _, e := range endpoints {
+		address, err := netip.ParseAddrPort(e.address)
+		if e.scheme == "coap+tcp" && e.get && err == nil && !address.Addr().IsLoopback() {
+			return address.Port(), nil
+		}
+	}
+	return 0, errors.New("--advertise: others cannot connect to any address; name one by --listen=coap+tcp://[::]:5683")
 }
 
 // relayBy returns how clients get what the store does not have; nil if they do not.

@@ -27,6 +27,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/relay"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lan"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
@@ -43,7 +44,8 @@ type serveSettings struct {
 	listen, upstreams       []string
 	maxSize, limitRate      string
 	maxConnections          int
-	stats                   bool
+	stats, advertise        bool
+	advertised              uint16 // the port
 }
 
 // checkPeriod is how often it is looked whether the store still works.
@@ -82,6 +84,7 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 	f.StringVar(&s.maxSize, "max-size", "", "keep blocks of at most `SIZE` in all, like 20GiB; the least recently used go")
 	f.StringVar(&s.limitRate, "limit-rate", "", "receive, and send, at most at `RATE` in all, in bytes per second, like 2MiB")
 	maxConnectionsFlag(f, &s.maxConnections, "per --listen and --socket ")
+	f.BoolVar(&s.advertise, "advertise", false, "be found on the local network; without --listen, listen at coap+tcp://[::]:5683")
 	f.BoolVar(&s.stats, "stats", false, "print the statistics of the server that listens on the socket, as JSON, and do nothing else")
 	c.RunE = func(*cobra.Command, []string) error {
 		if s.stats {
@@ -175,6 +178,11 @@ func (s *serveSettings) run() error {
 		}
 		endpoints = append(endpoints, e)
 	}
+	if s.advertise {
+		if s.advertised, err = advertisedPort(endpoints); err != nil {
+			return errors.Join(err, store.Close())
+		}
+	}
 	in, out := ratelimit.New(rate, 0), ratelimit.New(rate, 0)
 	for _, e := range endpoints {
 		e.limit(in, out)
@@ -204,7 +212,11 @@ func (s *serveSettings) endpoints(passed []*endpoint) ([]*endpoint, error) {
 		}
 		endpoints = append(endpoints, &endpoint{scheme: "coap+unix", address: path, get: true, put: true, relay: true})
 	}
-	for _, url := range s.listen {
+	listen := s.listen
+	if s.advertise && len(listen) == 0 {
+		listen = []string{"coap+tcp://[::]:5683"}
+	}
+	for _, url := range listen {
 		e, err := parseEndpoint(url)
 		if err != nil {
 			return nil, err
@@ -349,6 +361,13 @@ func (s *serveSettings) serveEndpoints(
 			}
 		})
 		message.Log("serving on %v", e)
+	}
+	if s.advertised != 0 {
+		group.Go(func() {
+			if err := lan.Advertise(ctx, lan.Blocks, s.advertised); err != nil {
+				message.Log("%v", err)
+			}
+		})
 	}
 	notify("READY=1")
 	check := time.NewTicker(checkPeriod)

@@ -3,6 +3,7 @@
 package session
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -126,8 +127,15 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error
 			debug.SetGCPercent(garbagePercent)
 		}
 	}
+	s.near = s.neighbours()
+	defer s.near.close()
 	sub := s.Session(query)
-	defer sub.Close()
+	defer func() { sub.Close() }()
+	renew := func() {
+		sub.Close()
+		sub = s.Session(query)
+		s.renewKeys(sub, query, true)
+	}
 	cleaned := make(chan struct{})
 	stop := make(chan struct{})
 	go func() {
@@ -161,11 +169,18 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error
 			s.confine(destinationOf(request))
 		}
 		s.ShowNotes()
-		if first || !query {
+		switch {
+		case !first && !query && s.near.changed():
+			renew()
+		case first || !query:
 			s.renewKeys(sub, query, first)
 		}
 		ctx, stop := s.requestContext()
 		reply := s.answer(ctx, sub, request, query)
+		if !query && bytes.Equal(reply, protocol.AppendNotFound(nil)) && s.near.awaited() {
+			renew()
+			reply = s.answer(ctx, sub, request, query)
+		}
 		interrupted := ctx.Err() != nil
 		stop()
 		if err := writeAll(replies, reply); err != nil {

@@ -57,7 +57,8 @@ type Settings struct {
 	options protocol.Options
 	file    settings.File
 	log     *protocol.Log
-	kept    string   // the directory of what is kept for other processes; empty if nothing is
+	kept    string // the directory of what is kept for other processes; empty if nothing is
+	near    *neighbours
 	notes   []string // warnings of the start, for when somebody reads them
 }
 
@@ -278,7 +279,11 @@ func (s *Settings) Session(query bool) *Session {
 	if !query {
 		result.Reuse, result.closed = s.finder()
 	}
-	if urls := s.StoreURLs(); !query && policy != substitute.HTTPOnly && len(urls) > 0 {
+	urls := s.StoreURLs()
+	if !query && s.near != nil {
+		urls = append(slices.Clip(urls), s.near.urls()...)
+	}
+	if !query && policy != substitute.HTTPOnly && len(urls) > 0 {
 		b, err := openBlocks(blocksOptions{
 			urls: urls, directory: s.inCache("blocks"), cacheSize: s.cacheSize(),
 			state: result.state, limiter: limiter, log: s.log,

@@ -46,6 +46,9 @@ type File struct {
 	// for it; 0 items is nothing.
 	AheadItems *int   `toml:"ahead-items"`
 	AheadBytes string `toml:"ahead-bytes"`
+	// DiscoverStores is whether block stores are looked for on the local network; they are by
+	// default, unless the daemon has --discover=no.
+	DiscoverStores *bool `toml:"discover-stores"`
 	// Confine is whether the helper gives up access to what it does not need; it does by default.
 	Confine *bool `toml:"confine"`
 }
