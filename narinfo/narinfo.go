@@ -57,11 +57,6 @@ type Narinfo struct {
 	// Signature is the value of the field Signature, empty if there is none.
 	Signature string
 
-	// NarSizeSigned and DeriverSigned report whether the values of NarSize and Deriver are covered
-	// by the signature. (StorePath, NarHash and References always are, or the narinfo counts as
-	// unsigned.)
-	NarSizeSigned, DeriverSigned bool
-
 	// text is the whole narinfo. The first signed bytes of it are signed, none if the narinfo
 	// counts as unsigned.
 	text   string
@@ -170,8 +165,8 @@ func (n *Narinfo) SignedText() (string, bool) {
 }
 
 // Authorise returns nil if the narinfo bears a signature that keys accepts. Then StorePath,
-// NarHash, NarDigest and References, and the fields that are marked as signed, are what the signer
-// wrote. Otherwise it returns [ErrUnsigned] or the error of keys.
+// NarHash, NarDigest and References, and the capabilities and deltas that are marked as signed, are
+// what the signer wrote. Otherwise it returns [ErrUnsigned] or the error of keys.
 //
 // It depends on the text that was parsed only, and not on changes made to the fields later.
 func (n *Narinfo) Authorise(keys Verifier) error {

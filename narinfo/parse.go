@@ -220,8 +220,6 @@ func (p *parser) finish() (*Narinfo, error) {
 	// The signature may also stand behind the end of the record.
 	if p.seen&signatureSeen != 0 && p.seenSigned&mustSigned == mustSigned {
 		n.signed = p.signedEnd
-		n.NarSizeSigned = p.seenSigned&narSizeField != 0
-		n.DeriverSigned = p.seenSigned&deriverField != 0 && n.Deriver != ""
 		return n, nil
 	}
 	for i := range n.ERIS {

@@ -25,7 +25,7 @@ func TestParseHello(t *testing.T) {
 	if n.References == nil || len(n.References) != 0 {
 		t.Errorf("References = %#v, want none", n.References)
 	}
-	if n.Deriver != "" || n.DeriverSigned || !n.NarSizeSigned || n.ERIS != nil {
+	if n.Deriver != "" || n.ERIS != nil {
 		t.Errorf("Parse = %+v", n)
 	}
 	want := []narinfo.URL{
@@ -54,14 +54,14 @@ func TestParseLibchop(t *testing.T) {
 	if !reflect.DeepEqual(n.ERIS, want) {
 		t.Errorf("ERIS = %v, want %v", n.ERIS, want)
 	}
-	if n.Deriver != "zcly5fm6rsqis9csk33i7zfqjidjzy1a-libchop-0.5.2.drv" || !n.DeriverSigned {
-		t.Errorf("Deriver = %q, %v", n.Deriver, n.DeriverSigned)
+	if n.Deriver != "zcly5fm6rsqis9csk33i7zfqjidjzy1a-libchop-0.5.2.drv" {
+		t.Errorf("Deriver = %q", n.Deriver)
 	}
 	if len(n.References) != 14 || n.References[3] != "60m6qih391rq95ck64am8ir64z0sv0zr-libchop-0.5.2" {
 		t.Errorf("References = %q", n.References)
 	}
-	if n.NarSize != 1021984 || !n.NarSizeSigned {
-		t.Errorf("NarSize = %d, %v", n.NarSize, n.NarSizeSigned)
+	if n.NarSize != 1021984 {
+		t.Errorf("NarSize = %d", n.NarSize)
 	}
 }
 

@@ -137,10 +137,18 @@ func (d *Deltas) file(base, hash string) string {
 
 func (d *Deltas) record(hash string) string { return filepath.Join(d.o.Directory, hash+".json") }
 
-// read returns what is kept of an item.
+// read returns what is kept of an item. A record that is damaged counts as none.
 func (d *Deltas) read(hash string) (kept itemDeltas, ok bool) {
-	text, err := os.ReadFile(d.record(hash))
-	return kept, err == nil && json.Unmarshal(text, &kept) == nil
+	text, err := files.ReadState(d.record(hash), maxKnownFile)
+	if err != nil || json.Unmarshal(text, &kept) != nil {
+		return itemDeltas{}, false
+	}
+	for _, k := range kept.Deltas {
+		if narinfo.CheckStoreName(k.Base) != nil {
+			return itemDeltas{}, false
+		}
+	}
+	return kept, true
 }
 
 // enqueue has the deltas of an item made. It reports whether they will be.

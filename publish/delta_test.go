@@ -148,6 +148,17 @@ func TestDeltas(t *testing.T) {
 	if _, complete := d.Known(n); complete {
 		t.Error("an item with other contents has the deltas of this one")
 	}
+	// A record that is damaged counts as none. Nothing makes another one meanwhile.
+	d.Close()
+	n.NarDigest[0]--
+	for _, damaged := range []string{`[{"base": "x", "size": 1}]`, `[{"size": 1}]`, `1`} {
+		if err := os.WriteFile(kept+"/00000000000000000000000000000003.json", fmt.Appendf(nil, `{"narHash": "%x", "deltas": %s}`, n.NarDigest, damaged), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if list, complete := d.Known(n); complete || list != nil {
+			t.Errorf("%s: %v, complete: %t", damaged, list, complete)
+		}
+	}
 	small := *n
 	small.NarSize = 1000
 	if list, complete := d.Known(&small); !complete || list != nil {
