@@ -83,8 +83,8 @@ type ERIS struct {
 	// if nothing is said, as of ERIS-FS and of nars.
 	Form string
 	Size uint64
-	// Signed reports whether the signature covers the field. If not, anyone between the signer and us
-	// may have put it there.
+	// Signed reports whether the signature covers the field. If not, anyone between the signer and
+	// us may have put it there.
 	Signed bool
 }
 
@@ -95,6 +95,9 @@ func (e ERIS) value() string {
 	}
 	return e.URN + " " + e.Form + " " + strconv.FormatUint(e.Size, 10)
 }
+
+// Text returns the line for a narinfo, without its end.
+func (e ERIS) Text() string { return "ERIS: " + e.value() }
 
 // parseERIS is the reverse of value. Of what is no value of three parts, all is the URN.
 func parseERIS(value string) ERIS {

@@ -4,6 +4,8 @@ package publish
 
 import (
 	"context"
+	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -12,9 +14,13 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
@@ -28,6 +34,9 @@ type AnnotatorOptions struct {
 	// is none.
 	Capabilities *Capabilities
 	Deltas       *Deltas
+	// Nars is whether the compressed nars of items that get a capability are fetched, and encoded
+	// too.
+	Nars bool
 	// WaitFor and StallTimeout are those of [ServerOptions].
 	WaitFor      uint64
 	StallTimeout time.Duration
@@ -44,6 +53,7 @@ type Annotator struct {
 	o        AnnotatorOptions
 	upstream *url.URL
 	client   *http.Client
+	nars     *mirror.Client         // nil if they are not encoded
 	proxy    *httputil.ReverseProxy // nil to redirect
 }
 
@@ -71,6 +81,10 @@ func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 	transport.MaxIdleConnsPerHost = upstreamConnections
 	transport.ResponseHeaderTimeout = upstreamTimeout
 	a := &Annotator{o: o, upstream: u, client: &http.Client{Transport: transport, Timeout: upstreamTimeout}}
+	if o.Capabilities != nil && o.Nars {
+		a.nars = mirror.NewClient(mirror.Options{UserAgent: "guix-substitute-eris", Getenv: os.Getenv})
+		o.Capabilities.upstreamNar = a.encodeNar
+	}
 	if onLoopback(u.Hostname()) {
 		transport := transport.Clone() // nars must not take the connections of narinfos
 		transport.MaxConnsPerHost = 0
@@ -120,21 +134,10 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		return
 	}
-	request, err := http.NewRequestWithContext(r.Context(), http.MethodGet, there.String(), nil)
-	if err != nil {
-		http.NotFound(w, r)
-		return
-	}
-	response, err := a.client.Do(request)
+	response, text, err := a.get(r.Context(), there.String())
 	if err != nil {
 		a.o.Log("%v", err)
-		http.Error(w, "no answer from "+a.upstream.Host, http.StatusBadGateway)
-		return
-	}
-	defer response.Body.Close()
-	text, err := io.ReadAll(io.LimitReader(response.Body, narinfo.MaxSize+1))
-	if err != nil || len(text) > narinfo.MaxSize {
-		http.Error(w, "bad answer from "+a.upstream.Host, http.StatusBadGateway)
+		http.Error(w, "no good answer from "+a.upstream.Host, http.StatusBadGateway)
 		return
 	}
 	for _, name := range []string{"Content-Type", "Cache-Control", "X-Baking"} {
@@ -153,6 +156,75 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	w.WriteHeader(response.StatusCode)
 	w.Write(text)
+}
+
+// get gets what is no longer than a narinfo from the other server.
+func (a *Annotator) get(ctx context.Context, url string) (response *http.Response, text []byte, err error) {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return nil, nil, err
+	}
+	if response, err = a.client.Do(request); err != nil {
+		return nil, nil, err
+	}
+	defer response.Body.Close()
+	text, err = io.ReadAll(io.LimitReader(response.Body, narinfo.MaxSize+1))
+	if err == nil && len(text) > narinfo.MaxSize {
+		err = fmt.Errorf("%s: the answer has more than %d bytes", url, narinfo.MaxSize)
+	}
+	return response, text, err
+}
+
+// encodeNar is a narEncoder. Like a helper it takes the nar that is decompressed fastest, so that
+// what helpers seed are the same blocks.
+func (a *Annotator) encodeNar(ctx context.Context, path string, narHash [sha256.Size]byte, sink eris.Sink) (*knownNar, error) {
+	k := &knownNar{Form: upstreamForm}
+	_, text, err := a.get(ctx, a.upstream.String()+"/"+hashPartOf(path)+".narinfo")
+	if err != nil {
+		return nil, err
+	}
+	n, err := narinfo.Parse(text)
+	if err != nil {
+		return k, nil
+	}
+	urls := n.PreferredURLs(narinfo.Fast)
+	i := slices.IndexFunc(urls, func(u narinfo.URL) bool { return u.Compression != "none" })
+	if i < 0 {
+		return k, nil
+	}
+	url, err := narinfo.ResolveURL(a.upstream.String(), urls[i].URL)
+	if err != nil || mirror.IsLocal(url) {
+		return k, nil
+	}
+	body, err := a.nars.OpenNar(ctx, url)
+	var status *mirror.StatusError
+	if errors.As(err, &status) && !status.Temporary() {
+		return k, nil // it has gone
+	} else if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	k.Compression = urls[i].Compression
+	err = k.encode(ctx, sink, func(w io.Writer) error {
+		plain, err := decompress.Open(k.Compression, io.TeeReader(body, w))
+		if err != nil {
+			return err
+		}
+		defer plain.Close()
+		h := sha256.New()
+		if _, err := io.Copy(h, io.LimitReader(plain, int64(min(n.NarSize, 1<<62))+1)); err != nil {
+			return err
+		}
+		if [sha256.Size]byte(h.Sum(nil)) != narHash || !body.Drain(w) || body.Decoded {
+			return fmt.Errorf("%s: %w", url, errOtherContents)
+		}
+		return nil
+	})
+	if err != nil {
+		a.o.Log("the nar of %s has no capability: %v", path, err)
+		k = &knownNar{Form: upstreamForm}
+	}
+	return k, ctx.Err()
 }
 
 // annotate adds to a narinfo what there is. It is not complete if there will be more soon.
@@ -179,7 +251,7 @@ func (a *Annotator) annotate(ctx context.Context, text []byte) (annotated []byte
 func (a *Annotator) withCapability(ctx context.Context, n *narinfo.Narinfo) (annotated []byte, complete bool) {
 	text := []byte(n.Text())
 	path := filepath.Join(a.o.Root, filepath.Base(n.StorePath))
-	c, known := a.o.Capabilities.Known(path, n.NarDigest)
+	_, known := a.o.Capabilities.Known(path, n.NarDigest)
 	if len(n.ERIS) > 0 {
 		// Nothing is to be added, but our store should have the blocks.
 		if _, err := os.Lstat(path); !known && err == nil {
@@ -196,10 +268,9 @@ func (a *Annotator) withCapability(ctx context.Context, n *narinfo.Narinfo) (ann
 			return text, false
 		}
 		// What is in the store here was built here, perhaps, and is different.
-		found, err := false, error(nil)
-		if c, found, err = a.o.Capabilities.FindSoon(ctx, path, n.NarDigest); !found {
+		if _, found, err := a.o.Capabilities.FindSoon(ctx, path, n.NarDigest); !found {
 			return text, err != nil
 		}
 	}
-	return []byte(withCapability(n, c)), true
+	return []byte(withCapabilities(n, a.o.Capabilities.values(path))), true
 }

@@ -383,7 +383,7 @@ func TestDamagedCapability(t *testing.T) {
 	narHash := [32]byte(h.Sum(nil))
 	cache := t.TempDir()
 	c := publish.NewCapabilities(cache, nil, logger(t))
-	want, err := c.Find(context.Background(), path, narHash)
+	want, err := find(c, path, narHash)
 	c.Close()
 	if err != nil {
 		t.Fatal(err)
@@ -413,7 +413,7 @@ func TestDamagedCapability(t *testing.T) {
 	}
 	c = publish.NewCapabilities(cache, nil, logger(t))
 	defer c.Close()
-	if got, err := c.Find(context.Background(), path, narHash); err != nil || got != want {
+	if got, err := find(c, path, narHash); err != nil || got != want {
 		t.Errorf("found again: %v, error %v", got == want, err)
 	}
 	if again, err := os.ReadFile(name); err != nil || !bytes.Equal(again, text) {

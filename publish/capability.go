@@ -67,60 +67,49 @@ func Encode(ctx context.Context, path string, sink eris.Sink, secret eris.Conver
 // encodeArchive encodes the archive of a tree.
 func encodeArchive(ctx context.Context, path string, sink eris.Sink, secret eris.ConvergenceSecret) (Encoding, error) {
 	e := Encoding{Form: "nar"}
-	r, w := io.Pipe()
 	hash := sha256.New()
-	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error {
-		tree := nar.NewTree(path)
-		defer tree.Close()
-		n, err := nar.Write(io.MultiWriter(hash, w), tree)
-		e.NarSize = uint64(n)
-		w.CloseWithError(err)
-		return err
+	var err error
+	e.Capability, e.NarSize, err = encodeWritten(ctx, sink, secret, func(w io.Writer) error {
+		return writeNar(io.MultiWriter(hash, w), path, "none")
 	})
-	group.Go(func() error {
-		var err error
-		e.Capability, err = eris.Encode(ctx, r, sink, eris.EncodeOptions{Secret: secret})
-		r.CloseWithError(err) // a writer that is under way ends
-		return err
-	})
-	if err := group.Wait(); err != nil {
-		return Encoding{}, err
-	}
 	hash.Sum(e.NarHash[:0])
-	return e, nil
+	return e, err
 }
 
-// encodeCompressed encodes the compressed nar of a tree, byte for byte as a [Server] serves it.
-func encodeCompressed(ctx context.Context, path, compression string, sink eris.Sink) (*knownNar, error) {
-	n := &knownNar{Compression: compression, Form: compressedForm}
-	var size counted
+// encodeWritten encodes what write writes, and returns how many bytes that is.
+func encodeWritten(ctx context.Context, sink eris.Sink, secret eris.ConvergenceSecret, write func(io.Writer) error) (c eris.ReadCapability, size uint64, err error) {
+	var n counted
 	r, w := io.Pipe()
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
-		err := writeNar(io.MultiWriter(&size, w), path, compression)
+		err := write(io.MultiWriter(&n, w))
 		w.CloseWithError(err)
 		return err
 	})
-	group.Go(func() error {
-		capability, err := eris.Encode(ctx, r, sink, eris.EncodeOptions{})
+	group.Go(func() (err error) {
+		c, err = eris.Encode(ctx, r, sink, eris.EncodeOptions{Secret: secret})
 		r.CloseWithError(err) // a writer that is under way ends
-		n.URN = capability.URN()
 		return err
 	})
-	if err := group.Wait(); err != nil {
-		return nil, fmt.Errorf("encoding the nar of %s: %w", path, err)
-	}
-	n.Size = uint64(size)
-	return n, nil
+	err = group.Wait()
+	return c, uint64(n), err
+}
+
+// encode encodes the compressed nar, byte for byte as write writes it.
+func (n *knownNar) encode(ctx context.Context, sink eris.Sink, write func(io.Writer) error) error {
+	c, size, err := encodeWritten(ctx, sink, eris.ConvergenceSecret{}, write)
+	n.URN, n.Size = c.URN(), size
+	return err
 }
 
 // Capabilities finds the read capabilities of store items: from a directory of those that are
 // known, or by encoding them. It is safe for concurrent use.
 type Capabilities struct {
 	// Nar is a compression, gzip or zstd: of the nar that is compressed so there is a capability
-	// too. Empty is none. It is set before anything else is done.
+	// too. Empty is none. It is set before anything else is done, and is not for an [Annotator].
 	Nar string
+
+	upstreamNar narEncoder // in place of Nar; nil is none
 
 	directory string
 	store     fetch.Store // nil: blocks are kept nowhere
@@ -139,6 +128,10 @@ type Capabilities struct {
 	waiting time.Duration
 	waited  time.Time
 }
+
+// A narEncoder encodes the compressed nar of the item at path that another server has. What it
+// returns has no URN if there is none.
+type narEncoder func(ctx context.Context, path string, narHash [sha256.Size]byte, sink eris.Sink) (*knownNar, error)
 
 // An encoding is that of one item, for all who wait for it.
 type encoding struct {
@@ -187,13 +180,19 @@ type knownNar struct {
 	URN         string `json:"urn"`
 	Size        uint64 `json:"size"` // in bytes
 	Compression string `json:"compression"`
-	// Form is [compressedForm], as it was.
+	// Form is [compressedForm], as it was, or upstreamForm.
 	Form string `json:"form"`
 }
 
-// current reports whether it is what [writeNar] makes with a compression.
-func (n *knownNar) current(compression string) bool {
-	return n != nil && n.Compression == compression && n.Form == compressedForm
+// upstreamForm is the form of nars that another server has made.
+const upstreamForm = "upstream"
+
+// current reports whether a nar is what there is to be a capability of.
+func (c *Capabilities) current(n *knownNar) bool {
+	if c.upstreamNar != nil {
+		return n != nil && n.Form == upstreamForm
+	}
+	return c.Nar != "" && n != nil && n.Compression == c.Nar && n.Form == compressedForm
 }
 
 // knownItem is what is known of an item for when it has gone.
@@ -230,7 +229,7 @@ func NewCapabilities(directory string, store fetch.Store, log func(format string
 	}
 }
 
-// Close ends what goes on in the background, and waits for it. Calls of Find fail from then on.
+// Close ends what goes on in the background, and waits for it. Calls of FindSoon fail from then on.
 func (c *Capabilities) Close() {
 	c.mu.Lock()
 	c.closed = true
@@ -257,7 +256,7 @@ func (c *Capabilities) Known(path string, narHash [sha256.Size]byte) (eris.ReadC
 	if !ok || k.StorePath != path || k.NarHash != fmt.Sprintf("%x", narHash) || c.store != nil && k.Store != c.storeName() {
 		return eris.ReadCapability{}, false
 	}
-	if c.Nar != "" && !k.Nar.current(c.Nar) {
+	if (c.Nar != "" || c.upstreamNar != nil) && !c.current(k.Nar) {
 		return eris.ReadCapability{}, false
 	}
 	capability, err := eris.ParseURN(k.URN)
@@ -271,8 +270,8 @@ func (c *Capabilities) values(path string) []narinfo.ERIS {
 		return nil
 	}
 	values := []narinfo.ERIS{{URN: k.URN}}
-	if c.Nar != "" && k.Nar.current(c.Nar) {
-		values = append(values, narinfo.ERIS{URN: k.Nar.URN, Form: "nar." + c.Nar, Size: k.Nar.Size})
+	if c.current(k.Nar) && k.Nar.URN != "" {
+		values = append(values, narinfo.ERIS{URN: k.Nar.URN, Form: "nar." + k.Nar.Compression, Size: k.Nar.Size})
 	}
 	return values
 }
@@ -361,23 +360,6 @@ func (c *Capabilities) remember(name string, k known) {
 	c.known[hashPart] = k
 }
 
-// Find returns the capability of a store item, encoding the item if need be. The item's archive
-// must have the hash narHash. Several calls for an item encode it once, and no more items are
-// encoded at a time than there are cores. The encoding goes on when ctx ends before it: somebody
-// will ask again.
-func (c *Capabilities) Find(ctx context.Context, path string, narHash [sha256.Size]byte) (eris.ReadCapability, error) {
-	if capability, ok := c.Known(path, narHash); ok {
-		return capability, nil
-	}
-	e := c.encoding(path, narHash, false)
-	select {
-	case <-e.done:
-		return e.capability, e.err
-	case <-ctx.Done():
-		return eris.ReadCapability{}, ctx.Err()
-	}
-}
-
 const (
 	// maxWait is for how long requests may be kept waiting for items to be encoded. A client that
 	// asks for many items on one connection gives up before long.
@@ -386,13 +368,16 @@ const (
 	refillAfter = 4
 )
 
-// FindSoon is Find for whoever waits only as long as is bearable, all who wait taken together. If
-// that is too short found is false, and the item is being encoded.
+// FindSoon returns the capability of a store item, encoding the item if need be. The item's archive
+// must have the hash narHash. Several calls for an item encode it once, and no more items are
+// encoded at a time than there are cores. It waits only as long as is bearable, all who wait taken
+// together. If that is too short, or ctx ends, found is false, and the encoding goes on: somebody
+// will ask again. Failures are logged, too.
 func (c *Capabilities) FindSoon(ctx context.Context, path string, narHash [sha256.Size]byte) (capability eris.ReadCapability, found bool, err error) {
 	if capability, ok := c.Known(path, narHash); ok {
 		return capability, true, nil
 	}
-	e := c.encoding(path, narHash, true)
+	e := c.encoding(path, narHash)
 	begin := time.Now()
 	c.mu.Lock()
 	c.waiting = min(maxWait, c.waiting+begin.Sub(c.waited)/refillAfter)
@@ -418,11 +403,11 @@ func (c *Capabilities) FindSoon(ctx context.Context, path string, narHash [sha25
 // FindLater has an item encoded in the background, unless it is being encoded, or could not be a
 // short while ago. Failures are logged.
 func (c *Capabilities) FindLater(path string, narHash [sha256.Size]byte) {
-	c.encoding(path, narHash, true)
+	c.encoding(path, narHash)
 }
 
 // encoding returns the encoding of an item, which it starts if there is none.
-func (c *Capabilities) encoding(path string, narHash [sha256.Size]byte, logged bool) *encoding {
+func (c *Capabilities) encoding(path string, narHash [sha256.Size]byte) *encoding {
 	key := fmt.Sprintf("%s %x", path, narHash)
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -442,7 +427,7 @@ func (c *Capabilities) encoding(path string, narHash [sha256.Size]byte, logged b
 	c.wait.Go(func() {
 		defer close(e.done)
 		e.capability, e.err = c.encodeInTurn(path, narHash)
-		if e.err != nil && c.ctx.Err() == nil && logged {
+		if e.err != nil && c.ctx.Err() == nil {
 			c.log("%v", e.err)
 		}
 		c.mu.Lock()
@@ -485,8 +470,13 @@ func (c *Capabilities) encode(path string, narHash [sha256.Size]byte) (eris.Read
 	}
 	e, err := Encode(c.ctx, path, sink, eris.ConvergenceSecret{})
 	var compressed *knownNar
-	if err == nil && c.Nar != "" {
-		compressed, err = encodeCompressed(c.ctx, path, c.Nar, sink)
+	switch {
+	case err != nil || e.NarHash != narHash:
+	case c.upstreamNar != nil:
+		compressed, err = c.upstreamNar(c.ctx, path, narHash, sink)
+	case c.Nar != "":
+		compressed = &knownNar{Compression: c.Nar, Form: compressedForm}
+		err = compressed.encode(c.ctx, sink, func(w io.Writer) error { return writeNar(w, path, c.Nar) })
 	}
 	if pipeline != nil {
 		// Nobody may hear of blocks that are not stored.

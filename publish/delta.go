@@ -141,14 +141,10 @@ func (d *Deltas) record(hash string) string { return filepath.Join(d.o.Directory
 func (d *Deltas) read(hash string) (kept itemDeltas, ok bool) {
 	text, err := files.ReadState(d.record(hash), maxKnownFile)
 	if err != nil || json.Unmarshal(text, &kept) != nil {
-		return itemDeltas{}, false
+		return kept, false
 	}
-	for _, k := range kept.Deltas {
-		if narinfo.CheckStoreName(k.Base) != nil {
-			return itemDeltas{}, false
-		}
-	}
-	return kept, true
+	damaged := func(k keptDelta) bool { return narinfo.CheckStoreName(k.Base) != nil }
+	return kept, !slices.ContainsFunc(kept.Deltas, damaged)
 }
 
 // enqueue has the deltas of an item made. It reports whether they will be.

@@ -128,8 +128,8 @@ func TestDeltas(t *testing.T) {
 		t.Errorf("status %d, %d bytes, %v", status, len(body), header)
 	}
 
-	// Another process knows it, even if no files are left, or another store is in use, but not of an
-	// item that has changed.
+	// Another process knows it, even if no files are left, or another store is in use, but not of
+	// an item that has changed.
 	d.Close()
 	if err := os.Remove(file); err != nil {
 		t.Fatal(err)

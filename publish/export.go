@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -42,10 +43,10 @@ type ExportOptions struct {
 	// Fetch restores an item, checked against an authorised narinfo, to a path that is not there
 	// yet. It is for items that the local store does not have with the contents that were signed.
 	Fetch func(ctx context.Context, storePath, to string) error
-	// Since is the directory of an earlier export, which whoever gets this one has in the store. What
-	// is there is left out; an item of which an older version is there, and also in the local store,
-	// is exported as a delta from that, in place of its blocks, where it is much smaller. Empty is
-	// none.
+	// Since is the directory of an earlier export, which whoever gets this one has in the store.
+	// What is there is left out; an item of which an older version is there, and also in the local
+	// store, is exported as a delta from that, in place of its blocks, where it is much smaller.
+	// Empty is none.
 	Since string
 	// Closure exports everything that the items refer to, too.
 	Closure bool
@@ -70,9 +71,9 @@ const maxExported = 1 << 20
 //
 // A narinfo that has no read capability under which we have put blocks gets a second one in a field
 // ERIS below its signature, like those of an [Annotator]. It is written when the archive of the
-// item has been found to have its NarHash. An item without an authorised
-// narinfo is exported with one that somebody else has signed, if the local store has its contents:
-// whether that counts is for others to decide.
+// item has been found to have its NarHash. An item without an authorised narinfo is exported with
+// one that somebody else has signed, if the local store has its contents: whether that counts is
+// for others to decide.
 //
 // It fails before anything is stored if the file system of Directory has less room than the items
 // have bytes, and at the first item that cannot be exported. Narinfos are written when the blocks
@@ -350,7 +351,7 @@ func (e *exporter) export(ctx context.Context, it *exportItem) error {
 	e.done.Items++
 	e.done.Blocks += blocks
 	e.done.Bytes += bytes
-	it.text = withCapability(n, encoding.Capability)
+	it.text = withCapabilities(n, []narinfo.ERIS{{URN: encoding.Capability.URN()}})
 	return nil
 }
 
@@ -372,16 +373,17 @@ func otherContents(path string, sum [sha256.Size]byte, n *narinfo.Narinfo) error
 	return fmt.Errorf("%s: %w: hash sha256:%s instead of %s", path, errOtherContents, nixbase32.EncodeToString(sum[:]), n.NarHash)
 }
 
-// withCapability returns the text of a narinfo with a read capability below the signature, if it
-// does not have it. The rest stays as it is but for empty lines at the end, which would end the
-// record.
-func withCapability(n *narinfo.Narinfo, c eris.ReadCapability) string {
-	for _, e := range n.ERIS {
-		if had, err := eris.ParseURN(e.URN); err == nil && had == c {
-			return n.Text()
+// withCapabilities returns the text of a narinfo with read capabilities below the signature, but
+// for those that it has. The rest stays as it is but for empty lines at the end, which would end
+// the record.
+func withCapabilities(n *narinfo.Narinfo, values []narinfo.ERIS) string {
+	text := n.Text()
+	for _, v := range values {
+		if !slices.ContainsFunc(n.ERIS, func(e narinfo.ERIS) bool { return strings.EqualFold(e.URN, v.URN) }) {
+			text = strings.TrimRight(text, "\n") + "\n" + v.Text() + "\n"
 		}
 	}
-	return strings.TrimRight(n.Text(), "\n") + "\nERIS: " + c.URN() + "\n"
+	return text
 }
 
 // writeFile writes a file so that it is old or new, also after a power failure.

@@ -246,6 +246,15 @@ func TestNarinfo(t *testing.T) {
 	}
 }
 
+// find returns a capability, however long that takes.
+func find(c *publish.Capabilities, path string, narHash [32]byte) (eris.ReadCapability, error) {
+	for ; ; time.Sleep(time.Millisecond) {
+		if capability, found, err := c.FindSoon(context.Background(), path, narHash); found || err != nil {
+			return capability, err
+		}
+	}
+}
+
 // TestCapabilities checks what is encoded when.
 func TestCapabilities(t *testing.T) {
 	directory, items := aStore(t)
@@ -256,14 +265,13 @@ func TestCapabilities(t *testing.T) {
 	}
 	narHash := [32]byte(h.Sum(nil))
 	cache := t.TempDir() + "/a/b"
-	ctx := context.Background()
 
 	// Without a store.
 	c := publish.NewCapabilities(cache, nil, logger(t))
 	if _, ok := c.Known(path, narHash); ok {
 		t.Error("the capability is known from nowhere")
 	}
-	first, err := c.Find(ctx, path, narHash)
+	first, err := find(c, path, narHash)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -285,7 +293,7 @@ func TestCapabilities(t *testing.T) {
 		t.Error("nobody has put the blocks into the store")
 	}
 	for range 2 { // the second time without trying
-		if _, err := c.Find(ctx, path, narHash); err == nil || !strings.Contains(err.Error(), "store is full") {
+		if _, err := find(c, path, narHash); err == nil || !strings.Contains(err.Error(), "store is full") {
 			t.Errorf("error %v", err)
 		}
 	}
@@ -295,7 +303,7 @@ func TestCapabilities(t *testing.T) {
 	var wait sync.WaitGroup
 	for range 20 {
 		wait.Go(func() {
-			if got, err := c.Find(ctx, path, narHash); err != nil || got != first {
+			if got, err := find(c, path, narHash); err != nil || got != first {
 				t.Errorf("%v, error %v", got, err)
 			}
 		})
@@ -304,7 +312,7 @@ func TestCapabilities(t *testing.T) {
 	if n := len(store.blocks()); int(store.puts.Load()) > 2*n+1 {
 		t.Errorf("%d blocks were put %d times", n, store.puts.Load())
 	}
-	if _, err := c.Find(ctx, path, [32]byte{1}); err == nil || !strings.Contains(err.Error(), "other contents") {
+	if _, err := find(c, path, [32]byte{1}); err == nil || !strings.Contains(err.Error(), "other contents") {
 		t.Errorf("error %v", err)
 	}
 	c.Close()
@@ -486,7 +494,7 @@ func TestAnnotatorPassesOn(t *testing.T) {
 		"/0000000000000000000000000000000b.narinfo":        {200, "max-age=77", odd},
 		"/0000000000000000000000000000000c.narinfo":        {404, "max-age=300", ""},
 		"/0000000000000000000000000000000d.narinfo":        {503, "", "later"},
-		"/0000000000000000000000000000000f.narinfo":        {502, "", "bad answer from " + strings.TrimPrefix(upstream.URL, "http://") + "\n"},
+		"/0000000000000000000000000000000f.narinfo":        {502, "", "no good answer from " + strings.TrimPrefix(upstream.URL, "http://") + "\n"},
 		"/nar/gzip/a%2Bb?x=%2f":                            {200, "", strings.TrimPrefix(upstream.URL, "http://") + " /mirror/nar/gzip/a%2Bb?x=%2f"},
 		"/nix-cache-info":                                  {200, "", strings.TrimPrefix(upstream.URL, "http://") + " /mirror/nix-cache-info"},
 		"/eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee.narinfo?%2e%2e": {200, "", strings.TrimPrefix(upstream.URL, "http://") + " /mirror/eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee.narinfo?%2e%2e"},
@@ -574,14 +582,14 @@ func TestFindLater(t *testing.T) {
 		t.Errorf("%d goroutines for one item", n-before)
 	}
 	close(store.gate)
-	if _, err := c.Find(context.Background(), path, narHash); err != nil {
+	if _, err := find(c, path, narHash); err != nil {
 		t.Error(err)
 	}
 	if _, ok := c.Known(path, narHash); !ok {
 		t.Error("the capability is not known")
 	}
 	c.Close()
-	if _, err := c.Find(context.Background(), path, [32]byte{}); !errors.Is(err, context.Canceled) {
+	if _, err := find(c, path, [32]byte{}); !errors.Is(err, context.Canceled) {
 		t.Errorf("after Close: error %v", err)
 	}
 
@@ -590,7 +598,7 @@ func TestFindLater(t *testing.T) {
 	c = publish.NewCapabilities(t.TempDir(), store, logger(t))
 	ctx, cancel := context.WithCancel(context.Background())
 	go func() { <-store.entered; cancel() }()
-	if _, err := c.Find(ctx, path, narHash); !errors.Is(err, context.Canceled) {
+	if _, _, err := c.FindSoon(ctx, path, narHash); !errors.Is(err, context.Canceled) {
 		t.Errorf("error %v", err)
 	}
 	c.Close()
@@ -626,7 +634,7 @@ func TestPatience(t *testing.T) {
 		if _, err := nar.Write(sum, nar.NewTree(path)); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := c.Find(context.Background(), path, [32]byte(sum.Sum(nil))); err != nil {
+		if _, err := find(c, path, [32]byte(sum.Sum(nil))); err != nil {
 			t.Error(err)
 		}
 		_, header, text := get(t, fmt.Sprintf("%s/%032d.narinfo", h.URL, i+1))

@@ -15,6 +15,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/seed"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
@@ -115,6 +116,10 @@ func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool
 		return nil, nil, err
 	}
 	var source io.Reader = body
+	if !body.nar.Decoded && !mirror.IsLocal(w.url) && j.seedable(method) {
+		body.copied = j.s.Seeds.Begin(j.want.NarSize)
+		source = io.TeeReader(body, body.copied)
+	}
 	if method == "gzip" && body.nar.Decoded {
 		// Some servers call a file that is compressed itself encoded.
 		b := bufio.NewReader(body)
@@ -125,6 +130,7 @@ func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool
 	}
 	plain, err := decompress.Open(method, source)
 	if err != nil {
+		body.copied.End(false)
 		body.nar.Close()
 		return nil, nil, unquoted(w.url, err)
 	}
@@ -134,6 +140,21 @@ func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool
 		plain.Close()
 		body.done(ok)
 	}, nil
+}
+
+// seedable reports whether others may look for blocks of the nar with a compression: not if it is
+// known that there are read capabilities of other nars only.
+func (j *job) seedable(method string) bool {
+	others := false
+	for _, r := range j.records {
+		for _, e := range r.narinfo.ERIS {
+			if e.Form == "nar."+method {
+				return true
+			}
+			others = others || e.Form != ""
+		}
+	}
+	return !others && method != "none"
 }
 
 // unquoted is an error of what is read from a URL, without anything that a local file contains.
@@ -170,6 +191,7 @@ type download struct {
 	nar     *mirror.Nar
 	url     string
 	latency time.Duration
+	copied  *seed.Copy // for others; nil is none
 	j       *job
 	a       *attempt
 }
@@ -182,7 +204,7 @@ func (j *job) download(ctx context.Context, a *attempt, url string, size int64) 
 	if err != nil {
 		return nil, err
 	}
-	d := &download{&counter{r: body, a: a}, &orderly{ctx: ctx, r: body, job: j}, body, url, time.Since(begin), j, a}
+	d := &download{&counter{r: body, a: a}, &orderly{ctx: ctx, r: body, job: j}, body, url, time.Since(begin), nil, j, a}
 	if body.Size >= 0 {
 		size = body.Size
 	}
@@ -196,9 +218,8 @@ func (j *job) download(ctx context.Context, a *attempt, url string, size int64) 
 
 // done ends the download, and learns from it how fast the server is.
 func (d *download) done(ok bool) {
-	if ok {
-		d.nar.Drain()
-	}
+	whole := ok && d.nar.Drain(d.copied)
+	d.copied.End(whole)
 	d.nar.Close()
 	// One that was given up is known to be slow.
 	if d.j.s.Speeds != nil && !mirror.IsLocal(d.url) && (ok || d.a.slow()) {

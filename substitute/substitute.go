@@ -27,6 +27,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/seed"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
@@ -56,6 +57,8 @@ type Config struct {
 	// Reuse finds older items of the store to make new ones of; nil is none. It is tried before
 	// everything else, whatever the policy.
 	Reuse *reuse.Finder
+	// Seeds takes compressed nars that were fetched, for others; nil takes none.
+	Seeds *seed.Seeds
 	// Window bounds the blocks in flight; nil is a default.
 	Window func() fetch.Window
 	// Limiter bounds the bytes of nars; nil is no limit.

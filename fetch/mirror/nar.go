@@ -55,16 +55,17 @@ type Nar struct {
 	progress  int64
 }
 
-// Drain reads a short rest that nobody wants, if there is one, for the connection to be used again
-// after Close. It takes a second at most.
-func (n *Nar) Drain() {
+// Drain writes a short rest that nobody has read to w, if there is one, for the connection to be
+// used again after Close. It takes a second at most, and reports whether that was the end.
+func (n *Nar) Drain(w io.Writer) (ended bool) {
 	if n.ended || n.client == nil {
-		return
+		return n.ended
 	}
 	n.final, n.timeout = true, drainTime
 	stop := time.AfterFunc(drainTime, func() { n.cancel(errSilent) })
 	defer stop.Stop()
-	io.Copy(io.Discard, io.LimitReader(n, maxDrain))
+	io.Copy(w, io.LimitReader(n, maxDrain))
+	return n.ended
 }
 
 const (
@@ -167,7 +168,7 @@ func (c *Client) openNar(ctx context.Context, l *location) (n *Nar, elsewhere st
 		http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
 		elsewhere = response.Header.Get("Location")
 	}
-	n.Drain()
+	n.Drain(io.Discard)
 	n.Close()
 	if elsewhere == "" {
 		return nil, "", statusError(l, response)

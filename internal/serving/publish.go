@@ -91,7 +91,7 @@ add read capabilities to those of items that are in the local store.`,
 	f.StringVar(&s.logs, "log-directory", "/var/log/guix/drvs", "the daemon's build logs are in `DIRECTORY`; \"none\" serves none")
 	f.Int64Var(&s.waitFor, "wait-for", 64<<20, "encode items of up to this many `BYTES` before answering; larger ones are encoded in the background")
 	maxConnectionsFlag(f, &s.maxConnections, "")
-	f.StringVar(&s.forms, "forms", "eris-fs", "what read capabilities denote is one of these `FORMS`, separated by commas: eris-fs and, in addition, nar, the compressed nar")
+	f.StringVar(&s.forms, "forms", "eris-fs", "what read capabilities denote is one of these `FORMS`, separated by commas: eris-fs and, in addition, nar, the compressed nar; with --annotate that of the other server, which is fetched for that once")
 	f.StringVar(&s.deltas, "deltas", "0", "make deltas from older versions of items, in the background, and keep `BYTES` of them (1GiB, for instance)")
 	c.RunE = func(*cobra.Command, []string) error {
 		ctx, stop := program.UntilSignal()
@@ -162,7 +162,7 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 		}
 		h, err = publish.NewAnnotator(publish.AnnotatorOptions{
 			Upstream: s.annotate, StoreDir: s.store, Root: s.root, Capabilities: capabilities, Deltas: deltas,
-			WaitFor: uint64(max(0, s.waitFor)), Log: message.Log,
+			Nars: s.forms != "eris-fs", WaitFor: uint64(max(0, s.waitFor)), Log: message.Log,
 		})
 		return h, nil, err
 	}
@@ -230,7 +230,7 @@ func (s *publishSettings) narForm() (string, error) {
 		return "", fmt.Errorf("the forms are \"eris-fs\" or \"eris-fs,nar\", and not %q", s.forms)
 	}
 	if s.annotate != "" {
-		return "", errors.New("the form nar is not for --annotate: the nars are those of the other server")
+		return "", nil // the nars are those of the other server
 	}
 	for _, c := range strings.Split(s.compressions, ",") {
 		if c != "none" {

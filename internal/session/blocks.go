@@ -4,6 +4,7 @@ package session
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/url"
 	"path/filepath"
@@ -18,6 +19,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/seed"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
@@ -201,6 +203,23 @@ func (s *Settings) cacheSize() int64 {
 		return defaultCacheSize
 	}
 	return size
+}
+
+// seeds returns what puts nars that were fetched into the store of this machine, or nil.
+func (s *Settings) seeds() *seed.Seeds {
+	if !s.file.SeedNars {
+		return nil
+	}
+	err := errors.New("it needs a store on a Unix socket among eris-stores, and a cache directory")
+	urls := s.StoreURLs()
+	if i := slices.IndexFunc(urls, settings.IsSocket); i >= 0 && s.kept != "" {
+		var store fetch.Store
+		if store, err = settings.OpenStore(urls[i]); err == nil {
+			return seed.Open(s.inCache("seeds"), store, func(err error) { s.log.WarnOnce("seeds", "%v", err) })
+		}
+	}
+	s.notes = append(s.notes, fmt.Sprintf("seed-nars ignored: %v", err))
+	return nil
 }
 
 // inCache returns a file name in the directory for what is kept for other processes; empty if

@@ -227,6 +227,7 @@ func (s *Session) Close() {
 		s.blocks.Close()
 	}
 	s.state.Save()
+	s.Seeds.Close()
 	s.closed()
 	s.Mirrors.Close()
 	if s.Cache != nil {
@@ -278,6 +279,7 @@ func (s *Settings) Session(query bool) *Session {
 	})
 	if !query {
 		result.Reuse, result.closed = s.finder()
+		result.Seeds = s.seeds()
 	}
 	urls := s.StoreURLs()
 	if !query && s.near != nil {

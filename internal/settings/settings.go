@@ -42,6 +42,8 @@ type File struct {
 	// Reuse is whether items are made of older ones in the store where that may do; they are by
 	// default.
 	Reuse *bool `toml:"reuse"`
+	// SeedNars is whether compressed nars that were fetched are put into the store on this machine.
+	SeedNars bool `toml:"seed-nars"`
 	// AheadItems and AheadBytes (like "512MiB") bound what is substituted before the daemon asks
 	// for it; 0 items is nothing.
 	AheadItems *int   `toml:"ahead-items"`

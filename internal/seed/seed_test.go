@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package seed
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dir"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+)
+
+// full is a store that takes nothing.
+type full struct{ fetch.Store }
+
+func (full) Put(context.Context, eris.Reference, []byte) error { return fs.ErrPermission }
+func (full) Close() error                                      { return nil }
+
+func open(directory string, store fetch.Store) (s *Seeds, failures func() error) {
+	var mu sync.Mutex
+	var failed error
+	s = Open(directory, store, func(err error) {
+		mu.Lock()
+		defer mu.Unlock()
+		failed = errors.Join(failed, err)
+	})
+	return s, func() error {
+		mu.Lock()
+		defer mu.Unlock()
+		return failed
+	}
+}
+
+func left(t *testing.T, directory string) string {
+	t.Helper()
+	names, err := filepath.Glob(directory + "/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Join(names, " ")
+}
+
+func TestSeeds(t *testing.T) {
+	directory, blocks := t.TempDir()+"/seeds", t.TempDir()
+	nar := bytes.Repeat([]byte("compressed "), 10000)
+	want, err := eris.Encode(t.Context(), bytes.NewReader(nar), nil, eris.EncodeOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	has := func() bool {
+		store, err := dir.Open("file:"+blocks, dir.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer store.Close()
+		_, err = fetch.Get(t.Context(), store, want.Root, want.BlockSize, nil)
+		return err == nil
+	}
+
+	// A store that takes nothing: what is right is kept for later, and nothing else.
+	s, failures := open(directory, full{})
+	for _, right := range []bool{false, true} {
+		c := s.Begin(uint64(len(nar)))
+		for part := range bytes.Lines(nar) {
+			c.Write(part)
+		}
+		c.End(right)
+	}
+	s.Close()
+	if !errors.Is(failures(), fs.ErrPermission) || strings.Count(left(t, directory), "/nar-") != 1 {
+		t.Errorf("error %v, left: %s", failures(), left(t, directory))
+	}
+
+	// The next process goes on.
+	store, err := dir.Open("file:"+blocks, dir.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, failures = open(directory, store)
+	s.Close()
+	if failures() != nil || left(t, directory) != "" || !has() {
+		t.Errorf("error %v, left: %s, seeded: %t", failures(), left(t, directory), has())
+	}
+}
+
+// TestBounded copies nothing beyond the bound, and removes what nobody has wanted for a day.
+func TestBounded(t *testing.T) {
+	directory := t.TempDir()
+	whole, killed := directory+"/nar-1", directory+"/"+files.TemporaryPrefix+"1"
+	old := time.Now().Add(-25 * time.Hour)
+	for _, name := range []string{whole, killed} {
+		if err := errors.Join(os.WriteFile(name, nil, 0o600), os.Truncate(name, maxBytes-10)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s, failures := open(directory, full{})
+	defer s.Close()
+	try := func(size uint64, want bool) {
+		t.Helper()
+		c := s.Begin(size)
+		if (c != nil) != want {
+			t.Errorf("%d bytes: taken %t", size, c != nil)
+		}
+		c.Write([]byte("x"))
+		c.End(false)
+	}
+	try(0, false)
+	if err := os.Chtimes(killed, old, old); err != nil {
+		t.Fatal(err)
+	}
+	try(11, false)
+	try(10, true)
+	try(1<<63, false)
+	if left(t, directory) != whole || failures() != nil && !errors.Is(failures(), fs.ErrPermission) {
+		t.Errorf("left: %s, error %v", left(t, directory), failures())
+	}
+}
