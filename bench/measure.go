@@ -102,7 +102,10 @@ func (r result) line(group string, first result) string {
 	if r.name != first.name && r.wall > 0 {
 		ratio = fmt.Sprintf("ours ÷ this: %.2f", first.wall.Seconds()/r.wall.Seconds())
 	}
-	if r.note != "" {
+	switch {
+	case strings.HasSuffix(r.note, "."): // it says all
+		ratio = r.note
+	case r.note != "":
 		ratio = strings.TrimSpace(r.note + " " + ratio)
 	}
 	return fmt.Sprintf("| %s | %s | %.3f | %.3f | %.3f | %.0f | %s |\n", group, r.name,
