@@ -11,16 +11,18 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/delta"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
 )
 
-// These rows are about deltas between versions of real packages: of npm, which are fetched when the
-// rows are run.
+// These rows are about deltas between versions of real packages, of npm, which are fetched when the
+// rows are run, and of a program that was built twice.
 
 // npmPairs are the packages, and their versions, the earlier one first.
 var npmPairs = [][3]string{
@@ -44,6 +46,7 @@ type deltaPair struct {
 	base, tree    string
 	nar, zstd     int64 // lengths in bytes, of the archive and of the same compressed by zstd -3
 	digest        [sha256.Size]byte
+	replacements  []reuse.Replacement
 	file          string // the delta
 	delta, useful int64  // its length; what it may have to be kept by a publisher
 	written       sample // the last time
@@ -63,15 +66,19 @@ func deltaRows(w *workshop) ([]contestant, error) {
 		}
 		pairs = append(pairs, pair)
 	}
+	pair, err := w.goPair()
+	if err != nil {
+		return nil, err
+	}
 	var rows []contestant
-	for _, p := range pairs {
+	for _, p := range append(slices.Clone(pairs), pair) {
 		rows = append(rows, contestant{p.name, func() (s sample, err error) {
 			p.written, err = measured(p.write)
 			p.written.note = p.note()
 			return p.written, err
 		}})
 	}
-	return append(rows, contestant{"all of them, written", func() (s sample, err error) {
+	return append(rows, contestant{"all packages, written", func() (s sample, err error) {
 		all := deltaPair{}
 		for _, p := range pairs {
 			s.wall, s.user, s.sys = s.wall+p.written.wall, s.user+p.written.user, s.sys+p.written.sys
@@ -79,7 +86,7 @@ func deltaRows(w *workshop) ([]contestant, error) {
 		}
 		s.note = all.note()
 		return s, nil
-	}}, contestant{"all of them, read and hashed", func() (sample, error) {
+	}}, contestant{"all packages, read and hashed", func() (sample, error) {
 		return measured(func() error {
 			for _, p := range pairs {
 				if err := p.read(); err != nil {
@@ -108,6 +115,35 @@ func (p *deltaPair) note() string {
 		float64(p.delta)/1e6, float64(p.delta)/float64(p.zstd), kept)
 }
 
+// goPair builds a program of Go twice with other store items in it. The old one cannot be rewritten,
+// as it has an ID of all that it was built of.
+func (w *workshop) goPair() (*deltaPair, error) {
+	var trees, items []string
+	for _, set := range []string{"old", "new"} {
+		item := hashOf(set+" dependency") + "-dependency-1.0"
+		tree := filepath.Join(w.directory, "trees", "go-"+set)
+		source := filepath.Join(w.directory, "go-program")
+		if err := errors.Join(os.MkdirAll(tree, 0o755), os.MkdirAll(source, 0o755)); err != nil {
+			return nil, err
+		}
+		text := fmt.Sprintf("package main\n\nimport \"net/http\"\n\nfunc main() { http.Handle(%q, nil) }\n", "/gnu/store/"+item)
+		if err := os.WriteFile(filepath.Join(source, "main.go"), []byte(text), 0o644); err != nil {
+			return nil, err
+		}
+		cmd := exec.Command("go", "build", "-trimpath", "-o", filepath.Join(tree, "program"), "main.go")
+		cmd.Dir, cmd.Env = source, append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return nil, fmt.Errorf("building: %w: %s", err, out)
+		}
+		trees, items = append(trees, tree), append(items, item)
+	}
+	p := &deltaPair{
+		name: "program of Go, built again", base: trees[0], tree: trees[1],
+		replacements: reuse.Replacements(hashOf("old program")+"-program", hashOf("new program")+"-program", items[:1], items[1:]),
+	}
+	return p, p.measure()
+}
+
 // npmPair fetches two versions of a package.
 func (w *workshop) npmPair(name, old, renewed string) (*deltaPair, error) {
 	base, err := w.npmTree(name, old)
@@ -118,27 +154,33 @@ func (w *workshop) npmPair(name, old, renewed string) (*deltaPair, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &deltaPair{name: fmt.Sprintf("%s %s (%s)", name, renewed, old), base: base, tree: tree, file: tree + "-from-" + old}
+	p := &deltaPair{name: fmt.Sprintf("%s %s (%s)", name, renewed, old), base: base, tree: tree}
+	return p, p.measure()
+}
+
+// measure finds out what there is without a delta.
+func (p *deltaPair) measure() error {
+	p.file = p.tree + ".delta"
 	zstd, err := look("zstd")
 	if err != nil {
-		return nil, err
+		return err
 	}
 	cmd := exec.Command(zstd, "-3", "-q", "-c")
 	in, err := cmd.StdinPipe()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	var size lengthOf
 	cmd.Stdout = &size
 	if err := cmd.Start(); err != nil {
-		return nil, err
+		return err
 	}
 	h := sha256.New()
-	p.nar, err = nar.Write(io.MultiWriter(h, in), nar.NewTree(tree))
+	p.nar, err = nar.Write(io.MultiWriter(h, in), nar.NewTree(p.tree))
 	err = errors.Join(err, in.Close(), cmd.Wait())
 	h.Sum(p.digest[:0])
 	p.zstd, p.useful = int64(size), int64(size)/2
-	return p, err
+	return err
 }
 
 // npmTree fetches a version of a package, once. The error is errAbsent if npm cannot.
@@ -178,7 +220,7 @@ func (p *deltaPair) write() (err error) {
 		return err
 	}
 	defer f.Close()
-	p.delta, err = delta.Write(context.Background(), f, p.tree, p.base, delta.WriteOptions{MaxSize: p.nar, Scratch: filepath.Dir(p.file)})
+	p.delta, err = delta.Write(context.Background(), f, p.tree, p.base, delta.WriteOptions{Replacements: p.replacements, Scratch: filepath.Dir(p.file)})
 	return err
 }
 

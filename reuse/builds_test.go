@@ -99,7 +99,7 @@ func (s *testStore) misses(old string, want *narinfo.Narinfo, reason error) {
 
 func TestPython(t *testing.T) {
 	needs(t, "python3")
-	for _, mode := range []string{"checked-hash", "timestamp"} {
+	for _, mode := range []string{"unchecked-hash", "timestamp"} {
 		s := newTestStore(t)
 		s.check(s.twice("python-x-1.0", []string{"python-3.11"}, func(item string, refs []string) {
 			dir := s.workDir(map[string]string{
