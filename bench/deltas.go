@@ -52,8 +52,8 @@ type deltaPair struct {
 	written       sample // the last time
 }
 
-// deltaRows writes and reads a delta of each pair. The rows of a pair, and of all together, tell how
-// large deltas are.
+// deltaRows writes and reads a delta of each pair. The rows of a pair, and of all together, tell
+// how large deltas are.
 func deltaRows(w *workshop) ([]contestant, error) {
 	var pairs []*deltaPair
 	for _, p := range npmPairs {
@@ -115,8 +115,8 @@ func (p *deltaPair) note() string {
 		float64(p.delta)/1e6, float64(p.delta)/float64(p.zstd), kept)
 }
 
-// goPair builds a program of Go twice with other store items in it. The old one cannot be rewritten,
-// as it has an ID of all that it was built of.
+// goPair builds a program of Go twice with other store items in it. The old one cannot be
+// rewritten, as it has an ID of all that it was built of.
 func (w *workshop) goPair() (*deltaPair, error) {
 	var trees, items []string
 	for _, set := range []string{"old", "new"} {

@@ -100,7 +100,8 @@ func (r *rebuilt) make() error {
 	return nil
 }
 
-// item makes an item twice: the old one in the store and the database, the other one for the server.
+// item makes an item twice: the old one in the store and the database, the other one for the
+// server.
 func (r *rebuilt) item(db *sql.DB, old, renewed string, oldRefs, newRefs []string, data []byte) error {
 	replace := []string{old[:32], renewed[:32]}
 	for i := range oldRefs {
