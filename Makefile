@@ -10,6 +10,7 @@ bin = $(DESTDIR)$(PREFIX)/bin
 units = $(DESTDIR)$(PREFIX)/lib/systemd/system
 extensions = $(DESTDIR)$(SYSCONFDIR)/guix/extensions
 share = $(DESTDIR)$(PREFIX)/share
+completions = $(share)/bash-completion/completions $(share)/zsh/site-functions $(share)/fish/vendor_completions.d
 
 .PHONY: all check soak install uninstall bench clean $(name)
 
@@ -34,8 +35,12 @@ soak:
 place = sed 's|/usr/local/|$(PREFIX)/|g' $(1) | install -m 644 /dev/stdin $(2)/$(notdir $(1))
 
 install: $(name)
-	install -d $(bin) $(units) $(extensions) $(share)/$(name)/services $(share)/doc/$(name)
+	install -d $(bin) $(units) $(extensions) $(share)/$(name)/services $(share)/doc/$(name) $(completions)
 	install -m 755 $(name) $(bin)/
+	env -i ./$(name) man $(share)/man
+	./$(name) completion bash > $(share)/bash-completion/completions/$(name)
+	./$(name) completion zsh > $(share)/zsh/site-functions/_$(name)
+	./$(name) completion fish > $(share)/fish/vendor_completions.d/$(name).fish
 	$(call place,etc/systemd/$(name).service,$(units))
 	$(call place,etc/systemd/$(name).socket,$(units))
 	$(call place,etc/guix/extensions/substitute.scm,$(extensions))
@@ -44,7 +49,9 @@ install: $(name)
 
 uninstall:
 	rm -f $(bin)/$(name) $(units)/$(name).service $(units)/$(name).socket $(extensions)/substitute.scm
-	rm -rf $(share)/$(name) $(share)/doc/$(name)
+	rm -rf $(share)/$(name) $(share)/doc/$(name) $(share)/man/man1/$(name)*.1 $(share)/man/man5/substitute-eris.toml.5
+	rm -f $(share)/bash-completion/completions/$(name) $(share)/zsh/site-functions/_$(name) \
+		$(share)/fish/vendor_completions.d/$(name).fish
 
 # Whole-process benchmarks; BENCH has options, see "go run . -help" in the directory bench.
 bench:

@@ -21,7 +21,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/whole"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
@@ -38,16 +37,14 @@ ERIS-FS and as nars; other contents, compressed nars among them, are written as
 they are. Blocks come from the stores that --store, or else the variable
 ERIS_STORE_URL, or else the configuration file names.`,
 	}
-	stores := c.Flags().String("store", "", "fetch blocks from the stores with these `URLS`, separated by spaces, in this order")
+	stores := c.Flags().String("store", "", "fetch blocks from the stores with these `URLS`, separated by spaces, in this order (default: $ERIS_STORE_URL, or the setting eris-stores)")
 	raw := c.Flags().Bool("raw", false, "write the contents as they are, even if they are a file tree")
 	asJSON := c.Flags().Bool("json", false, "print what was decoded as JSON")
 	c.RunE = func(_ *cobra.Command, args []string) error {
 		if len(args) != 2 {
 			return message.Usage("decode takes a URN and a destination: guix-substitute-eris decode --store=URL urn:eris:… FILE")
 		}
-		ctx, stop := program.UntilSignal()
-		defer stop()
-		result, err := decode(ctx, args[0], args[1], *stores, *raw)
+		result, err := decode(c.Context(), args[0], args[1], *stores, *raw)
 		if err == nil && *asJSON {
 			err = page.JSON(result)
 		}

@@ -20,7 +20,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
@@ -47,7 +46,7 @@ ERIS_STORE_URL or the configuration file names; with --store=none, or if none is
 named, they are kept nowhere.`,
 	}
 	f := c.Flags()
-	f.StringVar(&s.store, "store", "", "put the blocks into the store at `URL`")
+	f.StringVar(&s.store, "store", "", "put the blocks into the store at `URL`; \"none\" is none (default: the first of $ERIS_STORE_URL, or of the setting eris-stores)")
 	f.StringVar(&s.secret, "convergence-secret", "", "use the convergence secret `BASE32`, or \"unique\" for one that nobody knows; by default everybody who encodes the same contents gets the same URN")
 	f.BoolVar(&s.item, "item", false, "encode a file as if it were a store item")
 	f.BoolVar(&s.json, "json", false, "print the result as JSON")
@@ -55,9 +54,7 @@ named, they are kept nowhere.`,
 		if len(args) != 1 {
 			return message.Usage("encode takes one file or directory: guix-substitute-eris encode --store=URL FILE")
 		}
-		ctx, stop := program.UntilSignal()
-		defer stop()
-		result, err := s.encode(ctx, args[0])
+		result, err := s.encode(c.Context(), args[0])
 		if err == nil && s.json {
 			err = page.JSON(result)
 		} else if err == nil {

@@ -14,7 +14,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
@@ -39,7 +38,8 @@ items to a directory, which can then be carried elsewhere. There it is both the
 substitute server file://DIRECTORY and the block store file:DIRECTORY/blocks.
 
 Narinfos come from the substitute servers. Items come from the local store; what
-it does not have with the contents that were signed is fetched like a substitute.`,
+it does not have with the contents that were signed is fetched like a
+substitute.`,
 	}
 	f := c.Flags()
 	f.StringVar(&e.to, "to", "", "write to `DIRECTORY`")
@@ -56,19 +56,17 @@ it does not have with the contents that were signed is fetched like a substitute
 		if e.layout != "sharded" && e.layout != "flat" {
 			return message.Usage("the layout is either sharded or flat, and not %q", e.layout)
 		}
-		return e.export(items)
+		return e.export(c.Context(), items)
 	}
 	return c
 }
 
-func (e *exportSettings) export(items []string) error {
+func (e *exportSettings) export(ctx context.Context, items []string) error {
 	directory, err := filepath.Abs(e.to)
 	if err != nil {
 		return err
 	}
 	e.Load()
-	ctx, stop := program.UntilSignal()
-	defer stop()
 	unix.Umask(0o022)
 	if !e.create {
 		if err := checkMounted(directory, mountParents); err != nil {

@@ -5,9 +5,7 @@
 package main
 
 import (
-	"cmp"
-	"errors"
-	"fmt"
+	"context"
 	"io"
 	"log"
 	"os"
@@ -15,10 +13,10 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/demo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/inspect"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/manual"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/serving"
@@ -45,6 +43,9 @@ var commands = []row{
 	{"narinfo", "To find out what is wrong", inspect.Narinfo},
 	{"keygen", "Other commands", keygenCommand},
 	{"demo", "Other commands", demo.Command},
+	{"completion", "Other commands", manual.Completion},
+	{"help", "Other commands", manual.Help},
+	{"man", "Other commands", manual.Man},
 	{"substitute", "What guix-daemon runs", substituteCommand},
 }
 
@@ -66,11 +67,21 @@ func run(args []string) int {
 		if guix != "" || program.IsGuix() {
 			return message.Report(program.Guix(guix, args))
 		}
-		return message.Report(unknownCommand(args[0]))
+		return message.Report(message.UnknownCommand(args[0], commandNames()))
 	}
 	root := rootCommand()
-	root.SetArgs(args)
+	root.SetArgs(commandFirst(args))
 	return message.Report(root.Execute())
+}
+
+// commandFirst puts a command before the options that stand before it, for cobra, which cannot tell
+// there which of them have a value. By hand, there is none.
+func commandFirst(args []string) []string {
+	i := slices.IndexFunc(args, func(a string) bool { return slices.Contains(commandNames(), a) })
+	if i < 0 || slices.Contains(args[:i], "--query") || slices.Contains(args[:i], "--substitute") {
+		return args
+	}
+	return slices.Concat(args[i:i+1], args[:i], args[i+1:])
 }
 
 // isOurs reports whether the first argument is not for guix.
@@ -78,30 +89,40 @@ func isOurs(name string) bool {
 	return strings.HasPrefix(name, "-") || slices.Contains(commandNames(), name)
 }
 
-// commandNames returns the names of all commands, with those of package cobra.
+// commandNames returns the names of all commands, with those that shells run to complete one.
 func commandNames() []string {
-	names := []string{"help", "completion", cobra.ShellCompRequestCmd, cobra.ShellCompNoDescRequestCmd}
+	names := []string{cobra.ShellCompRequestCmd, cobra.ShellCompNoDescRequestCmd}
 	for _, r := range commands {
 		names = append(names, r.name)
 	}
 	return names
 }
 
-func unknownCommand(name string) error {
-	return message.Usage("%s\nhint: \"guix-substitute-eris --help\" shows the commands; those of guix are run by \"guix %s\"",
-		message.Unknown("command", name, commandNames()), name)
+// untilSignal has the context of a command end by a signal; the next one ends the program at once.
+func untilSignal(c *cobra.Command) {
+	run := c.RunE
+	c.RunE = func(c *cobra.Command, args []string) error {
+		ctx, stop := program.UntilSignal()
+		defer stop()
+		context.AfterFunc(ctx, stop)
+		c.SetContext(ctx)
+		return run(c, args)
+	}
 }
 
 // rootCommand returns the program as a command, with all others.
 func rootCommand() *cobra.Command {
 	root := byHandCommand()
 	root.Use, root.Version = "guix-substitute-eris COMMAND [OPTION]... [ARGUMENT]...", program.Version()
-	root.Long = help
+	root.Short, root.Long = "substitutes for GNU Guix from ERIS blocks", help
+	root.CompletionOptions.DisableDefaultCmd = true
 	root.SilenceErrors, root.SilenceUsage, root.DisableFlagsInUseLine = true, true, true
 	root.SetVersionTemplate("guix-substitute-eris {{.Version}}\n")
-	root.SetHelpFunc(showHelp)
-	root.SetFlagErrorFunc(optionError)
+	root.SetHelpFunc(manual.Show)
+	root.SetFlagErrorFunc(message.Option)
 	root.Args = cobra.ArbitraryArgs
+	words := map[string][]string{"policy": session.Policies(), "layout": {"sharded", "flat"}} // as values of options
+	manual.Complete(root, words)
 	for _, r := range commands {
 		if !root.ContainsGroup(r.group) {
 			root.AddGroup(&cobra.Group{ID: r.group, Title: r.group + ":"})
@@ -109,7 +130,15 @@ func rootCommand() *cobra.Command {
 		c := r.new()
 		c.Use, c.GroupID = strings.TrimSpace(r.name+" [OPTION]... "+c.Use), r.group
 		c.DisableFlagsInUseLine = true
+		if c.Args != nil {
+			c.ValidArgsFunction = cobra.NoFileCompletions
+		}
+		manual.Complete(c, words)
+		untilSignal(c)
 		root.AddCommand(c)
+		if r.name == "help" {
+			root.SetHelpCommand(c)
+		}
 	}
 	return root
 }
@@ -133,54 +162,3 @@ says where that is.
 Exit statuses: 0 for success, 2 for a wrong command line, 3 if something is not
 available, 4 if it is not authorised, 5 if who has it cannot be reached, 1 for
 any other failure.`
-
-// showHelp shows what a command does, and its options with what they are by default.
-func showHelp(c *cobra.Command, _ []string) {
-	w := os.Stdout
-	fmt.Fprintf(w, "Usage: %s\n\n%s\n", c.UseLine(), cmp.Or(c.Long, c.Short))
-	for _, g := range c.Groups() {
-		fmt.Fprintf(w, "\n%s\n", g.Title)
-		for _, sub := range c.Commands() {
-			if sub.GroupID == g.ID {
-				fmt.Fprintf(w, "  %-12s %s\n", sub.Name(), sub.Short)
-			}
-		}
-	}
-	fmt.Fprintf(w, "\nOptions:\n%s", c.LocalFlags().FlagUsagesWrapped(helpColumns))
-}
-
-// helpColumns is the width of a help.
-const helpColumns = 80
-
-// optionError says in our words what is wrong with an option.
-func optionError(c *cobra.Command, err error) error {
-	text := err.Error()
-	var unknown *pflag.NotExistError
-	var missing *pflag.ValueRequiredError
-	var invalid *pflag.InvalidValueError
-	switch {
-	case errors.As(err, &unknown):
-		var names []string
-		c.Flags().VisitAll(func(f *pflag.Flag) { names = append(names, "--"+f.Name) })
-		name := "--" + unknown.GetSpecifiedName()
-		if unknown.GetSpecifiedShortnames() != "" {
-			name = "-" + unknown.GetSpecifiedName()
-		}
-		text = message.Unknown("option", name, names)
-	case errors.As(err, &missing):
-		value, _ := pflag.UnquoteUsage(missing.GetFlag())
-		text = fmt.Sprintf("the option --%[1]s needs a value: --%[1]s=%[2]s", missing.GetFlag().Name, value)
-	case errors.As(err, &invalid):
-		why := fmt.Sprint(errors.Unwrap(invalid))
-		switch invalid.GetFlag().Value.Type() {
-		case "duration":
-			why = "it must be a time with a unit, like 90s, 15m or 36h"
-		case "bool":
-			why = "it must be true or false, or be left out"
-		case "int", "int64":
-			why = "it must be a number"
-		}
-		text = fmt.Sprintf("the option --%s has the value %q: %s", invalid.GetFlag().Name, invalid.GetValue(), why)
-	}
-	return message.Usage("%s\nhint: \"%s --help\" shows the options", text, c.CommandPath())
-}

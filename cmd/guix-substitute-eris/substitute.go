@@ -5,6 +5,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"os/signal"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -54,6 +55,7 @@ func substituteCommand() *cobra.Command {
 		if len(args) > 0 || *query == *fetch {
 			return message.Usage("%q: unrecognized options", strings.Join(args, " "))
 		}
+		signal.Reset() // which end it at once
 		return helper(&s, *query)
 	}
 	return c

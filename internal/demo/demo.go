@@ -29,7 +29,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
@@ -52,12 +52,10 @@ Everything happens in one new directory, which is removed at the end.`,
 	}
 	keep := c.Flags().Bool("keep", false, "do not remove the directory")
 	c.RunE = func(_ *cobra.Command, paths []string) error {
-		ctx, stop := program.UntilSignal()
-		defer stop()
 		d := &demo{w: os.Stdout}
-		err := d.run(ctx, paths)
+		err := d.run(c.Context(), paths)
 		err = errors.Join(err, d.end(*keep))
-		if ctx.Err() != nil {
+		if c.Context().Err() != nil {
 			return errors.New("interrupted")
 		}
 		return err
@@ -128,7 +126,7 @@ func (d *demo) run(ctx context.Context, paths []string) (err error) {
 		if i == 0 {
 			d.say("%s", indent(text))
 		}
-		d.say("   %s of nar encoded, blocks stored, narinfo signed in %v", bytesText(item.size), since(begin))
+		d.say("   %s of nar encoded, blocks stored, narinfo signed in %v", page.Size(int64(item.size)), since(begin))
 	}
 
 	d.say("\n3. guix-daemon starts a helper and asks what is available")
@@ -191,13 +189,6 @@ func indent(text string) string {
 		b.WriteString("   | " + line + "\n")
 	}
 	return strings.TrimSuffix(b.String(), "\n")
-}
-
-func bytesText(n uint64) string {
-	if n < 1<<20 {
-		return fmt.Sprintf("%.1f KiB", float64(n)/(1<<10))
-	}
-	return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20))
 }
 
 // demoMirror has items that "guix publish" has published, in the source directory.

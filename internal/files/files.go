@@ -295,6 +295,11 @@ func ReadRegular(path string, most int) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	return readAll(f, path, most)
+}
+
+// readAll reads a file and closes it.
+func readAll(f *os.File, path string, most int) ([]byte, error) {
 	defer f.Close()
 	b, err := io.ReadAll(io.LimitReader(f, int64(most)+1))
 	if err == nil && len(b) > most {
@@ -307,16 +312,11 @@ func tooLarge(path string, most int) error {
 	return &fs.PathError{Op: "read", Path: path, Err: fmt.Errorf("larger than %d bytes", most)}
 }
 
-// ReadLimited reads a file of at most limit bytes; a longer one is an error.
-func ReadLimited(name string, limit int) ([]byte, error) {
-	f, err := os.Open(name)
+// ReadLimited reads a file of any kind, of at most the given number of bytes.
+func ReadLimited(path string, most int) ([]byte, error) {
+	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, int64(limit)+1))
-	if err == nil && len(b) > limit {
-		err = fmt.Errorf("%s is longer than %d bytes", name, limit)
-	}
-	return b, err
+	return readAll(f, path, most)
 }

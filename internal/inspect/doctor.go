@@ -68,9 +68,9 @@ func Doctor() *cobra.Command {
 	d := doctor{root: os.Getenv(systemVariable)}
 	c := &cobra.Command{
 		Short: "look whether all is set up, and say what to mend",
-		Long: `Look whether this program is set up: whether the running guix-daemon uses it, and
-whether keys, directories, servers and stores are as they should be. What is not
-comes with the command that mends it. Nothing is changed.
+		Long: `Look whether this program is set up: whether the running guix-daemon uses it,
+and whether keys, directories, servers and stores are as they should be. What is
+not comes with the command that mends it. Nothing is changed.
 
 The environment of the daemon decides where it can be read: as root. The exit
 status is 0 if all is well, else 1.`,
@@ -78,13 +78,11 @@ status is 0 if all is well, else 1.`,
 	}
 	asJSON := c.Flags().Bool("json", false, "print the findings as JSON")
 	d.Flags(c.Flags())
-	c.RunE = func(*cobra.Command, []string) error { return d.run(*asJSON) }
+	c.RunE = func(*cobra.Command, []string) error { return d.run(c.Context(), *asJSON) }
 	return c
 }
 
-func (d *doctor) run(asJSON bool) error {
-	ctx, stop := program.UntilSignal()
-	defer stop()
+func (d *doctor) run(ctx context.Context, asJSON bool) error {
 	d.examine(ctx)
 	var worst message.Status
 	if slices.ContainsFunc(d.findings, func(f finding) bool { return !f.OK }) {

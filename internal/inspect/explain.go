@@ -24,7 +24,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
@@ -64,15 +63,13 @@ one is not authorised, 5 if no server can be reached.`,
 		if len(items) == 0 {
 			return message.Usage("explain takes store items: guix-substitute-eris explain /gnu/store/…")
 		}
-		return explain(&s, items, *asJSON, *full)
+		return explain(c.Context(), &s, items, *asJSON, *full)
 	}
 	return c
 }
 
-func explain(s *session.Settings, items []string, asJSON, full bool) error {
+func explain(ctx context.Context, s *session.Settings, items []string, asJSON, full bool) error {
 	s.Load()
-	ctx, stop := program.UntilSignal()
-	defer stop()
 	sub := s.SilentSession(false)
 	defer sub.Close()
 	var all []explanation

@@ -13,7 +13,6 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
@@ -60,11 +59,9 @@ line that says which server it is from, and what its signature is worth.`,
 			return message.Usage("narinfo takes store items: guix-substitute-eris narinfo /gnu/store/…")
 		}
 		s.Load()
-		ctx, stop := program.UntilSignal()
-		defer stop()
 		sub := s.SilentSession(true)
 		defer sub.Close()
-		worst, err := forItems(ctx, &s, sub, items, func(e explanation) message.Status {
+		worst, err := forItems(c.Context(), &s, sub, items, func(e explanation) message.Status {
 			if showNarinfos(&e.Explanation, *key) {
 				return 0
 			}

@@ -17,10 +17,12 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 )
 
 // A Status is the exit status of a command. As an error it stands for what has been told already.
@@ -182,56 +184,28 @@ func hint(err error) string {
 // Unknown says that there is no command, option or setting of a name, and which one may be meant.
 func Unknown(thing, name string, known []string) string {
 	text := fmt.Sprintf("there is no %s %q", thing, name)
-	best, least := "", min(3, max(1, len(strings.TrimLeft(name, "-"))/3))
+	var all cobra.Command
 	for _, k := range known {
-		d := distance(name, k)
-		if strings.HasPrefix(k, name) && len(name) > 3 {
-			d = 1
-		}
-		if d <= least && (best == "" || d < least) {
-			best, least = k, d
-		}
+		all.AddCommand(&cobra.Command{Use: k, Run: func(*cobra.Command, []string) {}})
 	}
-	if best != "" {
-		text += fmt.Sprintf("; did you mean %q?", best)
+	least := min(3, max(1, len(strings.TrimLeft(name, "-"))/3))
+	if name == "" || len(name) > longestName {
+		return text
+	}
+	for all.SuggestionsMinimumDistance = 1; all.SuggestionsMinimumDistance <= least; all.SuggestionsMinimumDistance++ {
+		if meant := all.SuggestionsFor(name); len(meant) > 0 {
+			return fmt.Sprintf("%s; did you mean %q?", text, meant[0])
+		}
 	}
 	return text
 }
 
-// distance is how many letters have to be added, removed, changed or swapped with the next one to
-// make one word of another.
-func distance(a, b string) int {
-	const most = 64
-	a, b = a[:min(len(a), most)], b[:min(len(b), most)]
-	var d [most + 1][most + 1]int
-	for i := range len(a) + 1 {
-		for j := range len(b) + 1 {
-			switch {
-			case i == 0 || j == 0:
-				d[i][j] = i + j
-				continue
-			case a[i-1] == b[j-1]:
-				d[i][j] = d[i-1][j-1]
-			default:
-				d[i][j] = 1 + min(d[i-1][j-1], d[i-1][j], d[i][j-1])
-			}
-			if i > 1 && j > 1 && a[i-1] == b[j-2] && a[i-2] == b[j-1] {
-				d[i][j] = min(d[i][j], d[i-2][j-2]+1)
-			}
-		}
-	}
-	return d[len(a)][len(b)]
-}
+// longestName is how long a name may be for which similar ones are looked for, in bytes.
+const longestName = 64
 
 // Log shows a message of a server.
 func Log(format string, a ...any) {
-	text := strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f {
-			return ' '
-		}
-		return r
-	}, fmt.Sprintf(format, a...))
-	fmt.Fprintln(os.Stderr, "guix-substitute-eris:", text)
+	fmt.Fprintln(os.Stderr, "guix-substitute-eris:", page.Clean(fmt.Sprintf(format, a...)))
 }
 
 // OfStore says what is wrong with a store, which the caller names.
@@ -246,4 +220,43 @@ func NoArguments(c *cobra.Command, args []string) error {
 		return Usage("%s takes no arguments, and %q was given", c.Name(), args[0])
 	}
 	return nil
+}
+
+// UnknownCommand says that there is no command of a name.
+func UnknownCommand(name string, names []string) error {
+	return Usage("%s\nhint: \"guix-substitute-eris --help\" shows the commands; those of guix are run by \"guix %s\"",
+		Unknown("command", name, names), name)
+}
+
+// Option says in our words what is wrong with an option.
+func Option(c *cobra.Command, err error) error {
+	text := err.Error()
+	var unknown *pflag.NotExistError
+	var missing *pflag.ValueRequiredError
+	var invalid *pflag.InvalidValueError
+	switch {
+	case errors.As(err, &unknown):
+		var names []string
+		c.Flags().VisitAll(func(f *pflag.Flag) { names = append(names, "--"+f.Name) })
+		name := "--" + unknown.GetSpecifiedName()
+		if unknown.GetSpecifiedShortnames() != "" {
+			name = "-" + unknown.GetSpecifiedName()
+		}
+		text = Unknown("option", name, names)
+	case errors.As(err, &missing):
+		value, _ := pflag.UnquoteUsage(missing.GetFlag())
+		text = fmt.Sprintf("the option --%[1]s needs a value: --%[1]s=%[2]s", missing.GetFlag().Name, value)
+	case errors.As(err, &invalid):
+		why := fmt.Sprint(errors.Unwrap(invalid))
+		switch invalid.GetFlag().Value.Type() {
+		case "duration":
+			why = "it must be a time with a unit, like 90s, 15m or 36h"
+		case "bool":
+			why = "it must be true or false, or be left out"
+		case "int", "int64":
+			why = "it must be a number"
+		}
+		text = fmt.Sprintf("the option --%s has the value %q: %s", invalid.GetFlag().Name, invalid.GetValue(), why)
+	}
+	return Usage("%s\nhint: \"%s --help\" shows the options", text, c.CommandPath())
 }

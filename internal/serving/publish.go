@@ -23,7 +23,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
@@ -84,23 +83,21 @@ add read capabilities to those of items that are in the local store.`,
 	f.Var((*erisFlag)(&s), "eris", "compute read capabilities even though the blocks are stored nowhere; or, as --eris=`URL`, the same as --store")
 	f.Lookup("eris").NoOptDefVal = "true"
 	f.StringVar(&s.blocks, "store", "", "put the blocks into the store at `URL`")
-	f.StringVar(&s.cache, "cache", "", "keep what is known of read capabilities in `DIRECTORY`")
+	f.StringVar(&s.cache, "cache", "", "keep what is known of read capabilities in `DIRECTORY` (default: capabilities below /var/cache/guix-substitute-eris, or below the cache of a user)")
 	f.StringVar(&s.compressions, "compression", "zstd,gzip", "offer nars in these `FORMS`, separated by commas: none, gzip, zstd")
 	f.DurationVar(&s.ttl, "ttl", 0, "narinfos may be kept for this `TIME`, 36h for instance")
 	f.DurationVar(&s.negativeTTL, "negative-ttl", 0, "that an item is not there may be kept for this `TIME`, 10m for instance")
 	f.StringVar(&s.logs, "log-directory", "/var/log/guix/drvs", "the daemon's build logs are in `DIRECTORY`; \"none\" serves none")
 	f.Int64Var(&s.waitFor, "wait-for", 64<<20, "encode items of up to this many `BYTES` before answering; larger ones are encoded in the background")
-	maxConnectionsFlag(f, &s.maxConnections, "")
+	maxConnectionsFlag(c, &s.maxConnections, "")
 	f.StringVar(&s.forms, "forms", "eris-fs", "what read capabilities denote is one of these `FORMS`, separated by commas: eris-fs and, in addition, nar, the compressed nar; with --annotate that of the other server, which is fetched for that once")
 	f.StringVar(&s.deltas, "deltas", "0", "make deltas from older versions of items, in the background, and keep `BYTES` of them (1GiB, for instance)")
 	c.RunE = func(*cobra.Command, []string) error {
-		ctx, stop := program.UntilSignal()
-		defer stop()
 		l, err := net.Listen("tcp", s.listen)
 		if err != nil {
 			return err
 		}
-		return s.serve(ctx, l)
+		return s.serve(c.Context(), l)
 	}
 	return c
 }

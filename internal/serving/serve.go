@@ -12,13 +12,11 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"sync"
 	"time"
 
 	coapmessage "github.com/plgd-dev/go-coap/v3/message"
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
@@ -30,7 +28,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lan"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
@@ -75,49 +72,35 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 		Args: message.NoArguments,
 	}
 	f := c.Flags()
-	f.StringVar(&s.directory, "directory", "", "keep the blocks in `DIRECTORY`")
-	f.StringVar(&s.socket, "socket", "", "listen on the Unix socket `PATH`; \"none\" is none")
+	f.StringVar(&s.directory, "directory", "", "keep the blocks in `DIRECTORY` (default: /var/cache/guix-substitute-eris/blocks, or below the cache of a user)")
+	f.StringVar(&s.socket, "socket", "", "listen on the Unix socket `PATH`; \"none\" is none (default: /run/guix-substitute-eris/eris.sock, or $XDG_RUNTIME_DIR/eris.sock of a user)")
 	f.StringVar(&s.socketMode, "socket-mode", "660", "who may write to Unix sockets, and thus put blocks, is said by the octal `MODE`")
 	f.StringVar(&s.socketGroup, "socket-group", "", "these sockets belong to `GROUP`")
 	f.StringArrayVar(&s.listen, "listen", nil, "listen at `URL` too; may be given several times")
 	f.StringArrayVar(&s.upstreams, "upstream", nil, "get what is not here from the store at `URL`, and keep it; may be given several times")
-	f.StringVar(&s.maxSize, "max-size", "", "keep blocks of at most `SIZE` in all, like 20GiB; the least recently used go")
-	f.StringVar(&s.limitRate, "limit-rate", "", "receive, and send, at most at `RATE` in all, in bytes per second, like 2MiB")
-	maxConnectionsFlag(f, &s.maxConnections, "per --listen and --socket ")
+	f.StringVar(&s.maxSize, "max-size", "", "keep blocks of at most `SIZE` in all, like 20GiB; the least recently used go (default: no limit)")
+	f.StringVar(&s.limitRate, "limit-rate", "", "receive, and send, at most at `RATE` in all, in bytes per second, like 2MiB (default: no limit)")
+	maxConnectionsFlag(c, &s.maxConnections, "per --listen and --socket ")
 	f.BoolVar(&s.advertise, "advertise", false, "be found on the local network; without --listen, listen at coap+tcp://[::]:5683")
 	f.BoolVar(&s.stats, "stats", false, "print the statistics of the server that listens on the socket, as JSON, and do nothing else")
 	c.RunE = func(*cobra.Command, []string) error {
 		if s.stats {
 			return s.printStatistics()
 		}
-		return s.run()
+		return s.run(c.Context())
 	}
 	return c
 }
 
 // maxConnectionsFlag defines the option --max-connections of a server.
-func maxConnectionsFlag(flags *pflag.FlagSet, value *int, where string) {
-	*value = 256
-	flags.Var((*atLeastOne)(value), "max-connections", "have at most `NUMBER` connections "+where+"at a time, of which one host may have half")
-}
-
-// atLeastOne is the value of an option.
-type atLeastOne int
-
-// String implements [pflag.Value].
-func (n *atLeastOne) String() string { return strconv.Itoa(int(*n)) }
-
-// Type implements [pflag.Value].
-func (n *atLeastOne) Type() string { return "number" }
-
-// Set implements [pflag.Value].
-func (n *atLeastOne) Set(text string) error {
-	value, err := strconv.Atoi(text)
-	if err != nil || value < 1 {
-		return errors.New("it must be a number of at least 1")
+func maxConnectionsFlag(c *cobra.Command, value *int, where string) {
+	c.Flags().IntVar(value, "max-connections", 256, "have at most `NUMBER` connections "+where+"at a time, of which one host may have half")
+	c.PreRunE = func(*cobra.Command, []string) error {
+		if *value < 1 {
+			return message.Usage("the option --max-connections has the value \"%d\": it must be a number of at least 1", *value)
+		}
+		return nil
 	}
-	*n = atLeastOne(value)
-	return nil
 }
 
 // printStatistics prints the statistics of a running server.
@@ -134,13 +117,11 @@ func (s *serveSettings) printStatistics() error {
 }
 
 // run serves until a signal comes or something fails for good.
-func (s *serveSettings) run() error {
+func (s *serveSettings) run(ctx context.Context) error {
 	passed, err := systemd.Sockets()
 	if err != nil {
 		return err
 	}
-	ctx, stop := program.UntilSignal()
-	defer stop()
 	var endpoints []*endpoint
 	defer func() {
 		for _, e := range endpoints {
@@ -191,7 +172,7 @@ func (s *serveSettings) run() error {
 	if err != nil {
 		return errors.Join(err, store.Close())
 	}
-	err = s.serveEndpoints(ctx, store, from, endpoints, messageTimeout(rate), stop)
+	err = s.serveEndpoints(ctx, store, from, endpoints, messageTimeout(rate))
 	if from != nil {
 		err = errors.Join(err, from.Close())
 	}
@@ -319,7 +300,7 @@ func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error
 // store takes no more blocks; SIGUSR1 has the statistics written to the log. From then on, further
 // signals end the program at once.
 func (s *serveSettings) serveEndpoints(
-	ctx context.Context, store *blockstore.Store, from *relay.Relay, endpoints []*endpoint, timeout time.Duration, restoreSignals func(),
+	ctx context.Context, store *blockstore.Store, from *relay.Relay, endpoints []*endpoint, timeout time.Duration,
 ) error {
 	logError := func(err error) { message.Log("%v", err) }
 	web := httpserver.New(httpserver.Config{Source: store, Sink: store.Put, MaxConnections: s.maxConnections, RequestTimeout: timeout, Log: logError})
@@ -386,7 +367,6 @@ func (s *serveSettings) serveEndpoints(
 	if err == nil {
 		message.Log("stopping")
 	}
-	restoreSignals()
 	notify("STOPPING=1")
 	graceful, cancel := context.WithTimeout(context.Background(), stopTime)
 	defer cancel()

@@ -11,7 +11,6 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/ahead"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
@@ -19,10 +18,6 @@ import (
 )
 
 const (
-	// defaultAheadItems and defaultAheadBytes bound what is substituted before the daemon asks
-	// for it, if the settings do not say it.
-	defaultAheadItems = 16
-	defaultAheadBytes = 512 << 20
 	// leastAheadWorkers is how many large items are restored at the same time at least: while one
 	// waits for the line, another one can be decompressed.
 	leastAheadWorkers = 2
@@ -32,13 +27,10 @@ const (
 
 // aheadItems returns how many items are substituted ahead of the daemon at most.
 func (s *Settings) aheadItems() int {
-	switch {
-	case s.aheadWorkers() <= 0:
+	if s.aheadWorkers() <= 0 {
 		return 0
-	case s.file.AheadItems == nil:
-		return defaultAheadItems
 	}
-	return *s.file.AheadItems
+	return s.file.AheadItems
 }
 
 // daemonSession returns what is noted about the daemon process that has started this one, or nil.
@@ -56,19 +48,11 @@ func (s *Settings) daemonSession() *ahead.Session {
 
 // ahead returns what substitutes ahead of the daemon. It must be closed.
 func (s *Settings) ahead(sub *Session) *ahead.Ahead {
-	size := int64(defaultAheadBytes)
-	if s.file.AheadBytes != "" {
-		var err error
-		if size, err = bytesize.Parse(s.file.AheadBytes); err != nil {
-			s.notes = append(s.notes, fmt.Sprintf("ahead-bytes ignored: %v", err))
-			size = defaultAheadBytes
-		}
-	}
 	return ahead.New(sub.Substituter, ahead.Options{
 		StoreDir: s.Store,
 		Session:  s.daemonSession(),
 		Items:    s.aheadItems(),
-		Bytes:    size,
+		Bytes:    s.size("ahead-bytes", s.file.AheadBytes, settings.Default().AheadBytes),
 		Workers:  s.aheadWorkers(),
 	})
 }
@@ -95,7 +79,7 @@ func (s *Settings) clean() {
 // finder returns what finds older items of the store to make new ones of, or nil. The daemon's
 // database is opened when there is an item of which it is to be asked.
 func (s *Settings) finder() (finder *reuse.Finder, closeDatabase func()) {
-	if s.file.Reuse != nil && !*s.file.Reuse {
+	if !s.file.Reuse {
 		return nil, func() {}
 	}
 	var database *publish.Database

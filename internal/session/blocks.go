@@ -26,9 +26,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
-// defaultCacheSize is how many bytes of blocks are kept for later, if the settings do not say it.
-const defaultCacheSize = 1 << 30
-
 // blocks is where a session gets blocks from: a pool, in which a store on a Unix socket is near,
 // and is given what had to be fetched. Where there is none, a directory is.
 type blocks struct {
@@ -192,15 +189,12 @@ func (s *Settings) limiter() *ratelimit.Limiter {
 	return ratelimit.New(rate, 0)
 }
 
-// cacheSize returns how many bytes of blocks are kept for later.
-func (s *Settings) cacheSize() int64 {
-	if s.file.CacheSize == "" {
-		return defaultCacheSize
-	}
-	size, err := bytesize.Parse(s.file.CacheSize)
+// size returns the number of bytes of a setting, or else of its default.
+func (s *Settings) size(name, text, usual string) int64 {
+	size, err := bytesize.Parse(text)
 	if err != nil {
-		s.notes = append(s.notes, fmt.Sprintf("cache-size ignored: %v", err))
-		return defaultCacheSize
+		s.notes = append(s.notes, fmt.Sprintf("%s ignored: %v", name, err))
+		return s.size(name, usual, "0")
 	}
 	return size
 }

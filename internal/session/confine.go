@@ -21,7 +21,7 @@ var systemFiles = []string{
 }
 
 // Confines reports whether helpers confine themselves.
-func (s *Settings) Confines() bool { return s.file.Confine == nil || *s.file.Confine }
+func (s *Settings) Confines() bool { return s.file.Confine }
 
 // confine confines this process before it reads what servers send. The destination is that of the
 // first request, which is the daemon's word; all others of the daemon are in the store.

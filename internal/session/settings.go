@@ -64,13 +64,13 @@ type Settings struct {
 
 // Flags defines the options.
 func (s *Settings) Flags(f *pflag.FlagSet) {
-	f.StringVar(&s.URLs, "substitute-urls", "", "ask the servers with these `URLS`, separated by spaces, in this order")
-	f.StringVar(&s.acl, "acl", "", "take the list of authorised keys from `FILE`")
-	f.StringVar(&s.Store, "store-dir", "", "the store is in `DIRECTORY`")
-	f.StringVar(&s.cacheDirectory, "cache-dir", "", "keep narinfos, blocks and what is known of stores in `DIRECTORY`; \"none\" keeps nothing")
-	f.StringVar(&s.stores, "eris-store-url", "", "fetch blocks from the stores with these `URLS`, separated by spaces; \"none\" is none")
-	f.StringVar(&s.policy, "policy", "", "what is tried in which `ORDER`: fastest, eris-first, http-first, eris-only or http-only")
-	f.StringVar(&s.limitRate, "limit-rate", "", "fetch at most `RATE` bytes per second, like 500K or 2MiB, over the network")
+	f.StringVar(&s.URLs, "substitute-urls", "", "ask the servers with these `URLS`, separated by spaces, in this order (default: those of the daemon, or \""+strings.Join(DefaultURLs, " ")+"\")")
+	f.StringVar(&s.acl, "acl", "", "take the list of authorised keys from `FILE` (default: acl in the configuration directory of Guix)")
+	f.StringVar(&s.Store, "store-dir", "", "the store is in `DIRECTORY` (default: $NIX_STORE_DIR, or /gnu/store)")
+	f.StringVar(&s.cacheDirectory, "cache-dir", "", "keep narinfos, blocks and what is known of stores in `DIRECTORY`; \"none\" keeps nothing (default: see the setting cache-directory)")
+	f.StringVar(&s.stores, "eris-store-url", "", "fetch blocks from the stores with these `URLS`, separated by spaces; \"none\" is none (default: $ERIS_STORE_URL, or the setting eris-stores)")
+	f.StringVar(&s.policy, "policy", "", "what is tried in which `ORDER`: fastest, eris-first, http-first, eris-only or http-only (default: the setting policy)")
+	f.StringVar(&s.limitRate, "limit-rate", "", "fetch at most `RATE` bytes per second, like 500K or 2MiB, over the network (default: the setting limit-rate)")
 	f.BoolVar(&s.verbose, "verbose", false, "show what is expected of blocks and nars, what is chosen, and what the stores have done")
 	f.BoolVar(&s.Unauthorised, "allow-unauthenticated", false, "accept narinfos without an authorised signature (dangerous)")
 }
@@ -248,13 +248,12 @@ func (s *Settings) Session(query bool) *Session {
 	}
 	result := &Session{state: sourcestate.Open(path), closed: func() {}}
 	limiter := s.limiter()
-	unsigned := s.file.UnsignedCapabilities == nil || *s.file.UnsignedCapabilities
 	result.Substituter = substitute.New(substitute.Config{
 		Policy:               policy,
 		Limiter:              limiter,
 		Speeds:               serverSpeeds{result.state},
 		Verbose:              s.verbose || s.file.Verbose,
-		UnsignedCapabilities: unsigned,
+		UnsignedCapabilities: s.file.UnsignedCapabilities,
 		StoreDir:             s.Store,
 		URLs:                 s.ServerURLs(),
 		AllowUnauthenticated: s.Unauthorised,
@@ -287,7 +286,7 @@ func (s *Settings) Session(query bool) *Session {
 	}
 	if !query && policy != substitute.HTTPOnly && len(urls) > 0 {
 		b, err := openBlocks(blocksOptions{
-			urls: urls, directory: s.inCache("blocks"), cacheSize: s.cacheSize(),
+			urls: urls, directory: s.inCache("blocks"), cacheSize: s.size("cache-size", s.file.CacheSize, settings.Default().CacheSize),
 			state: result.state, limiter: limiter, log: s.log,
 		})
 		if err != nil {

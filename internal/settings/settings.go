@@ -5,6 +5,7 @@
 package settings
 
 import (
+	_ "embed"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -17,42 +18,37 @@ import (
 	"github.com/BurntSushi/toml"
 )
 
-// File is the configuration file. Everything in it can be left out.
+// File is the configuration file. [Defaults] says what the settings mean.
 type File struct {
-	// Guix is the absolute file name of the real guix.
-	Guix string `toml:"guix"`
-	// NarinfoConnections is how many connections to one server may ask for narinfos at the same
-	// time.
-	NarinfoConnections int `toml:"narinfo-connections"`
-	// Stores are the URLs of the block stores, in the order in which they are asked.
-	Stores []string `toml:"eris-stores"`
-	// Policy is fastest, eris-first, http-first, eris-only or http-only.
-	Policy string `toml:"policy"`
-	// CacheSize is how many bytes of blocks are kept for later, like "2GiB"; "0" is none.
-	// CacheDirectory is where; it holds narinfos, too.
-	CacheSize      string `toml:"cache-size"`
-	CacheDirectory string `toml:"cache-directory"`
-	// LimitRate bounds the bytes per second of blocks and nars, like "2MiB".
-	LimitRate string `toml:"limit-rate"`
-	// Verbose shows what is expected of stores and servers, and what came of it.
-	Verbose bool `toml:"verbose"`
-	// UnsignedCapabilities is whether read capabilities that no signature covers are used; they are
-	// by default.
-	UnsignedCapabilities *bool `toml:"unsigned-capabilities"`
-	// Reuse is whether items are made of older ones in the store where that may do; they are by
-	// default.
-	Reuse *bool `toml:"reuse"`
-	// SeedNars is whether compressed nars that were fetched are put into the store on this machine.
-	SeedNars bool `toml:"seed-nars"`
-	// AheadItems and AheadBytes (like "512MiB") bound what is substituted before the daemon asks
-	// for it; 0 items is nothing.
-	AheadItems *int   `toml:"ahead-items"`
-	AheadBytes string `toml:"ahead-bytes"`
-	// DiscoverStores is whether block stores are looked for on the local network; they are by
-	// default, unless the daemon has --discover=no.
-	DiscoverStores *bool `toml:"discover-stores"`
-	// Confine is whether the helper gives up access to what it does not need; it does by default.
-	Confine *bool `toml:"confine"`
+	Guix                 string   `toml:"guix"`
+	NarinfoConnections   int      `toml:"narinfo-connections"`
+	Stores               []string `toml:"eris-stores"`
+	Policy               string   `toml:"policy"`
+	CacheSize            string   `toml:"cache-size"`
+	CacheDirectory       string   `toml:"cache-directory"`
+	LimitRate            string   `toml:"limit-rate"`
+	Verbose              bool     `toml:"verbose"`
+	UnsignedCapabilities bool     `toml:"unsigned-capabilities"`
+	Reuse                bool     `toml:"reuse"`
+	SeedNars             bool     `toml:"seed-nars"`
+	AheadItems           int      `toml:"ahead-items"`
+	AheadBytes           string   `toml:"ahead-bytes"`
+	DiscoverStores       *bool    `toml:"discover-stores"` // nil is as the daemon has it
+	Confine              bool     `toml:"confine"`
+}
+
+// Defaults is a configuration file with all settings as they are by default, each with a comment
+// that says what it means. The manual is made of it.
+//
+//go:embed substitute-eris.toml
+var Defaults string
+
+// Default returns what [Defaults] says.
+func Default() (c File) {
+	if _, err := toml.Decode(Defaults, &c); err != nil {
+		panic(err) // it is part of the program
+	}
+	return c
 }
 
 // maxConfiguration bounds the length of the configuration file in bytes.
@@ -66,7 +62,7 @@ func FileName() string {
 // Read reads the configuration file; there need not be one. With an error, what it
 // returns is as if there were none.
 func Read() (File, error) {
-	var c File
+	c := Default()
 	name := FileName()
 	text, err := files.ReadLimited(name, maxConfiguration)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -76,7 +72,7 @@ func Read() (File, error) {
 	}
 	meta, err := toml.Decode(string(text), &c)
 	if err != nil {
-		return File{}, fmt.Errorf("configuration ignored: %s: %s", name, message.Plain(err))
+		return Default(), fmt.Errorf("configuration ignored: %s: %s", name, message.Plain(err))
 	}
 	if undecoded := meta.Undecoded(); len(undecoded) > 0 {
 		return c, fmt.Errorf("%s: %s", name, message.Unknown("setting", undecoded[0].String(), settingNames()))

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package manual has the commands that explain the others: help, completion for shells, and what
+// writes the manual pages. All say what the commands say of themselves.
+package manual
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
+)
+
+// Man is the command that writes the manual pages.
+func Man() *cobra.Command {
+	return &cobra.Command{
+		Use:    "DIRECTORY",
+		Short:  "write the manual pages",
+		Long:   `Write the manual pages to DIRECTORY/man1 and DIRECTORY/man5, for "make install".`,
+		Hidden: true,
+		RunE: func(c *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return message.Usage("man takes a directory")
+			}
+			return writeManual(c.Root(), args[0])
+		},
+	}
+}
+
+func writeManual(root *cobra.Command, directory string) error {
+	write := func(section, name, text string) error {
+		name = filepath.Join(directory, "man"+section, name+"."+section)
+		return errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, []byte(text), 0o644))
+	}
+	err := write("5", "substitute-eris.toml", configurationPage())
+	for _, c := range append(root.Commands(), root) {
+		if !c.Hidden {
+			err = errors.Join(err, write("1", pageName(c), commandPage(c)))
+		}
+	}
+	return err
+}
+
+// pageName is the name of the page of a command.
+func pageName(c *cobra.Command) string { return strings.ReplaceAll(c.CommandPath(), " ", "-") }
+
+// A manPage is a page in the language of man(7).
+type manPage struct{ strings.Builder }
+
+// newManPage begins a page, which needs a line that says what it is about.
+func newManPage(title, name string, section int, short string) *manPage {
+	p := &manPage{}
+	fmt.Fprintf(p, ".TH %s %d\n.nh\n.ad l\n", strings.ToUpper(roff(title)), section)
+	p.section("NAME", name+" - "+short)
+	return p
+}
+
+// section adds a section with a text, of which lines that begin with a space stay as they are.
+func (p *manPage) section(title, text string) {
+	fmt.Fprintf(p, ".SH %s\n", title)
+	for i, paragraph := range strings.Split(text, "\n\n") {
+		if i > 0 {
+			p.WriteString(".PP\n")
+		}
+		if strings.HasPrefix(paragraph, " ") {
+			fmt.Fprintf(p, ".nf\n%s\n.fi\n", roff(paragraph))
+		} else if paragraph != "" {
+			p.WriteString(roff(paragraph) + "\n")
+		}
+	}
+}
+
+// term adds what a word means.
+func (p *manPage) term(word, text string) {
+	fmt.Fprintf(p, ".TP\n\\fB%s\\fR\n%s\n", roff(word), roff(text))
+}
+
+// roff returns a text as it is written in man(7).
+func roff(text string) string {
+	text = strings.NewReplacer(`\`, `\e`, "-", `\-`, "\n.", "\n\\&.", "\n'", "\n\\&'").Replace("\n" + text)
+	return text[1:]
+}
+
+func commandPage(c *cobra.Command) string {
+	p := newManPage(c.Root().Name(), pageName(c), 1, c.Short)
+	p.section("SYNOPSIS", c.UseLine())
+	p.section("DESCRIPTION", cmp.Or(c.Long, c.Short))
+	for _, g := range c.Groups() {
+		p.section(strings.ToUpper(strings.TrimSuffix(g.Title, ":")), "")
+		for _, sub := range commandsOf(c, g) {
+			p.term(sub.Name(), sub.Short+"; see "+pageName(sub)+"(1)")
+		}
+	}
+	p.section("OPTIONS", "")
+	c.InitDefaultHelpFlag()
+	c.LocalFlags().VisitAll(func(f *pflag.Flag) {
+		value, text := pflag.UnquoteUsage(f)
+		name := "--" + f.Name
+		if value != "" {
+			name += "=" + value
+		}
+		if !slices.Contains([]string{"", "false", "[]", "0s"}, f.DefValue) {
+			text += " (default " + f.DefValue + ")"
+		}
+		p.term(name, text)
+	})
+	p.section("SEE ALSO", c.Root().Name()+"(1), substitute-eris.toml(5)")
+	return p.String()
+}
+
+// configurationPage is about the settings, in the order of the defaults: a comment that says what
+// a setting means, and the setting.
+func configurationPage() string {
+	p := newManPage("substitute-eris.toml", "substitute-eris.toml", 5, "settings of guix-substitute-eris")
+	p.section("DESCRIPTION", "The file "+settings.FileName()+" may have these settings, in the language TOML (https://toml.io).\n"+
+		"Each is shown as it is by default, and can be left out. Options of the command line and the environment count more.")
+	for entry := range strings.SplitSeq(strings.TrimSpace(settings.Defaults), "\n\n") {
+		comment, setting := "", ""
+		for line := range strings.Lines(entry) {
+			if text, ok := strings.CutPrefix(line, "# "); ok {
+				comment += text
+			} else {
+				setting = strings.TrimLeft(strings.TrimSpace(line), "#") // of those without a default
+			}
+		}
+		p.term(setting, strings.TrimSpace(comment))
+	}
+	p.section("SEE ALSO", "guix-substitute-eris(1)")
+	return p.String()
+}
