@@ -113,11 +113,10 @@ func untilSignal(c *cobra.Command) {
 // rootCommand returns the program as a command, with all others.
 func rootCommand() *cobra.Command {
 	root := byHandCommand()
-	root.Use, root.Version = "guix-substitute-eris COMMAND [OPTION]... [ARGUMENT]...", program.Version()
+	root.Use = "guix-substitute-eris COMMAND [OPTION]... [ARGUMENT]..."
 	root.Short, root.Long = "substitutes for GNU Guix from ERIS blocks", help
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SilenceErrors, root.SilenceUsage, root.DisableFlagsInUseLine = true, true, true
-	root.SetVersionTemplate("guix-substitute-eris {{.Version}}\n")
 	root.SetHelpFunc(manual.Show)
 	root.SetFlagErrorFunc(message.Option)
 	root.Args = cobra.ArbitraryArgs

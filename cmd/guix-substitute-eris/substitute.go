@@ -9,7 +9,6 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/inspect"
@@ -41,12 +40,11 @@ func helper(s *session.Settings, query bool) error {
 func substituteCommand() *cobra.Command {
 	var s session.Settings
 	c := &cobra.Command{
-		Use:     "--query|--substitute",
-		Short:   "answer requests of guix-daemon",
-		Long:    "Answer requests of guix-daemon, read from standard input, on file descriptor 4.",
-		Version: program.Version(),
+		Use:   "--query|--substitute",
+		Short: "answer requests of guix-daemon",
+		Long:  "Answer requests of guix-daemon, read from standard input, on file descriptor 4.",
 	}
-	query, fetch := modeFlags(c.Flags(), "report on the availability of store items", "fetch store items")
+	query, fetch := modeFlags(c, "report on the availability of store items", "fetch store items")
 	s.Flags(c.Flags())
 	c.RunE = func(_ *cobra.Command, args []string) error {
 		if c.Flags().NFlag() == 0 && len(args) == 0 {
@@ -61,8 +59,18 @@ func substituteCommand() *cobra.Command {
 	return c
 }
 
-func modeFlags(f *pflag.FlagSet, queries, substitutes string) (query, substitute *bool) {
-	f.BoolP("version", "V", false, "show the version")
+// modeFlags defines the options that say what is done. That for the version is not that of cobra,
+// which needs package text/template, with which the program is larger by a fifth.
+func modeFlags(c *cobra.Command, queries, substitutes string) (query, substitute *bool) {
+	f := c.Flags()
+	version := f.BoolP("version", "V", false, "show the version")
+	c.PreRunE = func(*cobra.Command, []string) error {
+		if !*version {
+			return nil
+		}
+		fmt.Println("guix-substitute-eris", program.Version())
+		return message.Status(0) // that is all
+	}
 	return f.Bool("query", false, queries), f.Bool("substitute", false, substitutes)
 }
 
@@ -70,7 +78,7 @@ func modeFlags(f *pflag.FlagSet, queries, substitutes string) (query, substitute
 func byHandCommand() *cobra.Command {
 	var s session.Settings
 	c := &cobra.Command{}
-	query, fetch := modeFlags(c.Flags(), "say whether store items can be had, or answer requests read from standard input",
+	query, fetch := modeFlags(c, "say whether store items can be had, or answer requests read from standard input",
 		"restore an item to a destination, or answer requests read from standard input")
 	raw := c.Flags().Bool("raw", false, "answer about items in the language of the daemon, too")
 	s.Flags(c.Flags())
