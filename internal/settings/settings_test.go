@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package settings
+
+import (
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/BurntSushi/toml"
+)
+
+// TestDefaults checks that the table of settings has all of them, each once, with a comment before
+// and an empty line after it, as the manual wants it, and no others.
+func TestDefaults(t *testing.T) {
+	var shown []string
+	for entry := range strings.SplitSeq(strings.TrimSpace(Defaults), "\n\n") {
+		lines := strings.Split(entry, "\n")
+		name, _, ok := strings.Cut(strings.TrimPrefix(lines[len(lines)-1], "#"), " = ")
+		if !ok || len(lines) < 2 || slices.ContainsFunc(lines[:len(lines)-1], func(l string) bool { return !strings.HasPrefix(l, "# ") }) {
+			t.Errorf("not a comment and a setting:\n%s", entry)
+		}
+		shown = append(shown, name)
+	}
+	known := settingNames()
+	slices.Sort(shown)
+	slices.Sort(known)
+	if !slices.Equal(shown, known) {
+		t.Errorf("settings are %q, and the table has %q", known, shown)
+	}
+}
+
+// TestReadme checks the example that the README has.
+func TestReadme(t *testing.T) {
+	text, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(text), "    # Where blocks come from;")
+	example, _, _ := strings.Cut(after, "\n\n")
+	var c File
+	meta, err := toml.Decode("# "+example, &c)
+	if err != nil || len(meta.Keys()) < 5 || len(meta.Undecoded()) > 0 {
+		t.Errorf("%v: settings %v, of which there are none named %v", err, meta.Keys(), meta.Undecoded())
+	}
+}
