@@ -32,8 +32,8 @@ type publishSettings struct {
 	listen, store, root, annotate string
 	publicKey, privateKey         string
 	database, manifest, narinfos  string
-	eris                          bool
-	blocks, cache                 string // blocks is the URL of the store for them
+	eris                          string // "true", "false", or the URL of the store for blocks
+	blocks, cache                 string // blocks is this URL, too
 	compressions, forms           string
 	deltas                        string // how many bytes of them are kept
 	ttl, negativeTTL              time.Duration
@@ -41,24 +41,6 @@ type publishSettings struct {
 	waitFor                       int64
 	maxConnections                int
 }
-
-// erisFlag is the option --eris, of which the value can be left out.
-type erisFlag publishSettings
-
-// String implements [pflag.Value].
-func (e *erisFlag) String() string { return "" }
-
-// Set implements [pflag.Value].
-func (e *erisFlag) Set(value string) error {
-	e.eris = value != "false"
-	if value != "true" && value != "false" {
-		e.blocks = value
-	}
-	return nil
-}
-
-// Type implements [pflag.Value].
-func (e *erisFlag) Type() string { return "string" }
 
 // Publish is the command that serves narinfos and nars.
 func Publish() *cobra.Command {
@@ -80,7 +62,7 @@ add read capabilities to those of items that are in the local store.`,
 	f.StringVar(&s.database, "database", settings.DatabaseFile(), "the daemon's database is `FILE`")
 	f.StringVar(&s.manifest, "manifest", "", "take the items from `FILE`, a list of records with StorePath and References, instead of from the database")
 	f.StringVar(&s.narinfos, "narinfos", "", "take the items from the narinfos in `DIRECTORY` instead of from the database")
-	f.Var((*erisFlag)(&s), "eris", "compute read capabilities even though the blocks are stored nowhere; or, as --eris=`URL`, the same as --store")
+	f.StringVar(&s.eris, "eris", "false", "compute read capabilities even though the blocks are stored nowhere; or, as --eris=`URL`, the same as --store")
 	f.Lookup("eris").NoOptDefVal = "true"
 	f.StringVar(&s.blocks, "store", "", "put the blocks into the store at `URL`")
 	f.StringVar(&s.cache, "cache", "", "keep what is known of read capabilities in `DIRECTORY` (default: capabilities below /var/cache/guix-substitute-eris, or below the cache of a user)")
@@ -93,6 +75,9 @@ add read capabilities to those of items that are in the local store.`,
 	f.StringVar(&s.forms, "forms", "eris-fs", "what read capabilities denote is one of these `FORMS`, separated by commas: eris-fs and, in addition, nar, the compressed nar; with --annotate that of the other server, which is fetched for that once")
 	f.StringVar(&s.deltas, "deltas", "0", "make deltas from older versions of items, in the background, and keep `BYTES` of them (1GiB, for instance)")
 	c.RunE = func(*cobra.Command, []string) error {
+		if s.eris != "true" && s.eris != "false" {
+			s.blocks = s.eris
+		}
 		l, err := net.Listen("tcp", s.listen)
 		if err != nil {
 			return err
@@ -200,7 +185,7 @@ func (s *publishSettings) openBlocks(closers *[]func()) (fetch.Store, error) {
 }
 
 func (s *publishSettings) capabilities(store fetch.Store, closers *[]func()) (*publish.Capabilities, error) {
-	if store == nil && !s.eris {
+	if store == nil && s.eris == "false" {
 		return nil, nil
 	}
 	directory, err := s.cached("capabilities", "")
