@@ -41,6 +41,25 @@ func SumAll(refs []Reference, blocks [][]byte) {
 	}
 }
 
+// KeyAll writes the keys of leaves, given their plaintexts, to keys, of which there must be as
+// many: their hashes under the convergence secret (ERIS 1.0.0, section "Encrypting"). Each must
+// have the length of a block. It is as fast as [SumAll].
+func KeyAll(keys []Key, leaves [][]byte, secret ConvergenceSecret) {
+	const most = 32
+	var sums [most][32]byte
+	for len(leaves) > 0 {
+		n := 1
+		for n < min(most, len(leaves)) && len(leaves[n]) == len(leaves[0]) {
+			n++
+		}
+		blake2lanes.Sum256(sums[:n], leaves[:n], (*[32]byte)(&secret))
+		for i := range n {
+			keys[i] = sums[i]
+		}
+		keys, leaves = keys[n:], leaves[n:]
+	}
+}
+
 // Verify returns nil if block is the block with the given reference, and a [*BlockError] if it is
 // of neither block size or has another hash.
 func Verify(ref Reference, block []byte) error {

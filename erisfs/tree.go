@@ -41,6 +41,11 @@ type Tree struct {
 	next     int // entry
 	sequence *content.Sequence
 
+	base     Base       // nil if there is none
+	whole    []bool     // the base has the file, by entry
+	contents nar.Feeder // of the file under way, if it comes from there
+	done     func()
+
 	started bool
 	path    string     // of the directory under way
 	depth   int        // directories open
@@ -53,17 +58,24 @@ type Tree struct {
 // has it. It ends with ctx.
 func (x *Index) Nodes(ctx context.Context, source fetch.Source, limits Limits, window fetch.Window) *Tree {
 	most := int64(min(limits.NarSize, 1<<63-1))
-	return &Tree{
-		index:    x,
-		sequence: content.NewSequence(ctx, source, x.wants(most), most, window),
-	}
+	t := &Tree{index: x}
+	t.sequence = content.NewSequence(ctx, source, t.wants(most), most, window)
+	return t
 }
 
-// wants are the files in NAR order.
-func (x *Index) wants(limit int64) iter.Seq[content.Want] {
+// wants are the files in NAR order that do not come from a base.
+func (t *Tree) wants(limit int64) iter.Seq[content.Want] {
 	return func(yield func(content.Want) bool) {
-		for c := range x.Contents() {
-			if !yield(content.Want{Capability: c, Limit: limit}) {
+		for i := range t.index.begin {
+			e := t.index.Entry(i)
+			if e.Kind != nar.Regular || t.base != nil && t.whole[i] {
+				continue
+			}
+			want := content.Want{Capability: e.Capability, Limit: limit}
+			if t.base != nil {
+				want.Near = func(p []byte, offset int64) (int, error) { return t.base.ReadPart(e.Path, p, offset) }
+			}
+			if !yield(want) {
 				return
 			}
 		}
@@ -71,15 +83,24 @@ func (x *Index) wants(limit int64) iter.Seq[content.Want] {
 }
 
 // Close lets go of everything.
-func (t *Tree) Close() error { return t.sequence.Close() }
+func (t *Tree) Close() error {
+	t.closeLocal()
+	return t.sequence.Close()
+}
 
 // Next implements [nar.Nodes].
 func (t *Tree) Next() (nar.Node, error) {
+	t.closeLocal()
 	n, ok := t.node()
 	if !ok {
 		return nar.Node{}, io.EOF
 	}
-	if t.file = n.Kind == nar.Regular; t.file {
+	t.file = n.Kind == nar.Regular
+	switch {
+	case t.file && t.base != nil && t.whole[t.next-1]:
+		err := t.openLocal(&n)
+		return n, err
+	case t.file:
 		info, err := t.sequence.Next()
 		if err != nil {
 			return n, err
@@ -167,6 +188,9 @@ func within(path, root string) bool {
 func (t *Tree) Contents() (nar.Chunk, error) {
 	if !t.file {
 		return nar.Chunk{}, io.EOF
+	}
+	if t.contents != nil {
+		return t.contents.Next()
 	}
 	for {
 		leaf, err := t.sequence.Leaf()

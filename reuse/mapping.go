@@ -48,6 +48,15 @@ func mappings(old, new string, oldRefs, newRefs []string) [][]pair {
 	return ways
 }
 
+// some returns what can be replaced where not all references have a counterpart.
+func some(old, new string, oldRefs, newRefs []string) []pair {
+	var pairs []pair
+	for _, r := range Replacements(old, new, oldRefs, newRefs) {
+		pairs = append(pairs, pair{r.Old, r.New})
+	}
+	return pairs
+}
+
 // without returns refs less those that are in others and the item itself, in order.
 func without(refs, others []string, itself string) []string {
 	var rest []string

@@ -22,9 +22,11 @@ const (
 	missSlots = 4096
 	// repairsVersion changes when the repairs do, so that what failed is tried again.
 	repairsVersion = 1
-	// noOrder is that of a record that says that all orders of references have failed, or that there
-	// is none.
+	// noOrder is that of a record that says that all orders of references have failed, or that
+	// there is none.
 	noOrder = -1
+	// asBase is that of a record that says that little of the old item is in the new one.
+	asBase = -2
 )
 
 func newRecord(old string, narHash [sha256.Size]byte, order int) record {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
@@ -25,8 +26,7 @@ type Nodes struct {
 	link     bool   // files without a hash are named, to be linked to
 	useless  func() // called when it is found out that no attempt can succeed
 
-	stream *stream   // of the Regular under way; nil if it is empty
-	first  nar.Chunk // its first piece, if there are Bytes
+	contents contents // of the Regular under way
 }
 
 func newNodes(ctx context.Context, w *workshop, link bool) *Nodes {
@@ -38,19 +38,13 @@ func newNodes(ctx context.Context, w *workshop, link bool) *Nodes {
 
 // Close ends the walk early. It need not be called after Next has returned an error.
 func (n *Nodes) Close() {
-	n.drop()
+	n.contents.drop()
 	n.tree.Close()
-}
-
-// drop lets go of the Regular under way.
-func (n *Nodes) drop() {
-	n.first.Release()
-	n.first, n.stream = nar.Chunk{}, nil
 }
 
 // Next implements [nar.Nodes].
 func (n *Nodes) Next() (nar.Node, error) {
-	n.drop()
+	n.contents.drop()
 	if err := n.ctx.Err(); err != nil {
 		return nar.Node{}, err
 	}
@@ -62,63 +56,83 @@ func (n *Nodes) Next() (nar.Node, error) {
 	case nar.Symlink:
 		node.Target = n.workshop.table.text(node.Target)
 	case nar.Regular:
-		if node.Size > 0 {
-			if err := n.open(&node); err != nil {
-				n.Close()
-				return node, err
+		if node.Size == 0 {
+			break
+		}
+		f := n.tree.File()
+		path := strings.TrimPrefix(strings.TrimPrefix(f.Name(), n.root), "/")
+		if n.contents, err = n.workshop.open(n.ctx, f, path, n.link, &node); err != nil {
+			if errors.Is(err, errGo) {
+				n.useless()
 			}
+			n.Close()
+			return node, fmt.Errorf("%s: %w", f.Name(), err)
 		}
 	}
 	return node, nil
 }
 
-// open begins with a file.
-func (n *Nodes) open(node *nar.Node) error {
-	f := n.tree.File()
-	path := strings.TrimPrefix(strings.TrimPrefix(f.Name(), n.root), "/")
-	patches, err := n.workshop.repairs(f, path, int64(node.Size))
-	if err == nil {
-		n.stream = n.workshop.stream(f, 0, int64(node.Size))
-		n.stream.patches = patches
-		n.first, err = n.stream.next()
+// contents are those of a file, rewritten. Without a stream there are none.
+type contents struct {
+	stream *stream
+	first  nar.Chunk // the first piece, if there are Bytes
+}
+
+// drop lets go of what is in memory.
+func (c *contents) drop() {
+	c.first.Release()
+	*c = contents{}
+}
+
+// Next implements [nar.Feeder].
+func (c *contents) Next() (nar.Chunk, error) {
+	if first := c.first; first.Bytes != nil {
+		c.first = nar.Chunk{}
+		return first, nil
 	}
-	if errors.Is(err, errGo) {
-		n.useless()
+	if c.stream == nil {
+		return nar.Chunk{}, io.EOF
 	}
+	return c.stream.next()
+}
+
+// open begins with a file that is not empty, of the old item, where it is at a path below that.
+// With link it fills in the node as well, for which the file is read as a whole.
+func (w *workshop) open(ctx context.Context, f *os.File, path string, link bool, node *nar.Node) (c contents, err error) {
+	patches, err := w.repairs(f, path, int64(node.Size))
 	if err != nil {
-		return fmt.Errorf("%s: %w", f.Name(), err)
+		return c, err
 	}
-	if node.Unique = len(patches) > 0 || n.stream.changed; node.Unique || !n.link || node.Size < leastLinked {
-		return nil
+	c.stream = w.stream(f, 0, int64(node.Size))
+	c.stream.patches = patches
+	if c.first, err = c.stream.next(); err != nil {
+		return contents{}, err
+	}
+	if node.Unique = len(patches) > 0 || c.stream.changed; node.Unique || !link || node.Size < leastLinked {
+		return c, nil
 	}
 	// It is read twice if it has no hash, and up to the first hash.
-	read := n.stream.offset
-	if err := n.stream.each(func([]byte) {}, func() bool { return n.stream.changed || n.ctx.Err() != nil }); err != nil {
-		return fmt.Errorf("%s: %w", f.Name(), err)
+	read := c.stream.offset
+	if err := c.stream.each(func([]byte) {}, func() bool { return c.stream.changed || ctx.Err() != nil }); err != nil {
+		c.drop()
+		return c, err
 	}
-	if node.Unique = n.stream.changed; !node.Unique {
+	if node.Unique = c.stream.changed; !node.Unique {
 		node.Same = f
 	}
-	if n.stream.offset > read {
-		n.drop()
-		n.stream = n.workshop.stream(f, 0, int64(node.Size))
+	if c.stream.offset > read {
+		c.drop()
+		c.stream = w.stream(f, 0, int64(node.Size))
 	}
-	return nil
+	return c, nil
 }
 
 // Contents implements [nar.Nodes].
 func (n *Nodes) Contents() (nar.Chunk, error) {
-	if c := n.first; c.Bytes != nil {
-		n.first = nar.Chunk{}
-		return c, nil
-	}
-	if n.stream == nil {
-		return nar.Chunk{}, io.EOF
-	}
 	if err := n.ctx.Err(); err != nil {
 		return nar.Chunk{}, err
 	}
-	c, err := n.stream.next()
+	c, err := n.contents.Next()
 	if err != nil && err != io.EOF {
 		err = fmt.Errorf("%s: %w", n.tree.File().Name(), err)
 	}

@@ -41,7 +41,8 @@ type Database func(ctx context.Context, hashPart string) (*narinfo.Narinfo, erro
 type Config struct {
 	// StoreDir is the store directory, an absolute file name without a slash at its end.
 	StoreDir string
-	// Database knows the items of the store; nil is the same as one that fails with [ErrNoDatabase].
+	// Database knows the items of the store; nil is the same as one that fails with
+	// [ErrNoDatabase].
 	Database Database
 	// MissesFile is a file of at most 64 KiB that remembers for all processes which attempts have
 	// failed. Its directory must exist when it is needed. Empty is nothing is remembered.
@@ -66,19 +67,24 @@ func New(c Config) *Finder {
 
 // A Candidate is an old item and what to replace in it.
 type Candidate struct {
+	// Hopeless tells that it is known not to become the whole item: that has been tried, or the
+	// length is another one, or references have no counterpart. See [Candidate.Base].
+	Hopeless bool
+
 	finder  *Finder
 	old     string           // name
 	info    *narinfo.Narinfo // of the old item; nil without a database
 	want    *narinfo.Narinfo
-	pairs   []pair
+	pairs   []pair   // nil if it is hopeless
 	records []record // what to remember if it fails
 }
 
-// Find yields what the item of an authorised narinfo may be made of, the best first, at most four
-// candidates, without those that have failed before: items of the same name, the newest first, of
-// the same length, whose references can be told to belong to those of want. It looks for each when
-// it is asked for, which costs a query of the database; without one the old item is read then.
-// Failures are no candidates.
+// Find yields what the item of an authorised narinfo may be made of, the best first: items of the
+// same name, the newest first, at most four candidates that are not hopeless, and one for each of
+// the items of which all are, unless too much of it differs. The best ones have the same length,
+// and references that can be told to belong to those of want. It looks for each when it is asked
+// for, which costs a query of the database; without one the old item is read then. Failures are no
+// candidates.
 func (f *Finder) Find(ctx context.Context, want *narinfo.Narinfo) iter.Seq[*Candidate] {
 	return func(yield func(*Candidate) bool) {
 		item := filepath.Base(want.StorePath)
@@ -95,51 +101,55 @@ func (f *Finder) Find(ctx context.Context, want *narinfo.Narinfo) iter.Seq[*Cand
 				if tries == maxTries || !yield(c) {
 					return
 				}
-				tries++
+				if !c.Hopeless {
+					tries++
+				}
 			}
 		}
 	}
 }
 
-// candidates returns the ways to make an item of the old one of the given name that have not failed
-// yet.
+// candidates returns the ways to make an item of the old one of the given name, or a hopeless one.
 func (f *Finder) candidates(ctx context.Context, name, item string, want *narinfo.Narinfo) []*Candidate {
 	useless := newRecord(name, want.NarDigest, noOrder)
 	info, err := f.Database(ctx, name[:hashLen])
 	var references []string
+	var ways [][]pair
 	switch {
 	case errors.Is(err, ErrNoDatabase):
 		// Nothing can be known before it has been read, which is not done in vain twice.
-		if f.misses.has(useless) {
-			return nil
+		if err = nil; !f.misses.has(useless) {
+			references, err = f.references(ctx, name)
+			if ways = mappings(name, item, references, want.References); err == nil && len(ways) == 0 {
+				f.misses.add(useless)
+			}
 		}
-		references, err = f.references(ctx, name)
 	case err == nil:
-		// Rewriting keeps the length.
-		if want.NarSizeKnown && info.NarSizeKnown && want.NarSize != info.NarSize {
-			return nil
-		}
 		references = info.References
+		// Rewriting keeps the length.
+		if !want.NarSizeKnown || !info.NarSizeKnown || want.NarSize == info.NarSize {
+			ways = mappings(name, item, references, want.References)
+		}
 	}
 	if err != nil {
 		return nil
-	}
-	ways := mappings(name, item, references, want.References)
-	if len(ways) == 0 && info == nil {
-		f.misses.add(useless)
 	}
 	var found []*Candidate
 	for order, pairs := range ways {
 		r := newRecord(name, want.NarDigest, order)
 		if !f.misses.has(r) {
-			found = append(found, &Candidate{f, name, info, want, pairs, []record{r}})
+			found = append(found, &Candidate{false, f, name, info, want, pairs, []record{r}})
 		}
 	}
 	if len(found) > 0 {
 		last := found[len(found)-1]
 		last.records = append(last.records, useless)
+		return found
 	}
-	return found
+	if f.misses.has(newRecord(name, want.NarDigest, asBase)) {
+		return nil
+	}
+	return []*Candidate{{true, f, name, info, want, nil, nil}}
 }
 
 // references finds out which items of the store an item mentions.
@@ -186,13 +196,16 @@ func (c *Candidate) String() string { return c.finder.StoreDir + "/" + c.old }
 // memory than some pieces of [nar.PieceSize] and the sources and directories that are repaired,
 // which have a few MiB. The caller must call Close unless it has seen an error or the end.
 func (c *Candidate) Nodes(ctx context.Context) *Nodes {
-	w := &workshop{
+	n := newNodes(ctx, c.workshop(), c.info != nil)
+	n.useless = c.remember
+	return n
+}
+
+func (c *Candidate) workshop() *workshop {
+	return &workshop{
 		store: c.finder.StoreDir, old: c.old, new: filepath.Base(c.want.StorePath),
 		foreign: len(c.pairs) > 1, table: newTable(c.pairs), pool: &c.finder.pool, names: c.finder.listing.read,
 	}
-	n := newNodes(ctx, w, c.info != nil)
-	n.useless = c.remember
-	return n
 }
 
 func (c *Candidate) remember() {
@@ -203,10 +216,11 @@ func (c *Candidate) remember() {
 
 // Missed notes that what Nodes has yielded has another NarHash than it should have, so that it is
 // not tried again. Then the old item itself may be wrong: it is compared with its own hash, once if
-// that is right, and the error names it if it is not.
+// that is right, and the error names it if it is not. A large one is not, because that costs as
+// much again as the attempt.
 func (c *Candidate) Missed(ctx context.Context) error {
 	c.remember()
-	if c.info == nil {
+	if c.info == nil || c.want.NarSize > mostChecked {
 		return nil
 	}
 	right := newRecord(c.old, c.info.NarDigest, noOrder)
@@ -229,6 +243,10 @@ func (c *Candidate) Missed(ctx context.Context) error {
 	return fmt.Errorf("%s is corrupt: its hash is %s instead of %s; \"guix gc --verify=contents,repair\" looks for more", c,
 		nixbase32.EncodeToString(sum), nixbase32.EncodeToString(c.info.NarDigest[:]))
 }
+
+// mostChecked is the length in bytes of the largest archive that is hashed to find out whether an
+// old item is corrupt.
+const mostChecked = 16 << 20
 
 // stopper is a writer that stops when its context is done.
 type stopper struct {

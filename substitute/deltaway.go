@@ -5,6 +5,7 @@ package substitute
 import (
 	"context"
 	"io"
+	"math"
 	"os"
 	"strings"
 
@@ -112,7 +113,7 @@ func (w *deltaWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bo
 // open begins to read the delta.
 func (w *deltaWay) open(ctx context.Context, a *attempt) (io.Reader, func(ok bool), error) {
 	if w.blocks() {
-		contents, err := w.j.openImage(ctx, a, w.capability, w.size)
+		contents, err := w.j.openImage(ctx, a, w.capability, w.size, math.MaxInt64)
 		if err != nil {
 			return nil, nil, err
 		}

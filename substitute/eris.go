@@ -5,6 +5,7 @@ package substitute
 import (
 	"context"
 	"fmt"
+	"math"
 	"path"
 	"strings"
 	"sync/atomic"
@@ -53,7 +54,12 @@ func (j *job) listBlocks(records []record) {
 					continue // a draft of the encoding, perhaps
 				}
 				j.listed[c.URN()] = true
-				j.ways = append(j.ways, &candidate{way: newBlocksWay(j, c, e), from: r})
+				w := newBlocksWay(j, c, e)
+				if j.base != nil && w.form == "" {
+					j.ways = append(j.ways, &candidate{way: &leavesWay{w, j.base}, from: r})
+					j.base = nil
+				}
+				j.ways = append(j.ways, &candidate{way: w, from: r})
 			}
 		}
 	}
@@ -89,14 +95,18 @@ func (w *blocksWay) expect(ctx context.Context) expectation {
 
 // expectBlocks returns what it should cost to get contents of size bytes.
 func (j *job) expectBlocks(ctx context.Context, c eris.ReadCapability, size int64) expectation {
-	s := j.s
-	missing := size
+	missing, s := size, j.s
 	if s.Nearby != nil && s.Policy == Fastest {
 		within, cancel := context.WithTimeout(ctx, presentTime)
 		missing = max(0, size-image.Present(within, s.Nearby, c, j.limits(), s.NearbyStride))
 		cancel()
 	}
-	speed := Speed{}
+	return j.expectMissing(c, size, missing)
+}
+
+// expectMissing returns what it should cost to get that of contents of size bytes which is missing.
+func (j *job) expectMissing(c eris.ReadCapability, size, missing int64) expectation {
+	s, speed := j.s, Speed{}
 	if s.StoreSpeed != nil {
 		speed = s.StoreSpeed()
 	}
@@ -117,10 +127,15 @@ func (j *job) expectBlocks(ctx context.Context, c eris.ReadCapability, size int6
 }
 
 func (w *blocksWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool), error) {
-	contents, err := w.j.openImage(ctx, a, w.capability, w.size)
+	contents, err := w.j.openImage(ctx, a, w.capability, w.size, math.MaxInt64)
 	if err != nil {
 		return nil, nil, err
 	}
+	return imageNodes(ctx, contents)
+}
+
+// imageNodes returns the nodes of an image.
+func imageNodes(ctx context.Context, contents *image.Image) (nar.Nodes, func(ok bool), error) {
 	nodes, closeNodes, err := contents.Nodes(ctx)
 	if err != nil {
 		return nil, nil, err
@@ -128,13 +143,17 @@ func (w *blocksWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok b
 	return nodes, func(bool) { closeNodes() }, nil
 }
 
-// openImage opens the contents of a read capability, of size bytes or some more.
-func (j *job) openImage(ctx context.Context, a *attempt, c eris.ReadCapability, size int64) (*image.Image, error) {
+// openImage opens the contents of a read capability, of size bytes or some more. The attempt ends
+// when more than most bytes have been fetched.
+func (j *job) openImage(ctx context.Context, a *attempt, c eris.ReadCapability, size, most int64) (*image.Image, error) {
 	a.from(shownURN(c, j.path), size)
 	var shown atomic.Int64
 	blocks := fetch.Counted(j.s.Blocks, func(n int) {
 		after := shown.Add(int64(n))
 		a.countShown(n, int(min(after, size)-min(after-int64(n), size)))
+		if after > most {
+			a.cancel(errDiffers)
+		}
 	})
 	var window fetch.Window
 	if j.s.Window != nil {

@@ -251,7 +251,7 @@ func (c *candidate) report() WayReport {
 	switch {
 	case isRewritten(c):
 		r.Kind = "old item"
-	case isBlocks(c):
+	case isBlocks(c), isLeaves(c):
 		r.Kind = "blocks"
 	}
 	if c.from.server != nil {
@@ -266,14 +266,14 @@ func (j *job) reason() (Availability, string) {
 		return NotAvailable, "no way to it can be used: " + j.notBlocks() + ", and no nar"
 	}
 	first := j.ways[0]
-	if !isBlocks(first) && !isRewritten(first) {
-		return Available, "it comes as a nar, and not from blocks: " + j.notBlocks()
-	}
-	if isRewritten(first) {
-		return Available, "it is made of an older item, with nothing fetched, unless the result has another hash"
-	}
 	nar := slices.IndexFunc(j.ways, func(c *candidate) bool { return !isBlocks(c) })
 	switch {
+	case isRewritten(first):
+		return Available, "it is made of an older item, with nothing fetched, unless the result has another hash"
+	case isLeaves(first):
+		return Available, "it is made of an older item, which cannot become it as a whole, and of blocks"
+	case !isBlocks(first):
+		return Available, "it comes as a nar, and not from blocks: " + j.notBlocks()
 	case j.s.Policy == ERISOnly || j.s.Policy == ERISFirst:
 		return Available, "it comes from blocks, because the policy prefers them"
 	case nar < 0:

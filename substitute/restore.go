@@ -20,6 +20,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
 )
 
 const (
@@ -161,12 +162,13 @@ type job struct {
 	progress    *protocol.Download
 	ahead       *atomic.Bool // the daemon does not wait for it; nil if it always has
 
-	records []record        // that have been listed
-	listed  map[string]bool // URLs and URNs
-	ways    []*candidate    // still to be tried, in order
-	slow    []*candidate    // given up because they were slow
-	failing []*candidate    // failed for a while
-	useless []record        // whose nar is gone or has other contents
+	records []record         // that have been listed
+	listed  map[string]bool  // URLs and URNs
+	ways    []*candidate     // still to be tried, in order
+	base    *reuse.Candidate // an old item in which blocks may stand
+	slow    []*candidate     // given up because they were slow
+	failing []*candidate     // failed for a while
+	useless []record         // whose nar is gone or has other contents
 
 	actual       *[32]byte     // the first wrong hash
 	silence      time.Duration // that servers have kept
@@ -195,6 +197,7 @@ func (j *job) run(ctx context.Context) Outcome {
 	return Outcome{}
 }
 
+// isBlocks reports whether the way is blocks, of which all that are not near are fetched.
 func isBlocks(c *candidate) bool {
 	_, blocks := c.way.(*blocksWay)
 	return blocks
@@ -296,7 +299,10 @@ func (j *job) failed(c *candidate, err error) {
 	if isBlocks(c) {
 		j.blocksFailed = err.Error()
 	}
-	if isRewritten(c) || isDelta(c) {
+	if w, ok := c.way.(*leavesWay); ok {
+		w.failed(err)
+	}
+	if isRewritten(c) || isDelta(c) || isLeaves(c) {
 		if j.s.Verbose {
 			j.log.Notef("%v; going on with another way", naming(c.String(), err))
 		}
@@ -444,7 +450,7 @@ func (j *job) check(ctx context.Context, c *candidate, r restore.Result) error {
 		w.missed(ctx)
 		return errContents
 	}
-	if j.actual == nil && !isDelta(c) { // the base may be to blame
+	if j.actual == nil && !isDelta(c) && !isLeaves(c) { // the base may be to blame
 		j.actual = &r.NarHash
 	}
 	return errContents

@@ -21,6 +21,7 @@ type rewrittenWay struct {
 }
 
 // listRewritten adds the old items, once. References are those of the narinfo that is authorised.
+// The first of all, even if it is hopeless, is what blocks are looked for in, see leavesWay.
 func (j *job) listRewritten(ctx context.Context) {
 	const once = "rewritten" // no URL and no URN
 	if j.s.Reuse == nil || j.listed[once] {
@@ -28,7 +29,12 @@ func (j *job) listRewritten(ctx context.Context) {
 	}
 	j.listed[once] = true
 	for c := range j.s.Reuse.Find(ctx, j.want) {
-		j.ways = append(j.ways, &candidate{way: &rewrittenWay{j, c}})
+		if j.base == nil {
+			j.base = c
+		}
+		if !c.Hopeless {
+			j.ways = append(j.ways, &candidate{way: &rewrittenWay{j, c}})
+		}
 	}
 }
 

@@ -15,10 +15,10 @@ import (
 )
 
 // This file has the list of the ways to an item, and their order. Today they are old items that are
-// rewritten, deltas, blocks, and nars. Blocks are encrypted, so that they do not compress: those of
-// ERIS-FS are as many bytes as the archive has, where a nar has a third or a quarter of them. From
-// near or from several places at once, and when many are there already, blocks are the faster way
-// all the same.
+// rewritten, deltas, blocks, those with an old item, and nars. Blocks are encrypted, so that they
+// do not compress: those of ERIS-FS are as many bytes as the archive has, where a nar has a third
+// or a quarter of them. From near or from several places at once, and when many are there already,
+// blocks are the faster way all the same.
 
 // A way is one way to get an item. Each kind is one file, which adds its ways to the list of a job;
 // that sorts them, takes one after the other until one works, and checks what was restored.
@@ -77,7 +77,7 @@ func (j *job) list(ctx context.Context, records []record) {
 
 // rank returns the place of a way in the list, as the policy has it.
 func (j *job) rank(c *candidate) float64 {
-	blocks := isBlocks(c)
+	blocks := isBlocks(c) || isLeaves(c)
 	if d, ok := c.way.(*deltaWay); ok {
 		blocks = d.blocks()
 	}

@@ -44,6 +44,10 @@ const (
 type Want struct {
 	Capability eris.ReadCapability
 	Limit      int64 // greatest acceptable length in bytes
+	// Near, if not nil, reads at an offset what may be the same content and is on this machine; it
+	// returns how many bytes there are, fewer than p has only at the end. A leaf whose key is that
+	// of what stands there is not requested. It must not wait long, and be safe for concurrent use.
+	Near func(p []byte, offset int64) (n int, err error)
 }
 
 // Info tells which content the leaves to come belong to.

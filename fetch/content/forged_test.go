@@ -188,7 +188,7 @@ func readEveryWay(t testing.TB, get getFunc, capability eris.ReadCapability, lim
 	source := openImmediate(t, get)
 	_, errs["reader"] = readAll(t.Context(), source, capability, limit, fetch.Window{})
 	_, errs["narrow"] = readAll(t.Context(), source, capability, limit, fetch.Window{Requests: 1, Bytes: 1})
-	errs["sequence"] = readSequence(t.Context(), open(t, get), []Want{{capability, limit}}, math.MaxInt64, fetch.Window{}, nil)
+	errs["sequence"] = readSequence(t.Context(), open(t, get), []Want{{Capability: capability, Limit: limit}}, math.MaxInt64, fetch.Window{}, nil)
 	return errs
 }
 

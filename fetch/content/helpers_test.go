@@ -141,7 +141,7 @@ func newLibrary(t testing.TB, size eris.BlockSize, lengths ...int) *library {
 		capability, err := eris.Encode(t.Context(), bytes.NewReader(content), l.Put, eris.EncodeOptions{BlockSize: size})
 		must(t, err)
 		l.contents = append(l.contents, content)
-		l.wants = append(l.wants, Want{capability, int64(n)})
+		l.wants = append(l.wants, Want{Capability: capability, Limit: int64(n)})
 	}
 	return l
 }

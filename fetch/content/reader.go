@@ -28,7 +28,7 @@ type Reader struct {
 // fetched. The source must verify, as [NewSequence] has it. The context ends everything that goes
 // on, reading included.
 func Open(ctx context.Context, source fetch.Source, capability eris.ReadCapability, limit int64, window fetch.Window) (*Reader, error) {
-	one := func(yield func(Want) bool) { yield(Want{capability, limit}) }
+	one := func(yield func(Want) bool) { yield(Want{Capability: capability, Limit: limit}) }
 	s := NewSequence(ctx, source, one, limit, window)
 	s.fetcher.paused = true
 	info, err := s.Next()

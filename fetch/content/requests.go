@@ -35,9 +35,10 @@ type request struct {
 	kind    requestKind
 	content *content
 	level   int
-	node    int64  // of a nodeRequest: its index in the level
+	node    int64  // of a nodeRequest or leafRequest: its index in the level
 	slot    uint64 // of a leafRequest
 	buffer  *buffer
+	near    bool // the buffer has the plaintext, and nothing was requested
 
 	// Results: of a node its first pair; of a pathRequest also the pair of the next block, or at
 	// its end what of the leaf is content, and the length of the content.
@@ -80,7 +81,7 @@ func (f *fetcher) newRequest() *request {
 func (f *fetcher) putRequest(r *request) {
 	r.Dst, r.Block, r.Err = nil, nil, nil
 	r.content, r.buffer, r.tail = nil, nil, nil
-	r.started, r.ended = false, false
+	r.started, r.ended, r.near = false, false, false
 	f.unused = append(f.unused, r)
 }
 
@@ -111,8 +112,13 @@ func (f *fetcher) dispatch() {
 			})
 		}
 		f.mu.Unlock()
+		readNear(batch[:n])
 		for _, r := range batch[:n] {
-			f.source.Start(&r.Request)
+			if r.near {
+				r.Done(&r.Request)
+			} else {
+				f.source.Start(&r.Request)
+			}
 		}
 		f.mu.Lock()
 		for _, r := range batch[:n] {
@@ -121,13 +127,51 @@ func (f *fetcher) dispatch() {
 	}
 }
 
+// readNear reads leaves that are to be requested where they may be on this machine, and finds out
+// by their keys which of them are: then the block would be of no more use than its plaintext.
+func readNear(batch []*request) {
+	var found [startBatch]*request
+	var leaves [startBatch][]byte
+	var keys [startBatch]eris.Key
+	n := 0
+	for _, r := range batch {
+		if r.readNear() {
+			found[n], leaves[n] = r, r.buffer.data
+			n++
+		}
+	}
+	eris.KeyAll(keys[:n], leaves[:n], eris.ConvergenceSecret{})
+	for i, r := range found[:n] {
+		r.near = keys[i] == r.Pair.Key
+	}
+}
+
+// readNear reads what stands near where the leaf would be. It reports whether there is any.
+func (r *request) readNear() bool {
+	if r.level > 0 || r.content.near == nil {
+		return false
+	}
+	var index int64
+	switch r.kind {
+	case leafRequest:
+		index = r.node
+	case pathRequest:
+		index = r.content.shape.before
+	}
+	n, err := r.content.near(r.buffer.data, index*int64(r.Size))
+	if n < len(r.buffer.data) && err == nil {
+		eris.Pad(r.buffer.data, n)
+	}
+	return err == nil
+}
+
 // hasStarted is told that Start has returned.
 func (f *fetcher) hasStarted(r *request) {
 	r.started = true
 	switch {
 	case r.ended:
 		f.putRequest(r)
-	case f.err != nil:
+	case f.err != nil && !r.near:
 		f.source.Cancel(&r.Request)
 	}
 }
@@ -135,7 +179,7 @@ func (f *fetcher) hasStarted(r *request) {
 // cancelAll cancels everything in flight. What is just being started is cancelled by who does that.
 func (f *fetcher) cancelAll() {
 	for _, r := range f.requests {
-		if r.started && !r.ended {
+		if r.started && !r.ended && !r.near {
 			f.source.Cancel(&r.Request)
 		}
 	}
@@ -259,6 +303,7 @@ func decryptAll(batch []*request) {
 func (r *request) decrypt() (err error) {
 	var wrong *eris.BlockError
 	switch {
+	case r.near:
 	case errors.As(r.Err, &wrong): // names the block
 		return r.Err
 	case r.Err != nil:
@@ -266,7 +311,9 @@ func (r *request) decrypt() (err error) {
 	case len(r.Block) != int(r.Size):
 		return &eris.BlockError{Reference: r.Pair.Reference, Length: len(r.Block), Want: r.Size}
 	}
-	eris.Decrypt(r.buffer.data, r.Block, r.Pair.Key, r.level)
+	if !r.near {
+		eris.Decrypt(r.buffer.data, r.Block, r.Pair.Key, r.level)
+	}
 	if r.level == 0 && r.kind == pathRequest {
 		r.tail, r.length, err = r.content.shape.leaf(r.buffer.data)
 	}

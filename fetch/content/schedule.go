@@ -22,6 +22,7 @@ type nodeCursor struct {
 type content struct {
 	index  int
 	shape  shape
+	near   func(p []byte, offset int64) (n int, err error) // see [Want]
 	open   bool
 	length int64
 	tail   []byte // what of the last leaf is content
@@ -192,7 +193,7 @@ func (f *fetcher) takeLeaf(r *request) bool {
 	if parent == nil {
 		return false
 	}
-	r.slot = f.tail
+	r.slot, r.node = f.tail, f.nextLeaf
 	f.fill(r, leafRequest, c, 0, parent.child(f.nextLeaf), onLeaf)
 	f.push(slot{content: c, buffer: r.buffer, bytes: r.buffer.data})
 	f.passed(c, 0, f.nextLeaf)
@@ -305,7 +306,7 @@ func (f *fetcher) add(wants []Want) {
 			return
 		}
 		f.contents = append(f.contents, &content{
-			index: f.added, shape: s, rows: make([]row, want.Capability.Level+1),
+			index: f.added, shape: s, near: want.Near, rows: make([]row, want.Capability.Level+1),
 		})
 		f.added++
 	}

@@ -174,7 +174,7 @@ func TestWindowBoundsMemory(t *testing.T) {
 			wants  []Want
 			levels int
 		}{
-			"one long content": {f.Get, []Want{{one, 1 << 40}}, level},
+			"one long content": {f.Get, []Want{{Capability: one, Limit: 1 << 40}}, level},
 			"many contents":    {many.Get, many.wants, 1},
 		} {
 			for _, window := range []fetch.Window{{Requests: 64, Bytes: 2 << 20}, {Requests: 256, Bytes: 512 << 10}} {

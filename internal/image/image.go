@@ -37,6 +37,9 @@ type Image struct {
 	Content *content.Reader
 	// Form tells what they are.
 	Form Form
+	// Base, if it is set before Nodes is called, is where files of an ERIS-FS image are looked for
+	// before they are requested, see [erisfs.Tree.Use].
+	Base erisfs.Base
 
 	source fetch.Source
 	limits erisfs.Limits
@@ -122,6 +125,12 @@ func (x *Image) Nodes(ctx context.Context) (nodes nar.Nodes, close func(), err e
 			return nil, nil, err
 		}
 		tree := index.Nodes(ctx, x.source, x.limits, x.window)
+		if x.Base != nil {
+			if err := tree.Use(ctx, x.Base); err != nil {
+				tree.Close()
+				return nil, nil, err
+			}
+		}
 		return tree, func() { tree.Close() }, nil
 	}
 	if x.method == "" {

@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package reuse
+
+import (
+	"context"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+)
+
+// A Base is an old item of which files, or parts of them, should be the same in the new one. It
+// only reads, and what it reads may be different at any time, or have gone. It is safe for
+// concurrent use.
+type Base struct {
+	ctx      context.Context
+	workshop workshop
+	link     bool   // see [Nodes]
+	back     *table // from names in the new item to those in the old one
+}
+
+// Base returns the old item as a base, which is of use where the item as a whole is not. Programs
+// of Go are rewritten like other files. Without a database the old item may be read to find out
+// what it refers to; errors are those of that. The context ends all reading.
+func (c *Candidate) Base(ctx context.Context) (*Base, error) {
+	w := c.workshop()
+	w.foreign = false
+	if c.Hopeless {
+		var references []string
+		var err error
+		if c.info != nil {
+			references = c.info.References
+		} else if references, err = c.finder.references(ctx, c.old); err != nil {
+			return nil, err
+		}
+		c.pairs = some(c.old, w.new, references, c.want.References)
+		w.table = newTable(c.pairs)
+	}
+	back := make([]pair, len(c.pairs))
+	for i, p := range c.pairs {
+		back[i] = pair{p.new, p.old}
+	}
+	return &Base{ctx, *w, c.info != nil, newTable(back)}, nil
+}
+
+// Differs notes that the base differs from the item in too much. It is no candidate any more, once
+// it is hopeless, too.
+func (c *Candidate) Differs() { c.finder.misses.add(newRecord(c.old, c.want.NarDigest, asBase)) }
+
+// path returns the file name in the old item of what is at a path of the new one; both are empty
+// for an item that is a file.
+func (b *Base) path(path string) (relative, full string) {
+	relative = b.back.text(path)
+	return relative, filepath.Join(b.workshop.store, b.workshop.old, relative)
+}
+
+// File opens the file that is at a path below the old item, as it is when it has been rewritten and
+// repaired: its size, and with link what else a [nar.Node] says of its contents. The caller must
+// call done, after which the contents must not be used.
+func (b *Base) File(path string, link bool) (node nar.Node, c nar.Feeder, done func(), err error) {
+	relative, full := b.path(path)
+	f, size := openRegular(full)
+	if f == nil {
+		return node, nil, nil, fmt.Errorf("%s is no file any more", full)
+	}
+	node.Size = uint64(size)
+	opened := contents{}
+	if size > 0 {
+		opened, err = b.workshop.open(b.ctx, f, relative, link && b.link, &node)
+	}
+	if err != nil {
+		f.Close()
+		return node, nil, nil, fmt.Errorf("%s: %w", full, err)
+	}
+	return node, &opened, func() { opened.drop(); f.Close() }, nil
+}
+
+// ReadPart reads up to 64 KiB at an offset of a file, rewritten, but not repaired. It returns how
+// many bytes there are, which are fewer than p has at the end of the file.
+func (b *Base) ReadPart(path string, p []byte, offset int64) (n int, err error) {
+	_, full := b.path(path)
+	f, size := openRegular(full)
+	if f == nil {
+		return 0, fs.ErrNotExist
+	}
+	defer f.Close()
+	// With what there may be of a hash before and behind.
+	table := b.workshop.table
+	from := max(0, offset-int64(table.span-1))
+	to := min(size, offset+int64(len(p)+table.span-1))
+	if offset > size || to-from > nar.PieceSize {
+		return 0, fs.ErrInvalid
+	}
+	c := b.workshop.pool.Get()
+	defer c.Release()
+	piece := c.Bytes[:to-from]
+	if _, err := f.ReadAt(piece, from); err != nil {
+		return 0, unexpected(err)
+	}
+	table.rewrite(piece, len(piece))
+	return copy(p, piece[offset-from:]), nil
+}

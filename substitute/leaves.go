@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package substitute
+
+import (
+	"context"
+	"errors"
+	"math"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
+)
+
+const (
+	// leavesRate is how fast an item is made of an old one and some blocks, in bytes per second. It
+	// is read twice and encoded.
+	leavesRate = 250e6
+	// leavesShare is the part of an item that is expected to differ where rewriting has failed,
+	// beside leastMissing bytes for the index, inner nodes and whole leaves.
+	leavesShare  = 64
+	leastMissing = 128 << 10
+)
+
+// A leavesWay is a read capability of ERIS-FS of whose blocks most stand in an older item. It is
+// behind the ways that rewrite this, which fetch nothing, but may fail for a few bytes.
+type leavesWay struct {
+	*blocksWay
+	old *reuse.Candidate
+}
+
+func isLeaves(c *candidate) bool {
+	_, ok := c.way.(*leavesWay)
+	return ok
+}
+
+var (
+	// errDiffers is why it is given up: a nar has fewer bytes.
+	errDiffers = errors.New("too much differs from the older item")
+	errNoTree  = errors.New("not ERIS-FS, so that nothing can be found in the older item")
+)
+
+func (w *leavesWay) String() string { return w.blocksWay.String() + " with " + w.old.String() }
+
+// pace never gives it up, like a delta.
+func (w *leavesWay) pace() pace { return pace{after: longest, factor: 1} }
+
+func (w *leavesWay) expect(context.Context) expectation {
+	e := w.j.expectMissing(w.capability, w.size, w.missing())
+	e.time += seconds(float64(w.size) / leavesRate)
+	e.how += ", the rest in an older item"
+	return e
+}
+
+// missing is how many bytes should have to be fetched.
+func (w *leavesWay) missing() int64 { return min(w.size, leastMissing+w.size/leavesShare) }
+
+// most is how many bytes may be fetched before the next way is taken, unless that is blocks too.
+func (w *leavesWay) most() int64 {
+	if ways := w.j.ways; len(ways) > 0 && !isBlocks(ways[0]) {
+		return max(leastMissing, ways[0].bytes/2)
+	}
+	return math.MaxInt64
+}
+
+func (w *leavesWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool), error) {
+	contents, err := w.j.openImage(ctx, a, w.capability, w.missing(), w.most())
+	if err != nil {
+		return nil, nil, err
+	}
+	if contents.Form != image.ERISFS {
+		contents.Close()
+		return nil, nil, errNoTree
+	}
+	base, err := w.old.Base(ctx)
+	if err != nil {
+		contents.Close()
+		return nil, nil, err
+	}
+	contents.Base = countedBase{base, a}
+	return imageNodes(ctx, contents)
+}
+
+// failed notes that it is of no use.
+func (w *leavesWay) failed(err error) {
+	if errors.Is(err, errDiffers) || errors.Is(err, errContents) {
+		w.old.Differs()
+	}
+}
+
+// countedBase counts the bytes of files that are read, as countedNodes does.
+type countedBase struct {
+	*reuse.Base
+	a *attempt
+}
+
+func (b countedBase) File(path string, link bool) (nar.Node, nar.Feeder, func(), error) {
+	node, contents, done, err := b.Base.File(path, link)
+	b.a.countShown(int(min(node.Size, math.MaxInt32)), 0)
+	return node, contents, done, err
+}
