@@ -57,6 +57,44 @@ func BenchmarkReuse(b *testing.B) {
 	}
 }
 
+// BenchmarkBase makes an item of 256 MB from an old one and some blocks, where a part of the files
+// has hashes, and one of them another byte, and reports the same.
+func BenchmarkBase(b *testing.B) {
+	for _, bench := range []struct {
+		name   string
+		files  int // of 256
+		hashed int // of 16 of them
+	}{{"few hashes", 256, 1}, {"all", 256, 16}, {"one file", 1, 16}} {
+		b.Run(bench.name, func(b *testing.B) {
+			s := newTestStore(b)
+			contents := mixed(256 << 20 / bench.files)
+			_, want, p := s.publishedTwice("x-1.0", []string{"bash-5.1"}, func(item string, refs []string) {
+				files := map[string]string{}
+				for i := range bench.files {
+					files[hash(i)[:20]] = contents
+					if i%16 < bench.hashed {
+						files[hash(i)[:20]] = contents[:1<<19] + refs[0] + contents[1<<19:]
+					}
+				}
+				files[hash(0)[:20]] += item[:3]
+				s.write(item, files)
+			})
+			before, bytes := usage(), uint64(0)
+			for b.Loop() {
+				s.get(want, p, s.base(s.finder(), want))
+				bytes += want.NarSize
+				b.StopTimer()
+				restore.Remove(want.StorePath)
+				b.StartTimer()
+			}
+			after := usage()
+			b.ReportMetric(float64(after.Utime.Nano()-before.Utime.Nano())/float64(bytes), "user-s/GB")
+			b.ReportMetric(float64(after.Stime.Nano()-before.Stime.Nano())/float64(bytes), "system-s/GB")
+			b.SetBytes(int64(want.NarSize))
+		})
+	}
+}
+
 func usage() (u unix.Rusage) {
 	unix.Getrusage(unix.RUSAGE_SELF, &u)
 	return u

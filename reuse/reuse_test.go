@@ -345,6 +345,12 @@ func TestKills(t *testing.T) {
 		want := &narinfo.Narinfo{StorePath: dir + "/" + hash(2000) + "-x-1.0", References: []string{hash(2001) + "-bash-5.1"}}
 		for c := range s.finder().Find(t.Context(), want) {
 			restore.Restore(t.Context(), telling{c.Nodes(t.Context())}, want.StorePath, restore.Options{LinksDirectory: dir + "/.links"})
+			must(t, restore.Remove(want.StorePath))
+			base, err := c.Base(t.Context())
+			must(t, err)
+			nodes, done, _ := publish(t, telling{c.Nodes(t.Context())}).open(t, base)
+			restore.Restore(t.Context(), telling{nodes}, want.StorePath, restore.Options{LinksDirectory: dir + "/.links"})
+			done()
 		}
 		fmt.Println("end")
 		return
