@@ -40,6 +40,15 @@ func publish(t testing.TB, nodes nar.Nodes) published {
 	return p
 }
 
+// bare is nodes without what is of use only to whoever restores them.
+type bare struct{ nar.Nodes }
+
+func (b bare) Next() (nar.Node, error) {
+	n, err := b.Nodes.Next()
+	n.Same, n.Unique = nil, false
+	return n, err
+}
+
 // publishedTwice is twice with the blocks of the new item.
 func (s *testStore) publishedTwice(name string, references []string, build func(item string, references []string)) (old string, want *narinfo.Narinfo, p published) {
 	s.t.Helper()

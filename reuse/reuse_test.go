@@ -348,7 +348,7 @@ func TestKills(t *testing.T) {
 			must(t, restore.Remove(want.StorePath))
 			base, err := c.Base(t.Context())
 			must(t, err)
-			nodes, done, _ := publish(t, telling{c.Nodes(t.Context())}).open(t, base)
+			nodes, done, _ := publish(t, bare{c.Nodes(t.Context())}).open(t, base)
 			restore.Restore(t.Context(), telling{nodes}, want.StorePath, restore.Options{LinksDirectory: dir + "/.links"})
 			done()
 		}
@@ -365,7 +365,10 @@ func TestKills(t *testing.T) {
 		must(t, err)
 		must(t, child.Start())
 		lines := bufio.NewScanner(output)
-		for steps := 0; steps < kill && lines.Scan(); steps++ {
+		for steps := 0; steps < kill; steps++ {
+			if !lines.Scan() {
+				t.Fatalf("the child has failed after %d steps", steps)
+			}
 			if ended = lines.Text() == "end"; ended && steps < 10 {
 				t.Fatalf("the child has made %d steps only", steps)
 			}
