@@ -4,7 +4,9 @@ package erisfs
 
 import (
 	"context"
+	"errors"
 	"runtime"
+	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
 
@@ -30,13 +32,15 @@ const baseWorkers = 8
 // Use finds out which files of the tree the base has: those that have the same capability when they
 // are encoded. They come from there, and are not fetched. Of the others, leaves that stand in the
 // base at the same place are not fetched either. It must be called before the first Next, and
-// returns when all of the base has been read; the error is that of the context.
+// returns when all of the base has been read. Errors are that of the context, and that the base has
+// no file of the tree.
 //
 // It costs about 1 s of a processor for each GB of files that the base has, and a byte of memory
 // for each file. What the base gives later need not be what it had: whoever consumes the tree has
 // to check it by a hash.
 func (t *Tree) Use(ctx context.Context, base Base) error {
 	t.base, t.whole = base, make([]bool, t.index.Len())
+	var found atomic.Bool
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(min(runtime.GOMAXPROCS(0), baseWorkers))
 	for i := range t.whole {
@@ -45,38 +49,28 @@ func (t *Tree) Use(ctx context.Context, base Base) error {
 			continue
 		}
 		group.Go(func() error {
-			t.whole[i] = same(ctx, base, e)
+			node, contents, done, err := base.File(e.Path, false)
+			if err != nil {
+				return ctx.Err()
+			}
+			defer done()
+			found.Store(true)
+			c, err := eris.Encode(ctx, &contentsReader{next: contents.Next, length: node.Size}, nil,
+				eris.EncodeOptions{BlockSize: e.Capability.BlockSize, Workers: 1})
+			t.whole[i] = err == nil && c == e.Capability
 			return ctx.Err()
 		})
 	}
-	return group.Wait()
-}
-
-// same reports whether a base has a file.
-func same(ctx context.Context, base Base, e Entry) bool {
-	node, contents, done, err := base.File(e.Path, false)
-	if err != nil {
-		return false
+	err := group.Wait()
+	if err == nil && !found.Load() {
+		err = errNoFile
 	}
-	defer done()
-	c, err := eris.Encode(ctx, &contentsReader{next: contents.Next, length: node.Size}, nil,
-		eris.EncodeOptions{BlockSize: e.Capability.BlockSize, Workers: 1})
-	return err == nil && c == e.Capability
+	return err
 }
 
-// openLocal begins with a file that comes from the base. What it says of the node is for others to
-// use before the next one.
-func (t *Tree) openLocal(n *nar.Node) error {
-	node, contents, done, err := t.base.File(t.index.Entry(t.next-1).Path, true)
-	if err != nil {
-		return err
-	}
-	n.Size, n.Same, n.Unique = node.Size, node.Same, node.Unique
-	t.contents, t.done = contents, done
-	return nil
-}
+var errNoFile = errors.New("no file of the tree can be read in the older one")
 
-// closeLocal ends with it.
+// closeLocal ends with a file that comes from the base.
 func (t *Tree) closeLocal() {
 	if t.done != nil {
 		t.done()

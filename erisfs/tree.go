@@ -98,7 +98,9 @@ func (t *Tree) Next() (nar.Node, error) {
 	t.file = n.Kind == nar.Regular
 	switch {
 	case t.file && t.base != nil && t.whole[t.next-1]:
-		err := t.openLocal(&n)
+		node, contents, done, err := t.base.File(t.index.Entry(t.next-1).Path, true)
+		n.Size, n.Same, n.Unique = node.Size, node.Same, node.Unique
+		t.contents, t.done = contents, done
 		return n, err
 	case t.file:
 		info, err := t.sequence.Next()

@@ -35,7 +35,7 @@ type request struct {
 	kind    requestKind
 	content *content
 	level   int
-	node    int64  // of a nodeRequest or leafRequest: its index in the level
+	node    int64  // of a nodeRequest, or of a leaf: its index in the level
 	slot    uint64 // of a leafRequest
 	buffer  *buffer
 	near    bool // the buffer has the plaintext, and nothing was requested
@@ -151,14 +151,7 @@ func (r *request) readNear() bool {
 	if r.level > 0 || r.content.near == nil {
 		return false
 	}
-	var index int64
-	switch r.kind {
-	case leafRequest:
-		index = r.node
-	case pathRequest:
-		index = r.content.shape.before
-	}
-	n, err := r.content.near(r.buffer.data, index*int64(r.Size))
+	n, err := r.content.near(r.buffer.data, r.node*int64(r.Size))
 	if n < len(r.buffer.data) && err == nil {
 		eris.Pad(r.buffer.data, n)
 	}

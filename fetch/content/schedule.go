@@ -105,8 +105,12 @@ func (f *fetcher) fill(r *request, kind requestKind, c *content, level int, pair
 
 // takePath goes on with a path, or starts one.
 func (f *fetcher) takePath(r *request) bool {
+	r.node = 0
 	if len(f.paths) > 0 {
 		next := f.paths[0]
+		if next.kind == pathRequest {
+			r.node = next.content.shape.before // if it is a leaf
+		}
 		f.paths[0] = pathStep{}
 		f.paths = f.paths[1:]
 		f.fill(r, next.kind, next.content, next.level, next.pair, onPath)
