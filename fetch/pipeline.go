@@ -79,9 +79,11 @@ func (p *Pipeline) Put(ctx context.Context, ref eris.Reference, block []byte) er
 		p.buffers.Put(buffer)
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		p.blocks++
-		p.bytes += int64(len(block))
-		if p.failed == nil && err != nil {
+		switch {
+		case err == nil:
+			p.blocks++
+			p.bytes += int64(len(block))
+		case p.failed == nil:
 			p.failed = err
 		}
 	})
@@ -97,7 +99,7 @@ func (p *Pipeline) Flush() error {
 	return p.failed
 }
 
-// Stored returns how many blocks have been put so far, and how many bytes they have. Blocks that
+// Stored returns how many blocks have been stored so far, and how many bytes they have. Blocks that
 // were given twice count once, mostly.
 func (p *Pipeline) Stored() (blocks, bytes int64) {
 	p.mu.Lock()

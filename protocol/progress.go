@@ -64,32 +64,11 @@ func (d *Download) From(url string, size int64) {
 	d.started = true
 	d.show(l)
 	l.mu.Unlock()
-	d.draw()
+	d.stop = d.log.repeat(d.show)
 }
 
 // Transferred adds n bytes to what has come from the current source.
 func (d *Download) Transferred(n int) { d.transferred.Add(int64(n)) }
-
-// draw shows progress now and then until halt.
-func (d *Download) draw() {
-	done := make(chan struct{})
-	var wait sync.WaitGroup
-	wait.Go(func() {
-		ticker := time.NewTicker(interval)
-		defer ticker.Stop()
-		for {
-			select {
-			case <-ticker.C:
-				l := d.log.lock()
-				d.show(l)
-				l.mu.Unlock()
-			case <-done:
-				return
-			}
-		}
-	})
-	d.stop = func() { close(done); wait.Wait() }
-}
 
 func (d *Download) halt() {
 	if d.stop != nil {

@@ -142,7 +142,7 @@ func (p *parser) next() (location, error) {
 func (p *parser) peek(n int) ([]byte, error) {
 	if p.offset < p.from || p.offset+int64(n) > p.from+int64(p.length) {
 		read, err := p.file.ReadAt(p.window[:max(0, min(int64(len(p.window)), p.size-p.offset))], p.offset)
-		if err != nil && err != io.EOF {
+		if err != nil && err != io.EOF && read < n {
 			return nil, err
 		}
 		p.from, p.length = p.offset, read

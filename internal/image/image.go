@@ -78,8 +78,8 @@ func (x *Image) Close() error {
 	return x.Content.Close()
 }
 
-// index reads the index of a tree.
-func (x *Image) index() (*erisfs.Index, error) {
+// Index reads the index of a tree whose form is ERIS-FS, once, in place of Nodes.
+func (x *Image) Index() (*erisfs.Index, error) {
 	if size := x.Content.Size(); size > x.limits.IndexLength() {
 		return nil, fmt.Errorf("index of %d bytes for an archive of %d", size, x.limits.NarSize)
 	}
@@ -119,7 +119,7 @@ const (
 // turn out to be something else; that is an error of the nodes.
 func (x *Image) Nodes(ctx context.Context) (nodes nar.Nodes, close func(), err error) {
 	if x.Form == ERISFS {
-		index, err := x.index()
+		index, err := x.Index()
 		x.Close()
 		if err != nil {
 			return nil, nil, err

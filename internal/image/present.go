@@ -95,7 +95,7 @@ func (p *presence) contents(c eris.ReadCapability, limits erisfs.Limits) iter.Se
 	if x.Form != ERISFS {
 		return slices.Values([]eris.ReadCapability{c})
 	}
-	index, err := x.index()
+	index, err := x.Index()
 	if err != nil {
 		return func(func(eris.ReadCapability) bool) {}
 	}

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package protocol
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unicode/utf8"
+)
+
+// waitingAfter is when people are told that nothing comes.
+const waitingAfter = 2 * time.Second
+
+// A Transfer shows the progress of what a person has asked for, in one line that is drawn over and
+// over, and says in another what came of it. Add and Total may be called at any time from any
+// goroutine.
+type Transfer struct {
+	log        *Log
+	name, from string
+	begin      time.Time
+	total, n   atomic.Int64
+
+	// Of the goroutine that draws:
+	shown   int64
+	changed time.Time // when there was something new
+
+	stop func()
+}
+
+// Transfer starts showing a transfer of bytes that are called name, and come from, or go to, what
+// is called from: when nothing has come for two seconds, it is what is waited for, unless it is
+// empty. Done or Stop must be called at the end.
+func (l *Log) Transfer(name, from string) *Transfer {
+	now := time.Now()
+	t := &Transfer{log: l, name: l.oneLine(name), from: l.oneLine(from), begin: now, changed: now}
+	t.stop = l.repeat(t.show)
+	return t
+}
+
+// Total says how many bytes there will be, as far as is known.
+func (t *Transfer) Total(bytes int64) { t.total.Store(bytes) }
+
+// Add says that some bytes have come.
+func (t *Transfer) Add(bytes int) { t.n.Add(int64(bytes)) }
+
+// Stop takes the progress away.
+func (t *Transfer) Stop() {
+	t.stop()
+	t.stop = func() {}
+	l := t.log.lock()
+	defer l.mu.Unlock()
+	if l.line {
+		io.WriteString(l.w, "\r\x1b[K")
+		l.line = false
+	}
+}
+
+// Done puts a last line in place of the progress, with the time that it took.
+func (t *Transfer) Done(format string, a ...any) {
+	t.Stop()
+	t.log.Notef("%s in %s", fmt.Sprintf(format, a...), shownTime(time.Since(t.begin)))
+}
+
+func (t *Transfer) show(l *Log) {
+	now := time.Now()
+	n := t.n.Load()
+	if n != t.shown {
+		t.shown, t.changed = n, now
+	}
+	line := transferLine(t.name, t.total.Load(), n, now.Sub(t.begin), l.style)
+	if t.from != "" && now.Sub(t.changed) >= waitingAfter {
+		line = "waiting for " + t.from
+		if most := max(1, l.style.Columns); utf8.RuneCountInString(line) > most {
+			line = string([]rune(line)[:most])
+		}
+	}
+	l.draw(line)
+}
+
+// transferLine is a line of at most as many characters as the style has columns. The total is 0 if
+// it is not known.
+func transferLine(name string, total, n int64, elapsed time.Duration, style LogStyle) string {
+	rate := 0.0
+	if s := elapsed.Seconds(); s > 0 {
+		rate = float64(n) / s
+	}
+	speed := byteCount(rate) + "/s"
+	forms := []string{byteCount(float64(n)) + "  " + speed + "  " + shownTime(elapsed.Round(time.Second)), byteCount(float64(n))}
+	if total > 0 {
+		percent := min(100, 100*float64(n)/float64(total))
+		share := fmt.Sprintf("%.0f%%", percent)
+		left := share
+		if rate > 0 {
+			left += "  " + shownTime(time.Duration(float64(max(0, total-n))/rate*float64(time.Second)).Round(time.Second)) + " left"
+		}
+		forms = []string{
+			byteCount(float64(n)) + " of " + byteCount(float64(total)) + "  " + speed + " " + bar(percent, style.Unicode) + " " + left,
+			byteCount(float64(n)) + " of " + byteCount(float64(total)) + "  " + left, left, share,
+		}
+	}
+	form := forms[len(forms)-1]
+	for _, f := range forms {
+		if utf8.RuneCountInString(name)+1+utf8.RuneCountInString(f) <= style.Columns {
+			form = f
+			break
+		}
+	}
+	space := style.Columns - utf8.RuneCountInString(name) - utf8.RuneCountInString(form)
+	if space < 1 {
+		return form
+	}
+	return name + strings.Repeat(" ", space) + form
+}
+
+// shownTime is a time for people.
+func shownTime(d time.Duration) string {
+	s := int(d.Seconds())
+	switch {
+	case d < 10*time.Second:
+		return fmt.Sprintf("%.1f s", d.Seconds())
+	case s < 60:
+		return fmt.Sprintf("%d s", s)
+	case s < 3600:
+		return fmt.Sprintf("%d min %d s", s/60, s%60)
+	}
+	return fmt.Sprintf("%d h %d min", s/3600, s/60%60)
+}
+
+// repeat draws progress now and then until stop is called, by a function that gets the log locked.
+func (l *Log) repeat(show func(l *Log)) (stop func()) {
+	done := make(chan struct{})
+	var wait sync.WaitGroup
+	wait.Go(func() {
+		ticker := time.NewTicker(interval)
+		defer ticker.Stop()
+		for {
+			select {
+			case <-ticker.C:
+				l := l.lock()
+				show(l)
+				l.mu.Unlock()
+			case <-done:
+				return
+			}
+		}
+	})
+	return func() { close(done); wait.Wait() }
+}
