@@ -34,10 +34,9 @@ type ExportOptions struct {
 	Directory string
 	// Blocks is where the blocks go.
 	Blocks fetch.Store
-	// Servers get narinfos, by hash part, of those items of which they have any. They are asked in
-	// order, each for the items of which those before it have no authorised narinfo. Errors are
-	// logged.
-	Servers []func(ctx context.Context, hashParts []string) (map[string][]byte, error)
+	// Servers are asked in order, each for the items of which those before it have no authorised
+	// narinfo.
+	Servers []ExportServer
 	// Keys are those whose signatures count.
 	Keys narinfo.Verifier
 	// Fetch restores an item, checked against an authorised narinfo, to a path that is not there
@@ -50,8 +49,23 @@ type ExportOptions struct {
 	Since string
 	// Closure exports everything that the items refer to, too.
 	Closure bool
+	// Nars writes compressed nars as well, for programs that know no blocks.
+	Nars bool
 	// Log is where messages go.
 	Log func(format string, a ...any)
+	// Total is told how many bytes the archives of the items should have, and Got that of each
+	// block; the latter from any goroutine, and without waiting.
+	Total func(bytes int64)
+	Got   func(bytes int)
+}
+
+// An ExportServer has narinfos.
+type ExportServer struct {
+	// URL is its substitute URL without anything secret; empty if it is of no use to others.
+	URL string
+	// Narinfos gets narinfos, by hash part, of those items of which there are any. Errors are
+	// logged.
+	Narinfos func(ctx context.Context, hashParts []string) (map[string][]byte, error)
 }
 
 // Exported tells what has been exported.
@@ -69,11 +83,12 @@ const maxExported = 1 << 20
 // Export writes narinfos, as signed by whoever has signed them, and blocks of store items, so that
 // they can be substituted from there alone.
 //
-// A narinfo that has no read capability under which we have put blocks gets a second one in a field
-// ERIS below its signature, like those of an [Annotator]. It is written when the archive of the
-// item has been found to have its NarHash. An item without an authorised narinfo is exported with
-// one that somebody else has signed, if the local store has its contents: whether that counts is
-// for others to decide.
+// What is below the signature of a narinfo says where the item is now: the read capability of its
+// blocks, its nar, or its delta, all in Directory. A narinfo has to name a nar, so where that is
+// not written it names those of the server that it came from, by absolute URLs; if there is no such
+// server the nar is written in any case. An item without an authorised narinfo is exported with one
+// that somebody else has signed, if the local store has its contents: whether that counts is for
+// others to decide. Symbolic links in Directory do not lead out of it.
 //
 // It fails before anything is stored if the file system of Directory has less room than the items
 // have bytes, and at the first item that cannot be exported. Narinfos are written when the blocks
@@ -106,6 +121,7 @@ type exporter struct {
 type exportItem struct {
 	path    string
 	narinfo *narinfo.Narinfo
+	server  string // where that is from; may be empty
 	text    string
 }
 
@@ -122,6 +138,9 @@ func (e *exporter) run(ctx context.Context, items []string) error {
 		return err
 	}
 	if err := os.MkdirAll(e.o.Directory, 0o755); err != nil {
+		return err
+	}
+	if err := e.subdirectory("blocks"); err != nil {
 		return err
 	}
 	for _, it := range e.items {
@@ -144,15 +163,16 @@ func (e *exporter) collect(ctx context.Context, items []string) error {
 		}
 		var references []string
 		for _, path := range wanted {
-			n := found[path]
-			if n == nil {
+			it := found[path]
+			if it == nil {
 				return fmt.Errorf("no server has a narinfo of %s that can be used", path)
 			}
+			n := it.narinfo
 			if e.text += len(n.Text()); e.text > MaxNarinfos {
 				return fmt.Errorf("narinfos of more than %d bytes are too many", MaxNarinfos)
 			}
 			if !e.earlier.has(n) {
-				e.items = append(e.items, &exportItem{path: path, narinfo: n})
+				e.items = append(e.items, it)
 			}
 			if e.o.Closure {
 				for _, name := range n.References {
@@ -178,13 +198,17 @@ func (e *exporter) checkRoom() error {
 		directory = filepath.Dir(directory)
 	}
 	free := float64(file.Bavail) * float64(file.Bsize)
-	needed, fetched := 0.0, 0.0
+	needed, fetched, total := 0.0, 0.0, int64(0)
 	for _, it := range e.items {
+		total += int64(it.narinfo.NarSize)
 		if e.has(it) {
 			continue
 		}
 		size := float64(it.narinfo.NarSize)
 		needed += size
+		if e.needsNar(it) {
+			needed += size
+		}
 		if _, err := os.Lstat(filepath.Join(e.o.Root, filepath.Base(it.path))); err != nil {
 			fetched = max(fetched, size)
 		}
@@ -194,6 +218,7 @@ func (e *exporter) checkRoom() error {
 		return fmt.Errorf("%s has too little room: the items need about %.1f MiB, and %.1f MiB are free", e.o.Directory, needed/mib, free/mib)
 	}
 	e.o.Log("%d items need at most about %.1f MiB; %.1f MiB are free in %s", len(e.items), needed/mib, free/mib, e.o.Directory)
+	e.o.Total(total)
 	return nil
 }
 
@@ -255,7 +280,7 @@ func (e *exporter) unseen(paths []string) []string {
 
 // find gets the narinfos of items: the first authorised one of each, or else the first that has any
 // signature.
-func (e *exporter) find(ctx context.Context, paths []string) (map[string]*narinfo.Narinfo, error) {
+func (e *exporter) find(ctx context.Context, paths []string) (map[string]*exportItem, error) {
 	byHash := map[string]string{}
 	for _, path := range paths {
 		hashPart, err := narinfo.HashPart(e.o.StoreDir, path)
@@ -264,7 +289,7 @@ func (e *exporter) find(ctx context.Context, paths []string) (map[string]*narinf
 		}
 		byHash[hashPart] = path
 	}
-	found := map[string]*narinfo.Narinfo{}
+	found := map[string]*exportItem{}
 	authorised := map[string]bool{}
 	for _, server := range e.o.Servers {
 		var missing []string
@@ -276,7 +301,7 @@ func (e *exporter) find(ctx context.Context, paths []string) (map[string]*narinf
 		if len(missing) == 0 {
 			break
 		}
-		texts, err := server(ctx, missing)
+		texts, err := server.Narinfos(ctx, missing)
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
@@ -299,7 +324,7 @@ func (e *exporter) find(ctx context.Context, paths []string) (map[string]*narinf
 			good := n.Authorise(e.o.Keys) == nil
 			_, signed := n.SignedText()
 			if good && !authorised[path] || signed && found[path] == nil {
-				found[path], authorised[path] = n, good
+				found[path], authorised[path] = &exportItem{path: path, narinfo: n, server: server.URL}, good
 			}
 		}
 	}
@@ -332,12 +357,34 @@ func (e *exporter) export(ctx context.Context, it *exportItem) error {
 			return err
 		}
 	}
-	if text, err := e.exportDelta(ctx, n, tree); text != "" || err != nil {
-		it.text = text
-		return err
+	var urls []narinfo.URL
+	if e.needsNar(it) {
+		u, err := e.writeNar(ctx, it, tree)
+		if err != nil {
+			return err
+		}
+		urls = append(urls, u)
 	}
+	line, err := e.exportDelta(ctx, n, tree)
+	if err == nil && line == "" {
+		line, err = e.exportBlocks(ctx, it, tree)
+	}
+	if err == nil {
+		it.text = listed(it, urls, line)
+		e.done.Items++
+	}
+	return err
+}
+
+// exportBlocks stores the blocks of an item of which the tree is at hand, and returns the line of
+// the narinfo for them.
+func (e *exporter) exportBlocks(ctx context.Context, it *exportItem, tree string) (string, error) {
+	path, n := it.path, it.narinfo
 	pipeline := fetch.NewPipeline(ctx, e.o.Blocks)
-	encoding, err := Encode(ctx, tree, pipeline.Put, eris.ConvergenceSecret{})
+	encoding, err := Encode(ctx, tree, func(ctx context.Context, ref eris.Reference, block []byte) error {
+		e.o.Got(len(block))
+		return pipeline.Put(ctx, ref, block)
+	}, eris.ConvergenceSecret{})
 	if err2 := pipeline.Flush(); err == nil && err2 != nil {
 		err = fmt.Errorf("storing the blocks of %s: %w", path, err2)
 	}
@@ -345,14 +392,12 @@ func (e *exporter) export(ctx context.Context, it *exportItem) error {
 		err = otherContents(path, encoding.NarHash, n)
 	}
 	if err != nil {
-		return err
+		return "", err
 	}
 	blocks, bytes := pipeline.Stored()
-	e.done.Items++
 	e.done.Blocks += blocks
 	e.done.Bytes += bytes
-	it.text = withCapabilities(n, []narinfo.ERIS{{URN: encoding.Capability.URN()}})
-	return nil
+	return capabilityLine(n, encoding.Capability), nil
 }
 
 // check hashes the archive of a tree, before any of its blocks is stored.

@@ -240,3 +240,41 @@ func (m Manifest) Item(_ context.Context, hashPart string) (*narinfo.Narinfo, er
 	}
 	return nil, fmt.Errorf("%w: %s", ErrNoItem, hashPart)
 }
+
+// Closure returns the paths of items and of everything that they refer to, each after those that it
+// refers to itself. Errors are those of items, which wrap [ErrNoItem] for what is not known.
+func Closure(ctx context.Context, items Items, storeDir string, paths []string) ([]string, error) {
+	var closure []string
+	seen := map[string]bool{}
+	var visit func(path string) error
+	visit = func(path string) error {
+		if seen[path] {
+			return nil
+		}
+		if len(seen) == maxExported {
+			return fmt.Errorf("more than %d items are too many", maxExported)
+		}
+		seen[path] = true
+		hashPart, err := narinfo.HashPart(storeDir, path)
+		if err != nil {
+			return err
+		}
+		n, err := items.Item(ctx, hashPart)
+		if err != nil {
+			return err
+		}
+		for _, name := range n.References {
+			if err := visit(storeDir + "/" + name); err != nil {
+				return err
+			}
+		}
+		closure = append(closure, path)
+		return nil
+	}
+	for _, path := range paths {
+		if err := visit(path); err != nil {
+			return nil, err
+		}
+	}
+	return closure, nil
+}

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/delta"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
@@ -64,7 +63,8 @@ func (e *earlier) has(n *narinfo.Narinfo) bool {
 }
 
 // exportDelta exports an item of which the tree is at hand as a delta from an older one, in place
-// of its blocks. It returns the narinfo with the delta, or nothing if no delta is of use.
+// of its blocks. It returns the line of the narinfo for the delta, or nothing if no delta is of
+// use.
 func (e *exporter) exportDelta(ctx context.Context, n *narinfo.Narinfo, tree string) (string, error) {
 	limit := int64(0)
 	for i, base := range e.earlier.byName[unversionedName(filepath.Base(n.StorePath))] {
@@ -83,7 +83,7 @@ func (e *exporter) exportDelta(ctx context.Context, n *narinfo.Narinfo, tree str
 		}
 		place := "delta/" + hashPartOf(base.StorePath) + "/" + hashPartOf(n.StorePath)
 		name := filepath.Join(e.o.Directory, place)
-		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+		if err := e.subdirectory(filepath.Dir(place)); err != nil {
 			return "", err
 		}
 		size, err := writeDelta(ctx, name, baseTree, base, tree, n, limit)
@@ -93,10 +93,8 @@ func (e *exporter) exportDelta(ctx context.Context, n *narinfo.Narinfo, tree str
 		} else if err != nil {
 			return "", err
 		}
-		e.done.Items++
 		e.done.Bytes += size
-		line := narinfo.Delta{Base: filepath.Base(base.StorePath), Size: uint64(size), URL: place}
-		return strings.TrimRight(n.Text(), "\n") + "\n" + line.Text() + "\n", nil
+		return narinfo.Delta{Base: filepath.Base(base.StorePath), Size: uint64(size), URL: place}.Text(), nil
 	}
 	return "", nil
 }

@@ -13,7 +13,11 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/serving"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
@@ -25,6 +29,8 @@ type exportSettings struct {
 	session.Settings
 	to, root, layout, since string
 	closure, create         bool
+	nars, sign              bool
+	signer                  serving.Signer
 }
 
 // exportCommand writes items to a directory.
@@ -34,12 +40,13 @@ func exportCommand() *cobra.Command {
 		Use:   "ITEM... --to=DIRECTORY",
 		Short: "write narinfos and blocks to a directory",
 		Long: `Write the narinfos of store items, as they were signed, and the blocks of the
-items to a directory, which can then be carried elsewhere. There it is both the
-substitute server file://DIRECTORY and the block store file:DIRECTORY/blocks.
+items to a directory, which can then be carried elsewhere. There it is the
+substitute URL file://DIRECTORY, which is all that this program needs; a stock
+Guix can use it too if there are --nars.
 
-Narinfos come from the substitute servers. Items come from the local store; what
-it does not have with the contents that were signed is fetched like a
-substitute.`,
+Narinfos come from the substitute servers, and with --sign, where these have none
+that counts, from the key of this machine. Items come from the local store; what
+it does not have with the contents that were signed is fetched like a substitute.`,
 	}
 	f := c.Flags()
 	f.StringVar(&e.to, "to", "", "write to `DIRECTORY`")
@@ -48,6 +55,9 @@ substitute.`,
 	f.StringVar(&e.layout, "layout", "sharded", "blocks are in subdirectories (\"sharded\"), or all in one (\"flat\"): `LAYOUT`")
 	f.BoolVar(&e.create, "create", false, "make the directory where sticks are mounted, even if there is none")
 	f.StringVar(&e.since, "since", "", "leave out what `DIRECTORY`, an earlier export, has, and write deltas from older versions that it has")
+	f.BoolVar(&e.nars, "nars", false, "write nars too, for those who have a Guix without this program")
+	f.BoolVar(&e.sign, "sign", false, "sign the narinfos of items that no server has, which were built here")
+	e.signer.Flags(f)
 	e.Flags(f)
 	c.RunE = func(_ *cobra.Command, items []string) error {
 		if len(items) == 0 || e.to == "" {
@@ -84,8 +94,11 @@ func (e *exportSettings) export(ctx context.Context, items []string) error {
 	e.ShowNotes()
 	keys := e.Keys()
 	sub.SetKeys(keys)
+	shown := e.Log().Transfer(e.to, e.to)
+	defer shown.Stop()
 	options := publish.ExportOptions{
-		StoreDir: e.Store, Root: e.root, Directory: directory, Blocks: blocks, Keys: keys, Closure: e.closure, Since: e.since, Log: message.Log,
+		StoreDir: e.Store, Root: e.root, Directory: directory, Blocks: blocks, Keys: keys, Closure: e.closure, Since: e.since, Nars: e.nars,
+		Log: e.Log().Notef, Total: shown.Total, Got: shown.Add,
 		Fetch: func(ctx context.Context, path, to string) error {
 			if outcome := sub.Substitute(ctx, path, to); outcome.Status != substitute.Success {
 				return fmt.Errorf("%s is not in the local store and cannot be fetched", path)
@@ -94,17 +107,30 @@ func (e *exportSettings) export(ctx context.Context, items []string) error {
 		},
 	}
 	for _, server := range e.ServerURLs() {
-		options.Servers = append(options.Servers, func(ctx context.Context, hashParts []string) (map[string][]byte, error) {
+		from := publish.ExportServer{Narinfos: func(ctx context.Context, hashParts []string) (map[string][]byte, error) {
 			return session.NarinfosFrom(ctx, sub.Mirrors, server, hashParts)
-		})
+		}}
+		if !mirror.IsLocal(server) {
+			from.URL = mirror.WithoutUser(server)
+		}
+		options.Servers = append(options.Servers, from)
+	}
+	if e.sign {
+		server, key, closeItems, err := e.signer.Open(e.Store, e.root)
+		if err != nil {
+			return err
+		}
+		defer closeItems()
+		options.Keys = acl.NewACL(append(keys.Keys(), key)...)
+		options.Servers = append(options.Servers, publish.ExportServer{Narinfos: server.Narinfos})
 	}
 	done, err := publish.Export(ctx, items, options)
 	if err != nil {
 		return err
 	}
+	shown.Done("wrote %s to %s", page.Size(done.Bytes), e.to)
 	where.Path = directory
-	fmt.Printf("%d items, %d blocks, %.1f MiB\nsubstitute URL: %s\nblock store: %s/blocks\n",
-		done.Items, done.Blocks, float64(done.Bytes)/(1<<20), where.String(), where.String())
+	fmt.Printf("%d items, %d blocks, %.1f MiB\nsubstitute URL: %s\n", done.Items, done.Blocks, float64(done.Bytes)/(1<<20), where.String())
 	return nil
 }
 

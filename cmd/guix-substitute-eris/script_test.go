@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"bytes"
 	"crypto/sha256"
+	"database/sql"
 	"errors"
 	"fmt"
 	"io"
@@ -31,6 +32,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/confine"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
 
 func TestMain(m *testing.M) {
@@ -59,11 +61,12 @@ func TestScript(t *testing.T) {
 		Setup: func(env *testscript.Env) error {
 			// As if the machine had no Guix, and nothing of the user's either.
 			for name, value := range map[string]string{
-				"GUIX_CONFIGURATION_DIRECTORY": "$WORK/etc",
-				"GUIX_STATE_DIRECTORY":         "$WORK/var",
-				"HOME":                         "$WORK/home",
-				"XDG_RUNTIME_DIR":              "$WORK",
-				"MIRROR":                       "",
+				"GUIX_CONFIGURATION_DIRECTORY":     "$WORK/etc",
+				"GUIX_STATE_DIRECTORY":             "$WORK/var",
+				"HOME":                             "$WORK/home",
+				"XDG_RUNTIME_DIR":                  "$WORK",
+				"GUIX_SUBSTITUTE_ERIS_SYSTEM_ROOT": "$WORK",
+				"MIRROR":                           "",
 			} {
 				env.Setenv(name, strings.ReplaceAll(value, "$WORK", env.WorkDir))
 			}
@@ -110,6 +113,7 @@ var scriptCommands = map[string]scriptFunc{
 	"document":   withUsage("FILE", scriptDocument),
 	"measured":   withUsage("FILE URL BYTES DURATION", scriptMeasured),
 	"transcript": withUsage("FILE", scriptTranscript),
+	"database":   withUsage("DIRECTORY MANIFEST", scriptDatabase),
 }
 
 // withUsage checks the number of arguments of a command. An optional one stands last.
@@ -171,6 +175,35 @@ func scriptNarHash(ts *testscript.TestScript, neg bool, args []string) {
 	_, err := nar.Write(h, nar.NewTree(ts.MkAbs(args[0])))
 	ts.Check(err)
 	ts.Setenv(args[1], "sha256:"+nixbase32.EncodeToString(h.Sum(nil)))
+}
+
+// database DIRECTORY MANIFEST makes the database of a daemon whose store has the items of a manifest,
+// which are in a directory.
+func scriptDatabase(ts *testscript.TestScript, neg bool, args []string) {
+	manifest, err := publish.ParseManifest([]byte(ts.ReadFile(args[1])))
+	ts.Check(err)
+	ts.Check(os.MkdirAll(ts.MkAbs("var/db"), 0o755))
+	db, err := sql.Open("sqlite", ts.MkAbs("var/db/db.sqlite"))
+	ts.Check(err)
+	defer db.Close()
+	execute := func(query string, values ...any) {
+		_, err := db.Exec(query, values...)
+		ts.Check(err)
+	}
+	execute("CREATE TABLE ValidPaths (id integer primary key, path text unique, hash text, deriver text, narSize integer)")
+	execute("CREATE TABLE Refs (referrer integer, reference integer)")
+	for _, item := range manifest {
+		h := sha256.New()
+		size, err := nar.Write(h, nar.NewTree(filepath.Join(ts.MkAbs(args[0]), filepath.Base(item.StorePath))))
+		ts.Check(err)
+		execute("INSERT INTO ValidPaths (path, hash, narSize) VALUES (?, ?, ?)", item.StorePath, fmt.Sprintf("sha256:%x", h.Sum(nil)), size)
+	}
+	for _, item := range manifest {
+		for _, reference := range item.References {
+			execute("INSERT INTO Refs SELECT a.id, b.id FROM ValidPaths a, ValidPaths b WHERE a.path = ? AND b.path = ?",
+				item.StorePath, filepath.Join(filepath.Dir(item.StorePath), reference))
+		}
+	}
 }
 
 // expand FILE... replaces $NAME in files by the value of the variable.

@@ -34,10 +34,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
-// systemVariable names a directory that stands for / where the doctor looks at processes and
-// services, for tests.
-const systemVariable = "GUIX_SUBSTITUTE_ERIS_SYSTEM_ROOT"
-
 // A finding is a line of the doctor's report.
 type finding struct {
 	Subject string `json:"subject"`
@@ -65,7 +61,7 @@ func (d *doctor) ill(mend, subject, format string, a ...any) {
 
 // Doctor is the command that looks for what is not as it should be.
 func Doctor() *cobra.Command {
-	d := doctor{root: os.Getenv(systemVariable)}
+	d := doctor{root: settings.SystemRoot()}
 	c := &cobra.Command{
 		Short: "look whether all is set up, and say what to mend",
 		Long: `Look whether this program is set up: whether the running guix-daemon uses it,

@@ -215,19 +215,7 @@ func (s *serveSettings) socketPath() (string, error) {
 	if s.socket != "" {
 		return s.socket, nil
 	}
-	return defaultSocket(os.Geteuid(), os.Getenv("XDG_RUNTIME_DIR"))
-}
-
-// defaultSocket returns the path of the socket where the store of the system, or of a user, is
-// looked for.
-func defaultSocket(user int, runtimeDirectory string) (string, error) {
-	switch {
-	case user == 0:
-		return "/run/guix-substitute-eris/eris.sock", nil
-	case filepath.IsAbs(runtimeDirectory):
-		return filepath.Join(runtimeDirectory, "eris.sock"), nil
-	}
-	return "", errors.New("XDG_RUNTIME_DIR is not set; name a socket by --socket")
+	return settings.DefaultSocket(os.Geteuid(), os.Getenv("XDG_RUNTIME_DIR"))
 }
 
 // blockDirectory returns the directory of the block store.

@@ -49,7 +49,7 @@ func (s *Settings) confine(destination string) {
 		// A directory that the administrator has named may have links to anywhere.
 		paths.Read = append(paths.Read, "/")
 	}
-	for _, text := range s.StoreURLs() {
+	for _, text := range settings.StoreURLs(s.stores, s.file) {
 		u, err := storeurl.Parse(text)
 		switch {
 		case err != nil:

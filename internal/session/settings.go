@@ -13,6 +13,7 @@ import (
 	"io/fs"
 	"maps"
 	"math/rand/v2"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -80,24 +81,7 @@ func (s *Settings) Load() {
 	packed, daemon := os.LookupEnv("_NIX_OPTIONS")
 	s.daemon = daemon
 	s.options = protocol.ParseOptions(packed)
-	terminal := term.IsTerminal(2)
-	columns := s.options.Columns()
-	if !daemon && terminal {
-		if width, _, err := term.GetSize(2); err == nil {
-			columns = max(20, width-1)
-		}
-	}
-	program := "guix-substitute-eris"
-	if daemon {
-		program = "guix substitute"
-	}
-	s.log = protocol.NewLog(protocol.NewDescriptorWriter(2), protocol.LogStyle{
-		Program: program,
-		Traces:  s.options.Traces(),
-		Columns: columns,
-		Unicode: page.Unicode(),
-		Dynamic: daemon || terminal,
-	})
+	s.log = newLog(daemon, s.options)
 	var err error
 	if s.file, err = settings.Read(); err != nil {
 		s.notes = append(s.notes, err.Error())
@@ -121,6 +105,33 @@ func (s *Settings) Load() {
 	if s.Unauthorised {
 		s.notes = append(s.notes, "authentication and authorization of substitutes disabled!")
 	}
+}
+
+// Log returns what the person who runs a command sees.
+func (s *Settings) Log() *protocol.Log { return s.log }
+
+// NewLog returns what the person who runs a command sees that has no Settings.
+func NewLog() *protocol.Log { return newLog(false, protocol.Options{}) }
+
+func newLog(daemon bool, options protocol.Options) *protocol.Log {
+	terminal := term.IsTerminal(2) && os.Getenv("TERM") != "dumb"
+	columns := options.Columns()
+	if !daemon && terminal {
+		if width, _, err := term.GetSize(2); err == nil {
+			columns = max(20, width-1)
+		}
+	}
+	program := "guix-substitute-eris"
+	if daemon {
+		program = "guix substitute"
+	}
+	return protocol.NewLog(protocol.NewDescriptorWriter(2), protocol.LogStyle{
+		Program: program,
+		Traces:  options.Traces(),
+		Columns: columns,
+		Unicode: page.Unicode(),
+		Dynamic: daemon || terminal,
+	})
 }
 
 // LoadQuietly is Load for whoever looks at the settings of the daemon's helpers, or of a person if
@@ -161,8 +172,31 @@ func (s *Settings) Policy() (substitute.Policy, error) {
 	return policy, nil
 }
 
-// StoreURLs returns the URLs of the block stores; see [settings.StoreURLs].
-func (s *Settings) StoreURLs() []string { return settings.StoreURLs(s.stores, s.file) }
+// StoreURLs returns the URLs of the stores that blocks come from: those of [settings.StoreURLs], and
+// what lies beside the narinfos in blocks in the directories that "export" has made and that are
+// substitute servers. Those of the latter that somebody names who is not trusted are not used: what
+// is there may be hidden from everybody else.
+func (s *Settings) StoreURLs() []string {
+	urls := settings.StoreURLs(s.stores, s.file)
+	if settings.NoStores(s.stores) || s.publicFiles() != nil {
+		return urls
+	}
+	for _, server := range s.ServerURLs() {
+		path, ok := strings.CutPrefix(server, "file://")
+		if !ok {
+			continue
+		}
+		unescaped, _ := url.PathUnescape(path)
+		for _, path := range slices.Compact([]string{path, unescaped}) {
+			stick := url.URL{Scheme: "file", Path: filepath.Join("/", path, "blocks")}
+			info, err := os.Stat(stick.Path)
+			if err == nil && info.IsDir() && !slices.Contains(urls, stick.String()) {
+				urls = append(slices.Clip(urls), stick.String())
+			}
+		}
+	}
+	return urls
+}
 
 // A Session is a substituter with what it works with.
 type Session struct {

@@ -3,10 +3,15 @@
 package settings
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"net"
+	"net/url"
 	"os"
+	"path/filepath"
 	"strings"
+	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
@@ -23,19 +28,55 @@ import (
 const StoreVariable = "ERIS_STORE_URL"
 
 // StoreURLs returns the store URLs that were given by a flag, else by the environment, else by the
-// configuration file.
+// configuration file, and else that of the block store of this machine, if one runs. "none" is none.
 func StoreURLs(flag string, file File) []string {
-	if flag == "none" {
+	named := strings.Fields(cmp.Or(flag, os.Getenv(StoreVariable)))
+	switch {
+	case NoStores(flag):
 		return nil
+	case len(named) > 0:
+		return named
+	case file.Stores != nil:
+		return file.Stores
 	}
-	if flag != "" {
-		return strings.Fields(flag)
-	}
-	if urls := strings.Fields(os.Getenv(StoreVariable)); len(urls) > 0 {
-		return urls
-	}
-	return file.Stores
+	return runningStore()
 }
+
+// NoStores reports whether a flag, or else the environment, says that there is to be no store.
+func NoStores(flag string) bool {
+	return strings.TrimSpace(cmp.Or(flag, os.Getenv(StoreVariable))) == "none"
+}
+
+// runningStore returns the URL of the block store that runs for this user, or for the system, if we
+// may use it.
+func runningStore() []string {
+	own, _ := DefaultSocket(os.Geteuid(), os.Getenv("XDG_RUNTIME_DIR"))
+	system, _ := DefaultSocket(0, "")
+	for _, path := range []string{own, system} {
+		// A socket may be left from a store that was killed.
+		if conn, err := net.DialTimeout("unix", path, time.Second); err == nil {
+			conn.Close()
+			return []string{"coap+unix://" + (&url.URL{Path: path}).EscapedPath()}
+		}
+	}
+	return nil
+}
+
+// DefaultSocket returns the path of the socket where the store of the system, or of a user, is
+// looked for.
+func DefaultSocket(user int, runtimeDirectory string) (string, error) {
+	switch {
+	case user == 0:
+		return filepath.Join("/", SystemRoot(), "run/guix-substitute-eris/eris.sock"), nil
+	case filepath.IsAbs(runtimeDirectory):
+		return filepath.Join(runtimeDirectory, "eris.sock"), nil
+	}
+	return "", errors.New("XDG_RUNTIME_DIR is not set; name a socket by --socket")
+}
+
+// SystemRoot is the directory that stands for / where processes and services of the system, and the
+// socket of its block store, are looked for: another one in tests.
+func SystemRoot() string { return os.Getenv("GUIX_SUBSTITUTE_ERIS_SYSTEM_ROOT") }
 
 // OpenStore opens the store at a URL. docs/sources.md describes the kinds of stores. Errors do not
 // show what may be a secret.
@@ -86,8 +127,8 @@ func AddCapability(ctx context.Context, store fetch.Store, urn string) error {
 func OpenStores(urls []string, hops int) ([]pool.Member, error) {
 	var stores []pool.Member
 	var failed []error
-	for _, url := range urls {
-		s, err := openStoreFor(url, hops)
+	for _, text := range urls {
+		s, err := openStoreFor(text, hops)
 		if err != nil {
 			failed = append(failed, err)
 			continue
