@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -21,6 +22,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/whole"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
@@ -35,9 +37,10 @@ func decodeCommand() *cobra.Command {
 does not exist yet; "-" is standard output. File trees are recognised, as
 ERIS-FS and as nars; other contents, compressed nars among them, are written as
 they are. Blocks come from the stores that --store, or else the variable
-ERIS_STORE_URL, or else the configuration file names.`,
+ERIS_STORE_URL, or else the configuration file names, or else from the block store
+that runs on this machine.`,
 	}
-	stores := c.Flags().String("store", "", "fetch blocks from the stores with these `URLS`, separated by spaces, in this order (default: $ERIS_STORE_URL, or the setting eris-stores)")
+	stores := c.Flags().String("store", "", "fetch blocks from the stores with these `URLS`, separated by spaces, in this order (default: $ERIS_STORE_URL, the setting eris-stores, or what runs here)")
 	raw := c.Flags().Bool("raw", false, "write the contents as they are, even if they are a file tree")
 	asJSON := c.Flags().Bool("json", false, "print what was decoded as JSON")
 	c.RunE = func(_ *cobra.Command, args []string) error {
@@ -64,7 +67,7 @@ type decodeResult struct {
 }
 
 func decode(ctx context.Context, urn, destination, flag string, raw bool) (result decodeResult, err error) {
-	c, err := eris.ParseURN(urn)
+	c, err := parseURN(urn)
 	if err != nil {
 		return result, err
 	}
@@ -79,20 +82,21 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	}
 	urls := settings.StoreURLs(flag, file)
 	if len(urls) == 0 {
-		return result, fmt.Errorf("no store is known; name one by --store or by %s", settings.StoreVariable)
+		return result, errNoStore()
 	}
 	members, err := settings.OpenStores(urls, 0)
 	if err != nil {
 		settings.CloseStores(members)
 		return result, err
 	}
-	shown := showProgress("fetched")
-	defer shown.end()
+	log := session.NewLog()
+	shown := log.Transfer(destination, sourceNames(members))
+	defer shown.Stop()
 	all := pool.New(members, pool.Options{OnFault: func(source string, err error) {
-		fmt.Fprintf(os.Stderr, "guix-substitute-eris: warning: %s gave wrong bytes and is not asked again: %s\n", source, message.OfStore(source, err))
+		log.Warnf("%s gave wrong bytes and is not asked again: %s", source, message.OfStore(source, err))
 	}})
 	defer all.Close()
-	blocks := fetch.Counted(all, shown.add)
+	blocks := fetch.Counted(all, shown.Add)
 	// What is decoded may be as large as it likes; it goes to disk only.
 	x, err := image.Open(ctx, blocks, c, erisfs.Limits{NarSize: 1 << 60}, all.Window())
 	if err != nil {
@@ -100,8 +104,14 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	}
 	defer x.Close()
 	result = decodeResult{Form: string(x.Form), Size: x.Content.Size()}
+	if x.Form != image.ERISFS {
+		shown.Total(result.Size)
+	}
 	if raw || x.Form != image.ERISFS && x.Form != image.Nar {
-		return result, writeContents(x.Content, destination)
+		if err = writeContents(x.Content, destination); err == nil && destination != "-" {
+			shown.Done("wrote %s to %s", page.Size(result.Size), destination)
+		}
+		return result, err
 	}
 	if destination == "-" {
 		return result, errors.New("a file tree cannot be written to standard output; see --raw")
@@ -117,7 +127,29 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 		result.NarHash, result.NarSize = "sha256:"+nixbase32.EncodeToString(r.NarHash[:]), r.NarSize
 		return err
 	})
+	if err == nil {
+		shown.Done("wrote %s to %s", page.Size(int64(result.NarSize)), destination)
+	}
 	return result, err
+}
+
+// parseURN reads a read capability as it is printed, also with the name of an item behind it.
+func parseURN(text string) (eris.ReadCapability, error) {
+	urn, _, _ := strings.Cut(text, "#")
+	return eris.ParseURN(urn)
+}
+
+func errNoStore() error {
+	return fmt.Errorf("no store is known; name one by --store or by %s", settings.StoreVariable)
+}
+
+// sourceNames are the URLs of stores, for people.
+func sourceNames(members []pool.Member) string {
+	var names []string
+	for _, m := range members {
+		names = append(names, m.Source.String())
+	}
+	return strings.Join(names, ", ")
 }
 
 // writeContents writes contents to a file that there is not yet, or to standard output.

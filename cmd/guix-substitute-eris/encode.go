@@ -5,29 +5,33 @@ package main
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
-	"sync/atomic"
-	"time"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dump"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
 
 // encodeSettings are the options of encode.
 type encodeSettings struct {
-	store, secret string
-	item, json    bool
+	store, secret       string
+	item, closure, json bool
 }
 
 // encodeCommand turns a file or a tree into blocks and a URN.
@@ -42,32 +46,90 @@ it, without its name and permissions; a tree, or with --item a file too, is
 encoded as "publish" encodes store items. "-" is the contents of standard input.
 
 Blocks are put into the store that --store, or else the first that the variable
-ERIS_STORE_URL or the configuration file names; with --store=none, or if none is
-named, they are kept nowhere.`,
+ERIS_STORE_URL or the configuration file names, or else into the block store that
+runs on this machine; with --store=none they are kept nowhere. --store=dump:- is
+standard output, which gets nothing else then: the URN goes to standard error.
+
+With --closure, PATHs are store items, and everything that they refer to is
+encoded too; each URN has the item behind it.`,
 	}
 	f := c.Flags()
-	f.StringVar(&s.store, "store", "", "put the blocks into the store at `URL`; \"none\" is none (default: the first of $ERIS_STORE_URL, or of the setting eris-stores)")
+	f.StringVar(&s.store, "store", "", "put the blocks into the store at `URL`; \"none\" is none (default: the first of $ERIS_STORE_URL, of the setting eris-stores, or what runs here)")
 	f.StringVar(&s.secret, "convergence-secret", "", "use the convergence secret `BASE32`, or \"unique\" for one that nobody knows; by default everybody who encodes the same contents gets the same URN")
 	f.BoolVar(&s.item, "item", false, "encode a file as if it were a store item")
+	f.BoolVar(&s.closure, "closure", false, "encode store items with everything that they refer to")
 	f.BoolVar(&s.json, "json", false, "print the result as JSON")
 	c.RunE = func(_ *cobra.Command, args []string) error {
-		if len(args) != 1 {
+		if len(args) != 1 && (!s.closure || len(args) == 0) {
 			return message.Usage("encode takes one file or directory: guix-substitute-eris encode --store=URL FILE")
 		}
-		result, err := s.encode(c.Context(), args[0])
-		if err == nil && s.json {
-			err = page.JSON(result)
-		} else if err == nil {
-			_, err = fmt.Println(result.URN)
-		}
-		return err
+		return s.run(c.Context(), args)
 	}
 	return c
+}
+
+// run encodes what the arguments name, and prints the results.
+func (s *encodeSettings) run(ctx context.Context, args []string) error {
+	store, err := settings.OpenToPut(s.store)
+	if err != nil {
+		return err
+	}
+	out, to := os.Stdout, ""
+	if store != nil {
+		defer store.Close()
+		to = store.String()
+		if _, ok := store.(*dump.Stream); ok {
+			if term.IsTerminal(1) {
+				return errors.New("a dump is not for a terminal; name a file: --store=dump:FILE")
+			}
+			out = os.Stderr
+		}
+	}
+	log := session.NewLog()
+	shown := log.Transfer(args[0], to)
+	defer shown.Stop()
+	results, err := s.encodeAll(ctx, store, args, shown)
+	if err != nil {
+		return err
+	}
+	if err := s.print(out, results); err != nil {
+		return err
+	}
+	var blocks, bytes int64
+	for _, r := range results {
+		blocks, bytes = blocks+r.Blocks, bytes+r.Bytes
+	}
+	switch {
+	case store != nil:
+		shown.Done("stored %s, %s, in %s", page.Count(int(blocks), "block"), page.Size(bytes), store)
+	case settings.NoStores(s.store):
+		log.Notef("nothing was stored")
+	default:
+		log.Notef("nothing was stored, so that nobody can fetch it: no store is named, and none runs here; see --store")
+	}
+	return nil
+}
+
+// print prints the results.
+func (s *encodeSettings) print(out *os.File, results []encodeResult) error {
+	if s.json && s.closure {
+		return page.WriteJSON(out, results)
+	} else if s.json {
+		return page.WriteJSON(out, results[0])
+	}
+	for _, r := range results {
+		if _, err := fmt.Fprintln(out, strings.TrimSpace(r.URN+" "+r.Path)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // encodeResult is what encode prints.
 type encodeResult struct {
 	URN string `json:"urn"`
+	// Path is the store item, of a closure.
+	Path string `json:"path,omitempty"`
 	// Form is "data" for the contents of a file, "eris-fs" or "nar" for a tree.
 	Form string `json:"form"`
 	// Size is the length of the contents of a file in bytes.
@@ -82,42 +144,100 @@ type encodeResult struct {
 	Bytes  int64 `json:"bytes"`
 }
 
-func (s *encodeSettings) encode(ctx context.Context, path string) (result encodeResult, err error) {
+// encodeAll encodes what the arguments name into a store, which may be nil.
+func (s *encodeSettings) encodeAll(ctx context.Context, store fetch.Store, args []string, shown *protocol.Transfer) ([]encodeResult, error) {
 	secret, err := convergenceSecret(s.secret)
 	if err != nil {
-		return result, err
+		return nil, err
 	}
-	if s.store == "" {
-		file, err := settings.Read()
+	paths := args
+	if s.closure {
+		s.item = true
+		if paths, err = closureOf(ctx, args); err != nil {
+			return nil, err
+		}
+	}
+	if term.IsTerminal(2) {
+		shown.Total(sizeOf(paths))
+	}
+	var results []encodeResult
+	var capabilities []eris.ReadCapability
+	for _, path := range paths {
+		r, err := s.encode(ctx, store, path, secret, shown)
 		if err != nil {
-			return result, err
+			return nil, err
 		}
-		if urls := settings.StoreURLs("", file); len(urls) > 0 {
-			s.store = urls[0]
+		if s.closure {
+			r.Path = path
 		}
+		c, err := eris.ParseURN(r.URN)
+		if err != nil {
+			return nil, err
+		}
+		results, capabilities = append(results, r), append(capabilities, c)
 	}
-	sink := eris.Sink(func(context.Context, eris.Reference, []byte) error { return nil })
+	if store == nil {
+		return results, nil
+	}
+	return results, settings.FinishPut(ctx, store, capabilities)
+}
+
+// closureOf returns the store items that paths lead to, and everything that they refer to.
+func closureOf(ctx context.Context, paths []string) ([]string, error) {
+	store := settings.StoreDirectory()
+	var items []string
+	for _, path := range paths {
+		real, err := filepath.EvalSymlinks(path)
+		if err != nil {
+			return nil, err
+		}
+		inside, ok := strings.CutPrefix(real, store+"/")
+		if !ok {
+			return nil, fmt.Errorf("%s is no item of the store %s", path, store)
+		}
+		name, _, _ := strings.Cut(inside, "/")
+		items = append(items, store+"/"+name)
+	}
+	database, err := publish.OpenDatabase(settings.DatabaseFile(), store)
+	if err != nil {
+		return nil, fmt.Errorf("the database of guix-daemon cannot be read: %w", err)
+	}
+	defer database.Close()
+	return publish.Closure(ctx, database, store, items)
+}
+
+// sizeOf returns how many bytes the files of some trees have, as far as can be told.
+func sizeOf(paths []string) (size int64) {
+	for _, path := range paths {
+		filepath.WalkDir(path, func(_ string, d fs.DirEntry, err error) error {
+			if err == nil && d.Type().IsRegular() {
+				if info, err := d.Info(); err == nil {
+					size += info.Size()
+				}
+			}
+			return nil
+		})
+	}
+	return size
+}
+
+// encode encodes a file or a tree into a store, which may be nil.
+func (s *encodeSettings) encode(ctx context.Context, store fetch.Store, path string, secret eris.ConvergenceSecret, shown *protocol.Transfer) (result encodeResult, err error) {
+	put := eris.Sink(func(context.Context, eris.Reference, []byte) error { return nil })
 	var pipeline *fetch.Pipeline
-	var store fetch.Store
-	if s.store != "" && s.store != "none" {
-		if store, err = settings.OpenStore(s.store); err != nil {
-			return result, err
-		}
-		defer store.Close()
+	if store != nil {
 		pipeline = fetch.NewPipeline(ctx, store)
-		sink = pipeline.Put
+		put = pipeline.Put
 	}
-	shown := showProgress("encoded")
-	defer shown.end()
-	counted := eris.Sink(func(ctx context.Context, ref eris.Reference, block []byte) error {
-		shown.add(len(block))
-		return sink(ctx, ref, block)
-	})
+	sink := func(ctx context.Context, ref eris.Reference, block []byte) error {
+		shown.Add(len(block))
+		return put(ctx, ref, block)
+	}
 	if content := s.content(path); content != nil {
 		defer content.Close()
-		result, err = encodeContent(ctx, content, counted, secret)
+		result, err = encodeContent(ctx, content, sink, secret)
 	} else {
-		result, err = encodeTree(ctx, path, counted, secret)
+		result, err = encodeTree(ctx, path, sink, secret)
 	}
 	if pipeline == nil {
 		return result, err
@@ -126,9 +246,6 @@ func (s *encodeSettings) encode(ctx context.Context, path string) (result encode
 		return result, fmt.Errorf("storing the blocks of %s: %w", path, err2)
 	}
 	result.Blocks, result.Bytes = pipeline.Stored()
-	if err == nil {
-		err = settings.AddCapability(ctx, store, result.URN)
-	}
 	return result, err
 }
 
@@ -199,42 +316,4 @@ func convergenceSecret(text string) (secret eris.ConvergenceSecret, err error) {
 		return secret, err
 	}
 	return eris.ParseConvergenceSecret(text)
-}
-
-// A progress shows on a terminal how many bytes have been dealt with.
-type progress struct {
-	n    atomic.Int64
-	stop chan struct{}
-	done chan struct{}
-}
-
-// showProgress begins; what names the deed in the past tense.
-func showProgress(what string) *progress {
-	p := &progress{stop: make(chan struct{}), done: make(chan struct{})}
-	go func() {
-		defer close(p.done)
-		if !term.IsTerminal(2) {
-			return
-		}
-		ticker := time.NewTicker(200 * time.Millisecond)
-		defer ticker.Stop()
-		for begin := time.Now(); ; {
-			select {
-			case <-ticker.C:
-				n := p.n.Load()
-				fmt.Fprintf(os.Stderr, "\r\x1b[K%.1f MiB %s, %.1f MiB/s", float64(n)/(1<<20), what, float64(n)/(1<<20)/time.Since(begin).Seconds())
-			case <-p.stop:
-				fmt.Fprint(os.Stderr, "\r\x1b[K")
-				return
-			}
-		}
-	}()
-	return p
-}
-
-func (p *progress) add(n int) { p.n.Add(int64(n)) }
-
-func (p *progress) end() {
-	close(p.stop)
-	<-p.done
 }

@@ -38,6 +38,8 @@ var commands = []row{
 	{"serve", "ERIS", serving.Serve},
 	{"publish", "ERIS", serving.Publish},
 	{"export", "ERIS", exportCommand},
+	{"import", "ERIS", importCommand},
+	{"check", "ERIS", checkCommand},
 	{"explain", "To find out what is wrong", inspect.Explain},
 	{"doctor", "To find out what is wrong", inspect.Doctor},
 	{"narinfo", "To find out what is wrong", inspect.Narinfo},

@@ -63,17 +63,18 @@ func (f *forward) ReadAt(p []byte, offset int64) (int, error) {
 // block has been written; what the other end does with it is not known. The dump is whole when End
 // has returned nil: without it, who reads the stream finds it cut off.
 type Stream struct {
+	// W is what it is written to, and KeepCapabilities whether End writes read capabilities. Both are
+	// set before anything else is done.
+	W                io.Writer
+	KeepCapabilities bool
+
 	mu     sync.Mutex
-	w      io.Writer
 	begun  bool
 	buffer []byte
 	err    error // why nothing more is written
 }
 
 var _ fetch.Store = (*Stream)(nil)
-
-// NewStream returns a dump that is written to w.
-func NewStream(w io.Writer) *Stream { return &Stream{w: w} }
 
 // Start implements [fetch.Source].
 func (s *Stream) Start(r *fetch.Request) {
@@ -98,9 +99,12 @@ func (s *Stream) Put(ctx context.Context, ref eris.Reference, block []byte) erro
 	return s.write(func(b []byte) []byte { return appendPair(b, ref, block) })
 }
 
-// End ends the dump, with read capabilities, which disclose the contents to whoever has it. Nothing
-// can be put afterwards.
+// End ends the dump, with read capabilities if these are kept: they disclose the contents to whoever
+// has the dump. Nothing can be put afterwards.
 func (s *Stream) End(capabilities ...eris.ReadCapability) error {
+	if !s.KeepCapabilities {
+		capabilities = nil
+	}
 	err := s.write(func(b []byte) []byte { return appendEnd(b, capabilities) })
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -125,6 +129,6 @@ func (s *Stream) write(add func(b []byte) []byte) error {
 		s.buffer = append(s.buffer, opening...)
 	}
 	s.buffer = add(s.buffer)
-	_, s.err = s.w.Write(s.buffer)
+	_, s.err = s.W.Write(s.buffer)
 	return s.err
 }

@@ -17,7 +17,7 @@ import (
 // stream is cut off, all blocks that are whole have been handed over and the error says so.
 func TestStream(t *testing.T) {
 	var out bytes.Buffer
-	s := dump.NewStream(&out)
+	s := dump.Stream{W: &out, KeepCapabilities: true}
 	var refs []eris.Reference
 	var ends []int // of blocks in the stream
 	for i, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB, eris.BlockSize1KiB} {

@@ -196,10 +196,13 @@ func Duration(d time.Duration) string {
 }
 
 // JSON prints a result on standard output.
-func JSON(v any) error {
+func JSON(v any) error { return WriteJSON(os.Stdout, v) }
+
+// WriteJSON prints a result on w.
+func WriteJSON(w io.Writer, v any) error {
 	text, err := json.MarshalIndent(v, "", "  ")
 	if err == nil {
-		_, err = fmt.Println(string(text))
+		_, err = fmt.Fprintln(w, string(text))
 	}
 	return err
 }

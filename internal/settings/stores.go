@@ -98,6 +98,9 @@ func openStoreFor(text string, hops int) (fetch.Store, error) {
 	case "file":
 		store, err = dir.Open(text, dir.Options{})
 	case "dump":
+		if u.Path == "-" {
+			return &dump.Stream{W: os.Stdout, KeepCapabilities: u.Has("capability")}, nil
+		}
 		store, err = dump.Open(text)
 	case "ipfs+http", "ipfs+https":
 		store, err = ipfs.Open(text, ipfs.Options{})
@@ -108,18 +111,37 @@ func openStoreFor(text string, hops int) (fetch.Store, error) {
 	return store, nil
 }
 
-// AddCapability tells a store of a read capability, if it is one that keeps them and its URL asks
-// for that.
-func AddCapability(ctx context.Context, store fetch.Store, urn string) error {
-	d, ok := store.(*dump.Store)
-	if !ok || !d.KeepsCapabilities() {
-		return nil
+// OpenToPut opens the store where blocks are to go: that of a flag, or else the first of
+// [StoreURLs]. It is nil if there is none.
+func OpenToPut(flag string) (fetch.Store, error) {
+	var file File
+	if flag == "" {
+		var err error
+		if file, err = Read(); err != nil {
+			return nil, err
+		}
 	}
-	c, err := eris.ParseURN(urn)
-	if err != nil {
-		return err
+	urls := StoreURLs(flag, file)
+	if len(urls) == 0 {
+		return nil, nil
 	}
-	return d.AddCapability(ctx, c)
+	return OpenStore(urls[0])
+}
+
+// FinishPut is called when everything has been put into a store. It tells the store of read
+// capabilities, if it is one that keeps them and its URL asks for that.
+func FinishPut(ctx context.Context, store fetch.Store, capabilities []eris.ReadCapability) error {
+	switch d := store.(type) {
+	case *dump.Stream:
+		return d.End(capabilities...)
+	case *dump.Store:
+		for _, c := range capabilities {
+			if err := d.AddCapability(ctx, c); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // OpenStores opens all stores that can be opened, as members of a pool. Errors name those that
