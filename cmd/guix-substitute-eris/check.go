@@ -3,18 +3,16 @@
 package main
 
 import (
-	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/complete"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
@@ -22,7 +20,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 )
 
 // checkSettings are the options of check.
@@ -63,23 +60,13 @@ the blocks in it. With --repair, what is missing comes from the other stores.`,
 func (s *checkSettings) check(ctx context.Context, what string) error {
 	info, err := os.Stat(what)
 	isDirectory := err == nil && info.IsDir()
-	urls := strings.Fields(strings.Join(s.stores, " "))
-	if len(urls) == 0 {
-		file, err := settings.Read()
-		if err != nil {
-			return err
-		}
-		urls = settings.StoreURLs("", file)
+	c, err := parseURN(what)
+	if err != nil && !isDirectory {
+		return fmt.Errorf("%w; this is no directory either", err)
 	}
-	if isDirectory && len(s.stores) == 0 {
-		blocks, err := filepath.Abs(filepath.Join(what, "blocks"))
-		if err != nil {
-			return err
-		}
-		urls = append([]string{(&url.URL{Scheme: "file", Path: blocks}).String()}, urls...)
-	}
-	if len(urls) == 0 {
-		return errNoStore()
+	urls, err := s.urls(what, isDirectory)
+	if err != nil {
+		return err
 	}
 	store, err := settings.OpenStore(urls[0])
 	if err != nil {
@@ -90,136 +77,110 @@ func (s *checkSettings) check(ctx context.Context, what string) error {
 	defer shown.Stop()
 	o := complete.Options{Store: store, Got: shown.Add}
 	if s.repair {
-		from, err := repairFrom(urls[1:])
+		if len(urls) == 1 {
+			return message.Usage("--repair needs another store that blocks come from: --store=URL --store=OTHER-URL")
+		}
+		members, err := settings.OpenStores(urls[1:], 0)
+		from := pool.New(members, pool.Options{})
+		defer from.Close()
 		if err != nil {
 			return err
 		}
-		defer from.Close()
 		o.From = from
 	}
+	var items []complete.Item
 	if isDirectory {
-		return s.checkDirectory(ctx, what, o, shown)
-	}
-	c, err := parseURN(what)
-	if err != nil {
-		return fmt.Errorf("%w; this is no directory either", err)
-	}
-	r, err := complete.Check(ctx, c, o)
-	if err != nil {
-		return err
+		err = complete.Directory(ctx, what, o, func(item complete.Item) { items = append(items, item) })
+	} else {
+		items = []complete.Item{{Path: what}}
+		items[0].Blocks, err = complete.Check(ctx, c, o)
 	}
 	shown.Stop()
-	if s.json {
-		err = page.JSON(r)
-	} else {
-		p := page.New()
-		showReport(p, what, &r, nil)
-		err = p.Print()
+	if err != nil {
+		return err
+	} else if len(items) == 0 {
+		return fmt.Errorf("%s has no narinfos, so that it is not known what should be there", what)
 	}
-	return errors.Join(err, notComplete(r.Complete()))
+	if s.json {
+		err = page.JSON(items)
+	} else {
+		err = showItems(items)
+	}
+	if err == nil && slices.ContainsFunc(items, func(i complete.Item) bool { return !i.Complete() }) {
+		err = message.Unavailable
+	}
+	return err
 }
 
-// repairFrom returns the stores that blocks come from.
-func repairFrom(urls []string) (fetch.Source, error) {
-	if len(urls) == 0 {
-		return nil, message.Usage("--repair needs another store that blocks come from: --store=URL --store=OTHER-URL")
+// urls returns the store that is checked, and those to repair it from.
+func (s *checkSettings) urls(what string, isDirectory bool) ([]string, error) {
+	if urls := strings.Fields(strings.Join(s.stores, " ")); len(urls) > 0 {
+		return urls, nil
 	}
-	members, err := settings.OpenStores(urls, 0)
+	file, err := settings.Read()
 	if err != nil {
-		settings.CloseStores(members)
 		return nil, err
 	}
-	return pool.New(members, pool.Options{}), nil
-}
-
-// notComplete is what a command ends with that has shown that something is missing.
-func notComplete(complete bool) error {
-	if complete {
-		return nil
-	}
-	return message.Unavailable
-}
-
-func (s *checkSettings) checkDirectory(ctx context.Context, directory string, o complete.Options, shown *protocol.Transfer) error {
-	items := []complete.Item{} // not nil
-	p := page.New()
-	bad, blocks, size := 0, int64(0), int64(0)
-	err := complete.Directory(ctx, directory, o, func(item complete.Item) {
-		items = append(items, item)
-		if item.Blocks != nil {
-			blocks, size = blocks+item.Blocks.Blocks, size+item.Blocks.Bytes
+	urls := settings.StoreURLs("", file)
+	if isDirectory {
+		blocks, err := filepath.Abs(filepath.Join(what, "blocks"))
+		if err != nil {
+			return nil, err
 		}
+		urls = append([]string{(&url.URL{Scheme: "file", Path: blocks}).String()}, urls...)
+	}
+	if len(urls) == 0 {
+		return nil, errNoStore()
+	}
+	return urls, nil
+}
+
+// showItems shows what there is of items: all that can be said of those that are not complete, or of
+// a single one.
+func showItems(items []complete.Item) error {
+	p := page.New()
+	var all complete.Report
+	bad := 0
+	for _, item := range items {
+		r := item.Blocks
+		all.Blocks, all.Bytes, all.Repaired = all.Blocks+r.Blocks, all.Bytes+r.Bytes, all.Repaired+r.Repaired
 		if !item.Complete() {
 			bad++
+			p.Say(0, page.Bad, "%s", item.Path)
+			for _, line := range faultsOf(item) {
+				p.Line(4, "%s", line)
+			}
 		}
-		if !item.Complete() || item.Blocks != nil && item.Blocks.Repaired > 0 {
-			showReport(p, item.Path, item.Blocks, item.Faults)
-		}
-	})
-	shown.Stop()
-	switch {
-	case err != nil:
-		return err
-	case len(items) == 0:
-		return fmt.Errorf("%s has no narinfos, so that it is not known what should be there", directory)
-	case s.json:
-		return errors.Join(page.JSON(items), notComplete(bad == 0))
 	}
-	result := fmt.Sprintf("%s with %s, %s: ", page.Count(len(items), "item"), page.Count(int(blocks), "block"), page.Size(size))
-	if bad == 0 {
-		result += "complete"
-	} else {
-		result += page.Count(bad, "item") + " not complete"
+	result := "complete"
+	if bad > 0 {
+		result = "not complete: " + page.Count(bad, "item")
 	}
-	p.Heading(result)
-	return errors.Join(p.Print(), notComplete(bad == 0))
-}
-
-// showReport shows what there is of something.
-func showReport(p *page.Page, what string, r *complete.Report, faults []string) {
-	var lines []string
-	if r != nil {
-		lines = append(lines, reportLines(r)...)
+	if all.Repaired > 0 {
+		result += fmt.Sprintf("; %s put there now", page.Count(int(all.Repaired), "block"))
 	}
-	lines = append(lines, faults...)
-	mark := page.Good
-	if len(faults) > 0 || r != nil && !r.Complete() {
-		mark = page.Bad
-	}
-	p.Say(0, mark, "%s", what)
-	for _, line := range lines {
-		p.Line(4, "%s", line)
-	}
+	p.Line(0, "%s, with %s, %s: %s", page.Count(len(items), "item"), page.Count(int(all.Blocks), "block"), page.Size(all.Bytes), result)
+	return p.Print()
 }
 
 // maxAffected is how many files are listed.
 const maxAffected = 20
 
-func reportLines(r *complete.Report) (lines []string) {
-	there := fmt.Sprintf("%s, %s (%s)", page.Count(int(r.Blocks), "block"), page.Size(r.Bytes), cmp.Or(r.Form, "of unknown form"))
-	if r.Repaired > 0 {
-		there += fmt.Sprintf("; %d of them put there now", r.Repaired)
+func faultsOf(item complete.Item) (lines []string) {
+	r := item.Blocks
+	if r.Missing > 0 {
+		lost := fmt.Sprintf("%s missing or damaged, %s", page.Count(int(r.Missing), "block"), page.Size(r.MissingBytes))
+		if r.Inner > 0 {
+			lost += fmt.Sprintf("; what is below %d of them is not known", r.Inner)
+		}
+		lines = append(lines, lost)
 	}
-	lines = append(lines, there)
-	if r.Complete() {
-		return lines
-	}
-	lost := fmt.Sprintf("missing: %s, %s", page.Count(int(r.Missing), "block"), page.Size(r.MissingBytes))
-	if r.Damaged > 0 {
-		lost += fmt.Sprintf("; %d with wrong bytes in their place", r.Damaged)
-	}
-	if r.Inner > 0 {
-		lost += fmt.Sprintf("; what is below %d of them is not known", r.Inner)
-	}
-	lines = append(lines, lost)
 	for i, path := range r.Affected {
 		if i == maxAffected {
-			return append(lines, fmt.Sprintf("  and %d more files", len(r.Affected)-i))
+			lines = append(lines, fmt.Sprintf("and %d more files", len(r.Affected)-i))
+			break
 		}
-		if path == "." {
-			path = "all"
-		}
-		lines = append(lines, "  not whole: "+path)
+		lines = append(lines, "not whole: "+path)
 	}
-	return lines
+	return append(lines, item.Faults...)
 }

@@ -28,7 +28,7 @@ type Options struct {
 	// From is where blocks come from that Store lacks or has wrong; they are put into it. Nil
 	// leaves it as it is.
 	From fetch.Source
-	// Got is told the length of each block that was got, from any goroutine; nil tells nobody.
+	// Got is told the length of each block that was got, from any goroutine.
 	Got func(bytes int)
 }
 
@@ -39,7 +39,6 @@ type Report struct {
 	Blocks   int64  `json:"blocks"`         // that are there
 	Bytes    int64  `json:"bytes"`
 	Repaired int64  `json:"repaired"` // those of them that came from elsewhere
-	Damaged  int64  `json:"damaged"`  // were there with wrong bytes
 	// Missing and MissingBytes are of the blocks that the store lacks, or has wrong, and that could
 	// not be got. Below those of them that are inner nodes there are more, of which nothing is
 	// known.
@@ -56,10 +55,8 @@ func (r *Report) Complete() bool { return r.Missing == 0 }
 const (
 	// workers is how many blocks are asked for at a time.
 	workers = 64
-	// maxSeen bounds the inner nodes that are remembered, so that none is gone through twice: that
-	// many have some hundred TiB below them.
-	maxSeen = 1 << 22
-	// maxNoted bounds the blocks that are missing or repaired.
+	// maxNoted bounds the inner nodes that are remembered, so that none is gone through twice, which
+	// is enough for some hundred TiB; and the blocks that are missing or repaired.
 	maxNoted = 1 << 22
 )
 
@@ -67,8 +64,7 @@ const (
 // tree, of all files. Errors are those of the stores, but for blocks that are not there or wrong,
 // and the cause of ctx.
 func Check(ctx context.Context, c eris.ReadCapability, o Options) (Report, error) {
-	w := walk{o: o, seen: map[visit]bool{}, noted: map[eris.Reference]uint8{}, affected: map[string]bool{}}
-	w.more = sync.NewCond(&w.mu)
+	w := walk{o: o, seen: map[visit]bool{}, noted: map[eris.Reference]bool{}, affected: map[string]bool{}}
 	err := w.run(ctx, []visit{root(c, ".")})
 	if err == nil && w.report.Complete() {
 		err = w.inside(ctx, c)
@@ -119,168 +115,119 @@ func root(c eris.ReadCapability, path string) visit {
 	return visit{eris.Pair{Reference: c.Root, Key: c.Key}, c.BlockSize, c.Level, path}
 }
 
-// walk goes through blocks, the deepest first, so that little has to be remembered.
+// walk goes through blocks, in as many goroutines as there are workers.
 type walk struct {
 	o Options
 
 	mu       sync.Mutex
-	more     *sync.Cond // there is something to do, or nothing more
-	todo     []visit
-	busy     int // workers that may find more
-	stopped  bool
 	seen     map[visit]bool // inner nodes
-	noted    map[eris.Reference]uint8
+	noted    map[eris.Reference]bool
 	affected map[string]bool
 	report   Report
 }
 
 // run goes through everything below some blocks.
 func (w *walk) run(ctx context.Context, todo []visit) error {
-	slices.Reverse(todo)
-	w.todo = todo
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	defer context.AfterFunc(ctx, w.stop)()
-	var g errgroup.Group
-	for range workers {
-		g.Go(func() error {
-			err := w.work(ctx)
-			if err != nil {
-				cancel(err) // which is what the others return
-			}
-			return err
-		})
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(workers)
+	for _, v := range todo {
+		g.Go(func() error { return w.visit(ctx, g, v) })
 	}
 	return g.Wait()
 }
 
-func (w *walk) stop() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.stopped = true
-	w.more.Broadcast()
-}
-
-func (w *walk) work(ctx context.Context) error {
-	memory, plain := make([]byte, 0, eris.BlockSize32KiB), make([]byte, eris.BlockSize32KiB)
-	for {
-		v, ok := w.next()
-		if !ok {
-			return context.Cause(ctx)
-		}
-		block, err := w.get(ctx, v, memory)
-		if err == nil && block != nil && v.level > 0 {
-			err = w.children(v, block, plain[:v.size])
-		}
-		w.mu.Lock()
-		w.busy--
-		w.more.Broadcast()
-		w.mu.Unlock()
-		if err != nil {
-			return err
-		}
+// visit looks at a block and those below it: by a goroutine each while there may be more of them,
+// else itself.
+func (w *walk) visit(ctx context.Context, g *errgroup.Group, v visit) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
 	}
-}
-
-// next waits for something to do, unless there is nothing more.
-func (w *walk) next() (visit, bool) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for len(w.todo) == 0 && w.busy > 0 && !w.stopped {
-		w.more.Wait()
+	block, err := w.get(ctx, v)
+	if err != nil || block == nil || v.level == 0 || !w.news(v) {
+		return err
 	}
-	if len(w.todo) == 0 || w.stopped {
-		return visit{}, false
-	}
-	v := w.todo[len(w.todo)-1]
-	w.todo = w.todo[:len(w.todo)-1]
-	w.busy++
-	return v, true
-}
-
-// get gets a block, from elsewhere if need be; nil if it is not to be had.
-func (w *walk) get(ctx context.Context, v visit, memory []byte) ([]byte, error) {
-	ref := v.pair.Reference
-	block, err := fetch.Get(ctx, w.o.Store, ref, v.size, memory)
-	var wrong *eris.BlockError
-	damaged, repaired := errors.As(err, &wrong), false
-	if (damaged || errors.Is(err, eris.ErrNotFound)) && w.o.From != nil {
-		if block, err = fetch.Get(ctx, w.o.From, ref, v.size, memory); err == nil {
-			repaired = true
-			if err := w.o.Store.Put(ctx, ref, block); err != nil {
-				return nil, err
-			}
-		}
-	}
-	if err == nil && w.o.Got != nil {
-		w.o.Got(len(block))
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	r := &w.report
-	if damaged && w.first(ref, wasDamaged) {
-		r.Damaged++
-	}
-	switch {
-	case err == nil:
-		r.Blocks++
-		r.Bytes += int64(v.size)
-		if repaired && w.first(ref, wasRepaired) {
-			r.Repaired++
-		}
-		return block, nil
-	case !errors.As(err, &wrong) && !errors.Is(err, eris.ErrNotFound):
-		return nil, err
-	}
-	w.affected[v.path] = true
-	if w.first(ref, wasMissing) {
-		r.Missing++
-		r.MissingBytes += int64(v.size)
-		if v.level > 0 {
-			r.Inner++
-		}
-	}
-	if len(w.noted) > maxNoted {
-		return nil, fmt.Errorf("more than %d blocks are missing", maxNoted)
-	}
-	return nil, nil
-}
-
-// What is noted of blocks, so that each counts once.
-const (
-	wasMissing = 1 << iota
-	wasDamaged
-	wasRepaired
-)
-
-// first notes something of a block, and reports whether that is news.
-func (w *walk) first(ref eris.Reference, what uint8) bool {
-	news := w.noted[ref]&what == 0
-	w.noted[ref] |= what
-	return news
-}
-
-// children adds what is below an inner node to what is to be done.
-func (w *walk) children(v visit, block, plain []byte) error {
+	plain := make([]byte, v.size)
 	eris.Decrypt(plain, block, v.pair.Key, v.level)
 	node, err := eris.ParseNode(plain)
 	if err != nil {
 		return fmt.Errorf("%s: %w", v.path, err)
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.seen[v] {
-		return nil
-	}
-	if len(w.seen) == maxSeen {
-		return errors.New("this has too many blocks to be checked")
-	}
-	w.seen[v] = true
-	for i := node.Len() - 1; i >= 0; i-- {
-		child := visit{node.Pair(i), v.size, v.level - 1, v.path}
-		if last := len(w.todo) - 1; last < 0 || w.todo[last] != child { // runs of equal contents
-			w.todo = append(w.todo, child)
+	var last eris.Pair
+	for i := range node.Len() {
+		if node.Pair(i) == last {
+			continue // runs of equal contents
+		}
+		last = node.Pair(i)
+		child := visit{last, v.size, v.level - 1, v.path}
+		if !g.TryGo(func() error { return w.visit(ctx, g, child) }) {
+			if err := w.visit(ctx, g, child); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
+}
+
+// news reports whether an inner node has not been met before.
+func (w *walk) news(v visit) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	again := w.seen[v]
+	w.seen[v] = true
+	return !again
+}
+
+// get gets a block, from elsewhere if need be; nil if it is not to be had.
+func (w *walk) get(ctx context.Context, v visit) ([]byte, error) {
+	ref := v.pair.Reference
+	block, err := fetch.Get(ctx, w.o.Store, ref, v.size, nil)
+	lacks := lacking(err)
+	repaired := false
+	if lacks && w.o.From != nil {
+		block, err = fetch.Get(ctx, w.o.From, ref, v.size, nil)
+		if repaired = err == nil; repaired {
+			err = w.o.Store.Put(ctx, ref, block)
+		}
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	r := &w.report
+	switch {
+	case err == nil:
+		w.o.Got(len(block))
+		r.Blocks++
+		r.Bytes += int64(v.size)
+		if repaired && w.first(ref) {
+			r.Repaired++
+		}
+	case !lacking(err):
+		return nil, err
+	default:
+		block = nil
+		w.affected[v.path] = true
+		if w.first(ref) {
+			r.Missing++
+			r.MissingBytes += int64(v.size)
+			if v.level > 0 {
+				r.Inner++
+			}
+		}
+	}
+	if max(len(w.noted), len(w.seen)) > maxNoted {
+		return nil, errors.New("this has too many blocks to be checked")
+	}
+	return block, nil
+}
+
+// lacking reports whether an error says that a source does not have a block, or has it wrong.
+func lacking(err error) bool {
+	var wrong *eris.BlockError
+	return errors.Is(err, eris.ErrNotFound) || errors.As(err, &wrong)
+}
+
+// first reports whether a block that is missing or repaired has not been counted before.
+func (w *walk) first(ref eris.Reference) bool {
+	again := w.noted[ref]
+	w.noted[ref] = true
+	return !again
 }

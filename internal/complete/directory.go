@@ -21,15 +21,15 @@ import (
 // An Item is a store item in a directory of narinfos.
 type Item struct {
 	Path string `json:"path"` // the name of the narinfo if that cannot be read
-	// Blocks is about the read capability of which the most is there; nil if there is none.
-	Blocks *Report `json:"blocks,omitempty"`
+	// Blocks is about the read capability of which the most is there.
+	Blocks Report `json:"blocks"`
 	// Faults say what else is wrong: nars and deltas in the directory.
 	Faults []string `json:"faults,omitempty"`
 }
 
 // Complete reports whether nothing is wrong.
 func (i *Item) Complete() bool {
-	return len(i.Faults) == 0 && (i.Blocks == nil || i.Blocks.Complete())
+	return len(i.Faults) == 0 && i.Blocks.Complete()
 }
 
 // Directory checks the items of a directory that is a substitute server, as "export" makes it:
@@ -107,28 +107,25 @@ func readNarinfo(root *os.Root, name string) (*narinfo.Narinfo, error) {
 
 // checkBlocks checks the read capabilities of an item, and if none is complete, mends the one of
 // which the most is there.
-func checkBlocks(ctx context.Context, n *narinfo.Narinfo, o Options) (best *Report, err error) {
-	var capability eris.ReadCapability
+func checkBlocks(ctx context.Context, n *narinfo.Narinfo, o Options) (best Report, err error) {
+	var capability *eris.ReadCapability
 	for _, e := range n.ERIS {
 		c, err := eris.ParseURN(e.URN)
 		if err != nil {
 			continue
 		}
 		r, err := Check(ctx, c, Options{Store: o.Store, Got: o.Got})
-		if err != nil {
-			return nil, err
+		if err != nil || r.Complete() {
+			return r, err
 		}
-		if best == nil || r.Complete() || r.Blocks > best.Blocks {
-			best, capability = &r, c
-		}
-		if r.Complete() {
-			return best, nil
+		if capability == nil || r.Blocks > best.Blocks {
+			best, capability = r, &c
 		}
 	}
-	if best != nil && o.From != nil {
-		*best, err = Check(ctx, capability, o)
+	if capability != nil && o.From != nil {
+		return Check(ctx, *capability, o)
 	}
-	return best, err
+	return best, nil
 }
 
 // checkNar compares the hash of a nar.
