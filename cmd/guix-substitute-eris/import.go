@@ -6,17 +6,22 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dir"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dump"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/transfer"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 )
 
 // importCommand puts blocks that were carried here into a store.
@@ -48,12 +53,15 @@ URNs that the dump discloses are printed.
 	return c
 }
 
+// imported tells what has been put into a store.
+type imported struct {
+	Blocks  int64    `json:"blocks"`
+	Bytes   int64    `json:"bytes"`
+	Damaged int64    `json:"damaged"` // blocks that are not what their references say, and were left out
+	URNs    []string `json:"urns,omitempty"`
+}
+
 func importBlocks(ctx context.Context, name, storeURL string, asJSON bool) error {
-	blocks, size, closeBlocks, err := carriedBlocks(name)
-	if err != nil {
-		return err
-	}
-	defer closeBlocks()
 	store, err := settings.OpenToPut(storeURL)
 	if err != nil {
 		return err
@@ -61,28 +69,21 @@ func importBlocks(ctx context.Context, name, storeURL string, asJSON bool) error
 		return errNoStore()
 	}
 	defer store.Close()
-	from := name
-	if name == "-" {
-		from = "standard input"
-	}
-	shown := session.NewLog().Transfer(from, from)
+	shown := session.NewLog().Transfer(name, name)
 	defer shown.Stop()
-	shown.Total(size)
-	result, err := transfer.Import(ctx, store, blocks, shown.Add)
-	if errors.Is(err, transfer.ErrCut) {
-		return fmt.Errorf("%s: %w; %s before that, %s, are stored\nhint: import it again, from the beginning; what is stored stays",
-			from, err, page.Count(int(result.Blocks), "block"), page.Size(result.Bytes))
+	result, err := importInto(ctx, store, name, shown)
+	var format *dump.FormatError
+	if errors.As(err, &format) && format.Err == io.ErrUnexpectedEOF {
+		return fmt.Errorf("%s: the dump is cut off at byte %d; %s before that, %s, are stored\nhint: import it again, from the beginning; what is stored stays",
+			name, format.Offset, page.Count(int(result.Blocks), "block"), page.Size(result.Bytes))
 	} else if err != nil {
-		return fmt.Errorf("%s: %w", from, err)
-	}
-	if err := settings.FinishPut(ctx, store, result.Capabilities); err != nil {
-		return err
+		return fmt.Errorf("%s: %w", name, err)
 	}
 	if asJSON {
 		err = page.JSON(result)
 	} else {
-		for _, c := range result.Capabilities {
-			fmt.Println(c.URN())
+		for _, urn := range result.URNs {
+			fmt.Println(urn)
 		}
 	}
 	if err != nil {
@@ -91,31 +92,58 @@ func importBlocks(ctx context.Context, name, storeURL string, asJSON bool) error
 	shown.Done("stored %s, %s, in %s", page.Count(int(result.Blocks), "block"), page.Size(result.Bytes), store)
 	switch {
 	case result.Damaged > 0:
-		return fmt.Errorf("%s: %s damaged and were left out", from, page.Count(int(result.Damaged), "block"))
+		return fmt.Errorf("%s: damaged, and left out: %s", name, page.Count(int(result.Damaged), "block"))
 	case result.Blocks == 0:
-		return fmt.Errorf("%s has no blocks", from)
+		return fmt.Errorf("%s has no blocks", name)
 	}
 	return nil
 }
 
-// carriedBlocks opens what is to be imported. The size is 0 if it is not known.
-func carriedBlocks(name string) (blocks transfer.Blocks, size int64, closeBlocks func(), err error) {
+// importInto verifies blocks and puts those that are right into a store. What the result counts is
+// stored, also with an error.
+func importInto(ctx context.Context, store fetch.Store, name string, shown *protocol.Transfer) (result imported, err error) {
+	pipeline := fetch.NewPipeline(ctx, store)
+	capabilities, err := eachBlock(name, shown, func(ref eris.Reference, block []byte) error {
+		shown.Add(len(block))
+		if eris.Verify(ref, block) != nil {
+			result.Damaged++
+			return ctx.Err()
+		}
+		return pipeline.Put(ctx, ref, block)
+	})
+	if stored := pipeline.Flush(); stored != nil {
+		err = fmt.Errorf("storing the blocks: %w", stored)
+	}
+	result.Blocks, result.Bytes = pipeline.Stored()
+	for _, c := range capabilities {
+		result.URNs = append(result.URNs, c.URN())
+	}
+	if err == nil {
+		err = settings.FinishPut(ctx, store, capabilities)
+	}
+	return result, err
+}
+
+// eachBlock calls f for each block of a dump or a directory, as [dump.Read] does.
+func eachBlock(name string, shown *protocol.Transfer, f func(ref eris.Reference, block []byte) error) ([]eris.ReadCapability, error) {
 	if name == "-" {
-		return transfer.FromDump(os.Stdin), 0, func() {}, nil
+		return dump.Read(os.Stdin, f)
 	}
 	info, err := os.Stat(name)
 	if err != nil {
-		return nil, 0, nil, err
+		return nil, err
 	}
 	if info.IsDir() {
 		if info, err := os.Stat(filepath.Join(name, "blocks")); err == nil && info.IsDir() {
 			name = filepath.Join(name, "blocks")
 		}
-		return transfer.FromDirectory(name), 0, func() {}, nil
+		return nil, dir.Each(name, f)
 	}
-	f, err := os.Open(name)
+	file, err := os.Open(name)
 	if err != nil {
-		return nil, 0, nil, err
+		return nil, err
 	}
-	return transfer.FromDump(f), info.Size(), func() { f.Close() }, nil
+	defer file.Close()
+	shown.Total(info.Size())
+	return dump.Read(file, f)
 }
