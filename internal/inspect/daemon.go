@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"golang.org/x/sys/unix"
@@ -163,7 +164,7 @@ func (d *doctor) plugIn() string {
 	commands := "sudo mkdir -p " + extensionDirectory + "\n" +
 		"sudo cp etc/guix/extensions/substitute.scm " + extensionDirectory + "/\n"
 	if self, err := os.Executable(); err == nil && self != usualProgram && d.root == "" {
-		commands += "sudo install " + self + " " + usualProgram + "\n"
+		commands += "sudo install " + page.Quote(self) + " " + usualProgram + "\n"
 	}
 	return commands + d.daemonSetting("GUIX_EXTENSIONS_PATH="+extensionDirectory)
 }
@@ -258,6 +259,6 @@ func (d *doctor) examineConfinement(program string) {
 		d.well("AppArmor", "the profile %s is in force and permits it", profile)
 		return
 	}
-	d.ill("echo '"+program+" ixmr,' | sudo tee -a /"+local+"\nsudo apparmor_parser -r /etc/apparmor.d/guix-daemon", "AppArmor",
+	d.ill("echo "+page.Quote(program+" ixmr,")+" | sudo tee -a /"+local+"\nsudo apparmor_parser -r /etc/apparmor.d/guix-daemon", "AppArmor",
 		"the profile %s is in force and lets the daemon run programs in the store only", profile)
 }

@@ -123,7 +123,7 @@ func (d *doctor) examine(ctx context.Context) {
 	if d.Confines() {
 		d.well("confinement", "helpers confine themselves: %s", confine.InForce())
 	} else {
-		d.ill("sudo sed -i '/^confine *=/d' "+settings.FileName(), "confinement", "helpers do not confine themselves: \"confine = false\" in %s", settings.FileName())
+		d.ill("sudo sed -i '/^confine *=/d' "+page.Quote(settings.FileName()), "confinement", "helpers do not confine themselves: \"confine = false\" in %s", settings.FileName())
 	}
 	d.examineKeys()
 	d.examineState()
@@ -145,7 +145,7 @@ func (d *doctor) adoptEnvironment() {
 	for _, name := range []string{settings.StoreVariable, "XDG_CACHE_HOME"} {
 		ours, theirs := os.Getenv(name), d.daemon.environment[name]
 		if name == settings.StoreVariable && ours != "" && ours != theirs {
-			d.ill("echo \"eris-stores = [\\\"$"+settings.StoreVariable+"\\\"]\" | sudo tee -a "+settings.FileName(), "environment", "%s is set here, but the daemon has another value, or none", settings.StoreVariable)
+			d.ill("echo \"eris-stores = [\\\"$"+settings.StoreVariable+"\\\"]\" | sudo tee -a "+page.Quote(settings.FileName()), "environment", "%s is set here, but the daemon has another value, or none", settings.StoreVariable)
 		}
 		os.Setenv(name, theirs)
 	}
@@ -174,7 +174,7 @@ func (d *doctor) daemonSetting(setting string) string {
 			"sudo guix system reconfigure /etc/config.scm && sudo herd restart guix-daemon"
 	}
 	return "sudo mkdir -p /etc/systemd/system/guix-daemon.service.d\n" +
-		"printf '[Service]\\nEnvironment=\"" + setting + "\"\\n' | sudo tee -a /etc/systemd/system/guix-daemon.service.d/eris.conf\n" +
+		"printf '[Service]\\nEnvironment=\"%s\"\\n' " + page.Quote(setting) + " | sudo tee -a /etc/systemd/system/guix-daemon.service.d/eris.conf\n" +
 		"sudo systemctl daemon-reload && sudo systemctl restart guix-daemon"
 }
 
@@ -202,12 +202,12 @@ func (d *doctor) examineKeys() {
 	switch {
 	case err != nil: // which is well on a machine that publishes nothing
 	case info.Mode().Perm()&0o077 != 0:
-		d.ill("sudo chmod 400 "+secret, "signing key", "%s can be read by others than its owner", secret)
+		d.ill("sudo chmod 400 "+page.Quote(secret), "signing key", "%s can be read by others than its owner", secret)
 	default:
 		d.well("signing key", "%s", secret)
 	}
 	if _, err := settings.Read(); err != nil {
-		d.ill("sudo editor "+settings.FileName(), "configuration", "%v", err)
+		d.ill("sudo editor "+page.Quote(settings.FileName()), "configuration", "%v", err)
 	} else if _, err := os.Stat(settings.FileName()); err != nil {
 		d.well("configuration", "there is no %s, and none is needed", settings.FileName())
 	} else {
@@ -223,14 +223,14 @@ func (d *doctor) examineState() {
 	if directory == "" {
 		d.well("cache", "nothing is kept for later, by the settings")
 	} else if owner, err := writable(directory, d.helper()); err != nil {
-		d.ill(fmt.Sprintf("sudo install -d -o %d %s", owner, directory), "cache", "narinfos and blocks cannot be kept for later: %v", err)
+		d.ill(fmt.Sprintf("sudo install -d -o %d %s", owner, page.Quote(directory)), "cache", "narinfos and blocks cannot be kept for later: %v", err)
 	} else {
 		d.well("cache", "%s", directory)
 	}
 	for _, place := range []struct{ subject, path string }{{"store", d.Store}, {"state", settings.StateDirectory()}} {
 		var fsys unix.Statfs_t
 		if err := unix.Statfs(place.path, &fsys); err != nil {
-			d.ill("sudo mkdir -p "+place.path, place.subject, "%v", &fs.PathError{Op: "statfs", Path: place.path, Err: err})
+			d.ill("sudo mkdir -p "+page.Quote(place.path), place.subject, "%v", &fs.PathError{Op: "statfs", Path: place.path, Err: err})
 			continue
 		}
 		free := int64(min(fsys.Bavail, 1<<40)) * fsys.Bsize
@@ -349,7 +349,7 @@ func (d *doctor) examineStores(ctx context.Context, sub *session.Session) {
 	}
 	members, stats := sub.Stores()
 	if policy, err := d.Policy(); len(members) == 0 && len(urls) > 0 && err == nil && policy != substitute.HTTPOnly {
-		d.ill("sudo editor "+settings.FileName(), "block stores", "none of them can be opened")
+		d.ill("sudo editor "+page.Quote(settings.FileName()), "block stores", "none of them can be opened")
 	}
 	for _, r := range reportStores(ctx, members, stats, nil) {
 		subject := "block store " + r.URL
@@ -369,7 +369,7 @@ func (d *doctor) examineStores(ctx context.Context, sub *session.Session) {
 func (d *doctor) examineSocket(url string) {
 	u, err := storeurl.Parse(url)
 	if err != nil {
-		d.ill("sudo editor "+settings.FileName(), "block store", "%v", err)
+		d.ill("sudo editor "+page.Quote(settings.FileName()), "block store", "%v", err)
 		return
 	}
 	if u.Scheme != "coap+unix" {
@@ -378,9 +378,9 @@ func (d *doctor) examineSocket(url string) {
 	info, err := os.Stat(u.Host)
 	if who := d.helper(); err == nil && !who.may(info, 2) {
 		stat := info.Sys().(*syscall.Stat_t)
-		mend := "sudo chmod o+w " + u.Host
+		mend := "sudo chmod o+w " + page.Quote(u.Host)
 		if len(who.groups) > 0 {
-			mend = fmt.Sprintf("sudo chgrp %[1]d %[2]s # for good: serve --socket-group=%[1]d", who.groups[0], u.Host)
+			mend = fmt.Sprintf("sudo chgrp %[1]d %[2]s # for good: serve --socket-group=%[1]d", who.groups[0], page.Quote(u.Host))
 		}
 		d.ill(mend, "block store "+url,
 			"the daemon, as user %d, may not connect to it: the socket is for the group %d", who.uid, stat.Gid)

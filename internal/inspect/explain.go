@@ -482,7 +482,7 @@ func (e *explanation) mend(p *page.Page) {
 		for _, s := range e.Servers {
 			if s.UnknownKey {
 				p.Line(2, "If you trust %s, authorise its key:", s.Signer)
-				p.Command(4, "guix-substitute-eris narinfo --key "+e.Path+" | sudo guix archive --authorize")
+				p.Command(4, "guix-substitute-eris narinfo --key "+page.Quote(e.Path)+" | sudo guix archive --authorize")
 				return
 			}
 		}

@@ -3,6 +3,7 @@
 package page
 
 import (
+	"os/exec"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -21,5 +22,18 @@ func TestPage(t *testing.T) {
 				t.Errorf("%v: %q", unicode, line)
 			}
 		}
+	}
+}
+
+// TestQuote has the shell read words back.
+func TestQuote(t *testing.T) {
+	for _, word := range []string{"/usr/local/bin/x", "", "a b", "it's", "'", `$(rm -rf "$HOME")`, "a;b|c>d", "*?[a]~", "\\\n", "é", "#x", "VAR=a b"} {
+		out, err := exec.Command("sh", "-c", "printf %s. "+Quote(word)).Output()
+		if err != nil || string(out) != word+"." {
+			t.Errorf("%q: %q is read as %q; %v", word, Quote(word), out, err)
+		}
+	}
+	if got := Quote("/gnu/store/x-a+b_1.2=c"); got != "/gnu/store/x-a+b_1.2=c" {
+		t.Errorf("what needs no quotes has some: %s", got)
 	}
 }
