@@ -53,6 +53,8 @@ func TestScript(t *testing.T) {
 			switch name {
 			case "root":
 				return os.Geteuid() == 0, nil
+			case "mount": // in a namespace of one's own
+				return exec.Command("unshare", "-mr", "mount", "-t", "tmpfs", "none", "/mnt").Run() == nil, nil
 			case "landlock":
 				return strings.HasPrefix(confine.InForce(), "files by Landlock"), nil
 			}

@@ -97,6 +97,9 @@ func byHandCommand() *cobra.Command {
 		if len(items) == 0 {
 			return s.Serve(os.Stdin, 1, *query, true)
 		}
+		if err := s.CheckURLs(); err != nil {
+			return err
+		}
 		ctx, stop := program.UntilSignal()
 		defer stop()
 		if *query && !*raw {

@@ -103,6 +103,7 @@ func Text(text string) string {
 	lines := strings.Split(text, "\n")
 	for i, line := range lines {
 		for _, w := range [...]struct{ pattern, words string }{
+			{`(?:\b\w+ )?\S*\.incoming(?:/[0-9a-f]+)?: `, ""}, // which nobody has named
 			{`\b(?:dial|read|write) (?:tcp|udp|unix|unixgram)[46]? (?:\S+->)?(\S+): `, "$1: "},
 			{`\b(?:lstat|stat|open|openat|fstatat|mkdir|mkdirat|readlink|remove|unlinkat|create|statfs) (\S+): `, "$1: "},
 			{`\b(?:read|write) (\S*/\S*): `, "$1: "},
@@ -157,16 +158,20 @@ func hint(err error) string {
 		return "end that program, or choose another port or socket by --listen or --socket"
 	case errors.Is(err, syscall.ENOSPC):
 		return "make room; blocks that are stored already stay, so that the next attempt goes on from there"
+	case errors.Is(err, syscall.EROFS):
+		return "mount it so that it can be written to, or name another place"
+	case errors.Is(err, fs.ErrPermission):
+		return "do it as a user who may, root for example, or name another place"
 	case errors.Is(err, fetch.ErrReadOnly), has("4.05"), has("403 Forbidden"):
 		return "whoever serves the store must permit it: serve --listen='URL?get&put', or its socket"
+	case has("its bytes do not have this hash"):
+		return "the store is damaged; \"check --repair URN --store=URL --store=OTHER-URL\" puts the right bytes there"
 	case errors.Is(err, eris.ErrNotFound):
-		return "no store that was asked has it; name others by --store or " + "ERIS_STORE_URL"
+		return "no store that was asked has it; \"check URN\" says what else is missing; name others by --store or " + "ERIS_STORE_URL"
 	case has("no list \"private-key\""):
 		return "--private-key takes the other file of the pair, signing-key.sec"
 	case has("Base32"), has("does not start with urn:eris:"):
 		return "a read capability is urn:eris: and 106 letters and digits, in capitals; copy it whole, and give it before the destination"
-	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS):
-		return "do it as a user who may, root for example, or name another place"
 	case has("missing port in address"), has("too many colons in address"):
 		return "write --listen=127.0.0.1:8080, or --listen=:8080 for all addresses of this machine"
 	case errors.Is(err, fs.ErrExist):

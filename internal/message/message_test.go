@@ -37,7 +37,7 @@ func TestHint(t *testing.T) {
 		want string
 	}{
 		{&fs.PathError{Op: "open", Path: "/x", Err: syscall.EACCES}, "as a user who may"},
-		{&fs.PathError{Op: "open", Path: "/x", Err: syscall.EROFS}, "as a user who may"},
+		{&fs.PathError{Op: "open", Path: "/x", Err: syscall.EROFS}, "can be written to"},
 		{fmt.Errorf("x: %w", syscall.ENOSPC), "make room"},
 		{fmt.Errorf("x: %w", os.ErrDeadlineExceeded), "can the machine be reached"},
 		{errors.New("something else"), ""},

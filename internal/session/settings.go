@@ -172,6 +172,16 @@ func (s *Settings) Policy() (substitute.Policy, error) {
 	return policy, nil
 }
 
+// CheckURLs returns an error if the option for servers has something that is no URL.
+func (s *Settings) CheckURLs() error {
+	for _, server := range strings.Fields(s.URLs) {
+		if err := mirror.CheckURL(server); err != nil {
+			return message.Usage("--substitute-urls: %w; spaces separate URLs, and one in a URL is written %%20", err)
+		}
+	}
+	return nil
+}
+
 // StoreURLs returns the URLs of the stores that blocks come from: those of [settings.StoreURLs], and
 // what lies beside the narinfos in blocks in the directories that "export" has made and that are
 // substitute servers. Those of the latter that somebody names who is not trusted are not used: what
