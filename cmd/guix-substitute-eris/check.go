@@ -135,8 +135,8 @@ func (s *checkSettings) urls(what string, isDirectory bool) ([]string, error) {
 	return urls, nil
 }
 
-// showItems shows what there is of items: all that can be said of those that are not complete, or of
-// a single one.
+// showItems shows what there is of items: all that can be said of those that are not complete, or
+// of a single one.
 func showItems(items []complete.Item) error {
 	p := page.New()
 	var all complete.Report

@@ -179,8 +179,8 @@ func scriptNarHash(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Setenv(args[1], "sha256:"+nixbase32.EncodeToString(h.Sum(nil)))
 }
 
-// database DIRECTORY MANIFEST makes the database of a daemon whose store has the items of a manifest,
-// which are in a directory.
+// database DIRECTORY MANIFEST makes the database of a daemon whose store has the items of a
+// manifest, which are in a directory.
 func scriptDatabase(ts *testscript.TestScript, neg bool, args []string) {
 	manifest, err := publish.ParseManifest([]byte(ts.ReadFile(args[1])))
 	ts.Check(err)

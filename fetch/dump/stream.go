@@ -63,8 +63,8 @@ func (f *forward) ReadAt(p []byte, offset int64) (int, error) {
 // block has been written; what the other end does with it is not known. The dump is whole when End
 // has returned nil: without it, who reads the stream finds it cut off.
 type Stream struct {
-	// W is what it is written to, and KeepCapabilities whether End writes read capabilities. Both are
-	// set before anything else is done.
+	// W is what it is written to, and KeepCapabilities whether End writes read capabilities. Both
+	// are set before anything else is done.
 	W                io.Writer
 	KeepCapabilities bool
 
@@ -99,8 +99,8 @@ func (s *Stream) Put(ctx context.Context, ref eris.Reference, block []byte) erro
 	return s.write(func(b []byte) []byte { return appendPair(b, ref, block) })
 }
 
-// End ends the dump, with read capabilities if these are kept: they disclose the contents to whoever
-// has the dump. Nothing can be put afterwards.
+// End ends the dump, with read capabilities if these are kept: they disclose the contents to
+// whoever has the dump. Nothing can be put afterwards.
 func (s *Stream) End(capabilities ...eris.ReadCapability) error {
 	if !s.KeepCapabilities {
 		capabilities = nil

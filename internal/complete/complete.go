@@ -55,8 +55,8 @@ func (r *Report) Complete() bool { return r.Missing == 0 }
 const (
 	// workers is how many blocks are asked for at a time.
 	workers = 64
-	// maxNoted bounds the inner nodes that are remembered, so that none is gone through twice, which
-	// is enough for some hundred TiB; and the blocks that are missing or repaired.
+	// maxNoted bounds the inner nodes that are remembered, so that none is gone through twice,
+	// which is enough for some hundred TiB; and the blocks that are missing or repaired.
 	maxNoted = 1 << 22
 )
 

@@ -26,8 +26,8 @@ func (s *Signer) Flags(f *pflag.FlagSet) {
 }
 
 // Open reads the key pair and opens the database. The store directory is as in
-// [publish.ServerOptions], and so is root. Unless there is an error, closeItems must be called at the
-// end.
+// [publish.ServerOptions], and so is root. Unless there is an error, closeItems must be called at
+// the end.
 func (s *Signer) Open(store, root string) (server *publish.Server, key *acl.PublicKey, closeItems func(), err error) {
 	pair, err := s.s.key()
 	if err != nil {

@@ -182,10 +182,10 @@ func (s *Settings) CheckURLs() error {
 	return nil
 }
 
-// StoreURLs returns the URLs of the stores that blocks come from: those of [settings.StoreURLs], and
-// what lies beside the narinfos in blocks in the directories that "export" has made and that are
-// substitute servers. Those of the latter that somebody names who is not trusted are not used: what
-// is there may be hidden from everybody else.
+// StoreURLs returns the URLs of the stores that blocks come from: those of [settings.StoreURLs],
+// and what lies beside the narinfos in blocks in the directories that "export" has made and that
+// are substitute servers. Those of the latter that somebody names who is not trusted are not used:
+// what is there may be hidden from everybody else.
 func (s *Settings) StoreURLs() []string {
 	urls := settings.StoreURLs(s.stores, s.file)
 	if settings.NoStores(s.stores) || s.publicFiles() != nil {

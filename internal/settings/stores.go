@@ -28,7 +28,8 @@ import (
 const StoreVariable = "ERIS_STORE_URL"
 
 // StoreURLs returns the store URLs that were given by a flag, else by the environment, else by the
-// configuration file, and else that of the block store of this machine, if one runs. "none" is none.
+// configuration file, and else that of the block store of this machine, if one runs. "none" is
+// none.
 func StoreURLs(flag string, file File) []string {
 	named := strings.Fields(cmp.Or(flag, os.Getenv(StoreVariable)))
 	switch {
