@@ -71,6 +71,7 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	if err != nil {
 		return result, err
 	}
+	name := destination
 	if destination != "-" {
 		if destination, err = whole.CheckNew(destination); err != nil {
 			return result, err
@@ -90,7 +91,7 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 		return result, err
 	}
 	log := session.NewLog()
-	shown := log.Transfer(destination, sourceNames(members))
+	shown := log.Transfer(name, sourceNames(members))
 	defer shown.Stop()
 	all := pool.New(members, pool.Options{OnFault: func(source string, err error) {
 		log.Warnf("%s gave wrong bytes and is not asked again: %s", source, message.OfStore(source, err))
@@ -109,7 +110,7 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	}
 	if raw || x.Form != image.ERISFS && x.Form != image.Nar {
 		if err = writeContents(x.Content, destination); err == nil && destination != "-" {
-			shown.Done("wrote %s to %s", page.Size(result.Size), destination)
+			shown.Done("wrote %s to %s", page.Size(result.Size), name)
 		}
 		return result, err
 	}
@@ -128,7 +129,7 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 		return err
 	})
 	if err == nil {
-		shown.Done("wrote %s to %s", page.Size(int64(result.NarSize)), destination)
+		shown.Done("wrote %s to %s", page.Size(int64(result.NarSize)), name)
 	}
 	return result, err
 }

@@ -117,7 +117,7 @@ func newLog(daemon bool, options protocol.Options) *protocol.Log {
 	terminal := term.IsTerminal(2) && os.Getenv("TERM") != "dumb"
 	columns := options.Columns()
 	if !daemon && terminal {
-		if width, _, err := term.GetSize(2); err == nil {
+		if width, _, err := term.GetSize(2); err == nil && width > 0 {
 			columns = max(20, width-1)
 		}
 	}
