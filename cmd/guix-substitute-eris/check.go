@@ -123,11 +123,7 @@ func (s *checkSettings) urls(what string, isDirectory bool) ([]string, error) {
 	}
 	urls := settings.StoreURLs("", file)
 	if isDirectory {
-		blocks, err := filepath.Abs(filepath.Join(what, "blocks"))
-		if err != nil {
-			return nil, err
-		}
-		urls = append([]string{(&url.URL{Scheme: "file", Path: blocks}).String()}, urls...)
+		urls = append([]string{"file:" + (&url.URL{Path: filepath.Join(what, "blocks")}).EscapedPath()}, urls...)
 	}
 	if len(urls) == 0 {
 		return nil, errNoStore()

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dir"
@@ -144,5 +146,24 @@ func TestCheckErrors(t *testing.T) {
 	wrong.Key[0] ^= 1
 	if r, err := complete.Check(t.Context(), wrong, complete.Options{Got: func(int) {}, Store: open(t, all)}); err == nil && slices.Contains(r.Affected, "x") {
 		t.Errorf("with a wrong key: %+v", r)
+	}
+}
+
+// A directory from somebody else may have anything under the names of narinfos; nothing is waited
+// for.
+func TestDirectoryOfStrangers(t *testing.T) {
+	directory := t.TempDir()
+	if err := errors.Join(unix.Mkfifo(directory+"/a.narinfo", 0o600), os.Symlink("/etc/passwd", directory+"/b.narinfo"),
+		os.Mkdir(directory+"/c.narinfo", 0o700), os.WriteFile(directory+"/d.narinfo", []byte("x"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	err := complete.Directory(t.Context(), directory, complete.Options{}, func(i complete.Item) {
+		if !i.Complete() {
+			names = append(names, i.Path)
+		}
+	})
+	if want := []string{"a.narinfo", "b.narinfo", "c.narinfo", "d.narinfo"}; err != nil || !slices.Equal(names, want) {
+		t.Errorf("%q, %v", names, err)
 	}
 }

@@ -13,6 +13,8 @@ import (
 	"path/filepath"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -86,7 +88,7 @@ func checkItem(ctx context.Context, root *os.Root, name string, o Options) (Item
 }
 
 func readNarinfo(root *os.Root, name string) (*narinfo.Narinfo, error) {
-	f, err := root.Open(name)
+	f, err := openRegular(root, name)
 	if err != nil {
 		return nil, err
 	}
@@ -130,7 +132,7 @@ func checkBlocks(ctx context.Context, n *narinfo.Narinfo, o Options) (best Repor
 
 // checkNar compares the hash of a nar.
 func checkNar(ctx context.Context, root *os.Root, u narinfo.URL, n *narinfo.Narinfo) error {
-	f, err := root.Open(u.URL)
+	f, err := openRegular(root, u.URL)
 	if err != nil {
 		return errors.New("it is not there")
 	}
@@ -148,6 +150,19 @@ func checkNar(ctx context.Context, root *os.Root, u narinfo.URL, n *narinfo.Nari
 		return errors.New("it has another hash than the narinfo says")
 	}
 	return nil
+}
+
+// openRegular opens a file that somebody else may have made: no pipe is waited for.
+func openRegular(root *os.Root, name string) (*os.File, error) {
+	f, err := root.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		f.Close()
+		return nil, errors.Join(err, errors.New("it is no regular file"))
+	}
+	return f, nil
 }
 
 // readerUntil fails when a context ends.
