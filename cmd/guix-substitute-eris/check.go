@@ -17,7 +17,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/complete"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 )
@@ -34,13 +33,14 @@ func checkCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "URN|DIRECTORY",
 		Short: "look whether a store has all blocks of something",
-		Long: `Look whether all blocks of a URN, or of the items in a directory that "export" has
-made, are in a store and right; and whether nars and deltas in the directory are.
-What is missing is shown, with the files or items that lack it. The exit status is
-0 if nothing is missing, and 3 if something is.
+		Long: `Look whether all blocks of a URN, or of the items in a directory that "export"
+has made, are in a store and right; and whether nars and deltas in the
+directory are. What is missing is shown, with the files or items that lack it.
+The exit status is 0 if nothing is missing, and 3 if something is.
 
-The store is the first --store, or else what "decode" would ask; for a directory,
-the blocks in it. With --repair, what is missing comes from the other stores.`,
+The store is the first --store, or else what "decode" would ask; for a
+directory, the blocks in it. With --repair, what is missing comes from the
+other stores.`,
 	}
 	f := c.Flags()
 	f.StringArrayVar(&s.stores, "store", nil, "check the store at `URL`; given again, what to repair it from")
@@ -50,9 +50,7 @@ the blocks in it. With --repair, what is missing comes from the other stores.`,
 		if len(args) != 1 {
 			return message.Usage("check takes one URN or directory: guix-substitute-eris check --store=URL urn:eris:…")
 		}
-		ctx, stop := program.UntilSignal()
-		defer stop()
-		return s.check(ctx, args[0])
+		return s.check(c.Context(), args[0])
 	}
 	return c
 }

@@ -43,12 +43,14 @@ func encodeCommand() *cobra.Command {
 		Long: `Encode a file or a file tree as ERIS blocks and print the URN of its read
 capability. A file is encoded as its contents, like other programs for ERIS do
 it, without its name and permissions; a tree, or with --item a file too, is
-encoded as "publish" encodes store items. "-" is the contents of standard input.
+encoded as "publish" encodes store items. "-" is the contents of standard
+input.
 
-Blocks are put into the store that --store, or else the first that the variable
-ERIS_STORE_URL or the configuration file names, or else into the block store that
-runs on this machine; with --store=none they are kept nowhere. --store=dump:- is
-standard output, which gets nothing else then: the URN goes to standard error.
+Blocks are put into the store that --store, or else the first that the
+variable ERIS_STORE_URL or the configuration file names, or else into the
+block store that runs on this machine; with --store=none they are kept
+nowhere. --store=dump:- is standard output, which gets nothing else then: the
+URN goes to standard error.
 
 With --closure, PATHs are store items, and everything that they refer to is
 encoded too; each URN has the item behind it.`,
@@ -99,13 +101,10 @@ func (s *encodeSettings) run(ctx context.Context, args []string) error {
 	for _, r := range results {
 		blocks, bytes = blocks+r.Blocks, bytes+r.Bytes
 	}
-	switch {
-	case store != nil:
+	if store != nil {
 		shown.Done("stored %s, %s, in %s", page.Count(int(blocks), "block"), page.Size(bytes), store)
-	case settings.NoStores(s.store):
-		log.Notef("nothing was stored")
-	default:
-		log.Notef("nothing was stored, so that nobody can fetch it: no store is named, and none runs here; see --store")
+	} else {
+		log.Notef("nothing was stored, so that nobody can fetch it; --store=URL names a store")
 	}
 	return nil
 }

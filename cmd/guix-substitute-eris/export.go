@@ -44,9 +44,10 @@ items to a directory, which can then be carried elsewhere. There it is the
 substitute URL file://DIRECTORY, which is all that this program needs; a stock
 Guix can use it too if there are --nars.
 
-Narinfos come from the substitute servers, and with --sign, where these have none
-that counts, from the key of this machine. Items come from the local store; what
-it does not have with the contents that were signed is fetched like a substitute.`,
+Narinfos come from the substitute servers, and with --sign, where these have
+none that counts, from the key of this machine. Items come from the local
+store; what it does not have with the contents that were signed is fetched
+like a substitute.`,
 	}
 	f := c.Flags()
 	f.StringVar(&e.to, "to", "", "write to `DIRECTORY`")

@@ -18,7 +18,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dump"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
@@ -30,9 +29,10 @@ func importCommand() *cobra.Command {
 		Use:   "FILE|DIRECTORY|-",
 		Short: "put the blocks of a dump or a directory into a store",
 		Long: `Put the blocks of a dump, of a directory of blocks or of one that "export" has
-made, or of a dump on standard input ("-") into the store that --store, or else
-the first that the variable ERIS_STORE_URL or the configuration file names, or
-else into the block store that runs on this machine. Each block is verified.
+made, or of a dump on standard input ("-") into the store that --store, or
+else the first that the variable ERIS_STORE_URL or the configuration file
+names, or else into the block store that runs on this machine. Each block is
+verified.
 
 What is whole of a dump that is cut off is stored; to go on, import it again.
 URNs that the dump discloses are printed.
@@ -40,15 +40,13 @@ URNs that the dump discloses are printed.
   guix-substitute-eris encode --store=dump:- PATH |
     ssh HOST guix-substitute-eris import -`,
 	}
-	store := c.Flags().String("store", "", "put the blocks into the store at `URL`")
+	store := c.Flags().String("store", "", "put the blocks into the store at `URL` (default: the first of $ERIS_STORE_URL, of the setting eris-stores, or what runs here)")
 	asJSON := c.Flags().Bool("json", false, "print the result as JSON")
 	c.RunE = func(_ *cobra.Command, args []string) error {
 		if len(args) != 1 {
 			return message.Usage("import takes one dump, directory or \"-\": guix-substitute-eris import --store=URL FILE")
 		}
-		ctx, stop := program.UntilSignal()
-		defer stop()
-		return importBlocks(ctx, args[0], *store, *asJSON)
+		return importBlocks(c.Context(), args[0], *store, *asJSON)
 	}
 	return c
 }

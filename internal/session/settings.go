@@ -188,7 +188,7 @@ func (s *Settings) CheckURLs() error {
 // what is there may be hidden from everybody else.
 func (s *Settings) StoreURLs() []string {
 	urls := settings.StoreURLs(s.stores, s.file)
-	if settings.NoStores(s.stores) || s.publicFiles() != nil {
+	if settings.NoStores(s.stores, s.file) || s.publicFiles() != nil {
 		return urls
 	}
 	for _, server := range s.ServerURLs() {

@@ -59,8 +59,8 @@ func FileName() string {
 	return filepath.Join(Directory(), "substitute-eris.toml")
 }
 
-// Read reads the configuration file; there need not be one. With an error, what it
-// returns is as if there were none.
+// Read reads the configuration file; there need not be one. With an error, what it returns is as if
+// there were none.
 func Read() (File, error) {
 	c := Default()
 	name := FileName()

@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -31,21 +32,26 @@ const StoreVariable = "ERIS_STORE_URL"
 // configuration file, and else that of the block store of this machine, if one runs. "none" is
 // none.
 func StoreURLs(flag string, file File) []string {
-	named := strings.Fields(cmp.Or(flag, os.Getenv(StoreVariable)))
+	urls := namedStores(flag, file)
 	switch {
-	case NoStores(flag):
+	case NoStores(flag, file):
 		return nil
-	case len(named) > 0:
-		return named
-	case file.Stores != nil:
-		return file.Stores
+	case len(urls) > 0:
+		return urls
 	}
 	return runningStore()
 }
 
-// NoStores reports whether a flag, or else the environment, says that there is to be no store.
-func NoStores(flag string) bool {
-	return strings.TrimSpace(cmp.Or(flag, os.Getenv(StoreVariable))) == "none"
+// NoStores reports whether what names stores says that there is to be none.
+func NoStores(flag string, file File) bool {
+	return slices.Equal(namedStores(flag, file), []string{"none"})
+}
+
+func namedStores(flag string, file File) []string {
+	if urls := strings.Fields(cmp.Or(flag, os.Getenv(StoreVariable))); len(urls) > 0 {
+		return urls
+	}
+	return file.Stores
 }
 
 // runningStore returns the URL of the block store that runs for this user, or for the system, if we
