@@ -33,9 +33,17 @@ const (
 	// pollInterval is how often the session is looked at while a request is under way: the daemon
 	// goes on to ask about items meanwhile.
 	pollInterval = 20 * time.Millisecond
-	// smallItem is the length of an archive in bytes up to which an item takes little of anything
-	// but round trips, so that as many are restored at the same time as may be staged.
-	smallItem = 256 << 10
+	// While an item is restored it takes leastMemory bytes of memory, and its NarSize, but mostMemory
+	// in all at most.
+	leastMemory = 1 << 20
+	mostMemory  = 8 << 20
+	// What comes at once is not staged, for that costs more than it gives: nothing is before requests
+	// have taken atOnce, and each atOnceEach beside that.
+	atOnce     = 5 * time.Millisecond
+	atOnceEach = time.Millisecond
+	// mostPassed is how many requests for others, for each item that may be staged, tell that the
+	// daemon will not ask for an item that is staged.
+	mostPassed = 2
 	// othersWait is how long an item is waited for that another helper is staging.
 	othersWait = time.Minute
 	// maxRead is how many items are looked up at a time.
@@ -59,13 +67,16 @@ type Options struct {
 	Session  *Session // of the daemon process
 	Items    int      // how many items are staged at most
 	Bytes    int64    // the sum of their NarSize at most
-	Workers  int      // how many items that are not small are restored at the same time
+	AtOnce   int      // how many items are restored at the same time at most
+	Workers  int      // how many large ones; of others as many as take the same memory
 }
 
-// Stats tells what was staged.
+// Stats tells what was staged, by this helper; what of that, and of what other helpers of the session
+// have staged, it has used; and what of it nobody has asked for so far and nobody will.
 type Stats struct {
-	Staged, Used           int   // items
-	StagedBytes, UsedBytes int64 // the sums of their NarSize
+	Staged, Used, Wasted                int   // items
+	StagedBytes, UsedBytes, WastedBytes int64 // the sums of their NarSize
+	Err                                 error // why nothing is staged any more
 }
 
 // Ahead substitutes items, and those that come next ahead of the daemon. Its methods are to be
@@ -77,16 +88,21 @@ type Ahead struct {
 	cancel   context.CancelFunc
 	kick     chan struct{}
 	group    errgroup.Group
-	started  bool // what runs in the background
 
-	mu      sync.Mutex
-	plan    *plan
-	stage   stage
-	staged  map[string]*staged // by the file name of the item
-	bytes   int64              // the sum of their NarSize
-	large   int                // of those being restored
-	request bool               // one is under way
-	stats   Stats
+	mu       sync.Mutex
+	plan     *plan
+	stage    stage
+	staged   map[string]*staged // by the file name of the item
+	bytes    int64              // the sum of their NarSize
+	running  int                // of those, how many are being restored
+	memory   int64              // that these take
+	request  bool               // one is under way
+	requests int                // so far
+	begun    time.Time          // when the last one began
+	spent    time.Duration      // in those before
+	start    *time.Timer        // of what runs in the background
+	started  bool               // that does
+	stats    Stats
 }
 
 // staged is an item that is staged or being staged.
@@ -94,9 +110,13 @@ type staged struct {
 	item        substitute.Item
 	restoration *substitute.Restoration
 	cancel      context.CancelFunc
+	request     int           // the one under way when it was begun
 	done        chan struct{} // closed when there is an outcome
 	outcome     substitute.Outcome
 }
+
+// memory returns how many bytes of memory the item takes while it is restored.
+func (s *staged) memory() int64 { return min(leastMemory+int64(s.item.NarSize), mostMemory) }
 
 // key is the name of an item in the stage: the hash part of its file name, and the hash of its
 // contents.
@@ -119,15 +139,17 @@ func New(restorer Restorer, o Options) *Ahead {
 
 // Close cancels what is under way and removes what is staged.
 func (a *Ahead) Close() error {
+	a.mu.Lock()
 	a.cancel()
-	err := a.group.Wait()
+	a.mu.Unlock()
+	a.group.Wait() // what it runs returns nil
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	clear(a.staged)
-	if failed := a.stage.close(); err == nil {
-		err = failed
+	for path, s := range a.staged {
+		a.forget(path, s)
+		a.wasted(s)
 	}
-	return err
+	return a.stage.close()
 }
 
 // Stats returns what has been staged so far.
@@ -163,22 +185,53 @@ func (a *Ahead) Substitute(ctx context.Context, path, destination string) substi
 func (a *Ahead) begin(path string) *staged {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.request = true
+	a.request, a.begun = true, time.Now()
 	a.plan.take(path)
 	s := a.staged[path]
 	if s != nil {
-		delete(a.staged, path)
-		a.bytes -= int64(s.item.NarSize)
+		a.forget(path, s)
 	}
 	if !a.started {
+		a.start = time.AfterFunc(atOnce+time.Duration(a.requests)*atOnceEach-a.spent, a.background)
+	}
+	a.requests++
+	a.wake()
+	return s
+}
+
+// background begins what runs in the background.
+func (a *Ahead) background() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if !a.started && a.ctx.Err() == nil {
 		a.started = true
 		a.group.Go(func() error {
 			a.run()
 			return nil
 		})
 	}
-	a.wake()
-	return s
+}
+
+// forget takes an item out of those that are staged. The caller holds the lock.
+func (a *Ahead) forget(path string, s *staged) {
+	delete(a.staged, path)
+	a.bytes -= int64(s.item.NarSize)
+}
+
+// wasted counts an item that was staged in vain. The caller holds the lock.
+func (a *Ahead) wasted(s *staged) {
+	if s.outcome.Status == substitute.Success {
+		a.stats.Wasted++
+		a.stats.WastedBytes += int64(s.item.NarSize)
+	}
+}
+
+// used counts an item that was staged and asked for.
+func (a *Ahead) used(item substitute.Item) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.stats.Used++
+	a.stats.UsedBytes += int64(item.NarSize)
 }
 
 // end ends a request. The daemon may kill this process any time now, and nothing should be left.
@@ -186,6 +239,8 @@ func (a *Ahead) end() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.request = false
+	a.spent += time.Since(a.begun)
+	a.start.Stop()
 	if len(a.staged) == 0 {
 		a.stage.close()
 	}
@@ -201,15 +256,23 @@ func (a *Ahead) use(ctx context.Context, s *staged, destination string) (substit
 		<-s.done
 	}
 	if s.outcome.Status != substitute.Success || a.stage.move(key(s.item), destination) != nil {
+		a.discard(s)
 		s.restoration.Finish(false)
 		return substitute.Outcome{}, false
 	}
 	s.restoration.Finish(true)
+	a.used(s.item)
+	return s.outcome, true
+}
+
+// discard removes an item from the stage. Another helper may have taken it.
+func (a *Ahead) discard(s *staged) {
+	removed := a.stage.remove(key(s.item))
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.stats.Used++
-	a.stats.UsedBytes += int64(s.item.NarSize)
-	return s.outcome, true
+	if removed {
+		a.wasted(s)
+	}
 }
 
 // shared reports whether other helpers of the session may be staging items, too. Then there is a
@@ -217,7 +280,7 @@ func (a *Ahead) use(ctx context.Context, s *staged, destination string) (substit
 func (a *Ahead) shared() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return (a.plan.left > 0 || exists(a.stage.path())) && a.stage.open() == nil
+	return a.stats.Err == nil && (a.plan.left > 0 || exists(a.stage.path())) && a.stage.open() == nil
 }
 
 // useOfOther gives an item its place that another helper of the session has staged or is staging.
@@ -227,8 +290,11 @@ func (a *Ahead) useOfOther(ctx context.Context, path, destination string) (subst
 	if len(known) == 0 {
 		return substitute.Outcome{}, &claim{}
 	}
-	moved, c := a.stage.take(key(known[0]), destination, othersWait)
+	within, cancel := context.WithTimeout(ctx, othersWait)
+	defer cancel()
+	moved, c := a.stage.take(within, key(known[0]), destination)
 	if moved {
+		a.used(known[0])
 		return known[0].Outcome(), nil
 	}
 	return substitute.Outcome{}, c
@@ -253,6 +319,7 @@ func (a *Ahead) run() {
 	defer ticker.Stop()
 	for {
 		a.read()
+		a.evict()
 		for a.fill() {
 		}
 		var tick <-chan time.Time
@@ -285,6 +352,24 @@ func (a *Ahead) read() {
 	}
 }
 
+// evict removes items that will not be asked for: the daemon has asked for many that come later, or
+// there is one already, because another helper was asked.
+func (a *Ahead) evict() {
+	a.mu.Lock()
+	var evicted []*staged
+	for path, s := range a.staged {
+		passed := a.requests-s.request > mostPassed*a.o.Items
+		if s.outcome.Status == substitute.Success && (passed || exists(path)) {
+			a.forget(path, s)
+			evicted = append(evicted, s)
+		}
+	}
+	a.mu.Unlock()
+	for _, s := range evicted {
+		a.discard(s)
+	}
+}
+
 // fill begins to stage the next item. It returns false if none can be.
 func (a *Ahead) fill() bool {
 	a.mu.Lock()
@@ -298,12 +383,16 @@ func (a *Ahead) fill() bool {
 		a.plan.take(item.Path)
 		return true
 	}
-	large := item.NarSize > smallItem
-	if len(a.staged) >= a.o.Items || a.bytes+size > a.o.Bytes || large && a.large >= a.o.Workers {
+	s := &staged{item: item, request: a.requests, done: make(chan struct{})}
+	if len(a.staged) >= a.o.Items || a.bytes+size > a.o.Bytes || a.running >= a.o.AtOnce ||
+		a.memory+s.memory() > int64(a.o.Workers)*mostMemory {
 		return false
 	}
 	// Running items need the room for themselves.
-	if a.stage.free() < a.o.Bytes+size || a.stage.open() != nil {
+	if a.stats.Err != nil || a.stage.free() < a.o.Bytes+size {
+		return false
+	}
+	if a.stats.Err = a.stage.open(); a.stats.Err != nil {
 		return false
 	}
 	a.plan.take(item.Path)
@@ -316,43 +405,41 @@ func (a *Ahead) fill() bool {
 		return true // another helper has been asked for it
 	}
 	ctx, cancel := context.WithCancel(a.ctx)
-	s := &staged{item: item, cancel: cancel, done: make(chan struct{})}
+	s.cancel = cancel
 	s.restoration = a.restorer.Prepare(item.Path, c.part())
 	a.staged[item.Path] = s
 	a.bytes += size
-	if large {
-		a.large++
-	}
+	a.running++
+	a.memory += s.memory()
 	a.group.Go(func() error {
 		defer cancel()
-		a.restore(ctx, s, c, large)
+		a.restore(ctx, s, c)
 		return nil
 	})
 	return true
 }
 
 // restore stages an item.
-func (a *Ahead) restore(ctx context.Context, s *staged, c *claim, large bool) {
+func (a *Ahead) restore(ctx context.Context, s *staged, c *claim) {
 	defer c.release()
-	s.outcome = s.restoration.Run(ctx)
+	outcome := s.restoration.Run(ctx)
 	// The narinfo may be another one than when the item was planned, but the key names a hash.
-	if s.outcome.Status != substitute.Success || s.outcome.NarHash != s.item.NarHash || c.finish() != nil {
-		s.outcome = substitute.Outcome{}
+	if outcome.Status != substitute.Success || outcome.NarHash != s.item.NarHash || c.finish() != nil {
+		outcome = substitute.Outcome{}
 		if c.holds() {
 			restore.Remove(c.part())
 		}
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if large {
-		a.large--
-	}
-	if s.outcome.Status == substitute.Success {
+	s.outcome = outcome
+	a.running--
+	a.memory -= s.memory()
+	if outcome.Status == substitute.Success {
 		a.stats.Staged++
 		a.stats.StagedBytes += int64(s.item.NarSize)
 	} else if a.staged[s.item.Path] == s {
-		delete(a.staged, s.item.Path)
-		a.bytes -= int64(s.item.NarSize)
+		a.forget(s.item.Path, s)
 	}
 	close(s.done)
 	a.wake()

@@ -3,6 +3,7 @@
 package ahead
 
 import (
+	"context"
 	"errors"
 	"io/fs"
 	"os"
@@ -21,6 +22,9 @@ import (
 // item means that it is not staged.
 const stagingName = ".guix-substitute-eris"
 
+// lockPoll is how often it is looked whether another helper has staged an item.
+const lockPoll = 5 * time.Millisecond
+
 // A stage is a directory in the store in which the helpers of one session restore items before
 // they are asked for. It is there as long as something is in it. Each helper has a shared lock of
 // it, which tells others that it is in use.
@@ -28,6 +32,9 @@ const stagingName = ".guix-substitute-eris"
 // Of an item that is called KEY there are KEY.part while it is being restored, by whoever has the
 // lock of KEY.lock, and KEY when it is complete and has the right hash, which is a part of the key:
 // helpers that believe other narinfos look for something else.
+//
+// Files are named by their paths, not relative to the directory that is open: whoever could rename
+// them has the user that owns the store, and needs no such means.
 type stage struct {
 	store string
 	name  string
@@ -159,14 +166,35 @@ func (s *stage) move(key, destination string) error {
 	return rename(filepath.Join(s.path(), key), destination)
 }
 
+// remove removes an item that is staged, and reports whether there was one. It is renamed first, so
+// that another helper either has all of it or nothing.
+func (s *stage) remove(key string) bool {
+	final := filepath.Join(s.path(), key)
+	if rename(final, final+".gone") != nil {
+		return false
+	}
+	restore.Remove(final + ".gone")
+	return true
+}
+
 // take gives an item its place that another helper has staged or is staging; that is waited for,
-// for some time. If it cannot be had, take returns the right to stage it, which may be none.
-func (s *stage) take(key, destination string, wait time.Duration) (moved bool, c *claim) {
+// until the context ends. If it cannot be had, take returns the right to stage it, which may be
+// none.
+func (s *stage) take(ctx context.Context, key, destination string) (moved bool, c *claim) {
 	if s.move(key, destination) == nil {
 		return true, nil
 	}
 	final := filepath.Join(s.path(), key)
-	lock, err := files.Lock(final+".lock", wait)
+	lock, err := files.Lock(final+".lock", 0)
+	for errors.Is(err, files.ErrLocked) && ctx.Err() == nil {
+		timer := time.NewTimer(lockPoll)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+		}
+		lock, err = files.Lock(final+".lock", 0)
+	}
 	if err != nil {
 		return false, &claim{}
 	}
@@ -202,30 +230,60 @@ func (s *stage) free() int64 {
 	return int64(st.Bavail) * st.Bsize
 }
 
-// CleanStages removes what helpers that were killed have left in the store. What is in use stays.
-// Errors are passed over. It takes no time worth mentioning when there is nothing.
-func CleanStages(store string) {
-	around := filepath.Join(store, stagingName)
-	// Others may be able to put something of that name into the store.
-	d, err := os.OpenFile(around, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+// cleanStage removes what the helpers of a session have left in the store, once there is none any
+// more, for which it waits. Errors are passed over.
+func cleanStage(store, session string) {
+	around, err := openAround(store)
 	if err != nil {
 		return
 	}
-	defer d.Close()
-	var st unix.Stat_t
-	if unix.Fstat(int(d.Fd()), &st) != nil || st.Uid != uint32(os.Geteuid()) {
+	defer around.Close()
+	s := &stage{store: store, name: filepath.Base(session)}
+	if s.lock, err = os.OpenFile(s.path(), os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0); err != nil {
 		return
 	}
-	entries, err := d.ReadDir(-1)
+	for err = unix.EINTR; err == unix.EINTR; {
+		err = unix.Flock(int(s.lock.Fd()), unix.LOCK_EX)
+	}
+	s.close()
+}
+
+// openAround opens the directory around all stages, if it is this user's: others may be able to put
+// something of that name into the store.
+func openAround(store string) (*os.File, error) {
+	d, err := os.OpenFile(filepath.Join(store, stagingName), os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, err
+	}
+	var st unix.Stat_t
+	if err = unix.Fstat(int(d.Fd()), &st); err == nil && st.Uid != uint32(os.Geteuid()) {
+		err = fs.ErrPermission
+	}
+	if err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// CleanStages removes what helpers that were killed have left in the store. What is in use stays.
+// Errors are passed over. It takes no time worth mentioning when there is nothing.
+func CleanStages(store string) {
+	around, err := openAround(store)
+	if err != nil {
+		return
+	}
+	defer around.Close()
+	entries, err := around.ReadDir(-1)
 	if err != nil {
 		return
 	}
 	for _, e := range entries {
-		path := filepath.Join(around, e.Name())
+		path := filepath.Join(around.Name(), e.Name())
 		if lock, err := lockDirectory(path, unix.LOCK_EX); err == nil {
 			restore.Remove(path)
 			lock.Close()
 		}
 	}
-	os.Remove(around)
+	os.Remove(around.Name())
 }

@@ -3,10 +3,10 @@
 package ahead
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"testing"
-	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
@@ -116,7 +116,7 @@ func TestStageShared(t *testing.T) {
 	}
 	moved := make(chan bool)
 	go func() {
-		ok, _ := other.take("b", b, time.Hour)
+		ok, _ := other.take(t.Context(), "b", b)
 		moved <- ok
 	}()
 	if err := c.finish(); err != nil {
@@ -126,7 +126,7 @@ func TestStageShared(t *testing.T) {
 	if !<-moved || !exists(filepath.Join(b, "file")) {
 		t.Error("what was waited for is not there")
 	}
-	ok, mine := other.take("c", filepath.Join(store, "c"), time.Hour)
+	ok, mine := other.take(t.Context(), "c", filepath.Join(store, "c"))
 	if ok || mine == nil || one.claim("c") != nil {
 		t.Error("what nobody stages is not the other's")
 	}
@@ -135,6 +135,77 @@ func TestStageShared(t *testing.T) {
 		t.Errorf("the first takes it from the other: %v", err)
 	}
 	if err := other.close(); err != nil || exists(filepath.Join(store, stagingName)) {
+		t.Errorf("the directory is left: %v", err)
+	}
+}
+
+// What will not be asked for is removed, but not what another helper has taken.
+func TestStageRemove(t *testing.T) {
+	store, stages := newStages(t, 2)
+	one, other := stages[0], stages[1]
+	one.put(t, "a")
+	one.put(t, "b")
+	if err := other.move("a", filepath.Join(store, "a")); err != nil {
+		t.Fatal(err)
+	}
+	if one.remove("a") || !exists(filepath.Join(store, "a", "file")) {
+		t.Error("what another helper has taken was removed")
+	}
+	if !one.remove("b") || one.remove("b") {
+		t.Error("what is staged was not removed, or twice")
+	}
+	entries, err := os.ReadDir(one.path())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if filepath.Ext(e.Name()) != ".lock" {
+			t.Errorf("%s is left", e.Name())
+		}
+	}
+}
+
+// What another helper is staging is waited for as long as whoever asks does.
+func TestStageTakeEnds(t *testing.T) {
+	store, stages := newStages(t, 2)
+	c := stages[0].claim("a")
+	defer c.release()
+	ctx, cancel := context.WithCancel(t.Context())
+	taken := make(chan bool)
+	go func() {
+		moved, _ := stages[1].take(ctx, "a", filepath.Join(store, "a"))
+		taken <- moved
+	}()
+	cancel()
+	if <-taken {
+		t.Error("what nobody has completed was taken")
+	}
+}
+
+// cleanStage removes the stage of one session once no helper uses it.
+func TestCleanStage(t *testing.T) {
+	store, stages := newStages(t, 2)
+	another := &stage{store: store, name: "3-4"}
+	if err := another.open(); err != nil {
+		t.Fatal(err)
+	}
+	stages[0].put(t, "a")
+	cleaned := make(chan struct{})
+	go func() {
+		defer close(cleaned)
+		cleanStage(store, stages[0].name)
+	}()
+	stages[0].lock.Close() // which the end of a process does
+	if err := stages[1].move("a", filepath.Join(store, "a")); err != nil {
+		t.Errorf("what is in use was removed: %v", err)
+	}
+	stages[1].lock.Close()
+	<-cleaned
+	if exists(stages[0].path()) || !exists(another.path()) {
+		t.Error("what was left is left, or another session's was removed")
+	}
+	cleanStage(store, "../1-2") // which there is not
+	if err := another.close(); err != nil || exists(filepath.Join(store, stagingName)) {
 		t.Errorf("the directory is left: %v", err)
 	}
 }

@@ -53,6 +53,9 @@ func (r *Request) proceed() {
 type Window struct {
 	Requests int
 	Bytes    int64
+	// Waited reports whether somebody waits for what is read. As long as nobody does, a reader uses
+	// a quarter of its window; nil is that somebody does.
+	Waited func() bool
 }
 
 // Source is where blocks come from. Its methods are safe for concurrent use. Nobody believes what

@@ -16,8 +16,6 @@ import (
 // others, but silently, to another place, and behind what the daemon waits for.
 
 const (
-	// aheadShare is the part of the window of blocks that an item has that nobody waits for.
-	aheadShare = 4
 	// noticeable is how long somebody has waited for bytes before others give way to them, if there
 	// were some recently, and longestPause for how long at once. pauseStep is how often they look.
 	noticeable   = 5 * time.Millisecond

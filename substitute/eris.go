@@ -159,9 +159,7 @@ func (j *job) openImage(ctx context.Context, a *attempt, c eris.ReadCapability, 
 	if j.s.Window != nil {
 		window = j.s.Window()
 	}
-	if !j.waited() {
-		window.Requests, window.Bytes = window.Requests/aheadShare, window.Bytes/aheadShare
-	}
+	window.Waited = j.waited
 	return image.Open(ctx, blocks, c, j.limits(), window)
 }
 

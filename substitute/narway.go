@@ -128,7 +128,7 @@ func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool
 		}
 		source = b
 	}
-	plain, err := decompress.Open(method, source)
+	plain, err := decompress.OpenAtMost(method, source, int64(min(j.options().MaxBytes, 1<<62)))
 	if err != nil {
 		body.copied.End(false)
 		body.nar.Close()

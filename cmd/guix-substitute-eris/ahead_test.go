@@ -335,7 +335,148 @@ func TestAheadRepair(t *testing.T) {
 	}
 }
 
-// What a helper that is killed leaves in the store is removed by the next one.
+// stage returns the entries of the stage, without locks; none if there is no stage.
+func (a *aheadTest) stage() (names []string) {
+	found, err := filepath.Glob(a.store + "/.guix-substitute-eris/*/*")
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	return slices.DeleteFunc(found, func(name string) bool { return strings.HasSuffix(name, ".lock") })
+}
+
+// staged reports whether an item is staged and complete.
+func (a *aheadTest) staged(item aheadItem) bool {
+	return slices.ContainsFunc(a.stage(), func(name string) bool {
+		return strings.HasPrefix(filepath.Base(name), filepath.Base(item.path)[:32]) && filepath.Ext(name) == ""
+	})
+}
+
+// eventually waits until a condition holds, which it will, however long that takes.
+func eventually(t *testing.T, what string, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); !condition(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal(what)
+		}
+	}
+}
+
+// When a client goes away the daemon kills its helpers, with all of their process group, and ends:
+// what was staged is gone soon, although nobody starts another helper.
+func TestAheadClientLeaves(t *testing.T) {
+	a := newAheadTest(t, 8, "")
+	a.query()
+	d := a.start("substitute")
+	order := a.order()
+	a.substitute(d, order[0], order[0].path)
+	a.open(100, false)
+	eventually(t, "nothing is staged", func() bool { return len(a.stage()) >= 8 })
+	if err := syscall.Kill(-d.cmd.Process.Pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	d.close() // which says that it was killed
+	eventually(t, "what was staged is left", func() bool { return len(a.left()) == 0 })
+}
+
+// Items that the daemon does not ask for do not keep others from being staged.
+func TestAheadPassedOver(t *testing.T) {
+	a := newAheadTest(t, 3, "ahead-items = 2\nverbose = true\n")
+	a.query()
+	d := a.start("substitute")
+	leaves := slices.DeleteFunc(a.order(), func(i aheadItem) bool { return len(i.references) > 0 })
+	last := len(leaves) - 1
+	a.substitute(d, leaves[last], leaves[last].path) // while the first two are staged
+	for i := last - 1; i >= 5; i-- {
+		a.substitute(d, leaves[i], leaves[i].path)
+	}
+	eventually(t, "the first ones are still staged", func() bool { return !a.staged(leaves[0]) && !a.staged(leaves[1]) })
+	var next int
+	eventually(t, "no others are staged", func() bool {
+		next = slices.IndexFunc(a.items, a.staged)
+		return next >= 0
+	})
+	a.substitute(d, a.items[next], a.items[next].path)
+	if err := d.close(); err != nil {
+		t.Error(err)
+	}
+	if log := d.log.String(); !strings.Contains(log, "; 1 used, 0.0 MB; 2 wasted, 0.0 MB\n") {
+		t.Errorf("the log does not count what was wasted:\n%s", log)
+	}
+}
+
+// An item that cannot be moved to its place is not left in the stage.
+func TestAheadInTheWay(t *testing.T) {
+	a := newAheadTest(t, 8, "")
+	a.query()
+	d := a.start("substitute")
+	order := a.order()
+	a.substitute(d, order[0], order[0].path)
+	eventually(t, "it is not staged", func() bool { return a.staged(order[1]) })
+	if err := os.WriteFile(order[1].path, []byte("in the way"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	a.substitute(d, order[1], order[1].path)
+	if a.staged(order[1]) {
+		t.Error("it is still staged")
+	}
+	if err := d.close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// Where nothing can be staged that is said, and all goes on as without.
+func TestAheadNowhere(t *testing.T) {
+	a := newAheadTest(t, 100, "verbose = true\n")
+	if err := os.WriteFile(a.store+"/.guix-substitute-eris", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	a.query()
+	d := a.start("substitute")
+	order := a.order()
+	fmt.Fprintf(d.stdin, "substitute %s %s\n", order[0].path, order[0].path)
+	a.await(1)
+	time.Sleep(300 * time.Millisecond) // it takes 5 ms until something is to be staged
+	a.open(0, false)
+	var b [4096]byte
+	if n, err := d.replies.Read(b[:]); err != nil || !strings.HasPrefix(string(b[:n]), "success ") {
+		t.Fatalf("reply %q, %v", b[:n], err)
+	}
+	for _, item := range order[1:] {
+		a.substitute(d, item, item.path)
+	}
+	if err := d.close(); err != nil {
+		t.Error(err)
+	}
+	if log := d.log.String(); !strings.Contains(log, "; no more: ") {
+		t.Errorf("the log does not say it:\n%s", log)
+	}
+	if a.most > 1 {
+		t.Errorf("%d items were fetched at the same time", a.most)
+	}
+}
+
+// No more is staged than may be: what nobody asks for costs at most that.
+func TestAheadBytes(t *testing.T) {
+	a := newAheadTest(t, 4, "")
+	configuration := fmt.Sprintf("ahead-bytes = %q\n", fmt.Sprint(3*len(a.items[0].nar)+1000))
+	if err := os.WriteFile(a.store+"/../etc/substitute-eris.toml", []byte(configuration), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	a.query()
+	d := a.start("substitute")
+	for _, item := range a.order() {
+		a.substitute(d, item, item.path)
+	}
+	if err := d.close(); err != nil {
+		t.Error(err)
+	}
+	if a.most != 4 {
+		t.Errorf("%d items were fetched at the same time", a.most)
+	}
+}
+
+// What a helper that is killed leaves in the store is removed by the next one, if what the helper
+// has started for that is killed as well.
 func TestAheadKilled(t *testing.T) {
 	a := newAheadTest(t, 100, "")
 	a.query()

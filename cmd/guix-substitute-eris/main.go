@@ -14,6 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/ahead"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/demo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/inspect"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/manual"
@@ -61,6 +62,10 @@ func run(args []string) int {
 		if file, ok := strings.CutPrefix(args[0], "--guix="); ok {
 			guix, args = file, args[1:]
 		}
+	}
+	if len(args) == 4 && args[0] == "substitute" && args[1] == session.CleanOption {
+		ahead.CleanAfter(os.Stdin, args[2], args[3])
+		return 0
 	}
 	if isHelper(args) {
 		return message.Report(helper(&session.Settings{}, args[1] == "--query"))

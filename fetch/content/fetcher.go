@@ -28,11 +28,13 @@ type fetcher struct {
 	detach func() bool // of the watcher of the parent
 	group  errgroup.Group
 
-	most        int      // requests in flight
-	leafBudget  int64    // most bytes of leaves
-	pathBudget  int64    // most bytes of right-most and left-most paths
-	leavesAhead [2]int64 // per block size: what one window holds
-	totalLimit  int64    // greatest sum of lengths
+	widen        func()   // uses the whole window if it may; nil once that is so
+	most         int      // requests in flight
+	leafBudget   int64    // most bytes of leaves
+	pathBudget   int64    // most bytes of right-most and left-most paths
+	leavesAhead  [2]int64 // per block size: what one window holds
+	totalLimit   int64    // greatest sum of lengths
+	releaseBytes int64    // see release
 
 	mu       sync.Mutex
 	ready    sync.Cond           // what the reader waits on
@@ -79,6 +81,9 @@ type fetcher struct {
 // The reader fetches this many contents from its iterator at a time, when fewer than as many wait
 // to be opened.
 const refillBatch = 256
+
+// unwaitedShare is the part of the window that is used as long as nobody waits.
+const unwaitedShare = 4
 
 // Released leaves are accounted for in batches of this many.
 const releaseBatch = 16
@@ -127,12 +132,18 @@ func newFetcher(ctx context.Context, source fetch.Source, total int64, window fe
 	if window.Bytes < 1 {
 		window.Bytes = defaultBytes
 	}
-	f := &fetcher{source: source, parent: ctx, most: window.Requests, totalLimit: total}
-	f.leafBudget = window.Bytes / 2
-	f.pathBudget = window.Bytes - f.leafBudget
-	for i, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
-		f.leavesAhead[i] = max(1, min(int64(f.most), f.leafBudget/int64(size)))
+	f := &fetcher{source: source, parent: ctx, totalLimit: total}
+	f.use(window.Requests, window.Bytes)
+	if window.Waited != nil && !window.Waited() {
+		f.use(max(1, window.Requests/unwaitedShare), max(1, window.Bytes/unwaitedShare))
+		f.widen = func() {
+			if window.Waited() {
+				f.use(window.Requests, window.Bytes)
+				f.widen = nil
+			}
+		}
 	}
+	f.releaseBytes = f.leafBudget / 8
 	f.ready.L = &f.mu
 	f.responses.wake.L = &f.responses.mu
 	f.mu.Lock()
@@ -146,6 +157,16 @@ func newFetcher(ctx context.Context, source fetch.Source, total int64, window fe
 		f.fail(context.Cause(ctx))
 	}
 	return f
+}
+
+// use sets the bounds that follow from a window.
+func (f *fetcher) use(requests int, bytes int64) {
+	f.most = requests
+	f.leafBudget = bytes / 2
+	f.pathBudget = bytes - f.leafBudget
+	for i, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
+		f.leavesAhead[i] = max(1, min(int64(f.most), f.leafBudget/int64(size)))
+	}
 }
 
 // close cancels everything and waits until nothing is in flight.
@@ -242,7 +263,7 @@ func (f *fetcher) release(b *buffer) {
 	f.releaseMu.Lock()
 	f.released = append(f.released, b)
 	f.freed += int64(len(b.data))
-	enough := len(f.released) >= releaseBatch || f.freed >= min(f.leafBudget, f.pathBudget)/8
+	enough := len(f.released) >= releaseBatch || f.freed >= f.releaseBytes
 	f.releaseMu.Unlock()
 	if enough {
 		f.mu.Lock()

@@ -158,6 +158,40 @@ func (w *watcher) used() (requests, bytes int) {
 	return w.requests, bytes
 }
 
+// As long as nobody waits, a quarter of the window is used, and all of it as soon as somebody does:
+// in virtual time, the rest takes a quarter of the time.
+func TestWindowWaited(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const roundTrip = 100 * time.Millisecond
+		l := newLibrary(t, eris.BlockSize1KiB, 400<<10, 400<<10)
+		var waited atomic.Bool
+		var inFlight, most atomic.Int64
+		get := distant(verified(l.Get), roundTrip)
+		source := open(t, func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
+			n := inFlight.Add(1)
+			defer inFlight.Add(-1)
+			if !waited.Load() {
+				most.Store(max(most.Load(), n))
+			}
+			return get(ctx, ref, size, dst)
+		})
+		window := fetch.Window{Requests: 80, Bytes: 64 << 20, Waited: waited.Load}
+		begin := time.Now()
+		var took []time.Duration
+		must(t, readSequence(t.Context(), source, l.wants, 1<<40, window, func(info Info, _ []byte) {
+			took = append(took, time.Since(begin))
+			begin = time.Now()
+			waited.Store(true)
+		}))
+		if most.Load() > 80/4 {
+			t.Errorf("%d requests are in flight that nobody waits for", most.Load())
+		}
+		if took[1]*3 > took[0] {
+			t.Errorf("the contents took %v while nobody waited, and %v then", took[0], took[1])
+		}
+	})
+}
+
 // However long the content, a window bounds the memory.
 func TestWindowBoundsMemory(t *testing.T) {
 	for _, size := range bothSizes {

@@ -34,9 +34,11 @@ const DefaultConnections = 16
 
 // Options say how a [Client] works. The zero value of each is a default.
 type Options struct {
-	// MaxConnections bounds the connections to one server, half of them for narinfos and half for
-	// nars, at least one each; 16 by default, and 256 at most.
+	// MaxConnections bounds the connections to one server, for narinfos and for nars, at least one
+	// each; 16 by default, and 256 at most.
 	MaxConnections int
+	// NarConnections is how many of these are for nars; half of them, rounded up, by default.
+	NarConnections int
 	// ConnectTimeout bounds the time to connect to a server that has one address; 5 seconds by
 	// default (Guix, guix/scripts/substitute.scm: %fetch-timeout). Twice that may pass until all
 	// addresses have been tried, and as much again until a secure connection stands.
@@ -92,6 +94,8 @@ type Client struct {
 func NewClient(o Options) *Client {
 	positive(&o.MaxConnections, DefaultConnections)
 	o.MaxConnections = min(o.MaxConnections, maxConnections)
+	positive(&o.NarConnections, o.MaxConnections-o.MaxConnections/2)
+	o.NarConnections = min(o.NarConnections, max(1, o.MaxConnections-1))
 	positive(&o.ConnectTimeout, 5*time.Second)
 	positive(&o.NarinfoTimeout, 10*time.Second)
 	positive(&o.NarTimeout, time.Minute)
@@ -213,7 +217,7 @@ func (c *Client) peer(l *location) *peer {
 		p = &peer{
 			c: c, location: l, server: server,
 			rest:      backoff.Backoff{Min: leastRest, Max: mostRest},
-			pipelines: newPipelines(max(1, c.o.MaxConnections/2)),
+			pipelines: newPipelines(max(1, c.o.MaxConnections-c.o.NarConnections)),
 		}
 		// Redirections may name any number of servers.
 		if len(c.peers) < maxServers {

@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/bits"
 
 	"github.com/klauspost/compress/zstd"
 
@@ -77,7 +78,13 @@ func (i *input) Read(p []byte) (int, error) {
 // Data may consist of several members, streams or frames, one after the other, whose contents are
 // joined. After a member of gzip, anything that does not begin like one is ignored, as gzip(1)
 // does; for the others it is an error. Checksums are verified.
-func Open(method string, r io.Reader) (*Reader, error) {
+func Open(method string, r io.Reader) (*Reader, error) { return OpenAtMost(method, r, maxWindow) }
+
+// OpenAtMost is like [Open] for contents of which no more than the given number of bytes are wanted:
+// what refers to something farther back, which they cannot have, is an error. A compressor that was
+// not told how little would come has taken a large window; memory for all of it, zeroed for each
+// small archive, took more time than all the rest.
+func OpenAtMost(method string, r io.Reader, most int64) (*Reader, error) {
 	z := &Reader{method: method, close: func() {}, free: freeInput}
 	if method == "none" {
 		z.r = r
@@ -91,7 +98,7 @@ func Open(method string, r io.Reader) (*Reader, error) {
 		l := lzip.NewReader(r, maxWindow)
 		z.r, z.close = l, func() { l.Close() }
 	case "zstd":
-		d, err := newZstdDecoder(r)
+		d, err := newZstdDecoder(r, most)
 		if err != nil {
 			return nil, fmt.Errorf("zstd: %w", err)
 		}
@@ -111,13 +118,35 @@ func Open(method string, r io.Reader) (*Reader, error) {
 // user. Measured on an archive of 200 MiB from level 19 (window 8 MiB), zstd(1) takes 0.35 s of
 // processor time and this 0.34 to 0.39 s, with 12 MiB for the whole process; with goroutines of its
 // own, the decoder takes 0.39 to 0.42 s and 17 MiB, and no less time until it is done.
-func newZstdDecoder(r io.Reader) (*zstd.Decoder, error) {
+func newZstdDecoder(r io.Reader, most int64) (*zstd.Decoder, error) {
 	// The buffer saves calls, and hides a bytes.Buffer, which the decoder would decode as a whole
 	// into memory.
-	return zstd.NewReader(bufio.NewReaderSize(r, inputSize),
+	return zstd.NewReader(&narrowed{r: bufio.NewReaderSize(r, inputSize), most: most},
 		zstd.WithDecoderConcurrency(1),
 		zstd.WithDecoderLowmem(true),
 		zstd.WithDecoderMaxWindow(maxWindow))
+}
+
+// narrowed is a frame of zstd whose header says that its window is no larger than need be (RFC 8878,
+// section 3.1.1.1).
+type narrowed struct {
+	r     *bufio.Reader
+	most  int64 // bytes of contents
+	begun bool
+}
+
+// Read implements io.Reader.
+func (n *narrowed) Read(p []byte) (int, error) {
+	if !n.begun && n.most < maxWindow {
+		n.begun = true
+		const magic, descriptor, window, singleSegment, leastLog = "\x28\xb5\x2f\xfd", 4, 5, 1 << 5, 10
+		h, err := n.r.Peek(window + 1)
+		if err == nil && string(h[:descriptor]) == magic && h[descriptor]&singleSegment == 0 {
+			exponent := max(0, bits.Len64(uint64(max(n.most, 1)-1))-leastLog)
+			h[window] = min(h[window], byte(exponent<<3))
+		}
+	}
+	return n.r.Read(p)
 }
 
 // Read implements io.Reader. An error but io.EOF names the method and has the cause in its chain:

@@ -23,12 +23,15 @@ const (
 	leastAheadWorkers = 2
 	// mostAheadWorkers bounds the memory that they take.
 	mostAheadWorkers = 4
+	// narinfoShare is the part of the connections to a server that is for narinfos when items are
+	// substituted: most narinfos have been fetched before.
+	narinfoShare = 8
 )
 
 // aheadItems returns how many items are substituted ahead of the daemon at most.
 func (s *Settings) aheadItems() int {
-	if s.aheadWorkers() <= 0 {
-		return 0
+	if s.narConnections() < 2 {
+		return 0 // the connection is for what the daemon waits for
 	}
 	return s.file.AheadItems
 }
@@ -53,19 +56,30 @@ func (s *Settings) ahead(sub *Session) *ahead.Ahead {
 		Session:  s.daemonSession(),
 		Items:    s.aheadItems(),
 		Bytes:    s.size("ahead-bytes", s.file.AheadBytes, settings.Default().AheadBytes),
-		Workers:  s.aheadWorkers(),
+		AtOnce:   s.narConnections() - 1, // one is left for what the daemon waits for
+		Workers:  min(max(leastAheadWorkers, runtime.NumCPU()), mostAheadWorkers),
 	})
 }
 
-// aheadWorkers returns how many large items are restored ahead of the daemon at the same time. A
-// connection to each server is left for what the daemon waits for: of those that are allowed, half
-// are for nars (see package mirror).
-func (s *Settings) aheadWorkers() int {
+// narConnections returns how many connections to a server there are for nars.
+func (s *Settings) narConnections() int {
 	connections := s.file.NarinfoConnections
 	if connections <= 0 {
 		connections = mirror.DefaultConnections
 	}
-	return min(max(leastAheadWorkers, runtime.NumCPU()), mostAheadWorkers, connections-connections/2-1)
+	return max(1, connections-max(1, connections/narinfoShare))
+}
+
+// CleanOption is the option of a helper that cleans up after another one, before the store and the
+// session: see [ahead.CleanAfter].
+const CleanOption = "--clean"
+
+// guard starts what removes what is staged when this process is killed; what is returned ends it.
+func (s *Settings) guard() (dismiss func()) {
+	if session := s.daemonSession(); session != nil {
+		return session.Guard(s.Store, "substitute", CleanOption)
+	}
+	return func() {}
 }
 
 // clean removes what helpers have left that are gone.

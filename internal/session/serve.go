@@ -127,6 +127,9 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error
 			debug.SetGCPercent(garbagePercent)
 		}
 	}
+	if !query && !byHand {
+		defer s.guard()()
+	}
 	s.near = s.neighbours()
 	defer s.near.close()
 	sub := s.Session(query)

@@ -239,8 +239,12 @@ func (s *Session) after() {
 	}
 	if s.Verbose && s.staging != nil {
 		t := s.staging.Stats()
-		s.Log.Notef("ahead of the daemon: %d items staged, %.1f MB; %d used, %.1f MB", t.Staged, float64(t.StagedBytes)/1e6,
-			t.Used, float64(t.UsedBytes)/1e6)
+		why := ""
+		if t.Err != nil {
+			why = fmt.Sprintf("; no more: %v", t.Err)
+		}
+		s.Log.Notef("ahead of the daemon: %d items staged, %.1f MB; %d used, %.1f MB; %d wasted, %.1f MB%s", t.Staged, float64(t.StagedBytes)/1e6,
+			t.Used, float64(t.UsedBytes)/1e6, t.Wasted, float64(t.WastedBytes)/1e6, why)
 	}
 	if time.Since(s.saved) < saveEvery {
 		return
@@ -292,6 +296,10 @@ func (s *Settings) Session(query bool) *Session {
 	}
 	result := &Session{state: sourcestate.Open(path), closed: func() {}}
 	limiter := s.limiter()
+	narConnections := 0 // half of all
+	if !query {
+		narConnections = s.narConnections()
+	}
 	result.Substituter = substitute.New(substitute.Config{
 		Policy:               policy,
 		Limiter:              limiter,
@@ -306,6 +314,7 @@ func (s *Settings) Session(query bool) *Session {
 		Debug:                os.Getenv("GUIX_SUBSTITUTE_DEBUG") != "",
 		Mirrors: mirror.NewClient(mirror.Options{
 			MaxConnections: s.file.NarinfoConnections,
+			NarConnections: narConnections,
 			UserAgent:      "guix-substitute-eris",
 			PublicFiles:    s.publicFiles(),
 			Getenv:         os.Getenv,
