@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -32,6 +33,7 @@ type aheadTest struct {
 	env     []string
 	items   []aheadItem
 	program string
+	size    int // of the contents of items, about
 
 	mu      sync.Mutex
 	changed sync.Cond
@@ -52,7 +54,7 @@ type aheadItem struct {
 // newAheadTest makes items: as many that refer to nothing, and half as many that refer to some.
 func newAheadTest(t *testing.T, needed int, configuration string) *aheadTest {
 	directory := t.TempDir()
-	a := &aheadTest{t: t, store: directory + "/store", needed: needed, asked: map[string]int{}}
+	a := &aheadTest{t: t, store: directory + "/store", needed: needed, size: 11_000, asked: map[string]int{}}
 	a.changed.L = &a.mu
 	t.Cleanup(func() { makeWritable(directory) })
 	for _, name := range []string{"store", "etc", "state", "home"} {
@@ -73,13 +75,19 @@ func newAheadTest(t *testing.T, needed int, configuration string) *aheadTest {
 		a.open(0, true)
 		server.Close()
 	})
+	a.setServer(server.URL)
+	return a
+}
+
+// setServer has helpers use a server.
+func (a *aheadTest) setServer(url string) {
+	directory := filepath.Dir(a.store)
 	a.env = []string{
 		"PATH=" + os.Getenv("PATH"), "TESTSCRIPT_COMMAND=guix-substitute-eris", "HOME=" + directory + "/home",
 		"NIX_STORE_DIR=" + a.store, "GUIX_CONFIGURATION_DIRECTORY=" + directory + "/etc",
 		"GUIX_STATE_DIRECTORY=" + directory + "/state", "GUIX_ALLOW_UNAUTHENTICATED_SUBSTITUTES=yes",
-		"_NIX_OPTIONS=print-extended-build-trace=1\nsubstitute-urls=" + server.URL + "\n",
+		"_NIX_OPTIONS=print-extended-build-trace=1\nsubstitute-urls=" + url + "\n",
 	}
-	return a
 }
 
 func (a *aheadTest) makeItems(leaves int) {
@@ -96,7 +104,7 @@ func (a *aheadTest) makeItems(leaves int) {
 		if err := os.MkdirAll(filepath.Join(tree, "lib"), 0o755); err != nil {
 			a.t.Fatal(err)
 		}
-		contents := bytes.Repeat([]byte(item.path+"\n"), 200)
+		contents := bytes.Repeat([]byte(item.path+"\n"), a.size/len(item.path))
 		if err := os.WriteFile(filepath.Join(tree, "lib", "file"), contents, 0o644); err != nil {
 			a.t.Fatal(err)
 		}
@@ -187,7 +195,14 @@ func (a *aheadTest) start(mode string) *daemonHelper {
 // query asks about each item on its own, as the daemon does before it substitutes them.
 func (a *aheadTest) query() {
 	a.t.Helper()
+	a.ask("")
+}
+
+// ask asks what a client has the daemon ask, which may be nothing, and then about each item.
+func (a *aheadTest) ask(first string) {
+	a.t.Helper()
 	var requests strings.Builder
+	requests.WriteString(first)
 	for _, item := range a.items {
 		fmt.Fprintf(&requests, "info %s\n", item.path)
 	}
@@ -529,5 +544,144 @@ func TestAheadCollected(t *testing.T) {
 	collector.Wait()
 	if err := d.close(); err != nil {
 		t.Error(err)
+	}
+}
+
+// A farLine is a proxy that counts round trips: what clients send, and connections, wait until
+// nothing more has come for a time, and pass together then. So what is sent one after the other
+// counts as many times as it is, and what is sent at once counts once, however fast the machine is.
+type farLine struct {
+	delay time.Duration
+
+	mu      sync.Mutex
+	changed sync.Cond
+	trips   int
+	counted int
+	timer   *time.Timer
+}
+
+// cross waits for one round trip.
+func (l *farLine) cross() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.timer.Reset(l.delay)
+	for trip := l.trips; trip == l.trips; {
+		l.changed.Wait()
+	}
+}
+
+// count returns how many there have been since it was called before.
+func (l *farLine) count() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n := l.trips - l.counted
+	l.counted = l.trips
+	return n
+}
+
+// newFarLine begins a line to a server, and returns its address.
+func newFarLine(t *testing.T, to string, delay time.Duration) (l *farLine, address string) {
+	l = &farLine{delay: delay}
+	l.changed.L = &l.mu
+	l.timer = time.AfterFunc(time.Hour, func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.trips++
+		l.changed.Broadcast()
+	})
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var connections sync.WaitGroup
+	connections.Go(func() {
+		for {
+			client, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			connections.Go(func() { l.carry(client, to) })
+		}
+	})
+	t.Cleanup(func() {
+		listener.Close()
+		connections.Wait() // the helpers have ended
+		l.timer.Stop()
+	})
+	return l, listener.Addr().String()
+}
+
+func (l *farLine) carry(client net.Conn, to string) {
+	defer client.Close()
+	l.cross()
+	server, err := net.Dial("tcp", to)
+	if err != nil {
+		return
+	}
+	defer server.Close()
+	back := make(chan struct{})
+	go func() {
+		defer close(back)
+		io.Copy(client, server)
+		client.Close()
+	}()
+	for b := make([]byte, 64<<10); ; {
+		n, err := client.Read(b)
+		if err != nil {
+			break
+		}
+		l.cross()
+		if _, err := server.Write(b[:n]); err != nil {
+			break
+		}
+	}
+	server.Close()
+	<-back
+}
+
+// Over a long line, 60 items of 30 KB that are substituted one after the other take some round trips
+// and not one each; and so do the questions about them, if the client has asked about all, or if
+// they follow from references.
+func TestAheadRoundTrips(t *testing.T) {
+	for _, test := range []struct {
+		delay         time.Duration
+		configuration string
+		most, least   int
+	}{
+		{50 * time.Millisecond, "", 12, 0},
+		{100 * time.Millisecond, "", 12, 0},
+		{300 * time.Millisecond, "", 12, 0},
+		{20 * time.Millisecond, "ahead-items = 0\n", 1000, 60}, // which is what is counted
+	} {
+		t.Run(fmt.Sprintf("%v %s", test.delay, strings.TrimSpace(test.configuration)), func(t *testing.T) {
+			t.Parallel()
+			a := newAheadTest(t, 0, test.configuration)
+			a.size, a.items = 30_000, nil
+			a.makeItems(40) // and 20 more
+			server := httptest.NewServer(a)
+			t.Cleanup(server.Close)
+			line, address := newFarLine(t, server.Listener.Addr().String(), test.delay)
+			a.setServer("http://" + address)
+			all := "info"
+			for _, item := range a.items {
+				all += " " + item.path
+			}
+			a.ask(all + "\n")
+			if n := line.count(); n > 8 {
+				t.Errorf("questions took %d round trips", n)
+			}
+			d := a.start("substitute")
+			for _, item := range a.order() {
+				a.substitute(d, item, item.path)
+			}
+			n := line.count()
+			t.Logf("%d round trips", n)
+			if n > test.most || n < test.least {
+				t.Errorf("substitutions took %d round trips", n)
+			}
+			if err := d.close(); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
