@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -490,6 +491,25 @@ func TestAheadBytes(t *testing.T) {
 	}
 }
 
+// children returns the processes that a process has started.
+func children(t *testing.T, process int) (list []int) {
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", process))
+	if err != nil || len(files) == 0 {
+		t.Skipf("children of a process are not known here (%v)", err)
+	}
+	for _, file := range files {
+		text, _ := os.ReadFile(file)
+		for field := range strings.FieldsSeq(string(text)) {
+			child, err := strconv.Atoi(field)
+			if err != nil {
+				t.Fatal(err)
+			}
+			list = append(list, child)
+		}
+	}
+	return list
+}
+
 // What a helper that is killed leaves in the store is removed by the next one, if what the helper
 // has started for that is killed as well.
 func TestAheadKilled(t *testing.T) {
@@ -502,10 +522,16 @@ func TestAheadKilled(t *testing.T) {
 	if left := a.left(); len(left) != 1 {
 		t.Errorf("%v are there while items are staged", left)
 	}
+	for _, child := range children(t, d.cmd.Process.Pid) {
+		syscall.Kill(child, syscall.SIGKILL)
+	}
 	if err := d.cmd.Process.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	d.close() // which says that it was killed
+	if len(a.left()) != 1 {
+		t.Error("nothing is left for the next one")
+	}
 	a.open(0, false)
 	d = a.start("substitute")
 	for _, item := range order {
