@@ -30,17 +30,14 @@ import (
 )
 
 const (
-	// pollInterval is how often the session is looked at while a request is under way: the daemon
-	// goes on to ask about items meanwhile.
-	pollInterval = 20 * time.Millisecond
+	// pollInterval is how often it is looked what is to be done while a request is under way: the
+	// daemon goes on to ask about items meanwhile. As long as each comes at once, none are staged,
+	// for that would cost more than it gives.
+	pollInterval = 5 * time.Millisecond
 	// While an item is restored it takes leastMemory bytes of memory, and its NarSize, but mostMemory
 	// in all at most.
 	leastMemory = 1 << 20
 	mostMemory  = 8 << 20
-	// What comes at once is not staged, for that costs more than it gives: nothing is before requests
-	// have taken atOnce, and each atOnceEach beside that.
-	atOnce     = 5 * time.Millisecond
-	atOnceEach = time.Millisecond
 	// mostPassed is how many requests for others, for each item that may be staged, tell that the
 	// daemon will not ask for an item that is staged.
 	mostPassed = 2
@@ -74,9 +71,19 @@ type Options struct {
 // Stats tells what was staged, by this helper; what of that, and of what other helpers of the session
 // have staged, it has used; and what of it nobody has asked for so far and nobody will.
 type Stats struct {
-	Staged, Used, Wasted                int   // items
-	StagedBytes, UsedBytes, WastedBytes int64 // the sums of their NarSize
-	Err                                 error // why nothing is staged any more
+	Staged, Used, Wasted Count
+	Err                  error // why nothing is staged any more
+}
+
+// A Count counts items.
+type Count struct {
+	Items int
+	Bytes int64 // the sum of their NarSize
+}
+
+func (c *Count) add(i substitute.Item) {
+	c.Items++
+	c.Bytes += int64(i.NarSize)
 }
 
 // Ahead substitutes items, and those that come next ahead of the daemon. Its methods are to be
@@ -98,10 +105,7 @@ type Ahead struct {
 	memory   int64              // that these take
 	request  bool               // one is under way
 	requests int                // so far
-	begun    time.Time          // when the last one began
-	spent    time.Duration      // in those before
-	start    *time.Timer        // of what runs in the background
-	started  bool               // that does
+	poll     *time.Timer        // while one is under way
 	stats    Stats
 }
 
@@ -133,22 +137,21 @@ func New(restorer Restorer, o Options) *Ahead {
 	a.stage.store = o.StoreDir
 	if o.Session != nil {
 		a.stage.name = filepath.Base(o.Session.path)
+		a.group.Go(func() error {
+			a.run()
+			return nil
+		})
 	}
 	return a
 }
 
 // Close cancels what is under way and removes what is staged.
 func (a *Ahead) Close() error {
-	a.mu.Lock()
 	a.cancel()
-	a.mu.Unlock()
 	a.group.Wait() // what it runs returns nil
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	for path, s := range a.staged {
-		a.forget(path, s)
-		a.wasted(s)
-	}
+	clear(a.staged)
 	return a.stage.close()
 }
 
@@ -185,30 +188,27 @@ func (a *Ahead) Substitute(ctx context.Context, path, destination string) substi
 func (a *Ahead) begin(path string) *staged {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.request, a.begun = true, time.Now()
+	a.request = true
+	a.requests++
 	a.plan.take(path)
+	a.poll = time.AfterFunc(pollInterval, a.look)
+	if len(a.staged) > 0 {
+		a.wake()
+	}
 	s := a.staged[path]
 	if s != nil {
 		a.forget(path, s)
 	}
-	if !a.started {
-		a.start = time.AfterFunc(atOnce+time.Duration(a.requests)*atOnceEach-a.spent, a.background)
-	}
-	a.requests++
-	a.wake()
 	return s
 }
 
-// background begins what runs in the background.
-func (a *Ahead) background() {
+// look has the background look at what is to be done, again and again during a request.
+func (a *Ahead) look() {
+	a.wake()
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if !a.started && a.ctx.Err() == nil {
-		a.started = true
-		a.group.Go(func() error {
-			a.run()
-			return nil
-		})
+	if a.request {
+		a.poll.Reset(pollInterval)
 	}
 }
 
@@ -218,20 +218,11 @@ func (a *Ahead) forget(path string, s *staged) {
 	a.bytes -= int64(s.item.NarSize)
 }
 
-// wasted counts an item that was staged in vain. The caller holds the lock.
-func (a *Ahead) wasted(s *staged) {
-	if s.outcome.Status == substitute.Success {
-		a.stats.Wasted++
-		a.stats.WastedBytes += int64(s.item.NarSize)
-	}
-}
-
-// used counts an item that was staged and asked for.
-func (a *Ahead) used(item substitute.Item) {
+// count counts an item.
+func (a *Ahead) count(c *Count, item substitute.Item) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.stats.Used++
-	a.stats.UsedBytes += int64(item.NarSize)
+	c.add(item)
 }
 
 // end ends a request. The daemon may kill this process any time now, and nothing should be left.
@@ -239,8 +230,7 @@ func (a *Ahead) end() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.request = false
-	a.spent += time.Since(a.begun)
-	a.start.Stop()
+	a.poll.Stop()
 	if len(a.staged) == 0 {
 		a.stage.close()
 	}
@@ -261,17 +251,14 @@ func (a *Ahead) use(ctx context.Context, s *staged, destination string) (substit
 		return substitute.Outcome{}, false
 	}
 	s.restoration.Finish(true)
-	a.used(s.item)
+	a.count(&a.stats.Used, s.item)
 	return s.outcome, true
 }
 
 // discard removes an item from the stage. Another helper may have taken it.
 func (a *Ahead) discard(s *staged) {
-	removed := a.stage.remove(key(s.item))
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if removed {
-		a.wasted(s)
+	if a.stage.remove(key(s.item)) {
+		a.count(&a.stats.Wasted, s.item)
 	}
 }
 
@@ -294,7 +281,7 @@ func (a *Ahead) useOfOther(ctx context.Context, path, destination string) (subst
 	defer cancel()
 	moved, c := a.stage.take(within, key(known[0]), destination)
 	if moved {
-		a.used(known[0])
+		a.count(&a.stats.Used, known[0])
 		return known[0].Outcome(), nil
 	}
 	return substitute.Outcome{}, c
@@ -315,24 +302,15 @@ func (a *Ahead) wake() {
 
 // run keeps the stage full until the end.
 func (a *Ahead) run() {
-	ticker := time.NewTicker(pollInterval)
-	defer ticker.Stop()
 	for {
+		select {
+		case <-a.kick:
+		case <-a.ctx.Done():
+			return
+		}
 		a.read()
 		a.evict()
 		for a.fill() {
-		}
-		var tick <-chan time.Time
-		a.mu.Lock()
-		if a.request {
-			tick = ticker.C
-		}
-		a.mu.Unlock()
-		select {
-		case <-a.kick:
-		case <-tick:
-		case <-a.ctx.Done():
-			return
 		}
 	}
 }
@@ -436,8 +414,7 @@ func (a *Ahead) restore(ctx context.Context, s *staged, c *claim) {
 	a.running--
 	a.memory -= s.memory()
 	if outcome.Status == substitute.Success {
-		a.stats.Staged++
-		a.stats.StagedBytes += int64(s.item.NarSize)
+		a.stats.Staged.add(s.item)
 	} else if a.staged[s.item.Path] == s {
 		a.forget(s.item.Path, s)
 	}

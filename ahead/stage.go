@@ -62,20 +62,20 @@ func (s *stage) open() error {
 		if err = files.MakeDirectory(s.path()); err != nil {
 			continue
 		}
-		if s.lock, err = lockDirectory(s.path(), unix.LOCK_SH); err == nil {
+		if s.lock, err = lockDirectory(s.path(), unix.LOCK_SH|unix.LOCK_NB); err == nil {
 			return nil
 		}
 	}
 	return err
 }
 
-// lockDirectory opens a directory and takes its lock, if it is free.
+// lockDirectory opens a directory and takes its lock (flock(2)).
 func lockDirectory(path string, how int) (*os.File, error) {
 	d, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(d.Fd()), how|unix.LOCK_NB); err != nil {
+	if err := unix.Flock(int(d.Fd()), how); err != nil {
 		d.Close()
 		return nil, err
 	}
@@ -187,11 +187,9 @@ func (s *stage) take(ctx context.Context, key, destination string) (moved bool, 
 	final := filepath.Join(s.path(), key)
 	lock, err := files.Lock(final+".lock", 0)
 	for errors.Is(err, files.ErrLocked) && ctx.Err() == nil {
-		timer := time.NewTimer(lockPoll)
 		select {
-		case <-timer.C:
+		case <-time.After(lockPoll):
 		case <-ctx.Done():
-			timer.Stop()
 		}
 		lock, err = files.Lock(final+".lock", 0)
 	}
@@ -239,13 +237,9 @@ func cleanStage(store, session string) {
 	}
 	defer around.Close()
 	s := &stage{store: store, name: filepath.Base(session)}
-	if s.lock, err = os.OpenFile(s.path(), os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0); err != nil {
-		return
+	if s.lock, err = lockDirectory(s.path(), unix.LOCK_EX); err == nil {
+		s.close()
 	}
-	for err = unix.EINTR; err == unix.EINTR; {
-		err = unix.Flock(int(s.lock.Fd()), unix.LOCK_EX)
-	}
-	s.close()
 }
 
 // openAround opens the directory around all stages, if it is this user's: others may be able to put
@@ -280,7 +274,7 @@ func CleanStages(store string) {
 	}
 	for _, e := range entries {
 		path := filepath.Join(around.Name(), e.Name())
-		if lock, err := lockDirectory(path, unix.LOCK_EX); err == nil {
+		if lock, err := lockDirectory(path, unix.LOCK_EX|unix.LOCK_NB); err == nil {
 			restore.Remove(path)
 			lock.Close()
 		}

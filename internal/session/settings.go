@@ -243,8 +243,8 @@ func (s *Session) after() {
 		if t.Err != nil {
 			why = fmt.Sprintf("; no more: %v", t.Err)
 		}
-		s.Log.Notef("ahead of the daemon: %d items staged, %.1f MB; %d used, %.1f MB; %d wasted, %.1f MB%s", t.Staged, float64(t.StagedBytes)/1e6,
-			t.Used, float64(t.UsedBytes)/1e6, t.Wasted, float64(t.WastedBytes)/1e6, why)
+		s.Log.Notef("ahead of the daemon: %d items staged, %.1f MB; %d used, %.1f MB; %d wasted, %.1f MB%s", t.Staged.Items, float64(t.Staged.Bytes)/1e6,
+			t.Used.Items, float64(t.Used.Bytes)/1e6, t.Wasted.Items, float64(t.Wasted.Bytes)/1e6, why)
 	}
 	if time.Since(s.saved) < saveEvery {
 		return
