@@ -6,13 +6,13 @@
 //
 // # How it goes
 //
-// The query helper of a daemon process notes each item that the daemon asks about on its own in
-// the [Session] of that process, if it can be had. The substitute helper of the same process reads
-// that when the first request comes, finds out in which order the items will be asked for, and
-// restores the next ones in the background, in a directory of its own in the store: by the same
-// code, from the same sources, with the same check of NarHash, but to another place. When the
-// daemon asks for one of them, it is renamed to its destination if it is complete, and waited for
-// if it is under way. Whatever is wrong with a staged item means that it is not staged.
+// The query helper of a daemon process notes each item that the daemon asks about on its own in the
+// [Session] of that process, if it can be had. The substitute helper of the same process reads that
+// when the first request comes, finds out in which order the items will be asked for, and restores
+// the next ones in the background, in a directory of its own in the store: by the same code, from
+// the same sources, with the same check of NarHash, but to another place. When the daemon asks for
+// one of them, it is renamed to its destination if it is complete, and waited for if it is under
+// way. Whatever is wrong with a staged item means that it is not staged.
 package ahead
 
 import (
@@ -34,8 +34,8 @@ const (
 	// daemon goes on to ask about items meanwhile. As long as each comes at once, none are staged,
 	// for that would cost more than it gives.
 	pollInterval = 5 * time.Millisecond
-	// While an item is restored it takes leastMemory bytes of memory, and its NarSize, but mostMemory
-	// in all at most.
+	// While an item is restored it takes leastMemory bytes of memory, and its NarSize, but
+	// mostMemory in all at most.
 	leastMemory = 1 << 20
 	mostMemory  = 8 << 20
 	// mostPassed is how many requests for others, for each item that may be staged, tell that the
@@ -68,8 +68,8 @@ type Options struct {
 	Workers  int      // how many large ones; of others as many as take the same memory
 }
 
-// Stats tells what was staged, by this helper; what of that, and of what other helpers of the session
-// have staged, it has used; and what of it nobody has asked for so far and nobody will.
+// Stats tells what was staged, by this helper; what of that, and of what other helpers of the
+// session have staged, it has used; and what of it nobody has asked for so far and nobody will.
 type Stats struct {
 	Staged, Used, Wasted Count
 	Err                  error // why nothing is staged any more

@@ -667,9 +667,9 @@ func (l *farLine) carry(client net.Conn, to string) {
 	<-back
 }
 
-// Over a long line, 60 items of 30 KB that are substituted one after the other take some round trips
-// and not one each; and so do the questions about them, if the client has asked about all, or if
-// they follow from references.
+// Over a long line, 60 items of 30 KB that are substituted one after the other take some round
+// trips and not one each; and so do the questions about them, if the client has asked about all, or
+// if they follow from references.
 func TestAheadRoundTrips(t *testing.T) {
 	for _, test := range []struct {
 		delay         time.Duration

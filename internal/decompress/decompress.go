@@ -80,10 +80,10 @@ func (i *input) Read(p []byte) (int, error) {
 // does; for the others it is an error. Checksums are verified.
 func Open(method string, r io.Reader) (*Reader, error) { return OpenAtMost(method, r, maxWindow) }
 
-// OpenAtMost is like [Open] for contents of which no more than the given number of bytes are wanted:
-// what refers to something farther back, which they cannot have, is an error. A compressor that was
-// not told how little would come has taken a large window; memory for all of it, zeroed for each
-// small archive, took more time than all the rest.
+// OpenAtMost is like [Open] for contents of which no more than the given number of bytes are
+// wanted: what refers to something farther back, which they cannot have, is an error. A compressor
+// that was not told how little would come has taken a large window; memory for all of it, zeroed
+// for each small archive, took more time than all the rest.
 func OpenAtMost(method string, r io.Reader, most int64) (*Reader, error) {
 	z := &Reader{method: method, close: func() {}, free: freeInput}
 	if method == "none" {
@@ -127,8 +127,8 @@ func newZstdDecoder(r io.Reader, most int64) (*zstd.Decoder, error) {
 		zstd.WithDecoderMaxWindow(maxWindow))
 }
 
-// narrowed is a frame of zstd whose header says that its window is no larger than need be (RFC 8878,
-// section 3.1.1.1).
+// narrowed is a frame of zstd whose header says that its window is no larger than need be (RFC
+// 8878, section 3.1.1.1).
 type narrowed struct {
 	r     *bufio.Reader
 	most  int64 // bytes of contents
