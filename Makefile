@@ -23,13 +23,15 @@ $(name):
 check:
 	$(GO) test ./...
 
-# A quarter of an hour: schedules of faults, and how often a helper, a block store and a publisher are
-# killed. SOAK=0 and KILLS=0 leave one of them out.
+# A quarter of an hour: schedules of faults, how often a helper, a block store and a publisher are
+# killed, and how many pages of a full disk there are between two attempts (as root). SOAK=0 and
+# KILLS=0 leave one of them out.
 SOAK = 1000
 KILLS = 500
+FULL = 1
 soak:
-	ERIS_SOAK=$(SOAK) ERIS_KILLS=$(KILLS) nice $(GO) test -count=1 -timeout 1h -parallel 8 \
-		-run '^Test(Soak|HelperKilled|ServeKilled|PublishKilled)$$' ./cmd/$(name)
+	ERIS_SOAK=$(SOAK) ERIS_KILLS=$(KILLS) ERIS_FULL=$(FULL) nice $(GO) test -count=1 -timeout 1h -parallel 8 \
+		-run '^Test(Soak|HelperKilled|ServeKilled|PublishKilled|FullDisks)$$' ./cmd/$(name)
 
 # Texts name the program where it is installed.
 place = sed 's|/usr/local/|$(PREFIX)/|g' $(1) | install -m 644 /dev/stdin $(2)/$(notdir $(1))

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"runtime"
 	"testing"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -52,6 +53,39 @@ func TestWorkersCancelDeaf(t *testing.T) {
 	if !bytes.Equal(memory, make([]byte, len(memory))) {
 		t.Error("memory was written to after Done")
 	}
+}
+
+// TestWorkersForget cancels requests that wait for a worker: nothing of them stays.
+func TestWorkersForget(t *testing.T) {
+	begun, end := make(chan struct{}), make(chan struct{})
+	source := deaf{fetch.NewWorkers(1, func(_ context.Context, _ eris.Reference, _ eris.BlockSize, dst []byte) ([]byte, error) {
+		close(begun)
+		<-end
+		return nil, eris.ErrNotFound
+	})}
+	start := func() *fetch.Request {
+		r := &fetch.Request{Size: eris.BlockSize1KiB, Done: func(*fetch.Request) {}}
+		source.Start(r)
+		return r
+	}
+	start()
+	<-begun
+	heap := func() int64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc)
+	}
+	before := heap()
+	for range 100_000 {
+		source.Cancel(start())
+	}
+	if grown := heap() - before; grown > 1<<20 {
+		t.Errorf("%d bytes are left of requests that were cancelled", grown)
+	}
+	close(end)
+	source.Close()
+	source.Cancel(start()) // does nothing
 }
 
 func TestVerify(t *testing.T) {

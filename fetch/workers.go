@@ -3,6 +3,7 @@
 package fetch
 
 import (
+	"container/list"
 	"context"
 	"sync"
 
@@ -24,8 +25,7 @@ type Workers struct {
 	mu      sync.Mutex
 	wake    sync.Cond // workers that have nothing to do wait on it
 	closed  bool
-	first   *task // of those that no worker has taken, in order
-	last    *task
+	waiting list.List // of *task: those that no worker has taken, in order
 	running int
 	idle    int
 	group   errgroup.Group
@@ -35,7 +35,7 @@ type Workers struct {
 type task struct {
 	reference eris.Reference
 	size      eris.BlockSize
-	next      *task
+	waits     *list.Element // in the list of those that wait, or nowhere any more
 
 	mu      sync.Mutex
 	request *Request           // nil once Done has been or is being called
@@ -57,19 +57,14 @@ func NewWorkers(n int, get func(ctx context.Context, ref eris.Reference, size er
 // Start implements [Source].
 func (w *Workers) Start(r *Request) {
 	t := &task{request: r, reference: r.Pair.Reference, size: r.Size}
-	r.Held = t
 	w.mu.Lock()
 	if w.closed {
 		w.mu.Unlock()
 		t.end(nil, ErrClosed)
 		return
 	}
-	if w.last == nil {
-		w.first = t
-	} else {
-		w.last.next = t
-	}
-	w.last = t
+	r.Held = t
+	t.waits = w.waiting.PushBack(t)
 	switch {
 	case w.idle > 0:
 		w.idle--
@@ -90,6 +85,9 @@ func (w *Workers) Cancel(r *Request) {
 	if !ok {
 		return
 	}
+	w.mu.Lock()
+	w.waiting.Remove(t.waits) // if it is there
+	w.mu.Unlock()
 	t.mu.Lock()
 	if t.cancel != nil {
 		t.cancel()
@@ -103,12 +101,14 @@ func (w *Workers) Cancel(r *Request) {
 func (w *Workers) Close() error {
 	w.mu.Lock()
 	w.closed = true
-	first := w.first
-	w.first, w.last = nil, nil
+	var waiting []*task
+	for w.waiting.Len() > 0 {
+		waiting = append(waiting, w.waiting.Remove(w.waiting.Front()).(*task))
+	}
 	w.wake.Broadcast()
 	w.mu.Unlock()
 	w.cancel(ErrClosed)
-	for t := first; t != nil; t = t.next {
+	for _, t := range waiting {
 		t.end(nil, ErrClosed)
 	}
 	return w.group.Wait()
@@ -145,32 +145,21 @@ func (w *Workers) work() {
 	}
 }
 
-// take waits for the next request that nobody has cancelled. It returns nil when there will be
-// none.
+// take waits for the next request. It returns nil when there will be none.
 func (w *Workers) take() (*task, context.Context, context.CancelFunc) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for {
-		for w.first == nil {
-			if w.closed {
-				return nil, nil, nil
-			}
-			w.idle++
-			w.wake.Wait()
+	for w.waiting.Len() == 0 {
+		if w.closed {
+			return nil, nil, nil
 		}
-		t := w.first
-		w.first = t.next
-		if w.first == nil {
-			w.last = nil
-		}
-		ctx, cancel := context.WithCancel(w.ctx)
-		t.mu.Lock()
-		wanted := t.request != nil
-		t.cancel = cancel
-		t.mu.Unlock()
-		if wanted {
-			return t, ctx, cancel
-		}
-		cancel()
+		w.idle++
+		w.wake.Wait()
 	}
+	t := w.waiting.Remove(w.waiting.Front()).(*task)
+	ctx, cancel := context.WithCancel(w.ctx)
+	t.mu.Lock()
+	t.cancel = cancel
+	t.mu.Unlock()
+	return t, ctx, cancel
 }

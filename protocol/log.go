@@ -3,7 +3,6 @@
 package protocol
 
 import (
-	"bytes"
 	"fmt"
 	"hash/maphash"
 	"io"
@@ -17,18 +16,28 @@ import (
 )
 
 // A Log is what the user sees: messages and progress. The daemon passes it on from the
-// substituter's standard error, but reads it only while it waits for a reply; so nothing may be
-// written between requests. It is safe for concurrent use.
+// substituter's standard error, but reads it only while it waits for a reply; so what is said
+// between requests is kept for the next one, see [Log.Requests]. It is safe for concurrent use.
 type Log struct {
 	style  LogStyle
 	behind *Log // of a log that Hold has made: where everything goes once it is released
+	seed   maphash.Seed
 
 	mu   sync.Mutex
-	held bool
-	w    io.Writer
+	w    io.Writer       // nil if there is one behind
 	line bool            // a progress line is drawn, without a newline at its end
 	said map[uint64]bool // hashes of keys, which may be long
-	seed maphash.Seed
+
+	held  bool
+	kept  []message // while it is held
+	bytes int       // of their texts
+}
+
+// A message is one line or more.
+type message struct {
+	key    uint64 // whoever shows it does so once; 0 is always
+	prefix string
+	text   string
 }
 
 // A LogStyle says how a [Log] looks.
@@ -56,37 +65,27 @@ func NewLog(w io.Writer, style LogStyle) *Log {
 const maxSaid = 10000
 
 // Warnf shows a warning. The message is one line; what comes from outside belongs in it with %q.
-func (l *Log) Warnf(format string, a ...any) { l.message("warning: ", fmt.Sprintf(format, a...)) }
+func (l *Log) Warnf(format string, a ...any) { l.say(0, "warning: ", format, a...) }
 
 // Errorf shows an error. The rules of Warnf hold.
-func (l *Log) Errorf(format string, a ...any) { l.message("error: ", fmt.Sprintf(format, a...)) }
+func (l *Log) Errorf(format string, a ...any) { l.say(0, "error: ", format, a...) }
 
 // Notef shows a line that is neither.
-func (l *Log) Notef(format string, a ...any) { l.message("", fmt.Sprintf(format, a...)) }
+func (l *Log) Notef(format string, a ...any) { l.say(0, "", format, a...) }
 
 // WarnOnce shows a warning unless one with the same key has been shown before.
 func (l *Log) WarnOnce(key, format string, a ...any) {
-	hash := maphash.String(l.seed, key)
-	l.mu.Lock()
-	again := l.said[hash] || len(l.said) == maxSaid
-	if !again {
-		l.said[hash] = true
-	}
-	l.mu.Unlock()
-	if !again {
-		l.Warnf(format, a...)
-	}
+	l.say(maphash.String(l.seed, key)|1, "warning: ", format, a...)
 }
 
-func (l *Log) message(kind, text string) {
-	text = l.oneLine(text)
+func (l *Log) say(key uint64, kind, format string, a ...any) {
+	m := message{key, l.style.Program + ": " + kind, l.oneLine(fmt.Sprintf(format, a...)) + "\n"}
 	l = l.lock()
 	defer l.mu.Unlock()
-	l.endLine()
-	io.WriteString(l.w, l.style.Program+": "+kind+text+"\n")
+	l.put(m)
 }
 
-// lock locks the log that shows what this one is told, and returns it.
+// lock locks the log that shows or keeps what this one is told, and returns it.
 func (l *Log) lock() *Log {
 	l.mu.Lock()
 	if l.behind == nil || l.held {
@@ -99,11 +98,49 @@ func (l *Log) lock() *Log {
 // maxHeld bounds what a log keeps that is held, in bytes.
 const maxHeld = 64 << 10
 
+// put shows a message, or keeps it. The caller holds the lock.
+func (l *Log) put(m message) {
+	if m.key != 0 {
+		if l.said[m.key] || len(l.said) == maxSaid {
+			return
+		}
+		l.said[m.key] = true
+	}
+	switch size := len(m.prefix) + len(m.text); {
+	case !l.held:
+		l.endLine()
+		io.WriteString(l.w, m.prefix+m.text)
+	case l.bytes+size <= maxHeld:
+		l.bytes += size
+		l.kept = append(l.kept, m)
+	}
+}
+
+// hold has the log keep what it is told, as far as there is room.
+func (l *Log) hold() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.endLine()
+	l.held = true
+}
+
+// release shows what a log has kept, and from then on what it is told.
+func (l *Log) release() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	kept := l.kept
+	l.held, l.kept, l.bytes = false, nil, 0
+	for _, m := range kept {
+		m.key = 0 // that it is said has been noted
+		l.put(m)
+	}
+}
+
 // Hold returns a log that keeps what it is told, as far as there is room, until it is released. Of
 // progress only the start is kept.
 func (l *Log) Hold() *Log {
-	held := NewLog(&heldText{}, l.style)
-	held.behind, held.held = l, true
+	held := NewLog(nil, l.style)
+	held.behind, held.seed, held.held = l, l.seed, true
 	return held
 }
 
@@ -111,24 +148,12 @@ func (l *Log) Hold() *Log {
 func (l *Log) Release() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if !l.held {
-		return
-	}
-	l.held = false
 	to := l.behind.lock()
 	defer to.mu.Unlock()
-	to.endLine()
-	to.w.Write(l.w.(*heldText).Bytes())
-}
-
-// heldText is text up to maxHeld; what is beyond is lost.
-type heldText struct{ bytes.Buffer }
-
-func (h *heldText) Write(b []byte) (int, error) {
-	if h.Len()+len(b) <= maxHeld {
-		h.Buffer.Write(b)
+	for _, m := range l.kept {
+		to.put(m)
 	}
-	return len(b), nil
+	l.held, l.kept = false, nil
 }
 
 // maxLine bounds what stands in a line, in bytes, so that it is written at once.
@@ -169,9 +194,9 @@ func (l *Log) endLine() {
 	}
 }
 
-// draw shows text in place of the progress line.
+// draw shows text in place of the progress line; the caller holds the lock.
 func (l *Log) draw(text string) {
-	if !l.style.Dynamic {
+	if !l.style.Dynamic || l.held {
 		return
 	}
 	io.WriteString(l.w, "\r\x1b[K"+text)

@@ -4,7 +4,6 @@ package protocol
 
 import (
 	"fmt"
-	"io"
 	"path"
 	"strings"
 	"sync"
@@ -52,15 +51,13 @@ func (d *Download) From(url string, size int64) {
 	d.transferred.Store(0)
 	d.shown = -1
 	l := d.log.lock()
-	l.endLine()
-	switch {
-	case !l.style.Traces:
-		io.WriteString(l.w, "Downloading "+url+"...\n")
-	default:
+	text := "Downloading " + url + "...\n"
+	if l.style.Traces {
 		// Once more when another way is taken: the progress that follows at once makes clients
 		// forget what they knew of the item (Guix, guix/status.scm: compute-status).
-		io.WriteString(l.w, "@ download-started "+d.item+" "+url+" "+d.sizeField()+"\n")
+		text = "@ download-started " + d.item + " " + url + " " + d.sizeField() + "\n"
 	}
+	l.put(message{text: text})
 	d.started = true
 	d.show(l)
 	l.mu.Unlock()
@@ -94,19 +91,16 @@ func (d *Download) Finish(success bool) {
 		d.show(l)
 	}
 	switch {
-	case !l.style.Traces:
-		l.endLine()
-		if l.style.Dynamic {
-			io.WriteString(l.w, "\n")
-		}
-	case success:
+	case l.style.Traces && success:
 		if d.size < 0 {
 			d.size = n
 		}
 		if n != d.size {
-			fmt.Fprintf(l.w, "@ download-progress %s %s %d %d\n", d.item, d.url, d.size, d.size)
+			l.put(message{text: fmt.Sprintf("@ download-progress %s %s %d %d\n", d.item, d.url, d.size, d.size)})
 		}
-		fmt.Fprintf(l.w, "@ download-succeeded %s %s %d\n\n", d.item, d.url, d.size)
+		l.put(message{text: fmt.Sprintf("@ download-succeeded %s %s %d\n\n", d.item, d.url, d.size)})
+	case !l.style.Traces && l.style.Dynamic:
+		l.put(message{text: "\n"})
 	}
 }
 
@@ -125,7 +119,7 @@ func (d *Download) show(l *Log) {
 	}
 	d.shown = n
 	if l.style.Traces {
-		fmt.Fprintf(l.w, "@ download-progress %s %s %s %d\n", d.item, d.url, d.sizeField(), n)
+		l.put(message{text: fmt.Sprintf("@ download-progress %s %s %s %d\n", d.item, d.url, d.sizeField(), n)})
 		return
 	}
 	elapsed := time.Since(d.begin)

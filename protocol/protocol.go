@@ -4,8 +4,8 @@
 // input, replies on descriptor 4, and messages for the user on standard error. It knows nothing of
 // networks and stores.
 //
-// [NewRequests] reads requests; the Append functions make replies; [ParseOptions] reads what the
-// daemon puts in the environment; [NewReporter] shows progress. The rules are those of Guix:
+// [Log.Requests] reads requests; the Append functions make replies; [ParseOptions] reads what the
+// daemon puts in the environment; [NewLog] shows progress. The rules are those of Guix:
 // guix/scripts/substitute.scm on the substituter's side, and nix/libstore/local-store.cc and
 // build.cc on the daemon's.
 package protocol
@@ -16,6 +16,8 @@ import (
 	"fmt"
 	"io"
 	"strconv"
+
+	"golang.org/x/sys/unix"
 )
 
 // ReplyDescriptor is the file descriptor that replies go to (Guix, nix/libutil/util.cc: Agent).
@@ -36,12 +38,23 @@ type Request struct {
 
 // Requests reads request lines. It is not safe for concurrent use.
 type Requests struct {
-	r *bufio.Reader
+	r   *bufio.Reader
+	log *Log // nil if there is none
 }
 
 // NewRequests returns a reader of the requests that r brings.
 func NewRequests(r io.Reader) *Requests {
-	return &Requests{bufio.NewReaderSize(r, 64<<10)}
+	return &Requests{r: bufio.NewReaderSize(r, 64<<10)}
+}
+
+// Requests returns a reader of the requests that r brings. From then on the log shows something
+// only while one is under way, between Next and Reply, or after the last one, and keeps until then
+// what it is told meanwhile, as far as there is room.
+func (l *Log) Requests(r io.Reader) *Requests {
+	l.hold()
+	requests := NewRequests(r)
+	requests.log = l
+	return requests
 }
 
 // Next returns the next request, however long its line is. It returns io.EOF at the end of the
@@ -50,6 +63,9 @@ func NewRequests(r io.Reader) *Requests {
 // reader's.
 func (r *Requests) Next() (Request, error) {
 	line, err := r.line()
+	if r.log != nil {
+		r.log.release()
+	}
 	if err != nil {
 		return Request{}, err
 	}
@@ -97,6 +113,27 @@ func (r *Requests) line() ([]byte, error) {
 		}
 		return line, nil
 	}
+}
+
+// Reply ends a request by writing the reply to a file descriptor, with a single write unless a pipe
+// takes less. Errors are those of writing.
+func (r *Requests) Reply(fd int, reply []byte) error {
+	if r.log != nil {
+		r.log.hold()
+	}
+	for len(reply) > 0 {
+		n, err := unix.Write(fd, reply)
+		switch err {
+		case nil:
+			reply = reply[n:]
+		case unix.EINTR:
+		case unix.EAGAIN:
+			unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, -1)
+		default:
+			return err
+		}
+	}
+	return nil
 }
 
 // AppendHave appends the reply to a "have" request: the available paths, in any order. Each must be

@@ -353,6 +353,75 @@ func TestLogIsText(t *testing.T) {
 	}
 }
 
+// TestBetweenRequests says something while nobody reads: it is shown with the next request, and
+// what does not fit is lost.
+func TestBetweenRequests(t *testing.T) {
+	var w lines
+	log := protocol.NewLog(&w, protocol.LogStyle{Program: "g", Dynamic: true})
+	requests := log.Requests(strings.NewReader("one\ntwo\nthree\n"))
+	next := func(want ...string) {
+		t.Helper()
+		if len(w.writes) > 0 {
+			t.Errorf("shown between requests: %q", w.writes)
+		}
+		if _, err := requests.Next(); err != nil || !slices.Equal(w.writes, want) {
+			t.Errorf("shown with the request: %q, want %q (%v)", w.writes, want, err)
+		}
+		w.writes = nil
+	}
+	r, pipe, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer pipe.Close()
+	reply := func() {
+		t.Helper()
+		if err := requests.Reply(int(pipe.Fd()), []byte("reply\n")); err != nil {
+			t.Error(err)
+		}
+	}
+	ahead := log.Hold()
+	ahead.WarnOnce("a", "ahead")
+	ahead.WarnOnce("b", "ahead")
+	ahead.WarnOnce("b", "ahead")
+	log.Warnf("early")
+	log.WarnOnce("a", "early")
+	next("g: warning: early\n", "g: warning: early\n")
+	ahead.Release()
+	ahead.WarnOnce("b", "late")
+	ahead.WarnOnce("c", "late")
+	log.WarnOnce("c", "later")
+	log.Lookup("u", 2)
+	want := []string{"g: warning: ahead\n", "g: warning: late\n", "\r\x1b[Klooking for substitutes on 'u'...   0.0%"}
+	if !slices.Equal(w.writes, want) {
+		t.Errorf("shown: %q, want %q", w.writes, want)
+	}
+	w.writes = nil
+	reply()
+	if !slices.Equal(w.writes, []string{"\n"}) {
+		t.Errorf("a line stays open: %q", w.writes)
+	}
+	w.writes = nil
+	log.Lookup("u", 2).Answered()
+	d := log.Download("i")
+	d.From("u", 5)
+	d.Transferred(5)
+	d.Finish(false)
+	next("Downloading u...\n", "\n")
+	reply()
+	for range 1000 {
+		log.Notef("%s", strings.Repeat("x", 1000))
+	}
+	if len(w.writes) > 0 {
+		t.Errorf("%d messages are shown between requests", len(w.writes))
+	}
+	requests.Next()
+	if n := len(w.writes); n < 60 || n > 66 {
+		t.Errorf("%d messages are kept", n)
+	}
+}
+
 // TestWarnOnceForgets checks that what has been said does not fill the memory.
 func TestWarnOnceForgets(t *testing.T) {
 	var w lines

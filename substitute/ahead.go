@@ -4,25 +4,14 @@ package substitute
 
 import (
 	"context"
-	"io"
 	"runtime/debug"
 	"sync/atomic"
-	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 )
 
 // This file is for those who restore items before the daemon asks for them: by the same ways as
 // others, but silently, to another place, and behind what the daemon waits for.
-
-const (
-	// noticeable is how long somebody has waited for bytes before others give way to them, if there
-	// were some recently, and longestPause for how long at once. pauseStep is how often they look.
-	noticeable   = 5 * time.Millisecond
-	recently     = 200 * time.Millisecond
-	longestPause = 100 * time.Millisecond
-	pauseStep    = 2 * time.Millisecond
-)
 
 // An Item is an item that can be had, as the authorised narinfo has it.
 type Item struct {
@@ -105,60 +94,3 @@ func (r *Restoration) Finish(success bool) { r.job.progress.Finish(success) }
 
 // waited reports whether the daemon waits for the item.
 func (j *job) waited() bool { return j.ahead == nil || !j.ahead.Load() }
-
-// A precedence sees to it that what the daemon waits for comes first on a line that others use as
-// well. Others give way while it keeps coming, but is waited for: then the line is what takes the
-// time, and not a processor. The zero value is ready. It is safe for concurrent use.
-type precedence struct {
-	since atomic.Int64 // when the call of Read began that somebody waits for, or 0; in nanoseconds
-	last  atomic.Int64 // when one has brought bytes
-}
-
-// read reads what the daemon waits for, which is one thing at a time.
-func (p *precedence) read(r io.Reader, b []byte) (int, error) {
-	p.since.Store(time.Now().UnixNano())
-	n, err := r.Read(b)
-	p.since.Store(0)
-	if n > 0 {
-		p.last.Store(time.Now().UnixNano())
-	}
-	return n, err
-}
-
-// waits reports whether somebody waits for bytes that keep coming.
-func (p *precedence) waits() bool {
-	now, since := time.Now().UnixNano(), p.since.Load()
-	return since != 0 && time.Duration(now-since) >= noticeable && time.Duration(now-p.last.Load()) < recently
-}
-
-// giveWay waits while others wait for what keeps coming, but not for long at once: what comes
-// without pause must not keep others from coming at all.
-func (p *precedence) giveWay(ctx context.Context) {
-	for begin := time.Now(); p.waits() && time.Since(begin) < longestPause; {
-		timer := time.NewTimer(pauseStep)
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return
-		}
-	}
-}
-
-// orderly reads what comes over a line, which gives way if nobody waits for it.
-type orderly struct {
-	ctx    context.Context
-	r      io.Reader
-	job    *job
-	paused atomic.Int64 // to give way, in nanoseconds
-}
-
-func (o *orderly) Read(p []byte) (int, error) {
-	if !o.job.waited() {
-		begin := time.Now()
-		o.job.s.precedence.giveWay(o.ctx)
-		o.paused.Add(int64(time.Since(begin)))
-		return o.r.Read(p)
-	}
-	return o.job.s.precedence.read(o.r, p)
-}

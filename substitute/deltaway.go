@@ -29,11 +29,6 @@ type deltaWay struct {
 	capability eris.ReadCapability
 }
 
-func isDelta(c *candidate) bool {
-	_, ok := c.way.(*deltaWay)
-	return ok
-}
-
 // listDeltas adds the deltas that narinfos offer. No server learns which bases there are.
 func (j *job) listDeltas(records []record) {
 	for _, r := range records {
@@ -52,9 +47,9 @@ func (j *job) listDeltas(records []record) {
 func (w *deltaWay) locate(r record, d narinfo.Delta) bool {
 	s := w.j.s
 	if strings.HasPrefix(d.URL, "urn:") {
-		c, err := eris.ParseURN(d.URL)
+		c, err := s.capability(d.URL, d.Signed && r.authorised)
 		w.capability = c
-		return err == nil && s.Blocks != nil && s.Policy != HTTPOnly && (s.UnsignedCapabilities || d.Signed && r.authorised)
+		return err == nil
 	}
 	url, err := narURL(r, d.URL)
 	w.url = url
@@ -66,6 +61,8 @@ func (w *deltaWay) key() string { return w.String() + " " + w.base }
 
 // blocks reports whether the delta comes in blocks.
 func (w *deltaWay) blocks() bool { return w.url == "" }
+
+func (w *deltaWay) kind() string { return "delta" }
 
 func (w *deltaWay) String() string {
 	if w.blocks() {

@@ -4,6 +4,7 @@ package substitute
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"path"
@@ -40,16 +41,10 @@ type blocksWay struct {
 // are equivalent to one that is authorised; what they denote is hashed, so that a capability that
 // nobody has signed can do no more harm than a nar from anywhere.
 func (j *job) listBlocks(records []record) {
-	if j.s.Blocks == nil || j.s.Policy == HTTPOnly {
-		return
-	}
 	for _, signed := range []bool{true, false} {
-		if !signed && !j.s.UnsignedCapabilities {
-			continue
-		}
 		for _, r := range records {
 			for _, e := range r.narinfo.ERIS {
-				c, err := eris.ParseURN(e.URN)
+				c, err := j.s.capability(e.URN, e.Signed && r.authorised)
 				if (e.Signed && r.authorised) != signed || err != nil || j.listed[c.URN()] {
 					continue // a draft of the encoding, perhaps
 				}
@@ -65,6 +60,21 @@ func (j *job) listBlocks(records []record) {
 	}
 }
 
+// capability returns the read capability that a narinfo offers, with an error if it cannot be used.
+func (s *Substituter) capability(urn string, signed bool) (eris.ReadCapability, error) {
+	c, err := eris.ParseURN(urn)
+	switch {
+	case err != nil:
+	case s.Blocks == nil || s.Policy == HTTPOnly:
+		err = errNoBlocks
+	case !signed && !s.UnsignedCapabilities:
+		err = errors.New("it is not signed, and the settings want that")
+	}
+	return c, err
+}
+
+var errNoBlocks = errors.New("no block store is used")
+
 // newBlocksWay returns the way by a value of the field ERIS.
 func newBlocksWay(j *job, c eris.ReadCapability, e narinfo.ERIS) *blocksWay {
 	w := &blocksWay{j, c, e.Form, int64(min(j.want.NarSize, 1<<62))}
@@ -73,6 +83,8 @@ func newBlocksWay(j *job, c eris.ReadCapability, e narinfo.ERIS) *blocksWay {
 	}
 	return w
 }
+
+func (w *blocksWay) kind() string { return "blocks" }
 
 func (w *blocksWay) String() string { return w.capability.URN() }
 

@@ -12,9 +12,9 @@ import (
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 )
 
 // An Availability says whether an item can be had, and if not, the one thing that is in the way.
@@ -92,7 +92,7 @@ type CapabilityReport struct {
 
 // A WayReport is one way to get the item.
 type WayReport struct {
-	Kind string `json:"kind"` // "old item", "blocks" or "nar"
+	Kind string `json:"kind"` // "old item", "delta", "blocks" or "nar"
 	// Name is the file name of the old item, the URN, or the URL.
 	Name   string        `json:"name"`
 	Server string        `json:"server,omitempty"` // whose narinfo offers it
@@ -113,16 +113,19 @@ func (s *Substituter) Explain(ctx context.Context, path string) (Explanation, er
 	}
 	e := Explanation{Path: path, Servers: make([]ServerReport, len(s.servers))}
 	records := make([]*record, len(s.servers))
+	var said strings.Builder
+	log := s.Log
+	s.Log = protocol.NewLog(&said, protocol.LogStyle{Unicode: true})
+	s.sayIgnored()
 	var workers sync.WaitGroup
 	for i, server := range s.servers {
 		workers.Go(func() { e.Servers[i], records[i] = s.inquire(ctx, server, path, hash) })
 	}
 	workers.Wait()
-	for _, n := range s.notes.take() {
-		// The reports of the servers say why one has not answered.
-		if !slices.ContainsFunc([]string{"down ", "status ", "server "}, func(p string) bool { return strings.HasPrefix(n.key, p) }) {
-			e.Notes = append(e.Notes, n.text)
-		}
+	s.Log = log
+	for line := range strings.Lines(said.String()) {
+		_, text, _ := strings.Cut(line, "warning: ")
+		e.Notes = append(e.Notes, strings.TrimSpace(text))
 	}
 	j := &job{path: path, log: s.Log}
 	_, err = s.prepare(ctx, s.lookup(ctx, []string{path}), j)
@@ -175,12 +178,7 @@ func (s *Substituter) describe(report *ServerReport, r *record, want *narinfo.Na
 	}
 	n := r.narinfo
 	report.Narinfo, report.Authorised = n, r.authorised
-	if signature, err := acl.ParseSignature(n.Signature); err == nil {
-		report.Signer = signature.Host
-		if key, err := signature.PublicKey(); err == nil {
-			report.Key = key.String()
-		}
-	}
+	report.Signer, report.Key = signer(n)
 	if r.refused != nil {
 		report.Refused, report.UnknownKey = r.refused.Error(), errors.Is(r.refused, acl.ErrUnauthorisedKey)
 	}
@@ -201,18 +199,15 @@ func (s *Substituter) describe(report *ServerReport, r *record, want *narinfo.Na
 		report.Nars = append(report.Nars, nar)
 	}
 	for _, c := range n.ERIS {
-		report.Capabilities = append(report.Capabilities, s.capability(c, c.Signed && r.authorised))
+		report.Capabilities = append(report.Capabilities, s.reportCapability(c, c.Signed && r.authorised))
 	}
 }
 
-func (s *Substituter) capability(e narinfo.ERIS, signed bool) CapabilityReport {
-	c, err := eris.ParseURN(e.URN)
+func (s *Substituter) reportCapability(e narinfo.ERIS, signed bool) CapabilityReport {
+	c, err := s.capability(e.URN, signed)
 	r := CapabilityReport{URN: e.URN, Signed: signed, BlockSize: int(c.BlockSize), Level: c.Level}
-	switch {
-	case err != nil:
+	if err != nil && err != errNoBlocks { // the ways say that
 		r.Unused = err.Error()
-	case !signed && !s.UnsignedCapabilities:
-		r.Unused = "it is not signed, and the settings want that"
 	}
 	return r
 }
@@ -247,11 +242,8 @@ func (s *Substituter) unavailable(servers []ServerReport, err error) (Availabili
 
 // report describes a way.
 func (c *candidate) report() WayReport {
-	r := WayReport{Kind: "nar", Name: c.String(), Bytes: c.bytes, Time: c.time, Known: c.known, How: c.how}
-	switch {
-	case isRewritten(c):
-		r.Kind = "old item"
-	case isBlocks(c), isLeaves(c):
+	r := WayReport{Kind: c.kind(), Name: c.String(), Bytes: c.bytes, Time: c.time, Known: c.known, How: c.how}
+	if isLeaves(c) {
 		r.Kind = "blocks"
 	}
 	if c.from.server != nil {
@@ -266,14 +258,16 @@ func (j *job) reason() (Availability, string) {
 		return NotAvailable, "no way to it can be used: " + j.notBlocks() + ", and no nar"
 	}
 	first := j.ways[0]
+	switch first.kind() {
+	case "old item":
+		return Available, "it is made of an older item, with nothing fetched, unless the result has another hash"
+	case "leaves":
+		return Available, "it is made of an older item, which cannot become it as a whole, and of blocks"
+	case "delta", "nar":
+		return Available, "it comes as a " + first.kind() + ", and not from blocks: " + j.notBlocks()
+	}
 	nar := slices.IndexFunc(j.ways, func(c *candidate) bool { return !isBlocks(c) })
 	switch {
-	case isRewritten(first):
-		return Available, "it is made of an older item, with nothing fetched, unless the result has another hash"
-	case isLeaves(first):
-		return Available, "it is made of an older item, which cannot become it as a whole, and of blocks"
-	case !isBlocks(first):
-		return Available, "it comes as a nar, and not from blocks: " + j.notBlocks()
 	case j.s.Policy == ERISOnly || j.s.Policy == ERISFirst:
 		return Available, "it comes from blocks, because the policy prefers them"
 	case nar < 0:

@@ -29,16 +29,15 @@ type leavesWay struct {
 	old *reuse.Candidate
 }
 
-func isLeaves(c *candidate) bool {
-	_, ok := c.way.(*leavesWay)
-	return ok
-}
+func isLeaves(c *candidate) bool { return c.kind() == "leaves" }
 
 var (
 	// errDiffers is why it is given up: a nar has fewer bytes.
 	errDiffers = errors.New("too much differs from the older item")
 	errNoTree  = errors.New("not ERIS-FS, so that nothing can be found in the older item")
 )
+
+func (w *leavesWay) kind() string { return "leaves" }
 
 func (w *leavesWay) String() string { return w.blocksWay.String() + " with " + w.old.String() }
 

@@ -4,13 +4,11 @@ package substitute
 
 import (
 	"context"
-	"fmt"
 	"os"
 	"sync"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 )
 
 // The daemon asks about one item at a time, and then about what it refers to (Guix,
@@ -133,7 +131,7 @@ func (s *Substituter) goAhead(ctx context.Context, n *narinfo.Narinfo) {
 func (s *Substituter) workAhead(ctx context.Context) {
 	defer func() {
 		if fault := recover(); fault != nil {
-			s.warnOnce(true, "ahead", "internal error while looking ahead: %v", fault)
+			s.Log.WarnOnce("ahead", "internal error while looking ahead: %v", fault)
 			s.ahead.mu.Lock()
 			s.ahead.active--
 			s.ahead.mu.Unlock()
@@ -167,92 +165,4 @@ func (a *lookAhead) take(ctx context.Context) []string {
 	batch := a.queue[:n:n]
 	a.queue = a.queue[n:]
 	return batch
-}
-
-// pendings are the requests that are under way, so that nothing is requested twice at the same
-// time. The zero value is ready. They are safe for concurrent use.
-type pendings struct {
-	mu   sync.Mutex
-	open map[memoryKey]*pending
-}
-
-// A pending is one request to one server.
-type pending struct {
-	done chan struct{} // closed when there is an answer, or will be none
-	// answered says if there is one, and record what it is; they are set before done is closed.
-	answered bool
-	record   *record
-	once     sync.Once
-}
-
-// begin returns the request for something, and whether it is the caller's, who must end it then.
-func (p *pendings) begin(key memoryKey) (request *pending, ours bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if request := p.open[key]; request != nil {
-		return request, false
-	}
-	if p.open == nil {
-		p.open = map[memoryKey]*pending{}
-	}
-	request = &pending{done: make(chan struct{})}
-	p.open[key] = request
-	return request, true
-}
-
-// end ends a request, without an answer if it has none.
-func (p *pendings) end(key memoryKey, request *pending) {
-	p.mu.Lock()
-	delete(p.open, key)
-	p.mu.Unlock()
-	request.once.Do(func() { close(request.done) })
-}
-
-// answer gives a request its answer.
-func (p *pending) answer(r *record) {
-	p.once.Do(func() {
-		p.answered, p.record = true, r
-		close(p.done)
-	})
-}
-
-// notes are warnings that have come up between requests, when nobody reads what is shown. The zero
-// value is ready. They are safe for concurrent use.
-type notes struct {
-	mu   sync.Mutex
-	list []note
-}
-
-type note struct{ key, text string }
-
-// maxNotes is how many are kept.
-const maxNotes = 50
-
-// take returns the notes and forgets them.
-func (n *notes) take() (list []note) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	list, n.list = n.list, nil
-	return list
-}
-
-// show shows the notes.
-func (n *notes) show(log *protocol.Log) {
-	for _, note := range n.take() {
-		log.WarnOnce(note.key, "%s", note.text)
-	}
-}
-
-// warnOnce shows a warning unless one with the same key has been shown, with the next request if
-// nobody has asked yet.
-func (s *Substituter) warnOnce(ahead bool, key, format string, a ...any) {
-	if !ahead {
-		s.Log.WarnOnce(key, format, a...)
-		return
-	}
-	s.notes.mu.Lock()
-	defer s.notes.mu.Unlock()
-	if len(s.notes.list) < maxNotes {
-		s.notes.list = append(s.notes.list, note{key, fmt.Sprintf(format, a...)})
-	}
 }

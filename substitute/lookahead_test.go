@@ -292,13 +292,22 @@ func TestLookAheadWarnings(t *testing.T) {
 	s, log := withLog(t, key, server.url)
 	s.LookAhead = 1000
 	s.Debug = true
+	requests := s.Log.Requests(strings.NewReader("info one\ninfo another\n"))
+	requests.Next()
 	s.Info(t.Context(), []string{itemPath(0)})
+	null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	requests.Reply(int(null.Fd()), nil)
 	shown := log.String()
 	until(t, "asking", func() bool { return server.asked.Load() >= 3 })
-	time.Sleep(50 * time.Millisecond)
+	s.Close()
 	if log.String() != shown {
 		t.Errorf("shown between requests: %q", strings.TrimPrefix(log.String(), shown))
 	}
+	requests.Next()
 	s.Info(t.Context(), []string{itemPath(1)})
 	s.Close()
 	if n := strings.Count(log.String(), "ignored"); n != 1 {

@@ -3,6 +3,7 @@
 package substitute
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"slices"
@@ -36,23 +37,24 @@ type found struct {
 	// authorised is the record that vouches for the item, the first such in the order of the
 	// servers.
 	authorised record
-	// chosen is the first record that is equivalent to it: what the reply is made of and what is
-	// downloaded first.
-	chosen record
-	// others are all other equivalent ones, in order.
-	others []record
+	// all are the records that are equivalent to it, in that order: of the first one the reply is
+	// made, and what it offers is downloaded first.
+	all []record
 }
 
 // A lookup asks servers about items. Servers are asked in order, each for what those before it have
 // no authorised narinfo of. When a server is slow, the next one is asked without waiting for it.
 type lookup struct {
 	s       *Substituter
+	servers []*server // that are asked
 	items   []*item
 	byHash  map[string]*item
 	changed chan struct{} // has room for one: something has happened
 	// ahead is called with each authorised record, from several goroutines, if nobody has asked for
 	// it yet. Then nothing may be shown.
 	ahead func(*record)
+	// counts reports whether no other narinfo of an item is needed: usually if it is authorised.
+	counts func(*record) bool
 
 	mu        sync.Mutex
 	inquiries []*inquiry
@@ -80,12 +82,10 @@ type inquiry struct {
 
 // lookup looks for narinfos of paths, and says why those do not count that nobody authorises.
 func (s *Substituter) lookup(ctx context.Context, paths []string) *lookup {
-	s.notes.show(s.Log)
 	l := s.newLookup(paths, nil)
 	l.run(ctx)
-	s.notes.show(s.Log)
 	for _, it := range l.items {
-		if it.firstAuthorised() < 0 {
+		if l.first(it) < 0 {
 			for _, r := range it.records {
 				s.sayRefused(r)
 			}
@@ -101,26 +101,31 @@ func (s *Substituter) sayRefused(r record) {
 			r.narinfo.StorePath, r.server.name, r.refused)
 		return
 	}
-	key, host := "that cannot be read", ""
-	if signature, err := acl.ParseSignature(r.narinfo.Signature); err == nil {
-		host = signature.Host
-		if k, err := signature.PublicKey(); err == nil {
-			key = k.String()
-		}
-	}
-	list := s.KeysFile
-	if list == "" {
-		list = "the access control list"
-	}
+	host, key := signer(r.narinfo)
+	list := cmp.Or(s.KeysFile, "the access control list")
+	key = cmp.Or(key, "that cannot be read")
 	s.Log.WarnOnce("key "+key, "narinfo of %s from %s does not count: it is signed by %.60q with a key that %s does not authorise: %.300s",
 		r.narinfo.StorePath, r.server.name, host, list, key)
+}
+
+// signer returns what the signer of a narinfo calls itself, and its public key; empty if there is
+// none that can be read.
+func signer(n *narinfo.Narinfo) (host, key string) {
+	signature, err := acl.ParseSignature(n.Signature)
+	if err != nil {
+		return "", ""
+	}
+	if k, err := signature.PublicKey(); err == nil {
+		key = k.String()
+	}
+	return signature.Host, key
 }
 
 // all returns the items that are available.
 func (l *lookup) all() map[string]*found {
 	result := make(map[string]*found, len(l.items))
 	for _, it := range l.items {
-		if f := it.found(); f != nil {
+		if f := l.found(it); f != nil {
 			result[it.path] = f
 		}
 	}
@@ -138,11 +143,14 @@ func (l *lookup) records(path string) []record {
 }
 
 func (s *Substituter) newLookup(paths []string, ahead func(*record)) *lookup {
-	l := &lookup{s: s, byHash: map[string]*item{}, changed: make(chan struct{}, 1), ahead: ahead}
+	l := &lookup{
+		s: s, servers: s.servers, byHash: map[string]*item{}, changed: make(chan struct{}, 1), ahead: ahead,
+		counts: func(r *record) bool { return r.authorised },
+	}
 	for _, path := range paths {
 		hash, err := narinfo.HashPart(s.StoreDir, path)
 		if err != nil {
-			s.warnOnce(ahead != nil, "path "+path, "not looked up: %v", err)
+			s.Log.WarnOnce("path "+path, "not looked up: %v", err)
 			continue
 		}
 		// Two paths may have the same hash part; only a narinfo of the very path counts, so that
@@ -162,7 +170,7 @@ func (l *lookup) run(parent context.Context) {
 	var workers sync.WaitGroup
 	defer workers.Wait()
 	defer cancel()
-	for _, server := range l.s.servers {
+	for _, server := range l.servers {
 		todo := l.todo()
 		if len(todo) == 0 || ctx.Err() != nil {
 			break
@@ -206,12 +214,12 @@ func (l *lookup) wait(ctx context.Context, condition func() bool) {
 	}
 }
 
-// decided reports whether no answer to come could matter: each item either has an authorised
-// narinfo, and no server before the one that gave it is worth waiting for, or no server is left
-// that could have one. The caller holds the lock.
+// decided reports whether no answer to come could matter: each item either has a narinfo that
+// counts, and no server before the one that gave it is worth waiting for, or no server is left that
+// could have one. The caller holds the lock.
 func (l *lookup) decided() bool {
 	for _, it := range l.items {
-		hit := it.firstAuthorised()
+		hit := l.first(it)
 		for a := range it.waiting {
 			if a.done {
 				continue
@@ -224,24 +232,24 @@ func (l *lookup) decided() bool {
 	return true
 }
 
-// firstAuthorised returns the index of the first server with an authorised narinfo, or -1.
-func (it *item) firstAuthorised() int {
+// first returns the index of the first server with a narinfo that counts, or -1.
+func (l *lookup) first(it *item) int {
 	first := -1
 	for _, r := range it.records {
-		if r.authorised && (first < 0 || r.server.index < first) {
+		if l.counts(&r) && (first < 0 || r.server.index < first) {
 			first = r.server.index
 		}
 	}
 	return first
 }
 
-// todo returns the items that no server has an authorised narinfo of.
+// todo returns the items that no server has a narinfo of that counts.
 func (l *lookup) todo() []*item {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	var todo []*item
 	for _, it := range l.items {
-		if it.firstAuthorised() < 0 {
+		if l.first(it) < 0 {
 			todo = append(todo, it)
 		}
 	}
@@ -309,25 +317,13 @@ func sorted(records []record) []record {
 }
 
 // found decides about an item after the lookup; nil if it is not available.
-func (it *item) found() *found {
-	first := it.firstAuthorised()
+func (l *lookup) found(it *item) *found {
+	first := l.first(it)
 	if first < 0 {
 		return nil
 	}
-	f := &found{}
-	for _, r := range it.records {
-		if r.server.index == first {
-			f.authorised = r
-		}
-	}
-	for _, r := range sorted(it.records) {
-		switch {
-		case !narinfo.Equivalent(r.narinfo, f.authorised.narinfo):
-		case f.chosen.narinfo == nil:
-			f.chosen = r
-		default:
-			f.others = append(f.others, r)
-		}
-	}
+	f := &found{all: sorted(it.records)}
+	f.authorised = f.all[slices.IndexFunc(f.all, func(r record) bool { return r.server.index == first })]
+	f.all = slices.DeleteFunc(f.all, func(r record) bool { return !narinfo.Equivalent(r.narinfo, f.authorised.narinfo) })
 	return f
 }

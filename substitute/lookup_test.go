@@ -271,6 +271,13 @@ func TestCache(t *testing.T) {
 	if have, asks := ask(0, []string{itemPath(7)}); len(have) > 0 || asks != 1 {
 		t.Errorf("available: %q after %d requests", have, asks)
 	}
+	// Nor is one on disk that nobody who counts has signed: strangers do not fill it.
+	server.has(itemPath(8), sign(t, acl.GenerateSigningKey(), itemPath(8), 1))
+	for range 2 {
+		if have, asks := ask(0, []string{itemPath(8)}); len(have) > 0 || asks != 1 {
+			t.Errorf("available: %q after %d requests", have, asks)
+		}
+	}
 }
 
 // BenchmarkWarmQuery asks about items whose narinfos are in the cache, as a new process does.

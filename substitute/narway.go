@@ -82,9 +82,11 @@ func (j *job) listNars(records []record) {
 	}
 }
 
+func (w *narWay) kind() string { return "nar" }
+
 func (w *narWay) String() string { return mirror.WithoutUser(w.url) }
 
-func (w *narWay) pace() pace { return pace{w.j.s.timing.slow, w.j.s.timing.slow, 10} }
+func (w *narWay) pace() pace { return pace{slowTime, slowTime, 10} }
 
 func (w *narWay) expect(context.Context) expectation {
 	method := w.from.Compression
@@ -184,14 +186,16 @@ func (n unquotedNodes) Contents() (nar.Chunk, error) {
 	return chunk, unquoted(n.url, err)
 }
 
-// A download is the bytes that a server sends.
+// A download is the bytes that a server sends. They give way to what somebody waits for, if nobody
+// waits for them.
 type download struct {
-	*counter
-	orderly *orderly
 	nar     *mirror.Nar
+	r       io.Reader // of it, within the limit of the rate
 	url     string
 	latency time.Duration
-	copied  *seed.Copy // for others; nil is none
+	n       atomic.Int64 // bytes that have come
+	waited  atomic.Int64 // in Read, in nanoseconds
+	copied  *seed.Copy   // for others; nil is none
 	j       *job
 	a       *attempt
 }
@@ -204,16 +208,35 @@ func (j *job) download(ctx context.Context, a *attempt, url string, size int64) 
 	if err != nil {
 		return nil, err
 	}
-	d := &download{&counter{r: body, a: a}, &orderly{ctx: ctx, r: body, job: j}, body, url, time.Since(begin), nil, j, a}
+	d := &download{nar: body, r: body, url: url, latency: time.Since(begin), j: j, a: a}
 	if body.Size >= 0 {
 		size = body.Size
 	}
 	a.from(body.URL, size)
 	a.total.Store(size)
 	if !mirror.IsLocal(url) {
-		d.r = ratelimit.Reader(ctx, d.orderly, j.s.Limiter)
+		d.r = ratelimit.Reader(ctx, body, j.s.Limiter)
 	}
 	return d, nil
+}
+
+// Read implements [io.Reader].
+func (d *download) Read(p []byte) (int, error) {
+	read := d.r.Read
+	if d.j.waited() {
+		read = func(p []byte) (int, error) { return d.j.s.order.Read(d.r, p) }
+	} else {
+		d.j.s.order.GiveWay(d.a.ctx)
+	}
+	begin := time.Now()
+	n, err := read(p)
+	d.waited.Add(int64(time.Since(begin)))
+	d.n.Add(int64(n))
+	d.a.count(n)
+	if err != nil && err != io.EOF && d.a.ctx.Err() == nil {
+		d.a.cut.Store(true)
+	}
+	return n, err
 }
 
 // done ends the download, and learns from it how fast the server is.
@@ -222,8 +245,8 @@ func (d *download) done(ok bool) {
 	d.copied.End(whole)
 	d.nar.Close()
 	// One that was given up is known to be slow.
-	if d.j.s.Speeds != nil && !mirror.IsLocal(d.url) && (ok || d.a.slow()) {
-		d.j.s.Speeds.Measured(d.url, d.n.Load(), time.Duration(d.waited.Load()-d.orderly.paused.Load()), d.latency)
+	if d.j.s.Speeds != nil && !mirror.IsLocal(d.url) && (ok || d.a.slow.Load()) {
+		d.j.s.Speeds.Measured(d.url, d.n.Load(), time.Duration(d.waited.Load()), d.latency)
 	}
 }
 
@@ -231,11 +254,15 @@ func (d *download) done(ok bool) {
 func (j *job) openNar(ctx context.Context, a *attempt, url string) (*mirror.Nar, error) {
 	begin := time.Now()
 	if j.silence > 0 {
-		left := max(j.s.timing.silence-j.silence, j.s.timing.silence/8)
+		left := max(mostSilence-j.silence, mostSilence/8)
 		defer time.AfterFunc(left, func() { a.cancel(errSilent) }).Stop()
 	}
-	body, err := j.s.Mirrors.OpenNar(ctx, url)
-	if took := time.Since(begin); err != nil && took >= j.s.timing.slow/2 {
+	open := j.s.Mirrors.OpenNar
+	if a.again {
+		open = j.s.Mirrors.OpenNarAnew
+	}
+	body, err := open(ctx, url)
+	if took := time.Since(begin); err != nil && took >= slowTime/2 {
 		j.silence += took
 	}
 	return body, err
@@ -248,21 +275,4 @@ func (j *job) reader(ctx context.Context, plain io.Reader) (nodes *nar.Reader, d
 	}
 	ahead := nar.NewReadAhead(ctx, plain, readAheadBuffers, int(min(j.want.NarSize, readAheadSize)))
 	return nar.NewReader(ahead), ahead.Close
-}
-
-// A counter counts what is read through it.
-type counter struct {
-	r      io.Reader
-	a      *attempt
-	n      atomic.Int64
-	waited atomic.Int64 // in Read, in nanoseconds
-}
-
-func (c *counter) Read(p []byte) (int, error) {
-	begin := time.Now()
-	n, err := c.r.Read(p)
-	c.waited.Add(int64(time.Since(begin)))
-	c.n.Add(int64(n))
-	c.a.count(n)
-	return n, err
 }

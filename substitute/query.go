@@ -65,13 +65,12 @@ const maxQueries = 3
 
 // queryOnce returns the items that others have requested in vain.
 func (s *Substituter) queryOnce(ctx context.Context, server *server, todo []*item, ahead bool, answer func(*item, *record)) (again []*item) {
-	local := mirror.IsLocal(server.url)
 	mine := map[string]*missing{} // by hash part
 	theirs := map[*item]*pending{}
 	// Before anything of others is waited for: they may wait for ours.
 	end := func() {
 		for _, m := range mine {
-			s.pending.end(memoryKey{server, m.item.path}, m.pending)
+			s.memory.end(server, m.item, m.pending, false, nil)
 		}
 	}
 	defer end() // whatever happens
@@ -79,23 +78,14 @@ func (s *Substituter) queryOnce(ctx context.Context, server *server, todo []*ite
 		if ctx.Err() != nil {
 			return nil
 		}
-		if r, ok := s.known(server, it, local, ahead); ok {
+		switch r, known, p, ours := s.known(server, it); {
+		case known:
 			answer(it, r)
-			continue
-		}
-		p, ours := s.pending.begin(memoryKey{server, it.path})
-		if !ours {
+		case ours:
+			mine[it.hash] = &missing{it, p}
+		default:
 			theirs[it] = p
-			continue
 		}
-		// Whoever had it may have had the answer just now.
-		if r, ok := s.memory.get(server, it.path, s.Now()); ok && !it.anew {
-			p.answer(r)
-			s.pending.end(memoryKey{server, it.path}, p)
-			answer(it, r)
-			continue
-		}
-		mine[it.hash] = &missing{it, p}
 	}
 	var waiter sync.WaitGroup
 	if len(theirs) > 0 {
@@ -122,25 +112,21 @@ func (s *Substituter) queryOnce(ctx context.Context, server *server, todo []*ite
 	return again
 }
 
-// known returns what is known already of a server's answer, and whether that is anything.
-func (s *Substituter) known(server *server, it *item, local, ahead bool) (*record, bool) {
-	if it.anew {
-		return nil, false
-	}
-	if r, ok := s.memory.get(server, it.path, s.Now()); ok {
-		return r, true
-	}
-	if s.Cache == nil || local {
-		return nil, false
-	}
-	e, ok := s.Cache.Get(server.url, it.hash, s.Now())
-	if !ok {
-		return nil, false
-	}
-	r := s.read(server, it, e.Narinfo, e.Until.Add(-e.TTL), ahead)
+// known returns what is known already of a server's answer, or else the request for it that is
+// under way, and whether that is the caller's, who must end it.
+func (s *Substituter) known(server *server, it *item) (r *record, known bool, p *pending, ours bool) {
 	now := s.Now()
-	s.memory.put(server, it.path, r, now, earlier(e.Until, now.Add(memoryTime)))
-	return r, true
+	r, known, p, ours = s.memory.begin(server, it, now)
+	if !ours || it.anew || s.Cache == nil || mirror.IsLocal(server.url) {
+		return r, known, p, ours
+	}
+	e, ok := s.Cache.Get(server.url, it.hash, now)
+	if ok {
+		r = s.read(server, it, e.Narinfo, e.Until.Add(-e.TTL))
+		s.memory.put(server, it.path, r, now, earlier(e.Until, now.Add(memoryTime)))
+		s.memory.end(server, it, p, true, r)
+	}
+	return r, ok, p, true
 }
 
 // missing is an item that has to be requested.
@@ -152,8 +138,7 @@ type missing struct {
 // fetch gets narinfos from a server.
 func (s *Substituter) fetch(ctx context.Context, server *server, items map[string]*missing, ahead bool, answer func(*item, *record)) {
 	if err := s.Mirrors.Down(server.url); err != nil {
-		s.sayDown(server.name, err, ahead)
-		hear(items, err)
+		s.unanswered(server, items, err)
 		return
 	}
 	local := mirror.IsLocal(server.url)
@@ -184,33 +169,35 @@ func (s *Substituter) fetch(ctx context.Context, server *server, items map[strin
 			return
 		}
 		it := items[a.Hash].item
-		if it.heard != nil {
-			it.heard(a, nil)
-		}
 		r := s.received(server, it, a, ahead)
 		if progress != nil {
 			progress.Answered()
 		}
-		items[a.Hash].pending.answer(r)
+		s.memory.end(server, it, items[a.Hash].pending, true, r)
 		answer(it, r)
 	})
-	hear(items, err)
-	switch down := s.Mirrors.Down(server.url); {
-	case err == nil || errors.Is(err, context.Canceled):
-	case down != nil:
-		s.sayDown(server.name, down, ahead)
-	default:
-		s.warnOnce(ahead, "server "+server.url, "%v", naming(server.name, err))
+	if err != nil {
+		s.unanswered(server, items, err)
 	}
 }
 
-// hear tells whoever wants to know it why a server has not answered.
-func hear(items map[string]*missing, err error) {
+// unanswered says once why a server has not answered, unless somebody wants to hear it.
+func (s *Substituter) unanswered(server *server, items map[string]*missing, err error) {
+	heard := false
 	for _, m := range items {
-		if err != nil && m.item.heard != nil {
+		if m.item.heard != nil {
 			m.item.heard(mirror.Answer{}, err)
+			heard = true
 		}
 	}
+	if heard || errors.Is(err, context.Canceled) {
+		return
+	}
+	key := "server " + server.url
+	if e, ok := errors.AsType[*mirror.ServerError](s.Mirrors.Down(server.url)); ok {
+		key, err = "down "+e.Server, e
+	}
+	s.Log.WarnOnce(key, "%v", naming(server.name, err))
 }
 
 // received makes a record of an answer, and keeps it for later.
@@ -219,45 +206,35 @@ func (s *Substituter) received(server *server, it *item, a mirror.Answer, ahead 
 	if a.Status == http.StatusOK {
 		text = a.Body
 	}
-	r := s.read(server, it, text, s.Now(), ahead)
-	if s.Debug && !ahead && a.Status != http.StatusOK {
+	r := s.read(server, it, text, s.Now())
+	switch {
+	case it.heard != nil:
+		it.heard(a, nil)
+	case s.Debug && !ahead && a.Status != http.StatusOK:
 		baking := ""
 		if a.Baking {
 			baking = " (baking)"
 		}
 		s.Log.Notef("narinfo of %s from %s: status %d%s", it.path, server.name, a.Status, baking)
+		fallthrough
+	default:
+		// Once for each kind of answer but a narinfo, or that there is none.
+		switch a.Status {
+		case http.StatusOK, http.StatusAccepted, http.StatusNotFound, http.StatusGone:
+		default:
+			s.Log.WarnOnce(fmt.Sprint("status ", server.url, a.Status), "%s: narinfos are answered by status %d %s",
+				server.name, a.Status, http.StatusText(a.Status))
+		}
 	}
-	s.sayStatus(server, a.Status, ahead)
 	if !mirror.IsLocal(server.url) {
-		s.remember(server, it, a, r, ahead)
+		s.remember(server, it, a, r)
 	}
 	return r
 }
 
-// sayStatus says once for each kind that a server answers in another way than by a narinfo, or that
-// it has none.
-func (s *Substituter) sayStatus(server *server, status int, ahead bool) {
-	switch status {
-	case http.StatusOK, http.StatusAccepted, http.StatusNotFound, http.StatusGone:
-	default:
-		s.warnOnce(ahead, fmt.Sprint("status ", server.url, status), "%s: narinfos are answered by status %d %s",
-			server.name, status, http.StatusText(status))
-	}
-}
-
-// sayDown shows once that a server rests and why; url is what that was found out with.
-func (s *Substituter) sayDown(url string, down error, ahead bool) {
-	key := url
-	var e *mirror.ServerError
-	if errors.As(down, &e) {
-		key = e.Server
-	}
-	s.warnOnce(ahead, "down "+key, "%v", naming(url, down))
-}
-
 // remember keeps an answer of a server for later. What may be no answer of the server, but of a
 // network that wants us to log in first, is kept for seconds, and not for other processes.
-func (s *Substituter) remember(server *server, it *item, a mirror.Answer, r *record, ahead bool) {
+func (s *Substituter) remember(server *server, it *item, a mirror.Answer, r *record) {
 	e := narinfocache.Entry{TTL: transientTTL}
 	switch {
 	case r != nil:
@@ -271,18 +248,18 @@ func (s *Substituter) remember(server *server, it *item, a mirror.Answer, r *rec
 			e.TTL = min(a.MaxAge, maxNegativeTTL)
 		}
 	}
-	s.keep(server, it, e, r, ahead)
+	s.keep(server, it, e, r)
 }
 
 // keep keeps what is known of an item, in memory and on disk; what does not count, or not for long,
 // in memory only.
-func (s *Substituter) keep(server *server, it *item, e narinfocache.Entry, r *record, ahead bool) {
+func (s *Substituter) keep(server *server, it *item, e narinfocache.Entry, r *record) {
 	now := s.Now()
 	until := now.Add(e.TTL)
 	if s.Cache != nil && (e.TTL > transientTTL || r != nil) && (r == nil || r.authorised) {
 		until = earlier(until, now.Add(memoryTime))
 		if err := s.Cache.PutLater(server.url, it.hash, e, now); err != nil {
-			s.warnOnce(ahead, "cache", "narinfos cannot be kept for later: %v", err)
+			s.Log.WarnOnce("cache", "narinfos cannot be kept for later: %v", err)
 		}
 	}
 	s.memory.put(server, it.path, r, now, until)
@@ -295,45 +272,36 @@ func earlier(t, u time.Time) time.Time {
 	return t
 }
 
-// query queries one server about one item; nil if it has nothing. With anew, what has been kept of
-// it does not count. With quiet, nothing is shown.
-func (s *Substituter) query(ctx context.Context, server *server, path string, anew, quiet bool) *record {
-	hash, err := narinfo.HashPart(s.StoreDir, path)
-	if err != nil {
-		return nil
-	}
-	var result atomic.Pointer[record]
-	it := &item{path: path, hash: hash, anew: anew}
-	s.queryItems(ctx, server, []*item{it}, quiet, func(_ *item, r *record) { result.Store(r) })
-	return result.Load()
-}
-
 // renew requests narinfos of an item again that have turned out to be of no use, if they have been
 // kept from before a time. It reports whether any of them has changed. Those that have not, and
 // those that were new already, are kept as absences for a while, if their narinfo counts.
 func (s *Substituter) renew(ctx context.Context, path string, useless []record, before time.Time, again bool) (changed bool) {
+	hash, err := narinfo.HashPart(s.StoreDir, path)
 	for _, r := range useless {
-		if mirror.IsLocal(r.server.url) {
+		if err != nil || mirror.IsLocal(r.server.url) {
 			continue
 		}
+		it := &item{path: path, hash: hash, anew: true}
 		same := true
 		if r.given.Before(before) && !again {
-			if now := s.query(ctx, r.server, path, true, false); now != nil {
-				same = now.narinfo.Text() == r.narinfo.Text()
-				changed = changed || !same
-			}
+			s.queryItems(ctx, r.server, []*item{it}, false, func(_ *item, now *record) {
+				same = now == nil || now.narinfo.Text() == r.narinfo.Text()
+			})
 		}
-		if hash, err := narinfo.HashPart(s.StoreDir, path); same && r.authorised && err == nil {
-			s.keep(r.server, &item{path: path, hash: hash}, narinfocache.Entry{TTL: negativeTTL}, nil, false)
+		if same && r.authorised {
+			s.keep(r.server, it, narinfocache.Entry{TTL: negativeTTL}, nil)
 		}
+		changed = changed || !same
 	}
 	return changed
 }
 
 // A memory keeps records for the next request of this process, for clients ask first what is
-// available and then about it. It is safe for concurrent use.
+// available and then about it; and it knows what is being requested, so that nothing is twice at
+// the same time. It is safe for concurrent use.
 type memory struct {
 	mu      sync.Mutex
+	open    map[memoryKey]*pending
 	entries map[memoryKey]memoryEntry
 	bytes   int // put since the entries were made
 }
@@ -358,12 +326,44 @@ const (
 	memoryTime = time.Minute
 )
 
-func (m *memory) get(server *server, path string, now time.Time) (*record, bool) {
+// A pending is one request to one server.
+type pending struct {
+	done chan struct{} // closed when there is an answer, or will be none
+	// answered says if there is one, and record what it is; they are set before done is closed.
+	answered bool
+	record   *record
+}
+
+// begin returns what is kept of an answer, or else the request that is under way, and whether that
+// is the caller's, who must end it.
+func (m *memory) begin(server *server, it *item, now time.Time) (r *record, known bool, p *pending, ours bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	e, ok := m.entries[memoryKey{server, path}]
+	key := memoryKey{server, it.path}
 	// One from the future was put there before the clock was set.
-	return e.record, ok && !now.After(e.until) && !now.Before(e.from)
+	if e, ok := m.entries[key]; ok && !it.anew && !now.After(e.until) && !now.Before(e.from) {
+		return e.record, true, nil, false
+	}
+	if p := m.open[key]; p != nil {
+		return nil, false, p, false
+	}
+	if m.open == nil {
+		m.open = map[memoryKey]*pending{}
+	}
+	p = &pending{done: make(chan struct{})}
+	m.open[key] = p
+	return nil, false, p, true
+}
+
+// end ends a request, with an answer or without, unless that has been done.
+func (m *memory) end(server *server, it *item, p *pending, answered bool, r *record) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if key := (memoryKey{server, it.path}); m.open[key] == p {
+		delete(m.open, key)
+		p.answered, p.record = answered, r
+		close(p.done)
+	}
 }
 
 func (m *memory) put(server *server, path string, r *record, now, until time.Time) {
@@ -386,7 +386,7 @@ func (m *memory) clear() {
 
 // read turns the text that a server has given for an item at some time into a record, or into nil
 // if there is none or if it is good for nothing.
-func (s *Substituter) read(server *server, it *item, text []byte, given time.Time, ahead bool) (r *record) {
+func (s *Substituter) read(server *server, it *item, text []byte, given time.Time) (r *record) {
 	if text == nil {
 		return nil
 	}
@@ -406,7 +406,7 @@ func (s *Substituter) read(server *server, it *item, text []byte, given time.Tim
 		if mirror.IsLocal(server.url) {
 			err = errUnquoted
 		}
-		s.warnOnce(ahead, "narinfo "+kind+server.url,
+		s.Log.WarnOnce("narinfo "+kind+server.url,
 			"narinfo of %s from %s ignored: %v", it.path, server.name, err)
 		return nil
 	}

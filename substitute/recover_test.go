@@ -5,10 +5,9 @@ package substitute_test
 import (
 	"bytes"
 	"compress/gzip"
-	"context"
 	"fmt"
 	"io"
-	"net"
+
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -26,7 +25,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
@@ -74,15 +72,19 @@ func (f *fixture) narinfo(t *testing.T, urls ...string) string {
 
 // serve serves the narinfo and lets nar serve all else.
 func (f *fixture) serve(t *testing.T, text string, nar http.HandlerFunc) *httptest.Server {
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	server := httptest.NewServer(f.handler(text, nar))
+	t.Cleanup(server.Close)
+	return server
+}
+
+func (f *fixture) handler(text string, nar http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
 		if strings.HasSuffix(r.URL.Path, ".narinfo") {
 			io.WriteString(w, text)
 			return
 		}
 		nar(w, r)
-	}))
-	t.Cleanup(server.Close)
-	return server
+	}
 }
 
 func (f *fixture) good(w http.ResponseWriter, r *http.Request) { w.Write(f.archive) }
@@ -105,58 +107,109 @@ func TestFailingForAWhile(t *testing.T) {
 	f := newFixture(t, 1000)
 	for name, fail := range map[string]func(w http.ResponseWriter){
 		"503":               func(w http.ResponseWriter) { w.WriteHeader(503) },
-		"429, later please": func(w http.ResponseWriter) { w.Header().Set("Retry-After", "1"); w.WriteHeader(429) },
+		"429, later please": func(w http.ResponseWriter) { w.Header().Set("Retry-After", "9"); w.WriteHeader(429) },
 		"500":               func(w http.ResponseWriter) { w.WriteHeader(500) },
 		"closed":            func(w http.ResponseWriter) { panic(http.ErrAbortHandler) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			var requests atomic.Int64
-			server := f.serve(t, f.narinfo(t, "none nar", "none other"), func(w http.ResponseWriter, r *http.Request) {
-				if requests.Add(1) <= 5 {
-					fail(w)
-					return
+			bubble(t, func(t *testing.T, n *testNetwork) {
+				var requests atomic.Int64
+				s, log := n.with(f.key, n.serve(f.handler(f.narinfo(t, "none nar", "none other"), func(w http.ResponseWriter, r *http.Request) {
+					if requests.Add(1) <= 5 {
+						fail(w)
+						return
+					}
+					f.good(w, r)
+				})))
+				begin := time.Now()
+				f.restore(t, s, substitute.Success, log)
+				least, most := 3*time.Second, 4*time.Second
+				if name == "429, later please" {
+					least, most = 18*time.Second, 18*time.Second
 				}
-				f.good(w, r)
+				if took := time.Since(begin); took < least || took > most {
+					t.Errorf("it took %v", took)
+				}
 			})
-			s, log := withLog(t, f.key, server.URL)
-			s.SetTiming(time.Second, time.Minute, 10*time.Millisecond, time.Minute)
-			begin := time.Now()
-			f.restore(t, s, substitute.Success, log)
-			if name == "429, later please" && time.Since(begin) < 2*time.Second {
-				t.Error("the server was not left alone for as long as it wants")
-			}
 		})
 	}
 	t.Run("for ever", func(t *testing.T) {
 		t.Parallel()
-		var requests atomic.Int64
-		server := f.serve(t, f.narinfo(t, "none nar"), func(w http.ResponseWriter, r *http.Request) { requests.Add(1); w.WriteHeader(503) })
-		s, log := withLog(t, f.key, server.URL)
-		s.SetTiming(time.Second, time.Minute, 10*time.Millisecond, time.Minute)
-		f.restore(t, s, substitute.NotFound, log)
-		if n := requests.Load(); n != 4 {
-			t.Errorf("%d requests", n)
-		}
+		bubble(t, func(t *testing.T, n *testNetwork) {
+			var requests atomic.Int64
+			s, log := n.with(f.key, n.serve(f.handler(f.narinfo(t, "none nar"), func(w http.ResponseWriter, r *http.Request) {
+				requests.Add(1)
+				w.WriteHeader(503)
+			})))
+			begin := time.Now()
+			f.restore(t, s, substitute.NotFound, log)
+			if n := requests.Load(); n != 4 || time.Since(begin) > time.Minute {
+				t.Errorf("%d requests in %v", n, time.Since(begin))
+			}
+		})
 	})
 	t.Run("refused", func(t *testing.T) {
 		t.Parallel()
-		address := deadAddress(t)
-		server := f.serve(t, f.narinfo(t, "none http://"+address+"/nar"), http.NotFound)
-		s, log := withLog(t, f.key, server.URL)
-		var late *httptest.Server
-		timer := time.AfterFunc(500*time.Millisecond, func() {
-			late = httptest.NewUnstartedServer(http.HandlerFunc(f.good))
-			if l, err := net.Listen("tcp", address); err == nil {
-				late.Listener.Close()
-				late.Listener = l
-			}
-			late.Start()
+		bubble(t, func(t *testing.T, n *testNetwork) {
+			s, log := n.with(f.key, n.serve(f.handler(f.narinfo(t, "none http://192.0.2.2:80/nar"), http.NotFound)))
+			time.AfterFunc(500*time.Millisecond, func() { n.serve(f.good) })
+			f.restore(t, s, substitute.Success, log)
 		})
-		f.restore(t, s, substitute.Success, log)
-		timer.Stop()
-		late.Close()
 	})
+}
+
+// TestWrongOnce gets an item from the only server, which brings wrong bytes at first, or always.
+func TestWrongOnce(t *testing.T) {
+	f := newFixture(t, 100_000)
+	var stored bytes.Buffer
+	z := gzip.NewWriter(&stored)
+	z.Write(f.archive)
+	z.Close()
+	for name, test := range map[string]struct {
+		urls  []string
+		at    int // the wrong byte; negative is another page altogether
+		times int64
+		want  substitute.Status
+		most  int64 // requests
+	}{
+		"contents":           {[]string{"none none"}, 50_000, 1, substitute.Success, 2},
+		"grammar":            {[]string{"none none"}, 9, 1, substitute.Success, 2},
+		"compressed":         {[]string{"gzip gzip"}, stored.Len() - 5, 1, substitute.Success, 2},
+		"a page of a proxy":  {[]string{"gzip gzip"}, -1, 1, substitute.Success, 2},
+		"two URLs":           {[]string{"none none", "gzip gzip"}, 50, 2, substitute.Success, 3},
+		"always":             {[]string{"none none"}, 50_000, 1000, substitute.HashMismatch, 2},
+		"always, compressed": {[]string{"gzip gzip"}, stored.Len() - 5, 1000, substitute.NotFound, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var requests atomic.Int64
+			server := f.serve(t, f.narinfo(t, test.urls...), func(w http.ResponseWriter, r *http.Request) {
+				n := requests.Add(1)
+				if anew := r.Header.Get("Cache-Control") == "no-cache"; anew != (n > int64(len(test.urls))) {
+					t.Errorf("request %d is to pass caches: %v", n, anew)
+				}
+				body := f.archive
+				if r.URL.Path == "/gzip" {
+					body = stored.Bytes()
+				}
+				switch {
+				case n > test.times:
+				case test.at < 0:
+					body = bytes.Repeat([]byte("<html>later</html>"), 1000)
+				default:
+					body = bytes.Clone(body)
+					body[test.at] ^= 1
+				}
+				w.Write(body)
+			})
+			s, log := withLog(t, f.key, server.URL)
+			f.restore(t, s, test.want, log)
+			if n := requests.Load(); n != test.most {
+				t.Errorf("%d requests instead of %d:\n%s", n, test.most, log)
+			}
+		})
+	}
 }
 
 // drip sends a byte now and then.
@@ -175,6 +228,13 @@ func drip(w http.ResponseWriter, r *http.Request, b []byte) {
 // TestSlowFirst gets an item from servers of which the first is slow or silent.
 func TestSlowFirst(t *testing.T) {
 	f := newFixture(t, 1_000_000)
+	var stored bytes.Buffer
+	z, err := gzip.NewWriterLevel(&stored, gzip.NoCompression)
+	if err != nil {
+		t.Fatal(err)
+	}
+	z.Write(f.archive)
+	z.Close()
 	silent := func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
 	slow := func(w http.ResponseWriter, r *http.Request) { drip(w, r, f.archive) }
 	stalls := func(w http.ResponseWriter, r *http.Request) {
@@ -183,116 +243,73 @@ func TestSlowFirst(t *testing.T) {
 		w.(http.Flusher).Flush()
 		<-r.Context().Done()
 	}
-	for name, first := range map[string]http.HandlerFunc{"slow": slow, "silent": silent, "stalls": stalls} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			text := f.narinfo(t, "none nar")
-			s, log := withLog(t, f.key, f.serve(t, text, first).URL, f.serve(t, text, f.good).URL)
-			s.SetTiming(200*time.Millisecond, time.Second, time.Millisecond, time.Second)
-			begin := time.Now()
-			f.restore(t, s, substitute.Success, log)
-			if took := time.Since(begin); took > 4*time.Second {
-				t.Errorf("it took %v:\n%s", took, log)
+	longer := func(announced bool) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			if announced {
+				w.Header().Set("Content-Length", fmt.Sprint(stored.Len()))
 			}
-		})
+			w.Write(stored.Bytes()[:900_000])
+			drip(w, r, stored.Bytes()[900_000:])
+		}
 	}
-	for name, announced := range map[string]bool{"longer than expected": true, "longer than expected, not announced": false} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			var stored bytes.Buffer
-			z, err := gzip.NewWriterLevel(&stored, gzip.NoCompression)
-			if err != nil {
-				t.Fatal(err)
-			}
-			z.Write(f.archive)
-			z.Close()
-			text := f.narinfo(t, "gzip nar")
-			stalls := func(w http.ResponseWriter, r *http.Request) {
-				if announced {
-					w.Header().Set("Content-Length", fmt.Sprint(stored.Len()))
-				}
-				w.Write(stored.Bytes()[:900_000])
-				drip(w, r, stored.Bytes()[900_000:])
-			}
-			good := func(w http.ResponseWriter, r *http.Request) { w.Write(stored.Bytes()) }
-			s, log := withLog(t, f.key, f.serve(t, text, stalls).URL, f.serve(t, text, good).URL)
-			s.SetTiming(200*time.Millisecond, time.Second, time.Millisecond, time.Second)
-			begin := time.Now()
-			f.restore(t, s, substitute.Success, log)
-			if took := time.Since(begin); took > 4*time.Second {
-				t.Errorf("it took %v:\n%s", took, log)
-			}
-		})
+	late := func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case <-time.After(18 * time.Second):
+			f.good(w, r)
+		case <-r.Context().Done():
+		}
 	}
-	t.Run("the first, as is known, with two URLs", func(t *testing.T) {
-		t.Parallel()
-		first := f.serve(t, f.narinfo(t, "none 1", "none 2"), slow).URL
-		s, log := withLog(t, f.key, first, f.serve(t, f.narinfo(t, "none nar"), f.good).URL)
-		s.SetTiming(200*time.Millisecond, time.Second, time.Millisecond, time.Second)
-		s.Speeds = slowServer(first)
-		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-		defer cancel()
-		destination := filepath.Join(t.TempDir(), "item")
-		if o := s.Substitute(ctx, itemPath(0), destination); o.Status != substitute.Success {
-			t.Errorf("outcome %+v:\n%s", o, log)
-		}
-		restore.Remove(destination)
-	})
-	t.Run("servers that give no narinfos before the good one", func(t *testing.T) {
-		t.Parallel()
-		text := f.narinfo(t, "none nar")
-		urls := []string{f.serve(t, text, http.NotFound).URL}
-		for range 3 {
-			server := httptest.NewServer(http.HandlerFunc(silent))
-			t.Cleanup(server.Close)
-			urls = append(urls, server.URL)
-		}
-		s, log := withLog(t, f.key, append(urls, f.serve(t, text, f.good).URL)...)
-		begin := time.Now()
-		f.restore(t, s, substitute.Success, log)
-		if took := time.Since(begin); took > 9*time.Second {
-			t.Errorf("it took %v:\n%s", took, log)
-		}
-	})
-	t.Run("six silent URLs", func(t *testing.T) {
-		t.Parallel()
-		text := f.narinfo(t, "none 1", "none 2", "none 3", "none 4", "none 5", "none 6")
-		s, log := withLog(t, f.key, f.serve(t, text, silent).URL)
-		s.SetTiming(200*time.Millisecond, 1200*time.Millisecond, time.Millisecond, time.Second)
-		begin := time.Now()
-		f.restore(t, s, substitute.NotFound, log)
-		if took := time.Since(begin); took > 4*time.Second {
-			t.Errorf("it took %v:\n%s", took, log)
-		}
-	})
-	t.Run("slow to begin, and alone", func(t *testing.T) {
-		t.Parallel()
-		text := f.narinfo(t, "none nar")
-		late := func(w http.ResponseWriter, r *http.Request) {
-			select {
-			case <-time.After(700 * time.Millisecond):
-				f.good(w, r)
-			case <-r.Context().Done():
-			}
-		}
-		s, log := withLog(t, f.key, f.serve(t, text, late).URL, f.serve(t, text, http.NotFound).URL)
-		s.SetTiming(200*time.Millisecond, 5*time.Second, time.Millisecond, time.Second)
-		f.restore(t, s, substitute.Success, log)
-	})
-	t.Run("all are slow", func(t *testing.T) {
-		t.Parallel()
-		g := newFixture(t, 3000)
-		slow := func(w http.ResponseWriter, r *http.Request) {
-			for b := g.archive; len(b) > 0; b = b[min(len(b), 30):] {
-				w.Write(b[:min(len(b), 30)])
+	plain, two := f.narinfo(t, "none nar"), f.narinfo(t, "none 1", "none 2")
+	six := f.narinfo(t, "none 1", "none 2", "none 3", "none 4", "none 5", "none 6")
+	compressed := f.narinfo(t, "gzip nar")
+	good := f.handler(plain, f.good)
+	for name, test := range map[string]struct {
+		servers []http.HandlerFunc
+		most    time.Duration
+		want    substitute.Status
+	}{
+		"slow":   {[]http.HandlerFunc{f.handler(plain, slow), good}, 6 * time.Second, substitute.Success},
+		"silent": {[]http.HandlerFunc{f.handler(plain, silent), good}, 6 * time.Second, substitute.Success},
+		"stalls": {[]http.HandlerFunc{f.handler(plain, stalls), good}, 11 * time.Second, substitute.Success},
+		"longer than expected": {[]http.HandlerFunc{
+			f.handler(compressed, longer(true)), f.handler(compressed, func(w http.ResponseWriter, r *http.Request) { w.Write(stored.Bytes()) }),
+		}, 11 * time.Second, substitute.Success},
+		"longer than expected, not announced": {[]http.HandlerFunc{
+			f.handler(compressed, longer(false)), f.handler(compressed, func(w http.ResponseWriter, r *http.Request) { w.Write(stored.Bytes()) }),
+		}, 11 * time.Second, substitute.Success},
+		"the first, as is known, with two URLs": {[]http.HandlerFunc{f.handler(two, slow), good}, 11 * time.Second, substitute.Success},
+		"servers that give no narinfos before the good one": {[]http.HandlerFunc{
+			f.handler(plain, http.NotFound), silent, silent, silent, good,
+		}, 4 * time.Second, substitute.Success},
+		"six silent URLs":         {[]http.HandlerFunc{f.handler(six, silent)}, 30 * time.Second, substitute.NotFound},
+		"slow to begin and alone": {[]http.HandlerFunc{f.handler(plain, late), f.handler(plain, http.NotFound)}, 30 * time.Second, substitute.Success},
+		"all are slow": {[]http.HandlerFunc{f.handler(two, func(w http.ResponseWriter, r *http.Request) {
+			for b := f.archive; len(b) > 0; b = b[min(len(b), 10_000):] {
+				w.Write(b[:min(len(b), 10_000)])
 				w.(http.Flusher).Flush()
-				time.Sleep(5 * time.Millisecond)
+				time.Sleep(time.Second)
 			}
-		}
-		s, log := withLog(t, g.key, g.serve(t, g.narinfo(t, "none 1", "none 2"), slow).URL)
-		s.SetTiming(100*time.Millisecond, time.Second, time.Millisecond, time.Second)
-		g.restore(t, s, substitute.Success, log)
-	})
+		})}, 2 * time.Minute, substitute.Success},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(t *testing.T, n *testNetwork) {
+				var urls []string
+				for _, h := range test.servers {
+					urls = append(urls, n.serve(h))
+				}
+				s, log := n.with(f.key, urls...)
+				if strings.Contains(name, "as is known") {
+					s.Speeds = slowServer(urls[0])
+				}
+				begin := time.Now()
+				f.restore(t, s, test.want, log)
+				if took := time.Since(begin); took > test.most {
+					t.Errorf("it took %v:\n%s", took, log)
+				}
+			})
+		})
+	}
 }
 
 // slowServer is the only server of which something is known: that it is slow.

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
@@ -37,19 +38,17 @@ const (
 	maxRounds = 3
 	// maxRetryAfter bounds for how long a server is waited for because it wants that.
 	maxRetryAfter = 30 * time.Second
+	// roundPause is the time until ways that have failed for a while are tried again, which
+	// doubles, and maxPauses is what all of these may be together.
+	roundPause = time.Second
+	maxPauses  = time.Minute
+	// slowTime is how long a nar may come at any pace, and mostSilence for how long all servers
+	// together may be silent about one item, if they are several.
+	slowTime    = 5 * time.Second
+	mostSilence = 28 * time.Second
 	// maxServerFailures is after how many failures in a row a server is not waited for.
 	maxServerFailures = 4
 )
-
-// timing are times that tests make shorter.
-type timing struct {
-	slow    time.Duration // after which a slow nar is given up for another way
-	silence time.Duration // that servers may keep about one item, if they are several
-	round   time.Duration // until ways that have failed for a while are tried again; it doubles
-	rounds  time.Duration // all of these together
-}
-
-var usualTiming = timing{slow: 5 * time.Second, silence: 28 * time.Second, round: time.Second, rounds: time.Minute}
 
 // A Status is the outcome of a substitution.
 type Status uint8
@@ -87,7 +86,6 @@ func (s *Substituter) Substitute(ctx context.Context, path, destination string) 
 		return Outcome{}
 	}
 	progress := s.Log.Download(destination)
-	defer s.notes.show(s.Log)
 	begin := s.Now()
 	var outcome Outcome
 	for again := false; ; again = true {
@@ -144,9 +142,8 @@ func (s *Substituter) prepare(ctx context.Context, l *lookup, j *job) ([]record,
 		return []record{f.authorised}, err
 	}
 	j.s, j.want, j.listed = s, f.authorised.narinfo, map[string]bool{}
-	j.add(ctx, append([]record{f.chosen}, f.others...))
-	blocks := s.Blocks != nil && (s.Policy == ERISFirst || s.Policy == ERISOnly)
-	if blocks && !slices.ContainsFunc(j.ways, isBlocks) {
+	j.list(ctx, f.all)
+	if j.wantsBlocks() {
 		j.moreRecords(ctx)
 	}
 	return nil, nil
@@ -166,7 +163,7 @@ type job struct {
 	listed  map[string]bool  // URLs and URNs
 	ways    []*candidate     // still to be tried, in order
 	base    *reuse.Candidate // an old item in which blocks may stand
-	slow    []*candidate     // given up because they were slow
+	later   []*candidate     // to be tried once more if nothing else works: slow or wrong ones
 	failing []*candidate     // failed for a while
 	useless []record         // whose nar is gone or has other contents
 
@@ -198,68 +195,45 @@ func (j *job) run(ctx context.Context) Outcome {
 }
 
 // isBlocks reports whether the way is blocks, of which all that are not near are fetched.
-func isBlocks(c *candidate) bool {
-	_, blocks := c.way.(*blocksWay)
-	return blocks
-}
-
-// add lists the ways of records.
-func (j *job) add(ctx context.Context, records []record) {
-	j.records = append(j.records, records...)
-	j.list(ctx, records)
-}
+func isBlocks(c *candidate) bool { return c.kind() == "blocks" }
 
 // moreRecords asks the servers that had no need to be asked before, which may have the item too: in
 // order, and without waiting for those that are slow. It reports whether there are further ways.
-func (j *job) moreRecords(parent context.Context) bool {
+func (j *job) moreRecords(ctx context.Context) bool {
 	before := len(j.ways)
-	rest := slices.DeleteFunc(slices.Clone(j.s.servers), func(server *server) bool {
-		return slices.ContainsFunc(j.records, func(r record) bool { return r.server == server })
-	})
-	ctx, cancel := context.WithCancel(parent)
-	var queries sync.WaitGroup
-	defer queries.Wait()
-	defer cancel()
-	answers := make(chan *record, len(rest))
-	slow := time.NewTicker(slowAfter)
-	defer slow.Stop()
-	for pending := 0; pending > 0 || len(rest) > 0; {
-		if len(rest) > 0 {
-			server := rest[0]
-			rest = rest[1:]
-			queries.Go(func() { answers <- j.s.query(ctx, server, j.path, false, true) })
-			pending++
-			slow.Reset(slowAfter)
+	for ctx.Err() == nil && (len(j.ways) == before || j.wantsBlocks()) {
+		l := j.s.newLookup([]string{j.path}, func(*record) {})
+		l.servers = slices.DeleteFunc(slices.Clone(l.servers), func(server *server) bool {
+			return slices.ContainsFunc(j.records, func(r record) bool { return r.server == server })
+		})
+		l.counts = func(r *record) bool {
+			return narinfo.Equivalent(r.narinfo, j.want) && (len(r.narinfo.ERIS) > 0 || !j.wantsBlocks())
 		}
-		select {
-		case r := <-answers:
-			pending--
-			if r == nil || !narinfo.Equivalent(r.narinfo, j.want) {
-				continue
-			}
-			j.add(parent, []record{*r})
-			if j.s.Policy != ERISFirst && j.s.Policy != ERISOnly || slices.ContainsFunc(j.ways, isBlocks) {
-				return len(j.ways) > before
-			}
-		case <-slow.C:
-		case <-ctx.Done():
-			return false
+		l.run(ctx)
+		found := sorted(l.records(j.path))
+		if len(found) == 0 {
+			break
 		}
+		j.list(ctx, found)
 	}
 	return len(j.ways) > before
 }
 
-// tryAll tries the ways in the list, then those of further servers, and at last those that were
-// slow.
+// wantsBlocks reports whether blocks are to be tried first, and are not among the ways.
+func (j *job) wantsBlocks() bool {
+	return j.s.Blocks != nil && (j.s.Policy == ERISFirst || j.s.Policy == ERISOnly) && !slices.ContainsFunc(j.ways, isBlocks)
+}
+
+// tryAll tries the ways in the list, then those of further servers, and at last some once more.
 func (j *job) tryAll(ctx context.Context) (Outcome, bool) {
 	for ctx.Err() == nil {
 		if len(j.ways) == 0 && !j.moreRecords(ctx) {
 			// Nars that have been silent only if there was not much of that.
-			j.ways = slices.DeleteFunc(j.slow, func(c *candidate) bool {
+			j.ways = slices.DeleteFunc(j.later, func(c *candidate) bool {
 				c.patient = true
-				return c.got == 0 && !isBlocks(c) && j.silence > j.s.timing.silence/2
+				return c.last.got.Load() == 0 && !isBlocks(c) && j.silence > mostSilence/2
 			})
-			j.slow = nil
+			j.later = nil
 			if len(j.ways) == 0 {
 				return Outcome{}, false
 			}
@@ -268,7 +242,7 @@ func (j *job) tryAll(ctx context.Context) (Outcome, bool) {
 		j.ways = j.ways[1:]
 		size, err := j.try(ctx, c)
 		if err == nil {
-			if _, byNar := c.way.(*narWay); byNar {
+			if c.kind() == "nar" {
 				j.whyNotBlocks()
 			}
 			// The daemon needs a number, and takes the one that the narinfo has.
@@ -302,7 +276,7 @@ func (j *job) failed(c *candidate, err error) {
 	if w, ok := c.way.(*leavesWay); ok {
 		w.failed(err)
 	}
-	if isRewritten(c) || isDelta(c) || isLeaves(c) {
+	if c.kind() != "blocks" && c.kind() != "nar" {
 		if j.s.Verbose {
 			j.log.Notef("%v; going on with another way", naming(c.String(), err))
 		}
@@ -312,9 +286,12 @@ func (j *job) failed(c *candidate, err error) {
 	var server *mirror.ServerError
 	switch {
 	case errors.Is(err, errSlow):
-		j.slow = append(j.slow, c)
+		j.later = append(j.later, c)
 		j.log.Notef("%s: %v", c, err)
 		return
+	case changedOnTheWay(c, err):
+		c.again = true
+		j.later = slices.Insert(j.later, 0, c)
 	case errors.Is(err, errContents), errors.As(err, &status) && (status.Code == http.StatusNotFound || status.Code == http.StatusGone):
 		if !isBlocks(c) {
 			j.useless = append(j.useless, c.from)
@@ -335,16 +312,26 @@ func (j *job) failed(c *candidate, err error) {
 	j.log.Warnf("%v; trying to find an alternative", naming(c.String(), err))
 }
 
+// changedOnTheWay reports whether a way has brought wrong bytes, for the first time, that were
+// perhaps right when they were sent. What fails on this machine, or was cut off more than once, is
+// not.
+func changedOnTheWay(c *candidate, err error) bool {
+	w, ok := c.way.(*narWay)
+	var here syscall.Errno
+	return ok && !c.again && !c.last.slow.Load() && !c.last.cut.Load() && c.last.got.Load() > 0 &&
+		!mirror.IsLocal(w.url) && !errors.As(err, &here)
+}
+
 // pause waits before ways that have failed for a while are tried again. It reports whether there
 // are any, and time.
 func (j *job) pause(ctx context.Context, round int, begin time.Time) bool {
 	if len(j.failing) == 0 {
 		return false
 	}
-	wait := j.s.timing.round << round
+	wait := roundPause << round
 	wait += rand.N(wait/4 + 1)
 	wait = max(wait, min(j.retryAfter, maxRetryAfter))
-	if time.Since(begin)+wait > j.s.timing.rounds {
+	if time.Since(begin)+wait > maxPauses {
 		return false
 	}
 	j.log.Notef("%s: trying again in %.1f s", j.path, wait.Seconds())
@@ -370,10 +357,13 @@ func naming(url string, err error) error {
 // An attempt is the use of one way.
 type attempt struct {
 	progress *protocol.Download
+	ctx      context.Context
 	cancel   context.CancelCauseFunc
+	again    bool         // what came the first time was wrong
 	got      atomic.Int64 // bytes
 	total    atomic.Int64 // bytes that will come, as the server says; negative if it does not
-	given    atomic.Bool  // up, because it was slow
+	slow     atomic.Bool  // it was given up for that
+	cut      atomic.Bool  // the server has broken off
 }
 
 // from tells where the item comes from, for people, and how many bytes will come; negative is
@@ -402,22 +392,19 @@ func (a *attempt) countShown(n, shown int) {
 	a.progress.Transferred(shown)
 }
 
-// slow reports whether the way was given up because it was slow.
-func (a *attempt) slow() bool { return a.given.Load() }
-
 // try restores the item by one way. It returns the length of the archive.
 func (j *job) try(ctx context.Context, c *candidate) (narSize uint64, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	a := &attempt{progress: j.progress, ctx: ctx, cancel: cancel, again: c.again}
+	c.last = a
+	stopped := j.watch(ctx, c, a)
+	defer func() {
+		cancel(nil)
+		stopped()
+	}()
 	if err := restore.Remove(j.destination); err != nil {
 		return 0, err
 	}
-	ctx, cancel := context.WithCancelCause(ctx)
-	a := &attempt{progress: j.progress, cancel: cancel}
-	stop := j.watch(ctx, c, a)
-	defer func() {
-		cancel(nil)
-		stop()
-		c.got = a.got.Load()
-	}()
 	nodes, done, err := c.nodes(ctx, a)
 	if err != nil {
 		return 0, prefer(ctx, err)
@@ -450,7 +437,7 @@ func (j *job) check(ctx context.Context, c *candidate, r restore.Result) error {
 		w.missed(ctx)
 		return errContents
 	}
-	if j.actual == nil && !isDelta(c) && !isLeaves(c) { // the base may be to blame
+	if j.actual == nil && (isBlocks(c) || c.kind() == "nar") { // or else the base may be to blame
 		j.actual = &r.NarHash
 	}
 	return errContents
@@ -470,30 +457,44 @@ func (j *job) options() restore.Options {
 
 // watch gives the attempt up when it is slow: when it could never make an item, or, by its pace,
 // when the next way would be there much earlier, although that begins from the start. If no other
-// way is known that would be, it looks for one at further servers. The caller must call what it
-// returns before it uses the list again.
-func (j *job) watch(ctx context.Context, c *candidate, a *attempt) (stop func()) {
+// way is known that would be, it looks for one at further servers. It ends with ctx; the caller
+// must call what it returns, which waits for that, before it uses the list again.
+func (j *job) watch(ctx context.Context, c *candidate, a *attempt) (stopped func()) {
 	begin := sample{at: time.Now()}
 	w := watched{c: c, a: a, period: []sample{begin}, window: []sample{begin}}
 	patient := c.patient || j.s.Limiter != nil
-	alone := false // there are no further servers
-	return every(min(paceEvery, c.pace().after/4), func() bool {
+	var asked time.Time // when other servers were, which may rest for a while
+	look := func() (goOn bool) {
 		now := sample{time.Now(), a.got.Load()}
 		err := w.tooSlow(now)
 		switch {
 		case err != nil || patient:
 		case len(j.ways) > 0 && w.slowerThan(now, j.ways[0].time):
 			err = errSlow
-		case !alone && w.slowerThan(now, 2*unknownLatency+seconds(float64(c.bytes)/unknownRate)):
-			alone = !j.moreRecords(ctx)
+		case now.at.Sub(asked) >= slowTime && w.slowerThan(now, 2*unknownLatency+seconds(float64(c.bytes)/unknownRate)):
+			j.moreRecords(ctx)
+			asked = time.Now()
 		}
-		if err == nil {
-			return true
+		if err != nil {
+			a.slow.Store(true)
+			a.cancel(err)
 		}
-		a.given.Store(err == errSlow)
-		a.cancel(err)
-		return false
+		return err == nil
+	}
+	var wait sync.WaitGroup
+	wait.Go(func() {
+		ticker := time.NewTicker(min(paceEvery, c.pace().after/4))
+		defer ticker.Stop()
+		for goOn := true; goOn; {
+			select {
+			case <-ticker.C:
+				goOn = look()
+			case <-ctx.Done():
+				return
+			}
+		}
 	})
+	return wait.Wait
 }
 
 // A sample is how many bytes there were at some time.
@@ -536,25 +537,4 @@ func (w *watched) slowerThan(now sample, other time.Duration) bool {
 	bytes, elapsed := since(&w.window, now, p.window)
 	left := float64(w.a.left(w.c.bytes))
 	return elapsed >= p.after && left > p.factor*float64(bytes)/elapsed.Seconds()*(other+preferMargin).Seconds()
-}
-
-// every calls f after each period, until that returns false or stop is called, as the caller must.
-func every(period time.Duration, f func() bool) (stop func()) {
-	done := make(chan struct{})
-	var wait sync.WaitGroup
-	wait.Go(func() {
-		ticker := time.NewTicker(period)
-		defer ticker.Stop()
-		for {
-			select {
-			case <-ticker.C:
-			case <-done:
-				return
-			}
-			if !f() {
-				return
-			}
-		}
-	})
-	return func() { close(done); wait.Wait() }
 }

@@ -38,10 +38,7 @@ func (j *job) listRewritten(ctx context.Context) {
 	}
 }
 
-func isRewritten(c *candidate) bool {
-	_, ok := c.way.(*rewrittenWay)
-	return ok
-}
+func (w *rewrittenWay) kind() string { return "old item" }
 
 func (w *rewrittenWay) String() string { return w.old.String() }
 

@@ -5,16 +5,20 @@ package substitute_test
 import (
 	"bytes"
 	"context"
+	"io"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
@@ -39,7 +43,11 @@ func (b *sharedBuffer) String() string {
 
 // withLog returns a substituter and what it shows.
 func withLog(t testing.TB, key *acl.SigningKey, urls ...string) (*substitute.Substituter, *sharedBuffer) {
-	mirrors := mirror.NewClient(mirror.Options{NarinfoTimeout: 5 * time.Second, NarTimeout: 5 * time.Second})
+	return withOptions(t, mirror.Options{NarinfoTimeout: 5 * time.Second, NarTimeout: 5 * time.Second}, key, urls...)
+}
+
+func withOptions(t testing.TB, o mirror.Options, key *acl.SigningKey, urls ...string) (*substitute.Substituter, *sharedBuffer) {
+	mirrors := mirror.NewClient(o)
 	t.Cleanup(mirrors.Close)
 	log := &sharedBuffer{}
 	return substitute.New(substitute.Config{
@@ -79,25 +87,51 @@ func TestPasswordsNotShown(t *testing.T) {
 	}
 }
 
+// A testNetwork has servers, in a bubble in which time goes on while everybody waits.
+type testNetwork struct {
+	sourcetest.Network
+	t *testing.T
+}
+
+// bubble runs a test in a bubble.
+func bubble(t *testing.T, test func(t *testing.T, n *testNetwork)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) { test(t, &testNetwork{t: t}) })
+}
+
+// serve starts a server and returns its URL.
+func (n *testNetwork) serve(h http.HandlerFunc) string {
+	l := n.Listen()
+	server := &http.Server{Handler: h}
+	go server.Serve(l)
+	n.t.Cleanup(func() { server.Close() })
+	return "http://" + l.Addr().String()
+}
+
+// with is [withLog] in the network.
+func (n *testNetwork) with(key *acl.SigningKey, urls ...string) (*substitute.Substituter, *sharedBuffer) {
+	return withOptions(n.t, mirror.Options{Dial: n.Dial}, key, urls...)
+}
+
 // TestDeadServerSaidOnce restores items whose nars are at a server that is dead.
 func TestDeadServerSaidOnce(t *testing.T) {
-	key := acl.GenerateSigningKey()
-	server := newTestServer(t)
-	dead := deadAddress(t)
-	for _, path := range itemPaths(5) {
-		text := sign(t, key, path, 100)
-		server.has(path, strings.Replace(text, "URL: nar", "URL: http://"+dead+"/nar", 1))
-	}
-	s, log := withLog(t, key, server.url)
-	s.SetTiming(time.Second, time.Second, time.Millisecond, 0)
-	for _, path := range itemPaths(5) {
-		if o := s.Substitute(context.Background(), path, t.TempDir()+"/item"); o.Status != substitute.NotFound {
-			t.Errorf("outcome %+v", o)
+	bubble(t, func(t *testing.T, n *testNetwork) {
+		key := acl.GenerateSigningKey()
+		texts := map[string]string{}
+		for _, path := range itemPaths(5) {
+			text := sign(t, key, path, 100)
+			texts["/"+filepath.Base(path)[:32]+".narinfo"] = strings.Replace(text, "URL: nar", "URL: http://192.0.2.99/nar", 1)
 		}
-	}
-	if n := strings.Count(log.String(), "connection refused"); n != 1 {
-		t.Errorf("%d messages about the dead server in: %s", n, log)
-	}
+		s, log := n.with(key, n.serve(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, texts[r.URL.Path]) }))
+		for _, path := range itemPaths(5) {
+			if o := s.Substitute(t.Context(), path, t.TempDir()+"/item"); o.Status != substitute.NotFound {
+				t.Errorf("outcome %+v", o)
+			}
+		}
+		if n := strings.Count(log.String(), "nobody listens"); n != 1 {
+			t.Errorf("%d messages about the dead server in: %s", n, log)
+		}
+	})
 }
 
 // TestLocalFileFromNetwork checks that a narinfo from a network cannot have a file of ours opened,

@@ -26,6 +26,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/precedence"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/seed"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -115,13 +116,10 @@ const (
 // is one request at a time.
 type Substituter struct {
 	Config
-	servers    []*server
-	timing     timing
-	memory     memory
-	pending    pendings
-	ahead      lookAhead
-	precedence precedence
-	notes      notes
+	servers []*server
+	memory  memory
+	ahead   lookAhead
+	order   precedence.Order
 }
 
 // New returns a substituter.
@@ -129,17 +127,11 @@ func New(c Config) *Substituter {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	s := &Substituter{Config: c, timing: usualTiming}
+	s := &Substituter{Config: c}
+	s.sayIgnored()
 	seen := map[string]bool{}
 	for _, url := range c.URLs {
-		if err := mirror.CheckURL(url); err != nil {
-			if !strings.Contains(url, ":") {
-				err = fmt.Errorf("%w; a space in a URL is written %%20", err)
-			}
-			s.warnOnce(true, "url "+url, "substitute server ignored: %v", err) // with the first request
-			continue
-		}
-		if !seen[url] {
+		if mirror.CheckURL(url) == nil && !seen[url] {
 			seen[url] = true
 			base, _, _ := strings.Cut(url, "?") // as narinfos are requested
 			s.servers = append(s.servers, &server{
@@ -148,6 +140,19 @@ func New(c Config) *Substituter {
 		}
 	}
 	return s
+}
+
+// sayIgnored says which URLs make no sense.
+func (s *Substituter) sayIgnored() {
+	for _, url := range s.URLs {
+		err := mirror.CheckURL(url)
+		if err != nil && !strings.Contains(url, ":") {
+			err = fmt.Errorf("%w; a space in a URL is written %%20", err)
+		}
+		if err != nil {
+			s.Log.WarnOnce("url "+url, "substitute server ignored: %v", err)
+		}
+	}
 }
 
 // SetKeys changes the keys whose signatures count.
@@ -197,7 +202,7 @@ func (s *Substituter) Info(ctx context.Context, items []string) []protocol.Info 
 		if f == nil || !s.usable(f) {
 			continue
 		}
-		n := f.chosen.narinfo
+		n := f.all[0].narinfo
 		r := protocol.Info{Path: item, NarSize: n.NarSize, DownloadSize: downloadSize(n)}
 		if n.Deriver != "" {
 			r.Deriver = s.StoreDir + "/" + n.Deriver

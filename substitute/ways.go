@@ -30,6 +30,8 @@ type way interface {
 	// attempt from where they come, and all bytes that come over the network. done must be called
 	// once the nodes are not used any more; ok reports whether the right item was made of them.
 	nodes(ctx context.Context, a *attempt) (nodes nar.Nodes, done func(ok bool), err error)
+	// kind is "old item", "leaves" (of an old item, and blocks), "delta", "blocks" or "nar".
+	kind() string
 	// pace returns when the way is given up for another one because it is slow.
 	pace() pace
 	// String names the way for messages, without anything secret.
@@ -56,14 +58,18 @@ type pace struct {
 type candidate struct {
 	way
 	expectation
-	from    record // the narinfo that offers it
-	got     int64  // bytes, when it was tried
-	patient bool   // it is not given up for being slow
+	from    record   // the narinfo that offers it
+	last    *attempt // nil if it has not been tried
+	patient bool     // it is not given up for being slow
+	again   bool     // it has brought wrong bytes, perhaps changed on their way
 }
 
-// list adds ways to those of the job. Earlier ones stay before later ones of the same rank.
+// list adds the ways of those records to the job's that describe the item. Earlier ones stay before
+// later ones of the same rank.
 func (j *job) list(ctx context.Context, records []record) {
 	before := len(j.ways)
+	j.records = append(j.records, records...)
+	records = slices.DeleteFunc(slices.Clone(records), func(r record) bool { return !narinfo.Equivalent(r.narinfo, j.want) })
 	j.listRewritten(ctx)
 	j.listDeltas(records)
 	j.listBlocks(records)
@@ -84,7 +90,7 @@ func (j *job) rank(c *candidate) float64 {
 	// Where time does not count, fewer bytes are better: a compressed nar than ERIS-FS.
 	fewer := float64(c.bytes) / (1 << 63)
 	switch {
-	case isRewritten(c):
+	case c.kind() == "old item":
 		return -2
 	case !blocks:
 		// The order of the servers is the user's: a later one has to be faster by some factor.
@@ -189,7 +195,7 @@ func (s *Substituter) usable(f *found) bool {
 	if f.authorised.narinfo.CheckHash() != nil {
 		return false
 	}
-	return slices.ContainsFunc(append([]record{f.chosen}, f.others...), func(r record) bool {
+	return slices.ContainsFunc(f.all, func(r record) bool {
 		return len(r.narinfo.ERIS) > 0 || slices.ContainsFunc(r.narinfo.PreferredURLs(narinfo.Fast), func(u narinfo.URL) bool {
 			_, err := narURL(r, u.URL)
 			return err == nil

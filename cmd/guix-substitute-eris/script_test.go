@@ -264,6 +264,7 @@ type scriptServer struct {
 //	stall=PATH:N    after N bytes of this path nothing more comes
 //	parts=PATH:N    the connection is cut after N bytes of this path, but answers
 //	                have an entity tag, and ranges can be asked for
+//	flip=PATH:N     in the first answer for this path, byte N is another one
 //	status=PATH:N   this path is answered with HTTP status N
 //	redirect=PATH:URL
 //	header=NAME:VALUE  is added to all answers
@@ -331,7 +332,7 @@ func (s *scriptServer) handler(root *os.Root, rules []string, done chan struct{}
 		s.mu.Unlock()
 		limit, stall, parts := -1, false, false
 		status := 0
-		length := true
+		length, flip := true, -1
 		for _, rule := range rules {
 			name, value, _ := strings.Cut(rule, "=")
 			path, argument, _ := strings.Cut(value, ":")
@@ -365,6 +366,13 @@ func (s *scriptServer) handler(root *os.Root, rules []string, done chan struct{}
 			case "stall":
 				limit, _ = strconv.Atoi(argument)
 				stall = true
+			case "flip":
+				s.mu.Lock()
+				first := len(slices.DeleteFunc(slices.Clone(s.seen), func(seen string) bool { return seen != "GET "+path })) == 1
+				s.mu.Unlock()
+				if n, _ := strconv.Atoi(argument); first {
+					flip = n
+				}
 			case "status":
 				status, _ = strconv.Atoi(argument)
 			case "redirect":
@@ -380,6 +388,9 @@ func (s *scriptServer) handler(root *os.Root, rules []string, done chan struct{}
 		if err != nil {
 			http.NotFound(w, r)
 			return
+		}
+		if flip >= 0 {
+			contents[flip] ^= 1
 		}
 		if parts {
 			w.Header().Set("ETag", `"`+r.URL.Path+`"`)

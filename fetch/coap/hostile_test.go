@@ -68,6 +68,41 @@ func (want outcome) check(t *testing.T, err error) {
 	}
 }
 
+// TestBusy has peers that are busy: those that say for how long are left alone for so long.
+func TestBusy(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize1KiB, 1)
+	for _, v := range []struct {
+		code codes.Code
+		age  string
+		want time.Duration
+	}{
+		{codes.ServiceUnavailable, "\x05", 5 * time.Second},
+		{codes.TooManyRequests, "\x05", 5 * time.Second},
+		{codes.ServiceUnavailable, "\xff\xff\xff\xff", 30 * time.Second},
+		{codes.ServiceUnavailable, "", 0},
+		{codes.InternalServerError, "\x05", 0},
+	} {
+		store := openPeer(t, short, func(_ int, p *peer) {
+			p.write(csm)
+			for {
+				m, ok := p.read()
+				if !ok {
+					return
+				}
+				p.write(coaptest.Stream(v.code, m.Token, coaptest.Option(nil, 0, message.MaxAge, v.age), ""))
+			}
+		})
+		_, getError := get(t, store, ref, eris.BlockSize1KiB)
+		for _, err := range []error{getError, store.Put(t.Context(), ref, block)} {
+			busy, ok := errors.AsType[*fetch.BusyError](err)
+			if ok != (v.want > 0) || ok && busy.After != v.want {
+				t.Errorf("%d, %q: error %v", v.code, v.age, err)
+			}
+			response.check(t, err)
+		}
+	}
+}
+
 // TestHostile has peers that do not keep to the protocol where it is about answers to us; package
 // coapserver has those that break the framing, which is the same for both sides. Each call must
 // come to its end, with an error of the right kind, in bounded time and memory, and the store must

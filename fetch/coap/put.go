@@ -126,5 +126,5 @@ func putError(x *wire.Exchange) error {
 	case codes.MethodNotAllowed, codes.NotFound, codes.Forbidden, codes.Unauthorized:
 		return fmt.Errorf("%w: %w", fetch.ErrReadOnly, &ResponseError{x.Code, x.Text()})
 	}
-	return &ResponseError{x.Code, x.Text()}
+	return refusal(x)
 }

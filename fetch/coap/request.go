@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
@@ -212,5 +213,18 @@ func getError(x *wire.Exchange) error {
 	case x.Code == codes.NotFound, x.Code == wire.HopLimitReached:
 		return eris.ErrNotFound
 	}
-	return &ResponseError{x.Code, x.Text()}
+	return refusal(x)
+}
+
+// longestRest bounds for how long a busy peer is left alone.
+const longestRest = 30 * time.Second
+
+// refusal returns what the code of an error response means that says nothing about the block. A
+// busy peer may say for how long (RFC 7252, section 5.9.3.4; RFC 8516, section 2).
+func refusal(x *wire.Exchange) error {
+	err := &ResponseError{x.Code, x.Text()}
+	if after := x.Response.MaxAge; after > 0 && (x.Code == codes.ServiceUnavailable || x.Code == codes.TooManyRequests) {
+		return &fetch.BusyError{After: min(time.Duration(after)*time.Second, longestRest), Err: err}
+	}
+	return err
 }

@@ -45,7 +45,7 @@ func (c *Client) newTransport() *http.Transport {
 		OnProxyConnectResponse: func(_ context.Context, via *url.URL, _ *http.Request, r *http.Response) error {
 			return refusal(via, r)
 		},
-		DialContext:            c.dialer.DialContext,
+		DialContext:            c.o.Dial,
 		TLSClientConfig:        c.tls.Clone(),
 		TLSHandshakeTimeout:    2 * c.o.ConnectTimeout,
 		DisableCompression:     true,
@@ -107,7 +107,7 @@ func (p *peer) connect(ctx context.Context) (*connection, error) {
 			address = via.Host
 		}
 	}
-	raw, err := c.dialer.DialContext(ctx, "tcp", address)
+	raw, err := c.o.Dial(ctx, "tcp", address)
 	if err != nil {
 		return nil, dialError(err)
 	}

@@ -28,8 +28,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
 )
 
-// DefaultConnections is how many connections there are to one server at most, if [Options] does
-// not say it.
+// DefaultConnections is how many connections there are to one server at most, if [Options] does not
+// say it.
 const DefaultConnections = 16
 
 // Options say how a [Client] works. The zero value of each is a default.
@@ -70,6 +70,8 @@ type Options struct {
 	// URL among them, is regular, may be read by everybody, and is not reached through a symbolic
 	// link below that directory. Otherwise it is an [fs.ErrNotExist], whether it exists or not.
 	PublicFiles []string
+	// Dial connects to an address, as [net.Dialer] does; nil does it over the network.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	// Getenv looks up the variables http_proxy, https_proxy and no_proxy; nil is no proxy.
 	Getenv func(string) string
 }
@@ -79,7 +81,6 @@ type Options struct {
 type Client struct {
 	o         Options
 	tls       *tls.Config
-	dialer    net.Dialer
 	transport *http.Transport // of nars
 
 	ctx     context.Context // of all pipelines
@@ -107,6 +108,9 @@ func NewClient(o Options) *Client {
 	if o.Getenv == nil {
 		o.Getenv = func(string) string { return "" }
 	}
+	if o.Dial == nil {
+		o.Dial = (&net.Dialer{Timeout: 2 * o.ConnectTimeout, KeepAlive: 30 * time.Second}).DialContext
+	}
 	c := &Client{
 		o: o,
 		tls: &tls.Config{
@@ -114,8 +118,7 @@ func NewClient(o Options) *Client {
 			MinVersion:         tls.VersionTLS10,
 			ClientSessionCache: tls.NewLRUClientSessionCache(64),
 		},
-		dialer: net.Dialer{Timeout: 2 * o.ConnectTimeout, KeepAlive: 30 * time.Second},
-		peers:  map[string]*peer{},
+		peers: map[string]*peer{},
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	c.transport = c.newTransport()

@@ -194,6 +194,10 @@ func rawServer(t *testing.T, f func(n int, conn net.Conn, r *bufio.Reader)) stri
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
+	return rawServerAt(t, l, f)
+}
+
+func rawServerAt(t *testing.T, l net.Listener, f func(n int, conn net.Conn, r *bufio.Reader)) string {
 	var wait sync.WaitGroup
 	var mu sync.Mutex
 	var open []net.Conn

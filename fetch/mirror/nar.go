@@ -113,6 +113,16 @@ const maxRedirects = 10
 // [*StatusError], a [*ServerError], an error of the file system for file: URLs, or the cause of
 // ctx. None shows user information of a URL, which is sent to its server only (RFC 7617).
 func (c *Client) OpenNar(ctx context.Context, rawURL string) (*Nar, error) {
+	return c.openRedirected(ctx, rawURL, nil)
+}
+
+// OpenNarAnew is OpenNar past what caches on the way have, after that was of no use (RFC 9111,
+// section 5.2.1.4).
+func (c *Client) OpenNarAnew(ctx context.Context, rawURL string) (*Nar, error) {
+	return c.openRedirected(ctx, rawURL, http.Header{"Cache-Control": {"no-cache"}})
+}
+
+func (c *Client) openRedirected(ctx context.Context, rawURL string, fields http.Header) (*Nar, error) {
 	l, err := parse(rawURL)
 	if err != nil {
 		return nil, err
@@ -121,7 +131,7 @@ func (c *Client) OpenNar(ctx context.Context, rawURL string) (*Nar, error) {
 		return c.openNarFile(ctx, l)
 	}
 	for range maxRedirects {
-		n, next, err := c.openNar(ctx, l)
+		n, next, err := c.openNar(ctx, l, fields)
 		if err != nil || next == "" {
 			return n, err
 		}
@@ -137,8 +147,8 @@ func (c *Client) OpenNar(ctx context.Context, rawURL string) (*Nar, error) {
 	return nil, fmt.Errorf("%s: more than %d redirections", WithoutUser(rawURL), maxRedirects)
 }
 
-// openNar makes one request; it returns the nar, or where to ask instead.
-func (c *Client) openNar(ctx context.Context, l *location) (n *Nar, elsewhere string, err error) {
+// openNar makes one request, with some fields; it returns the nar, or where to ask instead.
+func (c *Client) openNar(ctx context.Context, l *location, fields http.Header) (n *Nar, elsewhere string, err error) {
 	p := c.peer(l)
 	if err := p.resting(); err != nil {
 		return nil, "", err
@@ -148,7 +158,7 @@ func (c *Client) openNar(ctx context.Context, l *location) (n *Nar, elsewhere st
 		defer slow.Stop()
 	}
 	n = &Nar{URL: l.String(), client: c, location: l, parent: ctx, timeout: c.o.NarTimeout / bodyShare}
-	response, err := n.request(nil)
+	response, err := n.request(fields)
 	if err != nil {
 		n.cancel(nil)
 		return nil, "", err

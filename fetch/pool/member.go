@@ -45,6 +45,7 @@ type member struct {
 	queue  queue // of a near one
 
 	banned    bool
+	bannedAt  time.Duration
 	proven    bool // it has answered
 	silent    bool // it does not answer, but perhaps a probe
 	told      bool // OnRest has been called

@@ -11,7 +11,7 @@
 //   - Far. The other members are used together, through the limit of the rate if there is one
 //     ([fetch.Limited]).
 //   - Verify. Every answer is checked against its reference, many at a time, here and nowhere else
-//     ([fetch.Verify]). A member that gave wrong bytes is not asked again by this process.
+//     ([fetch.Verify]). A member that gave wrong bytes is not asked again for an hour.
 //   - Keep. A block that a near member did not have and a far one had is put into the near one,
 //     when there is time.
 //   - Count. Whoever wants to know how many bytes have come for him puts [fetch.Counted] before the
@@ -83,8 +83,8 @@ type Options struct {
 	// HedgeShare is the greatest share of bytes that are asked for twice because they are late,
 	// beside a first 1 MiB. Default 0.02. Below 0 nothing is asked for twice.
 	HedgeShare float64
-	// OnFault, if not nil, is called once for each source that gives wrong bytes and is not asked
-	// again.
+	// OnFault, if not nil, is called for a source that gives wrong bytes, which is not asked again
+	// for an hour.
 	OnFault func(source string, err error)
 	// OnRest, if not nil, is called the first time that a source is found to be silent or
 	// unreachable, or that a near one fails to keep a block; not for what the state says of earlier
@@ -218,6 +218,7 @@ func (p *Pool) Start(r *fetch.Request) {
 	l = p.newLookup(k, r)
 	r.Held, p.lookups[k] = l, l
 	for _, m := range p.members {
+		m.pardon(now)
 		if m.lacks(k) {
 			l.missed |= m.bit
 		}

@@ -567,6 +567,16 @@ func TestLiar(t *testing.T) {
 				t.Errorf("the only source lies: %v", err)
 			}
 		}
+		// An hour later it has been mended.
+		liar.lies = false
+		time.Sleep(time.Hour - time.Minute)
+		if err := get(t.Context(), p, 2, large); err == nil {
+			t.Error("a liar is asked again too soon")
+		}
+		time.Sleep(2 * time.Minute)
+		if err := get(t.Context(), p, 2, large); err != nil {
+			t.Errorf("a liar of old: %v", err)
+		}
 	})
 }
 

@@ -231,12 +231,21 @@ func (p *Pool) outcome(a *attempt, now time.Duration) outcome {
 	return failure
 }
 
-// ban excludes a member for good.
+// banTime is for how long a member that gave wrong bytes is not asked: longer than helpers live,
+// but servers with upstreams live on, and whoever it was may have been mended.
+const banTime = time.Hour
+
+// pardon ends a ban whose time is over.
+func (m *member) pardon(now time.Duration) {
+	m.banned = m.banned && now-m.bannedAt < banTime
+}
+
+// ban excludes a member for a long time.
 func (p *Pool) ban(m *member, err error) {
 	if m.banned {
 		return
 	}
-	m.banned, m.lastError = true, err
+	m.banned, m.bannedAt, m.lastError = true, p.now(), err
 	p.options.State.Fault(m.name)
 	m.cancelAll(errBanned)
 	p.reroute(p.now())

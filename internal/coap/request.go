@@ -281,6 +281,7 @@ type Response struct {
 	Block1 Block
 	Block2 Block
 	Size2  uint32 // 0 if not given
+	MaxAge uint32 // in seconds, 0 if not given
 	// Unusable says that a critical option is unknown or has an unusable value, so that the
 	// response must be rejected (RFC 7252, section 5.4.1).
 	Unusable bool
@@ -306,6 +307,8 @@ func parseResponse(options *optionWalk, response *Response) error {
 			}
 		case message.Size2:
 			response.Size2, _ = parseUint(option.Value)
+		case message.MaxAge:
+			response.MaxAge, _ = parseUint(option.Value)
 		default:
 			if option.critical() {
 				response.Unusable = true

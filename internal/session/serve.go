@@ -132,6 +132,7 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error
 	}
 	s.near = s.neighbours()
 	defer s.near.close()
+	requests := s.log.Requests(stdin)
 	sub := s.Session(query)
 	defer func() { sub.Close() }()
 	renew := func() {
@@ -156,7 +157,6 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error
 		sub.LookAhead = lookAhead
 		sub.noted = s.daemonSession()
 	}
-	requests := protocol.NewRequests(stdin)
 	for first := true; ; first = false {
 		request, err := requests.Next()
 		var tooLong *protocol.TooLongError
@@ -186,7 +186,7 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error
 		}
 		interrupted := ctx.Err() != nil
 		stop()
-		if err := writeAll(replies, reply); err != nil {
+		if err := requests.Reply(replies, reply); err != nil {
 			return fmt.Errorf("cannot reply: %v", err)
 		}
 		if interrupted {
@@ -278,21 +278,4 @@ func appendOutcome(dst []byte, o substitute.Outcome) []byte {
 		return protocol.AppendHashMismatch(dst, o.Expected, o.Actual)
 	}
 	return protocol.AppendNotFound(dst)
-}
-
-// writeAll writes a reply, with a single write unless the pipe takes less.
-func writeAll(fd int, b []byte) error {
-	for len(b) > 0 {
-		n, err := unix.Write(fd, b)
-		switch err {
-		case nil:
-			b = b[n:]
-		case unix.EINTR:
-		case unix.EAGAIN:
-			unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, -1)
-		default:
-			return err
-		}
-	}
-	return nil
 }
