@@ -3,14 +3,21 @@
 package blockstore
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
 	"runtime"
+	"time"
+
+	"go.etcd.io/bbolt"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 )
+
+// haveTime is for how long it is looked which blocks are here, on behalf of one question.
+const haveTime = 50 * time.Millisecond
 
 // Start implements [fetch.Source]. It looks the block up, reads it, and calls Done before it
 // returns. The bytes are those that were put, but their hash is not computed again. Some hundred
@@ -127,4 +134,28 @@ func (s *Store) removeDamaged(ref eris.Reference) {
 	case s.queue <- &request{ref: ref, owner: newTicket(1)}:
 	default:
 	}
+}
+
+// Have implements [fetch.Haver] by the index. It looks for some time only.
+func (s *Store) Have(question []byte) (answer []byte) {
+	share := &s.reads[question[0]%readShares]
+	share.running <- struct{}{}
+	defer func() { <-share.running }()
+	begin, n := time.Now(), 0
+	_ = s.view(func(tx *bbolt.Tx) error {
+		bucket := tx.Bucket(blocksBucket)
+		if bucket == nil {
+			return fmt.Errorf("%w: no blocks", ErrDamaged)
+		}
+		cursor := bucket.Cursor()
+		answer = fetch.HaveBits(question, func(prefix []byte) (has, known bool) {
+			if n++; n%64 == 0 && time.Since(begin) > haveTime {
+				return false, false
+			}
+			key, _ := cursor.Seek(prefix)
+			return bytes.HasPrefix(key, prefix), true
+		})
+		return nil
+	})
+	return answer // nothing, if the index cannot be read
 }

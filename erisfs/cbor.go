@@ -187,7 +187,7 @@ func newIndex(b []byte, narSize uint64) (*Index, error) {
 	if most := narSize/leastNarDirectory + 1; directories > most {
 		return nil, fmt.Errorf("%d directories, where an archive of %d bytes has at most %d", directories, narSize, most)
 	}
-	return &Index{b, begin}, nil
+	return &Index{text: b, begin: begin}, nil
 }
 
 // A decoder reads CBOR items from b.

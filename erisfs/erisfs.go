@@ -52,6 +52,8 @@ type Entry struct {
 type Index struct {
 	text  []byte
 	begin []uint32 // where in text each entry begins, in NAR order
+
+	origin any // where it has come from, as in [content.Want]
 }
 
 // Len returns the number of entries.
@@ -159,7 +161,7 @@ func order(text []byte, begin []uint32) (directories uint64, err error) {
 		if i > 0 {
 			c, common, within := compareKeys(text, int(begin[i-1]), int(b))
 			if c == 0 || within {
-				x := Index{text, begin}
+				x := Index{text: text, begin: begin}
 				a, b := x.Entry(i-1).Path, x.Entry(i).Path
 				if c == 0 {
 					return 0, fmt.Errorf("path %.300q twice", a)

@@ -30,7 +30,11 @@ func ReadIndex(r *content.Reader, limits Limits) (*Index, error) {
 		}
 		b = b[:len(b)+n]
 	}
-	return Decode(b, limits)
+	x, err := Decode(b, limits)
+	if err == nil {
+		x.origin = r.Origin()
+	}
+	return x, err
 }
 
 // A Tree is the tree of an index as [nar.Nodes], with contents fetched block by block. Many blocks
@@ -71,7 +75,7 @@ func (t *Tree) wants(limit int64) iter.Seq[content.Want] {
 			if e.Kind != nar.Regular || t.base != nil && t.whole[i] {
 				continue
 			}
-			want := content.Want{Capability: e.Capability, Limit: limit}
+			want := content.Want{Capability: e.Capability, Limit: limit, Origin: t.index.origin}
 			if t.base != nil {
 				want.Near = func(p []byte, offset int64) (int, error) { return t.base.ReadPart(e.Path, p, offset) }
 			}

@@ -29,6 +29,20 @@ type Request struct {
 	Block []byte // the result, in Dst or in memory that nobody changes; meaningless if Err is not nil
 	Err   error  // why there is no block: wraps [eris.ErrNotFound] if the source does not have it
 
+	// Kin, if not nil, is blocks of which this is the one at index Nth. Origin is, when Done has
+	// been called, where the block has come from, for the Kin of those that it names; nil if it
+	// does not matter. Only pools look at the first two, and set the last.
+	Kin    *Kin
+	Nth    int
+	Origin any
+
+	// Have, if not nil, has the source say which blocks it has, instead of getting one: it is the
+	// question (see [HavePrefix]), and Block will be the answer. Size is then the greatest length
+	// of that, and Pair is of no interest. It is only for sources whose method AsksHave returns
+	// true; the error wraps [ErrCannotSay] if it turns out that whoever is behind the source does
+	// not understand.
+	Have []byte
+
 	// Held is the source's own, from Start until Done.
 	Held any
 
@@ -128,8 +142,8 @@ func Get(ctx context.Context, source Source, ref eris.Reference, size eris.Block
 
 // Verify checks the blocks of requests that are done, those without an error: many at a time take
 // much less time than one by one. Where a block does not have the size and the reference that were
-// asked for, it sets the error of the request to an [eris.BlockError]. It is safe for concurrent
-// use, with different requests.
+// asked for, it sets the error of the request to an [eris.BlockError]. Answers to Have are left
+// alone. It is safe for concurrent use, with different requests.
 func Verify(requests []*Request) {
 	const most = 64
 	for len(requests) > 0 {
@@ -141,7 +155,7 @@ func Verify(requests []*Request) {
 		n := 0
 		for i, r := range batch {
 			switch {
-			case r.Err != nil:
+			case r.Err != nil, r.Have != nil:
 			case len(r.Block) != int(r.Size):
 				r.Err = &eris.BlockError{Reference: r.Pair.Reference, Length: len(r.Block), Want: r.Size}
 			default:

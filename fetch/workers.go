@@ -17,6 +17,10 @@ import (
 // which these were started. A source embeds it, and with it has Start, Cancel and Close. It is safe
 // for concurrent use.
 type Workers struct {
+	// Have, if not nil, is called for requests with Have, as get is for others. It must be set
+	// before the first one.
+	Have func(ctx context.Context, question, dst []byte) ([]byte, error)
+
 	get    func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error)
 	ctx    context.Context
 	cancel context.CancelCauseFunc
@@ -35,6 +39,7 @@ type Workers struct {
 type task struct {
 	reference eris.Reference
 	size      eris.BlockSize
+	have      []byte
 	waits     *list.Element // in the list of those that wait, or nowhere any more
 
 	mu      sync.Mutex
@@ -56,7 +61,7 @@ func NewWorkers(n int, get func(ctx context.Context, ref eris.Reference, size er
 
 // Start implements [Source].
 func (w *Workers) Start(r *Request) {
-	t := &task{request: r, reference: r.Pair.Reference, size: r.Size}
+	t := &task{request: r, reference: r.Pair.Reference, size: r.Size, have: r.Have}
 	w.mu.Lock()
 	if w.closed {
 		w.mu.Unlock()
@@ -136,7 +141,7 @@ func (w *Workers) work() {
 		if t == nil {
 			return
 		}
-		block, err := w.get(ctx, t.reference, t.size, memory)
+		block, err := w.serve(ctx, t, memory)
 		if err != nil && ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
@@ -144,6 +149,19 @@ func (w *Workers) work() {
 		t.end(block, err)
 	}
 }
+
+func (w *Workers) serve(ctx context.Context, t *task, memory []byte) ([]byte, error) {
+	switch {
+	case t.have == nil:
+		return w.get(ctx, t.reference, t.size, memory)
+	case w.Have == nil:
+		return nil, ErrCannotSay
+	}
+	return w.Have(ctx, t.have, memory)
+}
+
+// AsksHave reports whether requests with Have are understood.
+func (w *Workers) AsksHave() bool { return w.Have != nil }
 
 // take waits for the next request. It returns nil when there will be none.
 func (w *Workers) take() (*task, context.Context, context.CancelFunc) {

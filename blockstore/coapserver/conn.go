@@ -96,7 +96,10 @@ func (c *conn) Request(r *coap.Request) {
 	code := c.server.check(r, c.access)
 	switch {
 	case code != codes.Empty:
-		c.answer(r.Token, code, nil)
+		c.answer(r.Token, code, nil, nil)
+	case c.server.asksHave(r):
+		code, options, payload := c.server.have(r, c.access)
+		c.answer(r.Token, code, options, payload)
 	case r.Code == codes.GET:
 		c.parsed = append(c.parsed, c.server.newGetRequest(r, &c.access, c.client))
 		if len(c.parsed) >= maxParsed || c.crowded {
@@ -146,15 +149,15 @@ func (c *conn) Finish(failed bool) {
 	c.group.Wait()
 }
 
-// answer sends a response without a payload. Only the goroutine that reads calls it: if the client
-// does not take its answers, it waits, so that no further requests are read.
-func (c *conn) answer(token coap.Token, code codes.Code, options []byte) {
+// answer sends a short response. Only the goroutine that reads calls it: if the client does not
+// take its answers, it waits, so that no further requests are read.
+func (c *conn) answer(token coap.Token, code codes.Code, options, payload []byte) {
 	c.peer.Lock()
 	defer c.peer.Unlock()
 	for c.isFull() {
 		c.room.Wait()
 	}
-	c.peer.Respond(token, code, options, nil)
+	c.peer.Respond(token, code, options, payload)
 }
 
 // isFull reports whether there are so many answers that have not been taken that no more may be

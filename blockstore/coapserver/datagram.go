@@ -67,6 +67,8 @@ func (p *packets) serve(packet *coap.Packet) {
 	switch {
 	case code != codes.Empty:
 		packet.Respond(code, nil, nil)
+	case s.asksHave(r):
+		packet.Respond(s.have(r, p.access))
 	case r.Block1.Exponent == coap.BERT:
 		packet.Respond(codes.BadRequest, nil, nil)
 	case r.Code == codes.GET:

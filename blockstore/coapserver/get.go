@@ -36,6 +36,9 @@ var maxAgeOption = coap.AppendUintOption(nil, 0, message.MaxAge, maxAge)
 // check returns the code that a request is refused with, or codes.Empty.
 func (s *Server) check(r *coap.Request, access Access) codes.Code {
 	stores := s.config.Resources
+	if r.Refuse == codes.Empty && s.asksHave(r) {
+		return codes.Empty
+	}
 	switch {
 	case r.Refuse != codes.Empty:
 		return r.Refuse
@@ -54,6 +57,30 @@ func (s *Server) check(r *coap.Request, access Access) codes.Code {
 		return codes.BadRequest
 	}
 	return codes.Empty
+}
+
+// asksHave reports whether a request is for one of the resources that say what a store has.
+func (s *Server) asksHave(r *coap.Request) bool {
+	return r.Resource >= len(s.config.Resources)+len(s.config.Documents)
+}
+
+// have answers such a request. That takes little time whatever the client asks, so that whoever
+// reads does it, and further requests wait.
+func (s *Server) have(r *coap.Request, access Access) (codes.Code, []byte, []byte) {
+	store, ok := s.config.Resources[r.Resource-len(s.config.Resources)-len(s.config.Documents)].Source.(fetch.Haver)
+	switch {
+	case !ok:
+		return codes.NotFound, nil, nil
+	case r.Code != codes.POST || !access.Get:
+		return codes.MethodNotAllowed, nil, nil
+	case r.Block1.Present:
+		return codes.BadOption, nil, nil
+	}
+	answer, ok := fetch.AnswerHave(store, r.Payload)
+	if !ok {
+		return codes.BadRequest, nil, nil
+	}
+	return codes.Changed, nil, answer
 }
 
 // getRequest is a GET that has been understood.

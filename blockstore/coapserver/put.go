@@ -53,14 +53,14 @@ func (c *conn) put(r *coap.Request) {
 	if r.Block1.Present {
 		t, code := c.transfers.part("", "", r)
 		if code != codes.Created {
-			c.answer(r.Token, code, block1Option(r.Block1, code))
+			c.answer(r.Token, code, block1Option(r.Block1, code), nil)
 			return
 		}
 		block = t.finish()
 		c.transfers.remove(t)
 	}
 	if !eris.BlockSize(len(block)).Valid() {
-		c.answer(r.Token, codes.BadRequest, nil)
+		c.answer(r.Token, codes.BadRequest, nil, nil)
 		return
 	}
 	c.peer.Lock()

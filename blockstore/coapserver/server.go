@@ -49,7 +49,8 @@ type BatchSink interface {
 // Resource is a store at one path.
 type Resource struct {
 	// Path is the path of the store as in its URL, for example ".well-known/eris", which is also
-	// meant by "". The resource "blocks" below it is served.
+	// meant by "". The resource "blocks" below it is served; and "have", which says which blocks
+	// there are (docs/formats.md), if the Source is a [fetch.Haver].
 	Path string
 	// Source is where blocks come from; nil if none can be had. Requests are cancelled when their
 	// clients are gone. If a client does not say which size it wants, which every client known
@@ -90,9 +91,9 @@ type Config struct {
 	Resources []Resource
 	Documents []Document
 
-	// MaxConnections is the most connections at a time per listener, of which one host may have half
-	// (see package internal/admission). Where there are more, the one that has been idle the longest
-	// is closed, or the new one if all are busy. Default 256.
+	// MaxConnections is the most connections at a time per listener, of which one host may have
+	// half (see package internal/admission). Where there are more, the one that has been idle the
+	// longest is closed, or the new one if all are busy. Default 256.
 	MaxConnections int
 	// MaxPutBytes bounds the memory for blocks that are being stored: per connection, and for all
 	// but a first 256 KiB of each connection together. Defaults 16 MiB and 256 MiB.
@@ -199,7 +200,7 @@ type closer interface{ Close() error }
 var ErrServerClosed = errors.New("server is closed")
 
 // New returns a Server. It returns an error if a path is not valid, occurs twice, or there are more
-// than 64 in all.
+// than 64 in all, those of stores counted twice.
 func New(config Config) (*Server, error) {
 	s := &Server{
 		config:  config.withDefaults(),
@@ -224,6 +225,9 @@ func New(config Config) (*Server, error) {
 			return nil, err
 		}
 		documents = append(documents, path)
+	}
+	for _, path := range stores {
+		documents = append(documents, append(slices.Clone(path), coap.HaveSegment))
 	}
 	var err error
 	if s.paths, err = coap.NewPaths(stores, documents); err != nil {

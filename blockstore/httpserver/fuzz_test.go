@@ -33,6 +33,11 @@ func (o *one) Cancel(*fetch.Request) {}
 func (o *one) String() string        { return "one block" }
 func (o *one) Close() error          { return nil }
 
+func (o *one) Have(question []byte) []byte {
+	ref := eris.Sum(o.block)
+	return fetch.HaveBits(question, func(prefix []byte) (has, known bool) { return bytes.HasPrefix(ref[:], prefix), true })
+}
+
 func (o *one) Put(_ context.Context, ref eris.Reference, block []byte) error {
 	if eris.Sum(block) != ref || !eris.BlockSize(len(block)).Valid() {
 		panic("not a block")
@@ -50,6 +55,7 @@ func FuzzRequest(f *testing.F) {
 	f.Add([]byte("PUT /uri-res/N2R HTTP/1.1\r\nHost: x\r\nContent-Length: 1024\r\n\r\n" + string(store.block)))
 	f.Add([]byte("PUT /uri-res/N2R HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n400\r\n" + string(store.block) + "\r\n0\r\n\r\n"))
 	f.Add([]byte("GET /uri-res/N2R?urn:eris:BIAD77QDJMFAKZYH2DXBUZYAP3MXZ3DJZVFYQ5DFWC6T65WSFCU5S2IT4YZGJ7AC4SYQMP2DM2ANS2ZTCP3DJJIRV733CRAAHOSWIYZM3M HTTP/1.0\r\n\r\n"))
+	f.Add([]byte("POST /.well-known/eris/have HTTP/1.1\r\nHost: x\r\nContent-Length: 16\r\n\r\n12345678" + string(ref[:8])))
 	f.Add([]byte("OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		r, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(b)))
@@ -67,6 +73,10 @@ func FuzzRequest(f *testing.F) {
 		case answer.StatusCode == 200 && r.Method == "PUT":
 			if answer.Header.Get("Content-Location") != Path+"?"+store.put.URN() {
 				t.Errorf("answer names %q, stored is %v", answer.Header.Get("Content-Location"), store.put)
+			}
+		case answer.StatusCode == 200 && r.Method == "POST":
+			if r.URL.Path != HavePath || w.Body.Len() == 0 || w.Body.Len() > fetch.MaxHave/8 {
+				t.Errorf("%q is answered by %x", b, w.Body.Bytes())
 			}
 		case answer.StatusCode == 200 || answer.StatusCode == 304:
 			if !strings.EqualFold(query, ref.URN()) || !strings.HasSuffix(query, ref.String()) || r.URL.Path != Path {

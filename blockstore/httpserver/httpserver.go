@@ -33,8 +33,12 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 )
 
-// Path is where blocks are served.
-const Path = "/uri-res/N2R"
+// Path is where blocks are served, and HavePath where the server says which ones it has, if its
+// source is a [fetch.Haver] (docs/formats.md).
+const (
+	Path     = "/uri-res/N2R"
+	HavePath = "/.well-known/eris/have"
+)
 
 // Access is what clients of one listener may do. HEAD goes with GET.
 type Access struct {
@@ -43,8 +47,8 @@ type Access struct {
 	// Config: see [fetch/relay.Relay.For], whose arguments it is given. It is called for each
 	// request, and must not wait.
 	Relay func(client string, hops int) fetch.Source
-	// Hosts are names of the server, besides the address that is connected to, and localhost on this
-	// machine, whose pages may have browsers put blocks.
+	// Hosts are names of the server, besides the address that is connected to, and localhost on
+	// this machine, whose pages may have browsers put blocks.
 	Hosts []string
 }
 
@@ -58,9 +62,9 @@ type Config struct {
 	// 500.
 	Sink eris.Sink
 
-	// MaxConnections is the most connections at a time per listener, of which one host may have half
-	// (see package internal/admission). Where there are more, the one that has been idle the longest
-	// is closed, or the new one if all are busy. Default 256.
+	// MaxConnections is the most connections at a time per listener, of which one host may have
+	// half (see package internal/admission). Where there are more, the one that has been idle the
+	// longest is closed, or the new one if all are busy. Default 256.
 	MaxConnections int
 	// MaxRequests is the most requests at a time in all, each of which needs 32 KiB; further ones
 	// are answered by 503. Default 4096.
@@ -214,11 +218,13 @@ func (s *Server) handler(access Access) http.Handler {
 		defer s.requests.Release(1)
 		memory := s.memory.Get().(*[eris.BlockSize32KiB + 1]byte)
 		defer s.memory.Put(memory)
-		switch r.Method {
-		case http.MethodGet, http.MethodHead:
+		switch {
+		case r.Method == http.MethodGet, r.Method == http.MethodHead:
 			s.get(w, r, access, memory[:0])
-		case http.MethodPut:
+		case r.Method == http.MethodPut:
 			s.put(w, r, access, memory[:])
+		case r.Method == http.MethodPost && r.URL.Path == HavePath:
+			s.have(w, r, access, memory[:fetch.MaxHave*fetch.HavePrefix+1])
 		default:
 			w.Header().Set("Allow", "GET, HEAD, PUT")
 			refuse(w, http.StatusMethodNotAllowed, "method is not known here")
@@ -328,6 +334,34 @@ func (s *Server) get(w http.ResponseWriter, r *http.Request, access Access, memo
 	header.Set("Content-Length", strconv.Itoa(len(block)))
 	// net/http drops the body of the answer to HEAD.
 	_, _ = w.Write(block)
+}
+
+// have answers a POST, which asks which blocks are here. The memory has one byte more than the
+// longest question.
+func (s *Server) have(w http.ResponseWriter, r *http.Request, access Access, memory []byte) {
+	store, ok := s.config.Source.(fetch.Haver)
+	if !ok {
+		refuse(w, http.StatusNotFound, "nobody knows here what there is")
+		return
+	}
+	if !access.Get {
+		refuse(w, http.StatusForbidden, "blocks are not to be had here")
+		return
+	}
+	n, err := io.ReadFull(r.Body, memory)
+	answer, ok := []byte(nil), false
+	if err == io.ErrUnexpectedEOF { // it is no longer than it may be
+		answer, ok = fetch.AnswerHave(store, memory[:n])
+	}
+	if !ok {
+		refuse(w, http.StatusBadRequest, "body is no question")
+		return
+	}
+	header := w.Header()
+	header.Set("Content-Type", "application/octet-stream")
+	header.Set("Cache-Control", "no-store")
+	header.Set("Content-Length", strconv.Itoa(len(answer)))
+	_, _ = w.Write(answer)
 }
 
 // hops returns through how many servers a request may go, this one among them; 0 if it does not

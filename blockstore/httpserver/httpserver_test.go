@@ -197,6 +197,41 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
+// TestHave asks what the server has: as docs/formats.md says, and otherwise. An answer may be
+// shorter if the machine is slow.
+func TestHave(t *testing.T) {
+	store := openStore(t)
+	ref, block := newBlock(eris.BlockSize32KiB)
+	must(t, store.Put(t.Context(), ref, block))
+	_, open := serve(t, httpserver.Config{Source: store}, httpserver.Access{Get: true})
+	_, closed := serve(t, httpserver.Config{Source: store}, httpserver.Access{Put: true})
+	_, mute := serve(t, httpserver.Config{Source: transport(t, func(context.Context) error { return nil })}, httpserver.Access{Get: true})
+	known, other := string(ref[:fetch.HavePrefix]), "12345678"
+	for _, v := range []struct {
+		address, path, body string
+		status              int
+		want                string
+	}{
+		{open, httpserver.HavePath, other + known + other, 200, "\x40"},
+		{open, httpserver.HavePath, strings.Repeat(other, fetch.MaxHave-1) + known, 200, strings.Repeat("\x00", fetch.MaxHave/8-1) + "\x01"},
+		{open, httpserver.HavePath, strings.Repeat(other, fetch.MaxHave) + known, 400, ""},
+		{open, httpserver.HavePath, "", 400, ""},
+		{open, httpserver.HavePath, known + "x", 400, ""},
+		{open, httpserver.Path, known, 405, ""},
+		{mute, httpserver.HavePath, known, 404, ""},
+		{closed, httpserver.HavePath, known, 403, ""},
+	} {
+		answer, err := client(t, false).Post("http://"+v.address+v.path, "application/octet-stream", strings.NewReader(v.body))
+		must(t, err)
+		got, err := io.ReadAll(answer.Body)
+		must(t, err)
+		answer.Body.Close()
+		if answer.StatusCode != v.status || v.status == 200 && (len(got) < min(len(v.want), 7) || !strings.HasPrefix(v.want, string(got))) {
+			t.Errorf("%s with %d bytes: status %d, %q", v.path, len(v.body), answer.StatusCode, got)
+		}
+	}
+}
+
 // TestRelay checks from where a block comes where clients may have others asked, that the header
 // Max-Forwards is obeyed, and that nobody is asked for the other size who has not answered.
 func TestRelay(t *testing.T) {

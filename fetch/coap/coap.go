@@ -13,6 +13,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -39,7 +40,8 @@ type Store struct {
 	name    string
 	options Options
 	blocks  *wire.Requests
-	pool    *sync.Pool // of memory for messages
+	have    *wire.Requests // for questions what the store has
+	pool    *sync.Pool     // of memory for messages
 	ctx     context.Context
 	cancel  context.CancelFunc
 	main    *link
@@ -65,6 +67,7 @@ func Open(url string, options Options) (*Store, error) {
 	s := &Store{url: u, name: u.String(), options: options.withDefaults(), pool: wire.NewPool()}
 	s.blocks = wire.NewRequests(u.Segments, options.RawReferences)
 	s.blocks.HopLimit = options.HopLimit
+	s.have = wire.NewDocument(append(slices.Clone(u.Segments), wire.HaveSegment))
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.main = s.newLink()
 	switch u.Scheme {
@@ -84,6 +87,10 @@ func Open(url string, options Options) (*Store, error) {
 
 // String returns the scheme and the host or socket of the store.
 func (s *Store) String() string { return s.name }
+
+// AsksHave reports whether requests with Have are understood. What of a question does not fit into
+// a message that the peer takes is left without an answer.
+func (s *Store) AsksHave() bool { return s.url.Get }
 
 // Start implements [fetch.Source]. If the connection fails, the request is made once more on a new
 // one.

@@ -4,6 +4,7 @@ package coap_test
 
 import (
 	"bytes"
+	"errors"
 	"net"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 )
 
@@ -110,6 +112,19 @@ func TestLibcoapServer(t *testing.T) {
 					})
 				}
 				group.Wait()
+				// It has nothing that answers what it has, and says so, whatever else it does.
+				done := make(chan struct{})
+				r := &fetch.Request{
+					Have: bytes.Repeat(ref[:fetch.HavePrefix], fetch.MaxHave), Size: 128, Dst: make([]byte, 0, 128),
+					Done: func(*fetch.Request) { close(done) },
+				}
+				store.Start(r)
+				if <-done; !errors.Is(r.Err, fetch.ErrCannotSay) {
+					t.Errorf("answer is %x, %v", r.Block, r.Err)
+				}
+				if got, err := get(t, store, ref, size); err != nil || !bytes.Equal(got, block) {
+					t.Errorf("Get after a question: %v", err)
+				}
 			})
 		}
 	}

@@ -5,6 +5,7 @@ package coap
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"time"
 
@@ -39,7 +40,7 @@ type request struct {
 
 func newRequest(s *Store) *request {
 	q := &request{store: s, over: true}
-	q.first.Done, q.first.Store = q.answered, s.blocks
+	q.first.Done = q.answered
 	return q
 }
 
@@ -50,6 +51,13 @@ func (q *request) start(r *fetch.Request) {
 	q.connection, q.exchange, q.started = nil, &q.first, false
 	q.stop = nil
 	q.mu.Unlock()
+	x := q.exchange
+	if r.Have != nil {
+		q.dst = r.Dst[:cap(r.Dst)]
+		x.Store, x.Dst, x.Block = q.store.have, q.dst, wire.Block{}
+		q.connect()
+		return
+	}
 	switch {
 	case !r.Size.Valid() || cap(r.Dst) < int(r.Size):
 		q.end(0, errSize)
@@ -59,7 +67,7 @@ func (q *request) start(r *fetch.Request) {
 		return
 	}
 	q.dst = r.Dst[:r.Size]
-	x := q.exchange
+	x.Store, x.Payload = q.store.blocks, nil
 	x.Reference, x.Size, x.Dst, x.Block = r.Pair.Reference, r.Size, q.dst, wire.Block{}
 	q.connect()
 }
@@ -86,6 +94,9 @@ func (q *request) send(c connection, x *wire.Exchange) bool {
 	q.connection = c
 	q.sending++
 	q.mu.Unlock()
+	if q.r.Have != nil {
+		x.Payload = q.store.fit(c, q.r.Have)
+	}
 	taken := c.Start(x)
 	q.mu.Lock()
 	if taken && q.exchange == x {
@@ -104,6 +115,17 @@ func (q *request) send(c connection, x *wire.Exchange) bool {
 		q.finish()
 	}
 	return taken
+}
+
+// fit returns what of a question fits into a message.
+func (s *Store) fit(c connection, question []byte) []byte {
+	room := blockUnit
+	if conn, ok := c.(*wire.Conn); ok {
+		conn.Lock()
+		room = int(min(conn.Peer().MessageSize, wire.MessageSize)) - s.have.Overhead()
+		conn.Unlock()
+	}
+	return question[:max(fetch.HavePrefix, min(len(question), room&^(fetch.HavePrefix-1)))]
 }
 
 // cancel implements [Store.Cancel].
@@ -142,6 +164,8 @@ func (q *request) finish() {
 		r.Err = err
 	case err != nil:
 		r.Err = &blockError{q.store, r.Pair.Reference, err}
+	case r.Have != nil:
+		r.Block = q.dst[:length]
 	case length != int(r.Size):
 		r.Err = &blockError{q.store, r.Pair.Reference, &eris.BlockError{Reference: r.Pair.Reference, Length: length, Want: r.Size}}
 	default:
@@ -155,6 +179,10 @@ func (q *request) answered(x *wire.Exchange) {
 	switch {
 	case x.Err != nil:
 		q.lost(x.Err)
+	case q.r.Have != nil && (x.Code != codes.Changed || x.Length > len(x.Dst)):
+		q.end(0, fmt.Errorf("%w: %w", fetch.ErrCannotSay, &ResponseError{x.Code, x.Text()}))
+	case q.r.Have != nil:
+		q.end(x.Length, nil)
 	case getError(x) != nil:
 		q.end(0, getError(x))
 	case !x.Response.Block2.Present:

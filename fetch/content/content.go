@@ -47,7 +47,8 @@ type Want struct {
 	// Near, if not nil, reads at an offset what may be the same content and is on this machine; it
 	// returns how many bytes there are, fewer than p has only at the end. A leaf whose key is that
 	// of what stands there is not requested. It must not wait long, and be safe for concurrent use.
-	Near func(p []byte, offset int64) (n int, err error)
+	Near   func(p []byte, offset int64) (n int, err error)
+	Origin any // where what named it has come from, as in [fetch.Request]; nil if nobody knows
 }
 
 // Info tells which content the leaves to come belong to.

@@ -101,13 +101,23 @@ type slot struct {
 type buffer struct {
 	data    []byte
 	node    eris.Node // that is in data
-	leaf    Leaf      // that is in data, when it is handed out
+	kin     *fetch.Kin
+	leaf    Leaf // that is in data, when it is handed out
+	origin  any  // as in [fetch.Request]
 	account account
 }
 
-// child returns the pair of the node at the given index of the level below.
-func (b *buffer) child(index int64) eris.Pair {
-	return b.node.Pair(int(index) & (eris.BlockSize(len(b.data)).Arity() - 1))
+// named is a block, and those that were named together with it.
+type named struct {
+	eris.Pair
+	kin *fetch.Kin
+	nth int
+}
+
+// child returns the node at the given index of the level below.
+func (b *buffer) child(index int64) named {
+	nth := int(index) & (eris.BlockSize(len(b.data)).Arity() - 1)
+	return named{b.node.Pair(nth), b.kin, nth}
 }
 
 type account int
@@ -203,6 +213,7 @@ func (f *fetcher) resume() {
 // complete puts the result of a request in its place.
 func (f *fetcher) complete(r *request) {
 	c := r.content
+	r.buffer.origin = r.Origin
 	switch r.kind {
 	case leafRequest:
 		f.slotAt(r.slot).done = true
@@ -212,7 +223,7 @@ func (f *fetcher) complete(r *request) {
 	case leftRequest:
 		f.completeLeft(c, r.level, r.buffer)
 		if r.level > 0 {
-			f.paths = append(f.paths, pathStep{leftRequest, c, r.level - 1, r.first})
+			f.paths = append(f.paths, pathStep{leftRequest, c, r.level - 1, r.buffer.child(0)})
 		}
 	case pathRequest:
 		c.rows[r.level].last = r.buffer
@@ -220,9 +231,9 @@ func (f *fetcher) complete(r *request) {
 			f.setOpen(c, r.tail, r.length)
 			return
 		}
-		f.paths = append(f.paths, pathStep{pathRequest, c, r.level - 1, r.next})
+		f.paths = append(f.paths, pathStep{pathRequest, c, r.level - 1, r.buffer.child(int64(r.buffer.node.Len() - 1))})
 		if r.level == c.rootLevel() { // it has two pairs at least, so this is not on the right-most path
-			f.paths = append(f.paths, pathStep{leftRequest, c, r.level - 1, r.first})
+			f.paths = append(f.paths, pathStep{leftRequest, c, r.level - 1, r.buffer.child(0)})
 		}
 	}
 }

@@ -18,6 +18,7 @@ type Reader struct {
 	resumed  bool
 	leaf     *Leaf
 	rest     []byte // of the leaf
+	origin   any
 	err      error
 }
 
@@ -41,6 +42,9 @@ func Open(ctx context.Context, source fetch.Source, capability eris.ReadCapabili
 
 // Size returns the length of the content in bytes.
 func (r *Reader) Size() int64 { return r.size }
+
+// Origin returns where the last block that was read has come from, for [Want].
+func (r *Reader) Origin() any { return r.origin }
 
 // Peek returns the next n bytes without passing over them, or as many as there are until the end of
 // a block or of the content: before anything has been read it is at least a kibibyte. They are
@@ -84,7 +88,7 @@ func (r *Reader) fill() error {
 		if r.leaf, r.err = r.sequence.Leaf(); r.err != nil {
 			return r.err
 		}
-		r.rest = r.leaf.Bytes
+		r.rest, r.origin = r.leaf.Bytes, r.leaf.buffer.origin
 	}
 	return nil
 }

@@ -40,10 +40,8 @@ type request struct {
 	buffer  *buffer
 	near    bool // the buffer has the plaintext, and nothing was requested
 
-	// Results: of a node its first pair; of a pathRequest also the pair of the next block, or at
-	// its end what of the leaf is content, and the length of the content.
-	first  eris.Pair
-	next   eris.Pair
+	// Results at the end of a pathRequest: what of the leaf is content, and the length of the
+	// content.
 	tail   []byte
 	length int64
 
@@ -81,6 +79,7 @@ func (f *fetcher) newRequest() *request {
 func (f *fetcher) putRequest(r *request) {
 	r.Dst, r.Block, r.Err = nil, nil, nil
 	r.content, r.buffer, r.tail = nil, nil, nil
+	r.Kin, r.Origin = nil, nil
 	r.started, r.ended, r.near = false, false, false
 	f.unused = append(f.unused, r)
 }
@@ -328,9 +327,13 @@ func (r *request) parse(key eris.Key) (err error) {
 	if err != nil {
 		return shape.faultAt(r.Pair.Reference, err)
 	}
-	r.buffer.node, r.first = node, node.Pair(0)
+	kin := &fetch.Kin{Refs: make([]eris.Reference, node.Len()), Origin: r.Origin}
+	for i := range kin.Refs {
+		kin.Refs[i] = node.Pair(i).Reference
+	}
+	r.buffer.node, r.buffer.kin = node, kin
 	if r.kind == pathRequest {
-		r.next, err = shape.node(r.level, node)
+		err = shape.node(r.level, node)
 	} else if node.Len() != r.Size.Arity() {
 		err = shape.faultAt(r.Pair.Reference, errNodePartial)
 	}

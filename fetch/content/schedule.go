@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 )
 
 // This file decides which block a fetcher requests next, and knows the contents as far as that
@@ -23,6 +24,8 @@ type content struct {
 	index  int
 	shape  shape
 	near   func(p []byte, offset int64) (n int, err error) // see [Want]
+	kin    *fetch.Kin                                      // its root and those of others
+	nth    int
 	open   bool
 	length int64
 	tail   []byte // what of the last leaf is content
@@ -53,7 +56,7 @@ type pathStep struct {
 	kind    requestKind
 	content *content
 	level   int
-	pair    eris.Pair
+	block   named
 }
 
 func (c *content) blockSize() eris.BlockSize { return c.shape.capability.BlockSize }
@@ -97,10 +100,11 @@ func (f *fetcher) take(r *request) bool {
 }
 
 // fill makes a request of a block of the content.
-func (f *fetcher) fill(r *request, kind requestKind, c *content, level int, pair eris.Pair, on account) {
+func (f *fetcher) fill(r *request, kind requestKind, c *content, level int, block named, on account) {
 	r.kind, r.content, r.level = kind, c, level
 	r.buffer = f.buffer(c.blockSize(), on)
-	r.Pair, r.Size, r.Dst = pair, c.blockSize(), r.buffer.data[:0]
+	r.Pair, r.Size, r.Dst = block.Pair, c.blockSize(), r.buffer.data[:0]
+	r.Kin, r.Nth = block.kin, block.nth
 }
 
 // takePath goes on with a path, or starts one.
@@ -113,7 +117,7 @@ func (f *fetcher) takePath(r *request) bool {
 		}
 		f.paths[0] = pathStep{}
 		f.paths = f.paths[1:]
-		f.fill(r, next.kind, next.content, next.level, next.pair, onPath)
+		f.fill(r, next.kind, next.content, next.level, next.block, onPath)
 		return true
 	}
 	if f.opening == len(f.contents) {
@@ -136,7 +140,7 @@ func (f *fetcher) takePath(r *request) bool {
 	f.openingLeaves += c.leastLeaves()
 	f.pathBytes += bytes
 	root := eris.Pair{Reference: c.shape.capability.Root, Key: c.shape.capability.Key}
-	f.fill(r, pathRequest, c, c.rootLevel(), root, onPath)
+	f.fill(r, pathRequest, c, c.rootLevel(), named{root, c.kin, c.nth}, onPath)
 	return true
 }
 
@@ -303,14 +307,19 @@ func (f *fetcher) slotAt(i uint64) *slot { return &f.slots[i&uint64(len(f.slots)
 
 // add takes more contents, or fails if one of them is to be refused outright.
 func (f *fetcher) add(wants []Want) {
-	for _, want := range wants {
+	if len(wants) == 0 {
+		return
+	}
+	kin := &fetch.Kin{Refs: make([]eris.Reference, len(wants)), Origin: wants[0].Origin}
+	for i, want := range wants {
+		kin.Refs[i] = want.Capability.Root
 		s, err := newShape(want.Capability, want.Limit)
 		if err != nil {
 			f.fail(err)
 			return
 		}
 		f.contents = append(f.contents, &content{
-			index: f.added, shape: s, near: want.Near, rows: make([]row, want.Capability.Level+1),
+			index: f.added, shape: s, near: want.Near, kin: kin, nth: i, rows: make([]row, want.Capability.Level+1),
 		})
 		f.added++
 	}

@@ -62,19 +62,18 @@ func (s *shape) faultAt(ref eris.Reference, err error) error {
 
 func (s *shape) tooLarge() error { return s.fault(fmt.Errorf("%w of %d bytes", ErrTooLarge, s.limit)) }
 
-// node takes the node of the path at the given level, from the root downwards, and returns the pair
-// of the next block of the path. The limit is applied at once, so that a tree that describes too
-// much is refused before its length is known.
-func (s *shape) node(level int, n eris.Node) (eris.Pair, error) {
+// node takes the node of the path at the given level, from the root downwards. The limit is applied
+// at once, so that a tree that describes too much is refused before its length is known.
+func (s *shape) node(level int, n eris.Node) error {
 	if level == s.capability.Level && n.Len() < 2 {
-		return eris.Pair{}, s.fault(errNodeSingle)
+		return s.fault(errNodeSingle)
 	}
 	s.pairs[level] = int64(n.Len())
 	s.before += int64(n.Len()-1) << ((level - 1) * arityBits(s.capability.BlockSize))
 	if s.before > s.limit/int64(s.capability.BlockSize) {
-		return eris.Pair{}, s.tooLarge()
+		return s.tooLarge()
 	}
-	return n.Pair(n.Len() - 1), nil
+	return nil
 }
 
 // leaf takes the leaf at the end of the path, and returns what of it is content, and the length of

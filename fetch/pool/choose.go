@@ -44,11 +44,14 @@ func (p *Pool) distribute(now time.Duration) {
 	if p.closed {
 		return
 	}
-	for _, m := range p.near {
-		for m.queue.live > 0 && m.usable(now) && m.hasRoom(true, now) {
-			l := m.queue.first()
-			m.queue.remove(l)
+	if n := len(p.unasked); n >= mostAsked/2 || n > 0 && now-p.askedAt >= askInterval {
+		p.ask(now)
+	}
+	for _, m := range p.members {
+		for l := p.next(m); l != nil && m.usable(now) && m.hasRoom(m.near, now); l = p.next(m) {
+			l.queue.remove(l)
 			p.send(m, l, now)
+			l.foreground.directed = true
 		}
 	}
 	for p.retries.live+p.fresh.live > 0 {
@@ -59,6 +62,14 @@ func (p *Pool) distribute(now time.Duration) {
 		l.queue.remove(l)
 		p.send(m, l, now)
 	}
+}
+
+// next returns the block that a member is to be asked for first of those that it probably has.
+func (p *Pool) next(m *member) *lookup {
+	if l := m.queue.first(); l != nil || m.near || p.askable&m.bit == 0 {
+		return l
+	}
+	return p.relief(m)
 }
 
 // match finds a far member that has room, and the block for it; of several, that which delivers

@@ -11,6 +11,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/list"
 )
 
 const (
@@ -47,6 +48,11 @@ type lookup struct {
 	cancelled bool             // the first is
 	sequence  uint64
 
+	family *family // if it is not nil, of those of which l is the one at index nth
+	nth    int
+	held   set // who says to have it
+	denied set // who says not to: asked when nobody else is left, for it may have others to ask
+
 	missed   set // who does not have it
 	failed   set // who failed
 	active   set // who is being asked
@@ -61,23 +67,27 @@ type lookup struct {
 	attempts   *attempt // all
 
 	block []byte // the result
+	from  any    // the far member that gave it
 	over  bool
 	keep  set     // near members that are to keep the block
 	next  *lookup // of those that are over, or spare
 }
 
 // spent returns who cannot be asked any more.
-func (l *lookup) spent() set { return l.missed | l.failed | l.active }
+func (l *lookup) spent() set { return l.missed | l.failed | l.active | l.denied }
 
 // attempt is a request to a member for a lookup.
 type attempt struct {
 	request    fetch.Request
 	member     *member
-	lookup     *lookup // nil if nobody waits for it any more
-	background bool    // with memory of its own
-	probe      bool    // to learn about the member
-	hedged     bool    // another one was made because this is late
-	cause      error   // why it was cancelled, if it was
+	lookup     *lookup       // nil if nobody waits for it any more
+	background bool          // with memory of its own
+	probe      bool          // to learn about the member
+	directed   bool          // the member probably has it
+	question   []asked       // what is asked instead of a block
+	waited     time.Duration // for its answer
+	hedged     bool          // another one was made because this is late
+	cause      error         // why it was cancelled, if it was
 
 	state atomic.Int32
 	steps atomic.Int32 // that Start has returned is one, Done the other
@@ -90,9 +100,9 @@ type attempt struct {
 	full        bool // as much had been asked for as the member delivers in a round trip
 	clean       bool // nothing was in front of it that would falsify the round trip
 
-	next, previous *attempt // of the same member, in order of start
-	sibling        *attempt // of the same lookup
-	following      *attempt // to be started, or spare
+	list.Links[attempt]
+	sibling   *attempt // of the same lookup
+	following *attempt // to be started, or spare
 }
 
 // States of an attempt, so that it is cancelled after it has been started.
@@ -134,8 +144,14 @@ func (p *Pool) proceed(l *lookup, now time.Duration) {
 			return
 		}
 	}
+	p.inquire(l, now)
 	if p.candidates(l, now) == 0 {
 		if l.awaits(now) {
+			return
+		}
+		if l.denied != 0 {
+			l.denied = 0
+			p.proceed(l, now)
 			return
 		}
 		if !p.nextRound(l, now) {
@@ -143,7 +159,14 @@ func (p *Pool) proceed(l *lookup, now time.Duration) {
 			return
 		}
 	}
-	if l.failed|l.missed != 0 {
+	if m := p.holder(l, now); m != nil {
+		m.queue.push(l)
+		return
+	}
+	if l.family != nil && l.family.pending != 0 {
+		return // told goes on with it
+	}
+	if l.failed|l.missed|l.denied != 0 {
 		p.retries.push(l)
 	} else {
 		p.fresh.push(l)
@@ -201,6 +224,9 @@ func (p *Pool) finish(l *lookup, err error) {
 	}
 	if p.lookups[l.key] == l {
 		delete(p.lookups, l.key)
+	}
+	if l.family != nil && l.family.lookups[l.nth] == l {
+		l.family.lookups[l.nth] = nil
 	}
 	for a := l.attempts; a != nil; {
 		next := a.sibling
@@ -327,9 +353,10 @@ func (p *Pool) detach(a *attempt) {
 // may be of use again.
 func (a *attempt) recycle() {
 	r := &a.request
-	r.Dst, r.Block, r.Err = nil, nil, nil
-	a.lookup, a.sibling, a.cause = nil, nil, nil
-	a.background, a.probe, a.hedged = false, false, false
+	r.Dst, r.Block, r.Err, r.Have = nil, nil, nil, nil
+	a.lookup, a.sibling, a.cause, a.question = nil, nil, nil, nil
+	a.waited = 0
+	a.background, a.probe, a.hedged, a.directed = false, false, false, false
 	a.state.Store(starting)
 	a.steps.Store(0)
 	a.following, a.member.spare = a.member.spare, a

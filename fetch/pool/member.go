@@ -9,6 +9,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/list"
 )
 
 const (
@@ -42,7 +43,7 @@ type member struct {
 	bit    set
 	score  float64
 	keeper *keep // of a near one
-	queue  queue // of a near one
+	queue  queue // of what is near, or what a far one probably has
 
 	banned    bool
 	bannedAt  time.Duration
@@ -61,13 +62,14 @@ type member struct {
 	busyUntil time.Duration // with what was cancelled
 	ghosts    int64         // bytes of that, as of the last call of haunt
 
-	first, last *attempt // in flight, in order of start
-	spare       *attempt
-	requests    int
-	bytes       int64
+	attempts list.List[attempt, *attempt] // in flight, in order of start
+	spare    *attempt
+	requests int
+	bytes    int64
 	speeds
-	hits float64 // share of what was asked that it had
-	tail float64 // see firstTail
+	hits  float64 // share of what was asked that it had, but for what it was known to have
+	truth float64 // less than 1 after claims that were false
+	tail  float64 // see firstTail
 
 	missing      map[key]struct{}
 	missingSince time.Duration
@@ -78,7 +80,7 @@ type member struct {
 func newMember(p *Pool, i int, given Member) *member {
 	m := &member{
 		pool: p, source: given.Source, name: given.Source.String(), local: given.Near || given.Local,
-		index: i, bit: 1 << i, hits: 1, tail: firstTail, failedAt: -1, missing: map[key]struct{}{},
+		index: i, bit: 1 << i, hits: 1, truth: 1, tail: firstTail, failedAt: -1, missing: map[key]struct{}{},
 		backoff: backoff.Backoff{Min: failureRest, Max: longestRest},
 	}
 	record := p.options.State.Get(m.name)
@@ -135,30 +137,14 @@ func (m *member) sent(a *attempt, now time.Duration) {
 	m.bytes += size
 	m.asked++
 	a.full = m.bytes >= m.window(false)/2
-	a.previous, a.next = m.last, nil
-	if m.last == nil {
-		m.first = a
-	} else {
-		m.last.next = a
-	}
-	m.last = a
+	m.attempts.Push(a)
 }
 
 // received books that it is over, whatever came of it.
 func (m *member) received(a *attempt) {
 	m.requests--
 	m.bytes -= int64(a.request.Size)
-	if a.previous == nil {
-		m.first = a.next
-	} else {
-		a.previous.next = a.next
-	}
-	if a.next == nil {
-		m.last = a.previous
-	} else {
-		a.next.previous = a.previous
-	}
-	a.next, a.previous = nil, nil
+	m.attempts.Remove(a)
 }
 
 // answers takes note of an answer, with the block or not.
@@ -193,7 +179,9 @@ func (m *member) delivers(a *attempt, now time.Duration) {
 	m.answers(a, now)
 	m.delivered += int64(a.request.Size)
 	m.pool.delivered += int64(a.request.Size)
-	m.hits += (1 - m.hits) * hitWeight
+	if !a.directed {
+		toward(&m.hits, true, hitWeight)
+	}
 	m.measureRate(a, now)
 	m.deliveredAt = now
 }
@@ -267,8 +255,17 @@ func (m *member) rests(err error, now time.Duration) {
 
 // cancelAll ends all requests that are in flight.
 func (m *member) cancelAll(cause error) {
-	for a := m.first; a != nil; a = a.next {
+	for a := m.attempts.First(); a != nil; a = a.Next() {
 		a.cancel(cause)
+	}
+}
+
+// empty has blocks that wait for the member go elsewhere, if they can.
+func (m *member) empty(now time.Duration) {
+	for range m.queue.live {
+		l := m.queue.first()
+		m.queue.remove(l)
+		m.pool.proceed(l, now)
 	}
 }
 

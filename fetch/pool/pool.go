@@ -38,6 +38,17 @@
 // well, as long as little is asked for twice.
 //
 // Equal blocks that are asked for at the same time are fetched once.
+//
+// # Many members with a part each
+//
+// As long as no far member misses anything, each is taken to have everything. Otherwise who gave a
+// node is asked first for its children ([fetch.Kin]), if that has mostly worked. Where it has not,
+// and for large nodes, all members that understand it ([fetch.Request], Have) are asked which of
+// the children they have, before blocks are asked for: then each goes to one that has it. Who says
+// that it does not have a block is asked for it only when all others were. Nobody waits for the
+// answers of those who have never given one, nor long for others. Who is found to claim what it
+// does not have gets less, and is then taken to know nothing; so is at once who claims to have what
+// cannot be.
 package pool
 
 import (
@@ -116,10 +127,18 @@ type Pool struct {
 	sleeping bool // the watcher is
 	lookups  map[key]*lookup
 	sequence uint64
+	farSet   set
 	retries  queue // far blocks that were asked for once, in vain
 	fresh    queue // others
 	spare    *lookup
 	scratch  survey
+
+	// See inquire.
+	askable set     // who may be asked what it has, and is believed
+	telling set     // who has said what it has, and is believed
+	kin     float64 // share of blocks that whoever gave the node above has
+	unasked []asked
+	askedAt time.Duration
 
 	inFlight  int
 	delivered int64 // bytes
@@ -142,7 +161,7 @@ func New(members []Member, options Options) *Pool {
 	}
 	p := &Pool{
 		options: options, epoch: time.Now(), kick: make(chan struct{}, 1), stop: make(chan struct{}), sleeping: true,
-		lookups: map[key]*lookup{},
+		lookups: map[key]*lookup{}, kin: 1, askedAt: -askInterval,
 	}
 	p.arrived.wake.L = &p.arrived.mu
 	allNear := !slices.ContainsFunc(members, func(m Member) bool { return !m.Near })
@@ -154,6 +173,8 @@ func New(members []Member, options Options) *Pool {
 		if s, ok := given.Source.(anySizer); ok {
 			bySize = !s.AnySize()
 		}
+		asks, ok := given.Source.(interface{ AsksHave() bool })
+		mayAsk := ok && asks.AsksHave()
 		if !given.Near && !given.Local {
 			given.Source = fetch.Limited(given.Source, options.Limiter)
 		}
@@ -165,6 +186,10 @@ func New(members []Member, options Options) *Pool {
 			m.keeper = newKeep(p, m)
 		} else {
 			p.far = append(p.far, m)
+			p.farSet |= m.bit
+			if mayAsk {
+				p.askable |= m.bit
+			}
 		}
 	}
 	for range runtime.GOMAXPROCS(0) {
@@ -217,6 +242,7 @@ func (p *Pool) Start(r *fetch.Request) {
 	}
 	l = p.newLookup(k, r)
 	r.Held, p.lookups[k] = l, l
+	p.join(l, r.Kin, r.Nth)
 	for _, m := range p.members {
 		m.pardon(now)
 		if m.lacks(k) {

@@ -85,7 +85,13 @@ func (p *Pool) look() {
 
 // checkSilence has a member rest that does not answer any more.
 func (p *Pool) checkSilence(m *member, now time.Duration) {
-	oldest := m.first
+	oldest := m.attempts.First()
+	// It may pass over questions, which it perhaps does not understand.
+	for ; oldest != nil && oldest.question != nil; oldest = oldest.Next() {
+		if !oldest.heldBack() && oldest.isLate() {
+			oldest.cancel(errLate)
+		}
+	}
 	if oldest == nil || m.silent || now < m.busyUntil || oldest.heldBack() {
 		return
 	}
@@ -132,7 +138,7 @@ func (p *Pool) hedge(now time.Duration) {
 	var late []*attempt
 	for _, m := range p.members {
 		n := 0
-		for a := m.first; a != nil && n < latePerMember; a = a.next {
+		for a := m.attempts.First(); a != nil && n < latePerMember; a = a.Next() {
 			if !m.isLate(a, now) {
 				if m.known {
 					break
@@ -171,7 +177,7 @@ func (p *Pool) hedge(now time.Duration) {
 // elsewhere.
 func (p *Pool) giveUp(m *member, now time.Duration) {
 	n := 0
-	for a := m.first; a != nil && n < latePerMember; a = a.next {
+	for a := m.attempts.First(); a != nil && n < latePerMember; a = a.Next() {
 		if a.probe && now-a.start > probeLimit {
 			a.cancel(errLate)
 			m.fails(a, errLate, now)
@@ -214,7 +220,7 @@ func (p *Pool) alternative(a *attempt, now time.Duration) *member {
 	var best *member
 	l, size := a.lookup, int64(a.request.Size)
 	for _, m := range p.far {
-		if l.spent()&m.bit != 0 || !m.trusted(now) || m.hits < 0.5 {
+		if l.spent()&m.bit != 0 || !m.trusted(now) || m.hits < 0.5 && l.held&m.bit == 0 {
 			continue
 		}
 		if best == nil || m.expected(size) < best.expected(size) {

@@ -140,11 +140,12 @@ func (p *Pool) deliver(l *lookup) {
 		if r.Err = l.err; l.err == nil {
 			r.Block = append(r.Dst[:0], l.block...)
 		}
+		r.Origin = l.from
 		l.more[i] = nil
 		r.Done(r)
 	}
 	r := l.request
-	r.Block, r.Err = l.block, l.err
+	r.Block, r.Err, r.Origin = l.block, l.err, l.from
 	r.Done(r)
 }
 
@@ -152,6 +153,11 @@ func (p *Pool) deliver(l *lookup) {
 func (p *Pool) ended(a *attempt, now time.Duration) {
 	m, l, block := a.member, a.lookup, a.request.Block
 	p.detach(a)
+	if a.question != nil {
+		p.told(a, now)
+		a.recycle()
+		return
+	}
 	outcome := p.outcome(a, now)
 	cause, err := a.cause, a.request.Err
 	a.recycle()
@@ -165,12 +171,14 @@ func (p *Pool) ended(a *attempt, now time.Duration) {
 	case outcome == success && l.block == nil:
 		l.block = block
 		if !m.near {
-			l.keep = l.missed
+			l.keep, l.from = l.missed, m
+			p.turnsOut(l, m, true)
 		}
 	case outcome == success:
 		m.duplicates++
 	case outcome == miss:
 		l.missed |= m.bit
+		p.turnsOut(l, m, false)
 		if !m.bySize && errors.Is(err, eris.ErrNotFound) {
 			m.remembersMissingSizes(l.key)
 		} else {
@@ -213,7 +221,9 @@ func (p *Pool) outcome(a *attempt, now time.Duration) outcome {
 	case errors.Is(err, eris.ErrNotFound), errors.As(err, &wrong) && (m.mayErr() || wrong.IsOtherSize(a.request.Size)):
 		m.misses++
 		m.answers(a, now)
-		m.hits -= m.hits * hitWeight
+		if !a.directed {
+			toward(&m.hits, false, hitWeight)
+		}
 		return miss
 	case wrong != nil:
 		m.faults++
@@ -246,6 +256,8 @@ func (p *Pool) ban(m *member, err error) {
 		return
 	}
 	m.banned, m.bannedAt, m.lastError = true, p.now(), err
+	p.askable &^= m.bit
+	p.telling &^= m.bit
 	p.options.State.Fault(m.name)
 	m.cancelAll(errBanned)
 	p.reroute(p.now())
@@ -268,13 +280,9 @@ func (p *Pool) tell(f func(source string, err error), name string, err error) {
 
 // reroute looks again at the blocks that wait, after a member was lost to them.
 func (p *Pool) reroute(now time.Duration) {
-	for _, m := range p.near {
-		if m.usable(now) && !m.resting() {
-			continue
-		}
-		for l := m.queue.first(); l != nil; l = m.queue.first() {
-			m.queue.remove(l)
-			p.proceed(l, now)
+	for _, m := range p.members {
+		if !m.usable(now) || m.resting() {
+			m.empty(now)
 		}
 	}
 	for _, q := range []*queue{&p.retries, &p.fresh} {

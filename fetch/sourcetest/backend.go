@@ -173,4 +173,15 @@ func (d *direct) Put(ctx context.Context, ref eris.Reference, block []byte) erro
 	return d.backend.Put(ctx, ref, block)
 }
 
+// Have implements [fetch.Haver].
+func (d *direct) Have(question []byte) []byte {
+	prefixes := map[[fetch.HavePrefix]byte]bool{}
+	for ref := range d.backend.All() {
+		prefixes[[fetch.HavePrefix]byte(ref[:])] = true
+	}
+	return fetch.HaveBits(question, func(prefix []byte) (has, known bool) {
+		return prefixes[[fetch.HavePrefix]byte(prefix)], true
+	})
+}
+
 func (d *direct) String() string { return "backend:" }

@@ -73,6 +73,7 @@ func Test(t *testing.T, open func(t *testing.T, backend *Backend) Fixture) {
 	}{
 		{"Get", testGet},
 		{"Missing", testMissing},
+		{"Have", testHave},
 		{"WrongSize", testWrongSize},
 		{"WrongBytes", testWrongBytes},
 		{"BackendFails", testBackendFails},
@@ -225,6 +226,63 @@ func testMissing(t *testing.T, s *suite) {
 		}
 		other, want := s.add(size)
 		s.mustGet(t, other, want)
+	}
+}
+
+// testHave asks which of many blocks are there, and cancels that.
+func testHave(t *testing.T, s *suite) {
+	asks, ok := s.Source.(interface{ AsksHave() bool })
+	if !ok || !asks.AsksHave() {
+		t.Skip("the source cannot be asked what it has")
+	}
+	const count = 100
+	var question []byte
+	for i := range count {
+		ref, _ := block(mixed(i))
+		if i%3 == 0 {
+			ref, _ = s.add(mixed(i))
+		}
+		question = append(question, ref[:fetch.HavePrefix]...)
+	}
+	ask := func() *fetch.Request {
+		done := make(chan struct{})
+		const most = count/8 + 1
+		r := &fetch.Request{Have: question, Size: most, Dst: make([]byte, 0, most), Done: func(*fetch.Request) { close(done) }}
+		s.Source.Start(r)
+		<-done
+		return r
+	}
+	for range 2 {
+		r := ask()
+		if r.Err != nil || len(r.Block) != count/8+1 {
+			t.Fatalf("answer of %d bytes, error %v", len(r.Block), r.Err)
+		}
+		for i := range count {
+			if has, known := fetch.Has(r.Block, i); !known || has != (i%3 == 0) {
+				t.Errorf("answer to %d is %v, %v", i, has, known)
+			}
+		}
+		// The same request can be one for a block.
+		ref, want := s.add(eris.BlockSize1KiB)
+		done := make(chan struct{})
+		r.Have, r.Pair.Reference, r.Size, r.Dst = nil, ref, eris.BlockSize1KiB, make([]byte, 0, eris.BlockSize1KiB)
+		r.Done = func(*fetch.Request) { close(done) }
+		s.Source.Start(r)
+		<-done
+		if r.Err != nil || !bytes.Equal(r.Block, want) {
+			t.Errorf("block after an answer: %v", r.Err)
+		}
+	}
+	r := &fetch.Request{Have: question, Size: 64, Dst: make([]byte, 0, 64)}
+	done := make(chan struct{}, 2)
+	r.Done = func(*fetch.Request) { done <- struct{}{} }
+	s.Source.Start(r)
+	s.Source.Cancel(r)
+	<-done
+	s.closed = true
+	s.Source.Close()
+	if r := ask(); r.Err == nil {
+		t.Error("a question after Close has an answer")
 	}
 }
 

@@ -174,6 +174,21 @@ func serve(base string, store blocks, writable bool) http.Handler {
 		ref, err := eris.ParseReferenceURN(r.URL.RawQuery)
 		answer(w, r, ref, err)
 	})
+	mux.HandleFunc("POST "+base+"/.well-known/eris/have", func(w http.ResponseWriter, r *http.Request) {
+		question, err := io.ReadAll(r.Body)
+		haver, ok := store.(interface{ Open(n int) fetch.Store })
+		if err != nil || !ok {
+			http.NotFound(w, r)
+			return
+		}
+		source := haver.Open(1)
+		defer source.Close()
+		answer, ok := fetch.AnswerHave(source.(fetch.Haver), question)
+		if !ok {
+			http.Error(w, "no question", http.StatusBadRequest)
+		}
+		w.Write(answer)
+	})
 	mux.HandleFunc(base+"/flat/{name}", func(w http.ResponseWriter, r *http.Request) {
 		ref, err := eris.ParseReference(r.PathValue("name"))
 		answer(w, r, ref, err)

@@ -127,7 +127,10 @@ func sharded(ref eris.Reference) (path, query string) {
 	return "/" + name[:2] + "/" + name, ""
 }
 
-const servicePath = "/uri-res/N2R"
+const (
+	servicePath = "/uri-res/N2R"
+	havePath    = "/.well-known/eris/have" // docs/formats.md
+)
 
 // maxRedirects bounds the redirections of one request, maxLocation the bytes of their addresses.
 const (
@@ -184,6 +187,9 @@ func Open(url string, options Options) (*Store, error) {
 		workers = options.Streams
 	}
 	s.Workers = fetch.NewWorkers(workers, s.get)
+	if u.Get && !u.Has("static") {
+		s.Workers.Have = s.have
+	}
 	return s, nil
 }
 
@@ -237,10 +243,34 @@ func (s *Store) get(ctx context.Context, ref eris.Reference, size eris.BlockSize
 	return nil, fmt.Errorf("%v: %w", s, err)
 }
 
+// have asks the store which blocks it has.
+func (s *Store) have(ctx context.Context, question, dst []byte) ([]byte, error) {
+	n := 0
+	err := s.do(ctx, http.MethodPost, s.at(havePath, ""), question, func(r *http.Response) (err error) {
+		if r.StatusCode != http.StatusOK {
+			return fmt.Errorf("%w: %w", fetch.ErrCannotSay, &httpclient.StatusError{Code: r.StatusCode})
+		}
+		// One byte more than there can be says that something else has answered.
+		n, err = io.ReadFull(r.Body, dst[:len(question)/fetch.HavePrefix/8+2])
+		if err != io.EOF && err != io.ErrUnexpectedEOF {
+			return fmt.Errorf("%w: answer is too long", fetch.ErrCannotSay)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%v: %w", s, err)
+	}
+	return dst[:n], nil
+}
+
 // address returns where a block is in one of the layouts.
 func (s *Store) address(ref eris.Reference, at int) *url.URL {
+	return s.at(s.layouts[at](ref))
+}
+
+// at returns the address of what is behind the base.
+func (s *Store) at(path, query string) *url.URL {
 	u := *s.base
-	path, query := s.layouts[at](ref)
 	u.Path, u.RawPath, u.RawQuery = u.Path+path, u.RawPath+path, query
 	return &u
 }

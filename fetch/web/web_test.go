@@ -653,3 +653,27 @@ func TestGetOnlyAndPutOnly(t *testing.T) {
 		}
 	}
 }
+
+// TestCannotSay asks servers that do not know what is meant.
+func TestCannotSay(t *testing.T) {
+	for name, handler := range map[string]http.HandlerFunc{
+		"not found":    http.NotFound,
+		"not allowed":  func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusMethodNotAllowed) },
+		"page":         func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "<html>we have everything</html>") },
+		"other status": func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) },
+	} {
+		server := httptest.NewServer(handler)
+		store, err := web.Open(server.URL, web.Options{})
+		must(t, err)
+		done := make(chan struct{})
+		r := &fetch.Request{
+			Have: make([]byte, 10*fetch.HavePrefix), Size: 2, Dst: make([]byte, 0, 2), Done: func(*fetch.Request) { close(done) },
+		}
+		store.Start(r)
+		if <-done; !errors.Is(r.Err, fetch.ErrCannotSay) {
+			t.Errorf("%s: %x, %v", name, r.Block, r.Err)
+		}
+		store.Close()
+		server.Close()
+	}
+}

@@ -369,7 +369,7 @@ func (c *Conn) transmit(x *Exchange) {
 	c.lastUse = c.tick
 	c.sent[uint32(x.token.Value)] = sentRequest{x, c.tick}
 	c.options = x.Store.append(c.options[:0], x)
-	c.Respond(x.token, x.method(), c.options, x.Payload)
+	c.Respond(x.token, x.Store.method(x), c.options, x.Payload)
 }
 
 // forget implements transport. The token stays in use until the answer comes, or the connection
@@ -409,7 +409,7 @@ func (c *Conn) watch() {
 		if c.tick%ticksPerTimeout == 0 && c.age() > maxAge*ticksPerTimeout {
 			silent = true
 		}
-		unused := !owed && c.waiting.first == nil && c.queue.bytes == 0 && c.tick-c.lastUse > idle
+		unused := !owed && c.waiting.First() == nil && c.queue.bytes == 0 && c.tick-c.lastUse > idle
 		c.Unlock()
 		switch {
 		case silent:

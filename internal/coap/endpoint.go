@@ -204,7 +204,7 @@ func (e *Endpoint) transmit(x *Exchange) {
 	b := make([]byte, 0, maxDatagramSize)
 	for e.nextID++; e.unacked[messageKey{id: e.nextID}] != nil; e.nextID++ {
 	}
-	b = x.Store.append(appendDatagramHead(b, message.Confirmable, x.method(), e.nextID, x.token), x)
+	b = x.Store.append(appendDatagramHead(b, message.Confirmable, x.Store.method(x), e.nextID, x.token), x)
 	m := e.confirm(messageKey{id: e.nextID}, nil, appendPayload(b, x.Payload), e.timeout())
 	m.exchange, x.sent = x, m
 	e.outbox = append(e.outbox, m)

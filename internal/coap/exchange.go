@@ -11,14 +11,15 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/list"
 )
 
 // Exchange is a request that we make to the peer, and its response. Whoever makes it owns it but
 // from Start of a [Conn] or an [Endpoint] until Done is called; then it may be used again.
 type Exchange struct {
-	// The request: a PUT if there is a payload, else a GET. A block that is put in parts has one
-	// exchange for all of them: parts after the first have the token of the first, because some
-	// servers know a transfer by it.
+	// The request: a PUT if there is a payload (a POST to what is no store), else a GET. A block
+	// that is put in parts has one exchange for all of them: parts after the first have the token
+	// of the first, because some servers know a transfer by it.
 	Store     *Requests
 	Reference eris.Reference
 	Size      eris.BlockSize
@@ -26,7 +27,7 @@ type Exchange struct {
 	Total     int   // of a PUT in parts: the size of the whole, or 0 to say nothing
 	Payload   []byte
 
-	// Dst is where the payload of a response with content goes, if it is no longer than this.
+	// Dst is where the payload of a response of success goes, if it is no longer than this.
 	Dst []byte
 	// Done is called once for each Start that took the exchange, without any lock held. It must not
 	// wait.
@@ -43,8 +44,7 @@ type Exchange struct {
 	token      Token
 	owner      *requester   // that gave the token
 	sent       *confirmable // on an Endpoint
-	next       *Exchange
-	previous   *Exchange
+	list.Links[Exchange]
 }
 
 type exchangeState uint8
@@ -62,56 +62,20 @@ func (x *Exchange) Text() string {
 	return string(x.diagnostic[:min(x.Length, len(x.diagnostic))])
 }
 
-// answer notes a response. Of anything but content, the beginning of the payload is kept for
+// answer notes a response. Of anything but success, the beginning of the payload is kept for
 // messages.
 func (x *Exchange) answer(code codes.Code, response *Response, payload []byte) {
 	x.Code, x.Response, x.Length = code, *response, len(payload)
 	switch {
-	case code != codes.Content:
+	case code != codes.Content && code != codes.Changed:
 		copy(x.diagnostic[:], payload)
 	case len(payload) <= len(x.Dst):
 		copy(x.Dst, payload)
 	}
 }
 
-// exchanges is a list in the order in which they are to be dealt with.
-type exchanges struct {
-	first, last *Exchange
-}
-
-func (l *exchanges) push(x *Exchange) {
-	x.previous, x.next = l.last, nil
-	if l.last == nil {
-		l.first = x
-	} else {
-		l.last.next = x
-	}
-	l.last = x
-}
-
-func (l *exchanges) pushFirst(x *Exchange) {
-	x.previous, x.next = nil, l.first
-	if l.first == nil {
-		l.last = x
-	} else {
-		l.first.previous = x
-	}
-	l.first = x
-}
-
-func (l *exchanges) remove(x *Exchange) {
-	if x.previous == nil {
-		l.first = x.next
-	} else {
-		x.previous.next = x.next
-	}
-	if x.next == nil {
-		l.last = x.previous
-	} else {
-		x.next.previous = x.previous
-	}
-	x.next, x.previous = nil, nil
-}
+// exchanges are in the order in which they are to be dealt with.
+type exchanges = list.List[Exchange, *Exchange]
 
 // transport is what is different between a [Conn] and an [Endpoint] for requests of ours. The lock
 // is held in all calls.
@@ -163,8 +127,8 @@ func (r *requester) Unlock() {
 	for _, m := range outbox {
 		m.endpoint.write(m)
 	}
-	for x := ended.first; x != nil; x = ended.first {
-		ended.remove(x)
+	for x := ended.First(); x != nil; x = ended.First() {
+		ended.Remove(x)
 		x.Done(x)
 	}
 }
@@ -208,9 +172,9 @@ func (r *requester) Start(x *Exchange) bool {
 	}
 	x.state = exchangeWaiting
 	if x.Block.Number > 0 {
-		r.waiting.pushFirst(x) // what has begun comes before what has not
+		r.waiting.PushFirst(x) // what has begun comes before what has not
 	} else {
-		r.waiting.push(x)
+		r.waiting.Push(x)
 	}
 	return true
 }
@@ -226,8 +190,8 @@ func (r *requester) Cancel(x *Exchange) {
 // flush sends what waits and may be sent. Tokens are numbers that are not used again, so that a
 // second answer to one request is not taken for the answer to another. The lock must be held.
 func (r *requester) flush() {
-	for x := r.waiting.first; x != nil && r.err == nil && r.transport.hasRoom(); x = r.waiting.first {
-		r.waiting.remove(x)
+	for x := r.waiting.First(); x != nil && r.err == nil && r.transport.hasRoom(); x = r.waiting.First() {
+		r.waiting.Remove(x)
 		if later := x.Payload != nil && x.Block.Number > 0; !later || x.owner != r {
 			r.lastToken++
 			x.owner, x.token = r, r.token(r.lastToken)
@@ -257,20 +221,20 @@ func (r *requester) find(token Token) (sentRequest, bool) {
 func (r *requester) take(x *Exchange, err error) {
 	switch x.state {
 	case exchangeWaiting:
-		r.waiting.remove(x)
+		r.waiting.Remove(x)
 	case exchangeSent:
 		r.transport.forget(x)
 	default:
 		return
 	}
 	x.state, x.Err = exchangeTaken, err
-	r.ended.push(x)
+	r.ended.Push(x)
 }
 
 // failWaiting ends all exchanges that were not sent yet. The lock must be held.
 func (r *requester) failWaiting(err error) {
-	for r.waiting.first != nil {
-		r.take(r.waiting.first, err)
+	for r.waiting.First() != nil {
+		r.take(r.waiting.First(), err)
 	}
 }
 

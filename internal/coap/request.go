@@ -16,6 +16,10 @@ import (
 // (https://eris.codeberg.page/eer/coap.xml).
 const blocksSegment = "blocks"
 
+// HaveSegment is the resource below the path of a store that says which blocks it has
+// (docs/formats.md).
+const HaveSegment = "have"
+
 // Requests makes the requests for the blocks of one store. It is safe for concurrent use.
 type Requests struct {
 	// HopLimit, if not 0, is how many servers a GET may go through (RFC 8768), the one that it is
@@ -36,8 +40,8 @@ func NewRequests(path []string, raw bool) *Requests {
 	return r
 }
 
-// NewDocument returns the Requests for a resource that is no store, at the given path. They have
-// neither queries nor payloads.
+// NewDocument returns the Requests for a resource that is no store, at the given path. They have no
+// queries; payloads are posted.
 func NewDocument(path []string) *Requests {
 	r := &Requests{document: true}
 	var previous message.OptionID
@@ -52,11 +56,14 @@ func NewDocument(path []string) *Requests {
 const referenceTextSize = 52
 
 // method returns the method of a request.
-func (x *Exchange) method() codes.Code {
-	if x.Payload != nil {
-		return codes.PUT
+func (r *Requests) method(x *Exchange) codes.Code {
+	switch {
+	case x.Payload == nil:
+		return codes.GET
+	case r.document:
+		return codes.POST
 	}
-	return codes.GET
+	return codes.PUT
 }
 
 // append appends the options of a request. Of a GET: path, query, Hop-Limit if there is one, Block2
@@ -91,7 +98,7 @@ func (r *Requests) append(dst []byte, x *Exchange) []byte {
 	return dst
 }
 
-// Overhead returns how many bytes a message on a stream with a PUT has at most beside its payload.
+// Overhead returns how many bytes a message on a stream with a payload has at most beside that.
 func (r *Requests) Overhead() int {
 	x := Exchange{Block: Block{Number: maxBlockNumber, Present: true}, Total: 1 << 15, Payload: []byte{}}
 	return MaxHeadSize + len(r.append(nil, &x)) + 1

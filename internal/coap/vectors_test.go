@@ -43,7 +43,7 @@ func TestVectors(t *testing.T) {
 	limited := NewRequests(wellKnownPath, false)
 	limited.HopLimit = 2
 	encode := func(r *Requests, token uint32, x Exchange) []byte {
-		return appendMessage(nil, x.method(), makeToken(token), r.append(nil, &x), x.Payload)
+		return appendMessage(nil, r.method(&x), makeToken(token), r.append(nil, &x), x.Payload)
 	}
 	get := func(r *Requests, size eris.BlockSize, block Block) []byte {
 		return encode(r, 1, Exchange{Reference: ref, Size: size, Block: block})

@@ -9,7 +9,9 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
+	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -30,6 +32,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 )
@@ -302,4 +305,55 @@ func TestNodeServer(t *testing.T) {
 	store.Close()
 	command.Process.Kill()
 	command.Wait()
+}
+
+// TestGoCoAPHave has a client of go-coap ask our server what it has, and our client a server of
+// go-coap, which does not know and says so.
+func TestGoCoAPHave(t *testing.T) {
+	backend := sourcetest.NewBackend()
+	ref, block := newBlock()
+	backend.Set(ref, block)
+	question := append(make([]byte, fetch.HavePrefix), ref[:fetch.HavePrefix]...)
+	type poster interface {
+		Post(ctx context.Context, path string, format message.MediaType, payload io.ReadSeeker, opts ...message.Option) (*pool.Message, error)
+	}
+	for _, network := range []string{"tcp", "udp"} {
+		var conn poster
+		var err error
+		if address := serve(t, network, backend); network == "tcp" {
+			c, failed := tcp.Dial(address)
+			conn, err = c, failed
+			defer c.Close()
+		} else {
+			c, failed := udp.Dial(address)
+			conn, err = c, failed
+			defer c.Close()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := conn.Post(t.Context(), "/.well-known/eris/have", message.AppOctets, bytes.NewReader(question))
+		if err != nil {
+			t.Fatalf("%s: %v", network, err)
+		}
+		if answer, err := m.ReadBody(); err != nil || m.Code() != codes.Changed || !bytes.Equal(answer, []byte{0x40}) {
+			t.Errorf("%s: %v, %x, %v", network, m.Code(), answer, err)
+		}
+
+		var stored [][]byte
+		store, err := coap.Open(serveGoCoAP(t, network, func(block []byte) { stored = append(stored, block) }), coap.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan struct{})
+		r := &fetch.Request{Have: question, Size: 1, Dst: make([]byte, 0, 1), Done: func(*fetch.Request) { close(done) }}
+		store.Start(r)
+		if <-done; !errors.Is(r.Err, fetch.ErrCannotSay) {
+			t.Errorf("%s: %x, %v", network, r.Block, r.Err)
+		}
+		if err := store.Put(t.Context(), ref, block); err != nil || len(stored) != 1 {
+			t.Errorf("%s: %d blocks are stored, %v", network, len(stored), err)
+		}
+		store.Close()
+	}
 }
