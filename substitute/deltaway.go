@@ -12,6 +12,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/delta"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/throughput"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
@@ -73,7 +74,7 @@ func (w *deltaWay) String() string {
 
 // pace never gives a delta up: how fast it comes says little, because most of the time may be spent
 // on the base.
-func (w *deltaWay) pace() pace { return pace{after: longest, factor: 1} }
+func (w *deltaWay) pace() pace { return pace{after: throughput.Longest, factor: 1} }
 
 func (w *deltaWay) expect(ctx context.Context) expectation {
 	var e expectation
@@ -82,11 +83,11 @@ func (w *deltaWay) expect(ctx context.Context) expectation {
 	} else {
 		speed := w.j.s.serverSpeed(w.url)
 		e = expectation{
-			bytes: w.size, known: speed.Known, time: 2*speed.Latency + seconds(float64(w.size)/speed.Rate),
+			bytes: w.size, known: speed.Known, time: 2*speed.Latency + throughput.Seconds(float64(w.size)/speed.Rate),
 			how: megabytes(w.size) + ", " + speed.String(),
 		}
 	}
-	e.time += seconds(float64(min(w.j.want.NarSize, 1<<62)) / deltaRate)
+	e.time += throughput.Seconds(float64(min(w.j.want.NarSize, 1<<62)) / deltaRate)
 	e.how = "a delta from " + w.base + ", " + e.how
 	return e
 }

@@ -16,6 +16,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/throughput"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
@@ -95,11 +96,11 @@ func (j *job) limits() erisfs.Limits { return erisfs.Limits{NarSize: j.options()
 func (w *blocksWay) expect(ctx context.Context) expectation {
 	e := w.j.expectBlocks(ctx, w.capability, w.size)
 	size := float64(min(w.j.want.NarSize, 1<<62))
-	e.time += seconds(size / blocksRate)
+	e.time += throughput.Seconds(size / blocksRate)
 	if method, compressed := strings.CutPrefix(w.form, "nar."); compressed {
 		e.how += ", compression " + method
 		if rate := decompressRates[method]; rate > 0 {
-			e.time += seconds(size / rate)
+			e.time += throughput.Seconds(size / rate)
 		}
 	}
 	return e
@@ -122,17 +123,17 @@ func (j *job) expectMissing(c eris.ReadCapability, size, missing int64) expectat
 	if s.StoreSpeed != nil {
 		speed = s.StoreSpeed()
 	}
-	speed = speed.orUnknown()
+	speed = speed.OrUnknown()
 	e := expectation{bytes: missing, known: speed.Known || missing == 0}
 	if missing > 0 && speed.None {
-		e.time, e.known = longest, true
+		e.time, e.known = throughput.Longest, true
 		if s.Probe != nil {
 			s.Probe(eris.Pair{Reference: c.Root, Key: c.Key}, c.BlockSize)
 		}
 	} else if missing > 0 {
 		// One round trip after the other: the index, level by level, and a first block.
 		depth := time.Duration(c.Level + 2)
-		e.time += depth*speed.Latency + seconds(float64(missing)/speed.Rate)
+		e.time += depth*speed.Latency + throughput.Seconds(float64(missing)/speed.Rate)
 	}
 	e.how = fmt.Sprintf("%s of %s missing, %s", megabytes(missing), megabytes(size), speed)
 	return e

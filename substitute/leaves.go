@@ -8,6 +8,7 @@ import (
 	"math"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/throughput"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
 )
@@ -42,11 +43,11 @@ func (w *leavesWay) kind() string { return "leaves" }
 func (w *leavesWay) String() string { return w.blocksWay.String() + " with " + w.old.String() }
 
 // pace never gives it up, like a delta.
-func (w *leavesWay) pace() pace { return pace{after: longest, factor: 1} }
+func (w *leavesWay) pace() pace { return pace{after: throughput.Longest, factor: 1} }
 
 func (w *leavesWay) expect(context.Context) expectation {
 	e := w.j.expectMissing(w.capability, w.size, w.missing())
-	e.time += seconds(float64(w.size) / leavesRate)
+	e.time += throughput.Seconds(float64(w.size) / leavesRate)
 	e.how += ", the rest in an older item"
 	return e
 }

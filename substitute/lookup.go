@@ -27,7 +27,6 @@ type record struct {
 	server     *server
 	narinfo    *narinfo.Narinfo
 	given      time.Time // by the server
-	size       int       // of its text, in bytes
 	authorised bool      // bears a good signature of a key that is authorised, if that is needed
 	refused    error     // why it is not
 }

@@ -16,6 +16,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/seed"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/throughput"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
@@ -102,7 +103,7 @@ func (w *narWay) expect(context.Context) expectation {
 	}
 	took := max(length/speed.Rate, made) + size/decompressRates[method]
 	return expectation{
-		int64(length), 2*speed.Latency + seconds(took), speed.Known,
+		int64(length), 2*speed.Latency + throughput.Seconds(took), speed.Known,
 		fmt.Sprintf("compression %s, %s", method, speed),
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/memory"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
@@ -70,7 +71,7 @@ func (s *Substituter) queryOnce(ctx context.Context, server *server, todo []*ite
 	// Before anything of others is waited for: they may wait for ours.
 	end := func() {
 		for _, m := range mine {
-			s.memory.end(server, m.item, m.pending, false, nil)
+			s.memory.End(memoryKey{server, m.item.path}, m.pending, false, nil)
 		}
 	}
 	defer end() // whatever happens
@@ -92,12 +93,12 @@ func (s *Substituter) queryOnce(ctx context.Context, server *server, todo []*ite
 		waiter.Go(func() {
 			for it, p := range theirs {
 				select {
-				case <-p.done:
+				case <-p.Done:
 				case <-ctx.Done():
 					return
 				}
-				if p.answered {
-					answer(it, p.record)
+				if p.Answered {
+					answer(it, p.Answer)
 				} else {
 					again = append(again, it)
 				}
@@ -115,16 +116,16 @@ func (s *Substituter) queryOnce(ctx context.Context, server *server, todo []*ite
 // known returns what is known already of a server's answer, or else the request for it that is
 // under way, and whether that is the caller's, who must end it.
 func (s *Substituter) known(server *server, it *item) (r *record, known bool, p *pending, ours bool) {
-	now := s.Now()
-	r, known, p, ours = s.memory.begin(server, it, now)
+	now, key := s.Now(), memoryKey{server, it.path}
+	r, known, p, ours = s.memory.Begin(key, it.anew, now)
 	if !ours || it.anew || s.Cache == nil || mirror.IsLocal(server.url) {
 		return r, known, p, ours
 	}
 	e, ok := s.Cache.Get(server.url, it.hash, now)
 	if ok {
 		r = s.read(server, it, e.Narinfo, e.Until.Add(-e.TTL))
-		s.memory.put(server, it.path, r, now, earlier(e.Until, now.Add(memoryTime)))
-		s.memory.end(server, it, p, true, r)
+		s.memory.Put(key, r, len(e.Narinfo), now, earlier(e.Until, now.Add(memoryTime)))
+		s.memory.End(key, p, true, r)
 	}
 	return r, ok, p, true
 }
@@ -173,7 +174,7 @@ func (s *Substituter) fetch(ctx context.Context, server *server, items map[strin
 		if progress != nil {
 			progress.Answered()
 		}
-		s.memory.end(server, it, items[a.Hash].pending, true, r)
+		s.memory.End(memoryKey{server, it.path}, items[a.Hash].pending, true, r)
 		answer(it, r)
 	})
 	if err != nil {
@@ -262,7 +263,7 @@ func (s *Substituter) keep(server *server, it *item, e narinfocache.Entry, r *re
 			s.Log.WarnOnce("cache", "narinfos cannot be kept for later: %v", err)
 		}
 	}
-	s.memory.put(server, it.path, r, now, until)
+	s.memory.Put(memoryKey{server, it.path}, r, len(e.Narinfo), now, until)
 }
 
 func earlier(t, u time.Time) time.Time {
@@ -296,93 +297,18 @@ func (s *Substituter) renew(ctx context.Context, path string, useless []record, 
 	return changed
 }
 
-// A memory keeps records for the next request of this process, for clients ask first what is
-// available and then about it; and it knows what is being requested, so that nothing is twice at
-// the same time. It is safe for concurrent use.
-type memory struct {
-	mu      sync.Mutex
-	open    map[memoryKey]*pending
-	entries map[memoryKey]memoryEntry
-	bytes   int // put since the entries were made
-}
+// memoryTime is for how long records are kept in memory that are in the cache too: other processes
+// may have learnt something else meanwhile.
+const memoryTime = time.Minute
 
+// A memoryKey is what a record is an answer to.
 type memoryKey struct {
 	server *server
 	path   string
 }
 
-type memoryEntry struct {
-	record      *record // nil if the server has nothing
-	from, until time.Time
-}
-
-const (
-	// maxMemory is how many records are kept, and maxMemoryBytes how many bytes of narinfos they
-	// may have been made of.
-	maxMemory      = 20000
-	maxMemoryBytes = 8 << 20
-	// memoryTime is for how long those are kept that are in the cache too: other processes may have
-	// learnt something else meanwhile.
-	memoryTime = time.Minute
-)
-
 // A pending is one request to one server.
-type pending struct {
-	done chan struct{} // closed when there is an answer, or will be none
-	// answered says if there is one, and record what it is; they are set before done is closed.
-	answered bool
-	record   *record
-}
-
-// begin returns what is kept of an answer, or else the request that is under way, and whether that
-// is the caller's, who must end it.
-func (m *memory) begin(server *server, it *item, now time.Time) (r *record, known bool, p *pending, ours bool) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	key := memoryKey{server, it.path}
-	// One from the future was put there before the clock was set.
-	if e, ok := m.entries[key]; ok && !it.anew && !now.After(e.until) && !now.Before(e.from) {
-		return e.record, true, nil, false
-	}
-	if p := m.open[key]; p != nil {
-		return nil, false, p, false
-	}
-	if m.open == nil {
-		m.open = map[memoryKey]*pending{}
-	}
-	p = &pending{done: make(chan struct{})}
-	m.open[key] = p
-	return nil, false, p, true
-}
-
-// end ends a request, with an answer or without, unless that has been done.
-func (m *memory) end(server *server, it *item, p *pending, answered bool, r *record) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if key := (memoryKey{server, it.path}); m.open[key] == p {
-		delete(m.open, key)
-		p.answered, p.record = answered, r
-		close(p.done)
-	}
-}
-
-func (m *memory) put(server *server, path string, r *record, now, until time.Time) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.entries == nil || len(m.entries) >= maxMemory || m.bytes > maxMemoryBytes {
-		m.entries, m.bytes = map[memoryKey]memoryEntry{}, 0
-	}
-	if r != nil {
-		m.bytes += r.size
-	}
-	m.entries[memoryKey{server, path}] = memoryEntry{r, now, until}
-}
-
-func (m *memory) clear() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.entries, m.bytes = nil, 0
-}
+type pending = memory.Request[*record]
 
 // read turns the text that a server has given for an item at some time into a record, or into nil
 // if there is none or if it is good for nothing.
@@ -410,7 +336,7 @@ func (s *Substituter) read(server *server, it *item, text []byte, given time.Tim
 			"narinfo of %s from %s ignored: %v", it.path, server.name, err)
 		return nil
 	}
-	r = &record{server: server, narinfo: n, given: given, size: len(text)}
+	r = &record{server: server, narinfo: n, given: given}
 	r.refused = n.Authorise(s.Keys)
 	r.authorised = r.refused == nil || s.AllowUnauthenticated
 	return r

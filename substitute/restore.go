@@ -18,6 +18,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/throughput"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
@@ -471,7 +472,7 @@ func (j *job) watch(ctx context.Context, c *candidate, a *attempt) (stopped func
 		case err != nil || patient:
 		case len(j.ways) > 0 && w.slowerThan(now, j.ways[0].time):
 			err = errSlow
-		case now.at.Sub(asked) >= slowTime && w.slowerThan(now, 2*unknownLatency+seconds(float64(c.bytes)/unknownRate)):
+		case now.at.Sub(asked) >= slowTime && w.slowerThan(now, 2*throughput.Unknown.Latency+throughput.Seconds(float64(c.bytes)/throughput.Unknown.Rate)):
 			j.moreRecords(ctx)
 			asked = time.Now()
 		}

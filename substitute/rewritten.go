@@ -6,6 +6,7 @@ import (
 	"context"
 	"math"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/throughput"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
 )
@@ -42,10 +43,10 @@ func (w *rewrittenWay) kind() string { return "old item" }
 
 func (w *rewrittenWay) String() string { return w.old.String() }
 
-func (w *rewrittenWay) pace() pace { return pace{after: longest, factor: 1} }
+func (w *rewrittenWay) pace() pace { return pace{after: throughput.Longest, factor: 1} }
 
 func (w *rewrittenWay) expect(context.Context) expectation {
-	return expectation{0, seconds(float64(w.j.want.NarSize) / rewriteRate), true, "an older item, rewritten"}
+	return expectation{0, throughput.Seconds(float64(w.j.want.NarSize) / rewriteRate), true, "an older item, rewritten"}
 }
 
 func (w *rewrittenWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool), error) {

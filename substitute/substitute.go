@@ -25,6 +25,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/memory"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/precedence"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
@@ -117,7 +118,7 @@ const (
 type Substituter struct {
 	Config
 	servers []*server
-	memory  memory
+	memory  memory.Memory[memoryKey, *record]
 	ahead   lookAhead
 	order   precedence.Order
 }
@@ -159,7 +160,7 @@ func (s *Substituter) sayIgnored() {
 func (s *Substituter) SetKeys(keys *acl.ACL) {
 	s.ahead.stop()
 	s.Keys = keys
-	s.memory.clear()
+	s.memory.Clear()
 }
 
 // A server is a substitute server.

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"time"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/throughput"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
@@ -108,8 +109,6 @@ const (
 	// not exact, and blocks relieve the servers.
 	preferFactor = 1.5
 	preferMargin = 500 * time.Millisecond
-	// longest is the longest time that is expected of anything.
-	longest = 24 * time.Hour
 )
 
 // show tells the list to people who want to know.
@@ -119,7 +118,7 @@ func (j *job) show() {
 	}
 	for i, c := range j.ways {
 		took := fmt.Sprintf("%.1f s", c.time.Seconds())
-		if c.time >= longest {
+		if c.time >= throughput.Longest {
 			took = "nobody knows when"
 		}
 		j.log.Notef("%s: way %d of %d: %s: expected %s, %s (%s)", j.path, i+1, len(j.ways), c, took, megabytes(c.bytes), c.how)
@@ -127,12 +126,7 @@ func (j *job) show() {
 }
 
 // A Speed is how fast bytes come.
-type Speed struct {
-	Rate    float64       // bytes per second
-	Latency time.Duration // of an answer
-	Known   bool          // it has been measured
-	None    bool          // nothing comes at the moment
-}
+type Speed = throughput.Speed
 
 // Speeds remembers how fast servers have been.
 type Speeds interface {
@@ -144,20 +138,8 @@ type Speeds interface {
 	Measured(url string, bytes int64, waited, latency time.Duration)
 }
 
-// How fast things go that have not been measured.
-const (
-	unknownRate    = 10e6 // bytes per second
-	unknownLatency = 100 * time.Millisecond
-	nearRate       = 1e9
-)
-
-// orUnknown returns what is expected where nothing, or nothing that makes sense, has been measured.
-func (s Speed) orUnknown() Speed {
-	if s.None || s.Known && s.Rate > 0 && s.Latency < longest {
-		return s
-	}
-	return Speed{Rate: unknownRate, Latency: unknownLatency}
-}
+// nearRate is how fast files of this machine come, in bytes per second.
+const nearRate = 1e9
 
 // serverSpeed is how fast a server is, or is thought to be.
 func (s *Substituter) serverSpeed(address string) Speed {
@@ -166,26 +148,9 @@ func (s *Substituter) serverSpeed(address string) Speed {
 		return Speed{Rate: nearRate, Known: true}
 	}
 	if s.Speeds == nil {
-		return Speed{}.orUnknown()
+		return Speed{}.OrUnknown()
 	}
-	return s.Speeds.Speed(address).orUnknown()
-}
-
-// String tells a speed to people.
-func (s Speed) String() string {
-	if s.None {
-		return "out of reach"
-	}
-	how := "measured"
-	if !s.Known {
-		how = "not measured"
-	}
-	return fmt.Sprintf("%.1f MB/s after %d ms (%s)", s.Rate/1e6, s.Latency.Milliseconds(), how)
-}
-
-// seconds is a time of so many seconds, the longest one at most.
-func seconds(s float64) time.Duration {
-	return time.Duration(min(s, longest.Seconds()) * float64(time.Second))
+	return s.Speeds.Speed(address).OrUnknown()
 }
 
 func megabytes(n int64) string { return fmt.Sprintf("%.1f MB", float64(n)/1e6) }
