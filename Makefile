@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-# "make" builds, "make check" tests, "make install" installs below DESTDIR; "make bench" measures,
-# "make soak" tests with many faults and kills.
+# "make" builds, "make check" tests, "make install" installs below DESTDIR; "make dist" makes a
+# source archive that needs nothing but Go; "make bench" measures, "make soak" tests with many faults
+# and kills.
 
 PREFIX = /usr/local
 SYSCONFDIR = /etc
@@ -8,11 +9,15 @@ GO = go
 name = guix-substitute-eris
 bin = $(DESTDIR)$(PREFIX)/bin
 units = $(DESTDIR)$(PREFIX)/lib/systemd/system
-extensions = $(DESTDIR)$(SYSCONFDIR)/guix/extensions
+# The name must end in /guix/extensions.
+EXTENSIONS = $(SYSCONFDIR)/guix/extensions
+extensions = $(DESTDIR)$(EXTENSIONS)
 share = $(DESTDIR)$(PREFIX)/share
 completions = $(share)/bash-completion/completions $(share)/zsh/site-functions $(share)/fish/vendor_completions.d
+lib = $(DESTDIR)$(PREFIX)/lib
+version = $(shell sed -n 's/^const release = "\(.*\)"$$/\1/p' internal/program/version.go)
 
-.PHONY: all check soak install uninstall bench clean $(name)
+.PHONY: all check soak install uninstall dist bench clean $(name)
 
 all: $(name)
 
@@ -36,28 +41,48 @@ soak:
 # Texts name the program where it is installed.
 place = sed 's|/usr/local/|$(PREFIX)/|g' $(1) | install -m 644 /dev/stdin $(2)/$(notdir $(1))
 
+unit_files = $(wildcard etc/systemd/$(name)*.*)
+guix_files = $(wildcard etc/guix/$(name)/*.scm)
+
+# What guix-daemon does, "setup" changes; this only puts files where they are found.
 install: $(name)
-	install -d $(bin) $(units) $(extensions) $(share)/$(name)/services $(share)/doc/$(name) $(completions)
+	install -d $(bin) $(units) $(lib)/sysusers.d $(lib)/tmpfiles.d $(extensions) $(share)/$(name)/guix/$(name) $(share)/doc/$(name) $(completions)
 	install -m 755 $(name) $(bin)/
 	env -i ./$(name) man $(share)/man
 	./$(name) completion bash > $(share)/bash-completion/completions/$(name)
 	./$(name) completion zsh > $(share)/zsh/site-functions/_$(name)
 	./$(name) completion fish > $(share)/fish/vendor_completions.d/$(name).fish
-	$(call place,etc/systemd/$(name).service,$(units))
-	$(call place,etc/systemd/$(name).socket,$(units))
+	set -e; $(foreach f,$(unit_files),$(call place,$(f),$(units));)
 	$(call place,etc/guix/extensions/substitute.scm,$(extensions))
-	$(call place,etc/guix/services/eris-block-store.scm,$(share)/$(name)/services)
+	install -m 644 $(guix_files) $(share)/$(name)/guix/$(name)/
+	install -m 644 etc/sysusers.d/$(name).conf $(lib)/sysusers.d/
+	install -m 644 etc/tmpfiles.d/$(name).conf $(lib)/tmpfiles.d/
+	$(call place,etc/systemd/guix-daemon.service.d/$(name).conf,$(share)/$(name))
+	$(call place,etc/apparmor.d/$(name),$(share)/$(name))
 	install -m 644 README.md CHANGELOG.md docs/*.md $(share)/doc/$(name)/
 
 uninstall:
-	rm -f $(bin)/$(name) $(units)/$(name).service $(units)/$(name).socket $(extensions)/substitute.scm
+	rm -f $(bin)/$(name) $(addprefix $(units)/,$(notdir $(unit_files))) $(extensions)/substitute.scm
+	rm -f $(lib)/sysusers.d/$(name).conf $(lib)/tmpfiles.d/$(name).conf
 	rm -rf $(share)/$(name) $(share)/doc/$(name) $(share)/man/man1/$(name)*.1 $(share)/man/man5/substitute-eris.toml.5
 	rm -f $(share)/bash-completion/completions/$(name) $(share)/zsh/site-functions/_$(name) \
 		$(share)/fish/vendor_completions.d/$(name).fish
+
+# The same bytes wherever and whenever it is made of a commit: no times, owners or modes of files go
+# in.
+stem = $(name)-$(version)
+dist:
+	rm -rf .dist && mkdir .dist
+	git archive --prefix=$(stem)/ HEAD | tar -x -C .dist
+	cd .dist/$(stem) && $(GO) mod vendor
+	tar -c -C .dist --format=ustar --sort=name --mtime=@$$(git log -1 --format=%ct) --owner=0 --group=0 --numeric-owner \
+		--mode=u=rwX,go=rX $(stem) | gzip -9n >$(stem).tar.gz.new
+	mv $(stem).tar.gz.new $(stem).tar.gz
+	rm -rf .dist
 
 # Whole-process benchmarks; BENCH has options, see "go run . -help" in the directory bench.
 bench:
 	cd bench && $(GO) run . -write ../docs/performance.md $(BENCH)
 
 clean:
-	rm -f $(name)
+	rm -rf $(name) $(name)-*.tar.gz .dist

@@ -61,6 +61,9 @@ type ServerOptions struct {
 	StallTimeout time.Duration
 	// LogDirectory is where the daemon keeps build logs; empty if they are not served.
 	LogDirectory string
+	// BlockStores are the URLs where clients may get the blocks, for nix-cache-info; one without a
+	// host is on that of this server.
+	BlockStores []string
 	// Log is where messages go.
 	Log func(format string, a ...any)
 }
@@ -159,6 +162,9 @@ key that signs them is <a href="signing-key.pub">here</a>.</p></body></html>
 func (s *Server) cacheInfo(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "text/plain")
 	io.WriteString(w, cacheInfo(s.o.StoreDir))
+	if len(s.o.BlockStores) > 0 {
+		fmt.Fprintf(w, "BlockStores: %s\n", strings.Join(s.o.BlockStores, " "))
+	}
 }
 
 // cacheInfo is the text of nix-cache-info, by which clients know a substitute server.

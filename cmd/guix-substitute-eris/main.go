@@ -22,6 +22,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/serving"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/setup"
 )
 
 func main() { os.Exit(run(os.Args[1:])) }
@@ -44,6 +45,8 @@ var commands = []row{
 	{"explain", "To find out what is wrong", inspect.Explain},
 	{"doctor", "To find out what is wrong", inspect.Doctor},
 	{"narinfo", "To find out what is wrong", inspect.Narinfo},
+	{"setup", "To put it in place", setup.Setup},
+	{"use", "To put it in place", setup.UseServer},
 	{"keygen", "Other commands", keygenCommand},
 	{"demo", "Other commands", demo.Command},
 	{"completion", "Other commands", manual.Completion},

@@ -9,12 +9,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"golang.org/x/sys/unix"
@@ -122,11 +122,11 @@ func readDaemon(proc string, pid int) *daemonProcess {
 	return d
 }
 
-const (
-	// extensionDirectory is where the README has people put the extension.
-	extensionDirectory = "/etc/guix/extensions"
-	usualProgram       = "/usr/local/bin/guix-substitute-eris"
-)
+// usualProgram is where the extension has the program, if neither it nor the environment says.
+const usualProgram = "/usr/local/bin/guix-substitute-eris"
+
+// namedProgram is what the extension runs.
+var namedProgram = regexp.MustCompile(`"(/[^"\s]*/guix-substitute-eris)"`)
 
 // examineDaemon finds out whether the running daemon starts this program.
 func (d *doctor) examineDaemon() {
@@ -155,18 +155,16 @@ func (d *doctor) examineDaemon() {
 		return
 	}
 	d.well("in use", "%s: %s", how, program)
-	d.examineConfinement(program)
+	d.examineConfinement(program, strings.HasPrefix(how, "as an extension"))
 }
 
-// plugIn are the commands that have the daemon use the program as an extension, which works with
-// every daemon.
+// plugIn are the commands that have the daemon use the program.
 func (d *doctor) plugIn() string {
-	commands := "sudo mkdir -p " + extensionDirectory + "\n" +
-		"sudo cp etc/guix/extensions/substitute.scm " + extensionDirectory + "/\n"
-	if self, err := os.Executable(); err == nil && self != usualProgram && d.root == "" {
-		commands += "sudo install " + page.Quote(self) + " " + usualProgram + "\n"
+	if d.shepherd() {
+		return "sudo editor /etc/config.scm # (modify-services … (guix-service-type config => (with-substitute-eris config)))\n" +
+			"sudo guix system reconfigure /etc/config.scm && sudo herd restart guix-daemon"
 	}
-	return commands + d.daemonSetting("GUIX_EXTENSIONS_PATH="+extensionDirectory)
+	return "sudo guix-substitute-eris setup"
 }
 
 // usedProgram returns the program that the daemon's helpers are, and how the daemon comes to it; or
@@ -183,6 +181,9 @@ func (d *doctor) usedProgram() (program, how string, err error) {
 			return "", "", errors.New("Guix finds no extensions in " + directory + ": the name must end in /guix/extensions")
 		}
 		program = cmp.Or(env["GUIX_SUBSTITUTE_ERIS"], usualProgram)
+		if m := namedProgram.FindSubmatch(text); m != nil && env["GUIX_SUBSTITUTE_ERIS"] == "" {
+			program = string(m[1])
+		}
 		return program, "as an extension, " + file, d.checkProgram(program)
 	}
 	guix := env["GUIX"]
@@ -248,17 +249,21 @@ func (d *doctor) unitVariable(name string) (value string) {
 
 // examineConfinement looks whether AppArmor lets the daemon run the program. The profile of Guix
 // permits programs in the store only (Guix, etc/apparmor.d/guix-daemon.in).
-func (d *doctor) examineConfinement(program string) {
+func (d *doctor) examineConfinement(program string, extension bool) {
 	profile, enforced := strings.CutSuffix(d.daemon.confinement, " (enforce)")
 	if !enforced {
 		return
 	}
 	const local = "etc/apparmor.d/local/guix-daemon"
 	rules, _ := files.ReadLimited(filepath.Join("/", d.root, local), 1<<20)
-	if strings.HasPrefix(program, settings.StoreDirectory()+"/") || bytes.Contains(rules, []byte(program)) {
+	if strings.HasPrefix(program, settings.StoreDirectory()+"/") || !extension && bytes.Contains(rules, []byte(program)) {
 		d.well("AppArmor", "the profile %s is in force and permits it", profile)
 		return
 	}
-	d.ill("echo "+page.Quote(program+" ixmr,")+" | sudo tee -a /"+local+"\nsudo apparmor_parser -r /etc/apparmor.d/guix-daemon", "AppArmor",
-		"the profile %s is in force and lets the daemon run programs in the store only", profile)
+	mend := "sudo guix-substitute-eris setup"
+	if extension { // which runs with other rights than the daemon, that no file of the site adds to
+		mend = "make dist && guix build -L etc/guix guix-substitute-eris --root=/var/guix/gcroots/guix-substitute-eris\n" +
+			"sudo /var/guix/gcroots/guix-substitute-eris/bin/guix-substitute-eris setup"
+	}
+	d.ill(mend, "AppArmor", "the profile %s is in force and lets the daemon run programs in the store only", profile)
 }

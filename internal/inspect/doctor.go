@@ -167,17 +167,6 @@ func (d *doctor) shepherd() bool {
 	return err == nil
 }
 
-// daemonSetting are the commands that put a variable into the environment of the daemon.
-func (d *doctor) daemonSetting(setting string) string {
-	if d.shepherd() {
-		return "sudo editor /etc/config.scm # (guix-configuration (environment '(\"" + setting + "\")))\n" +
-			"sudo guix system reconfigure /etc/config.scm && sudo herd restart guix-daemon"
-	}
-	return "sudo mkdir -p /etc/systemd/system/guix-daemon.service.d\n" +
-		"printf '[Service]\\nEnvironment=\"%s\"\\n' " + page.Quote(setting) + " | sudo tee -a /etc/systemd/system/guix-daemon.service.d/eris.conf\n" +
-		"sudo systemctl daemon-reload && sudo systemctl restart guix-daemon"
-}
-
 func (d *doctor) examineKeys() {
 	name := d.KeysFile()
 	text, err := files.ReadLimited(name, acl.MaxSexpSize)

@@ -44,11 +44,11 @@ func IsGuix() bool {
 	return helper || filepath.Base(os.Args[0]) == "guix" || os.Getenv("GUIX") != "" || os.Getenv(guixVariable) != ""
 }
 
-// Guix hands a command of guix to the real guix, which flag names unless it is empty: the
-// daemon runs several through the program that it takes for guix. Arguments, argv[0] among them,
+// Guix hands a command of guix to the real guix, which flag names unless it is empty: the daemon
+// runs several through the program that it takes for guix. Arguments, argv[0] among them,
 // environment (but for one variable), working directory and descriptors stay as they are.
 func Guix(flag string, args []string) error {
-	program, err := realGuix(flag)
+	program, err := RealGuix(flag)
 	if err == nil {
 		err = handTo(program, args)
 	}
@@ -68,8 +68,9 @@ func handTo(program string, args []string) error {
 	return &fs.PathError{Op: "cannot run", Path: program, Err: unix.Exec(program, argv, os.Environ())}
 }
 
-// realGuix returns the absolute file name of the real guix, which is never this program.
-func realGuix(flag string) (string, error) {
+// RealGuix returns the absolute file name of the real guix, which is never this program. flag names
+// it unless it is empty.
+func RealGuix(flag string) (string, error) {
 	self, err := os.Stat("/proc/self/exe")
 	if err != nil {
 		return "", fmt.Errorf("cannot tell this program from the real guix: %w", err)
@@ -127,15 +128,6 @@ func IsOurs(path string) bool {
 	}
 	own, ok := debug.ReadBuildInfo()
 	return ok && own.Path != "" && other.Path == own.Path
-}
-
-// Version is the version of the module that the program was built from.
-func Version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok || info.Main.Version == "" || info.Main.Version == "(devel)" {
-		return "development version"
-	}
-	return info.Main.Version
 }
 
 // UntilSignal returns a context that ends when the user, the service manager or the end of the

@@ -40,6 +40,7 @@ type publishSettings struct {
 	logs                          string
 	waitFor                       int64
 	maxConnections                int
+	announce                      string
 }
 
 // Publish is the command that serves narinfos and nars.
@@ -74,6 +75,7 @@ add read capabilities to those of items that are in the local store.`,
 	maxConnectionsFlag(c, &s.maxConnections, "")
 	f.StringVar(&s.forms, "forms", "eris-fs", "what read capabilities denote is one of these `FORMS`, separated by commas: eris-fs and, in addition, nar, the compressed nar; with --annotate that of the other server, which is fetched for that once")
 	f.StringVar(&s.deltas, "deltas", "0", "make deltas from older versions of items, in the background, and keep `BYTES` of them (1GiB, for instance)")
+	f.StringVar(&s.announce, "announce", "", "tell \"guix-substitute-eris use\" that the blocks are in the stores at `URLS`, separated by spaces, which may leave the host out: coap+tcp://:5683")
 	c.RunE = func(*cobra.Command, []string) error {
 		if s.eris != "true" && s.eris != "false" {
 			s.blocks = s.eris
@@ -167,7 +169,7 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 	h, err = publish.NewServer(publish.ServerOptions{
 		StoreDir: s.store, Root: s.root, Items: items, Key: key, Host: host, Capabilities: capabilities, Deltas: deltas,
 		WaitFor: uint64(max(0, s.waitFor)), Compressions: strings.Split(s.compressions, ","), TTL: s.ttl, NegativeTTL: s.negativeTTL,
-		LogDirectory: logs, Log: message.Log,
+		LogDirectory: logs, Log: message.Log, BlockStores: strings.Fields(s.announce),
 	})
 	return h, nil, err
 }

@@ -372,6 +372,9 @@ func (s *Settings) ServerURLs() []string {
 	}
 	if s.URLs != "" {
 		urls = strings.Fields(s.URLs)
+	} else if more := s.file.SubstituteURLs; len(more) > 0 {
+		rest := slices.DeleteFunc(slices.Clone(urls), func(url string) bool { return slices.Contains(more, url) })
+		urls = slices.Concat(more, rest)
 	}
 	if s.options.Discover() {
 		urls = append(s.discovered(), urls...)

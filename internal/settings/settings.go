@@ -23,6 +23,7 @@ type File struct {
 	Guix                 string   `toml:"guix"`
 	NarinfoConnections   int      `toml:"narinfo-connections"`
 	Stores               []string `toml:"eris-stores"`
+	SubstituteURLs       []string `toml:"substitute-urls"`
 	Policy               string   `toml:"policy"`
 	CacheSize            string   `toml:"cache-size"`
 	CacheDirectory       string   `toml:"cache-directory"`

@@ -31,9 +31,9 @@ func TestDefaults(t *testing.T) {
 	}
 }
 
-// TestReadme checks the example that the README has.
-func TestReadme(t *testing.T) {
-	text, err := os.ReadFile("../../README.md")
+// TestExample checks the example of the document about the configuration.
+func TestExample(t *testing.T) {
+	text, err := os.ReadFile("../../docs/configuration.md")
 	if err != nil {
 		t.Fatal(err)
 	}

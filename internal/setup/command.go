@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package setup
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
+)
+
+// changeFlags are the options of the commands that change the system.
+type changeFlags struct {
+	yes, dryRun bool
+	root        string
+}
+
+func (c *changeFlags) flags(f *pflag.FlagSet) {
+	f.BoolVar(&c.yes, "yes", false, "do not ask")
+	f.BoolVar(&c.dryRun, "dry-run", false, "say what would be done, and do nothing")
+	f.StringVar(&c.root, "root", os.Getenv("GUIX_SUBSTITUTE_ERIS_SYSTEM_ROOT"), "change the system in `DIRECTORY`, which does not run: an image, for example")
+}
+
+// Setup is the command that puts the program in place, or takes that back.
+func Setup() *cobra.Command {
+	var change changeFlags
+	var o Options
+	c := &cobra.Command{
+		Short: "have guix-daemon use this program; --undo",
+		Long: `Put this program in place: have guix-daemon start it in place of
+"guix substitute", and set up a block store as a service. It says what it would
+do, asks, and keeps a record, by which --undo restores what was there before.`,
+		Args: message.NoArguments,
+	}
+	f := c.Flags()
+	undo := f.Bool("undo", false, "restore what was there before \"setup\" and \"use\"")
+	f.BoolVar(&o.Share, "share", false, "let others have the items of this machine, and their blocks, over the network")
+	noStore := f.Bool("no-store", false, "set up no block store")
+	f.StringVar(&o.Way, "way", "", "have guix-daemon start the program in this `WAY`: extension (of Guix), or program (in place of guix); else as it suits the daemon")
+	change.flags(f)
+	c.RunE = func(*cobra.Command, []string) error {
+		if !slices.Contains([]string{"", "extension", "program"}, o.Way) {
+			return message.Usage("--way is extension or program, and not %q", o.Way)
+		}
+		o.Store = !*noStore
+		s, err := Open(change.root)
+		switch {
+		case err != nil:
+			return err
+		case *undo:
+			return change.undo(s)
+		}
+		return change.install(s, o)
+	}
+	return c
+}
+
+func (c *changeFlags) install(s *System, o Options) (err error) {
+	if o.Program, err = os.Executable(); err != nil {
+		return err
+	}
+	if o.RealGuix, err = program.RealGuix(""); err != nil || c.root != "" {
+		o.RealGuix = "" // which is not known of another system
+	}
+	steps, notes, err := s.Install(o)
+	if errors.Is(err, ErrGuixSystem) {
+		return fmt.Errorf("%w\nhint: add these services to it, with the option -L of \"guix system\" for the directory etc/guix of the sources:\n%s", err, declaration)
+	} else if err != nil {
+		return err
+	}
+	if err := c.change(s, steps, "\"guix-substitute-eris setup --undo\" takes it back."); err != nil {
+		return err
+	}
+	for _, n := range notes {
+		fmt.Println("note:", n)
+	}
+	return nil
+}
+
+// declaration is what users of Guix System put into their declaration.
+const declaration = `  (use-modules (guix-substitute-eris services))
+  (services
+   (cons* (service substitute-eris-service-type)
+          (service eris-block-store-service-type)
+          (modify-services %base-services
+            (guix-service-type config => (with-substitute-eris config)))))`
+
+func (c *changeFlags) undo(s *System) error {
+	if err := c.permitted(); err != nil {
+		return err
+	}
+	if c.dryRun || !c.agreed("Restore what was there before?") {
+		return errNothingDone
+	}
+	undone, err := s.Undo(saying)
+	if err == nil && !undone {
+		err = errors.New("some things are left\nhint: mend them by hand; --undo tries again")
+	}
+	return err
+}
+
+// errNothingDone is the outcome of a question that was answered by no.
+var errNothingDone = errors.New("nothing was done")
+
+func saying(format string, a ...any) { fmt.Printf(format+"\n", a...) }
+
+// permitted returns an error if this user cannot change the system.
+func (c *changeFlags) permitted() error {
+	if c.root == "" && os.Geteuid() != 0 && !c.dryRun {
+		return errors.New("only root can change the system\nhint: run it by sudo, or with --dry-run to see what it would do")
+	}
+	return nil
+}
+
+// agreed asks a question, unless that is not wanted.
+func (c *changeFlags) agreed(question string) bool {
+	if c.yes {
+		return true
+	}
+	fmt.Printf("%s [y/N] ", question)
+	answer, _ := bufio.NewReader(os.Stdin).ReadString('\n') // the end is no
+	return slices.Contains([]string{"y", "yes"}, strings.ToLower(strings.TrimSpace(answer)))
+}
+
+// change does steps, if the user agrees.
+func (c *changeFlags) change(s *System, steps []Step, done string) error {
+	if err := c.permitted(); err != nil {
+		return err
+	}
+	if len(steps) == 0 {
+		fmt.Println("All of it is in place already.")
+		return nil
+	}
+	if !c.yes || c.dryRun {
+		for _, step := range steps {
+			if step.Path != "" || len(step.Command) > 0 {
+				saying("would %v", step)
+			}
+		}
+	}
+	if c.dryRun {
+		return nil
+	}
+	if !c.agreed("Do it?") {
+		return errNothingDone
+	}
+	defer unix.Umask(unix.Umask(0o022)) // what is made must be readable by the daemon
+	if err := s.Do(steps, saying); err != nil {
+		return fmt.Errorf("%w\nhint: \"guix-substitute-eris setup --undo\" takes back what was done before", err)
+	}
+	fmt.Println(done)
+	return nil
+}
+
+// UseServer is the command that adds a substitute server.
+func UseServer() *cobra.Command {
+	var change changeFlags
+	c := &cobra.Command{
+		Use:   "URL",
+		Short: "get substitutes from a server, after a look at its key",
+		Long: `Have substitutes come from the server at URL before all others: authorise its
+key, and add the server and its block stores to the configuration file. The key
+is shown before. Whoever has its private part can put anything on this machine:
+compare it with what the administrator of the server says.`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return message.Usage("use takes one URL: guix-substitute-eris use http://lan.example:8080")
+			}
+			return nil
+		},
+	}
+	key := c.Flags().String("key", "", "authorise the key in `FILE`, and not the one that the server shows; \"none\" authorises none")
+	change.flags(c.Flags())
+	c.RunE = func(_ *cobra.Command, args []string) error {
+		ctx, stop := program.UntilSignal()
+		defer stop()
+		return change.use(ctx, strings.TrimRight(args[0], "/"), *key)
+	}
+	return c
+}
+
+func (c *changeFlags) use(ctx context.Context, server, keyFile string) error {
+	if err := mirror.CheckURL(server); err != nil {
+		return err
+	}
+	s, err := Open(c.root)
+	if err != nil {
+		return err
+	}
+	offer, err := readOffer(ctx, server, keyFile)
+	if err != nil {
+		return err
+	}
+	p := page.New()
+	p.Say(0, page.Good, "%s is a substitute server", server)
+	for _, store := range offer.stores {
+		p.Say(0, page.Note, "blocks: %s", store)
+	}
+	if offer.key != nil {
+		known := "which is not authorised yet"
+		if s.Authorised(offer.key) {
+			known = "which is authorised"
+		}
+		p.Say(0, page.Note, "key: %s, %s", fullFingerprint(offer.key), known)
+	}
+	if err := p.Print(); err != nil {
+		return err
+	}
+	steps, err := s.Use(server, offer.stores, offer.key)
+	if errors.Is(err, ErrGuixSystem) {
+		return fmt.Errorf("%w\nhint: add %q to substitute-urls and the key of %s/signing-key.pub to authorized-keys of the guix-configuration", err, server, server)
+	} else if err != nil {
+		return err
+	}
+	return c.change(s, steps, "Substitutes come from there, too. \"guix-substitute-eris setup --undo\" takes it back.")
+}
+
+// fullFingerprint is what identifies a key, as its file has it.
+func fullFingerprint(key *acl.PublicKey) string {
+	_, after, _ := strings.Cut(key.Text(), "#")
+	number, _, _ := strings.Cut(after, "#")
+	return "#" + number + "#"
+}
+
+// An offer is what a substitute server says of itself.
+type offer struct {
+	key    *acl.PublicKey // nil is none
+	stores []string
+}
+
+// readOffer finds out what a server offers. Over HTTPS, what it says is its own, as certificates
+// have it: this is about a key.
+func readOffer(ctx context.Context, server, keyFile string) (o offer, err error) {
+	info, err := get(ctx, server, "nix-cache-info")
+	if err != nil {
+		return o, fmt.Errorf("%s is no substitute server, or cannot be reached: %w", server, err)
+	}
+	at, err := url.Parse(server)
+	if err != nil {
+		return o, err
+	}
+	for line := range strings.Lines(string(info)) {
+		if urls, ok := strings.CutPrefix(line, "BlockStores: "); ok && at.Host != "" {
+			o.stores = announced(at.Hostname(), strings.Fields(urls))
+		}
+	}
+	if blocks := filepath.Join(at.Path, "blocks"); at.Scheme == "file" {
+		if _, err := os.Stat(blocks); err == nil {
+			o.stores = []string{"file:" + blocks}
+		}
+	}
+	var text []byte
+	switch keyFile {
+	case "none":
+		return o, nil
+	case "":
+		if text, err = get(ctx, server, "signing-key.pub"); err != nil {
+			return o, fmt.Errorf("the server shows no key: %w\nhint: ask its administrator for signing-key.pub, and name it by --key=FILE; or use a mirror of servers that are authorised by --key=none", err)
+		}
+	default:
+		if text, err = files.ReadLimited(keyFile, acl.MaxSexpSize); err != nil {
+			return o, err
+		}
+	}
+	if o.key, err = acl.ParsePublicKey(text); err == nil {
+		err = o.key.Usable()
+	}
+	if err != nil {
+		return o, fmt.Errorf("the key: %w", err)
+	}
+	return o, nil
+}
+
+// announced returns the stores of a server on the network. One without a host is on that of the
+// server; what would be files or sockets of this machine, no server can know.
+func announced(host string, urls []string) (stores []string) {
+	for _, text := range urls[:min(len(urls), 16)] {
+		u, err := storeurl.ParseListen(text)
+		if err != nil || u.Scheme == "coap+unix" {
+			continue
+		}
+		if u.Host == "" {
+			u.Host = strings.ToLower(host)
+		}
+		stores = append(stores, u.String())
+	}
+	return stores
+}
+
+// maxOffer bounds what a server says of itself, in bytes.
+const maxOffer = 64 << 10
+
+// get returns a file of a substitute server.
+func get(ctx context.Context, server, name string) ([]byte, error) {
+	if path, ok := strings.CutPrefix(server, "file://"); ok {
+		return files.ReadRegular(filepath.Join(path, name), maxOffer)
+	}
+	client := http.Client{Timeout: 20 * time.Second, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, server+"/"+name, nil)
+	if err != nil {
+		return nil, err
+	}
+	response, err := client.Do(request)
+	if err != nil {
+		return nil, err
+	}
+	defer response.Body.Close()
+	if response.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("%s: status %d: %w", name, response.StatusCode, fs.ErrNotExist)
+	}
+	text, err := io.ReadAll(io.LimitReader(response.Body, maxOffer+1))
+	if err == nil && len(text) > maxOffer {
+		err = fmt.Errorf("%s is longer than %d bytes", name, maxOffer)
+	}
+	return text, err
+}

@@ -1,0 +1,381 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package setup
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/user"
+	"path"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/etc"
+)
+
+// Files of the system.
+const (
+	// Program is where the program is put if it is in no directory for programs, and where the
+	// files of package etc have it.
+	Program = "/usr/local/bin/guix-substitute-eris"
+	// Socket is that of the block store of the system.
+	Socket = "/run/guix-substitute-eris/eris.sock"
+
+	extensions = "/etc/guix/extensions"
+	account    = "guix-substitute-eris"
+	units      = "/etc/systemd/system"
+	dropIn     = units + "/guix-daemon.service.d/guix-substitute-eris.conf"
+)
+
+// ErrGuixSystem says that the system is made from a declaration, to which services are added.
+var ErrGuixSystem = errors.New("this is Guix System, which is set up by its declaration")
+
+// Options say what is installed.
+type Options struct {
+	// Program is the absolute file name of the running program.
+	Program string
+	// Way is how guix-daemon comes to it: "extension", "program", or empty for what suits the
+	// daemon.
+	Way string
+	// RealGuix is the guix that "program" hands other commands to; without one that way is not
+	// taken unless Way says so.
+	RealGuix string
+	// Store is whether a block store is set up, and Share whether others may use it and the items
+	// of this machine, over the network.
+	Store, Share bool
+}
+
+// An installation gathers steps.
+type installation struct {
+	*System
+	o       Options
+	steps   []Step
+	notes   []string
+	program string
+	started []string // units to start
+}
+
+// Install returns the steps that put the program in place, without those that are done already, and
+// what a person has to do in addition. The error is ErrGuixSystem where nothing can be done.
+func (s *System) Install(o Options) (steps []Step, notes []string, err error) {
+	if s.GuixSystem() {
+		return nil, nil, ErrGuixSystem
+	}
+	i := &installation{System: s, o: o}
+	for _, part := range []func() error{i.installProgram, i.installStore, i.installShare, i.installHelper, i.finish} {
+		if err := part(); err != nil {
+			return nil, nil, err
+		}
+	}
+	return i.steps, i.notes, nil
+}
+
+// GuixSystem reports whether the system is made from a declaration.
+func (s *System) GuixSystem() bool {
+	text, _ := os.ReadFile(filepath.Join(s.root, "etc/os-release")) // none says nothing
+	return s.exists("/run/current-system/profile/bin/guix") || regexp.MustCompile(`(?m)^ID="?guix"?$`).Match(text)
+}
+
+// put adds a step unless the file is as it should be.
+func (i *installation) put(step Step) error {
+	name, err := i.at(step.Path)
+	if err != nil {
+		return err
+	}
+	now, err := state(name)
+	if err != nil {
+		return err
+	}
+	if now != stateOf(step.Text, step.Link) {
+		i.steps = append(i.steps, step)
+	}
+	return nil
+}
+
+func (i *installation) note(format string, a ...any) {
+	i.notes = append(i.notes, fmt.Sprintf(format, a...))
+}
+
+// installProgram puts a copy of the program where users cannot change it, unless it is in such a
+// place.
+func (i *installation) installProgram() error {
+	i.program = i.o.Program
+	if i.root == "/" && regexp.MustCompile(`^/(usr|opt|gnu/store|nix/store)/`).MatchString(i.program) {
+		return nil
+	}
+	text, err := os.ReadFile(i.program)
+	if err != nil {
+		return err
+	}
+	i.program = Program
+	return i.put(Step{Path: Program, Text: text, Mode: 0o755})
+}
+
+// text returns a file of package etc that names the program where it is.
+func (i *installation) text(name string) ([]byte, error) {
+	text, err := etc.File(name)
+	return bytes.ReplaceAll(text, []byte(Program), []byte(i.program)), err
+}
+
+// systemd reports whether services are those of systemd.
+func (i *installation) systemd() bool {
+	return i.live || i.root != "/" && (i.exists(units) || i.exists("/usr/lib/systemd/system") || i.exists("/lib/systemd/system"))
+}
+
+// installed returns where a package, or "make install", has put a file below lib; or nothing.
+func (i *installation) installed(name string) string {
+	for _, prefix := range []string{"/usr/local/lib", "/usr/lib", "/lib"} {
+		if i.exists(path.Join(prefix, name)) {
+			return path.Join(prefix, name)
+		}
+	}
+	return ""
+}
+
+// unit puts a unit in place and, unless wantedBy is empty, has it started with that target.
+func (i *installation) unit(name, wantedBy string) error {
+	file := i.installed("systemd/system/" + name)
+	if file == "" {
+		file = path.Join(units, name)
+		text, err := i.text("systemd/" + name)
+		if err == nil {
+			err = i.put(Step{Path: file, Text: text, Mode: 0o644})
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if wantedBy == "" {
+		return nil
+	}
+	i.started = append(i.started, name)
+	return i.put(Step{Path: path.Join(units, wantedBy+".wants", name), Link: file})
+}
+
+// installStore sets the block store up, which the first client starts.
+func (i *installation) installStore() error {
+	if !i.o.Store && !i.o.Share {
+		return nil
+	}
+	if !i.systemd() {
+		i.note("no systemd is here: have your service manager run \"%s serve\" as a user of its own, with --socket-group for those who put blocks", i.program)
+		return i.configure("coap+unix://" + Socket)
+	}
+	if err := i.account(); err != nil {
+		return err
+	}
+	if err := i.unit("guix-substitute-eris.service", ""); err != nil {
+		return err
+	}
+	if err := i.unit("guix-substitute-eris.socket", "sockets.target"); err != nil {
+		return err
+	}
+	return i.configure("coap+unix://" + Socket)
+}
+
+// account has the user and the group of the store made: at once, or when the system starts.
+func (i *installation) account() error {
+	const name = "sysusers.d/guix-substitute-eris.conf"
+	file := i.installed(name)
+	if file == "" {
+		file = "/etc/" + name
+		text, err := etc.File(name)
+		if err == nil {
+			err = i.put(Step{Path: file, Text: text, Mode: 0o644})
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if _, err := user.Lookup(account); i.live && err != nil {
+		i.steps = append(i.steps, Step{Command: []string{"systemd-sysusers", file}, Undo: []string{"userdel", account}})
+	}
+	return nil
+}
+
+// configure adds a block store to the configuration file.
+func (i *installation) configure(url string) error {
+	step, err := i.listed("eris-stores", url)
+	if err == nil && step.Path != "" {
+		err = i.put(step)
+	}
+	return err
+}
+
+// installShare lets others have blocks and items over the network.
+func (i *installation) installShare() error {
+	if !i.o.Share {
+		return nil
+	}
+	if !i.exists("/etc/guix/signing-key.sec") {
+		key := acl.GenerateSigningKey()
+		// The private one first: a public key without it is of no use.
+		i.steps = append(i.steps,
+			Step{Path: "/etc/guix/signing-key.sec", Text: []byte(key.SecretText()), Mode: 0o400, Keep: true},
+			Step{Path: "/etc/guix/signing-key.pub", Text: []byte(key.PublicKey().Text()), Mode: 0o444, Keep: true})
+	}
+	if !i.systemd() {
+		i.note("no systemd is here: have your service manager run \"%[1]s serve --listen=coap+tcp://:5683\" and \"%[1]s publish --listen=:8080 --store=coap+unix://%[2]s --announce=coap+tcp://:5683\"", i.program, Socket)
+		return nil
+	}
+	if err := i.unit("guix-substitute-eris-network.socket", "sockets.target"); err != nil {
+		return err
+	}
+	i.note("others use this machine by \"sudo guix-substitute-eris use http://ADDRESS:8080\"; a firewall must let TCP through to the ports 8080 and 5683")
+	return i.unit("guix-substitute-eris-publish.service", "multi-user.target")
+}
+
+// A daemon is what the service of guix-daemon says.
+type daemon struct {
+	unit       string // its file; empty if there is none
+	program    bool   // it is the daemon itself, and no wrapper, which would set GUIX
+	user       string // it runs as; empty is root
+	extensions string // the value of GUIX_EXTENSIONS_PATH, but for ours
+}
+
+// daemon reads the service of guix-daemon.
+func (i *installation) daemon() daemon {
+	const name = "guix-daemon.service"
+	d := daemon{unit: path.Join(units, name)}
+	if !i.exists(d.unit) {
+		if d.unit = i.installed("systemd/system/" + name); d.unit == "" {
+			return d
+		}
+	}
+	own := filepath.Join(i.root, dropIn)
+	more, _ := filepath.Glob(filepath.Join(filepath.Dir(own), "*.conf")) // the pattern is right
+	for _, file := range append([]string{filepath.Join(i.root, d.unit)}, more...) {
+		if file == own {
+			continue
+		}
+		text, _ := os.ReadFile(file) // what cannot be read says nothing
+		for _, m := range regexp.MustCompile(`(?m)^(ExecStart|User|Environment)=(.*)$`).FindAllSubmatch(text, -1) {
+			switch value := string(m[2]); string(m[1]) {
+			case "User":
+				d.user = strings.TrimSpace(value)
+			case "ExecStart":
+				if fields := strings.Fields(value); len(fields) > 0 {
+					d.program = i.isProgram(strings.TrimLeft(fields[0], "@-:+!"))
+				}
+			default:
+				if _, after, ok := strings.Cut(value, "GUIX_EXTENSIONS_PATH="); ok {
+					d.extensions = strings.FieldsFunc(after+" ", func(r rune) bool { return strings.ContainsRune(" \t\"'", r) })[0]
+				}
+			}
+		}
+	}
+	return d
+}
+
+// isProgram reports whether a file is a program of the machine, and no script.
+func (i *installation) isProgram(name string) bool {
+	f, err := os.Open(filepath.Join(i.root, name))
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	magic := make([]byte, 4)
+	f.Read(magic) // a short file is none
+	return string(magic) == "\x7fELF"
+}
+
+// installHelper has guix-daemon start the program in place of "guix substitute".
+func (i *installation) installHelper() error {
+	d := i.daemon()
+	way := i.o.Way
+	if way == "" {
+		way = "extension"
+		if d.program && i.o.RealGuix != "" {
+			way = "program"
+		}
+	}
+	variable := "GUIX=" + i.program
+	if way == "extension" {
+		text, err := i.text("guix/extensions/substitute.scm")
+		if err == nil {
+			err = i.put(Step{Path: extensions + "/substitute.scm", Text: text, Mode: 0o644})
+		}
+		if err != nil {
+			return err
+		}
+		variable = "GUIX_EXTENSIONS_PATH=" + strings.TrimSuffix(extensions+":"+d.extensions, ":")
+	}
+	if err := i.permit(way); err != nil {
+		return err
+	}
+	if !i.systemd() {
+		i.note("no systemd is here: start guix-daemon with %s in its environment", variable)
+		return nil
+	}
+	text, err := etc.File("systemd/guix-daemon.service.d/guix-substitute-eris.conf")
+	if err != nil {
+		return err
+	}
+	text = bytes.ReplaceAll(text, []byte("GUIX_EXTENSIONS_PATH="+extensions), []byte(variable))
+	if d.user != "" && d.user != "root" && (i.o.Store || i.o.Share) {
+		// The daemon's helpers may connect to the block store. Where there is no such group, the
+		// daemon would not start.
+		text = append(text, "SupplementaryGroups="+account+"\n"...)
+	}
+	if d.unit == "" {
+		i.note("no guix-daemon.service is here; when there is one, it will use this program")
+	}
+	return i.put(Step{Path: dropIn, Text: text, Mode: 0o644})
+}
+
+// permit has AppArmor let the daemon run the program. The profile of Guix 1.5 permits programs of
+// the store, and includes a file of the site for the daemon itself, but none for its helpers (Guix,
+// etc/apparmor.d/guix-daemon).
+func (i *installation) permit(way string) error {
+	const profile, local = "/etc/apparmor.d/guix-daemon", "/etc/apparmor.d/local/guix-daemon"
+	if !i.exists(profile) || strings.HasPrefix(i.program, "/gnu/store/") {
+		return nil
+	}
+	if way == "extension" {
+		i.note("AppArmor lets an extension of Guix run programs of the store only: build the package of this program by Guix, and run the setup of that; until then Guix's own helper does the work")
+		return nil
+	}
+	rules, err := i.text("apparmor.d/guix-substitute-eris")
+	if err != nil {
+		return err
+	}
+	now, err := i.read(local)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) || bytes.Contains(now, rules) {
+		return err
+	}
+	load := []string{"apparmor_parser", "-r", profile}
+	if i.live {
+		i.steps = append(i.steps, Step{Undo: load})
+	}
+	err = i.put(Step{Path: local, Text: append(now, rules...), Mode: 0o644})
+	if i.live {
+		i.steps = append(i.steps, Step{Command: load})
+	}
+	return err
+}
+
+// finish has a running systemd do what the files say. When that is undone, in the reverse order,
+// files are restored before the daemon starts without them.
+func (i *installation) finish() error {
+	if len(i.steps) == 0 || !i.live {
+		return nil
+	}
+	restart := []string{"systemctl", "try-restart", "guix-daemon.service"}
+	reload := []string{"systemctl", "daemon-reload"}
+	i.steps = append([]Step{{Undo: restart}, {Undo: reload}}, i.steps...)
+	i.steps = append(i.steps, Step{Command: reload})
+	for _, unit := range i.started {
+		stop := []string{"systemctl", "stop", unit}
+		if strings.HasSuffix(unit, ".socket") {
+			stop = append(stop, "guix-substitute-eris.service")
+		}
+		i.steps = append(i.steps, Step{Command: []string{"systemctl", "start", unit}, Undo: stop})
+	}
+	i.steps = append(i.steps, Step{Command: restart})
+	return nil
+}

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package setup
+
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"os/user"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+)
+
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
+// machine makes a tree with a service of guix-daemon, whose service manager is taken to run: what
+// it is told to do goes to the file "calls". The command fails names, fails.
+func machine(t *testing.T, fails string) *System {
+	t.Helper()
+	root, err := filepath.EvalSymlinks(t.TempDir())
+	must(t, err)
+	bin := t.TempDir()
+	for _, name := range []string{"systemctl", "systemd-sysusers", "userdel"} {
+		script := fmt.Sprintf("#!/bin/sh\necho %s \"$@\" >>%s/calls\ntest \"%s $*\" != '%s'\n", name, bin, name, fails)
+		must(t, os.WriteFile(filepath.Join(bin, name), []byte(script), 0o755))
+	}
+	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
+	for name, text := range map[string]string{
+		"etc/systemd/system/guix-daemon.service": "[Service]\nExecStart=/usr/bin/guix-daemon\nUser=guix-daemon\n",
+		"etc/guix/acl":                           "(acl)",
+		"opt/program":                            "program",
+		"usr/local/bin/guix-substitute-eris":     "an old one",
+		"var/lib/x":                              "",
+	} {
+		must(t, os.MkdirAll(filepath.Dir(filepath.Join(root, name)), 0o755))
+		must(t, os.WriteFile(filepath.Join(root, name), []byte(text), 0o640))
+	}
+	return &System{root: root, live: true}
+}
+
+func calls(t *testing.T) []string {
+	text, err := os.ReadFile(filepath.Join(strings.Split(os.Getenv("PATH"), ":")[0], "calls"))
+	must(t, err)
+	return strings.Split(strings.TrimSpace(string(text)), "\n")
+}
+
+// snapshot tells all files with their modes and contents.
+func snapshot(t *testing.T, s *System) (lines []string) {
+	must(t, filepath.WalkDir(s.root, func(name string, d fs.DirEntry, err error) error {
+		info, err2 := os.Lstat(name)
+		must(t, err2)
+		now, err2 := state(name)
+		must(t, err2)
+		lines = append(lines, fmt.Sprint(name, info.Mode(), now))
+		return err
+	}))
+	return lines
+}
+
+func install(t *testing.T, s *System) []Step {
+	t.Helper()
+	steps, _, err := s.Install(Options{Program: filepath.Join(s.root, "opt/program"), Store: true, Share: true})
+	must(t, err)
+	return steps
+}
+
+// TestLive looks at what the service manager is told, and in which order.
+func TestLive(t *testing.T) {
+	if _, err := user.Lookup(account); err == nil {
+		t.Skip("this machine has such a user")
+	}
+	s := machine(t, "")
+	before := snapshot(t, s)
+	must(t, s.Do(install(t, s), t.Logf))
+	for _, step := range install(t, s) {
+		if step.Path != "" {
+			t.Errorf("it is done already: %v", step)
+		}
+	}
+	undone, err := s.Undo(t.Logf)
+	must(t, err)
+	if !undone {
+		t.Error("not all is undone")
+	}
+	got := calls(t)
+	want := []string{
+		"systemd-sysusers /etc/sysusers.d/guix-substitute-eris.conf",
+		"systemctl daemon-reload",
+		"systemctl start guix-substitute-eris.socket",
+		"systemctl start guix-substitute-eris-network.socket",
+		"systemctl start guix-substitute-eris-publish.service",
+		"systemctl try-restart guix-daemon.service",
+
+		"systemctl stop guix-substitute-eris-publish.service",
+		"systemctl stop guix-substitute-eris-network.socket guix-substitute-eris.service",
+		"systemctl stop guix-substitute-eris.socket guix-substitute-eris.service",
+		"userdel guix-substitute-eris",
+		"systemctl daemon-reload",
+		"systemctl try-restart guix-daemon.service",
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("the service manager was told\n%s", strings.Join(got, "\n"))
+	}
+	// The key pair stays, for others may trust it.
+	must(t, os.Remove(filepath.Join(s.root, "etc/guix/signing-key.sec")))
+	must(t, os.Remove(filepath.Join(s.root, "etc/guix/signing-key.pub")))
+	if after := snapshot(t, s); !slices.Equal(before, after) {
+		t.Errorf("before:\n%s\nafter:\n%s", strings.Join(before, "\n"), strings.Join(after, "\n"))
+	}
+}
+
+// TestInterrupted has each step fail once, or the process end before it or in the middle of it: all
+// can be undone.
+func TestInterrupted(t *testing.T) {
+	for n := range 17 {
+		s := machine(t, "")
+		before := snapshot(t, s)
+		steps, err := install(t, s), error(nil)
+		if n >= len(steps) {
+			t.Fatalf("there are only %d steps", len(steps))
+		}
+		must(t, s.Do(steps[:n], t.Logf))
+		if step := steps[n]; step.Path != "" && !step.Keep {
+			// The record is there, and the file is not.
+			must(t, s.open())
+			r := record{Path: step.Path, After: stateOf(step.Text, step.Link)}
+			if s.exists(step.Path) {
+				r.Copy, err = s.keep(step.Path)
+				must(t, err)
+			}
+			must(t, s.add(r))
+			s.lock.Close()
+		}
+		undone, err := s.Undo(t.Logf)
+		must(t, err)
+		os.Remove(filepath.Join(s.root, "etc/guix/signing-key.sec"))
+		os.Remove(filepath.Join(s.root, "etc/guix/signing-key.pub"))
+		if after := snapshot(t, s); !undone || !slices.Equal(before, after) {
+			t.Errorf("after %d steps: before:\n%s\nafter:\n%s", n, strings.Join(before, "\n"), strings.Join(after, "\n"))
+		}
+	}
+}
+
+// TestUndoInterrupted has the process end when a file is restored, before that is written down.
+func TestUndoInterrupted(t *testing.T) {
+	s := machine(t, "")
+	before := snapshot(t, s)
+	must(t, s.Do([]Step{{Path: aclFile, Text: []byte("(acl ())")}}, t.Logf))
+	must(t, os.Rename(filepath.Join(s.root, s.records[0].Copy), filepath.Join(s.root, aclFile)))
+	undone, err := s.Undo(t.Logf)
+	must(t, err)
+	if after := snapshot(t, s); !undone || !slices.Equal(before, after) {
+		t.Errorf("before:\n%s\nafter:\n%s", strings.Join(before, "\n"), strings.Join(after, "\n"))
+	}
+}
+
+func TestFailure(t *testing.T) {
+	s := machine(t, "systemctl start guix-substitute-eris.socket")
+	before := snapshot(t, s)
+	steps, _, err := s.Install(Options{Program: filepath.Join(s.root, "opt/program"), Store: true})
+	must(t, err)
+	if err := s.Do(steps, t.Logf); err == nil || !strings.Contains(err.Error(), "cannot run systemctl start guix-substitute-eris.socket") {
+		t.Errorf("%v", err)
+	}
+	undone, err := s.Undo(t.Logf)
+	must(t, err)
+	if after := snapshot(t, s); !undone || !slices.Equal(before, after) {
+		t.Errorf("before:\n%s\nafter:\n%s", strings.Join(before, "\n"), strings.Join(after, "\n"))
+	}
+}
+
+func TestAddToList(t *testing.T) {
+	for _, c := range []struct{ text, want, fails string }{
+		{"", "l = [\"v\"]\n", ""},
+		{"a = 1", "a = 1\nl = [\"v\"]\n", ""},
+		{"l = []", "l = [\"v\", ]", ""},
+		{"# l = [\n l=[ 'w' ] # x\n", "# l = [\n l=[\"v\",  'w' ] # x\n", ""},
+		{"l = [\n # c\n \"w\",\n \"v\"\n]\n", "l = [\n # c\n \"w\",\n \"v\"\n]\n", ""},
+		{"l = 1", "", "no list"},
+		{"l = [1]", "", "no list of texts"},
+		{"l = [", "", "expected"},
+		{"[t]\na = 1\n", "", "by hand"},
+		{"a = '''\nl = [\n'''\nl = []\n", "", "by hand"},
+		{"\"l\" = [\"w\"]\n", "", "by hand"},
+	} {
+		got, err := addToList([]byte(c.text), "l", "v")
+		if c.fails != "" {
+			if err == nil || !strings.Contains(err.Error(), c.fails) {
+				t.Errorf("%q: %q, %v", c.text, got, err)
+			}
+			continue
+		}
+		if err != nil || string(got) != c.want {
+			t.Errorf("%q: %q, %v", c.text, got, err)
+		}
+	}
+	for _, value := range []string{`a"b`, `a\b`, "a\nb", "", "é"} {
+		if got, err := addToList(nil, "l", value); err == nil {
+			t.Errorf("%q: %q", value, got)
+		}
+	}
+}
+
+// TestAuthorise adds keys to lists, of which none may get lost.
+func TestAuthorise(t *testing.T) {
+	s := machine(t, "")
+	own, key := acl.GenerateSigningKey().PublicKey(), acl.GenerateSigningKey().PublicKey()
+	file := filepath.Join(s.root, aclFile)
+	must(t, os.WriteFile(filepath.Join(s.root, publicKeyFile), []byte(own.Text()), 0o644))
+	foreign := "(public-key (dsa (p #01#)))"
+	for _, c := range []struct {
+		list string
+		keys int
+	}{
+		{"(acl)", 1}, {acl.NewACL(own).Text(), 2}, {acl.NewACL(key).Text(), 0}, {"", 2},
+		{"(acl (entry " + foreign + " (tag (guix import))))", 2},
+		{"(acl (entry " + foreign + " (tag (guix export))))", -1}, {"(acl", -1}, {"nonsense", -1},
+	} {
+		os.Remove(file)
+		if c.list != "" {
+			must(t, os.WriteFile(file, []byte(c.list), 0o644))
+		}
+		step, err := s.authorise(key)
+		switch {
+		case c.keys < 0 && err == nil:
+			t.Errorf("%q: written anew", c.list)
+		case c.keys < 0:
+		case c.keys == 0 && (step.Path != "" || err != nil || !s.Authorised(key)):
+			t.Errorf("%q: %v, %v", c.list, step, err)
+		case c.keys > 0:
+			got, err2 := acl.ParseACL(step.Text)
+			if err != nil || err2 != nil || len(got.Keys()) != c.keys || !got.Contains(key) {
+				t.Errorf("%q: %q, %v, %v", c.list, step.Text, err, err2)
+			}
+		}
+	}
+}

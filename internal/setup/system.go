@@ -1,0 +1,365 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package setup puts the program in place on a machine, or in the directory tree of one, and takes
+// that back: the commands "setup" and "use". [System.Install] and [System.Use] say what is to be
+// done, as steps; [System.Do] does it and keeps a record of what was there before, by which
+// [System.Undo] restores that.
+package setup
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+)
+
+// stateDirectory is where the record of what was done is.
+const stateDirectory = "/var/lib/guix-substitute-eris/setup"
+
+// maxFile bounds the length of a file that is changed, in bytes; the longest is the program.
+const maxFile = 1 << 28
+
+// A System is a machine, or the directory tree of one that does not run. It is not safe for
+// concurrent use; several processes exclude each other by a lock in Do and Undo.
+type System struct {
+	root string // "/", or the directory that stands for it
+	live bool   // its service manager is systemd, and runs
+
+	directory string // of the record, while that is open
+	lock      *os.File
+	records   []record
+}
+
+// Open returns the machine that this process runs on, or the tree at root unless that is empty.
+func Open(root string) (*System, error) {
+	abs, err := filepath.Abs(filepath.Join("/", root))
+	if root != "" {
+		abs, err = filepath.Abs(root)
+	}
+	if err == nil {
+		abs, err = filepath.EvalSymlinks(abs)
+	}
+	s := &System{root: abs}
+	s.live = s.root == "/" && s.exists("/run/systemd/system")
+	return s, err
+}
+
+// A Step is one thing to do: write a file or a symbolic link, or run a command.
+type Step struct {
+	// Path is the absolute file name on the system, or empty; Text is what it is to have, or Link
+	// where it leads. Mode is that of a new file; that of an old one stays.
+	Path, Link string
+	Text       []byte
+	Mode       fs.FileMode
+	// Keep says that the file stays when all is undone.
+	Keep bool
+	// Command is run if Path is empty; Undo takes back what it did. Either may be empty.
+	Command, Undo []string
+}
+
+// String says in a line for people what is done; nothing if only the undoing does something.
+func (s Step) String() string {
+	switch {
+	case s.Link != "":
+		return "link " + s.Path + " to " + s.Link
+	case s.Path != "":
+		return "write " + s.Path
+	case len(s.Command) > 0:
+		return "run " + strings.Join(s.Command, " ")
+	}
+	return ""
+}
+
+// A record is what is known of one step that was done, or was about to be: it is written before.
+type record struct {
+	Path  string   `json:"path,omitempty"`
+	After string   `json:"after,omitempty"` // the state of the path then
+	Copy  string   `json:"copy,omitempty"`  // the path of what was there before, if anything was
+	Undo  []string `json:"undo,omitempty"`
+}
+
+// at returns where a path of the system is. Links of a tree do not lead out of it.
+func (s *System) at(path string) (string, error) {
+	name := filepath.Join(s.root, path)
+	for parent := filepath.Dir(name); s.root != "/"; parent = filepath.Dir(parent) {
+		real, err := filepath.EvalSymlinks(parent)
+		if errors.Is(err, fs.ErrNotExist) && parent != s.root {
+			continue
+		}
+		if err == nil && real != s.root && !strings.HasPrefix(real, s.root+"/") {
+			err = fmt.Errorf("%s leads out of %s", parent, s.root)
+		}
+		return name, err
+	}
+	return name, nil
+}
+
+func (s *System) exists(path string) bool {
+	_, err := os.Stat(filepath.Join(s.root, path))
+	return err == nil
+}
+
+// read returns the contents of a regular file of the system; a link in its place is an error.
+func (s *System) read(path string) ([]byte, error) {
+	name, err := s.at(path)
+	if err != nil {
+		return nil, err
+	}
+	if info, err := os.Lstat(name); err == nil && !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is no regular file, so that somebody else cares for it; nothing is changed", name)
+	}
+	return files.ReadRegular(name, maxFile)
+}
+
+const recordName = "record.json"
+
+// open opens the record, and locks it until close.
+func (s *System) open() (err error) {
+	if s.directory, err = s.at(stateDirectory); err == nil {
+		err = files.MakeDirectory(s.directory)
+	}
+	if err != nil {
+		return err
+	}
+	if s.lock, err = files.Lock(filepath.Join(s.directory, "lock"), 0); err != nil {
+		return err
+	}
+	s.records = nil
+	text, err := files.ReadState(filepath.Join(s.directory, recordName), maxFile)
+	if err == nil {
+		err = json.Unmarshal(text, &s.records)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		s.lock.Close()
+		return fmt.Errorf("the record of earlier changes: %w", err)
+	}
+	return nil
+}
+
+// save writes records down.
+func (s *System) save(records []record) error {
+	text, err := json.MarshalIndent(records, "", "  ")
+	if err != nil {
+		return err
+	}
+	return write(filepath.Join(s.directory, recordName), 0o600, append(text, '\n'))
+}
+
+// add notes what is about to be done.
+func (s *System) add(r record) error {
+	s.records = append(s.records, r)
+	return s.save(s.records)
+}
+
+func write(name string, mode fs.FileMode, text []byte) error {
+	return files.Replace(name, mode, files.Options{Sync: true}, func(w io.Writer) error {
+		_, err := w.Write(text)
+		return err
+	})
+}
+
+// Do does the steps in order, and says each before. What fails ends it; what was done before that
+// can be undone.
+func (s *System) Do(steps []Step, say func(format string, a ...any)) error {
+	if err := s.open(); err != nil {
+		return err
+	}
+	defer s.lock.Close()
+	for _, step := range steps {
+		if step.String() != "" {
+			say("%v", step)
+		}
+		if err := s.do(step); err != nil {
+			return fmt.Errorf("cannot %v: %w", step, err)
+		}
+	}
+	return nil
+}
+
+func (s *System) do(step Step) error {
+	if step.Path != "" {
+		return s.put(step)
+	}
+	if len(step.Undo) > 0 {
+		if err := s.add(record{Undo: step.Undo}); err != nil {
+			return err
+		}
+	}
+	return run(step.Command)
+}
+
+func run(command []string) error {
+	if len(command) == 0 {
+		return nil
+	}
+	output, err := exec.Command(command[0], command[1:]...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%w: %.1000s", err, bytes.TrimSpace(output))
+	}
+	return nil
+}
+
+// put writes a file or a link.
+func (s *System) put(step Step) error {
+	name, err := s.at(step.Path)
+	if err == nil {
+		err = s.makeParents(step.Path)
+	}
+	if err != nil {
+		return err
+	}
+	r := record{Path: step.Path, After: stateOf(step.Text, step.Link)}
+	before, err := os.Lstat(name)
+	if err == nil && !step.Keep {
+		r.Copy, err = s.keep(step.Path)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if !step.Keep {
+		if err := s.add(r); err != nil {
+			return err
+		}
+	}
+	if step.Link != "" {
+		os.Remove(name)
+		return os.Symlink(step.Link, name)
+	}
+	if before == nil || !before.Mode().IsRegular() {
+		return write(name, step.Mode, step.Text)
+	}
+	if err := write(name, before.Mode().Perm(), step.Text); err != nil {
+		return err
+	}
+	if owner := before.Sys().(*syscall.Stat_t); int(owner.Uid) != os.Geteuid() || int(owner.Gid) != os.Getegid() {
+		return os.Lchown(name, int(owner.Uid), int(owner.Gid))
+	}
+	return nil
+}
+
+// keep gives what is at a path a second name beside it, with which it outlives that it is replaced.
+func (s *System) keep(path string) (string, error) {
+	for n := 1; ; n++ {
+		second := fmt.Sprintf("%s.before-guix-substitute-eris-%d", path, n)
+		err := os.Link(filepath.Join(s.root, path), filepath.Join(s.root, second))
+		if !errors.Is(err, fs.ErrExist) {
+			return second, err
+		}
+	}
+}
+
+// makeParents makes the directories above a path, and records each.
+func (s *System) makeParents(path string) error {
+	parent := filepath.Dir(path)
+	if parent == "/" || s.exists(parent) {
+		return nil
+	}
+	if err := s.makeParents(parent); err != nil {
+		return err
+	}
+	if err := s.add(record{Path: parent, After: directoryState}); err != nil {
+		return err
+	}
+	return os.Mkdir(filepath.Join(s.root, parent), 0o755)
+}
+
+const directoryState = "directory"
+
+// stateOf identifies what a file has, or where a link leads.
+func stateOf(text []byte, link string) string {
+	if link != "" {
+		return "link " + link
+	}
+	return fmt.Sprintf("sha256 %x", sha256.Sum256(text))
+}
+
+// state returns what is at a file name: nothing is empty.
+func state(name string) (string, error) {
+	info, err := os.Lstat(name)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return "", nil
+	case err != nil:
+		return "", err
+	case info.IsDir():
+		return directoryState, nil
+	case info.Mode()&fs.ModeSymlink != 0:
+		target, err := os.Readlink(name)
+		return stateOf(nil, target), err
+	}
+	text, err := files.ReadRegular(name, maxFile)
+	return stateOf(text, ""), err
+}
+
+// Undo restores what was there before all that Do has done, the last thing first, and says each.
+// What somebody has changed since stays as it is, which is said; undone is whether nothing did.
+func (s *System) Undo(say func(format string, a ...any)) (undone bool, err error) {
+	if err := s.open(); err != nil {
+		return false, err
+	}
+	defer s.lock.Close()
+	var left []record
+	for n := len(s.records) - 1; n >= 0; n-- {
+		if err := s.undo(s.records[n], say); err != nil {
+			say("not undone: %v", err)
+			left = append([]record{s.records[n]}, left...)
+		}
+		if err := s.save(append(s.records[:n:n], left...)); err != nil {
+			return false, err
+		}
+	}
+	if len(left) > 0 {
+		return false, nil
+	}
+	err = os.RemoveAll(s.directory)
+	os.Remove(filepath.Dir(s.directory)) // unless something else is there
+	return true, err
+}
+
+func (s *System) undo(r record, say func(format string, a ...any)) error {
+	if r.Path == "" {
+		say("run %s", strings.Join(r.Undo, " "))
+		return run(r.Undo)
+	}
+	name, err := s.at(r.Path)
+	if err != nil {
+		return err
+	}
+	second, before := filepath.Join(s.root, r.Copy), ""
+	if r.Copy != "" {
+		if before, err = state(second); err != nil || before == "" {
+			return err // it was restored, and the process ended then
+		}
+	}
+	now, err := state(name)
+	switch {
+	case err != nil:
+		return err
+	case r.After == directoryState:
+		if os.Remove(name) == nil { // others may have put something there
+			say("remove %s", r.Path)
+		}
+		return nil
+	case now != r.After && now != before:
+		return fmt.Errorf("%s was changed since; it is left as it is", r.Path)
+	case r.Copy != "" && now != r.After: // both are names of the same file
+		return os.Remove(second)
+	case r.Copy != "":
+		say("restore %s", r.Path)
+		return os.Rename(second, name)
+	case now == "":
+		return nil
+	}
+	say("remove %s", r.Path)
+	return os.Remove(name)
+}
