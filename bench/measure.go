@@ -204,7 +204,7 @@ func (w *workshop) helper(h helperRun) (sample, error) {
 		return strings.HasPrefix(v, "XDG_CACHE_HOME=") || strings.HasPrefix(v, "ERIS_STORE_URL=")
 	})
 	cmd.Env = append(append(environment,
-		"_NIX_OPTIONS=substitute-urls="+h.url+"\nuntrusted-print-extended-build-trace=1\n"+h.options,
+		"_NIX_OPTIONS=discover=false\nsubstitute-urls="+h.url+"\nuntrusted-print-extended-build-trace=1\n"+h.options,
 		"GUIX_STATE_DIRECTORY="+state,
 		"GUIX_CONFIGURATION_DIRECTORY="+filepath.Join(w.directory, "etc"),
 	), h.env...)

@@ -88,7 +88,7 @@ func (a *aheadTest) setServer(url string) {
 		"PATH=" + os.Getenv("PATH"), "TESTSCRIPT_COMMAND=guix-substitute-eris", "HOME=" + directory + "/home",
 		"NIX_STORE_DIR=" + a.store, "GUIX_CONFIGURATION_DIRECTORY=" + directory + "/etc",
 		"GUIX_STATE_DIRECTORY=" + directory + "/state", "GUIX_ALLOW_UNAUTHENTICATED_SUBSTITUTES=yes",
-		"_NIX_OPTIONS=print-extended-build-trace=1\nsubstitute-urls=" + url + "\n",
+		"_NIX_OPTIONS=discover=false\nprint-extended-build-trace=1\nsubstitute-urls=" + url + "\n",
 	}
 }
 

@@ -154,7 +154,7 @@ func (c *chain) talk(mode, store, requests string) (replies, log string, used us
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	d := startDaemonHelper(program, mode, append(c.env, "_NIX_OPTIONS=substitute-urls="+c.server+"\n", "ERIS_STORE_URL="+store), false)
+	d := startDaemonHelper(program, mode, append(c.env, "_NIX_OPTIONS=discover=false\nsubstitute-urls="+c.server+"\n", "ERIS_STORE_URL="+store), false)
 	if d.err != nil {
 		c.t.Fatal(d.err)
 	}

@@ -170,7 +170,7 @@ func (f *fullTest) helper(t *testing.T, mode, state string) *soakHelper {
 		t.Fatal(err)
 	}
 	d := startDaemonHelper(program, mode, append(slices.Clip(f.env), "ERIS_STORE_URL="+f.stores["coap+tcp"], "XDG_CACHE_HOME="+state,
-		"_NIX_OPTIONS=substitute-urls="+f.server+"\n"), false)
+		"_NIX_OPTIONS=discover=false\nsubstitute-urls="+f.server+"\n"), false)
 	if d.err != nil {
 		t.Fatal(d.err)
 	}

@@ -158,7 +158,7 @@ func TestExtension(t *testing.T) {
 		var stderr bytes.Buffer
 		cmd := exec.Command(guile, "--no-auto-compile", "-L", etc, "-L", d, "-c",
 			`((module-ref (resolve-interface '(guix extensions substitute)) 'guix-substitute) "--query")`)
-		cmd.Env = []string{"GUIX_SUBSTITUTE_ERIS=" + program, "GUIX_STATE_DIRECTORY=" + d, "HOME=" + d, "_NIX_OPTIONS=substitute-urls="}
+		cmd.Env = []string{"GUIX_SUBSTITUTE_ERIS=" + program, "GUIX_STATE_DIRECTORY=" + d, "HOME=" + d, "_NIX_OPTIONS=discover=false\nsubstitute-urls="}
 		cmd.Stdin = strings.NewReader("have /gnu/store/" + strings.Repeat("a", 32) + "-x \n")
 		cmd.Stderr = &stderr
 		cmd.ExtraFiles = []*os.File{w, w}

@@ -282,7 +282,7 @@ func checkMemory(t *testing.T, directory, name, want string, serve http.HandlerF
 		"GUIX_STATE_DIRECTORY=" + directory + "/var",
 		"GUIX_CONFIGURATION_DIRECTORY=" + directory + "/etc",
 		"GUIX_ALLOW_UNAUTHENTICATED_SUBSTITUTES=yes",
-		"_NIX_OPTIONS=substitute-urls=" + server.URL + "\ndeduplicate=yes",
+		"_NIX_OPTIONS=discover=false\nsubstitute-urls=" + server.URL + "\ndeduplicate=yes",
 	}, false)
 	if d.err != nil {
 		t.Fatal(d.err)

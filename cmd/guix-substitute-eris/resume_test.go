@@ -131,7 +131,7 @@ func TestResume(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := startDaemonHelper(program, "substitute", append(c.env, "_NIX_OPTIONS=substitute-urls="+c.server+"\n", "ERIS_STORE_URL="+c.stores["coap+tcp"]), false)
+	d := startDaemonHelper(program, "substitute", append(c.env, "_NIX_OPTIONS=discover=false\nsubstitute-urls="+c.server+"\n", "ERIS_STORE_URL="+c.stores["coap+tcp"]), false)
 	if d.err != nil {
 		t.Fatal(d.err)
 	}

@@ -483,7 +483,7 @@ func scriptDaemon(ts *testscript.TestScript, neg bool, args []string) {
 			}
 		}
 	}
-	h.env = append(scriptEnvironment(ts), "_NIX_OPTIONS="+options)
+	h.env = append(scriptEnvironment(ts), "_NIX_OPTIONS="+options+"discover=false\n") // no question to the network around us
 	results := make([]helperResult, h.copies)
 	var wait sync.WaitGroup
 	for i := range results {

@@ -260,7 +260,7 @@ func (s *soak) newRun(t *testing.T, seed uint64) *soakRun {
 		"PATH=" + os.Getenv("PATH"), "TESTSCRIPT_COMMAND=guix-substitute-eris", "HOME=" + directory + "/home",
 		"NIX_STORE_DIR=" + r.store, "GUIX_CONFIGURATION_DIRECTORY=" + directory + "/etc",
 		"GUIX_STATE_DIRECTORY=" + directory + "/state", "ERIS_STORE_URL=" + strings.Join(urls, " "),
-		"_NIX_OPTIONS=print-extended-build-trace=1\nsubstitute-urls=" + strings.Join(addresses, " ") + "\n",
+		"_NIX_OPTIONS=discover=false\nprint-extended-build-trace=1\nsubstitute-urls=" + strings.Join(addresses, " ") + "\n",
 	}
 	return r
 }

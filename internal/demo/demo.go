@@ -531,7 +531,7 @@ func (d *demo) startHelper(ctx context.Context, mode, server, store string) (*de
 	if err != nil {
 		return nil, err
 	}
-	c.cmd.Env = append(c.cmd.Env, "_NIX_OPTIONS=substitute-urls="+server+"\n", "ERIS_STORE_URL="+store)
+	c.cmd.Env = append(c.cmd.Env, "_NIX_OPTIONS=discover=false\nsubstitute-urls="+server+"\n", "ERIS_STORE_URL="+store)
 	if c.stdin, err = c.cmd.StdinPipe(); err != nil {
 		return nil, err
 	}
