@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"strconv"
 	"strings"
 	"time"
 
@@ -90,17 +91,36 @@ func serveText(w http.ResponseWriter, r *http.Request, text string) {
 // other bytes of a tree than before, as it may with another version of a library: a test tells.
 const compressedForm = "1"
 
-// writeNar writes the nar of the tree at path. It makes the same bytes each time.
+// mostLevel has the highest level of each compression.
+var mostLevel = map[string]int{"gzip": gzip.BestCompression, "zstd": 22}
+
+// splitCompression splits a compression as in [ServerOptions] into its type and its level, which is
+// 0 if it is not given, and negative if it is no level.
+func splitCompression(text string) (kind string, level int) {
+	kind, number, given := strings.Cut(text, ":")
+	if given {
+		var err error
+		if level, err = strconv.Atoi(number); err != nil || level == 0 {
+			level = -1
+		}
+	}
+	return kind, level
+}
+
+// writeNar writes the nar of the tree at path, compressed as in [ServerOptions]. It makes the same
+// bytes each time.
 func writeNar(w io.Writer, path, compression string) error {
 	tree := nar.NewTree(path)
 	defer tree.Close()
 	var z io.WriteCloser
 	var err error
-	switch compression {
+	kind, level := splitCompression(compression)
+	level = cmp.Or(level, 3)
+	switch kind {
 	case "gzip":
-		z, err = gzip.NewWriterLevel(w, 3)
+		z, err = gzip.NewWriterLevel(w, level)
 	case "zstd":
-		z, err = zstd.NewWriter(w, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(1<<20))
+		z, err = zstd.NewWriter(w, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.EncoderLevelFromZstd(level)), zstd.WithWindowSize(1<<20))
 	default:
 		_, err = nar.Write(w, tree)
 		return err

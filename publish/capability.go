@@ -105,8 +105,9 @@ func (n *knownNar) encode(ctx context.Context, sink eris.Sink, write func(io.Wri
 // Capabilities finds the read capabilities of store items: from a directory of those that are
 // known, or by encoding them. It is safe for concurrent use.
 type Capabilities struct {
-	// Nar is a compression, gzip or zstd: of the nar that is compressed so there is a capability
-	// too. Empty is none. It is set before anything else is done, and is not for an [Annotator].
+	// Nar is a compression as in [ServerOptions], but not none: of the nar that is compressed so
+	// there is a capability too. Empty is none. It is set before anything else is done, and is not
+	// for an [Annotator].
 	Nar string
 
 	upstreamNar narEncoder // in place of Nar; nil is none
@@ -229,6 +230,10 @@ func NewCapabilities(directory string, store fetch.Store, log func(format string
 	}
 }
 
+// SetWorkers sets how many items may be encoded at a time, at least 1; it is one per core if it is
+// not called. It must be called before anything else is done.
+func (c *Capabilities) SetWorkers(n int) { c.workers = make(chan struct{}, n) }
+
 // Close ends what goes on in the background, and waits for it. Calls of FindSoon fail from then on.
 func (c *Capabilities) Close() {
 	c.mu.Lock()
@@ -271,7 +276,8 @@ func (c *Capabilities) values(path string) []narinfo.ERIS {
 	}
 	values := []narinfo.ERIS{{URN: k.URN}}
 	if c.current(k.Nar) && k.Nar.URN != "" {
-		values = append(values, narinfo.ERIS{URN: k.Nar.URN, Form: "nar." + k.Nar.Compression, Size: k.Nar.Size})
+		kind, _ := splitCompression(k.Nar.Compression)
+		values = append(values, narinfo.ERIS{URN: k.Nar.URN, Form: "nar." + kind, Size: k.Nar.Size})
 	}
 	return values
 }

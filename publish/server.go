@@ -7,6 +7,7 @@
 package publish
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -17,6 +18,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strings"
 	"sync"
@@ -51,8 +53,11 @@ type ServerOptions struct {
 	// another one is in the narinfo when it has been computed; until then the narinfo, without it,
 	// is to be kept for a minute only.
 	WaitFor uint64
-	// Compressions are the ways in which nars are offered, in this order: none, gzip and zstd.
+	// Compressions are the ways in which nars are offered, in this order: none, gzip and zstd, each
+	// once. A level may follow: gzip:1 to gzip:9, zstd:1 to zstd:22.
 	Compressions []string
+	// NarPath is below which path nars are, without a slash at its ends. Default "nar".
+	NarPath string
 	// TTL is for how long narinfos may be kept, and NegativeTTL for how long it may be that an item
 	// is not there; 0 does not say.
 	TTL, NegativeTTL time.Duration
@@ -101,6 +106,9 @@ const (
 // temporaryTTL is for how long a narinfo may be kept that will say more soon.
 const temporaryTTL = time.Minute
 
+// narPath is the form of paths of nars.
+var narPath = regexp.MustCompile(`^(/[A-Za-z0-9_-][A-Za-z0-9._~-]*)+$`)
+
 // NewServer returns a server, or an error for options that make no sense.
 func NewServer(o ServerOptions) (*Server, error) {
 	if o.Root == "" {
@@ -109,10 +117,20 @@ func NewServer(o ServerOptions) (*Server, error) {
 	if len(o.Compressions) == 0 {
 		o.Compressions = []string{"zstd", "gzip"}
 	}
+	o.NarPath = cmp.Or(o.NarPath, "nar")
+	if !narPath.MatchString("/"+o.NarPath) || o.NarPath == "log" {
+		return nil, fmt.Errorf("nars cannot be below the path %.100q; choose letters and digits, and not \"log\"", o.NarPath)
+	}
+	forms := map[string]string{"none": "none", "gzip": "gzip", "zstd": "zstd"}
+	offered := map[string]bool{}
 	for _, c := range o.Compressions {
-		if c != "none" && c != "gzip" && c != "zstd" {
-			return nil, fmt.Errorf("nars cannot be compressed with %q; none, gzip and zstd are known", c)
+		kind, level := splitCompression(c)
+		if _, ok := forms[kind]; !ok || level < 0 || level > mostLevel[kind] {
+			return nil, fmt.Errorf("nars cannot be compressed with %.100q; none, gzip (levels 1 to 9) and zstd (1 to 22) are known", c)
+		} else if offered[kind] {
+			return nil, fmt.Errorf("nars can be compressed with %s at one level only", kind)
 		}
+		forms[kind], offered[kind] = c, true
 	}
 	s := &Server{
 		o: o, mux: http.NewServeMux(),
@@ -126,9 +144,13 @@ func NewServer(o ServerOptions) (*Server, error) {
 	s.mux.HandleFunc("GET /{name}", s.narinfo)
 	s.mux.HandleFunc("GET /file/{name}/sha256/{hash}", s.rawFile)
 	s.mux.HandleFunc("GET /log/{item}", s.log)
-	s.mux.HandleFunc("GET /nar/{item}", func(w http.ResponseWriter, r *http.Request) { s.nar(w, r, "none") })
-	s.mux.HandleFunc("GET /nar/gzip/{item}", func(w http.ResponseWriter, r *http.Request) { s.nar(w, r, "gzip") })
-	s.mux.HandleFunc("GET /nar/zstd/{item}", func(w http.ResponseWriter, r *http.Request) { s.nar(w, r, "zstd") })
+	for kind, form := range forms {
+		path := "/" + o.NarPath + "/" + kind
+		if kind == "none" {
+			path = "/" + o.NarPath
+		}
+		s.mux.HandleFunc("GET "+path+"/{item}", func(w http.ResponseWriter, r *http.Request) { s.nar(w, r, form) })
+	}
 	if o.Deltas != nil {
 		s.mux.HandleFunc("GET /delta/", func(w http.ResponseWriter, r *http.Request) {
 			if !o.Deltas.serve(w, r) {
@@ -386,9 +408,10 @@ func (s *Server) urls(item *narinfo.Narinfo) []narinfo.URL {
 	name := strings.ReplaceAll(url.PathEscape(filepath.Base(item.StorePath)), "+", "%2B")
 	var urls []narinfo.URL
 	for _, c := range s.o.Compressions {
-		u := narinfo.URL{URL: "nar/" + c + "/" + name, Compression: c}
+		c, _ := splitCompression(c)
+		u := narinfo.URL{URL: s.o.NarPath + "/" + c + "/" + name, Compression: c}
 		if c == "none" {
-			u = narinfo.URL{URL: "nar/" + name, Compression: c, FileSize: item.NarSize, SizeKnown: true}
+			u = narinfo.URL{URL: s.o.NarPath + "/" + name, Compression: c, FileSize: item.NarSize, SizeKnown: true}
 		}
 		for _, e := range item.ERIS {
 			if e.Form == "nar."+c {

@@ -37,9 +37,20 @@ import (
 
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
-		"guix-substitute-eris": func() { os.Exit(run(os.Args[1:])) },
+		"guix-substitute-eris": func() { os.Exit(run(asAnybody(os.Args[1:]))) },
 		"lying-store":          lyingStore,
 	})
+}
+
+// asAnybody has servers run as root where tests do, unless they say otherwise, or AS_ROOT is set.
+func asAnybody(args []string) []string {
+	i := slices.IndexFunc(args, func(a string) bool { return !strings.HasPrefix(a, "-") })
+	server := i >= 0 && (args[i] == "serve" || args[i] == "publish") && !slices.Contains(args, "--help")
+	user := slices.ContainsFunc(args, func(a string) bool { return strings.HasPrefix(a, "--user=") || a == "-u" })
+	if !server || user || os.Geteuid() != 0 || os.Getenv("AS_ROOT") != "" {
+		return args
+	}
+	return append(slices.Clip(args), "--user=root")
 }
 
 // TestScript runs the scripts, which are the documentation of what the program does at its

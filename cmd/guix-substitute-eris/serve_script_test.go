@@ -136,6 +136,10 @@ func startBlockServer(directory, log string, env []string, args ...string) (_ *b
 		os.RemoveAll(s.directory)
 		return nil, err
 	}
+	// Whoever the server runs as may tell, as with a real service manager.
+	if err := errors.Join(os.Chmod(s.directory, 0o755), os.Chmod(address.Name, 0o777)); err != nil {
+		return nil, err
+	}
 	s.cmd = exec.Command(program, append([]string{"serve"}, args...)...)
 	s.cmd.Dir = directory
 	s.cmd.Env = append(slices.Clip(env), "NOTIFY_SOCKET="+address.Name)

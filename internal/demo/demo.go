@@ -496,7 +496,7 @@ func (d *demo) runChild(c *demoChild) error {
 
 // start runs a server, and waits until it says that it is ready.
 func (d *demo) start(name, ready string, args ...string) (*demoChild, error) {
-	c, err := d.command(name, args...)
+	c, err := d.command(name, append(args, fmt.Sprintf("--user=%d", os.Geteuid()))...)
 	if err != nil {
 		return nil, err
 	}

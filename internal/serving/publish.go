@@ -11,7 +11,9 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -22,6 +24,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lan"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
@@ -34,13 +37,17 @@ type publishSettings struct {
 	database, manifest, narinfos  string
 	eris                          string // "true", "false", or the URL of the store for blocks
 	blocks, cache                 string // blocks is this URL, too
-	compressions, forms           string
+	forms                         string
+	compressions                  []string
 	deltas                        string // how many bytes of them are kept
-	ttl, negativeTTL              time.Duration
-	logs                          string
-	waitFor                       int64
+	ttl, negativeTTL              guixTime
+	logs, narPath                 string
+	waitFor                       string // how many bytes
+	port, workers                 int
+	portGiven, advertise          bool
 	maxConnections                int
 	announce                      string
+	user                          runAs
 }
 
 // Publish is the command that serves narinfos and nars.
@@ -50,11 +57,17 @@ func Publish() *cobra.Command {
 		Short: "serve narinfos with the field ERIS, and nars",
 		Long: `Serve the narinfos and nars of the items of a store over HTTP, with ERIS read
 capabilities. Or, with --annotate, pass on the narinfos of another server and
-add read capabilities to those of items that are in the local store.`,
+add read capabilities to those of items that are in the local store.
+
+Options of "guix publish" have the same meaning here.`,
 		Args: message.NoArguments,
 	}
 	f := c.Flags()
-	f.StringVar(&s.listen, "listen", "127.0.0.1:8080", "listen on `ADDRESS`, a host and a port")
+	f.SetNormalizeFunc(guixNames)
+	f.StringVar(&s.listen, "listen", "", "listen on `HOST`, a name or an address, or on HOST:PORT (default: 127.0.0.1, and all addresses with --advertise)")
+	f.IntVarP(&s.port, "port", "p", 8080, "listen on `PORT`")
+	s.user.flag(c)
+	f.BoolVarP(&s.advertise, "advertise", "a", false, "be found on the local network")
 	f.StringVar(&s.store, "store-dir", settings.StoreDirectory(), "the store directory that narinfos name is `DIRECTORY`")
 	f.StringVar(&s.root, "root", "", "the items are in `DIRECTORY`, if not in the store directory")
 	f.StringVar(&s.annotate, "annotate", "", "pass on the narinfos of the server at `URL`")
@@ -66,12 +79,15 @@ add read capabilities to those of items that are in the local store.`,
 	f.StringVar(&s.eris, "eris", "false", "compute read capabilities even though the blocks are stored nowhere; or, as --eris=`URL`, the same as --store")
 	f.Lookup("eris").NoOptDefVal = "true"
 	f.StringVar(&s.blocks, "store", "", "put the blocks into the store at `URL`")
-	f.StringVar(&s.cache, "cache", "", "keep what is known of read capabilities in `DIRECTORY` (default: capabilities below /var/cache/guix-substitute-eris, or below the cache of a user)")
-	f.StringVar(&s.compressions, "compression", "zstd,gzip", "offer nars in these `FORMS`, separated by commas: none, gzip, zstd")
-	f.DurationVar(&s.ttl, "ttl", 0, "narinfos may be kept for this `TIME`, 36h for instance")
-	f.DurationVar(&s.negativeTTL, "negative-ttl", 0, "that an item is not there may be kept for this `TIME`, 10m for instance")
+	f.StringVarP(&s.cache, "cache", "c", "", "keep what is known of read capabilities in `DIRECTORY` (default: capabilities below /var/cache/guix-substitute-eris, or below the cache of a user)")
+	f.StringSliceVarP(&s.compressions, "compression", "C", []string{"zstd", "gzip"}, "offer nars as `TYPE`: none, gzip, zstd, or with a level, like zstd:19; may be given several times")
+	f.Var(&s.ttl, "ttl", "narinfos may be kept for this `TIME`: 36h, 5d or 2w for instance")
+	f.Var(&s.negativeTTL, "negative-ttl", "that an item is not there may be kept for this `TIME`, 600s for instance")
+	f.StringVar(&s.narPath, "nar-path", "nar", "nars are below this `PREFIX` of the paths of URLs")
+	f.IntVar(&s.workers, "workers", runtime.NumCPU(), "encode this `NUMBER` of items at a time")
+	f.Lookup("workers").DefValue = "0" // it depends on the machine, and manuals do not
 	f.StringVar(&s.logs, "log-directory", "/var/log/guix/drvs", "the daemon's build logs are in `DIRECTORY`; \"none\" serves none")
-	f.Int64Var(&s.waitFor, "wait-for", 64<<20, "encode items of up to this many `BYTES` before answering; larger ones are encoded in the background")
+	f.StringVar(&s.waitFor, "cache-bypass-threshold", "64MiB", "encode items of up to this `SIZE` before answering; larger ones are encoded in the background (also: --wait-for)")
 	maxConnectionsFlag(c, &s.maxConnections, "")
 	f.StringVar(&s.forms, "forms", "eris-fs", "what read capabilities denote is one of these `FORMS`, separated by commas: eris-fs and, in addition, nar, the compressed nar; with --annotate that of the other server, which is fetched for that once")
 	f.StringVar(&s.deltas, "deltas", "0", "make deltas from older versions of items, in the background, and keep `BYTES` of them (1GiB, for instance)")
@@ -80,7 +96,11 @@ add read capabilities to those of items that are in the local store.`,
 		if s.eris != "true" && s.eris != "false" {
 			s.blocks = s.eris
 		}
-		l, err := net.Listen("tcp", s.listen)
+		s.portGiven = f.Changed("port")
+		if err := s.user.check(c.Name()); err != nil {
+			return err
+		}
+		l, err := s.open()
 		if err != nil {
 			return err
 		}
@@ -99,6 +119,22 @@ func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 	defer closeHandler()
 	gate := admission.New(s.maxConnections, l, func(err error) { message.Log("%v; see --max-connections", err) })
 	server := gate.Server(handler)
+	var background sync.WaitGroup
+	defer background.Wait()
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	if s.advertise {
+		port, err := s.advertisedAs(l)
+		if err != nil {
+			l.Close()
+			return err
+		}
+		background.Go(func() {
+			if err := lan.Advertise(ctx, lan.Publish, port); err != nil {
+				message.Log("%v", err)
+			}
+		})
+	}
 	message.Log("publishing on http://%s", l.Addr())
 	stopped := context.AfterFunc(ctx, func() {
 		// What is being fetched may take its time, but not for ever.
@@ -128,6 +164,20 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 			closeOpened()
 		}
 	}()
+	var key *acl.SigningKey
+	if s.annotate == "" {
+		if key, err = s.key(); err != nil {
+			return nil, nil, err
+		}
+	}
+	// What follows needs no rights.
+	if err := s.user.become(); err != nil {
+		return nil, nil, err
+	}
+	waitFor, err := bytesize.Parse(s.waitFor)
+	if err != nil {
+		return nil, nil, fmt.Errorf("--cache-bypass-threshold: %w", err)
+	}
 	store, err := s.openBlocks(&closers)
 	if err != nil {
 		return nil, nil, err
@@ -146,15 +196,11 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 		}
 		h, err = publish.NewAnnotator(publish.AnnotatorOptions{
 			Upstream: s.annotate, StoreDir: s.store, Root: s.root, Capabilities: capabilities, Deltas: deltas,
-			Nars: s.forms != "eris-fs", WaitFor: uint64(max(0, s.waitFor)), Log: message.Log,
+			Nars: s.forms != "eris-fs", WaitFor: uint64(waitFor), Log: message.Log,
 		})
 		return h, nil, err
 	}
 	items, err := s.items(&closers)
-	if err != nil {
-		return nil, nil, err
-	}
-	key, err := s.key()
 	if err != nil {
 		return nil, nil, err
 	}
@@ -168,7 +214,8 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 	}
 	h, err = publish.NewServer(publish.ServerOptions{
 		StoreDir: s.store, Root: s.root, Items: items, Key: key, Host: host, Capabilities: capabilities, Deltas: deltas,
-		WaitFor: uint64(max(0, s.waitFor)), Compressions: strings.Split(s.compressions, ","), TTL: s.ttl, NegativeTTL: s.negativeTTL,
+		WaitFor: uint64(waitFor), Compressions: guixCompressions(s.compressions), NarPath: s.narPath,
+		TTL: time.Duration(s.ttl), NegativeTTL: time.Duration(s.negativeTTL),
 		LogDirectory: logs, Log: message.Log, BlockStores: strings.Fields(s.announce),
 	})
 	return h, nil, err
@@ -200,6 +247,7 @@ func (s *publishSettings) capabilities(store fetch.Store, closers *[]func()) (*p
 	}
 	c := publish.NewCapabilities(directory, store, message.Log)
 	c.Nar = nar
+	c.SetWorkers(max(1, s.workers))
 	*closers = append(*closers, c.Close)
 	return c, nil
 }
@@ -216,7 +264,7 @@ func (s *publishSettings) narForm() (string, error) {
 	if s.annotate != "" {
 		return "", nil // the nars are those of the other server
 	}
-	for _, c := range strings.Split(s.compressions, ",") {
+	for _, c := range guixCompressions(s.compressions) {
 		if c != "none" {
 			return c, nil
 		}

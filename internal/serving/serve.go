@@ -43,6 +43,7 @@ type serveSettings struct {
 	maxConnections          int
 	stats, advertise        bool
 	advertised              uint16 // the port
+	user                    runAs
 }
 
 // checkPeriod is how often it is looked whether the store still works.
@@ -78,6 +79,7 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 	f.StringVar(&s.socketGroup, "socket-group", "", "these sockets belong to `GROUP`")
 	f.StringArrayVar(&s.listen, "listen", nil, "listen at `URL` too; may be given several times")
 	f.StringArrayVar(&s.upstreams, "upstream", nil, "get what is not here from the store at `URL`, and keep it; may be given several times")
+	s.user.flag(c)
 	f.StringVar(&s.maxSize, "max-size", "", "keep blocks of at most `SIZE` in all, like 20GiB; the least recently used go (default: no limit)")
 	f.StringVar(&s.limitRate, "limit-rate", "", "receive, and send, at most at `RATE` in all, in bytes per second, like 2MiB (default: no limit)")
 	maxConnectionsFlag(c, &s.maxConnections, "per --listen and --socket ")
@@ -86,6 +88,9 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 	c.RunE = func(*cobra.Command, []string) error {
 		if s.stats {
 			return s.printStatistics()
+		}
+		if err := s.user.check(c.Name()); err != nil {
+			return err
 		}
 		return s.run(c.Context())
 	}
@@ -149,15 +154,18 @@ func (s *serveSettings) run(ctx context.Context) error {
 			return fmt.Errorf("--limit-rate: %w", err)
 		}
 	}
+	for _, e := range own {
+		if err := e.listen(rights); err != nil {
+			return err
+		}
+		endpoints = append(endpoints, e)
+	}
+	if err := s.user.become(); err != nil {
+		return err
+	}
 	store, err := s.openStore(ctx)
 	if err != nil {
 		return err
-	}
-	for _, e := range own {
-		if err := e.listen(rights); err != nil {
-			return errors.Join(err, store.Close())
-		}
-		endpoints = append(endpoints, e)
 	}
 	if s.advertise {
 		if s.advertised, err = advertisedPort(endpoints); err != nil {

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package serving
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+)
+
+// guixNames has the options of publish that have another name in "guix publish", or had one here.
+func guixNames(_ *pflag.FlagSet, name string) pflag.NormalizedName {
+	switch name {
+	case "wait-for":
+		name = "cache-bypass-threshold"
+	case "secret-key":
+		name = "private-key"
+	}
+	return pflag.NormalizedName(name)
+}
+
+// A guixTime is a time as options of Guix have it (guix/ui.scm: string->duration), but without
+// months, which others would take for minutes. It is a [pflag.Value].
+type guixTime time.Duration
+
+// Set implements pflag.Value.
+func (t *guixTime) Set(text string) error {
+	number, unit := text, ""
+	if text != "" {
+		number, unit = text[:len(text)-1], text[len(text)-1:]
+	}
+	n, err := strconv.ParseUint(number, 10, 16)
+	seconds, ok := map[string]uint64{"s": 1, "h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}[unit]
+	switch {
+	case err == nil && unit == "m":
+		return fmt.Errorf("Guix takes m for months, and others for minutes; write %ds or %dd", n*60, n*30)
+	case err != nil || !ok:
+		return errors.New("it must be a number below 65536 and a unit: s, h, d or w, like 36h or 5d")
+	}
+	*t = guixTime(time.Duration(n*seconds) * time.Second)
+	return nil
+}
+
+// String implements pflag.Value.
+func (t *guixTime) String() string {
+	if *t == 0 {
+		return "0" // which pflag takes for nothing
+	}
+	return fmt.Sprintf("%ds", time.Duration(*t)/time.Second)
+}
+
+// Type implements pflag.Value.
+func (t *guixTime) Type() string { return "time" }
+
+// guixCompressions returns the compressions as [publish.ServerOptions] has them: a level alone is
+// one of gzip, and level 0 is none.
+func guixCompressions(texts []string) (forms []string) {
+	for _, text := range texts {
+		if n, err := strconv.Atoi(text); err == nil {
+			text = fmt.Sprintf("gzip:%d", n)
+		}
+		if strings.HasSuffix(text, ":0") {
+			text = "none"
+		}
+		forms = append(forms, text)
+	}
+	return forms
+}
+
+// open listens where --listen and --port say: a host, or a host and a port.
+func (s *publishSettings) open() (net.Listener, error) {
+	host, port, err := net.SplitHostPort(s.listen)
+	bare := strings.TrimSuffix(strings.TrimPrefix(s.listen, "["), "]")
+	_, notAddress := netip.ParseAddr(bare)
+	_, notNumber := strconv.Atoi(s.listen)
+	switch {
+	case s.port < 0 || s.port > 65535:
+		return nil, message.Usage("the option --port has the value \"%d\": it must be at most 65535", s.port)
+	case err == nil && port != "" && s.portGiven:
+		return nil, message.Usage("--listen=%s and --port=%d both say the port", s.listen, s.port)
+	case err == nil && port == "":
+	case s.listen == "" && s.advertise:
+		host = ""
+	case s.listen == "":
+		host = "127.0.0.1"
+	case notAddress == nil || notNumber != nil && !strings.Contains(s.listen, ":"):
+		host = bare
+	default:
+		return net.Listen("tcp", s.listen) // or it says what is wrong
+	}
+	return net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(s.port)))
+}
+
+// advertisedAs returns the port that others on the local network are told.
+func (s *publishSettings) advertisedAs(l net.Listener) (uint16, error) {
+	address, err := netip.ParseAddrPort(l.Addr().String())
+	if err == nil && address.Addr().IsLoopback() {
+		err = fmt.Errorf("--advertise: others cannot connect to %s; leave --listen out, or name another address", address.Addr())
+	}
+	return address.Port(), err
+}
