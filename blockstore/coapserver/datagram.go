@@ -85,7 +85,7 @@ func (p *packets) serve(packet *coap.Packet) {
 func (p *packets) put(packet *coap.Packet) codes.Code {
 	r := &packet.Request
 	if !r.Block1.Present {
-		return p.store(r.Resource, r.Payload)
+		return p.store(packet, r.Payload)
 	}
 	host := packet.Peer
 	if addr, err := netip.ParseAddrPort(packet.Peer); err == nil {
@@ -99,7 +99,7 @@ func (p *packets) put(packet *coap.Packet) codes.Code {
 	}
 	whole := t.finish()
 	p.mu.Unlock()
-	code = p.store(r.Resource, whole)
+	code = p.store(packet, whole)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if t.complete {
@@ -110,10 +110,12 @@ func (p *packets) put(packet *coap.Packet) codes.Code {
 }
 
 // store stores a single block.
-func (p *packets) store(resource int, block []byte) codes.Code {
+func (p *packets) store(packet *coap.Packet, block []byte) codes.Code {
 	if !eris.BlockSize(len(block)).Valid() {
 		return codes.BadRequest
 	}
-	s := p.server
-	return s.putCode(s.config.Resources[resource].Sink.Put(s.ctx, eris.Sum(block), block))
+	s, ref := p.server, eris.Sum(block)
+	code := s.putCode(s.config.Resources[packet.Request.Resource].Sink.Put(s.ctx, ref, block))
+	s.requested(admission.Host(packet.Peer), "PUT", ref, code)
+	return code
 }

@@ -92,11 +92,12 @@ type getRequest struct {
 	resource uint8
 	last     bool         // nobody else may be asked, although clients may have others asked
 	source   fetch.Source // where the block comes from; nil if it is a document
+	client   string       // for the log of requests
 }
 
 // newGetRequest returns what a client at an address, as in [admission.Host], wants to get.
 func (s *Server) newGetRequest(r *coap.Request, access *Access, client string) getRequest {
-	g := getRequest{ref: r.Reference, size: r.Size, token: r.Token, block2: r.Block2, resource: uint8(r.Resource)}
+	g := getRequest{ref: r.Reference, size: r.Size, token: r.Token, block2: r.Block2, resource: uint8(r.Resource), client: client}
 	switch {
 	case r.Resource >= len(s.config.Resources):
 	case access.Relay != nil:
@@ -243,7 +244,9 @@ func (s *Server) get(ctx context.Context, l *lookup, r getRequest, f form) (code
 		block, ok = s.recent.get(r.resource, r.ref, l.memory[:0])
 	}
 	if !ok {
-		if block, code = s.find(ctx, l, r); code != codes.Content {
+		block, code = s.find(ctx, l, r)
+		s.requested(r.client, "GET", r.ref, code)
+		if code != codes.Content {
 			return code, nil, nil
 		}
 		if r.block2.Present && len(block) > r.block2.Unit() {
@@ -251,6 +254,12 @@ func (s *Server) get(ctx context.Context, l *lookup, r getRequest, f form) (code
 		}
 	}
 	return f.cut(slices.Clip(maxAgeOption), message.MaxAge, block, r.block2)
+}
+
+func (s *Server) requested(client, method string, ref eris.Reference, code codes.Code) {
+	if s.config.Requested != nil {
+		s.config.Requested(client, method, ref, code.String())
+	}
 }
 
 // find looks a block up in the store.

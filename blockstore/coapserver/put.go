@@ -134,6 +134,9 @@ func (c *conn) handOverBatch() {
 func (c *conn) putBatches(b *batch) {
 	for b != nil {
 		code := c.server.store(c.ctx, b)
+		for _, ref := range b.refs {
+			c.server.requested(c.client, "PUT", ref, code)
+		}
 		c.peer.Lock()
 		for _, answer := range b.answers {
 			c.peer.Respond(answer.token, code, block1Option(answer.block1, code), nil)

@@ -116,6 +116,10 @@ type Config struct {
 	// Log, if not nil, is given the errors of stores, at most about one per second. It must be safe
 	// for concurrent use.
 	Log func(err error)
+	// Requested, if not nil, is told what has been answered to a request for a block, or to store
+	// one: to which client, as in [admission.Host], and by which code. It must be safe for
+	// concurrent use.
+	Requested func(client, method string, ref eris.Reference, code string)
 
 	// Datagram is for ServePacket.
 	Datagram DatagramConfig

@@ -76,6 +76,8 @@ type Config struct {
 	RequestTimeout time.Duration
 	// IdleTimeout is for how long a connection may wait for a next request. Default 2 min.
 	IdleTimeout time.Duration
+	// Wrap, if not nil, returns a handler that has h answer requests, and logs them for example.
+	Wrap func(h http.Handler) http.Handler
 	// Log, if not nil, is given the errors of stores, at most about one per second, and told when
 	// connections are turned away. It must be safe for concurrent use, and not wait.
 	Log func(err error)
@@ -124,7 +126,11 @@ var ErrServerClosed = errors.New("server is closed")
 // closes the listener.
 func (s *Server) Serve(listener net.Listener, access Access) error {
 	gate := s.gates.New(s.config.MaxConnections, listener, s.config.Log)
-	server := gate.Server(s.handler(access))
+	handler := s.handler(access)
+	if s.config.Wrap != nil {
+		handler = s.config.Wrap(handler)
+	}
+	server := gate.Server(handler)
 	server.ReadHeaderTimeout = s.config.HeaderTimeout
 	server.ReadTimeout = s.config.RequestTimeout
 	server.WriteTimeout = 2 * s.config.RequestTimeout // net/http counts it from the end of the header

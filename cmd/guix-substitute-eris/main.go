@@ -39,6 +39,7 @@ var commands = []row{
 	{"decode", "ERIS", decodeCommand},
 	{"serve", "ERIS", serving.Serve},
 	{"publish", "ERIS", serving.Publish},
+	{"status", "ERIS", serving.Status},
 	{"export", "ERIS", exportCommand},
 	{"import", "ERIS", importCommand},
 	{"check", "ERIS", checkCommand},

@@ -41,7 +41,7 @@ type blockServer struct {
 //
 //	blockstore start NAME [OPTION]...  starts it, waits until it is ready, and sets
 //	                   NAME_UNIX, NAME_TCP, NAME_UDP and NAME_HTTP to its store
-//	                   URLs, the last one of each kind; its log is the file NAME.log
+//	                   URLs, the last one of each kind, NAME_STATUS to where its status is; its log is the file NAME.log
 //	blockstore stop NAME    ends it by SIGTERM; it must exit with status 0
 //	blockstore kill NAME    ends it by SIGKILL
 //	blockstore signal NAME SIGUSR1
@@ -114,6 +114,9 @@ func scriptBlockstore(ts *testscript.TestScript, neg bool, args []string) {
 // servingLine is a line that names what is listened on.
 var servingLine = regexp.MustCompile(`(?m)^guix-substitute-eris: serving on ((coap\+unix|coap\+tcp|coap\+ws|coap|http)://\S+) `)
 
+// statusLine names where the status is shown.
+var statusLine = regexp.MustCompile(`(?m)^guix-substitute-eris: status at (\S+)$`)
+
 // startBlockServer starts the program in a directory, with its log in a file, and waits until it is
 // ready. If it ends instead, the error is an [exec.ExitError].
 func startBlockServer(directory, log string, env []string, args ...string) (_ *blockServer, err error) {
@@ -164,6 +167,9 @@ func startBlockServer(directory, log string, env []string, args ...string) (_ *b
 	for _, match := range servingLine.FindAllSubmatch(text, -1) {
 		kind := map[string]string{"coap+unix": "UNIX", "coap+tcp": "TCP", "coap+ws": "WS", "coap": "UDP", "http": "HTTP"}[string(match[2])]
 		s.urls[kind] = string(match[1])
+	}
+	if match := statusLine.FindSubmatch(text); match != nil {
+		s.urls["STATUS"] = string(match[1])
 	}
 	return s, err
 }

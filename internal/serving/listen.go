@@ -162,7 +162,12 @@ func (e *endpoint) close() {
 
 // String returns the URL, and what is permitted, for messages.
 func (e *endpoint) String() string {
-	access := "nothing is permitted"
+	url, access := e.describe()
+	return url + " (" + access + ")"
+}
+
+func (e *endpoint) describe() (location, access string) {
+	access = "nothing"
 	switch {
 	case e.get && e.put:
 		access = "get, put"
@@ -175,5 +180,5 @@ func (e *endpoint) String() string {
 	if e.scheme != "coap+unix" {
 		address = strings.ReplaceAll(e.address, "%", "%25") // before the zone of an address
 	}
-	return fmt.Sprintf("%s://%s (%s)", e.scheme, address, access)
+	return e.scheme + "://" + address, access
 }

@@ -26,7 +26,9 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lan"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/serverlog"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/status"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
 
@@ -48,6 +50,7 @@ type publishSettings struct {
 	maxConnections                int
 	announce                      string
 	user                          runAs
+	log                           logSettings
 }
 
 // Publish is the command that serves narinfos and nars.
@@ -67,6 +70,7 @@ Options of "guix publish" have the same meaning here.`,
 	f.StringVar(&s.listen, "listen", "", "listen on `HOST`, a name or an address, or on HOST:PORT (default: 127.0.0.1, and all addresses with --advertise)")
 	f.IntVarP(&s.port, "port", "p", 8080, "listen on `PORT`")
 	s.user.flag(c)
+	s.log.flags(c)
 	f.BoolVarP(&s.advertise, "advertise", "a", false, "be found on the local network")
 	f.StringVar(&s.store, "store-dir", settings.StoreDirectory(), "the store directory that narinfos name is `DIRECTORY`")
 	f.StringVar(&s.root, "root", "", "the items are in `DIRECTORY`, if not in the store directory")
@@ -97,7 +101,7 @@ Options of "guix publish" have the same meaning here.`,
 			s.blocks = s.eris
 		}
 		s.portGiven = f.Changed("port")
-		if err := s.user.check(c.Name()); err != nil {
+		if err := errors.Join(s.user.check(c.Name()), s.log.open()); err != nil {
 			return err
 		}
 		l, err := s.open()
@@ -117,12 +121,25 @@ func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 		return err
 	}
 	defer closeHandler()
-	gate := admission.New(s.maxConnections, l, func(err error) { message.Log("%v; see --max-connections", err) })
-	server := gate.Server(handler)
+	gate := admission.New(s.maxConnections, l, func(err error) { s.log.Warn(err.Error() + "; see --max-connections") })
+	requests := &serverlog.Requests{Handler: handler, Log: s.log.access()}
+	started := time.Now()
+	page := &status.Server{
+		Title: "Substitute server", Collect: func() []status.Section { return publishSections(started, requests, gate) },
+		Healthy: func() error { return nil }, Warnings: s.log.Warnings,
+	}
+	server := gate.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if status.Serves(r.URL.Path) && status.OnThisMachine(r) {
+			page.ServeHTTP(w, r)
+			return
+		}
+		requests.ServeHTTP(w, r)
+	}))
 	var background sync.WaitGroup
 	defer background.Wait()
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
+	background.Go(func() { page.Run(ctx.Done()) })
 	if s.advertise {
 		port, err := s.advertisedAs(l)
 		if err != nil {
@@ -131,11 +148,11 @@ func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 		}
 		background.Go(func() {
 			if err := lan.Advertise(ctx, lan.Publish, port); err != nil {
-				message.Log("%v", err)
+				s.log.WarnError(err)
 			}
 		})
 	}
-	message.Log("publishing on http://%s", l.Addr())
+	s.log.Info("publishing on", "url", "http://"+l.Addr().String())
 	stopped := context.AfterFunc(ctx, func() {
 		// What is being fetched may take its time, but not for ever.
 		graceful, cancel := context.WithTimeout(context.Background(), 5*time.Second)
@@ -196,7 +213,7 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 		}
 		h, err = publish.NewAnnotator(publish.AnnotatorOptions{
 			Upstream: s.annotate, StoreDir: s.store, Root: s.root, Capabilities: capabilities, Deltas: deltas,
-			Nars: s.forms != "eris-fs", WaitFor: uint64(waitFor), Log: message.Log,
+			Nars: s.forms != "eris-fs", WaitFor: uint64(waitFor), Log: s.log.Warnf,
 		})
 		return h, nil, err
 	}
@@ -216,7 +233,7 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 		StoreDir: s.store, Root: s.root, Items: items, Key: key, Host: host, Capabilities: capabilities, Deltas: deltas,
 		WaitFor: uint64(waitFor), Compressions: guixCompressions(s.compressions), NarPath: s.narPath,
 		TTL: time.Duration(s.ttl), NegativeTTL: time.Duration(s.negativeTTL),
-		LogDirectory: logs, Log: message.Log, BlockStores: strings.Fields(s.announce),
+		LogDirectory: logs, Log: s.log.Warnf, BlockStores: strings.Fields(s.announce),
 	})
 	return h, nil, err
 }
@@ -245,7 +262,7 @@ func (s *publishSettings) capabilities(store fetch.Store, closers *[]func()) (*p
 	if err != nil {
 		return nil, err
 	}
-	c := publish.NewCapabilities(directory, store, message.Log)
+	c := publish.NewCapabilities(directory, store, s.log.Warnf)
 	c.Nar = nar
 	c.SetWorkers(max(1, s.workers))
 	*closers = append(*closers, c.Close)
@@ -290,7 +307,7 @@ func (s *publishSettings) deltasOf(store fetch.Store, closers *[]func()) (*publi
 		return nil, err
 	}
 	d := publish.NewDeltas(publish.DeltaOptions{
-		Directory: directory, MaxBytes: most, StoreDir: s.store, Root: s.root, Items: items, Store: store, Log: message.Log,
+		Directory: directory, MaxBytes: most, StoreDir: s.store, Root: s.root, Items: items, Store: store, Log: s.log.Warnf,
 	})
 	*closers = append(*closers, d.Close)
 	return d, nil

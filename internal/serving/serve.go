@@ -6,8 +6,10 @@ package serving
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -31,6 +33,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/status"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/systemd"
 )
 
@@ -44,6 +47,9 @@ type serveSettings struct {
 	stats, advertise        bool
 	advertised              uint16 // the port
 	user                    runAs
+	log                     logSettings
+	status                  string       // where the status is shown
+	statusListener          net.Listener // the same
 }
 
 // checkPeriod is how often it is looked whether the store still works.
@@ -80,6 +86,8 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 	f.StringArrayVar(&s.listen, "listen", nil, "listen at `URL` too; may be given several times")
 	f.StringArrayVar(&s.upstreams, "upstream", nil, "get what is not here from the store at `URL`, and keep it; may be given several times")
 	s.user.flag(c)
+	s.log.flags(c)
+	f.StringVar(&s.status, "status", "", "show the status to browsers and to monitoring of this machine, over HTTP at `ADDRESS`, 127.0.0.1:8183 for instance")
 	f.StringVar(&s.maxSize, "max-size", "", "keep blocks of at most `SIZE` in all, like 20GiB; the least recently used go (default: no limit)")
 	f.StringVar(&s.limitRate, "limit-rate", "", "receive, and send, at most at `RATE` in all, in bytes per second, like 2MiB (default: no limit)")
 	maxConnectionsFlag(c, &s.maxConnections, "per --listen and --socket ")
@@ -89,7 +97,7 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 		if s.stats {
 			return s.printStatistics()
 		}
-		if err := s.user.check(c.Name()); err != nil {
+		if err := errors.Join(s.user.check(c.Name()), s.log.open()); err != nil {
 			return err
 		}
 		return s.run(c.Context())
@@ -159,6 +167,12 @@ func (s *serveSettings) run(ctx context.Context) error {
 			return err
 		}
 		endpoints = append(endpoints, e)
+	}
+	if s.status != "" {
+		if s.statusListener, err = listenStatus(s.status); err != nil {
+			return err
+		}
+		defer s.statusListener.Close()
 	}
 	if err := s.user.become(); err != nil {
 		return err
@@ -256,9 +270,11 @@ func (s *serveSettings) openUpstreams(store *blockstore.Store, limiter *ratelimi
 		Pool: pool.Options{
 			State: sourcestate.Open(filepath.Join(directory, "upstreams")), Limiter: limiter,
 			OnFault: func(source string, err error) {
-				message.Log("upstream %s gave wrong bytes and is not asked again: %v", source, err)
+				s.log.Error("upstream gave wrong bytes and is not asked again:", "url", source, "error", err)
 			},
-			OnRest: func(source string, err error) { message.Log("upstream %s is left alone for a while: %v", source, err) },
+			OnRest: func(source string, err error) {
+				s.log.Warn("upstream is left alone for a while:", "url", source, "error", err)
+			},
 		},
 	})
 }
@@ -281,12 +297,12 @@ func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error
 	}
 	store, err := blockstore.Open(directory, options)
 	if errors.Is(err, blockstore.ErrDamaged) {
-		message.Log("%v; making it anew from the blocks", err)
+		s.log.Warn(err.Error() + "; making it anew from the blocks")
 		var blocks int64
 		if blocks, err = blockstore.Rebuild(ctx, directory); err != nil {
 			return nil, err
 		}
-		message.Log("%d blocks were found", blocks)
+		s.log.Info("the index is whole again", "blocks", blocks)
 		store, err = blockstore.Open(directory, options)
 	}
 	return store, err
@@ -298,18 +314,30 @@ func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error
 func (s *serveSettings) serveEndpoints(
 	ctx context.Context, store *blockstore.Store, from *relay.Relay, endpoints []*endpoint, timeout time.Duration,
 ) error {
-	logError := func(err error) { message.Log("%v", err) }
-	web := httpserver.New(httpserver.Config{Source: store, Sink: store.Put, MaxConnections: s.maxConnections, RequestTimeout: timeout, Log: logError})
+	logError := s.log.WarnError
+	web := httpserver.New(httpserver.Config{
+		Source: store, Sink: store.Put, MaxConnections: s.maxConnections, RequestTimeout: timeout, Log: logError, Wrap: s.log.requests,
+	})
 	started := time.Now()
 	var coap *coapserver.Server
-	stats := func() []byte { return statisticsOf(started, store, from, coap, web).text() }
-	coap, err := coapserver.New(coapserver.Config{
+	directory, err := s.blockDirectory()
+	if err != nil {
+		return err
+	}
+	collect := func() Statistics {
+		statistics := statisticsOf(started, store, from, coap, web)
+		statistics.Blocks.FreeBytes = freeBytes(directory)
+		return statistics
+	}
+	stats := func() []byte { return collect().text() }
+	coap, err = coapserver.New(coapserver.Config{
 		Resources: []coapserver.Resource{{Source: store, Sink: store}},
 		Documents: []coapserver.Document{{Path: statisticsPath, Format: uint16(coapmessage.AppJSON), Text: stats}},
 
 		MaxConnections: s.maxConnections,
 		MessageTimeout: timeout,
 		Log:            logError,
+		Requested:      s.log.blocks(),
 	})
 	if err != nil {
 		return err
@@ -318,7 +346,9 @@ func (s *serveSettings) serveEndpoints(
 	signal.Notify(asked, unix.SIGUSR1)
 	defer signal.Stop(asked)
 
-	failed := make(chan error, len(endpoints))
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	failed := make(chan error, len(endpoints)+1)
 	var group sync.WaitGroup
 	for _, e := range endpoints {
 		group.Go(func() {
@@ -337,16 +367,29 @@ func (s *serveSettings) serveEndpoints(
 				failed <- fmt.Errorf("serving on %v: %w", e, err)
 			}
 		})
-		message.Log("serving on %v", e)
+		url, access := e.describe()
+		s.log.Info("serving on", "url", url, "access", access)
 	}
 	if s.advertised != 0 {
 		group.Go(func() {
 			if err := lan.Advertise(ctx, lan.Blocks, s.advertised); err != nil {
-				message.Log("%v", err)
+				s.log.WarnError(err)
 			}
 		})
 	}
-	notify("READY=1")
+	if s.statusListener != nil {
+		page := &status.Server{
+			Title: "Block store", Collect: func() []status.Section { return collect().sections() }, Healthy: store.Err, Warnings: s.log.Warnings,
+		}
+		group.Go(func() { page.Run(ctx.Done()) })
+		group.Go(func() {
+			if err := serveStatus(ctx, s.statusListener, page); err != nil {
+				failed <- err
+			}
+		})
+		s.log.Info("status at", "url", "http://"+s.statusListener.Addr().String())
+	}
+	s.notify("READY=1")
 	check := time.NewTicker(checkPeriod)
 	defer check.Stop()
 	for err == nil && ctx.Err() == nil {
@@ -357,13 +400,14 @@ func (s *serveSettings) serveEndpoints(
 		case <-ctx.Done():
 		case err = <-failed:
 		case <-asked:
-			message.Log("statistics: %s", stats())
+			s.log.Info("asked by a signal:", "statistics", json.RawMessage(stats()))
 		}
 	}
 	if err == nil {
-		message.Log("stopping")
+		s.log.Info("stopping")
 	}
-	notify("STOPPING=1")
+	s.notify("STOPPING=1")
+	stop()
 	graceful, cancel := context.WithTimeout(context.Background(), stopTime)
 	defer cancel()
 	// What was acknowledged is durable already; clients that do not go are cut off.
@@ -385,8 +429,8 @@ func messageTimeout(rate int64) time.Duration {
 }
 
 // notify tells the service manager, if there is one.
-func notify(state string) {
+func (s *serveSettings) notify(state string) {
 	if err := systemd.Notify(state); err != nil {
-		message.Log("%v", err)
+		s.log.WarnError(err)
 	}
 }

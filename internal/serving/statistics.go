@@ -34,7 +34,8 @@ type Statistics struct {
 		Count1KiB  int64 `json:"count1KiB"`
 		Count32KiB int64 `json:"count32KiB"`
 		Bytes      int64 `json:"bytes"`
-		MaxBytes   int64 `json:"maxBytes"` // 0: no limit
+		FreeBytes  int64 `json:"freeBytes"` // on the disk; 0: not known
+		MaxBytes   int64 `json:"maxBytes"`  // 0: no limit
 	} `json:"blocks"`
 
 	// Since the start.

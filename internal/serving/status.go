@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package serving
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/http"
+	"net/netip"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/serverlog"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/status"
+)
+
+// Status is the command that shows what a running block store has and does.
+func Status() *cobra.Command {
+	var s serveSettings
+	c := &cobra.Command{
+		Short: "show what the running block store has and does",
+		Long: `Show what the block store of this machine that is running has and does: what
+"serve --stats" prints for programs.`,
+		Args: message.NoArguments,
+	}
+	c.Flags().StringVar(&s.socket, "socket", "", "ask the server at the Unix socket `PATH` (default: that of serve)")
+	c.RunE = func(*cobra.Command, []string) error {
+		socket, err := s.socketPath()
+		if err != nil {
+			return err
+		}
+		answer, err := AskStatistics(socket)
+		if err != nil {
+			return err
+		}
+		return status.Print("block store at "+socket, answer.sections())
+	}
+	return c
+}
+
+func number(text, name string, value int64) status.Figure {
+	return status.Figure{Text: text, Name: name, Value: float64(value)}
+}
+
+func yes(text, name, label string, value bool) status.Figure {
+	f := status.Figure{Text: text, Name: name, Label: label, Unit: "yes"}
+	if value {
+		f.Value = 1
+	}
+	return f
+}
+
+func size(text, name string, value int64) status.Figure {
+	return status.Figure{Text: text, Name: name, Value: float64(value), Unit: "bytes"}
+}
+
+// sections shows the statistics to people and to monitoring.
+func (s Statistics) sections() []status.Section {
+	blocks := []status.Figure{
+		number("blocks of 32 KiB", "blocks_32kib", s.Blocks.Count32KiB),
+		number("blocks of 1 KiB", "blocks_1kib", s.Blocks.Count1KiB),
+		size("size", "block_bytes", s.Blocks.Bytes),
+	}
+	if s.Blocks.MaxBytes > 0 {
+		blocks = append(blocks, size("size at most", "block_bytes_max", s.Blocks.MaxBytes))
+	}
+	if s.Blocks.FreeBytes > 0 {
+		blocks = append(blocks, size("free on disk", "disk_free_bytes", s.Blocks.FreeBytes))
+	}
+	sections := []status.Section{
+		{Title: "Blocks", Figures: append(blocks, number("evicted", "blocks_evicted_total", s.Evicted),
+			number("damaged", "blocks_damaged_total", s.Damaged)), Error: s.LastError},
+		{Title: "Requests", Figures: []status.Figure{
+			number("found", "gets_found_total", s.Got.Found), number("absent", "gets_absent_total", s.Got.Absent),
+			number("stored", "puts_total", s.Put.Acknowledged-s.Put.HeldAlready), number("held already", "puts_held_already_total", s.Put.HeldAlready),
+			number("not stored, by faults", "puts_failed_total", s.Put.Failed), number("waiting to be stored", "puts_waiting", int64(s.Put.Waiting)),
+		}},
+		clients("Clients by CoAP", "coap_", s.CoAP), clients("Clients by HTTP", "http_", s.HTTP),
+		{Title: "Program " + s.Version, Figures: []status.Figure{running(s.Started)}},
+	}
+	if s.Upstreams == nil {
+		return sections
+	}
+	sections = append(sections, status.Section{Title: "From upstreams", Figures: []status.Figure{
+		number("found", "upstream_found_total", s.Upstreams.Found), number("absent", "upstream_absent_total", s.Upstreams.Absent),
+		number("absent because nobody answered in time", "upstream_late_total", s.Upstreams.Late),
+		number("absent because the client had looked for too much", "upstream_refused_total", s.Upstreams.Refused),
+	}})
+	for _, u := range s.Upstreams.Stores {
+		sections = append(sections, u.section())
+	}
+	return sections
+}
+
+func (u storeStatistics) section() status.Section {
+	s := status.Section{Title: "Upstream " + u.URL, Error: u.LastError}
+	add := func(text, name, unit string, value float64) {
+		s.Figures = append(s.Figures, status.Figure{Text: text, Name: name, Label: u.URL, Value: value, Unit: unit})
+	}
+	add("received", "upstream_bytes_total", "bytes", float64(u.Bytes))
+	if u.Rate > 0 {
+		add("speed", "upstream_rate", "bytes/s", u.Rate)
+	}
+	if u.RoundTrip > 0 {
+		add("round trip", "upstream_round_trip_seconds", "seconds", u.RoundTrip)
+	}
+	add("requests", "upstream_requests_total", "", float64(u.Requests))
+	add("misses", "upstream_misses_total", "", float64(u.Misses))
+	add("failures", "upstream_failures_total", "", float64(u.Failures))
+	add("wrong bytes", "upstream_faults_total", "", float64(u.Faults))
+	s.Figures = append(s.Figures, yes("left alone for a while", "upstream_resting", u.URL, u.Resting),
+		yes("not asked any more, for wrong bytes", "upstream_banned", u.URL, u.Banned))
+	return s
+}
+
+func clients(title, prefix string, c connectionStatistics) status.Section {
+	return status.Section{Title: title, Figures: []status.Figure{
+		number("connections", prefix+"connections", c.Connections), number("accepted", prefix+"connections_accepted_total", c.Accepted),
+		number("turned away", prefix+"connections_turned_away_total", c.TurnedAway),
+	}}
+}
+
+func running(since time.Time) status.Figure {
+	return status.Figure{Text: "running for", Name: "uptime_seconds", Value: time.Since(since).Seconds(), Unit: "seconds"}
+}
+
+// freeBytes returns how many bytes there is room for below a directory, 0 if that is not known.
+func freeBytes(directory string) int64 {
+	var s unix.Statfs_t
+	if err := unix.Statfs(directory, &s); err != nil {
+		return 0
+	}
+	return int64(s.Bavail) * s.Bsize
+}
+
+// publishSections shows what a publisher has done.
+func publishSections(started time.Time, requests *serverlog.Requests, gate *admission.Gate) []status.Section {
+	c, g := requests.Counts(), gate.Stats()
+	return []status.Section{
+		{Title: "Requests", Figures: []status.Figure{
+			number("answered", "http_found_total", c.Found), number("for what is not here", "http_absent_total", c.Absent),
+			number("refused", "http_refused_total", c.Refused), number("failed", "http_failed_total", c.Failed), size("sent", "http_sent_bytes_total", c.Bytes),
+		}},
+		clients("Clients", "http_", connectionStatistics{g.Open, g.Accepted, g.TurnedAway}),
+		{Title: "Program", Figures: []status.Figure{running(started)}},
+	}
+}
+
+// listenStatus listens where the status is shown, which must be on this machine alone.
+func listenStatus(address string) (net.Listener, error) {
+	if a, err := netip.ParseAddrPort(address); err != nil || !a.Addr().IsLoopback() {
+		return nil, message.Usage("the option --status has the value %.100q: it must be an address of this machine alone and a port, like 127.0.0.1:8183", address)
+	}
+	return net.Listen("tcp", address)
+}
+
+// serveStatus shows the status to who comes to l, until ctx is done.
+func serveStatus(ctx context.Context, l net.Listener, s *status.Server) error {
+	const most = 16 // browsers have six
+	gate := admission.New(most, l, nil)
+	server := gate.Server(s)
+	stopped := context.AfterFunc(ctx, func() { server.Close() })
+	defer stopped()
+	if err := server.Serve(gate.Listener(l)); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
