@@ -80,8 +80,8 @@ func journal() bool {
 	return err == nil && os.Getenv("JOURNAL_STREAM") == fmt.Sprintf("%d:%d", s.Dev, s.Ino)
 }
 
-// handler writes a message with its attributes behind it: url, access (in parentheses) and error
-// (after a colon) without their names. It is a [slog.Handler].
+// handler writes a message with its attributes behind it: url, json, access (in parentheses) and
+// error (after a colon) without their names. It is a [slog.Handler].
 type handler struct {
 	log     *Log
 	json    slog.Handler // that writes, if not nil
@@ -111,6 +111,8 @@ func (h *handler) Handle(ctx context.Context, r slog.Record) error {
 			fmt.Fprintf(&b, " (%v)", a.Value)
 		case "error":
 			fmt.Fprintf(&b, ": %v", a.Value)
+		case "json":
+			fmt.Fprintf(&b, " %s", a.Value.Any())
 		default:
 			fmt.Fprintf(&b, " %s=%v", a.Key, a.Value)
 		}

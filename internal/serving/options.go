@@ -41,7 +41,7 @@ func (t *guixTime) Set(text string) error {
 	seconds, ok := map[string]uint64{"s": 1, "h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}[unit]
 	switch {
 	case err == nil && unit == "m":
-		return fmt.Errorf("Guix takes m for months, and others for minutes; write %ds or %dd", n*60, n*30)
+		return fmt.Errorf("months for Guix are minutes for others; write %ds or %dd", n*60, n*30)
 	case err != nil || !ok:
 		return errors.New("it must be a number below 65536 and a unit: s, h, d or w, like 36h or 5d")
 	}

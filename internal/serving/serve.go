@@ -400,7 +400,7 @@ func (s *serveSettings) serveEndpoints(
 		case <-ctx.Done():
 		case err = <-failed:
 		case <-asked:
-			s.log.Info("asked by a signal:", "statistics", json.RawMessage(stats()))
+			s.log.Info("statistics:", "json", json.RawMessage(stats()))
 		}
 	}
 	if err == nil {

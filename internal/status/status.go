@@ -255,7 +255,8 @@ func (s *Server) html() string {
 	return b.String()
 }
 
-// svg draws how much a counter has grown in each minute, as bars of 6 by 32 pixels at most.
+// svg draws how much a counter has grown in each minute, as bars of 32 pixels at most; nothing is
+// drawn of nothing.
 func svg(f Figure, rates [minutes]float64) string {
 	most, bars := 0.0, ""
 	for _, rate := range rates {
@@ -266,6 +267,9 @@ func svg(f Figure, rates [minutes]float64) string {
 			height := max(1, math.Round(rate/most*32))
 			bars += fmt.Sprintf(`<rect x="%d" y="%g" width="5" height="%g"/>`, i*6, 32-height, height)
 		}
+	}
+	if most == 0 {
+		return ""
 	}
 	f.Value = most
 	text := fmt.Sprintf("at most %s per minute", f)
