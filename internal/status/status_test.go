@@ -41,8 +41,8 @@ func TestRates(t *testing.T) {
 			}}}
 		})
 		done, ended := make(chan struct{}), make(chan struct{})
+		counter.Store(100)
 		go func() { defer close(ended); s.Run(done) }()
-		counter.Store(100) // before the first sample is taken, or after
 		synctest.Wait()
 		time.Sleep(time.Second)
 		counter.Add(10)
