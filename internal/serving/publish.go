@@ -26,9 +26,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lan"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/serverlog"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/status"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
 
@@ -122,19 +120,8 @@ func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 	}
 	defer closeHandler()
 	gate := admission.New(s.maxConnections, l, func(err error) { s.log.Warn(err.Error() + "; see --max-connections") })
-	requests := &serverlog.Requests{Handler: handler, Log: s.log.access()}
-	started := time.Now()
-	page := &status.Server{
-		Title: "Substitute server", Collect: func() []status.Section { return publishSections(started, requests, gate) },
-		Healthy: func() error { return nil }, Warnings: s.log.Warnings,
-	}
-	server := gate.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if status.Serves(r.URL.Path) && status.OnThisMachine(r) {
-			page.ServeHTTP(w, r)
-			return
-		}
-		requests.ServeHTTP(w, r)
-	}))
+	handler, page := s.withStatus(handler, gate)
+	server := gate.Server(handler)
 	var background sync.WaitGroup
 	defer background.Wait()
 	ctx, stop := context.WithCancel(ctx)

@@ -381,13 +381,12 @@ func (s *serveSettings) serveEndpoints(
 		page := &status.Server{
 			Title: "Block store", Collect: func() []status.Section { return collect().sections() }, Healthy: store.Err, Warnings: s.log.Warnings,
 		}
-		group.Go(func() { page.Run(ctx.Done()) })
+		s.log.Info("status at", "url", "http://"+s.statusListener.Addr().String())
 		group.Go(func() {
 			if err := serveStatus(ctx, s.statusListener, page); err != nil {
 				failed <- err
 			}
 		})
-		s.log.Info("status at", "url", "http://"+s.statusListener.Addr().String())
 	}
 	s.notify("READY=1")
 	check := time.NewTicker(checkPeriod)

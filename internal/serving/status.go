@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -151,6 +152,24 @@ func publishSections(started time.Time, requests *serverlog.Requests, gate *admi
 	}
 }
 
+// withStatus returns a handler that shows the status to this machine, and all else by the given
+// one; Run of the status must be under way.
+func (s *publishSettings) withStatus(handler http.Handler, gate *admission.Gate) (http.Handler, *status.Server) {
+	requests := &serverlog.Requests{Handler: handler, Log: s.log.access()}
+	started := time.Now()
+	page := &status.Server{
+		Title: "Substitute server", Collect: func() []status.Section { return publishSections(started, requests, gate) },
+		Healthy: func() error { return nil }, Warnings: s.log.Warnings,
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if status.Serves(r.URL.Path) && status.OnThisMachine(r) {
+			page.ServeHTTP(w, r)
+			return
+		}
+		requests.ServeHTTP(w, r)
+	}), page
+}
+
 // listenStatus listens where the status is shown, which must be on this machine alone.
 func listenStatus(address string) (net.Listener, error) {
 	if a, err := netip.ParseAddrPort(address); err != nil || !a.Addr().IsLoopback() {
@@ -162,6 +181,11 @@ func listenStatus(address string) (net.Listener, error) {
 // serveStatus shows the status to who comes to l, until ctx is done.
 func serveStatus(ctx context.Context, l net.Listener, s *status.Server) error {
 	const most = 16 // browsers have six
+	var sampling sync.WaitGroup
+	ctx, stop := context.WithCancel(ctx)
+	sampling.Go(func() { s.Run(ctx.Done()) })
+	defer sampling.Wait()
+	defer stop()
 	gate := admission.New(most, l, nil)
 	server := gate.Server(s)
 	stopped := context.AfterFunc(ctx, func() { server.Close() })
