@@ -26,6 +26,8 @@ const (
 	// maxStreamTransfers is how many blocks may be in the course of being received part by part, on
 	// one connection.
 	maxStreamTransfers = 32
+	// requestWindow is how many requests a client may have without an answer that it is asked.
+	requestWindow = 64
 )
 
 // conn serves the requests of one connection: as long as there is something to do, some goroutines
@@ -76,6 +78,7 @@ func newConn(s *Server, netConn net.Conn, access Access, idle func(bool)) *conn 
 	c.ctx, c.cancel = context.WithCancel(s.ctx)
 	c.peer = coap.NewConn(netConn, coap.Config{
 		Timeout: s.config.MessageTimeout, IdleTimeout: s.config.IdleTimeout, Pool: s.pool, Paths: s.paths, Handler: c,
+		KeepAlive: access.KeepAlive, Window: requestWindow,
 	})
 	c.room.L = c.peer
 	return c
@@ -84,6 +87,9 @@ func newConn(s *Server, netConn net.Conn, access Access, idle func(bool)) *conn 
 // serve serves the connection until it ends.
 func (c *conn) serve() {
 	defer c.cancel()
+	if c.access.Connected != nil {
+		defer c.access.Connected(c.peer, c.client)()
+	}
 	_ = c.peer.Run()
 	c.peer.Lock()
 	c.server.answerBytes.Add(-c.counted)

@@ -15,6 +15,7 @@ package coapserver
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -79,6 +80,13 @@ type Access struct {
 	// resource: see [fetch/relay.Relay.For], whose arguments it is given. It is called for each
 	// request, and must not wait.
 	Relay func(client string, hops int) fetch.Source
+	// Connected, if not nil, is told of each connection on a stream, over which the client, whose
+	// host is as for Relay, may be asked for blocks; 64 at a time, further requests wait. What it
+	// returns is called when the connection has ended.
+	Connected func(conn *coap.Conn, client string) (ended func())
+	// KeepAlive, if positive, is how often clients on streams are sent a Ping, so that their
+	// connections are kept though idle.
+	KeepAlive time.Duration
 	// Documents permits to get documents.
 	Documents bool
 	// Hosts are names by which browsers may know the server on WebSockets, besides the address that
@@ -306,6 +314,15 @@ func (s *Server) ServeConn(conn net.Conn, access Access) error {
 // serveConn is ServeConn. Idle is told when the connection begins, and ceases, to have nothing
 // under way; it must not wait.
 func (s *Server) serveConn(netConn net.Conn, access Access, idle func(bool)) error {
+	if secure, ok := netConn.(*tls.Conn); ok {
+		ctx, cancel := context.WithTimeout(s.ctx, handshakeTimeout)
+		err := secure.HandshakeContext(ctx)
+		cancel()
+		if err != nil {
+			netConn.Close()
+			return nil
+		}
+	}
 	c := newConn(s, netConn, access, idle)
 	s.mu.Lock()
 	if s.closing {

@@ -15,7 +15,7 @@ import (
 	ws "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/websocket"
 )
 
-// handshakeTimeout is how long a client may take to ask for a WebSocket.
+// handshakeTimeout is how long a client may take to ask for a WebSocket, or to agree on TLS.
 const handshakeTimeout = 30 * time.Second
 
 // ServeWebSocket is to WebSockets (RFC 8323, section 4) what Serve is to streams: it accepts HTTP

@@ -53,19 +53,29 @@ func scriptTranscript(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 // shellBlocks returns what a document of the project tells people to run.
-func shellBlocks(document string) (string, error) {
+func shellBlocks(document string) (string, error) { return blocksOf(document, "sh") }
+
+// blocksOf is shellBlocks for those that are marked in another way.
+func blocksOf(document, mark string) (string, error) {
 	text, err := os.ReadFile("../../docs/" + document)
 	script := "set -eu\n"
 	for i, part := range strings.Split(string(text), "\n```") {
-		if block, ok := strings.CutPrefix(part, "sh\n"); ok && i%2 == 1 {
+		if block, ok := strings.CutPrefix(part, mark+"\n"); ok && i%2 == 1 {
 			script += block + "\n"
 		}
 	}
 	return script, err
 }
 
-// document FILE runs what a document tells people to run.
+// document FILE runs what a document tells people to run; document FILE MARK SCRIPT writes that
+// which is marked as "sh MARK" to a file.
 func scriptDocument(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) == 3 {
+		script, err := blocksOf(args[0], "sh "+args[1])
+		ts.Check(err)
+		ts.Check(os.WriteFile(ts.MkAbs(args[2]), []byte(script), 0o666))
+		return
+	}
 	script, err := shellBlocks(args[0])
 	ts.Check(err)
 	cmd := exec.Command("sh", "-xc", script)

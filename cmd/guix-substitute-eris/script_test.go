@@ -123,7 +123,7 @@ var scriptCommands = map[string]scriptFunc{
 	"replace":    withUsage("FILE OLD NEW", scriptReplace),
 	"stat":       withUsage("FILE MODE", scriptStat),
 	"sameinode":  withUsage("FILE FILE", scriptSameInode),
-	"document":   withUsage("FILE", scriptDocument),
+	"document":   withUsage("FILE [MARK SCRIPT]", scriptDocument),
 	"measured":   withUsage("FILE URL BYTES DURATION", scriptMeasured),
 	"transcript": withUsage("FILE", scriptTranscript),
 	"database":   withUsage("DIRECTORY MANIFEST", scriptDatabase),

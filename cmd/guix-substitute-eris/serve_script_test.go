@@ -30,7 +30,7 @@ var blockServers sync.Map
 // A blockServer is the program, run as "serve" under something that plays a service manager.
 type blockServer struct {
 	cmd       *exec.Cmd
-	urls      map[string]string // UNIX, TCP, WS, UDP, HTTP: the last one of each kind
+	urls      map[string]string // UNIX, TCP, TLS, WS, UDP, HTTP: the last one of each kind
 	directory string            // of the socket for states
 	states    *net.UnixConn
 	ended     chan struct{}
@@ -40,7 +40,7 @@ type blockServer struct {
 // blockstore does something with a server of blocks:
 //
 //	blockstore start NAME [OPTION]...  starts it, waits until it is ready, and sets
-//	                   NAME_UNIX, NAME_TCP, NAME_UDP and NAME_HTTP to its store
+//	                   NAME_UNIX, NAME_TCP, NAME_TLS, NAME_UDP and NAME_HTTP to its store
 //	                   URLs, the last one of each kind, NAME_STATUS to where its status is; its log is the file NAME.log
 //	blockstore stop NAME    ends it by SIGTERM; it must exit with status 0
 //	blockstore kill NAME    ends it by SIGKILL
@@ -112,7 +112,7 @@ func scriptBlockstore(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 // servingLine is a line that names what is listened on.
-var servingLine = regexp.MustCompile(`(?m)^guix-substitute-eris: serving on ((coap\+unix|coap\+tcp|coap\+ws|coap|http)://\S+) `)
+var servingLine = regexp.MustCompile(`(?m)^guix-substitute-eris: serving on ((coap\+unix|coap\+tcp|coaps\+tcp|coap\+ws|coap|http)://\S+) `)
 
 // statusLine names where the status is shown.
 var statusLine = regexp.MustCompile(`(?m)^guix-substitute-eris: status at (\S+)$`)
@@ -165,7 +165,7 @@ func startBlockServer(directory, log string, env []string, args ...string) (_ *b
 	}
 	text, err := os.ReadFile(log)
 	for _, match := range servingLine.FindAllSubmatch(text, -1) {
-		kind := map[string]string{"coap+unix": "UNIX", "coap+tcp": "TCP", "coap+ws": "WS", "coap": "UDP", "http": "HTTP"}[string(match[2])]
+		kind := map[string]string{"coap+unix": "UNIX", "coap+tcp": "TCP", "coaps+tcp": "TLS", "coap+ws": "WS", "coap": "UDP", "http": "HTTP"}[string(match[2])]
 		s.urls[kind] = string(match[1])
 	}
 	if match := statusLine.FindSubmatch(text); match != nil {

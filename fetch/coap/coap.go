@@ -85,6 +85,22 @@ func Open(url string, options Options) (*Store, error) {
 	return s, nil
 }
 
+// OfConnection returns the store of the peer of a connection on a stream that somebody else has
+// made and runs: requests fail once it is over. The store is the well-known one, is only read,
+// answers from what it has itself (see [Options.HopLimit]), and is called by the name. It must be
+// closed, which does not end the connection.
+func OfConnection(conn *wire.Conn, name string) *Store {
+	s := &Store{name: name, options: Options{}.withDefaults(), url: storeurl.URL{Scheme: "coap+tcp", Get: true}}
+	s.blocks = wire.NewRequests([]string{".well-known", "eris"}, false)
+	s.blocks.HopLimit = 1
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.main = s.newLink()
+	s.main.closed = true // it makes no other
+	c := connection(conn)
+	s.main.present.Store(&c)
+	return s
+}
+
 // String returns the scheme and the host or socket of the store.
 func (s *Store) String() string { return s.name }
 

@@ -27,7 +27,10 @@ const (
 	maxHandshake = 16 << 10
 )
 
-var errSubprotocol = errors.New("server speaks WebSockets, but not CoAP over them")
+var (
+	errSubprotocol = errors.New("server speaks WebSockets, but not CoAP over them")
+	errNoStream    = errors.New("there are no connections by UDP")
+)
 
 // newConnection returns a connection that dial makes something for. Its Run must be called.
 func (s *Store) newConnection(dial func() (net.Conn, error)) connection {
@@ -39,6 +42,17 @@ func (s *Store) newConnection(dial func() (net.Conn, error)) connection {
 		})
 	}
 	return wire.NewConn(nil, wire.Config{Timeout: o.RequestTimeout, IdleTimeout: o.IdleTimeout, Window: o.Window, Pool: s.pool, Dial: dial})
+}
+
+// Dial makes a stream of its own to the server of the store, which is the caller's: for whoever
+// wants to be asked for blocks over it. By UDP there is none.
+func (s *Store) Dial(ctx context.Context) (net.Conn, error) {
+	if s.url.Scheme == "coap" {
+		return nil, errNoStream
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.options.DialTimeout)
+	defer cancel()
+	return s.dial(ctx)
 }
 
 // dial makes a stream, or a socket of UDP, which makes no connection but may have to look a name

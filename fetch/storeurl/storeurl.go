@@ -53,7 +53,7 @@ type scheme struct {
 var schemes = [...]scheme{
 	{name: "coap+unix", listen: true},
 	{name: "coap+tcp", port: 5683, listen: true}, // RFC 8323, section 8
-	{name: "coaps+tcp", port: 5684},
+	{name: "coaps+tcp", port: 5684, listen: true},
 	{name: "coap", port: 5683, listen: true}, // RFC 7252, section 6
 	{name: "coap+ws", port: 80, listen: true},
 	{name: "coaps+ws", port: 443},

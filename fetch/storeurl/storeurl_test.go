@@ -179,8 +179,8 @@ func TestParseListen(t *testing.T) {
 	for text, want := range map[string]string{
 		"127.0.0.1:8181":          `endpoint "127.0.0.1:…": it begins with no scheme; write coap+tcp://127.0.0.1:8181 or http://127.0.0.1:8181`,
 		":8080":                   `endpoint ":…": it begins with no scheme; write coap+tcp://:8080 or http://:8080`,
-		"blocks":                  `endpoint "blocks": it begins with no scheme; schemes are coap+unix, coap+tcp, coap, coap+ws, http`,
-		"https://127.0.0.1":       `endpoint "https://127.0.0.1": the scheme is not understood; schemes are coap+unix, coap+tcp, coap, coap+ws, http`,
+		"blocks":                  `endpoint "blocks": it begins with no scheme; schemes are coap+unix, coap+tcp, coaps+tcp, coap, coap+ws, http`,
+		"https://127.0.0.1":       `endpoint "https://127.0.0.1": the scheme is not understood; schemes are coap+unix, coap+tcp, coaps+tcp, coap, coap+ws, http`,
 		"http://127.0.0.1/base":   `endpoint "http://127.0.0.1": blocks are always served at the same path; leave it out`,
 		"coap+tcp://:5683/store":  `endpoint "coap+tcp://:5683": blocks are always served at the same path; leave it out`,
 		"http://127.0.0.1?static": `endpoint "http://127.0.0.1": "static" in the query is not understood; there may be get, put, relay`,

@@ -46,6 +46,10 @@ type Config struct {
 	// IdleTimeout is for how long the connection is kept while neither side sends requests. It must
 	// be positive.
 	IdleTimeout time.Duration
+	// KeepAlive, if positive, is how often the peer is sent a Ping, so that the connection is kept
+	// although neither side sends requests, by whatever is in between as well. It is at its end if
+	// nothing comes, and less than 4 KiB goes, until the next one.
+	KeepAlive time.Duration
 	// Window is the most requests of ours that are without an answer at a time, at most 65536;
 	// further ones wait.
 	Window int
@@ -91,11 +95,14 @@ type Conn struct {
 	released  bool // we have announced the end
 	expired   bool // the peer had its time after that
 	receiving bool // a message has begun, and the reader waits for the rest
+	asks      bool // the peer has made requests
+	pinged    bool // nothing has come since the last Ping
 
 	tick       uint32
 	progress   uint32 // tick of the last progress
 	lastUse    uint32 // tick of the last request or answer
 	moved      int64  // bytes of payloads at the last progress
+	pingMoved  int64  // bytes that had been sent at the last Ping
 	useless    int    // messages of no use that the peer may yet send
 	peer       Capabilities
 	introduced chan struct{} // closed when peer is known, or the connection is at its end
@@ -252,6 +259,13 @@ func (c *Conn) AwaitPeer(ctx context.Context, timeout time.Duration) (Capabiliti
 	return c.peer, nil
 }
 
+// Asks reports whether the peer has made requests.
+func (c *Conn) Asks() bool {
+	c.Lock()
+	defer c.Unlock()
+	return c.asks
+}
+
 // Close ends the connection at once. All exchanges fail with the error. It does not wait.
 func (c *Conn) Close(err error) {
 	c.Lock()
@@ -392,10 +406,21 @@ func (c *Conn) watch() {
 	idle := uint32(min(c.config.IdleTimeout/period, 1<<31))
 	ticker := time.NewTicker(period)
 	defer ticker.Stop()
+	var pings <-chan time.Time
+	if c.config.KeepAlive > 0 {
+		ticker := time.NewTicker(c.config.KeepAlive)
+		defer ticker.Stop()
+		pings = ticker.C
+	}
 	for {
 		select {
 		case <-c.done:
 			return
+		case <-pings:
+			if !c.ping() {
+				c.Close(fmt.Errorf("%w (%v)", ErrSilent, c.config.KeepAlive))
+			}
+			continue
 		case <-ticker.C:
 		}
 		c.Lock()
@@ -418,6 +443,18 @@ func (c *Conn) watch() {
 			c.Release(0, errIdle)
 		}
 	}
+}
+
+// ping sends a Ping. It reports whether there was a sign of life since the last one.
+func (c *Conn) ping() bool {
+	c.Lock()
+	defer c.Unlock()
+	if c.pinged && c.queue.moved-c.pingMoved < progressBytes {
+		return false
+	}
+	c.pinged, c.pingMoved, c.lastUse = true, c.queue.moved, c.tick
+	c.Respond(Token{}, codes.Ping, nil, nil)
+	return true
 }
 
 // age returns for how many ticks the oldest request has been without an answer. The lock must be
@@ -449,6 +486,7 @@ func (c *Conn) setReceiving(receiving bool) {
 	c.receiving, c.stalled = receiving, receiving
 	if c.requests > 0 {
 		c.progress, c.lastUse = c.tick, c.tick
+		c.asks, c.pinged = true, false
 		c.useless = min(c.useless+uselessPerUseful*c.requests, uselessMessages)
 		c.requests = 0
 	}
@@ -608,6 +646,7 @@ func (c *Conn) control(head Head, body []byte) error {
 	if err := c.count(0, 1); err != nil {
 		return err
 	}
+	c.pinged = false
 	switch head.Code {
 	case codes.Ping, codes.Pong, codes.Release:
 		if err := checkSignal(body); err != nil {
@@ -622,6 +661,7 @@ func (c *Conn) control(head Head, body []byte) error {
 		}
 		closeOnce(c.introduced)
 	case codes.Ping:
+		c.lastUse = c.tick
 		c.Respond(head.Token, codes.Pong, nil, nil)
 	case codes.Release:
 		c.draining = true

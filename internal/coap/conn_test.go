@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -108,5 +109,49 @@ func TestBothWays(t *testing.T) {
 		if len(h.taken) != count/10 || !bytes.Equal(h.taken[0], handlers[1-i].block) {
 			t.Errorf("%d blocks were taken", len(h.taken))
 		}
+	}
+}
+
+// TestKeepAlive checks that a connection that one side keeps alive outlives the time of both for
+// idle ones, and ends when the other side is gone without a word.
+func TestKeepAlive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		near, far := net.Pipe()
+		gone := make(chan struct{})
+		config := Config{Timeout: time.Minute, IdleTimeout: 2 * time.Minute, Window: 1, Pool: NewPool()}
+		other := NewConn(vanishing{far, gone}, config)
+		config.KeepAlive = 30 * time.Second
+		c := NewConn(near, config)
+		var runs sync.WaitGroup
+		runs.Go(func() { _ = c.Run() })
+		runs.Go(func() { _ = other.Run() })
+		time.Sleep(time.Hour)
+		for _, c := range []*Conn{c, other} {
+			if _, err := c.State(); err != nil {
+				t.Error(err)
+			}
+		}
+		close(gone)
+		time.Sleep(61 * time.Second)
+		if _, err := c.State(); !errors.Is(err, ErrSilent) {
+			t.Errorf("the connection ended by %v", err)
+		}
+		far.Close()
+		runs.Wait()
+	})
+}
+
+// vanishing is a connection whose side says nothing any more once it is gone.
+type vanishing struct {
+	net.Conn
+	gone chan struct{}
+}
+
+func (v vanishing) Write(p []byte) (int, error) {
+	select {
+	case <-v.gone:
+		return len(p), nil
+	default:
+		return v.Conn.Write(p)
 	}
 }

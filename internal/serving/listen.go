@@ -3,6 +3,7 @@
 package serving
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -10,12 +11,15 @@ import (
 	"net/netip"
 	"net/url"
 	"os/user"
+	"path/filepath"
 	"strconv"
 	"strings"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/relay"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/systemd"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/unixsocket"
@@ -23,18 +27,20 @@ import (
 
 // An endpoint is where blocks are served, and to whom what is permitted there.
 type endpoint struct {
-	scheme   string   // coap+unix, coap+tcp, coap+ws, coap (UDP) or http
+	scheme   string   // coap+unix, coap+tcp, coaps+tcp, coap+ws, coap (UDP) or http
 	address  string   // host:port, or the path of a socket
 	hosts    []string // the host as it was given, by which browsers may know it, too
 	get, put bool
 	relay    bool // what the store does not have may be got from elsewhere
+
+	connected func(conn *coap.Conn, client string) (ended func()) // see [coapserver.Access]
 
 	listener net.Listener   // unless the scheme is coap
 	packets  net.PacketConn // if it is
 }
 
 // serveNetworks are the schemes of endpoints, and the networks to listen on.
-var serveNetworks = map[string]string{"coap+unix": "unix", "coap+tcp": "tcp", "coap+ws": "tcp", "coap": "udp", "http": "tcp"}
+var serveNetworks = map[string]string{"coap+unix": "unix", "coap+tcp": "tcp", "coaps+tcp": "tcp", "coap+ws": "tcp", "coap": "udp", "http": "tcp"}
 
 // parseEndpoint reads the URL of --listen; see [storeurl.ParseListen].
 func parseEndpoint(text string) (endpoint, error) {
@@ -134,12 +140,30 @@ func advertisedPort(endpoints []*endpoint) (uint16, error) {
 	return 0, errors.New("--advertise: others cannot connect to any address; name one by --listen=coap+tcp://[::]:5683")
 }
 
+// access returns what clients by CoAP may do.
+func (e *endpoint) access(from *relay.Relay) coapserver.Access {
+	return coapserver.Access{
+		Get: e.get, Put: e.put, Relay: e.relayBy(from), Connected: e.connected, Documents: e.scheme == "coap+unix", Hosts: e.hosts,
+	}
+}
+
 // relayBy returns how clients get what the store does not have; nil if they do not.
 func (e *endpoint) relayBy(r *relay.Relay) func(client string, hops int) fetch.Source {
 	if r == nil || !e.relay {
 		return nil
 	}
 	return r.For
+}
+
+// secure has TLS spoken where the scheme says so, with a certificate in the directory of the
+// blocks.
+func (e *endpoint) secure(directory string) error {
+	if e.scheme != "coaps+tcp" {
+		return nil
+	}
+	c, err := certificate(filepath.Join(directory, "tls.pem"))
+	e.listener = tls.NewListener(e.listener, &tls.Config{Certificates: []tls.Certificate{c}, NextProtos: []string{"coap"}})
+	return err
 }
 
 // limit bounds how fast bytes come and go.

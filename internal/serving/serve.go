@@ -24,6 +24,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/httpserver"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/peers"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/relay"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
@@ -42,9 +43,10 @@ type serveSettings struct {
 	directory, socket       string
 	socketMode, socketGroup string
 	listen, upstreams       []string
+	peers                   []string
 	maxSize, limitRate      string
 	maxConnections          int
-	stats, advertise        bool
+	stats, advertise, relay bool
 	advertised              uint16 // the port
 	user                    runAs
 	log                     logSettings
@@ -67,6 +69,8 @@ func Serve() *cobra.Command {
 else --listen says. URLs of --listen are
 
   coap+tcp://HOST:PORT    CoAP over TCP
+  coaps+tcp://HOST:PORT   CoAP over TLS, with the certificate and key in tls.pem
+                          in the directory of the blocks, made if need be
   coap+ws://HOST:PORT     CoAP over WebSockets, at the path /.well-known/coap
   coap://HOST:PORT        CoAP over UDP
   coap+unix:///PATH       CoAP over a further Unix socket
@@ -74,7 +78,9 @@ else --listen says. URLs of --listen are
 
 Whoever can connect may get blocks. What the store does not have comes from the
 stores that --upstream names, if the client is on a Unix socket, or the URL says
-"?relay"; it is kept. To put blocks is permitted on Unix sockets,
+"?relay"; it is kept. With --relay, it also comes from machines that have
+connected, by --peer, for example, and for all clients but those by coap://,
+whose URL must say "?relay". To put blocks is permitted on Unix sockets,
 and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 		Args: message.NoArguments,
 	}
@@ -85,6 +91,8 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 	f.StringVar(&s.socketGroup, "socket-group", "", "these sockets belong to `GROUP`")
 	f.StringArrayVar(&s.listen, "listen", nil, "listen at `URL` too; may be given several times")
 	f.StringArrayVar(&s.upstreams, "upstream", nil, "get what is not here from the store at `URL`, and keep it; may be given several times")
+	f.StringArrayVar(&s.peers, "peer", nil, "connect to the server at `URL` and give it blocks over that connection, if it asks (--relay); may be given several times")
+	f.BoolVar(&s.relay, "relay", false, "get what is not here from the machines that are connected (--peer), for clients by every URL but coap://, and keep it")
 	s.user.flag(c)
 	s.log.flags(c)
 	f.StringVar(&s.status, "status", "", "show the status to browsers and to monitoring of this machine, over HTTP at `ADDRESS`, 127.0.0.1:8183 for instance")
@@ -186,15 +194,24 @@ func (s *serveSettings) run(ctx context.Context) error {
 			return errors.Join(err, store.Close())
 		}
 	}
+	directory, _ := s.blockDirectory() // of the store, which is open
 	in, out := ratelimit.New(rate, 0), ratelimit.New(rate, 0)
 	for _, e := range endpoints {
 		e.limit(in, out)
+		if err := e.secure(directory); err != nil {
+			return errors.Join(err, store.Close())
+		}
 	}
-	from, err := s.openUpstreams(store, in)
+	peers, err := s.openPeers(in, out)
 	if err != nil {
 		return errors.Join(err, store.Close())
 	}
-	err = s.serveEndpoints(ctx, store, from, endpoints, messageTimeout(rate))
+	connected := s.newGroup(endpoints)
+	from, err := s.openUpstreams(store, connected, in)
+	if err != nil {
+		return errors.Join(err, store.Close())
+	}
+	err = s.serveEndpoints(ctx, store, from, peers, endpoints, messageTimeout(rate))
 	if from != nil {
 		err = errors.Join(err, from.Close())
 	}
@@ -226,7 +243,7 @@ func (s *serveSettings) endpoints(passed []*endpoint) ([]*endpoint, error) {
 		}
 		endpoints = append(endpoints, &e)
 	}
-	if len(endpoints)+len(passed) == 0 {
+	if len(endpoints)+len(passed)+len(s.peers) == 0 {
 		return nil, errors.New("there is nothing to listen on; name something by --socket or --listen")
 	}
 	return endpoints, nil
@@ -252,21 +269,21 @@ func (s *serveSettings) blockDirectory() (string, error) {
 	return directory, nil
 }
 
-// openUpstreams returns what gets blocks from elsewhere; nil if there is nowhere. The limiter is of
-// what is received.
-func (s *serveSettings) openUpstreams(store *blockstore.Store, limiter *ratelimit.Limiter) (*relay.Relay, error) {
-	if len(s.upstreams) == 0 {
+// openUpstreams returns what gets blocks from elsewhere, also from those who are connected unless
+// that is nil; nil if there is nowhere. The limiter is of what is received.
+func (s *serveSettings) openUpstreams(store *blockstore.Store, connected *peers.Group, limiter *ratelimit.Limiter) (*relay.Relay, error) {
+	if len(s.upstreams) == 0 && connected == nil {
 		return nil, nil
 	}
-	if len(s.upstreams) > relay.MaxUpstreams {
-		return nil, fmt.Errorf("--upstream: there may be %d at most", relay.MaxUpstreams)
+	if len(s.upstreams) > maxUpstreams {
+		return nil, fmt.Errorf("--upstream: there may be %d at most", maxUpstreams)
 	}
 	directory, err := s.blockDirectory()
 	if err != nil {
 		return nil, err
 	}
 	return relay.New(store, relay.Options{
-		Open: func(hops int) ([]pool.Member, error) { return settings.OpenStores(s.upstreams, hops) },
+		Open: func(hops int) ([]pool.Member, error) { return s.openMembers(connected, hops) },
 		Pool: pool.Options{
 			State: sourcestate.Open(filepath.Join(directory, "upstreams")), Limiter: limiter,
 			OnFault: func(source string, err error) {
@@ -312,7 +329,7 @@ func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error
 // store takes no more blocks; SIGUSR1 has the statistics written to the log. From then on, further
 // signals end the program at once.
 func (s *serveSettings) serveEndpoints(
-	ctx context.Context, store *blockstore.Store, from *relay.Relay, endpoints []*endpoint, timeout time.Duration,
+	ctx context.Context, store *blockstore.Store, from *relay.Relay, peers []peer, endpoints []*endpoint, timeout time.Duration,
 ) error {
 	logError := s.log.WarnError
 	web := httpserver.New(httpserver.Config{
@@ -355,13 +372,13 @@ func (s *serveSettings) serveEndpoints(
 			var err error
 			switch {
 			case e.packets != nil:
-				err = coap.ServePacket(e.packets, coapserver.Access{Get: e.get, Put: e.put, Relay: e.relayBy(from)})
+				err = coap.ServePacket(e.packets, e.access(from))
 			case e.scheme == "coap+ws":
-				err = coap.ServeWebSocket(e.listener, coapserver.Access{Get: e.get, Put: e.put, Relay: e.relayBy(from), Hosts: e.hosts})
+				err = coap.ServeWebSocket(e.listener, e.access(from))
 			case e.scheme == "http":
 				err = web.Serve(e.listener, httpserver.Access{Get: e.get, Put: e.put, Relay: e.relayBy(from), Hosts: e.hosts})
 			default:
-				err = coap.Serve(e.listener, coapserver.Access{Get: e.get, Put: e.put, Relay: e.relayBy(from), Documents: e.scheme == "coap+unix"})
+				err = coap.Serve(e.listener, e.access(from))
 			}
 			if !errors.Is(err, coapserver.ErrServerClosed) && !errors.Is(err, httpserver.ErrServerClosed) {
 				failed <- fmt.Errorf("serving on %v: %w", e, err)
@@ -387,6 +404,9 @@ func (s *serveSettings) serveEndpoints(
 				failed <- err
 			}
 		})
+	}
+	for _, p := range peers {
+		group.Go(func() { p.serve(ctx, coap, s.log) })
 	}
 	s.notify("READY=1")
 	check := time.NewTicker(checkPeriod)

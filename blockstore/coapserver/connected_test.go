@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package coapserver_test
+
+import (
+	"bufio"
+	"errors"
+	"net"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
+)
+
+// TestConnected asks a client for more than it may be asked for at a time.
+func TestConnected(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server, err := coapserver.New(coapserver.Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var conn *coap.Conn
+		ended := false
+		connected := func(c *coap.Conn, client string) func() {
+			conn = c
+			return func() { ended = true }
+		}
+		near, far := net.Pipe()
+		var group sync.WaitGroup
+		group.Go(func() { server.ServeConn(near, coapserver.Access{Get: true, Connected: connected}) })
+		var gets atomic.Int32
+		group.Go(func() {
+			for r := bufio.NewReader(far); ; {
+				m, err := coaptest.Read(r)
+				if err != nil {
+					return
+				}
+				if m.Code == codes.GET {
+					gets.Add(1)
+				}
+			}
+		})
+		far.Write(coaptest.CSM)
+		synctest.Wait()
+		store := coap.NewRequests([]string{".well-known", "eris"}, false)
+		for range 100 {
+			group.Add(1)
+			conn.Start(&coap.Exchange{Store: store, Size: eris.BlockSize1KiB, Done: func(x *coap.Exchange) {
+				if x.Err == nil {
+					t.Error("an answer")
+				}
+				group.Done()
+			}})
+		}
+		synctest.Wait()
+		if n := gets.Load(); n != 64 {
+			t.Errorf("%d requests were made at a time", n)
+		}
+		conn.Close(errors.New("the test is over"))
+		far.Close()
+		group.Wait()
+		if !ended {
+			t.Error("nobody is told of the end")
+		}
+		server.Close()
+	})
+}

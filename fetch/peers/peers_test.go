@@ -1,0 +1,305 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package peers_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/peers"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
+)
+
+func newBlock() (eris.Reference, []byte) {
+	block := make([]byte, eris.BlockSize1KiB)
+	rand.Read(block)
+	return eris.Sum(block), block
+}
+
+// group is a group with the connections of its peers, whose other ends are played.
+type group struct {
+	*peers.Group
+	source fetch.Source
+	runs   sync.WaitGroup
+	conns  []*coap.Conn
+	liars  atomic.Value // the last one
+}
+
+func newGroup() *group {
+	g := &group{}
+	g.Group = peers.New(func(host string, _ error) { g.liars.Store(host) })
+	g.source = g.Source()
+	return g
+}
+
+// close ends all connections.
+func (g *group) close() {
+	g.source.Close()
+	for _, c := range g.conns {
+		c.Close(errors.New("the test is over"))
+	}
+	g.runs.Wait()
+}
+
+// join adds a peer, played by a function, and returns its connection.
+func (g *group) join(host string, play func(far net.Conn)) *coap.Conn {
+	near, far := net.Pipe()
+	c := coap.NewConn(near, coap.Config{Timeout: time.Minute, IdleTimeout: time.Hour, Window: 64, Pool: coap.NewPool()})
+	ended := g.Join(c, host)
+	g.conns = append(g.conns, c)
+	g.runs.Go(func() {
+		_ = c.Run()
+		ended()
+	})
+	g.runs.Go(func() {
+		play(far)
+		far.Close()
+	})
+	return c
+}
+
+// store is a peer that has some blocks, right or wrong, and counts what it is asked.
+type store struct {
+	blocks map[eris.Reference][]byte
+	asked  atomic.Int32
+	delay  time.Duration
+}
+
+func (s *store) play(far net.Conn) {
+	source := fetch.NewWorkers(1, func(_ context.Context, ref eris.Reference, size eris.BlockSize, _ []byte) ([]byte, error) {
+		s.asked.Add(1)
+		time.Sleep(s.delay)
+		if block := s.blocks[ref]; len(block) == int(size) {
+			return block, nil
+		}
+		return nil, eris.ErrNotFound
+	})
+	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Source: named{source}}}, IdleTimeout: time.Hour})
+	if err != nil {
+		panic(err)
+	}
+	_ = server.ServeConn(far, coapserver.Access{Get: true})
+	source.Close()
+}
+
+type named struct{ *fetch.Workers }
+
+func (named) String() string { return "memory:" }
+
+func (g *group) get(t *testing.T, ref eris.Reference) ([]byte, error) {
+	return fetch.Get(t.Context(), g.source, ref, eris.BlockSize1KiB, nil)
+}
+
+// want checks that a block can be had.
+func (g *group) want(t *testing.T, ref eris.Reference, block []byte) {
+	t.Helper()
+	if got, err := g.get(t, ref); err != nil || !bytes.Equal(got, block) {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+}
+
+// TestOrder checks that no block is asked of more than three peers, and that who has given one is
+// asked first the next time.
+func TestOrder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGroup()
+		defer g.close()
+		if _, err := g.get(t, eris.Reference{}); !errors.Is(err, eris.ErrNotFound) {
+			t.Error(err)
+		}
+		giver := &store{blocks: map[eris.Reference][]byte{}}
+		for range 50 {
+			ref, block := newBlock()
+			giver.blocks[ref] = block
+		}
+		var others [8]store
+		asked := func() (n int32) {
+			for i := range others {
+				n += others[i].asked.Load()
+			}
+			return n
+		}
+		g.join("giver", giver.play)
+		for i := range others {
+			g.join(fmt.Sprint("other", i), others[i].play)
+		}
+		for range 3 { // in three rounds every one of the nine is asked
+			before := asked() + giver.asked.Load()
+			ref, _ := newBlock()
+			if _, err := g.get(t, ref); !errors.Is(err, eris.ErrNotFound) {
+				t.Error(err)
+			}
+			if n := asked() + giver.asked.Load() - before; n != peers.MaxAsked {
+				t.Errorf("%d peers were asked", n)
+			}
+		}
+		if n := giver.asked.Load(); n != 1 {
+			t.Errorf("a peer was asked %d times", n)
+		}
+		first := true
+		for ref, block := range giver.blocks {
+			before := asked()
+			g.want(t, ref, block)
+			if n := asked() - before; n > 0 && !first {
+				t.Errorf("%d were asked before who has given all before", n)
+			}
+			first = false
+		}
+	})
+}
+
+// TestConsumers checks that clients that make requests themselves are asked last, one for a block,
+// and in the end not at all; and that two peers of one host do not count for more than one.
+func TestConsumers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGroup()
+		defer g.close()
+		consumer := func(far net.Conn) {
+			c := coap.NewConn(far, coap.Config{Timeout: time.Minute, IdleTimeout: time.Hour, Window: 64, Pool: coap.NewPool()})
+			done := make(chan struct{})
+			c.Start(&coap.Exchange{Store: coap.NewDocument([]string{"some"}), Done: func(*coap.Exchange) { close(done) }})
+			g.runs.Go(func() { <-done })
+			_ = c.Run()
+		}
+		for i := range 20 {
+			g.join(fmt.Sprint("consumer", i), consumer)
+		}
+		var twins [2]store
+		for i := range twins {
+			g.join("twins", twins[i].play)
+		}
+		synctest.Wait()
+		for range 100 {
+			ref, _ := newBlock()
+			before := twins[0].asked.Load() + twins[1].asked.Load()
+			if _, err := g.get(t, ref); !errors.Is(err, eris.ErrNotFound) {
+				t.Error(err)
+			}
+			if n := twins[0].asked.Load() + twins[1].asked.Load() - before; n != 1 {
+				t.Errorf("%d peers of one host were asked", n)
+			}
+		}
+	})
+}
+
+// TestLiar checks that a peer that gives wrong bytes is dropped, and that its host is not asked
+// again when it is back, until later.
+func TestLiar(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGroup()
+		defer g.close()
+		ref, block := newBlock()
+		second, secondBlock := newBlock()
+		liar := &store{blocks: map[eris.Reference][]byte{ref: secondBlock, second: block}}
+		c := g.join("liar", liar.play)
+		time.Sleep(time.Second)
+		if _, err := g.get(t, ref); !errors.Is(err, eris.ErrNotFound) {
+			t.Error(err)
+		}
+		var wrong *eris.BlockError
+		if _, err := c.State(); !errors.As(err, &wrong) {
+			t.Errorf("the connection ended by %v", err)
+		}
+		if g.liars.Load() != "liar" {
+			t.Error("nobody is told of the liar")
+		}
+		honest := &store{blocks: map[eris.Reference][]byte{ref: block, second: secondBlock}}
+		g.join("liar", liar.play)
+		g.join("honest", honest.play)
+		g.want(t, ref, block)
+		g.want(t, second, secondBlock)
+		if n := liar.asked.Load(); n != 1 {
+			t.Errorf("the liar was asked %d times", n)
+		}
+		time.Sleep(11 * time.Minute)
+		third, _ := newBlock()
+		g.get(t, third)
+		if n := liar.asked.Load(); n != 2 {
+			t.Errorf("the liar was asked %d times after a while", n)
+		}
+		g.want(t, ref, block)
+	})
+}
+
+// TestSilent checks that silent peers hold nobody up for long, and are left alone after that, and
+// that one that answers slowly is not taken for silent.
+func TestSilent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGroup()
+		defer g.close()
+		silent := func(far net.Conn) {
+			far.Write(coaptest.CSM)
+			for b := make([]byte, 1000); ; {
+				if _, err := far.Read(b); err != nil {
+					return
+				}
+			}
+		}
+		for i := range 3 {
+			g.join(fmt.Sprint("silent", i), silent)
+		}
+		begin := time.Now()
+		ref, block := newBlock()
+		if _, err := g.get(t, ref); !errors.Is(err, eris.ErrNotFound) || time.Since(begin) > 1400*time.Millisecond {
+			t.Errorf("%v after %v", err, time.Since(begin))
+		}
+		slow := &store{blocks: map[eris.Reference][]byte{ref: block}, delay: 100 * time.Millisecond}
+		for range 14 {
+			ref, block := newBlock()
+			slow.blocks[ref] = block
+		}
+		g.join("slow", slow.play)
+		begin = time.Now()
+		var gets sync.WaitGroup
+		for ref, block := range slow.blocks { // one after the other in the store of the peer: 1.5 s
+			gets.Go(func() { g.want(t, ref, block) })
+		}
+		gets.Wait()
+		if took := time.Since(begin); took > 2*time.Second {
+			t.Errorf("15 blocks took %v", took)
+		}
+	})
+}
+
+// TestFlood checks that a peer that sends what was not asked for is dropped.
+func TestFlood(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGroup()
+		defer g.close()
+		_, block := newBlock()
+		c := g.join("flood", func(far net.Conn) {
+			far.Write(coaptest.CSM)
+			go bufio.NewReader(far).WriteTo(discard{})
+			for i := uint32(1); ; i++ {
+				if _, err := far.Write(coaptest.Stream(codes.Content, coaptest.Token(i), nil, block)); err != nil {
+					return
+				}
+			}
+		})
+		synctest.Wait()
+		if _, err := c.State(); err == nil || !strings.Contains(err.Error(), "too much that was not requested") {
+			t.Errorf("the connection ended by %v", err)
+		}
+	})
+}
+
+type discard struct{}
+
+func (discard) Write(p []byte) (int, error) { return len(p), nil }

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package serving
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/peers"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/relay"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
+)
+
+// keepAlive is how often connections to --peer are used at least: routers that translate addresses
+// forget those that are not, some after a minute.
+const keepAlive = 30 * time.Second
+
+// Rests between connections to a --peer.
+const leastPeerRest, mostPeerRest = time.Second, 5 * time.Minute
+
+var errEnded = errors.New("the connection has ended")
+
+// peer is a server that is given blocks over a connection that we have made.
+type peer struct {
+	*coap.Store
+	in, out *ratelimit.Limiter // of what is received, and sent
+}
+
+// openPeers returns the servers that are named by --peer.
+func (s *serveSettings) openPeers(in, out *ratelimit.Limiter) (peers []peer, err error) {
+	for _, url := range s.peers {
+		if _, err := storeurl.ParseScheme(url, "coap+tcp", "coaps+tcp", "coap+ws", "coaps+ws", "coap+unix"); err != nil {
+			return nil, fmt.Errorf("--peer: %w", err)
+		}
+		store, err := coap.Open(url, coap.Options{})
+		if err != nil {
+			return nil, fmt.Errorf("--peer: %w", err)
+		}
+		peers = append(peers, peer{store, in, out})
+	}
+	return peers, nil
+}
+
+// newGroup returns the group of those who connect to the endpoints, whose other clients get what
+// they have; nil without --relay. By UDP senders can be forged, so that these clients only do where
+// the URL says so.
+func (s *serveSettings) newGroup(endpoints []*endpoint) *peers.Group {
+	if !s.relay {
+		return nil
+	}
+	g := peers.New(func(host string, err error) {
+		s.log.Error("peer gave wrong bytes and is not asked for a while:", "host", host, "error", err)
+	})
+	for _, e := range endpoints {
+		e.relay = e.relay || e.get && e.packets == nil
+		if e.scheme != "coap+unix" {
+			e.connected = g.Join
+		}
+	}
+	return g
+}
+
+// maxUpstreams leaves room for the group.
+const maxUpstreams = relay.MaxUpstreams - 1
+
+// openMembers opens the upstreams, whose requests are to say that they may go through so many
+// servers, and the group unless it is nil. Where there is one, upstreams may not ask theirs: peers
+// are never asked for a relay of peers.
+func (s *serveSettings) openMembers(connected *peers.Group, hops int) ([]pool.Member, error) {
+	if connected == nil {
+		return settings.OpenStores(s.upstreams, hops)
+	}
+	members, err := settings.OpenStores(s.upstreams, 1)
+	// What comes over connections of the server is within its limit already.
+	return append(members, pool.Member{Source: connected.Source(), Local: true}), err
+}
+
+// serve connects to the peer, and again whenever that has ended, and gives it the blocks of the
+// store, and nothing that is got from elsewhere for it, until ctx is done.
+func (p peer) serve(ctx context.Context, server *coapserver.Server, log logSettings) {
+	defer p.Close()
+	rest := backoff.Backoff{Min: leastPeerRest, Max: mostPeerRest}
+	for ctx.Err() == nil {
+		began := time.Now()
+		conn, err := p.Dial(ctx)
+		if err == nil {
+			log.Info("serving the peer", "url", p.String())
+			_ = server.ServeConn(ratelimit.Conn(conn, p.in, p.out), coapserver.Access{Get: true, KeepAlive: keepAlive})
+			err = errEnded
+		}
+		if time.Since(began) > keepAlive {
+			rest.Succeed()
+		}
+		wait := rest.Fail(time.Now(), 0)
+		if ctx.Err() == nil {
+			log.Warn("the peer is tried again:", "url", p.String(), "in", wait.Round(time.Second).String(), "error", err)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+	}
+}
