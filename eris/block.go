@@ -82,3 +82,22 @@ func Decrypt(dst, block []byte, key Key, level int) {
 	}
 	chacha20.XORKeyStream(dst, block, (*[32]byte)(&key), byte(level))
 }
+
+// EncodeLeaves makes the blocks of leaves, which may be of different contents but must have the
+// same block size: it encrypts leaves in place, and writes their references to refs, of which there
+// must be as many. Many leaves at a time take much less time than one by one. The last leaf of a
+// content must have been padded by [PadLeaf].
+func EncodeLeaves(refs []Reference, leaves [][]byte, secret ConvergenceSecret) {
+	keys := make([][32]byte, len(leaves))
+	blake2lanes.Sum256(keys, leaves, (*[32]byte)(&secret))
+	for i, leaf := range leaves {
+		chacha20.XORKeyStream(leaf, leaf, &keys[i], 0)
+	}
+	SumAll(refs, leaves)
+}
+
+// PadLeaf writes the padding of a last leaf of which the first n bytes are the end of the content.
+func PadLeaf(leaf []byte, n int) {
+	leaf[n] = padMark
+	clear(leaf[n+1:])
+}

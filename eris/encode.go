@@ -20,6 +20,10 @@ type EncodeOptions struct {
 	BlockSize BlockSize         // 0: the size that BlockSizeFor returns for the length of the content
 	Secret    ConvergenceSecret // zero: the null convergence secret
 	Workers   int               // goroutines that hash, encrypt and put; below 1: runtime.GOMAXPROCS(0)
+	// Leaves, if not nil, is told the pairs of the leaves, of which the first has the given number,
+	// instead of the sink being given their blocks: [EncodeLeaves] makes them again. It must not
+	// keep the pairs, and is called as the sink is.
+	Leaves func(first int64, pairs []Pair)
 }
 
 // A worker takes this many bytes of content at a time. For small blocks it is exactly a subtree of
@@ -72,10 +76,10 @@ func Encode(ctx context.Context, r io.Reader, sink Sink, options EncodeOptions) 
 		if workers < 1 {
 			workers = runtime.GOMAXPROCS(0)
 		}
-		return encodeParallel(ctx, io.MultiReader(bytes.NewReader(content), r), sink, size, options.Secret, workers)
+		return encodeParallel(ctx, io.MultiReader(bytes.NewReader(content), r), sink, size, options, workers)
 	}
-	w := newEncodeWorker(sink, size, options.Secret)
-	pairs, err := w.encode(ctx, pad(content, size))
+	w := newEncodeWorker(sink, size, options)
+	pairs, err := w.encode(ctx, 0, pad(content, size))
 	if err != nil {
 		return ReadCapability{}, err
 	}
@@ -146,28 +150,35 @@ type encodeWorker struct {
 	levels [levelSmall + 1]levelEncoder // those of internal nodes are for turns that are subtrees
 	nodes  []byte                       // the plaintexts of one level of internal nodes
 	pairs  []Pair
+	leaves func(first int64, pairs []Pair)
 }
 
-func newEncodeWorker(sink Sink, size BlockSize, secret ConvergenceSecret) *encodeWorker {
+func newEncodeWorker(sink Sink, size BlockSize, options EncodeOptions) *encodeWorker {
 	w := new(encodeWorker)
 	for level := range w.levels {
 		w.levels[level] = levelEncoder{level: level, size: size, sink: sink}
 	}
-	w.levels[0].secret = &secret
+	w.levels[0].secret = &options.Secret
+	if w.leaves = options.Leaves; w.leaves != nil {
+		w.levels[0].sink = nil
+	}
 	return w
 }
 
-// encode encodes whole leaves in place. The pairs are valid until the next call.
-func (w *encodeWorker) encode(ctx context.Context, plaintext []byte) ([]Pair, error) {
+// encode encodes the whole leaves of a turn in place. The pairs are valid until the next call.
+func (w *encodeWorker) encode(ctx context.Context, number int64, plaintext []byte) ([]Pair, error) {
 	var err error
 	w.pairs, err = w.levels[0].encode(ctx, w.pairs[:0], plaintext)
+	if err == nil && w.leaves != nil {
+		w.leaves(number*int64(turn/w.levels[0].size), w.pairs)
+	}
 	return w.pairs, err
 }
 
 // encodeSubtree encodes content in place, of which every node up to the top level is full, and
 // returns the one pair there. It goes level by level, for nodes to be hashed many at a time.
-func (w *encodeWorker) encodeSubtree(ctx context.Context, content []byte) (Pair, error) {
-	if _, err := w.encode(ctx, content); err != nil {
+func (w *encodeWorker) encodeSubtree(ctx context.Context, number int64, content []byte) (Pair, error) {
+	if _, err := w.encode(ctx, number, content); err != nil {
 		return Pair{}, err
 	}
 	for level := 1; level < len(w.levels); level++ {
@@ -210,7 +221,7 @@ type encodedTurn struct {
 	pairs []Pair
 }
 
-func encodeParallel(ctx context.Context, r io.Reader, sink Sink, size BlockSize, secret ConvergenceSecret, workers int) (ReadCapability, error) {
+func encodeParallel(ctx context.Context, r io.Reader, sink Sink, size BlockSize, options EncodeOptions, workers int) (ReadCapability, error) {
 	p := &parallelEncoder{
 		size: size, most: workers * waitingTurns,
 		reader:  r,
@@ -227,7 +238,7 @@ func encodeParallel(ctx context.Context, r io.Reader, sink Sink, size BlockSize,
 	})
 	defer stop()
 	for range workers {
-		group.Go(func() error { return p.work(groupCtx, newEncodeWorker(sink, size, secret)) })
+		group.Go(func() error { return p.work(groupCtx, newEncodeWorker(sink, size, options)) })
 	}
 	if err := group.Wait(); err != nil {
 		return ReadCapability{}, err
@@ -247,7 +258,7 @@ func (p *parallelEncoder) work(ctx context.Context, w *encodeWorker) error {
 		}
 		var encoded encodedTurn
 		if p.size == BlockSize1KiB && !last {
-			root, err := w.encodeSubtree(ctx, content)
+			root, err := w.encodeSubtree(ctx, number, content)
 			if err != nil {
 				return err
 			}
@@ -256,7 +267,7 @@ func (p *parallelEncoder) work(ctx context.Context, w *encodeWorker) error {
 			if last {
 				content = pad(content, p.size)
 			}
-			pairs, err := w.encode(ctx, content)
+			pairs, err := w.encode(ctx, number, content)
 			if err != nil {
 				return err
 			}

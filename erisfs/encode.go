@@ -27,6 +27,10 @@ type EncodeOptions struct {
 	Secret eris.ConvergenceSecret
 	// Workers is how many files are encoded at a time; a core each by default.
 	Workers int
+	// File, if not nil, is called for each file, by several goroutines: path is as in [Entry], size
+	// in bytes. It returns the sink for inner nodes of the file, and what is told its leaves, as in
+	// [eris.EncodeOptions]. The sink of [Encode] is given the blocks of the index then.
+	File func(path string, size uint64) (inner eris.Sink, leaves func(first int64, pairs []eris.Pair))
 }
 
 // A Result is a tree that has been encoded.
@@ -198,8 +202,12 @@ func (e *encoder) contents() (nar.Chunk, error) {
 
 // encode encodes the contents of a file.
 func (e *encoder) encode(entry *Entry, r *contentsReader, workers int) (err error) {
-	entry.Capability, err = eris.Encode(e.ctx, r, e.sink,
-		eris.EncodeOptions{BlockSize: eris.BlockSizeFor(int64(r.length)), Secret: e.options.Secret, Workers: workers})
+	o := eris.EncodeOptions{BlockSize: eris.BlockSizeFor(int64(r.length)), Secret: e.options.Secret, Workers: workers}
+	sink := e.sink
+	if e.options.File != nil {
+		sink, o.Leaves = e.options.File(entry.Path, r.length)
+	}
+	entry.Capability, err = eris.Encode(e.ctx, r, sink, o)
 	if err != nil {
 		return fmt.Errorf("file %.300q: %w", entry.Path, err)
 	}

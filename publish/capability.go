@@ -46,18 +46,19 @@ type Encoding struct {
 // Encode encodes the file tree at path, which may be a single file, and puts its blocks into sink;
 // nil is nowhere. A tree that ERIS-FS cannot express, because it has empty directories or names
 // that are not UTF-8, is encoded as the archive that it makes, so that each store item has a
-// capability. The zero secret is that of everything that is published.
-func Encode(ctx context.Context, path string, sink eris.Sink, secret eris.ConvergenceSecret) (Encoding, error) {
+// capability; all of its blocks are put into sink then, whatever the options say of leaves. The
+// zero options are those of everything that is published.
+func Encode(ctx context.Context, path string, sink eris.Sink, o erisfs.EncodeOptions) (Encoding, error) {
 	tree := nar.NewTree(path)
 	defer tree.Close()
-	r, err := erisfs.Encode(ctx, tree, sink, erisfs.EncodeOptions{Secret: secret})
+	r, err := erisfs.Encode(ctx, tree, sink, o)
 	if err == nil {
 		return Encoding{r.Capability, "eris-fs", r.NarHash, r.NarSize, r.Index.Len()}, nil
 	}
 	if !errors.Is(err, erisfs.ErrNotRepresentable) {
 		return Encoding{}, fmt.Errorf("encoding %s: %w", path, err)
 	}
-	e, err := encodeArchive(ctx, path, sink, secret)
+	e, err := encodeArchive(ctx, path, sink, o.Secret)
 	if err != nil {
 		return Encoding{}, fmt.Errorf("encoding %s: %w", path, err)
 	}
@@ -474,7 +475,7 @@ func (c *Capabilities) encode(path string, narHash [sha256.Size]byte) (eris.Read
 		pipeline = fetch.NewPipeline(c.ctx, c.store)
 		sink = pipeline.Put
 	}
-	e, err := Encode(c.ctx, path, sink, eris.ConvergenceSecret{})
+	e, err := Encode(c.ctx, path, sink, erisfs.EncodeOptions{})
 	var compressed *knownNar
 	switch {
 	case err != nil || e.NarHash != narHash:

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
@@ -384,7 +385,7 @@ func (e *exporter) exportBlocks(ctx context.Context, it *exportItem, tree string
 	encoding, err := Encode(ctx, tree, func(ctx context.Context, ref eris.Reference, block []byte) error {
 		e.o.Got(len(block))
 		return pipeline.Put(ctx, ref, block)
-	}, eris.ConvergenceSecret{})
+	}, erisfs.EncodeOptions{})
 	if err2 := pipeline.Flush(); err == nil && err2 != nil {
 		err = fmt.Errorf("storing the blocks of %s: %w", path, err2)
 	}

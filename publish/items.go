@@ -25,6 +25,8 @@ type Items interface {
 	// Item returns the item whose file name has the given hash part. The error wraps [ErrNoItem] if
 	// there is none.
 	Item(ctx context.Context, hashPart string) (*narinfo.Narinfo, error)
+	// Names returns the file names of all items, in any order.
+	Names(ctx context.Context) ([]string, error)
 }
 
 // ErrNoItem is returned for a store item that there is not.
@@ -182,6 +184,30 @@ func (d *Database) item(ctx context.Context, db *sql.DB, hashPart string) (*nari
 	return n, nil
 }
 
+// Names implements [Items].
+func (d *Database) Names(ctx context.Context) (names []string, err error) {
+	err = d.read(ctx, func(db *sql.DB) error {
+		names = nil
+		rows, err := db.QueryContext(ctx, "SELECT path FROM ValidPaths")
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			var path string
+			if err := rows.Scan(&path); err != nil {
+				return err
+			}
+			names = append(names, filepath.Base(path))
+		}
+		return rows.Err()
+	})
+	if err != nil {
+		return nil, fmt.Errorf("listing the items in %s: %w", d.name, err)
+	}
+	return names, nil
+}
+
 // A Directory is a directory of narinfos, named HASH.narinfo, as [Items]: what a server has once
 // said about items that are in a store.
 type Directory string
@@ -203,6 +229,24 @@ func (d Directory) Item(_ context.Context, hashPart string) (*narinfo.Narinfo, e
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	return n, nil
+}
+
+// Names implements [Items].
+func (d Directory) Names(ctx context.Context) (names []string, err error) {
+	entries, err := os.ReadDir(string(d))
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range entries {
+		if hashPart, ok := strings.CutSuffix(e.Name(), ".narinfo"); ok {
+			n, err := d.Item(ctx, hashPart)
+			if err != nil {
+				return nil, err
+			}
+			names = append(names, filepath.Base(n.StorePath))
+		}
+	}
+	return names, nil
 }
 
 // A Manifest is a list of items as [Items].
@@ -277,4 +321,12 @@ func Closure(ctx context.Context, items Items, storeDir string, paths []string) 
 		}
 	}
 	return closure, nil
+}
+
+// Names implements [Items].
+func (m Manifest) Names(context.Context) (names []string, err error) {
+	for _, n := range m {
+		names = append(names, filepath.Base(n.StorePath))
+	}
+	return names, nil
 }

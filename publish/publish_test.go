@@ -28,6 +28,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/content"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
@@ -328,7 +329,7 @@ func TestEncodeForms(t *testing.T) {
 	} {
 		path := filepath.Join(directory, filepath.Base(items[hash].StorePath))
 		store := newMemoryStore()
-		e, err := publish.Encode(context.Background(), path, store.Put, eris.ConvergenceSecret{})
+		e, err := publish.Encode(context.Background(), path, store.Put, erisfs.EncodeOptions{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -348,13 +349,13 @@ func TestEncodeForms(t *testing.T) {
 			r.Close()
 		}
 	}
-	if _, err := publish.Encode(context.Background(), directory+"/absent", nil, eris.ConvergenceSecret{}); err == nil {
+	if _, err := publish.Encode(context.Background(), directory+"/absent", nil, erisfs.EncodeOptions{}); err == nil {
 		t.Error("nothing can be encoded")
 	}
 	failing := newMemoryStore()
 	failing.fail = errors.New("no")
 	for _, name := range []string{"00000000000000000000000000000004-empty-directory", "00000000000000000000000000000005-large"} {
-		if _, err := publish.Encode(context.Background(), directory+"/"+name, failing.Put, eris.ConvergenceSecret{}); err == nil {
+		if _, err := publish.Encode(context.Background(), directory+"/"+name, failing.Put, erisfs.EncodeOptions{}); err == nil {
 			t.Errorf("%s: no error", name)
 		}
 	}

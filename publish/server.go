@@ -48,6 +48,8 @@ type ServerOptions struct {
 	Capabilities *Capabilities
 	// Deltas has deltas of the items; nil has none.
 	Deltas *Deltas
+	// Blocks serves blocks, at /uri-res/N2R; nil if none are served.
+	Blocks http.Handler
 	// WaitFor is the length in bytes of the largest archive of an item that a request waits to be
 	// encoded for, if it does not take too long: see [Capabilities.FindSoon]. The capability of
 	// another one is in the narinfo when it has been computed; until then the narinfo, without it,
@@ -150,6 +152,9 @@ func NewServer(o ServerOptions) (*Server, error) {
 			path = "/" + o.NarPath
 		}
 		s.mux.HandleFunc("GET "+path+"/{item}", func(w http.ResponseWriter, r *http.Request) { s.nar(w, r, form) })
+	}
+	if o.Blocks != nil {
+		s.mux.Handle("GET /uri-res/N2R", o.Blocks)
 	}
 	if o.Deltas != nil {
 		s.mux.HandleFunc("GET /delta/", func(w http.ResponseWriter, r *http.Request) {

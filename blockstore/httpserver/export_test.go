@@ -6,5 +6,5 @@ import "net/http"
 
 // ServeHTTP answers a request without a connection.
 func (s *Server) ServeHTTP(w http.ResponseWriter, access Access, r *http.Request) {
-	s.handler(access).ServeHTTP(w, r)
+	s.Handler(access).ServeHTTP(w, r)
 }

@@ -66,7 +66,7 @@ func FuzzRequest(f *testing.F) {
 		defer server.Close()
 		store.put = eris.Reference{}
 		w := httptest.NewRecorder()
-		server.handler(Access{Get: true, Put: true}).ServeHTTP(w, r)
+		server.Handler(Access{Get: true, Put: true}).ServeHTTP(w, r)
 		answer := w.Result()
 		query, _ := url.PathUnescape(r.URL.RawQuery)
 		switch {

@@ -126,7 +126,7 @@ var ErrServerClosed = errors.New("server is closed")
 // closes the listener.
 func (s *Server) Serve(listener net.Listener, access Access) error {
 	gate := s.gates.New(s.config.MaxConnections, listener, s.config.Log)
-	handler := s.handler(access)
+	handler := s.Handler(access)
 	if s.config.Wrap != nil {
 		handler = s.config.Wrap(handler)
 	}
@@ -213,8 +213,9 @@ func (s *Server) stop() []*http.Server {
 	return s.servers
 }
 
-// handler answers requests.
-func (s *Server) handler(access Access) http.Handler {
+// Handler returns what answers requests, for servers that serve other things too: they bound
+// connections and times themselves. The server must be closed after them.
+func (s *Server) Handler(access Access) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !s.requests.TryAcquire(1) {
 			w.Header().Set("Retry-After", "1")

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/term"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dump"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
@@ -298,7 +299,7 @@ func encodeTree(ctx context.Context, path string, sink eris.Sink, secret eris.Co
 	if err != nil {
 		return encodeResult{}, err
 	}
-	e, err := publish.Encode(ctx, path, sink, secret)
+	e, err := publish.Encode(ctx, path, sink, erisfs.EncodeOptions{Secret: secret})
 	return encodeResult{
 		URN: e.Capability.URN(), Form: e.Form, NarHash: "sha256:" + nixbase32.EncodeToString(e.NarHash[:]),
 		NarSize: e.NarSize, Files: e.Files,

@@ -22,6 +22,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
@@ -244,7 +245,7 @@ func testHostileStores(t *testing.T, idle bool) {
 		}
 	}
 	blocks := &blockMap{}
-	e, err := publish.Encode(t.Context(), tree, blocks.Put, eris.ConvergenceSecret{})
+	e, err := publish.Encode(t.Context(), tree, blocks.Put, erisfs.EncodeOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}

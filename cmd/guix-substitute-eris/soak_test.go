@@ -33,6 +33,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -113,7 +114,7 @@ func newSoak(t *testing.T) *soak {
 		if _, err := nar.Write(&archive, nar.NewTree(tree)); err != nil {
 			t.Fatal(err)
 		}
-		encoding, err := publish.Encode(t.Context(), tree, s.blocks.Put, eris.ConvergenceSecret{})
+		encoding, err := publish.Encode(t.Context(), tree, s.blocks.Put, erisfs.EncodeOptions{})
 		if err != nil {
 			t.Fatal(err)
 		}

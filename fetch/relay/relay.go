@@ -65,7 +65,7 @@ const (
 
 // Store is what a relay needs of the store of its server.
 type Store interface {
-	// Source answers before Start returns. What it returns is not verified.
+	// Source answers soon, without asking others: clients wait. What it returns is not verified.
 	fetch.Source
 	// PutBatch stores blocks, as [pool.Keeper] has it.
 	PutBatch(ctx context.Context, refs []eris.Reference, blocks [][]byte) error
@@ -83,7 +83,7 @@ type Options struct {
 // Relay is safe for concurrent use.
 type Relay struct {
 	store  Store
-	looks  sync.Pool // of *fetch.Request
+	looks  sync.Pool // of *look
 	memory sync.Pool // of *[32768]byte
 	pools  [levels]*pool.Pool
 	wake   chan struct{} // there is a request to start, or the first one under way
@@ -122,7 +122,7 @@ func New(store Store, options Options) (*Relay, error) {
 		store: store, wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{}),
 		active: map[*ticket]struct{}{}, clients: map[string]*client{},
 	}
-	r.looks.New = func() any { return new(fetch.Request) }
+	r.looks.New = newLook
 	r.memory.New = func() any { return new([eris.BlockSize32KiB]byte) }
 	for i := range r.pools {
 		members, err := options.Open(levels - i)
@@ -284,20 +284,34 @@ func (r *Relay) clientOf(name string) *client {
 
 // find looks a block up in the store. It reports whether upstreams may be asked.
 func (r *Relay) find(q *fetch.Request) (goOn bool) {
-	look := r.looks.Get().(*fetch.Request)
+	look := r.looks.Get().(*look)
 	defer r.looks.Put(look)
-	*look = fetch.Request{Pair: q.Pair, Size: q.Size, Dst: q.Dst, Done: func(*fetch.Request) {}, Held: look.Held}
-	r.store.Start(look)
+	look.Pair, look.Size, look.Dst = q.Pair, q.Size, q.Dst
+	r.store.Start(&look.Request)
+	<-look.done
 	q.Block, q.Err = look.Block, look.Err
 	goOn = errors.Is(q.Err, eris.ErrNotFound)
 	if goOn && q.Size == eris.BlockSize32KiB {
 		// A client that does not know the size tries this one first. A block has one size only.
 		look.Size = eris.BlockSize1KiB
-		r.store.Start(look)
+		r.store.Start(&look.Request)
+		<-look.done
 		goOn = look.Err != nil
 	}
 	look.Dst, look.Block = nil, nil
 	return goOn
+}
+
+// look is a request of the store.
+type look struct {
+	fetch.Request
+	done chan struct{}
+}
+
+func newLook() any {
+	l := &look{done: make(chan struct{}, 1)}
+	l.Done = func(*fetch.Request) { l.done <- struct{}{} }
+	return l
 }
 
 // keeper is the store of the server in a pool, in which blocks have been looked up already.

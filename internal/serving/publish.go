@@ -17,9 +17,9 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/httpserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
@@ -32,23 +32,23 @@ import (
 
 // publishSettings are the options of publish.
 type publishSettings struct {
-	listen, store, root, annotate string
-	publicKey, privateKey         string
-	database, manifest, narinfos  string
-	eris                          string // "true", "false", or the URL of the store for blocks
-	blocks, cache                 string // blocks is this URL, too
-	forms                         string
-	compressions                  []string
-	deltas                        string // how many bytes of them are kept
-	ttl, negativeTTL              guixTime
-	logs, narPath                 string
-	waitFor                       string // how many bytes
-	port, workers                 int
-	portGiven, advertise          bool
-	maxConnections                int
-	announce                      string
-	user                          runAs
-	log                           logSettings
+	itemSettings
+	listen, annotate      string
+	publicKey, privateKey string
+	eris                  string // "true", "false", or the URL of the store for blocks
+	blocks, cache         string // blocks is this URL, too
+	forms                 string
+	compressions          []string
+	deltas                string // how many bytes of them are kept
+	ttl, negativeTTL      guixTime
+	logs, narPath         string
+	waitFor               string // how many bytes
+	port, workers         int
+	portGiven, advertise  bool
+	maxConnections        int
+	announce              string
+	user                  runAs
+	log                   logSettings
 }
 
 // Publish is the command that serves narinfos and nars.
@@ -70,15 +70,11 @@ Options of "guix publish" have the same meaning here.`,
 	s.user.flag(c)
 	s.log.flags(c)
 	f.BoolVarP(&s.advertise, "advertise", "a", false, "be found on the local network")
-	f.StringVar(&s.store, "store-dir", settings.StoreDirectory(), "the store directory that narinfos name is `DIRECTORY`")
-	f.StringVar(&s.root, "root", "", "the items are in `DIRECTORY`, if not in the store directory")
+	s.itemSettings.flags(f)
 	f.StringVar(&s.annotate, "annotate", "", "pass on the narinfos of the server at `URL`")
 	f.StringVar(&s.publicKey, "public-key", filepath.Join(settings.Directory(), "signing-key.pub"), "the key that others authorise is in `FILE`")
 	f.StringVar(&s.privateKey, "private-key", filepath.Join(settings.Directory(), "signing-key.sec"), "sign with the key in `FILE`; \"none\" signs nothing")
-	f.StringVar(&s.database, "database", settings.DatabaseFile(), "the daemon's database is `FILE`")
-	f.StringVar(&s.manifest, "manifest", "", "take the items from `FILE`, a list of records with StorePath and References, instead of from the database")
-	f.StringVar(&s.narinfos, "narinfos", "", "take the items from the narinfos in `DIRECTORY` instead of from the database")
-	f.StringVar(&s.eris, "eris", "false", "compute read capabilities even though the blocks are stored nowhere; or, as --eris=`URL`, the same as --store")
+	f.StringVar(&s.eris, "eris", "false", "publish read capabilities and serve the blocks, made from the files of the items, at this address; or, as --eris=`URL`, the same as --store")
 	f.Lookup("eris").NoOptDefVal = "true"
 	f.StringVar(&s.blocks, "store", "", "put the blocks into the store at `URL`")
 	f.StringVarP(&s.cache, "cache", "c", "", "keep what is known of read capabilities in `DIRECTORY` (default: capabilities below /var/cache/guix-substitute-eris, or below the cache of a user)")
@@ -204,7 +200,7 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 		})
 		return h, nil, err
 	}
-	items, err := s.items(&closers)
+	items, err := s.itemSettings.open(&closers)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -216,13 +212,39 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 	if logs == "none" {
 		logs = ""
 	}
+	blocks, err := s.ownBlocks(&closers)
+	if err != nil {
+		return nil, nil, err
+	}
 	h, err = publish.NewServer(publish.ServerOptions{
-		StoreDir: s.store, Root: s.root, Items: items, Key: key, Host: host, Capabilities: capabilities, Deltas: deltas,
+		StoreDir: s.store, Root: s.root, Items: items, Key: key, Host: host, Capabilities: capabilities, Deltas: deltas, Blocks: blocks,
 		WaitFor: uint64(waitFor), Compressions: guixCompressions(s.compressions), NarPath: s.narPath,
 		TTL: time.Duration(s.ttl), NegativeTTL: time.Duration(s.negativeTTL),
 		LogDirectory: logs, Log: s.log.Warnf, BlockStores: strings.Fields(s.announce),
 	})
 	return h, nil, err
+}
+
+// ownBlocks returns what serves the blocks of the items from their files, which is done where
+// read capabilities are published and no store has the blocks; else it is nil.
+func (s *publishSettings) ownBlocks(closers *[]func()) (http.Handler, error) {
+	if s.eris == "false" || s.blocks != "" {
+		return nil, nil
+	}
+	directory, err := s.cached("items", "items")
+	if err != nil {
+		return nil, err
+	}
+	table, closeTable, err := s.share(directory)
+	if errors.Is(err, files.ErrLocked) {
+		message.Log("another publisher serves the blocks: %v", err)
+		return nil, nil
+	} else if err != nil {
+		return nil, err
+	}
+	web := httpserver.New(httpserver.Config{Source: table, Log: func(err error) { message.Log("%v", err) }})
+	*closers = append(*closers, closeTable, func() { web.Close() })
+	return web.Handler(httpserver.Access{Get: true}), nil
 }
 
 // openBlocks opens the store for blocks; without one it is nil.
@@ -289,7 +311,7 @@ func (s *publishSettings) deltasOf(store fetch.Store, closers *[]func()) (*publi
 	if err != nil {
 		return nil, err
 	}
-	items, err := s.items(closers) // of which deltas are made
+	items, err := s.itemSettings.open(closers) // of which deltas are made
 	if err != nil {
 		return nil, err
 	}
@@ -310,30 +332,6 @@ func (s *publishSettings) cached(usual, below string) (string, error) {
 		return "", fmt.Errorf("%w; name a directory by --cache", err)
 	}
 	return directory, nil
-}
-
-func (s *publishSettings) items(closers *[]func()) (publish.Items, error) {
-	switch {
-	case s.manifest != "":
-		text, err := os.ReadFile(s.manifest)
-		if err != nil {
-			return nil, err
-		}
-		return publish.ParseManifest(text)
-	case s.narinfos != "":
-		if info, err := os.Stat(s.narinfos); err != nil {
-			return nil, err
-		} else if !info.IsDir() {
-			return nil, &fs.PathError{Op: "open", Path: s.narinfos, Err: unix.ENOTDIR}
-		}
-		return publish.Directory(s.narinfos), nil
-	}
-	d, err := publish.OpenDatabase(s.database, s.store)
-	if err != nil {
-		return nil, fmt.Errorf("the database of guix-daemon cannot be read: %w; see --manifest and --narinfos", err)
-	}
-	*closers = append(*closers, func() { d.Close() })
-	return d, nil
 }
 
 // key reads the key pair that narinfos are signed with.

@@ -40,6 +40,8 @@ import (
 
 // serveSettings are the options of serve.
 type serveSettings struct {
+	itemSettings
+	items                   bool
 	directory, socket       string
 	socketMode, socketGroup string
 	listen, upstreams       []string
@@ -97,6 +99,8 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 	s.log.flags(c)
 	f.StringVar(&s.status, "status", "", "show the status to browsers and to monitoring of this machine, over HTTP at `ADDRESS`, 127.0.0.1:8183 for instance")
 	f.StringVar(&s.maxSize, "max-size", "", "keep blocks of at most `SIZE` in all, like 20GiB; the least recently used go (default: no limit)")
+	f.BoolVar(&s.items, "items", false, "serve the blocks of the store items of this machine too, which are made from their files")
+	s.itemSettings.flags(f)
 	f.StringVar(&s.limitRate, "limit-rate", "", "receive, and send, at most at `RATE` in all, in bytes per second, like 2MiB (default: no limit)")
 	maxConnectionsFlag(c, &s.maxConnections, "per --listen and --socket ")
 	f.BoolVar(&s.advertise, "advertise", false, "be found on the local network; without --listen, listen at coap+tcp://[::]:5683")
@@ -185,7 +189,7 @@ func (s *serveSettings) run(ctx context.Context) error {
 	if err := s.user.become(); err != nil {
 		return err
 	}
-	store, err := s.openStore(ctx)
+	store, err := s.openShared(ctx)
 	if err != nil {
 		return err
 	}
@@ -271,7 +275,7 @@ func (s *serveSettings) blockDirectory() (string, error) {
 
 // openUpstreams returns what gets blocks from elsewhere, also from those who are connected unless
 // that is nil; nil if there is nowhere. The limiter is of what is received.
-func (s *serveSettings) openUpstreams(store *blockstore.Store, connected *peers.Group, limiter *ratelimit.Limiter) (*relay.Relay, error) {
+func (s *serveSettings) openUpstreams(store sharing, connected *peers.Group, limiter *ratelimit.Limiter) (*relay.Relay, error) {
 	if len(s.upstreams) == 0 && connected == nil {
 		return nil, nil
 	}
@@ -329,7 +333,7 @@ func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error
 // store takes no more blocks; SIGUSR1 has the statistics written to the log. From then on, further
 // signals end the program at once.
 func (s *serveSettings) serveEndpoints(
-	ctx context.Context, store *blockstore.Store, from *relay.Relay, peers []peer, endpoints []*endpoint, timeout time.Duration,
+	ctx context.Context, store sharing, from *relay.Relay, peers []peer, endpoints []*endpoint, timeout time.Duration,
 ) error {
 	logError := s.log.WarnError
 	web := httpserver.New(httpserver.Config{

@@ -35,7 +35,7 @@ func (s *Signer) Open(store, root string) (server *publish.Server, key *acl.Publ
 	}
 	s.s.store, s.s.database = store, settings.DatabaseFile()
 	var closers []func()
-	items, err := s.s.items(&closers)
+	items, err := s.s.itemSettings.open(&closers)
 	if err != nil {
 		return nil, nil, nil, err
 	}

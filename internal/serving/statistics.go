@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"time"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/httpserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
@@ -58,6 +57,16 @@ type Statistics struct {
 	HTTP connectionStatistics `json:"http"`
 
 	Upstreams *upstreamStatistics `json:"upstreams,omitempty"`
+	Items     *itemStatistics     `json:"items,omitempty"`
+}
+
+// itemStatistics is what is made of store items; found and absent since the start.
+type itemStatistics struct {
+	Items   int   `json:"count"`
+	Entries int64 `json:"blocks"`
+	Bytes   int64 `json:"tableBytes"`
+	Found   int64 `json:"found"`
+	Absent  int64 `json:"absent"`
 }
 
 // upstreamStatistics is what was got from elsewhere since the start.
@@ -90,7 +99,7 @@ type connectionStatistics struct {
 }
 
 // statisticsOf collects the statistics of a server.
-func statisticsOf(started time.Time, store *blockstore.Store, from *relay.Relay, blocks *coapserver.Server, web *httpserver.Server) Statistics {
+func statisticsOf(started time.Time, store sharing, from *relay.Relay, blocks *coapserver.Server, web *httpserver.Server) Statistics {
 	s := Statistics{Version: program.Version(), Started: started.UTC().Truncate(time.Second)}
 	b := store.Stats()
 	s.Blocks.Count1KiB, s.Blocks.Count32KiB = b.Blocks1KiB, b.Blocks32KiB
@@ -105,6 +114,10 @@ func statisticsOf(started time.Time, store *blockstore.Store, from *relay.Relay,
 	c := blocks.Stats()
 	s.CoAP = connectionStatistics{int64(c.Connections), c.Accepted, c.TurnedAway}
 	s.HTTP = connectionStatistics(web.Stats())
+	if store.items != nil {
+		i := itemStatistics(store.items.Stats())
+		s.Items = &i
+	}
 	if from != nil {
 		s.Upstreams = upstreamStatisticsOf(from.Stats())
 	}

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package serving
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/items"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
+)
+
+// itemSettings are options that say which store items there are.
+type itemSettings struct {
+	store, root                  string
+	database, manifest, narinfos string
+}
+
+// flags defines the options.
+func (s *itemSettings) flags(f *pflag.FlagSet) {
+	f.StringVar(&s.store, "store-dir", settings.StoreDirectory(), "the store directory that narinfos name is `DIRECTORY`")
+	f.StringVar(&s.root, "root", "", "the items are in `DIRECTORY`, if not in the store directory")
+	f.StringVar(&s.database, "database", settings.DatabaseFile(), "the daemon's database is `FILE`")
+	f.StringVar(&s.manifest, "manifest", "", "take the items from `FILE`, a list of records with StorePath and References, instead of from the database")
+	f.StringVar(&s.narinfos, "narinfos", "", "take the items from the narinfos in `DIRECTORY` instead of from the database")
+}
+
+// open opens what knows the items, and appends what closes it.
+func (s *itemSettings) open(closers *[]func()) (publish.Items, error) {
+	switch {
+	case s.manifest != "":
+		text, err := os.ReadFile(s.manifest)
+		if err != nil {
+			return nil, err
+		}
+		return publish.ParseManifest(text)
+	case s.narinfos != "":
+		if info, err := os.Stat(s.narinfos); err != nil {
+			return nil, err
+		} else if !info.IsDir() {
+			return nil, &fs.PathError{Op: "open", Path: s.narinfos, Err: unix.ENOTDIR}
+		}
+		return publish.Directory(s.narinfos), nil
+	}
+	d, err := publish.OpenDatabase(s.database, s.store)
+	if err != nil {
+		return nil, fmt.Errorf("the database of guix-daemon cannot be read: %w; see --manifest and --narinfos", err)
+	}
+	*closers = append(*closers, func() { d.Close() })
+	return d, nil
+}
+
+// names returns the file names of all items there are.
+func (s *itemSettings) names(ctx context.Context) ([]string, error) {
+	var closers []func()
+	known, err := s.open(&closers)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		for _, f := range closers {
+			f()
+		}
+	}()
+	return known.Names(ctx)
+}
+
+// stamp returns something else when there may be other items, and each minute.
+func (s *itemSettings) stamp() string {
+	text := time.Now().Format("15:04")
+	for _, name := range []string{s.manifest, s.narinfos, s.database, s.database + "-wal"} {
+		if info, err := os.Stat(name); err == nil {
+			text += fmt.Sprint(" ", info.ModTime().UnixNano(), info.Size())
+		}
+	}
+	return text
+}
+
+// share opens the table of the items in a directory, and keeps it up to date until it is closed by
+// the function that is returned.
+func (s *itemSettings) share(directory string) (*items.Table, func(), error) {
+	if _, err := s.names(context.Background()); err != nil {
+		return nil, nil, err
+	}
+	root := s.root
+	if root == "" {
+		root = s.store
+	}
+	table, err := items.Open(directory, root, message.Log)
+	if err != nil {
+		return nil, nil, err
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	var group sync.WaitGroup
+	group.Go(func() { table.Run(ctx, s.stamp, s.names) })
+	return table, func() {
+		stop()
+		group.Wait()
+		table.Close()
+	}, nil
+}
+
+// sharing is a block store, perhaps with the blocks of store items.
+type sharing struct {
+	*blockstore.Store
+	items      *items.Table // nil: none
+	closeItems func()
+}
+
+// openShared opens the block store and, if it is to be shared, the table of items.
+func (s *serveSettings) openShared(ctx context.Context) (sharing, error) {
+	store, err := s.openStore(ctx)
+	if err != nil || !s.items {
+		return sharing{Store: store, closeItems: func() {}}, err
+	}
+	directory, err := s.blockDirectory() // which exists now
+	if err != nil {
+		return sharing{}, errors.Join(err, store.Close())
+	}
+	table, closeItems, err := s.share(filepath.Join(directory, "items"))
+	if err != nil {
+		return sharing{}, errors.Join(err, store.Close())
+	}
+	return sharing{store, table, closeItems}, nil
+}
+
+// Start implements [fetch.Source]. The block store answers at once.
+func (s sharing) Start(r *fetch.Request) {
+	if s.items == nil {
+		s.Store.Start(r)
+		return
+	}
+	done := r.Done
+	r.Done = func(*fetch.Request) {}
+	s.Store.Start(r)
+	r.Done = done
+	if errors.Is(r.Err, eris.ErrNotFound) {
+		s.items.Start(r)
+		return
+	}
+	r.Done(r)
+}
+
+// Cancel implements [fetch.Source].
+func (s sharing) Cancel(r *fetch.Request) {
+	if s.items != nil {
+		s.items.Cancel(r)
+	}
+}
+
+// Have implements [fetch.Haver].
+func (s sharing) Have(question []byte) []byte {
+	answer := s.Store.Have(question)
+	if s.items == nil {
+		return answer
+	}
+	more := s.items.Have(question)
+	answer = answer[:min(len(answer), len(more))]
+	for i := range answer {
+		answer[i] |= more[i]
+	}
+	return answer
+}
+
+// Close closes both.
+func (s sharing) Close() error {
+	s.closeItems()
+	return s.Store.Close()
+}

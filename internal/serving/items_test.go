@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package serving
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/items"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
+)
+
+// TestSharing has a block in the store, one in an item, and one nowhere.
+func TestSharing(t *testing.T) {
+	root := t.TempDir()
+	if err := os.WriteFile(filepath.Join(root, "item"), []byte("contents"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	store, err := blockstore.Open(t.TempDir(), blockstore.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	table, err := items.Open(t.TempDir(), root, t.Logf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := sharing{store, table, func() { table.Close() }}
+	defer s.Close()
+	if err := table.Update(t.Context(), []string{"item"}); err != nil {
+		t.Fatal(err)
+	}
+	block := make([]byte, eris.BlockSize1KiB)
+	stored := eris.Sum(block)
+	if err := s.Put(t.Context(), stored, block); err != nil {
+		t.Fatal(err)
+	}
+	e, err := publish.Encode(t.Context(), filepath.Join(root, "item"), nil, erisfs.EncodeOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var question []byte
+	for i, ref := range []eris.Reference{stored, e.Capability.Root, {1}} {
+		_, err := fetch.Get(t.Context(), s, ref, eris.BlockSize1KiB, nil)
+		if i < 2 && err != nil || i == 2 && !errors.Is(err, eris.ErrNotFound) {
+			t.Errorf("block %d: %v", i, err)
+		}
+		question = append(question, ref[:fetch.HavePrefix]...)
+	}
+	if answer := s.Have(question); len(answer) != 1 || answer[0] != 0b1100_0000 {
+		t.Errorf("it says that it has %b", answer)
+	}
+}
