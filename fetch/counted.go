@@ -2,6 +2,8 @@
 
 package fetch
 
+import "codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+
 // Counted returns a source that tells how many bytes each block has that has come from another one.
 // got is called from any goroutine, and must not wait. Closing it closes the other one.
 func Counted(source Source, got func(bytes int)) Source {
@@ -26,4 +28,18 @@ func (c *counted) count(r *Request) {
 		c.got(len(r.Block))
 	}
 	r.proceed()
+}
+
+// Within returns a source that says of all requests that the blocks are of the item with a root.
+// Closing it closes the other one.
+func Within(source Source, root eris.Reference) Source { return within{source, root} }
+
+type within struct {
+	Source
+	root eris.Reference
+}
+
+func (w within) Start(r *Request) {
+	r.Root = w.root
+	w.Source.Start(r)
 }

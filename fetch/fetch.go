@@ -26,6 +26,10 @@ type Request struct {
 	Dst  []byte           // where the source may put the block: length 0, capacity at least Size. It may use other memory
 	Done func(r *Request) // called once for each Start, from any goroutine, perhaps before Start returns
 
+	// Root, if not zero, is the root of the item that the block belongs to, for sources that have
+	// items as a whole.
+	Root eris.Reference
+
 	Block []byte // the result, in Dst or in memory that nobody changes; meaningless if Err is not nil
 	Err   error  // why there is no block: wraps [eris.ErrNotFound] if the source does not have it
 

@@ -20,6 +20,9 @@ type Workers struct {
 	// Have, if not nil, is called for requests with Have, as get is for others. It must be set
 	// before the first one.
 	Have func(ctx context.Context, question, dst []byte) ([]byte, error)
+	// Within, if not nil, is called in place of get, with the root of the item, and must be set
+	// before the first request, too.
+	Within func(ctx context.Context, root, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error)
 
 	get    func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error)
 	ctx    context.Context
@@ -37,6 +40,7 @@ type Workers struct {
 
 // task is a request between Start and Done.
 type task struct {
+	root      eris.Reference
 	reference eris.Reference
 	size      eris.BlockSize
 	have      []byte
@@ -61,7 +65,7 @@ func NewWorkers(n int, get func(ctx context.Context, ref eris.Reference, size er
 
 // Start implements [Source].
 func (w *Workers) Start(r *Request) {
-	t := &task{request: r, reference: r.Pair.Reference, size: r.Size, have: r.Have}
+	t := &task{request: r, root: r.Root, reference: r.Pair.Reference, size: r.Size, have: r.Have}
 	w.mu.Lock()
 	if w.closed {
 		w.mu.Unlock()
@@ -152,6 +156,8 @@ func (w *Workers) work() {
 
 func (w *Workers) serve(ctx context.Context, t *task, memory []byte) ([]byte, error) {
 	switch {
+	case t.have == nil && w.Within != nil:
+		return w.Within(ctx, t.root, t.reference, t.size, memory)
 	case t.have == nil:
 		return w.get(ctx, t.reference, t.size, memory)
 	case w.Have == nil:

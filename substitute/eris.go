@@ -173,7 +173,7 @@ func (j *job) openImage(ctx context.Context, a *attempt, c eris.ReadCapability, 
 		window = j.s.Window()
 	}
 	window.Waited = j.waited
-	return image.Open(ctx, blocks, c, j.limits(), window)
+	return image.Open(ctx, fetch.Within(blocks, c.Root), c, j.limits(), window)
 }
 
 // shownURN is what people are told that the item comes from: the URN, and the name of the item in

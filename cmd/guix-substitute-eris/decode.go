@@ -99,7 +99,7 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	defer all.Close()
 	blocks := fetch.Counted(all, shown.Add)
 	// What is decoded may be as large as it likes; it goes to disk only.
-	x, err := image.Open(ctx, blocks, c, erisfs.Limits{NarSize: 1 << 60}, all.Window())
+	x, err := image.Open(ctx, fetch.Within(blocks, c.Root), c, erisfs.Limits{NarSize: 1 << 60}, all.Window())
 	if err != nil {
 		return result, err
 	}

@@ -280,6 +280,7 @@ type scriptServer struct {
 //	redirect=PATH:URL
 //	header=NAME:VALUE  is added to all answers
 //	nolength        answers have no Content-Length
+//	ranges          parts of files can be asked for
 func scriptServe(ts *testscript.TestScript, neg bool, args []string) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	ts.Check(err)
@@ -402,6 +403,10 @@ func (s *scriptServer) handler(root *os.Root, rules []string, done chan struct{}
 		}
 		if flip >= 0 {
 			contents[flip] ^= 1
+		}
+		if slices.Contains(rules, "ranges") {
+			http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(contents))
+			return
 		}
 		if parts {
 			w.Header().Set("ETag", `"`+r.URL.Path+`"`)

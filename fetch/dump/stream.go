@@ -5,6 +5,7 @@ package dump
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
 	"errors"
 	"io"
 	"math"
@@ -105,7 +106,21 @@ func (s *Stream) End(capabilities ...eris.ReadCapability) error {
 	if !s.KeepCapabilities {
 		capabilities = nil
 	}
-	err := s.write(func(b []byte) []byte { return appendEnd(b, capabilities) })
+	return s.end(func(b []byte) []byte { return appendEnd(b, capabilities) })
+}
+
+// EndWith is End without read capabilities, but with a byte string as the last thing in the dump,
+// which readers of dumps pass over.
+func (s *Stream) EndWith(text []byte) error {
+	return s.end(func(b []byte) []byte {
+		b = append(b, ended, majorBytes<<5|26)
+		b = binary.BigEndian.AppendUint32(b, uint32(len(text)))
+		return append(append(b, text...), ended)
+	})
+}
+
+func (s *Stream) end(add func(b []byte) []byte) error {
+	err := s.write(add)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.err == nil {

@@ -267,6 +267,7 @@ func (p *Pool) sendBehind(m *member, l *lookup, pair eris.Pair, size eris.BlockS
 
 func (p *Pool) attach(a *attempt, l *lookup) {
 	a.lookup, a.sibling = l, l.attempts
+	a.request.Root = l.request.Root
 	l.attempts = a
 	l.active |= a.member.bit
 }
@@ -280,7 +281,7 @@ func (p *Pool) newAttempt(m *member, pair eris.Pair, size eris.BlockSize, now ti
 		a = &attempt{member: m}
 		a.request.Done = func(*fetch.Request) { a.step(p) }
 	}
-	a.request.Pair, a.request.Size = pair, size
+	a.request.Pair, a.request.Size, a.request.Root = pair, size, eris.Reference{}
 	m.sent(a, now)
 	p.inFlight++
 	if p.lastOf == nil {

@@ -35,6 +35,8 @@ type URL struct {
 	Path string
 	// Segments is the path of a store of CoAP, percent-decoded; .well-known/eris if none was given.
 	Segments []string
+	// Endpoint is the address of the server of a bucket, or empty. Host is then the bucket.
+	Endpoint string
 	// Get and Put say which operations the URL permits us. Both are true if it says nothing about
 	// them.
 	Get, Put bool
@@ -57,10 +59,11 @@ var schemes = [...]scheme{
 	{name: "coap", port: 5683, listen: true}, // RFC 7252, section 6
 	{name: "coap+ws", port: 80, listen: true},
 	{name: "coaps+ws", port: 443},
-	{name: "http", port: 80, settings: []string{"static", "layout=flat", "layout=sharded", "h2c"}, listen: true},
-	{name: "https", port: 443, settings: []string{"static", "layout=flat", "layout=sharded", "verify"}},
-	{name: "file", settings: []string{"layout=flat", "layout=sharded"}},
+	{name: "http", port: 80, settings: []string{"static", "layout=flat", "layout=sharded", "h2c", "packed"}, listen: true},
+	{name: "https", port: 443, settings: []string{"static", "layout=flat", "layout=sharded", "verify", "packed"}},
+	{name: "file", settings: []string{"layout=flat", "layout=sharded", "packed"}},
 	{name: "dump", settings: []string{"capability"}},
+	{name: "s3", port: 443, settings: []string{endpoint}},
 	{name: "ipfs+http", port: 80, settings: []string{"gateway", "rpc"}},
 	{name: "ipfs+https", port: 443, settings: []string{"gateway", "rpc"}},
 }
@@ -194,6 +197,9 @@ const relay = "relay"
 // Relay reports whether what the clients of an endpoint get may be got from elsewhere for them.
 func (u *URL) Relay() bool { return u.Get && (u.Scheme == "coap+unix" || u.Has(relay)) }
 
+// endpoint is how an element of the query begins that says which server has a bucket.
+const endpoint = "endpoint="
+
 func (u *URL) setQuery(query string, s scheme, listen bool) error {
 	settings := s.settings
 	if listen {
@@ -206,6 +212,11 @@ func (u *URL) setQuery(query string, s scheme, listen bool) error {
 			u.Get = true
 		case element == "put":
 			u.Put = true
+		case strings.HasPrefix(element, endpoint) && slices.Contains(settings, endpoint):
+			var err error
+			if u.Endpoint, err = decode(element[len(endpoint):]); err != nil {
+				return err
+			}
 		case slices.Contains(settings, element):
 			u.settings = append(u.settings, element)
 		default:
@@ -269,7 +280,7 @@ func (u *URL) setNetwork(text string, listen bool) error {
 		return u.setSocket(authority, path)
 	}
 	if at := strings.LastIndexByte(authority, '@'); at >= 0 {
-		if u.isCoAP() || listen {
+		if u.isCoAP() || listen || u.Scheme == "s3" {
 			return errors.New("user names are not used")
 		}
 		if err := u.setUser(authority[:at]); err != nil {

@@ -118,23 +118,26 @@ func TestParseWrong(t *testing.T) {
 // TestMessages has the commonest mistakes: what was given, what is wrong, and what to write
 // instead.
 func TestMessages(t *testing.T) {
-	const schemes = "schemes are coap+unix, coap+tcp, coaps+tcp, coap, coap+ws, coaps+ws, http, https, file, dump, ipfs+http, ipfs+https"
+	const schemes = "schemes are coap+unix, coap+tcp, coaps+tcp, coap, coap+ws, coaps+ws, http, https, file, dump, s3, ipfs+http, ipfs+https"
 	for text, want := range map[string]string{
-		"":                        `"": it begins with no scheme; ` + schemes,
-		"blocks":                  `"blocks": it begins with no scheme; for a directory with blocks write file:blocks; other ` + schemes,
-		"./my blocks":             `"./my blocks": it begins with no scheme; for a directory with blocks write file:./my%20blocks; other ` + schemes,
-		"/run/eris.sock":          `"/run/eris.sock": it begins with no scheme; write coap+unix:///run/eris.sock with the whole path of the socket`,
-		"127.0.0.1:8181":          `"127.0.0.1:…": it begins with no scheme; write coap+tcp://127.0.0.1:8181 or http://127.0.0.1:8181`,
-		"ftp://example.org/x":     `"ftp://example.org": the scheme is not understood; ` + schemes,
-		"coap+unix:nonexist.sock": `"coap+unix:nonexist.sock": write coap+unix:///nonexist.sock with the whole path of the socket`,
-		"file:~/blocks":           `"file:~/blocks": the shell does not replace ~ in it; write file:$HOME/blocks`,
-		"file://media/usb":        `"file://media/usb": it names the host "media"; a path has three slashes before it, or none: file:///media/usb or file:media/usb`,
-		"file:":                   `"file:": it has no path; write file:PATH`,
-		"http:blocks.example":     `"http:…": it is not of the form http://host:port/path`,
-		"http://h:80a/":           `"http:…": the port is not a number from 1 to 65535`,
-		"https://h/?layout=round": `"https://h": "layout" in the query is not understood; there may be get, put, static, layout=flat, layout=sharded, verify`,
-		"coap+tcp://me@h":         `"coap+tcp://h": user names are not used`,
-		"http://h/é":              `"http://h": a space or a character that is not ASCII has to be percent-encoded`,
+		"":                         `"": it begins with no scheme; ` + schemes,
+		"blocks":                   `"blocks": it begins with no scheme; for a directory with blocks write file:blocks; other ` + schemes,
+		"./my blocks":              `"./my blocks": it begins with no scheme; for a directory with blocks write file:./my%20blocks; other ` + schemes,
+		"/run/eris.sock":           `"/run/eris.sock": it begins with no scheme; write coap+unix:///run/eris.sock with the whole path of the socket`,
+		"127.0.0.1:8181":           `"127.0.0.1:…": it begins with no scheme; write coap+tcp://127.0.0.1:8181 or http://127.0.0.1:8181`,
+		"ftp://example.org/x":      `"ftp://example.org": the scheme is not understood; ` + schemes,
+		"coap+unix:nonexist.sock":  `"coap+unix:nonexist.sock": write coap+unix:///nonexist.sock with the whole path of the socket`,
+		"file:~/blocks":            `"file:~/blocks": the shell does not replace ~ in it; write file:$HOME/blocks`,
+		"file://media/usb":         `"file://media/usb": it names the host "media"; a path has three slashes before it, or none: file:///media/usb or file:media/usb`,
+		"file:":                    `"file:": it has no path; write file:PATH`,
+		"http:blocks.example":      `"http:…": it is not of the form http://host:port/path`,
+		"http://h:80a/":            `"http:…": the port is not a number from 1 to 65535`,
+		"s3://KEY:secret@bucket/":  `"s3://bucket": user names are not used`,
+		"s3://b/?endpoint=%zz":     `"s3://b": wrong percent-encoding; a percent sign is written %25`,
+		"http://h/?endpoint=https": `"http://h": "endpoint" in the query is not understood; there may be get, put, static, layout=flat, layout=sharded, h2c, packed`,
+		"https://h/?layout=round":  `"https://h": "layout" in the query is not understood; there may be get, put, static, layout=flat, layout=sharded, verify, packed`,
+		"coap+tcp://me@h":          `"coap+tcp://h": user names are not used`,
+		"http://h/é":               `"http://h": a space or a character that is not ASCII has to be percent-encoded`,
 	} {
 		if _, err := Parse(text); err == nil || err.Error() != "store URL "+want {
 			t.Errorf("%s:\n got %v\nwant store URL %s", text, err, want)

@@ -12,6 +12,8 @@
 //     "layout=sharded" in the query say that there is only one, which makes it cheaper to learn
 //     that a block is not there. Such names are those of package fetch/dir.
 //
+// With "packed" it keeps objects, for package fetch/packs: see [Store.Range] and [Store.PutObject].
+//
 // Other elements of the query are "get" and "put", which restrict what the store is used for; "h2c"
 // for HTTP/2 without TLS, of which the server must be known to speak it; and "verify", which has
 // the certificate of the server checked.
@@ -31,6 +33,7 @@ package web
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -74,6 +77,8 @@ type Options struct {
 	// ask others for what they do not have, the first one among them: by the header Max-Forwards
 	// (RFC 9110, section 7.6.2), which does not count that one.
 	HopLimit int
+	// Sign, if not nil, signs all requests, whose body has the SHA-256 sum; its errors end them.
+	Sign func(r *http.Request, sum [sha256.Size]byte) error
 	// Getenv looks up the variables http_proxy, https_proxy and no_proxy, which mean what they mean
 	// to package fetch/mirror. Default os.Getenv.
 	Getenv func(string) string
@@ -105,6 +110,7 @@ type Store struct {
 	base    *url.URL
 	layouts []layout // that are asked; the first is that of new blocks
 	client  *httpclient.Client
+	sign    func(r *http.Request, sum [sha256.Size]byte) error
 	header  http.Header  // of all requests; never changed
 	hint    atomic.Int32 // index in layouts of the one in which the last block was found
 }
@@ -158,7 +164,7 @@ func Open(url string, options Options) (*Store, error) {
 		return nil, err
 	}
 	options = options.withDefaults()
-	s := &Store{url: u, layouts: []layout{service}, header: httpclient.Header(options.UserAgent)}
+	s := &Store{url: u, sign: options.Sign, layouts: []layout{service}, header: httpclient.Header(options.UserAgent)}
 	if options.HopLimit > 0 {
 		s.header.Set("Max-Forwards", strconv.Itoa(options.HopLimit-1))
 	}
@@ -177,9 +183,13 @@ func Open(url string, options Options) (*Store, error) {
 		return nil, fmt.Errorf("store URL %v: %w", s, errLayout)
 	}
 	s.base = u.HTTP("")
+	bodyTimeout := 3 * options.Timeout
+	if u.Has("packed") { // a pack may be long, and the line slow
+		bodyTimeout = 30 * options.Timeout
+	}
 	s.client = httpclient.New(s.base, httpclient.Options{
 		Connections: options.Connections, ConnectTimeout: options.ConnectTimeout,
-		Timeout: options.Timeout, BodyTimeout: 3 * options.Timeout, IdleTimeout: options.IdleTimeout,
+		Timeout: options.Timeout, BodyTimeout: bodyTimeout, IdleTimeout: options.IdleTimeout,
 		TLS: options.TLS, Verify: u.Has("verify"), Cleartext: u.Has("h2c"), Getenv: options.Getenv,
 	})
 	workers := options.Connections
@@ -197,6 +207,9 @@ func Open(url string, options Options) (*Store, error) {
 func (s *Store) String() string {
 	if s.url.Has("static") {
 		return s.url.String() + "?static"
+	}
+	if s.url.Has("packed") {
+		return s.url.String() + "?packed"
 	}
 	return s.url.String()
 }
@@ -221,7 +234,7 @@ func (s *Store) get(ctx context.Context, ref eris.Reference, size eris.BlockSize
 	first := int(s.hint.Load())
 	for i := range s.layouts {
 		at := (first + i) % len(s.layouts)
-		err = s.do(ctx, http.MethodGet, s.address(ref, at), nil, func(r *http.Response) (err error) {
+		err = s.do(ctx, outgoing{method: http.MethodGet, url: s.address(ref, at)}, func(r *http.Response) (err error) {
 			switch {
 			case r.StatusCode == http.StatusOK:
 				block, err = httpclient.ReadBlock(r, ref, size, dst)
@@ -246,7 +259,7 @@ func (s *Store) get(ctx context.Context, ref eris.Reference, size eris.BlockSize
 // have asks the store which blocks it has.
 func (s *Store) have(ctx context.Context, question, dst []byte) ([]byte, error) {
 	n := 0
-	err := s.do(ctx, http.MethodPost, s.at(havePath, ""), question, func(r *http.Response) (err error) {
+	err := s.do(ctx, outgoing{http.MethodPost, s.at(havePath, ""), "", bytes.NewReader(question), int64(len(question)), sha256.Sum256(question)}, func(r *http.Response) (err error) {
 		if r.StatusCode != http.StatusOK {
 			return fmt.Errorf("%w: %w", fetch.ErrCannotSay, &httpclient.StatusError{Code: r.StatusCode})
 		}
@@ -283,7 +296,8 @@ func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error
 		err = errSize
 	case s.url.Put:
 		// A copy, because what the transport writes from may still be in use when it has returned.
-		err = s.do(ctx, http.MethodPut, s.address(ref, 0), bytes.Clone(block), stored)
+		body := bytes.NewReader(bytes.Clone(block))
+		err = s.do(ctx, outgoing{http.MethodPut, s.address(ref, 0), "", body, int64(len(block)), sha256.Sum256(block)}, stored)
 	}
 	if err != nil {
 		return fmt.Errorf("%v: block %v: %w", s, ref, err)
@@ -304,14 +318,27 @@ func stored(r *http.Response) error {
 	return err
 }
 
+// outgoing is a request to be made.
+type outgoing struct {
+	method string
+	url    *url.URL
+	bytes  string      // that are wanted of it, as in the field Range; empty for all
+	body   io.ReaderAt // nil if there is none
+	size   int64       // of the body
+	sum    [sha256.Size]byte
+}
+
 // do makes a request, follows redirections, and has the response handled.
-func (s *Store) do(ctx context.Context, method string, u *url.URL, body []byte, handle func(r *http.Response) error) error {
+func (s *Store) do(ctx context.Context, o outgoing, handle func(r *http.Response) error) error {
 	return s.client.Retry(ctx, func() error {
-		next := u
+		next := o.url
 		for range maxRedirects + 1 {
-			request := s.request(method, next, body)
+			request, err := s.request(o, next)
+			if err != nil {
+				return err
+			}
 			next = nil
-			err := s.client.Do(ctx, request, func(r *http.Response) (err error) {
+			err = s.client.Do(ctx, request, func(r *http.Response) (err error) {
 				if next, err = redirection(request, r); next != nil || err != nil {
 					return err
 				}
@@ -325,24 +352,31 @@ func (s *Store) do(ctx context.Context, method string, u *url.URL, body []byte, 
 	})
 }
 
-// request makes a request. Only the server of the store gets the user name and password.
-func (s *Store) request(method string, u *url.URL, body []byte) *http.Request {
-	r := &http.Request{Method: method, URL: u, Host: u.Host, Header: s.header, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1}
-	own := s.url.User != nil && sameServer(u, s.base)
-	if own || body != nil {
+// request makes a request. Only the server of the store gets the user name and password, or a
+// signature.
+func (s *Store) request(o outgoing, u *url.URL) (*http.Request, error) {
+	r := &http.Request{Method: o.method, URL: u, Host: u.Host, Header: s.header, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1}
+	own := sameServer(u, s.base)
+	if own && (s.url.User != nil || s.sign != nil) || o.body != nil || o.bytes != "" {
 		r.Header = s.header.Clone()
 	}
-	if own {
+	if own && s.url.User != nil {
 		password, _ := s.url.User.Password()
 		r.SetBasicAuth(s.url.User.Username(), password)
 	}
-	if body != nil {
+	if o.bytes != "" {
+		r.Header.Set("Range", o.bytes)
+	}
+	if o.body != nil {
 		r.Header.Set("Content-Type", "application/octet-stream")
-		r.ContentLength = int64(len(body))
-		r.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil }
+		r.ContentLength = o.size
+		r.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(io.NewSectionReader(o.body, 0, o.size)), nil }
 		r.Body, _ = r.GetBody()
 	}
-	return r
+	if own && s.sign != nil {
+		return r, s.sign(r, o.sum)
+	}
+	return r, nil
 }
 
 func sameServer(a, b *url.URL) bool { return a.Scheme == b.Scheme && a.Host == b.Host }

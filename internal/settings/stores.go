@@ -20,6 +20,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dir"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dump"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/ipfs"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/packs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/web"
@@ -98,11 +99,19 @@ func openStoreFor(text string, hops int) (fetch.Store, error) {
 	}
 	var store fetch.Store
 	switch u.Scheme {
+	case "s3":
+		return openPacks(text)
 	case "coap+unix", "coap+tcp", "coaps+tcp", "coap", "coap+ws", "coaps+ws":
 		store, err = coap.Open(text, coap.Options{HopLimit: uint8(hops)})
 	case "http", "https":
+		if u.Has("packed") {
+			return openPacks(text)
+		}
 		store, err = web.Open(text, web.Options{HopLimit: hops})
 	case "file":
+		if u.Has("packed") {
+			return openPacks(text)
+		}
 		store, err = dir.Open(text, dir.Options{})
 	case "dump":
 		if u.Path == "-" {
@@ -112,6 +121,14 @@ func openStoreFor(text string, hops int) (fetch.Store, error) {
 	case "ipfs+http", "ipfs+https":
 		store, err = ipfs.Open(text, ipfs.Options{})
 	}
+	if err != nil {
+		return nil, err // not a nil pointer in an interface
+	}
+	return store, nil
+}
+
+func openPacks(text string) (fetch.Store, error) {
+	store, err := packs.Open(text, web.Options{})
 	if err != nil {
 		return nil, err // not a nil pointer in an interface
 	}
@@ -136,11 +153,14 @@ func OpenToPut(flag string) (fetch.Store, error) {
 }
 
 // FinishPut is called when everything has been put into a store. It tells the store of read
-// capabilities, if it is one that keeps them and its URL asks for that.
+// capabilities, if it is one that makes packs of what they denote, or that keeps them and its URL
+// asks for that.
 func FinishPut(ctx context.Context, store fetch.Store, capabilities []eris.ReadCapability) error {
 	switch d := store.(type) {
 	case *dump.Stream:
 		return d.End(capabilities...)
+	case *packs.Store:
+		return d.Finish(ctx, capabilities)
 	case *dump.Store:
 		for _, c := range capabilities {
 			if err := d.AddCapability(ctx, c); err != nil {

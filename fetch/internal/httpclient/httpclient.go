@@ -318,6 +318,9 @@ type exchange struct {
 
 func (e *exchange) run(ctx context.Context, request *http.Request, handle func(r *http.Response) error) error {
 	c := e.client
+	if request.Body != nil {
+		request.Body = &upload{request.Body, e}
+	}
 	r, err := c.transport.RoundTrip(request.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		GotConn: func(httptrace.GotConnInfo) {
 			e.connected.Store(true)
@@ -351,6 +354,17 @@ func (e *exchange) run(ctx context.Context, request *http.Request, handle func(r
 		return err
 	}
 	return handle(r)
+}
+
+// upload is the body of a request, which may take as long as it goes on.
+type upload struct {
+	io.ReadCloser
+	exchange *exchange
+}
+
+func (u *upload) Read(p []byte) (int, error) {
+	u.exchange.timer.Reset(u.exchange.client.options.Timeout)
+	return u.ReadCloser.Read(p)
 }
 
 // silent returns the error of an exchange that took too long.

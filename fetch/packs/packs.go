@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package packs keeps all blocks of an item in one object, for stores that are slow or dear for
+// each object: web servers far away, buckets, networks for delivery. [Open] is a store of such
+// packs. The format is in docs/formats.md: a block dump that is named by the reference of the root,
+// with the inner nodes before the leaves, and at its end a table of where the blocks are.
+//
+// # Reading
+//
+// The first request for a block of an item reads the table, at the end of the pack, and meanwhile
+// its beginning. Other blocks are got with those behind them, by one range; where most of these are
+// wanted, too, what is behind them is read ahead, up to 24 MiB or what comes in about a second. To
+// know which pack a block is in, the store looks at [fetch.Request.Root]; without that, at the packs
+// that it has read lately, and for one that is named like the block.
+//
+// # Writing
+//
+// Blocks that are put wait in a temporary file until [Store.Finish] says of which items they are.
+//
+// # What is not trusted
+//
+// Whoever asks for blocks verifies them. A pack may have 524 288 blocks, for which 20 bytes of
+// memory each are taken, and 8 packs are kept in memory, of each of which some 40 MiB at most.
+package packs
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/web"
+)
+
+// objects is where packs are kept. It is safe for concurrent use.
+type objects interface {
+	// Range and PutObject are as those of [web.Store]; PutObject may take the file away.
+	Range(ctx context.Context, name string, from, n int64, use func(body io.Reader, from, total int64) error) error
+	PutObject(ctx context.Context, name string, content *os.File, size int64, sum [sha256.Size]byte) error
+	// String returns the URL of the store without anything secret.
+	String() string
+	// Close ends all calls.
+	Close() error
+}
+
+const (
+	workers  = 256
+	maxPacks = 8
+	// suffix is how the names of packs end.
+	suffix = ".cbor"
+	// missingAge is for how long a pack that was not there is not looked for again, and maxMissing
+	// how many are remembered.
+	missingAge, maxMissing = 30 * time.Second, 4096
+)
+
+// Store is a store of packs. It implements [fetch.Store], and is safe for concurrent use.
+type Store struct {
+	*fetch.Workers
+	objects   objects
+	directory string
+	ctx       context.Context
+	cancel    context.CancelFunc
+	group     errgroup.Group
+
+	mu       sync.Mutex
+	packs    map[eris.Reference]*pack
+	uses     int64
+	left     chan struct{} // closed when a pack is not in use any more
+	missing  map[eris.Reference]time.Time
+	gets     int64  // requests
+	runs     []*run // of all packs, in the order in which they were used
+	received int64  // bytes of runs, since there was none, and when the first of them came
+	began    time.Time
+
+	putting sync.Mutex
+	spool   *spool
+}
+
+var _ fetch.Store = (*Store)(nil)
+
+// Open returns the store of packs at a URL: https://HOST/BASE?packed, where packs are at
+// BASE/REFERENCE.cbor; file:DIRECTORY?packed, where they are files; or a bucket,
+// s3://BUCKET/PREFIX?endpoint=URL. Requests to a bucket are signed if the variables
+// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are set; AWS_SESSION_TOKEN and AWS_REGION are heeded.
+//
+// Open makes no connection. What may be secret in the URL is not shown by errors. The Store must be
+// closed.
+func Open(url string, o web.Options) (*Store, error) {
+	u, err := storeurl.ParseScheme(url, "http", "https", "file", "s3")
+	if err != nil {
+		return nil, err
+	}
+	var kept objects
+	directory := ""
+	switch u.Scheme {
+	case "s3":
+		kept, err = openBucket(u, o)
+	case "file":
+		kept, directory = directoryOf{u}, u.Path
+	default:
+		kept, err = web.Open(url, o)
+	}
+	if err != nil {
+		return nil, err
+	}
+	s := &Store{
+		objects: kept, directory: directory, packs: map[eris.Reference]*pack{},
+		left: make(chan struct{}), missing: map[eris.Reference]time.Time{},
+	}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.Workers = fetch.NewWorkers(workers, nil)
+	s.Workers.Within = s.get
+	return s, nil
+}
+
+// String returns the URL of the store without anything secret.
+func (s *Store) String() string { return s.objects.String() }
+
+// AnySize reports whether a block that is not there in one size is not there in the other either.
+func (s *Store) AnySize() bool { return true }
+
+// Close ends all requests.
+func (s *Store) Close() error {
+	s.cancel()
+	s.objects.Close()
+	s.Workers.Close()
+	s.group.Wait()
+	s.putting.Lock()
+	defer s.putting.Unlock()
+	if s.spool != nil {
+		s.spool.file.Close()
+	}
+	return nil
+}
+
+// get is what the workers call.
+func (s *Store) get(ctx context.Context, root, ref eris.Reference, size eris.BlockSize, _ []byte) ([]byte, error) {
+	block, err := s.find(ctx, root, ref, size)
+	if err != nil {
+		return nil, fmt.Errorf("%v: %w", s, err)
+	}
+	return block, nil
+}
+
+func (s *Store) find(ctx context.Context, root, ref eris.Reference, size eris.BlockSize) ([]byte, error) {
+	p, err := s.use(ctx, root, ref)
+	if err != nil {
+		return nil, err
+	}
+	defer s.leave(p)
+	select {
+	case <-p.opened:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	if p.err != nil {
+		return nil, p.err
+	}
+	return p.get(ctx, ref, size)
+}
+
+// use returns the pack where a block should be, which may not be open yet. It must be left.
+func (s *Store) use(ctx context.Context, root, ref eris.Reference) (*pack, error) {
+	for {
+		s.mu.Lock()
+		p := s.known(root, ref)
+		if root == (eris.Reference{}) {
+			root = ref
+		}
+		lacks := p == nil && time.Since(s.missing[root]) < missingAge
+		if p == nil && !lacks && (len(s.packs) < maxPacks || s.drop()) {
+			p = s.begin(root)
+		}
+		if p != nil {
+			s.uses++
+			p.used = s.uses
+			p.users++
+		}
+		left := s.left
+		s.mu.Unlock()
+		switch {
+		case lacks:
+			return nil, eris.ErrNotFound
+		case p != nil:
+			return p, nil
+		}
+		select {
+		case <-left:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// known returns the pack with a root; or if that is not known, one in memory that has the block, or
+// is named like it. The lock must be held here and below.
+func (s *Store) known(root, ref eris.Reference) *pack {
+	if root != (eris.Reference{}) {
+		return s.packs[root]
+	}
+	if p := s.packs[ref]; p != nil {
+		return p
+	}
+	for _, p := range s.packs {
+		select {
+		case <-p.opened:
+			if p.err == nil {
+				if _, ok := p.table.find(ref); ok {
+					return p
+				}
+			}
+		default:
+		}
+	}
+	return nil
+}
+
+// begin begins to read a pack.
+func (s *Store) begin(root eris.Reference) *pack {
+	p := &pack{s: s, name: root.String() + suffix, opened: make(chan struct{})}
+	p.ctx, p.end = context.WithCancel(s.ctx)
+	s.packs[root] = p
+	s.group.Go(func() error {
+		p.open()
+		if p.err != nil {
+			s.failed(root, p.err)
+		}
+		return nil
+	})
+	return p
+}
+
+// failed takes note that a pack cannot be read. Called without the lock.
+func (s *Store) failed(root eris.Reference, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.packs, root)
+	s.signal()
+	if !errors.Is(err, eris.ErrNotFound) {
+		return
+	}
+	if len(s.missing) >= maxMissing {
+		clear(s.missing)
+	}
+	s.missing[root] = time.Now()
+}
+
+// drop forgets the pack that has not been used for longest, if there is one that is not in use.
+func (s *Store) drop() bool {
+	var oldest eris.Reference
+	for root, p := range s.packs {
+		if o := s.packs[oldest]; p.users == 0 && (o == nil || p.used < o.used) {
+			oldest = root
+		}
+	}
+	p := s.packs[oldest]
+	if p == nil {
+		return false
+	}
+	p.end()
+	delete(s.packs, oldest)
+	s.runs = slices.DeleteFunc(s.runs, func(r *run) bool { return r.pack == p })
+	return true
+}
+
+// leave ends the use of a pack. Called without the lock.
+func (s *Store) leave(p *pack) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if p.users--; p.users == 0 {
+		s.signal()
+	}
+}
+
+func (s *Store) signal() {
+	close(s.left)
+	s.left = make(chan struct{})
+}

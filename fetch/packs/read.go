@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package packs
+
+import (
+	"context"
+	"errors"
+	"io"
+	"slices"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+)
+
+const (
+	// headLength is how much of a pack is read before its table is known, and tailLength how much
+	// of its end: enough for 16 383 blocks.
+	headLength, tailLength = 4 << 20, 256 << 10
+	// leastRun and greatestRun are the bytes in one range, each twice the one before; leastAhead and
+	// greatestAhead are how far ahead of the last request is read: what comes in a second.
+	leastRun, greatestRun     = 512 << 10, 8 << 20
+	leastAhead, greatestAhead = 1 << 20, 24 << 20
+	// maxMemory is how much of packs is kept in memory, unless more is waited for.
+	maxMemory = 40 << 20
+	// denseHits is from how many requests for blocks of one run on the next run is read.
+	denseHits = 8
+	portion   = 256 << 10
+	// lately is in the last so many requests.
+	lately = 1000
+)
+
+// pack is a pack that is being read.
+type pack struct {
+	s    *Store
+	name string
+	ctx  context.Context
+	end  func()
+
+	opened chan struct{} // closed when the next two are known
+	err    error
+	table  *table
+
+	// By the lock of the store.
+	users int
+	used  int64 // when it was used last
+}
+
+// run is neighbouring blocks that are got, or have been got, by one range. It is guarded by the
+// lock of the store.
+type run struct {
+	pack       *pack
+	first, end int // entries of the table
+	from       int64
+	bytes      []byte
+	length     int64 // that it may have
+	have       int64 // how many of them are there
+	hits       int
+	used       int64 // how many requests there had been when one was for it
+	err        error // why there will be no more
+	ended      bool
+	waiters    []waiter
+}
+
+type waiter struct {
+	until int64 // of the pack
+	ready chan struct{}
+}
+
+// open reads the table, and meanwhile the head.
+func (p *pack) open() {
+	defer close(p.opened)
+	p.s.mu.Lock()
+	head := p.begin(&run{length: headLength})
+	p.s.mu.Unlock()
+	if p.table, p.err = p.readTable(); p.err != nil {
+		p.end()
+		return
+	}
+	p.s.mu.Lock()
+	defer p.s.mu.Unlock()
+	for head.end < len(p.table.entries) && p.table.entries[head.end].end() <= headLength {
+		head.end++
+	}
+}
+
+// readTable reads the table: mostly by one range.
+func (p *pack) readTable() (*table, error) {
+	length := tailLength
+	for {
+		var tail []byte
+		var total int64
+		err := p.s.objects.Range(p.ctx, p.name, -int64(length), int64(length), func(body io.Reader, from, size int64) (err error) {
+			total = size
+			tail = make([]byte, min(int64(length), size-from))
+			_, err = io.ReadFull(body, tail)
+			return err
+		})
+		if err != nil {
+			return nil, err
+		}
+		need, err := tableLength(tail, total)
+		if err != nil {
+			return nil, err
+		}
+		if need <= len(tail) {
+			return parseTable(tail[len(tail)-need:], total)
+		}
+		if length != tailLength {
+			return nil, errTable
+		}
+		length = need
+	}
+}
+
+// get gets a block; the table is known.
+func (p *pack) get(ctx context.Context, ref eris.Reference, size eris.BlockSize) ([]byte, error) {
+	i, ok := p.table.find(ref)
+	if !ok {
+		return nil, eris.ErrNotFound
+	}
+	e := p.table.entries[i]
+	if e.size() != int64(size) {
+		return nil, &eris.BlockError{Reference: ref, Length: int(e.size()), Want: size}
+	}
+	s := p.s
+	s.mu.Lock()
+	s.gets++
+	r := p.runWith(i)
+	if r == nil {
+		r = p.startRun(i)
+	}
+	r.hits++
+	p.readAhead(r, i)
+	w := waiter{e.end() - r.from, make(chan struct{})}
+	r.waiters = append(r.waiters, w)
+	r.wake()
+	s.mu.Unlock()
+	var err error
+	select {
+	case <-w.ready:
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r.waiters = slices.DeleteFunc(r.waiters, func(o waiter) bool { return o == w })
+	if err == nil && r.have < w.until {
+		err = r.err
+	}
+	if err != nil {
+		return nil, err
+	}
+	return r.bytes[w.until-e.size() : w.until], nil
+}
+
+// runWith returns the run that has a block, or nil. The lock of the store must be held here and
+// below, unless said otherwise.
+func (p *pack) runWith(i int) *run {
+	at := slices.IndexFunc(p.s.runs, func(r *run) bool { return r.pack == p && r.first <= i && i < r.end })
+	if at < 0 {
+		return nil
+	}
+	r := p.s.runs[at]
+	p.s.runs = append(slices.Delete(p.s.runs, at, at+1), r)
+	r.used = p.s.gets
+	return r
+}
+
+// readAhead has what is behind a run be read if most of its blocks were wanted up to one.
+func (p *pack) readAhead(r *run, i int) {
+	if r.hits < min(denseHits, r.end-r.first) || r.hits*2 < i-r.first {
+		return
+	}
+	ahead := int64(greatestAhead)
+	if took := time.Since(p.s.began); p.s.received > 0 && took > 0 {
+		ahead = int64(float64(p.s.received) / took.Seconds())
+	}
+	active := int64(1)
+	for _, o := range p.s.packs {
+		if o != p && o.users > 0 {
+			active++
+		}
+	}
+	ahead = max(leastAhead, min(ahead, greatestAhead/active))
+	until := p.table.entries[i].offset() + ahead
+	for r.end < len(p.table.entries) && p.table.entries[r.end].offset() < until {
+		next := p.runWith(r.end)
+		if next == nil && !p.s.makeRoom(min(2*r.length, greatestRun), false) {
+			return
+		}
+		if next == nil {
+			next = p.startRun(r.end)
+		}
+		r = next
+	}
+}
+
+// makeRoom drops runs until there is memory for so many bytes, and reports whether there is: those
+// of which all has been used, or nothing lately, and with force others, too, but none that somebody
+// waits for.
+func (s *Store) makeRoom(length int64, force bool) bool {
+	for _, r := range s.runs {
+		length += r.length
+	}
+	drop := func(old func(r *run) bool) {
+		s.runs = slices.DeleteFunc(s.runs, func(r *run) bool {
+			drop := length > maxMemory && r.ended && len(r.waiters) == 0 && old(r)
+			if drop {
+				length -= r.length
+			}
+			return drop
+		})
+	}
+	drop(func(r *run) bool { return r.hits >= r.end-r.first || s.gets-r.used > lately })
+	if force {
+		drop(func(*run) bool { return true })
+	}
+	return length <= maxMemory
+}
+
+// startRun starts to read blocks from one on: twice as much as what was read before it.
+func (p *pack) startRun(first int) *run {
+	entries := p.table.entries
+	length := int64(leastRun)
+	for _, o := range p.s.runs {
+		if o.pack == p && o.end == first {
+			length = min(2*o.length, greatestRun)
+		}
+	}
+	r := &run{first: first, end: first + 1, from: entries[first].offset()}
+	isFirst := func(i int) bool {
+		return slices.ContainsFunc(p.s.runs, func(o *run) bool { return o.pack == p && o.first == i })
+	}
+	for r.end < len(entries) && entries[r.end].end() <= r.from+length && !isFirst(r.end) {
+		r.end++
+	}
+	r.length = entries[r.end-1].end() - r.from
+	p.s.makeRoom(r.length, true)
+	return p.begin(r)
+}
+
+// begin begins to read a run.
+func (p *pack) begin(r *run) *run {
+	s := p.s
+	if !slices.ContainsFunc(s.runs, func(o *run) bool { return !o.ended }) {
+		s.received, s.began = 0, time.Time{}
+	}
+	r.pack, r.used = p, s.gets
+	s.runs = append(s.runs, r)
+	s.group.Go(func() error {
+		err := s.objects.Range(p.ctx, p.name, r.from, r.length, r.read)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		r.finish(err)
+		return nil
+	})
+	return r
+}
+
+// read takes the bytes of a run. Called without the lock.
+func (r *run) read(body io.Reader, _, total int64) error {
+	s := r.pack.s
+	s.mu.Lock()
+	r.length = min(r.length, total-r.from)
+	r.bytes = make([]byte, r.length)
+	if s.began.IsZero() {
+		s.began = time.Now()
+	}
+	s.mu.Unlock()
+	for at := 0; at < len(r.bytes); {
+		n, err := io.ReadAtLeast(body, r.bytes[at:min(len(r.bytes), at+portion)], 1)
+		if err != nil {
+			return err
+		}
+		at += n
+		s.mu.Lock()
+		r.have = int64(at)
+		s.received += int64(n)
+		r.wake()
+		s.mu.Unlock()
+	}
+	return nil
+}
+
+// finish takes note that there will be no more bytes.
+func (r *run) finish(err error) {
+	s := r.pack.s
+	r.ended = true
+	if err == nil || errors.Is(err, eris.ErrNotFound) {
+		r.err = errCut
+	} else {
+		r.err = err
+	}
+	if err != nil {
+		s.runs = slices.DeleteFunc(s.runs, func(o *run) bool { return o == r })
+	}
+	r.wake()
+}
+
+// wake wakes those whose blocks are there, or will not come.
+func (r *run) wake() {
+	r.waiters = slices.DeleteFunc(r.waiters, func(w waiter) bool {
+		ready := r.ended || w.until <= r.have
+		if ready {
+			close(w.ready)
+		}
+		return ready
+	})
+}
