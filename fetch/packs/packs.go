@@ -10,8 +10,8 @@
 // The first request for a block of an item reads the table, at the end of the pack, and meanwhile
 // its beginning. Other blocks are got with those behind them, by one range; where most of these are
 // wanted, too, what is behind them is read ahead, up to 24 MiB or what comes in about a second. To
-// know which pack a block is in, the store looks at [fetch.Request.Root]; without that, at the packs
-// that it has read lately, and for one that is named like the block.
+// know which pack a block is in, the store looks at [fetch.Request.Root]; without that, at the
+// packs that it has read lately, and for one that is named like the block.
 //
 // # Writing
 //
@@ -19,8 +19,9 @@
 //
 // # What is not trusted
 //
-// Whoever asks for blocks verifies them. A pack may have 524 288 blocks, for which 20 bytes of
-// memory each are taken, and 8 packs are kept in memory, of each of which some 40 MiB at most.
+// Whoever asks for blocks verifies them. A pack may have 524,288 blocks, for which 20 bytes of
+// memory each are taken; 8 packs are known at a time, of which 56 MiB are kept in memory, and more
+// only if somebody waits for it.
 package packs
 
 import (

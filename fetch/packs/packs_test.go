@@ -227,8 +227,8 @@ func TestPackIsDump(t *testing.T) {
 	}
 }
 
-// A pack that is not there is looked for once, whatever is asked of it; and which one it is is known
-// without its root being asked for.
+// A pack that is not there is looked for once, whatever is asked of it; and which one it is is
+// known without its root being asked for.
 func TestRoot(t *testing.T) {
 	tree, packs := t.TempDir(), t.TempDir()
 	fill(t, filepath.Join(tree, "a"), 1, 100<<10)

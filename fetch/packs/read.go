@@ -15,16 +15,18 @@ import (
 const (
 	// headLength is how much of a pack is read before its table is known, and tailLength how much
 	// of its end: enough for 16 383 blocks.
-	headLength, tailLength = 4 << 20, 256 << 10
-	// leastRun and greatestRun are the bytes in one range, each twice the one before; leastAhead and
-	// greatestAhead are how far ahead of the last request is read: what comes in a second.
-	leastRun, greatestRun     = 512 << 10, 8 << 20
+	headLength, tailLength = 8 << 20, 256 << 10
+	// leastRun and greatestRun are the bytes in one range, each four times the one before;
+	// leastAhead and greatestAhead are how far ahead of the last request is read: what comes in a
+	// second.
+	leastRun, greatestRun     = 512 << 10, 16 << 20
 	leastAhead, greatestAhead = 1 << 20, 24 << 20
 	// maxMemory is how much of packs is kept in memory, unless more is waited for.
-	maxMemory = 40 << 20
+	maxMemory = 56 << 20
 	// denseHits is from how many requests for blocks of one run on the next run is read.
 	denseHits = 8
 	portion   = 256 << 10
+	growth    = 4
 	// lately is in the last so many requests.
 	lately = 1000
 )
@@ -55,6 +57,7 @@ type run struct {
 	length     int64 // that it may have
 	have       int64 // how many of them are there
 	hits       int
+	latest     int   // the greatest entry that there was a request for
 	used       int64 // how many requests there had been when one was for it
 	err        error // why there will be no more
 	ended      bool
@@ -70,21 +73,25 @@ type waiter struct {
 func (p *pack) open() {
 	defer close(p.opened)
 	p.s.mu.Lock()
+	p.s.makeRoom(headLength, true)
 	head := p.begin(&run{length: headLength})
 	p.s.mu.Unlock()
-	if p.table, p.err = p.readTable(); p.err != nil {
+	var tail *run
+	if p.table, tail, p.err = p.readTable(); p.err != nil {
 		p.end()
 		return
 	}
 	p.s.mu.Lock()
 	defer p.s.mu.Unlock()
+	p.s.runs = append(p.s.runs, tail)
 	for head.end < len(p.table.entries) && p.table.entries[head.end].end() <= headLength {
 		head.end++
 	}
 }
 
-// readTable reads the table: mostly by one range.
-func (p *pack) readTable() (*table, error) {
+// readTable reads the table: mostly by one range. The blocks that come with it are a run: one that
+// is wanted soon, because the length of a content is known by its last block.
+func (p *pack) readTable() (*table, *run, error) {
 	length := tailLength
 	for {
 		var tail []byte
@@ -96,17 +103,25 @@ func (p *pack) readTable() (*table, error) {
 			return err
 		})
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		need, err := tableLength(tail, total)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		if need <= len(tail) {
-			return parseTable(tail[len(tail)-need:], total)
+			t, err := parseTable(tail[len(tail)-need:], total)
+			if err != nil {
+				return nil, nil, err
+			}
+			r := &run{pack: p, first: len(t.entries), end: len(t.entries), from: total - int64(len(tail)), bytes: tail, ended: true}
+			for r.length = int64(len(tail)); r.first > 0 && t.entries[r.first-1].offset() >= r.from; r.first-- {
+			}
+			r.have = r.length
+			return t, r, nil
 		}
 		if length != tailLength {
-			return nil, errTable
+			return nil, nil, errTable
 		}
 		length = need
 	}
@@ -166,8 +181,13 @@ func (p *pack) runWith(i int) *run {
 	return r
 }
 
-// readAhead has what is behind a run be read if most of its blocks were wanted up to one.
+// readAhead has what is behind a run be read if most of its blocks were wanted up to one. Each run
+// begins when the one before it has begun to come: runs that share the line all come late.
 func (p *pack) readAhead(r *run, i int) {
+	if i < r.latest {
+		return
+	}
+	r.latest = i
 	if r.hits < min(denseHits, r.end-r.first) || r.hits*2 < i-r.first {
 		return
 	}
@@ -183,9 +203,9 @@ func (p *pack) readAhead(r *run, i int) {
 	}
 	ahead = max(leastAhead, min(ahead, greatestAhead/active))
 	until := p.table.entries[i].offset() + ahead
-	for r.end < len(p.table.entries) && p.table.entries[r.end].offset() < until {
+	for r.have > 0 && r.end < len(p.table.entries) && p.table.entries[r.end].offset() < until {
 		next := p.runWith(r.end)
-		if next == nil && !p.s.makeRoom(min(2*r.length, greatestRun), false) {
+		if next == nil && !p.s.makeRoom(min(growth*r.length, greatestRun), false) {
 			return
 		}
 		if next == nil {
@@ -218,13 +238,13 @@ func (s *Store) makeRoom(length int64, force bool) bool {
 	return length <= maxMemory
 }
 
-// startRun starts to read blocks from one on: twice as much as what was read before it.
+// startRun starts to read blocks from one on: four times as much as what was read before it.
 func (p *pack) startRun(first int) *run {
 	entries := p.table.entries
 	length := int64(leastRun)
 	for _, o := range p.s.runs {
 		if o.pack == p && o.end == first {
-			length = min(2*o.length, greatestRun)
+			length = min(growth*o.length, greatestRun)
 		}
 	}
 	r := &run{first: first, end: first + 1, from: entries[first].offset()}
