@@ -20,8 +20,8 @@
 // # What is not trusted
 //
 // Whoever asks for blocks verifies them. A pack may have 524,288 blocks, for which 20 bytes of
-// memory each are taken; 8 packs are known at a time, of which 56 MiB are kept in memory, and more
-// only if somebody waits for it.
+// memory each are taken; 8 packs are known at a time, of which 20 MiB of blocks wait in memory, and
+// more only if somebody waits for them.
 package packs
 
 import (
@@ -78,7 +78,9 @@ type Store struct {
 	uses     int64
 	left     chan struct{} // closed when a pack is not in use any more
 	missing  map[eris.Reference]time.Time
-	gets     int64  // requests
+	gets     int64 // requests
+	held     int   // bytes of blocks that wait for requests
+	room     *sync.Cond
 	runs     []*run // of all packs, in the order in which they were used
 	received int64  // bytes of runs, since there was none, and when the first of them came
 	began    time.Time
@@ -118,6 +120,7 @@ func Open(url string, o web.Options) (*Store, error) {
 		objects: kept, directory: directory, packs: map[eris.Reference]*pack{},
 		left: make(chan struct{}), missing: map[eris.Reference]time.Time{},
 	}
+	s.room = sync.NewCond(&s.mu)
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.Workers = fetch.NewWorkers(workers, nil)
 	s.Workers.Within = s.get
@@ -133,6 +136,9 @@ func (s *Store) AnySize() bool { return true }
 // Close ends all requests.
 func (s *Store) Close() error {
 	s.cancel()
+	s.mu.Lock()
+	s.room.Broadcast()
+	s.mu.Unlock()
 	s.objects.Close()
 	s.Workers.Close()
 	s.group.Wait()
@@ -270,7 +276,13 @@ func (s *Store) drop() bool {
 	}
 	p.end()
 	delete(s.packs, oldest)
-	s.runs = slices.DeleteFunc(s.runs, func(r *run) bool { return r.pack == p })
+	s.runs = slices.DeleteFunc(s.runs, func(r *run) bool {
+		if r.pack == p {
+			s.forget(r)
+		}
+		return r.pack == p
+	})
+	s.room.Broadcast()
 	return true
 }
 

@@ -3,6 +3,8 @@
 package packs
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -21,11 +23,10 @@ const (
 	// second.
 	leastRun, greatestRun     = 512 << 10, 16 << 20
 	leastAhead, greatestAhead = 1 << 20, 24 << 20
-	// maxMemory is how much of packs is kept in memory, unless more is waited for.
-	maxMemory = 56 << 20
+	// maxMemory is how many bytes of blocks wait in memory for requests, unless more is wanted now.
+	maxMemory = 20 << 20
 	// denseHits is from how many requests for blocks of one run on the next run is read.
 	denseHits = 8
-	portion   = 256 << 10
 	growth    = 4
 	// lately is in the last so many requests.
 	lately = 1000
@@ -53,9 +54,9 @@ type run struct {
 	pack       *pack
 	first, end int // entries of the table
 	from       int64
-	bytes      []byte
-	length     int64 // that it may have
-	have       int64 // how many of them are there
+	length     int64
+	have       int            // entries from the first on that have come
+	blocks     map[int][]byte // those of them that nobody has asked for yet
 	hits       int
 	latest     int   // the greatest entry that there was a request for
 	used       int64 // how many requests there had been when one was for it
@@ -65,7 +66,7 @@ type run struct {
 }
 
 type waiter struct {
-	until int64 // of the pack
+	entry int
 	ready chan struct{}
 }
 
@@ -73,7 +74,6 @@ type waiter struct {
 func (p *pack) open() {
 	defer close(p.opened)
 	p.s.mu.Lock()
-	p.s.makeRoom(headLength, true)
 	head := p.begin(&run{length: headLength})
 	p.s.mu.Unlock()
 	var tail *run
@@ -83,7 +83,11 @@ func (p *pack) open() {
 	}
 	p.s.mu.Lock()
 	defer p.s.mu.Unlock()
+	tail.used = p.s.gets
 	p.s.runs = append(p.s.runs, tail)
+	for _, block := range tail.blocks {
+		p.s.held += len(block)
+	}
 	for head.end < len(p.table.entries) && p.table.entries[head.end].end() <= headLength {
 		head.end++
 	}
@@ -114,17 +118,26 @@ func (p *pack) readTable() (*table, *run, error) {
 			if err != nil {
 				return nil, nil, err
 			}
-			r := &run{pack: p, first: len(t.entries), end: len(t.entries), from: total - int64(len(tail)), bytes: tail, ended: true}
-			for r.length = int64(len(tail)); r.first > 0 && t.entries[r.first-1].offset() >= r.from; r.first-- {
-			}
-			r.have = r.length
-			return t, r, nil
+			return t, p.tailOf(t, tail, total-int64(len(tail))), nil
 		}
 		if length != tailLength {
 			return nil, nil, errTable
 		}
 		length = need
 	}
+}
+
+// tailOf returns a run of the blocks that are in the last bytes of a pack.
+func (p *pack) tailOf(t *table, tail []byte, from int64) *run {
+	n := len(t.entries)
+	r := &run{pack: p, first: n, end: n, length: int64(len(tail)), blocks: map[int][]byte{}, ended: true}
+	for r.first > 0 && t.entries[r.first-1].offset() >= from {
+		r.first--
+		e := t.entries[r.first]
+		r.blocks[r.first] = bytes.Clone(tail[e.offset()-from : e.end()-from])
+	}
+	r.have = n - r.first
+	return r
 }
 
 // get gets a block; the table is known.
@@ -146,9 +159,10 @@ func (p *pack) get(ctx context.Context, ref eris.Reference, size eris.BlockSize)
 	}
 	r.hits++
 	p.readAhead(r, i)
-	w := waiter{e.end() - r.from, make(chan struct{})}
+	w := waiter{i, make(chan struct{})}
 	r.waiters = append(r.waiters, w)
 	r.wake()
+	s.room.Broadcast()
 	s.mu.Unlock()
 	var err error
 	select {
@@ -159,19 +173,25 @@ func (p *pack) get(ctx context.Context, ref eris.Reference, size eris.BlockSize)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	r.waiters = slices.DeleteFunc(r.waiters, func(o waiter) bool { return o == w })
-	if err == nil && r.have < w.until {
-		err = r.err
-	}
 	if err != nil {
 		return nil, err
 	}
-	return r.bytes[w.until-e.size() : w.until], nil
+	block, ok := r.blocks[i]
+	if !ok {
+		return nil, r.err
+	}
+	delete(r.blocks, i)
+	s.held -= len(block)
+	s.room.Broadcast()
+	return block, nil
 }
 
-// runWith returns the run that has a block, or nil. The lock of the store must be held here and
-// below, unless said otherwise.
+// runWith returns the run that has a block, or will have it, or nil. The lock of the store must be
+// held here and below, unless said otherwise.
 func (p *pack) runWith(i int) *run {
-	at := slices.IndexFunc(p.s.runs, func(r *run) bool { return r.pack == p && r.first <= i && i < r.end })
+	at := slices.IndexFunc(p.s.runs, func(r *run) bool {
+		return r.pack == p && r.first <= i && i < r.end && (r.blocks[i] != nil || i-r.first >= r.have)
+	})
 	if at < 0 {
 		return nil
 	}
@@ -204,10 +224,7 @@ func (p *pack) readAhead(r *run, i int) {
 	ahead = max(leastAhead, min(ahead, greatestAhead/active))
 	until := p.table.entries[i].offset() + ahead
 	for r.have > 0 && r.end < len(p.table.entries) && p.table.entries[r.end].offset() < until {
-		next := p.runWith(r.end)
-		if next == nil && !p.s.makeRoom(min(growth*r.length, greatestRun), false) {
-			return
-		}
+		next := p.following(r)
 		if next == nil {
 			next = p.startRun(r.end)
 		}
@@ -215,27 +232,34 @@ func (p *pack) readAhead(r *run, i int) {
 	}
 }
 
-// makeRoom drops runs until there is memory for so many bytes, and reports whether there is: those
-// of which all has been used, or nothing lately, and with force others, too, but none that somebody
-// waits for.
-func (s *Store) makeRoom(length int64, force bool) bool {
-	for _, r := range s.runs {
-		length += r.length
+// following returns the run that begins where another one ends, or nil.
+func (p *pack) following(r *run) *run {
+	for _, o := range p.s.runs {
+		if o.pack == p && o.first == r.end && o.end > o.first {
+			return o
+		}
 	}
-	drop := func(old func(r *run) bool) {
-		s.runs = slices.DeleteFunc(s.runs, func(r *run) bool {
-			drop := length > maxMemory && r.ended && len(r.waiters) == 0 && old(r)
-			if drop {
-				length -= r.length
-			}
-			return drop
-		})
+	return nil
+}
+
+// makeRoom drops runs that have come and have not been used lately: those of which all has been
+// used, and if too many blocks wait in memory, others, too.
+func (s *Store) makeRoom() {
+	s.runs = slices.DeleteFunc(s.runs, func(r *run) bool {
+		drop := r.ended && len(r.waiters) == 0 && s.gets-r.used > lately && (len(r.blocks) == 0 || s.held > maxMemory)
+		if drop {
+			s.forget(r)
+		}
+		return drop
+	})
+}
+
+// forget takes back the memory of a run.
+func (s *Store) forget(r *run) {
+	for _, block := range r.blocks {
+		s.held -= len(block)
 	}
-	drop(func(r *run) bool { return r.hits >= r.end-r.first || s.gets-r.used > lately })
-	if force {
-		drop(func(*run) bool { return true })
-	}
-	return length <= maxMemory
+	r.blocks = nil
 }
 
 // startRun starts to read blocks from one on: four times as much as what was read before it.
@@ -255,7 +279,7 @@ func (p *pack) startRun(first int) *run {
 		r.end++
 	}
 	r.length = entries[r.end-1].end() - r.from
-	p.s.makeRoom(r.length, true)
+	p.s.makeRoom()
 	return p.begin(r)
 }
 
@@ -265,7 +289,7 @@ func (p *pack) begin(r *run) *run {
 	if !slices.ContainsFunc(s.runs, func(o *run) bool { return !o.ended }) {
 		s.received, s.began = 0, time.Time{}
 	}
-	r.pack, r.used = p, s.gets
+	r.pack, r.used, r.blocks = p, s.gets, map[int][]byte{}
 	s.runs = append(s.runs, r)
 	s.group.Go(func() error {
 		err := s.objects.Range(p.ctx, p.name, r.from, r.length, r.read)
@@ -277,25 +301,47 @@ func (p *pack) begin(r *run) *run {
 	return r
 }
 
-// read takes the bytes of a run. Called without the lock.
-func (r *run) read(body io.Reader, _, total int64) error {
-	s := r.pack.s
+// read takes the blocks of a run, as far as they fit into memory. Called without the lock.
+func (r *run) read(body io.Reader, _, _ int64) error {
+	p, s := r.pack, r.pack.s
+	select {
+	case <-p.opened:
+	case <-p.ctx.Done():
+		return p.ctx.Err()
+	}
+	if p.table == nil {
+		return p.err
+	}
 	s.mu.Lock()
-	r.length = min(r.length, total-r.from)
-	r.bytes = make([]byte, r.length)
 	if s.began.IsZero() {
 		s.began = time.Now()
 	}
+	first, end := r.first, r.end
 	s.mu.Unlock()
-	for at := 0; at < len(r.bytes); {
-		n, err := io.ReadAtLeast(body, r.bytes[at:min(len(r.bytes), at+portion)], 1)
-		if err != nil {
+	in := bufio.NewReaderSize(body, 64<<10)
+	at := r.from
+	for i := first; i < end; i++ {
+		e := p.table.entries[i]
+		if _, err := io.CopyN(io.Discard, in, e.offset()-at); err != nil {
 			return err
 		}
-		at += n
+		block := make([]byte, e.size())
+		if _, err := io.ReadFull(in, block); err != nil {
+			return err
+		}
+		at = e.end()
 		s.mu.Lock()
-		r.have = int64(at)
-		s.received += int64(n)
+		for s.held > maxMemory && len(r.waiters) == 0 && p.ctx.Err() == nil {
+			s.room.Wait()
+		}
+		if r.blocks == nil { // the pack has been dropped
+			s.mu.Unlock()
+			return context.Canceled
+		}
+		r.blocks[i] = block
+		r.have++
+		s.held += len(block)
+		s.received += e.size()
 		r.wake()
 		s.mu.Unlock()
 	}
@@ -314,13 +360,16 @@ func (r *run) finish(err error) {
 	if err != nil {
 		s.runs = slices.DeleteFunc(s.runs, func(o *run) bool { return o == r })
 	}
+	if !slices.Contains(s.runs, r) && len(r.waiters) == 0 {
+		s.forget(r)
+	}
 	r.wake()
 }
 
 // wake wakes those whose blocks are there, or will not come.
 func (r *run) wake() {
 	r.waiters = slices.DeleteFunc(r.waiters, func(w waiter) bool {
-		ready := r.ended || w.until <= r.have
+		ready := r.ended || r.blocks[w.entry] != nil
 		if ready {
 			close(w.ready)
 		}
