@@ -146,7 +146,7 @@ func (p *Pool) proceed(l *lookup, now time.Duration) {
 	}
 	p.inquire(l, now)
 	if p.candidates(l, now) == 0 {
-		if l.awaits(now) {
+		if l.awaits(nil, now) {
 			return
 		}
 		if l.denied != 0 {
@@ -173,11 +173,11 @@ func (p *Pool) proceed(l *lookup, now time.Duration) {
 	}
 }
 
-// awaits reports whether somebody is being asked of whom there is hope: of members that rest there
-// is only for a moment.
-func (l *lookup) awaits(now time.Duration) bool {
+// awaits reports whether somebody is being asked of whom there is hope, but for one attempt: of
+// members that rest there is only for a moment.
+func (l *lookup) awaits(but *attempt, now time.Duration) bool {
 	for a := l.attempts; a != nil; a = a.sibling {
-		if !a.member.resting() || now-a.start < probeWait {
+		if a != but && (!a.member.resting() || now-a.start < probeWait) {
 			return true
 		}
 	}

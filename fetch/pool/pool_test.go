@@ -398,6 +398,42 @@ func TestHedge(t *testing.T) {
 	}
 }
 
+// TestHedgeBesideProbe loses a request for a block by which a member that rests is probed as well:
+// another one is asked for it all the same, and nobody waits for the probe.
+func TestHedgeBesideProbe(t *testing.T) {
+	loses := &fake{roundTrip: 5e6, answer: func(ctx context.Context, n int, i int64) error {
+		if n == 1000 {
+			return hang(ctx, n, i)
+		}
+		return nil
+	}}
+	state := sourcestate.Open("")
+	state.Rests("fake:1", time.Now().Add(-time.Second), 1)
+	silent := &fake{answer: hang}
+	list := sources(loses, silent, &fake{roundTrip: 100e6})
+	simulate(t, pool.Options{State: state}, list, func(t *testing.T, p *pool.Pool) {
+		readAll(t, p, 500, large, 64)
+		time.Sleep(time.Minute)
+		done := make(chan error)
+		before, begin := silent.requests(), time.Now()
+		go func() { done <- get(t.Context(), p, 1000, large) }()
+		synctest.Wait()
+		for i := 0; ; i++ {
+			select {
+			case err := <-done:
+				if took := time.Since(begin); err != nil || took > 2*time.Second || silent.requests() == before || !slices.Contains(loses.asked, 1000) {
+					t.Errorf("took %v (%v), with %d probes", took, err, silent.requests()-before)
+				}
+				return
+			default:
+				if err := get(t.Context(), p, i, large); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	})
+}
+
 // TestHedgeCap has both sources so erratic that everything seems to be late, and checks that the
 // cap holds, but not for a block that would never come.
 func TestHedgeCap(t *testing.T) {

@@ -174,6 +174,39 @@ func TestSlow(t *testing.T) {
 	}
 }
 
+// TestCrawls has a store from which a block takes half a minute, the first of 1 KiB excepted: with
+// another one about which nothing is known, it is given up in seconds; alone, it is waited for.
+func TestCrawls(t *testing.T) {
+	for _, v := range []struct {
+		name   string
+		near   bool
+		others []*fake
+		most   time.Duration
+	}{
+		{"near", true, []*fake{{roundTrip: 20e6}}, 5 * time.Second},
+		{"near, and one that is silent", true, []*fake{{answer: hang}, {roundTrip: 20e6}}, 10 * time.Second},
+		{"far", false, []*fake{{roundTrip: 20e6}}, 5 * time.Second},
+		{"alone", false, nil, 40 * time.Second},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			list := append(sources(&fake{name: "crawls", roundTrip: 1e6, rate: 1 << 10}), sources(v.others...)...)
+			list[0].Near = v.near
+			simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
+				if err := get(t.Context(), p, 0, 1024); err != nil {
+					t.Error(err)
+				}
+				begin := time.Now()
+				if err := get(t.Context(), p, 1, large); err != nil {
+					t.Error(err)
+				}
+				if took := time.Since(begin); took > v.most {
+					t.Errorf("it took %v", took)
+				}
+			})
+		})
+	}
+}
+
 // TestRoundTrip checks that the round trip that is learnt is that of the line, not what waits in
 // it, and that it does not count for long that a store was slow.
 func TestRoundTrip(t *testing.T) {

@@ -22,8 +22,8 @@ const (
 	hedgeFree = 1 << 20
 	// A member is silent that has not answered for some time that follows from what is known about
 	// it: at least leastSilence, or loneSilence if there is no other; at most mostSilence, unless
-	// it takes longer for one block; firstSilence if it has never answered, for connections have to
-	// be made.
+	// it takes longer for one block and there is no other that could be tried; firstSilence if it
+	// has never answered, for connections have to be made.
 	leastSilence = 250 * time.Millisecond
 	loneSilence  = 2 * time.Second
 	mostSilence  = 3 * time.Second
@@ -35,7 +35,8 @@ const (
 	// there is nobody else: who is back is of use at once.
 	probeLimit = 20 * time.Second
 	probeWait  = 250 * time.Millisecond
-	// A request is taken for lost after lostFactor times what was expected, and at least lostAge.
+	// A request is taken for lost after lostFactor times what was expected, and at least lostAge
+	// and what two blocks take.
 	lostAge    = 2 * time.Second
 	lostFactor = 10
 	// latePerMember is how many late requests of a member are looked at in one go.
@@ -118,16 +119,24 @@ func (m *member) allowedSilence(oldest *attempt, now time.Duration) time.Duratio
 		}
 		return firstSilence
 	}
-	rate := m.rate.best(larger)
-	if rate == 0 {
-		rate = m.speed()
-	}
-	gap := seconds(float64(oldest.request.Size) / rate)
+	gap, most := m.gap(oldest.request.Size), mostSilence
 	allowed := max(leastSilence, 2*m.minRoundTrip(), time.Duration(float64(oldest.expected)*m.tail), 8*gap)
 	if !m.pool.othersWork(m, now) {
 		allowed = max(allowed, loneSilence)
 	}
-	return min(allowed, max(mostSilence, 2*gap))
+	if !slices.ContainsFunc(m.pool.far, func(o *member) bool { return o != m && o.usable(now) && !o.resting() }) {
+		most = max(most, 2*gap)
+	}
+	return min(allowed, most)
+}
+
+// gap returns how long a block takes after the one before it.
+func (m *member) gap(size eris.BlockSize) time.Duration {
+	rate := m.rate.best(larger)
+	if rate == 0 {
+		rate = m.speed()
+	}
+	return seconds(float64(size) / rate)
 }
 
 // hedge asks other members for what is late.
@@ -146,7 +155,7 @@ func (p *Pool) hedge(now time.Duration) {
 				continue
 			}
 			n++
-			if l := a.lookup; l != nil && l.foreground == a && a.cause == nil && !a.hedged && a.sibling == nil && l.attempts == a {
+			if l := a.lookup; l != nil && l.foreground == a && a.cause == nil && !a.hedged && !l.awaits(a, now) {
 				late = append(late, a)
 			}
 		}
@@ -190,7 +199,7 @@ func (p *Pool) giveUp(m *member, now time.Duration) {
 			break
 		}
 		n++
-		if l := a.lookup; l != nil && !a.probe && l.queue == nil && l.attempts == a && a.sibling == nil && (a.background || now-a.start > 2*lostAge) {
+		if l := a.lookup; l != nil && !a.probe && l.queue == nil && !l.awaits(a, now) && (a.background || now-a.start > 2*lostAge) {
 			a.cancel(errLate)
 		}
 	}
@@ -198,7 +207,7 @@ func (p *Pool) giveUp(m *member, now time.Duration) {
 
 // isLost reports whether a request is so late that it may never be answered.
 func (m *member) isLost(a *attempt, now time.Duration) bool {
-	return now-a.start > lostAge && (!m.known || now-a.start > lostFactor*a.expected) && !a.heldBack()
+	return now-a.start > max(lostAge, 2*m.gap(a.request.Size)) && (!m.known || now-a.start > lostFactor*a.expected) && !a.heldBack()
 }
 
 // heldBack reports whether it is the limit of the rate that a request waits for, not the member.
