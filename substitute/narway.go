@@ -212,9 +212,9 @@ func (j *job) download(ctx context.Context, a *attempt, url string, size int64) 
 	d := &download{nar: body, r: body, url: url, latency: time.Since(begin), j: j, a: a}
 	if body.Size >= 0 {
 		size = body.Size
+		a.total.Store(size)
 	}
 	a.from(body.URL, size)
-	a.total.Store(size)
 	if !mirror.IsLocal(url) {
 		d.r = ratelimit.Reader(ctx, body, j.s.Limiter)
 	}

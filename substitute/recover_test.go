@@ -5,6 +5,7 @@ package substitute_test
 import (
 	"bytes"
 	"compress/gzip"
+	"context"
 	"fmt"
 	"io"
 
@@ -20,7 +21,9 @@ import (
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
@@ -243,6 +246,19 @@ func TestSlowFirst(t *testing.T) {
 		w.(http.Flusher).Flush()
 		<-r.Context().Done()
 	}
+	endless := func(w http.ResponseWriter, r *http.Request) {
+		w.Write(f.archive)
+		w.(http.Flusher).Flush()
+		<-r.Context().Done()
+	}
+	var begun atomic.Pointer[time.Time]
+	back := func(w http.ResponseWriter, r *http.Request) {
+		now := time.Now()
+		if begun.CompareAndSwap(nil, &now); now.Sub(*begun.Load()) < 4*time.Second {
+			panic(http.ErrAbortHandler)
+		}
+		f.handler(f.narinfo(t, "none nar"), f.good)(w, r)
+	}
 	longer := func(announced bool) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
 			if announced {
@@ -268,9 +284,11 @@ func TestSlowFirst(t *testing.T) {
 		most    time.Duration
 		want    substitute.Status
 	}{
-		"slow":   {[]http.HandlerFunc{f.handler(plain, slow), good}, 6 * time.Second, substitute.Success},
-		"silent": {[]http.HandlerFunc{f.handler(plain, silent), good}, 6 * time.Second, substitute.Success},
-		"stalls": {[]http.HandlerFunc{f.handler(plain, stalls), good}, 11 * time.Second, substitute.Success},
+		"slow":                       {[]http.HandlerFunc{f.handler(plain, slow), good}, 6 * time.Second, substitute.Success},
+		"silent":                     {[]http.HandlerFunc{f.handler(plain, silent), good}, 6 * time.Second, substitute.Success},
+		"stalls":                     {[]http.HandlerFunc{f.handler(plain, stalls), good}, 11 * time.Second, substitute.Success},
+		"does not end":               {[]http.HandlerFunc{f.handler(plain, endless), good}, 11 * time.Second, substitute.Success},
+		"the good one is back later": {[]http.HandlerFunc{f.handler(plain, silent), back}, 16 * time.Second, substitute.Success},
 		"longer than expected": {[]http.HandlerFunc{
 			f.handler(compressed, longer(true)), f.handler(compressed, func(w http.ResponseWriter, r *http.Request) { w.Write(stored.Bytes()) }),
 		}, 11 * time.Second, substitute.Success},
@@ -310,6 +328,44 @@ func TestSlowFirst(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestLastBlock gets an item from blocks of which the last one does not come, when as many bytes
+// have come as the item has.
+func TestLastBlock(t *testing.T) {
+	f := newFixture(t, 9000)
+	text := signERIS(t, f.key, itemPath(0), f.encoded)
+	bubble(t, func(t *testing.T, n *testNetwork) {
+		blocks := &lastless{memoryBlocks: f.blocks, left: 1000}
+		blocks.Workers = fetch.NewWorkers(1, blocks.Get)
+		defer blocks.Close()
+		for range 2 {
+			s, log := n.with(f.key, n.serve(f.handler(text, f.good)))
+			s.Blocks, s.Policy = blocks, substitute.ERISFirst
+			begin := time.Now()
+			f.restore(t, s, substitute.Success, log)
+			if took := time.Since(begin); took > 12*time.Second {
+				t.Errorf("it took %v:\n%s", took, log)
+			}
+			blocks.left = 1000 - blocks.left - 1
+		}
+	})
+}
+
+// lastless are blocks of which only so many come.
+type lastless struct {
+	*memoryBlocks
+	*fetch.Workers
+	left int
+}
+
+func (l *lastless) Get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
+	l.left--
+	if l.left < 0 {
+		<-ctx.Done()
+		return nil, context.Cause(ctx)
+	}
+	return l.Backend.Get(ctx, ref, size, dst)
 }
 
 // slowServer is the only server of which something is known: that it is slow.

@@ -362,7 +362,7 @@ type attempt struct {
 	cancel   context.CancelCauseFunc
 	again    bool         // what came the first time was wrong
 	got      atomic.Int64 // bytes
-	total    atomic.Int64 // bytes that will come, as the server says; negative if it does not
+	total    atomic.Int64 // bytes that will come, if the server says so
 	slow     atomic.Bool  // it was given up for that
 	cut      atomic.Bool  // the server has broken off
 }
@@ -374,14 +374,11 @@ func (a *attempt) from(url string, size int64) { a.progress.From(url, size) }
 // left returns how many bytes are still to come, of so many that were expected.
 func (a *attempt) left(expected int64) int64 {
 	got := a.got.Load()
-	switch total := a.total.Load(); {
-	case total > 0:
+	if total := a.total.Load(); total > 0 {
 		return max(0, total-got)
-	case total < 0:
-		// It is a guess. When it has turned out to be too small, the end may be far all the same.
-		return max(expected-got, got/8)
 	}
-	return max(0, expected-got)
+	// It is a guess. When it has turned out to be too small, the end may be far all the same.
+	return max(expected-got, got/8)
 }
 
 // count notes that n bytes have come over the network.
