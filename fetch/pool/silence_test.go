@@ -174,6 +174,26 @@ func TestSlow(t *testing.T) {
 	}
 }
 
+// TestManySilent has many sources that accept and stay silent before a good one: together they cost
+// not much more than one.
+func TestManySilent(t *testing.T) {
+	var all []*fake
+	for range 16 {
+		all = append(all, &fake{answer: hang})
+	}
+	all = append(all, &fake{roundTrip: 20e6})
+	simulate(t, pool.Options{}, sources(all...), func(t *testing.T, p *pool.Pool) {
+		begin := time.Now()
+		if err := get(t.Context(), p, 0, 1024); err != nil || time.Since(begin) > 2*time.Second {
+			t.Errorf("the first block took %v (%v)", time.Since(begin), err)
+		}
+		begin = time.Now()
+		if readAll(t, p, 100, 1024, 64); time.Since(begin) > time.Second {
+			t.Errorf("others took %v", time.Since(begin))
+		}
+	})
+}
+
 // TestCrawls has a store from which a block takes half a minute, the first of 1 KiB excepted: with
 // another one about which nothing is known, it is given up in seconds; alone, it is waited for.
 func TestCrawls(t *testing.T) {

@@ -155,7 +155,7 @@ func (p *Pool) hedge(now time.Duration) {
 				continue
 			}
 			n++
-			if l := a.lookup; l != nil && l.foreground == a && a.cause == nil && !a.hedged && !l.awaits(a, now) {
+			if l := a.lookup; l != nil && l.foreground != nil && l.attempts == a && a.cause == nil && !a.hedged {
 				late = append(late, a)
 			}
 		}
@@ -224,11 +224,15 @@ func (m *member) isLate(a *attempt, now time.Duration) bool {
 	return age > time.Duration(float64(a.expected)*m.tail)+hedgeDelay && !a.heldBack()
 }
 
-// alternative returns the far member that would deliver a late block first.
+// alternative returns the far member that would deliver a late block first; while none is known,
+// one that has not been tried.
 func (p *Pool) alternative(a *attempt, now time.Duration) *member {
-	var best *member
+	var best, untried *member
 	l, size := a.lookup, int64(a.request.Size)
 	for _, m := range p.far {
+		if l.spent()&m.bit == 0 && !m.known && m.requests == 0 && m.usable(now) && !m.resting() && untried == nil {
+			untried = m
+		}
 		if l.spent()&m.bit != 0 || !m.trusted(now) || m.hits < 0.5 && l.held&m.bit == 0 {
 			continue
 		}
@@ -236,7 +240,9 @@ func (p *Pool) alternative(a *attempt, now time.Duration) *member {
 			best = m
 		}
 	}
-	if best == nil || best.expected(size) > 2*(now-a.start) {
+	if best == nil {
+		return untried
+	} else if best.expected(size) > 2*(now-a.start) {
 		return nil
 	}
 	return best
