@@ -251,7 +251,7 @@ func (s *soak) newRun(t *testing.T, seed uint64) *soakRun {
 	r.what = fmt.Sprintf("seed %d: %s, policy %s, good %v, cache %s, %d servers, %d stores", seed, mode, policy, r.good, cacheSize, len(addresses), len(urls))
 	for name, text := range map[string]string{
 		"acl":                  acl.NewACL(s.key.PublicKey()).Text(),
-		"substitute-eris.toml": fmt.Sprintf("policy = %q\ncache-size = %q\nverbose = true\n", policy, cacheSize),
+		"substitute-eris.toml": fmt.Sprintf("policy = %q\ncache-size = %q\nseed-nars = %v\nverbose = true\n", policy, cacheSize, seed/3%2 == 1),
 	} {
 		if err := os.WriteFile(directory+"/etc/"+name, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
