@@ -5,6 +5,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"fmt"
 	"io/fs"
@@ -27,9 +28,10 @@ import (
 // fullTest is what is tried on disks that become full: an item, and where it comes from.
 type fullTest struct {
 	*chain
-	t     *testing.T
-	small string // where the small disk is, and the store
-	urn   string
+	t      *testing.T
+	small  string // where the small disk is, and the store
+	urn    string
+	scheme string // of the store that helpers use; empty is TCP
 }
 
 // TestFullDisks has the disk be full at every page, and at every file, that something writes: a
@@ -68,7 +70,7 @@ func TestFullDisks(t *testing.T) {
 	c.query()
 	f.urn = publishedURN(t, f.narinfo(), c.items[0].hash)
 	for name, use := range map[string]func(t *testing.T) bool{
-		"restore": f.restores, "state": f.keeps, "decode": f.decodes, "export": f.exports, "encode": f.encodes,
+		"restore": f.restores, "state": f.keeps, "seeds": f.seeds, "decode": f.decodes, "export": f.exports, "encode": f.encodes,
 		"serve": f.serves, "publish": f.publishes,
 	} {
 		t.Run(name, func(t *testing.T) { f.limits(t, use) })
@@ -169,7 +171,7 @@ func (f *fullTest) helper(t *testing.T, mode, state string) *soakHelper {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := startDaemonHelper(program, mode, append(slices.Clip(f.env), "ERIS_STORE_URL="+f.stores["coap+tcp"], "XDG_CACHE_HOME="+state,
+	d := startDaemonHelper(program, mode, append(slices.Clip(f.env), "ERIS_STORE_URL="+f.stores[cmp.Or(f.scheme, "coap+tcp")], "XDG_CACHE_HOME="+state,
 		"_NIX_OPTIONS=discover=false\nsubstitute-urls="+f.server+"\n"), false)
 	if d.err != nil {
 		t.Fatal(d.err)
@@ -234,6 +236,22 @@ func (f *fullTest) keeps(t *testing.T) bool {
 		t.Error(err)
 	}
 	return !strings.Contains(said, noSpace)
+}
+
+// seeds is keeps with nars that are copied for the block store.
+func (f *fullTest) seeds(t *testing.T) bool {
+	f.configure("policy = \"http-first\"\nseed-nars = true\n")
+	f.scheme = "coap+unix"
+	defer func() {
+		f.configure("")
+		f.scheme = ""
+	}()
+	whole := f.keeps(t)
+	left, _ := filepath.Glob(f.small + "/state/guix/substitute-eris/seeds/*")
+	if _, err := os.Stat(f.small + "/state/guix/substitute-eris/seeds"); len(left) > 0 || whole && err != nil {
+		t.Errorf("%q are left, error %v", left, err)
+	}
+	return whole
 }
 
 // again runs the program on the full disk, and again with room if that fails; then no file has one
