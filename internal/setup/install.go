@@ -263,8 +263,9 @@ func (i *installation) daemon() daemon {
 					d.program = i.isProgram(strings.TrimLeft(fields[0], "@-:+!"))
 				}
 			default:
-				if _, after, ok := strings.Cut(value, "GUIX_EXTENSIONS_PATH="); ok {
-					d.extensions = strings.FieldsFunc(after+" ", func(r rune) bool { return strings.ContainsRune(" \t\"'", r) })[0]
+				_, after, _ := strings.Cut(value, "GUIX_EXTENSIONS_PATH=")
+				if fields := strings.FieldsFunc(after, func(r rune) bool { return strings.ContainsRune(" \t\"'", r) }); len(fields) > 0 {
+					d.extensions = fields[0]
 				}
 			}
 		}

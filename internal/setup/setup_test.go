@@ -178,6 +178,40 @@ func TestFailure(t *testing.T) {
 	}
 }
 
+// TestStrangers has the tree of somebody else, with a record that was not made by this program:
+// nothing outside of the tree is changed, and no program is run.
+func TestStrangers(t *testing.T) {
+	s := machine(t, "")
+	s.live = false
+	outside := filepath.Join(t.TempDir(), "outside")
+	must(t, os.WriteFile(outside, []byte("x"), 0o600))
+	up := strings.Repeat("/..", strings.Count(s.root, "/"))
+	must(t, s.open())
+	must(t, s.save([]record{
+		{Undo: []string{"rm", outside}},
+		{Path: "/a", After: stateOf([]byte("a"), ""), Copy: up + outside},
+		{Path: up + outside, After: stateOf([]byte("x"), "")},
+	}))
+	s.lock.Close()
+	must(t, os.WriteFile(filepath.Join(s.root, "a"), []byte("a"), 0o600))
+	if undone, err := s.Undo(t.Logf); undone || err != nil {
+		t.Error(undone, err)
+	}
+	if _, err := os.Stat(outside); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestEmptySettings reads a service with settings that say nothing.
+func TestEmptySettings(t *testing.T) {
+	s := machine(t, "")
+	must(t, os.WriteFile(filepath.Join(s.root, "etc/systemd/system/guix-daemon.service"),
+		[]byte("[Service]\nExecStart=\nUser=\nEnvironment=GUIX_EXTENSIONS_PATH=\nEnvironment=\n"), 0o644))
+	if d := (&installation{System: s}).daemon(); d.extensions != "" || d.program {
+		t.Errorf("%+v", d)
+	}
+}
+
 func TestAddToList(t *testing.T) {
 	for _, c := range []struct{ text, want, fails string }{
 		{"", "l = [\"v\"]\n", ""},

@@ -327,17 +327,23 @@ func (s *System) Undo(say func(format string, a ...any)) (undone bool, err error
 }
 
 func (s *System) undo(r record, say func(format string, a ...any)) error {
-	if r.Path == "" {
+	if r.Path == "" && !s.live {
+		return fmt.Errorf("%q is not run, for the system does not run", strings.Join(r.Undo, " "))
+	} else if r.Path == "" {
 		say("run %s", strings.Join(r.Undo, " "))
 		return run(r.Undo)
 	}
+	// The record of a tree that somebody else has made may have anything.
 	name, err := s.at(r.Path)
 	if err != nil {
 		return err
 	}
-	second, before := filepath.Join(s.root, r.Copy), ""
+	second, before := "", ""
 	if r.Copy != "" {
-		if before, err = state(second); err != nil || before == "" {
+		if second, err = s.at(r.Copy); err == nil {
+			before, err = state(second)
+		}
+		if err != nil || before == "" {
 			return err // it was restored, and the process ended then
 		}
 	}
