@@ -18,8 +18,9 @@ import (
 // one is killed: the daemon does that to its helpers, with all processes of their group, when it
 // needs them no more and when a client goes away (Guix, nix/libutil/util.cc: Agent::~Agent,
 // Pid::kill). The process is this program, and is to call [CleanAfter]; its arguments are those
-// given, the store and the name of the session. What is returned ends it, and is to be called at
-// the end. If it cannot be started, that is no error: the next helper removes what is left.
+// given, the store and the name of the session. What is returned ends it at once, and is to be
+// called at the end, when this process has removed what it has left. If it cannot be started, that
+// is no error: the next helper removes what is left.
 //
 // It is for the start, before anything that strangers have made is read: the process is as free as
 // this one.
@@ -30,12 +31,12 @@ func (s *Session) Guard(store string, arguments ...string) (dismiss func()) {
 	guard.Args[0] = os.Args[0]
 	guard.Dir = "/"
 	guard.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	input, err := guard.StdinPipe()
-	if err != nil || guard.Start() != nil {
+	if _, err := guard.StdinPipe(); err != nil || guard.Start() != nil {
 		return func() {}
 	}
 	return func() {
-		input.Close()
+		// It would wait for other helpers of the session, and the daemon for the end of this one.
+		guard.Process.Kill()
 		guard.Wait() // however it ends
 	}
 }
