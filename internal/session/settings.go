@@ -388,7 +388,7 @@ const maxDiscovered = 50
 
 // discovered returns the servers that "guix discover" has found.
 func (s *Settings) discovered() []string {
-	f, err := os.Open(filepath.Join(settings.StateDirectory(), "discover", "publish"))
+	f, _, err := files.OpenRegular(filepath.Join(settings.StateDirectory(), "discover", "publish"), os.O_RDONLY)
 	if err != nil {
 		return nil
 	}
