@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -26,8 +27,8 @@ const (
 
 // Browse asks the local network, once, which machines have a service of a type, and calls found
 // with the address of each, once. It listens until ctx ends, which should be soon: who is there
-// answers within a tenth of a second (RFC 6762, sections 5.1 and 6). The error is nil unless nobody
-// could be asked.
+// answers within a tenth of a second (RFC 6762, sections 5.1 and 6). Answers from elsewhere do not
+// count (section 11). The error is nil unless nobody could be asked.
 func Browse(ctx context.Context, service string, found func(netip.AddrPort)) error {
 	question, err := question(service)
 	var socket *net.UDPConn
@@ -39,12 +40,16 @@ func Browse(ctx context.Context, service string, found func(netip.AddrPort)) err
 	}
 	defer socket.Close()
 	defer context.AfterFunc(ctx, func() { socket.SetReadDeadline(time.Unix(1, 0)) })()
+	near := networks()
 	b := make([]byte, maxMessage)
 	seen := map[netip.AddrPort]bool{}
 	for {
 		n, from, err := socket.ReadFromUDPAddrPort(b)
 		if err != nil {
 			return nil
+		}
+		if !slices.ContainsFunc(near, func(p netip.Prefix) bool { return p.Contains(from.Addr().Unmap()) }) {
+			continue
 		}
 		for _, port := range ports(b[:n], service) {
 			a := netip.AddrPortFrom(from.Addr().Unmap(), port)
@@ -54,6 +59,19 @@ func Browse(ctx context.Context, service string, found func(netip.AddrPort)) err
 			}
 		}
 	}
+}
+
+// networks returns those that this machine is on.
+func networks() (near []netip.Prefix) {
+	for _, i := range interfaces() {
+		addresses, _ := i.Addrs()
+		for _, a := range addresses {
+			if p, err := netip.ParsePrefix(a.String()); err == nil {
+				near = append(near, p)
+			}
+		}
+	}
+	return near
 }
 
 func question(service string) ([]byte, error) {

@@ -43,13 +43,14 @@ func TestMain(m *testing.M) {
 	}
 }
 
-// lan makes a bridge with three machines, in namespaces of its own.
+// lan makes a bridge with four machines, in namespaces of its own. The first is on another network,
+// from which packets come nevertheless.
 const lan = `
 set -e
 ip link set lo up
 ip link add bridge type bridge
 ip link set bridge up
-for i in 1 2 3; do
+for i in 0 1 2 3; do
 	unshare --net sleep 60 &
 	eval pid$i=$!
 	for try in $(seq 100); do
@@ -60,15 +61,19 @@ for i in 1 2 3; do
 	ip link set port$i master bridge up
 	nsenter -t $! -n sh -c "ip link set lo up; ip address add 192.0.2.$i/24 dev lan0; ip link set lan0 up"
 done
-trap 'kill $pid1 $pid2 $pid3 $others' EXIT
-LAN_TEST=advertise nsenter -t $pid1 -n "$0" &
+nsenter -t $pid0 -n sh -c "ip address flush dev lan0; ip address add 198.51.100.1/24 dev lan0; ip route add 192.0.2.0/24 dev lan0"
+nsenter -t $pid3 -n sh -c "echo 0 | tee /proc/sys/net/ipv4/conf/all/rp_filter >/proc/sys/net/ipv4/conf/lan0/rp_filter"
+trap 'kill $pid0 $pid1 $pid2 $pid3 $others' EXIT
+LAN_TEST=advertise nsenter -t $pid0 -n "$0" &
 others=$!
+LAN_TEST=advertise nsenter -t $pid1 -n "$0" &
+others="$others $!"
 LAN_TEST=advertise nsenter -t $pid2 -n "$0" &
 others="$others $!"
 LAN_TEST=browse nsenter -t $pid3 -n "$0"
 `
 
-// TestBrowse has one machine of a network find two others.
+// TestBrowse has one machine of a network find two others, and not one of another network.
 func TestBrowse(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can make network namespaces")
