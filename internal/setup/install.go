@@ -16,6 +16,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/etc"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
 // Files of the system.
@@ -77,7 +78,7 @@ func (s *System) Install(o Options) (steps []Step, notes []string, err error) {
 
 // GuixSystem reports whether the system is made from a declaration.
 func (s *System) GuixSystem() bool {
-	text, _ := os.ReadFile(filepath.Join(s.root, "etc/os-release")) // none says nothing
+	text, _ := files.ReadRegular(filepath.Join(s.root, "etc/os-release"), maxFile) // none says nothing
 	return s.exists("/run/current-system/profile/bin/guix") || regexp.MustCompile(`(?m)^ID="?guix"?$`).Match(text)
 }
 
@@ -253,7 +254,7 @@ func (i *installation) daemon() daemon {
 		if file == own {
 			continue
 		}
-		text, _ := os.ReadFile(file) // what cannot be read says nothing
+		text, _ := files.ReadRegular(file, maxFile) // what cannot be read says nothing
 		for _, m := range regexp.MustCompile(`(?m)^(ExecStart|User|Environment)=(.*)$`).FindAllSubmatch(text, -1) {
 			switch value := string(m[2]); string(m[1]) {
 			case "User":
@@ -275,7 +276,7 @@ func (i *installation) daemon() daemon {
 
 // isProgram reports whether a file is a program of the machine, and no script.
 func (i *installation) isProgram(name string) bool {
-	f, err := os.Open(filepath.Join(i.root, name))
+	f, _, err := files.OpenRegular(filepath.Join(i.root, name), os.O_RDONLY)
 	if err != nil {
 		return false
 	}

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 )
 
@@ -199,6 +201,22 @@ func TestStrangers(t *testing.T) {
 	}
 	if _, err := os.Stat(outside); err != nil {
 		t.Error(err)
+	}
+
+	// The record itself leads elsewhere, and nobody writes to the files of the service.
+	must(t, os.RemoveAll(s.directory))
+	must(t, os.Symlink(filepath.Dir(outside), s.directory))
+	if _, err := s.Undo(t.Logf); err == nil {
+		t.Error("a record outside of the tree was taken")
+	}
+	for _, name := range []string{"etc/os-release", "etc/systemd/system/guix-daemon.service", "usr/bin/guix-daemon"} {
+		name = filepath.Join(s.root, name)
+		must(t, os.RemoveAll(name))
+		must(t, os.MkdirAll(filepath.Dir(name), 0o755))
+		must(t, unix.Mkfifo(name, 0o600))
+	}
+	if s.GuixSystem() || (&installation{System: s}).daemon().program || (&installation{System: s}).isProgram("/usr/bin/guix-daemon") {
+		t.Error("pipes say something")
 	}
 }
 

@@ -125,7 +125,9 @@ const recordName = "record.json"
 
 // open opens the record, and locks it until close.
 func (s *System) open() (err error) {
-	if s.directory, err = s.at(stateDirectory); err == nil {
+	name, err := s.at(filepath.Join(stateDirectory, recordName))
+	if err == nil {
+		s.directory = filepath.Dir(name)
 		err = files.MakeDirectory(s.directory)
 	}
 	if err != nil {
