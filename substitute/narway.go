@@ -119,7 +119,7 @@ func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool
 		return nil, nil, err
 	}
 	var source io.Reader = body
-	if !body.nar.Decoded && !mirror.IsLocal(w.url) && j.seedable(method) {
+	if !body.nar.Decoded && !mirror.IsLocal(w.url) && seedable(a.records, method) {
 		body.copied = j.s.Seeds.Begin(j.want.NarSize)
 		source = io.TeeReader(body, body.copied)
 	}
@@ -147,9 +147,9 @@ func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool
 
 // seedable reports whether others may look for blocks of the nar with a compression: not if it is
 // known that there are read capabilities of other nars only.
-func (j *job) seedable(method string) bool {
+func seedable(records []record, method string) bool {
 	others := false
-	for _, r := range j.records {
+	for _, r := range records {
 		for _, e := range r.narinfo.ERIS {
 			if e.Form == "nar."+method {
 				return true

@@ -221,7 +221,7 @@ func drip(w http.ResponseWriter, r *http.Request, b []byte) {
 		w.Write(b[i : i+1])
 		w.(http.Flusher).Flush()
 		select {
-		case <-time.After(10 * time.Millisecond):
+		case <-time.After(5290 * time.Millisecond):
 		case <-r.Context().Done():
 			return
 		}
@@ -275,6 +275,14 @@ func TestSlowFirst(t *testing.T) {
 		case <-r.Context().Done():
 		}
 	}
+	// Just when the other server has given its narinfo.
+	begins := func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case <-time.After(5290 * time.Millisecond):
+			w.Write(stored.Bytes())
+		case <-r.Context().Done():
+		}
+	}
 	plain, two := f.narinfo(t, "none nar"), f.narinfo(t, "none 1", "none 2")
 	six := f.narinfo(t, "none 1", "none 2", "none 3", "none 4", "none 5", "none 6")
 	compressed := f.narinfo(t, "gzip nar")
@@ -301,6 +309,10 @@ func TestSlowFirst(t *testing.T) {
 		}, 4 * time.Second, substitute.Success},
 		"six silent URLs":         {[]http.HandlerFunc{f.handler(six, silent)}, 30 * time.Second, substitute.NotFound},
 		"slow to begin and alone": {[]http.HandlerFunc{f.handler(plain, late), f.handler(plain, http.NotFound)}, 30 * time.Second, substitute.Success},
+		"begins while another server is asked": {[]http.HandlerFunc{f.handler(compressed, begins), func(w http.ResponseWriter, r *http.Request) {
+			time.Sleep(290 * time.Millisecond)
+			good(w, r)
+		}}, 30 * time.Second, substitute.Success},
 		"all are slow": {[]http.HandlerFunc{f.handler(two, func(w http.ResponseWriter, r *http.Request) {
 			for b := f.archive; len(b) > 0; b = b[min(len(b), 10_000):] {
 				w.Write(b[:min(len(b), 10_000)])

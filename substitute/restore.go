@@ -361,6 +361,7 @@ type attempt struct {
 	ctx      context.Context
 	cancel   context.CancelCauseFunc
 	again    bool         // what came the first time was wrong
+	records  []record     // of the job when it began; watch may add to those of the job
 	got      atomic.Int64 // bytes
 	total    atomic.Int64 // bytes that will come, if the server says so
 	slow     atomic.Bool  // it was given up for that
@@ -393,7 +394,7 @@ func (a *attempt) countShown(n, shown int) {
 // try restores the item by one way. It returns the length of the archive.
 func (j *job) try(ctx context.Context, c *candidate) (narSize uint64, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	a := &attempt{progress: j.progress, ctx: ctx, cancel: cancel, again: c.again}
+	a := &attempt{progress: j.progress, ctx: ctx, cancel: cancel, again: c.again, records: j.records}
 	c.last = a
 	stopped := j.watch(ctx, c, a)
 	defer func() {
