@@ -137,8 +137,8 @@ func refuseCalls() error {
 		statement(unix.BPF_RET|unix.BPF_K, unix.SECCOMP_RET_ALLOW),
 		statement(unix.BPF_RET|unix.BPF_K, unix.SECCOMP_RET_ERRNO|uint32(unix.EPERM)))
 	filter := unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]}
-	// An ordinary user needs that, too, in the same thread. Landlock has set it for all of them, where
-	// there is Landlock.
+	// An ordinary user needs that, too, in the same thread. Landlock has set it for all of them,
+	// where there is Landlock.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
