@@ -24,7 +24,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/whole"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
 
@@ -73,7 +72,7 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	}
 	name := destination
 	if destination != "-" {
-		if destination, err = whole.CheckNew(destination); err != nil {
+		if destination, err = restore.CheckNew(destination); err != nil {
 			return result, err
 		}
 	}
@@ -123,7 +122,7 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	}
 	defer closeNodes()
 	unix.Umask(0o022)
-	err = whole.Make(destination, func(temporary string) error {
+	err = restore.Whole(destination, func(temporary string) error {
 		r, err := restore.Restore(ctx, nodes, temporary, restore.Options{Writable: true})
 		result.NarHash, result.NarSize = "sha256:"+nixbase32.EncodeToString(r.NarHash[:]), r.NarSize
 		return err

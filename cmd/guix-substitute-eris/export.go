@@ -92,7 +92,6 @@ func (e *exportSettings) export(ctx context.Context, items []string) error {
 	defer blocks.Close()
 	sub := e.Session(false)
 	defer sub.Close()
-	e.ShowNotes()
 	keys := e.Keys()
 	sub.SetKeys(keys)
 	shown := e.Log().Transfer(e.to, e.to)

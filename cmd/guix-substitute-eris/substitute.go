@@ -32,7 +32,6 @@ func helper(s *session.Settings, query bool) error {
 		return fmt.Errorf("file descriptor %d is not open for replies; to ask by hand, leave out \"substitute\"", protocol.ReplyDescriptor)
 	}
 	unix.CloseOnExec(protocol.ReplyDescriptor)
-	s.Load()
 	return s.Serve(os.Stdin, protocol.ReplyDescriptor, query, false)
 }
 
@@ -93,10 +92,10 @@ func byHandCommand() *cobra.Command {
 		case err != nil:
 			return message.Usage("%w", err)
 		}
-		s.Load()
 		if len(items) == 0 {
 			return s.Serve(os.Stdin, 1, *query, true)
 		}
+		s.Load()
 		if err := s.CheckURLs(); err != nil {
 			return err
 		}

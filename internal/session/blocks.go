@@ -183,7 +183,7 @@ func (s *Settings) limiter() *ratelimit.Limiter {
 	}
 	rate, err := bytesize.ParseRate(text)
 	if err != nil {
-		s.notes = append(s.notes, fmt.Sprintf("limit of the rate ignored: %v", err))
+		s.log.Warnf("limit of the rate ignored: %v", err)
 		return nil
 	}
 	return ratelimit.New(rate, 0)
@@ -193,7 +193,7 @@ func (s *Settings) limiter() *ratelimit.Limiter {
 func (s *Settings) size(name, text, usual string) int64 {
 	size, err := bytesize.Parse(text)
 	if err != nil {
-		s.notes = append(s.notes, fmt.Sprintf("%s ignored: %v", name, err))
+		s.log.Warnf("%s ignored: %v", name, err)
 		return s.size(name, usual, "0")
 	}
 	return size
@@ -212,7 +212,7 @@ func (s *Settings) seeds() *seed.Seeds {
 			return seed.Open(s.inCache("seeds"), store, func(err error) { s.log.WarnOnce("seeds", "%v", err) })
 		}
 	}
-	s.notes = append(s.notes, fmt.Sprintf("seed-nars ignored: %v", err))
+	s.log.Warnf("seed-nars ignored: %v", err)
 	return nil
 }
 

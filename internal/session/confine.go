@@ -60,6 +60,6 @@ func (s *Settings) confine(destination string) {
 		}
 	}
 	if err := confine.Process(paths); err != nil && (s.verbose || s.file.Verbose) {
-		s.notes = append(s.notes, err.Error())
+		s.log.Warnf("%v", err)
 	}
 }

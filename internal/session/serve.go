@@ -18,7 +18,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/whole"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
@@ -39,13 +38,11 @@ const lookAhead = 10000
 // error may be a [message.Status].
 func (s *Settings) ByHand(ctx context.Context, query bool, items []string) error {
 	s.byHand = true
-	s.ShowNotes()
 	sub := s.Session(query)
 	defer sub.Close()
 	if !query {
 		s.confine(items[1])
 	}
-	s.ShowNotes()
 	sub.SetKeys(s.Keys())
 	var reply []byte
 	var result message.Status
@@ -100,9 +97,9 @@ func (s *Settings) restore(ctx context.Context, sub *Session, item, destination 
 		return sub.staging.Substitute(ctx, item, destination)
 	}
 	var outcome substitute.Outcome
-	destination, err := whole.CheckNew(destination)
+	destination, err := restore.CheckNew(destination)
 	if err == nil {
-		err = whole.Make(destination, func(temporary string) error {
+		err = restore.Whole(destination, func(temporary string) error {
 			if outcome = sub.Substitute(ctx, item, temporary); outcome.Status != substitute.Success {
 				return errNotRestored
 			}
@@ -116,10 +113,14 @@ func (s *Settings) restore(ctx context.Context, sub *Session, item, destination 
 	return substitute.Outcome{}
 }
 
-// Serve answers requests until there are no more, to the daemon or, by hand, to a person. It does
-// not end earlier, whatever happens: the daemon would take that for a failure of everything.
+// Serve loads the settings, and answers requests until there are no more, to the daemon or, by
+// hand, to a person. It does not end earlier, whatever happens: the daemon would take that for a
+// failure of everything.
 func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error {
 	s.byHand = byHand
+	s.begin()
+	requests := s.log.Requests(stdin)
+	s.read()
 	if !query {
 		unix.Umask(0o022)
 		debug.SetMemoryLimit(memoryLimit)
@@ -132,7 +133,6 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error
 	}
 	s.near = s.neighbours()
 	defer s.near.close()
-	requests := s.log.Requests(stdin)
 	sub := s.Session(query)
 	defer func() { sub.Close() }()
 	renew := func() {
@@ -171,7 +171,6 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error
 		if first && !s.byHand {
 			s.confine(destinationOf(request))
 		}
-		s.ShowNotes()
 		switch {
 		case !first && !query && s.near.changed():
 			renew()

@@ -60,7 +60,6 @@ type Settings struct {
 	log     *protocol.Log
 	kept    string // the directory of what is kept for other processes; empty if nothing is
 	near    *neighbours
-	notes   []string // warnings of the start, for when somebody reads them
 }
 
 // Flags defines the options.
@@ -76,15 +75,24 @@ func (s *Settings) Flags(f *pflag.FlagSet) {
 	f.BoolVar(&s.Unauthorised, "allow-unauthenticated", false, "accept narinfos without an authorised signature (dangerous)")
 }
 
-// Load reads the environment and the configuration file.
+// Load reads the environment and the configuration file, and warns of what is wrong with them.
 func (s *Settings) Load() {
+	s.begin()
+	s.read()
+}
+
+// begin finds out who has started this process and what they see of it.
+func (s *Settings) begin() {
 	packed, daemon := os.LookupEnv("_NIX_OPTIONS")
 	s.daemon = daemon
 	s.options = protocol.ParseOptions(packed)
 	s.log = newLog(daemon, s.options)
+}
+
+func (s *Settings) read() {
 	var err error
 	if s.file, err = settings.Read(); err != nil {
-		s.notes = append(s.notes, err.Error())
+		s.log.Warnf("%v", err)
 	}
 	if s.Store == "" {
 		s.Store = settings.StoreDirectory()
@@ -98,12 +106,12 @@ func (s *Settings) Load() {
 	}
 	if s.kept = s.KeepDirectory(); s.kept != "" {
 		if err := files.MakeDirectory(s.kept); err != nil {
-			s.notes = append(s.notes, fmt.Sprintf("nothing is kept for later: %v", err))
+			s.log.Warnf("nothing is kept for later: %v", err)
 			s.kept = ""
 		}
 	}
 	if s.Unauthorised {
-		s.notes = append(s.notes, "authentication and authorization of substitutes disabled!")
+		s.log.Warnf("authentication and authorization of substitutes disabled!")
 	}
 }
 
@@ -138,18 +146,14 @@ func newLog(daemon bool, options protocol.Options) *protocol.Log {
 // daemon is false: warnings are not shown, and nothing is kept. A directory that root made would be
 // closed to a daemon that is not root.
 func (s *Settings) LoadQuietly(daemon bool) {
-	s.Load()
-	s.kept, s.log, s.notes, s.daemon = "", protocol.NewLog(io.Discard, protocol.LogStyle{}), nil, daemon
+	s.begin()
+	s.log = silent()
+	s.read()
+	s.kept, s.daemon = "", daemon
 }
 
-// ShowNotes shows the warnings of the start. The daemon reads them only while it waits for a reply,
-// so this is for after the first request.
-func (s *Settings) ShowNotes() {
-	for _, note := range s.notes {
-		s.log.Warnf("%s", note)
-	}
-	s.notes = nil
-}
+// silent returns a log that nobody sees.
+func silent() *protocol.Log { return protocol.NewLog(io.Discard, protocol.LogStyle{}) }
 
 // policies are the words for policies.
 var policies = map[string]substitute.Policy{
@@ -285,10 +289,13 @@ func (s *Session) Close() {
 
 // Session returns the substituter that the settings describe. It must be closed. For queries it has
 // no stores.
-func (s *Settings) Session(query bool) *Session {
+func (s *Settings) Session(query bool) *Session { return s.session(query, s.log) }
+
+// session is Session with another log for what goes on in it.
+func (s *Settings) session(query bool, log *protocol.Log) *Session {
 	policy, err := s.Policy()
 	if err != nil {
-		s.notes = append(s.notes, fmt.Sprintf("policy %.40q is not understood; fastest is followed", s.policy))
+		s.log.Warnf("policy %.40q is not understood; fastest is followed", s.policy)
 	}
 	path := s.inCache("sources")
 	if query {
@@ -327,7 +334,7 @@ func (s *Settings) Session(query bool) *Session {
 			OnRedirect: func(url string) { s.log.Notef("following redirection to '%s'...", url) },
 		}),
 		Cache: s.cache(),
-		Log:   s.log,
+		Log:   log,
 	})
 	if !query {
 		result.Reuse, result.closed = s.finder()
@@ -340,10 +347,10 @@ func (s *Settings) Session(query bool) *Session {
 	if !query && policy != substitute.HTTPOnly && len(urls) > 0 {
 		b, err := openBlocks(blocksOptions{
 			urls: urls, directory: s.inCache("blocks"), cacheSize: s.size("cache-size", s.file.CacheSize, settings.Default().CacheSize),
-			state: result.state, limiter: limiter, log: s.log,
+			state: result.state, limiter: limiter, log: log,
 		})
 		if err != nil {
-			s.notes = append(s.notes, err.Error())
+			s.log.Warnf("%v", err)
 		}
 		if b != nil {
 			result.blocks = b
@@ -439,7 +446,7 @@ func (s *Settings) cache() *narinfocache.Cache {
 	}
 	c, err := narinfocache.Open(directory)
 	if err != nil {
-		s.notes = append(s.notes, fmt.Sprintf("narinfos cannot be kept for later: %v", err))
+		s.log.Warnf("narinfos cannot be kept for later: %v", err)
 		return nil
 	}
 	return c
@@ -498,11 +505,7 @@ func (s *Settings) HasForeignKeys(keys *acl.ACL) bool {
 
 // SilentSession returns a session that shows nothing by itself but the warnings of its beginning.
 func (s *Settings) SilentSession(query bool) *Session {
-	log := s.log
-	s.log = protocol.NewLog(io.Discard, protocol.LogStyle{})
-	sub := s.Session(query)
-	s.log = log
-	s.ShowNotes()
+	sub := s.session(query, silent())
 	sub.SetKeys(s.Keys())
 	return sub
 }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package whole makes files and trees that get their names when they are complete.
-package whole
+package restore
 
 import (
 	"crypto/rand"
@@ -13,11 +12,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
 
 // CheckNew returns the absolute form of the name of a file or tree that a user wants to be made,
-// and an error if there is something of that name.
+// and an error, which wraps [fs.ErrExist], if there is something of that name.
 func CheckNew(path string) (string, error) {
 	path, err := filepath.Abs(path)
 	if err != nil {
@@ -29,12 +27,12 @@ func CheckNew(path string) (string, error) {
 	return path, nil
 }
 
-// Make has a file or a tree made beside the name that it gets when it is complete and on disk:
+// Whole has a file or a tree made beside the name that it gets when it is complete and on disk:
 // whatever ends the program, what has the name is whole. Nothing is left behind after an error.
-func Make(path string, restoreTo func(temporary string) error) (err error) {
+func Whole(path string, restoreTo func(temporary string) error) (err error) {
 	directory := filepath.Dir(path)
 	temporary := filepath.Join(directory, files.TemporaryPrefix+rand.Text())
-	defer func() { err = errors.Join(err, restore.Remove(temporary)) }()
+	defer func() { err = errors.Join(err, Remove(temporary)) }()
 	if err := restoreTo(temporary); err != nil {
 		return err
 	}
@@ -43,8 +41,8 @@ func Make(path string, restoreTo func(temporary string) error) (err error) {
 		return err
 	}
 	defer d.Close()
-	if err := unix.Syncfs(int(d.Fd())); err != nil {
-		return &fs.PathError{Op: "sync", Path: directory, Err: err}
+	if err := files.SyncFileSystem(d); err != nil {
+		return err
 	}
 	if err := files.MoveNew(temporary, path); err != nil {
 		return err
