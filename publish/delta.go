@@ -3,7 +3,6 @@
 package publish
 
 import (
-	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -18,8 +17,6 @@ import (
 	"strings"
 	"sync"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/delta"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -49,14 +46,14 @@ type DeltaOptions struct {
 // Deltas makes deltas of the items of a store, in the background: of each that somebody wants from
 // up to three that are older and have the same name without version. It is safe for concurrent use.
 type Deltas struct {
-	o     DeltaOptions
-	queue chan *narinfo.Narinfo
-	stop  context.CancelFunc
-	done  sync.WaitGroup
+	o       DeltaOptions
+	listing *reuse.Listing
+	queue   chan *narinfo.Narinfo
+	stop    context.CancelFunc
+	done    sync.WaitGroup
 
 	mu      sync.Mutex
 	pending map[string]bool // hash parts in the queue
-	listing listing
 }
 
 const (
@@ -90,8 +87,7 @@ func NewDeltas(o DeltaOptions) *Deltas {
 		o.Root = o.StoreDir
 	}
 	ctx, stop := context.WithCancel(context.Background())
-	d := &Deltas{o: o, queue: make(chan *narinfo.Narinfo, deltaQueue), stop: stop, pending: map[string]bool{}}
-	d.listing.root = o.Root
+	d := &Deltas{o: o, queue: make(chan *narinfo.Narinfo, deltaQueue), stop: stop, pending: map[string]bool{}, listing: reuse.NewListing(o.Root)}
 	d.done.Go(func() { d.work(ctx) })
 	return d
 }
@@ -222,8 +218,12 @@ func (d *Deltas) tree(path string) string { return filepath.Join(d.o.Root, filep
 
 // bases returns what is known of the items that deltas of an item are made of.
 func (d *Deltas) bases(ctx context.Context, item *narinfo.Narinfo) ([]*narinfo.Narinfo, error) {
-	names, err := d.listing.older(filepath.Base(item.StorePath))
-	if err != nil {
+	names, err := d.listing.Like(filepath.Base(item.StorePath), true, func(name, item string) bool {
+		return unversionedName(name) == unversionedName(item)
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: %s", ErrNoItem, item.StorePath)
+	} else if err != nil {
 		return nil, err
 	}
 	var bases []*narinfo.Narinfo
@@ -407,55 +407,6 @@ func withDeltas(text string, deltas []narinfo.Delta) string {
 	return text
 }
 
-// A listing is the names of the items of a store, by their names without versions.
-type listing struct {
-	root   string
-	mtime  time.Time
-	byName map[string][]string
-}
-
-// older returns the names of items that are of the same name as another one but for the version,
-// and have been in the store for longer, the latest first.
-func (l *listing) older(item string) ([]string, error) {
-	info, err := os.Stat(l.root)
-	if err != nil {
-		return nil, err
-	}
-	if l.byName == nil || !l.mtime.Equal(info.ModTime()) {
-		names, err := readNames(l.root)
-		if err != nil {
-			return nil, err
-		}
-		l.byName, l.mtime = map[string][]string{}, info.ModTime()
-		for _, name := range names {
-			if narinfo.CheckStoreName(name) == nil {
-				key := unversionedName(name)
-				l.byName[key] = append(l.byName[key], name)
-			}
-		}
-	}
-	born, ok := birth(l.root, item)
-	if !ok {
-		return nil, fmt.Errorf("%w: %s", ErrNoItem, item)
-	}
-	type aged struct {
-		name string
-		born int64
-	}
-	var found []aged
-	for _, name := range l.byName[unversionedName(item)] {
-		if b, ok := birth(l.root, name); ok && b < born && name != item {
-			found = append(found, aged{name, b})
-		}
-	}
-	slices.SortFunc(found, func(a, b aged) int { return cmp.Or(cmp.Compare(b.born, a.born), cmp.Compare(a.name, b.name)) })
-	var names []string
-	for _, f := range found {
-		names = append(names, f.name)
-	}
-	return names, nil
-}
-
 func readNames(directory string) ([]string, error) {
 	f, err := os.Open(directory)
 	if err != nil {
@@ -463,14 +414,6 @@ func readNames(directory string) ([]string, error) {
 	}
 	defer f.Close()
 	return f.Readdirnames(-1)
-}
-
-// birth is when an item came to its place, as far as can be told: its modification time is that of
-// all items.
-func birth(root, name string) (nanoseconds int64, ok bool) {
-	var st unix.Stat_t
-	err := unix.Lstat(root+"/"+name, &st)
-	return st.Ctim.Nano(), err == nil
 }
 
 // unversionedName is the name of an item without hash and version, as far as that begins with a

@@ -3,6 +3,8 @@
 package reuse
 
 import (
+	"cmp"
+	"math"
 	"os"
 	"slices"
 	"strings"
@@ -14,9 +16,9 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
-// A listing is the names of all items of the store. It is safe for concurrent use.
-type listing struct {
-	store string
+// A Listing is the names of all items of a store. It is safe for concurrent use.
+type Listing struct {
+	store string // its directory
 
 	mu    sync.Mutex
 	names []string
@@ -24,12 +26,15 @@ type listing struct {
 	again time.Time // when it may be read again
 }
 
+// NewListing returns the listing of the store in a directory, which is read when it is asked for.
+func NewListing(directory string) *Listing { return &Listing{store: directory} }
+
 // readAgain is how many times longer than reading takes it is not read again.
 const readAgain = 100
 
 // read returns the names of store items, as they are or were not long ago. Every item that is made
 // changes the directory, so it is not read again each time.
-func (l *listing) read() ([]string, error) {
+func (l *Listing) read() ([]string, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	begin := time.Now()
@@ -56,31 +61,53 @@ func (l *listing) read() ([]string, error) {
 	return l.names, nil
 }
 
-// named returns the items whose names end like that of item, which is not among them, the newest
-// first.
-func (l *listing) named(item string) ([]string, error) {
+// Like returns the items, but for one, whose names are like that of this one, the newest first; and
+// of them only those older than it, if older is set. They are as they are or were not long ago.
+func (l *Listing) Like(item string, older bool, like func(name, item string) bool) ([]string, error) {
 	names, err := l.read()
 	if err != nil {
 		return nil, err
 	}
+	latest := int64(math.MaxInt64)
+	if older {
+		if latest, err = l.birth(item); err != nil {
+			return nil, err
+		}
+	}
 	var found []string
 	born := map[string]int64{}
 	for _, name := range names {
-		if !strings.HasSuffix(name, item[hashLen:]) || len(name) != len(item) || name == item {
+		if name == item || !like(name, item) {
 			continue
 		}
-		var st unix.Stat_t
-		if unix.Lstat(l.store+"/"+name, &st) == nil {
+		if b, err := l.birth(name); err == nil && b < latest {
 			found = append(found, name)
-			born[name] = st.Ctim.Nano() // its modification time is that of all items
+			born[name] = b
 		}
 	}
-	slices.SortStableFunc(found, func(a, b string) int { return int(min(1, max(-1, born[b]-born[a]))) })
+	slices.SortFunc(found, func(a, b string) int { return cmp.Or(cmp.Compare(born[b], born[a]), cmp.Compare(a, b)) })
 	return found, nil
 }
 
+// birth is when an item came to its place, in nanoseconds, as far as can be told: its modification
+// time is that of all items.
+func (l *Listing) birth(name string) (int64, error) {
+	var st unix.Stat_t
+	if err := unix.Lstat(l.store+"/"+name, &st); err != nil {
+		return 0, &os.PathError{Op: "lstat", Path: l.store + "/" + name, Err: err}
+	}
+	return st.Ctim.Nano(), nil
+}
+
+// named returns the items whose names end like that of item, the newest first.
+func (l *Listing) named(item string) ([]string, error) {
+	return l.Like(item, false, func(name, item string) bool {
+		return len(name) == len(item) && strings.HasSuffix(name, item[hashLen:])
+	})
+}
+
 // all returns a table of the hashes of all items.
-func (l *listing) all() (*table, error) {
+func (l *Listing) all() (*table, error) {
 	names, err := l.read()
 	if err != nil {
 		return nil, err

@@ -52,7 +52,7 @@ type Config struct {
 // A Finder finds old items. It is safe for concurrent use.
 type Finder struct {
 	Config
-	listing listing
+	listing *Listing
 	misses  misses
 	pool    nar.Pool
 }
@@ -62,7 +62,7 @@ func New(c Config) *Finder {
 	if c.Database == nil {
 		c.Database = func(context.Context, string) (*narinfo.Narinfo, error) { return nil, ErrNoDatabase }
 	}
-	return &Finder{Config: c, listing: listing{store: c.StoreDir}, misses: misses{c.MissesFile}}
+	return &Finder{Config: c, listing: NewListing(c.StoreDir), misses: misses{c.MissesFile}}
 }
 
 // A Candidate is an old item and what to replace in it.
