@@ -72,11 +72,11 @@ func noise(seed uint64, n int) string {
 
 func hashOf(t testing.TB, nodes nar.Nodes) [32]byte {
 	t.Helper()
-	h := sha256.New()
-	if _, err := nar.Write(h, nodes); err != nil {
+	sum, _, err := nar.Hash(t.Context(), nodes)
+	if err != nil {
 		t.Fatal(err)
 	}
-	return [32]byte(h.Sum(nil))
+	return sum
 }
 
 func write(t testing.TB, new, old string, o delta.WriteOptions) []byte {

@@ -3,6 +3,8 @@
 package nar
 
 import (
+	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -251,4 +253,35 @@ func Write(w io.Writer, nodes Nodes) (written int64, err error) {
 			frame = frame[:0]
 		}
 	}
+}
+
+// Hash returns the SHA-256 of the archive of the whole tree that nodes holds, and its length in
+// bytes. It fails as [Write] does, and when ctx ends.
+func Hash(ctx context.Context, nodes Nodes) (sum [sha256.Size]byte, size uint64, err error) {
+	h := sha256.New()
+	n, err := Write(Until(ctx, h), nodes)
+	return [sha256.Size]byte(h.Sum(nil)), uint64(n), err
+}
+
+// HashTree is Hash of the file tree at path.
+func HashTree(ctx context.Context, path string) (sum [sha256.Size]byte, size uint64, err error) {
+	tree := NewTree(path)
+	defer tree.Close()
+	return Hash(ctx, tree)
+}
+
+// Until returns a writer that writes to w until ctx ends, and fails then with the error of ctx.
+func Until(ctx context.Context, w io.Writer) io.Writer { return until{ctx, w} }
+
+type until struct {
+	ctx context.Context
+	w   io.Writer
+}
+
+// Write implements [io.Writer].
+func (u until) Write(p []byte) (int, error) {
+	if err := u.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return u.w.Write(p)
 }

@@ -248,7 +248,7 @@ func (n *narContent) Read(p []byte) (int, error) {
 		n.pipe, w = io.Pipe()
 		n.done = make(chan error, 1)
 		go func() {
-			err := writeNar(writerUntil{n.ctx, &skipper{w: w, skip: n.offset}}, n.path, n.compression)
+			err := writeNar(nar.Until(n.ctx, &skipper{w: w, skip: n.offset}), n.path, n.compression)
 			w.CloseWithError(err)
 			n.done <- err
 		}()

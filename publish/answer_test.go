@@ -376,11 +376,10 @@ func TestUnpublishable(t *testing.T) {
 func TestDamagedCapability(t *testing.T) {
 	directory, items := aStore(t)
 	path := filepath.Join(directory, filepath.Base(items["00000000000000000000000000000002"].StorePath))
-	h := sha256.New()
-	if _, err := nar.Write(h, nar.NewTree(path)); err != nil {
+	narHash, _, err := nar.HashTree(t.Context(), path)
+	if err != nil {
 		t.Fatal(err)
 	}
-	narHash := [32]byte(h.Sum(nil))
 	cache := t.TempDir()
 	c := publish.NewCapabilities(cache, nil, logger(t))
 	want, err := find(c, path, narHash)

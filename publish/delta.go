@@ -4,7 +4,6 @@ package publish
 
 import (
 	"context"
-	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -290,14 +289,11 @@ func checkDelta(ctx context.Context, body io.Reader, baseTree string, item *nari
 		return err
 	}
 	defer r.Close()
-	h := sha256.New()
-	if _, err := nar.Write(h, r); err != nil {
-		return err
+	sum, _, err := nar.Hash(ctx, r)
+	if err == nil && sum != item.NarDigest {
+		err = fmt.Errorf("delta of %s: %w", item.StorePath, errOtherContents)
 	}
-	if sum := [sha256.Size]byte(h.Sum(nil)); sum != item.NarDigest {
-		return fmt.Errorf("delta of %s: %w", item.StorePath, errOtherContents)
-	}
-	return nil
+	return err
 }
 
 // encodeFile puts the blocks of a file into a store.
@@ -321,7 +317,7 @@ func encodeFile(ctx context.Context, name string, store fetch.Store) (c eris.Rea
 // usefulSize is how long a delta of a tree may be to be of use, in bytes.
 func usefulSize(ctx context.Context, path string) (int64, error) {
 	var n counted
-	err := writeNar(writerUntil{ctx, &n}, path, "zstd")
+	err := writeNar(nar.Until(ctx, &n), path, "zstd")
 	return int64(n) / deltaGain, err
 }
 

@@ -4,7 +4,6 @@ package publish_test
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -58,12 +57,11 @@ func versions(t *testing.T, names ...string) (directory string, items publish.Ma
 func completed(t *testing.T, directory string, items publish.Manifest, i int) *narinfo.Narinfo {
 	t.Helper()
 	n := *items[fmt.Sprintf("%032d", i)]
-	h := sha256.New()
-	size, err := nar.Write(h, nar.NewTree(directory+"/"+filepath.Base(n.StorePath)))
-	if err != nil {
+	var err error
+	if n.NarDigest, n.NarSize, err = nar.HashTree(t.Context(), directory+"/"+filepath.Base(n.StorePath)); err != nil {
 		t.Fatal(err)
 	}
-	n.NarDigest, n.NarSize, n.NarSizeKnown = [32]byte(h.Sum(nil)), uint64(size), true
+	n.NarSizeKnown = true
 	return &n
 }
 
@@ -119,8 +117,7 @@ func TestDeltas(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	h := sha256.New()
-	if _, err := nar.Write(h, r); err != nil || [32]byte(h.Sum(nil)) != n.NarDigest {
+	if sum, _, err := nar.Hash(t.Context(), r); err != nil || sum != n.NarDigest {
 		t.Errorf("another item, error %v", err)
 	}
 	h2 := server(t, publish.ServerOptions{Root: directory, Items: items, Deltas: d})

@@ -403,16 +403,11 @@ func (e *exporter) exportBlocks(ctx context.Context, it *exportItem, tree string
 
 // check hashes the archive of a tree, before any of its blocks is stored.
 func (e *exporter) check(ctx context.Context, path string, n *narinfo.Narinfo) error {
-	tree := nar.NewTree(path)
-	defer tree.Close()
-	h := sha256.New()
-	if _, err := nar.Write(writerUntil{ctx, h}, tree); err != nil {
-		return err
+	sum, _, err := nar.HashTree(ctx, path)
+	if err == nil && sum != n.NarDigest {
+		err = otherContents(path, sum, n)
 	}
-	if sum := [sha256.Size]byte(h.Sum(nil)); sum != n.NarDigest {
-		return otherContents(path, sum, n)
-	}
-	return nil
+	return err
 }
 
 func otherContents(path string, sum [sha256.Size]byte, n *narinfo.Narinfo) error {
@@ -438,18 +433,4 @@ func writeFile(path string, mode fs.FileMode, text string) error {
 		_, err := io.WriteString(w, text)
 		return err
 	})
-}
-
-// writerUntil fails when a context ends.
-type writerUntil struct {
-	ctx context.Context
-	w   io.Writer
-}
-
-// Write implements io.Writer.
-func (w writerUntil) Write(p []byte) (int, error) {
-	if err := w.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return w.w.Write(p)
 }

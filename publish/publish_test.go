@@ -260,11 +260,10 @@ func find(c *publish.Capabilities, path string, narHash [32]byte) (eris.ReadCapa
 func TestCapabilities(t *testing.T) {
 	directory, items := aStore(t)
 	path := filepath.Join(directory, filepath.Base(items["00000000000000000000000000000002"].StorePath))
-	h := sha256.New()
-	if _, err := nar.Write(h, nar.NewTree(path)); err != nil {
+	narHash, _, err := nar.HashTree(t.Context(), path)
+	if err != nil {
 		t.Fatal(err)
 	}
-	narHash := [32]byte(h.Sum(nil))
 	cache := t.TempDir() + "/a/b"
 
 	// Without a store.
@@ -567,11 +566,10 @@ func TestGone(t *testing.T) {
 func TestFindLater(t *testing.T) {
 	directory, items := aStore(t)
 	path := filepath.Join(directory, filepath.Base(items["00000000000000000000000000000002"].StorePath))
-	h := sha256.New()
-	if _, err := nar.Write(h, nar.NewTree(path)); err != nil {
+	narHash, _, err := nar.HashTree(t.Context(), path)
+	if err != nil {
 		t.Fatal(err)
 	}
-	narHash := [32]byte(h.Sum(nil))
 	store := &gatedStore{memoryStore: newMemoryStore(), entered: make(chan struct{}, 100), gate: make(chan struct{})}
 	c := publish.NewCapabilities(t.TempDir(), store, logger(t))
 	before := runtime.NumGoroutine()
@@ -631,11 +629,11 @@ func TestPatience(t *testing.T) {
 	for i := range 5 {
 		n := items[fmt.Sprintf("%032d", i+1)]
 		path := filepath.Join(directory, filepath.Base(n.StorePath))
-		sum := sha256.New()
-		if _, err := nar.Write(sum, nar.NewTree(path)); err != nil {
+		sum, _, err := nar.HashTree(t.Context(), path)
+		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := find(c, path, [32]byte(sum.Sum(nil))); err != nil {
+		if _, err := find(c, path, sum); err != nil {
 			t.Error(err)
 		}
 		_, header, text := get(t, fmt.Sprintf("%s/%032d.narinfo", h.URL, i+1))

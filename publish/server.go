@@ -332,15 +332,13 @@ func (s *Server) walk(path string, info os.FileInfo, hash bool) (archive, error)
 }
 
 func walk(path string, hash bool) (a archive, err error) {
-	tree := nar.NewTree(path)
-	defer tree.Close()
 	if hash {
-		h := sha256.New()
-		size, err := nar.Write(h, tree)
-		h.Sum(a.digest[:0])
-		a.size, a.hashed = uint64(size), true
+		a.hashed = true
+		a.digest, a.size, err = nar.HashTree(context.Background(), path)
 		return a, err
 	}
+	tree := nar.NewTree(path)
+	defer tree.Close()
 	for err == nil {
 		_, err = tree.Next()
 	}

@@ -13,6 +13,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
@@ -47,7 +48,7 @@ func (e *exporter) writeNar(ctx context.Context, it *exportItem, tree string) (n
 	}
 	var size counted
 	err := files.Replace(filepath.Join(e.o.Directory, u.URL), 0o644, files.Options{Sync: true}, func(w io.Writer) error {
-		return writeNar(writerUntil{ctx, io.MultiWriter(w, &size)}, tree, u.Compression)
+		return writeNar(nar.Until(ctx, io.MultiWriter(w, &size)), tree, u.Compression)
 	})
 	u.FileSize = uint64(size)
 	e.done.Bytes += int64(size)

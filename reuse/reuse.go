@@ -12,7 +12,6 @@ package reuse
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -227,36 +226,20 @@ func (c *Candidate) Missed(ctx context.Context) error {
 	if c.finder.misses.has(right) {
 		return nil
 	}
-	tree := nar.NewTree(c.String())
-	defer tree.Close()
-	h := sha256.New()
-	if _, err := nar.Write(stopper{ctx, h}, tree); ctx.Err() != nil || errors.Is(err, fs.ErrNotExist) {
+	sum, _, err := nar.HashTree(ctx, c.String())
+	if ctx.Err() != nil || errors.Is(err, fs.ErrNotExist) {
 		return nil // it is being deleted
 	} else if err != nil {
 		return fmt.Errorf("an old store item is corrupt: %w", err)
 	}
-	sum := h.Sum(nil)
-	if [sha256.Size]byte(sum) == c.info.NarDigest {
+	if sum == c.info.NarDigest {
 		c.finder.misses.add(right)
 		return nil
 	}
 	return fmt.Errorf("%s is corrupt: its hash is %s instead of %s; \"guix gc --verify=contents,repair\" looks for more", c,
-		nixbase32.EncodeToString(sum), nixbase32.EncodeToString(c.info.NarDigest[:]))
+		nixbase32.EncodeToString(sum[:]), nixbase32.EncodeToString(c.info.NarDigest[:]))
 }
 
 // mostChecked is the length in bytes of the largest archive that is hashed to find out whether an
 // old item is corrupt.
 const mostChecked = 16 << 20
-
-// stopper is a writer that stops when its context is done.
-type stopper struct {
-	ctx context.Context
-	w   io.Writer
-}
-
-func (s stopper) Write(b []byte) (int, error) {
-	if err := s.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return s.w.Write(b)
-}

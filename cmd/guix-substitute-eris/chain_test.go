@@ -4,7 +4,6 @@ package main
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -225,11 +224,8 @@ func (c *chain) substitute(store string) {
 		c.t.Errorf("%s: %d MiB in memory", store, used.memory)
 	}
 	for i, item := range c.items {
-		h := sha256.New()
-		tree := nar.NewTree(fmt.Sprintf("%s/%d", destination, i))
-		_, err := nar.Write(h, tree)
-		tree.Close()
-		if got := "sha256:" + nixbase32.EncodeToString(h.Sum(nil)); err != nil || got != item.hash {
+		sum, _, err := nar.HashTree(c.t.Context(), fmt.Sprintf("%s/%d", destination, i))
+		if got := "sha256:" + nixbase32.EncodeToString(sum[:]); err != nil || got != item.hash {
 			c.t.Errorf("%s: hash %s instead of %s, error %v", item.path, got, item.hash, err)
 		}
 	}

@@ -6,7 +6,6 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
-	"crypto/sha256"
 	"fmt"
 	"io/fs"
 	"os"
@@ -141,11 +140,8 @@ func (f *fullTest) run(t *testing.T, args ...string) (stdout string, ok bool) {
 // right checks a tree against the item.
 func (f *fullTest) right(t *testing.T, path string) {
 	t.Helper()
-	h := sha256.New()
-	tree := nar.NewTree(path)
-	defer tree.Close()
-	_, err := nar.Write(h, tree)
-	if got := "sha256:" + nixbase32.EncodeToString(h.Sum(nil)); err != nil || got != f.items[0].hash {
+	sum, _, err := nar.HashTree(t.Context(), path)
+	if got := "sha256:" + nixbase32.EncodeToString(sum[:]); err != nil || got != f.items[0].hash {
 		t.Errorf("%s has the hash %s, error %v", path, got, err)
 	}
 }

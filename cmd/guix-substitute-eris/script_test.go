@@ -5,6 +5,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"database/sql"
 	"errors"
@@ -184,10 +185,9 @@ func scriptNar(ts *testscript.TestScript, neg bool, args []string) {
 
 // narhash PATH VARIABLE sets a variable to the NarHash of a file tree.
 func scriptNarHash(ts *testscript.TestScript, neg bool, args []string) {
-	h := sha256.New()
-	_, err := nar.Write(h, nar.NewTree(ts.MkAbs(args[0])))
+	sum, _, err := nar.HashTree(context.Background(), ts.MkAbs(args[0]))
 	ts.Check(err)
-	ts.Setenv(args[1], "sha256:"+nixbase32.EncodeToString(h.Sum(nil)))
+	ts.Setenv(args[1], "sha256:"+nixbase32.EncodeToString(sum[:]))
 }
 
 // database DIRECTORY MANIFEST makes the database of a daemon whose store has the items of a
@@ -206,10 +206,9 @@ func scriptDatabase(ts *testscript.TestScript, neg bool, args []string) {
 	execute("CREATE TABLE ValidPaths (id integer primary key, path text unique, hash text, deriver text, narSize integer)")
 	execute("CREATE TABLE Refs (referrer integer, reference integer)")
 	for _, item := range manifest {
-		h := sha256.New()
-		size, err := nar.Write(h, nar.NewTree(filepath.Join(ts.MkAbs(args[0]), filepath.Base(item.StorePath))))
+		sum, size, err := nar.HashTree(context.Background(), filepath.Join(ts.MkAbs(args[0]), filepath.Base(item.StorePath)))
 		ts.Check(err)
-		execute("INSERT INTO ValidPaths (path, hash, narSize) VALUES (?, ?, ?)", item.StorePath, fmt.Sprintf("sha256:%x", h.Sum(nil)), size)
+		execute("INSERT INTO ValidPaths (path, hash, narSize) VALUES (?, ?, ?)", item.StorePath, fmt.Sprintf("sha256:%x", sum), size)
 	}
 	for _, item := range manifest {
 		for _, reference := range item.References {

@@ -17,6 +17,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
@@ -143,7 +144,7 @@ func checkNar(ctx context.Context, root *os.Root, u narinfo.URL, n *narinfo.Nari
 	}
 	defer plain.Close()
 	h := sha256.New()
-	if _, err := io.Copy(h, io.LimitReader(readerUntil{ctx, plain}, int64(min(n.NarSize, 1<<62))+1)); err != nil {
+	if _, err := io.Copy(nar.Until(ctx, h), io.LimitReader(plain, int64(min(n.NarSize, 1<<62))+1)); err != nil {
 		return fmt.Errorf("it is damaged: %w", err)
 	}
 	if [sha256.Size]byte(h.Sum(nil)) != n.NarDigest {
@@ -163,18 +164,4 @@ func openRegular(root *os.Root, name string) (*os.File, error) {
 		return nil, errors.Join(err, errors.New("it is no regular file"))
 	}
 	return f, nil
-}
-
-// readerUntil fails when a context ends.
-type readerUntil struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-// Read implements [io.Reader].
-func (r readerUntil) Read(p []byte) (int, error) {
-	if r.ctx.Err() != nil {
-		return 0, context.Cause(r.ctx)
-	}
-	return r.r.Read(p)
 }

@@ -394,14 +394,11 @@ func (d *demo) fetchAll(helper *demoChild, from string) error {
 		if want := fmt.Sprintf("success %s %d\n", item.hash, item.size); reply != want {
 			return helper.failure(fmt.Errorf("the reply is %q instead of %q", reply, want))
 		}
-		h := sha256.New()
-		tree := nar.NewTree(item.path)
-		_, err = nar.Write(h, tree)
-		tree.Close()
+		sum, _, err := nar.HashTree(context.Background(), item.path)
 		if err != nil {
 			return err
 		}
-		if got := "sha256:" + nixbase32.EncodeToString(h.Sum(nil)); got != item.hash {
+		if got := "sha256:" + nixbase32.EncodeToString(sum[:]); got != item.hash {
 			return fmt.Errorf("%s has the hash %s instead of %s", item.path, got, item.hash)
 		}
 		source := helper.found("Downloading ")

@@ -71,9 +71,8 @@ func hashOf(t *testing.T, s fetch.Source, c eris.ReadCapability, limits erisfs.L
 		return x.Form, [32]byte{}, err
 	}
 	defer closeNodes()
-	h := sha256.New()
-	_, err = nar.Write(h, nodes)
-	return x.Form, [32]byte(h.Sum(nil)), err
+	sum, _, err := nar.Hash(t.Context(), nodes)
+	return x.Form, sum, err
 }
 
 // TestForms opens trees in all forms in which others may have encoded them. The archives were made
