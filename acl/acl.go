@@ -16,6 +16,7 @@ package acl
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
 )
 
@@ -89,15 +90,25 @@ func parseEntry(entry Sexp) (*PublicKey, error) {
 	return newPublicKey(Sexp{slices.Clone(key.enc)}), nil
 }
 
-// DefaultACL returns the list that applies on a machine without an ACL file: that of the machine's
-// own key, given as the text of its signing-key.pub, or the empty list if there is no such file
-// either (signingKeyPub is empty). It fails as [ParsePublicKey] does. (Guix, guix/pki.scm:
-// ensure-acl, which would also write the file.)
-func DefaultACL(signingKeyPub []byte) (*ACL, error) {
-	if len(signingKeyPub) == 0 {
-		return NewACL(), nil
+// ReadACL returns the list that applies on a machine, by functions that read its files acl and
+// signing-key.pub: without a list, the machine's own key is authorised, and without that none. What
+// the functions return wraps [fs.ErrNotExist] if there is no such file; other errors, and those of
+// [ParseACL] and [ParsePublicKey], are returned. (Guix, guix/pki.scm: ensure-acl, which would also
+// write the file.)
+func ReadACL(list, ownKey func() ([]byte, error)) (*ACL, error) {
+	text, err := list()
+	if err == nil {
+		return ParseACL(text)
 	}
-	k, err := ParsePublicKey(signingKeyPub)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	if text, err = ownKey(); errors.Is(err, fs.ErrNotExist) {
+		return NewACL(), nil
+	} else if err != nil {
+		return nil, err
+	}
+	k, err := ParsePublicKey(text)
 	if err != nil {
 		return nil, err
 	}

@@ -4,6 +4,8 @@ package acl_test
 
 import (
 	"errors"
+	"fmt"
+	"io/fs"
 	"strings"
 	"testing"
 
@@ -108,18 +110,28 @@ func TestEmptyACLs(t *testing.T) {
 	}
 }
 
-func TestDefaultACL(t *testing.T) {
-	a, err := acl.DefaultACL(nil)
-	if err != nil || len(a.Keys()) != 0 {
-		t.Errorf("DefaultACL of nothing = %v, %v", a, err)
+func TestReadACL(t *testing.T) {
+	pub, list := read(t, "../testdata/guix-mirror/signing-key.pub"), read(t, "../testdata/guix-mirror/acl")
+	file := func(text string, err error) func() ([]byte, error) {
+		return func() ([]byte, error) { return []byte(text), err }
 	}
-	pub := read(t, "../testdata/guix-mirror/signing-key.pub")
-	a, err = acl.DefaultACL([]byte(pub))
-	if err != nil || a.Text() != read(t, "../testdata/guix-mirror/acl") {
-		t.Errorf("DefaultACL = %v, %v", a, err)
-	}
-	if a, err := acl.DefaultACL([]byte("x")); err == nil {
-		t.Errorf("DefaultACL of nonsense = %v", a)
+	absent, broken := fmt.Errorf("x: %w", fs.ErrNotExist), errors.New("broken")
+	for _, c := range []struct {
+		name         string
+		list, ownKey func() ([]byte, error)
+		want         string // nothing is an error
+	}{
+		{"neither file", file("", absent), file("", absent), "(acl)\n"},
+		{"a key only", file("", absent), file(pub, nil), list},
+		{"both", file("(acl)", nil), file(pub, nil), "(acl)\n"},
+		{"a list that cannot be read", file("", broken), file(pub, nil), ""},
+		{"an empty list", file("", nil), file(pub, nil), ""},
+		{"a key that cannot be read", file("", absent), file("", broken), ""},
+		{"a key of nonsense", file("", absent), file("x", nil), ""},
+	} {
+		if a, err := acl.ReadACL(c.list, c.ownKey); (err != nil) != (c.want == "") || err == nil && a.Text() != c.want {
+			t.Errorf("%s: %v, %v", c.name, a, err)
+		}
 	}
 }
 

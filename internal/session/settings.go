@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"maps"
 	"math/rand/v2"
 	"net/url"
@@ -459,18 +458,7 @@ const maxACL = acl.MaxSexpSize
 // guix/pki.scm: current-acl, has it. When the list cannot be understood, no key is.
 func (s *Settings) Keys() *acl.ACL {
 	name := s.KeysFile()
-	text, err := files.ReadLimited(name, maxACL)
-	var keys *acl.ACL
-	switch {
-	case err == nil:
-		keys, err = acl.ParseACL(text)
-	case errors.Is(err, fs.ErrNotExist):
-		var public []byte
-		public, err = files.ReadLimited(filepath.Join(settings.Directory(), "signing-key.pub"), maxACL)
-		if err == nil || errors.Is(err, fs.ErrNotExist) {
-			keys, err = acl.DefaultACL(public)
-		}
-	}
+	keys, err := acl.ReadACL(func() ([]byte, error) { return files.ReadLimited(name, maxACL) }, ownKey)
 	if err != nil {
 		s.log.WarnOnce("acl", "no substitute is authorised: %s: %v", name, err)
 		return nil
@@ -479,6 +467,11 @@ func (s *Settings) Keys() *acl.ACL {
 		s.log.WarnOnce("acl", "access control list %s authorises no other machine; substitutes may be unavailable", name)
 	}
 	return keys
+}
+
+// ownKey reads the public key of this machine.
+func ownKey() ([]byte, error) {
+	return files.ReadLimited(filepath.Join(settings.Directory(), "signing-key.pub"), maxACL)
 }
 
 // KeysFile is the name of the list of authorised keys.
@@ -495,7 +488,7 @@ func (s *Settings) HasForeignKeys(keys *acl.ACL) bool {
 	if len(listed) != 1 {
 		return len(listed) > 0
 	}
-	text, err := files.ReadLimited(filepath.Join(settings.Directory(), "signing-key.pub"), maxACL)
+	text, err := ownKey()
 	if err != nil {
 		return true
 	}

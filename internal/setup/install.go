@@ -130,6 +130,9 @@ func (i *installation) systemd() bool {
 
 // installed returns where a package, or "make install", has put a file below lib; or nothing.
 func (i *installation) installed(name string) string {
+	if name == "" {
+		return ""
+	}
 	for _, prefix := range []string{"/usr/local/lib", "/usr/lib", "/lib"} {
 		if i.exists(path.Join(prefix, name)) {
 			return path.Join(prefix, name)
@@ -138,21 +141,25 @@ func (i *installation) installed(name string) string {
 	return ""
 }
 
+// putText puts a file of package etc in place, and returns where it is: where it is installed below
+// lib by that name, if it has one, or in a directory.
+func (i *installation) putText(name, installed, directory string) (file string, err error) {
+	if file = i.installed(installed); file != "" {
+		return file, nil
+	}
+	text, err := i.text(name)
+	if err != nil {
+		return "", err
+	}
+	file = path.Join(directory, path.Base(name))
+	return file, i.put(Step{Path: file, Text: text, Mode: 0o644})
+}
+
 // unit puts a unit in place and, unless wantedBy is empty, has it started with that target.
 func (i *installation) unit(name, wantedBy string) error {
-	file := i.installed("systemd/system/" + name)
-	if file == "" {
-		file = path.Join(units, name)
-		text, err := i.text("systemd/" + name)
-		if err == nil {
-			err = i.put(Step{Path: file, Text: text, Mode: 0o644})
-		}
-		if err != nil {
-			return err
-		}
-	}
-	if wantedBy == "" {
-		return nil
+	file, err := i.putText("systemd/"+name, "systemd/system/"+name, units)
+	if err != nil || wantedBy == "" {
+		return err
 	}
 	i.started = append(i.started, name)
 	return i.put(Step{Path: path.Join(units, wantedBy+".wants", name), Link: file})
@@ -165,47 +172,36 @@ func (i *installation) installStore() error {
 	}
 	if !i.systemd() {
 		i.note("no systemd is here: have your service manager run \"%s serve\" as a user of its own, with --socket-group for those who put blocks", i.program)
-		return i.configure("coap+unix://" + Socket)
+	} else if err := i.installService(); err != nil {
+		return err
 	}
+	steps, err := i.configure(i.steps, [2]string{"eris-stores", "coap+unix://" + Socket})
+	i.steps = steps
+	return err
+}
+
+// installService has systemd start the block store.
+func (i *installation) installService() error {
 	if err := i.account(); err != nil {
 		return err
 	}
 	if err := i.unit("guix-substitute-eris.service", ""); err != nil {
 		return err
 	}
-	if err := i.unit("guix-substitute-eris.socket", "sockets.target"); err != nil {
-		return err
-	}
-	return i.configure("coap+unix://" + Socket)
+	return i.unit("guix-substitute-eris.socket", "sockets.target")
 }
 
 // account has the user and the group of the store made: at once, or when the system starts.
 func (i *installation) account() error {
 	const name = "sysusers.d/guix-substitute-eris.conf"
-	file := i.installed(name)
-	if file == "" {
-		file = "/etc/" + name
-		text, err := etc.File(name)
-		if err == nil {
-			err = i.put(Step{Path: file, Text: text, Mode: 0o644})
-		}
-		if err != nil {
-			return err
-		}
+	file, err := i.putText(name, name, "/etc/sysusers.d")
+	if err != nil {
+		return err
 	}
 	if _, err := user.Lookup(account); i.live && err != nil {
 		i.steps = append(i.steps, Step{Command: []string{"systemd-sysusers", file}, Undo: []string{"userdel", account}})
 	}
 	return nil
-}
-
-// configure adds a block store to the configuration file.
-func (i *installation) configure(url string) error {
-	step, err := i.listed("eris-stores", url)
-	if err == nil && step.Path != "" {
-		err = i.put(step)
-	}
-	return err
 }
 
 // installShare lets others have blocks and items over the network.
@@ -298,11 +294,7 @@ func (i *installation) installHelper() error {
 	}
 	variable := "GUIX=" + i.program
 	if way == "extension" {
-		text, err := i.text("guix/extensions/substitute.scm")
-		if err == nil {
-			err = i.put(Step{Path: extensions + "/substitute.scm", Text: text, Mode: 0o644})
-		}
-		if err != nil {
+		if _, err := i.putText("guix/extensions/substitute.scm", "", extensions); err != nil {
 			return err
 		}
 		variable = "GUIX_EXTENSIONS_PATH=" + strings.TrimSuffix(extensions+":"+d.extensions, ":")

@@ -33,36 +33,22 @@ func (s *System) Use(server string, stores []string, key *acl.PublicKey) (steps 
 		if err != nil {
 			return nil, err
 		}
-		steps = append(steps, step)
-	}
-	step, err := s.listed("substitute-urls", server)
-	for _, store := range stores {
-		if err == nil {
-			step, err = s.listedIn(step, "eris-stores", store)
+		if step.Path != "" {
+			steps = append(steps, step)
 		}
 	}
-	if err != nil {
-		return nil, err
+	entries := [][2]string{{"substitute-urls", server}}
+	for _, store := range stores {
+		entries = append(entries, [2]string{"eris-stores", store})
 	}
-	steps = append(steps, step)
-	return slices.DeleteFunc(steps, func(s Step) bool { return s.Path == "" }), nil
+	return s.configure(steps, entries...)
 }
 
 // authorise adds a key to the access control list. A list that is not wholly understood stays as it
 // is: no key of it may get lost.
 func (s *System) authorise(key *acl.PublicKey) (Step, error) {
-	text, err := s.read(aclFile)
-	var list *acl.ACL
-	switch {
-	case err == nil:
-		list, err = acl.ParseACL(text)
-	case errors.Is(err, fs.ErrNotExist):
-		// As Guix has it, the key of the machine is authorised where there is no list.
-		own, err2 := s.read(publicKeyFile)
-		if err = err2; err == nil || errors.Is(err, fs.ErrNotExist) {
-			list, err = acl.DefaultACL(own)
-		}
-	}
+	read := func(path string) func() ([]byte, error) { return func() ([]byte, error) { return s.read(path) } }
+	list, err := acl.ReadACL(read(aclFile), read(publicKeyFile))
 	if err != nil {
 		return Step{}, fmt.Errorf("the key cannot be added to %s: %w", aclFile, err)
 	}
@@ -79,27 +65,23 @@ func (s *System) Authorised(key *acl.PublicKey) bool {
 	return err == nil && step.Path == ""
 }
 
-// listed returns the step that puts a text first in a list of the configuration file, which need
-// not exist.
-func (s *System) listed(setting, value string) (Step, error) {
-	text, err := s.read(configurationFile)
+// configure adds a step that puts texts first in lists of the configuration file, which need not
+// exist, unless they are there: pairs of a setting and a text.
+func (s *System) configure(steps []Step, entries ...[2]string) ([]Step, error) {
+	old, err := s.read(configurationFile)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return Step{}, err
+		return nil, err
 	}
-	return s.listedIn(Step{Text: text}, setting, value)
-}
-
-// listedIn does the same to the file that a step is about to write; without a path it is to write
-// nothing, and its text is that of the file.
-func (s *System) listedIn(step Step, setting, value string) (Step, error) {
-	text, err := addToList(step.Text, setting, value)
-	if err != nil {
-		return Step{}, fmt.Errorf("%s: %w", configurationFile, err)
+	text := old
+	for _, e := range entries {
+		if text, err = addToList(text, e[0], e[1]); err != nil {
+			return nil, fmt.Errorf("%s: %w", configurationFile, err)
+		}
 	}
-	if string(text) == string(step.Text) {
-		return step, nil
+	if string(text) != string(old) {
+		steps = append(steps, Step{Path: configurationFile, Text: text, Mode: 0o644})
 	}
-	return Step{Path: configurationFile, Text: text, Mode: 0o644}, nil
+	return steps, nil
 }
 
 // addToList puts a text first in a list of a TOML file, and leaves everything else, comments among
