@@ -158,7 +158,7 @@ func (e *explanation) examineStores(ctx context.Context, sub *session.Session, f
 	var blocks []image.Block
 	if c, ok := e.capability(); ok {
 		var form image.Form
-		all := lookInto(members)
+		all := together(members)
 		defer all.Close()
 		blocks, form = image.Blocks(ctx, all, c, erisfs.Limits{NarSize: max(e.NarSize, 1<<20)})
 		e.Form = string(form)
@@ -182,45 +182,21 @@ func reportStores(ctx context.Context, members []pool.Member, stats []pool.Sourc
 	return reports
 }
 
-// A looker gets blocks from whichever of some stores has them, and has none keep them: what is
-// looked at must not change.
-type looker struct {
-	*fetch.Workers
-	members []pool.Member
+// together returns some stores as one, of which none keeps what others have: what is looked at must
+// not change. They stay open when that is closed.
+func together(members []pool.Member) *pool.Pool {
+	var all []pool.Member
+	for _, m := range members {
+		all = append(all, pool.Member{Source: borrowed{m.Source}, Local: m.Near || m.Local})
+	}
+	return pool.New(all, pool.Options{})
 }
 
-func lookInto(members []pool.Member) *looker {
-	l := &looker{members: members}
-	l.Workers = fetch.NewWorkers(maxBlocksAtOnce, l.get)
-	return l
-}
+// borrowed is a source that somebody else closes.
+type borrowed struct{ fetch.Source }
 
-func (l *looker) String() string { return "all stores" }
-
-// get returns the first block that comes, for any of them may be silent.
-func (l *looker) get(ctx context.Context, ref eris.Reference, size eris.BlockSize, _ []byte) ([]byte, error) {
-	type answer struct {
-		block []byte
-		err   error
-	}
-	answers := make(chan answer, len(l.members))
-	var wait sync.WaitGroup
-	defer wait.Wait()
-	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
-	defer cancel()
-	for _, m := range l.members {
-		wait.Go(func() {
-			block, err := fetch.Get(ctx, m.Source, ref, size, nil)
-			answers <- answer{block, err}
-		})
-	}
-	for range l.members {
-		if a := <-answers; a.err == nil {
-			return a.block, nil
-		}
-	}
-	return nil, eris.ErrNotFound
-}
+// Close implements [fetch.Source].
+func (borrowed) Close() error { return nil }
 
 // capability returns the read capability that would be used, or one that is offered at all.
 func (e *explanation) capability() (eris.ReadCapability, bool) {
