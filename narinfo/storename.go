@@ -3,6 +3,8 @@
 package narinfo
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"strings"
@@ -123,4 +125,30 @@ func (n *Narinfo) CheckItem(storeDir, item string) error {
 		return fmt.Errorf("the narinfo is about %.300q instead of %.300q", n.StorePath, item)
 	}
 	return nil
+}
+
+// FixedOutputName returns the name in the store of a file that is known by its SHA-256 digest, as
+// downloaded sources are (Guix, guix/store.scm: fixed-output-path; nix/libstore/store-api.cc:
+// makeFixedOutputPath).
+func FixedOutputName(storeDir, name string, digest [sha256.Size]byte) string {
+	inner := sha256.Sum256(fmt.Appendf(nil, "fixed:out:sha256:%x:", digest))
+	outer := sha256.Sum256(fmt.Appendf(nil, "output:out:sha256:%s:%s:%s", hex.EncodeToString(inner[:]), storeDir, name))
+	var short [20]byte
+	for i, b := range outer {
+		short[i%len(short)] ^= b
+	}
+	return nixbase32.EncodeToString(short[:]) + "-" + name
+}
+
+// UnversionedName is the name of an item, as [CheckStoreName] accepts it, without hash and version,
+// as far as that begins with a digit: what it has in common with its other versions. The name of an
+// output stays.
+func UnversionedName(name string) string {
+	var kept []string
+	for _, part := range strings.Split(name[hashPartLen+1:], "-") {
+		if part == "" || part[0] < '0' || part[0] > '9' {
+			kept = append(kept, part)
+		}
+	}
+	return strings.Join(kept, "-")
 }

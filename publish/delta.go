@@ -218,7 +218,7 @@ func (d *Deltas) tree(path string) string { return filepath.Join(d.o.Root, filep
 // bases returns what is known of the items that deltas of an item are made of.
 func (d *Deltas) bases(ctx context.Context, item *narinfo.Narinfo) ([]*narinfo.Narinfo, error) {
 	names, err := d.listing.Like(filepath.Base(item.StorePath), true, func(name, item string) bool {
-		return unversionedName(name) == unversionedName(item)
+		return narinfo.UnversionedName(name) == narinfo.UnversionedName(item)
 	})
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%w: %s", ErrNoItem, item.StorePath)
@@ -401,25 +401,4 @@ func withDeltas(text string, deltas []narinfo.Delta) string {
 		text += d.Text() + "\n"
 	}
 	return text
-}
-
-func readNames(directory string) ([]string, error) {
-	f, err := os.Open(directory)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return f.Readdirnames(-1)
-}
-
-// unversionedName is the name of an item without hash and version, as far as that begins with a
-// digit: what it has in common with its other versions. The name of an output stays.
-func unversionedName(name string) string {
-	var kept []string
-	for _, part := range strings.Split(name[reuse.HashLength+1:], "-") {
-		if part == "" || part[0] < '0' || part[0] > '9' {
-			kept = append(kept, part)
-		}
-	}
-	return strings.Join(kept, "-")
 }

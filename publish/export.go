@@ -102,7 +102,7 @@ func Export(ctx context.Context, items []string, o ExportOptions) (Exported, err
 	}
 	e := exporter{o: o, seen: map[string]bool{}}
 	var err error
-	if e.earlier, err = readEarlier(o.Since, o.StoreDir); err != nil {
+	if e.earlier, err = readEarlier(ctx, o.Since, o.StoreDir); err != nil {
 		return Exported{}, err
 	}
 	err = e.run(ctx, items)

@@ -5,7 +5,6 @@ package publish
 import (
 	"compress/bzip2"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -17,23 +16,12 @@ import (
 	"time"
 
 	"github.com/klauspost/compress/gzip"
+	"golang.org/x/sys/unix"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
-
-// fixedOutputName returns the name in the store of a file that is known by its SHA-256 digest, as
-// downloaded sources are (Guix, guix/store.scm: fixed-output-path; nix/libstore/store-api.cc:
-// makeFixedOutputPath).
-func fixedOutputName(storeDir, name string, digest [sha256.Size]byte) string {
-	inner := sha256.Sum256(fmt.Appendf(nil, "fixed:out:sha256:%x:", digest))
-	outer := sha256.Sum256(fmt.Appendf(nil, "output:out:sha256:%s:%s:%s", hex.EncodeToString(inner[:]), storeDir, name))
-	var short [20]byte
-	for i, b := range outer {
-		short[i%len(short)] ^= b
-	}
-	return nixbase32.EncodeToString(short[:]) + "-" + name
-}
 
 // rawFile serves the contents of a file that is known by its hash.
 func (s *Server) rawFile(w http.ResponseWriter, r *http.Request) {
@@ -43,7 +31,7 @@ func (s *Server) rawFile(w http.ResponseWriter, r *http.Request) {
 		http.NotFound(w, r)
 		return
 	}
-	item, err := s.named(r.Context(), fixedOutputName(s.o.StoreDir, name, [sha256.Size]byte(digest)))
+	item, err := s.named(r.Context(), narinfo.FixedOutputName(s.o.StoreDir, name, [sha256.Size]byte(digest)))
 	if err != nil {
 		s.failed(w, r, err)
 		return
@@ -61,15 +49,9 @@ func (s *Server) rawFile(w http.ResponseWriter, r *http.Request) {
 }
 
 // openRegular opens a file that is a regular one, and no link to one.
-func openRegular(path string) (f *os.File, err error) {
-	info, err := os.Lstat(path)
-	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("%w: %s is no regular file", ErrNoItem, path)
-	}
-	if err == nil {
-		f, err = os.Open(path)
-	}
-	if errors.Is(err, fs.ErrNotExist) {
+func openRegular(path string) (*os.File, error) {
+	f, _, err := files.OpenRegular(path, os.O_RDONLY|unix.O_NOFOLLOW)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, files.ErrSpecial) {
 		err = fmt.Errorf("%w: %w", ErrNoItem, err)
 	}
 	return f, err

@@ -17,6 +17,7 @@ import (
 
 	_ "modernc.org/sqlite" // the driver of the daemon's database
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
@@ -215,7 +216,7 @@ type Directory string
 // Item implements [Items].
 func (d Directory) Item(_ context.Context, hashPart string) (*narinfo.Narinfo, error) {
 	name := filepath.Join(string(d), hashPart+".narinfo")
-	text, err := os.ReadFile(name)
+	text, err := files.ReadRegular(name, narinfo.MaxSize)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%w: %s", ErrNoItem, hashPart)
 	} else if err != nil {

@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/delta"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
@@ -21,36 +20,29 @@ type earlier struct {
 }
 
 // readEarlier reads the narinfos in a directory; an empty one has nothing.
-func readEarlier(directory, storeDir string) (*earlier, error) {
+func readEarlier(ctx context.Context, directory, storeDir string) (*earlier, error) {
 	e := &earlier{map[string]*narinfo.Narinfo{}, map[string][]*narinfo.Narinfo{}}
 	if directory == "" {
 		return e, nil
 	}
-	names, err := readNames(directory)
+	entries, err := os.ReadDir(directory)
 	if err != nil {
 		return nil, err
 	}
-	for _, name := range names {
-		hash, ok := narinfoName(name)
+	for _, entry := range entries {
+		hash, ok := narinfoName(entry.Name())
 		if !ok {
 			continue
 		}
 		if len(e.items) == maxExported {
 			return nil, fmt.Errorf("%s: more than %d items are too many", directory, maxExported)
 		}
-		text, err := files.ReadRegular(filepath.Join(directory, name), narinfo.MaxSize)
-		if err != nil {
-			return nil, err
-		}
-		n, err := narinfo.Parse(text)
-		if err == nil {
-			err = errors.Join(narinfo.CheckStorePath(storeDir, n.StorePath), n.CheckHash())
-		}
-		if err != nil || hashPartOf(n.StorePath) != hash {
+		n, err := Directory(directory).Item(ctx, hash)
+		if err != nil || narinfo.CheckStorePath(storeDir, n.StorePath) != nil || hashPartOf(n.StorePath) != hash {
 			continue // it is no use there either
 		}
 		e.items[n.StorePath] = n
-		key := unversionedName(filepath.Base(n.StorePath))
+		key := narinfo.UnversionedName(filepath.Base(n.StorePath))
 		e.byName[key] = append(e.byName[key], n)
 	}
 	return e, nil
@@ -67,7 +59,7 @@ func (e *earlier) has(n *narinfo.Narinfo) bool {
 // use.
 func (e *exporter) exportDelta(ctx context.Context, n *narinfo.Narinfo, tree string) (string, error) {
 	limit := int64(0)
-	for i, base := range e.earlier.byName[unversionedName(filepath.Base(n.StorePath))] {
+	for i, base := range e.earlier.byName[narinfo.UnversionedName(filepath.Base(n.StorePath))] {
 		baseTree := filepath.Join(e.o.Root, filepath.Base(base.StorePath))
 		if i == maxBases {
 			break

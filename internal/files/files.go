@@ -28,6 +28,9 @@ const TemporaryPrefix = ".new-"
 // has the lock.
 var ErrLocked = errors.New("in use by another process")
 
+// ErrSpecial is wrapped by errors that say that something is not a regular file.
+var ErrSpecial = errors.New("it is not a regular file")
+
 // Options says how [Replace] writes. The zero value is for state that may be lost in a power
 // failure.
 type Options struct {
@@ -153,7 +156,6 @@ func MakeDirectory(path string) error {
 var (
 	errForeign = errors.New("it belongs to another user")
 	errShared  = errors.New("other users may write to it")
-	errSpecial = errors.New("it is not a regular file")
 )
 
 // open opens a regular file that belongs to this user, not through a symbolic link at its path.
@@ -169,7 +171,7 @@ func open(path string, flags int) (fd int, size int64, err error) {
 	switch {
 	case err != nil:
 	case stat.Mode&unix.S_IFMT != unix.S_IFREG:
-		err = errSpecial
+		err = ErrSpecial
 	case stat.Uid != uint32(os.Geteuid()):
 		err = errForeign
 	case stat.Mode&0o022 != 0:
@@ -270,7 +272,7 @@ func OpenRegular(path string, flags int) (*os.File, fs.FileInfo, error) {
 	}
 	info, err := stat(path) // opening a device may do something
 	if err == nil && !info.Mode().IsRegular() {
-		err = &fs.PathError{Op: "open", Path: path, Err: errSpecial}
+		err = &fs.PathError{Op: "open", Path: path, Err: ErrSpecial}
 	}
 	if err != nil {
 		return nil, nil, err
@@ -280,7 +282,7 @@ func OpenRegular(path string, flags int) (*os.File, fs.FileInfo, error) {
 		return nil, nil, err
 	}
 	if info, err = f.Stat(); err == nil && !info.Mode().IsRegular() {
-		err = &fs.PathError{Op: "open", Path: path, Err: errSpecial}
+		err = &fs.PathError{Op: "open", Path: path, Err: ErrSpecial}
 	}
 	if err != nil {
 		f.Close()
