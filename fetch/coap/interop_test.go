@@ -39,7 +39,14 @@ func libcoapServer(t *testing.T, args ...string) (port string) {
 	address := listener.Addr().String()
 	listener.Close()
 	port = address[strings.LastIndexByte(address, ':')+1:]
-	command := exec.Command(name, append([]string{"-A", "127.0.0.1", "-p", port, "-d", "100"}, args...)...)
+	runServer(t, "tcp", address, name, append([]string{"-A", "127.0.0.1", "-p", port, "-d", "100"}, args...)...)
+	return port
+}
+
+// runServer runs a program until the end of the test, and waits until it listens at an address.
+func runServer(t *testing.T, network, address, program string, args ...string) {
+	t.Helper()
+	command := exec.Command(program, args...)
 	if err := command.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -48,14 +55,13 @@ func libcoapServer(t *testing.T, args ...string) (port string) {
 		command.Wait()
 	})
 	for range 1000 {
-		if conn, err := net.Dial("tcp", address); err == nil {
+		if conn, err := net.Dial(network, address); err == nil {
 			conn.Close()
-			return port
+			return
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
-	t.Fatal("coap-server does not listen")
-	return ""
+	t.Fatalf("%s does not listen", program)
 }
 
 // TestLibcoapServer puts blocks to the server of libcoap and gets them back, by TCP and UDP, with
@@ -71,21 +77,7 @@ func TestLibcoapServer(t *testing.T) {
 	}
 	if socat, err := exec.LookPath("socat"); err == nil {
 		socket := filepath.Join(t.TempDir(), "s")
-		command := exec.Command(socat, "UNIX-LISTEN:"+socket+",fork", "TCP:127.0.0.1:"+port)
-		if err := command.Start(); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			command.Process.Kill()
-			command.Wait()
-		})
-		for range 1000 {
-			if conn, err := net.Dial("unix", socket); err == nil {
-				conn.Close()
-				break
-			}
-			time.Sleep(5 * time.Millisecond)
-		}
+		runServer(t, "unix", socket, socat, "UNIX-LISTEN:"+socket+",fork", "TCP:127.0.0.1:"+port)
 		urls["unix"] = "coap+unix://" + escape(socket) + "/"
 	} else {
 		t.Log("without a Unix socket: socat is not installed")

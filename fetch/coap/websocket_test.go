@@ -110,21 +110,7 @@ http {
 	if err := os.WriteFile(filepath.Join(directory, "nginx.conf"), []byte(configuration), 0o666); err != nil {
 		t.Fatal(err)
 	}
-	command := exec.Command(nginx, "-p", directory, "-c", "nginx.conf", "-e", filepath.Join(directory, "error.log"))
-	if err := command.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		command.Process.Kill()
-		command.Wait()
-	})
-	for range 1000 {
-		if conn, err := net.Dial("tcp", address); err == nil {
-			conn.Close()
-			break
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
+	runServer(t, "tcp", address, nginx, "-p", directory, "-c", "nginx.conf", "-e", filepath.Join(directory, "error.log"))
 	store := mustOpen(t, "coap+ws://"+address, coap.Options{})
 	defer store.Close()
 	var group sync.WaitGroup
