@@ -7,8 +7,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"database/sql"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -16,13 +14,11 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -662,181 +658,6 @@ func (g *gatedStore) Put(ctx context.Context, ref eris.Reference, block []byte) 
 		return g.memoryStore.Put(ctx, ref, block)
 	case <-ctx.Done():
 		return ctx.Err()
-	}
-}
-
-// TestDatabase reads a database like the daemon's.
-func TestDatabase(t *testing.T) {
-	name := t.TempDir() + "/db with space?.sqlite"
-	db, err := sql.Open("sqlite", "file:"+strings.ReplaceAll(strings.ReplaceAll(name, "?", "%3f"), " ", "%20"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	digest := sha256.Sum256([]byte("x"))
-	a, b := "/gnu/store/"+strings.Repeat("a", 32)+"-a", "/gnu/store/"+strings.Repeat("b", 32)+"-b"
-	for _, statement := range []string{
-		"PRAGMA journal_mode = wal",
-		// The tables of Guix, nix/libstore/schema.sql.
-		`CREATE TABLE ValidPaths (id integer primary key autoincrement not null, path text unique not null, hash text not null,
-			registrationTime integer not null, deriver text, narSize integer)`,
-		`CREATE TABLE Refs (referrer integer not null, reference integer not null, primary key (referrer, reference),
-			foreign key (referrer) references ValidPaths(id) on delete cascade, foreign key (reference) references ValidPaths(id) on delete restrict)`,
-		"INSERT INTO ValidPaths VALUES (1, '" + a + "', 'sha256:" + hex.EncodeToString(digest[:]) + "', 0, '/gnu/store/" + strings.Repeat("d", 32) + "-a.drv', 123)",
-		"INSERT INTO ValidPaths VALUES (2, '" + b + "', 'sha256:" + hex.EncodeToString(digest[:]) + "', 0, NULL, 5)",
-		"INSERT INTO ValidPaths VALUES (3, '/gnu/store/" + strings.Repeat("c", 32) + "-bad', 'md5:00', 0, NULL, 5)",
-		"INSERT INTO Refs VALUES (1, 2)",
-		"INSERT INTO Refs VALUES (1, 1)",
-	} {
-		if _, err := db.Exec(statement); err != nil {
-			t.Fatal(err)
-		}
-	}
-	defer db.Close() // the daemon has it open too
-	d, err := publish.OpenDatabase(name, "/gnu/store")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer d.Close()
-	n, err := d.Item(context.Background(), strings.Repeat("a", 32))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if n.StorePath != a || n.NarDigest != digest || n.NarSize != 123 || n.Deriver != strings.Repeat("d", 32)+"-a.drv" ||
-		strings.Join(n.References, " ") != filepath.Base(a)+" "+filepath.Base(b) {
-		t.Errorf("item %+v", n)
-	}
-	if n, err := d.Item(context.Background(), strings.Repeat("b", 32)); err != nil || n.Deriver != "" || len(n.References) != 0 {
-		t.Errorf("item %+v, error %v", n, err)
-	}
-	for _, hash := range []string{strings.Repeat("0", 32), strings.Repeat("z", 32), strings.Repeat("a", 31), "%"} {
-		if n, err := d.Item(context.Background(), hash); !errors.Is(err, publish.ErrNoItem) {
-			t.Errorf("%s: item %+v, error %v", hash, n, err)
-		}
-	}
-	if _, err := d.Item(context.Background(), strings.Repeat("c", 32)); err == nil || errors.Is(err, publish.ErrNoItem) {
-		t.Errorf("error %v", err)
-	}
-	if _, err := publish.OpenDatabase(name+".absent", "/gnu/store"); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("error %v", err)
-	}
-	if err := os.WriteFile(name+".bad", []byte(strings.Repeat("no database ", 1000)), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := publish.OpenDatabase(name+".bad", "/gnu/store"); err == nil {
-		t.Error("anything is a database")
-	}
-}
-
-// TestDatabaseOfAnotherUser reads the database as somebody who may not write where it is, while the
-// daemon has it open and while nobody has.
-func TestDatabaseOfAnotherUser(t *testing.T) {
-	const variable = "TEST_PUBLISH_DATABASE"
-	if name := os.Getenv(variable); name != "" {
-		d, err := publish.OpenDatabase(name, "/gnu/store")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer d.Close()
-		if n, err := d.Item(context.Background(), strings.Repeat("a", 32)); err != nil || n.NarSize != 123 {
-			t.Fatalf("item %+v, error %v", n, err)
-		}
-		return
-	}
-	if os.Geteuid() != 0 {
-		t.Skip("only root can be somebody else")
-	}
-	// Not t.TempDir, whose parents others may not enter.
-	directory, err := os.MkdirTemp("/tmp", "publish-test-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(directory)
-	program, err := os.ReadFile("/proc/self/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(os.Chmod(directory, 0o755), os.WriteFile(directory+"/test", program, 0o755)); err != nil {
-		t.Fatal(err)
-	}
-	name := directory + "/db.sqlite"
-	db, err := sql.Open("sqlite", "file:"+name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, statement := range []string{
-		"PRAGMA journal_mode = wal",
-		"CREATE TABLE ValidPaths (id integer primary key, path text unique, hash text, deriver text, narSize integer)",
-		"CREATE TABLE Refs (referrer integer, reference integer)",
-		"INSERT INTO ValidPaths VALUES (1, '/gnu/store/" + strings.Repeat("a", 32) + "-a', 'sha256:" + strings.Repeat("00", 32) + "', NULL, 123)",
-	} {
-		if _, err := db.Exec(statement); err != nil {
-			t.Fatal(err)
-		}
-	}
-	try := func(when string) {
-		cmd := exec.Command(directory+"/test", "-test.run=^TestDatabaseOfAnotherUser$")
-		cmd.Dir, cmd.Env = "/", append(os.Environ(), variable+"="+name)
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-		if output, err := cmd.CombinedOutput(); err != nil {
-			t.Errorf("%s: %v\n%s", when, err, output)
-		}
-	}
-	try("while the daemon has it open")
-	if err := db.Close(); err != nil {
-		t.Fatal(err)
-	}
-	try("while nobody has it open")
-}
-
-// TestDatabaseWhileWriting reads while another connection writes.
-func TestDatabaseWhileWriting(t *testing.T) {
-	name := t.TempDir() + "/db.sqlite"
-	db, err := sql.Open("sqlite", "file:"+name+"?_pragma=busy_timeout(10000)")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer db.Close()
-	for _, statement := range []string{
-		"PRAGMA journal_mode = wal",
-		"CREATE TABLE ValidPaths (id integer primary key, path text unique, hash text, deriver text, narSize integer)",
-		"CREATE TABLE Refs (referrer integer, reference integer)",
-	} {
-		if _, err := db.Exec(statement); err != nil {
-			t.Fatal(err)
-		}
-	}
-	d, err := publish.OpenDatabase(name, "/gnu/store")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer d.Close()
-	item := func(i int) string { return fmt.Sprintf("%032d", i) }
-	written := make(chan int)
-	go func() {
-		defer close(written)
-		for i := range 100 {
-			// An item and its reference to itself appear together.
-			tx, err := db.Begin()
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			_, err1 := tx.Exec("INSERT INTO ValidPaths VALUES (?, ?, ?, NULL, 1)", i+1, "/gnu/store/"+item(i)+"-x", "sha256:"+strings.Repeat("00", 32))
-			_, err2 := tx.Exec("INSERT INTO Refs VALUES (?, ?)", i+1, i+1)
-			if err := errors.Join(err1, err2, tx.Commit()); err != nil {
-				t.Error(err)
-				return
-			}
-			written <- i
-		}
-	}()
-	for last := range written {
-		for _, i := range []int{last, last + 1} { // the second may be there already, or not
-			n, err := d.Item(context.Background(), item(i))
-			if err == nil && len(n.References) != 1 || err != nil && (i == last || !errors.Is(err, publish.ErrNoItem)) {
-				t.Fatalf("item %d: %+v, error %v", i, n, err)
-			}
-		}
 	}
 }
 

@@ -19,6 +19,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dump"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/guixdb"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
@@ -198,7 +199,7 @@ func closureOf(ctx context.Context, paths []string) ([]string, error) {
 		name, _, _ := strings.Cut(inside, "/")
 		items = append(items, store+"/"+name)
 	}
-	database, err := publish.OpenDatabase(settings.DatabaseFile(), store)
+	database, err := guixdb.Open(settings.DatabaseFile(), store)
 	if err != nil {
 		return nil, fmt.Errorf("the database of guix-daemon cannot be read: %w", err)
 	}

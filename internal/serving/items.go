@@ -19,6 +19,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/items"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/guixdb"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
@@ -56,7 +57,7 @@ func (s *itemSettings) open(closers *[]func()) (publish.Items, error) {
 		}
 		return publish.Directory(s.narinfos), nil
 	}
-	d, err := publish.OpenDatabase(s.database, s.store)
+	d, err := guixdb.Open(s.database, s.store)
 	if err != nil {
 		return nil, fmt.Errorf("the database of guix-daemon cannot be read: %w; see --manifest and --narinfos", err)
 	}

@@ -11,9 +11,9 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/ahead"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/guixdb"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
 )
 
@@ -96,9 +96,9 @@ func (s *Settings) finder() (finder *reuse.Finder, closeDatabase func()) {
 	if !s.file.Reuse {
 		return nil, func() {}
 	}
-	var database *publish.Database
+	var database *guixdb.Database
 	open := sync.OnceValue(func() (err error) {
-		database, err = publish.OpenDatabase(settings.DatabaseFile(), s.Store)
+		database, err = guixdb.Open(settings.DatabaseFile(), s.Store)
 		return err
 	})
 	find := func(ctx context.Context, hashPart string) (*narinfo.Narinfo, error) {
