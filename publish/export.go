@@ -7,7 +7,6 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -429,8 +428,5 @@ func withCapabilities(n *narinfo.Narinfo, values []narinfo.ERIS) string {
 
 // writeFile writes a file so that it is old or new, also after a power failure.
 func writeFile(path string, mode fs.FileMode, text string) error {
-	return files.Replace(path, mode, files.Options{Sync: true}, func(w io.Writer) error {
-		_, err := io.WriteString(w, text)
-		return err
-	})
+	return files.Write(path, mode, files.Options{Sync: true}, []byte(text))
 }

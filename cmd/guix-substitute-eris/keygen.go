@@ -4,7 +4,6 @@ package main
 
 import (
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 
@@ -50,10 +49,7 @@ func keygen(public, secret string) error {
 	}
 	key := acl.GenerateSigningKey()
 	write := func(name, text string, mode os.FileMode) error {
-		return files.Replace(name, mode, files.Options{Sync: true, New: true}, func(w io.Writer) error {
-			_, err := io.WriteString(w, text)
-			return err
-		})
+		return files.Write(name, mode, files.Options{Sync: true, New: true}, []byte(text))
 	}
 	// The private one first: a public key without it is of no use.
 	if err := write(secret, key.SecretText(), 0o400); err != nil {

@@ -69,6 +69,14 @@ func Replace(path string, mode fs.FileMode, o Options, write func(w io.Writer) e
 	return SyncDirectory(filepath.Dir(path))
 }
 
+// Write is [Replace] with what the file is to have.
+func Write(path string, mode fs.FileMode, o Options, contents []byte) error {
+	return Replace(path, mode, o, func(w io.Writer) error {
+		_, err := w.Write(contents)
+		return err
+	})
+}
+
 // temporary makes the file that is filled.
 func temporary(directory, name string, mode fs.FileMode, locked bool) (*os.File, error) {
 	temporary := directory + TemporaryPrefix + name

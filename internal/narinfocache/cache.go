@@ -276,10 +276,7 @@ func (c *Cache) Put(url, hash string, e Entry, now time.Time) error {
 	// first (ext4 does), which takes twice as long.
 	os.Remove(name)
 	write := func() error {
-		return files.Replace(name, 0o600, files.Options{}, func(w io.Writer) error {
-			_, err := w.Write(b.Bytes())
-			return err
-		})
+		return files.Write(name, 0o600, files.Options{}, b.Bytes())
 	}
 	err := write()
 	if errors.Is(err, fs.ErrNotExist) {

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -85,10 +84,7 @@ func (n *neighbours) browse(ctx context.Context) {
 
 // write is for others; who cannot be told looks by itself.
 func (n *neighbours) write(urls []string) {
-	_ = files.Replace(n.file, 0o600, files.Options{}, func(w io.Writer) error {
-		_, err := io.WriteString(w, strings.Join(urls, ""))
-		return err
-	})
+	_ = files.Write(n.file, 0o600, files.Options{}, []byte(strings.Join(urls, "")))
 }
 
 // urls returns the stores that have been found.

@@ -12,7 +12,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -164,10 +163,7 @@ func (s *System) add(r record) error {
 }
 
 func write(name string, mode fs.FileMode, text []byte) error {
-	return files.Replace(name, mode, files.Options{Sync: true}, func(w io.Writer) error {
-		_, err := w.Write(text)
-		return err
-	})
+	return files.Write(name, mode, files.Options{Sync: true}, text)
 }
 
 // Do does the steps in order, and says each before. What fails ends it; what was done before that

@@ -14,7 +14,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
-	"io"
 	"math"
 	"path/filepath"
 	"slices"
@@ -312,8 +311,5 @@ func write(path string, records map[string]Record) error {
 	if err != nil {
 		return err
 	}
-	return files.Replace(path, 0o600, files.Options{Locked: true}, func(w io.Writer) error {
-		_, err := w.Write(b)
-		return err
-	})
+	return files.Write(path, 0o600, files.Options{Locked: true}, b)
 }
