@@ -110,10 +110,21 @@ func (c *changeFlags) undo(s *System) error {
 	if err := c.permitted(); err != nil {
 		return err
 	}
-	if c.dryRun || !c.agreed("Restore what was there before?") {
-		return errNothingDone
+	nothing, err := s.Undo(true, func(format string, a ...any) {
+		if !c.yes || c.dryRun {
+			saying(format, a...)
+		}
+	})
+	if err == nil && nothing {
+		fmt.Println("There is nothing to take back.")
 	}
-	undone, err := s.Undo(saying)
+	if err != nil || nothing || c.dryRun {
+		return err
+	}
+	if err := c.agreed("Restore what was there before?"); err != nil {
+		return err
+	}
+	undone, err := s.Undo(false, saying)
 	if err == nil && !undone {
 		err = errors.New("some things are left\nhint: mend them by hand; --undo tries again")
 	}
@@ -133,14 +144,22 @@ func (c *changeFlags) permitted() error {
 	return nil
 }
 
-// agreed asks a question, unless that is not wanted.
-func (c *changeFlags) agreed(question string) bool {
+// agreed asks a question, unless that is not wanted. The error is errNothingDone if the answer is
+// no, or there is none.
+func (c *changeFlags) agreed(question string) error {
 	if c.yes {
-		return true
+		return nil
 	}
 	fmt.Printf("%s [y/N] ", question)
-	answer, _ := bufio.NewReader(os.Stdin).ReadString('\n') // the end is no
-	return slices.Contains([]string{"y", "yes"}, strings.ToLower(strings.TrimSpace(answer)))
+	answer, err := bufio.NewReader(os.Stdin).ReadString('\n')
+	switch {
+	case slices.Contains([]string{"y", "yes"}, strings.ToLower(strings.TrimSpace(answer))):
+		return nil
+	case answer == "" && err != nil:
+		fmt.Println()
+		return fmt.Errorf("%w, as nobody answered\nhint: --yes does it without a question", errNothingDone)
+	}
+	return errNothingDone
 }
 
 // change does steps, if the user agrees.
@@ -162,8 +181,8 @@ func (c *changeFlags) change(s *System, steps []Step, done string) error {
 	if c.dryRun {
 		return nil
 	}
-	if !c.agreed("Do it?") {
-		return errNothingDone
+	if err := c.agreed("Do it?"); err != nil {
+		return err
 	}
 	defer unix.Umask(unix.Umask(0o022)) // what is made must be readable by the daemon
 	if err := s.Do(steps, saying); err != nil {
@@ -201,8 +220,10 @@ compare it with what the administrator of the server says.`,
 }
 
 func (c *changeFlags) use(ctx context.Context, server, keyFile string) error {
-	if err := mirror.CheckURL(server); err != nil {
-		return err
+	if !strings.Contains(server, "://") {
+		return message.Usage("%q is not the whole URL of a server\nhint: write http://%s, or file:///… for a directory", server, server)
+	} else if err := mirror.CheckURL(server); err != nil {
+		return message.Usage("%w\nhint: a server has a URL like http://lan.example:8080, and a stick file:///media/stick", err)
 	}
 	s, err := Open(c.root)
 	if err != nil {
@@ -233,7 +254,7 @@ func (c *changeFlags) use(ctx context.Context, server, keyFile string) error {
 	} else if err != nil {
 		return err
 	}
-	return c.change(s, steps, "Substitutes come from there, too. \"guix-substitute-eris setup --undo\" takes it back.")
+	return c.change(s, steps, "Substitutes come from there, too.\n\"guix-substitute-eris setup --undo\" takes it back.")
 }
 
 // fullFingerprint is what identifies a key, as its file has it.
@@ -322,6 +343,10 @@ func get(ctx context.Context, server, name string) ([]byte, error) {
 		return nil, err
 	}
 	response, err := client.Do(request)
+	var failed *url.Error // it has the URL, which is said already
+	if errors.As(err, &failed) {
+		err = failed.Err
+	}
 	if err != nil {
 		return nil, err
 	}

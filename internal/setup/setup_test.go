@@ -88,7 +88,7 @@ func TestLive(t *testing.T) {
 			t.Errorf("it is done already: %v", step)
 		}
 	}
-	undone, err := s.Undo(t.Logf)
+	undone, err := s.Undo(false, t.Logf)
 	must(t, err)
 	if !undone {
 		t.Error("not all is undone")
@@ -142,7 +142,7 @@ func TestInterrupted(t *testing.T) {
 			must(t, s.add(r))
 			s.lock.Close()
 		}
-		undone, err := s.Undo(t.Logf)
+		undone, err := s.Undo(false, t.Logf)
 		must(t, err)
 		os.Remove(filepath.Join(s.root, "etc/guix/signing-key.sec"))
 		os.Remove(filepath.Join(s.root, "etc/guix/signing-key.pub"))
@@ -158,7 +158,7 @@ func TestUndoInterrupted(t *testing.T) {
 	before := snapshot(t, s)
 	must(t, s.Do([]Step{{Path: aclFile, Text: []byte("(acl ())")}}, t.Logf))
 	must(t, os.Rename(filepath.Join(s.root, s.records[0].Copy), filepath.Join(s.root, aclFile)))
-	undone, err := s.Undo(t.Logf)
+	undone, err := s.Undo(false, t.Logf)
 	must(t, err)
 	if after := snapshot(t, s); !undone || !slices.Equal(before, after) {
 		t.Errorf("before:\n%s\nafter:\n%s", strings.Join(before, "\n"), strings.Join(after, "\n"))
@@ -173,7 +173,7 @@ func TestFailure(t *testing.T) {
 	if err := s.Do(steps, t.Logf); err == nil || !strings.Contains(err.Error(), "cannot run systemctl start guix-substitute-eris.socket") {
 		t.Errorf("%v", err)
 	}
-	undone, err := s.Undo(t.Logf)
+	undone, err := s.Undo(false, t.Logf)
 	must(t, err)
 	if after := snapshot(t, s); !undone || !slices.Equal(before, after) {
 		t.Errorf("before:\n%s\nafter:\n%s", strings.Join(before, "\n"), strings.Join(after, "\n"))
@@ -196,7 +196,7 @@ func TestStrangers(t *testing.T) {
 	}))
 	s.lock.Close()
 	must(t, os.WriteFile(filepath.Join(s.root, "a"), []byte("a"), 0o600))
-	if undone, err := s.Undo(t.Logf); undone || err != nil {
+	if undone, err := s.Undo(false, t.Logf); undone || err != nil {
 		t.Error(undone, err)
 	}
 	if _, err := os.Stat(outside); err != nil {
@@ -206,7 +206,7 @@ func TestStrangers(t *testing.T) {
 	// The record itself leads elsewhere, and nobody writes to the files of the service.
 	must(t, os.RemoveAll(s.directory))
 	must(t, os.Symlink(filepath.Dir(outside), s.directory))
-	if _, err := s.Undo(t.Logf); err == nil {
+	if _, err := s.Undo(false, t.Logf); err == nil {
 		t.Error("a record outside of the tree was taken")
 	}
 	for _, name := range []string{"etc/os-release", "etc/systemd/system/guix-daemon.service", "usr/bin/guix-daemon"} {

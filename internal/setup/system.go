@@ -301,22 +301,43 @@ func state(name string) (string, error) {
 
 // Undo restores what was there before all that Do has done, the last thing first, and says each.
 // What somebody has changed since stays as it is, which is said; undone is whether nothing did.
-func (s *System) Undo(say func(format string, a ...any)) (undone bool, err error) {
+// Directories that Do has made are removed if they are empty then. With dry, it only says what it
+// would do, and undone is whether there is nothing to undo.
+func (s *System) Undo(dry bool, say func(format string, a ...any)) (undone bool, err error) {
+	if _, err := os.Lstat(filepath.Join(s.root, stateDirectory, recordName)); dry && err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return true, nil
+		}
+		return false, err
+	}
 	if err := s.open(); err != nil {
 		return false, err
 	}
 	defer s.lock.Close()
 	var left []record
 	for n := len(s.records) - 1; n >= 0; n-- {
-		if err := s.undo(s.records[n], say); err != nil {
+		what, act, err := s.undo(s.records[n])
+		switch {
+		case err == nil && what != "" && dry:
+			say("would %s", what)
+		case err == nil && what != "":
+			say("%s", what)
+		}
+		if err == nil && act != nil && !dry {
+			err = act()
+		}
+		if err != nil {
 			say("not undone: %v", err)
 			left = append([]record{s.records[n]}, left...)
+		}
+		if dry {
+			continue
 		}
 		if err := s.save(append(s.records[:n:n], left...)); err != nil {
 			return false, err
 		}
 	}
-	if len(left) > 0 {
+	if len(left) > 0 || dry {
 		return false, nil
 	}
 	err = os.RemoveAll(s.directory)
@@ -324,17 +345,17 @@ func (s *System) Undo(say func(format string, a ...any)) (undone bool, err error
 	return true, err
 }
 
-func (s *System) undo(r record, say func(format string, a ...any)) error {
+// undo returns what undoes a step, and says it; either may be nothing.
+func (s *System) undo(r record) (what string, act func() error, err error) {
 	if r.Path == "" && !s.live {
-		return fmt.Errorf("%q is not run, for the system does not run", strings.Join(r.Undo, " "))
+		return "", nil, fmt.Errorf("%q is not run, for the system does not run", strings.Join(r.Undo, " "))
 	} else if r.Path == "" {
-		say("run %s", strings.Join(r.Undo, " "))
-		return run(r.Undo)
+		return "run " + strings.Join(r.Undo, " "), func() error { return run(r.Undo) }, nil
 	}
 	// The record of a tree that somebody else has made may have anything.
 	name, err := s.at(r.Path)
 	if err != nil {
-		return err
+		return "", nil, err
 	}
 	second, before := "", ""
 	if r.Copy != "" {
@@ -342,28 +363,23 @@ func (s *System) undo(r record, say func(format string, a ...any)) error {
 			before, err = state(second)
 		}
 		if err != nil || before == "" {
-			return err // it was restored, and the process ended then
+			return "", nil, err // it was restored, and the process ended then
 		}
 	}
 	now, err := state(name)
 	switch {
 	case err != nil:
-		return err
+		return "", nil, err
 	case r.After == directoryState:
-		if os.Remove(name) == nil { // others may have put something there
-			say("remove %s", r.Path)
-		}
-		return nil
+		return "", func() error { os.Remove(name); return nil }, nil // others may have put something there
 	case now != r.After && now != before:
-		return fmt.Errorf("%s was changed since; it is left as it is", r.Path)
+		return "", nil, fmt.Errorf("%s was changed since; it is left as it is", r.Path)
 	case r.Copy != "" && now != r.After: // both are names of the same file
-		return os.Remove(second)
+		return "", func() error { return os.Remove(second) }, nil
 	case r.Copy != "":
-		say("restore %s", r.Path)
-		return os.Rename(second, name)
+		return "restore " + r.Path, func() error { return os.Rename(second, name) }, nil
 	case now == "":
-		return nil
+		return "", nil, nil
 	}
-	say("remove %s", r.Path)
-	return os.Remove(name)
+	return "remove " + r.Path, func() error { return os.Remove(name) }, nil
 }
