@@ -117,6 +117,9 @@ type exporter struct {
 	earlier *earlier
 }
 
+// ErrNoNarinfo is what Export returns for an item that is not described by any server.
+var ErrNoNarinfo = errors.New("no server has a narinfo")
+
 // An exportItem is an item with its narinfo, in the end that with a read capability.
 type exportItem struct {
 	path    string
@@ -165,7 +168,7 @@ func (e *exporter) collect(ctx context.Context, items []string) error {
 		for _, path := range wanted {
 			it := found[path]
 			if it == nil {
-				return fmt.Errorf("no server has a narinfo of %s that can be used", path)
+				return fmt.Errorf("%w of %s that counts", ErrNoNarinfo, path)
 			}
 			n := it.narinfo
 			if e.text += len(n.Text()); e.text > MaxNarinfos {

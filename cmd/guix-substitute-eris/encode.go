@@ -194,7 +194,7 @@ func closureOf(ctx context.Context, paths []string) ([]string, error) {
 		}
 		inside, ok := strings.CutPrefix(real, store+"/")
 		if !ok {
-			return nil, fmt.Errorf("%s is no item of the store %s", path, store)
+			return nil, fmt.Errorf("%s is no item of the store %s; --closure takes %s/…", path, store, store)
 		}
 		name, _, _ := strings.Cut(inside, "/")
 		items = append(items, store+"/"+name)

@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/url"
 	"os"
@@ -125,7 +126,9 @@ func (e *exportSettings) export(ctx context.Context, items []string) error {
 		options.Servers = append(options.Servers, publish.ExportServer{Narinfos: server.Narinfos})
 	}
 	done, err := publish.Export(ctx, items, options)
-	if err != nil {
+	if errors.Is(err, publish.ErrNoNarinfo) {
+		return fmt.Errorf("%w: %w\nhint: \"guix-substitute-eris explain ITEM\" says why; --sign signs what was built here", message.ErrUnavailable, err)
+	} else if err != nil {
 		return err
 	}
 	shown.Done("wrote %s to %s", page.Size(done.Bytes), e.to)

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"strings"
 	"time"
 
@@ -186,10 +187,14 @@ func dialError(err error) error {
 	}
 	var op *net.OpError
 	if errors.As(err, &op) && op.Err != nil {
-		if op.Addr != nil {
-			return fmt.Errorf("connecting to %s: %w", op.Addr, op.Err)
+		err = op.Err
+		if call := (*os.SyscallError)(nil); errors.As(err, &call) {
+			err = call.Err
 		}
-		return op.Err
+		if op.Addr != nil {
+			return fmt.Errorf("connecting to %s: %w", op.Addr, err)
+		}
+		return err
 	}
 	return shortened(err)
 }

@@ -65,7 +65,11 @@ line that says which server it is from, and what its signature is worth.`,
 			if showNarinfos(&e.Explanation, *key) {
 				return 0
 			}
-			fmt.Fprintf(os.Stderr, "%s: %s: %s\n", e.Path, substitute.NotAvailable, message.Text(e.Reason))
+			what := e.Availability
+			if what == substitute.Available { // but has no key
+				what = substitute.NotAvailable
+			}
+			fmt.Fprintf(os.Stderr, "%s: %s: %s\n", e.Path, what, message.Text(e.Reason))
 			return max(message.Unavailable, exitStatus[e.Availability])
 		})
 		return cmp.Or(err, worst.Err())

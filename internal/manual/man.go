@@ -64,7 +64,8 @@ func newManPage(title, name string, section int, short string) *manPage {
 	return p
 }
 
-// section adds a section with a text, of which lines that begin with a space stay as they are.
+// section adds a section with a text, of which paragraphs that begin with a space stay as they are,
+// but for two columns: a page is indented by itself.
 func (p *manPage) section(title, text string) {
 	fmt.Fprintf(p, ".SH %s\n", title)
 	for i, paragraph := range strings.Split(text, "\n\n") {
@@ -72,7 +73,7 @@ func (p *manPage) section(title, text string) {
 			p.WriteString(".PP\n")
 		}
 		if strings.HasPrefix(paragraph, " ") {
-			fmt.Fprintf(p, ".nf\n%s\n.fi\n", roff(paragraph))
+			fmt.Fprintf(p, ".nf\n%s\n.fi\n", roff(strings.ReplaceAll("\n"+paragraph, "\n  ", "\n")[1:]))
 		} else if paragraph != "" {
 			p.WriteString(roff(paragraph) + "\n")
 		}

@@ -110,6 +110,9 @@ func Text(text string) string {
 			{`\blisten (?:tcp|udp|unix)[46]? (?:address )?(\S+): `, "$1: "},
 			{`\blisten (?:tcp|udp|unix)[46]?: (?:address|lookup) (\S+): `, "$1: "},
 			{`\b(?:connect|bind): `, ""},
+			{`\bdial tcp: lookup (\S+)(?: on \S+)?: `, "$1: "},
+			{`http: server gave HTTP response to HTTPS client`, "it speaks HTTP, and not HTTPS"},
+			{`(does not exist; .*): file does not exist$`, "$1"},
 			{`context canceled`, "interrupted"},
 			{`context deadline exceeded|i/o timeout`, "no answer in time"},
 			{`address already in use`, "another program listens there"},
@@ -156,6 +159,10 @@ func hint(err error) string {
 		return "nothing listens there; is the address right, and the program that serves it running?"
 	case errors.Is(err, syscall.EADDRINUSE):
 		return "end that program, or choose another port or socket by --listen or --socket"
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		return "this machine has no such address; \"ip address\" shows those that it has"
+	case has("invalid port"):
+		return "a port is a number from 1 to 65535"
 	case errors.Is(err, syscall.ENOSPC):
 		return "make room; blocks that are stored already stay, so that the next attempt goes on from there"
 	case errors.Is(err, syscall.EROFS):
@@ -171,7 +178,7 @@ func hint(err error) string {
 	case has("no list \"private-key\""):
 		return "--private-key takes the other file of the pair, signing-key.sec"
 	case has("Base32"), has("does not start with urn:eris:"):
-		return "a read capability is urn:eris: and 106 letters and digits, in capitals; copy it whole, and give it before the destination"
+		return "a read capability is urn:eris: and 106 letters and digits, in capitals; copy it whole; decode takes it before the destination"
 	case has("missing port in address"), has("too many colons in address"):
 		return "write --listen=127.0.0.1:8080, or --listen=:8080 for all addresses of this machine"
 	case errors.Is(err, fs.ErrExist):

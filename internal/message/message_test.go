@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"strings"
 	"syscall"
@@ -21,6 +22,8 @@ func TestText(t *testing.T) {
 		"file:blocks: " + ref + ": the directory is gone":                      "file:blocks: the directory is gone",
 		"read capability: not upper-case Base32":                               "read capability: not upper-case Base32",
 		"write /dev/stdout: no space left on device":                           "/dev/stdout: no space left on device",
+		"dial tcp: lookup x.example on 192.0.2.1:53: no such host":            "x.example: no such host",
+		"the directory /a does not exist; make it: file does not exist":       "the directory /a does not exist; make it",
 		"listen tcp 127.0.0.1:80: bind: address already in use":                "127.0.0.1:80: another program listens there",
 		"x: context canceled\ny: context deadline exceeded":                    "x: interrupted\n  y: no answer in time",
 		"": "",
@@ -39,6 +42,8 @@ func TestHint(t *testing.T) {
 		{&fs.PathError{Op: "open", Path: "/x", Err: syscall.EACCES}, "as a user who may"},
 		{&fs.PathError{Op: "open", Path: "/x", Err: syscall.EROFS}, "can be written to"},
 		{fmt.Errorf("x: %w", syscall.ENOSPC), "make room"},
+		{fmt.Errorf("x: %w", syscall.EADDRNOTAVAIL), "no such address"},
+		{&net.AddrError{Err: "invalid port", Addr: "99999"}, "1 to 65535"},
 		{fmt.Errorf("x: %w", os.ErrDeadlineExceeded), "can the machine be reached"},
 		{errors.New("something else"), ""},
 	} {
