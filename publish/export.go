@@ -20,6 +20,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
@@ -216,11 +217,10 @@ func (e *exporter) checkRoom() error {
 			fetched = max(fetched, size)
 		}
 	}
-	const mib = 1 << 20
 	if needed += fetched; needed > free {
-		return fmt.Errorf("%s has too little room: the items need about %.1f MiB, and %.1f MiB are free", e.o.Directory, needed/mib, free/mib)
+		return fmt.Errorf("%s has too little room: the items need about %s, and %s are free", e.o.Directory, page.Size(int64(needed)), page.Size(int64(free)))
 	}
-	e.o.Log("%d items need at most about %.1f MiB; %.1f MiB are free in %s", len(e.items), needed/mib, free/mib, e.o.Directory)
+	e.o.Log("%s: at most about %s to write; %s are free in %s", page.Count(len(e.items), "item"), page.Size(int64(needed)), page.Size(int64(free)), e.o.Directory)
 	e.o.Total(total)
 	return nil
 }

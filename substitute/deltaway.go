@@ -12,6 +12,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/delta"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/throughput"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -84,7 +85,7 @@ func (w *deltaWay) expect(ctx context.Context) expectation {
 		speed := w.j.s.serverSpeed(w.url)
 		e = expectation{
 			bytes: w.size, known: speed.Known, time: 2*speed.Latency + throughput.Seconds(float64(w.size)/speed.Rate),
-			how: megabytes(w.size) + ", " + speed.String(),
+			how: page.Size(w.size) + ", " + speed.String(),
 		}
 	}
 	e.time += throughput.Seconds(float64(min(w.j.want.NarSize, 1<<62)) / deltaRate)

@@ -16,6 +16,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/throughput"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -135,7 +136,7 @@ func (j *job) expectMissing(c eris.ReadCapability, size, missing int64) expectat
 		depth := time.Duration(c.Level + 2)
 		e.time += depth*speed.Latency + throughput.Seconds(float64(missing)/speed.Rate)
 	}
-	e.how = fmt.Sprintf("%s of %s missing, %s", megabytes(missing), megabytes(size), speed)
+	e.how = fmt.Sprintf("%s of %s to fetch, %s", page.Size(missing), page.Size(size), speed)
 	return e
 }
 

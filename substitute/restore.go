@@ -83,7 +83,7 @@ type Outcome struct {
 // and tried again if it has changed.
 func (s *Substituter) Substitute(ctx context.Context, path, destination string) Outcome {
 	if _, err := narinfo.HashPart(s.StoreDir, path); err != nil {
-		s.Log.Errorf("no valid substitute for %.300q: %v", path, err)
+		s.Log.Errorf("no valid substitute: %v", err)
 		return Outcome{}
 	}
 	progress := s.Log.Download(destination)

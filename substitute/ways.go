@@ -10,6 +10,7 @@ import (
 	"slices"
 	"time"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/throughput"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -121,7 +122,7 @@ func (j *job) show() {
 		if c.time >= throughput.Longest {
 			took = "nobody knows when"
 		}
-		j.log.Notef("%s: way %d of %d: %s: expected %s, %s (%s)", j.path, i+1, len(j.ways), c, took, megabytes(c.bytes), c.how)
+		j.log.Notef("%s: way %d of %d: %s: expected %s, %s (%s)", j.path, i+1, len(j.ways), c, took, page.Size(c.bytes), c.how)
 	}
 }
 
@@ -152,8 +153,6 @@ func (s *Substituter) serverSpeed(address string) Speed {
 	}
 	return s.Speeds.Speed(address).OrUnknown()
 }
-
-func megabytes(n int64) string { return fmt.Sprintf("%.1f MB", float64(n)/1e6) }
 
 // usable reports whether Substitute has a way to what was found.
 func (s *Substituter) usable(f *found) bool {

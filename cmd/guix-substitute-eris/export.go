@@ -133,7 +133,7 @@ func (e *exportSettings) export(ctx context.Context, items []string) error {
 	}
 	shown.Done("wrote %s to %s", page.Size(done.Bytes), e.to)
 	where.Path = directory
-	fmt.Printf("%d items, %d blocks, %.1f MiB\nsubstitute URL: %s\n", done.Items, done.Blocks, float64(done.Bytes)/(1<<20), where.String())
+	fmt.Printf("%s, %s, %s\nsubstitute URL: %s\n", page.Count(int(done.Items), "item"), page.Count(int(done.Blocks), "block"), page.Size(done.Bytes), where.String())
 	return nil
 }
 

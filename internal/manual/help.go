@@ -41,7 +41,7 @@ func Help() *cobra.Command {
 	return &cobra.Command{
 		Use:   "[COMMAND]",
 		Short: "show this help, or that of a command",
-		Long: `Show what a command does and its options, or, without one, all commands.`,
+		Long:  `Show what a command does and its options, or, without one, all commands.`,
 		RunE: func(c *cobra.Command, args []string) error {
 			if len(args) > 1 {
 				return message.Usage("help takes one command: guix-substitute-eris help %s", args[0])

@@ -53,6 +53,9 @@ func (s *Settings) ByHand(ctx context.Context, query bool, items []string) error
 			result = message.Unavailable
 		}
 	} else {
+		if _, err := restore.CheckNew(items[1]); err != nil {
+			return err
+		}
 		unix.Umask(0o022)
 		outcome := s.restore(ctx, sub, items[0], items[1])
 		reply = appendOutcome(nil, outcome)
