@@ -221,6 +221,8 @@ func (s *Substituter) unavailable(servers []ServerReport, err error) (Availabili
 			count["key"]++
 		case r.Narinfo != nil && !r.Authorised:
 			count["refused"]++
+		case r.Baking:
+			count["baking"]++
 		case r.Narinfo == nil && r.Failure == "":
 			count["absent"]++
 		}
@@ -234,6 +236,8 @@ func (s *Substituter) unavailable(servers []ServerReport, err error) (Availabili
 		return NotAuthorised, "it is signed by a key that is not authorised"
 	case count["refused"] > 0:
 		return NotAuthorised, "no narinfo of it has a signature that counts"
+	case count["baking"] > 0:
+		return NotAvailable, "a server has begun to make it, and no other has it; try again in some minutes"
 	case count["absent"] > 0:
 		return NotAvailable, "no server that answers has it"
 	}

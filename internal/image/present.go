@@ -61,7 +61,9 @@ type Block struct {
 func Blocks(ctx context.Context, source fetch.Source, c eris.ReadCapability, limits erisfs.Limits) ([]Block, Form) {
 	blocks := []Block{{c.Root, c.BlockSize}}
 	p := presence{ctx: ctx, nearby: everything{source}, nodes: presentNodes, found: func(b Block, _ int) {
-		blocks = append(blocks, b)
+		if b.Reference != c.Root { // the contents may be the image itself
+			blocks = append(blocks, b)
+		}
 	}}
 	for c := range p.contents(c, limits) {
 		p.add(eris.Pair{Reference: c.Root, Key: c.Key}, c.BlockSize, c.Level)

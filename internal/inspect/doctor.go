@@ -340,7 +340,8 @@ func (d *doctor) examineStores(ctx context.Context, sub *session.Session) {
 	if policy, err := d.Policy(); len(members) == 0 && len(urls) > 0 && err == nil && policy != substitute.HTTPOnly {
 		d.ill("sudo editor "+page.Quote(settings.FileName()), "block stores", "none of them can be opened")
 	}
-	for _, r := range reportStores(ctx, members, stats, nil) {
+	reports, _ := reportStores(ctx, members, stats, nil)
+	for _, r := range reports {
 		subject := "block store " + r.URL
 		switch {
 		case strings.HasPrefix(r.URL, "cache:"):

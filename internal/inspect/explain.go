@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -107,9 +108,11 @@ var exitStatus = map[substitute.Availability]message.Status{
 type explanation struct {
 	substitute.Explanation
 	InStore bool `json:"inStore"`
-	// Sampled is how many blocks of the item each store was asked for, of Blocks that were found.
+	// Sampled is how many blocks of the item each store was asked for, of Blocks that are known of;
+	// Missing are those that none of them has given.
 	Sampled int           `json:"sampled"`
 	Blocks  int           `json:"blocks"`
+	Missing int           `json:"missing"`
 	Form    string        `json:"form,omitempty"` // of the contents, like "eris-fs"; empty if there is no block
 	Stores  []storeReport `json:"stores"`
 	keys    string        // file that lists them
@@ -168,18 +171,44 @@ func (e *explanation) examineStores(ctx context.Context, sub *session.Session, f
 		blocks = sample(blocks, sampledBlocks)
 	}
 	e.Sampled = len(blocks)
-	e.Stores = reportStores(ctx, members, stats, blocks)
+	e.Stores, e.Missing = reportStores(ctx, members, stats, blocks)
+	e.concludeMissing()
 }
 
-// reportStores asks all stores for blocks.
-func reportStores(ctx context.Context, members []pool.Member, stats []pool.SourceStats, blocks []image.Block) []storeReport {
-	reports := make([]storeReport, len(members))
+// reportStores asks all stores for blocks, and returns how many none of them has.
+func reportStores(
+	ctx context.Context, members []pool.Member, stats []pool.SourceStats, blocks []image.Block,
+) (reports []storeReport, missing int) {
+	reports = make([]storeReport, len(members))
+	given := make([]atomic.Bool, len(blocks))
 	var wait sync.WaitGroup
 	for i, m := range members {
-		wait.Go(func() { reports[i] = reportStore(ctx, m, stats[i], blocks) })
+		wait.Go(func() { reports[i] = reportStore(ctx, m, stats[i], blocks, given) })
 	}
 	wait.Wait()
-	return reports
+	for i := range given {
+		if !given[i].Load() {
+			missing++
+		}
+	}
+	return reports, missing
+}
+
+// concludeMissing says what becomes of an item that is to come from blocks of which some are
+// missing.
+func (e *explanation) concludeMissing() {
+	if e.Missing == 0 || len(e.Ways) == 0 || e.Ways[0].Kind != "blocks" {
+		return
+	}
+	why := fmt.Sprintf("%d of the %s that were looked for are in no store that answers", e.Missing, page.Count(e.Sampled, "block"))
+	if e.Form == "" {
+		why = "its first block is in no store that answers"
+	}
+	if other := slices.IndexFunc(e.Ways, func(w substitute.WayReport) bool { return w.Kind != "blocks" }); other >= 0 {
+		e.Reason = fmt.Sprintf("blocks are tried first, and then it comes by way %d: %s", other+1, why)
+	} else {
+		e.Availability, e.Reason = substitute.NotAvailable, why
+	}
 }
 
 // together returns some stores as one, of which none keeps what others have: what is looked at must
@@ -229,8 +258,8 @@ func sample(blocks []image.Block, most int) []image.Block {
 	return some
 }
 
-// reportStore asks a store for blocks.
-func reportStore(ctx context.Context, m pool.Member, known pool.SourceStats, blocks []image.Block) storeReport {
+// reportStore asks a store for blocks, and notes which it has given.
+func reportStore(ctx context.Context, m pool.Member, known pool.SourceStats, blocks []image.Block, given []atomic.Bool) storeReport {
 	r := storeReport{URL: m.Source.String(), Near: m.Near, Rate: known.Rate, Resting: known.Resting}
 	latency, err := probe(ctx, m.Source)
 	if r.Latency = latency; err != nil {
@@ -241,10 +270,11 @@ func reportStore(ctx context.Context, m pool.Member, known pool.SourceStats, blo
 	var has, bytes atomic.Int64
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(maxBlocksAtOnce)
-	for _, b := range blocks {
+	for i, b := range blocks {
 		group.Go(func() error {
 			block, err := fetch.Get(ctx, m.Source, b.Reference, b.Size, nil)
 			if err == nil {
+				given[i].Store(true)
 				has.Add(1)
 				bytes.Add(int64(len(block)))
 			} else if !errors.Is(err, eris.ErrNotFound) {
@@ -427,6 +457,8 @@ func (e *explanation) showStore(p *page.Page, s storeReport) {
 	}
 	switch {
 	case e.Sampled == 0:
+	case e.Form == "":
+		p.Say(5, page.Note, "does not have its first block")
 	case s.Has == e.Sampled && e.Sampled == e.Blocks:
 		p.Say(5, page.Good, "has all of the %s of it%s", page.Count(e.Blocks, "block"), rate)
 	case s.Has == e.Sampled:
@@ -464,6 +496,10 @@ func (e *explanation) mend(p *page.Page) {
 		}
 		p.Line(2, "Name a server that signs its narinfos by --substitute-urls.")
 	case substitute.NotAvailable:
+		if e.Missing > 0 {
+			p.Line(2, "Name a store that has the blocks by --eris-store-url, or allow nars by --policy.")
+			return
+		}
 		p.Line(2, "Name a server that has it by --substitute-urls, or build it:")
 		p.Command(4, "guix build --no-substitutes …")
 	case substitute.NotReachable:
