@@ -118,7 +118,7 @@ func TestChoice(t *testing.T) {
 		{name: "far store", store: slow, server: fast, nar: true, shown: "way 1 of 2: http"},
 		{name: "far server", store: fast, server: slow, blocks: true},
 		{name: "alike", store: fast, server: fast, blocks: true},
-		{name: "far store, but the blocks are here", store: slow, server: fast, near: true, blocks: true, shown: "(0.0 MB of"},
+		{name: "far store, but the blocks are here", store: slow, server: fast, near: true, blocks: true, shown: "(0 B of"},
 		{name: "far store alone has the item", store: slow, server: fast, lacks: true, nar: true, blocks: true},
 		{name: "blocks are to be tried first", store: slow, server: fast, policy: substitute.ERISFirst, blocks: true},
 		{name: "blocks alone are to be tried", store: slow, server: fast, policy: substitute.ERISOnly, blocks: true},
