@@ -204,49 +204,60 @@ func (d *doctor) examineKeys() {
 	}
 }
 
-// leastFree is how many bytes should be free.
-const leastFree = 1 << 30
+// How many bytes should be free for the store, and for what is kept for later.
+const (
+	leastFree = 1 << 30
+	leastKept = 16 << 20
+)
 
 func (d *doctor) examineState() {
-	directory := d.KeepDirectory()
+	directory, who := d.KeepDirectory(), d.helper()
 	if directory == "" {
 		d.well("cache", "nothing is kept for later, by the settings")
-	} else if owner, err := writable(directory, d.helper()); err != nil {
-		d.ill(fmt.Sprintf("sudo install -d -o %d %s", owner, page.Quote(directory)), "cache", "narinfos and blocks cannot be kept for later: %v", err)
+	} else if existing, err := writable(directory, who); err != nil {
+		d.ill(fmt.Sprintf("sudo install -d -o %d %s", who.uid, page.Quote(directory)), "cache", "narinfos and blocks cannot be kept for later: %v", err)
+	} else if free, err := freeSpace(existing); err == nil && free < leastKept {
+		d.ill("rm -r "+page.Quote(directory)+" # or name another cache-directory", "cache", "%s: only %s are free, so that little is kept for later", directory, page.Size(free))
 	} else {
 		d.well("cache", "%s", directory)
 	}
 	for _, place := range []struct{ subject, path string }{{"store", d.Store}, {"state", settings.StateDirectory()}} {
-		var fsys unix.Statfs_t
-		if err := unix.Statfs(place.path, &fsys); err != nil {
-			d.ill("sudo mkdir -p "+page.Quote(place.path), place.subject, "%v", &fs.PathError{Op: "statfs", Path: place.path, Err: err})
-			continue
-		}
-		free := int64(min(fsys.Bavail, 1<<40)) * fsys.Bsize
-		if free < leastFree {
+		switch free, err := freeSpace(place.path); {
+		case err != nil:
+			d.ill("sudo mkdir -p "+page.Quote(place.path), place.subject, "%v", err)
+		case free < leastFree:
 			d.ill("guix gc -F 5G", place.subject, "%s: only %s are free", place.path, page.Size(free))
-			continue
+		default:
+			d.well(place.subject, "%s, %s free", place.path, page.Size(free))
 		}
-		d.well(place.subject, "%s, %s free", place.path, page.Size(free))
 	}
 }
 
-// writable returns an error that says why a user cannot write to a directory, or make it, and who
-// ought to own it.
-func writable(directory string, who credentials) (owner int, err error) {
-	for name := directory; ; name = filepath.Dir(name) {
-		info, err := os.Stat(name)
+// freeSpace returns how many bytes can still be written to the file system of a directory.
+func freeSpace(directory string) (int64, error) {
+	var fsys unix.Statfs_t
+	if err := unix.Statfs(directory, &fsys); err != nil {
+		return 0, &fs.PathError{Op: "statfs", Path: directory, Err: err}
+	}
+	return int64(min(fsys.Bavail, 1<<40)) * fsys.Bsize, nil
+}
+
+// writable returns which directory is there, of one and those above it, and an error that says why a
+// user cannot write to it.
+func writable(directory string, who credentials) (existing string, err error) {
+	for existing = directory; ; existing = filepath.Dir(existing) {
+		info, err := os.Stat(existing)
 		switch {
-		case os.IsNotExist(err) && name != filepath.Dir(name):
+		case os.IsNotExist(err) && existing != filepath.Dir(existing):
 			continue
 		case err != nil:
-			return who.uid, err
+			return existing, err
 		case !info.IsDir():
-			return who.uid, &fs.PathError{Op: "open", Path: name, Err: unix.ENOTDIR}
+			return existing, &fs.PathError{Op: "open", Path: existing, Err: unix.ENOTDIR}
 		case !who.may(info, 2):
-			return who.uid, fmt.Errorf("user %d may not write to %s", who.uid, name)
+			return existing, fmt.Errorf("user %d may not write to %s", who.uid, existing)
 		}
-		return who.uid, nil
+		return existing, nil
 	}
 }
 
