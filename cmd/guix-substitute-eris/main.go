@@ -131,7 +131,10 @@ func rootCommand() *cobra.Command {
 	root.SetHelpFunc(manual.Show)
 	root.SetFlagErrorFunc(message.Option)
 	root.Args = cobra.ArbitraryArgs
-	words := map[string][]string{"policy": session.Policies(), "layout": {"sharded", "flat"}} // as values of options
+	words := map[string][]string{ // as values of options
+		"policy": session.Policies(), "layout": {"sharded", "flat"}, "way": {"extension", "program"},
+		"log-format": {"text", "json"}, "compression": {"none", "gzip", "zstd"},
+	}
 	manual.Complete(root, words)
 	for _, r := range commands {
 		if !root.ContainsGroup(r.group) {

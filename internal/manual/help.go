@@ -39,7 +39,15 @@ func commandsOf(c *cobra.Command, g *cobra.Group) []*cobra.Command {
 // Help is the command that shows the help of a command.
 func Help() *cobra.Command {
 	return &cobra.Command{
-		Use:   "[COMMAND]",
+		Use: "[COMMAND]",
+		ValidArgsFunction: func(c *cobra.Command, args []string, _ string) (names []string, _ cobra.ShellCompDirective) {
+			for _, sub := range c.Root().Commands() {
+				if len(args) == 0 && !sub.Hidden {
+					names = append(names, sub.Name())
+				}
+			}
+			return names, cobra.ShellCompDirectiveNoFileComp
+		},
 		Short: "show this help, or that of a command",
 		Long:  `Show what a command does and its options, or, without one, all commands.`,
 		RunE: func(c *cobra.Command, args []string) error {
