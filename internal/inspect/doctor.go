@@ -242,8 +242,8 @@ func freeSpace(directory string) (int64, error) {
 	return int64(min(fsys.Bavail, 1<<40)) * fsys.Bsize, nil
 }
 
-// writable returns which directory is there, of one and those above it, and an error that says why a
-// user cannot write to it.
+// writable returns the first directory that exists, of one and those above it, and an error that
+// says why a user cannot write there.
 func writable(directory string, who credentials) (existing string, err error) {
 	for existing = directory; ; existing = filepath.Dir(existing) {
 		info, err := os.Stat(existing)
