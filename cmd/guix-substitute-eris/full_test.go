@@ -78,7 +78,7 @@ func TestFullDisks(t *testing.T) {
 
 // limits tries something with more and more room, until that is enough.
 func (f *fullTest) limits(t *testing.T, use func(t *testing.T) bool) {
-	between := soakRuns(t, "ERIS_FULL", 17)
+	between := soakRuns(t, "ERIS_FULL", 67)
 	for kind, step := range map[string]int{"size=%d,nr_inodes=10000": between * os.Getpagesize(), "size=64m,nr_inodes=%d": (between + 3) / 4} {
 		attempts := 0
 		for n, whole := step, false; !whole; n += step {

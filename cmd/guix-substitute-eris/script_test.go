@@ -36,7 +36,12 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
 
+// raceOptions keep a process that was built with the race detector from sleeping for a second when
+// it ends.
+const raceOptions = "atexit_sleep_ms=20"
+
 func TestMain(m *testing.M) {
+	os.Setenv("GORACE", raceOptions)
 	testscript.Main(m, map[string]func(){
 		"guix-substitute-eris": func() { os.Exit(run(asAnybody(os.Args[1:]))) },
 		"lying-store":          lyingStore,
@@ -572,7 +577,7 @@ func scriptEnvironment(ts *testscript.TestScript) []string {
 	var env []string
 	for _, name := range []string{
 		"PATH", "HOME", "TMPDIR", "TESTSCRIPT_COMMAND", "GOCOVERDIR", "LC_ALL",
-		"NIX_STORE_DIR", "GUIX_STATE_DIRECTORY", "GUIX_CONFIGURATION_DIRECTORY", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR",
+		"GORACE", "NIX_STORE_DIR", "GUIX_STATE_DIRECTORY", "GUIX_CONFIGURATION_DIRECTORY", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR",
 		"GUIX_ALLOW_UNAUTHENTICATED_SUBSTITUTES", "GUIX_SUBSTITUTE_DEBUG", "http_proxy", "https_proxy", "no_proxy",
 		"GUIX_SUBSTITUTE_ERIS_GUIX", "GUIX_EXTENSIONS_PATH", "ERIS_STORE_URL", "COLUMNS", "GUIX_SUBSTITUTE_ERIS_SYSTEM_ROOT", "SERVER", "URLS", "STORE", "ITEM",
 	} {
@@ -610,7 +615,7 @@ func startDaemonHelper(program, mode string, env []string, unread bool) *daemonH
 	}
 	d.cmd = exec.Command(program, "substitute", "--"+mode)
 	d.cmd.Dir = "/"
-	d.cmd.Env = env
+	d.cmd.Env = append(slices.Clip(env), "GORACE="+raceOptions)
 	d.cmd.Stdin, d.cmd.Stdout, d.cmd.Stderr = stdin, log, log
 	// Descriptor 3 is something that is none of the program's business.
 	d.cmd.ExtraFiles = []*os.File{stdin, replies}
