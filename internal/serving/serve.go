@@ -130,15 +130,19 @@ func maxConnectionsFlag(c *cobra.Command, value *int, where string) {
 
 // printStatistics prints the statistics of a running server.
 func (s *serveSettings) printStatistics() error {
-	socket, err := s.socketPath()
-	if err != nil {
-		return err
-	}
-	answer, err := AskStatistics(socket)
+	_, answer, err := s.askStatistics()
 	if err != nil {
 		return err
 	}
 	return page.JSON(answer)
+}
+
+// askStatistics asks the server that listens on the socket.
+func (s *serveSettings) askStatistics() (socket string, answer Statistics, err error) {
+	if socket, err = s.socketPath(); err == nil {
+		answer, err = AskStatistics(socket)
+	}
+	return socket, answer, err
 }
 
 // run serves until a signal comes or something fails for good.

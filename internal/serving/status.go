@@ -31,11 +31,7 @@ func Status() *cobra.Command {
 	}
 	c.Flags().StringVar(&s.socket, "socket", "", "ask the server at the Unix socket `PATH` (default: that of serve)")
 	c.RunE = func(*cobra.Command, []string) error {
-		socket, err := s.socketPath()
-		if err != nil {
-			return err
-		}
-		answer, err := AskStatistics(socket)
+		socket, answer, err := s.askStatistics()
 		if err != nil {
 			return err
 		}

@@ -3,6 +3,7 @@
 package session
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -174,10 +175,7 @@ func serverOf(address string) string {
 
 // limiter returns what bounds the bytes per second that are fetched, or nil.
 func (s *Settings) limiter() *ratelimit.Limiter {
-	text := s.limitRate
-	if text == "" {
-		text = s.file.LimitRate
-	}
+	text := cmp.Or(s.limitRate, s.file.LimitRate)
 	if text == "" {
 		return nil
 	}
