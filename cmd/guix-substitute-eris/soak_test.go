@@ -28,6 +28,7 @@ import (
 	"time"
 
 	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sync/errgroup"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
@@ -638,13 +639,15 @@ func TestPublishKilled(t *testing.T) {
 			time.AfterFunc(time.Duration(random.IntN(60))*time.Millisecond, func() { publisher.cmd.Process.Kill() })
 		}
 		var urns sync.Map
-		var group sync.WaitGroup
+		var group errgroup.Group
+		group.SetLimit(64) // far below the connections that a publisher takes from one host
 		for _, item := range slices.Concat(items, items) {
-			group.Go(func() {
+			group.Go(func() error {
 				path := "/" + filepath.Base(item.path)[:32] + ".narinfo"
 				if urn := publishedURN(t, publisher.url+path, item.hash); urn != "" {
 					urns.Store(path, urn)
 				}
+				return nil
 			})
 		}
 		group.Wait()
