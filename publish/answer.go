@@ -17,7 +17,9 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lzip"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
 const (
@@ -92,7 +94,7 @@ func serveText(w http.ResponseWriter, r *http.Request, text string) {
 const compressedForm = "1"
 
 // mostLevel has the highest level of each compression.
-var mostLevel = map[string]int{"gzip": gzip.BestCompression, "zstd": 22}
+var mostLevel = map[string]int{"gzip": gzip.BestCompression, "zstd": 22, "lzip": 9}
 
 // splitCompression splits a compression as in [ServerOptions] into its type and its level, which is
 // 0 if it is not given, and negative if it is no level.
@@ -107,9 +109,17 @@ func splitCompression(text string) (kind string, level int) {
 	return kind, level
 }
 
-// writeNar writes the nar of the tree at path, compressed as in [ServerOptions]. It makes the same
-// bytes each time.
-func writeNar(w io.Writer, path, compression string) error {
+// narTag tells the archives that items are served as apart, as ETag and as file name.
+func narTag(digest [sha256.Size]byte, compression string) string {
+	if compression == "none" {
+		return fmt.Sprintf("%x", digest)
+	}
+	return fmt.Sprintf("%x-%s-%s", digest, compression, compressedForm)
+}
+
+// writeNar writes the nar of the tree at path, compressed as in [ServerOptions], and to others as
+// it is. It makes the same bytes each time.
+func writeNar(w io.Writer, path, compression string, others ...io.Writer) error {
 	tree := nar.NewTree(path)
 	defer tree.Close()
 	var z io.WriteCloser
@@ -117,37 +127,43 @@ func writeNar(w io.Writer, path, compression string) error {
 	kind, level := splitCompression(compression)
 	level = cmp.Or(level, 3)
 	switch kind {
+	case "lzip":
+		z, err = lzip.NewWriter(w, level)
 	case "gzip":
 		z, err = gzip.NewWriterLevel(w, level)
 	case "zstd":
 		z, err = zstd.NewWriter(w, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.EncoderLevelFromZstd(level)), zstd.WithWindowSize(1<<20))
 	default:
-		_, err = nar.Write(w, tree)
+		_, err = nar.Write(io.MultiWriter(append(others, w)...), tree)
 		return err
 	}
 	if err == nil {
-		_, err = nar.Write(z, tree)
+		_, err = nar.Write(io.MultiWriter(append(others, z)...), tree)
 		err = errors.Join(err, z.Close())
 	}
 	return err
 }
 
-// nar serves an item's nar; it is compressed on the way.
+// nar serves an item's nar, from a file if it is kept; else it is compressed on the way.
 func (s *Server) nar(w http.ResponseWriter, r *http.Request, compression string) {
-	item, err := s.named(r.Context(), r.PathValue("item"))
+	name := r.PathValue("item")
+	item, err := s.named(r.Context(), name)
 	if err == nil {
 		item, err = s.complete(item)
+	}
+	if s.o.Nars != nil && narinfo.CheckStoreName(name) == nil && (err == nil || errors.Is(err, ErrNoItem)) {
+		if s.keptNar(w, r, name, item, compression) {
+			return
+		}
 	}
 	if err != nil {
 		s.failed(w, r, err)
 		return
 	}
 	n := &narContent{ctx: r.Context(), server: s, path: s.file(item.StorePath), compression: compression}
-	n.tag = fmt.Sprintf(`"%x-%s-%s"`, item.NarDigest, compression, compressedForm)
+	n.tag = narTag(item.NarDigest, compression)
 	known, size := true, int64(item.NarSize)
-	if compression == "none" {
-		n.tag = fmt.Sprintf(`"%x"`, item.NarDigest)
-	} else {
+	if compression != "none" {
 		size, known = s.size(n.tag)
 	}
 	n.size = size
@@ -160,10 +176,8 @@ func (s *Server) nar(w http.ResponseWriter, r *http.Request, compression string)
 		}
 		defer release()
 	}
-	w.Header().Set("Content-Type", "application/x-nix-archive")
-	w.Header().Set("Etag", n.tag)
+	s.narHeader(w, n.tag)
 	w.Header().Set("Accept-Ranges", "bytes")
-	maxAge(w, s.o.TTL)
 	switch {
 	case !whole:
 		http.ServeContent(w, r, "", time.Time{}, n)
@@ -177,6 +191,60 @@ func (s *Server) nar(w http.ResponseWriter, r *http.Request, compression string)
 		}
 		panic(http.ErrAbortHandler) // the client must see that it is not whole
 	}
+}
+
+func (s *Server) narHeader(w http.ResponseWriter, tag string) {
+	w.Header().Set("Content-Type", "application/x-nix-archive")
+	w.Header().Set("Etag", `"`+tag+`"`)
+	maxAge(w, s.o.TTL)
+}
+
+// keepNars reports whether all nars of an item are kept that are to be; those that are not are made
+// in the background.
+func (s *Server) keepNars(item *narinfo.Narinfo) bool {
+	if s.o.Nars == nil {
+		return true
+	}
+	all, path := true, s.file(item.StorePath)
+	for _, c := range s.o.Compressions {
+		name := narTag(item.NarDigest, c)
+		if _, ok := s.o.Nars.Size(name); ok || c == "none" {
+			continue
+		}
+		all = false
+		s.o.Nars.Make(name, item.NarDigest, func(ctx context.Context, compressed, plain io.Writer) error {
+			if err := writeNar(nar.Until(ctx, compressed), path, c, nar.Until(ctx, plain)); err != nil {
+				return fmt.Errorf("compressing %s: %w", path, err)
+			}
+			return nil
+		})
+	}
+	if all {
+		if err := s.o.Nars.Note(item); err != nil {
+			s.o.Log("what is known of %s cannot be kept: %v", path, err)
+		}
+	}
+	return all
+}
+
+// keptNar serves a nar that is kept, of an item that may have left the store and is nil then. It
+// reports whether there is one; if not, nothing has been written.
+func (s *Server) keptNar(w http.ResponseWriter, r *http.Request, name string, item *narinfo.Narinfo, compression string) bool {
+	if item == nil {
+		var err error
+		if item, err = s.kept(r.Context(), hashPartOf(name)); err != nil || item.StorePath != s.o.StoreDir+"/"+name {
+			return false
+		}
+	}
+	tag := narTag(item.NarDigest, compression)
+	f, err := s.o.Nars.Open(tag)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	s.narHeader(w, tag)
+	http.ServeContent(w, r, "", time.Time{}, f)
+	return true
 }
 
 // slot waits until a nar may be compressed, or answers that there are too many.

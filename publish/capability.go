@@ -12,9 +12,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"maps"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -26,6 +24,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/tasks"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
@@ -117,15 +116,10 @@ type Capabilities struct {
 	store     fetch.Store // nil: blocks are kept nowhere
 	log       func(format string, a ...any)
 
-	workers chan struct{}
-	wait    sync.WaitGroup
-	ctx     context.Context
-	stop    context.CancelFunc
+	encodings *tasks.Tasks[eris.ReadCapability] // by path and hash
 
-	mu        sync.Mutex
-	closed    bool
-	known     map[string]known     // by hash part
-	encodings map[string]*encoding // that are under way or have failed, by path and hash
+	mu    sync.Mutex
+	known map[string]known // by hash part
 	// For how long requests may wait, as it was when one began to.
 	waiting time.Duration
 	waited  time.Time
@@ -134,21 +128,6 @@ type Capabilities struct {
 // A narEncoder encodes the compressed nar of the item at path that another server has. What it
 // returns has no URN if there is none.
 type narEncoder func(ctx context.Context, path string, narHash [sha256.Size]byte, sink eris.Sink) (*knownNar, error)
-
-// An encoding is that of one item, for all who wait for it.
-type encoding struct {
-	done       chan struct{}
-	capability eris.ReadCapability // when done is closed
-	err        error
-	until      time.Time // when an item that could not be encoded may be tried again; zero before
-}
-
-const (
-	// retryAfter is when an item is tried again that could not be encoded; one with other contents
-	// than it should have is not for long.
-	retryAfter      = time.Minute
-	retryOtherAfter = 24 * time.Hour
-)
 
 // known is what is on disk of an item, as JSON.
 type known struct {
@@ -221,28 +200,19 @@ const (
 // something to keep. Blocks of items that are encoded are put into store; nil is nowhere. Messages
 // go to log. Close must be called at the end.
 func NewCapabilities(directory string, store fetch.Store, log func(format string, a ...any)) *Capabilities {
-	ctx, stop := context.WithCancel(context.Background())
 	return &Capabilities{
 		directory: directory, store: store, log: log,
-		workers: make(chan struct{}, runtime.GOMAXPROCS(0)),
-		ctx:     ctx, stop: stop,
-		known: map[string]known{}, encodings: map[string]*encoding{},
+		encodings: tasks.New[eris.ReadCapability](log), known: map[string]known{},
 		waiting: maxWait, waited: time.Now(),
 	}
 }
 
 // SetWorkers sets how many items may be encoded at a time, at least 1; it is one per core if it is
 // not called. It must be called before anything else is done.
-func (c *Capabilities) SetWorkers(n int) { c.workers = make(chan struct{}, n) }
+func (c *Capabilities) SetWorkers(n int) { c.encodings.SetWorkers(n) }
 
 // Close ends what goes on in the background, and waits for it. Calls of FindSoon fail from then on.
-func (c *Capabilities) Close() {
-	c.mu.Lock()
-	c.closed = true
-	c.mu.Unlock()
-	c.stop()
-	c.wait.Wait()
-}
+func (c *Capabilities) Close() { c.encodings.Close() }
 
 // storeName tells stores apart without naming them: a store's URL may be secret.
 func (c *Capabilities) storeName() string { return storeName(c.store) }
@@ -398,8 +368,8 @@ func (c *Capabilities) FindSoon(ctx context.Context, path string, narHash [sha25
 		c.waiting = max(0, c.waiting-time.Since(begin))
 	}()
 	select {
-	case <-e.done:
-		return e.capability, e.err == nil, e.err
+	case <-e.Done:
+		return e.Result, e.Err == nil, e.Err
 	case <-timer.C:
 		return eris.ReadCapability{}, false, nil
 	case <-ctx.Done():
@@ -414,76 +384,34 @@ func (c *Capabilities) FindLater(path string, narHash [sha256.Size]byte) {
 }
 
 // encoding returns the encoding of an item, which it starts if there is none.
-func (c *Capabilities) encoding(path string, narHash [sha256.Size]byte) *encoding {
-	key := fmt.Sprintf("%s %x", path, narHash)
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if e := c.encodings[key]; e != nil && (e.until.IsZero() || time.Now().Before(e.until)) {
-		return e
-	}
-	e := &encoding{done: make(chan struct{})}
-	if c.closed {
-		e.err = context.Canceled
-		close(e.done)
-		return e
-	}
-	if len(c.encodings) >= maxKnown {
-		maps.DeleteFunc(c.encodings, func(_ string, e *encoding) bool { return !e.until.IsZero() })
-	}
-	c.encodings[key] = e
-	c.wait.Go(func() {
-		defer close(e.done)
-		e.capability, e.err = c.encodeInTurn(path, narHash)
-		if e.err != nil && c.ctx.Err() == nil {
-			c.log("%v", e.err)
+func (c *Capabilities) encoding(path string, narHash [sha256.Size]byte) *tasks.Task[eris.ReadCapability] {
+	return c.encodings.Start(fmt.Sprintf("%s %x", path, narHash), func(ctx context.Context) (eris.ReadCapability, error) {
+		if capability, ok := c.Known(path, narHash); ok {
+			return capability, nil // another encoding has just ended
 		}
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		switch {
-		case e.err == nil || c.ctx.Err() != nil:
-			delete(c.encodings, key)
-		case errors.Is(e.err, errOtherContents):
-			e.until = time.Now().Add(retryOtherAfter)
-		default:
-			e.until = time.Now().Add(retryAfter)
-		}
+		return c.encode(ctx, path, narHash)
 	})
-	return e
-}
-
-// encodeInTurn encodes an item when there is a core for it.
-func (c *Capabilities) encodeInTurn(path string, narHash [sha256.Size]byte) (eris.ReadCapability, error) {
-	select {
-	case c.workers <- struct{}{}:
-		defer func() { <-c.workers }()
-	case <-c.ctx.Done():
-		return eris.ReadCapability{}, c.ctx.Err()
-	}
-	if capability, ok := c.Known(path, narHash); ok {
-		return capability, nil // another encoding has just ended
-	}
-	return c.encode(path, narHash)
 }
 
 // errOtherContents is an item that is not what it should be.
-var errOtherContents = errors.New("other contents than the narinfo says")
+var errOtherContents = fmt.Errorf("other contents than the narinfo says: %w", tasks.ErrHopeless)
 
-func (c *Capabilities) encode(path string, narHash [sha256.Size]byte) (eris.ReadCapability, error) {
+func (c *Capabilities) encode(ctx context.Context, path string, narHash [sha256.Size]byte) (eris.ReadCapability, error) {
 	var sink eris.Sink
 	var pipeline *fetch.Pipeline
 	if c.store != nil {
-		pipeline = fetch.NewPipeline(c.ctx, c.store)
+		pipeline = fetch.NewPipeline(ctx, c.store)
 		sink = pipeline.Put
 	}
-	e, err := Encode(c.ctx, path, sink, erisfs.EncodeOptions{})
+	e, err := Encode(ctx, path, sink, erisfs.EncodeOptions{})
 	var compressed *knownNar
 	switch {
 	case err != nil || e.NarHash != narHash:
 	case c.upstreamNar != nil:
-		compressed, err = c.upstreamNar(c.ctx, path, narHash, sink)
+		compressed, err = c.upstreamNar(ctx, path, narHash, sink)
 	case c.Nar != "":
 		compressed = &knownNar{Compression: c.Nar, Form: compressedForm}
-		err = compressed.encode(c.ctx, sink, func(w io.Writer) error { return writeNar(w, path, c.Nar) })
+		err = compressed.encode(ctx, sink, func(w io.Writer) error { return writeNar(w, path, c.Nar) })
 	}
 	if pipeline != nil {
 		// Nobody may hear of blocks that are not stored.

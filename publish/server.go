@@ -28,6 +28,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narcache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -46,6 +47,8 @@ type ServerOptions struct {
 	Host string
 	// Capabilities finds read capabilities; nil leaves the field ERIS out.
 	Capabilities *Capabilities
+	// Nars keeps nars that have been compressed; nil keeps none.
+	Nars *narcache.Cache
 	// Deltas has deltas of the items; nil has none.
 	Deltas *Deltas
 	// Blocks serves blocks, at /uri-res/N2R; nil if none are served.
@@ -55,8 +58,8 @@ type ServerOptions struct {
 	// another one is in the narinfo when it has been computed; until then the narinfo, without it,
 	// is to be kept for a minute only.
 	WaitFor uint64
-	// Compressions are the ways in which nars are offered, in this order: none, gzip and zstd, each
-	// once. A level may follow: gzip:1 to gzip:9, zstd:1 to zstd:22.
+	// Compressions are the ways in which nars are offered, in this order: none, gzip, lzip and
+	// zstd, each once. A level may follow: gzip:1 to gzip:9, lzip:1 to lzip:9, zstd:1 to zstd:22.
 	Compressions []string
 	// NarPath is below which path nars are, without a slash at its ends. Default "nar".
 	NarPath string
@@ -123,12 +126,12 @@ func NewServer(o ServerOptions) (*Server, error) {
 	if !narPath.MatchString("/"+o.NarPath) || o.NarPath == "log" {
 		return nil, fmt.Errorf("nars cannot be below the path %.100q; choose letters and digits, and not \"log\"", o.NarPath)
 	}
-	forms := map[string]string{"none": "none", "gzip": "gzip", "zstd": "zstd"}
+	forms := map[string]string{"none": "none", "gzip": "gzip", "lzip": "lzip", "zstd": "zstd"}
 	offered := map[string]bool{}
 	for _, c := range o.Compressions {
 		kind, level := splitCompression(c)
 		if _, ok := forms[kind]; !ok || level < 0 || level > mostLevel[kind] {
-			return nil, fmt.Errorf("nars cannot be compressed with %.100q; none, gzip (levels 1 to 9) and zstd (1 to 22) are known", c)
+			return nil, fmt.Errorf("nars cannot be compressed with %.100q; none, gzip (levels 1 to 9), lzip (1 to 9) and zstd (1 to 22) are known", c)
 		} else if offered[kind] {
 			return nil, fmt.Errorf("nars can be compressed with %s at one level only", kind)
 		}
@@ -150,6 +153,8 @@ func NewServer(o ServerOptions) (*Server, error) {
 		path := "/" + o.NarPath + "/" + kind
 		if kind == "none" {
 			path = "/" + o.NarPath
+		} else if kind == "lzip" && !offered[kind] {
+			continue // too dear for whoever asks
 		}
 		s.mux.HandleFunc("GET "+path+"/{item}", func(w http.ResponseWriter, r *http.Request) { s.nar(w, r, form) })
 	}
@@ -225,16 +230,15 @@ func (s *Server) narinfo(w http.ResponseWriter, r *http.Request) {
 	complete := false
 	item, err := s.item(r.Context(), hashPart)
 	if err == nil {
+		kept := s.keepNars(item)
 		text, complete, err = s.text(r.Context(), item)
+		complete = complete && kept
 		if s.o.Deltas != nil && err == nil {
 			deltas, all := s.o.Deltas.Known(item)
 			text, complete = withDeltas(text, deltas), complete && all
 		}
-	} else if errors.Is(err, ErrNoItem) && s.o.Capabilities != nil {
-		// What has been deleted here can be had from its blocks, though not as a nar.
-		if item, _, ok := s.o.Capabilities.Gone(r.Context(), hashPart); ok && narinfo.CheckStorePath(s.o.StoreDir, item.StorePath) == nil {
-			text, err = s.sign(item, s.o.Capabilities.values(item.StorePath))
-		}
+	} else if errors.Is(err, ErrNoItem) {
+		text, err = s.gone(r.Context(), hashPart)
 	}
 	if err != nil {
 		if errors.Is(err, ErrNoItem) {
@@ -252,6 +256,22 @@ func (s *Server) narinfo(w http.ResponseWriter, r *http.Request) {
 	serveText(w, r, text)
 }
 
+// gone makes the narinfo of an item that has left the store, if it can be had from its blocks or as
+// a nar that is kept.
+func (s *Server) gone(ctx context.Context, hashPart string) (string, error) {
+	item, err := s.kept(ctx, hashPart)
+	var capabilities []narinfo.ERIS
+	if s.o.Capabilities != nil {
+		if n, _, ok := s.o.Capabilities.Gone(ctx, hashPart); ok && narinfo.CheckStorePath(s.o.StoreDir, n.StorePath) == nil {
+			item, err, capabilities = n, nil, s.o.Capabilities.values(n.StorePath)
+		}
+	}
+	if err != nil {
+		return "", err
+	}
+	return s.sign(item, capabilities)
+}
+
 // narinfoName returns the hash part in the file name of a narinfo. What it returns has nothing in
 // it but the digits of nix-base32, whatever the name was.
 func narinfoName(name string) (hashPart string, ok bool) {
@@ -265,7 +285,25 @@ func narinfoName(name string) (hashPart string, ok bool) {
 
 // item looks an item up, and completes what is known of it.
 func (s *Server) item(ctx context.Context, hashPart string) (*narinfo.Narinfo, error) {
-	n, err := s.o.Items.Item(ctx, hashPart)
+	n, err := s.lookUp(ctx, s.o.Items, hashPart)
+	if err != nil {
+		return nil, err
+	}
+	return s.complete(n)
+}
+
+// kept looks an item up that has left the store, but of which nars are kept.
+func (s *Server) kept(ctx context.Context, hashPart string) (*narinfo.Narinfo, error) {
+	if s.o.Nars == nil {
+		return nil, fmt.Errorf("%w: %s", ErrNoItem, hashPart)
+	}
+	s.o.Nars.Used(hashPart + ".narinfo")
+	return s.lookUp(ctx, Directory(s.o.Nars.Directory()), hashPart)
+}
+
+// lookUp looks an item up among some.
+func (s *Server) lookUp(ctx context.Context, items Items, hashPart string) (*narinfo.Narinfo, error) {
+	n, err := items.Item(ctx, hashPart)
 	if err != nil {
 		return nil, err
 	}
@@ -274,7 +312,7 @@ func (s *Server) item(ctx context.Context, hashPart string) (*narinfo.Narinfo, e
 	} else if part != hashPart {
 		return nil, fmt.Errorf("%w: what is known of %s is about %s", ErrNoItem, hashPart, n.StorePath)
 	}
-	return s.complete(n)
+	return n, nil
 }
 
 // complete checks that an item is there and can be published, and completes what is known of it.
@@ -410,8 +448,8 @@ func (s *Server) sign(item *narinfo.Narinfo, capabilities []narinfo.ERIS) (strin
 func (s *Server) urls(item *narinfo.Narinfo) []narinfo.URL {
 	name := strings.ReplaceAll(url.PathEscape(filepath.Base(item.StorePath)), "+", "%2B")
 	var urls []narinfo.URL
-	for _, c := range s.o.Compressions {
-		c, _ := splitCompression(c)
+	for _, form := range s.o.Compressions {
+		c, _ := splitCompression(form)
 		u := narinfo.URL{URL: s.o.NarPath + "/" + c + "/" + name, Compression: c}
 		if c == "none" {
 			u = narinfo.URL{URL: s.o.NarPath + "/" + name, Compression: c, FileSize: item.NarSize, SizeKnown: true}
@@ -420,6 +458,9 @@ func (s *Server) urls(item *narinfo.Narinfo) []narinfo.URL {
 			if e.Form == "nar."+c {
 				u.FileSize, u.SizeKnown = e.Size, true
 			}
+		}
+		if s.o.Nars != nil && !u.SizeKnown {
+			u.FileSize, u.SizeKnown = s.o.Nars.Size(narTag(item.NarDigest, form))
 		}
 		urls = append(urls, u)
 	}

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
 // Package lzip decompresses the lzip format, in which substitute servers offer the smallest
-// archives. Start with [NewReader].
+// archives, and compresses. Start with [NewReader] and [NewWriter].
 //
 // The format is that of the lzip manual, "File format", and of the Internet draft draft-diaz-lzip:
 // members one after the other, each with a header, an LZMA stream with an end marker, and a trailer

@@ -26,6 +26,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lan"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narcache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
@@ -77,12 +78,12 @@ Options of "guix publish" have the same meaning here.`,
 	f.StringVar(&s.eris, "eris", "false", "publish read capabilities and serve the blocks, made from the files of the items, at this address; or, as --eris=`URL`, the same as --store")
 	f.Lookup("eris").NoOptDefVal = "true"
 	f.StringVar(&s.blocks, "store", "", "put the blocks into the store at `URL`")
-	f.StringVarP(&s.cache, "cache", "c", "", "keep what is known of read capabilities in `DIRECTORY` (default: capabilities below /var/cache/guix-substitute-eris, or below the cache of a user)")
-	f.StringSliceVarP(&s.compressions, "compression", "C", []string{"zstd", "gzip"}, "offer nars as `TYPE`: none, gzip, zstd, or with a level, like zstd:19; may be given several times")
+	f.StringVarP(&s.cache, "cache", "c", "", "keep compressed nars, and what is known of read capabilities, in `DIRECTORY` (default: no nars; capabilities below /var/cache/guix-substitute-eris, or below the cache of a user)")
+	f.StringSliceVarP(&s.compressions, "compression", "C", []string{"zstd", "gzip"}, "offer nars as `TYPE`: none, gzip, lzip, zstd, or with a level, like zstd:19; may be given several times")
 	f.Var(&s.ttl, "ttl", "narinfos may be kept for this `TIME`: 36h, 5d or 2w for instance")
 	f.Var(&s.negativeTTL, "negative-ttl", "that an item is not there may be kept for this `TIME`, 600s for instance")
 	f.StringVar(&s.narPath, "nar-path", "nar", "nars are below this `PREFIX` of the paths of URLs")
-	f.IntVar(&s.workers, "workers", runtime.NumCPU(), "encode this `NUMBER` of items at a time")
+	f.IntVar(&s.workers, "workers", runtime.NumCPU(), "encode and, with --cache, compress this `NUMBER` of items at a time")
 	f.Lookup("workers").DefValue = "0" // it depends on the machine, and manuals do not
 	f.StringVar(&s.logs, "log-directory", "/var/log/guix/drvs", "the daemon's build logs are in `DIRECTORY`; \"none\" serves none")
 	f.StringVar(&s.waitFor, "cache-bypass-threshold", "64MiB", "encode items of up to this `SIZE` before answering; larger ones are encoded in the background (also: --wait-for)")
@@ -216,8 +217,13 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 	if err != nil {
 		return nil, nil, err
 	}
+	var nars *narcache.Cache
+	if s.cache != "" {
+		nars = narcache.New(filepath.Join(s.cache, "nars"), max(1, s.workers), time.Duration(s.ttl), s.log.Warnf)
+		closers = append(closers, nars.Close)
+	}
 	h, err = publish.NewServer(publish.ServerOptions{
-		StoreDir: s.store, Root: s.root, Items: items, Key: key, Host: host, Capabilities: capabilities, Deltas: deltas, Blocks: blocks,
+		StoreDir: s.store, Root: s.root, Items: items, Key: key, Host: host, Capabilities: capabilities, Nars: nars, Deltas: deltas, Blocks: blocks,
 		WaitFor: uint64(waitFor), Compressions: guixCompressions(s.compressions), NarPath: s.narPath,
 		TTL: time.Duration(s.ttl), NegativeTTL: time.Duration(s.negativeTTL),
 		LogDirectory: logs, Log: s.log.Warnf, BlockStores: strings.Fields(s.announce),

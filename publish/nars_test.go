@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package publish_test
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narcache"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
+)
+
+// keptNarinfo asks for a narinfo until all of its nars are kept.
+func keptNarinfo(t *testing.T, url string) *narinfo.Narinfo {
+	t.Helper()
+	for range 1000 {
+		status, header, body := request(t, "GET", url)
+		n, err := narinfo.Parse([]byte(body))
+		if status != 200 || err != nil {
+			t.Fatalf("%s: %d, %v\n%s", url, status, err, body)
+		}
+		if !strings.Contains(header.Get("Cache-Control"), "max-age=60") {
+			return n
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatalf("%s: the nars are never kept", url)
+	return nil
+}
+
+// TestKeptNars has nars made once, which then have a size, are the same bytes as without a cache,
+// and can be had when the item has left the store.
+func TestKeptNars(t *testing.T) {
+	directory, items := aStore(t)
+	cache := filepath.Join(t.TempDir(), "nars")
+	nars := narcache.New(cache, 2, 0, logger(t))
+	defer nars.Close()
+	o := publish.ServerOptions{Root: directory, Items: items, Compressions: []string{"zstd", "gzip:9", "none"}, TTL: time.Hour}
+	plain := server(t, o).URL
+	o.Nars = nars
+	url := server(t, o).URL
+	const hash, name = "00000000000000000000000000000002", "00000000000000000000000000000002-tree"
+	_, header, _ := request(t, "GET", url+"/"+hash+".narinfo")
+	if got := header.Get("Cache-Control"); got != "max-age=60" {
+		t.Errorf("the first narinfo may be kept: %q", got)
+	}
+	n := keptNarinfo(t, url+"/"+hash+".narinfo")
+	if len(n.URLs) != 3 {
+		t.Fatalf("URLs: %v", n.URLs)
+	}
+	bodies := map[string]string{}
+	for _, u := range n.URLs {
+		_, header, body := request(t, "GET", url+"/"+u.URL)
+		if !u.SizeKnown || u.FileSize != uint64(len(body)) {
+			t.Errorf("%s: %d bytes, and the narinfo says %d (%v)", u.URL, len(body), u.FileSize, u.SizeKnown)
+		}
+		if _, _, live := request(t, "GET", plain+"/"+u.URL); live != body {
+			t.Errorf("%s: other bytes than without a cache", u.URL)
+		}
+		status, _, part := request(t, "GET", url+"/"+u.URL, "Range: bytes=10-", "If-Range: "+header.Get("Etag"))
+		if status != 206 || part != body[10:] {
+			t.Errorf("%s: a part: status %d, %d bytes", u.URL, status, len(part))
+		}
+		bodies[u.URL] = body
+	}
+
+	if err := os.RemoveAll(directory + "/" + name); err != nil {
+		t.Fatal(err)
+	}
+	_, _, body := request(t, "GET", url+"/"+hash+".narinfo")
+	if gone, err := narinfo.Parse([]byte(body)); err != nil || gone.StorePath != "/gnu/store/"+name || len(gone.References) != 2 {
+		t.Errorf("the narinfo of what has gone: %v\n%s", err, body)
+	}
+	for _, u := range n.URLs[:2] {
+		if status, _, body := request(t, "GET", url+"/"+u.URL); status != 200 || body != bodies[u.URL] {
+			t.Errorf("%s, when the item has gone: status %d", u.URL, status)
+		}
+	}
+	if status, _, _ := request(t, "GET", url+"/nar/zstd/"+hash+"-other"); status != 404 {
+		t.Errorf("an item of another name: status %d", status)
+	}
+
+	// What nobody asks for any more goes, and so does what a killed process has left.
+	old := time.Now().Add(-40 * 24 * time.Hour)
+	if err := os.WriteFile(filepath.Join(cache, files.TemporaryPrefix+"x"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	entries, err := os.ReadDir(cache)
+	if err != nil || len(entries) != 4 {
+		t.Fatalf("%v, %v", entries, err)
+	}
+	for _, e := range entries {
+		if err := os.Chtimes(filepath.Join(cache, e.Name()), old, old); err != nil {
+			t.Fatal(err)
+		}
+	}
+	request(t, "GET", url+"/"+n.URLs[0].URL) // somebody does: for the nar, and what is known of it
+	narcache.New(cache, 1, time.Hour, logger(t)).Close()
+	left, err := filepath.Glob(cache + "/*")
+	if err != nil || len(left) != 2 || !strings.HasSuffix(left[0], hash+".narinfo") || !strings.Contains(left[1], "-zstd-") {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
+// TestUnkeptNars has nars that cannot be kept: they are served all the same.
+func TestUnkeptNars(t *testing.T) {
+	directory, items := aStore(t)
+	const hash, name = "00000000000000000000000000000005", "00000000000000000000000000000005-large"
+	t.Run("other contents", func(t *testing.T) {
+		n := *items[hash]
+		n.NarDigest, n.NarSize, n.NarSizeKnown = [32]byte{1}, 1, true
+		cache := t.TempDir()
+		var log bytes.Buffer
+		logged := make(chan struct{})
+		nars := narcache.New(cache, 1, 0, func(format string, a ...any) {
+			log.WriteString(strings.TrimSpace(format))
+			close(logged)
+		})
+		url := server(t, publish.ServerOptions{Root: directory, Items: publish.Manifest{hash: &n}, Nars: nars, Compressions: []string{"gzip"}}).URL
+		request(t, "GET", url+"/"+hash+".narinfo")
+		<-logged
+		nars.Close()
+		if entries, err := os.ReadDir(cache); err != nil || len(entries) != 0 {
+			t.Errorf("kept: %v, %v", entries, err)
+		}
+	})
+	t.Run("no place", func(t *testing.T) {
+		file := filepath.Join(t.TempDir(), "file")
+		if err := os.WriteFile(file, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		nars := narcache.New(filepath.Join(file, "nars"), 1, 0, logger(t))
+		defer nars.Close()
+		url := server(t, publish.ServerOptions{Root: directory, Items: items, Nars: nars, Compressions: []string{"gzip"}}).URL
+		for i := range 2 {
+			if status, _, _ := request(t, "GET", url+"/"+hash+".narinfo"); status != 200 {
+				t.Errorf("narinfo %d: status %d", i, status)
+			}
+			if status, header, body := request(t, "GET", url+"/nar/gzip/"+name); status != 200 || len(body) == 0 {
+				t.Errorf("nar %d: status %d, %v", i, status, header)
+			}
+		}
+	})
+}
