@@ -28,7 +28,7 @@ $(name):
 check:
 	$(GO) test ./...
 
-# A quarter of an hour: schedules of faults, how often a helper, a block store and a publisher are
+# Five minutes and more: schedules of faults, how often a helper, a block store and a publisher are
 # killed, and how many pages of a full disk there are between two attempts (as root). SOAK=0 and
 # KILLS=0 leave one of them out.
 SOAK = 1000
