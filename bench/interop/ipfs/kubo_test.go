@@ -23,7 +23,7 @@ import (
 )
 
 // startKubo starts a daemon that knows nobody, and returns the URLs of its RPC and its gateway.
-func startKubo(t *testing.T) (rpc, gateway string) {
+func startKubo(t *testing.T, options ...string) (rpc, gateway string) {
 	program, err := exec.LookPath("ipfs")
 	if err != nil {
 		t.Skip("Kubo is not installed (program ipfs)")
@@ -36,7 +36,7 @@ func startKubo(t *testing.T) (rpc, gateway string) {
 	if output, err := setup.CombinedOutput(); err != nil {
 		t.Fatalf("ipfs init: %v\n%s", err, output)
 	}
-	daemon := exec.Command(program, "daemon", "--offline")
+	daemon := exec.Command(program, append([]string{"daemon"}, options...)...)
 	daemon.Env = environment
 	output, err := daemon.StdoutPipe()
 	if err != nil {
@@ -80,7 +80,7 @@ func startKubo(t *testing.T) (rpc, gateway string) {
 // TestKubo puts blocks to the usual daemon by its RPC, and gets them from there and from its
 // gateway.
 func TestKubo(t *testing.T) {
-	rpcURL, gatewayURL := startKubo(t)
+	rpcURL, gatewayURL := startKubo(t, "--offline")
 	target, err := url.Parse(rpcURL)
 	if err != nil {
 		t.Fatal(err)
