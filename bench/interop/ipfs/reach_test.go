@@ -4,7 +4,6 @@ package interop
 
 import (
 	"encoding/json"
-	"fmt"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
@@ -37,7 +36,7 @@ func call(t *testing.T, rpc, path string, answer any) {
 	}
 }
 
-// connect connects a daemon to another one, and to nobody else, by a line with a round-trip time.
+// connect connects a daemon to another one by a line with a round-trip time.
 func connect(t *testing.T, from, to string, roundTrip time.Duration) {
 	var identity struct {
 		ID        string
@@ -59,10 +58,12 @@ func connect(t *testing.T, from, to string, roundTrip time.Duration) {
 	call(t, from, "swarm/connect?arg="+url.QueryEscape("/ip4/127.0.0.1/tcp/"+port+"/p2p/"+identity.ID), &answer)
 }
 
-// TestReach has the program fetch an item from a daemon that has none of its blocks, and finds them
-// at another one.
+// TestReach has the program fetch an item from daemons that have none of its blocks: they get them
+// from the one that has, or find that one by the DHT of a third.
 func TestReach(t *testing.T) {
-	publisher, near := startKubo(t, "--routing=none")
+	publisher, near := startKubo(t, "--routing=dhtserver")
+	third, _ := startKubo(t, "--routing=dhtserver")
+	connect(t, publisher, third, 0)
 	directory := t.TempDir()
 	program := filepath.Join(directory, "guix-substitute-eris")
 	build := exec.Command("go", "build", "-o", program, "./cmd/guix-substitute-eris")
@@ -108,16 +109,23 @@ func TestReach(t *testing.T) {
 		}
 	}
 	t.Run("from the node that has it", func(t *testing.T) { fetch(near) })
-	for _, roundTrip := range []time.Duration{0, 50 * time.Millisecond} {
-		t.Run(fmt.Sprintf("at a distance of %v", roundTrip), func(t *testing.T) {
-			rpc, gateway := startKubo(t, "--routing=none")
-			connect(t, rpc, publisher, roundTrip)
+	for _, c := range []struct {
+		name, routing, neighbour string
+		roundTrip                time.Duration
+	}{
+		{"from a node that is connected to it", "none", publisher, 0},
+		{"from one that is 50 ms away", "none", publisher, 50 * time.Millisecond},
+		{"from one that knows a third one", "dhtserver", third, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			rpc, gateway := startKubo(t, "--routing="+c.routing)
+			connect(t, rpc, c.neighbour, c.roundTrip)
 			fetch(gateway)
 			var exchanged struct{ BlocksReceived, DupBlksReceived, MessagesReceived int64 }
 			call(t, rpc, "bitswap/stat", &exchanged)
 			t.Logf("the node received %+v", exchanged)
 			if exchanged.BlocksReceived < requests.Load() {
-				t.Error("the node has not got all blocks from the other one")
+				t.Error("the node has not got all blocks from another one")
 			}
 			fetch(gateway) // what it has now
 		})
