@@ -138,8 +138,9 @@ func SyncDirectory(directory string) error {
 }
 
 // MakeDirectory makes a directory for state, where only its owner has access, with parents where
-// all have, if it does not exist. It fails if the directory, or a symbolic link in its place,
-// belongs to another user.
+// all have, if it does not exist. It fails if the directory belongs to another user, or a symbolic
+// link in its place to one that is not root: systemd makes such links (systemd.exec(5),
+// CacheDirectory= with DynamicUser=).
 func MakeDirectory(path string) error {
 	if err := os.MkdirAll(filepath.Dir(filepath.Clean(path)), 0o755); err != nil {
 		return err
@@ -155,7 +156,7 @@ func MakeDirectory(path string) error {
 	switch {
 	case directory.Mode&unix.S_IFMT != unix.S_IFDIR:
 		return &fs.PathError{Op: "open", Path: path, Err: unix.ENOTDIR}
-	case directory.Uid != user || link.Uid != user:
+	case directory.Uid != user, link.Uid != user && link.Uid != 0:
 		return &fs.PathError{Op: "open", Path: path, Err: errForeign}
 	}
 	return nil

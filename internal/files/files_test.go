@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -252,5 +253,15 @@ func TestMakeDirectory(t *testing.T) {
 		if err := files.MakeDirectory(path); err == nil {
 			t.Errorf("%s belongs to another user", path)
 		}
+	}
+	must(t, errors.Join(os.Chmod(filepath.Dir(directory), 0o755), os.Chmod(directory, 0o755), os.Chown(filepath.Dir(path), 1234, -1)))
+	foreign := filepath.Join(directory, "foreign")
+	must(t, errors.Join(os.Symlink(path, foreign), os.Lchown(foreign, 1235, -1), syscall.Seteuid(1234)))
+	defer syscall.Seteuid(0)
+	if err := files.MakeDirectory(link); err != nil {
+		t.Errorf("by a link of root: %v", err)
+	}
+	if err := files.MakeDirectory(foreign); err == nil {
+		t.Error("by a link of another user")
 	}
 }
