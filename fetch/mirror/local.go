@@ -18,6 +18,17 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
+// LocalDirectories returns what the directory of a file: URL may be called: as the URL has it, and
+// with its percent signs interpreted. Other URLs have none.
+func LocalDirectories(rawURL string) []string {
+	l, err := parse(rawURL)
+	if err != nil || l.scheme != "file" {
+		return nil
+	}
+	directory := strings.TrimSuffix(l.target, "/")
+	return []string{directory, unescaped(directory)}
+}
+
 // narinfosFromDirectory answers from the directory of a file: URL.
 func (c *Client) narinfosFromDirectory(ctx context.Context, l *location, hashes []string, answer func(Answer)) error {
 	directory := strings.TrimSuffix(l.target, "/")
@@ -85,12 +96,7 @@ func (c *Client) openLocal(name string) (*os.File, error) {
 		return f, err
 	}
 	for _, root := range c.o.PublicFiles {
-		l, err := parse(root)
-		if err != nil || l.scheme != "file" {
-			continue
-		}
-		directory := strings.TrimSuffix(l.target, "/")
-		for _, directory := range []string{directory, unescaped(directory)} {
+		for _, directory := range LocalDirectories(root) {
 			if below, ok := strings.CutPrefix(name, directory+"/"); ok {
 				if f, err := openPublic(directory, below); err == nil {
 					return f, nil

@@ -191,10 +191,7 @@ func CheckURL(rawURL string) error {
 }
 
 // IsLocal reports whether rawURL is a file: URL, for which no network is used.
-func IsLocal(rawURL string) bool {
-	l, err := parse(rawURL)
-	return err == nil && l.scheme == "file"
-}
+func IsLocal(rawURL string) bool { return LocalDirectories(rawURL) != nil }
 
 // A peer is a server and what this client has learnt about it.
 type peer struct {

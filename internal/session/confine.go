@@ -14,10 +14,13 @@ import (
 )
 
 // systemFiles are what the libraries of Go read: certificates, names of hosts and servers of names,
-// time zones, and what the kernel says of this process and of control groups.
+// time zones, and what the kernel says of this process and of control groups. It is all of /etc,
+// because what is there is replaced by new files while helpers run, and Landlock, whose rules are
+// about files and not about their names, could allow only those that are there at the start. Below
+// /run are keys of services, and sessions of users.
 var systemFiles = []string{
-	"/etc", "/run", "/usr/share", "/usr/local/share", "/var/lib/ca-certificates", "/proc", "/sys",
-	"/dev/null", "/dev/urandom",
+	"/etc", "/run/systemd/resolve", "/run/NetworkManager", "/run/resolvconf", "/usr/share", "/usr/local/share",
+	"/var/lib/ca-certificates", "/proc", "/sys", "/dev/null", "/dev/urandom",
 }
 
 // Confines reports whether helpers confine themselves.
@@ -29,6 +32,13 @@ func (s *Settings) confine(destination string) {
 	if !s.Confines() {
 		return
 	}
+	if err := confine.Process(s.usedFiles(destination)); err != nil && (s.verbose || s.file.Verbose) {
+		s.log.Warnf("%v", err)
+	}
+}
+
+// usedFiles returns the files that a helper uses.
+func (s *Settings) usedFiles(destination string) confine.Paths {
 	paths := confine.Paths{
 		Write: []string{s.Store},
 		Read:  append(slices.Clone(systemFiles), settings.Directory(), settings.StateDirectory(), filepath.Dir(settings.DatabaseFile()), filepath.Dir(s.KeysFile())),
@@ -41,13 +51,20 @@ func (s *Settings) confine(destination string) {
 	}
 	// Where the names of these are links to is not known beforehand.
 	for _, file := range []string{"/etc/resolv.conf", "/etc/hosts", os.Getenv("SSL_CERT_FILE"), os.Getenv("SSL_CERT_DIR")} {
-		if file, err := filepath.EvalSymlinks(file); err == nil && file != "" {
+		if file == "" {
+			continue // which would be the current directory
+		}
+		if file, err := filepath.EvalSymlinks(file); err == nil {
 			paths.Read = append(paths.Read, file, filepath.Dir(file))
 		}
 	}
-	if slices.ContainsFunc(s.ServerURLs(), mirror.IsLocal) && s.publicFiles() == nil {
-		// A directory that the administrator has named may have links to anywhere.
-		paths.Read = append(paths.Read, "/")
+	for _, url := range s.ServerURLs() {
+		directories := mirror.LocalDirectories(url)
+		if directories != nil && s.publicFiles() == nil {
+			// What the administrator has named may have links to anywhere.
+			directories = []string{"/"}
+		}
+		paths.Read = append(paths.Read, directories...)
 	}
 	for _, text := range settings.StoreURLs(s.stores, s.file) {
 		u, err := storeurl.Parse(text)
@@ -59,7 +76,5 @@ func (s *Settings) confine(destination string) {
 			paths.Write = append(paths.Write, filepath.Dir(u.Path))
 		}
 	}
-	if err := confine.Process(paths); err != nil && (s.verbose || s.file.Verbose) {
-		s.log.Warnf("%v", err)
-	}
+	return paths
 }
