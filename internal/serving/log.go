@@ -10,6 +10,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/serverlog"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/systemd"
 )
 
 // logSettings are the options of a log, and the log once it is open.
@@ -27,6 +28,13 @@ func (l *logSettings) flags(c *cobra.Command) {
 func (l *logSettings) open() (err error) {
 	l.Log, err = serverlog.New(l.format)
 	return err
+}
+
+// notify tells the service manager how the server fares, if there is one.
+func (l *logSettings) notify(state string) {
+	if err := systemd.Notify(state); err != nil {
+		l.WarnError(err)
+	}
 }
 
 // access returns where requests are logged, nil if they are not.

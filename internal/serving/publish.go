@@ -137,7 +137,9 @@ func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 		})
 	}
 	s.log.Info("publishing on", "url", "http://"+l.Addr().String())
+	s.log.notify("READY=1")
 	stopped := context.AfterFunc(ctx, func() {
+		s.log.notify("STOPPING=1")
 		// What is being fetched may take its time, but not for ever.
 		graceful, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 		defer cancel()

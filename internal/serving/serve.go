@@ -416,7 +416,7 @@ func (s *serveSettings) serveEndpoints(
 	for _, p := range peers {
 		group.Go(func() { p.serve(ctx, coap, s.log) })
 	}
-	s.notify("READY=1")
+	s.log.notify("READY=1")
 	check := time.NewTicker(checkPeriod)
 	defer check.Stop()
 	for err == nil && ctx.Err() == nil {
@@ -433,7 +433,7 @@ func (s *serveSettings) serveEndpoints(
 	if err == nil {
 		s.log.Info("stopping")
 	}
-	s.notify("STOPPING=1")
+	s.log.notify("STOPPING=1")
 	stop()
 	graceful, cancel := context.WithTimeout(context.Background(), stopTime)
 	defer cancel()
@@ -453,11 +453,4 @@ func messageTimeout(rate int64) time.Duration {
 		return time.Minute
 	}
 	return min(max(time.Minute, time.Duration(shared/float64(rate)*float64(time.Second))), time.Hour)
-}
-
-// notify tells the service manager, if there is one.
-func (s *serveSettings) notify(state string) {
-	if err := systemd.Notify(state); err != nil {
-		s.log.WarnError(err)
-	}
 }
