@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// TestUsedFiles checks that a helper may not read everything, nor where it happens to be started: in
-// the root directory, by most daemons.
+// TestUsedFiles checks that a helper may not read everything, nor where it happens to be started:
+// in the root directory, by most daemons.
 func TestUsedFiles(t *testing.T) {
 	t.Setenv("SSL_CERT_FILE", "")
 	s := Settings{URLs: "http://127.0.0.1:1"}
