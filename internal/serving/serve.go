@@ -295,10 +295,10 @@ func (s *serveSettings) openUpstreams(store sharing, connected *peers.Group, lim
 		Pool: pool.Options{
 			State: sourcestate.Open(filepath.Join(directory, "upstreams")), Limiter: limiter,
 			OnFault: func(source string, err error) {
-				s.log.Error("upstream gave wrong bytes and is not asked again:", "url", source, "error", err)
+				s.log.Error("upstream gave wrong bytes and is not asked again:", "url", source, "error", message.OfStore(source, err))
 			},
 			OnRest: func(source string, err error) {
-				s.log.Warn("upstream is left alone for a while:", "url", source, "error", err)
+				s.log.Warn("upstream is left alone for a while:", "url", source, "error", message.OfStore(source, err))
 			},
 		},
 	})
