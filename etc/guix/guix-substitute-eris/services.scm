@@ -18,8 +18,13 @@
 ;;;             (guix-service-type config => (with-substitute-eris config)))))
 ;;;
 ;;; Who may write to the socket of the block store may put blocks, and who may
-;;; connect may get them: root, the members of the group "eris-block-store", and
-;;; with them guix-daemon if that does not run as root.
+;;; connect may get them: root, and the members of the group "eris-block-store".
+;;; A guix-daemon that does not run as root (privileged? #f) is none of them.  For
+;;; its sake, have the block store listen where everybody may get blocks, and name
+;;; that in the first service:
+;;;
+;;;   (eris-block-store-configuration
+;;;    (listen '("coap+unix:///run/guix-substitute-eris/get.sock?get")))
 
 (define-module (guix-substitute-eris services)
   #:use-module (gnu packages admin)
