@@ -289,7 +289,7 @@ keeps ERIS blocks and serves them by CoAP and HTTP.")
   ;; URLs of stores that clients are told of, separated by spaces, or #f.
   (announce      eris-publish-configuration-announce
                  (default #f))
-  ;; What is kept of read capabilities.
+  ;; Where read capabilities and compressed nars are kept.
   (cache         eris-publish-configuration-cache
                  (default "/var/cache/guix-substitute-eris-publish"))
   (extra-options eris-publish-configuration-extra-options
