@@ -3,6 +3,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -26,9 +27,11 @@ func isHelper(args []string) bool {
 
 // helper answers the requests of the daemon.
 func helper(s *session.Settings, query bool) error {
-	// Another program may have left something else there.
+	// Another program may have left something else there. What this process has opened itself, Go
+	// for its own use for example, is closed when a program is started, which this was not.
 	mode, err := unix.FcntlInt(protocol.ReplyDescriptor, unix.F_GETFL, 0)
-	if err != nil || mode&unix.O_ACCMODE == unix.O_RDONLY {
+	own, err2 := unix.FcntlInt(protocol.ReplyDescriptor, unix.F_GETFD, 0)
+	if errors.Join(err, err2) != nil || own&unix.FD_CLOEXEC != 0 || mode&unix.O_ACCMODE == unix.O_RDONLY {
 		return fmt.Errorf("file descriptor %d is not open for replies; to ask by hand, leave out \"substitute\"", protocol.ReplyDescriptor)
 	}
 	unix.CloseOnExec(protocol.ReplyDescriptor)
