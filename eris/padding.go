@@ -20,13 +20,6 @@ func pad(content []byte, size BlockSize) []byte {
 	return append(content, zeroBlock[:zeros]...)
 }
 
-// Pad makes a last leaf of a block that has n bytes of content, fewer than its length: it writes
-// the padding behind them.
-func Pad(leaf []byte, n int) {
-	leaf[n] = padMark
-	clear(leaf[n+1:])
-}
-
 var errPadding = errors.New("the last leaf does not end in padding")
 
 // zeroBlock is never written to.

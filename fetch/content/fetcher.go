@@ -11,6 +11,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/arrivals"
 )
 
 // fetcher is the engine of a Sequence: it knows which blocks are wanted next, keeps requests for
@@ -42,7 +43,7 @@ type fetcher struct {
 	err      error               // the first failure
 	paused   bool                // only paths are fetched
 
-	responses responses
+	responses *arrivals.Queue[*request]
 	decoders  int
 	inFlight  int
 	requests  []*request // all that there are
@@ -155,7 +156,7 @@ func newFetcher(ctx context.Context, source fetch.Source, total int64, window fe
 	}
 	f.releaseBytes = f.leafBudget / 8
 	f.ready.L = &f.mu
-	f.responses.wake.L = &f.responses.mu
+	f.responses = arrivals.New(func(r *request) eris.BlockSize { return r.Size })
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.detach = context.AfterFunc(ctx, func() {

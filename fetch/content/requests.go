@@ -6,11 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
-	"slices"
-	"sync"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/arrivals"
 )
 
 // This file is what a fetcher does with requests between their start and their end. Those in flight
@@ -20,13 +19,7 @@ import (
 // blocks at once. For 5 000 files of one to four blocks of 1 KiB this takes two thirds of the time
 // of a goroutine per block.
 
-const (
-	startBatch = 64
-	// responseBatch and responseBytes are how many responses are taken from the queue at a time:
-	// few enough to leave some for other processors.
-	responseBatch = 32
-	responseBytes = 256 << 10
-)
+const startBatch = 64
 
 // request is a block that is needed: from the time that it is scheduled until its response has been
 // dealt with.
@@ -70,7 +63,7 @@ func (f *fetcher) newRequest() *request {
 		return r
 	}
 	r := &request{}
-	r.Done = func(*fetch.Request) { f.responses.add(r) }
+	r.Done = func(*fetch.Request) { f.responses.Add(r) }
 	f.requests = append(f.requests, r)
 	return r
 }
@@ -155,7 +148,7 @@ func (r *request) readNear() bool {
 	}
 	n, err := r.content.near(r.buffer.data, r.node*int64(r.Size))
 	if n < len(r.buffer.data) && err == nil {
-		eris.Pad(r.buffer.data, n)
+		eris.PadLeaf(r.buffer.data, n)
 	}
 	return err == nil
 }
@@ -184,16 +177,16 @@ func (f *fetcher) cancelAll() {
 // endDecoders ends the decoders if there is nothing left for them.
 func (f *fetcher) endDecoders() {
 	if f.err != nil && f.inFlight == 0 {
-		f.responses.close()
+		f.responses.Close()
 	}
 }
 
 // decode deals with responses until there will be no more. Called without the lock.
 func (f *fetcher) decode() {
 	for {
-		var batch [responseBatch]*request
-		n := f.responses.take(batch[:])
-		if n == 0 {
+		var batch [arrivals.Batch]*request
+		n, ok := f.responses.Take(batch[:])
+		if !ok {
 			return
 		}
 		decryptAll(batch[:n])
@@ -223,64 +216,14 @@ func (f *fetcher) end(r *request) {
 	}
 }
 
-// responses is a queue of requests that are done.
-type responses struct {
-	mu      sync.Mutex // nothing else is locked while it is
-	wake    sync.Cond
-	queue   []*request // from head on
-	head    int
-	waiting int // decoders
-	closed  bool
-}
-
-// add is what Done of every request does.
-func (q *responses) add(r *request) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.queue = append(q.queue, r)
-	if q.waiting > 0 {
-		q.waiting--
-		q.wake.Signal()
-	}
-}
-
-// take waits for responses and takes some. It returns 0 when there will be no more.
-func (q *responses) take(batch []*request) (n int) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	for q.head == len(q.queue) {
-		if q.closed {
-			return 0
-		}
-		q.waiting++
-		q.wake.Wait()
-	}
-	for bytes := 0; n < len(batch) && q.head < len(q.queue) && bytes < responseBytes; n++ {
-		batch[n], q.queue[q.head] = q.queue[q.head], nil
-		q.head++
-		bytes += int(batch[n].Size)
-	}
-	if q.head > len(q.queue)/2 {
-		q.queue, q.head = slices.Delete(q.queue, 0, q.head), 0
-	}
-	return n
-}
-
-func (q *responses) close() {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.closed = true
-	q.wake.Broadcast()
-}
-
 // decryptAll decrypts the blocks of requests that are done, checks what can be checked about them,
 // and takes from them what a path needs. What is wrong becomes the error of the request. It needs
 // no lock: of a content it uses what does not change, and the shape, which only the one request of
 // its path uses.
 func decryptAll(batch []*request) {
-	var nodes [responseBatch]*request
-	var plaintexts [responseBatch][]byte
-	var sums [responseBatch]eris.Reference
+	var nodes [arrivals.Batch]*request
+	var plaintexts [arrivals.Batch][]byte
+	var sums [arrivals.Batch]eris.Reference
 	n := 0
 	for _, r := range batch {
 		if r.Err = r.decrypt(); r.Err == nil && r.level > 0 {

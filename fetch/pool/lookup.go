@@ -311,7 +311,7 @@ func startAll(a *attempt) {
 // second time the attempt is for the workers. Called without the lock.
 func (a *attempt) step(p *Pool) {
 	if a.steps.Add(1) == 2 {
-		p.arrived.add(a)
+		p.arrived.Add(a)
 	}
 }
 

@@ -64,6 +64,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/arrivals"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 )
@@ -117,10 +118,10 @@ type Pool struct {
 	near    []*member
 	far     []*member
 	epoch   time.Time
-	group   errgroup.Group // the workers, the watcher, and calls of OnFault and the like
-	arrived arrivals
-	kick    chan struct{} // wakes the watcher
-	stop    chan struct{} // closed by Close
+	group   errgroup.Group            // the workers, the watcher, and calls of OnFault and the like
+	arrived *arrivals.Queue[*attempt] // that have ended
+	kick    chan struct{}             // wakes the watcher
+	stop    chan struct{}             // closed by Close
 
 	mu       sync.Mutex
 	closed   bool
@@ -163,7 +164,7 @@ func New(members []Member, options Options) *Pool {
 		options: options, epoch: time.Now(), kick: make(chan struct{}, 1), stop: make(chan struct{}), sleeping: true,
 		lookups: map[key]*lookup{}, kin: 1, askedAt: -askInterval,
 	}
-	p.arrived.wake.L = &p.arrived.mu
+	p.arrived = arrivals.New(func(a *attempt) eris.BlockSize { return a.request.Size })
 	allNear := !slices.ContainsFunc(members, func(m Member) bool { return !m.Near })
 	for i, given := range members {
 		if i == MaxSources {
@@ -294,7 +295,7 @@ func (p *Pool) unlock() {
 	over := p.finished != nil
 	p.mu.Unlock()
 	if over {
-		p.arrived.kick()
+		p.arrived.Kick()
 	}
 	startAll(starts)
 }
@@ -317,7 +318,7 @@ func (p *Pool) Close() error {
 	}
 	p.unlock()
 	close(p.stop)
-	p.arrived.kick()
+	p.arrived.Kick()
 	for _, m := range p.near {
 		m.keeper.close()
 	}

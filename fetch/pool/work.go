@@ -5,100 +5,25 @@ package pool
 import (
 	"context"
 	"errors"
-	"sync"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/arrivals"
 )
 
 // This file is what happens to answers: they are noted by whoever brings them, and as many workers
 // as there are processors take some at a time, verify them, and go on with what they are for, so
 // that the lock of the pool and the processor's vectors are used for many blocks at once.
 
-const (
-	// batchLength and batchBytes are how many answers are taken at a time: few enough to leave some
-	// for other processors.
-	batchLength = 32
-	batchBytes  = 256 << 10
-)
-
-// arrivals are attempts that have ended. Nothing else is locked while they are.
-type arrivals struct {
-	mu       sync.Mutex
-	wake     sync.Cond
-	attempts []*attempt // from head on
-	head     int
-	sleeping int  // workers
-	kicked   bool // there is something else to do
-	over     bool // there will be no more
-}
-
-func (q *arrivals) add(a *attempt) {
-	q.mu.Lock()
-	q.attempts = append(q.attempts, a)
-	q.rouse()
-	q.mu.Unlock()
-}
-
-// kick has a worker look at the pool.
-func (q *arrivals) kick() {
-	q.mu.Lock()
-	q.kicked = true
-	q.rouse()
-	q.mu.Unlock()
-}
-
-func (q *arrivals) rouse() {
-	if q.sleeping > 0 {
-		q.sleeping--
-		q.wake.Signal()
-	}
-}
-
-// end sends the workers home.
-func (q *arrivals) end() {
-	q.mu.Lock()
-	q.over = true
-	q.sleeping = 0
-	q.wake.Broadcast()
-	q.mu.Unlock()
-}
-
-// take waits for something to do, and takes some attempts, perhaps none. It returns false when
-// there will be no more.
-func (q *arrivals) take(batch []*attempt) (n int, ok bool) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	for q.head == len(q.attempts) && !q.kicked {
-		if q.over {
-			return 0, false
-		}
-		q.sleeping++
-		q.wake.Wait()
-	}
-	q.kicked = false
-	for size := 0; n < len(batch) && q.head < len(q.attempts) && size < batchBytes; n++ {
-		a := q.attempts[q.head]
-		q.attempts[q.head] = nil
-		q.head++
-		batch[n] = a
-		size += int(a.request.Size)
-	}
-	if q.head == len(q.attempts) {
-		q.attempts, q.head = q.attempts[:0], 0
-	}
-	return n, true
-}
-
 // work goes on with what has arrived until the pool is closed and nothing is in flight. Called
 // without the lock.
 func (p *Pool) work() {
-	var batch [batchLength]*attempt
-	var requests [batchLength]*fetch.Request
+	var batch [arrivals.Batch]*attempt
+	var requests [arrivals.Batch]*fetch.Request
 	var done *lookup
 	for {
-		n, ok := p.arrived.take(batch[:])
+		n, ok := p.arrived.Take(batch[:])
 		if !ok {
 			return
 		}
@@ -121,7 +46,7 @@ func (p *Pool) work() {
 			p.deliver(l)
 		}
 		if last {
-			p.arrived.end()
+			p.arrived.Close()
 		}
 	}
 }
