@@ -93,28 +93,25 @@ func (l *Limiter) WaitN(ctx context.Context, n int) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	if !l.wait(n, ctx.Done(), nil) {
-		l.Return(n)
-		return context.Cause(ctx)
-	}
-	return nil
-}
-
-// wait takes n tokens and waits until they are there. It returns false if one of two channels,
-// which may be nil, is closed before that.
-func (l *Limiter) wait(n int, done, closed <-chan struct{}) bool {
 	d := l.Take(n)
 	if d <= 0 {
-		return true
+		return nil
 	}
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
 	case <-timer.C:
-		return true
-	case <-done:
-		return false
-	case <-closed:
-		return false
+		return nil
+	case <-ctx.Done():
+		l.Return(n)
+		return context.Cause(ctx)
 	}
+}
+
+// part returns as much of the beginning of p as is let through at once.
+func (l *Limiter) part(p []byte) []byte {
+	if l == nil {
+		return p
+	}
+	return p[:min(len(p), l.chunk)]
 }
