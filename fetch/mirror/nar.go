@@ -15,9 +15,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/klauspost/compress/gzip"
-
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
 )
 
 // A Nar is the bytes of a nar, compressed as its narinfo says, while they arrive. It must be
@@ -319,25 +318,8 @@ func decoded(r *http.Response) (io.Reader, error) {
 		if r.StatusCode != http.StatusOK {
 			return r.Body, nil
 		}
-		return &lazyGzip{body: r.Body}, nil
+		return decompress.Open("gzip", r.Body)
 	default:
 		return nil, fmt.Errorf("unwanted Content-Encoding %.40q", encoding)
 	}
-}
-
-// A lazyGzip decompresses once it is read.
-type lazyGzip struct {
-	body io.Reader
-	z    *gzip.Reader
-}
-
-func (l *lazyGzip) Read(p []byte) (int, error) {
-	if l.z == nil {
-		z, err := gzip.NewReader(l.body)
-		if err != nil {
-			return 0, err
-		}
-		l.z = z
-	}
-	return l.z.Read(p)
 }

@@ -93,7 +93,7 @@ func OpenAtMost(method string, r io.Reader, most int64) (*Reader, error) {
 	r = &input{r, z}
 	switch method {
 	case "gzip":
-		z.r = newGzipReader(r)
+		z.r, z.free = newGzipReader(r), freeGzip
 	case "lzip":
 		l := lzip.NewReader(r, maxWindow)
 		z.r, z.close = l, func() { l.Close() }

@@ -4,22 +4,19 @@ package decompress
 
 import (
 	"bufio"
-	"fmt"
 	"io"
 
 	"github.com/klauspost/compress/gzip"
 )
 
-// maxEmptyMembers is how many members may be empty. Each takes some microseconds, and 20 bytes.
-const maxEmptyMembers = 10000
+// freeGzip is freeInput for gzip: members may be empty, each of 20 bytes, which take a microsecond.
+const freeGzip = 1 << 20
 
 // A gzipReader decompresses gzip members (RFC 1952).
 type gzipReader struct {
 	in     *bufio.Reader
 	z      *gzip.Reader
 	inside bool // of a member
-	begun  bool // that member has had data
-	empty  int  // members without any
 }
 
 func newGzipReader(r io.Reader) *gzipReader {
@@ -32,7 +29,10 @@ func (g *gzipReader) Read(p []byte) (int, error) {
 			return 0, err
 		}
 		n, err := g.z.Read(p)
-		if err = g.after(n, err); n > 0 || err != nil {
+		if err == io.EOF {
+			g.inside, err = false, nil
+		}
+		if n > 0 || err != nil {
 			return n, err
 		}
 	}
@@ -64,22 +64,6 @@ func (g *gzipReader) member() (err error) {
 		return noEOF(err)
 	}
 	g.z.Multistream(false)
-	g.inside, g.begun = true, false
-	return nil
-}
-
-// after deals with what the reader of a member has returned.
-func (g *gzipReader) after(n int, err error) error {
-	g.begun = g.begun || n > 0
-	if err != io.EOF {
-		return err
-	}
-	g.inside = false
-	if !g.begun {
-		g.empty++
-	}
-	if g.empty > maxEmptyMembers {
-		return fmt.Errorf("%w: %d empty members", errNothing, g.empty)
-	}
+	g.inside = true
 	return nil
 }
