@@ -97,45 +97,19 @@ func decide(rng, code, p uint64) (r, c, q, bit uint64) {
 //
 //go:noinline
 func (d *decoder) plainLiteral(t *[0x300]uint16, rng, code uint64) (sym, r, c uint64) {
-	var p, q, bit, s uint64
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, uint64(t[1]), uint64(t[2]), uint64(t[3]))
-	t[1] = uint16(q)
-	s = 2 + bit
-
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*s]), uint64(t[2*s+1]))
-	t[s] = uint16(q)
-	s = 2*s + bit
-
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*s]), uint64(t[2*s+1]))
-	t[s] = uint16(q)
-	s = 2*s + bit
-
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*s]), uint64(t[2*s+1]))
-	t[s] = uint16(q)
-	s = 2*s + bit
-
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*s]), uint64(t[2*s+1]))
-	t[s] = uint16(q)
-	s = 2*s + bit
-
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*s]), uint64(t[2*s+1]))
-	t[s] = uint16(q)
-	s = 2*s + bit
-
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*s]), uint64(t[2*s+1]))
-	t[s] = uint16(q)
-	s = 2*s + bit
-
+	var q, bit uint64
+	s, p := uint64(1), uint64(t[1])
+	for range 7 {
+		s &= 0x7f
+		rng, code = d.refill(rng, code)
+		i := s
+		rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*i]), uint64(t[2*i+1]))
+		t[i] = uint16(q)
+		s = 2*i + bit
+	}
 	rng, code = d.refill(rng, code)
 	rng, code, q, bit = decide(rng, code, p)
-	t[s] = uint16(q)
+	t[s&0xff] = uint16(q)
 	return 2*s + bit, rng, code
 }
 
@@ -148,83 +122,23 @@ func (d *decoder) plainLiteral(t *[0x300]uint16, rng, code uint64) (sym, r, c ui
 //
 //go:noinline
 func (d *decoder) matchedLiteral(t *[0x300]uint16, m, rng, code uint64) (sym, r, c uint64) {
-	var q, bit, o1, o0, i0, i1 uint64
+	var q, bit uint64
 	m <<= 1
-	off := uint64(0x100)
-	s := uint64(1)
+	off, s := uint64(0x100), uint64(1)
 	i := off + m&off + s
 	p := uint64(t[i])
-
-	o1, m, s = m&off, m<<1, 2*s
-	o0 = off ^ o1
-	i0, i1 = s+o0+m&o0, s+1+o1+m&o1
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, p, uint64(t[i0]), uint64(t[i1]))
-	t[i] = uint16(q)
-	off = o1 ^ off&(bit-1)
-	s += bit
-	i = s + off + m&off
-
-	o1, m, s = m&off, m<<1, 2*s
-	o0 = off ^ o1
-	i0, i1 = s+o0+m&o0, s+1+o1+m&o1
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, p, uint64(t[i0]), uint64(t[i1]))
-	t[i] = uint16(q)
-	off = o1 ^ off&(bit-1)
-	s += bit
-	i = s + off + m&off
-
-	o1, m, s = m&off, m<<1, 2*s
-	o0 = off ^ o1
-	i0, i1 = s+o0+m&o0, s+1+o1+m&o1
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, p, uint64(t[i0]), uint64(t[i1]))
-	t[i] = uint16(q)
-	off = o1 ^ off&(bit-1)
-	s += bit
-	i = s + off + m&off
-
-	o1, m, s = m&off, m<<1, 2*s
-	o0 = off ^ o1
-	i0, i1 = s+o0+m&o0, s+1+o1+m&o1
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, p, uint64(t[i0]), uint64(t[i1]))
-	t[i] = uint16(q)
-	off = o1 ^ off&(bit-1)
-	s += bit
-	i = s + off + m&off
-
-	o1, m, s = m&off, m<<1, 2*s
-	o0 = off ^ o1
-	i0, i1 = s+o0+m&o0, s+1+o1+m&o1
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, p, uint64(t[i0]), uint64(t[i1]))
-	t[i] = uint16(q)
-	off = o1 ^ off&(bit-1)
-	s += bit
-	i = s + off + m&off
-
-	o1, m, s = m&off, m<<1, 2*s
-	o0 = off ^ o1
-	i0, i1 = s+o0+m&o0, s+1+o1+m&o1
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, p, uint64(t[i0]), uint64(t[i1]))
-	t[i] = uint16(q)
-	off = o1 ^ off&(bit-1)
-	s += bit
-	i = s + off + m&off
-
-	o1, m, s = m&off, m<<1, 2*s
-	o0 = off ^ o1
-	i0, i1 = s+o0+m&o0, s+1+o1+m&o1
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, p, uint64(t[i0]), uint64(t[i1]))
-	t[i] = uint16(q)
-	off = o1 ^ off&(bit-1)
-	s += bit
-	i = s + off + m&off
-
+	for range 7 {
+		o1 := m & off
+		o0 := off ^ o1
+		m, s = m<<1, 2*s
+		i0, i1 := s+o0+m&o0, s+1+o1+m&o1
+		rng, code = d.refill(rng, code)
+		rng, code, q, p, bit = choose(rng, code, p, uint64(t[i0]), uint64(t[i1]))
+		t[i] = uint16(q)
+		off = o1 ^ off&(bit-1)
+		s += bit
+		i = s + off + m&off
+	}
 	rng, code = d.refill(rng, code)
 	rng, code, q, bit = decide(rng, code, p)
 	t[i] = uint16(q)
@@ -235,20 +149,18 @@ func (d *decoder) matchedLiteral(t *[0x300]uint16, m, rng, code uint64) (sym, r,
 //
 //go:noinline
 func (d *decoder) tree3(t *[8]uint16, rng, code uint64) (sym, r, c uint64) {
-	var p, q, bit, s uint64
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, uint64(t[1]), uint64(t[2]), uint64(t[3]))
-	t[1] = uint16(q)
-	s = 2 + bit
-
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*s]), uint64(t[2*s+1]))
-	t[s] = uint16(q)
-	s = 2*s + bit
-
+	var q, bit uint64
+	s, p := uint64(1), uint64(t[1])
+	for range 2 {
+		i := s & 3
+		rng, code = d.refill(rng, code)
+		rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*i]), uint64(t[2*i+1]))
+		t[i] = uint16(q)
+		s = 2*i + bit
+	}
 	rng, code = d.refill(rng, code)
 	rng, code, q, bit = decide(rng, code, p)
-	t[s] = uint16(q)
+	t[s&7] = uint16(q)
 	return 2*s + bit, rng, code
 }
 
@@ -256,35 +168,18 @@ func (d *decoder) tree3(t *[8]uint16, rng, code uint64) (sym, r, c uint64) {
 //
 //go:noinline
 func (d *decoder) tree6(t *[64]uint16, rng, code uint64) (sym, r, c uint64) {
-	var p, q, bit, s uint64
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, uint64(t[1]), uint64(t[2]), uint64(t[3]))
-	t[1] = uint16(q)
-	s = 2 + bit
-
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*s]), uint64(t[2*s+1]))
-	t[s] = uint16(q)
-	s = 2*s + bit
-
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*s]), uint64(t[2*s+1]))
-	t[s] = uint16(q)
-	s = 2*s + bit
-
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*s]), uint64(t[2*s+1]))
-	t[s] = uint16(q)
-	s = 2*s + bit
-
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*s]), uint64(t[2*s+1]))
-	t[s] = uint16(q)
-	s = 2*s + bit
-
+	var q, bit uint64
+	s, p := uint64(1), uint64(t[1])
+	for range 5 {
+		i := s & 31
+		rng, code = d.refill(rng, code)
+		rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*i]), uint64(t[2*i+1]))
+		t[i] = uint16(q)
+		s = 2*i + bit
+	}
 	rng, code = d.refill(rng, code)
 	rng, code, q, bit = decide(rng, code, p)
-	t[s] = uint16(q)
+	t[s&63] = uint16(q)
 	return 2*s + bit, rng, code
 }
 
@@ -313,25 +208,18 @@ var reversed = [16]uint8{0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15}
 //go:noinline
 func (d *decoder) alignment(rng, code uint64) (sym, r, c uint64) {
 	t := &d.model.align
-	var p, q, bit, s uint64
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, uint64(t[1]), uint64(t[2]), uint64(t[3]))
-	t[1] = uint16(q)
-	s = 2 + bit
-
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*s]), uint64(t[2*s+1]))
-	t[s] = uint16(q)
-	s = 2*s + bit
-
-	rng, code = d.refill(rng, code)
-	rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*s]), uint64(t[2*s+1]))
-	t[s] = uint16(q)
-	s = 2*s + bit
-
+	var q, bit uint64
+	s, p := uint64(1), uint64(t[1])
+	for range 3 {
+		i := s & 7
+		rng, code = d.refill(rng, code)
+		rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*i]), uint64(t[2*i+1]))
+		t[i] = uint16(q)
+		s = 2*i + bit
+	}
 	rng, code = d.refill(rng, code)
 	rng, code, q, bit = decide(rng, code, p)
-	t[s] = uint16(q)
+	t[s&15] = uint16(q)
 	return uint64(reversed[(2*s+bit)&15]), rng, code
 }
 
