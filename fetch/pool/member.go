@@ -27,6 +27,9 @@ const (
 	// asked but by probes.
 	restAge = 5 * time.Minute
 
+	// faultScore is what the speed of a member counts that has given wrong bytes of late.
+	faultScore = 0.25
+
 	maxMissing = 4096
 	missingAge = 30 * time.Second
 )
@@ -84,7 +87,9 @@ func newMember(p *Pool, i int, given Member) *member {
 		backoff: backoff.Backoff{Min: failureRest, Max: longestRest},
 	}
 	record := p.options.State.Get(m.name)
-	m.score = record.Score
+	if m.score = 1; !record.Fault.IsZero() {
+		m.score = faultScore
+	}
 	m.speeds.recall(record, p.epoch)
 	if record.Rests > 0 && p.epoch.Sub(record.Rest) < restAge {
 		m.failures, m.silent, m.noted = record.Rests, true, true

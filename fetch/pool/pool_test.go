@@ -592,8 +592,8 @@ func TestLiar(t *testing.T) {
 		if s := p.Stats()[0]; !s.Banned || s.Faults == 0 {
 			t.Errorf("the liar is %+v", s)
 		}
-		if s := state.Get("fake:0").Score; s > 0.5 {
-			t.Errorf("the score of the liar is %v", s)
+		if state.Get("fake:0").Fault.IsZero() {
+			t.Error("the lie is not remembered")
 		}
 	})
 	simulate(t, options, sources(liar), func(t *testing.T, p *pool.Pool) {

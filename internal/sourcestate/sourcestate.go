@@ -23,17 +23,13 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
-// Record is what is known about a source. Its zero value, but for Score, says that nothing is
-// known. It has the form of the file.
+// Record is what is known about a source; its zero value is nothing. It has the form of the file.
 type Record struct {
 	// Rate is the speed in bytes per second; 0 if it is not known.
 	Rate float64 `json:"rate,omitzero"`
 	// RoundTrip is the shortest time that an answer took; 0 if it is not known.
 	RoundTrip time.Duration `json:"round_trip,omitzero"`
-	// Score is 1 for a source that never gave wrong bytes, less after it did, and rises again with
-	// time. It is above 0.
-	Score float64 `json:"score"`
-	// Fault is when it last gave wrong bytes.
+	// Fault is when it last gave wrong bytes; zero if it has not, or not of late.
 	Fault time.Time `json:"fault,omitzero"`
 	// Rest is until when it is to be left alone because it did not answer, Rests times in a row; 0
 	// if it answers.
@@ -49,17 +45,14 @@ const (
 	// another network or another hour may have another one.
 	maxAge      = 90 * 24 * time.Hour
 	maxSpeedAge = 12 * time.Hour
-	// faultHalfLife is after how long a fault weighs half.
-	faultHalfLife = 2 * 24 * time.Hour
+	// faultAge is after how long a fault is forgotten.
+	faultAge = 2 * 24 * time.Hour
 	// rateHalfLife is after how long a rate weighs half of what it did against a new one.
 	rateHalfLife = 10 * time.Minute
-	// faultFactor is what a fault leaves of the score.
-	faultFactor = 0.25
-	leastScore  = 1.0 / 1024
-	maxRecords  = 512
-	maxRests    = 1000
-	maxFile     = 256 << 10
-	lockWait    = 2 * time.Second
+	maxRecords   = 512
+	maxRests     = 1000
+	maxFile      = 256 << 10
+	lockWait     = 2 * time.Second
 	// slowestMeasured is how many bytes a measurement needs to say anything about speed, and
 	// wholeMeasured to be believed as much as all earlier ones together.
 	slowestMeasured = 32 << 10
@@ -99,24 +92,13 @@ func key(url string) string {
 func (s *State) Get(url string) Record {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.get(key(url))
-}
-
-func (s *State) get(key string) Record {
-	r, ok := s.records[key]
-	if !ok {
-		return Record{Score: 1}
-	}
-	return r.aged(s.now())
+	return s.records[key(url)].aged(s.now())
 }
 
 // aged returns what the record says now.
 func (r Record) aged(now time.Time) Record {
-	if age := now.Sub(r.Fault); r.Fault.IsZero() || age < 0 {
-		r.Score = max(leastScore, min(r.Score, 1))
-	} else {
-		// The stored score is that at the time of the fault.
-		r.Score = max(leastScore, 1-(1-r.Score)*math.Exp2(-age.Hours()/faultHalfLife.Hours()))
+	if now.Sub(r.Fault) > faultAge {
+		r.Fault = time.Time{}
 	}
 	if now.Sub(r.Updated) > maxSpeedAge {
 		r.Rate, r.RoundTrip = 0, 0
@@ -153,10 +135,7 @@ func (s *State) Measured(url string, bytes int64, duration, roundTrip time.Durat
 
 // Fault notes that the source gave wrong bytes.
 func (s *State) Fault(url string) {
-	s.change(url, func(r *Record, now time.Time) {
-		r.Score = max(leastScore, r.Score*faultFactor)
-		r.Fault = now
-	})
+	s.change(url, func(r *Record, now time.Time) { r.Fault = now })
 }
 
 // Rests notes that the source did not answer, so many times in a row, and is to be left alone until
@@ -171,16 +150,8 @@ func (s *State) change(url string, f func(r *Record, now time.Time)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	k, now := key(url), s.now().Round(time.Millisecond).UTC()
-	stored := s.records[k]
-	r := s.get(k)
-	fault := r.Fault
+	r := s.records[k].aged(now)
 	f(&r, now)
-	if r.Fault.Equal(fault) {
-		r.Score = stored.Score // as of the time of the fault
-		if fault.IsZero() {
-			r.Score = 1
-		}
-	}
 	r.Updated = now
 	s.records[k], s.touched[k] = r, true
 	if len(s.records) > 2*maxRecords {
@@ -236,13 +207,8 @@ func merge(theirs, mine Record) Record {
 	if merged.RoundTrip == 0 {
 		merged.RoundTrip = max(mine.RoundTrip, theirs.RoundTrip)
 	}
-	if theirs.Fault.After(mine.Fault) {
-		merged.Fault, merged.Score = theirs.Fault, theirs.Score
-	} else {
-		merged.Fault, merged.Score = mine.Fault, mine.Score
-		if theirs.Fault.Equal(mine.Fault) {
-			merged.Score = min(mine.Score, theirs.Score)
-		}
+	if merged.Fault = mine.Fault; theirs.Fault.After(mine.Fault) {
+		merged.Fault = theirs.Fault
 	}
 	return merged
 }
@@ -284,7 +250,7 @@ func parse(b []byte, now time.Time) map[string]Record {
 func (r *Record) valid(now, soon time.Time) bool {
 	return !r.Updated.After(soon) && now.Sub(r.Updated) <= maxAge && !r.Fault.After(soon) && !r.Measured.After(soon) &&
 		!r.Rest.After(now.Add(time.Hour)) && r.Rests >= 0 && r.Rests <= maxRests && r.Rate >= 0 && r.Rate < 1e12 &&
-		r.RoundTrip >= 0 && r.RoundTrip <= time.Minute && r.Score > 0 && r.Score <= 1
+		r.RoundTrip >= 0 && r.RoundTrip <= time.Minute
 }
 
 // newest returns the records that were updated last, as many as are kept.

@@ -46,14 +46,14 @@ func TestRemembers(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "new", "sources")
 	c := newClock()
 	s := open(path, c.Now)
-	if r := s.Get(url); r != (Record{Score: 1}) {
+	if r := s.Get(url); r != (Record{}) {
 		t.Errorf("an unknown source has the record %+v", r)
 	}
 	s.Measured(url, 10<<20, time.Second, 30*time.Millisecond)
 	mustSave(t, s)
 	c.pass(time.Hour)
 	r := open(path, c.Now).Get(url)
-	if r.Rate != 10<<20 || r.RoundTrip != 30*time.Millisecond || r.Score != 1 || !r.Updated.Equal(c.Now().Add(-time.Hour)) {
+	if r.Rate != 10<<20 || r.RoundTrip != 30*time.Millisecond || !r.Fault.IsZero() || !r.Updated.Equal(c.Now().Add(-time.Hour)) {
 		t.Errorf("the next process knows %+v", r)
 	}
 	b, err := os.ReadFile(path)
@@ -123,26 +123,16 @@ func TestFault(t *testing.T) {
 	c := newClock()
 	s := open(path, c.Now)
 	s.Fault(url)
-	if r := s.Get(url); r.Score != 0.25 || !r.Fault.Equal(c.Now()) {
+	at := c.Now()
+	c.pass(faultAge)
+	s.Measured(url, 1<<20, time.Second, 0) // what is learnt later does not change it
+	mustSave(t, s)
+	s = open(path, c.Now)
+	if r := s.Get(url); !r.Fault.Equal(at) {
 		t.Errorf("after a fault: %+v", r)
 	}
-	c.pass(faultHalfLife)
-	s.Measured(url, 1<<20, time.Second, 0)
-	for range 2 { // what is learnt later does not change it
-		if r := s.Get(url); r.Score != 0.625 {
-			t.Errorf("after %v: %+v", faultHalfLife, r)
-		}
-		mustSave(t, s)
-		s = open(path, c.Now)
-	}
-	for range 1000 {
-		s.Fault(url)
-	}
-	if r := s.Get(url); r.Score <= 0 {
-		t.Errorf("after many faults: %+v", r)
-	}
-	c.pass(20 * faultHalfLife)
-	if r := s.Get(url); r.Score < 0.99 {
+	c.pass(time.Minute)
+	if r := s.Get(url); !r.Fault.IsZero() {
 		t.Errorf("a fault is never forgiven: %+v", r)
 	}
 }
@@ -184,7 +174,7 @@ func TestMerge(t *testing.T) {
 	mustSave(t, two)
 	mustSave(t, one)
 	for _, s := range []*State{one, open(path, c.Now)} {
-		if r := s.Get(url); r.Rate != 1e6 || r.Score > 0.3 || r.Fault.IsZero() {
+		if r := s.Get(url); r.Rate != 1e6 || r.Fault.IsZero() {
 			t.Errorf("what either learnt is lost: %+v", r)
 		}
 	}
@@ -215,12 +205,11 @@ func TestBadFiles(t *testing.T) {
 	for name, text := range map[string]string{
 		"empty":     "",
 		"cut":       `{"version":2,"sources":{"` + k + `":{"rate":1`,
-		"version":   `{"version":1,"sources":{"` + k + `":{"rate":1,"score":1,"updated":"2026-04-24T03:06:40Z"}}}`,
-		"rate":      `{"version":2,"sources":{"` + k + `":{"rate":-1,"score":1,"updated":"2026-04-24T03:06:40Z"}}}`,
-		"huge":      `{"version":2,"sources":{"` + k + `":{"rate":1e300,"score":1,"updated":"2026-04-24T03:06:40Z"}}}`,
-		"score":     `{"version":2,"sources":{"` + k + `":{"rate":1,"score":7,"updated":"2026-04-24T03:06:40Z"}}}`,
-		"future":    `{"version":2,"sources":{"` + k + `":{"rate":1,"score":1,"updated":"2279-10-26T00:00:00Z"}}}`,
-		"oversized": `{"version":2,"sources":{"` + k + `":{"rate":1,"score":1,"updated":"2026-04-24T03:06:40Z"}}}` + strings.Repeat(" ", maxFile),
+		"version":   `{"version":1,"sources":{"` + k + `":{"rate":1,"updated":"2026-04-24T03:06:40Z"}}}`,
+		"rate":      `{"version":2,"sources":{"` + k + `":{"rate":-1,"updated":"2026-04-24T03:06:40Z"}}}`,
+		"huge":      `{"version":2,"sources":{"` + k + `":{"rate":1e300,"updated":"2026-04-24T03:06:40Z"}}}`,
+		"future":    `{"version":2,"sources":{"` + k + `":{"rate":1,"updated":"2279-10-26T00:00:00Z"}}}`,
+		"oversized": `{"version":2,"sources":{"` + k + `":{"rate":1,"updated":"2026-04-24T03:06:40Z"}}}` + strings.Repeat(" ", maxFile),
 		"array":     `[]`,
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -228,7 +217,7 @@ func TestBadFiles(t *testing.T) {
 				t.Fatal(err)
 			}
 			s := open(path, newClock().Now)
-			if r := s.Get(url); r != (Record{Score: 1}) {
+			if r := s.Get(url); r != (Record{}) {
 				t.Errorf("the record is %+v", r)
 			}
 			s.Measured(url, 1<<20, time.Second, 0)
@@ -238,7 +227,7 @@ func TestBadFiles(t *testing.T) {
 			}
 		})
 	}
-	good := `{"version":2,"sources":{"` + k + `":{"rate":1,"score":1,"measured":"2026-04-24T03:06:40Z","updated":"2026-04-24T03:06:40Z"}}}`
+	good := `{"version":2,"sources":{"` + k + `":{"rate":1,"measured":"2026-04-24T03:06:40Z","updated":"2026-04-24T03:06:40Z"}}}`
 	if r := parse([]byte(good), newClock().Now())[k]; r.Rate != 1 {
 		t.Errorf("a good file is not read: %+v", r)
 	}
@@ -260,12 +249,12 @@ func TestSaveFails(t *testing.T) {
 }
 
 func FuzzParse(f *testing.F) {
-	f.Add([]byte(`{"version":2,"sources":{"` + key(url) + `":{"rate":1,"round_trip":5,"score":0.5,"fault":"2026-04-12T13:20:00Z","rest":"2026-04-24T03:06:40Z","rests":2,"measured":"2026-04-24T03:06:40Z","updated":"2026-04-24T03:06:40Z"}}}`))
+	f.Add([]byte(`{"version":2,"sources":{"` + key(url) + `":{"rate":1,"round_trip":5,"fault":"2026-04-12T13:20:00Z","rest":"2026-04-24T03:06:40Z","rests":2,"measured":"2026-04-24T03:06:40Z","updated":"2026-04-24T03:06:40Z"}}}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		now := newClock().Now()
 		for k, r := range parse(b, now) {
 			r = r.aged(now)
-			if len(k) != 32 || !(r.Rate >= 0 && r.Rate < 1e12) || !(r.Score > 0 && r.Score <= 1) || r.RoundTrip < 0 || r.RoundTrip > time.Minute {
+			if len(k) != 32 || !(r.Rate >= 0 && r.Rate < 1e12) || r.RoundTrip < 0 || r.RoundTrip > time.Minute {
 				t.Errorf("record %+v", r)
 			}
 		}
