@@ -49,7 +49,7 @@ func TestConnected(t *testing.T) {
 		})
 		far.Write(coaptest.CSM)
 		synctest.Wait()
-		store := coap.NewRequests([]string{".well-known", "eris"}, false)
+		store := coap.NewRequests([]string{".well-known", "eris"})
 		for range 100 {
 			group.Add(1)
 			conn.Start(&coap.Exchange{Store: store, Size: eris.BlockSize1KiB, Done: func(x *coap.Exchange) {

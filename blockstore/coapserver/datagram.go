@@ -20,6 +20,11 @@ const (
 	// answerTimeout is more than all copies of an answer take with the default timeouts (RFC 7252,
 	// section 4.8.2).
 	answerTimeout = 2 * time.Minute
+	// maxTransfers is the most blocks at a time that are being received part by part, and
+	// maxTransfersPerHost that from one address. The oldest make room. Each needs 32 KiB.
+	maxTransfers, maxTransfersPerHost = 1024, 64
+	// transferTimeout is for how long the parts of a block are kept without a further one.
+	transferTimeout = 30 * time.Second
 )
 
 // packets serves one net.PacketConn.
@@ -46,7 +51,7 @@ func (s *Server) ServePacket(conn net.PacketConn, access Access) error {
 	}
 	defer s.done(conn)
 	d := &s.config.Datagram
-	p := &packets{server: s, access: access, transfers: newTransfers(d.MaxTransfers, d.MaxTransfersPerHost, d.TransferTimeout)}
+	p := &packets{server: s, access: access, transfers: newTransfers(maxTransfers, maxTransfersPerHost, transferTimeout)}
 	err := coap.NewEndpoint(conn, coap.EndpointConfig{
 		Window: 1, AckTimeout: d.AckTimeout, MaxRetransmit: maxRetransmit, Timeout: answerTimeout,
 		Workers: d.Workers, AckDelay: d.AckDelay, Paths: s.paths, Handler: p.serve,

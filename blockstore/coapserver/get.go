@@ -200,7 +200,7 @@ func (c *conn) form() form {
 		f.exponent = coap.BERT
 	case peer.BlockWise:
 		f.exponent = coap.MaxExponent
-	case !peer.Stated && !c.server.config.StrictMessageSize:
+	case !peer.Stated: // some clients say nothing, and take whole blocks
 		f.whole = coap.MessageSize
 	}
 	return f

@@ -14,6 +14,7 @@
 package coapserver
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -109,18 +110,14 @@ type Config struct {
 	// MaxAnswerBytes bounds the memory for answers that the client has not taken yet, in the same
 	// way. Defaults 16 MiB and 256 MiB.
 	MaxAnswerBytes, MaxTotalAnswerBytes int64
-	// MaxGets is the most blocks that are looked up at a time for a connection, and MaxRelayed that
-	// where others are asked for them, which takes longer; each needs 32 KiB. Defaults 32 and 256.
-	MaxGets, MaxRelayed int
+	// MaxGets is the most blocks that are looked up at a time for a connection, and eight times that
+	// where others are asked for them, which takes longer; each needs 32 KiB. Default 32.
+	MaxGets int
 	// IdleTimeout is for how long a connection may send no message. Default 10 min.
 	IdleTimeout time.Duration
 	// MessageTimeout is how long the receipt of one message, or of 4 KiB of a large one, may take
 	// once it has begun, and how long the client may take to receive 256 KiB. Default 60 s.
 	MessageTimeout time.Duration
-	// StrictMessageSize forbids to send whole blocks of 32 KiB to a client that has not said that
-	// it takes messages of that size. By default that is done if the client said nothing about
-	// sizes, because some clients say nothing and take them.
-	StrictMessageSize bool
 	// Log, if not nil, is given the errors of stores, at most about one per second. It must be safe
 	// for concurrent use.
 	Log func(err error)
@@ -139,13 +136,6 @@ type DatagramConfig struct {
 	// Workers is how many requests are served at a time; more are left in the buffer of the kernel,
 	// and dropped when that is full; clients then ask again. Default 64.
 	Workers int
-	// MaxTransfers is the most blocks at a time that are being received part by part;
-	// MaxTransfersPerHost is the most from one address. The oldest make room. Defaults 1024 and 64;
-	// 32 KiB are needed for each.
-	MaxTransfers, MaxTransfersPerHost int
-	// TransferTimeout is for how long the parts of a block are kept without a further one. Default
-	// 30 s.
-	TransferTimeout time.Duration
 	// AckDelay is after what time a request is acknowledged apart from its answer. Default 1 s; it
 	// must be below the 2 s after which clients ask again.
 	AckDelay time.Duration
@@ -155,31 +145,21 @@ type DatagramConfig struct {
 }
 
 func (c Config) withDefaults() Config {
-	setDefault(&c.MaxConnections, 256)
-	setDefault(&c.MaxPutBytes, 16<<20)
-	setDefault(&c.MaxTotalPutBytes, 256<<20)
-	setDefault(&c.MaxAnswerBytes, 16<<20)
-	setDefault(&c.MaxTotalAnswerBytes, 256<<20)
-	setDefault(&c.MaxGets, 32)
-	setDefault(&c.MaxRelayed, 256)
-	setDefault(&c.IdleTimeout, 10*time.Minute)
-	setDefault(&c.MessageTimeout, time.Minute)
-	setDefault(&c.Datagram.Workers, 64)
-	setDefault(&c.Datagram.MaxTransfers, 1024)
-	setDefault(&c.Datagram.MaxTransfersPerHost, 64)
-	setDefault(&c.Datagram.TransferTimeout, 30*time.Second)
-	setDefault(&c.Datagram.AckDelay, time.Second)
-	setDefault(&c.Datagram.AckTimeout, 2*time.Second)
+	c.MaxConnections = cmp.Or(c.MaxConnections, 256)
+	c.MaxPutBytes = cmp.Or(c.MaxPutBytes, 16<<20)
+	c.MaxTotalPutBytes = cmp.Or(c.MaxTotalPutBytes, 256<<20)
+	c.MaxAnswerBytes = cmp.Or(c.MaxAnswerBytes, 16<<20)
+	c.MaxTotalAnswerBytes = cmp.Or(c.MaxTotalAnswerBytes, 256<<20)
+	c.MaxGets = cmp.Or(c.MaxGets, 32)
+	c.IdleTimeout = cmp.Or(c.IdleTimeout, 10*time.Minute)
+	c.MessageTimeout = cmp.Or(c.MessageTimeout, time.Minute)
+	c.Datagram.Workers = cmp.Or(c.Datagram.Workers, 64)
+	c.Datagram.AckDelay = cmp.Or(c.Datagram.AckDelay, time.Second)
+	c.Datagram.AckTimeout = cmp.Or(c.Datagram.AckTimeout, 2*time.Second)
 	if c.Log == nil {
 		c.Log = func(error) {}
 	}
 	return c
-}
-
-func setDefault[T ~int | ~int64](field *T, value T) {
-	if *field <= 0 {
-		*field = value
-	}
 }
 
 // Server serves blocks. Its methods are safe for concurrent use.

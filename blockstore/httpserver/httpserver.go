@@ -74,8 +74,6 @@ type Config struct {
 	// RequestTimeout is how long a request may take to come and its answer to go, each. Default 60
 	// s.
 	RequestTimeout time.Duration
-	// IdleTimeout is for how long a connection may wait for a next request. Default 2 min.
-	IdleTimeout time.Duration
 	// Wrap, if not nil, returns a handler that has h answer requests, and logs them for example.
 	Wrap func(h http.Handler) http.Handler
 	// Log, if not nil, is given the errors of stores, at most about one per second, and told when
@@ -109,7 +107,6 @@ func New(config Config) *Server {
 	config.MaxRequests = cmp.Or(config.MaxRequests, 4096)
 	config.HeaderTimeout = cmp.Or(config.HeaderTimeout, 30*time.Second)
 	config.RequestTimeout = cmp.Or(config.RequestTimeout, time.Minute)
-	config.IdleTimeout = cmp.Or(config.IdleTimeout, 2*time.Minute)
 	if config.Log == nil {
 		config.Log = func(error) {}
 	}
@@ -134,7 +131,7 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 	server.ReadHeaderTimeout = s.config.HeaderTimeout
 	server.ReadTimeout = s.config.RequestTimeout
 	server.WriteTimeout = 2 * s.config.RequestTimeout // net/http counts it from the end of the header
-	server.IdleTimeout = s.config.IdleTimeout
+	server.IdleTimeout = 2 * time.Minute
 	server.BaseContext = func(net.Listener) context.Context { return s.ctx }
 	server.HTTP2 = &http.HTTP2Config{
 		MaxConcurrentStreams:          maxStreams,

@@ -65,7 +65,7 @@ func Open(url string, options Options) (*Store, error) {
 		return nil, err
 	}
 	s := &Store{url: u, name: u.String(), options: options.withDefaults(), pool: wire.NewPool()}
-	s.blocks = wire.NewRequests(u.Segments, options.RawReferences)
+	s.blocks = wire.NewRequests(u.Segments)
 	s.blocks.HopLimit = options.HopLimit
 	s.have = wire.NewDocument(append(slices.Clone(u.Segments), wire.HaveSegment))
 	s.ctx, s.cancel = context.WithCancel(context.Background())
@@ -91,7 +91,7 @@ func Open(url string, options Options) (*Store, error) {
 // closed, which does not end the connection.
 func OfConnection(conn *wire.Conn, name string) *Store {
 	s := &Store{name: name, options: Options{}.withDefaults(), url: storeurl.URL{Scheme: "coap+tcp", Get: true}}
-	s.blocks = wire.NewRequests([]string{".well-known", "eris"}, false)
+	s.blocks = wire.NewRequests([]string{".well-known", "eris"})
 	s.blocks.HopLimit = 1
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.main = s.newLink()

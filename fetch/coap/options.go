@@ -3,19 +3,14 @@
 package coap
 
 import (
+	"cmp"
 	"context"
-	"crypto/tls"
 	"net"
 	"time"
 )
 
 // Options says how a [Store] behaves. Zero fields stand for the defaults.
 type Options struct {
-	// RawReferences asks for blocks by the 32 bytes of their references instead of 52 characters of
-	// Base32. Requests get shorter by 20 bytes, but servers on libraries that check for UTF-8
-	// refuse them.
-	RawReferences bool
-
 	// HopLimit, if not 0, says in all requests for blocks how many servers they may go through that
 	// ask others for what they do not have (RFC 8768), the first one among them. With 1 it answers
 	// from what it has itself.
@@ -40,26 +35,10 @@ type Options struct {
 	// what it can receive. Default 2 s.
 	CapabilityTimeout time.Duration
 
-	// StrictMessageSize forbids to send whole blocks of 32 KiB to a peer that has not said that it
-	// takes messages of that size. By default that is done if the peer said nothing about sizes,
-	// because some servers say nothing and take them.
-	StrictMessageSize bool
-
 	// Dial, if not nil, makes the stream, on which RFC 8323 is then spoken: for transports that
 	// this package does not know, and for peers that connected to us. Its context ends after
 	// DialTimeout.
 	Dial func(ctx context.Context) (net.Conn, error)
-
-	// TLS is the configuration for coaps+tcp and coaps+ws. If it is nil, certificates are not
-	// verified: blocks are verified by their references, so that nobody in between can do more than
-	// withhold them; but whoever is in between can see what is requested.
-	TLS *tls.Config
-
-	// SocketBuffer asks the kernel for send and receive buffers of this many bytes, as far as it
-	// grants them. Default: for Unix sockets 1 MiB, else what the kernel thinks best; that is
-	// mostly too little for 1 Gbit/s over 100 ms, which need 13 MB and a kernel that allows them
-	// (net.core.rmem_max).
-	SocketBuffer int
 
 	// Datagram is for coap over UDP.
 	Datagram DatagramOptions
@@ -87,27 +66,14 @@ type DatagramOptions struct {
 const maxWindow = 1 << 16
 
 func (o Options) withDefaults() Options {
-	if o.Window <= 0 {
-		o.Window = 16384
-	}
-	o.Window = min(o.Window, maxWindow)
-	setDefault(&o.RequestTimeout, 30*time.Second)
-	setDefault(&o.IdleTimeout, 5*time.Minute)
-	setDefault(&o.DialTimeout, 5*time.Second)
-	setDefault(&o.CapabilityTimeout, 2*time.Second)
-	setDefault(&o.minBackoff, 100*time.Millisecond)
-	setDefault(&o.Datagram.AckTimeout, 2*time.Second)
-	if o.Datagram.Window <= 0 {
-		o.Datagram.Window = 64
-	}
-	if o.Datagram.MaxRetransmit <= 0 {
-		o.Datagram.MaxRetransmit = 4
-	}
+	o.Window = min(cmp.Or(o.Window, 16384), maxWindow)
+	o.RequestTimeout = cmp.Or(o.RequestTimeout, 30*time.Second)
+	o.IdleTimeout = cmp.Or(o.IdleTimeout, 5*time.Minute)
+	o.DialTimeout = cmp.Or(o.DialTimeout, 5*time.Second)
+	o.CapabilityTimeout = cmp.Or(o.CapabilityTimeout, 2*time.Second)
+	o.minBackoff = cmp.Or(o.minBackoff, 100*time.Millisecond)
+	o.Datagram.Window = cmp.Or(o.Datagram.Window, 64)
+	o.Datagram.AckTimeout = cmp.Or(o.Datagram.AckTimeout, 2*time.Second)
+	o.Datagram.MaxRetransmit = cmp.Or(o.Datagram.MaxRetransmit, 4)
 	return o
-}
-
-func setDefault(d *time.Duration, value time.Duration) {
-	if *d <= 0 {
-		*d = value
-	}
 }

@@ -201,24 +201,20 @@ func TestPutForms(t *testing.T) {
 	for _, v := range []struct {
 		name     string
 		csm      []byte
-		strict   bool
 		most     uint8 // greatest exponent that the peer takes
 		messages int   // 0: the block cannot be put
 	}{
-		{"whole", coaptest.Capabilities(65536, true), true, 7, 1},
-		{"just whole", coaptest.Capabilities(32830, false), true, 7, 1},
-		{"base size, block-wise", coaptest.Capabilities(0, true), true, 7, 32},
-		{"base size, block-wise, not strict", coaptest.Capabilities(0, true), false, 7, 32},
-		{"stated base size, block-wise", coaptest.Capabilities(1152, true), true, 7, 32},
-		{"smaller parts", coaptest.Capabilities(1152, true), true, 4, 1 + 124},
-		{"BERT of 2 units", coaptest.Capabilities(2400, true), true, 7, 16},
-		{"BERT of 31 units", coaptest.Capabilities(32000, true), true, 7, 2},
-		{"BERT of one unit is none", coaptest.Capabilities(1300, true), true, 7, 32},
-		{"says nothing", coaptest.Capabilities(0, false), false, 7, 1},
-		{"says nothing, strict", coaptest.Capabilities(0, false), true, 7, 0},
-		{"says no", coaptest.Capabilities(1152, false), false, 7, 0},
-		{"never says anything", nil, false, 7, 1},
-		{"never says anything, strict", nil, true, 7, 0},
+		{"whole", coaptest.Capabilities(65536, true), 7, 1},
+		{"just whole", coaptest.Capabilities(32830, false), 7, 1},
+		{"base size, block-wise", coaptest.Capabilities(0, true), 7, 32},
+		{"stated base size, block-wise", coaptest.Capabilities(1152, true), 7, 32},
+		{"smaller parts", coaptest.Capabilities(1152, true), 4, 1 + 124},
+		{"BERT of 2 units", coaptest.Capabilities(2400, true), 7, 16},
+		{"BERT of 31 units", coaptest.Capabilities(32000, true), 7, 2},
+		{"BERT of one unit is none", coaptest.Capabilities(1300, true), 7, 32},
+		{"says nothing", coaptest.Capabilities(0, false), 7, 1},
+		{"says no", coaptest.Capabilities(1152, false), 7, 0},
+		{"never says anything", nil, 7, 1},
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			type result struct {
@@ -226,7 +222,7 @@ func TestPutForms(t *testing.T) {
 				messages int
 			}
 			results := make(chan result, 4)
-			options := coap.Options{CapabilityTimeout: 50 * time.Millisecond, StrictMessageSize: v.strict}
+			options := coap.Options{CapabilityTimeout: 50 * time.Millisecond}
 			store := openPeer(t, options, func(_ int, p *peer) {
 				p.write(v.csm)
 				if v.messages == 0 {

@@ -71,9 +71,9 @@ func (s *Store) put(ctx context.Context, block []byte) error {
 		if peer, err = conn.AwaitPeer(ctx, s.options.CapabilityTimeout); err != nil {
 			return err
 		}
-		silent := !peer.Stated && !peer.BlockWise
+		silent := !peer.Stated && !peer.BlockWise // some servers say nothing, and take whole blocks
 		switch {
-		case size <= int(peer.MessageSize), silent && !s.options.StrictMessageSize:
+		case size <= int(peer.MessageSize), silent:
 		case peer.BlockWise:
 			return s.putParts(ctx, block, &peer)
 		default:

@@ -5,7 +5,7 @@
 //
 // A file is named by the 52 characters of Base32 of the block's reference, in upper case, so that
 // names are the same on file systems that ignore case. It is either in the directory itself (flat)
-// or in a subdirectory named by the first two characters (sharded). Both are read; [Options] says
+// or in a subdirectory named by the first two characters (sharded). Both are read; the URL says
 // which is written.
 //
 // # What stored means
@@ -52,13 +52,6 @@ const (
 	Flat
 )
 
-// Options says how a [Store] behaves. The zero value is what most directories want.
-type Options struct {
-	// Layout is that of new blocks. An element "layout=flat" or "layout=sharded" in the query of
-	// the URL takes precedence.
-	Layout Layout
-}
-
 // Store is a directory with blocks. It implements [fetch.Store]. It is safe for concurrent use,
 // also by several processes at a time. Errors of requests wrap [eris.ErrNotFound] if there is no
 // file for the block, or one that is empty, not regular, or a symbolic link; [*eris.BlockError] if
@@ -77,8 +70,9 @@ type Store struct {
 var _ fetch.Store = (*Store)(nil)
 
 // Open returns the store in the directory that a URL names: file:///media/usb, or file:blocks,
-// relative to the working directory. The path is percent-encoded. A query "?get", "?put" or
-// "?get&put" restricts what the store is used for.
+// relative to the working directory. The path is percent-encoded. An element "layout=flat" of
+// the query has new blocks written flat instead of sharded; "get", "put" or both restrict what the
+// store is used for.
 //
 // Open does not touch the directory. It is opened when it is needed; a directory that is not there,
 // because a medium is not plugged in, makes requests fail until it is. If it does not exist, the
@@ -87,17 +81,14 @@ var _ fetch.Store = (*Store)(nil)
 // The Store must be closed. Put returns once the block is durable, see the package comment; its
 // errors wrap [fetch.ErrReadOnly] if the file system or the permissions of the directory do not
 // allow writing.
-func Open(url string, options Options) (*Store, error) {
+func Open(url string) (*Store, error) {
 	u, err := storeurl.ParseScheme(url, "file")
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{layout: options.Layout}
-	switch {
-	case u.Has("layout=flat"):
+	s := &Store{}
+	if u.Has("layout=flat") {
 		s.layout = Flat
-	case u.Has("layout=sharded"):
-		s.layout = Sharded
 	}
 	s.hint.Store(int32(s.layout))
 	s.Store = local.New(u, adapter{s})

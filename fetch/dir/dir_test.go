@@ -32,7 +32,7 @@ func must(tb testing.TB, err error) {
 
 func mustOpen(tb testing.TB, url string) *Store {
 	tb.Helper()
-	s, err := Open(url, Options{})
+	s, err := Open(url)
 	must(tb, err)
 	tb.Cleanup(func() { s.Close() })
 	return s
@@ -95,7 +95,7 @@ func TestConformance(t *testing.T) {
 			sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
 				directory := t.TempDir()
 				open := func(query string) *Store {
-					s, err := Open("file://"+directory+"?layout="+name+query, Options{})
+					s, err := Open("file://" + directory + "?layout=" + name + query)
 					must(t, err)
 					t.Cleanup(func() { s.Close() }) // waits for operations that Close did not wait for
 					follow(t, s, backend, directory, layout)
@@ -348,7 +348,7 @@ func TestFailures(t *testing.T) {
 		}
 	}
 	for _, url := range []string{"file:", "http://x", "file://host/x", "file:///x?layout=round", "file:///x?x"} {
-		if _, err := Open(url, Options{}); err == nil {
+		if _, err := Open(url); err == nil {
 			t.Errorf("%s is taken", url)
 		}
 	}

@@ -17,8 +17,8 @@
 package ipfs
 
 import (
+	"cmp"
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"net/http"
@@ -34,24 +34,17 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 )
 
-// Options says how a [Store] behaves. Zero fields stand for the defaults.
+// Options says how a [Store] behaves.
 type Options struct {
 	// Timeout is how long the node may look for a block, and how long it may take to store one.
-	// Default 20 s.
+	// Once it has begun to answer, the rest may take half as long again. Default 20 s.
 	Timeout time.Duration
-	// BodyTimeout is how long a block may take once the node has begun to answer. Default 30 s.
-	BodyTimeout time.Duration
-	// Connections is the most requests at a time; further ones wait. Over HTTP/1 each is a
-	// connection. Default 32.
-	Connections int
-	// TLS is the configuration for ipfs+https. If it is nil, certificates are verified only if the
-	// URL has a user name or password to be kept from others: blocks are verified by their
-	// references, so that whoever is in between can withhold them, and see what is asked for, but
-	// no more.
-	TLS *tls.Config
 }
 
 const (
+	// connections is the most requests at a time; further ones wait. Over HTTP/1 each is a
+	// connection.
+	connections    = 32
 	connectTimeout = 5 * time.Second
 	idleTimeout    = 90 * time.Second
 	// maxText is how many bytes of a message of the node are read.
@@ -100,29 +93,21 @@ func Open(url string, options Options) (*Store, error) {
 		return nil, fmt.Errorf("store URL %v: it is either a gateway or an RPC", u)
 	}
 	u.Path = path
-	setDefault(&options.Timeout, 20*time.Second)
-	setDefault(&options.BodyTimeout, 30*time.Second)
-	setDefault(&options.Connections, 32)
-	s := &Store{url: u, timeout: options.Timeout}
+	s := &Store{url: u, timeout: cmp.Or(options.Timeout, 20*time.Second)}
 	s.rpc = !u.Has("gateway") && (u.Has("rpc") || isRPC || u.Port == rpcPort)
 	getenv := os.Getenv
 	if address, err := netip.ParseAddr(u.Host); u.Host == "localhost" || err == nil && address.IsLoopback() {
 		getenv = func(string) string { return "" } // the node of this machine is not behind a proxy
 	}
 	s.client = httpclient.New(u.HTTP(""), httpclient.Options{
-		Connections: options.Connections, ConnectTimeout: connectTimeout, IdleTimeout: idleTimeout,
+		Connections: connections, ConnectTimeout: connectTimeout, IdleTimeout: idleTimeout,
 		// The daemon is told to stop looking after Timeout, so it may say so itself a little later.
-		Timeout: options.Timeout + options.Timeout/8, BodyTimeout: options.BodyTimeout,
-		TLS: options.TLS, Verify: u.User != nil, Getenv: getenv,
+		Timeout: s.timeout + s.timeout/8, BodyTimeout: s.timeout + s.timeout/2,
+		Verify: u.User != nil, // which are to be kept from others; blocks are verified in any case
+		Getenv: getenv,
 	})
-	s.Workers = fetch.NewWorkers(options.Connections, s.get)
+	s.Workers = fetch.NewWorkers(connections, s.get)
 	return s, nil
-}
-
-func setDefault[T int | time.Duration](v *T, value T) {
-	if *v <= 0 {
-		*v = value
-	}
 }
 
 // String returns the scheme and the host.

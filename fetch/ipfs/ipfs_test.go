@@ -453,7 +453,7 @@ func TestHostile(t *testing.T) {
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			t.Parallel()
-			s := serve(t, v.query, Options{Timeout: 300 * time.Millisecond, BodyTimeout: 300 * time.Millisecond}, v.handler)
+			s := serve(t, v.query, Options{Timeout: 300 * time.Millisecond}, v.handler)
 			_, err := fetch.Get(t.Context(), s, ref, eris.BlockSize1KiB, nil)
 			var blockError *eris.BlockError
 			var responseError *httpclient.StatusError
@@ -513,7 +513,7 @@ func TestPutHostile(t *testing.T) {
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			t.Parallel()
-			s := serve(t, "?rpc", Options{Timeout: 300 * time.Millisecond, BodyTimeout: 300 * time.Millisecond}, v.handler)
+			s := serve(t, "?rpc", Options{Timeout: 300 * time.Millisecond}, v.handler)
 			err := s.Put(t.Context(), ref, block)
 			if err == nil || errors.Is(err, fetch.ErrReadOnly) != v.readOnly || errors.Is(err, eris.ErrNotFound) {
 				t.Errorf("error is %v", err)

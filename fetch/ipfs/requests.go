@@ -26,7 +26,7 @@ func (s *Store) request(method, path string, query url.Values, body []byte) (*ht
 	if err != nil {
 		return nil, errors.New("making a request failed") // the error would quote the URL
 	}
-	r.Header = httpclient.Header("guix-substitute-eris")
+	r.Header = httpclient.Header()
 	if user := s.url.User; user != nil {
 		password, _ := user.Password()
 		r.SetBasicAuth(user.Username(), password)

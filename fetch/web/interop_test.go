@@ -123,7 +123,7 @@ func TestNginxStatic(t *testing.T) {
 	blocks := filepath.Join(directory, "blocks")
 	must(t, os.Mkdir(blocks, 0o777))
 	for _, layout := range []string{"flat", "sharded"} {
-		to, err := dir.Open("file:"+filepath.Join(blocks, layout)+"?layout="+layout, dir.Options{})
+		to, err := dir.Open("file:" + filepath.Join(blocks, layout) + "?layout=" + layout)
 		must(t, err)
 		defer to.Close()
 		for _, url := range []string{"http://" + plain, "https://" + secure} {

@@ -32,9 +32,9 @@ package web
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -56,23 +56,12 @@ type Options struct {
 	// Connections is the most connections to one host, each of which carries one request of
 	// HTTP/1.1 at a time; further requests wait for their turn. Default 32.
 	Connections int
-	// Streams is the most requests by HTTP/2 at a time. There is one connection if the server
-	// allows as many on one. Default 256.
-	Streams int
 	// ConnectTimeout bounds the time to resolve and connect, and again that to shake hands. Default
 	// 5 s.
 	ConnectTimeout time.Duration
 	// Timeout is how long a server may take to begin an answer. The rest of it may take three times
 	// that. Default 20 s.
 	Timeout time.Duration
-	// IdleTimeout is for how long a connection without requests is kept. Default 50 s, because
-	// servers commonly close after 60 s.
-	IdleTimeout time.Duration
-	// TLS is the configuration for https. If it is nil, certificates are verified only if the URL
-	// asks for that.
-	TLS *tls.Config
-	// UserAgent names the program to servers.
-	UserAgent string
 	// HopLimit, if not 0, says in all requests for blocks how many servers they may go through that
 	// ask others for what they do not have, the first one among them: by the header Max-Forwards
 	// (RFC 9110, section 7.6.2), which does not count that one.
@@ -84,23 +73,14 @@ type Options struct {
 	Getenv func(string) string
 }
 
-func (o Options) withDefaults() Options {
-	setDefault(&o.Connections, 32)
-	setDefault(&o.Streams, 256)
-	setDefault(&o.ConnectTimeout, 5*time.Second)
-	setDefault(&o.Timeout, 20*time.Second)
-	setDefault(&o.IdleTimeout, 50*time.Second)
-	if o.UserAgent == "" {
-		o.UserAgent = "guix-substitute-eris"
-	}
-	return o
-}
-
-func setDefault[T int | time.Duration](v *T, value T) {
-	if *v <= 0 {
-		*v = value
-	}
-}
+const (
+	// streams is the most requests by HTTP/2 at a time. There is one connection if the server
+	// allows as many on one.
+	streams = 256
+	// idleTimeout is for how long a connection without requests is kept: servers commonly close
+	// after 60 s.
+	idleTimeout = 50 * time.Second
+)
 
 // Store is a store that is reached by HTTP. It implements [fetch.Store], and is safe for concurrent
 // use.
@@ -163,8 +143,8 @@ func Open(url string, options Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	options = options.withDefaults()
-	s := &Store{url: u, sign: options.Sign, layouts: []layout{service}, header: httpclient.Header(options.UserAgent)}
+	connections, timeout := cmp.Or(options.Connections, 32), cmp.Or(options.Timeout, 20*time.Second)
+	s := &Store{url: u, sign: options.Sign, layouts: []layout{service}, header: httpclient.Header()}
 	if options.HopLimit > 0 {
 		s.header.Set("Max-Forwards", strconv.Itoa(options.HopLimit-1))
 	}
@@ -183,18 +163,18 @@ func Open(url string, options Options) (*Store, error) {
 		return nil, fmt.Errorf("store URL %v: %w", s, errLayout)
 	}
 	s.base = u.HTTP("")
-	bodyTimeout := 3 * options.Timeout
+	bodyTimeout := 3 * timeout
 	if u.Has("packed") { // a pack may be long, and the line slow
-		bodyTimeout = 30 * options.Timeout
+		bodyTimeout = 30 * timeout
 	}
 	s.client = httpclient.New(s.base, httpclient.Options{
-		Connections: options.Connections, ConnectTimeout: options.ConnectTimeout,
-		Timeout: options.Timeout, BodyTimeout: bodyTimeout, IdleTimeout: options.IdleTimeout,
-		TLS: options.TLS, Verify: u.Has("verify"), Cleartext: u.Has("h2c"), Getenv: options.Getenv,
+		Connections: connections, ConnectTimeout: cmp.Or(options.ConnectTimeout, 5*time.Second),
+		Timeout: timeout, BodyTimeout: bodyTimeout, IdleTimeout: idleTimeout,
+		Verify: u.Has("verify"), Cleartext: u.Has("h2c"), Getenv: options.Getenv,
 	})
-	workers := options.Connections
+	workers := connections
 	if u.TLS() || u.Has("h2c") {
-		workers = options.Streams
+		workers = streams
 	}
 	s.Workers = fetch.NewWorkers(workers, s.get)
 	if u.Get && !u.Has("static") {

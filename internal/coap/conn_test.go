@@ -69,7 +69,7 @@ func TestBothWays(t *testing.T) {
 		runs.Go(func() { _ = h.conn.Run() })
 	}
 	const count = 500
-	store := NewRequests(wellKnownPath, false)
+	store := NewRequests(wellKnownPath)
 	var group sync.WaitGroup
 	for i, h := range handlers {
 		other := handlers[1-i]

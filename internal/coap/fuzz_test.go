@@ -41,7 +41,7 @@ func readStream(r io.Reader) (messages []streamMessage, err error) {
 }
 
 func streamSeeds(f *testing.F) [][]byte {
-	requests := NewRequests(wellKnownPath, false)
+	requests := NewRequests(wellKnownPath)
 	ref, _ := eris.ParseReference(helloReference)
 	x := Exchange{Reference: ref, Size: 1024}
 	get := appendMessage(nil, codes.GET, makeToken(1), requests.append(nil, &x), "")

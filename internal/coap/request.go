@@ -27,16 +27,15 @@ type Requests struct {
 	HopLimit uint8
 
 	path     []byte // the options Uri-Path
-	raw      bool
-	document bool // a resource that is not a store
+	document bool   // a resource that is not a store
 }
 
 // NewRequests returns the Requests for the store at the given path, segment by segment, without
-// "blocks". References in queries are Base32, which every server known takes, or raw bytes, which
-// makes requests shorter but which libraries that expect text refuse.
-func NewRequests(path []string, raw bool) *Requests {
+// "blocks". References in queries are Base32, which every server known takes; raw bytes would be
+// shorter, but libraries that expect text refuse them.
+func NewRequests(path []string) *Requests {
 	r := NewDocument(append(slices.Clone(path), blocksSegment))
-	r.raw, r.document = raw, false
+	r.document = false
 	return r
 }
 
@@ -76,12 +75,8 @@ func (r *Requests) append(dst []byte, x *Exchange) []byte {
 	}
 	previous, block, size := message.URIPath, message.Block1, uint32(x.Total)
 	if x.Payload == nil {
-		if r.raw {
-			dst = appendOption(dst, message.URIPath, message.URIQuery, x.Reference[:])
-		} else {
-			dst = appendOptionHead(dst, int(message.URIQuery-message.URIPath), referenceTextSize)
-			dst, _ = x.Reference.AppendText(dst) // never fails
-		}
+		dst = appendOptionHead(dst, int(message.URIQuery-message.URIPath), referenceTextSize)
+		dst, _ = x.Reference.AppendText(dst) // never fails
 		previous, block, size = message.URIQuery, message.Block2, uint32(x.Size)
 		if r.HopLimit != 0 {
 			dst = AppendUintOption(dst, previous, hopLimit, uint32(r.HopLimit))

@@ -23,7 +23,7 @@ import (
 )
 
 func open(t *testing.T, directory string) *dir.Store {
-	s, err := dir.Open("file:"+directory, dir.Options{})
+	s, err := dir.Open("file:" + directory)
 	if err != nil {
 		t.Fatal(err)
 	}

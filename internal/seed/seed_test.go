@@ -58,7 +58,7 @@ func TestSeeds(t *testing.T) {
 		t.Fatal(err)
 	}
 	has := func() bool {
-		store, err := dir.Open("file:"+blocks, dir.Options{})
+		store, err := dir.Open("file:" + blocks)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -82,7 +82,7 @@ func TestSeeds(t *testing.T) {
 	}
 
 	// The next process goes on.
-	store, err := dir.Open("file:"+blocks, dir.Options{})
+	store, err := dir.Open("file:" + blocks)
 	if err != nil {
 		t.Fatal(err)
 	}

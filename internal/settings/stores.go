@@ -112,7 +112,7 @@ func openStoreFor(text string, hops int) (fetch.Store, error) {
 		if u.Has("packed") {
 			return openPacks(text)
 		}
-		store, err = dir.Open(text, dir.Options{})
+		store, err = dir.Open(text)
 	case "dump":
 		if u.Path == "-" {
 			return &dump.Stream{W: os.Stdout, KeepCapabilities: u.Has("capability")}, nil

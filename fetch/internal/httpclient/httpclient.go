@@ -29,16 +29,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
 )
 
-// Options says how a [Client] behaves. All fields must be set but TLS, Verify, Cleartext and
-// Getenv.
+// Options says how a [Client] behaves. All fields must be set but Verify, Cleartext and Getenv.
 type Options struct {
 	Connections    int                 // the most connections to one host; further requests wait for one
 	ConnectTimeout time.Duration       // to resolve and connect, and again to shake hands
 	Timeout        time.Duration       // from when a request has a connection until the header of the response
 	BodyTimeout    time.Duration       // from then until the end of the response
 	IdleTimeout    time.Duration       // for how long a connection without requests is kept
-	TLS            *tls.Config         // if it is nil, certificates are verified only if Verify is true
-	Verify         bool                // see TLS
+	Verify         bool                // certificates
 	Cleartext      bool                // HTTP/2 without TLS, and nothing else
 	Getenv         func(string) string // for the variables of package proxy; nil stands for os.Getenv
 }
@@ -86,9 +84,6 @@ func New(base *url.URL, o Options) *Client {
 	if o.Getenv == nil {
 		o.Getenv = os.Getenv
 	}
-	if o.TLS == nil {
-		o.TLS = &tls.Config{InsecureSkipVerify: !o.Verify, ClientSessionCache: tls.NewLRUClientSessionCache(o.Connections)}
-	}
 	c := &Client{options: o, first: make(chan struct{}, 1), rest: backoff.Backoff{Min: firstRest, Max: longestRest}}
 	c.known.Store(base.Scheme == "http" && !o.Cleartext)
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
@@ -99,7 +94,7 @@ func New(base *url.URL, o Options) *Client {
 	c.transport = &http.Transport{
 		Proxy:                  func(r *http.Request) (*url.URL, error) { return proxyFor(r.URL, o.Getenv) },
 		DialContext:            c.dial,
-		TLSClientConfig:        o.TLS,
+		TLSClientConfig:        &tls.Config{InsecureSkipVerify: !o.Verify, ClientSessionCache: tls.NewLRUClientSessionCache(o.Connections)},
 		TLSHandshakeTimeout:    o.ConnectTimeout,
 		DisableCompression:     true,
 		MaxConnsPerHost:        o.Connections,
@@ -115,9 +110,9 @@ func New(base *url.URL, o Options) *Client {
 }
 
 // Header returns the header that every request must begin with. It is not changed by the client.
-func Header(userAgent string) http.Header {
+func Header() http.Header {
 	return http.Header{
-		"User-Agent":      {userAgent},
+		"User-Agent":      {"guix-substitute-eris"},
 		"Accept-Encoding": {"identity"}, // blocks do not compress
 		// Whatever we request may be requested twice, so that a connection which the server has
 		// closed meanwhile is not an error. No such field is sent if it has no value (net/http,

@@ -212,7 +212,7 @@ func play(t *testing.T, client bool, timeout time.Duration) (c *coap.Conn, p *pe
 	return c, p, over, done
 }
 
-var store = coap.NewRequests([]string{".well-known", "eris"}, true)
+var store = coap.NewRequests([]string{".well-known", "eris"})
 
 // csm is the capabilities as they go over WebSockets: the length is zero, all else as ever.
 var csm = []byte{0, 0xe1, 0x23, 1, 0, 0, 0x20}
@@ -220,7 +220,7 @@ var csm = []byte{0, 0xe1, 0x23, 1, 0, 0, 0x20}
 // path and options of the requests.
 const (
 	path   = "\xbb.well-known\x04eris\x06blocks"
-	noHash = "\x4d\x13\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
+	noHash = "\x4d\x27AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
 	get    = "\x01\x01\x01" + path + noHash + "\xd2\x20\x80\x00"
 )
 
