@@ -5,7 +5,6 @@ package demo
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -27,7 +26,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
@@ -47,8 +45,7 @@ there they come back from the blocks; once more, with the block store stopped,
 they come back from the nars.
 
 The items are copies of the files or trees at PATH; without any, of a generated
-tree and, in the source directory, of what a real "guix publish" has published.
-Everything happens in one new directory, which is removed at the end.`,
+tree. Everything happens in one new directory, which is removed at the end.`,
 	}
 	keep := c.Flags().Bool("keep", false, "do not remove the directory")
 	c.RunE = func(_ *cobra.Command, paths []string) error {
@@ -113,7 +110,7 @@ func (d *demo) run(ctx context.Context, paths []string) (err error) {
 	if err != nil {
 		return err
 	}
-	_, server, _ := strings.Cut(publisher.ready, "publishing on ")
+	server := publisher.found("publishing on ")
 	d.say("   %s\n   %s", socket, server)
 
 	d.say("\n2. The narinfo of %s", filepath.Base(d.items[0].path))
@@ -191,72 +188,38 @@ func indent(text string) string {
 	return strings.TrimSuffix(b.String(), "\n")
 }
 
-// demoMirror has items that "guix publish" has published, in the source directory.
-const demoMirror = "testdata/guix-mirror"
-
 // makeItems fills the store.
 func (d *demo) makeItems(ctx context.Context, paths []string) error {
 	if err := errors.Join(os.Mkdir(d.file("store"), 0o755), os.Mkdir(d.file("publisher"), 0o755)); err != nil {
 		return err
 	}
-	for _, path := range paths {
-		absolute, err := filepath.Abs(path)
-		if err != nil {
+	if len(paths) == 0 {
+		paths = []string{d.file("generated-1.0")}
+		if err := generate(paths[0]); err != nil {
 			return err
 		}
-		tree := nar.NewTree(absolute)
-		err = d.makeItem(ctx, filepath.Base(absolute), tree)
-		tree.Close()
-		if err != nil {
+	}
+	for _, path := range paths {
+		if err := d.makeItem(ctx, path); err != nil {
 			return fmt.Errorf("%s: %w", path, err)
 		}
 	}
-	if len(paths) > 0 {
-		return nil
-	}
-	published, err := filepath.Glob(demoMirror + "/nar/gzip/*-shapes")
-	if err != nil {
-		return err
-	}
-	for _, name := range published {
-		_, after, _ := strings.Cut(filepath.Base(name), "-")
-		if err := d.makePublished(ctx, name, after); err != nil {
-			return fmt.Errorf("%s: %w", name, err)
-		}
-	}
-	generated := d.file("generated")
-	if err := generate(generated); err != nil {
-		return err
-	}
-	tree := nar.NewTree(generated)
-	defer tree.Close()
-	return errors.Join(d.makeItem(ctx, "generated-1.0", tree), os.RemoveAll(generated))
+	return nil
 }
 
-// makePublished makes an item of a nar.
-func (d *demo) makePublished(ctx context.Context, name, as string) error {
-	f, err := os.Open(name)
+// makeItem puts a copy of what is at a path into the store.
+func (d *demo) makeItem(ctx context.Context, path string) error {
+	path, err := filepath.Abs(path)
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	plain, err := decompress.Open("gzip", f)
-	if err != nil {
-		return err
-	}
-	defer plain.Close()
-	return d.makeItem(ctx, as, nar.NewReader(nar.FeedReader(plain, 64<<10)))
-}
-
-// makeItem puts a tree into the store.
-func (d *demo) makeItem(ctx context.Context, name string, nodes nar.Nodes) error {
 	// What may not be in the name of a store item becomes a hyphen.
-	name = strings.TrimLeft(strings.Map(func(r rune) rune {
+	name := strings.TrimLeft(strings.Map(func(r rune) rune {
 		if strings.ContainsRune("+-._?=", r) || r < 0x80 && ('0' <= r && r <= '9' || 'a' <= r|0x20 && r|0x20 <= 'z') {
 			return r
 		}
 		return '-'
-	}, name), ".")
+	}, filepath.Base(path)), ".")
 	name = name[:min(len(name), 100)]
 	if name == "" {
 		name = "item"
@@ -266,15 +229,15 @@ func (d *demo) makeItem(ctx context.Context, name string, nodes nar.Nodes) error
 	if err := narinfo.CheckStorePath(d.file("store"), item.path); err != nil {
 		return err
 	}
-	r, err := restore.Restore(ctx, nodes, item.path, restore.Options{})
-	if err != nil {
-		return err
-	}
+	var r restore.Result
 	// The publisher is another machine, with a store of its own.
-	tree := nar.NewTree(item.path)
-	defer tree.Close()
-	if _, err := restore.Restore(ctx, tree, d.file("publisher/"+filepath.Base(item.path)), restore.Options{}); err != nil {
-		return err
+	for _, to := range []string{d.file("publisher/" + filepath.Base(item.path)), item.path} {
+		tree := nar.NewTree(path)
+		r, err = restore.Restore(ctx, tree, to, restore.Options{})
+		tree.Close()
+		if err != nil {
+			return err
+		}
 	}
 	item.hash, item.size = "sha256:"+nixbase32.EncodeToString(r.NarHash[:]), r.NarSize
 	d.items = append(d.items, item)
@@ -401,10 +364,7 @@ func (d *demo) fetchAll(helper *demoChild, from string) error {
 		if got := "sha256:" + nixbase32.EncodeToString(sum[:]); got != item.hash {
 			return fmt.Errorf("%s has the hash %s instead of %s", item.path, got, item.hash)
 		}
-		source := helper.found("Downloading ")
-		if _, after, ok := strings.Cut(source, "Downloading "); ok {
-			source = strings.TrimSuffix(after, "...")
-		}
+		source := strings.TrimSuffix(helper.found("Downloading "), "...")
 		if !strings.HasPrefix(source, from) {
 			return fmt.Errorf("%s has come from %q instead of %s", item.path, source, from)
 		}
@@ -433,35 +393,23 @@ type demoChild struct {
 	stdin   io.WriteCloser // of a helper
 	replies *os.File
 	reader  *bufio.Reader
-	ready   string // the line that says that a server is ready
 
 	gone chan struct{}
 	err  error // when gone is closed
 
-	mu    sync.Mutex
-	lines []string // what it has said, the end of it
-	rest  []byte   // after the last line
+	mu   sync.Mutex
+	said string // since the last request, the end of it
 }
 
-const (
-	// maxDemoLines is how much of what a child says is kept, and maxDemoLine of a line.
-	maxDemoLines = 1000
-	maxDemoLine  = 64 << 10
-)
+// maxSaid is how many bytes of what a child says are kept.
+const maxSaid = 64 << 10
 
 // environment is that of children: nothing of the user's own Guix.
 func (d *demo) environment() []string {
-	var env []string
-	for _, variable := range os.Environ() {
-		name, _, _ := strings.Cut(variable, "=")
-		if strings.HasPrefix(name, "GUIX_") || strings.HasPrefix(name, "NIX_") || strings.HasPrefix(name, "_NIX_") ||
-			strings.HasPrefix(name, "ERIS_") || strings.HasSuffix(strings.ToLower(name), "_proxy") || name == "NOTIFY_SOCKET" || strings.HasPrefix(name, "LISTEN_") {
-			continue
-		}
-		env = append(env, variable)
+	return []string{
+		"PATH=" + os.Getenv("PATH"), "TMPDIR=" + os.Getenv("TMPDIR"), "HOME=" + d.directory, "XDG_RUNTIME_DIR=" + d.directory,
+		"GUIX_STATE_DIRECTORY=" + d.file("state"), "GUIX_CONFIGURATION_DIRECTORY=" + d.file("etc"), "NIX_STORE_DIR=" + d.file("store"),
 	}
-	return append(env, "GUIX_STATE_DIRECTORY="+d.file("state"), "GUIX_CONFIGURATION_DIRECTORY="+d.file("etc"),
-		"NIX_STORE_DIR="+d.file("store"), "HOME="+d.directory, "XDG_CACHE_HOME=", "XDG_RUNTIME_DIR="+d.directory)
 }
 
 // command prepares a child.
@@ -500,25 +448,18 @@ func (d *demo) start(name, ready string, args ...string) (*demoChild, error) {
 	if err := d.runChild(c); err != nil {
 		return nil, err
 	}
-	if c.ready = c.await(ready, time.Minute); c.ready == "" {
+	if !c.await(ready) {
 		return nil, c.failure(errors.New("it has not started"))
 	}
 	return c, nil
 }
 
-// Write takes what the child says. A line that shows progress ends in a carriage return.
+// Write takes what the child says.
 func (c *demoChild) Write(p []byte) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.rest = append(c.rest, p...)
-	for end := 0; end >= 0; {
-		if end = bytes.IndexAny(c.rest, "\r\n"); end >= 0 {
-			c.lines = append(c.lines, string(c.rest[:end]))
-			c.rest = c.rest[end+1:]
-		}
-	}
-	c.lines = c.lines[max(0, len(c.lines)-maxDemoLines):]
-	c.rest = c.rest[max(0, len(c.rest)-maxDemoLine):]
+	c.said += string(p)
+	c.said = c.said[max(0, len(c.said)-maxSaid):]
 	return len(p), nil
 }
 
@@ -552,7 +493,7 @@ func (d *demo) startHelper(ctx context.Context, mode, server, store string) (*de
 // comes by another pipe.
 func (c *demoChild) ask(request, word string) (string, error) {
 	c.mu.Lock()
-	c.lines = nil
+	c.said = ""
 	c.mu.Unlock()
 	if _, err := io.WriteString(c.stdin, request+"\n"); err != nil {
 		return "", c.failure(err)
@@ -569,43 +510,45 @@ func (c *demoChild) ask(request, word string) (string, error) {
 		}
 	}
 	if word != "" {
-		c.await(word, time.Minute)
+		c.await(word)
 	}
 	return reply.String(), nil
 }
 
-// await waits for a line that has a word, and returns it; it returns nothing if there is none in
-// time, or before the child ends.
-func (c *demoChild) await(word string, most time.Duration) string {
-	for begin := time.Now(); ; {
-		if line := c.found(word); line != "" || time.Since(begin) > most {
-			return line
+// await waits until a child has said a line with a word. It reports whether it does so within a
+// minute, and before it ends.
+func (c *demoChild) await(word string) bool {
+	for begin := time.Now(); time.Since(begin) < time.Minute; {
+		if c.found(word) != "" {
+			return true
 		}
 		select {
 		case <-c.gone:
-			return c.found(word)
+			return c.found(word) != ""
 		case <-time.After(time.Millisecond):
 		}
 	}
+	return false
 }
 
-// found returns the last of the lines that a child has said that has a word.
+// found returns what follows a word in the last line that a child has said with it. A line that
+// shows progress ends in a carriage return.
 func (c *demoChild) found(word string) string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for i := len(c.lines) - 1; i >= 0; i-- {
-		if strings.Contains(c.lines[i], word) {
-			return c.lines[i]
-		}
+	i := strings.LastIndex(c.said, word)
+	if i < 0 {
+		return ""
 	}
-	return ""
+	rest := c.said[i+len(word):]
+	return rest[:max(0, strings.IndexAny(rest, "\r\n"))]
 }
 
 // failure adds what a child has said to an error.
 func (c *demoChild) failure(err error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return fmt.Errorf("%s: %w\n%s", c.name, err, strings.Join(c.lines, "\n"))
+	return fmt.Errorf("%s: %w\n%s", c.name, err, c.said)
 }
 
 // end ends a child: a helper by the end of its input, a server by a signal. It may be called twice.
