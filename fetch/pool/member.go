@@ -63,7 +63,6 @@ type member struct {
 	quiet     time.Duration // for how long there has been no answer although something was asked
 	doubted   bool          // a request was given up since the last answer
 	busyUntil time.Duration // with what was cancelled
-	ghosts    int64         // bytes of that, as of the last call of haunt
 
 	attempts list.List[attempt, *attempt] // in flight, in order of start
 	spare    *attempt
@@ -119,7 +118,7 @@ func (m *member) expected(size int64) time.Duration {
 	if !m.known {
 		return time.Hour
 	}
-	d := max(m.minRoundTrip(), seconds(float64(m.bytes+m.ghosts+size)/m.speed()))
+	d := max(m.minRoundTrip(), seconds(float64(m.bytes+size)/m.speed()))
 	return time.Duration(float64(d) / m.score)
 }
 
@@ -196,7 +195,6 @@ func (m *member) delivers(a *attempt, now time.Duration) {
 func (m *member) cancelled(a *attempt, now time.Duration) {
 	if m.known {
 		m.busyUntil = min(now+mostBusy, max(now, m.busyUntil)+seconds(float64(a.request.Size)/m.speed()))
-		m.haunt(now)
 	}
 	if a.cause != errNotFirst {
 		m.quiet = 0
@@ -207,13 +205,6 @@ func (m *member) cancelled(a *attempt, now time.Duration) {
 	}
 	if a.expected < time.Hour && float64(now-a.start) > float64(a.expected)*m.tail {
 		m.tail = min(greatestTail, m.tail*(1+0.95*tailStep))
-	}
-}
-
-// haunt brings up to date what may yet come of what was cancelled.
-func (m *member) haunt(now time.Duration) {
-	if m.ghosts = 0; m.busyUntil > now {
-		m.ghosts = int64((m.busyUntil - now).Seconds() * m.speed())
 	}
 }
 

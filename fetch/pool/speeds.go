@@ -146,9 +146,6 @@ func (m *member) window(alone bool) int64 {
 
 // hasRoom reports whether the member may be asked for a further block.
 func (m *member) hasRoom(alone bool, now time.Duration) bool {
-	if m.ghosts > 0 {
-		m.haunt(now)
-	}
 	switch {
 	case m.failures > 0 || m.silent:
 		return m.requests < gentleRequests
@@ -167,13 +164,13 @@ func (m *member) hasRoom(alone bool, now time.Duration) bool {
 	if m.draining && !m.isClean() {
 		return false
 	}
-	return m.bytes+m.ghosts < m.window(alone)
+	return m.bytes < m.window(alone)
 }
 
 // isClean reports whether the answer to a request that is made now is not held up by those before
 // it.
 func (m *member) isClean() bool {
-	return float64(m.bytes+m.ghosts) <= m.rate.best(larger)*m.minRoundTrip().Seconds()/2
+	return float64(m.bytes) <= m.rate.best(larger)*m.minRoundTrip().Seconds()/2
 }
 
 // measureRoundTrip takes note of how long an answer took. What a block itself takes on a slow line
