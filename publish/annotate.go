@@ -82,7 +82,7 @@ func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 	transport.ResponseHeaderTimeout = upstreamTimeout
 	a := &Annotator{o: o, upstream: u, client: &http.Client{Transport: transport, Timeout: upstreamTimeout}}
 	if o.Capabilities != nil && o.Nars {
-		a.nars = mirror.NewClient(mirror.Options{UserAgent: "guix-substitute-eris", Getenv: os.Getenv})
+		a.nars = mirror.NewClient(mirror.Options{Getenv: os.Getenv})
 		o.Capabilities.upstreamNar = a.encodeNar
 	}
 	if onLoopback(u.Hostname()) {

@@ -215,7 +215,7 @@ func basic(user *url.Userinfo) string {
 }
 
 // request is a request for the URL l on this connection.
-func (c *connection) request(l *location, userAgent string) string {
+func (c *connection) request(l *location) string {
 	host, target := l.hostField(), l.target
 	if c.proxy != nil {
 		target = "http://" + host + target

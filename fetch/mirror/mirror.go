@@ -17,6 +17,7 @@
 package mirror
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -31,6 +32,9 @@ import (
 // DefaultConnections is how many connections there are to one server at most, if [Options] does not
 // say it.
 const DefaultConnections = 16
+
+// userAgent names the program to servers.
+const userAgent = "guix-substitute-eris"
 
 // Options say how a [Client] works. The zero value of each is a default.
 type Options struct {
@@ -63,8 +67,6 @@ type Options struct {
 	// OnResume is called, by the reader of the nar at url, when what was cut off after offset bytes
 	// goes on.
 	OnResume func(url string, offset int64, cut error)
-	// UserAgent names the program to servers.
-	UserAgent string
 	// PublicFiles, if not nil, are the URLs of servers that somebody has named who may not read all
 	// that this process can. Then a local file is used only if it is below the directory of a file:
 	// URL among them, is regular, may be read by everybody, and is not reached through a symbolic
@@ -93,18 +95,14 @@ type Client struct {
 
 // NewClient returns a client.
 func NewClient(o Options) *Client {
-	positive(&o.MaxConnections, DefaultConnections)
-	o.MaxConnections = min(o.MaxConnections, maxConnections)
-	positive(&o.NarConnections, o.MaxConnections-o.MaxConnections/2)
+	o.MaxConnections = min(cmp.Or(o.MaxConnections, DefaultConnections), maxConnections)
+	o.NarConnections = cmp.Or(o.NarConnections, o.MaxConnections-o.MaxConnections/2)
 	o.NarConnections = min(o.NarConnections, max(1, o.MaxConnections-1))
-	positive(&o.ConnectTimeout, 5*time.Second)
-	positive(&o.NarinfoTimeout, 10*time.Second)
-	positive(&o.NarTimeout, time.Minute)
-	positive(&o.SlowAfter, 5*time.Second)
-	positive(&o.ResumeDelay, 250*time.Millisecond)
-	if o.UserAgent == "" {
-		o.UserAgent = "guix-substitute-eris"
-	}
+	o.ConnectTimeout = cmp.Or(o.ConnectTimeout, 5*time.Second)
+	o.NarinfoTimeout = cmp.Or(o.NarinfoTimeout, 10*time.Second)
+	o.NarTimeout = cmp.Or(o.NarTimeout, time.Minute)
+	o.SlowAfter = cmp.Or(o.SlowAfter, 5*time.Second)
+	o.ResumeDelay = cmp.Or(o.ResumeDelay, 250*time.Millisecond)
 	if o.Getenv == nil {
 		o.Getenv = func(string) string { return "" }
 	}
@@ -123,13 +121,6 @@ func NewClient(o Options) *Client {
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	c.transport = c.newTransport()
 	return c
-}
-
-// positive sets what is not positive to a default.
-func positive[T int | time.Duration](n *T, otherwise T) {
-	if *n <= 0 {
-		*n = otherwise
-	}
 }
 
 // Close ends all calls of Narinfos, and closes the connections that no nar uses.

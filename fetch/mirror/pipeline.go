@@ -54,7 +54,6 @@ type pipelines struct {
 	workers int // how many there are
 	open    map[*exchange]bool
 	wake    chan struct{} // has room for one: there are questions for a worker that is idle
-	leave   chan struct{} // workers that are idle leave when they read from it
 
 	busyUntil time.Time // nothing is requested before
 	busyTimes int       // that it was busy since the last response that it was not
@@ -66,7 +65,7 @@ type pipelines struct {
 }
 
 func newPipelines(limit int) pipelines {
-	return pipelines{limit: limit, most: limit, open: map[*exchange]bool{}, wake: make(chan struct{}, 1), leave: make(chan struct{})}
+	return pipelines{limit: limit, most: limit, open: map[*exchange]bool{}, wake: make(chan struct{}, 1)}
 }
 
 // add puts questions into the queue, unless the server rests.
@@ -116,18 +115,6 @@ func (p *peer) spawn(wanted int) {
 	select {
 	case p.wake <- struct{}{}:
 	default:
-	}
-}
-
-// dropIdle closes the connections that nobody uses, for servers that have few workers, which stay
-// with a connection.
-func (p *peer) dropIdle() {
-	for {
-		select {
-		case p.leave <- struct{}{}:
-		default:
-			return
-		}
 	}
 }
 
@@ -311,7 +298,7 @@ func (x *exchange) more() {
 	questions := p.take(window - len(x.unanswered))
 	var requests []byte
 	for i, q := range questions {
-		requests = append(requests, x.conn.request(q.location, p.c.o.UserAgent)...)
+		requests = append(requests, x.conn.request(q.location)...)
 		if len(requests) > maxRequests {
 			p.putBack(questions[i+1:])
 			questions = questions[:i+1]
@@ -358,8 +345,6 @@ func (x *exchange) await() (again, open bool) {
 	defer timer.Stop()
 	select {
 	case <-p.wake:
-	case <-p.leave:
-		return true, false
 	case <-p.c.ctx.Done():
 		return true, false
 	case <-timer.C:

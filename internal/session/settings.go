@@ -321,7 +321,6 @@ func (s *Settings) session(query bool, log *protocol.Log) *Session {
 		Mirrors: mirror.NewClient(mirror.Options{
 			MaxConnections: s.file.NarinfoConnections,
 			NarConnections: narConnections,
-			UserAgent:      "guix-substitute-eris",
 			PublicFiles:    s.publicFiles(),
 			Getenv:         os.Getenv,
 			OnSlow: func(host string) {
