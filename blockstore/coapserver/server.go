@@ -270,19 +270,14 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 	}
 }
 
-// Stats is what a [Server] does at the moment, and what it has done.
-type Stats struct {
-	Connections int   // at the moment
-	Accepted    int64 // connections that Serve and ServeWebSocket have accepted
-	TurnedAway  int64 // connections that they have closed because there were too many
-}
-
-// Stats returns the statistics.
-func (s *Server) Stats() Stats {
+// Stats returns the statistics of connections: of all that are open, also by ServeConn, and of
+// those that Serve and ServeWebSocket have accepted.
+func (s *Server) Stats() admission.Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	of := s.gates.Stats()
-	return Stats{len(s.conns), of.Accepted, of.TurnedAway}
+	stats := s.gates.Stats()
+	stats.Connections = int64(len(s.conns))
+	return stats
 }
 
 // ServeConn serves one connection until it ends, and closes it. It returns nil, or

@@ -161,18 +161,8 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 	return err
 }
 
-// Stats is what a [Server] does at the moment, and what it has done.
-type Stats struct {
-	Connections int64 // at the moment
-	Accepted    int64 // connections that Serve has accepted
-	TurnedAway  int64 // connections that it has closed because there were too many, all of them busy
-}
-
-// Stats returns the statistics.
-func (s *Server) Stats() Stats {
-	of := s.gates.Stats()
-	return Stats{of.Open, of.Accepted, of.TurnedAway}
-}
+// Stats returns the statistics of connections.
+func (s *Server) Stats() admission.Stats { return s.gates.Stats() }
 
 // Shutdown stops accepting connections and waits until all requests have been answered. When the
 // context ends before that, it closes everything as Close does, and returns the cause.

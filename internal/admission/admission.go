@@ -102,10 +102,9 @@ type visitor struct {
 
 // Stats counts connections.
 type Stats struct {
-	Open       int64 // at the moment
-	Accepted   int64 // so far
-	TurnedAway int64 // so far, because all others were busy
-	MadeRoom   int64 // so far: those that were idle, and were closed for others
+	Connections int64 `json:"connections"` // at the moment
+	Accepted    int64 `json:"accepted"`    // so far
+	TurnedAway  int64 `json:"turnedAway"`  // so far, because all others were busy
 }
 
 // logEvery is how often it is logged at most that connections are turned away.
@@ -213,7 +212,6 @@ func (g *Gate) makeRoom(may func(*visitor) bool) bool {
 	if oldest == nil {
 		return false
 	}
-	g.stats.MadeRoom++
 	g.remove(oldest, g.visitors[oldest])
 	oldest.Close()
 	return true
@@ -230,7 +228,7 @@ func (g *Gate) Stats() Stats {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	stats := g.stats
-	stats.Open = int64(g.shares.all)
+	stats.Connections = int64(g.shares.all)
 	return stats
 }
 
@@ -318,10 +316,9 @@ func (g *Gates) Stats() Stats {
 	var sum Stats
 	for _, gate := range g.all {
 		s := gate.Stats()
-		sum.Open += s.Open
+		sum.Connections += s.Connections
 		sum.Accepted += s.Accepted
 		sum.TurnedAway += s.TurnedAway
-		sum.MadeRoom += s.MadeRoom
 	}
 	return sum
 }

@@ -63,7 +63,7 @@ func TestGate(t *testing.T) {
 	enter("192.0.2.1:4", true)
 	enter("[2001:db8::2]:1", true)
 	enter("[2001:db8:1::1]:1", false) // there are six
-	if s := g.Stats(); s != (admission.Stats{Open: 6, Accepted: 7, TurnedAway: 2}) {
+	if s := g.Stats(); s != (admission.Stats{Connections: 6, Accepted: 7, TurnedAway: 2}) {
 		t.Errorf("%+v", s)
 	}
 	for _, l := range leave[1:] {
@@ -119,7 +119,7 @@ func TestIdle(t *testing.T) {
 	if clients["192.0.2.2:1"].closed || !clients["192.0.2.3:1"].closed {
 		t.Error("a busy connection made room, or none")
 	}
-	if s := g.Stats(); s != (admission.Stats{Open: 4, Accepted: 6, TurnedAway: 2, MadeRoom: 2}) {
+	if s := g.Stats(); s != (admission.Stats{Connections: 4, Accepted: 6, TurnedAway: 2}) {
 		t.Errorf("%+v", s)
 	}
 	// Those that made room leave, too, and do not count twice.
@@ -130,7 +130,7 @@ func TestIdle(t *testing.T) {
 		}
 	}
 	g.Wait()
-	if s := g.Stats(); s.Open != 0 {
+	if s := g.Stats(); s.Connections != 0 {
 		t.Errorf("%+v", s)
 	}
 }
@@ -187,7 +187,7 @@ func TestListener(t *testing.T) {
 	member.Close()
 	third.Close()
 	g.Wait()
-	if s := g.Stats(); s != (admission.Stats{Accepted: 3, TurnedAway: 1, MadeRoom: 1}) {
+	if s := g.Stats(); s != (admission.Stats{Accepted: 3, TurnedAway: 1}) {
 		t.Errorf("%+v", s)
 	}
 }

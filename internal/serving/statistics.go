@@ -14,6 +14,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/httpserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/relay"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 )
 
@@ -53,8 +54,8 @@ type Statistics struct {
 	Damaged   int64  `json:"damaged"`
 	LastError string `json:"lastError,omitempty"`
 
-	CoAP connectionStatistics `json:"coap"`
-	HTTP connectionStatistics `json:"http"`
+	CoAP admission.Stats `json:"coap"`
+	HTTP admission.Stats `json:"http"`
 
 	Upstreams *upstreamStatistics `json:"upstreams,omitempty"`
 	Items     *itemStatistics     `json:"items,omitempty"`
@@ -92,12 +93,6 @@ type storeStatistics struct {
 	LastError string  `json:"lastError,omitempty"`
 }
 
-type connectionStatistics struct {
-	Connections int64 `json:"connections"` // at the moment
-	Accepted    int64 `json:"accepted"`
-	TurnedAway  int64 `json:"turnedAway"` // there were too many
-}
-
 // statisticsOf collects the statistics of a server.
 func statisticsOf(started time.Time, store sharing, from *relay.Relay, blocks *coapserver.Server, web *httpserver.Server) Statistics {
 	s := Statistics{Version: program.Version(), Started: started.UTC().Truncate(time.Second)}
@@ -111,9 +106,7 @@ func statisticsOf(started time.Time, store sharing, from *relay.Relay, blocks *c
 	if b.Err != nil {
 		s.LastError = fmt.Sprintf("%.500v", b.Err)
 	}
-	c := blocks.Stats()
-	s.CoAP = connectionStatistics{int64(c.Connections), c.Accepted, c.TurnedAway}
-	s.HTTP = connectionStatistics(web.Stats())
+	s.CoAP, s.HTTP = blocks.Stats(), web.Stats()
 	if store.items != nil {
 		i := itemStatistics(store.items.Stats())
 		s.Items = &i

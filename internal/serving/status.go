@@ -115,7 +115,7 @@ func (u storeStatistics) section() status.Section {
 	return s
 }
 
-func clients(title, prefix string, c connectionStatistics) status.Section {
+func clients(title, prefix string, c admission.Stats) status.Section {
 	return status.Section{Title: title, Figures: []status.Figure{
 		number("connections", prefix+"connections", c.Connections), number("accepted", prefix+"connections_accepted_total", c.Accepted),
 		number("turned away", prefix+"connections_turned_away_total", c.TurnedAway),
@@ -137,13 +137,13 @@ func freeBytes(directory string) int64 {
 
 // publishSections shows what a publisher has done.
 func publishSections(started time.Time, requests *serverlog.Requests, gate *admission.Gate) []status.Section {
-	c, g := requests.Counts(), gate.Stats()
+	c := requests.Counts()
 	return []status.Section{
 		{Title: "Requests", Figures: []status.Figure{
 			number("answered", "http_found_total", c.Found), number("for what is not here", "http_absent_total", c.Absent),
 			number("refused", "http_refused_total", c.Refused), number("failed", "http_failed_total", c.Failed), size("sent", "http_sent_bytes_total", c.Bytes),
 		}},
-		clients("Clients", "http_", connectionStatistics{g.Open, g.Accepted, g.TurnedAway}),
+		clients("Clients", "http_", gate.Stats()),
 		{Title: "Program", Figures: []status.Figure{running(started)}},
 	}
 }
