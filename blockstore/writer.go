@@ -28,11 +28,10 @@ const savePeriod = 5 * time.Minute
 // writer is the one goroutine that changes the store. It commits whatever requests have come in
 // while it did the last commit.
 type writer struct {
-	store  *Store
-	state  state    // as committed
-	plan   plan     // for eviction
-	next   *request // received, but not part of the last batch
-	buffer []byte   // for neighbouring blocks
+	store *Store
+	state state    // as committed
+	plan  plan     // for eviction
+	next  *request // received, but not part of the last batch
 }
 
 // run checks the index, and then does requests until the queue is closed. The context ends the
@@ -50,7 +49,6 @@ func (w *writer) run(ctx context.Context) {
 	save := time.NewTicker(savePeriod)
 	defer save.Stop()
 	w.shrink()
-	w.buffer = make([]byte, 256<<10)
 	for {
 		first := w.next
 		w.next = nil
@@ -258,36 +256,11 @@ func (c *change) allocate(blocks []*addition) (fit []*addition) {
 
 // write writes blocks to their slots, and makes them durable.
 func (w *writer) write(blocks []*addition) error {
-	inOrder := slices.Clone(blocks)
-	slices.SortFunc(inOrder, func(a, b *addition) int { return int(a.location.slot()) - int(b.location.slot()) })
 	var dirty [classes]bool
-	for class := range classes {
-		f, size := w.store.slabs[class].file, int64(class.size())
-		// Neighbours are written together, as far as they fit a buffer.
-		run, start := w.buffer[:0], int64(0)
-		flush := func() error {
-			if len(run) == 0 {
-				return nil
-			}
-			_, err := f.WriteAt(run, start)
-			run = run[:0]
-			return err
-		}
-		for _, a := range inOrder {
-			if a.location.class() != class {
-				continue
-			}
-			dirty[class] = true
-			offset := int64(a.location.slot()) * size
-			if offset != start+int64(len(run)) || len(run)+len(a.block) > cap(run) {
-				if err := flush(); err != nil {
-					return fmt.Errorf("writing blocks: %w", err)
-				}
-				start = offset
-			}
-			run = append(run, a.block...)
-		}
-		if err := flush(); err != nil {
+	for _, a := range blocks { // in the order of their slots: they were taken one after the other
+		class, slot := a.location.class(), int64(a.location.slot())
+		dirty[class] = true
+		if _, err := w.store.slabs[class].file.WriteAt(a.block, slot*int64(class.size())); err != nil {
 			return fmt.Errorf("writing blocks: %w", err)
 		}
 	}
