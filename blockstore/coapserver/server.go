@@ -110,8 +110,8 @@ type Config struct {
 	// MaxAnswerBytes bounds the memory for answers that the client has not taken yet, in the same
 	// way. Defaults 16 MiB and 256 MiB.
 	MaxAnswerBytes, MaxTotalAnswerBytes int64
-	// MaxGets is the most blocks that are looked up at a time for a connection, and eight times that
-	// where others are asked for them, which takes longer; each needs 32 KiB. Default 32.
+	// MaxGets is the most blocks that are looked up at a time for a connection, and eight times
+	// that where others are asked for them, which takes longer; each needs 32 KiB. Default 32.
 	MaxGets int
 	// IdleTimeout is for how long a connection may send no message. Default 10 min.
 	IdleTimeout time.Duration

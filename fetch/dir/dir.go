@@ -70,8 +70,8 @@ type Store struct {
 var _ fetch.Store = (*Store)(nil)
 
 // Open returns the store in the directory that a URL names: file:///media/usb, or file:blocks,
-// relative to the working directory. The path is percent-encoded. An element "layout=flat" of
-// the query has new blocks written flat instead of sharded; "get", "put" or both restrict what the
+// relative to the working directory. The path is percent-encoded. An element "layout=flat" of the
+// query has new blocks written flat instead of sharded; "get", "put" or both restrict what the
 // store is used for.
 //
 // Open does not touch the directory. It is opened when it is needed; a directory that is not there,

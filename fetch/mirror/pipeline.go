@@ -19,7 +19,8 @@ const (
 	mostWindow  = 512
 	// maxRequests bounds the requests that are written at a time, in bytes, if they are several.
 	maxRequests = 64 << 10
-	// perConnection is how many questions wait for each connection beside the first when it is made.
+	// perConnection is how many questions wait for each connection beside the first when it is
+	// made.
 	perConnection = 64
 	// fewResponses is how many responses a server gives at least before it closes a connection, if
 	// it takes pipelines.

@@ -58,9 +58,9 @@ func hostOf(ip netip.Addr) netip.Prefix {
 	return host
 }
 
-// Host returns what counts as one host in text, given the address of a client, as in
-// [http.Request] or of a datagram: an IPv4 address, or an IPv6 network of 64 bits. It is empty for
-// what has no IP address, like clients on Unix sockets.
+// Host returns what counts as one host in text, given the address of a client, as in [http.Request]
+// or of a datagram: an IPv4 address, or an IPv6 network of 64 bits. It is empty for what has no IP
+// address, like clients on Unix sockets.
 func Host(remote string) string {
 	address, err := netip.ParseAddrPort(remote)
 	if err != nil {

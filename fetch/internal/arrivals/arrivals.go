@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package arrivals is where requests that are done wait for the goroutines that go on with them, some
-// at a time, so that locks and the processor's vectors are used for many blocks at once.
+// Package arrivals is where requests that are done wait for the goroutines that go on with them,
+// some at a time, so that locks and the processor's vectors are used for many blocks at once.
 package arrivals
 
 import (
