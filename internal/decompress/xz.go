@@ -59,11 +59,8 @@ type xzReader struct {
 	data    int64     // bytes of data of all blocks so far
 	windows int64     // bytes of the dictionaries so far
 
-	// The blocks of the stream: their number, and the length and a digest of their records in the
-	// index.
-	blocks  uint64
-	length  int64
-	records hash.Hash
+	inStream bool
+	blocks   uint64 // of the stream
 }
 
 func newXzReader(r *bufio.Reader) *xzReader { return &xzReader{in: &xzInput{r: r}} }
@@ -103,7 +100,7 @@ func (x *xzReader) Read(p []byte) (int, error) {
 // next reads what comes before the data of the next block. It returns io.EOF at the end of the last
 // stream.
 func (x *xzReader) next() error {
-	if x.records == nil {
+	if !x.inStream {
 		if err := x.streamHeader(); err != nil {
 			return err
 		}
@@ -152,8 +149,7 @@ func (x *xzReader) streamHeader() error {
 	if _, err := newCheck(x.flags); err != nil {
 		return err
 	}
-	x.begun = true
-	x.blocks, x.length, x.records = 0, 0, sha256.New()
+	x.begun, x.inStream, x.blocks = true, true, 0
 	return nil
 }
 
@@ -231,7 +227,6 @@ func (x *xzReader) endBlock() error {
 	if x.sizes[0] >= 0 && x.sizes[0] != compressed || x.sizes[1] >= 0 && x.sizes[1] != x.blockN {
 		return xzError("sizes of a block")
 	}
-	unpadded := x.in.n - x.first
 	if err := x.in.padding(compressed); err != nil {
 		return err
 	}
@@ -247,35 +242,28 @@ func (x *xzReader) endBlock() error {
 		if !bytes.Equal(got, want) {
 			return xzError("checksum of a block")
 		}
-		unpadded += int64(len(want))
 	}
 	x.blocks++
-	// Numbers are as those of package binary: seven bits in each byte, the low ones first.
-	record := binary.AppendUvarint(binary.AppendUvarint(nil, uint64(unpadded)), uint64(x.blockN))
-	x.length += int64(len(record))
-	x.records.Write(record)
 	return nil
 }
 
-// index reads the index, behind its first byte, and the footer. There is but one index for the
-// blocks.
+// index reads the index, behind its first byte, and the footer. What it says of blocks, the length
+// of each with its header and that of its data, is of no use here.
 func (x *xzReader) index() error {
 	x.in.crc = crc32.NewIEEE()
 	x.in.crc.Write([]byte{0})
-	want := binary.AppendUvarint(nil, x.blocks)
-	got := make([]byte, len(want))
-	if err := x.in.full(got); err != nil {
-		return err
+	// Numbers are as those of package binary: seven bits in each byte, the low ones first.
+	blocks, err := binary.ReadUvarint(x.in)
+	if err == nil && blocks != x.blocks {
+		err = xzError("index of another number of blocks than %d", x.blocks)
 	}
-	if !bytes.Equal(got, want) {
-		return xzError("index of another number of blocks than %d", x.blocks)
+	for range 2 * x.blocks {
+		if err == nil {
+			_, err = binary.ReadUvarint(x.in)
+		}
 	}
-	records := sha256.New()
-	if _, err := io.CopyN(records, x.in, x.length); err != nil {
+	if err != nil {
 		return noEOF(err)
-	}
-	if !bytes.Equal(records.Sum(nil), x.records.Sum(nil)) {
-		return xzError("index of other blocks")
 	}
 	if err := x.in.padding(x.in.n - x.first); err != nil {
 		return err
@@ -298,7 +286,7 @@ func (x *xzReader) index() error {
 	case [2]byte(footer[8:10]) != x.flags || string(footer[10:]) != xzFooterMagic:
 		return xzError("footer")
 	}
-	x.records = nil
+	x.inStream = false
 	return nil
 }
 
