@@ -5,9 +5,7 @@ package blockstore
 import (
 	"context"
 	"errors"
-	"fmt"
 	"math/rand/v2"
-	"os"
 	"sync"
 	"testing"
 
@@ -110,53 +108,6 @@ func TestCloseWhileBusy(t *testing.T) {
 	for ref := range acknowledged {
 		if !refs[ref] {
 			t.Errorf("block %v was acknowledged, but is not there", ref)
-		}
-	}
-}
-
-// A large item is stored by thousands of calls of Put at a time, and every block of it is there. It
-// has 64 MB, or 1 GB if ERIS_BIG_TESTS is 1.
-func TestLargeItem(t *testing.T) {
-	blocks, inFlight := 64<<20>>15, 1000
-	if os.Getenv("ERIS_BIG_TESTS") == "1" {
-		blocks, inFlight = 1<<30>>15, 4000
-	}
-	directory := t.TempDir()
-	s := testOpen(t, directory, Options{})
-	refs := make([]eris.Reference, blocks)
-	next := make(chan int)
-	var group sync.WaitGroup
-	for range inFlight {
-		group.Go(func() {
-			for i := range next {
-				ref, block := testBlock(i, eris.BlockSize32KiB)
-				if err := s.Put(t.Context(), ref, block); err != nil {
-					t.Error(err)
-				}
-				refs[i] = ref
-			}
-		})
-	}
-	for i := range blocks {
-		next <- i
-	}
-	close(next)
-	group.Wait()
-	stats := s.Stats()
-	t.Logf("%d blocks in %d commits", stats.Blocks32KiB, stats.Commits)
-	if stats.Blocks32KiB != int64(blocks) {
-		t.Errorf("%d blocks instead of %d", stats.Blocks32KiB, blocks)
-	}
-	must(t, s.Close())
-	s = testOpen(t, directory, Options{})
-	buffer := make([]byte, 0, eris.BlockSize32KiB)
-	for i, ref := range refs {
-		block, err := fetch.Get(t.Context(), s, ref, eris.BlockSize32KiB, buffer)
-		if err == nil {
-			err = eris.Verify(ref, block)
-		}
-		if err != nil {
-			t.Fatal(fmt.Errorf("block %d of %d: %w", i, blocks, err))
 		}
 	}
 }

@@ -121,50 +121,6 @@ func server(t *testing.T, o publish.ServerOptions) *httptest.Server {
 	return h
 }
 
-// TestPublishAndSubstitute takes items from one store to another one, through blocks and through
-// nars.
-func TestPublishAndSubstitute(t *testing.T) {
-	directory, items := aStore(t)
-	key := acl.GenerateSigningKey()
-	store := newMemoryStore()
-	capabilities := publish.NewCapabilities(t.TempDir()+"/capabilities", store, logger(t))
-	defer capabilities.Close()
-	h := server(t, publish.ServerOptions{
-		Root: directory, Items: items, Key: key, Host: "example", Capabilities: capabilities,
-		WaitFor: 1 << 30, Compressions: []string{"zstd", "gzip", "none"},
-	})
-	for _, policy := range []substitute.Policy{substitute.ERISOnly, substitute.HTTPOnly} {
-		mirrors := mirror.NewClient(mirror.Options{})
-		var log bytes.Buffer
-		s := substitute.New(substitute.Config{
-			StoreDir: "/gnu/store", URLs: []string{h.URL}, Keys: acl.NewACL(key.PublicKey()), Mirrors: mirrors,
-			Blocks: onlyStore(t, store), Policy: policy,
-			Log: protocol.NewLog(&log, protocol.LogStyle{}),
-		})
-		destination := t.TempDir()
-		for _, item := range items {
-			to := filepath.Join(destination, filepath.Base(item.StorePath))
-			outcome := s.Substitute(context.Background(), item.StorePath, to)
-			if outcome.Status != substitute.Success {
-				t.Fatalf("%s, %v: %+v\n%s", item.StorePath, policy, outcome, log.String())
-			}
-			var want, got bytes.Buffer
-			nar.Write(&want, nar.NewTree(filepath.Join(directory, filepath.Base(item.StorePath))))
-			nar.Write(&got, nar.NewTree(to))
-			if !bytes.Equal(got.Bytes(), want.Bytes()) {
-				t.Errorf("%s comes back as another tree", item.StorePath)
-			}
-		}
-		if policy == substitute.ERISOnly && !strings.Contains(log.String(), "Downloading urn:eris:B") {
-			t.Errorf("the log does not name a URN:\n%s", log.String())
-		}
-		if err := restore.Remove(destination); err != nil {
-			t.Error(err)
-		}
-		mirrors.Close()
-	}
-}
-
 func TestNarinfo(t *testing.T) {
 	directory, items := aStore(t)
 	key := acl.GenerateSigningKey()
