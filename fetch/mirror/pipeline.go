@@ -19,9 +19,10 @@ const (
 	mostWindow  = 512
 	// maxRequests bounds the requests that are written at a time, in bytes, if they are several.
 	maxRequests = 64 << 10
-	// perConnection is how many questions wait for each connection beside the first when it is
-	// made.
-	perConnection = 64
+	// measured is how many responses of each connection tell how fast the server is.
+	measured = 3
+	// payingFactor is how much faster twice the connections must be to be kept.
+	payingFactor = 1.3
 	// fewResponses is how many responses a server gives at least before it closes a connection, if
 	// it takes pipelines.
 	fewResponses = 8
@@ -62,6 +63,12 @@ type pipelines struct {
 	good      bool      // there has been a response
 	broken    int       // pipelines that it has broken off soon, since one that it has not
 
+	// How fast the workers are: responses since a time, and per second when they were fewer.
+	since      time.Time
+	responses  int
+	starting   int // workers that have had no response yet
+	fewer      int
+	fewerRate  float64
 	firstAfter time.Duration // the first response on a connection has come after
 }
 
@@ -78,7 +85,7 @@ func (p *peer) add(questions []*question) {
 			p.queues[q.urgency] = append(p.queues[q.urgency], q)
 		}
 		p.fill()
-		p.spawn(1 + p.queued()/perConnection)
+		p.spawn(1)
 	}
 	p.mu.Unlock()
 	resolve(questions, err)
@@ -111,6 +118,8 @@ func resolve(questions []*question, err error) {
 func (p *peer) spawn(wanted int) {
 	for p.workers < min(wanted, p.most) && p.c.ctx.Err() == nil {
 		p.workers++
+		p.starting++
+		p.responses = 0
 		p.c.workers.Go(p.work)
 	}
 	select {
@@ -175,8 +184,9 @@ func (p *peer) needed() bool {
 
 // gone counts a worker no more. The caller holds the lock.
 func (p *peer) gone() {
+	p.starting = max(0, p.starting-1) // or one of those is measured too early
 	if p.workers--; p.workers == 0 {
-		p.most = p.limit
+		p.most, p.fewer, p.fewerRate = p.limit, 0, 0
 	}
 }
 
@@ -376,7 +386,9 @@ func (x *exchange) responded() *question {
 	now := time.Now()
 	p.failures, p.good, p.down = 0, true, nil
 	p.rest.Succeed()
-	x.served++
+	if x.served++; x.served == 1 && p.starting > 0 {
+		p.starting--
+	}
 	x.idle = false
 	switch x.answered++; {
 	case x.answered == 1:
@@ -386,9 +398,36 @@ func (x *exchange) responded() *question {
 		each := max(1, now.Sub(x.first)/time.Duration(x.answered-1))
 		x.window = min(max(x.window, int(2*p.firstAfter/each)), mostWindow)
 	}
+	p.grow(now)
 	q := x.unanswered[0]
 	x.unanswered = x.unanswered[1:]
 	return q
+}
+
+// grow adds connections while that makes the server faster, and takes them back if it does not. The
+// caller holds the lock.
+func (p *peer) grow(now time.Time) {
+	if p.starting > 0 {
+		return
+	}
+	if p.responses++; p.responses == 1 {
+		p.since = now
+	}
+	if p.responses < measured*p.workers {
+		return
+	}
+	rate := float64(p.responses-1) / max(now.Sub(p.since), time.Microsecond).Seconds()
+	p.responses = 0
+	if p.workers > p.fewer && rate < payingFactor*p.fewerRate {
+		p.most = p.fewer
+		return
+	}
+	// A connection costs some round trips.
+	if float64(p.queued())/rate < 4*p.firstAfter.Seconds() {
+		return
+	}
+	p.fewer, p.fewerRate = p.workers, rate
+	p.spawn(2 * p.workers)
 }
 
 // busy puts a question back that a busy server has not answered, and leaves the server alone for a
