@@ -95,7 +95,7 @@ type Client struct {
 
 // NewClient returns a client.
 func NewClient(o Options) *Client {
-	o.MaxConnections = min(cmp.Or(o.MaxConnections, DefaultConnections), maxConnections)
+	o.MaxConnections = min(cmp.Or(max(0, o.MaxConnections), DefaultConnections), maxConnections)
 	o.NarConnections = cmp.Or(o.NarConnections, o.MaxConnections-o.MaxConnections/2)
 	o.NarConnections = min(o.NarConnections, max(1, o.MaxConnections-1))
 	o.ConnectTimeout = cmp.Or(o.ConnectTimeout, 5*time.Second)

@@ -193,12 +193,17 @@ func statusError(l *location, r *http.Response) *StatusError {
 // in the middle is requested again.
 const bodyShare = 3
 
+// dropIdleAfter is for how long a nar is waited for while there are idle connections for narinfos.
+const dropIdleAfter = 200 * time.Millisecond
+
 var errSilent = fmt.Errorf("server is silent: %w", os.ErrDeadlineExceeded)
 
 // request sends a request with further fields and returns the response, whatever the status. The
 // body of the nar is that of the response then.
 func (n *Nar) request(fields http.Header) (*http.Response, error) {
 	c, p := n.client, n.client.peer(n.location)
+	// The server may have few workers, which stay with connections that nobody uses.
+	defer time.AfterFunc(dropIdleAfter, p.dropIdle).Stop()
 	ctx, cancel := context.WithCancelCause(n.parent)
 	n.ctx, n.cancel = ctx, cancel
 	timeout, connected := p.narTimeout(), false

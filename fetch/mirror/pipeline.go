@@ -56,6 +56,7 @@ type pipelines struct {
 	workers int // how many there are
 	open    map[*exchange]bool
 	wake    chan struct{} // has room for one: there are questions for a worker that is idle
+	leave   chan struct{} // workers that are idle leave when they read from it
 
 	busyUntil time.Time // nothing is requested before
 	busyTimes int       // that it was busy since the last response that it was not
@@ -73,7 +74,7 @@ type pipelines struct {
 }
 
 func newPipelines(limit int) pipelines {
-	return pipelines{limit: limit, most: limit, open: map[*exchange]bool{}, wake: make(chan struct{}, 1)}
+	return pipelines{limit: limit, most: limit, open: map[*exchange]bool{}, wake: make(chan struct{}, 1), leave: make(chan struct{})}
 }
 
 // add puts questions into the queue, unless the server rests.
@@ -125,6 +126,18 @@ func (p *peer) spawn(wanted int) {
 	select {
 	case p.wake <- struct{}{}:
 	default:
+	}
+}
+
+// dropIdle closes the connections that nobody uses, for servers that have few workers, which stay
+// with a connection.
+func (p *peer) dropIdle() {
+	for {
+		select {
+		case p.leave <- struct{}{}:
+		default:
+			return
+		}
 	}
 }
 
@@ -356,6 +369,8 @@ func (x *exchange) await() (again, open bool) {
 	defer timer.Stop()
 	select {
 	case <-p.wake:
+	case <-p.leave:
+		return true, false
 	case <-p.c.ctx.Done():
 		return true, false
 	case <-timer.C:
