@@ -27,6 +27,7 @@ var groups = []group{
 	{"100 items of 1 MB as the daemon asks for them, zstd", aheadRows(100, 1_000_000, "zstd", 0)},
 	{"100 items of 3 KB as the daemon asks for them, zstd", aheadRows(100, 3_000, "zstd", 0)},
 	{"20 rebuilt items of 8 MB as the daemon asks for them, 20 Mbit/s, 50 ms away", rebuiltRows},
+	{"program of C, built again, that differs in a few bytes, 20 Mbit/s, 50 ms away", againRows},
 	{"20 MB, blocks of the compressed nar and the nar, 20 Mbit/s, 50 ms away", narBlocksRows},
 	{"deltas between versions of npm packages", deltaRows},
 	{"large item in 11 files, zstd", func(w *workshop) ([]contestant, error) { return restoreRows(w, largeItem, "zstd") }},

@@ -50,10 +50,7 @@ func hashOf(name string) string {
 
 // rebuiltRows compares old items that are rewritten, and such that are of no use, with the nars.
 func rebuiltRows(w *workshop) ([]contestant, error) {
-	r := &rebuilt{w: w, store: filepath.Join(w.directory, "rebuilt", "store"), database: filepath.Join(w.directory, "rebuilt", "db")}
-	if err := errors.Join(os.MkdirAll(r.store, 0o755), os.MkdirAll(r.database, 0o755)); err != nil {
-		return nil, err
-	}
+	r := newRebuilt(w, "rebuilt")
 	if err := r.make(); err != nil {
 		return nil, err
 	}
@@ -67,27 +64,36 @@ func rebuiltRows(w *workshop) ([]contestant, error) {
 // dependencies are the names of what each item refers to.
 var dependencies = []string{"glibc-2.39", "gcc-14.3.0-lib", "bash-minimal-5.2.37"}
 
+func newRebuilt(w *workshop, name string) *rebuilt {
+	return &rebuilt{w: w, store: filepath.Join(w.directory, name, "store"), database: filepath.Join(w.directory, name, "db")}
+}
+
+// open makes the store and the database, which has the old dependencies.
+func (r *rebuilt) open() (db *sql.DB, oldRefs, newRefs []string, err error) {
+	if err := errors.Join(os.MkdirAll(r.store, 0o755), os.MkdirAll(r.database, 0o755)); err != nil {
+		return nil, nil, nil, err
+	}
+	if db, err = sql.Open("sqlite", filepath.Join(r.database, "db.sqlite")); err != nil {
+		return nil, nil, nil, err
+	}
+	_, err = db.Exec(`CREATE TABLE ValidPaths (id integer primary key, path text unique, hash text, deriver text, narSize integer);
+		CREATE TABLE Refs (referrer integer, reference integer)`)
+	for _, name := range dependencies {
+		oldRefs, newRefs = append(oldRefs, hashOf("old "+name)+"-"+name), append(newRefs, hashOf("new "+name)+"-"+name)
+		if err == nil {
+			_, err = db.Exec("INSERT INTO ValidPaths (path, hash, narSize) VALUES (?, ?, 1)",
+				r.store+"/"+oldRefs[len(oldRefs)-1], "sha256:"+strings.Repeat("0", 64))
+		}
+	}
+	return db, oldRefs, newRefs, err
+}
+
 func (r *rebuilt) make() error {
-	db, err := sql.Open("sqlite", filepath.Join(r.database, "db.sqlite"))
+	db, oldRefs, newRefs, err := r.open()
 	if err != nil {
 		return err
 	}
 	defer db.Close()
-	for _, statement := range []string{
-		"CREATE TABLE ValidPaths (id integer primary key, path text unique, hash text, deriver text, narSize integer)",
-		"CREATE TABLE Refs (referrer integer, reference integer)",
-	} {
-		if _, err := db.Exec(statement); err != nil {
-			return err
-		}
-	}
-	oldRefs, newRefs := make([]string, len(dependencies)), make([]string, len(dependencies))
-	for i, name := range dependencies {
-		oldRefs[i], newRefs[i] = hashOf("old "+name)+"-"+name, hashOf("new "+name)+"-"+name
-		if _, err := db.Exec("INSERT INTO ValidPaths (path, hash, narSize) VALUES (?, ?, 1)", r.store+"/"+oldRefs[i], "sha256:"+strings.Repeat("0", 64)); err != nil {
-			return err
-		}
-	}
 	data := archive(rebuiltItems * rebuiltSize)
 	for i := range rebuiltItems {
 		name := fmt.Sprintf("rebuilt-%02d-1.0", i)
@@ -128,35 +134,48 @@ func (r *rebuilt) item(db *sql.DB, old, renewed string, oldRefs, newRefs []strin
 			}
 		}
 	}
-	if err := canonical(r.store + "/" + old); err != nil {
+	n, urls, err := r.register(db, it, old, newRefs)
+	if err != nil {
 		return err
+	}
+	return r.w.publishInfo(n, urls)
+}
+
+// register makes what has been built for the first time an item that the daemon knows, compresses
+// the nar of what was built again, and returns what is to be published of that.
+func (r *rebuilt) register(db *sql.DB, it *benchItem, old string, newRefs []string) (*narinfo.Narinfo, []narinfo.URL, error) {
+	if err := canonical(r.store + "/" + old); err != nil {
+		return nil, nil, err
 	}
 	oldDigest, oldSize, err := r.w.nar(&benchItem{tree: r.store + "/" + old}, nil)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	done, err := db.Exec("INSERT INTO ValidPaths (path, hash, narSize) VALUES (?, ?, ?)", r.store+"/"+old, fmt.Sprintf("sha256:%x", oldDigest), oldSize)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	id, err := done.LastInsertId()
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
-	if _, err := db.Exec("INSERT INTO Refs SELECT ?, id FROM ValidPaths WHERE id <= ? OR id = ?", id, len(oldRefs), id); err != nil {
-		return err
+	if _, err := db.Exec("INSERT INTO Refs SELECT ?, id FROM ValidPaths WHERE id <= ? OR id = ?", id, len(newRefs), id); err != nil {
+		return nil, nil, err
 	}
 	digest, size, err := r.w.nar(it, []string{"zstd"})
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	info, err := os.Stat(filepath.Join(r.w.www(), "nar", "zstd", it.name))
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	r.size, r.nars = r.size+size, r.nars+info.Size()
-	return r.w.publishInfo(&narinfo.Narinfo{StorePath: it.path, NarDigest: digest, NarSize: uint64(size), References: append([]string{renewed}, newRefs...)},
-		[]narinfo.URL{{URL: "nar/zstd/" + it.name, Compression: "zstd", FileSize: uint64(info.Size()), SizeKnown: true}})
+	return &narinfo.Narinfo{
+			StorePath: it.path, NarDigest: digest, NarSize: uint64(size), NarSizeKnown: true,
+			References: append([]string{filepath.Base(it.path)}, newRefs...),
+		},
+		[]narinfo.URL{{URL: "nar/zstd/" + it.name, Compression: "zstd", FileSize: uint64(info.Size()), SizeKnown: true}}, nil
 }
 
 // canonical makes a tree one of a store.

@@ -5,6 +5,7 @@ package erisfs
 import (
 	"context"
 	"errors"
+	"io"
 	"runtime"
 	"sync/atomic"
 
@@ -18,16 +19,31 @@ import (
 // the tree of an index. It is safe for concurrent use.
 type Base interface {
 	// File opens what may have the contents of the file at a path of the tree; an error means that
-	// there is nothing. Of the node the size counts and, with link, what a [nar.Node] says of its
-	// contents besides. The caller must call done.
-	File(path string, link bool) (node nar.Node, contents nar.Feeder, done func(), err error)
+	// there is nothing. Of the node the size counts and, with plain, what a [nar.Node] says of its
+	// contents besides. The caller must call done. If all has been read before, that reports
+	// whether the file is plain: the base has it as it is, which is told when it is opened again.
+	File(path string, plain bool) (node nar.Node, contents nar.Feeder, done func() (plain bool), err error)
 	// ReadPart reads up to a block of what may be in the file at an offset. It returns how many
 	// bytes there are, which are fewer than p has only at the end of the file.
 	ReadPart(path string, p []byte, offset int64) (n int, err error)
 }
 
-// baseWorkers bounds how many files are compared at a time; each takes about 400 KiB of memory.
-const baseWorkers = 8
+const (
+	// baseWorkers bounds how many files are compared at a time; each takes about 400 KiB of memory.
+	baseWorkers = 8
+	// leavesAtOnce is how many files of one leaf are compared together: as many leaves are hashed
+	// best at a time.
+	leavesAtOnce = 8
+	// mostKeys is how many keys of leaves are kept, of 32 bytes each.
+	mostKeys = 1 << 17
+)
+
+// A local is what the base has of a file.
+type local struct {
+	whole  bool       // all of it
+	hashes bool       // there is something of its own in it
+	keys   []eris.Key // of the leaves, if it is not whole
+}
 
 // Use finds out which files of the tree the base has: those that have the same capability when they
 // are encoded. They come from there, and are not fetched. Of the others, leaves that stand in the
@@ -35,37 +51,96 @@ const baseWorkers = 8
 // returns when all of the base has been read. Errors are that of the context, and that the base has
 // no file of the tree.
 //
-// It costs about 1 s of a processor for each GB of files that the base has, and a byte of memory
-// for each file. What the base gives later need not be what it had: whoever consumes the tree has
-// to check it by a hash.
+// It costs about 1 s of a processor for each GB of files that the base has, a few bytes of memory
+// for each file, and at most 4 MiB for leaves. What the base gives later need not be what it had:
+// whoever consumes the tree has to check it by a hash.
 func (t *Tree) Use(ctx context.Context, base Base) error {
-	t.base, t.whole = base, make([]bool, t.index.Len())
-	var found atomic.Bool
+	t.base, t.local = base, make([]local, t.index.Len())
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(min(runtime.GOMAXPROCS(0), baseWorkers))
-	for i := range t.whole {
+	u := &use{ctx: ctx, tree: t}
+	leaves := map[eris.BlockSize][]int{} // files of one, by its size
+	for i := range t.local {
 		e := t.index.Entry(i)
-		if e.Kind != nar.Regular {
-			continue
-		}
-		group.Go(func() error {
-			node, contents, done, err := base.File(e.Path, false)
-			if err != nil {
-				return ctx.Err()
+		size := e.Capability.BlockSize
+		switch {
+		case e.Kind != nar.Regular:
+		case e.Capability.Level > 0:
+			group.Go(func() error { return u.file(i, e) })
+		default:
+			if leaves[size] = append(leaves[size], i); len(leaves[size]) == leavesAtOnce {
+				files := leaves[size]
+				leaves[size] = nil
+				group.Go(func() error { return u.leaves(files, size) })
 			}
-			defer done()
-			found.Store(true)
-			c, err := eris.Encode(ctx, &contentsReader{next: contents.Next, length: node.Size}, nil,
-				eris.EncodeOptions{BlockSize: e.Capability.BlockSize, Workers: 1})
-			t.whole[i] = err == nil && c == e.Capability
-			return ctx.Err()
-		})
+		}
+	}
+	for size, files := range leaves {
+		group.Go(func() error { return u.leaves(files, size) })
 	}
 	err := group.Wait()
-	if err == nil && !found.Load() {
+	if err == nil && !u.found.Load() {
 		err = errNoFile
 	}
 	return err
+}
+
+// A use is the comparison of a tree with its base.
+type use struct {
+	ctx   context.Context
+	tree  *Tree
+	found atomic.Bool  // a file
+	keys  atomic.Int64 // that are kept
+}
+
+// file finds out what the base has of a file.
+func (u *use) file(i int, e Entry) error {
+	node, contents, done, err := u.tree.base.File(e.Path, false)
+	if err != nil {
+		return u.ctx.Err()
+	}
+	u.found.Store(true)
+	var l local
+	c, err := eris.Encode(u.ctx, &contentsReader{next: contents.Next, length: node.Size}, nil, eris.EncodeOptions{
+		BlockSize: e.Capability.BlockSize, Workers: 1,
+		Leaves: func(_ int64, pairs []eris.Pair) {
+			for _, p := range pairs[:min(len(pairs), mostKeys-len(l.keys))] {
+				l.keys = append(l.keys, p.Key)
+			}
+		},
+	})
+	l.hashes = !done()
+	l.whole = err == nil && c == e.Capability
+	if l.whole || u.keys.Add(int64(len(l.keys))) > mostKeys {
+		l.keys = nil
+	}
+	u.tree.local[i] = l
+	return u.ctx.Err()
+}
+
+// leaves finds out whether the base has files that are one leaf, for which its key is enough.
+func (u *use) leaves(files []int, size eris.BlockSize) error {
+	var leaves [leavesAtOnce][]byte
+	var keys [leavesAtOnce]eris.Key
+	memory := make([]byte, len(files)*int(size))
+	for k, i := range files {
+		leaves[k] = memory[k*int(size):][:size]
+		node, contents, done, err := u.tree.base.File(u.tree.index.Entry(i).Path, false)
+		if err != nil {
+			continue // an empty leaf is none: it has no padding
+		}
+		u.found.Store(true)
+		r := contentsReader{next: contents.Next, length: node.Size}
+		if n, err := io.ReadFull(&r, leaves[k]); err == io.EOF || err == io.ErrUnexpectedEOF {
+			eris.PadLeaf(leaves[k], n)
+		}
+		u.tree.local[i].hashes = !done()
+	}
+	eris.KeyAll(keys[:len(files)], leaves[:len(files)], eris.ConvergenceSecret{})
+	for k, i := range files {
+		u.tree.local[i].whole = keys[k] == u.tree.index.Entry(i).Capability.Key
+	}
+	return u.ctx.Err()
 }
 
 var errNoFile = errors.New("no file of the tree can be read in the older one")

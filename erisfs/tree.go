@@ -46,9 +46,9 @@ type Tree struct {
 	sequence *content.Sequence
 
 	base     Base       // nil if there is none
-	whole    []bool     // the base has the file, by entry
+	local    []local    // what it has, by entry
 	contents nar.Feeder // of the file under way, if it comes from there
-	done     func()
+	done     func() bool
 
 	started bool
 	path    string     // of the directory under way
@@ -72,11 +72,12 @@ func (t *Tree) wants(limit int64) iter.Seq[content.Want] {
 	return func(yield func(content.Want) bool) {
 		for i := range t.index.begin {
 			e := t.index.Entry(i)
-			if e.Kind != nar.Regular || t.base != nil && t.whole[i] {
+			if e.Kind != nar.Regular || t.base != nil && t.local[i].whole {
 				continue
 			}
 			want := content.Want{Capability: e.Capability, Limit: limit, Origin: t.index.origin}
 			if t.base != nil {
+				want.NearKeys = t.local[i].keys
 				want.Near = func(p []byte, offset int64) (int, error) { return t.base.ReadPart(e.Path, p, offset) }
 			}
 			if !yield(want) {
@@ -101,8 +102,8 @@ func (t *Tree) Next() (nar.Node, error) {
 	}
 	t.file = n.Kind == nar.Regular
 	switch {
-	case t.file && t.base != nil && t.whole[t.next-1]:
-		node, contents, done, err := t.base.File(t.index.Entry(t.next-1).Path, true)
+	case t.file && t.base != nil && t.local[t.next-1].whole:
+		node, contents, done, err := t.base.File(t.index.Entry(t.next-1).Path, !t.local[t.next-1].hashes)
 		n.Size, n.Same, n.Unique = node.Size, node.Same, node.Unique
 		t.contents, t.done = contents, done
 		return n, err
@@ -112,6 +113,7 @@ func (t *Tree) Next() (nar.Node, error) {
 			return n, err
 		}
 		n.Size = uint64(info.Size)
+		n.Unique = t.base != nil && t.local[t.next-1].hashes
 	}
 	return n, nil
 }

@@ -72,14 +72,7 @@ func (l *links) use(key *[sha256.Size]byte, f *file) bool {
 	if !l.usable(fd, name, key, f) {
 		return false
 	}
-	if unix.Linkat(fd, name, f.directory.fd, f.name, 0) != nil {
-		return false
-	}
-	if canonicalize(f) != nil {
-		unix.Unlinkat(f.directory.fd, f.name, 0)
-		return false
-	}
-	return true
+	return unix.Linkat(fd, name, f.directory.fd, f.name, 0) == nil
 }
 
 // share makes f, which exists in its final form, share its contents with the link that key names,
@@ -105,9 +98,7 @@ func (l *links) share(key *[sha256.Size]byte, f *file) {
 	}
 	if unix.Renameat(fd, temporary, f.directory.fd, f.name) != nil {
 		unix.Unlinkat(fd, temporary, 0)
-		return
 	}
-	canonicalize(f)
 }
 
 // temporaryName is a name of the form that the daemon clears away should it be left behind.
@@ -117,9 +108,10 @@ func temporaryName() string {
 	return fmt.Sprintf(".tmp-link-%d-%s", os.Getpid(), hex.EncodeToString(b[:]))
 }
 
-// usable reports whether the link has the contents of f. One that has others, because a disk or
-// whoever could write to it has changed it, or because it was truncated when the machine went down,
-// is removed, and told.
+// usable reports whether the link has the contents of f, and the mode, time and owner of a store
+// file: it is never changed, as other items share it. One that has other contents, because a disk
+// or whoever could write to it has changed it, or because it was truncated when the machine went
+// down, is removed, and told.
 func (l *links) usable(fd int, name string, key *[sha256.Size]byte, f *file) bool {
 	link, err := unix.Openat(fd, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -133,8 +125,11 @@ func (l *links) usable(fd int, name string, key *[sha256.Size]byte, f *file) boo
 	}
 	if uint64(st.Size) == f.size {
 		same, err := f.same(contents, key)
-		if same || err != nil {
-			return same
+		if same {
+			same, err = canonical(f, contents)
+			return same && err == nil
+		} else if err != nil {
+			return false
 		}
 	}
 	if unix.Unlinkat(fd, name, 0) == nil && l.damaged != nil {
@@ -168,22 +163,4 @@ func (f *file) same(r io.Reader, key *[sha256.Size]byte) (bool, error) {
 		}
 	}
 	return true, nil
-}
-
-// canonicalize gives a shared file the mode and time of a store file where it has others; then
-// somebody else is making it just now.
-func canonicalize(f *file) error {
-	var st unix.Stat_t
-	if err := unix.Fstatat(f.directory.fd, f.name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-		return err
-	}
-	if st.Mode&0o7777 != f.mode() {
-		if err := unix.Fchmodat(f.directory.fd, f.name, f.mode(), 0); err != nil {
-			return err
-		}
-	}
-	if st.Mtim != canonicalTime[1] {
-		return unix.UtimesNanoAt(f.directory.fd, f.name, canonicalTime[:], unix.AT_SYMLINK_NOFOLLOW)
-	}
-	return nil
 }

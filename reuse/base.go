@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"sync"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
@@ -17,8 +18,9 @@ import (
 type Base struct {
 	ctx      context.Context
 	workshop workshop
-	link     bool   // see [Nodes]
-	back     *table // from names in the new item to those in the old one
+	link     bool     // see [Nodes]
+	back     *table   // from names in the new item to those in the old one
+	patches  sync.Map // []patch of the files that are repaired, by path
 }
 
 // Base returns the old item as a base, which is of use where the item as a whole is not. Programs
@@ -42,7 +44,7 @@ func (c *Candidate) Base(ctx context.Context) (*Base, error) {
 	for i, p := range c.pairs {
 		back[i] = pair{p.new, p.old}
 	}
-	return &Base{ctx, *w, c.info != nil, newTable(back)}, nil
+	return &Base{ctx: ctx, workshop: *w, link: c.info != nil, back: newTable(back)}, nil
 }
 
 // Differs notes that the base differs from the item in too much. It is no candidate any more, once
@@ -57,28 +59,42 @@ func (b *Base) path(path string) (relative, full string) {
 }
 
 // File opens the file that is at a path below the old item, as it is when it has been rewritten and
-// repaired: its size, and with link what else a [nar.Node] says of its contents. The caller must
-// call done, after which the contents must not be used.
-func (b *Base) File(path string, link bool) (node nar.Node, c nar.Feeder, done func(), err error) {
+// repaired. It is an [erisfs.Base]'s: of a plain file the node names the file with its contents, if
+// the database says that the old item is complete.
+func (b *Base) File(path string, plain bool) (node nar.Node, c nar.Feeder, done func() (plain bool), err error) {
 	relative, full := b.path(path)
 	f, size := openRegular(full)
 	if f == nil {
 		return node, nil, nil, fmt.Errorf("%s is no file any more", full)
 	}
 	node.Size = uint64(size)
-	opened := contents{}
-	if size > 0 {
-		opened, err = b.workshop.open(b.ctx, f, relative, link && b.link, &node)
+	opened := &contents{}
+	if plain {
+		opened.stream = b.workshop.stream(f, 0, size)
+		if b.link {
+			node.Same = f
+		}
+	} else if size > 0 {
+		*opened, err = b.workshop.open(b.ctx, f, relative, false, &node)
 	}
 	if err != nil {
 		f.Close()
 		return node, nil, nil, fmt.Errorf("%s: %w", full, err)
 	}
-	return node, &opened, func() { opened.drop(); f.Close() }, nil
+	node.Unique = !plain
+	if opened.stream != nil && len(opened.stream.patches) > 0 {
+		b.patches.Store(path, opened.stream.patches)
+	}
+	return node, opened, func() bool {
+		defer f.Close()
+		defer opened.drop()
+		return opened.stream == nil || !opened.stream.changed && len(opened.stream.patches) == 0
+	}, nil
 }
 
-// ReadPart reads up to 64 KiB at an offset of a file, rewritten, but not repaired. It returns how
-// many bytes there are, which are fewer than p has at the end of the file.
+// ReadPart reads up to 64 KiB at an offset of a file, rewritten, and repaired as it was when File
+// opened it. It returns how many bytes there are, which are fewer than p has at the end of the
+// file.
 func (b *Base) ReadPart(path string, p []byte, offset int64) (n int, err error) {
 	_, full := b.path(path)
 	f, size := openRegular(full)
@@ -100,5 +116,10 @@ func (b *Base) ReadPart(path string, p []byte, offset int64) (n int, err error) 
 		return 0, unexpected(err)
 	}
 	table.rewrite(piece, len(piece))
+	if patches, ok := b.patches.Load(path); ok {
+		for _, x := range patches.([]patch) {
+			x.apply(piece, from)
+		}
+	}
 	return copy(p, piece[offset-from:]), nil
 }

@@ -64,7 +64,7 @@ func BenchmarkBase(b *testing.B) {
 		name   string
 		files  int // of 256
 		hashed int // of 16 of them
-	}{{"few hashes", 256, 1}, {"all", 256, 16}, {"one file", 1, 16}} {
+	}{{"few hashes", 256, 1}, {"all", 256, 16}, {"one file", 1, 16}, {"small files", 16384, 1}} {
 		b.Run(bench.name, func(b *testing.B) {
 			s := newTestStore(b)
 			contents := mixed(256 << 20 / bench.files)
@@ -73,7 +73,7 @@ func BenchmarkBase(b *testing.B) {
 				for i := range bench.files {
 					files[hash(i)[:20]] = contents
 					if i%16 < bench.hashed {
-						files[hash(i)[:20]] = contents[:1<<19] + refs[0] + contents[1<<19:]
+						files[hash(i)[:20]] = contents[:len(contents)/2] + refs[0] + contents[len(contents)/2:]
 					}
 				}
 				files[hash(0)[:20]] += item[:3]

@@ -3,9 +3,12 @@
 package reuse
 
 import (
+	"archive/zip"
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"os"
 	"strings"
 	"testing"
@@ -153,6 +156,90 @@ func TestZip(t *testing.T) {
 			s.run(dir, "zip", append(append([]string{"-q", "-X", "-D"}, options...), "x.jar", "run.sh", "self.txt", "other.txt", "other.bin")...)
 			s.run(dir, "cp", "x.jar", s.dir+"/"+item)
 		}))
+	}
+}
+
+// elfFile is a program of no code that has data, and a debug link to a file of the given contents.
+func elfFile(data, debug string) string {
+	le := binary.LittleEndian
+	link := le.AppendUint32([]byte("x.debug\x00"), crc32.ChecksumIEEE([]byte(debug)))
+	names := "\x00.gnu_debuglink\x00.shstrtab\x00"
+	b := append([]byte("\x7fELF\x02\x01\x01"), make([]byte, 9)...)
+	b = le.AppendUint16(le.AppendUint16(b, 2), 62) // a program, for x86-64
+	b = le.AppendUint64(le.AppendUint64(le.AppendUint32(b, 1), 0), 0)
+	b = le.AppendUint64(b, uint64(64+len(data)+len(link)+len(names))) // where the sections are
+	for _, n := range []uint16{0, 0, 64, 0, 0, 64, 3, 2} {            // the first two are flags
+		b = le.AppendUint16(b, n)
+	}
+	b = append(append(append(b, data...), link...), names...)
+	section := func(name, kind uint32, at, size int) {
+		b = le.AppendUint64(le.AppendUint32(le.AppendUint32(b, name), kind), 0)
+		b = le.AppendUint64(le.AppendUint64(le.AppendUint64(b, 0), uint64(at)), uint64(size))
+		b = append(b, make([]byte, 24)...)
+	}
+	section(0, 0, 0, 0)
+	section(1, 1, 64+len(data), len(link))
+	section(16, 3, 64+len(data)+len(link), len(names))
+	return string(b)
+}
+
+// compiled is a compiled file of Python that has the hash of its source.
+func compiled(source, data string) string {
+	b := append([]byte("\xa7\r\r\n\x01\x00\x00\x00"), binary.LittleEndian.AppendUint64(nil, sipHash([2]int{1, 3}, 3495|'\r'<<16|'\n'<<24, []byte(source)))...)
+	return string(b) + data
+}
+
+// stored is a zip file whose members are not compressed.
+func stored(t *testing.T, members ...string) string {
+	var b bytes.Buffer
+	z := zip.NewWriter(&b)
+	for i, m := range members {
+		w, err := z.CreateHeader(&zip.FileHeader{Name: fmt.Sprint(i), Method: zip.Store})
+		must(t, err)
+		_, err = w.Write([]byte(m))
+		must(t, err)
+	}
+	must(t, z.Close())
+	return b.String()
+}
+
+// files are what the tools make, in short, with the hashes of an item and of what it refers to.
+func files(t *testing.T, item, ref string) map[string]string {
+	debug := "debug information of /store/" + item + " and " + ref
+	source := "PATH = '/store/" + ref + "'\n"
+	return map[string]string{
+		"bin/x": elfFile("/store/"+ref+"/lib", debug), "bin/.debug/x.debug": debug,
+		"lib/x.py": source, "lib/__pycache__/x.cpython-311.pyc": compiled(source, "/store/"+ref),
+		"share/x.jar": stored(t, "/store/"+item, "nothing", ref), "lib/x.go": "\x7fELF GOOF" + wide("/store/"+ref, 4, binary.LittleEndian),
+		"lib/x.a": "!<arch>\nx.o/            0           0     0     644     44        `\n/store/" + ref,
+	}
+}
+
+// TestFixtures has what the real programs make where those are not installed.
+func TestFixtures(t *testing.T) {
+	s := newTestStore(t)
+	s.check(s.both("x-1.0", []string{"bash-5.1"}, func(item string, refs []string) map[string]string { return files(t, item, refs[0]) }))
+	// The debug link counts: without the repair it would be another item.
+	old, want := s.both("y-1.0", []string{"bash-5.1"}, func(item string, refs []string) map[string]string { return files(t, item, refs[0]) })
+	must(t, os.Chmod(s.dir+"/"+old+"/bin/.debug", 0o755))
+	must(t, os.Remove(s.dir+"/"+old+"/bin/.debug/x.debug"))
+	if c, _ := s.attempt(s.finder(), want); c != nil {
+		t.Error("made without the debug file")
+	}
+}
+
+// TestRepairedPart looks for blocks in a file that is repaired, and differs in something else, too:
+// what is repaired need not be fetched.
+func TestRepairedPart(t *testing.T) {
+	s := newTestStore(t)
+	_, want, p := s.publishedTwice("x-1.0", []string{"bash-5.1"}, func(item string, refs []string) {
+		debug := "debug information of " + refs[0]
+		data := mixed(200 << 10)
+		s.write(item, map[string]string{"bin/x": elfFile(item[:3]+data+refs[0], debug), "bin/.debug/x.debug": debug})
+	})
+	// The index, the node above the leaves, and the first leaf.
+	if n := s.get(want, p, s.base(s.finder(), want)); n > 2*32<<10+2<<10 {
+		t.Errorf("%d bytes were fetched", n)
 	}
 }
 

@@ -7,6 +7,8 @@ import (
 	"fmt"
 
 	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
 // misses remembers, for all processes, what was tried in vain. It is a table of fixed length in a
@@ -27,6 +29,8 @@ const (
 	noOrder = -1
 	// asBase is that of a record that says that little of the old item is in the new one.
 	asBase = -2
+	// byDelta is that of a record that says that a delta from the old item has made something else.
+	byDelta = -3
 )
 
 func newRecord(old string, narHash [sha256.Size]byte, order int) record {
@@ -73,4 +77,15 @@ func (m misses) add(r record) {
 	}
 	defer unix.Close(fd)
 	unix.Pwrite(fd, r[:], r.offset())
+}
+
+// NoDelta notes that a delta from the item of the given file name has not made what the narinfo
+// describes, and HasNoDelta reports that, for all processes.
+func (f *Finder) NoDelta(base string, want *narinfo.Narinfo) {
+	f.misses.add(newRecord(base, want.NarDigest, byDelta))
+}
+
+// HasNoDelta is explained at NoDelta.
+func (f *Finder) HasNoDelta(base string, want *narinfo.Narinfo) bool {
+	return f.misses.has(newRecord(base, want.NarDigest, byDelta))
 }

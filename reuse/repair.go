@@ -8,7 +8,6 @@ import (
 	"debug/elf"
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"hash/crc32"
 	"io"
 	"math/bits"
@@ -342,22 +341,19 @@ func (w *workshop) member(f io.ReaderAt, size int64, header []byte, at int64) []
 }
 
 // openRegular opens a regular file and returns its length. It returns nil if there is none. Whoever
-// has built an item may have put links into it that lead to devices, which it does something to
-// open; so no link in the path is followed, and nothing else is opened.
+// has built an item may have put links into it, or a pipe; so no link in the path is followed, and
+// nothing is waited for.
 func openRegular(path string) (*os.File, int64) {
 	fd, err := unix.Openat2(unix.AT_FDCWD, path, &unix.OpenHow{
-		Flags: unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS,
+		Flags: unix.O_RDONLY | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS,
 	})
 	if err != nil {
 		return nil, 0 // also before Linux 5.6
 	}
-	defer unix.Close(fd)
+	f := os.NewFile(uintptr(fd), path)
 	var st unix.Stat_t
 	if unix.Fstat(fd, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFREG {
-		return nil, 0
-	}
-	f, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", fd))
-	if err != nil {
+		f.Close()
 		return nil, 0
 	}
 	return f, st.Size

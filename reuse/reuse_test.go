@@ -173,6 +173,54 @@ func TestLinks(t *testing.T) {
 	}
 }
 
+// TestSharedWithOld has files of the old item that others share through the directory of links, and
+// that are not as files of a store should be: they are not made so, and not shared.
+func TestSharedWithOld(t *testing.T) {
+	for name, change := range map[string]func(file string) error{
+		"nothing": func(string) error { return nil },
+		"mode":    func(file string) error { return os.Chmod(file, 0o644) },
+		"time": func(file string) error {
+			return unix.UtimesNanoAt(unix.AT_FDCWD, file, []unix.Timespec{{Sec: 5}, {Sec: 5}}, 0)
+		},
+		"owner":      chownIfRoot,
+		"attributes": func(file string) error { return unix.Setxattr(file, "user.test", []byte("x"), 0) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newTestStore(t)
+			old, want := s.both("x-1.0", []string{"bash-5.1"}, func(_ string, refs []string) map[string]string {
+				return map[string]string{"share/plain": plain, "share/other": plain + "!", "x": refs[0]}
+			})
+			// As if the daemon had shared them.
+			_, err := restore.Restore(t.Context(), nar.NewTree(s.dir+"/"+old), s.dir+"/shared", restore.Options{LinksDirectory: s.dir + "/.links"})
+			must(t, err)
+			must(t, restore.Remove(s.dir+"/"+old))
+			must(t, os.Rename(s.dir+"/shared", s.dir+"/"+old))
+			if err := change(s.dir + "/" + old + "/share/plain"); err != nil {
+				t.Skip(err)
+			}
+			before := s.snapshot(old)
+			for _, database := range []Database{s.database, nil} {
+				f := s.finder()
+				f.Config.Database = New(Config{Database: database}).Database
+				c, failures := s.attempt(f, want)
+				if c == nil {
+					t.Fatal(failures)
+				}
+				if s.snapshot(old) != before {
+					t.Errorf("the old item has changed (with a database: %t)", database != nil)
+				}
+				if shared := sameInode(s.dir+"/"+old+"/share/plain", want.StorePath+"/share/plain"); shared != (name == "nothing" || name == "attributes") {
+					t.Errorf("shared: %t", shared)
+				}
+				if !sameInode(s.dir+"/"+old+"/share/other", want.StorePath+"/share/other") {
+					t.Error("another file is not shared")
+				}
+				must(t, restore.Remove(want.StorePath))
+			}
+		})
+	}
+}
+
 // TestGates has old items of which nothing can be made, and that is known without reading them.
 func TestGates(t *testing.T) {
 	for name, change := range map[string]func(s *testStore, old string, want *narinfo.Narinfo){

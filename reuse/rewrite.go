@@ -232,6 +232,15 @@ type patch struct {
 	bytes  []byte
 }
 
+// apply puts the part of the patch into b that belongs there: b is what the file has at an offset.
+func (p patch) apply(b []byte, offset int64) {
+	for i, c := range p.bytes {
+		if k := p.offset + int64(i) - offset; k >= 0 && k < int64(len(b)) {
+			b[k] = c
+		}
+	}
+}
+
 // A stream is the contents of a file, or of a part of one, rewritten piece by piece.
 type stream struct {
 	table   *table
@@ -270,20 +279,10 @@ func (s *stream) next() (nar.Chunk, error) {
 	s.carry = append(s.carry[:0], c.Bytes[end:]...)
 	c.Bytes = c.Bytes[:end]
 	for _, p := range s.patches {
-		s.patch(c.Bytes, p)
+		p.apply(c.Bytes, s.offset)
 	}
 	s.offset += int64(end)
 	return c, nil
-}
-
-// patch puts the part of p into b, the next piece, that belongs there.
-func (s *stream) patch(b []byte, p patch) {
-	at := p.offset - s.offset
-	for i, c := range p.bytes {
-		if k := at + int64(i); k >= 0 && k < int64(len(b)) {
-			b[k] = c
-		}
-	}
 }
 
 // each calls f with all pieces, until done tells that no more are wanted; a nil done is never.

@@ -4,6 +4,7 @@ package substitute
 
 import (
 	"context"
+	"errors"
 	"io"
 	"math"
 	"os"
@@ -40,6 +41,9 @@ func (j *job) listDeltas(records []record) {
 				continue
 			}
 			j.listed[w.key()] = true
+			if j.s.Reuse != nil && j.s.Reuse.HasNoDelta(w.base, j.want) {
+				continue
+			}
 			j.ways = append(j.ways, &candidate{way: w, from: r})
 		}
 	}
@@ -137,4 +141,11 @@ func (w *deltaWay) valid(ctx context.Context) bool {
 	}
 	_, err = w.j.s.Reuse.Database(ctx, part)
 	return err == nil
+}
+
+// failed notes what a delta has made that is something else, which it would make again.
+func (w *deltaWay) failed(err error) {
+	if w.j.s.Reuse != nil && errors.Is(err, errContents) {
+		w.j.s.Reuse.NoDelta(w.base, w.j.want)
+	}
 }

@@ -94,8 +94,8 @@ type countedBase struct {
 	a *attempt
 }
 
-func (b countedBase) File(path string, link bool) (nar.Node, nar.Feeder, func(), error) {
-	node, contents, done, err := b.Base.File(path, link)
+func (b countedBase) File(path string, plain bool) (nar.Node, nar.Feeder, func() bool, error) {
+	node, contents, done, err := b.Base.File(path, plain)
 	b.a.countShown(int(min(node.Size, math.MaxInt32)), 0)
 	return node, contents, done, err
 }

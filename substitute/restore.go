@@ -274,7 +274,7 @@ func (j *job) failed(c *candidate, err error) {
 	if isBlocks(c) {
 		j.blocksFailed = err.Error()
 	}
-	if w, ok := c.way.(*leavesWay); ok {
+	if w, ok := c.way.(interface{ failed(error) }); ok {
 		w.failed(err)
 	}
 	if c.kind() != "blocks" && c.kind() != "nar" {

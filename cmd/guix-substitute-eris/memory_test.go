@@ -5,7 +5,7 @@ package main
 import (
 	"bytes"
 	"crypto/sha256"
-	"errors"
+	"database/sql"
 	"fmt"
 	"io"
 	"net/http"
@@ -25,6 +25,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
 )
 
 // A largeItem is an item of a file of 2 GiB and of many small ones. Its archive is head, block many
@@ -272,18 +273,18 @@ func TestLargeItemMemory(t *testing.T) {
 
 // checkMemory has an item restored from a server, as the daemon has it done, to its place in the
 // store, which is in directory. The process must do with less than 64 MiB.
-func checkMemory(t *testing.T, directory, name, want string, serve http.HandlerFunc) {
+func checkMemory(t *testing.T, directory, name, want string, serve http.HandlerFunc, env ...string) {
 	t.Helper()
 	const most = 64 << 20
 	server := httptest.NewServer(serve)
 	defer server.Close()
-	d := startDaemonHelper(buildProgram(t), "substitute", []string{
-		"NIX_STORE_DIR=" + filepath.Dir(name),
-		"GUIX_STATE_DIRECTORY=" + directory + "/var",
-		"GUIX_CONFIGURATION_DIRECTORY=" + directory + "/etc",
+	d := startDaemonHelper(buildProgram(t), "substitute", append(env,
+		"NIX_STORE_DIR="+filepath.Dir(name),
+		"GUIX_STATE_DIRECTORY="+directory+"/var",
+		"GUIX_CONFIGURATION_DIRECTORY="+directory+"/etc",
 		"GUIX_ALLOW_UNAUTHENTICATED_SUBSTITUTES=yes",
-		"_NIX_OPTIONS=discover=false\nsubstitute-urls=" + server.URL + "\ndeduplicate=yes",
-	}, false)
+		"_NIX_OPTIONS=discover=false\nsubstitute-urls="+server.URL+"\ndeduplicate=yes",
+	), false)
 	if d.err != nil {
 		t.Fatal(d.err)
 	}
@@ -310,51 +311,85 @@ func checkMemory(t *testing.T, directory, name, want string, serve http.HandlerF
 	}
 }
 
-// TestDeltaMemory restores an item by a delta from one of more than 2 GiB, with dictionaries as
-// long as they may be.
-func TestDeltaMemory(t *testing.T) {
+// TestLargeItemFromBase makes an item of more than 2 GiB of an older one, which the daemon knows: by
+// rewriting it, by a delta, with dictionaries as long as they may be, and with blocks of what
+// differs.
+func TestLargeItemFromBase(t *testing.T) {
 	if os.Getenv("ERIS_BIG_TESTS") == "" {
 		t.Skip("set ERIS_BIG_TESTS for an item of 2 GiB")
 	}
-	directory := t.TempDir()
-	store := directory + "/store"
-	t.Cleanup(func() {
-		if err := restore.Remove(store); err != nil {
-			t.Error(err)
-		}
-	})
-	base, item := strings.Repeat("a", 32)+"-foo-1", strings.Repeat("b", 32)+"-foo-2"
 	contents := makeLargeItem().block[:40<<20]
 	for name, changed := range map[string][]byte{
-		store + "/" + base:     contents,
-		directory + "/" + item: append([]byte("inserted"), contents...),
+		"rewritten": contents, "delta": append([]byte("inserted"), contents...), "blocks": append([]byte("differs"), contents[7:]...),
 	} {
-		err := errors.Join(os.MkdirAll(name, 0o755), os.WriteFile(name+"/changed", changed, 0o444),
-			os.WriteFile(name+"/large", nil, 0o644), os.Truncate(name+"/large", 2<<30))
-		if err != nil {
-			t.Fatal(err)
-		}
+		t.Run(name, func(t *testing.T) {
+			directory := t.TempDir()
+			store, trees := directory+"/store", directory+"/trees"
+			t.Cleanup(func() {
+				if err := restore.Remove(store); err != nil {
+					t.Error(err)
+				}
+			})
+			base, item := strings.Repeat("a", 32)+"-foo", strings.Repeat("b", 32)+"-foo"
+			for item, changed := range map[string][]byte{base: contents, item: changed} {
+				tree := trees + "/" + item
+				must(t, os.MkdirAll(tree, 0o755))
+				must(t, os.WriteFile(tree+"/changed", changed, 0o644))
+				must(t, os.WriteFile(tree+"/hashes", append([]byte(item), contents...), 0o644))
+				must(t, os.WriteFile(tree+"/large", nil, 0o644))
+				must(t, os.Truncate(tree+"/large", 2<<30))
+			}
+			must(t, os.Mkdir(store, 0o755))
+			old, err := restore.Restore(t.Context(), nar.NewTree(trees+"/"+base), store+"/"+base, restore.Options{})
+			must(t, err)
+			must(t, os.MkdirAll(directory+"/var/db", 0o755))
+			db, err := sql.Open("sqlite", directory+"/var/db/db.sqlite")
+			must(t, err)
+			defer db.Close()
+			for _, statement := range []string{
+				"CREATE TABLE ValidPaths (id integer primary key, path text unique, hash text, deriver text, narSize integer)",
+				"CREATE TABLE Refs (referrer integer, reference integer)",
+				fmt.Sprintf("INSERT INTO ValidPaths (path, hash, narSize) VALUES ('%s/%s', 'sha256:%x', %d)", store, base, old.NarHash, old.NarSize),
+			} {
+				_, err := db.Exec(statement)
+				must(t, err)
+			}
+			sum, size, err := nar.HashTree(t.Context(), trees+"/"+item)
+			must(t, err)
+			hash := "sha256:" + nixbase32.EncodeToString(sum[:])
+			info := fmt.Sprintf("StorePath: %s/%s\nNarHash: %s\nNarSize: %d\nReferences: \nURL: nar\nCompression: none\n", store, item, hash, size)
+			var made bytes.Buffer
+			var env []string
+			switch name {
+			case "delta":
+				length, err := delta.Write(t.Context(), &made, trees+"/"+item, store+"/"+base, delta.WriteOptions{
+					Replacements: []reuse.Replacement{{Old: base[:32], New: item[:32]}},
+				})
+				must(t, err)
+				info += fmt.Sprintf("Delta: %s %d delta\n", base, length)
+			case "blocks":
+				urn, err := exec.Command(buildProgram(t), "encode", "--item", "--store=file:"+directory+"/blocks", trees+"/"+item).Output()
+				must(t, err)
+				info += "ERIS: " + string(urn)
+				env = []string{"ERIS_STORE_URL=file:" + directory + "/blocks"}
+			}
+			checkMemory(t, directory, store+"/"+item, fmt.Sprintf("success %s %d\n", hash, size), func(w http.ResponseWriter, r *http.Request) {
+				switch r.URL.Path {
+				case "/delta":
+					w.Write(made.Bytes())
+				case "/" + item[:32] + ".narinfo":
+					io.WriteString(w, info)
+				default: // the nar, too
+					http.NotFound(w, r)
+				}
+			}, env...)
+		})
 	}
-	h := sha256.New()
-	size, err := nar.Write(h, nar.NewTree(directory+"/"+item))
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
 	if err != nil {
 		t.Fatal(err)
 	}
-	var made bytes.Buffer
-	length, err := delta.Write(t.Context(), &made, directory+"/"+item, store+"/"+base, delta.WriteOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	hash := "sha256:" + nixbase32.EncodeToString(h.Sum(nil))
-	checkMemory(t, directory, store+"/"+item, fmt.Sprintf("success %s %d\n", hash, size), func(w http.ResponseWriter, r *http.Request) {
-		switch r.URL.Path {
-		case "/delta":
-			w.Write(made.Bytes())
-		case "/" + item[:32] + ".narinfo":
-			fmt.Fprintf(w, "StorePath: %s/%s\nNarHash: %s\nNarSize: %d\nReferences: \nURL: nar\nCompression: none\nDelta: %s %d delta\n",
-				store, item, hash, size, base, length)
-		default:
-			http.NotFound(w, r)
-		}
-	})
 }

@@ -120,7 +120,7 @@ var scriptCommands = map[string]scriptFunc{
 	"fetch":      scriptFetch,
 	"sign":       withUsage("KEY FILE", scriptSign),
 	"nar":        withUsage("PATH FILE", scriptNar),
-	"narhash":    withUsage("PATH VARIABLE", scriptNarHash),
+	"narhash":    withUsage("PATH VARIABLE [SIZE]", scriptNarHash),
 	"serve":      withUsage("VARIABLE DIRECTORY [RULE]...", scriptServe),
 	"proxy":      withUsage("VARIABLE URL", scriptProxy),
 	"requests":   withUsage("VARIABLE FILE", scriptRequests),
@@ -188,11 +188,14 @@ func scriptNar(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.WriteFile(ts.MkAbs(args[1]), b.Bytes(), 0o644))
 }
 
-// narhash PATH VARIABLE sets a variable to the NarHash of a file tree.
+// narhash PATH VARIABLE [SIZE] sets a variable to the NarHash of a file tree, and one to its NarSize.
 func scriptNarHash(ts *testscript.TestScript, neg bool, args []string) {
-	sum, _, err := nar.HashTree(context.Background(), ts.MkAbs(args[0]))
+	sum, size, err := nar.HashTree(context.Background(), ts.MkAbs(args[0]))
 	ts.Check(err)
 	ts.Setenv(args[1], "sha256:"+nixbase32.EncodeToString(sum[:]))
+	if len(args) > 2 {
+		ts.Setenv(args[2], fmt.Sprint(size))
+	}
 }
 
 // database DIRECTORY MANIFEST makes the database of a daemon whose store has the items of a

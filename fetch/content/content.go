@@ -44,11 +44,13 @@ const (
 type Want struct {
 	Capability eris.ReadCapability
 	Limit      int64 // greatest acceptable length in bytes
-	// Near, if not nil, reads at an offset what may be the same content and is on this machine; it
-	// returns how many bytes there are, fewer than p has only at the end. A leaf whose key is that
-	// of what stands there is not requested. It must not wait long, and be safe for concurrent use.
-	Near   func(p []byte, offset int64) (n int, err error)
-	Origin any // where what named it has come from, as in [fetch.Request]; nil if nobody knows
+	// NearKeys are the keys of the leaves of what may be the same content and is on this machine,
+	// or of the first of them. Near reads that at an offset; it returns how many bytes there are,
+	// fewer than p has only at the end. A leaf that has the key is not requested; what Near reads
+	// for it is not hashed again. Near must not wait long, and be safe for concurrent use.
+	NearKeys []eris.Key
+	Near     func(p []byte, offset int64) (n int, err error)
+	Origin   any // where what named it has come from, as in [fetch.Request]; nil if nobody knows
 }
 
 // Info tells which content the leaves to come belong to.

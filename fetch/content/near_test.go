@@ -82,7 +82,7 @@ func TestNear(t *testing.T) {
 						for _, source := range []fetch.Source{open(t, get), openImmediate(t, get)} {
 							for _, window := range []fetch.Window{{}, {Requests: 1, Bytes: 1}} {
 								requests.Store(0)
-								want := Want{Capability: capability, Limit: int64(len(contents)), Near: reading(near)}
+								want := Want{Capability: capability, Limit: int64(len(contents)), NearKeys: keysOf(t, near, size), Near: reading(near)}
 								must(t, readSequence(t.Context(), source, []Want{want, want}, math.MaxInt64, window, func(_ Info, got []byte) {
 									if !bytes.Equal(got, contents) {
 										t.Error("other contents")
@@ -98,6 +98,27 @@ func TestNear(t *testing.T) {
 			}
 		}
 	}
+}
+
+// keysOf are the keys of the leaves of what is near, as whoever has read it as a whole knows them.
+func keysOf(t *testing.T, near io.ReaderAt, size eris.BlockSize) (keys []eris.Key) {
+	t.Helper()
+	if u, ok := near.(unreadable); ok {
+		near = u.ReaderAt
+	}
+	if near == nil {
+		return nil
+	}
+	_, err := eris.Encode(t.Context(), io.NewSectionReader(near, 0, math.MaxInt64), nil, eris.EncodeOptions{
+		BlockSize: size, Workers: 1,
+		Leaves: func(_ int64, pairs []eris.Pair) {
+			for _, p := range pairs {
+				keys = append(keys, p.Key)
+			}
+		},
+	})
+	must(t, err)
+	return keys
 }
 
 // reading is a reader as a sequence has it.
@@ -125,7 +146,7 @@ func leavesFrom(contents []byte, near io.ReaderAt, size int) (n int) {
 		return leaf
 	}
 	for at := 0; at <= len(contents); at += size {
-		if leaf(contents, at) != leaf(other, at) {
+		if at > len(other) || leaf(contents, at) != leaf(other, at) {
 			n++
 		}
 	}

@@ -107,9 +107,8 @@ func (f *fetcher) dispatch() {
 			})
 		}
 		f.mu.Unlock()
-		readNear(batch[:n])
 		for _, r := range batch[:n] {
-			if r.near {
+			if r.near = r.readNear(); r.near {
 				r.Done(&r.Request)
 			} else {
 				f.source.Start(&r.Request)
@@ -122,31 +121,13 @@ func (f *fetcher) dispatch() {
 	}
 }
 
-// readNear reads leaves that are to be requested where they may be on this machine, and finds out
-// by their keys which of them are: then the block would be of no more use than its plaintext.
-func readNear(batch []*request) {
-	var found [startBatch]*request
-	var leaves [startBatch][]byte
-	var keys [startBatch]eris.Key
-	n := 0
-	for _, r := range batch {
-		if r.readNear() {
-			found[n], leaves[n] = r, r.buffer.data
-			n++
-		}
-	}
-	eris.KeyAll(keys[:n], leaves[:n], eris.ConvergenceSecret{})
-	for i, r := range found[:n] {
-		r.near = keys[i] == r.Pair.Key
-	}
-}
-
-// readNear reads what stands near where the leaf would be. It reports whether there is any.
+// readNear reads a leaf from what is near, if that has it. It reports whether it does.
 func (r *request) readNear() bool {
-	if r.level > 0 || r.content.near == nil {
+	want := &r.content.want
+	if r.level > 0 || r.node >= int64(len(want.NearKeys)) || want.NearKeys[r.node] != r.Pair.Key {
 		return false
 	}
-	n, err := r.content.near(r.buffer.data, r.node*int64(r.Size))
+	n, err := want.Near(r.buffer.data, r.node*int64(r.Size))
 	if n < len(r.buffer.data) && err == nil {
 		eris.PadLeaf(r.buffer.data, n)
 	}

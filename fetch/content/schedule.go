@@ -23,8 +23,8 @@ type nodeCursor struct {
 type content struct {
 	index  int
 	shape  shape
-	near   func(p []byte, offset int64) (n int, err error) // see [Want]
-	kin    *fetch.Kin                                      // its root and those of others
+	want   Want
+	kin    *fetch.Kin // its root and those of others
 	nth    int
 	open   bool
 	length int64
@@ -319,7 +319,7 @@ func (f *fetcher) add(wants []Want) {
 			return
 		}
 		f.contents = append(f.contents, &content{
-			index: f.added, shape: s, near: want.Near, kin: kin, nth: i, rows: make([]row, want.Capability.Level+1),
+			index: f.added, shape: s, want: want, kin: kin, nth: i, rows: make([]row, want.Capability.Level+1),
 		})
 		f.added++
 	}
