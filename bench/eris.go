@@ -40,6 +40,9 @@ func (w *workshop) store() (string, error) {
 	w.storeTCP = "coap+tcp://" + l.Addr().String()
 	l.Close()
 	server := exec.Command(w.binary, "serve", "--socket="+socket, "--listen="+w.storeTCP, "--directory="+filepath.Join(w.directory, "blocks"))
+	if os.Geteuid() == 0 {
+		server.Args = append(server.Args, "--user=root")
+	}
 	var log bytes.Buffer
 	server.Stderr = &log
 	if err := server.Start(); err != nil {

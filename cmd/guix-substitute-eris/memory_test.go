@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"database/sql"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -272,8 +273,9 @@ func TestLargeItemMemory(t *testing.T) {
 }
 
 // checkMemory has an item restored from a server, as the daemon has it done, to its place in the
-// store, which is in directory. The process must do with less than 64 MiB.
-func checkMemory(t *testing.T, directory, name, want string, serve http.HandlerFunc, env ...string) {
+// store, which is in directory. The process must do with less than 64 MiB. It returns what the
+// process has said.
+func checkMemory(t *testing.T, directory, name, want string, serve http.HandlerFunc, env ...string) (log string) {
 	t.Helper()
 	const most = 64 << 20
 	server := httptest.NewServer(serve)
@@ -309,6 +311,7 @@ func checkMemory(t *testing.T, directory, name, want string, serve http.HandlerF
 	if used >= most {
 		t.Errorf("%d bytes of memory are more than %d", used, most)
 	}
+	return d.log.String()
 }
 
 // TestLargeItemFromBase makes an item of more than 2 GiB of an older one, which the daemon knows: by
@@ -342,7 +345,8 @@ func TestLargeItemFromBase(t *testing.T) {
 			must(t, os.Mkdir(store, 0o755))
 			old, err := restore.Restore(t.Context(), nar.NewTree(trees+"/"+base), store+"/"+base, restore.Options{})
 			must(t, err)
-			must(t, os.MkdirAll(directory+"/var/db", 0o755))
+			must(t, errors.Join(os.MkdirAll(directory+"/var/db", 0o755), os.Mkdir(directory+"/etc", 0o755)))
+			must(t, os.WriteFile(directory+"/etc/substitute-eris.toml", []byte("verbose = true\n"), 0o644))
 			db, err := sql.Open("sqlite", directory+"/var/db/db.sqlite")
 			must(t, err)
 			defer db.Close()
@@ -373,7 +377,7 @@ func TestLargeItemFromBase(t *testing.T) {
 				info += "ERIS: " + string(urn)
 				env = []string{"ERIS_STORE_URL=file:" + directory + "/blocks"}
 			}
-			checkMemory(t, directory, store+"/"+item, fmt.Sprintf("success %s %d\n", hash, size), func(w http.ResponseWriter, r *http.Request) {
+			log := checkMemory(t, directory, store+"/"+item, fmt.Sprintf("success %s %d\n", hash, size), func(w http.ResponseWriter, r *http.Request) {
 				switch r.URL.Path {
 				case "/delta":
 					w.Write(made.Bytes())
@@ -383,6 +387,11 @@ func TestLargeItemFromBase(t *testing.T) {
 					http.NotFound(w, r)
 				}
 			}, env...)
+			way := map[string]string{"rewritten": "file://" + store + "/" + base, "delta": "a delta from", "blocks": "the rest in an older item"}[name]
+			failed := strings.Count(log, "going on with another way")
+			if !strings.Contains(log, way) || failed > 1 || failed > 0 && name == "rewritten" {
+				t.Errorf("it has come in another way:\n%s", log)
+			}
 		})
 	}
 }
