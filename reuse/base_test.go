@@ -192,6 +192,44 @@ func numbers(n int) string {
 	return b.String() + "0};\n"
 }
 
+// TestLeaves has files of all lengths around those of blocks, of which some differ in the last byte,
+// and counts what is fetched: of each that differs, the nodes above its leaves and one leaf.
+func TestLeaves(t *testing.T) {
+	sizes := []int{1, 1022, 1023, 1024, 1025, 2048, 16383, 16384, 32767, 32768, 32769, 65535, 65536, 200000}
+	fetched := func(differ bool) int64 {
+		s, builds := newTestStore(t), 0
+		_, want, p := s.publishedTwice("x-1.0", nil, func(item string, _ []string) {
+			builds++
+			files := map[string]string{}
+			for _, size := range sizes {
+				for i := range 5 {
+					contents := []byte(mixed(size))
+					if i == 3 && differ {
+						contents[size-1] += byte(builds)
+					}
+					files[fmt.Sprintf("%06d-%d", size, i)] = string(contents)
+				}
+			}
+			s.write(item, files)
+		})
+		return s.get(want, p, s.base(s.finder(), want))
+	}
+	expected := int64(0)
+	for _, size := range sizes {
+		block := int(eris.BlockSizeFor(int64(size)))
+		blocks := 1
+		for n := size/block + 1; n > 1; {
+			n = (n + block/64 - 1) / (block / 64)
+			blocks += n
+		}
+		expected += int64(blocks * block)
+	}
+	index := fetched(false)
+	if n := fetched(true) - index; index > 64<<10 || n != expected {
+		t.Errorf("%d bytes beside the index of %d instead of %d", n, index, expected)
+	}
+}
+
 // TestBrokenBase has old items that are not what they should be. What is wrong is fetched.
 func TestBrokenBase(t *testing.T) {
 	for name, spoil := range map[string]func(item string) error{

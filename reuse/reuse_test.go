@@ -372,6 +372,33 @@ func TestFailures(t *testing.T) {
 	}
 }
 
+// TestVanishes takes the old item away at every step: what has been made by then is not what it
+// should be, or is, as links to files that nobody else has.
+func TestVanishes(t *testing.T) {
+	s := newTestStore(t)
+	old, want := s.both("x-1.0", []string{"bash-5.1"}, tree)
+	before := s.snapshot(old)
+	for step, failed := 1, true; failed; step++ {
+		for c := range s.finder().Find(t.Context(), want) {
+			nodes := c.Nodes(t.Context())
+			r, err := restore.Restore(t.Context(), &stepping{nodes, step, func() { must(t, os.Rename(s.dir+"/"+old, s.dir+"/gone")) }},
+				want.StorePath, restore.Options{LinksDirectory: s.dir + "/.links"})
+			nodes.Close()
+			failed = err != nil
+			if !failed && (r.NarHash != want.NarDigest || step < 10) {
+				t.Errorf("no error after step %d", step)
+			}
+		}
+		if err := os.Rename(s.dir+"/gone", s.dir+"/"+old); err != nil && step < 5 {
+			t.Fatal(err)
+		}
+		must(t, restore.Remove(want.StorePath))
+		if s.snapshot(old) != before {
+			t.Fatalf("the old item has changed after step %d", step)
+		}
+	}
+}
+
 // telling is nodes that tell each step to a parent process.
 type telling struct{ nar.Nodes }
 
