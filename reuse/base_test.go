@@ -192,8 +192,8 @@ func numbers(n int) string {
 	return b.String() + "0};\n"
 }
 
-// TestLeaves has files of all lengths around those of blocks, of which some differ in the last byte,
-// and counts what is fetched: of each that differs, the nodes above its leaves and one leaf.
+// TestLeaves has files of all lengths around those of blocks, of which some differ in the last
+// byte, and counts what is fetched: of each that differs, the nodes above its leaves and one leaf.
 func TestLeaves(t *testing.T) {
 	sizes := []int{1, 1022, 1023, 1024, 1025, 2048, 16383, 16384, 32767, 32768, 32769, 65535, 65536, 200000}
 	fetched := func(differ bool) int64 {

@@ -314,8 +314,8 @@ func checkMemory(t *testing.T, directory, name, want string, serve http.HandlerF
 	return d.log.String()
 }
 
-// TestLargeItemFromBase makes an item of more than 2 GiB of an older one, which the daemon knows: by
-// rewriting it, by a delta, with dictionaries as long as they may be, and with blocks of what
+// TestLargeItemFromBase makes an item of more than 2 GiB of an older one, which the daemon knows:
+// by rewriting it, by a delta, with dictionaries as long as they may be, and with blocks of what
 // differs.
 func TestLargeItemFromBase(t *testing.T) {
 	if os.Getenv("ERIS_BIG_TESTS") == "" {

@@ -188,7 +188,8 @@ func scriptNar(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.WriteFile(ts.MkAbs(args[1]), b.Bytes(), 0o644))
 }
 
-// narhash PATH VARIABLE [SIZE] sets a variable to the NarHash of a file tree, and one to its NarSize.
+// narhash PATH VARIABLE [SIZE] sets a variable to the NarHash of a file tree, and one to its
+// NarSize.
 func scriptNarHash(ts *testscript.TestScript, neg bool, args []string) {
 	sum, size, err := nar.HashTree(context.Background(), ts.MkAbs(args[0]))
 	ts.Check(err)
