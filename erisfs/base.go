@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"runtime"
+	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
@@ -40,9 +41,8 @@ const (
 
 // A local is what the base has of a file.
 type local struct {
-	whole  bool       // all of it
-	hashes bool       // there is something of its own in it
-	keys   []eris.Key // of the leaves, if it is not whole
+	whole  bool // all of it
+	hashes bool // there is something of its own in it
 }
 
 // Use finds out which files of the tree the base has: those that have the same capability when they
@@ -51,11 +51,11 @@ type local struct {
 // returns when all of the base has been read. Errors are that of the context, and that the base has
 // no file of the tree.
 //
-// It costs about 1 s of a processor for each GB of files that the base has, a few bytes of memory
-// for each file, and at most 4 MiB for leaves. What the base gives later need not be what it had:
+// It costs about 1 s of a processor for each GB of files that the base has, two bytes of memory for
+// each file, and at most 4 MiB for leaves. What the base gives later need not be what it had:
 // whoever consumes the tree has to check it by a hash.
 func (t *Tree) Use(ctx context.Context, base Base) error {
-	t.base, t.local = base, make([]local, t.index.Len())
+	t.base, t.local, t.keys = base, make([]local, t.index.Len()), map[int][]eris.Key{}
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(min(runtime.GOMAXPROCS(0), baseWorkers))
 	u := &use{ctx: ctx, tree: t}
@@ -89,8 +89,10 @@ func (t *Tree) Use(ctx context.Context, base Base) error {
 type use struct {
 	ctx   context.Context
 	tree  *Tree
-	found atomic.Bool  // a file
-	keys  atomic.Int64 // that are kept
+	found atomic.Bool // a file
+
+	mu   sync.Mutex
+	kept int // keys
 }
 
 // file finds out what the base has of a file.
@@ -100,21 +102,23 @@ func (u *use) file(i int, e Entry) error {
 		return u.ctx.Err()
 	}
 	u.found.Store(true)
-	var l local
+	var keys []eris.Key
 	c, err := eris.Encode(u.ctx, &contentsReader{next: contents.Next, length: node.Size}, nil, eris.EncodeOptions{
 		BlockSize: e.Capability.BlockSize, Workers: 1,
 		Leaves: func(_ int64, pairs []eris.Pair) {
-			for _, p := range pairs[:min(len(pairs), mostKeys-len(l.keys))] {
-				l.keys = append(l.keys, p.Key)
+			for _, p := range pairs[:min(len(pairs), mostKeys-len(keys))] {
+				keys = append(keys, p.Key)
 			}
 		},
 	})
-	l.hashes = !done()
-	l.whole = err == nil && c == e.Capability
-	if l.whole || u.keys.Add(int64(len(l.keys))) > mostKeys {
-		l.keys = nil
+	whole := err == nil && c == e.Capability
+	u.tree.local[i] = local{whole, !done()}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if !whole && u.kept+len(keys) <= mostKeys {
+		u.tree.keys[i] = keys
+		u.kept += len(keys)
 	}
-	u.tree.local[i] = l
 	return u.ctx.Err()
 }
 

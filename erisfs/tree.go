@@ -8,6 +8,7 @@ import (
 	"iter"
 	"strings"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/content"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
@@ -45,9 +46,10 @@ type Tree struct {
 	next     int // entry
 	sequence *content.Sequence
 
-	base     Base       // nil if there is none
-	local    []local    // what it has, by entry
-	contents nar.Feeder // of the file under way, if it comes from there
+	base     Base               // nil if there is none
+	local    []local            // what it has, by entry
+	keys     map[int][]eris.Key // of the leaves of files that it has in part, by entry
+	contents nar.Feeder         // of the file under way, if it comes from there
 	done     func() bool
 
 	started bool
@@ -77,7 +79,7 @@ func (t *Tree) wants(limit int64) iter.Seq[content.Want] {
 			}
 			want := content.Want{Capability: e.Capability, Limit: limit, Origin: t.index.origin}
 			if t.base != nil {
-				want.NearKeys = t.local[i].keys
+				want.NearKeys = t.keys[i]
 				want.Near = func(p []byte, offset int64) (int, error) { return t.base.ReadPart(e.Path, p, offset) }
 			}
 			if !yield(want) {
