@@ -210,11 +210,14 @@ func (i *installation) installShare() error {
 		return nil
 	}
 	if !i.exists("/etc/guix/signing-key.sec") {
+		if i.exists(publicKeyFile) {
+			return fmt.Errorf("%s is there without signing-key.sec, and others may trust it\nhint: put the private key beside it, or move the public one away", publicKeyFile)
+		}
 		key := acl.GenerateSigningKey()
 		// The private one first: a public key without it is of no use.
 		i.steps = append(i.steps,
 			Step{Path: "/etc/guix/signing-key.sec", Text: []byte(key.SecretText()), Mode: 0o400, Keep: true},
-			Step{Path: "/etc/guix/signing-key.pub", Text: []byte(key.PublicKey().Text()), Mode: 0o444, Keep: true})
+			Step{Path: publicKeyFile, Text: []byte(key.PublicKey().Text()), Mode: 0o444, Keep: true})
 	}
 	if !i.systemd() {
 		i.note("no systemd is here: have your service manager run \"%[1]s serve --listen=coap+tcp://:5683\" and \"%[1]s publish --listen=:8080 --store=coap+unix://%[2]s --announce=coap+tcp://:5683\"", i.program, Socket)

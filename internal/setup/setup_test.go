@@ -180,6 +180,33 @@ func TestFailure(t *testing.T) {
 	}
 }
 
+// TestLinkStays has the place of a link taken by one that cannot be made: what was there stays.
+func TestLinkStays(t *testing.T) {
+	s := machine(t, "")
+	const path = "/etc/systemd/system/x.wants"
+	must(t, s.Do([]Step{{Path: path, Link: "old"}}, t.Logf))
+	if err := s.Do([]Step{{Path: path, Link: strings.Repeat("x", 5000)}}, t.Logf); err == nil {
+		t.Error("a link of 5000 bytes was made")
+	}
+	if target, err := os.Readlink(filepath.Join(s.root, path)); target != "old" {
+		t.Errorf("the link leads to %.10q, %v", target, err)
+	}
+	must(t, s.Do([]Step{{Path: path, Link: "new"}}, t.Logf))
+	if target, err := os.Readlink(filepath.Join(s.root, path)); target != "new" {
+		t.Errorf("the link leads to %.10q, %v", target, err)
+	}
+}
+
+// TestLostKey has a public key without its private one, which others may trust.
+func TestLostKey(t *testing.T) {
+	s := machine(t, "")
+	must(t, os.WriteFile(filepath.Join(s.root, publicKeyFile), []byte("precious"), 0o644))
+	_, _, err := s.Install(Options{Program: filepath.Join(s.root, "opt/program"), Store: true, Share: true})
+	if err == nil || !strings.Contains(err.Error(), publicKeyFile+" is there without signing-key.sec") {
+		t.Errorf("%v", err)
+	}
+}
+
 // TestStrangers has the tree of somebody else, with a record that was not made by this program:
 // nothing outside of the tree is changed, and no program is run.
 func TestStrangers(t *testing.T) {

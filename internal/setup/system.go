@@ -230,8 +230,12 @@ func (s *System) put(step Step) error {
 		}
 	}
 	if step.Link != "" {
-		os.Remove(name)
-		return os.Symlink(step.Link, name)
+		temporary := filepath.Join(filepath.Dir(name), files.TemporaryPrefix+filepath.Base(name))
+		os.Remove(temporary)
+		if err := os.Symlink(step.Link, temporary); err != nil {
+			return err
+		}
+		return os.Rename(temporary, name)
 	}
 	if before == nil || !before.Mode().IsRegular() {
 		return write(name, step.Mode, step.Text)
