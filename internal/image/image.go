@@ -40,6 +40,9 @@ type Image struct {
 	// Base, if it is set before Nodes is called, is where files of an ERIS-FS image are looked for
 	// before they are requested, see [erisfs.Tree.Use].
 	Base erisfs.Base
+	// Total, if it is set before Nodes is called, is told how many bytes an ERIS-FS image should
+	// have, which becomes known more and more exactly.
+	Total func(bytes int64)
 
 	source fetch.Source
 	limits erisfs.Limits
@@ -130,6 +133,9 @@ func (x *Image) Nodes(ctx context.Context) (nodes nar.Nodes, close func(), err e
 				tree.Close()
 				return nil, nil, err
 			}
+		}
+		if x.Total != nil {
+			return newTotalled(tree, index, x.Total), func() { tree.Close() }, nil
 		}
 		return tree, func() { tree.Close() }, nil
 	}

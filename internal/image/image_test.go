@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -243,4 +244,37 @@ type nearby struct {
 
 func (n nearby) Has(_ context.Context, ref eris.Reference, _ eris.BlockSize) bool {
 	return n.backend.Has(ref)
+}
+
+// TestTotal looks at what a tree is said to be long in all: exactly at its end, and about from the
+// first files on.
+func TestTotal(t *testing.T) {
+	root := t.TempDir()
+	want := int64(0)
+	for i := range 200 {
+		size := 100 * i * (i % 7)
+		want += int64(max(size, 1<<10)) // a block at least
+		must(t, os.WriteFile(filepath.Join(root, fmt.Sprintf("%03d", i)), bytes.Repeat([]byte{byte(i)}, size), 0o644))
+	}
+	b := sourcetest.NewBackend()
+	r, err := erisfs.Encode(t.Context(), nar.NewTree(root), b.Put, erisfs.EncodeOptions{})
+	must(t, err)
+	x, err := image.Open(t.Context(), source(t, b), r.Capability, erisfs.Limits{NarSize: 1 << 30}, fetch.Window{})
+	must(t, err)
+	var totals []int64
+	x.Total = func(bytes int64) { totals = append(totals, bytes) }
+	nodes, closeNodes, err := x.Nodes(t.Context())
+	must(t, err)
+	defer closeNodes()
+	sum, _, err := nar.Hash(t.Context(), nodes)
+	must(t, err)
+	if plain, _, err := nar.HashTree(t.Context(), root); err != nil || plain != sum {
+		t.Errorf("hash %x instead of %x, %v", sum, plain, err)
+	}
+	if len(totals) != 200 || totals[199] < want || totals[199] > want+200*32<<10 {
+		t.Fatalf("%d totals, the last one %v of %d", len(totals), totals[max(0, len(totals)-1):], want)
+	}
+	if half := totals[100]; half < totals[199]/3 || half > totals[199]*3 {
+		t.Errorf("at half of the files %d, and %d at the end", half, totals[199])
+	}
 }
