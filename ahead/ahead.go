@@ -66,24 +66,23 @@ type Options struct {
 	Bytes    int64    // the sum of their NarSize at most
 	AtOnce   int      // how many items are restored at the same time at most
 	Workers  int      // how many large ones; of others as many as take the same memory
+	Before   Stats    // what was counted before
+	// Counted, unless it is nil, is called with what has been counted when that has changed. It
+	// must not wait, nor call methods of the Ahead.
+	Counted func(Stats)
 }
 
-// Stats tells what was staged, by this helper; what of that, and of what other helpers of the
-// session have staged, it has used; and what of it nobody has asked for so far and nobody will.
+// Stats tells what was staged, by this helper, and what of that, and of what other helpers of the
+// session have staged, it has used.
 type Stats struct {
-	Staged, Used, Wasted Count
-	Err                  error // why nothing is staged any more
+	Staged, Used Count
+	Err          error // why nothing is staged any more
 }
 
 // A Count counts items.
 type Count struct {
 	Items int
 	Bytes int64 // the sum of their NarSize
-}
-
-func (c *Count) add(i substitute.Item) {
-	c.Items++
-	c.Bytes += int64(i.NarSize)
 }
 
 // Ahead substitutes items, and those that come next ahead of the daemon. Its methods are to be
@@ -131,8 +130,9 @@ func key(item substitute.Item) string {
 
 // New returns an Ahead, which must be closed.
 func New(restorer Restorer, o Options) *Ahead {
-	a := &Ahead{o: o, restorer: restorer, kick: make(chan struct{}, 1), staged: map[string]*staged{}}
+	a := &Ahead{o: o, restorer: restorer, kick: make(chan struct{}, 1), staged: map[string]*staged{}, stats: o.Before}
 	a.ctx, a.cancel = context.WithCancel(context.Background())
+	a.stats.Err = nil
 	a.plan = newPlan(exists)
 	a.stage.store = o.StoreDir
 	if o.Session != nil {
@@ -222,7 +222,16 @@ func (a *Ahead) forget(path string, s *staged) {
 func (a *Ahead) count(c *Count, item substitute.Item) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	c.add(item)
+	a.add(c, item)
+}
+
+// add is count for a caller that holds the lock.
+func (a *Ahead) add(c *Count, item substitute.Item) {
+	c.Items++
+	c.Bytes += int64(item.NarSize)
+	if a.o.Counted != nil {
+		a.o.Counted(a.stats)
+	}
 }
 
 // end ends a request. The daemon may kill this process any time now, and nothing should be left.
@@ -246,20 +255,13 @@ func (a *Ahead) use(ctx context.Context, s *staged, destination string) (substit
 		<-s.done
 	}
 	if s.outcome.Status != substitute.Success || a.stage.move(key(s.item), destination) != nil {
-		a.discard(s)
+		a.stage.remove(key(s.item))
 		s.restoration.Finish(false)
 		return substitute.Outcome{}, false
 	}
 	s.restoration.Finish(true)
 	a.count(&a.stats.Used, s.item)
 	return s.outcome, true
-}
-
-// discard removes an item from the stage. Another helper may have taken it.
-func (a *Ahead) discard(s *staged) {
-	if a.stage.remove(key(s.item)) {
-		a.count(&a.stats.Wasted, s.item)
-	}
 }
 
 // shared reports whether other helpers of the session may be staging items, too. Then there is a
@@ -344,7 +346,7 @@ func (a *Ahead) evict() {
 	}
 	a.mu.Unlock()
 	for _, s := range evicted {
-		a.discard(s)
+		a.stage.remove(key(s.item)) // unless another helper has taken it
 	}
 }
 
@@ -414,7 +416,7 @@ func (a *Ahead) restore(ctx context.Context, s *staged, c *claim) {
 	a.running--
 	a.memory -= s.memory()
 	if outcome.Status == substitute.Success {
-		a.stats.Staged.add(s.item)
+		a.add(&a.stats.Staged, s.item)
 	} else if a.staged[s.item.Path] == s {
 		a.forget(s.item.Path, s)
 	}

@@ -3,32 +3,23 @@
 package ahead
 
 import (
-	"os"
+	"os/signal"
+	"strings"
 	"testing"
-	"time"
 )
 
-// TestMain is a guard, if that is wanted.
-func TestMain(m *testing.M) {
-	if os.Getenv("AHEAD_TEST_GUARD") != "" {
-		CleanAfter(os.Stdin, os.Args[1], os.Args[2])
-		return
+// What counts is the last line that is whole; what else comes is passed over, however long.
+func TestCleanAfterCounts(t *testing.T) {
+	defer signal.Reset()
+	want := Stats{Staged: Count{3, 300}, Used: Count{2, 200}}
+	for _, input := range []string{
+		"1 100 0 0\n3 300 2 200\n", "3 300 2 200\n4 4\n\nx 5 5 5\n", "3 300 2 200\n" + strings.Repeat("x", 1<<20),
+	} {
+		if got := CleanAfter(strings.NewReader(input), t.TempDir(), "1-1"); got != want {
+			t.Errorf("%.40q: %+v", input, got)
+		}
 	}
-	os.Exit(m.Run())
-}
-
-// Who ends does not wait for another helper of the session that goes on.
-func TestDismiss(t *testing.T) {
-	t.Setenv("AHEAD_TEST_GUARD", "1")
-	store, stages := newStages(t, 1)
-	end := (&Session{path: stages[0].name}).Guard(store)
-	// If it waited, it would do so until the other one ends.
-	other := time.AfterFunc(10*time.Second, func() { stages[0].close() })
-	end()
-	if !other.Stop() {
-		t.Error("who ended has waited for the other one")
-	}
-	if err := stages[0].close(); err != nil {
-		t.Error(err)
+	if got := CleanAfter(strings.NewReader(""), t.TempDir(), "1-1"); got != (Stats{}) {
+		t.Errorf("nothing counts %+v", got)
 	}
 }

@@ -118,8 +118,13 @@ type exporter struct {
 	earlier *earlier
 }
 
-// ErrNoNarinfo is what Export returns for an item that is not described by any server.
-var ErrNoNarinfo = errors.New("no server has a narinfo")
+// A NoNarinfoError says that no server describes an item so that it counts.
+type NoNarinfoError struct{ Path string }
+
+// Error implements error.
+func (e *NoNarinfoError) Error() string {
+	return "no server has a narinfo of " + e.Path + " that counts"
+}
 
 // An exportItem is an item with its narinfo, in the end that with a read capability.
 type exportItem struct {
@@ -169,7 +174,7 @@ func (e *exporter) collect(ctx context.Context, items []string) error {
 		for _, path := range wanted {
 			it := found[path]
 			if it == nil {
-				return fmt.Errorf("%w of %s that counts", ErrNoNarinfo, path)
+				return &NoNarinfoError{path}
 			}
 			n := it.narinfo
 			if e.text += len(n.Text()); e.text > MaxNarinfos {

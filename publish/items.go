@@ -90,7 +90,7 @@ func ParseManifest(text []byte) (Manifest, error) {
 			err = n.CheckHash()
 		}
 		if err != nil {
-			return nil, fmt.Errorf("record %d of the manifest: %w", i+1, err)
+			return nil, fmt.Errorf("record %d: %w", i+1, err)
 		}
 		hashPart, _, _ := strings.Cut(filepath.Base(n.StorePath), "-")
 		m[hashPart] = n

@@ -109,13 +109,17 @@ func (s *Substituter) Substitute(ctx context.Context, path, destination string) 
 }
 
 func (s *Substituter) sayFailed(path string, o Outcome, err error) {
+	say := s.Log.Errorf
+	if s.Failed != nil {
+		say = s.Failed
+	}
 	switch {
 	case o.Status == HashMismatch:
-		s.Log.Errorf("hash mismatch for '%s': expected %s, got %s", path, o.Expected, o.Actual)
+		say("hash mismatch for '%s': expected %s, got %s", path, o.Expected, o.Actual)
 	case err != nil:
-		s.Log.Errorf("no valid substitute for '%s': %v", path, err)
+		say("no valid substitute for '%s': %v", path, err)
 	default:
-		s.Log.Errorf("failed to find alternative substitute for '%s'", path)
+		say("failed to find alternative substitute for '%s'", path)
 	}
 }
 

@@ -70,8 +70,10 @@ type Config struct {
 	// UnsignedCapabilities allows the use of read capabilities that no signature covers. What they
 	// denote is checked all the same; they decide what is fetched, but not what is restored.
 	UnsignedCapabilities bool
-	// Log is where messages and progress go.
-	Log *protocol.Log
+	// Log is where messages and progress go; but that an item cannot be restored, and why, Failed
+	// is told, unless it is nil.
+	Log    *protocol.Log
+	Failed func(format string, a ...any)
 	// StoreSpeed tells how fast the stores of Blocks are; nil is nobody knows.
 	StoreSpeed func() Speed
 	// Probe tries stores that are out of reach by a block that nobody waits for, so that it is

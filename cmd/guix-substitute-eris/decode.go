@@ -4,8 +4,6 @@ package main
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"io"
 	"os"
 	"strings"
@@ -45,6 +43,9 @@ store that runs on this machine.`,
 	c.RunE = func(_ *cobra.Command, args []string) error {
 		if len(args) != 2 {
 			return message.Usage("decode takes a URN and a destination: guix-substitute-eris decode --store=URL urn:eris:… FILE")
+		}
+		if strings.HasPrefix(args[1], "urn:eris:") {
+			return message.Usage("decode takes the URN first, and then the destination: guix-substitute-eris decode %s %s", args[1], args[0])
 		}
 		result, err := decode(c.Context(), args[0], args[1], *stores, *raw)
 		if err == nil && *asJSON {
@@ -104,7 +105,8 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	}
 	defer x.Close()
 	result = decodeResult{Form: string(x.Form), Size: x.Content.Size()}
-	if x.Form != image.ERISFS {
+	x.Total = func(bytes int64) { shown.Total(result.Size + bytes) }
+	if raw || x.Form != image.ERISFS {
 		shown.Total(result.Size)
 	}
 	if raw || x.Form != image.ERISFS && x.Form != image.Nar {
@@ -114,7 +116,7 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 		return result, err
 	}
 	if destination == "-" {
-		return result, errors.New("a file tree cannot be written to standard output; see --raw")
+		return result, message.Usage("a file tree cannot be written to standard output; see --raw")
 	}
 	nodes, closeNodes, err := x.Nodes(ctx)
 	if err != nil {
@@ -136,11 +138,12 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 // parseURN reads a read capability as it is printed, also with the name of an item behind it.
 func parseURN(text string) (eris.ReadCapability, error) {
 	urn, _, _ := strings.Cut(text, "#")
-	return eris.ParseURN(urn)
+	c, err := eris.ParseURN(urn)
+	return c, message.OfUsage(err)
 }
 
 func errNoStore() error {
-	return fmt.Errorf("no store is known; name one by --store or by %s", settings.StoreVariable)
+	return message.Usage("no store is known; name one by --store or by %s", settings.StoreVariable)
 }
 
 // sourceNames are the URLs of stores, for people.

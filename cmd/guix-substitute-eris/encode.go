@@ -5,7 +5,6 @@ package main
 import (
 	"context"
 	"crypto/rand"
-	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -84,7 +83,7 @@ func (s *encodeSettings) run(ctx context.Context, args []string) error {
 		to = store.String()
 		if _, ok := store.(*dump.Stream); ok {
 			if term.IsTerminal(1) {
-				return errors.New("a dump is not for a terminal; name a file: --store=dump:FILE")
+				return message.Usage("a dump is not for a terminal; name a file: --store=dump:FILE")
 			}
 			out = os.Stderr
 		}
@@ -194,7 +193,7 @@ func closureOf(ctx context.Context, paths []string) ([]string, error) {
 		}
 		inside, ok := strings.CutPrefix(real, store+"/")
 		if !ok {
-			return nil, fmt.Errorf("%s is no item of the store %s; --closure takes %s/…", path, store, store)
+			return nil, message.Usage("%s is no item of the store %s; --closure takes %s/…", path, store, store)
 		}
 		name, _, _ := strings.Cut(inside, "/")
 		items = append(items, store+"/"+name)
@@ -316,5 +315,6 @@ func convergenceSecret(text string) (secret eris.ConvergenceSecret, err error) {
 		_, err := rand.Read(secret[:])
 		return secret, err
 	}
-	return eris.ParseConvergenceSecret(text)
+	secret, err = eris.ParseConvergenceSecret(text)
+	return secret, message.OfUsage(err)
 }

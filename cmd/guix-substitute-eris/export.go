@@ -78,7 +78,9 @@ func (e *exportSettings) export(ctx context.Context, items []string) error {
 	if err != nil {
 		return err
 	}
-	e.Load()
+	if err := e.Load(); err != nil {
+		return err
+	}
 	unix.Umask(0o022)
 	if !e.create {
 		if err := checkMounted(directory, mountParents); err != nil {
@@ -95,6 +97,11 @@ func (e *exportSettings) export(ctx context.Context, items []string) error {
 	defer sub.Close()
 	keys := e.Keys()
 	sub.SetKeys(keys)
+	for i, item := range items {
+		if items[i], err = e.FindItem(ctx, sub, item); err != nil {
+			return err
+		}
+	}
 	shown := e.Log().Transfer(e.to, e.to)
 	defer shown.Stop()
 	options := publish.ExportOptions{
@@ -102,7 +109,7 @@ func (e *exportSettings) export(ctx context.Context, items []string) error {
 		Log: e.Log().Notef, Total: shown.Total, Got: shown.Add,
 		Fetch: func(ctx context.Context, path, to string) error {
 			if outcome := sub.Substitute(ctx, path, to); outcome.Status != substitute.Success {
-				return fmt.Errorf("%s is not in the local store and cannot be fetched", path)
+				return sub.WhyNot(ctx, path).Errorf("%s is not in the local store and cannot be fetched", path)
 			}
 			return nil
 		},
@@ -126,8 +133,9 @@ func (e *exportSettings) export(ctx context.Context, items []string) error {
 		options.Servers = append(options.Servers, publish.ExportServer{Narinfos: server.Narinfos})
 	}
 	done, err := publish.Export(ctx, items, options)
-	if errors.Is(err, publish.ErrNoNarinfo) {
-		return fmt.Errorf("%w: %w\nhint: \"guix-substitute-eris explain ITEM\" says why; --sign signs what was built here", message.ErrUnavailable, err)
+	var none *publish.NoNarinfoError
+	if errors.As(err, &none) {
+		return sub.WhyNot(ctx, none.Path).Errorf("%w\nhint: \"guix-substitute-eris explain ITEM\" says why; --sign signs what was built here", err)
 	} else if err != nil {
 		return err
 	}

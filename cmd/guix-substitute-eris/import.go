@@ -70,10 +70,15 @@ func importBlocks(ctx context.Context, name, storeURL string, asJSON bool) error
 	shown := session.NewLog().Transfer(name, name)
 	defer shown.Stop()
 	result, err := importInto(ctx, store, name, shown)
+	if name == "-" {
+		name = "standard input"
+	}
 	var format *dump.FormatError
 	if errors.As(err, &format) && format.Err == io.ErrUnexpectedEOF {
 		return fmt.Errorf("%s: the dump is cut off at byte %d; %s before that, %s, are stored\nhint: import it again, from the beginning; what is stored stays",
 			name, format.Offset, page.Count(int(result.Blocks), "block"), page.Size(result.Bytes))
+	} else if format != nil && result.Blocks == 0 {
+		return fmt.Errorf("%s is no dump of blocks\nhint: \"encode --store=dump:FILE PATH\" makes one", name)
 	} else if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}

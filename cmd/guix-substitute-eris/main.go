@@ -14,7 +14,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/ahead"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/demo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/inspect"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/manual"
@@ -67,8 +66,8 @@ func run(args []string) int {
 			guix, args = file, args[1:]
 		}
 	}
-	if len(args) == 4 && args[0] == "substitute" && args[1] == session.CleanOption {
-		ahead.CleanAfter(os.Stdin, args[2], args[3])
+	if len(args) == 5 && args[0] == "substitute" && args[1] == session.CleanOption {
+		session.CleanAfter(args[2], args[3], args[4])
 		return 0
 	}
 	if isHelper(args) {

@@ -85,7 +85,7 @@ func byHandCommand() *cobra.Command {
 	raw := c.Flags().Bool("raw", false, "answer about items in the language of the daemon, too")
 	s.Flags(c.Flags())
 	c.RunE = func(_ *cobra.Command, items []string) error {
-		switch _, err := s.Policy(); {
+		switch err := s.CheckURLs(); {
 		case c.Flags().NFlag() == 0:
 			return c.Help()
 		case *query == *fetch:
@@ -93,13 +93,11 @@ func byHandCommand() *cobra.Command {
 		case *fetch && len(items) != 0 && len(items) != 2:
 			return message.Usage("--substitute takes an item and a destination: --substitute /gnu/store/… /tmp/…")
 		case err != nil:
-			return message.Usage("%w", err)
-		}
-		if len(items) == 0 {
+			return err
+		case len(items) == 0:
 			return s.Serve(os.Stdin, 1, *query, true)
 		}
-		s.Load()
-		if err := s.CheckURLs(); err != nil {
+		if err := s.Load(); err != nil {
 			return err
 		}
 		ctx, stop := program.UntilSignal()

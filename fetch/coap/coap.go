@@ -157,7 +157,7 @@ func (s *Store) Document(ctx context.Context, path string) ([]byte, error) {
 		err = errBlockwise
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%s: document %s: %w", s.name, path, err)
+		return nil, fmt.Errorf("%s: %w", s.name, err)
 	}
 	return x.Dst[:x.Length], nil
 }

@@ -83,9 +83,17 @@ const (
 	maxSocketPath = 107
 )
 
+// An Error says that a URL is not as it should be: whoever has written it made a mistake.
+type Error struct{ err error }
+
+// Error implements error.
+func (e *Error) Error() string { return e.err.Error() }
+
+func wrong(format string, a ...any) error { return &Error{fmt.Errorf(format, a...)} }
+
 // Parse reads the URL of a store. Errors say what was given, unless it may be secret, what is
-// wrong, and what would be right. The name of a file that ends in .cbor is taken for the URL of the
-// dump.
+// wrong, and what would be right; they wrap [Error]. The name of a file that ends in .cbor is taken
+// for the URL of the dump.
 //
 // Of coap+unix there are two forms. In coap+unix:///run/eris.sock the path is that of the socket,
 // and the store is the well-known one. In coap+unix://%2Frun%2Feris.sock/store/path the authority
@@ -96,7 +104,7 @@ func Parse(text string) (URL, error) { return parse("store URL", text, false) }
 func ParseScheme(text string, schemes ...string) (URL, error) {
 	u, err := Parse(text)
 	if err == nil && !slices.Contains(schemes, u.Scheme) {
-		return URL{}, fmt.Errorf("store URL %v: its scheme is not %s", u, strings.Join(schemes, " or "))
+		return URL{}, wrong("store URL %v: its scheme is not %s", u, strings.Join(schemes, " or "))
 	}
 	return u, err
 }
@@ -112,7 +120,7 @@ func ParseListen(text string) (URL, error) {
 		return URL{}, err
 	}
 	if u.Path != "" || u.isCoAP() && !slices.Equal(u.Segments, wellKnown()) {
-		return URL{}, fmt.Errorf("endpoint %s: blocks are always served at the same path; leave it out", shown(text))
+		return URL{}, wrong("endpoint %s: blocks are always served at the same path; leave it out", shown(text))
 	}
 	return u, nil
 }
@@ -120,7 +128,7 @@ func ParseListen(text string) (URL, error) {
 func parse(what, text string, listen bool) (URL, error) {
 	u, err := read(text, listen)
 	if err != nil {
-		return URL{}, fmt.Errorf("%s %s: %w", what, shown(text), err)
+		return URL{}, wrong("%s %s: %w", what, shown(text), err)
 	}
 	return u, nil
 }

@@ -46,6 +46,11 @@ func ParseRate(text string) (int64, error) {
 	return n, nil
 }
 
+// Set returns what sets n to what [Parse] or [ParseRate] returns, for options.
+func Set(n *int64, parse func(text string) (int64, error)) func(text string) error {
+	return func(text string) (err error) { *n, err = parse(text); return err }
+}
+
 func parse(text string) (int64, error) {
 	if len(text) > maxText {
 		return 0, errForm

@@ -47,7 +47,7 @@ func findDaemon(proc string, trusted func(uid string) bool) *daemonProcess {
 			continue
 		}
 		// The name is in parentheses, and may have any characters (proc_pid_stat(5)).
-		stat, _ := files.ReadLimited(filepath.Join(proc, e.Name(), "stat"), maxProcessFile)
+		stat, _ := files.ReadRegular(filepath.Join(proc, e.Name(), "stat"), maxProcessFile)
 		_, after, ok := bytes.Cut(stat, []byte(" (guix-daemon) "))
 		fields := strings.Fields(string(after))
 		if ok && len(fields) > 1 && trustedProcess(filepath.Join(proc, e.Name()), trusted) {
@@ -69,7 +69,7 @@ func findDaemon(proc string, trusted func(uid string) bool) *daemonProcess {
 // trustedProcess reports whether both users of a process are trusted: the real one too, because a
 // set-user-ID program may be started under any name.
 func trustedProcess(directory string, trusted func(uid string) bool) bool {
-	text, _ := files.ReadLimited(filepath.Join(directory, "status"), maxProcessFile)
+	text, _ := files.ReadRegular(filepath.Join(directory, "status"), maxProcessFile)
 	for line := range strings.Lines(string(text)) {
 		if fields := strings.Fields(line); len(fields) > 2 && fields[0] == "Uid:" {
 			return trusted(fields[1]) && trusted(fields[2])
@@ -91,10 +91,10 @@ func readDaemon(proc string, pid int) *daemonProcess {
 	if program, err := os.Readlink(in("exe")); err == nil {
 		d.program = strings.TrimSuffix(program, " (deleted)")
 	}
-	if text, err := files.ReadLimited(in("cmdline"), maxProcessFile); err == nil {
+	if text, err := files.ReadRegular(in("cmdline"), maxProcessFile); err == nil {
 		d.arguments = strings.Split(string(text), "\x00")
 	}
-	if text, err := files.ReadLimited(in("environ"), maxProcessFile); err == nil {
+	if text, err := files.ReadRegular(in("environ"), maxProcessFile); err == nil {
 		d.environment = map[string]string{}
 		for variable := range strings.SplitSeq(string(text), "\x00") {
 			if name, value, ok := strings.Cut(variable, "="); ok {
@@ -102,7 +102,7 @@ func readDaemon(proc string, pid int) *daemonProcess {
 			}
 		}
 	}
-	text, _ := files.ReadLimited(in("status"), maxProcessFile)
+	text, _ := files.ReadRegular(in("status"), maxProcessFile)
 	for line := range strings.Lines(string(text)) {
 		fields := strings.Fields(line)
 		for i, f := range fields {
@@ -116,10 +116,27 @@ func readDaemon(proc string, pid int) *daemonProcess {
 			}
 		}
 	}
-	if text, err := files.ReadLimited(in("attr/current"), maxProcessFile); err == nil {
+	if text, err := files.ReadRegular(in("attr/current"), maxProcessFile); err == nil {
 		d.confinement = strings.TrimSpace(strings.Trim(string(text), "\x00"))
 	}
 	return d
+}
+
+// options returns what the daemon tells its helpers of its arguments (Guix,
+// nix/nix-daemon/guix-daemon.cc: parse_opt), nothing if there is no daemon.
+func (d *daemonProcess) options() (options string) {
+	if d == nil {
+		return ""
+	}
+	for _, argument := range d.arguments {
+		switch name, value, _ := strings.Cut(argument, "="); name {
+		case "--substitute-urls":
+			options += "substitute-urls=" + value + "\n"
+		case "--discover":
+			options += "discover=" + strconv.FormatBool(value != "no") + "\n"
+		}
+	}
+	return options
 }
 
 // usualProgram is where the extension has the program, if neither it nor the environment says.
@@ -173,7 +190,7 @@ func (d *doctor) usedProgram() (program, how string, err error) {
 	env := d.daemon.environment
 	for directory := range strings.SplitSeq(env["GUIX_EXTENSIONS_PATH"], ":") {
 		file := filepath.Join(directory, "substitute.scm")
-		text, err := files.ReadLimited(file, 1<<20)
+		text, err := files.ReadRegular(file, 1<<20)
 		if directory == "" || err != nil || !bytes.Contains(text, []byte("guix-substitute-eris")) {
 			continue
 		}
@@ -233,7 +250,7 @@ func (d *doctor) unitVariable(name string) (value string) {
 	for _, pattern := range []string{"etc/systemd/system/guix-daemon.service", "etc/systemd/system/guix-daemon.service.d/*.conf"} {
 		units, _ := filepath.Glob(filepath.Join("/", d.root, pattern))
 		for _, file := range units {
-			text, _ := files.ReadLimited(file, 1<<20)
+			text, _ := files.ReadRegular(file, 1<<20)
 			for line := range strings.Lines(string(text)) {
 				setting, ok := strings.CutPrefix(strings.TrimSpace(line), "Environment=")
 				for word := range strings.FieldsSeq(setting) {
@@ -255,7 +272,7 @@ func (d *doctor) examineConfinement(program string, extension bool) {
 		return
 	}
 	const local = "etc/apparmor.d/local/guix-daemon"
-	rules, _ := files.ReadLimited(filepath.Join("/", d.root, local), 1<<20)
+	rules, _ := files.ReadRegular(filepath.Join("/", d.root, local), 1<<20)
 	if strings.HasPrefix(program, settings.StoreDirectory()+"/") || !extension && bytes.Contains(rules, []byte(program)) {
 		d.well("AppArmor", "the profile %s is in force and permits it", profile)
 		return

@@ -31,6 +31,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
@@ -41,6 +42,8 @@ type finding struct {
 	Detail  string `json:"detail"`
 	// Mend is the commands that mend it, in lines, or empty.
 	Mend string `json:"mend,omitempty"`
+	// Data has the numbers of the detail, if there are any.
+	Data any `json:"data,omitempty"`
 }
 
 // A doctor gathers findings.
@@ -52,11 +55,11 @@ type doctor struct {
 }
 
 func (d *doctor) well(subject, format string, a ...any) {
-	d.findings = append(d.findings, finding{subject, true, fmt.Sprintf(format, a...), ""})
+	d.findings = append(d.findings, finding{Subject: subject, OK: true, Detail: fmt.Sprintf(format, a...)})
 }
 
 func (d *doctor) ill(mend, subject, format string, a ...any) {
-	d.findings = append(d.findings, finding{subject, false, message.Text(fmt.Sprintf(format, a...)), mend})
+	d.findings = append(d.findings, finding{Subject: subject, Detail: message.Text(fmt.Sprintf(format, a...)), Mend: mend})
 }
 
 // Doctor is the command that looks for what is not as it should be.
@@ -118,6 +121,8 @@ func (d *doctor) examine(ctx context.Context) {
 	d.examineDaemon()
 	d.adoptEnvironment()
 	d.LoadQuietly(d.daemon != nil && d.daemon.environment != nil)
+	d.Adopt(d.daemon.options())
+	d.LookAround()
 	sub := d.SilentSession(false)
 	defer sub.Close()
 	if d.Confines() {
@@ -127,6 +132,7 @@ func (d *doctor) examine(ctx context.Context) {
 	}
 	d.examineKeys()
 	d.examineState()
+	d.examineAhead()
 	d.examineServers(ctx, sub)
 	d.examineStores(ctx, sub)
 	d.examineClock(time.Now())
@@ -154,11 +160,6 @@ func (d *doctor) adoptEnvironment() {
 			os.Setenv(name, value)
 		}
 	}
-	for _, option := range d.daemon.arguments {
-		if urls, ok := strings.CutPrefix(option, "--substitute-urls="); ok && d.URLs == "" {
-			d.URLs = urls
-		}
-	}
 }
 
 // shepherd reports whether services are those of Guix System, and not of systemd.
@@ -169,7 +170,7 @@ func (d *doctor) shepherd() bool {
 
 func (d *doctor) examineKeys() {
 	name := d.KeysFile()
-	text, err := files.ReadLimited(name, acl.MaxSexpSize)
+	text, err := files.ReadRegular(name, acl.MaxSexpSize)
 	var keys *acl.ACL
 	if err == nil {
 		keys, err = acl.ParseACL(text)
@@ -196,7 +197,7 @@ func (d *doctor) examineKeys() {
 		d.well("signing key", "%s", secret)
 	}
 	if _, err := settings.Read(); err != nil {
-		d.ill("sudo editor "+page.Quote(settings.FileName()), "configuration", "%v", err)
+		d.ill("sudo editor "+page.Quote(settings.FileName()), "configuration", "%s", strings.TrimPrefix(err.Error(), "configuration ignored: "))
 	} else if _, err := os.Stat(settings.FileName()); err != nil {
 		d.well("configuration", "there is no %s, and none is needed", settings.FileName())
 	} else {
@@ -231,6 +232,18 @@ func (d *doctor) examineState() {
 			d.well(place.subject, "%s, %s free", place.path, page.Size(free))
 		}
 	}
+}
+
+// examineAhead tells what helpers have substituted ahead of the daemon.
+func (d *doctor) examineAhead() {
+	directory := d.KeepDirectory()
+	a := sourcestate.ReadAhead(filepath.Join(directory, "sources"))
+	if directory == "" || a.Since.IsZero() {
+		return
+	}
+	d.well("ahead of the daemon", "%s staged, %d used, %s wasted, since %s",
+		page.Count(int(a.Staged), "item"), a.Used, page.Size(max(0, a.StagedBytes-a.UsedBytes)), a.Since.Format(time.DateOnly))
+	d.findings[len(d.findings)-1].Data = a
 }
 
 // freeSpace returns how many bytes can still be written to the file system of a directory.
@@ -341,21 +354,23 @@ func (d *doctor) examineServer(ctx context.Context, mirrors *mirror.Client, url 
 
 func (d *doctor) examineStores(ctx context.Context, sub *session.Session) {
 	urls := d.StoreURLs()
-	if len(urls) == 0 {
+	members, _ := sub.Stores()
+	if len(urls)+len(members) == 0 {
 		d.well("block stores", "none is configured; substitutes come as nars")
 	}
 	for _, url := range urls {
 		d.examineSocket(url)
 	}
-	members, stats := sub.Stores()
 	if policy, err := d.Policy(); len(members) == 0 && len(urls) > 0 && err == nil && policy != substitute.HTTPOnly {
 		d.ill("sudo editor "+page.Quote(settings.FileName()), "block stores", "none of them can be opened")
 	}
-	reports, _ := reportStores(ctx, members, stats, nil)
+	reports, _ := reportStores(ctx, sub, nil)
 	for _, r := range reports {
 		subject := "block store " + r.URL
 		switch {
 		case strings.HasPrefix(r.URL, "cache:"):
+		case r.Found: // and may have left
+			d.well(subject, "found on the local network; %s", cmp.Or(r.Failure, "answers ("+page.Duration(r.Latency)+")"))
 		case r.Failure != "" && settings.IsSocket(r.URL):
 			d.ill("sudo systemctl start guix-substitute-eris.socket", subject, "%s", r.Failure)
 		case r.Failure != "":

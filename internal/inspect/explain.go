@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -35,8 +36,8 @@ const (
 	sampledBlocks = 32
 	// maxBlocksAtOnce is how many of them at a time.
 	maxBlocksAtOnce = 32
-	// probeTimeout is how long a server or a store may take for an answer, and sampleTimeout for the
-	// blocks.
+	// probeTimeout is how long a server or a store may take for an answer, and sampleTimeout for
+	// the blocks.
 	probeTimeout  = 5 * time.Second
 	sampleTimeout = 20 * time.Second
 )
@@ -70,14 +71,19 @@ one is not authorised, 5 if no server can be reached.`,
 }
 
 func explain(ctx context.Context, s *session.Settings, items []string, asJSON, full bool) error {
-	s.Load()
+	if err := s.Load(); err != nil {
+		return err
+	}
+	d := doctor{root: settings.SystemRoot()}
+	s.Adopt(findDaemon(filepath.Join("/", d.root, "proc"), d.trusts).options())
+	s.LookAround()
 	sub := s.SilentSession(false)
 	defer sub.Close()
 	var all []explanation
 	worst, err := forItems(ctx, s, sub, items, func(e explanation) message.Status {
 		e.examineStores(ctx, sub, full)
 		all = append(all, e)
-		return exitStatus[e.Availability]
+		return session.ExitStatus(e.Availability)
 	})
 	if err != nil {
 		return err
@@ -96,12 +102,6 @@ func explain(ctx context.Context, s *session.Settings, items []string, asJSON, f
 		e.show(p)
 	}
 	return cmp.Or(p.Print(), worst.Err())
-}
-
-// exitStatus are the exit statuses of commands that are about items.
-var exitStatus = map[substitute.Availability]message.Status{
-	substitute.Available: 0, substitute.NotAvailable: message.Unavailable,
-	substitute.NotAuthorised: message.Unauthorised, substitute.NotReachable: message.Unreachable,
 }
 
 // An explanation is what is known of an item.
@@ -127,6 +127,7 @@ type storeReport struct {
 	Has     int           `json:"has"`               // of the sampled blocks
 	Rate    float64       `json:"rate,omitempty"`    // bytes per second; 0 if it is not known
 	Resting bool          `json:"resting"`           // it has failed lately, and is left alone for now
+	Found   bool          `json:"found"`             // on the local network
 }
 
 // forItems calls show with what is known of items but for the stores, and returns the highest of
@@ -152,7 +153,7 @@ func forItems(
 
 // examineStores finds out what the stores have of an item.
 func (e *explanation) examineStores(ctx context.Context, sub *session.Session, full bool) {
-	members, stats := sub.Stores()
+	members, _ := sub.Stores()
 	if len(members) == 0 {
 		return
 	}
@@ -171,19 +172,21 @@ func (e *explanation) examineStores(ctx context.Context, sub *session.Session, f
 		blocks = sample(blocks, sampledBlocks)
 	}
 	e.Sampled = len(blocks)
-	e.Stores, e.Missing = reportStores(ctx, members, stats, blocks)
+	e.Stores, e.Missing = reportStores(ctx, sub, blocks)
 	e.concludeMissing()
 }
 
 // reportStores asks all stores for blocks, and returns how many none of them has.
-func reportStores(
-	ctx context.Context, members []pool.Member, stats []pool.SourceStats, blocks []image.Block,
-) (reports []storeReport, missing int) {
+func reportStores(ctx context.Context, sub *session.Session, blocks []image.Block) (reports []storeReport, missing int) {
+	members, stats := sub.Stores()
 	reports = make([]storeReport, len(members))
 	given := make([]atomic.Bool, len(blocks))
 	var wait sync.WaitGroup
 	for i, m := range members {
-		wait.Go(func() { reports[i] = reportStore(ctx, m, stats[i], blocks, given) })
+		wait.Go(func() {
+			reports[i] = reportStore(ctx, m, stats[i], blocks, given)
+			reports[i].Found = sub.Found(reports[i].URL)
+		})
 	}
 	wait.Wait()
 	for i := range given {
@@ -439,6 +442,9 @@ func (e *explanation) showSignature(p *page.Page, s substitute.ServerReport) {
 }
 
 func (e *explanation) showStore(p *page.Page, s storeReport) {
+	if s.Found {
+		p.Say(5, page.Note, "found on the local network")
+	}
 	if s.Failure != "" {
 		p.Say(5, page.Bad, "%s", s.Failure)
 		return

@@ -26,7 +26,7 @@ func Answer(ctx context.Context, s *session.Settings, items []string) error {
 		p.Line(0, "%s", e.Path)
 		if e.Availability != substitute.Available {
 			p.Say(2, page.Bad, "%s: %s", e.Availability, message.Text(e.Reason))
-			return exitStatus[e.Availability]
+			return session.ExitStatus(e.Availability)
 		}
 		for _, r := range e.Servers {
 			if r.Vouches {
@@ -58,7 +58,9 @@ line that says which server it is from, and what its signature is worth.`,
 		if len(items) == 0 {
 			return message.Usage("narinfo takes store items: guix-substitute-eris narinfo /gnu/store/…")
 		}
-		s.Load()
+		if err := s.Load(); err != nil {
+			return err
+		}
 		sub := s.SilentSession(true)
 		defer sub.Close()
 		worst, err := forItems(c.Context(), &s, sub, items, func(e explanation) message.Status {
@@ -70,7 +72,7 @@ line that says which server it is from, and what its signature is worth.`,
 				what = substitute.NotAvailable
 			}
 			fmt.Fprintf(os.Stderr, "%s: %s: %s\n", e.Path, what, message.Text(e.Reason))
-			return max(message.Unavailable, exitStatus[e.Availability])
+			return max(message.Unavailable, session.ExitStatus(e.Availability))
 		})
 		return cmp.Or(err, worst.Err())
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"regexp"
 	"slices"
 
 	"github.com/spf13/cobra"
@@ -28,8 +29,12 @@ func Show(c *cobra.Command, _ []string) {
 			fmt.Printf("  %-12s %s\n", sub.Name(), sub.Short)
 		}
 	}
-	fmt.Printf("\nOptions:\n%s", c.LocalFlags().FlagUsagesWrapped(columns))
+	options := c.LocalFlags().FlagUsagesWrapped(columns)
+	fmt.Printf("\nOptions:\n%s", optionalValue.ReplaceAllString(options, "$1[=$2]       "))
 }
+
+// optionalValue is how package pflag shows an option whose value may be left out.
+var optionalValue = regexp.MustCompile(`(--\w+) (\w+)\[="true"\]`)
 
 // commandsOf returns the commands of a group.
 func commandsOf(c *cobra.Command, g *cobra.Group) []*cobra.Command {

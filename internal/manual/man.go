@@ -106,7 +106,11 @@ func commandPage(c *cobra.Command) string {
 	c.LocalFlags().VisitAll(func(f *pflag.Flag) {
 		value, text := pflag.UnquoteUsage(f)
 		name := "--" + f.Name
-		if value != "" {
+		switch {
+		case value == "":
+		case f.NoOptDefVal != "":
+			name += "[=" + value + "]"
+		default:
 			name += "=" + value
 		}
 		if !slices.Contains([]string{"", "false", "[]", "0s"}, f.DefValue) {
@@ -118,8 +122,8 @@ func commandPage(c *cobra.Command) string {
 	return p.String()
 }
 
-// configurationPage is about the settings, in the order of the defaults: a comment that says what
-// a setting means, and the setting.
+// configurationPage is about the settings, in the order of the defaults: a comment that says what a
+// setting means, and the setting.
 func configurationPage() string {
 	p := newManPage("substitute-eris.toml", "substitute-eris.toml", 5, "settings of guix-substitute-eris")
 	p.section("DESCRIPTION", "The file "+settings.FileName()+" may have these settings, in the language TOML (https://toml.io).\n"+

@@ -8,11 +8,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -22,6 +24,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 )
 
@@ -48,14 +51,28 @@ func (s Status) Err() error {
 	return s
 }
 
-// ErrUnavailable is wrapped by errors that say that something is nowhere to be had.
-var ErrUnavailable = errors.New("not available")
+// failure is an error that says with which status the command ends.
+type failure struct {
+	error
+	status Status
+}
 
-// usageError is what is wrong with a command line.
-type usageError struct{ error }
+// Unwrap returns the error.
+func (f failure) Unwrap() error { return f.error }
+
+// Errorf returns an error, made as by [fmt.Errorf], with which a command ends with the status.
+func (s Status) Errorf(format string, a ...any) error { return failure{fmt.Errorf(format, a...), s} }
 
 // Usage returns the error that something is wrong with a command line.
-func Usage(format string, a ...any) error { return usageError{fmt.Errorf(format, a...)} }
+func Usage(format string, a ...any) error { return BadUsage.Errorf(format, a...) }
+
+// OfUsage returns an error as one of the command line; none stays none.
+func OfUsage(err error) error {
+	if err == nil {
+		return nil
+	}
+	return failure{err, BadUsage}
+}
 
 // Report shows the error of a command that a person runs, if there is one that has not been told,
 // and what to do, if that is known. After "\nhint: ", the error may say so itself. It returns the
@@ -71,24 +88,29 @@ func Report(err error) int {
 	if !ok {
 		h = hint(err)
 	}
-	fmt.Fprintf(os.Stderr, "guix-substitute-eris: error: %s\n", Text(text))
+	text = "guix-substitute-eris: error: " + Text(text) + "\n"
 	if h != "" {
-		fmt.Fprintf(os.Stderr, "hint: %s\n", h)
+		text += "hint: " + h + "\n"
 	}
+	io.WriteString(os.Stderr, page.Wrap(2, text))
 	return int(statusOf(err))
 }
 
 func statusOf(err error) Status {
-	var usage usageError
+	var f failure
+	var malformed *storeurl.Error
+	var address *net.AddrError
 	var op *net.OpError
 	var server *mirror.ServerError
 	switch {
-	case errors.As(err, &usage):
+	case errors.As(err, &f):
+		return f.status
+	case errors.As(err, &malformed), errors.As(err, &address):
 		return BadUsage
 	case errors.As(err, &op) && op.Op == "listen":
-	case errors.Is(err, eris.ErrNotFound), errors.Is(err, ErrUnavailable):
+	case errors.Is(err, eris.ErrNotFound):
 		return Unavailable
-	case op != nil, errors.As(err, &server), errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, os.ErrDeadlineExceeded):
+	case op != nil, errors.As(err, &server), errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
 		return Unreachable
 	}
 	return Failed
@@ -97,20 +119,22 @@ func statusOf(err error) Status {
 // Plain is an error in the words of people who do not know in what the program is written.
 func Plain(err error) string { return Text(err.Error()) }
 
-// Text does the same with a text, of which each line is an error of its own. It says
-// everything once.
+// Text does the same with a text, of which each line is an error of its own. It says everything
+// once.
 func Text(text string) string {
 	lines := strings.Split(text, "\n")
 	for i, line := range lines {
 		for _, w := range [...]struct{ pattern, words string }{
 			{`(?:\b\w+ )?\S*\.incoming(?:/[0-9a-f]+)?: `, ""}, // which nobody has named
+			{`(/?)\.new-[A-Z2-7]{26}: `, "$1: "},
 			{`\b(?:dial|read|write) (?:tcp|udp|unix|unixgram)[46]? (?:\S+->)?(\S+): `, "$1: "},
 			{`\b(?:lstat|stat|open|openat|fstatat|mkdir|mkdirat|readlink|remove|unlinkat|create|statfs) (\S+): `, "$1: "},
 			{`\b(?:read|write) (\S*/\S*): `, "$1: "},
 			{`\blisten (?:tcp|udp|unix)[46]? (?:address )?(\S+): `, "$1: "},
-			{`\blisten (?:tcp|udp|unix)[46]?: (?:address|lookup) (\S+): `, "$1: "},
+			{`\blisten (?:tcp|udp|unix)[46]?: (?:address|lookup) (\S+)(?: on \S+)?: `, "$1: "},
 			{`\b(?:connect|bind): `, ""},
 			{`\bdial tcp: lookup (\S+)(?: on \S+)?: `, "$1: "},
+			{`(the address right\?) (?:\S+): `, "$1 "}, // which the URL has
 			{`http: server gave HTTP response to HTTPS client`, "it speaks HTTP, and not HTTPS"},
 			{`(does not exist; .*): file does not exist$`, "$1"},
 			{`context canceled`, "interrupted"},
@@ -127,7 +151,7 @@ func Text(text string) string {
 			line = regexp.MustCompile(w.pattern).ReplaceAllString(line, w.words)
 		}
 		if !strings.Contains(line, "not found") && !strings.Contains(line, "hash") {
-			line = regexp.MustCompile(`\bblock [A-Z2-7]{52}: `).ReplaceAllString(line, "") // the same with any block
+			line = regexp.MustCompile(`\b(?:getting )?block [A-Z2-7]{52}: `).ReplaceAllString(line, "") // the same with any block
 		}
 		lines[i] = once(line)
 	}
@@ -139,7 +163,7 @@ func once(line string) string {
 	var parts []string
 	for part := range strings.SplitSeq(line, ": ") {
 		said := func(p string) bool {
-			return p == part || strings.HasSuffix(p, " "+part) || strings.HasPrefix(part, "/") && strings.HasSuffix(p, "file://"+part)
+			return p == part || strings.HasSuffix(p, " "+part) || strings.HasSuffix(p, strconv.Quote(part)) || strings.HasPrefix(part, "/") && strings.HasSuffix(p, "file://"+part)
 		}
 		if !slices.ContainsFunc(parts, said) {
 			parts = append(parts, part)
@@ -174,20 +198,26 @@ func hint(err error) string {
 	case has("its bytes do not have this hash"):
 		return "the store is damaged; \"check --repair URN --store=URL --store=OTHER-URL\" puts the right bytes there"
 	case errors.Is(err, eris.ErrNotFound):
-		return "no store that was asked has it; \"check URN\" says what else is missing; name others by --store or " + "ERIS_STORE_URL"
+		return "no store that was asked has it; is the URN copied whole? \"check URN\" says what is missing; name other stores by --store"
+	case has("does not belong to the private key"):
+		return "--public-key and --private-key take the two files of one pair, signing-key.pub and signing-key.sec"
+	case has("public key: ") && !has("the key: "): // which is not an option's
+		return "--public-key takes a file as \"keygen\" makes it, signing-key.pub"
 	case has("no list \"private-key\""):
 		return "--private-key takes the other file of the pair, signing-key.sec"
-	case has("Base32"), has("does not start with urn:eris:"):
-		return "a read capability is urn:eris: and 106 letters and digits, in capitals; copy it whole; decode takes it before the destination"
+	case has("read capability: "):
+		return "a read capability is urn:eris: and 106 letters and digits, in capitals; copy it whole"
 	case has("missing port in address"), has("too many colons in address"):
 		return "write --listen=127.0.0.1:8080, or --listen=:8080 for all addresses of this machine"
 	case errors.Is(err, fs.ErrExist):
 		return "choose another name, or move what is there away"
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
 		return "is the address right, and can the machine be reached?"
-	case has("in use by another process"), has("another server listens on it"), has("something else than a socket"):
+	case has("something else than a socket"):
+		return "move it away, or choose another --socket"
+	case has("in use by another process"), has("another server listens on it"):
 		return "end that program, or choose another --directory or --socket"
-	case errors.Is(err, fs.ErrNotExist) && !has("\""):
+	case errors.Is(err, fs.ErrNotExist) && !has("\"") && !has("database"):
 		return "is the name right?"
 	}
 	return ""
@@ -261,14 +291,15 @@ func Option(c *cobra.Command, err error) error {
 	case errors.As(err, &invalid):
 		why := fmt.Sprint(errors.Unwrap(invalid))
 		switch invalid.GetFlag().Value.Type() {
-		case "duration":
-			why = "it must be a time with a unit, like 90s, 15m or 36h"
 		case "bool":
 			why = "it must be true or false, or be left out"
 		case "int", "int64":
 			why = "it must be a number"
 		}
 		text = fmt.Sprintf("the option --%s has the value %q: %s", invalid.GetFlag().Name, invalid.GetValue(), why)
+		if strings.Contains(why, strconv.Quote(invalid.GetValue())) {
+			text = fmt.Sprintf("the option --%s: %s", invalid.GetFlag().Name, why)
+		}
 	}
 	return Usage("%s\nhint: \"%s --help\" shows the options", text, c.CommandPath())
 }

@@ -16,16 +16,20 @@ import (
 func TestText(t *testing.T) {
 	const ref = "block DXOLDXOLDXOLDXOLDXOLDXOLDXOLDXOLDXOLDXOLDXOLDXOLDXOL"
 	for text, want := range map[string]string{
-		"encoding ./nonexist: lstat ./nonexist: no such file or directory":     "encoding ./nonexist: no such file or directory",
-		"coap+tcp://h:1: connecting: dial tcp 127.0.0.1:1: connect: it failed": "coap+tcp://h:1: connecting: 127.0.0.1:1: it failed",
-		"getting " + ref + ": file:blocks: " + ref + ": block not found":       "getting " + ref + ": file:blocks: block not found",
-		"file:blocks: " + ref + ": the directory is gone":                      "file:blocks: the directory is gone",
-		"read capability: not upper-case Base32":                               "read capability: not upper-case Base32",
-		"write /dev/stdout: no space left on device":                           "/dev/stdout: no space left on device",
-		"dial tcp: lookup x.example on 192.0.2.1:53: no such host":             "x.example: no such host",
-		"the directory /a does not exist; make it: file does not exist":        "the directory /a does not exist; make it",
-		"listen tcp 127.0.0.1:80: bind: address already in use":                "127.0.0.1:80: another program listens there",
-		"x: context canceled\ny: context deadline exceeded":                    "x: interrupted\n  y: no answer in time",
+		"encoding ./nonexist: lstat ./nonexist: no such file or directory":         "encoding ./nonexist: no such file or directory",
+		"coap+tcp://h:1: connecting: dial tcp 127.0.0.1:1: connect: it failed":     "coap+tcp://h:1: connecting: 127.0.0.1:1: it failed",
+		"getting " + ref + ": file:blocks: " + ref + ": block not found":           "getting " + ref + ": file:blocks: block not found",
+		"file:blocks: " + ref + ": the directory is gone":                          "file:blocks: the directory is gone",
+		"read capability: not upper-case Base32":                                   "read capability: not upper-case Base32",
+		"write /dev/stdout: no space left on device":                               "/dev/stdout: no space left on device",
+		"dial tcp: lookup x.example on 192.0.2.1:53: no such host":                 "x.example: no such host",
+		"the directory /a does not exist; make it: file does not exist":            "the directory /a does not exist; make it",
+		"listen tcp 127.0.0.1:80: bind: address already in use":                    "127.0.0.1:80: another program listens there",
+		"x: context canceled\ny: context deadline exceeded":                        "x: interrupted\n  y: no answer in time",
+		"getting " + ref + ": file:b: b: no such file or directory":                "file:b: b: no such file or directory",
+		"store is read-only: open /etc/.new-BMJNQQVSVB6PBDGDPHEYJJQEAT: it failed": "store is read-only: /etc/: it failed",
+		"listen tcp: lookup x.example on 192.0.2.1:53: no such host":               "x.example: no such host",
+		"block store \"/proc/x\": mkdir /proc/x: it failed":                        "block store \"/proc/x\": it failed",
 		"": "",
 	} {
 		if got := Text(text); got != want {

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"strconv"
 	"strings"
@@ -28,16 +29,42 @@ type Page struct {
 const usualColumns = 80
 
 // New returns an empty page for standard output; the variable COLUMNS counts more than its width.
-func New() *Page {
-	p := &Page{columns: usualColumns, unicode: Unicode()}
-	if width, _, err := term.GetSize(1); err == nil && width > 0 {
-		p.columns = min(width, usualColumns)
+func New() *Page { return &Page{columns: columnsOf(1, usualColumns), unicode: Unicode()} }
+
+// columnsOf returns how wide lines on a descriptor may be, off a terminal as usual.
+func columnsOf(descriptor, usual int) int {
+	if width, _, err := term.GetSize(descriptor); err == nil && width > 0 {
+		usual = min(width, usualColumns)
 	}
 	if width, err := strconv.Atoi(os.Getenv("COLUMNS")); err == nil && width > 0 {
-		p.columns = width
+		usual = width
 	}
-	p.columns = max(p.columns, 40)
-	return p
+	return max(usual, 40)
+}
+
+// Wrap returns a text for a descriptor in lines that are no longer than its terminal is wide, the
+// further ones indented. Words are whole, and so are lines off a terminal unless COLUMNS is set.
+func Wrap(descriptor int, text string) string {
+	columns := columnsOf(descriptor, math.MaxInt32)
+	var b strings.Builder
+	for line := range strings.Lines(text) {
+		used := 0
+		for i, word := range strings.Split(line, " ") {
+			n := utf8.RuneCountInString(strings.TrimSuffix(word, "\n"))
+			switch {
+			case i == 0:
+			case used+1+n > columns:
+				b.WriteString("\n  ")
+				used = 2
+			default:
+				b.WriteByte(' ')
+				used++
+			}
+			b.WriteString(word)
+			used += n
+		}
+	}
+	return b.String()
 }
 
 // Print prints the page on standard output.

@@ -37,3 +37,18 @@ func TestQuote(t *testing.T) {
 		t.Errorf("what needs no quotes has some: %s", got)
 	}
 }
+
+// TestWrap has texts of several lines, of which short ones stay as they are, and long words.
+func TestWrap(t *testing.T) {
+	t.Setenv("COLUMNS", "40")
+	long := strings.Repeat("x", 50)
+	for text, want := range map[string]string{
+		"": "", "a  b\n  c\n": "a  b\n  c\n",
+		strings.Repeat("é ", 21):            strings.TrimSuffix(strings.Repeat("é ", 20), " ") + "\n  é ",
+		"a " + long + " b\n" + long + "\nc": "a\n  " + long + "\n  b\n" + long + "\nc",
+	} {
+		if got := Wrap(1, text); got != want {
+			t.Errorf("%q: %q, want %q", text, got, want)
+		}
+	}
+}

@@ -29,10 +29,12 @@ import (
 type itemSettings struct {
 	store, root                  string
 	database, manifest, narinfos string
+	instead                      string // what else there is, for errors
 }
 
 // flags defines the options.
 func (s *itemSettings) flags(f *pflag.FlagSet) {
+	s.instead = "; see --manifest and --narinfos"
 	f.StringVar(&s.store, "store-dir", settings.StoreDirectory(), "the store directory that narinfos name is `DIRECTORY`")
 	f.StringVar(&s.root, "root", "", "the items are in `DIRECTORY`, if not in the store directory")
 	f.StringVar(&s.database, "database", settings.DatabaseFile(), "the daemon's database is `FILE`")
@@ -40,15 +42,29 @@ func (s *itemSettings) flags(f *pflag.FlagSet) {
 	f.StringVar(&s.narinfos, "narinfos", "", "take the items from the narinfos in `DIRECTORY` instead of from the database")
 }
 
+// closers are what closes what has been opened.
+type closers []func()
+
+// close closes all, the last one first.
+func (c *closers) close() {
+	for i := len(*c) - 1; i >= 0; i-- {
+		(*c)[i]()
+	}
+}
+
 // open opens what knows the items, and appends what closes it.
-func (s *itemSettings) open(closers *[]func()) (publish.Items, error) {
+func (s *itemSettings) open(closers *closers) (publish.Items, error) {
 	switch {
 	case s.manifest != "":
 		text, err := os.ReadFile(s.manifest)
 		if err != nil {
 			return nil, err
 		}
-		return publish.ParseManifest(text)
+		m, err := publish.ParseManifest(text)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", s.manifest, err)
+		}
+		return m, nil
 	case s.narinfos != "":
 		if info, err := os.Stat(s.narinfos); err != nil {
 			return nil, err
@@ -59,7 +75,7 @@ func (s *itemSettings) open(closers *[]func()) (publish.Items, error) {
 	}
 	d, err := guixdb.Open(s.database, s.store)
 	if err != nil {
-		return nil, fmt.Errorf("the database of guix-daemon cannot be read: %w; see --manifest and --narinfos", err)
+		return nil, fmt.Errorf("the database of guix-daemon cannot be read: %w%s", err, s.instead)
 	}
 	*closers = append(*closers, func() { d.Close() })
 	return d, nil
@@ -67,16 +83,12 @@ func (s *itemSettings) open(closers *[]func()) (publish.Items, error) {
 
 // names returns the file names of all items there are.
 func (s *itemSettings) names(ctx context.Context) ([]string, error) {
-	var closers []func()
-	known, err := s.open(&closers)
+	var opened closers
+	known, err := s.open(&opened)
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		for _, f := range closers {
-			f()
-		}
-	}()
+	defer opened.close()
 	return known.Names(ctx)
 }
 

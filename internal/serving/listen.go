@@ -4,7 +4,6 @@ package serving
 
 import (
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"io/fs"
 	"net"
@@ -20,6 +19,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/relay"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/systemd"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/unixsocket"
@@ -88,7 +88,7 @@ func parseSocketRights(mode, group string) (socketRights, error) {
 	r := socketRights{group: -1}
 	n, err := strconv.ParseUint(mode, 8, 32)
 	if err != nil || n > 0o777 {
-		return r, fmt.Errorf("mode of the socket is %.20q, and must be octal and at most 777", mode)
+		return r, message.Usage("mode of the socket is %.20q, and must be octal and at most 777", mode)
 	}
 	r.mode = fs.FileMode(n)
 	if group == "" {
@@ -100,7 +100,7 @@ func parseSocketRights(mode, group string) (socketRights, error) {
 	}
 	g, err := user.LookupGroup(group)
 	if err != nil {
-		return r, fmt.Errorf("group of the socket: %w", err)
+		return r, fmt.Errorf("--socket-group: there is no group %q", group)
 	}
 	r.group, err = strconv.Atoi(g.Gid)
 	return r, err
@@ -137,7 +137,7 @@ func advertisedPort(endpoints []*endpoint) (uint16, error) {
 			return address.Port(), nil
 		}
 	}
-	return 0, errors.New("--advertise: others cannot connect to any address; name one by --listen=coap+tcp://[::]:5683")
+	return 0, message.Usage("--advertise: others cannot connect to any address; name one by --listen=coap+tcp://[::]:5683")
 }
 
 // access returns what clients by CoAP may do.

@@ -28,11 +28,11 @@ func guixNames(_ *pflag.FlagSet, name string) pflag.NormalizedName {
 }
 
 // A guixTime is a time as options of Guix have it (guix/ui.scm: string->duration), but without
-// months, which others would take for minutes. It is a [pflag.Value].
+// months, which others would take for minutes.
 type guixTime time.Duration
 
-// Set implements pflag.Value.
-func (t *guixTime) Set(text string) error {
+// set is for [pflag.FlagSet.Func].
+func (t *guixTime) set(text string) error {
 	number, unit := text, ""
 	if text != "" {
 		number, unit = text[:len(text)-1], text[len(text)-1:]
@@ -48,17 +48,6 @@ func (t *guixTime) Set(text string) error {
 	*t = guixTime(time.Duration(n*seconds) * time.Second)
 	return nil
 }
-
-// String implements pflag.Value.
-func (t *guixTime) String() string {
-	if *t == 0 {
-		return "0" // which pflag takes for nothing
-	}
-	return fmt.Sprintf("%ds", time.Duration(*t)/time.Second)
-}
-
-// Type implements pflag.Value.
-func (t *guixTime) Type() string { return "time" }
 
 // guixCompressions returns the compressions as [publish.ServerOptions] has them: a level alone is
 // one of gzip, and level 0 is none.
@@ -103,7 +92,7 @@ func (s *publishSettings) open() (net.Listener, error) {
 func (s *publishSettings) advertisedAs(l net.Listener) (uint16, error) {
 	address, err := netip.ParseAddrPort(l.Addr().String())
 	if err == nil && address.Addr().IsLoopback() {
-		err = fmt.Errorf("--advertise: others cannot connect to %s; leave --listen out, or name another address", address.Addr())
+		err = message.Usage("--advertise: others cannot connect to %s; leave --listen out, or name another address", address.Addr())
 	}
 	return address.Port(), err
 }

@@ -3,6 +3,7 @@
 package serving
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -21,6 +22,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/httpserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
@@ -40,10 +42,9 @@ type publishSettings struct {
 	blocks, cache         string // blocks is this URL, too
 	forms                 string
 	compressions          []string
-	deltas                string // how many bytes of them are kept
+	deltas, waitFor       int64 // how many bytes
 	ttl, negativeTTL      guixTime
 	logs, narPath         string
-	waitFor               string // how many bytes
 	port, workers         int
 	portGiven, advertise  bool
 	maxConnections        int
@@ -80,16 +81,18 @@ Options of "guix publish" have the same meaning here.`,
 	f.StringVar(&s.blocks, "store", "", "put the blocks into the store at `URL`")
 	f.StringVarP(&s.cache, "cache", "c", "", "keep compressed nars, and what is known of read capabilities, in `DIRECTORY` (default: no nars; capabilities below /var/cache/guix-substitute-eris, or below the cache of a user)")
 	f.StringSliceVarP(&s.compressions, "compression", "C", []string{"zstd", "gzip"}, "offer nars as `TYPE`: none, gzip, lzip, zstd, or with a level, like zstd:19; may be given several times")
-	f.Var(&s.ttl, "ttl", "narinfos may be kept for this `TIME`: 36h, 5d or 2w for instance")
-	f.Var(&s.negativeTTL, "negative-ttl", "that an item is not there may be kept for this `TIME`, 600s for instance")
+	f.Func("ttl", "narinfos may be kept for this `TIME`: 36h, 5d or 2w for instance", s.ttl.set)
+	f.Func("negative-ttl", "that an item is not there may be kept for this `TIME`, 600s for instance", s.negativeTTL.set)
 	f.StringVar(&s.narPath, "nar-path", "nar", "nars are below this `PREFIX` of the paths of URLs")
 	f.IntVar(&s.workers, "workers", runtime.NumCPU(), "encode and, with --cache, compress this `NUMBER` of items at a time")
 	f.Lookup("workers").DefValue = "0" // it depends on the machine, and manuals do not
 	f.StringVar(&s.logs, "log-directory", "/var/log/guix/drvs", "the daemon's build logs are in `DIRECTORY`; \"none\" serves none")
-	f.StringVar(&s.waitFor, "cache-bypass-threshold", "64MiB", "encode items of up to this `SIZE` before answering; larger ones are encoded in the background (also: --wait-for)")
+	s.waitFor = 64 << 20
+	f.Func("cache-bypass-threshold", "encode items of up to this `SIZE` before answering; larger ones are encoded in the background (also: --wait-for)", bytesize.Set(&s.waitFor, bytesize.Parse))
+	f.Lookup("cache-bypass-threshold").DefValue = "64MiB"
 	maxConnectionsFlag(c, &s.maxConnections, "")
 	f.StringVar(&s.forms, "forms", "eris-fs", "what read capabilities denote is one of these `FORMS`, separated by commas: eris-fs and, in addition, nar, the compressed nar; with --annotate that of the other server, which is fetched for that once")
-	f.StringVar(&s.deltas, "deltas", "0", "make deltas from older versions of items, in the background, and keep `BYTES` of them (1GiB, for instance)")
+	f.Func("deltas", "make deltas from older versions of items, in the background, and keep `BYTES` of them (1GiB, for instance)", bytesize.Set(&s.deltas, bytesize.Parse))
 	f.StringVar(&s.announce, "announce", "", "tell \"guix-substitute-eris use\" that the blocks are in the stores at `URLS`, separated by spaces, which may leave the host out: coap+tcp://:5683")
 	c.RunE = func(*cobra.Command, []string) error {
 		if s.eris != "true" && s.eris != "false" {
@@ -118,7 +121,6 @@ func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 	defer closeHandler()
 	gate := admission.New(s.maxConnections, l, func(err error) { s.log.Warn(err.Error() + "; see --max-connections") })
 	handler, page := s.withStatus(handler, gate)
-	server := gate.Server(handler)
 	var background sync.WaitGroup
 	defer background.Wait()
 	ctx, stop := context.WithCancel(ctx)
@@ -138,10 +140,16 @@ func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 	}
 	s.log.Info("publishing on", "url", "http://"+l.Addr().String())
 	s.log.notify("READY=1")
+	return serveHTTP(ctx, l, gate, handler, func() { s.log.notify("STOPPING=1") })
+}
+
+// serveHTTP serves on l, which the gate bounds, until ctx is done; then it calls stopping.
+func serveHTTP(ctx context.Context, l net.Listener, gate *admission.Gate, handler http.Handler, stopping func()) error {
+	server := gate.Server(handler)
 	stopped := context.AfterFunc(ctx, func() {
-		s.log.notify("STOPPING=1")
+		stopping()
 		// What is being fetched may take its time, but not for ever.
-		graceful, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		graceful, cancel := context.WithTimeout(context.Background(), stopTime)
 		defer cancel()
 		if server.Shutdown(graceful) != nil {
 			server.Close()
@@ -156,15 +164,10 @@ func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 
 // handler makes what serves, and a function that closes it.
 func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error) {
-	var closers []func()
-	closeOpened := func() {
-		for i := len(closers) - 1; i >= 0; i-- {
-			closers[i]()
-		}
-	}
+	var closers closers
 	defer func() {
-		if closeAll = closeOpened; err != nil {
-			closeOpened()
+		if closeAll = closers.close; err != nil {
+			closers.close()
 		}
 	}()
 	var key *acl.SigningKey
@@ -177,9 +180,10 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 	if err := s.user.become(); err != nil {
 		return nil, nil, err
 	}
-	waitFor, err := bytesize.Parse(s.waitFor)
-	if err != nil {
-		return nil, nil, fmt.Errorf("--cache-bypass-threshold: %w", err)
+	for _, url := range strings.Fields(s.announce) {
+		if _, err := storeurl.ParseListen(url); err != nil {
+			return nil, nil, fmt.Errorf("--announce: %w", err)
+		}
 	}
 	store, err := s.openBlocks(&closers)
 	if err != nil {
@@ -195,25 +199,21 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 	}
 	if s.annotate != "" {
 		if capabilities == nil && deltas == nil {
-			return nil, nil, errors.New("--annotate needs --eris or --store, or --deltas")
+			return nil, nil, message.Usage("--annotate needs --eris or --store, or --deltas")
 		}
 		h, err = publish.NewAnnotator(publish.AnnotatorOptions{
 			Upstream: s.annotate, StoreDir: s.store, Root: s.root, Capabilities: capabilities, Deltas: deltas,
-			Nars: s.forms != "eris-fs", WaitFor: uint64(waitFor), Log: s.log.Warnf,
+			Nars: s.forms != "eris-fs", WaitFor: uint64(s.waitFor), Log: s.log.Warnf,
 		})
-		return h, nil, err
+		return h, nil, message.OfUsage(err)
 	}
 	items, err := s.itemSettings.open(&closers)
 	if err != nil {
 		return nil, nil, err
 	}
-	host, err := os.Hostname()
-	if err != nil {
-		host = "localhost"
-	}
-	logs := s.logs
-	if logs == "none" {
-		logs = ""
+	host, _ := os.Hostname()
+	if s.logs == "none" {
+		s.logs = ""
 	}
 	blocks, err := s.ownBlocks(&closers)
 	if err != nil {
@@ -225,17 +225,17 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 		closers = append(closers, nars.Close)
 	}
 	h, err = publish.NewServer(publish.ServerOptions{
-		StoreDir: s.store, Root: s.root, Items: items, Key: key, Host: host, Capabilities: capabilities, Nars: nars, Deltas: deltas, Blocks: blocks,
-		WaitFor: uint64(waitFor), Compressions: guixCompressions(s.compressions), NarPath: s.narPath,
+		StoreDir: s.store, Root: s.root, Items: items, Key: key, Host: cmp.Or(host, "localhost"), Capabilities: capabilities, Nars: nars, Deltas: deltas, Blocks: blocks,
+		WaitFor: uint64(s.waitFor), Compressions: guixCompressions(s.compressions), NarPath: s.narPath,
 		TTL: time.Duration(s.ttl), NegativeTTL: time.Duration(s.negativeTTL),
-		LogDirectory: logs, Log: s.log.Warnf, BlockStores: strings.Fields(s.announce),
+		LogDirectory: s.logs, Log: s.log.Warnf, BlockStores: strings.Fields(s.announce),
 	})
-	return h, nil, err
+	return h, nil, message.OfUsage(err)
 }
 
-// ownBlocks returns what serves the blocks of the items from their files, which is done where
-// read capabilities are published and no store has the blocks; else it is nil.
-func (s *publishSettings) ownBlocks(closers *[]func()) (http.Handler, error) {
+// ownBlocks returns what serves the blocks of the items from their files, which is done where read
+// capabilities are published and no store has the blocks; else it is nil.
+func (s *publishSettings) ownBlocks(closers *closers) (http.Handler, error) {
 	if s.eris == "false" || s.blocks != "" {
 		return nil, nil
 	}
@@ -256,7 +256,7 @@ func (s *publishSettings) ownBlocks(closers *[]func()) (http.Handler, error) {
 }
 
 // openBlocks opens the store for blocks; without one it is nil.
-func (s *publishSettings) openBlocks(closers *[]func()) (fetch.Store, error) {
+func (s *publishSettings) openBlocks(closers *closers) (fetch.Store, error) {
 	if s.blocks == "" {
 		return nil, nil
 	}
@@ -267,7 +267,7 @@ func (s *publishSettings) openBlocks(closers *[]func()) (fetch.Store, error) {
 	return store, err
 }
 
-func (s *publishSettings) capabilities(store fetch.Store, closers *[]func()) (*publish.Capabilities, error) {
+func (s *publishSettings) capabilities(store fetch.Store, closers *closers) (*publish.Capabilities, error) {
 	if store == nil && s.eris == "false" {
 		return nil, nil
 	}
@@ -293,7 +293,7 @@ func (s *publishSettings) narForm() (string, error) {
 		return "", nil
 	case "eris-fs,nar":
 	default:
-		return "", fmt.Errorf("the forms are \"eris-fs\" or \"eris-fs,nar\", and not %q", s.forms)
+		return "", message.Usage("the forms are \"eris-fs\" or \"eris-fs,nar\", and not %q", s.forms)
 	}
 	if s.annotate != "" {
 		return "", nil // the nars are those of the other server
@@ -303,16 +303,12 @@ func (s *publishSettings) narForm() (string, error) {
 			return c, nil
 		}
 	}
-	return "", errors.New("the form nar needs a compression")
+	return "", message.Usage("the form nar needs a compression")
 }
 
 // deltasOf returns what makes deltas, or nothing if none are kept.
-func (s *publishSettings) deltasOf(store fetch.Store, closers *[]func()) (*publish.Deltas, error) {
-	most, err := bytesize.Parse(s.deltas)
-	if err != nil {
-		return nil, fmt.Errorf("--deltas: %w", err)
-	}
-	if most == 0 {
+func (s *publishSettings) deltasOf(store fetch.Store, closers *closers) (*publish.Deltas, error) {
+	if s.deltas == 0 {
 		return nil, nil
 	}
 	directory, err := s.cached("deltas", "deltas")
@@ -324,7 +320,7 @@ func (s *publishSettings) deltasOf(store fetch.Store, closers *[]func()) (*publi
 		return nil, err
 	}
 	d := publish.NewDeltas(publish.DeltaOptions{
-		Directory: directory, MaxBytes: most, StoreDir: s.store, Root: s.root, Items: items, Store: store, Log: s.log.Warnf,
+		Directory: directory, MaxBytes: s.deltas, StoreDir: s.store, Root: s.root, Items: items, Store: store, Log: s.log.Warnf,
 	})
 	*closers = append(*closers, d.Close)
 	return d, nil
@@ -355,9 +351,14 @@ func (s *publishSettings) key() (*acl.SigningKey, error) {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	key, err := acl.ParseSigningKey(secret, public)
+	name := s.privateKey
+	key, err := acl.ParseSigningKey(secret, nil)
+	if err == nil && len(public) > 0 {
+		name = s.publicKey
+		key, err = acl.ParseSigningKey(secret, public)
+	}
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", s.privateKey, err)
+		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	return key, nil
 }

@@ -46,7 +46,7 @@ type serveSettings struct {
 	socketMode, socketGroup string
 	listen, upstreams       []string
 	peers                   []string
-	maxSize, limitRate      string
+	maxSize, limitRate      int64 // 0: no limit
 	maxConnections          int
 	stats, advertise, relay bool
 	advertised              uint16 // the port
@@ -98,16 +98,26 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 	s.user.flag(c)
 	s.log.flags(c)
 	f.StringVar(&s.status, "status", "", "show the status to browsers and to monitoring of this machine, over HTTP at `ADDRESS`, 127.0.0.1:8183 for instance")
-	f.StringVar(&s.maxSize, "max-size", "", "keep blocks of at most `SIZE` in all, like 20GiB; the least recently used go (default: no limit)")
+	f.Func("max-size", "keep blocks of at most `SIZE` in all, like 20GiB; the least recently used go (default: no limit)", func(text string) error {
+		err := bytesize.Set(&s.maxSize, bytesize.Parse)(text)
+		if err == nil && s.maxSize < blockstore.MinBytes {
+			err = errors.New("it is less than 1MiB")
+		}
+		return err
+	})
 	f.BoolVar(&s.items, "items", false, "serve the blocks of the store items of this machine too, which are made from their files")
 	s.itemSettings.flags(f)
-	f.StringVar(&s.limitRate, "limit-rate", "", "receive, and send, at most at `RATE` in all, in bytes per second, like 2MiB (default: no limit)")
+	f.Func("limit-rate", "receive, and send, at most at `RATE` in all, in bytes per second, like 2MiB (default: no limit)", bytesize.Set(&s.limitRate, bytesize.ParseRate))
 	maxConnectionsFlag(c, &s.maxConnections, "per --listen and --socket ")
 	f.BoolVar(&s.advertise, "advertise", false, "be found on the local network; without --listen, listen at coap+tcp://[::]:5683")
 	f.BoolVar(&s.stats, "stats", false, "print the statistics of the server that listens on the socket, as JSON, and do nothing else")
 	c.RunE = func(*cobra.Command, []string) error {
 		if s.stats {
-			return s.printStatistics()
+			_, answer, err := s.askStatistics()
+			if err == nil {
+				err = page.JSON(answer)
+			}
+			return err
 		}
 		if err := errors.Join(s.user.check(c.Name()), s.log.open()); err != nil {
 			return err
@@ -126,15 +136,6 @@ func maxConnectionsFlag(c *cobra.Command, value *int, where string) {
 		}
 		return nil
 	}
-}
-
-// printStatistics prints the statistics of a running server.
-func (s *serveSettings) printStatistics() error {
-	_, answer, err := s.askStatistics()
-	if err != nil {
-		return err
-	}
-	return page.JSON(answer)
 }
 
 // askStatistics asks the server that listens on the socket.
@@ -172,12 +173,6 @@ func (s *serveSettings) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	rate := int64(0)
-	if s.limitRate != "" {
-		if rate, err = bytesize.ParseRate(s.limitRate); err != nil {
-			return fmt.Errorf("--limit-rate: %w", err)
-		}
-	}
 	for _, e := range own {
 		if err := e.listen(rights); err != nil {
 			return err
@@ -203,7 +198,7 @@ func (s *serveSettings) run(ctx context.Context) error {
 		}
 	}
 	directory, _ := s.blockDirectory() // of the store, which is open
-	in, out := ratelimit.New(rate, 0), ratelimit.New(rate, 0)
+	in, out := ratelimit.New(s.limitRate, 0), ratelimit.New(s.limitRate, 0)
 	for _, e := range endpoints {
 		e.limit(in, out)
 		if err := e.secure(directory); err != nil {
@@ -219,7 +214,7 @@ func (s *serveSettings) run(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(err, store.Close())
 	}
-	err = s.serveEndpoints(ctx, store, from, peers, endpoints, messageTimeout(rate))
+	err = s.serveEndpoints(ctx, store, from, peers, endpoints, messageTimeout(s.limitRate))
 	if from != nil {
 		err = errors.Join(err, from.Close())
 	}
@@ -252,7 +247,7 @@ func (s *serveSettings) endpoints(passed []*endpoint) ([]*endpoint, error) {
 		endpoints = append(endpoints, &e)
 	}
 	if len(endpoints)+len(passed)+len(s.peers) == 0 {
-		return nil, errors.New("there is nothing to listen on; name something by --socket or --listen")
+		return nil, message.Usage("there is nothing to listen on; name something by --socket or --listen")
 	}
 	return endpoints, nil
 }
@@ -284,7 +279,7 @@ func (s *serveSettings) openUpstreams(store sharing, connected *peers.Group, lim
 		return nil, nil
 	}
 	if len(s.upstreams) > maxUpstreams {
-		return nil, fmt.Errorf("--upstream: there may be %d at most", maxUpstreams)
+		return nil, message.Usage("--upstream: there may be %d at most", maxUpstreams)
 	}
 	directory, err := s.blockDirectory()
 	if err != nil {
@@ -306,16 +301,7 @@ func (s *serveSettings) openUpstreams(store sharing, connected *peers.Group, lim
 
 // openStore opens the block store. If its index is damaged, it is made anew.
 func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error) {
-	options := blockstore.Options{}
-	if s.maxSize != "" {
-		var err error
-		if options.MaxBytes, err = bytesize.Parse(s.maxSize); err != nil {
-			return nil, fmt.Errorf("--max-size: %w", err)
-		}
-		if options.MaxBytes < blockstore.MinBytes {
-			return nil, fmt.Errorf("--max-size: %s is less than 1MiB", s.maxSize)
-		}
-	}
+	options := blockstore.Options{MaxBytes: s.maxSize}
 	directory, err := s.blockDirectory()
 	if err != nil {
 		return nil, err

@@ -34,22 +34,18 @@ func (s *Signer) Open(store, root string) (server *publish.Server, key *acl.Publ
 		return nil, nil, nil, err
 	}
 	s.s.store, s.s.database = store, settings.DatabaseFile()
-	var closers []func()
-	items, err := s.s.itemSettings.open(&closers)
+	s.s.instead = "; --sign is for what the guix-daemon of this machine has"
+	var opened closers
+	items, err := s.s.itemSettings.open(&opened)
 	if err != nil {
 		return nil, nil, nil, err
-	}
-	closeItems = func() {
-		for _, f := range closers {
-			f()
-		}
 	}
 	host, _ := os.Hostname()
 	server, err = publish.NewServer(publish.ServerOptions{
 		StoreDir: store, Root: root, Items: items, Key: pair, Host: cmp.Or(host, "localhost"), Compressions: []string{"none"}, Log: message.Log,
 	})
 	if err != nil {
-		closeItems()
+		opened.close()
 	}
-	return server, pair.PublicKey(), closeItems, err
+	return server, pair.PublicKey(), opened.close, err
 }

@@ -142,15 +142,7 @@ func (s Statistics) text() []byte {
 }
 
 // AskStatistics asks the server at a Unix socket for its statistics.
-func AskStatistics(socket string) (Statistics, error) {
-	s, err := readStatistics(socket)
-	if err != nil {
-		return s, fmt.Errorf("asking the block store at %s for its statistics: %w", socket, err)
-	}
-	return s, nil
-}
-
-func readStatistics(socket string) (s Statistics, err error) {
+func AskStatistics(socket string) (s Statistics, err error) {
 	path, err := filepath.Abs(socket)
 	if err != nil {
 		return s, err

@@ -4,7 +4,6 @@ package serving
 
 import (
 	"context"
-	"errors"
 	"net"
 	"net/http"
 	"net/netip"
@@ -182,12 +181,5 @@ func serveStatus(ctx context.Context, l net.Listener, s *status.Server) error {
 	sampling.Go(func() { s.Run(ctx.Done()) })
 	defer sampling.Wait()
 	defer stop()
-	gate := admission.New(most, l, nil)
-	server := gate.Server(s)
-	stopped := context.AfterFunc(ctx, func() { server.Close() })
-	defer stopped()
-	if err := server.Serve(gate.Listener(l)); !errors.Is(err, http.ErrServerClosed) {
-		return err
-	}
-	return nil
+	return serveHTTP(ctx, l, admission.New(most, l, nil), s, func() {})
 }

@@ -13,6 +13,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/guixdb"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
 )
@@ -58,6 +59,12 @@ func (s *Settings) ahead(sub *Session) *ahead.Ahead {
 		Bytes:    s.size("ahead-bytes", s.file.AheadBytes, settings.Default().AheadBytes),
 		AtOnce:   s.narConnections() - 1, // one is left for what the daemon waits for
 		Workers:  min(max(leastAheadWorkers, runtime.NumCPU()), mostAheadWorkers),
+		Before:   s.counted,
+		Counted: func(t ahead.Stats) {
+			if s.counted = t; s.tell != nil {
+				s.tell(t)
+			}
+		},
 	})
 }
 
@@ -70,16 +77,25 @@ func (s *Settings) narConnections() int {
 	return max(1, connections-max(1, connections/narinfoShare))
 }
 
-// CleanOption is the option of a helper that cleans up after another one, before the store and the
-// session: see [ahead.CleanAfter].
+// CleanOption is the option of a helper that cleans up after another one; see [CleanAfter].
 const CleanOption = "--clean"
 
-// guard starts what removes what is staged when this process is killed; what is returned ends it.
-func (s *Settings) guard() (dismiss func()) {
+// guard starts what removes what is staged, and writes down what was counted, when this process has
+// ended.
+func (s *Settings) guard() {
 	if session := s.daemonSession(); session != nil {
-		return session.Guard(s.Store, "substitute", CleanOption)
+		s.tell = session.Guard(s.Store, "substitute", CleanOption, s.inCache("sources"))
 	}
-	return func() {}
+}
+
+// CleanAfter is what a helper runs with [CleanOption], the file of what is known of sources, the
+// store and the name of a session: see [ahead.CleanAfter].
+func CleanAfter(sources, store, session string) {
+	state, last := sourcestate.Open(sources), ahead.CleanAfter(os.Stdin, store, session)
+	state.CountAhead(sourcestate.Ahead{
+		Staged: int64(last.Staged.Items), StagedBytes: last.Staged.Bytes, Used: int64(last.Used.Items), UsedBytes: last.Used.Bytes,
+	})
+	state.Save()
 }
 
 // clean removes what helpers have left that are gone.

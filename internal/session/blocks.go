@@ -3,7 +3,6 @@
 package session
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -175,14 +174,12 @@ func serverOf(address string) string {
 
 // limiter returns what bounds the bytes per second that are fetched, or nil.
 func (s *Settings) limiter() *ratelimit.Limiter {
-	text := cmp.Or(s.limitRate, s.file.LimitRate)
-	if text == "" {
-		return nil
-	}
-	rate, err := bytesize.ParseRate(text)
-	if err != nil {
-		s.log.Warnf("limit of the rate ignored: %v", err)
-		return nil
+	rate := s.limitRate
+	if rate == 0 && s.file.LimitRate != "" {
+		var err error
+		if rate, err = bytesize.ParseRate(s.file.LimitRate); err != nil {
+			s.log.Warnf("limit of the rate ignored: %v", err)
+		}
 	}
 	return ratelimit.New(rate, 0)
 }

@@ -15,8 +15,28 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
+
+// WhyNot returns the exit status of a command that could not have an item, as it has said.
+func (s *Session) WhyNot(ctx context.Context, item string) message.Status {
+	defer func(log *protocol.Log) { s.Log = log }(s.Log)
+	s.Log = silent()
+	e, err := s.Explain(ctx, item)
+	if err != nil {
+		return message.Unavailable
+	}
+	return max(message.Unavailable, ExitStatus(e.Availability))
+}
+
+// ExitStatus returns the exit status of a command about an item.
+func ExitStatus(a substitute.Availability) message.Status {
+	return map[substitute.Availability]message.Status{
+		substitute.NotAvailable: message.Unavailable, substitute.NotAuthorised: message.Unauthorised, substitute.NotReachable: message.Unreachable,
+	}[a]
+}
 
 // maxLinks is how many links are followed from a file to a store item.
 const maxLinks = 40
@@ -39,7 +59,7 @@ func (s *Settings) FindItem(ctx context.Context, sub *Session, text string) (str
 		if inside, ok := strings.CutPrefix(absolute, s.Store+"/"); ok {
 			item, _, _ := strings.Cut(inside, "/")
 			item = s.Store + "/" + item
-			return item, narinfo.CheckStorePath(s.Store, item)
+			return item, message.OfUsage(narinfo.CheckStorePath(s.Store, item))
 		}
 		if path, err = os.Readlink(absolute); err != nil {
 			break
@@ -53,7 +73,8 @@ func (s *Settings) FindItem(ctx context.Context, sub *Session, text string) (str
 	if err == nil && strings.HasPrefix(real, s.Store+"/") {
 		return s.FindItem(ctx, sub, real)
 	}
-	return "", fmt.Errorf("%q is neither an item of the store directory %q, nor a link to one, nor a hash part (32 letters and digits)", text, s.Store)
+	return "", message.Usage("%q is neither an item of the store directory %q, nor a link to one, nor a hash part (32 letters and digits)"+
+		"\nhint: for a package, \"guix build -n PACKAGE\" shows the items that would be fetched", text, s.Store)
 }
 
 // itemByHash returns the item with the given name or hash part.
@@ -62,7 +83,7 @@ func (s *Settings) itemByHash(ctx context.Context, sub *Session, text string) (s
 		return s.Store + "/" + text, nil
 	}
 	if len(text) != 32 {
-		return "", fmt.Errorf("%q is no name of a store item", text)
+		return "", message.Usage("%q is no name of a store item", text)
 	}
 	if found, _ := filepath.Glob(s.Store + "/" + text + "-*"); len(found) > 0 {
 		return found[0], nil
@@ -77,7 +98,7 @@ func (s *Settings) itemByHash(ctx context.Context, sub *Session, text string) (s
 	}
 	err := errors.Join(failed...)
 	if err == nil {
-		err = fmt.Errorf("no server has it, and the store has no item of that name: %w", message.ErrUnavailable)
+		err = message.Unavailable.Errorf("no server has it, and the store has no item of that name")
 	}
 	return "", fmt.Errorf("hash part %s: %w", text, err)
 }

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -16,6 +17,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lan"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
@@ -31,15 +33,16 @@ const (
 // neighbours are the block stores of the local network. A file has those that helpers have found,
 // and when; nobody waits for them as long as items come from elsewhere.
 type neighbours struct {
-	file string        // empty if none are looked for
+	file string        // empty if there is none
+	text string        // what it would have
 	used string        // what the file had when it was read last
 	done chan struct{} // closed when what is under way has ended; nil if nothing is
 	stop context.CancelFunc
 }
 
-// neighbours returns the stores of the local network, and looks for them if that is due. They are
-// not looked for where the daemon was told not to discover servers, or the settings say so.
-func (s *Settings) neighbours() *neighbours {
+// looksAround reports whether stores of the local network are used: not where the daemon was told
+// not to discover servers, or the settings say so.
+func (s *Settings) looksAround() bool {
 	policy, _ := s.Policy()
 	wanted := true
 	if told, ok := s.options.Get("discover"); ok {
@@ -48,25 +51,54 @@ func (s *Settings) neighbours() *neighbours {
 	if s.file.DiscoverStores != nil {
 		wanted = *s.file.DiscoverStores
 	}
+	return wanted && s.stores == "" && !settings.NoStores("", s.file) && policy != substitute.HTTPOnly
+}
+
+// neighbours returns the stores of the local network, and looks for them if that is due.
+func (s *Settings) neighbours() *neighbours {
 	n := &neighbours{stop: func() {}}
-	if !wanted || !s.daemon || s.stores == "none" || policy == substitute.HTTPOnly {
+	if !s.looksAround() || !s.daemon {
 		return n
 	}
-	if n.file = s.inCache("neighbours"); n.file == "" {
-		return n
-	}
-	if info, err := os.Lstat(n.file); err == nil && time.Since(info.ModTime()).Abs() < browseEvery {
+	if n.file = s.inCache("neighbours"); n.file == "" || fresh(n.file) {
 		return n
 	}
 	ctx, stop := context.WithTimeout(context.Background(), browseTime)
 	n.stop, n.done = stop, make(chan struct{})
-	go n.browse(ctx)
+	go func() {
+		defer close(n.done)
+		n.browse(ctx)
+	}()
 	return n
+}
+
+// LookAround has later sessions use the stores of the local network, as helpers of the daemon do:
+// those that they have found lately, or else those that answer now, which is written nowhere.
+func (s *Settings) LookAround() {
+	n := &neighbours{stop: func() {}}
+	helper := *s
+	helper.daemon = true
+	file := filepath.Join(helper.KeepDirectory(), "neighbours")
+	text, err := files.ReadRegular(file, 64*maxNeighbours)
+	switch {
+	case !s.looksAround(), helper.KeepDirectory() == "": // as helpers do not
+	case err == nil && fresh(file):
+		n.text = string(text)
+	default:
+		ctx, stop := context.WithTimeout(context.Background(), browseTime)
+		defer stop()
+		n.browse(ctx)
+	}
+	s.near = n
+}
+
+func fresh(file string) bool {
+	info, err := os.Lstat(file)
+	return err == nil && time.Since(info.ModTime()).Abs() < browseEvery
 }
 
 // browse writes down who answers, at once, for helpers that are waiting.
 func (n *neighbours) browse(ctx context.Context) {
-	defer close(n.done)
 	defer n.stop()
 	own := ownAddresses()
 	var urls []string
@@ -84,6 +116,10 @@ func (n *neighbours) browse(ctx context.Context) {
 
 // write is for others; who cannot be told looks by itself.
 func (n *neighbours) write(urls []string) {
+	if n.file == "" {
+		n.text = strings.Join(urls, "")
+		return
+	}
 	_ = files.Write(n.file, 0o600, files.Options{}, []byte(strings.Join(urls, "")))
 }
 
@@ -92,8 +128,8 @@ func (n *neighbours) urls() []string {
 	n.used = n.read()
 	var urls []string
 	for url := range strings.FieldsSeq(n.used) {
-		if _, err := storeurl.Parse(url); err == nil && len(urls) < maxNeighbours {
-			urls = append(urls, url)
+		if u, err := storeurl.Parse(url); err == nil && u.Scheme == "coap+tcp" && len(urls) < maxNeighbours {
+			urls = append(urls, u.String())
 		}
 	}
 	return urls
@@ -114,7 +150,7 @@ func (n *neighbours) awaited() bool {
 
 func (n *neighbours) read() string {
 	if n.file == "" {
-		return ""
+		return n.text
 	}
 	text, _ := files.ReadState(n.file, 64*maxNeighbours)
 	return string(text)

@@ -53,15 +53,16 @@ func (s *Settings) ByHand(ctx context.Context, query bool, items []string) error
 			result = message.Unavailable
 		}
 	} else {
-		if _, err := restore.CheckNew(items[1]); err != nil {
+		unix.Umask(0o022)
+		outcome, err := s.restore(ctx, sub, items[0], items[1])
+		if err != nil {
 			return err
 		}
-		unix.Umask(0o022)
-		outcome := s.restore(ctx, sub, items[0], items[1])
 		reply = appendOutcome(nil, outcome)
 		switch outcome.Status {
 		case substitute.NotFound:
-			result = message.Unavailable
+			result = sub.WhyNot(ctx, items[0])
+			s.log.Notef("\"guix-substitute-eris explain ITEM\" says why")
 		case substitute.HashMismatch:
 			result = message.Failed
 		}
@@ -93,14 +94,13 @@ func (s *Settings) sayMissing(items []string, records []protocol.Info) bool {
 var errNotRestored = errors.New("not restored")
 
 // restore restores an item. The destination is the daemon's, who wants what is there to be
-// replaced; a person's files are not touched.
-func (s *Settings) restore(ctx context.Context, sub *Session, item, destination string) substitute.Outcome {
+// replaced; a person's files are not touched, which is when there may be an error.
+func (s *Settings) restore(ctx context.Context, sub *Session, item, destination string) (outcome substitute.Outcome, err error) {
 	defer sub.after()
 	if !s.byHand {
-		return sub.staging.Substitute(ctx, item, destination)
+		return sub.staging.Substitute(ctx, item, destination), nil
 	}
-	var outcome substitute.Outcome
-	destination, err := restore.CheckNew(destination)
+	destination, err = restore.CheckNew(destination)
 	if err == nil {
 		err = restore.Whole(destination, func(temporary string) error {
 			if outcome = sub.Substitute(ctx, item, temporary); outcome.Status != substitute.Success {
@@ -109,11 +109,10 @@ func (s *Settings) restore(ctx context.Context, sub *Session, item, destination 
 			return nil
 		})
 	}
-	if err == nil || errors.Is(err, errNotRestored) {
-		return outcome
+	if errors.Is(err, errNotRestored) {
+		err = nil
 	}
-	s.log.Errorf("%v", err)
-	return substitute.Outcome{}
+	return outcome, err
 }
 
 // Serve loads the settings, and answers requests until there are no more, to the daemon or, by
@@ -132,7 +131,7 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error
 		}
 	}
 	if !query && !byHand {
-		defer s.guard()()
+		s.guard()
 	}
 	s.near = s.neighbours()
 	defer s.near.close()
@@ -184,7 +183,12 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error
 		reply := s.answer(ctx, sub, request, query)
 		if !query && bytes.Equal(reply, protocol.AppendNotFound(nil)) && s.near.awaited() {
 			renew()
+			s.failed = ""
 			reply = s.answer(ctx, sub, request, query)
+		}
+		if s.failed != "" {
+			s.log.Errorf("%s", s.failed)
+			s.failed = ""
 		}
 		interrupted := ctx.Err() != nil
 		stop()
@@ -250,7 +254,12 @@ func (s *Settings) answer(ctx context.Context, sub *Session, request protocol.Re
 		sub.note(arguments, records)
 		return protocol.AppendInfo(nil, records)
 	case !query && destinationOf(request) != "":
-		return appendOutcome(nil, s.restore(ctx, sub, arguments[0], arguments[1]))
+		outcome, err := s.restore(ctx, sub, arguments[0], arguments[1])
+		if err != nil {
+			s.log.Errorf("%v", err)
+			outcome = substitute.Outcome{}
+		}
+		return appendOutcome(nil, outcome)
 	}
 	s.log.Errorf("request %.200q with %d arguments is not understood", request.Command, len(arguments))
 	return noReply(query)

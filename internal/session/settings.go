@@ -26,6 +26,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/ahead"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
@@ -49,7 +51,7 @@ type Settings struct {
 	Unauthorised   bool // signatures do not count
 	stores         string
 	policy         string
-	limitRate      string
+	limitRate      int64 // 0 is as the file has it
 	verbose        bool
 
 	daemon  bool // the daemon has started this process
@@ -59,6 +61,9 @@ type Settings struct {
 	log     *protocol.Log
 	kept    string // the directory of what is kept for other processes; empty if nothing is
 	near    *neighbours
+	failed  string            // why the last item could not be restored
+	tell    func(ahead.Stats) // the guard what was counted; nil if there is none
+	counted ahead.Stats       // ahead of the daemon
 }
 
 // Flags defines the options.
@@ -68,16 +73,22 @@ func (s *Settings) Flags(f *pflag.FlagSet) {
 	f.StringVar(&s.Store, "store-dir", "", "the store is in `DIRECTORY` (default: $NIX_STORE_DIR, or /gnu/store)")
 	f.StringVar(&s.cacheDirectory, "cache-dir", "", "keep narinfos, blocks and what is known of stores in `DIRECTORY`; \"none\" keeps nothing (default: see the setting cache-directory)")
 	f.StringVar(&s.stores, "eris-store-url", "", "fetch blocks from the stores with these `URLS`, separated by spaces; \"none\" is none (default: $ERIS_STORE_URL, or the setting eris-stores)")
-	f.StringVar(&s.policy, "policy", "", "what is tried in which `ORDER`: fastest, eris-first, http-first, eris-only or http-only (default: the setting policy)")
-	f.StringVar(&s.limitRate, "limit-rate", "", "fetch at most `RATE` bytes per second, like 500K or 2MiB, over the network (default: the setting limit-rate)")
+	f.Func("policy", "what is tried in which `ORDER`: fastest, eris-first, http-first, eris-only or http-only (default: the setting policy)", func(text string) (err error) {
+		s.policy = text
+		_, err = s.Policy()
+		return err
+	})
+	f.Func("limit-rate", "fetch at most `RATE` bytes per second, like 500K or 2MiB, over the network (default: the setting limit-rate)", bytesize.Set(&s.limitRate, bytesize.ParseRate))
 	f.BoolVar(&s.verbose, "verbose", false, "show what is expected of blocks and nars, what is chosen, and what the stores have done")
 	f.BoolVar(&s.Unauthorised, "allow-unauthenticated", false, "accept narinfos without an authorised signature (dangerous)")
 }
 
-// Load reads the environment and the configuration file, and warns of what is wrong with them.
-func (s *Settings) Load() {
+// Load reads the environment and the configuration file, and warns of what is wrong with them. The
+// error is that of [Settings.CheckURLs].
+func (s *Settings) Load() error {
 	s.begin()
 	s.read()
+	return s.CheckURLs()
 }
 
 // begin finds out who has started this process and what they see of it.
@@ -105,7 +116,7 @@ func (s *Settings) read() {
 	}
 	if s.kept = s.KeepDirectory(); s.kept != "" {
 		if err := files.MakeDirectory(s.kept); err != nil {
-			s.log.Warnf("nothing is kept for later: %v", err)
+			s.log.Warnf("nothing is kept for later: %s", message.Plain(err))
 			s.kept = ""
 		}
 	}
@@ -151,6 +162,14 @@ func (s *Settings) LoadQuietly(daemon bool) {
 	s.kept, s.daemon = "", daemon
 }
 
+// Adopt has the options count that a daemon gives to its helpers, as [protocol.ParseOptions] reads
+// them, if there are any.
+func (s *Settings) Adopt(options string) {
+	if options != "" {
+		s.options = protocol.ParseOptions(options)
+	}
+}
+
 // silent returns a log that nobody sees.
 func silent() *protocol.Log { return protocol.NewLog(io.Discard, protocol.LogStyle{}) }
 
@@ -175,11 +194,16 @@ func (s *Settings) Policy() (substitute.Policy, error) {
 	return policy, nil
 }
 
-// CheckURLs returns an error if the option for servers has something that is no URL.
+// CheckURLs returns an error if the options for servers and stores have something that is no URL.
 func (s *Settings) CheckURLs() error {
 	for _, server := range strings.Fields(s.URLs) {
 		if err := mirror.CheckURL(server); err != nil {
 			return message.Usage("--substitute-urls: %w; spaces separate URLs, and one in a URL is written %%20", err)
+		}
+	}
+	for url := range strings.FieldsSeq(s.stores) {
+		if _, err := storeurl.Parse(url); err != nil && url != "none" {
+			return fmt.Errorf("--eris-store-url: %w", err)
 		}
 	}
 	return nil
@@ -214,7 +238,8 @@ func (s *Settings) StoreURLs() []string {
 // A Session is a substituter with what it works with.
 type Session struct {
 	*substitute.Substituter
-	blocks *blocks // nil if there is no store
+	blocks *blocks  // nil if there is no store
+	found  []string // URLs of those of the local network
 	state  *sourcestate.State
 	saved  time.Time
 	closed func() // what else is to be closed at the end
@@ -231,6 +256,9 @@ func (s *Session) Stores() ([]pool.Member, []pool.SourceStats) {
 	return s.blocks.members, s.blocks.Stats()
 }
 
+// Found reports whether a store was found on the local network.
+func (s *Session) Found(url string) bool { return slices.Contains(s.found, url) }
+
 // saveEvery is how often what is known of servers and stores is written down.
 const saveEvery = 5 * time.Second
 
@@ -240,14 +268,8 @@ func (s *Session) after() {
 	if s.blocks != nil && s.Verbose {
 		s.blocks.show(s.Log)
 	}
-	if s.Verbose && s.staging != nil {
-		t := s.staging.Stats()
-		why := ""
-		if t.Err != nil {
-			why = fmt.Sprintf("; no more: %v", t.Err)
-		}
-		s.Log.Notef("ahead of the daemon: %d items staged, %.1f MB; %d used, %.1f MB; %d wasted, %.1f MB%s", t.Staged.Items, float64(t.Staged.Bytes)/1e6,
-			t.Used.Items, float64(t.Used.Bytes)/1e6, t.Wasted.Items, float64(t.Wasted.Bytes)/1e6, why)
+	if s.Verbose && s.staging != nil && s.staging.Stats().Err != nil {
+		s.Log.WarnOnce("staging", "items are not substituted ahead of the daemon any more: %v", s.staging.Stats().Err)
 	}
 	if time.Since(s.saved) < saveEvery {
 		return
@@ -340,7 +362,9 @@ func (s *Settings) session(query bool, log *protocol.Log) *Session {
 	}
 	urls := s.StoreURLs()
 	if !query && s.near != nil {
-		urls = append(slices.Clip(urls), s.near.urls()...)
+		result.found = s.near.urls()
+		urls = append(slices.Clip(urls), result.found...)
+		result.Failed = func(format string, a ...any) { s.failed = fmt.Sprintf(format, a...) }
 	}
 	if !query && policy != substitute.HTTPOnly && len(urls) > 0 {
 		b, err := openBlocks(blocksOptions{
@@ -457,9 +481,9 @@ const maxACL = acl.MaxSexpSize
 // guix/pki.scm: current-acl, has it. When the list cannot be understood, no key is.
 func (s *Settings) Keys() *acl.ACL {
 	name := s.KeysFile()
-	keys, err := acl.ReadACL(func() ([]byte, error) { return files.ReadLimited(name, maxACL) }, ownKey)
+	keys, err := acl.ReadACL(func() ([]byte, error) { return files.ReadRegular(name, maxACL) }, ownKey)
 	if err != nil {
-		s.log.WarnOnce("acl", "no substitute is authorised: %s: %v", name, err)
+		s.log.WarnOnce("acl", "no substitute is authorised: %s", message.Text(fmt.Sprintf("%s: %v", name, err)))
 		return nil
 	}
 	if !s.Unauthorised && !s.HasForeignKeys(keys) {
@@ -470,7 +494,7 @@ func (s *Settings) Keys() *acl.ACL {
 
 // ownKey reads the public key of this machine.
 func ownKey() ([]byte, error) {
-	return files.ReadLimited(filepath.Join(settings.Directory(), "signing-key.pub"), maxACL)
+	return files.ReadRegular(filepath.Join(settings.Directory(), "signing-key.pub"), maxACL)
 }
 
 // KeysFile is the name of the list of authorised keys.

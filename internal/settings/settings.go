@@ -65,11 +65,11 @@ func FileName() string {
 func Read() (File, error) {
 	c := Default()
 	name := FileName()
-	text, err := files.ReadLimited(name, maxConfiguration)
+	text, err := files.ReadRegular(name, maxConfiguration)
 	if errors.Is(err, fs.ErrNotExist) {
 		return c, nil
 	} else if err != nil {
-		return c, fmt.Errorf("configuration ignored: %w", err)
+		return c, fmt.Errorf("configuration ignored: %s", message.Plain(err))
 	}
 	meta, err := toml.Decode(string(text), &c)
 	if err != nil {

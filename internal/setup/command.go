@@ -93,7 +93,7 @@ func (c *changeFlags) install(s *System, o Options) (err error) {
 		return err
 	}
 	for _, n := range notes {
-		fmt.Println("note:", n)
+		saying("note: %s", n)
 	}
 	return nil
 }
@@ -134,7 +134,7 @@ func (c *changeFlags) undo(s *System) error {
 // errNothingDone is the outcome of a question that was answered by no.
 var errNothingDone = errors.New("nothing was done")
 
-func saying(format string, a ...any) { fmt.Printf(format+"\n", a...) }
+func saying(format string, a ...any) { fmt.Print(page.Wrap(1, fmt.Sprintf(format+"\n", a...))) }
 
 // permitted returns an error if this user cannot change the system.
 func (c *changeFlags) permitted() error {
@@ -188,7 +188,7 @@ func (c *changeFlags) change(s *System, steps []Step, done string) error {
 	if err := s.Do(steps, saying); err != nil {
 		return fmt.Errorf("%w\nhint: \"guix-substitute-eris setup --undo\" takes back what was done before", err)
 	}
-	fmt.Println(done)
+	saying("%s", done)
 	return nil
 }
 

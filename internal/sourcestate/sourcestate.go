@@ -40,6 +40,22 @@ type Record struct {
 	Updated  time.Time `json:"updated"`
 }
 
+// Ahead counts what helpers have substituted ahead of the daemon, and what of that it has asked
+// for: items, and the bytes of their NarSize. What is left of them in the end was in vain.
+type Ahead struct {
+	Staged      int64 `json:"staged"`
+	StagedBytes int64 `json:"staged_bytes"`
+	Used        int64 `json:"used"`
+	UsedBytes   int64 `json:"used_bytes"`
+	// Since is when counting began; zero if nothing was counted.
+	Since time.Time `json:"since,omitzero"`
+}
+
+func (a *Ahead) add(b Ahead) {
+	a.Staged, a.StagedBytes = a.Staged+b.Staged, a.StagedBytes+b.StagedBytes
+	a.Used, a.UsedBytes = a.Used+b.Used, a.UsedBytes+b.UsedBytes
+}
+
 const (
 	// maxAge is after how long a record is forgotten, and maxSpeedAge after how long its speed is:
 	// another network or another hour may have another one.
@@ -68,6 +84,7 @@ type State struct {
 	mu      sync.Mutex
 	records map[string]Record // by key
 	touched map[string]bool   // since the last Save
+	ahead   Ahead             // the same
 }
 
 // Open reads the file at path. If there is none, or it makes no sense, nothing is known. An empty
@@ -77,7 +94,7 @@ func Open(path string) *State { return open(path, time.Now) }
 func open(path string, now func() time.Time) *State {
 	s := &State{path: path, now: now, records: map[string]Record{}, touched: map[string]bool{}}
 	if path != "" {
-		s.records = read(path, now())
+		s.records = read(path, now()).Sources
 	}
 	return s
 }
@@ -146,6 +163,19 @@ func (s *State) Rests(url string, until time.Time, times int) {
 	})
 }
 
+// CountAhead adds to what has been counted. Since does not matter.
+func (s *State) CountAhead(a Ahead) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ahead.add(a)
+}
+
+// ReadAhead returns what a file has counted, also one of another user.
+func ReadAhead(path string) Ahead {
+	b, _ := files.ReadRegular(path, maxFile) // which says nothing if it cannot be read
+	return parse(b, time.Now()).Ahead
+}
+
 func (s *State) change(url string, f func(r *Record, now time.Time)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -165,7 +195,7 @@ func (s *State) change(url string, f func(r *Record, now time.Time)) {
 func (s *State) Save() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.path == "" || len(s.touched) == 0 {
+	if s.path == "" || len(s.touched) == 0 && s.ahead == (Ahead{}) {
 		return nil
 	}
 	if err := files.MakeDirectory(filepath.Dir(s.path)); err != nil {
@@ -176,17 +206,22 @@ func (s *State) Save() error {
 		return err
 	}
 	defer lock.Close()
-	records := read(s.path, s.now())
+	data := read(s.path, s.now())
+	records := data.Sources
 	for k := range s.touched {
 		if mine, ok := s.records[k]; ok {
 			records[k] = merge(records[k], mine)
 		}
 	}
 	records = newest(records)
-	if err := write(s.path, records); err != nil {
+	data.Sources = records
+	if data.Ahead.add(s.ahead); data.Ahead.Since.IsZero() && data.Ahead != (Ahead{}) {
+		data.Ahead.Since = s.now().Truncate(time.Second).UTC()
+	}
+	if err := write(s.path, data); err != nil {
 		return err
 	}
-	s.records = records
+	s.records, s.ahead = records, Ahead{}
 	clear(s.touched)
 	return nil
 }
@@ -217,33 +252,37 @@ func merge(theirs, mine Record) Record {
 type file struct {
 	Version int               `json:"version"`
 	Sources map[string]Record `json:"sources"`
+	Ahead   Ahead             `json:"ahead,omitzero"`
 }
 
 const version = 2
 
-// read returns the records of a file, as far as they make sense.
-func read(path string, now time.Time) map[string]Record {
-	b, err := files.ReadState(path, maxFile)
-	if err != nil {
-		return map[string]Record{}
-	}
+// read returns what a file says that this user has written; what cannot be read says nothing.
+func read(path string, now time.Time) file {
+	b, _ := files.ReadState(path, maxFile)
 	return parse(b, now)
 }
 
-func parse(b []byte, now time.Time) map[string]Record {
-	records := map[string]Record{}
+// parse returns what a file says, as far as it makes sense.
+func parse(b []byte, now time.Time) file {
 	var data file
 	decoder := json.NewDecoder(bytes.NewReader(b))
 	if decoder.Decode(&data) != nil || data.Version != version || len(data.Sources) > maxRecords {
-		return records
+		return file{Version: version, Sources: map[string]Record{}}
 	}
 	soon := now.Add(time.Minute) // clocks are set now and then
+	sources := map[string]Record{}
 	for k, r := range data.Sources {
 		if len(k) == 32 && r.valid(now, soon) {
-			records[k] = r
+			sources[k] = r
 		}
 	}
-	return records
+	data.Sources = sources
+	if a := data.Ahead; min(a.Staged, a.StagedBytes, a.Used, a.UsedBytes) < 0 ||
+		max(a.Staged, a.StagedBytes, a.Used, a.UsedBytes) > 1<<60 || a.Since.After(soon) {
+		data.Ahead = Ahead{}
+	}
+	return data
 }
 
 // valid reports whether a record makes sense.
@@ -272,8 +311,8 @@ func newest(records map[string]Record) map[string]Record {
 
 // write replaces the file. It is not synced: after a power failure it may be empty, which does no
 // harm.
-func write(path string, records map[string]Record) error {
-	b, err := json.Marshal(file{version, records})
+func write(path string, data file) error {
+	b, err := json.Marshal(data)
 	if err != nil {
 		return err
 	}

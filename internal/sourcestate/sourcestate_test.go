@@ -228,7 +228,7 @@ func TestBadFiles(t *testing.T) {
 		})
 	}
 	good := `{"version":2,"sources":{"` + k + `":{"rate":1,"measured":"2026-04-24T03:06:40Z","updated":"2026-04-24T03:06:40Z"}}}`
-	if r := parse([]byte(good), newClock().Now())[k]; r.Rate != 1 {
+	if r := parse([]byte(good), newClock().Now()).Sources[k]; r.Rate != 1 {
 		t.Errorf("a good file is not read: %+v", r)
 	}
 }
@@ -252,11 +252,48 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte(`{"version":2,"sources":{"` + key(url) + `":{"rate":1,"round_trip":5,"fault":"2026-04-12T13:20:00Z","rest":"2026-04-24T03:06:40Z","rests":2,"measured":"2026-04-24T03:06:40Z","updated":"2026-04-24T03:06:40Z"}}}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		now := newClock().Now()
-		for k, r := range parse(b, now) {
+		for k, r := range parse(b, now).Sources {
 			r = r.aged(now)
 			if len(k) != 32 || !(r.Rate >= 0 && r.Rate < 1e12) || r.RoundTrip < 0 || r.RoundTrip > time.Minute {
 				t.Errorf("record %+v", r)
 			}
 		}
 	})
+}
+
+// TestAhead has several processes count, one of which has nothing else to write down, and a file
+// with numbers that make no sense.
+func TestAhead(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state")
+	if a := ReadAhead(path); a != (Ahead{}) {
+		t.Errorf("no file counts %+v", a)
+	}
+	begin := time.Now().Add(-time.Second)
+	for range 3 {
+		s := Open(path)
+		s.CountAhead(Ahead{Staged: 3, StagedBytes: 300, Used: 2, UsedBytes: 200})
+		for range 2 { // what is written down is not written again
+			if err := s.Save(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	other := Open(path)
+	other.Measured("x", 1<<20, time.Second, time.Millisecond)
+	if err := other.Save(); err != nil {
+		t.Fatal(err)
+	}
+	a := ReadAhead(path)
+	if a.Since.Before(begin) || a.Since.After(time.Now()) {
+		t.Errorf("since %v", a.Since)
+	}
+	if a.Since = (time.Time{}); a != (Ahead{Staged: 9, StagedBytes: 900, Used: 6, UsedBytes: 600}) {
+		t.Errorf("counted %+v", a)
+	}
+	for _, nonsense := range []string{`"staged":-5`, `"used_bytes":9223372036854775807`, `"since":"9999-01-01T00:00:00Z"`} {
+		text := `{"version":2,"sources":{},"ahead":{"used":1,` + nonsense + `}}`
+		if a := parse([]byte(text), time.Now()).Ahead; a != (Ahead{}) {
+			t.Errorf("%s counts %+v", nonsense, a)
+		}
+	}
 }
