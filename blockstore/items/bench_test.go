@@ -4,18 +4,22 @@ package items
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"fmt"
-	"maps"
 	"net"
 	"os"
 	"path/filepath"
 	"runtime"
+	"sync"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
@@ -25,9 +29,10 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
 
-// BenchmarkServe restores an item over a Unix socket, by turns from the database and from the
-// files. The result is what the files take, by what the database takes (ratio), and the memory and
-// disk that the table takes.
+// BenchmarkServe gets an item, by turns from the database and from the files, over a Unix socket
+// and by TCP: as who restores it does, and block by block, where blocks are verified and nothing
+// else. The result is the throughput of the files by that of the database (ratio), and the memory
+// and disk that the table takes.
 func BenchmarkServe(b *testing.B) {
 	for size, files := range map[string][2]int{"32KiB": {64, 4 << 20}, "1KiB": {8000, 8000}} {
 		b.Run(size, func(b *testing.B) {
@@ -47,7 +52,15 @@ func BenchmarkServe(b *testing.B) {
 			}
 			defer store.Close()
 			pipeline := fetch.NewPipeline(b.Context(), store)
-			encoding, err := publish.Encode(b.Context(), filepath.Join(root, "item"), pipeline.Put, erisfs.EncodeOptions{})
+			var mu sync.Mutex
+			var blocks []*fetch.Request
+			sink := func(ctx context.Context, ref eris.Reference, block []byte) error {
+				mu.Lock()
+				blocks = append(blocks, &fetch.Request{Pair: eris.Pair{Reference: ref}, Size: eris.BlockSize(len(block))})
+				mu.Unlock()
+				return pipeline.Put(ctx, ref, block)
+			}
+			encoding, err := publish.Encode(b.Context(), filepath.Join(root, "item"), sink, erisfs.EncodeOptions{})
 			if err != nil {
 				b.Fatal(err)
 			}
@@ -76,21 +89,76 @@ func BenchmarkServe(b *testing.B) {
 				b.Fatal(err)
 			}
 			b.Logf("opened in %v", time.Since(begin))
-			sources := map[string]fetch.Source{"files": serve(b, table), "database": serve(b, store)}
-			taken := map[string]time.Duration{}
-			for b.Loop() {
-				for name, source := range maps.All(sources) {
-					begin := time.Now()
-					restore(b, source, encoding)
-					taken[name] += time.Since(begin)
-				}
+			for _, network := range []string{"unix", "tcp"} {
+				files, database := serve(b, network, table), serve(b, network, store)
+				b.Run(network+"/item", func(b *testing.B) {
+					compare(b, encoding.NarSize, files.pool, database.pool, func(s fetch.Source) { restore(b, s, encoding) })
+				})
+				b.Run(network+"/blocks", func(b *testing.B) {
+					compare(b, encoding.NarSize, files.client, database.client, func(s fetch.Source) { getAll(b, s, blocks) })
+				})
 			}
-			for name, t := range taken {
-				b.ReportMetric(float64(encoding.NarSize)*float64(b.N)/t.Seconds()/1e6, name+"-MB/s")
-			}
-			b.ReportMetric(float64(taken["database"])/float64(taken["files"]), "ratio")
 		})
 	}
+}
+
+// compare measures what both sources take, by turns.
+func compare(b *testing.B, bytes uint64, files, database fetch.Source, get func(fetch.Source)) {
+	var taken, used [2]time.Duration
+	for b.Loop() {
+		for i, source := range []fetch.Source{files, database} {
+			begin, before := time.Now(), processorTime()
+			get(source)
+			taken[i] += time.Since(begin)
+			used[i] += processorTime() - before
+		}
+	}
+	for i, unit := range []string{"files-MB/s", "database-MB/s"} {
+		b.ReportMetric(float64(bytes)*float64(b.N)/taken[i].Seconds()/1e6, unit)
+	}
+	b.ReportMetric(float64(taken[1])/float64(taken[0]), "ratio")
+	b.ReportMetric(float64(used[1])/float64(used[0]), "ratio-of-processor-time")
+}
+
+// getAll gets blocks, 256 at a time, and verifies those that have come.
+func getAll(b *testing.B, source fetch.Source, blocks []*fetch.Request) {
+	const window = 256
+	done := make(chan *fetch.Request, window)
+	var come []*fetch.Request
+	for next, left := 0, len(blocks); left > 0; left -= len(come) {
+		for i := range max(len(come), min(window, len(blocks))-next) {
+			if next == len(blocks) {
+				break
+			}
+			r := blocks[next]
+			next++
+			r.Done = func(r *fetch.Request) { done <- r }
+			if i < len(come) {
+				r.Dst, come[i].Dst = come[i].Dst, nil
+			}
+			if cap(r.Dst) < int(r.Size) {
+				r.Dst = make([]byte, 0, r.Size)
+			}
+			source.Start(r)
+		}
+		for come = append(come[:0], <-done); len(done) > 0; {
+			come = append(come, <-done)
+		}
+		fetch.Verify(come)
+		for _, r := range come {
+			if r.Err != nil {
+				b.Fatal(r.Err)
+			}
+		}
+	}
+}
+
+// processorTime returns how much time of all processors the process has used, which depends less on
+// what else goes on.
+func processorTime() time.Duration {
+	var usage unix.Rusage
+	_ = unix.Getrusage(unix.RUSAGE_SELF, &usage)
+	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
 }
 
 func memory() int64 {
@@ -100,26 +168,34 @@ func memory() int64 {
 	return int64(m.HeapAlloc)
 }
 
-// serve serves a source at a Unix socket, and returns a client of it.
-func serve(b *testing.B, source fetch.Source) fetch.Source {
+// clients are a client of a server, and a pool with another one.
+type clients struct{ client, pool fetch.Source }
+
+// serve serves a source, and returns clients of it.
+func serve(b *testing.B, network string, source fetch.Source) clients {
 	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Source: source}}})
 	if err != nil {
 		b.Fatal(err)
 	}
-	path := filepath.Join(b.TempDir(), "s")
-	l, err := net.Listen("unix", path)
+	address := map[string]string{"unix": filepath.Join(b.TempDir(), "s"), "tcp": "127.0.0.1:0"}[network]
+	l, err := net.Listen(network, address)
 	if err != nil {
 		b.Fatal(err)
 	}
 	go server.Serve(l, coapserver.Access{Get: true})
 	b.Cleanup(func() { server.Close() })
-	client, err := coap.Open("coap+unix://"+path, coap.Options{})
-	if err != nil {
-		b.Fatal(err)
+	var opened [2]fetch.Source
+	for i := range opened {
+		if opened[i], err = coap.Open("coap+"+network+"://"+l.Addr().String(), coap.Options{}); err != nil {
+			b.Fatal(err)
+		}
 	}
-	p := pool.New([]pool.Member{{Source: client, Local: true}}, pool.Options{})
-	b.Cleanup(func() { p.Close() })
-	return p
+	p := pool.New([]pool.Member{{Source: opened[1], Local: true}}, pool.Options{})
+	b.Cleanup(func() {
+		opened[0].Close()
+		p.Close()
+	})
+	return clients{opened[0], p}
 }
 
 // restore reads an item as who restores it does: it verifies and decrypts blocks, and hashes nodes.

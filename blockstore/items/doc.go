@@ -6,7 +6,7 @@
 //
 // What cannot be made from a piece of a file is kept: inner nodes of files that are not small, the
 // indexes of trees, and all blocks of items that ERIS-FS cannot express. So is where each leaf is,
-// in 16 bytes.
+// in 16 bytes, and of those of 32 KiB the key, so that it need not be computed again.
 //
 // # Promises
 //
@@ -26,7 +26,8 @@
 // The blocks are those that are kept, item by item. An entry has the first 8 bytes of a reference,
 // 4 bytes that say in which file the leaf is, by where its path begins among the paths, and 4 bytes
 // with its number, or that it is an inner node; or that it is a block of the run, and where.
-// Entries are sorted, and of every 64th one the beginning of the reference is in memory. The items
-// are names, and where the blocks and paths of each begin. The footer has lengths and a checksum
-// (CRC-32C) of all but the blocks, which name themselves.
+// Entries are sorted, and of every 64th one the beginning of the reference is in memory. Behind the
+// path of a file with blocks of 32 KiB are the keys of its leaves. The items are names, and where
+// the blocks and paths of each begin. The footer has lengths and a checksum (CRC-32C) of all but
+// the blocks, which name themselves.
 package items

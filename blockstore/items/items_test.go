@@ -241,6 +241,45 @@ func TestAppearAndGo(t *testing.T) {
 	wantAll(t, table, encode(t, filepath.Join(root, "item0")))
 }
 
+// TestRuns has blocks in the one and the other run, and in both: there, one is as good as the
+// other.
+func TestRuns(t *testing.T) {
+	root := t.TempDir()
+	var tables [2]*Table
+	all := map[eris.Reference][]byte{}
+	for i := range tables {
+		name := fmt.Sprint("item", i)
+		write(t, filepath.Join(root, name, "own"), random(uint64(i), 100000))
+		write(t, filepath.Join(root, name, "same"), random(7, 50000))
+		maps.Copy(all, encode(t, filepath.Join(root, name)))
+		tables[i] = open(t, t.TempDir(), root)
+		update(t, tables[i], name)
+	}
+	table := tables[0]
+	table.replace(nil, tables[1].runs[0])
+	tables[1].runs = nil
+	wantAll(t, table, all)
+	same := encode(t, filepath.Join(root, "item0", "same"))
+	if err := os.RemoveAll(filepath.Join(root, "item0", "same")); err != nil {
+		t.Fatal(err)
+	}
+	for ref, block := range same {
+		if all[ref] == nil {
+			continue // of an item that is this file alone
+		}
+		for home := range 2 {
+			w := worker{table: table}
+			done := make(chan *fetch.Request, 1)
+			r := &fetch.Request{Pair: eris.Pair{Reference: ref}, Size: eris.BlockSize(len(block)), Done: func(r *fetch.Request) { done <- r }}
+			w.answer([]lookup{{request: r, first: home}})
+			if <-done; r.Err != nil || !bytes.Equal(r.Block, block) {
+				t.Errorf("from run %d on: %v", home, r.Err)
+			}
+			w.closeFile()
+		}
+	}
+}
+
 // TestChanged has files change, and go, without anybody telling.
 func TestChanged(t *testing.T) {
 	root := t.TempDir()

@@ -25,7 +25,7 @@ const (
 	entrySize   = 16
 	pageEntries = 64 // that are read at a time
 	footerSize  = 44
-	magic       = "ERISrun1"
+	magic       = "ERISrun2"
 	// kept1KiB and kept32KiB stand in place of a path in entries of blocks that the run has. Their
 	// number is where they begin, in KiB.
 	kept1KiB, kept32KiB = math.MaxUint32, math.MaxUint32 - 1
@@ -216,6 +216,17 @@ func (r *run) find(found []candidate, prefix uint64) ([]candidate, error) {
 		}
 	}
 	return found, nil
+}
+
+// key reads the key of a leaf of 32 KiB, one of those that begin so far behind the path of the
+// entry.
+func (r *run) key(key *eris.Key, e entry, behind int) error {
+	at := int64(e.path) + int64(behind) + int64(e.number)*int64(len(key))
+	if at+int64(len(key)) > r.paths {
+		return errDamaged
+	}
+	_, err := r.file.ReadAt(key[:], r.blocks+r.entries*entrySize+at)
+	return err
 }
 
 // path returns the path below its item of the file of an entry.

@@ -40,7 +40,10 @@ type candidate struct {
 type lookup struct {
 	request    *fetch.Request
 	candidates []candidate // that are to be tried; the first one is being
-	block      []byte      // before it is encrypted
+	found      int         // how many there were in all
+	// It has been looked for in so many runs, from this one on.
+	searched, first int
+	block           []byte // before it is encrypted
 }
 
 // worker makes blocks. Its memory is used again.
@@ -51,6 +54,8 @@ type worker struct {
 	size    int64
 	run     *run // in whose paths it is, and where
 	path    uint32
+	keys    int // where keys begin, from there
+	home    int // the run in which a block was found last, which mostly has the next one
 }
 
 // haveTime is for how long the answer to a question is looked for.
@@ -82,7 +87,7 @@ func (t *Table) work() {
 		t.queueMu.Lock()
 		n := min(batch, len(t.queue))
 		for i, r := range t.queue[:n] {
-			w.lookups[i] = lookup{request: r, candidates: w.lookups[i].candidates[:0]}
+			w.lookups[i] = lookup{request: r, candidates: w.lookups[i].candidates[:0], first: w.home}
 		}
 		t.queue = append(t.queue[:0], t.queue[n:]...)
 		if n == 0 {
@@ -101,30 +106,22 @@ func (w *worker) answer(lookups []lookup) {
 	w.table.mu.RLock()
 	defer w.table.mu.RUnlock()
 	var pending [batch]*lookup
-	n := 0
+	n := len(lookups)
 	for i := range lookups {
-		l := &lookups[i]
-		for _, r := range w.table.runs {
-			var err error
-			if l.candidates, err = r.find(l.candidates, prefixOf(&l.request.Pair.Reference)); err != nil {
-				w.table.damage(r)
-			}
-		}
-		pending[n] = l
-		n++
+		pending[i] = &lookups[i]
 	}
 	// Each turn tries one candidate of each request.
 	for n > 0 {
-		var groups [3][]*lookup // leaves of 1 KiB and of 32 KiB, and kept blocks
+		var groups [3][]*lookup // leaves to be encrypted, and blocks of 1 KiB and of 32 KiB
 		for _, l := range pending[:n] {
 			switch {
 			case !w.read(l):
 				w.table.absent.Add(1)
 				l.request.Block, l.request.Err = nil, fmt.Errorf("block %v: %w", l.request.Pair.Reference, eris.ErrNotFound)
 				l.request.Done(l.request)
-			case l.candidates[0].entry.kept() != 0, l.candidates[0].entry.number == innerNode:
-				groups[2] = append(groups[2], l)
 			case l.request.Size == eris.BlockSize32KiB:
+				groups[2] = append(groups[2], l)
+			case l.candidates[0].entry.kept() != 0, l.candidates[0].entry.number == innerNode:
 				groups[1] = append(groups[1], l)
 			default:
 				groups[0] = append(groups[0], l)
@@ -132,7 +129,7 @@ func (w *worker) answer(lookups []lookup) {
 		}
 		n = 0
 		for i, group := range groups {
-			n += copy(pending[n:], w.finish(group, i < 2))
+			n += copy(pending[n:], w.finish(group, i == 0))
 		}
 	}
 }
@@ -185,7 +182,7 @@ func (w *worker) read(l *lookup) bool {
 		l.block = make([]byte, size)
 	}
 	l.block = l.block[:size]
-	for ; len(l.candidates) > 0; l.candidates = l.candidates[1:] {
+	for ; w.find(l); l.candidates = l.candidates[1:] {
 		c := l.candidates[0]
 		if c.item.gone.Load() {
 			continue
@@ -207,7 +204,26 @@ func (w *worker) read(l *lookup) bool {
 	return false
 }
 
-// readLeaf reads the leaf of a file, and reports whether there is one of the size.
+// find looks for candidates, if there are none, in one run after the other, and reports whether
+// there are some.
+func (w *worker) find(l *lookup) bool {
+	runs := w.table.runs
+	for ; len(l.candidates) == 0 && l.found < maxCandidates && l.searched < len(runs); l.searched++ {
+		n := (l.first + l.searched) % len(runs)
+		var err error
+		if l.candidates, err = runs[n].find(l.candidates[:0], prefixOf(&l.request.Pair.Reference)); err != nil {
+			w.table.damage(runs[n])
+		}
+		if l.found += len(l.candidates); len(l.candidates) > 0 {
+			w.home = n
+		}
+	}
+	return len(l.candidates) > 0
+}
+
+// readLeaf reads the leaf of a file, and reports whether there is one of the size. One of 32 KiB is
+// encrypted at once, with the key that the table has: to compute that takes as long as to check the
+// reference.
 func (w *worker) readLeaf(leaf []byte, c candidate) bool {
 	if !w.open(c) || eris.BlockSizeFor(w.size) != eris.BlockSize(len(leaf)) {
 		return false
@@ -223,6 +239,14 @@ func (w *worker) readLeaf(leaf []byte, c candidate) bool {
 	case err != nil:
 		w.changed(c.item)
 		return false
+	}
+	if len(leaf) == int(eris.BlockSize32KiB) {
+		var key eris.Key
+		if err := c.run.key(&key, c.entry, w.keys); err != nil {
+			w.changed(c.item)
+			return false
+		}
+		eris.Decrypt(leaf, leaf, key, 0)
 	}
 	return true
 }
@@ -264,7 +288,7 @@ func (w *worker) open(c candidate) bool {
 	if err != nil {
 		return false
 	}
-	w.file, w.size, w.run, w.path = f, info.Size(), c.run, c.entry.path
+	w.file, w.size, w.run, w.path, w.keys = f, info.Size(), c.run, c.entry.path, len(below)+1
 	return true
 }
 

@@ -32,6 +32,7 @@ type builder struct {
 	blocks  int64      // bytes
 	entries []entry
 	paths   []byte
+	full    bool // there are too many paths and keys
 	items   []*item
 }
 
@@ -42,10 +43,11 @@ func (b *builder) newItem(name string) *item {
 // add encodes an item. If it cannot be encoded, nothing of it but blocks is in the run.
 func (b *builder) add(ctx context.Context, name string) error {
 	i, entries := b.newItem(name), len(b.entries)
+	b.full = false
 	e, err := publish.Encode(ctx, filepath.Join(b.root, name), b.put, erisfs.EncodeOptions{
 		Workers: max(1, runtime.GOMAXPROCS(0)/2), File: b.file,
 	})
-	if err == nil && (len(b.paths) > maxPaths || b.blocks>>10 > maxPaths) {
+	if err == nil && (b.full || b.blocks>>10 > maxPaths) {
 		err = errors.New("it is too large")
 	}
 	if err != nil {
@@ -76,16 +78,29 @@ func (b *builder) put(_ context.Context, ref eris.Reference, block []byte) error
 	return b.err
 }
 
-// file notes where the leaves of a file are, and its inner nodes, if it is small.
+// file notes where the leaves of a file are, with their keys, and its inner nodes, if it is small.
 func (b *builder) file(path string, size uint64) (eris.Sink, func(int64, []eris.Pair)) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	offset := uint32(len(b.paths))
 	b.paths = append(append(b.paths, path...), 0)
+	keys, n := len(b.paths), uint64(0)
+	if eris.BlockSizeFor(int64(size)) == eris.BlockSize32KiB {
+		n = (size/uint64(eris.BlockSize32KiB) + 1) * uint64(len(eris.Key{})) // the last leaf is not full
+	}
+	if b.full = b.full || uint64(keys)+n > maxPaths; !b.full {
+		b.paths = append(b.paths, make([]byte, n)...)
+	}
 	leaves := func(first int64, pairs []eris.Pair) {
 		b.mu.Lock()
 		defer b.mu.Unlock()
+		if b.full {
+			return
+		}
 		for i := range pairs {
+			if n > 0 {
+				copy(b.paths[keys+(int(first)+i)*len(eris.Key{}):], pairs[i].Key[:])
+			}
 			if i == 0 || pairs[i].Reference != pairs[i-1].Reference { // files may be sparse
 				b.entries = append(b.entries, entry{prefixOf(&pairs[i].Reference), offset, uint32(first + int64(i))})
 			}
