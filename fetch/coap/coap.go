@@ -93,6 +93,7 @@ func OfConnection(conn *wire.Conn, name string) *Store {
 	s := &Store{name: name, options: Options{}.withDefaults(), url: storeurl.URL{Scheme: "coap+tcp", Get: true}}
 	s.blocks = wire.NewRequests([]string{".well-known", "eris"})
 	s.blocks.HopLimit = 1
+	s.have = wire.NewDocument([]string{".well-known", "eris", wire.HaveSegment})
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.main = s.newLink()
 	s.main.closed = true // it makes no other

@@ -63,9 +63,10 @@ const (
 type Group struct {
 	onLie func(host string, err error)
 
-	mu    sync.Mutex
-	peers []*peer
-	liars map[string]time.Time // hosts, and since when they are
+	mu       sync.Mutex
+	peers    []*peer
+	liars    map[string]time.Time // hosts, and since when they are
+	question *question            // that more blocks can be added to; nil if there is none
 }
 
 // peer is a connection. Store, conn and host never change; the lock of the group guards the rest.
@@ -78,6 +79,7 @@ type peer struct {
 	vain     int  // how often in a row it did not have what it was asked for
 	asked    time.Time
 	answered atomic.Int64 // when, in nanoseconds since 1970; needs no lock
+	doubts   int          // answers to questions that were wrong, or did not come; see mostDoubts
 	backoff  backoff.Backoff
 }
 
@@ -119,28 +121,37 @@ func (g *Group) get(ctx context.Context, ref eris.Reference, size eris.BlockSize
 	ctx, cancel := context.WithTimeout(ctx, blockTime)
 	defer cancel()
 	var tried []*peer
+	var said *answers
 	for len(tried) < MaxAsked && ctx.Err() == nil {
-		p := g.next(tried)
+		if len(tried) == 1 { // who has all, or most, is asked nothing
+			said = g.inquire(ctx, ref)
+		}
+		p := g.next(tried, said)
 		if p == nil {
 			break
 		}
 		tried = append(tried, p)
-		if block, err := g.ask(ctx, p, ref, size, dst); err == nil {
+		block, err := g.ask(ctx, p, ref, size, dst)
+		if said.holds(p) && ctx.Err() == nil {
+			g.claims(p, err == nil)
+		}
+		if err == nil {
 			return block, nil
 		}
 	}
 	return nil, eris.ErrNotFound
 }
 
-// next returns the peer to ask after those that have been asked, or nil if there is none.
-func (g *Group) next(tried []*peer) *peer {
+// next returns the peer to ask after those that have been asked, given what peers say to have, or
+// nil if there is none.
+func (g *Group) next(tried []*peer, said *answers) *peer {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	now := time.Now()
 	var best *peer
 	bestRank := 0
 	for _, p := range g.peers {
-		if slices.Contains(tried, p) || p.backoff.Rest(now) > 0 || now.Sub(g.liars[p.host]) < lieTime {
+		if slices.Contains(tried, p) || said.denies(p) || p.backoff.Rest(now) > 0 || now.Sub(g.liars[p.host]) < lieTime {
 			continue
 		}
 		rank := p.vain - proven
@@ -156,6 +167,9 @@ func (g *Group) next(tried []*peer) *peer {
 			if asks && p.vain == mostVain || slices.ContainsFunc(tried, had) {
 				continue
 			}
+		}
+		if said.holds(p) {
+			rank -= 2 * mostVain
 		}
 		if best == nil || rank < bestRank || rank == bestRank && p.asked.Before(best.asked) {
 			best, bestRank = p, rank

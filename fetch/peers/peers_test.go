@@ -80,6 +80,17 @@ type store struct {
 	blocks map[eris.Reference][]byte
 	asked  atomic.Int32
 	delay  time.Duration
+	has    func(prefix []byte) bool // what it says to have; nil if it cannot say
+}
+
+// knowing is a store that says what it has.
+type knowing struct {
+	named
+	has func(prefix []byte) bool
+}
+
+func (k knowing) Have(question []byte) []byte {
+	return fetch.HaveBits(question, func(prefix []byte) (bool, bool) { return k.has(prefix), true })
 }
 
 func (s *store) play(far net.Conn) {
@@ -91,7 +102,11 @@ func (s *store) play(far net.Conn) {
 		}
 		return nil, eris.ErrNotFound
 	})
-	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Source: named{source}}}, IdleTimeout: time.Hour})
+	served := fetch.Source(named{source})
+	if s.has != nil {
+		served = knowing{named{source}, s.has}
+	}
+	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Source: served}}, IdleTimeout: time.Hour})
 	if err != nil {
 		panic(err)
 	}
@@ -161,6 +176,61 @@ func TestOrder(t *testing.T) {
 				t.Errorf("%d were asked before who has given all before", n)
 			}
 			first = false
+		}
+	})
+}
+
+// TestHave checks that the one of many peers who has a block is found, by about one request in
+// vain, and that who claims what it does not have is asked little: everything, or all that is
+// wanted.
+func TestHave(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGroup()
+		defer g.close()
+		wanted := map[eris.Reference][]byte{}
+		of := func(blocks map[eris.Reference][]byte) func(prefix []byte) bool {
+			return func(prefix []byte) bool {
+				for ref := range blocks {
+					if bytes.HasPrefix(ref[:], prefix) {
+						return true
+					}
+				}
+				return false
+			}
+		}
+		var owners [20]store
+		for i := range owners {
+			o := &owners[i]
+			o.blocks = map[eris.Reference][]byte{}
+			o.has = of(o.blocks)
+			for range 5 {
+				ref, block := newBlock()
+				o.blocks[ref], wanted[ref] = block, block
+			}
+			g.join(fmt.Sprint("owner", i), o.play)
+		}
+		liars := [2]store{{has: func([]byte) bool { return true }}, {has: of(wanted)}}
+		for i := range liars {
+			g.join(fmt.Sprint("liar", i), liars[i].play)
+		}
+		var gets sync.WaitGroup
+		i := 0
+		for ref, block := range wanted { // half of them at the same time
+			if i++; i < 50 {
+				g.want(t, ref, block)
+			} else {
+				gets.Go(func() { g.want(t, ref, block) })
+			}
+		}
+		gets.Wait()
+		asked := int32(0)
+		for i := range owners {
+			asked += owners[i].asked.Load()
+		}
+		// Each liar is asked as one that cannot say, now and then; the second one has some claims
+		// believed.
+		if a, b := liars[0].asked.Load(), liars[1].asked.Load(); asked > 200 || a > 10 || b > 20 {
+			t.Errorf("100 blocks took %d requests, and the liars got %d and %d", asked, a, b)
 		}
 	})
 }

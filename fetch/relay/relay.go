@@ -13,9 +13,10 @@
 //
 // Two servers may name each other as upstreams. So requests say how many servers they may go
 // through ([Options.Open]): those that are made for a client that said nothing may go through two,
-// those that are made for another server through one, which has to answer from its own store.
-// Those two kinds have a pool each. Therefore a request never waits for one that waits for it, and
-// nothing goes round.
+// those that are made for another server through one, which has to answer from its own store. Those
+// two kinds have a pool each. Therefore a request never waits for one that waits for it, and
+// nothing goes round. Where all upstreams have to answer from their own stores ([Options.Levels]),
+// one pool does.
 //
 // # Bounds
 //
@@ -25,6 +26,7 @@
 package relay
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -41,13 +43,14 @@ import (
 const MaxUpstreams = pool.MaxSources - 1
 
 const (
-	// levels is how many servers a request may go through that a client makes who says nothing.
+	// levels is how many servers a request may go through that a client makes who says nothing, if
+	// the options say nothing else.
 	levels = 2
-	// silence is after what time a request is given up if no block has come from upstreams meanwhile,
-	// firstSilence if none has for recentTime, so that nothing speaks for them; longest is after what
-	// time in any case. What comes later is kept for the next time. The first two are a little less
-	// than after what time a pool takes a source for silent: clients with a pool must not think that
-	// of the server because of its upstreams, for it has blocks itself.
+	// silence is after what time a request is given up if no block has come from upstreams
+	// meanwhile, firstSilence if none has for recentTime, so that nothing speaks for them; longest
+	// is after what time in any case. What comes later is kept for the next time. The first two are
+	// a little less than after what time a pool takes a source for silent: clients with a pool must
+	// not think that of the server because of its upstreams, for it has blocks itself.
 	silence, firstSilence, longest = 1800 * time.Millisecond, 1200 * time.Millisecond, 30 * time.Second
 	recentTime                     = time.Minute
 	// watchInterval is how often that is looked at.
@@ -74,8 +77,10 @@ type Store interface {
 // Options says how a [Relay] behaves.
 type Options struct {
 	// Open opens the upstreams, whose requests are to say that they may go through so many servers.
-	// It is called by New, twice. The relay closes them.
+	// It is called by New, for each number up to Levels. The relay closes them.
 	Open func(hops int) ([]pool.Member, error)
+	// Levels is how many servers requests may go through, after this one: 1, or 2, the default.
+	Levels int
 	// Pool is for the pools, see there.
 	Pool pool.Options
 }
@@ -83,9 +88,9 @@ type Options struct {
 // Relay is safe for concurrent use.
 type Relay struct {
 	store  Store
-	looks  sync.Pool // of *look
-	memory sync.Pool // of *[32768]byte
-	pools  [levels]*pool.Pool
+	looks  sync.Pool     // of *look
+	memory sync.Pool     // of *[32768]byte
+	pools  []*pool.Pool  // by how many servers requests may go through, the most first
 	wake   chan struct{} // there is a request to start, or the first one under way
 	stop   chan struct{}
 	done   chan struct{}
@@ -124,19 +129,19 @@ func New(store Store, options Options) (*Relay, error) {
 	}
 	r.looks.New = newLook
 	r.memory.New = func() any { return new([eris.BlockSize32KiB]byte) }
-	for i := range r.pools {
-		members, err := options.Open(levels - i)
+	for hops := cmp.Or(options.Levels, levels); hops > 0; hops-- {
+		members, err := options.Open(hops)
 		if err != nil {
 			for _, m := range members {
 				m.Source.Close()
 			}
-			for _, p := range r.pools[:i] {
+			for _, p := range r.pools {
 				p.Close()
 			}
 			return nil, err
 		}
 		members = members[:min(len(members), MaxUpstreams)]
-		r.pools[i] = pool.New(append(members, pool.Member{Source: keeper{store}, Near: true}), options.Pool)
+		r.pools = append(r.pools, pool.New(append(members, pool.Member{Source: keeper{store}, Near: true}), options.Pool))
 	}
 	go r.watch() // Close waits for it
 	return r, nil
@@ -172,8 +177,8 @@ func (r *Relay) Close() error {
 
 // For returns where blocks come from for a client: its host, or "" for this machine's own, and
 // through how many servers its requests may go, this one among them; 0 if they do not say. It never
-// waits. The source need not be closed, and must not be used after the relay is. Where
-// upstreams could not say whether they have a block, its errors wrap [fetch.ErrUnanswered].
+// waits. The source need not be closed, and must not be used after the relay is. Where upstreams
+// could not say whether they have a block, its errors wrap [fetch.ErrUnanswered].
 func (r *Relay) For(client string, hops int) fetch.Source {
 	return &view{relay: r, client: client, hops: hops}
 }

@@ -32,7 +32,7 @@ func (v *view) Start(q *fetch.Request) {
 	}
 	t := &ticket{relay: r, outer: q, pool: r.pools[0], began: time.Now()}
 	if v.hops > 1 {
-		t.pool = r.pools[1]
+		t.pool = r.pools[len(r.pools)-1]
 	}
 	t.inner = fetch.Request{Pair: q.Pair, Size: q.Size, Done: func(*fetch.Request) { t.finish() }}
 	q.Held = t

@@ -72,13 +72,12 @@ func (s *serveSettings) newGroup(endpoints []*endpoint) *peers.Group {
 const maxUpstreams = relay.MaxUpstreams - 1
 
 // openMembers opens the upstreams, whose requests are to say that they may go through so many
-// servers, and the group unless it is nil. Where there is one, upstreams may not ask theirs: peers
-// are never asked for a relay of peers.
+// servers, and the group unless it is nil.
 func (s *serveSettings) openMembers(connected *peers.Group, hops int) ([]pool.Member, error) {
+	members, err := settings.OpenStores(s.upstreams, hops)
 	if connected == nil {
-		return settings.OpenStores(s.upstreams, hops)
+		return members, err
 	}
-	members, err := settings.OpenStores(s.upstreams, 1)
 	// What comes over connections of the server is within its limit already.
 	return append(members, pool.Member{Source: connected.Source(), Local: true}), err
 }

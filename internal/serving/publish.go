@@ -78,7 +78,7 @@ Options of "guix publish" have the same meaning here.`,
 	f.StringVar(&s.privateKey, "private-key", filepath.Join(settings.Directory(), "signing-key.sec"), "sign with the key in `FILE`; \"none\" signs nothing")
 	f.StringVar(&s.eris, "eris", "false", "publish read capabilities and serve the blocks, made from the files of the items, at this address; or, as --eris=`URL`, the same as --store")
 	f.Lookup("eris").NoOptDefVal = "true"
-	f.StringVar(&s.blocks, "store", "", "put the blocks into the store at `URL`")
+	f.StringVar(&s.blocks, "store", "", "put the blocks into the store at `URL`; with \"none\", and --eris, blocks are neither put nor served")
 	f.StringVarP(&s.cache, "cache", "c", "", "keep compressed nars, and what is known of read capabilities, in `DIRECTORY` (default: no nars; capabilities below /var/cache/guix-substitute-eris, or below the cache of a user)")
 	f.StringSliceVarP(&s.compressions, "compression", "C", []string{"zstd", "gzip"}, "offer nars as `TYPE`: none, gzip, lzip, zstd, or with a level, like zstd:19; may be given several times")
 	f.Func("ttl", "narinfos may be kept for this `TIME`: 36h, 5d or 2w for instance", s.ttl.set)
@@ -257,7 +257,7 @@ func (s *publishSettings) ownBlocks(closers *closers) (http.Handler, error) {
 
 // openBlocks opens the store for blocks; without one it is nil.
 func (s *publishSettings) openBlocks(closers *closers) (fetch.Store, error) {
-	if s.blocks == "" {
+	if s.blocks == "" || s.blocks == "none" {
 		return nil, nil
 	}
 	store, err := settings.OpenStore(s.blocks)

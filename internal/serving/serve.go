@@ -285,8 +285,13 @@ func (s *serveSettings) openUpstreams(store sharing, connected *peers.Group, lim
 	if err != nil {
 		return nil, err
 	}
+	levels := 0
+	if connected != nil {
+		levels = 1 // upstreams may not ask theirs: peers are never asked for a relay of peers
+	}
 	return relay.New(store, relay.Options{
-		Open: func(hops int) ([]pool.Member, error) { return s.openMembers(connected, hops) },
+		Levels: levels,
+		Open:   func(hops int) ([]pool.Member, error) { return s.openMembers(connected, hops) },
 		Pool: pool.Options{
 			State: sourcestate.Open(filepath.Join(directory, "upstreams")), Limiter: limiter,
 			OnFault: func(source string, err error) {

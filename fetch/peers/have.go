@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package peers
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	mathrand "math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+)
+
+const (
+	// joinTime is how long others are waited for that may be in the same question, and answerTime
+	// how long for the answers.
+	joinTime, answerTime = 10 * time.Millisecond, 250 * time.Millisecond
+	// mostDoubts is how many more answers of a peer may be late, or turn out to be wrong, than turn
+	// out to be right: then it is not asked any more what it has.
+	mostDoubts = 8
+)
+
+// question is one to many peers about the blocks that are looked for at the same time, which are
+// fewer than one can hold, because workers are.
+type question struct {
+	refs    []eris.Reference
+	answers []answers     // for each; once done is closed
+	done    chan struct{} // closed when nobody answers any more
+}
+
+// answers is who has said to have a block, and who not to; nil is nobody.
+type answers struct{ held, denied []*peer }
+
+func (a *answers) holds(p *peer) bool  { return a != nil && slices.Contains(a.held, p) }
+func (a *answers) denies(p *peer) bool { return a != nil && slices.Contains(a.denied, p) }
+
+// inquire returns what peers say about a block, unless they are so few that all can be asked for
+// it. The first to come asks for all who come within joinTime.
+func (g *Group) inquire(ctx context.Context, ref eris.Reference) *answers {
+	g.mu.Lock()
+	if len(g.peers) <= MaxAsked {
+		g.mu.Unlock()
+		return nil
+	}
+	q, first := g.question, g.question == nil
+	if first {
+		q = &question{done: make(chan struct{})}
+		g.question = q
+	}
+	n := len(q.refs)
+	q.refs = append(q.refs, ref)
+	g.mu.Unlock()
+	if first {
+		time.Sleep(joinTime)
+		g.put(q)
+	}
+	select {
+	case <-q.done:
+		return &q.answers[n]
+	case <-ctx.Done():
+		return nil
+	}
+}
+
+// put asks all peers that may answer, and notes what they say.
+func (g *Group) put(q *question) {
+	var to []*peer
+	g.mu.Lock()
+	g.question = nil
+	now := time.Now()
+	for _, p := range g.peers {
+		if p.doubts < mostDoubts && p.backoff.Rest(now) == 0 && now.Sub(g.liars[p.host]) >= lieTime {
+			to = append(to, p)
+		}
+	}
+	g.mu.Unlock()
+	// One more, which nobody can have, tells those who claim to have everything.
+	none := mathrand.IntN(len(q.refs) + 1)
+	var random eris.Reference
+	rand.Read(random[:])
+	var prefixes []byte
+	for _, ref := range slices.Insert(slices.Clone(q.refs), none, random) {
+		prefixes = append(prefixes, ref[:fetch.HavePrefix]...)
+	}
+	said := make([][]byte, len(to))
+	ctx, cancel := context.WithTimeout(context.Background(), answerTime)
+	defer cancel()
+	var group sync.WaitGroup
+	for i, p := range to {
+		group.Go(func() { said[i] = g.have(ctx, p, prefixes, none) })
+	}
+	group.Wait()
+	q.answers = make([]answers, len(q.refs))
+	for i, p := range to {
+		for n := range q.refs {
+			at := n
+			if n >= none {
+				at++
+			}
+			a := &q.answers[n]
+			if has, known := fetch.Has(said[i], at); has {
+				a.held = append(a.held, p)
+			} else if known {
+				a.denied = append(a.denied, p)
+			}
+		}
+	}
+	close(q.done)
+}
+
+// have returns the answer of a peer to a question, nil if it is of no use. Nobody has the block at
+// the place none.
+func (g *Group) have(ctx context.Context, p *peer, question []byte, none int) []byte {
+	size := (len(question)/fetch.HavePrefix + 7) / 8
+	done := make(chan struct{})
+	r := &fetch.Request{Have: question, Size: eris.BlockSize(size), Dst: make([]byte, 0, size), Done: func(*fetch.Request) { close(done) }}
+	p.store.Start(r)
+	select {
+	case <-done:
+	case <-ctx.Done():
+		p.store.Cancel(r)
+		<-done
+	}
+	lies, _ := fetch.Has(r.Block, none)
+	if r.Err == nil && !lies {
+		return r.Block
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if p.doubts++; lies || errors.Is(r.Err, fetch.ErrCannotSay) {
+		p.doubts = mostDoubts
+	}
+	return nil
+}
+
+// claims takes note of whether a peer had a block that it had said to have.
+func (g *Group) claims(p *peer, had bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !had {
+		p.doubts++
+	} else if p.doubts > 0 {
+		p.doubts--
+	}
+}
