@@ -7,6 +7,8 @@
 //	go run . -store bbolt -kill 20           kills a writer 20 times, looks for lost blocks
 //	go run . -store bbolt -full              what happens on a full disk (needs root)
 //	go run . -binaries                       size and start of a program that imports each
+//	go run . -store blockstore -scale 10000000 -clients 5000 -program PATH
+//	                                         many blocks, and many clients of "serve"
 package main
 
 import (
@@ -41,6 +43,9 @@ func main() {
 	full := flag.Bool("full", false, "fill a small file system instead")
 	filler := flag.Bool("filler", false, "be who does that")
 	binaries := flag.Bool("binaries", false, "measure the programs below binaries/ instead")
+	blocks := flag.Int("scale", 0, "put so many blocks into the store, and measure what that costs, instead")
+	clients := flag.Int("clients", 500, "after that, have so many clients get blocks of a server")
+	program := flag.String("program", "", "the server's program; empty is none")
 	flag.Parse()
 	if err := func() error {
 		switch {
@@ -60,6 +65,9 @@ func main() {
 		defer os.RemoveAll(temporary)
 		if *full {
 			return fullDisk(*store, temporary, *size)
+		}
+		if *blocks > 0 {
+			return scale(*store, temporary, *size, *blocks, *clients, *program, *duration)
 		}
 		if *kills > 0 {
 			return killWriters(*store, temporary, *size, *kills)
@@ -132,7 +140,7 @@ func measure(name, directory string, size, total int, duration time.Duration) er
 		}
 	}
 	for _, readers := range []int{1, 8} {
-		n, err := read(store, references, size, readers, duration)
+		n, err := read(store, references, 1, size, readers, duration)
 		if err != nil {
 			return err
 		}
@@ -175,7 +183,7 @@ func measure(name, directory string, size, total int, duration time.Duration) er
 			blocks += 64
 		}
 	}()
-	n, err := read(store, references, size, 8, duration)
+	n, err := read(store, references, 1, size, 8, duration)
 	close(stop)
 	<-done
 	if err != nil || failure != nil {
@@ -213,8 +221,9 @@ func measure(name, directory string, size, total int, duration time.Duration) er
 	return nil
 }
 
-// read reads random blocks and returns how many it read in a second.
-func read(store engine, references []eris.Reference, size, readers int, duration time.Duration) (float64, error) {
+// read reads random blocks and returns how many it read in a second. The references are those of
+// every stride-th block.
+func read(store engine, references []eris.Reference, stride, size, readers int, duration time.Duration) (float64, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), duration)
 	defer cancel()
 	var count atomic.Int64
@@ -229,7 +238,7 @@ func read(store engine, references []eris.Reference, size, readers int, duration
 				for range 64 {
 					i := random.IntN(len(references))
 					b, err := store.get(references[i], buffer)
-					if err == nil && (len(b) != size || binary.BigEndian.Uint64(b) != uint64(i)) {
+					if err == nil && (len(b) != size || binary.BigEndian.Uint64(b) != uint64(i*stride)) {
 						err = fmt.Errorf("block %d: wrong or absent", i)
 					}
 					if err != nil {
