@@ -137,15 +137,8 @@ func crowd(report func(what, format string, a ...any), directory, program string
 	}()
 	pid := fmt.Sprint(server.Process.Pid)
 	report("serve, no clients", "%s", memory(pid))
-	stores := make([]*coap.Store, clients)
-	for i := range stores {
-		if stores[i], err = coap.Open(url, coap.Options{}); err != nil {
-			return err
-		}
-		defer stores[i].Close()
-	}
-	for _, pause := range []time.Duration{time.Second, 0} {
-		took, err := getEach(stores, references, eris.BlockSize(size), pause, 3*duration)
+	for _, pause := range []time.Duration{time.Second, time.Second, 0} {
+		took, err := getEach(url, clients, references, eris.BlockSize(size), pause, 3*duration)
 		if err != nil {
 			return err
 		}
@@ -156,17 +149,22 @@ func crowd(report func(what, format string, a ...any), directory, program string
 	return nil
 }
 
-// getEach has each client get and verify one block after the other, and returns what these took, in
-// order. First, each gets one that does not count.
-func getEach(stores []*coap.Store, references []eris.Reference, size eris.BlockSize, pause, duration time.Duration) ([]time.Duration, error) {
+// getEach has each of some clients get and verify one block after the other, and returns what these
+// took, in order. First, each gets one that does not count.
+func getEach(url string, clients int, references []eris.Reference, size eris.BlockSize, pause, duration time.Duration) ([]time.Duration, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	var ready sync.WaitGroup
-	ready.Add(len(stores))
-	taken := make([][]time.Duration, len(stores))
+	ready.Add(clients)
+	taken := make([][]time.Duration, clients)
 	var group errgroup.Group
-	for n, s := range stores {
+	for n := range taken {
+		s, err := coap.Open(url, coap.Options{})
+		if err != nil {
+			return nil, err
+		}
 		group.Go(func() error {
+			defer s.Close()
 			buffer := make([]byte, size)
 			get := func() error {
 				_, err := fetch.Get(context.Background(), s, references[rand.IntN(len(references))], size, buffer)

@@ -10,8 +10,9 @@ import (
 const (
 	// readBuffer is the size in bytes of the buffer of a reader. It holds a whole message of the
 	// greatest size. Copying a block out of it costs less than the system calls do that would put
-	// the block where it belongs.
-	readBuffer = 1 << 17
+	// the block where it belongs. It has firstBuffer until more comes at a time: servers of
+	// thousands of clients get short requests.
+	readBuffer, firstBuffer = 1 << 17, 1 << 13
 	// largeMessage is the length in bytes from which on a message counts as large.
 	largeMessage = 8 << 10
 	// halfPage is where memory for messages begins to be used. Where the source of a copy and its
@@ -34,7 +35,7 @@ type reader struct {
 // newReader returns a reader for messages of at most limit bytes, which must not be above
 // MessageSize.
 func newReader(conn io.Reader, limit int) *reader {
-	return &reader{conn: conn, limit: min(limit, MessageSize), buffer: make([]byte, readBuffer)}
+	return &reader{conn: conn, limit: min(limit, MessageSize), buffer: make([]byte, firstBuffer)}
 }
 
 // next returns the next message if all of it is in the buffer; it never waits. The head alone may
@@ -67,8 +68,12 @@ func (r *reader) fill() error {
 	case r.start == r.end:
 		r.start, r.end = halfPage, halfPage
 	case len(r.buffer)-r.end < len(r.buffer)/2:
-		copy(r.buffer, r.buffer[r.start:r.end])
-		r.start, r.end = 0, r.end-r.start
+		to := r.buffer
+		if len(to) < readBuffer {
+			to = make([]byte, 4*len(to))
+		}
+		copy(to, r.buffer[r.start:r.end])
+		r.buffer, r.start, r.end = to, 0, r.end-r.start
 	}
 	n, err := r.conn.Read(r.buffer[r.end:])
 	r.end += n
