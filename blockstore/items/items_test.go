@@ -241,8 +241,7 @@ func TestAppearAndGo(t *testing.T) {
 	wantAll(t, table, encode(t, filepath.Join(root, "item0")))
 }
 
-// TestRuns has blocks in the one and the other run, and in both: there, one is as good as the
-// other.
+// TestRuns has blocks in one run, in another, and in both, of which then either will do.
 func TestRuns(t *testing.T) {
 	root := t.TempDir()
 	var tables [2]*Table

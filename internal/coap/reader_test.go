@@ -12,8 +12,8 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 )
 
-// TestReaderMemory checks that who gets short messages, one after the other, keeps little memory for
-// them, and that long ones come whole.
+// TestReaderMemory checks that who gets short messages, one after the other, keeps little memory
+// for them, and that long ones come whole.
 func TestReaderMemory(t *testing.T) {
 	short := appendMessage(nil, codes.GET, makeToken(1), nil, make([]byte, 100))
 	long := appendMessage(nil, codes.Content, makeToken(1), nil, bytes.Repeat([]byte("long"), 10000))
