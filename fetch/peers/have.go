@@ -20,7 +20,7 @@ const (
 	// how long for the answers.
 	joinTime, answerTime = 10 * time.Millisecond, 250 * time.Millisecond
 	// mostDoubts is how many more answers of a peer may be late, or turn out to be wrong, than turn
-	// out to be right: then it is not asked any more what it has.
+	// out to be right: then it is not asked any more what it has. From one on it is not waited for.
 	mostDoubts = 8
 )
 
@@ -69,12 +69,16 @@ func (g *Group) inquire(ctx context.Context, ref eris.Reference) *answers {
 // put asks all peers that may answer, and notes what they say.
 func (g *Group) put(q *question) {
 	var to []*peer
+	trusted := map[*peer]bool{}
 	g.mu.Lock()
 	g.question = nil
 	now := time.Now()
 	for _, p := range g.peers {
 		if p.doubts < mostDoubts && p.backoff.Rest(now) == 0 && now.Sub(g.liars[p.host]) >= lieTime {
 			to = append(to, p)
+			if p.doubts == 0 {
+				trusted[p] = true
+			}
 		}
 	}
 	g.mu.Unlock()
@@ -89,11 +93,17 @@ func (g *Group) put(q *question) {
 	said := make([][]byte, len(to))
 	ctx, cancel := context.WithTimeout(context.Background(), answerTime)
 	defer cancel()
-	var group sync.WaitGroup
+	var group, others sync.WaitGroup
 	for i, p := range to {
-		group.Go(func() { said[i] = g.have(ctx, p, prefixes, none) })
+		w := &others
+		if trusted[p] || len(trusted) == 0 {
+			w = &group
+		}
+		w.Go(func() { said[i] = g.have(ctx, p, prefixes, none) })
 	}
-	group.Wait()
+	group.Wait() // others have the time that these take
+	cancel()
+	others.Wait()
 	q.answers = make([]answers, len(q.refs))
 	for i, p := range to {
 		for n := range q.refs {
@@ -131,8 +141,10 @@ func (g *Group) have(ctx context.Context, p *peer, question []byte, none int) []
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if p.doubts++; lies || errors.Is(r.Err, fetch.ErrCannotSay) {
+	if lies || errors.Is(r.Err, fetch.ErrCannotSay) {
 		p.doubts = mostDoubts
+	} else if ctx.Err() != context.Canceled {
+		p.doubts++
 	}
 	return nil
 }

@@ -233,5 +233,6 @@ func (g *Group) note(p *peer, began time.Time, size eris.BlockSize, err error) {
 		p.backoff.Succeed()
 	case p.answered.Load() < began.UnixNano() && now.Sub(began) > leastSilence:
 		p.backoff.Fail(now, 0)
+		p.doubts++
 	}
 }
