@@ -28,19 +28,13 @@ const (
 // fewer than one can hold, because workers are.
 type question struct {
 	refs    []eris.Reference
-	answers []answers     // for each; once done is closed
-	done    chan struct{} // closed when nobody answers any more
+	answers []map[*peer]bool // for each, who has said to have it, or not to; once done is closed
+	done    chan struct{}    // closed when nobody answers any more
 }
-
-// answers is who has said to have a block, and who not to; nil is nobody.
-type answers struct{ held, denied []*peer }
-
-func (a *answers) holds(p *peer) bool  { return a != nil && slices.Contains(a.held, p) }
-func (a *answers) denies(p *peer) bool { return a != nil && slices.Contains(a.denied, p) }
 
 // inquire returns what peers say about a block, unless they are so few that all can be asked for
 // it. The first to come asks for all who come within joinTime.
-func (g *Group) inquire(ctx context.Context, ref eris.Reference) *answers {
+func (g *Group) inquire(ctx context.Context, ref eris.Reference) map[*peer]bool {
 	g.mu.Lock()
 	if len(g.peers) <= MaxAsked {
 		g.mu.Unlock()
@@ -60,7 +54,7 @@ func (g *Group) inquire(ctx context.Context, ref eris.Reference) *answers {
 	}
 	select {
 	case <-q.done:
-		return &q.answers[n]
+		return q.answers[n]
 	case <-ctx.Done():
 		return nil
 	}
@@ -104,18 +98,16 @@ func (g *Group) put(q *question) {
 	group.Wait() // others have the time that these take
 	cancel()
 	others.Wait()
-	q.answers = make([]answers, len(q.refs))
-	for i, p := range to {
-		for n := range q.refs {
-			at := n
-			if n >= none {
-				at++
-			}
-			a := &q.answers[n]
-			if has, known := fetch.Has(said[i], at); has {
-				a.held = append(a.held, p)
-			} else if known {
-				a.denied = append(a.denied, p)
+	q.answers = make([]map[*peer]bool, len(q.refs))
+	for n := range q.refs {
+		q.answers[n] = map[*peer]bool{}
+		at := n
+		if n >= none {
+			at++
+		}
+		for i, p := range to {
+			if has, known := fetch.Has(said[i], at); known {
+				q.answers[n][p] = has
 			}
 		}
 	}
@@ -153,9 +145,7 @@ func (g *Group) have(ctx context.Context, p *peer, question []byte, none int) []
 func (g *Group) claims(p *peer, had bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if !had {
-		p.doubts++
-	} else if p.doubts > 0 {
-		p.doubts--
+	if p.doubts++; had {
+		p.doubts = max(0, p.doubts-2)
 	}
 }

@@ -121,7 +121,7 @@ func (g *Group) get(ctx context.Context, ref eris.Reference, size eris.BlockSize
 	ctx, cancel := context.WithTimeout(ctx, blockTime)
 	defer cancel()
 	var tried []*peer
-	var said *answers
+	var said map[*peer]bool
 	for len(tried) < MaxAsked && ctx.Err() == nil {
 		if len(tried) == 1 { // who has all, or most, is asked nothing
 			said = g.inquire(ctx, ref)
@@ -132,7 +132,7 @@ func (g *Group) get(ctx context.Context, ref eris.Reference, size eris.BlockSize
 		}
 		tried = append(tried, p)
 		block, err := g.ask(ctx, p, ref, size, dst)
-		if said.holds(p) && ctx.Err() == nil {
+		if said[p] && ctx.Err() == nil {
 			g.claims(p, err == nil)
 		}
 		if err == nil {
@@ -144,14 +144,15 @@ func (g *Group) get(ctx context.Context, ref eris.Reference, size eris.BlockSize
 
 // next returns the peer to ask after those that have been asked, given what peers say to have, or
 // nil if there is none.
-func (g *Group) next(tried []*peer, said *answers) *peer {
+func (g *Group) next(tried []*peer, said map[*peer]bool) *peer {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	now := time.Now()
 	var best *peer
 	bestRank := 0
 	for _, p := range g.peers {
-		if slices.Contains(tried, p) || said.denies(p) || p.backoff.Rest(now) > 0 || now.Sub(g.liars[p.host]) < lieTime {
+		has, known := said[p]
+		if slices.Contains(tried, p) || known && !has || p.backoff.Rest(now) > 0 || now.Sub(g.liars[p.host]) < lieTime {
 			continue
 		}
 		rank := p.vain - proven
@@ -168,7 +169,7 @@ func (g *Group) next(tried []*peer, said *answers) *peer {
 				continue
 			}
 		}
-		if said.holds(p) {
+		if has {
 			rank -= 2 * mostVain
 		}
 		if best == nil || rank < bestRank || rank == bestRank && p.asked.Before(best.asked) {
