@@ -110,6 +110,26 @@ func TestLevels(t *testing.T) {
 	}
 }
 
+// TestOneLevel checks that where upstreams may ask nobody, what they do not have is asked once,
+// whoever wants it.
+func TestOneLevel(t *testing.T) {
+	u := &upstream{Backend: sourcetest.NewBackend()}
+	r, err := relay.New(memory{sourcetest.NewBackend()}, relay.Options{Open: u.open, Levels: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop(t, r)
+	ref, _ := newBlock(eris.BlockSize1KiB)
+	for _, hops := range []int{0, 2, 1} {
+		if _, err := fetch.Get(t.Context(), r.For("", hops), ref, eris.BlockSize1KiB, nil); !errors.Is(err, eris.ErrNotFound) {
+			t.Error(err)
+		}
+	}
+	if a, b := u.requests[1].Load(), u.requests[2].Load(); a != 1 || b != 0 {
+		t.Errorf("%d requests, and %d that may go on", a, b)
+	}
+}
+
 // TestOwn checks that nobody is asked for what is here, in whichever size.
 func TestOwn(t *testing.T) {
 	r, own, u := start(t)
