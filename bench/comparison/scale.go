@@ -65,10 +65,10 @@ func scale(name, directory string, size, count, clients int, program string, dur
 		}
 		fmt.Printf("random reads, %d readers: %.0f blocks/s, %s\n", readers, n, memory("self"))
 	}
-	for _, end := range []string{"orderly end", "crash"} {
+	for _, end := range []string{"an orderly end", "a crash"} {
 		times := []time.Time{time.Now()}
 		err := store.close()
-		if end == "crash" { // it leaves no checksum
+		if end == "a crash" { // it leaves no checksum
 			err = errors.Join(err, os.Remove(filepath.Join(directory, "index.sum")))
 		}
 		times = append(times, time.Now())
@@ -83,7 +83,7 @@ func scale(name, directory string, size, count, clients int, program string, dur
 		if err != nil {
 			return err
 		}
-		fmt.Printf("closed in %v; after an %s, open after %v, and writable after %v\n", times[1].Sub(times[0]), end, times[2].Sub(times[1]), time.Since(times[1]))
+		fmt.Printf("closed in %v; after %s, open after %v, and writable after %v\n", times[1].Sub(times[0]), end, times[2].Sub(times[1]), time.Since(times[1]))
 	}
 	if err := store.close(); err != nil || program == "" {
 		return err
