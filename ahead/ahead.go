@@ -25,6 +25,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
@@ -369,7 +370,7 @@ func (a *Ahead) fill() bool {
 		return false
 	}
 	// Running items need the room for themselves.
-	if a.stats.Err != nil || a.stage.free() < a.o.Bytes+size {
+	if free, err := files.Free(a.o.StoreDir); a.stats.Err != nil || err != nil || free < a.o.Bytes+size {
 		return false
 	}
 	if a.stats.Err = a.stage.open(); a.stats.Err != nil {

@@ -22,9 +22,9 @@ const maxSession = 2 << 20
 
 // A Session is what the query helper of one daemon process writes down for the substitute helpers
 // of the same process: which items the daemon has asked about one at a time, which is what it does
-// before it substitutes them (Guix, nix/libstore/build.cc: SubstitutionGoal::tryNext). Both
-// helpers are children of the daemon process that serves one client, and so know its name: the
-// process and when it began.
+// before it substitutes them (Guix, nix/libstore/build.cc: SubstitutionGoal::tryNext). Both helpers
+// are children of the daemon process that serves one client, and so know its name: the process and
+// when it began.
 //
 // It is safe for concurrent use.
 type Session struct {
@@ -44,8 +44,11 @@ func SessionOf(directory string, process int) (*Session, error) {
 		return nil, err
 	}
 	name := fmt.Sprintf("%d-%s", process, begun)
-	return &Session{path: filepath.Join(directory, name), noted: map[string]bool{}}, nil
+	return (&Session{path: filepath.Join(directory, name)}).Anew(), nil
 }
+
+// Anew returns the same session as if nothing had been read or noted yet.
+func (s *Session) Anew() *Session { return &Session{path: s.path, noted: map[string]bool{}} }
 
 // startOf returns when a process began, in ticks since the machine did (proc_pid_stat(5), field
 // 22): with it a process has a name that no other will have.

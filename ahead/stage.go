@@ -25,9 +25,9 @@ const stagingName = ".guix-substitute-eris"
 // lockPoll is how often it is looked whether another helper has staged an item.
 const lockPoll = 5 * time.Millisecond
 
-// A stage is a directory in the store in which the helpers of one session restore items before
-// they are asked for. It is there as long as something is in it. Each helper has a shared lock of
-// it, which tells others that it is in use.
+// A stage is a directory in the store in which the helpers of one session restore items before they
+// are asked for. It is there as long as something is in it. Each helper has a shared lock of it,
+// which tells others that it is in use.
 //
 // Of an item that is called KEY there are KEY.part while it is being restored, by whoever has the
 // lock of KEY.lock, and KEY when it is complete and has the right hash, which is a part of the key:
@@ -123,8 +123,8 @@ type claim struct {
 	lock  *os.File
 }
 
-// claim returns the right to stage an item, or nil if another helper has it or has staged the
-// item, or if it cannot be had.
+// claim returns the right to stage an item, or nil if another helper has it or has staged the item,
+// or if it cannot be had.
 func (s *stage) claim(key string) *claim {
 	final := filepath.Join(s.path(), key)
 	lock, err := files.Lock(final+".lock", 0)
@@ -217,15 +217,6 @@ func rename(from, to string) error {
 		return err
 	}
 	return os.Chmod(to, 0o555)
-}
-
-// free returns how many bytes the file system of the store has left.
-func (s *stage) free() int64 {
-	var st unix.Statfs_t
-	if unix.Statfs(s.store, &st) != nil {
-		return 0
-	}
-	return int64(st.Bavail) * st.Bsize
 }
 
 // cleanStage removes what the helpers of a session have left in the store, once there is none any

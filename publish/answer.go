@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -33,6 +34,10 @@ const (
 	slotWait = 30 * time.Second
 )
 
+// oneRange is a field Range that is not ignored (RFC 9110, section 14): net/http would answer one
+// of no bytes as if they were some, and refuse to serve other units.
+var oneRange = regexp.MustCompile(`^bytes=([0-9]+-[0-9]*|-0*[1-9][0-9]*)$`)
+
 // accept refuses requests that are not to be served, and returns nil then: other methods than GET
 // and HEAD, as if nothing were there, which is what "guix publish" does, and requests with a body,
 // without waiting for it. Otherwise it returns where to write the answer; the client must take it
@@ -50,7 +55,7 @@ func accept(w http.ResponseWriter, r *http.Request, stall time.Duration) http.Re
 		return nil
 	}
 	// Each of several ranges could take as long as the whole.
-	if r.Method == http.MethodHead || strings.Contains(r.Header.Get("Range"), ",") {
+	if r.Method == http.MethodHead || !oneRange.MatchString(r.Header.Get("Range")) {
 		r.Header.Del("Range")
 	}
 	stall = cmp.Or(stall, stallTimeout)

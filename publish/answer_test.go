@@ -139,6 +139,8 @@ func checkParts(t *testing.T, first, second string) {
 		"other tag":        {[]string{"Range: bytes=7-", `If-Range: "other"`}, 200, whole, n},
 		"weak tag":         {[]string{"Range: bytes=7-", "If-Range: W/" + tag}, 200, whole, n},
 		"several":          {[]string{"Range: bytes=1-2,7-9"}, 200, whole, -1},
+		"nothing":          {[]string{"Range: bytes=-0"}, 200, whole, -1},
+		"other unit":       {[]string{"Range: items=0-1"}, 200, whole, -1},
 		"beyond the end":   {[]string{fmt.Sprintf("Range: bytes=%d-", n)}, 416, "", -1},
 		"known":            {[]string{"If-None-Match: " + tag}, 304, "", -1},
 		"known otherwise":  {[]string{`If-None-Match: "other"`}, 200, whole, n},

@@ -105,9 +105,9 @@ func (w *deltaWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bo
 	nodes, err := delta.NewReader(ctx, body, w.base, delta.ReadOptions{MaxSize: w.j.options().MaxBytes, Link: w.valid(ctx)})
 	if err != nil {
 		done(false)
-		return nil, nil, unquoted(w.url, err)
+		return nil, nil, w.j.unquoted(a, w.url, err)
 	}
-	return &countedNodes{unquotedNodes{nodes, w.url}, a}, func(ok bool) {
+	return &countedNodes{unquotedNodes{nodes, w.j, a, w.url}, a}, func(ok bool) {
 		nodes.Close()
 		done(ok)
 	}, nil

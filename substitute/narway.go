@@ -135,10 +135,10 @@ func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool
 	if err != nil {
 		body.copied.End(false)
 		body.nar.Close()
-		return nil, nil, unquoted(w.url, err)
+		return nil, nil, j.unquoted(a, w.url, err)
 	}
 	reader, closeNodes := j.reader(ctx, plain)
-	return unquotedNodes{reader, w.url}, func(ok bool) {
+	return unquotedNodes{reader, j, a, w.url}, func(ok bool) {
 		closeNodes()
 		plain.Close()
 		body.done(ok)
@@ -160,31 +160,35 @@ func seedable(records []record, method string) bool {
 	return !others && method != "none"
 }
 
-// unquoted is an error of what is read from a URL, without anything that a local file contains.
-func unquoted(url string, err error) error {
+// unquoted is an error of what is read from a URL, without anything that a local file contains, or
+// that strangers have named.
+func (j *job) unquoted(a *attempt, url string, err error) error {
 	var ofFile *fs.PathError
-	if err == nil || err == io.EOF || !mirror.IsLocal(url) || errors.As(err, &ofFile) {
+	transfer := !mirror.IsLocal(url) && (!j.s.Strangers || a.cut.Load() || a.ctx.Err() != nil)
+	if err == nil || err == io.EOF || transfer || errors.As(err, &ofFile) {
 		return err
 	}
 	return errUnquoted
 }
 
-// unquotedNodes are nodes whose errors do not show what a local file contains.
+// unquotedNodes are nodes whose errors show no contents that must not be shown.
 type unquotedNodes struct {
 	nar.Nodes
+	j   *job
+	a   *attempt
 	url string
 }
 
 // Next implements [nar.Nodes].
 func (n unquotedNodes) Next() (nar.Node, error) {
 	node, err := n.Nodes.Next()
-	return node, unquoted(n.url, err)
+	return node, n.j.unquoted(n.a, n.url, err)
 }
 
 // Contents implements [nar.Nodes].
 func (n unquotedNodes) Contents() (nar.Chunk, error) {
 	chunk, err := n.Nodes.Contents()
-	return chunk, unquoted(n.url, err)
+	return chunk, n.j.unquoted(n.a, n.url, err)
 }
 
 // A download is the bytes that a server sends. They give way to what somebody waits for, if nobody

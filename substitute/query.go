@@ -55,9 +55,9 @@ func (s *Substituter) queryItems(ctx context.Context, server *server, todo []*it
 	}
 }
 
-// errUnquoted is the error about what is in a local file. What that is, is not told: whoever names
-// such files to the daemon need not have the right to read them.
-var errUnquoted = errors.New("the local file has other contents than it should")
+// errUnquoted is the error about what is in a local file, or on a server that a stranger has named.
+// What that is, is not told: whoever names them to the daemon need not have the right to read them.
+var errUnquoted = errors.New("it has other contents than it should")
 
 var errTooMuch = errors.New("sends more than narinfos can be, so that its further ones are ignored")
 
@@ -221,7 +221,11 @@ func (s *Substituter) received(server *server, it *item, a mirror.Answer, ahead 
 	default:
 		// Once for each kind of answer but a narinfo, or that there is none.
 		switch a.Status {
-		case http.StatusOK, http.StatusAccepted, http.StatusNotFound, http.StatusGone:
+		case http.StatusOK:
+			if a.Body == nil {
+				s.Log.WarnOnce("long "+server.url, "narinfo of %s from %s ignored: it is longer than %d bytes", it.path, server.name, mirror.MaxNarinfo)
+			}
+		case http.StatusAccepted, http.StatusNotFound, http.StatusGone:
 		default:
 			s.Log.WarnOnce(fmt.Sprint("status ", server.url, a.Status), "%s: narinfos are answered by status %d %s",
 				server.name, a.Status, http.StatusText(a.Status))
@@ -329,7 +333,7 @@ func (s *Substituter) read(server *server, it *item, text []byte, given time.Tim
 		err, kind = n.CheckItem(s.StoreDir, it.path), "item"
 	}
 	if err != nil {
-		if mirror.IsLocal(server.url) {
+		if s.Strangers || mirror.IsLocal(server.url) {
 			err = errUnquoted
 		}
 		s.Log.WarnOnce("narinfo "+kind+server.url,

@@ -24,6 +24,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
@@ -540,6 +541,7 @@ func TestSaid(t *testing.T) {
 		"a proxy":   {func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(407) }, []string{"answered by status 407"}},
 		"a gateway": {func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(504) }, []string{"answered by status 504"}},
 		"a log-in":  {func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "<html>") }, []string{"ignored"}},
+		"a bomb":    {func(w http.ResponseWriter, r *http.Request) { w.Write(make([]byte, mirror.MaxNarinfo+1)) }, []string{"longer than 1048576 bytes"}},
 		"another key": {func(w http.ResponseWriter, r *http.Request) {
 			io.WriteString(w, sign(t, mallory, "/gnu/store"+strings.TrimSuffix(r.URL.Path, ".narinfo")+"-item", 1))
 		}, []string{"/etc/guix/acl", fmt.Sprint(mallory.PublicKey()), `"test"`}},

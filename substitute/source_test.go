@@ -158,6 +158,28 @@ func TestLocalFileFromNetwork(t *testing.T) {
 	}
 }
 
+// TestStrangers has a stranger name servers, which lead to what only this machine can reach:
+// nothing of that is shown.
+func TestStrangers(t *testing.T) {
+	key := acl.GenerateSigningKey()
+	hidden, server := newTestServer(t), newTestServer(t)
+	hash, _, _ := strings.Cut(filepath.Base(itemPath(0)), "-")
+	hidden.texts["/"+hash+".narinfo"] = "a secret"
+	hidden.texts["/nar"] = "\r\x00\x00\x00\x00\x00\x00\x00a secret text\x00\x00\x00"
+	server.has(itemPath(0), strings.Replace(sign(t, key, itemPath(0), 100), "URL: nar", "URL: "+hidden.url+"/nar", 1))
+	for _, stranger := range []bool{false, true} {
+		s, log := withLog(t, key, hidden.url, server.url)
+		s.Strangers = stranger
+		s.Substitute(context.Background(), itemPath(0), t.TempDir()+"/item")
+		if n := strings.Count(log.String(), "secret"); stranger != (n == 0) {
+			t.Errorf("stranger %t: shown: %s", stranger, log)
+		}
+		if n := strings.Count(log.String(), "other contents than it should"); stranger != (n > 0) {
+			t.Errorf("stranger %t: shown: %s", stranger, log)
+		}
+	}
+}
+
 // TestEndlessNarinfos asks a server whose narinfos are as long as may be: it is not listened to for
 // ever, and what it does not say another one says.
 func TestEndlessNarinfos(t *testing.T) {

@@ -46,6 +46,9 @@ type Config struct {
 	// messages.
 	Keys     *acl.ACL
 	KeysFile string
+	// Strangers tells that whoever has named the URLs need not have the right to read what this
+	// process can: nothing of what is found there is shown.
+	Strangers bool
 	// AllowUnauthenticated makes every narinfo count as authorised.
 	AllowUnauthenticated bool
 	// Deduplicate makes equal files of the store share their contents.

@@ -754,3 +754,76 @@ func TestAheadRoundTrips(t *testing.T) {
 		})
 	}
 }
+
+// When the daemon is killed, its helpers do not go on: another one may want the same item.
+func TestDaemonGone(t *testing.T) {
+	for _, mode := range []string{"query", "substitute"} {
+		a := newAheadTest(t, 0, "")
+		a.query()
+		asked := make(chan struct{}, 1)
+		silent := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if mode == "substitute" && strings.HasSuffix(r.URL.Path, ".narinfo") {
+				a.ServeHTTP(w, r)
+				return
+			}
+			select {
+			case asked <- struct{}{}:
+			default:
+			}
+			// All is silent in the middle, or takes as long as may be.
+			for w.Write(a.items[0].nar[:1000]); r.Context().Err() == nil; time.Sleep(time.Millisecond) {
+				if w.(http.Flusher).Flush(); mode == "query" {
+					w.Write([]byte("# more\n"))
+				}
+			}
+		}))
+		defer silent.Close()
+		a.setServer(silent.URL)
+		if mode == "query" {
+			a.items[0].path = a.store + "/" + strings.Repeat("z", 32) + "-unknown"
+		}
+		d := a.start(mode)
+		request := map[string]string{"query": "info %[1]s\n", "substitute": "substitute %[1]s %[1]s\n"}[mode]
+		fmt.Fprintf(d.stdin, request, a.items[0].path)
+		<-asked
+		d.replies.Close()
+		d.stdin.Close()
+		gone := make(chan struct{})
+		go func() {
+			d.close() // which says that there was nobody to reply to
+			close(gone)
+		}()
+		select {
+		case <-gone:
+		case <-time.After(20 * time.Second):
+			t.Errorf("%s: it goes on", mode)
+			d.cmd.Process.Kill()
+			<-gone
+		}
+		if left := a.left(); len(left) > 0 {
+			t.Errorf("%s: %v are left", mode, left)
+		}
+		if _, err := os.Lstat(a.items[0].path); err == nil {
+			t.Errorf("%s: the item is left", mode)
+		}
+	}
+}
+
+// The store is never replaced, nor what it is in, whatever is asked for.
+func TestNeverTheStore(t *testing.T) {
+	a := newAheadTest(t, 0, "")
+	a.query()
+	var requests strings.Builder
+	for _, destination := range []string{"", "/", "/.", "/..", "/../.."} {
+		fmt.Fprintf(&requests, "substitute %s %s%s\n", a.items[0].path, a.store, destination)
+	}
+	d := a.start("substitute")
+	replies, err := d.talk(requests.String())
+	d.close()
+	if want := strings.Repeat("not-found\n", 5); err != nil || replies != want {
+		t.Errorf("replies %q, %v", replies, err)
+	}
+	if info, err := os.Lstat(a.store); err != nil || !info.IsDir() {
+		t.Errorf("the store is gone: %v", err)
+	}
+}

@@ -331,3 +331,35 @@ func ReadLimited(path string, most int) ([]byte, error) {
 	}
 	return readAll(f, path, most)
 }
+
+// An Identity tells the contents of a file from what it had before. The zero one is that of no
+// file.
+type Identity struct {
+	device, inode    uint64
+	size             int64
+	modified, status unix.Timespec
+}
+
+// unchanged is for how long a file must not have been changed to be known by its times, which are
+// not exact.
+const unchanged = time.Second
+
+// Identify returns the identity of the file at path, after symbolic links: what is read from there
+// later has other contents only if it has another identity. It is zero if there is no file, and if
+// the file has been changed just now, so that another change need not show.
+func Identify(path string) Identity {
+	var s unix.Stat_t
+	if unix.Stat(path, &s) != nil || time.Since(time.Unix(s.Ctim.Unix())) < unchanged {
+		return Identity{}
+	}
+	return Identity{uint64(s.Dev), s.Ino, s.Size, s.Mtim, s.Ctim}
+}
+
+// Free returns how many bytes this user can still write to the file system of a directory.
+func Free(directory string) (int64, error) {
+	var s unix.Statfs_t
+	if err := unix.Statfs(directory, &s); err != nil {
+		return 0, &fs.PathError{Op: "statfs", Path: directory, Err: err}
+	}
+	return int64(min(s.Bavail, 1<<40)) * s.Bsize, nil
+}

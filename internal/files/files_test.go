@@ -265,3 +265,29 @@ func TestMakeDirectory(t *testing.T) {
 		t.Error("by a link of another user")
 	}
 }
+
+func TestIdentify(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	if files.Identify(path) != (files.Identity{}) {
+		t.Error("no file has an identity")
+	}
+	begin := time.Now()
+	must(t, os.WriteFile(path, []byte("one"), 0o600))
+	if files.Identify(path) != (files.Identity{}) && time.Since(begin) < time.Second {
+		t.Error("a file has an identity that may be changed in the same moment")
+	}
+	time.Sleep(1100 * time.Millisecond)
+	first := files.Identify(path)
+	if first == (files.Identity{}) || first != files.Identify(path) {
+		t.Errorf("a file that does not change has the identity %v", first)
+	}
+	// What can be set back is the time of the modification alone.
+	info, err := os.Stat(path)
+	must(t, err)
+	must(t, os.WriteFile(path, []byte("two"), 0o600))
+	must(t, os.Chtimes(path, info.ModTime(), info.ModTime()))
+	time.Sleep(1100 * time.Millisecond)
+	if second := files.Identify(path); second == (files.Identity{}) || second == first {
+		t.Errorf("after a change a file has the identity %v, before it %v", second, first)
+	}
+}

@@ -217,13 +217,13 @@ func (d *doctor) examineState() {
 		d.well("cache", "nothing is kept for later, by the settings")
 	} else if existing, err := writable(directory, who); err != nil {
 		d.ill(fmt.Sprintf("sudo install -d -o %d %s", who.uid, page.Quote(directory)), "cache", "narinfos and blocks cannot be kept for later: %v", err)
-	} else if free, err := freeSpace(existing); err == nil && free < leastKept {
+	} else if free, err := files.Free(existing); err == nil && free < leastKept {
 		d.ill("rm -r "+page.Quote(directory)+" # or name another cache-directory", "cache", "%s: only %s are free, so that little is kept for later", directory, page.Size(free))
 	} else {
 		d.well("cache", "%s", directory)
 	}
 	for _, place := range []struct{ subject, path string }{{"store", d.Store}, {"state", settings.StateDirectory()}} {
-		switch free, err := freeSpace(place.path); {
+		switch free, err := files.Free(place.path); {
 		case err != nil:
 			d.ill("sudo mkdir -p "+page.Quote(place.path), place.subject, "%v", err)
 		case free < leastFree:
@@ -244,15 +244,6 @@ func (d *doctor) examineAhead() {
 	d.well("ahead of the daemon", "%s staged, %d used, %s wasted, since %s",
 		page.Count(int(a.Staged), "item"), a.Used, page.Size(max(0, a.StagedBytes-a.UsedBytes)), a.Since.Format(time.DateOnly))
 	d.findings[len(d.findings)-1].Data = a
-}
-
-// freeSpace returns how many bytes can still be written to the file system of a directory.
-func freeSpace(directory string) (int64, error) {
-	var fsys unix.Statfs_t
-	if err := unix.Statfs(directory, &fsys); err != nil {
-		return 0, &fs.PathError{Op: "statfs", Path: directory, Err: err}
-	}
-	return int64(min(fsys.Bavail, 1<<40)) * fsys.Bsize, nil
 }
 
 // writable returns the first directory that exists, of one and those above it, and an error that

@@ -50,6 +50,9 @@ func respond(ctx context.Context, c dnssd.Config) error {
 	if err != nil {
 		return err
 	}
+	if err := onLink(); err != nil {
+		return err
+	}
 	if _, err := responder.Add(service); err != nil {
 		return err
 	}

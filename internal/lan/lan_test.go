@@ -4,6 +4,8 @@ package lan
 
 import (
 	"context"
+	"errors"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -38,9 +40,51 @@ func TestMain(m *testing.M) {
 		}
 		slices.Sort(found)
 		os.Stdout.WriteString(strings.Join(found, " "))
+	case "unicast":
+		if err := askAlone(ctx, netip.MustParseAddr("192.0.2.1")); err != nil {
+			println(err.Error())
+			os.Exit(1)
+		}
 	default:
 		os.Exit(m.Run())
 	}
+}
+
+// askAlone asks one machine, and then all of them, as often as it takes until that one answers. It
+// is an error if it has answered the question that was not for all.
+func askAlone(ctx context.Context, machine netip.Addr) error {
+	question, err := question(Blocks)
+	if err != nil {
+		return err
+	}
+	alone, err := net.ListenUDP("udp4", nil)
+	if err != nil {
+		return err
+	}
+	defer alone.Close()
+	b := make([]byte, maxMessage)
+	for answered := false; !answered && ctx.Err() == nil; {
+		if _, err := alone.WriteToUDPAddrPort(question, netip.AddrPortFrom(machine, multicastPort)); err != nil {
+			return err
+		}
+		socket, err := ask(question)
+		if err != nil {
+			return err
+		}
+		socket.SetReadDeadline(time.Now().Add(time.Second))
+		for !answered && err == nil {
+			var from netip.AddrPort
+			_, from, err = socket.ReadFromUDPAddrPort(b)
+			answered = err == nil && from.Addr().Unmap() == machine
+		}
+		socket.Close()
+	}
+	// The answer to what came first would be here by now.
+	alone.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+	if _, _, err := alone.ReadFromUDPAddrPort(b); err == nil {
+		return errors.New("it answers a question that need not have come from its network")
+	}
+	return ctx.Err()
 }
 
 // lan makes a bridge with four machines, in namespaces of its own. The first is on another network,
@@ -71,9 +115,11 @@ others="$others $!"
 LAN_TEST=advertise nsenter -t $pid2 -n "$0" &
 others="$others $!"
 LAN_TEST=browse nsenter -t $pid3 -n "$0"
+LAN_TEST=unicast nsenter -t $pid3 -n "$0"
 `
 
-// TestBrowse has one machine of a network find two others, and not one of another network.
+// TestBrowse has one machine of a network find two others, and not one of another network. Those
+// who are found answer nobody but the local link.
 func TestBrowse(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can make network namespaces")
@@ -83,15 +129,15 @@ func TestBrowse(t *testing.T) {
 			t.Skip(err)
 		}
 	}
-	var errors strings.Builder
+	var said strings.Builder
 	command := exec.Command("unshare", "--net", "sh", "-c", lan, os.Args[0])
-	command.Stderr = &errors
+	command.Stderr = &said
 	out, err := command.Output()
-	if strings.Contains(errors.String(), "not permitted") || strings.Contains(errors.String(), "not supported") {
-		t.Skip(errors.String())
+	if strings.Contains(said.String(), "not permitted") || strings.Contains(said.String(), "not supported") {
+		t.Skip(said.String())
 	}
 	if err != nil || string(out) != "192.0.2.1:5683 192.0.2.2:5683" {
-		t.Errorf("found %q, %v: %s", out, err, errors.String())
+		t.Errorf("found %q, %v: %s", out, err, said.String())
 	}
 }
 

@@ -10,9 +10,11 @@
 package seed
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"sync"
@@ -77,22 +79,29 @@ func (s *Seeds) Close() {
 	s.store.Close()
 }
 
-// put puts all copies that are whole into the store.
+// put puts all copies that are whole into the store. One that cannot be read, or that the store
+// does not want, holds up no other.
 func (s *Seeds) put(ctx context.Context) error {
-	names, err := filepath.Glob(filepath.Join(s.directory, wholePrefix+"*"))
+	names, failed := filepath.Glob(filepath.Join(s.directory, wholePrefix+"*"))
 	for _, name := range names {
-		f, err := os.Open(name)
-		if err != nil {
-			continue // another process has put it
-		}
-		_, err = eris.Encode(ctx, f, s.store.Put, eris.EncodeOptions{Workers: workers})
-		f.Close()
-		if err != nil {
-			return err
-		}
-		os.Remove(name)
+		failed = cmp.Or(failed, s.putCopy(ctx, name))
 	}
-	return err
+	return failed
+}
+
+func (s *Seeds) putCopy(ctx context.Context, name string) error {
+	f, _, err := files.OpenRegular(name, os.O_RDONLY)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // another process has put it
+	} else if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := eris.Encode(ctx, f, s.store.Put, eris.EncodeOptions{Workers: workers}); err != nil {
+		return err
+	}
+	os.Remove(name)
+	return nil
 }
 
 // A Copy is that of a nar that is being fetched. It is for one goroutine at a time. A nil one takes
@@ -104,7 +113,7 @@ type Copy struct {
 }
 
 // Begin returns a copy of a nar that may have so many bytes; it must be ended. It is nil if there
-// is no room.
+// is no room: a copy takes at most half of what the file system has left, for others need it more.
 func (s *Seeds) Begin(size uint64) *Copy {
 	if s == nil || size > maxBytes {
 		return nil
@@ -128,6 +137,9 @@ func (s *Seeds) create(size int64) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
+	if free, err := files.Free(s.directory); err != nil || size > free/2 {
+		return nil, err
+	}
 	for _, e := range entries {
 		if info, err := e.Info(); err == nil && time.Since(info.ModTime()) > maxAge {
 			os.Remove(filepath.Join(s.directory, e.Name()))
@@ -141,10 +153,13 @@ func (s *Seeds) create(size int64) (*os.File, error) {
 	return os.CreateTemp(s.directory, files.TemporaryPrefix+"*")
 }
 
-// Write takes what has come next. It never fails: what cannot be copied is given up.
+// Write takes what has come next. It never fails: what cannot be copied is given up, and takes no
+// more room on a disk that may be full.
 func (c *Copy) Write(p []byte) (int, error) {
 	if c != nil && c.err == nil {
-		_, c.err = c.f.Write(p)
+		if _, c.err = c.f.Write(p); c.err != nil {
+			c.f.Truncate(0)
+		}
 	}
 	return len(p), nil
 }

@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dir"
@@ -123,5 +125,71 @@ func TestBounded(t *testing.T) {
 	try(1<<63, false)
 	if left(t, directory) != whole || failures() != nil && !errors.Is(failures(), fs.ErrPermission) {
 		t.Errorf("left: %s, error %v", left(t, directory), failures())
+	}
+}
+
+// picky is a store that does not want one block.
+type picky struct {
+	fetch.Store
+	not eris.Reference
+}
+
+func (p picky) Put(ctx context.Context, ref eris.Reference, block []byte) error {
+	if ref == p.not {
+		return fs.ErrPermission
+	}
+	return p.Store.Put(ctx, ref, block)
+}
+
+// TestInTheWay has copies that cannot be read, and that the store does not want, before one that it
+// gets all the same.
+func TestInTheWay(t *testing.T) {
+	directory, blocks := t.TempDir(), t.TempDir()
+	unwanted, err := eris.Encode(t.Context(), strings.NewReader("unwanted"), nil, eris.EncodeOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = errors.Join(os.Mkdir(directory+"/nar-1", 0o700), os.WriteFile(directory+"/nar-2", []byte("unwanted"), 0o600),
+		os.WriteFile(directory+"/nar-3", []byte("wanted"), 0o600))
+	if err != nil {
+		t.Fatal(err)
+	}
+	store, err := dir.Open("file:" + blocks)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, failures := open(directory, picky{store, unwanted.Root})
+	s.Close()
+	if want := directory + "/nar-1 " + directory + "/nar-2"; left(t, directory) != want || failures() == nil {
+		t.Errorf("left: %s, error %v", left(t, directory), failures())
+	}
+}
+
+// TestFullDisk has a copy take no more than half of what is left of a disk, and give its room back
+// at once when the disk is full.
+func TestFullDisk(t *testing.T) {
+	directory := t.TempDir()
+	if err := unix.Mount("tmpfs", directory, "tmpfs", 0, "size=8m"); err != nil {
+		t.Skip("cannot mount a small file system (this needs root): ", err)
+	}
+	defer unix.Unmount(directory, unix.MNT_DETACH)
+	s, failures := open(directory+"/seeds", full{})
+	defer s.Close()
+	if c := s.Begin(5 << 20); c != nil {
+		c.End(false)
+		t.Error("a copy of 5 MiB is begun where 8 MiB are left")
+	}
+	c := s.Begin(3 << 20)
+	c.Write(make([]byte, 1<<20))
+	if err := os.WriteFile(directory+"/filler", make([]byte, 9<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+		t.Fatal(err)
+	}
+	c.Write(make([]byte, 1<<20))
+	if err := os.WriteFile(directory+"/other", make([]byte, 1<<19), 0o600); err != nil {
+		t.Errorf("the copy keeps its room: %v", err)
+	}
+	c.End(true)
+	if err := failures(); !errors.Is(err, unix.ENOSPC) || left(t, directory+"/seeds") != "" {
+		t.Errorf("error %v, left: %s", err, left(t, directory+"/seeds"))
 	}
 }

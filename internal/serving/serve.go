@@ -28,6 +28,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/relay"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lan"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
@@ -342,7 +343,7 @@ func (s *serveSettings) serveEndpoints(
 	}
 	collect := func() Statistics {
 		statistics := statisticsOf(started, store, from, coap, web)
-		statistics.Blocks.FreeBytes = freeBytes(directory)
+		statistics.Blocks.FreeBytes, _ = files.Free(directory)
 		return statistics
 	}
 	stats := func() []byte { return collect().text() }

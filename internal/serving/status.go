@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
@@ -123,15 +122,6 @@ func clients(title, prefix string, c admission.Stats) status.Section {
 
 func running(since time.Time) status.Figure {
 	return status.Figure{Text: "running for", Name: "uptime_seconds", Value: time.Since(since).Seconds(), Unit: "seconds"}
-}
-
-// freeBytes returns how many bytes there is room for below a directory, 0 if that is not known.
-func freeBytes(directory string) int64 {
-	var s unix.Statfs_t
-	if err := unix.Statfs(directory, &s); err != nil {
-		return 0
-	}
-	return int64(s.Bavail) * s.Bsize
 }
 
 // publishSections shows what a publisher has done.

@@ -43,11 +43,13 @@ func (s *Settings) daemonSession() *ahead.Session {
 	if directory == "" || s.aheadItems() <= 0 {
 		return nil
 	}
-	session, err := ahead.SessionOf(directory, os.Getppid())
-	if err != nil {
-		return nil // without /proc
+	if s.parent == nil {
+		var err error
+		if s.parent, err = ahead.SessionOf(directory, os.Getppid()); err != nil {
+			return nil // without /proc
+		}
 	}
-	return session
+	return s.parent.Anew()
 }
 
 // ahead returns what substitutes ahead of the daemon. It must be closed.

@@ -33,9 +33,10 @@ const (
 // neighbours are the block stores of the local network. A file has those that helpers have found,
 // and when; nobody waits for them as long as items come from elsewhere.
 type neighbours struct {
-	file string        // empty if there is none
-	text string        // what it would have
-	used string        // what the file had when it was read last
+	file string // empty if there is none
+	text string // what it would have
+	used string // what the file had when it was read last
+	seen files.Identity
 	done chan struct{} // closed when what is under way has ended; nil if nothing is
 	stop context.CancelFunc
 }
@@ -125,6 +126,7 @@ func (n *neighbours) write(urls []string) {
 
 // urls returns the stores that have been found.
 func (n *neighbours) urls() []string {
+	n.seen = files.Identify(n.file)
 	n.used = n.read()
 	var urls []string
 	for url := range strings.FieldsSeq(n.used) {
@@ -136,7 +138,17 @@ func (n *neighbours) urls() []string {
 }
 
 // changed reports whether there are others than when urls was called.
-func (n *neighbours) changed() bool { return n.file != "" && n.read() != n.used }
+func (n *neighbours) changed() bool {
+	now := files.Identify(n.file)
+	if now != (files.Identity{}) && now == n.seen {
+		return false
+	}
+	text := n.read()
+	if text == n.used {
+		n.seen = now
+	}
+	return text != n.used
+}
 
 // awaited waits for the end of what is under way, and reports whether it has changed anything.
 func (n *neighbours) awaited() bool {

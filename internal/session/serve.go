@@ -9,8 +9,11 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"runtime/debug"
 	"slices"
+	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -38,6 +41,10 @@ const lookAhead = 10000
 // error may be a [message.Status].
 func (s *Settings) ByHand(ctx context.Context, query bool, items []string) error {
 	s.byHand = true
+	if !query {
+		s.seeding = s.seeds()
+		defer s.seeding.Close()
+	}
 	sub := s.Session(query)
 	defer sub.Close()
 	if !query {
@@ -94,9 +101,12 @@ func (s *Settings) sayMissing(items []string, records []protocol.Info) bool {
 var errNotRestored = errors.New("not restored")
 
 // restore restores an item. The destination is the daemon's, who wants what is there to be
-// replaced; a person's files are not touched, which is when there may be an error.
+// replaced, if it is not the store; a person's files are not touched.
 func (s *Settings) restore(ctx context.Context, sub *Session, item, destination string) (outcome substitute.Outcome, err error) {
 	defer sub.after()
+	if absolute, _ := filepath.Abs(destination); strings.HasPrefix(s.Store+"/", absolute+"/") {
+		return outcome, fmt.Errorf("%.300q cannot be a destination: the store is there", destination)
+	}
 	if !s.byHand {
 		return sub.staging.Substitute(ctx, item, destination), nil
 	}
@@ -133,6 +143,10 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error
 	if !query && !byHand {
 		s.guard()
 	}
+	if !query {
+		s.seeding = s.seeds()
+		defer s.seeding.Close()
+	}
 	s.near = s.neighbours()
 	defer s.near.close()
 	sub := s.Session(query)
@@ -159,6 +173,8 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error
 		sub.LookAhead = lookAhead
 		sub.noted = s.daemonSession()
 	}
+	read, stopReading := whileRead(replies)
+	defer stopReading()
 	for first := true; ; first = false {
 		request, err := requests.Next()
 		var tooLong *protocol.TooLongError
@@ -179,7 +195,7 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error
 		case first || !query:
 			s.renewKeys(sub, query, first)
 		}
-		ctx, stop := s.requestContext()
+		ctx, stop := s.requestContext(read)
 		reply := s.answer(ctx, sub, request, query)
 		if !query && bytes.Equal(reply, protocol.AppendNotFound(nil)) && s.near.awaited() {
 			renew()
@@ -201,12 +217,36 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error
 	}
 }
 
-// requestContext returns the context of a request. A person ends one by a signal; the daemon kills.
-func (s *Settings) requestContext() (context.Context, context.CancelFunc) {
+// requestContext returns the context of a request. A person ends one by a signal; the daemon kills,
+// or is gone.
+func (s *Settings) requestContext(read context.Context) (context.Context, context.CancelFunc) {
 	if s.byHand {
 		return program.UntilSignal()
 	}
-	return context.WithCancel(context.Background())
+	return context.WithCancel(read)
+}
+
+// whileRead returns a context that ends when nobody can read the replies any more: when the daemon
+// was killed, another one may want the same destination, and nothing should go on to write there.
+func whileRead(replies int) (ctx context.Context, stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	r, w, err := os.Pipe()
+	if err != nil {
+		return ctx, cancel
+	}
+	var watch sync.WaitGroup
+	watch.Go(func() {
+		defer r.Close()
+		defer cancel()
+		// Without events that are wanted it returns when one of the other ends is closed.
+		ends := []unix.PollFd{{Fd: int32(replies)}, {Fd: int32(r.Fd())}}
+		for _, err := unix.Poll(ends, -1); err == unix.EINTR; _, err = unix.Poll(ends, -1) {
+		}
+	})
+	return ctx, func() {
+		w.Close()
+		watch.Wait()
+	}
 }
 
 // renewKeys reads the list of authorised keys. If it has changed, what is staged does not count.
@@ -225,7 +265,7 @@ func (s *Settings) renewKeys(sub *Session, query, first bool) {
 }
 
 func sameKeys(a, b *acl.ACL) bool {
-	if a == nil || b == nil {
+	if a == b || a == nil || b == nil {
 		return a == b
 	}
 	return slices.EqualFunc(a.Keys(), b.Keys(), func(a, b *acl.PublicKey) bool { return a.Equal(b) })

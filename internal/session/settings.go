@@ -32,6 +32,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/seed"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
@@ -64,6 +65,11 @@ type Settings struct {
 	failed  string            // why the last item could not be restored
 	tell    func(ahead.Stats) // the guard what was counted; nil if there is none
 	counted ahead.Stats       // ahead of the daemon
+	seeding *seed.Seeds       // of all sessions, for it may take long to close; nil is none
+
+	keys     *acl.ACL // when they were read last
+	keysFile files.Identity
+	parent   *ahead.Session // of the daemon; nil if it has not been looked for
 }
 
 // Flags defines the options.
@@ -300,7 +306,6 @@ func (s *Session) Close() {
 		s.blocks.Close()
 	}
 	s.state.Save()
-	s.Seeds.Close()
 	s.closed()
 	s.Mirrors.Close()
 	if s.Cache != nil {
@@ -336,6 +341,7 @@ func (s *Settings) session(query bool, log *protocol.Log) *Session {
 		UnsignedCapabilities: s.file.UnsignedCapabilities,
 		StoreDir:             s.Store,
 		URLs:                 s.ServerURLs(),
+		Strangers:            s.publicFiles() != nil,
 		AllowUnauthenticated: s.Unauthorised,
 		Deduplicate:          s.options.Deduplicate(),
 		KeysFile:             s.KeysFile(),
@@ -358,7 +364,7 @@ func (s *Settings) session(query bool, log *protocol.Log) *Session {
 	})
 	if !query {
 		result.Reuse, result.closed = s.finder()
-		result.Seeds = s.seeds()
+		result.Seeds = s.seeding
 	}
 	urls := s.StoreURLs()
 	if !query && s.near != nil {
@@ -478,9 +484,14 @@ func (s *Settings) cache() *narinfocache.Cache {
 const maxACL = acl.MaxSexpSize
 
 // Keys reads the list of authorised keys. Without one the machine's own key is authorised, as Guix,
-// guix/pki.scm: current-acl, has it. When the list cannot be understood, no key is.
+// guix/pki.scm: current-acl, has it. When the list cannot be understood, no key is. As long as the
+// file is the same, so is the list.
 func (s *Settings) Keys() *acl.ACL {
 	name := s.KeysFile()
+	identity := files.Identify(name)
+	if identity != (files.Identity{}) && identity == s.keysFile {
+		return s.keys
+	}
 	keys, err := acl.ReadACL(func() ([]byte, error) { return files.ReadRegular(name, maxACL) }, ownKey)
 	if err != nil {
 		s.log.WarnOnce("acl", "no substitute is authorised: %s", message.Text(fmt.Sprintf("%s: %v", name, err)))
@@ -489,6 +500,7 @@ func (s *Settings) Keys() *acl.ACL {
 	if !s.Unauthorised && !s.HasForeignKeys(keys) {
 		s.log.WarnOnce("acl", "access control list %s authorises no other machine; substitutes may be unavailable", name)
 	}
+	s.keys, s.keysFile = keys, identity
 	return keys
 }
 
