@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -102,6 +103,14 @@ func askOneByOne(t testing.TB, s *substitute.Substituter, first string) int {
 	return available
 }
 
+// onOneConnection has narinfos requested on one connection, where requests are counted: of several,
+// one that seems to have no server behind it is given up, and what was requested there is requested
+// again.
+func onOneConnection(t *testing.T, s *substitute.Substituter) {
+	s.Mirrors = mirror.NewClient(mirror.Options{MaxConnections: 2})
+	t.Cleanup(s.Mirrors.Close)
+}
+
 // TestLookAhead asks about a closure one item at a time. Each narinfo is asked for once, those
 // ahead as well, and nothing is shown between requests.
 func TestLookAhead(t *testing.T) {
@@ -109,6 +118,7 @@ func TestLookAhead(t *testing.T) {
 	server := newTestServer(t)
 	closure(t, key, 300, 10, func(int) *testServer { return server })
 	s, log := withLog(t, key, server.url)
+	onOneConnection(t, s)
 	s.LookAhead = 1000
 	defer s.Close()
 	if n := askOneByOne(t, s, itemPath(0)); n != 300 {
@@ -153,6 +163,7 @@ func TestLookAheadBounds(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, _ := withLog(t, key, server.url)
+			onOneConnection(t, s)
 			s.LookAhead = test.most
 			before := server.asked.Load()
 			test.ask(s)
@@ -197,6 +208,7 @@ func TestLookAheadOrder(t *testing.T) {
 	a, b := newTestServer(t), newTestServer(t)
 	closure(t, key, 100, 6, func(i int) *testServer { return []*testServer{a, b}[i%2] })
 	s := newSubstituter(t, key, a, b)
+	onOneConnection(t, s)
 	s.LookAhead = 1000
 	defer s.Close()
 	if n := askOneByOne(t, s, itemPath(0)); n != 100 {
@@ -328,6 +340,7 @@ func TestLookAheadFillsCache(t *testing.T) {
 			t.Fatal(err)
 		}
 		s := newSubstituter(t, key, server)
+		onOneConnection(t, s)
 		s.Cache = cache
 		return s, func() { s.Close(); cache.Close() }
 	}
