@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -61,8 +62,10 @@ const (
 	// upstreamTimeout bounds the time for a narinfo, and for the head of an answer that is passed
 	// on.
 	upstreamTimeout = 30 * time.Second
-	// upstreamConnections bounds the connections to the other server.
+	// upstreamConnections bounds the connections to the other server, and maxUpstreamHeader the
+	// header of each answer, in bytes.
 	upstreamConnections = 64
+	maxUpstreamHeader   = 256 << 10
 )
 
 // NewAnnotator returns an annotator; the error is about its options.
@@ -80,6 +83,7 @@ func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 	transport.MaxConnsPerHost = upstreamConnections
 	transport.MaxIdleConnsPerHost = upstreamConnections
 	transport.ResponseHeaderTimeout = upstreamTimeout
+	transport.MaxResponseHeaderBytes = maxUpstreamHeader
 	a := &Annotator{o: o, upstream: u, client: &http.Client{Transport: transport, Timeout: upstreamTimeout}}
 	if o.Capabilities != nil && o.Nars {
 		a.nars = mirror.NewClient(mirror.Options{Getenv: os.Getenv})
@@ -89,8 +93,10 @@ func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 		transport := transport.Clone() // nars must not take the connections of narinfos
 		transport.MaxConnsPerHost = 0
 		a.proxy = &httputil.ReverseProxy{
-			Rewrite:   func(r *httputil.ProxyRequest) { r.Out.URL, r.Out.Host = a.there(r.In.URL), "" },
-			Transport: transport,
+			Rewrite:        func(r *httputil.ProxyRequest) { r.Out.URL, r.Out.Host = a.there(r.In.URL), "" },
+			Transport:      transport,
+			ModifyResponse: checkStatus,
+			ErrorLog:       log.New(io.Discard, "", 0), // clients see that what is cut off is not whole
 			ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
 				a.o.Log("%v", err)
 				http.Error(w, "no answer from "+u.Host, http.StatusBadGateway)
@@ -123,6 +129,10 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if a.o.Deltas != nil && a.o.Deltas.serve(w, r) {
+		return
+	}
+	if slices.Contains(strings.Split(r.URL.Path, "/"), "..") {
+		http.NotFound(w, r) // the other server has more, perhaps, than what is below its URL
 		return
 	}
 	there := a.there(r.URL)
@@ -158,7 +168,17 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Write(text)
 }
 
-// get gets what is no longer than a narinfo from the other server.
+// checkStatus returns an error for an answer that cannot be passed on: net/http takes what has no
+// status as a fault of ours.
+func checkStatus(r *http.Response) error {
+	if r.StatusCode < 200 {
+		return fmt.Errorf("%s: status %03d", r.Request.URL.Redacted(), r.StatusCode)
+	}
+	return nil
+}
+
+// get gets what is no longer than a narinfo from the other server. That may have it elsewhere; but
+// it is a narinfo then, or else clients could have it show them what only this machine can reach.
 func (a *Annotator) get(ctx context.Context, url string) (response *http.Response, text []byte, err error) {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
@@ -171,6 +191,17 @@ func (a *Annotator) get(ctx context.Context, url string) (response *http.Respons
 	text, err = io.ReadAll(io.LimitReader(response.Body, narinfo.MaxSize+1))
 	if err == nil && len(text) > narinfo.MaxSize {
 		err = fmt.Errorf("%s: the answer has more than %d bytes", url, narinfo.MaxSize)
+	}
+	if err == nil {
+		err = checkStatus(response)
+	}
+	if at := response.Request.URL; err == nil && at.Host != a.upstream.Host {
+		if _, failed := narinfo.Parse(text); failed != nil {
+			text = nil
+			if response.StatusCode == http.StatusOK {
+				err = fmt.Errorf("%s: redirected to %s, which is no narinfo", url, at.Redacted())
+			}
+		}
 	}
 	return response, text, err
 }

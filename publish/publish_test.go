@@ -395,6 +395,64 @@ func TestAnnotator(t *testing.T) {
 	}
 }
 
+// TestAnnotatorUpstream has an annotator pass on nothing that its upstream makes up to harm it, or
+// to be shown what is not its own.
+func TestAnnotatorUpstream(t *testing.T) {
+	const path = "/0000000000000000000000000000000a.narinfo"
+	good := "StorePath: /gnu/store/0000000000000000000000000000000a-x\nNarHash: sha256:" + strings.Repeat("0", 52) +
+		"\nNarSize: 120\nReferences: \nURL: x\nCompression: none\n"
+	found := "HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: "
+	hidden := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		io.WriteString(w, map[string]string{"/good": good, "/secret": "a secret"}[r.URL.Path])
+	}))
+	defer hidden.Close()
+	for name, test := range map[string]struct {
+		response, path string
+		status         int
+		body           string
+	}{
+		"narinfo elsewhere": {found + hidden.URL + "/good\r\n\r\n", path, 200, good},
+		"secret elsewhere":  {found + hidden.URL + "/secret\r\n\r\n", path, 502, "no good answer"},
+		"no status":         {"HTTP/1.1 000 \r\nContent-Length: 1\r\n\r\nx", path, 502, "no good answer"},
+		"no status, nar":    {"HTTP/1.1 099 x\r\nContent-Length: 1\r\n\r\nx", "/nar/x", 502, "no answer"},
+		"long header":       {"HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 1<<20) + "\r\nContent-Length: 1\r\n\r\nx", path, 502, "no good answer"},
+		"long header, nar":  {"HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 1<<20) + "\r\nContent-Length: 1\r\n\r\nx", "/nar/x", 502, "no answer"},
+	} {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				http.ReadRequest(bufio.NewReader(c))
+				io.WriteString(c, test.response)
+				c.Close()
+			}
+		}()
+		a, err := publish.NewAnnotator(publish.AnnotatorOptions{Upstream: "http://" + l.Addr().String(), StoreDir: "/gnu/store", Log: logger(t)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		here := httptest.NewServer(a)
+		r, err := http.Get(here.URL + test.path)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		} else {
+			body, _ := io.ReadAll(r.Body)
+			r.Body.Close()
+			if r.StatusCode != test.status || !strings.HasPrefix(string(body), test.body) {
+				t.Errorf("%s: status %d, %q", name, r.StatusCode, body)
+			}
+		}
+		here.Close()
+		l.Close()
+	}
+}
+
 // TestAnnotatorPassesOn checks what an annotator makes of answers that are no narinfos of items
 // that it has.
 func TestAnnotatorPassesOn(t *testing.T) {
@@ -442,13 +500,16 @@ func TestAnnotatorPassesOn(t *testing.T) {
 		status             int
 		cacheControl, body string
 	}{
-		"/" + hash + ".narinfo":                            {200, "max-age=77", odd},
-		"/0000000000000000000000000000000b.narinfo":        {200, "max-age=77", odd},
-		"/0000000000000000000000000000000c.narinfo":        {404, "max-age=300", ""},
-		"/0000000000000000000000000000000d.narinfo":        {503, "", "later"},
-		"/0000000000000000000000000000000f.narinfo":        {502, "", "no good answer from " + strings.TrimPrefix(upstream.URL, "http://") + "\n"},
-		"/nar/gzip/a%2Bb?x=%2f":                            {200, "", strings.TrimPrefix(upstream.URL, "http://") + " /mirror/nar/gzip/a%2Bb?x=%2f"},
-		"/nix-cache-info":                                  {200, "", strings.TrimPrefix(upstream.URL, "http://") + " /mirror/nix-cache-info"},
+		"/" + hash + ".narinfo":                     {200, "max-age=77", odd},
+		"/0000000000000000000000000000000b.narinfo": {200, "max-age=77", odd},
+		"/0000000000000000000000000000000c.narinfo": {404, "max-age=300", ""},
+		"/0000000000000000000000000000000d.narinfo": {503, "", "later"},
+		"/0000000000000000000000000000000f.narinfo": {502, "", "no good answer from " + strings.TrimPrefix(upstream.URL, "http://") + "\n"},
+		"/../secret":              {404, "", "404 page not found\n"},
+		"/nar/%2e%2e/%2E./secret": {404, "", "404 page not found\n"},
+		"/..%2fsecret":            {404, "", "404 page not found\n"},
+		"/nar/gzip/a%2Bb?x=%2f":   {200, "", strings.TrimPrefix(upstream.URL, "http://") + " /mirror/nar/gzip/a%2Bb?x=%2f"},
+		"/nix-cache-info":         {200, "", strings.TrimPrefix(upstream.URL, "http://") + " /mirror/nix-cache-info"},
 		"/eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee.narinfo?%2e%2e": {200, "", strings.TrimPrefix(upstream.URL, "http://") + " /mirror/eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee.narinfo?%2e%2e"},
 	} {
 		status, header, body := get(t, here+path)
