@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -275,8 +276,12 @@ func encodeContent(ctx context.Context, content *os.File, sink eris.Sink, secret
 		return encodeResult{}, err
 	}
 	var size int64
+	var from io.Reader = content
+	if !before.Mode().IsRegular() {
+		from = untilDone(ctx, func() (io.Reader, error) { return content, nil })
+	}
 	c, err := eris.Encode(ctx, readerFunc(func(p []byte) (int, error) {
-		n, err := content.Read(p)
+		n, err := from.Read(p)
 		size += int64(max(n, 0))
 		return n, err
 	}), sink, eris.EncodeOptions{Secret: secret})

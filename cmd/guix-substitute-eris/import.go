@@ -106,7 +106,7 @@ func importBlocks(ctx context.Context, name, storeURL string, asJSON bool) error
 // stored, also with an error.
 func importInto(ctx context.Context, store fetch.Store, name string, shown *protocol.Transfer) (result imported, err error) {
 	pipeline := fetch.NewPipeline(ctx, store)
-	capabilities, err := eachBlock(name, shown, func(ref eris.Reference, block []byte) error {
+	capabilities, err := eachBlock(ctx, name, shown, func(ref eris.Reference, block []byte) error {
 		shown.Add(len(block))
 		if eris.Verify(ref, block) != nil {
 			result.Damaged++
@@ -128,9 +128,9 @@ func importInto(ctx context.Context, store fetch.Store, name string, shown *prot
 }
 
 // eachBlock calls f for each block of a dump or a directory, as [dump.Read] does.
-func eachBlock(name string, shown *protocol.Transfer, f func(ref eris.Reference, block []byte) error) ([]eris.ReadCapability, error) {
+func eachBlock(ctx context.Context, name string, shown *protocol.Transfer, f func(ref eris.Reference, block []byte) error) ([]eris.ReadCapability, error) {
 	if name == "-" {
-		return dump.Read(os.Stdin, f)
+		return dump.Read(untilDone(ctx, func() (io.Reader, error) { return os.Stdin, nil }), f)
 	}
 	info, err := os.Stat(name)
 	if err != nil {
@@ -142,6 +142,9 @@ func eachBlock(name string, shown *protocol.Transfer, f func(ref eris.Reference,
 		}
 		return nil, dir.Each(name, f)
 	}
+	if !info.Mode().IsRegular() {
+		return dump.Read(untilDone(ctx, func() (io.Reader, error) { return os.Open(name) }), f)
+	}
 	file, err := os.Open(name)
 	if err != nil {
 		return nil, err
@@ -149,4 +152,20 @@ func eachBlock(name string, shown *protocol.Transfer, f func(ref eris.Reference,
 	defer file.Close()
 	shown.Total(info.Size())
 	return dump.Read(file, f)
+}
+
+// untilDone returns what is read from something that may be a pipe or a terminal, until a context
+// is done: nothing breaks off opening it, or reading from it, when nobody writes. The end of the
+// program does, which is near then.
+func untilDone(ctx context.Context, open func() (io.Reader, error)) io.Reader {
+	r, w := io.Pipe()
+	context.AfterFunc(ctx, func() { w.CloseWithError(context.Cause(ctx)) })
+	go func() {
+		from, err := open()
+		if err == nil {
+			_, err = io.Copy(w, from)
+		}
+		w.CloseWithError(err)
+	}()
+	return r
 }
