@@ -26,14 +26,15 @@ func main() {
 	only := flag.String("only", "", "rows whose group matches this regular `EXPRESSION`")
 	write := flag.String("write", "", "write the table into `FILE`, between its markers")
 	scratch := flag.String("directory", "", "work in `DIRECTORY`; by default in memory")
+	before := flag.String("before", "", "measure the `PROGRAM`, of another commit, in turns with ours")
 	flag.Parse()
-	if err := bench(*runs, *size, *only, *write, *scratch); err != nil {
+	if err := bench(*runs, *size, *only, *write, *scratch, *before); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func bench(runs, size int, only, write, scratch string) error {
+func bench(runs, size int, only, write, scratch, before string) error {
 	pattern, err := regexp.Compile(only)
 	if err != nil {
 		return err
@@ -48,7 +49,7 @@ func bench(runs, size int, only, write, scratch string) error {
 	if err != nil {
 		return err
 	}
-	w := &workshop{directory: directory, size: size << 20, runs: runs}
+	w := &workshop{directory: directory, size: size << 20, runs: runs, before: before}
 	defer w.close()
 	if err := w.prepare(); err != nil {
 		return err

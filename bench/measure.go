@@ -51,6 +51,11 @@ func (w *workshop) measure(g group) ([]result, error) {
 	if err != nil {
 		return nil, err
 	}
+	for _, c := range contestants {
+		if w.before != "" && strings.HasPrefix(c.name, "ours") {
+			contestants = append(contestants, contestant{"before: " + c.name, func() (sample, error) { return w.runBefore(c) }})
+		}
+	}
 	samples := make([][]sample, len(contestants))
 	for run := range w.runs + 1 {
 		for i, c := range contestants {
@@ -74,6 +79,19 @@ func (w *workshop) measure(g group) ([]result, error) {
 		results = append(results, r)
 	}
 	return results, nil
+}
+
+// runBefore measures the program as it was before. What that cannot do yet is absent.
+func (w *workshop) runBefore(c contestant) (sample, error) {
+	ours := w.binary
+	w.binary = w.before
+	defer func() { w.binary = ours }()
+	s, err := c.run()
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "%s before: %v\n", c.name, err)
+		err = errAbsent
+	}
+	return s, err
 }
 
 // median takes the median of each number.

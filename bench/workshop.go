@@ -33,7 +33,8 @@ type workshop struct {
 	directory string
 	size      int
 	runs      int
-	binary    string
+	binary    string // the program
+	before    string // the same of another commit; empty if that is not measured
 	key       *acl.SigningKey
 	url       string // of a server of everything in www
 	slowURL   string // the same, 50 ms away

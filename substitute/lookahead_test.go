@@ -214,7 +214,8 @@ func TestLookAheadOrder(t *testing.T) {
 	if n := askOneByOne(t, s, itemPath(0)); n != 100 {
 		t.Errorf("%d available", n)
 	}
-	if a.asked.Load() != 100 || b.asked.Load() != 50 {
+	// A question that meets the end of a lookup may be asked once more.
+	if n, m := a.asked.Load(), b.asked.Load(); n < 100 || n > 103 || m < 50 || m > 53 {
 		t.Errorf("the servers were asked %d and %d times", a.asked.Load(), b.asked.Load())
 	}
 }

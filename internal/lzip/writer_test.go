@@ -10,7 +10,7 @@ import (
 
 // TestWriter compresses, and decompresses with our reader and with lzip.
 func TestWriter(t *testing.T) {
-	for level, data := range map[int][]byte{1: nil, 2: noise(1, 1<<20+1), 5: words(2, 1<<20), 9: words(3, 3<<20)} {
+	for level, data := range map[int][]byte{1: nil, 2: noise(1, 1<<17+1), 5: words(2, 1<<18), 9: words(3, 1<<19)} {
 		var b, again bytes.Buffer
 		for _, to := range []*bytes.Buffer{&b, &again} {
 			w, err := NewWriter(to, level)
