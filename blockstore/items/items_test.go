@@ -55,7 +55,7 @@ func random(seed uint64, n int) []byte {
 	return b
 }
 
-func write(t *testing.T, path string, contents []byte) {
+func write(t testing.TB, path string, contents []byte) {
 	t.Helper()
 	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, contents, 0o644)); err != nil {
 		t.Fatal(err)
@@ -85,7 +85,7 @@ func makeStore(t *testing.T) (root string, names []string) {
 }
 
 // encode returns the blocks of an item, as the encoder makes them.
-func encode(t *testing.T, path string) map[eris.Reference][]byte {
+func encode(t testing.TB, path string) map[eris.Reference][]byte {
 	t.Helper()
 	blocks := map[eris.Reference][]byte{}
 	var mu sync.Mutex
@@ -100,7 +100,7 @@ func encode(t *testing.T, path string) map[eris.Reference][]byte {
 	return blocks
 }
 
-func open(t *testing.T, directory, root string) *Table {
+func open(t testing.TB, directory, root string) *Table {
 	t.Helper()
 	table, err := Open(directory, root, t.Logf)
 	if err != nil {
@@ -110,7 +110,7 @@ func open(t *testing.T, directory, root string) *Table {
 	return table
 }
 
-func update(t *testing.T, table *Table, names ...string) {
+func update(t testing.TB, table *Table, names ...string) {
 	t.Helper()
 	if err := table.Update(t.Context(), names); err != nil {
 		t.Fatal(err)
@@ -119,7 +119,7 @@ func update(t *testing.T, table *Table, names ...string) {
 
 // missing asks for all blocks at a time, in both sizes, and returns how many there are not. What
 // comes must be right.
-func missing(t *testing.T, table *Table, blocks map[eris.Reference][]byte) (n int) {
+func missing(t testing.TB, table *Table, blocks map[eris.Reference][]byte) (n int) {
 	t.Helper()
 	var group sync.WaitGroup
 	var absent atomic.Int64
@@ -141,14 +141,14 @@ func missing(t *testing.T, table *Table, blocks map[eris.Reference][]byte) (n in
 	return int(absent.Load())
 }
 
-func wantAll(t *testing.T, table *Table, blocks map[eris.Reference][]byte) {
+func wantAll(t testing.TB, table *Table, blocks map[eris.Reference][]byte) {
 	t.Helper()
 	if n := missing(t, table, blocks); n > 0 {
 		t.Fatalf("%d of %d blocks are missing", n, len(blocks))
 	}
 }
 
-func runFiles(t *testing.T, directory string) []string {
+func runFiles(t testing.TB, directory string) []string {
 	t.Helper()
 	names, err := filepath.Glob(filepath.Join(directory, "*"+suffix))
 	if err != nil {

@@ -163,6 +163,9 @@ func (r *run) check() error {
 }
 
 func (r *run) parseItems(b []byte) error {
+	if r.blocks>>10 > math.MaxUint32 || r.paths > math.MaxUint32 {
+		return errDamaged
+	}
 	for len(b) > 0 {
 		if len(b) < 9 || len(b) < 9+int(b[8]) {
 			return errDamaged
@@ -170,6 +173,11 @@ func (r *run) parseItems(b []byte) error {
 		n := 9 + int(b[8])
 		r.items = append(r.items, &item{block: binary.BigEndian.Uint32(b), path: binary.BigEndian.Uint32(b[4:]), name: string(b[9:n])})
 		b = b[n:]
+	}
+	for n, i := range r.items { // what each of them has begins where the one before ends
+		if block, path := r.ends(n); block < i.block || path < i.path {
+			return errDamaged
+		}
 	}
 	return nil
 }
