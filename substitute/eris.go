@@ -182,9 +182,6 @@ func (j *job) openImage(ctx context.Context, a *attempt, c eris.ReadCapability, 
 // bar (Guix, guix/status.scm: print-build-event). A fragment is not a part of the name (RFC 8141,
 // section 2.3.3).
 func shownURN(c eris.ReadCapability, item string) string {
-	name := path.Base(item)
-	if _, after, ok := strings.Cut(name, "-"); ok {
-		name = after
-	}
+	_, name, _ := strings.Cut(path.Base(item), "-")
 	return c.URN() + "#/" + name
 }

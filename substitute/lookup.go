@@ -310,9 +310,7 @@ func (l *lookup) query(ctx context.Context, a *inquiry, todo []*item) {
 
 // sorted returns records in the order of their servers.
 func sorted(records []record) []record {
-	records = slices.Clone(records)
-	slices.SortFunc(records, func(a, b record) int { return a.server.index - b.server.index })
-	return records
+	return slices.SortedFunc(slices.Values(records), func(a, b record) int { return a.server.index - b.server.index })
 }
 
 // found decides about an item after the lookup; nil if it is not available.

@@ -16,6 +16,7 @@ package substitute
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -232,12 +233,9 @@ func downloadSize(n *narinfo.Narinfo) uint64 {
 // unique returns items without repetitions.
 func unique(items []string) []string {
 	seen := make(map[string]bool, len(items))
-	result := make([]string, 0, len(items))
-	for _, item := range items {
-		if !seen[item] {
-			seen[item] = true
-			result = append(result, item)
-		}
-	}
-	return result
+	return slices.DeleteFunc(slices.Clone(items), func(item string) bool {
+		again := seen[item]
+		seen[item] = true
+		return again
+	})
 }
