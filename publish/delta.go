@@ -330,18 +330,10 @@ func (c *counted) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// abandonedAfter is when a temporary file is one that nobody writes any more.
-const abandonedAfter = 24 * time.Hour
-
 // clean removes the oldest deltas where there are too many bytes of them, and what a process has
 // left behind that was killed.
 func (d *Deltas) clean() error {
-	abandoned, _ := filepath.Glob(filepath.Join(d.o.Directory, files.TemporaryPrefix+"*"))
-	for _, name := range abandoned {
-		if info, err := os.Lstat(name); err == nil && time.Since(info.ModTime()) > abandonedAfter {
-			os.Remove(name)
-		}
-	}
+	files.RemoveAbandoned(d.o.Directory)
 	names, err := filepath.Glob(filepath.Join(d.o.Directory, "*.delta"))
 	if err != nil {
 		return err

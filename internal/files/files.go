@@ -90,6 +90,20 @@ func temporary(directory, name string, mode fs.FileMode, locked bool) (*os.File,
 	return os.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode) // O_EXCL follows no link
 }
 
+// abandonedAfter is when a temporary file is one that nobody writes any more.
+const abandonedAfter = 24 * time.Hour
+
+// RemoveAbandoned removes temporary files from a directory that have not been written for a day:
+// what processes have left behind that were killed.
+func RemoveAbandoned(directory string) {
+	abandoned, _ := filepath.Glob(filepath.Join(directory, TemporaryPrefix+"*"))
+	for _, name := range abandoned {
+		if info, err := os.Lstat(name); err == nil && time.Since(info.ModTime()) > abandonedAfter {
+			os.Remove(name)
+		}
+	}
+}
+
 func fill(f *os.File, sync bool, write func(w io.Writer) error) error {
 	w := bufio.NewWriterSize(f, 64<<10)
 	if err := write(w); err != nil {

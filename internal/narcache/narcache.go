@@ -30,8 +30,6 @@ const (
 	usedEvery = time.Hour
 	// cleanEvery is when it is looked again what can be removed.
 	cleanEvery = 24 * time.Hour
-	// abandonedAfter is when a temporary file is one that nobody writes any more.
-	abandonedAfter = 24 * time.Hour
 )
 
 // A Cache keeps nars in files of the names that it is given. It is safe for concurrent use.
@@ -64,16 +62,13 @@ func (c *Cache) clean() {
 	if now-last < int64(cleanEvery/time.Second) || !c.cleaned.CompareAndSwap(last, now) {
 		return
 	}
+	files.RemoveAbandoned(c.directory)
 	entries, err := os.ReadDir(c.directory)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		c.log("%v", err)
 	}
 	for _, e := range entries {
-		after := c.ttl
-		if strings.HasPrefix(e.Name(), files.TemporaryPrefix) {
-			after = abandonedAfter
-		}
-		if info, err := e.Info(); err == nil && time.Since(info.ModTime()) > after {
+		if info, err := e.Info(); err == nil && time.Since(info.ModTime()) > c.ttl {
 			os.Remove(filepath.Join(c.directory, e.Name()))
 		}
 	}
