@@ -242,4 +242,4 @@ func (c *Candidate) Missed(ctx context.Context) error {
 
 // mostChecked is the length in bytes of the largest archive that is hashed to find out whether an
 // old item is corrupt.
-const mostChecked = 16 << 20
+const mostChecked = 4 << 20
