@@ -198,19 +198,11 @@ func (b *builtAgain) run(policy string) (sample, error) {
 	if err := appendTo(filepath.Join(b.w.www(), filepath.Base(n.StorePath)[:reuse.HashLength]+".narinfo"), b.delta.Text()+"\n"); err != nil {
 		return sample{}, err
 	}
-	there := b.w.url
-	if policy == "eris-only" {
-		there = b.w.storeTCP
-	}
-	line, err := slowLine(there)
+	line, url, blocks, err := b.w.lineFor(policy)
 	if err != nil {
 		return sample{}, err
 	}
 	defer line.Close()
-	url, blocks := "http://"+line.Addr(), ""
-	if policy == "eris-only" {
-		url, blocks = b.w.url, "coap+tcp://"+line.Addr()
-	}
 	s, err := b.w.helper(helperRun{
 		program: []string{b.w.binary}, mode: "substitute", arguments: []string{"--policy=" + policy}, url: url, store: b.store, fresh: true,
 		options:  "deduplicate=yes",

@@ -256,6 +256,19 @@ func slowLine(url string) (*link.Link, error) {
 	return link.New("tcp", "", address, up, down)
 }
 
+// lineFor is a slow line to what a policy gets an item from: the block store, or the substitute
+// server. It returns the URLs by which a helper reaches both, the other one without that line.
+func (w *workshop) lineFor(policy string) (line *link.Link, url, blocks string, err error) {
+	if policy == "eris-only" {
+		if line, err = slowLine(w.storeTCP); err == nil {
+			url, blocks = w.url, "coap+tcp://"+line.Addr()
+		}
+	} else if line, err = slowLine(w.url); err == nil {
+		url = "http://" + line.Addr()
+	}
+	return line, url, blocks, err
+}
+
 // passed is how many bytes have been on a line, in both directions.
 func passed(line *link.Link) int64 {
 	up, down := line.Bytes()
@@ -293,16 +306,12 @@ func narBlocksRows(w *workshop) ([]contestant, error) {
 	if err != nil {
 		return nil, err
 	}
-	row := func(policy, there string) (sample, error) {
-		line, err := slowLine(there)
+	row := func(policy string) (sample, error) {
+		line, url, blocks, err := w.lineFor(policy)
 		if err != nil {
 			return sample{}, err
 		}
 		defer line.Close()
-		url, blocks := "http://"+line.Addr(), ""
-		if policy == "eris-only" {
-			url, blocks = w.url, "coap+tcp://"+line.Addr()
-		}
 		d, err := w.destination()
 		if err != nil {
 			return sample{}, err
@@ -316,7 +325,7 @@ func narBlocksRows(w *workshop) ([]contestant, error) {
 		return s, err
 	}
 	return []contestant{
-		{"ours, from blocks of the nar by zstd, nothing kept", func() (sample, error) { return row("eris-only", w.storeTCP) }},
-		{"ours, from the nar by zstd", func() (sample, error) { return row("http-only", w.url) }},
+		{"ours, from blocks of the nar by zstd, nothing kept", func() (sample, error) { return row("eris-only") }},
+		{"ours, from the nar by zstd", func() (sample, error) { return row("http-only") }},
 	}, nil
 }

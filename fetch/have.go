@@ -3,7 +3,10 @@
 package fetch
 
 import (
+	"crypto/rand"
 	"errors"
+	mathrand "math/rand/v2"
+	"slices"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 )
@@ -27,6 +30,19 @@ const (
 	HavePrefix = 8
 	MaxHave    = 1024
 )
+
+// Question returns the question about up to MaxHave-1 references, in their order. At the place none
+// there is one more, at random, of a block that nobody can have: who claims to have it lies.
+func Question(refs []eris.Reference) (question []byte, none int) {
+	var random eris.Reference
+	rand.Read(random[:HavePrefix])
+	none = mathrand.IntN(len(refs) + 1)
+	question = make([]byte, 0, (len(refs)+1)*HavePrefix)
+	for _, ref := range slices.Insert(slices.Clone(refs), none, random) {
+		question = append(question, ref[:HavePrefix]...)
+	}
+	return question, none
+}
 
 // ErrCannotSay is wrapped by the error of a request with Have, of a source that does not understand
 // it. It says nothing about any block.

@@ -4,10 +4,7 @@ package peers
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
-	mathrand "math/rand/v2"
-	"slices"
 	"sync"
 	"time"
 
@@ -76,14 +73,7 @@ func (g *Group) put(q *question) {
 		}
 	}
 	g.mu.Unlock()
-	// One more, which nobody can have, tells those who claim to have everything.
-	none := mathrand.IntN(len(q.refs) + 1)
-	var random eris.Reference
-	rand.Read(random[:])
-	var prefixes []byte
-	for _, ref := range slices.Insert(slices.Clone(q.refs), none, random) {
-		prefixes = append(prefixes, ref[:fetch.HavePrefix]...)
-	}
+	prefixes, none := fetch.Question(q.refs)
 	said := make([][]byte, len(to))
 	ctx, cancel := context.WithTimeout(context.Background(), answerTime)
 	defer cancel()

@@ -3,10 +3,8 @@
 package pool
 
 import (
-	"encoding/binary"
 	"errors"
 	"math/bits"
-	"math/rand/v2"
 	"slices"
 	"time"
 
@@ -137,16 +135,13 @@ func (p *Pool) inquire(l *lookup, now time.Duration) {
 
 // ask asks all members that may answer it what is to be asked.
 func (p *Pool) ask(now time.Duration) {
-	question := slices.Insert(p.unasked, rand.IntN(len(p.unasked)+1), asked{})
-	p.unasked, p.askedAt = nil, now
-	var prefixes []byte
-	for _, x := range question {
-		if x.family == nil {
-			prefixes = binary.NativeEndian.AppendUint64(prefixes, rand.Uint64())
-		} else {
-			prefixes = append(prefixes, x.family.refs[x.nth][:fetch.HavePrefix]...)
-		}
+	var refs []eris.Reference
+	for _, x := range p.unasked {
+		refs = append(refs, x.family.refs[x.nth])
 	}
+	prefixes, none := fetch.Question(refs)
+	question := slices.Insert(p.unasked, none, asked{})
+	p.unasked, p.askedAt = nil, now
 	to := set(0)
 	for _, m := range p.far {
 		if p.askable&m.bit != 0 && m.usable(now) && !m.resting() {
