@@ -3,114 +3,51 @@
 package delta
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
 )
 
-// A base is an item that deltas are about. What it has below it is found from its descriptor, by
-// one name after the other, and no link is followed: no path leads out of it, whatever changes
-// meanwhile.
-type base struct {
-	name string
-	file *os.File // the directory, or the file if the item is one
-	dir  bool
-}
+// A base is the name of an item that deltas are about. What is below it is opened without following
+// any link: no path leads out of it, whatever changes meanwhile.
+type base string
 
-// openBase opens a directory or a file.
-func openBase(name string) (*base, error) {
-	fd, err := openAt(unix.AT_FDCWD, name, 0)
+// openBase finds a directory or a file. Links lead to the directory that it is in, but not to it.
+func openBase(name string) (base, error) {
+	parent, err := filepath.EvalSymlinks(filepath.Dir(name))
 	if err != nil {
-		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
+		return "", err
 	}
-	b := &base{name: name, file: os.NewFile(uintptr(fd), name)}
-	info, err := b.file.Stat()
+	name = filepath.Join(parent, filepath.Base(name))
+	info, err := os.Lstat(name)
 	if err == nil && !info.IsDir() && !info.Mode().IsRegular() {
 		err = fmt.Errorf("%s is neither a directory nor a regular file", name)
 	}
-	if err != nil {
-		b.close()
-		return nil, err
-	}
-	b.dir = info.IsDir()
-	return b, nil
+	return base(name), err
 }
-
-func (b *base) close() { b.file.Close() }
-
-// openAt opens a file for reading, not through a link, and without waiting for the writer of a
-// pipe.
-func openAt(directory int, name string, flags int) (int, error) {
-	for {
-		fd, err := unix.Openat(directory, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC|flags, 0)
-		if err != unix.EINTR {
-			return fd, err
-		}
-	}
-}
-
-var errNoRegular = errors.New("no regular file")
 
 // open opens the regular file at a path, which is empty if the base is a file, and returns its
 // length in bytes.
-func (b *base) open(path string) (f *os.File, size uint64, err error) {
-	defer func() {
-		if err != nil {
-			err = fmt.Errorf("file %q of %s: %w", path, b.name, err)
-		}
-	}()
-	fd, err := b.descriptor(path)
-	if err != nil {
-		return nil, 0, err
-	}
-	f = os.NewFile(uintptr(fd), b.name+"/"+path)
-	var st unix.Stat_t
-	err = unix.Fstat(fd, &st)
-	if err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG {
-		err = errNoRegular
-	}
-	if err != nil {
-		f.Close()
-		return nil, 0, err
-	}
-	return f, uint64(st.Size), nil
-}
-
-// descriptor opens what is at a path.
-func (b *base) descriptor(path string) (int, error) {
-	at := int(b.file.Fd())
-	if !b.dir {
-		if path != "" {
-			return -1, unix.ENOTDIR
-		}
-		fd, err := unix.FcntlInt(uintptr(at), unix.F_DUPFD_CLOEXEC, 0)
-		return fd, err
-	}
-	for first := true; ; first = false {
-		name, rest, more := strings.Cut(path, "/")
-		if err := nar.CheckName(name); err != nil {
-			if !first {
-				unix.Close(at)
+func (b base) open(path string) (f *os.File, size uint64, err error) {
+	name := string(b)
+	if path != "" {
+		for entry := range strings.SplitSeq(path, "/") {
+			if err == nil {
+				err = nar.CheckName(entry)
 			}
-			return -1, err
 		}
-		flags := 0
-		if more {
-			flags = unix.O_DIRECTORY
-		}
-		fd, err := openAt(at, name, flags)
-		if !first {
-			unix.Close(at)
-		}
-		if err != nil || !more {
-			return fd, err
-		}
-		at, path = fd, rest
+		name += "/" + path
 	}
+	var length int64
+	if err == nil {
+		f, length, err = reuse.OpenRegular(name)
+	}
+	if err != nil {
+		return nil, 0, fmt.Errorf("file %q of %s: %w", path, b, err)
+	}
+	return f, uint64(length), nil
 }

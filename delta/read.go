@@ -34,12 +34,13 @@ type Reader struct {
 	ctx      context.Context
 	o        ReadOptions
 	body     *bufio.Reader
-	base     *base
+	base     base
 	replacer *reuse.Replacer
-	zstd     *zstd.Decoder // of the index
+	copier   *reuse.Replacer // of nothing
+	zstd     *zstd.Decoder   // of the index
 	index    *bufio.Reader
 	decoder  decoder
-	pool     nar.Pool
+	pool     nar.Pool // of parts of pieces
 	failed   error
 
 	at      path
@@ -59,7 +60,7 @@ type contents struct {
 	left    uint64     // bytes that have not been read or decoded
 	old     *os.File   // nil without a base
 	oldSize uint64     // in bytes
-	feeder  nar.Feeder // of what is copied
+	feeder  nar.Feeder // of what is not in frames
 	rest    []byte     // of the piece
 }
 
@@ -67,7 +68,7 @@ type contents struct {
 // directory of that name; it is not followed if it is a link. The caller must call Close, and stop
 // a body that may wait for long. Reading stops when ctx is done.
 func NewReader(ctx context.Context, body io.Reader, base string, o ReadOptions) (*Reader, error) {
-	r := &Reader{ctx: ctx, o: o, body: bufio.NewReaderSize(body, 32<<10)}
+	r := &Reader{ctx: ctx, o: o, body: bufio.NewReaderSize(body, 32<<10), copier: reuse.NewReplacer(nil)}
 	if err := r.open(base); err != nil {
 		r.Close()
 		return nil, fmt.Errorf("delta: %w", err)
@@ -75,15 +76,12 @@ func NewReader(ctx context.Context, body io.Reader, base string, o ReadOptions) 
 	return r, nil
 }
 
-// Close lets go of the base.
+// Close lets go of what is open.
 func (r *Reader) Close() {
 	r.drop()
 	r.decoder.close()
 	if r.zstd != nil {
 		r.zstd.Close()
-	}
-	if r.base != nil {
-		r.base.close()
 	}
 	r.failed = errors.Join(r.failed, os.ErrClosed)
 }
@@ -178,7 +176,7 @@ func (r *Reader) drop() {
 
 // skip passes over what is left of the frames of the file under way.
 func (r *Reader) skip() error {
-	for r.file.left > 0 && (r.file.method == methodPatch || r.file.method == methodNew) {
+	for r.file.left > 0 && r.file.feeder == nil {
 		c, err := r.Contents()
 		if err != nil {
 			return err
@@ -310,13 +308,16 @@ func (r *Reader) begin(n *nar.Node) error {
 		return nil
 	}
 	if r.file.oldSize != n.Size {
-		return fmt.Errorf("file %q of %s has %d bytes instead of %d", from, r.base.name, r.file.oldSize, n.Size)
+		return fmt.Errorf("file %q of %s has %d bytes instead of %d", from, r.base, r.file.oldSize, n.Size)
 	}
-	if r.file.method == methodReplaced {
-		r.file.feeder = r.replacer.Contents(r.file.old, int64(n.Size))
-	} else if r.o.Link {
-		n.Same = r.file.old
+	replacer := r.replacer
+	if r.file.method == methodCopy {
+		replacer = r.copier
+		if r.o.Link {
+			n.Same = r.file.old
+		}
 	}
+	r.file.feeder = replacer.Contents(r.file.old, int64(n.Size))
 	return nil
 }
 
@@ -332,34 +333,16 @@ func (r *Reader) Contents() (nar.Chunk, error) {
 	err := r.ctx.Err()
 	var c nar.Chunk
 	if err == nil {
-		switch {
-		case f.method == methodCopy:
-			c, err = r.copied()
-		case f.method == methodReplaced:
-			if c, err = f.feeder.Next(); err == nil {
-				f.left -= uint64(len(c.Bytes))
-			}
-		default:
+		if f.feeder == nil {
 			c, err = r.decoded()
+		} else if c, err = f.feeder.Next(); err == nil {
+			f.left -= uint64(len(c.Bytes))
 		}
 	}
 	if err != nil {
 		r.failed = fmt.Errorf("delta: file %q: %w", f.path, unexpected(err))
 	}
 	return c, r.failed
-}
-
-// copied returns the next piece of the file of the base.
-func (r *Reader) copied() (nar.Chunk, error) {
-	f := &r.file
-	c := r.pool.Get()
-	c.Bytes = c.Bytes[:min(uint64(len(c.Bytes)), f.left)]
-	if _, err := f.old.ReadAt(c.Bytes, int64(f.oldSize-f.left)); err != nil {
-		c.Release()
-		return nar.Chunk{}, err
-	}
-	f.left -= uint64(len(c.Bytes))
-	return c, nil
 }
 
 // decoded returns a part of a piece.

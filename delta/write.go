@@ -49,7 +49,6 @@ func write(ctx context.Context, w io.Writer, tree, base string, o WriteOptions) 
 	if err != nil {
 		return 0, err
 	}
-	defer b.close()
 	frames, err := os.CreateTemp(o.Scratch, ".delta-")
 	if err != nil {
 		return 0, err
@@ -87,7 +86,7 @@ func write(ctx context.Context, w io.Writer, tree, base string, o WriteOptions) 
 type writer struct {
 	ctx      context.Context
 	o        WriteOptions
-	base     *base
+	base     base
 	replacer *reuse.Replacer
 	codec    codec
 
@@ -245,7 +244,7 @@ func (w *writer) file(path string, f *os.File, size uint64) error {
 
 // compare returns the method for a file of the same size as its base.
 func (w *writer) compare(f, old *os.File, size int64) (method, error) {
-	same, err := w.same(f, size, nar.FeedReader(io.NewSectionReader(old, 0, size), nar.PieceSize))
+	same, err := w.same(f, size, reuse.NewReplacer(nil).Contents(old, size))
 	if same || err != nil {
 		return methodCopy, err
 	}

@@ -18,17 +18,15 @@ import (
 type Base struct {
 	ctx      context.Context
 	workshop workshop
-	link     bool     // see [Nodes]
-	back     *table   // from names in the new item to those in the old one
-	patches  sync.Map // []patch of the files that are repaired, by path
+	link     bool      // see [Nodes]
+	back     *Replacer // from names in the new item to those in the old one
+	patches  sync.Map  // []patch of the files that are repaired, by path
 }
 
 // Base returns the old item as a base, which is of use where the item as a whole is not. Programs
 // of Go are rewritten like other files. Without a database the old item may be read to find out
 // what it refers to; errors are those of that. The context ends all reading.
 func (c *Candidate) Base(ctx context.Context) (*Base, error) {
-	w := c.workshop()
-	w.foreign = false
 	if c.Hopeless {
 		var references []string
 		var err error
@@ -37,14 +35,15 @@ func (c *Candidate) Base(ctx context.Context) (*Base, error) {
 		} else if references, err = c.finder.references(ctx, c.old); err != nil {
 			return nil, err
 		}
-		c.pairs = some(c.old, w.new, references, c.want.References)
-		w.table = newTable(c.pairs)
+		c.pairs = Replacements(c.old, filepath.Base(c.want.StorePath), references, c.want.References)
 	}
-	back := make([]pair, len(c.pairs))
+	w := c.workshop()
+	w.foreign = false
+	back := make([]Replacement, len(c.pairs))
 	for i, p := range c.pairs {
-		back[i] = pair{p.new, p.old}
+		back[i] = Replacement{p.New, p.Old}
 	}
-	return &Base{ctx: ctx, workshop: *w, link: c.info != nil, back: newTable(back)}, nil
+	return &Base{ctx: ctx, workshop: *w, link: c.info != nil, back: NewReplacer(back)}, nil
 }
 
 // Differs notes that the base differs from the item in too much. It is no candidate any more, once
@@ -63,14 +62,14 @@ func (b *Base) path(path string) (relative, full string) {
 // the database says that the old item is complete.
 func (b *Base) File(path string, plain bool) (node nar.Node, c nar.Feeder, done func() (plain bool), err error) {
 	relative, full := b.path(path)
-	f, size := openRegular(full)
-	if f == nil {
-		return node, nil, nil, fmt.Errorf("%s is no file any more", full)
+	f, size, err := OpenRegular(full)
+	if err != nil {
+		return node, nil, nil, fmt.Errorf("%s: %w", full, err)
 	}
 	node.Size = uint64(size)
 	opened := &contents{}
 	if plain {
-		opened.stream = b.workshop.stream(f, 0, size)
+		opened.stream = b.workshop.table.stream(f, 0, size)
 		if b.link {
 			node.Same = f
 		}
@@ -97,9 +96,9 @@ func (b *Base) File(path string, plain bool) (node nar.Node, c nar.Feeder, done 
 // file.
 func (b *Base) ReadPart(path string, p []byte, offset int64) (n int, err error) {
 	_, full := b.path(path)
-	f, size := openRegular(full)
-	if f == nil {
-		return 0, fs.ErrNotExist
+	f, size, err := OpenRegular(full)
+	if err != nil {
+		return 0, err
 	}
 	defer f.Close()
 	// With what there may be of a hash before and behind.
@@ -109,7 +108,7 @@ func (b *Base) ReadPart(path string, p []byte, offset int64) (n int, err error) 
 	if offset > size || to-from > nar.PieceSize {
 		return 0, fs.ErrInvalid
 	}
-	c := b.workshop.pool.Get()
+	c := table.pool.Get()
 	defer c.Release()
 	piece := c.Bytes[:to-from]
 	if _, err := f.ReadAt(piece, from); err != nil {

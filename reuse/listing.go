@@ -102,21 +102,21 @@ func (l *Listing) birth(name string) (int64, error) {
 // named returns the items whose names end like that of item, the newest first.
 func (l *Listing) named(item string) ([]string, error) {
 	return l.Like(item, false, func(name, item string) bool {
-		return len(name) == len(item) && strings.HasSuffix(name, item[hashLen:])
+		return len(name) == len(item) && strings.HasSuffix(name, item[HashLength:])
 	})
 }
 
 // all returns a table of the hashes of all items.
-func (l *Listing) all() (*table, error) {
+func (l *Listing) all() (*Replacer, error) {
 	names, err := l.read()
 	if err != nil {
 		return nil, err
 	}
 	// Beside an item may be files of the daemon that are named after it; those have longer names.
 	names = slices.SortedFunc(slices.Values(names), func(a, b string) int { return len(b) - len(a) })
-	pairs := make([]pair, len(names))
+	pairs := make([]Replacement, len(names))
 	for i, name := range names {
-		pairs[i] = pair{name, name}
+		pairs[i] = Replacement{name, name}
 	}
-	return newTable(pairs), nil
+	return NewReplacer(pairs), nil
 }

@@ -21,24 +21,23 @@ type group struct{ old, new []string }
 // digits only. Where several have the same name there are several ways, of which it returns the
 // first few. It returns none if a reference has no counterpart: what is found in the contents would
 // be another set of references then.
-func mappings(old, new string, oldRefs, newRefs []string) [][]pair {
+func mappings(old, new string, oldRefs, newRefs []string) [][]Replacement {
 	oldRefs, newRefs = without(oldRefs, newRefs, old), without(newRefs, oldRefs, new)
 	if !all(oldRefs, newRefs) {
 		return nil
 	}
-	groups := byName(&oldRefs, &newRefs, func(name string) string { return name })
-	groups = append(groups, byName(&oldRefs, &newRefs, withoutDigits)...)
+	found := groups(&oldRefs, &newRefs)
 	if len(oldRefs)+len(newRefs) > 0 {
 		return nil
 	}
-	ways := [][]pair{{{old, new}}}
-	for _, g := range groups {
-		var longer [][]pair
+	ways := [][]Replacement{{{old, new}}}
+	for _, g := range found {
+		var longer [][]Replacement
 		for _, order := range orders(g.new, maxTries) {
 			for _, way := range ways {
 				way = slices.Clone(way)
 				for i := range order {
-					way = append(way, pair{g.old[i], order[i]})
+					way = append(way, Replacement{g.old[i], order[i]})
 				}
 				longer = append(longer, way)
 			}
@@ -48,13 +47,26 @@ func mappings(old, new string, oldRefs, newRefs []string) [][]pair {
 	return ways
 }
 
-// some returns what can be replaced where not all references have a counterpart.
-func some(old, new string, oldRefs, newRefs []string) []pair {
-	var pairs []pair
-	for _, r := range Replacements(old, new, oldRefs, newRefs) {
-		pairs = append(pairs, pair{r.Old, r.New})
+// Replacements returns what has to be replaced in an old item to make it more like a new one: the
+// hash of the item itself, and those of references of which it can be told by their names, or else
+// by their names without digits, which one takes the place of which. All are names of store items.
+func Replacements(old, new string, oldRefs, newRefs []string) []Replacement {
+	oldRefs, newRefs = without(oldRefs, newRefs, old), without(newRefs, oldRefs, new)
+	if !all([]string{old, new}, oldRefs, newRefs) {
+		return nil
 	}
-	return pairs
+	var list []Replacement
+	seen := map[string]bool{}
+	for _, g := range append(groups(&oldRefs, &newRefs), group{[]string{old}, []string{new}}) {
+		for i := range g.old {
+			r := Replacement{g.old[i][:HashLength], g.new[i][:HashLength]}
+			if !seen[r.Old] && r.Old != r.New {
+				seen[r.Old] = true
+				list = append(list, r)
+			}
+		}
+	}
+	return list
 }
 
 // without returns refs less those that are in others and the item itself, in order.
@@ -71,38 +83,40 @@ func without(refs, others []string, itself string) []string {
 
 // all reports whether all are names of store items.
 func all(lists ...[]string) bool {
-	for _, list := range lists {
-		for _, name := range list {
-			if narinfo.CheckStoreName(name) != nil {
-				return false
-			}
-		}
-	}
-	return true
+	return !slices.ContainsFunc(slices.Concat(lists...), func(name string) bool { return narinfo.CheckStoreName(name) != nil })
+}
+
+// groups takes out of both lists what belongs together by name, or else by name without digits.
+func groups(old, new *[]string) []group {
+	same := byName(old, new, func(name string) string { return name })
+	return append(same, byName(old, new, withoutDigits)...)
 }
 
 // byName takes out of both lists the references of which there are as many in one as in the other
 // with the same key, which follows from what comes after the hash.
 func byName(old, new *[]string, key func(name string) string) []group {
-	groups := map[string]*group{}
+	found := map[string]*group{}
 	var keys []string
-	add := func(list []string, to func(*group) *[]string) {
-		for _, ref := range list {
-			k := key(ref[hashLen:])
-			if groups[k] == nil {
-				groups[k] = &group{}
-				keys = append(keys, k)
-			}
-			l := to(groups[k])
-			*l = append(*l, ref)
+	of := func(ref string) *group {
+		k := key(ref[HashLength:])
+		if found[k] == nil {
+			found[k] = &group{}
+			keys = append(keys, k)
 		}
+		return found[k]
 	}
-	add(*old, func(g *group) *[]string { return &g.old })
-	add(*new, func(g *group) *[]string { return &g.new })
+	for _, ref := range *old {
+		g := of(ref)
+		g.old = append(g.old, ref)
+	}
+	for _, ref := range *new {
+		g := of(ref)
+		g.new = append(g.new, ref)
+	}
 	*old, *new = nil, nil
 	var whole []group
 	for _, k := range keys {
-		if g := groups[k]; len(g.old) == len(g.new) {
+		if g := found[k]; len(g.old) == len(g.new) {
 			whole = append(whole, *g)
 		} else {
 			*old, *new = append(*old, g.old...), append(*new, g.new...)

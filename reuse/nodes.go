@@ -3,6 +3,7 @@
 package reuse
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -93,7 +94,7 @@ func (c *contents) Next() (nar.Chunk, error) {
 	if c.stream == nil {
 		return nar.Chunk{}, io.EOF
 	}
-	return c.stream.next()
+	return c.stream.Next()
 }
 
 // open begins with a file that is not empty, of the old item, where it is at a path below that.
@@ -103,9 +104,9 @@ func (w *workshop) open(ctx context.Context, f *os.File, path string, link bool,
 	if err != nil {
 		return c, err
 	}
-	c.stream = w.stream(f, 0, int64(node.Size))
+	c.stream = w.table.stream(f, 0, int64(node.Size))
 	c.stream.patches = patches
-	if c.first, err = c.stream.next(); err != nil {
+	if c.first, err = c.stream.Next(); err != nil {
 		return contents{}, err
 	}
 	if node.Unique = len(patches) > 0 || c.stream.changed; node.Unique || !link || node.Size < leastLinked {
@@ -113,16 +114,21 @@ func (w *workshop) open(ctx context.Context, f *os.File, path string, link bool,
 	}
 	// It is read twice if it has no hash, and up to the first hash.
 	read := c.stream.offset
-	if err := c.stream.each(func([]byte) {}, func() bool { return c.stream.changed || ctx.Err() != nil }); err != nil {
-		c.drop()
-		return c, err
+	for _, err := range c.stream.pieces() {
+		if err = cmp.Or(err, ctx.Err()); err != nil {
+			c.drop()
+			return c, err
+		}
+		if c.stream.changed {
+			break
+		}
 	}
 	if node.Unique = c.stream.changed; !node.Unique {
 		node.Same = f
 	}
 	if c.stream.offset > read {
 		c.drop()
-		c.stream = w.stream(f, 0, int64(node.Size))
+		c.stream = w.table.stream(f, 0, int64(node.Size))
 	}
 	return c, nil
 }

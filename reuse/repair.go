@@ -34,8 +34,7 @@ type workshop struct {
 	store    string
 	old, new string // names of the items
 	foreign  bool   // other references change than that to itself
-	table    *table
-	pool     *nar.Pool
+	table    *Replacer
 	names    func() ([]string, error) // of all items of the store
 }
 
@@ -56,16 +55,14 @@ func (w *workshop) repairs(f io.ReaderAt, path string, size int64) ([]patch, err
 	return nil, nil
 }
 
-// stream is the rewritten contents of a part of a file.
-func (w *workshop) stream(f io.ReaderAt, start, size int64) *stream {
-	return &stream{table: w.table, pool: w.pool, file: f, start: start, size: size, piece: nar.PieceSize}
-}
-
 // crc returns the CRC-32 of a part of a file, before and after rewriting.
 func (w *workshop) crc(f io.ReaderAt, start, size int64) (old, new uint32, err error) {
-	s := w.stream(f, start, size)
-	if err := s.each(func(b []byte) { new = crc32.Update(new, crc32.IEEETable, b) }, nil); err != nil {
-		return 0, 0, err
+	s := w.table.stream(f, start, size)
+	for b, err := range s.pieces() {
+		if err != nil {
+			return 0, 0, err
+		}
+		new = crc32.Update(new, crc32.IEEETable, b)
 	}
 	if !s.changed {
 		return new, new, nil
@@ -131,7 +128,7 @@ func (w *workshop) debugCRC(file, name string, old uint32) (uint32, bool) {
 	directory := path.Dir(file)
 	debugItems := w.debugItems()
 	for _, item := range debugItems {
-		if f, size := openRegular(path.Join(w.store, item, "lib/debug", w.store, w.new, directory, name)); f != nil {
+		if f, size, err := OpenRegular(path.Join(w.store, item, "lib/debug", w.store, w.new, directory, name)); err == nil {
 			defer f.Close()
 			sum := crc32.NewIEEE()
 			_, err := io.Copy(sum, io.NewSectionReader(f, 0, size))
@@ -147,8 +144,8 @@ func (w *workshop) debugCRC(file, name string, old uint32) (uint32, bool) {
 		places = append(places, path.Join(w.store, item, "lib/debug", itself, directory))
 	}
 	for _, place := range places {
-		f, size := openRegular(path.Join(place, name))
-		if f == nil {
+		f, size, err := OpenRegular(path.Join(place, name))
+		if err != nil {
 			continue
 		}
 		was, is, err := w.crc(f, 0, size)
@@ -167,11 +164,11 @@ func (w *workshop) debugItems() []string {
 		return nil
 	}
 	// The name of an output other than "out" ends with that of the output.
-	name := w.old[hashLen:]
+	name := w.old[HashLength:]
 	shorter := name[:max(1, strings.LastIndexByte(name, '-'))]
 	var found []string
 	for _, n := range names {
-		if n[hashLen:] == name+"-debug" || n[hashLen:] == shorter+"-debug" {
+		if n[HashLength:] == name+"-debug" || n[HashLength:] == shorter+"-debug" {
 			found = append(found, n)
 		}
 	}
@@ -189,8 +186,8 @@ func (w *workshop) python(head [16]byte, file string) ([]patch, error) {
 	}
 	directory, name := path.Split(file)
 	name, _, _ = strings.Cut(name, ".")
-	f, size := openRegular(path.Join(w.store, w.old, strings.TrimSuffix(directory, "__pycache__/"), name+".py"))
-	if f == nil {
+	f, size, err := OpenRegular(path.Join(w.store, w.old, strings.TrimSuffix(directory, "__pycache__/"), name+".py"))
+	if err != nil {
 		return nil, nil
 	}
 	defer f.Close()
@@ -340,21 +337,24 @@ func (w *workshop) member(f io.ReaderAt, size int64, header []byte, at int64) []
 	return patches
 }
 
-// openRegular opens a regular file and returns its length. It returns nil if there is none. Whoever
-// has built an item may have put links into it, or a pipe; so no link in the path is followed, and
-// nothing is waited for.
-func openRegular(path string) (*os.File, int64) {
+// OpenRegular opens a regular file and returns its length. Whoever has built an item may have put
+// links into it, or a pipe; so no link in the path is followed, and nothing is waited for. It fails
+// before Linux 5.6.
+func OpenRegular(path string) (*os.File, int64, error) {
 	fd, err := unix.Openat2(unix.AT_FDCWD, path, &unix.OpenHow{
 		Flags: unix.O_RDONLY | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS,
 	})
 	if err != nil {
-		return nil, 0 // also before Linux 5.6
+		return nil, 0, err
 	}
 	f := os.NewFile(uintptr(fd), path)
-	var st unix.Stat_t
-	if unix.Fstat(fd, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFREG {
-		f.Close()
-		return nil, 0
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = errors.New("no regular file")
 	}
-	return f, st.Size
+	if err != nil {
+		f.Close()
+		return nil, 0, err
+	}
+	return f, info.Size(), nil
 }

@@ -11,6 +11,7 @@
 package reuse
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -74,8 +75,8 @@ type Candidate struct {
 	old     string           // name
 	info    *narinfo.Narinfo // of the old item; nil without a database
 	want    *narinfo.Narinfo
-	pairs   []pair   // nil if it is hopeless
-	records []record // what to remember if it fails
+	pairs   []Replacement // nil if it is hopeless
+	records []record      // what to remember if it fails
 }
 
 // Find yields what the item of an authorised narinfo may be made of, the best first: items of the
@@ -111,9 +112,9 @@ func (f *Finder) Find(ctx context.Context, want *narinfo.Narinfo) iter.Seq[*Cand
 // candidates returns the ways to make an item of the old one of the given name, or a hopeless one.
 func (f *Finder) candidates(ctx context.Context, name, item string, want *narinfo.Narinfo) []*Candidate {
 	useless := newRecord(name, want.NarDigest, noOrder)
-	info, err := f.Database(ctx, name[:hashLen])
+	info, err := f.Database(ctx, name[:HashLength])
 	var references []string
-	var ways [][]pair
+	var ways [][]Replacement
 	switch {
 	case errors.Is(err, ErrNoDatabase):
 		// Nothing can be known before it has been read, which is not done in vain twice.
@@ -158,7 +159,7 @@ func (f *Finder) references(ctx context.Context, name string) ([]string, error) 
 		return nil, err
 	}
 	found := map[string]bool{}
-	all.found = func(p pair) { found[p.old] = true }
+	all.found = func(p Replacement) { found[p.Old] = true }
 	tree := nar.NewTree(f.StoreDir + "/" + name)
 	defer tree.Close()
 	for {
@@ -170,15 +171,10 @@ func (f *Finder) references(ctx context.Context, name string) ([]string, error) 
 		}
 		all.text(n.Name)
 		all.text(n.Target)
-		if n.Size == 0 {
-			continue
-		}
-		s := &stream{table: all, pool: &f.pool, file: tree.File(), size: int64(n.Size), piece: nar.PieceSize}
-		if err := s.each(func([]byte) {}, func() bool { return ctx.Err() != nil }); err != nil {
-			return nil, err
-		}
-		if err := ctx.Err(); err != nil {
-			return nil, err
+		for _, err := range all.stream(tree.File(), 0, int64(n.Size)).pieces() {
+			if err = cmp.Or(err, ctx.Err()); err != nil {
+				return nil, err
+			}
 		}
 	}
 }
@@ -201,9 +197,11 @@ func (c *Candidate) Nodes(ctx context.Context) *Nodes {
 }
 
 func (c *Candidate) workshop() *workshop {
+	table := NewReplacer(c.pairs)
+	table.pool = &c.finder.pool
 	return &workshop{
 		store: c.finder.StoreDir, old: c.old, new: filepath.Base(c.want.StorePath),
-		foreign: len(c.pairs) > 1, table: newTable(c.pairs), pool: &c.finder.pool, names: c.finder.listing.read,
+		foreign: len(c.pairs) > 1, table: table, names: c.finder.listing.read,
 	}
 }
 

@@ -71,7 +71,7 @@ func TestOrders(t *testing.T) {
 	s := newTestStore(t)
 	_, want := s.both("x-1.0", []string{"y-1.0", "y-1.0"}, func(_ string, refs []string) map[string]string {
 		first, second := 0, 1
-		if strings.Compare(refs[0], refs[1]) > 0 != (refs[0][:hashLen] == hash(1001)) {
+		if strings.Compare(refs[0], refs[1]) > 0 != (refs[0][:HashLength] == hash(1001)) {
 			first, second = 1, 0
 		}
 		return map[string]string{"a": refs[first], "b": refs[second] + plain}
@@ -90,21 +90,21 @@ func TestOrders(t *testing.T) {
 
 func TestMappings(t *testing.T) {
 	h := func(i int, name string) string { return hash(i) + "-" + name }
-	itself := pair{h(1, "x"), h(2, "x")}
+	itself := Replacement{h(1, "x"), h(2, "x")}
 	for _, test := range []struct {
 		name     string
 		old, new []string
-		want     [][]pair
+		want     [][]Replacement
 	}{
-		{"no references", nil, nil, [][]pair{{itself}}},
-		{"itself", []string{h(1, "x")}, []string{h(2, "x")}, [][]pair{{itself}}},
-		{"only the old one refers to itself", []string{h(1, "x")}, nil, [][]pair{{itself}}},
-		{"the same", []string{h(3, "a")}, []string{h(3, "a")}, [][]pair{{itself}}},
+		{"no references", nil, nil, [][]Replacement{{itself}}},
+		{"itself", []string{h(1, "x")}, []string{h(2, "x")}, [][]Replacement{{itself}}},
+		{"only the old one refers to itself", []string{h(1, "x")}, nil, [][]Replacement{{itself}}},
+		{"the same", []string{h(3, "a")}, []string{h(3, "a")}, [][]Replacement{{itself}}},
 		{"by name", []string{h(3, "a"), h(4, "b")}, []string{h(6, "b"), h(5, "a")},
-			[][]pair{{itself, {h(3, "a"), h(5, "a")}, {h(4, "b"), h(6, "b")}}}},
-		{"by digits", []string{h(3, "a-1.2")}, []string{h(5, "a-1.3")}, [][]pair{{itself, {h(3, "a-1.2"), h(5, "a-1.3")}}}},
+			[][]Replacement{{itself, {h(3, "a"), h(5, "a")}, {h(4, "b"), h(6, "b")}}}},
+		{"by digits", []string{h(3, "a-1.2")}, []string{h(5, "a-1.3")}, [][]Replacement{{itself, {h(3, "a-1.2"), h(5, "a-1.3")}}}},
 		{"by name, then by digits", []string{h(3, "a-1.2"), h(4, "a-1.3")}, []string{h(5, "a-1.3"), h(6, "a-1.4")},
-			[][]pair{{itself, {h(4, "a-1.3"), h(5, "a-1.3")}, {h(3, "a-1.2"), h(6, "a-1.4")}}}},
+			[][]Replacement{{itself, {h(4, "a-1.3"), h(5, "a-1.3")}, {h(3, "a-1.2"), h(6, "a-1.4")}}}},
 		{"another length", []string{h(3, "a-1.9")}, []string{h(5, "a-1.10")}, nil},
 		{"one more", []string{h(3, "a")}, []string{h(5, "a"), h(6, "b")}, nil},
 		{"one less", []string{h(3, "a"), h(4, "b")}, []string{h(5, "a")}, nil},
@@ -112,7 +112,7 @@ func TestMappings(t *testing.T) {
 	} {
 		got := mappings(h(1, "x"), h(2, "x"), test.old, test.new)
 		for _, way := range append(got, test.want...) {
-			slices.SortFunc(way[1:], func(a, b pair) int { return strings.Compare(a.old, b.old) })
+			slices.SortFunc(way[1:], func(a, b Replacement) int { return strings.Compare(a.Old, b.Old) })
 		}
 		if !reflect.DeepEqual(got, test.want) {
 			t.Errorf("%s: %v instead of %v", test.name, got, test.want)
@@ -224,8 +224,8 @@ func TestSharedWithOld(t *testing.T) {
 // TestGates has old items of which nothing can be made, and that is known without reading them.
 func TestGates(t *testing.T) {
 	for name, change := range map[string]func(s *testStore, old string, want *narinfo.Narinfo){
-		"wrong size in the database": func(s *testStore, old string, _ *narinfo.Narinfo) { s.items[old[:hashLen]].NarSize++ },
-		"not in the database":        func(s *testStore, old string, _ *narinfo.Narinfo) { delete(s.items, old[:hashLen]) },
+		"wrong size in the database": func(s *testStore, old string, _ *narinfo.Narinfo) { s.items[old[:HashLength]].NarSize++ },
+		"not in the database":        func(s *testStore, old string, _ *narinfo.Narinfo) { delete(s.items, old[:HashLength]) },
 		"another name": func(s *testStore, _ string, want *narinfo.Narinfo) {
 			want.StorePath = s.dir + "/" + hash(77) + "-yx-1.0"
 		},
@@ -416,7 +416,7 @@ func TestKills(t *testing.T) {
 			t.Fatal(err)
 		}
 		old := filepath.Base(names[0])
-		s.items[old[:hashLen]] = &narinfo.Narinfo{StorePath: names[0], References: []string{hash(1001) + "-bash-5.1"}}
+		s.items[old[:HashLength]] = &narinfo.Narinfo{StorePath: names[0], References: []string{hash(1001) + "-bash-5.1"}}
 		want := &narinfo.Narinfo{StorePath: dir + "/" + hash(2000) + "-x-1.0", References: []string{hash(2001) + "-bash-5.1"}}
 		for c := range s.finder().Find(t.Context(), want) {
 			restore.Restore(t.Context(), telling{c.Nodes(t.Context())}, want.StorePath, restore.Options{LinksDirectory: dir + "/.links"})
@@ -528,7 +528,7 @@ func TestListing(t *testing.T) {
 
 // FuzzRepairs gives files to the repairs that are broken in any way.
 func FuzzRepairs(f *testing.F) {
-	table := newTable(somePairs())
+	table := NewReplacer(somePairs())
 	f.Add([]byte("\x7fELF\x02\x01\x01"), "bin/x")
 	f.Add([]byte("\xa7\r\r\n\x01\x00\x00\x00abcdefgh"), "x/__pycache__/x.cpython-311.pyc")
 	var b bytes.Buffer
@@ -542,7 +542,7 @@ func FuzzRepairs(f *testing.F) {
 	f.Add(b.Bytes(), "x.jar")
 	f.Fuzz(func(t *testing.T, contents []byte, path string) {
 		w := &workshop{
-			store: "/nonexistent", old: hash(1) + "-x", new: hash(2) + "-x", table: table, pool: new(nar.Pool),
+			store: "/nonexistent", old: hash(1) + "-x", new: hash(2) + "-x", table: table,
 			names: func() ([]string, error) { return nil, nil },
 		}
 		patches, err := w.repairs(bytes.NewReader(contents), path, int64(len(contents)))

@@ -5,13 +5,15 @@ package reuse
 import (
 	"encoding/binary"
 	"io"
+	"iter"
 	"math/bits"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
 const (
-	hashLen = 32 // characters of a hash in the name of a store item
+	// HashLength is the number of characters of the hash in the name of a store item.
+	HashLength = 32
 	// filterMultiplier spreads the first eight characters of a hash over a filter.
 	filterMultiplier = 0x9e3779b97f4a7c15
 )
@@ -24,53 +26,58 @@ var alphabet = func() (set [256]bool) {
 	return set
 }()
 
-// A pair is the full names of an old item and of the new one that takes its place.
-type pair struct{ old, new string }
+// A Replacement is an old item and the new one that takes its place: the hashes of their names, of
+// [HashLength] characters each, and what follows them, if that is to be replaced too.
+type Replacement struct{ Old, New string }
 
 // renamed reports whether what follows the hashes differs too.
-func (p pair) renamed() bool { return p.old[hashLen:] != p.new[hashLen:] }
+func (r Replacement) renamed() bool { return r.Old[HashLength:] != r.New[HashLength:] }
 
-// A table is what is replaced: hashes of old items, wherever they stand, by those of new ones, and,
-// where names differ, the old name behind the hash by the new one. A hash may be written in bytes,
-// or in the characters of UTF-16 or UTF-32 (as Guix, guix/build/graft.scm:
-// replace-store-references). Of matches that overlap the first one counts. A table is safe for
-// concurrent use.
-type table struct {
-	pairs  map[[hashLen]byte]pair
+// A Replacer replaces hashes of old items, wherever they stand, by those of new ones, and, where
+// names differ, the old name behind the hash by the new one. A hash may be written in bytes, or in
+// the characters of UTF-16 or UTF-32 (as Guix, guix/build/graft.scm: replace-store-references). Of
+// matches that overlap the first one counts. It is safe for concurrent use.
+type Replacer struct {
+	pairs  map[[HashLength]byte]Replacement
 	filter []uint64 // bits, by the first eight characters
 	shift  int
-	span   int        // bytes of the longest match
-	found  func(pair) // told about each match if not nil
+	span   int               // bytes of the longest match
+	found  func(Replacement) // told about each match if not nil
+	pool   *nar.Pool
 }
 
-func newTable(pairs []pair) *table {
+// NewReplacer returns a replacer. The old hashes must differ from each other.
+func NewReplacer(pairs []Replacement) *Replacer {
 	size := max(12, bits.Len(uint(16*len(pairs))))
-	t := &table{
-		pairs:  make(map[[hashLen]byte]pair, len(pairs)),
+	t := &Replacer{
+		pairs:  make(map[[HashLength]byte]Replacement, len(pairs)),
 		filter: make([]uint64, 1<<size/64),
 		shift:  64 - size,
-		span:   4*(hashLen-1) + 1,
+		span:   1,
+		pool:   new(nar.Pool),
 	}
 	for _, p := range pairs {
-		key := [hashLen]byte([]byte(p.old))
+		key := [HashLength]byte([]byte(p.Old))
 		t.pairs[key] = p
 		i := t.bit(key[:])
 		t.filter[i/64] |= 1 << (i % 64)
+		longest := HashLength
 		if p.renamed() {
-			t.span = max(t.span, 4*(len(p.old)-1)+1)
+			longest = len(p.Old)
 		}
+		t.span = max(t.span, 4*(longest-1)+1)
 	}
 	return t
 }
 
-func (t *table) bit(b []byte) uint64 {
+func (t *Replacer) bit(b []byte) uint64 {
 	return binary.LittleEndian.Uint64(b) * filterMultiplier >> t.shift
 }
 
 // A match is a hash that has been found: its first byte and how far apart its characters are.
 type match struct {
 	start, stride int
-	pair          pair
+	pair          Replacement
 }
 
 // next returns the first match that starts at from or later, but before limit, and ends in b.
@@ -79,25 +86,25 @@ type match struct {
 // hash that would have to hold it, so the window moves behind the last such byte: most bytes are
 // not looked at. It never moves by more than its length; so there is a window inside of each hash
 // in wider characters, whose last bytes give it away.
-func (t *table) next(b []byte, from, limit int) (match, bool) {
-	for p := from; p+hashLen <= len(b) && p < limit+hashLen; {
-		last := b[p+hashLen-1]
+func (t *Replacer) next(b []byte, from, limit int) (match, bool) {
+	for p := from; p+HashLength <= len(b) && p < limit+HashLength; {
+		last := b[p+HashLength-1]
 		if last != 0 && !alphabet[last] {
-			p += hashLen
+			p += HashLength
 			continue
 		}
-		if wideDigits(binary.LittleEndian.Uint64(b[p+hashLen-8:])) {
-			for i := max(from, p-hashLen+1); i <= p && i < limit; i++ {
+		if wideDigits(binary.LittleEndian.Uint64(b[p+HashLength-8:])) {
+			for i := max(from, p-HashLength+1); i <= p && i < limit; i++ {
 				if m, ok := t.wide(b, i); ok {
 					return m, true
 				}
 			}
 		}
 		if last == 0 {
-			p += hashLen
+			p += HashLength
 			continue
 		}
-		j := p + hashLen - 2
+		j := p + HashLength - 2
 		for j >= p && alphabet[b[j]] {
 			j--
 		}
@@ -116,10 +123,10 @@ func (t *table) next(b []byte, from, limit int) (match, bool) {
 
 // run looks for a hash in the run of digits at p, which is long enough for one. Without one it
 // returns the end of the run or where it stopped for the limit.
-func (t *table) run(b []byte, p, limit int) (m match, ok bool, end int) {
-	for end = p + hashLen; p < limit; p, end = p+1, end+1 {
+func (t *Replacer) run(b []byte, p, limit int) (m match, ok bool, end int) {
+	for end = p + HashLength; p < limit; p, end = p+1, end+1 {
 		if i := t.bit(b[p:]); t.filter[i/64]>>(i%64)&1 != 0 {
-			if pair, ok := t.pairs[[hashLen]byte(b[p:end])]; ok {
+			if pair, ok := t.pairs[[HashLength]byte(b[p:end])]; ok {
 				return match{p, 1, pair}, true, 0
 			}
 		}
@@ -145,7 +152,7 @@ func wideDigits(w uint64) bool {
 }
 
 // wide returns the match of wider characters that starts at i.
-func (t *table) wide(b []byte, i int) (match, bool) {
+func (t *Replacer) wide(b []byte, i int) (match, bool) {
 	if !alphabet[b[i]] || i+2 >= len(b) || b[i+1] != 0 {
 		return match{}, false
 	}
@@ -153,7 +160,7 @@ func (t *table) wide(b []byte, i int) (match, bool) {
 	if b[i+2] == 0 {
 		stride = 4
 	}
-	var key [hashLen]byte
+	var key [HashLength]byte
 	for k := range key {
 		c, ok := character(b, i+k*stride, stride, k == 0)
 		if !ok {
@@ -181,30 +188,40 @@ func character(b []byte, i, stride int, first bool) (byte, bool) {
 // replace puts the new hash in the place of the old one, and the new name if the old one follows.
 // It returns the end.
 func (m match) replace(b []byte) (end int) {
-	n := hashLen
+	n := HashLength
 	if m.pair.renamed() && m.named(b) {
-		n = len(m.pair.old)
+		n = len(m.pair.Old)
 	}
 	for k := range n {
-		b[m.start+k*m.stride] = m.pair.new[k]
+		b[m.start+k*m.stride] = m.pair.New[k]
 	}
 	return m.start + (n-1)*m.stride + 1
 }
 
 // named reports whether the old name follows the hash.
 func (m match) named(b []byte) bool {
-	for k := hashLen; k < len(m.pair.old); k++ {
-		if c, ok := character(b, m.start+k*m.stride, m.stride, false); !ok || c != m.pair.old[k] {
+	for k := HashLength; k < len(m.pair.Old); k++ {
+		if c, ok := character(b, m.start+k*m.stride, m.stride, false); !ok || c != m.pair.Old[k] {
 			return false
 		}
 	}
 	return true
 }
 
+// None reports whether there is nothing to replace.
+func (t *Replacer) None() bool { return len(t.pairs) == 0 }
+
+// Replace replaces what is whole in b.
+func (t *Replacer) Replace(b []byte) { t.rewrite(b, len(b)) }
+
+// Contents returns the first size bytes of a file, rewritten, piece by piece. A file that has
+// become shorter is an error.
+func (t *Replacer) Contents(f io.ReaderAt, size int64) nar.Feeder { return t.stream(f, 0, size) }
+
 // rewrite replaces all matches in b that start before limit. It returns the end of what is final
 // then, and whether there were any.
-func (t *table) rewrite(b []byte, limit int) (end int, changed bool) {
-	for {
+func (t *Replacer) rewrite(b []byte, limit int) (end int, changed bool) {
+	for !t.None() {
 		m, ok := t.next(b, end, limit)
 		if !ok {
 			return max(end, limit), changed
@@ -214,15 +231,16 @@ func (t *table) rewrite(b []byte, limit int) (end int, changed bool) {
 			t.found(m.pair)
 		}
 	}
+	return limit, false
 }
 
 // text is s with all matches replaced.
-func (t *table) text(s string) string {
-	if len(s) < hashLen {
+func (t *Replacer) text(s string) string {
+	if len(s) < HashLength {
 		return s
 	}
 	b := []byte(s)
-	t.rewrite(b, len(b))
+	t.Replace(b)
 	return string(b)
 }
 
@@ -243,8 +261,7 @@ func (p patch) apply(b []byte, offset int64) {
 
 // A stream is the contents of a file, or of a part of one, rewritten piece by piece.
 type stream struct {
-	table   *table
-	pool    *nar.Pool
+	table   *Replacer
 	file    io.ReaderAt
 	start   int64 // of the part in the file
 	size    int64
@@ -256,13 +273,18 @@ type stream struct {
 	changed bool   // a match has been replaced
 }
 
-// next returns the next piece, owned by the caller, and io.EOF after the last. What might be the
-// beginning of a match that ends in the next piece is left to that.
-func (s *stream) next() (nar.Chunk, error) {
+// stream returns a part of a file, rewritten.
+func (t *Replacer) stream(f io.ReaderAt, start, size int64) *stream {
+	return &stream{table: t, file: f, start: start, size: size, piece: nar.PieceSize}
+}
+
+// Next implements [nar.Feeder]. What might be the beginning of a match that ends in the next piece
+// is left to that.
+func (s *stream) Next() (nar.Chunk, error) {
 	if s.offset == s.size {
 		return nar.Chunk{}, io.EOF
 	}
-	c := s.pool.Get()
+	c := s.table.pool.Get()
 	n := int(min(int64(s.piece), s.size-s.offset))
 	c.Bytes = c.Bytes[:n]
 	known := copy(c.Bytes, s.carry)
@@ -285,19 +307,21 @@ func (s *stream) next() (nar.Chunk, error) {
 	return c, nil
 }
 
-// each calls f with all pieces, until done tells that no more are wanted; a nil done is never.
-func (s *stream) each(f func([]byte), done func() bool) error {
-	for done == nil || !done() {
-		c, err := s.next()
-		if err == io.EOF {
-			return nil
-		} else if err != nil {
-			return err
+// pieces yields all pieces, each until the next, or an error in place of the last.
+func (s *stream) pieces() iter.Seq2[[]byte, error] {
+	return func(yield func([]byte, error) bool) {
+		for {
+			c, err := s.Next()
+			if err == io.EOF {
+				return
+			}
+			more := yield(c.Bytes, err)
+			c.Release()
+			if !more || err != nil {
+				return
+			}
 		}
-		f(c.Bytes)
-		c.Release()
 	}
-	return nil
 }
 
 // unexpected is the error of a file that has become shorter.

@@ -10,12 +10,10 @@ import (
 	"strings"
 	"testing"
 	"unicode/utf16"
-
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
 // naive does what a table does, byte by byte.
-func naive(pairs []pair, b []byte) []byte {
+func naive(pairs []Replacement, b []byte) []byte {
 	at := func(b []byte, i, stride int, s string) bool {
 		for k := range len(s) {
 			if i+k*stride >= len(b) || b[i+k*stride] != s[k] {
@@ -34,12 +32,12 @@ next:
 	for i := 0; i < len(b); i++ {
 		for _, stride := range []int{1, 2, 4} {
 			for _, p := range pairs {
-				if !at(b, i, stride, p.old[:hashLen]) {
+				if !at(b, i, stride, p.Old[:HashLength]) {
 					continue
 				}
-				replaced := p.new[:hashLen]
-				if at(b, i, stride, p.old) {
-					replaced = p.new
+				replaced := p.New[:HashLength]
+				if at(b, i, stride, p.Old) {
+					replaced = p.New
 				}
 				for k := range len(replaced) {
 					b[i+k*stride] = replaced[k]
@@ -59,7 +57,7 @@ const smallPiece = 2 << 10
 func hash(i int) string {
 	const digits = "0123456789abcdfghijklmnpqrsvwxyz"
 	r := rand.New(rand.NewPCG(uint64(i), 1))
-	b := make([]byte, hashLen)
+	b := make([]byte, HashLength)
 	for k := range b {
 		b[k] = digits[r.IntN(len(digits))]
 	}
@@ -88,16 +86,24 @@ func forms(s string) []string {
 }
 
 // streamed is b as a stream rewrites it.
-func streamed(t testing.TB, pairs []pair, b []byte) []byte {
+func streamed(t testing.TB, pairs []Replacement, b []byte) []byte {
 	t.Helper()
-	s := &stream{table: newTable(pairs), pool: new(nar.Pool), file: bytes.NewReader(b), size: int64(len(b)), piece: smallPiece}
-	var got []byte
-	must(t, s.each(func(b []byte) { got = append(got, b...) }, nil))
-	return got
+	s := NewReplacer(pairs).stream(bytes.NewReader(b), 0, int64(len(b)))
+	s.piece = smallPiece
+	return whole(t, s)
 }
 
-func somePairs() []pair {
-	return []pair{
+func whole(t testing.TB, s *stream) (b []byte) {
+	t.Helper()
+	for piece, err := range s.pieces() {
+		must(t, err)
+		b = append(b, piece...)
+	}
+	return b
+}
+
+func somePairs() []Replacement {
+	return []Replacement{
 		{hash(1) + "-glibc-2.35", hash(2) + "-glibc-2.35"},
 		{hash(3) + "-lib-1.2", hash(4) + "-lib-1.3"},
 		{hash(2) + "-other", hash(1) + "-other"}, // one is the other's new one
@@ -109,7 +115,7 @@ func TestBoundaries(t *testing.T) {
 	pairs := somePairs()
 	for _, name := range []string{hash(1), hash(3) + "-lib-1.2/bin", hash(3) + "-lib-1.4", hash(1) + hash(2)} {
 		for form, s := range forms(name) {
-			table := newTable(pairs)
+			table := NewReplacer(pairs)
 			end := smallPiece - table.span + 1
 			for _, around := range []int{end, smallPiece} {
 				for start := around - len(s) - 1; start <= around+1; start++ {
@@ -138,26 +144,23 @@ func TestMatches(t *testing.T) {
 	} {
 		want := naive(pairs, []byte(test))
 		got := []byte(test)
-		newTable(pairs).rewrite(got, len(got))
+		NewReplacer(pairs).rewrite(got, len(got))
 		if !bytes.Equal(got, want) {
 			t.Errorf("%q becomes %q instead of %q", test, got, want)
 		}
 	}
-	if got := newTable(pairs).text("x" + a + "y"); got != "x"+b+"y" {
+	if got := NewReplacer(pairs).text("x" + a + "y"); got != "x"+b+"y" {
 		t.Errorf("a name becomes %q", got)
 	}
 }
 
 func TestPatches(t *testing.T) {
 	b := bytes.Repeat([]byte("."), 2*smallPiece)
-	table := newTable(somePairs())
+	table := NewReplacer(somePairs())
 	end := int64(smallPiece - table.span + 1)
-	s := &stream{
-		table: table, pool: new(nar.Pool), file: bytes.NewReader(b), size: int64(len(b)), piece: smallPiece,
-		patches: []patch{{0, []byte("first")}, {end - 2, []byte("middle")}, {int64(len(b)) - 4, []byte("last")}},
-	}
-	var got []byte
-	must(t, s.each(func(b []byte) { got = append(got, b...) }, nil))
+	s := table.stream(bytes.NewReader(b), 0, int64(len(b)))
+	s.piece, s.patches = smallPiece, []patch{{0, []byte("first")}, {end - 2, []byte("middle")}, {int64(len(b)) - 4, []byte("last")}}
+	got := whole(t, s)
 	for _, p := range s.patches {
 		copy(b[p.offset:], p.bytes)
 	}
@@ -172,8 +175,8 @@ func FuzzRewrite(f *testing.F) {
 	pairs := somePairs()
 	var pieces []string
 	for _, p := range pairs {
-		pieces = append(pieces, forms(p.old)...)
-		pieces = append(pieces, forms(p.old[:hashLen])...)
+		pieces = append(pieces, forms(p.Old)...)
+		pieces = append(pieces, forms(p.Old[:HashLength])...)
 	}
 	f.Add([]byte{0, 1, 2, 3, 200, 5})
 	f.Add([]byte("\x01\x1f0\x02\x3f\x00"))
@@ -194,13 +197,13 @@ func FuzzRewrite(f *testing.F) {
 		}
 		want := naive(pairs, b)
 		got := bytes.Clone(b)
-		newTable(pairs).rewrite(got, len(got))
+		NewReplacer(pairs).rewrite(got, len(got))
 		if !bytes.Equal(got, want) {
 			t.Fatalf("%q becomes %q instead of %q", b, got, want)
 		}
 		// Across the end of a piece too.
 		for _, shift := range []int{0, 40, 300} {
-			long := append(bytes.Repeat([]byte{'/'}, smallPiece-newTable(pairs).span-shift), b...)
+			long := append(bytes.Repeat([]byte{'/'}, smallPiece-NewReplacer(pairs).span-shift), b...)
 			if !bytes.Equal(streamed(t, pairs, long), naive(pairs, long)) {
 				t.Fatalf("%q after %d bytes is rewritten in another way", b, len(long)-len(b))
 			}
@@ -211,11 +214,11 @@ func FuzzRewrite(f *testing.F) {
 // BenchmarkRewrite measures what is done to each byte of a file: of text, of a program, and of
 // random bytes.
 func BenchmarkRewrite(b *testing.B) {
-	var pairs []pair
+	var pairs []Replacement
 	for i := range 200 {
-		pairs = append(pairs, pair{hash(2*i+10) + "-x", hash(2*i+11) + "-x"})
+		pairs = append(pairs, Replacement{hash(2*i+10) + "-x", hash(2*i+11) + "-x"})
 	}
-	table := newTable(pairs)
+	table := NewReplacer(pairs)
 	random := make([]byte, 1<<20)
 	r := rand.New(rand.NewPCG(1, 2))
 	for i := range random {

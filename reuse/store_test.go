@@ -80,7 +80,7 @@ func (s *testStore) register(name string, references ...string) *narinfo.Narinfo
 	n := &narinfo.Narinfo{
 		StorePath: built, NarDigest: [32]byte(h.Sum(nil)), NarSize: uint64(size), NarSizeKnown: true, References: references,
 	}
-	s.items[name[:hashLen]] = n
+	s.items[name[:HashLength]] = n
 	return n
 }
 
@@ -115,7 +115,7 @@ func (s *testStore) forget(name string) {
 	if err := restore.Remove(s.dir + "/" + name); err != nil {
 		s.t.Fatal(err)
 	}
-	delete(s.items, name[:hashLen])
+	delete(s.items, name[:HashLength])
 }
 
 // twice makes an item with each of two sets of hashes. The build is told the names of the item and
@@ -135,7 +135,7 @@ func (s *testStore) twice(name string, references []string, build func(item stri
 		return item
 	}
 	old, new := made(1), made(2)
-	want := s.items[new[:hashLen]]
+	want := s.items[new[:HashLength]]
 	s.forget(new)
 	return old, want
 }

@@ -66,16 +66,16 @@ func write(t testing.TB, path string, contents []byte) {
 func makeStore(t *testing.T) (root string, names []string) {
 	t.Helper()
 	root = t.TempDir()
-	for i := range 300 {
-		write(t, filepath.Join(root, "many", fmt.Sprint(i%7), fmt.Sprint(i)), random(uint64(i), 13*i))
+	for i := range 100 {
+		write(t, filepath.Join(root, "many", fmt.Sprint(i%7), fmt.Sprint(i)), random(uint64(i), 39*i))
 	}
 	for i, n := range []int{0, 1, 1023, 1024, 1025, 16383, 16384, 32767, 32768, 32769, 65536} {
 		write(t, filepath.Join(root, fmt.Sprint("file", n)), random(uint64(1000+i), n))
 		write(t, filepath.Join(root, "sizes", fmt.Sprint(n)), random(uint64(2000+i), n))
 		names = append(names, fmt.Sprint("file", n))
 	}
-	write(t, filepath.Join(root, "large", "random"), random(3000, 3<<20))
-	write(t, filepath.Join(root, "large", "zeros"), make([]byte, 2<<20))
+	write(t, filepath.Join(root, "large", "random"), random(3000, 600<<10))
+	write(t, filepath.Join(root, "large", "zeros"), make([]byte, 600<<10))
 	write(t, filepath.Join(root, "large", "zeros, small"), make([]byte, 9000))
 	write(t, filepath.Join(root, "odd", "file"), random(3001, 100000))
 	if err := errors.Join(os.Mkdir(filepath.Join(root, "odd", "empty"), 0o755), os.Symlink("nowhere", filepath.Join(root, "link"))); err != nil {
@@ -412,7 +412,7 @@ func TestKilled(t *testing.T) {
 	all := map[eris.Reference][]byte{}
 	for i := range 200 {
 		names = append(names, fmt.Sprint("item", i))
-		write(t, filepath.Join(root, names[i], "a"), random(uint64(i), 2000*i))
+		write(t, filepath.Join(root, names[i], "a"), random(uint64(i), 300*i))
 		write(t, filepath.Join(root, names[i], "b"), random(uint64(i), 30*i))
 		maps.Copy(all, encode(t, filepath.Join(root, names[i])))
 	}
