@@ -157,11 +157,10 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if response.StatusCode == http.StatusOK {
 		annotated, complete := a.annotate(r.Context(), text)
-		text = annotated
 		if !complete {
 			maxAge(w, temporaryTTL)
 		}
-		serveText(w, r, string(text))
+		serveText(w, r, annotated)
 		return
 	}
 	w.WriteHeader(response.StatusCode)
@@ -259,49 +258,49 @@ func (a *Annotator) encodeNar(ctx context.Context, path string, narHash [sha256.
 }
 
 // annotate adds to a narinfo what there is. It is not complete if there will be more soon.
-func (a *Annotator) annotate(ctx context.Context, text []byte) (annotated []byte, complete bool) {
+func (a *Annotator) annotate(ctx context.Context, text []byte) (annotated string, complete bool) {
 	n, err := narinfo.Parse(text)
 	if err != nil || n.CheckHash() != nil || narinfo.CheckStorePath(a.o.StoreDir, n.StorePath) != nil {
-		return text, true
+		return string(text), true
 	}
-	complete = true
-	if a.o.Capabilities != nil {
-		text, complete = a.withCapability(ctx, n)
+	values, complete := a.capabilities(ctx, n)
+	var lines []string
+	for _, v := range values {
+		lines = append(lines, v.Text())
 	}
-	if a.o.Deltas != nil {
-		deltas, all := a.o.Deltas.Known(n)
-		if len(deltas) > 0 {
-			text = []byte(withDeltas(strings.TrimRight(string(text), "\n")+"\n", deltas))
-		}
-		complete = complete && all
-	}
-	return text, complete
+	annotated, all := a.o.Deltas.addTo(withLines(n.Text(), lines), n)
+	return annotated, complete && all
 }
 
-// withCapability returns the text of a narinfo with a capability, if there is one.
-func (a *Annotator) withCapability(ctx context.Context, n *narinfo.Narinfo) (annotated []byte, complete bool) {
-	text := []byte(n.Text())
+// withLines returns the text of a narinfo with lines below the signature. The rest stays as it is
+// but for empty lines at the end, which would end the record.
+func withLines(text string, lines []string) string {
+	if len(lines) == 0 {
+		return text
+	}
+	return strings.TrimRight(text, "\n") + "\n" + strings.Join(lines, "\n") + "\n"
+}
+
+// capabilities returns what is to be added to a narinfo: nothing to one that has some.
+func (a *Annotator) capabilities(ctx context.Context, n *narinfo.Narinfo) (values []narinfo.ERIS, complete bool) {
+	if a.o.Capabilities == nil {
+		return nil, true
+	}
 	path := filepath.Join(a.o.Root, filepath.Base(n.StorePath))
 	_, known := a.o.Capabilities.Known(path, n.NarDigest)
-	if len(n.ERIS) > 0 {
-		// Nothing is to be added, but our store should have the blocks.
-		if _, err := os.Lstat(path); !known && err == nil {
-			a.o.Capabilities.FindLater(path, n.NarDigest)
-		}
-		return text, true
-	}
 	if !known {
 		if _, err := os.Lstat(path); err != nil {
-			return text, true
-		}
-		if n.NarSize > a.o.WaitFor {
-			a.o.Capabilities.FindLater(path, n.NarDigest)
-			return text, false
-		}
-		// What is in the store here was built here, perhaps, and is different.
-		if _, found, err := a.o.Capabilities.FindSoon(ctx, path, n.NarDigest); !found {
-			return text, err != nil
+			return nil, true
 		}
 	}
-	return []byte(withCapabilities(n, a.o.Capabilities.values(path))), true
+	if len(n.ERIS) > 0 {
+		// Nothing is to be added, but our store should have the blocks.
+		if !known {
+			a.o.Capabilities.FindLater(path, n.NarDigest)
+		}
+		return nil, true
+	}
+	// What is in the store here was built here, perhaps, and is different.
+	values, complete, err := a.o.Capabilities.find(ctx, path, n, a.o.WaitFor)
+	return values, complete || err != nil
 }

@@ -294,7 +294,7 @@ func (n *narContent) measure(w io.Writer) (size int64, err error) {
 	}
 	n.server.mu.Lock()
 	defer n.server.mu.Unlock()
-	keep(n.server.sizes, n.tag, count.offset)
+	keep(n.server.sizes, n.tag, count.offset, maxKept)
 	return count.offset, nil
 }
 

@@ -81,7 +81,7 @@ func TestParts(t *testing.T) {
 		return server(t, publish.ServerOptions{Root: directory, Items: items, Compressions: []string{"zstd", "gzip", "none"}}).URL
 	}
 	upstream := serve()
-	capabilities := publish.NewCapabilities(t.TempDir(), nil, logger(t))
+	capabilities := publish.NewCapabilities(t.TempDir(), nil, 2, logger(t))
 	defer capabilities.Close()
 	annotator, err := publish.NewAnnotator(publish.AnnotatorOptions{
 		Upstream: upstream, StoreDir: "/gnu/store", Root: directory, Capabilities: capabilities, WaitFor: 1 << 30, Log: logger(t),
@@ -337,7 +337,7 @@ func TestUnpublishable(t *testing.T) {
 		t.Fatal(err)
 	}
 	key := acl.GenerateSigningKey()
-	capabilities := publish.NewCapabilities(t.TempDir(), nil, logger(t))
+	capabilities := publish.NewCapabilities(t.TempDir(), nil, 2, logger(t))
 	defer capabilities.Close()
 	h := server(t, publish.ServerOptions{Root: directory, Items: items, Key: key, Capabilities: capabilities, WaitFor: 1 << 20})
 	for path, want := range map[string]int{
@@ -383,7 +383,7 @@ func TestDamagedCapability(t *testing.T) {
 		t.Fatal(err)
 	}
 	cache := t.TempDir()
-	c := publish.NewCapabilities(cache, nil, logger(t))
+	c := publish.NewCapabilities(cache, nil, 2, logger(t))
 	want, err := find(c, path, narHash)
 	c.Close()
 	if err != nil {
@@ -403,7 +403,7 @@ func TestDamagedCapability(t *testing.T) {
 			t.Fatal(err)
 		}
 		var logged atomic.Int64
-		c := publish.NewCapabilities(cache, nil, func(string, ...any) { logged.Add(1) })
+		c := publish.NewCapabilities(cache, nil, 2, func(string, ...any) { logged.Add(1) })
 		if got, ok := c.Known(path, narHash); ok {
 			t.Errorf("byte %d changed from %q: known as %v", i, text[i:i+1], got == want)
 		}
@@ -412,7 +412,7 @@ func TestDamagedCapability(t *testing.T) {
 		}
 		c.Close()
 	}
-	c = publish.NewCapabilities(cache, nil, logger(t))
+	c = publish.NewCapabilities(cache, nil, 2, logger(t))
 	defer c.Close()
 	if got, err := find(c, path, narHash); err != nil || got != want {
 		t.Errorf("found again: %v, error %v", got == want, err)

@@ -14,7 +14,6 @@ import (
 	"io/fs"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -197,27 +196,21 @@ const (
 )
 
 // NewCapabilities returns the capabilities that directory knows; it is created when there is
-// something to keep. Blocks of items that are encoded are put into store; nil is nowhere. Messages
-// go to log. Close must be called at the end.
-func NewCapabilities(directory string, store fetch.Store, log func(format string, a ...any)) *Capabilities {
+// something to keep. Blocks of items that are encoded, workers at a time, at least 1, are put into
+// store; nil is nowhere. Messages go to log. Close must be called at the end.
+func NewCapabilities(directory string, store fetch.Store, workers int, log func(format string, a ...any)) *Capabilities {
 	return &Capabilities{
 		directory: directory, store: store, log: log,
-		encodings: tasks.New[eris.ReadCapability](log), known: map[string]known{},
+		encodings: tasks.New[eris.ReadCapability](workers, log), known: map[string]known{},
 		waiting: maxWait, waited: time.Now(),
 	}
 }
 
-// SetWorkers sets how many items may be encoded at a time, at least 1; it is one per core if it is
-// not called. It must be called before anything else is done.
-func (c *Capabilities) SetWorkers(n int) { c.encodings.SetWorkers(n) }
-
 // Close ends what goes on in the background, and waits for it. Calls of FindSoon fail from then on.
 func (c *Capabilities) Close() { c.encodings.Close() }
 
-// storeName tells stores apart without naming them: a store's URL may be secret.
-func (c *Capabilities) storeName() string { return storeName(c.store) }
-
-// storeName is empty for no store.
+// storeName tells stores apart without naming them: a store's URL may be secret. It is empty for no
+// store.
 func storeName(store fetch.Store) string {
 	if store == nil {
 		return ""
@@ -228,8 +221,8 @@ func storeName(store fetch.Store) string {
 
 // Known returns the capability of a store item with the given NarHash if it need not be computed.
 func (c *Capabilities) Known(path string, narHash [sha256.Size]byte) (eris.ReadCapability, bool) {
-	k, ok := c.lookUp(filepath.Base(path))
-	if !ok || k.StorePath != path || k.NarHash != fmt.Sprintf("%x", narHash) || c.store != nil && k.Store != c.storeName() {
+	k, ok := c.lookUp(hashPartOf(path))
+	if !ok || k.StorePath != path || k.NarHash != fmt.Sprintf("%x", narHash) || c.store != nil && k.Store != storeName(c.store) {
 		return eris.ReadCapability{}, false
 	}
 	if (c.Nar != "" || c.upstreamNar != nil) && !c.current(k.Nar) {
@@ -241,7 +234,7 @@ func (c *Capabilities) Known(path string, narHash [sha256.Size]byte) (eris.ReadC
 
 // values returns what narinfos say of an item of which the capability is known.
 func (c *Capabilities) values(path string) []narinfo.ERIS {
-	k, ok := c.lookUp(filepath.Base(path))
+	k, ok := c.lookUp(hashPartOf(path))
 	if !ok {
 		return nil
 	}
@@ -253,16 +246,15 @@ func (c *Capabilities) values(path string) []narinfo.ERIS {
 	return values
 }
 
-// lookUp returns what is known of the item with a file name, or with a hash part alone.
-func (c *Capabilities) lookUp(name string) (k known, ok bool) {
-	hashPart, _, _ := strings.Cut(name, "-")
+// lookUp returns what is known of an item.
+func (c *Capabilities) lookUp(hashPart string) (k known, ok bool) {
 	c.mu.Lock()
 	k, ok = c.known[hashPart]
 	c.mu.Unlock()
 	if ok {
 		return k, true
 	}
-	text, err := files.ReadState(c.file(name), maxKnownFile)
+	text, err := files.ReadState(c.file(hashPart), maxKnownFile)
 	if err == nil {
 		if err = json.Unmarshal(text, &k); err == nil {
 			var same []byte
@@ -271,7 +263,7 @@ func (c *Capabilities) lookUp(name string) (k known, ok bool) {
 			}
 		}
 		if err != nil {
-			err = fmt.Errorf("%s is damaged: %w", c.file(name), err)
+			err = fmt.Errorf("%s is damaged: %w", c.file(hashPart), err)
 		}
 	}
 	if err != nil {
@@ -280,7 +272,7 @@ func (c *Capabilities) lookUp(name string) (k known, ok bool) {
 		}
 		return known{}, false
 	}
-	c.remember(name, k)
+	c.remember(hashPart, k)
 	return k, true
 }
 
@@ -288,16 +280,13 @@ func (c *Capabilities) lookUp(name string) (k known, ok bool) {
 // blocks have not; see Gone. The capability of the item must be known, and there must be a store
 // for blocks, or it does nothing.
 func (c *Capabilities) Keep(path string, n *narinfo.Narinfo) {
-	k, ok := c.lookUp(filepath.Base(path))
+	k, ok := c.lookUp(hashPartOf(path))
 	item := &knownItem{n.StorePath, n.NarSize, n.References, n.Deriver}
 	if !ok || c.store == nil || k.StorePath != path || item.equal(k.Item) {
 		return
 	}
 	k.Item = item
-	c.remember(filepath.Base(path), k)
-	if err := c.write(filepath.Base(path), k); err != nil {
-		c.log("what is known of %s cannot be kept: %v", path, err)
-	}
+	c.keep(k)
 }
 
 // Gone returns an item that is not in the store any more, with its capability, if it can still be
@@ -305,7 +294,7 @@ func (c *Capabilities) Keep(path string, n *narinfo.Narinfo) {
 // can tell.
 func (c *Capabilities) Gone(ctx context.Context, hashPart string) (n *narinfo.Narinfo, capability eris.ReadCapability, ok bool) {
 	k, ok := c.lookUp(hashPart)
-	if !ok || k.Item == nil || c.store == nil || k.Store != c.storeName() {
+	if !ok || k.Item == nil || c.store == nil || k.Store != storeName(c.store) {
 		return nil, capability, false
 	}
 	capability, err := eris.ParseURN(k.URN)
@@ -322,19 +311,30 @@ func (c *Capabilities) Gone(ctx context.Context, hashPart string) (n *narinfo.Na
 	return n, capability, err == nil
 }
 
-func (c *Capabilities) file(name string) string {
-	hashPart, _, _ := strings.Cut(name, "-")
+func (c *Capabilities) file(hashPart string) string {
 	return filepath.Join(c.directory, hashPart+".json")
 }
 
-func (c *Capabilities) remember(name string, k known) {
+func (c *Capabilities) remember(hashPart string, k known) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.known) == maxKnown {
-		clear(c.known)
+	keep(c.known, hashPart, k, maxKnown)
+}
+
+// keep keeps what is known of an item in memory and on disk.
+func (c *Capabilities) keep(k known) {
+	hashPart := hashPartOf(k.StorePath)
+	c.remember(hashPart, k)
+	text, err := k.text()
+	if err == nil {
+		err = files.MakeDirectory(c.directory)
 	}
-	hashPart, _, _ := strings.Cut(name, "-")
-	c.known[hashPart] = k
+	if err == nil {
+		err = writeFile(c.file(hashPart), 0o600, string(text))
+	}
+	if err != nil {
+		c.log("what is known of %s cannot be kept: %v", k.StorePath, err)
+	}
 }
 
 const (
@@ -347,7 +347,7 @@ const (
 
 // FindSoon returns the capability of a store item, encoding the item if need be. The item's archive
 // must have the hash narHash. Several calls for an item encode it once, and no more items are
-// encoded at a time than there are cores. It waits only as long as is bearable, all who wait taken
+// encoded at a time than there may be. It waits only as long as is bearable, all who wait taken
 // together. If that is too short, or ctx ends, found is false, and the encoding goes on: somebody
 // will ask again. Failures are logged, too.
 func (c *Capabilities) FindSoon(ctx context.Context, path string, narHash [sha256.Size]byte) (capability eris.ReadCapability, found bool, err error) {
@@ -375,6 +375,21 @@ func (c *Capabilities) FindSoon(ctx context.Context, path string, narHash [sha25
 	case <-ctx.Done():
 		return eris.ReadCapability{}, false, ctx.Err()
 	}
+}
+
+// find returns what the narinfo of an item says of capabilities, encoding the item if need be, soon
+// or, if its archive has more than waitFor bytes, later; it is not complete as long as that goes on.
+func (c *Capabilities) find(ctx context.Context, path string, n *narinfo.Narinfo, waitFor uint64) (values []narinfo.ERIS, complete bool, err error) {
+	if _, ok := c.Known(path, n.NarDigest); !ok {
+		if n.NarSize > waitFor {
+			c.FindLater(path, n.NarDigest)
+			return nil, false, nil
+		}
+		if _, found, err := c.FindSoon(ctx, path, n.NarDigest); !found {
+			return nil, false, err
+		}
+	}
+	return c.values(path), true, nil
 }
 
 // FindLater has an item encoded in the background, unless it is being encoded, or could not be a
@@ -425,22 +440,6 @@ func (c *Capabilities) encode(ctx context.Context, path string, narHash [sha256.
 	if e.NarHash != narHash {
 		return eris.ReadCapability{}, fmt.Errorf("%s: %w: hash %x instead of %x", path, errOtherContents, e.NarHash, narHash)
 	}
-	k := known{StorePath: path, NarHash: fmt.Sprintf("%x", narHash), URN: e.Capability.URN(), Store: c.storeName(), Nar: compressed}
-	c.remember(filepath.Base(path), k)
-	if err := c.write(filepath.Base(path), k); err != nil {
-		c.log("the capability of %s cannot be kept: %v", path, err)
-	}
+	c.keep(known{StorePath: path, NarHash: fmt.Sprintf("%x", narHash), URN: e.Capability.URN(), Store: storeName(c.store), Nar: compressed})
 	return e.Capability, nil
-}
-
-// write keeps a capability on disk.
-func (c *Capabilities) write(name string, k known) error {
-	text, err := k.text()
-	if err != nil {
-		return err
-	}
-	if err := files.MakeDirectory(c.directory); err != nil {
-		return err
-	}
-	return writeFile(c.file(name), 0o600, string(text))
 }

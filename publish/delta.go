@@ -14,13 +14,13 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/delta"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/tasks"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
@@ -47,12 +47,7 @@ type DeltaOptions struct {
 type Deltas struct {
 	o       DeltaOptions
 	listing *reuse.Listing
-	queue   chan *narinfo.Narinfo
-	stop    context.CancelFunc
-	done    sync.WaitGroup
-
-	mu      sync.Mutex
-	pending map[string]bool // hash parts in the queue
+	making  *tasks.Tasks[struct{}] // by hash part
 }
 
 const (
@@ -85,17 +80,11 @@ func NewDeltas(o DeltaOptions) *Deltas {
 	if o.Root == "" {
 		o.Root = o.StoreDir
 	}
-	ctx, stop := context.WithCancel(context.Background())
-	d := &Deltas{o: o, queue: make(chan *narinfo.Narinfo, deltaQueue), stop: stop, pending: map[string]bool{}, listing: reuse.NewListing(o.Root)}
-	d.done.Go(func() { d.work(ctx) })
-	return d
+	return &Deltas{o: o, listing: reuse.NewListing(o.Root), making: tasks.New[struct{}](1, o.Log)}
 }
 
 // Close ends what goes on in the background, and waits for it.
-func (d *Deltas) Close() {
-	d.stop()
-	d.done.Wait()
-}
+func (d *Deltas) Close() { d.making.Close() }
 
 // Known returns the deltas of an item, for its narinfo, of which the URLs are relative to that of
 // the server. If they have not been made yet, that is put off to the background, if the item is in
@@ -107,8 +96,11 @@ func (d *Deltas) Known(item *narinfo.Narinfo) (list []narinfo.Delta, complete bo
 	hash := hashPartOf(item.StorePath)
 	kept, ok := d.read(hash)
 	if !ok || kept.NarHash != fmt.Sprintf("%x", item.NarDigest) {
-		_, err := os.Lstat(d.tree(item.StorePath))
-		return nil, err != nil || !d.enqueue(hash, item)
+		if _, err := os.Lstat(d.tree(item.StorePath)); err != nil || d.making.Waiting() >= deltaQueue {
+			return nil, true // somebody will want it again
+		}
+		d.making.Start(hash, func(ctx context.Context) (none struct{}, err error) { return none, d.make(ctx, item) })
+		return nil, false
 	}
 	for _, k := range kept.Deltas {
 		if k.URN != "" && k.Store == storeName(d.o.Store) {
@@ -140,39 +132,6 @@ func (d *Deltas) read(hash string) (kept itemDeltas, ok bool) {
 	}
 	damaged := func(k keptDelta) bool { return narinfo.CheckStoreName(k.Base) != nil }
 	return kept, !slices.ContainsFunc(kept.Deltas, damaged)
-}
-
-// enqueue has the deltas of an item made. It reports whether they will be.
-func (d *Deltas) enqueue(hash string, item *narinfo.Narinfo) bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.pending[hash] {
-		return true
-	}
-	select {
-	case d.queue <- item:
-		d.pending[hash] = true
-		return true
-	default:
-		return false // somebody will want it again
-	}
-}
-
-// work makes deltas until ctx ends.
-func (d *Deltas) work(ctx context.Context) {
-	for {
-		select {
-		case item := <-d.queue:
-			if err := d.make(ctx, item); err != nil && ctx.Err() == nil {
-				d.o.Log("%v", err)
-			}
-			d.mu.Lock()
-			delete(d.pending, hashPartOf(item.StorePath))
-			d.mu.Unlock()
-		case <-ctx.Done():
-			return
-		}
-	}
 }
 
 // make makes and records the deltas of an item. What fails is not tried again either.
@@ -256,35 +215,34 @@ func (d *Deltas) makeFrom(ctx context.Context, base, item *narinfo.Narinfo, limi
 	return k, ctx.Err()
 }
 
-// writeDelta writes a delta to a file of the given name, which is there once it has been found to
-// make the item. It returns the length in bytes.
+// writeDelta writes a delta to a file of the given name, if it makes the item. It returns the length
+// in bytes.
 func writeDelta(ctx context.Context, name, baseTree string, base *narinfo.Narinfo, tree string, item *narinfo.Narinfo, limit int64) (size int64, err error) {
 	o := delta.WriteOptions{
 		MaxSize: limit, Scratch: filepath.Dir(name),
 		Replacements: reuse.Replacements(filepath.Base(base.StorePath), filepath.Base(item.StorePath), base.References, item.References),
 	}
-	f, err := os.CreateTemp(filepath.Dir(name), files.TemporaryPrefix)
+	err = files.Replace(name, 0o644, files.Options{}, func(w io.Writer) error {
+		size, err = delta.Write(ctx, w, tree, baseTree, o)
+		return err
+	})
 	if err != nil {
 		return 0, err
 	}
-	defer os.Remove(f.Name()) // unless it has another name then
-	defer f.Close()
-	size, err = delta.Write(ctx, f, tree, baseTree, o)
-	if err == nil {
-		err = checkDelta(ctx, io.NewSectionReader(f, 0, size), baseTree, item)
-	}
-	if err == nil {
-		err = f.Chmod(0o644)
-	}
-	if err == nil {
-		err = os.Rename(f.Name(), name)
+	if err = checkDelta(ctx, name, baseTree, item); err != nil {
+		os.Remove(name)
 	}
 	return size, err
 }
 
 // checkDelta reads a delta that has just been written.
-func checkDelta(ctx context.Context, body io.Reader, baseTree string, item *narinfo.Narinfo) error {
-	r, err := delta.NewReader(ctx, body, baseTree, delta.ReadOptions{MaxSize: item.NarSize})
+func checkDelta(ctx context.Context, name, baseTree string, item *narinfo.Narinfo) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	r, err := delta.NewReader(ctx, f, baseTree, delta.ReadOptions{MaxSize: item.NarSize})
 	if err != nil {
 		return err
 	}
@@ -387,10 +345,15 @@ func (d *Deltas) serve(w http.ResponseWriter, r *http.Request) bool {
 	return true
 }
 
-// withDeltas adds deltas to the text of a narinfo, below the signature.
-func withDeltas(text string, deltas []narinfo.Delta) string {
-	for _, d := range deltas {
-		text += d.Text() + "\n"
+// addTo adds what Known returns to the text of the narinfo of an item. No deltas add nothing.
+func (d *Deltas) addTo(text string, item *narinfo.Narinfo) (with string, complete bool) {
+	if d == nil {
+		return text, true
 	}
-	return text
+	deltas, complete := d.Known(item)
+	var lines []string
+	for _, delta := range deltas {
+		lines = append(lines, delta.Text())
+	}
+	return withLines(text, lines), complete
 }

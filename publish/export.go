@@ -10,8 +10,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -419,19 +417,6 @@ func (e *exporter) check(ctx context.Context, path string, n *narinfo.Narinfo) e
 
 func otherContents(path string, sum [sha256.Size]byte, n *narinfo.Narinfo) error {
 	return fmt.Errorf("%s: %w: hash sha256:%s instead of %s", path, errOtherContents, nixbase32.EncodeToString(sum[:]), n.NarHash)
-}
-
-// withCapabilities returns the text of a narinfo with read capabilities below the signature, but
-// for those that it has. The rest stays as it is but for empty lines at the end, which would end
-// the record.
-func withCapabilities(n *narinfo.Narinfo, values []narinfo.ERIS) string {
-	text := n.Text()
-	for _, v := range values {
-		if !slices.ContainsFunc(n.ERIS, func(e narinfo.ERIS) bool { return strings.EqualFold(e.URN, v.URN) }) {
-			text = strings.TrimRight(text, "\n") + "\n" + v.Text() + "\n"
-		}
-	}
-	return text
 }
 
 // writeFile writes a file so that it is old or new, also after a power failure.

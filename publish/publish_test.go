@@ -124,7 +124,7 @@ func server(t *testing.T, o publish.ServerOptions) *httptest.Server {
 func TestNarinfo(t *testing.T) {
 	directory, items := aStore(t)
 	key := acl.GenerateSigningKey()
-	capabilities := publish.NewCapabilities(t.TempDir(), nil, logger(t))
+	capabilities := publish.NewCapabilities(t.TempDir(), nil, 2, logger(t))
 	defer capabilities.Close()
 	h := server(t, publish.ServerOptions{
 		Root: directory, Items: items, Key: key, Host: "example", Capabilities: capabilities, WaitFor: 1 << 20,
@@ -219,7 +219,7 @@ func TestCapabilities(t *testing.T) {
 	cache := t.TempDir() + "/a/b"
 
 	// Without a store.
-	c := publish.NewCapabilities(cache, nil, logger(t))
+	c := publish.NewCapabilities(cache, nil, 2, logger(t))
 	if _, ok := c.Known(path, narHash); ok {
 		t.Error("the capability is known from nowhere")
 	}
@@ -230,7 +230,7 @@ func TestCapabilities(t *testing.T) {
 	c.Close()
 
 	// Another process knows it; with a store the blocks are needed, once.
-	c = publish.NewCapabilities(cache, nil, logger(t))
+	c = publish.NewCapabilities(cache, nil, 2, logger(t))
 	if got, ok := c.Known(path, narHash); !ok || got != first {
 		t.Errorf("%v, %v", got, ok)
 	}
@@ -240,7 +240,7 @@ func TestCapabilities(t *testing.T) {
 	c.Close()
 	store := newMemoryStore()
 	store.fail = errors.New("store is full")
-	c = publish.NewCapabilities(cache, store, logger(t))
+	c = publish.NewCapabilities(cache, store, 2, logger(t))
 	if _, ok := c.Known(path, narHash); ok {
 		t.Error("nobody has put the blocks into the store")
 	}
@@ -251,7 +251,7 @@ func TestCapabilities(t *testing.T) {
 	}
 	c.Close()
 	store.fail = nil
-	c = publish.NewCapabilities(cache, store, logger(t))
+	c = publish.NewCapabilities(cache, store, 2, logger(t))
 	var wait sync.WaitGroup
 	for range 20 {
 		wait.Go(func() {
@@ -325,7 +325,7 @@ func TestAnnotator(t *testing.T) {
 		t.Fatal(err)
 	}
 	store := newMemoryStore()
-	capabilities := publish.NewCapabilities(t.TempDir(), store, logger(t))
+	capabilities := publish.NewCapabilities(t.TempDir(), store, 2, logger(t))
 	defer capabilities.Close()
 	a, err := publish.NewAnnotator(publish.AnnotatorOptions{
 		Upstream: upstream.URL + "/", StoreDir: "/gnu/store", Root: local, Capabilities: capabilities, WaitFor: 1 << 30, Log: logger(t),
@@ -482,7 +482,7 @@ func TestAnnotatorPassesOn(t *testing.T) {
 		}
 	}))
 	defer upstream.Close()
-	capabilities := publish.NewCapabilities(t.TempDir(), nil, logger(t))
+	capabilities := publish.NewCapabilities(t.TempDir(), nil, 2, logger(t))
 	defer capabilities.Close()
 	annotator := func(url string) string {
 		a, err := publish.NewAnnotator(publish.AnnotatorOptions{
@@ -537,7 +537,7 @@ func TestGone(t *testing.T) {
 	key := acl.GenerateSigningKey()
 	cache, store := t.TempDir(), newMemoryStore()
 	start := func(store fetch.Store) string {
-		c := publish.NewCapabilities(cache, store, logger(t))
+		c := publish.NewCapabilities(cache, store, 2, logger(t))
 		t.Cleanup(c.Close)
 		return server(t, publish.ServerOptions{Root: directory, Items: items, Key: key, Capabilities: c, WaitFor: 1 << 30}).URL
 	}
@@ -584,7 +584,7 @@ func TestFindLater(t *testing.T) {
 		t.Fatal(err)
 	}
 	store := &gatedStore{memoryStore: newMemoryStore(), entered: make(chan struct{}, 100), gate: make(chan struct{})}
-	c := publish.NewCapabilities(t.TempDir(), store, logger(t))
+	c := publish.NewCapabilities(t.TempDir(), store, 2, logger(t))
 	before := runtime.NumGoroutine()
 	for range 1000 {
 		c.FindLater(path, narHash)
@@ -607,7 +607,7 @@ func TestFindLater(t *testing.T) {
 
 	// Whoever asked is gone, and the store hangs: Close ends it.
 	store = &gatedStore{memoryStore: newMemoryStore(), entered: make(chan struct{}, 100), gate: make(chan struct{})}
-	c = publish.NewCapabilities(t.TempDir(), store, logger(t))
+	c = publish.NewCapabilities(t.TempDir(), store, 2, logger(t))
 	ctx, cancel := context.WithCancel(context.Background())
 	go func() { <-store.entered; cancel() }()
 	if _, _, err := c.FindSoon(ctx, path, narHash); !errors.Is(err, context.Canceled) {
@@ -625,7 +625,7 @@ func TestPatience(t *testing.T) {
 	t.Parallel()
 	directory, items := aStore(t)
 	store := &gatedStore{memoryStore: newMemoryStore(), entered: make(chan struct{}, 100), gate: make(chan struct{})}
-	c := publish.NewCapabilities(t.TempDir(), store, logger(t))
+	c := publish.NewCapabilities(t.TempDir(), store, 2, logger(t))
 	defer c.Close()
 	h := server(t, publish.ServerOptions{Root: directory, Items: items, Capabilities: c, WaitFor: 1 << 30, TTL: time.Hour})
 	begin := time.Now()

@@ -233,9 +233,10 @@ func (s *Server) narinfo(w http.ResponseWriter, r *http.Request) {
 		kept := s.keepNars(item)
 		text, complete, err = s.text(r.Context(), item)
 		complete = complete && kept
-		if s.o.Deltas != nil && err == nil {
-			deltas, all := s.o.Deltas.Known(item)
-			text, complete = withDeltas(text, deltas), complete && all
+		if err == nil {
+			var all bool
+			text, all = s.o.Deltas.addTo(text, item)
+			complete = complete && all
 		}
 	} else if errors.Is(err, ErrNoItem) {
 		text, err = s.gone(r.Context(), hashPart)
@@ -363,7 +364,7 @@ func (s *Server) walk(path string, info os.FileInfo, hash bool) (archive, error)
 		a.file = info
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		keep(s.archives, path, a)
+		keep(s.archives, path, a, maxKept)
 		return a, nil
 	})
 	return v.(archive), err
@@ -386,9 +387,9 @@ func walk(path string, hash bool) (a archive, err error) {
 	return a, err
 }
 
-// keep puts something into a map that is bounded.
-func keep[V any](kept map[string]V, key string, value V) {
-	if len(kept) >= maxKept {
+// keep puts something into a map of at most so many.
+func keep[V any](kept map[string]V, key string, value V, most int) {
+	if len(kept) >= most {
 		clear(kept)
 	}
 	kept[key] = value
@@ -404,25 +405,16 @@ func (s *Server) text(ctx context.Context, item *narinfo.Narinfo) (text string, 
 		return text, true, err
 	}
 	path := s.file(item.StorePath)
-	_, found := s.o.Capabilities.Known(path, item.NarDigest)
-	switch {
-	case found:
-	case item.NarSize > s.o.WaitFor:
-		s.o.Capabilities.FindLater(path, item.NarDigest)
-	default:
-		_, found, err = s.o.Capabilities.FindSoon(ctx, path, item.NarDigest)
-		if errors.Is(err, errOtherContents) {
-			return "", false, fmt.Errorf("%w: %w", ErrNoItem, err)
-		}
-		// Without it, the nar can still be had.
+	values, complete, err := s.o.Capabilities.find(ctx, path, item, s.o.WaitFor)
+	if errors.Is(err, errOtherContents) {
+		return "", false, fmt.Errorf("%w: %w", ErrNoItem, err)
 	}
-	if !found {
-		text, err = s.sign(item, nil)
-		return text, false, err
+	// Without it, the nar can still be had.
+	if complete {
+		s.o.Capabilities.Keep(path, item)
 	}
-	s.o.Capabilities.Keep(path, item)
-	text, err = s.sign(item, s.o.Capabilities.values(path))
-	return text, true, err
+	text, err = s.sign(item, values)
+	return text, complete, err
 }
 
 // sign makes the narinfo of an item with read capabilities, or without any.

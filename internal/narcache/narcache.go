@@ -46,8 +46,7 @@ type Cache struct {
 // is longer, is removed now, and every day that something is made. Messages go to log. Close must
 // be called at the end.
 func New(directory string, workers int, ttl time.Duration, log func(format string, a ...any)) *Cache {
-	c := &Cache{directory: directory, log: log, ttl: max(ttl, leastTTL), making: tasks.New[struct{}](log)}
-	c.making.SetWorkers(workers)
+	c := &Cache{directory: directory, log: log, ttl: max(ttl, leastTTL), making: tasks.New[struct{}](workers, log)}
 	c.clean()
 	return c
 }

@@ -279,9 +279,8 @@ func (s *publishSettings) capabilities(store fetch.Store, closers *closers) (*pu
 	if err != nil {
 		return nil, err
 	}
-	c := publish.NewCapabilities(directory, store, s.log.Warnf)
+	c := publish.NewCapabilities(directory, store, max(1, s.workers), s.log.Warnf)
 	c.Nar = nar
-	c.SetWorkers(max(1, s.workers))
 	*closers = append(*closers, c.Close)
 	return c, nil
 }

@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"maps"
-	"runtime"
 	"sync"
 	"time"
 )
@@ -28,43 +27,48 @@ var ErrHopeless = errors.New("it will not be tried again soon")
 // and must be closed.
 type Tasks[T any] struct {
 	log     func(format string, a ...any)
-	workers chan struct{}
-	wait    sync.WaitGroup
+	workers int
+	wait    sync.WaitGroup // for those at work
 	ctx     context.Context
 	stop    context.CancelFunc
 
 	mu     sync.Mutex
-	closed bool
-	all    map[string]*Task[T] // that are under way or have failed, by key
+	atWork int
+	queue  []*Task[T]
+	all    map[string]*Task[T] // that wait, are under way or have failed, by key
 }
 
 // A Task is one of them. When Done is closed, it has a Result or an Err.
 type Task[T any] struct {
-	Done   <-chan struct{}
+	Done   chan struct{}
 	Result T
 	Err    error
 
+	key   string
+	do    func(context.Context) (T, error)
 	until time.Time // when what has failed may be tried again; zero before
 }
 
-// New returns tasks of which as many are done at a time as there are cores. Failures go to log.
-func New[T any](log func(format string, a ...any)) *Tasks[T] {
-	t := &Tasks[T]{log: log, all: map[string]*Task[T]{}}
+// New returns tasks of which so many are done at a time. Failures go to log.
+func New[T any](workers int, log func(format string, a ...any)) *Tasks[T] {
+	t := &Tasks[T]{log: log, workers: workers, all: map[string]*Task[T]{}}
 	t.ctx, t.stop = context.WithCancel(context.Background())
-	t.SetWorkers(runtime.GOMAXPROCS(0))
 	return t
 }
-
-// SetWorkers sets how many are done at a time, at least 1. It must be called before anything else.
-func (t *Tasks[T]) SetWorkers(n int) { t.workers = make(chan struct{}, n) }
 
 // Close ends what goes on, and waits for it. What is started from then on fails.
 func (t *Tasks[T]) Close() {
 	t.mu.Lock()
-	t.closed = true
-	t.mu.Unlock()
 	t.stop()
+	t.mu.Unlock()
 	t.wait.Wait()
+}
+
+// Waiting returns how many tasks have not begun.
+func (t *Tasks[T]) Waiting() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.queue)
 }
 
 // Start returns the task with a key. It is begun if there is none, or if it failed a minute ago, or
@@ -75,44 +79,48 @@ func (t *Tasks[T]) Start(key string, do func(context.Context) (T, error)) *Task[
 	if e := t.all[key]; e != nil && (e.until.IsZero() || time.Now().Before(e.until)) {
 		return e
 	}
-	done := make(chan struct{})
-	e := &Task[T]{Done: done}
-	if t.closed {
-		e.Err = context.Canceled
-		close(done)
+	e := &Task[T]{Done: make(chan struct{}), key: key, do: do}
+	if e.Err = t.ctx.Err(); e.Err != nil {
+		close(e.Done)
 		return e
 	}
 	if len(t.all) >= maxKept {
 		maps.DeleteFunc(t.all, func(_ string, e *Task[T]) bool { return !e.until.IsZero() })
 	}
 	t.all[key] = e
-	t.wait.Go(func() {
-		defer close(done)
-		t.run(key, e, do)
-	})
+	t.queue = append(t.queue, e)
+	if t.atWork < t.workers {
+		t.atWork++
+		t.wait.Go(t.work)
+	}
 	return e
 }
 
-// run does a task when there is a worker for it.
-func (t *Tasks[T]) run(key string, e *Task[T], do func(context.Context) (T, error)) {
-	select {
-	case t.workers <- struct{}{}:
-		e.Result, e.Err = do(t.ctx)
-		<-t.workers
-	case <-t.ctx.Done():
-		e.Err = t.ctx.Err()
-	}
-	if e.Err != nil && t.ctx.Err() == nil {
-		t.log("%v", e.Err)
-	}
+// work does what waits until there is nothing.
+func (t *Tasks[T]) work() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	switch {
-	case e.Err == nil || t.ctx.Err() != nil:
-		delete(t.all, key)
-	case errors.Is(e.Err, ErrHopeless):
-		e.until = time.Now().Add(retryHopelessAfter)
-	default:
-		e.until = time.Now().Add(retryAfter)
+	for len(t.queue) > 0 {
+		e := t.queue[0]
+		t.queue = t.queue[1:]
+		t.mu.Unlock()
+		if e.Err = t.ctx.Err(); e.Err == nil {
+			e.Result, e.Err = e.do(t.ctx)
+		}
+		if e.Err != nil && t.ctx.Err() == nil {
+			t.log("%v", e.Err)
+		}
+		t.mu.Lock()
+		switch {
+		case e.Err == nil || t.ctx.Err() != nil:
+			delete(t.all, e.key)
+		case errors.Is(e.Err, ErrHopeless):
+			e.until = time.Now().Add(retryHopelessAfter)
+		default:
+			e.until = time.Now().Add(retryAfter)
+		}
+		e.do = nil
+		close(e.Done)
 	}
+	t.atWork--
 }
