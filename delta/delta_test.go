@@ -25,6 +25,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 const (
 	oldHash = "0123456789abcdfghijklmnpqrsvwxyz"
 	newHash = "zyxwvsrqpnmlkjihgfdcba9876543210"
@@ -53,9 +61,7 @@ func (tr tree) make(t testing.TB) string {
 		default:
 			err = os.WriteFile(name, []byte(contents), map[bool]fs.FileMode{false: 0o644, true: 0o755}[strings.HasPrefix(contents, "#!")])
 		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 	}
 	return root
 }
@@ -73,9 +79,7 @@ func noise(seed uint64, n int) string {
 func hashOf(t testing.TB, nodes nar.Nodes) [32]byte {
 	t.Helper()
 	sum, _, err := nar.Hash(t.Context(), nodes)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return sum
 }
 
@@ -83,9 +87,7 @@ func write(t testing.TB, new, old string, o delta.WriteOptions) []byte {
 	t.Helper()
 	var b bytes.Buffer
 	n, err := delta.Write(t.Context(), &b, new, old, o)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if n != int64(b.Len()) {
 		t.Errorf("%d bytes were written, and %d are said to have been", b.Len(), n)
 	}
@@ -132,9 +134,7 @@ func TestRoundTrip(t *testing.T) {
 				t.Errorf("%d bytes, more than %d", len(b), test.most)
 			}
 			r, err := delta.NewReader(t.Context(), bytes.NewReader(b), old, plenty)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			defer r.Close()
 			if hashOf(t, r) != hashOf(t, nar.NewTree(new)) {
 				t.Error("another tree")
@@ -144,9 +144,7 @@ func TestRoundTrip(t *testing.T) {
 			}
 			// Contents may be passed over.
 			r, err = delta.NewReader(t.Context(), bytes.NewReader(b), old, plenty)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			defer r.Close()
 			for err == nil {
 				_, err = r.Next()
@@ -194,9 +192,7 @@ func TestLink(t *testing.T) {
 	b := write(t, store+"/new", store+"/old", delta.WriteOptions{Replacements: hashes})
 	for link, want := range map[bool]bool{false: false, true: true} {
 		r, err := delta.NewReader(t.Context(), bytes.NewReader(b), store+"/old", delta.ReadOptions{MaxSize: 1 << 20, Link: link})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer r.Close()
 		to := fmt.Sprintf("%s/made-%t", store, link)
 		result, err := restore.Restore(t.Context(), r, to, restore.Options{LinksDirectory: t.TempDir()})
@@ -245,9 +241,7 @@ func TestBase(t *testing.T) {
 		}, true},
 	} {
 		base := good.make(t)
-		if err := test.change(base); err != nil {
-			t.Fatal(err)
-		}
+		must(t, test.change(base))
 		archive, err := read(t.Context(), b, base, plenty)
 		if (err != nil) != test.fails {
 			t.Errorf("%s: error %v", test.name, err)
@@ -291,9 +285,7 @@ func TestPatchFrom(t *testing.T) {
 		b := write(t, newFile, oldFile, delta.WriteOptions{})
 		frame := filepath.Join(t.TempDir(), "frame.zst")
 		start := bytes.LastIndex(b, []byte("\x28\xb5\x2f\xfd"))
-		if err := os.WriteFile(frame, b[start:], 0o644); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(frame, b[start:], 0o644))
 		out, err := exec.Command(program, "-d", "-c", "--patch-from="+oldFile, frame).Output()
 		if err != nil || string(out) != new {
 			t.Errorf("%s: %d bytes, error %v", name, len(out), err)

@@ -62,9 +62,7 @@ const (
 func TestHostile(t *testing.T) {
 	base := filepath.Join(tree{"f": strings.Repeat("f", 100<<10), "d/g": "g", "l": "->f"}.make(t))
 	outside := filepath.Dir(base) + "/outside"
-	if err := os.WriteFile(outside, []byte("o"), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(outside, []byte("o"), 0o644))
 	x := frame([]byte("x"))
 	deep := []any{0, directory}
 	for range nar.MaxDepth {
@@ -144,12 +142,8 @@ func TestHostile(t *testing.T) {
 func TestMemory(t *testing.T) {
 	base, new := t.TempDir(), tree{"file": noise(1, 13<<20)}.make(t)
 	f, err := os.Create(base + "/file")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(f.Truncate(2<<30), f.Close()); err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
+	must(t, errors.Join(f.Truncate(2<<30), f.Close()))
 	entries := bytes.Repeat(index(directory, text("d"), end), 1) // all others are the same
 	bomb := append(index(0, directory), bytes.Repeat(entries[:1], 40<<20)...)
 	for name, test := range map[string]struct {
@@ -190,9 +184,7 @@ func FuzzRead(f *testing.F) {
 	length := int(binary.LittleEndian.Uint32(b.Bytes()[len(magic):]))
 	start := len(magic) + 4
 	plain, err := z.DecodeAll(b.Bytes()[start:start+length], nil)
-	if err != nil {
-		f.Fatal(err)
-	}
+	must(f, err)
 	f.Add(plain, b.Bytes()[start+length:])
 	f.Add(index(0, regular, 1, copied, text("d/g")), []byte{})
 	before := hashOf(f, nar.NewTree(base))

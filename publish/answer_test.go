@@ -34,23 +34,17 @@ import (
 func request(t *testing.T, method, url string, fields ...string) (status int, header http.Header, body string) {
 	t.Helper()
 	r, err := http.NewRequest(method, url, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	r.Header.Set("Accept-Encoding", "gzip, identity")
 	for _, field := range fields {
 		name, value, _ := strings.Cut(field, ": ")
 		r.Header.Set(name, value)
 	}
 	response, err := http.DefaultClient.Do(r)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer response.Body.Close()
 	b, err := io.ReadAll(response.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if encoding := response.Header.Get("Content-Encoding"); encoding != "" {
 		t.Errorf("%s: encoded by %s", url, encoding)
 	}
@@ -62,21 +56,15 @@ func request(t *testing.T, method, url string, fields ...string) (status int, he
 func TestParts(t *testing.T) {
 	directory, items := aStore(t)
 	const source = "hbdalsf5lpf01x4dcknwx6xbn6n5km6k-hello-2.10.tar.gz"
-	if err := os.WriteFile(filepath.Join(directory, source), bytes.Repeat([]byte("source"), 9999), 0o444); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(filepath.Join(directory, source), bytes.Repeat([]byte("source"), 9999), 0o444))
 	sources, err := publish.ParseManifest([]byte("StorePath: /gnu/store/" + source + "\nReferences: \n"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	items["hbdalsf5lpf01x4dcknwx6xbn6n5km6k"] = sources["hbdalsf5lpf01x4dcknwx6xbn6n5km6k"]
 	// What compresses badly, so that there are many compressed blocks.
 	random := rand.NewChaCha8([32]byte{7})
 	contents := make([]byte, 3e6)
 	random.Read(contents)
-	if err := os.WriteFile(directory+"/00000000000000000000000000000005-large", contents, 0o444); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(directory+"/00000000000000000000000000000005-large", contents, 0o444))
 	serve := func() string {
 		return server(t, publish.ServerOptions{Root: directory, Items: items, Compressions: []string{"zstd", "gzip", "none"}}).URL
 	}
@@ -86,9 +74,7 @@ func TestParts(t *testing.T) {
 	annotator, err := publish.NewAnnotator(publish.AnnotatorOptions{
 		Upstream: upstream, StoreDir: "/gnu/store", Root: directory, Capabilities: capabilities, WaitFor: 1 << 30, Log: logger(t),
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	annotated := httptest.NewServer(annotator)
 	defer annotated.Close()
 	for _, path := range []string{
@@ -171,13 +157,9 @@ func TestCompressedForm(t *testing.T) {
 	for i := range int64(200000) {
 		fmt.Fprintln(&text, i*i%1009, i)
 	}
-	if err := os.WriteFile(directory+"/"+item, text.Bytes(), 0o444); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(directory+"/"+item, text.Bytes(), 0o444))
 	items, err := publish.ParseManifest([]byte("StorePath: /gnu/store/" + item + "\nReferences: \n"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	h := server(t, publish.ServerOptions{Root: directory, Items: items})
 	for compression, want := range map[string]string{
 		"gzip": "7f01172487a11629f83119b8aa7d4cb81b973ed2ec3af7c42bcfefe98ef511a6",
@@ -197,9 +179,7 @@ func TestBodies(t *testing.T) {
 	for _, body := range []string{"Content-Length: 1000", "Content-Length: 1000000", "Transfer-Encoding: chunked"} {
 		for _, method := range []string{"GET", "POST"} {
 			conn, err := net.Dial("tcp", strings.TrimPrefix(h.URL, "http://"))
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			defer conn.Close()
 			conn.SetDeadline(time.Now().Add(20 * time.Second))
 			fmt.Fprintf(conn, "%s /nix-cache-info HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n", method, body)
@@ -260,28 +240,20 @@ func TestStalled(t *testing.T) {
 	const item = "00000000000000000000000000000001-item"
 	contents := make([]byte, 32<<20) // more than sockets hold
 	rand.NewChaCha8([32]byte{}).Read(contents)
-	if err := os.WriteFile(directory+"/"+item, contents, 0o444); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(directory+"/"+item, contents, 0o444))
 	items, err := publish.ParseManifest([]byte("StorePath: /gnu/store/" + item + "\nReferences: \n"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	s, err := publish.NewServer(publish.ServerOptions{
 		StoreDir: "/gnu/store", Root: directory, Items: items, StallTimeout: time.Second, Log: func(string, ...any) {},
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	handler := &counted{Handler: s}
 	h := httptest.NewServer(handler)
 	defer h.Close()
 	clients := 16 * runtime.GOMAXPROCS(0)
 	for i := range clients {
 		conn, err := net.Dial("tcp", strings.TrimPrefix(h.URL, "http://"))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer conn.Close()
 		fmt.Fprintf(conn, "GET /nar/%s%s HTTP/1.1\r\nHost: x\r\n\r\n", []string{"zstd/", "gzip/", "zstd/", ""}[i%4], item)
 	}
@@ -310,19 +282,11 @@ func TestUnpublishable(t *testing.T) {
 	name := func(i int) string { return fmt.Sprintf("%032d-item", i) }
 	deep := directory + "/" + name(1)
 	for path, i := deep, 0; i < 400; path, i = path+"/d", i+1 {
-		if err := os.Mkdir(path, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Mkdir(path, 0o755))
 	}
-	if err := os.MkdirAll(directory+"/"+name(2)+"/x", 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := syscall.Mkfifo(directory+"/"+name(2)+"/x/pipe", 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(directory+"/"+name(3), []byte("not what it was"), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.MkdirAll(directory+"/"+name(2)+"/x", 0o755))
+	must(t, syscall.Mkfifo(directory+"/"+name(2)+"/x/pipe", 0o644))
+	must(t, os.WriteFile(directory+"/"+name(3), []byte("not what it was"), 0o644))
 	manifest := ""
 	for i := range 3 {
 		// Somebody has told the hash, so that it need not be computed.
@@ -333,9 +297,7 @@ func TestUnpublishable(t *testing.T) {
 		manifest += "\n"
 	}
 	items, err := publish.ParseManifest([]byte(manifest))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	key := acl.GenerateSigningKey()
 	capabilities := publish.NewCapabilities(t.TempDir(), nil, 2, logger(t))
 	defer capabilities.Close()
@@ -379,29 +341,21 @@ func TestDamagedCapability(t *testing.T) {
 	directory, items := aStore(t)
 	path := filepath.Join(directory, filepath.Base(items["00000000000000000000000000000002"].StorePath))
 	narHash, _, err := nar.HashTree(t.Context(), path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	cache := t.TempDir()
 	c := publish.NewCapabilities(cache, nil, 2, logger(t))
 	want, err := find(c, path, narHash)
 	c.Close()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	name := cache + "/00000000000000000000000000000002.json"
 	text, err := os.ReadFile(name)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for i := range text {
 		damaged := bytes.Clone(text)
 		if damaged[i] = 'A'; bytes.Equal(damaged, text) {
 			damaged[i] = 'B'
 		}
-		if err := os.WriteFile(name, damaged, 0o644); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(name, damaged, 0o644))
 		var logged atomic.Int64
 		c := publish.NewCapabilities(cache, nil, 2, func(string, ...any) { logged.Add(1) })
 		if got, ok := c.Known(path, narHash); ok {

@@ -40,16 +40,12 @@ func versions(t *testing.T, names ...string) (directory string, items publish.Ma
 			contents = noise(uint64(i) + 1)
 		}
 		item := fmt.Sprintf("%032d-%s", i, name)
-		if err := os.WriteFile(directory+"/"+item, contents, 0o644); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(directory+"/"+item, contents, 0o644))
 		fmt.Fprintf(&manifest, "StorePath: /gnu/store/%s\nReferences: \n\n", item)
 		time.Sleep(20 * time.Millisecond) // the clock of the file system may be that coarse
 	}
 	items, err := publish.ParseManifest([]byte(manifest.String()))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return directory, items
 }
 
@@ -108,14 +104,10 @@ func TestDeltas(t *testing.T) {
 	// What is kept makes the item.
 	file := kept + "/00000000000000000000000000000000-00000000000000000000000000000003.delta"
 	text, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	n := completed(t, directory, items, 3)
 	r, err := delta.NewReader(t.Context(), bytes.NewReader(text), directory+"/"+filepath.Base(items[strings.Repeat("0", 32)].StorePath), delta.ReadOptions{MaxSize: n.NarSize})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer r.Close()
 	if sum, _, err := nar.Hash(t.Context(), r); err != nil || sum != n.NarDigest {
 		t.Errorf("another item, error %v", err)
@@ -128,9 +120,7 @@ func TestDeltas(t *testing.T) {
 	// Another process knows it, even if no files are left, or another store is in use, but not of
 	// an item that has changed.
 	d.Close()
-	if err := os.Remove(file); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Remove(file))
 	d = publish.NewDeltas(options)
 	if list, complete := d.Known(n); !complete || len(list) != 1 || !strings.HasPrefix(list[0].URL, "urn:") {
 		t.Errorf("%v, complete: %t", list, complete)
@@ -149,9 +139,7 @@ func TestDeltas(t *testing.T) {
 	d.Close()
 	n.NarDigest[0]--
 	for _, damaged := range []string{`[{"base": "x", "size": 1}]`, `[{"size": 1}]`, `1`} {
-		if err := os.WriteFile(kept+"/00000000000000000000000000000003.json", fmt.Appendf(nil, `{"narHash": "%x", "deltas": %s}`, n.NarDigest, damaged), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(kept+"/00000000000000000000000000000003.json", fmt.Appendf(nil, `{"narHash": "%x", "deltas": %s}`, n.NarDigest, damaged), 0o600))
 		if list, complete := d.Known(n); complete || list != nil {
 			t.Errorf("%s: %v, complete: %t", damaged, list, complete)
 		}
@@ -168,9 +156,7 @@ func TestDeltasBounded(t *testing.T) {
 	directory, items := versions(t, "x-1", "x-2", "x-3", "x-4")
 	kept := t.TempDir() + "/deltas"
 	left := kept + "/.new-1"
-	if err := errors.Join(os.Mkdir(kept, 0o755), os.WriteFile(left, nil, 0o600), os.Chtimes(left, time.Time{}, time.Now().Add(-25*time.Hour))); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(os.Mkdir(kept, 0o755), os.WriteFile(left, nil, 0o600), os.Chtimes(left, time.Time{}, time.Now().Add(-25*time.Hour))))
 	d := publish.NewDeltas(publish.DeltaOptions{Directory: kept, MaxBytes: 400, StoreDir: "/gnu/store", Root: directory, Items: items, Log: logger(t)})
 	defer d.Close()
 	for i := 1; i < 4; i++ {

@@ -27,9 +27,7 @@ func TestRawFile(t *testing.T) {
 	)
 	root := t.TempDir()
 	items, err := publish.ParseManifest([]byte("StorePath: /gnu/store/" + base + "\nReferences: \n"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	s := server(t, publish.ServerOptions{Root: root, Items: items, TTL: time.Hour})
 	ask := func(path string, want int) string {
 		t.Helper()
@@ -44,14 +42,10 @@ func TestRawFile(t *testing.T) {
 	}
 	file := filepath.Join(root, base)
 	ask("/file/"+name+"/sha256/"+hash, http.StatusNotFound) // it has been deleted
-	if err := os.Symlink("/etc/passwd", file); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Symlink("/etc/passwd", file))
 	ask("/file/"+name+"/sha256/"+hash, http.StatusNotFound)
 	os.Remove(file)
-	if err := os.WriteFile(file, []byte("a source"), 0o444); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(file, []byte("a source"), 0o444))
 	if body := ask("/file/"+name+"/sha256/"+hash, http.StatusOK); body != "a source" {
 		t.Errorf("body %q", body)
 	}
@@ -71,9 +65,7 @@ func TestLog(t *testing.T) {
 		derivation = "abcdfghijklmnpqrsvwxyz0123456789-hello.drv"
 	)
 	items, err := publish.ParseManifest([]byte("StorePath: /gnu/store/" + item + "\nReferences: \nDeriver: " + derivation + "\n\nStorePath: /gnu/store/" + other + "\nReferences: \n"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	logs := t.TempDir()
 	s := server(t, publish.ServerOptions{Root: t.TempDir(), Items: items, LogDirectory: logs})
 	ask := func(name string, want int) string {
@@ -89,25 +81,17 @@ func TestLog(t *testing.T) {
 	z := gzip.NewWriter(&packed)
 	z.Write([]byte("it was built\n"))
 	z.Close()
-	if err := os.Mkdir(logs+"/ab", 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(logs+"/ab/"+derivation[2:]+".gz", packed.Bytes(), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(logs+"/ab", 0o755))
+	must(t, os.WriteFile(logs+"/ab/"+derivation[2:]+".gz", packed.Bytes(), 0o644))
 	for _, name := range []string{item, derivation} {
 		if body := ask(name, http.StatusOK); body != "it was built\n" { // whatever the client could unpack
 			t.Errorf("%s: %q", name, body)
 		}
 	}
 	old, err := hex.DecodeString("425a6839314159265359c7c7a9c900000351800010400030240e80200031003020069ea250599c8937c5dc914e142431f1ea7240")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	os.Remove(logs + "/ab/" + derivation[2:] + ".gz")
-	if err := os.WriteFile(logs+"/ab/"+derivation[2:]+".bz2", old, 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(logs+"/ab/"+derivation[2:]+".bz2", old, 0o644))
 	if body := ask(item, http.StatusOK); body != "it was built\n" {
 		t.Errorf("by bzip2: %q", body)
 	}
@@ -135,20 +119,14 @@ func TestNegativeTTL(t *testing.T) {
 // TestRSA publishes with an RSA key, as old machines have.
 func TestRSA(t *testing.T) {
 	secret, err := os.ReadFile("../acl/testdata/rsa.sec")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	key, err := acl.ParseSigningKey(secret, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	root, items := aStore(t)
 	s := server(t, publish.ServerOptions{Root: root, Items: items, Key: key, Host: "old"})
 	_, _, text := get(t, s.URL+"/00000000000000000000000000000001.narinfo")
 	n, err := narinfo.Parse([]byte(text))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if err := n.Authorise(acl.NewACL(key.PublicKey())); err != nil {
 		t.Error(err)
 	}

@@ -70,9 +70,7 @@ func TestKeptNars(t *testing.T) {
 		bodies[u.URL] = body
 	}
 
-	if err := os.RemoveAll(directory + "/" + name); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.RemoveAll(directory+"/"+name))
 	_, _, body := request(t, "GET", url+"/"+hash+".narinfo")
 	if gone, err := narinfo.Parse([]byte(body)); err != nil || gone.StorePath != "/gnu/store/"+name || len(gone.References) != 2 {
 		t.Errorf("the narinfo of what has gone: %v\n%s", err, body)
@@ -88,17 +86,13 @@ func TestKeptNars(t *testing.T) {
 
 	// What nobody asks for any more goes, and so does what a killed process has left.
 	old := time.Now().Add(-40 * 24 * time.Hour)
-	if err := os.WriteFile(filepath.Join(cache, files.TemporaryPrefix+"x"), nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(filepath.Join(cache, files.TemporaryPrefix+"x"), nil, 0o600))
 	entries, err := os.ReadDir(cache)
 	if err != nil || len(entries) != 4 {
 		t.Fatalf("%v, %v", entries, err)
 	}
 	for _, e := range entries {
-		if err := os.Chtimes(filepath.Join(cache, e.Name()), old, old); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Chtimes(filepath.Join(cache, e.Name()), old, old))
 	}
 	request(t, "GET", url+"/"+n.URLs[0].URL) // somebody does: for the nar, and what is known of it
 	narcache.New(cache, 1, time.Hour, logger(t)).Close()
@@ -132,9 +126,7 @@ func TestUnkeptNars(t *testing.T) {
 	})
 	t.Run("no place", func(t *testing.T) {
 		file := filepath.Join(t.TempDir(), "file")
-		if err := os.WriteFile(file, nil, 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(file, nil, 0o600))
 		nars := narcache.New(filepath.Join(file, "nars"), 1, 0, logger(t))
 		defer nars.Close()
 		url := server(t, publish.ServerOptions{Root: directory, Items: items, Nars: nars, Compressions: []string{"gzip"}}).URL

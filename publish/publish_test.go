@@ -38,6 +38,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 // memoryStore is a store in memory that may refuse blocks.
 type memoryStore struct {
 	fetch.Store
@@ -70,14 +78,10 @@ func aStore(t *testing.T) (directory string, items publish.Manifest) {
 	var manifest strings.Builder
 	add := func(i int, name string, make func(path string) error, references ...string) {
 		base := fmt.Sprintf("%032d-%s", i, name)
-		if err := make(filepath.Join(directory, base)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, make(filepath.Join(directory, base)))
 		fmt.Fprintf(&manifest, "StorePath: /gnu/store/%s\nReferences: %s\n\n", base, strings.Join(references, " "))
 	}
-	if err := os.Mkdir(directory, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(directory, 0o755))
 	add(1, "file+plus", func(p string) error { return os.WriteFile(p, []byte("hello\n"), 0o644) })
 	add(2, "tree", func(p string) error {
 		return errors.Join(os.MkdirAll(p+"/bin", 0o755), os.WriteFile(p+"/bin/x", bytes.Repeat([]byte("x"), 100000), 0o755),
@@ -87,9 +91,7 @@ func aStore(t *testing.T) (directory string, items publish.Manifest) {
 	add(4, "empty-directory", func(p string) error { return os.MkdirAll(p+"/empty", 0o755) })
 	add(5, "large", func(p string) error { return os.WriteFile(p, bytes.Repeat([]byte("0123456789"), 200000), 0o644) })
 	items, err := publish.ParseManifest([]byte(manifest.String()))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return directory, items
 }
 
@@ -97,14 +99,10 @@ func aStore(t *testing.T) (directory string, items publish.Manifest) {
 func get(t *testing.T, url string) (status int, header http.Header, body string) {
 	t.Helper()
 	response, err := http.Get(url)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer response.Body.Close()
 	b, err := io.ReadAll(response.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return response.StatusCode, response.Header, string(b)
 }
 
@@ -113,9 +111,7 @@ func server(t *testing.T, o publish.ServerOptions) *httptest.Server {
 	t.Helper()
 	o.StoreDir, o.Log = "/gnu/store", logger(t)
 	s, err := publish.NewServer(o)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	h := httptest.NewServer(s)
 	t.Cleanup(h.Close)
 	return h
@@ -147,9 +143,7 @@ func TestNarinfo(t *testing.T) {
 		t.Errorf("below the signature:\n%s", below)
 	}
 	n, err := narinfo.Parse([]byte(text))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if err := n.Authorise(acl.NewACL(key.PublicKey())); err != nil {
 		t.Error(err)
 	}
@@ -191,9 +185,7 @@ func TestNarinfo(t *testing.T) {
 		t.Errorf("nix-cache-info: %q", body)
 	}
 	// An item that has gone from the store is not offered any more.
-	if err := os.Remove(filepath.Join(directory, "00000000000000000000000000000001-file+plus")); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Remove(filepath.Join(directory, "00000000000000000000000000000001-file+plus")))
 	if status, _, _ := get(t, h.URL+"/00000000000000000000000000000001.narinfo"); status != 404 {
 		t.Errorf("status %d of an item that has gone", status)
 	}
@@ -213,9 +205,7 @@ func TestCapabilities(t *testing.T) {
 	directory, items := aStore(t)
 	path := filepath.Join(directory, filepath.Base(items["00000000000000000000000000000002"].StorePath))
 	narHash, _, err := nar.HashTree(t.Context(), path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	cache := t.TempDir() + "/a/b"
 
 	// Without a store.
@@ -224,9 +214,7 @@ func TestCapabilities(t *testing.T) {
 		t.Error("the capability is known from nowhere")
 	}
 	first, err := find(c, path, narHash)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	c.Close()
 
 	// Another process knows it; with a store the blocks are needed, once.
@@ -281,9 +269,7 @@ func TestEncodeForms(t *testing.T) {
 		path := filepath.Join(directory, filepath.Base(items[hash].StorePath))
 		store := newMemoryStore()
 		e, err := publish.Encode(context.Background(), path, store.Put, erisfs.EncodeOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		var archive bytes.Buffer
 		nar.Write(&archive, nar.NewTree(path))
 		if e.Form != want || e.NarHash != sha256.Sum256(archive.Bytes()) || e.NarSize != uint64(archive.Len()) {
@@ -291,9 +277,7 @@ func TestEncodeForms(t *testing.T) {
 		}
 		if want == "nar" {
 			r, err := content.Open(context.Background(), store, e.Capability, 1<<20, fetch.Window{})
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, archive.Bytes()) {
 				t.Errorf("%s: %d bytes, error %v", path, len(got), err)
 			}
@@ -318,21 +302,15 @@ func TestAnnotator(t *testing.T) {
 	upstream := server(t, publish.ServerOptions{Root: directory, Items: items, Key: key, Host: "upstream"})
 	// Here the large item is another one, and one is missing.
 	local, _ := aStore(t)
-	if err := os.WriteFile(local+"/00000000000000000000000000000001-file+plus", []byte("another build"), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Remove(local + "/00000000000000000000000000000003-link"); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(local+"/00000000000000000000000000000001-file+plus", []byte("another build"), 0o644))
+	must(t, os.Remove(local+"/00000000000000000000000000000003-link"))
 	store := newMemoryStore()
 	capabilities := publish.NewCapabilities(t.TempDir(), store, 2, logger(t))
 	defer capabilities.Close()
 	a, err := publish.NewAnnotator(publish.AnnotatorOptions{
 		Upstream: upstream.URL + "/", StoreDir: "/gnu/store", Root: local, Capabilities: capabilities, WaitFor: 1 << 30, Log: logger(t),
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	h := httptest.NewServer(a)
 	defer h.Close()
 	for hash, want := range map[string]bool{
@@ -349,9 +327,7 @@ func TestAnnotator(t *testing.T) {
 			t.Errorf("%s: annotated:\n%s", hash, text)
 		}
 		n, err := narinfo.Parse([]byte(text))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if err := n.Authorise(acl.NewACL(key.PublicKey())); err != nil {
 			t.Errorf("%s: the signature is not good any more: %v", hash, err)
 		}
@@ -419,9 +395,7 @@ func TestAnnotatorUpstream(t *testing.T) {
 		"long header, nar":  {"HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 1<<20) + "\r\nContent-Length: 1\r\n\r\nx", "/nar/x", 502, "no answer"},
 	} {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		go func() {
 			for {
 				c, err := l.Accept()
@@ -434,9 +408,7 @@ func TestAnnotatorUpstream(t *testing.T) {
 			}
 		}()
 		a, err := publish.NewAnnotator(publish.AnnotatorOptions{Upstream: "http://" + l.Addr().String(), StoreDir: "/gnu/store", Log: logger(t)})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		here := httptest.NewServer(a)
 		r, err := http.Get(here.URL + test.path)
 		if err != nil {
@@ -488,9 +460,7 @@ func TestAnnotatorPassesOn(t *testing.T) {
 		a, err := publish.NewAnnotator(publish.AnnotatorOptions{
 			Upstream: url, StoreDir: "/gnu/store", Root: t.TempDir(), Capabilities: capabilities, Log: logger(t),
 		})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		h := httptest.NewServer(a)
 		t.Cleanup(h.Close)
 		return h.URL
@@ -522,9 +492,7 @@ func TestAnnotatorPassesOn(t *testing.T) {
 	elsewhere := annotator("http://mirror.example/a%20b/")
 	client := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	response, err := client.Get(elsewhere + "/nar/zstd/a%2Bb%3Fc")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	response.Body.Close()
 	if to := response.Header.Get("Location"); response.StatusCode != 302 || to != "http://mirror.example/a%20b/nar/zstd/a%2Bb%3Fc" {
 		t.Errorf("status %d, to %q", response.StatusCode, to)
@@ -547,9 +515,7 @@ func TestGone(t *testing.T) {
 	if !strings.Contains(before, "ERIS: ") {
 		t.Fatalf("narinfo:\n%s", before)
 	}
-	if err := os.RemoveAll(directory + "/00000000000000000000000000000002-tree"); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.RemoveAll(directory+"/00000000000000000000000000000002-tree"))
 	above, _, _ := strings.Cut(before, "Signature:")
 	for what, url := range map[string]string{"the same process": first, "another one": start(store)} {
 		status, _, text := get(t, url+name)
@@ -580,9 +546,7 @@ func TestFindLater(t *testing.T) {
 	directory, items := aStore(t)
 	path := filepath.Join(directory, filepath.Base(items["00000000000000000000000000000002"].StorePath))
 	narHash, _, err := nar.HashTree(t.Context(), path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	store := &gatedStore{memoryStore: newMemoryStore(), entered: make(chan struct{}, 100), gate: make(chan struct{})}
 	c := publish.NewCapabilities(t.TempDir(), store, 2, logger(t))
 	before := runtime.NumGoroutine()
@@ -643,9 +607,7 @@ func TestPatience(t *testing.T) {
 		n := items[fmt.Sprintf("%032d", i+1)]
 		path := filepath.Join(directory, filepath.Base(n.StorePath))
 		sum, _, err := nar.HashTree(t.Context(), path)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if _, err := find(c, path, sum); err != nil {
 			t.Error(err)
 		}
@@ -683,9 +645,7 @@ func TestHashParts(t *testing.T) {
 	directory, items := aStore(t)
 	narinfos := t.TempDir()
 	write := func(name, text string) {
-		if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(name, []byte(text), 0o644))
 	}
 	record := "StorePath: /gnu/store/00000000000000000000000000000001-file+plus\n" +
 		"NarHash: sha256:04zwf782yjwnh3q6hz5izfd6jyip8kgw6g6yj43fiqhbyhdd0dqw\nNarSize: 120\nReferences: \nURL: x\nCompression: none\n"
@@ -725,22 +685,16 @@ func TestMethods(t *testing.T) {
 	h := server(t, publish.ServerOptions{Root: directory, Items: items, TTL: time.Minute})
 	for _, method := range []string{"POST", "PUT", "DELETE", "OPTIONS"} {
 		request, err := http.NewRequest(method, h.URL+"/00000000000000000000000000000001.narinfo", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		response, err := http.DefaultClient.Do(request)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		response.Body.Close()
 		if response.StatusCode != 404 {
 			t.Errorf("%s: status %d", method, response.StatusCode)
 		}
 	}
 	conn, err := net.Dial("tcp", strings.TrimPrefix(h.URL, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(time.Minute))
 	order := []int{3, 1, 9, 2, 4, 1}
@@ -750,13 +704,9 @@ func TestMethods(t *testing.T) {
 	answers := bufio.NewReader(conn)
 	for _, i := range order {
 		response, err := http.ReadResponse(answers, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		body, err := io.ReadAll(response.Body)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if i == 9 && response.StatusCode != 404 || i != 9 && !strings.HasPrefix(string(body), fmt.Sprintf("StorePath: /gnu/store/%032d-", i)) {
 			t.Errorf("item %d: status %d, body %.100q", i, response.StatusCode, body)
 		}

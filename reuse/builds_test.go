@@ -23,10 +23,8 @@ import (
 func cBuild(s *testStore) func(item string, refs []string) {
 	return func(item string, refs []string) {
 		dependency := s.dir + "/" + refs[0]
-		if err := errors.Join(os.MkdirAll(dependency+"/include", 0o755),
-			os.WriteFile(dependency+"/include/libc.h", []byte("static inline int twice(int x) { return 2 * x; }\n"), 0o644)); err != nil {
-			s.t.Fatal(err)
-		}
+		must(s.t, errors.Join(os.MkdirAll(dependency+"/include", 0o755),
+			os.WriteFile(dependency+"/include/libc.h", []byte("static inline int twice(int x) { return 2 * x; }\n"), 0o644)))
 		dir := s.workDir(map[string]string{
 			"config.h": fmt.Sprintf("#define DEPENDENCY %q\n", dependency),
 			"lib.c": "#include \"config.h\"\n#include <uchar.h>\nconst char16_t *wide = u\"\" DEPENDENCY;\nconst char32_t *wider = U\"\" DEPENDENCY;\n" +

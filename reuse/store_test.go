@@ -64,19 +64,13 @@ func (s *testStore) register(name string, references ...string) *narinfo.Narinfo
 	h := sha256.New()
 	tree := nar.NewTree(built)
 	size, err := nar.Write(h, tree)
-	if err != nil {
-		s.t.Fatal(err)
-	}
+	must(s.t, err)
 	canonical := s.dir + "/.canonical"
 	if _, err := restore.Restore(s.t.Context(), nar.NewTree(built), canonical, restore.Options{}); err != nil {
 		s.t.Fatal(err)
 	}
-	if err := restore.Remove(built); err != nil {
-		s.t.Fatal(err)
-	}
-	if err := os.Rename(canonical, built); err != nil {
-		s.t.Fatal(err)
-	}
+	must(s.t, restore.Remove(built))
+	must(s.t, os.Rename(canonical, built))
 	n := &narinfo.Narinfo{
 		StorePath: built, NarDigest: [32]byte(h.Sum(nil)), NarSize: uint64(size), NarSizeKnown: true, References: references,
 	}
@@ -90,9 +84,7 @@ func (s *testStore) write(name string, files map[string]string) {
 	s.t.Helper()
 	for path, contents := range files {
 		path = filepath.Join(s.dir, name, path)
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			s.t.Fatal(err)
-		}
+		must(s.t, os.MkdirAll(filepath.Dir(path), 0o755))
 		mode := os.FileMode(0o644)
 		if filepath.Base(filepath.Dir(path)) == "bin" {
 			mode = 0o755
@@ -103,18 +95,14 @@ func (s *testStore) write(name string, files map[string]string) {
 		} else {
 			err = os.WriteFile(path, []byte(contents), mode)
 		}
-		if err != nil {
-			s.t.Fatal(err)
-		}
+		must(s.t, err)
 	}
 }
 
 // forget takes an item out of the store, as if it had never been there.
 func (s *testStore) forget(name string) {
 	s.t.Helper()
-	if err := restore.Remove(s.dir + "/" + name); err != nil {
-		s.t.Fatal(err)
-	}
+	must(s.t, restore.Remove(s.dir+"/"+name))
 	delete(s.items, name[:HashLength])
 }
 
@@ -174,9 +162,7 @@ func (s *testStore) attempt(f *Finder, want *narinfo.Narinfo) (made *Candidate, 
 			err = errors.Join(errWrong, c.Missed(s.t.Context()))
 		}
 		failures = append(failures, err)
-		if err := restore.Remove(want.StorePath); err != nil {
-			s.t.Fatal(err)
-		}
+		must(s.t, restore.Remove(want.StorePath))
 	}
 	return nil, failures
 }
@@ -198,9 +184,7 @@ func (s *testStore) snapshot(name string) string {
 		fmt.Fprintln(&all, path, st.Ino, st.Mode, st.Uid, st.Gid, st.Size, st.Mtim)
 		return nil
 	})
-	if err != nil {
-		s.t.Fatal(err)
-	}
+	must(s.t, err)
 	if _, err := nar.Write(&all, nar.NewTree(s.dir+"/"+name)); err != nil {
 		s.t.Fatal(err)
 	}
@@ -222,9 +206,7 @@ func (s *testStore) check(old string, want *narinfo.Narinfo) {
 		if c.String() != s.dir+"/"+old {
 			s.t.Errorf("made of %s", c)
 		}
-		if err := restore.Remove(want.StorePath); err != nil {
-			s.t.Fatal(err)
-		}
+		must(s.t, restore.Remove(want.StorePath))
 	}
 	if s.snapshot(old) != before {
 		s.t.Error("the old item has changed")
@@ -258,15 +240,11 @@ func needs(t *testing.T, programs ...string) {
 func (s *testStore) workDir(files map[string]string) string {
 	s.t.Helper()
 	dir := filepath.Dir(s.dir) + "/build"
-	if err := os.RemoveAll(dir); err != nil {
-		s.t.Fatal(err)
-	}
+	must(s.t, os.RemoveAll(dir))
 	for name, contents := range files {
 		name = dir + "/" + name
-		if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, []byte(contents), 0o644),
-			os.Chtimes(name, time.Unix(1e9, 0), time.Unix(1e9, 0))); err != nil {
-			s.t.Fatal(err)
-		}
+		must(s.t, errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, []byte(contents), 0o644),
+			os.Chtimes(name, time.Unix(1e9, 0), time.Unix(1e9, 0))))
 	}
 	return dir
 }

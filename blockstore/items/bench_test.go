@@ -39,17 +39,11 @@ func BenchmarkServe(b *testing.B) {
 			root := b.TempDir()
 			for i := range files[0] {
 				name := filepath.Join(root, "item", fmt.Sprint(i))
-				if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
-					b.Fatal(err)
-				}
-				if err := os.WriteFile(name, random(uint64(i), files[1]), 0o644); err != nil {
-					b.Fatal(err)
-				}
+				must(b, os.MkdirAll(filepath.Dir(name), 0o755))
+				must(b, os.WriteFile(name, random(uint64(i), files[1]), 0o644))
 			}
 			store, err := blockstore.Open(b.TempDir(), blockstore.Options{})
-			if err != nil {
-				b.Fatal(err)
-			}
+			must(b, err)
 			defer store.Close()
 			pipeline := fetch.NewPipeline(b.Context(), store)
 			var mu sync.Mutex
@@ -61,33 +55,21 @@ func BenchmarkServe(b *testing.B) {
 				return pipeline.Put(ctx, ref, block)
 			}
 			encoding, err := publish.Encode(b.Context(), filepath.Join(root, "item"), sink, erisfs.EncodeOptions{})
-			if err != nil {
-				b.Fatal(err)
-			}
-			if err := pipeline.Flush(); err != nil {
-				b.Fatal(err)
-			}
+			must(b, err)
+			must(b, pipeline.Flush())
 			directory := b.TempDir()
 			table, err := Open(directory, root, b.Logf)
-			if err != nil {
-				b.Fatal(err)
-			}
+			must(b, err)
 			before := memory()
 			begin := time.Now()
-			if err := table.Update(b.Context(), []string{"item"}); err != nil {
-				b.Fatal(err)
-			}
+			must(b, table.Update(b.Context(), []string{"item"}))
 			b.Logf("made in %v; %d bytes of memory and %d on disk", time.Since(begin), memory()-before, table.Stats().Bytes)
 			table.Close()
 			begin = time.Now()
 			table, err = Open(directory, root, b.Logf)
-			if err != nil {
-				b.Fatal(err)
-			}
+			must(b, err)
 			defer table.Close()
-			if err := table.Update(b.Context(), []string{"item"}); err != nil {
-				b.Fatal(err)
-			}
+			must(b, table.Update(b.Context(), []string{"item"}))
 			b.Logf("opened in %v", time.Since(begin))
 			for _, network := range []string{"unix", "tcp"} {
 				files, database := serve(b, network, table), serve(b, network, store)
@@ -174,14 +156,10 @@ type clients struct{ client, pool fetch.Source }
 // serve serves a source, and returns clients of it.
 func serve(b *testing.B, network string, source fetch.Source) clients {
 	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Source: source}}})
-	if err != nil {
-		b.Fatal(err)
-	}
+	must(b, err)
 	address := map[string]string{"unix": filepath.Join(b.TempDir(), "s"), "tcp": "127.0.0.1:0"}[network]
 	l, err := net.Listen(network, address)
-	if err != nil {
-		b.Fatal(err)
-	}
+	must(b, err)
 	go server.Serve(l, coapserver.Access{Get: true})
 	b.Cleanup(func() { server.Close() })
 	var opened [2]fetch.Source
@@ -201,13 +179,9 @@ func serve(b *testing.B, network string, source fetch.Source) clients {
 // restore reads an item as who restores it does: it verifies and decrypts blocks, and hashes nodes.
 func restore(b *testing.B, source fetch.Source, e publish.Encoding) {
 	i, err := image.Open(b.Context(), source, e.Capability, erisfs.Limits{NarSize: e.NarSize}, fetch.Window{Requests: 256, Bytes: 8 << 20})
-	if err != nil {
-		b.Fatal(err)
-	}
+	must(b, err)
 	nodes, closeNodes, err := i.Nodes(b.Context())
-	if err != nil {
-		b.Fatal(err)
-	}
+	must(b, err)
 	defer closeNodes()
 	hash := sha256.New()
 	if _, err := nar.Write(hash, nodes); err != nil {

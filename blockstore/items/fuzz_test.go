@@ -22,18 +22,14 @@ func FuzzTable(f *testing.F) {
 	update(f, open(f, directory, root), "a", "b")
 	path := runFiles(f, directory)[0]
 	whole, err := os.ReadFile(path)
-	if err != nil {
-		f.Fatal(err)
-	}
+	must(f, err)
 	all := encode(f, filepath.Join(root, "a"))
 	maps.Copy(all, encode(f, filepath.Join(root, "b")))
 	f.Add(whole)
 	f.Add(whole[1:])
 	f.Fuzz(func(t *testing.T, table []byte) {
 		directory := t.TempDir()
-		if err := os.WriteFile(filepath.Join(directory, filepath.Base(path)), withSum(table), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(filepath.Join(directory, filepath.Base(path)), withSum(table), 0o600))
 		opened := open(t, directory, root)
 		missing(t, opened, all)
 		update(t, opened, "a", "b")

@@ -28,6 +28,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 const killedVariable = "ITEMS_TEST_TABLE"
 
 // TestMain is also the process that is killed.
@@ -57,9 +65,7 @@ func random(seed uint64, n int) []byte {
 
 func write(t testing.TB, path string, contents []byte) {
 	t.Helper()
-	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, contents, 0o644)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, contents, 0o644)))
 }
 
 // makeStore makes store items of all kinds, and returns where they are and their names.
@@ -78,9 +84,7 @@ func makeStore(t *testing.T) (root string, names []string) {
 	write(t, filepath.Join(root, "large", "zeros"), make([]byte, 600<<10))
 	write(t, filepath.Join(root, "large", "zeros, small"), make([]byte, 9000))
 	write(t, filepath.Join(root, "odd", "file"), random(3001, 100000))
-	if err := errors.Join(os.Mkdir(filepath.Join(root, "odd", "empty"), 0o755), os.Symlink("nowhere", filepath.Join(root, "link"))); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(os.Mkdir(filepath.Join(root, "odd", "empty"), 0o755), os.Symlink("nowhere", filepath.Join(root, "link"))))
 	return root, append(names, "many", "sizes", "large", "odd", "link")
 }
 
@@ -103,18 +107,14 @@ func encode(t testing.TB, path string) map[eris.Reference][]byte {
 func open(t testing.TB, directory, root string) *Table {
 	t.Helper()
 	table, err := Open(directory, root, t.Logf)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { table.Close() })
 	return table
 }
 
 func update(t testing.TB, table *Table, names ...string) {
 	t.Helper()
-	if err := table.Update(t.Context(), names); err != nil {
-		t.Fatal(err)
-	}
+	must(t, table.Update(t.Context(), names))
 }
 
 // missing asks for all blocks at a time, in both sizes, and returns how many there are not. What
@@ -151,9 +151,7 @@ func wantAll(t testing.TB, table *Table, blocks map[eris.Reference][]byte) {
 func runFiles(t testing.TB, directory string) []string {
 	t.Helper()
 	names, err := filepath.Glob(filepath.Join(directory, "*"+suffix))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return names
 }
 
@@ -218,9 +216,7 @@ func TestAppearAndGo(t *testing.T) {
 	}
 	size := table.Stats().Bytes
 	for _, name := range names[:30] { // collected
-		if err := os.RemoveAll(filepath.Join(root, name)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.RemoveAll(filepath.Join(root, name)))
 	}
 	update(t, table, names[30:]...)
 	for _, name := range names[30:] {
@@ -259,9 +255,7 @@ func TestRuns(t *testing.T) {
 	tables[1].runs = nil
 	wantAll(t, table, all)
 	same := encode(t, filepath.Join(root, "item0", "same"))
-	if err := os.RemoveAll(filepath.Join(root, "item0", "same")); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.RemoveAll(filepath.Join(root, "item0", "same")))
 	for ref, block := range same {
 		if all[ref] == nil {
 			continue // of an item that is this file alone
@@ -287,14 +281,10 @@ func TestChanged(t *testing.T) {
 		"other contents": func(t *testing.T) { write(t, file, random(8, 100000)) },
 		"shorter":        func(t *testing.T) { write(t, file, random(7, 100000)[:40000]) },
 		"gone": func(t *testing.T) {
-			if err := os.RemoveAll(filepath.Dir(file)); err != nil {
-				t.Fatal(err)
-			}
+			must(t, os.RemoveAll(filepath.Dir(file)))
 		},
 		"pipe": func(t *testing.T) {
-			if err := errors.Join(os.Remove(file), unix.Mkfifo(file, 0o600)); err != nil {
-				t.Fatal(err)
-			}
+			must(t, errors.Join(os.Remove(file), unix.Mkfifo(file, 0o600)))
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -329,9 +319,7 @@ func TestDamage(t *testing.T) {
 	table.Close()
 	path := runFiles(t, directory)[0]
 	whole, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	all := map[eris.Reference][]byte{}
 	for _, name := range names {
 		maps.Copy(all, encode(t, filepath.Join(root, name)))
@@ -354,9 +342,7 @@ func TestDamage(t *testing.T) {
 		for _, old := range runFiles(t, directory) {
 			os.Remove(old)
 		}
-		if err := os.WriteFile(path, b, 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(path, b, 0o600))
 		table := open(t, directory, root)
 		update(t, table, names...)
 		missing(t, table, all)
@@ -379,21 +365,15 @@ func TestDamagedWhileOpen(t *testing.T) {
 		update(t, table, names...)
 		path := runFiles(t, directory)[0]
 		info, err := os.Stat(path)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		f, err := os.OpenFile(path, os.O_WRONLY, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if seed%5 == 0 {
 			err = f.Truncate(info.Size() / int64(seed+2))
 		} else {
 			_, err = f.WriteAt(random(seed, int(info.Size())/10), info.Size()*int64(seed%10)/11)
 		}
-		if err := errors.Join(err, f.Close()); err != nil {
-			t.Fatal(err)
-		}
+		must(t, errors.Join(err, f.Close()))
 		missing(t, table, all) // it must not give wrong blocks, and not panic
 		table.Close()
 		table = open(t, directory, root)
@@ -424,9 +404,7 @@ func TestKilled(t *testing.T) {
 		if err == nil {
 			err = c.Start()
 		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		lines := bufio.NewScanner(out)
 		for n := r.IntN(20); n >= 0 && lines.Scan(); n-- {
 			for range r.IntN(100000) { // any moment, not only that after a line
@@ -439,9 +417,7 @@ func TestKilled(t *testing.T) {
 	update(t, table, names...)
 	wantAll(t, table, all)
 	left, err := os.ReadDir(directory)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if len(left) != 2 { // the lock and a run
 		t.Fatalf("%v is left", left)
 	}
@@ -470,21 +446,15 @@ func TestForgedReference(t *testing.T) {
 // TestSkipped has items that cannot be encoded, and names that are none.
 func TestSkipped(t *testing.T) {
 	root, names := makeStore(t)
-	if err := errors.Join(os.Mkdir(filepath.Join(root, "bad"), 0o755), unix.Mkfifo(filepath.Join(root, "bad", "pipe"), 0o600)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(os.Mkdir(filepath.Join(root, "bad"), 0o755), unix.Mkfifo(filepath.Join(root, "bad", "pipe"), 0o600)))
 	var logged []string
 	table, err := Open(t.TempDir(), root, func(format string, a ...any) { logged = append(logged, fmt.Sprintf(format, a...)) })
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer table.Close()
 	bad := append([]string{"bad", "absent", "", ".", "..", "../x", "many/1", strings.Repeat("x", 256)}, names...)
 	if os.Geteuid() != 0 {
 		write(t, filepath.Join(root, "secret"), []byte("secret"))
-		if err := os.Chmod(filepath.Join(root, "secret"), 0); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Chmod(filepath.Join(root, "secret"), 0))
 		bad = append(bad, "secret")
 	}
 	for range 2 { // told once

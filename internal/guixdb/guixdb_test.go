@@ -19,13 +19,19 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/guixdb"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 // TestDatabase reads a database like the daemon's.
 func TestDatabase(t *testing.T) {
 	name := t.TempDir() + "/db with space?.sqlite"
 	db, err := sql.Open("sqlite", "file:"+strings.ReplaceAll(strings.ReplaceAll(name, "?", "%3f"), " ", "%20"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	digest := sha256.Sum256([]byte("x"))
 	a, b := "/gnu/store/"+strings.Repeat("a", 32)+"-a", "/gnu/store/"+strings.Repeat("b", 32)+"-b"
 	for _, statement := range []string{
@@ -47,14 +53,10 @@ func TestDatabase(t *testing.T) {
 	}
 	defer db.Close() // the daemon has it open too
 	d, err := guixdb.Open(name, "/gnu/store")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer d.Close()
 	n, err := d.Item(context.Background(), strings.Repeat("a", 32))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if n.StorePath != a || n.NarDigest != digest || n.NarSize != 123 || n.Deriver != strings.Repeat("d", 32)+"-a.drv" ||
 		strings.Join(n.References, " ") != filepath.Base(a)+" "+filepath.Base(b) {
 		t.Errorf("item %+v", n)
@@ -73,9 +75,7 @@ func TestDatabase(t *testing.T) {
 	if _, err := guixdb.Open(name+".absent", "/gnu/store"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("error %v", err)
 	}
-	if err := os.WriteFile(name+".bad", []byte(strings.Repeat("no database ", 1000)), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(name+".bad", []byte(strings.Repeat("no database ", 1000)), 0o644))
 	if _, err := guixdb.Open(name+".bad", "/gnu/store"); err == nil {
 		t.Error("anything is a database")
 	}
@@ -87,9 +87,7 @@ func TestDatabaseOfAnotherUser(t *testing.T) {
 	const variable = "TEST_GUIXDB_DATABASE"
 	if name := os.Getenv(variable); name != "" {
 		d, err := guixdb.Open(name, "/gnu/store")
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer d.Close()
 		if n, err := d.Item(context.Background(), strings.Repeat("a", 32)); err != nil || n.NarSize != 123 {
 			t.Fatalf("item %+v, error %v", n, err)
@@ -101,22 +99,14 @@ func TestDatabaseOfAnotherUser(t *testing.T) {
 	}
 	// Not t.TempDir, whose parents others may not enter.
 	directory, err := os.MkdirTemp("/tmp", "guixdb-test-")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer os.RemoveAll(directory)
 	program, err := os.ReadFile("/proc/self/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(os.Chmod(directory, 0o755), os.WriteFile(directory+"/test", program, 0o755)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
+	must(t, errors.Join(os.Chmod(directory, 0o755), os.WriteFile(directory+"/test", program, 0o755)))
 	name := directory + "/db.sqlite"
 	db, err := sql.Open("sqlite", "file:"+name)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for _, statement := range []string{
 		"PRAGMA journal_mode = wal",
 		"CREATE TABLE ValidPaths (id integer primary key, path text unique, hash text, deriver text, narSize integer)",
@@ -136,9 +126,7 @@ func TestDatabaseOfAnotherUser(t *testing.T) {
 		}
 	}
 	try("while the daemon has it open")
-	if err := db.Close(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, db.Close())
 	try("while nobody has it open")
 }
 
@@ -146,9 +134,7 @@ func TestDatabaseOfAnotherUser(t *testing.T) {
 func TestDatabaseWhileWriting(t *testing.T) {
 	name := t.TempDir() + "/db.sqlite"
 	db, err := sql.Open("sqlite", "file:"+name+"?_pragma=busy_timeout(10000)")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer db.Close()
 	for _, statement := range []string{
 		"PRAGMA journal_mode = wal",
@@ -160,9 +146,7 @@ func TestDatabaseWhileWriting(t *testing.T) {
 		}
 	}
 	d, err := guixdb.Open(name, "/gnu/store")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer d.Close()
 	item := func(i int) string { return fmt.Sprintf("%032d", i) }
 	written := make(chan int)

@@ -219,9 +219,7 @@ func TestTrim(t *testing.T) {
 	c.SetMost(most, 1)
 	name := func(i int) string { return fmt.Sprintf("%032d", i) }
 	for i := range 300 { // 8 KiB on disk each
-		if err := c.Put(url, name(i), narinfocache.Entry{Narinfo: make([]byte, 5000), TTL: time.Hour}, time.Now()); err != nil {
-			t.Fatal(err)
-		}
+		must(t, c.Put(url, name(i), narinfocache.Entry{Narinfo: make([]byte, 5000), TTL: time.Hour}, time.Now()))
 	}
 	// Stored a day ago, and some of them read since.
 	day := time.Now().Add(-24 * time.Hour)
@@ -230,14 +228,10 @@ func TestTrim(t *testing.T) {
 		if i < 50 {
 			read = time.Now().Add(-2 * time.Hour)
 		}
-		if err := os.Chtimes(path, read, day); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Chtimes(path, read, day))
 	}
 	for i := range 20 {
-		if err := c.PutLater(url, name(1000+i), narinfocache.Entry{TTL: time.Hour}, time.Now()); err != nil {
-			t.Fatal(err)
-		}
+		must(t, c.PutLater(url, name(1000+i), narinfocache.Entry{TTL: time.Hour}, time.Now()))
 	}
 	c.Close()
 	left := func(from, to int) (n int) {
@@ -258,9 +252,7 @@ func TestUnfit(t *testing.T) {
 	d := t.TempDir()
 	c := open(t, d)
 	entry := narinfocache.Entry{Narinfo: []byte("x"), TTL: time.Hour}
-	if err := c.Put(url, hash, entry, now); err != nil {
-		t.Fatal(err)
-	}
+	must(t, c.Put(url, hash, entry, now))
 	path := files(t, d)[0]
 	for _, checked := range []string{path, filepath.Dir(path), d} {
 		info, err := os.Stat(checked)
@@ -269,20 +261,14 @@ func TestUnfit(t *testing.T) {
 		}
 	}
 	victim := filepath.Join(t.TempDir(), "victim")
-	if err := os.Rename(path, victim); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Rename(path, victim))
 	precious, err := os.ReadFile(victim)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for name, make := range map[string]func() error{
 		"link": func() error { return os.Symlink(victim, path) },
 		"pipe": func() error { return syscall.Mkfifo(path, 0o600) },
 	} {
-		if err := make(); err != nil {
-			t.Fatal(err)
-		}
+		must(t, make())
 		if _, ok := c.Get(url, hash, now); ok {
 			t.Errorf("an entry is read from a %s", name)
 		}
@@ -294,17 +280,13 @@ func TestUnfit(t *testing.T) {
 		}
 		os.Remove(path)
 	}
-	if err := os.Symlink(victim, filepath.Join(d, "last-cleanup")); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Symlink(victim, filepath.Join(d, "last-cleanup")))
 	c.Clean(time.Now().Add(100*24*time.Hour), nil)
 	if b, err := os.ReadFile(victim); err != nil || !bytes.Equal(b, precious) {
 		t.Errorf("what a link names has changed: %q, error %v", b, err)
 	}
 	if os.Geteuid() == 0 {
-		if err := os.Chown(d, 1234, -1); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Chown(d, 1234, -1))
 		if _, err := narinfocache.Open(d); err == nil {
 			t.Error("the cache of another user is used")
 		}

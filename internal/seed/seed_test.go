@@ -22,6 +22,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 // full is a store that takes nothing.
 type full struct{ fetch.Store }
 
@@ -46,9 +54,7 @@ func open(directory string, store fetch.Store) (s *Seeds, failures func() error)
 func left(t *testing.T, directory string) string {
 	t.Helper()
 	names, err := filepath.Glob(directory + "/*")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return strings.Join(names, " ")
 }
 
@@ -56,14 +62,10 @@ func TestSeeds(t *testing.T) {
 	directory, blocks := t.TempDir()+"/seeds", t.TempDir()
 	nar := bytes.Repeat([]byte("compressed "), 10000)
 	want, err := eris.Encode(t.Context(), bytes.NewReader(nar), nil, eris.EncodeOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	has := func() bool {
 		store, err := dir.Open("file:" + blocks)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer store.Close()
 		_, err = fetch.Get(t.Context(), store, want.Root, want.BlockSize, nil)
 		return err == nil
@@ -85,9 +87,7 @@ func TestSeeds(t *testing.T) {
 
 	// The next process goes on.
 	store, err := dir.Open("file:" + blocks)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	s, failures = open(directory, store)
 	s.Close()
 	if failures() != nil || left(t, directory) != "" || !has() {
@@ -101,9 +101,7 @@ func TestBounded(t *testing.T) {
 	whole, killed := directory+"/nar-1", directory+"/"+files.TemporaryPrefix+"1"
 	old := time.Now().Add(-25 * time.Hour)
 	for _, name := range []string{whole, killed} {
-		if err := errors.Join(os.WriteFile(name, nil, 0o600), os.Truncate(name, maxBytes-10)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, errors.Join(os.WriteFile(name, nil, 0o600), os.Truncate(name, maxBytes-10)))
 	}
 	s, failures := open(directory, full{})
 	defer s.Close()
@@ -117,9 +115,7 @@ func TestBounded(t *testing.T) {
 		c.End(false)
 	}
 	try(0, false)
-	if err := os.Chtimes(killed, old, old); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Chtimes(killed, old, old))
 	try(11, false)
 	try(10, true)
 	try(1<<63, false)
@@ -146,18 +142,12 @@ func (p picky) Put(ctx context.Context, ref eris.Reference, block []byte) error 
 func TestInTheWay(t *testing.T) {
 	directory, blocks := t.TempDir(), t.TempDir()
 	unwanted, err := eris.Encode(t.Context(), strings.NewReader("unwanted"), nil, eris.EncodeOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	err = errors.Join(os.Mkdir(directory+"/nar-1", 0o700), os.WriteFile(directory+"/nar-2", []byte("unwanted"), 0o600),
 		os.WriteFile(directory+"/nar-3", []byte("wanted"), 0o600))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	store, err := dir.Open("file:" + blocks)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	s, failures := open(directory, picky{store, unwanted.Root})
 	s.Close()
 	if want := directory + "/nar-1 " + directory + "/nar-2"; left(t, directory) != want || failures() == nil {

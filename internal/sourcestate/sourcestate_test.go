@@ -13,6 +13,14 @@ import (
 	"time"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 const url = "coap+tcp://store.example/secret-path"
 
 // clock is a time that tests set.
@@ -37,9 +45,7 @@ func newClock() *clock { return &clock{now: time.Date(2026, 5, 1, 12, 0, 0, 0, t
 
 func mustSave(t *testing.T, s *State) {
 	t.Helper()
-	if err := s.Save(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.Save())
 }
 
 func TestRemembers(t *testing.T) {
@@ -213,9 +219,7 @@ func TestBadFiles(t *testing.T) {
 		"array":     `[]`,
 	} {
 		t.Run(name, func(t *testing.T) {
-			if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
-				t.Fatal(err)
-			}
+			must(t, os.WriteFile(path, []byte(text), 0o644))
 			s := open(path, newClock().Now)
 			if r := s.Get(url); r != (Record{}) {
 				t.Errorf("the record is %+v", r)
@@ -236,9 +240,7 @@ func TestBadFiles(t *testing.T) {
 func TestSaveFails(t *testing.T) {
 	d := t.TempDir()
 	s := Open(filepath.Join(d, "file", "sources"))
-	if err := os.WriteFile(filepath.Join(d, "file"), nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(filepath.Join(d, "file"), nil, 0o644))
 	s.Measured(url, 1<<20, time.Second, 0)
 	if err := s.Save(); err == nil {
 		t.Error("Save into a file as a directory succeeded")
@@ -273,16 +275,12 @@ func TestAhead(t *testing.T) {
 		s := Open(path)
 		s.CountAhead(Ahead{Staged: 3, StagedBytes: 300, Used: 2, UsedBytes: 200})
 		for range 2 { // what is written down is not written again
-			if err := s.Save(); err != nil {
-				t.Fatal(err)
-			}
+			must(t, s.Save())
 		}
 	}
 	other := Open(path)
 	other.Measured("x", 1<<20, time.Second, time.Millisecond)
-	if err := other.Save(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, other.Save())
 	a := ReadAhead(path)
 	if a.Since.Before(begin) || a.Since.After(time.Now()) {
 		t.Errorf("since %v", a.Since)
