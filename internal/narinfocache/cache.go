@@ -14,14 +14,12 @@
 package narinfocache
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"encoding/base32"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"io"
 	"io/fs"
 	"math/rand/v2"
 	"os"
@@ -30,8 +28,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
@@ -57,7 +53,6 @@ type Cache struct {
 	trimEvery int   // files
 
 	mu      sync.Mutex
-	servers map[string]string // directory of each server seen
 	pending map[string]*later // by server and item: what is not on disk yet
 	size    int               // of pending, in bytes
 	failed  error             // of writing, since the last PutLater
@@ -102,9 +97,7 @@ func Open(directory string) (*Cache, error) {
 	if err := files.MakeDirectory(directory); err != nil {
 		return nil, err
 	}
-	c := &Cache{
-		directory: directory, most: maxBytes, trimEvery: trimEvery, servers: map[string]string{}, pending: map[string]*later{},
-	}
+	c := &Cache{directory: directory, most: maxBytes, trimEvery: trimEvery, pending: map[string]*later{}}
 	c.written = sync.NewCond(&c.mu)
 	return c, nil
 }
@@ -126,20 +119,11 @@ func checksum(file []byte) uint32 {
 	return crc32.Update(crc32.Checksum(file[:headLength-4], table), table, file[headLength:])
 }
 
-// serverDirectory is the directory of a server.
-func (c *Cache) serverDirectory(url string) string {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	d, ok := c.servers[url]
-	if !ok {
-		sum := sha256.Sum256([]byte(url))
-		name := base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(sum[:])
-		d = filepath.Join(c.directory, strings.ToLower(name))
-		if len(c.servers) < 1000 {
-			c.servers[url] = d
-		}
-	}
-	return d
+// file is the name of the file of an entry, in the directory of the server.
+func (c *Cache) file(url, hash string) string {
+	sum := sha256.Sum256([]byte(url))
+	name := base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(sum[:])
+	return filepath.Join(c.directory, strings.ToLower(name), hash)
 }
 
 // Get returns the entry of a server for the item with the given hash part, and whether there is a
@@ -156,7 +140,7 @@ func (c *Cache) Get(url, hash string, now time.Time) (Entry, bool) {
 		e.Until = l.stored.Add(e.TTL)
 		return e, true
 	}
-	b, err := files.ReadState(c.serverDirectory(url)+"/"+hash, maxFile)
+	b, err := files.ReadState(c.file(url, hash), maxFile)
 	if err != nil {
 		return Entry{}, false
 	}
@@ -175,11 +159,9 @@ func decode(b []byte, now time.Time) (Entry, bool) {
 		return Entry{}, false
 	}
 	head := b[len(magic):]
-	stored, ttl := times(b)
-	if !valid(stored, ttl, now) {
-		return Entry{}, false
-	}
-	if binary.BigEndian.Uint32(head[17:]) != checksum(b) {
+	seconds := func(at int) int64 { return int64(binary.BigEndian.Uint64(head[at:])) }
+	stored, ttl := time.Unix(seconds(0), 0), time.Duration(min(seconds(8), int64(maxTTL/time.Second)))*time.Second
+	if !valid(stored, ttl, now) || binary.BigEndian.Uint32(head[17:]) != checksum(b) {
 		return Entry{}, false
 	}
 	e := Entry{TTL: ttl, Until: stored.Add(ttl)}
@@ -189,19 +171,13 @@ func decode(b []byte, now time.Time) (Entry, bool) {
 	return e, true
 }
 
-// times reads when a file was stored, and for how long it is valid.
-func times(b []byte) (stored time.Time, ttl time.Duration) {
-	seconds := func(at int) int64 { return int64(binary.BigEndian.Uint64(b[len(magic)+at:])) }
-	return time.Unix(seconds(0), 0), time.Duration(min(seconds(8), int64(maxTTL/time.Second))) * time.Second
-}
-
 // PutLater stores an entry without waiting for the disk, unless much is waiting already, for
 // creating a file can take longer than getting what is in it. The entry is there for Get at once.
 // The error is that of an earlier entry; the caller must not change e.Narinfo.
 func (c *Cache) PutLater(url, hash string, e Entry, now time.Time) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	// Not with Put, which an older entry of the same item could overtake.
+	// Not with put, which an older entry of the same item could overtake.
 	for c.size > 0 && c.size+e.cost() > maxPending {
 		c.written.Wait()
 	}
@@ -235,7 +211,7 @@ func (c *Cache) write() {
 			return
 		}
 		c.mu.Unlock()
-		err := c.Put(l.url, l.hash, l.entry, l.stored)
+		err := c.put(l.url, l.hash, l.entry, l.stored)
 		// By chance, because many processes that write little write much together.
 		if rand.IntN(c.trimEvery) == 0 {
 			c.trim(time.Now(), nil)
@@ -253,35 +229,28 @@ func (c *Cache) write() {
 	}
 }
 
-// Put stores an entry. The error is of the file system; it leaves the cache as it was.
-func (c *Cache) Put(url, hash string, e Entry, now time.Time) error {
+// put stores an entry. The error is of the file system; it leaves the cache as it was.
+func (c *Cache) put(url, hash string, e Entry, now time.Time) error {
 	if !plain(hash) {
 		return fmt.Errorf("cannot cache a narinfo under the name %q", hash)
 	}
-	var b bytes.Buffer
-	b.WriteString(magic)
-	var head [21]byte
-	binary.BigEndian.PutUint64(head[:], uint64(now.Unix()))
-	binary.BigEndian.PutUint64(head[8:], uint64(e.TTL/time.Second))
+	b := binary.BigEndian.AppendUint64([]byte(magic), uint64(now.Unix()))
+	b = binary.BigEndian.AppendUint64(b, uint64(e.TTL/time.Second))
+	b = append(b, 0, 0, 0, 0, 0) // whether there is a narinfo, and the checksum
 	if e.Narinfo != nil {
-		head[16] = 1
+		b[headLength-5] = 1
 	}
-	b.Write(head[:])
-	b.Write(e.Narinfo)
-	binary.BigEndian.PutUint32(b.Bytes()[headLength-4:], checksum(b.Bytes()))
+	b = append(b, e.Narinfo...)
+	binary.BigEndian.PutUint32(b[headLength-4:], checksum(b))
 
-	directory := c.serverDirectory(url)
-	name := directory + "/" + hash
+	name := c.file(url, hash)
 	// Where a file takes the place of another one, some file systems make sure that it is on disk
 	// first (ext4 does), which takes twice as long.
 	os.Remove(name)
-	write := func() error {
-		return files.Write(name, 0o600, files.Options{}, b.Bytes())
-	}
-	err := write()
+	err := files.Write(name, 0o600, files.Options{}, b)
 	if errors.Is(err, fs.ErrNotExist) {
-		if err = files.MakeDirectory(directory); err == nil {
-			err = write()
+		if err = files.MakeDirectory(filepath.Dir(name)); err == nil {
+			err = files.Write(name, 0o600, files.Options{}, b)
 		}
 	}
 	return err
@@ -297,8 +266,8 @@ func plain(hash string) bool {
 	return len(hash) == 32
 }
 
-// Clean removes expired entries, and what is too much, if that has not been done for some days. It
-// stops when stop is closed, to go on another time. Errors of single files are passed over.
+// Clean removes what is too old, or too much, if that has not been done for some days. It stops when
+// stop is closed, to go on another time. Errors of single files are passed over.
 func (c *Cache) Clean(now time.Time, stop <-chan struct{}) {
 	stamp := filepath.Join(c.directory, stampName)
 	info, err := os.Lstat(stamp)
@@ -306,22 +275,29 @@ func (c *Cache) Clean(now time.Time, stop <-chan struct{}) {
 		return
 	}
 	// Before the work, so that other processes do not begin it too.
-	err = files.Replace(stamp, 0o600, files.Options{}, func(io.Writer) error { return nil })
+	err = files.Write(stamp, 0o600, files.Options{}, nil)
 	if err != nil || os.Chtimes(stamp, now, now) != nil {
 		return
 	}
-	remove := func(path string, info fs.FileInfo) bool { return expired(path, info, now) }
-	if !c.walk(stop, remove) || !c.trim(now, stop) {
+	if !c.trim(now, stop) {
 		os.Remove(stamp)
 	}
 }
 
-// trim removes those entries, if all take too much, that have not been used for longest, to the
-// hour, until they take three quarters of what they may. It returns false if it was stopped.
+// trim removes what is too old, and then those entries, if all take too much, that have not been
+// used for longest, to the hour, until they take three quarters of what they may. It returns false
+// if it was stopped.
 func (c *Cache) trim(now time.Time, stop <-chan struct{}) bool {
 	var hours [maxAge/time.Hour + 1]int64 // bytes, by when they were last used
 	total := int64(0)
-	if !c.walk(stop, func(_ string, info fs.FileInfo) (remove bool) {
+	if !c.walk(stop, func(info fs.FileInfo) (remove bool) {
+		most := maxAge
+		if strings.HasPrefix(info.Name(), files.TemporaryPrefix) {
+			most = temporaryAge
+		}
+		if now.Sub(info.ModTime()) > most {
+			return true
+		}
 		hours[idle(info, now)] += onDisk(info)
 		total += onDisk(info)
 		return false
@@ -336,7 +312,7 @@ func (c *Cache) trim(now time.Time, stop <-chan struct{}) bool {
 	for ; hours[last] < excess; last-- {
 		excess -= hours[last]
 	}
-	return c.walk(stop, func(_ string, info fs.FileInfo) (remove bool) {
+	return c.walk(stop, func(info fs.FileInfo) (remove bool) {
 		hour := idle(info, now)
 		if hour == last && excess > 0 {
 			excess -= onDisk(info)
@@ -361,71 +337,42 @@ func idle(info fs.FileInfo, now time.Time) int {
 // onDisk is about how many bytes a file takes on disk.
 func onDisk(info fs.FileInfo) int64 { return (info.Size() + 4095) &^ 4095 }
 
-// walk calls remove for all files of servers, and removes those for which it returns true. It
-// returns false if it was stopped.
-func (c *Cache) walk(stop <-chan struct{}, remove func(path string, info fs.FileInfo) bool) bool {
-	servers, err := os.ReadDir(c.directory)
-	if err != nil {
-		return true
-	}
-	for _, s := range servers {
-		if s.IsDir() && !walkServer(filepath.Join(c.directory, s.Name()), stop, remove) {
+// walk calls remove for all files of servers, and removes those for which it returns true, and
+// directories that are empty. It returns false if it was stopped.
+func (c *Cache) walk(stop <-chan struct{}, remove func(fs.FileInfo) bool) bool {
+	servers, _ := os.ReadDir(c.directory)
+	for _, server := range servers {
+		directory := filepath.Join(c.directory, server.Name())
+		if !server.IsDir() {
+			continue
+		}
+		if !walkServer(directory, stop, remove) {
 			return false
 		}
+		os.Remove(directory) // fails if there is something in it
 	}
 	return true
 }
 
-func walkServer(directory string, stop <-chan struct{}, remove func(path string, info fs.FileInfo) bool) bool {
+func walkServer(directory string, stop <-chan struct{}, remove func(fs.FileInfo) bool) bool {
 	d, err := os.Open(directory)
 	if err != nil {
 		return true
 	}
 	defer d.Close()
-	left := false
-	for {
-		names, err := d.Readdirnames(512)
-		for _, name := range names {
+	for err == nil {
+		var entries []fs.DirEntry
+		entries, err = d.ReadDir(512)
+		for _, e := range entries {
 			select {
 			case <-stop:
 				return false
 			default:
 			}
-			path := directory + "/" + name
-			info, err := os.Lstat(path)
-			if err == nil && info.Mode().IsRegular() && remove(path, info) {
-				os.Remove(path)
-			} else {
-				left = true
+			if info, err := e.Info(); err == nil && info.Mode().IsRegular() && remove(info) {
+				os.Remove(filepath.Join(directory, e.Name()))
 			}
 		}
-		if err != nil {
-			break
-		}
-	}
-	if !left {
-		os.Remove(directory) // fails if there is something new
 	}
 	return true
-}
-
-func expired(path string, info fs.FileInfo, now time.Time) bool {
-	age := now.Sub(info.ModTime())
-	if strings.HasPrefix(info.Name(), files.TemporaryPrefix) {
-		return age > temporaryAge
-	}
-	if age > maxAge {
-		return true
-	}
-	f, _, err := files.OpenRegular(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NOATIME) // this is no use of it
-	if err != nil {
-		return false
-	}
-	defer f.Close()
-	var head [headLength]byte
-	if _, err := io.ReadFull(f, head[:]); err != nil || string(head[:len(magic)]) != magic {
-		return true
-	}
-	stored, ttl := times(head[:])
-	return !valid(stored, ttl, now)
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package narinfocache_test
+package narinfocache
 
 import (
 	"bytes"
@@ -13,8 +13,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
 )
 
 // must ends the test if there is an error.
@@ -32,15 +30,15 @@ var (
 	now  = time.Unix(1_800_000_000, 0)
 )
 
-func open(t testing.TB, directory string) *narinfocache.Cache {
+func open(t testing.TB, directory string) *Cache {
 	t.Helper()
-	c, err := narinfocache.Open(directory)
+	c, err := Open(directory)
 	must(t, err)
 	return c
 }
 
-// files returns the files of a cache that are entries.
-func files(t testing.TB, directory string) []string {
+// entries returns the files of a cache that are entries.
+func entries(t testing.TB, directory string) []string {
 	t.Helper()
 	var found []string
 	err := filepath.WalkDir(directory, func(path string, d fs.DirEntry, err error) error {
@@ -59,14 +57,14 @@ func TestCache(t *testing.T) {
 	if _, ok := c.Get(url, hash, now); ok {
 		t.Error("there is an entry in an empty cache")
 	}
-	for _, e := range []narinfocache.Entry{
+	for _, e := range []Entry{
 		{Narinfo: []byte("StorePath: x\n"), TTL: time.Hour},
 		{Narinfo: bytes.Repeat([]byte("long "), 100000), TTL: time.Hour},
 		{Narinfo: []byte{}, TTL: time.Hour},
 		{TTL: time.Minute},
 	} {
-		must(t, c.Put(url, hash, e, now))
-		for _, c := range []*narinfocache.Cache{c, open(t, d)} {
+		must(t, c.put(url, hash, e, now))
+		for _, c := range []*Cache{c, open(t, d)} {
 			got, ok := c.Get(url, hash, now.Add(e.TTL))
 			if !ok || !bytes.Equal(got.Narinfo, e.Narinfo) || got.TTL != e.TTL || (got.Narinfo == nil) != (e.Narinfo == nil) {
 				t.Errorf("got %.50q, TTL %v, %v; want %.50q, TTL %v", got.Narinfo, got.TTL, ok, e.Narinfo, e.TTL)
@@ -86,14 +84,14 @@ func TestCache(t *testing.T) {
 		t.Error("an entry is that of another item")
 	}
 	for _, bad := range []string{"", "short", "../../" + hash[6:], strings.Repeat("A", 32)} {
-		if err := c.Put(url, bad, narinfocache.Entry{}, now); err == nil {
+		if err := c.put(url, bad, Entry{}, now); err == nil {
 			t.Errorf("an entry is stored under the name %q", bad)
 		}
 		if _, ok := c.Get(url, bad, now); ok {
 			t.Errorf("there is an entry named %q", bad)
 		}
 	}
-	if got := files(t, d); len(got) != 1 {
+	if got := entries(t, d); len(got) != 1 {
 		t.Errorf("files %q", got)
 	}
 }
@@ -106,10 +104,10 @@ func TestPutLater(t *testing.T) {
 	for i := range n {
 		// Twice, the second time with what counts.
 		for _, narinfo := range []string{"old", text(i)} {
-			must(t, c.PutLater(url, fmt.Sprintf("%032d", i), narinfocache.Entry{Narinfo: []byte(narinfo), TTL: time.Hour}, now.Add(time.Duration(len(narinfo)))))
+			must(t, c.PutLater(url, fmt.Sprintf("%032d", i), Entry{Narinfo: []byte(narinfo), TTL: time.Hour}, now.Add(time.Duration(len(narinfo)))))
 		}
 	}
-	check := func(c *narinfocache.Cache) {
+	check := func(c *Cache) {
 		t.Helper()
 		for i := range n {
 			if e, ok := c.Get(url, fmt.Sprintf("%032d", i), now); !ok || string(e.Narinfo) != text(i) {
@@ -128,11 +126,11 @@ func TestPutLater(t *testing.T) {
 	// What goes wrong later is told later.
 	os.RemoveAll(d)
 	must(t, os.WriteFile(d, nil, 0o644))
-	if err := c.PutLater(url, hash, narinfocache.Entry{}, now); err != nil {
+	if err := c.PutLater(url, hash, Entry{}, now); err != nil {
 		t.Error(err)
 	}
 	c.Close()
-	if err := c.PutLater(url, hash, narinfocache.Entry{}, now); err == nil {
+	if err := c.PutLater(url, hash, Entry{}, now); err == nil {
 		t.Error("an entry cannot be written, and nothing says so")
 	}
 	c.Close()
@@ -142,8 +140,8 @@ func TestPutLater(t *testing.T) {
 func TestCorrupt(t *testing.T) {
 	d := t.TempDir()
 	c := open(t, d)
-	must(t, c.Put(url, hash, narinfocache.Entry{Narinfo: []byte("StorePath: x\n"), TTL: time.Hour}, now))
-	name := files(t, d)[0]
+	must(t, c.put(url, hash, Entry{Narinfo: []byte("StorePath: x\n"), TTL: time.Hour}, now))
+	name := entries(t, d)[0]
 	good, err := os.ReadFile(name)
 	must(t, err)
 	check := func(what string, b []byte) {
@@ -166,7 +164,7 @@ func TestCorrupt(t *testing.T) {
 	if _, ok := c.Get(url, hash, now); ok {
 		t.Error("a directory is an entry")
 	}
-	if err := c.Put(url, hash, narinfocache.Entry{}, now); err == nil {
+	if err := c.put(url, hash, Entry{}, now); err == nil {
 		t.Error("a directory is replaced by an entry")
 	}
 }
@@ -175,40 +173,34 @@ func TestClean(t *testing.T) {
 	d := t.TempDir()
 	c := open(t, d)
 	start := time.Now()
-	hashes := map[string]time.Duration{}
 	for i, ttl := range []time.Duration{time.Second, time.Minute, 24 * time.Hour, 1000 * time.Hour} {
 		h := fmt.Sprintf("%032d", i)
-		hashes[h] = ttl
-		must(t, c.Put(url, h, narinfocache.Entry{Narinfo: []byte("x"), TTL: ttl}, start))
-		must(t, c.Put("http://other", h, narinfocache.Entry{TTL: time.Second}, start))
+		must(t, c.put(url, h, Entry{Narinfo: []byte("x"), TTL: ttl}, start))
+		must(t, c.put("http://other", h, Entry{TTL: time.Second}, start))
 	}
-	server := filepath.Dir(files(t, d)[0])
+	server := filepath.Dir(entries(t, d)[0])
 	for _, junk := range []string{".new-123", strings.Repeat("z", 32)} {
 		must(t, os.WriteFile(server+"/"+junk, []byte("junk"), 0o600))
 	}
-	count := func() int { return len(files(t, d)) }
-	c.Clean(start, nil)
-	if got := count(); got != 9 { // the file that is nothing has gone
-		t.Errorf("%d files after the first clean-up", got)
-	}
-	// Not again so soon, not even for another process.
-	open(t, d).Clean(start.Add(3*24*time.Hour), nil)
-	if got := count(); got != 9 {
-		t.Errorf("%d files after a clean-up that was not due", got)
-	}
 	stopped := make(chan struct{})
 	close(stopped)
-	c.Clean(start.Add(6*24*time.Hour), stopped)
-	if got := count(); got != 9 {
-		t.Errorf("%d files after a clean-up that was stopped", got)
+	for _, test := range []struct {
+		name string
+		at   time.Duration
+		stop chan struct{}
+		left int
+	}{
+		{"the first", 0, nil, 10},
+		{"one that is not due, of another process", 3 * 24 * time.Hour, nil, 10},
+		{"one that was stopped", 6 * 24 * time.Hour, stopped, 10},
+		{"one that goes on", 6 * 24 * time.Hour, nil, 0},
+	} {
+		open(t, d).Clean(start.Add(test.at), test.stop)
+		if got := len(entries(t, d)); got != test.left {
+			t.Errorf("%d files after %s", got, test.name)
+		}
 	}
-	c.Clean(start.Add(6*24*time.Hour), nil)
-	if got := count(); got != 0 {
-		t.Errorf("%d files after everything has expired: %q", got, files(t, d))
-	}
-	if err := c.Put(url, hash, narinfocache.Entry{TTL: time.Hour}, now); err != nil {
-		t.Error(err)
-	}
+	must(t, c.put(url, hash, Entry{TTL: time.Hour}, now))
 }
 
 // TestTrim checks that the cache does not grow without end, and that what is used stays.
@@ -216,14 +208,14 @@ func TestTrim(t *testing.T) {
 	d := t.TempDir()
 	c := open(t, d)
 	const most = 1 << 20
-	c.SetMost(most, 1)
+	c.most, c.trimEvery = most, 1
 	name := func(i int) string { return fmt.Sprintf("%032d", i) }
 	for i := range 300 { // 8 KiB on disk each
-		must(t, c.Put(url, name(i), narinfocache.Entry{Narinfo: make([]byte, 5000), TTL: time.Hour}, time.Now()))
+		must(t, c.put(url, name(i), Entry{Narinfo: make([]byte, 5000), TTL: time.Hour}, time.Now()))
 	}
 	// Stored a day ago, and some of them read since.
 	day := time.Now().Add(-24 * time.Hour)
-	for i, path := range files(t, d) {
+	for i, path := range entries(t, d) {
 		read := day
 		if i < 50 {
 			read = time.Now().Add(-2 * time.Hour)
@@ -231,7 +223,7 @@ func TestTrim(t *testing.T) {
 		must(t, os.Chtimes(path, read, day))
 	}
 	for i := range 20 {
-		must(t, c.PutLater(url, name(1000+i), narinfocache.Entry{TTL: time.Hour}, time.Now()))
+		must(t, c.PutLater(url, name(1000+i), Entry{TTL: time.Hour}, time.Now()))
 	}
 	c.Close()
 	left := func(from, to int) (n int) {
@@ -251,9 +243,9 @@ func TestTrim(t *testing.T) {
 func TestUnfit(t *testing.T) {
 	d := t.TempDir()
 	c := open(t, d)
-	entry := narinfocache.Entry{Narinfo: []byte("x"), TTL: time.Hour}
-	must(t, c.Put(url, hash, entry, now))
-	path := files(t, d)[0]
+	entry := Entry{Narinfo: []byte("x"), TTL: time.Hour}
+	must(t, c.put(url, hash, entry, now))
+	path := entries(t, d)[0]
 	for _, checked := range []string{path, filepath.Dir(path), d} {
 		info, err := os.Stat(checked)
 		if err != nil || info.Mode().Perm()&0o077 != 0 && checked != d {
@@ -272,7 +264,7 @@ func TestUnfit(t *testing.T) {
 		if _, ok := c.Get(url, hash, now); ok {
 			t.Errorf("an entry is read from a %s", name)
 		}
-		if err := c.Put(url, hash, entry, now); err != nil {
+		if err := c.put(url, hash, entry, now); err != nil {
 			t.Error(err)
 		}
 		if _, ok := c.Get(url, hash, now); !ok {
@@ -287,7 +279,7 @@ func TestUnfit(t *testing.T) {
 	}
 	if os.Geteuid() == 0 {
 		must(t, os.Chown(d, 1234, -1))
-		if _, err := narinfocache.Open(d); err == nil {
+		if _, err := Open(d); err == nil {
 			t.Error("the cache of another user is used")
 		}
 	}
@@ -300,7 +292,7 @@ func TestManyProcesses(t *testing.T) {
 		for i := range 100000 {
 			h := fmt.Sprintf("%032d", i%50)
 			text := strings.Repeat(h, i%300)
-			must(t, c.Put(url, h, narinfocache.Entry{Narinfo: []byte(text), TTL: time.Hour}, now))
+			must(t, c.put(url, h, Entry{Narinfo: []byte(text), TTL: time.Hour}, now))
 			h = fmt.Sprintf("%032d", i*7%50)
 			if e, ok := c.Get(url, h, now); ok && strings.ReplaceAll(string(e.Narinfo), h, "") != "" {
 				fmt.Printf("WRONG entry %q of %s\n", e.Narinfo, h)
@@ -345,8 +337,8 @@ func TestManyProcesses(t *testing.T) {
 func FuzzDecode(f *testing.F) {
 	d := f.TempDir()
 	c := open(f, d)
-	must(f, c.Put(url, hash, narinfocache.Entry{Narinfo: []byte("x"), TTL: time.Hour}, now))
-	name := files(f, d)[0]
+	must(f, c.put(url, hash, Entry{Narinfo: []byte("x"), TTL: time.Hour}, now))
+	name := entries(f, d)[0]
 	good, err := os.ReadFile(name)
 	must(f, err)
 	f.Add(good)
@@ -363,7 +355,7 @@ func FuzzDecode(f *testing.F) {
 
 func BenchmarkGet(b *testing.B) {
 	c := open(b, b.TempDir())
-	must(b, c.Put(url, hash, narinfocache.Entry{Narinfo: make([]byte, 1500), TTL: time.Hour}, now))
+	must(b, c.put(url, hash, Entry{Narinfo: make([]byte, 1500), TTL: time.Hour}, now))
 	b.ReportAllocs()
 	for b.Loop() {
 		if _, ok := c.Get(url, hash, now); !ok {
@@ -375,6 +367,6 @@ func BenchmarkGet(b *testing.B) {
 func BenchmarkPut(b *testing.B) {
 	c := open(b, b.TempDir())
 	for b.Loop() {
-		must(b, c.Put(url, hash, narinfocache.Entry{Narinfo: make([]byte, 1500), TTL: time.Hour}, now))
+		must(b, c.put(url, hash, Entry{Narinfo: make([]byte, 1500), TTL: time.Hour}, now))
 	}
 }
