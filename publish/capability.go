@@ -115,7 +115,7 @@ type Capabilities struct {
 	store     fetch.Store // nil: blocks are kept nowhere
 	log       func(format string, a ...any)
 
-	encodings *tasks.Tasks[eris.ReadCapability] // by path and hash
+	encodings *tasks.Tasks // by path and hash
 
 	mu    sync.Mutex
 	known map[string]known // by hash part
@@ -201,7 +201,7 @@ const (
 func NewCapabilities(directory string, store fetch.Store, workers int, log func(format string, a ...any)) *Capabilities {
 	return &Capabilities{
 		directory: directory, store: store, log: log,
-		encodings: tasks.New[eris.ReadCapability](workers, log), known: map[string]known{},
+		encodings: tasks.New(workers, log), known: map[string]known{},
 		waiting: maxWait, waited: time.Now(),
 	}
 }
@@ -289,26 +289,25 @@ func (c *Capabilities) Keep(path string, n *narinfo.Narinfo) {
 	c.keep(k)
 }
 
-// Gone returns an item that is not in the store any more, with its capability, if it can still be
-// had from the blocks that were put into our store: as far as the root block, which it asks for,
-// can tell.
-func (c *Capabilities) Gone(ctx context.Context, hashPart string) (n *narinfo.Narinfo, capability eris.ReadCapability, ok bool) {
+// Gone returns an item that is not in the store any more, if it can still be had from the blocks
+// that were put into our store: as far as the root block, which it asks for, can tell.
+func (c *Capabilities) Gone(ctx context.Context, hashPart string) (n *narinfo.Narinfo, ok bool) {
 	k, ok := c.lookUp(hashPart)
 	if !ok || k.Item == nil || c.store == nil || k.Store != storeName(c.store) {
-		return nil, capability, false
+		return nil, false
 	}
 	capability, err := eris.ParseURN(k.URN)
 	if err != nil {
-		return nil, capability, false
+		return nil, false
 	}
 	n = &narinfo.Narinfo{StorePath: k.Item.StorePath, NarSize: k.Item.NarSize, NarSizeKnown: true, References: k.Item.References, Deriver: k.Item.Deriver}
 	if digest, err := hex.DecodeString(k.NarHash); err != nil || copy(n.NarDigest[:], digest) != len(n.NarDigest) {
-		return nil, capability, false
+		return nil, false
 	}
 	ctx, cancel := context.WithTimeout(ctx, maxWait)
 	defer cancel()
 	_, err = fetch.Get(ctx, c.store, capability.Root, capability.BlockSize, make([]byte, 0, capability.BlockSize))
-	return n, capability, err == nil
+	return n, err == nil
 }
 
 func (c *Capabilities) file(hashPart string) string {
@@ -345,14 +344,14 @@ const (
 	refillAfter = 4
 )
 
-// FindSoon returns the capability of a store item, encoding the item if need be. The item's archive
-// must have the hash narHash. Several calls for an item encode it once, and no more items are
-// encoded at a time than there may be. It waits only as long as is bearable, all who wait taken
-// together. If that is too short, or ctx ends, found is false, and the encoding goes on: somebody
-// will ask again. Failures are logged, too.
-func (c *Capabilities) FindSoon(ctx context.Context, path string, narHash [sha256.Size]byte) (capability eris.ReadCapability, found bool, err error) {
-	if capability, ok := c.Known(path, narHash); ok {
-		return capability, true, nil
+// FindSoon finds the capability of a store item, so that it is known, encoding the item if need be.
+// The item's archive must have the hash narHash. Several calls for an item encode it once, and no
+// more items are encoded at a time than there may be. It waits only as long as is bearable, all who
+// wait taken together. If that is too short, or ctx ends, found is false, and the encoding goes on:
+// somebody will ask again. Failures are logged, too.
+func (c *Capabilities) FindSoon(ctx context.Context, path string, narHash [sha256.Size]byte) (found bool, err error) {
+	if _, ok := c.Known(path, narHash); ok {
+		return true, nil
 	}
 	e := c.encoding(path, narHash)
 	begin := time.Now()
@@ -369,11 +368,11 @@ func (c *Capabilities) FindSoon(ctx context.Context, path string, narHash [sha25
 	}()
 	select {
 	case <-e.Done:
-		return e.Result, e.Err == nil, e.Err
+		return e.Err == nil, e.Err
 	case <-timer.C:
-		return eris.ReadCapability{}, false, nil
+		return false, nil
 	case <-ctx.Done():
-		return eris.ReadCapability{}, false, ctx.Err()
+		return false, ctx.Err()
 	}
 }
 
@@ -385,7 +384,7 @@ func (c *Capabilities) find(ctx context.Context, path string, n *narinfo.Narinfo
 			c.FindLater(path, n.NarDigest)
 			return nil, false, nil
 		}
-		if _, found, err := c.FindSoon(ctx, path, n.NarDigest); !found {
+		if found, err := c.FindSoon(ctx, path, n.NarDigest); !found {
 			return nil, false, err
 		}
 	}
@@ -399,10 +398,10 @@ func (c *Capabilities) FindLater(path string, narHash [sha256.Size]byte) {
 }
 
 // encoding returns the encoding of an item, which it starts if there is none.
-func (c *Capabilities) encoding(path string, narHash [sha256.Size]byte) *tasks.Task[eris.ReadCapability] {
-	return c.encodings.Start(fmt.Sprintf("%s %x", path, narHash), func(ctx context.Context) (eris.ReadCapability, error) {
-		if capability, ok := c.Known(path, narHash); ok {
-			return capability, nil // another encoding has just ended
+func (c *Capabilities) encoding(path string, narHash [sha256.Size]byte) *tasks.Task {
+	return c.encodings.Start(fmt.Sprintf("%s %x", path, narHash), func(ctx context.Context) error {
+		if _, ok := c.Known(path, narHash); ok {
+			return nil // another encoding has just ended
 		}
 		return c.encode(ctx, path, narHash)
 	})
@@ -411,35 +410,44 @@ func (c *Capabilities) encoding(path string, narHash [sha256.Size]byte) *tasks.T
 // errOtherContents is an item that is not what it should be.
 var errOtherContents = fmt.Errorf("other contents than the narinfo says: %w", tasks.ErrHopeless)
 
-func (c *Capabilities) encode(ctx context.Context, path string, narHash [sha256.Size]byte) (eris.ReadCapability, error) {
-	var sink eris.Sink
-	var pipeline *fetch.Pipeline
-	if c.store != nil {
-		pipeline = fetch.NewPipeline(ctx, c.store)
-		sink = pipeline.Put
-	}
-	e, err := Encode(ctx, path, sink, erisfs.EncodeOptions{})
-	var compressed *knownNar
-	switch {
-	case err != nil || e.NarHash != narHash:
-	case c.upstreamNar != nil:
-		compressed, err = c.upstreamNar(ctx, path, narHash, sink)
-	case c.Nar != "":
-		compressed = &knownNar{Compression: c.Nar, Form: compressedForm}
-		err = compressed.encode(ctx, sink, func(w io.Writer) error { return writeNar(w, path, c.Nar) })
-	}
-	if pipeline != nil {
-		// Nobody may hear of blocks that are not stored.
-		if err2 := pipeline.Flush(); err == nil && err2 != nil {
-			err = fmt.Errorf("storing the blocks of %s: %w", path, err2)
+// encode finds out the capability of an item and keeps it.
+func (c *Capabilities) encode(ctx context.Context, path string, narHash [sha256.Size]byte) error {
+	k := known{StorePath: path, NarHash: fmt.Sprintf("%x", narHash), Store: storeName(c.store)}
+	encode := func(sink eris.Sink) error {
+		e, err := Encode(ctx, path, sink, erisfs.EncodeOptions{})
+		if err == nil && e.NarHash != narHash {
+			err = fmt.Errorf("%s: %w: hash %x instead of %x", path, errOtherContents, e.NarHash, narHash)
 		}
+		k.URN = e.Capability.URN()
+		switch {
+		case err != nil:
+		case c.upstreamNar != nil:
+			k.Nar, err = c.upstreamNar(ctx, path, narHash, sink)
+		case c.Nar != "":
+			k.Nar = &knownNar{Compression: c.Nar, Form: compressedForm}
+			err = k.Nar.encode(ctx, sink, func(w io.Writer) error { return writeNar(w, path, c.Nar) })
+		}
+		return err
 	}
-	if err != nil {
-		return eris.ReadCapability{}, err
+	var err error
+	if c.store == nil {
+		err = encode(nil)
+	} else {
+		_, err = putBlocks(ctx, c.store, path, encode)
 	}
-	if e.NarHash != narHash {
-		return eris.ReadCapability{}, fmt.Errorf("%s: %w: hash %x instead of %x", path, errOtherContents, e.NarHash, narHash)
+	if err == nil {
+		c.keep(k)
 	}
-	c.keep(known{StorePath: path, NarHash: fmt.Sprintf("%x", narHash), URN: e.Capability.URN(), Store: storeName(c.store), Nar: compressed})
-	return e.Capability, nil
+	return err
+}
+
+// putBlocks puts the blocks that encode makes of something into a store. Nobody may hear of them
+// before it returns.
+func putBlocks(ctx context.Context, store fetch.Store, of string, encode func(eris.Sink) error) (*fetch.Pipeline, error) {
+	pipeline := fetch.NewPipeline(ctx, store)
+	err := encode(pipeline.Put)
+	if failed := pipeline.Flush(); err == nil && failed != nil {
+		err = fmt.Errorf("storing the blocks of %s: %w", of, failed)
+	}
+	return pipeline, err
 }

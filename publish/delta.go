@@ -47,7 +47,7 @@ type DeltaOptions struct {
 type Deltas struct {
 	o       DeltaOptions
 	listing *reuse.Listing
-	making  *tasks.Tasks[struct{}] // by hash part
+	making  *tasks.Tasks // by hash part
 }
 
 const (
@@ -80,7 +80,7 @@ func NewDeltas(o DeltaOptions) *Deltas {
 	if o.Root == "" {
 		o.Root = o.StoreDir
 	}
-	return &Deltas{o: o, listing: reuse.NewListing(o.Root), making: tasks.New[struct{}](1, o.Log)}
+	return &Deltas{o: o, listing: reuse.NewListing(o.Root), making: tasks.New(1, o.Log)}
 }
 
 // Close ends what goes on in the background, and waits for it.
@@ -99,7 +99,7 @@ func (d *Deltas) Known(item *narinfo.Narinfo) (list []narinfo.Delta, complete bo
 		if _, err := os.Lstat(d.tree(item.StorePath)); err != nil || d.making.Waiting() >= deltaQueue {
 			return nil, true // somebody will want it again
 		}
-		d.making.Start(hash, func(ctx context.Context) (none struct{}, err error) { return none, d.make(ctx, item) })
+		d.making.Start(hash, func(ctx context.Context) error { return d.make(ctx, item) })
 		return nil, false
 	}
 	for _, k := range kept.Deltas {
@@ -261,14 +261,12 @@ func encodeFile(ctx context.Context, name string, store fetch.Store) (c eris.Rea
 		return c, err
 	}
 	defer f.Close()
-	pipeline := fetch.NewPipeline(ctx, store)
-	c, err = eris.Encode(ctx, f, pipeline.Put, eris.EncodeOptions{})
-	if err2 := pipeline.Flush(); err == nil {
-		err = err2
-	}
-	if err != nil {
-		err = fmt.Errorf("storing the blocks of %s: %w", name, err)
-	}
+	_, err = putBlocks(ctx, store, name, func(sink eris.Sink) error {
+		if c, err = eris.Encode(ctx, f, sink, eris.EncodeOptions{}); err != nil {
+			err = fmt.Errorf("encoding %s: %w", name, err)
+		}
+		return err
+	})
 	return c, err
 }
 

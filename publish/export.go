@@ -3,6 +3,7 @@
 package publish
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -10,8 +11,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-
-	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
@@ -141,7 +140,7 @@ func (e *exporter) run(ctx context.Context, items []string) error {
 	if err := e.collect(ctx, items); err != nil {
 		return err
 	}
-	if err := e.checkRoom(); err != nil {
+	if err := e.checkRoom(ctx); err != nil {
 		return err
 	}
 	if err := os.MkdirAll(e.o.Directory, 0o755); err != nil {
@@ -195,21 +194,21 @@ func (e *exporter) collect(ctx context.Context, items []string) error {
 // checkRoom compares the free space with what the items that have not been exported before should
 // need: about as much as their archives. One that has to be fetched takes its space twice, for a
 // while.
-func (e *exporter) checkRoom() error {
-	directory := e.o.Directory // or what it will be made in
-	var file unix.Statfs_t
-	for err := unix.Statfs(directory, &file); err != nil; err = unix.Statfs(directory, &file) {
-		if err != unix.ENOENT || directory == filepath.Dir(directory) {
-			return &fs.PathError{Op: "statfs", Path: directory, Err: err}
-		}
-		directory = filepath.Dir(directory)
+func (e *exporter) checkRoom(ctx context.Context) error {
+	directory := e.o.Directory
+	free, err := files.Free(directory)
+	for ; errors.Is(err, fs.ErrNotExist); free, err = files.Free(directory) {
+		directory = filepath.Dir(directory) // what it will be made in
 	}
-	free := float64(file.Bavail) * float64(file.Bsize)
+	if err != nil {
+		return err
+	}
 	needed, fetched, total := 0.0, 0.0, int64(0)
 	for _, it := range e.items {
 		total += int64(it.narinfo.NarSize)
-		if e.has(it) {
-			continue
+		had, err := Directory(e.o.Directory).Item(ctx, hashPartOf(it.path))
+		if err == nil && had.NarDigest == it.narinfo.NarDigest {
+			continue // exported before, with all of its blocks
 		}
 		size := float64(it.narinfo.NarSize)
 		needed += size
@@ -220,27 +219,17 @@ func (e *exporter) checkRoom() error {
 			fetched = max(fetched, size)
 		}
 	}
-	if needed += fetched; needed > free {
-		return fmt.Errorf("%s has too little room: the items need about %s, and %s are free", e.o.Directory, page.Size(int64(needed)), page.Size(int64(free)))
+	if needed += fetched; needed > float64(free) {
+		return fmt.Errorf("%s has too little room: the items need about %s, and %s are free", e.o.Directory, page.Size(int64(needed)), page.Size(free))
 	}
-	e.o.Log("%s: at most about %s to write; %s are free in %s", page.Count(len(e.items), "item"), page.Size(int64(needed)), page.Size(int64(free)), e.o.Directory)
+	e.o.Log("%s: at most about %s to write; %s are free in %s", page.Count(len(e.items), "item"), page.Size(int64(needed)), page.Size(free), e.o.Directory)
 	e.o.Total(total)
 	return nil
 }
 
-// has reports whether an item has been exported before, with all of its blocks.
-func (e *exporter) has(it *exportItem) bool {
-	text, err := files.ReadRegular(e.file(it), narinfo.MaxSize)
-	if err != nil {
-		return false
-	}
-	n, err := narinfo.Parse(text)
-	return err == nil && n.CheckHash() == nil && n.NarDigest == it.narinfo.NarDigest
-}
-
 // file is the name of the narinfo of an item.
 func (e *exporter) file(it *exportItem) string {
-	return filepath.Join(e.o.Directory, filepath.Base(it.path)[:32]+".narinfo")
+	return filepath.Join(e.o.Directory, hashPartOf(it.path)+".narinfo")
 }
 
 // write writes the narinfos, each after those of the items that it refers to, and then what makes
@@ -289,11 +278,7 @@ func (e *exporter) unseen(paths []string) []string {
 func (e *exporter) find(ctx context.Context, paths []string) (map[string]*exportItem, error) {
 	byHash := map[string]string{}
 	for _, path := range paths {
-		hashPart, err := narinfo.HashPart(e.o.StoreDir, path)
-		if err != nil {
-			return nil, err
-		}
-		byHash[hashPart] = path
+		byHash[hashPartOf(path)] = path
 	}
 	found := map[string]*exportItem{}
 	authorised := map[string]bool{}
@@ -301,7 +286,7 @@ func (e *exporter) find(ctx context.Context, paths []string) (map[string]*export
 		var missing []string
 		for _, path := range paths {
 			if !authorised[path] {
-				missing = append(missing, filepath.Base(path)[:32])
+				missing = append(missing, hashPartOf(path))
 			}
 		}
 		if len(missing) == 0 {
@@ -318,10 +303,7 @@ func (e *exporter) find(ctx context.Context, paths []string) (map[string]*export
 			path := byHash[hashPart]
 			n, err := narinfo.Parse(text)
 			if err == nil {
-				err = n.CheckItem(e.o.StoreDir, path)
-			}
-			if err == nil {
-				err = n.CheckHash()
+				err = cmp.Or(n.CheckItem(e.o.StoreDir, path), n.CheckHash())
 			}
 			if err != nil {
 				e.o.Log("%s: %v", path, err)
@@ -346,7 +328,7 @@ func (e *exporter) find(ctx context.Context, paths []string) (map[string]*export
 func (e *exporter) export(ctx context.Context, it *exportItem) error {
 	path, n := it.path, it.narinfo
 	tree := filepath.Join(e.o.Root, filepath.Base(path))
-	if err := e.check(ctx, tree, n); err != nil {
+	if err := check(ctx, tree, n); err != nil {
 		if e.o.Fetch == nil || ctx.Err() != nil {
 			return err
 		}
@@ -386,14 +368,14 @@ func (e *exporter) export(ctx context.Context, it *exportItem) error {
 // the narinfo for them.
 func (e *exporter) exportBlocks(ctx context.Context, it *exportItem, tree string) (string, error) {
 	path, n := it.path, it.narinfo
-	pipeline := fetch.NewPipeline(ctx, e.o.Blocks)
-	encoding, err := Encode(ctx, tree, func(ctx context.Context, ref eris.Reference, block []byte) error {
-		e.o.Got(len(block))
-		return pipeline.Put(ctx, ref, block)
-	}, erisfs.EncodeOptions{})
-	if err2 := pipeline.Flush(); err == nil && err2 != nil {
-		err = fmt.Errorf("storing the blocks of %s: %w", path, err2)
-	}
+	var encoding Encoding
+	pipeline, err := putBlocks(ctx, e.o.Blocks, path, func(sink eris.Sink) (err error) {
+		encoding, err = Encode(ctx, tree, func(ctx context.Context, ref eris.Reference, block []byte) error {
+			e.o.Got(len(block))
+			return sink(ctx, ref, block)
+		}, erisfs.EncodeOptions{})
+		return err
+	})
 	if err == nil && encoding.NarHash != n.NarDigest {
 		err = otherContents(path, encoding.NarHash, n)
 	}
@@ -407,7 +389,7 @@ func (e *exporter) exportBlocks(ctx context.Context, it *exportItem, tree string
 }
 
 // check hashes the archive of a tree, before any of its blocks is stored.
-func (e *exporter) check(ctx context.Context, path string, n *narinfo.Narinfo) error {
+func check(ctx context.Context, path string, n *narinfo.Narinfo) error {
 	sum, _, err := nar.HashTree(ctx, path)
 	if err == nil && sum != n.NarDigest {
 		err = otherContents(path, sum, n)

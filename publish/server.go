@@ -263,7 +263,7 @@ func (s *Server) gone(ctx context.Context, hashPart string) (string, error) {
 	item, err := s.kept(ctx, hashPart)
 	var capabilities []narinfo.ERIS
 	if s.o.Capabilities != nil {
-		if n, _, ok := s.o.Capabilities.Gone(ctx, hashPart); ok && narinfo.CheckStorePath(s.o.StoreDir, n.StorePath) == nil {
+		if n, ok := s.o.Capabilities.Gone(ctx, hashPart); ok && narinfo.CheckStorePath(s.o.StoreDir, n.StorePath) == nil {
 			item, err, capabilities = n, nil, s.o.Capabilities.values(n.StorePath)
 		}
 	}

@@ -64,7 +64,7 @@ func (e *exporter) exportDelta(ctx context.Context, n *narinfo.Narinfo, tree str
 		if i == maxBases {
 			break
 		}
-		if base.StorePath == n.StorePath || e.check(ctx, baseTree, base) != nil {
+		if base.StorePath == n.StorePath || check(ctx, baseTree, base) != nil {
 			continue // it is not here, or is another one here
 		}
 		if limit == 0 {

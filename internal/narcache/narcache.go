@@ -37,8 +37,8 @@ type Cache struct {
 	directory string
 	log       func(format string, a ...any)
 	ttl       time.Duration
-	making    *tasks.Tasks[struct{}] // by file name
-	cleaned   atomic.Int64           // when, as Unix time in seconds
+	making    *tasks.Tasks // by file name
+	cleaned   atomic.Int64 // when, as Unix time in seconds
 }
 
 // New returns what is kept in a directory, which is made when there is something to keep; of what
@@ -46,7 +46,7 @@ type Cache struct {
 // is longer, is removed now, and every day that something is made. Messages go to log. Close must
 // be called at the end.
 func New(directory string, workers int, ttl time.Duration, log func(format string, a ...any)) *Cache {
-	c := &Cache{directory: directory, log: log, ttl: max(ttl, leastTTL), making: tasks.New[struct{}](workers, log)}
+	c := &Cache{directory: directory, log: log, ttl: max(ttl, leastTTL), making: tasks.New(workers, log)}
 	c.clean()
 	return c
 }
@@ -103,15 +103,15 @@ func (c *Cache) Used(name string) {
 // nar to one writer and the nar as it is to another. That must have the hash, or it is not kept.
 // Failures are logged; then it can be tried again in a minute.
 func (c *Cache) Make(name string, hash [sha256.Size]byte, write func(ctx context.Context, compressed, plain io.Writer) error) {
-	c.making.Start(name, func(ctx context.Context) (none struct{}, err error) {
+	c.making.Start(name, func(ctx context.Context) error {
 		if _, ok := c.Size(name); ok {
-			return none, nil // it has just been made
+			return nil // it has just been made
 		}
 		if err := files.MakeDirectory(c.directory); err != nil {
-			return none, err
+			return err
 		}
 		c.clean()
-		return none, files.Replace(c.file(name), 0o600, files.Options{}, func(w io.Writer) error {
+		return files.Replace(c.file(name), 0o600, files.Options{}, func(w io.Writer) error {
 			sum := sha256.New()
 			err := write(ctx, w, sum)
 			if err == nil && [sha256.Size]byte(sum.Sum(nil)) != hash {

@@ -23,9 +23,9 @@ const (
 // ErrHopeless is wrapped by errors of what will hardly succeed the next time.
 var ErrHopeless = errors.New("it will not be tried again soon")
 
-// Tasks are things that are done in the background, with results. They are safe for concurrent use,
-// and must be closed.
-type Tasks[T any] struct {
+// Tasks are things that are done in the background. They are safe for concurrent use, and must be
+// closed.
+type Tasks struct {
 	log     func(format string, a ...any)
 	workers int
 	wait    sync.WaitGroup // for those at work
@@ -34,30 +34,29 @@ type Tasks[T any] struct {
 
 	mu     sync.Mutex
 	atWork int
-	queue  []*Task[T]
-	all    map[string]*Task[T] // that wait, are under way or have failed, by key
+	queue  []*Task
+	all    map[string]*Task // that wait, are under way or have failed, by key
 }
 
-// A Task is one of them. When Done is closed, it has a Result or an Err.
-type Task[T any] struct {
-	Done   chan struct{}
-	Result T
-	Err    error
+// A Task is one of them. When Done is closed, Err tells whether it was a success.
+type Task struct {
+	Done chan struct{}
+	Err  error
 
 	key   string
-	do    func(context.Context) (T, error)
+	do    func(context.Context) error
 	until time.Time // when what has failed may be tried again; zero before
 }
 
 // New returns tasks of which so many are done at a time. Failures go to log.
-func New[T any](workers int, log func(format string, a ...any)) *Tasks[T] {
-	t := &Tasks[T]{log: log, workers: workers, all: map[string]*Task[T]{}}
+func New(workers int, log func(format string, a ...any)) *Tasks {
+	t := &Tasks{log: log, workers: workers, all: map[string]*Task{}}
 	t.ctx, t.stop = context.WithCancel(context.Background())
 	return t
 }
 
 // Close ends what goes on, and waits for it. What is started from then on fails.
-func (t *Tasks[T]) Close() {
+func (t *Tasks) Close() {
 	t.mu.Lock()
 	t.stop()
 	t.mu.Unlock()
@@ -65,7 +64,7 @@ func (t *Tasks[T]) Close() {
 }
 
 // Waiting returns how many tasks have not begun.
-func (t *Tasks[T]) Waiting() int {
+func (t *Tasks) Waiting() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return len(t.queue)
@@ -73,19 +72,19 @@ func (t *Tasks[T]) Waiting() int {
 
 // Start returns the task with a key. It is begun if there is none, or if it failed a minute ago, or
 // a day ago with [ErrHopeless]. The context of do ends with the tasks.
-func (t *Tasks[T]) Start(key string, do func(context.Context) (T, error)) *Task[T] {
+func (t *Tasks) Start(key string, do func(context.Context) error) *Task {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if e := t.all[key]; e != nil && (e.until.IsZero() || time.Now().Before(e.until)) {
 		return e
 	}
-	e := &Task[T]{Done: make(chan struct{}), key: key, do: do}
+	e := &Task{Done: make(chan struct{}), key: key, do: do}
 	if e.Err = t.ctx.Err(); e.Err != nil {
 		close(e.Done)
 		return e
 	}
 	if len(t.all) >= maxKept {
-		maps.DeleteFunc(t.all, func(_ string, e *Task[T]) bool { return !e.until.IsZero() })
+		maps.DeleteFunc(t.all, func(_ string, e *Task) bool { return !e.until.IsZero() })
 	}
 	t.all[key] = e
 	t.queue = append(t.queue, e)
@@ -97,7 +96,7 @@ func (t *Tasks[T]) Start(key string, do func(context.Context) (T, error)) *Task[
 }
 
 // work does what waits until there is nothing.
-func (t *Tasks[T]) work() {
+func (t *Tasks) work() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for len(t.queue) > 0 {
@@ -105,7 +104,7 @@ func (t *Tasks[T]) work() {
 		t.queue = t.queue[1:]
 		t.mu.Unlock()
 		if e.Err = t.ctx.Err(); e.Err == nil {
-			e.Result, e.Err = e.do(t.ctx)
+			e.Err = e.do(t.ctx)
 		}
 		if e.Err != nil && t.ctx.Err() == nil {
 			t.log("%v", e.Err)
