@@ -278,7 +278,11 @@ func (e *exporter) unseen(paths []string) []string {
 func (e *exporter) find(ctx context.Context, paths []string) (map[string]*exportItem, error) {
 	byHash := map[string]string{}
 	for _, path := range paths {
-		byHash[hashPartOf(path)] = path
+		hashPart, err := narinfo.HashPart(e.o.StoreDir, path) // references may be anything
+		if err != nil {
+			return nil, err
+		}
+		byHash[hashPart] = path
 	}
 	found := map[string]*exportItem{}
 	authorised := map[string]bool{}
