@@ -4,7 +4,6 @@ package publish_test
 
 import (
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"fmt"
 	"io"
@@ -21,13 +20,8 @@ import (
 	"testing"
 	"time"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
 // request sends a request with the given fields, NAME: VALUE, and returns the answer as it came.
@@ -69,14 +63,7 @@ func TestParts(t *testing.T) {
 		return server(t, publish.ServerOptions{Root: directory, Items: items, Compressions: []string{"zstd", "gzip", "none"}}).URL
 	}
 	upstream := serve()
-	capabilities := publish.NewCapabilities(t.TempDir(), nil, 2, logger(t))
-	defer capabilities.Close()
-	annotator, err := publish.NewAnnotator(publish.AnnotatorOptions{
-		Upstream: upstream, StoreDir: "/gnu/store", Root: directory, Capabilities: capabilities, WaitFor: 1 << 30, Log: logger(t),
-	})
-	must(t, err)
-	annotated := httptest.NewServer(annotator)
-	defer annotated.Close()
+	annotated := annotator(t, publish.AnnotatorOptions{Upstream: upstream, Root: directory, Capabilities: newCapabilities(t, nil), WaitFor: 1 << 30})
 	for _, path := range []string{
 		"/00000000000000000000000000000005.narinfo",
 		"/nar/00000000000000000000000000000005-large",
@@ -85,7 +72,7 @@ func TestParts(t *testing.T) {
 		"/nar/zstd/00000000000000000000000000000002-tree",
 		"/file/hello-2.10.tar.gz/sha256/0ssi1wpaf7plaswqqjwigppsg5fyh99vdlb9kzl7c9lng89ndq1i",
 	} {
-		for _, start := range []func() string{serve, serve, func() string { return annotated.URL }} {
+		for _, start := range []func() string{serve, serve, func() string { return annotated }} {
 			checkParts(t, upstream+path, start()+path)
 		}
 	}
@@ -258,9 +245,7 @@ func TestStalled(t *testing.T) {
 		fmt.Fprintf(conn, "GET /nar/%s%s HTTP/1.1\r\nHost: x\r\n\r\n", []string{"zstd/", "gzip/", "zstd/", ""}[i%4], item)
 	}
 	// They do not keep others from what is small.
-	if status, _, _ := get(t, h.URL+"/00000000000000000000000000000001.narinfo"); status != 200 {
-		t.Errorf("status %d", status)
-	}
+	wantStatus(t, h.URL+"/00000000000000000000000000000001.narinfo", 200)
 	deadline := time.Now().Add(time.Minute)
 	for handler.done.Load() < int64(clients+1) && time.Now().Before(deadline) {
 		time.Sleep(10 * time.Millisecond)
@@ -298,10 +283,7 @@ func TestUnpublishable(t *testing.T) {
 	}
 	items, err := publish.ParseManifest([]byte(manifest))
 	must(t, err)
-	key := acl.GenerateSigningKey()
-	capabilities := publish.NewCapabilities(t.TempDir(), nil, 2, logger(t))
-	defer capabilities.Close()
-	h := server(t, publish.ServerOptions{Root: directory, Items: items, Key: key, Capabilities: capabilities, WaitFor: 1 << 20})
+	h := server(t, publish.ServerOptions{Root: directory, Items: items, Capabilities: newCapabilities(t, nil), WaitFor: 1 << 20})
 	for path, want := range map[string]int{
 		"/00000000000000000000000000000001.narinfo": 200,
 		"/nar/zstd/" + name(1):                      200,
@@ -310,38 +292,18 @@ func TestUnpublishable(t *testing.T) {
 		"/nar/" + name(2):                           404,
 		"/00000000000000000000000000000003.narinfo": 404,
 	} {
-		if status, _, _ := get(t, h.URL+path); status != want {
-			t.Errorf("%s: status %d instead of %d", path, status, want)
-		}
+		wantStatus(t, h.URL+path, want)
 	}
-	mirrors := mirror.NewClient(mirror.Options{})
-	defer mirrors.Close()
-	var log bytes.Buffer
-	s := substitute.New(substitute.Config{
-		StoreDir: "/gnu/store", URLs: []string{h.URL}, Keys: acl.NewACL(key.PublicKey()), Mirrors: mirrors, Blocks: onlyStore(t, newMemoryStore()),
-		Log: protocol.NewLog(&log, protocol.LogStyle{}),
-	})
-	to := t.TempDir() + "/item"
-	if outcome := s.Substitute(context.Background(), "/gnu/store/"+name(1), to); outcome.Status != substitute.Success {
-		t.Errorf("%+v\n%s", outcome, log.String())
-	}
-	var want, got bytes.Buffer
+	var want bytes.Buffer
 	nar.Write(&want, nar.NewTree(deep))
-	nar.Write(&got, nar.NewTree(to))
-	if !bytes.Equal(got.Bytes(), want.Bytes()) {
-		t.Error("a deep item comes back as another tree")
-	}
-	if err := restore.Remove(to); err != nil {
-		t.Error(err)
+	if _, _, got := get(t, h.URL+"/nar/"+name(1)); got != want.String() {
+		t.Error("a deep item is another nar")
 	}
 }
 
 // TestDamagedCapability changes each byte of what is kept of a capability: it is noticed.
 func TestDamagedCapability(t *testing.T) {
-	directory, items := aStore(t)
-	path := filepath.Join(directory, filepath.Base(items["00000000000000000000000000000002"].StorePath))
-	narHash, _, err := nar.HashTree(t.Context(), path)
-	must(t, err)
+	path, narHash := aTree(t)
 	cache := t.TempDir()
 	c := publish.NewCapabilities(cache, nil, 2, logger(t))
 	want, err := find(c, path, narHash)

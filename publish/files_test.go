@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
 
@@ -98,22 +97,7 @@ func TestLog(t *testing.T) {
 	for _, name := range []string{other, "00000000000000000000000000000001-other", "x", "..%2f..%2fetc%2fpasswd", "00000000000000000000000000000000-x.drv"} {
 		ask(name, http.StatusNotFound)
 	}
-	if status, _, _ := get(t, server(t, publish.ServerOptions{Items: items}).URL+"/log/"+derivation); status != http.StatusNotFound {
-		t.Errorf("without a directory of logs: status %d", status)
-	}
-}
-
-// TestNegativeTTL checks that clients are told for how long an item counts as absent.
-func TestNegativeTTL(t *testing.T) {
-	root, items := aStore(t)
-	s := server(t, publish.ServerOptions{Root: root, Items: items, NegativeTTL: 10 * time.Minute})
-	status, header, _ := get(t, s.URL+"/abcdfghijklmnpqrsvwxyz0123456789.narinfo")
-	if status != http.StatusNotFound || header.Get("Cache-Control") != "max-age=600" {
-		t.Errorf("status %d, header %v", status, header)
-	}
-	if _, header, _ := get(t, s.URL+"/nix-cache-infos"); header.Get("Cache-Control") != "" {
-		t.Errorf("header %v", header)
-	}
+	wantStatus(t, server(t, publish.ServerOptions{Items: items}).URL+"/log/"+derivation, http.StatusNotFound)
 }
 
 // TestRSA publishes with an RSA key, as old machines have.
@@ -125,11 +109,7 @@ func TestRSA(t *testing.T) {
 	root, items := aStore(t)
 	s := server(t, publish.ServerOptions{Root: root, Items: items, Key: key, Host: "old"})
 	_, _, text := get(t, s.URL+"/00000000000000000000000000000001.narinfo")
-	n, err := narinfo.Parse([]byte(text))
-	must(t, err)
-	if err := n.Authorise(acl.NewACL(key.PublicKey())); err != nil {
-		t.Error(err)
-	}
+	authorised(t, key, text)
 	_, _, public := get(t, s.URL+"/signing-key.pub")
 	if published, err := acl.ParsePublicKey([]byte(public)); err != nil || !acl.NewACL(key.PublicKey()).Contains(published) {
 		t.Errorf("the key that is published is %q, error %v", public, err)

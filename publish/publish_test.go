@@ -27,15 +27,10 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/content"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
 // must ends the test if there is an error.
@@ -98,12 +93,7 @@ func aStore(t *testing.T) (directory string, items publish.Manifest) {
 // get returns an answer of a server.
 func get(t *testing.T, url string) (status int, header http.Header, body string) {
 	t.Helper()
-	response, err := http.Get(url)
-	must(t, err)
-	defer response.Body.Close()
-	b, err := io.ReadAll(response.Body)
-	must(t, err)
-	return response.StatusCode, response.Header, string(b)
+	return request(t, "GET", url)
 }
 
 // server starts a server.
@@ -120,11 +110,9 @@ func server(t *testing.T, o publish.ServerOptions) *httptest.Server {
 func TestNarinfo(t *testing.T) {
 	directory, items := aStore(t)
 	key := acl.GenerateSigningKey()
-	capabilities := publish.NewCapabilities(t.TempDir(), nil, 2, logger(t))
-	defer capabilities.Close()
 	h := server(t, publish.ServerOptions{
-		Root: directory, Items: items, Key: key, Host: "example", Capabilities: capabilities, WaitFor: 1 << 20,
-		Compressions: []string{"gzip", "none"}, TTL: time.Hour,
+		Root: directory, Items: items, Key: key, Host: "example", Capabilities: newCapabilities(t, nil), WaitFor: 1 << 20,
+		Compressions: []string{"gzip", "none"}, TTL: time.Hour, NegativeTTL: 10 * time.Minute,
 	})
 	status, header, text := get(t, h.URL+"/00000000000000000000000000000001.narinfo")
 	if status != 200 || header.Get("Cache-Control") != "max-age=3600" || header.Get("Content-Type") != "application/x-nix-narinfo" {
@@ -142,11 +130,7 @@ func TestNarinfo(t *testing.T) {
 		"URL: nar/00000000000000000000000000000001-file%2Bplus\nCompression: none\nFileSize: 120\n"; below != want {
 		t.Errorf("below the signature:\n%s", below)
 	}
-	n, err := narinfo.Parse([]byte(text))
-	must(t, err)
-	if err := n.Authorise(acl.NewACL(key.PublicKey())); err != nil {
-		t.Error(err)
-	}
+	authorised(t, key, text)
 
 	// What takes long to encode comes later; until then the answer is temporary.
 	url := h.URL + "/00000000000000000000000000000005.narinfo"
@@ -174,21 +158,17 @@ func TestNarinfo(t *testing.T) {
 		"/nar/xz/00000000000000000000000000000001-file%2Bplus": 404,
 		"/nar/00000000000000000000000000000001-file+plus":      200,
 	} {
-		if status, _, body := get(t, h.URL+path); status != want {
-			t.Errorf("%s: status %d, body %.100q; want %d", path, status, body, want)
+		header, _ := wantStatus(t, h.URL+path, want)
+		if absent := header.Get("Cache-Control") == "max-age=600"; absent != (path == "/00000000000000000000000000000009.narinfo") {
+			t.Errorf("%s: header %v", path, header)
 		}
-	}
-	if response, err := http.Post(h.URL+"/nix-cache-info", "text/plain", nil); err != nil || response.StatusCode != 404 {
-		t.Errorf("POST: %v, error %v", response, err)
 	}
 	if _, _, body := get(t, h.URL+"/nix-cache-info"); body != "StoreDir: /gnu/store\nWantMassQuery: 0\nPriority: 100\n" {
 		t.Errorf("nix-cache-info: %q", body)
 	}
 	// An item that has gone from the store is not offered any more.
 	must(t, os.Remove(filepath.Join(directory, "00000000000000000000000000000001-file+plus")))
-	if status, _, _ := get(t, h.URL+"/00000000000000000000000000000001.narinfo"); status != 404 {
-		t.Errorf("status %d of an item that has gone", status)
-	}
+	wantStatus(t, h.URL+"/00000000000000000000000000000001.narinfo", 404)
 }
 
 // find returns a capability, however long that takes.
@@ -201,12 +181,56 @@ func find(c *publish.Capabilities, path string, narHash [32]byte) (eris.ReadCapa
 	}
 }
 
-// TestCapabilities checks what is encoded when.
-func TestCapabilities(t *testing.T) {
+// aTree is an item of a store, and the hash of its archive.
+func aTree(t *testing.T) (path string, narHash [32]byte) {
+	t.Helper()
 	directory, items := aStore(t)
-	path := filepath.Join(directory, filepath.Base(items["00000000000000000000000000000002"].StorePath))
+	path = filepath.Join(directory, filepath.Base(items["00000000000000000000000000000002"].StorePath))
 	narHash, _, err := nar.HashTree(t.Context(), path)
 	must(t, err)
+	return path, narHash
+}
+
+// annotator starts an annotator.
+func annotator(t *testing.T, o publish.AnnotatorOptions) string {
+	t.Helper()
+	o.StoreDir, o.Log = "/gnu/store", logger(t)
+	a, err := publish.NewAnnotator(o)
+	must(t, err)
+	h := httptest.NewServer(a)
+	t.Cleanup(h.Close)
+	return h.URL
+}
+
+// newCapabilities are capabilities that are closed at the end of the test.
+func newCapabilities(t *testing.T, store fetch.Store) *publish.Capabilities {
+	c := publish.NewCapabilities(t.TempDir(), store, 2, logger(t))
+	t.Cleanup(c.Close)
+	return c
+}
+
+// wantStatus gets what is at a URL.
+func wantStatus(t *testing.T, url string, want int) (header http.Header, body string) {
+	t.Helper()
+	status, header, body := get(t, url)
+	if status != want {
+		t.Errorf("%s: status %d instead of %d, body %.100q", url, status, want, body)
+	}
+	return header, body
+}
+
+// authorised parses a narinfo that the key has signed.
+func authorised(t *testing.T, key *acl.SigningKey, text string) *narinfo.Narinfo {
+	t.Helper()
+	n, err := narinfo.Parse([]byte(text))
+	must(t, err)
+	must(t, n.Authorise(acl.NewACL(key.PublicKey())))
+	return n
+}
+
+// TestCapabilities checks what is encoded when.
+func TestCapabilities(t *testing.T) {
+	path, narHash := aTree(t)
 	cache := t.TempDir() + "/a/b"
 
 	// Without a store.
@@ -305,15 +329,9 @@ func TestAnnotator(t *testing.T) {
 	local, _ := aStore(t)
 	must(t, os.WriteFile(local+"/00000000000000000000000000000001-file+plus", []byte("another build"), 0o644))
 	must(t, os.Remove(local+"/00000000000000000000000000000003-link"))
-	store := newMemoryStore()
-	capabilities := publish.NewCapabilities(t.TempDir(), store, 2, logger(t))
-	defer capabilities.Close()
-	a, err := publish.NewAnnotator(publish.AnnotatorOptions{
-		Upstream: upstream.URL + "/", StoreDir: "/gnu/store", Root: local, Capabilities: capabilities, WaitFor: 1 << 30, Log: logger(t),
+	here := annotator(t, publish.AnnotatorOptions{
+		Upstream: upstream.URL + "/", Root: local, Capabilities: newCapabilities(t, newMemoryStore()), WaitFor: 1 << 30,
 	})
-	must(t, err)
-	h := httptest.NewServer(a)
-	defer h.Close()
 	for hash, want := range map[string]bool{
 		"00000000000000000000000000000001": false,
 		"00000000000000000000000000000002": true,
@@ -322,44 +340,18 @@ func TestAnnotator(t *testing.T) {
 		"00000000000000000000000000000005": true,
 	} {
 		_, _, plain := get(t, upstream.URL+"/"+hash+".narinfo")
-		_, _, text := get(t, h.URL+"/"+hash+".narinfo")
+		_, _, text := get(t, here+"/"+hash+".narinfo")
 		rest, ok := strings.CutPrefix(text, plain)
 		if !ok || (rest != "") != want || want && !strings.HasPrefix(rest, "ERIS: urn:eris:B") {
 			t.Errorf("%s: annotated:\n%s", hash, text)
 		}
-		n, err := narinfo.Parse([]byte(text))
-		must(t, err)
-		if err := n.Authorise(acl.NewACL(key.PublicKey())); err != nil {
-			t.Errorf("%s: the signature is not good any more: %v", hash, err)
-		}
-		if want && n.ERIS[0].Signed {
+		if n := authorised(t, key, text); want && n.ERIS[0].Signed {
 			t.Errorf("%s: the capability counts as signed", hash)
 		}
 	}
-	if status, _, _ := get(t, h.URL+"/00000000000000000000000000000009.narinfo"); status != 404 {
-		t.Errorf("status %d", status)
-	}
-	if status, _, body := get(t, h.URL+"/nar/gzip/00000000000000000000000000000001-file%2Bplus"); status != 200 || body == "" {
-		t.Errorf("nar: status %d, %d bytes", status, len(body))
-	}
-	// A substituter takes the blocks on the word of the narinfo above them.
-	mirrors := mirror.NewClient(mirror.Options{})
-	defer mirrors.Close()
-	var log bytes.Buffer
-	for _, unsigned := range []bool{true, false} {
-		s := substitute.New(substitute.Config{
-			StoreDir: "/gnu/store", URLs: []string{h.URL}, Keys: acl.NewACL(key.PublicKey()), Mirrors: mirrors,
-			Blocks: onlyStore(t, store), Policy: substitute.ERISOnly, UnsignedCapabilities: unsigned,
-			Log: protocol.NewLog(&log, protocol.LogStyle{}),
-		})
-		to := t.TempDir() + "/item"
-		outcome := s.Substitute(context.Background(), items["00000000000000000000000000000002"].StorePath, to)
-		if (outcome.Status == substitute.Success) != unsigned {
-			t.Errorf("unsigned capabilities %v: %+v\n%s", unsigned, outcome, log.String())
-		}
-		if err := restore.Remove(to); err != nil {
-			t.Error(err)
-		}
+	wantStatus(t, here+"/00000000000000000000000000000009.narinfo", 404)
+	if _, body := wantStatus(t, here+"/nar/gzip/00000000000000000000000000000001-file%2Bplus", 200); body == "" {
+		t.Error("an empty nar")
 	}
 	for _, bad := range []string{"", "ftp://x", "http://", "%"} {
 		if _, err := publish.NewAnnotator(publish.AnnotatorOptions{Upstream: bad}); err == nil {
@@ -367,9 +359,7 @@ func TestAnnotator(t *testing.T) {
 		}
 	}
 	upstream.Close()
-	if status, _, _ := get(t, h.URL+"/00000000000000000000000000000001.narinfo"); status != http.StatusBadGateway {
-		t.Errorf("status %d without the other server", status)
-	}
+	wantStatus(t, here+"/00000000000000000000000000000001.narinfo", http.StatusBadGateway)
 }
 
 // TestAnnotatorUpstream has an annotator pass on nothing that its upstream makes up to harm it, or
@@ -408,20 +398,10 @@ func TestAnnotatorUpstream(t *testing.T) {
 				c.Close()
 			}
 		}()
-		a, err := publish.NewAnnotator(publish.AnnotatorOptions{Upstream: "http://" + l.Addr().String(), StoreDir: "/gnu/store", Log: logger(t)})
-		must(t, err)
-		here := httptest.NewServer(a)
-		r, err := http.Get(here.URL + test.path)
-		if err != nil {
-			t.Errorf("%s: %v", name, err)
-		} else {
-			body, _ := io.ReadAll(r.Body)
-			r.Body.Close()
-			if r.StatusCode != test.status || !strings.HasPrefix(string(body), test.body) {
-				t.Errorf("%s: status %d, %q", name, r.StatusCode, body)
-			}
+		status, _, body := get(t, annotator(t, publish.AnnotatorOptions{Upstream: "http://" + l.Addr().String()})+test.path)
+		if status != test.status || !strings.HasPrefix(body, test.body) {
+			t.Errorf("%s: status %d, %q", name, status, body)
 		}
-		here.Close()
 		l.Close()
 	}
 }
@@ -455,18 +435,8 @@ func TestAnnotatorPassesOn(t *testing.T) {
 		}
 	}))
 	defer upstream.Close()
-	capabilities := publish.NewCapabilities(t.TempDir(), nil, 2, logger(t))
-	defer capabilities.Close()
-	annotator := func(url string) string {
-		a, err := publish.NewAnnotator(publish.AnnotatorOptions{
-			Upstream: url, StoreDir: "/gnu/store", Root: t.TempDir(), Capabilities: capabilities, Log: logger(t),
-		})
-		must(t, err)
-		h := httptest.NewServer(a)
-		t.Cleanup(h.Close)
-		return h.URL
-	}
-	here := annotator(upstream.URL + "/mirror/")
+	options := publish.AnnotatorOptions{Upstream: upstream.URL + "/mirror/", Root: t.TempDir(), Capabilities: newCapabilities(t, nil)}
+	here := annotator(t, options)
 	for path, want := range map[string]struct {
 		status             int
 		cacheControl, body string
@@ -490,7 +460,8 @@ func TestAnnotatorPassesOn(t *testing.T) {
 	}
 
 	// Elsewhere than on loopback clients find the nars themselves.
-	elsewhere := annotator("http://mirror.example/a%20b/")
+	options.Upstream = "http://mirror.example/a%20b/"
+	elsewhere := annotator(t, options)
 	client := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	response, err := client.Get(elsewhere + "/nar/zstd/a%2Bb%3Fc")
 	must(t, err)
@@ -520,34 +491,22 @@ func TestGone(t *testing.T) {
 	above, _, _ := strings.Cut(before, "Signature:")
 	for what, url := range map[string]string{"the same process": first, "another one": start(store)} {
 		status, _, text := get(t, url+name)
-		n, err := narinfo.Parse([]byte(text))
-		if status != 200 || err != nil || !strings.HasPrefix(text, above+"Signature:") {
-			t.Fatalf("%s: status %d, error %v, narinfo:\n%s", what, status, err, text)
+		if status != 200 || !strings.HasPrefix(text, above+"Signature:") {
+			t.Fatalf("%s: status %d, narinfo:\n%s", what, status, text)
 		}
-		if err := n.Authorise(acl.NewACL(key.PublicKey())); err != nil {
-			t.Errorf("%s: %v", what, err)
-		}
-		if status, _, _ := get(t, url+"/nar/zstd/00000000000000000000000000000002-tree"); status != 404 {
-			t.Errorf("%s: status %d of the nar", what, status)
-		}
+		authorised(t, key, text)
+		wantStatus(t, url+"/nar/zstd/00000000000000000000000000000002-tree", 404)
 	}
 	// Without a store there are no blocks, and blocks may go, too.
-	if status, _, _ := get(t, start(nil)+name); status != 404 {
-		t.Errorf("without a store: status %d", status)
-	}
+	wantStatus(t, start(nil)+name, 404)
 	store.Store = newMemoryStore().Store
-	if status, _, _ := get(t, first+name); status != 404 {
-		t.Errorf("without blocks: status %d", status)
-	}
+	wantStatus(t, first+name, 404)
 }
 
 // TestFindLater checks that an item is encoded once in the background, however often it is asked
 // for, and that Close waits for it.
 func TestFindLater(t *testing.T) {
-	directory, items := aStore(t)
-	path := filepath.Join(directory, filepath.Base(items["00000000000000000000000000000002"].StorePath))
-	narHash, _, err := nar.HashTree(t.Context(), path)
-	must(t, err)
+	path, narHash := aTree(t)
 	store := &gatedStore{memoryStore: newMemoryStore(), entered: make(chan struct{}, 100), gate: make(chan struct{})}
 	c := publish.NewCapabilities(t.TempDir(), store, 2, logger(t))
 	before := runtime.NumGoroutine()
@@ -590,8 +549,7 @@ func TestPatience(t *testing.T) {
 	t.Parallel()
 	directory, items := aStore(t)
 	store := &gatedStore{memoryStore: newMemoryStore(), entered: make(chan struct{}, 100), gate: make(chan struct{})}
-	c := publish.NewCapabilities(t.TempDir(), store, 2, logger(t))
-	defer c.Close()
+	c := newCapabilities(t, store)
 	h := server(t, publish.ServerOptions{Root: directory, Items: items, Capabilities: c, WaitFor: 1 << 30, TTL: time.Hour})
 	begin := time.Now()
 	for i := range 100 {
@@ -672,9 +630,7 @@ func TestHashParts(t *testing.T) {
 			"/nar/lzip/00000000000000000000000000000001-file%2Bplus":           404,
 			"/file/x/sha256/04zwf782yjwnh3q6hz5izfd6jyip8kgw6g6yj43fiqhbyhdd0": 404,
 		} {
-			if status, _, body := get(t, h.URL+path); status != want {
-				t.Errorf("%s: %s: status %d, body %.100q; want %d", name, path, status, body, want)
-			}
+			wantStatus(t, h.URL+path, want)
 		}
 	}
 }
@@ -685,13 +641,8 @@ func TestMethods(t *testing.T) {
 	directory, items := aStore(t)
 	h := server(t, publish.ServerOptions{Root: directory, Items: items, TTL: time.Minute})
 	for _, method := range []string{"POST", "PUT", "DELETE", "OPTIONS"} {
-		request, err := http.NewRequest(method, h.URL+"/00000000000000000000000000000001.narinfo", nil)
-		must(t, err)
-		response, err := http.DefaultClient.Do(request)
-		must(t, err)
-		response.Body.Close()
-		if response.StatusCode != 404 {
-			t.Errorf("%s: status %d", method, response.StatusCode)
+		if status, _, _ := request(t, method, h.URL+"/00000000000000000000000000000001.narinfo"); status != 404 {
+			t.Errorf("%s: status %d", method, status)
 		}
 	}
 	conn, err := net.Dial("tcp", strings.TrimPrefix(h.URL, "http://"))
@@ -729,11 +680,4 @@ func TestItems(t *testing.T) {
 			t.Errorf("%q is accepted as %v", bad, m)
 		}
 	}
-}
-
-// onlyStore is where blocks come from if there is one store.
-func onlyStore(t *testing.T, store fetch.Source) *pool.Pool {
-	p := pool.New([]pool.Member{{Source: store}}, pool.Options{})
-	t.Cleanup(func() { p.Close() })
-	return p
 }
