@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
 
@@ -36,23 +37,13 @@ func BenchmarkReuse(b *testing.B) {
 			if bench.miss {
 				want.NarDigest[0]++
 			}
-			before := usage()
-			bytes := uint64(0)
-			for b.Loop() {
+			measure(b, want, func() {
 				f := s.finder()
 				f.MissesFile, f.misses.path = "", ""
 				if c, failures := s.attempt(f, want); c == nil != bench.miss {
 					b.Fatal(failures)
 				}
-				bytes += want.NarSize
-				b.StopTimer()
-				restore.Remove(want.StorePath)
-				b.StartTimer()
-			}
-			after := usage()
-			b.ReportMetric(float64(after.Utime.Nano()-before.Utime.Nano())/float64(bytes), "user-s/GB")
-			b.ReportMetric(float64(after.Stime.Nano()-before.Stime.Nano())/float64(bytes), "system-s/GB")
-			b.SetBytes(int64(want.NarSize))
+			})
 		})
 	}
 }
@@ -79,25 +70,29 @@ func BenchmarkBase(b *testing.B) {
 				files[hash(0)[:20]] += item[:3]
 				s.write(item, files)
 			})
-			before, bytes := usage(), uint64(0)
-			for b.Loop() {
-				s.get(want, p, s.base(s.finder(), want))
-				bytes += want.NarSize
-				b.StopTimer()
-				restore.Remove(want.StorePath)
-				b.StartTimer()
-			}
-			after := usage()
-			b.ReportMetric(float64(after.Utime.Nano()-before.Utime.Nano())/float64(bytes), "user-s/GB")
-			b.ReportMetric(float64(after.Stime.Nano()-before.Stime.Nano())/float64(bytes), "system-s/GB")
-			b.SetBytes(int64(want.NarSize))
+			measure(b, want, func() { s.get(want, p, s.base(s.finder(), want)) })
 		})
 	}
 }
 
-func usage() (u unix.Rusage) {
-	unix.Getrusage(unix.RUSAGE_SELF, &u)
-	return u
+// measure reports what it costs to make an item.
+func measure(b *testing.B, want *narinfo.Narinfo, make func()) {
+	usage := func() (u unix.Rusage) {
+		unix.Getrusage(unix.RUSAGE_SELF, &u)
+		return u
+	}
+	before, bytes := usage(), 0.0
+	for b.Loop() {
+		make()
+		bytes += float64(want.NarSize)
+		b.StopTimer()
+		restore.Remove(want.StorePath)
+		b.StartTimer()
+	}
+	after := usage()
+	b.ReportMetric(float64(after.Utime.Nano()-before.Utime.Nano())/bytes, "user-s/GB")
+	b.ReportMetric(float64(after.Stime.Nano()-before.Stime.Nano())/bytes, "system-s/GB")
+	b.SetBytes(int64(want.NarSize))
 }
 
 // mixed is what a program looks like: text, tables and what has no pattern.

@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	_ "modernc.org/sqlite" // the driver of the daemon's database
@@ -123,33 +124,22 @@ func needsSharedMemory(err error) bool {
 // [ErrNoItem] if there is none (Guix, nix/libstore/local-store.cc: queryPathInfo and
 // queryPathFromHashPart).
 func (d *Database) Item(ctx context.Context, hashPart string) (n *narinfo.Narinfo, err error) {
-	err = d.read(ctx, func(db *sql.DB) error {
-		n, err = d.item(ctx, db, hashPart)
-		return err
-	})
-	return n, err
-}
-
-func (d *Database) item(ctx context.Context, db *sql.DB, hashPart string) (*narinfo.Narinfo, error) {
-	// The item and its references must be of one state of the database.
-	tx, err := db.BeginTx(ctx, nil)
-	if err != nil {
-		return nil, fmt.Errorf("looking %s up: %w", hashPart, err)
-	}
-	defer tx.Rollback()
 	prefix := d.store + "/" + hashPart
-	var id int64
 	var path, hash string
-	var deriver sql.NullString
+	var deriver, references sql.NullString
 	var size sql.NullInt64
-	row := tx.QueryRowContext(ctx, "SELECT id, path, hash, deriver, narSize FROM ValidPaths WHERE path >= ? ORDER BY path LIMIT 1", prefix)
-	err = row.Scan(&id, &path, &hash, &deriver, &size)
+	err = d.read(ctx, func(db *sql.DB) error {
+		// One query, so that the item and its references are of one state of the database.
+		return db.QueryRowContext(ctx, `SELECT path, hash, deriver, narSize, (
+			SELECT group_concat(r.path, ' ') FROM Refs JOIN ValidPaths r ON reference = r.id WHERE referrer = item.id
+		) FROM ValidPaths item WHERE path >= ? ORDER BY path LIMIT 1`, prefix).Scan(&path, &hash, &deriver, &size, &references)
+	})
 	if errors.Is(err, sql.ErrNoRows) || err == nil && !strings.HasPrefix(path, prefix+"-") {
 		return nil, fmt.Errorf("%w: %s", ErrNoItem, prefix)
 	} else if err != nil {
 		return nil, fmt.Errorf("looking %s up: %w", prefix, err)
 	}
-	n := &narinfo.Narinfo{StorePath: path, NarSize: uint64(size.Int64), NarSizeKnown: size.Int64 > 0}
+	n = &narinfo.Narinfo{StorePath: path, NarSize: uint64(size.Int64), NarSizeKnown: size.Int64 > 0}
 	digest, ok := strings.CutPrefix(hash, "sha256:")
 	b, err := hex.DecodeString(digest)
 	if !ok || err != nil || len(b) != len(n.NarDigest) {
@@ -159,21 +149,10 @@ func (d *Database) item(ctx context.Context, db *sql.DB, hashPart string) (*nari
 	if deriver.String != "" {
 		n.Deriver = filepath.Base(deriver.String)
 	}
-	rows, err := tx.QueryContext(ctx, "SELECT path FROM Refs JOIN ValidPaths ON reference = id WHERE referrer = ? ORDER BY path", id)
-	if err != nil {
-		return nil, fmt.Errorf("looking the references of %s up: %w", path, err)
+	for _, reference := range strings.Fields(references.String) {
+		n.References = append(n.References, filepath.Base(reference))
 	}
-	defer rows.Close()
-	for rows.Next() {
-		var ref string
-		if err := rows.Scan(&ref); err != nil {
-			return nil, fmt.Errorf("looking the references of %s up: %w", path, err)
-		}
-		n.References = append(n.References, filepath.Base(ref))
-	}
-	if err := rows.Err(); err != nil {
-		return nil, fmt.Errorf("looking the references of %s up: %w", path, err)
-	}
+	slices.Sort(n.References)
 	return n, nil
 }
 

@@ -27,30 +27,36 @@ func must(tb testing.TB, err error) {
 	}
 }
 
-// TestDatabase reads a database like the daemon's.
-func TestDatabase(t *testing.T) {
-	name := t.TempDir() + "/db with space?.sqlite"
-	db, err := sql.Open("sqlite", "file:"+strings.ReplaceAll(strings.ReplaceAll(name, "?", "%3f"), " ", "%20"))
+// database makes a database like the daemon's (Guix, nix/libstore/schema.sql).
+func database(t *testing.T, name string, statements ...string) *sql.DB {
+	t.Helper()
+	db, err := sql.Open("sqlite", "file:"+name+"?_pragma=busy_timeout(10000)")
 	must(t, err)
-	digest := sha256.Sum256([]byte("x"))
-	a, b := "/gnu/store/"+strings.Repeat("a", 32)+"-a", "/gnu/store/"+strings.Repeat("b", 32)+"-b"
-	for _, statement := range []string{
+	for _, statement := range append([]string{
 		"PRAGMA journal_mode = wal",
-		// The tables of Guix, nix/libstore/schema.sql.
 		`CREATE TABLE ValidPaths (id integer primary key autoincrement not null, path text unique not null, hash text not null,
 			registrationTime integer not null, deriver text, narSize integer)`,
 		`CREATE TABLE Refs (referrer integer not null, reference integer not null, primary key (referrer, reference),
 			foreign key (referrer) references ValidPaths(id) on delete cascade, foreign key (reference) references ValidPaths(id) on delete restrict)`,
-		"INSERT INTO ValidPaths VALUES (1, '" + a + "', 'sha256:" + hex.EncodeToString(digest[:]) + "', 0, '/gnu/store/" + strings.Repeat("d", 32) + "-a.drv', 123)",
-		"INSERT INTO ValidPaths VALUES (2, '" + b + "', 'sha256:" + hex.EncodeToString(digest[:]) + "', 0, NULL, 5)",
-		"INSERT INTO ValidPaths VALUES (3, '/gnu/store/" + strings.Repeat("c", 32) + "-bad', 'md5:00', 0, NULL, 5)",
+	}, statements...) {
+		_, err := db.Exec(statement)
+		must(t, err)
+	}
+	return db
+}
+
+// TestDatabase reads a database like the daemon's.
+func TestDatabase(t *testing.T) {
+	name := t.TempDir() + "/db with space?.sqlite"
+	digest := sha256.Sum256([]byte("x"))
+	a, b := "/gnu/store/"+strings.Repeat("a", 32)+"-a", "/gnu/store/"+strings.Repeat("b", 32)+"-b"
+	db := database(t, strings.ReplaceAll(strings.ReplaceAll(name, "?", "%3f"), " ", "%20"),
+		"INSERT INTO ValidPaths VALUES (1, '"+a+"', 'sha256:"+hex.EncodeToString(digest[:])+"', 0, '/gnu/store/"+strings.Repeat("d", 32)+"-a.drv', 123)",
+		"INSERT INTO ValidPaths VALUES (2, '"+b+"', 'sha256:"+hex.EncodeToString(digest[:])+"', 0, NULL, 5)",
+		"INSERT INTO ValidPaths VALUES (3, '/gnu/store/"+strings.Repeat("c", 32)+"-bad', 'md5:00', 0, NULL, 5)",
 		"INSERT INTO Refs VALUES (1, 2)",
 		"INSERT INTO Refs VALUES (1, 1)",
-	} {
-		if _, err := db.Exec(statement); err != nil {
-			t.Fatal(err)
-		}
-	}
+	)
 	defer db.Close() // the daemon has it open too
 	d, err := guixdb.Open(name, "/gnu/store")
 	must(t, err)
@@ -105,18 +111,7 @@ func TestDatabaseOfAnotherUser(t *testing.T) {
 	must(t, err)
 	must(t, errors.Join(os.Chmod(directory, 0o755), os.WriteFile(directory+"/test", program, 0o755)))
 	name := directory + "/db.sqlite"
-	db, err := sql.Open("sqlite", "file:"+name)
-	must(t, err)
-	for _, statement := range []string{
-		"PRAGMA journal_mode = wal",
-		"CREATE TABLE ValidPaths (id integer primary key, path text unique, hash text, deriver text, narSize integer)",
-		"CREATE TABLE Refs (referrer integer, reference integer)",
-		"INSERT INTO ValidPaths VALUES (1, '/gnu/store/" + strings.Repeat("a", 32) + "-a', 'sha256:" + strings.Repeat("00", 32) + "', NULL, 123)",
-	} {
-		if _, err := db.Exec(statement); err != nil {
-			t.Fatal(err)
-		}
-	}
+	db := database(t, name, "INSERT INTO ValidPaths VALUES (1, '/gnu/store/"+strings.Repeat("a", 32)+"-a', 'sha256:"+strings.Repeat("00", 32)+"', 0, NULL, 123)")
 	try := func(when string) {
 		cmd := exec.Command(directory+"/test", "-test.run=^TestDatabaseOfAnotherUser$")
 		cmd.Dir, cmd.Env = "/", append(os.Environ(), variable+"="+name)
@@ -133,18 +128,8 @@ func TestDatabaseOfAnotherUser(t *testing.T) {
 // TestDatabaseWhileWriting reads while another connection writes.
 func TestDatabaseWhileWriting(t *testing.T) {
 	name := t.TempDir() + "/db.sqlite"
-	db, err := sql.Open("sqlite", "file:"+name+"?_pragma=busy_timeout(10000)")
-	must(t, err)
+	db := database(t, name)
 	defer db.Close()
-	for _, statement := range []string{
-		"PRAGMA journal_mode = wal",
-		"CREATE TABLE ValidPaths (id integer primary key, path text unique, hash text, deriver text, narSize integer)",
-		"CREATE TABLE Refs (referrer integer, reference integer)",
-	} {
-		if _, err := db.Exec(statement); err != nil {
-			t.Fatal(err)
-		}
-	}
 	d, err := guixdb.Open(name, "/gnu/store")
 	must(t, err)
 	defer d.Close()
@@ -159,7 +144,7 @@ func TestDatabaseWhileWriting(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			_, err1 := tx.Exec("INSERT INTO ValidPaths VALUES (?, ?, ?, NULL, 1)", i+1, "/gnu/store/"+item(i)+"-x", "sha256:"+strings.Repeat("00", 32))
+			_, err1 := tx.Exec("INSERT INTO ValidPaths VALUES (?, ?, ?, 0, NULL, 1)", i+1, "/gnu/store/"+item(i)+"-x", "sha256:"+strings.Repeat("00", 32))
 			_, err2 := tx.Exec("INSERT INTO Refs VALUES (?, ?)", i+1, i+1)
 			if err := errors.Join(err1, err2, tx.Commit()); err != nil {
 				t.Error(err)
