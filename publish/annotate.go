@@ -3,6 +3,7 @@
 package publish
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -74,9 +75,7 @@ func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
 		return nil, fmt.Errorf("%q is not the URL of a substitute server", o.Upstream)
 	}
-	if o.Root == "" {
-		o.Root = o.StoreDir
-	}
+	o.Root = cmp.Or(o.Root, o.StoreDir)
 	u = u.JoinPath("/")
 	u.Path, u.RawPath = strings.TrimSuffix(u.Path, "/"), strings.TrimSuffix(u.RawPath, "/")
 	transport := http.DefaultTransport.(*http.Transport).Clone()

@@ -77,11 +77,11 @@ func encodeArchive(ctx context.Context, path string, sink eris.Sink, secret eris
 
 // encodeWritten encodes what write writes, and returns how many bytes that is.
 func encodeWritten(ctx context.Context, sink eris.Sink, secret eris.ConvergenceSecret, write func(io.Writer) error) (c eris.ReadCapability, size uint64, err error) {
-	var n counted
 	r, w := io.Pipe()
+	n := &skipper{w: w}
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
-		err := write(io.MultiWriter(&n, w))
+		err := write(n)
 		w.CloseWithError(err)
 		return err
 	})
@@ -91,7 +91,7 @@ func encodeWritten(ctx context.Context, sink eris.Sink, secret eris.ConvergenceS
 		return err
 	})
 	err = group.Wait()
-	return c, uint64(n), err
+	return c, uint64(n.offset), err
 }
 
 // encode encodes the compressed nar, byte for byte as write writes it.

@@ -3,6 +3,7 @@
 package publish
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -77,9 +78,7 @@ type keptDelta struct {
 
 // NewDeltas returns deltas that are made as o says. Close must be called at the end.
 func NewDeltas(o DeltaOptions) *Deltas {
-	if o.Root == "" {
-		o.Root = o.StoreDir
-	}
+	o.Root = cmp.Or(o.Root, o.StoreDir)
 	return &Deltas{o: o, listing: reuse.NewListing(o.Root), making: tasks.New(1, o.Log)}
 }
 
@@ -272,18 +271,9 @@ func encodeFile(ctx context.Context, name string, store fetch.Store) (c eris.Rea
 
 // usefulSize is how long a delta of a tree may be to be of use, in bytes.
 func usefulSize(ctx context.Context, path string) (int64, error) {
-	var n counted
-	err := writeNar(nar.Until(ctx, &n), path, "zstd")
-	return int64(n) / deltaGain, err
-}
-
-// counted counts what is written to it.
-type counted int64
-
-// Write implements io.Writer.
-func (c *counted) Write(p []byte) (int, error) {
-	*c += counted(len(p))
-	return len(p), nil
+	n := &skipper{w: io.Discard}
+	err := writeNar(nar.Until(ctx, n), path, "zstd")
+	return n.offset / deltaGain, err
 }
 
 // clean removes the oldest deltas where there are too many bytes of them, and what a process has

@@ -94,9 +94,7 @@ const maxExported = 1 << 20
 // so what there is after a failure can be substituted. The blocks stay, and need not be stored
 // again.
 func Export(ctx context.Context, items []string, o ExportOptions) (Exported, error) {
-	if o.Root == "" {
-		o.Root = o.StoreDir
-	}
+	o.Root = cmp.Or(o.Root, o.StoreDir)
 	e := exporter{o: o, seen: map[string]bool{}}
 	var err error
 	if e.earlier, err = readEarlier(ctx, o.Since, o.StoreDir); err != nil {

@@ -116,9 +116,7 @@ var narPath = regexp.MustCompile(`^(/[A-Za-z0-9_-][A-Za-z0-9._~-]*)+$`)
 
 // NewServer returns a server, or an error for options that make no sense.
 func NewServer(o ServerOptions) (*Server, error) {
-	if o.Root == "" {
-		o.Root = o.StoreDir
-	}
+	o.Root = cmp.Or(o.Root, o.StoreDir)
 	if len(o.Compressions) == 0 {
 		o.Compressions = []string{"zstd", "gzip"}
 	}

@@ -46,12 +46,13 @@ func (e *exporter) writeNar(ctx context.Context, it *exportItem, tree string) (n
 	if err := e.subdirectory(filepath.Dir(u.URL)); err != nil {
 		return u, err
 	}
-	var size counted
 	err := files.Replace(filepath.Join(e.o.Directory, u.URL), 0o644, files.Options{Sync: true}, func(w io.Writer) error {
-		return writeNar(nar.Until(ctx, io.MultiWriter(w, &size)), tree, u.Compression)
+		n := &skipper{w: w}
+		err := writeNar(nar.Until(ctx, n), tree, u.Compression)
+		u.FileSize = uint64(n.offset)
+		return err
 	})
-	u.FileSize = uint64(size)
-	e.done.Bytes += int64(size)
+	e.done.Bytes += int64(u.FileSize)
 	return u, err
 }
 

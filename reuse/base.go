@@ -17,7 +17,7 @@ import (
 // concurrent use.
 type Base struct {
 	ctx      context.Context
-	workshop workshop
+	workshop *workshop
 	link     bool      // see [Nodes]
 	back     *Replacer // from names in the new item to those in the old one
 	patches  sync.Map  // []patch of the files that are repaired, by path
@@ -43,7 +43,7 @@ func (c *Candidate) Base(ctx context.Context) (*Base, error) {
 	for i, p := range c.pairs {
 		back[i] = Replacement{p.New, p.Old}
 	}
-	return &Base{ctx: ctx, workshop: *w, link: c.info != nil, back: NewReplacer(back)}, nil
+	return &Base{ctx: ctx, workshop: w, link: c.info != nil, back: NewReplacer(back)}, nil
 }
 
 // Differs notes that the base differs from the item in too much. It is no candidate any more, once

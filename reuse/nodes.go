@@ -20,21 +20,12 @@ const leastLinked = 8192
 // Nodes is the old item, rewritten, as [nar.Nodes]. It only reads; all that it reads may be
 // different at any time, or have gone, which is an error or shows in the hash of what it yields.
 type Nodes struct {
-	ctx      context.Context
-	workshop *workshop
-	tree     *nar.Tree
-	root     string
-	link     bool   // files without a hash are named, to be linked to
-	useless  func() // called when it is found out that no attempt can succeed
+	ctx       context.Context
+	candidate *Candidate
+	workshop  *workshop
+	tree      *nar.Tree
 
 	contents contents // of the Regular under way
-}
-
-func newNodes(ctx context.Context, w *workshop, link bool) *Nodes {
-	root := w.store + "/" + w.old
-	n := &Nodes{ctx: ctx, workshop: w, tree: nar.NewTree(root), root: root, link: link}
-	n.tree.Rename = w.table.text
-	return n
 }
 
 // Close ends the walk early. It need not be called after Next has returned an error.
@@ -61,10 +52,10 @@ func (n *Nodes) Next() (nar.Node, error) {
 			break
 		}
 		f := n.tree.File()
-		path := strings.TrimPrefix(strings.TrimPrefix(f.Name(), n.root), "/")
-		if n.contents, err = n.workshop.open(n.ctx, f, path, n.link, &node); err != nil {
+		path := strings.TrimPrefix(strings.TrimPrefix(f.Name(), n.candidate.String()), "/")
+		if n.contents, err = n.workshop.open(n.ctx, f, path, n.candidate.info != nil, &node); err != nil {
 			if errors.Is(err, errGo) {
-				n.useless()
+				n.candidate.remember() // no attempt can succeed
 			}
 			n.Close()
 			return node, fmt.Errorf("%s: %w", f.Name(), err)

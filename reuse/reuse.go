@@ -191,8 +191,8 @@ func (c *Candidate) String() string { return c.finder.StoreDir + "/" + c.old }
 // memory than some pieces of [nar.PieceSize] and the sources and directories that are repaired,
 // which have a few MiB. The caller must call Close unless it has seen an error or the end.
 func (c *Candidate) Nodes(ctx context.Context) *Nodes {
-	n := newNodes(ctx, c.workshop(), c.info != nil)
-	n.useless = c.remember
+	n := &Nodes{ctx: ctx, candidate: c, workshop: c.workshop(), tree: nar.NewTree(c.String())}
+	n.tree.Rename = n.workshop.table.text
 	return n
 }
 

@@ -4,7 +4,6 @@ package image
 
 import (
 	"context"
-	"iter"
 	"slices"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -30,7 +29,10 @@ func Present(ctx context.Context, nearby Nearby, c eris.ReadCapability, limits e
 	stride = max(1, stride)
 	var leaves int
 	var bytes int64
-	p := presence{ctx: ctx, nearby: nearby, nodes: presentNodes, found: func(b Block, level int) {
+	if !nearby.Has(ctx, c.Root, c.BlockSize) {
+		return 0
+	}
+	p := presence{ctx: ctx, source: nearby, has: nearby.Has, found: func(b Block, level int) {
 		if level > 0 {
 			return
 		}
@@ -38,12 +40,7 @@ func Present(ctx context.Context, nearby Nearby, c eris.ReadCapability, limits e
 			bytes += int64(b.Size) * int64(stride)
 		}
 	}}
-	if !nearby.Has(ctx, c.Root, c.BlockSize) {
-		return 0
-	}
-	for c := range p.contents(c, limits) {
-		p.add(eris.Pair{Reference: c.Root, Key: c.Key}, c.BlockSize, c.Level)
-	}
+	p.walk(c, limits)
 	return bytes
 }
 
@@ -60,48 +57,43 @@ type Block struct {
 // then.
 func Blocks(ctx context.Context, source fetch.Source, c eris.ReadCapability, limits erisfs.Limits) ([]Block, Form) {
 	blocks := []Block{{c.Root, c.BlockSize}}
-	p := presence{ctx: ctx, nearby: everything{source}, nodes: presentNodes, found: func(b Block, _ int) {
+	p := presence{ctx: ctx, source: source, found: func(b Block, _ int) {
 		if b.Reference != c.Root { // the contents may be the image itself
 			blocks = append(blocks, b)
 		}
 	}}
-	for c := range p.contents(c, limits) {
-		p.add(eris.Pair{Reference: c.Root, Key: c.Key}, c.BlockSize, c.Level)
-	}
-	return blocks, p.form
+	p.has = func(context.Context, eris.Reference, eris.BlockSize) bool { return true }
+	return blocks, p.walk(c, limits)
 }
-
-// everything is a source that is thought to have all blocks.
-type everything struct{ fetch.Source }
-
-func (everything) Has(context.Context, eris.Reference, eris.BlockSize) bool { return true }
 
 // presence goes through the blocks of an image.
 type presence struct {
 	ctx    context.Context
-	nearby Nearby
-	nodes  int // that may still be read
+	source fetch.Source
+	has    func(ctx context.Context, ref eris.Reference, size eris.BlockSize) bool
 	found  func(b Block, level int)
-	form   Form // of the contents; empty if they cannot be read
+	nodes  int // that have been read
 	block  [eris.BlockSize32KiB]byte
 }
 
-// contents are what an image consists of: the files of an index, or one archive.
-func (p *presence) contents(c eris.ReadCapability, limits erisfs.Limits) iter.Seq[eris.ReadCapability] {
-	x, err := Open(p.ctx, p.nearby, c, limits, fetch.Window{Requests: 4})
-	if err != nil {
-		return slices.Values([]eris.ReadCapability{c})
+// walk goes through all contents that an image consists of: the files of an index, or one archive.
+// It returns the form, which is empty if they cannot be read.
+func (p *presence) walk(c eris.ReadCapability, limits erisfs.Limits) (form Form) {
+	contents := slices.Values([]eris.ReadCapability{c})
+	if x, err := Open(p.ctx, p.source, c, limits, fetch.Window{Requests: 4}); err == nil {
+		form = x.Form
+		if form == ERISFS {
+			contents = func(func(eris.ReadCapability) bool) {}
+			if index, err := x.Index(); err == nil {
+				contents = index.Contents()
+			}
+		}
+		x.Close()
 	}
-	defer x.Close()
-	p.form = x.Form
-	if x.Form != ERISFS {
-		return slices.Values([]eris.ReadCapability{c})
+	for c := range contents {
+		p.add(eris.Pair{Reference: c.Root, Key: c.Key}, c.BlockSize, c.Level)
 	}
-	index, err := x.Index()
-	if err != nil {
-		return func(func(eris.ReadCapability) bool) {}
-	}
-	return index.Contents()
+	return form
 }
 
 // add goes through a block and those below it.
@@ -113,11 +105,11 @@ func (p *presence) add(pair eris.Pair, size eris.BlockSize, level int) {
 	if level == 0 {
 		return
 	}
-	if p.nodes == 0 || !p.nearby.Has(p.ctx, pair.Reference, size) {
+	if p.nodes == presentNodes || !p.has(p.ctx, pair.Reference, size) {
 		return
 	}
-	p.nodes--
-	block, err := fetch.Get(p.ctx, p.nearby, pair.Reference, size, p.block[:0])
+	p.nodes++
+	block, err := fetch.Get(p.ctx, p.source, pair.Reference, size, p.block[:0])
 	if err != nil {
 		return
 	}
