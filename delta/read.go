@@ -56,7 +56,6 @@ type Reader struct {
 // contents is the file under way.
 type contents struct {
 	path    string
-	method  method
 	left    uint64     // bytes that have not been read or decoded
 	old     *os.File   // nil without a base
 	oldSize uint64     // in bytes
@@ -290,8 +289,8 @@ func (r *Reader) begin(n *nar.Node) error {
 	if err != nil {
 		return fmt.Errorf("index: file %q: %w", r.file.path, err)
 	}
-	r.file.method, r.file.left = method(m), n.Size
-	if r.file.method == methodNew {
+	r.file.left = n.Size
+	if method(m) == methodNew {
 		return nil
 	}
 	from, err := readString(r.index, nar.MaxPath)
@@ -304,14 +303,14 @@ func (r *Reader) begin(n *nar.Node) error {
 	if r.file.old, r.file.oldSize, err = r.base.open(from); err != nil {
 		return err
 	}
-	if r.file.method == methodPatch {
+	if method(m) == methodPatch {
 		return nil
 	}
 	if r.file.oldSize != n.Size {
 		return fmt.Errorf("file %q of %s has %d bytes instead of %d", from, r.base, r.file.oldSize, n.Size)
 	}
 	replacer := r.replacer
-	if r.file.method == methodCopy {
+	if method(m) == methodCopy {
 		replacer = r.copier
 		if r.o.Link {
 			n.Same = r.file.old
@@ -377,12 +376,12 @@ func (r *Reader) decode(n int) error {
 		return err
 	}
 	if r.file.old != nil {
-		if r.dictionary, err = readPart(r.file.old, p.offset, int(p.length), r.dictionary); err != nil {
+		if r.dictionary, err = readFull(section(r.file.old, p.offset, p.length), int(p.length), r.dictionary); err != nil {
 			return err
 		}
 		r.replacer.Replace(r.dictionary)
 	}
-	if r.frame, err = readFrame(r.body, int(p.frame), r.frame); err != nil {
+	if r.frame, err = readFull(r.body, int(p.frame), r.frame); err != nil {
 		return err
 	}
 	if cap(r.piece) < n {
@@ -395,13 +394,18 @@ func (r *Reader) decode(n int) error {
 	return err
 }
 
-// readFrame reads n bytes into b, which it makes longer as needed.
-func readFrame(body io.Reader, n int, b []byte) ([]byte, error) {
+// readFull reads n bytes into b, which it makes longer as needed.
+func readFull(r io.Reader, n int, b []byte) ([]byte, error) {
 	if cap(b) < n {
 		b = make([]byte, n)
 	}
-	_, err := io.ReadFull(body, b[:n])
+	_, err := io.ReadFull(r, b[:n])
 	return b[:n], unexpected(err)
+}
+
+// section is a part of a file.
+func section(f io.ReaderAt, offset, length uint64) io.Reader {
+	return io.NewSectionReader(f, int64(offset), int64(length))
 }
 
 // pieceEntry reads and checks what the index says of a piece of n bytes.

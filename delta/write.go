@@ -290,14 +290,14 @@ func (w *writer) pieces(f io.ReaderAt, size uint64, old io.ReaderAt, oldSize uin
 		}
 		n := int(min(pieceSize, size-offset))
 		var err error
-		if w.piece, err = readPart(f, offset, n, w.piece); err != nil {
+		if w.piece, err = readFull(section(f, offset, uint64(n)), n, w.piece); err != nil {
 			return err
 		}
 		p, same := piece{}, false
 		if old != nil {
 			p = choose(offset, size, n, oldSize)
 			if same = p == before; !same {
-				if w.dictionary, err = readPart(old, p.offset, int(p.length), w.dictionary); err != nil {
+				if w.dictionary, err = readFull(section(old, p.offset, p.length), int(p.length), w.dictionary); err != nil {
 					return err
 				}
 				w.replacer.Replace(w.dictionary)
@@ -328,17 +328,4 @@ func choose(offset, size uint64, n int, oldSize uint64) piece {
 	middle := uint64(float64(offset+uint64(n)/2) / float64(size) * float64(oldSize))
 	start := middle - min(middle, length/2)
 	return piece{offset: min(start, oldSize-length), length: length}
-}
-
-// readPart reads n bytes of a file into b, which it makes longer as needed.
-func readPart(f io.ReaderAt, offset uint64, n int, b []byte) ([]byte, error) {
-	b = slices.Grow(b[:0], n)[:n]
-	if n == 0 {
-		return b, nil
-	}
-	m, err := f.ReadAt(b, int64(offset))
-	if m == n {
-		err = nil
-	}
-	return b, unexpected(err)
 }

@@ -14,6 +14,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"maps"
 	"math"
 	"path/filepath"
 	"slices"
@@ -185,7 +186,7 @@ func (s *State) change(url string, f func(r *Record, now time.Time)) {
 	r.Updated = now
 	s.records[k], s.touched[k] = r, true
 	if len(s.records) > 2*maxRecords {
-		s.records = newest(s.records)
+		keepNewest(s.records)
 	}
 }
 
@@ -213,12 +214,16 @@ func (s *State) Save() error {
 			records[k] = merge(records[k], mine)
 		}
 	}
-	records = newest(records)
-	data.Sources = records
+	keepNewest(records)
 	if data.Ahead.add(s.ahead); data.Ahead.Since.IsZero() && data.Ahead != (Ahead{}) {
 		data.Ahead.Since = s.now().Truncate(time.Second).UTC()
 	}
-	if err := write(s.path, data); err != nil {
+	b, err := json.Marshal(data)
+	if err == nil {
+		// It is not synced: after a power failure it may be empty, which does no harm.
+		err = files.Write(s.path, 0o600, files.Options{Locked: true}, b)
+	}
+	if err != nil {
 		return err
 	}
 	s.records, s.ahead = records, Ahead{}
@@ -292,29 +297,13 @@ func (r *Record) valid(now, soon time.Time) bool {
 		r.RoundTrip >= 0 && r.RoundTrip <= time.Minute
 }
 
-// newest returns the records that were updated last, as many as are kept.
-func newest(records map[string]Record) map[string]Record {
+// keepNewest removes the records that were not updated last, where there are too many.
+func keepNewest(records map[string]Record) {
 	if len(records) <= maxRecords {
-		return records
+		return
 	}
-	keys := make([]string, 0, len(records))
-	for k := range records {
-		keys = append(keys, k)
+	keys := slices.SortedFunc(maps.Keys(records), func(a, b string) int { return records[b].Updated.Compare(records[a].Updated) })
+	for _, k := range keys[maxRecords:] {
+		delete(records, k)
 	}
-	slices.SortFunc(keys, func(a, b string) int { return records[b].Updated.Compare(records[a].Updated) })
-	kept := make(map[string]Record, maxRecords)
-	for _, k := range keys[:maxRecords] {
-		kept[k] = records[k]
-	}
-	return kept
-}
-
-// write replaces the file. It is not synced: after a power failure it may be empty, which does no
-// harm.
-func write(path string, data file) error {
-	b, err := json.Marshal(data)
-	if err != nil {
-		return err
-	}
-	return files.Write(path, 0o600, files.Options{Locked: true}, b)
 }
