@@ -24,134 +24,93 @@ func must(tb testing.TB, err error) {
 const url = "coap+tcp://store.example/secret-path"
 
 // clock is a time that tests set.
-type clock struct {
-	mu  sync.Mutex
-	now time.Time
-}
+type clock struct{ now time.Time }
 
-func (c *clock) Now() time.Time {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.now
-}
+func (c *clock) Now() time.Time { return c.now }
 
-func (c *clock) pass(d time.Duration) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.now = c.now.Add(d)
-}
+func (c *clock) pass(d time.Duration) { c.now = c.now.Add(d) }
 
-func newClock() *clock { return &clock{now: time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)} }
+func newClock() *clock { return &clock{time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)} }
 
-func mustSave(t *testing.T, s *State) {
+// want checks what is known of the source.
+func want(t *testing.T, s *State, what string, good func(r Record) bool) {
 	t.Helper()
-	must(t, s.Save())
+	if r := s.Get(url); !good(r) {
+		t.Errorf("%s: %+v", what, r)
+	}
 }
 
 func TestRemembers(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "new", "sources")
 	c := newClock()
 	s := open(path, c.Now)
-	if r := s.Get(url); r != (Record{}) {
-		t.Errorf("an unknown source has the record %+v", r)
-	}
+	want(t, s, "unknown", func(r Record) bool { return r == Record{} })
 	s.Measured(url, 10<<20, time.Second, 30*time.Millisecond)
-	mustSave(t, s)
+	must(t, s.Save())
 	c.pass(time.Hour)
-	r := open(path, c.Now).Get(url)
-	if r.Rate != 10<<20 || r.RoundTrip != 30*time.Millisecond || !r.Fault.IsZero() || !r.Updated.Equal(c.Now().Add(-time.Hour)) {
-		t.Errorf("the next process knows %+v", r)
-	}
+	want(t, open(path, c.Now), "the next process", func(r Record) bool {
+		return r.Rate == 10<<20 && r.RoundTrip == 30*time.Millisecond && r.Fault.IsZero() && r.Updated.Equal(c.Now().Add(-time.Hour))
+	})
 	b, err := os.ReadFile(path)
 	if err != nil || bytes.Contains(b, []byte("secret")) || bytes.Contains(b, []byte("example")) {
 		t.Errorf("the file shows the URL: %s, %v", b, err)
 	}
 	c.pass(maxSpeedAge)
-	if r := open(path, c.Now).Get(url); r.Rate != 0 || r.RoundTrip != 0 {
-		t.Errorf("after %v there is a speed: %+v", maxSpeedAge, r)
-	}
+	want(t, open(path, c.Now), "after the age of speeds", func(r Record) bool { return r.Rate == 0 && r.RoundTrip == 0 })
 	c.pass(maxAge)
-	if r := open(path, c.Now).Get(url); !r.Updated.IsZero() {
-		t.Errorf("after %v there is a record: %+v", maxAge, r)
-	}
+	want(t, open(path, c.Now), "after the age of records", func(r Record) bool { return r.Updated.IsZero() })
 }
 
 func TestMeasured(t *testing.T) {
 	c := newClock()
 	s := open("", c.Now)
 	s.Measured(url, 100, time.Microsecond, 0)
-	if r := s.Get(url); r.Rate != 0 {
-		t.Errorf("100 bytes tell a rate of %v", r.Rate)
-	}
+	want(t, s, "after 100 bytes", func(r Record) bool { return r.Rate == 0 })
 	s.Measured(url, 1e8, time.Second, 20*time.Millisecond)
 	s.Measured(url, 2e8, time.Second, 10*time.Millisecond)
-	if r := s.Get(url); r.Rate != 1.5e8 || r.RoundTrip != 10*time.Millisecond {
-		t.Errorf("record %+v", r)
-	}
+	want(t, s, "after two measurements", func(r Record) bool { return r.Rate == 1.5e8 && r.RoundTrip == 10*time.Millisecond })
 	s.Measured(url, 1<<16, time.Second, 30*time.Millisecond)
-	if r := s.Get(url); r.Rate < 1.4e8 || r.RoundTrip != 20*time.Millisecond {
-		t.Errorf("a small measurement weighs too much: %+v", r)
-	}
+	want(t, s, "after a small one", func(r Record) bool { return r.Rate >= 1.4e8 && r.RoundTrip == 20*time.Millisecond })
 	// What is old weighs little, and is then forgotten; but not because nothing else was measured.
 	c.pass(6 * rateHalfLife)
 	s.Measured(url, 4<<20, time.Second, 0)
-	if r := s.Get(url); r.Rate > 1e7 {
-		t.Errorf("an old measurement weighs too much: %+v", r)
-	}
+	want(t, s, "after an old one", func(r Record) bool { return r.Rate <= 1e7 })
 	c.pass(maxSpeedAge - time.Hour)
 	s.Measured(url, 0, 0, time.Millisecond)
 	c.pass(2 * time.Hour)
-	if r := s.Get(url); r.Rate != 0 || r.RoundTrip == 0 {
-		t.Errorf("after a long time: %+v", r)
-	}
+	want(t, s, "after a long time", func(r Record) bool { return r.Rate == 0 && r.RoundTrip != 0 })
 }
 
-func TestRests(t *testing.T) {
+// TestRestsAndFaults has a source that does not answer, and one that lies.
+func TestRestsAndFaults(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "sources")
 	c := newClock()
 	s := open(path, c.Now)
-	until := c.Now().Add(time.Minute)
+	until, fault := c.Now().Add(time.Minute), c.Now()
 	s.Rests(url, until, 3)
-	mustSave(t, s)
-	s = open(path, c.Now)
-	if r := s.Get(url); !r.Rest.Equal(until) || r.Rests != 3 {
-		t.Errorf("the next process knows %+v", r)
-	}
-	s.Measured(url, 0, 0, time.Millisecond)
-	mustSave(t, s)
-	if r := open(path, c.Now).Get(url); !r.Rest.IsZero() || r.Rests != 0 {
-		t.Errorf("after it has answered: %+v", r)
-	}
-}
-
-func TestFault(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "sources")
-	c := newClock()
-	s := open(path, c.Now)
 	s.Fault(url)
-	at := c.Now()
-	c.pass(faultAge)
-	s.Measured(url, 1<<20, time.Second, 0) // what is learnt later does not change it
-	mustSave(t, s)
+	must(t, s.Save())
 	s = open(path, c.Now)
-	if r := s.Get(url); !r.Fault.Equal(at) {
-		t.Errorf("after a fault: %+v", r)
-	}
+	want(t, s, "the next process", func(r Record) bool { return r.Rest.Equal(until) && r.Rests == 3 })
+	c.pass(faultAge)
+	s.Measured(url, 1<<20, time.Second, 0) // what is learnt later does not change the fault
+	must(t, s.Save())
+	s = open(path, c.Now)
+	want(t, s, "after it has answered", func(r Record) bool { return r.Rest.IsZero() && r.Rests == 0 && r.Fault.Equal(fault) })
 	c.pass(time.Minute)
-	if r := s.Get(url); !r.Fault.IsZero() {
-		t.Errorf("a fault is never forgiven: %+v", r)
-	}
+	want(t, s, "a fault is forgiven", func(r Record) bool { return r.Fault.IsZero() })
 }
 
 // TestProcesses has several states learn at the same time.
 func TestProcesses(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "sources")
+	name := func(i, j int) string { return fmt.Sprintf("coap+tcp://%d.%d.example", i, j) }
 	var group sync.WaitGroup
 	for i := range 8 {
 		group.Go(func() {
 			s := Open(path)
 			for j := range 5 {
-				s.Measured(fmt.Sprintf("coap+tcp://%d.%d.example", i, j), 1<<20, time.Second, time.Millisecond)
+				s.Measured(name(i, j), 1<<20, time.Second, time.Millisecond)
 				if err := s.Save(); err != nil {
 					t.Error(err)
 				}
@@ -160,11 +119,9 @@ func TestProcesses(t *testing.T) {
 	}
 	group.Wait()
 	s := Open(path)
-	for i := range 8 {
-		for j := range 5 {
-			if r := s.Get(fmt.Sprintf("coap+tcp://%d.%d.example", i, j)); r.Rate != 1<<20 {
-				t.Errorf("source %d.%d was lost: %+v", i, j, r)
-			}
+	for i := range 40 {
+		if r := s.Get(name(i/5, i%5)); r.Rate != 1<<20 {
+			t.Errorf("source %s was lost: %+v", name(i/5, i%5), r)
 		}
 	}
 }
@@ -177,12 +134,10 @@ func TestMerge(t *testing.T) {
 	one.Fault(url)
 	c.pass(time.Minute)
 	two.Measured(url, 1e6, time.Second, time.Millisecond)
-	mustSave(t, two)
-	mustSave(t, one)
+	must(t, two.Save())
+	must(t, one.Save())
 	for _, s := range []*State{one, open(path, c.Now)} {
-		if r := s.Get(url); r.Rate != 1e6 || r.Fault.IsZero() {
-			t.Errorf("what either learnt is lost: %+v", r)
-		}
+		want(t, s, "what either learnt", func(r Record) bool { return r.Rate == 1e6 && !r.Fault.IsZero() })
 	}
 }
 
@@ -194,7 +149,7 @@ func TestBounds(t *testing.T) {
 		c.pass(time.Second)
 		s.Measured(fmt.Sprint(i), 1<<20, time.Second, time.Millisecond)
 	}
-	mustSave(t, s)
+	must(t, s.Save())
 	info, err := os.Stat(path)
 	if err != nil || info.Size() > maxFile {
 		t.Fatalf("the file has %d bytes: %v", info.Size(), err)
@@ -221,14 +176,10 @@ func TestBadFiles(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			must(t, os.WriteFile(path, []byte(text), 0o644))
 			s := open(path, newClock().Now)
-			if r := s.Get(url); r != (Record{}) {
-				t.Errorf("the record is %+v", r)
-			}
+			want(t, s, "a bad file", func(r Record) bool { return r == Record{} })
 			s.Measured(url, 1<<20, time.Second, 0)
-			mustSave(t, s)
-			if r := open(path, newClock().Now).Get(url); r.Rate != 1<<20 {
-				t.Errorf("the file was not replaced: %+v", r)
-			}
+			must(t, s.Save())
+			want(t, open(path, newClock().Now), "replaced", func(r Record) bool { return r.Rate == 1<<20 })
 		})
 	}
 	good := `{"version":2,"sources":{"` + k + `":{"rate":1,"measured":"2026-04-24T03:06:40Z","updated":"2026-04-24T03:06:40Z"}}}`
@@ -245,9 +196,7 @@ func TestSaveFails(t *testing.T) {
 	if err := s.Save(); err == nil {
 		t.Error("Save into a file as a directory succeeded")
 	}
-	if r := s.Get(url); r.Rate == 0 {
-		t.Error("what was learnt is lost")
-	}
+	want(t, s, "not written", func(r Record) bool { return r.Rate != 0 })
 }
 
 func FuzzParse(f *testing.F) {
