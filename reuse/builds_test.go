@@ -240,34 +240,3 @@ func TestRepairedPart(t *testing.T) {
 		t.Errorf("%d bytes were fetched", n)
 	}
 }
-
-// TestOthers has what cannot be made by replacing.
-func TestOthers(t *testing.T) {
-	for _, test := range []struct {
-		program string
-		build   func(s *testStore, dir, out string)
-		reason  error
-	}{
-		{"gzip", func(s *testStore, dir, out string) {
-			s.run(dir, "gzip", "-n", "page.1")
-			s.run(dir, "cp", "page.1.gz", out)
-		}, errWrong},
-		{"go", func(s *testStore, dir, out string) {
-			s.run(dir, "mkdir", "-p", out+"/bin")
-			s.run(dir, "env", "CGO_ENABLED=0", "GOFLAGS=", "go", "build", "-o", out+"/bin/x", "main.go")
-		}, errGo},
-	} {
-		t.Run(test.program, func(t *testing.T) {
-			needs(t, test.program)
-			s := newTestStore(t)
-			old, want := s.twice("x-1.0", []string{"y-1.0"}, func(item string, refs []string) {
-				path := s.dir + "/" + refs[0]
-				test.build(s, s.workDir(map[string]string{
-					"page.1": strings.Repeat(path+"\n", 3), "main.go": fmt.Sprintf("package main\nfunc main() { println(%q) }\n", path),
-				}), s.dir+"/"+item)
-			})
-			want.NarSizeKnown = false // a gzip may have another length
-			s.misses(old, want, test.reason)
-		})
-	}
-}

@@ -159,8 +159,7 @@ func TestLinks(t *testing.T) {
 		return info.Sys().(*syscall.Stat_t).Ino
 	}
 	for _, database := range []Database{s.database, nil} {
-		f := New(Config{StoreDir: s.dir, Database: database})
-		if c, failures := s.attempt(f, want); c == nil {
+		if c, failures := s.attempt(s.finderOf(database), want); c == nil {
 			t.Fatal(failures)
 		}
 		for path, linked := range map[string]bool{"bin/real": true, "share/plain": true, "share/large": false, "bin/run": false} {
@@ -200,9 +199,7 @@ func TestSharedWithOld(t *testing.T) {
 			}
 			before := s.snapshot(old)
 			for _, database := range []Database{s.database, nil} {
-				f := s.finder()
-				f.Config.Database = New(Config{Database: database}).Database
-				c, failures := s.attempt(f, want)
+				c, failures := s.attempt(s.finderOf(database), want)
 				if c == nil {
 					t.Fatal(failures)
 				}
@@ -323,41 +320,65 @@ func TestNext(t *testing.T) {
 	}
 }
 
-// failing is nodes that fail after some calls.
-type failing struct {
+// stepping does something before a step.
+type stepping struct {
 	nar.Nodes
 	left int
+	do   func() error
+}
+
+func (s *stepping) Next() (nar.Node, error) {
+	if s.left--; s.left == -1 {
+		if err := s.do(); err != nil {
+			return nar.Node{}, err
+		}
+	}
+	return s.Nodes.Next()
 }
 
 var errTest = errors.New("a failure of the test")
 
-func (f *failing) Next() (nar.Node, error) {
-	if f.left--; f.left < 0 {
-		return nar.Node{}, errTest
-	}
-	return f.Nodes.Next()
-}
-
-// TestFailures fails at every step, removes what has been made, and looks at the old item.
-func TestFailures(t *testing.T) {
+// TestEveryStep fails at every step, or takes the old item away: what has been made by then is not
+// what it should be, or is, as links to files that nobody else has. Then it removes that, and looks
+// at the old item.
+func TestEveryStep(t *testing.T) {
 	s := newTestStore(t)
-	old, want := s.both("x-1.0", []string{"bash-5.1"}, tree)
+	old, want, p := s.publishedTwice("x-1.0", []string{"bash-5.1"}, func(item string, refs []string) { s.write(item, tree(item, refs)) })
 	before := s.snapshot(old)
-	for step := 0; ; step++ {
-		var err error
+	rewritten := func() (nar.Nodes, func()) {
 		for c := range s.finder().Find(t.Context(), want) {
 			nodes := c.Nodes(t.Context())
-			_, err = restore.Restore(t.Context(), &failing{nodes, step}, want.StorePath, restore.Options{LinksDirectory: s.dir + "/.links"})
-			nodes.Close()
+			return nodes, nodes.Close
 		}
-		must(t, restore.Remove(want.StorePath))
-		if s.snapshot(old) != before {
-			t.Fatalf("the old item has changed after a failure at step %d", step)
-		}
-		if err == nil && step > 10 {
-			break
-		} else if !errors.Is(err, errTest) {
-			t.Fatalf("step %d: %v", step, err)
+		return nil, nil
+	}
+	fromBlocks := func() (nar.Nodes, func()) {
+		nodes, done, _ := p.open(t, s.base(s.finder(), want))
+		return nodes, done
+	}
+	for i, open := range []func() (nar.Nodes, func()){rewritten, rewritten, fromBlocks, fromBlocks} {
+		vanish := i%2 == 1
+		for step, failed := 0, true; failed; step++ {
+			nodes, done := open()
+			gone := false
+			r, err := restore.Restore(t.Context(), &stepping{nodes, step, func() error {
+				if gone = vanish; !gone {
+					return errTest
+				}
+				return os.Rename(s.dir+"/"+old, s.dir+"/gone")
+			}}, want.StorePath, restore.Options{LinksDirectory: s.dir + "/.links"})
+			done()
+			if gone {
+				must(t, os.Rename(s.dir+"/gone", s.dir+"/"+old))
+			}
+			failed = err != nil
+			if failed && !vanish && !errors.Is(err, errTest) || !failed && (r.NarHash != want.NarDigest || step < 10) {
+				t.Errorf("way %d, step %d: %v", i, step, err)
+			}
+			must(t, restore.Remove(want.StorePath))
+			if s.snapshot(old) != before {
+				t.Fatalf("way %d: the old item has changed after step %d", i, step)
+			}
 		}
 	}
 	// Whoever gives up is not kept waiting.
@@ -368,33 +389,6 @@ func TestFailures(t *testing.T) {
 		cancel()
 		if _, err := nodes.Next(); !errors.Is(err, context.Canceled) {
 			t.Errorf("goes on after the end: %v", err)
-		}
-	}
-}
-
-// TestVanishes takes the old item away at every step: what has been made by then is not what it
-// should be, or is, as links to files that nobody else has.
-func TestVanishes(t *testing.T) {
-	s := newTestStore(t)
-	old, want := s.both("x-1.0", []string{"bash-5.1"}, tree)
-	before := s.snapshot(old)
-	for step, failed := 1, true; failed; step++ {
-		for c := range s.finder().Find(t.Context(), want) {
-			nodes := c.Nodes(t.Context())
-			r, err := restore.Restore(t.Context(), &stepping{nodes, step, func() { must(t, os.Rename(s.dir+"/"+old, s.dir+"/gone")) }},
-				want.StorePath, restore.Options{LinksDirectory: s.dir + "/.links"})
-			nodes.Close()
-			failed = err != nil
-			if !failed && (r.NarHash != want.NarDigest || step < 10) {
-				t.Errorf("no error after step %d", step)
-			}
-		}
-		if err := os.Rename(s.dir+"/gone", s.dir+"/"+old); err != nil && step < 5 {
-			t.Fatal(err)
-		}
-		must(t, restore.Remove(want.StorePath))
-		if s.snapshot(old) != before {
-			t.Fatalf("the old item has changed after step %d", step)
 		}
 	}
 }

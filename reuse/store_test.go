@@ -52,8 +52,10 @@ func (s *testStore) database(_ context.Context, hashPart string) (*narinfo.Narin
 }
 
 // finder returns one as a new process has it.
-func (s *testStore) finder() *Finder {
-	return New(Config{StoreDir: s.dir, Database: s.database, MissesFile: s.state + "/reuse"})
+func (s *testStore) finder() *Finder { return s.finderOf(s.database) }
+
+func (s *testStore) finderOf(database Database) *Finder {
+	return New(Config{StoreDir: s.dir, Database: database, MissesFile: s.state + "/reuse"})
 }
 
 // register makes a canonical item of the tree that a build has left in the store, and returns its
@@ -197,9 +199,7 @@ func (s *testStore) check(old string, want *narinfo.Narinfo) {
 	s.t.Helper()
 	before := s.snapshot(old)
 	for _, database := range []Database{s.database, nil} {
-		f := s.finder()
-		f.Config.Database = New(Config{Database: database}).Database
-		c, failures := s.attempt(f, want)
+		c, failures := s.attempt(s.finderOf(database), want)
 		if c == nil {
 			s.t.Fatalf("not made (with a database: %t): %v", database != nil, failures)
 		}
