@@ -51,8 +51,7 @@ func TestParts(t *testing.T) {
 	directory, items := aStore(t)
 	const source = "hbdalsf5lpf01x4dcknwx6xbn6n5km6k-hello-2.10.tar.gz"
 	must(t, os.WriteFile(filepath.Join(directory, source), bytes.Repeat([]byte("source"), 9999), 0o444))
-	sources, err := publish.ParseManifest([]byte("StorePath: /gnu/store/" + source + "\nReferences: \n"))
-	must(t, err)
+	sources := manifest(t, "StorePath: /gnu/store/"+source+"\nReferences: \n")
 	items["hbdalsf5lpf01x4dcknwx6xbn6n5km6k"] = sources["hbdalsf5lpf01x4dcknwx6xbn6n5km6k"]
 	// What compresses badly, so that there are many compressed blocks.
 	random := rand.NewChaCha8([32]byte{7})
@@ -138,15 +137,12 @@ func checkParts(t *testing.T, first, second string) {
 // TestCompressedForm checks that nars are compressed to the same bytes as ever. If they are not any
 // more, compressedForm must be changed with this test: it is in the ETags that promise them.
 func TestCompressedForm(t *testing.T) {
-	directory := t.TempDir()
 	const item = "00000000000000000000000000000001-item"
 	var text bytes.Buffer
 	for i := range int64(200000) {
 		fmt.Fprintln(&text, i*i%1009, i)
 	}
-	must(t, os.WriteFile(directory+"/"+item, text.Bytes(), 0o444))
-	items, err := publish.ParseManifest([]byte("StorePath: /gnu/store/" + item + "\nReferences: \n"))
-	must(t, err)
+	directory, items := anItem(t, item, text.Bytes())
 	h := server(t, publish.ServerOptions{Root: directory, Items: items})
 	for compression, want := range map[string]string{
 		"gzip": "7f01172487a11629f83119b8aa7d4cb81b973ed2ec3af7c42bcfefe98ef511a6",
@@ -223,13 +219,10 @@ func (a *countedAnswer) Write(p []byte) (int, error) {
 // TestStalled has many clients that ask for nars and read nothing: few nars are compressed at a
 // time, and all clients are cut off, or told to come later.
 func TestStalled(t *testing.T) {
-	directory := t.TempDir()
 	const item = "00000000000000000000000000000001-item"
 	contents := make([]byte, 32<<20) // more than sockets hold
 	rand.NewChaCha8([32]byte{}).Read(contents)
-	must(t, os.WriteFile(directory+"/"+item, contents, 0o444))
-	items, err := publish.ParseManifest([]byte("StorePath: /gnu/store/" + item + "\nReferences: \n"))
-	must(t, err)
+	directory, items := anItem(t, item, contents)
 	s, err := publish.NewServer(publish.ServerOptions{
 		StoreDir: "/gnu/store", Root: directory, Items: items, StallTimeout: time.Second, Log: func(string, ...any) {},
 	})
@@ -272,17 +265,16 @@ func TestUnpublishable(t *testing.T) {
 	must(t, os.MkdirAll(directory+"/"+name(2)+"/x", 0o755))
 	must(t, syscall.Mkfifo(directory+"/"+name(2)+"/x/pipe", 0o644))
 	must(t, os.WriteFile(directory+"/"+name(3), []byte("not what it was"), 0o644))
-	manifest := ""
+	text := ""
 	for i := range 3 {
 		// Somebody has told the hash, so that it need not be computed.
-		manifest += "StorePath: /gnu/store/" + name(i+1) + "\nReferences: \n"
+		text += "StorePath: /gnu/store/" + name(i+1) + "\nReferences: \n"
 		if i > 0 {
-			manifest += "NarHash: sha256:0" + strings.Repeat("1", 51) + "\nNarSize: 1000\n"
+			text += "NarHash: sha256:0" + strings.Repeat("1", 51) + "\nNarSize: 1000\n"
 		}
-		manifest += "\n"
+		text += "\n"
 	}
-	items, err := publish.ParseManifest([]byte(manifest))
-	must(t, err)
+	items := manifest(t, text)
 	h := server(t, publish.ServerOptions{Root: directory, Items: items, Capabilities: newCapabilities(t, nil), WaitFor: 1 << 20})
 	for path, want := range map[string]int{
 		"/00000000000000000000000000000001.narinfo": 200,

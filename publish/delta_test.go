@@ -33,7 +33,7 @@ func versions(t *testing.T, names ...string) (directory string, items publish.Ma
 		}
 		return b
 	}
-	var manifest strings.Builder
+	var text strings.Builder
 	for i, name := range names {
 		contents := append([]byte(name), noise(0)...)
 		if strings.HasPrefix(name, "other") {
@@ -41,12 +41,10 @@ func versions(t *testing.T, names ...string) (directory string, items publish.Ma
 		}
 		item := fmt.Sprintf("%032d-%s", i, name)
 		must(t, os.WriteFile(directory+"/"+item, contents, 0o644))
-		fmt.Fprintf(&manifest, "StorePath: /gnu/store/%s\nReferences: \n\n", item)
+		fmt.Fprintf(&text, "StorePath: /gnu/store/%s\nReferences: \n\n", item)
 		time.Sleep(20 * time.Millisecond) // the clock of the file system may be that coarse
 	}
-	items, err := publish.ParseManifest([]byte(manifest.String()))
-	must(t, err)
-	return directory, items
+	return directory, manifest(t, text.String())
 }
 
 // completed is what is known of an item, with its hash.

@@ -25,8 +25,7 @@ func TestRawFile(t *testing.T) {
 		base = "hbdalsf5lpf01x4dcknwx6xbn6n5km6k-" + name
 	)
 	root := t.TempDir()
-	items, err := publish.ParseManifest([]byte("StorePath: /gnu/store/" + base + "\nReferences: \n"))
-	must(t, err)
+	items := manifest(t, "StorePath: /gnu/store/"+base+"\nReferences: \n")
 	s := server(t, publish.ServerOptions{Root: root, Items: items, TTL: time.Hour})
 	ask := func(path string, want int) string {
 		t.Helper()
@@ -63,8 +62,7 @@ func TestLog(t *testing.T) {
 		other      = "00000000000000000000000000000002-source"
 		derivation = "abcdfghijklmnpqrsvwxyz0123456789-hello.drv"
 	)
-	items, err := publish.ParseManifest([]byte("StorePath: /gnu/store/" + item + "\nReferences: \nDeriver: " + derivation + "\n\nStorePath: /gnu/store/" + other + "\nReferences: \n"))
-	must(t, err)
+	items := manifest(t, "StorePath: /gnu/store/"+item+"\nReferences: \nDeriver: "+derivation+"\n\nStorePath: /gnu/store/"+other+"\nReferences: \n")
 	logs := t.TempDir()
 	s := server(t, publish.ServerOptions{Root: t.TempDir(), Items: items, LogDirectory: logs})
 	ask := func(name string, want int) string {

@@ -67,14 +67,30 @@ func logger(t testing.TB) func(string, ...any) {
 	return func(format string, a ...any) { t.Logf(format, a...) }
 }
 
+// manifest parses a manifest.
+func manifest(t *testing.T, text string) publish.Manifest {
+	t.Helper()
+	items, err := publish.ParseManifest([]byte(text))
+	must(t, err)
+	return items
+}
+
+// anItem is a store with one file.
+func anItem(t *testing.T, item string, contents []byte) (directory string, items publish.Manifest) {
+	t.Helper()
+	directory = t.TempDir()
+	must(t, os.WriteFile(directory+"/"+item, contents, 0o444))
+	return directory, manifest(t, "StorePath: /gnu/store/"+item+"\nReferences: \n")
+}
+
 // aStore is a store with some items.
 func aStore(t *testing.T) (directory string, items publish.Manifest) {
 	directory = filepath.Join(t.TempDir(), "store")
-	var manifest strings.Builder
+	var text strings.Builder
 	add := func(i int, name string, make func(path string) error, references ...string) {
 		base := fmt.Sprintf("%032d-%s", i, name)
 		must(t, make(filepath.Join(directory, base)))
-		fmt.Fprintf(&manifest, "StorePath: /gnu/store/%s\nReferences: %s\n\n", base, strings.Join(references, " "))
+		fmt.Fprintf(&text, "StorePath: /gnu/store/%s\nReferences: %s\n\n", base, strings.Join(references, " "))
 	}
 	must(t, os.Mkdir(directory, 0o755))
 	add(1, "file+plus", func(p string) error { return os.WriteFile(p, []byte("hello\n"), 0o644) })
@@ -85,9 +101,7 @@ func aStore(t *testing.T) (directory string, items publish.Manifest) {
 	add(3, "link", func(p string) error { return os.Symlink("/gnu/store/x", p) })
 	add(4, "empty-directory", func(p string) error { return os.MkdirAll(p+"/empty", 0o755) })
 	add(5, "large", func(p string) error { return os.WriteFile(p, bytes.Repeat([]byte("0123456789"), 200000), 0o644) })
-	items, err := publish.ParseManifest([]byte(manifest.String()))
-	must(t, err)
-	return directory, items
+	return directory, manifest(t, text.String())
 }
 
 // get returns an answer of a server.
