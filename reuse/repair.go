@@ -86,10 +86,7 @@ func (w *workshop) elf(f io.ReaderAt, path string) ([]patch, error) {
 	if link == nil || link.Type == elf.SHT_NOBITS || link.FileSize < 8 || link.FileSize > 4<<10 {
 		return nil, nil
 	}
-	data := make([]byte, link.FileSize)
-	if _, err := f.ReadAt(data, int64(link.Offset)); err != nil {
-		return nil, nil
-	}
+	data := part(f, int64(link.Offset), int(link.FileSize))
 	name, _, ok := bytes.Cut(data, []byte{0})
 	at := (len(name) + 4) &^ 3 // behind the NUL, aligned
 	if !ok || at+4 > len(data) || nar.CheckName(string(name)) != nil {
@@ -102,6 +99,15 @@ func (w *workshop) elf(f io.ReaderAt, path string) ([]patch, error) {
 	}
 	e.ByteOrder.PutUint32(data[at:], sum)
 	return []patch{{int64(link.Offset) + int64(at), data[at : at+4]}}, nil
+}
+
+// part reads a part of a file; it is nil if there are not so many bytes.
+func part(f io.ReaderAt, offset int64, length int) []byte {
+	b := make([]byte, length)
+	if n, _ := f.ReadAt(b, offset); n < length {
+		return nil
+	}
+	return b
 }
 
 // maxELF bounds what is read to find the sections of a program, in bytes; what is kept of them
@@ -194,10 +200,7 @@ func (w *workshop) python(head [16]byte, file string) ([]patch, error) {
 	if size > maxSource {
 		return nil, nil
 	}
-	source := make([]byte, size)
-	if _, err := f.ReadAt(source, 0); err != nil && err != io.EOF {
-		return nil, nil
-	}
+	source := part(f, 0, int(size))
 	key := uint64(binary.LittleEndian.Uint32(head[:]))
 	old := binary.LittleEndian.Uint64(head[8:])
 	for _, rounds := range [][2]int{{1, 3}, {2, 4}} {
@@ -283,23 +286,17 @@ func (w *workshop) zip(f io.ReaderAt, size int64) ([]patch, error) {
 // zipDirectory returns the central directory and where it is; none of a file that has no such
 // thing.
 func zipDirectory(f io.ReaderAt, size int64) (start int64, directory []byte) {
-	tail := make([]byte, min(size, zipEndLen+1<<16-1)) // there may be a comment
-	if _, err := f.ReadAt(tail, size-int64(len(tail))); err != nil && err != io.EOF {
-		return 0, nil
-	}
+	length := min(size, zipEndLen+1<<16-1) // there may be a comment
+	tail := part(f, size-length, int(length))
 	i := bytes.LastIndex(tail, []byte(zipEnd))
 	if i < 0 || i+zipEndLen > len(tail) {
 		return 0, nil
 	}
-	length, start := int64(binary.LittleEndian.Uint32(tail[i+12:])), int64(binary.LittleEndian.Uint32(tail[i+16:]))
+	length, start = int64(binary.LittleEndian.Uint32(tail[i+12:])), int64(binary.LittleEndian.Uint32(tail[i+16:]))
 	if length > maxCentral || start > size-length {
 		return 0, nil
 	}
-	directory = make([]byte, length)
-	if _, err := f.ReadAt(directory, start); err != nil && err != io.EOF {
-		return 0, nil
-	}
-	return start, directory
+	return start, part(f, start, int(length))
 }
 
 // member returns the patches of one member, of which header is the entry of the directory at the
@@ -307,8 +304,8 @@ func zipDirectory(f io.ReaderAt, size int64) (start int64, directory []byte) {
 func (w *workshop) member(f io.ReaderAt, size int64, header []byte, at int64) []patch {
 	le := binary.LittleEndian
 	crc, length, offset := le.Uint32(header[16:]), int64(le.Uint32(header[20:])), int64(le.Uint32(header[42:]))
-	var local [30]byte
-	if _, err := f.ReadAt(local[:], offset); err != nil || string(local[:4]) != zipLocal {
+	local := part(f, offset, 30)
+	if local == nil || string(local[:4]) != zipLocal {
 		return nil
 	}
 	data := offset + int64(len(local)) + int64(le.Uint16(local[26:])) + int64(le.Uint16(local[28:]))
@@ -324,8 +321,8 @@ func (w *workshop) member(f io.ReaderAt, size int64, header []byte, at int64) []
 	if le.Uint32(local[14:]) == crc {
 		patches = append(patches, patch{offset + 14, sum})
 	}
-	var descriptor [8]byte // of a member whose CRC was not known before it
-	if _, err := f.ReadAt(descriptor[:], data+length); err == nil && le.Uint16(local[6:])&8 != 0 {
+	// What follows a member whose CRC was not known before it.
+	if descriptor := part(f, data+length, 8); descriptor != nil && le.Uint16(local[6:])&8 != 0 {
 		i := int64(0)
 		if string(descriptor[:4]) == zipDescriptor {
 			i = 4
