@@ -219,6 +219,7 @@ func (a *countedAnswer) Write(p []byte) (int, error) {
 // TestStalled has many clients that ask for nars and read nothing: few nars are compressed at a
 // time, and all clients are cut off, or told to come later.
 func TestStalled(t *testing.T) {
+	t.Parallel()
 	const item = "00000000000000000000000000000001-item"
 	contents := make([]byte, 32<<20) // more than sockets hold
 	rand.NewChaCha8([32]byte{}).Read(contents)
