@@ -358,9 +358,8 @@ func (c *Capabilities) FindSoon(ctx context.Context, path string, narHash [sha25
 	c.mu.Lock()
 	c.waiting = min(maxWait, c.waiting+begin.Sub(c.waited)/refillAfter)
 	c.waited = begin
-	timer := time.NewTimer(max(0, c.waiting))
+	enough := time.After(max(0, c.waiting))
 	c.mu.Unlock()
-	defer timer.Stop()
 	defer func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -369,7 +368,7 @@ func (c *Capabilities) FindSoon(ctx context.Context, path string, narHash [sha25
 	select {
 	case <-e.Done:
 		return e.Err == nil, e.Err
-	case <-timer.C:
+	case <-enough:
 		return false, nil
 	case <-ctx.Done():
 		return false, ctx.Err()

@@ -4,6 +4,7 @@ package items
 
 import (
 	"context"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -13,8 +14,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
@@ -50,7 +49,7 @@ type Table struct {
 	queue   []*fetch.Request
 	workers int
 	closed  bool
-	group   errgroup.Group
+	group   sync.WaitGroup
 }
 
 // Open opens the table in a directory, which it makes if need be. The items are below root. It
@@ -75,10 +74,9 @@ func (t *Table) Close() error {
 	t.queue = nil
 	t.queueMu.Unlock()
 	for _, r := range queue {
-		r.Block, r.Err = nil, fetch.ErrClosed
-		r.Done(r)
+		fail(r, fetch.ErrClosed)
 	}
-	_ = t.group.Wait() // of which none returns an error
+	t.group.Wait()
 	for _, r := range t.runs {
 		r.file.Close() // which was only read
 	}
@@ -172,11 +170,7 @@ func (t *Table) Update(ctx context.Context, names []string) error {
 		}
 	}
 	t.forget(wanted)
-	for name := range t.skipped {
-		if !wanted[name] {
-			delete(t.skipped, name)
-		}
-	}
+	maps.DeleteFunc(t.skipped, func(name string, _ bool) bool { return !wanted[name] })
 	for _, r := range t.runs {
 		for _, i := range r.items {
 			if !i.gone.Load() {
@@ -184,13 +178,8 @@ func (t *Table) Update(ctx context.Context, names []string) error {
 			}
 		}
 	}
-	missing := make([]string, 0, len(wanted))
-	for name := range wanted {
-		if !t.skipped[name] {
-			missing = append(missing, name)
-		}
-	}
-	slices.Sort(missing)
+	maps.DeleteFunc(wanted, func(name string, _ bool) bool { return t.skipped[name] })
+	missing := slices.Sorted(maps.Keys(wanted))
 	for len(missing) > 0 || slices.ContainsFunc(t.runs, (*run).wasted) {
 		var err error
 		if missing, err = t.build(ctx, missing); err != nil {
@@ -281,17 +270,13 @@ func (t *Table) Start(r *fetch.Request) {
 	t.queueMu.Lock()
 	if t.closed {
 		t.queueMu.Unlock()
-		r.Block, r.Err = nil, fetch.ErrClosed
-		r.Done(r)
+		fail(r, fetch.ErrClosed)
 		return
 	}
 	t.queue = append(t.queue, r)
 	if t.workers == 0 || len(t.queue) >= batch && t.workers < runtime.GOMAXPROCS(0) {
 		t.workers++
-		t.group.Go(func() error {
-			t.work()
-			return nil
-		})
+		t.group.Go(t.work)
 	}
 	t.queueMu.Unlock()
 }
@@ -305,9 +290,13 @@ func (t *Table) Cancel(r *fetch.Request) {
 	}
 	t.queueMu.Unlock()
 	if n >= 0 {
-		r.Block, r.Err = nil, context.Canceled
-		r.Done(r)
+		fail(r, context.Canceled)
 	}
+}
+
+func fail(r *fetch.Request, err error) {
+	r.Block, r.Err = nil, err
+	r.Done(r)
 }
 
 // String returns the directory of the items.

@@ -49,11 +49,9 @@ func (o *Order) waits() bool {
 // than ctx: what comes without pause must not keep others from coming at all.
 func (o *Order) GiveWay(ctx context.Context) {
 	for begin := time.Now(); o.waits() && time.Since(begin) < longestPause; {
-		timer := time.NewTimer(pauseStep)
 		select {
-		case <-timer.C:
+		case <-time.After(pauseStep):
 		case <-ctx.Done():
-			timer.Stop()
 			return
 		}
 	}
