@@ -376,7 +376,8 @@ func (c *Capabilities) FindSoon(ctx context.Context, path string, narHash [sha25
 }
 
 // find returns what the narinfo of an item says of capabilities, encoding the item if need be, soon
-// or, if its archive has more than waitFor bytes, later; it is not complete as long as that goes on.
+// or, if its archive has more than waitFor bytes, later; it is not complete as long as that goes
+// on.
 func (c *Capabilities) find(ctx context.Context, path string, n *narinfo.Narinfo, waitFor uint64) (values []narinfo.ERIS, complete bool, err error) {
 	if _, ok := c.Known(path, n.NarDigest); !ok {
 		if n.NarSize > waitFor {

@@ -214,8 +214,8 @@ func (d *Deltas) makeFrom(ctx context.Context, base, item *narinfo.Narinfo, limi
 	return k, ctx.Err()
 }
 
-// writeDelta writes a delta to a file of the given name, if it makes the item. It returns the length
-// in bytes.
+// writeDelta writes a delta to a file of the given name, if it makes the item. It returns the
+// length in bytes.
 func writeDelta(ctx context.Context, name, baseTree string, base *narinfo.Narinfo, tree string, item *narinfo.Narinfo, limit int64) (size int64, err error) {
 	o := delta.WriteOptions{
 		MaxSize: limit, Scratch: filepath.Dir(name),

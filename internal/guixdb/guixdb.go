@@ -32,8 +32,8 @@ type Database struct {
 	db    *sql.DB
 }
 
-// Open opens the daemon's database (usually /var/guix/db/db.sqlite) for reading. store is
-// the store directory without a slash at its end. Close must be called at the end.
+// Open opens the daemon's database (usually /var/guix/db/db.sqlite) for reading. store is the store
+// directory without a slash at its end. Close must be called at the end.
 //
 // The daemon may write at the same time. It keeps a write-ahead log, for which SQLite wants to have
 // a file of shared memory beside the database; when nobody has the database open there is none, and

@@ -266,8 +266,8 @@ func plain(hash string) bool {
 	return len(hash) == 32
 }
 
-// Clean removes what is too old, or too much, if that has not been done for some days. It stops when
-// stop is closed, to go on another time. Errors of single files are passed over.
+// Clean removes what is too old, or too much, if that has not been done for some days. It stops
+// when stop is closed, to go on another time. Errors of single files are passed over.
 func (c *Cache) Clean(now time.Time, stop <-chan struct{}) {
 	stamp := filepath.Join(c.directory, stampName)
 	info, err := os.Lstat(stamp)

@@ -38,7 +38,7 @@ type Tasks struct {
 	all    map[string]*Task // that wait, are under way or have failed, by key
 }
 
-// A Task is one of them. When Done is closed, Err tells whether it was a success.
+// A Task is one of them. When Done is closed, Err is nil after a success.
 type Task struct {
 	Done chan struct{}
 	Err  error
