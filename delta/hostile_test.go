@@ -140,17 +140,22 @@ func TestHostile(t *testing.T) {
 // TestMemory reads a delta with a base of 2 GB, the dictionaries of which are as long as may be,
 // and a bomb of an index. All that is allocated, whether it is still needed or not, is little.
 func TestMemory(t *testing.T) {
-	base, new := t.TempDir(), tree{"file": noise(1, 13<<20)}.make(t)
+	base := t.TempDir()
 	f, err := os.Create(base + "/file")
 	must(t, err)
 	must(t, errors.Join(f.Truncate(2<<30), f.Close()))
-	entries := bytes.Repeat(index(directory, text("d"), end), 1) // all others are the same
-	bomb := append(index(0, directory), bytes.Repeat(entries[:1], 40<<20)...)
+	const piece, dictionary = 4 << 20, 16 << 20
+	z, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1), zstd.WithSingleSegment(true),
+		zstd.WithWindowSize(2*dictionary), zstd.WithEncoderDictRaw(0, make([]byte, dictionary)))
+	must(t, err)
+	frame := string(z.EncodeAll([]byte(noise(1, piece)), nil))
+	pieces := index(0, directory, regular, text("n"), 3*piece, patch, text("file"), 0, dictionary, len(frame), 1<<30, dictionary, len(frame), 1, dictionary, len(frame), end)
+	bomb := append(index(0, directory), bytes.Repeat([]byte{directory}, 16<<20)...) // all of the same name
 	for name, test := range map[string]struct {
 		delta []byte
 		fails bool
 	}{
-		"pieces": {write(t, new, base, delta.WriteOptions{}), false},
+		"pieces": {forged(pieces, frame, frame, frame), false},
 		"bomb":   {forged(bomb), true},
 	} {
 		var before, after runtime.MemStats
