@@ -226,8 +226,7 @@ func (a *Annotator) encodeNar(ctx context.Context, path string, narHash [sha256.
 		return k, nil
 	}
 	body, err := a.nars.OpenNar(ctx, url)
-	var status *mirror.StatusError
-	if errors.As(err, &status) && !status.Temporary() {
+	if status, ok := errors.AsType[*mirror.StatusError](err); ok && !status.Temporary() {
 		return k, nil // it has gone
 	} else if err != nil {
 		return nil, err

@@ -55,7 +55,7 @@ func TestParts(t *testing.T) {
 	items["hbdalsf5lpf01x4dcknwx6xbn6n5km6k"] = sources["hbdalsf5lpf01x4dcknwx6xbn6n5km6k"]
 	// What compresses badly, so that there are many compressed blocks.
 	random := rand.NewChaCha8([32]byte{7})
-	contents := make([]byte, 3e6)
+	contents := make([]byte, 600e3)
 	random.Read(contents)
 	must(t, os.WriteFile(directory+"/00000000000000000000000000000005-large", contents, 0o444))
 	serve := func() string {

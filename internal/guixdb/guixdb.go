@@ -111,13 +111,12 @@ func (d *Database) quiet() (os.FileInfo, bool) {
 // needsSharedMemory reports whether an error is that of a database with a write-ahead log whose
 // other files cannot be made (SQLite, section "Read-Only Databases" of "Write-Ahead Logging").
 func needsSharedMemory(err error) bool {
-	var coded interface{ Code() int }
-	if !errors.As(err, &coded) {
-		return false
-	}
 	const readOnly, cannotOpen = 8, 14 // primary result codes
-	primary := coded.Code() & 0xff
-	return primary == readOnly || primary == cannotOpen
+	coded, ok := errors.AsType[interface {
+		error
+		Code() int
+	}](err)
+	return ok && (coded.Code()&0xff == readOnly || coded.Code()&0xff == cannotOpen)
 }
 
 // Item returns what is known of the item whose file name has the given hash part. The error wraps
