@@ -276,10 +276,10 @@ func (c *Capabilities) lookUp(hashPart string) (k known, ok bool) {
 	return k, true
 }
 
-// Keep records what the narinfo of an item says, for when the item has gone from the store but its
-// blocks have not; see Gone. The capability of the item must be known, and there must be a store
+// keepItem records what the narinfo of an item says, for when the item has gone from the store but its
+// blocks have not; see gone. The capability of the item must be known, and there must be a store
 // for blocks, or it does nothing.
-func (c *Capabilities) Keep(path string, n *narinfo.Narinfo) {
+func (c *Capabilities) keepItem(path string, n *narinfo.Narinfo) {
 	k, ok := c.lookUp(hashPartOf(path))
 	item := &knownItem{n.StorePath, n.NarSize, n.References, n.Deriver}
 	if !ok || c.store == nil || k.StorePath != path || item.equal(k.Item) {
@@ -289,9 +289,9 @@ func (c *Capabilities) Keep(path string, n *narinfo.Narinfo) {
 	c.keep(k)
 }
 
-// Gone returns an item that is not in the store any more, if it can still be had from the blocks
+// gone returns an item that is not in the store any more, if it can still be had from the blocks
 // that were put into our store: as far as the root block, which it asks for, can tell.
-func (c *Capabilities) Gone(ctx context.Context, hashPart string) (n *narinfo.Narinfo, ok bool) {
+func (c *Capabilities) gone(ctx context.Context, hashPart string) (n *narinfo.Narinfo, ok bool) {
 	k, ok := c.lookUp(hashPart)
 	if !ok || k.Item == nil || c.store == nil || k.Store != storeName(c.store) {
 		return nil, false

@@ -261,7 +261,7 @@ func (s *Server) gone(ctx context.Context, hashPart string) (string, error) {
 	item, err := s.kept(ctx, hashPart)
 	var capabilities []narinfo.ERIS
 	if s.o.Capabilities != nil {
-		if n, ok := s.o.Capabilities.Gone(ctx, hashPart); ok && narinfo.CheckStorePath(s.o.StoreDir, n.StorePath) == nil {
+		if n, ok := s.o.Capabilities.gone(ctx, hashPart); ok && narinfo.CheckStorePath(s.o.StoreDir, n.StorePath) == nil {
 			item, err, capabilities = n, nil, s.o.Capabilities.values(n.StorePath)
 		}
 	}
@@ -409,7 +409,7 @@ func (s *Server) text(ctx context.Context, item *narinfo.Narinfo) (text string, 
 	}
 	// Without it, the nar can still be had.
 	if complete {
-		s.o.Capabilities.Keep(path, item)
+		s.o.Capabilities.keepItem(path, item)
 	}
 	text, err = s.sign(item, values)
 	return text, complete, err
