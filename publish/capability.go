@@ -272,7 +272,12 @@ func (c *Capabilities) lookUp(hashPart string) (k known, ok bool) {
 		}
 		return known{}, false
 	}
-	c.remember(hashPart, k)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if newer, ok := c.known[hashPart]; ok { // it has been found out meanwhile
+		return newer, true
+	}
+	keep(c.known, hashPart, k, maxKnown)
 	return k, true
 }
 
@@ -314,16 +319,12 @@ func (c *Capabilities) file(hashPart string) string {
 	return filepath.Join(c.directory, hashPart+".json")
 }
 
-func (c *Capabilities) remember(hashPart string, k known) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	keep(c.known, hashPart, k, maxKnown)
-}
-
 // keep keeps what is known of an item in memory and on disk.
 func (c *Capabilities) keep(k known) {
 	hashPart := hashPartOf(k.StorePath)
-	c.remember(hashPart, k)
+	c.mu.Lock()
+	keep(c.known, hashPart, k, maxKnown)
+	c.mu.Unlock()
 	text, err := k.text()
 	if err == nil {
 		err = files.MakeDirectory(c.directory)
