@@ -138,12 +138,12 @@ func main() {
 			s.run(dir, "gzip", "-n", "page.1")
 			s.run(dir, "mkdir", "-p", out+"/share/man")
 			s.run(dir, "cp", "page.1.gz", out+"/share/man")
-			s.write(item, map[string]string{"bin/x": mixed(3 << 20), "lib/x": mixed(1<<20) + reference, "lib/" + item + "/x": reference, "empty": ""})
+			s.write(item, map[string]string{"bin/x": mixed(1 << 20), "lib/x": mixed(1<<20) + reference, "lib/" + item + "/x": reference, "empty": ""})
 		}},
 		"a byte here and there": {nil, errWrong, func(s *testStore, item, out, reference string) {
-			large := []byte(mixed(8<<20) + reference)
-			large[5<<20] = item[0]
-			s.write(item, map[string]string{"bin/x": mixed(3 << 20), "lib/large": string(large), "small": item, "lib/" + item[:3]: "x", "lib/" + item: "y"})
+			large := []byte(mixed(2<<20) + reference)
+			large[1<<20] = item[0]
+			s.write(item, map[string]string{"bin/x": mixed(2 << 20), "lib/large": string(large), "small": item, "lib/" + item[:3]: "x", "lib/" + item: "y"})
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {

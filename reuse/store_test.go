@@ -5,7 +5,6 @@ package reuse
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -63,19 +62,12 @@ func (s *testStore) finderOf(database Database) *Finder {
 func (s *testStore) register(name string, references ...string) *narinfo.Narinfo {
 	s.t.Helper()
 	built := s.dir + "/" + name
-	h := sha256.New()
-	tree := nar.NewTree(built)
-	size, err := nar.Write(h, tree)
-	must(s.t, err)
 	canonical := s.dir + "/.canonical"
-	if _, err := restore.Restore(s.t.Context(), nar.NewTree(built), canonical, restore.Options{}); err != nil {
-		s.t.Fatal(err)
-	}
+	r, err := restore.Restore(s.t.Context(), nar.NewTree(built), canonical, restore.Options{})
+	must(s.t, err)
 	must(s.t, restore.Remove(built))
 	must(s.t, os.Rename(canonical, built))
-	n := &narinfo.Narinfo{
-		StorePath: built, NarDigest: [32]byte(h.Sum(nil)), NarSize: uint64(size), NarSizeKnown: true, References: references,
-	}
+	n := &narinfo.Narinfo{StorePath: built, NarDigest: r.NarHash, NarSize: r.NarSize, NarSizeKnown: true, References: references}
 	s.items[name[:HashLength]] = n
 	return n
 }
@@ -187,10 +179,9 @@ func (s *testStore) snapshot(name string) string {
 		return nil
 	})
 	must(s.t, err)
-	if _, err := nar.Write(&all, nar.NewTree(s.dir+"/"+name)); err != nil {
-		s.t.Fatal(err)
-	}
-	return all.String()
+	sum, _, err := nar.HashTree(s.t.Context(), s.dir+"/"+name)
+	must(s.t, err)
+	return fmt.Sprintf("%s%x", all.String(), sum)
 }
 
 // check wants the item of the narinfo to be made of the old one, whatever is known, and the old one
