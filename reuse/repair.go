@@ -342,7 +342,11 @@ func OpenRegular(path string) (*os.File, int64, error) {
 	const flags = unix.O_RDONLY | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC
 	fd, err := unix.Openat2(unix.AT_FDCWD, path, &unix.OpenHow{Flags: flags, Resolve: unix.RESOLVE_NO_SYMLINKS})
 	if err == unix.ENOSYS || err == unix.EPERM { // before Linux 5.6, or in a sandbox
-		if real, failed := filepath.EvalSymlinks(path); failed == nil && real == path {
+		var real string
+		if real, err = filepath.EvalSymlinks(path); err == nil && real != path {
+			err = unix.ELOOP
+		}
+		if err == nil {
 			fd, err = unix.Open(path, flags, 0)
 		}
 	}
