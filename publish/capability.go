@@ -281,9 +281,9 @@ func (c *Capabilities) lookUp(hashPart string) (k known, ok bool) {
 	return k, true
 }
 
-// keepItem records what the narinfo of an item says, for when the item has gone from the store but its
-// blocks have not; see gone. The capability of the item must be known, and there must be a store
-// for blocks, or it does nothing.
+// keepItem records what the narinfo of an item says, for when the item has gone from the store but
+// its blocks have not; see gone. The capability of the item must be known, and there must be a
+// store for blocks, or it does nothing.
 func (c *Capabilities) keepItem(path string, n *narinfo.Narinfo) {
 	k, ok := c.lookUp(hashPartOf(path))
 	item := &knownItem{n.StorePath, n.NarSize, n.References, n.Deriver}

@@ -3,7 +3,6 @@
 package publish_test
 
 import (
-	"bytes"
 	"os"
 	"path/filepath"
 	"strings"
@@ -20,11 +19,9 @@ import (
 func keptNarinfo(t *testing.T, url string) *narinfo.Narinfo {
 	t.Helper()
 	for range 1000 {
-		status, header, body := request(t, "GET", url)
+		header, body := wantStatus(t, url, 200)
 		n, err := narinfo.Parse([]byte(body))
-		if status != 200 || err != nil {
-			t.Fatalf("%s: %d, %v\n%s", url, status, err, body)
-		}
+		must(t, err)
 		if !strings.Contains(header.Get("Cache-Control"), "max-age=60") {
 			return n
 		}
@@ -76,13 +73,11 @@ func TestKeptNars(t *testing.T) {
 		t.Errorf("the narinfo of what has gone: %v\n%s", err, body)
 	}
 	for _, u := range n.URLs[:2] {
-		if status, _, body := request(t, "GET", url+"/"+u.URL); status != 200 || body != bodies[u.URL] {
-			t.Errorf("%s, when the item has gone: status %d", u.URL, status)
+		if _, body := wantStatus(t, url+"/"+u.URL, 200); body != bodies[u.URL] {
+			t.Errorf("%s is another nar when the item has gone", u.URL)
 		}
 	}
-	if status, _, _ := request(t, "GET", url+"/nar/zstd/"+hash+"-other"); status != 404 {
-		t.Errorf("an item of another name: status %d", status)
-	}
+	wantStatus(t, url+"/nar/zstd/"+hash+"-other", 404)
 
 	// What nobody asks for any more goes, and so does what a killed process has left.
 	old := time.Now().Add(-40 * 24 * time.Hour)
@@ -110,12 +105,8 @@ func TestUnkeptNars(t *testing.T) {
 		n := *items[hash]
 		n.NarDigest, n.NarSize, n.NarSizeKnown = [32]byte{1}, 1, true
 		cache := t.TempDir()
-		var log bytes.Buffer
 		logged := make(chan struct{})
-		nars := narcache.New(cache, 1, 0, func(format string, a ...any) {
-			log.WriteString(strings.TrimSpace(format))
-			close(logged)
-		})
+		nars := narcache.New(cache, 1, 0, func(string, ...any) { close(logged) })
 		url := server(t, publish.ServerOptions{Root: directory, Items: publish.Manifest{hash: &n}, Nars: nars, Compressions: []string{"gzip"}}).URL
 		request(t, "GET", url+"/"+hash+".narinfo")
 		<-logged
@@ -131,11 +122,9 @@ func TestUnkeptNars(t *testing.T) {
 		defer nars.Close()
 		url := server(t, publish.ServerOptions{Root: directory, Items: items, Nars: nars, Compressions: []string{"gzip"}}).URL
 		for i := range 2 {
-			if status, _, _ := request(t, "GET", url+"/"+hash+".narinfo"); status != 200 {
-				t.Errorf("narinfo %d: status %d", i, status)
-			}
-			if status, header, body := request(t, "GET", url+"/nar/gzip/"+name); status != 200 || len(body) == 0 {
-				t.Errorf("nar %d: status %d, %v", i, status, header)
+			wantStatus(t, url+"/"+hash+".narinfo", 200)
+			if header, body := wantStatus(t, url+"/nar/gzip/"+name, 200); body == "" {
+				t.Errorf("nar %d: %v", i, header)
 			}
 		}
 	})

@@ -336,8 +336,8 @@ func (w *workshop) member(f io.ReaderAt, size int64, header []byte, at int64) []
 }
 
 // OpenRegular opens a regular file and returns its length. Whoever has built an item may have put
-// links into it, or a pipe; so no link in the path, which must be clean, is followed, and nothing is
-// waited for.
+// links into it, or a pipe; so no link in the path, which must be clean, is followed, and nothing
+// is waited for.
 func OpenRegular(path string) (*os.File, int64, error) {
 	const flags = unix.O_RDONLY | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC
 	fd, err := unix.Openat2(unix.AT_FDCWD, path, &unix.OpenHow{Flags: flags, Resolve: unix.RESOLVE_NO_SYMLINKS})
