@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"compress/gzip"
 	"encoding/hex"
-	"net/http"
 	"os"
 	"path/filepath"
 	"testing"
@@ -27,31 +26,22 @@ func TestRawFile(t *testing.T) {
 	root := t.TempDir()
 	items := manifest(t, "StorePath: /gnu/store/"+base+"\nReferences: \n")
 	s := server(t, publish.ServerOptions{Root: root, Items: items, TTL: time.Hour})
-	ask := func(path string, want int) string {
-		t.Helper()
-		status, header, body := get(t, s.URL+path)
-		if status != want {
-			t.Errorf("%s: status %d", path, status)
-		}
-		if want == http.StatusOK && (header.Get("Content-Type") != "application/octet-stream" || header.Get("Cache-Control") != "max-age=3600") {
-			t.Errorf("%s: header %v", path, header)
-		}
-		return body
-	}
 	file := filepath.Join(root, base)
-	ask("/file/"+name+"/sha256/"+hash, http.StatusNotFound) // it has been deleted
+	url := s.URL + "/file/" + name + "/sha256/" + hash
+	wantStatus(t, url, 404) // it has been deleted
 	must(t, os.Symlink("/etc/passwd", file))
-	ask("/file/"+name+"/sha256/"+hash, http.StatusNotFound)
+	wantStatus(t, url, 404)
 	os.Remove(file)
 	must(t, os.WriteFile(file, []byte("a source"), 0o444))
-	if body := ask("/file/"+name+"/sha256/"+hash, http.StatusOK); body != "a source" {
-		t.Errorf("body %q", body)
+	header, body := wantStatus(t, url, 200)
+	if header.Get("Content-Type") != "application/octet-stream" || header.Get("Cache-Control") != "max-age=3600" || body != "a source" {
+		t.Errorf("header %v, body %q", header, body)
 	}
 	for _, path := range []string{
 		"/file/" + name + "/sha256/1" + hash[1:], "/file/other/sha256/" + hash, "/file/" + name + "/sha256/" + hash[1:], "/file/" + name + "/sha256/x",
 		"/file/..%2f" + name + "/sha256/" + hash, "/file/%00/sha256/" + hash, "/file/" + name + "/md5/" + hash, "/file/%2e%2e/sha256/" + hash,
 	} {
-		ask(path, http.StatusNotFound)
+		wantStatus(t, s.URL+path, 404)
 	}
 }
 
@@ -65,15 +55,7 @@ func TestLog(t *testing.T) {
 	items := manifest(t, "StorePath: /gnu/store/"+item+"\nReferences: \nDeriver: "+derivation+"\n\nStorePath: /gnu/store/"+other+"\nReferences: \n")
 	logs := t.TempDir()
 	s := server(t, publish.ServerOptions{Root: t.TempDir(), Items: items, LogDirectory: logs})
-	ask := func(name string, want int) string {
-		t.Helper()
-		status, _, body := request(t, "GET", s.URL+"/log/"+name)
-		if status != want {
-			t.Errorf("%s: status %d", name, status)
-		}
-		return body
-	}
-	ask(item, http.StatusNotFound)
+	wantStatus(t, s.URL+"/log/"+item, 404)
 	var packed bytes.Buffer
 	z := gzip.NewWriter(&packed)
 	z.Write([]byte("it was built\n"))
@@ -81,7 +63,7 @@ func TestLog(t *testing.T) {
 	must(t, os.Mkdir(logs+"/ab", 0o755))
 	must(t, os.WriteFile(logs+"/ab/"+derivation[2:]+".gz", packed.Bytes(), 0o644))
 	for _, name := range []string{item, derivation} {
-		if body := ask(name, http.StatusOK); body != "it was built\n" { // whatever the client could unpack
+		if _, body := wantStatus(t, s.URL+"/log/"+name, 200); body != "it was built\n" { // whatever the client could unpack
 			t.Errorf("%s: %q", name, body)
 		}
 	}
@@ -89,13 +71,13 @@ func TestLog(t *testing.T) {
 	must(t, err)
 	os.Remove(logs + "/ab/" + derivation[2:] + ".gz")
 	must(t, os.WriteFile(logs+"/ab/"+derivation[2:]+".bz2", old, 0o644))
-	if body := ask(item, http.StatusOK); body != "it was built\n" {
+	if _, body := wantStatus(t, s.URL+"/log/"+item, 200); body != "it was built\n" {
 		t.Errorf("by bzip2: %q", body)
 	}
 	for _, name := range []string{other, "00000000000000000000000000000001-other", "x", "..%2f..%2fetc%2fpasswd", "00000000000000000000000000000000-x.drv"} {
-		ask(name, http.StatusNotFound)
+		wantStatus(t, s.URL+"/log/"+name, 404)
 	}
-	wantStatus(t, server(t, publish.ServerOptions{Items: items}).URL+"/log/"+derivation, http.StatusNotFound)
+	wantStatus(t, server(t, publish.ServerOptions{Items: items}).URL+"/log/"+derivation, 404)
 }
 
 // TestRSA publishes with an RSA key, as old machines have.
