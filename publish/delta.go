@@ -79,7 +79,7 @@ type keptDelta struct {
 // NewDeltas returns deltas that are made as o says. Close must be called at the end.
 func NewDeltas(o DeltaOptions) *Deltas {
 	o.Root = cmp.Or(o.Root, o.StoreDir)
-	return &Deltas{o: o, listing: reuse.NewListing(o.Root), making: tasks.New(1, o.Log)}
+	return &Deltas{o: o, listing: &reuse.Listing{Directory: o.Root}, making: tasks.New(1, o.Log)}
 }
 
 // Close ends what goes on in the background, and waits for it.

@@ -16,18 +16,17 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
-// A Listing is the names of all items of a store. It is safe for concurrent use.
+// A Listing is the names of all items of a store, which is read when it is asked for. It is safe for
+// concurrent use.
 type Listing struct {
-	store string // its directory
+	// Directory is that of the store.
+	Directory string
 
 	mu    sync.Mutex
 	names []string
 	mtime time.Time // of the directory when it was read
 	again time.Time // when it may be read again
 }
-
-// NewListing returns the listing of the store in a directory, which is read when it is asked for.
-func NewListing(directory string) *Listing { return &Listing{store: directory} }
 
 // readAgain is how many times longer than reading takes it is not read again.
 const readAgain = 100
@@ -41,11 +40,11 @@ func (l *Listing) read() ([]string, error) {
 	if begin.Before(l.again) {
 		return l.names, nil
 	}
-	info, err := os.Stat(l.store)
+	info, err := os.Stat(l.Directory)
 	if err != nil || l.names != nil && info.ModTime().Equal(l.mtime) {
 		return l.names, err
 	}
-	directory, err := os.Open(l.store)
+	directory, err := os.Open(l.Directory)
 	if err != nil {
 		return nil, err
 	}
@@ -93,8 +92,8 @@ func (l *Listing) Like(item string, older bool, like func(name, item string) boo
 // time is that of all items.
 func (l *Listing) birth(name string) (int64, error) {
 	var st unix.Stat_t
-	if err := unix.Lstat(l.store+"/"+name, &st); err != nil {
-		return 0, &os.PathError{Op: "lstat", Path: l.store + "/" + name, Err: err}
+	if err := unix.Lstat(l.Directory+"/"+name, &st); err != nil {
+		return 0, &os.PathError{Op: "lstat", Path: l.Directory + "/" + name, Err: err}
 	}
 	return st.Ctim.Nano(), nil
 }

@@ -62,7 +62,7 @@ func New(c Config) *Finder {
 	if c.Database == nil {
 		c.Database = func(context.Context, string) (*narinfo.Narinfo, error) { return nil, ErrNoDatabase }
 	}
-	return &Finder{Config: c, listing: NewListing(c.StoreDir), misses: misses{c.MissesFile}}
+	return &Finder{Config: c, listing: &Listing{Directory: c.StoreDir}, misses: misses{c.MissesFile}}
 }
 
 // A Candidate is an old item and what to replace in it.

@@ -474,7 +474,7 @@ func TestOpensLate(t *testing.T) {
 // TestListing sees what is new in the store, but does not read it for each item that is made.
 func TestListing(t *testing.T) {
 	s := newTestStore(t)
-	l := NewListing(s.dir)
+	l := &Listing{Directory: s.dir}
 	count := func() int {
 		t.Helper()
 		names, err := l.read()
