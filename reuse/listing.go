@@ -16,8 +16,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
-// A Listing is the names of all items of a store, which is read when it is asked for. It is safe for
-// concurrent use.
+// A Listing is the names of all items of a store, which is read when it is asked for. It is safe
+// for concurrent use.
 type Listing struct {
 	// Directory is that of the store.
 	Directory string
