@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
@@ -54,7 +55,7 @@ func (s *Settings) usedFiles(destination string) confine.Paths {
 		if file == "" {
 			continue // which would be the current directory
 		}
-		if file, err := filepath.EvalSymlinks(file); err == nil {
+		if file, err := filepath.EvalSymlinks(file); err == nil && !strings.HasPrefix(file, "/etc/") {
 			paths.Read = append(paths.Read, file, filepath.Dir(file))
 		}
 	}
