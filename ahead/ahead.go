@@ -37,7 +37,7 @@ const (
 	pollInterval = 5 * time.Millisecond
 	// While an item is restored it takes leastMemory bytes of memory, and its NarSize, but
 	// mostMemory in all at most.
-	leastMemory = 1 << 20
+	leastMemory = 512 << 10
 	mostMemory  = 8 << 20
 	// mostPassed is how many requests for others, for each item that may be staged, tell that the
 	// daemon will not ask for an item that is staged.

@@ -31,7 +31,7 @@ import (
 
 // DefaultConnections is how many connections there are to one server at most, if [Options] does not
 // say it.
-const DefaultConnections = 16
+const DefaultConnections = 32
 
 // userAgent names the program to servers.
 const userAgent = "guix-substitute-eris"
