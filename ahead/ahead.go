@@ -39,6 +39,9 @@ const (
 	// mostMemory in all at most.
 	leastMemory = 512 << 10
 	mostMemory  = 8 << 20
+	// atOnceAtFirst is how many items are restored at the same time before any has been: each that has
+	// been makes room for one more.
+	atOnceAtFirst = 4
 	// mostPassed is how many requests for others, for each item that may be staged, tell that the
 	// daemon will not ask for an item that is staged.
 	mostPassed = 2
@@ -65,9 +68,11 @@ type Options struct {
 	Session  *Session // of the daemon process
 	Items    int      // how many items are staged at most
 	Bytes    int64    // the sum of their NarSize at most
-	AtOnce   int      // how many items are restored at the same time at most
-	Workers  int      // how many large ones; of others as many as take the same memory
-	Before   Stats    // what was counted before
+	// AtOnce returns how many items are restored at the same time at most; they are fewer where many
+	// fail. It must not wait.
+	AtOnce  func() int
+	Workers int   // how many large ones; of others as many as take the same memory
+	Before  Stats // what was counted before
 	// Counted, unless it is nil, is called with what has been counted when that has changed. It
 	// must not wait, nor call methods of the Ahead.
 	Counted func(Stats)
@@ -102,6 +107,9 @@ type Ahead struct {
 	staged   map[string]*staged // by the file name of the item
 	bytes    int64              // the sum of their NarSize
 	running  int                // of those, how many are being restored
+	limit    int                // how many may be: more after successes, fewer after failures
+	step     int                // how many successes make room for one more
+	good     int                // successes since there was room for one more
 	memory   int64              // that these take
 	request  bool               // one is under way
 	requests int                // so far
@@ -131,7 +139,7 @@ func key(item substitute.Item) string {
 
 // New returns an Ahead, which must be closed.
 func New(restorer Restorer, o Options) *Ahead {
-	a := &Ahead{o: o, restorer: restorer, kick: make(chan struct{}, 1), staged: map[string]*staged{}, stats: o.Before}
+	a := &Ahead{o: o, restorer: restorer, kick: make(chan struct{}, 1), staged: map[string]*staged{}, stats: o.Before, limit: atOnceAtFirst, step: 1}
 	a.ctx, a.cancel = context.WithCancel(context.Background())
 	a.stats.Err = nil
 	a.plan = newPlan(exists)
@@ -365,7 +373,7 @@ func (a *Ahead) fill() bool {
 		return true
 	}
 	s := &staged{item: item, request: a.requests, done: make(chan struct{})}
-	if len(a.staged) >= a.o.Items || a.bytes+size > a.o.Bytes || a.running >= a.o.AtOnce ||
+	if len(a.staged) >= a.o.Items || a.bytes+size > a.o.Bytes || a.running >= min(a.limit, a.o.AtOnce()) ||
 		a.memory+s.memory() > int64(a.o.Workers)*mostMemory {
 		return false
 	}
@@ -417,9 +425,15 @@ func (a *Ahead) restore(ctx context.Context, s *staged, c *claim) {
 	a.running--
 	a.memory -= s.memory()
 	if outcome.Status == substitute.Success {
+		if a.good++; a.good >= a.step {
+			a.limit, a.good = min(a.limit+1, a.o.AtOnce()), 0
+		}
 		a.add(&a.stats.Staged, s.item)
-	} else if a.staged[s.item.Path] == s {
-		a.forget(s.item.Path, s)
+	} else {
+		a.step, a.limit, a.good = a.limit, max(a.limit/2, 1), 0
+		if a.staged[s.item.Path] == s {
+			a.forget(s.item.Path, s)
+		}
 	}
 	close(s.done)
 	a.wake()

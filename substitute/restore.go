@@ -178,14 +178,15 @@ type job struct {
 	blocksFailed string        // why blocks have been of no use
 }
 
-// run tries one way after the other. What fails for a while is tried again, some times.
+// run tries one way after the other. What fails for a while is tried again, some times, if the
+// daemon waits for it.
 func (j *job) run(ctx context.Context) Outcome {
 	begin := time.Now()
 	for round := 0; ; round++ {
 		if o, ok := j.tryAll(ctx); ok {
 			return o
 		}
-		if ctx.Err() != nil || round == maxRounds || !j.pause(ctx, round, begin) {
+		if ctx.Err() != nil || round == maxRounds || !j.waited() || !j.pause(ctx, round, begin) {
 			break
 		}
 	}

@@ -19,6 +19,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -830,5 +831,55 @@ func TestNeverTheStore(t *testing.T) {
 	}
 	if info, err := os.Lstat(a.store); err != nil || !info.IsDir() {
 		t.Errorf("the store is gone: %v", err)
+	}
+}
+
+// A server that closes each connection, or refuses what is too much for it, gets few requests at the
+// same time.
+func TestAheadSmallServers(t *testing.T) {
+	for name, most := range map[string]int{"closing": 100, "refusing": 3} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			a := newAheadTest(t, 0, "")
+			a.items = nil
+			a.makeItems(80)
+			var busiest, refused atomic.Int32
+			var under atomic.Int32
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if name == "closing" {
+					w.Header().Set("Connection", "close")
+				}
+				if strings.HasPrefix(r.URL.Path, "/nar/") {
+					n := under.Add(1)
+					defer under.Add(-1)
+					for b := busiest.Load(); n > b && !busiest.CompareAndSwap(b, n); b = busiest.Load() {
+					}
+					time.Sleep(20 * time.Millisecond)
+					if n > int32(most) {
+						refused.Add(1)
+						w.WriteHeader(http.StatusServiceUnavailable)
+						return
+					}
+				}
+				a.ServeHTTP(w, r)
+			}))
+			t.Cleanup(server.Close)
+			a.setServer(server.URL)
+			a.query()
+			d := a.start("substitute")
+			for _, item := range a.order() {
+				a.substitute(d, item, item.path)
+			}
+			if err := d.close(); err != nil {
+				t.Error(err)
+			}
+			t.Logf("%d at the same time, %d refused", busiest.Load(), refused.Load())
+			if name == "closing" && busiest.Load() > 5 {
+				t.Errorf("%d requests were under way at the same time", busiest.Load())
+			}
+			if n := int(refused.Load()); n > len(a.items)/2 {
+				t.Errorf("%d requests were refused", n)
+			}
+		})
 	}
 }

@@ -24,6 +24,7 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
@@ -39,7 +40,7 @@ const userAgent = "guix-substitute-eris"
 // Options say how a [Client] works. The zero value of each is a default.
 type Options struct {
 	// MaxConnections bounds the connections to one server, for narinfos and for nars, at least one
-	// each; 16 by default, and 256 at most.
+	// each; 32 by default, and 256 at most.
 	MaxConnections int
 	// NarConnections is how many of these are for nars; half of them, rounded up, by default.
 	NarConnections int
@@ -84,6 +85,7 @@ type Client struct {
 	o         Options
 	tls       *tls.Config
 	transport *http.Transport // of nars
+	closing   atomic.Bool     // whether the last one came over a connection of its own
 
 	ctx     context.Context // of all pipelines
 	cancel  context.CancelFunc
@@ -129,6 +131,11 @@ func (c *Client) Close() {
 	c.workers.Wait()
 	c.transport.CloseIdleConnections()
 }
+
+// Closing reports whether the server that has sent the last nar closed the connection after it. Such
+// servers are small, and have a short queue of connections: what finds it full waits for a second and
+// more, until TCP tries again.
+func (c *Client) Closing() bool { return c.closing.Load() }
 
 // ErrUnsupportedScheme is returned for URLs whose scheme is not http, https or file.
 var ErrUnsupportedScheme = errors.New("unsupported URL scheme")

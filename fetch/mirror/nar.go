@@ -238,6 +238,7 @@ func (n *Nar) request(fields http.Header) (*http.Response, error) {
 	}
 	p.reached()
 	p.answered(true)
+	c.closing.Store(response.Close)
 	n.body = struct {
 		io.Reader
 		io.Closer

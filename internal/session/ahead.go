@@ -27,6 +27,9 @@ const (
 	// narinfoShare is the part of the connections to a server that is for narinfos when items are
 	// substituted: most narinfos have been fetched before.
 	narinfoShare = 8
+	// atOnceOfClosing is how many items are substituted ahead at the same time from a server that
+	// closes each connection.
+	atOnceOfClosing = 4
 )
 
 // aheadItems returns how many items are substituted ahead of the daemon at most.
@@ -59,9 +62,14 @@ func (s *Settings) ahead(sub *Session) *ahead.Ahead {
 		Session:  s.daemonSession(),
 		Items:    s.aheadItems(),
 		Bytes:    s.size("ahead-bytes", s.file.AheadBytes, settings.Default().AheadBytes),
-		AtOnce:   s.narConnections() - 1, // one is left for what the daemon waits for
-		Workers:  min(max(leastAheadWorkers, runtime.NumCPU()), mostAheadWorkers),
-		Before:   s.counted,
+		AtOnce: func() int {
+			if sub.Mirrors.Closing() {
+				return atOnceOfClosing
+			}
+			return s.narConnections() - 1 // one is left for what the daemon waits for
+		},
+		Workers: min(max(leastAheadWorkers, runtime.NumCPU()), mostAheadWorkers),
+		Before:  s.counted,
 		Counted: func(t ahead.Stats) {
 			if s.counted = t; s.tell != nil {
 				s.tell(t)
