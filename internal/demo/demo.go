@@ -4,7 +4,6 @@
 package demo
 
 import (
-	"bufio"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -17,8 +16,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -49,7 +48,7 @@ tree. Everything happens in one new directory, which is removed at the end.`,
 	}
 	keep := c.Flags().Bool("keep", false, "do not remove the directory")
 	c.RunE = func(_ *cobra.Command, paths []string) error {
-		d := &demo{w: os.Stdout}
+		d := &demo{}
 		err := d.run(c.Context(), paths)
 		err = errors.Join(err, d.end(*keep))
 		if c.Context().Err() != nil {
@@ -62,10 +61,10 @@ tree. Everything happens in one new directory, which is removed at the end.`,
 
 // demo is one demonstration: a machine in a directory.
 type demo struct {
-	w         io.Writer
-	directory string
-	children  []*demoChild
-	items     []demoItem
+	directory     string
+	servers       []*server
+	store, mirror string // their URLs
+	items         []demoItem
 }
 
 // demoItem is a store item.
@@ -78,7 +77,7 @@ type demoItem struct {
 // maxSocketPath is how long the name of a socket may be (unix(7)).
 const maxSocketPath = 107
 
-func (d *demo) run(ctx context.Context, paths []string) (err error) {
+func (d *demo) run(ctx context.Context, trees []string) (err error) {
 	// The children are told to end when the thread ends that has started them.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -91,7 +90,7 @@ func (d *demo) run(ctx context.Context, paths []string) (err error) {
 		return err
 	}
 	d.say("Everything happens in %s.", d.directory)
-	if err := d.makeItems(ctx, paths); err != nil {
+	if err := d.makeItems(ctx, trees); err != nil {
 		return err
 	}
 	if err := d.makeConfiguration(); err != nil {
@@ -99,24 +98,25 @@ func (d *demo) run(ctx context.Context, paths []string) (err error) {
 	}
 
 	d.say("\n1. A block store on a Unix socket, and a publisher that puts blocks there")
-	socket := "coap+unix://" + filepath.Join(d.directory, "eris.sock")
-	store, err := d.start("serve", "serving on coap+unix:", "--directory="+filepath.Join(d.directory, "blocks"), "--socket="+filepath.Join(d.directory, "eris.sock"))
+	socket := d.file("eris.sock")
+	d.store = "coap+unix://" + socket
+	store, err := d.start(ctx, "serve", "serving on coap+unix:", "--directory="+d.file("blocks"), "--socket="+socket)
 	if err != nil {
 		return err
 	}
-	publisher, err := d.start("publish", "publishing on ", "--listen=127.0.0.1:0", "--store-dir="+d.file("store"), "--root="+d.file("publisher"),
+	publisher, err := d.start(ctx, "publish", "publishing on ", "--listen=127.0.0.1:0", "--store-dir="+d.file("store"), "--root="+d.file("publisher"),
 		"--public-key="+d.file("etc/signing-key.pub"), "--private-key="+d.file("etc/signing-key.sec"),
-		"--manifest="+d.file("manifest"), "--eris="+socket, "--cache="+d.file("cache"))
+		"--manifest="+d.file("manifest"), "--eris="+d.store, "--cache="+d.file("cache"))
 	if err != nil {
 		return err
 	}
-	server := publisher.found("publishing on ")
-	d.say("   %s\n   %s", socket, server)
+	d.mirror = lastAfter(publisher.said(), "publishing on ")
+	d.say("   %s\n   %s", d.store, d.mirror)
 
 	d.say("\n2. The narinfo of %s", filepath.Base(d.items[0].path))
 	for i, item := range d.items {
 		begin := time.Now()
-		text, err := d.narinfo(ctx, server, item.path)
+		text, err := d.narinfo(ctx, item.path)
 		if err != nil {
 			return err
 		}
@@ -127,39 +127,29 @@ func (d *demo) run(ctx context.Context, paths []string) (err error) {
 	}
 
 	d.say("\n3. guix-daemon starts a helper and asks what is available")
-	query, err := d.startHelper(ctx, "--query", server, socket)
-	if err != nil {
-		return err
+	var paths []string
+	for _, item := range d.items {
+		paths = append(paths, item.path)
 	}
 	begin := time.Now()
-	reply, err := query.ask("have "+d.allPaths()+" "+d.file("store")+"/00000000000000000000000000000000-absent", "")
+	reply, _, err := d.ask(ctx, "--query", "have "+strings.Join(paths, " ")+" "+d.file("store")+"/00000000000000000000000000000000-absent")
 	if err != nil {
 		return err
 	}
-	if want := strings.ReplaceAll(d.allPaths(), " ", "\n") + "\n\n"; reply != want {
+	if want := strings.Join(paths, "\n") + "\n\n"; reply != want {
 		return fmt.Errorf("the reply is %q instead of %q", reply, want)
 	}
 	d.say("   %d of %d, after %v", len(d.items), len(d.items)+1, since(begin))
-	if err := query.end(); err != nil {
-		return err
-	}
 
-	helper, err := d.startHelper(ctx, "--substitute", server, socket)
-	if err != nil {
-		return err
-	}
-	d.say("\n4. The items are deleted, and the daemon has another helper fetch them")
-	if err := d.fetchAll(helper, "urn:eris:"); err != nil {
+	d.say("\n4. The items are deleted, and the daemon has other helpers fetch them")
+	if err := d.fetchAll(ctx, "urn:eris:"); err != nil {
 		return err
 	}
 	d.say("\n5. The block store is stopped, the items are deleted, and fetched once more")
 	if err := store.end(); err != nil {
 		return err
 	}
-	if err := d.fetchAll(helper, server); err != nil {
-		return err
-	}
-	if err := helper.end(); err != nil {
+	if err := d.fetchAll(ctx, d.mirror); err != nil {
 		return err
 	}
 	if err := publisher.end(); err != nil {
@@ -169,7 +159,7 @@ func (d *demo) run(ctx context.Context, paths []string) (err error) {
 	return nil
 }
 
-func (d *demo) say(format string, a ...any) { fmt.Fprintf(d.w, format+"\n", a...) }
+func (d *demo) say(format string, a ...any) { fmt.Printf(format+"\n", a...) }
 
 // file is a file in the directory.
 func (d *demo) file(name string) string { return filepath.Join(d.directory, name) }
@@ -296,8 +286,8 @@ func (d *demo) makeConfiguration() error {
 }
 
 // narinfo gets the narinfo of an item once it has a read capability.
-func (d *demo) narinfo(ctx context.Context, server, path string) (string, error) {
-	url := server + "/" + filepath.Base(path)[:32] + ".narinfo"
+func (d *demo) narinfo(ctx context.Context, path string) (string, error) {
+	url := d.mirror + "/" + filepath.Base(path)[:32] + ".narinfo"
 	for {
 		request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 		if err != nil {
@@ -327,17 +317,9 @@ func (d *demo) narinfo(ctx context.Context, server, path string) (string, error)
 	}
 }
 
-func (d *demo) allPaths() string {
-	var all []string
-	for _, item := range d.items {
-		all = append(all, item.path)
-	}
-	return strings.Join(all, " ")
-}
-
-// fetchAll deletes the items and has a helper fetch them. From is how the URLs of the sources must
+// fetchAll deletes the items and has helpers fetch them. From is how the URLs of the sources must
 // begin.
-func (d *demo) fetchAll(helper *demoChild, from string) error {
+func (d *demo) fetchAll(ctx context.Context, from string) error {
 	for _, item := range d.items {
 		if err := restore.Remove(item.path); err != nil {
 			return err
@@ -349,22 +331,22 @@ func (d *demo) fetchAll(helper *demoChild, from string) error {
 	}
 	for _, item := range d.items {
 		begin := time.Now()
-		reply, err := helper.ask("substitute "+item.path+" "+item.path, "Downloading "+from)
+		reply, said, err := d.ask(ctx, "--substitute", "substitute "+item.path+" "+item.path)
 		took := since(begin)
 		if err != nil {
 			return err
 		}
 		if want := fmt.Sprintf("success %s %d\n", item.hash, item.size); reply != want {
-			return helper.failure(fmt.Errorf("the reply is %q instead of %q", reply, want))
+			return fmt.Errorf("the reply is %q instead of %q\n%s", reply, want, said)
 		}
-		sum, _, err := nar.HashTree(context.Background(), item.path)
+		sum, _, err := nar.HashTree(ctx, item.path)
 		if err != nil {
 			return err
 		}
 		if got := "sha256:" + nixbase32.EncodeToString(sum[:]); got != item.hash {
 			return fmt.Errorf("%s has the hash %s instead of %s", item.path, got, item.hash)
 		}
-		source := strings.TrimSuffix(helper.found("Downloading "), "...")
+		source := strings.TrimSuffix(lastAfter(said, "Downloading "), "...")
 		if !strings.HasPrefix(source, from) {
 			return fmt.Errorf("%s has come from %q instead of %s", item.path, source, from)
 		}
@@ -374,198 +356,134 @@ func (d *demo) fetchAll(helper *demoChild, from string) error {
 	return nil
 }
 
-// end stops the children, and removes the directory.
+// end stops the servers, and removes the directory.
 func (d *demo) end(keep bool) error {
-	var all error
-	for i := len(d.children) - 1; i >= 0; i-- {
-		d.children[i].end() // those that should have ended have done so
+	for _, s := range slices.Backward(d.servers) {
+		s.end() // those that should have ended have done so
 	}
-	if d.directory != "" && !keep {
-		all = restore.Remove(d.directory)
+	if d.directory == "" || keep {
+		return nil
 	}
-	return all
+	return restore.Remove(d.directory)
 }
 
-// A demoChild is this program, run with another command. What it says is written to it.
-type demoChild struct {
-	name    string
-	cmd     *exec.Cmd
-	stdin   io.WriteCloser // of a helper
-	replies *os.File
-	reader  *bufio.Reader
-
-	gone chan struct{}
-	err  error // when gone is closed
-
-	mu   sync.Mutex
-	said string // since the last request, the end of it
-}
-
-// maxSaid is how many bytes of what a child says are kept.
-const maxSaid = 64 << 10
-
-// environment is that of children: nothing of the user's own Guix.
-func (d *demo) environment() []string {
-	return []string{
-		"PATH=" + os.Getenv("PATH"), "TMPDIR=" + os.Getenv("TMPDIR"), "HOME=" + d.directory, "XDG_RUNTIME_DIR=" + d.directory,
-		"GUIX_STATE_DIRECTORY=" + d.file("state"), "GUIX_CONFIGURATION_DIRECTORY=" + d.file("etc"), "NIX_STORE_DIR=" + d.file("store"),
-	}
-}
-
-// command prepares a child.
-func (d *demo) command(name string, args ...string) (*demoChild, error) {
+// command prepares this program to be run with another command, which knows nothing of the user's
+// own Guix.
+func (d *demo) command(ctx context.Context, args ...string) (*exec.Cmd, error) {
 	program, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	c := &demoChild{name: name, cmd: exec.Command(program, append([]string{name}, args...)...), gone: make(chan struct{})}
-	c.cmd.Dir, c.cmd.Env = d.directory, d.environment()
-	c.cmd.Stdout, c.cmd.Stderr = c, c
+	c := exec.CommandContext(ctx, program, args...)
+	c.Dir = d.directory
+	c.Env = []string{
+		"PATH=" + os.Getenv("PATH"), "TMPDIR=" + os.Getenv("TMPDIR"), "HOME=" + d.directory, "XDG_RUNTIME_DIR=" + d.directory,
+		"GUIX_STATE_DIRECTORY=" + d.file("state"), "GUIX_CONFIGURATION_DIRECTORY=" + d.file("etc"), "NIX_STORE_DIR=" + d.file("store"),
+	}
 	// However this process ends, the child does not outlive it.
-	c.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	return c, nil
 }
 
-// runChild starts a child.
-func (d *demo) runChild(c *demoChild) error {
-	if err := c.cmd.Start(); err != nil {
-		return err
-	}
-	d.children = append(d.children, c)
-	go func() { // ends with the child, which end waits for
-		c.err = c.cmd.Wait()
-		close(c.gone)
-	}()
-	return nil
-}
-
-// start runs a server, and waits until it says that it is ready.
-func (d *demo) start(name, ready string, args ...string) (*demoChild, error) {
-	c, err := d.command(name, append(args, fmt.Sprintf("--user=%d", os.Geteuid()))...)
+// ask starts a helper as guix-daemon does, sends it a request, and returns the reply and what else
+// the helper says.
+func (d *demo) ask(ctx context.Context, mode, request string) (reply, said string, err error) {
+	c, err := d.command(ctx, "substitute", mode)
 	if err != nil {
-		return nil, err
-	}
-	if err := d.runChild(c); err != nil {
-		return nil, err
-	}
-	if !c.await(ready) {
-		return nil, c.failure(errors.New("it has not started"))
-	}
-	return c, nil
-}
-
-// Write takes what the child says.
-func (c *demoChild) Write(p []byte) (int, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.said += string(p)
-	c.said = c.said[max(0, len(c.said)-maxSaid):]
-	return len(p), nil
-}
-
-// startHelper starts a helper as guix-daemon does.
-func (d *demo) startHelper(ctx context.Context, mode, server, store string) (*demoChild, error) {
-	c, err := d.command("substitute", mode)
-	if err != nil {
-		return nil, err
-	}
-	c.cmd.Env = append(c.cmd.Env, "_NIX_OPTIONS=discover=false\nsubstitute-urls="+server+"\n", "ERIS_STORE_URL="+store)
-	if c.stdin, err = c.cmd.StdinPipe(); err != nil {
-		return nil, err
+		return "", "", err
 	}
 	replies, w, err := os.Pipe()
 	if err != nil {
-		return nil, err
+		return "", "", err
 	}
-	defer w.Close()
-	c.replies, c.reader = replies, bufio.NewReader(replies)
-	c.cmd.ExtraFiles = []*os.File{nil, w} // descriptors 3 and 4
-	if err := d.runChild(c); err != nil {
-		return nil, errors.Join(err, replies.Close())
+	defer replies.Close()
+	var output strings.Builder
+	c.Stdin, c.Stdout, c.Stderr = strings.NewReader(request+"\n"), &output, &output
+	c.ExtraFiles = []*os.File{nil, w} // descriptors 3 and 4
+	c.Env = append(c.Env, "_NIX_OPTIONS=discover=false\nsubstitute-urls="+d.mirror+"\n", "ERIS_STORE_URL="+d.store)
+	err = c.Start()
+	w.Close()
+	var text []byte
+	if err == nil {
+		text, err = io.ReadAll(replies)
+		err = errors.Join(err, c.Wait())
 	}
-	// Whoever waits for a reply must not wait for ever.
-	context.AfterFunc(ctx, func() { c.cmd.Process.Kill() })
-	return c, nil
+	if err != nil {
+		err = fmt.Errorf("substitute: %w\n%s", err, output.String())
+	}
+	return string(text), output.String(), err
 }
 
-// ask sends a request to a helper and returns the reply: a line, or to a query all lines up to an
-// empty one. With a word that messages have, it waits for a message with that word, too, which
-// comes by another pipe.
-func (c *demoChild) ask(request, word string) (string, error) {
-	c.mu.Lock()
-	c.said = ""
-	c.mu.Unlock()
-	if _, err := io.WriteString(c.stdin, request+"\n"); err != nil {
-		return "", c.failure(err)
-	}
-	var reply strings.Builder
-	for {
-		line, err := c.reader.ReadString('\n')
-		reply.WriteString(line)
-		if err != nil {
-			return "", c.failure(err)
-		}
-		if line == "\n" || !strings.HasPrefix(request, "have ") {
-			break
-		}
-	}
-	if word != "" {
-		c.await(word)
-	}
-	return reply.String(), nil
-}
-
-// await waits until a child has said a line with a word. It reports whether it does so within a
-// minute, and before it ends.
-func (c *demoChild) await(word string) bool {
-	for begin := time.Now(); time.Since(begin) < time.Minute; {
-		if c.found(word) != "" {
-			return true
-		}
-		select {
-		case <-c.gone:
-			return c.found(word) != ""
-		case <-time.After(time.Millisecond):
-		}
-	}
-	return false
-}
-
-// found returns what follows a word in the last line that a child has said with it. A line that
-// shows progress ends in a carriage return.
-func (c *demoChild) found(word string) string {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	i := strings.LastIndex(c.said, word)
+// lastAfter returns what follows a word in the last line of a text that has it. A line that shows
+// progress ends in a carriage return.
+func lastAfter(text, word string) string {
+	i := strings.LastIndex(text, word)
 	if i < 0 {
 		return ""
 	}
-	rest := c.said[i+len(word):]
+	rest := text[i+len(word):]
 	return rest[:max(0, strings.IndexAny(rest, "\r\n"))]
 }
 
-// failure adds what a child has said to an error.
-func (c *demoChild) failure(err error) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return fmt.Errorf("%s: %w\n%s", c.name, err, c.said)
+// A server is this program, run as one. What it says goes to a file.
+type server struct {
+	name, log string
+	stop      func()
+	gone      chan struct{}
+	err       error // when gone is closed
 }
 
-// end ends a child: a helper by the end of its input, a server by a signal. It may be called twice.
-func (c *demoChild) end() error {
-	if c.stdin != nil {
-		c.stdin.Close()
-	} else {
-		c.cmd.Process.Signal(unix.SIGTERM)
+// start runs a server, and waits until it says that it is ready.
+func (d *demo) start(ctx context.Context, name, ready string, args ...string) (*server, error) {
+	ctx, stop := context.WithCancel(ctx)
+	s := &server{name: name, log: d.file(name + ".log"), stop: stop, gone: make(chan struct{})}
+	c, err := d.command(ctx, append(append([]string{name}, args...), fmt.Sprintf("--user=%d", os.Geteuid()))...)
+	if err != nil {
+		return nil, err
 	}
-	hung := time.AfterFunc(20*time.Second, func() { c.cmd.Process.Kill() })
-	defer hung.Stop()
-	<-c.gone
-	if c.replies != nil {
-		c.replies.Close()
+	log, err := os.Create(s.log)
+	if err != nil {
+		return nil, err
 	}
-	if c.err != nil {
-		return c.failure(c.err)
+	defer log.Close()
+	c.Stderr = log
+	c.Cancel = func() error { return c.Process.Signal(unix.SIGTERM) }
+	c.WaitDelay = 20 * time.Second // until it is killed
+	if err := c.Start(); err != nil {
+		return nil, err
 	}
-	return nil
+	d.servers = append(d.servers, s)
+	go func() { // ends with the child, which end waits for
+		s.err = c.Wait()
+		close(s.gone)
+	}()
+	for begin := time.Now(); lastAfter(s.said(), ready) == ""; {
+		select {
+		case <-s.gone:
+			return nil, s.failure(s.err)
+		case <-time.After(time.Millisecond):
+		}
+		if time.Since(begin) > time.Minute {
+			return nil, s.failure(errors.New("it has not started"))
+		}
+	}
+	return s, nil
+}
+
+func (s *server) said() string {
+	text, _ := os.ReadFile(s.log)
+	return string(text)
+}
+
+// failure adds what the server has said to an error.
+func (s *server) failure(err error) error { return fmt.Errorf("%s: %w\n%s", s.name, err, s.said()) }
+
+// end ends the server by a signal. It may be called twice.
+func (s *server) end() error {
+	s.stop()
+	<-s.gone
+	if s.err == nil || errors.Is(s.err, context.Canceled) { // as it was told
+		return nil
+	}
+	return s.failure(s.err)
 }

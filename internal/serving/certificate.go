@@ -11,7 +11,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"time"
 
@@ -56,8 +55,5 @@ func newCertificate(path string) ([]byte, error) {
 	}
 	text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: public})
 	text = append(text, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private})...)
-	return text, files.Replace(path, 0o600, files.Options{Sync: true}, func(w io.Writer) error {
-		_, err := w.Write(text)
-		return err
-	})
+	return text, files.Write(path, 0o600, files.Options{Sync: true}, text)
 }

@@ -15,10 +15,7 @@ import (
 	"strings"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/relay"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/systemd"
@@ -27,13 +24,10 @@ import (
 
 // An endpoint is where blocks are served, and to whom what is permitted there.
 type endpoint struct {
-	scheme   string   // coap+unix, coap+tcp, coaps+tcp, coap+ws, coap (UDP) or http
-	address  string   // host:port, or the path of a socket
-	hosts    []string // the host as it was given, by which browsers may know it, too
-	get, put bool
-	relay    bool // what the store does not have may be got from elsewhere
-
-	connected func(conn *coap.Conn, client string) (ended func()) // see [coapserver.Access]
+	scheme  string // coap+unix, coap+tcp, coaps+tcp, coap+ws, coap (UDP) or http
+	address string // host:port, or the path of a socket
+	relay   bool   // what the store does not have may be got from elsewhere
+	coapserver.Access
 
 	listener net.Listener   // unless the scheme is coap
 	packets  net.PacketConn // if it is
@@ -46,7 +40,9 @@ var serveNetworks = map[string]string{"coap+unix": "unix", "coap+tcp": "tcp", "c
 func parseEndpoint(text string) (endpoint, error) {
 	u, err := storeurl.ParseListen(text)
 	_, address := u.Address()
-	return endpoint{scheme: u.Scheme, address: address, hosts: []string{u.Host}, get: u.Get, put: u.Put, relay: u.Relay()}, err
+	// Browsers may know it by the host as it was given, too.
+	access := coapserver.Access{Get: u.Get, Put: u.Put, Hosts: []string{u.Host}}
+	return endpoint{scheme: u.Scheme, address: address, relay: u.Relay(), Access: access}, err
 }
 
 // passedEndpoint makes an endpoint of a socket that the service manager passed. Its name may say
@@ -73,7 +69,7 @@ func passedEndpoint(s systemd.Socket) (endpoint, error) {
 	if err != nil {
 		return endpoint{}, fmt.Errorf("socket %.100q of the service manager: %w", s.Name, err)
 	}
-	e.get, e.put, e.relay = u.Get, u.Put, u.Relay()
+	e.Get, e.Put, e.relay = u.Get, u.Put, u.Relay()
 	return e, nil
 }
 
@@ -110,7 +106,7 @@ func parseSocketRights(mode, group string) (socketRights, error) {
 func (e *endpoint) listen(rights socketRights) (err error) {
 	switch network := serveNetworks[e.scheme]; network {
 	case "unix":
-		if !e.put {
+		if !e.Put {
 			// Nobody can do any harm there.
 			rights = socketRights{0o666, -1}
 		}
@@ -133,26 +129,11 @@ func (e *endpoint) listen(rights socketRights) (err error) {
 func advertisedPort(endpoints []*endpoint) (uint16, error) {
 	for _, e := range endpoints {
 		address, err := netip.ParseAddrPort(e.address)
-		if e.scheme == "coap+tcp" && e.get && err == nil && !address.Addr().IsLoopback() {
+		if e.scheme == "coap+tcp" && e.Get && err == nil && !address.Addr().IsLoopback() {
 			return address.Port(), nil
 		}
 	}
 	return 0, message.Usage("--advertise: others cannot connect to any address; name one by --listen=coap+tcp://[::]:5683")
-}
-
-// access returns what clients by CoAP may do.
-func (e *endpoint) access(from *relay.Relay) coapserver.Access {
-	return coapserver.Access{
-		Get: e.get, Put: e.put, Relay: e.relayBy(from), Connected: e.connected, Documents: e.scheme == "coap+unix", Hosts: e.hosts,
-	}
-}
-
-// relayBy returns how clients get what the store does not have; nil if they do not.
-func (e *endpoint) relayBy(r *relay.Relay) func(client string, hops int) fetch.Source {
-	if r == nil || !e.relay {
-		return nil
-	}
-	return r.For
 }
 
 // secure has TLS spoken where the scheme says so, with a certificate in the directory of the
@@ -193,11 +174,11 @@ func (e *endpoint) String() string {
 func (e *endpoint) describe() (location, access string) {
 	access = "nothing"
 	switch {
-	case e.get && e.put:
+	case e.Get && e.Put:
 		access = "get, put"
-	case e.get:
+	case e.Get:
 		access = "get"
-	case e.put:
+	case e.Put:
 		access = "put"
 	}
 	address := (&url.URL{Path: e.address}).EscapedPath()

@@ -60,9 +60,9 @@ func (s *serveSettings) newGroup(endpoints []*endpoint) *peers.Group {
 		s.log.Error("peer gave wrong bytes and is not asked for a while:", "host", host, "error", err)
 	})
 	for _, e := range endpoints {
-		e.relay = e.relay || e.get && e.packets == nil
+		e.relay = e.relay || e.Get && e.packets == nil
 		if e.scheme != "coap+unix" {
-			e.connected = g.Join
+			e.Connected = g.Join
 		}
 	}
 	return g

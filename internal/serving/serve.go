@@ -148,7 +148,7 @@ func (s *serveSettings) askStatistics() (socket string, answer Statistics, err e
 }
 
 // run serves until a signal comes or something fails for good.
-func (s *serveSettings) run(ctx context.Context) error {
+func (s *serveSettings) run(ctx context.Context) (err error) {
 	passed, err := systemd.Sockets()
 	if err != nil {
 		return err
@@ -193,9 +193,10 @@ func (s *serveSettings) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, store.Close()) }()
 	if s.advertise {
 		if s.advertised, err = advertisedPort(endpoints); err != nil {
-			return errors.Join(err, store.Close())
+			return err
 		}
 	}
 	directory, _ := s.blockDirectory() // of the store, which is open
@@ -203,23 +204,22 @@ func (s *serveSettings) run(ctx context.Context) error {
 	for _, e := range endpoints {
 		e.limit(in, out)
 		if err := e.secure(directory); err != nil {
-			return errors.Join(err, store.Close())
+			return err
 		}
 	}
 	peers, err := s.openPeers(in, out)
 	if err != nil {
-		return errors.Join(err, store.Close())
+		return err
 	}
 	connected := s.newGroup(endpoints)
 	from, err := s.openUpstreams(store, connected, in)
 	if err != nil {
-		return errors.Join(err, store.Close())
+		return err
 	}
-	err = s.serveEndpoints(ctx, store, from, peers, endpoints, messageTimeout(s.limitRate))
 	if from != nil {
-		err = errors.Join(err, from.Close())
+		defer func() { err = errors.Join(err, from.Close()) }()
 	}
-	return errors.Join(err, store.Close())
+	return s.serveEndpoints(ctx, store, from, peers, endpoints, messageTimeout(s.limitRate))
 }
 
 // endpoints returns where to listen, given what is listened on already.
@@ -234,7 +234,7 @@ func (s *serveSettings) endpoints(passed []*endpoint) ([]*endpoint, error) {
 		if err != nil {
 			return nil, err
 		}
-		endpoints = append(endpoints, &endpoint{scheme: "coap+unix", address: path, get: true, put: true, relay: true})
+		endpoints = append(endpoints, &endpoint{scheme: "coap+unix", address: path, relay: true, Access: coapserver.Access{Get: true, Put: true}})
 	}
 	listen := s.listen
 	if s.advertise && len(listen) == 0 {
@@ -368,17 +368,21 @@ func (s *serveSettings) serveEndpoints(
 	failed := make(chan error, len(endpoints)+1)
 	var group sync.WaitGroup
 	for _, e := range endpoints {
+		e.Documents = e.scheme == "coap+unix"
+		if e.relay && from != nil {
+			e.Relay = from.For
+		}
 		group.Go(func() {
 			var err error
 			switch {
 			case e.packets != nil:
-				err = coap.ServePacket(e.packets, e.access(from))
+				err = coap.ServePacket(e.packets, e.Access)
 			case e.scheme == "coap+ws":
-				err = coap.ServeWebSocket(e.listener, e.access(from))
+				err = coap.ServeWebSocket(e.listener, e.Access)
 			case e.scheme == "http":
-				err = web.Serve(e.listener, httpserver.Access{Get: e.get, Put: e.put, Relay: e.relayBy(from), Hosts: e.hosts})
+				err = web.Serve(e.listener, httpserver.Access{Get: e.Get, Put: e.Put, Relay: e.Relay, Hosts: e.Hosts})
 			default:
-				err = coap.Serve(e.listener, e.access(from))
+				err = coap.Serve(e.listener, e.Access)
 			}
 			if !errors.Is(err, coapserver.ErrServerClosed) && !errors.Is(err, httpserver.ErrServerClosed) {
 				failed <- fmt.Errorf("serving on %v: %w", e, err)

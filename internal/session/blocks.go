@@ -36,20 +36,10 @@ type blocks struct {
 	local   bool         // all stores are on this machine
 }
 
-// blocksOptions says how blocks are got.
-type blocksOptions struct {
-	urls      []string
-	directory string // of the cache; empty if there is none
-	cacheSize int64
-	state     *sourcestate.State
-	limiter   *ratelimit.Limiter
-	log       *protocol.Log
-}
-
 // openBlocks opens the stores and the cache. What it returns must be closed, and is nil if there is
 // no store; the error tells what cannot be used.
-func openBlocks(o blocksOptions) (*blocks, error) {
-	members, failed := settings.OpenStores(o.urls, 0)
+func (s *Settings) openBlocks(urls []string, state *sourcestate.State, limiter *ratelimit.Limiter, log *protocol.Log) (*blocks, error) {
+	members, failed := settings.OpenStores(urls, 0)
 	if len(members) == 0 {
 		return nil, failed
 	}
@@ -63,21 +53,22 @@ func openBlocks(o blocksOptions) (*blocks, error) {
 			b.local = b.local && m.Local
 		}
 	}
-	if b.nearby == nil && o.directory != "" && o.cacheSize > 0 && !b.local {
-		c := cache.Open(o.directory, o.cacheSize, func(err error) {
-			o.log.WarnOnce("block cache", "blocks cannot be kept for later: %v", err)
+	size := s.size("cache-size", s.file.CacheSize, settings.Default().CacheSize)
+	if directory := s.inCache("blocks"); b.nearby == nil && directory != "" && size > 0 && !b.local {
+		c := cache.Open(directory, size, func(err error) {
+			log.WarnOnce("block cache", "blocks cannot be kept for later: %v", err)
 		})
 		b.nearby, b.stride = c, 1
 		members = append(members, pool.Member{Source: c, Near: true})
 	}
 	b.members = members
 	b.Pool = pool.New(members, pool.Options{
-		State: o.state, Limiter: o.limiter,
+		State: state, Limiter: limiter,
 		OnFault: func(source string, err error) {
-			o.log.Warnf("store %s gave wrong bytes and is not asked again: %s", source, message.OfStore(source, err))
+			log.Warnf("store %s gave wrong bytes and is not asked again: %s", source, message.OfStore(source, err))
 		},
 		OnRest: func(source string, err error) {
-			o.log.Warnf("store %s is left alone for a while: %s", source, message.OfStore(source, err))
+			log.Warnf("store %s is left alone for a while: %s", source, message.OfStore(source, err))
 		},
 	})
 	return b, failed

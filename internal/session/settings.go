@@ -373,10 +373,7 @@ func (s *Settings) session(query bool, log *protocol.Log) *Session {
 		result.Failed = func(format string, a ...any) { s.failed = fmt.Sprintf(format, a...) }
 	}
 	if !query && policy != substitute.HTTPOnly && len(urls) > 0 {
-		b, err := openBlocks(blocksOptions{
-			urls: urls, directory: s.inCache("blocks"), cacheSize: s.size("cache-size", s.file.CacheSize, settings.Default().CacheSize),
-			state: result.state, limiter: limiter, log: log,
-		})
+		b, err := s.openBlocks(urls, result.state, limiter, log)
 		if err != nil {
 			s.log.Warnf("%v", err)
 		}

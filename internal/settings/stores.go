@@ -97,40 +97,27 @@ func openStoreFor(text string, hops int) (fetch.Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	var store fetch.Store
-	switch u.Scheme {
-	case "s3":
-		return openPacks(text)
-	case "coap+unix", "coap+tcp", "coaps+tcp", "coap", "coap+ws", "coaps+ws":
-		store, err = coap.Open(text, coap.Options{HopLimit: uint8(hops)})
-	case "http", "https":
-		if u.Has("packed") {
-			return openPacks(text)
-		}
-		store, err = web.Open(text, web.Options{HopLimit: hops})
-	case "file":
-		if u.Has("packed") {
-			return openPacks(text)
-		}
-		store, err = dir.Open(text)
-	case "dump":
-		if u.Path == "-" {
-			return &dump.Stream{W: os.Stdout, KeepCapabilities: u.Has("capability")}, nil
-		}
-		store, err = dump.Open(text)
-	case "ipfs+http", "ipfs+https":
-		store, err = ipfs.Open(text, ipfs.Options{})
+	switch {
+	case u.Scheme == "s3" || u.Has("packed"):
+		return opened(packs.Open(text, web.Options{}))
+	case u.Scheme == "http" || u.Scheme == "https":
+		return opened(web.Open(text, web.Options{HopLimit: hops}))
+	case u.Scheme == "file":
+		return opened(dir.Open(text))
+	case u.Scheme == "dump" && u.Path == "-":
+		return &dump.Stream{W: os.Stdout, KeepCapabilities: u.Has("capability")}, nil
+	case u.Scheme == "dump":
+		return opened(dump.Open(text))
+	case u.Scheme == "ipfs+http" || u.Scheme == "ipfs+https":
+		return opened(ipfs.Open(text, ipfs.Options{}))
 	}
-	if err != nil {
-		return nil, err // not a nil pointer in an interface
-	}
-	return store, nil
+	return opened(coap.Open(text, coap.Options{HopLimit: uint8(hops)}))
 }
 
-func openPacks(text string) (fetch.Store, error) {
-	store, err := packs.Open(text, web.Options{})
+// opened returns a store that has been opened, or nil, which is no nil pointer in an interface.
+func opened[S fetch.Store](store S, err error) (fetch.Store, error) {
 	if err != nil {
-		return nil, err // not a nil pointer in an interface
+		return nil, err
 	}
 	return store, nil
 }
