@@ -45,9 +45,7 @@ type chainItem struct {
 func newChain(t *testing.T) *chain {
 	t.Helper()
 	directory, err := os.MkdirTemp("", "chain") // short, for the socket
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() {
 		makeWritable(directory)
 		os.RemoveAll(directory)
@@ -55,18 +53,14 @@ func newChain(t *testing.T) *chain {
 	c := &chain{t: t, directory: directory, stores: map[string]string{}}
 	key := acl.GenerateSigningKey()
 	for _, name := range []string{"etc", "items"} {
-		if err := os.Mkdir(directory+"/"+name, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Mkdir(directory+"/"+name, 0o755))
 	}
 	for name, text := range map[string]string{
 		"etc/signing-key.pub": key.PublicKey().Text(),
 		"etc/signing-key.sec": key.SecretText(),
 		"etc/acl":             acl.NewACL(key.PublicKey()).Text(),
 	} {
-		if err := os.WriteFile(directory+"/"+name, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(directory+"/"+name, []byte(text), 0o600))
 	}
 	c.configure("policy = \"eris-only\"\ncache-size = \"0\"\n")
 	for _, variable := range os.Environ() {
@@ -83,9 +77,7 @@ func newChain(t *testing.T) *chain {
 // configure writes the configuration file.
 func (c *chain) configure(text string) {
 	c.t.Helper()
-	if err := os.WriteFile(c.directory+"/etc/substitute-eris.toml", []byte(text), 0o600); err != nil {
-		c.t.Fatal(err)
-	}
+	must(c.t, os.WriteFile(c.directory+"/etc/substitute-eris.toml", []byte(text), 0o600))
 }
 
 // add puts an item into the store of the publisher.
@@ -103,13 +95,9 @@ func (c *chain) serve(items string) {
 	c.t.Helper()
 	store, err := startBlockServer(c.directory, c.directory+"/serve.log", c.env, "--directory="+c.directory+"/blocks",
 		"--socket="+c.directory+"/s", "--listen=coap+tcp://127.0.0.1:0", "--listen=coap://127.0.0.1:0")
-	if err != nil {
-		c.t.Fatal(err)
-	}
+	must(c.t, err)
 	c.t.Cleanup(func() {
-		if err := store.stop(); err != nil {
-			c.t.Error(err)
-		}
+		must(c.t, store.stop())
 		store.end()
 	})
 	c.stores = map[string]string{"coap+unix": store.urls["UNIX"], "coap+tcp": store.urls["TCP"], "coap": store.urls["UDP"]}
@@ -120,14 +108,10 @@ func (c *chain) serve(items string) {
 func (c *chain) publish(args ...string) {
 	c.t.Helper()
 	p, err := startPublisher(c.directory, c.env, c.t.Logf, append(args, "--root="+c.directory+"/items"))
-	if err != nil {
-		c.t.Fatal(err)
-	}
+	must(c.t, err)
 	c.server = p.url
 	c.t.Cleanup(func() {
-		if err := p.stop(); err != nil {
-			c.t.Error(err)
-		}
+		must(c.t, p.stop())
 	})
 }
 
@@ -150,9 +134,7 @@ type usage struct {
 func (c *chain) talk(mode, store, requests string) (replies, log string, used usage) {
 	c.t.Helper()
 	program, err := exec.LookPath("guix-substitute-eris")
-	if err != nil {
-		c.t.Fatal(err)
-	}
+	must(c.t, err)
 	d := startDaemonHelper(program, mode, append(c.env, "_NIX_OPTIONS=discover=false\nsubstitute-urls="+c.server+"\n", "ERIS_STORE_URL="+store), false)
 	if d.err != nil {
 		c.t.Fatal(d.err)
@@ -174,9 +156,7 @@ func (c *chain) query() {
 	for _, item := range c.items {
 		for begin := time.Now(); ; time.Sleep(50 * time.Millisecond) {
 			response, err := http.Get(c.server + "/" + filepath.Base(item.path)[:32] + ".narinfo")
-			if err != nil {
-				c.t.Fatal(err)
-			}
+			must(c.t, err)
 			text, err := io.ReadAll(response.Body)
 			response.Body.Close()
 			if err != nil || response.StatusCode != http.StatusOK {
@@ -204,9 +184,7 @@ func (c *chain) query() {
 func (c *chain) substitute(store string) {
 	c.t.Helper()
 	destination := c.directory + "/got"
-	if err := os.Mkdir(destination, 0o755); err != nil {
-		c.t.Fatal(err)
-	}
+	must(c.t, os.Mkdir(destination, 0o755))
 	var requests, want strings.Builder
 	for i, item := range c.items {
 		fmt.Fprintf(&requests, "substitute %s %s/%d\n", item.path, destination, i)
@@ -229,9 +207,7 @@ func (c *chain) substitute(store string) {
 			c.t.Errorf("%s: hash %s instead of %s, error %v", item.path, got, item.hash, err)
 		}
 	}
-	if err := restore.Remove(destination); err != nil {
-		c.t.Fatal(err)
-	}
+	must(c.t, restore.Remove(destination))
 }
 
 // manifest is what the publisher is told about the items.
@@ -241,9 +217,7 @@ func (c *chain) manifest() string {
 	for _, item := range c.items {
 		fmt.Fprintf(&b, "StorePath: %s\nReferences: \nNarHash: %s\nNarSize: %d\n\n", item.path, item.hash, item.size)
 	}
-	if err := os.WriteFile(c.directory+"/manifest", []byte(b.String()), 0o644); err != nil {
-		c.t.Fatal(err)
-	}
+	must(c.t, os.WriteFile(c.directory+"/manifest", []byte(b.String()), 0o644))
 	return "--manifest=" + c.directory + "/manifest"
 }
 
@@ -252,31 +226,21 @@ func (c *chain) manifest() string {
 func TestChain(t *testing.T) {
 	c := newChain(t)
 	mirror, err := filepath.Abs("../../testdata/guix-mirror")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	names, err := filepath.Glob(mirror + "/all/*.narinfo")
 	if err != nil || len(names) < 20 {
 		t.Fatalf("narinfos %v, error %v", names, err)
 	}
 	for _, name := range names {
 		text, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		n, err := narinfo.Parse(text)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		f, err := os.Open(mirror + "/nar/gzip/" + filepath.Base(n.StorePath))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer f.Close()
 		plain, err := decompress.Open("gzip", f)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		c.add(n.StorePath, nar.NewReader(nar.FeedReader(plain, 1<<16)))
 		plain.Close()
 		if item := c.items[len(c.items)-1]; item.hash != n.NarHash {
@@ -295,15 +259,11 @@ func TestChain(t *testing.T) {
 func (c *chain) generated(name string, generate func(root string) error) {
 	c.t.Helper()
 	root := c.directory + "/tree"
-	if err := generate(root); err != nil {
-		c.t.Fatal(err)
-	}
+	must(c.t, generate(root))
 	tree := nar.NewTree(root)
 	defer tree.Close()
 	c.add(fmt.Sprintf("/gnu/store/%032d-%s", len(c.items), name), tree)
-	if err := restore.Remove(root); err != nil {
-		c.t.Fatal(err)
-	}
+	must(c.t, restore.Remove(root))
 }
 
 // pseudorandom writes a file of the given size.

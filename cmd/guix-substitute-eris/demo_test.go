@@ -20,13 +20,10 @@ import (
 func demoCommandIn(t *testing.T, args ...string) (cmd *exec.Cmd, temporary string) {
 	t.Helper()
 	program, err := exec.LookPath("guix-substitute-eris")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	// A short name, for the socket.
-	if temporary, err = os.MkdirTemp("/tmp", "demo"); err != nil {
-		t.Fatal(err)
-	}
+	temporary, err = os.MkdirTemp("/tmp", "demo")
+	must(t, err)
 	t.Cleanup(func() {
 		makeWritable(temporary)
 		os.RemoveAll(temporary)
@@ -63,12 +60,8 @@ func TestDemo(t *testing.T) {
 		t.Skip("takes some seconds")
 	}
 	own := t.TempDir() + "/My Tree é"
-	if err := os.MkdirAll(own+"/empty", 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(own+"/file", bytes.Repeat([]byte("x"), 100000), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.MkdirAll(own+"/empty", 0o755))
+	must(t, os.WriteFile(own+"/file", bytes.Repeat([]byte("x"), 100000), 0o755))
 	for _, test := range []struct {
 		name       string
 		args, want []string
@@ -112,12 +105,8 @@ func TestDemoEnds(t *testing.T) {
 			t.Parallel()
 			cmd, temporary := demoCommandIn(t)
 			out, err := cmd.StdoutPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
+			must(t, cmd.Start())
 			for s := bufio.NewScanner(out); s.Scan(); {
 				if strings.HasPrefix(s.Text(), "3. ") { // both servers are running
 					cmd.Process.Signal(signal)

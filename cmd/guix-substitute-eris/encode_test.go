@@ -18,9 +18,7 @@ import (
 // with such a file: the store changes it when it gets the first block.
 func TestEncodeChanging(t *testing.T) {
 	program, err := exec.LookPath("guix-substitute-eris")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	const size = 48 << 20 // more than is on the way to a store
 	overwrite := func(path string) error {
 		f, err := os.OpenFile(path, os.O_WRONLY, 0)
@@ -49,12 +47,8 @@ func TestEncodeChanging(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			directory := t.TempDir()
 			path := filepath.Join(directory, "file")
-			if err := os.WriteFile(path, noise(1, size), 0o644); err != nil {
-				t.Fatal(err)
-			}
-			if err := os.Chtimes(path, time.Time{}, time.Unix(1, 0)); err != nil {
-				t.Fatal(err)
-			}
+			must(t, os.WriteFile(path, noise(1, size), 0o644))
+			must(t, os.Chtimes(path, time.Time{}, time.Unix(1, 0)))
 			var once sync.Once
 			store := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				once.Do(func() {
@@ -67,9 +61,8 @@ func TestEncodeChanging(t *testing.T) {
 			defer store.Close()
 			cmd := exec.Command(program, append([]string{"encode", "--store=" + store.URL}, test.encode...)...)
 			cmd.Dir = directory
-			if cmd.Stdin, err = os.Open(path); err != nil {
-				t.Fatal(err)
-			}
+			cmd.Stdin, err = os.Open(path)
+			must(t, err)
 			var messages strings.Builder
 			cmd.Stderr = &messages
 			output, err := cmd.Output()

@@ -11,18 +11,12 @@ import (
 // /proc is mounted on every machine.
 func TestCheckMounted(t *testing.T) {
 	parent, err := filepath.EvalSymlinks(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for _, name := range []string{"empty", "used/empty", "used/full/directory"} {
-		if err := os.MkdirAll(filepath.Join(parent, name), 0o755); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.MkdirAll(filepath.Join(parent, name), 0o755))
 	}
 	link := filepath.Join(t.TempDir(), "link")
-	if err := os.Symlink(parent, link); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Symlink(parent, link))
 	parents := []string{"/nonexistent/media", parent, "/proc"}
 	for directory, want := range map[string]bool{
 		parent + "/stick":          false,

@@ -40,9 +40,7 @@ type fullTest struct {
 func TestFullDisks(t *testing.T) {
 	c := newChain(t)
 	f := &fullTest{chain: c, t: t, small: c.directory + "/small"}
-	if err := os.Mkdir(f.small, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(f.small, 0o755))
 	if err := f.mount("size=1m"); err != nil {
 		t.Skip("cannot mount a small file system (this needs root): ", err)
 	}
@@ -52,16 +50,10 @@ func TestFullDisks(t *testing.T) {
 	tree := c.directory + "/tree"
 	for i, size := range []int{0, 1, 5000, 5000, 40000, 90000} {
 		directory := fmt.Sprintf("%s/%d", tree, i%3)
-		if err := os.MkdirAll(directory+"/empty", 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(fmt.Sprintf("%s/%d", directory, i), noise(uint64(size), size), 0o644); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.MkdirAll(directory+"/empty", 0o755))
+		must(t, os.WriteFile(fmt.Sprintf("%s/%d", directory, i), noise(uint64(size), size), 0o644))
 	}
-	if err := os.Symlink("2/5", tree+"/link"); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Symlink("2/5", tree+"/link"))
 	nodes := nar.NewTree(tree)
 	defer nodes.Close()
 	c.add(f.small+"/00000000000000000000000000000000-item", nodes)
@@ -82,9 +74,7 @@ func (f *fullTest) limits(t *testing.T, use func(t *testing.T) bool) {
 	for kind, step := range map[string]int{"size=%d,nr_inodes=10000": between * os.Getpagesize(), "size=64m,nr_inodes=%d": (between + 3) / 4} {
 		attempts := 0
 		for n, whole := step, false; !whole; n += step {
-			if err := f.mount(fmt.Sprintf(kind, n)); err != nil {
-				t.Fatal(err)
-			}
+			must(t, f.mount(fmt.Sprintf(kind, n)))
 			whole = use(t)
 			f.unmount()
 			if attempts++; t.Failed() || attempts == 5000 {
@@ -164,9 +154,7 @@ func (f *fullTest) only(t *testing.T, names string) {
 func (f *fullTest) helper(t *testing.T, mode, state string) *soakHelper {
 	t.Helper()
 	program, err := exec.LookPath("guix-substitute-eris")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	d := startDaemonHelper(program, mode, append(slices.Clip(f.env), "ERIS_STORE_URL="+f.stores[cmp.Or(f.scheme, "coap+tcp")], "XDG_CACHE_HOME="+state,
 		"_NIX_OPTIONS=discover=false\nsubstitute-urls="+f.server+"\n"), false)
 	if d.err != nil {
@@ -228,9 +216,7 @@ func (f *fullTest) keeps(t *testing.T) bool {
 		said += h.log.String()
 	}
 	f.right(t, got)
-	if err := restore.Remove(got); err != nil {
-		t.Error(err)
-	}
+	must(t, restore.Remove(got))
 	return !strings.Contains(said, noSpace)
 }
 
@@ -298,9 +284,7 @@ func (f *fullTest) decoded(t *testing.T, store, urn string) {
 	if _, ok := f.run(t, "decode", "--store="+store, urn, "decoded"); ok {
 		f.right(t, f.directory+"/decoded")
 	}
-	if err := restore.Remove(f.directory + "/decoded"); err != nil {
-		t.Error(err)
-	}
+	must(t, restore.Remove(f.directory + "/decoded"))
 }
 
 // serves has a store on the small disk, into which the item is encoded.
@@ -360,9 +344,7 @@ func (f *fullTest) publishes(t *testing.T) bool {
 		if urn := publishedURN(t, p.url+"/"+filepath.Base(f.narinfo()), f.items[0].hash); urn != f.urn {
 			t.Errorf("published: %q", urn)
 		}
-		if err := p.stop(); err != nil {
-			t.Error(err)
-		}
+		must(t, p.stop())
 	}
 	return !strings.Contains(said, noSpace)
 }

@@ -45,19 +45,13 @@ pwd
 echo from 4 >&4
 cat <&5
 `), 0o644)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	four, err := os.Create(d + "/four")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer four.Close()
 	for _, flag := range []bool{false, true} {
 		five, w, err := os.Pipe()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if _, err := io.WriteString(w, "from 5\n"); err != nil {
 			t.Fatal(err)
 		}
@@ -84,9 +78,7 @@ cat <&5
 		if flag {
 			cmd.Args = slices.Insert(cmd.Args, 1, "--guix="+shell)
 		}
-		if err := os.WriteFile(d+"/environment", []byte(`cat /proc/$$/environ`), 0o644); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(d+"/environment", []byte(`cat /proc/$$/environ`), 0o644))
 		out, err = cmd.Output()
 		if want := strings.Join(cmd.Env, "\x00") + "\x00GUIX_SUBSTITUTE_ERIS_HANDED=" + shell + "\x00"; err != nil || string(out) != want {
 			t.Errorf("environment %q, error %v; want %q", out, err, want)
@@ -104,16 +96,12 @@ func TestNeverItself(t *testing.T) {
 	if err := os.Link(program, d+"/hard"); err != nil {
 		t.Skip(err)
 	}
-	if err := os.Symlink(program, d+"/soft"); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Symlink(program, d+"/soft"))
 	b, err := os.ReadFile(program)
 	if err == nil {
 		err = os.WriteFile(d+"/copy", b, 0o755)
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for _, name := range []string{"hard", "soft", "copy"} {
 		for _, called := range []string{program, d + "/copy"} {
 			cmd := exec.Command(called, "offload", "x86_64-linux")
@@ -134,26 +122,18 @@ func TestExtension(t *testing.T) {
 		t.Skip("guile is not installed")
 	}
 	d := t.TempDir()
-	if err := os.MkdirAll(d+"/guix/scripts", 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.MkdirAll(d+"/guix/scripts", 0o755))
 	err = os.WriteFile(d+"/guix/scripts/substitute.scm", []byte(`(define-module (guix scripts substitute)
   #:export (guix-substitute))
 (define (guix-substitute . arguments)
   (format #t "Guix's own: ~s~%" arguments))
 `), 0o644)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	etc, err := filepath.Abs("../../etc")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	run := func(program string) (out, log, replies string) {
 		r, w, err := os.Pipe()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer r.Close()
 		var stderr bytes.Buffer
 		cmd := exec.Command(guile, "--no-auto-compile", "-L", etc, "-L", d, "-c",
@@ -168,18 +148,14 @@ func TestExtension(t *testing.T) {
 			t.Errorf("%v: %s", err, stderr.String())
 		}
 		answer, err := io.ReadAll(r)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		return string(b), stderr.String(), string(answer)
 	}
 	if out, log, replies := run(buildProgram(t)); out != "" || replies != "\n" {
 		t.Errorf("%q, reply %q, log %s", out, replies, log)
 	}
 	notProgram := d + "/text"
-	if err := os.WriteFile(notProgram, []byte("\x7fELF but no more"), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(notProgram, []byte("\x7fELF but no more"), 0o755))
 	for program, why := range map[string]string{"/nowhere/at/all": "No such file", etc: "Permission denied", notProgram: "Exec format"} {
 		out, log, replies := run(program)
 		if out != "Guix's own: (\"--query\")\n" || replies != "" || !strings.Contains(log, why) {

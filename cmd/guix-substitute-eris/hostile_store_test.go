@@ -89,9 +89,7 @@ func (p *peer) play(conn net.Conn, blocks *blockMap) {
 func (p *peer) listen(t *testing.T, socket string, blocks *blockMap) {
 	t.Helper()
 	l, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	var mu sync.Mutex
 	var conns []net.Conn
 	var wait sync.WaitGroup
@@ -127,26 +125,16 @@ type hostileMachine struct {
 func newHostileMachine(t *testing.T) *hostileMachine {
 	c := newChain(t)
 	secret, err := os.ReadFile(c.directory + "/etc/signing-key.sec")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	key, err := acl.ParseSigningKey(secret, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for _, directory := range []string{"first", "www/nar"} {
-		if err := os.MkdirAll(c.directory+"/"+directory, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.MkdirAll(c.directory+"/"+directory, 0o755))
 	}
 	keys, err := os.ReadFile(c.directory + "/etc/acl")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for name, text := range map[string]string{"first/acl": string(keys), "first/substitute-eris.toml": "policy = \"eris-first\"\n"} {
-		if err := os.WriteFile(c.directory+"/"+name, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(c.directory+"/"+name, []byte(text), 0o600))
 	}
 	c.server = "file://" + c.directory + "/www"
 	return &hostileMachine{c, key}
@@ -158,21 +146,13 @@ func (h *hostileMachine) publish(path string, archive []byte, c eris.ReadCapabil
 	part, err := narinfo.SignedPart(&narinfo.Narinfo{
 		StorePath: path, NarDigest: sha256.Sum256(archive), NarSize: uint64(len(archive)), ERIS: []narinfo.ERIS{{URN: c.URN()}},
 	})
-	if err != nil {
-		h.t.Fatal(err)
-	}
+	must(h.t, err)
 	signature, err := h.key.Sign(sha256.Sum256([]byte(part)), "x")
-	if err != nil {
-		h.t.Fatal(err)
-	}
+	must(h.t, err)
 	text, err := narinfo.Text(part, signature, []narinfo.URL{{URL: "nar/" + filepath.Base(path), Compression: "none"}})
-	if err != nil {
-		h.t.Fatal(err)
-	}
+	must(h.t, err)
 	for name, b := range map[string][]byte{filepath.Base(path)[:32] + ".narinfo": []byte(text), "nar/" + filepath.Base(path): archive} {
-		if err := os.WriteFile(h.directory+"/www/"+name, b, 0o644); err != nil {
-			h.t.Fatal(err)
-		}
+		must(h.t, os.WriteFile(h.directory+"/www/"+name, b, 0o644))
 	}
 }
 
@@ -182,9 +162,7 @@ func (h *hostileMachine) fetch(t *testing.T, path, store string, archive []byte,
 	t.Helper()
 	for _, etc := range []string{"etc", "first"} {
 		destination, err := os.MkdirTemp(h.directory, "store")
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		c := *h.chain
 		c.t = t
 		c.env = append(c.env[:len(c.env):len(c.env)], "GUIX_CONFIGURATION_DIRECTORY="+h.directory+"/"+etc)
@@ -215,9 +193,7 @@ func (h *hostileMachine) fetch(t *testing.T, path, store string, archive []byte,
 		if strings.Contains(log, "\x1b[2J") {
 			t.Errorf("%s: what a store has said clears the terminal", etc)
 		}
-		if err := restore.Remove(destination); err != nil {
-			t.Error(err)
-		}
+		must(t, restore.Remove(destination))
 	}
 }
 
@@ -236,19 +212,13 @@ func testHostileStores(t *testing.T, idle bool) {
 	isIdle := map[string]bool{"another's token": true, "never answers": true, "silent": true, "stops in an answer": true}
 	h := newHostileMachine(t)
 	tree := h.directory + "/tree"
-	if err := os.MkdirAll(tree+"/bin", 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.MkdirAll(tree+"/bin", 0o755))
 	for i := range 50 {
-		if err := os.WriteFile(fmt.Sprintf("%s/bin/%d", tree, i), bytes.Repeat([]byte{byte(i)}, i*3000), 0o755); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(fmt.Sprintf("%s/bin/%d", tree, i), bytes.Repeat([]byte{byte(i)}, i*3000), 0o755))
 	}
 	blocks := &blockMap{}
 	e, err := publish.Encode(t.Context(), tree, blocks.Put, erisfs.EncodeOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	var b bytes.Buffer
 	if _, err := nar.Write(&b, nar.NewTree(tree)); err != nil {
 		t.Fatal(err)
@@ -332,29 +302,21 @@ func TestHostileContents(t *testing.T) {
 	blocks := &blockMap{}
 	encode := func(content []byte) eris.ReadCapability {
 		c, err := eris.Encode(t.Context(), bytes.NewReader(content), blocks.Put, eris.EncodeOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		return c
 	}
 	hello := encode([]byte("Hello world!"))
 	capability, err := hello.AppendBinary(nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	file := "8200d901145842" + hex.EncodeToString(capability)
 	index := func(entries string) []byte {
 		b, err := hex.DecodeString("da65726974" + "8201" + strings.ReplaceAll(entries, " ", ""))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		return b
 	}
 	text := func(s string) string { return fmt.Sprintf("%02x", 0x60+len(s)) + hex.EncodeToString([]byte(s)) }
 	outside := h.directory + "/outside"
-	if err := os.Mkdir(outside, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(outside, 0o755))
 	linkTo := "8202" + fmt.Sprintf("78%02x", len(outside)) + hex.EncodeToString([]byte(outside))
 
 	// A tree of equal references: with 32 KiB blocks, two blocks a level.
@@ -390,9 +352,7 @@ func TestHostileContents(t *testing.T) {
 	}
 	fileOf := func(c eris.ReadCapability) string {
 		b, err := c.AppendBinary(nil)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		return "8200d901145842" + hex.EncodeToString(b)
 	}
 	many := binary.BigEndian.AppendUint32([]byte{0xba}, 2<<20)
@@ -440,9 +400,7 @@ func TestHostileContents(t *testing.T) {
 	}, false}
 	socket := h.directory + "/p"
 	peer.listen(t, socket, blocks)
-	if err := os.WriteFile(h.directory+"/good", []byte("good"), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(h.directory+"/good", []byte("good"), 0o644))
 	var archive bytes.Buffer
 	if _, err := nar.Write(&archive, nar.NewTree(h.directory+"/good")); err != nil {
 		t.Fatal(err)

@@ -229,18 +229,12 @@ func TestLargeItemMemory(t *testing.T) {
 		_, err := h.Write(piece)
 		return err
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	hash := "sha256:" + nixbase32.EncodeToString(h.Sum(nil))
 	store := filepath.Join(directory, "store")
-	if err := os.Mkdir(store, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(store, 0o755))
 	t.Cleanup(func() {
-		if err := restore.Remove(store); err != nil {
-			t.Error(err)
-		}
+		must(t, restore.Remove(store))
 	})
 	name := store + "/" + strings.Repeat("a", 32) + "-large"
 	for method, write := range largeMethods(t) {
@@ -262,12 +256,8 @@ func TestLargeItemMemory(t *testing.T) {
 			if failed != nil {
 				t.Error(failed)
 			}
-			if err := restore.Remove(name); err != nil {
-				t.Error(err)
-			}
-			if err := restore.Remove(store + "/.links"); err != nil {
-				t.Error(err)
-			}
+			must(t, restore.Remove(name))
+			must(t, restore.Remove(store + "/.links"))
 		})
 	}
 }
@@ -329,9 +319,7 @@ func TestLargeItemFromBase(t *testing.T) {
 			directory := t.TempDir()
 			store, trees := directory+"/store", directory+"/trees"
 			t.Cleanup(func() {
-				if err := restore.Remove(store); err != nil {
-					t.Error(err)
-				}
+				must(t, restore.Remove(store))
 			})
 			base, item := strings.Repeat("a", 32)+"-foo", strings.Repeat("b", 32)+"-foo"
 			for item, changed := range map[string][]byte{base: contents, item: changed} {
@@ -393,12 +381,5 @@ func TestLargeItemFromBase(t *testing.T) {
 				t.Errorf("it has come in another way:\n%s", log)
 			}
 		})
-	}
-}
-
-func must(t *testing.T, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
 	}
 }

@@ -23,15 +23,11 @@ func TestPublishConnections(t *testing.T) {
 	const item = "00000000000000000000000000000001-item"
 	contents := make([]byte, 32<<20) // more than sockets hold
 	rand.Read(contents)
-	if err := os.Mkdir(directory+"/items", 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(directory+"/items", 0o755))
 	for name, text := range map[string][]byte{
 		"items/" + item: contents, "manifest": []byte("StorePath: /gnu/store/" + item + "\nReferences: \n"),
 	} {
-		if err := os.WriteFile(directory+"/"+name, text, 0o644); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(directory+"/"+name, text, 0o644))
 	}
 	var mu sync.Mutex
 	var log strings.Builder
@@ -43,14 +39,10 @@ func TestPublishConnections(t *testing.T) {
 	publisher, err := startPublisher(directory, os.Environ(), logf, []string{
 		"--root=items", "--manifest=manifest", "--private-key=none", "--max-connections=3",
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	dial := func() net.Conn {
 		conn, err := net.Dial("tcp", strings.TrimPrefix(publisher.url, "http://"))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		t.Cleanup(func() { conn.Close() })
 		conn.SetDeadline(time.Now().Add(time.Minute))
 		return conn
@@ -94,9 +86,7 @@ func TestPublishConnections(t *testing.T) {
 	for _, conn := range busy[1:] {
 		conn.Close()
 	}
-	if err := publisher.stop(); err != nil {
-		t.Error(err)
-	}
+	must(t, publisher.stop())
 	if !strings.Contains(log.String(), "connections turned away: all of 3, or half of them for one host, are busy; see --max-connections") {
 		t.Errorf("log:\n%s", log.String())
 	}

@@ -60,18 +60,12 @@ func (c *countedConn) Write(b []byte) (int, error) {
 func (c *chain) serveCounted(items string, rate int64) (*blockstore.Store, *wire) {
 	c.t.Helper()
 	store, err := blockstore.Open(c.directory+"/blocks", blockstore.Options{})
-	if err != nil {
-		c.t.Fatal(err)
-	}
+	must(c.t, err)
 	c.t.Cleanup(func() { store.Close() })
 	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Source: store, Sink: store}}})
-	if err != nil {
-		c.t.Fatal(err)
-	}
+	must(c.t, err)
 	listener, err := net.Listen("tcp", "127.0.0.1:0") // not a near one, of which nothing is kept
-	if err != nil {
-		c.t.Fatal(err)
-	}
+	must(c.t, err)
 	w := &wire{Listener: listener, reached: make(chan struct{})}
 	served := make(chan struct{})
 	go func() {
@@ -114,9 +108,7 @@ func TestResume(t *testing.T) {
 	store, wire := c.serveCounted(c.manifest(), rate)
 	// Has the item encoded, for which a helper does not wait as long as it may take.
 	response, err := http.Get(c.server + "/" + filepath.Base(c.items[0].path)[:32] + ".narinfo")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	response.Body.Close()
 	c.query()
 	stats := store.Stats()
@@ -128,9 +120,7 @@ func TestResume(t *testing.T) {
 	wire.half.Store(before + total/2)
 
 	program, err := exec.LookPath("guix-substitute-eris")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	d := startDaemonHelper(program, "substitute", append(c.env, "_NIX_OPTIONS=discover=false\nsubstitute-urls="+c.server+"\n", "ERIS_STORE_URL="+c.stores["coap+tcp"]), false)
 	if d.err != nil {
 		t.Fatal(d.err)

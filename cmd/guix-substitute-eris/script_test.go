@@ -59,6 +59,14 @@ func asAnybody(args []string) []string {
 	return append(slices.Clip(args), "--user=root")
 }
 
+// must ends the test if there is an error.
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestScript runs the scripts, which are the documentation of what the program does at its
 // boundary. Beside the commands of testscript they have those of scriptCommands, which are
 // explained there.

@@ -20,9 +20,7 @@ import (
 func TestSeedsHoldUpNothing(t *testing.T) {
 	directory := t.TempDir()
 	l, err := net.Listen("unix", filepath.Join(directory, "s"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer l.Close()
 	go func() {
 		for {
@@ -38,26 +36,20 @@ func TestSeedsHoldUpNothing(t *testing.T) {
 	for i := range a.env {
 		a.env[i] = strings.Replace(a.env[i], "discover=false", "discover=true", 1)
 	}
-	kept := filepath.Join(filepath.Dir(a.store), "state", "substitute", "eris")
+	kept := filepath.Join(filepath.Dir(a.store), "state/cache/guix/substitute-eris")
 	neighbours := filepath.Join(kept, "neighbours")
 	err = errors.Join(os.MkdirAll(kept+"/seeds", 0o700), os.WriteFile(kept+"/seeds/nar-1", make([]byte, 10000), 0o600), os.WriteFile(neighbours, nil, 0o600))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	a.query()
 	d := a.start("substitute")
 	order := a.order()
 	a.substitute(d, order[0], order[0].path)
-	if err := os.WriteFile(neighbours, []byte("coap+tcp://127.0.0.1:9\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(neighbours, []byte("coap+tcp://127.0.0.1:9\n"), 0o600))
 	begin := time.Now()
 	a.substitute(d, order[1], order[1].path)
 	if took := time.Since(begin); took > 8*time.Second {
 		t.Errorf("it took %v", took)
 	}
-	if err := syscall.Kill(-d.cmd.Process.Pid, syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
+	must(t, syscall.Kill(-d.cmd.Process.Pid, syscall.SIGKILL))
 	d.close() // which says that it was killed
 }

@@ -81,44 +81,33 @@ type soak struct {
 func newSoak(t *testing.T) *soak {
 	s := &soak{key: acl.GenerateSigningKey()}
 	var err error
-	if s.blocks, err = blockstore.Open(t.TempDir()+"/blocks", blockstore.Options{}); err != nil {
-		t.Fatal(err)
-	}
+	s.blocks, err = blockstore.Open(t.TempDir()+"/blocks", blockstore.Options{})
+	must(t, err)
 	t.Cleanup(func() { s.blocks.Close() })
 	var wait sync.WaitGroup
 	wait.Go(func() { s.watch(t.Context()) })
 	t.Cleanup(wait.Wait)
 	compressor, err := zstd.NewWriter(nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer compressor.Close()
 	random := rand.New(rand.NewPCG(5, 6))
 	for i, size := range []int{100, 900, 4000, 30000, 70000, 200000, 500000, 2 << 20} {
 		item := &soakItem{name: fmt.Sprintf("%032d-item%d", i, random.IntN(100))}
 		item.references = random.Perm(i)[:min(i, 3)]
 		tree := t.TempDir() + "/tree"
-		if err := os.MkdirAll(tree+"/lib/empty", 0o755); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.MkdirAll(tree+"/lib/empty", 0o755))
 		large := noise(uint64(i), size)
 		copy(large[size/2:], large[:size/2]) // compressible
 		for name, contents := range map[string][]byte{"file": large, "same": noise(0, 10000), "name": []byte(item.name)} {
-			if err := os.WriteFile(tree+"/lib/"+name, contents, 0o644); err != nil {
-				t.Fatal(err)
-			}
+			must(t, os.WriteFile(tree+"/lib/"+name, contents, 0o644))
 		}
-		if err := os.Symlink("lib/file", tree+"/link"); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Symlink("lib/file", tree+"/link"))
 		var archive bytes.Buffer
 		if _, err := nar.Write(&archive, nar.NewTree(tree)); err != nil {
 			t.Fatal(err)
 		}
 		encoding, err := publish.Encode(t.Context(), tree, s.blocks.Put, erisfs.EncodeOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		item.archive, item.hash, item.capability = archive.Bytes(), sha256.Sum256(archive.Bytes()), encoding.Capability
 		item.zstd = compressor.EncodeAll(item.archive, nil)
 		s.items = append(s.items, item)
@@ -185,31 +174,22 @@ func (s *soak) newRun(t *testing.T, seed uint64) *soakRun {
 	t.Helper()
 	r := &soakRun{soak: s, t: t, seed: seed, random: rand.New(rand.NewPCG(seed, 1)), end: make(chan struct{}), narinfos: map[string]string{}}
 	directory, err := os.MkdirTemp("", "soak") // short, for sockets
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	r.close = sync.OnceFunc(func() {
 		close(r.end)
 		for _, f := range r.closers {
 			f()
 		}
 		r.wait.Wait()
-		if err := restore.Remove(directory); err != nil {
-			t.Error(err)
-		}
+		must(t, restore.Remove(directory))
 	})
 	t.Cleanup(r.close)
-	if r.program, err = exec.LookPath("guix-substitute-eris"); err != nil {
-		t.Fatal(err)
-	}
+	r.program, err = exec.LookPath("guix-substitute-eris")
+	must(t, err)
 	r.store, r.otherSession = directory+"/store", directory+"/helper"
-	if err := os.WriteFile(r.otherSession, []byte("#!/bin/sh\n"+r.program+" \"$@\"\nexit $?\n"), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(r.otherSession, []byte("#!/bin/sh\n"+r.program+" \"$@\"\nexit $?\n"), 0o755))
 	for _, name := range []string{"store", "etc", "state", "home"} {
-		if err := os.Mkdir(directory+"/"+name, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Mkdir(directory+"/"+name, 0o755))
 	}
 	r.sign()
 	mode := []string{"http", "coap", "both"}[seed%3]
@@ -254,9 +234,7 @@ func (s *soak) newRun(t *testing.T, seed uint64) *soakRun {
 		"acl":                  acl.NewACL(s.key.PublicKey()).Text(),
 		"substitute-eris.toml": fmt.Sprintf("policy = %q\ncache-size = %q\nseed-nars = %v\nverbose = true\n", policy, cacheSize, seed/3%2 == 1),
 	} {
-		if err := os.WriteFile(directory+"/etc/"+name, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(directory+"/etc/"+name, []byte(text), 0o600))
 	}
 	r.env = []string{
 		"PATH=" + os.Getenv("PATH"), "TESTSCRIPT_COMMAND=guix-substitute-eris", "HOME=" + directory + "/home",
@@ -287,9 +265,7 @@ func (r *soakRun) faults(more []fault, faulty bool) *faults {
 func (r *soakRun) listen(network, address string) net.Listener {
 	r.t.Helper()
 	l, err := net.Listen(network, address)
-	if err != nil {
-		r.t.Fatal(err)
-	}
+	must(r.t, err)
 	return l
 }
 
@@ -333,9 +309,7 @@ func (r *soakRun) serve(f *faults) string {
 func (r *soakRun) serveBlocks(f *faults, directory string, i int) string {
 	store := faultyStore(r.blocks, f)
 	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Source: store, Sink: r.blocks}}})
-	if err != nil {
-		r.t.Fatal(err)
-	}
+	must(r.t, err)
 	url, l := "", net.Listener(nil)
 	if r.random.IntN(2) == 0 {
 		l = r.listen("tcp", "127.0.0.1:0")
@@ -370,17 +344,11 @@ func (r *soakRun) sign() {
 			{URL: "nar/" + item.name, Compression: "none"},
 		}
 		part, err := narinfo.SignedPart(n)
-		if err != nil {
-			r.t.Fatal(err)
-		}
+		must(r.t, err)
 		signature, err := r.key.Sign(sha256.Sum256([]byte(part)), "x")
-		if err != nil {
-			r.t.Fatal(err)
-		}
+		must(r.t, err)
 		text, err := narinfo.Text(part, signature, urls[r.random.IntN(2):])
-		if err != nil {
-			r.t.Fatal(err)
-		}
+		must(r.t, err)
 		r.narinfos["/"+item.name[:32]+".narinfo"] = text
 	}
 }
@@ -616,9 +584,7 @@ func (r *soakRun) killed(mode int, left *int) bool {
 func TestPublishKilled(t *testing.T) {
 	c := newChain(t)
 	store, err := startBlockServer(c.directory, c.directory+"/serve.log", c.env, "--directory="+c.directory+"/blocks", "--socket="+c.directory+"/s")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(store.end)
 	random := rand.New(rand.NewPCG(7, 8))
 	said := map[string]string{} // URNs by URL
@@ -628,9 +594,7 @@ func TestPublishKilled(t *testing.T) {
 		})
 		publisher, err := startPublisher(c.directory, c.env, t.Logf, []string{"--root=" + c.directory + "/items",
 			"--cache=" + c.directory + "/cache", "--eris=" + store.urls["UNIX"], c.manifest()})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		// The last one is not killed, and says everything once more.
 		items := c.items[max(0, i-1):]
 		if i == kills(t, 3) {
@@ -652,9 +616,7 @@ func TestPublishKilled(t *testing.T) {
 		}
 		group.Wait()
 		if i == kills(t, 3) {
-			if err := publisher.stop(); err != nil {
-				t.Error(err)
-			}
+			must(t, publisher.stop())
 		} else {
 			publisher.kill()
 		}

@@ -23,18 +23,12 @@ func TestWalkthrough(t *testing.T) {
 		}
 	}
 	script, err := shellBlocks("walkthrough.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	c := newChain(t)
-	if err := os.Remove(c.directory + "/etc/substitute-eris.toml"); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Remove(c.directory + "/etc/substitute-eris.toml"))
 	// Another server may be at the port that people are told to use.
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	_, port, _ := net.SplitHostPort(l.Addr().String())
 	l.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
@@ -44,9 +38,7 @@ func TestWalkthrough(t *testing.T) {
 	// Servers that a step has left behind end with the group.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGKILL}
 	log, err := os.Create(c.directory + "/output")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer log.Close()
 	cmd.Stdout, cmd.Stderr = log, log
 	err = cmd.Run()
