@@ -33,12 +33,11 @@ import (
 // aheadTest is a store, a daemon process, which this one plays, and a server that answers no
 // request for a nar before some number of them are under way.
 type aheadTest struct {
-	t       *testing.T
-	store   string
-	env     []string
-	items   []aheadItem
-	program string
-	size    int // of the contents of items, about
+	t     *testing.T
+	store string
+	env   []string
+	items []aheadItem
+	size  int // of the contents of items, about
 
 	mu      sync.Mutex
 	changed sync.Cond
@@ -67,9 +66,6 @@ func newAheadTest(t *testing.T, needed int, configuration string) *aheadTest {
 		must(t, os.Mkdir(filepath.Join(directory, name), 0o755))
 	}
 	a.configure(configuration)
-	var err error
-	a.program, err = exec.LookPath("guix-substitute-eris")
-	must(t, err)
 	a.makeItems(12)
 	server := httptest.NewServer(a)
 	t.Cleanup(func() {
@@ -195,10 +191,8 @@ func (a *aheadTest) fetched(item aheadItem, want int) {
 
 func (a *aheadTest) start(mode string) *daemonHelper {
 	a.t.Helper()
-	d := startDaemonHelper(a.program, mode, a.env, false)
-	if d.err != nil {
-		a.t.Fatal(d.err)
-	}
+	d, err := startDaemonHelper(theProgram, mode, a.env, false)
+	must(a.t, err)
 	return d
 }
 
@@ -328,7 +322,7 @@ func TestAhead(t *testing.T) {
 
 // counts returns what doctor says of what was substituted ahead, also in words.
 func (a *aheadTest) counts() (counts sourcestate.Ahead) {
-	command := exec.Command(a.program, "doctor", "--json", "--substitute-urls=http://127.0.0.1:1", "--eris-store-url=none")
+	command := exec.Command(theProgram, "doctor", "--json", "--substitute-urls=http://127.0.0.1:1", "--eris-store-url=none")
 	command.Env = append(a.env, "GUIX_SUBSTITUTE_ERIS_SYSTEM_ROOT="+a.store)
 	text, _ := command.Output() // for there are things to mend
 	var findings []struct {

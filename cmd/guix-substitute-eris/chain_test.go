@@ -9,7 +9,6 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime/debug"
 	"slices"
@@ -130,16 +129,20 @@ type usage struct {
 	cpu    time.Duration
 }
 
-// talk sends requests to a helper, as the daemon does.
+// start starts a helper, as the daemon does.
+func (c *chain) start(mode, store string, env ...string) *daemonHelper {
+	c.t.Helper()
+	env = append(slices.Concat(c.env, env), "_NIX_OPTIONS=discover=false\nsubstitute-urls="+c.server+"\n", "ERIS_STORE_URL="+store)
+	d, err := startDaemonHelper(theProgram, mode, env, false)
+	must(c.t, err)
+	return d
+}
+
+// talk sends requests to a helper.
 func (c *chain) talk(mode, store, requests string) (replies, log string, used usage) {
 	c.t.Helper()
-	program, err := exec.LookPath("guix-substitute-eris")
-	must(c.t, err)
-	d := startDaemonHelper(program, mode, append(c.env, "_NIX_OPTIONS=discover=false\nsubstitute-urls="+c.server+"\n", "ERIS_STORE_URL="+store), false)
-	if d.err != nil {
-		c.t.Fatal(d.err)
-	}
-	replies, err = d.talk(requests)
+	d := c.start(mode, store)
+	replies, err := d.talk(requests)
 	if err2 := d.close(); err == nil {
 		err = err2
 	}

@@ -19,16 +19,14 @@ import (
 // it, in a process group of its own.
 func demoCommandIn(t *testing.T, args ...string) (cmd *exec.Cmd, temporary string) {
 	t.Helper()
-	program, err := exec.LookPath("guix-substitute-eris")
-	must(t, err)
 	// A short name, for the socket.
-	temporary, err = os.MkdirTemp("/tmp", "demo")
+	temporary, err := os.MkdirTemp("/tmp", "demo")
 	must(t, err)
 	t.Cleanup(func() {
 		makeWritable(temporary)
 		os.RemoveAll(temporary)
 	})
-	cmd = exec.Command(program, append([]string{"demo"}, args...)...)
+	cmd = exec.Command(theProgram, append([]string{"demo"}, args...)...)
 	cmd.Env = append(os.Environ(), "TMPDIR="+temporary, "ERIS_STORE_URL=coap://127.0.0.1:1", "GUIX_CONFIGURATION_DIRECTORY=/nonexistent")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	return cmd, temporary

@@ -17,8 +17,6 @@ import (
 // TestEncodeChanging checks that a file has no URN that changes while it is encoded, nor has a tree
 // with such a file: the store changes it when it gets the first block.
 func TestEncodeChanging(t *testing.T) {
-	program, err := exec.LookPath("guix-substitute-eris")
-	must(t, err)
 	const size = 48 << 20 // more than is on the way to a store
 	overwrite := func(path string) error {
 		f, err := os.OpenFile(path, os.O_WRONLY, 0)
@@ -59,10 +57,11 @@ func TestEncodeChanging(t *testing.T) {
 				w.WriteHeader(http.StatusCreated)
 			}))
 			defer store.Close()
-			cmd := exec.Command(program, append([]string{"encode", "--store=" + store.URL}, test.encode...)...)
+			cmd := exec.Command(theProgram, append([]string{"encode", "--store=" + store.URL}, test.encode...)...)
 			cmd.Dir = directory
-			cmd.Stdin, err = os.Open(path)
+			stdin, err := os.Open(path)
 			must(t, err)
+			cmd.Stdin = stdin
 			var messages strings.Builder
 			cmd.Stderr = &messages
 			output, err := cmd.Output()

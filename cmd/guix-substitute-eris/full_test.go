@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -153,13 +152,7 @@ func (f *fullTest) only(t *testing.T, names string) {
 // helper starts a helper that keeps what it learns below a directory.
 func (f *fullTest) helper(t *testing.T, mode, state string) *soakHelper {
 	t.Helper()
-	program, err := exec.LookPath("guix-substitute-eris")
-	must(t, err)
-	d := startDaemonHelper(program, mode, append(slices.Clip(f.env), "ERIS_STORE_URL="+f.stores[cmp.Or(f.scheme, "coap+tcp")], "XDG_CACHE_HOME="+state,
-		"_NIX_OPTIONS=discover=false\nsubstitute-urls="+f.server+"\n"), false)
-	if d.err != nil {
-		t.Fatal(d.err)
-	}
+	d := f.start(mode, f.stores[cmp.Or(f.scheme, "coap+tcp")], "XDG_CACHE_HOME="+state)
 	return &soakHelper{d, &soakRun{t: t, what: mode}, bufio.NewReader(d.replies), mode, -1}
 }
 
@@ -284,7 +277,7 @@ func (f *fullTest) decoded(t *testing.T, store, urn string) {
 	if _, ok := f.run(t, "decode", "--store="+store, urn, "decoded"); ok {
 		f.right(t, f.directory+"/decoded")
 	}
-	must(t, restore.Remove(f.directory + "/decoded"))
+	must(t, restore.Remove(f.directory+"/decoded"))
 }
 
 // serves has a store on the small disk, into which the item is encoded.

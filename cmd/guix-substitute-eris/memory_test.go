@@ -257,7 +257,7 @@ func TestLargeItemMemory(t *testing.T) {
 				t.Error(failed)
 			}
 			must(t, restore.Remove(name))
-			must(t, restore.Remove(store + "/.links"))
+			must(t, restore.Remove(store+"/.links"))
 		})
 	}
 }
@@ -270,18 +270,16 @@ func checkMemory(t *testing.T, directory, name, want string, serve http.HandlerF
 	const most = 64 << 20
 	server := httptest.NewServer(serve)
 	defer server.Close()
-	d := startDaemonHelper(buildProgram(t), "substitute", append(env,
+	d, err := startDaemonHelper(buildProgram(t), "substitute", append(env,
 		"NIX_STORE_DIR="+filepath.Dir(name),
 		"GUIX_STATE_DIRECTORY="+directory+"/var",
 		"GUIX_CONFIGURATION_DIRECTORY="+directory+"/etc",
 		"GUIX_ALLOW_UNAUTHENTICATED_SUBSTITUTES=yes",
 		"_NIX_OPTIONS=discover=false\nsubstitute-urls="+server.URL+"\ndeduplicate=yes",
 	), false)
-	if d.err != nil {
-		t.Fatal(d.err)
-	}
+	must(t, err)
 	// The pipe of requests stays open while memory is looked at.
-	_, err := io.WriteString(d.stdin, "substitute "+name+" "+name+"\n")
+	_, err = io.WriteString(d.stdin, "substitute "+name+" "+name+"\n")
 	var reply [4096]byte
 	n := 0
 	if err == nil {

@@ -60,11 +60,7 @@ type publisher struct {
 
 // startPublisher runs the command publish and waits until it listens.
 func startPublisher(directory string, env []string, logf func(string, ...any), args []string) (*publisher, error) {
-	program, err := exec.LookPath("guix-substitute-eris")
-	if err != nil {
-		return nil, err
-	}
-	cmd := exec.Command(program, append([]string{"publish", "--listen=127.0.0.1:0"}, args...)...)
+	cmd := exec.Command(theProgram, append([]string{"publish", "--listen=127.0.0.1:0"}, args...)...)
 	cmd.Dir, cmd.Env = directory, env
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	log, err := cmd.StderrPipe()

@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"sync"
@@ -119,12 +118,7 @@ func TestResume(t *testing.T) {
 	before := wire.sent.Load()
 	wire.half.Store(before + total/2)
 
-	program, err := exec.LookPath("guix-substitute-eris")
-	must(t, err)
-	d := startDaemonHelper(program, "substitute", append(c.env, "_NIX_OPTIONS=discover=false\nsubstitute-urls="+c.server+"\n", "ERIS_STORE_URL="+c.stores["coap+tcp"]), false)
-	if d.err != nil {
-		t.Fatal(d.err)
-	}
+	d := c.start("substitute", c.stores["coap+tcp"])
 	if _, err := io.WriteString(d.stdin, "substitute "+c.items[0].path+" "+c.directory+"/killed\n"); err != nil {
 		t.Fatal(err)
 	}

@@ -5,6 +5,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"database/sql"
@@ -357,13 +358,19 @@ func (s *scriptServer) handler(root *os.Root, rules []string, done chan struct{}
 	return func(w http.ResponseWriter, r *http.Request) {
 		s.mu.Lock()
 		s.seen = append(s.seen, r.Method+" "+r.RequestURI)
+		first := len(slices.DeleteFunc(slices.Clone(s.seen), func(seen string) bool { return seen != "GET "+r.URL.Path })) == 1
 		s.mu.Unlock()
-		limit, stall, parts := -1, false, false
-		status := 0
-		length, flip := true, -1
+		silent := func() {
+			select {
+			case <-r.Context().Done():
+			case <-done:
+			}
+		}
+		length, ranges, flip := true, false, -1
 		for _, rule := range rules {
 			name, value, _ := strings.Cut(rule, "=")
 			path, argument, _ := strings.Cut(value, ":")
+			number, _ := strconv.Atoi(argument)
 			switch name {
 			case "delay":
 				d, _ := time.ParseDuration(value)
@@ -372,45 +379,38 @@ func (s *scriptServer) handler(root *os.Root, rules []string, done chan struct{}
 				case <-done:
 				}
 			case "silent":
-				select {
-				case <-r.Context().Done():
-				case <-done:
-				}
+				silent()
 				return
 			case "header":
 				w.Header().Set(path, argument)
 			case "nolength":
 				length = false
+			case "ranges":
+				ranges = true
 			}
 			if path != r.URL.Path {
 				continue
 			}
 			switch name {
 			case "cut":
-				limit, _ = strconv.Atoi(argument)
+				w = &cutAnswer{w, number, func() {}}
 			case "parts":
-				parts = true
-				limit, _ = strconv.Atoi(argument)
+				w = &cutAnswer{w, number, func() {}}
+				w.Header().Set("ETag", `"`+r.URL.Path+`"`)
+				ranges = true
 			case "stall":
-				limit, _ = strconv.Atoi(argument)
-				stall = true
+				w = &cutAnswer{w, number, silent}
 			case "flip":
-				s.mu.Lock()
-				first := len(slices.DeleteFunc(slices.Clone(s.seen), func(seen string) bool { return seen != "GET "+path })) == 1
-				s.mu.Unlock()
-				if n, _ := strconv.Atoi(argument); first {
-					flip = n
+				if first {
+					flip = number
 				}
 			case "status":
-				status, _ = strconv.Atoi(argument)
+				w.WriteHeader(number)
+				return
 			case "redirect":
 				http.Redirect(w, r, argument, http.StatusFound)
 				return
 			}
-		}
-		if status != 0 {
-			w.WriteHeader(status)
-			return
 		}
 		contents, err := root.ReadFile(strings.TrimPrefix(r.URL.Path, "/"))
 		if err != nil {
@@ -420,43 +420,33 @@ func (s *scriptServer) handler(root *os.Root, rules []string, done chan struct{}
 		if flip >= 0 {
 			contents[flip] ^= 1
 		}
-		if slices.Contains(rules, "ranges") {
+		if ranges {
 			http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(contents))
 			return
-		}
-		if parts {
-			w.Header().Set("ETag", `"`+r.URL.Path+`"`)
-			var first int
-			fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-", &first)
-			if first > 0 && first < len(contents) && r.Header.Get("If-Range") == w.Header().Get("ETag") {
-				w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", first, len(contents)-1, len(contents)))
-				contents = contents[first:]
-				status = http.StatusPartialContent
-			}
 		}
 		if length {
 			w.Header().Set("Content-Length", strconv.Itoa(len(contents)))
 		}
-		if parts {
-			w.WriteHeader(max(status, http.StatusOK))
-			if limit >= len(contents) {
-				limit = -1
-			}
-		}
-		if limit < 0 {
-			w.Write(contents)
-			return
-		}
-		w.Write(contents[:min(limit, len(contents))])
-		http.NewResponseController(w).Flush()
-		if stall {
-			select {
-			case <-r.Context().Done():
-			case <-done:
-			}
-		}
-		panic(http.ErrAbortHandler)
+		w.Write(contents)
 	}
+}
+
+// cutAnswer is an answer that ends after some bytes.
+type cutAnswer struct {
+	http.ResponseWriter
+	left int
+	wait func() // before the connection is cut
+}
+
+func (c *cutAnswer) Write(p []byte) (int, error) {
+	if len(p) <= c.left {
+		c.left -= len(p)
+		return c.ResponseWriter.Write(p)
+	}
+	c.ResponseWriter.Write(p[:c.left])
+	http.NewResponseController(c.ResponseWriter).Flush()
+	c.wait()
+	panic(http.ErrAbortHandler)
 }
 
 // requests VARIABLE FILE writes what a server has been asked for, sorted, to a file, and forgets
@@ -489,37 +479,29 @@ func scriptRequests(ts *testscript.TestScript, neg bool, args []string) {
 // copies=N there are N of them at once, which must reply alike. With program=FILE another program
 // is started. With unread=yes nobody reads the log.
 func scriptDaemon(ts *testscript.TestScript, neg bool, args []string) {
-	h := helperOptions{mode: args[0], program: "guix-substitute-eris", copies: 1}
+	program, kill, copies, unread := theProgram, "", 1, false
 	requests := os.Expand(ts.ReadFile(args[1]), ts.Getenv)
 	options := "substitute-urls=" + ts.Getenv("URLS") + "\n"
 	for _, option := range args[2:] {
 		name, value, _ := strings.Cut(option, "=")
 		switch name {
 		case "kill":
-			h.kill = ts.MkAbs(value)
+			kill = ts.MkAbs(value)
 		case "copies":
-			h.copies, _ = strconv.Atoi(value)
+			copies, _ = strconv.Atoi(value)
 		case "program":
-			h.program = ts.MkAbs(value)
+			program = ts.MkAbs(value)
 		case "unread":
-			h.unread = true
+			unread = true
 		default:
 			options += option + "\n"
 		}
 	}
-	if !strings.Contains(h.program, "/") {
-		for _, d := range filepath.SplitList(ts.Getenv("PATH")) {
-			if _, err := os.Stat(d + "/" + h.program); err == nil {
-				h.program = d + "/" + h.program
-				break
-			}
-		}
-	}
-	h.env = append(scriptEnvironment(ts), "_NIX_OPTIONS="+options+"discover=false\n") // no question to the network around us
-	results := make([]helperResult, h.copies)
+	env := append(scriptEnvironment(ts), "_NIX_OPTIONS="+options+"discover=false\n") // no question to the network around us
+	results := make([]helperResult, copies)
 	var wait sync.WaitGroup
 	for i := range results {
-		wait.Go(func() { results[i] = h.run(requests) })
+		wait.Go(func() { results[i] = runHelper(program, args[0], env, requests, kill, unread) })
 	}
 	wait.Wait()
 	first := results[0]
@@ -528,9 +510,9 @@ func scriptDaemon(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Logf("log:\n%s", first.log)
 	for _, r := range results {
 		switch {
-		case h.kill == "" && r.err != nil:
+		case kill == "" && r.err != nil:
 			ts.Fatalf("%v; replies so far: %q", r.err, r.replies)
-		case h.kill != "" && r.err == nil:
+		case kill != "" && r.err == nil:
 			ts.Fatalf("the program ended before it was killed; replies: %q", r.replies)
 		case r.replies != first.replies:
 			ts.Fatalf("replies differ: %q and %q", r.replies, first.replies)
@@ -538,50 +520,39 @@ func scriptDaemon(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// helperOptions say how a program is started as by the daemon.
-type helperOptions struct {
-	mode, program string
-	env           []string
-	copies        int
-	kill          string
-	unread        bool
-}
-
 type helperResult struct {
 	replies, log string
 	err          error
 }
 
-// run starts the program, sends requests to it and ends it.
-func (h helperOptions) run(requests string) helperResult {
-	d := startDaemonHelper(h.program, h.mode, h.env, h.unread)
-	if d.err != nil {
-		return helperResult{err: d.err}
+// runHelper starts a program as the daemon does, sends requests to it and ends it, or kills it as
+// soon as a file is not empty, if it has a name.
+func runHelper(program, mode string, env []string, requests, kill string, unread bool) (r helperResult) {
+	d, err := startDaemonHelper(program, mode, env, unread)
+	if err != nil {
+		return helperResult{err: err}
 	}
 	var killer sync.WaitGroup
 	finished := make(chan struct{})
-	if h.kill != "" {
-		killer.Go(func() {
-			for {
-				if info, err := os.Stat(h.kill); err == nil && info.Size() > 0 {
-					syscall.Kill(-d.cmd.Process.Pid, syscall.SIGKILL)
-					return
-				}
-				select {
-				case <-finished:
-					return
-				case <-time.After(time.Millisecond):
-				}
+	killer.Go(func() {
+		for kill != "" {
+			if info, err := os.Stat(kill); err == nil && info.Size() > 0 {
+				syscall.Kill(-d.cmd.Process.Pid, syscall.SIGKILL)
+				return
 			}
-		})
-	}
-	replies, err := d.talk(requests)
+			select {
+			case <-finished:
+				return
+			case <-time.After(time.Millisecond):
+			}
+		}
+	})
+	r.replies, err = d.talk(requests)
 	close(finished)
 	killer.Wait()
-	if err2 := d.close(); err == nil {
-		err = err2
-	}
-	return helperResult{replies, d.log.String(), err}
+	r.err = cmp.Or(err, d.close())
+	r.log = d.log.String()
+	return r
 }
 
 // scriptEnvironment is the environment of a script.
@@ -602,7 +573,6 @@ func scriptEnvironment(ts *testscript.TestScript) []string {
 
 // A daemonHelper is the program started as by the daemon.
 type daemonHelper struct {
-	err     error
 	cmd     *exec.Cmd
 	query   bool
 	stdin   *os.File
@@ -613,33 +583,33 @@ type daemonHelper struct {
 	memory  int // the most that it has had at a time when all was replied, in bytes
 }
 
-func startDaemonHelper(program, mode string, env []string, unread bool) *daemonHelper {
+// theProgram is the program, which is in PATH.
+const theProgram = "guix-substitute-eris"
+
+func startDaemonHelper(program, mode string, env []string, unread bool) (*daemonHelper, error) {
 	d := &daemonHelper{query: mode == "query"}
-	var stdin, replies, log *os.File
-	if stdin, d.stdin, d.err = os.Pipe(); d.err != nil {
-		return d
+	stdin, stdinEnd, err := os.Pipe()
+	replies, repliesEnd, err2 := os.Pipe()
+	log, logEnd, err3 := os.Pipe()
+	if err := errors.Join(err, err2, err3); err != nil {
+		return nil, err
 	}
-	if d.replies, replies, d.err = os.Pipe(); d.err != nil {
-		return d
-	}
-	if d.logPipe, log, d.err = os.Pipe(); d.err != nil {
-		return d
-	}
+	d.stdin, d.replies, d.logPipe = stdinEnd, replies, log
 	d.cmd = exec.Command(program, "substitute", "--"+mode)
 	d.cmd.Dir = "/"
 	d.cmd.Env = append(slices.Clip(env), "GORACE="+raceOptions)
-	d.cmd.Stdin, d.cmd.Stdout, d.cmd.Stderr = stdin, log, log
+	d.cmd.Stdin, d.cmd.Stdout, d.cmd.Stderr = stdin, logEnd, logEnd
 	// Descriptor 3 is something that is none of the program's business.
-	d.cmd.ExtraFiles = []*os.File{stdin, replies}
+	d.cmd.ExtraFiles = []*os.File{stdin, repliesEnd}
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
-	d.err = d.cmd.Start()
+	err = d.cmd.Start()
 	stdin.Close()
-	replies.Close()
-	log.Close()
-	if d.err == nil && !unread {
-		d.wait.Go(func() { io.Copy(&d.log, d.logPipe) })
+	repliesEnd.Close()
+	logEnd.Close()
+	if err == nil && !unread {
+		d.wait.Go(func() { io.Copy(&d.log, log) })
 	}
-	return d
+	return d, err
 }
 
 // talk sends each line and reads the reply to it.

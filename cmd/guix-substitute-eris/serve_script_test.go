@@ -120,10 +120,6 @@ var statusLine = regexp.MustCompile(`(?m)^guix-substitute-eris: status at (\S+)$
 // startBlockServer starts the program in a directory, with its log in a file, and waits until it is
 // ready. If it ends instead, the error is an [exec.ExitError].
 func startBlockServer(directory, log string, env []string, args ...string) (_ *blockServer, err error) {
-	program, err := exec.LookPath("guix-substitute-eris")
-	if err != nil {
-		return nil, err
-	}
 	f, err := os.Create(log)
 	if err != nil {
 		return nil, err
@@ -143,7 +139,7 @@ func startBlockServer(directory, log string, env []string, args ...string) (_ *b
 	if err := errors.Join(os.Chmod(s.directory, 0o755), os.Chmod(address.Name, 0o777)); err != nil {
 		return nil, err
 	}
-	s.cmd = exec.Command(program, append([]string{"serve"}, args...)...)
+	s.cmd = exec.Command(theProgram, append([]string{"serve"}, args...)...)
 	s.cmd.Dir = directory
 	s.cmd.Env = append(slices.Clip(env), "NOTIFY_SOCKET="+address.Name)
 	s.cmd.Stderr = f

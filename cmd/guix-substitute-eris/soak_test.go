@@ -172,7 +172,7 @@ type soakRun struct {
 // faults are drawn as well.
 func (s *soak) newRun(t *testing.T, seed uint64) *soakRun {
 	t.Helper()
-	r := &soakRun{soak: s, t: t, seed: seed, random: rand.New(rand.NewPCG(seed, 1)), end: make(chan struct{}), narinfos: map[string]string{}}
+	r := &soakRun{soak: s, t: t, seed: seed, random: rand.New(rand.NewPCG(seed, 1)), end: make(chan struct{}), narinfos: map[string]string{}, program: theProgram}
 	directory, err := os.MkdirTemp("", "soak") // short, for sockets
 	must(t, err)
 	r.close = sync.OnceFunc(func() {
@@ -184,8 +184,6 @@ func (s *soak) newRun(t *testing.T, seed uint64) *soakRun {
 		must(t, restore.Remove(directory))
 	})
 	t.Cleanup(r.close)
-	r.program, err = exec.LookPath("guix-substitute-eris")
-	must(t, err)
 	r.store, r.otherSession = directory+"/store", directory+"/helper"
 	must(t, os.WriteFile(r.otherSession, []byte("#!/bin/sh\n"+r.program+" \"$@\"\nexit $?\n"), 0o755))
 	for _, name := range []string{"store", "etc", "state", "home"} {
@@ -371,10 +369,8 @@ type soakHelper struct {
 
 func (r *soakRun) start(mode string) *soakHelper {
 	r.t.Helper()
-	d := startDaemonHelper(r.program, mode, r.env, false)
-	if d.err != nil {
-		r.t.Fatal(d.err)
-	}
+	d, err := startDaemonHelper(r.program, mode, r.env, false)
+	must(r.t, err)
 	return &soakHelper{d, r, bufio.NewReader(d.replies), mode, -1}
 }
 

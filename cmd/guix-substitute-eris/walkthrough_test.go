@@ -25,7 +25,7 @@ func TestWalkthrough(t *testing.T) {
 	script, err := shellBlocks("walkthrough.md")
 	must(t, err)
 	c := newChain(t)
-	must(t, os.Remove(c.directory + "/etc/substitute-eris.toml"))
+	must(t, os.Remove(c.directory+"/etc/substitute-eris.toml"))
 	// Another server may be at the port that people are told to use.
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
