@@ -24,10 +24,8 @@ import (
 	"testing"
 	"time"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
 // aheadTest is a store, a daemon process, which this one plays, and a server that answers no
@@ -62,9 +60,7 @@ func newAheadTest(t *testing.T, needed int, configuration string) *aheadTest {
 	a := &aheadTest{t: t, store: directory + "/store", needed: needed, size: 11_000, asked: map[string]int{}}
 	a.changed.L = &a.mu
 	t.Cleanup(func() { makeWritable(directory) })
-	for _, name := range []string{"store", "etc", "state", "home"} {
-		must(t, os.Mkdir(filepath.Join(directory, name), 0o755))
-	}
+	a.setServer("")
 	a.configure(configuration)
 	a.makeItems(12)
 	server := httptest.NewServer(a)
@@ -82,13 +78,7 @@ func (a *aheadTest) configure(text string) {
 
 // setServer has helpers use a server.
 func (a *aheadTest) setServer(url string) {
-	directory := filepath.Dir(a.store)
-	a.env = []string{
-		"PATH=" + os.Getenv("PATH"), "TESTSCRIPT_COMMAND=guix-substitute-eris", "HOME=" + directory + "/home",
-		"NIX_STORE_DIR=" + a.store, "GUIX_CONFIGURATION_DIRECTORY=" + directory + "/etc",
-		"GUIX_STATE_DIRECTORY=" + directory + "/state", "GUIX_ALLOW_UNAUTHENTICATED_SUBSTITUTES=yes", "XDG_CACHE_HOME=" + directory + "/state/cache",
-		"_NIX_OPTIONS=discover=false\nprint-extended-build-trace=1\nsubstitute-urls=" + url + "\n",
-	}
+	a.env = append(machineEnvironment(a.t, filepath.Dir(a.store), "substitute-urls="+url+"\n"), "GUIX_ALLOW_UNAUTHENTICATED_SUBSTITUTES=yes")
 }
 
 func (a *aheadTest) makeItems(leaves int) {
@@ -102,21 +92,14 @@ func (a *aheadTest) makeItems(leaves int) {
 			}
 		}
 		tree := filepath.Join(a.t.TempDir(), "tree")
-		must(a.t, os.MkdirAll(filepath.Join(tree, "lib"), 0o755))
-		contents := bytes.Repeat([]byte(item.path+"\n"), a.size/len(item.path))
-		must(a.t, os.WriteFile(filepath.Join(tree, "lib", "file"), contents, 0o644))
-		var archive bytes.Buffer
-		if _, err := nar.Write(&archive, nar.NewTree(tree)); err != nil {
-			a.t.Fatal(err)
-		}
-		item.nar = archive.Bytes()
-		sum := sha256.Sum256(item.nar)
+		writeFiles(a.t, tree, map[string]string{"lib/file": strings.Repeat(item.path+"\n", a.size/len(item.path))})
+		item.nar = archiveOf(a.t, tree)
 		var references []string
 		for _, r := range item.references {
 			references = append(references, filepath.Base(r))
 		}
-		item.narinfo = fmt.Sprintf("StorePath: %s\nURL: nar/%s\nCompression: none\nNarHash: sha256:%s\nNarSize: %d\nReferences: %s\n",
-			item.path, filepath.Base(item.path), nixbase32.EncodeToString(sum[:]), len(item.nar), strings.Join(references, " "))
+		item.narinfo = fmt.Sprintf("StorePath: %s\nURL: nar/%s\nCompression: none\nNarHash: %s\nNarSize: %d\nReferences: %s\n",
+			item.path, filepath.Base(item.path), hashText(sha256.Sum256(item.nar)), len(item.nar), strings.Join(references, " "))
 		a.items = append(a.items, item)
 	}
 }

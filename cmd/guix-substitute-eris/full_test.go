@@ -18,7 +18,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
@@ -50,7 +49,7 @@ func TestFullDisks(t *testing.T) {
 	for i, size := range []int{0, 1, 5000, 5000, 40000, 90000} {
 		directory := fmt.Sprintf("%s/%d", tree, i%3)
 		must(t, os.MkdirAll(directory+"/empty", 0o755))
-		must(t, os.WriteFile(fmt.Sprintf("%s/%d", directory, i), noise(uint64(size), size), 0o644))
+		writeFiles(t, directory, map[string][]byte{fmt.Sprint(i): noise(uint64(size), size)})
 	}
 	must(t, os.Symlink("2/5", tree+"/link"))
 	nodes := nar.NewTree(tree)
@@ -129,10 +128,7 @@ func (f *fullTest) run(t *testing.T, args ...string) (stdout string, ok bool) {
 // right checks a tree against the item.
 func (f *fullTest) right(t *testing.T, path string) {
 	t.Helper()
-	sum, _, err := nar.HashTree(t.Context(), path)
-	if got := "sha256:" + nixbase32.EncodeToString(sum[:]); err != nil || got != f.items[0].hash {
-		t.Errorf("%s has the hash %s, error %v", path, got, err)
-	}
+	checkTree(t, path, f.items[0].hash)
 }
 
 // only checks that nothing is in the small disk but what has these names.

@@ -52,11 +52,8 @@ func scriptTranscript(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Fatalf("the transcript is:\n%s", got.String())
 }
 
-// shellBlocks returns what a document of the project tells people to run.
-func shellBlocks(document string) (string, error) { return blocksOf(document, "sh") }
-
-// blocksOf is shellBlocks for those that are marked in another way.
-func blocksOf(document, mark string) (string, error) {
+// shellBlocks returns what a document of the project tells people to run, in blocks with a mark.
+func shellBlocks(document, mark string) (string, error) {
 	text, err := os.ReadFile("../../docs/" + document)
 	script := "set -eu\n"
 	for i, part := range strings.Split(string(text), "\n```") {
@@ -71,12 +68,12 @@ func blocksOf(document, mark string) (string, error) {
 // which is marked as "sh MARK" to a file.
 func scriptDocument(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) == 3 {
-		script, err := blocksOf(args[0], "sh "+args[1])
+		script, err := shellBlocks(args[0], "sh "+args[1])
 		ts.Check(err)
 		ts.Check(os.WriteFile(ts.MkAbs(args[2]), []byte(script), 0o666))
 		return
 	}
-	script, err := shellBlocks(args[0])
+	script, err := shellBlocks(args[0], "sh")
 	ts.Check(err)
 	cmd := exec.Command("sh", "-xc", script)
 	cmd.Dir, cmd.Env = ts.MkAbs("."), scriptEnvironment(ts)

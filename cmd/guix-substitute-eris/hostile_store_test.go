@@ -25,7 +25,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
@@ -116,44 +115,23 @@ func (p *peer) listen(t *testing.T, socket string, blocks *blockMap) {
 	})
 }
 
-// hostileMachine is a daemon's machine, the narinfos of a directory, and the keys.
-type hostileMachine struct {
-	*chain
-	key *acl.SigningKey
-}
+// hostileMachine is a daemon's machine, and the narinfos of a directory.
+type hostileMachine struct{ *chain }
 
 func newHostileMachine(t *testing.T) *hostileMachine {
 	c := newChain(t)
-	secret, err := os.ReadFile(c.directory + "/etc/signing-key.sec")
-	must(t, err)
-	key, err := acl.ParseSigningKey(secret, nil)
-	must(t, err)
-	for _, directory := range []string{"first", "www/nar"} {
-		must(t, os.MkdirAll(c.directory+"/"+directory, 0o755))
-	}
-	keys, err := os.ReadFile(c.directory + "/etc/acl")
-	must(t, err)
-	for name, text := range map[string]string{"first/acl": string(keys), "first/substitute-eris.toml": "policy = \"eris-first\"\n"} {
-		must(t, os.WriteFile(c.directory+"/"+name, []byte(text), 0o600))
-	}
+	writeFiles(t, c.directory+"/first", map[string]string{"acl": acl.NewACL(c.key.PublicKey()).Text(), "substitute-eris.toml": "policy = \"eris-first\"\n"})
 	c.server = "file://" + c.directory + "/www"
-	return &hostileMachine{c, key}
+	return &hostileMachine{c}
 }
 
 // publish writes the narinfo and the nar of an item, with a read capability.
 func (h *hostileMachine) publish(path string, archive []byte, c eris.ReadCapability) {
 	h.t.Helper()
-	part, err := narinfo.SignedPart(&narinfo.Narinfo{
+	text := signedNarinfo(h.t, h.key, &narinfo.Narinfo{
 		StorePath: path, NarDigest: sha256.Sum256(archive), NarSize: uint64(len(archive)), ERIS: []narinfo.ERIS{{URN: c.URN()}},
-	})
-	must(h.t, err)
-	signature, err := h.key.Sign(sha256.Sum256([]byte(part)), "x")
-	must(h.t, err)
-	text, err := narinfo.Text(part, signature, []narinfo.URL{{URL: "nar/" + filepath.Base(path), Compression: "none"}})
-	must(h.t, err)
-	for name, b := range map[string][]byte{filepath.Base(path)[:32] + ".narinfo": []byte(text), "nar/" + filepath.Base(path): archive} {
-		must(h.t, os.WriteFile(h.directory+"/www/"+name, b, 0o644))
-	}
+	}, narinfo.URL{URL: "nar/" + filepath.Base(path), Compression: "none"})
+	writeFiles(h.t, h.directory+"/www", map[string][]byte{filepath.Base(path)[:32] + ".narinfo": []byte(text), "nar/" + filepath.Base(path): archive})
 }
 
 // fetch substitutes an item in both ways: with nars to fall back to, and without. It checks that
@@ -167,13 +145,9 @@ func (h *hostileMachine) fetch(t *testing.T, path, store string, archive []byte,
 		c.t = t
 		c.env = append(c.env[:len(c.env):len(c.env)], "GUIX_CONFIGURATION_DIRECTORY="+h.directory+"/"+etc)
 		reply, log, used := c.talk("substitute", store, "substitute "+path+" "+destination+"/item\n")
-		sum := sha256.Sum256(archive)
 		if etc == "first" || fromBlocks {
-			var got bytes.Buffer
-			tree := nar.NewTree(destination + "/item")
-			nar.Write(&got, tree)
-			tree.Close()
-			if !strings.HasPrefix(reply, "success ") || sha256.Sum256(got.Bytes()) != sum {
+			checkTree(t, destination+"/item", hashText(sha256.Sum256(archive)))
+			if !strings.HasPrefix(reply, "success ") {
 				t.Errorf("%s: reply %q\n%s", etc, reply, log)
 			}
 			if fallen := strings.Contains(log, "trying to find an alternative"); fallen == fromBlocks {
@@ -212,18 +186,13 @@ func testHostileStores(t *testing.T, idle bool) {
 	isIdle := map[string]bool{"another's token": true, "never answers": true, "silent": true, "stops in an answer": true}
 	h := newHostileMachine(t)
 	tree := h.directory + "/tree"
-	must(t, os.MkdirAll(tree+"/bin", 0o755))
 	for i := range 50 {
-		must(t, os.WriteFile(fmt.Sprintf("%s/bin/%d", tree, i), bytes.Repeat([]byte{byte(i)}, i*3000), 0o755))
+		writeFiles(t, tree, map[string][]byte{fmt.Sprint("bin/", i): bytes.Repeat([]byte{byte(i)}, i*3000)})
 	}
 	blocks := &blockMap{}
 	e, err := publish.Encode(t.Context(), tree, blocks.Put, erisfs.EncodeOptions{})
 	must(t, err)
-	var b bytes.Buffer
-	if _, err := nar.Write(&b, nar.NewTree(tree)); err != nil {
-		t.Fatal(err)
-	}
-	archive := b.Bytes()
+	archive := archiveOf(t, tree)
 	path := "/gnu/store/" + strings.Repeat("a", 32) + "-tree"
 	h.publish(path, archive, e.Capability)
 
@@ -401,19 +370,16 @@ func TestHostileContents(t *testing.T) {
 	socket := h.directory + "/p"
 	peer.listen(t, socket, blocks)
 	must(t, os.WriteFile(h.directory+"/good", []byte("good"), 0o644))
-	var archive bytes.Buffer
-	if _, err := nar.Write(&archive, nar.NewTree(h.directory+"/good")); err != nil {
-		t.Fatal(err)
-	}
+	archive := archiveOf(t, h.directory+"/good")
 	i := 0
 	t.Run("all", func(t *testing.T) { // ends when all have
 		for name, c := range contents {
 			i++
 			path := fmt.Sprintf("/gnu/store/%032d-x", i)
-			h.publish(path, archive.Bytes(), c)
+			h.publish(path, archive, c)
 			t.Run(name, func(t *testing.T) {
 				t.Parallel()
-				h.fetch(t, path, "coap+unix://"+socket, archive.Bytes(), false)
+				h.fetch(t, path, "coap+unix://"+socket, archive, false)
 			})
 		}
 	})

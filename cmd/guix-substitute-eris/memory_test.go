@@ -5,8 +5,6 @@ package main
 import (
 	"bytes"
 	"crypto/sha256"
-	"database/sql"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -15,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -23,7 +22,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/delta"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lzip"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
@@ -75,129 +74,56 @@ func (item *largeItem) pieces(f func(piece []byte) error) error {
 	return f(item.tail)
 }
 
-// Codes of dictionary sizes.
-const (
-	lzipLevel6 = 23 // 8 MiB
-	lzipLevel9 = 25 // 32 MiB
-)
-
-// lzipMember compresses what in has. It takes the fastest level, and says in the header that the
-// dictionary is one of a slower level, which makes a decompressor have the same window.
-func lzipMember(program string, out io.Writer, in io.Reader, dictionary byte) error {
-	cmd := exec.Command(program, "-0", "-c")
-	cmd.Stdin = in
-	r, err := cmd.StdoutPipe()
-	if err != nil {
+// largeMethods write an item compressed in the ways that servers have. What is joined has the block
+// compressed once.
+func largeMethods() map[string]func(w io.Writer, item *largeItem) error {
+	written := func(w io.WriteCloser, err error, pieces func(func([]byte) error) error) error {
+		if err == nil {
+			err = pieces(func(piece []byte) error { _, err := w.Write(piece); return err })
+		}
+		if err == nil {
+			err = w.Close()
+		}
 		return err
 	}
-	if err := cmd.Start(); err != nil {
-		return err
-	}
-	var header [6]byte
-	_, err = io.ReadFull(r, header[:])
-	if err == nil {
-		header[5] = dictionary
-		_, err = out.Write(header[:])
-	}
-	if err == nil {
-		_, err = io.Copy(out, r)
-	}
-	if err != nil {
-		cmd.Process.Kill()
-	}
-	if err2 := cmd.Wait(); err == nil {
-		err = err2
-	}
-	return err
-}
-
-// largeMethods write an item compressed in the ways that servers have.
-func largeMethods(t *testing.T) map[string]func(w io.Writer, item *largeItem) error {
-	joined := func(compress func(io.Writer, []byte) error) func(io.Writer, *largeItem) error {
+	joined := func(open func(io.Writer) (io.WriteCloser, error), members int) func(io.Writer, *largeItem) error {
 		return func(w io.Writer, item *largeItem) error {
 			var block bytes.Buffer
 			return item.pieces(func(piece []byte) error {
-				if len(piece) != len(item.block) {
-					return compress(w, piece)
-				}
-				if block.Len() == 0 {
-					if err := compress(&block, piece); err != nil {
-						return err
+				whole := len(piece) == len(item.block)
+				if !whole || block.Len() == 0 {
+					block.Reset()
+					for part := range slices.Chunk(piece, (len(piece)+members-1)/members) {
+						z, err := open(&block)
+						if err := written(z, err, func(f func([]byte) error) error { return f(part) }); err != nil {
+							return err
+						}
 					}
 				}
 				_, err := w.Write(block.Bytes())
+				if !whole {
+					block.Reset()
+				}
 				return err
 			})
 		}
 	}
-	methods := map[string]func(w io.Writer, item *largeItem) error{
+	return map[string]func(w io.Writer, item *largeItem) error{
 		"none": func(w io.Writer, item *largeItem) error {
-			return item.pieces(func(piece []byte) error {
-				_, err := w.Write(piece)
-				return err
-			})
+			return item.pieces(func(piece []byte) error { _, err := w.Write(piece); return err })
 		},
-		"gzip": joined(func(w io.Writer, piece []byte) error {
-			z, err := gzip.NewWriterLevel(w, 1)
-			if err == nil {
-				_, err = z.Write(piece)
-			}
-			if err == nil {
-				err = z.Close()
-			}
-			return err
-		}),
+		"gzip": joined(func(w io.Writer) (io.WriteCloser, error) { return gzip.NewWriterLevel(w, 1) }, 1),
 		"zstd": func(w io.Writer, item *largeItem) error { // with the window of level 19
-			z, err := zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedFastest),
-				zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(8<<20))
-			if err != nil {
-				return err
-			}
-			defer z.Close()
-			return item.pieces(func(piece []byte) error {
-				_, err := z.Write(piece)
-				return err
-			})
+			z, err := zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(8<<20))
+			return written(z, err, item.pieces)
 		},
+		"lzip": func(w io.Writer, item *largeItem) error { // one member
+			z, err := lzip.NewWriter(w, 9)
+			return written(z, err, item.pieces)
+		},
+		// Members like those of plzip -9.
+		"lzip, members": joined(func(w io.Writer) (io.WriteCloser, error) { return lzip.NewWriter(w, 9) }, 3),
 	}
-	// On Debian "lzip" may be plzip, which makes members of its own.
-	program, err := exec.LookPath("lzip.lzip")
-	if err != nil {
-		program, err = exec.LookPath("lzip")
-	}
-	if err != nil {
-		t.Log("lzip is not installed: its format is left out")
-		return methods
-	}
-	methods["lzip"] = func(w io.Writer, item *largeItem) error { // one member
-		r, in := io.Pipe()
-		go func() {
-			in.CloseWithError(item.pieces(func(piece []byte) error {
-				_, err := in.Write(piece)
-				return err
-			}))
-		}()
-		defer r.Close()
-		return lzipMember(program, w, r, lzipLevel9)
-	}
-	// Members like those of plzip -9 and, in between, of plzip.
-	methods["lzip, members"] = joined(func(w io.Writer, piece []byte) error {
-		half := len(piece) / 2
-		for _, part := range [][]byte{piece[:half], piece[half : half+half/2], piece[half+half/2:]} {
-			if len(part) == 0 {
-				continue
-			}
-			dictionary := byte(lzipLevel6)
-			if len(part) > 16<<20 {
-				dictionary = lzipLevel9
-			}
-			if err := lzipMember(program, w, bytes.NewReader(part), dictionary); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	return methods
 }
 
 // mostMemory returns the most memory that a process has had at a time, in bytes.
@@ -230,14 +156,14 @@ func TestLargeItemMemory(t *testing.T) {
 		return err
 	})
 	must(t, err)
-	hash := "sha256:" + nixbase32.EncodeToString(h.Sum(nil))
+	hash := hashText([sha256.Size]byte(h.Sum(nil)))
 	store := filepath.Join(directory, "store")
 	must(t, os.Mkdir(store, 0o755))
 	t.Cleanup(func() {
 		must(t, restore.Remove(store))
 	})
 	name := store + "/" + strings.Repeat("a", 32) + "-large"
-	for method, write := range largeMethods(t) {
+	for method, write := range largeMethods() {
 		if method == "lzip" && os.Getenv("ERIS_BIG_TESTS") != "all" {
 			continue
 		}
@@ -322,31 +248,21 @@ func TestLargeItemFromBase(t *testing.T) {
 			base, item := strings.Repeat("a", 32)+"-foo", strings.Repeat("b", 32)+"-foo"
 			for item, changed := range map[string][]byte{base: contents, item: changed} {
 				tree := trees + "/" + item
-				must(t, os.MkdirAll(tree, 0o755))
-				must(t, os.WriteFile(tree+"/changed", changed, 0o644))
-				must(t, os.WriteFile(tree+"/hashes", append([]byte(item), contents...), 0o644))
-				must(t, os.WriteFile(tree+"/large", nil, 0o644))
+				writeFiles(t, tree, map[string][]byte{"changed": changed, "hashes": append([]byte(item), contents...), "large": nil})
 				must(t, os.Truncate(tree+"/large", 2<<30))
 			}
 			must(t, os.Mkdir(store, 0o755))
 			old, err := restore.Restore(t.Context(), nar.NewTree(trees+"/"+base), store+"/"+base, restore.Options{})
 			must(t, err)
-			must(t, errors.Join(os.MkdirAll(directory+"/var/db", 0o755), os.Mkdir(directory+"/etc", 0o755)))
-			must(t, os.WriteFile(directory+"/etc/substitute-eris.toml", []byte("verbose = true\n"), 0o644))
-			db, err := sql.Open("sqlite", directory+"/var/db/db.sqlite")
+			writeFiles(t, directory+"/etc", map[string]string{"substitute-eris.toml": "verbose = true\n"})
+			db, err := newDatabase(directory + "/var/db/db.sqlite")
 			must(t, err)
 			defer db.Close()
-			for _, statement := range []string{
-				"CREATE TABLE ValidPaths (id integer primary key, path text unique, hash text, deriver text, narSize integer)",
-				"CREATE TABLE Refs (referrer integer, reference integer)",
-				fmt.Sprintf("INSERT INTO ValidPaths (path, hash, narSize) VALUES ('%s/%s', 'sha256:%x', %d)", store, base, old.NarHash, old.NarSize),
-			} {
-				_, err := db.Exec(statement)
-				must(t, err)
-			}
+			_, err = db.Exec(insertItem, store+"/"+base, fmt.Sprintf("sha256:%x", old.NarHash), old.NarSize)
+			must(t, err)
 			sum, size, err := nar.HashTree(t.Context(), trees+"/"+item)
 			must(t, err)
-			hash := "sha256:" + nixbase32.EncodeToString(sum[:])
+			hash := hashText(sum)
 			info := fmt.Sprintf("StorePath: %s/%s\nNarHash: %s\nNarSize: %d\nReferences: \nURL: nar\nCompression: none\n", store, item, hash, size)
 			var made bytes.Buffer
 			var env []string

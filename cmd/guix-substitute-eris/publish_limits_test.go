@@ -23,12 +23,9 @@ func TestPublishConnections(t *testing.T) {
 	const item = "00000000000000000000000000000001-item"
 	contents := make([]byte, 32<<20) // more than sockets hold
 	rand.Read(contents)
-	must(t, os.Mkdir(directory+"/items", 0o755))
-	for name, text := range map[string][]byte{
+	writeFiles(t, directory, map[string][]byte{
 		"items/" + item: contents, "manifest": []byte("StorePath: /gnu/store/" + item + "\nReferences: \n"),
-	} {
-		must(t, os.WriteFile(directory+"/"+name, text, 0o644))
-	}
+	})
 	var mu sync.Mutex
 	var log strings.Builder
 	logf := func(format string, a ...any) {

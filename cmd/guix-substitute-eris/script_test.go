@@ -32,7 +32,6 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/confine"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
@@ -58,14 +57,6 @@ func asAnybody(args []string) []string {
 		return args
 	}
 	return append(slices.Clip(args), "--user=root")
-}
-
-// must ends the test if there is an error.
-func must(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
 }
 
 // TestScript runs the scripts, which are the documentation of what the program does at its
@@ -107,15 +98,6 @@ func TestScript(t *testing.T) {
 			env.Defer(func() { makeWritable(env.WorkDir) })
 			return os.MkdirAll(filepath.Join(env.WorkDir, "etc"), 0o755)
 		},
-	})
-}
-
-func makeWritable(root string) {
-	filepath.WalkDir(root, func(path string, d os.DirEntry, err error) error {
-		if err == nil && d.IsDir() {
-			os.Chmod(path, 0o755)
-		}
-		return nil
 	})
 }
 
@@ -202,7 +184,7 @@ func scriptNar(ts *testscript.TestScript, neg bool, args []string) {
 func scriptNarHash(ts *testscript.TestScript, neg bool, args []string) {
 	sum, size, err := nar.HashTree(context.Background(), ts.MkAbs(args[0]))
 	ts.Check(err)
-	ts.Setenv(args[1], "sha256:"+nixbase32.EncodeToString(sum[:]))
+	ts.Setenv(args[1], hashText(sum))
 	if len(args) > 2 {
 		ts.Setenv(args[2], fmt.Sprint(size))
 	}
@@ -213,20 +195,17 @@ func scriptNarHash(ts *testscript.TestScript, neg bool, args []string) {
 func scriptDatabase(ts *testscript.TestScript, neg bool, args []string) {
 	manifest, err := publish.ParseManifest([]byte(ts.ReadFile(args[1])))
 	ts.Check(err)
-	ts.Check(os.MkdirAll(ts.MkAbs("var/db"), 0o755))
-	db, err := sql.Open("sqlite", ts.MkAbs("var/db/db.sqlite"))
+	db, err := newDatabase(ts.MkAbs("var/db/db.sqlite"))
 	ts.Check(err)
 	defer db.Close()
 	execute := func(query string, values ...any) {
 		_, err := db.Exec(query, values...)
 		ts.Check(err)
 	}
-	execute("CREATE TABLE ValidPaths (id integer primary key, path text unique, hash text, deriver text, narSize integer)")
-	execute("CREATE TABLE Refs (referrer integer, reference integer)")
 	for _, item := range manifest {
 		sum, size, err := nar.HashTree(context.Background(), filepath.Join(ts.MkAbs(args[0]), filepath.Base(item.StorePath)))
 		ts.Check(err)
-		execute("INSERT INTO ValidPaths (path, hash, narSize) VALUES (?, ?, ?)", item.StorePath, fmt.Sprintf("sha256:%x", sum), size)
+		execute(insertItem, item.StorePath, fmt.Sprintf("sha256:%x", sum), size)
 	}
 	for _, item := range manifest {
 		for _, reference := range item.References {
@@ -235,6 +214,21 @@ func scriptDatabase(ts *testscript.TestScript, neg bool, args []string) {
 		}
 	}
 }
+
+// newDatabase makes a database as that of the daemon.
+func newDatabase(name string) (*sql.DB, error) {
+	db, err := sql.Open("sqlite", name)
+	if err == nil {
+		err = os.MkdirAll(filepath.Dir(name), 0o755)
+	}
+	if err == nil {
+		_, err = db.Exec("CREATE TABLE ValidPaths (id integer primary key, path text unique, hash text, deriver text, narSize integer);" +
+			"CREATE TABLE Refs (referrer integer, reference integer)")
+	}
+	return db, err
+}
+
+const insertItem = "INSERT INTO ValidPaths (path, hash, narSize) VALUES (?, ?, ?)"
 
 // expand FILE... replaces $NAME in files by the value of the variable.
 func scriptExpand(ts *testscript.TestScript, neg bool, args []string) {
@@ -358,7 +352,6 @@ func (s *scriptServer) handler(root *os.Root, rules []string, done chan struct{}
 	return func(w http.ResponseWriter, r *http.Request) {
 		s.mu.Lock()
 		s.seen = append(s.seen, r.Method+" "+r.RequestURI)
-		first := len(slices.DeleteFunc(slices.Clone(s.seen), func(seen string) bool { return seen != "GET "+r.URL.Path })) == 1
 		s.mu.Unlock()
 		silent := func() {
 			select {
@@ -401,7 +394,7 @@ func (s *scriptServer) handler(root *os.Root, rules []string, done chan struct{}
 			case "stall":
 				w = &cutAnswer{w, number, silent}
 			case "flip":
-				if first {
+				if s.count("GET "+path) == 1 {
 					flip = number
 				}
 			case "status":
@@ -429,6 +422,18 @@ func (s *scriptServer) handler(root *os.Root, rules []string, done chan struct{}
 		}
 		w.Write(contents)
 	}
+}
+
+// count returns how often something has been asked for.
+func (s *scriptServer) count(request string) (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, seen := range s.seen {
+		if seen == request {
+			n++
+		}
+	}
+	return n
 }
 
 // cutAnswer is an answer that ends after some bytes.

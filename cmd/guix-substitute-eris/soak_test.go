@@ -35,7 +35,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
@@ -95,20 +94,14 @@ func newSoak(t *testing.T) *soak {
 		item := &soakItem{name: fmt.Sprintf("%032d-item%d", i, random.IntN(100))}
 		item.references = random.Perm(i)[:min(i, 3)]
 		tree := t.TempDir() + "/tree"
-		must(t, os.MkdirAll(tree+"/lib/empty", 0o755))
 		large := noise(uint64(i), size)
 		copy(large[size/2:], large[:size/2]) // compressible
-		for name, contents := range map[string][]byte{"file": large, "same": noise(0, 10000), "name": []byte(item.name)} {
-			must(t, os.WriteFile(tree+"/lib/"+name, contents, 0o644))
-		}
+		writeFiles(t, tree, map[string][]byte{"lib/file": large, "lib/same": noise(0, 10000), "lib/name": []byte(item.name)})
+		must(t, os.Mkdir(tree+"/lib/empty", 0o755))
 		must(t, os.Symlink("lib/file", tree+"/link"))
-		var archive bytes.Buffer
-		if _, err := nar.Write(&archive, nar.NewTree(tree)); err != nil {
-			t.Fatal(err)
-		}
 		encoding, err := publish.Encode(t.Context(), tree, s.blocks.Put, erisfs.EncodeOptions{})
 		must(t, err)
-		item.archive, item.hash, item.capability = archive.Bytes(), sha256.Sum256(archive.Bytes()), encoding.Capability
+		item.archive, item.hash, item.capability = archiveOf(t, tree), encoding.NarHash, encoding.Capability
 		item.zstd = compressor.EncodeAll(item.archive, nil)
 		s.items = append(s.items, item)
 	}
@@ -186,9 +179,6 @@ func (s *soak) newRun(t *testing.T, seed uint64) *soakRun {
 	t.Cleanup(r.close)
 	r.store, r.otherSession = directory+"/store", directory+"/helper"
 	must(t, os.WriteFile(r.otherSession, []byte("#!/bin/sh\n"+r.program+" \"$@\"\nexit $?\n"), 0o755))
-	for _, name := range []string{"store", "etc", "state", "home"} {
-		must(t, os.Mkdir(directory+"/"+name, 0o755))
-	}
 	r.sign()
 	mode := []string{"http", "coap", "both"}[seed%3]
 	policies := []string{"fastest", "eris-first", "http-first"}
@@ -228,18 +218,11 @@ func (s *soak) newRun(t *testing.T, seed uint64) *soakRun {
 	}
 	cacheSize := []string{"0", "1GiB"}[r.random.IntN(2)]
 	r.what = fmt.Sprintf("seed %d: %s, policy %s, good %v, cache %s, %d servers, %d stores", seed, mode, policy, r.good, cacheSize, len(addresses), len(urls))
-	for name, text := range map[string]string{
+	writeFiles(t, directory+"/etc", map[string]string{
 		"acl":                  acl.NewACL(s.key.PublicKey()).Text(),
 		"substitute-eris.toml": fmt.Sprintf("policy = %q\ncache-size = %q\nseed-nars = %v\nverbose = true\n", policy, cacheSize, seed/3%2 == 1),
-	} {
-		must(t, os.WriteFile(directory+"/etc/"+name, []byte(text), 0o600))
-	}
-	r.env = []string{
-		"PATH=" + os.Getenv("PATH"), "TESTSCRIPT_COMMAND=guix-substitute-eris", "HOME=" + directory + "/home",
-		"NIX_STORE_DIR=" + r.store, "GUIX_CONFIGURATION_DIRECTORY=" + directory + "/etc",
-		"GUIX_STATE_DIRECTORY=" + directory + "/state", "ERIS_STORE_URL=" + strings.Join(urls, " "),
-		"_NIX_OPTIONS=discover=false\nprint-extended-build-trace=1\nsubstitute-urls=" + strings.Join(addresses, " ") + "\n",
-	}
+	})
+	r.env = append(machineEnvironment(t, directory, "substitute-urls="+strings.Join(addresses, " ")+"\n"), "ERIS_STORE_URL="+strings.Join(urls, " "))
 	return r
 }
 
@@ -341,13 +324,7 @@ func (r *soakRun) sign() {
 			{URL: "nar/zstd/" + item.name, Compression: "zstd", FileSize: uint64(len(item.zstd)), SizeKnown: r.random.IntN(2) == 0},
 			{URL: "nar/" + item.name, Compression: "none"},
 		}
-		part, err := narinfo.SignedPart(n)
-		must(r.t, err)
-		signature, err := r.key.Sign(sha256.Sum256([]byte(part)), "x")
-		must(r.t, err)
-		text, err := narinfo.Text(part, signature, urls[r.random.IntN(2):])
-		must(r.t, err)
-		r.narinfos["/"+item.name[:32]+".narinfo"] = text
+		r.narinfos["/"+item.name[:32]+".narinfo"] = signedNarinfo(r.t, r.key, n, urls[r.random.IntN(2):]...)
 	}
 }
 
@@ -429,7 +406,7 @@ func (h *soakHelper) finish() {
 // check checks the reply to a request to substitute an item, and what is there.
 func (r *soakRun) check(item *soakItem, reply string) {
 	path := r.store + "/" + item.name
-	want := fmt.Sprintf("success sha256:%s %d\n", nixbase32.EncodeToString(item.hash[:]), len(item.archive))
+	want := fmt.Sprintf("success %s %d\n", hashText(item.hash), len(item.archive))
 	if !strings.HasPrefix(reply, "success") {
 		if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
 			r.t.Errorf("%s: the reply is %q, and %s is there (%v)", r.what, reply, path, err)
@@ -499,7 +476,7 @@ func (r *soakRun) substitute(h *soakHelper) error {
 func TestSoak(t *testing.T) {
 	s := newSoak(t)
 	t.Run("all", func(t *testing.T) {
-		for seed := range uint64(soakRuns(t, "ERIS_SOAK", 21)) {
+		for seed := range uint64(soakRuns(t, "ERIS_SOAK", 18)) {
 			t.Run(fmt.Sprint(seed), func(t *testing.T) {
 				t.Parallel()
 				s.repeat(t, seed, func(r *soakRun) {

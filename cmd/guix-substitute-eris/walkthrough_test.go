@@ -22,7 +22,7 @@ func TestWalkthrough(t *testing.T) {
 			t.Skipf("%s is not there", program)
 		}
 	}
-	script, err := shellBlocks("walkthrough.md")
+	script, err := shellBlocks("walkthrough.md", "sh")
 	must(t, err)
 	c := newChain(t)
 	must(t, os.Remove(c.directory+"/etc/substitute-eris.toml"))
