@@ -27,7 +27,6 @@ type checkSettings struct {
 	repair, json bool
 }
 
-// checkCommand looks whether a store is complete.
 func checkCommand() *cobra.Command {
 	var s checkSettings
 	c := &cobra.Command{
@@ -88,7 +87,7 @@ func (s *checkSettings) check(ctx context.Context, what string) error {
 	}
 	var items []complete.Item
 	if isDirectory {
-		err = complete.Directory(ctx, what, o, func(item complete.Item) { items = append(items, item) })
+		items, err = complete.Directory(ctx, what, o)
 	} else {
 		items = []complete.Item{{Path: what}}
 		items[0].Blocks, err = complete.Check(ctx, c, o)

@@ -25,7 +25,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
 
-// decodeCommand turns a URN into a file or a tree.
 func decodeCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "URN DESTINATION",
@@ -86,17 +85,16 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 		return result, errNoStore()
 	}
 	members, err := settings.OpenStores(urls, 0)
-	if err != nil {
-		settings.CloseStores(members)
-		return result, err
-	}
 	log := session.NewLog()
-	shown := log.Transfer(name, sourceNames(members))
-	defer shown.Stop()
 	all := pool.New(members, pool.Options{OnFault: func(source string, err error) {
 		log.Warnf("%s gave wrong bytes and is not asked again: %s", source, message.OfStore(source, err))
 	}})
 	defer all.Close()
+	if err != nil {
+		return result, err
+	}
+	shown := log.Transfer(name, sourceNames(members))
+	defer shown.Stop()
 	blocks := fetch.Counted(all, shown.Add)
 	// What is decoded may be as large as it likes; it goes to disk only.
 	x, err := image.Open(ctx, fetch.Within(blocks, c.Root), c, erisfs.Limits{NarSize: 1 << 60}, all.Window())

@@ -36,7 +36,6 @@ type encodeSettings struct {
 	item, closure, json bool
 }
 
-// encodeCommand turns a file or a tree into blocks and a URN.
 func encodeCommand() *cobra.Command {
 	var s encodeSettings
 	c := &cobra.Command{
@@ -72,7 +71,6 @@ encoded too; each URN has the item behind it.`,
 	return c
 }
 
-// run encodes what the arguments name, and prints the results.
 func (s *encodeSettings) run(ctx context.Context, args []string) error {
 	store, err := settings.OpenToPut(s.store)
 	if err != nil {
@@ -111,7 +109,6 @@ func (s *encodeSettings) run(ctx context.Context, args []string) error {
 	return nil
 }
 
-// print prints the results.
 func (s *encodeSettings) print(out *os.File, results []encodeResult) error {
 	if s.json && s.closure {
 		return page.WriteJSON(out, results)
@@ -128,7 +125,8 @@ func (s *encodeSettings) print(out *os.File, results []encodeResult) error {
 
 // encodeResult is what encode prints.
 type encodeResult struct {
-	URN string `json:"urn"`
+	capability eris.ReadCapability
+	URN        string `json:"urn"`
 	// Path is the store item, of a closure.
 	Path string `json:"path,omitempty"`
 	// Form is "data" for the contents of a file, "eris-fs" or "nar" for a tree.
@@ -171,11 +169,7 @@ func (s *encodeSettings) encodeAll(ctx context.Context, store fetch.Store, args 
 		if s.closure {
 			r.Path = path
 		}
-		c, err := eris.ParseURN(r.URN)
-		if err != nil {
-			return nil, err
-		}
-		results, capabilities = append(results, r), append(capabilities, c)
+		results, capabilities = append(results, r), append(capabilities, r.capability)
 	}
 	if store == nil {
 		return results, nil
@@ -240,6 +234,7 @@ func (s *encodeSettings) encode(ctx context.Context, store fetch.Store, path str
 	} else {
 		result, err = encodeTree(ctx, path, sink, secret)
 	}
+	result.URN = result.capability.URN()
 	if pipeline == nil {
 		return result, err
 	}
@@ -290,7 +285,7 @@ func encodeContent(ctx context.Context, content *os.File, sink eris.Sink, secret
 			err = fmt.Errorf("%s has changed while it was read", content.Name())
 		}
 	}
-	return encodeResult{URN: c.URN(), Form: string(image.Data), Size: &size}, err
+	return encodeResult{capability: c, Form: string(image.Data), Size: &size}, err
 }
 
 // readerFunc is a function as an io.Reader.
@@ -306,12 +301,11 @@ func encodeTree(ctx context.Context, path string, sink eris.Sink, secret eris.Co
 	}
 	e, err := publish.Encode(ctx, path, sink, erisfs.EncodeOptions{Secret: secret})
 	return encodeResult{
-		URN: e.Capability.URN(), Form: e.Form, NarHash: "sha256:" + nixbase32.EncodeToString(e.NarHash[:]),
+		capability: e.Capability, Form: e.Form, NarHash: "sha256:" + nixbase32.EncodeToString(e.NarHash[:]),
 		NarSize: e.NarSize, Files: e.Files,
 	}, err
 }
 
-// convergenceSecret reads the secret that a user names.
 func convergenceSecret(text string) (secret eris.ConvergenceSecret, err error) {
 	switch text {
 	case "":

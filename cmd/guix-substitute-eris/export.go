@@ -34,7 +34,6 @@ type exportSettings struct {
 	signer                  serving.Signer
 }
 
-// exportCommand writes items to a directory.
 func exportCommand() *cobra.Command {
 	var e exportSettings
 	c := &cobra.Command{

@@ -23,7 +23,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 )
 
-// importCommand puts blocks that were carried here into a store.
 func importCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "FILE|DIRECTORY|-",

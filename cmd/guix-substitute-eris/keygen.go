@@ -15,7 +15,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 )
 
-// keygenCommand makes a key pair.
 func keygenCommand() *cobra.Command {
 	c := &cobra.Command{
 		Short: "make a key pair to sign narinfos with",

@@ -120,7 +120,6 @@ func untilSignal(c *cobra.Command) {
 	}
 }
 
-// rootCommand returns the program as a command, with all others.
 func rootCommand() *cobra.Command {
 	root := byHandCommand()
 	root.Use = "guix-substitute-eris COMMAND [OPTION]... [ARGUMENT]..."

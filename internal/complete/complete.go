@@ -120,8 +120,8 @@ type walk struct {
 	o Options
 
 	mu       sync.Mutex
-	seen     map[visit]bool // inner nodes
-	noted    map[eris.Reference]bool
+	seen     map[visit]bool          // inner nodes
+	noted    map[eris.Reference]bool // blocks that are missing or repaired
 	affected map[string]bool
 	report   Report
 }
@@ -143,7 +143,7 @@ func (w *walk) visit(ctx context.Context, g *errgroup.Group, v visit) error {
 		return context.Cause(ctx)
 	}
 	block, err := w.get(ctx, v)
-	if err != nil || block == nil || v.level == 0 || !w.news(v) {
+	if err != nil || block == nil || v.level == 0 || !w.unseen(v) {
 		return err
 	}
 	plain := make([]byte, v.size)
@@ -168,12 +168,17 @@ func (w *walk) visit(ctx context.Context, g *errgroup.Group, v visit) error {
 	return nil
 }
 
-// news reports whether an inner node has not been met before.
-func (w *walk) news(v visit) bool {
+// unseen reports whether an inner node has not been met before.
+func (w *walk) unseen(v visit) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	again := w.seen[v]
-	w.seen[v] = true
+	return first(w.seen, v)
+}
+
+// first reports whether something is not in a set, and puts it there.
+func first[T comparable](set map[T]bool, x T) bool {
+	again := set[x]
+	set[x] = true
 	return !again
 }
 
@@ -197,7 +202,7 @@ func (w *walk) get(ctx context.Context, v visit) ([]byte, error) {
 		w.o.Got(len(block))
 		r.Blocks++
 		r.Bytes += int64(v.size)
-		if repaired && w.first(ref) {
+		if repaired && first(w.noted, ref) {
 			r.Repaired++
 		}
 	case !lacking(err):
@@ -205,7 +210,7 @@ func (w *walk) get(ctx context.Context, v visit) ([]byte, error) {
 	default:
 		block = nil
 		w.affected[v.path] = true
-		if w.first(ref) {
+		if first(w.noted, ref) {
 			r.Missing++
 			r.MissingBytes += int64(v.size)
 			if v.level > 0 {
@@ -223,11 +228,4 @@ func (w *walk) get(ctx context.Context, v visit) ([]byte, error) {
 func lacking(err error) bool {
 	var wrong *eris.BlockError
 	return errors.Is(err, eris.ErrNotFound) || errors.As(err, &wrong)
-}
-
-// first reports whether a block that is missing or repaired has not been counted before.
-func (w *walk) first(ref eris.Reference) bool {
-	again := w.noted[ref]
-	w.noted[ref] = true
-	return !again
 }

@@ -36,26 +36,23 @@ func (i *Item) Complete() bool {
 }
 
 // Directory checks the items of a directory that is a substitute server, as "export" makes it:
-// their blocks in the store, and nars and deltas in the directory. It calls each for each item, in
-// the order of the names of the narinfos. Errors are those of [Check] and of reading the directory.
-func Directory(ctx context.Context, directory string, o Options, each func(Item)) error {
+// their blocks in the store, and nars and deltas in the directory. They are in the order of the names
+// of the narinfos. Errors are those of [Check] and of reading the directory.
+func Directory(ctx context.Context, directory string, o Options) (items []Item, err error) {
 	root, err := os.OpenRoot(directory)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer root.Close()
 	names, err := fs.Glob(root.FS(), "*.narinfo")
-	if err != nil {
-		return err
-	}
 	for _, name := range names {
 		item, err := checkItem(ctx, root, name, o)
 		if err != nil {
-			return fmt.Errorf("%s: %w", item.Path, err)
+			return nil, fmt.Errorf("%s: %w", item.Path, err)
 		}
-		each(item)
+		items = append(items, item)
 	}
-	return nil
+	return items, err
 }
 
 func checkItem(ctx context.Context, root *os.Root, name string, o Options) (Item, error) {
@@ -131,7 +128,6 @@ func checkBlocks(ctx context.Context, n *narinfo.Narinfo, o Options) (best Repor
 	return best, nil
 }
 
-// checkNar compares the hash of a nar.
 func checkNar(ctx context.Context, root *os.Root, u narinfo.URL, n *narinfo.Narinfo) error {
 	f, err := openRegular(root, u.URL)
 	if err != nil {

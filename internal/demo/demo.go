@@ -161,7 +161,6 @@ func (d *demo) run(ctx context.Context, trees []string) (err error) {
 
 func (d *demo) say(format string, a ...any) { fmt.Printf(format+"\n", a...) }
 
-// file is a file in the directory.
 func (d *demo) file(name string) string { return filepath.Join(d.directory, name) }
 
 func since(begin time.Time) time.Duration { return time.Since(begin).Round(time.Millisecond) }
@@ -178,7 +177,6 @@ func indent(text string) string {
 	return strings.TrimSuffix(b.String(), "\n")
 }
 
-// makeItems fills the store.
 func (d *demo) makeItems(ctx context.Context, paths []string) error {
 	if err := errors.Join(os.Mkdir(d.file("store"), 0o755), os.Mkdir(d.file("publisher"), 0o755)); err != nil {
 		return err
@@ -356,7 +354,6 @@ func (d *demo) fetchAll(ctx context.Context, from string) error {
 	return nil
 }
 
-// end stops the servers, and removes the directory.
 func (d *demo) end(keep bool) error {
 	for _, s := range slices.Backward(d.servers) {
 		s.end() // those that should have ended have done so
@@ -478,7 +475,6 @@ func (s *server) said() string {
 // failure adds what the server has said to an error.
 func (s *server) failure(err error) error { return fmt.Errorf("%s: %w\n%s", s.name, err, s.said()) }
 
-// end ends the server by a signal. It may be called twice.
 func (s *server) end() error {
 	s.stop()
 	<-s.gone

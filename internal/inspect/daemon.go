@@ -225,7 +225,6 @@ func (d *doctor) usedProgram() (program, how string, err error) {
 	return "", "", errors.New("the daemon has neither GUIX_EXTENSIONS_PATH nor GUIX in its environment, so that it uses Guix's own helper")
 }
 
-// checkProgram returns an error that says why a program is not this one.
 func (d *doctor) checkProgram(path string) error {
 	info, err := os.Stat(path)
 	switch {

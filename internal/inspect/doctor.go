@@ -115,7 +115,6 @@ func showFindings(p *page.Page, findings []finding) {
 	p.Heading(page.Count(bads, "thing") + " to mend, by the commands above.")
 }
 
-// examine makes all findings.
 func (d *doctor) examine(ctx context.Context) {
 	d.versions()
 	d.examineDaemon()
@@ -234,7 +233,6 @@ func (d *doctor) examineState() {
 	}
 }
 
-// examineAhead tells what helpers have substituted ahead of the daemon.
 func (d *doctor) examineAhead() {
 	directory := d.KeepDirectory()
 	a := sourcestate.ReadAhead(filepath.Join(directory, "sources"))
@@ -372,7 +370,6 @@ func (d *doctor) examineStores(ctx context.Context, sub *session.Session) {
 	}
 }
 
-// examineSocket looks whether the daemon's helpers may connect to a store on a Unix socket.
 func (d *doctor) examineSocket(url string) {
 	u, err := storeurl.Parse(url)
 	if err != nil {

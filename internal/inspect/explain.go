@@ -407,7 +407,6 @@ func (e *explanation) showServer(p *page.Page, s substitute.ServerReport) {
 	}
 }
 
-// showNoNarinfo says what a server answers instead of a narinfo.
 func showNoNarinfo(p *page.Page, s substitute.ServerReport) {
 	took := page.Duration(s.Latency)
 	switch {
@@ -424,7 +423,6 @@ func showNoNarinfo(p *page.Page, s substitute.ServerReport) {
 	}
 }
 
-// showSignature says what the signature of a narinfo is worth.
 func (e *explanation) showSignature(p *page.Page, s substitute.ServerReport) {
 	signer := fmt.Sprintf("%s, key %s", s.Signer, fingerprint(s.Key))
 	switch {
@@ -489,7 +487,6 @@ func showWay(p *page.Page, i int, w substitute.WayReport) {
 	p.Say(5, page.Note, "%s for %s: %s", took, page.Size(w.Bytes), w.How)
 }
 
-// mend says what to do if an item cannot be had.
 func (e *explanation) mend(p *page.Page) {
 	switch e.Availability {
 	case substitute.NotAuthorised:

@@ -107,7 +107,6 @@ func showNarinfos(e *substitute.Explanation, key bool) (shown bool) {
 	return shown
 }
 
-// worth says in some words what the signature of a narinfo is worth.
 func worth(r substitute.ServerReport) string {
 	signer := fmt.Sprintf("signed by %s, key %s", r.Signer, fingerprint(r.Key))
 	switch {

@@ -36,7 +36,6 @@ func Show(c *cobra.Command, _ []string) {
 // optionalValue is how package pflag shows an option whose value may be left out.
 var optionalValue = regexp.MustCompile(`(--\w+) (\w+)\[="true"\]`)
 
-// commandsOf returns the commands of a group.
 func commandsOf(c *cobra.Command, g *cobra.Group) []*cobra.Command {
 	return slices.DeleteFunc(slices.Clone(c.Commands()), func(sub *cobra.Command) bool { return sub.GroupID != g.ID || sub.Hidden })
 }

@@ -50,7 +50,6 @@ func writeManual(root *cobra.Command, directory string) error {
 	return err
 }
 
-// pageName is the name of the page of a command.
 func pageName(c *cobra.Command) string { return strings.ReplaceAll(c.CommandPath(), " ", "-") }
 
 // A manPage is a page in the language of man(7).

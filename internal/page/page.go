@@ -238,9 +238,7 @@ func JSON(v any) error { return WriteJSON(os.Stdout, v) }
 
 // WriteJSON prints a result on w.
 func WriteJSON(w io.Writer, v any) error {
-	text, err := json.MarshalIndent(v, "", "  ")
-	if err == nil {
-		_, err = fmt.Fprintln(w, string(text))
-	}
-	return err
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
 }

@@ -7,7 +7,6 @@ package serverlog
 import (
 	"context"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/http"
 	"os"
@@ -48,9 +47,9 @@ func New(format string) (*Log, error) {
 	l := &Log{}
 	switch format {
 	case "text":
-		l.Logger = slog.New(&handler{log: l, write: new(sync.Mutex), w: os.Stderr, journal: journal()})
+		l.Logger = slog.New(&handler{log: l, Handler: slog.NewJSONHandler(os.Stderr, nil), journal: journal(), text: true})
 	case "json":
-		l.Logger = slog.New(&handler{log: l, json: slog.NewJSONHandler(os.Stderr, nil)})
+		l.Logger = slog.New(&handler{log: l, Handler: slog.NewJSONHandler(os.Stderr, nil)})
 	default:
 		return nil, message.Usage("the option --log-format has the value %.20q: it must be text or json", format)
 	}
@@ -81,23 +80,13 @@ func journal() bool {
 }
 
 // handler writes a message with its attributes behind it: url, json, access (in parentheses) and
-// error (after a colon) without their names. It is a [slog.Handler].
+// error (after a colon) without their names.
 type handler struct {
-	log     *Log
-	json    slog.Handler // that writes, if not nil
-	write   *sync.Mutex
-	w       io.Writer
-	journal bool
+	slog.Handler // that writes unless text is wanted; servers do not use what makes handlers of it
+	log          *Log
+	text         bool
+	journal      bool
 }
-
-// Enabled implements slog.Handler.
-func (h *handler) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelInfo }
-
-// WithAttrs implements slog.Handler; servers do not use it.
-func (h *handler) WithAttrs([]slog.Attr) slog.Handler { return h }
-
-// WithGroup implements slog.Handler; servers do not use it.
-func (h *handler) WithGroup(string) slog.Handler { return h }
 
 // Handle implements slog.Handler.
 func (h *handler) Handle(ctx context.Context, r slog.Record) error {
@@ -124,16 +113,14 @@ func (h *handler) Handle(ctx context.Context, r slog.Record) error {
 		h.log.warnings = append(h.log.warnings[max(0, len(h.log.warnings)-mostWarnings+1):], Warning{r.Time, text[:min(len(text), longestWarning)]})
 		h.log.mu.Unlock()
 	}
-	if h.json != nil {
-		return h.json.Handle(ctx, r)
+	if !h.text {
+		return h.Handler.Handle(ctx, r)
 	}
 	prefix := "guix-substitute-eris: "
 	if h.journal {
 		prefix = map[slog.Level]string{slog.LevelInfo: "<6>", slog.LevelWarn: "<4>", slog.LevelError: "<3>"}[r.Level]
 	}
-	h.write.Lock()
-	defer h.write.Unlock()
-	_, err := fmt.Fprintf(h.w, "%s%s\n", prefix, text)
+	_, err := fmt.Fprintf(os.Stderr, "%s%s\n", prefix, text) // all of it in one call
 	return err
 }
 

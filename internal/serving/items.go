@@ -32,7 +32,6 @@ type itemSettings struct {
 	instead                      string // what else there is, for errors
 }
 
-// flags defines the options.
 func (s *itemSettings) flags(f *pflag.FlagSet) {
 	s.instead = "; see --manifest and --narinfos"
 	f.StringVar(&s.store, "store-dir", settings.StoreDirectory(), "the store directory that narinfos name is `DIRECTORY`")
@@ -45,7 +44,6 @@ func (s *itemSettings) flags(f *pflag.FlagSet) {
 // closers are what closes what has been opened.
 type closers []func()
 
-// close closes all, the last one first.
 func (c *closers) close() {
 	for i := len(*c) - 1; i >= 0; i-- {
 		(*c)[i]()
@@ -81,7 +79,6 @@ func (s *itemSettings) open(closers *closers) (publish.Items, error) {
 	return d, nil
 }
 
-// names returns the file names of all items there are.
 func (s *itemSettings) names(ctx context.Context) ([]string, error) {
 	var opened closers
 	known, err := s.open(&opened)
@@ -140,11 +137,7 @@ func (s *serveSettings) openShared(ctx context.Context) (sharing, error) {
 	if err != nil || !s.items {
 		return sharing{Store: store, closeItems: func() {}}, err
 	}
-	directory, err := s.blockDirectory() // which exists now
-	if err != nil {
-		return sharing{}, errors.Join(err, store.Close())
-	}
-	table, closeItems, err := s.share(filepath.Join(directory, "items"))
+	table, closeItems, err := s.share(filepath.Join(s.directory, "items"))
 	if err != nil {
 		return sharing{}, errors.Join(err, store.Close())
 	}

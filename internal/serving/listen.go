@@ -102,7 +102,6 @@ func parseSocketRights(mode, group string) (socketRights, error) {
 	return r, err
 }
 
-// listen begins to listen.
 func (e *endpoint) listen(rights socketRights) (err error) {
 	switch network := serveNetworks[e.scheme]; network {
 	case "unix":
@@ -147,7 +146,6 @@ func (e *endpoint) secure(directory string) error {
 	return err
 }
 
-// limit bounds how fast bytes come and go.
 func (e *endpoint) limit(in, out *ratelimit.Limiter) {
 	if e.packets != nil {
 		e.packets = ratelimit.PacketConn(e.packets, in, out)

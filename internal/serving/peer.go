@@ -34,7 +34,6 @@ type peer struct {
 	in, out *ratelimit.Limiter // of what is received, and sent
 }
 
-// openPeers returns the servers that are named by --peer.
 func (s *serveSettings) openPeers(in, out *ratelimit.Limiter) (peers []peer, err error) {
 	for _, url := range s.peers {
 		if _, err := storeurl.ParseScheme(url, "coap+tcp", "coaps+tcp", "coap+ws", "coaps+ws", "coap+unix"); err != nil {

@@ -337,7 +337,6 @@ func (s *publishSettings) cached(usual, below string) (string, error) {
 	return directory, nil
 }
 
-// key reads the key pair that narinfos are signed with.
 func (s *publishSettings) key() (*acl.SigningKey, error) {
 	if s.privateKey == "none" {
 		return nil, nil

@@ -139,7 +139,6 @@ func maxConnectionsFlag(c *cobra.Command, value *int, where string) {
 	}
 }
 
-// askStatistics asks the server that listens on the socket.
 func (s *serveSettings) askStatistics() (socket string, answer Statistics, err error) {
 	if socket, err = s.socketPath(); err == nil {
 		answer, err = AskStatistics(socket)
@@ -189,6 +188,11 @@ func (s *serveSettings) run(ctx context.Context) (err error) {
 	if err := s.user.become(); err != nil {
 		return err
 	}
+	if s.directory == "" {
+		if s.directory, err = settings.CacheDirectory("blocks"); err != nil {
+			return fmt.Errorf("%w; name a directory by --directory", err)
+		}
+	}
 	store, err := s.openShared(ctx)
 	if err != nil {
 		return err
@@ -199,11 +203,10 @@ func (s *serveSettings) run(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	directory, _ := s.blockDirectory() // of the store, which is open
 	in, out := ratelimit.New(s.limitRate, 0), ratelimit.New(s.limitRate, 0)
 	for _, e := range endpoints {
 		e.limit(in, out)
-		if err := e.secure(directory); err != nil {
+		if err := e.secure(s.directory); err != nil {
 			return err
 		}
 	}
@@ -219,7 +222,7 @@ func (s *serveSettings) run(ctx context.Context) (err error) {
 	if from != nil {
 		defer func() { err = errors.Join(err, from.Close()) }()
 	}
-	return s.serveEndpoints(ctx, store, from, peers, endpoints, messageTimeout(s.limitRate))
+	return s.serveEndpoints(ctx, store, from, peers, endpoints)
 }
 
 // endpoints returns where to listen, given what is listened on already.
@@ -253,24 +256,11 @@ func (s *serveSettings) endpoints(passed []*endpoint) ([]*endpoint, error) {
 	return endpoints, nil
 }
 
-// socketPath returns the path of the socket.
 func (s *serveSettings) socketPath() (string, error) {
 	if s.socket != "" {
 		return s.socket, nil
 	}
 	return settings.DefaultSocket(os.Geteuid(), os.Getenv("XDG_RUNTIME_DIR"))
-}
-
-// blockDirectory returns the directory of the block store.
-func (s *serveSettings) blockDirectory() (string, error) {
-	if s.directory != "" {
-		return s.directory, nil
-	}
-	directory, err := settings.CacheDirectory("blocks")
-	if err != nil {
-		return "", fmt.Errorf("%w; name a directory by --directory", err)
-	}
-	return directory, nil
 }
 
 // openUpstreams returns what gets blocks from elsewhere, also from those who are connected unless
@@ -282,10 +272,6 @@ func (s *serveSettings) openUpstreams(store sharing, connected *peers.Group, lim
 	if len(s.upstreams) > maxUpstreams {
 		return nil, message.Usage("--upstream: there may be %d at most", maxUpstreams)
 	}
-	directory, err := s.blockDirectory()
-	if err != nil {
-		return nil, err
-	}
 	levels := 0
 	if connected != nil {
 		levels = 1 // upstreams may not ask theirs: peers are never asked for a relay of peers
@@ -294,7 +280,7 @@ func (s *serveSettings) openUpstreams(store sharing, connected *peers.Group, lim
 		Levels: levels,
 		Open:   func(hops int) ([]pool.Member, error) { return s.openMembers(connected, hops) },
 		Pool: pool.Options{
-			State: sourcestate.Open(filepath.Join(directory, "upstreams")), Limiter: limiter,
+			State: sourcestate.Open(filepath.Join(s.directory, "upstreams")), Limiter: limiter,
 			OnFault: func(source string, err error) {
 				s.log.Error("upstream gave wrong bytes and is not asked again:", "url", source, "error", message.OfStore(source, err))
 			},
@@ -308,19 +294,15 @@ func (s *serveSettings) openUpstreams(store sharing, connected *peers.Group, lim
 // openStore opens the block store. If its index is damaged, it is made anew.
 func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error) {
 	options := blockstore.Options{MaxBytes: s.maxSize}
-	directory, err := s.blockDirectory()
-	if err != nil {
-		return nil, err
-	}
-	store, err := blockstore.Open(directory, options)
+	store, err := blockstore.Open(s.directory, options)
 	if errors.Is(err, blockstore.ErrDamaged) {
 		s.log.Warn(err.Error() + "; making it anew from the blocks")
 		var blocks int64
-		if blocks, err = blockstore.Rebuild(ctx, directory); err != nil {
+		if blocks, err = blockstore.Rebuild(ctx, s.directory); err != nil {
 			return nil, err
 		}
 		s.log.Info("the index is whole again", "blocks", blocks)
-		store, err = blockstore.Open(directory, options)
+		store, err = blockstore.Open(s.directory, options)
 	}
 	return store, err
 }
@@ -328,22 +310,16 @@ func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error
 // serveEndpoints serves the store on all endpoints until ctx is done, one of them fails, or the
 // store takes no more blocks; SIGUSR1 has the statistics written to the log. From then on, further
 // signals end the program at once.
-func (s *serveSettings) serveEndpoints(
-	ctx context.Context, store sharing, from *relay.Relay, peers []peer, endpoints []*endpoint, timeout time.Duration,
-) error {
-	logError := s.log.WarnError
+func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from *relay.Relay, peers []peer, endpoints []*endpoint) (err error) {
+	logError, timeout := s.log.WarnError, messageTimeout(s.limitRate)
 	web := httpserver.New(httpserver.Config{
 		Source: store, Sink: store.Put, MaxConnections: s.maxConnections, RequestTimeout: timeout, Log: logError, Wrap: s.log.requests,
 	})
 	started := time.Now()
 	var coap *coapserver.Server
-	directory, err := s.blockDirectory()
-	if err != nil {
-		return err
-	}
 	collect := func() Statistics {
 		statistics := statisticsOf(started, store, from, coap, web)
-		statistics.Blocks.FreeBytes, _ = files.Free(directory)
+		statistics.Blocks.FreeBytes, _ = files.Free(s.directory)
 		return statistics
 	}
 	stats := func() []byte { return collect().text() }

@@ -93,7 +93,6 @@ type storeStatistics struct {
 	LastError string  `json:"lastError,omitempty"`
 }
 
-// statisticsOf collects the statistics of a server.
 func statisticsOf(started time.Time, store sharing, from *relay.Relay, blocks *coapserver.Server, web *httpserver.Server) Statistics {
 	s := Statistics{Version: program.Version(), Started: started.UTC().Truncate(time.Second)}
 	b := store.Stats()

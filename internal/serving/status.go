@@ -124,7 +124,6 @@ func running(since time.Time) status.Figure {
 	return status.Figure{Text: "running for", Name: "uptime_seconds", Value: time.Since(since).Seconds(), Unit: "seconds"}
 }
 
-// publishSections shows what a publisher has done.
 func publishSections(started time.Time, requests *serverlog.Requests, gate *admission.Gate) []status.Section {
 	c := requests.Counts()
 	return []status.Section{

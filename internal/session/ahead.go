@@ -32,7 +32,6 @@ const (
 	atOnceOfClosing = 4
 )
 
-// aheadItems returns how many items are substituted ahead of the daemon at most.
 func (s *Settings) aheadItems() int {
 	if s.narConnections() < 2 {
 		return 0 // the connection is for what the daemon waits for
@@ -78,7 +77,6 @@ func (s *Settings) ahead(sub *Session) *ahead.Ahead {
 	})
 }
 
-// narConnections returns how many connections to a server there are for nars.
 func (s *Settings) narConnections() int {
 	connections := s.file.NarinfoConnections
 	if connections <= 0 {
@@ -108,7 +106,6 @@ func CleanAfter(sources, store, session string) {
 	state.Save()
 }
 
-// clean removes what helpers have left that are gone.
 func (s *Settings) clean() {
 	if directory := s.inCache("sessions"); directory != "" {
 		ahead.CleanSessions(directory)

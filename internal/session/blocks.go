@@ -96,7 +96,6 @@ func (b *blocks) speed() substitute.Speed {
 	return substitute.Speed{Rate: e.Rate, Latency: e.RoundTrip, Known: e.Known == e.Sources && e.Rate > 0}
 }
 
-// show tells what the stores have done.
 func (b *blocks) show(log *protocol.Log) {
 	for _, s := range b.Stats() {
 		state := ""
@@ -114,7 +113,6 @@ func (b *blocks) show(log *protocol.Log) {
 	}
 }
 
-// nearRests reports whether the near store cannot be used now.
 func (b *blocks) nearRests() bool {
 	return slices.ContainsFunc(b.Stats(), func(s pool.SourceStats) bool { return s.Near && (s.Resting || s.Banned) })
 }
@@ -154,7 +152,6 @@ func (s serverSpeeds) Measured(address string, bytes int64, waited, latency time
 	s.state.Measured(serverOf(address), bytes, max(waited, time.Millisecond), latency)
 }
 
-// serverOf returns the part of a URL that names a server.
 func serverOf(address string) string {
 	u, err := url.Parse(address)
 	if err != nil {

@@ -38,7 +38,6 @@ func (s *Settings) confine(destination string) {
 	}
 }
 
-// usedFiles returns the files that a helper uses.
 func (s *Settings) usedFiles(destination string) confine.Paths {
 	paths := confine.Paths{
 		Write: []string{s.Store},

@@ -77,7 +77,6 @@ func (s *Settings) FindItem(ctx context.Context, sub *Session, text string) (str
 		"\nhint: for a package, \"guix build -n PACKAGE\" shows the items that would be fetched", text, s.Store)
 }
 
-// itemByHash returns the item with the given name or hash part.
 func (s *Settings) itemByHash(ctx context.Context, sub *Session, text string) (string, error) {
 	if narinfo.CheckStoreName(text) == nil {
 		return s.Store + "/" + text, nil

@@ -168,7 +168,6 @@ func (n *neighbours) read() string {
 	return string(text)
 }
 
-// close waits for what is under way.
 func (n *neighbours) close() {
 	n.stop()
 	if n.done != nil {

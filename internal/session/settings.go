@@ -176,7 +176,6 @@ func (s *Settings) Adopt(options string) {
 	}
 }
 
-// silent returns a log that nobody sees.
 func silent() *protocol.Log { return protocol.NewLog(io.Discard, protocol.LogStyle{}) }
 
 // policies are the words for policies.
@@ -501,7 +500,6 @@ func (s *Settings) Keys() *acl.ACL {
 	return keys
 }
 
-// ownKey reads the public key of this machine.
 func ownKey() ([]byte, error) {
 	return files.ReadRegular(filepath.Join(settings.Directory(), "signing-key.pub"), maxACL)
 }

@@ -116,7 +116,6 @@ func directoryFrom(variable, fallback string) string {
 	return fallback
 }
 
-// settingNames are the settings of the configuration file.
 func settingNames() (names []string) {
 	for _, f := range reflect.VisibleFields(reflect.TypeFor[File]()) {
 		names = append(names, f.Tag.Get("toml"))

@@ -174,17 +174,9 @@ func OpenStores(urls []string, hops int) ([]pool.Member, error) {
 	return stores, errors.Join(failed...)
 }
 
-// CloseStores closes what [OpenStores] has opened.
-func CloseStores(stores []pool.Member) {
-	for _, s := range stores {
-		s.Source.Close()
-	}
-}
-
 // IsSocket reports whether a store is a daemon on this machine, by its URL.
 func IsSocket(url string) bool { return strings.HasPrefix(url, "coap+unix:") }
 
-// isLocal reports whether a store is on this machine, by its URL.
 func isLocal(url string) bool {
 	return IsSocket(url) || strings.HasPrefix(url, "file:") || strings.HasPrefix(url, "dump:")
 }

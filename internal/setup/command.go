@@ -136,7 +136,6 @@ var errNothingDone = errors.New("nothing was done")
 
 func saying(format string, a ...any) { fmt.Print(page.Wrap(1, fmt.Sprintf(format+"\n", a...))) }
 
-// permitted returns an error if this user cannot change the system.
 func (c *changeFlags) permitted() error {
 	if c.root == "" && os.Geteuid() != 0 && !c.dryRun {
 		return errors.New("only root can change the system\nhint: run it by sudo, or with --dry-run to see what it would do")
@@ -332,7 +331,6 @@ func announced(host string, urls []string) (stores []string) {
 // maxOffer bounds what a server says of itself, in bytes.
 const maxOffer = 64 << 10
 
-// get returns a file of a substitute server.
 func get(ctx context.Context, server, name string) ([]byte, error) {
 	if path, ok := strings.CutPrefix(server, "file://"); ok {
 		return files.ReadRegular(filepath.Join(path, name), maxOffer)

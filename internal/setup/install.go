@@ -180,7 +180,6 @@ func (i *installation) installStore() error {
 	return err
 }
 
-// installService has systemd start the block store.
 func (i *installation) installService() error {
 	if err := i.account(); err != nil {
 		return err
@@ -238,7 +237,6 @@ type daemon struct {
 	extensions string // the value of GUIX_EXTENSIONS_PATH, but for ours
 }
 
-// daemon reads the service of guix-daemon.
 func (i *installation) daemon() daemon {
 	const name = "guix-daemon.service"
 	d := daemon{unit: path.Join(units, name)}

@@ -147,7 +147,6 @@ func (s *System) open() (err error) {
 	return nil
 }
 
-// save writes records down.
 func (s *System) save(records []record) error {
 	text, err := json.MarshalIndent(records, "", "  ")
 	if err != nil {
@@ -156,7 +155,6 @@ func (s *System) save(records []record) error {
 	return write(filepath.Join(s.directory, recordName), 0o600, append(text, '\n'))
 }
 
-// add notes what is about to be done.
 func (s *System) add(r record) error {
 	s.records = append(s.records, r)
 	return s.save(s.records)
@@ -207,7 +205,6 @@ func run(command []string) error {
 	return nil
 }
 
-// put writes a file or a link.
 func (s *System) put(step Step) error {
 	name, err := s.at(step.Path)
 	if err == nil {

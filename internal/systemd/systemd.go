@@ -31,19 +31,12 @@ type Socket struct {
 	Packets  net.PacketConn
 }
 
-// Close closes the socket here; the service manager still has it.
-func (s Socket) Close() error {
-	if s.Listener != nil {
-		return s.Listener.Close()
-	}
-	return s.Packets.Close()
-}
-
 // Sockets returns the sockets that the service manager has passed to this process; none if there is
 // no service manager, or if the variables are meant for another process. It must be called once at
-// most, before anything else opens files. The variables are removed from the environment, and the
-// descriptors are not inherited by programs that are started.
-func Sockets() (_ []Socket, err error) {
+// most, before anything else opens files, and the program is to end if there is an error. The
+// variables are removed from the environment, and the descriptors are not inherited by programs that
+// are started.
+func Sockets() ([]Socket, error) {
 	pid, count, names := os.Getenv("LISTEN_PID"), os.Getenv("LISTEN_FDS"), os.Getenv("LISTEN_FDNAMES")
 	for _, variable := range []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID"} {
 		os.Unsetenv(variable)
@@ -56,13 +49,6 @@ func Sockets() (_ []Socket, err error) {
 		return nil, fmt.Errorf("LISTEN_FDS is %.20q, and must be a number of at most %d", count, maxSockets)
 	}
 	var sockets []Socket
-	defer func() {
-		if err != nil {
-			for _, s := range sockets {
-				s.Close()
-			}
-		}
-	}()
 	split := strings.Split(names, ":")
 	for i := range n {
 		unix.CloseOnExec(firstDescriptor + i)
