@@ -225,11 +225,9 @@ func (a *aheadTest) order() []aheadItem {
 // substitute has a helper substitute an item.
 func (a *aheadTest) substitute(d *daemonHelper, item aheadItem, destination string) {
 	a.t.Helper()
-	fmt.Fprintf(d.stdin, "substitute %s %s\n", item.path, destination)
-	var b [4096]byte
-	n, err := d.replies.Read(b[:])
-	if err != nil || !strings.HasPrefix(string(b[:n]), "success sha256:") {
-		a.t.Fatalf("%s: reply %q, %v", item.path, b[:n], err)
+	reply, err := d.ask(fmt.Sprintf("substitute %s %s\n", item.path, destination))
+	if err != nil || !strings.HasPrefix(reply, "success sha256:") {
+		a.t.Fatalf("%s: reply %q, %v", item.path, reply, err)
 	}
 	text, err := os.ReadFile(destination + "/lib/file")
 	if err != nil || !bytes.HasPrefix(text, []byte(item.path+"\n")) {
@@ -536,10 +534,11 @@ func TestAheadCollected(t *testing.T) {
 	collector.Wait()
 }
 
-// A farLine is a proxy that counts round trips: what clients send, and connections, wait until
+// A farLine is a listener that counts round trips: what clients send, and connections, wait until
 // nothing more has come for a time, and pass together then. So what is sent one after the other
 // counts as many times as it is, and what is sent at once counts once, however fast the machine is.
 type farLine struct {
+	net.Listener
 	delay time.Duration
 
 	mu      sync.Mutex
@@ -547,6 +546,19 @@ type farLine struct {
 	trips   int
 	counted int
 	timer   *time.Timer
+}
+
+// begin puts the line before a server that has not been started.
+func (l *farLine) begin(server *httptest.Server) {
+	l.changed.L = &l.mu
+	l.timer = time.AfterFunc(time.Hour, func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.trips++
+		l.changed.Broadcast()
+	})
+	l.Listener, server.Listener = server.Listener, l
+	server.Start()
 }
 
 // cross waits for one round trip.
@@ -568,62 +580,32 @@ func (l *farLine) count() int {
 	return n
 }
 
-// newFarLine begins a line to a server, and returns its address.
-func newFarLine(t *testing.T, to string, delay time.Duration) (l *farLine, address string) {
-	l = &farLine{delay: delay}
-	l.changed.L = &l.mu
-	l.timer = time.AfterFunc(time.Hour, func() {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		l.trips++
-		l.changed.Broadcast()
-	})
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	var connections sync.WaitGroup
-	connections.Go(func() {
-		for {
-			client, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			connections.Go(func() { l.carry(client, to) })
-		}
-	})
-	t.Cleanup(func() {
-		listener.Close()
-		connections.Wait() // the helpers have ended
-		l.timer.Stop()
-	})
-	return l, listener.Addr().String()
+func (l *farLine) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	return &farConn{Conn: conn, cross: sync.OnceFunc(l.cross), line: l}, err
 }
 
-func (l *farLine) carry(client net.Conn, to string) {
-	defer client.Close()
-	l.cross()
-	server, err := net.Dial("tcp", to)
-	if err != nil {
-		return
-	}
-	defer server.Close()
-	back := make(chan struct{})
-	go func() {
-		defer close(back)
-		io.Copy(client, server)
-		client.Close()
-	}()
-	for b := make([]byte, 64<<10); ; {
-		n, err := client.Read(b)
+type farConn struct {
+	net.Conn
+	cross func() // when it is connected
+	line  *farLine
+	left  []byte // that has come
+}
+
+func (c *farConn) Read(b []byte) (int, error) {
+	c.cross()
+	if len(c.left) == 0 {
+		c.left = make([]byte, 64<<10)
+		n, err := c.Conn.Read(c.left)
+		c.left = c.left[:n]
 		if err != nil {
-			break
+			return 0, err
 		}
-		l.cross()
-		if _, err := server.Write(b[:n]); err != nil {
-			break
-		}
+		c.line.cross()
 	}
-	server.Close()
-	<-back
+	n := copy(b, c.left)
+	c.left = c.left[n:]
+	return n, nil
 }
 
 // Over a long line, 60 items of 30 KB that are substituted one after the other take some round
@@ -643,10 +625,10 @@ func TestAheadRoundTrips(t *testing.T) {
 			a := newAheadTest(t, 0, test.configuration)
 			a.size, a.items = 30_000, nil
 			a.makeItems(40) // and 20 more
-			server := httptest.NewServer(a)
+			server, line := httptest.NewUnstartedServer(a), &farLine{delay: test.delay}
+			line.begin(server)
 			t.Cleanup(server.Close)
-			line, address := newFarLine(t, server.Listener.Addr().String(), test.delay)
-			a.setServer("http://" + address)
+			a.setServer(server.URL)
 			all := "info"
 			for _, item := range a.items {
 				all += " " + item.path

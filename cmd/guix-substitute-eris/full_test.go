@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"cmp"
 	"fmt"
@@ -149,7 +148,7 @@ func (f *fullTest) only(t *testing.T, names string) {
 func (f *fullTest) helper(t *testing.T, mode, state string) *soakHelper {
 	t.Helper()
 	d := f.start(mode, f.stores[cmp.Or(f.scheme, "coap+tcp")], "XDG_CACHE_HOME="+state)
-	return &soakHelper{d, &soakRun{t: t, what: mode}, bufio.NewReader(d.replies), mode, -1}
+	return &soakHelper{d, &soakRun{t: t, what: mode}, mode, -1}
 }
 
 // ask has a helper answer, which it does whatever happens.

@@ -89,31 +89,6 @@ cat <&5
 	}
 }
 
-// TestNeverItself has copies and links of the program name each other as guix.
-func TestNeverItself(t *testing.T) {
-	program := buildProgram(t)
-	d := t.TempDir()
-	if err := os.Link(program, d+"/hard"); err != nil {
-		t.Skip(err)
-	}
-	must(t, os.Symlink(program, d+"/soft"))
-	b, err := os.ReadFile(program)
-	if err == nil {
-		err = os.WriteFile(d+"/copy", b, 0o755)
-	}
-	must(t, err)
-	for _, name := range []string{"hard", "soft", "copy"} {
-		for _, called := range []string{program, d + "/copy"} {
-			cmd := exec.Command(called, "offload", "x86_64-linux")
-			cmd.Env = []string{"GUIX_SUBSTITUTE_ERIS_GUIX=" + d + "/" + name}
-			out, err := cmd.CombinedOutput()
-			if err == nil || !bytes.Contains(out, []byte("this program")) {
-				t.Errorf("%s as the guix of %s: %s, error %v", name, called, out, err)
-			}
-		}
-	}
-}
-
 // TestExtension runs the extension as guix does: with the program, and where the program cannot be
 // run.
 func TestExtension(t *testing.T) {

@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -205,21 +206,10 @@ func checkMemory(t *testing.T, directory, name, want string, serve http.HandlerF
 	), false)
 	must(t, err)
 	// The pipe of requests stays open while memory is looked at.
-	_, err = io.WriteString(d.stdin, "substitute "+name+" "+name+"\n")
-	var reply [4096]byte
-	n := 0
-	if err == nil {
-		n, err = d.replies.Read(reply[:])
-	}
+	reply, err := d.ask("substitute " + name + " " + name + "\n")
 	used, err2 := mostMemory(d.cmd.Process.Pid)
-	if err2 != nil {
-		t.Error(err2)
-	}
-	if err2 = d.close(); err == nil {
-		err = err2
-	}
-	if err != nil || string(reply[:n]) != want {
-		t.Errorf("reply %q, error %v; log: %s", reply[:n], err, d.log.String())
+	if err := errors.Join(err, err2, d.close()); err != nil || reply != want {
+		t.Errorf("reply %q, error %v; log: %s", reply, err, d.log.String())
 	}
 	t.Logf("%.1f MiB of memory", float64(used)/(1<<20))
 	if used >= most {

@@ -582,6 +582,7 @@ type daemonHelper struct {
 	query   bool
 	stdin   *os.File
 	replies *os.File
+	in      *bufio.Reader // the same
 	log     bytes.Buffer
 	logPipe *os.File
 	wait    sync.WaitGroup
@@ -599,7 +600,7 @@ func startDaemonHelper(program, mode string, env []string, unread bool) (*daemon
 	if err := errors.Join(err, err2, err3); err != nil {
 		return nil, err
 	}
-	d.stdin, d.replies, d.logPipe = stdinEnd, replies, log
+	d.stdin, d.replies, d.in, d.logPipe = stdinEnd, replies, bufio.NewReader(replies), log
 	d.cmd = exec.Command(program, "substitute", "--"+mode)
 	d.cmd.Dir = "/"
 	d.cmd.Env = append(slices.Clip(env), "GORACE="+raceOptions)
@@ -617,40 +618,41 @@ func startDaemonHelper(program, mode string, env []string, unread bool) (*daemon
 	return d, err
 }
 
-// talk sends each line and reads the reply to it.
-func (d *daemonHelper) talk(requests string) (string, error) {
-	var all strings.Builder
-	r := bufio.NewReader(d.replies)
-	for line := range strings.Lines(requests) {
-		if _, err := io.WriteString(d.stdin, line); err != nil {
-			return all.String(), err
-		}
-		if !strings.HasSuffix(line, "\n") {
-			d.stdin.Close() // the last line has no end
-		}
-		if d.query {
-			begin := all.Len()
-			for {
-				reply, err := r.ReadString('\n')
-				all.WriteString(reply)
-				if err != nil {
-					return all.String(), fmt.Errorf("no complete reply to %.100q: %w", line, err)
-				}
-				if reply == "\n" && endOfReply(line, all.String()[begin:]) {
-					break
-				}
-			}
-			continue
-		}
+// ask sends a request and returns the whole reply.
+func (d *daemonHelper) ask(request string) (string, error) {
+	if _, err := io.WriteString(d.stdin, request); err != nil {
+		return "", err
+	}
+	if !strings.HasSuffix(request, "\n") {
+		d.stdin.Close() // the last line has no end
+	}
+	if !d.query {
 		// The daemon takes what a single read brings as the reply.
 		var b [4096]byte
 		n, err := d.replies.Read(b[:])
-		all.Write(b[:n])
+		if err == nil && (n == 0 || b[n-1] != '\n') {
+			err = errors.New("the reply was not written at once")
+		}
+		return string(b[:n]), err
+	}
+	var reply strings.Builder
+	for {
+		line, err := d.in.ReadString('\n')
+		reply.WriteString(line)
+		if err != nil || line == "\n" && endOfReply(request, reply.String()) {
+			return reply.String(), err
+		}
+	}
+}
+
+// talk asks line by line, and returns all replies once there are no more.
+func (d *daemonHelper) talk(requests string) (string, error) {
+	var all strings.Builder
+	for line := range strings.Lines(requests) {
+		reply, err := d.ask(line)
+		all.WriteString(reply)
 		if err != nil {
 			return all.String(), fmt.Errorf("no reply to %.100q: %w", line, err)
-		}
-		if n == 0 || b[n-1] != '\n' {
-			return all.String(), errors.New("the reply was not written at once")
 		}
 	}
 	var err error
@@ -659,7 +661,7 @@ func (d *daemonHelper) talk(requests string) (string, error) {
 		return all.String(), err
 	}
 	d.stdin.Close()
-	rest, err := io.ReadAll(r)
+	rest, err := io.ReadAll(d.in)
 	all.Write(rest)
 	if err == nil && len(rest) > 0 {
 		err = fmt.Errorf("more was replied than was asked for: %q", rest)

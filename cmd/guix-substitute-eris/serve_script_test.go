@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"net"
@@ -11,6 +10,7 @@ import (
 	"os/exec"
 	"regexp"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -81,10 +81,7 @@ func scriptBlockstore(ts *testscript.TestScript, neg bool, args []string) {
 	s := v.(*blockServer)
 	switch args[0] {
 	case "stop":
-		err := s.stop()
-		text, _ := os.ReadFile(log)
-		ts.Logf("%s", text)
-		ts.Check(err)
+		ts.Check(s.stop())
 	case "kill":
 		s.kill()
 	case "signal":
@@ -132,7 +129,6 @@ func startBlockServer(directory, log string, env []string, args ...string) (_ *b
 	}
 	address := &net.UnixAddr{Name: s.directory + "/s", Net: "unixgram"}
 	if s.states, err = net.ListenUnixgram("unixgram", address); err != nil {
-		os.RemoveAll(s.directory)
 		return nil, err
 	}
 	// Whoever the server runs as may tell, as with a real service manager.
@@ -152,9 +148,9 @@ func startBlockServer(directory, log string, env []string, args ...string) (_ *b
 	go func() {
 		s.err = s.cmd.Wait()
 		close(s.ended)
-		s.states.SetReadDeadline(time.Now()) // what has come can still be read
+		s.states.WriteToUnix([]byte("ended"), address) // behind what it has told
 	}()
-	if state := s.state(); state != "READY=1" {
+	if s.state() != "READY=1" {
 		<-s.ended
 		s.end()
 		return nil, s.err
@@ -198,24 +194,9 @@ func (s *blockServer) stop() error {
 	return nil
 }
 
-// state returns what the server next tells the service manager; "" if it has ended.
+// state returns what the server next tells the service manager, or "ended".
 func (s *blockServer) state() string {
 	var b [256]byte
-	n, err := s.states.Read(b[:])
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		// The deadline hides what came before it.
-		s.states.SetReadDeadline(time.Time{})
-		raw, rawErr := s.states.SyscallConn()
-		if rawErr != nil {
-			return ""
-		}
-		rawErr = raw.Read(func(fd uintptr) bool {
-			n, err = unix.Read(int(fd), b[:])
-			return true
-		})
-		if rawErr != nil || err != nil {
-			return ""
-		}
-	}
-	return string(bytes.TrimSpace(b[:max(n, 0)]))
+	n, _ := s.states.Read(b[:])
+	return strings.TrimSpace(string(b[:n]))
 }

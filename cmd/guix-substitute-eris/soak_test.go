@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
@@ -339,7 +338,6 @@ const (
 type soakHelper struct {
 	*daemonHelper
 	r    *soakRun
-	in   *bufio.Reader
 	mode string
 	left int // requests until it is killed, if it is not negative
 }
@@ -348,7 +346,7 @@ func (r *soakRun) start(mode string) *soakHelper {
 	r.t.Helper()
 	d, err := startDaemonHelper(r.program, mode, r.env, false)
 	must(r.t, err)
-	return &soakHelper{d, r, bufio.NewReader(d.replies), mode, -1}
+	return &soakHelper{d, r, mode, -1}
 }
 
 // ask sends a request and returns the whole reply.
@@ -359,30 +357,20 @@ func (h *soakHelper) ask(request string) (string, error) {
 	h.left--
 	begin := time.Now()
 	h.replies.SetReadDeadline(begin.Add(hungTime))
-	if _, err := io.WriteString(h.stdin, request+"\n"); err != nil {
-		return "", err
-	}
-	var reply strings.Builder
-	for {
-		line, err := h.in.ReadString('\n')
-		reply.WriteString(line)
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			h.cmd.Process.Signal(syscall.SIGQUIT)
-			h.close()
-			h.r.t.Fatalf("%s: no reply to %q\n%s", h.r.what, request, h.log.String())
-		} else if err != nil {
-			return reply.String(), err
-		}
-		if !h.query || line == "\n" && endOfReply(request, reply.String()) {
-			break
-		}
+	reply, err := h.daemonHelper.ask(request + "\n")
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		h.cmd.Process.Signal(syscall.SIGQUIT)
+		h.close()
+		h.r.t.Fatalf("%s: no reply to %q\n%s", h.r.what, request, h.log.String())
+	} else if err != nil {
+		return reply, err
 	}
 	took := time.Since(begin)
 	h.r.longest = max(h.r.longest, took)
 	if h.r.good && took > mostTime {
 		h.r.late = append(h.r.late, fmt.Sprintf("%q took %v", request, took))
 	}
-	return reply.String(), nil
+	return reply, nil
 }
 
 // foreign are messages that are not the program's: those of packages, with a date, and of faults.
