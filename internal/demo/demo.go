@@ -4,6 +4,7 @@
 package demo
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -15,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -202,16 +204,9 @@ func (d *demo) makeItem(ctx context.Context, path string) error {
 		return err
 	}
 	// What may not be in the name of a store item becomes a hyphen.
-	name := strings.TrimLeft(strings.Map(func(r rune) rune {
-		if strings.ContainsRune("+-._?=", r) || r < 0x80 && ('0' <= r && r <= '9' || 'a' <= r|0x20 && r|0x20 <= 'z') {
-			return r
-		}
-		return '-'
-	}, filepath.Base(path)), ".")
-	name = name[:min(len(name), 100)]
-	if name == "" {
-		name = "item"
-	}
+	name := regexp.MustCompile(`[^-+._?=0-9A-Za-z]`).ReplaceAllString(filepath.Base(path), "-")
+	name = strings.TrimLeft(name, ".")
+	name = cmp.Or(name[:min(len(name), 100)], "item")
 	hash := sha256.Sum256(fmt.Appendf(nil, "%d %s", len(d.items), name))
 	item := demoItem{path: d.file("store/" + nixbase32.EncodeToString(hash[:20]) + "-" + name)}
 	if err := narinfo.CheckStorePath(d.file("store"), item.path); err != nil {

@@ -50,7 +50,10 @@ func findDaemon(proc string, trusted func(uid string) bool) *daemonProcess {
 		stat, _ := files.ReadRegular(filepath.Join(proc, e.Name(), "stat"), maxProcessFile)
 		_, after, ok := bytes.Cut(stat, []byte(" (guix-daemon) "))
 		fields := strings.Fields(string(after))
-		if ok && len(fields) > 1 && trustedProcess(filepath.Join(proc, e.Name()), trusted) {
+		// Both users must be trusted: the real one too, because a set-user-ID program may be started
+		// under any name.
+		real, c := credentialsOf(filepath.Join(proc, e.Name()))
+		if ok && len(fields) > 1 && trusted(real) && trusted(strconv.Itoa(c.uid)) {
 			parents[pid], _ = strconv.Atoi(fields[1])
 		}
 	}
@@ -66,16 +69,25 @@ func findDaemon(proc string, trusted func(uid string) bool) *daemonProcess {
 	return readDaemon(proc, slices.MinFunc(first, cmp.Compare))
 }
 
-// trustedProcess reports whether both users of a process are trusted: the real one too, because a
-// set-user-ID program may be started under any name.
-func trustedProcess(directory string, trusted func(uid string) bool) bool {
+// credentialsOf returns the real user of a process, empty if that is not known, and what it may do.
+func credentialsOf(directory string) (real string, c credentials) {
 	text, _ := files.ReadRegular(filepath.Join(directory, "status"), maxProcessFile)
 	for line := range strings.Lines(string(text)) {
-		if fields := strings.Fields(line); len(fields) > 2 && fields[0] == "Uid:" {
-			return trusted(fields[1]) && trusted(fields[2])
+		fields := strings.Fields(line)
+		for i, f := range fields {
+			n, err := strconv.Atoi(f)
+			switch {
+			case err != nil:
+			case fields[0] == "Uid:" && i == 1:
+				real = f
+			case fields[0] == "Uid:" && i == 2: // the effective one
+				c.uid = n
+			case fields[0] == "Gid:" && i == 2, fields[0] == "Groups:":
+				c.groups = append(c.groups, n)
+			}
 		}
 	}
-	return false
+	return real, c
 }
 
 // trusts reports whether a daemon may be one of the user: root, or whoever owns the store.
@@ -102,20 +114,7 @@ func readDaemon(proc string, pid int) *daemonProcess {
 			}
 		}
 	}
-	text, _ := files.ReadRegular(in("status"), maxProcessFile)
-	for line := range strings.Lines(string(text)) {
-		fields := strings.Fields(line)
-		for i, f := range fields {
-			n, err := strconv.Atoi(f)
-			switch {
-			case err != nil:
-			case fields[0] == "Uid:" && i == 2: // the effective one
-				d.credentials.uid = n
-			case fields[0] == "Gid:" && i == 2, fields[0] == "Groups:":
-				d.credentials.groups = append(d.credentials.groups, n)
-			}
-		}
-	}
+	_, d.credentials = credentialsOf(filepath.Join(proc, strconv.Itoa(pid)))
 	if text, err := files.ReadRegular(in("attr/current"), maxProcessFile); err == nil {
 		d.confinement = strings.TrimSpace(strings.Trim(string(text), "\x00"))
 	}

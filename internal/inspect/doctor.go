@@ -59,7 +59,11 @@ func (d *doctor) well(subject, format string, a ...any) {
 }
 
 func (d *doctor) ill(mend, subject, format string, a ...any) {
-	d.findings = append(d.findings, finding{Subject: subject, Detail: message.Text(fmt.Sprintf(format, a...)), Mend: mend})
+	d.findings = append(d.findings, illness(mend, subject, format, a...))
+}
+
+func illness(mend, subject, format string, a ...any) finding {
+	return finding{Subject: subject, Detail: message.Text(fmt.Sprintf(format, a...)), Mend: mend}
 }
 
 // Doctor is the command that looks for what is not as it should be.
@@ -297,48 +301,41 @@ func (d *doctor) examineServers(ctx context.Context, sub *session.Session) {
 	if len(urls) == 0 {
 		d.ill("sudo guix-daemon --substitute-urls='"+strings.Join(session.DefaultURLs, " ")+"' …", "server", "none is configured")
 	}
-	results := make([]func(), len(urls))
+	results := make([]finding, len(urls))
 	var wait sync.WaitGroup
 	for i, url := range urls {
-		wait.Go(func() { results[i] = d.examineServer(ctx, sub.Mirrors, url) })
+		wait.Go(func() { results[i] = examineServer(ctx, sub.Mirrors, url) })
 	}
 	wait.Wait()
-	for _, result := range results {
-		result()
-	}
+	d.findings = append(d.findings, results...)
 }
 
 // absent is a hash part that no item has.
 const absent = "00000000000000000000000000000000"
 
-// examineServer returns what adds the finding.
-func (d *doctor) examineServer(ctx context.Context, mirrors *mirror.Client, url string) func() {
+func examineServer(ctx context.Context, mirrors *mirror.Client, url string) finding {
 	name := "server " + mirror.WithoutUser(url)
 	ctx, cancel := context.WithTimeoutCause(ctx, 2*probeTimeout, fmt.Errorf("no answer in %v", 2*probeTimeout))
 	defer cancel()
+	if err := mirror.CheckURL(url); err != nil {
+		return illness("sudo systemctl edit --full guix-daemon # --substitute-urls=…", name, "%v", err)
+	}
 	status := 0
 	begin := time.Now()
-	err := mirror.CheckURL(url)
-	if err == nil {
-		err = mirrors.Narinfos(ctx, url, []string{absent}, func(a mirror.Answer) { status = a.Status })
-	}
+	err := mirrors.Narinfos(ctx, url, []string{absent}, func(a mirror.Answer) { status = a.Status })
 	took := time.Since(begin)
 	path, local := strings.CutPrefix(url, "file://")
 	if _, err2 := os.Stat(path); local && err == nil {
 		err = err2
 	}
-	return func() {
-		switch {
-		case mirror.CheckURL(url) != nil:
-			d.ill("sudo systemctl edit --full guix-daemon # --substitute-urls=…", name, "%v", err)
-		case err != nil:
-			d.ill("curl -I "+mirror.WithoutUser(url)+"/nix-cache-info", name, "%s", strings.TrimPrefix(message.Plain(err), mirror.WithoutUser(url)+": "))
-		case status >= 400 && status != http.StatusNotFound && status != http.StatusGone:
-			d.ill("curl -I "+mirror.WithoutUser(url)+"/nix-cache-info", name, "answers with status %d %s", status, http.StatusText(status))
-		default:
-			d.well(name, "answers (%s)", page.Duration(took))
-		}
+	look := "curl -I " + mirror.WithoutUser(url) + "/nix-cache-info"
+	switch {
+	case err != nil:
+		return illness(look, name, "%s", strings.TrimPrefix(message.Plain(err), mirror.WithoutUser(url)+": "))
+	case status >= 400 && status != http.StatusNotFound && status != http.StatusGone:
+		return illness(look, name, "answers with status %d %s", status, http.StatusText(status))
 	}
+	return finding{Subject: name, OK: true, Detail: "answers (" + page.Duration(took) + ")"}
 }
 
 func (d *doctor) examineStores(ctx context.Context, sub *session.Session) {

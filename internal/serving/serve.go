@@ -139,13 +139,6 @@ func maxConnectionsFlag(c *cobra.Command, value *int, where string) {
 	}
 }
 
-func (s *serveSettings) askStatistics() (socket string, answer Statistics, err error) {
-	if socket, err = s.socketPath(); err == nil {
-		answer, err = AskStatistics(socket)
-	}
-	return socket, answer, err
-}
-
 // run serves until a signal comes or something fails for good.
 func (s *serveSettings) run(ctx context.Context) (err error) {
 	passed, err := systemd.Sockets()
@@ -317,10 +310,10 @@ func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from 
 	})
 	started := time.Now()
 	var coap *coapserver.Server
-	collect := func() Statistics {
-		statistics := statisticsOf(started, store, from, coap, web)
-		statistics.Blocks.FreeBytes, _ = files.Free(s.directory)
-		return statistics
+	collect := func() statistics {
+		all := statisticsOf(started, store, from, coap, web)
+		all.Blocks.FreeBytes, _ = files.Free(s.directory)
+		return all
 	}
 	stats := func() []byte { return collect().text() }
 	coap, err = coapserver.New(coapserver.Config{

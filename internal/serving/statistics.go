@@ -25,8 +25,8 @@ const statisticsPath = "stats"
 // statisticsTimeout is how long a server may take to send its statistics.
 const statisticsTimeout = 30 * time.Second
 
-// Statistics is what a running server tells about itself, in JSON.
-type Statistics struct {
+// statistics is what a running server tells about itself, in JSON.
+type statistics struct {
 	Version string    `json:"version"`
 	Started time.Time `json:"started"`
 
@@ -93,8 +93,8 @@ type storeStatistics struct {
 	LastError string  `json:"lastError,omitempty"`
 }
 
-func statisticsOf(started time.Time, store sharing, from *relay.Relay, blocks *coapserver.Server, web *httpserver.Server) Statistics {
-	s := Statistics{Version: program.Version(), Started: started.UTC().Truncate(time.Second)}
+func statisticsOf(started time.Time, store sharing, from *relay.Relay, blocks *coapserver.Server, web *httpserver.Server) statistics {
+	s := statistics{Version: program.Version(), Started: started.UTC().Truncate(time.Second)}
 	b := store.Stats()
 	s.Blocks.Count1KiB, s.Blocks.Count32KiB = b.Blocks1KiB, b.Blocks32KiB
 	s.Blocks.Bytes, s.Blocks.MaxBytes = b.Bytes1KiB+b.Bytes32KiB, b.MaxBytes
@@ -132,7 +132,7 @@ func upstreamStatisticsOf(r relay.Stats) *upstreamStatistics {
 }
 
 // text returns the JSON, in one line.
-func (s Statistics) text() []byte {
+func (s statistics) text() []byte {
 	b, err := json.Marshal(s)
 	if err != nil {
 		panic(err) // it has nothing that JSON cannot express
@@ -140,22 +140,25 @@ func (s Statistics) text() []byte {
 	return b
 }
 
-// AskStatistics asks the server at a Unix socket for its statistics.
-func AskStatistics(socket string) (s Statistics, err error) {
+// askStatistics asks the server that listens on the socket.
+func (s *serveSettings) askStatistics() (socket string, answer statistics, err error) {
+	if socket, err = s.socketPath(); err != nil {
+		return socket, answer, err
+	}
 	path, err := filepath.Abs(socket)
 	if err != nil {
-		return s, err
+		return socket, answer, err
 	}
 	store, err := coap.Open((&url.URL{Scheme: "coap+unix", Path: path}).String(), coap.Options{})
 	if err != nil {
-		return s, err
+		return socket, answer, err
 	}
 	defer store.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), statisticsTimeout)
 	defer cancel()
 	text, err := store.Document(ctx, statisticsPath)
-	if err != nil {
-		return s, err
+	if err == nil {
+		err = json.Unmarshal(text, &answer)
 	}
-	return s, json.Unmarshal(text, &s)
+	return socket, answer, err
 }

@@ -42,8 +42,8 @@ func number(text, name string, value int64) status.Figure {
 	return status.Figure{Text: text, Name: name, Value: float64(value)}
 }
 
-func yes(text, name, label string, value bool) status.Figure {
-	f := status.Figure{Text: text, Name: name, Label: label, Unit: "yes"}
+func yes(text, name string, value bool) status.Figure {
+	f := status.Figure{Text: text, Name: name, Unit: "yes"}
 	if value {
 		f.Value = 1
 	}
@@ -55,7 +55,7 @@ func size(text, name string, value int64) status.Figure {
 }
 
 // sections shows the statistics to people and to monitoring.
-func (s Statistics) sections() []status.Section {
+func (s statistics) sections() []status.Section {
 	blocks := []status.Figure{
 		number("blocks of 32 KiB", "blocks_32kib", s.Blocks.Count32KiB),
 		number("blocks of 1 KiB", "blocks_1kib", s.Blocks.Count1KiB),
@@ -93,24 +93,21 @@ func (s Statistics) sections() []status.Section {
 }
 
 func (u storeStatistics) section() status.Section {
-	s := status.Section{Title: "Upstream " + u.URL, Error: u.LastError}
-	add := func(text, name, unit string, value float64) {
-		s.Figures = append(s.Figures, status.Figure{Text: text, Name: name, Label: u.URL, Value: value, Unit: unit})
-	}
-	add("received", "upstream_bytes_total", "bytes", float64(u.Bytes))
+	figures := []status.Figure{size("received", "upstream_bytes_total", u.Bytes)}
 	if u.Rate > 0 {
-		add("speed", "upstream_rate", "bytes/s", u.Rate)
+		figures = append(figures, status.Figure{Text: "speed", Name: "upstream_rate", Value: u.Rate, Unit: "bytes/s"})
 	}
 	if u.RoundTrip > 0 {
-		add("round trip", "upstream_round_trip_seconds", "seconds", u.RoundTrip)
+		figures = append(figures, status.Figure{Text: "round trip", Name: "upstream_round_trip_seconds", Value: u.RoundTrip, Unit: "seconds"})
 	}
-	add("requests", "upstream_requests_total", "", float64(u.Requests))
-	add("misses", "upstream_misses_total", "", float64(u.Misses))
-	add("failures", "upstream_failures_total", "", float64(u.Failures))
-	add("wrong bytes", "upstream_faults_total", "", float64(u.Faults))
-	s.Figures = append(s.Figures, yes("left alone for a while", "upstream_resting", u.URL, u.Resting),
-		yes("not asked any more, for wrong bytes", "upstream_banned", u.URL, u.Banned))
-	return s
+	figures = append(figures,
+		number("requests", "upstream_requests_total", u.Requests), number("misses", "upstream_misses_total", u.Misses),
+		number("failures", "upstream_failures_total", u.Failures), number("wrong bytes", "upstream_faults_total", u.Faults),
+		yes("left alone for a while", "upstream_resting", u.Resting), yes("not asked any more, for wrong bytes", "upstream_banned", u.Banned))
+	for i := range figures {
+		figures[i].Label = u.URL
+	}
+	return status.Section{Title: "Upstream " + u.URL, Error: u.LastError, Figures: figures}
 }
 
 func clients(title, prefix string, c admission.Stats) status.Section {

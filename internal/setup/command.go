@@ -211,9 +211,7 @@ compare it with what the administrator of the server says.`,
 	key := c.Flags().String("key", "", "authorise the key in `FILE`, and not the one that the server shows; \"none\" authorises none")
 	change.flags(c.Flags())
 	c.RunE = func(_ *cobra.Command, args []string) error {
-		ctx, stop := program.UntilSignal()
-		defer stop()
-		return change.use(ctx, strings.TrimRight(args[0], "/"), *key)
+		return change.use(c.Context(), strings.TrimRight(args[0], "/"), *key)
 	}
 	return c
 }
