@@ -10,10 +10,12 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strconv"
 	"strings"
 
 	"github.com/brutella/dnssd"
 	"github.com/brutella/dnssd/log"
+	"golang.org/x/sys/unix"
 )
 
 // The types of services.
@@ -68,4 +70,54 @@ func interfaces() (usable []net.Interface) {
 		}
 	}
 	return usable
+}
+
+// Instructions of a filter (Linux, Documentation/networking/filter.rst), and where it finds the
+// header of the network.
+const (
+	load    = unix.BPF_LD | unix.BPF_ABS
+	jump    = unix.BPF_JMP | unix.BPF_K
+	network = 0xfff00000 // SKF_NET_OFF
+)
+
+// toGroups passes the datagrams that were sent to 224.0.0.251 or to a group of IPv6.
+var toGroups = []unix.SockFilter{
+	{Code: load | unix.BPF_B, K: network}, // the version is in the upper half
+	{Code: jump | unix.BPF_JGE, K: 0x60, Jt: 2},
+	{Code: load | unix.BPF_W, K: network + 16},
+	{Code: jump | unix.BPF_JEQ, K: 0xe00000fb, Jt: 2, Jf: 3},
+	{Code: load | unix.BPF_B, K: network + 24},
+	{Code: jump | unix.BPF_JEQ, K: 0xff, Jf: 1},
+	{Code: unix.BPF_RET, K: 1<<32 - 1},
+	{Code: unix.BPF_RET},
+}
+
+// onLink has the sockets of Multicast DNS that are open take nothing but what was sent to its
+// groups, which no router passes on. The library would answer whoever sends a question to this
+// machine, with a longer message, at any address that it pretends to have; but only the local link
+// is to be answered (RFC 6762, sections 5.5 and 11).
+func onLink() error {
+	entries, err := os.ReadDir("/proc/self/fd")
+	for _, e := range entries {
+		fd, _ := strconv.Atoi(e.Name())
+		if kind, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE); err != nil || kind != unix.SOCK_DGRAM || localPort(fd) != multicastPort {
+			continue
+		}
+		program := unix.SockFprog{Len: uint16(len(toGroups)), Filter: &toGroups[0]}
+		if err := unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &program); err != nil {
+			return fmt.Errorf("cannot leave out what comes from other networks: %w", err)
+		}
+	}
+	return err
+}
+
+// localPort returns the port that a socket is bound to; 0 if it has none.
+func localPort(fd int) int {
+	switch address, _ := unix.Getsockname(fd); a := address.(type) {
+	case *unix.SockaddrInet4:
+		return a.Port
+	case *unix.SockaddrInet6:
+		return a.Port
+	}
+	return 0
 }
