@@ -4,17 +4,24 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
@@ -252,10 +259,10 @@ func TestChain(t *testing.T) {
 }
 
 // generated is an item that is generated: a tree in a new directory.
-func (c *chain) generated(name string, generate func(root string) error) {
+func (c *chain) generated(name string, generate func(root string)) {
 	c.t.Helper()
 	root := c.directory + "/tree"
-	must(c.t, generate(root))
+	generate(root)
 	tree := nar.NewTree(root)
 	defer tree.Close()
 	c.add(fmt.Sprintf("/gnu/store/%032d-%s", len(c.items), name), tree)
@@ -263,22 +270,13 @@ func (c *chain) generated(name string, generate func(root string) error) {
 }
 
 // pseudorandom writes a file of the given size.
-func pseudorandom(path string, random *rand.ChaCha8, size int64) error {
+func (c *chain) pseudorandom(path string, random *rand.ChaCha8, size int64) {
+	c.t.Helper()
+	must(c.t, os.MkdirAll(filepath.Dir(path), 0o755))
 	f, err := os.Create(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	b := make([]byte, 1<<20)
-	for size > 0 {
-		n := min(size, int64(len(b)))
-		random.Read(b[:n])
-		if _, err := f.Write(b[:n]); err != nil {
-			return err
-		}
-		size -= n
-	}
-	return f.Close()
+	must(c.t, err)
+	_, err = io.CopyN(f, random, size)
+	must(c.t, errors.Join(err, f.Close()))
 }
 
 // TestChainLarge is TestChain with items that are large in one way or another. With
@@ -295,32 +293,17 @@ func TestChainLarge(t *testing.T) {
 	}
 	c := newChain(t)
 	random := rand.NewChaCha8([32]byte{1})
-	c.generated("one-file", func(root string) error { return pseudorandom(root, random, size) })
-	c.generated("files", func(root string) error {
+	c.generated("one-file", func(root string) { c.pseudorandom(root, random, size) })
+	c.generated("files", func(root string) {
 		for i := range files {
-			directory := fmt.Sprintf("%s/%d/%d", root, i%10, i%100)
-			if err := os.MkdirAll(directory, 0o755); err != nil {
-				return err
-			}
-			if err := pseudorandom(fmt.Sprintf("%s/%d", directory, i), random, int64(random.Uint64()%(40<<10+1))); err != nil {
-				return err
-			}
+			c.pseudorandom(fmt.Sprintf("%s/%d/%d/%d", root, i%10, i%100, i), random, int64(random.Uint64()%(40<<10+1)))
 		}
-		return nil
 	})
-	c.generated("deep", func(root string) error {
-		if err := os.MkdirAll(root+strings.Repeat("/d", depth-1), 0o755); err != nil {
-			return err
-		}
-		return os.WriteFile(root+strings.Repeat("/d", depth-1)+"/f", bytes.Repeat([]byte("deep"), 1000), 0o644)
+	c.generated("deep", func(root string) {
+		writeFiles(t, root, map[string]string{strings.Repeat("d/", depth-1) + "f": strings.Repeat("deep", 1000)})
 	})
-	c.generated("zeros", func(root string) error {
-		f, err := os.Create(root)
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		return f.Truncate(zeros)
+	c.generated("zeros", func(root string) {
+		must(t, errors.Join(os.WriteFile(root, nil, 0o644), os.Truncate(root, zeros)))
 	})
 	c.serve(c.manifest())
 	c.query()
@@ -335,4 +318,42 @@ func TestChainLarge(t *testing.T) {
 		c.items = c.items[1:2] // the deep one
 	}
 	c.substitute(c.stores["coap"])
+}
+
+// TestWalkthrough runs what docs/walkthrough.md tells people to run.
+func TestWalkthrough(t *testing.T) {
+	for _, program := range []string{"bash", "curl"} {
+		if _, err := exec.LookPath(program); err != nil {
+			t.Skipf("%s is not there", program)
+		}
+	}
+	script, err := shellBlocks("walkthrough.md", "sh")
+	must(t, err)
+	c := newChain(t)
+	must(t, os.Remove(c.directory+"/etc/substitute-eris.toml"))
+	// Another server may be at the port that people are told to use.
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	l.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "bash", "-c", strings.ReplaceAll(script, ":8181", ":"+port))
+	cmd.Dir, cmd.Env = c.directory, c.env
+	// Servers that a step has left behind end with the group.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGKILL}
+	log, err := os.Create(c.directory + "/output")
+	must(t, err)
+	defer log.Close()
+	cmd.Stdout, cmd.Stderr = log, log
+	err = cmd.Run()
+	if cmd.Process != nil {
+		group := cmd.Process.Pid
+		unix.Kill(-group, unix.SIGKILL)
+		checkGone(t, group)
+	}
+	if err != nil {
+		output, _ := os.ReadFile(log.Name())
+		t.Errorf("%v\n%s", err, output)
+	}
 }

@@ -88,15 +88,11 @@ func (f *fullTest) mount(options string) error {
 
 // room makes room.
 func (f *fullTest) room() {
-	if err := unix.Mount("", f.small, "", unix.MS_REMOUNT, "size=64m,nr_inodes=10000"); err != nil {
-		f.t.Error(err)
-	}
+	must(f.t, unix.Mount("", f.small, "", unix.MS_REMOUNT, "size=64m,nr_inodes=10000"))
 }
 
 func (f *fullTest) unmount() {
-	if err := unix.Unmount(f.small, unix.MNT_DETACH); err != nil {
-		f.t.Error(err)
-	}
+	must(f.t, unix.Unmount(f.small, unix.MNT_DETACH))
 }
 
 func (f *fullTest) narinfo() string {

@@ -4,7 +4,6 @@ package main
 
 import (
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -93,16 +92,11 @@ func TestResume(t *testing.T) {
 	c := newChain(t)
 	c.configure("policy = \"eris-only\"\n") // and a cache, as if nothing were said of one
 	random := rand.NewChaCha8([32]byte{2})
-	c.generated("large", func(root string) error {
-		if err := os.Mkdir(root, 0o755); err != nil {
-			return err
-		}
+	c.generated("large", func(root string) {
 		for i := range 200 { // small blocks as well
-			if err := pseudorandom(fmt.Sprintf("%s/%d", root, i), random, int64(i)*80); err != nil {
-				return err
-			}
+			c.pseudorandom(fmt.Sprintf("%s/%d", root, i), random, int64(i)*80)
 		}
-		return pseudorandom(root+"/large", random, size)
+		c.pseudorandom(root+"/large", random, size)
 	})
 	store, wire := c.serveCounted(c.manifest(), rate)
 	// Has the item encoded, for which a helper does not wait as long as it may take.
@@ -119,17 +113,13 @@ func TestResume(t *testing.T) {
 	wire.half.Store(before + total/2)
 
 	d := c.start("substitute", c.stores["coap+tcp"])
-	if _, err := io.WriteString(d.stdin, "substitute "+c.items[0].path+" "+c.directory+"/killed\n"); err != nil {
-		t.Fatal(err)
-	}
+	fmt.Fprintf(d.stdin, "substitute %s %s/killed\n", c.items[0].path, c.directory)
 	select {
 	case <-wire.reached:
 	case <-time.After(5 * time.Minute):
 		t.Error("half of the item does not cross the wire")
 	}
-	if err := d.cmd.Process.Kill(); err != nil {
-		t.Error(err)
-	}
+	must(t, d.cmd.Process.Kill())
 	if err := d.close(); err == nil || d.cmd.ProcessState.Exited() {
 		t.Fatalf("the helper was not killed: %v\n%s", err, d.log.String())
 	}

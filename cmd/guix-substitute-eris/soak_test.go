@@ -415,9 +415,7 @@ func (r *soakRun) check(item *soakItem, reply string) {
 // checkStore checks that nothing is in the store but items and links.
 func (r *soakRun) checkStore() {
 	entries, err := os.ReadDir(r.store)
-	if err != nil {
-		r.t.Error(err)
-	}
+	must(r.t, err)
 	for _, e := range entries {
 		if e.Name() != ".links" && !slices.ContainsFunc(r.items, func(i *soakItem) bool { return i.name == e.Name() }) {
 			r.t.Errorf("%s: %s is left", r.what, e.Name())
@@ -550,8 +548,8 @@ func TestPublishKilled(t *testing.T) {
 	random := rand.New(rand.NewPCG(7, 8))
 	said := map[string]string{} // URNs by URL
 	for i := range kills(t, 3) + 1 {
-		c.generated("item", func(root string) error {
-			return os.WriteFile(root, noise(uint64(i), 1+random.IntN(2<<20)), 0o644)
+		c.generated("item", func(root string) {
+			must(t, os.WriteFile(root, noise(uint64(i), 1+random.IntN(2<<20)), 0o644))
 		})
 		publisher, err := startPublisher(c.directory, c.env, t.Logf, []string{"--root=" + c.directory + "/items",
 			"--cache=" + c.directory + "/cache", "--eris=" + store.urls["UNIX"], c.manifest()})

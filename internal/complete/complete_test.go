@@ -22,11 +22,17 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
-func open(t *testing.T, directory string) *dir.Store {
-	s, err := dir.Open("file:" + directory)
+// must ends the test if there is an error.
+func must(t testing.TB, err error) {
+	t.Helper()
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+func open(t *testing.T, directory string) *dir.Store {
+	s, err := dir.Open("file:" + directory)
+	must(t, err)
 	t.Cleanup(func() { s.Close() })
 	return s
 }
@@ -41,19 +47,13 @@ func encode(t *testing.T, directory string) eris.ReadCapability {
 	}
 	for name, contents := range map[string][]byte{"a/large": large[:15<<10], "zeros": make([]byte, 1<<20), "x": []byte("x"), "y": []byte("y"), "z": []byte("x")} {
 		name := filepath.Join(tree, name)
-		if err := os.MkdirAll(filepath.Dir(name), 0o777); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(name, contents, 0o666); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.MkdirAll(filepath.Dir(name), 0o777))
+		must(t, os.WriteFile(name, contents, 0o666))
 	}
 	nodes := nar.NewTree(tree)
 	defer nodes.Close()
 	result, err := erisfs.Encode(t.Context(), nodes, open(t, directory).Put, erisfs.EncodeOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return result.Capability
 }
 
@@ -80,9 +80,7 @@ func TestCheck(t *testing.T) {
 			o.From = from
 		}
 		r, err := complete.Check(t.Context(), c, o)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		return r
 	}
 	whole := check(nil)
@@ -92,17 +90,11 @@ func TestCheck(t *testing.T) {
 	affected := map[string]int{}
 	for i, name := range blocks(t, some) {
 		bad := i%2 == 1
-		if err := os.Remove(name); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Remove(name))
 		if bad {
 			info, err := os.Stat(strings.Replace(name, some, all, 1))
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := os.WriteFile(name, bytes.Repeat([]byte{1}, int(info.Size())), 0o666); err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
+			must(t, os.WriteFile(name, bytes.Repeat([]byte{1}, int(info.Size())), 0o666))
 		}
 		r := check(nil)
 		if r.Missing != 1 || r.MissingBytes == 0 || len(r.Affected) == 0 {
@@ -122,9 +114,7 @@ func TestCheck(t *testing.T) {
 		}
 	}
 	// Of nothing, all is got.
-	if err := errors.Join(os.RemoveAll(some), os.Mkdir(some, 0o777)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(os.RemoveAll(some), os.Mkdir(some, 0o777)))
 	if r := check(open(t, all)); r.Repaired != int64(len(blocks(t, all))) || len(blocks(t, some)) != len(blocks(t, all)) {
 		t.Errorf("of nothing: %+v", r)
 	}

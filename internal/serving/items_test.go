@@ -16,34 +16,30 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
 
+// must ends the test if there is an error.
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestSharing has a block in the store, one in an item, and one nowhere.
 func TestSharing(t *testing.T) {
 	root := t.TempDir()
-	if err := os.WriteFile(filepath.Join(root, "item"), []byte("contents"), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(filepath.Join(root, "item"), []byte("contents"), 0o644))
 	store, err := blockstore.Open(t.TempDir(), blockstore.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	table, err := items.Open(t.TempDir(), root, t.Logf)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	s := sharing{store, table, func() { table.Close() }}
 	defer s.Close()
-	if err := table.Update(t.Context(), []string{"item"}); err != nil {
-		t.Fatal(err)
-	}
+	must(t, table.Update(t.Context(), []string{"item"}))
 	block := make([]byte, eris.BlockSize1KiB)
 	stored := eris.Sum(block)
-	if err := s.Put(t.Context(), stored, block); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.Put(t.Context(), stored, block))
 	e, err := publish.Encode(t.Context(), filepath.Join(root, "item"), nil, erisfs.EncodeOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	var question []byte
 	for i, ref := range []eris.Reference{stored, e.Capability.Root, {1}} {
 		_, err := fetch.Get(t.Context(), s, ref, eris.BlockSize1KiB, nil)

@@ -3,6 +3,7 @@
 package setup
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -68,6 +69,19 @@ func snapshot(t *testing.T, s *System) (lines []string) {
 	return lines
 }
 
+// undone undoes everything, after which all must be as before, but for a key pair, which others may
+// trust.
+func undone(t *testing.T, s *System, before []string) (keys bool) {
+	t.Helper()
+	undone, err := s.Undo(false, t.Logf)
+	must(t, err)
+	err = errors.Join(os.Remove(filepath.Join(s.root, "etc/guix/signing-key.sec")), os.Remove(filepath.Join(s.root, publicKeyFile)))
+	if after := snapshot(t, s); !undone || !slices.Equal(before, after) {
+		t.Errorf("all undone: %v; before:\n%s\nafter:\n%s", undone, strings.Join(before, "\n"), strings.Join(after, "\n"))
+	}
+	return err == nil
+}
+
 func install(t *testing.T, s *System) []Step {
 	t.Helper()
 	steps, _, err := s.Install(Options{Program: filepath.Join(s.root, "opt/program"), Store: true, Share: true})
@@ -88,10 +102,8 @@ func TestLive(t *testing.T) {
 			t.Errorf("it is done already: %v", step)
 		}
 	}
-	undone, err := s.Undo(false, t.Logf)
-	must(t, err)
-	if !undone {
-		t.Error("not all is undone")
+	if !undone(t, s, before) {
+		t.Error("the key pair is gone")
 	}
 	got := calls(t)
 	want := []string{
@@ -111,12 +123,6 @@ func TestLive(t *testing.T) {
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("the service manager was told\n%s", strings.Join(got, "\n"))
-	}
-	// The key pair stays, for others may trust it.
-	must(t, os.Remove(filepath.Join(s.root, "etc/guix/signing-key.sec")))
-	must(t, os.Remove(filepath.Join(s.root, "etc/guix/signing-key.pub")))
-	if after := snapshot(t, s); !slices.Equal(before, after) {
-		t.Errorf("before:\n%s\nafter:\n%s", strings.Join(before, "\n"), strings.Join(after, "\n"))
 	}
 }
 
@@ -142,13 +148,7 @@ func TestInterrupted(t *testing.T) {
 			must(t, s.add(r))
 			s.lock.Close()
 		}
-		undone, err := s.Undo(false, t.Logf)
-		must(t, err)
-		os.Remove(filepath.Join(s.root, "etc/guix/signing-key.sec"))
-		os.Remove(filepath.Join(s.root, "etc/guix/signing-key.pub"))
-		if after := snapshot(t, s); !undone || !slices.Equal(before, after) {
-			t.Errorf("after %d steps: before:\n%s\nafter:\n%s", n, strings.Join(before, "\n"), strings.Join(after, "\n"))
-		}
+		undone(t, s, before)
 	}
 }
 
@@ -158,11 +158,7 @@ func TestUndoInterrupted(t *testing.T) {
 	before := snapshot(t, s)
 	must(t, s.Do([]Step{{Path: aclFile, Text: []byte("(acl ())")}}, t.Logf))
 	must(t, os.Rename(filepath.Join(s.root, s.records[0].Copy), filepath.Join(s.root, aclFile)))
-	undone, err := s.Undo(false, t.Logf)
-	must(t, err)
-	if after := snapshot(t, s); !undone || !slices.Equal(before, after) {
-		t.Errorf("before:\n%s\nafter:\n%s", strings.Join(before, "\n"), strings.Join(after, "\n"))
-	}
+	undone(t, s, before)
 }
 
 func TestFailure(t *testing.T) {
@@ -173,11 +169,7 @@ func TestFailure(t *testing.T) {
 	if err := s.Do(steps, t.Logf); err == nil || !strings.Contains(err.Error(), "cannot run systemctl start guix-substitute-eris.socket") {
 		t.Errorf("%v", err)
 	}
-	undone, err := s.Undo(false, t.Logf)
-	must(t, err)
-	if after := snapshot(t, s); !undone || !slices.Equal(before, after) {
-		t.Errorf("before:\n%s\nafter:\n%s", strings.Join(before, "\n"), strings.Join(after, "\n"))
-	}
+	undone(t, s, before)
 }
 
 // TestLinkStays has the place of a link taken by one that cannot be made: what was there stays.
