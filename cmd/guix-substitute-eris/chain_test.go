@@ -357,3 +357,15 @@ func TestWalkthrough(t *testing.T) {
 		t.Errorf("%v\n%s", err, output)
 	}
 }
+
+// checkGone checks that no process of a group is left. It may take a moment until those are gone
+// whose parent was killed.
+func checkGone(t *testing.T, group int) {
+	t.Helper()
+	for begin := time.Now(); unix.Kill(-group, 0) == nil; time.Sleep(10 * time.Millisecond) {
+		if time.Since(begin) > 30*time.Second {
+			unix.Kill(-group, unix.SIGKILL)
+			t.Fatal("processes are left")
+		}
+	}
+}
