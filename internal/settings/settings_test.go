@@ -45,3 +45,34 @@ func TestExample(t *testing.T) {
 		t.Errorf("%v: settings %v, of which there are none named %v", err, meta.Keys(), meta.Undecoded())
 	}
 }
+
+// TestDocumented looks whether the document about the configuration has each setting.
+func TestDocumented(t *testing.T) {
+	text, err := os.ReadFile("../../docs/configuration.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range settingNames() {
+		if !strings.Contains(string(text), "\n    "+name+" = ") {
+			t.Errorf("docs/configuration.md does not have %q", name)
+		}
+	}
+}
+
+func TestDefaultSocket(t *testing.T) {
+	for _, v := range []struct {
+		user      int
+		directory string
+		want      string
+	}{
+		{0, "/run/user/0", "/run/guix-substitute-eris/eris.sock"},
+		{1000, "/run/user/1000", "/run/user/1000/eris.sock"},
+		{1000, "", ""},
+		{1000, "run", ""},
+	} {
+		got, err := DefaultSocket(v.user, v.directory)
+		if got != v.want || (err != nil) != (v.want == "") {
+			t.Errorf("user %d, %q: %q, %v; want %q", v.user, v.directory, got, err, v.want)
+		}
+	}
+}
