@@ -25,8 +25,8 @@ const (
 	maxMessage = 9000
 )
 
-// Browse asks the local network, once, which machines have a service of a type, and calls found
-// with the address of each, once. It listens until ctx ends, which should be soon: who is there
+// Browse asks the local network, once, which other machines have a service of a type, and calls
+// found with the address of each, once. It listens until ctx ends, which should be soon: who is there
 // answers within a tenth of a second (RFC 6762, sections 5.1 and 6). Answers from elsewhere do not
 // count (section 11). The error is nil unless nobody could be asked.
 func Browse(ctx context.Context, service string, found func(netip.AddrPort)) error {
@@ -48,11 +48,13 @@ func Browse(ctx context.Context, service string, found func(netip.AddrPort)) err
 		if err != nil {
 			return nil
 		}
-		if !slices.ContainsFunc(near, func(p netip.Prefix) bool { return p.Contains(from.Addr().Unmap()) }) {
+		sender := from.Addr().Unmap()
+		own := slices.ContainsFunc(near, func(p netip.Prefix) bool { return p.Addr() == sender })
+		if own || !slices.ContainsFunc(near, func(p netip.Prefix) bool { return p.Contains(sender) }) {
 			continue
 		}
 		for _, port := range ports(b[:n], service) {
-			a := netip.AddrPortFrom(from.Addr().Unmap(), port)
+			a := netip.AddrPortFrom(sender, port)
 			if !seen[a] && len(seen) < MaxFound {
 				seen[a] = true
 				found(a)

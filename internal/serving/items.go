@@ -30,6 +30,7 @@ type itemSettings struct {
 	store, root                  string
 	database, manifest, narinfos string
 	instead                      string // what else there is, for errors
+	closers
 }
 
 func (s *itemSettings) flags(f *pflag.FlagSet) {
@@ -41,7 +42,7 @@ func (s *itemSettings) flags(f *pflag.FlagSet) {
 	f.StringVar(&s.narinfos, "narinfos", "", "take the items from the narinfos in `DIRECTORY` instead of from the database")
 }
 
-// closers are what closes what has been opened.
+// closers are what closes what has been opened, the last one first.
 type closers []func()
 
 func (c *closers) close() {
@@ -50,8 +51,8 @@ func (c *closers) close() {
 	}
 }
 
-// open opens what knows the items, and appends what closes it.
-func (s *itemSettings) open(closers *closers) (publish.Items, error) {
+// openItems opens what knows the items; close closes it.
+func (s *itemSettings) openItems() (publish.Items, error) {
 	switch {
 	case s.manifest != "":
 		text, err := os.ReadFile(s.manifest)
@@ -75,17 +76,17 @@ func (s *itemSettings) open(closers *closers) (publish.Items, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the database of guix-daemon cannot be read: %w%s", err, s.instead)
 	}
-	*closers = append(*closers, func() { d.Close() })
+	s.closers = append(s.closers, func() { d.Close() })
 	return d, nil
 }
 
-func (s *itemSettings) names(ctx context.Context) ([]string, error) {
-	var opened closers
-	known, err := s.open(&opened)
+func (s itemSettings) names(ctx context.Context) ([]string, error) {
+	s.closers = nil // of this copy
+	known, err := s.openItems()
 	if err != nil {
 		return nil, err
 	}
-	defer opened.close()
+	defer s.close()
 	return known.Names(ctx)
 }
 
@@ -116,7 +117,8 @@ func (s *itemSettings) share(directory string) (*items.Table, func(), error) {
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	var group sync.WaitGroup
-	group.Go(func() { table.Run(ctx, s.stamp, s.names) })
+	copied := *s // what is appended to its closers meanwhile is not for others
+	group.Go(func() { table.Run(ctx, copied.stamp, copied.names) })
 	return table, func() {
 		stop()
 		group.Wait()

@@ -3,12 +3,14 @@
 package serving
 
 import (
+	"context"
 	"log/slog"
 	"net/http"
 
 	"github.com/spf13/cobra"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lan"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/serverlog"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/systemd"
 )
@@ -33,6 +35,13 @@ func (l *logSettings) open() (err error) {
 // notify tells the service manager how the server fares, if there is one.
 func (l *logSettings) notify(state string) {
 	if err := systemd.Notify(state); err != nil {
+		l.WarnError(err)
+	}
+}
+
+// advertise has others find a service on a port, until ctx is done.
+func (l *logSettings) advertise(ctx context.Context, service string, port uint16) {
+	if err := lan.Advertise(ctx, service, port); err != nil {
 		l.WarnError(err)
 	}
 }

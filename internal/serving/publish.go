@@ -114,12 +114,12 @@ Options of "guix publish" have the same meaning here.`,
 
 // serve serves on l until ctx is done.
 func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
-	handler, closeHandler, err := s.handler()
+	defer s.close()
+	handler, err := s.handler()
 	if err != nil {
 		l.Close()
 		return err
 	}
-	defer closeHandler()
 	gate := admission.New(s.maxConnections, l, func(err error) { s.log.Warn(err.Error() + "; see --max-connections") })
 	handler, page := s.withStatus(handler, gate)
 	var background sync.WaitGroup
@@ -133,11 +133,7 @@ func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 			l.Close()
 			return err
 		}
-		background.Go(func() {
-			if err := lan.Advertise(ctx, lan.Publish, port); err != nil {
-				s.log.WarnError(err)
-			}
-		})
+		background.Go(func() { s.log.advertise(ctx, lan.Publish, port) })
 	}
 	s.log.Info("publishing on", "url", "http://"+l.Addr().String())
 	s.log.notify("READY=1")
@@ -163,67 +159,61 @@ func serveHTTP(ctx context.Context, l net.Listener, gate *admission.Gate, handle
 	return nil
 }
 
-// handler makes what serves, and a function that closes it.
-func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error) {
-	var closers closers
-	defer func() {
-		if closeAll = closers.close; err != nil {
-			closers.close()
-		}
-	}()
+// handler makes what serves, until close.
+func (s *publishSettings) handler() (h http.Handler, err error) {
 	var key *acl.SigningKey
 	if s.annotate == "" {
 		if key, err = s.key(); err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 	}
 	// What follows needs no rights.
 	if err := s.user.become(); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	for _, url := range strings.Fields(s.announce) {
 		if _, err := storeurl.ParseListen(url); err != nil {
-			return nil, nil, fmt.Errorf("--announce: %w", err)
+			return nil, fmt.Errorf("--announce: %w", err)
 		}
 	}
-	store, err := s.openBlocks(&closers)
+	store, err := s.openBlocks()
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	capabilities, err := s.capabilities(store, &closers)
+	capabilities, err := s.capabilities(store)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	deltas, err := s.deltasOf(store, &closers)
+	deltas, err := s.deltasOf(store)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	if s.annotate != "" {
 		if capabilities == nil && deltas == nil {
-			return nil, nil, message.Usage("--annotate needs --eris or --store, or --deltas")
+			return nil, message.Usage("--annotate needs --eris or --store, or --deltas")
 		}
 		h, err = publish.NewAnnotator(publish.AnnotatorOptions{
 			Upstream: s.annotate, StoreDir: s.store, Root: s.root, Capabilities: capabilities, Deltas: deltas,
 			Nars: s.forms != "eris-fs", WaitFor: uint64(s.waitFor), Log: s.log.Warnf,
 		})
-		return h, nil, message.OfUsage(err)
+		return h, message.OfUsage(err)
 	}
-	items, err := s.itemSettings.open(&closers)
+	items, err := s.openItems()
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	host, _ := os.Hostname()
 	if s.logs == "none" {
 		s.logs = ""
 	}
-	blocks, err := s.ownBlocks(&closers)
+	blocks, err := s.ownBlocks()
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	var nars *narcache.Cache
 	if s.cache != "" {
 		nars = narcache.New(filepath.Join(s.cache, "nars"), max(1, s.workers), time.Duration(s.ttl), s.log.Warnf)
-		closers = append(closers, nars.Close)
+		s.closers = append(s.closers, nars.Close)
 	}
 	h, err = publish.NewServer(publish.ServerOptions{
 		StoreDir: s.store, Root: s.root, Items: items, Key: key, Host: cmp.Or(host, "localhost"), Capabilities: capabilities, Nars: nars, Deltas: deltas, Blocks: blocks,
@@ -231,12 +221,12 @@ func (s *publishSettings) handler() (h http.Handler, closeAll func(), err error)
 		TTL: time.Duration(s.ttl), NegativeTTL: time.Duration(s.negativeTTL),
 		LogDirectory: s.logs, Log: s.log.Warnf, BlockStores: strings.Fields(s.announce),
 	})
-	return h, nil, message.OfUsage(err)
+	return h, message.OfUsage(err)
 }
 
 // ownBlocks returns what serves the blocks of the items from their files, which is done where read
 // capabilities are published and no store has the blocks; else it is nil.
-func (s *publishSettings) ownBlocks(closers *closers) (http.Handler, error) {
+func (s *publishSettings) ownBlocks() (http.Handler, error) {
 	if s.eris == "false" || s.blocks != "" {
 		return nil, nil
 	}
@@ -252,23 +242,23 @@ func (s *publishSettings) ownBlocks(closers *closers) (http.Handler, error) {
 		return nil, err
 	}
 	web := httpserver.New(httpserver.Config{Source: table, Log: func(err error) { message.Log("%v", err) }})
-	*closers = append(*closers, closeTable, func() { web.Close() })
+	s.closers = append(s.closers, closeTable, func() { web.Close() })
 	return web.Handler(httpserver.Access{Get: true}), nil
 }
 
 // openBlocks opens the store for blocks; without one it is nil.
-func (s *publishSettings) openBlocks(closers *closers) (fetch.Store, error) {
+func (s *publishSettings) openBlocks() (fetch.Store, error) {
 	if s.blocks == "" || s.blocks == "none" {
 		return nil, nil
 	}
 	store, err := settings.OpenStore(s.blocks)
 	if err == nil {
-		*closers = append(*closers, func() { store.Close() })
+		s.closers = append(s.closers, func() { store.Close() })
 	}
 	return store, err
 }
 
-func (s *publishSettings) capabilities(store fetch.Store, closers *closers) (*publish.Capabilities, error) {
+func (s *publishSettings) capabilities(store fetch.Store) (*publish.Capabilities, error) {
 	if store == nil && s.eris == "false" {
 		return nil, nil
 	}
@@ -282,7 +272,7 @@ func (s *publishSettings) capabilities(store fetch.Store, closers *closers) (*pu
 	}
 	c := publish.NewCapabilities(directory, store, max(1, s.workers), s.log.Warnf)
 	c.Nar = nar
-	*closers = append(*closers, c.Close)
+	s.closers = append(s.closers, c.Close)
 	return c, nil
 }
 
@@ -307,7 +297,7 @@ func (s *publishSettings) narForm() (string, error) {
 }
 
 // deltasOf returns what makes deltas, or nothing if none are kept.
-func (s *publishSettings) deltasOf(store fetch.Store, closers *closers) (*publish.Deltas, error) {
+func (s *publishSettings) deltasOf(store fetch.Store) (*publish.Deltas, error) {
 	if s.deltas == 0 {
 		return nil, nil
 	}
@@ -315,14 +305,14 @@ func (s *publishSettings) deltasOf(store fetch.Store, closers *closers) (*publis
 	if err != nil {
 		return nil, err
 	}
-	items, err := s.itemSettings.open(closers) // of which deltas are made
+	items, err := s.openItems() // of which deltas are made
 	if err != nil {
 		return nil, err
 	}
 	d := publish.NewDeltas(publish.DeltaOptions{
 		Directory: directory, MaxBytes: s.deltas, StoreDir: s.store, Root: s.root, Items: items, Store: store, Log: s.log.Warnf,
 	})
-	*closers = append(*closers, d.Close)
+	s.closers = append(s.closers, d.Close)
 	return d, nil
 }
 
@@ -382,8 +372,7 @@ func (s *Signer) Open(store, root string) (server *publish.Server, key *acl.Publ
 	}
 	s.s.store, s.s.database = store, settings.DatabaseFile()
 	s.s.instead = "; --sign is for what the guix-daemon of this machine has"
-	var opened closers
-	items, err := s.s.itemSettings.open(&opened)
+	items, err := s.s.openItems()
 	if err != nil {
 		return nil, nil, nil, err
 	}
@@ -392,7 +381,7 @@ func (s *Signer) Open(store, root string) (server *publish.Server, key *acl.Publ
 		StoreDir: store, Root: root, Items: items, Key: pair, Host: cmp.Or(host, "localhost"), Compressions: []string{"none"}, Log: message.Log,
 	})
 	if err != nil {
-		opened.close()
+		s.s.close()
 	}
-	return server, pair.PublicKey(), opened.close, err
+	return server, pair.PublicKey(), s.s.close, err
 }

@@ -361,11 +361,7 @@ func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from 
 		s.log.Info("serving on", "url", url, "access", access)
 	}
 	if s.advertised != 0 {
-		group.Go(func() {
-			if err := lan.Advertise(ctx, lan.Blocks, s.advertised); err != nil {
-				s.log.WarnError(err)
-			}
-		})
+		group.Go(func() { s.log.advertise(ctx, lan.Blocks, s.advertised) })
 	}
 	if s.statusListener != nil {
 		page := &status.Server{

@@ -6,11 +6,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -101,10 +99,9 @@ func fresh(file string) bool {
 // browse writes down who answers, at once, for helpers that are waiting.
 func (n *neighbours) browse(ctx context.Context) {
 	defer n.stop()
-	own := ownAddresses()
 	var urls []string
 	found := func(a netip.AddrPort) {
-		if len(urls) < maxNeighbours && !slices.Contains(own, a.Addr()) {
+		if len(urls) < maxNeighbours {
 			urls = append(urls, fmt.Sprintf("coap+tcp://%s\n", a))
 			n.write(urls)
 		}
@@ -173,15 +170,4 @@ func (n *neighbours) close() {
 	if n.done != nil {
 		<-n.done
 	}
-}
-
-// ownAddresses returns those of this machine, whose own store is reached by its socket.
-func ownAddresses() (own []netip.Addr) {
-	all, _ := net.InterfaceAddrs()
-	for _, a := range all {
-		if prefix, err := netip.ParsePrefix(a.String()); err == nil {
-			own = append(own, prefix.Addr().Unmap())
-		}
-	}
-	return own
 }
