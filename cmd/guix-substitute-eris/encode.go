@@ -251,16 +251,10 @@ func (s *encodeSettings) content(path string) *os.File {
 	if path == "-" {
 		return os.Stdin
 	}
-	if s.item {
+	if info, err := os.Lstat(path); s.item || err != nil || !info.Mode().IsRegular() {
 		return nil
 	}
-	if info, err := os.Lstat(path); err != nil || !info.Mode().IsRegular() {
-		return nil
-	}
-	f, err := os.Open(path)
-	if err != nil {
-		return nil
-	}
+	f, _ := os.Open(path)
 	return f
 }
 

@@ -17,6 +17,7 @@ import (
 // TestEncodeChanging checks that a file has no URN that changes while it is encoded, nor has a tree
 // with such a file: the store changes it when it gets the first block.
 func TestEncodeChanging(t *testing.T) {
+	t.Parallel()
 	const size = 48 << 20 // more than is on the way to a store
 	overwrite := func(path string) error {
 		f, err := os.OpenFile(path, os.O_WRONLY, 0)

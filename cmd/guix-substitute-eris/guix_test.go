@@ -33,6 +33,7 @@ func buildProgram(t *testing.T) string {
 // TestHandedToGuix checks that the real guix gets everything as the daemon has given it, argv[0]
 // and descriptors included.
 func TestHandedToGuix(t *testing.T) {
+	t.Parallel()
 	program := buildProgram(t)
 	shell, err := exec.LookPath("bash")
 	if err != nil {
@@ -90,6 +91,7 @@ cat <&5
 // TestExtension runs the extension as guix does: with the program, and where the program cannot be
 // run.
 func TestExtension(t *testing.T) {
+	t.Parallel()
 	guile, err := exec.LookPath("guile")
 	if err != nil {
 		t.Skip("guile is not installed")

@@ -137,6 +137,7 @@ func TestServeKilled(t *testing.T) {
 // TestServeLimitsRate checks that bytes come and go no faster than is permitted, over all listeners
 // together.
 func TestServeLimitsRate(t *testing.T) {
+	t.Parallel()
 	const rate, blocks = 512 << 10, 12
 	server := serveTest(t, t.TempDir(), "--limit-rate=512K/s", "--listen=coap+tcp://127.0.0.1:0?get&put")
 	stores := []*coap.Store{server.client(t, "UNIX"), server.client(t, "TCP")}
