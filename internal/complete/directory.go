@@ -36,8 +36,8 @@ func (i *Item) Complete() bool {
 }
 
 // Directory checks the items of a directory that is a substitute server, as "export" makes it:
-// their blocks in the store, and nars and deltas in the directory. They are in the order of the names
-// of the narinfos. Errors are those of [Check] and of reading the directory.
+// their blocks in the store, and nars and deltas in the directory. They are in the order of the
+// names of the narinfos. Errors are those of [Check] and of reading the directory.
 func Directory(ctx context.Context, directory string, o Options) (items []Item, err error) {
 	root, err := os.OpenRoot(directory)
 	if err != nil {

@@ -26,9 +26,9 @@ const (
 )
 
 // Browse asks the local network, once, which other machines have a service of a type, and calls
-// found with the address of each, once. It listens until ctx ends, which should be soon: who is there
-// answers within a tenth of a second (RFC 6762, sections 5.1 and 6). Answers from elsewhere do not
-// count (section 11). The error is nil unless nobody could be asked.
+// found with the address of each, once. It listens until ctx ends, which should be soon: who is
+// there answers within a tenth of a second (RFC 6762, sections 5.1 and 6). Answers from elsewhere
+// do not count (section 11). The error is nil unless nobody could be asked.
 func Browse(ctx context.Context, service string, found func(netip.AddrPort)) error {
 	question, err := question(service)
 	var socket *net.UDPConn

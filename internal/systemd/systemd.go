@@ -34,8 +34,8 @@ type Socket struct {
 // Sockets returns the sockets that the service manager has passed to this process; none if there is
 // no service manager, or if the variables are meant for another process. It must be called once at
 // most, before anything else opens files, and the program is to end if there is an error. The
-// variables are removed from the environment, and the descriptors are not inherited by programs that
-// are started.
+// variables are removed from the environment, and the descriptors are not inherited by programs
+// that are started.
 func Sockets() ([]Socket, error) {
 	pid, count, names := os.Getenv("LISTEN_PID"), os.Getenv("LISTEN_FDS"), os.Getenv("LISTEN_FDNAMES")
 	for _, variable := range []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID"} {
