@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
@@ -35,8 +36,8 @@ type neighbours struct {
 	text string // what it would have
 	used string // what the file had when it was read last
 	seen files.Identity
-	done chan struct{} // closed when what is under way has ended; nil if nothing is
 	stop context.CancelFunc
+	look sync.WaitGroup // that is under way
 }
 
 // looksAround reports whether stores of the local network are used: not where the daemon was told
@@ -63,11 +64,8 @@ func (s *Settings) neighbours() *neighbours {
 		return n
 	}
 	ctx, stop := context.WithTimeout(context.Background(), browseTime)
-	n.stop, n.done = stop, make(chan struct{})
-	go func() {
-		defer close(n.done)
-		n.browse(ctx)
-	}()
+	n.stop = stop
+	n.look.Go(func() { n.browse(ctx) })
 	return n
 }
 
@@ -147,13 +145,10 @@ func (n *neighbours) changed() bool {
 	return text != n.used
 }
 
-// awaited waits for the end of what is under way, and reports whether it has changed anything.
+// awaited waits for the end of what is under way, and reports whether that, or another helper, has
+// changed anything.
 func (n *neighbours) awaited() bool {
-	if n.done == nil {
-		return false
-	}
-	<-n.done
-	n.done = nil
+	n.look.Wait()
 	return n.changed()
 }
 
@@ -167,7 +162,5 @@ func (n *neighbours) read() string {
 
 func (n *neighbours) close() {
 	n.stop()
-	if n.done != nil {
-		<-n.done
-	}
+	n.look.Wait()
 }

@@ -156,19 +156,16 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error
 		sub = s.Session(query)
 		s.renewKeys(sub, query, true)
 	}
-	cleaned := make(chan struct{})
+	var cleaning sync.WaitGroup
 	stop := make(chan struct{})
-	go func() {
-		defer close(cleaned)
+	cleaning.Go(func() {
 		s.clean()
 		if query && sub.Cache != nil {
 			sub.Cache.Clean(time.Now(), stop)
 		}
-	}()
-	defer func() {
-		close(stop)
-		<-cleaned
-	}()
+	})
+	defer cleaning.Wait()
+	defer close(stop)
 	if query {
 		sub.LookAhead = lookAhead
 		sub.noted = s.daemonSession()
