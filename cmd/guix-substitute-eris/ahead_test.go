@@ -702,25 +702,6 @@ func TestDaemonGone(t *testing.T) {
 	}
 }
 
-// The store is never replaced, nor what it is in, whatever is asked for.
-func TestNeverTheStore(t *testing.T) {
-	a := newAheadTest(t, 0, "")
-	a.query()
-	var requests strings.Builder
-	for _, destination := range []string{"", "/", "/.", "/..", "/../.."} {
-		fmt.Fprintf(&requests, "substitute %s %s%s\n", a.items[0].path, a.store, destination)
-	}
-	d := a.start("substitute")
-	replies, err := d.talk(requests.String())
-	d.close()
-	if want := strings.Repeat("not-found\n", 5); err != nil || replies != want {
-		t.Errorf("replies %q, %v", replies, err)
-	}
-	if info, err := os.Lstat(a.store); err != nil || !info.IsDir() {
-		t.Errorf("the store is gone: %v", err)
-	}
-}
-
 // A server that closes each connection, or refuses what is too much for it, gets few requests at the
 // same time.
 func TestAheadSmallServers(t *testing.T) {
