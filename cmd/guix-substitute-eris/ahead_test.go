@@ -60,7 +60,13 @@ func newAheadTest(t *testing.T, needed int, configuration string) *aheadTest {
 	directory := t.TempDir()
 	a := &aheadTest{t: t, store: directory + "/store", needed: needed, size: 11_000, asked: map[string]int{}}
 	a.changed.L = &a.mu
-	t.Cleanup(func() { makeWritable(directory) })
+	// What cleans up after a helper may write there for a moment longer.
+	t.Cleanup(func() {
+		eventually(t, "the directory cannot be removed", func() bool {
+			makeWritable(directory)
+			return os.RemoveAll(directory) == nil
+		})
+	})
 	a.setServer("")
 	a.configure(configuration)
 	a.makeItems(12)
