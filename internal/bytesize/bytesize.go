@@ -8,13 +8,15 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"regexp"
 	"strconv"
 	"strings"
 )
 
 // maxText bounds the length of what is read.
 const maxText = 64
+
+// prefixes are the letters of units in the order of their powers.
+const prefixes = "KMGTPE"
 
 var (
 	errForm  = errors.New(`not a number with a unit such as "K", "MiB" or "GB"`)
@@ -50,31 +52,59 @@ func Set(n *int64, parse func(text string) (int64, error)) func(text string) err
 }
 
 func parse(text string) (int64, error) {
-	m := regexp.MustCompile(`^([0-9]+)(\.[0-9]+)? ?(?:B|([KMGTPEkmgtpe])(B|iB)?)?$`).FindStringSubmatch(text)
-	if m == nil || len(text) > maxText {
+	if len(text) > maxText {
 		return 0, errForm
 	}
-	whole, fraction, prefix, unit := m[1], m[2], m[3], m[4]
-	base, factor := int64(1024), int64(1)
-	if unit == "B" {
-		base = 1000
+	end := 0
+	for end < len(text) && (text[end] == '.' || '0' <= text[end] && text[end] <= '9') {
+		end++
 	}
-	if prefix != "" {
-		for range 1 + strings.Index("KMGTPE", strings.ToUpper(prefix)) {
-			factor *= base
-		}
+	number, unit := text[:end], strings.TrimPrefix(text[end:], " ")
+	if number == "" || number[0] == '.' || number[end-1] == '.' {
+		return 0, errForm
 	}
-	if fraction == "" {
-		n, err := strconv.ParseInt(whole, 10, 64)
+	factor, ok := multiplier(unit)
+	if !ok {
+		return 0, errForm
+	}
+	if !strings.Contains(number, ".") {
+		n, err := strconv.ParseInt(number, 10, 64)
 		if err != nil || n > math.MaxInt64/factor {
 			return 0, errRange
 		}
 		return n * factor, nil
 	}
-	f, err := strconv.ParseFloat(whole+fraction, 64)
+	f, err := strconv.ParseFloat(number, 64)
+	if errors.Is(err, strconv.ErrSyntax) {
+		return 0, errForm
+	}
 	f *= float64(factor)
 	if err != nil || f >= math.MaxInt64 {
 		return 0, errRange
 	}
 	return int64(f), nil
+}
+
+// multiplier returns how many bytes a unit stands for.
+func multiplier(unit string) (int64, bool) {
+	if unit == "" || unit == "B" {
+		return 1, true
+	}
+	power := strings.IndexByte(prefixes, strings.ToUpper(unit[:1])[0])
+	base := int64(1024)
+	switch unit[1:] {
+	case "", "iB":
+	case "B":
+		base = 1000
+	default:
+		power = -1
+	}
+	if power < 0 {
+		return 0, false
+	}
+	factor := base
+	for range power {
+		factor *= base
+	}
+	return factor, true
 }
