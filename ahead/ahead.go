@@ -39,9 +39,9 @@ const (
 	// mostMemory in all at most.
 	leastMemory = 512 << 10
 	mostMemory  = 8 << 20
-	// atOnceAtFirst is how many items are restored at the same time before any has been: each that has
-	// been makes room for one more.
-	atOnceAtFirst = 4
+	// atOnceAtFirst is how many items are restored at the same time before any has been: each that
+	// has been makes room for one more.
+	atOnceAtFirst = 8
 	// mostPassed is how many requests for others, for each item that may be staged, tell that the
 	// daemon will not ask for an item that is staged.
 	mostPassed = 2
@@ -68,8 +68,8 @@ type Options struct {
 	Session  *Session // of the daemon process
 	Items    int      // how many items are staged at most
 	Bytes    int64    // the sum of their NarSize at most
-	// AtOnce returns how many items are restored at the same time at most; they are fewer where many
-	// fail. It must not wait.
+	// AtOnce returns how many items are restored at the same time at most; they are fewer where
+	// many fail. It must not wait.
 	AtOnce  func() int
 	Workers int   // how many large ones; of others as many as take the same memory
 	Before  Stats // what was counted before

@@ -132,9 +132,9 @@ func (c *Client) Close() {
 	c.transport.CloseIdleConnections()
 }
 
-// Closing reports whether the server that has sent the last nar closed the connection after it. Such
-// servers are small, and have a short queue of connections: what finds it full waits for a second and
-// more, until TCP tries again.
+// Closing reports whether the server that has sent the last nar closed the connection after it.
+// Such servers are small, and have a short queue of connections: what finds it full waits for a
+// second and more, until TCP tries again.
 func (c *Client) Closing() bool { return c.closing.Load() }
 
 // ErrUnsupportedScheme is returned for URLs whose scheme is not http, https or file.
