@@ -5,7 +5,7 @@
 // against it; it also makes such signatures, for a server that publishes store items.
 //
 // Start with [ParseACL] and [ACL.Verify] to verify, and with [ParseSigningKey] and
-// [SigningKey.Sign] to sign. Keys, signatures and the list itself are s-expressions; see [Sexp].
+// [SigningKey.Sign] to sign. Keys, signatures and the list itself are s-expressions.
 //
 // The package reads no files and has no state; what it is given is bounded in size before anything
 // is allocated for it. Signatures are ECDSA over the curve edwards25519 (not EdDSA) or RSA, both
@@ -24,18 +24,13 @@ import (
 // *ACL contain no key, so that nothing is authorised.
 //
 // An ACL never changes and can be used by several goroutines at once.
-type ACL struct {
-	keys []*PublicKey
-	// index has the canonical encodings of the keys' expressions.
-	index map[string]*PublicKey
-}
+type ACL struct{ keys []*PublicKey }
 
 // NewACL returns the list of the given keys; a key that is given twice is listed once.
 func NewACL(keys ...*PublicKey) *ACL {
-	a := &ACL{index: make(map[string]*PublicKey, len(keys))}
+	a := &ACL{}
 	for _, k := range keys {
-		if enc := string(k.sexp.enc); a.index[enc] == nil {
-			a.index[enc] = k
+		if !a.Contains(k) {
 			a.keys = append(a.keys, k)
 		}
 	}
@@ -43,7 +38,7 @@ func NewACL(keys ...*PublicKey) *ACL {
 }
 
 // ParseACL parses the text of an ACL file, (acl (entry KEY (tag (guix import))) …) with each KEY of
-// the form (public-key …). It fails if the text is no s-expression (see [ParseSexp]) or if a single
+// the form (public-key …). It fails if the text is no s-expression or if a single
 // entry has another form; a list that is partly understood must not be acted upon. (Guix,
 // guix/pki.scm: acl->public-keys.)
 //
@@ -53,16 +48,15 @@ func ParseACL(text []byte) (*ACL, error) {
 	if err != nil {
 		return nil, fmt.Errorf("acl: %w", err)
 	}
-	c, ok := s.named("acl")
+	entries, ok := s.named("acl")
 	if !ok {
 		return nil, errors.New("acl: the list does not start with \"acl\"")
 	}
 	var keys []*PublicKey
-	for n := 1; !c.done(); n++ {
-		entry, _ := c.next()
+	for i, entry := range entries {
 		key, err := parseEntry(entry)
 		if err != nil {
-			return nil, fmt.Errorf("acl: entry %d: %w", n, err)
+			return nil, fmt.Errorf("acl: entry %d: %w", i+1, err)
 		}
 		keys = append(keys, key)
 	}
@@ -72,22 +66,21 @@ func ParseACL(text []byte) (*ACL, error) {
 // importTag is the only permission that Guix knows.
 var importTag = list("tag", field("guix", "import"))
 
-func parseEntry(entry Sexp) (*PublicKey, error) {
-	c, ok := entry.named("entry")
-	if !ok {
+func parseEntry(entry sexp) (*PublicKey, error) {
+	if _, ok := entry.named("entry"); !ok {
 		return nil, errors.New("the list does not start with \"entry\"")
 	}
-	key, _ := c.next()
+	key := entry.at(1)
 	if _, ok := key.named("public-key"); !ok {
 		return nil, errors.New("no list \"public-key\" follows \"entry\"")
 	}
-	if tag, _ := c.next(); !tag.Equal(importTag) {
+	if !entry.at(2).equal(importTag) {
 		return nil, errors.New("(tag (guix import)) does not follow the key")
 	}
-	if !c.done() {
+	if len(entry.list) > 3 {
 		return nil, errors.New("something follows the tag")
 	}
-	return newPublicKey(Sexp{slices.Clone(key.enc)}), nil
+	return newPublicKey(key), nil
 }
 
 // ReadACL returns the list that applies on a machine, by functions that read its files acl and
@@ -115,12 +108,12 @@ func ReadACL(list, ownKey func() ([]byte, error)) (*ACL, error) {
 	return NewACL(k), nil
 }
 
-// Keys returns the keys of the list, in its order.
+// Keys returns the keys of the list, in its order. They must not be changed.
 func (a *ACL) Keys() []*PublicKey {
 	if a == nil {
 		return nil
 	}
-	return slices.Clone(a.keys)
+	return slices.Clip(a.keys)
 }
 
 // Contains reports whether the list contains the key k.
@@ -130,16 +123,18 @@ func (a *ACL) Contains(k *PublicKey) bool {
 
 // lookup returns the key of the list that is the expression s, or nil. The key of the list is
 // already decoded.
-func (a *ACL) lookup(s Sexp) *PublicKey {
-	if a == nil {
-		return nil
+func (a *ACL) lookup(s sexp) *PublicKey {
+	for _, k := range a.Keys() {
+		if k.sexp.equal(s) {
+			return k
+		}
 	}
-	return a.index[string(s.enc)]
+	return nil
 }
 
 // Text returns the list as Guix writes it to the ACL file.
 func (a *ACL) Text() string {
-	var entries []Sexp
+	var entries []sexp
 	for _, k := range a.Keys() {
 		entries = append(entries, list("entry", k.sexp, importTag))
 	}

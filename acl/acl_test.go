@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package acl_test
+package acl
 
 import (
 	"errors"
@@ -8,8 +8,6 @@ import (
 	"io/fs"
 	"strings"
 	"testing"
-
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 )
 
 func TestParseACL(t *testing.T) {
@@ -26,7 +24,7 @@ func TestParseACL(t *testing.T) {
 		{"text after the list", "(acl) (entry)", nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			a, err := acl.ParseACL([]byte(tt.text))
+			a, err := ParseACL([]byte(tt.text))
 			must(t, err)
 			var got []string
 			for _, k := range a.Keys() {
@@ -38,7 +36,7 @@ func TestParseACL(t *testing.T) {
 			if strings.Join(got, "\n") != strings.Join(tt.want, "\n") {
 				t.Errorf("keys %q, want %q", got, tt.want)
 			}
-			again, err := acl.ParseACL([]byte(a.Text()))
+			again, err := ParseACL([]byte(a.Text()))
 			if err != nil || again.Text() != a.Text() || len(again.Keys()) != len(tt.want) {
 				t.Errorf("Text = %q, which parses as %v, %v", a.Text(), again, err)
 			}
@@ -68,7 +66,7 @@ func TestParseACLRejects(t *testing.T) {
 		{"one bad entry among many", "(acl" + strings.Repeat(good, 9) + "(entry)" + good + ")", "entry 10"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			a, err := acl.ParseACL([]byte(tt.text))
+			a, err := ParseACL([]byte(tt.text))
 			if err == nil {
 				t.Fatalf("no error, keys %v", a.Keys())
 			}
@@ -81,30 +79,30 @@ func TestParseACLRejects(t *testing.T) {
 
 func TestRealACL(t *testing.T) {
 	text := read(t, "../testdata/guix-mirror/acl")
-	a, err := acl.ParseACL([]byte(text))
+	a, err := ParseACL([]byte(text))
 	must(t, err)
 	if a.Text() != text {
 		t.Errorf("Text =\n%swant\n%s", a.Text(), text)
 	}
 	pub := read(t, "../testdata/guix-mirror/signing-key.pub")
-	k, err := acl.ParsePublicKey([]byte(pub))
+	k, err := ParsePublicKey([]byte(pub))
 	must(t, err)
 	if !a.Contains(k) || !a.Keys()[0].Equal(k) || k.Usable() != nil || k.Text() != pub {
 		t.Errorf("the key %v and the list %v do not fit", k, a.Keys())
 	}
-	if k2, err := acl.ParsePublicKey([]byte(eccKey)); err != nil || a.Contains(k2) || k2.Equal(k) {
+	if k2, err := ParsePublicKey([]byte(eccKey)); err != nil || a.Contains(k2) || k2.Equal(k) {
 		t.Errorf("the list contains %v (%v)", k2, err)
 	}
 }
 
 func TestEmptyACLs(t *testing.T) {
-	k, err := acl.ParsePublicKey([]byte(eccKey))
+	k, err := ParsePublicKey([]byte(eccKey))
 	must(t, err)
-	for name, a := range map[string]*acl.ACL{"nil": nil, "zero": {}, "no keys": acl.NewACL()} {
+	for name, a := range map[string]*ACL{"nil": nil, "zero": {}, "no keys": NewACL()} {
 		if a.Contains(k) || len(a.Keys()) != 0 || a.Text() != "(acl)\n" {
 			t.Errorf("%s: keys %v, text %q", name, a.Keys(), a.Text())
 		}
-		if err := a.Verify(digestOf(t, rsaH), signatureOf(eccData, eccVal, eccKey)); !errors.Is(err, acl.ErrUnauthorisedKey) {
+		if err := a.Verify(digestOf(t, rsaH), signatureOf(eccData, eccVal, eccKey)); !errors.Is(err, ErrUnauthorisedKey) {
 			t.Errorf("%s: Verify: %v", name, err)
 		}
 	}
@@ -129,7 +127,7 @@ func TestReadACL(t *testing.T) {
 		{"a key that cannot be read", file("", absent), file("", broken), ""},
 		{"a key of nonsense", file("", absent), file("x", nil), ""},
 	} {
-		if a, err := acl.ReadACL(c.list, c.ownKey); (err != nil) != (c.want == "") || err == nil && a.Text() != c.want {
+		if a, err := ReadACL(c.list, c.ownKey); (err != nil) != (c.want == "") || err == nil && a.Text() != c.want {
 			t.Errorf("%s: %v, %v", c.name, a, err)
 		}
 	}
@@ -170,7 +168,7 @@ func TestPublicKeyUsable(t *testing.T) {
 		{"RSA of empty numbers", "(public-key (rsa (n ##) (e ##)))", "0 bits"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			k, err := acl.ParsePublicKey([]byte(tt.key))
+			k, err := ParsePublicKey([]byte(tt.key))
 			must(t, err)
 			err = k.Usable()
 			if tt.want == "" && err != nil {
@@ -182,7 +180,7 @@ func TestPublicKeyUsable(t *testing.T) {
 		})
 	}
 	for _, text := range []string{"", "(key)", "public-key", "(private-key (public-keys))"} {
-		if k, err := acl.ParsePublicKey([]byte(text)); err == nil {
+		if k, err := ParsePublicKey([]byte(text)); err == nil {
 			t.Errorf("ParsePublicKey(%q) = %v", text, k)
 		}
 	}

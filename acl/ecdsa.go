@@ -3,6 +3,7 @@
 package acl
 
 import (
+	"bytes"
 	"math/big"
 	"slices"
 	"sync"
@@ -22,14 +23,8 @@ import (
 // leftmostBits returns the number that ECDSA makes of a digest, its leftmost 253 bits, reduced
 // modulo n (FIPS 186-5, section 6.4.1, steps 2 and 3).
 func leftmostBits(digest [32]byte) *edwards25519.Scalar {
-	var wide [64]byte
 	shifted := shiftDigest(digest)
-	copy(wide[:], shifted[:])
-	e, err := new(edwards25519.Scalar).SetUniformBytes(wide[:])
-	if err != nil {
-		panic(err) // The length is right.
-	}
-	return e
+	return reduced(shifted[:])
 }
 
 // shiftDigest returns the leftmost 253 bits of a big-endian number of 256 bits, little-endian.
@@ -45,18 +40,28 @@ func shiftDigest(digest [32]byte) [32]byte {
 }
 
 // decodeScalar decodes a big-endian number, with or without leading zero bytes, that must be at
-// least 1 and less than n. It also returns the number as 32 little-endian bytes.
-func decodeScalar(be []byte) (s *edwards25519.Scalar, le [32]byte, ok bool) {
-	for len(be) > 0 && be[0] == 0 {
-		be = be[1:]
-	}
+// least 1 and less than n.
+func decodeScalar(be []byte) (s *edwards25519.Scalar, ok bool) {
+	be = bytes.TrimLeft(be, "\x00")
+	var le [32]byte
 	if len(be) == 0 || len(be) > len(le) {
-		return nil, le, false
+		return nil, false
 	}
 	copy(le[:], be)
 	slices.Reverse(le[:len(be)])
 	s, err := new(edwards25519.Scalar).SetCanonicalBytes(le[:])
-	return s, le, err == nil
+	return s, err == nil
+}
+
+// reduced returns a little-endian number of at most 512 bits modulo n.
+func reduced(le []byte) *edwards25519.Scalar {
+	var wide [64]byte
+	copy(wide[:], le)
+	s, err := new(edwards25519.Scalar).SetUniformBytes(wide[:])
+	if err != nil {
+		panic(err) // The length is right.
+	}
+	return s
 }
 
 // A publicPoint is the point of a public key. It is safe for concurrent use.
@@ -114,89 +119,55 @@ func (p *publicPoint) sum(x, y *edwards25519.Scalar) *edwards25519.Point {
 // verifyECDSA reports whether (r, s) is a signature of digest by the key whose public point is q.
 // Nothing here is secret, so it takes variable time.
 func verifyECDSA(q *publicPoint, digest [32]byte, r, s []byte) bool {
-	rScalar, rBytes, ok := decodeScalar(r)
-	if !ok {
+	rScalar, okR := decodeScalar(r)
+	sScalar, okS := decodeScalar(s)
+	if !okR || !okS {
 		return false
 	}
-	_, sBytes, ok := decodeScalar(s)
-	if !ok {
-		return false
-	}
-	w := invertPublic(sBytes)
+	w := invertPublic(sScalar)
 	u1 := leftmostBits(digest)
 	u1.Multiply(u1, w)
-	u2 := rScalar.Multiply(rScalar, w)
-	return xIsCongruent(q.sum(u2, u1), rBytes)
+	u2 := w.Multiply(rScalar, w)
+	return xIsCongruent(q.sum(u2, u1), rScalar)
+}
+
+// xIsCongruent reports whether the x coordinate of p, an integer less than 2^255 − 19, is congruent
+// to r modulo n. It does without the inversion that x = X/Z takes: x is one of r, r+n, … r+7n, so X
+// must be the product of Z and one of these. (One of 2^124 numbers r has no r+7n; that this is not
+// looked at lets nobody find a signature.)
+func xIsCongruent(p *edwards25519.Point, r *edwards25519.Scalar) bool {
+	x, _, z, _ := p.ExtendedCoordinates()
+	product, err := new(fe.Element).SetBytes(r.Bytes())
+	if err != nil {
+		panic(err) // The length is right.
+	}
+	product.Multiply(product, z)
+	step := z.Multiply(orderElement, z)
+	for range 8 {
+		if product.Equal(x) == 1 {
+			return true
+		}
+		product.Add(product, step)
+	}
+	return false
+}
+
+// orderElement is n as an element of the field.
+var orderElement, _ = new(fe.Element).SetBytes(littleEndian(groupOrder))
+
+func littleEndian(i *big.Int) []byte {
+	le := i.FillBytes(make([]byte, 32))
+	slices.Reverse(le)
+	return le
 }
 
 // groupOrder is n.
 var groupOrder, _ = new(big.Int).SetString("7237005577332262213973186563042994240857116359379907606001950938285454250989", 10)
 
-// invertPublic returns the inverse modulo n of a number that is at least 1, less than n,
-// little-endian, and not secret. Euclid's algorithm takes variable time, but a quarter of that of
-// the constant-time inversion of edwards25519.Scalar.
-func invertPublic(le [32]byte) *edwards25519.Scalar {
-	slices.Reverse(le[:])
-	var i big.Int
-	i.SetBytes(le[:])
-	i.ModInverse(&i, groupOrder)
-	i.FillBytes(le[:])
-	slices.Reverse(le[:])
-	w, err := new(edwards25519.Scalar).SetCanonicalBytes(le[:])
-	if err != nil {
-		panic(err) // It is less than n.
-	}
-	return w
-}
-
-// orderElement is n as an element of the field.
-var orderElement = func() fe.Element {
-	le := [32]byte{
-		0xed, 0xd3, 0xf5, 0x5c, 0x1a, 0x63, 0x12, 0x58, 0xd6, 0x9c, 0xf7, 0xa2, 0xde, 0xf9, 0xde, 0x14,
-		31: 0x10,
-	}
-	n, err := new(fe.Element).SetBytes(le[:])
-	if err != nil {
-		panic(err) // The length is right.
-	}
-	return *n
-}()
-
-// lastResidue is 2^255 − 19 − 7n, little-endian: 7n can be added to a smaller number only without
-// reaching 2^255 − 19.
-var lastResidue = [32]byte{
-	0x72, 0x34, 0x47, 0x75, 0x47, 0x4a, 0x7f, 0x97, 0x23, 0xb6, 0x3a, 0x8b, 0xe9, 0x2a, 0xe7, 0x6d,
-	0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x0f,
-}
-
-// xIsCongruent reports whether the x coordinate of p, an integer less than 2^255 − 19, is congruent
-// to r modulo n, where r is less than n and little-endian.
-//
-// It does without the inversion that x = X/Z takes: x is one of r, r+n, … r+7n, so X must be the
-// product of Z and one of these.
-func xIsCongruent(p *edwards25519.Point, r [32]byte) bool {
-	x, _, z, _ := p.ExtendedCoordinates()
-	var zero, rest, step fe.Element
-	if _, err := rest.SetBytes(r[:]); err != nil {
-		panic(err) // The length is right.
-	}
-	rest.Subtract(x, rest.Multiply(&rest, z))
-	step.Multiply(&orderElement, z)
-	for range 7 {
-		if rest.Equal(&zero) == 1 {
-			return true
-		}
-		rest.Subtract(&rest, &step)
-	}
-	return rest.Equal(&zero) == 1 && lessLE(r, lastResidue)
-}
-
-// lessLE compares two little-endian numbers.
-func lessLE(a, b [32]byte) bool {
-	for i := len(a) - 1; i >= 0; i-- {
-		if a[i] != b[i] {
-			return a[i] < b[i]
-		}
-	}
-	return false
+// invertPublic returns the inverse modulo n of a number that is at least 1 and not secret. Euclid's
+// algorithm takes variable time, but a quarter of that of the constant-time inversion of
+// edwards25519.Scalar.
+func invertPublic(s *edwards25519.Scalar) *edwards25519.Scalar {
+	i := new(big.Int).SetBytes(bigEndian(s))
+	return reduced(littleEndian(i.ModInverse(i, groupOrder)))
 }

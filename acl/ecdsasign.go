@@ -7,10 +7,10 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"errors"
+	"iter"
 	"slices"
 
 	"filippo.io/edwards25519"
-	fe "filippo.io/edwards25519/field"
 )
 
 // ecdsaKey is a private key. Its number d is used as it is: it is neither hashed nor clamped as in
@@ -31,13 +31,9 @@ func newECDSAKey(d []byte, q *edwards25519.Point) (*ecdsaKey, error) {
 		return nil, errors.New("the secret number is too large")
 	}
 	copy(k.secret[len(k.secret)-len(d):], d)
-	var wide [64]byte
-	copy(wide[:], k.secret[:])
-	slices.Reverse(wide[:len(k.secret)])
-	var err error
-	if k.scalar, err = new(edwards25519.Scalar).SetUniformBytes(wide[:]); err != nil {
-		panic(err) // The length is right.
-	}
+	le := k.secret
+	slices.Reverse(le[:])
+	k.scalar = reduced(le[:])
 	if new(edwards25519.Point).ScalarBaseMult(k.scalar).Equal(q) != 1 {
 		return nil, errors.New("the secret number does not belong to the public point")
 	}
@@ -48,79 +44,57 @@ func newECDSAKey(d []byte, q *edwards25519.Point) (*ecdsaKey, error) {
 // secret takes constant time.
 func (k *ecdsaKey) sign(digest [32]byte) (r, s []byte) {
 	e := leftmostBits(digest)
-	nonces := newNonces(k.secret, e)
 	zero := new(edwards25519.Scalar)
-	for {
-		nonce := nonces.next()
+	for nonce := range nonces(k.secret, e) {
 		x, _, z, _ := new(edwards25519.Point).ScalarBaseMult(nonce).ExtendedCoordinates()
-		var wide [64]byte
-		copy(wide[:], x.Multiply(x, new(fe.Element).Invert(z)).Bytes())
-		rScalar, err := new(edwards25519.Scalar).SetUniformBytes(wide[:])
-		if err != nil {
-			panic(err) // The length is right.
-		}
+		rScalar := reduced(x.Multiply(x, z.Invert(z)).Bytes())
 		sScalar := new(edwards25519.Scalar).MultiplyAdd(rScalar, k.scalar, e)
 		sScalar.Multiply(sScalar, nonce.Invert(nonce))
 		if rScalar.Equal(zero) == 1 || sScalar.Equal(zero) == 1 {
 			continue
 		}
-		return bigEndian(rScalar), bigEndian(sScalar)
+		return bytes.TrimLeft(bigEndian(rScalar), "\x00"), bytes.TrimLeft(bigEndian(sScalar), "\x00")
 	}
+	panic("there is no end of nonces")
 }
 
 func bigEndian(s *edwards25519.Scalar) []byte {
 	b := s.Bytes()
 	slices.Reverse(b)
-	return bytes.TrimLeft(b, "\x00")
+	return b
 }
 
-// nonces derives the secret number of each signature from the private key and the digest (RFC 6979,
+// nonces derives the secret numbers for a signature, of which the first that is of use is taken, from the private key and the digest (RFC 6979,
 // section 3.2) with HMAC-SHA-256 and qlen = 253. Thus numbers are octet strings of 32 bytes, and of
 // each block of output the leftmost 253 bits are taken; a result that is 0 or not less than n is
 // skipped.
 //
 // The RFC wants the private number to be less than n. One that is not, as Libgcrypt makes them,
 // goes in as it is, as in Libgcrypt.
-type nonces struct {
-	k, v  []byte
-	later bool
-}
-
-func newNonces(secret [32]byte, e *edwards25519.Scalar) *nonces {
-	digest := e.Bytes()
-	slices.Reverse(digest)
-	g := &nonces{k: make([]byte, sha256.Size), v: bytes.Repeat([]byte{1}, sha256.Size)}
-	g.update([]byte{0}, secret[:], digest)
-	g.update([]byte{1}, secret[:], digest)
-	return g
-}
-
-// update replaces both halves of the state.
-func (g *nonces) update(parts ...[]byte) {
-	g.k = g.mac(append([][]byte{g.v}, parts...)...)
-	g.v = g.mac(g.v)
-}
-
-func (g *nonces) mac(parts ...[]byte) []byte {
-	h := hmac.New(sha256.New, g.k)
-	for _, p := range parts {
-		h.Write(p)
-	}
-	return h.Sum(nil)
-}
-
-// next returns the next number that is at least 1 and less than n.
-func (g *nonces) next() *edwards25519.Scalar {
-	for {
-		if g.later {
-			g.update([]byte{0})
+func nonces(secret [32]byte, e *edwards25519.Scalar) iter.Seq[*edwards25519.Scalar] {
+	key, v := make([]byte, sha256.Size), bytes.Repeat([]byte{1}, sha256.Size)
+	mac := func(parts ...[]byte) []byte {
+		h := hmac.New(sha256.New, key)
+		for _, p := range parts {
+			h.Write(p)
 		}
-		g.later = true
-		g.v = g.mac(g.v)
-		le := shiftDigest([32]byte(g.v))
-		nonce, err := new(edwards25519.Scalar).SetCanonicalBytes(le[:])
-		if err == nil && nonce.Equal(new(edwards25519.Scalar)) == 0 {
-			return nonce
+		return h.Sum(nil)
+	}
+	update := func(parts ...[]byte) {
+		key = mac(append([][]byte{v}, parts...)...)
+		v = mac(v)
+	}
+	update([]byte{0}, secret[:], bigEndian(e))
+	update([]byte{1}, secret[:], bigEndian(e))
+	return func(yield func(*edwards25519.Scalar) bool) {
+		for {
+			v = mac(v)
+			le := shiftDigest([32]byte(v))
+			nonce, err := new(edwards25519.Scalar).SetCanonicalBytes(le[:])
+			if err == nil && nonce.Equal(new(edwards25519.Scalar)) == 0 && !yield(nonce) {
+				return
+			}
+			update([]byte{0})
 		}
 	}
 }

@@ -18,7 +18,7 @@ import (
 //
 // A PublicKey never changes and can be used by several goroutines at once.
 type PublicKey struct {
-	sexp Sexp
+	sexp sexp
 
 	// At most one of these is set; if none is, unusable tells why.
 	point    *publicPoint
@@ -27,7 +27,7 @@ type PublicKey struct {
 }
 
 // ParsePublicKey parses a text that contains an expression (public-key …), such as that of a file
-// signing-key.pub. It fails if the text is no s-expression (see [ParseSexp]) or contains no public
+// signing-key.pub. It fails if the text is no s-expression  or contains no public
 // key.
 //
 // It does not fail if the key is of a kind that this package cannot use; see [PublicKey.Usable].
@@ -36,16 +36,15 @@ func ParsePublicKey(text []byte) (*PublicKey, error) {
 	if err != nil {
 		return nil, fmt.Errorf("public key: %w", err)
 	}
-	key, ok := s.Find("public-key")
+	key, ok := s.find("public-key")
 	if !ok {
 		return nil, errors.New("public key: the text contains no list \"public-key\"")
 	}
-	// A copy, so that the key does not keep the whole text.
-	return newPublicKey(Sexp{slices.Clone(key.enc)}), nil
+	return newPublicKey(key), nil
 }
 
 // newPublicKey makes a key of a list whose first element is public-key.
-func newPublicKey(s Sexp) *PublicKey {
+func newPublicKey(s sexp) *PublicKey {
 	k := &PublicKey{sexp: s}
 	k.unusable = k.decode()
 	return k
@@ -57,7 +56,7 @@ func newPublicKey(s Sexp) *PublicKey {
 func (k *PublicKey) Usable() error { return k.unusable }
 
 // Equal reports whether k and l are the same key.
-func (k *PublicKey) Equal(l *PublicKey) bool { return k.sexp.Equal(l.sexp) }
+func (k *PublicKey) Equal(l *PublicKey) bool { return k.sexp.equal(l.sexp) }
 
 // String returns the expression on one line. It is safe to show on a terminal.
 func (k *PublicKey) String() string { return k.sexp.oneLine() }
@@ -81,20 +80,17 @@ func (k *PublicKey) decode() error {
 // numbers takes (LIST (KIND (NAME NUMBER) …)) apart, where the names are those of an elliptic-curve
 // key or an RSA key. It returns the kind, ecc, ecdsa or rsa, and the numbers in the order of the
 // names.
-func (s Sexp) numbers(list string, ecc, rsa []string) (kind string, numbers [][]byte, err error) {
-	c, _ := s.named(list)
-	key, ok := c.next()
-	if !ok || !c.done() {
+func (s sexp) numbers(list string, ecc, rsa []string) (kind string, numbers [][]byte, err error) {
+	if len(s.list) != 2 {
 		return "", nil, fmt.Errorf("the list %q has not exactly one element", list)
 	}
 	// Libgcrypt prints ecc only, but understands ecdsa too.
 	for kind, names := range map[string][]string{"ecc": ecc, "ecdsa": ecc, "rsa": rsa} {
-		c, ok := key.named(kind)
+		fields, ok := s.at(1).named(kind)
 		if !ok {
 			continue
 		}
-		numbers = make([][]byte, len(names))
-		if !c.fields(numbers, names...) {
+		if numbers, ok = values(fields, names...); !ok {
 			return "", nil, fmt.Errorf("the list %q has other elements than %q", kind, names)
 		}
 		return kind, numbers, nil

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package acl_test
+package acl
 
 import (
 	"bytes"
@@ -11,8 +11,6 @@ import (
 	"strings"
 	"testing"
 	"time"
-
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 )
 
 // runGuile runs a program in Guile with Guile-Gcrypt, the very binding of Libgcrypt that Guix uses,
@@ -59,7 +57,7 @@ func TestLibgcryptVerifies(t *testing.T) {
 	}
 	digest := digestOf(t, rsaH)
 	for i := range 20 {
-		field, err := acl.GenerateSigningKey().Sign(digest, "h")
+		field, err := GenerateSigningKey().Sign(digest, "h")
 		must(t, err)
 		samples = append(samples, sample{fmt.Sprintf("new key %d", i), decodeField(t, field)})
 	}
@@ -102,11 +100,11 @@ func TestLibgcryptVerifies(t *testing.T) {
 	}
 	good := 0
 	for i, s := range samples {
-		sexp := parseSexp(t, s.text)
-		key, _ := sexp.Find("public-key")
+		sexp := mustSexp(t, s.text)
+		key, _ := sexp.find("public-key")
 		a := aclOf(t, key.String())
 		err := a.Verify(digest, fieldOf(s.text))
-		if err != nil && !errors.Is(err, acl.ErrInvalidSignature) {
+		if err != nil && !errors.Is(err, ErrInvalidSignature) {
 			t.Errorf("%s: %v", s.name, err)
 		}
 		if (err == nil) != (results[i] == "good") {
@@ -145,13 +143,13 @@ func TestLibgcryptSigns(t *testing.T) {
 	}
 	for i := 0; i < len(results); i += 3 {
 		k := signingKey(t, results[i], results[i])
-		if text := k.SecretText(); !strings.Contains(results[i]+"\n", "private-key") || !parseSexp(t, results[i]).Equal(parseSexp(t, "(key-data "+k.PublicKey().Text()+text+")")) {
+		if text := k.SecretText(); !strings.Contains(results[i]+"\n", "private-key") || !mustSexp(t, results[i]).equal(mustSexp(t, "(key-data "+k.PublicKey().Text()+text+")")) {
 			t.Errorf("key\n%s\nis read as\n%s", results[i], text)
 		}
 		field, err := k.Sign([32]byte(bytes.Repeat([]byte{byte(i / 3 % 20)}, 32)), "h")
 		must(t, err)
 		want := "(signature " + results[i+1] + results[i+2] + k.PublicKey().Text() + ")"
-		if got := decodeField(t, field); got != parseSexp(t, want).String() {
+		if got := decodeField(t, field); got != mustSexp(t, want).String() {
 			t.Errorf("signed\n%s\nLibgcrypt signed\n%s", got, want)
 		}
 	}

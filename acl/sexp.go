@@ -8,35 +8,30 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
+	"strings"
 	"unicode/utf8"
 )
 
-// Bounds on the texts that this package reads.
 const (
-	// MaxSexpSize is the length, in bytes, of the longest text that [ParseSexp], and hence every
-	// parser of this package, accepts. An entry of an ACL takes about 150 bytes.
+	// MaxSexpSize is the length, in bytes, of the longest text that the parsers of this package
+	// accept. An entry of an ACL takes about 150 bytes.
 	MaxSexpSize = 1 << 20
 
 	// maxSexpDepth bounds how deep lists may be nested. A signature has four levels, an ACL five.
 	maxSexpDepth = 64
 )
 
-// Sexp is an s-expression: a list whose elements are lists or atoms, an atom being a string of
-// bytes. It is a value that never changes, so it can be copied and used by several goroutines at
-// once. The zero Sexp is no expression at all: it equals only itself, contains nothing, and prints
-// as nothing.
-//
-// Guix keeps keys, signatures and its ACL in this form; it lets Libgcrypt read and print them.
-// (Libgcrypt Reference Manual, "S-expressions".)
-type Sexp struct {
-	// enc is the canonical encoding of the expression. It is flat, so parsing takes one allocation
-	// and equality is that of bytes; it is read by walking over it. Whatever fills it in guarantees
-	// that it is well-formed.
-	enc []byte
+// A sexp is an s-expression: an atom, which is a string of bytes, or a list of expressions. It
+// never changes. Guix keeps keys, signatures and its ACL in this form; it lets Libgcrypt read and
+// print them. (Libgcrypt Reference Manual, "S-expressions".)
+type sexp struct {
+	atom []byte // nil for a list
+	list []sexp
 }
 
-// ParseSexp parses the first list in text, ignoring what follows it. White space may precede it.
+// parseSexp parses the first list in text, ignoring what follows it. White space may precede it.
 //
 // It reads what Libgcrypt reads, canonical and "advanced" notation mixed: tokens, "strings" with C
 // escapes, #hexadecimal#, |base64|, and 5:bytes, each being only another spelling of the same atom.
@@ -47,38 +42,45 @@ type Sexp struct {
 //
 // Besides such syntax errors, it fails if text is longer than [MaxSexpSize] or if more than 64
 // lists are nested.
-func ParseSexp(text []byte) (Sexp, error) {
+func parseSexp(text []byte) (sexp, error) {
 	if len(text) > MaxSexpSize {
-		return Sexp{}, fmt.Errorf("s-expression of %d bytes exceeds the limit of %d", len(text), MaxSexpSize)
+		return sexp{}, fmt.Errorf("s-expression of %d bytes exceeds the limit of %d", len(text), MaxSexpSize)
 	}
-	p := sexpParser{text: text, out: make([]byte, 0, len(text)+16)}
-	if err := p.list(); err != nil {
-		return Sexp{}, fmt.Errorf("s-expression: %w at offset %d", err, p.pos)
+	p := sexpParser{text}
+	p.skip(isSpace)
+	var s sexp
+	var err error
+	switch {
+	case len(p.rest) == 0:
+		err = errors.New("no list")
+	case p.rest[0] != '(':
+		err = fmt.Errorf("found %q instead of a list", p.rest[0])
+	default:
+		s, err = p.element(1)
 	}
-	if len(p.out) == len("()") {
-		return Sexp{}, errors.New("s-expression: the list is empty")
+	if err != nil {
+		return sexp{}, fmt.Errorf("s-expression: %w at offset %d", err, len(text)-len(p.rest))
 	}
-	return Sexp{p.out}, nil
+	if len(s.list) == 0 {
+		return sexp{}, errors.New("s-expression: the list is empty")
+	}
+	return s, nil
 }
 
-// parseFile parses the text of a file as ParseSexp does. Guile, which writes such files character
+// parseFile parses the text of a file as parseSexp does. Guile, which writes such files character
 // by character, each of which stands for a byte, does that in the encoding of its locale; so what
 // is UTF-8 is read as such, and else bytes are what they are.
-func parseFile(text []byte) (Sexp, error) {
+func parseFile(text []byte) (sexp, error) {
 	if b, ok := bytesOfCharacters(text); ok {
 		text = b
 	}
-	return ParseSexp(text)
+	return parseSexp(text)
 }
 
 // bytesOfCharacters returns the bytes that the characters of a text in UTF-8 stand for, each for
 // one (ISO 8859-1). It fails if there are other characters, or the text is none.
 func bytesOfCharacters(text []byte) ([]byte, bool) {
-	plain := true
-	for _, c := range text {
-		plain = plain && c < utf8.RuneSelf
-	}
-	if plain {
+	if !slices.ContainsFunc(text, func(c byte) bool { return c >= utf8.RuneSelf }) {
 		return text, true
 	}
 	b := make([]byte, 0, len(text))
@@ -93,11 +95,13 @@ func bytesOfCharacters(text []byte) ([]byte, bool) {
 	return b, true
 }
 
-// sexpParser turns text into its canonical encoding.
-type sexpParser struct {
-	text []byte
-	pos  int
-	out  []byte
+func isSpace(c byte) bool { return c == ' ' || '\t' <= c && c <= '\r' }
+
+func isDigit(c byte) bool { return '0' <= c && c <= '9' }
+
+// inToken reports whether a token may contain a character. It does not begin with a digit.
+func inToken(c byte) bool {
+	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || isDigit(c) || strings.IndexByte("-./_:*+=", c) >= 0
 }
 
 var (
@@ -106,220 +110,235 @@ var (
 	errEscape     = errors.New("unknown escape in a string")
 )
 
-// list reads text up to the end of the first list.
-func (p *sexpParser) list() error {
-	depth := 0
-	for p.pos < len(p.text) {
-		c := p.text[p.pos]
-		switch class[c] {
-		case classSpace:
-			p.pos++
-			continue
-		case classOpen:
-			if depth == maxSexpDepth {
-				return fmt.Errorf("more than %d nested lists", maxSexpDepth)
-			}
-			depth++
-			p.pos++
-			p.out = append(p.out, '(')
-			continue
+// A sexpParser reads expressions from the start of what is left of a text.
+type sexpParser struct{ rest []byte }
+
+// skip skips characters of a kind, and returns them.
+func (p *sexpParser) skip(kind func(c byte) bool) []byte {
+	n := 0
+	for n < len(p.rest) && kind(p.rest[n]) {
+		n++
+	}
+	skipped := p.rest[:n]
+	p.rest = p.rest[n:]
+	return skipped
+}
+
+// element reads a list that is so deep, or an atom in it.
+func (p *sexpParser) element(depth int) (s sexp, err error) {
+	if p.rest[0] != '(' {
+		s.atom, err = p.atom()
+		return s, err
+	}
+	if depth > maxSexpDepth {
+		return s, fmt.Errorf("more than %d nested lists", maxSexpDepth)
+	}
+	p.rest = p.rest[1:]
+	s.list = make([]sexp, 0, 4)
+	for {
+		p.skip(isSpace)
+		switch {
+		case len(p.rest) == 0:
+			return s, errUnbalanced
+		case p.rest[0] == ')':
+			p.rest = p.rest[1:]
+			return s, nil
 		}
-		if depth == 0 {
-			return fmt.Errorf("found %q instead of a list", c)
-		}
-		var err error
-		start := len(p.out)
-		switch class[c] {
-		case classClose:
-			p.pos++
-			p.out = append(p.out, ')')
-			if depth--; depth == 0 {
-				return nil
-			}
-			continue
-		case classToken:
-			p.token()
-		case classDigit:
-			err = p.verbatim()
-		default:
-			p.pos++
-			switch c {
-			case '"':
-				err = p.quoted()
-			case '#':
-				err = p.hexadecimal()
-			case '|':
-				err = p.base64()
-			default:
-				p.pos--
-				err = fmt.Errorf("unexpected character %q", c)
-			}
-		}
+		e, err := p.element(depth + 1)
 		if err != nil {
-			return err
+			return s, err
 		}
-		p.out = prefixLength(p.out, start)
+		s.list = append(s.list, e)
 	}
-	if depth == 0 {
-		return errors.New("no list")
-	}
-	return errUnbalanced
 }
 
-// The methods below read one atom in one notation each, starting after its opening character if it
-// has one, and append its bytes to p.out.
-
-func (p *sexpParser) token() {
-	start := p.pos
-	for p.pos < len(p.text) && (class[p.text[p.pos]] == classToken || class[p.text[p.pos]] == classDigit) {
-		p.pos++
+// atom reads an atom in any notation. What it returns is not nil.
+func (p *sexpParser) atom() (atom []byte, err error) {
+	c := p.rest[0]
+	switch {
+	case isDigit(c):
+		return p.verbatim()
+	case inToken(c):
+		return p.skip(inToken), nil
+	case c == '"':
+		p.rest = p.rest[1:]
+		return p.quoted()
+	case c != '#' && c != '|':
+		return nil, fmt.Errorf("unexpected character %q", c)
 	}
-	p.out = append(p.out, p.text[start:p.pos]...)
+	text, after, ok := bytes.Cut(p.rest[1:], p.rest[:1])
+	switch {
+	case !ok:
+		return nil, errTruncated
+	case c == '#':
+		atom, err = hexadecimal(text)
+	default:
+		atom, err = fromBase64(text)
+	}
+	p.rest = after
+	return atom, err
 }
 
-func (p *sexpParser) verbatim() error {
-	n, start := 0, p.pos
-	for ; p.pos < len(p.text) && class[p.text[p.pos]] == classDigit; p.pos++ {
-		// More than there can be is enough to know.
-		n = min(n*10+int(p.text[p.pos]-'0'), MaxSexpSize+1)
+// verbatim reads an atom after its length and a colon.
+func (p *sexpParser) verbatim() ([]byte, error) {
+	length := p.skip(isDigit)
+	if len(p.rest) == 0 || p.rest[0] != ':' {
+		return nil, errors.New("a number is not followed by a colon")
 	}
-	if p.pos == len(p.text) || p.text[p.pos] != ':' {
-		return errors.New("a number is not followed by a colon")
+	if length[0] == '0' && len(length) > 1 {
+		return nil, errors.New("a length starts with zero")
 	}
-	if p.text[start] == '0' && p.pos-start > 1 {
-		return errors.New("a length starts with zero")
+	n, err := strconv.Atoi(string(length))
+	if err != nil || n >= len(p.rest) {
+		return nil, errTruncated
 	}
-	p.pos++
-	if n > len(p.text)-p.pos {
-		return errTruncated
-	}
-	p.out = append(p.out, p.text[p.pos:p.pos+n]...)
-	p.pos += n
-	return nil
+	atom := p.rest[1 : 1+n]
+	p.rest = p.rest[1+n:]
+	return atom, nil
 }
 
-func (p *sexpParser) quoted() error {
-	for p.pos < len(p.text) {
-		c := p.text[p.pos]
-		p.pos++
+// quoted reads a string after its opening quotation mark.
+func (p *sexpParser) quoted() ([]byte, error) {
+	atom := []byte{}
+	for len(p.rest) > 0 {
+		c := p.rest[0]
+		p.rest = p.rest[1:]
 		switch c {
 		case '"':
-			return nil
+			return atom, nil
 		case '\\':
 			var err error
 			if c, err = p.escape(); err != nil {
-				return err
+				return nil, err
 			}
 		}
-		p.out = append(p.out, c)
+		atom = append(atom, c)
 	}
-	return errTruncated
+	return nil, errTruncated
 }
+
+// In a string, characters of escaped are written as a backslash and one of escapes.
+const (
+	escaped = "\b\t\v\n\f\r\"'\\"
+	escapes = `btvnfr"'\`
+)
 
 // escape reads what follows a backslash in a string.
 func (p *sexpParser) escape() (byte, error) {
-	rest := p.text[p.pos:]
-	if len(rest) == 0 {
+	if len(p.rest) == 0 {
 		return 0, errTruncated
 	}
-	c := rest[0]
-	if i := bytes.IndexByte([]byte(`btvnfr"'\`), c); i >= 0 {
-		p.pos++
-		return "\b\t\v\n\f\r\"'\\"[i], nil
+	c := p.rest[0]
+	if i := strings.IndexByte(escapes, c); i >= 0 {
+		p.rest = p.rest[1:]
+		return escaped[i], nil
 	}
 	digits, base := 3, 8
 	if c == 'x' {
-		p.pos++
-		rest, digits, base = rest[1:], 2, 16
+		p.rest = p.rest[1:]
+		digits, base = 2, 16
 	}
-	if len(rest) < digits {
+	if len(p.rest) < digits {
 		return 0, errTruncated
 	}
-	v, err := strconv.ParseUint(string(rest[:digits]), base, 8)
+	v, err := strconv.ParseUint(string(p.rest[:digits]), base, 8)
 	if err != nil {
 		return 0, errEscape
 	}
-	p.pos += digits
+	p.rest = p.rest[digits:]
 	return byte(v), nil
 }
 
-func (p *sexpParser) hexadecimal() error {
-	n := bytes.IndexByte(p.text[p.pos:], '#')
-	if n < 0 {
-		return errTruncated
-	}
-	start := len(p.out)
-	for _, c := range p.text[p.pos : p.pos+n] {
-		if class[c] != classSpace {
-			p.out = append(p.out, c)
-		}
-	}
-	length, err := hex.Decode(p.out[start:], p.out[start:])
+func hexadecimal(text []byte) ([]byte, error) {
+	atom := slices.DeleteFunc(slices.Clone(text), isSpace)
+	n, err := hex.Decode(atom, atom)
 	if err != nil {
-		return fmt.Errorf("malformed number: %w", err)
+		return nil, fmt.Errorf("malformed number: %w", err)
 	}
-	p.out = p.out[:start+length]
-	p.pos += n + 1
-	return nil
+	return atom[:n], nil
 }
 
-func (p *sexpParser) base64() error {
-	n := bytes.IndexByte(p.text[p.pos:], '|')
-	if n < 0 {
-		return errTruncated
-	}
-	digits := p.text[p.pos : p.pos+n]
-	// Go's decoder would skip line ends.
-	if n == 0 || bytes.ContainsAny(digits, "\r\n") {
-		return errors.New("malformed base64")
-	}
+func fromBase64(text []byte) ([]byte, error) {
 	encoding := base64.RawStdEncoding
-	if n%4 == 0 {
+	if len(text)%4 == 0 {
 		encoding = base64.StdEncoding
 	}
-	out, err := encoding.AppendDecode(p.out, digits)
-	if err != nil {
-		return errors.New("malformed base64")
+	atom, err := encoding.AppendDecode([]byte{}, text)
+	// Go's decoder would skip line ends.
+	if err != nil || len(text) == 0 || bytes.ContainsAny(text, "\r\n") {
+		return nil, errors.New("malformed base64")
 	}
-	p.out = out
-	p.pos += n + 1
-	return nil
+	return atom, nil
 }
 
-// prefixLength makes an atom of the bytes of out from start on.
-func prefixLength(out []byte, start int) []byte {
-	var buf [24]byte
-	prefix := append(strconv.AppendInt(buf[:0], int64(len(out)-start), 10), ':')
-	out = append(out, prefix...)
-	copy(out[start+len(prefix):], out[start:])
-	copy(out[start:], prefix)
-	return out
+// find returns the first list inside s, s itself included, whose first element is the atom name,
+// in the order of the text. It reports whether there is one. This is how Guix takes signatures and
+// keys apart. (Libgcrypt, gcry_sexp_find_token.)
+func (s sexp) find(name string) (sexp, bool) {
+	if _, ok := s.named(name); ok {
+		return s, true
+	}
+	for _, e := range s.list {
+		if found, ok := e.find(name); ok {
+			return found, true
+		}
+	}
+	return sexp{}, false
 }
 
-// Classes of characters.
-const (
-	classOther = iota
-	classSpace
-	classOpen
-	classClose
-	classDigit
-	classToken // all that a token may contain, apart from digits
-)
-
-var class [256]byte
-
-func init() {
-	for _, c := range []byte(" \t\n\v\f\r") {
-		class[c] = classSpace
-	}
-	for _, c := range []byte("-./_:*+=") {
-		class[c] = classToken
-	}
-	for i := range byte(26) {
-		class['a'+i], class['A'+i] = classToken, classToken
-	}
-	for i := range byte(10) {
-		class['0'+i] = classDigit
-	}
-	class['('], class[')'] = classOpen, classClose
+// equal reports whether s and t are the same expression. How their texts spelt the atoms does not
+// matter.
+func (s sexp) equal(t sexp) bool {
+	return (s.atom == nil) == (t.atom == nil) && bytes.Equal(s.atom, t.atom) && slices.EqualFunc(s.list, t.list, sexp.equal)
 }
+
+// at returns an element of a list, counted from 0. What is none is an empty list.
+func (s sexp) at(i int) sexp {
+	if i >= len(s.list) {
+		return sexp{}
+	}
+	return s.list[i]
+}
+
+// named returns the elements of s after the first one, and reports whether s is a list whose first
+// element is the atom name, which is not empty.
+func (s sexp) named(name string) ([]sexp, bool) {
+	if string(s.at(0).atom) != name {
+		return nil, false
+	}
+	return s.list[1:], true
+}
+
+// value returns the atom VALUE of a list (name VALUE), and reports whether s is one.
+func (s sexp) value(name string) ([]byte, bool) {
+	value := s.at(1).atom
+	return value, string(s.at(0).atom) == name && len(s.list) == 2 && value != nil
+}
+
+// values returns the values of elements, which must be lists (name VALUE), one for each of names,
+// in any order. It returns the values in the order of names.
+func values(elements []sexp, names ...string) ([][]byte, bool) {
+	values := make([][]byte, len(names))
+	for _, e := range elements {
+		i := slices.Index(names, string(e.at(0).atom))
+		if i < 0 || values[i] != nil {
+			return nil, false
+		}
+		var ok bool
+		if values[i], ok = e.value(names[i]); !ok {
+			return nil, false
+		}
+	}
+	return values, len(elements) == len(names)
+}
+
+// atom returns the atom of some bytes.
+func atom[T string | []byte](value T) sexp { return sexp{atom: append([]byte{}, value...)} }
+
+// list returns the list of an atom and further elements.
+func list(name string, elements ...sexp) sexp {
+	return sexp{list: append([]sexp{atom(name)}, elements...)}
+}
+
+// field returns the list of two atoms.
+func field[T string | []byte](name string, value T) sexp { return list(name, atom(value)) }

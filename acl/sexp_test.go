@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package acl_test
+package acl
 
 import (
 	"encoding/base64"
@@ -8,53 +8,44 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 )
 
 func TestParseSexp(t *testing.T) {
 	for _, tt := range []struct {
-		in, canonical, printed string
+		in, printed string // as Libgcrypt 1.10.1 does
+		canonical   string // which is the same
 	}{
-		// The last two columns are what Libgcrypt 1.10.1 makes of the first.
-		{"(a)", "(1:a)", "(a)\n"},
-		{" \t\r\n\v\f(\n a\t)", "(1:a)", "(a)\n"},
-		{"(a) text after the list )", "(1:a)", "(a)\n"},
-		{"(a ())", "(1:a())", "(a \n ()\n )\n"},
-		{"(())", "(())", "(\n ()\n )\n"},
-		{"((a)(b) c)", "((1:a)(1:b)1:c)", "(\n (a)\n (b)\n c)\n"},
-		{"(a(b c(d))e)", "(1:a(1:b1:c(1:d))1:e)", "(a \n (b c \n  (d)\n  )\n e)\n"},
-		{"(-a .b /c _d :e *f +g =h)", "(2:-a2:.b2:/c2:_d2::e2:*f2:+g2:=h)", "(-a .b /c _d :e *f +g =h)\n"},
-		{"(a1-2)", "(4:a1-2)", "(a1-2)\n"},
-		{`(a"b"#63#|ZA==|1:e)`, "(1:a1:b1:c1:d1:e)", "(a b c d e)\n"},
-		{`("")`, "(0:)", "(\"\")\n"},
-		{`(##)`, "(0:)", "(\"\")\n"},
-		{`("\b\t\v\n\f\r\"\'\\")`, "(9:\b\t\v\n\f\r\"'\\)", "(\"\\b\\t\\v\\n\\f\\r\\\"\\'\\\\\")\n"},
-		{`("\101\x42\x4f\377")`, "(4:ABO\xff)", "(#41424FFF#)\n"},
-		{"(\"a\n)b\")", "(4:a\n)b)", "(\"a\\n)b\")\n"},
-		{"(#6 1\n6\t2#)", "(2:ab)", "(ab)\n"},
-		{"(#aAfF#)", "(2:\xaa\xff)", "(#AAFF#)\n"},
-		{"(|YWI=|)", "(2:ab)", "(ab)\n"},
-		{"(|YWI|)", "(2:ab)", "(ab)\n"},
-		{"(|YWJj|)", "(3:abc)", "(abc)\n"},
-		{"(3:abc10:(((((((((()", "(3:abc10:(((((((((()", "(abc \"((((((((((\")\n"},
-		{`("1a" "a b" "a?")`, "(2:1a3:a b2:a?)", "(\"1a\" \"a b\" \"a?\")\n"},
-		{`(#0061# #80# #6100# #611b# #617f# #61a0# #61a1#)`, "(2:\x00a1:\x802:a\x002:a\x1b2:a\x7f2:a\xa02:a\xa1)", "(#0061# #80# #6100# #611B# #617F# #61A0# #61A1#)\n"},
+		{"(a)", "(a)\n", "(1:a)"},
+		{" \t\r\n\v\f(\n a\t)", "(a)\n", "(1:a)"},
+		{"(a) text after the list )", "(a)\n", "(1:a)"},
+		{"(a ())", "(a \n ()\n )\n", "(1:a())"},
+		{"(())", "(\n ()\n )\n", "(())"},
+		{"((a)(b) c)", "(\n (a)\n (b)\n c)\n", "((1:a)(1:b)1:c)"},
+		{"(a(b c(d))e)", "(a \n (b c \n  (d)\n  )\n e)\n", "(1:a(1:b1:c(1:d))1:e)"},
+		{"(-a .b /c _d :e *f +g =h)", "(-a .b /c _d :e *f +g =h)\n", "(2:-a2:.b2:/c2:_d2::e2:*f2:+g2:=h)"},
+		{"(a1-2)", "(a1-2)\n", "(4:a1-2)"},
+		{`(a"b"#63#|ZA==|1:e)`, "(a b c d e)\n", "(1:a1:b1:c1:d1:e)"},
+		{`("")`, "(\"\")\n", "(0:)"},
+		{`(##)`, "(\"\")\n", "(0:)"},
+		{`("\b\t\v\n\f\r\"\'\\")`, "(\"\\b\\t\\v\\n\\f\\r\\\"\\'\\\\\")\n", "(9:\b\t\v\n\f\r\"'\\)"},
+		{`("\101\x42\x4f\377")`, "(#41424FFF#)\n", "(4:ABO\xff)"},
+		{"(\"a\n)b\")", "(\"a\\n)b\")\n", "(4:a\n)b)"},
+		{"(#6 1\n6\t2#)", "(ab)\n", "(2:ab)"},
+		{"(#aAfF#)", "(#AAFF#)\n", "(2:\xaa\xff)"},
+		{"(|YWI=|)", "(ab)\n", "(2:ab)"},
+		{"(|YWI|)", "(ab)\n", "(2:ab)"},
+		{"(|YWJj|)", "(abc)\n", "(3:abc)"},
+		{"(3:abc10:(((((((((()", "(abc \"((((((((((\")\n", "(3:abc10:(((((((((()"},
+		{`("1a" "a b" "a?")`, "(\"1a\" \"a b\" \"a?\")\n", "(2:1a3:a b2:a?)"},
+		{`(#0061# #80# #6100# #611b# #617f# #61a0# #61a1#)`, "(#0061# #80# #6100# #611B# #617F# #61A0# #61A1#)\n", "(2:\x00a1:\x802:a\x002:a\x1b2:a\x7f2:a\xa02:a\xa1)"},
 	} {
-		s, err := acl.ParseSexp([]byte(tt.in))
-		if err != nil {
-			t.Errorf("ParseSexp(%q): %v", tt.in, err)
-			continue
-		}
-		if got := string(s.AppendCanonical(nil)); got != tt.canonical {
-			t.Errorf("ParseSexp(%q) = %q, want %q", tt.in, got, tt.canonical)
-		}
+		s := mustSexp(t, tt.in)
 		if got := s.String(); got != tt.printed {
-			t.Errorf("ParseSexp(%q).String() = %q, want %q", tt.in, got, tt.printed)
+			t.Errorf("%q is printed as %q, want %q", tt.in, got, tt.printed)
 		}
-		for _, text := range []string{tt.canonical, tt.printed} {
-			if again, err := acl.ParseSexp([]byte(text)); err != nil || !again.Equal(s) {
-				t.Errorf("ParseSexp(%q) = %q, %v, want what %q gives", text, again, err, tt.in)
+		for _, text := range []string{tt.canonical, tt.printed, s.oneLine()} {
+			if again := mustSexp(t, text); !again.equal(s) {
+				t.Errorf("%q is %v, want what %q gives", text, again, tt.in)
 			}
 		}
 	}
@@ -111,64 +102,45 @@ func TestParseSexpRejects(t *testing.T) {
 		{`("\x4g")`, "unknown escape"},
 		{strings.Repeat("(", 65) + "a" + strings.Repeat(")", 65), "more than 64 nested lists at offset 64"},
 		{strings.Repeat("(", 500000), "more than 64 nested lists"},
-		{"(a" + strings.Repeat(" ", acl.MaxSexpSize) + ")", "exceeds the limit"},
+		{"(a" + strings.Repeat(" ", MaxSexpSize) + ")", "exceeds the limit"},
 	} {
-		s, err := acl.ParseSexp([]byte(tt.in))
-		if err == nil {
-			t.Errorf("ParseSexp(%.40q) = %q, want an error", tt.in, s)
-		} else if !strings.Contains(err.Error(), tt.want) {
-			t.Errorf("ParseSexp(%.40q): error %q does not say %q", tt.in, err, tt.want)
-		}
-		if !s.Equal(acl.Sexp{}) {
-			t.Errorf("ParseSexp(%.40q) gives %q beside an error", tt.in, s)
+		if s, err := parseSexp([]byte(tt.in)); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%.40q is read as %q, %v; want an error that says %q", tt.in, s, err, tt.want)
 		}
 	}
-	if _, err := acl.ParseSexp([]byte(strings.Repeat("(", 64) + strings.Repeat(")", 64))); err != nil {
-		t.Errorf("64 nested lists: %v", err)
-	}
+	mustSexp(t, strings.Repeat("(", 64)+strings.Repeat(")", 64))
 }
 
-func parseSexp(t testing.TB, text string) acl.Sexp {
+func mustSexp(t testing.TB, text string) sexp {
 	t.Helper()
-	s, err := acl.ParseSexp([]byte(text))
+	s, err := parseSexp([]byte(text))
 	if err != nil {
-		t.Fatalf("ParseSexp(%q): %v", text, err)
+		t.Fatalf("%q: %v", text, err)
 	}
 	return s
 }
 
 func TestSexpFind(t *testing.T) {
-	s := parseSexp(t, `(signature (x (data 1:1)) data (data 1:2) ("public-key" ((y (#7a#)))))`)
-	for _, tt := range []struct{ name, want string }{
-		{"data", "(4:data1:1)"}, // the first in the text, not the uppermost
-		{"signature", string(s.AppendCanonical(nil))},
-		{"public-key", "(10:public-key((1:y(1:z))))"},
-		{"y", "(1:y(1:z))"},
-		{"z", "(1:z)"},
-		{"1", ""},
-		{"dat", ""},
-		{"", ""},
+	s := mustSexp(t, `(signature (x (data 1:1)) data (data 1:2) ("public-key" ((y (#7a#)))) (a "(4:none)" 8:(4:none) (b)))`)
+	for name, want := range map[string]string{
+		"data":       "(data \"1\")", // the first in the text, not the uppermost
+		"signature":  s.oneLine(),
+		"public-key": "(public-key ((y (z))))",
+		"y":          "(y (z))",
+		"z":          "(z)",
+		"b":          "(b)",
+		"1":          "()",
+		"dat":        "()",
+		"none":       "()", // stands in an atom
 	} {
-		got, ok := s.Find(tt.name)
-		if string(got.AppendCanonical(nil)) != tt.want || ok != (tt.want != "") {
-			t.Errorf("Find(%q) = %q, %v, want %q", tt.name, got, ok, tt.want)
+		if got, ok := s.find(name); got.oneLine() != want || ok != (want != "()") {
+			t.Errorf("%q is %v, %v, want %q", name, got, ok, want)
 		}
-	}
-	// The contents of an atom are not searched.
-	s = parseSexp(t, `(a "(4:data)" 8:(4:data) (b))`)
-	if got, ok := s.Find("data"); ok {
-		t.Errorf("Find found %q inside an atom", got)
-	}
-	if _, ok := s.Find("b"); !ok {
-		t.Error("Find did not get past an atom")
-	}
-	if got, ok := (acl.Sexp{}).Find(""); ok {
-		t.Errorf("Find found %q in nothing", got)
 	}
 }
 
 func TestSexpEqual(t *testing.T) {
-	s := parseSexp(t, "(a (b c))")
+	s := mustSexp(t, "(a (b c))")
 	for text, want := range map[string]bool{
 		`("a" (#62# |Yw==|))`: true,
 		`(1:a(1:b1:c))`:       true,
@@ -179,7 +151,7 @@ func TestSexpEqual(t *testing.T) {
 		`(a (b "c "))`:        false,
 		`(a (b #0063#))`:      false,
 	} {
-		if parseSexp(t, text).Equal(s) != want {
+		if mustSexp(t, text).equal(s) != want {
 			t.Errorf("%s equals %s: %v, want %v", text, s, !want, want)
 		}
 	}
@@ -207,7 +179,7 @@ func TestSexpLayout(t *testing.T) {
 		texts[name] = string(text)
 	}
 	for name, text := range texts {
-		if got := parseSexp(t, text).String(); got != text {
+		if got := mustSexp(t, text).String(); got != text {
 			t.Errorf("%s is printed as\n%swant\n%s", name, got, text)
 		}
 	}
@@ -225,7 +197,7 @@ func BenchmarkParseSexp(b *testing.B) {
 	b.SetBytes(int64(len(text)))
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := acl.ParseSexp(text); err != nil {
+		if _, err := parseSexp(text); err != nil {
 			b.Fatal(err)
 		}
 	}

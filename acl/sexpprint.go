@@ -4,104 +4,79 @@ package acl
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 )
 
-// String returns s as Libgcrypt prints it, in the "advanced" notation, over several lines and with
-// a line feed at the end. Guix writes its key files, its ACL and the signatures of narinfos like
-// that, and this function gives the same bytes. (Libgcrypt, gcry_sexp_sprint with
+// String returns a list as Libgcrypt prints it, in the "advanced" notation, over several lines and
+// with a line feed at the end. Guix writes its key files, its ACL and the signatures of narinfos
+// like that, and this function gives the same bytes. (Libgcrypt, gcry_sexp_sprint with
 // GCRYSEXP_FMT_ADVANCED.) There is one exception: an atom that looks like text in ISO 8859-1, as
 // one number in some thousands does, Libgcrypt prints as a string, which readers take for what it
 // is only if they expect the same character encoding. Here it is hexadecimal.
 //
 // The result is ASCII, and safe to show on a terminal.
-func (s Sexp) String() string {
-	return s.print(true)
+func (s sexp) String() string {
+	var b strings.Builder
+	s.print(&b, 0, true)
+	b.WriteByte('\n')
+	return b.String()
 }
 
 // oneLine returns s in the "advanced" notation on one line.
-func (s Sexp) oneLine() string {
-	return s.print(false)
+func (s sexp) oneLine() string {
+	var b strings.Builder
+	s.print(&b, 0, false)
+	return b.String()
 }
 
-func (s Sexp) print(lines bool) string {
-	if len(s.enc) == 0 {
-		return ""
+// print writes an expression that so many lists are around of.
+func (s sexp) print(b *strings.Builder, depth int, lines bool) {
+	if s.atom != nil {
+		printAtom(b, s.atom)
+		return
 	}
-	var b strings.Builder
-	b.Grow(2 * len(s.enc))
-	depth := 0
 	newLine := func() {
 		if lines {
-			b.WriteByte('\n')
-			for range depth {
-				b.WriteByte(' ')
-			}
+			b.WriteString("\n" + strings.Repeat(" ", depth+1))
 		}
 	}
-	enc := s.enc
-	for len(enc) > 0 {
-		switch enc[0] {
-		case '(':
-			// The blank after an atom stays at the end of the line, even where a list follows on
-			// the next one.
-			if depth > 0 {
-				newLine()
-			}
-			b.WriteByte('(')
-			depth++
-			enc = enc[1:]
-		case ')':
-			b.WriteByte(')')
-			depth--
-			enc = enc[1:]
-			if len(enc) > 0 && enc[0] != '(' {
-				newLine()
-			} else if len(enc) > 0 && !lines {
-				b.WriteByte(' ')
-			}
-		default:
-			var atom []byte
-			atom, enc, _ = cutAtom(enc)
-			printAtom(&b, atom)
-			if len(enc) > 0 && enc[0] != ')' {
-				b.WriteByte(' ')
-			}
+	b.WriteByte('(')
+	afterList := false
+	for i, e := range s.list {
+		// The blank after an atom stays at the end of the line.
+		if i > 0 && !(afterList && lines) {
+			b.WriteByte(' ')
 		}
+		if e.atom == nil || afterList {
+			newLine()
+		}
+		e.print(b, depth+1, lines)
+		afterList = e.atom == nil
 	}
-	if lines {
-		b.WriteByte('\n')
+	if afterList {
+		newLine()
 	}
-	return b.String()
+	b.WriteByte(')')
 }
 
 // printAtom writes an atom in the notation that Libgcrypt chooses for it: as a token if it can be
 // one; as a string if it looks like text; and else in hexadecimal, which includes everything that
 // would be a negative number or has a leading zero byte, and here what is not ASCII.
 func printAtom(b *strings.Builder, atom []byte) {
-	text, token := true, true
-	for i, c := range atom {
-		switch {
-		case c >= 0x20 && c < 0x7f:
-		case strings.IndexByte("\b\t\v\n\f\r", c) >= 0:
-		default:
-			text = false
-		}
-		if class[c] != classToken && (class[c] != classDigit || i == 0) {
-			token = false
-		}
-	}
+	notText := func(r rune) bool { return (r < 0x20 || r >= 0x7f) && !strings.ContainsRune("\b\t\v\n\f\r", r) }
+	text := string(atom)
 	switch {
-	case !text:
+	case strings.ContainsFunc(text, notText):
 		fmt.Fprintf(b, "#%X#", atom)
-	case token && len(atom) > 0:
-		b.Write(atom)
+	case text != "" && !isDigit(text[0]) && !slices.ContainsFunc(atom, func(c byte) bool { return !inToken(c) }):
+		b.WriteString(text)
 	default:
 		b.WriteByte('"')
 		for _, c := range atom {
-			if i := strings.IndexByte("\b\t\v\n\f\r\"'\\", c); i >= 0 {
+			if i := strings.IndexByte(escaped, c); i >= 0 {
 				b.WriteByte('\\')
-				c = `btvnfr"'\`[i]
+				c = escapes[i]
 			}
 			b.WriteByte(c)
 		}

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
-	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -23,7 +22,7 @@ import (
 type SigningKey struct {
 	public *PublicKey
 	// private is the expression (private-key …).
-	private Sexp
+	private sexp
 
 	// One of these is set.
 	ecdsa *ecdsaKey
@@ -35,7 +34,7 @@ type SigningKey struct {
 // signing-key.pub, which must contain the (public-key …) that belongs to it. public may be empty:
 // then the public key is made of what the private key says.
 //
-// It fails if a text is no s-expression (see [ParseSexp]) or lacks the key, if the private key is
+// It fails if a text is no s-expression or lacks the key, if the private key is
 // neither (ecc (curve Ed25519) (q …) (d …)) nor (rsa (n …) (e …) (d …) (p …) (q …) (u …)), and if
 // the two keys do not belong together. No error says anything about secret numbers.
 func ParseSigningKey(secret, public []byte) (*SigningKey, error) {
@@ -43,11 +42,11 @@ func ParseSigningKey(secret, public []byte) (*SigningKey, error) {
 	if err != nil {
 		return nil, fmt.Errorf("private key: %w", err)
 	}
-	private, ok := s.Find("private-key")
+	private, ok := s.find("private-key")
 	if !ok {
 		return nil, errors.New("private key: the text contains no list \"private-key\"")
 	}
-	k := &SigningKey{private: Sexp{slices.Clone(private.enc)}}
+	k := &SigningKey{private: private}
 	if err := k.decode(); err != nil {
 		return nil, fmt.Errorf("private key: %w", err)
 	}
@@ -120,26 +119,15 @@ func (k *SigningKey) decodeRSA(d, p, q []byte) error {
 // from the system's source of random numbers.
 func GenerateSigningKey() *SigningKey {
 	var seed [64]byte
-	for {
-		rand.Read(seed[:])
-		d, err := new(edwards25519.Scalar).SetUniformBytes(seed[:])
-		if err != nil {
-			panic(err) // The length is right.
-		}
-		if d.Equal(new(edwards25519.Scalar)) == 1 {
-			continue
-		}
-		le := d.Bytes()
-		slices.Reverse(le)
-		curve := field("curve", "Ed25519")
-		q := field("q", new(edwards25519.Point).ScalarBaseMult(d).Bytes())
-		k := &SigningKey{private: list("private-key",
-			list("ecc", curve, q, field("d", bytes.TrimLeft(le, "\x00"))))}
-		if err := k.decode(); err != nil {
-			panic(err) // It was just made.
-		}
-		return k
+	rand.Read(seed[:])
+	d := reduced(seed[:])
+	q := new(edwards25519.Point).ScalarBaseMult(d).Bytes()
+	k := &SigningKey{private: list("private-key",
+		list("ecc", field("curve", "Ed25519"), field("q", q), field("d", bytes.TrimLeft(bigEndian(d), "\x00"))))}
+	if err := k.decode(); err != nil {
+		panic(err) // It was just made.
 	}
+	return k
 }
 
 // PublicKey returns the public key of the pair.
@@ -160,7 +148,7 @@ func (k *SigningKey) Sign(digest [32]byte, host string) (string, error) {
 		return "", fmt.Errorf("signature: unusable host name %.100q", host)
 	}
 	var flag string
-	var value Sexp
+	var value sexp
 	if k.rsa != nil {
 		s, err := rsa.SignPKCS1v15(nil, k.rsa, crypto.SHA256, digest[:])
 		if err != nil {
@@ -172,7 +160,7 @@ func (k *SigningKey) Sign(digest [32]byte, host string) (string, error) {
 		flag, value = "rfc6979", list("ecdsa", field("r", r), field("s", s))
 	}
 	signature := list("signature",
-		list("data", field("flags", flag), list("hash", Sexp{appendAtom(appendAtom(nil, "sha256"), digest[:])})),
+		list("data", field("flags", flag), list("hash", atom("sha256"), atom(digest[:]))),
 		list("sig-val", value),
 		k.public.sexp)
 	return "1;" + host + ";" + strictBase64.EncodeToString([]byte(signature.String())), nil

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package acl_test
+package acl
 
 import (
 	"crypto/rand"
@@ -11,8 +11,6 @@ import (
 	"math/big"
 	"strings"
 	"testing"
-
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 )
 
 // must ends the test if there is an error.
@@ -30,9 +28,9 @@ const (
 	rsaDigest = "261dee5ca4377f70571e7ac8036cc64438420c660d9db3dd6cfe03db99e659d2"
 )
 
-func signingKey(t testing.TB, secret, public string) *acl.SigningKey {
+func signingKey(t testing.TB, secret, public string) *SigningKey {
 	t.Helper()
-	k, err := acl.ParseSigningKey([]byte(secret), []byte(public))
+	k, err := ParseSigningKey([]byte(secret), []byte(public))
 	must(t, err)
 	return k
 }
@@ -52,12 +50,12 @@ func TestSignAsLibgcrypt(t *testing.T) {
 	k := signingKey(t, read(t, "testdata/rsa.sec"), "")
 	got, err = k.Sign(digestOf(t, rsaDigest), "h")
 	must(t, err)
-	want = "1;h;" + base64.StdEncoding.EncodeToString([]byte(parseSexp(t, "(signature (data (flags pkcs1) (hash sha256 #"+rsaDigest+"#))"+
+	want = "1;h;" + base64.StdEncoding.EncodeToString([]byte(mustSexp(t, "(signature (data (flags pkcs1) (hash sha256 #"+rsaDigest+"#))"+
 		read(t, "testdata/rsa.sig-val")+k.PublicKey().String()+")").String()))
 	if got != want {
 		t.Errorf("RSA: got\n%s\nwant\n%s", decodeField(t, got), decodeField(t, want))
 	}
-	if err := acl.NewACL(k.PublicKey()).Verify(digestOf(t, rsaDigest), got); err != nil {
+	if err := NewACL(k.PublicKey()).Verify(digestOf(t, rsaDigest), got); err != nil {
 		t.Error(err)
 	}
 }
@@ -72,21 +70,21 @@ func decodeField(t testing.TB, field string) string {
 func TestGenerateSigningKey(t *testing.T) {
 	seen := make(map[string]bool)
 	for i := range byte(20) {
-		k := acl.GenerateSigningKey()
+		k := GenerateSigningKey()
 		// Through the files, as Guix would read them.
 		again := signingKey(t, k.SecretText(), k.PublicKey().Text())
 		if !again.PublicKey().Equal(k.PublicKey()) || again.SecretText() != k.SecretText() {
 			t.Fatal("the key is another one after writing and reading")
 		}
 		digest := [32]byte{i}
-		a := acl.NewACL(k.PublicKey())
+		a := NewACL(k.PublicKey())
 		field, err := again.Sign(digest, "localhost")
 		must(t, err)
 		if err := a.Verify(digest, field); err != nil {
 			t.Error(err)
 		}
 		digest[0] ^= 0x80
-		if err := a.Verify(digest, field); !errors.Is(err, acl.ErrHashMismatch) {
+		if err := a.Verify(digest, field); !errors.Is(err, ErrHashMismatch) {
 			t.Errorf("for another digest: %v", err)
 		}
 		if seen[k.PublicKey().String()] || !strings.HasPrefix(k.SecretText(), "(private-key \n (ecc \n  (curve Ed25519)\n  (q #") {
@@ -120,7 +118,7 @@ func TestParseSigningKey(t *testing.T) {
 			if text := decodeField(t, field); !strings.Contains(text, eccR) || !strings.Contains(text, eccS) {
 				t.Errorf("another signature: %s", decodeField(t, field))
 			}
-			if err := acl.NewACL(k.PublicKey()).Verify(digestOf(t, rsaH), field); err != nil {
+			if err := NewACL(k.PublicKey()).Verify(digestOf(t, rsaH), field); err != nil {
 				t.Error(err)
 			}
 		})
@@ -141,7 +139,7 @@ func TestParseSigningKey(t *testing.T) {
 		{"another q", strings.Replace(eccSecret, eccQ, strings.Repeat("02", 32), 1), "", "public point"},
 		{"a public key that is none", eccSecret, "(x)", "contains no list"},
 		{"a public key that is not usable", eccSecret, "(public-key (dsa))", "neither of type"},
-		{"the public key of another pair", eccSecret, acl.GenerateSigningKey().PublicKey().Text(), "does not belong"},
+		{"the public key of another pair", eccSecret, GenerateSigningKey().PublicKey().Text(), "does not belong"},
 		{"the public key of another kind", eccSecret, rsaKey, "does not belong"},
 		{"the private key of another kind", rsaSecret, eccKey, "does not belong"},
 		{"the public key of another RSA pair", rsaSecret, rsaKey, "does not belong"},
@@ -153,7 +151,7 @@ func TestParseSigningKey(t *testing.T) {
 		{"RSA without u", strings.Replace(rsaSecret, "(u ", "(v ", 1), "", "other elements"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			k, err := acl.ParseSigningKey([]byte(tt.secret), []byte(tt.public))
+			k, err := ParseSigningKey([]byte(tt.secret), []byte(tt.public))
 			if err == nil {
 				t.Fatalf("no error, public key %v", k.PublicKey())
 			}
@@ -185,7 +183,7 @@ func TestSignRSA(t *testing.T) {
 		digest := digestOf(t, rsaH)
 		field, err := k.Sign(digest, "h")
 		must(t, err)
-		if err := acl.NewACL(k.PublicKey()).Verify(digest, field); err != nil {
+		if err := NewACL(k.PublicKey()).Verify(digest, field); err != nil {
 			t.Errorf("%d bits: %v", bits, err)
 		}
 	}
@@ -201,14 +199,14 @@ func TestSignHost(t *testing.T) {
 		if (err == nil) != ok {
 			t.Errorf("host %q: %v", host, err)
 		}
-		if s, err := acl.ParseSignature(field); ok && (err != nil || s.Host != host) {
+		if s, err := ParseSignature(field); ok && (err != nil || s.Host != host) {
 			t.Errorf("host %q: read back as %v, %v", host, s, err)
 		}
 	}
 }
 
 func BenchmarkSign(b *testing.B) {
-	k := acl.GenerateSigningKey()
+	k := GenerateSigningKey()
 	b.ReportAllocs()
 	for b.Loop() {
 		if _, err := k.Sign([32]byte{}, "localhost"); err != nil {

@@ -42,7 +42,7 @@ type Signature struct {
 	// characters but semicolons.
 	Host string
 
-	sexp Sexp
+	sexp sexp
 }
 
 // ParseSignature parses the value of the field Signature of a narinfo, VERSION;HOST;BASE64, where
@@ -76,7 +76,7 @@ func ParseSignature(value string) (*Signature, error) {
 	if !ok {
 		return nil, fmt.Errorf("%w: the third part is not base64 of UTF-8 of characters up to U+00FF", ErrCorruptSignature)
 	}
-	s, err := ParseSexp(characters)
+	s, err := parseSexp(characters)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrCorruptSignature, err)
 	}
@@ -87,7 +87,7 @@ func ParseSignature(value string) (*Signature, error) {
 // [ErrCorruptSignature] if the signature names none. Anyone can write any key into a signature, so
 // the result is good for showing only.
 func (s *Signature) PublicKey() (*PublicKey, error) {
-	k, ok := s.sexp.Find("public-key")
+	k, ok := s.sexp.find("public-key")
 	if !ok {
 		return nil, fmt.Errorf("%w: no list \"public-key\"", ErrCorruptSignature)
 	}
@@ -111,11 +111,11 @@ func (a *ACL) Verify(digest [32]byte, field string) error {
 		return err
 	}
 	s := signature.sexp
-	data, ok := s.Find("data")
+	data, ok := s.find("data")
 	if !ok {
 		return fmt.Errorf("%w: no list \"data\"", ErrCorruptSignature)
 	}
-	subject, ok := s.Find("public-key")
+	subject, ok := s.find("public-key")
 	if !ok {
 		return fmt.Errorf("%w: no list \"public-key\"", ErrCorruptSignature)
 	}
@@ -126,7 +126,7 @@ func (a *ACL) Verify(digest [32]byte, field string) error {
 	if signed := hashValue(data); string(signed) != string(digest[:]) {
 		return fmt.Errorf("%w: %.100x is signed, not %x", ErrHashMismatch, signed, digest)
 	}
-	value, ok := s.Find("sig-val")
+	value, ok := s.find("sig-val")
 	if !ok {
 		return fmt.Errorf("%w: no list \"sig-val\"", ErrInvalidSignature)
 	}
@@ -137,19 +137,17 @@ func (a *ACL) Verify(digest [32]byte, field string) error {
 }
 
 // hashValue returns the value in the list (hash NAME VALUE) of data, or nil.
-func hashValue(data Sexp) []byte {
-	hash, _ := data.Find("hash")
-	c, _ := hash.named("hash")
-	if _, ok := c.atom(); !ok {
+func hashValue(data sexp) []byte {
+	hash, _ := data.find("hash")
+	if hash.at(1).atom == nil {
 		return nil
 	}
-	value, _ := c.atom()
-	return value
+	return hash.at(2).atom
 }
 
 // verify checks that value, (sig-val …), is a signature by k over data, (data …), in which the
 // digest is known to stand.
-func (k *PublicKey) verify(digest [32]byte, data, value Sexp) error {
+func (k *PublicKey) verify(digest [32]byte, data, value sexp) error {
 	if k.unusable != nil {
 		return k.unusable
 	}
@@ -157,15 +155,13 @@ func (k *PublicKey) verify(digest [32]byte, data, value Sexp) error {
 	if err != nil {
 		return err
 	}
-	c, _ := value.named("sig-val")
-	sig, ok := c.next()
-	if !ok || !c.done() {
+	if len(value.list) != 2 {
 		return errors.New("the list \"sig-val\" has not exactly one element")
 	}
 	if k.rsa != nil {
-		var s [1][]byte
-		c, ok := sig.named("rsa")
-		if !ok || !c.fields(s[:], "s") {
+		fields, _ := value.at(1).named("rsa")
+		s, ok := values(fields, "s")
+		if !ok {
 			return errors.New("the signature by an RSA key is not of the form (rsa (s …))")
 		}
 		if flag != "pkcs1" {
@@ -173,9 +169,9 @@ func (k *PublicKey) verify(digest [32]byte, data, value Sexp) error {
 		}
 		return verifyRSA(k.rsa, digest, s[0])
 	}
-	var rs [2][]byte
-	c, ok = sig.named("ecdsa")
-	if !ok || !c.fields(rs[:], "r", "s") {
+	fields, _ := value.at(1).named("ecdsa")
+	rs, ok := values(fields, "r", "s")
+	if !ok {
 		return errors.New("the signature by an elliptic-curve key is not of the form (ecdsa (r …) (s …))")
 	}
 	if flag != "rfc6979" && flag != "raw" {
@@ -188,21 +184,19 @@ func (k *PublicKey) verify(digest [32]byte, data, value Sexp) error {
 }
 
 // dataFlag returns FLAG of (data (flags FLAG) (hash sha256 DIGEST)).
-func dataFlag(data Sexp, digest [32]byte) (string, error) {
-	c, _ := data.named("data")
-	name, flag, ok := c.field()
-	if !ok || string(name) != "flags" {
+func dataFlag(data sexp, digest [32]byte) (string, error) {
+	flag, ok := data.at(1).value("flags")
+	if !ok {
 		return "", errors.New("the list \"data\" does not start with a list of one flag")
 	}
-	hash, _ := c.next()
-	h, ok := hash.named("hash")
-	if !ok || !c.done() {
+	hash := data.at(2)
+	if _, ok := hash.named("hash"); !ok || len(data.list) != 3 {
 		return "", errors.New("the list \"data\" has other elements than (flags …) and (hash …)")
 	}
-	if algorithm, _ := h.atom(); string(algorithm) != "sha256" {
-		return "", fmt.Errorf("the hash algorithm is %.100q instead of sha256", string(algorithm))
+	if algorithm := hash.at(1).atom; string(algorithm) != "sha256" {
+		return "", fmt.Errorf("the hash algorithm is %.100q instead of sha256", algorithm)
 	}
-	if value, _ := h.atom(); string(value) != string(digest[:]) || !h.done() {
+	if string(hash.at(2).atom) != string(digest[:]) || len(hash.list) != 3 {
 		return "", errors.New("the list \"hash\" has not exactly two elements")
 	}
 	return string(flag), nil

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package acl_test
+package acl
 
 import (
 	"crypto/sha256"
@@ -12,7 +12,6 @@ import (
 	"strings"
 	"testing"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
@@ -55,13 +54,13 @@ func signatureOf(parts ...string) string {
 	return fieldOf("(signature " + strings.Join(parts, " ") + ")")
 }
 
-func aclOf(t testing.TB, keys ...string) *acl.ACL {
+func aclOf(t testing.TB, keys ...string) *ACL {
 	t.Helper()
 	text := "(acl"
 	for _, k := range keys {
 		text += " (entry " + k + " (tag (guix import)))"
 	}
-	a, err := acl.ParseACL([]byte(text + ")"))
+	a, err := ParseACL([]byte(text + ")"))
 	must(t, err)
 	return a
 }
@@ -90,15 +89,15 @@ func TestVerify(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
 		field string
-		acl   *acl.ACL
+		acl   *ACL
 		want  error // nil if the signature is good
 		says  string
 	}{
 		{"ECDSA", good, both, nil, ""},
 		{"RSA", signatureOf(rsaData, rsaVal, rsaKey), both, nil, ""},
 		{"in canonical form", fieldOf(characters("(9:signature" + canonical(t, eccData) + canonical(t, eccVal) + canonical(t, eccKey) + ")")), both, nil, ""},
-		{"in canonical form, but not of characters", fieldOf("(9:signature" + canonical(t, eccData) + canonical(t, eccVal) + canonical(t, eccKey) + ")"), both, acl.ErrCorruptSignature, "UTF-8"},
-		{"a character that is no byte", fieldOf("(signature " + eccData + eccVal + eccKey + ") \u0100"), both, acl.ErrCorruptSignature, "UTF-8"},
+		{"in canonical form, but not of characters", fieldOf("(9:signature" + canonical(t, eccData) + canonical(t, eccVal) + canonical(t, eccKey) + ")"), both, ErrCorruptSignature, "UTF-8"},
+		{"a character that is no byte", fieldOf("(signature " + eccData + eccVal + eccKey + ") \u0100"), both, ErrCorruptSignature, "UTF-8"},
 		{"flag raw", signatureOf(replace(eccData, "rfc6979", "raw"), eccVal, eccKey), both, nil, ""},
 		{"r with leading zeros", signatureOf(eccData, replace(eccVal, "#07", "#000007"), eccKey), both, nil, ""},
 		{"s before r", signatureOf(eccData, "(sig-val (ecdsa (s #"+eccS+"#) (r #"+eccR+"#)))", eccKey), both, nil, ""},
@@ -111,74 +110,74 @@ func TestVerify(t *testing.T) {
 		{"33-byte key, listed so", signatureOf(eccData, eccVal, keyIn33Bytes), aclOf(t, keyIn33Bytes), nil, ""},
 		{"RSA modulus without leading zero, listed so", signatureOf(rsaData, rsaVal, rsaWithoutZero), aclOf(t, rsaWithoutZero), nil, ""},
 
-		{"version 2", "2" + good[1:], both, acl.ErrUnsupportedVersion, `"2"`},
-		{"version 11", "1" + good, both, acl.ErrUnsupportedVersion, `"11"`},
-		{"version is no number", "foo" + good[1:], both, acl.ErrUnsupportedVersion, `"foo"`},
-		{"version is empty", good[1:], both, acl.ErrUnsupportedVersion, `""`},
-		{"version is hostile", "\x1b[2J" + strings.Repeat("x", 1000) + good[1:], both, acl.ErrUnsupportedVersion, `"\x1b[2Jxxx`},
+		{"version 2", "2" + good[1:], both, ErrUnsupportedVersion, `"2"`},
+		{"version 11", "1" + good, both, ErrUnsupportedVersion, `"11"`},
+		{"version is no number", "foo" + good[1:], both, ErrUnsupportedVersion, `"foo"`},
+		{"version is empty", good[1:], both, ErrUnsupportedVersion, `""`},
+		{"version is hostile", "\x1b[2J" + strings.Repeat("x", 1000) + good[1:], both, ErrUnsupportedVersion, `"\x1b[2Jxxx`},
 
-		{"empty", "", both, acl.ErrCorruptSignature, "three parts"},
-		{"two parts", "1;example.org", both, acl.ErrCorruptSignature, "three parts"},
-		{"four parts", good + ";", both, acl.ErrCorruptSignature, "three parts"},
-		{"no base64", "1;h;!", both, acl.ErrCorruptSignature, "not base64"},
-		{"no padding", "1;h;KGE", both, acl.ErrCorruptSignature, "not base64"},
-		{"excess bits", "1;h;KGF=", both, acl.ErrCorruptSignature, "not base64"},
-		{"a blank in the base64", good + " ", both, acl.ErrCorruptSignature, "not base64"},
-		{"a carriage return", good + "\r", both, acl.ErrCorruptSignature, "line end"},
-		{"a line feed in the base64", good[:40] + "\n" + good[40:], both, acl.ErrCorruptSignature, "line end"},
-		{"no s-expression", fieldOf("hello"), both, acl.ErrCorruptSignature, "instead of a list"},
-		{"nothing in base64", "1;h;", both, acl.ErrCorruptSignature, "no list"},
-		{"too long", "1;h;" + strings.Repeat("A", acl.MaxFieldSize), both, acl.ErrCorruptSignature, "bytes"},
-		{"no data", signatureOf(eccVal, eccKey), both, acl.ErrCorruptSignature, `"data"`},
-		{"no public key", signatureOf(eccData, eccVal), both, acl.ErrCorruptSignature, `"public-key"`},
-		{"data is an atom", signatureOf("data", eccVal, eccKey), both, acl.ErrCorruptSignature, `"data"`},
+		{"empty", "", both, ErrCorruptSignature, "three parts"},
+		{"two parts", "1;example.org", both, ErrCorruptSignature, "three parts"},
+		{"four parts", good + ";", both, ErrCorruptSignature, "three parts"},
+		{"no base64", "1;h;!", both, ErrCorruptSignature, "not base64"},
+		{"no padding", "1;h;KGE", both, ErrCorruptSignature, "not base64"},
+		{"excess bits", "1;h;KGF=", both, ErrCorruptSignature, "not base64"},
+		{"a blank in the base64", good + " ", both, ErrCorruptSignature, "not base64"},
+		{"a carriage return", good + "\r", both, ErrCorruptSignature, "line end"},
+		{"a line feed in the base64", good[:40] + "\n" + good[40:], both, ErrCorruptSignature, "line end"},
+		{"no s-expression", fieldOf("hello"), both, ErrCorruptSignature, "instead of a list"},
+		{"nothing in base64", "1;h;", both, ErrCorruptSignature, "no list"},
+		{"too long", "1;h;" + strings.Repeat("A", MaxFieldSize), both, ErrCorruptSignature, "bytes"},
+		{"no data", signatureOf(eccVal, eccKey), both, ErrCorruptSignature, `"data"`},
+		{"no public key", signatureOf(eccData, eccVal), both, ErrCorruptSignature, `"public-key"`},
+		{"data is an atom", signatureOf("data", eccVal, eccKey), both, ErrCorruptSignature, `"data"`},
 
-		{"empty ACL", good, aclOf(t), acl.ErrUnauthorisedKey, eccQ},
-		{"no ACL", good, nil, acl.ErrUnauthorisedKey, eccQ},
-		{"another key", good, aclOf(t, rsaKey), acl.ErrUnauthorisedKey, eccQ},
-		{"the key in another form", signatureOf(eccData, eccVal, keyIn65Bytes), both, acl.ErrUnauthorisedKey, "76F6573C"},
-		{"the curve in another case", signatureOf(eccData, eccVal, replace(eccKey, "Ed", "ed")), both, acl.ErrUnauthorisedKey, "ed25519"},
-		{"the modulus in another form", signatureOf(rsaData, rsaVal, rsaWithoutZero), both, acl.ErrUnauthorisedKey, "DCB6CF"},
-		{"the key with something added", signatureOf(eccData, eccVal, replace(eccKey, "(q", "(flags eddsa) (q")), both, acl.ErrUnauthorisedKey, "eddsa"},
-		{"an authorised key after another one", signatureOf(eccData, eccVal, replace(eccKey, "B6", "B7"), eccKey), both, acl.ErrUnauthorisedKey, "B737"},
-		{"unauthorised before hash mismatch", signatureOf(replace(eccData, rsaH, h2), eccVal, eccKey), aclOf(t), acl.ErrUnauthorisedKey, ""},
+		{"empty ACL", good, aclOf(t), ErrUnauthorisedKey, eccQ},
+		{"no ACL", good, nil, ErrUnauthorisedKey, eccQ},
+		{"another key", good, aclOf(t, rsaKey), ErrUnauthorisedKey, eccQ},
+		{"the key in another form", signatureOf(eccData, eccVal, keyIn65Bytes), both, ErrUnauthorisedKey, "76F6573C"},
+		{"the curve in another case", signatureOf(eccData, eccVal, replace(eccKey, "Ed", "ed")), both, ErrUnauthorisedKey, "ed25519"},
+		{"the modulus in another form", signatureOf(rsaData, rsaVal, rsaWithoutZero), both, ErrUnauthorisedKey, "DCB6CF"},
+		{"the key with something added", signatureOf(eccData, eccVal, replace(eccKey, "(q", "(flags eddsa) (q")), both, ErrUnauthorisedKey, "eddsa"},
+		{"an authorised key after another one", signatureOf(eccData, eccVal, replace(eccKey, "B6", "B7"), eccKey), both, ErrUnauthorisedKey, "B737"},
+		{"unauthorised before hash mismatch", signatureOf(replace(eccData, rsaH, h2), eccVal, eccKey), aclOf(t), ErrUnauthorisedKey, ""},
 
-		{"another hash", signatureOf(replace(eccData, rsaH, h2), eccVal, eccKey), both, acl.ErrHashMismatch, strings.ToLower(rsaH)},
-		{"a shorter hash", signatureOf(replace(eccData, rsaH, rsaH[:62]), eccVal, eccKey), both, acl.ErrHashMismatch, ""},
-		{"a longer hash", signatureOf(replace(eccData, rsaH, rsaH+"00"), eccVal, eccKey), both, acl.ErrHashMismatch, ""},
-		{"a huge hash", signatureOf(replace(eccData, rsaH, strings.Repeat("00", 5000)), eccVal, eccKey), both, acl.ErrHashMismatch, ""},
-		{"no hash", signatureOf("(data (flags rfc6979))", eccVal, eccKey), both, acl.ErrHashMismatch, ""},
-		{"hash without value", signatureOf("(data (flags rfc6979) (hash sha256))", eccVal, eccKey), both, acl.ErrHashMismatch, ""},
-		{"the right hash comes second", signatureOf(replace(eccData, "(hash", "(hash sha256 #00#) (hash"), eccVal, eccKey), both, acl.ErrHashMismatch, ""},
-		{"the bits of the hash that ECDSA drops", signatureOf(replace(eccData, rsaH, h2), eccVal, eccKey), both, acl.ErrHashMismatch, ""},
-		{"hash mismatch before invalid signature", signatureOf(replace(eccData, rsaH, h2), rsaVal, eccKey), both, acl.ErrHashMismatch, ""},
+		{"another hash", signatureOf(replace(eccData, rsaH, h2), eccVal, eccKey), both, ErrHashMismatch, strings.ToLower(rsaH)},
+		{"a shorter hash", signatureOf(replace(eccData, rsaH, rsaH[:62]), eccVal, eccKey), both, ErrHashMismatch, ""},
+		{"a longer hash", signatureOf(replace(eccData, rsaH, rsaH+"00"), eccVal, eccKey), both, ErrHashMismatch, ""},
+		{"a huge hash", signatureOf(replace(eccData, rsaH, strings.Repeat("00", 5000)), eccVal, eccKey), both, ErrHashMismatch, ""},
+		{"no hash", signatureOf("(data (flags rfc6979))", eccVal, eccKey), both, ErrHashMismatch, ""},
+		{"hash without value", signatureOf("(data (flags rfc6979) (hash sha256))", eccVal, eccKey), both, ErrHashMismatch, ""},
+		{"the right hash comes second", signatureOf(replace(eccData, "(hash", "(hash sha256 #00#) (hash"), eccVal, eccKey), both, ErrHashMismatch, ""},
+		{"the bits of the hash that ECDSA drops", signatureOf(replace(eccData, rsaH, h2), eccVal, eccKey), both, ErrHashMismatch, ""},
+		{"hash mismatch before invalid signature", signatureOf(replace(eccData, rsaH, h2), rsaVal, eccKey), both, ErrHashMismatch, ""},
 
-		{"no value", signatureOf(eccData, eccKey), both, acl.ErrInvalidSignature, `"sig-val"`},
-		{"empty value", signatureOf(eccData, "(sig-val)", eccKey), both, acl.ErrInvalidSignature, "exactly one"},
-		{"two values", signatureOf(eccData, replace(eccVal, "val", "val (ecdsa)"), eccKey), both, acl.ErrInvalidSignature, "exactly one"},
-		{"value is an atom", signatureOf(eccData, "(sig-val ecdsa)", eccKey), both, acl.ErrInvalidSignature, "not of the form"},
-		{"wrong r", signatureOf(eccData, replace(eccVal, "#0729", "#0728"), eccKey), both, acl.ErrInvalidSignature, "not made by"},
-		{"wrong s", signatureOf(eccData, replace(eccVal, "#0494", "#0495"), eccKey), both, acl.ErrInvalidSignature, "not made by"},
-		{"r twice", signatureOf(eccData, replace(eccVal, "(r", "(r #01#) (r"), eccKey), both, acl.ErrInvalidSignature, "not of the form"},
-		{"r twice and no s", signatureOf(eccData, "(sig-val (ecdsa (r #"+eccR+"#) (r #"+eccR+"#)))", eccKey), both, acl.ErrInvalidSignature, "not of the form"},
-		{"no s", signatureOf(eccData, "(sig-val (ecdsa (r #"+eccR+"#)))", eccKey), both, acl.ErrInvalidSignature, "not of the form"},
-		{"EdDSA", signatureOf(replace(eccData, "rfc6979", "eddsa"), replace(eccVal, "ecdsa", "eddsa"), eccKey), both, acl.ErrInvalidSignature, "not of the form"},
-		{"flag eddsa", signatureOf(replace(eccData, "rfc6979", "eddsa"), eccVal, eccKey), both, acl.ErrInvalidSignature, `flag "eddsa"`},
-		{"flag pkcs1 with ECDSA", signatureOf(rsaData, eccVal, eccKey), both, acl.ErrInvalidSignature, `flag "pkcs1"`},
-		{"two flags", signatureOf(replace(eccData, "rfc6979", "rfc6979 raw"), eccVal, eccKey), both, acl.ErrInvalidSignature, "one flag"},
-		{"no flags", signatureOf(replace(eccData, "(flags rfc6979)", ""), eccVal, eccKey), both, acl.ErrInvalidSignature, "one flag"},
-		{"more in data", signatureOf(replace(eccData, "(hash", "(x y) (hash"), eccVal, eccKey), both, acl.ErrInvalidSignature, "other elements"},
-		{"more in data, at the end", signatureOf(replace(eccData, "#))", "#) (x y))"), eccVal, eccKey), both, acl.ErrInvalidSignature, "other elements"},
-		{"more in hash", signatureOf(replace(eccData, "#))", "# x))"), eccVal, eccKey), both, acl.ErrInvalidSignature, "exactly two"},
-		{"another hash algorithm", signatureOf(replace(eccData, "sha256", "sha512"), eccVal, eccKey), both, acl.ErrInvalidSignature, `"sha512"`},
-		{"RSA value with an ECC key", signatureOf(eccData, rsaVal, eccKey), both, acl.ErrInvalidSignature, "not of the form"},
-		{"ECDSA value with an RSA key", signatureOf(rsaData, eccVal, rsaKey), both, acl.ErrInvalidSignature, "not of the form"},
-		{"flag raw with RSA", signatureOf(replace(rsaData, "pkcs1", "raw"), rsaVal, rsaKey), both, acl.ErrInvalidSignature, `flag "raw"`},
-		{"wrong RSA value", signatureOf(rsaData, replace(rsaVal, "#8B", "#8A"), rsaKey), both, acl.ErrInvalidSignature, "not made by"},
-		{"RSA value too long", signatureOf(rsaData, replace(rsaVal, "#8B", "#018B"), rsaKey), both, acl.ErrInvalidSignature, "longer than"},
-		{"RSA value empty", signatureOf(rsaData, "(sig-val (rsa (s ##)))", rsaKey), both, acl.ErrInvalidSignature, "not made by"},
-		{"RSA value too short", signatureOf(rsaData, replace(rsaVal, "50#", "#"), rsaKey), both, acl.ErrInvalidSignature, "not made by"},
-		{"a listed key that is not usable", signatureOf(eccData, eccVal, "(public-key (dsa (p #01#)))"), aclOf(t, "(public-key (dsa (p #01#)))"), acl.ErrInvalidSignature, "neither of type ecc"},
+		{"no value", signatureOf(eccData, eccKey), both, ErrInvalidSignature, `"sig-val"`},
+		{"empty value", signatureOf(eccData, "(sig-val)", eccKey), both, ErrInvalidSignature, "exactly one"},
+		{"two values", signatureOf(eccData, replace(eccVal, "val", "val (ecdsa)"), eccKey), both, ErrInvalidSignature, "exactly one"},
+		{"value is an atom", signatureOf(eccData, "(sig-val ecdsa)", eccKey), both, ErrInvalidSignature, "not of the form"},
+		{"wrong r", signatureOf(eccData, replace(eccVal, "#0729", "#0728"), eccKey), both, ErrInvalidSignature, "not made by"},
+		{"wrong s", signatureOf(eccData, replace(eccVal, "#0494", "#0495"), eccKey), both, ErrInvalidSignature, "not made by"},
+		{"r twice", signatureOf(eccData, replace(eccVal, "(r", "(r #01#) (r"), eccKey), both, ErrInvalidSignature, "not of the form"},
+		{"r twice and no s", signatureOf(eccData, "(sig-val (ecdsa (r #"+eccR+"#) (r #"+eccR+"#)))", eccKey), both, ErrInvalidSignature, "not of the form"},
+		{"no s", signatureOf(eccData, "(sig-val (ecdsa (r #"+eccR+"#)))", eccKey), both, ErrInvalidSignature, "not of the form"},
+		{"EdDSA", signatureOf(replace(eccData, "rfc6979", "eddsa"), replace(eccVal, "ecdsa", "eddsa"), eccKey), both, ErrInvalidSignature, "not of the form"},
+		{"flag eddsa", signatureOf(replace(eccData, "rfc6979", "eddsa"), eccVal, eccKey), both, ErrInvalidSignature, `flag "eddsa"`},
+		{"flag pkcs1 with ECDSA", signatureOf(rsaData, eccVal, eccKey), both, ErrInvalidSignature, `flag "pkcs1"`},
+		{"two flags", signatureOf(replace(eccData, "rfc6979", "rfc6979 raw"), eccVal, eccKey), both, ErrInvalidSignature, "one flag"},
+		{"no flags", signatureOf(replace(eccData, "(flags rfc6979)", ""), eccVal, eccKey), both, ErrInvalidSignature, "one flag"},
+		{"more in data", signatureOf(replace(eccData, "(hash", "(x y) (hash"), eccVal, eccKey), both, ErrInvalidSignature, "other elements"},
+		{"more in data, at the end", signatureOf(replace(eccData, "#))", "#) (x y))"), eccVal, eccKey), both, ErrInvalidSignature, "other elements"},
+		{"more in hash", signatureOf(replace(eccData, "#))", "# x))"), eccVal, eccKey), both, ErrInvalidSignature, "exactly two"},
+		{"another hash algorithm", signatureOf(replace(eccData, "sha256", "sha512"), eccVal, eccKey), both, ErrInvalidSignature, `"sha512"`},
+		{"RSA value with an ECC key", signatureOf(eccData, rsaVal, eccKey), both, ErrInvalidSignature, "not of the form"},
+		{"ECDSA value with an RSA key", signatureOf(rsaData, eccVal, rsaKey), both, ErrInvalidSignature, "not of the form"},
+		{"flag raw with RSA", signatureOf(replace(rsaData, "pkcs1", "raw"), rsaVal, rsaKey), both, ErrInvalidSignature, `flag "raw"`},
+		{"wrong RSA value", signatureOf(rsaData, replace(rsaVal, "#8B", "#8A"), rsaKey), both, ErrInvalidSignature, "not made by"},
+		{"RSA value too long", signatureOf(rsaData, replace(rsaVal, "#8B", "#018B"), rsaKey), both, ErrInvalidSignature, "longer than"},
+		{"RSA value empty", signatureOf(rsaData, "(sig-val (rsa (s ##)))", rsaKey), both, ErrInvalidSignature, "not made by"},
+		{"RSA value too short", signatureOf(rsaData, replace(rsaVal, "50#", "#"), rsaKey), both, ErrInvalidSignature, "not made by"},
+		{"a listed key that is not usable", signatureOf(eccData, eccVal, "(public-key (dsa (p #01#)))"), aclOf(t, "(public-key (dsa (p #01#)))"), ErrInvalidSignature, "neither of type ecc"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			err := tt.acl.Verify(digestOf(t, rsaH), tt.field)
@@ -188,7 +187,7 @@ func TestVerify(t *testing.T) {
 			if err == nil {
 				return
 			}
-			for _, other := range []error{acl.ErrUnsupportedVersion, acl.ErrCorruptSignature, acl.ErrUnauthorisedKey, acl.ErrHashMismatch, acl.ErrInvalidSignature} {
+			for _, other := range []error{ErrUnsupportedVersion, ErrCorruptSignature, ErrUnauthorisedKey, ErrHashMismatch, ErrInvalidSignature} {
 				if other != tt.want && errors.Is(err, other) {
 					t.Errorf("%v is also %q", err, other)
 				}
@@ -206,25 +205,36 @@ func TestVerify(t *testing.T) {
 	}
 }
 
+// canonical returns an expression with a length before each atom and no white space.
 func canonical(t testing.TB, text string) string {
-	t.Helper()
-	return string(parseSexp(t, text).AppendCanonical(nil))
+	var write func(s sexp) string
+	write = func(s sexp) string {
+		if s.atom != nil {
+			return fmt.Sprintf("%d:%s", len(s.atom), s.atom)
+		}
+		text := "("
+		for _, e := range s.list {
+			text += write(e)
+		}
+		return text + ")"
+	}
+	return write(mustSexp(t, text))
 }
 
 func TestParseSignature(t *testing.T) {
-	s, err := acl.ParseSignature(signatureOf(eccData, eccVal, eccKey))
+	s, err := ParseSignature(signatureOf(eccData, eccVal, eccKey))
 	must(t, err)
 	k, err := s.PublicKey()
 	if err != nil || s.Host != "example.org" || k.String() != eccKey {
 		t.Errorf("host %q, key %v, error %v", s.Host, k, err)
 	}
-	s, err = acl.ParseSignature(signatureOf(eccData, eccVal))
+	s, err = ParseSignature(signatureOf(eccData, eccVal))
 	must(t, err)
-	if k, err := s.PublicKey(); !errors.Is(err, acl.ErrCorruptSignature) {
+	if k, err := s.PublicKey(); !errors.Is(err, ErrCorruptSignature) {
 		t.Errorf("PublicKey = %v, %v", k, err)
 	}
-	for field, want := range map[string]error{"2;h;KGEp": acl.ErrUnsupportedVersion, "1;h;KGE": acl.ErrCorruptSignature} {
-		if s, err := acl.ParseSignature(field); s != nil || !errors.Is(err, want) {
+	for field, want := range map[string]error{"2;h;KGEp": ErrUnsupportedVersion, "1;h;KGE": ErrCorruptSignature} {
+		if s, err := ParseSignature(field); s != nil || !errors.Is(err, want) {
 			t.Errorf("ParseSignature(%q) = %v, %v, want %v", field, s, err, want)
 		}
 	}
@@ -233,7 +243,7 @@ func TestParseSignature(t *testing.T) {
 // TestVerifyRealNarinfos verifies what other programs signed.
 func TestVerifyRealNarinfos(t *testing.T) {
 	for _, dir := range []string{"guix-mirror", "libchop"} {
-		a, err := acl.ParseACL([]byte(read(t, filepath.Join("..", "testdata", dir, "acl"))))
+		a, err := ParseACL([]byte(read(t, filepath.Join("..", "testdata", dir, "acl"))))
 		must(t, err)
 		names, err := filepath.Glob(filepath.Join("..", "testdata", dir, "*.narinfo"))
 		if err == nil && len(names) == 0 {
@@ -250,7 +260,7 @@ func TestVerifyRealNarinfos(t *testing.T) {
 				t.Errorf("%s: %v", name, err)
 			}
 			digest[31] ^= 1
-			if err := a.Verify(digest, field); !errors.Is(err, acl.ErrHashMismatch) {
+			if err := a.Verify(digest, field); !errors.Is(err, ErrHashMismatch) {
 				t.Errorf("%s with another digest: %v", name, err)
 			}
 		}
@@ -279,7 +289,7 @@ func BenchmarkVerify(b *testing.B) {
 }
 
 func ExampleACL_Verify() {
-	list, err := acl.ParseACL([]byte("(acl (entry " + eccKey + " (tag (guix import))))"))
+	list, err := ParseACL([]byte("(acl (entry " + eccKey + " (tag (guix import))))"))
 	if err != nil {
 		fmt.Println(err)
 		return
@@ -292,7 +302,7 @@ func ExampleACL_Verify() {
 		return
 	}
 	fmt.Println(n.Authorise(list))
-	fmt.Println(n.Authorise(acl.NewACL()) != nil)
+	fmt.Println(n.Authorise(NewACL()) != nil)
 	// Output:
 	// <nil>
 	// true
@@ -329,7 +339,7 @@ func TestSignCharacters(t *testing.T) {
 	if text := decodeField(t, field); strings.ContainsFunc(text, func(r rune) bool { return r > 0x7e }) {
 		t.Errorf("signature is %q", text)
 	}
-	if err := acl.NewACL(k.PublicKey()).Verify(digest, field); err != nil {
+	if err := NewACL(k.PublicKey()).Verify(digest, field); err != nil {
 		t.Error(err)
 	}
 }
@@ -338,13 +348,13 @@ func TestSignCharacters(t *testing.T) {
 func TestFilesOfCharacters(t *testing.T) {
 	point := "a\xe4\xff " + strings.Repeat("~\xbf\xc3\xa1", 7)
 	key := "(public-key (ecc (curve Ed25519) (q \"" + point + "\")))"
-	want := parseSexp(t, strings.Replace(key, `"`+point+`"`, fmt.Sprintf("#%x#", point), 1))
+	want := mustSexp(t, strings.Replace(key, `"`+point+`"`, fmt.Sprintf("#%x#", point), 1))
 	for _, text := range []string{key, characters(key)} {
-		k, err := acl.ParsePublicKey([]byte(text))
-		if err != nil || !parseSexp(t, k.Text()).Equal(want) {
+		k, err := ParsePublicKey([]byte(text))
+		if err != nil || !mustSexp(t, k.Text()).equal(want) {
 			t.Errorf("key %q is read as %v, %v", text, k, err)
 		}
-		list, err := acl.ParseACL([]byte("(acl (entry " + text + " (tag (guix import))))"))
+		list, err := ParseACL([]byte("(acl (entry " + text + " (tag (guix import))))"))
 		if err != nil || !list.Contains(k) {
 			t.Errorf("list with %q does not contain the key (%v)", text, err)
 		}
