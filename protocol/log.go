@@ -124,18 +124,6 @@ func (l *Log) hold() {
 	l.held = true
 }
 
-// release shows what a log has kept, and from then on what it is told.
-func (l *Log) release() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	kept := l.kept
-	l.held, l.kept, l.bytes = false, nil, 0
-	for _, m := range kept {
-		m.key = 0 // that it is said has been noted
-		l.put(m)
-	}
-}
-
 // Hold returns a log that keeps what it is told, as far as there is room, until it is released. Of
 // progress only the start is kept.
 func (l *Log) Hold() *Log {
@@ -144,16 +132,23 @@ func (l *Log) Hold() *Log {
 	return held
 }
 
-// Release shows what a log that Hold has made was told, and from then on what it is told.
+// Release shows what the log has kept, and from then on what it is told.
 func (l *Log) Release() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	to := l.behind.lock()
-	defer to.mu.Unlock()
-	for _, m := range l.kept {
+	kept := l.kept
+	l.held, l.kept, l.bytes = false, nil, 0
+	to := l
+	if l.behind != nil {
+		to = l.behind.lock()
+		defer to.mu.Unlock()
+	}
+	for _, m := range kept {
+		if to == l {
+			m.key = 0 // that it is said has been noted
+		}
 		to.put(m)
 	}
-	l.held, l.kept = false, nil
 }
 
 // maxLine bounds what stands in a line, in bytes, so that it is written at once.

@@ -10,11 +10,7 @@ import (
 // Options are what the daemon tells its substituter about the settings of the administrator and of
 // the client: the variable _NIX_OPTIONS (Guix, nix/libstore/globals.cc: Settings::pack). The zero
 // Options are those of a program that no daemon has started.
-type Options struct {
-	values []option
-}
-
-type option struct{ name, value string }
+type Options struct{ values map[string]string }
 
 // maxOptions is how many options are kept; the daemon sends about twenty.
 const maxOptions = 4096
@@ -22,28 +18,20 @@ const maxOptions = 4096
 // ParseOptions reads the value of _NIX_OPTIONS: NAME=VALUE lines. Other lines are passed over, and
 // so is what repeats a name.
 func ParseOptions(packed string) Options {
-	var o Options
+	o := Options{map[string]string{}}
 	for line := range strings.SplitSeq(packed, "\n") {
 		name, value, ok := strings.Cut(line, "=")
-		if _, twice := o.Get(name); !ok || twice {
-			continue
+		if _, twice := o.Get(name); ok && !twice && len(o.values) < maxOptions {
+			o.values[name] = value
 		}
-		if len(o.values) == maxOptions {
-			break
-		}
-		o.values = append(o.values, option{name, value})
 	}
 	return o
 }
 
 // Get returns the value of an option, and whether it is set. It may be set to the empty string.
 func (o Options) Get(name string) (string, bool) {
-	for _, v := range o.values {
-		if v.name == name {
-			return v.value, true
-		}
-	}
-	return "", false
+	value, ok := o.values[name]
+	return value, ok
 }
 
 // fromClient returns what the client wants, be it trusted or not, before what the administrator has

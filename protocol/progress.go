@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"path"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 	"unicode/utf8"
@@ -205,46 +204,34 @@ type Lookup struct {
 	log   *Log
 	url   string
 	total int
-
-	mu   sync.Mutex
-	done int
-	last time.Time
+	done  atomic.Int64
+	stop  func()
 }
 
-// Lookup starts showing that a server is asked about total items over the network.
+// Lookup starts showing that a server is asked about total items over the network. End must be
+// called at the end.
 func (l *Log) Lookup(url string, total int) *Lookup {
 	p := &Lookup{log: l, url: cut(l.oneLine(url), maxURL), total: total}
-	p.show()
+	shown := l.lock()
+	p.show(shown)
+	shown.mu.Unlock()
+	p.stop = l.repeat(p.show)
 	return p
 }
 
 // Answered says that the answer for one item has come.
-func (p *Lookup) Answered() {
-	p.mu.Lock()
-	p.done++
-	due := p.done == p.total || time.Since(p.last) >= interval
-	p.mu.Unlock()
-	if due {
-		p.show()
-	}
-}
+func (p *Lookup) Answered() { p.done.Add(1) }
 
 // End ends the line.
 func (p *Lookup) End() {
+	p.stop()
 	l := p.log.lock()
 	defer l.mu.Unlock()
+	p.show(l)
 	l.endLine()
 }
 
-func (p *Lookup) show() {
-	p.mu.Lock()
-	p.last = time.Now()
-	percent := 100.0
-	if p.total > 0 {
-		percent = 100 * float64(p.done) / float64(p.total)
-	}
-	p.mu.Unlock()
-	l := p.log.lock()
-	defer l.mu.Unlock()
+func (p *Lookup) show(l *Log) {
+	percent := 100 * float64(p.done.Load()) / float64(max(1, p.total))
 	l.draw(fmt.Sprintf("looking for substitutes on '%s'... %5.1f%%", p.url, percent))
 }

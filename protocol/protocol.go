@@ -39,12 +39,7 @@ type Request struct {
 // Requests reads request lines. It is not safe for concurrent use.
 type Requests struct {
 	r   *bufio.Reader
-	log *Log // nil if there is none
-}
-
-// NewRequests returns a reader of the requests that r brings.
-func NewRequests(r io.Reader) *Requests {
-	return &Requests{r: bufio.NewReaderSize(r, 64<<10)}
+	log *Log
 }
 
 // Requests returns a reader of the requests that r brings. From then on the log shows something
@@ -52,9 +47,7 @@ func NewRequests(r io.Reader) *Requests {
 // what it is told meanwhile, as far as there is room.
 func (l *Log) Requests(r io.Reader) *Requests {
 	l.hold()
-	requests := NewRequests(r)
-	requests.log = l
-	return requests
+	return &Requests{r: bufio.NewReaderSize(r, 64<<10), log: l}
 }
 
 // Next returns the next request, however long its line is. It returns io.EOF at the end of the
@@ -63,9 +56,7 @@ func (l *Log) Requests(r io.Reader) *Requests {
 // reader's.
 func (r *Requests) Next() (Request, error) {
 	line, err := r.line()
-	if r.log != nil {
-		r.log.release()
-	}
+	r.log.Release()
 	if err != nil {
 		return Request{}, err
 	}
@@ -118,9 +109,7 @@ func (r *Requests) line() ([]byte, error) {
 // Reply ends a request by writing the reply to a file descriptor, with a single write unless a pipe
 // takes less. Errors are those of writing.
 func (r *Requests) Reply(fd int, reply []byte) error {
-	if r.log != nil {
-		r.log.hold()
-	}
+	r.log.hold()
 	for len(reply) > 0 {
 		n, err := unix.Write(fd, reply)
 		switch err {

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"testing"
 	"testing/iotest"
+	"testing/synctest"
 	"time"
 	"unicode/utf8"
 
@@ -40,7 +41,7 @@ func TestRequests(t *testing.T) {
 		"at once":      strings.NewReader(input),
 		"byte by byte": iotest.OneByteReader(strings.NewReader(input)),
 	} {
-		requests := protocol.NewRequests(r)
+		requests := requestsOf(r)
 		for i, w := range want {
 			got, err := requests.Next()
 			if err != nil || got.Command != w.Command || !slices.Equal(got.Arguments, w.Arguments) {
@@ -55,10 +56,14 @@ func TestRequests(t *testing.T) {
 	}
 }
 
+func requestsOf(r io.Reader) *protocol.Requests {
+	return protocol.NewLog(io.Discard, protocol.LogStyle{}).Requests(r)
+}
+
 func TestLongRequest(t *testing.T) {
 	const n = 200_000
 	path := " /gnu/store/" + strings.Repeat("a", 80)
-	requests := protocol.NewRequests(strings.NewReader("have" + strings.Repeat(path, n) + " \nhave x\n"))
+	requests := requestsOf(strings.NewReader("have" + strings.Repeat(path, n) + " \nhave x\n"))
 	got, err := requests.Next()
 	if err != nil || len(got.Arguments) != n || got.Arguments[n-1] != path[1:] {
 		t.Errorf("%d arguments, error %v", len(got.Arguments), err)
@@ -84,7 +89,7 @@ func (e *endless) Read(p []byte) (int, error) {
 }
 
 func TestTooLongRequest(t *testing.T) {
-	requests := protocol.NewRequests(io.MultiReader(&endless{protocol.MaxRequest + 1}, strings.NewReader("\nhave x\n")))
+	requests := requestsOf(io.MultiReader(&endless{protocol.MaxRequest + 1}, strings.NewReader("\nhave x\n")))
 	var tooLong *protocol.TooLongError
 	if _, err := requests.Next(); !errors.As(err, &tooLong) || tooLong.Length != protocol.MaxRequest+2 {
 		t.Errorf("error %v", err)
@@ -93,7 +98,7 @@ func TestTooLongRequest(t *testing.T) {
 		t.Errorf("next request: %q, error %v", got, err)
 	}
 	failure := errors.New("no")
-	requests = protocol.NewRequests(iotest.ErrReader(failure))
+	requests = requestsOf(iotest.ErrReader(failure))
 	if _, err := requests.Next(); err != failure {
 		t.Errorf("error %v", err)
 	}
@@ -309,9 +314,10 @@ func TestMessages(t *testing.T) {
 	}
 	want := []string{
 		"\r\x1b[Klooking for substitutes on 'http://h'...   0.0%",
-		"\r\x1b[Klooking for substitutes on 'http://h'... 100.0%",
 		"\n",
 		"guix substitute: warning: evil [2J @ download-started x\n",
+		"\r\x1b[Klooking for substitutes on 'http://h'... 100.0%",
+		"\n",
 		"guix substitute: error: bad\n",
 		"guix substitute: note\n",
 		"guix substitute: warning: once\n",
@@ -355,7 +361,9 @@ func TestLogIsText(t *testing.T) {
 
 // TestBetweenRequests says something while nobody reads: it is shown with the next request, and
 // what does not fit is lost.
-func TestBetweenRequests(t *testing.T) {
+func TestBetweenRequests(t *testing.T) { synctest.Test(t, testBetweenRequests) }
+
+func testBetweenRequests(t *testing.T) {
 	var w lines
 	log := protocol.NewLog(&w, protocol.LogStyle{Program: "g", Dynamic: true})
 	requests := log.Requests(strings.NewReader("one\ntwo\nthree\n"))
@@ -392,7 +400,7 @@ func TestBetweenRequests(t *testing.T) {
 	ahead.WarnOnce("b", "late")
 	ahead.WarnOnce("c", "late")
 	log.WarnOnce("c", "later")
-	log.Lookup("u", 2)
+	defer log.Lookup("u", 2).End()
 	want := []string{"g: warning: ahead\n", "g: warning: late\n", "\r\x1b[Klooking for substitutes on 'u'...   0.0%"}
 	if !slices.Equal(w.writes, want) {
 		t.Errorf("shown: %q, want %q", w.writes, want)
@@ -403,7 +411,7 @@ func TestBetweenRequests(t *testing.T) {
 		t.Errorf("a line stays open: %q", w.writes)
 	}
 	w.writes = nil
-	log.Lookup("u", 2).Answered()
+	defer log.Lookup("u", 2).End()
 	d := log.Download("i")
 	d.From("u", 5)
 	d.Transferred(5)
@@ -468,7 +476,7 @@ func FuzzRequests(f *testing.F) {
 	f.Add([]byte("have /gnu/store/a \ninfo\n\nsubstitute a b"))
 	f.Add([]byte("\x00\xff\n\r\n\v"))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		requests := protocol.NewRequests(bytes.NewReader(b))
+		requests := requestsOf(bytes.NewReader(b))
 		n := 0
 		for {
 			request, err := requests.Next()
