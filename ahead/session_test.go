@@ -13,21 +13,15 @@ import (
 func TestSession(t *testing.T) {
 	directory := filepath.Join(t.TempDir(), "state", "sessions")
 	query, err := SessionOf(directory, os.Getpid())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	substitute, err := SessionOf(directory, os.Getpid())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if items := substitute.New(); len(items) != 0 {
 		t.Errorf("items before any were noted: %v", items)
 	}
 	want := []string{"/gnu/store/a", "/gnu/store/b"}
 	for _, item := range []string{want[0], want[0], want[1], want[0]} {
-		if err := query.Note(item); err != nil {
-			t.Fatal(err)
-		}
+		must(t, query.Note(item))
 	}
 	if items := substitute.New(); !slices.Equal(items, want) {
 		t.Errorf("items are %v", items)
@@ -38,9 +32,7 @@ func TestSession(t *testing.T) {
 	}
 	// A line that is being written is not read.
 	f, err := os.OpenFile(query.path, os.O_WRONLY|os.O_APPEND, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	f.WriteString("/gnu/store/half")
 	if items := substitute.New(); len(items) != 0 {
 		t.Errorf("items are %v", items)
@@ -61,12 +53,8 @@ func TestSession(t *testing.T) {
 func TestSessionsOfOthers(t *testing.T) {
 	directory := filepath.Join(t.TempDir(), "sessions")
 	s, err := SessionOf(directory, os.Getpid())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := s.Note("/gnu/store/a"); err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
+	must(t, s.Note("/gnu/store/a"))
 	if _, err := SessionOf(directory, 1<<30); err == nil {
 		t.Error("a process that does not exist has a session")
 	}
@@ -75,9 +63,7 @@ func TestSessionsOfOthers(t *testing.T) {
 	gone := filepath.Join(directory, "1073741824-17")
 	strange := filepath.Join(directory, "strange")
 	for _, file := range []string{other, gone, strange} {
-		if err := os.WriteFile(file, []byte("/gnu/store/x\n"), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(file, []byte("/gnu/store/x\n"), 0o600))
 	}
 	CleanSessions(directory)
 	for file, want := range map[string]bool{s.path: true, other: false, gone: false, strange: true} {
@@ -89,15 +75,9 @@ func TestSessionsOfOthers(t *testing.T) {
 
 	// A link in its place is not followed, neither for reading nor for writing.
 	target := filepath.Join(t.TempDir(), "target")
-	if err := os.WriteFile(target, []byte("/gnu/store/x\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Remove(s.path); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink(target, s.path); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(target, []byte("/gnu/store/x\n"), 0o600))
+	must(t, os.Remove(s.path))
+	must(t, os.Symlink(target, s.path))
 	if items := s.New(); len(items) != 0 {
 		t.Errorf("items through a link: %v", items)
 	}

@@ -11,18 +11,20 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 // tree makes a tree as items of the store are: not writable.
 func tree(t *testing.T, path string) {
 	t.Helper()
-	if err := os.Mkdir(path, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(path, "file"), []byte("contents"), 0o444); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chmod(path, 0o555); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(path, 0o755))
+	must(t, os.WriteFile(filepath.Join(path, "file"), []byte("contents"), 0o444))
+	must(t, os.Chmod(path, 0o555))
 }
 
 // newStages returns stages of helpers of one session.
@@ -31,9 +33,7 @@ func newStages(t *testing.T, n int) (store string, stages []*stage) {
 	t.Cleanup(func() { restore.Remove(store) })
 	for range n {
 		s := &stage{store: store, name: "1-2"}
-		if err := s.open(); err != nil {
-			t.Fatal(err)
-		}
+		must(t, s.open())
 		stages = append(stages, s)
 	}
 	return store, stages
@@ -48,17 +48,13 @@ func (s *stage) put(t *testing.T, key string) {
 	}
 	defer c.release()
 	tree(t, c.part())
-	if err := c.finish(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, c.finish())
 }
 
 func TestStage(t *testing.T) {
 	store, stages := newStages(t, 1)
 	s := stages[0]
-	if err := s.open(); err != nil { // which it is
-		t.Fatal(err)
-	}
+	must(t, s.open()) // which it is
 	a, b := filepath.Join(store, "a"), filepath.Join(store, "b")
 	s.put(t, "a")
 	s.put(t, "b")
@@ -69,9 +65,7 @@ func TestStage(t *testing.T) {
 	if err != nil || info.Mode().Perm() != 0o700 {
 		t.Errorf("mode of the directory is %v, %v", info.Mode(), err)
 	}
-	if err := s.move("a", a); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.move("a", a))
 	info, err = os.Stat(a)
 	if err != nil || info.Mode().Perm() != 0o555 {
 		t.Errorf("mode of the item is %v, %v", info.Mode(), err)
@@ -145,9 +139,7 @@ func TestStageRemove(t *testing.T) {
 	one, other := stages[0], stages[1]
 	one.put(t, "a")
 	one.put(t, "b")
-	if err := other.move("a", filepath.Join(store, "a")); err != nil {
-		t.Fatal(err)
-	}
+	must(t, other.move("a", filepath.Join(store, "a")))
 	if one.remove("a") || !exists(filepath.Join(store, "a", "file")) {
 		t.Error("what another helper has taken was removed")
 	}
@@ -155,9 +147,7 @@ func TestStageRemove(t *testing.T) {
 		t.Error("what is staged was not removed, or twice")
 	}
 	entries, err := os.ReadDir(one.path())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for _, e := range entries {
 		if filepath.Ext(e.Name()) != ".lock" {
 			t.Errorf("%s is left", e.Name())
@@ -186,9 +176,7 @@ func TestStageTakeEnds(t *testing.T) {
 func TestCleanStage(t *testing.T) {
 	store, stages := newStages(t, 2)
 	another := &stage{store: store, name: "3-4"}
-	if err := another.open(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, another.open())
 	stages[0].put(t, "a")
 	cleaned := make(chan struct{})
 	go func() {
@@ -217,9 +205,7 @@ func TestStageCollected(t *testing.T) {
 	a := filepath.Join(store, "a")
 	collect := func() {
 		t.Helper()
-		if err := restore.Remove(filepath.Join(store, stagingName)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, restore.Remove(filepath.Join(store, stagingName)))
 	}
 	c := s.claim("a")
 	collect()
@@ -232,9 +218,7 @@ func TestStageCollected(t *testing.T) {
 	if err := s.move("a", a); err == nil {
 		t.Error("what was collected was moved")
 	}
-	if err := s.open(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.open())
 	s.put(t, "a")
 	collect()
 	if err := s.move("a", a); err == nil {
@@ -249,9 +233,7 @@ func TestStageCollected(t *testing.T) {
 func TestCleanStages(t *testing.T) {
 	store, stages := newStages(t, 1)
 	used, killed := stages[0], &stage{store: store, name: "3-4"}
-	if err := killed.open(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, killed.open())
 	a := filepath.Join(store, "a")
 	used.put(t, "a")
 	killed.put(t, "a")
@@ -270,27 +252,17 @@ func TestCleanStages(t *testing.T) {
 	// A link is not followed.
 	target := filepath.Join(store, "target")
 	tree(t, target)
-	if err := os.Mkdir(filepath.Join(store, stagingName), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink(target, filepath.Join(store, stagingName, "link")); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(filepath.Join(store, stagingName), 0o700))
+	must(t, os.Symlink(target, filepath.Join(store, stagingName, "link")))
 	CleanStages(store)
 	if !exists(filepath.Join(target, "file")) {
 		t.Error("a link was followed")
 	}
 	CleanStages(filepath.Join(store, "none"))
 	// Nor one in place of the directory around.
-	if err := restore.Remove(filepath.Join(store, stagingName)); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.MkdirAll(filepath.Join(target+"s", "precious"), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink(target+"s", filepath.Join(store, stagingName)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, restore.Remove(filepath.Join(store, stagingName)))
+	must(t, os.MkdirAll(filepath.Join(target+"s", "precious"), 0o755))
+	must(t, os.Symlink(target+"s", filepath.Join(store, stagingName)))
 	CleanStages(store)
 	if !exists(filepath.Join(target+"s", "precious")) {
 		t.Error("a link was followed")
@@ -304,20 +276,14 @@ func TestStageMadeAnew(t *testing.T) {
 	first := stages[0].claim("a")
 	defer first.release()
 	tree(t, first.part())
-	if err := os.Rename(filepath.Join(store, stagingName), filepath.Join(store, "trash")); err != nil {
-		t.Fatal(err)
-	}
-	if err := stages[1].open(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Rename(filepath.Join(store, stagingName), filepath.Join(store, "trash")))
+	must(t, stages[1].open())
 	second := stages[1].claim("a")
 	if second == nil {
 		t.Fatal("the item cannot be claimed")
 	}
 	defer second.release()
-	if err := os.Mkdir(second.part(), 0o755); err != nil { // which is not complete
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(second.part(), 0o755)) // which is not complete
 	if err := first.finish(); err == nil {
 		t.Error("what another helper makes was taken for complete")
 	}

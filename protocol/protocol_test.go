@@ -164,6 +164,14 @@ deduplicate=yes`)
 	}
 }
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 // lines is a log that notes each write.
 type lines struct{ writes []string }
 
@@ -234,9 +242,7 @@ func TestTraces(t *testing.T) {
 
 func TestPeriodicProgress(t *testing.T) {
 	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer r.Close()
 	log := protocol.NewLog(w, protocol.LogStyle{Traces: true})
 	d := log.Download("i")
@@ -247,9 +253,7 @@ func TestPeriodicProgress(t *testing.T) {
 	for !bytes.Contains(got, []byte("@ download-progress i u 100 42\n")) {
 		b := make([]byte, 1000)
 		n, err := r.Read(b)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		got = append(got, b[:n]...)
 	}
 	d.Finish(true)
@@ -378,9 +382,7 @@ func testBetweenRequests(t *testing.T) {
 		w.writes = nil
 	}
 	r, pipe, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer r.Close()
 	defer pipe.Close()
 	reply := func() {
@@ -446,9 +448,7 @@ func TestWarnOnceForgets(t *testing.T) {
 // is room.
 func TestStuckLog(t *testing.T) {
 	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer r.Close()
 	defer w.Close()
 	out := protocol.NewDescriptorWriter(int(w.Fd()))

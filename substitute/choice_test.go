@@ -77,22 +77,16 @@ type logText struct{ strings.Builder }
 
 func TestChoice(t *testing.T) {
 	tree := filepath.Join(t.TempDir(), "tree")
-	if err := os.Mkdir(tree, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(tree, 0o755))
 	random := rand.NewChaCha8([32]byte{1})
 	for i, size := range []int{4 << 20, 100_000, 1000, 10, 0} {
 		contents := make([]byte, size)
 		random.Read(contents)
-		if err := os.WriteFile(filepath.Join(tree, string(rune('a'+i))), contents, 0o644); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(filepath.Join(tree, string(rune('a'+i))), contents, 0o644))
 	}
 	all := sourcetest.NewBackend()
 	encoded, err := erisfs.Encode(t.Context(), nar.NewTree(tree), all.Put, erisfs.EncodeOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	var archive bytes.Buffer
 	if _, err := nar.Write(&archive, nar.NewTree(tree)); err != nil {
 		t.Fatal(err)

@@ -67,17 +67,11 @@ func TestDelta(t *testing.T) {
 			want, archive := makeItem(t, store, itemName(3, "x-2"), itemName(2, "y"), numbers+"and more")
 			var made bytes.Buffer
 			size, err := delta.Write(t.Context(), &made, want.StorePath, store+"/"+base, delta.WriteOptions{})
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := restore.Remove(want.StorePath); err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
+			must(t, restore.Remove(want.StorePath))
 			blocks := sourcetest.NewBackend()
 			c, err := eris.Encode(t.Context(), bytes.NewReader(made.Bytes()), blocks.Put, eris.EncodeOptions{})
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			line := test.line
 			if line.Size == 1 {
 				line.Size = uint64(size)

@@ -113,9 +113,7 @@ func TestLeaves(t *testing.T) {
 				encoded.Capability, err = eris.Encode(t.Context(), bytes.NewReader(archive), backend.Put, eris.EncodeOptions{})
 			}
 			want.ERIS = []narinfo.ERIS{{URN: encoded.Capability.URN()}}
-			if err := errors.Join(err, restore.Remove(want.StorePath)); err != nil {
-				t.Fatal(err)
-			}
+			must(t, errors.Join(err, restore.Remove(want.StorePath)))
 			key, server := acl.GenerateSigningKey(), newTestServer(t)
 			server.texts["/"+itemName(3, "x")[:32]+".narinfo"] = signInfo(t, key, want)
 			server.texts["/nar"] = string(archive)
@@ -155,9 +153,7 @@ func TestLeaves(t *testing.T) {
 				if text, err := os.ReadFile(place); err != nil || !strings.HasSuffix(string(text), itemName(4, "y")+test.more) {
 					t.Error("other contents")
 				}
-				if err := restore.Remove(place); err != nil {
-					t.Fatal(err)
-				}
+				must(t, restore.Remove(place))
 				// The second time it is known what is of no use.
 				listed := strings.Contains(log.String(), " with "+old.StorePath)
 				if listed != (test.listed && !(test.given && attempt == 1)) && test.more != some {

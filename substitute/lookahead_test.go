@@ -30,17 +30,11 @@ func signReferring(t testing.TB, key *acl.SigningKey, path string, references []
 		n.References = append(n.References, filepath.Base(r))
 	}
 	part, err := narinfo.SignedPart(n)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	signature, err := key.Sign(sha256.Sum256([]byte(part)), "test")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	text, err := narinfo.Text(part, signature, []narinfo.URL{{URL: "nar", Compression: "none"}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return text
 }
 
@@ -186,9 +180,7 @@ func TestLookAheadBounds(t *testing.T) {
 		other.texts["/"+hash+".narinfo"] = text
 		other.mu.Unlock()
 	}
-	if err := os.Mkdir(here(itemPath(1)), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(here(itemPath(1)), 0o755))
 	s, _ := withLog(t, key, other.url)
 	s.StoreDir, s.LookAhead = store, 1000
 	s.Info(t.Context(), []string{here(itemPath(0))})
@@ -309,9 +301,7 @@ func TestLookAheadWarnings(t *testing.T) {
 	requests.Next()
 	s.Info(t.Context(), []string{itemPath(0)})
 	null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer null.Close()
 	requests.Reply(int(null.Fd()), nil)
 	shown := log.String()
@@ -337,9 +327,7 @@ func TestLookAheadFillsCache(t *testing.T) {
 	directory := t.TempDir()
 	with := func() (*substitute.Substituter, func()) {
 		cache, err := narinfocache.Open(directory)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		s := newSubstituter(t, key, server)
 		onOneConnection(t, s)
 		s.Cache = cache

@@ -44,9 +44,7 @@ func sign(t testing.TB, key *acl.SigningKey, path string, narSize uint64) string
 func signInfo(t testing.TB, key *acl.SigningKey, n *narinfo.Narinfo) string {
 	t.Helper()
 	part, err := narinfo.SignedPart(n)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	signature := ""
 	if key != nil {
 		if signature, err = key.Sign(sha256.Sum256([]byte(part)), "test"); err != nil {
@@ -54,9 +52,7 @@ func signInfo(t testing.TB, key *acl.SigningKey, n *narinfo.Narinfo) string {
 		}
 	}
 	text, err := narinfo.Text(part, signature, []narinfo.URL{{URL: "nar", Compression: "none"}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return text
 }
 
@@ -226,9 +222,7 @@ func TestCache(t *testing.T) {
 	ask := func(after time.Duration, paths []string) (have []string, asked int64) {
 		t.Helper()
 		cache, err := narinfocache.Open(directory)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer cache.Close()
 		s := newSubstituter(t, key, server)
 		s.Cache = cache
@@ -256,9 +250,7 @@ func TestCache(t *testing.T) {
 	}
 	// A cached narinfo must still be signed by somebody who is authorised.
 	cache, err := narinfocache.Open(directory)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer cache.Close()
 	s := newSubstituter(t, acl.GenerateSigningKey(), server)
 	s.Cache = cache
@@ -289,9 +281,7 @@ func BenchmarkWarmQuery(b *testing.B) {
 		server.has(path, sign(b, key, path, 1))
 	}
 	cache, err := narinfocache.Open(b.TempDir())
-	if err != nil {
-		b.Fatal(err)
-	}
+	must(b, err)
 	for i := 0; b.Loop(); i++ {
 		s := newSubstituter(b, key, server)
 		s.Cache = cache

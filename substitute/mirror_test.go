@@ -41,9 +41,7 @@ func (l logLines) Write(p []byte) (int, error) {
 // mirrorItems returns the names and store items of the mirror.
 func mirrorItems(t testing.TB) map[string]string {
 	f, err := os.Open(guixMirror + "/items.txt")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer f.Close()
 	items := map[string]string{}
 	for s := bufio.NewScanner(f); s.Scan(); {
@@ -55,13 +53,9 @@ func mirrorItems(t testing.TB) map[string]string {
 
 func mirrorKeys(t testing.TB) *acl.ACL {
 	text, err := os.ReadFile(guixMirror + "/acl")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	keys, err := acl.ParseACL(text)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return keys
 }
 
@@ -122,9 +116,7 @@ func TestGuixMirror(t *testing.T) {
 					continue
 				}
 				dump, err := exec.Command(nixStore, "--dump", destination).Output()
-				if err != nil {
-					t.Fatal(err)
-				}
+				must(t, err)
 				sum := sha256.Sum256(dump)
 				if got := "sha256:" + nixbase32.EncodeToString(sum[:]); got != outcome.NarHash || uint64(len(dump)) != outcome.NarSize {
 					t.Errorf("%s: nix-store sees %s, %d bytes; want %s, %d", item, got, len(dump), outcome.NarHash, outcome.NarSize)
@@ -179,9 +171,7 @@ func TestGuixMirrorInfo(t *testing.T) {
 	mirrors := mirror.NewClient(mirror.Options{})
 	defer mirrors.Close()
 	directory, err := filepath.Abs(guixMirror + "/all")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	s := substitute.New(substitute.Config{
 		StoreDir: "/gnu/store",
 		URLs:     []string{"file://" + directory},
@@ -200,17 +190,11 @@ func TestGuixMirrorInfo(t *testing.T) {
 	}
 	for _, r := range records {
 		hash, err := narinfo.HashPart("/gnu/store", r.Path)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		text, err := os.ReadFile(directory + "/" + hash + ".narinfo")
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		n, err := narinfo.Parse(text)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if r.NarSize != n.NarSize || len(r.References) != len(n.References) || r.DownloadSize == 0 {
 			t.Errorf("record %+v", r)
 		}

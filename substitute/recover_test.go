@@ -45,9 +45,7 @@ func newFixture(t *testing.T, size int) *fixture {
 	t.Helper()
 	f := &fixture{key: acl.GenerateSigningKey(), blocks: newMemoryBlocks(t, sourcetest.NewBackend(), 0)}
 	file := filepath.Join(t.TempDir(), "file")
-	if err := os.WriteFile(file, bytes.Repeat([]byte("contents "), size/9+1)[:size], 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(file, bytes.Repeat([]byte("contents "), size/9+1)[:size], 0o644))
 	var err error
 	if f.encoded, err = erisfs.Encode(t.Context(), nar.NewTree(file), f.blocks.Put, erisfs.EncodeOptions{}); err != nil {
 		t.Fatal(err)
@@ -234,9 +232,7 @@ func TestSlowFirst(t *testing.T) {
 	f := newFixture(t, 1_000_000)
 	var stored bytes.Buffer
 	z, err := gzip.NewWriterLevel(&stored, gzip.NoCompression)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	z.Write(f.archive)
 	z.Close()
 	silent := func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
@@ -428,9 +424,7 @@ func TestUselessCache(t *testing.T) {
 			// Another process each time.
 			process := func(key *acl.SigningKey, use func(s *substitute.Substituter, log *sharedBuffer)) {
 				cache, err := narinfocache.Open(directory)
-				if err != nil {
-					t.Fatal(err)
-				}
+				must(t, err)
 				defer cache.Close()
 				s, log := withLog(t, key, server.URL)
 				s.Cache = cache
@@ -456,9 +450,7 @@ func TestClockSetBack(t *testing.T) {
 	server := newTestServer(t)
 	s := newSubstituter(t, f.key, server)
 	cache, err := narinfocache.Open(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer cache.Close()
 	s.Cache = cache
 	ahead := true

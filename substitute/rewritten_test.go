@@ -30,9 +30,7 @@ func itemName(i int, name string) string { return fmt.Sprintf("%032d-%s", i, nam
 func makeItem(t *testing.T, store string, name, reference, more string) (*narinfo.Narinfo, []byte) {
 	t.Helper()
 	built := t.TempDir() + "/item"
-	if err := os.WriteFile(built, []byte("uses "+store+"/"+reference+more), 0o444); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(built, []byte("uses "+store+"/"+reference+more), 0o444))
 	var archive bytes.Buffer
 	if _, err := nar.Write(&archive, nar.NewTree(built)); err != nil {
 		t.Fatal(err)
@@ -68,16 +66,10 @@ func TestRewritten(t *testing.T) {
 			old, _ := makeItem(t, store, itemName(1, "x"), itemName(2, "y"), ".")
 			want, archive := makeItem(t, store, itemName(3, "x"), itemName(4, "y"), "."+test.more)
 			old.NarSize = want.NarSize // the gate is no matter here
-			if err := restore.Remove(want.StorePath); err != nil {
-				t.Fatal(err)
-			}
+			must(t, restore.Remove(want.StorePath))
 			if test.corrupt {
-				if err := os.Chmod(old.StorePath, 0o644); err != nil {
-					t.Fatal(err)
-				}
-				if err := os.WriteFile(old.StorePath, []byte("uses "+store+"/"+itemName(2, "y")+"?"), 0o644); err != nil {
-					t.Fatal(err)
-				}
+				must(t, os.Chmod(old.StorePath, 0o644))
+				must(t, os.WriteFile(old.StorePath, []byte("uses "+store+"/"+itemName(2, "y")+"?"), 0o644))
 			}
 			key := acl.GenerateSigningKey()
 			server := newTestServer(t)

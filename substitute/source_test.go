@@ -23,6 +23,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
+// must ends the test if there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 // A sharedBuffer is a log that can be looked at.
 type sharedBuffer struct {
 	mu sync.Mutex
@@ -62,9 +70,7 @@ func withOptions(t testing.TB, o mirror.Options, key *acl.SigningKey, urls ...st
 // deadAddress is an address that nobody listens at.
 func deadAddress(t testing.TB) string {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer l.Close()
 	return l.Addr().String()
 }
@@ -141,13 +147,9 @@ func TestLocalFileFromNetwork(t *testing.T) {
 	server := newTestServer(t)
 	d := t.TempDir()
 	text := strings.Replace(sign(t, key, itemPath(0), 100), "URL: nar", "URL: file://"+d+"/nar", 1)
-	if err := os.WriteFile(filepath.Join(d, "nar"), []byte("a secret"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(filepath.Join(d, "nar"), []byte("a secret"), 0o600))
 	hash, _, _ := strings.Cut(filepath.Base(itemPath(0)), "-")
-	if err := os.WriteFile(filepath.Join(d, hash+".narinfo"), []byte(text), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(filepath.Join(d, hash+".narinfo"), []byte(text), 0o644))
 	server.has(itemPath(0), text)
 	for url, want := range map[string]string{server.url: "names a local file", "file://" + d: "Downloading file:" + d + "/nar"} {
 		s, log := withLog(t, key, url)

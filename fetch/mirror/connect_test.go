@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package mirror
+package mirror_test
 
 import (
 	"context"
@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 )
 
 // silentAddress makes a loopback address neither take nor refuse connections at a port: its queue
@@ -22,22 +24,16 @@ import (
 func silentAddress(t *testing.T, address string, port int) {
 	t.Helper()
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { unix.Close(fd) })
 	to := &unix.SockaddrInet4{Port: port, Addr: netip.MustParseAddr(address).As4()}
 	if err := unix.Bind(fd, to); err != nil {
 		t.Skipf("no second loopback address: %v", err)
 	}
-	if err := unix.Listen(fd, 0); err != nil {
-		t.Fatal(err)
-	}
+	must(t, unix.Listen(fd, 0))
 	for range 3 {
 		filler, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		t.Cleanup(func() { unix.Close(filler) })
 		if err := unix.Connect(filler, to); err != nil && err != unix.EINPROGRESS {
 			t.Fatal(err)
@@ -52,8 +48,7 @@ func TestDeadAddresses(t *testing.T) {
 	at := server.Listener.Addr().(*net.TCPAddr)
 	silentAddress(t, "127.0.0.79", at.Port)
 	silent := fmt.Sprintf("http://127.0.0.79:%d/nar", at.Port)
-	c := NewClient(Options{})
-	defer c.Close()
+	c := client(t, mirror.Options{})
 	// One that is given up while it is connected to.
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
@@ -63,8 +58,7 @@ func TestDeadAddresses(t *testing.T) {
 	if err := c.Down(silent); err != nil {
 		t.Errorf("it rests: %v", err)
 	}
-	hasty := NewClient(Options{ConnectTimeout: 50 * time.Millisecond})
-	defer hasty.Close()
+	hasty := client(t, mirror.Options{ConnectTimeout: 50 * time.Millisecond})
 	if _, err := hasty.OpenNar(t.Context(), silent); err == nil || !strings.Contains(err.Error(), "timeout") {
 		t.Errorf("error %v", err)
 	}

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"time"
 )
 
 // FuzzContentRange checks that what is taken for a range is one.
@@ -88,4 +89,27 @@ func FuzzLocation(f *testing.F) {
 			}
 		}
 	})
+}
+
+func TestMaxAge(t *testing.T) {
+	for field, want := range map[string]time.Duration{
+		"max-age=60":                         time.Minute,
+		"public, max-age=60":                 time.Minute,
+		`MAX-AGE="60"`:                       time.Minute,
+		"max-age=0":                          0,
+		"max-age=2147483648":                 1 << 31 * time.Second,
+		"max-age=99999999999999999999999999": 1 << 31 * time.Second,
+		"max-age=-1":                         -1,
+		"max-age=+1":                         -1,
+		"max-age=1e3":                        -1,
+		"max-age=":                           -1,
+		"max-age":                            -1,
+		"max-age=x, max-age=5":               5 * time.Second,
+		"s-maxage=5":                         -1,
+		"":                                   -1,
+	} {
+		if got := maxAge(http.Header{"Cache-Control": {field}}); got != want {
+			t.Errorf("%q: %v, want %v", field, got, want)
+		}
+	}
 }

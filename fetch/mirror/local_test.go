@@ -1,62 +1,49 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package mirror
+package mirror_test
 
 import (
 	"errors"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 )
 
 // TestPublicFiles checks which files are used of those that a user of the machine names, whose
 // files and rights others have.
 func TestPublicFiles(t *testing.T) {
 	d, err := filepath.EvalSymlinks(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for at := d; at != "/" && at != os.TempDir(); at = filepath.Dir(at) {
-		if err := os.Chmod(at, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Chmod(at, 0o755))
 	}
 	root := d + "/a mirror"
 	for _, directory := range []string{root + "/nar", root + "/closed", d + "/else"} {
-		if err := os.MkdirAll(directory, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.MkdirAll(directory, 0o755))
 	}
 	for name, mode := range map[string]fs.FileMode{
 		"a mirror/nar/public": 0o644, "a mirror/nar/group": 0o640, "a mirror/nar/owner": 0o600, "a mirror/closed/file": 0o644,
 		"a mirror/nar/a+b": 0o604, "else/file": 0o644, "a mirror-2": 0o644,
 	} {
-		if err := errors.Join(os.WriteFile(d+"/"+name, []byte("contents"), 0o644), os.Chmod(d+"/"+name, mode)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, errors.Join(os.WriteFile(d+"/"+name, []byte("contents"), 0o644), os.Chmod(d+"/"+name, mode)))
 	}
-	if err := errors.Join(
+	must(t, errors.Join(
 		os.Chmod(root+"/closed", 0o750),
 		os.Symlink("nar/public", root+"/link"),
 		os.Symlink(d+"/else", root+"/directory"),
 		os.Symlink(root, d+"/root"),
 		unix.Mkfifo(root+"/pipe", 0o644),
-	); err != nil {
-		t.Fatal(err)
-	}
-	if f, err := openPublic(root, "nar/public"); err != nil {
+	))
+	c := client(t, mirror.Options{PublicFiles: []string{"http://example.org", "file://" + d + "/a%20mirror/", "file:" + d + "/root"}})
+	if _, err := read(t, c, "file://"+root+"/nar/public"); err != nil {
 		t.Skipf("not everybody may read what is in %s: %v", d, err)
-	} else {
-		f.Close()
 	}
-	c := NewClient(Options{PublicFiles: []string{"http://example.org", "file://" + d + "/a%20mirror/", "file:" + d + "/root"}})
-	defer c.Close()
 	for name, want := range map[string]bool{
-		"a mirror/nar/public":          true,
 		"a%20mirror/nar/public":        true,
 		"a%20mirror//nar/./public":     true,
 		"a%20mirror/nar/a%2Bb":         true,
@@ -75,24 +62,15 @@ func TestPublicFiles(t *testing.T) {
 		"a mirror-2":                   false,
 		"else/file":                    false,
 	} {
-		n, err := c.OpenNar(t.Context(), "file://"+d+"/"+name)
-		if !want {
-			if !errors.Is(err, fs.ErrNotExist) || err.Error() != d+"/"+name+": there is no such file that everybody may read" {
-				t.Errorf("%s: error %v", name, err)
-			}
-			continue
+		text, err := read(t, c, "file://"+d+"/"+name)
+		if want && (err != nil || text != "contents") {
+			t.Errorf("%s: %q, error %v", name, text, err)
 		}
-		if err != nil {
-			t.Error(err)
-			continue
+		if !want && (!errors.Is(err, fs.ErrNotExist) || err.Error() != d+"/"+name+": there is no such file that everybody may read") {
+			t.Errorf("%s: error %v", name, err)
 		}
-		if b, err := io.ReadAll(n); err != nil || string(b) != "contents" {
-			t.Errorf("%s: %q, error %v", name, b, err)
-		}
-		n.Close()
 	}
-	none := NewClient(Options{PublicFiles: []string{}})
-	defer none.Close()
+	none := client(t, mirror.Options{PublicFiles: []string{}})
 	if _, err := none.OpenNar(t.Context(), "file://"+root+"/nar/public"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a file that nobody has named: error %v", err)
 	}

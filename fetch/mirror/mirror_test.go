@@ -82,33 +82,56 @@ func serve(w http.ResponseWriter, r *http.Request) {
 	io.WriteString(w, "narinfo of "+hash)
 }
 
+// serveBoth answers requests for nars as well.
+func serveBoth(w http.ResponseWriter, r *http.Request) {
+	if strings.HasSuffix(r.URL.Path, ".narinfo") {
+		serve(w, r)
+		return
+	}
+	io.WriteString(w, "nar")
+}
+
 func client(t *testing.T, o mirror.Options) *mirror.Client {
 	c := mirror.NewClient(o)
 	t.Cleanup(c.Close)
 	return c
 }
 
-func TestNarinfos(t *testing.T) {
-	var inFlight, most, connections atomic.Int64
-	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		n := inFlight.Add(1)
-		defer inFlight.Add(-1)
-		for {
-			m := most.Load()
-			if n <= m || most.CompareAndSwap(m, n) {
-				break
-			}
-		}
-		time.Sleep(time.Millisecond)
-		serve(w, r)
-	}))
+// counts tells how many there are of something, how many there were at once at most, and in all.
+type counts struct{ now, most, all atomic.Int64 }
+
+func (c *counts) begin() {
+	c.all.Add(1)
+	n := c.now.Add(1)
+	for m := c.most.Load(); n > m && !c.most.CompareAndSwap(m, n); m = c.most.Load() {
+	}
+}
+
+// countingServer serves and counts connections.
+func countingServer(t *testing.T, h http.HandlerFunc) (*httptest.Server, *counts) {
+	var c counts
+	server := httptest.NewUnstartedServer(h)
 	server.Config.ConnState = func(_ net.Conn, s http.ConnState) {
-		if s == http.StateNew {
-			connections.Add(1)
+		switch s {
+		case http.StateNew:
+			c.begin()
+		case http.StateClosed, http.StateHijacked:
+			c.now.Add(-1)
 		}
 	}
 	server.Start()
-	defer server.Close()
+	t.Cleanup(server.Close)
+	return server, &c
+}
+
+func TestNarinfos(t *testing.T) {
+	var requests counts
+	server, connections := countingServer(t, func(w http.ResponseWriter, r *http.Request) {
+		requests.begin()
+		defer requests.now.Add(-1)
+		time.Sleep(time.Millisecond)
+		serve(w, r)
+	})
 	c := client(t, mirror.Options{MaxConnections: 7})
 	for _, base := range []string{"/base", "/base/"} {
 		for _, n := range []int{0, 1, 2, 5, 300} {
@@ -118,11 +141,11 @@ func TestNarinfos(t *testing.T) {
 			check(t, answers, hs)
 		}
 	}
-	if most.Load() > 7 || most.Load() < 2 {
-		t.Errorf("%d requests at the same time, want at most 7, and several: the server is slow", most.Load())
+	if most := requests.most.Load(); most > 7 || most < 2 {
+		t.Errorf("%d requests at the same time, want at most 7, and several: the server is slow", most)
 	}
-	if connections.Load() > 7 {
-		t.Errorf("%d connections, want at most 7: they are to be used again", connections.Load())
+	if n := connections.all.Load(); n > 7 {
+		t.Errorf("%d connections, want at most 7: they are to be used again", n)
 	}
 }
 
@@ -234,9 +257,14 @@ func reply(conn net.Conn, r *bufio.Reader) bool {
 	if err != nil {
 		return false
 	}
+	return answer(conn, request, "") == nil
+}
+
+// answer answers a request with some fields.
+func answer(conn net.Conn, request *http.Request, fields string) error {
 	body := "narinfo of " + strings.TrimSuffix(strings.TrimPrefix(request.URL.Path, "/base/"), ".narinfo")
-	_, err = fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
-	return err == nil
+	_, err := fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n%s\r\n%s", len(body), fields, body)
+	return err
 }
 
 // TestUnwillingServers asks servers that do not like many requests on a connection, each in its own
@@ -341,43 +369,6 @@ func TestBrokenServers(t *testing.T) {
 				t.Errorf("second time: error %v", err)
 			}
 		})
-	}
-}
-
-// TestPoison asks a server that breaks at one item: the others are answered for.
-func TestPoison(t *testing.T) {
-	hs := hashes(40)
-	server := rawServer(t, func(n int, conn net.Conn, r *bufio.Reader) {
-		for {
-			b, err := r.Peek(60)
-			if err != nil || strings.Contains(string(b), hs[20]) {
-				return
-			}
-			if !reply(conn, r) {
-				return
-			}
-		}
-	})
-	answers, err := collect(t.Context(), client(t, mirror.Options{}), server, hs)
-	var failure *mirror.ServerError
-	if !errors.As(err, &failure) || !strings.Contains(err.Error(), hs[20]) {
-		t.Errorf("error %v does not name the item", err)
-	}
-	check(t, answers, append(slices.Clone(hs[:20]), hs[21:]...))
-}
-
-func TestUnreachable(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	address := l.Addr().String()
-	l.Close()
-	c := client(t, mirror.Options{})
-	var failure *mirror.ServerError
-	if _, err := collect(t.Context(), c, "http://"+address, hashes(20)); !errors.As(err, &failure) {
-		t.Errorf("error %v", err)
-	}
-	if _, err := c.OpenNar(t.Context(), "http://"+address+"/nar/x"); !errors.As(err, &failure) {
-		t.Errorf("error %v", err)
 	}
 }
 
@@ -526,32 +517,17 @@ func TestNar(t *testing.T) {
 
 // TestNarReusesConnections fetches many nars over one connection, and narinfos over another.
 func TestNarReusesConnections(t *testing.T) {
-	var connections atomic.Int64
-	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if strings.HasSuffix(r.URL.Path, ".narinfo") {
-			serve(w, r)
-			return
-		}
-		io.WriteString(w, "nar")
-	}))
-	server.Config.ConnState = func(_ net.Conn, s http.ConnState) {
-		if s == http.StateNew {
-			connections.Add(1)
-		}
-	}
-	server.Start()
-	defer server.Close()
+	server, connections := countingServer(t, serveBoth)
 	c := client(t, mirror.Options{})
 	for range 20 {
-		if _, err := collect(t.Context(), c, server.URL+"/base", hashes(1)); err != nil {
-			t.Fatal(err)
-		}
+		_, err := collect(t.Context(), c, server.URL+"/base", hashes(1))
+		must(t, err)
 		if got, err := read(t, c, server.URL+"/nar"); err != nil || got != "nar" {
 			t.Fatal(got, err)
 		}
 	}
-	if connections.Load() > 2 {
-		t.Errorf("%d connections", connections.Load())
+	if n := connections.all.Load(); n > 2 {
+		t.Errorf("%d connections", n)
 	}
 	// A server that has closed meanwhile costs nothing but another connection.
 	server.CloseClientConnections()
@@ -560,39 +536,68 @@ func TestNarReusesConnections(t *testing.T) {
 	}
 }
 
-func TestNarFaults(t *testing.T) {
-	servers := map[string]struct {
-		serve func(n int, conn net.Conn, r *bufio.Reader)
-		want  string
-	}{
-		"cut": {func(n int, conn net.Conn, r *bufio.Reader) {
-			http.ReadRequest(r)
-			io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n12345")
-		}, "unexpected EOF"},
-		"chunk": {func(n int, conn net.Conn, r *bufio.Reader) {
-			http.ReadRequest(r)
-			io.WriteString(conn, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n12345\r\n")
-		}, "EOF"},
-		"silent": {func(n int, conn net.Conn, r *bufio.Reader) { io.Copy(io.Discard, r) }, "no answer within 200ms"},
-		"stalls": {func(n int, conn net.Conn, r *bufio.Reader) {
-			http.ReadRequest(r)
-			io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n12345")
-			io.Copy(io.Discard, r)
-		}, "timeout"},
-		"closes": {func(n int, conn net.Conn, r *bufio.Reader) {}, ""},
+// trickle writes a byte now and then until the other end is gone.
+func trickle(conn net.Conn, s string) {
+	for {
+		for i := range len(s) {
+			time.Sleep(10 * time.Millisecond)
+			if _, err := conn.Write([]byte{s[i]}); err != nil {
+				return
+			}
+		}
 	}
-	for name, test := range servers {
+}
+
+// TestNarFaults checks that there is an end to whatever a server does, and that what it sends does
+// not end up in a message as a whole.
+func TestNarFaults(t *testing.T) {
+	long := strings.Repeat("x", 100000)
+	for name, test := range map[string]struct {
+		answer  string // to a request
+		trickle string // is sent after it again and again, or nothing, in silence
+		closes  bool
+		want    string
+	}{
+		"cut":                      {"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n12345", "", true, "unexpected EOF"},
+		"chunk":                    {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n12345\r\n", "", true, "EOF"},
+		"silent":                   {"", "", false, "no answer within 200ms"},
+		"stalls":                   {"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n12345", "", false, "timeout"},
+		"closes":                   {"", "", true, ""},
+		"trickles a header":        {"HTTP/1.1 200 OK\r\n", "X-Y: Z\r\n", false, ""},
+		"trickles interim answers": {"", "HTTP/1.1 102 Processing\r\n\r\n", false, ""},
+		"trickles an error":        {"HTTP/1.1 404 Not Found\r\nContent-Length: 60000\r\n\r\n", "not found ", false, "404"},
+		"trickles a redirection":   {"HTTP/1.1 302 Found\r\nLocation: ftp://x/\r\nContent-Length: 60000\r\n\r\n", "go on ", false, ""},
+		"long status line":         {long + "\r\n\r\n", "", false, ""},
+		"long header":              {"HTTP/1.1 200 OK\r\n" + long + "\r\n\r\n", "", false, ""},
+		"long reason":              {"HTTP/1.1 500 " + long + "\r\nContent-Length: 0\r\n\r\n", "", false, "500 xxx"},
+		"long location":            {"HTTP/1.1 302 Found\r\nLocation: http://" + long + ":y/\r\nContent-Length: 0\r\n\r\n", "", false, ""},
+		"long length":              {"HTTP/1.1 200 OK\r\nContent-Length: " + long + "\r\n\r\n", "", false, ""},
+		"long encoding":            {"HTTP/1.1 200 OK\r\nTransfer-Encoding: " + long + "\r\n\r\n", "", false, ""},
+		"control characters":       {"HTTP/1.1 200 OK\r\n\x1b[2J\n\x9b\r\n\r\n", "", false, ""},
+	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			server := rawServer(t, test.serve)
+			server := rawServer(t, func(n int, conn net.Conn, r *bufio.Reader) {
+				http.ReadRequest(r)
+				io.WriteString(conn, test.answer)
+				switch {
+				case test.trickle != "":
+					trickle(conn, test.trickle)
+				case !test.closes:
+					io.Copy(io.Discard, r)
+				}
+			})
 			slow := make(chan string, 10)
 			c := client(t, mirror.Options{
-				NarTimeout: 200 * time.Millisecond,
-				SlowAfter:  20 * time.Millisecond,
-				OnSlow:     func(host string) { slow <- host },
+				NarTimeout: 200 * time.Millisecond, SlowAfter: 20 * time.Millisecond, ResumeDelay: time.Millisecond,
+				OnSlow: func(host string) { slow <- host },
 			})
-			if _, err := read(t, c, server+"/nar"); err == nil || !strings.Contains(err.Error(), test.want) {
-				t.Errorf("error %v, want %q", err, test.want)
+			_, err := read(t, c, server+"/nar")
+			if err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Fatalf("error %v, want %q", err, test.want)
+			}
+			if len(err.Error()) > 1000 || strings.ContainsAny(err.Error(), "\x1b\n") || strings.Contains(err.Error(), "\x9b") {
+				t.Errorf("error %.2000q", err)
 			}
 			if name == "silent" && len(slow) != 1 {
 				t.Errorf("%d warnings that the server is slow", len(slow))
