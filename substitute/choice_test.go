@@ -20,11 +20,9 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
@@ -71,9 +69,6 @@ type knownSpeed struct {
 func (k *knownSpeed) Speed(string) substitute.Speed { return k.speed }
 
 func (k *knownSpeed) Measured(_ string, n int64, _, _ time.Duration) { k.noted = append(k.noted, n) }
-
-// logText collects what is shown.
-type logText struct{ strings.Builder }
 
 func TestChoice(t *testing.T) {
 	tree := filepath.Join(t.TempDir(), "tree")
@@ -144,24 +139,17 @@ func TestChoice(t *testing.T) {
 			}))
 			defer server.Close()
 			blocks := newMemoryBlocks(t, all, v.pace)
-			mirrors := mirror.NewClient(mirror.Options{})
-			defer mirrors.Close()
-			var log logText
 			speeds := &knownSpeed{speed: v.server}
-			config := substitute.Config{
-				StoreDir: "/gnu/store", URLs: []string{server.URL}, Keys: acl.NewACL(key.PublicKey()), Mirrors: mirrors,
-				Log:    protocol.NewLog(&log, protocol.LogStyle{}),
-				Blocks: blocks, Policy: v.policy, Verbose: true,
-				StoreSpeed: func() substitute.Speed { return v.store }, Speeds: speeds,
-			}
+			s, log := withLog(t, key, server.URL)
+			s.Blocks, s.Policy, s.Verbose, s.Speeds = blocks, v.policy, true, speeds
+			s.StoreSpeed = func() substitute.Speed { return v.store }
 			if v.near {
-				config.Nearby = newMemoryBlocks(t, all, 0)
+				s.Nearby = newMemoryBlocks(t, all, 0)
 			}
 			destination := filepath.Join(t.TempDir(), "item")
 			defer restore.Remove(destination) // it is read-only
-			s := substitute.New(config)
 			e, err := s.Explain(t.Context(), path)
-			if err != nil || len(e.Ways) == 0 || nars > 0 || blocks.requested.Load() > 0 || log.Len() > 0 {
+			if err != nil || len(e.Ways) == 0 || nars > 0 || blocks.requested.Load() > 0 || log.String() != "" {
 				t.Fatalf("%+v, error %v; %d nars were requested; shown:\n%s", e, err, nars, log.String())
 			}
 			outcome := s.Substitute(t.Context(), path, destination)

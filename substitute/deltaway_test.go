@@ -12,11 +12,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/delta"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
@@ -81,20 +78,15 @@ func TestDelta(t *testing.T) {
 			}
 			key := acl.GenerateSigningKey()
 			server := newTestServer(t)
-			server.texts["/"+itemName(3, "x-2")[:32]+".narinfo"] = signInfo(t, key, want) + line.Text() + "\n"
+			server.has(want.StorePath, signInfo(t, key, want)+line.Text()+"\n")
 			server.texts["/nar"], server.texts["/delta"] = string(archive), made.String()
 			if test.change != nil {
 				test.change(store, server.texts)
 			}
-			mirrors := mirror.NewClient(mirror.Options{})
-			defer mirrors.Close()
-			log := &sharedBuffer{}
-			outcome := substitute.New(substitute.Config{
-				StoreDir: store, URLs: []string{server.url}, Keys: acl.NewACL(key.PublicKey()), Mirrors: mirrors, Policy: test.policy,
-				Blocks: newMemoryBlocks(t, blocks, 0), UnsignedCapabilities: test.unsigned,
-				Speeds: &knownSpeed{speed: substitute.Speed{Rate: 1e5, Known: true}},
-				Log:    protocol.NewLog(log, protocol.LogStyle{Program: "test"}),
-			}).Substitute(t.Context(), want.StorePath, want.StorePath)
+			s, log := withLog(t, key, server.url)
+			s.StoreDir, s.Policy, s.UnsignedCapabilities = store, test.policy, test.unsigned
+			s.Blocks, s.Speeds = newMemoryBlocks(t, blocks, 0), &knownSpeed{speed: substitute.Speed{Rate: 1e5, Known: true}}
+			outcome := s.Substitute(t.Context(), want.StorePath, want.StorePath)
 			if test.policy == substitute.ERISOnly && !test.delta {
 				if outcome.Status != substitute.NotFound {
 					t.Errorf("status %d", outcome.Status)
@@ -104,10 +96,7 @@ func TestDelta(t *testing.T) {
 			if outcome.Status != substitute.Success {
 				t.Fatalf("status %d:\n%s", outcome.Status, log)
 			}
-			var restored bytes.Buffer
-			if _, err := nar.Write(&restored, nar.NewTree(want.StorePath)); err != nil || !bytes.Equal(restored.Bytes(), archive) {
-				t.Errorf("other contents: %v", err)
-			}
+			checkRestored(t, want.StorePath, outcome.NarHash)
 			if nar := strings.Contains(log.String(), "/nar"); nar == test.delta {
 				t.Errorf("the nar is used: %t:\n%s", nar, log)
 			}
@@ -121,9 +110,7 @@ func TestDelta(t *testing.T) {
 			if n := server.asked.Load(); n != requests {
 				t.Errorf("%d requests instead of %d", n, requests)
 			}
-			if strings.Contains(log.String(), "warning") {
-				t.Errorf("a warning:\n%s", log)
-			}
+			log.warned(t)
 		})
 	}
 }

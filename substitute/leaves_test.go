@@ -19,12 +19,10 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
@@ -115,29 +113,21 @@ func TestLeaves(t *testing.T) {
 			want.ERIS = []narinfo.ERIS{{URN: encoded.Capability.URN()}}
 			must(t, errors.Join(err, restore.Remove(want.StorePath)))
 			key, server := acl.GenerateSigningKey(), newTestServer(t)
-			server.texts["/"+itemName(3, "x")[:32]+".narinfo"] = signInfo(t, key, want)
+			server.has(want.StorePath, signInfo(t, key, want))
 			server.texts["/nar"] = string(archive)
-			mirrors := mirror.NewClient(mirror.Options{})
-			defer mirrors.Close()
 			blocks := &silent{Source: pool.New([]pool.Member{{Source: backend.Open(16)}}, pool.Options{})}
 			defer blocks.Close()
 			var fetched atomic.Int64
-			log := &sharedBuffer{}
-			config := substitute.Config{
-				StoreDir: store, URLs: []string{server.url}, Keys: acl.NewACL(key.PublicKey()), Mirrors: mirrors, Policy: test.policy,
-				Log: protocol.NewLog(log, protocol.LogStyle{Program: "test"}), UnsignedCapabilities: true, Verbose: true, StoreSpeed: test.speed,
-				Blocks: fetch.Counted(blocks, func(n int) { fetched.Add(int64(n)) }),
-			}
+			var finder *reuse.Finder
 			if !test.off {
-				config.Reuse = reuse.New(reuse.Config{
-					StoreDir: store, MissesFile: t.TempDir() + "/reuse",
-					Database: func(context.Context, string) (*narinfo.Narinfo, error) { return old, nil },
-				})
+				finder = finderOf(t, store, old)
 			}
 			for attempt := range 2 {
 				place := want.StorePath
 				blocks.after = test.most
-				s := substitute.New(config)
+				s, log := withLog(t, key, server.url)
+				s.StoreDir, s.Policy, s.Reuse, s.UnsignedCapabilities, s.Verbose, s.StoreSpeed = store, test.policy, finder, true, true, test.speed
+				s.Blocks = fetch.Counted(blocks, func(n int) { fetched.Add(int64(n)) })
 				var outcome substitute.Outcome
 				if test.ahead {
 					place = store + "/staged"
@@ -165,12 +155,7 @@ func TestLeaves(t *testing.T) {
 				if n := fetched.Swap(0); n > test.most || (n == 0) != (test.most == 0) && attempt == 0 {
 					t.Errorf("attempt %d: %d bytes of blocks", attempt, n)
 				}
-				if strings.Contains(log.String(), "warning") {
-					t.Errorf("a warning: %s", log)
-				}
-				log.mu.Lock()
-				log.b.Reset()
-				log.mu.Unlock()
+				log.warned(t)
 			}
 			if text, err := os.ReadFile(old.StorePath); err != nil || string(text) != "uses "+store+"/"+itemName(2, "y")+some {
 				t.Error("the old item has changed")

@@ -4,7 +4,6 @@ package substitute_test
 
 import (
 	"context"
-	"crypto/sha256"
 	"fmt"
 	"math/rand/v2"
 	"net/http"
@@ -17,7 +16,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
@@ -29,13 +27,7 @@ func signReferring(t testing.TB, key *acl.SigningKey, path string, references []
 	for _, r := range references {
 		n.References = append(n.References, filepath.Base(r))
 	}
-	part, err := narinfo.SignedPart(n)
-	must(t, err)
-	signature, err := key.Sign(sha256.Sum256([]byte(part)), "test")
-	must(t, err)
-	text, err := narinfo.Text(part, signature, []narinfo.URL{{URL: "nar", Compression: "none"}})
-	must(t, err)
-	return text
+	return signInfo(t, key, n)
 }
 
 // closure gives servers a closure of n items, of which the farthest are depth steps from the first,
@@ -174,11 +166,7 @@ func TestLookAheadBounds(t *testing.T) {
 	here := func(path string) string { return store + "/" + filepath.Base(path) }
 	other := newTestServer(t)
 	for i := range 4 {
-		text := signReferring(t, key, here(itemPath(i)), []string{here(itemPath(2*i + 1)), here(itemPath(2*i + 2))})
-		hash, _, _ := strings.Cut(filepath.Base(itemPath(i)), "-")
-		other.mu.Lock()
-		other.texts["/"+hash+".narinfo"] = text
-		other.mu.Unlock()
+		other.has(itemPath(i), signReferring(t, key, here(itemPath(i)), []string{here(itemPath(2*i + 1)), here(itemPath(2*i + 2))}))
 	}
 	must(t, os.Mkdir(here(itemPath(1)), 0o755))
 	s, _ := withLog(t, key, other.url)
@@ -220,9 +208,8 @@ func TestLookAheadJoined(t *testing.T) {
 	server.has(itemPath(0), signReferring(t, key, itemPath(0), []string{itemPath(1)}))
 	server.has(itemPath(1), signReferring(t, key, itemPath(1), nil))
 	asked, release := make(chan bool, 10), make(chan bool)
-	hash, _, _ := strings.Cut(filepath.Base(itemPath(1)), "-")
 	server.wait = func(r *http.Request) {
-		if strings.Contains(r.URL.Path, hash) {
+		if strings.Contains(r.URL.Path, filepath.Base(itemPath(1))[:32]) {
 			asked <- true
 			select {
 			case <-release:
@@ -257,9 +244,8 @@ func TestLookAheadClosed(t *testing.T) {
 	server := newTestServer(t)
 	closure(t, key, 200, 5, func(int) *testServer { return server })
 	silent := make(chan bool, 1000)
-	first, _, _ := strings.Cut(filepath.Base(itemPath(0)), "-")
 	server.wait = func(r *http.Request) {
-		if !strings.Contains(r.URL.Path, first) {
+		if !strings.Contains(r.URL.Path, filepath.Base(itemPath(0))[:32]) {
 			silent <- true
 			<-r.Context().Done()
 		}
@@ -326,12 +312,10 @@ func TestLookAheadFillsCache(t *testing.T) {
 	items := closure(t, key, 50, 5, func(int) *testServer { return server })
 	directory := t.TempDir()
 	with := func() (*substitute.Substituter, func()) {
-		cache, err := narinfocache.Open(directory)
-		must(t, err)
 		s := newSubstituter(t, key, server)
 		onOneConnection(t, s)
-		s.Cache = cache
-		return s, func() { s.Close(); cache.Close() }
+		closeCache := withCache(t, s, directory)
+		return s, func() { s.Close(); closeCache() }
 	}
 	s, closeIt := with()
 	s.LookAhead = 1000

@@ -8,18 +8,16 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
@@ -89,10 +87,9 @@ func newTestServer(t testing.TB) *testServer {
 
 // has gives the server a narinfo.
 func (s *testServer) has(path, text string) {
-	hash, _, _ := strings.Cut(strings.TrimPrefix(path, "/gnu/store/"), "-")
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.texts["/"+hash+".narinfo"] = text
+	s.texts["/"+filepath.Base(path)[:32]+".narinfo"] = text
 }
 
 func newSubstituter(t testing.TB, key *acl.SigningKey, servers ...*testServer) *substitute.Substituter {
@@ -100,15 +97,8 @@ func newSubstituter(t testing.TB, key *acl.SigningKey, servers ...*testServer) *
 	for _, s := range servers {
 		urls = append(urls, s.url)
 	}
-	mirrors := mirror.NewClient(mirror.Options{NarinfoTimeout: 5 * time.Second})
-	t.Cleanup(mirrors.Close)
-	return substitute.New(substitute.Config{
-		StoreDir: "/gnu/store",
-		URLs:     urls,
-		Keys:     acl.NewACL(key.PublicKey()),
-		Mirrors:  mirrors,
-		Log:      protocol.NewLog(logLines{t}, protocol.LogStyle{Columns: 80}),
-	})
+	s, _ := withLog(t, key, urls...)
+	return s
 }
 
 // TestOrder checks that servers are asked in order and only for what is missing, and which narinfo
@@ -212,6 +202,14 @@ func TestCancelledLookup(t *testing.T) {
 	}
 }
 
+// withCache has narinfos kept in a directory, until the cache is closed.
+func withCache(t testing.TB, s *substitute.Substituter, directory string) (closeCache func()) {
+	cache, err := narinfocache.Open(directory)
+	must(t, err)
+	s.Cache = cache
+	return cache.Close
+}
+
 // TestCache checks what is kept for how long.
 func TestCache(t *testing.T) {
 	key := acl.GenerateSigningKey()
@@ -221,11 +219,8 @@ func TestCache(t *testing.T) {
 	now := time.Now()
 	ask := func(after time.Duration, paths []string) (have []string, asked int64) {
 		t.Helper()
-		cache, err := narinfocache.Open(directory)
-		must(t, err)
-		defer cache.Close()
 		s := newSubstituter(t, key, server)
-		s.Cache = cache
+		defer withCache(t, s, directory)()
 		s.Now = func() time.Time { return now.Add(after) }
 		before := server.asked.Load()
 		have = s.Have(context.Background(), paths)
@@ -249,11 +244,8 @@ func TestCache(t *testing.T) {
 		}
 	}
 	// A cached narinfo must still be signed by somebody who is authorised.
-	cache, err := narinfocache.Open(directory)
-	must(t, err)
-	defer cache.Close()
 	s := newSubstituter(t, acl.GenerateSigningKey(), server)
-	s.Cache = cache
+	defer withCache(t, s, directory)()
 	s.Now = func() time.Time { return now.Add(-100 * time.Hour) }
 	if have := s.Have(context.Background(), itemPaths(1)); len(have) > 0 {
 		t.Errorf("available by a key that is not in the list: %q", have)

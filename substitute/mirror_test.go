@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"io/fs"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -19,24 +20,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
 const guixMirror = "../testdata/guix-mirror"
-
-// logLines is a log that keeps what is shown.
-type logLines struct{ t testing.TB }
-
-func (l logLines) Write(p []byte) (int, error) {
-	l.t.Logf("%q", p)
-	return len(p), nil
-}
 
 // mirrorItems returns the names and store items of the mirror.
 func mirrorItems(t testing.TB) map[string]string {
@@ -52,6 +43,7 @@ func mirrorItems(t testing.TB) map[string]string {
 }
 
 func mirrorKeys(t testing.TB) *acl.ACL {
+	t.Helper()
 	text, err := os.ReadFile(guixMirror + "/acl")
 	must(t, err)
 	keys, err := acl.ParseACL(text)
@@ -87,16 +79,9 @@ func TestGuixMirror(t *testing.T) {
 				http.ServeFile(w, r, guixMirror+r.URL.Path)
 			}))
 			defer server.Close()
-			mirrors := mirror.NewClient(mirror.Options{})
-			defer mirrors.Close()
 			store := t.TempDir()
-			s := substitute.New(substitute.Config{
-				StoreDir: "/gnu/store",
-				URLs:     []string{server.URL},
-				Keys:     mirrorKeys(t),
-				Mirrors:  mirrors,
-				Log:      protocol.NewLog(logLines{t}, protocol.LogStyle{}),
-			})
+			s, _ := withLog(t, acl.GenerateSigningKey(), server.URL)
+			s.SetKeys(mirrorKeys(t))
 			for name, item := range mirrorItems(t) {
 				nars = nil
 				destination := filepath.Join(store, filepath.Base(item))
@@ -168,22 +153,12 @@ func checkRestored(t *testing.T, root, narHash string) {
 
 // TestGuixMirrorInfo checks what the daemon is told about the items.
 func TestGuixMirrorInfo(t *testing.T) {
-	mirrors := mirror.NewClient(mirror.Options{})
-	defer mirrors.Close()
 	directory, err := filepath.Abs(guixMirror + "/all")
 	must(t, err)
-	s := substitute.New(substitute.Config{
-		StoreDir: "/gnu/store",
-		URLs:     []string{"file://" + directory},
-		Keys:     mirrorKeys(t),
-		Mirrors:  mirrors,
-		Log:      protocol.NewLog(logLines{t}, protocol.LogStyle{}),
-	})
+	s, _ := withLog(t, acl.GenerateSigningKey(), "file://"+directory)
+	s.SetKeys(mirrorKeys(t))
 	items := mirrorItems(t)
-	var paths []string
-	for _, item := range items {
-		paths = append(paths, item)
-	}
+	paths := slices.Sorted(maps.Values(items))
 	records := s.Info(context.Background(), paths)
 	if len(records) != len(items) {
 		t.Fatalf("%d of %d items are available", len(records), len(items))
@@ -200,8 +175,6 @@ func TestGuixMirrorInfo(t *testing.T) {
 		}
 	}
 	have := s.Have(context.Background(), paths)
-	slices.Sort(have)
-	slices.Sort(paths)
 	if !slices.Equal(have, paths) {
 		t.Errorf("available: %q", have)
 	}

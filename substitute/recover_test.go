@@ -8,7 +8,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -26,7 +25,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
@@ -70,6 +68,15 @@ func (f *fixture) narinfo(t *testing.T, urls ...string) string {
 		head += "URL: " + url + "\nCompression: " + method + "\n"
 	}
 	return head
+}
+
+func gzipped(t *testing.T, b []byte, level int) []byte {
+	var z bytes.Buffer
+	w, err := gzip.NewWriterLevel(&z, level)
+	must(t, err)
+	w.Write(b)
+	w.Close()
+	return z.Bytes()
 }
 
 // serve serves the narinfo and lets nar serve all else.
@@ -164,10 +171,7 @@ func TestFailingForAWhile(t *testing.T) {
 // TestWrongOnce gets an item from the only server, which brings wrong bytes at first, or always.
 func TestWrongOnce(t *testing.T) {
 	f := newFixture(t, 100_000)
-	var stored bytes.Buffer
-	z := gzip.NewWriter(&stored)
-	z.Write(f.archive)
-	z.Close()
+	stored := gzipped(t, f.archive, gzip.DefaultCompression)
 	for name, test := range map[string]struct {
 		urls  []string
 		at    int // the wrong byte; negative is another page altogether
@@ -177,11 +181,11 @@ func TestWrongOnce(t *testing.T) {
 	}{
 		"contents":           {[]string{"none none"}, 50_000, 1, substitute.Success, 2},
 		"grammar":            {[]string{"none none"}, 9, 1, substitute.Success, 2},
-		"compressed":         {[]string{"gzip gzip"}, stored.Len() - 5, 1, substitute.Success, 2},
+		"compressed":         {[]string{"gzip gzip"}, len(stored) - 5, 1, substitute.Success, 2},
 		"a page of a proxy":  {[]string{"gzip gzip"}, -1, 1, substitute.Success, 2},
 		"two URLs":           {[]string{"none none", "gzip gzip"}, 50, 2, substitute.Success, 3},
 		"always":             {[]string{"none none"}, 50_000, 1000, substitute.HashMismatch, 2},
-		"always, compressed": {[]string{"gzip gzip"}, stored.Len() - 5, 1000, substitute.NotFound, 2},
+		"always, compressed": {[]string{"gzip gzip"}, len(stored) - 5, 1000, substitute.NotFound, 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -193,7 +197,7 @@ func TestWrongOnce(t *testing.T) {
 				}
 				body := f.archive
 				if r.URL.Path == "/gzip" {
-					body = stored.Bytes()
+					body = stored
 				}
 				switch {
 				case n > test.times:
@@ -230,11 +234,7 @@ func drip(w http.ResponseWriter, r *http.Request, b []byte) {
 // TestSlowFirst gets an item from servers of which the first is slow or silent.
 func TestSlowFirst(t *testing.T) {
 	f := newFixture(t, 1_000_000)
-	var stored bytes.Buffer
-	z, err := gzip.NewWriterLevel(&stored, gzip.NoCompression)
-	must(t, err)
-	z.Write(f.archive)
-	z.Close()
+	stored := gzipped(t, f.archive, gzip.NoCompression)
 	silent := func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
 	slow := func(w http.ResponseWriter, r *http.Request) { drip(w, r, f.archive) }
 	stalls := func(w http.ResponseWriter, r *http.Request) {
@@ -256,13 +256,14 @@ func TestSlowFirst(t *testing.T) {
 		}
 		f.handler(f.narinfo(t, "none nar"), f.good)(w, r)
 	}
+	whole := func(w http.ResponseWriter, r *http.Request) { w.Write(stored) }
 	longer := func(announced bool) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
 			if announced {
-				w.Header().Set("Content-Length", fmt.Sprint(stored.Len()))
+				w.Header().Set("Content-Length", fmt.Sprint(len(stored)))
 			}
-			w.Write(stored.Bytes()[:900_000])
-			drip(w, r, stored.Bytes()[900_000:])
+			w.Write(stored[:900_000])
+			drip(w, r, stored[900_000:])
 		}
 	}
 	late := func(w http.ResponseWriter, r *http.Request) {
@@ -276,7 +277,7 @@ func TestSlowFirst(t *testing.T) {
 	begins := func(w http.ResponseWriter, r *http.Request) {
 		select {
 		case <-time.After(5290 * time.Millisecond):
-			w.Write(stored.Bytes())
+			w.Write(stored)
 		case <-r.Context().Done():
 		}
 	}
@@ -295,10 +296,10 @@ func TestSlowFirst(t *testing.T) {
 		"does not end":               {[]http.HandlerFunc{f.handler(plain, endless), good}, 11 * time.Second, substitute.Success},
 		"the good one is back later": {[]http.HandlerFunc{f.handler(plain, silent), back}, 16 * time.Second, substitute.Success},
 		"longer than expected": {[]http.HandlerFunc{
-			f.handler(compressed, longer(true)), f.handler(compressed, func(w http.ResponseWriter, r *http.Request) { w.Write(stored.Bytes()) }),
+			f.handler(compressed, longer(true)), f.handler(compressed, whole),
 		}, 11 * time.Second, substitute.Success},
 		"longer than expected, not announced": {[]http.HandlerFunc{
-			f.handler(compressed, longer(false)), f.handler(compressed, func(w http.ResponseWriter, r *http.Request) { w.Write(stored.Bytes()) }),
+			f.handler(compressed, longer(false)), f.handler(compressed, whole),
 		}, 11 * time.Second, substitute.Success},
 		"the first, as is known, with two URLs": {[]http.HandlerFunc{f.handler(two, slow), good}, 11 * time.Second, substitute.Success},
 		"servers that give no narinfos before the good one": {[]http.HandlerFunc{
@@ -423,11 +424,8 @@ func TestUselessCache(t *testing.T) {
 			directory := t.TempDir()
 			// Another process each time.
 			process := func(key *acl.SigningKey, use func(s *substitute.Substituter, log *sharedBuffer)) {
-				cache, err := narinfocache.Open(directory)
-				must(t, err)
-				defer cache.Close()
 				s, log := withLog(t, key, server.URL)
-				s.Cache = cache
+				defer withCache(t, s, directory)()
 				use(s, log)
 			}
 			process(f.key, func(s *substitute.Substituter, _ *sharedBuffer) { s.Info(t.Context(), itemPaths(1)) })
@@ -449,21 +447,13 @@ func TestClockSetBack(t *testing.T) {
 	f := newFixture(t, 10)
 	server := newTestServer(t)
 	s := newSubstituter(t, f.key, server)
-	cache, err := narinfocache.Open(t.TempDir())
-	must(t, err)
-	defer cache.Close()
-	s.Cache = cache
-	ahead := true
-	s.Now = func() time.Time {
-		if ahead {
-			return time.Now().Add(1000 * time.Hour)
-		}
-		return time.Now()
-	}
+	defer withCache(t, s, t.TempDir())()
+	later := 1000 * time.Hour
+	s.Now = func() time.Time { return time.Now().Add(later) }
 	if have := s.Have(t.Context(), itemPaths(1)); len(have) > 0 {
 		t.Errorf("available: %q", have)
 	}
-	ahead = false
+	later = 0
 	server.has(itemPath(0), f.narinfo(t, "none nar"))
 	if have := s.Have(t.Context(), itemPaths(1)); len(have) != 1 {
 		t.Error("an absence of the future is believed")
@@ -584,13 +574,7 @@ func TestBlocksOfSecondServer(t *testing.T) {
 // TestEncodedNar gets a compressed nar from servers that call it encoded, which is true for one.
 func TestEncodedNar(t *testing.T) {
 	f := newFixture(t, 10000)
-	compress := func(b []byte) []byte {
-		var z bytes.Buffer
-		w := gzip.NewWriter(&z)
-		w.Write(b)
-		w.Close()
-		return z.Bytes()
-	}
+	compress := func(b []byte) []byte { return gzipped(t, b, gzip.DefaultCompression) }
 	for _, body := range [][]byte{compress(f.archive), compress(compress(f.archive))} {
 		server := f.serve(t, f.narinfo(t, "gzip nar"), func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Content-Encoding", "gzip")
