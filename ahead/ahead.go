@@ -51,17 +51,6 @@ const (
 	maxRead = 1000
 )
 
-// A Restorer is what substitutes: a [substitute.Substituter].
-type Restorer interface {
-	// Known returns those of the items that can be had, in any order.
-	Known(ctx context.Context, paths []string) []substitute.Item
-	// Substitute restores an item to a destination and shows what happens.
-	Substitute(ctx context.Context, path, destination string) substitute.Outcome
-	// Prepare returns the restoration of an item to another place, of which nothing is shown before
-	// that is asked for.
-	Prepare(path, place string) *substitute.Restoration
-}
-
 // Options says how [Ahead] works.
 type Options struct {
 	StoreDir string   // the store directory, an absolute file name
@@ -95,7 +84,7 @@ type Count struct {
 // called by one goroutine; there is one request at a time.
 type Ahead struct {
 	o        Options
-	restorer Restorer
+	restorer *substitute.Substituter
 	ctx      context.Context
 	cancel   context.CancelFunc
 	kick     chan struct{}
@@ -138,7 +127,7 @@ func key(item substitute.Item) string {
 }
 
 // New returns an Ahead, which must be closed.
-func New(restorer Restorer, o Options) *Ahead {
+func New(restorer *substitute.Substituter, o Options) *Ahead {
 	a := &Ahead{o: o, restorer: restorer, kick: make(chan struct{}, 1), staged: map[string]*staged{}, stats: o.Before, limit: atOnceAtFirst, step: 1}
 	a.ctx, a.cancel = context.WithCancel(context.Background())
 	a.stats.Err = nil
@@ -227,14 +216,14 @@ func (a *Ahead) forget(path string, s *staged) {
 	a.bytes -= int64(s.item.NarSize)
 }
 
-// count counts an item.
-func (a *Ahead) count(c *Count, item substitute.Item) {
+// used counts an item that was used.
+func (a *Ahead) used(item substitute.Item) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.add(c, item)
+	a.add(&a.stats.Used, item)
 }
 
-// add is count for a caller that holds the lock.
+// add counts an item. The caller holds the lock.
 func (a *Ahead) add(c *Count, item substitute.Item) {
 	c.Items++
 	c.Bytes += int64(item.NarSize)
@@ -269,7 +258,7 @@ func (a *Ahead) use(ctx context.Context, s *staged, destination string) (substit
 		return substitute.Outcome{}, false
 	}
 	s.restoration.Finish(true)
-	a.count(&a.stats.Used, s.item)
+	a.used(s.item)
 	return s.outcome, true
 }
 
@@ -292,7 +281,7 @@ func (a *Ahead) useOfOther(ctx context.Context, path, destination string) (subst
 	defer cancel()
 	moved, c := a.stage.take(within, key(known[0]), destination)
 	if moved {
-		a.count(&a.stats.Used, known[0])
+		a.used(known[0])
 		return known[0].Outcome(), nil
 	}
 	return substitute.Outcome{}, c

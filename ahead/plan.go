@@ -4,8 +4,8 @@ package ahead
 
 import (
 	"cmp"
-	"container/heap"
 	"path"
+	"slices"
 	"strings"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
@@ -27,7 +27,7 @@ const maxPlanned = 20000
 type plan struct {
 	items map[string]*planned
 	valid func(path string) bool // reports whether an item is in the store
-	ready queue                  // those that can be substituted, if what was taken is
+	ready []*planned             // those that can be substituted, if what was taken is; in order
 	left  int                    // not taken yet
 }
 
@@ -75,8 +75,13 @@ func (p *plan) add(item substitute.Item) {
 		}
 	}
 	if i.waits == 0 {
-		heap.Push(&p.ready, i)
+		p.becomesReady(i)
 	}
+}
+
+func (p *plan) becomesReady(i *planned) {
+	at, _ := slices.BinarySearchFunc(p.ready, i, func(a, b *planned) int { return compare(a.Path, b.Path) })
+	p.ready = slices.Insert(p.ready, at, i)
 }
 
 // take says that an item is being substituted: because the daemon has asked for it, or because
@@ -92,7 +97,7 @@ func (p *plan) take(path string) {
 	}
 	for _, w := range i.waiters {
 		if w.waits--; w.waits == 0 && !w.taken {
-			heap.Push(&p.ready, w)
+			p.becomesReady(w)
 		}
 	}
 	i.waiters = nil
@@ -106,23 +111,9 @@ func (p *plan) next() (substitute.Item, bool) {
 		if first := p.ready[0]; !first.taken {
 			return first.Item, true
 		}
-		heap.Pop(&p.ready)
+		p.ready = p.ready[1:]
 	}
 	return substitute.Item{}, false
-}
-
-// queue is a heap of items in the order of the keys of the daemon's goals.
-type queue []*planned
-
-func (q queue) Len() int           { return len(q) }
-func (q queue) Less(i, j int) bool { return compare(q[i].Path, q[j].Path) < 0 }
-func (q queue) Swap(i, j int)      { q[i], q[j] = q[j], q[i] }
-func (q *queue) Push(x any)        { *q = append(*q, x.(*planned)) }
-func (q *queue) Pop() any {
-	last := len(*q) - 1
-	x := (*q)[last]
-	*q = (*q)[:last]
-	return x
 }
 
 // compare compares the keys of two goals, each of which is "a$NAME$PATH".
