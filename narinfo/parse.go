@@ -89,81 +89,73 @@ type parser struct {
 	lines
 	signedEnd int // start of the field Signature, or −1
 
-	n Narinfo
-	// These sets have the fields that were seen, all and the signed ones.
-	seen, seenSigned fieldSet
+	n    Narinfo
+	seen []field // the first one of each kind of which one counts
 }
 
-type fieldSet uint
-
-const (
-	storePathField fieldSet = 1 << iota
-	narHashField
-	narSizeField
-	referencesField
-	deriverField
-	signatureSeen
-
-	mustSigned = storePathField | narHashField | referencesField
-)
-
-// first notes that the field f was met, and reports whether it is the first of its kind.
-func (p *parser) first(set fieldSet, f field) bool {
-	if p.seen&set != 0 {
+// first notes a field, and reports whether it is the first of its name.
+func (p *parser) first(f field) bool {
+	if p.find(f.name) != nil {
 		return false
 	}
-	p.seen |= set
-	if f.offset < p.signedEnd {
-		p.seenSigned |= set
-	}
+	p.seen = append(p.seen, f)
 	return true
 }
+
+// find returns the first field of a name that was noted, or nil.
+func (p *parser) find(name string) *field {
+	for i := range p.seen {
+		if p.seen[i].name == name {
+			return &p.seen[i]
+		}
+	}
+	return nil
+}
+
+// signed reports whether a field stands before the signature.
+func (p *parser) signed(f *field) bool { return f != nil && f.offset < p.signedEnd }
 
 // field takes in one field.
 func (p *parser) field(f field) error {
 	n := &p.n
 	switch f.name {
+	case "StorePath", "NarHash", "NarSize", "References", "Deriver", "Signature":
+		if !p.first(f) {
+			return nil
+		}
+	}
+	switch f.name {
 	case "StorePath":
-		if p.first(storePathField, f) {
-			n.StorePath = f.value
-			dir, base := cutBase(f.value)
-			if !strings.HasPrefix(dir, "/") {
-				return fmt.Errorf("%.300q is not an absolute file name", f.value)
-			}
-			return CheckStoreName(base)
+		n.StorePath = f.value
+		dir, base := cutBase(f.value)
+		if !strings.HasPrefix(dir, "/") {
+			return fmt.Errorf("%.300q is not an absolute file name", f.value)
 		}
+		return CheckStoreName(base)
 	case "NarHash":
-		if p.first(narHashField, f) {
-			n.NarHash = f.value
-		}
+		n.NarHash = f.value
 	case "NarSize":
-		if p.first(narSizeField, f) {
-			var err error
-			if n.NarSize, err = strconv.ParseUint(f.value, 10, 64); err != nil {
-				return fmt.Errorf("%.300q is not a decimal number below 2^64", f.value)
-			}
-			n.NarSizeKnown = true
+		var err error
+		if n.NarSize, err = strconv.ParseUint(f.value, 10, 64); err != nil {
+			return fmt.Errorf("%.300q is not a decimal number below 2^64", f.value)
 		}
+		n.NarSizeKnown = true
 	case "References":
-		if p.first(referencesField, f) {
-			n.References = strings.Fields(f.value)
-			if len(n.References) > MaxReferences {
-				return fmt.Errorf("%d references exceed the limit of %d", len(n.References), MaxReferences)
-			}
-			for _, r := range n.References {
-				if err := checkReference(r); err != nil {
-					return err
-				}
+		n.References = strings.Fields(f.value)
+		if len(n.References) > MaxReferences {
+			return fmt.Errorf("%d references exceed the limit of %d", len(n.References), MaxReferences)
+		}
+		for _, r := range n.References {
+			if err := checkReference(r); err != nil {
+				return err
 			}
 		}
 	case "Deriver":
-		if p.first(deriverField, f) && CheckStoreName(f.value) == nil {
+		if CheckStoreName(f.value) == nil {
 			n.Deriver = f.value
 		}
 	case "Signature":
-		if p.first(signatureSeen, f) {
-			n.Signature = f.value
-		}
+		n.Signature = f.value
 	case "URL":
 		if len(n.URLs) == MaxURLs {
 			return fmt.Errorf("more than %d URLs", MaxURLs)
@@ -188,12 +180,12 @@ func (p *parser) field(f field) error {
 	case "ERIS":
 		if len(n.ERIS) < maxERIS {
 			e := parseERIS(f.value)
-			e.Signed = f.offset < p.signedEnd
+			e.Signed = p.signed(&f)
 			n.ERIS = append(n.ERIS, e)
 		}
 	case "Delta":
 		if d, ok := parseDelta(f.value); ok && len(n.Deltas) < maxDeltas {
-			d.Signed = f.offset < p.signedEnd
+			d.Signed = p.signed(&f)
 			n.Deltas = append(n.Deltas, d)
 		}
 	}
@@ -202,11 +194,10 @@ func (p *parser) field(f field) error {
 
 // finish checks that all is there, and decides what is signed.
 func (p *parser) finish() (*Narinfo, error) {
-	switch {
-	case p.seen&storePathField == 0:
-		return nil, errors.New("narinfo: no field StorePath")
-	case p.seen&referencesField == 0:
-		return nil, errors.New("narinfo: no field References")
+	for _, name := range []string{"StorePath", "References"} {
+		if p.find(name) == nil {
+			return nil, fmt.Errorf("narinfo: no field %s", name)
+		}
 	}
 	n := &p.n
 	n.hashError = decodeNarHash(&n.NarDigest, n.NarHash)
@@ -218,7 +209,7 @@ func (p *parser) finish() (*Narinfo, error) {
 	}
 	n.text = p.text
 	// The signature may also stand behind the end of the record.
-	if p.seen&signatureSeen != 0 && p.seenSigned&mustSigned == mustSigned {
+	if p.find("Signature") != nil && p.signed(p.find("StorePath")) && p.signed(p.find("NarHash")) && p.signed(p.find("References")) {
 		n.signed = p.signedEnd
 		return n, nil
 	}

@@ -24,11 +24,8 @@ type URL struct {
 
 // usable reports whether the URL can be tried.
 func (u URL) usable() bool {
-	switch u.Compression {
-	case "none", "gzip", "lzip", "zstd", "xz", "bzip2":
-		return u.URL != "" && len(u.URL) <= maxURLLength && badURLByte(u.URL) < 0
-	}
-	return false
+	_, supported := slowness[u.Compression]
+	return supported && u.URL != "" && len(u.URL) <= maxURLLength && badURLByte(u.URL) < 0
 }
 
 // maxURLLength is the length of the longest URL that is used, in bytes.
@@ -70,7 +67,7 @@ func (n *Narinfo) PreferredURLs(order Order) []URL {
 			urls = append(urls, u)
 		}
 	}
-	compare := func(u, v URL) int { return cmp.Compare(slowness(u), slowness(v)) }
+	compare := func(u, v URL) int { return cmp.Compare(slowness[u.Compression], slowness[v.Compression]) }
 	if order == Small {
 		compare = compareSizes
 	}
@@ -78,18 +75,12 @@ func (n *Narinfo) PreferredURLs(order Order) []URL {
 	return urls
 }
 
-// slowness ranks methods by the time that decompression takes.
-func slowness(u URL) int {
-	switch u.Compression {
-	case "none", "zstd":
-		return 0
-	case "gzip":
-		return 1
-	case "lzip":
-		return 2
-	}
-	return 3
-}
+// slowness ranks methods by the time that decompression takes, and looseness by the size of what
+// they usually yield.
+var (
+	slowness  = map[string]int{"none": 0, "zstd": 0, "gzip": 1, "lzip": 2, "xz": 3, "bzip2": 3}
+	looseness = map[string]int{"lzip": 0, "zstd": 1, "xz": 1, "bzip2": 1, "gzip": 2, "none": 3}
+)
 
 func compareSizes(u, v URL) int {
 	switch {
@@ -100,20 +91,7 @@ func compareSizes(u, v URL) int {
 	case v.SizeKnown:
 		return 1
 	}
-	return cmp.Compare(looseness(u), looseness(v))
-}
-
-// looseness ranks methods by the size of what they usually yield.
-func looseness(u URL) int {
-	switch u.Compression {
-	case "lzip":
-		return 0
-	case "gzip":
-		return 2
-	case "none":
-		return 3
-	}
-	return 1
+	return cmp.Compare(looseness[u.Compression], looseness[v.Compression])
 }
 
 // ResolveURL returns the absolute URL of a nar, given the URL of the substitute server, base, and
