@@ -144,7 +144,7 @@ func (w *deltaWay) valid(ctx context.Context) bool {
 }
 
 // failed notes what a delta has made that is something else, which it would make again.
-func (w *deltaWay) failed(err error) {
+func (w *deltaWay) failed(_ context.Context, err error) {
 	if w.j.s.Reuse != nil && errors.Is(err, errContents) {
 		w.j.s.Reuse.NoDelta(w.base, w.j.want)
 	}

@@ -82,7 +82,7 @@ func (w *leavesWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok b
 }
 
 // failed notes that it is of no use.
-func (w *leavesWay) failed(err error) {
+func (w *leavesWay) failed(_ context.Context, err error) {
 	if errors.Is(err, errDiffers) || errors.Is(err, errContents) {
 		w.old.Differs()
 	}

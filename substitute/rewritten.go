@@ -4,6 +4,7 @@ package substitute
 
 import (
 	"context"
+	"errors"
 	"math"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/throughput"
@@ -55,8 +56,11 @@ func (w *rewrittenWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(o
 	return &countedNodes{nodes, a}, func(bool) { nodes.Close() }, nil
 }
 
-// missed notes that the result has another hash.
-func (w *rewrittenWay) missed(ctx context.Context) {
+// failed notes that the result has another hash.
+func (w *rewrittenWay) failed(ctx context.Context, err error) {
+	if !errors.Is(err, errContents) {
+		return
+	}
 	if err := w.old.Missed(ctx); err != nil {
 		w.j.log.Warnf("%v", err)
 	}

@@ -4,6 +4,7 @@ package mirror
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/base64"
@@ -61,10 +62,7 @@ func (c *Client) newTransport() *http.Transport {
 
 // proxyFor returns the URL of the proxy for requests to a host, or nil.
 func (c *Client) proxyFor(scheme, host, port string) (*url.URL, error) {
-	if port == "" {
-		port = usualPorts[scheme]
-	}
-	value, err := proxy.For(scheme, host, port, c.o.Getenv)
+	value, err := proxy.For(scheme, host, cmp.Or(port, usualPorts[scheme]), c.o.Getenv)
 	if err != nil || value == "" {
 		return nil, err
 	}
@@ -103,10 +101,7 @@ func (p *peer) connect(ctx context.Context) (*connection, error) {
 		return nil, err
 	}
 	if via != nil {
-		address = net.JoinHostPort(via.Hostname(), "80")
-		if via.Port() != "" {
-			address = via.Host
-		}
+		address = net.JoinHostPort(via.Hostname(), cmp.Or(via.Port(), "80"))
 	}
 	raw, err := c.o.Dial(ctx, "tcp", address)
 	if err != nil {

@@ -3,8 +3,10 @@
 package mirror
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"net"
 	"net/url"
 	"strings"
 )
@@ -128,11 +130,7 @@ func (l *location) server() string { return l.scheme + "://" + l.address() }
 
 // address is the host and port to connect to.
 func (l *location) address() string {
-	port := l.port
-	if port == "" {
-		port = usualPorts[l.scheme]
-	}
-	return bracketed(l.host) + ":" + port
+	return net.JoinHostPort(l.host, cmp.Or(l.port, usualPorts[l.scheme]))
 }
 
 var usualPorts = map[string]string{"http": "80", "https": "443"}
@@ -141,14 +139,9 @@ var usualPorts = map[string]string{"http": "80", "https": "443"}
 // nobody's business but ours (RFC 6874, section 4).
 func (l *location) hostField() string {
 	host, _, _ := strings.Cut(l.host, "%")
-	host = bracketed(host)
 	if l.port != "" {
-		host += ":" + l.port
+		return net.JoinHostPort(host, l.port)
 	}
-	return host
-}
-
-func bracketed(host string) string {
 	if strings.Contains(host, ":") {
 		return "[" + host + "]"
 	}
@@ -179,20 +172,16 @@ func (e *shortError) Unwrap() error { return e.err }
 // shortened bounds an error's message, which may quote what a server has sent, and makes it one
 // line of ASCII.
 func shortened(err error) error {
-	message := err.Error()
-	plain := len(message) <= maxMessage
-	for i := 0; plain && i < len(message); i++ {
-		plain = message[i] >= ' ' && message[i] < 0x7f
-	}
-	if plain {
-		return err
-	}
-	message = strings.Map(func(r rune) rune {
+	whole := err.Error()
+	message := strings.Map(func(r rune) rune {
 		if r < ' ' || r >= 0x7f {
 			return '?'
 		}
 		return r
-	}, message[:min(len(message), maxMessage)])
+	}, whole[:min(len(whole), maxMessage)])
+	if message == whole {
+		return err
+	}
 	return &shortError{message + "...", err}
 }
 

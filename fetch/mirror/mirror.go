@@ -246,10 +246,10 @@ func (p *peer) fail(err error) error {
 	return &ServerError{p.server, err, rest, p.rest.Failures()}
 }
 
-// reached notes that the server has responded.
+// reached notes that the server has responded to a request for a nar.
 func (p *peer) reached() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.rest.Succeed()
-	p.down = nil
+	p.down, p.silent = nil, 0
 }

@@ -237,7 +237,6 @@ func (n *Nar) request(fields http.Header) (*http.Response, error) {
 		return nil, p.narFailed(causeOf(ctx, err), connected)
 	}
 	p.reached()
-	p.answered(true)
 	c.closing.Store(response.Close)
 	n.body = struct {
 		io.Reader
@@ -250,15 +249,14 @@ func (n *Nar) request(fields http.Header) (*http.Response, error) {
 
 // narFailed notes why there is no response.
 func (p *peer) narFailed(err error, connected bool) error {
-	silent := errors.Is(err, os.ErrDeadlineExceeded)
-	if connected && silent {
-		p.answered(false)
-	}
-	if connected {
-		return &ServerError{Server: p.server, Err: shortened(err)}
-	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if connected {
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			p.silent++
+		}
+		return &ServerError{Server: p.server, Err: shortened(err)}
+	}
 	if p.workers > 0 && p.good {
 		// It takes no more connections, but is there.
 		return &ServerError{Server: p.server, Err: dialError(err)}
@@ -279,15 +277,6 @@ func (p *peer) narTimeout() time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.c.o.NarTimeout >> min(p.silent, 3)
-}
-
-// answered notes whether the server has kept silent about a nar.
-func (p *peer) answered(yes bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.silent++; yes {
-		p.silent = 0
-	}
 }
 
 // request returns a request for l, with the target as it was written.

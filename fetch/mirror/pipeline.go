@@ -365,15 +365,13 @@ func (x *exchange) await() (again, open bool) {
 	if !queued {
 		pause = idleTime
 	}
-	timer := time.NewTimer(max(0, pause))
-	defer timer.Stop()
 	select {
 	case <-p.wake:
 	case <-p.leave:
 		return true, false
 	case <-p.c.ctx.Done():
 		return true, false
-	case <-timer.C:
+	case <-time.After(max(0, pause)):
 		if !queued {
 			return true, false
 		}

@@ -42,8 +42,10 @@ func (n *Nar) cut(cause error) error {
 		if n.tries >= maxAgain || n.again >= maxAgainInAll {
 			return cause
 		}
-		if err := pause(n.parent, n.client.o.ResumeDelay<<n.tries); err != nil {
-			return err
+		select {
+		case <-time.After(n.client.o.ResumeDelay << n.tries):
+		case <-n.parent.Done():
+			return context.Cause(n.parent)
 		}
 		n.tries++
 		n.again++
@@ -62,18 +64,6 @@ func (n *Nar) cut(cause error) error {
 		case !errors.As(err, &server):
 			return fmt.Errorf("%w, and no more of it: %w", cause, err)
 		}
-	}
-}
-
-// pause waits for a while.
-func pause(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
 	}
 }
 
@@ -217,15 +207,8 @@ func validator(h http.Header) string {
 
 // isStrong reports whether s is a strong entity tag (RFC 9110, section 8.8.3).
 func isStrong(s string) bool {
-	if len(s) < 2 || len(s) > maxValidator || s[0] != '"' || s[len(s)-1] != '"' {
-		return false
-	}
-	for _, c := range []byte(s[1 : len(s)-1]) {
-		if c <= ' ' || c == '"' || c == 0x7f {
-			return false
-		}
-	}
-	return true
+	return len(s) >= 2 && len(s) <= maxValidator && s[0] == '"' && s[len(s)-1] == '"' &&
+		!strings.ContainsFunc(s[1:len(s)-1], func(r rune) bool { return r <= ' ' || r == '"' || r == 0x7f })
 }
 
 // Read reads the next bytes.
