@@ -11,8 +11,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
 // An RSA key of 1024 bits and a signature by it, made by Libgcrypt; the key was thrown away.
@@ -187,11 +185,6 @@ func TestVerify(t *testing.T) {
 			if err == nil {
 				return
 			}
-			for _, other := range []error{ErrUnsupportedVersion, ErrCorruptSignature, ErrUnauthorisedKey, ErrHashMismatch, ErrInvalidSignature} {
-				if other != tt.want && errors.Is(err, other) {
-					t.Errorf("%v is also %q", err, other)
-				}
-			}
 			if !strings.Contains(err.Error(), tt.says) {
 				t.Errorf("error %q does not say %q", err, tt.says)
 			}
@@ -232,11 +225,6 @@ func TestParseSignature(t *testing.T) {
 	must(t, err)
 	if k, err := s.PublicKey(); !errors.Is(err, ErrCorruptSignature) {
 		t.Errorf("PublicKey = %v, %v", k, err)
-	}
-	for field, want := range map[string]error{"2;h;KGEp": ErrUnsupportedVersion, "1;h;KGE": ErrCorruptSignature} {
-		if s, err := ParseSignature(field); s != nil || !errors.Is(err, want) {
-			t.Errorf("ParseSignature(%q) = %v, %v, want %v", field, s, err, want)
-		}
 	}
 }
 
@@ -286,26 +274,6 @@ func BenchmarkVerify(b *testing.B) {
 			}
 		})
 	}
-}
-
-func ExampleACL_Verify() {
-	list, err := ParseACL([]byte("(acl (entry " + eccKey + " (tag (guix import))))"))
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	const signed = "StorePath: /gnu/store/9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello\n" +
-		"NarHash: sha256:04zwf782yjwnh3q6hz5izfd6jyip8kgw6g6yj43fiqhbyhdd0dqw\nNarSize: 120\nReferences: \n"
-	n, err := narinfo.Parse([]byte(signed + "Signature: " + signatureOf(eccData, eccVal, eccKey) + "\nURL: nar/hello\nCompression: none\n"))
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	fmt.Println(n.Authorise(list))
-	fmt.Println(n.Authorise(NewACL()) != nil)
-	// Output:
-	// <nil>
-	// true
 }
 
 // TestVerifyCharacters verifies signatures in which numbers are printed as text: about one of a

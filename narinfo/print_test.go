@@ -4,12 +4,10 @@ package narinfo_test
 
 import (
 	"crypto/sha256"
-	"fmt"
 	"slices"
 	"strings"
 	"testing"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
@@ -117,40 +115,4 @@ func TestPrintRejects(t *testing.T) {
 			wantError(t, err, tt.want)
 		})
 	}
-}
-
-func ExampleText() {
-	n := &narinfo.Narinfo{
-		StorePath:  "/gnu/store/9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello",
-		NarDigest:  sha256.Sum256(helloNar()),
-		NarSize:    120,
-		ERIS:       []narinfo.ERIS{{URN: "urn:eris:B4AAAAAA"}}, // shortened here
-		References: []string{"9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello"},
-	}
-	signed, err := narinfo.SignedPart(n)
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	key := acl.GenerateSigningKey()
-	signature, err := key.Sign(sha256.Sum256([]byte(signed)), "example.org")
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	text, err := narinfo.Text(signed, signature, []narinfo.URL{{URL: "nar/9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello", Compression: "none"}})
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	fmt.Print(strings.ReplaceAll(text, signature, "1;example.org;…"))
-	// Output:
-	// StorePath: /gnu/store/9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello
-	// NarHash: sha256:04zwf782yjwnh3q6hz5izfd6jyip8kgw6g6yj43fiqhbyhdd0dqw
-	// NarSize: 120
-	// ERIS: urn:eris:B4AAAAAA
-	// References: 9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello
-	// Signature: 1;example.org;…
-	// URL: nar/9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello
-	// Compression: none
 }

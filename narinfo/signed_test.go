@@ -38,21 +38,6 @@ func TestRealNarinfosAreAuthorised(t *testing.T) {
 	}
 }
 
-func TestLibchopDigest(t *testing.T) {
-	// The value stands in the signature itself.
-	n := parse(t, read(t, "../testdata/libchop/60m6qih391rq95ck64am8ir64z0sv0zr.narinfo"))
-	signed, ok := n.SignedText()
-	if !ok || !strings.HasSuffix(signed, "-libchop-0.5.2.drv\n") {
-		t.Errorf("SignedText = %q, %v", signed, ok)
-	}
-	if err := n.Authorise(parseACL(t, read(t, "../testdata/libchop/acl"))); err != nil {
-		t.Error(err)
-	}
-	if !n.ERIS[0].Signed {
-		t.Error("the ERIS capability is not marked as signed")
-	}
-}
-
 // testKey is a fresh pair of keys, and testACL authorises it.
 var (
 	testKey = acl.GenerateSigningKey()

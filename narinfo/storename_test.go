@@ -32,14 +32,12 @@ func TestCheckStoreName(t *testing.T) {
 		{"not ASCII", hash + "-é", "0xc3"},
 		{"tilde", hash + "-x~", "0x7e"},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			err := narinfo.CheckStoreName(tt.in)
-			if tt.want == "" && err != nil {
-				t.Error(err)
-			} else if tt.want != "" {
-				wantError(t, err, tt.want)
-			}
-		})
+		err := narinfo.CheckStoreName(tt.in)
+		if tt.want == "" && err != nil {
+			t.Errorf("%s: %v", tt.name, err)
+		} else if tt.want != "" {
+			wantError(t, err, tt.want)
+		}
 	}
 }
 
@@ -61,15 +59,10 @@ func TestCheckStorePath(t *testing.T) {
 		{"empty", "/gnu/store", "", false},
 		{"prefix of the store", "/gnu/store", "/gnu/store" + base, false},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			if err := narinfo.CheckStorePath(tt.store, tt.path); (err == nil) != tt.ok {
-				t.Errorf("CheckStorePath: %v", err)
-			}
-			hash, err := narinfo.HashPart(tt.store, tt.path)
-			if (err == nil) != tt.ok || tt.ok && hash != strings.Repeat("a", 32) {
-				t.Errorf("HashPart = %q, %v", hash, err)
-			}
-		})
+		hash, err := narinfo.HashPart(tt.store, tt.path)
+		if (err == nil) != tt.ok || tt.ok && hash != strings.Repeat("a", 32) {
+			t.Errorf("%s: HashPart = %q, %v", tt.name, hash, err)
+		}
 	}
 }
 

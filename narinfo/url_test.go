@@ -32,12 +32,9 @@ func TestResolveURL(t *testing.T) {
 		{"network path", "http://h", "//g/x", "http://h///g/x"},
 		{"file base", "file:///srv", "nar/x", "file:///srv/nar/x"},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			got, err := narinfo.ResolveURL(tt.base, tt.value)
-			if err != nil || got != tt.want {
-				t.Errorf("ResolveURL = %q, %v, want %q", got, err, tt.want)
-			}
-		})
+		if got, err := narinfo.ResolveURL(tt.base, tt.value); err != nil || got != tt.want {
+			t.Errorf("%s: ResolveURL = %q, %v, want %q", tt.name, got, err, tt.want)
+		}
 	}
 	for _, value := range []string{"", "a b", "a\n", "a\r", "\x00", "\x7f", "é", "http://g/ x", "a\x1b[2J"} {
 		got, err := narinfo.ResolveURL("http://h", value)

@@ -127,8 +127,15 @@ func TestReplies(t *testing.T) {
 }
 
 func TestOptions(t *testing.T) {
-	// As a substitute helper of an unprivileged client sees them.
-	o := protocol.ParseOptions(`build-fallback=false
+	for name, test := range map[string]struct {
+		packed                string
+		urls                  []string
+		set                   bool // they are
+		traces                bool
+		columns               int
+		deduplicate, discover bool
+	}{
+		"of an unprivileged client": {`build-fallback=false
 build-max-jobs=1
 build-use-substitutes=true
 substitute-urls=https://bordeaux.guix.gnu.org https://ci.guix.gnu.org
@@ -136,31 +143,23 @@ untrusted-locale=en_US.utf8
 untrusted-print-extended-build-trace=1
 untrusted-terminal-columns=120
 untrusted-user-name=alice
-deduplicate=yes`)
-	if urls, ok := o.SubstituteURLs(); !ok || !slices.Equal(urls, []string{"https://bordeaux.guix.gnu.org", "https://ci.guix.gnu.org"}) {
-		t.Errorf("URLs %q, %v", urls, ok)
-	}
-	if !o.Traces() || o.Columns() != 119 || !o.Deduplicate() || o.Discover() {
-		t.Errorf("traces %v, columns %d, deduplicate %v, discover %v", o.Traces(), o.Columns(), o.Deduplicate(), o.Discover())
-	}
-	if name, ok := o.Get("untrusted-user-name"); !ok || name != "alice" {
-		t.Errorf("user name %q, %v", name, ok)
-	}
-
-	o = protocol.ParseOptions("untrusted-substitute-urls=\nsubstitute-urls=http://a\n\n=x\nno value\nterminal-columns=3\ndeduplicate=no\ndeduplicate=yes\ndiscover=true\nprint-extended-build-trace=0")
-	if urls, ok := o.SubstituteURLs(); !ok || len(urls) > 0 {
-		t.Errorf("URLs %q, %v; an empty list of the client is a list", urls, ok)
-	}
-	if o.Traces() || o.Columns() != 20 || o.Deduplicate() || !o.Discover() {
-		t.Errorf("traces %v, columns %d, deduplicate %v, discover %v", o.Traces(), o.Columns(), o.Deduplicate(), o.Discover())
-	}
-
-	o = protocol.ParseOptions("")
-	if urls, ok := o.SubstituteURLs(); ok || len(urls) > 0 {
-		t.Errorf("URLs %q, %v", urls, ok)
-	}
-	if o.Traces() || o.Columns() != 80 || o.Deduplicate() || o.Discover() {
-		t.Errorf("traces %v, columns %d, deduplicate %v, discover %v", o.Traces(), o.Columns(), o.Deduplicate(), o.Discover())
+deduplicate=yes`, []string{"https://bordeaux.guix.gnu.org", "https://ci.guix.gnu.org"}, true, true, 119, true, false},
+		"odd ones, and an empty list of the client, which is a list": {
+			"untrusted-substitute-urls=\nsubstitute-urls=http://a\n\n=x\nno value\nterminal-columns=3\ndeduplicate=no\ndeduplicate=yes\ndiscover=true\nprint-extended-build-trace=0",
+			nil, true, false, 20, false, true,
+		},
+		"none": {"", nil, false, false, 80, false, false},
+	} {
+		o := protocol.ParseOptions(test.packed)
+		if urls, ok := o.SubstituteURLs(); ok != test.set || !slices.Equal(urls, test.urls) {
+			t.Errorf("%s: URLs %q, %v", name, urls, ok)
+		}
+		if o.Traces() != test.traces || o.Columns() != test.columns || o.Deduplicate() != test.deduplicate || o.Discover() != test.discover {
+			t.Errorf("%s: traces %v, columns %d, deduplicate %v, discover %v", name, o.Traces(), o.Columns(), o.Deduplicate(), o.Discover())
+		}
+		if user, ok := o.Get("untrusted-user-name"); ok != strings.Contains(test.packed, "alice") || ok && user != "alice" {
+			t.Errorf("%s: user name %q, %v", name, user, ok)
+		}
 	}
 }
 
@@ -181,83 +180,75 @@ func (l *lines) Write(p []byte) (int, error) {
 }
 
 func TestTraces(t *testing.T) {
-	var w lines
-	log := protocol.NewLog(&w, protocol.LogStyle{Program: "guix substitute", Traces: true, Columns: 80})
-	d := log.Download("/s/c-bar")
-	d.From("http://h/nar/c-bar", 20112)
-	d.Transferred(1024)
-	d.Transferred(20112 - 1024)
-	d.Finish(true)
-	want := []string{
-		"@ download-started /s/c-bar http://h/nar/c-bar 20112\n",
-		"@ download-progress /s/c-bar http://h/nar/c-bar 20112 0\n",
-		"@ download-progress /s/c-bar http://h/nar/c-bar 20112 20112\n",
-		"@ download-succeeded /s/c-bar http://h/nar/c-bar 20112\n\n",
-	}
-	if !slices.Equal(w.writes, want) {
-		t.Errorf("got %q, want %q", w.writes, want)
-	}
+	for name, test := range map[string]struct {
+		item string
+		do   func(d *protocol.Download)
+		want string
+	}{
+		"all": {"/s/c-bar", func(d *protocol.Download) {
+			d.From("http://h/nar/c-bar", 20112)
+			d.Transferred(1024)
+			d.Transferred(20112 - 1024)
+			d.Finish(true)
+		}, `@ download-started /s/c-bar http://h/nar/c-bar 20112
+@ download-progress /s/c-bar http://h/nar/c-bar 20112 0
+@ download-progress /s/c-bar http://h/nar/c-bar 20112 20112
+@ download-succeeded /s/c-bar http://h/nar/c-bar 20112
 
-	// Another way: clients are told from where the item comes now.
-	w.writes = nil
-	d = log.Download("/s/x")
-	d.From("http://one/a b\n@ evil", 10)
-	d.Transferred(4)
-	d.From("http://two/", -1)
-	d.Transferred(7)
-	d.Finish(true)
-	want = []string{
-		"@ download-started /s/x http://one/a%20b%20@%20evil 10\n",
-		"@ download-progress /s/x http://one/a%20b%20@%20evil 10 0\n",
-		"@ download-started /s/x http://two/ -\n",
-		"@ download-progress /s/x http://two/ - 0\n",
-		"@ download-progress /s/x http://two/ - 7\n",
-		"@ download-succeeded /s/x http://two/ 7\n\n",
-	}
-	if !slices.Equal(w.writes, want) {
-		t.Errorf("got %q, want %q", w.writes, want)
-	}
+`},
+		"another way, from which clients are told": {"/s/x", func(d *protocol.Download) {
+			d.From("http://one/a b\n@ evil", 10)
+			d.Transferred(4)
+			d.From("http://two/", -1)
+			d.Transferred(7)
+			d.Finish(true)
+		}, `@ download-started /s/x http://one/a%20b%20@%20evil 10
+@ download-progress /s/x http://one/a%20b%20@%20evil 10 0
+@ download-started /s/x http://two/ -
+@ download-progress /s/x http://two/ - 0
+@ download-progress /s/x http://two/ - 7
+@ download-succeeded /s/x http://two/ 7
 
-	// What has not all been transferred, but is there: a last report says so.
-	w.writes = nil
-	d = log.Download("/s/y")
-	d.From("u", 100)
-	d.Transferred(60)
-	d.Finish(true)
-	if got := strings.Join(w.writes, ""); !strings.Contains(got, "@ download-progress /s/y u 100 100\n@ download-succeeded /s/y u 100\n") {
-		t.Errorf("got %q", got)
-	}
+`},
+		"not all has been transferred, but it is there": {"/s/y", func(d *protocol.Download) {
+			d.From("u", 100)
+			d.Transferred(60)
+			d.Finish(true)
+		}, `@ download-started /s/y u 100
+@ download-progress /s/y u 100 0
+@ download-progress /s/y u 100 60
+@ download-progress /s/y u 100 100
+@ download-succeeded /s/y u 100
 
-	// Nothing was started: there is no success to tell.
-	w.writes = nil
-	d = log.Download("/s/z")
-	d.Finish(false)
-	d = log.Download("/s/z")
-	d.From("u", 5)
-	d.Finish(false)
-	if got := strings.Join(w.writes, ""); strings.Contains(got, "succeeded") {
-		t.Errorf("got %q", got)
-	}
-}
+`},
+		"nothing was started": {"/s/z", func(d *protocol.Download) { d.Finish(false) }, ""},
+		"no success": {"/s/z", func(d *protocol.Download) {
+			d.From("u", 5)
+			d.Finish(false)
+		}, "@ download-started /s/z u 5\n@ download-progress /s/z u 5 0\n"},
+		"it appears without anybody asking": {"i", func(d *protocol.Download) {
+			d.From("u", 100)
+			d.Transferred(42)
+			time.Sleep(time.Second)
+			d.Transferred(1)
+			d.Finish(true)
+		}, `@ download-started i u 100
+@ download-progress i u 100 0
+@ download-progress i u 100 42
+@ download-progress i u 100 43
+@ download-progress i u 100 100
+@ download-succeeded i u 100
 
-func TestPeriodicProgress(t *testing.T) {
-	r, w, err := os.Pipe()
-	must(t, err)
-	defer r.Close()
-	log := protocol.NewLog(w, protocol.LogStyle{Traces: true})
-	d := log.Download("i")
-	d.From("u", 100)
-	d.Transferred(42)
-	// It appears without anybody asking.
-	var got []byte
-	for !bytes.Contains(got, []byte("@ download-progress i u 100 42\n")) {
-		b := make([]byte, 1000)
-		n, err := r.Read(b)
-		must(t, err)
-		got = append(got, b[:n]...)
+`},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			var w lines
+			test.do(protocol.NewLog(&w, protocol.LogStyle{Program: "guix substitute", Traces: true, Columns: 80}).Download(test.item))
+			if got := strings.Join(w.writes, ""); got != test.want {
+				t.Errorf("%s: got %q, want %q", name, got, test.want)
+			}
+		})
 	}
-	d.Finish(true)
-	w.Close()
 }
 
 func TestProgressForPeople(t *testing.T) {
