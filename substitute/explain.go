@@ -151,23 +151,18 @@ func (s *Substituter) Explain(ctx context.Context, path string) (Explanation, er
 // inquire requests what a server has.
 func (s *Substituter) inquire(ctx context.Context, server *server, path, hash string) (ServerReport, *record) {
 	r := ServerReport{URL: server.name}
-	var mu sync.Mutex
 	var result *record
-	it := &item{path: path, hash: hash, anew: true, heard: func(a mirror.Answer, err error) {
-		mu.Lock()
-		defer mu.Unlock()
-		r.Status, r.Baking = a.Status, a.Baking
-		if err != nil {
-			r.Failure = err.Error()
-		}
-	}}
+	ctx, cancel := lookupContext(ctx, 1)
+	defer cancel()
 	begin := time.Now()
-	s.queryItems(ctx, server, []*item{it}, true, func(_ *item, answer *record) {
-		mu.Lock()
-		defer mu.Unlock()
-		result = answer
+	err := s.Mirrors.Narinfos(ctx, server.url, []string{hash}, func(a mirror.Answer) {
+		r.Status, r.Baking = a.Status, a.Baking
+		result = s.note(server, &item{path: path, hash: hash}, a)
 	})
 	r.Latency = time.Since(begin)
+	if err != nil {
+		r.Failure = err.Error()
+	}
 	return r, result
 }
 

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
@@ -62,11 +61,9 @@ type lookup struct {
 // An item is a store item that is looked up.
 type item struct {
 	path, hash string
-	anew       bool // what has been kept does not count
-	// heard, if not nil, is told what a server has answered, or why it has not; from any goroutine.
-	heard   func(a mirror.Answer, err error)
-	records []record // of each server that has a narinfo
-	waiting map[*inquiry]bool
+	anew       bool     // what has been kept does not count
+	records    []record // of each server that has a narinfo
+	waiting    map[*inquiry]bool
 }
 
 // An inquiry is a server that is asked about the items of a lookup.

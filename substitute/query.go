@@ -139,7 +139,7 @@ type missing struct {
 // fetch gets narinfos from a server.
 func (s *Substituter) fetch(ctx context.Context, server *server, items map[string]*missing, ahead bool, answer func(*item, *record)) {
 	if err := s.Mirrors.Down(server.url); err != nil {
-		s.unanswered(server, items, err)
+		s.unanswered(server, err)
 		return
 	}
 	local := mirror.IsLocal(server.url)
@@ -148,8 +148,7 @@ func (s *Substituter) fetch(ctx context.Context, server *server, items map[strin
 		progress = s.Log.Lookup(server.name, len(items))
 		defer progress.End()
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, lookupTimeout+time.Duration(len(items))*lookupTimeoutEach,
-		errors.New("too slow"))
+	ctx, cancel := lookupContext(ctx, len(items))
 	defer cancel()
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
@@ -178,20 +177,18 @@ func (s *Substituter) fetch(ctx context.Context, server *server, items map[strin
 		answer(it, r)
 	})
 	if err != nil {
-		s.unanswered(server, items, err)
+		s.unanswered(server, err)
 	}
 }
 
-// unanswered says once why a server has not answered, unless somebody wants to hear it.
-func (s *Substituter) unanswered(server *server, items map[string]*missing, err error) {
-	heard := false
-	for _, m := range items {
-		if m.item.heard != nil {
-			m.item.heard(mirror.Answer{}, err)
-			heard = true
-		}
-	}
-	if heard || errors.Is(err, context.Canceled) {
+// lookupContext ends when a server has had its time for some items.
+func lookupContext(ctx context.Context, items int) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, lookupTimeout+time.Duration(items)*lookupTimeoutEach, errors.New("too slow"))
+}
+
+// unanswered says once why a server has not answered.
+func (s *Substituter) unanswered(server *server, err error) {
+	if errors.Is(err, context.Canceled) {
 		return
 	}
 	key := "server " + server.url
@@ -201,36 +198,37 @@ func (s *Substituter) unanswered(server *server, items map[string]*missing, err 
 	s.Log.WarnOnce(key, "%v", naming(server.name, err))
 }
 
-// received makes a record of an answer, and keeps it for later.
+// received makes a record of an answer, and says what is odd about that.
 func (s *Substituter) received(server *server, it *item, a mirror.Answer, ahead bool) *record {
-	var text []byte
-	if a.Status == http.StatusOK {
-		text = a.Body
-	}
-	r := s.read(server, it, text, s.Now())
-	switch {
-	case it.heard != nil:
-		it.heard(a, nil)
-	case s.Debug && !ahead && a.Status != http.StatusOK:
+	r := s.note(server, it, a)
+	if s.Debug && !ahead && a.Status != http.StatusOK {
 		baking := ""
 		if a.Baking {
 			baking = " (baking)"
 		}
 		s.Log.Notef("narinfo of %s from %s: status %d%s", it.path, server.name, a.Status, baking)
-		fallthrough
-	default:
-		// Once for each kind of answer but a narinfo, or that there is none.
-		switch a.Status {
-		case http.StatusOK:
-			if a.Body == nil {
-				s.Log.WarnOnce("long "+server.url, "narinfo of %s from %s ignored: it is longer than %d bytes", it.path, server.name, mirror.MaxNarinfo)
-			}
-		case http.StatusAccepted, http.StatusNotFound, http.StatusGone:
-		default:
-			s.Log.WarnOnce(fmt.Sprint("status ", server.url, a.Status), "%s: narinfos are answered by status %d %s",
-				server.name, a.Status, http.StatusText(a.Status))
-		}
 	}
+	// Once for each kind of answer but a narinfo, or that there is none.
+	switch a.Status {
+	case http.StatusOK:
+		if a.Body == nil {
+			s.Log.WarnOnce("long "+server.url, "narinfo of %s from %s ignored: it is longer than %d bytes", it.path, server.name, mirror.MaxNarinfo)
+		}
+	case http.StatusAccepted, http.StatusNotFound, http.StatusGone:
+	default:
+		s.Log.WarnOnce(fmt.Sprint("status ", server.url, a.Status), "%s: narinfos are answered by status %d %s",
+			server.name, a.Status, http.StatusText(a.Status))
+	}
+	return r
+}
+
+// note makes a record of an answer, and keeps it for later.
+func (s *Substituter) note(server *server, it *item, a mirror.Answer) *record {
+	var text []byte
+	if a.Status == http.StatusOK {
+		text = a.Body
+	}
+	r := s.read(server, it, text, s.Now())
 	if !mirror.IsLocal(server.url) {
 		s.remember(server, it, a, r)
 	}
