@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -145,59 +146,34 @@ func hashValue(data sexp) []byte {
 	return hash.at(2).atom
 }
 
+// signedData is what a signature is about: (data (flags FLAG) (hash sha256 DIGEST)).
+func signedData(flag string, digest [32]byte) sexp {
+	return list("data", field("flags", flag), list("hash", atom("sha256"), atom(digest[:])))
+}
+
 // verify checks that value, (sig-val …), is a signature by k over data, (data …), in which the
 // digest is known to stand.
 func (k *PublicKey) verify(digest [32]byte, data, value sexp) error {
 	if k.unusable != nil {
 		return k.unusable
 	}
-	flag, err := dataFlag(data, digest)
-	if err != nil {
-		return err
-	}
-	if len(value.list) != 2 {
-		return errors.New("the list \"sig-val\" has not exactly one element")
-	}
+	kind, form, names, flags := "ecdsa", "(ecdsa (r …) (s …))", []string{"r", "s"}, []string{"rfc6979", "raw"}
 	if k.rsa != nil {
-		fields, _ := value.at(1).named("rsa")
-		s, ok := values(fields, "s")
-		if !ok {
-			return errors.New("the signature by an RSA key is not of the form (rsa (s …))")
-		}
-		if flag != "pkcs1" {
-			return fmt.Errorf("the signature by an RSA key has the flag %.100q", flag)
-		}
-		return verifyRSA(k.rsa, digest, s[0])
+		kind, form, names, flags = "rsa", "(rsa (s …))", []string{"s"}, []string{"pkcs1"}
 	}
-	fields, _ := value.at(1).named("ecdsa")
-	rs, ok := values(fields, "r", "s")
-	if !ok {
-		return errors.New("the signature by an elliptic-curve key is not of the form (ecdsa (r …) (s …))")
+	flag, _ := data.at(1).value("flags")
+	if !slices.Contains(flags, string(flag)) || !data.equal(signedData(string(flag), digest)) {
+		return fmt.Errorf("what is signed by such a key has one of the flags %q and a hash sha256, but here it is %.300s", flags, data.oneLine())
 	}
-	if flag != "rfc6979" && flag != "raw" {
-		return fmt.Errorf("the signature by an elliptic-curve key has the flag %.100q", flag)
-	}
-	if !verifyECDSA(k.point, digest, rs[0], rs[1]) {
+	fields, _ := value.at(1).named(kind)
+	numbers, ok := values(fields, names...)
+	switch {
+	case !ok || len(value.list) != 2:
+		return fmt.Errorf("the signature by such a key is not of the form (sig-val %s)", form)
+	case k.rsa != nil:
+		return verifyRSA(k.rsa, digest, numbers[0])
+	case !verifyECDSA(k.point, digest, numbers[0], numbers[1]):
 		return errors.New("it was not made by the key that it names")
 	}
 	return nil
-}
-
-// dataFlag returns FLAG of (data (flags FLAG) (hash sha256 DIGEST)).
-func dataFlag(data sexp, digest [32]byte) (string, error) {
-	flag, ok := data.at(1).value("flags")
-	if !ok {
-		return "", errors.New("the list \"data\" does not start with a list of one flag")
-	}
-	hash := data.at(2)
-	if _, ok := hash.named("hash"); !ok || len(data.list) != 3 {
-		return "", errors.New("the list \"data\" has other elements than (flags …) and (hash …)")
-	}
-	if algorithm := hash.at(1).atom; string(algorithm) != "sha256" {
-		return "", fmt.Errorf("the hash algorithm is %.100q instead of sha256", algorithm)
-	}
-	if string(hash.at(2).atom) != string(digest[:]) || len(hash.list) != 3 {
-		return "", errors.New("the list \"hash\" has not exactly two elements")
-	}
-	return string(flag), nil
 }
