@@ -53,10 +53,7 @@ func TestRest(t *testing.T) {
 	for c.Down(url) != nil {
 		time.Sleep(10 * time.Millisecond)
 	}
-	hs := hashes(20)
-	answers, err := collect(t.Context(), c, url, hs)
-	must(t, err)
-	check(t, answers, hs)
+	collectAll(t, c, url, hashes(20))
 }
 
 // TestBusyServers asks servers that refuse more than some requests at a time, and some requests in
@@ -78,10 +75,7 @@ func TestBusyServers(t *testing.T) {
 					serve(w, r)
 				}))
 				defer server.Close()
-				hs := hashes(100)
-				answers, err := collect(t.Context(), client(t, mirror.Options{}), server.URL+"/base", hs)
-				must(t, err)
-				check(t, answers, hs)
+				collectAll(t, client(t, mirror.Options{}), server.URL+"/base", hashes(100))
 				if refused.Load() == 0 {
 					t.Error("nothing was refused")
 				}
@@ -93,7 +87,7 @@ func TestBusyServers(t *testing.T) {
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(503) }))
 		defer server.Close()
 		answers, err := collect(t.Context(), client(t, mirror.Options{}), server.URL, hashes(3))
-		if err != nil || len(answers) != 3 || answers[hashes(1)[0]].Status != 503 {
+		if err != nil || len(answers) != 3 || answers[hash0].Status != 503 {
 			t.Errorf("%v, error %v", answers, err)
 		}
 	})
@@ -125,9 +119,7 @@ func fewWorkers(t *testing.T, workers int) {
 	var wait sync.WaitGroup
 	for range 2 {
 		c := client(t, mirror.Options{Dial: network.Dial})
-		answers, err := collect(t.Context(), c, server, hs)
-		must(t, err)
-		check(t, answers, hs)
+		collectAll(t, c, server, hs)
 		wait.Go(func() {
 			if _, err := read(t, c, server+"/nar"); err != nil {
 				t.Error(err)
@@ -153,11 +145,8 @@ func TestContentEncoding(t *testing.T) {
 		io.WriteString(z, "narinfo of "+strings.TrimSuffix(strings.TrimPrefix(r.URL.Path, "/base/"), ".narinfo"))
 	}))
 	defer server.Close()
-	hs := hashes(20)
 	c := client(t, mirror.Options{})
-	answers, err := collect(t.Context(), c, server.URL+"/base", hs)
-	must(t, err)
-	check(t, answers, hs)
+	collectAll(t, c, server.URL+"/base", hashes(20))
 	if got, err := read(t, c, server.URL+"/base/nar"); err != nil || got != "narinfo of nar" {
 		t.Errorf("%q, error %v", got, err)
 	}
@@ -171,13 +160,10 @@ func TestNarinfosRedirected(t *testing.T) {
 		http.Redirect(w, r, server.URL+"/base"+r.URL.Path, http.StatusMovedPermanently)
 	}))
 	defer first.Close()
-	hs := hashes(50)
-	answers, err := collect(t.Context(), client(t, mirror.Options{}), first.URL, hs)
-	must(t, err)
-	check(t, answers, hs)
+	collectAll(t, client(t, mirror.Options{}), first.URL, hashes(50))
 	loop := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, r.URL.Path, http.StatusFound) }))
 	defer loop.Close()
-	if answers, err := collect(t.Context(), client(t, mirror.Options{}), loop.URL, hs[:1]); err != nil || answers[hs[0]].Status != http.StatusFound {
+	if answers, err := collect(t.Context(), client(t, mirror.Options{}), loop.URL, hashes(1)); err != nil || answers[hash0].Status != http.StatusFound {
 		t.Errorf("%v, error %v", answers, err)
 	}
 }

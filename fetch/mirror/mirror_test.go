@@ -42,6 +42,9 @@ func hashes(n int) []string {
 	return hs
 }
 
+// hash0 is the first of them.
+const hash0 = "00000000000000000000000000000000"
+
 // collect asks for narinfos and returns the answers by hash part.
 func collect(ctx context.Context, c *mirror.Client, server string, hs []string) (map[string]mirror.Answer, error) {
 	var mu sync.Mutex
@@ -69,6 +72,14 @@ func check(t *testing.T, answers map[string]mirror.Answer, hs []string) {
 			t.Errorf("%s: status %d, body %.100q, want %q", h, a.Status, a.Body, want)
 		}
 	}
+}
+
+// collectAll asks for narinfos and checks that each item has the answer that serve gives.
+func collectAll(t *testing.T, c *mirror.Client, server string, hs []string) {
+	t.Helper()
+	answers, err := collect(t.Context(), c, server, hs)
+	must(t, err)
+	check(t, answers, hs)
 }
 
 // serve answers requests for narinfos below /base/.
@@ -135,10 +146,7 @@ func TestNarinfos(t *testing.T) {
 	c := client(t, mirror.Options{MaxConnections: 7})
 	for _, base := range []string{"/base", "/base/"} {
 		for _, n := range []int{0, 1, 2, 5, 300} {
-			hs := hashes(n)
-			answers, err := collect(t.Context(), c, server.URL+base, hs)
-			must(t, err)
-			check(t, answers, hs)
+			collectAll(t, c, server.URL+base, hashes(n))
 		}
 	}
 	if most := requests.most.Load(); most > 7 || most < 2 {
@@ -311,10 +319,7 @@ func TestUnwillingServers(t *testing.T) {
 	for name, f := range servers {
 		t.Run(name, func(t *testing.T) {
 			server := rawServer(t, f)
-			hs := hashes(100)
-			answers, err := collect(t.Context(), client(t, mirror.Options{}), server, hs)
-			must(t, err)
-			check(t, answers, hs)
+			collectAll(t, client(t, mirror.Options{}), server, hashes(100))
 		})
 	}
 }
@@ -611,15 +616,12 @@ func TestTLS(t *testing.T) {
 	server := httptest.NewTLSServer(http.HandlerFunc(serve))
 	defer server.Close()
 	c := client(t, mirror.Options{})
-	hs := hashes(100)
-	answers, err := collect(t.Context(), c, server.URL+"/base", hs)
-	must(t, err)
-	check(t, answers, hs)
-	if _, err := read(t, c, server.URL+"/base/"+hs[0]+".narinfo"); err != nil {
+	collectAll(t, c, server.URL+"/base", hashes(100))
+	if _, err := read(t, c, server.URL+"/base/"+hash0+".narinfo"); err != nil {
 		t.Error(err)
 	}
 	// A redirection from a server without TLS is followed as well.
-	plain := httptest.NewServer(http.RedirectHandler(server.URL+"/base/"+hs[0]+".narinfo", http.StatusFound))
+	plain := httptest.NewServer(http.RedirectHandler(server.URL+"/base/"+hash0+".narinfo", http.StatusFound))
 	defer plain.Close()
 	if _, err := read(t, c, plain.URL); err != nil {
 		t.Error(err)
@@ -690,9 +692,7 @@ func TestProxy(t *testing.T) {
 	} {
 		environment["no_proxy"] = test.exempt
 		c := client(t, mirror.Options{Getenv: func(name string) string { return environment[name] }})
-		answers, err := collect(t.Context(), c, test.url+"/base", hs)
-		must(t, err)
-		check(t, answers, hs)
+		collectAll(t, c, test.url+"/base", hs)
 		if _, err := read(t, c, test.url+"/base/"+hs[0]+".narinfo"); err != nil {
 			t.Error(err)
 		}
@@ -709,31 +709,11 @@ func TestProxy(t *testing.T) {
 	}
 }
 
-func TestDirectory(t *testing.T) {
+func TestNarFiles(t *testing.T) {
 	d := t.TempDir()
-	hs := hashes(3)
-	for name, contents := range map[string]string{
-		hs[0] + ".narinfo": "narinfo of " + hs[0],
-		"what?is=this":     "odd",
-		"a%3Fb":            "literal",
-	} {
-		must(t, os.WriteFile(d+"/"+name, []byte(contents), 0o644))
-	}
-	must(t, os.Mkdir(d+"/"+hs[2]+".narinfo", 0o755))
+	must(t, os.WriteFile(d+"/what?is=this", []byte("odd"), 0o644))
+	must(t, os.WriteFile(d+"/a%3Fb", []byte("literal"), 0o644))
 	c := client(t, mirror.Options{})
-	for _, server := range []string{"file://" + d, "file:" + d + "/", "file://localhost" + d} {
-		answers, err := collect(t.Context(), c, server, hs[:2])
-		must(t, err)
-		if a := answers[hs[0]]; a.Status != 200 || string(a.Body) != "narinfo of "+hs[0] {
-			t.Errorf("answer %+v", a)
-		}
-		if a := answers[hs[1]]; a.Status != 404 || a.Body != nil {
-			t.Errorf("answer %+v", a)
-		}
-	}
-	if _, err := collect(t.Context(), c, "file://"+d, hs[2:]); err == nil || !strings.Contains(err.Error(), "not a regular file") {
-		t.Errorf("a directory as a narinfo: error %v", err)
-	}
 	for name, want := range map[string]string{"what?is=this": "odd", "what%3Fis%3Dthis": "odd", "a%3Fb": "literal"} {
 		if got, err := read(t, c, "file://"+d+"/"+name); err != nil || got != want {
 			t.Errorf("%s: %q, error %v", name, got, err)
