@@ -186,24 +186,6 @@ func TestDecodePoint(t *testing.T) {
 	}
 }
 
-func TestNoncesAreInRange(t *testing.T) {
-	// Two numbers for one digest differ, and skipping works: about half of the candidates are not
-	// less than n.
-	seen := map[string]bool{string(make([]byte, 32)): true}
-	for i := range byte(20) {
-		left := 5
-		for k := range nonces([32]byte{i}, leftmostBits([32]byte{i})) {
-			if seen[string(k.Bytes())] {
-				t.Fatalf("nonce %x again, or zero", k.Bytes())
-			}
-			seen[string(k.Bytes())] = true
-			if left--; left == 0 {
-				break
-			}
-		}
-	}
-}
-
 func BenchmarkVerifyECDSA(b *testing.B) {
 	q, v := newPublicPoint(vectorPoint(b)), ecdsaVectors[0]
 	h, r, s := [32]byte(unhex(b, v.h)), unhex(b, v.r), unhex(b, v.s)

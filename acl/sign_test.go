@@ -3,12 +3,8 @@
 package acl
 
 import (
-	"crypto/rand"
-	"crypto/rsa"
 	"encoding/base64"
 	"errors"
-	"fmt"
-	"math/big"
 	"strings"
 	"testing"
 )
@@ -170,23 +166,6 @@ func replaceNumber(key, name, hex string) string {
 	before, after, _ := strings.Cut(key, "("+name+" #")
 	_, after, _ = strings.Cut(after, "#")
 	return before + "(" + name + " #" + hex + "#" + after
-}
-
-func TestSignRSA(t *testing.T) {
-	for _, bits := range []int{1024, 2048} {
-		priv, err := rsa.GenerateKey(rand.Reader, bits)
-		must(t, err)
-		number := func(name string, i *big.Int) string { return fmt.Sprintf("(%s #00%X#)", name, i.Bytes()) }
-		p, q := priv.Primes[0], priv.Primes[1]
-		k := signingKey(t, "(private-key (rsa "+number("n", priv.N)+"(e #010001#)"+number("d", priv.D)+number("p", p)+number("q", q)+
-			number("u", new(big.Int).ModInverse(p, q))+"))", "")
-		digest := digestOf(t, rsaH)
-		field, err := k.Sign(digest, "h")
-		must(t, err)
-		if err := NewACL(k.PublicKey()).Verify(digest, field); err != nil {
-			t.Errorf("%d bits: %v", bits, err)
-		}
-	}
 }
 
 func TestSignHost(t *testing.T) {

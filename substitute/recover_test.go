@@ -114,50 +114,39 @@ func (f *fixture) restore(t *testing.T, s *substitute.Substituter, want substitu
 // TestFailingForAWhile gets an item from the only server, all nars of which fail at first.
 func TestFailingForAWhile(t *testing.T) {
 	f := newFixture(t, 1000)
-	for name, fail := range map[string]func(w http.ResponseWriter){
-		"503":               func(w http.ResponseWriter) { w.WriteHeader(503) },
-		"429, later please": func(w http.ResponseWriter) { w.Header().Set("Retry-After", "9"); w.WriteHeader(429) },
-		"500":               func(w http.ResponseWriter) { w.WriteHeader(500) },
-		"closed":            func(w http.ResponseWriter) { panic(http.ErrAbortHandler) },
+	for name, test := range map[string]struct {
+		fail        func(w http.ResponseWriter)
+		failures    int64
+		least, most time.Duration
+		want        substitute.Status
+		requests    int64
+	}{
+		"503": {func(w http.ResponseWriter) { w.WriteHeader(503) }, 5, 3 * time.Second, 4 * time.Second, substitute.Success, 6},
+		"429, later please": {func(w http.ResponseWriter) { w.Header().Set("Retry-After", "9"); w.WriteHeader(429) },
+			5, 18 * time.Second, 18 * time.Second, substitute.Success, 6},
+		"500":      {func(w http.ResponseWriter) { w.WriteHeader(500) }, 5, 3 * time.Second, 4 * time.Second, substitute.Success, 6},
+		"closed":   {func(w http.ResponseWriter) { panic(http.ErrAbortHandler) }, 5, 3 * time.Second, 4 * time.Second, substitute.Success, 6},
+		"for ever": {func(w http.ResponseWriter) { w.WriteHeader(503) }, 1000, 0, time.Minute, substitute.NotFound, 8},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			bubble(t, func(t *testing.T, n *testNetwork) {
 				var requests atomic.Int64
 				s, log := n.with(f.key, n.serve(f.handler(f.narinfo(t, "none nar", "none other"), func(w http.ResponseWriter, r *http.Request) {
-					if requests.Add(1) <= 5 {
-						fail(w)
+					if requests.Add(1) <= test.failures {
+						test.fail(w)
 						return
 					}
 					f.good(w, r)
 				})))
 				begin := time.Now()
-				f.restore(t, s, substitute.Success, log)
-				least, most := 3*time.Second, 4*time.Second
-				if name == "429, later please" {
-					least, most = 18*time.Second, 18*time.Second
-				}
-				if took := time.Since(begin); took < least || took > most {
-					t.Errorf("it took %v", took)
+				f.restore(t, s, test.want, log)
+				if took := time.Since(begin); took < test.least || took > test.most || requests.Load() != test.requests {
+					t.Errorf("it took %v and %d requests", took, requests.Load())
 				}
 			})
 		})
 	}
-	t.Run("for ever", func(t *testing.T) {
-		t.Parallel()
-		bubble(t, func(t *testing.T, n *testNetwork) {
-			var requests atomic.Int64
-			s, log := n.with(f.key, n.serve(f.handler(f.narinfo(t, "none nar"), func(w http.ResponseWriter, r *http.Request) {
-				requests.Add(1)
-				w.WriteHeader(503)
-			})))
-			begin := time.Now()
-			f.restore(t, s, substitute.NotFound, log)
-			if n := requests.Load(); n != 4 || time.Since(begin) > time.Minute {
-				t.Errorf("%d requests in %v", n, time.Since(begin))
-			}
-		})
-	})
 	t.Run("refused", func(t *testing.T) {
 		t.Parallel()
 		bubble(t, func(t *testing.T, n *testNetwork) {
