@@ -25,26 +25,17 @@ type location struct {
 
 // parse parses a server's URL or that of a nar. Its errors show no user information.
 func parse(raw string) (*location, error) {
-	scheme, rest, _ := strings.Cut(raw, ":")
-	rest, _, _ = strings.Cut(rest, "#")
-	authority := ""
-	if after, ok := strings.CutPrefix(rest, "//"); ok {
-		end := strings.IndexAny(after, "/?")
-		if end < 0 {
-			end = len(after)
-		}
-		authority, rest = after[:end], after[end:]
-	}
-	if strings.EqualFold(scheme, "file") {
+	raw, _, _ = strings.Cut(raw, "#")
+	if scheme, name, _ := strings.Cut(raw, ":"); strings.EqualFold(scheme, "file") {
 		// What looks like a host is part of the name, and so is a query (Guix,
 		// guix/substitutes.scm, takes names as they stand too).
-		if authority != "localhost" {
-			rest = authority + rest
+		if after, ok := strings.CutPrefix(name, "//"); ok {
+			name = strings.TrimPrefix(after, "localhost")
 		}
-		if !strings.HasPrefix(rest, "/") {
+		if !strings.HasPrefix(name, "/") {
 			return nil, fmt.Errorf("invalid URL %.300q: no absolute file name", raw)
 		}
-		return &location{scheme: "file", target: rest}, nil
+		return &location{scheme: "file", target: name}, nil
 	}
 	u, err := url.Parse(raw)
 	if err != nil {
@@ -60,10 +51,16 @@ func parse(raw string) (*location, error) {
 		if l.port == usualPorts[l.scheme] {
 			l.port = ""
 		}
-		if !strings.HasPrefix(rest, "/") {
-			rest = "/" + rest
+		_, target, _ := strings.Cut(raw, "//")
+		if i := strings.IndexAny(target, "/?"); i >= 0 {
+			target = target[i:]
+		} else {
+			target = ""
 		}
-		l.target = visible(rest)
+		if !strings.HasPrefix(target, "/") {
+			target = "/" + target
+		}
+		l.target = visible(target)
 	default:
 		return nil, fmt.Errorf("%w in %.300q", ErrUnsupportedScheme, WithoutUser(raw))
 	}
@@ -188,17 +185,10 @@ func shortened(err error) error {
 // WithoutUser returns a URL without its user information, which may be a password, for messages.
 // What is no URL it returns without what looks like that.
 func WithoutUser(rawURL string) string {
-	start := strings.Index(rawURL, "//")
-	if start < 0 {
+	scheme, rest, ok := strings.Cut(rawURL, "//")
+	if !ok {
 		return rawURL
 	}
-	start += 2
-	end := len(rawURL)
-	if i := strings.IndexAny(rawURL[start:], "/?#"); i >= 0 {
-		end = start + i
-	}
-	if at := strings.LastIndexByte(rawURL[start:end], '@'); at >= 0 {
-		return rawURL[:start] + rawURL[start+at+1:]
-	}
-	return rawURL
+	end := strings.IndexAny(rest+"/", "/?#")
+	return scheme + "//" + rest[strings.LastIndexByte(rest[:end], '@')+1:]
 }
