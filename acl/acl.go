@@ -38,9 +38,9 @@ func NewACL(keys ...*PublicKey) *ACL {
 }
 
 // ParseACL parses the text of an ACL file, (acl (entry KEY (tag (guix import))) …) with each KEY of
-// the form (public-key …). It fails if the text is no s-expression or if a single
-// entry has another form; a list that is partly understood must not be acted upon. (Guix,
-// guix/pki.scm: acl->public-keys.)
+// the form (public-key …). It fails if the text is no s-expression or if a single entry has another
+// form; a list that is partly understood must not be acted upon. (Guix, guix/pki.scm:
+// acl->public-keys.)
 //
 // A key of a kind that cannot be used (see [PublicKey.Usable]) is no error.
 func ParseACL(text []byte) (*ACL, error) {

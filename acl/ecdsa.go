@@ -227,10 +227,10 @@ func bigEndian(s *edwards25519.Scalar) []byte {
 	return b
 }
 
-// nonces derives the secret numbers for a signature, of which the first that is of use is taken, from the private key and the digest (RFC 6979,
-// section 3.2) with HMAC-SHA-256 and qlen = 253. Thus numbers are octet strings of 32 bytes, and of
-// each block of output the leftmost 253 bits are taken; a result that is 0 or not less than n is
-// skipped.
+// nonces derives the secret numbers for a signature, of which the first that is of use is taken,
+// from the private key and the digest (RFC 6979, section 3.2) with HMAC-SHA-256 and qlen = 253.
+// Thus numbers are octet strings of 32 bytes, and of each block of output the leftmost 253 bits are
+// taken; a result that is 0 or not less than n is skipped.
 //
 // The RFC wants the private number to be less than n. One that is not, as Libgcrypt makes them,
 // goes in as it is, as in Libgcrypt.

@@ -30,8 +30,7 @@ type PublicKey struct {
 }
 
 // ParsePublicKey parses a text that contains an expression (public-key …), such as that of a file
-// signing-key.pub. It fails if the text is no s-expression  or contains no public
-// key.
+// signing-key.pub. It fails if the text is no s-expression or contains no public key.
 //
 // It does not fail if the key is of a kind that this package cannot use; see [PublicKey.Usable].
 func ParsePublicKey(text []byte) (*PublicKey, error) {

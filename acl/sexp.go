@@ -271,8 +271,8 @@ func fromBase64(text []byte) ([]byte, error) {
 	return atom, nil
 }
 
-// find returns the first list inside s, s itself included, whose first element is the atom name,
-// in the order of the text. It reports whether there is one. This is how Guix takes signatures and
+// find returns the first list inside s, s itself included, whose first element is the atom name, in
+// the order of the text. It reports whether there is one. This is how Guix takes signatures and
 // keys apart. (Libgcrypt, gcry_sexp_find_token.)
 func (s sexp) find(name string) (sexp, bool) {
 	if _, ok := s.named(name); ok {

@@ -29,14 +29,13 @@ type SigningKey struct {
 	rsa   *rsa.PrivateKey
 }
 
-// ParseSigningKey parses a key pair as `guix archive --generate-key` makes it. secret is the text
-// of signing-key.sec, which must contain an expression (private-key …); public is that of
-// signing-key.pub, which must contain the (public-key …) that belongs to it. public may be empty:
-// then the public key is made of what the private key says.
+// ParseSigningKey parses a key pair as `guix archive --generate-key` makes it: the texts of
+// signing-key.sec, with an expression (private-key …), and of signing-key.pub, with the (public-key
+// …) that belongs to it. If public is empty, the public key is made of what the private key says.
 //
-// It fails if a text is no s-expression or lacks the key, if the private key is
-// neither (ecc (curve Ed25519) (q …) (d …)) nor (rsa (n …) (e …) (d …) (p …) (q …) (u …)), and if
-// the two keys do not belong together. No error says anything about secret numbers.
+// It fails if a text is no s-expression or lacks the key, if the private key is neither (ecc (curve
+// Ed25519) (q …) (d …)) nor (rsa (n …) (e …) (d …) (p …) (q …) (u …)), and if the two keys do not
+// belong together. No error says anything about secret numbers.
 func ParseSigningKey(secret, public []byte) (*SigningKey, error) {
 	s, err := parseFile(secret)
 	if err != nil {

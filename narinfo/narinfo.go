@@ -38,21 +38,19 @@ type Narinfo struct {
 	// true: what counts is NarDigest.
 	NarSize      uint64
 	NarSizeKnown bool
-	// References has the names, without directory, of the store items that this one refers to, in
-	// the order in which they were written. All are valid.
+	// References has the names, without directory, of the store items that this one refers to, as
+	// they were written. All are valid.
 	References []string
-	// Deriver is the name, without directory, of the derivation that built the item. It is empty if
-	// unknown, also if an invalid name was given.
+	// Deriver is the name, without directory, of the derivation that built the item; empty if no
+	// valid one was given.
 	Deriver string
-	// URLs has the places of the nar, in the order in which they were written, unsupported ones
-	// included; [Narinfo.PreferredURLs] has those to try. URLs are usually not signed.
+	// URLs has the places of the nar as they were written, unsupported ones included;
+	// [Narinfo.PreferredURLs] has those to try. URLs are usually not signed.
 	URLs []URL
-	// ERIS has the ERIS read capabilities that the narinfo offers, in the order in which they were
-	// written, whatever their text: whether it is one must be found out by whoever uses it. What is
-	// beyond the first 16 is dropped.
+	// ERIS has the first 16 ERIS read capabilities that the narinfo offers, whatever their text:
+	// whoever uses one must find out whether it is one.
 	ERIS []ERIS
-	// Deltas has the deltas that make the item of another one, in the order in which they were
-	// written. Those that make no sense, and what is beyond the first 16, are dropped.
+	// Deltas has the first 16 deltas that make the item of another one and make sense.
 	Deltas []Delta
 	// Signature is the value of the field Signature, empty if there is none.
 	Signature string
@@ -155,23 +153,18 @@ type Verifier interface {
 // Text returns the text that was parsed.
 func (n *Narinfo) Text() string { return n.text }
 
-// SignedText returns the part of the text that its signature covers: everything before the first
-// occurrence of "Signature:", as it is. It reports false if the narinfo counts as unsigned: without
-// a signature, if the signature does not cover StorePath, NarHash and References, or if the first
-// occurrence of "Signature:" is not at the start of that very field. (Guix, guix/narinfo.scm:
-// narinfo-sha256. The last condition is ours; what fails it is no text that a server writes, and
-// might be read in two ways.)
-//
-// Whether the signature is good is another question.
+// SignedText returns the part of the text that its signature covers, good or not: everything before
+// the first occurrence of "Signature:". It reports false if the narinfo counts as unsigned: without
+// a signature, if that does not cover StorePath, NarHash and References, or if the first occurrence
+// of "Signature:" is not at the start of that very field. (Guix, guix/narinfo.scm: narinfo-sha256.
+// The last condition is ours; what fails it might be read in two ways.)
 func (n *Narinfo) SignedText() (string, bool) {
 	return n.text[:n.signed], n.signed > 0
 }
 
-// Authorise returns nil if the narinfo bears a signature that keys accepts. Then StorePath,
-// NarHash, NarDigest and References, and the capabilities and deltas that are marked as signed, are
-// what the signer wrote. Otherwise it returns [ErrUnsigned] or the error of keys.
-//
-// It depends on the text that was parsed only, and not on changes made to the fields later.
+// Authorise returns nil if the text that was parsed bears a signature that keys accepts. Then
+// StorePath, NarHash, NarDigest and References, and the capabilities and deltas that are marked as
+// signed, are what the signer wrote. Otherwise it returns [ErrUnsigned] or the error of keys.
 func (n *Narinfo) Authorise(keys Verifier) error {
 	signed, ok := n.SignedText()
 	if !ok {

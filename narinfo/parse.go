@@ -41,20 +41,13 @@ const signatureField = "Signature:"
 // before it. Unknown fields are ignored. (Guix, guix/records.scm: recutils->alist; Guix,
 // guix/narinfo.scm: read-narinfo.)
 //
-// Parse fails, saying why, if
-//
-//   - text exceeds [MaxSize], [MaxReferences] or [MaxURLs], or is not UTF-8,
-//   - a line is of no kind named above, or a field has no colon,
-//   - StorePath or References is missing or malformed, or NarSize is malformed, or
-//   - there is no URL with a supported compression (see [Narinfo.PreferredURLs]).
+// Parse fails if text exceeds [MaxSize], [MaxReferences] or [MaxURLs] or is not UTF-8, if a line is
+// of no kind named above, if StorePath or References is missing or malformed or NarSize malformed,
+// and if there is no URL with a supported compression (see [Narinfo.PreferredURLs]).
 //
 // A narinfo without a good NarHash is enough to know that an item is available; [Narinfo.CheckHash]
-// reports whether there is more to it.
-//
-// That the narinfo is the one that was asked for must be checked with [Narinfo.CheckItem], and
-// whether to believe it with [Narinfo.Authorise].
-//
-// Parse keeps no reference to text.
+// reports whether there is more to it. That the narinfo is the one that was asked for must be
+// checked with [Narinfo.CheckItem], and whether to believe it with [Narinfo.Authorise].
 func Parse(text []byte) (*Narinfo, error) {
 	if len(text) > MaxSize {
 		return nil, fmt.Errorf("narinfo: %d bytes exceed the limit of %d", len(text), MaxSize)

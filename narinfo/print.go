@@ -16,11 +16,10 @@ import (
 // if it is not empty, a line each. Its SHA-256 digest is what a signature must be made of; give
 // both to [Text].
 //
-// Of n it uses StorePath, NarDigest, NarSize, ERIS (of which whether it is marked as signed does
-// not matter), References and Deriver. It fails if one of them is invalid, if there are more than
-// [MaxReferences] references or more than 16 elements of ERIS, and if n.NarHash is neither empty
-// nor the hash that n.NarDigest denotes. (Guix, guix/scripts/publish.scm: narinfo-string; for ERIS,
-// which stock Guix ignores: Guix, issue 52555.)
+// Of n it uses StorePath, NarDigest, NarSize, ERIS, References and Deriver. It fails if one of them
+// is invalid or too long, and if n.NarHash is neither empty nor the hash that n.NarDigest denotes.
+// (Guix, guix/scripts/publish.scm: narinfo-string; for ERIS, which stock Guix ignores: Guix, issue
+// 52555.)
 func SignedPart(n *Narinfo) (string, error) {
 	dir, base := cutBase(n.StorePath)
 	if !strings.HasPrefix(dir, "/") || badURLByte(dir) >= 0 {
@@ -65,12 +64,10 @@ func SignedPart(n *Narinfo) (string, error) {
 	return b.String(), nil
 }
 
-// Text returns a whole narinfo: what [SignedPart] returned, the field Signature with the value
-// signature, which covers the part before, and the urls, which it does not. If signature is empty,
-// there is no such field, and the narinfo counts as unsigned.
-//
-// It fails if the result is not a narinfo that [Parse] reads back as what it was made of: in
-// particular if urls is empty or contains one that cannot be used.
+// Text returns a whole narinfo: what [SignedPart] returned, the field Signature, which covers that,
+// unless the signature is empty, and the urls, which it does not cover. It fails if the result is
+// not a narinfo that [Parse] reads back as what it was made of: in particular if urls is empty or
+// contains one that cannot be used.
 func Text(signedPart, signature string, urls []URL) (string, error) {
 	if !strings.HasSuffix(signedPart, "\n") {
 		return "", errors.New("narinfo: the part to be signed does not end with a line feed")

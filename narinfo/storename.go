@@ -113,10 +113,8 @@ func cutBase(path string) (dir, base string) {
 }
 
 // CheckItem returns nil if the narinfo is about item, and item is in the store directory storeDir
-// (see [CheckStorePath]). Otherwise it returns an error.
-//
-// A narinfo must pass this before anything else is made of it. Its signature does not help here: a
-// server may well answer with a narinfo that somebody authorised signed for another item.
+// (see [CheckStorePath]). A narinfo must pass this before anything else is made of it: a server may
+// well answer with one that somebody authorised signed for another item.
 func (n *Narinfo) CheckItem(storeDir, item string) error {
 	if err := CheckStorePath(storeDir, item); err != nil {
 		return err

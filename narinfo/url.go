@@ -52,14 +52,11 @@ const (
 )
 
 // PreferredURLs returns the URLs that can be used, the preferred ones first. Left out are those
-// with a compression other than none, gzip, lzip, zstd, xz and bzip2, those that contain blanks,
-// control characters or other than ASCII characters, and those of more than 4096 bytes. A parsed
-// narinfo has at least one.
+// with a compression that is not supported, with blanks, control characters or other than ASCII
+// characters, and those of more than 4096 bytes. A parsed narinfo has at least one.
 //
-// With [Fast], the order is: none and zstd alike, then gzip, then lzip, then the rest. With
-// [Small], known sizes come first, in ascending order; then unknown ones, in the order lzip, then
-// zstd, xz and bzip2 alike, then gzip, then none. Where that does not decide, the order of the
-// narinfo does. (Guix, guix/narinfo.scm: narinfo-preferred-uris.)
+// With [Small], known sizes come first. Where the order does not decide, that of the narinfo does.
+// (Guix, guix/narinfo.scm: narinfo-preferred-uris.)
 func (n *Narinfo) PreferredURLs(order Order) []URL {
 	urls := make([]URL, 0, len(n.URLs))
 	for _, u := range n.URLs {

@@ -196,10 +196,8 @@ func (s *Substituter) Have(ctx context.Context, items []string) []string {
 }
 
 // Info returns what the daemon wants to know about those of the given store items that are
-// available, in the order given.
-//
-// After a question about few items, it goes on in the background with what they refer to, as
-// [Config] allows, for that is what the daemon asks about next.
+// available, in the order given. After a question about few items, it goes on in the background
+// with what they refer to, as [Config] allows, for that is what the daemon asks about next.
 func (s *Substituter) Info(ctx context.Context, items []string) []protocol.Info {
 	var records []protocol.Info
 	found := s.lookup(ctx, items).all()
