@@ -51,9 +51,7 @@ func TestSignAsLibgcrypt(t *testing.T) {
 	if got != want {
 		t.Errorf("RSA: got\n%s\nwant\n%s", decodeField(t, got), decodeField(t, want))
 	}
-	if err := NewACL(k.PublicKey()).Verify(digestOf(t, rsaDigest), got); err != nil {
-		t.Error(err)
-	}
+	must(t, NewACL(k.PublicKey()).Verify(digestOf(t, rsaDigest), got))
 }
 
 func decodeField(t testing.TB, field string) string {
@@ -76,9 +74,7 @@ func TestGenerateSigningKey(t *testing.T) {
 		a := NewACL(k.PublicKey())
 		field, err := again.Sign(digest, "localhost")
 		must(t, err)
-		if err := a.Verify(digest, field); err != nil {
-			t.Error(err)
-		}
+		must(t, a.Verify(digest, field))
 		digest[0] ^= 0x80
 		if err := a.Verify(digest, field); !errors.Is(err, ErrHashMismatch) {
 			t.Errorf("for another digest: %v", err)
@@ -114,9 +110,7 @@ func TestParseSigningKey(t *testing.T) {
 			if text := decodeField(t, field); !strings.Contains(text, eccR) || !strings.Contains(text, eccS) {
 				t.Errorf("another signature: %s", decodeField(t, field))
 			}
-			if err := NewACL(k.PublicKey()).Verify(digestOf(t, rsaH), field); err != nil {
-				t.Error(err)
-			}
+			must(t, NewACL(k.PublicKey()).Verify(digestOf(t, rsaH), field))
 		})
 	}
 

@@ -279,9 +279,7 @@ func TestSignCharacters(t *testing.T) {
 	if text := decodeField(t, field); strings.ContainsFunc(text, func(r rune) bool { return r > 0x7e }) {
 		t.Errorf("signature is %q", text)
 	}
-	if err := NewACL(k.PublicKey()).Verify(digest, field); err != nil {
-		t.Error(err)
-	}
+	must(t, NewACL(k.PublicKey()).Verify(digest, field))
 }
 
 // TestFilesOfCharacters reads keys and lists that Guile has written in UTF-8 and in ISO 8859-1.

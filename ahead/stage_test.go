@@ -80,9 +80,7 @@ func TestStage(t *testing.T) {
 		t.Error("an item that is not staged was moved")
 	}
 	CleanStages(store) // which removes nothing that is in use
-	if err := s.move("b", b); err != nil {
-		t.Error(err)
-	}
+	must(t, s.move("b", b))
 	if err := s.close(); err != nil || exists(filepath.Join(store, stagingName)) {
 		t.Errorf("the directory is left: %v", err)
 	}
@@ -97,9 +95,7 @@ func TestStageShared(t *testing.T) {
 	if other.claim("a") != nil {
 		t.Error("an item is staged twice")
 	}
-	if err := other.move("a", a); err != nil {
-		t.Error(err)
-	}
+	must(t, other.move("a", a))
 	c := one.claim("b")
 	tree(t, c.part())
 	if other.claim("b") != nil {
@@ -113,9 +109,7 @@ func TestStageShared(t *testing.T) {
 		ok, _ := other.take(t.Context(), "b", b)
 		moved <- ok
 	}()
-	if err := c.finish(); err != nil {
-		t.Error(err)
-	}
+	must(t, c.finish())
 	c.release()
 	if !<-moved || !exists(filepath.Join(b, "file")) {
 		t.Error("what was waited for is not there")
@@ -224,9 +218,7 @@ func TestStageCollected(t *testing.T) {
 	if err := s.move("a", a); err == nil {
 		t.Error("what was collected was moved")
 	}
-	if err := s.close(); err != nil {
-		t.Error(err)
-	}
+	must(t, s.close())
 }
 
 // What helpers leave that were killed is removed by the next one.
@@ -243,12 +235,8 @@ func TestCleanStages(t *testing.T) {
 	if exists(killed.path()) {
 		t.Error("what was left is left")
 	}
-	if err := used.move("a", a); err != nil {
-		t.Error(err)
-	}
-	if err := used.close(); err != nil {
-		t.Error(err)
-	}
+	must(t, used.move("a", a))
+	must(t, used.close())
 	// A link is not followed.
 	target := filepath.Join(store, "target")
 	tree(t, target)

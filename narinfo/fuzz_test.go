@@ -95,9 +95,7 @@ func FuzzParse(f *testing.F) {
 		}
 
 		// What the daemon will be told is well-formed.
-		if err := narinfo.CheckStoreName(n.StorePath[strings.LastIndexByte(n.StorePath, '/')+1:]); err != nil {
-			t.Error(err)
-		}
+		must(t, narinfo.CheckStoreName(n.StorePath[strings.LastIndexByte(n.StorePath, '/')+1:]))
 		for _, name := range n.References {
 			// There need not be a hash in it.
 			if err := narinfo.CheckStoreName(strings.Repeat("0", 32) + "-" + name); len(name) < 178 && err != nil || strings.HasPrefix(name, ".") {

@@ -153,9 +153,7 @@ func TestCheckStorePath(t *testing.T) {
 
 func TestCheckItem(t *testing.T) {
 	n := parse(t, hello)
-	if err := n.CheckItem("/gnu/store", helloPath); err != nil {
-		t.Error(err)
-	}
+	must(t, n.CheckItem("/gnu/store", helloPath))
 	wantError(t, n.CheckItem("/gnu/store", helloPath+"2"), "instead of")
 	wantError(t, n.CheckItem("/nix/store", helloPath), "not in the store directory")
 	other := parse(t, edit(t, hello, "/gnu/store/", "/gnu/store/x/"))

@@ -194,9 +194,7 @@ func TestParseRejects(t *testing.T) {
 }
 
 func TestCheckHash(t *testing.T) {
-	if err := parse(t, hello).CheckHash(); err != nil {
-		t.Error(err)
-	}
+	must(t, parse(t, hello).CheckHash())
 	for _, tt := range []struct{ name, text, want string }{
 		{"missing", edit(t, hello, "NarHash", "X"), "no field NarHash"},
 		{"hexadecimal", edit(t, hello, helloHash, "sha256:"+strings.Repeat("0", 64)), "hexadecimal"},

@@ -48,9 +48,7 @@ func TestPrintSignParse(t *testing.T) {
 	text, err := narinfo.Text(signed, signature, urls)
 	must(t, err)
 	m := parse(t, text)
-	if err := m.Authorise(testACL); err != nil {
-		t.Error(err)
-	}
+	must(t, m.Authorise(testACL))
 	if !slices.Equal(m.References, n.References) || m.Deriver != n.Deriver || !slices.Equal(m.URLs, urls) ||
 		!slices.Equal(m.ERIS, []narinfo.ERIS{{URN: "urn:eris:A", Signed: true}, {URN: "urn:eris:B", Form: "nar.zstd", Size: 77, Signed: true}}) {
 		t.Errorf("read back %+v", m)

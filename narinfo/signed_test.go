@@ -17,13 +17,9 @@ func TestRealNarinfosAreAuthorised(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			n := parse(t, x[0])
 			keys := parseACL(t, x[1])
-			if err := n.Authorise(keys); err != nil {
-				t.Error(err)
-			}
+			must(t, n.Authorise(keys))
 			wantIs(t, n.Authorise(acl.NewACL()), acl.ErrUnauthorisedKey)
-			if err := n.CheckItem("/gnu/store", n.StorePath); err != nil {
-				t.Error(err)
-			}
+			must(t, n.CheckItem("/gnu/store", n.StorePath))
 
 			// Any change in the signed part is found out.
 			signed, _ := n.SignedText()

@@ -378,9 +378,7 @@ func testBetweenRequests(t *testing.T) {
 	defer pipe.Close()
 	reply := func() {
 		t.Helper()
-		if err := requests.Reply(int(pipe.Fd()), []byte("reply\n")); err != nil {
-			t.Error(err)
-		}
+		must(t, requests.Reply(int(pipe.Fd()), []byte("reply\n")))
 	}
 	ahead := log.Hold()
 	ahead.WarnOnce("a", "ahead")

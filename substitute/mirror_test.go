@@ -107,9 +107,7 @@ func TestGuixMirror(t *testing.T) {
 					t.Errorf("%s: nix-store sees %s, %d bytes; want %s, %d", item, got, len(dump), outcome.NarHash, outcome.NarSize)
 				}
 			}
-			if err := restore.Remove(store); err != nil {
-				t.Error(err)
-			}
+			must(t, restore.Remove(store))
 		})
 	}
 }

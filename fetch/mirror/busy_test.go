@@ -147,9 +147,7 @@ func TestContentEncoding(t *testing.T) {
 	defer server.Close()
 	c := client(t, mirror.Options{})
 	collectAll(t, c, server.URL+"/base", hashes(20))
-	if got, err := read(t, c, server.URL+"/base/nar"); err != nil || got != "narinfo of nar" {
-		t.Errorf("%q, error %v", got, err)
-	}
+	expect(t, c, server.URL+"/base/nar", "narinfo of nar")
 }
 
 // TestNarinfosRedirected asks a server that sends everybody to another one.

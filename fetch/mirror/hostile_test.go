@@ -151,9 +151,7 @@ func TestOneConnectionOnly(t *testing.T) {
 	for range 2 {
 		collectAll(t, c, server, hs)
 	}
-	if err := c.Down(server); err != nil {
-		t.Error(err)
-	}
+	must(t, c.Down(server))
 }
 
 // TestOneBadItem asks servers that never answer about one item, or break at it: the others are
@@ -296,9 +294,7 @@ func TestTLSWithoutNotice(t *testing.T) {
 	})
 	server = strings.Replace(server, "http:", "https:", 1)
 	c := client(t, mirror.Options{ResumeDelay: time.Millisecond})
-	if got, err := read(t, c, server+"/live"); err != nil || got != "all of it" {
-		t.Errorf("%q, error %v", got, err)
-	}
+	expect(t, c, server+"/live", "all of it")
 	if _, err := read(t, c, server+"/known"); !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("of known length: error %v", err)
 	}

@@ -440,6 +440,14 @@ func read(t *testing.T, c *mirror.Client, url string) (string, error) {
 	return string(b), err
 }
 
+// expect reads a nar and checks what it has.
+func expect(t *testing.T, c *mirror.Client, url, want string) {
+	t.Helper()
+	if got, err := read(t, c, url); err != nil || got != want {
+		t.Errorf("%s: %.100q, error %v; want %.100q", url, got, err, want)
+	}
+}
+
 func TestNar(t *testing.T) {
 	var requests []string
 	mux := http.NewServeMux()
@@ -482,13 +490,9 @@ func TestNar(t *testing.T) {
 		{"/live", "ab"},
 	}
 	for _, test := range tests {
-		if got, err := read(t, c, server.URL+test.url); err != nil || got != test.want {
-			t.Errorf("%s: %q, error %v; want %q", test.url, got, err, test.want)
-		}
+		expect(t, c, server.URL+test.url, test.want)
 	}
-	if got, err := read(t, c, strings.Replace(server.URL, "http://", "http://alice:s%20cret@", 1)+"/nar/x"); err != nil || got != "/nar/x alice s cret" {
-		t.Errorf("with a password: %q, error %v", got, err)
-	}
+	expect(t, c, strings.Replace(server.URL, "http://", "http://alice:s%20cret@", 1)+"/nar/x", "/nar/x alice s cret")
 	if len(redirected) != 3 || strings.Contains(fmt.Sprint(redirected), "s%20cret") {
 		t.Errorf("redirections shown: %q", redirected)
 	}
@@ -515,9 +519,7 @@ func TestNar(t *testing.T) {
 		t.Errorf("size %d", n.Size)
 	}
 	n.Close()
-	if got, err := read(t, c, server.URL+"/nar/after"); err != nil || got != "/nar/after  " {
-		t.Errorf("after a nar that was left: %q, error %v", got, err)
-	}
+	expect(t, c, server.URL+"/nar/after", "/nar/after  ")
 }
 
 // TestNarReusesConnections fetches many nars over one connection, and narinfos over another.
@@ -527,18 +529,14 @@ func TestNarReusesConnections(t *testing.T) {
 	for range 20 {
 		_, err := collect(t.Context(), c, server.URL+"/base", hashes(1))
 		must(t, err)
-		if got, err := read(t, c, server.URL+"/nar"); err != nil || got != "nar" {
-			t.Fatal(got, err)
-		}
+		expect(t, c, server.URL+"/nar", "nar")
 	}
 	if n := connections.all.Load(); n > 2 {
 		t.Errorf("%d connections", n)
 	}
 	// A server that has closed meanwhile costs nothing but another connection.
 	server.CloseClientConnections()
-	if got, err := read(t, c, server.URL+"/nar"); err != nil || got != "nar" {
-		t.Errorf("%q, error %v", got, err)
-	}
+	expect(t, c, server.URL+"/nar", "nar")
 }
 
 // trickle writes a byte now and then until the other end is gone.
@@ -617,15 +615,11 @@ func TestTLS(t *testing.T) {
 	defer server.Close()
 	c := client(t, mirror.Options{})
 	collectAll(t, c, server.URL+"/base", hashes(100))
-	if _, err := read(t, c, server.URL+"/base/"+hash0+".narinfo"); err != nil {
-		t.Error(err)
-	}
+	expect(t, c, server.URL+"/base/"+hash0+".narinfo", "narinfo of "+hash0)
 	// A redirection from a server without TLS is followed as well.
 	plain := httptest.NewServer(http.RedirectHandler(server.URL+"/base/"+hash0+".narinfo", http.StatusFound))
 	defer plain.Close()
-	if _, err := read(t, c, plain.URL); err != nil {
-		t.Error(err)
-	}
+	expect(t, c, plain.URL, "narinfo of "+hash0)
 }
 
 // proxy is an HTTP proxy that notes what it is asked for.
@@ -693,9 +687,7 @@ func TestProxy(t *testing.T) {
 		environment["no_proxy"] = test.exempt
 		c := client(t, mirror.Options{Getenv: func(name string) string { return environment[name] }})
 		collectAll(t, c, test.url+"/base", hs)
-		if _, err := read(t, c, test.url+"/base/"+hs[0]+".narinfo"); err != nil {
-			t.Error(err)
-		}
+		expect(t, c, test.url+"/base/"+hs[0]+".narinfo", "narinfo of "+hs[0])
 		got := seen()
 		if test.want == "" && len(got) > 0 || test.want != "" && !slices.Contains(got, test.want) {
 			t.Errorf("no_proxy=%q: the proxy was asked for %q, want %q", test.exempt, got, test.want)
@@ -715,9 +707,7 @@ func TestNarFiles(t *testing.T) {
 	must(t, os.WriteFile(d+"/a%3Fb", []byte("literal"), 0o644))
 	c := client(t, mirror.Options{})
 	for name, want := range map[string]string{"what?is=this": "odd", "what%3Fis%3Dthis": "odd", "a%3Fb": "literal"} {
-		if got, err := read(t, c, "file://"+d+"/"+name); err != nil || got != want {
-			t.Errorf("%s: %q, error %v", name, got, err)
-		}
+		expect(t, c, "file://"+d+"/"+name, want)
 	}
 	if _, err := read(t, c, "file://"+d+"/absent"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("error %v", err)
