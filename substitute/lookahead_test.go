@@ -110,9 +110,7 @@ func TestLookAhead(t *testing.T) {
 	if n := askOneByOne(t, s, itemPath(0)); n != 300 {
 		t.Errorf("%d available", n)
 	}
-	if n := server.asked.Load(); n != 300 {
-		t.Errorf("%d requests for 300 narinfos", n)
-	}
+	server.wasAsked(t, 300)
 	if n := strings.Count(log.String(), "%"); n > 2 { // of the first item alone
 		t.Errorf("progress was shown %d times", n)
 	}
@@ -176,9 +174,7 @@ func TestLookAheadBounds(t *testing.T) {
 	until(t, "asking", func() bool { return other.asked.Load() >= 4 })
 	time.Sleep(20 * time.Millisecond)
 	s.Close()
-	if n := other.asked.Load(); n != 4 {
-		t.Errorf("%d requests, want 4", n)
-	}
+	other.wasAsked(t, 4)
 }
 
 // TestLookAheadOrder checks that what was looked up ahead has the answers of the servers that would
@@ -233,9 +229,7 @@ func TestLookAheadJoined(t *testing.T) {
 	if n := <-done; n != 1 {
 		t.Errorf("%d available", n)
 	}
-	if n := server.asked.Load(); n != 2 {
-		t.Errorf("%d requests", n)
-	}
+	server.wasAsked(t, 2)
 }
 
 // TestLookAheadClosed checks that closing does not wait for a server.
@@ -253,9 +247,7 @@ func TestLookAheadClosed(t *testing.T) {
 	for range 3 {
 		s, log := withLog(t, key, server.url)
 		s.LookAhead = 1000
-		if records := s.Info(t.Context(), []string{itemPath(0)}); len(records) != 1 {
-			t.Errorf("records %+v", records)
-		}
+		available(t, s, []string{itemPath(0)}, 1)
 		shown := log.String()
 		<-silent
 		s.Close()
@@ -266,9 +258,7 @@ func TestLookAheadClosed(t *testing.T) {
 		// Another request begins anew.
 		s.Info(t.Context(), []string{itemPath(0)})
 		s.SetKeys(acl.NewACL(acl.GenerateSigningKey().PublicKey()))
-		if records := s.Info(t.Context(), []string{itemPath(0)}); len(records) != 0 {
-			t.Error("available by the old keys")
-		}
+		available(t, s, []string{itemPath(0)}, 0)
 		s.Close()
 	}
 }
@@ -327,9 +317,7 @@ func TestLookAheadFillsCache(t *testing.T) {
 	closeIt()
 	s, closeIt = with()
 	defer closeIt()
-	if have := s.Have(t.Context(), items); len(have) != 50 {
-		t.Errorf("%d available", len(have))
-	}
+	available(t, s, items, 50)
 	for _, item := range items {
 		s.Substitute(t.Context(), item, t.TempDir()+"/item") // the nar is 404
 	}

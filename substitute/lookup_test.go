@@ -92,6 +92,22 @@ func (s *testServer) has(path, text string) {
 	s.texts["/"+filepath.Base(path)[:32]+".narinfo"] = text
 }
 
+// wasAsked checks how often the server was asked since this was checked before.
+func (s *testServer) wasAsked(t testing.TB, want int64) {
+	t.Helper()
+	if n := s.asked.Swap(0); n != want {
+		t.Errorf("%d requests, want %d", n, want)
+	}
+}
+
+// available checks how many of some items are.
+func available(t testing.TB, s *substitute.Substituter, items []string, want int) {
+	t.Helper()
+	if have := s.Info(context.Background(), items); len(have) != want {
+		t.Errorf("%d of %d items are available, want %d", len(have), len(items), want)
+	}
+}
+
 func newSubstituter(t testing.TB, key *acl.SigningKey, servers ...*testServer) *substitute.Substituter {
 	var urls []string
 	for _, s := range servers {
@@ -124,15 +140,13 @@ func TestOrder(t *testing.T) {
 	if !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
 	}
-	if a.asked.Load() != 5 || b.asked.Load() != 4 || c.asked.Load() != 2 {
-		t.Errorf("the servers were asked %d, %d and %d times", a.asked.Load(), b.asked.Load(), c.asked.Load())
-	}
+	a.wasAsked(t, 5)
+	b.wasAsked(t, 4)
+	c.wasAsked(t, 2)
 	// What is known need not be asked for.
-	if again := s.Info(context.Background(), itemPaths(5)); len(again) != 3 {
-		t.Errorf("second time: %+v", again)
-	}
-	if a.asked.Load() != 5 || b.asked.Load() != 4 || c.asked.Load() != 2 {
-		t.Error("the servers were asked again")
+	available(t, s, itemPaths(5), 3)
+	for _, server := range []*testServer{a, b, c} {
+		server.wasAsked(t, 0)
 	}
 }
 
@@ -247,9 +261,7 @@ func TestCache(t *testing.T) {
 	s := newSubstituter(t, acl.GenerateSigningKey(), server)
 	defer withCache(t, s, directory)()
 	s.Now = func() time.Time { return now.Add(-100 * time.Hour) }
-	if have := s.Have(context.Background(), itemPaths(1)); len(have) > 0 {
-		t.Errorf("available by a key that is not in the list: %q", have)
-	}
+	available(t, s, itemPaths(1), 0)
 	// What a server has given out for another item is not kept as a narinfo.
 	server.has(itemPath(7), sign(t, key, itemPath(0), 1))
 	if have, asks := ask(0, []string{itemPath(7)}); len(have) > 0 || asks != 1 {

@@ -114,9 +114,7 @@ func TestRewritten(t *testing.T) {
 				if test.rewritten {
 					requests = 1
 				}
-				if n := server.asked.Swap(0); n != requests {
-					t.Errorf("%d requests instead of %d", n, requests)
-				}
+				server.wasAsked(t, requests)
 				tried := strings.Contains(log.String(), "file://"+old.StorePath)
 				if tried != (!test.off && (attempt == 0 || test.rewritten)) {
 					t.Errorf("attempt %d: the old item is tried: %t", attempt, tried)
@@ -357,9 +355,7 @@ func TestDelta(t *testing.T) {
 			if !test.delta {
 				requests++
 			}
-			if n := server.asked.Load(); n != requests {
-				t.Errorf("%d requests instead of %d", n, requests)
-			}
+			server.wasAsked(t, requests)
 			log.warned(t)
 		})
 	}

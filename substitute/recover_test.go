@@ -439,14 +439,10 @@ func TestClockSetBack(t *testing.T) {
 	defer withCache(t, s, t.TempDir())()
 	later := 1000 * time.Hour
 	s.Now = func() time.Time { return time.Now().Add(later) }
-	if have := s.Have(t.Context(), itemPaths(1)); len(have) > 0 {
-		t.Errorf("available: %q", have)
-	}
+	available(t, s, itemPaths(1), 0)
 	later = 0
 	server.has(itemPath(0), f.narinfo(t, "none nar"))
-	if have := s.Have(t.Context(), itemPaths(1)); len(have) != 1 {
-		t.Error("an absence of the future is believed")
-	}
+	available(t, s, itemPaths(1), 1)
 }
 
 // TestPortal asks through a network that wants us to log in first, and afterwards.
@@ -454,17 +450,13 @@ func TestPortal(t *testing.T) {
 	f := newFixture(t, 10)
 	server := newTestServer(t)
 	server.has(itemPath(0), "<html>Please log in</html>")
-	s, log := withLog(t, f.key, server.url)
+	s, _ := withLog(t, f.key, server.url)
 	later := time.Duration(0)
 	s.Now = func() time.Time { return time.Now().Add(later) }
-	if have := s.Have(t.Context(), itemPaths(1)); len(have) > 0 {
-		t.Errorf("available: %q", have)
-	}
+	available(t, s, itemPaths(1), 0)
 	server.has(itemPath(0), f.narinfo(t, "none nar"))
 	later = 6 * time.Second
-	if have := s.Have(t.Context(), itemPaths(1)); len(have) != 1 {
-		t.Errorf("not available seconds later: %s", log)
-	}
+	available(t, s, itemPaths(1), 1)
 }
 
 // TestOffered checks that only those items are offered that there is a way to.
@@ -524,9 +516,7 @@ func TestSaid(t *testing.T) {
 		s, log := withLog(t, f.key, server.URL)
 		s.KeysFile = "/etc/guix/acl"
 		for range 2 {
-			if have := s.Have(t.Context(), itemPaths(20)); len(have) > 0 {
-				t.Errorf("%s: available: %q", name, have)
-			}
+			available(t, s, itemPaths(20), 0)
 		}
 		for _, want := range test.want {
 			if strings.Count(log.String(), want) != 1 {

@@ -199,9 +199,7 @@ func TestEndlessNarinfos(t *testing.T) {
 		endless.has(path, sign(t, key, path, 100)+"Padding: "+strings.Repeat("x", 900<<10)+"\n")
 	}
 	s, log := withLog(t, key, endless.url, good.url)
-	if records := s.Info(context.Background(), itemPaths(n)); len(records) != n {
-		t.Errorf("%d of %d items are available", len(records), n)
-	}
+	available(t, s, itemPaths(n), n)
 	// 4 MiB and 8 KiB per item are 5 such narinfos.
 	if asked := good.asked.Load(); asked < n-6 || asked == n {
 		t.Errorf("the other server was asked for %d of %d items", asked, n)
