@@ -117,12 +117,7 @@ func TestCheckStoreName(t *testing.T) {
 		{"not ASCII", hash + "-é", "0xc3"},
 		{"tilde", hash + "-x~", "0x7e"},
 	} {
-		err := narinfo.CheckStoreName(tt.in)
-		if tt.want == "" && err != nil {
-			t.Errorf("%s: %v", tt.name, err)
-		} else if tt.want != "" {
-			wantError(t, err, tt.want)
-		}
+		wantError(t, tt.name, narinfo.CheckStoreName(tt.in), tt.want)
 	}
 }
 
@@ -154,9 +149,9 @@ func TestCheckStorePath(t *testing.T) {
 func TestCheckItem(t *testing.T) {
 	n := parse(t, hello)
 	must(t, n.CheckItem("/gnu/store", helloPath))
-	wantError(t, n.CheckItem("/gnu/store", helloPath+"2"), "instead of")
-	wantError(t, n.CheckItem("/nix/store", helloPath), "not in the store directory")
+	wantError(t, "another item", n.CheckItem("/gnu/store", helloPath+"2"), "instead of")
+	wantError(t, "another item", n.CheckItem("/nix/store", helloPath), "not in the store directory")
 	other := parse(t, edit(t, hello, "/gnu/store/", "/gnu/store/x/"))
-	wantError(t, other.CheckItem("/gnu/store", helloPath), "instead of")
-	wantError(t, other.CheckItem("/gnu/store", other.StorePath), "not in the store directory")
+	wantError(t, "another item", other.CheckItem("/gnu/store", helloPath), "instead of")
+	wantError(t, "another item", other.CheckItem("/gnu/store", other.StorePath), "not in the store directory")
 }

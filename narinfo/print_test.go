@@ -83,12 +83,10 @@ func TestPrintRejects(t *testing.T) {
 		{"the word in ERIS", func(n *narinfo.Narinfo) { n.ERIS = []narinfo.ERIS{{URN: "Signature:"}} }, "not a URN"},
 		{"too many ERIS", func(n *narinfo.Narinfo) { n.ERIS = slices.Repeat([]narinfo.ERIS{{URN: "urn:eris:A"}}, 17) }, "too many"},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			n := parse(t, hello)
-			tt.change(n)
-			_, err := narinfo.SignedPart(n)
-			wantError(t, err, tt.want)
-		})
+		n := parse(t, hello)
+		tt.change(n)
+		_, err := narinfo.SignedPart(n)
+		wantError(t, tt.name, err, tt.want)
 	}
 
 	urls := parse(t, hello).URLs
@@ -108,9 +106,7 @@ func TestPrintRejects(t *testing.T) {
 		{"an incomplete part", edit(t, helloSigned, "References: \n", ""), helloSignature, urls, "no field References"},
 		{"the end of the record in the part", helloSigned + "\n", helloSignature, urls, "no field URL"},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			_, err := narinfo.Text(tt.signed, tt.signature, tt.urls)
-			wantError(t, err, tt.want)
-		})
+		_, err := narinfo.Text(tt.signed, tt.signature, tt.urls)
+		wantError(t, tt.name, err, tt.want)
 	}
 }

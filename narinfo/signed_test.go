@@ -151,7 +151,7 @@ func TestSignatureCoverage(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			n, err := narinfo.Parse([]byte(tt.text))
 			if tt.want.storePath == "" {
-				wantError(t, err, "References")
+				wantError(t, tt.name, err, "References")
 				return
 			}
 			must(t, err)
