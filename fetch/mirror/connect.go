@@ -42,7 +42,7 @@ func (c *Client) newTransport() *http.Transport {
 	return &http.Transport{
 		Protocols: &protocols,
 		Proxy: func(r *http.Request) (*url.URL, error) {
-			return c.proxyFor(r.URL.Scheme, r.URL.Hostname(), r.URL.Port())
+			return proxy.For(r.URL.Scheme, r.URL.Hostname(), r.URL.Port(), c.o.Getenv)
 		},
 		OnProxyConnectResponse: func(_ context.Context, via *url.URL, _ *http.Request, r *http.Response) error {
 			return refusal(via, r)
@@ -58,15 +58,6 @@ func (c *Client) newTransport() *http.Transport {
 		MaxResponseHeaderBytes: maxHeader,
 		ReadBufferSize:         readBuffer,
 	}
-}
-
-// proxyFor returns the URL of the proxy for requests to a host, or nil.
-func (c *Client) proxyFor(scheme, host, port string) (*url.URL, error) {
-	value, err := proxy.For(scheme, host, cmp.Or(port, usualPorts[scheme]), c.o.Getenv)
-	if err != nil || value == "" {
-		return nil, err
-	}
-	return url.Parse(value)
 }
 
 // refusal returns why the response of a proxy to a request to connect is no connection, or nil.
@@ -95,8 +86,7 @@ type connection struct {
 func (p *peer) connect(ctx context.Context) (*connection, error) {
 	c, l := p.c, p.location
 	address := l.address()
-	host, port, _ := net.SplitHostPort(address)
-	via, err := c.proxyFor(l.scheme, host, port)
+	via, err := proxy.For(l.scheme, l.host, l.port, c.o.Getenv)
 	if err != nil {
 		return nil, err
 	}

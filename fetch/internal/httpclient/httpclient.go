@@ -92,7 +92,9 @@ func New(base *url.URL, o Options) *Client {
 	protocols.SetHTTP2(true)
 	protocols.SetUnencryptedHTTP2(o.Cleartext)
 	c.transport = &http.Transport{
-		Proxy:                  func(r *http.Request) (*url.URL, error) { return proxyFor(r.URL, o.Getenv) },
+		Proxy: func(r *http.Request) (*url.URL, error) {
+			return proxy.For(r.URL.Scheme, r.URL.Hostname(), r.URL.Port(), o.Getenv)
+		},
 		DialContext:            c.dial,
 		TLSClientConfig:        &tls.Config{InsecureSkipVerify: !o.Verify, ClientSessionCache: tls.NewLRUClientSessionCache(o.Connections)},
 		TLSHandshakeTimeout:    o.ConnectTimeout,
@@ -119,19 +121,6 @@ func Header() http.Header {
 		// Transport).
 		"Idempotency-Key": nil,
 	}
-}
-
-// proxyFor returns the proxy for requests to u, or nil.
-func proxyFor(u *url.URL, getenv func(string) string) (*url.URL, error) {
-	port := u.Port()
-	if port == "" {
-		port = map[string]string{"http": "80", "https": "443"}[u.Scheme]
-	}
-	value, err := proxy.For(u.Scheme, u.Hostname(), port, getenv)
-	if err != nil || value == "" {
-		return nil, err
-	}
-	return url.Parse(value)
 }
 
 // conn is a connection that is closed when the client is.

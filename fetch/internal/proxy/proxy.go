@@ -11,27 +11,30 @@ import (
 	"strings"
 )
 
-// For returns the URL of the proxy for requests to a host by a scheme, http or https, or "" if
-// there is none. The host is a name or an address, without brackets, and the port a number. getenv
-// has the variables that Guix obeys (guix/build/download.scm: open-connection-for-uri), http_proxy
+// For returns the URL of the proxy for requests to a host by a scheme, http or https, or nil if
+// there is none. The host is a name or an address, without brackets; without a port it is the usual
+// one of the scheme. getenv has the variables that Guix obeys (guix/build/download.scm: open-connection-for-uri), http_proxy
 // and https_proxy, and no_proxy: a comma-separated list of host names that also stand for their
 // subdomains, addresses, networks in CIDR notation, or "*", each with or without a port.
 //
 // It returns an error, which does not show the value, if the proxy is none of HTTP.
-func For(scheme, host, port string, getenv func(string) string) (string, error) {
+func For(scheme, host, port string, getenv func(string) string) (*url.URL, error) {
 	name := scheme + "_proxy"
 	value := getenv(name)
+	if port == "" {
+		port = map[string]string{"http": "80", "https": "443"}[scheme]
+	}
 	if value == "" || exempt(strings.ToLower(host), port, getenv("no_proxy")) {
-		return "", nil
+		return nil, nil
 	}
 	if !strings.Contains(value, "://") {
 		value = "http://" + value
 	}
 	u, err := url.Parse(value)
 	if err != nil || u.Scheme != "http" || u.Hostname() == "" {
-		return "", fmt.Errorf("%s: only http:// proxies are supported", name)
+		return nil, fmt.Errorf("%s: only http:// proxies are supported", name)
 	}
-	return value, nil
+	return u, nil
 }
 
 func exempt(host, port, list string) bool {

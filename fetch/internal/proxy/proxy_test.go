@@ -31,7 +31,7 @@ func TestFor(t *testing.T) {
 	} {
 		environment := map[string]string{test.scheme + "_proxy": test.value, "no_proxy": test.exempt}
 		got, err := proxy.For(test.scheme, test.host, test.port, func(name string) string { return environment[name] })
-		if err != nil || got != test.want {
+		if err != nil || (got == nil) != (test.want == "") || got != nil && got.String() != test.want {
 			t.Errorf("%+v: %q, error %v", test, got, err)
 		}
 	}
