@@ -134,7 +134,7 @@ func (p *sexpParser) element(depth int) (s sexp, err error) {
 		return s, fmt.Errorf("more than %d nested lists", maxSexpDepth)
 	}
 	p.rest = p.rest[1:]
-	s.list = make([]sexp, 0, 4)
+	s.list = make([]sexp, 0, 3)
 	for {
 		p.skip(isSpace)
 		switch {
@@ -298,6 +298,11 @@ func (s sexp) at(i int) sexp {
 		return sexp{}
 	}
 	return s.list[i]
+}
+
+// has reports whether s is the list of some atoms.
+func (s sexp) has(atoms ...string) bool {
+	return slices.EqualFunc(s.list, atoms, func(e sexp, a string) bool { return e.atom != nil && string(e.atom) == a })
 }
 
 // named returns the elements of s after the first one, and reports whether s is a list whose first

@@ -158,6 +158,7 @@ func (k *SigningKey) Sign(digest [32]byte, host string) (string, error) {
 		r, s := k.ecdsa.sign(digest)
 		flag, value = "rfc6979", list("ecdsa", field("r", r), field("s", s))
 	}
-	signature := list("signature", signedData(flag, digest), list("sig-val", value), k.public.sexp)
+	data := list("data", field("flags", flag), list("hash", atom("sha256"), atom(digest[:])))
+	signature := list("signature", data, list("sig-val", value), k.public.sexp)
 	return "1;" + host + ";" + strictBase64.EncodeToString([]byte(signature.String())), nil
 }

@@ -145,11 +145,6 @@ func hashValue(data sexp) []byte {
 	return hash.at(2).atom
 }
 
-// signedData is what a signature is about: (data (flags FLAG) (hash sha256 DIGEST)).
-func signedData(flag string, digest [32]byte) sexp {
-	return list("data", field("flags", flag), list("hash", atom("sha256"), atom(digest[:])))
-}
-
 // verify checks that value, (sig-val …), is a signature by k over data, (data …), in which the
 // digest is known to stand.
 func (k *PublicKey) verify(digest [32]byte, data, value sexp) error {
@@ -160,8 +155,8 @@ func (k *PublicKey) verify(digest [32]byte, data, value sexp) error {
 	if k.rsa != nil {
 		kind, form, names, flags = "rsa", "(rsa (s …))", []string{"s"}, []string{"pkcs1"}
 	}
-	flag, _ := data.at(1).value("flags")
-	if !slices.Contains(flags, string(flag)) || !data.equal(signedData(string(flag), digest)) {
+	flagged := slices.ContainsFunc(flags, func(flag string) bool { return data.at(1).has("flags", flag) })
+	if !flagged || !data.at(2).has("hash", "sha256", string(digest[:])) || len(data.list) != 3 {
 		return fmt.Errorf("what is signed by such a key has one of the flags %q and a hash sha256, but here it is %.300s", flags, data.oneLine())
 	}
 	fields, _ := value.at(1).named(kind)

@@ -53,6 +53,7 @@ func Parse(text []byte) (*Narinfo, error) {
 		return nil, fmt.Errorf("narinfo: %d bytes exceed the limit of %d", len(text), MaxSize)
 	}
 	p := parser{lines: lines{text: string(text)}}
+	p.rest = p.text
 	if !utf8.ValidString(p.text) {
 		return nil, errors.New("narinfo: the text is not UTF-8")
 	}
@@ -244,39 +245,25 @@ type field struct {
 
 // lines divides a text into fields.
 type lines struct {
-	text string
-	pos  int
-	line int // the last one that was taken, counted from 1
-	any  bool
+	text, rest string
+	line       int // the last one that was taken, counted from 1
+	any        bool
 }
 
-// peek returns the next line without its end, and false at the end of the text.
-func (l *lines) peek() (string, bool) {
-	rest := l.text[l.pos:]
-	if i := strings.IndexByte(rest, '\n'); i >= 0 {
-		return rest[:i], true
-	}
-	return rest, rest != ""
-}
-
-// take moves on after a line that peek returned.
-func (l *lines) take(line string) {
-	l.pos = min(l.pos+len(line)+1, len(l.text))
+// take takes the next line, without its end.
+func (l *lines) take() (line string) {
+	line, l.rest, _ = strings.Cut(l.rest, "\n")
 	l.line++
+	return line
 }
 
 // next returns the next field, a field without a name at the end of the record.
 func (l *lines) next() (field, error) {
-	for {
-		line, ok := l.peek()
-		if !ok {
-			return field{}, nil
-		}
-		offset := l.pos
-		l.take(line)
+	for l.rest != "" {
+		offset := len(l.text) - len(l.rest)
+		line := l.take()
 		switch {
 		case line == "" && l.any:
-			l.pos = len(l.text)
 			return field{}, nil
 		case line == "" || line[0] == '#':
 			continue
@@ -294,6 +281,7 @@ func (l *lines) next() (field, error) {
 		l.continuation(&f)
 		return f, nil
 	}
+	return field{}, nil
 }
 
 // startsField reports whether the first character of a line makes it a field.
@@ -309,19 +297,16 @@ func startsField(line string) bool {
 // continuation takes the lines that continue f, and comments among them.
 func (l *lines) continuation(f *field) {
 	var value []byte
-	for {
-		line, ok := l.peek()
-		if !ok || line == "" || line[0] != '+' && line[0] != '#' {
-			break
+	for l.rest != "" && (l.rest[0] == '+' || l.rest[0] == '#') {
+		line := l.take()
+		if line[0] == '#' {
+			continue
 		}
-		l.take(line)
-		if line[0] == '+' {
-			if value == nil {
-				value = append(value, f.value...)
-			}
-			value = append(value, '\n')
-			value = append(value, strings.TrimPrefix(line[1:], " ")...)
+		if value == nil {
+			value = append(value, f.value...)
 		}
+		value = append(value, '\n')
+		value = append(value, strings.TrimPrefix(line[1:], " ")...)
 	}
 	if value != nil {
 		f.value = string(value)
