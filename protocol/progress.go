@@ -44,7 +44,7 @@ func (l *Log) Download(item string) *Download {
 // From says that the bytes come from url from now on, and how many there will be; a negative size
 // is unknown. What came from the source before counts no more.
 func (d *Download) From(url string, size int64) {
-	d.halt()
+	d.Pause()
 	url = cut(strings.ReplaceAll(d.log.oneLine(url), " ", "%20"), maxURL)
 	d.url, d.size, d.begin = url, size, time.Now()
 	d.transferred.Store(0)
@@ -66,20 +66,18 @@ func (d *Download) From(url string, size int64) {
 // Transferred adds n bytes to what has come from the current source.
 func (d *Download) Transferred(n int) { d.transferred.Add(int64(n)) }
 
-func (d *Download) halt() {
+// Pause keeps the display as it is until From or Finish.
+func (d *Download) Pause() {
 	if d.stop != nil {
 		d.stop()
 		d.stop = nil
 	}
 }
 
-// Pause keeps the display as it is until From or Finish.
-func (d *Download) Pause() { d.halt() }
-
 // Finish ends the display, before the reply is sent. With success it says that the whole item has
 // come.
 func (d *Download) Finish(success bool) {
-	d.halt()
+	d.Pause()
 	if !d.started {
 		return
 	}
@@ -205,13 +203,14 @@ type Lookup struct {
 	url   string
 	total int
 	done  atomic.Int64
+	shown int64 // of these; the log is locked
 	stop  func()
 }
 
 // Lookup starts showing that a server is asked about total items over the network. End must be
 // called at the end.
 func (l *Log) Lookup(url string, total int) *Lookup {
-	p := &Lookup{log: l, url: cut(l.oneLine(url), maxURL), total: total}
+	p := &Lookup{log: l, url: cut(l.oneLine(url), maxURL), total: total, shown: -1}
 	shown := l.lock()
 	p.show(shown)
 	shown.mu.Unlock()
@@ -231,7 +230,13 @@ func (p *Lookup) End() {
 	l.endLine()
 }
 
+// show draws the line in l, which is locked, if there is news.
 func (p *Lookup) show(l *Log) {
-	percent := 100 * float64(p.done.Load()) / float64(max(1, p.total))
+	n := p.done.Load()
+	if n == p.shown {
+		return
+	}
+	p.shown = n
+	percent := 100 * float64(n) / float64(max(1, p.total))
 	l.draw(fmt.Sprintf("looking for substitutes on '%s'... %5.1f%%", p.url, percent))
 }

@@ -294,7 +294,9 @@ func TestProgressForPeople(t *testing.T) {
 	}
 }
 
-func TestMessages(t *testing.T) {
+func TestMessages(t *testing.T) { synctest.Test(t, testMessages) }
+
+func testMessages(t *testing.T) {
 	var w lines
 	log := protocol.NewLog(&w, protocol.LogStyle{Program: "guix substitute", Dynamic: true, Columns: 80})
 	lookup := log.Lookup("http://h", 2)
