@@ -209,31 +209,19 @@ func (s *Substituter) reportCapability(e narinfo.ERIS, signed bool) CapabilityRe
 
 // unavailable says why there is no way at all.
 func (s *Substituter) unavailable(servers []ServerReport, err error) (Availability, string) {
-	count := map[string]int{}
-	for _, r := range servers {
-		switch {
-		case r.UnknownKey:
-			count["key"]++
-		case r.Narinfo != nil && !r.Authorised:
-			count["refused"]++
-		case r.Baking:
-			count["baking"]++
-		case r.Narinfo == nil && r.Failure == "":
-			count["absent"]++
-		}
-	}
+	some := func(f func(r ServerReport) bool) bool { return slices.ContainsFunc(servers, f) }
 	switch {
 	case !errors.Is(err, errNone):
 		return NotAvailable, err.Error()
 	case len(servers) == 0:
 		return NotAvailable, "there is no substitute server to ask"
-	case count["key"] > 0:
+	case some(func(r ServerReport) bool { return r.UnknownKey }):
 		return NotAuthorised, "it is signed by a key that is not authorised"
-	case count["refused"] > 0:
+	case some(func(r ServerReport) bool { return r.Narinfo != nil && !r.Authorised }):
 		return NotAuthorised, "no narinfo of it has a signature that counts"
-	case count["baking"] > 0:
+	case some(func(r ServerReport) bool { return r.Baking }):
 		return NotAvailable, "a server has begun to make it, and no other has it; try again in some minutes"
-	case count["absent"] > 0:
+	case some(func(r ServerReport) bool { return r.Narinfo == nil && r.Failure == "" }):
 		return NotAvailable, "no server that answers has it"
 	}
 	return NotReachable, "no server can be reached"

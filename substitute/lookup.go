@@ -46,7 +46,6 @@ type lookup struct {
 	s       *Substituter
 	servers []*server // that are asked
 	items   []*item
-	byHash  map[string]*item
 	changed chan struct{} // has room for one: something has happened
 	// ahead is called with each authorised record, from several goroutines, if nobody has asked for
 	// it yet. Then nothing may be shown.
@@ -140,9 +139,10 @@ func (l *lookup) records(path string) []record {
 
 func (s *Substituter) newLookup(paths []string, ahead func(*record)) *lookup {
 	l := &lookup{
-		s: s, servers: s.servers, byHash: map[string]*item{}, changed: make(chan struct{}, 1), ahead: ahead,
+		s: s, servers: s.servers, changed: make(chan struct{}, 1), ahead: ahead,
 		counts: func(r *record) bool { return r.authorised },
 	}
+	seen := map[string]bool{}
 	for _, path := range paths {
 		hash, err := narinfo.HashPart(s.StoreDir, path)
 		if err != nil {
@@ -151,10 +151,9 @@ func (s *Substituter) newLookup(paths []string, ahead func(*record)) *lookup {
 		}
 		// Two paths may have the same hash part; only a narinfo of the very path counts, so that
 		// the first of them decides which it is.
-		if l.byHash[hash] == nil {
-			it := &item{path: path, hash: hash, waiting: map[*inquiry]bool{}}
-			l.items = append(l.items, it)
-			l.byHash[hash] = it
+		if !seen[hash] {
+			seen[hash] = true
+			l.items = append(l.items, &item{path: path, hash: hash, waiting: map[*inquiry]bool{}})
 		}
 	}
 	return l
