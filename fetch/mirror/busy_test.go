@@ -11,7 +11,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"net/netip"
 	"strings"
 	"sync"
@@ -64,7 +63,7 @@ func TestBusyServers(t *testing.T) {
 			t.Run(fmt.Sprint(most, " at a time, ", status), func(t *testing.T) {
 				t.Parallel()
 				var now, count, refused atomic.Int64
-				server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				server := serving(t, func(w http.ResponseWriter, r *http.Request) {
 					defer now.Add(-1)
 					if now.Add(1) > most || count.Add(1)%30 == 0 {
 						refused.Add(1)
@@ -73,8 +72,7 @@ func TestBusyServers(t *testing.T) {
 					}
 					time.Sleep(2 * time.Millisecond)
 					serve(w, r)
-				}))
-				defer server.Close()
+				})
 				collectAll(t, client(t, mirror.Options{}), server.URL+"/base", hashes(100))
 				if refused.Load() == 0 {
 					t.Error("nothing was refused")
@@ -84,8 +82,7 @@ func TestBusyServers(t *testing.T) {
 	}
 	t.Run("always", func(t *testing.T) {
 		t.Parallel()
-		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(503) }))
-		defer server.Close()
+		server := serving(t, func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(503) })
 		answers, err := collect(t.Context(), client(t, mirror.Options{}), server.URL, hashes(3))
 		if err != nil || len(answers) != 3 || answers[hash0].Status != 503 {
 			t.Errorf("%v, error %v", answers, err)
@@ -135,7 +132,7 @@ func fewWorkers(t *testing.T, workers int) {
 
 // TestContentEncoding undoes what a proxy does to responses.
 func TestContentEncoding(t *testing.T) {
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	server := serving(t, func(w http.ResponseWriter, r *http.Request) {
 		if accepted := r.Header.Get("Accept-Encoding"); accepted != "identity" {
 			t.Errorf("Accept-Encoding: %s", accepted)
 		}
@@ -143,8 +140,7 @@ func TestContentEncoding(t *testing.T) {
 		z := gzip.NewWriter(w)
 		defer z.Close()
 		io.WriteString(z, "narinfo of "+strings.TrimSuffix(strings.TrimPrefix(r.URL.Path, "/base/"), ".narinfo"))
-	}))
-	defer server.Close()
+	})
 	c := client(t, mirror.Options{})
 	collectAll(t, c, server.URL+"/base", hashes(20))
 	expect(t, c, server.URL+"/base/nar", "narinfo of nar")
@@ -152,15 +148,12 @@ func TestContentEncoding(t *testing.T) {
 
 // TestNarinfosRedirected asks a server that sends everybody to another one.
 func TestNarinfosRedirected(t *testing.T) {
-	server := httptest.NewServer(http.HandlerFunc(serve))
-	defer server.Close()
-	first := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	server := serving(t, serve)
+	first := serving(t, func(w http.ResponseWriter, r *http.Request) {
 		http.Redirect(w, r, server.URL+"/base"+r.URL.Path, http.StatusMovedPermanently)
-	}))
-	defer first.Close()
+	})
 	collectAll(t, client(t, mirror.Options{}), first.URL, hashes(50))
-	loop := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, r.URL.Path, http.StatusFound) }))
-	defer loop.Close()
+	loop := serving(t, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, r.URL.Path, http.StatusFound) })
 	if answers, err := collect(t.Context(), client(t, mirror.Options{}), loop.URL, hashes(1)); err != nil || answers[hash0].Status != http.StatusFound {
 		t.Errorf("%v, error %v", answers, err)
 	}
@@ -190,8 +183,7 @@ func silentAddress(t *testing.T, address string, port int) {
 
 // TestDeadAddresses connects to addresses that are silent.
 func TestDeadAddresses(t *testing.T) {
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {}))
-	defer server.Close()
+	server := serving(t, func(w http.ResponseWriter, r *http.Request) {})
 	at := server.Listener.Addr().(*net.TCPAddr)
 	silentAddress(t, "127.0.0.79", at.Port)
 	silent := fmt.Sprintf("http://127.0.0.79:%d/nar", at.Port)

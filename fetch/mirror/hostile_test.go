@@ -77,7 +77,7 @@ func TestSecrets(t *testing.T) {
 // TestPipelinesKept checks that a server that has closed connections that were not used is still
 // sent pipelines, and so is one that bounds the requests on a connection.
 func TestPipelinesKept(t *testing.T) {
-	run := func(t *testing.T, perConnection int, between func(closeAll func())) {
+	for _, perConnection := range []int{0, 100} { // 0 is as many as there are
 		var requests, piped atomic.Int64
 		var mu sync.Mutex
 		var open []net.Conn
@@ -94,14 +94,11 @@ func TestPipelinesKept(t *testing.T) {
 				if r.Buffered() > 0 {
 					piped.Add(1)
 				}
-				last := ""
 				if i == perConnection {
-					last = "Connection: close\r\n"
-				}
-				answer(conn, request, last)
-				if i == perConnection {
+					answer(conn, request, "Connection: close\r\n")
 					return
 				}
+				answer(conn, request, "")
 			}
 		})
 		c := client(t, mirror.Options{})
@@ -112,19 +109,15 @@ func TestPipelinesKept(t *testing.T) {
 			if piped.Load() < requests.Load()/4 {
 				t.Errorf("%d of %d requests were in a pipeline", piped.Load(), requests.Load())
 			}
-			between(func() {
-				mu.Lock()
-				defer mu.Unlock()
-				for _, conn := range open {
+			mu.Lock()
+			for _, conn := range open {
+				if perConnection == 0 {
 					conn.Close()
 				}
-			})
+			}
+			mu.Unlock()
 		}
 	}
-	t.Run("idle connections closed", func(t *testing.T) {
-		run(t, 0, func(closeAll func()) { closeAll() })
-	})
-	t.Run("100 requests each", func(t *testing.T) { run(t, 100, func(func()) {}) })
 }
 
 // TestOneConnectionOnly asks a server that takes no connection beside the first.
@@ -189,11 +182,10 @@ func TestOneBadItem(t *testing.T) {
 // buffers between us.
 func TestLongPath(t *testing.T) {
 	long := "/" + strings.Repeat("long/", 20000)
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	server := serving(t, func(w http.ResponseWriter, r *http.Request) {
 		r.URL.Path = "/base/" + strings.TrimPrefix(r.URL.Path, long)
 		serve(w, r)
-	}))
-	defer server.Close()
+	})
 	collectAll(t, client(t, mirror.Options{}), server.URL+long, hashes(100))
 }
 

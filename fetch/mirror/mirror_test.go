@@ -93,6 +93,12 @@ func serve(w http.ResponseWriter, r *http.Request) {
 	io.WriteString(w, "narinfo of "+hash)
 }
 
+func serving(t testing.TB, h http.HandlerFunc) *httptest.Server {
+	server := httptest.NewServer(h)
+	t.Cleanup(server.Close)
+	return server
+}
+
 // serveBoth answers requests for nars as well.
 func serveBoth(w http.ResponseWriter, r *http.Request) {
 	if strings.HasSuffix(r.URL.Path, ".narinfo") {
@@ -158,7 +164,7 @@ func TestNarinfos(t *testing.T) {
 }
 
 func TestAnswers(t *testing.T) {
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	server := serving(t, func(w http.ResponseWriter, r *http.Request) {
 		i, _ := strconv.Atoi(strings.Trim(strings.TrimSuffix(r.URL.Path, ".narinfo"), "/"))
 		switch i {
 		case 0:
@@ -189,8 +195,7 @@ func TestAnswers(t *testing.T) {
 			w.Header().Set("Connection", "close")
 			io.WriteString(w, "")
 		}
-	}))
-	defer server.Close()
+	})
 	answers, err := collect(t.Context(), client(t, mirror.Options{}), server.URL, hashes(9))
 	must(t, err)
 	want := []struct {
@@ -451,11 +456,10 @@ func expect(t *testing.T, c *mirror.Client, url, want string) {
 func TestNar(t *testing.T) {
 	var requests []string
 	mux := http.NewServeMux()
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	server := serving(t, func(w http.ResponseWriter, r *http.Request) {
 		requests = append(requests, r.RequestURI)
 		mux.ServeHTTP(w, r)
-	}))
-	defer server.Close()
+	})
 	mux.HandleFunc("/nar/", func(w http.ResponseWriter, r *http.Request) {
 		user, password, _ := r.BasicAuth()
 		fmt.Fprintf(w, "%s %s %s", r.RequestURI, user, password)
@@ -667,8 +671,7 @@ func proxy(t *testing.T) (string, func() []string) {
 
 func TestProxy(t *testing.T) {
 	proxyURL, seen := proxy(t)
-	plain := httptest.NewServer(http.HandlerFunc(serve))
-	defer plain.Close()
+	plain := serving(t, serve)
 	secure := httptest.NewTLSServer(http.HandlerFunc(serve))
 	defer secure.Close()
 	withPassword := strings.Replace(proxyURL, "http://", "http://user:pw@", 1)
@@ -719,8 +722,7 @@ func TestNarFiles(t *testing.T) {
 
 // BenchmarkNarinfos looks 300 narinfos up.
 func BenchmarkNarinfos(b *testing.B) {
-	server := httptest.NewServer(http.HandlerFunc(serve))
-	defer server.Close()
+	server := serving(b, serve)
 	hs := hashes(300)
 	for _, rtt := range []time.Duration{0, 50 * time.Millisecond} {
 		b.Run(fmt.Sprintf("rtt=%v", rtt), func(b *testing.B) {

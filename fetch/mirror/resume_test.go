@@ -143,8 +143,7 @@ func TestResume(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			test.server.contents = contents
-			server := httptest.NewServer(test.server)
-			defer server.Close()
+			server := serving(t, test.server.ServeHTTP)
 			var resumed atomic.Int64
 			got, err := read(t, quick(t, &resumed), server.URL)
 			if err != nil || got != string(contents) {
@@ -219,8 +218,7 @@ func TestNotResumed(t *testing.T) {
 			if test.server.each == 0 {
 				test.server.each = each
 			}
-			server := httptest.NewServer(test.server)
-			defer server.Close()
+			server := serving(t, test.server.ServeHTTP)
 			var resumed atomic.Int64
 			c := quick(t, &resumed)
 			got, err := read(t, c, server.URL)
@@ -272,8 +270,7 @@ func TestRestart(t *testing.T) {
 				w.Write(contents)
 				return true
 			}
-			server := httptest.NewServer(s)
-			defer server.Close()
+			server := serving(t, s.ServeHTTP)
 			var resumed atomic.Int64
 			got, err := read(t, quick(t, &resumed), server.URL)
 			if err != nil || got != string(contents) || resumed.Load() == 0 {
@@ -287,7 +284,7 @@ func TestRestart(t *testing.T) {
 func TestResumeWithoutLength(t *testing.T) {
 	contents := noise(500000)
 	s := &cuttingServer{contents: contents, each: 200000}
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	server := serving(t, func(w http.ResponseWriter, r *http.Request) {
 		tag(w.Header(), 0)
 		if len(s.asked()) == 0 {
 			s.mu.Lock()
@@ -297,8 +294,7 @@ func TestResumeWithoutLength(t *testing.T) {
 			abort(w)
 		}
 		s.ServeHTTP(w, r)
-	}))
-	defer server.Close()
+	})
 	var resumed atomic.Int64
 	expect(t, quick(t, &resumed), server.URL, string(contents))
 	if resumed.Load() != 2 {
