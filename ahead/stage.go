@@ -219,20 +219,6 @@ func rename(from, to string) error {
 	return os.Chmod(to, 0o555)
 }
 
-// cleanStage removes what the helpers of a session have left in the store, once there is none any
-// more, for which it waits. Errors are passed over.
-func cleanStage(store, session string) {
-	around, err := openAround(store)
-	if err != nil {
-		return
-	}
-	defer around.Close()
-	s := &stage{store: store, name: filepath.Base(session)}
-	if s.lock, err = lockDirectory(s.path(), unix.LOCK_EX); err == nil {
-		s.close()
-	}
-}
-
 // openAround opens the directory around all stages, if it is this user's: others may be able to put
 // something of that name into the store.
 func openAround(store string) (*os.File, error) {
@@ -251,21 +237,28 @@ func openAround(store string) (*os.File, error) {
 	return d, nil
 }
 
+// cleanStage removes what the helpers of a session have left in the store, once there is none any
+// more, for which it waits. Errors are passed over.
+func cleanStage(store, session string) { clean(store, filepath.Base(session), 0) }
+
 // CleanStages removes what helpers that were killed have left in the store. What is in use stays.
 // Errors are passed over. It takes no time worth mentioning when there is nothing.
-func CleanStages(store string) {
+func CleanStages(store string) { clean(store, "*", unix.LOCK_NB) }
+
+// clean removes the stage of a session, or all stages ("*"), once it has its lock.
+func clean(store, session string, how int) {
 	around, err := openAround(store)
 	if err != nil {
 		return
 	}
 	defer around.Close()
-	entries, err := around.ReadDir(-1)
-	if err != nil {
-		return
-	}
-	for _, e := range entries {
-		path := filepath.Join(around.Name(), e.Name())
-		if lock, err := lockDirectory(path, unix.LOCK_EX|unix.LOCK_NB); err == nil {
+	names, _ := around.Readdirnames(-1)
+	for _, name := range names {
+		if session != "*" && session != name {
+			continue
+		}
+		path := filepath.Join(around.Name(), name)
+		if lock, err := lockDirectory(path, unix.LOCK_EX|how); err == nil {
 			restore.Remove(path)
 			lock.Close()
 		}
