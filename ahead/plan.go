@@ -11,8 +11,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
-// maxPlanned bounds how many items a plan knows. What is beyond is substituted when the daemon
-// asks for it.
+// maxPlanned bounds how many items a plan knows. What is beyond is substituted when the daemon asks
+// for it.
 const maxPlanned = 20000
 
 // A plan knows the items that one daemon process will probably ask for, and in which order.
@@ -84,8 +84,8 @@ func (p *plan) becomesReady(i *planned) {
 	p.ready = slices.Insert(p.ready, at, i)
 }
 
-// take says that an item is being substituted: because the daemon has asked for it, or because
-// next has returned it.
+// take says that an item is being substituted: because the daemon has asked for it, or because next
+// has returned it.
 func (p *plan) take(path string) {
 	i := p.item(path)
 	if i == nil || i.taken {

@@ -52,7 +52,8 @@ func EncodeToString(src []byte) string {
 
 // DecodeString returns the bytes that s is the nix-base32 notation of.
 //
-// It fails if there is no number of bytes that are written with as many digits, or as [Decode] does.
+// It fails if there is no number of bytes that are written with as many digits, or as [Decode]
+// does.
 func DecodeString(s string) ([]byte, error) {
 	dst := make([]byte, len(s)*5/8)
 	if encodedLen(len(dst)) != len(s) {

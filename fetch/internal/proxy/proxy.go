@@ -13,9 +13,10 @@ import (
 
 // For returns the URL of the proxy for requests to a host by a scheme, http or https, or nil if
 // there is none. The host is a name or an address, without brackets; without a port it is the usual
-// one of the scheme. getenv has the variables that Guix obeys (guix/build/download.scm: open-connection-for-uri), http_proxy
-// and https_proxy, and no_proxy: a comma-separated list of host names that also stand for their
-// subdomains, addresses, networks in CIDR notation, or "*", each with or without a port.
+// one of the scheme. getenv has the variables that Guix obeys (guix/build/download.scm:
+// open-connection-for-uri), http_proxy and https_proxy, and no_proxy: a comma-separated list of
+// host names that also stand for their subdomains, addresses, networks in CIDR notation, or "*",
+// each with or without a port.
 //
 // It returns an error, which does not show the value, if the proxy is none of HTTP.
 func For(scheme, host, port string, getenv func(string) string) (*url.URL, error) {
