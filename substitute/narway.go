@@ -163,9 +163,9 @@ func seedable(records []record, method string) bool {
 // unquoted is an error of what is read from a URL, without anything that a local file contains, or
 // that strangers have named.
 func (j *job) unquoted(a *attempt, url string, err error) error {
-	var ofFile *fs.PathError
+	_, ofFile := errors.AsType[*fs.PathError](err)
 	transfer := !mirror.IsLocal(url) && (!j.s.Strangers || a.cut.Load() || a.ctx.Err() != nil)
-	if err == nil || err == io.EOF || transfer || errors.As(err, &ofFile) {
+	if err == nil || err == io.EOF || transfer || ofFile {
 		return err
 	}
 	return errUnquoted

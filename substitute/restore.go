@@ -325,9 +325,9 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 // not.
 func changedOnTheWay(c *candidate, err error) bool {
 	w, ok := c.way.(*narWay)
-	var here syscall.Errno
+	_, here := errors.AsType[syscall.Errno](err)
 	return ok && !c.again && !c.last.slow.Load() && !c.last.cut.Load() && c.last.got.Load() > 0 &&
-		!mirror.IsLocal(w.url) && !errors.As(err, &here)
+		!mirror.IsLocal(w.url) && !here
 }
 
 // pause waits before ways that have failed for a while are tried again. It reports whether there

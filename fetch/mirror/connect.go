@@ -166,22 +166,21 @@ func (o oneByte) Read(p []byte) (int, error) { return o.r.Read(p[:min(1, len(p))
 
 // dialError says in a few words why there is no connection.
 func dialError(err error) error {
-	var dns *net.DNSError
-	if errors.As(err, &dns) {
+	if dns, ok := errors.AsType[*net.DNSError](err); ok {
 		return fmt.Errorf("host name lookup: %s", dns.Err)
 	}
-	var op *net.OpError
-	if errors.As(err, &op) && op.Err != nil {
-		err = op.Err
-		if call := (*os.SyscallError)(nil); errors.As(err, &call) {
-			err = call.Err
-		}
-		if op.Addr != nil {
-			return fmt.Errorf("connecting to %s: %w", op.Addr, err)
-		}
-		return err
+	op, ok := errors.AsType[*net.OpError](err)
+	if !ok || op.Err == nil {
+		return shortened(err)
 	}
-	return shortened(err)
+	err = op.Err
+	if call, ok := errors.AsType[*os.SyscallError](err); ok {
+		err = call.Err
+	}
+	if op.Addr != nil {
+		return fmt.Errorf("connecting to %s: %w", op.Addr, err)
+	}
+	return err
 }
 
 // proxyAuthorization is the header line that a proxy with user information in its URL wants, or

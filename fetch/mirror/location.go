@@ -147,8 +147,7 @@ func (l *location) hostField() string {
 
 // plainError is why a URL cannot be parsed, without the URL.
 func plainError(err error) error {
-	var e *url.Error
-	if errors.As(err, &e) {
+	if e, ok := errors.AsType[*url.Error](err); ok {
 		err = e.Err
 	}
 	return shortened(err)
