@@ -80,7 +80,7 @@ func parseFile(text []byte) (sexp, error) {
 // bytesOfCharacters returns the bytes that the characters of a text in UTF-8 stand for, each for
 // one (ISO 8859-1). It fails if there are other characters, or the text is none.
 func bytesOfCharacters(text []byte) ([]byte, bool) {
-	if !slices.ContainsFunc(text, func(c byte) bool { return c >= utf8.RuneSelf }) {
+	if utf8.RuneCount(text) == len(text) && utf8.Valid(text) {
 		return text, true
 	}
 	b := make([]byte, 0, len(text))
@@ -250,12 +250,14 @@ func (p *sexpParser) escape() (byte, error) {
 }
 
 func hexadecimal(text []byte) ([]byte, error) {
-	atom := slices.DeleteFunc(slices.Clone(text), isSpace)
-	n, err := hex.Decode(atom, atom)
+	atom, err := hex.AppendDecode([]byte{}, text)
+	if err != nil {
+		atom, err = hex.AppendDecode([]byte{}, slices.DeleteFunc(slices.Clone(text), isSpace))
+	}
 	if err != nil {
 		return nil, fmt.Errorf("malformed number: %w", err)
 	}
-	return atom[:n], nil
+	return atom, nil
 }
 
 func fromBase64(text []byte) ([]byte, error) {

@@ -13,6 +13,7 @@ package nixbase32
 
 import (
 	"fmt"
+	"strings"
 	"unicode/utf8"
 )
 
@@ -39,13 +40,14 @@ func encodedLen(n int) int { return (n*8 + 4) / 5 }
 // EncodeToString returns the nix-base32 notation of src.
 func EncodeToString(src []byte) string {
 	digits := make([]byte, encodedLen(len(src)))
-	for i := range digits {
-		bit := (len(digits) - 1 - i) * 5
-		v := uint(src[bit/8])
-		if bit/8+1 < len(src) {
-			v |= uint(src[bit/8+1]) << 8
+	v, bits := uint(0), 0 // that are still to be written
+	for i := len(digits) - 1; i >= 0; i-- {
+		if bits < 5 && len(src) > 0 {
+			v |= uint(src[0]) << bits
+			src, bits = src[1:], bits+8
 		}
-		digits[i] = alphabet[v>>(bit%8)&31]
+		digits[i] = alphabet[v&31]
+		v, bits = v>>5, bits-5
 	}
 	return string(digits)
 }
@@ -71,25 +73,27 @@ func Decode(dst []byte, s string) error {
 	if len(s) != encodedLen(len(dst)) {
 		return fmt.Errorf("nix-base32: %d digits where %d bytes need %d", len(s), len(dst), encodedLen(len(dst)))
 	}
-	clear(dst)
-	excess := byte(0)
-	for i := range len(s) {
+	v, bits := uint(0), 0 // that have been read
+	for i := len(s) - 1; i >= 0; i-- {
 		digit := values[s[i]]
 		if digit == invalid {
-			r, _ := utf8.DecodeRuneInString(s[i:])
-			return fmt.Errorf("nix-base32: character %q at offset %d is not a digit", r, i)
+			return digitError(s)
 		}
-		bit := (len(s) - 1 - i) * 5
-		v := uint(digit) << (bit % 8)
-		dst[bit/8] |= byte(v)
-		if bit/8+1 < len(dst) {
-			dst[bit/8+1] |= byte(v >> 8)
-		} else {
-			excess |= byte(v >> 8)
+		v |= uint(digit) << bits
+		if bits += 5; bits >= 8 && len(dst) > 0 {
+			dst[0] = byte(v)
+			dst, v, bits = dst[1:], v>>8, bits-8
 		}
 	}
-	if excess != 0 {
+	if v != 0 {
 		return fmt.Errorf("nix-base32: the first digit %q is too large: the excess bits must be zero", s[0])
 	}
 	return nil
+}
+
+// digitError names the first character of s that is not a digit.
+func digitError(s string) error {
+	i := strings.IndexFunc(s, func(r rune) bool { return r >= utf8.RuneSelf || values[r] == invalid })
+	r, _ := utf8.DecodeRuneInString(s[i:])
+	return fmt.Errorf("nix-base32: character %q at offset %d is not a digit", r, i)
 }
