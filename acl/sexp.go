@@ -21,6 +21,10 @@ const (
 
 	// maxSexpDepth bounds how deep lists may be nested. A signature has four levels, an ACL five.
 	maxSexpDepth = 64
+
+	// maxSexpElements bounds how many atoms and lists there may be, each of which takes up to 200
+	// bytes of memory. The longest ACL has 100 000.
+	maxSexpElements = 1 << 18
 )
 
 // A sexp is an s-expression: an atom, which is a string of bytes, or a list of expressions. It
@@ -40,13 +44,13 @@ type sexp struct {
 // empty list as the whole expression. On the other hand, 0: is accepted, which Libgcrypt prints but
 // does not read.
 //
-// Besides such syntax errors, it fails if text is longer than [MaxSexpSize] or if more than 64
-// lists are nested.
+// Besides such syntax errors, it fails if text is longer than [MaxSexpSize], if more than 64 lists
+// are nested, or if there are too many elements.
 func parseSexp(text []byte) (sexp, error) {
 	if len(text) > MaxSexpSize {
 		return sexp{}, fmt.Errorf("s-expression of %d bytes exceeds the limit of %d", len(text), MaxSexpSize)
 	}
-	p := sexpParser{text}
+	p := sexpParser{rest: text}
 	p.skip(isSpace)
 	var s sexp
 	var err error
@@ -111,7 +115,10 @@ var (
 )
 
 // A sexpParser reads expressions from the start of what is left of a text.
-type sexpParser struct{ rest []byte }
+type sexpParser struct {
+	rest     []byte
+	elements int // so far
+}
 
 // skip skips characters of a kind, and returns them.
 func (p *sexpParser) skip(kind func(c byte) bool) []byte {
@@ -126,6 +133,9 @@ func (p *sexpParser) skip(kind func(c byte) bool) []byte {
 
 // element reads a list that is so deep, or an atom in it.
 func (p *sexpParser) element(depth int) (s sexp, err error) {
+	if p.elements++; p.elements > maxSexpElements {
+		return s, fmt.Errorf("more than %d elements", maxSexpElements)
+	}
 	if p.rest[0] != '(' {
 		s.atom, err = p.atom()
 		return s, err

@@ -103,6 +103,7 @@ func TestParseSexpRejects(t *testing.T) {
 		{`("\x4g")`, "unknown escape"},
 		{strings.Repeat("(", 65) + "a" + strings.Repeat(")", 65), "more than 64 nested lists at offset 64"},
 		{strings.Repeat("(", 500000), "more than 64 nested lists"},
+		{"(" + strings.Repeat("()", 1<<18) + ")", "more than 262144 elements"},
 		{"(a" + strings.Repeat(" ", MaxSexpSize) + ")", "exceeds the limit"},
 	} {
 		_, err := parseSexp([]byte(tt.in))
