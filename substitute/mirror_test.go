@@ -85,8 +85,8 @@ func TestGuixMirror(t *testing.T) {
 			for name, item := range mirrorItems(t) {
 				nars = nil
 				destination := filepath.Join(store, filepath.Base(item))
-				if name == "many" && compression == "none" {
-					continue // not in the mirror, for its size
+				if name == "many" && compression != "zstd" {
+					continue // for its size
 				}
 				outcome := s.Substitute(context.Background(), item, destination)
 				if outcome.Status != substitute.Success {
