@@ -64,10 +64,7 @@ func serve(tb testing.TB, source fetch.Source) string {
 }
 
 func serveOn(tb testing.TB, listener net.Listener, source fetch.Source) string {
-	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Source: source}}, MaxGets: 256})
-	if err != nil {
-		tb.Fatal(err)
-	}
+	server := coapserver.New(coapserver.Config{Source: source, MaxGets: 256})
 	var group sync.WaitGroup
 	group.Go(func() { server.Serve(listener, coapserver.Access{Get: true}) })
 	tb.Cleanup(func() {

@@ -45,10 +45,7 @@ func newNetwork(t *testing.T, n int, knowing bool) *network {
 		if !knowing {
 			served = foreign{source}
 		}
-		server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Source: served}}, MaxGets: 256})
-		if err != nil {
-			t.Fatal(err)
-		}
+		server := coapserver.New(coapserver.Config{Source: served, MaxGets: 256})
 		listener, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)

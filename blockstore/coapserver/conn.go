@@ -103,7 +103,7 @@ func (c *conn) Request(r *coap.Request) {
 	switch {
 	case code != codes.Empty:
 		c.answer(r.Token, code, nil, nil)
-	case c.server.asksHave(r):
+	case r.Resource == haveResource:
 		code, options, payload := c.server.have(r, c.access)
 		c.answer(r.Token, code, options, payload)
 	case r.Code == codes.GET:

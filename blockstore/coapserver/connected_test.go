@@ -22,10 +22,7 @@ import (
 // TestConnected asks a client for more than it may be asked for at a time.
 func TestConnected(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		server, err := coapserver.New(coapserver.Config{})
-		if err != nil {
-			t.Fatal(err)
-		}
+		server := coapserver.New(coapserver.Config{})
 		var conn *coap.Conn
 		ended := false
 		connected := func(c *coap.Conn, client string) func() {

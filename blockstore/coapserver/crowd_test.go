@@ -24,13 +24,14 @@ func TestManyWaiting(t *testing.T) {
 	backend.Set(ref, block)
 	source := backend.Open(4)
 	defer source.Close()
-	s, err := New(Config{Resources: []Resource{{Source: source}}, MaxAnswerBytes: 1 << 20})
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := New(Config{Source: source, MaxAnswerBytes: 1 << 20})
 	server, client := net.Pipe()
-	served := make(chan error, 1)
-	go func() { served <- s.ServeConn(server, Access{Get: true}) }()
+	c := newConn(s, server, Access{Get: true}, func(bool) {})
+	served := make(chan struct{})
+	go func() {
+		c.serve()
+		close(served)
+	}()
 	if _, err := client.Write(coaptest.Stream(codes.CSM, coap.Token{}, nil, "")); err != nil {
 		t.Fatal(err)
 	}
@@ -48,11 +49,6 @@ func TestManyWaiting(t *testing.T) {
 			break
 		}
 	}
-	s.mu.Lock()
-	var c *conn
-	for c = range s.conns {
-	}
-	s.mu.Unlock()
 	c.peer.Lock()
 	waiting := len(c.gets) - c.firstGet
 	c.peer.Unlock()

@@ -45,18 +45,20 @@ type packets struct {
 // only where that is no harm, on a local network. If the socket is bound to no address in
 // particular, answers come from the address that the kernel chooses.
 func (s *Server) ServePacket(conn net.PacketConn, access Access) error {
-	if !s.begin(conn) {
-		conn.Close()
+	defer conn.Close()
+	// What is being served can still be answered.
+	done, ok := s.begin(func() { conn.SetReadDeadline(time.Unix(1, 0)) })
+	if !ok {
 		return ErrServerClosed
 	}
-	defer s.done(conn)
+	defer done()
 	d := &s.config.Datagram
 	p := &packets{server: s, access: access, transfers: newTransfers(maxTransfers, maxTransfersPerHost, transferTimeout)}
 	err := coap.NewEndpoint(conn, coap.EndpointConfig{
 		Window: 1, AckTimeout: d.AckTimeout, MaxRetransmit: maxRetransmit, Timeout: answerTimeout,
 		Workers: d.Workers, AckDelay: d.AckDelay, Paths: s.paths, Handler: p.serve,
 	}).Run()
-	if s.isClosing() {
+	if s.stopping.Err() != nil {
 		return ErrServerClosed
 	}
 	return err
@@ -72,7 +74,7 @@ func (p *packets) serve(packet *coap.Packet) {
 	switch {
 	case code != codes.Empty:
 		packet.Respond(code, nil, nil)
-	case s.asksHave(r):
+	case r.Resource == haveResource:
 		packet.Respond(s.have(r, p.access))
 	case r.Block1.Exponent == coap.BERT:
 		packet.Respond(codes.BadRequest, nil, nil)
@@ -120,7 +122,7 @@ func (p *packets) store(packet *coap.Packet, block []byte) codes.Code {
 		return codes.BadRequest
 	}
 	s, ref := p.server, eris.Sum(block)
-	code := s.putCode(s.config.Resources[packet.Request.Resource].Sink.Put(s.ctx, ref, block))
+	code := s.putCode(s.config.Sink.PutBatch(s.ctx, []eris.Reference{ref}, [][]byte{block}))
 	s.requested(admission.Host(packet.Peer), "PUT", ref, code)
 	return code
 }

@@ -13,6 +13,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 )
@@ -58,8 +59,8 @@ func (s *socket) read() coaptest.Message {
 func TestNeverAcknowledged(t *testing.T) {
 	store := &held{release: make(chan struct{})}
 	good := newMemory()
-	ref, block := good.add(eris.BlockSize1KiB)
-	config := coapserver.Config{Resources: []coapserver.Resource{{Source: good, Sink: store}}}
+	ref, block := addBlock(good, eris.BlockSize1KiB)
+	config := coapserver.Config{Source: good, Sink: store}
 	const workers = 4
 	config.Datagram = coapserver.DatagramConfig{Workers: workers, AckDelay: time.Millisecond, AckTimeout: time.Hour}
 	_, address := serveConfig(t, "udp", readWrite, config)
@@ -144,7 +145,7 @@ func TestTransfers(t *testing.T) {
 }
 
 // putInterleaved puts n blocks, one part of each after the other.
-func putInterleaved(t *testing.T, exchange exchanger, store *memory, n int, name func(transfer, part int) (token uint32, tag string)) {
+func putInterleaved(t *testing.T, exchange exchanger, store *sourcetest.Store, n int, name func(transfer, part int) (token uint32, tag string)) {
 	t.Helper()
 	refs, blocks := make([]eris.Reference, n), make([][]byte, n)
 	for i := range n {
@@ -169,7 +170,7 @@ func putInterleaved(t *testing.T, exchange exchanger, store *memory, n int, name
 		}
 	}
 	for i, ref := range refs {
-		if !store.has(ref) {
+		if !store.Has(ref) {
 			t.Errorf("block %d is not there", i)
 		}
 	}

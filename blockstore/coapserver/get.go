@@ -35,39 +35,29 @@ var maxAgeOption = coap.AppendUintOption(nil, 0, message.MaxAge, maxAge)
 
 // check returns the code that a request is refused with, or codes.Empty.
 func (s *Server) check(r *coap.Request, access Access) codes.Code {
-	stores := s.config.Resources
-	if r.Refuse == codes.Empty && s.asksHave(r) {
-		return codes.Empty
-	}
+	get := r.Code == codes.GET
 	switch {
 	case r.Refuse != codes.Empty:
 		return r.Refuse
-	case r.Resource < 0, r.Resource >= len(stores) && (r.Code != codes.GET || !access.Documents):
+	case r.Resource < 0, r.Resource == documentResource && !(get && access.Document):
 		return codes.NotFound
-	case r.Resource >= len(stores):
+	case r.Resource != blocksResource:
+		return codes.Empty
+	case get && access.Get && s.config.Source != nil:
+		if !r.HasReference || r.Size != 0 && !r.Size.Valid() {
+			return codes.BadRequest
+		}
+		return codes.Empty
+	case (r.Code == codes.PUT || r.Code == codes.POST) && access.Put && s.config.Sink != nil:
 		return codes.Empty
 	}
-	resource := &stores[r.Resource]
-	get := r.Code == codes.GET && access.Get && resource.Source != nil
-	put := (r.Code == codes.PUT || r.Code == codes.POST) && access.Put && resource.Sink != nil
-	switch {
-	case !get && !put:
-		return codes.MethodNotAllowed
-	case get && (!r.HasReference || r.BadSize):
-		return codes.BadRequest
-	}
-	return codes.Empty
+	return codes.MethodNotAllowed
 }
 
-// asksHave reports whether a request is for one of the resources that say what a store has.
-func (s *Server) asksHave(r *coap.Request) bool {
-	return r.Resource >= len(s.config.Resources)+len(s.config.Documents)
-}
-
-// have answers such a request. That takes little time whatever the client asks, so that whoever
-// reads does it, and further requests wait.
+// have answers a request that asks which blocks there are. That takes little time whatever the
+// client asks, so that whoever reads does it, and further requests wait.
 func (s *Server) have(r *coap.Request, access Access) (codes.Code, []byte, []byte) {
-	store, ok := s.config.Resources[r.Resource-len(s.config.Resources)-len(s.config.Documents)].Source.(fetch.Haver)
+	store, ok := s.config.Source.(fetch.Haver)
 	switch {
 	case !ok:
 		return codes.NotFound, nil, nil
@@ -85,25 +75,24 @@ func (s *Server) have(r *coap.Request, access Access) (codes.Code, []byte, []byt
 
 // getRequest is a GET that has been understood.
 type getRequest struct {
-	ref      eris.Reference
-	size     eris.BlockSize // 0: not said
-	token    coap.Token
-	block2   coap.Block
-	resource uint8
-	last     bool         // nobody else may be asked, although clients may have others asked
-	source   fetch.Source // where the block comes from; nil if it is a document
-	client   string       // for the log of requests
+	ref    eris.Reference
+	size   eris.BlockSize // 0: not said
+	token  coap.Token
+	block2 coap.Block
+	last   bool         // nobody else may be asked, although clients may have others asked
+	source fetch.Source // where the block comes from; nil if it is the document
+	client string       // for the log of requests
 }
 
 // newGetRequest returns what a client at an address, as in [admission.Host], wants to get.
 func (s *Server) newGetRequest(r *coap.Request, access *Access, client string) getRequest {
-	g := getRequest{ref: r.Reference, size: r.Size, token: r.Token, block2: r.Block2, resource: uint8(r.Resource), client: client}
+	g := getRequest{ref: r.Reference, size: r.Size, token: r.Token, block2: r.Block2, client: client}
 	switch {
-	case r.Resource >= len(s.config.Resources):
+	case r.Resource == documentResource:
 	case access.Relay != nil:
 		g.last, g.source = r.HopLimit == 1, access.Relay(client, int(r.HopLimit))
 	default:
-		g.source = s.config.Resources[r.Resource].Source
+		g.source = s.config.Source
 	}
 	return g
 }
@@ -234,14 +223,14 @@ func (f form) cut(options []byte, last message.OptionID, block []byte, part coap
 
 // get returns the answer to a GET. The payload is valid until the next use of the lookup.
 func (s *Server) get(ctx context.Context, l *lookup, r getRequest, f form) (code codes.Code, options, payload []byte) {
-	if n := int(r.resource) - len(s.config.Resources); n >= 0 {
-		document := &s.config.Documents[n]
+	if r.source == nil {
+		document := &s.config.Document
 		options = coap.AppendUintOption(nil, 0, message.ContentFormat, uint32(document.Format))
 		return f.cut(options, message.ContentFormat, document.Text(), r.block2)
 	}
 	block, ok := []byte(nil), false
 	if r.block2.Number != 0 {
-		block, ok = s.recent.get(r.resource, r.ref, l.memory[:0])
+		block, ok = s.recent.get(r.ref, l.memory[:0])
 	}
 	if !ok {
 		block, code = s.find(ctx, l, r)
@@ -250,7 +239,7 @@ func (s *Server) get(ctx context.Context, l *lookup, r getRequest, f form) (code
 			return code, nil, nil
 		}
 		if r.block2.Present && len(block) > r.block2.Unit() {
-			s.recent.add(r.resource, r.ref, block)
+			s.recent.add(r.ref, block)
 		}
 	}
 	return f.cut(slices.Clip(maxAgeOption), message.MaxAge, block, r.block2)

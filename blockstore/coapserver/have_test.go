@@ -40,10 +40,7 @@ func TestHave(t *testing.T) {
 		}
 		question = append(question, ref[:fetch.HavePrefix]...)
 	}
-	config := coapserver.Config{
-		Resources: []coapserver.Resource{{Source: store}, {Path: "silent", Source: failingSource{}}},
-		Documents: []coapserver.Document{{Path: "document", Text: func() []byte { return nil }}},
-	}
+	config := coapserver.Config{Source: store}
 	relays := 0
 	relay := func(string, int) fetch.Source { // which is not asked: the server answers for itself
 		relays++
@@ -51,6 +48,7 @@ func TestHave(t *testing.T) {
 	}
 	_, open := serveConfig(t, "tcp", coapserver.Access{Get: true, Relay: relay}, config)
 	_, putOnly := serveConfig(t, "tcp", coapserver.Access{Put: true}, config)
+	_, silent := serveConfig(t, "tcp", readWrite, coapserver.Config{Source: failingSource{}})
 	have := []any{11, ".well-known", 11, "eris", 11, "have"}
 	whole := string(question)
 	for _, v := range []struct {
@@ -70,8 +68,8 @@ func TestHave(t *testing.T) {
 		{"GET", open, codes.GET, "", have, codes.MethodNotAllowed, nil},
 		{"PUT", open, codes.PUT, whole[:8], have, codes.MethodNotAllowed, nil},
 		{"in parts", open, codes.POST, strings.Repeat("x", 16), append(append([]any{}, have...), 27, "\x08"), codes.BadOption, nil},
-		{"store that cannot say", open, codes.POST, whole[:8], []any{11, "silent", 11, "have"}, codes.NotFound, nil},
-		{"no store", open, codes.POST, whole[:8], []any{11, "document", 11, "have"}, codes.NotFound, nil},
+		{"store that cannot say", silent, codes.POST, whole[:8], have, codes.NotFound, nil},
+		{"no store", open, codes.POST, whole[:8], []any{11, "have"}, codes.NotFound, nil},
 		{"not to be got", putOnly, codes.POST, whole[:8], have, codes.MethodNotAllowed, nil},
 	} {
 		c := dial(t, "tcp", v.address, csm...)

@@ -26,9 +26,9 @@ import (
 // within bounded time, and others must be served meanwhile.
 func TestHostile(t *testing.T) {
 	store := newMemory()
-	ref, block := store.add(eris.BlockSize1KiB)
+	ref, block := addBlock(store, eris.BlockSize1KiB)
 	_, address := serveConfig(t, "unix", readWrite, coapserver.Config{
-		Resources:      []coapserver.Resource{{Source: store, Sink: store}},
+		Source: store, Sink: store,
 		MessageTimeout: 200 * time.Millisecond,
 		IdleTimeout:    400 * time.Millisecond,
 	})
@@ -138,7 +138,7 @@ func TestMaxConnections(t *testing.T) {
 		t.Run(network, func(t *testing.T) {
 			store := &held{release: make(chan struct{})}
 			logged := make(chan error, 9)
-			config := coapserver.Config{Resources: []coapserver.Resource{{Source: store.source(t)}}, MaxConnections: 3, Log: func(err error) { logged <- err }}
+			config := coapserver.Config{Source: store.source(t), MaxConnections: 3, Log: func(err error) { logged <- err }}
 			server, address := serveConfig(t, network, readWrite, config)
 			ref, _ := newBlock(eris.BlockSize1KiB)
 			open := func() *fetchcoap.Store {
@@ -186,7 +186,7 @@ func TestMaxConnections(t *testing.T) {
 // all its answers.
 func TestHalfClosed(t *testing.T) {
 	store := newMemory()
-	ref, _ := store.add(eris.BlockSize1KiB)
+	ref, _ := addBlock(store, eris.BlockSize1KiB)
 	address := serve(t, "tcp", store)
 	c := dial(t, "tcp", address, csm...)
 	for i := range 100 {

@@ -68,7 +68,7 @@ func TestLibcoapClient(t *testing.T) {
 						args = append(args, "-b", strconv.Itoa(part))
 					}
 					path := url + "/.well-known/eris/blocks"
-					ref, want := store.add(size)
+					ref, want := addBlock(store, size)
 					out := filepath.Join(t.TempDir(), "out")
 					run(t, client, append(args, "-B", "20", "-m", "get", "-o", out, path+"?"+ref.String())...)
 					if got, err := os.ReadFile(out); err != nil || !bytes.Equal(got, want) {
@@ -85,7 +85,7 @@ func TestLibcoapClient(t *testing.T) {
 						t.Fatal(err)
 					}
 					text := run(t, client, append(args, "-B", "20", "-m", "put", "-f", in, path)...)
-					if !store.has(ref) {
+					if !store.Has(ref) {
 						t.Errorf("the block that was PUT is not there: %s", text)
 					}
 				})

@@ -41,10 +41,6 @@ func (d *disk) PutBatch(_ context.Context, refs []eris.Reference, blocks [][]byt
 	return nil
 }
 
-func (d *disk) Put(ctx context.Context, ref eris.Reference, block []byte) error {
-	return d.PutBatch(ctx, []eris.Reference{ref}, [][]byte{block})
-}
-
 // numbered returns a block that is told from all others by its number.
 func numbered(block []byte, n int) eris.Reference {
 	binary.LittleEndian.PutUint64(block, uint64(n))
@@ -61,24 +57,12 @@ func TestStoreLargeItem(t *testing.T) {
 		bytes = 1 << 30
 	}
 	for _, v := range []struct {
-		size    eris.BlockSize
-		batched bool
-		naive   bool
-	}{
-		{eris.BlockSize32KiB, true, true},
-		{eris.BlockSize32KiB, true, false},
-		{eris.BlockSize32KiB, false, true},
-		{eris.BlockSize1KiB, true, true},
-		{eris.BlockSize1KiB, true, false},
-		{eris.BlockSize1KiB, false, false},
-	} {
-		t.Run(fmt.Sprintf("%v/batched=%v/naive=%v", v.size, v.batched, v.naive), func(t *testing.T) {
+		size  eris.BlockSize
+		naive bool
+	}{{eris.BlockSize32KiB, true}, {eris.BlockSize32KiB, false}, {eris.BlockSize1KiB, true}, {eris.BlockSize1KiB, false}} {
+		t.Run(fmt.Sprintf("%v/naive=%v", v.size, v.naive), func(t *testing.T) {
 			store := &disk{refs: make(map[eris.Reference]int)}
-			var sink coapserver.Sink = store
-			if !v.batched {
-				sink = sinkFunc(store.Put)
-			}
-			_, address := serveConfig(t, "unix", readWrite, coapserver.Config{Resources: []coapserver.Resource{{Sink: sink}}})
+			_, address := serveConfig(t, "unix", readWrite, coapserver.Config{Sink: store})
 			before := runtime.NumGoroutine()
 			c := dial(t, "unix", address, csm...)
 			count := bytes / int(v.size)
@@ -154,10 +138,6 @@ func (h *held) PutBatch(ctx context.Context, _ []eris.Reference, blocks [][]byte
 	}
 }
 
-func (h *held) Put(ctx context.Context, ref eris.Reference, block []byte) error {
-	return h.PutBatch(ctx, []eris.Reference{ref}, [][]byte{block})
-}
-
 func (h *held) Get(ctx context.Context, _ eris.Reference, _ eris.BlockSize, _ []byte) ([]byte, error) {
 	h.calls.Add(1)
 	select {
@@ -199,7 +179,7 @@ func awaitStill(value func() int64) int64 {
 func TestBackPressure(t *testing.T) {
 	store := &held{release: make(chan struct{})}
 	_, address := serveConfig(t, "unix", readWrite, coapserver.Config{
-		Resources:        []coapserver.Resource{{Sink: store}},
+		Sink:             store,
 		MaxPutBytes:      2 << 20,
 		MaxTotalPutBytes: 3 << 20,
 	})
@@ -248,7 +228,7 @@ func TestBackPressure(t *testing.T) {
 // answer.
 func TestManyGets(t *testing.T) {
 	store := &held{release: make(chan struct{})}
-	_, address := serveConfig(t, "unix", readWrite, coapserver.Config{Resources: []coapserver.Resource{{Source: store.source(t)}}, MaxGets: 7})
+	_, address := serveConfig(t, "unix", readWrite, coapserver.Config{Source: store.source(t), MaxGets: 7})
 	c := dial(t, "unix", address, csm...)
 	const count = 20000
 	ref, _ := newBlock(eris.BlockSize1KiB)
@@ -277,9 +257,9 @@ func TestManyGets(t *testing.T) {
 // the connections end.
 func TestSlowReader(t *testing.T) {
 	store := newMemory()
-	ref, _ := store.add(eris.BlockSize32KiB)
+	ref, _ := addBlock(store, eris.BlockSize32KiB)
 	_, address := serveConfig(t, "unix", readWrite, coapserver.Config{
-		Resources:           []coapserver.Resource{{Source: store}},
+		Source:              store,
 		MaxAnswerBytes:      1 << 20,
 		MaxTotalAnswerBytes: 2 << 20,
 		MessageTimeout:      300 * time.Millisecond,
@@ -307,7 +287,7 @@ func TestSlowReader(t *testing.T) {
 // clients are told, and that what comes meanwhile is still served.
 func TestShutdown(t *testing.T) {
 	store := &held{release: make(chan struct{})}
-	server, address := serveConfig(t, "unix", readWrite, coapserver.Config{Resources: []coapserver.Resource{{Source: store.source(t), Sink: store}}})
+	server, address := serveConfig(t, "unix", readWrite, coapserver.Config{Source: store.source(t), Sink: store})
 	c, idle := dial(t, "unix", address, csm...), dial(t, "unix", address, csm...)
 	idle.read()
 	c.write(putRequest(1, coap.Block{}, make([]byte, eris.BlockSize1KiB)))
@@ -351,7 +331,7 @@ func TestClose(t *testing.T) {
 	for _, shutdown := range []bool{false, true} {
 		store.calls.Store(0)
 		source := store.source(t)
-		server, address := serveConfig(t, "unix", readWrite, coapserver.Config{Resources: []coapserver.Resource{{Source: source, Sink: store}}})
+		server, address := serveConfig(t, "unix", readWrite, coapserver.Config{Source: source, Sink: store})
 		ref, _ := newBlock(eris.BlockSize1KiB)
 		c := dial(t, "unix", address, csm...)
 		c.write(putRequest(1, coap.Block{}, make([]byte, eris.BlockSize1KiB)))

@@ -8,7 +8,6 @@ import (
 
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
-	"golang.org/x/sync/errgroup"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
@@ -17,20 +16,15 @@ import (
 // batchSize is the size in bytes of the memory of a batch.
 const batchSize = guaranteed
 
-// putsPerBatch is how many goroutines store the blocks of one batch if the store takes only one at
-// a time.
-const putsPerBatch = 32
-
 // batch is blocks that are stored together. As long as all goroutines that may put are busy, blocks
 // are added to it.
 type batch struct {
-	memory   [batchSize]byte
-	used     int
-	resource int
-	blocks   [][]byte
-	answers  []putAnswer
-	refs     []eris.Reference
-	booked   bool // on the account of the server
+	memory  [batchSize]byte
+	used    int
+	blocks  [][]byte
+	answers []putAnswer
+	refs    []eris.Reference
+	booked  bool // on the account of the server
 }
 
 // putAnswer is what to answer to once a block is stored.
@@ -65,7 +59,7 @@ func (c *conn) put(r *coap.Request) {
 	}
 	c.peer.Lock()
 	defer c.peer.Unlock()
-	c.add(r.Resource, block, putAnswer{r.Token, r.Block1})
+	c.add(block, putAnswer{r.Token, r.Block1})
 }
 
 // block1Option returns the option of the answer to a part of a block.
@@ -80,11 +74,11 @@ func block1Option(part coap.Block, code codes.Code) []byte {
 }
 
 // add adds a block to the open batch, and hands that over if it is full. The lock must be held.
-func (c *conn) add(resource int, block []byte, answer putAnswer) {
+func (c *conn) add(block []byte, answer putAnswer) {
 	for c.isFull() {
 		c.room.Wait()
 	}
-	for c.open != nil && (c.open.resource != resource || len(c.open.memory)-c.open.used < len(block)) && !c.peer.Broken() {
+	for c.open != nil && len(c.open.memory)-c.open.used < len(block) && !c.peer.Broken() {
 		if c.handOverBatch(); c.open != nil {
 			c.room.Wait()
 		}
@@ -95,7 +89,6 @@ func (c *conn) add(resource int, block []byte, answer putAnswer) {
 	if c.open == nil {
 		c.open = c.server.batches.Get().(*batch)
 		c.open.reset()
-		c.open.resource = resource
 	}
 	b := c.open
 	memory := b.memory[b.used : b.used+copy(b.memory[b.used:], block)]
@@ -164,14 +157,5 @@ func (c *conn) putBatches(b *batch) {
 func (s *Server) store(ctx context.Context, b *batch) codes.Code {
 	b.refs = slices.Grow(b.refs, len(b.blocks))[:len(b.blocks)]
 	eris.SumAll(b.refs, b.blocks)
-	sink := s.config.Resources[b.resource].Sink
-	if batchSink, ok := sink.(BatchSink); ok {
-		return s.putCode(batchSink.PutBatch(ctx, b.refs, b.blocks))
-	}
-	group, ctx := errgroup.WithContext(ctx)
-	group.SetLimit(putsPerBatch)
-	for i, block := range b.blocks {
-		group.Go(func() error { return sink.Put(ctx, b.refs[i], block) })
-	}
-	return s.putCode(group.Wait())
+	return s.putCode(s.config.Sink.PutBatch(ctx, b.refs, b.blocks))
 }

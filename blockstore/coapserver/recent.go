@@ -20,17 +20,16 @@ type recent struct {
 }
 
 type recentBlock struct {
-	resource uint8
-	ref      eris.Reference
-	block    []byte
+	ref   eris.Reference
+	block []byte
 }
 
 // get appends the block to memory, and reports whether it was there.
-func (r *recent) get(resource uint8, ref eris.Reference, memory []byte) ([]byte, bool) {
+func (r *recent) get(ref eris.Reference, memory []byte) ([]byte, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for i := range r.entries {
-		if e := &r.entries[i]; e.ref == ref && e.resource == resource && e.block != nil {
+		if e := &r.entries[i]; e.ref == ref && e.block != nil {
 			return append(memory, e.block...), true
 		}
 	}
@@ -38,10 +37,10 @@ func (r *recent) get(resource uint8, ref eris.Reference, memory []byte) ([]byte,
 }
 
 // add keeps a copy of a block, in place of the oldest.
-func (r *recent) add(resource uint8, ref eris.Reference, block []byte) {
+func (r *recent) add(ref eris.Reference, block []byte) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	e := &r.entries[r.next]
 	r.next = (r.next + 1) % recentBlocks
-	*e = recentBlock{resource, ref, append(e.block[:0], block...)}
+	*e = recentBlock{ref, append(e.block[:0], block...)}
 }

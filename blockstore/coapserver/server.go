@@ -25,50 +25,28 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/plgd-dev/go-coap/v3/message"
+
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 
-// A Sink takes blocks. Put returns nil only once the block is stored as durably as it ever will be:
-// the client is then told so. It must not keep the memory of the block. It is called by many
-// goroutines at a time. An error that wraps fetch.ErrReadOnly is answered by 4.05, any other by
-// 5.00.
+// A Sink takes blocks. PutBatch returns nil only once all of them are stored as durably as they ever
+// will be: the clients are then told so. Refs and blocks have the same length. It must not keep the
+// memory of blocks. It is called by many goroutines at a time. An error that wraps
+// fetch.ErrReadOnly is answered by 4.05, any other by 5.00.
 type Sink interface {
-	Put(ctx context.Context, ref eris.Reference, block []byte) error
-}
-
-// A BatchSink is a [Sink] that can take many blocks at once, which it may make durable together.
-// Refs and blocks have the same length. An error says that none of them may be taken as stored.
-// Blocks that come on streams are put by this method.
-type BatchSink interface {
-	Sink
 	PutBatch(ctx context.Context, refs []eris.Reference, blocks [][]byte) error
-}
-
-// Resource is a store at one path.
-type Resource struct {
-	// Path is the path of the store as in its URL, for example ".well-known/eris", which is also
-	// meant by "". The resource "blocks" below it is served; and "have", which says which blocks
-	// there are (docs/formats.md), if the Source is a [fetch.Haver].
-	Path string
-	// Source is where blocks come from; nil if none can be had. Requests are cancelled when their
-	// clients are gone. If a client does not say which size it wants, which every client known
-	// does, it is requested in both. The server does not close it.
-	Source fetch.Source
-	// Sink is where blocks go; nil if none are taken.
-	Sink Sink
 }
 
 // Document is a text at one path.
 type Document struct {
-	// Path is the path of the document as in a URL. It must be none of those of stores, nor the
-	// "blocks" of one.
-	Path string
+	// Path is the path of the document, segment by segment.
+	Path []string
 	// Format is the Content-Format (RFC 7252, section 12.3), for example 50 for JSON.
-	Format uint16
+	Format message.MediaType
 	// Text returns the text, of at most 32 KiB. It must not wait, and is called by many goroutines
 	// at a time.
 	Text func() []byte
@@ -77,8 +55,8 @@ type Document struct {
 // Access is what clients of one listener may do.
 type Access struct {
 	Get, Put bool
-	// Relay, if not nil, returns where blocks come from for a client, instead of the Source of a
-	// resource: see [fetch/relay.Relay.For], whose arguments it is given. It is called for each
+	// Relay, if not nil, returns where blocks come from for a client, instead of the Source of the
+	// Config: see [fetch/relay.Relay.For], whose arguments it is given. It is called for each
 	// request, and must not wait.
 	Relay func(client string, hops int) fetch.Source
 	// Connected, if not nil, is told of each connection on a stream, over which the client, whose
@@ -88,8 +66,8 @@ type Access struct {
 	// KeepAlive, if positive, is how often clients on streams are sent a Ping, so that their
 	// connections are kept though idle.
 	KeepAlive time.Duration
-	// Documents permits to get documents.
-	Documents bool
+	// Document permits to get the document.
+	Document bool
 	// Hosts are names by which browsers may know the server on WebSockets, besides the address that
 	// they connect to, and localhost on this machine.
 	Hosts []string
@@ -97,8 +75,17 @@ type Access struct {
 
 // Config says what a [Server] serves, and within which bounds. Zero fields stand for the defaults.
 type Config struct {
-	Resources []Resource
-	Documents []Document
+	// Path is the path of the store, segment by segment; nil stands for that of the well-known one.
+	Path []string
+	// Source is where blocks come from; nil if none can be had. Requests are
+	// cancelled when their clients are gone. If a client does not say which size it wants, which
+	// every client known does, it is requested in both. Which blocks there are is said if the
+	// Source is a [fetch.Haver] (docs/formats.md). The server does not close it.
+	Source fetch.Source
+	// Sink is where blocks go; nil if none are taken.
+	Sink Sink
+	// Document is what else there is, unless it has no path.
+	Document Document
 
 	// MaxConnections is the most connections at a time per listener, of which one host may have
 	// half (see package internal/admission). Where there are more, the one that has been idle the
@@ -145,6 +132,10 @@ type DatagramConfig struct {
 }
 
 func (c Config) withDefaults() Config {
+	if c.Path == nil {
+		c.Path = coap.WellKnownPath()
+	}
+	c.Path = slices.Clip(c.Path)
 	c.MaxConnections = cmp.Or(c.MaxConnections, 256)
 	c.MaxPutBytes = cmp.Or(c.MaxPutBytes, 16<<20)
 	c.MaxTotalPutBytes = cmp.Or(c.MaxTotalPutBytes, 256<<20)
@@ -165,7 +156,7 @@ func (c Config) withDefaults() Config {
 // Server serves blocks. Its methods are safe for concurrent use.
 type Server struct {
 	config  Config
-	paths   *coap.Paths
+	paths   coap.Paths
 	pool    *sync.Pool // of memory for answers
 	batches sync.Pool  // of *batch
 	lookups sync.Pool  // of *lookup
@@ -176,76 +167,56 @@ type Server struct {
 
 	putBytes    atomic.Int64 // in batches beyond the first of each connection
 	answerBytes atomic.Int64 // as last counted by the connections
+	connections atomic.Int64
 	lastLog     atomic.Int64
 	gates       admission.Gates
 
 	mu       sync.Mutex
-	closing  bool
-	closers  map[closer]struct{} // listeners and packet connections
-	conns    map[*conn]struct{}
+	stopping context.Context // ends when nothing more is accepted
+	stop     context.CancelFunc
 	services sync.WaitGroup // calls of Serve, ServePacket and ServeConn
 }
 
-type closer interface{ Close() error }
+// Resources, by the index of their paths.
+const (
+	blocksResource = iota
+	haveResource
+	documentResource
+)
 
 // ErrServerClosed is what Serve, ServePacket and ServeConn return after Shutdown or Close.
 var ErrServerClosed = errors.New("server is closed")
 
-// New returns a Server. It returns an error if a path is not valid, occurs twice, or there are more
-// than 64 in all, those of stores counted twice.
-func New(config Config) (*Server, error) {
-	s := &Server{
-		config:  config.withDefaults(),
-		pool:    coap.NewPool(),
-		closers: make(map[closer]struct{}),
-		conns:   make(map[*conn]struct{}),
-	}
-	var stores, documents [][]string
-	for _, resource := range config.Resources {
-		path, err := storeurl.ParsePath(resource.Path)
-		if err != nil {
-			return nil, err
-		}
-		if slices.ContainsFunc(stores, func(other []string) bool { return slices.Equal(other, path) }) {
-			return nil, errors.New("two resources have the same store path")
-		}
-		stores = append(stores, path)
-	}
-	for _, document := range config.Documents {
-		path, err := storeurl.ParsePath(document.Path)
-		if err != nil {
-			return nil, err
-		}
-		documents = append(documents, path)
-	}
-	for _, path := range stores {
-		documents = append(documents, append(slices.Clone(path), coap.HaveSegment))
-	}
-	var err error
-	if s.paths, err = coap.NewPaths(stores, documents); err != nil {
-		return nil, err
+// New returns a Server.
+func New(config Config) *Server {
+	s := &Server{config: config.withDefaults(), pool: coap.NewPool()}
+	s.paths = coap.Paths{append(s.config.Path, coap.BlocksSegment), append(s.config.Path, coap.HaveSegment)}
+	if config.Document.Path != nil {
+		s.paths = append(s.paths, config.Document.Path)
 	}
 	s.batches.New = func() any { return new(batch) }
 	s.lookups.New = newLookup
 	s.ctx, s.cancel = context.WithCancel(context.Background())
-	return s, nil
+	s.stopping, s.stop = context.WithCancel(context.Background())
+	return s
 }
 
 // Serve accepts connections and serves them, until the listener fails or the server is closed. It
 // closes the listener. For TLS, the listener must be one of crypto/tls, with the protocol "coap"
 // (RFC 8323, section 8.2).
 func (s *Server) Serve(listener net.Listener, access Access) error {
-	if !s.begin(listener) {
-		listener.Close()
+	defer listener.Close()
+	done, ok := s.begin(func() { listener.Close() })
+	if !ok {
 		return ErrServerClosed
 	}
-	defer s.done(listener)
+	defer done()
 	gate := s.gates.New(s.config.MaxConnections, listener, s.config.Log)
 	defer gate.Wait()
 	for wait := time.Millisecond; ; {
 		conn, err := listener.Accept()
 		if err != nil {
-			if s.isClosing() {
+			if s.stopping.Err() != nil {
 				return ErrServerClosed
 			}
 			if errors.Is(err, net.ErrClosed) {
@@ -255,7 +226,7 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 			s.log(fmt.Errorf("accepting a connection: %w", err))
 			select {
 			case <-time.After(wait):
-			case <-s.ctx.Done():
+			case <-s.stopping.Done():
 			}
 			wait = min(2*wait, time.Second)
 			continue
@@ -273,10 +244,8 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 // Stats returns the statistics of connections: of all that are open, also by ServeConn, and of
 // those that Serve and ServeWebSocket have accepted.
 func (s *Server) Stats() admission.Stats {
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	stats := s.gates.Stats()
-	stats.Connections = int64(len(s.conns))
+	stats.Connections = s.connections.Load()
 	return stats
 }
 
@@ -299,46 +268,40 @@ func (s *Server) serveConn(netConn net.Conn, access Access, idle func(bool)) err
 		}
 	}
 	c := newConn(s, netConn, access, idle)
-	s.mu.Lock()
-	if s.closing {
-		s.mu.Unlock()
+	done, ok := s.begin(func() { c.peer.Release(releaseGrace, ErrServerClosed) })
+	if !ok {
 		netConn.Close()
 		return ErrServerClosed
 	}
-	s.conns[c] = struct{}{}
-	s.services.Add(1)
-	s.mu.Unlock()
-	defer s.services.Done()
+	defer done()
+	defer context.AfterFunc(s.ctx, func() { c.peer.Close(ErrServerClosed) })()
+	s.connections.Add(1)
+	defer s.connections.Add(-1)
 	c.serve()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.conns, c)
 	return nil
 }
 
-func (s *Server) begin(c closer) bool {
+// begin reports whether the server still serves. If it does, done must be called in the end; and
+// stop is called when nothing more is accepted.
+func (s *Server) begin(stop func()) (done func(), ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closing {
-		return false
+	if s.stopping.Err() != nil {
+		return nil, false
 	}
-	s.closers[c] = struct{}{}
 	s.services.Add(1)
-	return true
+	forget := context.AfterFunc(s.stopping, stop)
+	return func() {
+		forget()
+		s.services.Done()
+	}, true
 }
 
-func (s *Server) done(c closer) {
-	c.Close()
-	s.mu.Lock()
-	delete(s.closers, c)
-	s.mu.Unlock()
-	s.services.Done()
-}
-
-func (s *Server) isClosing() bool {
+// stopAccepting has nothing more accepted.
+func (s *Server) stopAccepting() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.closing
+	s.stop()
 }
 
 // Shutdown stops accepting connections and requests by UDP, and tells the clients of all
@@ -346,9 +309,7 @@ func (s *Server) isClosing() bool {
 // have closed, which they get two seconds for, and until everything is answered. When the context
 // ends before that, it closes everything as Close does, and returns the cause.
 func (s *Server) Shutdown(ctx context.Context) error {
-	for _, c := range s.stop() {
-		c.peer.Release(releaseGrace, ErrServerClosed)
-	}
+	s.stopAccepting()
 	finished := make(chan struct{})
 	go func() {
 		s.services.Wait()
@@ -368,33 +329,10 @@ func (s *Server) Shutdown(ctx context.Context) error {
 // Close closes all listeners and connections at once and waits until all calls of Serve,
 // ServePacket and ServeConn, and of stores, have returned; the contexts of the latter end.
 func (s *Server) Close() error {
-	conns := s.stop()
 	s.cancel()
-	for _, c := range conns {
-		c.peer.Close(ErrServerClosed)
-	}
+	s.stopAccepting()
 	s.services.Wait()
 	return nil
-}
-
-// stop closes the listeners and returns the connections.
-func (s *Server) stop() []*conn {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.closing = true
-	for c := range s.closers {
-		if packets, ok := c.(net.PacketConn); ok {
-			// What is being served can still be answered; the socket is closed afterwards.
-			packets.SetReadDeadline(time.Unix(1, 0))
-		} else {
-			c.Close()
-		}
-	}
-	var conns []*conn
-	for c := range s.conns {
-		conns = append(conns, c)
-	}
-	return conns
 }
 
 // log hands an error to the log, unless there was one just now.

@@ -27,22 +27,12 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 )
 
-// memory is a store in memory.
-type memory struct {
-	fetch.Store
-	backend *sourcetest.Backend
-}
+func newMemory() *sourcetest.Store { return sourcetest.NewBackend().Open(64) }
 
-func newMemory() *memory {
-	backend := sourcetest.NewBackend()
-	return &memory{backend.Open(64), backend}
-}
-
-func (m *memory) has(ref eris.Reference) bool { return m.backend.Has(ref) }
-
-func (m *memory) add(size eris.BlockSize) (eris.Reference, []byte) {
+// addBlock adds a new block to a store.
+func addBlock(store *sourcetest.Store, size eris.BlockSize) (eris.Reference, []byte) {
 	ref, block := newBlock(size)
-	m.backend.Set(ref, block)
+	store.Set(ref, block)
 	return ref, block
 }
 
@@ -58,16 +48,13 @@ func pause() { time.Sleep(5 * time.Millisecond) }
 var readWrite = coapserver.Access{Get: true, Put: true}
 
 // serve serves a store, and returns the address.
-func serve(tb testing.TB, network string, store *memory) string {
-	_, address := serveConfig(tb, network, readWrite, coapserver.Config{Resources: []coapserver.Resource{{Source: store, Sink: store}}})
+func serve(tb testing.TB, network string, store *sourcetest.Store) string {
+	_, address := serveConfig(tb, network, readWrite, coapserver.Config{Source: store, Sink: store})
 	return address
 }
 
 func serveConfig(tb testing.TB, network string, access coapserver.Access, config coapserver.Config) (*coapserver.Server, string) {
-	server, err := coapserver.New(config)
-	if err != nil {
-		tb.Fatal(err)
-	}
+	server := coapserver.New(config)
 	address := "127.0.0.1:0"
 	if network == "unix" {
 		address = filepath.Join(tb.TempDir(), "s")
@@ -106,25 +93,19 @@ func serveConfig(tb testing.TB, network string, access coapserver.Access, config
 // TestAnswers checks what is answered to what, byte for byte where the whole of the answer is
 // known.
 func TestAnswers(t *testing.T) {
-	store, pinned := newMemory(), newMemory()
-	small, smallBlock := store.add(eris.BlockSize1KiB)
-	large, largeBlock := store.add(eris.BlockSize32KiB)
+	store := newMemory()
+	small, smallBlock := addBlock(store, eris.BlockSize1KiB)
+	large, largeBlock := addBlock(store, eris.BlockSize32KiB)
 	newSmall, newSmallBlock := newBlock(eris.BlockSize1KiB)
-	failing := sinkFunc(func(context.Context, eris.Reference, []byte) error { return errors.New("disk full") })
-	readOnly := sinkFunc(func(context.Context, eris.Reference, []byte) error { return fetch.ErrReadOnly })
-	config := coapserver.Config{Resources: []coapserver.Resource{
-		{Source: store, Sink: store},
-		{Path: "pinned", Sink: pinned},
-		{Path: "mirror", Source: store},
-		{Path: "failing", Source: failingSource{store, errors.New("disk broken")}, Sink: failing},
-		{Path: "readonly", Sink: readOnly},
-	}}
-	_, address := serveConfig(t, "tcp", readWrite, config)
-	_, getOnly := serveConfig(t, "tcp", coapserver.Access{Get: true}, config)
-	_, putOnly := serveConfig(t, "tcp", coapserver.Access{Put: true}, config)
-	at := func(path string, options ...any) []any {
-		return append([]any{11, path, 11, "blocks"}, options...)
+	serveThe := func(source fetch.Source, sink coapserver.Sink, access coapserver.Access) string {
+		_, address := serveConfig(t, "tcp", access, coapserver.Config{Source: source, Sink: sink})
+		return address
 	}
+	address := serveThe(store, store, readWrite)
+	getOnly, putOnly := serveThe(store, store, coapserver.Access{Get: true}), serveThe(store, store, coapserver.Access{Put: true})
+	noSource, noSink := serveThe(nil, store, readWrite), serveThe(store, nil, readWrite)
+	failing := serveThe(failingSource{store, errors.New("disk broken")}, sink{errors.New("disk full")}, readWrite)
+	readOnly := serveThe(nil, sink{fetch.ErrReadOnly}, readWrite)
 	wellKnown := func(options ...any) []any {
 		return append([]any{11, ".well-known", 11, "eris", 11, "blocks"}, options...)
 	}
@@ -148,9 +129,8 @@ func TestAnswers(t *testing.T) {
 		{"GET, other path", address, request(codes.GET, "", 11, ".well-known", 11, "core"), codes.NotFound, nil},
 		{"GET, no path", address, request(codes.GET, ""), codes.NotFound, nil},
 		{"GET, Uri-Host", address, request(codes.GET, "", append([]any{3, "localhost", 7, "\x16\x33"}, wellKnown(15, small.String())...)...), codes.Content, smallBlock},
-		{"GET, mirror", address, request(codes.GET, "", at("mirror", 15, small.String())...), codes.Content, smallBlock},
-		{"GET, pinned", address, request(codes.GET, "", at("pinned", 15, small.String())...), codes.MethodNotAllowed, nil},
-		{"GET, failing", address, request(codes.GET, "", at("failing", 15, small.String())...), codes.InternalServerError, nil},
+		{"GET, no source", noSource, request(codes.GET, "", wellKnown(15, small.String())...), codes.MethodNotAllowed, nil},
+		{"GET, failing", failing, request(codes.GET, "", wellKnown(15, small.String())...), codes.InternalServerError, nil},
 		{"GET, not permitted", putOnly, request(codes.GET, "", wellKnown(15, small.String())...), codes.MethodNotAllowed, nil},
 		{"GET, unknown critical option", address, request(codes.GET, "", wellKnown(15, small.String(), 2049, "")...), codes.BadOption, nil},
 		{"GET, unknown elective option", address, request(codes.GET, "", wellKnown(15, small.String(), 2048, "")...), codes.Content, smallBlock},
@@ -161,11 +141,10 @@ func TestAnswers(t *testing.T) {
 		{"PUT", address, request(codes.PUT, string(newSmallBlock), wellKnown()...), codes.Created, nil},
 		{"PUT, again, with a query", address, request(codes.PUT, string(newSmallBlock), wellKnown(15, large.String())...), codes.Created, nil},
 		{"POST", address, request(codes.POST, string(largeBlock), wellKnown()...), codes.Created, nil},
-		{"PUT, pinned", address, request(codes.PUT, string(largeBlock), at("pinned")...), codes.Created, nil},
-		{"PUT, mirror", address, request(codes.PUT, string(largeBlock), at("mirror")...), codes.MethodNotAllowed, nil},
-		{"PUT, failing", address, request(codes.PUT, string(largeBlock), at("failing")...), codes.InternalServerError, nil},
-		{"PUT, store is read-only", address, request(codes.PUT, string(largeBlock), at("readonly")...), codes.MethodNotAllowed, nil},
-		{"PUT, other path", address, request(codes.PUT, string(largeBlock), at("nowhere")...), codes.NotFound, nil},
+		{"PUT, no sink", noSink, request(codes.PUT, string(largeBlock), wellKnown()...), codes.MethodNotAllowed, nil},
+		{"PUT, failing", failing, request(codes.PUT, string(largeBlock), wellKnown()...), codes.InternalServerError, nil},
+		{"PUT, store is read-only", readOnly, request(codes.PUT, string(largeBlock), wellKnown()...), codes.MethodNotAllowed, nil},
+		{"PUT, other path", address, request(codes.PUT, string(largeBlock), 11, "nowhere", 11, "blocks"), codes.NotFound, nil},
 		{"PUT, not permitted", getOnly, request(codes.PUT, string(largeBlock), wellKnown()...), codes.MethodNotAllowed, nil},
 		{"PUT, small, not permitted", getOnly, request(codes.PUT, string(smallBlock), wellKnown()...), codes.MethodNotAllowed, nil},
 		{"PUT, no payload", address, request(codes.PUT, "", wellKnown()...), codes.BadRequest, nil},
@@ -196,7 +175,7 @@ func TestAnswers(t *testing.T) {
 		}
 		c.conn.Close()
 	}
-	if !store.has(newSmall) || !pinned.has(large) || pinned.has(newSmall) {
+	if !store.Has(newSmall) {
 		t.Error("a block is not where it was put")
 	}
 	// The frames of RFC 8323, section 3.2, byte for byte.
@@ -214,15 +193,14 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
-type sinkFunc func(ctx context.Context, ref eris.Reference, block []byte) error
+// sink takes nothing.
+type sink struct{ err error }
 
-func (f sinkFunc) Put(ctx context.Context, ref eris.Reference, block []byte) error {
-	return f(ctx, ref, block)
-}
+func (s sink) PutBatch(context.Context, []eris.Reference, [][]byte) error { return s.err }
 
 // failingSource has no block, for a reason of its own.
 type failingSource struct {
-	*memory
+	fetch.Source
 	err error
 }
 
@@ -234,7 +212,7 @@ func (s failingSource) Start(r *fetch.Request) {
 // TestParts fetches and puts a block of 32 KiB with clients of different capabilities.
 func TestParts(t *testing.T) {
 	store := newMemory()
-	ref, block := store.add(eris.BlockSize32KiB)
+	ref, block := addBlock(store, eris.BlockSize32KiB)
 	address := serve(t, "unix", store)
 	for _, v := range []struct {
 		name     string
@@ -297,7 +275,7 @@ func TestParts(t *testing.T) {
 				t.Fatalf("parts of %d: answer %v, %+v to %+v", v.most, m.Code, m.Options, part)
 			}
 		}
-		if !store.has(ref) {
+		if !store.Has(ref) {
 			t.Errorf("parts of %d: the block is not there", v.most)
 		}
 	}
@@ -324,11 +302,11 @@ func TestParts(t *testing.T) {
 	}
 }
 
-// TestNew checks what is refused. TestRelay checks from where a block comes where clients may have
+// TestRelay checks from where a block comes where clients may have
 // others asked, and what is answered to a request that may not go on (RFC 8768).
 func TestRelay(t *testing.T) {
 	own, others := newMemory(), newMemory()
-	small, block := others.add(eris.BlockSize1KiB)
+	small, block := addBlock(others, eris.BlockSize1KiB)
 	missing, _ := newBlock(eris.BlockSize1KiB)
 	seen := make(chan string, 1)
 	access := coapserver.Access{Get: true, Relay: func(client string, hops int) fetch.Source {
@@ -338,7 +316,7 @@ func TestRelay(t *testing.T) {
 		}
 		return others
 	}}
-	config := coapserver.Config{Resources: []coapserver.Resource{{Source: own}}}
+	config := coapserver.Config{Source: own}
 	_, address := serveConfig(t, "tcp", access, config)
 	_, socket := serveConfig(t, "unix", access, config)
 	_, plain := serveConfig(t, "tcp", coapserver.Access{Get: true}, config)
@@ -375,28 +353,5 @@ func TestRelay(t *testing.T) {
 		if m.Code != v.code || got != v.seen || m.Code == codes.Content && !bytes.Equal(m.Payload, block) {
 			t.Errorf("%v: code %v from %q", v, m.Code, got)
 		}
-	}
-}
-
-func TestNew(t *testing.T) {
-	for _, paths := range [][]string{{"a/.."}, {"a", "/a/"}, {"", ".well-known/eris"}} {
-		var config coapserver.Config
-		for _, path := range paths {
-			config.Resources = append(config.Resources, coapserver.Resource{Path: path})
-		}
-		if _, err := coapserver.New(config); err == nil {
-			t.Errorf("paths %q are taken", paths)
-		}
-	}
-	var config coapserver.Config
-	for i := range 33 {
-		config.Resources = append(config.Resources, coapserver.Resource{Path: strings.Repeat("a", i+1)})
-	}
-	if _, err := coapserver.New(config); err == nil {
-		t.Error("66 paths are taken")
-	}
-	config.Resources = config.Resources[:32]
-	if _, err := coapserver.New(config); err != nil {
-		t.Error(err)
 	}
 }

@@ -16,10 +16,9 @@ import (
 // the Request-Tag only; but there are clients that send several blocks at a time without a tag, and
 // with a token for each.
 type transferKey struct {
-	peer     string // "" on a stream
-	resource int
-	tag      uint64
-	token    coap.Token
+	peer  string // "" on a stream
+	tag   string
+	token coap.Token
 }
 
 // transfer is a block that is being received part by part (RFC 7959, section 2.5).
@@ -93,7 +92,7 @@ func newTransfers(most, mostPerHost int, timeout time.Duration) *transfers {
 func (s *transfers) part(peer, host string, r *coap.Request) (*transfer, codes.Code) {
 	now := time.Now()
 	s.purge(now)
-	key := transferKey{peer, r.Resource, r.Tag, r.Token}
+	key := transferKey{peer, r.Tag, r.Token}
 	t := s.find(key, r)
 	switch {
 	case t == nil && r.Block1.Number != 0:
@@ -119,8 +118,7 @@ func (s *transfers) find(key transferKey, r *coap.Request) *transfer {
 	}
 	var found []*transfer
 	for _, t := range s.all {
-		if other := t.key; other.peer == key.peer && other.resource == key.resource && other.tag == key.tag &&
-			!t.complete && len(t.memory) == r.Block1.Offset() {
+		if t.key.peer == key.peer && t.key.tag == key.tag && !t.complete && len(t.memory) == r.Block1.Offset() {
 			found = append(found, t)
 		}
 	}

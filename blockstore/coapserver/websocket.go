@@ -27,11 +27,12 @@ const handshakeTimeout = 30 * time.Second
 // that is listened on, or one of access.Hosts: the name of another host may lead here, too. Clients
 // that are no browsers do not say where they come from, and may always.
 func (s *Server) ServeWebSocket(listener net.Listener, access Access) error {
-	if !s.begin(listener) {
-		listener.Close()
+	defer listener.Close()
+	done, ok := s.begin(func() { listener.Close() })
+	if !ok {
 		return ErrServerClosed
 	}
-	defer s.done(listener)
+	defer done()
 	gate := s.gates.New(s.config.MaxConnections, listener, s.config.Log)
 	defer gate.Wait()
 	server := gate.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -44,7 +45,7 @@ func (s *Server) ServeWebSocket(listener net.Listener, access Access) error {
 	server.IdleTimeout = handshakeTimeout
 	defer server.Close()
 	err := server.Serve(gate.Listener(listener))
-	if s.isClosing() {
+	if s.stopping.Err() != nil {
 		return ErrServerClosed
 	}
 	return err

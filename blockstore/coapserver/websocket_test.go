@@ -18,7 +18,7 @@ const askForSocket = "GET /.well-known/coap HTTP/1.1\r\nHost: x.example\r\nUpgra
 
 // TestWebSocketHandshake has requests that are not for us.
 func TestWebSocketHandshake(t *testing.T) {
-	_, address := serveConfig(t, "ws", coapserver.Access{Get: true, Hosts: []string{"here.example"}}, coapserver.Config{Resources: []coapserver.Resource{{Source: newMemory()}}})
+	_, address := serveConfig(t, "ws", coapserver.Access{Get: true, Hosts: []string{"here.example"}}, coapserver.Config{Source: newMemory()})
 	const protocol = "Sec-WebSocket-Protocol: coap\r\n"
 	for _, v := range []struct {
 		name, request string

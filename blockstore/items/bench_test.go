@@ -155,8 +155,7 @@ type clients struct{ client, pool fetch.Source }
 
 // serve serves a source, and returns clients of it.
 func serve(b *testing.B, network string, source fetch.Source) clients {
-	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Source: source}}})
-	must(b, err)
+	server := coapserver.New(coapserver.Config{Source: source})
 	address := map[string]string{"unix": filepath.Join(b.TempDir(), "s"), "tcp": "127.0.0.1:0"}[network]
 	l, err := net.Listen(network, address)
 	must(b, err)

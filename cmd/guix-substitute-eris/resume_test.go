@@ -60,8 +60,7 @@ func (c *chain) serveCounted(items string, rate int64) (*blockstore.Store, *wire
 	store, err := blockstore.Open(c.directory+"/blocks", blockstore.Options{})
 	must(c.t, err)
 	c.t.Cleanup(func() { store.Close() })
-	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Source: store, Sink: store}}})
-	must(c.t, err)
+	server := coapserver.New(coapserver.Config{Source: store, Sink: store})
 	listener, err := net.Listen("tcp", "127.0.0.1:0") // not a near one, of which nothing is kept
 	must(c.t, err)
 	w := &wire{Listener: listener, reached: make(chan struct{})}

@@ -717,10 +717,7 @@ func lyingStore() {
 		if err != nil {
 			return err
 		}
-		s, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Source: zeros}}})
-		if err != nil {
-			return err
-		}
+		s := coapserver.New(coapserver.Config{Source: zeros})
 		go lan.Advertise(context.Background(), lan.Blocks, 5683)
 		return s.Serve(l, coapserver.Access{Get: true})
 	}()

@@ -288,8 +288,7 @@ func (r *soakRun) serve(f *faults) string {
 // serveBlocks starts a block store, and returns its URL.
 func (r *soakRun) serveBlocks(f *faults, directory string, i int) string {
 	store := faultyStore(r.blocks, f)
-	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Source: store, Sink: r.blocks}}})
-	must(r.t, err)
+	server := coapserver.New(coapserver.Config{Source: store, Sink: r.blocks})
 	url, l := "", net.Listener(nil)
 	if r.random.IntN(2) == 0 {
 		l = r.listen("tcp", "127.0.0.1:0")

@@ -16,7 +16,7 @@ import (
 
 // memory is a store in memory that, like a database, answers before Start returns.
 type memory struct {
-	fetch.Store
+	fetch.Source
 	blocks map[eris.Reference][]byte
 }
 
@@ -50,7 +50,7 @@ func BenchmarkGet(b *testing.B) {
 			window  int
 		}{{"unix", 1}, {"unix", 16}, {"unix", 256}, {"unix", 4096}, {"tcp", 256}, {"ws", 256}, {"udp", 16}} {
 			b.Run(fmt.Sprintf("%v/%s/window=%d", size, v.network, v.window), func(b *testing.B) {
-				client := mustOpen(b, startServer(b, v.network, store, readWrite).url(""), coap.Options{})
+				client := mustOpen(b, startServer(b, v.network, store, readWrite).url(), coap.Options{})
 				defer client.Close()
 				b.SetBytes(int64(size))
 				b.ReportAllocs()

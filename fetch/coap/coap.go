@@ -91,9 +91,9 @@ func Open(url string, options Options) (*Store, error) {
 // closed, which does not end the connection.
 func OfConnection(conn *wire.Conn, name string) *Store {
 	s := &Store{name: name, options: Options{}.withDefaults(), url: storeurl.URL{Scheme: "coap+tcp", Get: true}}
-	s.blocks = wire.NewRequests([]string{".well-known", "eris"})
+	s.blocks = wire.NewRequests(wire.WellKnownPath())
 	s.blocks.HopLimit = 1
-	s.have = wire.NewDocument([]string{".well-known", "eris", wire.HaveSegment})
+	s.have = wire.NewDocument(append(wire.WellKnownPath(), wire.HaveSegment))
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.main = s.newLink()
 	s.main.closed = true // it makes no other
@@ -140,17 +140,14 @@ func (s *Store) Close() error {
 	return nil
 }
 
-// Document gets a text of at most 32 KiB that a server has at a path beside its store.
-func (s *Store) Document(ctx context.Context, path string) ([]byte, error) {
-	segments, err := storeurl.ParsePath(path)
-	if err != nil {
-		return nil, err
-	}
+// Document gets a text of at most 32 KiB that a server has at a path, segment by segment, beside its
+// store.
+func (s *Store) Document(ctx context.Context, path ...string) ([]byte, error) {
 	c, err := s.main.get()
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", s.name, err)
 	}
-	x := &wire.Exchange{Store: wire.NewDocument(segments), Dst: make([]byte, eris.BlockSize32KiB)}
+	x := &wire.Exchange{Store: wire.NewDocument(path), Dst: make([]byte, eris.BlockSize32KiB)}
 	if err = s.do(ctx, c, x); err == nil {
 		err = getError(x)
 	}

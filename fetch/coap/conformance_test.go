@@ -41,10 +41,8 @@ type testServer struct {
 	group  sync.WaitGroup
 }
 
-const secretPath = "hidden-away"
-
-// startServer starts a server of a store at the well-known path, and another one at a secret path.
-func startServer(tb testing.TB, network string, store fetch.Store, access coapserver.Access) *testServer {
+// startServer starts a server of a store at a path, by default the well-known one.
+func startServer(tb testing.TB, network string, store fetch.Source, access coapserver.Access, path ...string) *testServer {
 	s := &testServer{tb: tb, network: network, access: access, conns: make(map[net.Conn]struct{})}
 	switch network {
 	case "unix":
@@ -56,7 +54,8 @@ func startServer(tb testing.TB, network string, store fetch.Store, access coapse
 	default:
 		s.address = "127.0.0.1:0"
 	}
-	s.config.Resources = []coapserver.Resource{{Source: store, Sink: store}, {Path: secretPath, Source: store, Sink: store}}
+	s.config.Path, s.config.Source = path, store
+	s.config.Sink, _ = store.(coapserver.Sink)
 	s.config.Datagram.AckTimeout = 50 * time.Millisecond
 	s.start()
 	tb.Cleanup(s.stop)
@@ -80,10 +79,7 @@ func (r recorder) Accept() (net.Conn, error) {
 }
 
 func (s *testServer) start() {
-	server, err := coapserver.New(s.config)
-	if err != nil {
-		s.tb.Fatal(err)
-	}
+	server := coapserver.New(s.config)
 	s.server = server
 	if s.network == "udp" {
 		conn, err := net.ListenPacket("udp", s.address)
@@ -133,10 +129,10 @@ func (s *testServer) breakConnections() {
 	}
 }
 
-// url returns the URL of the store at the given path.
-func (s *testServer) url(path string) string {
+// url returns the URL of the store.
+func (s *testServer) url() string {
 	schemes := map[string]string{"unix": "coap+unix", "tcp": "coap+tcp", "tls": "coaps+tcp", "ws": "coap+ws", "wss": "coaps+ws", "udp": "coap"}
-	return schemes[s.network] + "://" + escape(s.address) + "/" + path
+	return schemes[s.network] + "://" + escape(s.address) + "/" + strings.Join(s.config.Path, "/")
 }
 
 // escape writes the path of a socket as the authority of a URL.
@@ -183,13 +179,13 @@ func TestConformance(t *testing.T) {
 				store := backend.Open(64)
 				t.Cleanup(func() { store.Close() })
 				options.Datagram.AckTimeout = 50 * time.Millisecond
-				server := startServer(t, network, store, readWrite)
+				server := startServer(t, network, store, readWrite, "hidden-away")
 				readOnly := startServer(t, network, store, coapserver.Access{Get: true})
 				fixture := sourcetest.Fixture{
-					Source:   mustOpen(t, server.url(secretPath), options),
-					ReadOnly: mustOpen(t, readOnly.url(""), options),
+					Source:   mustOpen(t, server.url(), options),
+					ReadOnly: mustOpen(t, readOnly.url(), options),
 					Restart:  server.restart,
-					Secret:   secretPath,
+					Secret:   "hidden-away",
 					Held:     4,
 				}
 				if network != "udp" {
@@ -207,13 +203,13 @@ var _ fetch.Store = (*coap.Store)(nil)
 func TestDocument(t *testing.T) {
 	text := bytes.Repeat([]byte("text"), 5000)
 	server := &testServer{tb: t, network: "unix", address: filepath.Join(t.TempDir(), "s"), conns: make(map[net.Conn]struct{})}
-	server.access = coapserver.Access{Documents: true}
-	server.config.Documents = []coapserver.Document{{Path: "a/text", Text: func() []byte { return text }}}
+	server.access = coapserver.Access{Document: true}
+	server.config.Document = coapserver.Document{Path: []string{"a", "text"}, Text: func() []byte { return text }}
 	server.start()
 	defer server.stop()
-	store := mustOpen(t, server.url(""), coap.Options{})
+	store := mustOpen(t, server.url(), coap.Options{})
 	defer store.Close()
-	if got, err := store.Document(t.Context(), "a/text"); err != nil || !bytes.Equal(got, text) {
+	if got, err := store.Document(t.Context(), "a", "text"); err != nil || !bytes.Equal(got, text) {
 		t.Errorf("%d bytes, %v", len(got), err)
 	}
 	if _, err := store.Document(t.Context(), "other"); !errors.Is(err, eris.ErrNotFound) {

@@ -100,12 +100,9 @@ func TestLoss(t *testing.T) {
 		t.Run(v.name, func(t *testing.T) {
 			store := newSlowStore(v.latency)
 			defer store.Close()
-			config := coapserver.Config{Resources: []coapserver.Resource{{Source: store, Sink: store}}}
+			config := coapserver.Config{Source: store, Sink: store}
 			config.Datagram.AckDelay, config.Datagram.AckTimeout = v.ackDelay, 20*time.Millisecond
-			server, err := coapserver.New(config)
-			if err != nil {
-				t.Fatal(err)
-			}
+			server := coapserver.New(config)
 			socket, err := net.ListenPacket("udp", "127.0.0.1:0")
 			if err != nil {
 				t.Fatal(err)
@@ -163,9 +160,9 @@ func newSlowStore(latency time.Duration) *slowStore {
 	return s
 }
 
-func (s *slowStore) Put(ctx context.Context, ref eris.Reference, block []byte) error {
+func (s *slowStore) PutBatch(ctx context.Context, refs []eris.Reference, blocks [][]byte) error {
 	time.Sleep(s.latency)
-	return s.Backend.Put(ctx, ref, block)
+	return s.Backend.PutBatch(ctx, refs, blocks)
 }
 
 func (s *slowStore) String() string { return "slow:" }

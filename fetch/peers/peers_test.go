@@ -106,10 +106,7 @@ func (s *store) play(far net.Conn) {
 	if s.has != nil {
 		served = knowing{named{source}, s.has}
 	}
-	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Source: served}}, IdleTimeout: time.Hour})
-	if err != nil {
-		panic(err)
-	}
+	server := coapserver.New(coapserver.Config{Source: served, IdleTimeout: time.Hour})
 	_ = server.ServeConn(far, coapserver.Access{Get: true})
 	source.Close()
 }

@@ -3,6 +3,7 @@
 package sourcetest
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"maps"
@@ -48,7 +49,20 @@ func (b *Backend) Put(ctx context.Context, ref eris.Reference, block []byte) err
 	if err := b.wait(ctx); err != nil {
 		return err
 	}
-	b.Set(ref, append([]byte(nil), block...))
+	if len(block) == 0 {
+		return errors.New("no block")
+	}
+	b.Set(ref, bytes.Clone(block))
+	return nil
+}
+
+// PutBatch puts several blocks.
+func (b *Backend) PutBatch(ctx context.Context, refs []eris.Reference, blocks [][]byte) error {
+	for i, ref := range refs {
+		if err := b.Put(ctx, ref, blocks[i]); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
@@ -155,28 +169,19 @@ func (b *Backend) Fail(fail bool) {
 	}
 }
 
-// Open returns a store whose blocks are those of the backend, without a transport in between; it
-// serves n requests at a time.
-func (b *Backend) Open(n int) fetch.Store {
-	return &direct{fetch.NewWorkers(n, b.Get), b}
-}
-
-type direct struct {
+// Store is the blocks of a backend, without a transport in between.
+type Store struct {
 	*fetch.Workers
-	backend *Backend
+	*Backend
 }
 
-func (d *direct) Put(ctx context.Context, ref eris.Reference, block []byte) error {
-	if len(block) == 0 {
-		return errors.New("no block")
-	}
-	return d.backend.Put(ctx, ref, block)
-}
+// Open returns a store that serves n requests at a time.
+func (b *Backend) Open(n int) *Store { return &Store{fetch.NewWorkers(n, b.Get), b} }
 
 // Have implements [fetch.Haver].
-func (d *direct) Have(question []byte) []byte {
+func (s *Store) Have(question []byte) []byte {
 	prefixes := map[[fetch.HavePrefix]byte]bool{}
-	for ref := range d.backend.All() {
+	for ref := range s.All() {
 		prefixes[[fetch.HavePrefix]byte(ref[:])] = true
 	}
 	return fetch.HaveBits(question, func(prefix []byte) (has, known bool) {
@@ -184,4 +189,4 @@ func (d *direct) Have(question []byte) []byte {
 	})
 }
 
-func (d *direct) String() string { return "backend:" }
+func (s *Store) String() string { return "backend:" }

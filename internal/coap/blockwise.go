@@ -23,17 +23,15 @@ const (
 	maxBlockNumber = 1<<20 - 1
 )
 
-// parseBlock reads the value of an option Block1 or Block2. It returns an error if it is longer
-// than 3 bytes.
-func parseBlock(value []byte) (Block, error) {
-	if len(value) > 3 {
-		return Block{}, errUintLength
+// parse reads the value of an option Block1 or Block2. It reports whether that was possible: it has
+// at most 3 bytes, and the option must not be repeated.
+func (b *Block) parse(value []byte) bool {
+	if len(value) > 3 || b.Present {
+		return false
 	}
-	n, err := parseUint(value)
-	if err != nil {
-		return Block{}, err
-	}
-	return Block{Number: n >> 4, More: n&8 != 0, Exponent: uint8(n & 7), Present: true}, nil
+	n, _ := parseUint(value)
+	*b = Block{Number: n >> 4, More: n&8 != 0, Exponent: uint8(n & 7), Present: true}
+	return true
 }
 
 // uint returns the value of the option as a number. The block must have a number below 2²⁰.

@@ -4,7 +4,6 @@ package coap
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -59,7 +58,7 @@ type Config struct {
 	Dial func() (net.Conn, error)
 	// Paths are the resources that the peer may ask for, and Handler serves them. If they are nil
 	// the peer is told that we have nothing.
-	Paths   *Paths
+	Paths   Paths
 	Handler Handler
 }
 
@@ -94,7 +93,7 @@ type Conn struct {
 
 	released  bool // we have announced the end
 	expired   bool // the peer had its time after that
-	receiving bool // a message has begun, and the reader waits for the rest
+	receiving bool // a message has begun; the reader, who alone sets this, waits for the rest
 	asks      bool // the peer has made requests
 	pinged    bool // nothing has come since the last Ping
 
@@ -110,9 +109,10 @@ type Conn struct {
 	options    []byte        // of the request that is being sent
 
 	// Of the goroutine that reads.
-	stalled  bool // receiving is set
-	requests int  // that have come since the lock was held last
+	requests int // that have come since the lock was held last
 	incoming Request
+	started  bool // the first message has come
+	batch    []delivery
 }
 
 // NewConn makes a connection of a stream, which is the Conn's from then on. If there is none yet,
@@ -129,13 +129,13 @@ func NewConn(conn net.Conn, config Config) *Conn {
 	}
 	c.requester = requester{transport: c, sent: make(map[uint32]sentRequest)}
 	if c.config.Handler == nil {
-		c.config.Paths, c.config.Handler = &Paths{}, refuser{c}
+		c.config.Paths, c.config.Handler = nil, refuser{c}
 	}
 	c.queue = queue{mu: &c.mu, pool: config.Pool, timeout: config.Timeout, onRoom: c.written}
 	c.queue.wake.L = &c.mu
 	c.Lock()
 	defer c.Unlock()
-	c.queue.append(appendCapabilities(nil, MessageSize))
+	c.Respond(Token{}, codes.CSM, ownCapabilities(), nil)
 	if conn != nil {
 		c.open(conn)
 	}
@@ -178,14 +178,14 @@ func (c *Conn) serve() {
 	})
 	group.Go(c.watch)
 	err := c.read()
-	var protocol *protocolError
+	protocol, broken := err.(*protocolError)
 	switch {
-	case errors.As(err, &protocol):
-		c.leave(appendAbort(nil, protocol.bad, protocol.Error()), protocol.err)
+	case broken:
+		c.leave(codes.Abort, protocol.option(), protocol.Error(), protocol.error)
 	case err == io.EOF || err == errReleased:
 		// The peer may well wait for answers to what it has sent.
 		c.config.Handler.Finish(false)
-		c.leave(nil, c.endOf(err))
+		c.leave(codes.Empty, nil, "", c.endOf(err))
 	default:
 		c.Close(err)
 	}
@@ -226,14 +226,19 @@ func (refuser) Dry()        {}
 func (refuser) Written()    {}
 func (refuser) Finish(bool) {}
 
-// protocolError is a fault of the peer, to be answered with Abort.
+// protocolError is a fault of the peer, to be answered with Abort (RFC 8323, section 5.6).
 type protocolError struct {
-	err error
-	bad message.OptionID
+	error
+	bad message.OptionID // of a capability message; 0 for none
 }
 
-func (e *protocolError) Error() string { return e.err.Error() }
-func (e *protocolError) Unwrap() error { return e.err }
+// option returns the option of the Abort.
+func (e *protocolError) option() []byte {
+	if e.bad == 0 {
+		return nil
+	}
+	return AppendUintOption(nil, 0, message.TCPBadCSMOption, uint32(e.bad))
+}
 
 // Peer returns what the peer can receive, as far as it has said so. The lock must be held.
 func (c *Conn) Peer() Capabilities { return c.peer }
@@ -288,13 +293,12 @@ func (c *Conn) Release(grace time.Duration, err error) {
 		return
 	}
 	c.released = true
-	goodbye := appendMessage(nil, codes.Release, Token{}, nil, "")
 	if grace == 0 {
 		c.Unlock()
-		c.leave(goodbye, err)
+		c.leave(codes.Release, nil, "", err)
 		return
 	}
-	c.queue.append(goodbye)
+	c.Respond(Token{}, codes.Release, nil, nil)
 	c.Unlock()
 	time.AfterFunc(grace, func() {
 		c.Lock()
@@ -304,19 +308,20 @@ func (c *Conn) Release(grace time.Duration, err error) {
 	})
 }
 
-// leave sends the last words, after all else that was to be sent, and ends the connection.
-func (c *Conn) leave(last []byte, cause error) {
+// leave sends the last words, if there is a code for them, after all else that was to be sent, and
+// ends the connection.
+func (c *Conn) leave(last codes.Code, options []byte, text string, cause error) {
 	c.Lock()
 	defer c.Unlock()
 	if c.err != nil {
 		return
 	}
-	if len(last) > 0 {
-		c.queue.append(last)
+	if last != codes.Empty {
+		c.Respond(Token{}, last, options, []byte(text))
 	}
 	c.queue.close()
 	c.end(cause)
-	if conn := c.conn; conn != nil && len(last) > 0 {
+	if conn := c.conn; conn != nil && last != codes.Empty {
 		// The writer closes the connection once it has written everything; or it never gets that
 		// far.
 		time.AfterFunc(linger, func() { conn.Close() })
@@ -470,7 +475,7 @@ func (c *Conn) age() uint32 {
 // dry is called before the reader waits.
 func (c *Conn) dry() {
 	within := c.reader.within()
-	if within != c.stalled || c.requests > 0 {
+	if within != c.receiving || c.requests > 0 {
 		c.setReceiving(within)
 	}
 	c.config.Handler.Dry()
@@ -483,7 +488,7 @@ func (c *Conn) setReceiving(receiving bool) {
 	if receiving && !c.receiving && len(c.sent) == 0 {
 		c.progress = c.tick
 	}
-	c.receiving, c.stalled = receiving, receiving
+	c.receiving = receiving
 	if c.requests > 0 {
 		c.progress, c.lastUse = c.tick, c.tick
 		c.asks, c.pinged = true, false
@@ -504,18 +509,17 @@ type delivery struct {
 // read takes messages until the connection fails or the peer breaks the protocol. It returns
 // errReleased if the end was agreed.
 func (c *Conn) read() error {
-	batch := make([]delivery, 0, deliveryBatch)
-	first := true
+	c.batch = make([]delivery, 0, deliveryBatch)
 	for {
-		err := c.readBuffered(&batch, &first)
-		if e := c.deliver(batch); err == nil {
+		err := c.readBuffered()
+		if e := c.deliver(); err == nil {
 			err = e
 		}
 		if err != nil {
 			return err
 		}
-		full := len(batch) == cap(batch)
-		batch = batch[:0]
+		full := len(c.batch) == cap(c.batch)
+		c.batch = c.batch[:0]
 		if full {
 			continue
 		}
@@ -533,49 +537,56 @@ func (c *Conn) read() error {
 
 // readBuffered takes the messages that are in the buffer. Responses are collected in the batch,
 // until it is full.
-func (c *Conn) readBuffered(batch *[]delivery, first *bool) error {
-	for len(*batch) < cap(*batch) {
+func (c *Conn) readBuffered() error {
+	for len(c.batch) < cap(c.batch) {
 		head, body, ok, err := c.reader.next()
 		switch {
 		case err != nil:
-			return &protocolError{err: err}
-		case *first && head.Size > 0 && head.Code != codes.CSM:
-			return &protocolError{err: errNoCSM}
+			return &protocolError{error: err}
+		case !c.started && head.Size > 0 && head.Code != codes.CSM:
+			return &protocolError{error: errNoCSM}
 		case !ok:
 			return nil
 		}
-		*first = false
+		c.started = true
 		switch {
 		case isResponse(head.Code):
-			*batch = (*batch)[:len(*batch)+1]
-			d := &(*batch)[len(*batch)-1]
-			d.token, d.code = head.Token, head.Code
-			options := walkOptions(body)
-			if err := parseResponse(&options, &d.response); err != nil {
-				*batch = (*batch)[:len(*batch)-1]
-				return &protocolError{err: err}
-			}
-			d.payload = options.payload()
+			err = c.response(head, body)
 		case isRequest(head.Code):
 			c.request(head, body)
 		default:
-			if err := c.control(head, body); err != nil {
-				return err
-			}
+			err = c.control(head, body)
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
+// response adds a response to the batch.
+func (c *Conn) response(head Head, body []byte) error {
+	n := len(c.batch)
+	d := &c.batch[:n+1][n]
+	d.token, d.code = head.Token, head.Code
+	options := walkOptions(body)
+	if err := parseResponse(&options, &d.response); err != nil {
+		return &protocolError{error: err}
+	}
+	d.payload = options.payload()
+	c.batch = c.batch[:n+1]
+	return nil
+}
+
 // deliver hands responses to their exchanges.
-func (c *Conn) deliver(batch []delivery) error {
-	if len(batch) == 0 {
+func (c *Conn) deliver() error {
+	if len(c.batch) == 0 {
 		return nil
 	}
 	known := 0
 	c.Lock()
-	for i := range batch {
-		d := &batch[i]
+	for i := range c.batch {
+		d := &c.batch[i]
 		s, ok := c.find(d.token)
 		if !ok {
 			continue
@@ -586,14 +597,14 @@ func (c *Conn) deliver(batch []delivery) error {
 			d.exchange.state = exchangeTaken
 		}
 	}
-	c.receiving, c.stalled = false, false
-	err := c.count(known, len(batch)-known)
+	c.receiving = false
+	err := c.count(known, len(c.batch)-known)
 	if err == nil {
 		err = c.over()
 	}
 	c.Unlock()
-	for i := range batch {
-		d := &batch[i]
+	for i := range c.batch {
+		d := &c.batch[i]
 		if x := d.exchange; x != nil {
 			x.answer(d.code, &d.response, d.payload)
 			x.Err = nil
@@ -613,7 +624,7 @@ func (c *Conn) count(answers, useless int) error {
 	}
 	c.useless -= useless
 	if c.useless < 0 {
-		return &protocolError{err: errFlood}
+		return &protocolError{error: errFlood}
 	}
 	return nil
 }
@@ -633,7 +644,7 @@ func (c *Conn) request(head Head, body []byte) {
 	*r = Request{Code: head.Code, Token: head.Token}
 	c.config.Paths.parse(body, r)
 	c.requests++
-	if c.stalled {
+	if c.receiving {
 		c.setReceiving(false)
 	}
 	c.config.Handler.Request(r)
@@ -647,18 +658,22 @@ func (c *Conn) control(head Head, body []byte) error {
 		return err
 	}
 	c.pinged = false
-	switch head.Code {
-	case codes.Ping, codes.Pong, codes.Release:
-		if err := checkSignal(body); err != nil {
-			return &protocolError{err: err}
-		}
+	switch {
+	case head.Code == codes.Empty:
+		return nil
+	case head.Code>>5 != 7:
+		return &protocolError{error: errClass}
+	}
+	text, bad, err := c.peer.parseSignal(head.Code, body)
+	switch {
+	case head.Code == codes.Abort:
+		return fmt.Errorf("peer aborts the connection: %q", text[:min(len(text), 64)])
+	case err != nil:
+		return &protocolError{err, bad}
 	}
 	switch head.Code {
-	case codes.Empty, codes.Pong:
+	case codes.Pong:
 	case codes.CSM:
-		if bad, err := c.peer.update(body); err != nil {
-			return &protocolError{err, bad}
-		}
 		closeOnce(c.introduced)
 	case codes.Ping:
 		c.lastUse = c.tick
@@ -667,16 +682,8 @@ func (c *Conn) control(head Head, body []byte) error {
 		c.draining = true
 		c.failWaiting(errReleased)
 		return c.over()
-	case codes.Abort:
-		options := walkOptions(body)
-		_ = options.skip()
-		text := options.payload()
-		return fmt.Errorf("peer aborts the connection: %q", text[:min(len(text), 64)])
 	default:
-		if head.Code>>5 == 7 {
-			return &protocolError{err: errSignal}
-		}
-		return &protocolError{err: errClass}
+		return &protocolError{error: errSignal}
 	}
 	return nil
 }

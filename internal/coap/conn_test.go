@@ -54,22 +54,18 @@ func TestBothWays(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	paths, err := NewPaths([][]string{wellKnownPath}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
 	var handlers [2]*oneBlock
 	var runs sync.WaitGroup
 	for i, conn := range []net.Conn{near, far} {
 		h := &oneBlock{block: bytes.Repeat([]byte{byte(i + 1)}, int(eris.BlockSize32KiB))}
-		h.conn = NewConn(conn, Config{Timeout: time.Minute, IdleTimeout: time.Minute, Window: 100, Pool: NewPool(), Paths: paths, Handler: h})
+		h.conn = NewConn(conn, Config{Timeout: time.Minute, IdleTimeout: time.Minute, Window: 100, Pool: NewPool(), Paths: Paths{wellKnownBlocks}, Handler: h})
 		handlers[i] = h
 	}
 	for _, h := range handlers {
 		runs.Go(func() { _ = h.conn.Run() })
 	}
 	const count = 500
-	store := NewRequests(wellKnownPath)
+	store := NewRequests(WellKnownPath())
 	var group sync.WaitGroup
 	for i, h := range handlers {
 		other := handlers[1-i]

@@ -61,3 +61,11 @@ func appendDatagramHead(dst []byte, kind message.Type, code codes.Code, id uint1
 func appendEmpty(dst []byte, kind message.Type, id uint16) []byte {
 	return appendDatagramHead(dst, kind, codes.Empty, id, Token{})
 }
+
+// appendPayload appends a payload, which may be empty, to the options.
+func appendPayload(dst, payload []byte) []byte {
+	if len(payload) > 0 {
+		dst = append(append(dst, payloadMarker), payload...)
+	}
+	return dst
+}

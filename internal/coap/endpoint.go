@@ -60,7 +60,7 @@ type EndpointConfig struct {
 	AckDelay time.Duration
 	// Paths are the resources that may be requested, and Handler serves them: it must call
 	// [Packet.Respond] once, and may wait. If it is nil peers are told that we have nothing.
-	Paths   *Paths
+	Paths   Paths
 	Handler func(p *Packet)
 }
 

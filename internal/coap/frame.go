@@ -48,11 +48,9 @@ func makeToken(value uint32) Token {
 
 // append appends the bytes of the token to dst.
 func (t Token) append(dst []byte) []byte {
-	for n := int(t.Size); n > 0; {
-		n--
-		dst = append(dst, byte(t.Value>>(8*n)))
-	}
-	return dst
+	var b [MaxTokenSize]byte
+	binary.BigEndian.PutUint64(b[:], t.Value)
+	return append(dst, b[MaxTokenSize-t.Size:]...)
 }
 
 // parseToken reads a token of at most MaxTokenSize bytes.
@@ -85,21 +83,16 @@ func ParseHead(b []byte, limit int) (Head, error) {
 		return Head{}, ErrTokenSize
 	}
 	length, at := uint64(b[0]>>4), 1
-	if length >= 13 {
-		switch length {
-		case 13:
-			length, at = 13+uint64(b[1]), 2
-		case 14:
-			if len(b) < 3 {
-				return Head{}, ErrShortHead
-			}
-			length, at = 269+uint64(binary.BigEndian.Uint16(b[1:])), 3
-		default:
-			if len(b) < 5 {
-				return Head{}, ErrShortHead
-			}
-			length, at = 65805+uint64(binary.BigEndian.Uint32(b[1:])), 5
-		}
+	switch {
+	case length < 13:
+	case length == 13:
+		length, at = 13+uint64(b[1]), 2
+	case length == 14 && len(b) >= 3:
+		length, at = 269+uint64(binary.BigEndian.Uint16(b[1:])), 3
+	case length == 15 && len(b) >= 5:
+		length, at = 65805+uint64(binary.BigEndian.Uint32(b[1:])), 5
+	default:
+		return Head{}, ErrShortHead
 	}
 	size := at + 1 + token
 	if total := uint64(size) + length; total > uint64(limit) {

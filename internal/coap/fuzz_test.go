@@ -41,16 +41,16 @@ func readStream(r io.Reader) (messages []streamMessage, err error) {
 }
 
 func streamSeeds(f *testing.F) [][]byte {
-	requests := NewRequests(wellKnownPath)
+	requests := NewRequests(WellKnownPath())
 	ref, _ := eris.ParseReference(helloReference)
 	x := Exchange{Reference: ref, Size: 1024}
-	get := appendMessage(nil, codes.GET, makeToken(1), requests.append(nil, &x), "")
-	answer := appendMessage(nil, codes.Content, makeToken(1), nil, make([]byte, 1024))
-	large := appendMessage(nil, codes.Content, makeToken(70000), AppendUintOption(nil, 0, message.MaxAge, 60), make([]byte, 32768))
-	csm := appendCapabilities(nil, MessageSize)
+	get := encode(codes.GET, makeToken(1), requests.append(nil, &x), nil)
+	answer := encode(codes.Content, makeToken(1), nil, make([]byte, 1024))
+	large := encode(codes.Content, makeToken(70000), AppendUintOption(nil, 0, message.MaxAge, 60), make([]byte, 32768))
+	csm := encode(codes.CSM, Token{}, ownCapabilities(), nil)
 	return [][]byte{
 		csm, get, answer, large, slices.Concat(csm, get, answer, large, answer), slices.Concat(large, large, large[:20000]),
-		appendAbort(nil, 9, "no"), {0, 0}, fromHex(f, "ff ffffffff"), fromHex(f, "f0 ffffffff 45"), fromHex(f, "e0 ffff 45"), fromHex(f, "0f 45"),
+		encode(codes.Abort, Token{}, (&protocolError{bad: 9}).option(), []byte("no")), {0, 0}, fromHex(f, "ff ffffffff"), fromHex(f, "f0 ffffffff 45"), fromHex(f, "e0 ffff 45"), fromHex(f, "0f 45"),
 	}
 }
 
@@ -137,7 +137,7 @@ func allOptions(body []byte) (options []option, payload []byte, err error) {
 	for {
 		option, ok := walk.next()
 		if !ok {
-			return options, walk.payload(), walk.err()
+			return options, walk.payload(), walk.err
 		}
 		options = append(options, option)
 	}
@@ -152,10 +152,7 @@ func FuzzOptions(f *testing.F) {
 	} {
 		f.Add(fromHex(f, text))
 	}
-	paths, err := NewPaths([][]string{wellKnownPath, {"pinned"}}, nil)
-	if err != nil {
-		f.Fatal(err)
-	}
+	paths := Paths{wellKnownBlocks, {"pinned"}}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		options, payload, err := allOptions(b)
 		if err == nil {
@@ -190,7 +187,7 @@ func FuzzOptions(f *testing.F) {
 			t.Fatalf("response has error %v, options have %v", responseErr, err)
 		}
 		capabilities := (Capabilities{MessageSize: baseMessageSize})
-		if bad, capErr := capabilities.update(b); capErr == nil && err != nil || capErr != nil && capabilities != (Capabilities{MessageSize: baseMessageSize}) || capErr == nil && bad != 0 {
+		if _, bad, capErr := capabilities.parseSignal(codes.CSM, b); capErr == nil && err != nil || capErr != nil && capabilities != (Capabilities{MessageSize: baseMessageSize}) || capErr == nil && bad != 0 {
 			t.Fatalf("capabilities have error %v, options have %v", capErr, err)
 		}
 	})

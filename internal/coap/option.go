@@ -3,7 +3,9 @@
 package coap
 
 import (
+	"encoding/binary"
 	"errors"
+	"math/bits"
 
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -28,7 +30,6 @@ var (
 	errOptionNumber    = errors.New("CoAP option number is above 65535")
 	errEmptyPayload    = errors.New("CoAP payload marker without a payload")
 	errUintLength      = errors.New("CoAP option is too long for a number")
-	errCSMOption       = errors.New("CoAP capability message has an unknown critical option")
 	errSignalOption    = errors.New("CoAP signalling message has an unknown critical option")
 	errMessageTooShort = errors.New("CoAP message is too short")
 	errVersion         = errors.New("CoAP version is not 1")
@@ -51,7 +52,7 @@ type optionWalk struct {
 	rest   []byte
 	number int
 	marker bool
-	fault  error
+	err    error // what is wrong with the options walked through so far
 }
 
 // walkOptions starts to walk through the given part of a message, which must begin behind the
@@ -64,74 +65,46 @@ func walkOptions(body []byte) optionWalk {
 // marker, at the end of the message and after an error.
 func (o *optionWalk) next() (option, bool) {
 	b := o.rest
-	if len(b) == 0 || o.fault != nil || o.marker {
+	if len(b) == 0 || o.err != nil || o.marker {
 		return option{}, false
 	}
-	first := b[0]
+	first, b := b[0], b[1:]
 	if first == payloadMarker {
-		if len(b) == 1 {
-			o.fault = errEmptyPayload
-			return option{}, false
+		o.marker, o.rest = true, b
+		if len(b) == 0 {
+			o.err = errEmptyPayload
 		}
-		o.marker, o.rest = true, b[1:]
 		return option{}, false
 	}
-	b = b[1:]
-	delta, length := int(first>>4), int(first&15)
-	if delta >= 13 || length >= 13 {
-		var ok bool
-		if delta, b, ok = o.extended(delta, b); !ok {
-			return option{}, false
-		}
-		if length, b, ok = o.extended(length, b); !ok {
-			return option{}, false
-		}
-	}
-	if length > len(b) {
-		o.fault = errTruncated
-		return option{}, false
-	}
+	delta, b := o.extended(int(first>>4), b)
+	length, b := o.extended(int(first&15), b)
 	number := o.number + delta
-	if number > 0xffff {
-		o.fault = errOptionNumber
-		return option{}, false
+	switch {
+	case o.err != nil:
+	case length > len(b):
+		o.err = errTruncated
+	case number > 0xffff:
+		o.err = errOptionNumber
+	default:
+		o.number, o.rest = number, b[length:]
+		return option{message.OptionID(number), b[:length:length]}, true
 	}
-	o.number, o.rest = number, b[length:]
-	return option{message.OptionID(number), b[:length:length]}, true
+	return option{}, false
 }
 
 // extended reads the rest of a delta or a length.
-func (o *optionWalk) extended(nibble int, b []byte) (int, []byte, bool) {
-	switch nibble {
-	case 15:
-		o.fault = errReservedNibble
-		return 0, nil, false
-	case 14:
-		if len(b) < 2 {
-			o.fault = errTruncated
-			return 0, nil, false
-		}
-		return 269 + (int(b[0])<<8 | int(b[1])), b[2:], true
-	case 13:
-		if len(b) < 1 {
-			o.fault = errTruncated
-			return 0, nil, false
-		}
-		return 13 + int(b[0]), b[1:], true
+func (o *optionWalk) extended(nibble int, b []byte) (int, []byte) {
+	switch {
+	case nibble == 15:
+		o.err = errReservedNibble
+	case nibble == 14 && len(b) >= 2:
+		return 269 + int(binary.BigEndian.Uint16(b)), b[2:]
+	case nibble == 13 && len(b) >= 1:
+		return 13 + int(b[0]), b[1:]
+	case nibble >= 13:
+		o.err = errTruncated
 	}
-	return nibble, b, true
-}
-
-// err returns what is wrong with the options walked through so far, or nil.
-func (o *optionWalk) err() error { return o.fault }
-
-// skip walks through the options that are left, and returns what is wrong with them, or nil.
-func (o *optionWalk) skip() error {
-	for {
-		if _, ok := o.next(); !ok {
-			return o.fault
-		}
-	}
+	return nibble, b
 }
 
 // payload returns what follows the payload marker; nil before the marker has been met, and if there
@@ -168,13 +141,9 @@ func appendOption[T string | []byte](dst []byte, previous, number message.Option
 
 // AppendUintOption appends an option of format uint, in the shortest form.
 func AppendUintOption(dst []byte, previous, number message.OptionID, value uint32) []byte {
-	n := uintSize(value)
-	dst = appendOptionHead(dst, int(number)-int(previous), n)
-	for n > 0 {
-		n--
-		dst = append(dst, byte(value>>(8*n)))
-	}
-	return dst
+	var b [4]byte
+	binary.BigEndian.PutUint32(b[:], value)
+	return appendOption(dst, previous, number, b[4-uintSize(value):])
 }
 
 func appendOptionHead(dst []byte, delta, length int) []byte {
@@ -209,16 +178,4 @@ func appendExtended(dst []byte, nibble, n int) []byte {
 }
 
 // uintSize returns how many bytes the shortest form of a number takes.
-func uintSize(n uint32) int {
-	switch {
-	case n == 0:
-		return 0
-	case n < 1<<8:
-		return 1
-	case n < 1<<16:
-		return 2
-	case n < 1<<24:
-		return 3
-	}
-	return 4
-}
+func uintSize(n uint32) int { return (bits.Len32(n) + 7) / 8 }

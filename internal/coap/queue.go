@@ -5,6 +5,7 @@ package coap
 import (
 	"net"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 )
@@ -29,13 +30,12 @@ type queue struct {
 	onRoom  func()     // called when bytes have been written, and after the end
 	pool    *sync.Pool // of *chunk
 
-	wake     sync.Cond
-	sleeping bool
-	closed   bool
-	err      error
+	wake   sync.Cond
+	closed bool
+	err    error
 
 	waiting  []piece
-	current  *chunk // where there may be room
+	room     []byte // of the last chunk of those in waiting
 	bytes    int    // not written yet
 	moved    int64  // bytes written in all
 	deadline time.Time
@@ -43,17 +43,13 @@ type queue struct {
 	buffers  net.Buffers
 }
 
-type chunk struct {
-	memory [chunkSize]byte
-	used   int // up to there, from halfPage on
-	pieces int // that are not written yet
-}
+type chunk [chunkSize]byte
 
 // piece is bytes to be sent: in a chunk, or in memory that is somebody else's until release is
 // called.
 type piece struct {
 	bytes   []byte
-	chunk   *chunk
+	chunk   *chunk // of which this is the first piece; nil for others
 	release func() // may be nil
 }
 
@@ -69,24 +65,21 @@ func (q *queue) append(b []byte) {
 	}
 	q.bytes += len(b)
 	for len(b) > 0 {
-		c := q.current
-		if c == nil || c.used == chunkSize {
-			c = q.pool.Get().(*chunk)
-			c.used, c.pieces = halfPage, 0
-			q.current = c
+		if len(q.room) == 0 {
+			c := q.pool.Get().(*chunk)
+			q.room = c[halfPage:]
+			q.waiting = append(q.waiting, piece{bytes: q.room[:0], chunk: c})
 		}
-		begin := c.used
-		c.used += copy(c.memory[begin:], b)
-		b = b[c.used-begin:]
-		if last := len(q.waiting) - 1; last >= 0 && q.waiting[last].chunk == c {
-			p := &q.waiting[last]
-			p.bytes = p.bytes[:len(p.bytes)+c.used-begin]
-		} else {
-			q.waiting = append(q.waiting, piece{bytes: c.memory[begin:c.used], chunk: c})
-			c.pieces++
+		last := &q.waiting[len(q.waiting)-1]
+		if cap(last.bytes)-len(last.bytes) != len(q.room) { // the room is not behind it
+			q.waiting = append(q.waiting, piece{bytes: q.room[:0]})
+			last = &q.waiting[len(q.waiting)-1]
 		}
+		n := copy(q.room, b)
+		last.bytes = last.bytes[:len(last.bytes)+n]
+		q.room, b = q.room[n:], b[n:]
 	}
-	q.signal()
+	q.wake.Signal()
 }
 
 // refer appends what is to be sent, which must not change until release is called, with the lock
@@ -99,15 +92,8 @@ func (q *queue) refer(b []byte, release func()) {
 		return
 	}
 	q.bytes += len(b)
-	q.waiting = append(q.waiting, piece{bytes: b, release: release})
-	q.signal()
-}
-
-func (q *queue) signal() {
-	if q.sleeping {
-		q.sleeping = false
-		q.wake.Signal()
-	}
+	q.waiting = append(q.waiting, piece{bytes: slices.Clip(b), release: release})
+	q.wake.Signal()
 }
 
 // close lets run return once everything has been written.
@@ -124,29 +110,23 @@ func (q *queue) fail(err error) {
 	}
 	q.err = err
 	q.free(q.waiting)
-	q.waiting = nil
+	q.waiting, q.room = nil, nil
 	q.wake.Signal()
 	q.onRoom()
 }
 
 // free gives back memory.
 func (q *queue) free(pieces []piece) {
-	for i, p := range pieces {
+	for _, p := range pieces {
 		q.bytes -= len(p.bytes)
-		pieces[i] = piece{}
 		if p.release != nil {
 			p.release()
 		}
-		if p.chunk == nil {
-			continue
-		}
-		if p.chunk.pieces--; p.chunk.pieces == 0 {
+		if p.chunk != nil {
 			q.pool.Put(p.chunk)
-			if p.chunk == q.current {
-				q.current = nil
-			}
 		}
 	}
+	clear(pieces)
 }
 
 // run writes until close or fail is called or a write fails, and returns the error, nil after
@@ -157,12 +137,8 @@ func (q *queue) run() error {
 	defer q.mu.Unlock()
 	var writing []piece
 	for {
-		if len(q.waiting) == 0 && q.err == nil && !q.closed {
-			q.sleeping = true
-			for q.sleeping && !q.closed && q.err == nil {
-				q.wake.Wait()
-			}
-			q.sleeping = false
+		for len(q.waiting) == 0 && q.err == nil && !q.closed {
+			q.wake.Wait()
 			// Whoever sends the first message may be about to send more, and others with it: let
 			// them, so that one write does for all.
 			q.mu.Unlock()
@@ -172,10 +148,10 @@ func (q *queue) run() error {
 		if q.err != nil {
 			return q.err
 		}
-		if len(q.waiting) == 0 && q.closed {
+		if len(q.waiting) == 0 {
 			return nil
 		}
-		writing, q.waiting = q.waiting, writing[:0]
+		writing, q.waiting, q.room = q.waiting, writing[:0], nil
 		q.mu.Unlock()
 		err := q.write(writing)
 		q.mu.Lock()

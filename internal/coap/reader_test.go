@@ -15,8 +15,8 @@ import (
 // TestReaderMemory checks that who gets short messages, one after the other, keeps little memory
 // for them, and that long ones come whole.
 func TestReaderMemory(t *testing.T) {
-	short := appendMessage(nil, codes.GET, makeToken(1), nil, make([]byte, 100))
-	long := appendMessage(nil, codes.Content, makeToken(1), nil, bytes.Repeat([]byte("long"), 10000))
+	short := encode(codes.GET, makeToken(1), nil, make([]byte, 100))
+	long := encode(codes.Content, makeToken(1), nil, bytes.Repeat([]byte("long"), 10000))
 	sent := slices.Concat(bytes.Repeat(short, 1000), long, short, long)
 	r := newReader(iotest.OneByteReader(bytes.NewReader(sent)), MessageSize)
 	var got []int

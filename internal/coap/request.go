@@ -3,7 +3,6 @@
 package coap
 
 import (
-	"errors"
 	"slices"
 
 	"github.com/plgd-dev/go-coap/v3/message"
@@ -12,13 +11,16 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 )
 
-// blocksSegment is the resource below the path of a store that has its blocks
-// (https://eris.codeberg.page/eer/coap.xml).
-const blocksSegment = "blocks"
-
-// HaveSegment is the resource below the path of a store that says which blocks it has
+// Resources below the path of a store: that which has its blocks
+// (https://eris.codeberg.page/eer/coap.xml), and that which says which ones these are
 // (docs/formats.md).
-const HaveSegment = "have"
+const (
+	BlocksSegment = "blocks"
+	HaveSegment   = "have"
+)
+
+// WellKnownPath returns the path of the well-known store, segment by segment.
+func WellKnownPath() []string { return []string{".well-known", "eris"} }
 
 // Requests makes the requests for the blocks of one store. It is safe for concurrent use.
 type Requests struct {
@@ -34,7 +36,7 @@ type Requests struct {
 // "blocks". References in queries are Base32, which every server known takes; raw bytes would be
 // shorter, but libraries that expect text refuse them.
 func NewRequests(path []string) *Requests {
-	r := NewDocument(append(slices.Clone(path), blocksSegment))
+	r := NewDocument(append(slices.Clone(path), BlocksSegment))
 	r.document = false
 	return r
 }
@@ -111,56 +113,37 @@ type Request struct {
 	Resource     int            // index of the path, or -1: not found
 	Reference    eris.Reference // of a GET
 	HasReference bool           // the one and only query is a reference
-	Size         eris.BlockSize // from Size1: 0 if there is none
-	BadSize      bool           // there is a Size1, but it is no block size
+	Size         eris.BlockSize // from Size1, perhaps not valid: 0 if there is none
 	HopLimit     uint8          // 0 if there is none
 	Block1       Block
 	Block2       Block
-	Tag          uint64 // a digest of the options Request-Tag, 0 if there are none
+	Tag          string // the options Request-Tag, each behind its length
 	Payload      []byte // a part of what was parsed
 }
-
-// maxRequestPaths bounds the number of paths that Paths can hold.
-const maxRequestPaths = 64
 
 // maxRequestTag is the greatest length in bytes of a Request-Tag (RFC 9175, section 3.2.1).
 const maxRequestTag = 8
 
-var errManyPaths = errors.New("more store paths than a server can have")
+// Paths are the paths of the resources of a server, each of at most eight segments.
+type Paths [][]string
 
-// Paths knows the paths of the resources of a server. It is safe for concurrent use.
-type Paths struct {
-	paths [][]string // of stores, with "blocks"; then others
-}
-
-// NewPaths returns the Paths for the given paths, segment by segment: those of stores, without
-// "blocks", and then others, in the order of their indices. It returns an error if there are more
-// than 64.
-func NewPaths(stores, others [][]string) (*Paths, error) {
-	if len(stores)+len(others) > maxRequestPaths {
-		return nil, errManyPaths
-	}
-	p := &Paths{}
-	for _, path := range stores {
-		p.paths = append(p.paths, append(append([]string{}, path...), blocksSegment))
-	}
-	p.paths = append(p.paths, others...)
-	return p, nil
+// find returns the index of a path, or -1.
+func (p Paths) find(segments [][]byte) int {
+	return slices.IndexFunc(p, func(path []string) bool {
+		return slices.EqualFunc(path, segments, func(a string, b []byte) bool { return a == string(b) })
+	})
 }
 
 // parse reads the options of a request. Where the path leads is for the handler to look at.
 //
 // The query of a PUT is of no interest, hence a bad reference is not an error here.
-func (p *Paths) parse(body []byte, request *Request) {
+func (p Paths) parse(body []byte, request *Request) {
 	*request = Request{Code: request.Code, Token: request.Token, Resource: -1}
 	request.Refuse = p.parseOptions(body, request)
 }
 
-func (p *Paths) parseOptions(body []byte, request *Request) codes.Code {
-	candidates := ^uint64(0) >> (maxRequestPaths - len(p.paths))
-	if len(p.paths) == 0 {
-		candidates = 0
-	}
+func (p Paths) parseOptions(body []byte, request *Request) codes.Code {
+	var path [8][]byte
 	segments, queries := 0, 0
 	refuse := codes.Empty
 	options := walkOptions(body)
@@ -171,36 +154,29 @@ func (p *Paths) parseOptions(body []byte, request *Request) codes.Code {
 		}
 		switch option.Number {
 		case message.URIPath:
-			for i, path := range p.paths {
-				if segments >= len(path) || path[segments] != string(option.Value) {
-					candidates &^= 1 << i
-				}
+			if segments < len(path) {
+				path[segments] = option.Value
 			}
 			segments++
 		case message.URIQuery:
 			request.Reference, request.HasReference = parseQuery(option.Value)
 			queries++
 		case message.Size1:
-			n, err := parseUint(option.Value)
-			request.Size = eris.BlockSize(n)
 			// The option is elective: a value that is too long is passed over (RFC 7252, section
 			// 5.4.3).
-			if err != nil {
-				request.Size = 0
-			} else if !request.Size.Valid() {
-				request.BadSize = true
-			}
+			n, _ := parseUint(option.Value)
+			request.Size = eris.BlockSize(n)
 		case message.Block1:
-			if !takeBlock(&request.Block1, option.Value) {
+			if !request.Block1.parse(option.Value) {
 				refuse = codes.BadOption
 			}
 		case message.Block2:
-			if !takeBlock(&request.Block2, option.Value) {
+			if !request.Block2.parse(option.Value) {
 				refuse = codes.BadOption
 			}
 		case requestTag:
-			if len(option.Value) <= maxRequestTag {
-				request.Tag = mixTag(request.Tag, option.Value)
+			if len(option.Value) <= maxRequestTag && len(request.Tag) < 4*maxRequestTag {
+				request.Tag += string(byte(len(option.Value))) + string(option.Value)
 			}
 		case hopLimit:
 			// RFC 8768, section 3: what is not from 1 to 255 is refused.
@@ -225,7 +201,7 @@ func (p *Paths) parseOptions(body []byte, request *Request) codes.Code {
 			}
 		}
 	}
-	if options.err() != nil {
+	if options.err != nil {
 		return codes.BadRequest
 	}
 	if refuse != codes.Empty {
@@ -234,11 +210,8 @@ func (p *Paths) parseOptions(body []byte, request *Request) codes.Code {
 	if queries > 1 {
 		request.HasReference = false
 	}
-	for i, path := range p.paths {
-		if candidates&(1<<i) != 0 && len(path) == segments {
-			request.Resource = i
-			break
-		}
+	if segments <= len(path) {
+		request.Resource = p.find(path[:segments])
 	}
 	request.Payload = options.payload()
 	return codes.Empty
@@ -254,35 +227,10 @@ func parseQuery(value []byte) (ref eris.Reference, ok bool) {
 	return ref, err == nil
 }
 
-// takeBlock reads an option Block1 or Block2, which must not be repeated.
-func takeBlock(block *Block, value []byte) bool {
-	b, err := parseBlock(value)
-	if err != nil || block.Present {
-		return false
-	}
-	*block = b
-	return true
-}
-
-// mixTag folds a Request-Tag into a digest (FNV-1a), which is never 0. It need not withstand an
-// attack: it only tells the transfers of one peer apart.
-func mixTag(digest uint64, tag []byte) uint64 {
-	const offset, prime = 14695981039346656037, 1099511628211
-	if digest == 0 {
-		digest = offset
-	}
-	digest = (digest ^ uint64(len(tag)+1)) * prime
-	for _, b := range tag {
-		digest = (digest ^ uint64(b)) * prime
-	}
-	return max(digest, 1)
-}
-
 // Response is what a client understands of a response.
 type Response struct {
 	Block1 Block
 	Block2 Block
-	Size2  uint32 // 0 if not given
 	MaxAge uint32 // in seconds, 0 if not given
 	// Unusable says that a critical option is unknown or has an unusable value, so that the
 	// response must be rejected (RFC 7252, section 5.4.1).
@@ -296,19 +244,17 @@ func parseResponse(options *optionWalk, response *Response) error {
 	for {
 		option, ok := options.next()
 		if !ok {
-			return options.err()
+			return options.err
 		}
 		switch option.Number {
 		case message.Block1:
-			if !takeBlock(&response.Block1, option.Value) {
+			if !response.Block1.parse(option.Value) {
 				response.Unusable = true
 			}
 		case message.Block2:
-			if !takeBlock(&response.Block2, option.Value) {
+			if !response.Block2.parse(option.Value) {
 				response.Unusable = true
 			}
-		case message.Size2:
-			response.Size2, _ = parseUint(option.Value)
 		case message.MaxAge:
 			response.MaxAge, _ = parseUint(option.Value)
 		default:

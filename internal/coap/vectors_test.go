@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -28,7 +29,13 @@ func fromHex(t testing.TB, text string) []byte {
 	return b
 }
 
-var wellKnownPath = []string{".well-known", "eris"}
+var wellKnownBlocks = append(WellKnownPath(), BlocksSegment)
+
+// encode returns a message on a stream.
+func encode(code codes.Code, token Token, options, payload []byte) []byte {
+	body := appendPayload(slices.Clip(options), payload)
+	return append(AppendHead(nil, code, token, len(body)), body...)
+}
 
 const wellKnownHex = "bb 2e77656c6c2d6b6e6f776e 04 65726973 06 626c6f636b73 "
 
@@ -39,16 +46,16 @@ func TestVectors(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	text, limited := NewRequests(wellKnownPath), NewRequests(wellKnownPath)
+	text, limited := NewRequests(WellKnownPath()), NewRequests(WellKnownPath())
 	limited.HopLimit = 2
-	encode := func(r *Requests, token uint32, x Exchange) []byte {
-		return appendMessage(nil, r.method(&x), makeToken(token), r.append(nil, &x), x.Payload)
+	request := func(r *Requests, token uint32, x Exchange) []byte {
+		return encode(r.method(&x), makeToken(token), r.append(nil, &x), x.Payload)
 	}
 	get := func(r *Requests, size eris.BlockSize, block Block) []byte {
-		return encode(r, 1, Exchange{Reference: ref, Size: size, Block: block})
+		return request(r, 1, Exchange{Reference: ref, Size: size, Block: block})
 	}
 	put := func(block Block, total int, payload []byte) []byte {
-		return encode(text, 2, Exchange{Block: block, Total: total, Payload: payload})
+		return request(text, 2, Exchange{Block: block, Total: total, Payload: payload})
 	}
 	helloHex := hex.EncodeToString([]byte(helloReference))
 	large := bytes.Repeat([]byte{0xee}, 32768)
@@ -58,7 +65,7 @@ func TestVectors(t *testing.T) {
 		want   string // the beginning
 		length int
 	}{
-		{"CSM", appendCapabilities(nil, 65536), "50 e1 23010000 20", 7},
+		{"CSM", encode(codes.CSM, Token{}, ownCapabilities(), nil), "50 e1 23010000 20", 7},
 		{"GET, Base32", get(text, 1024, Block{}),
 			"d1 45 01 01" + wellKnownHex + "4d27" + helloHex + "d220 0400", 4 + 82},
 		{"GET, Hop-Limit", get(limited, 1024, Block{}),
@@ -73,15 +80,15 @@ func TestVectors(t *testing.T) {
 		{"PUT of 1 KiB", put(Block{}, 0, large[:1024]), "e1 030c 03 02" + wellKnownHex + "ff eeee", 1054},
 		{"PUT of a part", put(Block{More: true, Exponent: 7, Present: true}, 32768, large[:1024]),
 			"e1 0313 03 02" + wellKnownHex + "d103 0f d214 8000 ff eeee", 0},
-		{"2.05 of 32 KiB", appendMessage(nil, codes.Content, makeToken(1), AppendUintOption(nil, 0, message.ContentFormat, 42), large),
+		{"2.05 of 32 KiB", encode(codes.Content, makeToken(1), AppendUintOption(nil, 0, message.ContentFormat, 42), large),
 			"e1 7ef6 45 01 c1 2a ff eeee", 32776},
-		{"2.05 of 1 KiB", appendMessage(nil, codes.Content, makeToken(1), nil, large[:1024]), "e1 02f4 45 01 ff eeee", 1030},
+		{"2.05 of 1 KiB", encode(codes.Content, makeToken(1), nil, large[:1024]), "e1 02f4 45 01 ff eeee", 1030},
 		{"2.01", AppendHead(nil, codes.Created, makeToken(2), 0), "01 41 02", 3},
 		{"4.04", AppendHead(nil, codes.NotFound, makeToken(1), 0), "01 84 01", 3},
 		{"Ping", AppendHead(nil, codes.Ping, Token{0xbeef, 2}, 0), "02 e2 beef", 4},
 		{"Pong", AppendHead(nil, codes.Pong, Token{0xbeef, 2}, 0), "02 e3 beef", 4},
-		{"Release", appendMessage(nil, codes.Release, Token{}, nil, ""), "00 e4", 2},
-		{"Abort", appendAbort(nil, 9, "no"), "50 e5 21 09 ff 6e6f", 7},
+		{"Release", encode(codes.Release, Token{}, nil, nil), "00 e4", 2},
+		{"Abort", encode(codes.Abort, Token{}, (&protocolError{bad: 9}).option(), []byte("no")), "50 e5 21 09 ff 6e6f", 7},
 		{"empty", AppendHead(nil, codes.Empty, Token{}, 0), "00 00", 2},
 		{"empty acknowledgement", appendEmpty(nil, message.Acknowledgement, 0x1234), "60 00 1234", 4},
 		{"reset", appendEmpty(nil, message.Reset, 0xffff), "70 00 ffff", 4},
@@ -107,10 +114,7 @@ func TestParseVectors(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	paths, err := NewPaths([][]string{{"pinned"}, wellKnownPath, {".well-known"}}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	paths := Paths{{"pinned", "blocks"}, wellKnownBlocks, {".well-known", "blocks"}}
 	rawQuery := "4d13 3ffe034b0a056707d0ee1a67007ed97cec69cd4b887465b0bd3f76d228a9d969"
 	textQuery := "4d27" + hex.EncodeToString([]byte(helloReference))
 	for _, v := range []struct {
@@ -125,7 +129,7 @@ func TestParseVectors(t *testing.T) {
 		{"Hop-Limit 0", wellKnownHex + textQuery + "10", Request{}, codes.BadRequest},
 		{"Hop-Limit 256", wellKnownHex + textQuery + "12 0100", Request{}, codes.BadRequest},
 		{"no Size1", wellKnownHex + textQuery, Request{Resource: 1, Reference: ref, HasReference: true}, 0},
-		{"size that is none", wellKnownHex + textQuery + "d220 0401", Request{Resource: 1, Reference: ref, HasReference: true, Size: 1025, BadSize: true}, 0},
+		{"size that is none", wellKnownHex + textQuery + "d220 0401", Request{Resource: 1, Reference: ref, HasReference: true, Size: 1025}, 0},
 		{"Size1 that is too long", wellKnownHex + textQuery + "d520 0000000400", Request{Resource: 1, Reference: ref, HasReference: true}, 0},
 		{"Uri-Host and Uri-Port", "39 6c6f63616c686f7374 42 1633" + "4b 2e77656c6c2d6b6e6f776e 04 65726973 06 626c6f636b73",
 			Request{Resource: 1}, 0},
@@ -174,8 +178,12 @@ func TestParseVectors(t *testing.T) {
 	paths.parse(fromHex(t, wellKnownHex+"ed 000c 00 01"), &a)
 	paths.parse(fromHex(t, wellKnownHex+"e1 000c 01"), &a)
 	paths.parse(fromHex(t, wellKnownHex+"e1 000c 02"), &b)
-	if a.Tag == 0 || a.Tag == b.Tag {
-		t.Errorf("Request-Tags are not told apart: %d, %d", a.Tag, b.Tag)
+	if a.Tag == "" || a.Tag == b.Tag {
+		t.Errorf("Request-Tags are not told apart: %q, %q", a.Tag, b.Tag)
+	}
+	paths.parse(fromHex(t, wellKnownHex+"e8 000c 0102030405060708"+strings.Repeat("08 0102030405060708", 5000)), &a)
+	if len(a.Tag) > 64 {
+		t.Errorf("many tags take %d bytes", len(a.Tag))
 	}
 }
 
@@ -237,14 +245,14 @@ func TestCapabilities(t *testing.T) {
 		{"with a diagnostic payload", "40 ff 61", Capabilities{1152, true, false}, 0, true},
 	} {
 		c := Capabilities{MessageSize: baseMessageSize}
-		bad, err := c.update(fromHex(t, v.body))
+		_, bad, err := c.parseSignal(codes.CSM, fromHex(t, v.body))
 		if c != v.want || bad != v.bad || (err == nil) != v.ok {
 			t.Errorf("%s: %+v, option %d, error %v; want %+v, option %d", v.name, c, bad, err, v.want, v.bad)
 		}
 	}
 	c := Capabilities{MessageSize: baseMessageSize}
-	c.update(fromHex(t, "40"))
-	c.update(fromHex(t, "22 1000"))
+	c.parseSignal(codes.CSM, fromHex(t, "40"))
+	c.parseSignal(codes.CSM, fromHex(t, "22 1000"))
 	if want := (Capabilities{4096, true, true}); c != want || !c.BERT() {
 		t.Errorf("capabilities are not cumulative: %+v", c)
 	}
@@ -262,15 +270,15 @@ func TestBlock(t *testing.T) {
 		{"fffffF", Block{1<<20 - 1, true, 7, true}},
 	} {
 		b := fromHex(t, v.text)
-		got, err := parseBlock(b)
-		if err != nil || got != v.want {
-			t.Errorf("%s: %+v, %v", v.text, got, err)
+		var got Block
+		if !got.parse(b) || got != v.want || got.parse(b) {
+			t.Errorf("%s: %+v", v.text, got)
 		}
 		if again := AppendUintOption(nil, 0, 0, got.uint()); !bytes.Equal(again[1:], b) {
 			t.Errorf("%s: written as % x", v.text, again[1:])
 		}
 	}
-	if _, err := parseBlock(make([]byte, 4)); err == nil {
+	if new(Block).parse(make([]byte, 4)) {
 		t.Error("an option of four bytes is taken")
 	}
 	for _, v := range []struct {

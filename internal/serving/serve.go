@@ -316,18 +316,15 @@ func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from 
 		return all
 	}
 	stats := func() []byte { return collect().text() }
-	coap, err = coapserver.New(coapserver.Config{
-		Resources: []coapserver.Resource{{Source: store, Sink: store}},
-		Documents: []coapserver.Document{{Path: statisticsPath, Format: uint16(coapmessage.AppJSON), Text: stats}},
-
+	coap = coapserver.New(coapserver.Config{
+		Source:         store,
+		Sink:           store,
+		Document:       coapserver.Document{Path: []string{statisticsPath}, Format: coapmessage.AppJSON, Text: stats},
 		MaxConnections: s.maxConnections,
 		MessageTimeout: timeout,
 		Log:            logError,
 		Requested:      s.log.blocks(),
 	})
-	if err != nil {
-		return err
-	}
 	asked := make(chan os.Signal, 1)
 	signal.Notify(asked, unix.SIGUSR1)
 	defer signal.Stop(asked)
@@ -337,7 +334,7 @@ func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from 
 	failed := make(chan error, len(endpoints)+1)
 	var group sync.WaitGroup
 	for _, e := range endpoints {
-		e.Documents = e.scheme == "coap+unix"
+		e.Document = e.scheme == "coap+unix"
 		if e.relay && from != nil {
 			e.Relay = from.For
 		}

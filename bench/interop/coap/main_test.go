@@ -49,10 +49,7 @@ func newBlock() (eris.Reference, []byte) {
 // serve serves a backend and returns the address.
 func serve(t *testing.T, network string, backend *sourcetest.Backend) string {
 	source := backend.Open(64)
-	server, err := coapserver.New(coapserver.Config{Resources: []coapserver.Resource{{Source: source, Sink: source}}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	server := coapserver.New(coapserver.Config{Source: source, Sink: source})
 	access := coapserver.Access{Get: true, Put: true}
 	var group sync.WaitGroup
 	t.Cleanup(func() {
