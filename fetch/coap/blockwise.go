@@ -160,43 +160,36 @@ func (s *Store) putParts(ctx context.Context, block []byte, peer *wire.Capabilit
 	if err != nil {
 		return err
 	}
-	t := transfer{x: wire.Exchange{Store: s.blocks}, block: block, exponent: wire.MaxExponent, most: blockUnit}
+	exponent, most := uint8(wire.MaxExponent), blockUnit
 	if peer != nil && peer.BERT() {
 		if units := (int(min(peer.MessageSize, wire.MessageSize)) - s.blocks.Overhead()) / blockUnit; units > 1 {
-			t.exponent, t.most = wire.BERT, units*blockUnit
+			exponent, most = wire.BERT, units*blockUnit
 		}
 	}
-	return s.run(ctx, c, &t)
+	return s.transfer(ctx, c, block, exponent, most)
 }
 
-// transfer is a block that is put in parts, in units of the given exponent and in messages with at
-// most the given number of bytes of it (RFC 7959, section 2.5; RFC 8323, section 6).
-type transfer struct {
-	x        wire.Exchange
-	block    []byte
-	exponent uint8
-	most     int
-}
-
-func (s *Store) run(ctx context.Context, c connection, t *transfer) error {
+// transfer puts a block in parts, in units of the given exponent and in messages with at most the
+// given number of bytes of it (RFC 7959, section 2.5; RFC 8323, section 6).
+func (s *Store) transfer(ctx context.Context, c connection, block []byte, exponent uint8, most int) error {
+	x := &wire.Exchange{Store: s.blocks}
 	for sent, restarts := 0, 0; ; {
-		x := &t.x
-		part := wire.Block{Exponent: t.exponent, Present: true}
+		part := wire.Block{Exponent: exponent, Present: true}
 		part.Number = uint32(sent / part.Unit())
-		length := min(t.most, len(t.block)-sent)
-		part.More = sent+length < len(t.block)
-		x.Block, x.Total, x.Payload = part, 0, t.block[sent:sent+length]
+		length := min(most, len(block)-sent)
+		part.More = sent+length < len(block)
+		x.Block, x.Total, x.Payload = part, 0, block[sent:sent+length]
 		if sent == 0 {
-			x.Total = len(t.block)
+			x.Total = len(block)
 		}
 		if err := s.do(ctx, c, x); err != nil {
 			return err
 		}
 		answer := x.Response.Block1
 		switch {
-		case x.Code == codes.RequestEntityTooLarge && sent == 0 && answer.Present && answer.Exponent < t.exponent:
+		case x.Code == codes.RequestEntityTooLarge && sent == 0 && answer.Present && answer.Exponent < exponent:
 			// The server wants smaller parts from the first on.
-			t.exponent, t.most = answer.Exponent, answer.Unit()
+			exponent, most = answer.Exponent, answer.Unit()
 			continue
 		case x.Code == codes.RequestEntityIncomplete && sent > 0 && restarts < maxRestarts:
 			// The server has dropped what came before, or a copy of an old message made it start
@@ -210,8 +203,8 @@ func (s *Store) run(ctx context.Context, c connection, t *transfer) error {
 			return errBlockwise
 		}
 		sent += length
-		if answer.Exponent < t.exponent {
-			t.exponent, t.most = answer.Exponent, min(t.most, answer.Unit())
+		if answer.Exponent < exponent {
+			exponent, most = answer.Exponent, min(most, answer.Unit())
 		}
 	}
 }

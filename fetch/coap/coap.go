@@ -64,12 +64,7 @@ func Open(url string, options Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{url: u, name: u.String(), options: options.withDefaults(), pool: wire.NewPool()}
-	s.blocks = wire.NewRequests(u.Segments)
-	s.blocks.HopLimit = options.HopLimit
-	s.have = wire.NewDocument(append(slices.Clone(u.Segments), wire.HaveSegment))
-	s.ctx, s.cancel = context.WithCancel(context.Background())
-	s.main = s.newLink()
+	s := newStore(u, u.String(), options)
 	switch u.Scheme {
 	case "coap+unix", "coap+tcp", "coaps+tcp", "coap+ws", "coaps+ws":
 		s.parts = make(chan *link, 1)
@@ -85,17 +80,22 @@ func Open(url string, options Options) (*Store, error) {
 	return s, nil
 }
 
+func newStore(u storeurl.URL, name string, options Options) *Store {
+	s := &Store{url: u, name: name, options: options.withDefaults(), pool: wire.NewPool()}
+	s.blocks = wire.NewRequests(u.Segments)
+	s.blocks.HopLimit = options.HopLimit
+	s.have = wire.NewDocument(append(slices.Clone(u.Segments), wire.HaveSegment))
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.main = s.newLink()
+	return s
+}
+
 // OfConnection returns the store of the peer of a connection on a stream that somebody else has
 // made and runs: requests fail once it is over. The store is the well-known one, is only read,
 // answers from what it has itself (see [Options.HopLimit]), and is called by the name. It must be
 // closed, which does not end the connection.
 func OfConnection(conn *wire.Conn, name string) *Store {
-	s := &Store{name: name, options: Options{}.withDefaults(), url: storeurl.URL{Scheme: "coap+tcp", Get: true}}
-	s.blocks = wire.NewRequests(wire.WellKnownPath())
-	s.blocks.HopLimit = 1
-	s.have = wire.NewDocument(append(wire.WellKnownPath(), wire.HaveSegment))
-	s.ctx, s.cancel = context.WithCancel(context.Background())
-	s.main = s.newLink()
+	s := newStore(storeurl.URL{Scheme: "coap+tcp", Get: true, Segments: wire.WellKnownPath()}, name, Options{HopLimit: 1})
 	s.main.closed = true // it makes no other
 	c := connection(conn)
 	s.main.present.Store(&c)

@@ -206,7 +206,7 @@ func TestDatagramHostile(t *testing.T) {
 		return coaptest.Datagram(message.Acknowledgement, codes.Content, m.ID, m.Token, nil, payload)
 	}
 	part := func(m coaptest.Message, block wire.Block, payload []byte) []byte {
-		return coaptest.Datagram(message.Acknowledgement, codes.Content, m.ID, m.Token, coaptest.Block(nil, 0, message.Block2, block), payload)
+		return coaptest.Datagram(message.Acknowledgement, codes.Content, m.ID, m.Token, block.AppendOption(nil, 0, message.Block2), payload)
 	}
 	for _, v := range []struct {
 		name  string
@@ -410,12 +410,12 @@ func TestDatagramPutToken(t *testing.T) {
 		if !part.More {
 			code = codes.Created
 		}
-		reply := coaptest.Datagram(message.Acknowledgement, code, m.ID, m.Token, coaptest.Block(nil, 0, message.Block1, part), "")
+		reply := coaptest.Datagram(message.Acknowledgement, code, m.ID, m.Token, part.AppendOption(nil, 0, message.Block1), "")
 		if part.Number == 0 {
 			return [][]byte{reply}
 		}
 		before := wire.Block{Number: part.Number - 1, More: true, Exponent: part.Exponent}
-		late := coaptest.Datagram(message.NonConfirmable, codes.Continue, m.ID, m.Token, coaptest.Block(nil, 0, message.Block1, before), "")
+		late := coaptest.Datagram(message.NonConfirmable, codes.Continue, m.ID, m.Token, before.AppendOption(nil, 0, message.Block1), "")
 		return [][]byte{late, reply}
 	})
 	store := mustOpen(t, url, coap.Options{Datagram: coap.DatagramOptions{AckTimeout: 10 * time.Second}})

@@ -11,7 +11,6 @@ import (
 	"net/http/httptrace"
 	"net/url"
 	"strings"
-	"syscall"
 
 	"github.com/coder/websocket"
 
@@ -66,12 +65,10 @@ func (s *Store) dial(ctx context.Context) (net.Conn, error) {
 	}
 	network, address := s.url.Address()
 	var dialer net.Dialer
-	if network == "unix" {
-		dialer.Control = func(_, _ string, raw syscall.RawConn) error {
-			return raw.Control(func(fd uintptr) { setSocketBuffers(fd, unixSocketBuffer) })
-		}
-	}
 	conn, err := dialer.DialContext(ctx, network, address)
+	if socket, ok := conn.(*net.UnixConn); ok {
+		_ = socket.SetWriteBuffer(unixSocketBuffer) // as far as the system allows
+	}
 	if err != nil || !s.url.TLS() {
 		return conn, err
 	}

@@ -243,19 +243,19 @@ func TestHostile(t *testing.T) {
 		{"endless parts of 16 bytes", respond(func(m coaptest.Message) []byte {
 			part := m.Block(message.Block2)
 			part.More, part.Exponent, part.Present = true, 0, true
-			return coaptest.Stream(codes.Content, m.Token, coaptest.Block(nil, 0, message.Block2, part), make([]byte, 16))
+			return coaptest.Stream(codes.Content, m.Token, part.AppendOption(nil, 0, message.Block2), make([]byte, 16))
 		}), 1024, wrong, false},
 		{"parts that do not go on", respond(func(m coaptest.Message) []byte {
 			part := wire.Block{More: true, Exponent: 6}
-			return coaptest.Stream(codes.Content, m.Token, coaptest.Block(nil, 0, message.Block2, part), make([]byte, 1024))
+			return coaptest.Stream(codes.Content, m.Token, part.AppendOption(nil, 0, message.Block2), make([]byte, 1024))
 		}), 32768, fails, false},
 		{"part of another length than it says", respond(func(m coaptest.Message) []byte {
 			part := wire.Block{More: true, Exponent: 6}
-			return coaptest.Stream(codes.Content, m.Token, coaptest.Block(nil, 0, message.Block2, part), make([]byte, 1000))
+			return coaptest.Stream(codes.Content, m.Token, part.AppendOption(nil, 0, message.Block2), make([]byte, 1000))
 		}), 32768, fails, false},
 		{"part from the end", respond(func(m coaptest.Message) []byte {
 			part := wire.Block{Number: 1<<20 - 1, Exponent: 6}
-			return coaptest.Stream(codes.Content, m.Token, coaptest.Block(nil, 0, message.Block2, part), make([]byte, 1024))
+			return coaptest.Stream(codes.Content, m.Token, part.AppendOption(nil, 0, message.Block2), make([]byte, 1024))
 		}), 32768, fails, false},
 	} {
 		t.Run(v.name, func(t *testing.T) {
@@ -377,7 +377,7 @@ func TestSlowParts(t *testing.T) {
 	reply := func(part wire.Block) (options, payload []byte) {
 		part.More, part.Exponent, part.Present = true, 0, true
 		time.Sleep(50 * time.Millisecond)
-		return coaptest.Block(nil, 0, message.Block2, part), make([]byte, 16)
+		return part.AppendOption(nil, 0, message.Block2), make([]byte, 16)
 	}
 	stream := playPeer(t, func(_ int, p *peer) {
 		p.write(csm)

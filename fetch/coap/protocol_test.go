@@ -185,7 +185,7 @@ func (p *peer) takePut(most uint8) (block []byte, messages int) {
 			// Of what came, only the first unit counts; but this test server takes all of it.
 			reply.Exponent = most
 		}
-		option := coaptest.Block(nil, 0, message.Block1, reply)
+		option := reply.AppendOption(nil, 0, message.Block1)
 		block = append(block, payload...)
 		if !part.More {
 			p.write(coaptest.Stream(codes.Changed, m.Token, option, ""))
@@ -279,7 +279,7 @@ func TestPutRestarts(t *testing.T) {
 				} else if !part.More {
 					code = codes.Created
 				}
-				p.write(coaptest.Stream(code, m.Token, coaptest.Block(nil, 0, message.Block1, part), ""))
+				p.write(coaptest.Stream(code, m.Token, part.AppendOption(nil, 0, message.Block1), ""))
 			}
 		})
 		err := store.Put(t.Context(), ref, block)
@@ -384,7 +384,7 @@ func TestGetInParts(t *testing.T) {
 					part.Exponent, part.Present = v.exponent, true
 					end := min(part.Offset()+v.payload, len(block))
 					part.More = end < len(block)
-					p.write(coaptest.Stream(codes.Content, m.Token, coaptest.Block(nil, 0, message.Block2, part), block[part.Offset():end]))
+					p.write(coaptest.Stream(codes.Content, m.Token, part.AppendOption(nil, 0, message.Block2), block[part.Offset():end]))
 				}
 			})
 			got, err := get(t, store, ref, v.size)

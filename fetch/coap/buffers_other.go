@@ -1,8 +1,0 @@
-// SPDX-License-Identifier: GPL-3.0-or-later
-
-//go:build !linux
-
-package coap
-
-// setSocketBuffers leaves the buffers as they are.
-func setSocketBuffers(uintptr, int) {}
