@@ -30,6 +30,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -53,8 +55,6 @@ const (
 	// not think that of the server because of its upstreams, for it has blocks itself.
 	silence, firstSilence, longest = 1800 * time.Millisecond, 1200 * time.Millisecond, 30 * time.Second
 	recentTime                     = time.Minute
-	// watchInterval is how often that is looked at.
-	watchInterval = 100 * time.Millisecond
 	// localRequests and networkRequests are the most requests of upstreams under way for one
 	// client: for all on Unix sockets together, and for a host. The pool knows best how many are of
 	// use, hence the first is more than enough.
@@ -88,17 +88,14 @@ type Options struct {
 // Relay is safe for concurrent use.
 type Relay struct {
 	store  Store
-	looks  sync.Pool     // of *look
-	memory sync.Pool     // of *[32768]byte
-	pools  []*pool.Pool  // by how many servers requests may go through, the most first
-	wake   chan struct{} // there is a request to start, or the first one under way
-	stop   chan struct{}
-	done   chan struct{}
+	looks  sync.Pool      // of *look
+	memory sync.Pool      // of *[32768]byte
+	pools  []*pool.Pool   // by how many servers requests may go through, the most first
+	starts sync.WaitGroup // requests that have waited, and are being started
 
 	mu       sync.Mutex
 	active   map[*ticket]struct{}
 	clients  map[string]*client
-	ready    []*ticket // that may be started, by the watcher
 	received time.Time // when the last block has come
 	stats    Stats
 }
@@ -123,10 +120,7 @@ type client struct {
 
 // New returns a relay in front of a store, which must outlive it. Errors are those of Open.
 func New(store Store, options Options) (*Relay, error) {
-	r := &Relay{
-		store: store, wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{}),
-		active: map[*ticket]struct{}{}, clients: map[string]*client{},
-	}
+	r := &Relay{store: store, active: map[*ticket]struct{}{}, clients: map[string]*client{}}
 	r.looks.New = newLook
 	r.memory.New = func() any { return new([eris.BlockSize32KiB]byte) }
 	for hops := cmp.Or(options.Levels, levels); hops > 0; hops-- {
@@ -143,20 +137,14 @@ func New(store Store, options Options) (*Relay, error) {
 		members = members[:min(len(members), MaxUpstreams)]
 		r.pools = append(r.pools, pool.New(append(members, pool.Member{Source: keeper{store}, Near: true}), options.Pool))
 	}
-	go r.watch() // Close waits for it
 	return r, nil
 }
 
 // Close cancels all requests, keeps what has come if that does not take long, and closes the
 // upstreams. The store remains open.
 func (r *Relay) Close() error {
-	close(r.stop)
-	<-r.done
 	r.mu.Lock()
-	var active []*ticket
-	for t := range r.active {
-		active = append(active, t)
-	}
+	active := slices.Collect(maps.Keys(r.active))
 	r.mu.Unlock()
 	for _, t := range active {
 		t.cancel(fetch.ErrClosed)
@@ -165,13 +153,7 @@ func (r *Relay) Close() error {
 	for _, p := range r.pools {
 		errs = append(errs, p.Close())
 	}
-	r.mu.Lock()
-	ready := r.ready
-	r.ready = nil
-	r.mu.Unlock()
-	for _, t := range ready {
-		t.start() // which fails at once
-	}
+	r.starts.Wait()
 	return errors.Join(errs...)
 }
 
@@ -211,59 +193,6 @@ func (r *Relay) Stats() Stats {
 		}
 	}
 	return stats
-}
-
-// watch starts requests that have waited, and gives up those that nobody answers, until the relay
-// is closed.
-func (r *Relay) watch() {
-	defer close(r.done)
-	ticker := time.NewTicker(time.Hour)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-r.stop:
-			return
-		case <-r.wake:
-			ticker.Reset(watchInterval)
-		case <-ticker.C:
-		}
-		r.mu.Lock()
-		ready, late := r.ready, r.late()
-		r.ready = nil
-		if len(r.active) == 0 {
-			ticker.Reset(time.Hour)
-		}
-		r.mu.Unlock()
-		for _, t := range ready {
-			t.start()
-		}
-		for _, t := range late {
-			t.answer(errLate)
-		}
-	}
-}
-
-// late returns the requests to be given up. The lock must be held.
-func (r *Relay) late() (late []*ticket) {
-	now := time.Now()
-	quiet, allowed := now.Sub(r.received), silence
-	if quiet > recentTime {
-		allowed = firstSilence
-	}
-	for t := range r.active {
-		if age := now.Sub(t.began); !t.answered && (age > longest || min(age, quiet) > allowed) {
-			late = append(late, t)
-		}
-	}
-	return late
-}
-
-// poke wakes the watcher.
-func (r *Relay) poke() {
-	select {
-	case r.wake <- struct{}{}:
-	default:
-	}
 }
 
 // clientOf returns what is known of a client. The lock must be held.

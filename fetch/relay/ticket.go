@@ -38,7 +38,6 @@ func (v *view) Start(q *fetch.Request) {
 	q.Held = t
 	r.mu.Lock()
 	t.client = r.clientOf(v.client)
-	first := len(r.active) == 0
 	switch {
 	case t.client.refuses():
 		r.stats.Absent++
@@ -49,18 +48,17 @@ func (v *view) Start(q *fetch.Request) {
 		q.Done(q)
 		return
 	case t.client.underWay >= t.client.most:
-		r.active[t] = struct{}{}
 		t.client.waiting = append(t.client.waiting, t)
-		r.mu.Unlock()
 	default:
-		r.active[t] = struct{}{}
 		t.client.underWay++
 		t.booked = true
-		r.mu.Unlock()
-		t.start()
 	}
-	if first {
-		r.poke()
+	booked := t.booked
+	r.active[t] = struct{}{}
+	t.timer = time.AfterFunc(firstSilence, t.check)
+	r.mu.Unlock()
+	if booked {
+		t.start()
 	}
 }
 
@@ -114,6 +112,7 @@ type ticket struct {
 	client   *client
 	booked   bool // among those under way of the client
 	answered bool // Done of the outer one has been or is being called
+	timer    *time.Timer
 }
 
 // States of a ticket, so that it is cancelled after it has been started.
@@ -133,6 +132,25 @@ func (t *ticket) start() {
 	}
 }
 
+// check gives the request up if nobody has answered for too long, or else looks again later.
+func (t *ticket) check() {
+	r := t.relay
+	r.mu.Lock()
+	now := time.Now()
+	age, quiet, allowed := now.Sub(t.began), now.Sub(r.received), silence
+	if quiet > recentTime {
+		allowed = firstSilence
+	}
+	left := min(allowed-min(age, quiet), longest-age)
+	if left > 0 && !t.answered {
+		t.timer.Reset(left)
+	}
+	r.mu.Unlock()
+	if left <= 0 {
+		t.answer(errLate)
+	}
+}
+
 // answer answers the client with an error, if it has not been answered. What was asked of the pool
 // goes on.
 func (t *ticket) answer(err error) {
@@ -143,6 +161,7 @@ func (t *ticket) answer(err error) {
 		return
 	}
 	t.answered = true
+	t.timer.Stop()
 	if !t.booked {
 		i := slices.Index(t.client.waiting, t)
 		t.client.waiting = slices.Delete(t.client.waiting, i, i+1)
@@ -177,8 +196,7 @@ func (t *ticket) finish() {
 		c.waiting = c.waiting[1:]
 		c.underWay++
 		next.booked = true
-		r.ready = append(r.ready, next)
-		r.poke()
+		r.starts.Go(next.start)
 	}
 	if err == nil {
 		r.received = time.Now()
@@ -186,6 +204,7 @@ func (t *ticket) finish() {
 	}
 	answer := !t.answered
 	t.answered = true
+	t.timer.Stop()
 	switch {
 	case !answer:
 	case err == nil:
