@@ -3,6 +3,7 @@
 package coapserver
 
 import (
+	"context"
 	"net"
 	"net/netip"
 	"sync"
@@ -46,12 +47,12 @@ type packets struct {
 // particular, answers come from the address that the kernel chooses.
 func (s *Server) ServePacket(conn net.PacketConn, access Access) error {
 	defer conn.Close()
-	// What is being served can still be answered.
-	done, ok := s.begin(func() { conn.SetReadDeadline(time.Unix(1, 0)) })
-	if !ok {
-		return ErrServerClosed
+	if !s.begin() {
+		return nil
 	}
-	defer done()
+	defer s.services.Done()
+	// What is being served can still be answered.
+	defer context.AfterFunc(s.stopping, func() { conn.SetReadDeadline(time.Unix(1, 0)) })()
 	d := &s.config.Datagram
 	p := &packets{server: s, access: access, transfers: newTransfers(maxTransfers, maxTransfersPerHost, transferTimeout)}
 	err := coap.NewEndpoint(conn, coap.EndpointConfig{
@@ -59,7 +60,7 @@ func (s *Server) ServePacket(conn net.PacketConn, access Access) error {
 		Workers: d.Workers, AckDelay: d.AckDelay, Paths: s.paths, Handler: p.serve,
 	}).Run()
 	if s.stopping.Err() != nil {
-		return ErrServerClosed
+		return nil
 	}
 	return err
 }

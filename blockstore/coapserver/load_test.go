@@ -319,9 +319,6 @@ func TestShutdown(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Errorf("Shutdown: %v", err)
 	}
-	if err := server.ServeConn(c.conn, readWrite); err != coapserver.ErrServerClosed {
-		t.Errorf("ServeConn: %v", err)
-	}
 }
 
 // TestClose checks that everything ends although stores wait, and nobody is left behind.

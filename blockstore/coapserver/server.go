@@ -169,7 +169,7 @@ type Server struct {
 	answerBytes atomic.Int64 // as last counted by the connections
 	connections atomic.Int64
 	lastLog     atomic.Int64
-	gates       admission.Gates
+	counts      admission.Counts
 
 	mu       sync.Mutex
 	stopping context.Context // ends when nothing more is accepted
@@ -184,8 +184,7 @@ const (
 	documentResource
 )
 
-// ErrServerClosed is what Serve, ServePacket and ServeConn return after Shutdown or Close.
-var ErrServerClosed = errors.New("server is closed")
+var errServerClosed = errors.New("server is closed")
 
 // New returns a Server.
 func New(config Config) *Server {
@@ -201,23 +200,23 @@ func New(config Config) *Server {
 	return s
 }
 
-// Serve accepts connections and serves them, until the listener fails or the server is closed. It
-// closes the listener. For TLS, the listener must be one of crypto/tls, with the protocol "coap"
+// Serve accepts connections and serves them, until the listener fails, or until Shutdown or Close:
+// then it returns nil. It closes the listener. For TLS, the listener must be one of crypto/tls, with the protocol "coap"
 // (RFC 8323, section 8.2).
 func (s *Server) Serve(listener net.Listener, access Access) error {
 	defer listener.Close()
-	done, ok := s.begin(func() { listener.Close() })
-	if !ok {
-		return ErrServerClosed
+	if !s.begin() {
+		return nil
 	}
-	defer done()
-	gate := s.gates.New(s.config.MaxConnections, listener, s.config.Log)
+	defer s.services.Done()
+	defer context.AfterFunc(s.stopping, func() { listener.Close() })()
+	gate := admission.New(s.config.MaxConnections, listener, &s.counts, s.config.Log)
 	defer gate.Wait()
 	for wait := time.Millisecond; ; {
 		conn, err := listener.Accept()
 		if err != nil {
 			if s.stopping.Err() != nil {
-				return ErrServerClosed
+				return nil
 			}
 			if errors.Is(err, net.ErrClosed) {
 				return err
@@ -235,7 +234,7 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 		if leave, ok := gate.Enter(conn); ok {
 			go func() {
 				defer leave()
-				_ = s.serveConn(conn, access, func(idle bool) { gate.SetIdle(conn, idle) })
+				s.serveConn(conn, access, func(idle bool) { gate.SetIdle(conn, idle) })
 			}()
 		}
 	}
@@ -244,57 +243,50 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 // Stats returns the statistics of connections: of all that are open, also by ServeConn, and of
 // those that Serve and ServeWebSocket have accepted.
 func (s *Server) Stats() admission.Stats {
-	stats := s.gates.Stats()
+	stats := s.counts.Stats()
 	stats.Connections = s.connections.Load()
 	return stats
 }
 
-// ServeConn serves one connection until it ends, and closes it. It returns nil, or
-// [ErrServerClosed] without having served.
-func (s *Server) ServeConn(conn net.Conn, access Access) error {
-	return s.serveConn(conn, access, func(bool) {})
+// ServeConn serves one connection until it ends, or the server is closed, and closes it.
+func (s *Server) ServeConn(conn net.Conn, access Access) {
+	s.serveConn(conn, access, func(bool) {})
 }
 
 // serveConn is ServeConn. Idle is told when the connection begins, and ceases, to have nothing
 // under way; it must not wait.
-func (s *Server) serveConn(netConn net.Conn, access Access, idle func(bool)) error {
+func (s *Server) serveConn(netConn net.Conn, access Access, idle func(bool)) {
 	if secure, ok := netConn.(*tls.Conn); ok {
 		ctx, cancel := context.WithTimeout(s.ctx, handshakeTimeout)
 		err := secure.HandshakeContext(ctx)
 		cancel()
 		if err != nil {
 			netConn.Close()
-			return nil
+			return
 		}
 	}
 	c := newConn(s, netConn, access, idle)
-	done, ok := s.begin(func() { c.peer.Release(releaseGrace, ErrServerClosed) })
-	if !ok {
+	if !s.begin() {
 		netConn.Close()
-		return ErrServerClosed
+		return
 	}
-	defer done()
-	defer context.AfterFunc(s.ctx, func() { c.peer.Close(ErrServerClosed) })()
+	defer s.services.Done()
+	defer context.AfterFunc(s.stopping, func() { c.peer.Release(releaseGrace, errServerClosed) })()
+	defer context.AfterFunc(s.ctx, func() { c.peer.Close(errServerClosed) })()
 	s.connections.Add(1)
 	defer s.connections.Add(-1)
 	c.serve()
-	return nil
 }
 
-// begin reports whether the server still serves. If it does, done must be called in the end; and
-// stop is called when nothing more is accepted.
-func (s *Server) begin(stop func()) (done func(), ok bool) {
+// begin reports whether the server still serves. If it does, it waits until services are done.
+func (s *Server) begin() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.stopping.Err() != nil {
-		return nil, false
+		return false
 	}
 	s.services.Add(1)
-	forget := context.AfterFunc(s.stopping, stop)
-	return func() {
-		forget()
-		s.services.Done()
-	}, true
+	return true
 }
 
 // stopAccepting has nothing more accepted.

@@ -78,7 +78,7 @@ func serveConfig(tb testing.TB, network string, access coapserver.Access, config
 			serve = server.ServeWebSocket
 		}
 		group.Go(func() {
-			if err := serve(listener, access); err != coapserver.ErrServerClosed {
+			if err := serve(listener, access); err != nil {
 				tb.Errorf("served until %v", err)
 			}
 		})

@@ -27,14 +27,11 @@ const handshakeTimeout = 30 * time.Second
 // that is listened on, or one of access.Hosts: the name of another host may lead here, too. Clients
 // that are no browsers do not say where they come from, and may always.
 func (s *Server) ServeWebSocket(listener net.Listener, access Access) error {
-	defer listener.Close()
-	done, ok := s.begin(func() { listener.Close() })
-	if !ok {
-		return ErrServerClosed
+	if !s.begin() {
+		return listener.Close()
 	}
-	defer done()
-	gate := s.gates.New(s.config.MaxConnections, listener, s.config.Log)
-	defer gate.Wait()
+	defer s.services.Done()
+	gate := admission.New(s.config.MaxConnections, listener, &s.counts, s.config.Log)
 	server := gate.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		s.serveWebSocket(w, r, access, gate)
 	}))
@@ -43,12 +40,8 @@ func (s *Server) ServeWebSocket(listener net.Listener, access Access) error {
 	}
 	server.WriteTimeout = handshakeTimeout
 	server.IdleTimeout = handshakeTimeout
-	defer server.Close()
-	err := server.Serve(gate.Listener(listener))
-	if s.stopping.Err() != nil {
-		return ErrServerClosed
-	}
-	return err
+	defer context.AfterFunc(s.ctx, func() { server.Close() })()
+	return gate.Serve(s.stopping, listener, server)
 }
 
 // connKey is the key of the connection in the context of a request.
@@ -73,7 +66,7 @@ func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request, access A
 	}
 	conn := r.Context().Value(connKey{}).(net.Conn)
 	idle := func(idle bool) { gate.SetIdle(conn, idle) }
-	_ = s.serveConn(ws.New(socket, conn), access, idle) // it closes the connection even if the server is closing
+	s.serveConn(ws.New(socket, conn), access, idle) // it closes the connection even if the server is closing
 }
 
 // offersCoAP reports whether a client wants to speak CoAP (RFC 6455, section 4.1, number 10).

@@ -90,15 +90,10 @@ type Server struct {
 	requests *semaphore.Weighted
 	memory   sync.Pool // of *[32769]byte
 	lastLog  atomic.Int64
-	gates    admission.Gates
+	counts   admission.Counts
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
-
-	mu       sync.Mutex
-	closing  bool
-	servers  []*http.Server // one for each call of Serve
-	services sync.WaitGroup // calls of Serve
 }
 
 // New returns a Server.
@@ -116,13 +111,10 @@ func New(config Config) *Server {
 	return s
 }
 
-// ErrServerClosed is what Serve returns after Shutdown or Close.
-var ErrServerClosed = errors.New("server is closed")
-
-// Serve accepts connections and serves them, until the listener fails or the server is closed. It
-// closes the listener.
-func (s *Server) Serve(listener net.Listener, access Access) error {
-	gate := s.gates.New(s.config.MaxConnections, listener, s.config.Log)
+// Serve accepts connections and serves them, until the listener fails, or ctx is done and what has
+// been requested by then is answered: see [admission.Gate.Serve]. It closes the listener.
+func (s *Server) Serve(ctx context.Context, listener net.Listener, access Access) error {
+	gate := admission.New(s.config.MaxConnections, listener, &s.counts, s.config.Log)
 	handler := s.Handler(access)
 	if s.config.Wrap != nil {
 		handler = s.config.Wrap(handler)
@@ -143,61 +135,20 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 	server.Protocols = new(http.Protocols)
 	server.Protocols.SetHTTP1(true)
 	server.Protocols.SetUnencryptedHTTP2(true)
-	s.mu.Lock()
-	if s.closing {
-		s.mu.Unlock()
-		listener.Close()
-		return ErrServerClosed
-	}
-	s.servers = append(s.servers, server)
-	s.services.Add(1)
-	s.mu.Unlock()
-	defer s.services.Done()
-	err := server.Serve(gate.Listener(listener))
-	if errors.Is(err, http.ErrServerClosed) {
-		return ErrServerClosed
-	}
-	server.Close()
-	return err
+	return gate.Serve(ctx, listener, server)
 }
 
 // Stats returns the statistics of connections.
-func (s *Server) Stats() admission.Stats { return s.gates.Stats() }
+func (s *Server) Stats() admission.Stats { return s.counts.Stats() }
 
-// Shutdown stops accepting connections and waits until all requests have been answered. When the
-// context ends before that, it closes everything as Close does, and returns the cause.
-func (s *Server) Shutdown(ctx context.Context) error {
-	var group sync.WaitGroup
-	for _, server := range s.stop() {
-		group.Go(func() { _ = server.Shutdown(ctx) })
-	}
-	group.Wait()
-	err := context.Cause(ctx)
-	s.Close()
-	return err
-}
-
-// Close closes all listeners and connections at once, and waits until all calls of Serve have
-// returned.
+// Close ends what is still under way, and waits for it. No requests may come any more.
 func (s *Server) Close() error {
 	s.cancel()
-	for _, server := range s.stop() {
-		server.Close()
-	}
-	s.services.Wait()
 	// Handlers whose connections were closed may not have come to their end: all of them have when
 	// nothing of the semaphore is taken.
 	_ = s.requests.Acquire(context.Background(), s.config.MaxRequests)
 	s.requests.Release(s.config.MaxRequests)
 	return nil
-}
-
-// stop keeps further calls of Serve from starting, and returns what those have started.
-func (s *Server) stop() []*http.Server {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.closing = true
-	return s.servers
 }
 
 // Handler returns what answers requests, for servers that serve other things too: they bound

@@ -51,20 +51,20 @@ func newBlock(size eris.BlockSize) (eris.Reference, []byte) {
 	return eris.Sum(block), block
 }
 
-// serve starts a server and returns its address.
+// serve starts a server, which ends with the test, and returns its address.
 func serve(t testing.TB, config httpserver.Config, access httpserver.Access) (*httpserver.Server, string) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
 	s := httpserver.New(config)
 	var group sync.WaitGroup
 	group.Go(func() {
-		if err := s.Serve(l, access); err != httpserver.ErrServerClosed {
+		if err := s.Serve(t.Context(), l, access); err != nil {
 			t.Error(err)
 		}
 	})
 	t.Cleanup(func() {
-		s.Close()
 		group.Wait()
+		s.Close()
 	})
 	return s, l.Addr().String()
 }
@@ -407,11 +407,6 @@ func TestBounds(t *testing.T) {
 			t.Fatal("there is never room again")
 		}
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	if err := server.Shutdown(ctx); err != nil {
-		t.Error(err)
-	}
 }
 
 // waiting is where blocks are looked up until told otherwise, and are not there.
@@ -430,38 +425,22 @@ func (w *waiting) get(ctx context.Context) error {
 	}
 }
 
-// TestClose closes a server whose store never answers, gracefully and at once.
+// TestClose closes a server whose store never answers.
 func TestClose(t *testing.T) {
-	for _, graceful := range []bool{false, true} {
-		waiting := &waiting{entered: make(chan struct{}, 16), leave: make(chan struct{})}
-		server, address := serve(t, httpserver.Config{Source: transport(t, waiting.get)}, readWrite)
-		var group sync.WaitGroup
-		group.Go(func() {
-			answer, err := client(t, false).Get("http://" + address + "/uri-res/N2R?urn:blake2b:" + eris.Sum(nil).String())
-			if err == nil {
-				answer.Body.Close()
-				if answer.StatusCode != 503 {
-					t.Errorf("status %d", answer.StatusCode)
-				}
-			}
-		})
-		<-waiting.entered
-		if graceful {
-			ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
-			if err := server.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
-				t.Errorf("Shutdown returns %v", err)
-			}
-			cancel()
-		} else {
-			server.Close()
-		}
-		group.Wait()
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+	waiting := &waiting{entered: make(chan struct{}, 16), leave: make(chan struct{})}
+	server, address := serve(t, httpserver.Config{Source: transport(t, waiting.get)}, readWrite)
+	var group sync.WaitGroup
+	group.Go(func() {
+		answer, err := client(t, false).Get("http://" + address + "/uri-res/N2R?urn:blake2b:" + eris.Sum(nil).String())
 		must(t, err)
-		if err := server.Serve(l, readWrite); err != httpserver.ErrServerClosed {
-			t.Errorf("Serve returns %v after the end", err)
+		answer.Body.Close()
+		if answer.StatusCode != 503 {
+			t.Errorf("status %d", answer.StatusCode)
 		}
-	}
+	})
+	<-waiting.entered
+	server.Close()
+	group.Wait()
 }
 
 // TestMany puts and gets thousands of blocks, many at a time, on connections of HTTP/2.

@@ -107,7 +107,7 @@ func (s *store) play(far net.Conn) {
 		served = knowing{named{source}, s.has}
 	}
 	server := coapserver.New(coapserver.Config{Source: served, IdleTimeout: time.Hour})
-	_ = server.ServeConn(far, coapserver.Access{Get: true})
+	server.ServeConn(far, coapserver.Access{Get: true})
 	source.Close()
 }
 

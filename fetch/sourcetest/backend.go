@@ -179,9 +179,9 @@ type Store struct {
 func (b *Backend) Open(n int) *Store { return &Store{fetch.NewWorkers(n, b.Get), b} }
 
 // Have implements [fetch.Haver].
-func (s *Store) Have(question []byte) []byte {
+func (b *Backend) Have(question []byte) []byte {
 	prefixes := map[[fetch.HavePrefix]byte]bool{}
-	for ref := range s.All() {
+	for ref := range b.All() {
 		prefixes[[fetch.HavePrefix]byte(ref[:])] = true
 	}
 	return fetch.HaveBits(question, func(prefix []byte) (has, known bool) {

@@ -32,9 +32,8 @@ func BenchmarkGet(b *testing.B) {
 	must(b, err)
 	server := httpserver.New(httpserver.Config{Source: newBackendSource(b, backend)})
 	var serving sync.WaitGroup
-	serving.Go(func() { server.Serve(listener, httpserver.Access{Get: true}) })
-	defer serving.Wait()
-	defer server.Close()
+	serving.Go(func() { server.Serve(b.Context(), listener, httpserver.Access{Get: true}) })
+	b.Cleanup(serving.Wait)
 	secure := startServer(b, serve("", backend, false), "http/1.1", "h2")
 	for _, url := range []string{"http://" + listener.Addr().String(), "http://" + listener.Addr().String() + "?h2c", secure.url("")} {
 		for size, refs := range refs {

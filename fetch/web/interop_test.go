@@ -150,11 +150,8 @@ func TestNginxProxy(t *testing.T) {
 	must(t, err)
 	server := httpserver.New(httpserver.Config{Source: newBackendSource(t, backend), Sink: backend.Put})
 	var group sync.WaitGroup
-	group.Go(func() { server.Serve(listener, httpserver.Access{Get: true, Put: true}) })
-	t.Cleanup(func() {
-		server.Close()
-		group.Wait()
-	})
+	group.Go(func() { server.Serve(t.Context(), listener, httpserver.Access{Get: true, Put: true}) })
+	t.Cleanup(group.Wait)
 	plain, secure := freeAddress(t), freeAddress(t)
 	proxy := `location /eris/uri-res/ {
 			proxy_pass http://` + listener.Addr().String() + `/uri-res/;

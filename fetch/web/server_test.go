@@ -176,14 +176,12 @@ func serve(base string, store blocks, writable bool) http.Handler {
 	})
 	mux.HandleFunc("POST "+base+"/.well-known/eris/have", func(w http.ResponseWriter, r *http.Request) {
 		question, err := io.ReadAll(r.Body)
-		haver, ok := store.(interface{ Open(n int) fetch.Store })
+		haver, ok := store.(fetch.Haver)
 		if err != nil || !ok {
 			http.NotFound(w, r)
 			return
 		}
-		source := haver.Open(1)
-		defer source.Close()
-		answer, ok := fetch.AnswerHave(source.(fetch.Haver), question)
+		answer, ok := fetch.AnswerHave(haver, question)
 		if !ok {
 			http.Error(w, "no question", http.StatusBadRequest)
 		}

@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -80,18 +81,18 @@ func addressOf(address net.Addr) netip.Addr {
 // A Gate lets connections in as long as there is room, or another one is idle. It is safe for
 // concurrent use.
 type Gate struct {
+	*Counts
 	public bool // it does not listen on this machine alone
 	log    func(error)
 	open   sync.WaitGroup
 
 	mu       sync.Mutex
 	shares   shares
-	stats    Stats
 	visitors map[net.Conn]*visitor
 	clock    uint64 // how often a connection has become idle
 
-	lastLog time.Time
-	logged  int64 // of those turned away
+	lastLog  time.Time
+	unlogged int // of those turned away
 }
 
 // visitor is a connection that has been let in.
@@ -107,19 +108,28 @@ type Stats struct {
 	TurnedAway  int64 `json:"turnedAway"`  // so far, because all others were busy
 }
 
+// Counts are the counts of one or more gates. The zero value is ready.
+type Counts struct{ connections, accepted, turnedAway atomic.Int64 }
+
+// Stats returns the counts.
+func (c *Counts) Stats() Stats {
+	return Stats{Connections: c.connections.Load(), Accepted: c.accepted.Load(), TurnedAway: c.turnedAway.Load()}
+}
+
 // logEvery is how often it is logged at most that connections are turned away.
 const logEvery = time.Minute
 
 // New returns a gate for so many connections at a time, of which one host may have half, but at
 // least one. Listener is where they come from. If it listens on a loopback address, whoever comes
 // from there counts for no host, for that may be a proxy for many; a proxy on the same machine must
-// therefore use such an address. Log, if not nil, is told once a minute at most that connections
-// were turned away; it must not wait.
-func New(most int, listener net.Listener, log func(error)) *Gate {
+// therefore use such an address. Connections are added to the counts. Log, if not nil, is told once
+// a minute at most that connections were turned away; it must not wait.
+func New(most int, listener net.Listener, counts *Counts, log func(error)) *Gate {
 	if log == nil {
 		log = func(error) {}
 	}
 	return &Gate{
+		Counts:   counts,
 		public:   listener != nil && !addressOf(listener.Addr()).IsLoopback(),
 		log:      log,
 		shares:   newShares(most),
@@ -149,12 +159,13 @@ func (g *Gate) Enter(conn net.Conn) (leave func(), ok bool) {
 	ok = g.shares.hosts[host] < g.shares.perHost || g.makeRoom(func(v *visitor) bool { return v.host == host })
 	ok = ok && (g.shares.all < g.shares.most || g.makeRoom(func(*visitor) bool { return true }))
 	if !ok {
-		g.stats.TurnedAway++
+		g.turnedAway.Add(1)
 		g.logTurnedAway()
 		conn.Close()
 		return nil, false
 	}
-	g.stats.Accepted++
+	g.accepted.Add(1)
+	g.connections.Add(1)
 	g.shares.add(host)
 	v := &visitor{host: host}
 	g.visitors[conn] = v
@@ -171,13 +182,13 @@ func (g *Gate) Enter(conn net.Conn) (leave func(), ok bool) {
 
 // logTurnedAway tells how many connections were turned away since it has told so last.
 func (g *Gate) logTurnedAway() {
+	g.unlogged++
 	now := time.Now()
-	if g.logged > 0 && now.Sub(g.lastLog) < logEvery {
+	if now.Sub(g.lastLog) < logEvery {
 		return
 	}
-	g.log(fmt.Errorf("%d connections turned away: all of %d, or half of them for one host, are busy",
-		g.stats.TurnedAway-g.logged, g.shares.most))
-	g.logged, g.lastLog = g.stats.TurnedAway, now
+	g.log(fmt.Errorf("%d connections turned away: all of %d, or half of them for one host, are busy", g.unlogged, g.shares.most))
+	g.unlogged, g.lastLog = 0, now
 }
 
 // SetIdle says whether nothing is being done for a connection at the moment, so that it may make
@@ -219,32 +230,21 @@ func (g *Gate) makeRoom(may func(*visitor) bool) bool {
 
 // remove takes a connection out of all counts.
 func (g *Gate) remove(conn net.Conn, v *visitor) {
+	g.connections.Add(-1)
 	g.shares.remove(v.host)
 	delete(g.visitors, conn)
-}
-
-// Stats returns the counts.
-func (g *Gate) Stats() Stats {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	stats := g.stats
-	stats.Connections = int64(g.shares.all)
-	return stats
 }
 
 // Wait waits until all connections have left. No others may come meanwhile.
 func (g *Gate) Wait() { g.open.Wait() }
 
-// Listener returns a listener that accepts what the gate lets in. Connections leave when they are
-// closed.
-func (g *Gate) Listener(l net.Listener) net.Listener { return &listener{l, g} }
-
-type listener struct {
+// gatedListener accepts what the gate lets in. Connections leave when they are closed.
+type gatedListener struct {
 	net.Listener
 	gate *Gate
 }
 
-func (l *listener) Accept() (net.Conn, error) {
+func (l *gatedListener) Accept() (net.Conn, error) {
 	for {
 		conn, err := l.Listener.Accept()
 		if err != nil {
@@ -293,34 +293,26 @@ func (g *Gate) Server(handler http.Handler) *http.Server {
 	}
 }
 
-// Gates are those of a server, one for each listener that it has had. The zero value has none. They
-// are safe for concurrent use.
-type Gates struct {
-	mu  sync.Mutex
-	all []*Gate
-}
+// stopTime is how long clients get when a server stops.
+const stopTime = 5 * time.Second
 
-// New returns a further gate: see [New].
-func (g *Gates) New(most int, listener net.Listener, log func(error)) *Gate {
-	gate := New(most, listener, log)
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.all = append(g.all, gate)
-	return gate
-}
-
-// Stats returns the sums of the counts of all.
-func (g *Gates) Stats() Stats {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	var sum Stats
-	for _, gate := range g.all {
-		s := gate.Stats()
-		sum.Connections += s.Connections
-		sum.Accepted += s.Accepted
-		sum.TurnedAway += s.TurnedAway
+// Serve has a server of the gate serve what the listener accepts, until that fails or ctx is done;
+// then what has been requested is answered, if that does not take long, and all connections end.
+func (g *Gate) Serve(ctx context.Context, listener net.Listener, server *http.Server) error {
+	stop := context.AfterFunc(ctx, func() {
+		graceful, cancel := context.WithTimeout(context.Background(), stopTime)
+		defer cancel()
+		_ = server.Shutdown(graceful)
+		server.Close()
+	})
+	err := server.Serve(&gatedListener{listener, g})
+	if stop() {
+		server.Close()
+	} else {
+		err = nil
 	}
-	return sum
+	g.open.Wait()
+	return err
 }
 
 // FromPageHere reports whether a request may be answered though it changes something or begins a

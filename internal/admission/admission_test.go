@@ -7,12 +7,14 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/http"
 	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 )
 
@@ -40,7 +42,7 @@ func (c *client) Close() error {
 }
 
 func TestGate(t *testing.T) {
-	g := admission.New(6, nil, nil)
+	g := admission.New(6, nil, new(admission.Counts), nil)
 	var leave []func()
 	enter := func(address string, want bool) {
 		t.Helper()
@@ -89,7 +91,7 @@ func TestGate(t *testing.T) {
 // TestIdle lets new connections in where others are idle: the one that has been so the longest
 // goes.
 func TestIdle(t *testing.T) {
-	g := admission.New(4, nil, nil)
+	g := admission.New(4, nil, new(admission.Counts), nil)
 	clients := map[string]*client{}
 	leave := map[string]func(){}
 	enter := func(address string, want bool) {
@@ -135,61 +137,69 @@ func TestIdle(t *testing.T) {
 	}
 }
 
-func TestListener(t *testing.T) {
-	inner, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	g := admission.New(1, inner, nil)
-	l := g.Listener(inner)
-	defer l.Close()
-	dial := func() net.Conn {
-		t.Helper()
-		c, err := net.Dial("tcp", inner.Addr().String())
-		if err != nil {
-			t.Fatal(err)
+// TestServe checks that who comes where there is no room is closed without having been served, that
+// idle connections make room, and that what has been requested at the end is answered, unless that
+// takes long.
+func TestServe(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var network sourcetest.Network
+		l := network.Listen()
+		g := admission.New(1, l, new(admission.Counts), nil)
+		answer := make(chan struct{})
+		server := g.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			select {
+			case <-answer:
+			case <-r.Context().Done():
+			}
+		}))
+		ctx, stop := context.WithCancel(t.Context())
+		served := make(chan error)
+		go func() { served <- g.Serve(ctx, l, server) }()
+		ask := func() net.Conn {
+			c, err := network.Dial(t.Context(), "tcp", l.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			go io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+			synctest.Wait()
+			return c
 		}
-		t.Cleanup(func() { c.Close() })
-		return c
-	}
-	dial()
-	first, err := l.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	away := dial()
-	accepted := make(chan net.Conn)
-	go func() {
-		c, err := l.Accept()
-		if err != nil {
-			t.Error(err)
+		read := func(c net.Conn, want string) {
+			t.Helper()
+			b := make([]byte, 1000)
+			if n, _ := c.Read(b); !strings.HasPrefix(string(b[:n]), want) || want == "" && n > 0 {
+				t.Errorf("answer is %q", b[:n])
+			}
 		}
-		accepted <- c
-	}()
-	// The second is closed without having been served.
-	if n, err := away.Read(make([]byte, 1)); err != io.EOF {
-		t.Errorf("%d bytes, error %v", n, err)
-	}
-	first.Close()
-	first.Close()
-	second := dial()
-	member := <-accepted
-	// The second is idle, and makes room for the third.
-	g.SetIdle(member, true)
-	dial()
-	third, err := l.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if n, err := second.Read(make([]byte, 1)); err != io.EOF {
-		t.Errorf("%d bytes, error %v", n, err)
-	}
-	member.Close()
-	third.Close()
-	g.Wait()
-	if s := g.Stats(); s != (admission.Stats{Accepted: 3, TurnedAway: 1}) {
-		t.Errorf("%+v", s)
-	}
+		first := ask()
+		read(ask(), "") // there is no room
+		answer <- struct{}{}
+		read(first, "HTTP/1.1 200 ")
+		second := ask()
+		read(first, "") // was idle, and has made room
+		begin := time.Now()
+		stop()
+		time.Sleep(time.Second)
+		answer <- struct{}{}
+		read(second, "HTTP/1.1 200 ")
+		if err := <-served; err != nil || time.Since(begin) > 2*time.Second {
+			t.Errorf("%v after %v", err, time.Since(begin))
+		}
+		if s := g.Stats(); s != (admission.Stats{Accepted: 2, TurnedAway: 1}) {
+			t.Errorf("%+v", s)
+		}
+
+		l = network.Listen()
+		ctx, stop = context.WithCancel(t.Context())
+		go func() { served <- g.Serve(ctx, l, g.Server(server.Handler)) }()
+		third := ask()
+		begin = time.Now()
+		stop()
+		if err := <-served; err != nil || time.Since(begin) < 5*time.Second || time.Since(begin) > 10*time.Second {
+			t.Errorf("%v after %v", err, time.Since(begin))
+		}
+		read(third, "")
+	})
 }
 
 // at is a listener that only has an address.
@@ -213,7 +223,7 @@ func TestLoopback(t *testing.T) {
 		{"[::1]:1", []string{"[::1]:1", "[::1]:2", "[::1]:3"}, 3},
 		{"", []string{"", "", ""}, 3},
 	} {
-		g := admission.New(4, at{address: c.listens}, nil)
+		g := admission.New(4, at{address: c.listens}, new(admission.Counts), nil)
 		entered := 0
 		for _, address := range c.from {
 			if _, ok := g.Enter(&client{address: address}); ok {
@@ -230,7 +240,7 @@ func TestLoopback(t *testing.T) {
 func TestLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var logged []string
-		g := admission.New(2, nil, func(err error) { logged = append(logged, err.Error()) })
+		g := admission.New(2, nil, new(admission.Counts), func(err error) { logged = append(logged, err.Error()) })
 		for _, address := range []string{"192.0.2.1:1", "192.0.2.1:2", "192.0.2.1:3", "192.0.2.2:1", "192.0.2.3:1"} {
 			g.Enter(&client{address: address})
 		}

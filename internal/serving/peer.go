@@ -91,7 +91,7 @@ func (p peer) serve(ctx context.Context, server *coapserver.Server, log logSetti
 		conn, err := p.Dial(ctx)
 		if err == nil {
 			log.Info("serving the peer", "url", p.String())
-			_ = server.ServeConn(ratelimit.Conn(conn, p.in, p.out), coapserver.Access{Get: true, KeepAlive: keepAlive})
+			server.ServeConn(ratelimit.Conn(conn, p.in, p.out), coapserver.Access{Get: true, KeepAlive: keepAlive})
 			err = errEnded
 		}
 		if time.Since(began) > keepAlive {

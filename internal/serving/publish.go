@@ -120,7 +120,7 @@ func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 		l.Close()
 		return err
 	}
-	gate := admission.New(s.maxConnections, l, func(err error) { s.log.Warn(err.Error() + "; see --max-connections") })
+	gate := admission.New(s.maxConnections, l, new(admission.Counts), func(err error) { s.log.Warn(err.Error() + "; see --max-connections") })
 	handler, page := s.withStatus(handler, gate)
 	var background sync.WaitGroup
 	defer background.Wait()
@@ -137,26 +137,8 @@ func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 	}
 	s.log.Info("publishing on", "url", "http://"+l.Addr().String())
 	s.log.notify("READY=1")
-	return serveHTTP(ctx, l, gate, handler, func() { s.log.notify("STOPPING=1") })
-}
-
-// serveHTTP serves on l, which the gate bounds, until ctx is done; then it calls stopping.
-func serveHTTP(ctx context.Context, l net.Listener, gate *admission.Gate, handler http.Handler, stopping func()) error {
-	server := gate.Server(handler)
-	stopped := context.AfterFunc(ctx, func() {
-		stopping()
-		// What is being fetched may take its time, but not for ever.
-		graceful, cancel := context.WithTimeout(context.Background(), stopTime)
-		defer cancel()
-		if server.Shutdown(graceful) != nil {
-			server.Close()
-		}
-	})
-	defer stopped()
-	if err := server.Serve(gate.Listener(l)); !errors.Is(err, http.ErrServerClosed) {
-		return err
-	}
-	return nil
+	defer context.AfterFunc(ctx, func() { s.log.notify("STOPPING=1") })()
+	return gate.Serve(ctx, l, gate.Server(handler))
 }
 
 // handler makes what serves, until close.

@@ -346,11 +346,11 @@ func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from 
 			case e.scheme == "coap+ws":
 				err = coap.ServeWebSocket(e.listener, e.Access)
 			case e.scheme == "http":
-				err = web.Serve(e.listener, httpserver.Access{Get: e.Get, Put: e.Put, Relay: e.Relay, Hosts: e.Hosts})
+				err = web.Serve(ctx, e.listener, httpserver.Access{Get: e.Get, Put: e.Put, Relay: e.Relay, Hosts: e.Hosts})
 			default:
 				err = coap.Serve(e.listener, e.Access)
 			}
-			if !errors.Is(err, coapserver.ErrServerClosed) && !errors.Is(err, httpserver.ErrServerClosed) {
+			if err != nil {
 				failed <- fmt.Errorf("serving on %v: %w", e, err)
 			}
 		})
@@ -396,9 +396,9 @@ func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from 
 	graceful, cancel := context.WithTimeout(context.Background(), stopTime)
 	defer cancel()
 	// What was acknowledged is durable already; clients that do not go are cut off.
-	group.Go(func() { _ = web.Shutdown(graceful) })
 	_ = coap.Shutdown(graceful)
 	group.Wait()
+	web.Close()
 	return err
 }
 

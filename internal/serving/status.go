@@ -176,7 +176,8 @@ func serveStatus(ctx context.Context, l net.Listener, s *status.Server) error {
 	sampling.Go(func() { s.Run(ctx.Done()) })
 	defer sampling.Wait()
 	defer stop()
-	return serveHTTP(ctx, l, admission.New(most, l, nil), s, func() {})
+	gate := admission.New(most, l, new(admission.Counts), nil)
+	return gate.Serve(ctx, l, gate.Server(s))
 }
 
 // statisticsPath is the resource with the statistics of a running server, which it shows on Unix
