@@ -51,7 +51,7 @@ func (c *conn) put(r *coap.Request) {
 			return
 		}
 		block = t.finish()
-		c.transfers.remove(t)
+		delete(c.transfers.all, t.key)
 	}
 	if !eris.BlockSize(len(block)).Valid() {
 		c.answer(r.Token, codes.BadRequest, nil, nil)

@@ -78,27 +78,24 @@ type transfers struct {
 	most, mostPerHost int
 	timeout           time.Duration // for which the next part may take; 0: for ever
 
-	all    map[transferKey]*transfer
-	hosts  map[string]int // transfers per host
-	purged time.Time
+	all map[transferKey]*transfer
 }
 
 func newTransfers(most, mostPerHost int, timeout time.Duration) *transfers {
-	return &transfers{most: most, mostPerHost: mostPerHost, timeout: timeout, all: make(map[transferKey]*transfer), hosts: make(map[string]int)}
+	return &transfers{most: most, mostPerHost: mostPerHost, timeout: timeout, all: make(map[transferKey]*transfer)}
 }
 
 // part finds or begins the transfer that a request belongs to, and does what transfer.part does. Of
 // a transfer that is complete it returns the code of its answer if the last part comes again.
 func (s *transfers) part(peer, host string, r *coap.Request) (*transfer, codes.Code) {
 	now := time.Now()
-	s.purge(now)
 	key := transferKey{peer, r.Tag, r.Token}
 	t := s.find(key, r)
 	switch {
 	case t == nil && r.Block1.Number != 0:
 		return nil, codes.RequestEntityIncomplete
 	case t == nil:
-		t = s.add(key, host)
+		t = s.add(key, host, now)
 	case t.complete && r.Block1.Number != 0:
 		if !r.Block1.More && r.Block1.Offset()+len(r.Payload) == t.length {
 			return nil, t.code
@@ -122,56 +119,45 @@ func (s *transfers) find(key transferKey, r *coap.Request) *transfer {
 			found = append(found, t)
 		}
 	}
+	for _, t := range found {
+		delete(s.all, t.key)
+	}
 	if len(found) != 1 {
-		for _, t := range found {
-			s.remove(t)
-		}
 		return nil
 	}
 	t := found[0]
-	delete(s.all, t.key)
 	t.key = key
 	s.all[key] = t
 	return t
 }
 
-// add adds a transfer; if there are too many, the one goes that has waited longest, of the same
-// host if that has too many.
-func (s *transfers) add(key transferKey, host string) *transfer {
-	if crowded := s.hosts[host] >= s.mostPerHost; crowded || len(s.all) >= s.most {
-		var oldest *transfer
-		for _, t := range s.all {
-			if (!crowded || t.host == host) && (oldest == nil || t.last.Before(oldest.last)) {
-				oldest = t
-			}
+// add adds a transfer, and drops those that do not go on. If there are too many, the one goes that
+// has waited longest, of the same host if that has too many.
+func (s *transfers) add(key transferKey, host string, now time.Time) *transfer {
+	var oldest, oldestHere *transfer
+	here := 0
+	for _, t := range s.all {
+		if s.timeout > 0 && now.Sub(t.last) > s.timeout {
+			delete(s.all, t.key)
+			continue
 		}
-		s.remove(oldest)
+		if oldest == nil || t.last.Before(oldest.last) {
+			oldest = t
+		}
+		if t.host != host {
+			continue
+		}
+		here++
+		if oldestHere == nil || t.last.Before(oldestHere.last) {
+			oldestHere = t
+		}
+	}
+	if here >= s.mostPerHost {
+		delete(s.all, oldestHere.key)
+	} else if len(s.all) >= s.most {
+		delete(s.all, oldest.key)
 	}
 	t := &transfer{key: key, host: host}
 	s.all[key] = t
-	s.hosts[host]++
 	return t
-}
-
-func (s *transfers) remove(t *transfer) {
-	if s.all[t.key] != t {
-		return
-	}
-	delete(s.all, t.key)
-	if s.hosts[t.host]--; s.hosts[t.host] == 0 {
-		delete(s.hosts, t.host)
-	}
-}
-
-// purge drops transfers that do not go on.
-func (s *transfers) purge(now time.Time) {
-	if s.timeout == 0 || now.Sub(s.purged) < s.timeout/16 {
-		return
-	}
-	s.purged = now
-	for _, t := range s.all {
-		if now.Sub(t.last) > s.timeout {
-			s.remove(t)
-		}
-	}
 }

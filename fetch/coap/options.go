@@ -16,8 +16,8 @@ type Options struct {
 	// from what it has itself.
 	HopLimit uint8
 
-	// Window is the most requests that are without an answer at a time, on streams; further ones
-	// wait for their turn. Default 16384, at most 65536.
+	// Window is the most requests on a stream that are without an answer at a time; further ones wait
+	// for their turn. Default 16384, at most 65536.
 	Window int
 
 	// RequestTimeout is for how long a connection may make no progress with what was requested: no
@@ -35,8 +35,7 @@ type Options struct {
 	// what it can receive. Default 2 s.
 	CapabilityTimeout time.Duration
 
-	// Dial, if not nil, makes the stream, on which RFC 8323 is then spoken: for transports that
-	// this package does not know, and for peers that connected to us. Its context ends after
+	// Dial, if not nil, makes the stream, on which RFC 8323 is then spoken. Its context ends after
 	// DialTimeout.
 	Dial func(ctx context.Context) (net.Conn, error)
 
@@ -48,18 +47,12 @@ type Options struct {
 	minBackoff time.Duration
 }
 
-// DatagramOptions says how a [Store] over UDP behaves. Zero fields stand for the defaults.
+// DatagramOptions says how a [Store] over UDP behaves: see [wire.EndpointConfig]. Zero fields stand
+// for the defaults.
 type DatagramOptions struct {
-	// Window is the most exchanges under way at a time. RFC 7252, section 4.7, allows one (NSTART)
-	// unless there is a congestion control; here the window starts at 4, grows by one per round
-	// trip, and halves when a message is lost. Default 64.
-	Window int
-	// AckTimeout is how long the first message waits for an answer before it is sent again; once
-	// round trips have been measured, their time counts if it is shorter. Each further wait is
-	// twice as long. Default 2 s (RFC 7252, section 4.8).
-	AckTimeout time.Duration
-	// MaxRetransmit is how often a message is sent again. Default 4 (RFC 7252, section 4.8).
-	MaxRetransmit int
+	Window        int           // default 64
+	AckTimeout    time.Duration // default 2 s (RFC 7252, section 4.8)
+	MaxRetransmit int           // default 4 (RFC 7252, section 4.8)
 }
 
 // maxWindow is the most requests that a connection can have without an answer.

@@ -190,3 +190,6 @@ func (b *Backend) Have(question []byte) []byte {
 }
 
 func (s *Store) String() string { return "backend:" }
+
+// Have implements [fetch.Haver].
+func (s *Store) Have(question []byte) []byte { return s.Backend.Have(question) }

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -396,10 +397,8 @@ func (e *Endpoint) acknowledged(m datagram, key messageKey) {
 func (e *Endpoint) response(m datagram) bool {
 	e.Lock()
 	defer e.Unlock()
-	for i := range min(e.recents, recentIDs) {
-		if e.recent[i] == m.ID {
-			return true
-		}
+	if slices.Contains(e.recent[:min(e.recents, recentIDs)], m.ID) {
+		return true
 	}
 	s, ok := e.find(m.Token)
 	if ok && e.accept(s.exchange, m) {

@@ -190,9 +190,6 @@ func TestConn(t *testing.T) {
 		}
 		about(t, "reading 1 MB at 50 kB/s", time.Since(start), 20*time.Second)
 		group.Wait()
-		if err := limited.(interface{ CloseWrite() error }).CloseWrite(); !errors.Is(err, errors.ErrUnsupported) {
-			t.Error(err)
-		}
 		if err := limited.Close(); err != nil {
 			t.Error(err)
 		}
@@ -326,45 +323,4 @@ func TestPacketConn(t *testing.T) {
 			t.Error(n, err)
 		}
 	})
-}
-
-// With real sockets, which end as they should.
-func TestTCP(t *testing.T) {
-	below, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	shared := ratelimit.New(100<<20, 1<<20)
-	listener := ratelimit.Listener(below, shared, shared)
-	defer listener.Close()
-	var group sync.WaitGroup
-	group.Go(func() {
-		c, err := listener.Accept()
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		defer c.Close()
-		if _, err := io.Copy(c, c); err != nil {
-			t.Error(err)
-		}
-		if err := c.(interface{ CloseWrite() error }).CloseWrite(); err != nil {
-			t.Error(err)
-		}
-	})
-	c, err := net.Dial("tcp", below.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	data := bytes.Repeat([]byte("0123456789abcdef"), 1<<16)
-	group.Go(func() {
-		c.Write(data)
-		c.(*net.TCPConn).CloseWrite()
-	})
-	got, err := io.ReadAll(c)
-	if err != nil || !bytes.Equal(got, data) {
-		t.Errorf("%d bytes, %v", len(got), err)
-	}
-	group.Wait()
 }

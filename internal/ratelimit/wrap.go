@@ -4,7 +4,6 @@ package ratelimit
 
 import (
 	"context"
-	"errors"
 	"io"
 	"net"
 )
@@ -34,8 +33,7 @@ func (r *reader) Read(p []byte) (int, error) {
 
 // Conn returns a connection over c that reads at most at the rate of in, and writes at most at that
 // of out; the two may be the same, and either may be nil. Close ends waiting; a deadline that has
-// passed meanwhile is found by the next use of c. Of the methods that some connections have beside
-// those of net.Conn, it has CloseWrite only.
+// passed meanwhile is found by the next use of c.
 func Conn(c net.Conn, in, out *Limiter) net.Conn {
 	if in == nil && out == nil {
 		return c
@@ -86,15 +84,6 @@ func (c *conn) Write(p []byte) (written int, err error) {
 func (c *conn) Close() error {
 	c.end(net.ErrClosed)
 	return c.Conn.Close()
-}
-
-// CloseWrite ends writing, where the connection below can, else it returns an error that wraps
-// errors.ErrUnsupported.
-func (c *conn) CloseWrite() error {
-	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
-		return half.CloseWrite()
-	}
-	return errors.ErrUnsupported
 }
 
 // Listener returns a listener whose connections share the limiters, as [Conn] has them.
