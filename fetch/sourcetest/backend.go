@@ -8,6 +8,8 @@ import (
 	"errors"
 	"maps"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
@@ -19,15 +21,12 @@ type Backend struct {
 	mu      sync.Mutex
 	blocks  map[eris.Reference][]byte
 	held    chan struct{} // closed when calls may go on
-	waiting int
-	changed chan struct{} // closed when waiting changes
 	err     error
+	waiting atomic.Int64 // calls that are held
 }
 
 // NewBackend returns an empty Backend that behaves.
-func NewBackend() *Backend {
-	return &Backend{blocks: make(map[eris.Reference][]byte), changed: make(chan struct{})}
-}
+func NewBackend() *Backend { return &Backend{blocks: make(map[eris.Reference][]byte)} }
 
 // Get is what [fetch.NewWorkers] calls. It returns whatever was set for the reference, of whatever
 // size.
@@ -70,30 +69,18 @@ func (b *Backend) PutBatch(ctx context.Context, refs []eris.Reference, blocks []
 func (b *Backend) wait(ctx context.Context) error {
 	b.mu.Lock()
 	held, err := b.held, b.err
+	b.mu.Unlock()
 	if held == nil {
-		b.mu.Unlock()
 		return err
 	}
-	b.count(1)
-	b.mu.Unlock()
-	defer func() {
-		b.mu.Lock()
-		b.count(-1)
-		b.mu.Unlock()
-	}()
+	b.waiting.Add(1)
+	defer b.waiting.Add(-1)
 	select {
 	case <-held:
 		return err
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-}
-
-// count changes how many calls are held. The lock must be held.
-func (b *Backend) count(n int) {
-	b.waiting += n
-	close(b.changed)
-	b.changed = make(chan struct{})
 }
 
 // Set makes the backend answer any bytes to a reference.
@@ -145,14 +132,8 @@ func (b *Backend) passOthers() {
 
 // AwaitHeld waits until at least n calls are held.
 func (b *Backend) AwaitHeld(n int) {
-	for {
-		b.mu.Lock()
-		enough, changed := b.waiting >= n, b.changed
-		b.mu.Unlock()
-		if enough {
-			return
-		}
-		<-changed
+	for b.waiting.Load() < int64(n) {
+		time.Sleep(time.Millisecond)
 	}
 }
 
