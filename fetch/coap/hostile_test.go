@@ -82,18 +82,15 @@ func TestBusy(t *testing.T) {
 		{codes.ServiceUnavailable, "", 0},
 		{codes.InternalServerError, "\x05", 0},
 	} {
-		store := openPeer(t, short, func(_ int, p *peer) {
-			p.write(csm)
-			for {
-				m, ok := p.read()
-				if !ok {
-					return
-				}
-				p.write(coaptest.Stream(v.code, m.Token, coaptest.Option(nil, 0, message.MaxAge, v.age), ""))
-			}
-		})
-		_, getError := get(t, store, ref, eris.BlockSize1KiB)
-		for _, err := range []error{getError, store.Put(t.Context(), ref, block)} {
+		busy := func(code codes.Code) *coap.Store {
+			return openPeer(t, short, func(_ int, p *peer) {
+				p.serve(code, func(m coaptest.Message) []byte {
+					return coaptest.Stream(v.code, m.Token, coaptest.Option(nil, 0, message.MaxAge, v.age), "")
+				})
+			})
+		}
+		_, getError := get(t, busy(codes.GET), ref, eris.BlockSize1KiB)
+		for _, err := range []error{getError, busy(codes.PUT).Put(t.Context(), ref, block)} {
 			busy, ok := errors.AsType[*fetch.BusyError](err)
 			if ok != (v.want > 0) || ok && busy.After != v.want {
 				t.Errorf("%d, %q: error %v", v.code, v.age, err)
@@ -121,20 +118,17 @@ func TestHostile(t *testing.T) {
 	// as a good peer.
 	respond := func(make func(m coaptest.Message) []byte) func(*peer) {
 		return func(p *peer) {
-			p.write(csm)
-			for first := true; ; first = false {
-				m, ok := p.readUntil(codes.GET)
+			first := true
+			p.serve(codes.GET, func(m coaptest.Message) []byte {
 				switch {
-				case !ok:
-					return
 				case first || m.Block(message.Block2).Present:
-					p.write(make(m))
+					first = false
+					return make(m)
 				case bytes.Contains(m.Body, []byte(ref1.String())):
-					p.write(answer(m, block1))
-				default:
-					p.write(answer(m, block32))
+					return answer(m, block1)
 				}
-			}
+				return answer(m, block32)
+			})
 		}
 	}
 	// flood sends the same bytes without end.
@@ -182,7 +176,6 @@ func TestHostile(t *testing.T) {
 		}), 1024, fails, false},
 		{"never answers", func(p *peer) { p.write(csm); p.awaitEnd() }, 1024, fails, false},
 		{"says nothing at all", func(p *peer) { p.awaitEnd() }, 1024, fails, false},
-		{"closes at once", func(p *peer) {}, 1024, fails, false},
 		{"closes when asked", func(p *peer) { p.write(csm); p.readUntil(codes.GET) }, 1024, fails, false},
 		{"closes in the middle of an answer", func(p *peer) {
 			p.write(csm)
@@ -314,16 +307,10 @@ func TestAnswersTwice(t *testing.T) {
 		refs = append(refs, ref)
 	}
 	store := openPeer(t, coap.Options{}, func(_ int, p *peer) {
-		p.write(csm)
-		for {
-			m, ok := p.readUntil(codes.GET)
-			if !ok {
-				return
-			}
-			values := m.Options
-			ref, _ := eris.ParseReference(values[message.URIQuery][0])
-			p.write(answer(m, blocks[ref]), answer(m, blocks[ref]))
-		}
+		p.serve(codes.GET, func(m coaptest.Message) []byte {
+			ref, _ := eris.ParseReference(m.Options[message.URIQuery][0])
+			return bytes.Repeat(answer(m, blocks[ref]), 2)
+		})
 	})
 	for range 3 {
 		for _, ref := range refs {
@@ -340,33 +327,23 @@ func TestOneNeverAnswered(t *testing.T) {
 	lost, _ := newBlock(eris.BlockSize1KiB, 1)
 	ref, block := newBlock(eris.BlockSize1KiB, 2)
 	store := openPeer(t, coap.Options{RequestTimeout: 20 * time.Millisecond}, func(_ int, p *peer) {
-		p.write(csm)
-		for {
-			m, ok := p.readUntil(codes.GET)
-			if !ok {
-				return
+		p.serve(codes.GET, func(m coaptest.Message) []byte {
+			if m.Options[message.URIQuery][0] != ref.String() {
+				return nil
 			}
-			values := m.Options
-			if asked, _ := eris.ParseReference(values[message.URIQuery][0]); asked == ref {
-				p.write(answer(m, block))
-			}
-		}
+			return answer(m, block)
+		})
 	})
-	done := make(chan struct{})
+	var over atomic.Bool
 	var group sync.WaitGroup
 	group.Go(func() {
-		for {
-			select {
-			case <-done:
-				return
-			default:
-				get(t, store, ref, eris.BlockSize1KiB)
-			}
+		for !over.Load() {
+			get(t, store, ref, eris.BlockSize1KiB)
 		}
 	})
 	_, err := get(t, store, lost, eris.BlockSize1KiB)
 	fails.check(t, err)
-	close(done)
+	over.Store(true)
 	group.Wait()
 }
 
@@ -380,15 +357,10 @@ func TestSlowParts(t *testing.T) {
 		return part.AppendOption(nil, 0, message.Block2), make([]byte, 16)
 	}
 	stream := playPeer(t, func(_ int, p *peer) {
-		p.write(csm)
-		for {
-			m, ok := p.readUntil(codes.GET)
-			if !ok {
-				return
-			}
+		p.serve(codes.GET, func(m coaptest.Message) []byte {
 			options, payload := reply(m.Block(message.Block2))
-			p.write(coaptest.Stream(codes.Content, m.Token, options, payload))
-		}
+			return coaptest.Stream(codes.Content, m.Token, options, payload)
+		})
 	})
 	datagrams := datagramPeer(t, func(m coaptest.Message) [][]byte {
 		options, payload := reply(m.Block(message.Block2))
@@ -408,13 +380,10 @@ func TestSilentOnce(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
 	var asked atomic.Int32
 	silent := openPeer(t, short, func(_ int, p *peer) {
-		p.write(csm)
-		for {
-			if _, ok := p.readUntil(codes.GET); !ok {
-				return
-			}
+		p.serve(codes.GET, func(coaptest.Message) []byte {
 			asked.Add(1)
-		}
+			return nil
+		})
 	})
 	_, err := get(t, silent, ref, eris.BlockSize1KiB)
 	fails.check(t, err)
@@ -453,13 +422,7 @@ func TestCancelWithinAnswer(t *testing.T) {
 		close(half)
 		<-rest
 		p.write(b[16000:])
-		for {
-			m, ok := p.readUntil(codes.GET)
-			if !ok {
-				return
-			}
-			p.write(answer(m, otherBlock))
-		}
+		p.serveBlock(otherBlock)
 	})
 	ctx, cancel := context.WithCancelCause(t.Context())
 	memory := make([]byte, 32768)

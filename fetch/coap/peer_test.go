@@ -126,18 +126,21 @@ func answer(m coaptest.Message, payload []byte) []byte {
 	return coaptest.Stream(codes.Content, m.Token, nil, payload)
 }
 
-// serveBlock answers all requests with one block.
-func (p *peer) serveBlock(block []byte) {
+// serve says what it can receive, and answers each request of a kind by what f returns.
+func (p *peer) serve(code codes.Code, f func(m coaptest.Message) []byte) {
 	p.write(csm)
 	for {
-		m, ok := p.read()
+		m, ok := p.readUntil(code)
 		if !ok {
 			return
 		}
-		if m.Code == codes.GET {
-			p.write(answer(m, block))
-		}
+		p.write(f(m))
 	}
+}
+
+// serveBlock answers all requests with one block.
+func (p *peer) serveBlock(block []byte) {
+	p.serve(codes.GET, func(m coaptest.Message) []byte { return answer(m, block) })
 }
 
 // get gets a block and wants the outcome within a time that only a call that hangs exceeds.

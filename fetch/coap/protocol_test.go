@@ -370,12 +370,7 @@ func TestGetInParts(t *testing.T) {
 			ref := eris.Sum(block)
 			var requests atomic.Int32
 			store := openPeer(t, coap.Options{}, func(_ int, p *peer) {
-				p.write(csm)
-				for {
-					m, ok := p.readUntil(codes.GET)
-					if !ok {
-						return
-					}
+				p.serve(codes.GET, func(m coaptest.Message) []byte {
 					requests.Add(1)
 					part := m.Block(message.Block2)
 					if part.Present && part.Exponent != v.exponent {
@@ -384,8 +379,8 @@ func TestGetInParts(t *testing.T) {
 					part.Exponent, part.Present = v.exponent, true
 					end := min(part.Offset()+v.payload, len(block))
 					part.More = end < len(block)
-					p.write(coaptest.Stream(codes.Content, m.Token, part.AppendOption(nil, 0, message.Block2), block[part.Offset():end]))
-				}
+					return coaptest.Stream(codes.Content, m.Token, part.AppendOption(nil, 0, message.Block2), block[part.Offset():end])
+				})
 			})
 			got, err := get(t, store, ref, v.size)
 			if err != nil || !bytes.Equal(got, block) {
@@ -444,5 +439,39 @@ func TestIdle(t *testing.T) {
 		if last := <-over; last != codes.Release {
 			t.Errorf("last message is %v", last)
 		}
+	}
+}
+
+// TestCloseWhileReleased checks that closing a store ends connections, too, that the peer has
+// released and that still owe an answer, which would come in an hour.
+func TestCloseWhileReleased(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize1KiB, 1)
+	released := make(chan struct{})
+	store := openPeer(t, coap.Options{RequestTimeout: time.Hour}, func(connection int, p *peer) {
+		p.write(csm)
+		m, _ := p.readUntil(codes.GET)
+		if connection == 0 {
+			p.write(coaptest.Stream(codes.Release, wire.Token{}, nil, ""), coaptest.Stream(codes.Ping, wire.Token{}, nil, ""))
+			p.readUntil(codes.Pong)
+			close(released)
+		} else {
+			p.write(answer(m, block))
+		}
+		p.awaitEnd()
+	})
+	first := make(chan error, 1)
+	go func() {
+		_, err := get(t, store, ref, eris.BlockSize1KiB)
+		first <- err
+	}()
+	<-released
+	if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
+		t.Error(err)
+	}
+	if err := store.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := <-first; err == nil {
+		t.Error("a request without an answer has succeeded")
 	}
 }

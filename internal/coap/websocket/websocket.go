@@ -220,12 +220,6 @@ func (w *webSocket) status() (websocket.StatusCode, string) {
 // Wait waits until all is over after Close: at most as long as the peer may take to agree.
 func (w *webSocket) Wait() { w.group.Wait() }
 
-// SetDeadline sets both deadlines.
-func (w *webSocket) SetDeadline(t time.Time) error {
-	_ = w.SetWriteDeadline(t)
-	return w.SetReadDeadline(t)
-}
-
 // SetReadDeadline makes Read fail at that time, for good.
 func (w *webSocket) SetReadDeadline(t time.Time) error {
 	if !t.IsZero() {
