@@ -42,11 +42,11 @@ func TestNoLimit(t *testing.T) {
 	if ratelimit.Conn(a, nil, nil) != a || ratelimit.Reader(t.Context(), a, nil) != io.Reader(a) {
 		t.Error("a connection without limit is wrapped")
 	}
-	listener := &pipes{}
+	listener := make(pipes)
 	if ratelimit.Listener(listener, nil, nil) != net.Listener(listener) {
 		t.Error("a listener without limit is wrapped")
 	}
-	socket := newDatagrams()
+	socket := datagrams{}
 	if ratelimit.PacketConn(socket, nil, nil) != net.PacketConn(socket) {
 		t.Error("a socket without limit is wrapped")
 	}
@@ -158,37 +158,44 @@ func TestReader(t *testing.T) {
 	})
 }
 
+// accept returns the connection that a listener with limits accepts from another one.
+func accept(t *testing.T, conn net.Conn, in, out *ratelimit.Limiter) net.Conn {
+	below := make(pipes, 1)
+	below <- conn
+	c, err := ratelimit.Listener(below, in, out).Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
 // Both directions of a connection have their limits, and nothing is lost.
 func TestConn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		near, far := net.Pipe()
-		limited := ratelimit.Conn(near, ratelimit.New(50_000, 1), ratelimit.New(200_000, 1))
+		limited := accept(t, near, ratelimit.New(50_000, 1), ratelimit.New(200_000, 1))
 		data := bytes.Repeat([]byte("0123456789"), 100_000)
-		var group sync.WaitGroup
-		start := time.Now()
-		group.Go(func() {
-			if n, err := limited.Write(data); n != len(data) || err != nil {
-				t.Error(n, err)
+		transfer := func(what string, from, to net.Conn, want time.Duration) func() {
+			return func() {
+				start := time.Now()
+				sent := make(chan error)
+				go func() {
+					_, err := from.Write(data)
+					sent <- err
+				}()
+				got := make([]byte, len(data))
+				if _, err := io.ReadFull(to, got); err != nil || !bytes.Equal(got, data) {
+					t.Error(err)
+				}
+				if err := <-sent; err != nil {
+					t.Error(err)
+				}
+				about(t, what, time.Since(start), want)
 			}
-			about(t, "writing 1 MB at 200 kB/s", time.Since(start), 5*time.Second)
-		})
-		group.Go(func() {
-			got := make([]byte, len(data))
-			if _, err := io.ReadFull(far, got); err != nil || !bytes.Equal(got, data) {
-				t.Error(err)
-			}
-		})
-		group.Go(func() {
-			if n, err := far.Write(data); n != len(data) || err != nil {
-				t.Error(n, err)
-			}
-			far.Close()
-		})
-		got, err := io.ReadAll(limited)
-		if err != nil || !bytes.Equal(got, data) {
-			t.Errorf("%d bytes, %v", len(got), err)
 		}
-		about(t, "reading 1 MB at 50 kB/s", time.Since(start), 20*time.Second)
+		var group sync.WaitGroup
+		group.Go(transfer("writing 1 MB at 200 kB/s", limited, far, 5*time.Second))
+		group.Go(transfer("reading 1 MB at 50 kB/s", far, limited, 20*time.Second))
 		group.Wait()
 		if err := limited.Close(); err != nil {
 			t.Error(err)
@@ -202,7 +209,7 @@ func TestConnEnds(t *testing.T) {
 		near, far := net.Pipe()
 		defer far.Close()
 		slow := ratelimit.New(1, 1)
-		limited := ratelimit.Conn(near, slow, slow)
+		limited := accept(t, near, slow, slow)
 		go far.Write([]byte("0123456789"))
 		var group sync.WaitGroup
 		start := time.Now()
@@ -226,82 +233,32 @@ func TestConnEnds(t *testing.T) {
 }
 
 // pipes is a listener of connections in memory.
-type pipes struct{ conns chan net.Conn }
+type pipes chan net.Conn
 
-func (p *pipes) Accept() (net.Conn, error) {
-	c, ok := <-p.conns
-	if !ok {
-		return nil, net.ErrClosed
-	}
-	return c, nil
-}
-func (p *pipes) Close() error   { close(p.conns); return nil }
-func (p *pipes) Addr() net.Addr { return &net.UnixAddr{} }
-
-// All connections of a listener share a limit.
-func TestListener(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		below := &pipes{make(chan net.Conn)}
-		listener := ratelimit.Listener(below, nil, ratelimit.New(100_000, 1))
-		var group sync.WaitGroup
-		start := time.Now()
-		for range 4 {
-			near, far := net.Pipe()
-			group.Go(func() {
-				n, err := io.Copy(io.Discard, far)
-				if n != 250_000 || err != nil {
-					t.Error(n, err)
-				}
-			})
-			go func() { below.conns <- near }()
-			c, err := listener.Accept()
-			if err != nil {
-				t.Fatal(err)
-			}
-			group.Go(func() {
-				defer c.Close()
-				if _, err := c.Write(make([]byte, 250_000)); err != nil {
-					t.Error(err)
-				}
-			})
-		}
-		group.Wait()
-		about(t, "4 connections, 1 MB, at 100 kB/s", time.Since(start), 10*time.Second)
-		listener.Close()
-		if _, err := listener.Accept(); !errors.Is(err, net.ErrClosed) {
-			t.Error(err)
-		}
-	})
-}
+func (p pipes) Accept() (net.Conn, error) { return <-p, nil }
+func (p pipes) Close() error              { return nil }
+func (p pipes) Addr() net.Addr            { return &net.UnixAddr{} }
 
 // datagrams is a socket in memory, which receives what it sends.
 type datagrams struct {
 	net.PacketConn
-	queue  chan []byte
-	closed chan struct{}
+	queue chan []byte
 }
 
-func newDatagrams() *datagrams {
-	return &datagrams{queue: make(chan []byte, 1000), closed: make(chan struct{})}
+func (d datagrams) ReadFrom(p []byte) (int, net.Addr, error) {
+	return copy(p, <-d.queue), &net.UDPAddr{}, nil
 }
 
-func (d *datagrams) ReadFrom(p []byte) (int, net.Addr, error) {
-	select {
-	case b := <-d.queue:
-		return copy(p, b), &net.UDPAddr{}, nil
-	case <-d.closed:
-		return 0, nil, net.ErrClosed
-	}
-}
-func (d *datagrams) WriteTo(p []byte, _ net.Addr) (int, error) {
+func (d datagrams) WriteTo(p []byte, _ net.Addr) (int, error) {
 	d.queue <- bytes.Clone(p)
 	return len(p), nil
 }
-func (d *datagrams) Close() error { close(d.closed); return nil }
+
+func (d datagrams) Close() error { return nil }
 
 func TestPacketConn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		below := newDatagrams()
+		below := datagrams{queue: make(chan []byte, 1000)}
 		c := ratelimit.PacketConn(below, ratelimit.New(10_000, 1), ratelimit.New(100_000, 1))
 		start := time.Now()
 		for range 100 {

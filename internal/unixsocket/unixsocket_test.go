@@ -75,13 +75,6 @@ func TestListen(t *testing.T) {
 	mustListen(t, path)
 }
 
-func TestListenReplacesDead(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "s")
-	dead(t, path)
-	mustListen(t, path)
-	mustDial(t, path)
-}
-
 // TestListenLeaves checks what is not replaced.
 func TestListenLeaves(t *testing.T) {
 	directory := t.TempDir()
