@@ -59,7 +59,7 @@ func (s *socket) read() coaptest.Message {
 func TestNeverAcknowledged(t *testing.T) {
 	store := &held{release: make(chan struct{})}
 	good := newMemory()
-	ref, block := addBlock(good, eris.BlockSize1KiB)
+	ref, block := good.Add(eris.BlockSize1KiB)
 	config := coapserver.Config{Source: good, Sink: store}
 	const workers = 4
 	config.Datagram = coapserver.DatagramConfig{Workers: workers, AckDelay: time.Millisecond, AckTimeout: time.Hour}
@@ -149,7 +149,7 @@ func putInterleaved(t *testing.T, exchange exchanger, store *sourcetest.Store, n
 	t.Helper()
 	refs, blocks := make([]eris.Reference, n), make([][]byte, n)
 	for i := range n {
-		refs[i], blocks[i] = newBlock(eris.BlockSize32KiB)
+		refs[i], blocks[i] = sourcetest.NewBlock(eris.BlockSize32KiB)
 	}
 	for part := range 32 {
 		for i, block := range blocks {

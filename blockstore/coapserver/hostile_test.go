@@ -18,6 +18,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	fetchcoap "codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 )
@@ -26,7 +27,7 @@ import (
 // within bounded time, and others must be served meanwhile.
 func TestHostile(t *testing.T) {
 	store := newMemory()
-	ref, block := addBlock(store, eris.BlockSize1KiB)
+	ref, block := store.Add(eris.BlockSize1KiB)
 	_, address := serveConfig(t, "unix", readWrite, coapserver.Config{
 		Source: store, Sink: store,
 		MessageTimeout: 200 * time.Millisecond,
@@ -140,7 +141,7 @@ func TestMaxConnections(t *testing.T) {
 			logged := make(chan error, 9)
 			config := coapserver.Config{Source: store.source(t), MaxConnections: 3, Log: func(err error) { logged <- err }}
 			server, address := serveConfig(t, network, readWrite, config)
-			ref, _ := newBlock(eris.BlockSize1KiB)
+			ref, _ := sourcetest.NewBlock(eris.BlockSize1KiB)
 			open := func() *fetchcoap.Store {
 				client, err := fetchcoap.Open("coap+"+network+"://"+address, fetchcoap.Options{})
 				if err != nil {
@@ -186,7 +187,7 @@ func TestMaxConnections(t *testing.T) {
 // all its answers.
 func TestHalfClosed(t *testing.T) {
 	store := newMemory()
-	ref, _ := addBlock(store, eris.BlockSize1KiB)
+	ref, _ := store.Add(eris.BlockSize1KiB)
 	address := serve(t, "tcp", store)
 	c := dial(t, "tcp", address, csm...)
 	for i := range 100 {

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 )
 
 // program returns the path of the first of the programs that is installed, or skips the test.
@@ -68,7 +69,7 @@ func TestLibcoapClient(t *testing.T) {
 						args = append(args, "-b", strconv.Itoa(part))
 					}
 					path := url + "/.well-known/eris/blocks"
-					ref, want := addBlock(store, size)
+					ref, want := store.Add(size)
 					out := filepath.Join(t.TempDir(), "out")
 					run(t, client, append(args, "-B", "20", "-m", "get", "-o", out, path+"?"+ref.String())...)
 					if got, err := os.ReadFile(out); err != nil || !bytes.Equal(got, want) {
@@ -79,7 +80,7 @@ func TestLibcoapClient(t *testing.T) {
 						t.Errorf("GET with Size1 gave %d bytes, which are not the block; %v", len(got), err)
 					}
 
-					ref, block := newBlock(size)
+					ref, block := sourcetest.NewBlock(size)
 					in := filepath.Join(t.TempDir(), "in")
 					if err := os.WriteFile(in, block, 0o600); err != nil {
 						t.Fatal(err)

@@ -19,6 +19,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 
@@ -231,7 +232,7 @@ func TestManyGets(t *testing.T) {
 	_, address := serveConfig(t, "unix", readWrite, coapserver.Config{Source: store.source(t), MaxGets: 7})
 	c := dial(t, "unix", address, csm...)
 	const count = 20000
-	ref, _ := newBlock(eris.BlockSize1KiB)
+	ref, _ := sourcetest.NewBlock(eris.BlockSize1KiB)
 	var group sync.WaitGroup
 	group.Go(func() {
 		for i := range count {
@@ -257,7 +258,7 @@ func TestManyGets(t *testing.T) {
 // the connections end.
 func TestSlowReader(t *testing.T) {
 	store := newMemory()
-	ref, _ := addBlock(store, eris.BlockSize32KiB)
+	ref, _ := store.Add(eris.BlockSize32KiB)
 	_, address := serveConfig(t, "unix", readWrite, coapserver.Config{
 		Source:              store,
 		MaxAnswerBytes:      1 << 20,
@@ -329,7 +330,7 @@ func TestClose(t *testing.T) {
 		store.calls.Store(0)
 		source := store.source(t)
 		server, address := serveConfig(t, "unix", readWrite, coapserver.Config{Source: source, Sink: store})
-		ref, _ := newBlock(eris.BlockSize1KiB)
+		ref, _ := sourcetest.NewBlock(eris.BlockSize1KiB)
 		c := dial(t, "unix", address, csm...)
 		c.write(putRequest(1, coap.Block{}, make([]byte, eris.BlockSize1KiB)))
 		c.write(getRequest(2, ref, eris.BlockSize1KiB, coap.Block{}))

@@ -3,13 +3,14 @@
 package coapserver_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -28,19 +29,6 @@ import (
 )
 
 func newMemory() *sourcetest.Store { return sourcetest.NewBackend().Open(64) }
-
-// addBlock adds a new block to a store.
-func addBlock(store *sourcetest.Store, size eris.BlockSize) (eris.Reference, []byte) {
-	ref, block := newBlock(size)
-	store.Set(ref, block)
-	return ref, block
-}
-
-func newBlock(size eris.BlockSize) (eris.Reference, []byte) {
-	block := make([]byte, size)
-	rand.Read(block)
-	return eris.Sum(block), block
-}
 
 // pause waits a little for something that cannot be waited for otherwise.
 func pause() { time.Sleep(5 * time.Millisecond) }
@@ -94,9 +82,9 @@ func serveConfig(tb testing.TB, network string, access coapserver.Access, config
 // known.
 func TestAnswers(t *testing.T) {
 	store := newMemory()
-	small, smallBlock := addBlock(store, eris.BlockSize1KiB)
-	large, largeBlock := addBlock(store, eris.BlockSize32KiB)
-	newSmall, newSmallBlock := newBlock(eris.BlockSize1KiB)
+	small, smallBlock := store.Add(eris.BlockSize1KiB)
+	large, largeBlock := store.Add(eris.BlockSize32KiB)
+	newSmall, newSmallBlock := sourcetest.NewBlock(eris.BlockSize1KiB)
 	serveThe := func(source fetch.Source, sink coapserver.Sink, access coapserver.Access) string {
 		_, address := serveConfig(t, "tcp", access, coapserver.Config{Source: source, Sink: sink})
 		return address
@@ -212,7 +200,7 @@ func (s failingSource) Start(r *fetch.Request) {
 // TestParts fetches and puts a block of 32 KiB with clients of different capabilities.
 func TestParts(t *testing.T) {
 	store := newMemory()
-	ref, block := addBlock(store, eris.BlockSize32KiB)
+	ref, block := store.Add(eris.BlockSize32KiB)
 	address := serve(t, "unix", store)
 	for _, v := range []struct {
 		name     string
@@ -259,7 +247,7 @@ func TestParts(t *testing.T) {
 		most     int
 	}{{6, 1024}, {2, 64}, {coap.BERT, 3072}, {coap.BERT, 32768}} {
 		c := dial(t, "unix", address, csm...)
-		ref, block := newBlock(eris.BlockSize32KiB)
+		ref, block := sourcetest.NewBlock(eris.BlockSize32KiB)
 		for sent := 0; sent < len(block); {
 			part := coap.Block{Exponent: v.exponent, Present: true}
 			part.Number = uint32(sent / part.Unit())
@@ -306,8 +294,8 @@ func TestParts(t *testing.T) {
 // others asked, and what is answered to a request that may not go on (RFC 8768).
 func TestRelay(t *testing.T) {
 	own, others := newMemory(), newMemory()
-	small, block := addBlock(others, eris.BlockSize1KiB)
-	missing, _ := newBlock(eris.BlockSize1KiB)
+	small, block := others.Add(eris.BlockSize1KiB)
+	missing, _ := sourcetest.NewBlock(eris.BlockSize1KiB)
 	seen := make(chan string, 1)
 	access := coapserver.Access{Get: true, Relay: func(client string, hops int) fetch.Source {
 		seen <- fmt.Sprint(client, " ", hops)
@@ -353,5 +341,56 @@ func TestRelay(t *testing.T) {
 		if m.Code != v.code || got != v.seen || m.Code == codes.Content && !bytes.Equal(m.Payload, block) {
 			t.Errorf("%v: code %v from %q", v, m.Code, got)
 		}
+	}
+}
+
+const askForSocket = "GET /.well-known/coap HTTP/1.1\r\nHost: x.example\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" +
+	"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+
+// TestWebSocketHandshake has requests that are not for us.
+func TestWebSocketHandshake(t *testing.T) {
+	_, address := serveConfig(t, "ws", coapserver.Access{Get: true, Hosts: []string{"here.example"}}, coapserver.Config{Source: newMemory()})
+	const protocol = "Sec-WebSocket-Protocol: coap\r\n"
+	for _, v := range []struct {
+		name, request string
+		want          int
+	}{
+		{"as it should be", askForSocket + protocol + "\r\n", http.StatusSwitchingProtocols},
+		{"one of several", askForSocket + "Sec-WebSocket-Protocol: chat, coap\r\n\r\n", http.StatusSwitchingProtocols},
+		{"page of this address", strings.Replace(askForSocket, "x.example", address, 1) + protocol + "Origin: http://" + address + "\r\n\r\n", http.StatusSwitchingProtocols},
+		{"page of localhost", strings.Replace(askForSocket, "x.example", "LocalHost:1", 1) + protocol + "Origin: http://localhost:1\r\n\r\n", http.StatusSwitchingProtocols},
+		{"page of this host", strings.Replace(askForSocket, "x.example", "here.example", 1) + protocol + "Origin: http://here.example\r\n\r\n", http.StatusSwitchingProtocols},
+		{"page of a name that leads here", askForSocket + protocol + "Origin: http://x.example\r\n\r\n", http.StatusForbidden},
+		{"page of another address", strings.Replace(askForSocket, "x.example", "192.0.2.1", 1) + protocol + "Origin: http://192.0.2.1\r\n\r\n", http.StatusForbidden},
+		{"page of another host", askForSocket + protocol + "Origin: http://evil.example\r\n\r\n", http.StatusForbidden},
+		{"no subprotocol", askForSocket + "\r\n", http.StatusBadRequest},
+		{"another subprotocol", askForSocket + "Sec-WebSocket-Protocol: coap2, xcoap\r\n\r\n", http.StatusBadRequest},
+		{"another path", strings.Replace(askForSocket, "/.well-known/coap", "/", 1) + protocol + "\r\n", http.StatusNotFound},
+		{"path with dots", strings.Replace(askForSocket, "/.well-known/coap", "/x/../.well-known/coap", 1) + protocol + "\r\n", http.StatusNotFound},
+		{"no WebSocket", "GET /.well-known/coap HTTP/1.1\r\nHost: x\r\n" + protocol + "\r\n", http.StatusUpgradeRequired},
+		{"POST", strings.Replace(askForSocket, "GET", "POST", 1) + protocol + "\r\n", http.StatusMethodNotAllowed},
+		{"old version", strings.Replace(askForSocket, "13", "8", 1) + protocol + "\r\n", http.StatusBadRequest},
+		{"long header", askForSocket + protocol + "X: " + strings.Repeat("x", 1<<20) + "\r\n\r\n", http.StatusRequestHeaderFieldsTooLarge},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			conn, err := net.Dial("tcp", address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			// The server may close before it has read everything, so that writing may fail.
+			io.WriteString(conn, v.request)
+			response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if v.want == http.StatusRequestHeaderFieldsTooLarge && err != nil {
+				return // the answer may get lost as well
+			}
+			if err != nil || response.StatusCode != v.want {
+				t.Fatalf("answer is %v, %v; want %d", response, err, v.want)
+			}
+			if v.want == http.StatusSwitchingProtocols && (response.Header.Get("Sec-Websocket-Protocol") != "coap" ||
+				response.Header.Get("Sec-Websocket-Accept") != "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=") { // RFC 6455, section 1.3
+				t.Errorf("answer has the fields %v", response.Header)
+			}
+		})
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -24,6 +23,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/httpserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 )
 
 // must ends the test if there is an error.
@@ -43,12 +43,6 @@ func openStore(t testing.TB) *blockstore.Store {
 		}
 	})
 	return s
-}
-
-func newBlock(size eris.BlockSize) (eris.Reference, []byte) {
-	block := make([]byte, size)
-	rand.Read(block)
-	return eris.Sum(block), block
 }
 
 // serve starts a server, which ends with the test, and returns its address.
@@ -82,12 +76,12 @@ func client(t testing.TB, http2 bool) *http.Client {
 // TestAnswers checks what is answered to what, by both versions of HTTP.
 func TestAnswers(t *testing.T) {
 	store := openStore(t)
-	small, smallBlock := newBlock(eris.BlockSize1KiB)
-	large, largeBlock := newBlock(eris.BlockSize32KiB)
+	small, smallBlock := sourcetest.NewBlock(eris.BlockSize1KiB)
+	large, largeBlock := sourcetest.NewBlock(eris.BlockSize32KiB)
 	for ref, block := range map[eris.Reference][]byte{small: smallBlock, large: largeBlock} {
 		must(t, store.Put(t.Context(), ref, block))
 	}
-	missing, _ := newBlock(eris.BlockSize1KiB)
+	missing, _ := sourcetest.NewBlock(eris.BlockSize1KiB)
 	failing := transport(t, func(context.Context) error { return errDisk })
 	_, normal := serve(t, httpserver.Config{Source: store, Sink: store.Put}, readWrite)
 	_, readOnly := serve(t, httpserver.Config{Source: store, Sink: store.Put}, httpserver.Access{Get: true})
@@ -96,8 +90,8 @@ func TestAnswers(t *testing.T) {
 	_, noSink := serve(t, httpserver.Config{Source: store}, readWrite)
 	_, refusing := serve(t, httpserver.Config{Source: store, Sink: sink(fetch.ErrReadOnly)}, readWrite)
 	query := func(ref eris.Reference) string { return "/uri-res/N2R?urn:blake2b:" + ref.String() }
-	newSmall, newSmallBlock := newBlock(eris.BlockSize1KiB)
-	newLarge, newLargeBlock := newBlock(eris.BlockSize32KiB)
+	newSmall, newSmallBlock := sourcetest.NewBlock(eris.BlockSize1KiB)
+	newLarge, newLargeBlock := sourcetest.NewBlock(eris.BlockSize32KiB)
 	type headers map[string]string
 	block := headers{"Content-Type": "application/octet-stream", "Cache-Control": "public, max-age=31536000, immutable"}
 	for _, v := range []struct {
@@ -201,7 +195,7 @@ func TestAnswers(t *testing.T) {
 // shorter if the machine is slow.
 func TestHave(t *testing.T) {
 	store := openStore(t)
-	ref, block := newBlock(eris.BlockSize32KiB)
+	ref, block := sourcetest.NewBlock(eris.BlockSize32KiB)
 	must(t, store.Put(t.Context(), ref, block))
 	_, open := serve(t, httpserver.Config{Source: store}, httpserver.Access{Get: true})
 	_, closed := serve(t, httpserver.Config{Source: store}, httpserver.Access{Put: true})
@@ -236,7 +230,7 @@ func TestHave(t *testing.T) {
 // Max-Forwards is obeyed, and that nobody is asked for the other size who has not answered.
 func TestRelay(t *testing.T) {
 	own := openStore(t)
-	ref, _ := newBlock(eris.BlockSize1KiB)
+	ref, _ := sourcetest.NewBlock(eris.BlockSize1KiB)
 	var calls atomic.Int32
 	var result error
 	seen := ""
@@ -464,7 +458,7 @@ func TestMany(t *testing.T) {
 	for range 200 {
 		group.Go(func() {
 			for range 5 {
-				ref, block := newBlock(eris.BlockSize1KiB)
+				ref, block := sourcetest.NewBlock(eris.BlockSize1KiB)
 				url := "http://" + address + "/uri-res/N2R?" + ref.URN()
 				_, putError := do("PUT", url, block)
 				got, err := do("GET", url, nil)

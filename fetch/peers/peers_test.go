@@ -6,7 +6,6 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"net"
@@ -23,15 +22,10 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/peers"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 )
-
-func newBlock() (eris.Reference, []byte) {
-	block := make([]byte, eris.BlockSize1KiB)
-	rand.Read(block)
-	return eris.Sum(block), block
-}
 
 // group is a group with the connections of its peers, whose other ends are played.
 type group struct {
@@ -138,7 +132,7 @@ func TestOrder(t *testing.T) {
 		}
 		giver := &store{blocks: map[eris.Reference][]byte{}}
 		for range 50 {
-			ref, block := newBlock()
+			ref, block := sourcetest.NewBlock(eris.BlockSize1KiB)
 			giver.blocks[ref] = block
 		}
 		var others [8]store
@@ -154,7 +148,7 @@ func TestOrder(t *testing.T) {
 		}
 		for range 3 { // in three rounds every one of the nine is asked
 			before := asked() + giver.asked.Load()
-			ref, _ := newBlock()
+			ref, _ := sourcetest.NewBlock(eris.BlockSize1KiB)
 			if _, err := g.get(t, ref); !errors.Is(err, eris.ErrNotFound) {
 				t.Error(err)
 			}
@@ -201,7 +195,7 @@ func TestHave(t *testing.T) {
 			o.blocks = map[eris.Reference][]byte{}
 			o.has = of(o.blocks)
 			for range 5 {
-				ref, block := newBlock()
+				ref, block := sourcetest.NewBlock(eris.BlockSize1KiB)
 				o.blocks[ref], wanted[ref] = block, block
 			}
 			g.join(fmt.Sprint("owner", i), o.play)
@@ -254,7 +248,7 @@ func TestConsumers(t *testing.T) {
 		}
 		synctest.Wait()
 		for range 100 {
-			ref, _ := newBlock()
+			ref, _ := sourcetest.NewBlock(eris.BlockSize1KiB)
 			before := twins[0].asked.Load() + twins[1].asked.Load()
 			if _, err := g.get(t, ref); !errors.Is(err, eris.ErrNotFound) {
 				t.Error(err)
@@ -272,8 +266,8 @@ func TestLiar(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGroup()
 		defer g.close()
-		ref, block := newBlock()
-		second, secondBlock := newBlock()
+		ref, block := sourcetest.NewBlock(eris.BlockSize1KiB)
+		second, secondBlock := sourcetest.NewBlock(eris.BlockSize1KiB)
 		liar := &store{blocks: map[eris.Reference][]byte{ref: secondBlock, second: block}}
 		c := g.join("liar", liar.play)
 		time.Sleep(time.Second)
@@ -296,7 +290,7 @@ func TestLiar(t *testing.T) {
 			t.Errorf("the liar was asked %d times", n)
 		}
 		time.Sleep(11 * time.Minute)
-		third, _ := newBlock()
+		third, _ := sourcetest.NewBlock(eris.BlockSize1KiB)
 		g.get(t, third)
 		if n := liar.asked.Load(); n != 2 {
 			t.Errorf("the liar was asked %d times after a while", n)
@@ -323,13 +317,13 @@ func TestSilent(t *testing.T) {
 			g.join(fmt.Sprint("silent", i), silent)
 		}
 		begin := time.Now()
-		ref, block := newBlock()
+		ref, block := sourcetest.NewBlock(eris.BlockSize1KiB)
 		if _, err := g.get(t, ref); !errors.Is(err, eris.ErrNotFound) || time.Since(begin) > 1400*time.Millisecond {
 			t.Errorf("%v after %v", err, time.Since(begin))
 		}
 		slow := &store{blocks: map[eris.Reference][]byte{ref: block}, delay: 100 * time.Millisecond}
 		for range 14 {
-			ref, block := newBlock()
+			ref, block := sourcetest.NewBlock(eris.BlockSize1KiB)
 			slow.blocks[ref] = block
 		}
 		g.join("slow", slow.play)
@@ -350,7 +344,7 @@ func TestFlood(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGroup()
 		defer g.close()
-		_, block := newBlock()
+		_, block := sourcetest.NewBlock(eris.BlockSize1KiB)
 		c := g.join("flood", func(far net.Conn) {
 			far.Write(coaptest.CSM)
 			go bufio.NewReader(far).WriteTo(discard{})

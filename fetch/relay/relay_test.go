@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"math/rand/v2"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -36,13 +35,6 @@ func (m memory) Cancel(*fetch.Request) {}
 func (m memory) String() string        { return "memory:" }
 func (m memory) Close() error          { return errors.New("the store is not the relay's") }
 
-func (m memory) PutBatch(ctx context.Context, refs []eris.Reference, blocks [][]byte) error {
-	for i, ref := range refs {
-		m.Set(ref, bytes.Clone(blocks[i]))
-	}
-	return nil
-}
-
 // upstream counts its requests, by the servers that they may go through.
 type upstream struct {
 	*sourcetest.Backend
@@ -61,14 +53,6 @@ type counting struct {
 func (c counting) Start(r *fetch.Request) {
 	c.requests.Add(1)
 	c.Store.Start(r)
-}
-
-func newBlock(size eris.BlockSize) (eris.Reference, []byte) {
-	block := make([]byte, size)
-	for i := range block {
-		block[i] = byte(rand.Uint32())
-	}
-	return eris.Sum(block), block
 }
 
 // start returns a relay of an empty store to an upstream.
@@ -92,8 +76,7 @@ func stop(t *testing.T, r *relay.Relay) {
 func TestLevels(t *testing.T) {
 	for hops, want := range [][3]int32{{0, 0, 1}, {}, {0, 1, 0}, {0, 1, 0}} {
 		r, own, u := start(t)
-		ref, block := newBlock(eris.BlockSize32KiB)
-		u.Set(ref, block)
+		ref, block := u.Add(eris.BlockSize32KiB)
 		got, err := fetch.Get(t.Context(), r.For("", hops), ref, eris.BlockSize32KiB, nil)
 		if found := want != [3]int32{}; found != (err == nil && bytes.Equal(got, block)) {
 			t.Errorf("%d: %v", hops, err)
@@ -119,7 +102,7 @@ func TestOneLevel(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer stop(t, r)
-	ref, _ := newBlock(eris.BlockSize1KiB)
+	ref, _ := sourcetest.NewBlock(eris.BlockSize1KiB)
 	for _, hops := range []int{0, 2, 1} {
 		if _, err := fetch.Get(t.Context(), r.For("", hops), ref, eris.BlockSize1KiB, nil); !errors.Is(err, eris.ErrNotFound) {
 			t.Error(err)
@@ -135,8 +118,7 @@ func TestOwn(t *testing.T) {
 	r, own, u := start(t)
 	defer stop(t, r)
 	for _, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
-		ref, block := newBlock(size)
-		own.Set(ref, block)
+		ref, block := own.Add(size)
 		if got, err := fetch.Get(t.Context(), r.For("", 0), ref, size, nil); err != nil || !bytes.Equal(got, block) {
 			t.Error(err)
 		}
@@ -156,8 +138,7 @@ func TestOwn(t *testing.T) {
 func TestSilent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, own, u := start(t)
-		ref, block := newBlock(eris.BlockSize1KiB)
-		u.Set(ref, block)
+		ref, _ := u.Add(eris.BlockSize1KiB)
 		release := u.Hold()
 		begin := time.Now()
 		_, err := fetch.Get(t.Context(), r.For("", 0), ref, eris.BlockSize1KiB, nil)
@@ -183,7 +164,7 @@ func TestRefuse(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, _, u := start(t)
 		miss := func(client string) error {
-			ref, _ := newBlock(eris.BlockSize1KiB)
+			ref, _ := sourcetest.NewBlock(eris.BlockSize1KiB)
 			_, err := fetch.Get(t.Context(), r.For(client, 0), ref, eris.BlockSize1KiB, nil)
 			if !errors.Is(err, eris.ErrNotFound) {
 				t.Fatal(err)
@@ -201,7 +182,7 @@ func TestRefuse(t *testing.T) {
 			t.Errorf("%d requests were made", n)
 		}
 		// To cancel what is over does nothing.
-		ref, _ := newBlock(eris.BlockSize1KiB)
+		ref, _ := sourcetest.NewBlock(eris.BlockSize1KiB)
 		for _, client := range []string{"192.0.2.1/32", ""} {
 			q := &fetch.Request{Pair: eris.Pair{Reference: ref}, Size: eris.BlockSize1KiB, Dst: make([]byte, 0, 1024), Done: func(*fetch.Request) {}}
 			source := r.For(client, 0)
@@ -232,8 +213,7 @@ func TestCrowd(t *testing.T) {
 	done := make(chan *fetch.Request, count)
 	requests := make([]*fetch.Request, count)
 	for i := range requests {
-		ref, block := newBlock(eris.BlockSize1KiB)
-		u.Set(ref, block)
+		ref, _ := u.Add(eris.BlockSize1KiB)
 		requests[i] = &fetch.Request{
 			Pair: eris.Pair{Reference: ref}, Size: eris.BlockSize1KiB, Dst: make([]byte, 0, 1024),
 			Done: func(q *fetch.Request) { done <- q },
@@ -259,7 +239,7 @@ func TestCrowd(t *testing.T) {
 	}
 	u.Hold()
 	for _, q := range requests {
-		ref, _ := newBlock(eris.BlockSize1KiB)
+		ref, _ := sourcetest.NewBlock(eris.BlockSize1KiB)
 		q.Pair.Reference = ref
 		source.Start(q)
 	}

@@ -90,6 +90,13 @@ func (b *Backend) Set(ref eris.Reference, block []byte) {
 	b.blocks[ref] = block
 }
 
+// Add makes the backend have a new block.
+func (b *Backend) Add(size eris.BlockSize) (eris.Reference, []byte) {
+	ref, block := NewBlock(size)
+	b.Set(ref, block)
+	return ref, block
+}
+
 // All returns everything that was set or put and is still there: for transports whose server is not
 // a program but a file, which a test has to write.
 func (b *Backend) All() map[eris.Reference][]byte {

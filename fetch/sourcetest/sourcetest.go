@@ -138,19 +138,15 @@ func (s *suite) close(t *testing.T) {
 	}
 }
 
-// block returns a new block.
-func block(size eris.BlockSize) (eris.Reference, []byte) {
+// NewBlock returns a new block.
+func NewBlock(size eris.BlockSize) (eris.Reference, []byte) {
 	b := make([]byte, size)
 	rand.Read(b)
 	return eris.Sum(b), b
 }
 
 // add adds a new block to the backend.
-func (s *suite) add(size eris.BlockSize) (eris.Reference, []byte) {
-	ref, b := block(size)
-	s.backend.Set(ref, b)
-	return ref, b
-}
+func (s *suite) add(size eris.BlockSize) (eris.Reference, []byte) { return s.backend.Add(size) }
 
 // run makes a request and waits for its end.
 func (s *suite) run(r *fetch.Request) {
@@ -220,7 +216,7 @@ func testGet(t *testing.T, s *suite) {
 
 func testMissing(t *testing.T, s *suite) {
 	for _, size := range bothSizes {
-		ref, _ := block(size)
+		ref, _ := NewBlock(size)
 		if _, err := s.get(t.Context(), ref, size); !errors.Is(err, eris.ErrNotFound) {
 			t.Errorf("%v: error is %v, not that the block is missing", size, err)
 		}
@@ -238,7 +234,7 @@ func testHave(t *testing.T, s *suite) {
 	const count = 100
 	var question []byte
 	for i := range count {
-		ref, _ := block(mixed(i))
+		ref, _ := NewBlock(mixed(i))
 		if i%3 == 0 {
 			ref, _ = s.add(mixed(i))
 		}
@@ -477,7 +473,7 @@ func testMany(t *testing.T, s *suite) {
 		ref, want := s.add(mixed(i))
 		group.Go(func() { s.mustGet(t, ref, want) })
 		if i%100 == 0 {
-			missing, _ := block(eris.BlockSize1KiB)
+			missing, _ := NewBlock(eris.BlockSize1KiB)
 			group.Go(func() {
 				if _, err := s.get(t.Context(), missing, eris.BlockSize1KiB); !errors.Is(err, eris.ErrNotFound) {
 					t.Errorf("error is %v, not that the block is missing", err)
@@ -556,7 +552,7 @@ func testString(t *testing.T, s *suite) {
 	if text == "" {
 		t.Error("String returns nothing")
 	}
-	ref, _ := block(eris.BlockSize1KiB)
+	ref, _ := NewBlock(eris.BlockSize1KiB)
 	_, err := s.get(t.Context(), ref, eris.BlockSize1KiB)
 	if err == nil {
 		t.Fatal("a block that is missing was found")
@@ -578,7 +574,7 @@ func (s *suite) store(t *testing.T) fetch.Store {
 func testPut(t *testing.T, s *suite) {
 	store := s.store(t)
 	for _, size := range bothSizes {
-		ref, b := block(size)
+		ref, b := NewBlock(size)
 		for range 2 { // a block that is there already may be put again
 			if err := store.Put(t.Context(), ref, b); err != nil {
 				t.Fatalf("%v: Put: %v", size, err)
@@ -599,7 +595,7 @@ func testPutMany(t *testing.T, s *suite) {
 	const calls = 300
 	var group sync.WaitGroup
 	for i := range calls {
-		ref, b := block(mixed(i))
+		ref, b := NewBlock(mixed(i))
 		group.Go(func() {
 			if err := store.Put(t.Context(), ref, b); err != nil {
 				t.Errorf("Put: %v", err)
@@ -615,13 +611,13 @@ func testPutFails(t *testing.T, s *suite) {
 	store := s.store(t)
 	s.backend.Fail(true)
 	for _, size := range bothSizes {
-		ref, b := block(size)
+		ref, b := NewBlock(size)
 		if err := store.Put(t.Context(), ref, b); err == nil || errors.Is(err, fetch.ErrReadOnly) {
 			t.Errorf("%v: error is %v, although the store failed", size, err)
 		}
 	}
 	s.backend.Fail(false)
-	ref, b := block(eris.BlockSize32KiB)
+	ref, b := NewBlock(eris.BlockSize32KiB)
 	if err := store.Put(t.Context(), ref, b); err != nil {
 		t.Errorf("Put: %v", err)
 	}
@@ -630,7 +626,7 @@ func testPutFails(t *testing.T, s *suite) {
 func testPutCancel(t *testing.T, s *suite) {
 	store := s.store(t)
 	for _, size := range bothSizes {
-		ref, b := block(size)
+		ref, b := NewBlock(size)
 		release := s.backend.Hold()
 		ctx, cancel := context.WithCancelCause(t.Context())
 		done := make(chan error)
@@ -642,7 +638,7 @@ func testPutCancel(t *testing.T, s *suite) {
 		}
 		clear(b)
 		release()
-		next, b := block(size)
+		next, b := NewBlock(size)
 		if err := store.Put(t.Context(), next, b); err != nil || !s.backend.Has(next) {
 			t.Errorf("%v: Put after a Put that was given up: %v", size, err)
 		}
@@ -654,7 +650,7 @@ func testPutReadOnly(t *testing.T, s *suite) {
 		t.Skip("there is no store that takes no blocks")
 	}
 	for _, size := range bothSizes {
-		ref, b := block(size)
+		ref, b := NewBlock(size)
 		if err := s.ReadOnly.Put(t.Context(), ref, b); !errors.Is(err, fetch.ErrReadOnly) {
 			t.Errorf("%v: error is %v, not that the store is read-only", size, err)
 		}

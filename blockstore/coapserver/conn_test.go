@@ -4,12 +4,14 @@ package coapserver_test
 
 import (
 	"bufio"
+	"crypto/tls"
 	"errors"
 	"net"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
@@ -67,5 +69,23 @@ func TestConnected(t *testing.T) {
 			t.Error("nobody is told of the end")
 		}
 		server.Close()
+	})
+}
+
+// TestSilentHandshake checks that a client that does not speak TLS where it should does not keep
+// its connection.
+func TestSilentHandshake(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server := coapserver.New(coapserver.Config{})
+		near, far := net.Pipe()
+		defer time.AfterFunc(time.Hour, func() { far.Close() }).Stop()
+		begin := time.Now()
+		server.ServeConn(tls.Server(near, &tls.Config{}), coapserver.Access{Get: true})
+		if took := time.Since(begin); took > time.Minute {
+			t.Errorf("the connection was kept for %v", took)
+		}
+		if err := server.Close(); err != nil {
+			t.Error(err)
+		}
 	})
 }
