@@ -5,7 +5,6 @@ package coapserver
 import (
 	"context"
 	"net"
-	"net/netip"
 	"sync"
 	"time"
 
@@ -17,12 +16,11 @@ import (
 )
 
 const (
-	maxRetransmit = 4
 	// answerTimeout is more than all copies of an answer take with the default timeouts (RFC 7252,
 	// section 4.8.2).
 	answerTimeout = 2 * time.Minute
 	// maxTransfers is the most blocks at a time that are being received part by part, and
-	// maxTransfersPerHost that from one address. The oldest make room. Each needs 32 KiB.
+	// maxTransfersPerHost that from one host. The oldest make room. Each needs 32 KiB.
 	maxTransfers, maxTransfersPerHost = 1024, 64
 	// transferTimeout is for how long the parts of a block are kept without a further one.
 	transferTimeout = 30 * time.Second
@@ -53,12 +51,10 @@ func (s *Server) ServePacket(conn net.PacketConn, access Access) error {
 	defer s.services.Done()
 	// What is being served can still be answered.
 	defer context.AfterFunc(s.stopping, func() { conn.SetReadDeadline(time.Unix(1, 0)) })()
-	d := &s.config.Datagram
+	config := s.config.Datagram
 	p := &packets{server: s, access: access, transfers: newTransfers(maxTransfers, maxTransfersPerHost, transferTimeout)}
-	err := coap.NewEndpoint(conn, coap.EndpointConfig{
-		Window: 1, AckTimeout: d.AckTimeout, MaxRetransmit: maxRetransmit, Timeout: answerTimeout,
-		Workers: d.Workers, AckDelay: d.AckDelay, Paths: s.paths, Handler: p.serve,
-	}).Run()
+	config.Timeout, config.Paths, config.Handler = answerTimeout, s.paths, p.serve
+	err := coap.NewEndpoint(conn, config).Run()
 	if s.stopping.Err() != nil {
 		return nil
 	}
@@ -95,12 +91,8 @@ func (p *packets) put(packet *coap.Packet) codes.Code {
 	if !r.Block1.Present {
 		return p.store(packet, r.Payload)
 	}
-	host := packet.Peer
-	if addr, err := netip.ParseAddrPort(packet.Peer); err == nil {
-		host = addr.Addr().String()
-	}
 	p.mu.Lock()
-	t, code := p.transfers.part(packet.Peer, host, r)
+	t, code := p.transfers.part(packet.Peer, admission.Host(packet.Peer), r)
 	if t == nil || code != codes.Created {
 		p.mu.Unlock()
 		return code

@@ -62,7 +62,7 @@ func TestNeverAcknowledged(t *testing.T) {
 	ref, block := good.Add(eris.BlockSize1KiB)
 	config := coapserver.Config{Source: good, Sink: store}
 	const workers = 4
-	config.Datagram = coapserver.DatagramConfig{Workers: workers, AckDelay: time.Millisecond, AckTimeout: time.Hour}
+	config.Datagram = coap.EndpointConfig{Workers: workers, AckDelay: time.Millisecond, AckTimeout: time.Hour}
 	_, address := serveConfig(t, "udp", readWrite, config)
 	silent := dialDatagram(t, address)
 	for i := range workers {

@@ -113,22 +113,8 @@ type Config struct {
 	// concurrent use.
 	Requested func(client, method string, ref eris.Reference, code string)
 
-	// Datagram is for ServePacket.
-	Datagram DatagramConfig
-}
-
-// DatagramConfig bounds what is done for clients that come by UDP. Zero fields stand for the
-// defaults.
-type DatagramConfig struct {
-	// Workers is how many requests are served at a time; more are left in the buffer of the kernel,
-	// and dropped when that is full; clients then ask again. Default 64.
-	Workers int
-	// AckDelay is after what time a request is acknowledged apart from its answer. Default 1 s; it
-	// must be below the 2 s after which clients ask again.
-	AckDelay time.Duration
-	// AckTimeout is how long the first copy of an answer that goes apart waits to be acknowledged;
-	// each of four further waits is twice as long. Default 2 s (RFC 7252, section 4.8).
-	AckTimeout time.Duration
+	// Datagram is for ServePacket, of which Workers are 64 by default.
+	Datagram coap.EndpointConfig
 }
 
 func (c Config) withDefaults() Config {
@@ -145,8 +131,6 @@ func (c Config) withDefaults() Config {
 	c.IdleTimeout = cmp.Or(c.IdleTimeout, 10*time.Minute)
 	c.MessageTimeout = cmp.Or(c.MessageTimeout, time.Minute)
 	c.Datagram.Workers = cmp.Or(c.Datagram.Workers, 64)
-	c.Datagram.AckDelay = cmp.Or(c.Datagram.AckDelay, time.Second)
-	c.Datagram.AckTimeout = cmp.Or(c.Datagram.AckTimeout, 2*time.Second)
 	if c.Log == nil {
 		c.Log = func(error) {}
 	}

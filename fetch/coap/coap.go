@@ -134,9 +134,6 @@ func (s *Store) Close() error {
 	for _, l := range s.links {
 		l.close()
 	}
-	for _, l := range s.links {
-		l.group.Wait()
-	}
 	return nil
 }
 

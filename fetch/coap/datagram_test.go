@@ -87,7 +87,7 @@ func (l *lossy) WriteTo(b []byte, to net.Addr) (int, error) {
 }
 
 // fast are options for a peer that is near and loses datagrams.
-var fast = coap.Options{Datagram: coap.DatagramOptions{AckTimeout: 20 * time.Millisecond, MaxRetransmit: 12}}
+var fast = coap.Options{Datagram: wire.EndpointConfig{AckTimeout: 20 * time.Millisecond, MaxRetransmit: 12}}
 
 // TestLoss puts and gets blocks by UDP over a line that loses, doubles and delays one datagram in
 // ten each, with a server that answers at once, and one that takes so long that answers come apart.
@@ -278,7 +278,7 @@ func TestDatagramHostile(t *testing.T) {
 				return v.reply(m)
 			})
 			options := coap.Options{RequestTimeout: 300 * time.Millisecond}
-			options.Datagram = coap.DatagramOptions{AckTimeout: 20 * time.Millisecond, MaxRetransmit: 2}
+			options.Datagram = wire.EndpointConfig{AckTimeout: 20 * time.Millisecond, MaxRetransmit: 2}
 			store := mustOpen(t, url, options)
 			defer store.Close()
 			_, err := get(t, store, v.ref, v.size)
@@ -329,7 +329,7 @@ func TestDatagramPeer(t *testing.T) {
 		}
 		return nil
 	})
-	store := mustOpen(t, url, coap.Options{Datagram: coap.DatagramOptions{AckTimeout: 50 * time.Millisecond}})
+	store := mustOpen(t, url, coap.Options{Datagram: wire.EndpointConfig{AckTimeout: 50 * time.Millisecond}})
 	defer store.Close()
 	if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
 		t.Fatal(err)
@@ -378,7 +378,7 @@ func TestDatagramWindow(t *testing.T) {
 		held = nil
 		return all
 	})
-	store := mustOpen(t, url, coap.Options{Datagram: coap.DatagramOptions{Window: 4, AckTimeout: 10 * time.Second}})
+	store := mustOpen(t, url, coap.Options{Datagram: wire.EndpointConfig{Window: 4, AckTimeout: 10 * time.Second}})
 	defer store.Close()
 	var group sync.WaitGroup
 	for range 40 {
@@ -418,7 +418,7 @@ func TestDatagramPutToken(t *testing.T) {
 		late := coaptest.Datagram(message.NonConfirmable, codes.Continue, m.ID, m.Token, before.AppendOption(nil, 0, message.Block1), "")
 		return [][]byte{late, reply}
 	})
-	store := mustOpen(t, url, coap.Options{Datagram: coap.DatagramOptions{AckTimeout: 10 * time.Second}})
+	store := mustOpen(t, url, coap.Options{Datagram: wire.EndpointConfig{AckTimeout: 10 * time.Second}})
 	defer store.Close()
 	var group sync.WaitGroup
 	for i := range 8 {

@@ -35,10 +35,9 @@ var (
 func (s *Store) newConnection(dial func() (net.Conn, error)) connection {
 	o := &s.options
 	if s.url.Scheme == "coap" && o.Dial == nil {
-		return wire.NewEndpoint(nil, wire.EndpointConfig{
-			Window: o.Datagram.Window, AckTimeout: o.Datagram.AckTimeout, MaxRetransmit: o.Datagram.MaxRetransmit,
-			Timeout: o.RequestTimeout, Dial: dial,
-		})
+		config := o.Datagram
+		config.Timeout, config.Dial = o.RequestTimeout, dial
+		return wire.NewEndpoint(nil, config)
 	}
 	return wire.NewConn(nil, wire.Config{Timeout: o.RequestTimeout, IdleTimeout: o.IdleTimeout, Window: o.Window, Pool: s.pool, Dial: dial})
 }

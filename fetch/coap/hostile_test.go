@@ -114,22 +114,28 @@ func TestHostile(t *testing.T) {
 		}
 		return b
 	}
-	// respond sends what make makes to the first GET, and its parts if it has any, and then goes on
+	// respond sends what reply makes to the first GET, and its parts if it has any, and then goes on
 	// as a good peer.
-	respond := func(make func(m coaptest.Message) []byte) func(*peer) {
+	respond := func(reply func(m coaptest.Message) []byte) func(*peer) {
 		return func(p *peer) {
 			first := true
 			p.serve(codes.GET, func(m coaptest.Message) []byte {
 				switch {
 				case first || m.Block(message.Block2).Present:
 					first = false
-					return make(m)
+					return reply(m)
 				case bytes.Contains(m.Body, []byte(ref1.String())):
 					return answer(m, block1)
 				}
 				return answer(m, block32)
 			})
 		}
+	}
+	// part answers with the same part of so many bytes, whatever is asked for.
+	part := func(part wire.Block, size int) func(*peer) {
+		return respond(func(m coaptest.Message) []byte {
+			return coaptest.Stream(codes.Content, m.Token, part.AppendOption(nil, 0, message.Block2), make([]byte, size))
+		})
 	}
 	// flood sends the same bytes without end.
 	flood := func(b []byte) func(*peer) {
@@ -177,31 +183,18 @@ func TestHostile(t *testing.T) {
 		{"never answers", func(p *peer) { p.write(csm); p.awaitEnd() }, 1024, fails, false},
 		{"says nothing at all", func(p *peer) { p.awaitEnd() }, 1024, fails, false},
 		{"closes when asked", func(p *peer) { p.write(csm); p.readUntil(codes.GET) }, 1024, fails, false},
-		{"closes in the middle of an answer", func(p *peer) {
-			p.write(csm)
-			m, _ := p.readUntil(codes.GET)
-			p.write(answer(m, block1)[:500])
-		}, 1024, fails, false},
-		{"closes in the middle of a large answer", func(p *peer) {
-			p.write(csm)
-			m, _ := p.readUntil(codes.GET)
-			p.write(answer(m, block32)[:20000])
-		}, 32768, fails, false},
+		{"closes in the middle of an answer", func(p *peer) { p.write(answer(p.begin(codes.GET), block1)[:500]) }, 1024, fails, false},
+		{"closes in the middle of a large answer", func(p *peer) { p.write(answer(p.begin(codes.GET), block32)[:20000]) }, 32768, fails, false},
 		{"stops in the middle of an answer", func(p *peer) {
-			p.write(csm)
-			m, _ := p.readUntil(codes.GET)
-			p.write(answer(m, block1)[:500])
+			p.write(answer(p.begin(codes.GET), block1)[:500])
 			p.awaitEnd()
 		}, 1024, fails, false},
 		{"stops in the middle of a large answer", func(p *peer) {
-			p.write(csm)
-			m, _ := p.readUntil(codes.GET)
-			p.write(answer(m, block32)[:20000])
+			p.write(answer(p.begin(codes.GET), block32)[:20000])
 			p.awaitEnd()
 		}, 32768, fails, false},
 		{"drips", func(p *peer) {
-			p.write(csm)
-			m, _ := p.readUntil(codes.GET)
+			m := p.begin(codes.GET)
 			for _, b := range answer(m, block32) {
 				if !p.write([]byte{b}) {
 					return
@@ -238,18 +231,9 @@ func TestHostile(t *testing.T) {
 			part.More, part.Exponent, part.Present = true, 0, true
 			return coaptest.Stream(codes.Content, m.Token, part.AppendOption(nil, 0, message.Block2), make([]byte, 16))
 		}), 1024, wrong, false},
-		{"parts that do not go on", respond(func(m coaptest.Message) []byte {
-			part := wire.Block{More: true, Exponent: 6}
-			return coaptest.Stream(codes.Content, m.Token, part.AppendOption(nil, 0, message.Block2), make([]byte, 1024))
-		}), 32768, fails, false},
-		{"part of another length than it says", respond(func(m coaptest.Message) []byte {
-			part := wire.Block{More: true, Exponent: 6}
-			return coaptest.Stream(codes.Content, m.Token, part.AppendOption(nil, 0, message.Block2), make([]byte, 1000))
-		}), 32768, fails, false},
-		{"part from the end", respond(func(m coaptest.Message) []byte {
-			part := wire.Block{Number: 1<<20 - 1, Exponent: 6}
-			return coaptest.Stream(codes.Content, m.Token, part.AppendOption(nil, 0, message.Block2), make([]byte, 1024))
-		}), 32768, fails, false},
+		{"parts that do not go on", part(wire.Block{More: true, Exponent: 6}, 1024), 32768, fails, false},
+		{"part of another length than it says", part(wire.Block{More: true, Exponent: 6}, 1000), 32768, fails, false},
+		{"part from the end", part(wire.Block{Number: 1<<20 - 1, Exponent: 6}, 1024), 32768, fails, false},
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			t.Parallel()
@@ -395,8 +379,7 @@ func TestSilentOnce(t *testing.T) {
 			p.serveBlock(block)
 			return
 		}
-		p.write(csm)
-		m, _ := p.readUntil(codes.GET)
+		m := p.begin(codes.GET)
 		p.write(answer(m, block))
 		p.awaitEnd()
 	})
@@ -415,8 +398,7 @@ func TestCancelWithinAnswer(t *testing.T) {
 	var connections atomic.Int32
 	store := openPeer(t, coap.Options{}, func(_ int, p *peer) {
 		connections.Add(1)
-		p.write(csm)
-		m, _ := p.readUntil(codes.GET)
+		m := p.begin(codes.GET)
 		b := answer(m, block)
 		p.write(b[:16000])
 		close(half)

@@ -7,9 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"net"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -44,8 +42,7 @@ type link struct {
 	present atomic.Pointer[connection]
 
 	mu      sync.Mutex
-	closed  bool
-	running map[connection]struct{} // the present one, and those before it that the peer lets end
+	closed  bool // there will be no other connection
 	backoff backoff.Backoff
 	err     error // why the last connection is over
 }
@@ -57,7 +54,7 @@ func (e *dialError) Error() string { return e.err.Error() }
 func (e *dialError) Unwrap() error { return e.err }
 
 func (s *Store) newLink() *link {
-	l := &link{store: s, running: map[connection]struct{}{}, backoff: backoff.Backoff{Min: s.options.minBackoff, Max: maxRest}}
+	l := &link{store: s, backoff: backoff.Backoff{Min: s.options.minBackoff, Max: maxRest}}
 	s.links = append(s.links, l)
 	return l
 }
@@ -87,12 +84,13 @@ func (l *link) get() (connection, error) {
 		return conn, nil
 	})
 	l.present.Store(&c)
-	l.running[c] = struct{}{}
+	// Also when the peer lets it end, and there is another one.
+	stop := context.AfterFunc(l.store.ctx, func() { c.Release(0, fetch.ErrClosed) })
 	l.group.Go(func() {
 		_ = c.Run()
+		stop()
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		delete(l.running, c)
 		l.retire(&c)
 	})
 	return c, nil
@@ -134,13 +132,10 @@ func (l *link) dial(rest time.Duration) (net.Conn, error) {
 	return nil, fmt.Errorf("connecting: %w", err)
 }
 
-// close ends the connections, and makes all fail that wait for them. It does not wait.
+// close waits until all connections have ended. The context of the store must be over.
 func (l *link) close() {
 	l.mu.Lock()
 	l.closed = true
-	running := slices.Collect(maps.Keys(l.running))
 	l.mu.Unlock()
-	for _, c := range running {
-		c.Release(0, fetch.ErrClosed)
-	}
+	l.group.Wait()
 }

@@ -7,6 +7,8 @@ import (
 	"context"
 	"net"
 	"time"
+
+	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 
 // Options says how a [Store] behaves. Zero fields stand for the defaults.
@@ -39,20 +41,12 @@ type Options struct {
 	// DialTimeout.
 	Dial func(ctx context.Context) (net.Conn, error)
 
-	// Datagram is for coap over UDP.
-	Datagram DatagramOptions
+	// Datagram is for coap over UDP: Window, AckTimeout and MaxRetransmit.
+	Datagram wire.EndpointConfig
 
 	// minBackoff is how long no connection is tried after the first that failed; each further time
 	// is twice as long.
 	minBackoff time.Duration
-}
-
-// DatagramOptions says how a [Store] over UDP behaves: see [wire.EndpointConfig]. Zero fields stand
-// for the defaults.
-type DatagramOptions struct {
-	Window        int           // default 64
-	AckTimeout    time.Duration // default 2 s (RFC 7252, section 4.8)
-	MaxRetransmit int           // default 4 (RFC 7252, section 4.8)
 }
 
 // maxWindow is the most requests that a connection can have without an answer.
@@ -65,8 +59,5 @@ func (o Options) withDefaults() Options {
 	o.DialTimeout = cmp.Or(o.DialTimeout, 5*time.Second)
 	o.CapabilityTimeout = cmp.Or(o.CapabilityTimeout, 2*time.Second)
 	o.minBackoff = cmp.Or(o.minBackoff, 100*time.Millisecond)
-	o.Datagram.Window = cmp.Or(o.Datagram.Window, 64)
-	o.Datagram.AckTimeout = cmp.Or(o.Datagram.AckTimeout, 2*time.Second)
-	o.Datagram.MaxRetransmit = cmp.Or(o.Datagram.MaxRetransmit, 4)
 	return o
 }

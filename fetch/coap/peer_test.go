@@ -44,6 +44,13 @@ func (p *peer) readUntil(code codes.Code) (m coaptest.Message, ok bool) {
 	}
 }
 
+// begin says what it can receive, and returns the first message with the code.
+func (p *peer) begin(code codes.Code) coaptest.Message {
+	p.write(csm)
+	m, _ := p.readUntil(code)
+	return m
+}
+
 // write sends bytes. It reports whether that was possible.
 func (p *peer) write(b ...[]byte) bool {
 	_, err := p.conn.Write(bytes.Join(b, nil))

@@ -72,8 +72,7 @@ func TestSignals(t *testing.T) {
 	done := make(chan struct{})
 	store := openPeer(t, coap.Options{}, func(_ int, p *peer) {
 		defer close(done)
-		p.write(csm)
-		m, _ := p.readUntil(codes.GET)
+		m := p.begin(codes.GET)
 		for _, v := range []struct {
 			send []byte
 			want codes.Code
@@ -109,8 +108,7 @@ func TestRelease(t *testing.T) {
 	group.Add(2)
 	store := openPeer(t, coap.Options{}, func(connection int, p *peer) {
 		defer group.Done()
-		p.write(csm)
-		m, _ := p.readUntil(codes.GET)
+		m := p.begin(codes.GET)
 		if connection == 0 {
 			p.write(coaptest.Stream(codes.Release, wire.Token{}, nil, ""), coaptest.Stream(codes.Ping, wire.Token{}, nil, ""))
 			p.readUntil(codes.Pong)
@@ -331,8 +329,7 @@ func TestPutAnswers(t *testing.T) {
 		{codes.InternalServerError, false, false}, {codes.RequestEntityTooLarge, false, false}, {codes.Continue, false, false},
 	} {
 		store := openPeer(t, coap.Options{}, func(_ int, p *peer) {
-			p.write(csm)
-			m, _ := p.readUntil(codes.PUT)
+			m := p.begin(codes.PUT)
 			p.write(coaptest.Stream(v.code, m.Token, nil, "why"))
 			p.awaitEnd()
 		})
@@ -448,8 +445,7 @@ func TestCloseWhileReleased(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
 	released := make(chan struct{})
 	store := openPeer(t, coap.Options{RequestTimeout: time.Hour}, func(connection int, p *peer) {
-		p.write(csm)
-		m, _ := p.readUntil(codes.GET)
+		m := p.begin(codes.GET)
 		if connection == 0 {
 			p.write(coaptest.Stream(codes.Release, wire.Token{}, nil, ""), coaptest.Stream(codes.Ping, wire.Token{}, nil, ""))
 			p.readUntil(codes.Pong)

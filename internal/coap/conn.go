@@ -179,13 +179,17 @@ func (c *Conn) serve() {
 	group.Go(c.watch)
 	err := c.read()
 	protocol, broken := err.(*protocolError)
+	agreed := err == errReleased || c.draining // which nobody else sets
 	switch {
 	case broken:
 		c.leave(codes.Abort, protocol.option(), protocol.Error(), protocol.error)
 	case err == io.EOF || err == errReleased:
 		// The peer may well wait for answers to what it has sent.
 		c.config.Handler.Finish(false)
-		c.leave(codes.Empty, nil, "", c.endOf(err))
+		if err = errReleased; !agreed {
+			err = io.ErrUnexpectedEOF
+		}
+		c.leave(codes.Empty, nil, "", err)
 	default:
 		c.Close(err)
 	}
@@ -195,16 +199,6 @@ func (c *Conn) serve() {
 	if socket, ok := c.conn.(interface{ Wait() }); ok {
 		socket.Wait() // a WebSocket takes leave
 	}
-}
-
-// endOf returns what the end of the stream means.
-func (c *Conn) endOf(err error) error {
-	c.Lock()
-	defer c.Unlock()
-	if err == io.EOF && !c.draining {
-		return io.ErrUnexpectedEOF
-	}
-	return errReleased
 }
 
 // refuser is the handler of a peer that has nothing.

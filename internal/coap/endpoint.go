@@ -3,6 +3,7 @@
 package coap
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -37,27 +38,29 @@ const (
 	maxUnacknowledged = 1024
 )
 
-// EndpointConfig says how an [Endpoint] behaves. All numbers must be positive.
+// EndpointConfig says how an [Endpoint] behaves. Zero fields stand for the defaults.
 type EndpointConfig struct {
 	// Window is the most exchanges under way at a time. RFC 7252, section 4.7, allows one (NSTART)
 	// unless there is a congestion control; here the window starts at 4, grows by one per round
-	// trip, and halves when a message is lost.
+	// trip, and halves when a message is lost. Default 64.
 	Window int
 	// AckTimeout is how long the first copy of a message waits to be acknowledged; each further
 	// wait is twice as long. Once round trips have been measured, their time counts if it is
-	// shorter.
+	// shorter. Default 2 s (RFC 7252, section 4.8).
 	AckTimeout time.Duration
-	// MaxRetransmit is how often a message is sent again.
+	// MaxRetransmit is how often a message is sent again. Default 4 (RFC 7252, section 4.8).
 	MaxRetransmit int
-	// Timeout is how long a request waits for its answer in all.
+	// Timeout is how long a request waits for its answer in all. It must be positive.
 	Timeout time.Duration
 	// Dial makes a socket that is connected to a peer, which must be a [net.PacketConn] as well,
 	// unless one was given. Only then requests can be made.
 	Dial func() (net.Conn, error)
 
-	// Workers is how many requests of peers are served at a time.
+	// Workers is how many requests of peers are served at a time; more are left in the buffer of the
+	// kernel, and dropped when that is full; peers then ask again. Default 1.
 	Workers int
-	// AckDelay is after what time a request of the peer is acknowledged apart from its answer.
+	// AckDelay is after what time a request of the peer is acknowledged apart from its answer; it
+	// must be below the 2 s after which peers ask again. Default 1 s.
 	AckDelay time.Duration
 	// Paths are the resources that may be requested, and Handler serves them: it must call
 	// [Packet.Respond] once, and may wait. If it is nil peers are told that we have nothing.
@@ -113,6 +116,11 @@ type confirmable struct {
 // NewEndpoint makes an endpoint of a socket, which is its own from then on. If there is none,
 // requests wait until config.Dial has made it. [Endpoint.Run] must be called.
 func NewEndpoint(conn net.PacketConn, config EndpointConfig) *Endpoint {
+	config.Window = cmp.Or(config.Window, 64)
+	config.AckTimeout = cmp.Or(config.AckTimeout, 2*time.Second)
+	config.MaxRetransmit = cmp.Or(config.MaxRetransmit, 4)
+	config.Workers = cmp.Or(config.Workers, 1)
+	config.AckDelay = cmp.Or(config.AckDelay, time.Second)
 	e := &Endpoint{
 		conn:      conn,
 		config:    config,
@@ -137,7 +145,7 @@ func NewEndpoint(conn net.PacketConn, config EndpointConfig) *Endpoint {
 func (e *Endpoint) Run() error {
 	if e.conn != nil || e.connect(e.config.Dial) {
 		var group sync.WaitGroup
-		for range max(1, e.config.Workers) {
+		for range e.config.Workers {
 			group.Go(func() {
 				err := e.receive()
 				e.Lock()
