@@ -112,7 +112,7 @@ func TestStoreLargeItem(t *testing.T) {
 					t.Fatalf("block %d is there %d times", i, store.refs[numbered(block, i)])
 				}
 			}
-			if n := most.Load(); n > 64*32+10 {
+			if n := most.Load(); n > 64+10 {
 				t.Errorf("%d goroutines", n)
 			}
 		})
@@ -350,12 +350,5 @@ func TestClose(t *testing.T) {
 		c.conn.Close()
 		source.Close()
 	}
-	for range 500 {
-		if runtime.NumGoroutine() <= before {
-			return
-		}
-		pause()
-	}
-	stacks := make([]byte, 1<<16)
-	t.Errorf("goroutines are left:\n%s", stacks[:runtime.Stack(stacks, true)])
+	sourcetest.AwaitGoroutines(t, before)
 }

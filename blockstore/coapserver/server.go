@@ -286,20 +286,10 @@ func (s *Server) stopAccepting() {
 // ends before that, it closes everything as Close does, and returns the cause.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.stopAccepting()
-	finished := make(chan struct{})
-	go func() {
-		s.services.Wait()
-		close(finished)
-	}()
-	select {
-	case <-finished:
-		s.cancel()
-		return nil
-	case <-ctx.Done():
-		s.Close()
-		<-finished
-		return context.Cause(ctx)
-	}
+	defer context.AfterFunc(ctx, s.cancel)()
+	s.services.Wait()
+	s.cancel()
+	return context.Cause(ctx)
 }
 
 // Close closes all listeners and connections at once and waits until all calls of Serve,

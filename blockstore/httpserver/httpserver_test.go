@@ -3,7 +3,6 @@
 package httpserver_test
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -11,8 +10,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/http/httptest"
-	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -340,66 +337,35 @@ func TestHostile(t *testing.T) {
 	}
 }
 
-// TestBounds has more connections and more requests than are allowed.
+// TestBounds has more requests than are allowed; package admission bounds connections.
 func TestBounds(t *testing.T) {
 	waiting := &waiting{entered: make(chan struct{}, 16), leave: make(chan struct{})}
-	server, address := serve(t, httpserver.Config{Source: transport(t, waiting.get), MaxConnections: 3, MaxRequests: 3}, readWrite)
-	dial := func() net.Conn {
-		conn, err := net.Dial("tcp", address)
-		must(t, err)
-		t.Cleanup(func() { conn.Close() })
-		conn.SetDeadline(time.Now().Add(time.Minute))
-		return conn
-	}
-	get := "GET /uri-res/N2R?urn:blake2b:" + eris.Sum(nil).String() + " HTTP/1.1\r\nHost: x\r\n\r\n"
-	status := func(conn net.Conn) int {
-		answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	_, address := serve(t, httpserver.Config{Source: transport(t, waiting.get), MaxRequests: 3}, readWrite)
+	status := func() int {
+		answer, err := client(t, false).Get("http://" + address + "/uri-res/N2R?urn:blake2b:" + eris.Sum(nil).String())
 		if err != nil {
 			t.Error(err)
 			return 0
 		}
-		io.Copy(io.Discard, answer.Body)
+		answer.Body.Close()
 		return answer.StatusCode
 	}
-	var conns []net.Conn
+	var group sync.WaitGroup
 	for range 3 {
-		conn := dial()
-		conns = append(conns, conn)
-		io.WriteString(conn, get)
+		group.Go(func() {
+			if got := status(); got != 404 {
+				t.Errorf("status %d", got)
+			}
+		})
 		<-waiting.entered
 	}
-	// A further request is refused, on whichever connection it comes.
-	recorder := httptest.NewRecorder()
-	server.ServeHTTP(recorder, readWrite, httptest.NewRequest("GET", "/", nil))
-	if recorder.Code != 503 {
-		t.Errorf("a further request at a time is answered by %d", recorder.Code)
-	}
-	// All connections are busy.
-	fourth := dial()
-	io.WriteString(fourth, get)
-	if n, err := fourth.Read(make([]byte, 1)); n != 0 || errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("the fourth connection is served: %v", err)
+	if got := status(); got != 503 {
+		t.Errorf("a further request at a time is answered by %d", got)
 	}
 	close(waiting.leave)
-	for _, conn := range conns {
-		if got := status(conn); got != 404 {
-			t.Errorf("status %d", got)
-		}
-	}
-	// They are idle now, or will be in a moment, and make room.
-	for begin := time.Now(); ; {
-		conn := dial()
-		io.WriteString(conn, get)
-		answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
-		if err == nil {
-			if answer.StatusCode != 404 {
-				t.Errorf("status %d", answer.StatusCode)
-			}
-			break
-		}
-		if time.Since(begin) > time.Minute {
-			t.Fatal("there is never room again")
-		}
+	group.Wait()
+	if got := status(); got != 404 {
+		t.Errorf("a request after that is answered by %d", got)
 	}
 }
 

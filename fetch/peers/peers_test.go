@@ -3,20 +3,16 @@
 package peers_test
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"net"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -338,29 +334,3 @@ func TestSilent(t *testing.T) {
 		}
 	})
 }
-
-// TestFlood checks that a peer that sends what was not asked for is dropped.
-func TestFlood(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		g := newGroup()
-		defer g.close()
-		_, block := sourcetest.NewBlock(eris.BlockSize1KiB)
-		c := g.join("flood", func(far net.Conn) {
-			far.Write(coaptest.CSM)
-			go bufio.NewReader(far).WriteTo(discard{})
-			for i := uint32(1); ; i++ {
-				if _, err := far.Write(coaptest.Stream(codes.Content, coaptest.Token(i), nil, block)); err != nil {
-					return
-				}
-			}
-		})
-		synctest.Wait()
-		if _, err := c.State(); err == nil || !strings.Contains(err.Error(), "too much that was not requested") {
-			t.Errorf("the connection ended by %v", err)
-		}
-	})
-}
-
-type discard struct{}
-
-func (discard) Write(p []byte) (int, error) { return len(p), nil }

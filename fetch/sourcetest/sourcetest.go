@@ -102,14 +102,14 @@ func Test(t *testing.T, open func(t *testing.T, backend *Backend) Fixture) {
 				defer s.close(t)
 				test.run(t, s)
 			})
-			awaitGoroutines(t, before)
+			AwaitGoroutines(t, before)
 		})
 	}
 }
 
-// awaitGoroutines waits until there are no more goroutines than before. If that never comes to
+// AwaitGoroutines waits until there are no more goroutines than before. If that never comes to
 // pass, it says which there are.
-func awaitGoroutines(t *testing.T, before int) {
+func AwaitGoroutines(t *testing.T, before int) {
 	t.Helper()
 	for range 500 {
 		if runtime.NumGoroutine() <= before {
