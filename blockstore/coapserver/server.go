@@ -87,9 +87,8 @@ type Config struct {
 	// Document is what else there is, unless it has no path.
 	Document Document
 
-	// MaxConnections is the most connections at a time per listener, of which one host may have
-	// half (see package internal/admission). Where there are more, the one that has been idle the
-	// longest is closed, or the new one if all are busy. Default 256.
+	// MaxConnections is the most connections at a time per listener: see [admission.Gate.Enter].
+	// Default 256.
 	MaxConnections int
 	// MaxPutBytes bounds the memory for blocks that are being stored: per connection, and for all
 	// but a first 256 KiB of each connection together. Defaults 16 MiB and 256 MiB.

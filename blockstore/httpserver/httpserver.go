@@ -62,17 +62,14 @@ type Config struct {
 	// 500.
 	Sink eris.Sink
 
-	// MaxConnections is the most connections at a time per listener, of which one host may have
-	// half (see package internal/admission). Where there are more, the one that has been idle the
-	// longest is closed, or the new one if all are busy. Default 256.
+	// MaxConnections is the most connections at a time per listener: see [admission.Gate.Enter].
+	// Default 256.
 	MaxConnections int
 	// MaxRequests is the most requests at a time in all, each of which needs 32 KiB; further ones
 	// are answered by 503. Default 4096.
 	MaxRequests int64
-	// HeaderTimeout is how long the header of a request may take. Default 30 s.
-	HeaderTimeout time.Duration
-	// RequestTimeout is how long a request may take to come and its answer to go, each. Default 60
-	// s.
+	// RequestTimeout is how long a request may take to come, its header at most 30 s, and its answer
+	// to go. Default 60 s.
 	RequestTimeout time.Duration
 	// Wrap, if not nil, returns a handler that has h answer requests, and logs them for example.
 	Wrap func(h http.Handler) http.Handler
@@ -100,7 +97,6 @@ type Server struct {
 func New(config Config) *Server {
 	config.MaxConnections = cmp.Or(config.MaxConnections, 256)
 	config.MaxRequests = cmp.Or(config.MaxRequests, 4096)
-	config.HeaderTimeout = cmp.Or(config.HeaderTimeout, 30*time.Second)
 	config.RequestTimeout = cmp.Or(config.RequestTimeout, time.Minute)
 	if config.Log == nil {
 		config.Log = func(error) {}
@@ -120,10 +116,9 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener, access Access
 		handler = s.config.Wrap(handler)
 	}
 	server := gate.Server(handler)
-	server.ReadHeaderTimeout = s.config.HeaderTimeout
+	server.ReadHeaderTimeout = min(server.ReadHeaderTimeout, s.config.RequestTimeout)
 	server.ReadTimeout = s.config.RequestTimeout
 	server.WriteTimeout = 2 * s.config.RequestTimeout // net/http counts it from the end of the header
-	server.IdleTimeout = 2 * time.Minute
 	server.BaseContext = func(net.Listener) context.Context { return s.ctx }
 	server.HTTP2 = &http.HTTP2Config{
 		MaxConcurrentStreams:          maxStreams,

@@ -312,7 +312,7 @@ func raw(t *testing.T, address, text string) string {
 func TestHostile(t *testing.T) {
 	store := openStore(t)
 	_, address := serve(t, httpserver.Config{
-		Source: store, Sink: store.Put, HeaderTimeout: 200 * time.Millisecond, RequestTimeout: 300 * time.Millisecond,
+		Source: store, Sink: store.Put, RequestTimeout: 300 * time.Millisecond,
 	}, readWrite)
 	const head = "PUT /uri-res/N2R HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
 	kib := strings.Repeat("x", 1024)

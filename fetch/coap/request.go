@@ -51,24 +51,22 @@ func (q *request) start(r *fetch.Request) {
 	q.connection, q.exchange, q.started = nil, &q.first, false
 	q.stop = nil
 	q.mu.Unlock()
-	x := q.exchange
-	if r.Have != nil {
-		q.dst = r.Dst[:cap(r.Dst)]
-		x.Store, x.Dst, x.Block = q.store.have, q.dst, wire.Block{}
-		q.connect()
-		return
+	x := &q.first
+	q.dst = r.Dst[:cap(r.Dst)]
+	x.Store, x.Block, x.Payload = q.store.have, wire.Block{}, nil
+	if r.Have == nil {
+		switch {
+		case !r.Size.Valid() || cap(r.Dst) < int(r.Size):
+			q.end(0, errSize)
+			return
+		case !q.store.url.Get:
+			q.end(0, eris.ErrNotFound)
+			return
+		}
+		q.dst = r.Dst[:r.Size]
+		x.Store, x.Reference, x.Size = q.store.blocks, r.Pair.Reference, r.Size
 	}
-	switch {
-	case !r.Size.Valid() || cap(r.Dst) < int(r.Size):
-		q.end(0, errSize)
-		return
-	case !q.store.url.Get:
-		q.end(0, eris.ErrNotFound)
-		return
-	}
-	q.dst = r.Dst[:r.Size]
-	x.Store, x.Payload = q.store.blocks, nil
-	x.Reference, x.Size, x.Dst, x.Block = r.Pair.Reference, r.Size, q.dst, wire.Block{}
+	x.Dst = q.dst
 	q.connect()
 }
 

@@ -175,6 +175,7 @@ func TestServe(t *testing.T) {
 		read(ask(), "") // there is no room
 		answer <- struct{}{}
 		read(first, "HTTP/1.1 200 ")
+		synctest.Wait()
 		second := ask()
 		read(first, "") // was idle, and has made room
 		begin := time.Now()

@@ -145,7 +145,7 @@ func NewConn(conn net.Conn, config Config) *Conn {
 // open begins to use a stream. The lock must be held.
 func (c *Conn) open(conn net.Conn) {
 	c.conn, c.queue.conn = conn, conn
-	c.reader = newReader(conn, MessageSize)
+	c.reader = newReader(conn)
 	closeOnce(c.opened)
 }
 

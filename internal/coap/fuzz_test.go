@@ -26,7 +26,7 @@ type streamMessage struct {
 
 // readStream reads messages to the end.
 func readStream(r io.Reader) (messages []streamMessage, err error) {
-	reader := newReader(r, MessageSize)
+	reader := newReader(r)
 	for {
 		head, body, ok, err := reader.next()
 		if err != nil {

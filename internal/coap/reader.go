@@ -24,7 +24,6 @@ const (
 // reader reads messages from a stream. It must not be used by several goroutines at a time.
 type reader struct {
 	conn   io.Reader
-	limit  int
 	buffer []byte
 	start  int // of what is not consumed
 	end    int
@@ -32,17 +31,14 @@ type reader struct {
 	moved  atomic.Int64 // bytes read within large messages
 }
 
-// newReader returns a reader for messages of at most limit bytes, which must not be above
-// MessageSize.
-func newReader(conn io.Reader, limit int) *reader {
-	return &reader{conn: conn, limit: min(limit, MessageSize), buffer: make([]byte, firstBuffer)}
-}
+// newReader returns a reader for messages of at most MessageSize bytes.
+func newReader(conn io.Reader) *reader { return &reader{conn: conn, buffer: make([]byte, firstBuffer)} }
 
 // next returns the next message if all of it is in the buffer; it never waits. The head alone may
 // be there before, and ok is then false. The body is valid until the next call of fill. Its errors
 // are those of ParseHead, but for ErrShortHead.
 func (r *reader) next() (head Head, body []byte, ok bool, err error) {
-	head, err = ParseHead(r.buffer[r.start:r.end], r.limit)
+	head, err = ParseHead(r.buffer[r.start:r.end], MessageSize)
 	switch {
 	case err == ErrShortHead:
 		return Head{}, nil, false, nil

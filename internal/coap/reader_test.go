@@ -18,7 +18,7 @@ func TestReaderMemory(t *testing.T) {
 	short := encode(codes.GET, makeToken(1), nil, make([]byte, 100))
 	long := encode(codes.Content, makeToken(1), nil, bytes.Repeat([]byte("long"), 10000))
 	sent := slices.Concat(bytes.Repeat(short, 1000), long, short, long)
-	r := newReader(iotest.OneByteReader(bytes.NewReader(sent)), MessageSize)
+	r := newReader(iotest.OneByteReader(bytes.NewReader(sent)))
 	var got []int
 	for {
 		head, body, ok, err := r.next()
