@@ -173,7 +173,7 @@ func (c *conn) isFull() bool {
 	if bytes <= guaranteed || c.peer.Broken() {
 		return false
 	}
-	return bytes >= c.server.config.MaxAnswerBytes || c.server.answerBytes.Load() > c.server.config.MaxTotalAnswerBytes
+	return bytes >= c.server.config.MaxBytes || c.server.answerBytes.Load() > c.server.config.MaxTotalBytes
 }
 
 // dispatch does what was requested, and waits if too much is.

@@ -24,7 +24,7 @@ func TestManyWaiting(t *testing.T) {
 	backend.Set(ref, block)
 	source := backend.Open(4)
 	defer source.Close()
-	s := New(Config{Source: source, MaxAnswerBytes: 1 << 20})
+	s := New(Config{Source: source, MaxBytes: 1 << 20})
 	server, client := net.Pipe()
 	c := newConn(s, server, Access{Get: true}, func(bool) {})
 	served := make(chan struct{})

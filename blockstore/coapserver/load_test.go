@@ -180,9 +180,9 @@ func awaitStill(value func() int64) int64 {
 func TestBackPressure(t *testing.T) {
 	store := &held{release: make(chan struct{})}
 	_, address := serveConfig(t, "unix", readWrite, coapserver.Config{
-		Sink:             store,
-		MaxPutBytes:      2 << 20,
-		MaxTotalPutBytes: 3 << 20,
+		Sink:          store,
+		MaxBytes:      2 << 20,
+		MaxTotalBytes: 3 << 20,
 	})
 	const clients, count = 5, 300
 	var group sync.WaitGroup
@@ -260,10 +260,10 @@ func TestSlowReader(t *testing.T) {
 	store := newMemory()
 	ref, _ := store.Add(eris.BlockSize32KiB)
 	_, address := serveConfig(t, "unix", readWrite, coapserver.Config{
-		Source:              store,
-		MaxAnswerBytes:      1 << 20,
-		MaxTotalAnswerBytes: 2 << 20,
-		MessageTimeout:      300 * time.Millisecond,
+		Source:         store,
+		MaxBytes:       1 << 20,
+		MaxTotalBytes:  2 << 20,
+		MessageTimeout: 300 * time.Millisecond,
 	})
 	var group sync.WaitGroup
 	for range 4 {

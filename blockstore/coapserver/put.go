@@ -109,10 +109,10 @@ func (c *conn) handOverBatch() {
 	}
 	if c.putting > 0 {
 		s := c.server
-		if int64(c.putting+1)*batchSize > s.config.MaxPutBytes {
+		if int64(c.putting+1)*batchSize > s.config.MaxBytes {
 			return
 		}
-		if s.putBytes.Add(batchSize) > s.config.MaxTotalPutBytes {
+		if s.putBytes.Add(batchSize) > s.config.MaxTotalBytes {
 			s.putBytes.Add(-batchSize)
 			return
 		}

@@ -33,9 +33,9 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 
-// A Sink takes blocks. PutBatch returns nil only once all of them are stored as durably as they ever
-// will be: the clients are then told so. Refs and blocks have the same length. It must not keep the
-// memory of blocks. It is called by many goroutines at a time. An error that wraps
+// A Sink takes blocks. PutBatch returns nil only once all of them are stored as durably as they
+// ever will be: the clients are then told so. Refs and blocks have the same length. It must not
+// keep the memory of blocks. It is called by many goroutines at a time. An error that wraps
 // fetch.ErrReadOnly is answered by 4.05, any other by 5.00.
 type Sink interface {
 	PutBatch(ctx context.Context, refs []eris.Reference, blocks [][]byte) error
@@ -77,10 +77,10 @@ type Access struct {
 type Config struct {
 	// Path is the path of the store, segment by segment; nil stands for that of the well-known one.
 	Path []string
-	// Source is where blocks come from; nil if none can be had. Requests are
-	// cancelled when their clients are gone. If a client does not say which size it wants, which
-	// every client known does, it is requested in both. Which blocks there are is said if the
-	// Source is a [fetch.Haver] (docs/formats.md). The server does not close it.
+	// Source is where blocks come from; nil if none can be had. Requests are cancelled when their
+	// clients are gone. If a client does not say which size it wants, which every client known
+	// does, it is requested in both. Which blocks there are is said if the Source is a
+	// [fetch.Haver] (docs/formats.md). The server does not close it.
 	Source fetch.Source
 	// Sink is where blocks go; nil if none are taken.
 	Sink Sink
@@ -90,12 +90,10 @@ type Config struct {
 	// MaxConnections is the most connections at a time per listener: see [admission.Gate.Enter].
 	// Default 256.
 	MaxConnections int
-	// MaxPutBytes bounds the memory for blocks that are being stored: per connection, and for all
-	// but a first 256 KiB of each connection together. Defaults 16 MiB and 256 MiB.
-	MaxPutBytes, MaxTotalPutBytes int64
-	// MaxAnswerBytes bounds the memory for answers that the client has not taken yet, in the same
-	// way. Defaults 16 MiB and 256 MiB.
-	MaxAnswerBytes, MaxTotalAnswerBytes int64
+	// MaxBytes and MaxTotalBytes bound the memory for blocks that are being stored, and as much for
+	// answers that clients have not taken yet: per connection, and for all but a first 256 KiB of
+	// each connection together. Defaults 16 MiB and 256 MiB.
+	MaxBytes, MaxTotalBytes int64
 	// MaxGets is the most blocks that are looked up at a time for a connection, and eight times
 	// that where others are asked for them, which takes longer; each needs 32 KiB. Default 32.
 	MaxGets int
@@ -122,10 +120,8 @@ func (c Config) withDefaults() Config {
 	}
 	c.Path = slices.Clip(c.Path)
 	c.MaxConnections = cmp.Or(c.MaxConnections, 256)
-	c.MaxPutBytes = cmp.Or(c.MaxPutBytes, 16<<20)
-	c.MaxTotalPutBytes = cmp.Or(c.MaxTotalPutBytes, 256<<20)
-	c.MaxAnswerBytes = cmp.Or(c.MaxAnswerBytes, 16<<20)
-	c.MaxTotalAnswerBytes = cmp.Or(c.MaxTotalAnswerBytes, 256<<20)
+	c.MaxBytes = cmp.Or(c.MaxBytes, 16<<20)
+	c.MaxTotalBytes = cmp.Or(c.MaxTotalBytes, 256<<20)
 	c.MaxGets = cmp.Or(c.MaxGets, 32)
 	c.IdleTimeout = cmp.Or(c.IdleTimeout, 10*time.Minute)
 	c.MessageTimeout = cmp.Or(c.MessageTimeout, time.Minute)
@@ -184,8 +180,8 @@ func New(config Config) *Server {
 }
 
 // Serve accepts connections and serves them, until the listener fails, or until Shutdown or Close:
-// then it returns nil. It closes the listener. For TLS, the listener must be one of crypto/tls, with the protocol "coap"
-// (RFC 8323, section 8.2).
+// then it returns nil. It closes the listener. For TLS, the listener must be one of crypto/tls,
+// with the protocol "coap" (RFC 8323, section 8.2).
 func (s *Server) Serve(listener net.Listener, access Access) error {
 	defer listener.Close()
 	if !s.begin() {

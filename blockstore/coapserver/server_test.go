@@ -290,8 +290,8 @@ func TestParts(t *testing.T) {
 	}
 }
 
-// TestRelay checks from where a block comes where clients may have
-// others asked, and what is answered to a request that may not go on (RFC 8768).
+// TestRelay checks from where a block comes where clients may have others asked, and what is
+// answered to a request that may not go on (RFC 8768).
 func TestRelay(t *testing.T) {
 	own, others := newMemory(), newMemory()
 	small, block := others.Add(eris.BlockSize1KiB)

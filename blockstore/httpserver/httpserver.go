@@ -68,8 +68,8 @@ type Config struct {
 	// MaxRequests is the most requests at a time in all, each of which needs 32 KiB; further ones
 	// are answered by 503. Default 4096.
 	MaxRequests int64
-	// RequestTimeout is how long a request may take to come, its header at most 30 s, and its answer
-	// to go. Default 60 s.
+	// RequestTimeout is how long a request may take to come, its header at most 30 s, and its
+	// answer to go. Default 60 s.
 	RequestTimeout time.Duration
 	// Wrap, if not nil, returns a handler that has h answer requests, and logs them for example.
 	Wrap func(h http.Handler) http.Handler

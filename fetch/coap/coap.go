@@ -137,8 +137,8 @@ func (s *Store) Close() error {
 	return nil
 }
 
-// Document gets a text of at most 32 KiB that a server has at a path, segment by segment, beside its
-// store.
+// Document gets a text of at most 32 KiB that a server has at a path, segment by segment, beside
+// its store.
 func (s *Store) Document(ctx context.Context, path ...string) ([]byte, error) {
 	c, err := s.main.get()
 	if err != nil {

@@ -114,8 +114,8 @@ func TestHostile(t *testing.T) {
 		}
 		return b
 	}
-	// respond sends what reply makes to the first GET, and its parts if it has any, and then goes on
-	// as a good peer.
+	// respond sends what reply makes to the first GET, and its parts if it has any, and then goes
+	// on as a good peer.
 	respond := func(reply func(m coaptest.Message) []byte) func(*peer) {
 		return func(p *peer) {
 			first := true

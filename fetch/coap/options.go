@@ -18,8 +18,8 @@ type Options struct {
 	// from what it has itself.
 	HopLimit uint8
 
-	// Window is the most requests on a stream that are without an answer at a time; further ones wait
-	// for their turn. Default 16384, at most 65536.
+	// Window is the most requests on a stream that are without an answer at a time; further ones
+	// wait for their turn. Default 16384, at most 65536.
 	Window int
 
 	// RequestTimeout is for how long a connection may make no progress with what was requested: no

@@ -56,8 +56,8 @@ type EndpointConfig struct {
 	// unless one was given. Only then requests can be made.
 	Dial func() (net.Conn, error)
 
-	// Workers is how many requests of peers are served at a time; more are left in the buffer of the
-	// kernel, and dropped when that is full; peers then ask again. Default 1.
+	// Workers is how many requests of peers are served at a time; more are left in the buffer of
+	// the kernel, and dropped when that is full; peers then ask again. Default 1.
 	Workers int
 	// AckDelay is after what time a request of the peer is acknowledged apart from its answer; it
 	// must be below the 2 s after which peers ask again. Default 1 s.

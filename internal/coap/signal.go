@@ -24,8 +24,8 @@ func (c Capabilities) BERT() bool { return c.BlockWise && c.MessageSize > baseMe
 
 // parseSignal reads the options of a signalling message. A capability message is applied; what it
 // does not mention stays as it was. An error, with the number of the option of such a message that
-// is at fault, if one is, means that the connection must be aborted (RFC 8323, section 5.2). No option that is defined for
-// other messages is critical.
+// is at fault, if one is, means that the connection must be aborted (RFC 8323, section 5.2). No
+// option that is defined for other messages is critical.
 func (c *Capabilities) parseSignal(code codes.Code, body []byte) (payload []byte, bad message.OptionID, err error) {
 	next := *c
 	options := walkOptions(body)

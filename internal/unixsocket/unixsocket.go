@@ -75,14 +75,22 @@ func listen(path string, mode fs.FileMode, group int) (_ net.Listener, err error
 	if err != nil {
 		return nil, err
 	}
-	l := &listener{UnixListener: inner.(*net.UnixListener), path: path, lock: lock}
+	made, err := os.Lstat(path)
+	l := &listener{UnixListener: inner.(*net.UnixListener)}
 	l.SetUnlinkOnClose(false)
+	l.close = sync.OnceValue(func() (err error) {
+		// Before the socket is dead, nobody else replaces it; afterwards it may be somebody else's.
+		if info, e := os.Lstat(path); e == nil && made != nil && os.SameFile(info, made) {
+			err = os.Remove(path)
+		}
+		return errors.Join(err, l.UnixListener.Close(), lock.Close())
+	})
 	defer func() {
 		if err != nil {
 			l.Close()
 		}
 	}()
-	if l.made, err = os.Lstat(path); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	if group >= 0 {
@@ -124,21 +132,7 @@ func removeDead(path string) error {
 // listener removes its socket when it is closed.
 type listener struct {
 	*net.UnixListener
-	path string
-	made fs.FileInfo
-	lock *os.File
-
-	once sync.Once
-	err  error
+	close func() error
 }
 
-func (l *listener) Close() error {
-	l.once.Do(func() {
-		// Before the socket is dead, nobody else replaces it; afterwards it may be somebody else's.
-		if info, err := os.Lstat(l.path); err == nil && l.made != nil && os.SameFile(info, l.made) {
-			l.err = os.Remove(l.path)
-		}
-		l.err = errors.Join(l.err, l.UnixListener.Close(), l.lock.Close())
-	})
-	return l.err
-}
+func (l *listener) Close() error { return l.close() }

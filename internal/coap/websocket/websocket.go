@@ -44,14 +44,12 @@ var (
 // WebSocket.
 //
 // It is a net.Conn for [coap.Conn]. A peer that breaks the framing makes Read fail; messages above
-// the limit of 64 KiB are not read to their end. A read that its deadline ends is the end of the
-// connection. What is written must be whole messages in the end. Wait is to be called after Close,
-// as coap.Conn does.
+// the limit of 64 KiB are not read to their end. A read or a write that its deadline ends is the
+// end of the connection. What is written must be whole messages in the end. Wait is to be called
+// after Close, as coap.Conn does.
 type webSocket struct {
-	net.Conn // below it
+	net.Conn // below it, whose deadlines hold
 	socket   *websocket.Conn
-	reading  context.Context // ends with the read deadline
-	stop     context.CancelFunc
 	group    sync.WaitGroup
 	close    sync.Once
 
@@ -59,18 +57,15 @@ type webSocket struct {
 	rest []byte // what has not been read of it
 	out  []byte // the message that is being written, with the head as on other streams
 
-	mu       sync.Mutex
-	fault    error     // of the peer
-	deadline time.Time // for writing
+	mu    sync.Mutex
+	fault error // of the peer
 }
 
 // New takes over a WebSocket whose opening handshake is done, and the connection that it was done
 // on.
 func New(socket *websocket.Conn, conn net.Conn) net.Conn {
 	socket.SetReadLimit(coap.MessageSize)
-	w := &webSocket{Conn: conn, socket: socket, in: make([]byte, headRoom+coap.MessageSize+1)}
-	w.reading, w.stop = context.WithCancel(context.Background())
-	return w
+	return &webSocket{Conn: conn, socket: socket, in: make([]byte, headRoom+coap.MessageSize+1)}
 }
 
 // Read returns what has been received.
@@ -94,7 +89,7 @@ func (w *webSocket) Read(b []byte) (int, error) {
 
 // receive receives a message.
 func (w *webSocket) receive() error {
-	kind, r, err := w.socket.Reader(w.reading)
+	kind, r, err := w.socket.Reader(context.Background())
 	if err != nil {
 		return err
 	}
@@ -173,16 +168,7 @@ func (w *webSocket) write(b []byte) (int, error) {
 	message := w.out[head.Size-2-int(head.Token.Size):]
 	message[0] = head.Token.Size
 	w.out = w.out[:0]
-	w.mu.Lock()
-	deadline := w.deadline
-	w.mu.Unlock()
-	ctx := context.Background()
-	if !deadline.IsZero() {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithDeadline(ctx, deadline)
-		defer cancel()
-	}
-	return n, w.socket.Write(ctx, websocket.MessageBinary, message)
+	return n, w.socket.Write(context.Background(), websocket.MessageBinary, message)
 }
 
 // Close ends the connection. The peer is told, and given a moment to agree; the connection waits
@@ -195,7 +181,6 @@ func (w *webSocket) Close() error {
 			// If the peer does not answer, or is gone already, that is the end all the same.
 			_ = w.socket.Close(w.status())
 			w.Conn.Close()
-			w.stop()
 		})
 	})
 	return nil
@@ -219,20 +204,3 @@ func (w *webSocket) status() (websocket.StatusCode, string) {
 
 // Wait waits until all is over after Close: at most as long as the peer may take to agree.
 func (w *webSocket) Wait() { w.group.Wait() }
-
-// SetReadDeadline makes Read fail at that time, for good.
-func (w *webSocket) SetReadDeadline(t time.Time) error {
-	if !t.IsZero() {
-		time.AfterFunc(time.Until(t), w.stop)
-	}
-	return nil
-}
-
-// SetWriteDeadline is for calls of Write from now on. One that fails by it is the end of the
-// connection.
-func (w *webSocket) SetWriteDeadline(t time.Time) error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.deadline = t
-	return nil
-}

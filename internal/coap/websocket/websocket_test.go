@@ -21,8 +21,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 
-// peer is the other end of a WebSocket. Its messages are read by the library, and frames, wrong ones
-// as well, are written by hand (RFC 6455).
+// peer is the other end of a WebSocket. Its messages are read by the library, and frames, wrong
+// ones as well, are written by hand (RFC 6455).
 type peer struct {
 	t      *testing.T
 	socket *websocket.Conn
