@@ -171,6 +171,15 @@ func (s *suite) mustGet(t *testing.T, ref eris.Reference, want []byte) {
 	}
 }
 
+// mustMiss gets a block that nobody has.
+func (s *suite) mustMiss(t *testing.T, size eris.BlockSize) {
+	t.Helper()
+	ref, _ := NewBlock(size)
+	if _, err := s.get(t.Context(), ref, size); !errors.Is(err, eris.ErrNotFound) {
+		t.Errorf("%v: error is %v, not that the block is missing", size, err)
+	}
+}
+
 // getAgain gets a block; failures are forgiven for a while.
 func (s *suite) getAgain(t *testing.T, ref eris.Reference, want []byte) {
 	t.Helper()
@@ -216,10 +225,7 @@ func testGet(t *testing.T, s *suite) {
 
 func testMissing(t *testing.T, s *suite) {
 	for _, size := range bothSizes {
-		ref, _ := NewBlock(size)
-		if _, err := s.get(t.Context(), ref, size); !errors.Is(err, eris.ErrNotFound) {
-			t.Errorf("%v: error is %v, not that the block is missing", size, err)
-		}
+		s.mustMiss(t, size)
 		other, want := s.add(size)
 		s.mustGet(t, other, want)
 	}
@@ -440,29 +446,21 @@ func testStartAgain(t *testing.T, s *suite) {
 }
 
 func testCloseInFlight(t *testing.T, s *suite) {
-	const calls = 20
 	release := s.backend.Hold()
 	defer release()
-	errs := make(chan error, calls)
-	for range calls {
-		ref, _ := s.add(eris.BlockSize1KiB)
-		go func() {
-			_, err := s.get(t.Context(), ref, eris.BlockSize1KiB)
-			errs <- err
-		}()
+	var requests []*started
+	for range 20 {
+		requests = append(requests, s.start(eris.BlockSize1KiB))
 	}
-	s.awaitHeld(calls)
+	s.awaitHeld(len(requests))
 	if err := s.closeSource(); err != nil {
 		t.Errorf("Close: %v", err)
 	}
-	for range calls {
-		if err := <-errs; err == nil {
-			t.Error("Get that was under way did not fail")
+	requests = append(requests, s.start(eris.BlockSize1KiB))
+	for i, r := range requests {
+		if <-r.done; r.Err == nil {
+			t.Errorf("request %d did not fail", i)
 		}
-	}
-	ref, _ := s.add(eris.BlockSize1KiB)
-	if _, err := s.get(t.Context(), ref, eris.BlockSize1KiB); err == nil {
-		t.Error("Get after Close did not fail")
 	}
 }
 
@@ -473,12 +471,7 @@ func testMany(t *testing.T, s *suite) {
 		ref, want := s.add(mixed(i))
 		group.Go(func() { s.mustGet(t, ref, want) })
 		if i%100 == 0 {
-			missing, _ := NewBlock(eris.BlockSize1KiB)
-			group.Go(func() {
-				if _, err := s.get(t.Context(), missing, eris.BlockSize1KiB); !errors.Is(err, eris.ErrNotFound) {
-					t.Errorf("error is %v, not that the block is missing", err)
-				}
-			})
+			group.Go(func() { s.mustMiss(t, eris.BlockSize1KiB) })
 		}
 	}
 	group.Wait()
@@ -522,24 +515,18 @@ func testInterruption(t *testing.T, s *suite, interrupt func()) {
 	s.mustGet(t, ref, want)
 	release := s.backend.Hold()
 	defer release()
-	const calls = 50
-	var group sync.WaitGroup
-	for range calls {
-		ref, want := s.add(eris.BlockSize1KiB)
-		group.Go(func() {
-			got, err := s.get(t.Context(), ref, eris.BlockSize1KiB)
-			if err == nil && !bytes.Equal(got, want) {
-				t.Errorf("Get returned something else")
-			}
-			if errors.Is(err, eris.ErrNotFound) {
-				t.Errorf("Get says that the block is missing: %v", err)
-			}
-		})
+	var requests []*started
+	for range 50 {
+		requests = append(requests, s.start(eris.BlockSize1KiB))
 	}
-	s.awaitHeld(calls)
+	s.awaitHeld(len(requests))
 	interrupt()
 	release()
-	group.Wait()
+	for i, r := range requests {
+		if <-r.done; errors.Is(r.Err, eris.ErrNotFound) || r.Err == nil && !bytes.Equal(r.Block, r.want) {
+			t.Errorf("request %d: a block of %d bytes, error %v", i, len(r.Block), r.Err)
+		}
+	}
 	for range 3 {
 		s.getAgain(t, ref, want)
 		interrupt()
@@ -571,17 +558,20 @@ func (s *suite) store(t *testing.T) fetch.Store {
 	return store
 }
 
+// mustPut puts a block and checks that it is there.
+func (s *suite) mustPut(t *testing.T, store fetch.Store, ref eris.Reference, block []byte) {
+	t.Helper()
+	if err := store.Put(t.Context(), ref, block); err != nil || !s.backend.Has(ref) {
+		t.Errorf("%d bytes were put, error %v; they are there: %v", len(block), err, s.backend.Has(ref))
+	}
+}
+
 func testPut(t *testing.T, s *suite) {
 	store := s.store(t)
 	for _, size := range bothSizes {
 		ref, b := NewBlock(size)
 		for range 2 { // a block that is there already may be put again
-			if err := store.Put(t.Context(), ref, b); err != nil {
-				t.Fatalf("%v: Put: %v", size, err)
-			}
-			if !s.backend.Has(ref) {
-				t.Errorf("%v: the block that was put is not there", size)
-			}
+			s.mustPut(t, store, ref, b)
 		}
 		s.mustGet(t, ref, b)
 	}
@@ -592,17 +582,10 @@ func testPut(t *testing.T, s *suite) {
 
 func testPutMany(t *testing.T, s *suite) {
 	store := s.store(t)
-	const calls = 300
 	var group sync.WaitGroup
-	for i := range calls {
+	for i := range 300 {
 		ref, b := NewBlock(mixed(i))
-		group.Go(func() {
-			if err := store.Put(t.Context(), ref, b); err != nil {
-				t.Errorf("Put: %v", err)
-			} else if !s.backend.Has(ref) {
-				t.Errorf("the block that was put is not there")
-			}
-		})
+		group.Go(func() { s.mustPut(t, store, ref, b) })
 	}
 	group.Wait()
 }
@@ -618,9 +601,7 @@ func testPutFails(t *testing.T, s *suite) {
 	}
 	s.backend.Fail(false)
 	ref, b := NewBlock(eris.BlockSize32KiB)
-	if err := store.Put(t.Context(), ref, b); err != nil {
-		t.Errorf("Put: %v", err)
-	}
+	s.mustPut(t, store, ref, b)
 }
 
 func testPutCancel(t *testing.T, s *suite) {
@@ -639,9 +620,7 @@ func testPutCancel(t *testing.T, s *suite) {
 		clear(b)
 		release()
 		next, b := NewBlock(size)
-		if err := store.Put(t.Context(), next, b); err != nil || !s.backend.Has(next) {
-			t.Errorf("%v: Put after a Put that was given up: %v", size, err)
-		}
+		s.mustPut(t, store, next, b)
 	}
 }
 
