@@ -30,8 +30,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
-	"slices"
 	"sync"
 	"time"
 
@@ -94,7 +92,6 @@ type Relay struct {
 	starts sync.WaitGroup // requests that have waited, and are being started
 
 	mu       sync.Mutex
-	active   map[*ticket]struct{}
 	clients  map[string]*client
 	received time.Time // when the last block has come
 	stats    Stats
@@ -120,7 +117,7 @@ type client struct {
 
 // New returns a relay in front of a store, which must outlive it. Errors are those of Open.
 func New(store Store, options Options) (*Relay, error) {
-	r := &Relay{store: store, active: map[*ticket]struct{}{}, clients: map[string]*client{}}
+	r := &Relay{store: store, clients: map[string]*client{}}
 	r.looks.New = newLook
 	r.memory.New = func() any { return new([eris.BlockSize32KiB]byte) }
 	for hops := cmp.Or(options.Levels, levels); hops > 0; hops-- {
@@ -143,17 +140,11 @@ func New(store Store, options Options) (*Relay, error) {
 // Close cancels all requests, keeps what has come if that does not take long, and closes the
 // upstreams. The store remains open.
 func (r *Relay) Close() error {
-	r.mu.Lock()
-	active := slices.Collect(maps.Keys(r.active))
-	r.mu.Unlock()
-	for _, t := range active {
-		t.cancel(fetch.ErrClosed)
-	}
 	var errs []error
 	for _, p := range r.pools {
 		errs = append(errs, p.Close())
 	}
-	r.starts.Wait()
+	r.starts.Wait() // what has waited fails at once
 	return errors.Join(errs...)
 }
 

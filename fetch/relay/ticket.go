@@ -54,7 +54,6 @@ func (v *view) Start(q *fetch.Request) {
 		t.booked = true
 	}
 	booked := t.booked
-	r.active[t] = struct{}{}
 	t.timer = time.AfterFunc(firstSilence, t.check)
 	r.mu.Unlock()
 	if booked {
@@ -165,7 +164,6 @@ func (t *ticket) answer(err error) {
 	if !t.booked {
 		i := slices.Index(t.client.waiting, t)
 		t.client.waiting = slices.Delete(t.client.waiting, i, i+1)
-		delete(r.active, t)
 	}
 	if err == errLate {
 		r.stats.Absent++
@@ -189,7 +187,6 @@ func (t *ticket) finish() {
 	r, c, q := t.relay, t.client, t.outer
 	err := t.verdict()
 	r.mu.Lock()
-	delete(r.active, t)
 	c.underWay--
 	if len(c.waiting) > 0 {
 		next := c.waiting[0]
