@@ -202,62 +202,60 @@ func datagramPeer(t *testing.T, f func(m coaptest.Message) [][]byte) (url string
 func TestDatagramHostile(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
 	largeRef, _ := newBlock(eris.BlockSize32KiB, 2)
-	ack := func(m coaptest.Message, payload []byte) []byte {
-		return coaptest.Datagram(message.Acknowledgement, codes.Content, m.ID, m.Token, nil, payload)
+	refs := map[eris.BlockSize]eris.Reference{1024: ref, 32768: largeRef}
+	type script = func(m coaptest.Message) [][]byte
+	// reply answers each request by a message.
+	reply := func(kind message.Type, code codes.Code, options, payload []byte) script {
+		return func(m coaptest.Message) [][]byte {
+			if code == codes.Empty {
+				m.Token = wire.Token{}
+			}
+			return [][]byte{coaptest.Datagram(kind, code, m.ID, m.Token, options, payload)}
+		}
 	}
-	part := func(m coaptest.Message, block wire.Block, payload []byte) []byte {
-		return coaptest.Datagram(message.Acknowledgement, codes.Content, m.ID, m.Token, block.AppendOption(nil, 0, message.Block2), payload)
+	content := func(payload []byte) script { return reply(message.Acknowledgement, codes.Content, nil, payload) }
+	acknowledge := reply(message.Acknowledgement, codes.Empty, nil, nil)
+	after := func(first, second script) script {
+		return func(m coaptest.Message) [][]byte { return append(first(m), second(m)...) }
 	}
+	// parts answers by the part that f returns, with so many bytes.
+	parts := func(size int, f func(asked wire.Block) wire.Block) script {
+		return func(m coaptest.Message) [][]byte {
+			part := f(m.Block(message.Block2))
+			part.Present = true
+			return reply(message.Acknowledgement, codes.Content, part.AppendOption(nil, 0, message.Block2), make([]byte, size))(m)
+		}
+	}
+	always := func(part wire.Block) func(wire.Block) wire.Block { return func(wire.Block) wire.Block { return part } }
 	for _, v := range []struct {
 		name  string
-		reply func(m coaptest.Message) [][]byte
-		ref   eris.Reference
+		reply script
 		size  eris.BlockSize
 		want  outcome
 	}{
-		{"never answers", func(coaptest.Message) [][]byte { return nil }, ref, 1024, fails},
-		{"rejects", func(m coaptest.Message) [][]byte {
-			return [][]byte{coaptest.Datagram(message.Reset, codes.Empty, m.ID, wire.Token{}, nil, "")}
-		}, ref, 1024, fails},
-		{"acknowledges only", func(m coaptest.Message) [][]byte {
-			return [][]byte{coaptest.Datagram(message.Acknowledgement, codes.Empty, m.ID, wire.Token{}, nil, "")}
-		}, ref, 1024, fails},
-		{"wrong bytes", func(m coaptest.Message) [][]byte { return [][]byte{ack(m, make([]byte, 1024))} }, ref, 1024, wrong},
-		{"one byte less", func(m coaptest.Message) [][]byte { return [][]byte{ack(m, block[1:])} }, ref, 1024, wrong},
-		{"no payload", func(m coaptest.Message) [][]byte { return [][]byte{ack(m, nil)} }, ref, 1024, wrong},
-		{"other token", func(m coaptest.Message) [][]byte { m.Token.Value++; return [][]byte{ack(m, block)} }, ref, 1024, fails},
-		{"other ID", func(m coaptest.Message) [][]byte { m.ID++; return [][]byte{ack(m, block)} }, ref, 1024, fails},
-		{"malformed options", func(m coaptest.Message) [][]byte {
-			return [][]byte{coaptest.Datagram(message.Acknowledgement, codes.Content, m.ID, m.Token, []byte{0xf0}, block)}
-		}, ref, 1024, fails},
-		{"too long", func(m coaptest.Message) [][]byte { return [][]byte{ack(m, make([]byte, 1900))} }, ref, 1024, fails},
+		{"never answers", func(coaptest.Message) [][]byte { return nil }, 1024, fails},
+		{"rejects", reply(message.Reset, codes.Empty, nil, nil), 1024, fails},
+		{"acknowledges only", acknowledge, 1024, fails},
+		{"wrong bytes", content(make([]byte, 1024)), 1024, wrong},
+		{"one byte less", content(block[1:]), 1024, wrong},
+		{"no payload", content(nil), 1024, wrong},
+		{"other token", func(m coaptest.Message) [][]byte { m.Token.Value++; return content(block)(m) }, 1024, fails},
+		{"other ID", func(m coaptest.Message) [][]byte { m.ID++; return content(block)(m) }, 1024, fails},
+		{"malformed options", reply(message.Acknowledgement, codes.Content, []byte{0xf0}, block), 1024, fails},
+		{"too long", content(make([]byte, 1900)), 1024, fails},
 		{"noise", func(coaptest.Message) [][]byte {
 			return [][]byte{block, {}, {0x40}, {0x4f, 0x45, 0, 0}, {0x40, 0, 0, 0, 0}}
-		}, ref, 1024, fails},
-		{"missing", func(m coaptest.Message) [][]byte {
-			return [][]byte{coaptest.Datagram(message.Acknowledgement, codes.NotFound, m.ID, m.Token, nil, "")}
-		}, ref, 1024, missing},
-		{"answers twice", func(m coaptest.Message) [][]byte { return [][]byte{ack(m, block), ack(m, make([]byte, 1024))} }, ref, 1024, works},
-		{"answers apart", func(m coaptest.Message) [][]byte {
-			return [][]byte{coaptest.Datagram(message.Acknowledgement, codes.Empty, m.ID, wire.Token{}, nil, ""), coaptest.Datagram(message.Confirmable, codes.Content, 7, m.Token, nil, block)}
-		}, ref, 1024, works},
-		{"answers apart, without ado", func(m coaptest.Message) [][]byte {
-			return [][]byte{coaptest.Datagram(message.NonConfirmable, codes.Content, 7, m.Token, nil, block)}
-		}, ref, 1024, works},
-		{"endless parts", func(m coaptest.Message) [][]byte {
-			return [][]byte{part(m, wire.Block{More: true}, make([]byte, 16))}
-		}, largeRef, 32768, fails},
-		{"endless parts that go on", func(m coaptest.Message) [][]byte {
-			asked := m.Block(message.Block2)
-			asked.More, asked.Exponent, asked.Present = true, 6, true
-			return [][]byte{part(m, asked, make([]byte, 1024))}
-		}, largeRef, 32768, wrong},
-		{"parts as there are on streams only", func(m coaptest.Message) [][]byte {
-			return [][]byte{part(m, wire.Block{More: true, Exponent: wire.BERT}, make([]byte, 1024))}
-		}, largeRef, 32768, fails},
-		{"last part as there are on streams only", func(m coaptest.Message) [][]byte {
-			return [][]byte{part(m, wire.Block{Exponent: wire.BERT}, block)}
-		}, ref, 1024, fails},
+		}, 1024, fails},
+		{"missing", reply(message.Acknowledgement, codes.NotFound, nil, nil), 1024, missing},
+		{"answers twice", after(content(block), content(make([]byte, 1024))), 1024, works},
+		{"answers apart", after(acknowledge, reply(message.Confirmable, codes.Content, nil, block)), 1024, works},
+		{"answers apart, without ado", reply(message.NonConfirmable, codes.Content, nil, block), 1024, works},
+		{"endless parts", parts(16, always(wire.Block{More: true})), 32768, fails},
+		{"endless parts that go on", parts(1024, func(asked wire.Block) wire.Block {
+			return wire.Block{Number: asked.Number, More: true, Exponent: 6}
+		}), 32768, wrong},
+		{"parts as there are on streams only", parts(1024, always(wire.Block{More: true, Exponent: wire.BERT})), 32768, fails},
+		{"last part as there are on streams only", parts(1024, always(wire.Block{Exponent: wire.BERT})), 1024, fails},
 		{"parts that get smaller", func(m coaptest.Message) [][]byte {
 			asked := m.Block(message.Block2)
 			if asked.Number == 0 {
@@ -265,9 +263,9 @@ func TestDatagramHostile(t *testing.T) {
 			} else if asked.Exponent == 6 {
 				asked.Number, asked.Exponent = asked.Number*2, 5
 			}
-			asked.More, asked.Present = true, true
-			return [][]byte{part(m, asked, make([]byte, asked.Unit()))}
-		}, largeRef, 32768, wrong},
+			asked.More = true
+			return parts(asked.Unit(), always(asked))(m)
+		}, 32768, wrong},
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			t.Parallel()
@@ -281,7 +279,7 @@ func TestDatagramHostile(t *testing.T) {
 			options.Datagram = wire.EndpointConfig{AckTimeout: 20 * time.Millisecond, MaxRetransmit: 2}
 			store := mustOpen(t, url, options)
 			defer store.Close()
-			_, err := get(t, store, v.ref, v.size)
+			_, err := get(t, store, refs[v.size], v.size)
 			v.want.check(t, err)
 		})
 	}

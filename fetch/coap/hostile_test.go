@@ -141,7 +141,7 @@ func TestHostile(t *testing.T) {
 	flood := func(b []byte) func(*peer) {
 		return func(p *peer) {
 			var group sync.WaitGroup
-			group.Go(p.awaitEnd)
+			group.Go(func() { p.awaitEnd() })
 			p.write(csm)
 			for p.write(bytes.Repeat(b, 100)) {
 			}

@@ -57,12 +57,14 @@ func (p *peer) write(b ...[]byte) bool {
 	return err == nil
 }
 
-// awaitEnd reads until the connection is over.
-func (p *peer) awaitEnd() {
+// awaitEnd reads until the connection is over, and returns the code of the last message.
+func (p *peer) awaitEnd() (last codes.Code) {
 	for {
-		if _, ok := p.read(); !ok {
-			return
+		m, ok := p.read()
+		if !ok {
+			return last
 		}
+		last = m.Code
 	}
 }
 

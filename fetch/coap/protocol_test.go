@@ -103,7 +103,7 @@ func TestSignals(t *testing.T) {
 func TestRelease(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
 	asked, again := make(chan struct{}), make(chan struct{})
-	var last atomic.Uint32
+	var last codes.Code
 	var group sync.WaitGroup
 	group.Add(2)
 	store := openPeer(t, coap.Options{}, func(connection int, p *peer) {
@@ -122,13 +122,7 @@ func TestRelease(t *testing.T) {
 		}
 		p.write(answer(m, block))
 		close(again)
-		for {
-			m, ok := p.read()
-			if !ok {
-				return
-			}
-			last.Store(uint32(m.Code))
-		}
+		last = p.awaitEnd()
 	})
 	first := make(chan error)
 	go func() {
@@ -144,8 +138,8 @@ func TestRelease(t *testing.T) {
 	}
 	store.Close()
 	group.Wait()
-	if codes.Code(last.Load()) != codes.Release {
-		t.Errorf("last message is %v", codes.Code(last.Load()))
+	if last != codes.Release {
+		t.Errorf("last message is %v", last)
 	}
 }
 
@@ -415,19 +409,8 @@ func TestIdle(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
 	over := make(chan codes.Code, 10)
 	store := openPeer(t, coap.Options{RequestTimeout: 40 * time.Millisecond, IdleTimeout: 20 * time.Millisecond}, func(_ int, p *peer) {
-		p.write(csm)
-		last := codes.Empty
-		for {
-			m, ok := p.read()
-			if !ok {
-				over <- last
-				return
-			}
-			last = m.Code
-			if m.Code == codes.GET {
-				p.write(answer(m, block))
-			}
-		}
+		p.write(answer(p.begin(codes.GET), block))
+		over <- p.awaitEnd()
 	})
 	for range 2 {
 		if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
