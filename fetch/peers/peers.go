@@ -184,30 +184,22 @@ func (g *Group) next(tried []*peer, said map[*peer]bool) *peer {
 
 // ask asks one peer, which may take as long as it answers something.
 func (g *Group) ask(ctx context.Context, p *peer, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	began := time.Now()
-	done := make(chan struct{})
-	r := &fetch.Request{Pair: eris.Pair{Reference: ref}, Size: size, Dst: dst[:0], Done: func(*fetch.Request) { close(done) }}
-	p.store.Start(r)
-	timer := time.NewTimer(silence)
-	defer timer.Stop()
-	over := ctx.Done()
-	for {
-		select {
-		case <-done:
-			fetch.Verify([]*fetch.Request{r})
-			g.note(p, began, size, r.Err)
-			return r.Block, r.Err
-		case <-over:
-			over = nil
-			p.store.Cancel(r)
-		case <-timer.C:
-			if rest := silence - time.Since(time.Unix(0, max(began.UnixNano(), p.answered.Load()))); rest > 0 {
-				timer.Reset(rest)
-			} else {
-				p.store.Cancel(r)
-			}
+	var timer *time.Timer
+	timer = time.AfterFunc(time.Hour, func() {
+		if rest := silence - time.Since(time.Unix(0, max(began.UnixNano(), p.answered.Load()))); rest > 0 {
+			timer.Reset(rest)
+		} else {
+			cancel()
 		}
-	}
+	})
+	timer.Reset(silence) // it is known by now
+	defer timer.Stop()
+	block, err := fetch.Get(ctx, p.store, ref, size, dst)
+	g.note(p, began, size, err)
+	return block, err
 }
 
 // note takes note of what became of a request. A peer that has given wrong bytes is dropped.
@@ -228,12 +220,14 @@ func (g *Group) note(p *peer, began time.Time, size eris.BlockSize, err error) {
 		g.liars[p.host] = now
 		p.conn.Close(err)
 		g.onLie(p.host, err)
-	case !errors.Is(err, context.Canceled): // the peer does not have it, or will not say
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		if p.answered.Load() < began.UnixNano() && now.Sub(began) > leastSilence {
+			p.backoff.Fail(now, 0)
+			p.doubts++
+		}
+	default: // the peer does not have it, or will not say
 		p.vain = min(p.vain+1, mostVain)
 		p.answered.Store(now.UnixNano())
 		p.backoff.Succeed()
-	case p.answered.Load() < began.UnixNano() && now.Sub(began) > leastSilence:
-		p.backoff.Fail(now, 0)
-		p.doubts++
 	}
 }

@@ -172,7 +172,6 @@ func (r *Relay) Stats() Stats {
 			u := &stats.Upstreams[j]
 			u.Requests += s.Requests
 			u.Bytes += s.Bytes
-			u.Duplicates += s.Duplicates
 			u.Misses += s.Misses
 			u.Faults += s.Faults
 			u.Failures += s.Failures
