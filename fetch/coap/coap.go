@@ -16,8 +16,6 @@ import (
 	"slices"
 	"sync"
 
-	"github.com/plgd-dev/go-coap/v3/message/codes"
-
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
@@ -33,8 +31,8 @@ const putSockets = 4
 // concurrent use.
 //
 // Errors of its requests wrap [eris.ErrNotFound] if the store does not have the block or may not be
-// used; [*eris.BlockError] if it gave something of another size; [*ResponseError] if it gave
-// another answer. Any other is a failure of the connection, which may be over the next time.
+// used, and [*eris.BlockError] if it gave something of another size. Any other says that it gave
+// another answer, or that the connection has failed; it may do better the next time.
 type Store struct {
 	url     storeurl.URL
 	name    string
@@ -157,20 +155,13 @@ func (s *Store) Document(ctx context.Context, path ...string) ([]byte, error) {
 	return x.Dst[:x.Length], nil
 }
 
-// ResponseError is an answer of the peer that says neither that it has the block nor that it does
-// not: that it is overloaded, for example. It may do better later.
-type ResponseError struct {
-	Code codes.Code // for example 5.03
-	Text string     // up to 64 bytes for people, not to be trusted
-}
-
-// Error returns the code and the text.
-func (e *ResponseError) Error() string {
-	text := fmt.Sprintf("peer answers %d.%02d", e.Code>>5, e.Code&31)
-	if e.Text != "" {
-		text += fmt.Sprintf(": %q", e.Text)
+// responseError returns the error for an answer of the peer that says neither that it has the block
+// nor that it does not: that it is overloaded, for example. It may do better later.
+func responseError(x *wire.Exchange) error {
+	if text := x.Text(); text != "" {
+		return fmt.Errorf("peer answers %d.%02d: %q", x.Code>>5, x.Code&31, text)
 	}
-	return text
+	return fmt.Errorf("peer answers %d.%02d", x.Code>>5, x.Code&31)
 }
 
 var (

@@ -124,7 +124,7 @@ func putError(x *wire.Exchange) error {
 	case codes.Created, codes.Changed:
 		return nil
 	case codes.MethodNotAllowed, codes.NotFound, codes.Forbidden, codes.Unauthorized:
-		return fmt.Errorf("%w: %w", fetch.ErrReadOnly, &ResponseError{x.Code, x.Text()})
+		return fmt.Errorf("%w: %w", fetch.ErrReadOnly, responseError(x))
 	}
 	return refusal(x)
 }

@@ -178,7 +178,7 @@ func (q *request) answered(x *wire.Exchange) {
 	case x.Err != nil:
 		q.lost(x.Err)
 	case q.r.Have != nil && (x.Code != codes.Changed || x.Length > len(x.Dst)):
-		q.end(0, fmt.Errorf("%w: %w", fetch.ErrCannotSay, &ResponseError{x.Code, x.Text()}))
+		q.end(0, fmt.Errorf("%w: %w", fetch.ErrCannotSay, responseError(x)))
 	case q.r.Have != nil:
 		q.end(x.Length, nil)
 	case getError(x) != nil:
@@ -248,7 +248,7 @@ const longestRest = 30 * time.Second
 // refusal returns what the code of an error response means that says nothing about the block. A
 // busy peer may say for how long (RFC 7252, section 5.9.3.4; RFC 8516, section 2).
 func refusal(x *wire.Exchange) error {
-	err := &ResponseError{x.Code, x.Text()}
+	err := responseError(x)
 	if after := x.Response.MaxAge; after > 0 && (x.Code == codes.ServiceUnavailable || x.Code == codes.TooManyRequests) {
 		return &fetch.BusyError{After: min(time.Duration(after)*time.Second, longestRest), Err: err}
 	}
