@@ -152,7 +152,7 @@ func (s *Server) Handler(access Access) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !s.requests.TryAcquire(1) {
 			w.Header().Set("Retry-After", "1")
-			refuse(w, http.StatusServiceUnavailable, "too many requests at a time")
+			http.Error(w, "too many requests at a time", http.StatusServiceUnavailable)
 			return
 		}
 		defer s.requests.Release(1)
@@ -167,19 +167,9 @@ func (s *Server) Handler(access Access) http.Handler {
 			s.have(w, r, access, memory[:fetch.MaxHave*fetch.HavePrefix+1])
 		default:
 			w.Header().Set("Allow", "GET, HEAD, PUT")
-			refuse(w, http.StatusMethodNotAllowed, "method is not known here")
+			http.Error(w, "method is not known here", http.StatusMethodNotAllowed)
 		}
 	})
-}
-
-// refuse answers with a status other than 200, and a text for people.
-func refuse(w http.ResponseWriter, status int, text string) {
-	header := w.Header()
-	header.Set("Content-Type", "text/plain; charset=utf-8")
-	header.Set("X-Content-Type-Options", "nosniff")
-	header.Set("Content-Length", strconv.Itoa(len(text)+1))
-	w.WriteHeader(status)
-	_, _ = io.WriteString(w, text+"\n")
 }
 
 // Errors of parseQuery.
@@ -224,17 +214,17 @@ func refuseQuery(w http.ResponseWriter, err error) {
 	if err == errCapability {
 		status = http.StatusForbidden
 	}
-	refuse(w, status, err.Error())
+	http.Error(w, err.Error(), status)
 }
 
 // get answers a GET or HEAD. The memory has room for a block.
 func (s *Server) get(w http.ResponseWriter, r *http.Request, access Access, memory []byte) {
 	if r.URL.Path != Path {
-		refuse(w, http.StatusNotFound, "there is nothing here but "+Path)
+		http.Error(w, "there is nothing here but "+Path, http.StatusNotFound)
 		return
 	}
 	if !access.Get || s.config.Source == nil {
-		refuse(w, http.StatusForbidden, "blocks are not to be had here")
+		http.Error(w, "blocks are not to be had here", http.StatusForbidden)
 		return
 	}
 	ref, err := parseQuery(r.URL.RawQuery)
@@ -255,7 +245,7 @@ func (s *Server) get(w http.ResponseWriter, r *http.Request, access Access, memo
 		if access.Relay != nil {
 			w.Header().Set("Cache-Control", "no-store") // somebody else may have it the next time
 		}
-		refuse(w, http.StatusNotFound, "block is not here")
+		http.Error(w, "block is not here", http.StatusNotFound)
 		return
 	case err != nil:
 		s.refuseFault(w, r, fmt.Errorf("getting a block: %w", err), "block cannot be read")
@@ -281,11 +271,11 @@ func (s *Server) get(w http.ResponseWriter, r *http.Request, access Access, memo
 func (s *Server) have(w http.ResponseWriter, r *http.Request, access Access, memory []byte) {
 	store, ok := s.config.Source.(fetch.Haver)
 	if !ok {
-		refuse(w, http.StatusNotFound, "nobody knows here what there is")
+		http.Error(w, "nobody knows here what there is", http.StatusNotFound)
 		return
 	}
 	if !access.Get {
-		refuse(w, http.StatusForbidden, "blocks are not to be had here")
+		http.Error(w, "blocks are not to be had here", http.StatusForbidden)
 		return
 	}
 	n, err := io.ReadFull(r.Body, memory)
@@ -294,7 +284,7 @@ func (s *Server) have(w http.ResponseWriter, r *http.Request, access Access, mem
 		answer, ok = fetch.AnswerHave(store, memory[:n])
 	}
 	if !ok {
-		refuse(w, http.StatusBadRequest, "body is no question")
+		http.Error(w, "body is no question", http.StatusBadRequest)
 		return
 	}
 	header := w.Header()
@@ -328,7 +318,7 @@ func isAbsent(err error) bool {
 // is being closed.
 func (s *Server) refuseFault(w http.ResponseWriter, r *http.Request, err error, text string) {
 	if r.Context().Err() != nil {
-		refuse(w, http.StatusServiceUnavailable, "server is closing")
+		http.Error(w, "server is closing", http.StatusServiceUnavailable)
 		return
 	}
 	// At most about one per second.
@@ -336,7 +326,7 @@ func (s *Server) refuseFault(w http.ResponseWriter, r *http.Request, err error, 
 	if now != last && s.lastLog.CompareAndSwap(last, now) {
 		s.config.Log(err)
 	}
-	refuse(w, http.StatusInternalServerError, text)
+	http.Error(w, text, http.StatusInternalServerError)
 }
 
 // matches reports whether a header If-None-Match (RFC 9110, section 13.1.2) has the block's entity
@@ -357,7 +347,7 @@ func matches(header string, ref eris.Reference) bool {
 // put answers a PUT. The memory has one byte more than the largest block.
 func (s *Server) put(w http.ResponseWriter, r *http.Request, access Access, memory []byte) {
 	if r.URL.Path != Path || !access.Put || s.config.Sink == nil || !admission.FromPageHere(r, access.Hosts) {
-		refuse(w, http.StatusForbidden, "blocks cannot be stored here")
+		http.Error(w, "blocks cannot be stored here", http.StatusForbidden)
 		return
 	}
 	named, err := parseQuery(r.URL.RawQuery)
@@ -368,19 +358,19 @@ func (s *Server) put(w http.ResponseWriter, r *http.Request, access Access, memo
 	}
 	block, err := readBlock(r.Body, memory)
 	if err != nil {
-		refuse(w, http.StatusBadRequest, err.Error())
+		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
 	ref := eris.Sum(block)
 	if !anyBlock && ref != named {
-		refuse(w, http.StatusBadRequest, "body is not the block of that reference")
+		http.Error(w, "body is not the block of that reference", http.StatusBadRequest)
 		return
 	}
 	err = s.config.Sink(r.Context(), ref, block)
 	switch {
 	case err == nil:
 	case errors.Is(err, fetch.ErrReadOnly):
-		refuse(w, http.StatusForbidden, "blocks cannot be stored here")
+		http.Error(w, "blocks cannot be stored here", http.StatusForbidden)
 		return
 	default:
 		s.refuseFault(w, r, fmt.Errorf("storing a block: %w", err), "block cannot be stored")

@@ -138,12 +138,12 @@ func (s *Store) Close() error {
 // Document gets a text of at most 32 KiB that a server has at a path, segment by segment, beside
 // its store.
 func (s *Store) Document(ctx context.Context, path ...string) ([]byte, error) {
-	c, err := s.main.get()
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", s.name, err)
-	}
 	x := &wire.Exchange{Store: wire.NewDocument(path), Dst: make([]byte, eris.BlockSize32KiB)}
-	if err = s.do(ctx, c, x); err == nil {
+	c, err := s.main.get()
+	if err == nil {
+		err = s.do(ctx, c, x)
+	}
+	if err == nil {
 		err = getError(x)
 	}
 	if err == nil && (x.Response.Block2.Present || x.Length > len(x.Dst)) {

@@ -48,10 +48,9 @@ type link struct {
 }
 
 // dialError says that no connection could be made.
-type dialError struct{ err error }
+type dialError struct{ error }
 
-func (e *dialError) Error() string { return e.err.Error() }
-func (e *dialError) Unwrap() error { return e.err }
+func (e *dialError) Unwrap() error { return e.error }
 
 func (s *Store) newLink() *link {
 	l := &link{store: s, backoff: backoff.Backoff{Min: s.options.minBackoff, Max: maxRest}}

@@ -40,12 +40,11 @@ func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error
 
 // connectionError is a failure of the connection, not of the request.
 type connectionError struct {
-	err   error
+	error
 	again bool // the request should be made once more on a new connection
 }
 
-func (e *connectionError) Error() string { return e.err.Error() }
-func (e *connectionError) Unwrap() error { return e.err }
+func (e *connectionError) Unwrap() error { return e.error }
 
 // again reports whether a request that has failed should be made once more on a new connection: not
 // if none can be made, and not if the peer has never answered.
