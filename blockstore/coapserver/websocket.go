@@ -12,7 +12,7 @@ import (
 	"github.com/coder/websocket"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
-	ws "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/websocket"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 
 // handshakeTimeout is how long a client may take to ask for a WebSocket, or to agree on TLS.
@@ -50,8 +50,8 @@ type connKey struct{}
 // serveWebSocket serves one connection until it ends.
 func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request, access Access, gate *admission.Gate) {
 	switch {
-	case r.URL.Path != ws.Path:
-		http.Error(w, "there is nothing here but "+ws.Path, http.StatusNotFound)
+	case r.URL.Path != coap.WebSocketPath:
+		http.Error(w, "there is nothing here but "+coap.WebSocketPath, http.StatusNotFound)
 		return
 	case !offersCoAP(r.Header):
 		http.Error(w, `this is for WebSockets with the subprotocol "coap"`, http.StatusBadRequest)
@@ -60,20 +60,20 @@ func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request, access A
 		http.Error(w, "this is no host of that name", http.StatusForbidden)
 		return
 	}
-	socket, err := websocket.Accept(w, r, &websocket.AcceptOptions{Subprotocols: []string{ws.Protocol}})
+	socket, err := websocket.Accept(w, r, &websocket.AcceptOptions{Subprotocols: []string{coap.WebSocketProtocol}})
 	if err != nil {
 		return // the client has been told
 	}
 	conn := r.Context().Value(connKey{}).(net.Conn)
 	idle := func(idle bool) { gate.SetIdle(conn, idle) }
-	s.serveConn(ws.New(socket, conn), access, idle) // it closes the connection even if the server is closing
+	s.serveConn(coap.NewWebSocket(socket, conn), access, idle) // it closes the connection even if the server is closing
 }
 
 // offersCoAP reports whether a client wants to speak CoAP (RFC 6455, section 4.1, number 10).
 func offersCoAP(header http.Header) bool {
 	for _, line := range header.Values("Sec-Websocket-Protocol") {
 		for protocol := range strings.SplitSeq(line, ",") {
-			if strings.TrimSpace(protocol) == ws.Protocol {
+			if strings.TrimSpace(protocol) == coap.WebSocketProtocol {
 				return true
 			}
 		}

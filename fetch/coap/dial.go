@@ -15,7 +15,6 @@ import (
 	"github.com/coder/websocket"
 
 	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
-	ws "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/websocket"
 )
 
 const (
@@ -89,7 +88,7 @@ func (s *Store) dial(ctx context.Context) (net.Conn, error) {
 // 8.4), through the proxy that the environment names, if any.
 func (s *Store) dialWebSocket(ctx context.Context) (net.Conn, error) {
 	_, host := s.url.Address()
-	target := url.URL{Scheme: "http", Host: host, Path: ws.Path}
+	target := url.URL{Scheme: "http", Host: host, Path: wire.WebSocketPath}
 	if s.url.TLS() {
 		target.Scheme = "https"
 	}
@@ -109,14 +108,14 @@ func (s *Store) dialWebSocket(ctx context.Context) (net.Conn, error) {
 	socket, _, err := websocket.Dial(ctx, target.String(), &websocket.DialOptions{
 		HTTPClient:   client,
 		HTTPHeader:   http.Header{"User-Agent": {"guix-substitute-eris"}},
-		Subprotocols: []string{ws.Protocol},
+		Subprotocols: []string{wire.WebSocketProtocol},
 	})
 	if err != nil {
 		return nil, err
 	}
-	if socket.Subprotocol() != ws.Protocol {
+	if socket.Subprotocol() != wire.WebSocketProtocol {
 		_ = socket.CloseNow()
 		return nil, errSubprotocol
 	}
-	return ws.New(socket, conn), nil
+	return wire.NewWebSocket(socket, conn), nil
 }

@@ -33,8 +33,8 @@ func parseDatagram(b []byte) (datagram, error) {
 		return datagram{}, errVersion
 	}
 	token := int(b[0] & 15)
-	if token > MaxTokenSize {
-		return datagram{}, ErrTokenSize
+	if token > maxTokenSize {
+		return datagram{}, errTokenSize
 	}
 	if len(b) < 4+token {
 		return datagram{}, errMessageTooShort

@@ -5,9 +5,9 @@
 // store. It is shared by fetch/coap, which makes connections and requests, and
 // blockstore/coapserver, which accepts and serves them; over one connection each side may request.
 //
-// Where to start: [Conn] for streams and [Endpoint] for UDP; [Exchange] for a request that we make,
-// which both keep in one table; [Handler] and [Packet] for those of the peer. Below a Conn are the
-// two directions of a stream, reader and queue.
+// Where to start: [Conn] for streams, [NewWebSocket] for those over WebSockets, and [Endpoint] for
+// UDP; [Exchange] for a request that we make, which both keep in one table; [Handler] and [Packet]
+// for those of the peer. Below a Conn are the two directions of a stream, reader and queue.
 //
 // # Why not all of go-coap
 //

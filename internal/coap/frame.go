@@ -11,12 +11,12 @@ import (
 )
 
 const (
-	// MaxTokenSize is the greatest length in bytes of a token (RFC 7252, section 3; RFC 8323,
+	// maxTokenSize is the greatest length in bytes of a token (RFC 7252, section 3; RFC 8323,
 	// section 3.2).
-	MaxTokenSize = 8
-	// MaxHeadSize is the greatest length in bytes of what stands before the options of a message on
+	maxTokenSize = 8
+	// maxHeadSize is the greatest length in bytes of what stands before the options of a message on
 	// a stream: lengths, code and token.
-	MaxHeadSize = 1 + 4 + 1 + MaxTokenSize
+	maxHeadSize = 1 + 4 + 1 + maxTokenSize
 	// baseMessageSize is the size in bytes of a message that every peer on a stream can receive
 	// before it has said anything (RFC 8323, section 5.3.1).
 	baseMessageSize = 1152
@@ -29,16 +29,16 @@ const (
 var (
 	// ErrShortHead says that more bytes are needed.
 	ErrShortHead = errors.New("head of CoAP message is not complete")
-	// ErrTokenSize says that the token is longer than 8 bytes (RFC 8323, section 3.2).
-	ErrTokenSize = errors.New("token of CoAP message is longer than 8 bytes")
-	// ErrMessageSize is wrapped by the error for a message that is longer than the limit.
-	ErrMessageSize = errors.New("CoAP message is too large")
+	// errTokenSize says that the token is longer than 8 bytes (RFC 8323, section 3.2).
+	errTokenSize = errors.New("token of CoAP message is longer than 8 bytes")
+	// errMessageSize is wrapped by the error for a message that is longer than the limit.
+	errMessageSize = errors.New("CoAP message is too large")
 )
 
 // Token matches a response to its request. Tokens can be compared with ==.
 type Token struct {
 	Value uint64 // its bytes as a big-endian number
-	Size  uint8  // their number, at most MaxTokenSize
+	Size  uint8  // their number, at most maxTokenSize
 }
 
 // makeToken returns the shortest token with the given value, of at least one byte.
@@ -48,12 +48,12 @@ func makeToken(value uint32) Token {
 
 // append appends the bytes of the token to dst.
 func (t Token) append(dst []byte) []byte {
-	var b [MaxTokenSize]byte
+	var b [maxTokenSize]byte
 	binary.BigEndian.PutUint64(b[:], t.Value)
-	return append(dst, b[MaxTokenSize-t.Size:]...)
+	return append(dst, b[maxTokenSize-t.Size:]...)
 }
 
-// parseToken reads a token of at most MaxTokenSize bytes.
+// parseToken reads a token of at most maxTokenSize bytes.
 func parseToken(b []byte) Token {
 	t := Token{Size: uint8(len(b))}
 	for _, c := range b {
@@ -70,17 +70,17 @@ type Head struct {
 	Length int // bytes behind it: options, payload marker and payload
 }
 
-// ParseHead reads the head of a message from the start of b, of which no more than MaxHeadSize
+// ParseHead reads the head of a message from the start of b, of which no more than maxHeadSize
 // bytes are looked at. Limit is the greatest acceptable size in bytes of a message from its first
-// byte to its last. It returns ErrShortHead if b is too short to tell, ErrTokenSize, or an error
-// that wraps ErrMessageSize; the latter two as early as they can be known.
+// byte to its last. It returns ErrShortHead if b is too short to tell, errTokenSize, or an error
+// that wraps errMessageSize; the latter two as early as they can be known.
 func ParseHead(b []byte, limit int) (Head, error) {
 	if len(b) < 2 {
 		return Head{}, ErrShortHead
 	}
 	token := int(b[0] & 15)
-	if token > MaxTokenSize {
-		return Head{}, ErrTokenSize
+	if token > maxTokenSize {
+		return Head{}, errTokenSize
 	}
 	length, at := uint64(b[0]>>4), 1
 	switch {
@@ -96,7 +96,7 @@ func ParseHead(b []byte, limit int) (Head, error) {
 	}
 	size := at + 1 + token
 	if total := uint64(size) + length; total > uint64(limit) {
-		return Head{}, fmt.Errorf("%w: %d bytes, limit %d", ErrMessageSize, total, limit)
+		return Head{}, fmt.Errorf("%w: %d bytes, limit %d", errMessageSize, total, limit)
 	}
 	if len(b) < size {
 		return Head{}, ErrShortHead

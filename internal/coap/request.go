@@ -98,7 +98,7 @@ func (r *Requests) append(dst []byte, x *Exchange) []byte {
 // Overhead returns how many bytes a message on a stream with a payload has at most beside that.
 func (r *Requests) Overhead() int {
 	x := Exchange{Block: Block{Number: maxBlockNumber, Present: true}, Total: 1 << 15, Payload: []byte{}}
-	return MaxHeadSize + len(r.append(nil, &x)) + 1
+	return maxHeadSize + len(r.append(nil, &x)) + 1
 }
 
 // Request is what a server understands of a request.

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package websocket makes the byte streams of CoAP over WebSockets (RFC 8323, section 4). Start
-// with [New].
-package websocket
+package coap
 
 import (
 	"context"
@@ -14,22 +12,18 @@ import (
 	"time"
 
 	"github.com/coder/websocket"
-
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 
 const (
-	// Path is where a CoAP endpoint is found over WebSockets (RFC 8323, section 8.3).
-	Path = "/.well-known/coap"
-	// Protocol is the subprotocol that both sides must agree on (RFC 8323, section 4.1).
-	Protocol = "coap"
+	// WebSocketPath is where a CoAP endpoint is found over WebSockets (RFC 8323, section 8.3).
+	WebSocketPath = "/.well-known/coap"
+	// WebSocketProtocol is the subprotocol that both sides must agree on (RFC 8323, section 4.1).
+	WebSocketProtocol = "coap"
 
-	// maxWrite is more than the size in bytes of any message that is written.
-	maxWrite = 2 * coap.MessageSize
+	// maxWebSocketMessage is more than the size in bytes of any message that is written.
+	maxWebSocketMessage = 2 * MessageSize
 	// headRoom is how many bytes longer the head of a message is on other streams, at most.
 	headRoom = 4
-	// goodbyeTime is how long the peer may take to agree that a WebSocket ends.
-	goodbyeTime = 250 * time.Millisecond
 )
 
 var (
@@ -43,10 +37,10 @@ var (
 // (section 4.2); nothing else differs. Hence whoever speaks CoAP over TCP can speak it over a
 // WebSocket.
 //
-// It is a net.Conn for [coap.Conn]. A peer that breaks the framing makes Read fail; messages above
-// the limit of 64 KiB are not read to their end. A read or a write that its deadline ends is the
-// end of the connection. What is written must be whole messages in the end. Wait is to be called
-// after Close, as coap.Conn does.
+// It is a net.Conn for [Conn]. A peer that breaks the framing makes Read fail; messages above the
+// limit of 64 KiB are not read to their end. A read or a write that its deadline ends is the end of
+// the connection. What is written must be whole messages in the end. Wait is to be called after
+// Close, as Conn does.
 type webSocket struct {
 	net.Conn // below it, whose deadlines hold
 	socket   *websocket.Conn
@@ -61,11 +55,11 @@ type webSocket struct {
 	fault error // of the peer
 }
 
-// New takes over a WebSocket whose opening handshake is done, and the connection that it was done
-// on.
-func New(socket *websocket.Conn, conn net.Conn) net.Conn {
-	socket.SetReadLimit(coap.MessageSize)
-	return &webSocket{Conn: conn, socket: socket, in: make([]byte, headRoom+coap.MessageSize+1)}
+// NewWebSocket takes over a WebSocket whose opening handshake is done, and the connection that it
+// was done on.
+func NewWebSocket(socket *websocket.Conn, conn net.Conn) net.Conn {
+	socket.SetReadLimit(MessageSize)
+	return &webSocket{Conn: conn, socket: socket, in: make([]byte, headRoom+MessageSize+1)}
 }
 
 // Read returns what has been received.
@@ -99,7 +93,7 @@ func (w *webSocket) receive() error {
 	n, err := io.ReadFull(r, w.in[headRoom:])
 	switch {
 	case err == nil, errors.Is(err, websocket.ErrMessageTooBig):
-		return fmt.Errorf("%w: over WebSockets, limit %d", coap.ErrMessageSize, coap.MessageSize)
+		return fmt.Errorf("%w: over WebSockets, limit %d", errMessageSize, MessageSize)
 	case err != io.EOF && err != io.ErrUnexpectedEOF: // these are the end of the message
 		return err
 	}
@@ -119,15 +113,15 @@ func fromWebSocket(b []byte) (start int, err error) {
 		return 0, errLength
 	}
 	token := int(message[0] & 15)
-	if token > coap.MaxTokenSize {
-		return 0, coap.ErrTokenSize
+	if token > maxTokenSize {
+		return 0, errTokenSize
 	}
 	length := len(message) - 2 - token
 	if length < 0 {
 		return 0, errShort
 	}
 	// What is longer than the length of zero goes before it.
-	head := coap.AppendHead(make([]byte, 0, coap.MaxHeadSize), 0, coap.Token{}, length)
+	head := AppendHead(make([]byte, 0, maxHeadSize), 0, Token{}, length)
 	head = head[:len(head)-1] // the code is there already
 	start = headRoom + 1 - len(head)
 	copy(b[start:], head)
@@ -151,9 +145,9 @@ func (w *webSocket) Write(b []byte) (int, error) {
 func (w *webSocket) write(b []byte) (int, error) {
 	have := len(w.out)
 	// Enough for the head first; then it is known how long the message is.
-	w.out = append(w.out, b[:min(len(b), max(0, coap.MaxHeadSize-have))]...)
-	head, err := coap.ParseHead(w.out, maxWrite)
-	if err == coap.ErrShortHead {
+	w.out = append(w.out, b[:min(len(b), max(0, maxHeadSize-have))]...)
+	head, err := ParseHead(w.out, maxWebSocketMessage)
+	if err == ErrShortHead {
 		return len(w.out) - have, nil
 	}
 	if err != nil {
@@ -176,7 +170,7 @@ func (w *webSocket) write(b []byte) (int, error) {
 func (w *webSocket) Close() error {
 	w.close.Do(func() {
 		w.group.Go(func() {
-			timer := time.AfterFunc(goodbyeTime, func() { w.Conn.Close() })
+			timer := time.AfterFunc(linger, func() { w.Conn.Close() })
 			defer timer.Stop()
 			// If the peer does not answer, or is gone already, that is the end all the same.
 			_ = w.socket.Close(w.status())
@@ -194,9 +188,9 @@ func (w *webSocket) status() (websocket.StatusCode, string) {
 	switch {
 	case w.fault == errText:
 		return websocket.StatusUnsupportedData, w.fault.Error()
-	case w.fault == errLength || w.fault == errShort || w.fault == coap.ErrTokenSize:
+	case w.fault == errLength || w.fault == errShort || w.fault == errTokenSize:
 		return websocket.StatusPolicyViolation, w.fault.Error()
-	case errors.Is(w.fault, coap.ErrMessageSize):
+	case errors.Is(w.fault, errMessageSize):
 		return websocket.StatusMessageTooBig, ""
 	}
 	return websocket.StatusNormalClosure, ""

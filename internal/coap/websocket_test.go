@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package websocket
+package coap
 
 import (
 	"bytes"
@@ -18,7 +18,6 @@ import (
 	"github.com/coder/websocket"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 
 // peer is the other end of a WebSocket. Its messages are read by the library, and frames, wrong
@@ -95,7 +94,7 @@ func open(t *testing.T, client bool) (ours net.Conn, theirs *peer) {
 	}
 	accepted := make(chan end, 1)
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		socket, err := websocket.Accept(w, r, &websocket.AcceptOptions{Subprotocols: []string{Protocol}})
+		socket, err := websocket.Accept(w, r, &websocket.AcceptOptions{Subprotocols: []string{WebSocketProtocol}})
 		if err != nil {
 			t.Error(err)
 		}
@@ -113,7 +112,7 @@ func open(t *testing.T, client bool) (ours net.Conn, theirs *peer) {
 	}}
 	var err error
 	near.socket, _, err = websocket.Dial(t.Context(), server.URL, &websocket.DialOptions{
-		HTTPClient: &http.Client{Transport: transport}, Subprotocols: []string{Protocol},
+		HTTPClient: &http.Client{Transport: transport}, Subprotocols: []string{WebSocketProtocol},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -123,22 +122,22 @@ func open(t *testing.T, client bool) (ours net.Conn, theirs *peer) {
 		near, far = far, near
 	}
 	near.socket.SetReadLimit(-1)
-	return New(far.socket, far.conn), &peer{t, near.socket, near.conn, client}
+	return NewWebSocket(far.socket, far.conn), &peer{t, near.socket, near.conn, client}
 }
 
 // play makes a connection over a WebSocket, on which a block is requested. The channels have why it
 // has ended, and the request when it is done.
-func play(t *testing.T, client bool, timeout time.Duration) (c *coap.Conn, p *peer, over chan error, done chan *coap.Exchange) {
+func play(t *testing.T, client bool, timeout time.Duration) (c *Conn, p *peer, over chan error, done chan *Exchange) {
 	ours, p := open(t, client)
-	c = coap.NewConn(ours, coap.Config{Timeout: timeout, IdleTimeout: timeout, Window: 16, Pool: coap.NewPool()})
-	over, done = make(chan error, 1), make(chan *coap.Exchange, 1)
+	c = NewConn(ours, Config{Timeout: timeout, IdleTimeout: timeout, Window: 16, Pool: NewPool()})
+	over, done = make(chan error, 1), make(chan *Exchange, 1)
 	go func() { over <- c.Run() }()
 	t.Cleanup(func() { p.conn.Close() })
-	c.Start(&coap.Exchange{Store: store, Size: eris.BlockSize32KiB, Dst: make([]byte, 32768), Done: func(x *coap.Exchange) { done <- x }})
+	c.Start(&Exchange{Store: wellKnown, Size: eris.BlockSize32KiB, Dst: make([]byte, 32768), Done: func(x *Exchange) { done <- x }})
 	return c, p, over, done
 }
 
-var store = coap.NewRequests([]string{".well-known", "eris"})
+var wellKnown = NewRequests(WellKnownPath())
 
 // csm is the capabilities as they go over WebSockets: the length is zero, all else as ever.
 var csm = []byte{0, 0xe1, 0x23, 1, 0, 0, 0x20}
@@ -150,9 +149,9 @@ const (
 	get    = "\x01\x01\x01" + path + noHash + "\xd2\x20\x80\x00"
 )
 
-// TestMessages has the messages of both sides byte for byte, as server and as client of HTTP; and
+// TestWebSocket has the messages of both sides byte for byte, as server and as client of HTTP; and
 // checks that the end does not wait for a peer that does not agree to it.
-func TestMessages(t *testing.T) {
+func TestWebSocket(t *testing.T) {
 	for _, client := range []bool{true, false} {
 		c, p, over, done := play(t, client, time.Minute)
 		if m := p.message(); !bytes.Equal(m, csm) {
@@ -171,7 +170,7 @@ func TestMessages(t *testing.T) {
 			t.Errorf("answer has not come: %v", x.Err)
 		}
 		// Put: head and payload are one message.
-		c.Start(&coap.Exchange{Store: store, Payload: block, Done: func(x *coap.Exchange) { done <- x }})
+		c.Start(&Exchange{Store: wellKnown, Payload: block, Done: func(x *Exchange) { done <- x }})
 		if m := p.message(); string(m) != "\x01\x03\x02"+path+"\xff"+string(block) {
 			t.Errorf("PUT has %d bytes", len(m))
 		}
@@ -197,9 +196,9 @@ func TestMessages(t *testing.T) {
 	}
 }
 
-// TestHostile has peers, as clients and as servers of HTTP, that do not keep to the protocols:
-// their connections end, they are told why, and what was requested from them fails.
-func TestHostile(t *testing.T) {
+// TestWebSocketHostile has peers, as clients and as servers of HTTP, that do not keep to the
+// protocols: their connections end, they are told why, and what was requested from them fails.
+func TestWebSocketHostile(t *testing.T) {
 	const any = -2
 	one := func(first byte, payload []byte) func(*peer) []byte {
 		return func(p *peer) []byte { return p.frame(first, payload) }
@@ -272,22 +271,22 @@ func FuzzWebSocket(f *testing.F) {
 	f.Add([]byte{8, 0x45, 1, 2, 3, 4, 5, 6, 7, 8})
 	f.Add([]byte{9, 0x45, 1, 2, 3, 4, 5, 6, 7, 8, 9})
 	f.Add([]byte{0x10, 0x45})
-	for _, n := range []int{12, 13, 268, 269, coap.MessageSize - 2} {
+	for _, n := range []int{12, 13, 268, 269, MessageSize - 2} {
 		f.Add(append([]byte{1, 0x45, 7}, make([]byte, n)...))
 	}
 	f.Fuzz(func(t *testing.T, message []byte) {
-		if len(message) > coap.MessageSize {
+		if len(message) > MessageSize {
 			return
 		}
 		b := append(make([]byte, headRoom), message...)
 		start, err := fromWebSocket(b)
 		if err != nil {
-			if len(message) >= 2 && message[0] <= coap.MaxTokenSize && len(message) >= 2+int(message[0]) {
+			if len(message) >= 2 && message[0] <= maxTokenSize && len(message) >= 2+int(message[0]) {
 				t.Errorf("%x: %v", message, err)
 			}
 			return
 		}
-		head, err := coap.ParseHead(b[start:], 2*coap.MessageSize)
+		head, err := ParseHead(b[start:], 2*MessageSize)
 		if err != nil {
 			t.Fatalf("%x: %v", message, err)
 		}
