@@ -7,8 +7,6 @@ import (
 	"context"
 	"sync"
 
-	"golang.org/x/sync/errgroup"
-
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 )
 
@@ -35,7 +33,7 @@ type Workers struct {
 	waiting list.List // of *task: those that no worker has taken, in order
 	running int
 	idle    int
-	group   errgroup.Group
+	group   sync.WaitGroup
 }
 
 // task is a request between Start and Done.
@@ -80,10 +78,7 @@ func (w *Workers) Start(r *Request) {
 		w.wake.Signal()
 	case w.running < w.most:
 		w.running++
-		w.group.Go(func() error {
-			w.work()
-			return nil
-		})
+		w.group.Go(w.work)
 	}
 	w.mu.Unlock()
 }
@@ -120,7 +115,8 @@ func (w *Workers) Close() error {
 	for _, t := range waiting {
 		t.end(nil, ErrClosed)
 	}
-	return w.group.Wait()
+	w.group.Wait()
+	return nil
 }
 
 // end calls Done, if that has not been done.

@@ -7,8 +7,6 @@ import (
 	"io"
 	"sync"
 
-	"golang.org/x/sync/errgroup"
-
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/arrivals"
@@ -27,7 +25,7 @@ type fetcher struct {
 	next   func() (Want, bool) // called without the lock, by the reader only
 	parent context.Context
 	detach func() bool // of the watcher of the parent
-	group  errgroup.Group
+	group  sync.WaitGroup
 
 	widen        func()   // uses the whole window if it may; nil once that is so
 	most         int      // requests in flight
@@ -186,7 +184,7 @@ func (f *fetcher) close() {
 	f.mu.Lock()
 	f.fail(errClosed)
 	f.mu.Unlock()
-	_ = f.group.Wait() // decoders return nil; the error is f.err
+	f.group.Wait()
 }
 
 // fail records the first failure, and cancels everything in flight. The lock is held here and in

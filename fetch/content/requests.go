@@ -101,10 +101,7 @@ func (f *fetcher) dispatch() {
 		}
 		for f.decoders < runtime.GOMAXPROCS(0) {
 			f.decoders++
-			f.group.Go(func() error {
-				f.decode()
-				return nil
-			})
+			f.group.Go(f.decode)
 		}
 		f.mu.Unlock()
 		for _, r := range batch[:n] {

@@ -35,8 +35,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
@@ -71,7 +69,7 @@ type Store struct {
 	directory string
 	ctx       context.Context
 	cancel    context.CancelFunc
-	group     errgroup.Group
+	group     sync.WaitGroup
 
 	mu       sync.Mutex
 	packs    map[eris.Reference]*pack
@@ -237,12 +235,10 @@ func (s *Store) begin(root eris.Reference) *pack {
 	p := &pack{s: s, name: root.String() + suffix, opened: make(chan struct{})}
 	p.ctx, p.end = context.WithCancel(s.ctx)
 	s.packs[root] = p
-	s.group.Go(func() error {
-		p.open()
-		if p.err != nil {
+	s.group.Go(func() {
+		if p.open(); p.err != nil {
 			s.failed(root, p.err)
 		}
-		return nil
 	})
 	return p
 }

@@ -291,12 +291,11 @@ func (p *pack) begin(r *run) *run {
 	}
 	r.pack, r.used, r.blocks = p, s.gets, map[int][]byte{}
 	s.runs = append(s.runs, r)
-	s.group.Go(func() error {
+	s.group.Go(func() {
 		err := s.objects.Range(p.ctx, p.name, r.from, r.length, r.read)
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		r.finish(err)
-		return nil
 	})
 	return r
 }

@@ -36,17 +36,17 @@ const (
 
 // member is a source and what is known about it. All of it is guarded by the lock of the pool.
 type member struct {
-	pool   *Pool
-	source fetch.Source
-	name   string
-	near   bool
-	local  bool
-	bySize bool // see anySizer
-	index  int
-	bit    set
-	score  float64
-	keeper *keep // of a near one
-	queue  queue // of what is near, or what a far one probably has
+	pool    *Pool
+	source  fetch.Source
+	name    string
+	near    bool
+	local   bool
+	anySize bool // see anySizer
+	index   int
+	bit     set
+	score   float64
+	keeper  *keep // of a near one
+	queue   queue // of what is near, or what a far one probably has
 
 	banned    bool
 	bannedAt  time.Duration
@@ -84,6 +84,11 @@ func newMember(p *Pool, i int, given Member) *member {
 		pool: p, source: given.Source, name: given.Source.String(), local: given.Near || given.Local,
 		index: i, bit: 1 << i, hits: 1, truth: 1, tail: firstTail, failedAt: -1, missing: map[key]struct{}{},
 		backoff: backoff.Backoff{Min: failureRest, Max: longestRest},
+	}
+	s, ok := given.Source.(anySizer)
+	m.anySize = ok && s.AnySize()
+	if !m.local {
+		m.source = fetch.Limited(m.source, p.options.Limiter)
 	}
 	record := p.options.State.Get(m.name)
 	if m.score = 1; !record.Fault.IsZero() {

@@ -52,15 +52,13 @@
 package pool
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
@@ -84,7 +82,7 @@ type Member struct {
 // does not have in the other.
 type anySizer interface{ AnySize() bool }
 
-// Options says how a [Pool] behaves. Zero fields stand for the defaults.
+// Options says how a [Pool] behaves. All fields may be zero.
 type Options struct {
 	// State is where knowledge about sources comes from and goes to, by their String; nil if there
 	// is none. Close saves it.
@@ -92,9 +90,6 @@ type Options struct {
 	// Limiter bounds the bytes per second of all members together that are not local; nil if
 	// nothing does.
 	Limiter *ratelimit.Limiter
-	// HedgeShare is the greatest share of bytes that are asked for twice because they are late,
-	// beside a first 1 MiB. Default 0.02. Below 0 nothing is asked for twice.
-	HedgeShare float64
 	// OnFault, if not nil, is called for a source that gives wrong bytes, which is not asked again
 	// for an hour.
 	OnFault func(source string, err error)
@@ -118,7 +113,7 @@ type Pool struct {
 	near    []*member
 	far     []*member
 	epoch   time.Time
-	group   errgroup.Group            // the workers, the watcher, and calls of OnFault and the like
+	group   sync.WaitGroup            // the workers, the watcher, and calls of OnFault and the like
 	arrived *arrivals.Queue[*attempt] // that have ended
 	kick    chan struct{}             // wakes the watcher
 	stop    chan struct{}             // closed by Close
@@ -154,9 +149,6 @@ type Pool struct {
 // New returns a pool of sources. What is beyond MaxSources is not used. Of far sources about which
 // nothing is known, earlier ones are tried first.
 func New(members []Member, options Options) *Pool {
-	if options.HedgeShare == 0 {
-		options.HedgeShare = 0.02
-	}
 	if options.State == nil {
 		options.State = sourcestate.Open("")
 	}
@@ -170,17 +162,7 @@ func New(members []Member, options Options) *Pool {
 		if i == MaxSources {
 			break
 		}
-		bySize := true
-		if s, ok := given.Source.(anySizer); ok {
-			bySize = !s.AnySize()
-		}
-		asks, ok := given.Source.(interface{ AsksHave() bool })
-		mayAsk := ok && asks.AsksHave()
-		if !given.Near && !given.Local {
-			given.Source = fetch.Limited(given.Source, options.Limiter)
-		}
 		m := newMember(p, i, given)
-		m.bySize = bySize
 		p.members = append(p.members, m)
 		if m.near = given.Near && !allNear; m.near {
 			p.near = append(p.near, m)
@@ -188,36 +170,25 @@ func New(members []Member, options Options) *Pool {
 		} else {
 			p.far = append(p.far, m)
 			p.farSet |= m.bit
-			if mayAsk {
+			if asks, ok := given.Source.(interface{ AsksHave() bool }); ok && asks.AsksHave() {
 				p.askable |= m.bit
 			}
 		}
 	}
 	for range runtime.GOMAXPROCS(0) {
-		p.background(p.work)
+		p.group.Go(p.work)
 	}
-	p.background(p.watch)
+	p.group.Go(p.watch)
 	return p
-}
-
-// background runs something that Close waits for.
-func (p *Pool) background(f func()) {
-	p.group.Go(func() error {
-		f()
-		return nil
-	})
 }
 
 // String returns the names of the sources.
 func (p *Pool) String() string {
-	var b bytes.Buffer
-	for i, m := range p.members {
-		if i > 0 {
-			b.WriteByte(' ')
-		}
-		b.WriteString(m.name)
+	var names []string
+	for _, m := range p.members {
+		names = append(names, m.name)
 	}
-	return b.String()
+	return strings.Join(names, " ")
 }
 
 func (p *Pool) now() time.Duration { return time.Since(p.epoch) }
@@ -229,16 +200,16 @@ func (p *Pool) Start(r *fetch.Request) {
 	p.mu.Lock()
 	now, k := p.now(), key{r.Pair.Reference, r.Size}
 	l := p.lookups[k]
-	if l != nil && !p.closed {
-		l.more = append(l.more, r)
-		r.Held = l
-		p.mu.Unlock()
-		return
-	}
-	if p.closed {
+	switch {
+	case p.closed:
 		p.mu.Unlock()
 		r.Err = fetch.ErrClosed
 		r.Done(r)
+		return
+	case l != nil:
+		l.more = append(l.more, r)
+		r.Held = l
+		p.mu.Unlock()
 		return
 	}
 	l = p.newLookup(k, r)
@@ -306,7 +277,8 @@ func (p *Pool) Close() error {
 	p.mu.Lock()
 	if p.closed {
 		p.mu.Unlock()
-		return p.group.Wait()
+		p.group.Wait()
+		return nil
 	}
 	p.closed = true
 	for _, m := range p.members {

@@ -378,24 +378,13 @@ func TestHedge(t *testing.T) {
 		}
 		return nil
 	}
-	for _, share := range []float64{0, -1} {
-		other := &fake{roundTrip: 20e6, rate: 20e6}
-		list := sources(f, other)
-		f.asked = nil
-		simulate(t, pool.Options{HedgeShare: share}, list, func(t *testing.T, p *pool.Pool) {
-			took := readAll(t, p, n, large, 256)
-			if share < 0 {
-				if took < 5*time.Second {
-					t.Errorf("took %v without asking twice", took)
-				}
-				return
-			}
-			near(t, took, n*float64(large)/40e6, 1.15)
-			if requests := f.requests() + other.requests(); requests > n*102/100+32 {
-				t.Errorf("%d requests for %d blocks", requests, n)
-			}
-		})
-	}
+	other := &fake{roundTrip: 20e6, rate: 20e6}
+	simulate(t, pool.Options{}, sources(f, other), func(t *testing.T, p *pool.Pool) {
+		near(t, readAll(t, p, n, large, 256), n*float64(large)/40e6, 1.15)
+		if requests := f.requests() + other.requests(); requests > n*102/100+32 {
+			t.Errorf("%d requests for %d blocks", requests, n)
+		}
+	})
 }
 
 // TestHedgeBesideProbe loses a request for a block by which a member that rests is probed as well:
@@ -679,7 +668,7 @@ func TestBusy(t *testing.T) {
 func TestMerging(t *testing.T) {
 	for n := 1; n <= 2; n++ {
 		a, b := &fake{roundTrip: 20e6}, &fake{roundTrip: 20e6}
-		simulate(t, pool.Options{HedgeShare: -1}, sources(a, b)[:n], func(t *testing.T, p *pool.Pool) {
+		simulate(t, pool.Options{}, sources(a, b)[:n], func(t *testing.T, p *pool.Pool) {
 			for i := 2; i < 4; i++ { // with a probe
 				if err := get(t.Context(), p, i, large); err != nil {
 					t.Fatal(err)

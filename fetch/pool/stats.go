@@ -23,7 +23,6 @@ type SourceStats struct {
 	Resting    bool          // not used because it failed or was silent, for now
 	RoundTrip  time.Duration // the shortest; 0 if not known
 	Rate       float64       // bytes per second; 0 if not known
-	Window     int64         // bytes that may be in flight; 0 if that is not known
 	Err        error         // the last failure or fault
 }
 
@@ -38,9 +37,6 @@ func (p *Pool) Stats() []SourceStats {
 			URL: m.name, Near: m.near, Requests: m.asked, Bytes: m.delivered, Duplicates: m.duplicates, Misses: m.misses,
 			Faults: m.faults, Failures: m.failed, Banned: m.banned, Resting: m.restUntil > now || m.failures > 0 || m.silent,
 			RoundTrip: m.minRoundTrip(), Rate: m.typical, Err: m.lastError,
-		}
-		if m.known {
-			stats[i].Window = m.window(false)
 		}
 	}
 	return stats

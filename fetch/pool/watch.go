@@ -3,6 +3,7 @@
 package pool
 
 import (
+	"cmp"
 	"errors"
 	"slices"
 	"time"
@@ -18,8 +19,9 @@ const (
 	// and unknownDelay after what time if nothing is known about the first.
 	hedgeDelay   = 15 * time.Millisecond
 	unknownDelay = 100 * time.Millisecond
-	// hedgeFree is how many bytes may be asked for twice at any time.
-	hedgeFree = 1 << 20
+	// hedgeShare is the greatest share of bytes that are asked for twice because they are late,
+	// beside hedgeFree bytes.
+	hedgeShare, hedgeFree = 0.02, 1 << 20
 	// A member is silent that has not answered for some time that follows from what is known about
 	// it: at least leastSilence, or loneSilence if there is no other; at most mostSilence, unless
 	// it takes longer for one block and there is no other that could be tried; firstSilence if it
@@ -141,7 +143,7 @@ func (m *member) gap(size eris.BlockSize) time.Duration {
 
 // hedge asks other members for what is late.
 func (p *Pool) hedge(now time.Duration) {
-	if p.options.HedgeShare < 0 || len(p.far) == 0 || len(p.members) == 1 {
+	if len(p.far) == 0 || len(p.members) == 1 {
 		return
 	}
 	var late []*attempt
@@ -161,17 +163,12 @@ func (p *Pool) hedge(now time.Duration) {
 		}
 	}
 	// The earlier a block was asked for, the earlier it is needed.
-	slices.SortFunc(late, func(a, b *attempt) int {
-		if a.lookup.sequence < b.lookup.sequence {
-			return -1
-		}
-		return 1
-	})
+	slices.SortFunc(late, func(a, b *attempt) int { return cmp.Compare(a.lookup.sequence, b.lookup.sequence) })
 	for _, a := range late {
 		size := int64(a.request.Size)
 		// What is so late that it may never come must not wait until there is room for hedges
 		// again: it may be what everything else waits for.
-		if !a.member.isLost(a, now) && float64(p.doubled+size) > hedgeFree+p.options.HedgeShare*float64(p.delivered) {
+		if !a.member.isLost(a, now) && float64(p.doubled+size) > hedgeFree+hedgeShare*float64(p.delivered) {
 			continue
 		}
 		if m := p.alternative(a, now); m != nil {

@@ -104,7 +104,7 @@ func (p *Pool) ended(a *attempt, now time.Duration) {
 	case outcome == miss:
 		l.missed |= m.bit
 		p.turnsOut(l, m, false)
-		if !m.bySize && errors.Is(err, eris.ErrNotFound) {
+		if m.anySize && errors.Is(err, eris.ErrNotFound) {
 			m.remembersMissingSizes(l.key)
 		} else {
 			m.remembersMissing(l.key)
@@ -195,7 +195,7 @@ func (p *Pool) tell(f func(source string, err error), name string, err error) {
 	if p.closed {
 		return
 	}
-	p.background(func() {
+	p.group.Go(func() {
 		if f != nil {
 			f(name, err)
 		}

@@ -12,6 +12,46 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 )
 
+// Counted returns a source that tells how many bytes each block has that has come from another one.
+// got is called from any goroutine, and must not wait. Closing it closes the other one.
+func Counted(source Source, got func(bytes int)) Source {
+	c := &counted{Source: source, got: got}
+	c.done = c.count
+	return c
+}
+
+type counted struct {
+	Source
+	got  func(bytes int)
+	done func(r *Request) // count, as a value
+}
+
+func (c *counted) Start(r *Request) {
+	r.intercept(c.done)
+	c.Source.Start(r)
+}
+
+func (c *counted) count(r *Request) {
+	if r.Err == nil {
+		c.got(len(r.Block))
+	}
+	r.proceed()
+}
+
+// Within returns a source that says of all requests that the blocks are of the item with a root.
+// Closing it closes the other one.
+func Within(source Source, root eris.Reference) Source { return within{source, root} }
+
+type within struct {
+	Source
+	root eris.Reference
+}
+
+func (w within) Start(r *Request) {
+	r.Root = w.root
+	w.Source.Start(r)
+}
+
 // Limited returns a source that asks another one for at most as many bytes per second as the
 // limiter lets through, which may be shared by several sources. Blocks that do not come do not
 // count; what a transport adds to a block does not either. Without a limiter it returns the source
@@ -20,7 +60,7 @@ func Limited(source Source, limiter *ratelimit.Limiter) Source {
 	if limiter == nil {
 		return source
 	}
-	l := &limited{Source: source, limiter: limiter, waiting: map[*Request]struct{}{}}
+	l := &limited{Source: source, limiter: limiter, waiting: map[*Request]*time.Timer{}}
 	l.done = l.over
 	return l
 }
@@ -34,56 +74,33 @@ type limited struct {
 
 	mu      sync.Mutex
 	closed  bool
-	waiting map[*Request]struct{} // those of queue that were not cancelled
-	queue   []delayed             // in the order in which they came
-	timer   *time.Timer           // runs while there is a queue
-}
-
-// delayed is a request that may be started at a time.
-type delayed struct {
-	request *Request
-	at      time.Time
+	waiting map[*Request]*time.Timer
 }
 
 func (l *limited) Start(r *Request) {
 	wait := l.limiter.Take(int(r.Size))
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.closed || wait <= 0 && len(l.queue) == 0 {
+	if l.closed || wait <= 0 {
 		l.pass(r)
 		return
 	}
-	l.queue = append(l.queue, delayed{r, time.Now().Add(wait)})
-	l.waiting[r] = struct{}{}
-	if l.timer == nil {
-		l.timer = time.AfterFunc(wait, l.passDue)
-	}
+	var timer *time.Timer
+	timer = time.AfterFunc(wait, func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.waiting[r] == timer {
+			delete(l.waiting, r)
+			l.pass(r)
+		}
+	})
+	l.waiting[r] = timer
 }
 
 // pass hands a request to the source. The lock is held, so that nobody cancels it before.
 func (l *limited) pass(r *Request) {
 	r.intercept(l.done)
 	l.Source.Start(r)
-}
-
-// passDue hands those to the source whose time has come.
-func (l *limited) passDue() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	now := time.Now()
-	for len(l.queue) > 0 {
-		d := l.queue[0]
-		if _, wanted := l.waiting[d.request]; wanted {
-			if d.at.After(now) {
-				l.timer.Reset(d.at.Sub(now))
-				return
-			}
-			delete(l.waiting, d.request)
-			l.pass(d.request)
-		}
-		l.queue = l.queue[1:]
-	}
-	l.queue, l.timer = nil, nil
 }
 
 // over gives back what was taken for a block that has not come. Wrong ones have.
@@ -97,13 +114,14 @@ func (l *limited) over(r *Request) {
 
 func (l *limited) Cancel(r *Request) {
 	l.mu.Lock()
-	_, waits := l.waiting[r]
+	timer := l.waiting[r]
 	delete(l.waiting, r)
-	if !waits {
+	if timer == nil {
 		l.Source.Cancel(r)
 	}
 	l.mu.Unlock()
-	if waits {
+	if timer != nil {
+		timer.Stop()
 		l.limiter.Return(int(r.Size))
 		r.Err = context.Canceled
 		r.Done(r)
@@ -114,20 +132,17 @@ func (l *limited) Cancel(r *Request) {
 func (l *limited) Waits(r *Request) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	_, waits := l.waiting[r]
-	return waits
+	return l.waiting[r] != nil
 }
 
 func (l *limited) Close() error {
 	l.mu.Lock()
 	l.closed = true
 	waiting := l.waiting
-	l.waiting = map[*Request]struct{}{}
-	if l.timer != nil {
-		l.timer.Stop()
-	}
+	l.waiting = nil
 	l.mu.Unlock()
-	for r := range waiting {
+	for r, timer := range waiting {
+		timer.Stop()
 		r.Err = ErrClosed
 		r.Done(r)
 	}
