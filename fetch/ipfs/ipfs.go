@@ -17,12 +17,18 @@
 package ipfs
 
 import (
+	"bytes"
 	"cmp"
 	"context"
+	"encoding/base32"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"mime/multipart"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"os"
 	"strings"
 	"sync/atomic"
@@ -83,8 +89,8 @@ var _ fetch.Store = (*Store)(nil)
 //
 // Open makes no connection. The Store must be closed. The path and the user name may be secrets;
 // neither errors nor [Store.String] show them.
-func Open(url string, options Options) (*Store, error) {
-	u, err := storeurl.ParseScheme(url, "ipfs+http", "ipfs+https")
+func Open(text string, options Options) (*Store, error) {
+	u, err := storeurl.ParseScheme(text, "ipfs+http", "ipfs+https")
 	if err != nil {
 		return nil, err
 	}
@@ -119,6 +125,23 @@ func (s *Store) Close() error {
 	return s.Workers.Close()
 }
 
+// cidPrefix is what stands before the digest in the binary form of a CID: version 1; the codec
+// "raw" (0x55), because IPFS knows nothing of what is in the block; and a multihash of the kind
+// blake2b-256 (0xb220 as a variable-length number) with 32 bytes
+// (https://github.com/multiformats/cid, https://github.com/multiformats/multicodec).
+const cidPrefix = "\x01\x55\xa0\xe4\x02\x20"
+
+// cidText is Base32 as multibase has it under the prefix "b": lower case, no padding.
+var cidText = base32.NewEncoding("abcdefghijklmnopqrstuvwxyz234567").WithPadding(base32.NoPadding)
+
+// CID returns the name under which IPFS knows an encrypted block: CIDv1, codec raw, hash
+// BLAKE2b-256, in Base32. The digest in it is the reference itself, since both are BLAKE2b-256 of
+// the same bytes; so a node that checks what it gets, as all do, checks what we would. All names
+// are 62 characters long and begin with "bafk2bzace".
+func CID(ref eris.Reference) string {
+	return "b" + cidText.EncodeToString(append([]byte(cidPrefix), ref[:]...))
+}
+
 // get is what the workers call.
 func (s *Store) get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) (block []byte, err error) {
 	err = eris.ErrNotFound
@@ -143,19 +166,20 @@ func (s *Store) get(ctx context.Context, ref eris.Reference, size eris.BlockSize
 // Put implements [fetch.Store]: it returns nil once the node has answered that it has stored and
 // pinned the block.
 func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error {
-	if err := s.put(ctx, ref, block); err != nil {
+	err := fetch.ErrReadOnly
+	switch {
+	case !eris.BlockSize(len(block)).Valid():
+		err = errSize
+	case s.url.Put && s.rpc:
+		err = s.put(ctx, ref, block)
+	}
+	if err != nil {
 		return fmt.Errorf("%v: block %v: %w", s, ref, err)
 	}
 	return nil
 }
 
 func (s *Store) put(ctx context.Context, ref eris.Reference, block []byte) error {
-	if !s.url.Put || !s.rpc {
-		return fetch.ErrReadOnly
-	}
-	if !eris.BlockSize(len(block)).Valid() {
-		return errSize
-	}
 	putAs := func(old bool) error {
 		return s.do(ctx, s.putRequest(block, old), func(r *http.Response) error { return putResult(ref, r) })
 	}
@@ -170,12 +194,117 @@ func (s *Store) put(ctx context.Context, ref eris.Reference, block []byte) error
 }
 
 // do makes an exchange, again while the node is busy.
-func (s *Store) do(ctx context.Context, make func() (*http.Request, error), take func(*http.Response) error) error {
-	return s.client.Retry(ctx, func() error {
-		request, err := make()
-		if err != nil {
-			return err
+func (s *Store) do(ctx context.Context, request *http.Request, take func(*http.Response) error) error {
+	return s.client.Retry(ctx, func() error { return s.client.Do(ctx, request, take) })
+}
+
+// request makes a request for a path of the node; body may be nil.
+func (s *Store) request(method, path string, query url.Values, body io.Reader) *http.Request {
+	r, _ := http.NewRequest(method, "", body) // fails only for the first two
+	r.URL, r.Header = s.url.HTTP(path), httpclient.Header()
+	r.URL.RawQuery = query.Encode()
+	if user := s.url.User; user != nil {
+		password, _ := user.Password()
+		r.SetBasicAuth(user.Username(), password)
+	}
+	if r.Host = r.URL.Host; !s.rpc && s.url.Host == "localhost" {
+		// A gateway that is called localhost gives each CID a host name of its own and sends
+		// clients there, to keep web sites apart
+		// (https://specs.ipfs.tech/http-gateways/subdomain-gateway/). By its address it does not.
+		r.Host = strings.Replace(r.Host, "localhost", "127.0.0.1", 1)
+	}
+	return r
+}
+
+func (s *Store) getRequest(ref eris.Reference) *http.Request {
+	if s.rpc {
+		// The daemon gives up as well, or it would look for blocks that nobody waits for.
+		query := url.Values{"arg": {CID(ref)}, "timeout": {s.timeout.String()}}
+		return s.request(http.MethodPost, rpcPath+"/block/get", query, nil)
+	}
+	r := s.request(http.MethodGet, "/ipfs/"+CID(ref), url.Values{"format": {"raw"}}, nil)
+	r.Header.Set("Accept", "application/vnd.ipld.raw")
+	return r
+}
+
+// getError returns what an answer other than 200 means.
+func (s *Store) getError(response *http.Response) error {
+	err := &httpclient.StatusError{Code: response.StatusCode, Text: readText(response)}
+	if s.rpc {
+		if response.StatusCode == http.StatusInternalServerError && saysNotFound(err.Text) {
+			return eris.ErrNotFound
 		}
-		return s.client.Do(ctx, request, take)
-	})
+		return err
+	}
+	switch response.StatusCode {
+	case http.StatusNotFound, http.StatusGone, http.StatusUnavailableForLegalReasons, // not here, or not for us
+		http.StatusGatewayTimeout,     // it has looked for long enough
+		http.StatusPreconditionFailed: // it does not look elsewhere
+		return fmt.Errorf("%w: %w", eris.ErrNotFound, err)
+	}
+	return err
+}
+
+// saysNotFound reports whether an error of the RPC means that there is no such block, or none in
+// time. There is no code for that, only text: "ipld: could not find CID", before 2022
+// "blockservice: key not found" or "merkledag: not found"; and "context deadline exceeded".
+func saysNotFound(text string) bool {
+	for _, phrase := range []string{"could not find", "not found", "deadline exceeded"} {
+		if strings.Contains(text, phrase) {
+			return true
+		}
+	}
+	return false
+}
+
+// readText returns the beginning of what an error response says. The RPC wraps it in JSON.
+func readText(response *http.Response) string {
+	b, _ := io.ReadAll(io.LimitReader(response.Body, maxText))
+	var wrapped struct{ Message string }
+	if json.Unmarshal(b, &wrapped) == nil && wrapped.Message != "" {
+		return wrapped.Message
+	}
+	return strings.TrimSpace(string(b))
+}
+
+// putRequest makes the request that stores and pins a block. An old daemon knows "format" instead
+// of "cid-codec", and the present one refuses both together.
+func (s *Store) putRequest(block []byte, old bool) *http.Request {
+	codec := "cid-codec"
+	if old {
+		codec = "format"
+	}
+	query := url.Values{"mhtype": {"blake2b-256"}, "mhlen": {"32"}, "pin": {"true"}, codec: {"raw"}}
+	var body bytes.Buffer // to which writing does not fail
+	form := multipart.NewWriter(&body)
+	part, _ := form.CreateFormFile("file", "block")
+	part.Write(block)
+	form.Close()
+	r := s.request(http.MethodPost, rpcPath+"/block/put", query, &body)
+	r.Header.Set("Content-Type", form.FormDataContentType())
+	return r
+}
+
+// putResult returns what the answer to a PUT means.
+func putResult(ref eris.Reference, response *http.Response) error {
+	if response.StatusCode == http.StatusOK {
+		var stored struct{ Key string }
+		if err := json.NewDecoder(io.LimitReader(response.Body, maxText)).Decode(&stored); err != nil {
+			return fmt.Errorf("answer of the node is not understood: %w", err)
+		}
+		if stored.Key != CID(ref) {
+			return fmt.Errorf("%w: %.100q", errOtherName, stored.Key)
+		}
+		return nil
+	}
+	err := &httpclient.StatusError{Code: response.StatusCode, Text: readText(response)}
+	switch response.StatusCode {
+	case http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusMethodNotAllowed:
+		return fmt.Errorf("%w: %w", fetch.ErrReadOnly, err)
+	case http.StatusBadRequest, http.StatusInternalServerError:
+		if strings.Contains(err.Text, "cid-codec") {
+			return fmt.Errorf("%w: %w", errOtherName, err)
+		}
+	}
+	return err
 }

@@ -296,10 +296,7 @@ func TestURL(t *testing.T) {
 		if got := s.String(); got != v.text {
 			t.Errorf("%.60s: String is %q, want %q", v.url, got, v.text)
 		}
-		request, err := s.getRequest(eris.Reference{})()
-		if err != nil {
-			t.Fatal(err)
-		}
+		request := s.getRequest(eris.Reference{})
 		got := request.Method + " " + strings.Replace(request.URL.String(), CID(eris.Reference{}), "CID", 1)
 		if v.ask != "" && got != v.ask {
 			t.Errorf("%s: asks %s, want %s", v.url, got, v.ask)
@@ -325,9 +322,8 @@ func TestLocalhost(t *testing.T) {
 		"ipfs+http://localhost:8080/?rpc": "localhost:8080",
 	} {
 		s := mustOpen(t, url, Options{})
-		request, err := s.getRequest(eris.Reference{})()
-		if err != nil || request.Host != want || request.URL.Hostname() != "localhost" {
-			t.Errorf("%s: host is %q, want %q: %v", url, request.Host, want, err)
+		if r := s.getRequest(eris.Reference{}); r.Host != want || r.URL.Hostname() != "localhost" {
+			t.Errorf("%s: host is %q, want %q", url, r.Host, want)
 		}
 		s.Close()
 	}

@@ -55,7 +55,7 @@ func openBucket(u storeurl.URL, o web.Options) (objects, error) {
 	if credentials.HasKeys() {
 		signer := v4.NewSigner(func(o *v4.SignerOptions) { o.DisableURIPathEscaping = true })
 		o.Sign = func(r *http.Request, sum [sha256.Size]byte) error {
-			if r.Body == nil {
+			if r.GetBody == nil {
 				sum = sha256.Sum256(nil)
 			}
 			text := hex.EncodeToString(sum[:])

@@ -351,7 +351,6 @@ func (s *Store) request(o outgoing, u *url.URL) (*http.Request, error) {
 		r.Header.Set("Content-Type", "application/octet-stream")
 		r.ContentLength = o.size
 		r.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(io.NewSectionReader(o.body, 0, o.size)), nil }
-		r.Body, _ = r.GetBody()
 	}
 	if own && s.sign != nil {
 		return r, s.sign(r, o.sum)

@@ -227,9 +227,10 @@ func (c *Client) worked() {
 	}
 }
 
-// Do makes a request and has the response handled, the body of which is decoded, and closed when
-// handle returns. No redirection is followed. After a connection could not be made, calls fail at
-// once for a time that gets longer with each such failure.
+// Do makes a request, whose body is what its GetBody returns, and has the response handled, the
+// body of which is decoded, and closed when handle returns. No redirection is followed. After a
+// connection could not be made, calls fail at once for a time that gets longer with each such
+// failure.
 //
 // Errors are those of handle; a [*fetch.BusyError] if the server is busy and says for how long; the
 // cause of ctx; errors that wrap [ErrSilent]; and failures of the connection. None of them quotes
@@ -302,10 +303,7 @@ type exchange struct {
 
 func (e *exchange) run(ctx context.Context, request *http.Request, handle func(r *http.Response) error) error {
 	c := e.client
-	if request.Body != nil {
-		request.Body = &upload{request.Body, e}
-	}
-	r, err := c.transport.RoundTrip(request.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+	request = request.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		GotConn: func(httptrace.GotConnInfo) {
 			e.connected.Store(true)
 			e.timer.Reset(c.options.Timeout)
@@ -313,7 +311,15 @@ func (e *exchange) run(ctx context.Context, request *http.Request, handle func(r
 			e.pass()
 		},
 		WroteRequest: func(info httptrace.WroteRequestInfo) { e.wrote.Store(info.Err == nil) },
-	})))
+	}))
+	if request.GetBody != nil {
+		body, err := request.GetBody()
+		if err != nil {
+			return err
+		}
+		request.Body = &upload{body, e}
+	}
+	r, err := c.transport.RoundTrip(request)
 	if err != nil {
 		err = plain(err)
 		if !e.connected.Load() && ctx.Err() == nil {
