@@ -7,11 +7,15 @@ import (
 	"context"
 	"errors"
 	"runtime"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 )
 
 func TestWorkersConformance(t *testing.T) {
@@ -126,4 +130,218 @@ func TestVerify(t *testing.T) {
 			}
 		}
 	}
+}
+
+// odd is a store of all blocks whose references begin with an odd number; it knows so many answers.
+type odd int
+
+func (o odd) Have(question []byte) []byte {
+	n := 0
+	return fetch.HaveBits(question, func(prefix []byte) (has, known bool) {
+		n++
+		return prefix[0]&1 == 1, n <= int(o)
+	})
+}
+
+// TestHaveBits checks the bits of an answer, and one that was broken off.
+func TestHaveBits(t *testing.T) {
+	question := make([]byte, 11*fetch.HavePrefix)
+	for _, i := range []int{0, 2, 7, 8, 10} {
+		question[i*fetch.HavePrefix] = 1
+	}
+	if answer, ok := fetch.AnswerHave(odd(11), question); !ok || !bytes.Equal(answer, []byte{0b1010_0001, 0b1010_0000}) {
+		t.Errorf("%b, %v", answer, ok)
+	}
+	for known, want := range map[int]int{10: 1, 8: 1, 7: 0, 0: 0} {
+		if answer, _ := fetch.AnswerHave(odd(known), question); len(answer) != want {
+			t.Errorf("%d known: %b", known, answer)
+		}
+	}
+	for _, n := range []int{0, 1, 7, 9, fetch.HavePrefix*fetch.MaxHave + 8} {
+		if _, ok := fetch.AnswerHave(odd(1<<20), make([]byte, n)); ok {
+			t.Errorf("%d bytes are a question", n)
+		}
+	}
+}
+
+// FuzzHave gives anything for a question, and anything for an answer.
+func FuzzHave(f *testing.F) {
+	f.Add([]byte("12345678abcdefgh"), 2)
+	f.Add(bytes.Repeat([]byte{1}, fetch.HavePrefix*fetch.MaxHave), 1000)
+	f.Add([]byte{}, 0)
+	f.Fuzz(func(t *testing.T, question []byte, known int) {
+		answer, ok := fetch.AnswerHave(odd(known), question)
+		n := len(question) / fetch.HavePrefix
+		if ok != (n >= 1 && n <= fetch.MaxHave && len(question)%fetch.HavePrefix == 0) || len(answer) > (n+7)/8 {
+			t.Fatalf("%d bytes for %d, %v", len(answer), len(question), ok)
+		}
+		for i := range 8 * len(answer) {
+			has, said := fetch.Has(answer, i)
+			if want := i < n && question[i*fetch.HavePrefix]&1 == 1; !said || has != want {
+				t.Fatalf("bit %d is %v", i, has)
+			}
+		}
+		for i := range 2*n + 1 {
+			if has, said := fetch.Has(question, i); has && !said {
+				t.Fatal("there is what is not known")
+			}
+		}
+		if _, said := fetch.Has(answer, 8*len(answer)); said {
+			t.Fatal("more is said than there is")
+		}
+	})
+}
+
+func TestPipelineOutlivesEncoder(t *testing.T) {
+	backend := sourcetest.NewBackend()
+	store := backend.Open(1)
+	defer store.Close()
+	whole, stop := context.WithCancel(t.Context())
+	defer stop()
+	pipeline := fetch.NewPipeline(whole, store)
+	put := func(n byte) eris.Reference {
+		block := make([]byte, eris.BlockSize1KiB)
+		block[0] = n
+		ref := eris.Sum(block)
+		ctx, cancel := context.WithCancel(t.Context())
+		if err := pipeline.Put(ctx, ref, block); err != nil {
+			t.Fatal(err)
+		}
+		backend.AwaitHeld(1)
+		cancel()
+		return ref
+	}
+	release := backend.Hold()
+	ref := put(1)
+	release()
+	if err := pipeline.Flush(); err != nil || !backend.Has(ref) {
+		t.Errorf("the block was not stored: %v", err)
+	}
+	release = backend.Hold()
+	defer release()
+	ref = put(2)
+	stop()
+	if err := pipeline.Flush(); !errors.Is(err, context.Canceled) || backend.Has(ref) {
+		t.Errorf("after the end of the pipeline's context: %v", err)
+	}
+}
+
+// scripted is a source that has what its function says.
+type scripted struct {
+	*fetch.Workers
+	get func() ([]byte, error)
+}
+
+func newScripted() *scripted {
+	s := &scripted{}
+	s.Workers = fetch.NewWorkers(100, func(context.Context, eris.Reference, eris.BlockSize, []byte) ([]byte, error) { return s.get() })
+	return s
+}
+
+func (*scripted) String() string { return "test:" }
+
+func TestStagesConformance(t *testing.T) {
+	for name, wrap := range map[string]func(fetch.Source) fetch.Source{
+		"counted": func(s fetch.Source) fetch.Source { return fetch.Counted(fetch.Counted(s, func(int) {}), func(int) {}) },
+		"limited": func(s fetch.Source) fetch.Source { return fetch.Limited(s, ratelimit.New(64<<20, 0)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
+				return sourcetest.Fixture{Source: wrap(backend.Open(16)), Held: 16}
+			})
+		})
+	}
+}
+
+func TestCounted(t *testing.T) {
+	s := newScripted()
+	var got atomic.Int64
+	source := fetch.Counted(s, func(n int) { got.Add(int64(n)) })
+	defer source.Close()
+	block := make([]byte, eris.BlockSize1KiB)
+	for _, err := range []error{nil, eris.ErrNotFound, nil} {
+		s.get = func() ([]byte, error) { return block, err }
+		if _, e := fetch.Get(t.Context(), source, eris.Sum(block), eris.BlockSize1KiB, nil); !errors.Is(e, err) {
+			t.Error(e)
+		}
+	}
+	if n := got.Load(); n != 2048 {
+		t.Errorf("%d bytes were counted", n)
+	}
+}
+
+func TestLimited(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const size = eris.BlockSize32KiB
+		block := make([]byte, size)
+		ref := eris.Sum(block)
+		s := newScripted()
+		if fetch.Limited(s, nil) != fetch.Source(s) {
+			t.Error("a source without a limit is wrapped")
+		}
+		source := fetch.Limited(s, ratelimit.New(int64(size), int64(size)))
+		const count = 10
+		start := func() (requests []*fetch.Request, done chan *fetch.Request) {
+			done = make(chan *fetch.Request, count)
+			for range count {
+				r := &fetch.Request{Pair: eris.Pair{Reference: ref}, Size: size, Dst: make([]byte, 0, size), Done: func(r *fetch.Request) { done <- r }}
+				requests = append(requests, r)
+				source.Start(r)
+			}
+			return requests, done
+		}
+		for _, test := range []struct {
+			name string
+			err  error
+			want time.Duration // until the next one could come at once
+		}{
+			{"blocks", nil, count * time.Second},
+			{"wrong bytes", &eris.BlockError{Reference: ref}, count * time.Second},
+		} {
+			begin := time.Now()
+			s.get = func() ([]byte, error) { return block, test.err }
+			_, done := start()
+			for range count {
+				if r := <-done; !errors.Is(r.Err, test.err) {
+					t.Fatalf("%s: %v", test.name, r.Err)
+				}
+			}
+			time.Sleep(time.Second)
+			if took := time.Since(begin); (took - test.want).Abs() > time.Millisecond {
+				t.Errorf("%s: %v instead of %v", test.name, took, test.want)
+			}
+		}
+		// What does not come does not count.
+		for _, err := range []error{eris.ErrNotFound, errors.New("unreachable")} {
+			begin := time.Now()
+			s.get = func() ([]byte, error) { return nil, err }
+			for range count {
+				if _, e := fetch.Get(t.Context(), source, ref, size, nil); !errors.Is(e, err) {
+					t.Error(e)
+				}
+			}
+			if took := time.Since(begin); took > time.Millisecond {
+				t.Errorf("%v: took %v", err, took)
+			}
+		}
+		// What is cancelled ends at once, also while it waits, and leaves its share to others.
+		begin := time.Now()
+		s.get = func() ([]byte, error) { return block, nil }
+		requests, done := start()
+		for _, r := range requests[1 : count-1] {
+			source.Cancel(r)
+		}
+		for range count {
+			<-done
+		}
+		if took := time.Since(begin); took > count*time.Second {
+			t.Errorf("took %v", took)
+		}
+		if _, done = start(); source.Close() != nil {
+			t.Error("Close failed")
+		}
+		for range count {
+			<-done
+		}
+	})
 }

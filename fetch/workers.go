@@ -53,7 +53,7 @@ type task struct {
 // returns an error that wraps [eris.ErrNotFound] for a block that the source does not have. It may
 // write the block to dst, or return other memory that nobody changes; dst is the worker's until get
 // returns, so that a call that does not end in time harms nobody. It should return soon after its
-// context has ended; Close waits for it, Cancel does not.
+// context has ended; Close waits for it, but requests do not.
 func NewWorkers(n int, get func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error)) *Workers {
 	w := &Workers{get: get, most: n}
 	w.wake.L = &w.mu
@@ -93,11 +93,12 @@ func (w *Workers) Cancel(r *Request) {
 	w.waiting.Remove(t.waits) // if it is there
 	w.mu.Unlock()
 	t.mu.Lock()
-	if t.cancel != nil {
-		t.cancel()
-	}
+	cancel := t.cancel
 	t.mu.Unlock()
 	t.end(nil, context.Canceled)
+	if cancel != nil {
+		cancel()
+	}
 }
 
 // Close cancels all requests and waits until the calls that are under way have returned. It always
@@ -141,12 +142,17 @@ func (w *Workers) work() {
 		if t == nil {
 			return
 		}
+		w.group.Add(1)
+		stop := context.AfterFunc(ctx, func() { // however long the call takes
+			defer w.group.Done()
+			t.end(nil, context.Cause(ctx))
+		})
 		block, err := w.serve(ctx, t, memory)
-		if err != nil && ctx.Err() != nil {
-			err = context.Cause(ctx)
+		if stop() {
+			w.group.Done()
+			t.end(block, err)
 		}
 		cancel()
-		t.end(block, err)
 	}
 }
 

@@ -29,9 +29,15 @@
 package content
 
 import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
 	"sync/atomic"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 )
 
 // The window where none is given.
@@ -79,4 +85,228 @@ func (l *Leaf) Release() {
 	if l.users.Add(-1) == 0 {
 		l.fetcher.release(l.buffer)
 	}
+}
+
+// ErrTooLarge is wrapped by the [*Error] of content that is longer than the limit its reader set.
+var ErrTooLarge = errors.New("content is longer than its limit")
+
+// Error says that content cannot be decoded although every block is what its reference says: the
+// read capability is wrong, the tree is not one that an encoder makes, or the content is longer
+// than allowed ([ErrTooLarge]). No source of blocks can help.
+type Error struct {
+	Root eris.Reference // the root reference of the content's capability
+	Err  error          // what is wrong
+}
+
+// Error returns a text with the root reference.
+func (e *Error) Error() string {
+	return fmt.Sprintf("content with root %v: %v", e.Root, e.Err)
+}
+
+// Unwrap returns Err.
+func (e *Error) Unwrap() error { return e.Err }
+
+var (
+	errNodeSingle  = errors.New("root has a single reference")
+	errNodePartial = errors.New("internal node is not full, but not the last of its level")
+	errNodeKey     = errors.New("key of an internal node is not the hash of its content")
+	errClosed      = errors.New("sequence of contents is closed")
+)
+
+// Sequence reads many contents in an order known beforehand, as if they were one: requests for the
+// blocks of contents to come are made while earlier ones are being handed out, within one
+// [fetch.Window]. The length of a content is known before its first byte. Contents may be of any
+// mix of lengths and block sizes; thousands of short ones go as fast as a long one.
+//
+// How it goes: the right-most path of every content is fetched first, some way ahead, and tells its
+// length; the left-most path is fetched at the same time, so that it takes one round trip per
+// level, and one more, to come to the first leaf. Other leaves are then requested strictly in
+// order, so that a full window always holds what is needed next. Internal nodes are requested one
+// window ahead of their leaves, their parents two windows, and so on, so that no leaf has to wait
+// for its parent. As many goroutines as there are processors decrypt and check; results wait in
+// their places until it is their turn.
+//
+// Its methods must not be called by several goroutines at a time; to end it from elsewhere, end its
+// context. It must be closed.
+type Sequence struct {
+	fetcher *fetcher
+	stop    func()
+
+	current *content // nil when all its leaves have been handed out
+	ready   []slot   // leaves that have been taken from the fetcher, a part of batch
+	batch   [readyBatch]slot
+}
+
+// readyBatch is how many leaves are taken from the fetcher at a time.
+const readyBatch = 64
+
+// NewSequence starts to read the wanted contents in their order. The iterator is advanced some
+// hundred contents ahead of need, during calls of Next and Leaf, and must not wait long; a content
+// that is not to be read must not be in it. Total is the greatest acceptable sum of the lengths in
+// bytes.
+//
+// The source must verify its blocks, as the pool does: leaves are not hashed again.
+//
+// The window bounds the requests in flight, and by its Bytes the memory for blocks that were
+// requested and not yet released, decrypted or on their way: half of it for leaves in order, half
+// for the right-most and left-most paths of contents to come. Besides it there are, for a content
+// of level 2 or more, internal nodes a little ahead of the leaves: for every 16 (or 512, by block
+// size) leaves in flight one, and a few per level. It need not be large: twice as many bytes as
+// come in one round trip. Zero fields stand for 256 requests and 16 MiB.
+//
+// The context ends everything that goes on.
+func NewSequence(ctx context.Context, source fetch.Source, wants iter.Seq[Want], total int64, window fetch.Window) *Sequence {
+	s := &Sequence{fetcher: newFetcher(ctx, source, total, window)}
+	s.fetcher.next, s.stop = iter.Pull(wants)
+	return s
+}
+
+// Next goes to the next content, passing over what is left of the present one, and waits until its
+// length is known. It returns io.EOF after the last.
+//
+// The first failure of any content ends the whole sequence, even if it is one of a content to come:
+// all requests in flight are cancelled, and Next and Leaf return the error as soon as what was
+// ready has been handed out. Errors are those of the package comment, or the cause of the context.
+func (s *Sequence) Next() (Info, error) {
+	for s.current != nil {
+		leaf, err := s.Leaf()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return Info{}, err
+		}
+		leaf.Release()
+	}
+	var c *content
+	if len(s.ready) > 0 {
+		c = s.ready[0].content
+	} else {
+		var err error
+		if c, err = s.fetcher.waitContent(); err != nil {
+			return Info{}, err
+		}
+	}
+	s.current = c
+	return Info{Index: c.index, Capability: c.shape.capability, Size: c.length}, nil
+}
+
+// Leaf waits for the next part of the present content and returns it; the caller must release it,
+// in any order and from any goroutine. It returns io.EOF after the last part. A caller may hold
+// several parts, but those it holds take room in the window. Other errors are those of Next.
+func (s *Sequence) Leaf() (*Leaf, error) {
+	if s.current == nil {
+		return nil, io.EOF
+	}
+	if len(s.ready) == 0 {
+		var err error
+		if s.ready, err = s.fetcher.waitLeaves(s.batch[:0]); err != nil {
+			return nil, err
+		}
+	}
+	next := s.ready[0]
+	s.ready = s.ready[1:]
+	if next.last {
+		s.current = nil
+	}
+	leaf := &next.buffer.leaf
+	leaf.Bytes, leaf.fetcher, leaf.buffer = next.bytes, s.fetcher, next.buffer
+	leaf.users.Store(1)
+	return leaf, nil
+}
+
+// Close cancels all requests in flight and waits for them, which is quick even if the source is
+// silent. Next and Leaf then return errors. It always returns nil.
+func (s *Sequence) Close() error {
+	s.fetcher.close()
+	s.stop()
+	return nil
+}
+
+// Reader reads one content from start to end: it is a [Sequence] of one. It must not be used by
+// several goroutines at a time, and must be closed.
+type Reader struct {
+	sequence *Sequence
+	size     int64
+	resumed  bool
+	leaf     *Leaf
+	rest     []byte // of the leaf
+	origin   any
+	err      error
+}
+
+// Open starts to read one content and waits until its length is known; by then the first leaf is
+// there, too, or on its way. Nothing else is fetched before Read is called, so that it costs little
+// to look what a content is. Limit is the greatest length in bytes that is acceptable; content that
+// is longer is refused with an [*Error] that wraps [ErrTooLarge], mostly before anything is
+// fetched. The source must verify, as [NewSequence] has it. The context ends everything that goes
+// on, reading included.
+func Open(ctx context.Context, source fetch.Source, capability eris.ReadCapability, limit int64, window fetch.Window) (*Reader, error) {
+	one := func(yield func(Want) bool) { yield(Want{Capability: capability, Limit: limit}) }
+	s := NewSequence(ctx, source, one, limit, window)
+	s.fetcher.paused = true
+	info, err := s.Next()
+	if err != nil {
+		s.Close()
+		return nil, err
+	}
+	return &Reader{sequence: s, size: info.Size}, nil
+}
+
+// Size returns the length of the content in bytes.
+func (r *Reader) Size() int64 { return r.size }
+
+// Origin returns where the last block that was read has come from, for [Want].
+func (r *Reader) Origin() any { return r.origin }
+
+// Peek returns the next n bytes without passing over them, or as many as there are until the end of
+// a block or of the content: before anything has been read it is at least a kibibyte. They are
+// valid until the next call of another method. Errors are those of Read, but that the content has
+// ended is none.
+func (r *Reader) Peek(n int) ([]byte, error) {
+	if err := r.fill(); err != nil && err != io.EOF {
+		return nil, err
+	}
+	return r.rest[:min(n, len(r.rest))], nil
+}
+
+// Read reads the next bytes of the content; all of them belong to blocks that were verified. Errors
+// are those of the package comment.
+func (r *Reader) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	if !r.resumed {
+		r.resumed = true
+		r.sequence.fetcher.resume()
+	}
+	if err := r.fill(); err != nil {
+		return 0, err
+	}
+	n := copy(p, r.rest)
+	r.rest = r.rest[n:]
+	return n, nil
+}
+
+// fill gets the next leaf when the last one is used up.
+func (r *Reader) fill() error {
+	for len(r.rest) == 0 {
+		if r.leaf != nil {
+			r.leaf.Release()
+			r.leaf = nil
+		}
+		if r.err != nil {
+			return r.err
+		}
+		if r.leaf, r.err = r.sequence.Leaf(); r.err != nil {
+			return r.err
+		}
+		r.rest, r.origin = r.leaf.Bytes, r.leaf.buffer.origin
+	}
+	return nil
+}
+
+// Close cancels all requests in flight and waits for them. It always returns nil.
+func (r *Reader) Close() error {
+	return r.sequence.Close()
 }

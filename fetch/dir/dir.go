@@ -158,16 +158,12 @@ func (s adapter) Write(ref eris.Reference, block []byte) (commit func() error, e
 		return nil, errGone
 	}
 	name := ref.String()
-	err = s.With(func(memory []byte) error {
-		there := memory[:len(block)]
-		if err := r.read(file(s.layout, name), there); err != nil {
-			if err = s.find(r, ref, there); err != nil {
-				return err
-			}
-		}
-		return eris.Verify(ref, there)
-	})
-	if err == nil {
+	there := make([]byte, len(block))
+	err = r.read(file(s.layout, name), there)
+	if err != nil {
+		err = s.find(r, ref, there)
+	}
+	if err == nil && eris.Verify(ref, there) == nil {
 		// The sync covers it even if another process has written it just now.
 		return r.commits.Do, nil
 	}
@@ -245,4 +241,41 @@ func (s *Store) reopen(old *root) (r *root, changed bool) {
 	}
 	s.setRoot(r)
 	return r, true
+}
+
+// Each calls f for each block of a directory, in either layout. Blocks are not verified, and their
+// memory is used again; of a file that cannot be read or has not the size of a block there are no
+// bytes. It returns the first error of f or of reading the directory.
+func Each(directory string, f func(ref eris.Reference, block []byte) error) error {
+	r, err := openRoot(directory, false)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	memory := make([]byte, eris.BlockSize32KiB)
+	return fs.WalkDir(r.FS(), ".", func(name string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir() && name != "." && len(name) != 2: // of a stick with other things
+			return fs.SkipDir
+		case !d.Type().IsRegular():
+			return nil
+		}
+		ref, err := eris.ParseReference(filepath.Base(name))
+		if err != nil || ref.String() != filepath.Base(name) {
+			return nil
+		}
+		info, err := d.Info()
+		if os.IsNotExist(err) {
+			return nil // somebody removes blocks
+		}
+		var block []byte
+		if err == nil && eris.BlockSize(info.Size()).Valid() {
+			if err := r.read(name, memory[:info.Size()]); err == nil {
+				block = memory[:info.Size()]
+			}
+		}
+		return f(ref, block)
+	})
 }

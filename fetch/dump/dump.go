@@ -236,7 +236,7 @@ func (s *Store) addCapability(ctx context.Context, c eris.ReadCapability) error 
 		return err
 	}
 	var w *writer
-	_, err := s.Do(ctx, func() (err error) {
+	return s.Do(ctx, func() (err error) {
 		s.writing.Lock()
 		defer s.writing.Unlock()
 		if w, err = s.openWriter(); err != nil || slices.Contains(w.capabilities, c) {
@@ -249,7 +249,6 @@ func (s *Store) addCapability(ctx context.Context, c eris.ReadCapability) error 
 		w.changed = true
 		return nil
 	}, func() error { return s.durable(w) })
-	return local.ReadOnly(err)
 }
 
 // Write implements [local.Files].

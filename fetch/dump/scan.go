@@ -63,14 +63,11 @@ func (c *contents) add(key uint64, at position) {
 func (s *Store) scan(file io.ReaderAt, size int64) (*contents, error) {
 	c := &contents{blocks: make(map[uint64]position)}
 	p := parser{file: file, size: size}
+	memory := make([]byte, eris.BlockSize32KiB)
 	right := func(ref eris.Reference, at position) bool {
-		return s.With(func(memory []byte) error {
-			block := memory[:at.size()]
-			if n, err := file.ReadAt(block, at.offset()); n < len(block) {
-				return err
-			}
-			return eris.Verify(ref, block)
-		}) == nil
+		block := memory[:at.size()]
+		n, _ := file.ReadAt(block, at.offset())
+		return n == len(block) && eris.Verify(ref, block) == nil
 	}
 	behind := false // there are right blocks behind the first dump
 	for n := 0; ; n++ {

@@ -10,15 +10,19 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"io"
+	"log"
 	"math/big"
 	"net"
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/httpserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
@@ -237,4 +241,85 @@ func mustOpen(tb testing.TB, url string, options web.Options) *web.Store {
 	store, err := web.Open(url, options)
 	must(tb, err)
 	return store
+}
+
+var quiet = log.New(io.Discard, "", 0)
+
+const secretPath = "/hidden-away"
+
+func TestConformance(t *testing.T) {
+	for _, test := range []struct {
+		name, path string
+		protocols  []string
+	}{
+		{"HTTP1", "", []string{"http/1.1"}},
+		{"HTTP2", "", []string{"http/1.1", "h2"}},
+		{"TLS", "", []string{"http/1.1", "tls"}},
+		{"Cleartext", "?h2c", []string{"h2c"}},
+		{"Flat", "/flat/?static", []string{"http/1.1"}},
+		{"Sharded", "/sharded?static&layout=sharded", []string{"http/1.1", "h2"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
+				server := startServer(t, serve(secretPath, backend, true), test.protocols...)
+				readOnly := startServer(t, serve("", backend, false), test.protocols...)
+				return sourcetest.Fixture{
+					Source:   mustOpen(t, server.url(secretPath+test.path), web.Options{}),
+					ReadOnly: mustOpen(t, readOnly.url(test.path), web.Options{}),
+					Restart:  server.restart,
+					Break:    server.breakConnections,
+					Secret:   secretPath,
+					Held:     20,
+				}
+			})
+		})
+	}
+}
+
+// BenchmarkGet gets blocks from our own server in the same process, 256 calls at a time.
+func BenchmarkGet(b *testing.B) {
+	backend := sourcetest.NewBackend()
+	refs := map[eris.BlockSize][]eris.Reference{}
+	for _, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
+		for i := range byte(200) {
+			ref, block := newBlock(size, i)
+			backend.Set(ref, block)
+			refs[size] = append(refs[size], ref)
+		}
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	must(b, err)
+	server := httpserver.New(httpserver.Config{Source: newBackendSource(b, backend)})
+	var serving sync.WaitGroup
+	serving.Go(func() { server.Serve(b.Context(), listener, httpserver.Access{Get: true}) })
+	b.Cleanup(serving.Wait)
+	secure := startServer(b, serve("", backend, false), "http/1.1", "h2")
+	for _, url := range []string{"http://" + listener.Addr().String(), "http://" + listener.Addr().String() + "?h2c", secure.url("")} {
+		for size, refs := range refs {
+			name := url[:strings.Index(url, ":")]
+			if strings.HasSuffix(url, "?h2c") {
+				name = "h2c"
+			}
+			b.Run(fmt.Sprintf("%s/%v", name, size), func(b *testing.B) {
+				store := mustOpen(b, url, web.Options{})
+				defer store.Close()
+				b.SetBytes(int64(size))
+				b.ReportAllocs()
+				var next atomic.Int64
+				var group sync.WaitGroup
+				for range 256 {
+					group.Go(func() {
+						memory := make([]byte, 0, size)
+						for n := next.Add(1); n <= int64(b.N); n = next.Add(1) {
+							if _, err := fetch.Get(b.Context(), store, refs[n%int64(len(refs))], size, memory); err != nil {
+								b.Error(err)
+								return
+							}
+						}
+					})
+				}
+				group.Wait()
+			})
+		}
+	}
 }

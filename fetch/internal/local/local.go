@@ -5,6 +5,7 @@
 package local
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -19,7 +20,7 @@ import (
 )
 
 const (
-	// maxOperations is how many files are read or written at a time.
+	// maxOperations is how many files are read at a time, and how many are written.
 	maxOperations = 32
 	// closeWait is how long Close waits for operations that are under way. A file system may let
 	// them hang for ever.
@@ -32,17 +33,15 @@ var errSize = errors.New("block size is neither 1 KiB nor 32 KiB")
 type Files interface {
 	// Read fills a slice that has the size of the block.
 	Read(ref eris.Reference, block []byte) error
-	// Write writes a block. Once commit returns nil it is durable. Block is not used any more after
-	// Write.
+	// Write writes a block. Once commit returns nil it is durable.
 	Write(ref eris.Reference, block []byte) (commit func() error, err error)
 	// Release lets go of files. It is called once, last.
 	Release()
 }
 
 // Store is a store in local files, which the packages of such stores embed: it implements
-// [fetch.Store]. File operations run on goroutines of their own, so that whoever waits for them can
-// stop waiting: a read from a network file system whose server is gone, or from a medium that is
-// wearing out, may take minutes or for ever.
+// [fetch.Store]. Whoever waits for file operations can stop waiting: a read from a network file
+// system whose server is gone, or from a medium that is wearing out, may take minutes or for ever.
 type Store struct {
 	*fetch.Workers
 	// URL is that of the store.
@@ -53,11 +52,10 @@ type Store struct {
 	Before func(ref eris.Reference, put bool) error
 	After  func(ref eris.Reference)
 
-	files  Files
-	memory sync.Pool // of *[eris.BlockSize32KiB]byte
-	slots  chan struct{}
-	done   chan struct{} // closed by Close
-	idle   chan struct{} // closed when all operations have come to an end after that
+	files Files
+	slots chan struct{}
+	done  chan struct{} // closed by Close
+	idle  chan struct{} // closed when all operations have come to an end after that
 
 	mu     sync.Mutex
 	closed bool
@@ -67,10 +65,9 @@ type Store struct {
 // New returns a store whose blocks are in files.
 func New(u storeurl.URL, files Files) *Store {
 	s := &Store{
-		URL: u, files: files,
+		URL: u, files: files, Before: func(eris.Reference, bool) error { return nil }, After: func(eris.Reference) {},
 		slots: make(chan struct{}, maxOperations), done: make(chan struct{}), idle: make(chan struct{}),
 	}
-	s.memory.New = func() any { return new([eris.BlockSize32KiB]byte) }
 	s.Workers = fetch.NewWorkers(maxOperations, s.get)
 	return s
 }
@@ -78,34 +75,18 @@ func New(u storeurl.URL, files Files) *Store {
 // String returns the URL of the store.
 func (s *Store) String() string { return s.URL.String() }
 
-// With calls f with memory for a block, which is used again afterwards.
-func (s *Store) With(f func(memory []byte) error) error {
-	memory := s.memory.Get().(*[eris.BlockSize32KiB]byte)
-	defer s.memory.Put(memory)
-	return f(memory[:])
-}
-
 // get is what the workers call.
-func (s *Store) get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
-	if !s.URL.Get {
-		return nil, fmt.Errorf("%v: %w", s, eris.ErrNotFound)
-	}
-	memory := s.memory.Get().(*[eris.BlockSize32KiB]byte)
-	finished, err := s.Do(ctx, func() error {
-		if s.Before != nil {
-			if err := s.Before(ref, false); err != nil {
-				return err
-			}
+func (s *Store) get(_ context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
+	err := eris.ErrNotFound
+	if s.URL.Get {
+		if err = s.Before(ref, false); err == nil {
+			err = s.files.Read(ref, dst[:size])
 		}
-		return s.files.Read(ref, memory[:size])
-	}, nil)
-	if finished {
-		defer s.memory.Put(memory)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%v: %w", s, err)
 	}
-	return append(dst[:0], memory[:size]...), nil
+	return dst[:size], nil
 }
 
 // Put implements [fetch.Store]. It verifies the block, because what is in files lasts. When ctx
@@ -127,42 +108,35 @@ func (s *Store) put(ctx context.Context, ref eris.Reference, block []byte) error
 	if err := eris.Verify(ref, block); err != nil {
 		return err
 	}
-	memory := s.memory.Get().(*[eris.BlockSize32KiB]byte)
-	block = memory[:copy(memory[:], block)]
+	block = bytes.Clone(block)
 	var commit func() error
-	_, err := s.Do(ctx, func() (err error) {
-		defer s.memory.Put(memory)
-		if s.Before != nil {
-			if err := s.Before(ref, true); err != nil {
-				return err
-			}
+	return s.Do(ctx, func() (err error) {
+		if err = s.Before(ref, true); err == nil {
+			commit, err = s.files.Write(ref, block)
 		}
-		commit, err = s.files.Write(ref, block)
 		return err
 	}, func() error {
-		if err := commit(); err != nil {
-			return err
-		}
-		if s.After != nil {
+		err := commit()
+		if err == nil {
 			s.After(ref)
 		}
-		return nil
+		return err
 	})
-	return ReadOnly(err)
 }
 
-// Do runs an operation, then its end, and returns their error. The end, which may be nil, is not
-// among those whose number is limited; it is for waiting for others.
+// Do runs an operation of writing, then its end, and returns their error, which wraps
+// [fetch.ErrReadOnly] if writing is not allowed. The end is not among those whose number is
+// limited; it is for waiting for others.
 //
 // If ctx is done or Close is called before that, Do returns the cause of ctx or [fetch.ErrClosed]
-// at once. Unless finished is true, the operation may still be going on then, so it must not use
-// memory that the caller uses otherwise.
-func (s *Store) Do(ctx context.Context, operation, end func() error) (finished bool, err error) {
+// at once. The operation may still be going on then, so it must not use memory that the caller uses
+// otherwise.
+func (s *Store) Do(ctx context.Context, operation, end func() error) error {
 	select {
 	case <-ctx.Done():
-		return true, context.Cause(ctx)
+		return context.Cause(ctx)
 	case <-s.done:
-		return true, fetch.ErrClosed
+		return fetch.ErrClosed
 	case s.slots <- struct{}{}:
 	}
 	result := make(chan error, 1)
@@ -170,12 +144,12 @@ func (s *Store) Do(ctx context.Context, operation, end func() error) (finished b
 	if s.closed {
 		s.mu.Unlock()
 		<-s.slots
-		return true, fetch.ErrClosed
+		return fetch.ErrClosed
 	}
 	s.group.Go(func() {
 		err := operation()
 		<-s.slots
-		if err == nil && end != nil {
+		if err == nil {
 			err = end()
 		}
 		result <- err
@@ -183,11 +157,14 @@ func (s *Store) Do(ctx context.Context, operation, end func() error) (finished b
 	s.mu.Unlock()
 	select {
 	case err := <-result:
-		return true, err
+		if errors.Is(err, unix.EROFS) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) {
+			err = fmt.Errorf("%w: %w", fetch.ErrReadOnly, err)
+		}
+		return err
 	case <-ctx.Done():
-		return false, context.Cause(ctx)
+		return context.Cause(ctx)
 	case <-s.done:
-		return false, fetch.ErrClosed
+		return fetch.ErrClosed
 	}
 }
 
@@ -207,6 +184,7 @@ func (s *Store) Close() error {
 		s.closed = true
 		close(s.done)
 		go func() {
+			s.Workers.Close()
 			s.group.Wait()
 			s.files.Release()
 			close(s.idle)
@@ -217,13 +195,50 @@ func (s *Store) Close() error {
 	case <-s.idle:
 	case <-time.After(closeWait):
 	}
-	return s.Workers.Close()
+	return nil
 }
 
-// ReadOnly makes [fetch.ErrReadOnly] of the errors that say that writing is not allowed.
-func ReadOnly(err error) error {
-	if errors.Is(err, unix.EROFS) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) {
-		return fmt.Errorf("%w: %w", fetch.ErrReadOnly, err)
+// Commits makes what several goroutines have written durable by one operation. It is safe for
+// concurrent use.
+type Commits struct {
+	commit func() error
+	turn   chan struct{} // has room if no commit is going on
+
+	mu   sync.Mutex
+	next *round // those who wait for the commit that has not begun; nil if nobody does
+}
+
+type round struct {
+	done chan struct{}
+	err  error
+}
+
+// NewCommits returns Commits that call commit, never twice at a time.
+func NewCommits(commit func() error) *Commits {
+	return &Commits{commit: commit, turn: make(chan struct{}, 1)}
+}
+
+// Do returns the error of a commit that began after Do was called. Callers that come while a commit
+// is going on share the next one.
+func (c *Commits) Do() error {
+	c.mu.Lock()
+	r := c.next
+	leads := r == nil
+	if leads {
+		r = &round{done: make(chan struct{})}
+		c.next = r
 	}
-	return err
+	c.mu.Unlock()
+	if !leads {
+		<-r.done
+		return r.err
+	}
+	c.turn <- struct{}{}
+	c.mu.Lock()
+	c.next = nil
+	c.mu.Unlock()
+	r.err = c.commit()
+	<-c.turn
+	close(r.done)
+	return r.err
 }
