@@ -151,11 +151,11 @@ func (s *Store) find(ref eris.Reference, block []byte) error {
 		return errTooMany
 	case !ok:
 		return eris.ErrNotFound
-	case at.size() != len(block):
-		return &eris.BlockError{Reference: ref, Length: at.size(), Want: eris.BlockSize(len(block))}
+	case at.Size() != len(block):
+		return &eris.BlockError{Reference: ref, Length: at.Size(), Want: eris.BlockSize(len(block))}
 	}
-	if n, err := s.file.ReadAt(block, at.offset()); n < len(block) {
-		return fmt.Errorf("reading at byte %d: %w", at.offset(), err)
+	if n, err := s.file.ReadAt(block, at.Offset()); n < len(block) {
+		return fmt.Errorf("reading at byte %d: %w", at.Offset(), err)
 	}
 	if info, err := s.file.Stat(); err == nil && !s.appending && !unchanged(s.state, info) {
 		return errMoved

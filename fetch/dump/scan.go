@@ -14,32 +14,35 @@ import (
 // maxBlocks is of how many blocks of a dump it is known where they are.
 const maxBlocks = 1 << 21
 
-// position is where a block is in the file, and its size.
-type position int64
+// Position is where a block is in a file, and its size.
+type Position int64
 
-func positionOf(offset int64, size int) position {
-	p := position(offset << 1)
+// PositionOf returns that of a block of a size that is valid.
+func PositionOf(offset int64, size int) Position {
+	p := Position(offset << 1)
 	if size == int(eris.BlockSize32KiB) {
 		p |= 1
 	}
 	return p
 }
 
-func (p position) offset() int64 { return int64(p >> 1) }
+// Offset returns where the block begins, in bytes.
+func (p Position) Offset() int64 { return int64(p >> 1) }
 
-func (p position) size() int {
+// Size returns how many bytes the block has.
+func (p Position) Size() int {
 	if p&1 != 0 {
 		return int(eris.BlockSize32KiB)
 	}
 	return int(eris.BlockSize1KiB)
 }
 
-// behind returns the position of a block in the file that has it at p behind the offset.
-func (p position) behind(offset int64) position { return p + position(offset<<1) }
+// End returns where the block ends.
+func (p Position) End() int64 { return p.Offset() + int64(p.Size()) }
 
 // contents is what is known of a dump.
 type contents struct {
-	blocks map[uint64]position // by the hash of the reference, which nobody can foresee
+	blocks map[uint64]Position // by the hash of the reference, which nobody can foresee
 	more   bool                // there are more
 
 	end          ending // of the dump that can be continued
@@ -50,7 +53,7 @@ type contents struct {
 }
 
 // add takes note of where a block is, unless too many are known.
-func (c *contents) add(key uint64, at position) {
+func (c *contents) add(key uint64, at Position) {
 	if _, ok := c.blocks[key]; !ok && len(c.blocks) == maxBlocks {
 		c.more = true
 		return
@@ -61,12 +64,12 @@ func (c *contents) add(key uint64, at position) {
 // scan reads through a dump. It looks at the blocks themselves only where there are several for one
 // reference, to keep one that is right. A dump that is cut off is no error.
 func (s *Store) scan(file io.ReaderAt, size int64) (*contents, error) {
-	c := &contents{blocks: make(map[uint64]position)}
+	c := &contents{blocks: make(map[uint64]Position)}
 	p := parser{file: file, size: size}
 	memory := make([]byte, eris.BlockSize32KiB)
-	right := func(ref eris.Reference, at position) bool {
-		block := memory[:at.size()]
-		n, _ := file.ReadAt(block, at.offset())
+	right := func(ref eris.Reference, at Position) bool {
+		block := memory[:at.Size()]
+		n, _ := file.ReadAt(block, at.Offset())
 		return n == len(block) && eris.Verify(ref, block) == nil
 	}
 	behind := false // there are right blocks behind the first dump
@@ -81,7 +84,7 @@ func (s *Store) scan(file io.ReaderAt, size int64) (*contents, error) {
 		if l.offset+int64(l.size) > size {
 			continue // the dump is cut off in this block
 		}
-		at := positionOf(l.offset, l.size)
+		at := PositionOf(l.offset, l.size)
 		behind = behind || p.dumps > 1 && right(l.ref, at)
 		key := maphash.Bytes(s.seed, l.ref[:])
 		if known, ok := c.blocks[key]; !ok || !right(l.ref, known) {

@@ -41,7 +41,7 @@ type writer struct {
 	changed      bool // there is something to be written although there may be no block
 	synced       bool
 	pairs        []byte                      // that are written next
-	blocks       map[eris.Reference]position // where in pairs the blocks are
+	blocks       map[eris.Reference]Position // where in pairs the blocks are
 	err          error                       // why nothing more is written
 }
 
@@ -91,10 +91,10 @@ func (s *Store) add(ref eris.Reference, block []byte) (*writer, error) {
 		return w, nil
 	}
 	if w.blocks == nil {
-		w.blocks = make(map[eris.Reference]position)
+		w.blocks = make(map[eris.Reference]Position)
 	}
 	w.pairs = appendPair(w.pairs, ref, block)
-	w.blocks[ref] = positionOf(int64(len(w.pairs)-len(block)), len(block))
+	w.blocks[ref] = PositionOf(int64(len(w.pairs)-len(block)), len(block))
 	return w, nil
 }
 
@@ -139,7 +139,7 @@ func (s *Store) commit() error {
 		return err
 	}
 	for ref, at := range blocks {
-		s.contents.add(maphash.Bytes(s.seed, ref[:]), at.behind(w.tail))
+		s.contents.add(maphash.Bytes(s.seed, ref[:]), at+Position(w.tail<<1))
 	}
 	w.tail += int64(len(pairs))
 	w.end, w.state, w.synced = end, state, true

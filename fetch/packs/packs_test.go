@@ -342,10 +342,10 @@ func FuzzTable(f *testing.F) {
 		}
 		end := int64(0)
 		for _, e := range table.entries {
-			if e.offset() < end || e.end() > total-int64(n) {
-				t.Fatalf("a block at %d of %d bytes in a pack of %d", e.offset(), e.size(), total)
+			if e.Offset() < end || e.End() > total-int64(n) {
+				t.Fatalf("a block at %d of %d bytes in a pack of %d", e.Offset(), e.Size(), total)
 			}
-			end = e.end()
+			end = e.End()
 		}
 	})
 }

@@ -79,8 +79,8 @@ func (s *spool) get(_ context.Context, ref eris.Reference, _ eris.BlockSize, dst
 	if !ok {
 		return nil, eris.ErrNotFound
 	}
-	block := dst[:e.size()]
-	_, err := s.file.ReadAt(block, e.offset())
+	block := dst[:e.Size()]
+	_, err := s.file.ReadAt(block, e.Offset())
 	return block, err
 }
 

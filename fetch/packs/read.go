@@ -88,7 +88,7 @@ func (p *pack) open() {
 	for _, block := range tail.blocks {
 		p.s.held += len(block)
 	}
-	for head.end < len(p.table.entries) && p.table.entries[head.end].end() <= headLength {
+	for head.end < len(p.table.entries) && p.table.entries[head.end].End() <= headLength {
 		head.end++
 	}
 }
@@ -131,10 +131,10 @@ func (p *pack) readTable() (*table, *run, error) {
 func (p *pack) tailOf(t *table, tail []byte, from int64) *run {
 	n := len(t.entries)
 	r := &run{pack: p, first: n, end: n, length: int64(len(tail)), blocks: map[int][]byte{}, ended: true}
-	for r.first > 0 && t.entries[r.first-1].offset() >= from {
+	for r.first > 0 && t.entries[r.first-1].Offset() >= from {
 		r.first--
 		e := t.entries[r.first]
-		r.blocks[r.first] = bytes.Clone(tail[e.offset()-from : e.end()-from])
+		r.blocks[r.first] = bytes.Clone(tail[e.Offset()-from : e.End()-from])
 	}
 	r.have = n - r.first
 	return r
@@ -147,8 +147,8 @@ func (p *pack) get(ctx context.Context, ref eris.Reference, size eris.BlockSize)
 		return nil, eris.ErrNotFound
 	}
 	e := p.table.entries[i]
-	if e.size() != int64(size) {
-		return nil, &eris.BlockError{Reference: ref, Length: int(e.size()), Want: size}
+	if e.Size() != int(size) {
+		return nil, &eris.BlockError{Reference: ref, Length: e.Size(), Want: size}
 	}
 	s := p.s
 	s.mu.Lock()
@@ -222,8 +222,8 @@ func (p *pack) readAhead(r *run, i int) {
 		}
 	}
 	ahead = max(leastAhead, min(ahead, greatestAhead/active))
-	until := p.table.entries[i].offset() + ahead
-	for r.have > 0 && r.end < len(p.table.entries) && p.table.entries[r.end].offset() < until {
+	until := p.table.entries[i].Offset() + ahead
+	for r.have > 0 && r.end < len(p.table.entries) && p.table.entries[r.end].Offset() < until {
 		next := p.following(r)
 		if next == nil {
 			next = p.startRun(r.end)
@@ -271,14 +271,14 @@ func (p *pack) startRun(first int) *run {
 			length = min(growth*o.length, greatestRun)
 		}
 	}
-	r := &run{first: first, end: first + 1, from: entries[first].offset()}
+	r := &run{first: first, end: first + 1, from: entries[first].Offset()}
 	isFirst := func(i int) bool {
 		return slices.ContainsFunc(p.s.runs, func(o *run) bool { return o.pack == p && o.first == i })
 	}
-	for r.end < len(entries) && entries[r.end].end() <= r.from+length && !isFirst(r.end) {
+	for r.end < len(entries) && entries[r.end].End() <= r.from+length && !isFirst(r.end) {
 		r.end++
 	}
-	r.length = entries[r.end-1].end() - r.from
+	r.length = entries[r.end-1].End() - r.from
 	p.s.makeRoom()
 	return p.begin(r)
 }
@@ -321,14 +321,14 @@ func (r *run) read(body io.Reader, _, _ int64) error {
 	at := r.from
 	for i := first; i < end; i++ {
 		e := p.table.entries[i]
-		if _, err := io.CopyN(io.Discard, in, e.offset()-at); err != nil {
+		if _, err := io.CopyN(io.Discard, in, e.Offset()-at); err != nil {
 			return err
 		}
-		block := make([]byte, e.size())
+		block := make([]byte, e.Size())
 		if _, err := io.ReadFull(in, block); err != nil {
 			return err
 		}
-		at = e.end()
+		at = e.End()
 		s.mu.Lock()
 		for s.held > maxMemory && len(r.waiters) == 0 && p.ctx.Err() == nil {
 			s.room.Wait()
@@ -340,7 +340,7 @@ func (r *run) read(body io.Reader, _, _ int64) error {
 		r.blocks[i] = block
 		r.have++
 		s.held += len(block)
-		s.received += e.size()
+		s.received += int64(e.Size())
 		r.wake()
 		s.mu.Unlock()
 	}

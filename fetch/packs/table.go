@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dump"
 )
 
 const (
@@ -29,26 +30,14 @@ var (
 )
 
 // entry says where a block is. All of it that is known of the reference is its beginning.
-type entry struct{ prefix, at uint64 }
+type entry struct {
+	prefix uint64
+	dump.Position
+}
 
 func newEntry(ref eris.Reference, offset int64, size int) entry {
-	e := entry{binary.BigEndian.Uint64(ref[:]), uint64(offset) << 1}
-	if size == int(eris.BlockSize32KiB) {
-		e.at |= 1
-	}
-	return e
+	return entry{binary.BigEndian.Uint64(ref[:]), dump.PositionOf(offset, size)}
 }
-
-func (e entry) offset() int64 { return int64(e.at >> 1) }
-
-func (e entry) size() int64 {
-	if e.at&1 != 0 {
-		return int64(eris.BlockSize32KiB)
-	}
-	return int64(eris.BlockSize1KiB)
-}
-
-func (e entry) end() int64 { return e.offset() + e.size() }
 
 // table is where the blocks of a pack are, in the order in which they stand there.
 type table struct {
@@ -60,7 +49,7 @@ type table struct {
 func appendTable(b []byte, entries []entry) []byte {
 	for _, e := range entries {
 		b = binary.BigEndian.AppendUint64(b, e.prefix)
-		b = binary.BigEndian.AppendUint64(b, e.at)
+		b = binary.BigEndian.AppendUint64(b, uint64(e.Position))
 	}
 	b = binary.BigEndian.AppendUint64(b, uint64(len(entries)))
 	return append(b, magic...)
@@ -90,11 +79,11 @@ func parseTable(b []byte, total int64) (*table, error) {
 	end := int64(0)
 	for i := range t.entries {
 		at := b[i*entrySize:]
-		e := entry{binary.BigEndian.Uint64(at), binary.BigEndian.Uint64(at[8:])}
-		if e.offset() < end || e.offset() > total-int64(len(b))-e.size() {
+		e := entry{binary.BigEndian.Uint64(at), dump.Position(binary.BigEndian.Uint64(at[8:]))}
+		if e.Offset() < end || e.Offset() > total-int64(len(b)+e.Size()) {
 			return nil, errTable
 		}
-		end = e.end()
+		end = e.End()
 		t.entries[i], t.sorted[i] = e, uint32(i)
 	}
 	slices.SortFunc(t.sorted, func(a, b uint32) int { return cmp.Compare(t.entries[a].prefix, t.entries[b].prefix) })
