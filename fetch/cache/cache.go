@@ -22,11 +22,7 @@ package cache
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -44,11 +40,8 @@ type Cache struct {
 	onFailure func(error)
 
 	once   sync.Once
-	ring   *ring        // nil before it is opened, and where it could not be
-	open   sync.RWMutex // held by those who use the file
-	closed bool         // under open
-
-	broken atomic.Bool // reading has failed
+	ring   *ring       // nil before it is opened, and where it could not be
+	broken atomic.Bool // reading has failed, or it is closed
 	hits   atomic.Uint64
 	write  sync.Mutex // held by who writes
 	buffer []byte     // under write
@@ -79,50 +72,21 @@ func Open(directory string, maxBytes int64, onFailure func(error)) *Cache {
 // String returns the directory as a URL.
 func (c *Cache) String() string { return "cache:" + c.directory }
 
-func open(directory string, maxBytes int64) (*ring, error) {
-	if err := os.MkdirAll(filepath.Dir(directory), 0o755); err != nil {
-		return nil, err
-	}
-	if err := os.Mkdir(directory, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return nil, err
-	}
-	// Everything below goes by the directory itself, whatever takes its name later.
-	root, err := os.OpenRoot(directory)
-	if err != nil {
-		return nil, err
-	}
-	defer root.Close()
-	info, err := root.Stat(".")
-	if err != nil {
-		return nil, err
-	}
-	if !ours(info) {
-		return nil, errNotOurs
-	}
-	return openRing(root, maxBytes)
-}
-
-// use returns the ring, which must be given back with c.open.RUnlock, or nil.
+// use returns the ring, or nil.
 func (c *Cache) use() *ring {
 	c.once.Do(func() {
 		var err error
-		if c.ring, err = open(c.directory, c.maxBytes); err != nil && c.onFailure != nil {
+		if c.ring, err = openRing(c.directory, c.maxBytes); err != nil && c.onFailure != nil {
 			c.onFailure(fmt.Errorf("cache of blocks %s: %w", c.directory, err))
 		}
 	})
-	if c.ring == nil || c.broken.Load() {
-		return nil
-	}
-	c.open.RLock()
-	if c.closed {
-		c.open.RUnlock()
+	if c.broken.Load() {
 		return nil
 	}
 	return c.ring
 }
 
-// find returns the ring and what it has for a block, perhaps. The ring must be given back with
-// c.open.RUnlock, unless it is nil because there is nothing.
+// find returns the ring and what it has for a block, perhaps. The ring is nil if there is nothing.
 func (c *Cache) find(ref *eris.Reference, size eris.BlockSize) (*ring, slot) {
 	if !size.Valid() {
 		return nil, slot{}
@@ -132,9 +96,7 @@ func (c *Cache) find(ref *eris.Reference, size eris.BlockSize) (*ring, slot) {
 		return nil, slot{}
 	}
 	s, ok, err := r.find(ref, size)
-	c.check(err)
-	if !ok || err != nil {
-		c.open.RUnlock()
+	if c.check(err); !ok || err != nil {
 		return nil, slot{}
 	}
 	return r, s
@@ -151,9 +113,6 @@ func (c *Cache) check(err error) {
 // looked at.
 func (c *Cache) Has(_ context.Context, ref eris.Reference, size eris.BlockSize) bool {
 	r, _ := c.find(&ref, size)
-	if r != nil {
-		c.open.RUnlock()
-	}
 	return r != nil
 }
 
@@ -170,7 +129,6 @@ func (c *Cache) get(_ context.Context, ref eris.Reference, size eris.BlockSize, 
 	if c.hits.Add(1)%refreshHits == 0 {
 		r.refresh()
 	}
-	c.open.RUnlock()
 	if c.check(err); err != nil || !ok {
 		return nil, eris.ErrNotFound
 	}
@@ -183,13 +141,12 @@ func (c *Cache) get(_ context.Context, ref eris.Reference, size eris.BlockSize, 
 // Keep writes blocks, which the caller has checked against their references. Those that are lost if
 // it fails are the newest. Errors are those of the file system.
 func (c *Cache) Keep(_ context.Context, refs []eris.Reference, blocks [][]byte) error {
+	c.write.Lock()
+	defer c.write.Unlock()
 	r := c.use()
 	if r == nil {
 		return nil
 	}
-	defer c.open.RUnlock()
-	c.write.Lock()
-	defer c.write.Unlock()
 	most := max(min(mostBatch, int(c.maxBytes/32)), int(eris.BlockSize32KiB))
 	for len(blocks) > 0 {
 		c.buffer = c.buffer[:0]
@@ -215,12 +172,12 @@ func (c *Cache) Close() error {
 		defer close(closed)
 		c.Workers.Close()
 		c.once.Do(func() {}) // it is not opened any more; waits for the disk if it is being opened
-		c.open.Lock()
-		defer c.open.Unlock()
-		if c.ring != nil && !c.closed {
-			c.ring.close()
+		c.write.Lock()
+		defer c.write.Unlock()
+		c.broken.Store(true)
+		if c.ring != nil {
+			c.ring.file.Close()
 		}
-		c.closed = true
 	}()
 	timer := time.NewTimer(closeWait)
 	defer timer.Stop()

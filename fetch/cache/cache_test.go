@@ -103,7 +103,6 @@ func peek(c *Cache, i int, size eris.BlockSize) bool {
 	if r == nil {
 		return false
 	}
-	defer c.open.RUnlock()
 	block := make([]byte, size)
 	ok, err := r.read(block, s)
 	return ok && err == nil && eris.Verify(ref, block) == nil
@@ -406,7 +405,7 @@ func TestCloseInUse(t *testing.T) {
 func TestTemporary(t *testing.T) {
 	d := t.TempDir()
 	os.Chmod(d, 0o700)
-	for name, age := range map[string]time.Duration{temporaryPrefix + "old": 2 * temporaryAge, temporaryPrefix + "new": 0, "foreign": 2 * temporaryAge} {
+	for name, age := range map[string]time.Duration{files.TemporaryPrefix + "old": 48 * time.Hour, files.TemporaryPrefix + "new": 0, "foreign": 48 * time.Hour} {
 		name = filepath.Join(d, name)
 		must(t, os.WriteFile(name, nil, 0o600))
 		must(t, os.Chtimes(name, time.Time{}, time.Now().Add(-age)))
@@ -417,7 +416,7 @@ func TestTemporary(t *testing.T) {
 	for _, e := range entries {
 		names = append(names, e.Name())
 	}
-	if got := strings.Join(names, " "); err != nil || got != temporaryPrefix+"new "+fileName+" foreign" {
+	if got := strings.Join(names, " "); err != nil || got != files.TemporaryPrefix+"new "+fileName+" foreign" {
 		t.Errorf("%s, %v", got, err)
 	}
 }

@@ -3,6 +3,7 @@
 package cache
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -10,9 +11,8 @@ import (
 	"io"
 	"io/fs"
 	"math/bits"
-	"math/rand/v2"
 	"os"
-	"strings"
+	"path/filepath"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -65,10 +65,7 @@ const (
 	positionBits = 40
 	tagBits      = 24 // with the bit for the size
 
-	fileName        = "blocks"
-	temporaryPrefix = ".new-"
-	// temporaryAge is after how long a file that was being made has no maker any more.
-	temporaryAge = time.Minute
+	fileName = "blocks"
 
 	// leastBytes is the least size of a cache.
 	leastBytes = 1 << 20
@@ -76,11 +73,14 @@ const (
 	mostBytes = unit << (positionBits - 2)
 )
 
-var errNotOurs = errors.New("is not safe: it must belong to the user of this process, and nobody else may write to it")
+var (
+	errNotOurs = errors.New("is not safe: it must belong to the user of this process, and nobody else may write to it")
+	errOther   = errors.New("the file is not a cache of this size")
+)
 
 // openRing opens the file in a directory, or makes it. A file that is not a ring of the given size
 // is replaced.
-func openRing(directory *os.Root, maxBytes int64) (*ring, error) {
+func openRing(directory string, maxBytes int64) (*ring, error) {
 	if maxBytes < leastBytes || maxBytes > mostBytes {
 		return nil, fmt.Errorf("a cache of %d bytes is not possible", maxBytes)
 	}
@@ -88,12 +88,21 @@ func openRing(directory *os.Root, maxBytes int64) (*ring, error) {
 	r.units = uint64(float64(maxBytes-headLength-bucketLength) / (unit + 8*slotsPerUnit))
 	r.buckets = (uint64(float64(r.units)*slotsPerUnit) + bucketSlots - 1) / bucketSlots
 	r.data = headLength + int64(r.buckets*bucketLength)
-	found, err := r.adopt(directory)
-	if err != nil {
+	if err := files.MakeDirectory(directory); err != nil {
 		return nil, err
 	}
-	if !found {
-		if err := r.create(directory); err != nil {
+	if info, err := os.Stat(directory); err != nil {
+		return nil, err
+	} else if !ours(info) {
+		return nil, errNotOurs
+	}
+	path := filepath.Join(directory, fileName)
+	if err := r.adopt(path); err != nil {
+		files.RemoveAbandoned(directory)
+		if err := files.Write(path, 0o600, files.Options{}, r.headBytes()); err != nil {
+			return nil, err
+		}
+		if err := r.adopt(path); err != nil {
 			return nil, err
 		}
 	}
@@ -102,43 +111,28 @@ func openRing(directory *os.Root, maxBytes int64) (*ring, error) {
 }
 
 // adopt opens the file that is there, if it is one that can be used.
-func (r *ring) adopt(directory *os.Root) (found bool, err error) {
-	info, err := directory.Lstat(fileName)
-	if err == nil && !info.Mode().IsRegular() {
-		return false, nil
+func (r *ring) adopt(path string) error {
+	f, info, err := files.OpenRegular(path, os.O_RDWR|unix.O_NOFOLLOW)
+	if err != nil {
+		return err
 	}
-	var f *os.File
-	if err == nil {
-		f, err = directory.OpenFile(fileName, os.O_RDWR|unix.O_NOFOLLOW, 0)
-	}
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	} else if err != nil {
-		return false, err
-	}
-	defer func() {
-		if !found {
-			f.Close()
-		}
-	}()
-	if info, err = f.Stat(); err != nil {
-		return false, err
-	}
-	if !ours(info) || !info.Mode().IsRegular() || info.Size() < r.data {
-		return false, nil
-	}
-	var head [headLength]byte
-	if _, err := f.ReadAt(head[:], 0); err != nil {
-		return false, err
-	}
-	want := r.headBytes()
+	head := make([]byte, headLength)
+	_, err = f.ReadAt(head, 0)
 	counter := binary.LittleEndian.Uint64(head[counterAt:])
-	if string(head[:counterAt]) != string(want[:counterAt]) || counter < r.units || counter > 1<<62 {
-		return false, nil
+	if err == nil && (!ours(info) || !bytes.Equal(head[:counterAt], r.headBytes()[:counterAt]) || counter < r.units || counter > 1<<62) {
+		err = errOther
+	}
+	if err == nil && info.Size() < r.data {
+		// It is new or was cut. Others may have made it longer meanwhile, so it is never cut here.
+		_, err = f.WriteAt([]byte{0}, r.data-1)
+	}
+	if err != nil {
+		f.Close()
+		return err
 	}
 	r.file = f
 	r.head.Store(counter)
-	return true, nil
+	return nil
 }
 
 // headBytes returns the head of a new ring.
@@ -153,57 +147,11 @@ func (r *ring) headBytes() []byte {
 	return head
 }
 
-// create makes a new file, which gets its name when it is complete.
-func (r *ring) create(directory *os.Root) error {
-	r.removeTemporary(directory)
-	name := fmt.Sprintf("%s%016x", temporaryPrefix, rand.Uint64())
-	f, err := directory.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteAt(r.headBytes(), 0)
-	if err == nil {
-		err = f.Truncate(r.data)
-	}
-	if err == nil {
-		// If another process has been faster, its file goes, and what it puts there is lost.
-		err = directory.Rename(name, fileName)
-	}
-	if err != nil {
-		directory.Remove(name)
-		f.Close()
-		return err
-	}
-	r.file = f
-	r.head.Store(r.units)
-	return nil
-}
-
-// removeTemporary removes what processes have left that were killed while they made a file.
-func (r *ring) removeTemporary(directory *os.Root) {
-	d, err := directory.Open(".")
-	if err != nil {
-		return
-	}
-	defer d.Close()
-	names, _ := d.Readdirnames(1000)
-	for _, name := range names {
-		if !strings.HasPrefix(name, temporaryPrefix) {
-			continue
-		}
-		if info, err := directory.Lstat(name); err == nil && time.Since(info.ModTime()).Abs() > temporaryAge {
-			directory.Remove(name)
-		}
-	}
-}
-
 // ours reports whether only the user of this process can write to a file.
 func ours(info fs.FileInfo) bool {
 	stat, ok := info.Sys().(*syscall.Stat_t)
 	return ok && int(stat.Uid) == os.Geteuid() && info.Mode()&0o022 == 0
 }
-
-func (r *ring) close() error { return r.file.Close() }
 
 // A slot is an entry and where it is.
 type slot struct {
