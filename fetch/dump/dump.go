@@ -165,15 +165,16 @@ func (s *Store) find(ref eris.Reference, block []byte) error {
 
 // refresh reads through the file if that has not been done, or if it has been changed.
 func (s *Store) refresh(now bool) error {
+	isFresh := func() bool { return s.file != nil && !now && time.Since(s.checked) < s.checkEvery }
 	s.reading.RLock()
-	fresh := s.file != nil && !now && time.Since(s.checked) < s.checkEvery
+	fresh := isFresh()
 	s.reading.RUnlock()
 	if fresh {
 		return nil
 	}
 	s.reading.Lock()
 	defer s.reading.Unlock()
-	if s.file != nil && !now && time.Since(s.checked) < s.checkEvery {
+	if isFresh() {
 		return nil // another call has done it
 	}
 	info, err := os.Stat(s.URL.Path)
@@ -212,14 +213,11 @@ func (s *Store) setFile(file *os.File) error {
 	return nil
 }
 
-// KeepsCapabilities reports whether the URL asks for read capabilities to be written.
-func (s *Store) KeepsCapabilities() bool { return s.URL.Has("capability") }
-
 // AddCapability writes a read capability to the end of the dump, unless it is there already or the
 // URL does not ask for that: it discloses the contents to everybody who gets the dump. When it
 // returns nil, it is durable. Errors are those of Put.
 func (s *Store) AddCapability(ctx context.Context, c eris.ReadCapability) error {
-	if !s.KeepsCapabilities() {
+	if !s.URL.Has("capability") {
 		return nil
 	}
 	if err := s.addCapability(ctx, c); err != nil {

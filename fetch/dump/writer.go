@@ -271,30 +271,17 @@ func (s *Store) renew(file *os.File, size int64) error {
 		if _, err := io.WriteString(out, opening); err != nil {
 			return err
 		}
-		p := parser{file: file, size: size}
-		var block, pair []byte
-		for {
-			l, err := p.next()
-			if _, ok := errors.AsType[*FormatError](err); ok || err == io.EOF {
-				break
+		capabilities, err := Read(io.NewSectionReader(file, 0, size), func(ref eris.Reference, block []byte) error {
+			if eris.Verify(ref, block) != nil {
+				return nil
 			}
-			if err != nil {
-				return err
-			}
-			block = append(block[:0], make([]byte, l.size)...)
-			n, err := file.ReadAt(block, l.offset)
-			if err != nil && err != io.EOF {
-				return err
-			}
-			if n < l.size || eris.Verify(l.ref, block) != nil {
-				continue
-			}
-			pair = appendPair(pair[:0], l.ref, block)
-			if _, err := out.Write(pair); err != nil {
-				return err
-			}
+			_, err := out.Write(appendPair(nil, ref, block))
+			return err
+		})
+		if _, cut := errors.AsType[*FormatError](err); err != nil && !cut {
+			return err
 		}
-		_, err := out.Write(appendEnd(nil, p.capabilities))
+		_, err = out.Write(appendEnd(nil, capabilities))
 		return err
 	})
 }
