@@ -110,11 +110,11 @@ func (t *Tree) Next() (nar.Node, error) {
 		t.contents, t.done = contents, done
 		return n, err
 	case t.file:
-		info, err := t.sequence.Next()
+		size, err := t.sequence.Next()
 		if err != nil {
 			return n, err
 		}
-		n.Size = uint64(info.Size)
+		n.Size = uint64(size)
 		n.Unique = t.base != nil && t.local[t.next-1].hashes
 	}
 	return n, nil

@@ -59,13 +59,6 @@ type Want struct {
 	Origin   any // where what named it has come from, as in [fetch.Request]; nil if nobody knows
 }
 
-// Info tells which content the leaves to come belong to.
-type Info struct {
-	Index      int // its place in the sequence, from 0 on
-	Capability eris.ReadCapability
-	Size       int64 // in bytes
-}
-
 // Leaf is a part of a content: a whole block but for the last, which is shorter and may be empty.
 // Whoever gets it releases it once, and once more for each call of Retain, from any goroutine.
 type Leaf struct {
@@ -162,33 +155,30 @@ func NewSequence(ctx context.Context, source fetch.Source, wants iter.Seq[Want],
 }
 
 // Next goes to the next content, passing over what is left of the present one, and waits until its
-// length is known. It returns io.EOF after the last.
+// length is known, in bytes. It returns io.EOF after the last.
 //
 // The first failure of any content ends the whole sequence, even if it is one of a content to come:
 // all requests in flight are cancelled, and Next and Leaf return the error as soon as what was
 // ready has been handed out. Errors are those of the package comment, or the cause of the context.
-func (s *Sequence) Next() (Info, error) {
+func (s *Sequence) Next() (size int64, err error) {
 	for s.current != nil {
 		leaf, err := s.Leaf()
 		if err == io.EOF {
 			break
 		}
 		if err != nil {
-			return Info{}, err
+			return 0, err
 		}
 		leaf.Release()
 	}
 	var c *content
 	if len(s.ready) > 0 {
 		c = s.ready[0].content
-	} else {
-		var err error
-		if c, err = s.fetcher.waitContent(); err != nil {
-			return Info{}, err
-		}
+	} else if c, err = s.fetcher.waitContent(); err != nil {
+		return 0, err
 	}
 	s.current = c
-	return Info{Index: c.index, Capability: c.shape.capability, Size: c.length}, nil
+	return c.length, nil
 }
 
 // Leaf waits for the next part of the present content and returns it; the caller must release it,
@@ -245,12 +235,12 @@ func Open(ctx context.Context, source fetch.Source, capability eris.ReadCapabili
 	one := func(yield func(Want) bool) { yield(Want{Capability: capability, Limit: limit}) }
 	s := NewSequence(ctx, source, one, limit, window)
 	s.fetcher.paused = true
-	info, err := s.Next()
+	size, err := s.Next()
 	if err != nil {
 		s.Close()
 		return nil, err
 	}
-	return &Reader{sequence: s, size: info.Size}, nil
+	return &Reader{sequence: s, size: size}, nil
 }
 
 // Size returns the length of the content in bytes.

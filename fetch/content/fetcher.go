@@ -52,7 +52,6 @@ type fetcher struct {
 	contents []*content
 	opened   int
 	opening  int
-	added    int        // contents added so far
 	ended    bool       // no more contents will be added
 	paths    []pathStep // that can be requested
 

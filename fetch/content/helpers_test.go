@@ -147,11 +147,11 @@ func newLibrary(t testing.TB, size eris.BlockSize, lengths ...int) *library {
 }
 
 // check returns a function for readSequence that compares, and one that says whether there was all.
-func (l *library) check(t *testing.T) (each func(Info, []byte), done func()) {
+func (l *library) check(t *testing.T) (each func([]byte), done func()) {
 	n := 0
-	return func(info Info, content []byte) {
-			if info.Index != n || info.Capability != l.wants[n].Capability || !bytes.Equal(content, l.contents[n]) {
-				t.Errorf("content %d: wrong index %d, capability, or bytes", n, info.Index)
+	return func(content []byte) {
+			if !bytes.Equal(content, l.contents[n]) {
+				t.Errorf("content %d: wrong bytes", n)
 			}
 			n++
 		}, func() {
@@ -161,14 +161,13 @@ func (l *library) check(t *testing.T) (each func(Info, []byte), done func()) {
 		}
 }
 
-// readSequence reads all contents of a sequence, and calls each with the content's index and bytes
-// if it is not nil.
-func readSequence(ctx context.Context, source fetch.Source, wants []Want, total int64, window fetch.Window, each func(info Info, content []byte)) error {
+// readSequence reads all contents of a sequence, and calls each with its bytes if it is not nil.
+func readSequence(ctx context.Context, source fetch.Source, wants []Want, total int64, window fetch.Window, each func(content []byte)) error {
 	s := NewSequence(ctx, source, slices.Values(wants), total, window)
 	defer s.Close()
 	var content []byte
 	for {
-		info, err := s.Next()
+		size, err := s.Next()
 		if err == io.EOF {
 			return nil
 		}
@@ -185,19 +184,19 @@ func readSequence(ctx context.Context, source fetch.Source, wants []Want, total 
 			if err != nil {
 				return err
 			}
-			if n += int64(len(leaf.Bytes)); n > info.Size {
-				return fmt.Errorf("content %d is longer than its size of %d", info.Index, info.Size)
+			if n += int64(len(leaf.Bytes)); n > size {
+				return fmt.Errorf("a content is longer than its size of %d", size)
 			}
 			if each != nil {
 				content = append(content, leaf.Bytes...)
 			}
 			leaf.Release()
 		}
-		if n != info.Size {
-			return fmt.Errorf("content %d has %d bytes instead of %d", info.Index, n, info.Size)
+		if n != size {
+			return fmt.Errorf("a content has %d bytes instead of %d", n, size)
 		}
 		if each != nil {
-			each(info, content)
+			each(content)
 		}
 	}
 }

@@ -83,7 +83,7 @@ func TestNear(t *testing.T) {
 							for _, window := range []fetch.Window{{}, {Requests: 1, Bytes: 1}} {
 								requests.Store(0)
 								want := Want{Capability: capability, Limit: int64(len(contents)), NearKeys: keysOf(t, near, size), Near: reading(near)}
-								must(t, readSequence(t.Context(), source, []Want{want, want}, math.MaxInt64, window, func(_ Info, got []byte) {
+								must(t, readSequence(t.Context(), source, []Want{want, want}, math.MaxInt64, window, func(got []byte) {
 									if !bytes.Equal(got, contents) {
 										t.Error("other contents")
 									}

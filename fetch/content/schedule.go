@@ -21,7 +21,6 @@ type nodeCursor struct {
 // content is one content of the sequence, from the time it is added until its last leaf has been
 // handed out.
 type content struct {
-	index  int
 	shape  shape
 	want   Want
 	kin    *fetch.Kin // its root and those of others
@@ -319,9 +318,8 @@ func (f *fetcher) add(wants []Want) {
 			return
 		}
 		f.contents = append(f.contents, &content{
-			index: f.added, shape: s, want: want, kin: kin, nth: i, rows: make([]row, want.Capability.Level+1),
+			shape: s, want: want, kin: kin, nth: i, rows: make([]row, want.Capability.Level+1),
 		})
-		f.added++
 	}
 }
 

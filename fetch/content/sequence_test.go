@@ -178,7 +178,7 @@ func TestWindowWaited(t *testing.T) {
 		window := fetch.Window{Requests: 80, Bytes: 64 << 20, Waited: waited.Load}
 		begin := time.Now()
 		var took []time.Duration
-		must(t, readSequence(t.Context(), source, l.wants, 1<<40, window, func(info Info, _ []byte) {
+		must(t, readSequence(t.Context(), source, l.wants, 1<<40, window, func([]byte) {
 			took = append(took, time.Since(begin))
 			begin = time.Now()
 			waited.Store(true)
@@ -331,7 +331,7 @@ func testSequenceErrors(t *testing.T, open openFunc) {
 				return block, err
 			})
 			n := 0
-			err := readSequence(t.Context(), open(t, source), l.wants, 1<<40, fetch.Window{Requests: 3}, func(info Info, content []byte) {
+			err := readSequence(t.Context(), open(t, source), l.wants, 1<<40, fetch.Window{Requests: 3}, func(content []byte) {
 				if !bytes.Equal(content, l.contents[n]) {
 					t.Errorf("content %d is wrong", n)
 				}
@@ -412,8 +412,8 @@ func TestSequenceSizesFirst(t *testing.T) {
 		if _, err := s.Leaf(); err != io.EOF {
 			t.Errorf("Leaf before Next: %v", err)
 		}
-		if info, err := s.Next(); err != nil || info.Size != 100_000 || info.Index != 0 {
-			t.Fatalf("%+v, %v", info, err)
+		if size, err := s.Next(); err != nil || size != 100_000 {
+			t.Fatal(size, err)
 		}
 		close(hold)
 		leaf, err := s.Leaf()
@@ -424,8 +424,8 @@ func TestSequenceSizesFirst(t *testing.T) {
 		leaf.Release()
 		leaf.Release()
 		for i := 1; i < 3; i++ {
-			if info, err := s.Next(); err != nil || info.Index != i || info.Size != int64(len(l.contents[i])) {
-				t.Fatalf("%+v, %v", info, err)
+			if size, err := s.Next(); err != nil || size != int64(len(l.contents[i])) {
+				t.Fatal(size, err)
 			}
 		}
 		if leaf, err := s.Leaf(); err != nil || !bytes.Equal(leaf.Bytes, l.contents[2][:1024]) {
@@ -666,9 +666,8 @@ func TestSequenceIteratorIsLazy(t *testing.T) {
 		t.Error("pulled before it was used")
 	}
 	for i := range 10_000 {
-		info, err := s.Next()
-		if err != nil || info.Index != i {
-			t.Fatal(info, err)
+		if _, err := s.Next(); err != nil {
+			t.Fatal(err)
 		}
 		leaf, err := s.Leaf()
 		if err != nil || !bytes.Equal(leaf.Bytes, l.contents[0]) {
@@ -716,9 +715,8 @@ func FuzzSequence(f *testing.F) {
 			defer s.Close()
 			var held []*Leaf
 			for i := range l.wants {
-				info, err := s.Next()
-				if err != nil || info.Index != i || info.Size != int64(len(l.contents[i])) {
-					t.Fatalf("content %d: %+v, %v", i, info, err)
+				if size, err := s.Next(); err != nil || size != int64(len(l.contents[i])) {
+					t.Fatalf("content %d: %d bytes, %v", i, size, err)
 				}
 				rest := l.contents[i]
 				for {
@@ -772,14 +770,14 @@ func ExampleSequence() {
 	sequence := NewSequence(ctx, source, slices.Values(wants), total, fetch.Window{})
 	defer sequence.Close()
 	for {
-		info, err := sequence.Next()
+		size, err := sequence.Next()
 		if err == io.EOF {
 			break
 		}
 		if err != nil {
 			panic(err)
 		}
-		fmt.Printf("content %d has %d bytes:", info.Index, info.Size)
+		fmt.Printf("%d bytes:", size)
 		for {
 			leaf, err := sequence.Leaf()
 			if err == io.EOF {
@@ -794,7 +792,7 @@ func ExampleSequence() {
 		fmt.Println()
 	}
 	// Output:
-	// content 0 has 3 bytes: "one"
-	// content 1 has 0 bytes: ""
-	// content 2 has 5 bytes: "three"
+	// 3 bytes: "one"
+	// 0 bytes: ""
+	// 5 bytes: "three"
 }
