@@ -54,3 +54,56 @@ func TestConformance(t *testing.T) {
 		})
 	}
 }
+
+// instant is a source that takes no time.
+type instant struct {
+	name   string
+	blocks map[eris.Reference][]byte
+}
+
+func (s instant) String() string      { return s.name }
+func (instant) Close() error          { return nil }
+func (instant) Cancel(*fetch.Request) {}
+func (s instant) Start(r *fetch.Request) {
+	r.Block = s.blocks[r.Pair.Reference]
+	r.Done(r)
+}
+
+// BenchmarkOverhead measures what the pool takes for a block of 1 KiB, of which verifying it is a
+// part: many are asked for at a time.
+func BenchmarkOverhead(b *testing.B) {
+	const different, window = 8192, 1024
+	blocks := map[eris.Reference][]byte{}
+	var refs []eris.Reference
+	for n := range different {
+		block := make([]byte, 1024)
+		block[0], block[1] = byte(n), byte(n>>8)
+		refs = append(refs, eris.Sum(block))
+		blocks[refs[n]] = block
+	}
+	one, two := instant{"instant:1", blocks}, instant{"instant:2", blocks}
+	for name, list := range map[string][]pool.Member{
+		"one": {{Source: one}}, "near": {{Source: one, Near: true}}, "two": {{Source: one}, {Source: two}},
+	} {
+		b.Run(name, func(b *testing.B) {
+			p := pool.New(list, pool.Options{})
+			defer p.Close()
+			done := make(chan *fetch.Request, window)
+			for range window {
+				done <- &fetch.Request{Size: 1024, Dst: make([]byte, 0, 1024), Done: func(r *fetch.Request) { done <- r }}
+			}
+			b.ReportAllocs()
+			for n := 0; b.Loop(); n++ {
+				r := <-done
+				if r.Err != nil {
+					b.Fatal(r.Err)
+				}
+				r.Pair.Reference = refs[n%different]
+				p.Start(r)
+			}
+			for range window {
+				<-done
+			}
+		})
+	}
+}

@@ -253,30 +253,39 @@ func TestOne(t *testing.T) {
 	})
 }
 
-// TestSum has sources of unequal speed deliver together what they can.
-func TestSum(t *testing.T) {
-	const n = 4000
+// TestTimes has sources of all kinds deliver together what they can, in a time that is compared with
+// the best that is possible, and checks that little is asked for twice.
+func TestTimes(t *testing.T) {
+	sparse := func(_ context.Context, n int, _ int64) error {
+		if n%50 != 0 {
+			return eris.ErrNotFound
+		}
+		return nil
+	}
+	const n, most = 4000, 1 / 0.9
+	blocks := n * float64(large)
 	for _, v := range []struct {
 		name  string
 		fakes []*fake
-		best  float64
+		best  float64 // seconds
 	}{
-		{"equal", []*fake{{roundTrip: 20e6, rate: 20e6}, {roundTrip: 20e6, rate: 20e6}}, 40e6},
-		{"fast and slow", []*fake{{roundTrip: 20e6, rate: 20e6}, {roundTrip: 20e6, rate: 4e6}}, 24e6},
-		{"slow and fast", []*fake{{roundTrip: 20e6, rate: 4e6}, {roundTrip: 20e6, rate: 20e6}}, 24e6},
-		{"near and far", []*fake{{roundTrip: 5e6, rate: 10e6}, {roundTrip: 100e6, rate: 10e6}}, 20e6},
-		{"near slow and far fast", []*fake{{roundTrip: 5e6, rate: 4e6}, {roundTrip: 100e6, rate: 16e6}}, 20e6},
-		{"three", []*fake{{roundTrip: 5e6, rate: 2e6}, {roundTrip: 50e6, rate: 8e6}, {roundTrip: 100e6, rate: 16e6}}, 26e6},
+		{"equal", []*fake{{roundTrip: 20e6, rate: 20e6}, {roundTrip: 20e6, rate: 20e6}}, blocks / 40e6},
+		{"fast and slow", []*fake{{roundTrip: 20e6, rate: 20e6}, {roundTrip: 20e6, rate: 4e6}}, blocks / 24e6},
+		{"slow and fast", []*fake{{roundTrip: 20e6, rate: 4e6}, {roundTrip: 20e6, rate: 20e6}}, blocks / 24e6},
+		{"near and far", []*fake{{roundTrip: 5e6, rate: 10e6}, {roundTrip: 100e6, rate: 10e6}}, blocks / 20e6},
+		{"near slow and far fast", []*fake{{roundTrip: 5e6, rate: 4e6}, {roundTrip: 100e6, rate: 16e6}}, blocks / 20e6},
+		{"three", []*fake{{roundTrip: 5e6, rate: 2e6}, {roundTrip: 50e6, rate: 8e6}, {roundTrip: 100e6, rate: 16e6}}, blocks / 26e6},
+		{"one stalls at half of the time", []*fake{{roundTrip: 20e6, rate: 20e6}, {roundTrip: 20e6, rate: 20e6, answer: stallsAfter(n / 4)}}, blocks/80e6 + blocks/40e6},
+		{"a near one with few of the blocks", []*fake{{roundTrip: 1e6, rate: 500e6, answer: sparse}, {roundTrip: 50e6, rate: 20e6}}, blocks / 20e6},
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			simulate(t, pool.Options{}, sources(v.fakes...), func(t *testing.T, p *pool.Pool) {
-				took := readAll(t, p, n, large, 384)
-				near(t, took, n*float64(large)/v.best, 1/0.9)
-				requests := 0
-				for _, f := range v.fakes {
-					requests += f.requests()
+				near(t, readAll(t, p, n, large, 384), v.best, most)
+				requests, misses := totals(p)
+				if s := p.Stats()[1]; s.Banned || s.Resting != (v.fakes[1].answer != nil) {
+					t.Errorf("the second source is %+v", s)
 				}
-				if requests > n*102/100+32 {
+				if v.fakes[1].answer == nil && requests-misses > n*102/100+32 {
 					t.Errorf("%d requests for %d blocks", requests, n)
 				}
 			})
@@ -284,16 +293,13 @@ func TestSum(t *testing.T) {
 	}
 }
 
-// TestSmallBlocks keeps enough small blocks in flight over a long line.
+// TestSmallBlocks gets small blocks over long lines: enough are in flight. Thousands at once, in
+// the window that the pool proposes, take one round trip to find out that the source answers, and
+// one for each window.
 func TestSmallBlocks(t *testing.T) {
 	simulate(t, pool.Options{}, sources(&fake{roundTrip: 100e6, rate: 10e6}, &fake{roundTrip: 100e6, rate: 5e6}), func(t *testing.T, p *pool.Pool) {
 		near(t, readAll(t, p, 20000, 1024, 4096), 20000*1024/15e6, 1.4)
 	})
-}
-
-// TestBurst gets thousands of small blocks at once over a long line, in the window that the pool
-// proposes: it takes one round trip to find out that the source answers, and one for each window.
-func TestBurst(t *testing.T) {
 	simulate(t, pool.Options{}, sources(&fake{roundTrip: 100e6}), func(t *testing.T, p *pool.Pool) {
 		if w := p.Window(); w.Requests < 5000 {
 			t.Errorf("window %+v", w)
@@ -327,19 +333,6 @@ func TestFarAndSlow(t *testing.T) {
 			})
 		}
 	}
-}
-
-// TestStall has one of two equal sources stall at half of the time.
-func TestStall(t *testing.T) {
-	const n = 4000
-	fakes := []*fake{{roundTrip: 20e6, rate: 20e6}, {roundTrip: 20e6, rate: 20e6, answer: stallsAfter(n / 4)}}
-	simulate(t, pool.Options{}, sources(fakes...), func(t *testing.T, p *pool.Pool) {
-		took := readAll(t, p, n, large, 384)
-		near(t, took, n/2*float64(large)/40e6+n/2*float64(large)/20e6, 1.1)
-		if s := p.Stats()[1]; !s.Resting || s.Banned {
-			t.Errorf("the source that stalls is %+v", s)
-		}
-	})
 }
 
 // TestComesBack checks that a source that was silent for a while is used again.
@@ -547,21 +540,6 @@ func TestMissing(t *testing.T) {
 	})
 }
 
-// TestMostlyElsewhere has a near source with few of the blocks in front of a far one with all of
-// them.
-func TestMostlyElsewhere(t *testing.T) {
-	few := &fake{roundTrip: 1e6, rate: 500e6, answer: func(_ context.Context, n int, _ int64) error {
-		if n%50 != 0 {
-			return eris.ErrNotFound
-		}
-		return nil
-	}}
-	all := &fake{roundTrip: 50e6, rate: 20e6}
-	simulate(t, pool.Options{}, sources(few, all), func(t *testing.T, p *pool.Pool) {
-		near(t, readAll(t, p, 3000, large, 256), 3000*float64(large)/20e6, 1.1)
-	})
-}
-
 // TestLiar has the fastest source give wrong bytes.
 func TestLiar(t *testing.T) {
 	liar := &fake{roundTrip: 1e6, lies: true}
@@ -706,59 +684,6 @@ func TestMerging(t *testing.T) {
 			}
 		})
 	}
-}
-
-// TestCancel gives up calls in every state, and checks that their memory is not touched any more.
-func TestCancel(t *testing.T) {
-	for n := 1; n <= 2; n++ {
-		simulate(t, pool.Options{}, sources(&fake{roundTrip: 1e9, rate: 1e6}, &fake{roundTrip: 1e9, rate: 1e6})[:n], func(t *testing.T, p *pool.Pool) {
-			given := errors.New("given up")
-			ctx, cancel := context.WithCancelCause(t.Context())
-			var group sync.WaitGroup
-			for i := range 500 {
-				group.Go(func() {
-					if err := get(ctx, p, i, large); err != nil && !errors.Is(err, given) && !errors.Is(err, context.Canceled) {
-						t.Errorf("block %d: %v", i, err)
-					}
-				})
-			}
-			time.Sleep(1500 * time.Millisecond)
-			begin := time.Now()
-			cancel(given)
-			group.Wait()
-			if took := time.Since(begin); took > 0 {
-				t.Errorf("calls returned %v after they were given up", took)
-			}
-			if err := get(t.Context(), p, 1000, large); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-}
-
-// TestClose closes the pool while calls wait.
-func TestClose(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		p := pool.New(sources(&fake{roundTrip: 1e9}, &fake{roundTrip: 1e9}), pool.Options{})
-		var group sync.WaitGroup
-		failed := 0
-		var mu sync.Mutex
-		for i := range 100 {
-			group.Go(func() {
-				if err := get(t.Context(), p, i, large); err != nil {
-					mu.Lock()
-					failed++
-					mu.Unlock()
-				}
-			})
-		}
-		time.Sleep(10 * time.Millisecond)
-		p.Close()
-		group.Wait()
-		if failed < 50 {
-			t.Errorf("%d calls failed", failed)
-		}
-	})
 }
 
 // TestNone has no sources at all.

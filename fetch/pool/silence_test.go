@@ -16,18 +16,21 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 )
 
-// TestGiveUp has a reader give up the only source after a while, because it is slow or has stalled:
-// that takes no time, and little has been asked for that is of no use.
+// TestGiveUp has a reader give up sources after a while, because they are slow, far, or have
+// stalled: that takes no time, little has been asked for that is of no use, and others go on.
 func TestGiveUp(t *testing.T) {
-	for name, f := range map[string]*fake{
-		"slow":   {roundTrip: 20e6, rate: 200e3},
-		"stalls": {roundTrip: 20e6, rate: 20e6, answer: stallsAfter(64)},
+	for name, fakes := range map[string][]*fake{
+		"slow":   {{roundTrip: 20e6, rate: 200e3}},
+		"stalls": {{roundTrip: 20e6, rate: 20e6, answer: stallsAfter(64)}},
+		"far":    {{roundTrip: 1e9, rate: 1e6}},
+		"two":    {{roundTrip: 1e9, rate: 1e6}, {roundTrip: 1e9, rate: 1e6}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			simulate(t, pool.Options{}, sources(f), func(t *testing.T, p *pool.Pool) {
+			simulate(t, pool.Options{}, sources(fakes...), func(t *testing.T, p *pool.Pool) {
 				ctx, cancel := context.WithCancelCause(t.Context())
 				given := errors.New("given up")
 				var group sync.WaitGroup
@@ -45,11 +48,31 @@ func TestGiveUp(t *testing.T) {
 				if took := time.Since(begin); took > 0 {
 					t.Errorf("requests ended %v after they were given up", took)
 				}
-				if asked := int64(f.requests()) * int64(large); f.answer == nil && asked-p.Stats()[0].Bytes > 3<<20 {
+				if asked := int64(fakes[0].requests()) * int64(large); name == "slow" && asked-p.Stats()[0].Bytes > 3<<20 {
 					t.Errorf("%d bytes were asked for in vain", asked-p.Stats()[0].Bytes)
+				}
+				if err := get(t.Context(), p, 1000, large); err != nil && fakes[0].roundTrip == 1e9 {
+					t.Error(err)
 				}
 			})
 		})
+	}
+}
+
+// TestLimitIsNoSilence checks that a limit of the rate is not taken for silence of the sources:
+// what it holds back has not been requested from them.
+func TestLimitIsNoSilence(t *testing.T) {
+	for _, rate := range []int64{300e3, 30e3, 10e3} {
+		for n := 1; n <= 2; n++ {
+			synctest.Test(t, func(t *testing.T) {
+				p := pool.New(sources(&fake{roundTrip: 20e6}, &fake{roundTrip: 20e6})[:n], pool.Options{
+					Limiter: ratelimit.New(rate, 0),
+					OnRest:  func(source string, err error) { t.Errorf("%d bytes/s: %s rests: %v", rate, source, err) },
+				})
+				readAll(t, p, 100, large, 100)
+				p.Close()
+			})
+		}
 	}
 }
 
