@@ -537,14 +537,6 @@ func BenchmarkGet(b *testing.B) {
 				}
 			}
 		})
-		b.Run("hash/"+name, func(b *testing.B) {
-			_, block := testBlock(1, size)
-			b.SetBytes(int64(size))
-			defer cpu(b)()
-			for b.Loop() {
-				eris.Sum(block)
-			}
-		})
 	}
 	c := testOpen(b, b.TempDir(), 128<<20)
 	b.Run("miss", func(b *testing.B) {
@@ -559,30 +551,6 @@ func BenchmarkGet(b *testing.B) {
 			}
 		}
 	})
-}
-
-// BenchmarkOpen opens a cache with 2 GiB of blocks of 1 KiB, and gets one.
-func BenchmarkOpen(b *testing.B) {
-	if testing.Short() {
-		b.Skip("this needs 2 GiB of disk")
-	}
-	d := b.TempDir()
-	c := testOpen(b, d, 2<<30)
-	ref, block := testBlock(0, small)
-	for i := uint64(1); i < 2<<20; i++ {
-		binary.LittleEndian.PutUint64(ref[:], i*0x9e3779b97f4a7c15)
-		binary.LittleEndian.PutUint64(ref[16:], i*0x9e3779b97f4a7c15)
-		c.Keep(benchContext, []eris.Reference{ref}, [][]byte{block})
-	}
-	put(c, 1, 2, func(int) eris.BlockSize { return small })
-	defer cpu(b)()
-	for b.Loop() {
-		next := Open(d, 2<<30, nil)
-		if !has(b, next, 1, small) {
-			b.Fatal("the last block is not there")
-		}
-		next.Close()
-	}
 }
 
 // TestConformance runs the suite of sources over a pool with an empty cache.

@@ -8,6 +8,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"net"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -70,7 +71,9 @@ http {
 }
 
 func mustWriteCertificate(t *testing.T, directory string) {
-	certificate := testTLS(t).Certificates[0]
+	server := httptest.NewTLSServer(nil)
+	server.Close()
+	certificate := server.TLS.Certificates[0]
 	key, err := x509.MarshalPKCS8PrivateKey(certificate.PrivateKey)
 	must(t, err)
 	for name, block := range map[string]*pem.Block{

@@ -4,23 +4,19 @@ package web_test
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
 	"log"
-	"math/big"
 	"net"
 	"net/http"
+	"net/http/httptest"
+	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
-	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/httpserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -37,119 +33,59 @@ type blocks interface {
 
 // testServer is a server that can be restarted at the same address.
 type testServer struct {
-	tb        testing.TB
-	handler   http.Handler
-	tls       *tls.Config
-	protocols http.Protocols
-	address   string // set by the first start
-
-	mu     sync.Mutex
-	server *http.Server
-	conns  map[net.Conn]http.ConnState
-	made   int // connections
-	group  sync.WaitGroup
+	tb      testing.TB
+	prepare func(s *httptest.Server) // its configuration
+	start   func(s *httptest.Server)
+	scheme  string
+	address string       // set by the first start
+	made    atomic.Int32 // connections
+	server  *httptest.Server
 }
 
 // startServer starts a server. The protocols are a list of http/1.1, h2 and h2c; h2 and tls have it
 // speak TLS.
 func startServer(tb testing.TB, handler http.Handler, protocols ...string) *testServer {
-	s := &testServer{tb: tb, handler: handler, address: "127.0.0.1:0", conns: make(map[net.Conn]http.ConnState)}
-	for _, p := range protocols {
-		switch p {
-		case "http/1.1":
-			s.protocols.SetHTTP1(true)
-		case "h2":
-			s.protocols.SetHTTP2(true)
-			s.tls = testTLS(tb)
-		case "tls":
-			s.tls = testTLS(tb)
-		case "h2c":
-			s.protocols.SetUnencryptedHTTP2(true)
-		default:
-			tb.Fatal(p)
-		}
+	s := &testServer{tb: tb, start: (*httptest.Server).Start, scheme: "http://", address: "127.0.0.1:0"}
+	var spoken http.Protocols
+	spoken.SetHTTP1(slices.Contains(protocols, "http/1.1"))
+	spoken.SetHTTP2(slices.Contains(protocols, "h2"))
+	spoken.SetUnencryptedHTTP2(slices.Contains(protocols, "h2c"))
+	if spoken.HTTP2() || slices.Contains(protocols, "tls") {
+		s.start, s.scheme = (*httptest.Server).StartTLS, "https://"
 	}
-	s.start()
+	s.prepare = func(server *httptest.Server) {
+		server.EnableHTTP2 = spoken.HTTP2()
+		server.Config = &http.Server{Handler: handler, Protocols: &spoken, ErrorLog: quiet, ConnState: func(_ net.Conn, state http.ConnState) {
+			if state == http.StateNew {
+				s.made.Add(1)
+			}
+		}}
+	}
+	s.restart()
 	tb.Cleanup(s.stop)
 	return s
 }
 
-func (s *testServer) start() {
-	listener, err := net.Listen("tcp", s.address)
-	if err != nil {
-		s.tb.Fatal(err)
-	}
-	s.address = listener.Addr().String()
-	server := &http.Server{
-		Handler: s.handler, Protocols: &s.protocols, TLSConfig: s.tls,
-		ErrorLog: quiet,
-		ConnState: func(conn net.Conn, state http.ConnState) {
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			if state == http.StateNew {
-				s.made++
-			}
-			if s.conns[conn] = state; state == http.StateClosed {
-				delete(s.conns, conn)
-			}
-		},
-	}
-	s.mu.Lock()
-	s.server = server
-	s.mu.Unlock()
-	s.group.Go(func() {
-		if s.tls != nil {
-			server.ServeTLS(listener, "", "")
-		} else {
-			server.Serve(listener)
-		}
-	})
-}
-
-func (s *testServer) stop() {
-	s.server.Close()
-	s.group.Wait()
-}
-
+// restart starts the server, and ends the one before.
 func (s *testServer) restart() {
-	s.stop()
-	s.start()
-}
-
-// breakConnections closes all connections without any ado.
-func (s *testServer) breakConnections() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for conn := range s.conns {
-		if t, ok := conn.(*tls.Conn); ok {
-			conn = t.NetConn()
-		}
-		conn.Close()
+	if s.server != nil {
+		s.stop()
 	}
+	listener, err := net.Listen("tcp", s.address)
+	must(s.tb, err)
+	s.address = listener.Addr().String()
+	s.server = &httptest.Server{Listener: listener}
+	s.prepare(s.server)
+	s.start(s.server)
 }
 
-// connections returns how many connections there have been.
-func (s *testServer) connections() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.made
+// stop ends the server without waiting for those who still wait for answers.
+func (s *testServer) stop() {
+	s.server.Config.Close()
+	s.server.Close()
 }
 
-func (s *testServer) url(path string) string {
-	if s.tls != nil {
-		return "https://" + s.address + path
-	}
-	return "http://" + s.address + path
-}
-
-func testTLS(tb testing.TB) *tls.Config {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	must(tb, err)
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
-	certificate, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
-	must(tb, err)
-	return &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{certificate}, PrivateKey: key}}}
-}
+func (s *testServer) url(path string) string { return s.scheme + s.address + path }
 
 // serve serves blocks at a base path in the ways of both kinds of stores.
 func serve(base string, store blocks, writable bool) http.Handler {
@@ -267,7 +203,7 @@ func TestConformance(t *testing.T) {
 					Source:   mustOpen(t, server.url(secretPath+test.path), web.Options{}),
 					ReadOnly: mustOpen(t, readOnly.url(test.path), web.Options{}),
 					Restart:  server.restart,
-					Break:    server.breakConnections,
+					Break:    func() { server.server.CloseClientConnections() },
 					Secret:   secretPath,
 					Held:     20,
 				}
@@ -294,31 +230,23 @@ func BenchmarkGet(b *testing.B) {
 	serving.Go(func() { server.Serve(b.Context(), listener, httpserver.Access{Get: true}) })
 	b.Cleanup(serving.Wait)
 	secure := startServer(b, serve("", backend, false), "http/1.1", "h2")
-	for _, url := range []string{"http://" + listener.Addr().String(), "http://" + listener.Addr().String() + "?h2c", secure.url("")} {
+	for name, url := range map[string]string{"http": "http://" + listener.Addr().String(), "h2c": "http://" + listener.Addr().String() + "?h2c", "https": secure.url("")} {
 		for size, refs := range refs {
-			name := url[:strings.Index(url, ":")]
-			if strings.HasSuffix(url, "?h2c") {
-				name = "h2c"
-			}
 			b.Run(fmt.Sprintf("%s/%v", name, size), func(b *testing.B) {
 				store := mustOpen(b, url, web.Options{})
 				defer store.Close()
 				b.SetBytes(int64(size))
 				b.ReportAllocs()
+				b.SetParallelism(256 / runtime.GOMAXPROCS(0))
 				var next atomic.Int64
-				var group sync.WaitGroup
-				for range 256 {
-					group.Go(func() {
-						memory := make([]byte, 0, size)
-						for n := next.Add(1); n <= int64(b.N); n = next.Add(1) {
-							if _, err := fetch.Get(b.Context(), store, refs[n%int64(len(refs))], size, memory); err != nil {
-								b.Error(err)
-								return
-							}
+				b.RunParallel(func(p *testing.PB) {
+					memory := make([]byte, 0, size)
+					for p.Next() {
+						if _, err := fetch.Get(b.Context(), store, refs[next.Add(1)%int64(len(refs))], size, memory); err != nil {
+							b.Error(err)
 						}
-					})
-				}
-				group.Wait()
+					}
+				})
 			})
 		}
 	}

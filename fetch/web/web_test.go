@@ -572,7 +572,7 @@ func TestConnections(t *testing.T) {
 			}
 			group.Wait()
 		}
-		if n := server.connections(); n > test.most {
+		if n := server.made.Load(); int(n) > test.most {
 			t.Errorf("%v: %d connections, at most %d are allowed", test.protocols, n, test.most)
 		}
 		store.Close()
@@ -664,18 +664,11 @@ func TestCannotSay(t *testing.T) {
 		"page":         func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "<html>we have everything</html>") },
 		"other status": func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) },
 	} {
-		server := httptest.NewServer(handler)
-		store, err := web.Open(server.URL, web.Options{})
-		must(t, err)
 		done := make(chan struct{})
-		r := &fetch.Request{
-			Have: make([]byte, 10*fetch.HavePrefix), Size: 2, Dst: make([]byte, 0, 2), Done: func(*fetch.Request) { close(done) },
-		}
-		store.Start(r)
+		r := &fetch.Request{Have: make([]byte, 10*fetch.HavePrefix), Size: 2, Dst: make([]byte, 0, 2), Done: func(*fetch.Request) { close(done) }}
+		openHandler(t, "", web.Options{}, handler).Start(r)
 		if <-done; !errors.Is(r.Err, fetch.ErrCannotSay) {
 			t.Errorf("%s: %x, %v", name, r.Block, r.Err)
 		}
-		store.Close()
-		server.Close()
 	}
 }
