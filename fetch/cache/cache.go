@@ -86,20 +86,16 @@ func (c *Cache) use() *ring {
 	return c.ring
 }
 
-// find returns the ring and what it has for a block, perhaps. The ring is nil if there is nothing.
-func (c *Cache) find(ref *eris.Reference, size eris.BlockSize) (*ring, slot) {
-	if !size.Valid() {
-		return nil, slot{}
+// find returns the ring and where it has a block, perhaps. The ring is nil if there is nothing.
+func (c *Cache) find(ref *eris.Reference, size eris.BlockSize) (r *ring, position uint64) {
+	if r = c.use(); r == nil || !size.Valid() {
+		return nil, 0
 	}
-	r := c.use()
-	if r == nil {
-		return nil, slot{}
+	position, ok, err := r.find(ref, size)
+	if c.check(err); !ok {
+		return nil, 0
 	}
-	s, ok, err := r.find(ref, size)
-	if c.check(err); !ok || err != nil {
-		return nil, slot{}
-	}
-	return r, s
+	return r, position
 }
 
 // check gives the cache up when reading fails: each further attempt could take seconds.
@@ -119,13 +115,13 @@ func (c *Cache) Has(_ context.Context, ref eris.Reference, size eris.BlockSize) 
 // get reads a block for one of the workers. It may be another one, where it has been overwritten or
 // damaged.
 func (c *Cache) get(_ context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
-	r, s := c.find(&ref, size)
+	r, position := c.find(&ref, size)
 	if r == nil {
 		return nil, eris.ErrNotFound
 	}
 	block := dst[:size]
-	ok, err := r.read(block, s)
-	old := r.age(s.position()) > int64(r.units/4*3)
+	ok, err := r.read(block, position)
+	old := r.age(position) > int64(r.units/4*3)
 	if c.hits.Add(1)%refreshHits == 0 {
 		r.refresh()
 	}

@@ -99,12 +99,12 @@ func has(t testing.TB, c *Cache, i int, size eris.BlockSize) bool {
 // peek reports whether a block is there, without using it.
 func peek(c *Cache, i int, size eris.BlockSize) bool {
 	ref, _ := testBlock(i, size)
-	r, s := c.find(&ref, size)
+	r, position := c.find(&ref, size)
 	if r == nil {
 		return false
 	}
 	block := make([]byte, size)
-	ok, err := r.read(block, s)
+	ok, err := r.read(block, position)
 	return ok && err == nil && eris.Verify(ref, block) == nil
 }
 

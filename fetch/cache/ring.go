@@ -153,14 +153,6 @@ func ours(info fs.FileInfo) bool {
 	return ok && int(stat.Uid) == os.Geteuid() && info.Mode()&0o022 == 0
 }
 
-// A slot is an entry and where it is.
-type slot struct {
-	entry uint64
-	at    int64 // in the file
-}
-
-func (s slot) position() uint64 { return s.entry >> tagBits }
-
 // tag returns what an entry has of a reference and a size.
 func tag(ref *eris.Reference, size eris.BlockSize) uint64 {
 	t := uint64(binary.LittleEndian.Uint32(ref[16:]) >> (32 - tagBits + 1) << 1)
@@ -189,22 +181,21 @@ func (r *ring) live(position uint64) bool {
 	return -int64(r.units) <= age && age <= int64(r.units)
 }
 
-// find returns the entry of a block. There is none in most cases where there is no block, and there
-// may be one.
-func (r *ring) find(ref *eris.Reference, size eris.BlockSize) (slot, bool, error) {
+// find returns the position of a block, of which it knows the last bits. There is none in most
+// cases where there is no block, and there may be one.
+func (r *ring) find(ref *eris.Reference, size eris.BlockSize) (position uint64, ok bool, err error) {
 	var b [bucketLength]byte
-	at := r.bucket(ref)
-	if _, err := r.file.ReadAt(b[:], at); err != nil {
-		return slot{}, false, err
+	if _, err := r.file.ReadAt(b[:], r.bucket(ref)); err != nil {
+		return 0, false, err
 	}
 	want := tag(ref, size)
 	for i := 0; i < bucketLength; i += 8 {
 		entry := binary.LittleEndian.Uint64(b[i:])
 		if entry&(1<<tagBits-1) == want && entry != 0 && r.live(entry>>tagBits) {
-			return slot{entry, at + int64(i)}, true, nil
+			return entry >> tagBits, true, nil
 		}
 	}
-	return slot{}, false, nil
+	return 0, false, nil
 }
 
 // insert makes the entry of a block at a position, in place of the one that it has, or of none, or
@@ -261,9 +252,8 @@ func (r *ring) offset(position uint64) int64 {
 }
 
 // read fills block with what is at a position. It returns false if the file ends before that.
-func (r *ring) read(block []byte, s slot) (bool, error) {
-	// An entry has the last bits of the position only.
-	position := r.head.Load() - uint64(r.age(s.position()))
+func (r *ring) read(block []byte, position uint64) (bool, error) {
+	position = r.head.Load() - uint64(r.age(position)) // all bits of it
 	_, err := r.file.ReadAt(block, r.offset(position))
 	if err == io.EOF {
 		return false, nil

@@ -121,8 +121,9 @@ func (s *Store) String() string { return s.url.String() }
 
 // Close ends all requests and closes all connections.
 func (s *Store) Close() error {
+	s.Workers.Close()
 	s.client.Close()
-	return s.Workers.Close()
+	return nil
 }
 
 // cidPrefix is what stands before the digest in the binary form of a CID: version 1; the codec

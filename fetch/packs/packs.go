@@ -137,9 +137,9 @@ func (s *Store) Close() error {
 	s.mu.Lock()
 	s.room.Broadcast()
 	s.mu.Unlock()
-	s.objects.Close()
 	s.Workers.Close()
 	s.group.Wait()
+	s.objects.Close()
 	s.putting.Lock()
 	defer s.putting.Unlock()
 	if s.spool != nil {

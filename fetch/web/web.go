@@ -202,8 +202,9 @@ func (s *Store) AnySize() bool { return true }
 
 // Close ends all requests and connections.
 func (s *Store) Close() error {
+	s.Workers.Close()
 	s.client.Close()
-	return s.Workers.Close()
+	return nil
 }
 
 // get is what the workers call. It makes one request; of static stores with both layouts, up to

@@ -53,11 +53,9 @@ type Client struct {
 	known atomic.Bool   // there has been a connection
 	first chan struct{} // has room if nobody makes it
 
-	mu     sync.Mutex
-	closed bool
-	calls  sync.WaitGroup
-	rest   backoff.Backoff // after failed connections, and when the server has asked for it
-	cause  error           // of the rest
+	mu    sync.Mutex
+	rest  backoff.Backoff // after failed connections, and when the server has asked for it
+	cause error           // of the rest
 }
 
 const (
@@ -153,13 +151,9 @@ func (c *Client) dial(ctx context.Context, network, address string) (net.Conn, e
 	return nil, err
 }
 
-// Close ends all requests and connections, and waits for that.
+// Close ends all requests and connections.
 func (c *Client) Close() {
-	c.mu.Lock()
-	c.closed = true
-	c.mu.Unlock()
 	c.cancel(fetch.ErrClosed)
-	c.calls.Wait()
 	c.transport.CloseIdleConnections()
 }
 
@@ -183,22 +177,13 @@ func (c *Client) Retry(ctx context.Context, f func() error) error {
 	}
 }
 
-// begin counts a call that begins, unless none may at present.
-func (c *Client) begin() error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.closed {
+// resting returns why no request is made at present, or nil.
+func (c *Client) resting() error {
+	if c.ctx.Err() != nil {
 		return fetch.ErrClosed
 	}
-	if err := c.resting(); err != nil {
-		return err
-	}
-	c.calls.Add(1)
-	return nil
-}
-
-// resting returns why no request is made at present, or nil. The lock must be held.
-func (c *Client) resting() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	left := c.rest.Rest(time.Now())
 	if left == 0 {
 		return nil
@@ -239,10 +224,9 @@ func (c *Client) Do(ctx context.Context, request *http.Request, handle func(r *h
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	if err := c.begin(); err != nil {
+	if err := c.resting(); err != nil {
 		return err
 	}
-	defer c.calls.Done()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(c.ctx, func() { cancel(fetch.ErrClosed) })()
@@ -281,8 +265,6 @@ func (c *Client) enter(ctx context.Context) (pass func(), err error) {
 		pass()
 		return pass, nil
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	if err := c.resting(); err != nil { // which may have begun meanwhile
 		pass()
 		return nil, err
