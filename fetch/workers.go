@@ -134,7 +134,6 @@ func (t *task) end(block []byte, err error) {
 	r.Done(r)
 }
 
-// work serves requests until the source is closed.
 func (w *Workers) work() {
 	memory := make([]byte, 0, eris.BlockSize32KiB)
 	for {

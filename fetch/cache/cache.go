@@ -72,7 +72,6 @@ func Open(directory string, maxBytes int64, onFailure func(error)) *Cache {
 // String returns the directory as a URL.
 func (c *Cache) String() string { return "cache:" + c.directory }
 
-// use returns the ring, or nil.
 func (c *Cache) use() *ring {
 	c.once.Do(func() {
 		var err error

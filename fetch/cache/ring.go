@@ -135,7 +135,6 @@ func (r *ring) adopt(path string) error {
 	return nil
 }
 
-// headBytes returns the head of a new ring.
 func (r *ring) headBytes() []byte {
 	head := make([]byte, headLength)
 	copy(head, magic)
@@ -162,7 +161,6 @@ func tag(ref *eris.Reference, size eris.BlockSize) uint64 {
 	return t
 }
 
-// bucket returns where the bucket of a reference is.
 func (r *ring) bucket(ref *eris.Reference) int64 {
 	high, _ := bits.Mul64(binary.LittleEndian.Uint64(ref[:]), r.buckets)
 	return headLength + int64(high*bucketLength)
@@ -246,7 +244,6 @@ func (r *ring) write(refs []eris.Reference, blocks [][]byte, data []byte) error 
 	return nil
 }
 
-// offset returns where a position is in the file.
 func (r *ring) offset(position uint64) int64 {
 	return r.data + int64(position%r.units*unit)
 }

@@ -278,7 +278,6 @@ func (r *Reader) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// fill gets the next leaf when the last one is used up.
 func (r *Reader) fill() error {
 	for len(r.rest) == 0 {
 		if r.leaf != nil {

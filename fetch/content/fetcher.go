@@ -177,7 +177,6 @@ func (f *fetcher) use(requests int, bytes int64) {
 	}
 }
 
-// close cancels everything and waits until nothing is in flight.
 func (f *fetcher) close() {
 	f.detach()
 	f.mu.Lock()
@@ -252,7 +251,6 @@ func (f *fetcher) buffer(size eris.BlockSize, on account) *buffer {
 	return b
 }
 
-// put takes a buffer back. It does nothing for nil.
 func (f *fetcher) put(b *buffer) {
 	if b == nil {
 		return
@@ -283,7 +281,6 @@ func (f *fetcher) release(b *buffer) {
 	}
 }
 
-// reclaim books what has been released.
 func (f *fetcher) reclaim() {
 	f.releaseMu.Lock()
 	defer f.releaseMu.Unlock()
@@ -355,7 +352,6 @@ func (f *fetcher) wait(ready func(*fetcher) bool) error {
 	}
 }
 
-// needsRefill reports whether the reader should fetch more contents from its iterator.
 func (f *fetcher) needsRefill() bool {
 	return !f.ended && len(f.contents)-f.opening < refillBatch
 }
@@ -379,7 +375,6 @@ func (f *fetcher) refill() {
 func (f *fetcher) hasContent() bool { return f.head != f.tail || f.opened > 0 }
 func (f *fetcher) hasLeaf() bool    { return f.head != f.tail && f.slotAt(f.head).done }
 
-// wakeReader wakes the reader if it waits and can go on.
 func (f *fetcher) wakeReader() {
 	if f.waitsFor != nil && (f.waitsFor(f) || f.needsRefill()) {
 		f.ready.Signal()

@@ -131,7 +131,6 @@ func (r *request) readNear() bool {
 	return err == nil
 }
 
-// hasStarted is told that Start has returned.
 func (f *fetcher) hasStarted(r *request) {
 	r.started = true
 	switch {
@@ -152,7 +151,6 @@ func (f *fetcher) cancelAll() {
 	f.endDecoders()
 }
 
-// endDecoders ends the decoders if there is nothing left for them.
 func (f *fetcher) endDecoders() {
 	if f.err != nil && f.inFlight == 0 {
 		f.responses.Close()

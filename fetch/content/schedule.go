@@ -98,7 +98,6 @@ func (f *fetcher) take(r *request) bool {
 	return f.takeLeaf(r)
 }
 
-// fill makes a request of a block of the content.
 func (f *fetcher) fill(r *request, kind requestKind, c *content, level int, block named, on account) {
 	r.kind, r.content, r.level = kind, c, level
 	r.buffer = f.buffer(c.blockSize(), on)
@@ -288,7 +287,6 @@ func (f *fetcher) removeFirst() {
 	}
 }
 
-// push adds a slot.
 func (f *fetcher) push(s slot) {
 	if f.tail-f.head == uint64(len(f.slots)) {
 		larger := make([]slot, max(64, 2*len(f.slots)))

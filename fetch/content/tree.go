@@ -13,7 +13,6 @@ import (
 // maxLevel is the greatest level of the root that a valid capability has.
 const maxLevel = 14
 
-// arityBits returns the binary logarithm of the arity, which is a power of two.
 func arityBits(size eris.BlockSize) int { return bits.TrailingZeros(uint(size.Arity())) }
 
 // least returns the least length in bytes of content whose root is at the given level: one byte
@@ -55,7 +54,6 @@ func newShape(capability eris.ReadCapability, limit int64) (shape, error) {
 
 func (s *shape) fault(err error) error { return &Error{s.capability.Root, err} }
 
-// faultAt is the error of a node below the root.
 func (s *shape) faultAt(ref eris.Reference, err error) error {
 	return s.fault(fmt.Errorf("block %v: %w", ref, err))
 }

@@ -127,7 +127,6 @@ func (s adapter) Read(ref eris.Reference, block []byte) error {
 	return s.find(again, ref, block)
 }
 
-// find looks for a block in both layouts.
 func (s *Store) find(r *root, ref eris.Reference, block []byte) error {
 	first := Layout(s.hint.Load())
 	name := ref.String()
@@ -184,7 +183,6 @@ func (s *Store) write(r *root, name string, block []byte) error {
 	return r.write(file(s.layout, name), block)
 }
 
-// open returns the directory, and makes it if that is wanted.
 func (s *Store) open(forWriting bool) (*root, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

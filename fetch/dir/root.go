@@ -47,7 +47,6 @@ func openRoot(path string, make bool) (*root, error) {
 	return r, nil
 }
 
-// sync makes what has been written durable.
 func (r *root) sync() error {
 	directory, err := r.Open(".")
 	if err != nil {
@@ -57,7 +56,6 @@ func (r *root) sync() error {
 	return files.SyncFileSystem(directory)
 }
 
-// file returns the path of a block in the directory.
 func file(layout Layout, name string) string {
 	if layout == Flat {
 		return name
@@ -114,7 +112,6 @@ func check(info fs.FileInfo, size int) error {
 	return nil
 }
 
-// write writes a block under another name and renames it.
 func (r *root) write(path string, block []byte) error {
 	temporary := fmt.Sprintf("%s/%016x", incoming, rand.Uint64())
 	f, err := r.create(temporary)
@@ -136,7 +133,6 @@ func (r *root) write(path string, block []byte) error {
 	return err
 }
 
-// create makes a file below the subdirectory incoming.
 func (r *root) create(path string) (*os.File, error) {
 	// A link in its place would lead elsewhere in the directory, where other programs may read.
 	if info, err := r.Lstat(incoming); errors.Is(err, fs.ErrNotExist) {
@@ -160,7 +156,6 @@ func (r *root) makeDirectory(path string) error {
 // writes any more.
 const forgotten = time.Hour
 
-// clean removes what writers that were interrupted have left behind.
 func (r *root) clean() {
 	directory, err := r.Open(incoming)
 	if err != nil {

@@ -138,7 +138,6 @@ func (s adapter) Read(ref eris.Reference, block []byte) error {
 	return err
 }
 
-// find reads a block of the file that is open.
 func (s *Store) find(ref eris.Reference, block []byte) error {
 	s.reading.RLock()
 	defer s.reading.RUnlock()

@@ -171,7 +171,6 @@ type head struct {
 	indefinite bool // of the majors that can be; of majorSimple, the end of something
 }
 
-// head reads a head.
 func (p *parser) head() (head, error) {
 	b, err := p.peek(1)
 	if err != nil {
@@ -203,10 +202,8 @@ func (p *parser) head() (head, error) {
 	return h, nil
 }
 
-// isEnd reports whether the head is the end of something of indefinite length.
 func (h head) isEnd() bool { return h.major == majorSimple && h.indefinite }
 
-// discard passes over bytes.
 func (p *parser) discard(n uint64) error {
 	if n > uint64(p.size-p.offset) {
 		p.offset = p.size
@@ -216,7 +213,6 @@ func (p *parser) discard(n uint64) error {
 	return nil
 }
 
-// start reads a dump up to its map.
 func (p *parser) start() error {
 	if p.dumps > 0 {
 		if _, err := p.peek(1); err != nil {
@@ -338,7 +334,6 @@ func (p *parser) element() error {
 	return p.skip(h, 0)
 }
 
-// capability reads the bytes of a read capability.
 func (p *parser) capability() error {
 	b, err := p.peek(eris.ReadCapabilitySize)
 	if err != nil {
@@ -360,7 +355,6 @@ func (p *parser) capability() error {
 	return nil
 }
 
-// skip passes over the rest of a data item whose head has been read.
 func (p *parser) skip(h head, depth int) error {
 	if depth > maxDepth {
 		return p.wrong(errDepth)
@@ -410,7 +404,6 @@ func (p *parser) skip(h head, depth int) error {
 	return nil
 }
 
-// item passes over a data item.
 func (p *parser) item(depth int) error {
 	h, err := p.head()
 	if err != nil {

@@ -93,7 +93,6 @@ func (s *Store) scan(file io.ReaderAt, size int64) (*contents, error) {
 	}
 }
 
-// finish takes note of what the parser has found by the end.
 func (c *contents) finish(p *parser, err error, behind bool) error {
 	var format *FormatError
 	if err != io.EOF && (!errors.As(err, &format) || p.dumps == 0) {

@@ -131,7 +131,6 @@ func (s *Stream) end(add func(b []byte) []byte) error {
 
 var errEnded = errors.New("the dump has been ended")
 
-// write writes what is appended.
 func (s *Stream) write(add func(b []byte) []byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -45,7 +45,6 @@ type writer struct {
 	err          error                       // why nothing more is written
 }
 
-// appendPair appends a block as a pair of the map.
 func appendPair(b []byte, ref eris.Reference, block []byte) []byte {
 	b = append(b, majorBytes<<5|24, byte(len(ref)))
 	b = append(b, ref[:]...)
@@ -54,7 +53,6 @@ func appendPair(b []byte, ref eris.Reference, block []byte) []byte {
 	return append(b, block...)
 }
 
-// appendEnd appends what is behind the last block.
 func appendEnd(b []byte, capabilities []eris.ReadCapability) []byte {
 	b = append(b, ended)
 	for _, c := range capabilities {
@@ -98,7 +96,6 @@ func (s *Store) add(ref eris.Reference, block []byte) (*writer, error) {
 	return w, nil
 }
 
-// durable waits until what has been added to a writer is durable.
 func (s *Store) durable(w *writer) error {
 	if err := s.commits.Do(); err != nil {
 		return err
@@ -108,7 +105,6 @@ func (s *Store) durable(w *writer) error {
 	return w.err
 }
 
-// commit writes what has been added.
 func (s *Store) commit() error {
 	s.writing.Lock()
 	w := s.writer

@@ -143,7 +143,6 @@ func CID(ref eris.Reference) string {
 	return "b" + cidText.EncodeToString(append([]byte(cidPrefix), ref[:]...))
 }
 
-// get is what the workers call.
 func (s *Store) get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) (block []byte, err error) {
 	err = eris.ErrNotFound
 	if s.url.Get {
@@ -228,7 +227,6 @@ func (s *Store) getRequest(ref eris.Reference) *http.Request {
 	return r
 }
 
-// getError returns what an answer other than 200 means.
 func (s *Store) getError(response *http.Response) error {
 	err := &httpclient.StatusError{Code: response.StatusCode, Text: readText(response)}
 	if s.rpc {
@@ -286,7 +284,6 @@ func (s *Store) putRequest(block []byte, old bool) *http.Request {
 	return r
 }
 
-// putResult returns what the answer to a PUT means.
 func putResult(ref eris.Reference, response *http.Response) error {
 	if response.StatusCode == http.StatusOK {
 		var stored struct{ Key string }

@@ -148,7 +148,6 @@ func (s *Store) Close() error {
 	return nil
 }
 
-// get is what the workers call.
 func (s *Store) get(ctx context.Context, root, ref eris.Reference, size eris.BlockSize, _ []byte) ([]byte, error) {
 	block, err := s.find(ctx, root, ref, size)
 	if err != nil {
@@ -230,7 +229,6 @@ func (s *Store) known(root, ref eris.Reference) *pack {
 	return nil
 }
 
-// begin begins to read a pack.
 func (s *Store) begin(root eris.Reference) *pack {
 	p := &pack{s: s, name: root.String() + suffix, opened: make(chan struct{})}
 	p.ctx, p.end = context.WithCancel(s.ctx)
@@ -282,7 +280,6 @@ func (s *Store) drop() bool {
 	return true
 }
 
-// leave ends the use of a pack. Called without the lock.
 func (s *Store) leave(p *pack) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -32,7 +32,6 @@ type spool struct {
 	blocks map[eris.Reference]entry
 }
 
-// newSpool makes a file in a directory.
 func newSpool(directory string) (*spool, error) {
 	file, err := temporary(directory)
 	if err != nil {

@@ -70,7 +70,6 @@ type waiter struct {
 	ready chan struct{}
 }
 
-// open reads the table, and meanwhile the head.
 func (p *pack) open() {
 	defer close(p.opened)
 	p.s.mu.Lock()
@@ -140,7 +139,6 @@ func (p *pack) tailOf(t *table, tail []byte, from int64) *run {
 	return r
 }
 
-// get gets a block; the table is known.
 func (p *pack) get(ctx context.Context, ref eris.Reference, size eris.BlockSize) ([]byte, error) {
 	i, ok := p.table.find(ref)
 	if !ok {
@@ -232,7 +230,6 @@ func (p *pack) readAhead(r *run, i int) {
 	}
 }
 
-// following returns the run that begins where another one ends, or nil.
 func (p *pack) following(r *run) *run {
 	for _, o := range p.s.runs {
 		if o.pack == p && o.first == r.end && o.end > o.first {
@@ -254,7 +251,6 @@ func (s *Store) makeRoom() {
 	})
 }
 
-// forget takes back the memory of a run.
 func (s *Store) forget(r *run) {
 	for _, block := range r.blocks {
 		s.held -= len(block)
@@ -283,7 +279,6 @@ func (p *pack) startRun(first int) *run {
 	return p.begin(r)
 }
 
-// begin begins to read a run.
 func (p *pack) begin(r *run) *run {
 	s := p.s
 	if !slices.ContainsFunc(s.runs, func(o *run) bool { return !o.ended }) {
@@ -347,7 +342,6 @@ func (r *run) read(body io.Reader, _, _ int64) error {
 	return nil
 }
 
-// finish takes note that there will be no more bytes.
 func (r *run) finish(err error) {
 	s := r.pack.s
 	r.ended = true

@@ -45,7 +45,6 @@ type table struct {
 	sorted  []uint32 // indexes of them, by prefix
 }
 
-// appendTable appends a table as it stands in a pack.
 func appendTable(b []byte, entries []entry) []byte {
 	for _, e := range entries {
 		b = binary.BigEndian.AppendUint64(b, e.prefix)
@@ -90,7 +89,6 @@ func parseTable(b []byte, total int64) (*table, error) {
 	return t, nil
 }
 
-// find returns the index of a block.
 func (t *table) find(ref eris.Reference) (int, bool) {
 	prefix := binary.BigEndian.Uint64(ref[:])
 	i, ok := slices.BinarySearchFunc(t.sorted, prefix, func(i uint32, prefix uint64) int { return cmp.Compare(t.entries[i].prefix, prefix) })

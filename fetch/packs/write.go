@@ -120,7 +120,6 @@ func (k *packer) putLeaves() error {
 	return nil
 }
 
-// put writes a block, which it returns.
 func (k *packer) put(l leaf) ([]byte, error) {
 	if len(k.entries) == maxBlocks {
 		return nil, errTooMany

@@ -39,7 +39,6 @@ func (p *Pool) nextRound(l *lookup, now time.Duration) bool {
 	return p.candidates(l, now) != 0
 }
 
-// distribute gives waiting blocks to the members that have room.
 func (p *Pool) distribute(now time.Duration) {
 	if p.closed {
 		return

@@ -70,7 +70,6 @@ func toward(share *float64, had bool, weight float64) {
 	*share += (value - *share) * weight
 }
 
-// join makes a lookup one of its family, if it has one.
 func (p *Pool) join(l *lookup, k *fetch.Kin, nth int) {
 	if k == nil || len(p.far) < 2 || len(k.Refs) > mostAsked || nth >= len(k.Refs) || k.Refs[nth] != l.key.reference {
 		return
@@ -93,7 +92,6 @@ func (l *lookup) enter(f *family, nth int) {
 	}
 }
 
-// isPartial reports whether there are members that do not have everything.
 func (p *Pool) isPartial() bool {
 	return slices.ContainsFunc(p.far, func(m *member) bool { return !m.banned && m.hits < wholeShare })
 }
@@ -233,7 +231,6 @@ func (p *Pool) reconsider(l *lookup, now time.Duration) {
 	p.advance(l, now)
 }
 
-// likely returns who probably has a block.
 func (p *Pool) likely(l *lookup) set {
 	if s := l.held & p.askable &^ l.spent(); s != 0 || l.family != nil && l.family.pending != 0 {
 		return s

@@ -129,7 +129,6 @@ func (k *keep) run(ctx context.Context) {
 	}
 }
 
-// note takes note of how keeping went.
 func (k *keep) note(err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()

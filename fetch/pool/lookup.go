@@ -73,7 +73,6 @@ type lookup struct {
 	next  *lookup // of those that are over, or spare
 }
 
-// spent returns who cannot be asked any more.
 func (l *lookup) spent() set { return l.missed | l.failed | l.active | l.denied }
 
 // attempt is a request to a member for a lookup.
@@ -272,7 +271,6 @@ func (p *Pool) attach(a *attempt, l *lookup) {
 	l.active |= a.member.bit
 }
 
-// newAttempt books a request to a member.
 func (p *Pool) newAttempt(m *member, pair eris.Pair, size eris.BlockSize, now time.Duration) *attempt {
 	a := m.spare
 	if a != nil {

@@ -106,13 +106,11 @@ func newMember(p *Pool, i int, given Member) *member {
 	return m
 }
 
-// usable reports whether anything may be asked now.
 func (m *member) usable(now time.Duration) bool { return !m.banned && m.restUntil <= now }
 
 // resting reports whether the member is asked by probes only, at most.
 func (m *member) resting() bool { return m.silent || m.failures > 0 && !m.proven }
 
-// trusted reports whether the member works, as far as is known.
 func (m *member) trusted(now time.Duration) bool {
 	return m.usable(now) && m.known && m.failures == 0 && !m.silent
 }
@@ -127,7 +125,6 @@ func (m *member) expected(size int64) time.Duration {
 	return time.Duration(float64(d) / m.score)
 }
 
-// sent books a request.
 func (m *member) sent(a *attempt, now time.Duration) {
 	size := int64(a.request.Size)
 	if m.requests == 0 {
@@ -183,7 +180,6 @@ func (m *member) answers(a *attempt, now time.Duration) {
 	}
 }
 
-// delivers takes note of a block.
 func (m *member) delivers(a *attempt, now time.Duration) {
 	m.answers(a, now)
 	m.delivered += int64(a.request.Size)
@@ -254,7 +250,6 @@ func (m *member) rests(err error, now time.Duration) {
 	m.pool.reroute(now)
 }
 
-// cancelAll ends all requests that are in flight.
 func (m *member) cancelAll(cause error) {
 	for a := m.attempts.First(); a != nil; a = a.Next() {
 		a.cancel(cause)

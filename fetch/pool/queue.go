@@ -35,7 +35,6 @@ func (q *queue) remove(l *lookup) {
 	q.lookups = q.lookups[n:]
 }
 
-// first returns the one that has waited longest, or nil.
 func (q *queue) first() *lookup {
 	if q.live == 0 {
 		return nil

@@ -98,7 +98,6 @@ func (w *windowed) add(value float64, better func(a, b float64) float64, now, ag
 
 func seconds(s float64) time.Duration { return time.Duration(min(s, 1e9) * float64(time.Second)) }
 
-// recall takes what earlier processes have learnt.
 func (s *speeds) recall(record sourcestate.Record, now time.Time) {
 	if record.RoundTrip <= 0 {
 		return
@@ -131,7 +130,6 @@ func (s *speeds) speed() float64 {
 	return max(guess, s.rate.best(larger))
 }
 
-// product is of bandwidth and delay, in bytes.
 func (s *speeds) product() float64 { return s.speed() * (s.minRoundTrip() + slack).Seconds() }
 
 // window returns how many bytes may be in flight. Alone says that there is nobody else who could be

@@ -73,7 +73,6 @@ func (p *Pool) watch() {
 	}
 }
 
-// look does what has become due.
 func (p *Pool) look() {
 	now := p.now()
 	for _, m := range p.members {
@@ -86,7 +85,6 @@ func (p *Pool) look() {
 	p.distribute(now)
 }
 
-// checkSilence has a member rest that does not answer any more.
 func (p *Pool) checkSilence(m *member, now time.Duration) {
 	oldest := m.attempts.First()
 	// It may pass over questions, which it perhaps does not understand.
@@ -113,7 +111,6 @@ func (p *Pool) checkSilence(m *member, now time.Duration) {
 	}
 }
 
-// allowedSilence returns for how long a member may be silent.
 func (m *member) allowedSilence(oldest *attempt, now time.Duration) time.Duration {
 	if !m.proven {
 		if m.known {
@@ -141,7 +138,6 @@ func (m *member) gap(size eris.BlockSize) time.Duration {
 	return seconds(float64(size) / rate)
 }
 
-// hedge asks other members for what is late.
 func (p *Pool) hedge(now time.Duration) {
 	if len(p.far) == 0 || len(p.members) == 1 {
 		return

@@ -170,7 +170,6 @@ func (p *Pool) outcome(a *attempt, now time.Duration) outcome {
 // but servers with upstreams live on, and whoever it was may have been mended.
 const banTime = time.Hour
 
-// pardon ends a ban whose time is over.
 func (m *member) pardon(now time.Duration) {
 	m.banned = m.banned && now-m.bannedAt < banTime
 }

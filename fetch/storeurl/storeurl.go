@@ -160,7 +160,6 @@ func read(text string, listen bool) (URL, error) {
 	return u, u.setNetwork(rest, listen)
 }
 
-// cutScheme finds the scheme of a URL.
 func cutScheme(text string, listen bool) (scheme, string, error) {
 	name, rest, ok := strings.Cut(text, ":")
 	if !ok && strings.HasSuffix(text, dumpSuffix) {
@@ -309,7 +308,6 @@ func (u *URL) setNetwork(text string, listen bool) error {
 	return err
 }
 
-// setSocket takes either form of coap+unix.
 func (u *URL) setSocket(authority, path string) error {
 	socket := authority
 	if authority == "" {

@@ -239,7 +239,6 @@ func (s *Store) get(ctx context.Context, ref eris.Reference, size eris.BlockSize
 	return nil, fmt.Errorf("%v: %w", s, err)
 }
 
-// have asks the store which blocks it has.
 func (s *Store) have(ctx context.Context, question, dst []byte) ([]byte, error) {
 	n := 0
 	err := s.do(ctx, outgoing{http.MethodPost, s.at(havePath, ""), "", bytes.NewReader(question), int64(len(question)), sha256.Sum256(question)}, func(r *http.Response) (err error) {
@@ -259,12 +258,10 @@ func (s *Store) have(ctx context.Context, question, dst []byte) ([]byte, error) 
 	return dst[:n], nil
 }
 
-// address returns where a block is in one of the layouts.
 func (s *Store) address(ref eris.Reference, at int) *url.URL {
 	return s.at(s.layouts[at](ref))
 }
 
-// at returns the address of what is behind the base.
 func (s *Store) at(path, query string) *url.URL {
 	u := *s.base
 	u.Path, u.RawPath, u.RawQuery = u.Path+path, u.RawPath+path, query
@@ -288,7 +285,6 @@ func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error
 	return nil
 }
 
-// stored returns what the answer to a PUT means.
 func stored(r *http.Response) error {
 	err := &httpclient.StatusError{Code: r.StatusCode}
 	switch r.StatusCode {

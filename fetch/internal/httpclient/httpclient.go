@@ -194,7 +194,6 @@ func (c *Client) resting() error {
 	return fmt.Errorf("not asked again for %v: %w", left.Round(time.Millisecond), c.cause)
 }
 
-// failed begins a rest.
 func (c *Client) failed(err error, after time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -339,7 +338,6 @@ func (u *upload) Read(p []byte) (int, error) {
 	return u.ReadCloser.Read(p)
 }
 
-// silent returns the error of an exchange that took too long.
 func (e *exchange) silent() error {
 	took := time.Since(e.began).Round(time.Millisecond)
 	if !e.wrote.Load() {

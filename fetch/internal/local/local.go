@@ -75,7 +75,6 @@ func New(u storeurl.URL, files Files) *Store {
 // String returns the URL of the store.
 func (s *Store) String() string { return s.URL.String() }
 
-// get is what the workers call.
 func (s *Store) get(_ context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
 	err := eris.ErrNotFound
 	if s.URL.Get {
