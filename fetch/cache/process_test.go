@@ -11,7 +11,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"syscall"
 	"testing"
 
@@ -39,17 +38,15 @@ func TestMain(m *testing.M) {
 // the numbers of the first block and of that after the last one, the size of the cache, and its
 // directory.
 func runProcess(arguments string) error {
-	fields := strings.SplitN(arguments, " ", 4)
-	var numbers [3]int
-	for i := range numbers {
-		var err error
-		if numbers[i], err = strconv.Atoi(fields[i]); err != nil {
-			return err
-		}
+	var first, last int
+	var most int64
+	var directory string
+	if _, err := fmt.Sscanf(arguments, "%d %d %d %q", &first, &last, &most, &directory); err != nil {
+		return err
 	}
-	c := Open(fields[3], int64(numbers[2]), nil)
+	c := Open(directory, most, nil)
 	found := 0
-	for i := numbers[0]; i < numbers[1]; i += 100 {
+	for i := first; i < last; i += 100 {
 		put(c, i, i+100, mixed)
 		for j := range 100 {
 			ref, want := testBlock(i+j, mixed(i+j))
@@ -60,7 +57,7 @@ func runProcess(arguments string) error {
 				}
 			}
 			// Old ones, of this process and of others, where blocks are being overwritten.
-			other := rand.IntN(numbers[1])
+			other := rand.IntN(last)
 			ref, want = testBlock(other, mixed(other))
 			if got, err := fetch.Get(benchContext, c, ref, mixed(other), nil); err == nil && string(got) != string(want) {
 				return fmt.Errorf("block %d is another one", other)
@@ -68,7 +65,7 @@ func runProcess(arguments string) error {
 		}
 		fmt.Println(i + 100)
 	}
-	if total := numbers[1] - numbers[0]; found < total*9/10 {
+	if total := last - first; found < total*9/10 {
 		return fmt.Errorf("%d blocks of %d were there after they had been written", found, total)
 	}
 	return c.Close()
@@ -82,7 +79,7 @@ func process(t *testing.T, first, last int, maxBytes int64, directory string) *e
 		t.Skip("the test binary cannot be found: ", err)
 	}
 	p := exec.Command(executable)
-	p.Env = append(os.Environ(), fmt.Sprintf("%s=%d %d %d %s", processVariable, first, last, maxBytes, directory))
+	p.Env = append(os.Environ(), fmt.Sprintf("%s=%d %d %d %q", processVariable, first, last, maxBytes, directory))
 	p.Stderr = os.Stderr
 	return p
 }

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/singleflight"
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -202,14 +203,7 @@ func (s *Store) Close() error {
 type Commits struct {
 	commit func() error
 	turn   chan struct{} // has room if no commit is going on
-
-	mu   sync.Mutex
-	next *round // those who wait for the commit that has not begun; nil if nobody does
-}
-
-type round struct {
-	done chan struct{}
-	err  error
+	group  singleflight.Group
 }
 
 // NewCommits returns Commits that call commit, never twice at a time.
@@ -220,24 +214,11 @@ func NewCommits(commit func() error) *Commits {
 // Do returns the error of a commit that began after Do was called. Callers that come while a commit
 // is going on share the next one.
 func (c *Commits) Do() error {
-	c.mu.Lock()
-	r := c.next
-	leads := r == nil
-	if leads {
-		r = &round{done: make(chan struct{})}
-		c.next = r
-	}
-	c.mu.Unlock()
-	if !leads {
-		<-r.done
-		return r.err
-	}
-	c.turn <- struct{}{}
-	c.mu.Lock()
-	c.next = nil
-	c.mu.Unlock()
-	r.err = c.commit()
-	<-c.turn
-	close(r.done)
-	return r.err
+	_, err, _ := c.group.Do("", func() (any, error) {
+		c.turn <- struct{}{}
+		defer func() { <-c.turn }()
+		c.group.Forget("")
+		return nil, c.commit()
+	})
+	return err
 }
