@@ -18,20 +18,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 )
 
-func TestWorkersConformance(t *testing.T) {
-	sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
-		return sourcetest.Fixture{Source: backend.Open(16), Held: 16}
-	})
-}
-
 // deaf is a transport that takes no notice of the end of a context.
 type deaf struct{ *fetch.Workers }
 
 func (deaf) String() string { return "deaf:" }
 
-// A call that does not return must not keep a request from being cancelled, nor write to its memory
-// later.
-func TestWorkersCancelDeaf(t *testing.T) {
+// A call that does not return must not keep its request from being cancelled, nor write to its
+// memory later; and of requests that are cancelled while they wait for a worker nothing stays.
+func TestWorkersDeaf(t *testing.T) {
 	begun, end := make(chan struct{}), make(chan struct{})
 	block := bytes.Repeat([]byte{1}, int(eris.BlockSize1KiB))
 	source := deaf{fetch.NewWorkers(1, func(_ context.Context, _ eris.Reference, _ eris.BlockSize, dst []byte) ([]byte, error) {
@@ -40,40 +34,23 @@ func TestWorkersCancelDeaf(t *testing.T) {
 		return append(dst, block...), nil
 	})}
 	memory := make([]byte, len(block))
-	done := make(chan struct{})
-	r := &fetch.Request{Size: eris.BlockSize1KiB, Dst: memory[:0], Done: func(*fetch.Request) { close(done) }}
-	source.Start(r)
-	<-begun
-	source.Cancel(r)
-	<-done
-	if !errors.Is(r.Err, context.Canceled) {
-		t.Errorf("the request ends with %v", r.Err)
-	}
-	source.Cancel(r) // does nothing
-	close(end)
-	if err := source.Close(); err != nil {
-		t.Error(err)
-	}
-	if !bytes.Equal(memory, make([]byte, len(memory))) {
-		t.Error("memory was written to after Done")
-	}
-}
-
-// TestWorkersForget cancels requests that wait for a worker: nothing of them stays.
-func TestWorkersForget(t *testing.T) {
-	begun, end := make(chan struct{}), make(chan struct{})
-	source := deaf{fetch.NewWorkers(1, func(_ context.Context, _ eris.Reference, _ eris.BlockSize, dst []byte) ([]byte, error) {
-		close(begun)
-		<-end
-		return nil, eris.ErrNotFound
-	})}
+	done := make(chan struct{}, 1)
 	start := func() *fetch.Request {
-		r := &fetch.Request{Size: eris.BlockSize1KiB, Done: func(*fetch.Request) {}}
+		r := &fetch.Request{Size: eris.BlockSize1KiB, Dst: memory[:0], Done: func(*fetch.Request) { done <- struct{}{} }}
 		source.Start(r)
 		return r
 	}
-	start()
+	cancel := func(r *fetch.Request) {
+		source.Cancel(r)
+		<-done
+		source.Cancel(r) // does nothing
+		if !errors.Is(r.Err, context.Canceled) {
+			t.Fatalf("the request ends with %v", r.Err)
+		}
+	}
+	r := start()
 	<-begun
+	cancel(r)
 	heap := func() int64 {
 		var m runtime.MemStats
 		runtime.GC()
@@ -82,14 +59,21 @@ func TestWorkersForget(t *testing.T) {
 	}
 	before := heap()
 	for range 100_000 {
-		source.Cancel(start())
+		cancel(start())
 	}
 	if grown := heap() - before; grown > 1<<20 {
 		t.Errorf("%d bytes are left of requests that were cancelled", grown)
 	}
 	close(end)
-	source.Close()
-	source.Cancel(start()) // does nothing
+	if err := source.Close(); err != nil {
+		t.Error(err)
+	}
+	if !bytes.Equal(memory, make([]byte, len(memory))) {
+		t.Error("memory was written to after Done")
+	}
+	r = start() // ends at once
+	<-done
+	source.Cancel(r) // does nothing
 }
 
 func TestVerify(t *testing.T) {
@@ -240,8 +224,9 @@ func newScripted() *scripted {
 
 func (*scripted) String() string { return "test:" }
 
-func TestStagesConformance(t *testing.T) {
+func TestConformance(t *testing.T) {
 	for name, wrap := range map[string]func(fetch.Source) fetch.Source{
+		"workers": func(s fetch.Source) fetch.Source { return s },
 		"counted": func(s fetch.Source) fetch.Source { return fetch.Counted(fetch.Counted(s, func(int) {}), func(int) {}) },
 		"limited": func(s fetch.Source) fetch.Source { return fetch.Limited(s, ratelimit.New(64<<20, 0)) },
 	} {

@@ -5,7 +5,6 @@ package content
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"sync/atomic"
@@ -56,34 +55,6 @@ func TestReader(t *testing.T) {
 	r.Close()
 	if _, err := r.Read(make([]byte, 5)); err == nil || err == io.EOF {
 		t.Errorf("closed: %v", err)
-	}
-}
-
-// What was read before an error is a prefix of the content.
-func TestReadUntilError(t *testing.T) {
-	content := randomContent(2, 300_000)
-	capability, backend := mustEncode(t, content, eris.EncodeOptions{BlockSize: eris.BlockSize1KiB})
-	for i, missing := range sorted(backend) {
-		if i%10 != 0 {
-			continue
-		}
-		source := open(t, func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
-			if ref == missing {
-				return nil, eris.ErrNotFound
-			}
-			return backend.Get(ctx, ref, size, dst)
-		})
-		var b []byte
-		r, err := Open(t.Context(), source, capability, int64(len(content)), fetch.Window{Requests: 5})
-		if err == nil {
-			if b, err = io.ReadAll(r); !bytes.HasPrefix(content, b) {
-				t.Errorf("%d bytes are no prefix", len(b))
-			}
-			r.Close()
-		}
-		if !errors.Is(err, eris.ErrNotFound) {
-			t.Errorf("%d bytes: error %v", len(b), err)
-		}
 	}
 }
 

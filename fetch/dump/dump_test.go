@@ -518,42 +518,6 @@ func TestNoFile(t *testing.T) {
 	}
 }
 
-// TestRoundTrip encodes contents into a dump, and gets all blocks from it again, and from a copy.
-func TestRoundTrip(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "dump.cbor")
-	content := make([]byte, 3_000_000)
-	rand.Read(content)
-	var all []eris.ReadCapability
-	put := 0
-	for _, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
-		s := mustOpen(t, "dump:"+path+"?capability")
-		pipeline := fetch.NewPipeline(t.Context(), s)
-		c, err := eris.Encode(t.Context(), bytes.NewReader(content), pipeline.Put, eris.EncodeOptions{BlockSize: size})
-		must(t, errors.Join(err, pipeline.Flush(), s.AddCapability(t.Context(), c)))
-		all = append(all, c)
-		n, _ := pipeline.Stored()
-		put += int(n)
-		s.Close()
-	}
-	dump, err := os.ReadFile(path)
-	must(t, err)
-	blocks, capabilities, err := read(dump)
-	if err != io.EOF || !slices.Equal(capabilities, all) || len(blocks) != put {
-		t.Fatalf("%v, %v, %d blocks of %d", capabilities, err, len(blocks), put)
-	}
-	copied := mustOpen(t, "dump:"+filepath.Join(t.TempDir(), "copy.cbor"))
-	for ref, block := range blocks {
-		must(t, copied.Put(t.Context(), ref, block))
-	}
-	for _, s := range []*Store{mustOpen(t, "dump:"+path), copied} {
-		for ref, block := range blocks {
-			if got, err := get(s, ref, eris.BlockSize(len(block))); err != nil || !bytes.Equal(got, block) {
-				t.Errorf("%v: %v", s, err)
-			}
-		}
-	}
-}
-
 // TestManyDuplicates checks that a dump of the same block again and again takes the memory of one.
 func TestManyDuplicates(t *testing.T) {
 	refs, blocks := goodBlocks()

@@ -87,13 +87,9 @@ func (n *testNode) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 func (n *testNode) gateway(w http.ResponseWriter, r *http.Request, cid string) {
-	if r.Method != http.MethodGet {
-		http.Error(w, "method not allowed", http.StatusMethodNotAllowed)
-		return
-	}
 	ref, ok := parseCID(cid)
-	if !ok || r.URL.RawQuery != "format=raw" || r.Header.Get("Accept") != "application/vnd.ipld.raw" {
-		http.Error(w, "only raw blocks are served", http.StatusNotAcceptable)
+	if r.Method != http.MethodGet || !ok || r.URL.RawQuery != "format=raw" || r.Header.Get("Accept") != "application/vnd.ipld.raw" {
+		http.Error(w, "only raw blocks are served", http.StatusMethodNotAllowed)
 		return
 	}
 	block, err := n.blocks.Get(r.Context(), ref, 0, nil)
@@ -103,7 +99,6 @@ func (n *testNode) gateway(w http.ResponseWriter, r *http.Request, cid string) {
 	case err != nil:
 		http.Error(w, err.Error(), http.StatusInternalServerError)
 	default:
-		w.Header().Set("Content-Type", "application/vnd.ipld.raw")
 		w.Write(block)
 	}
 }
@@ -133,8 +128,6 @@ func (n *testNode) blockGet(w http.ResponseWriter, r *http.Request) {
 		rpcError(w, http.StatusInternalServerError, err.Error())
 	default:
 		// Kubo does not say how long it is.
-		w.Header().Set("Content-Type", "application/octet-stream")
-		w.Header().Set("X-Chunked-Output", "1")
 		w.Write(block[:len(block)/2])
 		w.(http.Flusher).Flush()
 		w.Write(block[len(block)/2:])
@@ -152,27 +145,12 @@ func (n *testNode) blockPut(w http.ResponseWriter, r *http.Request) {
 		rpcError(w, http.StatusBadRequest, "invalid request "+r.URL.RawQuery)
 		return
 	}
-	parts, err := r.MultipartReader()
-	if err != nil {
-		rpcError(w, http.StatusBadRequest, err.Error())
-		return
-	}
-	part, err := parts.NextPart()
-	if err != nil {
-		rpcError(w, http.StatusInternalServerError, "file argument 'data' is required")
-		return
-	}
-	block, err := io.ReadAll(part)
-	if err != nil || part.FileName() == "" {
-		rpcError(w, http.StatusInternalServerError, "no file")
-		return
-	}
-	if _, err := parts.NextPart(); err != io.EOF {
-		rpcError(w, http.StatusInternalServerError, "one block at a time")
-		return
-	}
+	block, err := onlyFile(r)
 	ref := eris.Sum(block)
-	if err := n.blocks.Put(r.Context(), ref, block); err != nil {
+	if err == nil {
+		err = n.blocks.Put(r.Context(), ref, block)
+	}
+	if err != nil {
 		rpcError(w, http.StatusInternalServerError, err.Error())
 		return
 	}
@@ -182,6 +160,23 @@ func (n *testNode) blockPut(w http.ResponseWriter, r *http.Request) {
 	}
 	name := strings.ToLower(base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(append([]byte(prefix), ref[:]...)))
 	json.NewEncoder(w).Encode(map[string]any{"Key": "b" + name, "Size": len(block)})
+}
+
+// onlyFile returns the one file of a form.
+func onlyFile(r *http.Request) ([]byte, error) {
+	if err := r.ParseMultipartForm(1 << 20); err != nil {
+		return nil, err
+	}
+	headers := r.MultipartForm.File["file"]
+	if len(headers) != 1 || len(r.MultipartForm.File)+len(r.MultipartForm.Value) != 1 || headers[0].Filename == "" {
+		return nil, errors.New("one file at a time")
+	}
+	file, err := headers[0].Open()
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	return io.ReadAll(file)
 }
 
 func startNode(tb testing.TB, blocks *sourcetest.Backend) *testNode {
