@@ -78,14 +78,9 @@ func TestWorkersDeaf(t *testing.T) {
 
 func TestVerify(t *testing.T) {
 	var requests []*fetch.Request
-	const count = 200
-	for i := range count {
-		size := eris.BlockSize1KiB
-		if i%3 == 0 {
-			size = eris.BlockSize32KiB
-		}
-		block := bytes.Repeat([]byte{byte(i)}, int(size))
-		r := &fetch.Request{Pair: eris.Pair{Reference: eris.Sum(block)}, Size: size, Block: block}
+	for i := range 200 {
+		block := bytes.Repeat([]byte{byte(i)}, int([]eris.BlockSize{eris.BlockSize32KiB, eris.BlockSize1KiB, eris.BlockSize1KiB}[i%3]))
+		r := &fetch.Request{Pair: eris.Pair{Reference: eris.Sum(block)}, Size: eris.BlockSize(len(block)), Block: block}
 		switch i % 10 {
 		case 1:
 			block[i] ^= 1
@@ -98,20 +93,9 @@ func TestVerify(t *testing.T) {
 	}
 	fetch.Verify(requests)
 	for i, r := range requests {
-		var wrong *eris.BlockError
-		switch i % 10 {
-		case 1, 2:
-			if !errors.As(r.Err, &wrong) || wrong.Reference != r.Pair.Reference {
-				t.Errorf("%d: %v", i, r.Err)
-			}
-		case 3:
-			if r.Err != eris.ErrNotFound {
-				t.Errorf("%d: %v", i, r.Err)
-			}
-		default:
-			if r.Err != nil {
-				t.Errorf("%d: %v", i, r.Err)
-			}
+		wrong, ok := errors.AsType[*eris.BlockError](r.Err)
+		if n := i % 10; ok != (n == 1 || n == 2) || ok && wrong.Reference != r.Pair.Reference || n == 3 && r.Err != eris.ErrNotFound || n > 3 && r.Err != nil {
+			t.Errorf("%d: %v", i, r.Err)
 		}
 	}
 }

@@ -4,9 +4,7 @@ package content
 
 import (
 	"bytes"
-	"context"
 	"errors"
-	"fmt"
 	"io"
 	"math"
 	"slices"
@@ -356,27 +354,4 @@ func FuzzForgedTrees(f *testing.F) {
 			t.Fatalf("content of %d bytes at level %d, an encoder puts it at %d", len(content), capability.Level, encoded.Level)
 		}
 	})
-}
-
-func ExampleOpen() {
-	store := sourcetest.NewBackend()
-	ctx := context.Background()
-	capability, err := eris.Encode(ctx, bytes.NewReader([]byte("Hello world!")), store.Put, eris.EncodeOptions{})
-	if err != nil {
-		panic(err)
-	}
-	source := store.Open(1)
-	defer source.Close()
-	const limit = 1 << 20
-	r, err := Open(ctx, source, capability, limit, fetch.Window{})
-	if err != nil {
-		panic(err)
-	}
-	defer r.Close()
-	b, err := io.ReadAll(r)
-	if err != nil {
-		panic(err)
-	}
-	fmt.Printf("%d %s\n", r.Size(), b)
-	// Output: 12 Hello world!
 }

@@ -12,7 +12,6 @@ import (
 	"math"
 	"math/rand/v2"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -22,7 +21,6 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 )
 
 // mixedLengths is a little of everything, as in a tree of files.
@@ -670,49 +668,4 @@ func FuzzSequence(f *testing.F) {
 			}
 		})
 	})
-}
-
-func ExampleSequence() {
-	store := sourcetest.NewBackend()
-	ctx := context.Background()
-	var wants []Want
-	for _, content := range []string{"one", "", "three"} {
-		capability, err := eris.Encode(ctx, strings.NewReader(content), store.Put, eris.EncodeOptions{})
-		if err != nil {
-			panic(err)
-		}
-		wants = append(wants, Want{Capability: capability, Limit: 100})
-	}
-
-	const total = 1000
-	source := store.Open(10)
-	defer source.Close()
-	sequence := NewSequence(ctx, source, slices.Values(wants), total, fetch.Window{})
-	defer sequence.Close()
-	for {
-		size, err := sequence.Next()
-		if err == io.EOF {
-			break
-		}
-		if err != nil {
-			panic(err)
-		}
-		fmt.Printf("%d bytes:", size)
-		for {
-			leaf, err := sequence.Leaf()
-			if err == io.EOF {
-				break
-			}
-			if err != nil {
-				panic(err)
-			}
-			fmt.Printf(" %q", leaf.Bytes)
-			leaf.Release()
-		}
-		fmt.Println()
-	}
-	// Output:
-	// 3 bytes: "one"
-	// 0 bytes: ""
-	// 5 bytes: "three"
 }
