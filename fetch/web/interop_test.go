@@ -131,15 +131,12 @@ func TestNginxStatic(t *testing.T) {
 		defer to.Close()
 		for _, url := range []string{"http://" + plain, "https://" + secure} {
 			from := mustOpen(t, url+"/"+layout+"?static", web.Options{})
-			defer from.Close()
 			roundTrips(t, to, from)
 		}
 		dav := mustOpen(t, "http://"+plain+"/dav/"+layout+"?static&layout="+layout, web.Options{})
-		defer dav.Close()
 		roundTrips(t, dav, dav)
 	}
 	readOnly := mustOpen(t, "https://"+secure+"/flat?static", web.Options{})
-	defer readOnly.Close()
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
 	if err := readOnly.Put(t.Context(), ref, block); !errors.Is(err, fetch.ErrReadOnly) {
 		t.Errorf("Put: %v", err)
@@ -172,7 +169,6 @@ func TestNginxProxy(t *testing.T) {
 		"http://" + plain + "/eris", "https://" + secure + "/eris/", "http://" + listener.Addr().String(), "http://" + listener.Addr().String() + "?h2c",
 	} {
 		store := mustOpen(t, url, web.Options{})
-		defer store.Close()
 		roundTrips(t, store, store)
 	}
 }

@@ -176,6 +176,7 @@ func mustOpen(tb testing.TB, url string, options web.Options) *web.Store {
 	}
 	store, err := web.Open(url, options)
 	must(tb, err)
+	tb.Cleanup(func() { store.Close() })
 	return store
 }
 
@@ -234,7 +235,6 @@ func BenchmarkGet(b *testing.B) {
 		for size, refs := range refs {
 			b.Run(fmt.Sprintf("%s/%v", name, size), func(b *testing.B) {
 				store := mustOpen(b, url, web.Options{})
-				defer store.Close()
 				b.SetBytes(int64(size))
 				b.ReportAllocs()
 				b.SetParallelism(256 / runtime.GOMAXPROCS(0))

@@ -42,9 +42,7 @@ func newBlock(size eris.BlockSize, n byte) (eris.Reference, []byte) {
 func openHandler(t *testing.T, suffix string, options web.Options, handler http.HandlerFunc) *web.Store {
 	server := httptest.NewServer(handler)
 	t.Cleanup(server.Close)
-	store := mustOpen(t, server.URL+suffix, options)
-	t.Cleanup(func() { store.Close() })
-	return store
+	return mustOpen(t, server.URL+suffix, options)
 }
 
 func get(t *testing.T, store *web.Store, ref eris.Reference, size eris.BlockSize) ([]byte, error) {
@@ -103,12 +101,10 @@ func TestURLs(t *testing.T) {
 		if got := store.String(); got != want {
 			t.Errorf("%s is shown as %s, want %s", url, got, want)
 		}
-		store.Close()
 	}
 	for _, url := range []string{"file:x", "http://example.org/?layout=flat"} {
-		if store, err := web.Open(url, web.Options{}); err == nil {
+		if _, err := web.Open(url, web.Options{}); err == nil {
 			t.Errorf("%s is taken", url)
-			store.Close()
 		}
 	}
 }
@@ -342,7 +338,6 @@ func TestRedirects(t *testing.T) {
 			if works != (err == nil && bytes.Equal(got, block)) {
 				t.Errorf("%d to %.50q: %v", code, location, err)
 			}
-			withUser.Close()
 		}
 	}
 	if n := credentials.Load(); n > 0 {
@@ -368,24 +363,20 @@ func TestRedirects(t *testing.T) {
 
 func TestCredentials(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 7)
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	stranger := openHandler(t, "", web.Options{}, func(w http.ResponseWriter, r *http.Request) {
 		if user, password, _ := r.BasicAuth(); user != "me" || password != "p@ss" {
 			w.WriteHeader(http.StatusUnauthorized)
 			return
 		}
 		w.Write(block)
-	}))
-	defer server.Close()
-	store := mustOpen(t, strings.Replace(server.URL, "//", "//me:p%40ss@", 1), web.Options{})
-	defer store.Close()
+	})
+	store := mustOpen(t, strings.Replace(stranger.String(), "//", "//me:p%40ss@", 1), web.Options{})
 	if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
 		t.Error(err)
 	}
 	if err := store.Put(t.Context(), ref, block); err != nil {
 		t.Error(err)
 	}
-	stranger := mustOpen(t, server.URL, web.Options{})
-	defer stranger.Close()
 	if err := stranger.Put(t.Context(), ref, block); !errors.Is(err, fetch.ErrReadOnly) {
 		t.Error(err)
 	}
@@ -429,7 +420,6 @@ func TestSilence(t *testing.T) {
 		if err == nil || errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: error is %v", name, err)
 		}
-		store.Close()
 	}
 }
 
@@ -451,7 +441,6 @@ func TestDeadServer(t *testing.T) {
 	}()
 	defer listener.Close()
 	store := mustOpen(t, "https://"+listener.Addr().String(), web.Options{ConnectTimeout: 300 * time.Millisecond})
-	defer store.Close()
 	ref, _ := newBlock(eris.BlockSize1KiB, 7)
 	var group sync.WaitGroup
 	for range 100 {
@@ -471,7 +460,6 @@ func TestDeadServer(t *testing.T) {
 func TestRefused(t *testing.T) {
 	address := freeAddress(t)
 	store := mustOpen(t, "http://"+address+"/secret", web.Options{})
-	defer store.Close()
 	ref, _ := newBlock(eris.BlockSize1KiB, 7)
 	_, err := get(t, store, ref, eris.BlockSize1KiB)
 	want := "http://" + address + ": connection refused; is a server running there?"
@@ -554,8 +542,8 @@ func TestConnections(t *testing.T) {
 	}{
 		{[]string{"http/1.1", "h2"}, "", 1},
 		{[]string{"h2c"}, "?h2c", 1},
-		{[]string{"http/1.1"}, "", 5},
-		{[]string{"http/1.1", "tls"}, "", 5},
+		{[]string{"http/1.1"}, "", 5 + 3}, // one may be given up and made again
+		{[]string{"http/1.1", "tls"}, "", 5 + 3},
 	} {
 		server := startServer(t, serve("", backend, true), test.protocols...)
 		store := mustOpen(t, server.url(test.query), web.Options{Connections: 5})
@@ -575,7 +563,6 @@ func TestConnections(t *testing.T) {
 		if n := server.made.Load(); int(n) > test.most {
 			t.Errorf("%v: %d connections, at most %d are allowed", test.protocols, n, test.most)
 		}
-		store.Close()
 	}
 }
 
@@ -585,7 +572,6 @@ func TestVerifiedCertificate(t *testing.T) {
 	backend.Set(ref, block)
 	server := startServer(t, serve("", backend, true), "h2")
 	store := mustOpen(t, server.url("?verify"), web.Options{})
-	defer store.Close()
 	if _, err := get(t, store, ref, eris.BlockSize1KiB); err == nil || !strings.Contains(err.Error(), "certificate") {
 		t.Errorf("error is %v", err)
 	}
@@ -624,10 +610,8 @@ func TestProxy(t *testing.T) {
 		if err != nil && strings.Contains(err.Error(), "pw") {
 			t.Errorf("the password is shown: %v", err)
 		}
-		store.Close()
 	}
 	store := mustOpen(t, "http://127.0.0.1:1", web.Options{Getenv: func(string) string { return "socks5://user:pw@127.0.0.1" }})
-	defer store.Close()
 	if _, err := get(t, store, ref, eris.BlockSize1KiB); err == nil || !strings.Contains(err.Error(), "http_proxy") || strings.Contains(err.Error(), "pw@") {
 		t.Errorf("error is %v", err)
 	}
