@@ -59,9 +59,7 @@ func testOpen(t testing.TB, directory string, maxBytes int64) *Cache {
 	t.Helper()
 	c := Open(directory, maxBytes, func(err error) { t.Error(err) })
 	t.Cleanup(func() {
-		if err := c.Close(); err != nil {
-			t.Error(err)
-		}
+		must(t, c.Close())
 	})
 	return c
 }
@@ -329,9 +327,7 @@ func TestOpenFails(t *testing.T) {
 			if got := count(t, c, 0, 10, mixed); got != 0 || len(told) != 1 || !strings.Contains(told[0].Error(), test.directory) {
 				t.Errorf("%d blocks are kept nowhere; told: %q", got, told)
 			}
-			if err := c.Close(); err != nil {
-				t.Error(err)
-			}
+			must(t, c.Close())
 		})
 	}
 	if entries, err := os.ReadDir(writable); err != nil || len(entries) != 0 {
@@ -350,9 +346,7 @@ func TestLater(t *testing.T) {
 	}
 	c := Open(d, 1<<20, func(err error) { t.Error(err) })
 	absent()
-	if err := c.Close(); err != nil {
-		t.Error(err)
-	}
+	must(t, c.Close())
 	put(c, 0, 1, mixed)
 	if has(t, c, 0, large) {
 		t.Error("a closed cache has blocks")
@@ -364,9 +358,7 @@ func TestLater(t *testing.T) {
 		t.Errorf("%d blocks of 100", got)
 	}
 	for range 2 {
-		if err := c.Close(); err != nil {
-			t.Error(err)
-		}
+		must(t, c.Close())
 	}
 	put(c, 100, 200, mixed)
 	if count(t, c, 0, 200, mixed) != 0 {
@@ -393,9 +385,7 @@ func TestCloseInUse(t *testing.T) {
 			})
 		}
 		<-started
-		if err := c.Close(); err != nil {
-			t.Error(err)
-		}
+		must(t, c.Close())
 		group.Wait()
 	}
 }
@@ -588,9 +578,7 @@ func TestInPool(t *testing.T) {
 		if s := p.Stats()[1]; s.Requests-want > 10 || want-s.Requests > 0 {
 			t.Errorf("%d requests instead of %d", s.Requests, want)
 		}
-		if err := p.Close(); err != nil {
-			t.Error(err)
-		}
+		must(t, p.Close())
 	}
 	c := Open(d, 16<<20, nil)
 	ref, _ := testBlock(1, small)

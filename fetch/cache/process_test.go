@@ -145,9 +145,7 @@ func TestProcesses(t *testing.T) {
 			victim.Process.Kill()
 			victim.Wait()
 		}
-		if err := p.Wait(); err != nil {
-			t.Error(err)
-		}
+		must(t, p.Wait())
 	}
 	put(c, 60_000, 60_100, mixed)
 	if got := count(t, c, 60_000, 60_100, mixed); got < 99 {
@@ -174,9 +172,7 @@ func TestCreateAtOnce(t *testing.T) {
 			if got := count(t, c, 0, 10, func(int) eris.BlockSize { return small }); got != 10 {
 				t.Errorf("%d blocks of 10", got)
 			}
-			if err := c.Close(); err != nil {
-				t.Error(err)
-			}
+			must(t, c.Close())
 		}
 	}
 }
@@ -190,9 +186,7 @@ func TestFullDisk(t *testing.T) {
 		t.Skip("cannot mount a small file system (this needs root): ", err)
 	}
 	defer func() {
-		if err := syscall.Unmount(mount, 0); err != nil {
-			t.Error(err)
-		}
+		must(t, syscall.Unmount(mount, 0))
 	}()
 	d, filler := filepath.Join(mount, "cache"), filepath.Join(mount, "filler")
 	open := func() *Cache {
@@ -226,9 +220,7 @@ func TestFullDisk(t *testing.T) {
 	if got := count(t, c, 1000, 1100, all); got < 90 {
 		t.Errorf("%d blocks of 100 on a full file system", got)
 	}
-	if err := c.Close(); err != nil {
-		t.Error(err)
-	}
+	must(t, c.Close())
 	// A new cache has no room.
 	must(t, os.Remove(filepath.Join(d, fileName)))
 	os.WriteFile(filler, make([]byte, 8<<20), 0o600)
@@ -240,9 +232,7 @@ func TestFullDisk(t *testing.T) {
 	if got := count(t, c, 0, 1000, all); got != 0 {
 		t.Errorf("%d blocks without room", got)
 	}
-	if err := c.Close(); err != nil {
-		t.Error(err)
-	}
+	must(t, c.Close())
 	// Room again.
 	must(t, os.Remove(filler))
 	c = open()
@@ -250,7 +240,5 @@ func TestFullDisk(t *testing.T) {
 	if got := count(t, c, 0, 100, all); got < 99 {
 		t.Errorf("%d blocks of 100", got)
 	}
-	if err := c.Close(); err != nil {
-		t.Error(err)
-	}
+	must(t, c.Close())
 }

@@ -29,9 +29,7 @@ func TestReader(t *testing.T) {
 		return r
 	}
 	r := begin()
-	if err := iotest.TestReader(r, content); err != nil {
-		t.Error(err)
-	}
+	must(t, iotest.TestReader(r, content))
 	if n, err := r.Read(make([]byte, 5)); n != 0 || err != io.EOF {
 		t.Errorf("behind the end: %d, %v", n, err)
 	}

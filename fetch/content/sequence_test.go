@@ -49,9 +49,7 @@ func testSequence(t *testing.T, open openFunc) {
 	}
 	large := newLibrary(t, 0, 100, 16<<20, 100) // level 2
 	each, done := large.check(t)
-	if err := readSequence(t.Context(), open(t, large.Get), large.wants, 1<<40, fetch.Window{}, each); err != nil {
-		t.Error(err)
-	}
+	must(t, readSequence(t.Context(), open(t, large.Get), large.wants, 1<<40, fetch.Window{}, each))
 	done()
 	if err := readSequence(t.Context(), open(t, small.Get), nil, 0, fetch.Window{}, nil); err != nil {
 		t.Errorf("no contents: %v", err)

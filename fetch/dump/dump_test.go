@@ -350,9 +350,7 @@ func TestWritten(t *testing.T) {
 	// Without being asked for, no capability is written.
 	other := filepath.Join(t.TempDir(), "other.cbor")
 	silent := mustOpen(t, "dump:"+other)
-	if err := silent.AddCapability(t.Context(), newCapability(1)); err != nil {
-		t.Error(err)
-	}
+	must(t, silent.AddCapability(t.Context(), newCapability(1)))
 	if _, err := os.Stat(other); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("there is a file: %v", err)
 	}
@@ -436,9 +434,7 @@ func TestInterrupted(t *testing.T) {
 	// What looks like the beginning of another dump, as bytes of a block may, is overwritten as
 	// well; but not if it has blocks.
 	s, path := openBytes(t, append(bytes.Clone(old), "\x9f\xbf\x01\x02\x5b"...))
-	if err := s.Put(t.Context(), refs[1], blocks[1]); err != nil {
-		t.Error(err)
-	}
+	must(t, s.Put(t.Context(), refs[1], blocks[1]))
 	if again, err := os.ReadFile(path); err != nil || len(again) != len(old)+len(pair(refs[1], blocks[1], "")) {
 		t.Errorf("the file has %d bytes, %v", len(again), err)
 	}
@@ -480,9 +476,7 @@ func TestChanged(t *testing.T) {
 	if err := w.Put(t.Context(), refs[2], blocks[2]); !errors.Is(err, errChanged) {
 		t.Errorf("the file was changed: %v", err)
 	}
-	if err := w.Put(t.Context(), refs[2], blocks[2]); err != nil {
-		t.Error(err)
-	}
+	must(t, w.Put(t.Context(), refs[2], blocks[2]))
 	dump, err := os.ReadFile(path)
 	got, _, formatErr := read(dump)
 	if err != nil || formatErr != io.EOF || len(got) != 2 {
@@ -584,15 +578,11 @@ func TestStream(t *testing.T) {
 	for i, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB, eris.BlockSize1KiB} {
 		block := bytes.Repeat([]byte{byte(i)}, int(size))
 		refs = append(refs, eris.Sum(block))
-		if err := s.Put(t.Context(), refs[i], block); err != nil {
-			t.Fatal(err)
-		}
+		must(t, s.Put(t.Context(), refs[i], block))
 		ends = append(ends, out.Len())
 	}
 	c := eris.ReadCapability{BlockSize: eris.BlockSize1KiB, Root: refs[0]}
-	if err := s.End(c); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.End(c))
 	if err := s.Put(t.Context(), refs[0], make([]byte, 1024)); err == nil {
 		t.Error("a block was put behind the end")
 	}

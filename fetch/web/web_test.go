@@ -374,9 +374,7 @@ func TestCredentials(t *testing.T) {
 	if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
 		t.Error(err)
 	}
-	if err := store.Put(t.Context(), ref, block); err != nil {
-		t.Error(err)
-	}
+	must(t, store.Put(t.Context(), ref, block))
 	if err := stranger.Put(t.Context(), ref, block); !errors.Is(err, fetch.ErrReadOnly) {
 		t.Error(err)
 	}
