@@ -113,18 +113,7 @@ func (s adapter) Read(ref eris.Reference, block []byte) error {
 	if err != nil {
 		return err
 	}
-	if err = s.find(r, ref, block); err == nil {
-		return nil
-	}
-	// Perhaps something has been mounted there since.
-	again, changed := s.reopen(r)
-	if !changed {
-		return err
-	}
-	if again == nil {
-		return errGone
-	}
-	return s.find(again, ref, block)
+	return s.find(r, ref, block)
 }
 
 func (s *Store) find(r *root, ref eris.Reference, block []byte) error {
@@ -153,9 +142,6 @@ func (s adapter) Write(ref eris.Reference, block []byte) (commit func() error, e
 	if err != nil {
 		return nil, err
 	}
-	if r, _ = s.reopen(r); r == nil {
-		return nil, errGone
-	}
 	name := ref.String()
 	there := make([]byte, len(block))
 	err = r.read(file(s.layout, name), there)
@@ -183,9 +169,26 @@ func (s *Store) write(r *root, name string, block []byte) error {
 	return r.write(file(s.layout, name), block)
 }
 
+// checkEvery is how often it is checked whether the path still leads to the directory: perhaps
+// something has been mounted there.
+const checkEvery = time.Second
+
+// open returns the directory, which is made if it is not there and is to be written to; but not in
+// place of one that has just gone.
 func (s *Store) open(forWriting bool) (*root, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.root != nil && time.Since(s.checked) >= checkEvery {
+		s.checked = time.Now()
+		there, err := os.Stat(s.URL.Path)
+		here, _ := s.root.Stat(".")
+		if err != nil || !os.SameFile(here, there) {
+			s.setRoot(nil)
+		}
+		if err != nil {
+			return nil, errGone
+		}
+	}
 	if s.root == nil {
 		r, err := openRoot(s.URL.Path, forWriting)
 		if errors.Is(err, fs.ErrNotExist) && forWriting {
@@ -210,35 +213,6 @@ func (s *Store) setRoot(r *root) {
 		s.root.Close()
 	}
 	s.root = r
-}
-
-// checkEvery is how often it is checked whether the path still leads to the directory.
-const checkEvery = time.Second
-
-// reopen reports whether the path leads to another directory than the given one, and returns that,
-// or nil if there is none.
-func (s *Store) reopen(old *root) (r *root, changed bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.root != old {
-		return s.root, true
-	}
-	if time.Since(s.checked) < checkEvery {
-		return old, false
-	}
-	s.checked = time.Now()
-	there, err := os.Stat(s.URL.Path)
-	if err == nil {
-		if here, err := old.Stat("."); err == nil && os.SameFile(here, there) {
-			return old, false
-		}
-		r, err = openRoot(s.URL.Path, false)
-	}
-	if err != nil {
-		r = nil
-	}
-	s.setRoot(r)
-	return r, true
 }
 
 // Each calls f for each block of a directory, in either layout. Blocks are not verified, and their
