@@ -3,8 +3,14 @@
 package packs
 
 import (
+	"bufio"
 	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
 	"io"
+	"os"
+	"sync"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
@@ -141,3 +147,133 @@ type writerFunc func(b []byte) (int, error)
 
 // Write implements io.Writer.
 func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
+
+var (
+	errSize      = errors.New("block size is neither 1 KiB nor 32 KiB")
+	errNoRoot    = errors.New("which item the blocks belong to is not known; pack it by encode")
+	temporaryFor = ".pack-*"
+)
+
+// spool is blocks that have been put, in a file that nobody else sees. It is a source.
+type spool struct {
+	*fetch.Workers
+	file *os.File
+
+	mu     sync.Mutex
+	length int64
+	blocks map[eris.Reference]entry
+}
+
+func newSpool(directory string) (*spool, error) {
+	file, err := temporary(directory)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Remove(file.Name()); err != nil {
+		file.Close()
+		return nil, err
+	}
+	s := &spool{file: file, blocks: map[eris.Reference]entry{}}
+	s.Workers = fetch.NewWorkers(1, s.get)
+	return s, nil
+}
+
+func temporary(directory string) (*os.File, error) { return os.CreateTemp(directory, temporaryFor) }
+
+// String implements [fetch.Source].
+func (s *spool) String() string { return "pack:" }
+
+// Close implements [fetch.Source].
+func (s *spool) Close() error {
+	s.Workers.Close()
+	return s.file.Close()
+}
+
+func (s *spool) put(ref eris.Reference, block []byte) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.blocks[ref]; ok {
+		return nil
+	}
+	if _, err := s.file.WriteAt(block, s.length); err != nil {
+		return err
+	}
+	s.blocks[ref] = newEntry(ref, s.length, len(block))
+	s.length += int64(len(block))
+	return nil
+}
+
+func (s *spool) get(_ context.Context, ref eris.Reference, _ eris.BlockSize, dst []byte) ([]byte, error) {
+	s.mu.Lock()
+	e, ok := s.blocks[ref]
+	s.mu.Unlock()
+	if !ok {
+		return nil, eris.ErrNotFound
+	}
+	block := dst[:e.Size()]
+	_, err := s.file.ReadAt(block, e.Offset())
+	return block, err
+}
+
+// Put implements [fetch.Store], but for that the block is not stored durably before [Store.Finish].
+func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if !eris.BlockSize(len(block)).Valid() {
+		return errSize
+	}
+	s.putting.Lock()
+	defer s.putting.Unlock()
+	if s.spool == nil {
+		spool, err := newSpool(s.directory)
+		if err != nil {
+			return fmt.Errorf("%v: %w", s, err)
+		}
+		s.spool = spool
+	}
+	return s.spool.put(ref, block)
+}
+
+// Finish makes packs of what read capabilities denote, of which all blocks have been put, and
+// stores them. Without any it is an error if blocks have been put.
+func (s *Store) Finish(ctx context.Context, capabilities []eris.ReadCapability) error {
+	s.putting.Lock()
+	defer s.putting.Unlock()
+	if s.spool == nil {
+		return nil
+	}
+	if len(capabilities) == 0 {
+		return fmt.Errorf("%v: %w", s, errNoRoot)
+	}
+	for _, c := range capabilities {
+		if err := s.finish(ctx, c); err != nil {
+			return fmt.Errorf("%v: %w", s, err)
+		}
+	}
+	err := s.spool.Close()
+	s.spool = nil
+	return err
+}
+
+func (s *Store) finish(ctx context.Context, c eris.ReadCapability) (err error) {
+	file, err := temporary(s.directory)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	defer os.Remove(file.Name()) // if it is there yet
+	sum := sha256.New()
+	w := bufio.NewWriterSize(io.MultiWriter(file, sum), 1<<20)
+	if err := write(ctx, w, s.spool, c); err != nil {
+		return err
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	size, err := file.Seek(0, io.SeekEnd)
+	if err != nil {
+		return err
+	}
+	return s.objects.PutObject(ctx, c.Root.String()+suffix, file, size, [sha256.Size]byte(sum.Sum(nil)))
+}
