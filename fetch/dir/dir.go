@@ -47,25 +47,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
-// Layout is where in the directory blocks are.
-type Layout int
-
-// The layouts: DIRECTORY/RE/REFERENCE and DIRECTORY/REFERENCE, where RE is the first two characters
-// of the reference. File systems for removable media hold few files in one directory: FAT32 holds
-// 13,107 with names of this length.
-const (
-	Sharded Layout = iota
-	Flat
-)
-
 // Store is a directory with blocks. It implements [fetch.Store]. It is safe for concurrent use,
 // also by several processes at a time. Errors of requests wrap [eris.ErrNotFound] if there is no
 // file for the block, or one that is empty, not regular, or a symbolic link; [*eris.BlockError] if
 // there is one of another size; others are those of the file system.
 type Store struct {
 	*local.Store
-	layout Layout
-	hint   atomic.Int32 // the Layout in which the last block was found
+	flat bool        // new blocks are
+	hint atomic.Bool // the last block that was found is
 
 	mu      sync.Mutex
 	root    *root // nil if it is not open
@@ -92,11 +81,8 @@ func Open(url string) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{}
-	if u.Has("layout=flat") {
-		s.layout = Flat
-	}
-	s.hint.Store(int32(s.layout))
+	s := &Store{flat: u.Has("layout=flat")}
+	s.hint.Store(s.flat)
 	s.Store = local.New(u, adapter{s})
 	return s, nil
 }
@@ -123,13 +109,13 @@ func (s adapter) Read(ref eris.Reference, block []byte) error {
 }
 
 func (s *Store) find(r *root, ref eris.Reference, block []byte) error {
-	first := Layout(s.hint.Load())
+	first := s.hint.Load()
 	name := ref.String()
 	result := error(eris.ErrNotFound)
-	for _, layout := range [...]Layout{first, 1 - first} {
-		err := r.read(file(layout, name), block)
+	for _, flat := range [...]bool{first, !first} {
+		err := r.read(file(flat, name), block)
 		if err == nil {
-			s.hint.Store(int32(layout))
+			s.hint.Store(flat)
 			return nil
 		}
 		if length, ok := err.(wrongSizeError); ok {
@@ -150,7 +136,7 @@ func (s adapter) Write(ref eris.Reference, block []byte) (commit func() error, e
 	}
 	name := ref.String()
 	there := make([]byte, len(block))
-	err = r.read(file(s.layout, name), there)
+	err = r.read(file(s.flat, name), there)
 	if err != nil {
 		err = s.find(r, ref, there)
 	}
@@ -163,7 +149,7 @@ func (s adapter) Write(ref eris.Reference, block []byte) (commit func() error, e
 		if err != nil {
 			// What is in the page cache may never reach the medium, and must not be taken for
 			// stored later.
-			r.Remove(file(s.layout, name))
+			r.Remove(file(s.flat, name))
 		}
 		return err
 	}, s.write(r, name, block)
@@ -171,8 +157,8 @@ func (s adapter) Write(ref eris.Reference, block []byte) (commit func() error, e
 
 // write writes a block, which is looked for there first from now on.
 func (s *Store) write(r *root, name string, block []byte) error {
-	s.hint.Store(int32(s.layout))
-	return r.write(file(s.layout, name), block)
+	s.hint.Store(s.flat)
+	return r.write(file(s.flat, name), block)
 }
 
 // checkEvery is how often it is checked whether the path still leads to the directory: perhaps
@@ -294,8 +280,11 @@ func (r *root) sync() error {
 	return files.SyncFileSystem(directory)
 }
 
-func file(layout Layout, name string) string {
-	if layout == Flat {
+// file returns where a block is: DIRECTORY/REFERENCE if it is flat, else DIRECTORY/RE/REFERENCE,
+// where RE is the first two characters. File systems for removable media hold few files in one
+// directory: FAT32 holds 13,107 with names of this length.
+func file(flat bool, name string) string {
+	if flat {
 		return name
 	}
 	return name[:2] + "/" + name

@@ -46,12 +46,8 @@ func newBlock(size eris.BlockSize) (eris.Reference, []byte) {
 }
 
 // path returns where a block is below a directory.
-func path(directory string, layout Layout, ref eris.Reference) string {
-	name := ref.String()
-	if layout == Sharded {
-		return filepath.Join(directory, name[:2], name)
-	}
-	return filepath.Join(directory, name)
+func path(directory string, flat bool, ref eris.Reference) string {
+	return filepath.Join(directory, file(flat, ref.String()))
 }
 
 func mustWrite(tb testing.TB, path string, content []byte) {
@@ -62,7 +58,7 @@ func mustWrite(tb testing.TB, path string, content []byte) {
 
 // follow has a store find the blocks of a backend as files, and the backend find the files that
 // were put. Holding and failing happens where the store does file operations.
-func follow(tb testing.TB, s *Store, backend *sourcetest.Backend, directory string, layout Layout) {
+func follow(tb testing.TB, s *Store, backend *sourcetest.Backend, directory string, flat bool) {
 	var mu sync.Mutex
 	s.Before = func(ref eris.Reference, put bool) error {
 		block, err := backend.Get(context.Background(), ref, 0, nil)
@@ -74,7 +70,7 @@ func follow(tb testing.TB, s *Store, backend *sourcetest.Backend, directory stri
 		}
 		mu.Lock()
 		defer mu.Unlock()
-		file := path(directory, layout, ref)
+		file := path(directory, flat, ref)
 		if there, err := os.ReadFile(file); err == nil && bytes.Equal(there, block) {
 			return nil
 		}
@@ -82,7 +78,7 @@ func follow(tb testing.TB, s *Store, backend *sourcetest.Backend, directory stri
 		return nil
 	}
 	s.After = func(ref eris.Reference) {
-		block, err := os.ReadFile(path(directory, layout, ref))
+		block, err := os.ReadFile(path(directory, flat, ref))
 		if err != nil {
 			tb.Error(err)
 		}
@@ -91,7 +87,7 @@ func follow(tb testing.TB, s *Store, backend *sourcetest.Backend, directory stri
 }
 
 func TestConformance(t *testing.T) {
-	for name, layout := range map[string]Layout{"sharded": Sharded, "flat": Flat} {
+	for name, flat := range map[string]bool{"sharded": false, "flat": true} {
 		t.Run(name, func(t *testing.T) {
 			sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
 				directory := t.TempDir()
@@ -99,7 +95,7 @@ func TestConformance(t *testing.T) {
 					s, err := Open("file://" + directory + "?layout=" + name + query)
 					must(t, err)
 					t.Cleanup(func() { s.Close() }) // waits for operations that Close did not wait for
-					follow(t, s, backend, directory, layout)
+					follow(t, s, backend, directory, flat)
 					return s
 				}
 				return sourcetest.Fixture{Source: open(""), ReadOnly: open("&get"), Held: 4}
@@ -116,21 +112,21 @@ func TestLayouts(t *testing.T) {
 	directory := t.TempDir()
 	s := mustOpen(t, "file://"+directory)
 	for i := range 20 {
-		for _, layout := range []Layout{Flat, Sharded} {
+		for _, flat := range []bool{true, false} {
 			ref, block := newBlock(eris.BlockSize1KiB)
-			mustWrite(t, path(directory, layout, ref), block)
+			mustWrite(t, path(directory, flat, ref), block)
 			if got, err := get(s, ref, eris.BlockSize1KiB); err != nil || !bytes.Equal(got, block) {
-				t.Errorf("%d: layout %d: %v", i, layout, err)
+				t.Errorf("%d: flat %v: %v", i, flat, err)
 			}
 		}
 	}
 	// What is written is where it belongs, and nothing else is left.
-	for query, layout := range map[string]Layout{"": Sharded, "?layout=sharded": Sharded, "?layout=flat": Flat} {
+	for query, flat := range map[string]bool{"": false, "?layout=sharded": false, "?layout=flat": true} {
 		directory := filepath.Join(t.TempDir(), "new directory")
 		s := mustOpen(t, "file://"+strings.ReplaceAll(directory, " ", "%20")+query)
 		ref, block := newBlock(eris.BlockSize32KiB)
 		must(t, s.Put(t.Context(), ref, block))
-		if got, err := os.ReadFile(path(directory, layout, ref)); err != nil || !bytes.Equal(got, block) {
+		if got, err := os.ReadFile(path(directory, flat, ref)); err != nil || !bytes.Equal(got, block) {
 			t.Errorf("%s: %v", query, err)
 		}
 		if left, err := os.ReadDir(filepath.Join(directory, incoming)); err != nil || len(left) > 0 {
@@ -143,7 +139,7 @@ func TestLayouts(t *testing.T) {
 // waited for, or do harm.
 func TestHostileDirectory(t *testing.T) {
 	outside := t.TempDir()
-	for name, layout := range map[string]Layout{"flat": Flat, "sharded": Sharded} {
+	for name, flat := range map[string]bool{"sharded": false, "flat": true} {
 		for what, place := range map[string]func(path string, block []byte) error{
 			"symbolic link": func(path string, block []byte) error {
 				target := filepath.Join(outside, filepath.Base(path))
@@ -173,7 +169,7 @@ func TestHostileDirectory(t *testing.T) {
 				directory := t.TempDir()
 				s := mustOpen(t, "file://"+directory+"?layout="+name)
 				ref, block := newBlock(eris.BlockSize1KiB)
-				file := path(directory, layout, ref)
+				file := path(directory, flat, ref)
 				must(t, os.MkdirAll(filepath.Dir(file), 0o777))
 				if err := place(file, block); err != nil {
 					t.Skip(err)
@@ -205,7 +201,7 @@ func TestHostileDirectory(t *testing.T) {
 		directory := t.TempDir()
 		s := mustOpen(t, "file://"+directory)
 		ref, block := newBlock(eris.BlockSize1KiB)
-		mustWrite(t, path(outside, Sharded, ref), block)
+		mustWrite(t, path(outside, false, ref), block)
 		must(t, os.Symlink(filepath.Join(outside, ref.String()[:2]), filepath.Join(directory, ref.String()[:2])))
 		if _, err := get(s, ref, eris.BlockSize1KiB); err == nil {
 			t.Error("Get followed a link")
@@ -233,17 +229,17 @@ func TestDamaged(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB)
 	wrong := bytes.Clone(block)
 	wrong[0] ^= 1
-	mustWrite(t, path(directory, Flat, ref), wrong)
+	mustWrite(t, path(directory, true, ref), wrong)
 	var blockError *eris.BlockError
 	if _, err := get(s, ref, eris.BlockSize1KiB); !errors.As(err, &blockError) {
 		t.Errorf("error is %v", err)
 	}
 	must(t, s.Put(t.Context(), ref, block))
-	if got, err := os.ReadFile(path(directory, Flat, ref)); err != nil || !bytes.Equal(got, block) {
+	if got, err := os.ReadFile(path(directory, true, ref)); err != nil || !bytes.Equal(got, block) {
 		t.Errorf("the damaged file was not replaced: %v", err)
 	}
-	mustWrite(t, path(directory, Flat, ref), block[1:])
-	mustWrite(t, path(directory, Sharded, ref), block)
+	mustWrite(t, path(directory, true, ref), block[1:])
+	mustWrite(t, path(directory, false, ref), block)
 	if got, err := get(s, ref, eris.BlockSize1KiB); err != nil || !bytes.Equal(got, block) {
 		t.Errorf("error is %v", err)
 	}
@@ -267,7 +263,7 @@ func TestOtherDirectory(t *testing.T) {
 	if _, err := get(s, ref, eris.BlockSize1KiB); err == nil || errors.Is(err, eris.ErrNotFound) {
 		t.Errorf("without a directory, the error is %v", err)
 	}
-	mustWrite(t, path(directory, Sharded, ref), block)
+	mustWrite(t, path(directory, false, ref), block)
 	if _, err := get(s, ref, eris.BlockSize1KiB); err != nil {
 		t.Errorf("with the directory: %v", err)
 	}
@@ -277,7 +273,7 @@ func TestOtherDirectory(t *testing.T) {
 	if _, err := get(s, other, eris.BlockSize1KiB); err == nil || errors.Is(err, eris.ErrNotFound) {
 		t.Errorf("when the directory has gone, the error is %v", err)
 	}
-	mustWrite(t, path(directory, Sharded, other), otherBlock)
+	mustWrite(t, path(directory, false, other), otherBlock)
 	expire()
 	if _, err := get(s, other, eris.BlockSize1KiB); err != nil {
 		t.Errorf("in the new directory: %v", err)
