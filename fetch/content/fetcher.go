@@ -300,10 +300,7 @@ func (f *fetcher) waitContent() (*content, error) {
 	if err := f.wait((*fetcher).hasContent); err != nil {
 		return nil, err
 	}
-	if f.head != f.tail {
-		return f.slotAt(f.head).content, nil
-	}
-	return f.contents[0], nil // no leaf of it has a slot yet
+	return f.slotAt(f.head).content, nil // its first leaf has got a slot when it was opened
 }
 
 // waitLeaves waits for the first slot to be done, and appends it and those that follow and are done
@@ -372,7 +369,7 @@ func (f *fetcher) refill() {
 	f.add(wants)
 }
 
-func (f *fetcher) hasContent() bool { return f.head != f.tail || f.opened > 0 }
+func (f *fetcher) hasContent() bool { return f.head != f.tail }
 func (f *fetcher) hasLeaf() bool    { return f.head != f.tail && f.slotAt(f.head).done }
 
 func (f *fetcher) wakeReader() {

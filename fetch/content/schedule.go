@@ -83,9 +83,6 @@ func (c *content) leastLeaves() int64 {
 
 // take finds the next block to request: first what everything else waits for.
 func (f *fetcher) take(r *request) bool {
-	if f.err != nil {
-		return false
-	}
 	if f.takePath(r) {
 		return true
 	}

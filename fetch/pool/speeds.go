@@ -72,11 +72,8 @@ type windowed struct {
 }
 
 func (w *windowed) best(better func(a, b float64) float64) float64 {
-	switch {
-	case w.before == 0:
+	if w.before == 0 {
 		return w.present
-	case w.present == 0:
-		return w.before
 	}
 	return better(w.present, w.before)
 }

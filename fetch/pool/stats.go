@@ -5,7 +5,6 @@ package pool
 import (
 	"time"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 )
 
@@ -117,8 +116,5 @@ func (p *Pool) Window() fetch.Window {
 	}
 	// Half of it is for leaves.
 	w.Bytes = min(maxBytes, max(w.Bytes, int64(2*windowGain*product)))
-	if least := int64(w.Requests) * int64(eris.BlockSize1KiB); w.Bytes < least {
-		w.Requests = int(w.Bytes / int64(eris.BlockSize1KiB))
-	}
 	return w
 }
