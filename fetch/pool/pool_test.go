@@ -253,8 +253,8 @@ func TestOne(t *testing.T) {
 	})
 }
 
-// TestTimes has sources of all kinds deliver together what they can, in a time that is compared with
-// the best that is possible, and checks that little is asked for twice.
+// TestTimes has sources of all kinds deliver together what they can, in a time that is compared
+// with the best that is possible, and checks that little is asked for twice.
 func TestTimes(t *testing.T) {
 	sparse := func(_ context.Context, n int, _ int64) error {
 		if n%50 != 0 {
