@@ -5,6 +5,8 @@ package fetch
 import (
 	"container/list"
 	"context"
+	"maps"
+	"slices"
 	"sync"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -30,7 +32,8 @@ type Workers struct {
 	mu      sync.Mutex
 	wake    sync.Cond // workers that have nothing to do wait on it
 	closed  bool
-	waiting list.List // of *task: those that no worker has taken, in order
+	waiting list.List          // of *task: those that no worker has taken, in order
+	calls   map[*task]struct{} // that are under way
 	running int
 	idle    int
 	group   sync.WaitGroup
@@ -55,7 +58,7 @@ type task struct {
 // returns, so that a call that does not end in time harms nobody. It should return soon after its
 // context has ended; Close waits for it, but requests do not.
 func NewWorkers(n int, get func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error)) *Workers {
-	w := &Workers{get: get, most: n}
+	w := &Workers{get: get, most: n, calls: map[*task]struct{}{}}
 	w.wake.L = &w.mu
 	w.ctx, w.cancel = context.WithCancelCause(context.Background())
 	return w
@@ -93,27 +96,26 @@ func (w *Workers) Cancel(r *Request) {
 	w.waiting.Remove(t.waits) // if it is there
 	w.mu.Unlock()
 	t.mu.Lock()
-	cancel := t.cancel
+	if t.cancel != nil {
+		t.cancel()
+	}
 	t.mu.Unlock()
 	t.end(nil, context.Canceled)
-	if cancel != nil {
-		cancel()
-	}
 }
 
-// Close cancels all requests and waits until the calls that are under way have returned. It always
+// Close ends all requests and waits until the calls that are under way have returned. It always
 // returns nil.
 func (w *Workers) Close() error {
 	w.mu.Lock()
 	w.closed = true
-	var waiting []*task
+	tasks := slices.Collect(maps.Keys(w.calls))
 	for w.waiting.Len() > 0 {
-		waiting = append(waiting, w.waiting.Remove(w.waiting.Front()).(*task))
+		tasks = append(tasks, w.waiting.Remove(w.waiting.Front()).(*task))
 	}
 	w.wake.Broadcast()
 	w.mu.Unlock()
 	w.cancel(ErrClosed)
-	for _, t := range waiting {
+	for _, t := range tasks {
 		t.end(nil, ErrClosed)
 	}
 	w.group.Wait()
@@ -136,22 +138,19 @@ func (t *task) end(block []byte, err error) {
 
 func (w *Workers) work() {
 	memory := make([]byte, 0, eris.BlockSize32KiB)
+	var t *task
 	for {
-		t, ctx, cancel := w.take()
-		if t == nil {
+		var ctx context.Context
+		var cancel context.CancelFunc
+		if t, ctx, cancel = w.take(t); t == nil {
 			return
 		}
-		w.group.Add(1)
-		stop := context.AfterFunc(ctx, func() { // however long the call takes
-			defer w.group.Done()
-			t.end(nil, context.Cause(ctx))
-		})
 		block, err := w.serve(ctx, t, memory)
-		if stop() {
-			w.group.Done()
-			t.end(block, err)
+		if err != nil && ctx.Err() != nil {
+			err = context.Cause(ctx)
 		}
 		cancel()
+		t.end(block, err)
 	}
 }
 
@@ -170,10 +169,12 @@ func (w *Workers) serve(ctx context.Context, t *task, memory []byte) ([]byte, er
 // AsksHave reports whether requests with Have are understood.
 func (w *Workers) AsksHave() bool { return w.Have != nil }
 
-// take waits for the next request. It returns nil when there will be none.
-func (w *Workers) take() (*task, context.Context, context.CancelFunc) {
+// take waits for the request after the last one of a worker. It returns nil when there will be
+// none.
+func (w *Workers) take(last *task) (*task, context.Context, context.CancelFunc) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	delete(w.calls, last)
 	for w.waiting.Len() == 0 {
 		if w.closed {
 			return nil, nil, nil
@@ -182,6 +183,7 @@ func (w *Workers) take() (*task, context.Context, context.CancelFunc) {
 		w.wake.Wait()
 	}
 	t := w.waiting.Remove(w.waiting.Front()).(*task)
+	w.calls[t] = struct{}{}
 	ctx, cancel := context.WithCancel(w.ctx)
 	t.mu.Lock()
 	t.cancel = cancel
