@@ -66,10 +66,10 @@ func startServer(tb testing.TB, handler http.Handler, protocols ...string) *test
 	return s
 }
 
-// restart starts the server, and ends the one before.
+// restart starts the server, and ends the one before without waiting for its handlers.
 func (s *testServer) restart() {
 	if s.server != nil {
-		s.stop()
+		s.server.Config.Close()
 	}
 	listener, err := net.Listen("tcp", s.address)
 	must(s.tb, err)
@@ -79,7 +79,6 @@ func (s *testServer) restart() {
 	s.start(s.server)
 }
 
-// stop ends the server without waiting for those who still wait for answers.
 func (s *testServer) stop() {
 	s.server.Config.Close()
 	s.server.Close()
