@@ -104,7 +104,7 @@ func OpenAtMost(method string, r io.Reader, most int64) (*Reader, error) {
 		}
 		z.r, z.close = d, d.Close
 	case "xz":
-		z.r = newXzReader(bufio.NewReaderSize(r, inputSize))
+		z.r = &xzReader{in: bufio.NewReaderSize(r, inputSize)}
 	case "bzip2":
 		// The reader of the standard library joins streams.
 		z.r = bzip2.NewReader(bufio.NewReaderSize(r, inputSize))
