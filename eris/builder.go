@@ -15,7 +15,7 @@ import (
 // which is the hash of the block. It returns when it is done with the memory of the block, which it
 // must not change; a sink that wants more blocks under way than the encoder has goroutines can copy
 // the block and return. An error ends the encoding. The same block may be put more than once, and
-// as many calls are made at the same time as there are workers.
+// several calls are made at the same time.
 type Sink func(ctx context.Context, ref Reference, block []byte) error
 
 // hashedAtOnce is how many blocks an encoder hashes in one call, at most: small blocks then stay in
@@ -36,13 +36,11 @@ type levelEncoder struct {
 
 // encode encodes whole nodes in place, puts their blocks, and appends their pairs.
 func (l *levelEncoder) encode(ctx context.Context, pairs []Pair, plaintext []byte) ([]Pair, error) {
-	for len(plaintext) > 0 {
-		n := min(len(plaintext), hashedAtOnce*int(l.size))
-		var err error
-		if pairs, err = l.encodeAtOnce(ctx, pairs, plaintext[:n]); err != nil {
+	var err error
+	for part := range slices.Chunk(plaintext, hashedAtOnce*int(l.size)) {
+		if pairs, err = l.encodeAtOnce(ctx, pairs, part); err != nil {
 			return nil, err
 		}
-		plaintext = plaintext[n:]
 	}
 	return pairs, nil
 }
@@ -94,82 +92,64 @@ func put(ctx context.Context, sink Sink, ref Reference, block []byte) error {
 	return nil
 }
 
-// treeBuilder makes the internal nodes of a tree while the pairs of its leaves arrive in order. It
-// holds one unfinished node per level.
+// treeBuilder makes the internal nodes of a tree while the pairs of its leaves arrive in order.
 type treeBuilder struct {
 	size   BlockSize
 	sink   Sink
-	levels []treeLevel
+	levels []treeLevel // the highest one is never empty
 }
 
-// treeLevel collects the pairs of the nodes at one level, until they fill a node of the next.
+// treeLevel collects the pairs of the nodes at one level, until they fill nodes of the next.
 type treeLevel struct {
-	pairs []byte       // with the capacity of a block
+	pairs []byte
 	nodes levelEncoder // of the next level
-	made  [1]Pair
+	made  []Pair
 }
 
-// add takes the pair of the next node at the given level, level 0 being the leaves. Pairs of a
-// higher level may be added only where the levels below have no unfinished node.
-func (t *treeBuilder) add(ctx context.Context, level int, pair Pair) error {
-	for {
-		for n := len(t.levels); n <= level; n++ {
-			nodes := levelEncoder{level: n + 1, size: t.size, sink: t.sink}
-			t.levels = append(t.levels, treeLevel{pairs: make([]byte, 0, t.size), nodes: nodes})
-		}
+// add takes the pairs of the next nodes at the given level, level 0 being the leaves.
+func (t *treeBuilder) add(ctx context.Context, level int, pairs []Pair) error {
+	if level == len(t.levels) {
+		t.levels = append(t.levels, treeLevel{nodes: levelEncoder{level: level + 1, size: t.size, sink: t.sink}})
+	}
+	for _, pair := range pairs {
 		l := &t.levels[level]
 		l.pairs = appendPair(l.pairs, pair)
-		if len(l.pairs) < int(t.size) {
-			return nil
+		// That is one large node, or as many small ones as are hashed at once.
+		if len(l.pairs) == int(BlockSize32KiB) {
+			if err := t.flush(ctx, level); err != nil {
+				return err
+			}
 		}
-		var err error
-		if pair, err = l.flush(ctx); err != nil {
-			return err
-		}
-		level++
 	}
+	return nil
 }
 
-// flush makes a node of the pairs collected at a level.
-func (l *treeLevel) flush(ctx context.Context) (Pair, error) {
-	plaintext := l.pairs[:l.nodes.size]
-	clear(plaintext[len(l.pairs):])
-	l.pairs = l.pairs[:0]
-	pairs, err := l.nodes.encode(ctx, l.made[:0], plaintext)
+// flush makes nodes of the pairs collected at a level.
+func (t *treeBuilder) flush(ctx context.Context, level int) error {
+	l := &t.levels[level]
+	plaintext := append(l.pairs, zeroBlock[:-len(l.pairs)&(int(t.size)-1)]...)
+	l.pairs = plaintext[:0]
+	made, err := l.nodes.encode(ctx, l.made[:0], plaintext)
 	if err != nil {
-		return Pair{}, err
+		return err
 	}
-	return pairs[0], nil
+	l.made = made
+	return t.add(ctx, level+1, made)
 }
 
 // finish makes the nodes that are not full and returns the capability. At least one pair must have
-// been added. A level's pairs become a node if there is more than one, or if a higher level has
-// any; a single pair on top is the root.
+// been added. A single pair on top is the root.
 func (t *treeBuilder) finish(ctx context.Context) (ReadCapability, error) {
 	for level := 0; ; level++ {
 		pairs := t.levels[level].pairs
-		if len(pairs) == pairSize && !t.pairsAbove(level) {
+		if len(pairs) == pairSize && level == len(t.levels)-1 {
 			root := pairAt(pairs, 0)
 			return ReadCapability{BlockSize: t.size, Level: level, Root: root.Reference, Key: root.Key}, nil
 		}
-		if len(pairs) == 0 {
-			continue
-		}
-		pair, err := t.levels[level].flush(ctx)
-		if err != nil {
-			return ReadCapability{}, err
-		}
-		if err := t.add(ctx, level+1, pair); err != nil {
-			return ReadCapability{}, err
+		if len(pairs) > 0 {
+			if err := t.flush(ctx, level); err != nil {
+				return ReadCapability{}, err
+			}
 		}
 	}
-}
-
-func (t *treeBuilder) pairsAbove(level int) bool {
-	for _, l := range t.levels[level+1:] {
-		if len(l.pairs) > 0 {
-			return true
-		}
-	}
-	return false
 }

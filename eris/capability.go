@@ -85,7 +85,7 @@ func (c *ReadCapability) UnmarshalBinary(data []byte) error {
 // 115 characters in all. The capability must be valid; the URN of one that is not does not parse.
 func (c ReadCapability) URN() string {
 	var binary [ReadCapabilitySize]byte
-	return string(appendBase32([]byte(urnPrefix), c.appendBinary(binary[:0])))
+	return string(base32Encoding.AppendEncode([]byte(urnPrefix), c.appendBinary(binary[:0])))
 }
 
 // String returns the URN.

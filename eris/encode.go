@@ -26,13 +26,9 @@ type EncodeOptions struct {
 	Leaves func(first int64, pairs []Pair)
 }
 
-// A worker takes this many bytes of content at a time. For small blocks it is exactly a subtree of
-// two levels, so that workers make nearly all internal nodes too; for large ones it is the 8 leaves
-// that are hashed best together, and there is one internal node for 64 turns.
-const (
-	turn       = 256 << 10
-	levelSmall = 2 // of the root of a turn in small blocks
-)
+// turn is how many bytes of content a worker takes at a time: many leaves that are hashed best
+// together.
+const turn = 256 << 10
 
 // waitingTurns is how many turns per worker may be done out of order before the workers wait for
 // the one that is late.
@@ -45,7 +41,7 @@ const maxEmptyReads = 100
 // once the sink has them all. With a nil sink it merely computes the capability.
 //
 // It keeps one buffer of at most 256 KiB per worker, and one more; the sink is called by up to as
-// many goroutines at a time as there are workers. Content that fits one buffer is encoded without
+// many goroutines at a time as there are workers, and one more. Content that fits one buffer is encoded without
 // further goroutines. The reader is never used by two goroutines at a time, but by different ones
 // one after the other. If it has the method Len of [bytes.Reader], memory for short content is made
 // to measure.
@@ -78,13 +74,12 @@ func Encode(ctx context.Context, r io.Reader, sink Sink, options EncodeOptions) 
 		}
 		return encodeParallel(ctx, io.MultiReader(bytes.NewReader(content), r), sink, size, options, workers)
 	}
-	w := newEncodeWorker(sink, size, options)
-	pairs, err := w.encode(ctx, 0, pad(content, size))
-	if err != nil {
-		return ReadCapability{}, err
-	}
 	tree := treeBuilder{size: size, sink: sink}
-	if err := addAll(ctx, &tree, 0, pairs); err != nil {
+	pairs, err := newLeafEncoder(sink, size, options).encode(ctx, 0, pad(content, size))
+	if err == nil {
+		err = tree.add(ctx, 0, pairs)
+	}
+	if err != nil {
 		return ReadCapability{}, err
 	}
 	return tree.finish(ctx)
@@ -136,205 +131,123 @@ func readFull(r io.Reader, b []byte) (n int, ended bool, err error) {
 	return n, false, nil
 }
 
-func addAll(ctx context.Context, tree *treeBuilder, level int, pairs []Pair) error {
-	for _, pair := range pairs {
-		if err := tree.add(ctx, level, pair); err != nil {
-			return err
-		}
-	}
-	return nil
+// leafEncoder encodes the leaves of one turn after another.
+type leafEncoder struct {
+	levelEncoder
+	pairs []Pair
+	told  func(first int64, pairs []Pair)
 }
 
-// encodeWorker encodes one turn after another.
-type encodeWorker struct {
-	levels [levelSmall + 1]levelEncoder // those of internal nodes are for turns that are subtrees
-	nodes  []byte                       // the plaintexts of one level of internal nodes
-	pairs  []Pair
-	leaves func(first int64, pairs []Pair)
-}
-
-func newEncodeWorker(sink Sink, size BlockSize, options EncodeOptions) *encodeWorker {
-	w := new(encodeWorker)
-	for level := range w.levels {
-		w.levels[level] = levelEncoder{level: level, size: size, sink: sink}
+func newLeafEncoder(sink Sink, size BlockSize, options EncodeOptions) *leafEncoder {
+	if options.Leaves != nil {
+		sink = nil
 	}
-	w.levels[0].secret = &options.Secret
-	if w.leaves = options.Leaves; w.leaves != nil {
-		w.levels[0].sink = nil
-	}
-	return w
+	return &leafEncoder{levelEncoder: levelEncoder{size: size, secret: &options.Secret, sink: sink}, told: options.Leaves}
 }
 
 // encode encodes the whole leaves of a turn in place. The pairs are valid until the next call.
-func (w *encodeWorker) encode(ctx context.Context, number int64, plaintext []byte) ([]Pair, error) {
+func (l *leafEncoder) encode(ctx context.Context, number int64, plaintext []byte) ([]Pair, error) {
 	var err error
-	w.pairs, err = w.levels[0].encode(ctx, w.pairs[:0], plaintext)
-	if err == nil && w.leaves != nil {
-		w.leaves(number*int64(turn/w.levels[0].size), w.pairs)
+	l.pairs, err = l.levelEncoder.encode(ctx, l.pairs[:0], plaintext)
+	if err == nil && l.told != nil {
+		l.told(number*int64(turn/l.size), l.pairs)
 	}
-	return w.pairs, err
+	return l.pairs, err
 }
 
-// encodeSubtree encodes content in place, of which every node up to the top level is full, and
-// returns the one pair there. It goes level by level, for nodes to be hashed many at a time.
-func (w *encodeWorker) encodeSubtree(ctx context.Context, number int64, content []byte) (Pair, error) {
-	if _, err := w.encode(ctx, number, content); err != nil {
-		return Pair{}, err
-	}
-	for level := 1; level < len(w.levels); level++ {
-		w.nodes = w.nodes[:0]
-		for _, pair := range w.pairs {
-			w.nodes = appendPair(w.nodes, pair)
-		}
-		var err error
-		if w.pairs, err = w.levels[level].encode(ctx, w.pairs[:0], w.nodes); err != nil {
-			return Pair{}, err
-		}
-	}
-	return w.pairs[0], nil
-}
+// turns is what the workers of one Encode share: they read in turns, and encode on their own.
+type turns struct {
+	size  BlockSize
+	order chan chan []Pair // what becomes of each turn, in the order of the content
 
-// parallelEncoder is the state that the workers of one Encode share. They read in turns, encode on
-// their own, and hand in pairs; whoever hands in the turn that is next in order goes on to build
-// the tree as far as it can.
-type parallelEncoder struct {
-	size BlockSize
-	most int // turns that may wait
-
-	in     sync.Mutex // held while reading
+	mu     sync.Mutex
 	reader io.Reader
-	turns  int64 // turns read so far
+	count  int64 // turns read so far
 	atEnd  bool  // the reader has said io.EOF
 	ended  bool  // the last turn has been read
-
-	out      sync.Mutex
-	room     sync.Cond
-	waiting  map[int64]encodedTurn
-	next     int64 // the turn that the tree needs next
-	building bool  // a worker is using the tree
-	tree     treeBuilder
-}
-
-// encodedTurn is what became of one turn: pairs at one level of the tree.
-type encodedTurn struct {
-	level int
-	pairs []Pair
 }
 
 func encodeParallel(ctx context.Context, r io.Reader, sink Sink, size BlockSize, options EncodeOptions, workers int) (ReadCapability, error) {
-	p := &parallelEncoder{
-		size: size, most: workers * waitingTurns,
-		reader:  r,
-		waiting: make(map[int64]encodedTurn),
-		tree:    treeBuilder{size: size, sink: sink},
-	}
-	p.room.L = &p.out
+	t := &turns{size: size, order: make(chan chan []Pair, workers*waitingTurns), reader: r}
+	tree := treeBuilder{size: size, sink: sink}
 	group, groupCtx := errgroup.WithContext(ctx)
-	// Workers that wait for room must not outlive an error.
-	stop := context.AfterFunc(groupCtx, func() {
-		p.out.Lock()
-		defer p.out.Unlock()
-		p.room.Broadcast()
-	})
-	defer stop()
 	for range workers {
-		group.Go(func() error { return p.work(groupCtx, newEncodeWorker(sink, size, options)) })
+		group.Go(func() error { return t.encode(groupCtx, newLeafEncoder(sink, size, options)) })
 	}
+	group.Go(func() error { return t.build(groupCtx, &tree) })
 	if err := group.Wait(); err != nil {
 		return ReadCapability{}, err
 	}
-	return p.tree.finish(ctx)
+	return tree.finish(ctx)
 }
 
-// work encodes turns until the content ends.
-func (p *parallelEncoder) work(ctx context.Context, w *encodeWorker) error {
+// encode encodes turns until the content ends.
+func (t *turns) encode(ctx context.Context, leaves *leafEncoder) error {
 	buffer := make([]byte, turn)
-	for last := false; !last; {
-		var content []byte
-		var number int64
-		var err error
-		if content, number, last, err = p.read(ctx, buffer); content == nil || err != nil {
+	for {
+		content, number, result, err := t.next(ctx, buffer)
+		if result == nil {
 			return err
 		}
-		var encoded encodedTurn
-		if p.size == BlockSize1KiB && !last {
-			root, err := w.encodeSubtree(ctx, number, content)
-			if err != nil {
-				return err
-			}
-			encoded = encodedTurn{levelSmall, []Pair{root}}
-		} else {
-			if last {
-				content = pad(content, p.size)
-			}
-			pairs, err := w.encode(ctx, number, content)
-			if err != nil {
-				return err
-			}
-			encoded = encodedTurn{0, slices.Clone(pairs)}
-		}
-		if err := p.handIn(ctx, number, encoded); err != nil {
+		pairs, err := leaves.encode(ctx, number, content)
+		if err != nil {
 			return err
 		}
+		result <- slices.Clone(pairs)
 	}
-	return nil
 }
 
-// read takes the next turn from the reader. The content is nil if there is none. The last turn is
-// the only one that is not full; it may be empty.
-func (p *parallelEncoder) read(ctx context.Context, buffer []byte) (content []byte, number int64, last bool, err error) {
-	p.in.Lock()
-	defer p.in.Unlock()
-	if p.ended {
-		return nil, 0, false, nil
-	}
-	if err := ctx.Err(); err != nil {
-		return nil, 0, false, err
+// next takes the next turn from the reader, with padding if it is the last one, and says where its
+// pairs are to go; nowhere if there is none.
+func (t *turns) next(ctx context.Context, buffer []byte) (content []byte, number int64, result chan []Pair, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.ended {
+		return nil, 0, nil, nil
 	}
 	n := 0
-	if !p.atEnd {
-		if n, p.atEnd, err = readFull(p.reader, buffer); err != nil {
-			p.ended = true
-			return nil, 0, false, fmt.Errorf("encoding: %w", err)
+	if !t.atEnd {
+		if n, t.atEnd, err = readFull(t.reader, buffer); err != nil {
+			t.ended = true
+			return nil, 0, nil, fmt.Errorf("encoding: %w", err)
 		}
 	}
+	content = buffer[:n]
 	// The reader may have filled the buffer and said io.EOF at once: the padding then needs a turn
 	// of its own.
-	p.ended = p.atEnd && n < len(buffer)
-	p.turns++
-	return buffer[:n], p.turns - 1, p.ended, nil
+	if t.ended = t.atEnd && n < len(buffer); t.ended {
+		content = pad(content, t.size)
+		defer close(t.order)
+	}
+	result = make(chan []Pair, 1)
+	select {
+	case t.order <- result:
+	case <-ctx.Done():
+		return nil, 0, nil, ctx.Err()
+	}
+	t.count++
+	return content, t.count - 1, result, nil
 }
 
-// handIn gives the pairs of a turn to the tree, now or when those before it have come.
-func (p *parallelEncoder) handIn(ctx context.Context, number int64, turn encodedTurn) error {
-	p.out.Lock()
-	defer p.out.Unlock()
-	for number != p.next && len(p.waiting) >= p.most {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		p.room.Wait()
-	}
-	p.waiting[number] = turn
-	if p.building {
-		return nil // the one who builds will come to it
-	}
-	p.building = true
+// build gives the pairs of all turns to the tree.
+func (t *turns) build(ctx context.Context, tree *treeBuilder) error {
 	for {
-		turn, ok := p.waiting[p.next]
-		if !ok {
-			break
+		var result chan []Pair
+		select {
+		case result = <-t.order:
+		case <-ctx.Done():
+			return ctx.Err()
 		}
-		delete(p.waiting, p.next)
-		p.next++
-		p.room.Broadcast()
-		p.out.Unlock()
-		err := addAll(ctx, &p.tree, turn.level, turn.pairs)
-		p.out.Lock()
-		if err != nil {
-			return err // and building stays set, so that nobody uses the tree again
+		if result == nil {
+			return nil // the last turn has been read, and all are in the tree
+		}
+		select {
+		case pairs := <-result:
+			if err := tree.add(ctx, 0, pairs); err != nil {
+				return err
+			}
+		case <-ctx.Done():
+			return ctx.Err()
 		}
 	}
-	p.building = false
-	return nil
 }

@@ -34,12 +34,12 @@ const referenceURNPrefix = "urn:blake2b:"
 // reference.
 func (r Reference) String() string {
 	var text [52]byte
-	return string(appendBase32(text[:0], r[:]))
+	return string(base32Encoding.AppendEncode(text[:0], r[:]))
 }
 
 // AppendText appends what String returns, and makes no garbage. It always returns nil.
 func (r Reference) AppendText(b []byte) ([]byte, error) {
-	return appendBase32(b, r[:]), nil
+	return base32Encoding.AppendEncode(b, r[:]), nil
 }
 
 // URN returns "urn:blake2b:" and the text of String.
