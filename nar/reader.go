@@ -47,107 +47,85 @@ func NewReader(feeder Feeder) *Reader { return &Reader{feeder: feeder} }
 
 // Next implements [Nodes]. Errors of the archive name the offset of the fault.
 func (r *Reader) Next() (Node, error) {
-	if r.failed != nil {
-		return Node{}, r.failed
+	var n Node
+	if r.failed == nil {
+		n = r.next()
 	}
-	n, err := r.next()
-	if err != nil {
-		return Node{}, r.fail(err)
+	if r.failed != nil {
+		r.release()
+		return Node{}, r.failed
 	}
 	return n, nil
 }
 
-// fail makes err final and lets go of the memory.
-func (r *Reader) fail(err error) error {
-	r.failed = err
+// release lets go of the memory.
+func (r *Reader) release() {
 	r.chunk.Release()
 	r.chunk, r.rest = Chunk{}, nil
-	return err
 }
 
-func (r *Reader) errorf(format string, a ...any) error {
-	return fmt.Errorf("malformed nar at byte %d: %w", r.offset, fmt.Errorf(format, a...))
+// fail notes the first error. All that is read after it is empty.
+func (r *Reader) fail(format string, a ...any) {
+	if r.failed == nil {
+		r.failed = fmt.Errorf("malformed nar at byte %d: %w", r.offset, fmt.Errorf(format, a...))
+	}
 }
 
-func (r *Reader) next() (Node, error) {
+func (r *Reader) next() Node {
 	if r.state == inContents {
-		if err := r.skipContents(); err != nil {
-			return Node{}, err
-		}
+		r.skipContents()
 	}
 	switch r.state {
 	case atRoot:
-		if err := r.expect(magic); err != nil {
-			return Node{}, err
-		}
+		r.expect(magic)
 		return r.node("")
 	case inDirectory:
-		token, err := r.token()
-		if err != nil {
-			return Node{}, err
-		}
-		switch token {
+		switch token := r.token(); string(token) {
 		case ")":
 			last := len(r.open) - 1
 			r.path -= r.open[last].name
 			r.open = r.open[:last]
-			return Node{Kind: End}, r.endNode()
+			r.endNode()
+			return Node{Kind: End}
 		case "entry":
 			return r.entry()
+		default:
+			r.fail("%q where an entry or the end of a directory is due", token)
 		}
-		return Node{}, r.errorf("%q where an entry or the end of a directory is due", token)
-	}
-	// atEnd
-	for len(r.rest) == 0 {
-		if err := r.refill(); err == io.EOF {
-			return Node{}, io.EOF
-		} else if err != nil {
-			return Node{}, err
+	case atEnd:
+		for len(r.rest) == 0 && r.failed == nil {
+			r.refill()
 		}
+		r.fail("bytes after the end of the archive")
 	}
-	return Node{}, r.errorf("bytes after the end of the archive")
+	return Node{}
 }
 
 // entry reads an entry from behind the word "entry".
-func (r *Reader) entry() (Node, error) {
-	if err := r.expect("(", "name"); err != nil {
-		return Node{}, err
-	}
-	b, err := r.string(MaxName)
-	if err != nil {
-		return Node{}, fmt.Errorf("entry name: %w", err)
-	}
-	name := string(b)
-	if err := CheckName(name); err != nil {
-		return Node{}, r.errorf("%w", err)
-	}
+func (r *Reader) entry() Node {
+	r.expect("(", "name")
+	name := string(r.string(MaxName))
 	dir := &r.open[len(r.open)-1]
-	switch {
+	switch err := CheckName(name); {
+	case err != nil:
+		r.fail("%w", err)
 	case name == dir.last:
-		return Node{}, r.errorf("entry %q twice", name)
+		r.fail("entry %q twice", name)
 	case name < dir.last:
-		return Node{}, r.errorf("entry %q after %q", name, dir.last)
+		r.fail("entry %q after %q", name, dir.last)
 	case r.path+len(name) > MaxPath:
-		return Node{}, r.errorf("path of entry %q is longer than %d bytes", name, MaxPath)
+		r.fail("path of entry %q is longer than %d bytes", name, MaxPath)
 	}
 	dir.last = name
-	if err := r.expect("node"); err != nil {
-		return Node{}, err
-	}
+	r.expect("node")
 	return r.node(name)
 }
 
 // node reads a node up to its contents or entries.
-func (r *Reader) node(name string) (Node, error) {
-	if err := r.expect("(", "type"); err != nil {
-		return Node{}, err
-	}
-	kind, err := r.token()
-	if err != nil {
-		return Node{}, err
-	}
+func (r *Reader) node(name string) Node {
+	r.expect("(", "type")
 	n := Node{Name: name}
-	switch kind {
+	switch kind := r.token(); string(kind) {
 	case "directory":
 		n.Kind = Directory
 		d := openDirectory{}
@@ -157,86 +135,64 @@ func (r *Reader) node(name string) (Node, error) {
 		r.path += d.name
 		r.open = append(r.open, d)
 		r.state = inDirectory
-		return n, nil
 	case "symlink":
 		n.Kind = Symlink
-		if err := r.expect("target"); err != nil {
-			return n, err
-		}
-		b, err := r.string(MaxTarget)
-		if err != nil {
-			return n, fmt.Errorf("target of symbolic link %q: %w", name, err)
-		}
-		n.Target = string(b)
+		r.expect("target")
+		n.Target = string(r.string(MaxTarget))
 		if err := CheckTarget(n.Target); err != nil {
-			return n, r.errorf("%w", err)
+			r.fail("%w", err)
 		}
-		if err := r.expect(")"); err != nil {
-			return n, err
-		}
-		return n, r.endNode()
+		r.expect(")")
+		r.endNode()
 	case "regular":
 		n.Kind = Regular
-		token, err := r.token()
-		if err != nil {
-			return n, err
-		}
-		if token == "executable" {
+		token := r.token()
+		if string(token) == "executable" {
 			n.Executable = true
-			if err := r.expect(""); err != nil {
-				return n, err
-			}
-			if token, err = r.token(); err != nil {
-				return n, err
-			}
+			r.expect("")
+			token = r.token()
 		}
-		if token != "contents" {
-			return n, r.errorf("%q where contents are due", token)
+		if string(token) != "contents" {
+			r.fail("%q where contents are due", token)
 		}
-		if n.Size, err = r.uint64(); err != nil {
-			return n, err
-		}
-		if n.Size > 1<<63-1 {
-			return n, r.errorf("file of %d bytes", n.Size)
+		if n.Size = r.uint64(); n.Size > 1<<63-1 {
+			r.fail("file of %d bytes", n.Size)
 		}
 		r.size, r.left = n.Size, n.Size
 		r.state = inContents
-		return n, nil
+	default:
+		r.fail("unknown node type %q", kind)
 	}
-	return n, r.errorf("unknown node type %q", kind)
+	return n
 }
 
 // endNode reads what follows a node whose own parenthesis has been read: the one of the entry
 // around it.
-func (r *Reader) endNode() error {
+func (r *Reader) endNode() {
 	if len(r.open) == 0 {
 		r.state = atEnd
-		return nil
+		return
 	}
 	r.state = inDirectory
-	return r.expect(")")
+	r.expect(")")
 }
 
 // Contents implements [Nodes].
 func (r *Reader) Contents() (Chunk, error) {
-	if r.failed != nil {
-		return Chunk{}, r.failed
-	}
-	if r.state != inContents || r.left == 0 {
+	if r.failed == nil && (r.state != inContents || r.left == 0) {
 		return Chunk{}, io.EOF
 	}
-	c, err := r.contents()
-	if err != nil {
-		return Chunk{}, r.fail(err)
+	c := r.contents()
+	if r.failed != nil {
+		r.release()
 	}
-	return c, nil
+	return c, r.failed
 }
 
-func (r *Reader) contents() (Chunk, error) {
-	for len(r.rest) == 0 {
-		if err := r.refill(); err != nil {
-			return Chunk{}, unexpected(err)
-		}
+// contents returns the next piece of the contents under way, of which there must be some left.
+func (r *Reader) contents() Chunk {
+	if !r.more() {
+		return Chunk{}
 	}
 	b := r.rest[:min(r.left, uint64(len(r.rest)))]
 	r.rest = r.rest[len(b):]
@@ -244,140 +200,98 @@ func (r *Reader) contents() (Chunk, error) {
 	r.left -= uint64(len(b))
 	c := Chunk{b, r.chunk.owner}
 	c.Retain()
-	return c, nil
+	return c
 }
 
 // skipContents reads the rest of the contents under way, and what ends the file.
-func (r *Reader) skipContents() error {
-	for r.left > 0 {
-		c, err := r.contents()
-		if err != nil {
-			return err
-		}
-		c.Release()
+func (r *Reader) skipContents() {
+	for r.left > 0 && r.failed == nil {
+		r.contents().Release()
 	}
-	if _, err := r.padded(0, padding(r.size)); err != nil {
-		return err
-	}
-	if err := r.expect(")"); err != nil {
-		return err
-	}
-	return r.endNode()
+	r.padded(0, padding(r.size))
+	r.expect(")")
+	r.endNode()
 }
 
 // refill gets the next chunk; its errors are the feeder's.
-func (r *Reader) refill() error {
-	r.chunk.Release()
-	r.chunk, r.rest = Chunk{}, nil
-	c, err := r.feeder.Next()
-	if err != nil {
-		return err
+func (r *Reader) refill() {
+	r.release()
+	if r.chunk, r.failed = r.feeder.Next(); r.failed == nil {
+		r.rest = r.chunk.Bytes
 	}
-	r.chunk, r.rest = c, c.Bytes
-	return nil
 }
 
-// take returns the next n bytes, valid until the next call.
-func (r *Reader) take(n int) ([]byte, error) {
-	if len(r.rest) >= n {
+// more waits for bytes inside the archive, and reports whether there are some.
+func (r *Reader) more() bool {
+	for len(r.rest) == 0 && r.failed == nil {
+		if r.refill(); r.failed == io.EOF {
+			r.failed = fmt.Errorf("truncated nar: %w", io.ErrUnexpectedEOF)
+		}
+	}
+	return r.failed == nil
+}
+
+// take returns the next n bytes, valid until the next call; none after an error.
+func (r *Reader) take(n int) []byte {
+	if len(r.rest) >= n && r.failed == nil {
 		b := r.rest[:n]
 		r.rest = r.rest[n:]
 		r.offset += uint64(n)
-		return b, nil
+		return b
 	}
 	r.scratch = r.scratch[:0]
 	for len(r.scratch) < n {
-		if len(r.rest) == 0 {
-			if err := r.refill(); err != nil {
-				return nil, unexpected(err)
-			}
-			continue
+		if !r.more() {
+			return nil
 		}
 		m := min(n-len(r.scratch), len(r.rest))
 		r.scratch = append(r.scratch, r.rest[:m]...)
 		r.rest = r.rest[m:]
 		r.offset += uint64(m)
 	}
-	return r.scratch, nil
+	return r.scratch
 }
 
-func (r *Reader) uint64() (uint64, error) {
-	b, err := r.take(8)
-	if err != nil {
-		return 0, err
+func (r *Reader) uint64() uint64 {
+	b := r.take(8)
+	if r.failed != nil {
+		return 0
 	}
-	return binary.LittleEndian.Uint64(b), nil
+	return binary.LittleEndian.Uint64(b)
 }
 
 // string reads a string of at most limit bytes, valid until the next call.
-func (r *Reader) string(limit int) ([]byte, error) {
-	size, err := r.uint64()
-	if err != nil {
-		return nil, err
-	}
+func (r *Reader) string(limit int) []byte {
+	size := r.uint64()
 	if size > uint64(limit) {
-		return nil, r.errorf("string of %d bytes where at most %d are expected", size, limit)
+		r.fail("string of %d bytes where at most %d are expected", size, limit)
+		return nil
 	}
 	return r.padded(int(size), padding(size))
 }
 
 // padded returns the next n bytes, behind which so many zero bytes must be.
-func (r *Reader) padded(n, padding int) ([]byte, error) {
-	b, err := r.take(n + padding)
-	if err != nil {
-		return nil, err
+func (r *Reader) padded(n, padding int) []byte {
+	b := r.take(n + padding)
+	if r.failed != nil {
+		return nil
 	}
 	for _, c := range b[n:] {
 		if c != 0 {
-			return nil, r.errorf("padding is not zero")
+			r.fail("padding is not zero")
 		}
 	}
-	return b[:n], nil
+	return b[:n]
 }
 
-// token reads one of the words of the grammar, none of which is longer than the magic string.
-func (r *Reader) token() (string, error) {
-	b, err := r.string(len(magic))
-	if err != nil {
-		return "", err
-	}
-	// Without an allocation for the words that occur once per node.
-	switch string(b) {
-	case ")":
-		return ")", nil
-	case "entry":
-		return "entry", nil
-	case "regular":
-		return "regular", nil
-	case "contents":
-		return "contents", nil
-	case "executable":
-		return "executable", nil
-	case "directory":
-		return "directory", nil
-	case "symlink":
-		return "symlink", nil
-	}
-	return string(b), nil
-}
+// token reads one of the words of the grammar, none of which is longer than the magic string. It is
+// valid until the next call.
+func (r *Reader) token() []byte { return r.string(len(magic)) }
 
-func (r *Reader) expect(words ...string) error {
+func (r *Reader) expect(words ...string) {
 	for _, w := range words {
-		b, err := r.string(len(magic))
-		if err != nil {
-			return err
-		}
-		if string(b) != w {
-			return r.errorf("%q where %q is due", b, w)
+		if b := r.token(); string(b) != w {
+			r.fail("%q where %q is due", b, w)
 		}
 	}
-	return nil
-}
-
-// unexpected turns the end of the stream into the error that it is inside an archive.
-func unexpected(err error) error {
-	if err == io.EOF {
-		return fmt.Errorf("truncated nar: %w", io.ErrUnexpectedEOF)
-	}
-	return err
 }
