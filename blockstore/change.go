@@ -56,7 +56,20 @@ func (c *change) rollback() {
 	tx := c.tx
 	c.tx = nil
 	tx.Rollback() // its one error is that it has been rolled back already, by Commit
-	c.w.store.progress.count(c.duplicates, c.damaged, 0, false)
+	c.count(false)
+}
+
+// count adds what has been done to the statistics.
+func (c *change) count(committed bool) {
+	c.w.store.progress.note(func(s *Stats) {
+		s.Duplicates += c.duplicates
+		s.Damaged += c.damaged
+		if committed {
+			s.Evicted += c.evicted
+			s.Commits++
+			s.hold(c.state)
+		}
+	})
 }
 
 func (c *change) slab(l location) *slab { return c.w.store.slabs[l.class()] }
@@ -123,8 +136,7 @@ func (c *change) commit() error {
 	}
 	c.tx = nil
 	c.w.state = c.state
-	s.progress.set(c.state)
-	s.progress.count(c.duplicates, c.damaged, c.evicted, true)
+	c.count(true)
 	for _, ref := range c.removed {
 		s.hints.remove(&ref)
 	}

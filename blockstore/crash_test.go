@@ -115,7 +115,7 @@ func TestKill(t *testing.T) {
 				}
 				s := testOpen(t, directory, Options{MaxBytes: limit})
 				stats := s.Stats()
-				if limit > 0 && stats.Bytes1KiB+stats.Bytes32KiB > limit {
+				if limit > 0 && stats.Bytes > limit {
 					t.Errorf("%+v", stats)
 				}
 				for _, i := range acknowledged {

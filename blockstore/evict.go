@@ -161,25 +161,14 @@ func (w *writer) evictAtMost(bytes int64, most int) (int64, error) {
 	return freed, c.commit()
 }
 
-// shrink evicts what is above the limit when the store is opened.
-func (w *writer) shrink() {
+// makeRoom evicts until there is room for so many bytes, or nothing is left.
+func (w *writer) makeRoom(bytes int64) error {
 	limit := w.store.options.MaxBytes
-	if limit == 0 {
-		return
-	}
-	for {
-		above := w.state.bytes() + w.batchBytes() - limit
-		if above <= 0 || w.store.Err() != nil {
-			return
-		}
-		evicted := int64(0)
-		err := w.store.guard(func() (err error) {
-			evicted, err = w.evict(above)
-			return err
-		})
-		w.store.progress.background(err)
+	for limit > 0 && w.state.bytes()+bytes > limit {
+		evicted, err := w.evict(w.state.bytes() + bytes - limit)
 		if err != nil || evicted == 0 {
-			return
+			return err
 		}
 	}
+	return nil
 }

@@ -51,8 +51,8 @@ func TestEviction(t *testing.T) {
 	for i := fits; i < fits+fits/3; i++ {
 		now.Add(1)
 		mustPut(t, s, i, eris.BlockSize1KiB)
-		if stats := s.Stats(); stats.Bytes1KiB > MinBytes {
-			t.Fatalf("%d bytes", stats.Bytes1KiB)
+		if stats := s.Stats(); stats.Bytes > MinBytes {
+			t.Fatalf("%d bytes", stats.Bytes)
 		}
 	}
 	var kept [4]int
@@ -84,7 +84,7 @@ func TestShrink(t *testing.T) {
 	must(t, s.Close())
 	s = testOpen(t, directory, Options{MaxBytes: MinBytes})
 	mustPut(t, s, 100, eris.BlockSize32KiB)
-	if got := s.Stats().Bytes32KiB; got > MinBytes {
+	if got := s.Stats().Bytes; got > MinBytes {
 		t.Errorf("%d bytes", got)
 	}
 	mustHave(t, s, 100, eris.BlockSize32KiB)
@@ -105,7 +105,7 @@ func TestShift(t *testing.T) {
 			must(t, err)
 			used += info.Sys().(*syscall.Stat_t).Blocks * 512
 		}
-		if stats := s.Stats(); stats.Bytes1KiB+stats.Bytes32KiB > limit || stats.Err != nil {
+		if stats := s.Stats(); stats.Bytes > limit || stats.Err != nil {
 			t.Errorf("%+v", stats)
 		}
 		if used > limit+limit/3 {

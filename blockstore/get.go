@@ -131,7 +131,7 @@ func (s *Store) removeDamaged(ref eris.Reference) {
 		return
 	}
 	select {
-	case s.queue <- &request{ref: ref, owner: newTicket(1)}:
+	case s.queue <- &request{ref: ref, done: make(chan error, 1)}:
 	default:
 	}
 }

@@ -3,9 +3,9 @@
 package blockstore
 
 import (
+	"cmp"
 	"context"
 	"fmt"
-	"sync"
 	"sync/atomic"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -35,21 +35,21 @@ func (s *Store) PutBatch(ctx context.Context, refs []eris.Reference, blocks [][]
 	if err := verify(refs, blocks); err != nil {
 		return err
 	}
-	t := newTicket(len(refs))
+	done := make(chan error, len(refs))
 	requests := make([]request, len(refs))
 	var failure error
 	for i := range requests {
 		r := &requests[i]
-		r.ref, r.block, r.sum, r.owner = refs[i], blocks[i], checksum(&refs[i], blocks[i]), t
+		r.ref, r.block, r.sum, r.done = refs[i], blocks[i], checksum(&refs[i], blocks[i]), done
 		if failure == nil {
 			failure = s.send(ctx, r)
 		}
 		if failure != nil {
 			r.claimed.Store(true)
-			t.complete(failure)
+			done <- failure
 		}
 	}
-	err := t.wait(ctx, requests)
+	err := wait(ctx, requests, done)
 	switch {
 	case err == nil:
 		return nil
@@ -77,7 +77,7 @@ type request struct {
 	ref   eris.Reference
 	block []byte // to put; the writer must not use it after completion. If nil, what is there is to be checked
 	sum   uint32
-	owner *ticket
+	done  chan<- error // gets the outcome, for which it has room
 
 	claimed atomic.Bool // by the writer, or by a caller who no longer waits
 
@@ -111,46 +111,23 @@ func (s *Store) send(ctx context.Context, r *request) error {
 	}
 }
 
-// ticket waits for requests.
-type ticket struct {
-	done chan struct{}
-
-	mu      sync.Mutex
-	waiting int
-	err     error // the first one
-}
-
-func newTicket(requests int) *ticket {
-	t := &ticket{done: make(chan struct{}), waiting: requests}
-	if requests == 0 {
-		close(t.done)
-	}
-	return t
-}
-
-// complete notes that a request is done. It is called once for each.
-func (t *ticket) complete(err error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.err == nil {
-		t.err = err
-	}
-	if t.waiting--; t.waiting == 0 {
-		close(t.done)
-	}
-}
-
-// wait waits until the requests are done, or have been taken back because the context ended.
-func (t *ticket) wait(ctx context.Context, requests []request) error {
-	select {
-	case <-t.done:
-	case <-ctx.Done():
-		for i := range requests {
-			if requests[i].claimed.CompareAndSwap(false, true) {
-				t.complete(context.Cause(ctx))
+// wait waits until the requests are done, or have been taken back because the context ended, and
+// returns the first error.
+func wait(ctx context.Context, requests []request, done chan error) (err error) {
+	ended := ctx.Done()
+	for left := len(requests); left > 0; {
+		select {
+		case outcome := <-done:
+			err = cmp.Or(err, outcome)
+			left--
+		case <-ended:
+			ended = nil
+			for i := range requests {
+				if requests[i].claimed.CompareAndSwap(false, true) {
+					done <- context.Cause(ctx)
+				}
 			}
 		}
-		<-t.done
 	}
-	return t.err
+	return err
 }

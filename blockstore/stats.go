@@ -11,7 +11,7 @@ import (
 type Stats struct {
 	// What is there, as of the last commit.
 	Blocks1KiB, Blocks32KiB int64 // blocks of each size
-	Bytes1KiB, Bytes32KiB   int64 // the bytes of these blocks
+	Bytes                   int64 // of these blocks
 	MaxBytes                int64 // Options.MaxBytes
 
 	// What was read.
@@ -36,7 +36,8 @@ type Stats struct {
 
 // Stats returns the statistics. It is cheap, and does not wait for a commit.
 func (s *Store) Stats() Stats {
-	stats := s.progress.get()
+	var stats Stats
+	s.progress.note(func(noted *Stats) { stats = *noted })
 	stats.MaxBytes = s.options.MaxBytes
 	stats.Queued = len(s.queue)
 	for i := range s.reads {
@@ -67,50 +68,22 @@ type progress struct {
 	stats Stats
 }
 
-func (p *progress) get() Stats {
+// note changes the statistics.
+func (p *progress) note(change func(*Stats)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.stats
-}
-
-// set notes the state after a commit.
-func (p *progress) set(s state) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.stats.Blocks1KiB, p.stats.Blocks32KiB = s.blocks[class1KiB], s.blocks[class32KiB]
-	p.stats.Bytes1KiB = s.blocks[class1KiB] * int64(class1KiB.size())
-	p.stats.Bytes32KiB = s.blocks[class32KiB] * int64(class32KiB.size())
-}
-
-// count notes what a transaction did.
-func (p *progress) count(duplicates, damaged, evicted int64, committed bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.stats.Duplicates += duplicates
-	p.stats.Damaged += damaged
-	p.stats.Evicted += evicted
-	if committed {
-		p.stats.Commits++
-	}
-}
-
-// put notes the outcome for a block.
-func (p *progress) put(err error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if err == nil {
-		p.stats.Puts++
-	} else {
-		p.stats.Failed++
-	}
+	change(&p.stats)
 }
 
 // background notes a failure that nobody waited for.
 func (p *progress) background(err error) {
-	if err == nil {
-		return
+	if err != nil {
+		p.note(func(s *Stats) { s.Err = err })
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.stats.Err = err
+}
+
+// hold notes what is there.
+func (s *Stats) hold(state state) {
+	s.Blocks1KiB, s.Blocks32KiB = state.blocks[class1KiB], state.blocks[class32KiB]
+	s.Bytes = state.bytes()
 }

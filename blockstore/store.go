@@ -3,6 +3,7 @@
 package blockstore
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -104,12 +105,8 @@ func Open(directory string, options Options) (*Store, error) {
 }
 
 func open(directory string, options Options) (_ *Store, err error) {
-	if options.queueBytes == 0 {
-		options.queueBytes = queueBytes
-	}
-	if options.hintBytes == 0 {
-		options.hintBytes = hintBytes
-	}
+	options.queueBytes = cmp.Or(options.queueBytes, queueBytes)
+	options.hintBytes = cmp.Or(options.hintBytes, hintBytes)
 	if options.now == nil {
 		options.now = clock
 	}
@@ -143,7 +140,7 @@ func open(directory string, options Options) (_ *Store, err error) {
 		return nil, err
 	}
 	s.writer.store = s
-	s.progress.set(s.writer.state)
+	s.progress.stats.hold(s.writer.state)
 	ctx, cancel := context.WithCancel(context.Background())
 	s.endCheck = cancel
 	go s.writer.run(ctx)

@@ -318,7 +318,7 @@ func TestStats(t *testing.T) {
 	mustHave(t, s, 3, eris.BlockSize32KiB)
 	mustLack(t, s, 4, eris.BlockSize1KiB)
 	want := Stats{
-		Blocks1KiB: 2, Bytes1KiB: 2 << 10, Blocks32KiB: 1, Bytes32KiB: 1 << 15,
+		Blocks1KiB: 2, Blocks32KiB: 1, Bytes: 34 << 10,
 		MaxBytes: 1 << 30, Hits: 2, Misses: 1, Puts: 3, Commits: 3,
 	}
 	if got := s.Stats(); got != want {

@@ -48,7 +48,9 @@ func (w *writer) run(ctx context.Context) {
 	}
 	save := time.NewTicker(savePeriod)
 	defer save.Stop()
-	w.shrink()
+	if s.Err() == nil {
+		s.progress.background(s.guard(func() error { return w.makeRoom(w.batchBytes()) }))
+	}
 	for {
 		first := w.next
 		w.next = nil
@@ -123,9 +125,15 @@ func (w *writer) do(batch []*request) {
 			outcome = errors.Join(outcome, err)
 		}
 		if r.block != nil {
-			s.progress.put(outcome)
+			s.progress.note(func(stats *Stats) {
+				if outcome == nil {
+					stats.Puts++
+				} else {
+					stats.Failed++
+				}
+			})
 		}
-		r.owner.complete(outcome)
+		r.done <- outcome
 	}
 }
 
@@ -136,16 +144,9 @@ func (w *writer) transact(batch []*request) error {
 	for _, r := range batch {
 		coming += int64(len(r.block))
 	}
-	if limit := w.store.options.MaxBytes; limit > 0 {
-		for w.state.bytes()+coming > limit {
-			if evicted, err := w.evict(w.state.bytes() + coming - limit); err != nil {
-				return err
-			} else if evicted == 0 {
-				break
-			}
-		}
+	if err := w.makeRoom(coming); err != nil {
+		return err
 	}
-
 	c, err := w.begin()
 	if err != nil {
 		return err

@@ -45,7 +45,7 @@ func (e *blockstoreEngine) remove([]eris.Reference) error {
 		return err
 	}
 	var err error
-	e.Store, err = blockstore.Open(e.directory, blockstore.Options{MaxBytes: stats.Bytes1KiB + stats.Bytes32KiB})
+	e.Store, err = blockstore.Open(e.directory, blockstore.Options{MaxBytes: stats.Bytes})
 	return err
 }
 

@@ -104,7 +104,7 @@ func TestResume(t *testing.T) {
 	response.Body.Close()
 	c.query()
 	stats := store.Stats()
-	total, blocks := stats.Bytes1KiB+stats.Bytes32KiB, stats.Blocks1KiB+stats.Blocks32KiB
+	total, blocks := stats.Bytes, stats.Blocks1KiB+stats.Blocks32KiB
 	if total < size {
 		t.Fatalf("%d bytes", total)
 	}

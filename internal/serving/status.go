@@ -259,7 +259,7 @@ func statisticsOf(started time.Time, store sharing, from *relay.Relay, blocks *c
 	s := statistics{Version: program.Version(), Started: started.UTC().Truncate(time.Second)}
 	b := store.Stats()
 	s.Blocks.Count1KiB, s.Blocks.Count32KiB = b.Blocks1KiB, b.Blocks32KiB
-	s.Blocks.Bytes, s.Blocks.MaxBytes = b.Bytes1KiB+b.Bytes32KiB, b.MaxBytes
+	s.Blocks.Bytes, s.Blocks.MaxBytes = b.Bytes, b.MaxBytes
 	s.Got.Found, s.Got.Absent = b.Hits, b.Misses
 	s.Put.Acknowledged, s.Put.HeldAlready, s.Put.Failed = b.Puts, b.Duplicates, b.Failed
 	s.Put.Commits, s.Put.Waiting = b.Commits, b.Queued
