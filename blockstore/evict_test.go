@@ -31,9 +31,9 @@ func TestEviction(t *testing.T) {
 	const fits = 990 // blocks of 1 KiB, of the 992 that 1 MiB has room for, but for what is kept free
 	directory := t.TempDir()
 	s := testOpen(t, directory, Options{MaxBytes: MinBytes, now: now.Load})
-	for i := range fits {
+	for i := 0; i < fits; i += 30 {
 		now.Add(1)
-		mustPut(t, s, i, eris.BlockSize1KiB)
+		putMany(t, s, eris.BlockSize1KiB, i, i+30)
 	}
 	if evicted := s.Stats().Evicted; evicted != 0 {
 		t.Fatalf("%d evicted before the limit", evicted)

@@ -179,48 +179,6 @@ func TestParseNode(t *testing.T) {
 	}
 }
 
-// parseNodeSlowly is ParseNode to the letter of the specification.
-func parseNodeSlowly(plaintext []byte) (pairs []Pair, ok bool) {
-	for i := 0; i < len(plaintext); i += pairSize {
-		if Reference(plaintext[i:i+32]) == (Reference{}) {
-			return pairs, len(pairs) > 0 && len(bytes.Trim(plaintext[i:], "\x00")) == 0
-		}
-		pairs = append(pairs, pairAt(plaintext, i/pairSize))
-	}
-	return pairs, true
-}
-
-func FuzzParseNode(f *testing.F) {
-	f.Add([]byte{}, uint16(0))
-	f.Add(bytes.Repeat([]byte{1}, 1024), uint16(1024))
-	f.Add(bytes.Repeat([]byte{1}, 200), uint16(900))
-	f.Fuzz(func(t *testing.T, data []byte, at uint16) {
-		for _, size := range bothSizes {
-			plaintext := make([]byte, size)
-			copy(plaintext, data)
-			if int(at) < len(plaintext) {
-				copy(plaintext[at:], data)
-			}
-			want, ok := parseNodeSlowly(plaintext)
-			node, err := ParseNode(plaintext)
-			if (err == nil) != ok {
-				t.Fatalf("error %v, want success %v", err, ok)
-			}
-			if err != nil {
-				continue
-			}
-			if node.Len() != len(want) {
-				t.Fatalf("%d pairs, want %d", node.Len(), len(want))
-			}
-			for i := range want {
-				if node.Pair(i) != want[i] {
-					t.Fatalf("pair %d differs", i)
-				}
-			}
-		}
-	})
-}
-
 func TestSumAll(t *testing.T) {
 	var blocks [][]byte
 	var want []Reference

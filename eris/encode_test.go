@@ -108,26 +108,6 @@ func TestEncodersAgree(t *testing.T) {
 	}
 }
 
-// A function of the content alone decides about the block size, whatever way the reader takes to
-// say where it ends.
-func TestEncodeChoosesBlockSize(t *testing.T) {
-	for _, n := range []int{0, 1, 1024, 16383, 16384, 16385, 40000} {
-		content := randomContent(3, n)
-		want, _ := encodeSlowly(content, BlockSizeFor(int64(n)), ConvergenceSecret{})
-		for name, r := range map[string]io.Reader{
-			"plain":          bytes.NewReader(content),
-			"end with data":  iotest.DataErrReader(bytes.NewReader(content)),
-			"half":           iotest.HalfReader(bytes.NewReader(content)),
-			"one byte":       iotest.OneByteReader(bytes.NewReader(content)),
-			"one byte + end": iotest.DataErrReader(iotest.OneByteReader(bytes.NewReader(content))),
-		} {
-			if got, err := Encode(t.Context(), r, nil, EncodeOptions{}); err != nil || got != want {
-				t.Errorf("%d bytes, %s: %v, %v, want %v", n, name, got, err, want)
-			}
-		}
-	}
-}
-
 // atOnce is a reader that says io.EOF together with its last bytes, and gets angry if it is asked
 // again.
 type atOnce struct {
@@ -149,20 +129,36 @@ func (r *atOnce) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-func TestEncodeEndOfReader(t *testing.T) {
+// reckoned is a reader that says how much it has, which need not be true.
+type reckoned struct {
+	io.Reader
+	length int
+}
+
+func (r reckoned) Len() int { return r.length }
+
+// The content alone decides, whatever way the reader takes to say where it ends.
+func TestEncodeReaders(t *testing.T) {
 	t.Parallel()
-	for _, size := range bothSizes {
-		for _, n := range boundaries(size) {
-			if n > 600<<10 {
-				continue
-			}
-			content := randomContent(4, n)
-			want, _ := encodeSlowly(content, size, ConvergenceSecret{})
-			for _, workers := range []int{1, 2} {
-				got, err := Encode(t.Context(), &atOnce{t: t, rest: content}, nil, EncodeOptions{BlockSize: size, Workers: workers})
-				if err != nil || got != want {
-					t.Errorf("%v, %d bytes: %v, %v", size, n, got, err)
-				}
+	for _, n := range []int{0, 1, 1023, 1024, 16383, 16384, 16385, 40000, turn - 1, turn, turn + 1, 2*turn + 5} {
+		content := randomContent(byte(n), n)
+		want, _ := encodeSlowly(content, BlockSizeFor(int64(n)), ConvergenceSecret{})
+		half := func() io.Reader { return iotest.HalfReader(bytes.NewReader(content)) }
+		for name, r := range map[string]io.Reader{
+			"plain":          bytes.NewReader(content),
+			"at once":        &atOnce{t: t, rest: content},
+			"half":           half(),
+			"one byte":       iotest.OneByteReader(bytes.NewReader(content)),
+			"one byte + end": iotest.DataErrReader(iotest.OneByteReader(bytes.NewReader(content))),
+			"length":         reckoned{half(), n},
+			"no length":      reckoned{half(), 0},
+			"negative":       reckoned{half(), -1},
+			"less":           reckoned{half(), n - 1},
+			"more":           reckoned{half(), n + 1},
+			"much more":      reckoned{half(), 1 << 40},
+		} {
+			if got, err := Encode(t.Context(), r, nil, EncodeOptions{Workers: 1 + n%2}); err != nil || got != want {
+				t.Errorf("%d bytes, %s: %v, %v, want %v", n, name, got, err, want)
 			}
 		}
 	}
@@ -367,53 +363,6 @@ func TestEncodeRefusesBlockSizes(t *testing.T) {
 			t.Errorf("Encode takes a block size of %d", size)
 		}
 	}
-}
-
-// reckoned is a reader that says how much it has, which need not be true.
-type reckoned struct {
-	io.Reader
-	length int
-}
-
-func (r reckoned) Len() int { return r.length }
-
-func TestEncodeLength(t *testing.T) {
-	for _, n := range []int{0, 1, 1023, 1024, 16383, 16384, turn - 1, turn, turn + 1, 2*turn + 5} {
-		content := randomContent(byte(n), n)
-		want, blocks := encodeSlowly(content, BlockSizeFor(int64(n)), ConvergenceSecret{})
-		for _, length := range []int{n, 0, -1, n - 1, n + 1, 1 << 40} {
-			made := newMemory()
-			got, err := Encode(t.Context(), reckoned{iotest.HalfReader(bytes.NewReader(content)), length}, made.Put, EncodeOptions{})
-			if err != nil || got != want {
-				t.Errorf("%d bytes, said to be %d: %v, %v", n, length, got, err)
-			}
-			checkSameBlocks(t, made, blocks)
-		}
-	}
-}
-
-func FuzzEncode(f *testing.F) {
-	f.Add([]byte(nil), uint32(0), false, byte(0))
-	f.Add([]byte("abc"), uint32(1024), false, byte(1))
-	f.Add(bytes.Repeat([]byte{0x80}, 100), uint32(16384), true, byte(0))
-	f.Add([]byte{0}, uint32(70000), true, byte(2))
-	f.Fuzz(func(t *testing.T, pattern []byte, length uint32, large bool, secretByte byte) {
-		size := BlockSize1KiB
-		if large {
-			size = BlockSize32KiB
-		}
-		content := make([]byte, length%(300<<10))
-		for i := 0; len(pattern) > 0 && i < len(content); i += len(pattern) {
-			copy(content[i:], pattern)
-		}
-		secret := ConvergenceSecret{secretByte}
-		want, blocks := encodeSlowly(content, size, secret)
-		got, m := mustEncode(t, content, EncodeOptions{BlockSize: size, Secret: secret, Workers: 2})
-		if got != want {
-			t.Fatalf("%d bytes: %v, want %v", len(content), got, want)
-		}
-		checkSameBlocks(t, m, blocks)
-	})
 }
 
 func ExampleEncode() {

@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -165,16 +164,6 @@ func TestVectors(t *testing.T) {
 				t.Errorf("read back:\n%s(error %v), want:\n%s", got, err, want)
 			}
 		})
-	}
-}
-
-func TestHexVector(t *testing.T) {
-	const archive = "0d000000000000006e69782d617263686976652d310000000100000000000000280000000000000004000000000000007479706500000000" +
-		"0700000000000000726567756c6172000800000000000000636f6e74656e74730200000000000000686900000000000001000000000000002900000000000000"
-	b, err := hex.DecodeString(archive)
-	must(t, err)
-	if got, err := read(string(b)); err != nil || got != "regular \"\" \"hi\"\n" {
-		t.Errorf("got %q, error %v", got, err)
 	}
 }
 

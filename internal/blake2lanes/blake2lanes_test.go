@@ -126,33 +126,6 @@ func TestSum256Allocates(t *testing.T) {
 	}
 }
 
-func FuzzSum256(f *testing.F) {
-	f.Add(uint64(0), byte(8), byte(8), false, false, make([]byte, 32), []byte{})
-	f.Add(uint64(1), byte(11), byte(8), true, false, bytes.Repeat([]byte{0xff}, 32), []byte("some content"))
-	f.Add(uint64(2), byte(3), byte(1), true, true, []byte("key"), bytes.Repeat([]byte{0xff}, 200))
-	f.Add(uint64(3), byte(20), byte(255), false, true, []byte{}, []byte{1})
-	f.Fuzz(func(t *testing.T, seed uint64, count, chunks byte, keyed, random bool, keyBytes, content []byte) {
-		var key *[32]byte
-		if keyed {
-			key = new([32]byte)
-			copy(key[:], keyBytes)
-		}
-		n, size := int(count%21), (int(chunks)+1)*chunk
-		arena := make([]byte, size+n*97)
-		if random {
-			rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8), byte(seed >> 16)}).Read(arena)
-		}
-		copy(arena[seed%uint64(len(arena)):], content)
-		blocks := make([][]byte, n)
-		for i := range blocks {
-			blocks[i] = arena[97*i:][:size]
-		}
-		for _, r := range sumRoutines() {
-			checkSums(t, r, blocks, key)
-		}
-	})
-}
-
 // BenchmarkSum256 has the blake2b package beside the routines, as "plain".
 func BenchmarkSum256(b *testing.B) {
 	for _, size := range []int{1 << 10, 32 << 10} {

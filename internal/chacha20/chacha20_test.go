@@ -103,21 +103,3 @@ func TestKeyStreamRefusesOverlapAndLength(t *testing.T) {
 	XORKeyStream(b[:1024], b[1024:], &[32]byte{}, 0) // side by side is no overlap
 	XORKeyStream(b[1024:], b[:1024], &[32]byte{}, 255)
 }
-
-func FuzzKeyStream(f *testing.F) {
-	f.Add(make([]byte, 32), byte(0), uint64(0), false, byte(0))
-	f.Add(bytes.Repeat([]byte{0xff}, 32), byte(255), uint64(7), true, byte(63))
-	f.Fuzz(func(t *testing.T, keyBytes []byte, nonce byte, seed uint64, large bool, shift byte) {
-		var key [32]byte
-		copy(key[:], keyBytes)
-		size := 1 << 10
-		if large {
-			size = 32 << 10
-		}
-		src := make([]byte, size)
-		rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8), byte(seed >> 16)}).Read(src)
-		for _, r := range xorRoutines() {
-			checkXor(t, r, src, &key, nonce, int(shift))
-		}
-	})
-}
