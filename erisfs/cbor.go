@@ -175,9 +175,9 @@ func newIndex(b []byte, narSize uint64) (*Index, error) {
 		return nil, fmt.Errorf("%d bytes are too many", len(b))
 	}
 	d := &decoder{b: b}
-	begin, err := d.index(Limits{narSize}.maxEntries())
-	if err != nil {
-		return nil, fmt.Errorf("at byte %d: %w", d.pos, err)
+	begin := d.index(Limits{narSize}.maxEntries())
+	if d.err != nil {
+		return nil, fmt.Errorf("at byte %d: %w", d.pos, d.err)
 	}
 	directories, err := order(b, begin)
 	if err != nil {
@@ -194,25 +194,26 @@ func newIndex(b []byte, narSize uint64) (*Index, error) {
 type decoder struct {
 	b   []byte
 	pos int
+	err error // the first one
+}
+
+// fail notes the first error, after which nothing is left to read.
+func (d *decoder) fail(format string, a ...any) {
+	if d.err == nil {
+		d.err = fmt.Errorf(format, a...)
+	}
+	d.b = d.b[:d.pos]
 }
 
 // index reads everything and returns where the entries begin.
-func (d *decoder) index(most uint64) ([]uint32, error) {
-	if err := d.expect(majorTag, indexTag, "the tag of an index"); err != nil {
-		return nil, err
-	}
-	if err := d.expect(majorArray, 2, "an array of two items"); err != nil {
-		return nil, err
-	}
-	if err := d.expect(majorUint, version, "version 1"); err != nil {
-		return nil, err
-	}
-	count, err := d.head(majorMap)
-	if err != nil {
-		return nil, err
-	}
+func (d *decoder) index(most uint64) []uint32 {
+	d.expect(majorTag, indexTag, "the tag of an index")
+	d.expect(majorArray, 2, "an array of two items")
+	d.expect(majorUint, version, "version 1")
+	count := d.head(majorMap)
 	if count > most {
-		return nil, fmt.Errorf("%d entries, where an archive of this length has at most %d", count, most)
+		d.fail("%d entries, where an archive of this length has at most %d", count, most)
+		return nil
 	}
 	// Not by count alone: each entry takes some bytes that must be there.
 	begins := make([]uint32, 0, min(count, uint64(len(d.b)-d.pos)/leastEntry+1))
@@ -220,180 +221,167 @@ func (d *decoder) index(most uint64) ([]uint32, error) {
 	for range count {
 		begin := d.pos
 		var e Entry
-		if err := d.key(&e); err != nil {
-			return nil, err
-		}
+		d.key(&e)
 		key := d.b[begin:d.pos]
 		if last != nil && bytes.Compare(last, key) >= 0 {
-			return nil, fmt.Errorf("path %.300q is not after the one before", e.Path)
+			d.fail("path %.300q is not after the one before", e.Path)
 		}
 		last = key
-		if err := d.value(&e); err != nil {
-			return nil, fmt.Errorf("entry %.300q: %w", e.Path, err)
+		d.value(&e)
+		if d.err != nil {
+			return nil
 		}
 		begins = append(begins, uint32(begin))
 	}
 	if d.pos != len(d.b) {
-		return nil, fmt.Errorf("%d bytes behind the index", len(d.b)-d.pos)
+		d.fail("%d bytes behind the index", len(d.b)-d.pos)
 	}
-	return begins, nil
+	return begins
 }
 
 // leastEntry is the length of the shortest entry, that of a link with a path and a target of one
 // letter.
 const leastEntry = 7
 
+// entry reads a path and what is there.
+func (d *decoder) entry() (e Entry) {
+	d.key(&e)
+	d.value(&e)
+	return e
+}
+
 // key reads a path.
-func (d *decoder) key(e *Entry) error {
+func (d *decoder) key(e *Entry) {
 	// Unconfirmed: that keys are arrays of names in all implementations.
 	if d.pos < len(d.b) && d.b[d.pos]>>5 == majorText {
-		return fmt.Errorf("a path is a text string, where an array of names is expected")
+		d.fail("a path is a text string, where an array of names is expected")
 	}
-	count, err := d.head(majorArray)
-	if err != nil {
-		return fmt.Errorf("path: %w", err)
-	}
+	count := d.head(majorArray)
 	if count > nar.MaxPath/2+1 {
-		return fmt.Errorf("path of %d names", count)
+		d.fail("path of %d names", count)
+		return
 	}
 	// Unconfirmed: an empty path for an item that is no directory.
 	var path strings.Builder
 	for i := range count {
-		name, err := d.text(nar.MaxName)
-		if err != nil {
-			return fmt.Errorf("name in a path: %w", err)
-		}
 		if i > 0 {
 			path.WriteByte('/')
 		}
+		name := d.text(nar.MaxName)
 		path.WriteString(name)
-		if name == "" || strings.IndexByte(name, '/') >= 0 {
-			return nar.CheckName(name)
+		if err := nar.CheckName(name); err != nil {
+			d.fail("path %.300q: %w", path.String(), err)
+			return
 		}
 	}
-	e.Path = path.String()
-	return checkPath(e.Path)
+	if e.Path = path.String(); len(e.Path) > nar.MaxPath {
+		d.fail("path of %d bytes is longer than %d", len(e.Path), nar.MaxPath)
+	}
 }
 
-// keyLength reads the head of a key that has been read before, and returns the number of its names.
-func (d *decoder) keyLength() int {
-	n, _ := d.head(majorArray)
-	return int(n)
-}
-
-// keyName reads the next name of such a key.
-func (d *decoder) keyName() []byte {
-	n, _ := d.head(majorText)
-	b, _ := d.take(int(n))
-	return b
-}
-
-func (d *decoder) skipKey() {
-	for range d.keyLength() {
-		d.keyName()
+// knownHead returns the number in a head that has been read before and is that of a key or of a
+// name, and where it ends.
+func knownHead(text []byte, pos int) (n, end int) {
+	switch info := int(text[pos] & 0x1f); info {
+	case 24:
+		return int(text[pos+1]), pos + 2
+	case 25:
+		return int(binary.BigEndian.Uint16(text[pos+1:])), pos + 3
+	default:
+		return info, pos + 1
 	}
 }
 
 // value reads what is at a path.
-func (d *decoder) value(e *Entry) error {
-	if err := d.expect(majorArray, 2, "an array of two items"); err != nil {
-		return err
+func (d *decoder) value(e *Entry) {
+	if d.err != nil {
+		return
 	}
-	kind, err := d.head(majorUint)
-	if err != nil {
-		return err
-	}
-	switch kind {
+	d.expect(majorArray, 2, "an array of two items")
+	switch kind := d.head(majorUint); kind {
 	case kindFile, kindExecutable:
 		e.Kind, e.Executable = nar.Regular, kind == kindExecutable
-		if err := d.expect(majorTag, eris.CBORTagReadCapability, "the tag of a read capability"); err != nil {
-			return err
+		d.expect(majorTag, eris.CBORTagReadCapability, "the tag of a read capability")
+		d.expect(majorBytes, eris.ReadCapabilitySize, "a read capability of 66 bytes")
+		if b := d.take(eris.ReadCapabilitySize); d.err == nil {
+			d.err = e.Capability.UnmarshalBinary(b)
 		}
-		if err := d.expect(majorBytes, eris.ReadCapabilitySize, "a read capability of 66 bytes"); err != nil {
-			return err
-		}
-		b, err := d.take(eris.ReadCapabilitySize)
-		if err != nil {
-			return err
-		}
-		return e.Capability.UnmarshalBinary(b)
 	case kindSymlink:
-		e.Kind = nar.Symlink
-		if e.Target, err = d.text(nar.MaxTarget); err != nil {
-			return err
+		e.Kind, e.Target = nar.Symlink, d.text(nar.MaxTarget)
+		if d.err == nil {
+			d.err = nar.CheckTarget(e.Target)
 		}
-		return nar.CheckTarget(e.Target)
+	default:
+		d.fail("entries of kind %d are not understood", kind)
 	}
-	return fmt.Errorf("entries of kind %d are not understood", kind)
+	if d.err != nil {
+		d.err = fmt.Errorf("entry %.300q: %w", e.Path, d.err)
+	}
 }
 
 // head reads the head of an item of the given major type, in its shortest form.
-func (d *decoder) head(major byte) (uint64, error) {
-	b, err := d.take(1)
-	if err != nil {
-		return 0, err
+func (d *decoder) head(major byte) uint64 {
+	first := d.take(1)
+	if first == nil {
+		return 0
 	}
-	if b[0]>>5 != major {
+	if first[0]>>5 != major {
 		d.pos--
-		return 0, fmt.Errorf("an item of major type %d, where %d is expected", b[0]>>5, major)
+		d.fail("an item of major type %d, where %d is expected", first[0]>>5, major)
+		return 0
 	}
-	info := b[0] & 0x1f
+	info := first[0] & 0x1f
 	if info < 24 {
-		return uint64(info), nil
+		return uint64(info)
 	}
 	if info > 27 {
-		return 0, fmt.Errorf("an item of additional information %d", info)
+		d.fail("an item of additional information %d", info)
+		return 0
 	}
-	size := 1 << (info - 24)
-	if b, err = d.take(size); err != nil {
-		return 0, err
-	}
+	size := uint64(1) << (info - 24)
 	var n uint64
-	for _, c := range b {
+	for _, c := range d.take(size) {
 		n = n<<8 | uint64(c)
 	}
 	if least := [4]uint64{24, 1 << 8, 1 << 16, 1 << 32}[info-24]; n < least {
-		return 0, fmt.Errorf("the number %d in %d bytes is not in its shortest form", n, size)
+		d.fail("the number %d in %d bytes is not in its shortest form", n, size)
 	}
-	return n, nil
+	return n
 }
 
 // expect reads a head that must be this one.
-func (d *decoder) expect(major byte, n uint64, what string) error {
-	got, err := d.head(major)
-	if err != nil {
-		return fmt.Errorf("%s is expected: %w", what, err)
+func (d *decoder) expect(major byte, n uint64, what string) {
+	failed := d.err != nil
+	got := d.head(major)
+	switch {
+	case failed:
+	case d.err != nil:
+		d.err = fmt.Errorf("%s is expected: %w", what, d.err)
+	case got != n:
+		d.fail("%d, where %s is expected", got, what)
 	}
-	if got != n {
-		return fmt.Errorf("%d, where %s is expected", got, what)
-	}
-	return nil
 }
 
-func (d *decoder) text(limit int) (string, error) {
-	n, err := d.head(majorText)
-	if err != nil {
-		return "", err
+func (d *decoder) text(limit uint64) string {
+	n := d.head(majorText)
+	if n > limit {
+		d.fail("text of %d bytes, longer than %d", n, limit)
+		return ""
 	}
-	if n > uint64(limit) {
-		return "", fmt.Errorf("text of %d bytes, longer than %d", n, limit)
-	}
-	b, err := d.take(int(n))
-	if err != nil {
-		return "", err
-	}
+	b := d.take(n)
 	if !utf8.Valid(b) {
-		return "", fmt.Errorf("text %.300q is not UTF-8", b)
+		d.fail("text %.300q is not UTF-8", b)
 	}
-	return string(b), nil
+	return string(b)
 }
 
 // take returns the next n bytes.
-func (d *decoder) take(n int) ([]byte, error) {
-	if len(d.b)-d.pos < n {
-		return nil, io.ErrUnexpectedEOF
+func (d *decoder) take(n uint64) []byte {
+	if uint64(len(d.b)-d.pos) < n {
+		d.fail("%w", io.ErrUnexpectedEOF)
+		return nil
 	}
-	b := d.b[d.pos : d.pos+n]
-	d.pos += n
-	return b, nil
+	b := d.b[d.pos:][:n]
+	d.pos += int(n)
+	return b
 }

@@ -23,7 +23,6 @@ import (
 	"iter"
 	"math"
 	"slices"
-	"strings"
 	"unicode/utf8"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -62,13 +61,9 @@ func (x *Index) Len() int { return len(x.begin) }
 // Entry returns the i-th entry, from 0 on.
 func (x *Index) Entry(i int) Entry {
 	d := decoder{b: x.text, pos: int(x.begin[i])}
-	var e Entry
-	err := d.key(&e)
-	if err == nil {
-		err = d.value(&e)
-	}
-	if err != nil {
-		panic("erisfs: " + err.Error()) // Decode has read it before
+	e := d.entry()
+	if d.err != nil {
+		panic("erisfs: " + d.err.Error()) // Decode has read it before
 	}
 	return e
 }
@@ -77,11 +72,15 @@ func (x *Index) Entry(i int) Entry {
 func (x *Index) Contents() iter.Seq[eris.ReadCapability] {
 	return func(yield func(eris.ReadCapability) bool) {
 		for _, begin := range x.begin {
-			d := decoder{b: x.text, pos: int(begin)}
-			d.skipKey()
+			names, pos := knownHead(x.text, int(begin))
+			for range names {
+				n, end := knownHead(x.text, pos)
+				pos = end + n
+			}
+			d := decoder{b: x.text, pos: pos}
 			var e Entry
-			if err := d.value(&e); err != nil {
-				panic("erisfs: " + err.Error()) // Decode has read it before
+			if d.value(&e); d.err != nil {
+				panic("erisfs: " + d.err.Error()) // Decode has read it before
 			}
 			if e.Kind == nar.Regular && !yield(e.Capability) {
 				return
@@ -131,22 +130,6 @@ func (e *Entry) check() error {
 	return nil
 }
 
-// checkPath checks the names of a path.
-func checkPath(path string) error {
-	if path == "" {
-		return nil
-	}
-	if len(path) > nar.MaxPath {
-		return fmt.Errorf("path of %d bytes is longer than %d", len(path), nar.MaxPath)
-	}
-	for name := range strings.SplitSeq(path, "/") {
-		if err := nar.CheckName(name); err != nil {
-			return fmt.Errorf("path %.300q: %w", path, err)
-		}
-	}
-	return nil
-}
-
 // order puts the entries, which begin at the given places of text, in NAR order, in which a path
 // that is a prefix of others stands directly before them, so that conflicts are between neighbours.
 // It returns the number of directories below the root that the paths imply.
@@ -156,8 +139,8 @@ func order(text []byte, begin []uint32) (directories uint64, err error) {
 		return c
 	})
 	for i, b := range begin {
-		d := decoder{b: text, pos: int(b)}
-		names, shared := d.keyLength(), 0
+		names, _ := knownHead(text, int(b))
+		shared := 0
 		if i > 0 {
 			c, common, within := compareKeys(text, int(begin[i-1]), int(b))
 			if c == 0 || within {
@@ -179,10 +162,13 @@ func order(text []byte, begin []uint32) (directories uint64, err error) {
 // they begin with alike, and within reports whether the first is a directory that the second would
 // be in.
 func compareKeys(text []byte, a, b int) (c, common int, within bool) {
-	x, y := decoder{b: text, pos: a}, decoder{b: text, pos: b}
-	n, m := x.keyLength(), y.keyLength()
+	n, a := knownHead(text, a)
+	m, b := knownHead(text, b)
 	for i := range min(n, m) {
-		if c := bytes.Compare(x.keyName(), y.keyName()); c != 0 {
+		k, x := knownHead(text, a)
+		l, y := knownHead(text, b)
+		a, b = x+k, y+l
+		if c := bytes.Compare(text[x:a], text[y:b]); c != 0 {
 			return c, i, false
 		}
 	}

@@ -18,18 +18,9 @@ import (
 // must not be longer than [Limits.IndexLength], which is for the caller to see to when it opens it.
 // Errors are those of the content and of [Decode].
 func ReadIndex(r *content.Reader, limits Limits) (*Index, error) {
-	// It takes memory for what has come, and at the end for no more than that.
-	size := int(min(r.Size(), maxIndex))
-	b := make([]byte, 0, min(size, 64<<10))
-	for len(b) < size {
-		if len(b) == cap(b) {
-			b = append(make([]byte, 0, min(2*cap(b), size)), b...)
-		}
-		n, err := r.Read(b[len(b):cap(b)])
-		if err != nil {
-			return nil, err
-		}
-		b = b[:len(b)+n]
+	b, err := io.ReadAll(r) // takes memory for what has come, and at the end for no more than that
+	if err != nil {
+		return nil, err
 	}
 	x, err := Decode(b, limits)
 	if err == nil {
@@ -52,11 +43,9 @@ type Tree struct {
 	contents nar.Feeder         // of the file under way, if it comes from there
 	done     func() bool
 
-	started bool
-	path    string     // of the directory under way
-	depth   int        // directories open
-	queue   []nar.Node // up to the next entry, which is the last of them
-	file    bool       // a Regular is under way
+	open  []string   // names of the directories under way, of which that of the root is empty
+	queue []nar.Node // up to the next entry, which is the last of them
+	file  bool       // a Regular is under way
 }
 
 // Nodes returns the tree of the index. The window bounds what is in flight; no more than
@@ -136,62 +125,40 @@ func (t *Tree) node() (n nar.Node, ok bool) {
 // plan queues the nodes up to the next entry, or to the end.
 func (t *Tree) plan() {
 	t.queue = t.queue[:0]
-	more := t.next < t.index.Len()
-	var e Entry
-	if more {
-		e = t.index.Entry(t.next)
+	if t.next == t.index.Len() {
 		t.next++
+		if t.index.Len() == 0 {
+			t.enter([]string{""}) // the index of an empty directory
+		}
+		t.enter(nil)
 	}
-	// The index of an empty directory has no entries; that of an item that is no directory, one
-	// without a path.
-	if !t.started && !(more && e.Path == "") {
-		t.open("")
-	}
-	t.started = true
-	if !more {
-		t.closeTo(0)
+	if t.next > t.index.Len() {
 		return
 	}
-	node := nar.Node{Kind: e.Kind, Executable: e.Executable, Target: e.Target}
+	e := t.index.Entry(t.next)
+	t.next++
+	names := []string{""} // that of an item that is no directory
 	if e.Path != "" {
-		directory := ""
-		node.Name = e.Path
-		if i := strings.LastIndexByte(e.Path, '/'); i >= 0 {
-			directory, node.Name = e.Path[:i], e.Path[i+1:]
-		}
-		t.change(directory)
+		names = append(names, strings.Split(e.Path, "/")...)
 	}
-	t.queue = append(t.queue, node)
+	last := len(names) - 1
+	t.enter(names[:last])
+	t.queue = append(t.queue, nar.Node{Kind: e.Kind, Name: names[last], Executable: e.Executable, Target: e.Target})
 }
 
-// change queues what leads from the directory under way to another one.
-func (t *Tree) change(directory string) {
-	for !within(directory, t.path) {
-		t.closeTo(t.depth - 1)
-		t.path = t.path[:max(0, strings.LastIndexByte(t.path, '/'))]
+// enter queues what leads from the directory under way to another one.
+func (t *Tree) enter(directory []string) {
+	same := 0
+	for same < min(len(directory), len(t.open)) && directory[same] == t.open[same] {
+		same++
 	}
-	if rest := strings.TrimPrefix(directory[len(t.path):], "/"); rest != "" {
-		for name := range strings.SplitSeq(rest, "/") {
-			t.open(name)
-		}
-	}
-	t.path = directory
-}
-
-func (t *Tree) open(name string) {
-	t.queue = append(t.queue, nar.Node{Kind: nar.Directory, Name: name})
-	t.depth++
-}
-
-func (t *Tree) closeTo(depth int) {
-	for ; t.depth > depth; t.depth-- {
+	for range len(t.open) - same {
 		t.queue = append(t.queue, nar.Node{Kind: nar.End})
 	}
-}
-
-// within reports whether path is root or in it.
-func within(path, root string) bool {
-	return root == "" || path == root || strings.HasPrefix(path, root) && path[len(root)] == '/'
+	for _, name := range directory[same:] {
+		t.queue = append(t.queue, nar.Node{Kind: nar.Directory, Name: name})
+	}
+	t.open = append(t.open[:same], directory[same:]...)
 }
 
 // Contents implements [nar.Nodes].
