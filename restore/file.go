@@ -5,9 +5,11 @@ package restore
 import (
 	"crypto/sha256"
 	"hash"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
@@ -81,13 +83,13 @@ func (r *restorer) work() error {
 // create makes one file in its final form.
 func (r *restorer) create(f *file) error {
 	share := r.links != nil && f.size >= deduplicationMinimum && !f.unique
-	var key [sha256.Size]byte
-	if share && f.stream == nil {
-		// With all contents at hand a link that exists saves the writing.
-		key = f.linkKey()
-		if r.links.use(&key, f) {
-			return nil
-		}
+	var h *linkHash
+	if share {
+		h = newLinkHash(f)
+	}
+	// With all contents at hand a link that exists saves the writing.
+	if share && f.stream == nil && r.links.use(h.name(), f) {
+		return nil
 	}
 	mode := f.mode()
 	if r.writable {
@@ -98,7 +100,7 @@ func (r *restorer) create(f *file) error {
 	if err != nil {
 		return r.pathError("create", f.name, err)
 	}
-	err = r.fill(fd, f, share, &key)
+	err = r.fill(fd, f, h)
 	if err == nil && !r.writable {
 		err = futimens(fd, &canonicalTime)
 	}
@@ -109,13 +111,13 @@ func (r *restorer) create(f *file) error {
 		return r.pathError("write", f.name, err)
 	}
 	if share {
-		r.links.share(&key, f)
+		r.links.share(h.name(), f)
 	}
 	return nil
 }
 
-// fill writes the contents; of a stream it computes the key of the link too.
-func (r *restorer) fill(fd int, f *file, share bool, key *[sha256.Size]byte) error {
+// fill writes the contents, and hashes those of a stream for the link, if there is to be one.
+func (r *restorer) fill(fd int, f *file, h *linkHash) error {
 	w := sparseWriter{fd: fd}
 	for _, c := range f.pieces {
 		if err := w.write(c.Bytes); err != nil {
@@ -125,13 +127,6 @@ func (r *restorer) fill(fd int, f *file, share bool, key *[sha256.Size]byte) err
 	if f.stream == nil {
 		return w.finish()
 	}
-	var h *linkHash
-	if share {
-		h = newLinkHash(f)
-		for _, c := range f.pieces {
-			h.Write(c.Bytes)
-		}
-	}
 	f.release() // what follows may need the memory
 	for written := f.arrived; ; {
 		select {
@@ -140,15 +135,12 @@ func (r *restorer) fill(fd int, f *file, share bool, key *[sha256.Size]byte) err
 				if written < f.size {
 					return errWalk
 				}
-				if share {
-					h.key(key)
-				}
 				return w.finish()
 			}
 			written += uint64(len(c.Bytes))
 			err := w.write(c.Bytes)
-			if share {
-				h.Write(c.Bytes)
+			if h != nil {
+				h.hash.Write(c.Bytes)
 			}
 			c.Release()
 			if err != nil {
@@ -160,32 +152,39 @@ func (r *restorer) fill(fd int, f *file, share bool, key *[sha256.Size]byte) err
 	}
 }
 
-// linkKey is the key of a file whose contents are complete.
-func (f *file) linkKey() (key [sha256.Size]byte) {
-	h := newLinkHash(f)
-	for _, c := range f.pieces {
-		h.Write(c.Bytes)
-	}
-	h.key(&key)
-	return key
-}
-
-// A linkHash computes the key under which a file is shared: the SHA-256 of the archive that has the
-// file as its root.
+// A linkHash computes the name under which a file is shared, from the SHA-256 of the archive that
+// has the file as its root.
 type linkHash struct {
-	hash.Hash
+	hash   hash.Hash
 	framer nar.Framer
+	text   string
 }
 
+// newLinkHash returns the hash of a file as far as its contents are at hand.
 func newLinkHash(f *file) *linkHash {
-	h := &linkHash{Hash: sha256.New()}
-	var buffer [256]byte
-	h.Write(h.framer.AppendNode(buffer[:0], nar.Node{Kind: nar.Regular, Size: f.size, Executable: f.executable}))
+	h := &linkHash{hash: sha256.New()}
+	h.hash.Write(h.framer.AppendNode(nil, nar.Node{Kind: nar.Regular, Size: f.size, Executable: f.executable}))
+	for _, c := range f.pieces {
+		h.hash.Write(c.Bytes)
+	}
 	return h
 }
 
-func (h *linkHash) key(key *[sha256.Size]byte) {
-	var buffer [64]byte
-	h.Write(h.framer.AppendContentsEnd(buffer[:0]))
-	h.Sum(key[:0])
+// name returns the name; nothing can be hashed after that.
+func (h *linkHash) name() string {
+	if h.text == "" {
+		h.hash.Write(h.framer.AppendContentsEnd(nil))
+		h.text = nixbase32.EncodeToString(h.hash.Sum(nil))
+	}
+	return h.text
+}
+
+// futimens sets the access and modification times of an open file. x/sys/unix has the system call
+// only with a name.
+func futimens(fd int, times *[2]unix.Timespec) error {
+	_, _, errno := unix.Syscall6(unix.SYS_UTIMENSAT, uintptr(fd), 0, uintptr(unsafe.Pointer(times)), 0, 0, 0)
+	if errno != 0 {
+		return errno
+	}
+	return nil
 }

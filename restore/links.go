@@ -5,16 +5,12 @@ package restore
 import (
 	"bytes"
 	"crypto/rand"
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"io"
 	"os"
 	"sync"
 
 	"golang.org/x/sys/unix"
-
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 )
 
 // deduplicationMinimum is the length in bytes of the smallest file that is shared (Guix,
@@ -61,38 +57,31 @@ func (l *links) open(create bool) (int, error) {
 	return fd, nil
 }
 
-// use creates f as a link to the contents that key names, and reports whether that went well. If
+// use creates f as a link to the contents of the given name, and reports whether that went well. If
 // not, nothing has been created.
-func (l *links) use(key *[sha256.Size]byte, f *file) bool {
+func (l *links) use(name string, f *file) bool {
 	fd, err := l.open(false)
-	if err != nil {
-		return false
-	}
-	name := nixbase32.EncodeToString(key[:])
-	if !l.usable(fd, name, key, f) {
-		return false
-	}
-	return unix.Linkat(fd, name, f.directory.fd, f.name, 0) == nil
+	return err == nil && l.usable(fd, name, f) && unix.Linkat(fd, name, f.directory.fd, f.name, 0) == nil
 }
 
-// share makes f, which exists in its final form, share its contents with the link that key names,
-// or become that link.
-func (l *links) share(key *[sha256.Size]byte, f *file) {
+// share makes f, which exists in its final form, share its contents with the link of the given
+// name, or become that link.
+func (l *links) share(name string, f *file) {
 	fd, err := l.open(true)
 	if err != nil {
 		return
 	}
-	name := nixbase32.EncodeToString(key[:])
 	if unix.Linkat(f.directory.fd, f.name, fd, name, 0) != unix.EEXIST {
 		return // it is the link now; or the directory is full, or of another owner
 	}
-	if !l.usable(fd, name, key, f) {
+	if !l.usable(fd, name, f) {
 		// One that was damaged is gone.
 		unix.Linkat(f.directory.fd, f.name, fd, name, 0)
 		return
 	}
 	// The new link takes the place of the file in one step.
-	temporary := temporaryName()
+	// A name of the form that the daemon clears away should it be left behind.
+	temporary := fmt.Sprintf(".tmp-link-%d-%s", os.Getpid(), rand.Text())
 	if unix.Linkat(fd, name, fd, temporary, 0) != nil {
 		return
 	}
@@ -101,18 +90,11 @@ func (l *links) share(key *[sha256.Size]byte, f *file) {
 	}
 }
 
-// temporaryName is a name of the form that the daemon clears away should it be left behind.
-func temporaryName() string {
-	var b [8]byte
-	rand.Read(b[:])
-	return fmt.Sprintf(".tmp-link-%d-%s", os.Getpid(), hex.EncodeToString(b[:]))
-}
-
 // usable reports whether the link has the contents of f, and the mode, time and owner of a store
 // file: it is never changed, as other items share it. One that has other contents, because a disk
 // or whoever could write to it has changed it, or because it was truncated when the machine went
 // down, is removed, and told.
-func (l *links) usable(fd int, name string, key *[sha256.Size]byte, f *file) bool {
+func (l *links) usable(fd int, name string, f *file) bool {
 	link, err := unix.Openat(fd, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return false
@@ -124,7 +106,7 @@ func (l *links) usable(fd int, name string, key *[sha256.Size]byte, f *file) boo
 		return false
 	}
 	if uint64(st.Size) == f.size {
-		same, err := f.same(contents, key)
+		same, err := f.same(contents, name)
 		if same {
 			same, err = canonical(f, contents)
 			return same && err == nil
@@ -138,16 +120,12 @@ func (l *links) usable(fd int, name string, key *[sha256.Size]byte, f *file) boo
 	return false
 }
 
-// same reports whether r, which has as many bytes, has the contents of f.
-func (f *file) same(r io.Reader, key *[sha256.Size]byte) (bool, error) {
+// same reports whether r, which has as many bytes, has the contents of f, whose link has the name.
+func (f *file) same(r io.Reader, name string) (bool, error) {
 	if f.stream != nil { // they are not at hand any more
 		h := newLinkHash(f)
-		if _, err := io.Copy(h, r); err != nil {
-			return false, err
-		}
-		var found [sha256.Size]byte
-		h.key(&found)
-		return found == *key, nil
+		_, err := io.Copy(h.hash, r)
+		return err == nil && h.name() == name, err
 	}
 	buffer := make([]byte, 64<<10)
 	for _, piece := range f.pieces {
