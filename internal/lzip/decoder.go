@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -66,10 +68,13 @@ type decoder struct {
 
 // close gives the window back.
 func (d *decoder) close() {
-	if d.window != nil {
-		release(d.window)
-		d.window = nil
+	if d.window == nil {
+		return
 	}
+	if err := unix.Munmap(d.window); err != nil {
+		panic(err) // it fails only for what is not such memory
+	}
+	d.window = nil
 }
 
 // available is how many bytes of input are in memory.
@@ -131,7 +136,12 @@ func (d *decoder) begin(maxDict int) error {
 	ring := ringFor(dict)
 	if len(d.window) < ring+maxMatch+slack {
 		d.close()
-		if d.window, err = allocate(ring + maxMatch + slack); err != nil {
+		// Address space costs memory only where it is written to, so that a header that asks for a
+		// large dictionary gets nothing before there are data to fill it. Memory outside of the heap
+		// is given back at once, not when the garbage collector gets to it, and does not make it run
+		// earlier: two items in a row never hold two windows.
+		d.window, err = unix.Mmap(-1, 0, ring+maxMatch+slack, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+		if err != nil {
 			return fmt.Errorf("memory for a window of %d bytes: %w", ring, err)
 		}
 		d.ring = ring

@@ -85,19 +85,6 @@ var readers = map[string]func(*Reader) ([]byte, error){
 	"small Read": func(z *Reader) ([]byte, error) {
 		return io.ReadAll(iotest.OneByteReader(z))
 	},
-	"Next": func(z *Reader) ([]byte, error) {
-		var b []byte
-		for {
-			p, err := z.next()
-			b = append(b, p...)
-			if err == io.EOF {
-				return b, nil
-			}
-			if err != nil || len(p) == 0 {
-				return b, err
-			}
-		}
-	},
 }
 
 // sources are the ways in which compressed data can arrive.
@@ -152,7 +139,7 @@ func TestReader(t *testing.T) {
 				} else if !bytes.Equal(got, test.data) {
 					t.Errorf("%s: %s from %s: wrong data", test.name, reader, source)
 				}
-				if _, err := z.next(); err != io.EOF {
+				if _, err := z.Read(make([]byte, 1)); err != io.EOF {
 					t.Errorf("%s: %s from %s: %v after the end", test.name, reader, source, err)
 				}
 				if err := z.Close(); err != nil {
@@ -371,7 +358,7 @@ func TestErrors(t *testing.T) {
 			if !errors.Is(err, test.err) {
 				t.Errorf("%s, %s: %v", test.name, source, err)
 			}
-			if _, again := z.next(); again != err {
+			if _, again := z.Read(make([]byte, 1)); again != err {
 				t.Errorf("%s, %s: then %v", test.name, source, again)
 			}
 			z.Close()
@@ -441,7 +428,7 @@ func TestMemory(t *testing.T) {
 	z := NewReader(bytes.NewReader(m), maxDictionary)
 	defer z.Close()
 	before := resident()
-	if _, err := z.next(); err != nil {
+	if _, err := z.Read(make([]byte, 1)); err != nil {
 		t.Fatal(err)
 	}
 	if more := resident() - before; more > 32<<10 {

@@ -31,52 +31,36 @@ func NewReader(r io.Reader, maxDictionary int) *Reader {
 	return z
 }
 
-// next returns the next piece of the data. It is never empty, and is there until the next call of
-// any method.
-func (z *Reader) next() ([]byte, error) {
-	if p := z.piece; len(p) > 0 {
-		z.piece = nil
-		return p, nil
-	}
-	for z.err == nil {
-		if !z.open {
-			z.err = z.begin()
-			continue
-		}
-		p, err := z.d.next()
-		if err == io.EOF {
-			z.open = false
-		} else if err != nil {
-			z.err = err
-			break
-		}
-		if len(p) > 0 {
-			return p, nil
-		}
-	}
-	z.d.close()
-	return nil, z.err
-}
-
-// begin reads the header of a member; io.EOF says that there are no more.
-func (z *Reader) begin() error {
-	err := z.d.begin(z.maxDictionary)
-	if err == io.EOF && !z.begun {
-		err = io.ErrUnexpectedEOF
-	}
-	z.open, z.begun = err == nil, true
-	return err
-}
-
 // Read implements io.Reader.
 func (z *Reader) Read(p []byte) (int, error) {
-	if len(p) == 0 {
-		return 0, nil
+	for len(z.piece) == 0 && z.err == nil && len(p) > 0 {
+		z.piece, z.err = z.next()
 	}
-	piece, err := z.next()
-	n := copy(p, piece)
-	z.piece = piece[n:]
-	return n, err
+	if z.err != nil {
+		z.d.close()
+		return 0, z.err
+	}
+	n := copy(p, z.piece)
+	z.piece = z.piece[n:]
+	return n, nil
+}
+
+// next returns the next piece of the data, which may be empty and is there until the next call, or
+// an error.
+func (z *Reader) next() ([]byte, error) {
+	if !z.open {
+		err := z.d.begin(z.maxDictionary)
+		if err == io.EOF && !z.begun {
+			err = io.ErrUnexpectedEOF
+		}
+		z.open, z.begun = err == nil, true
+		return nil, err
+	}
+	p, err := z.d.next()
+	if err == io.EOF { // of the member
+		z.open, err = false, nil
+	}
+	return p, err
 }
 
 // Close gives the memory of the Reader back. It does not close the source. It returns nil, and may
