@@ -131,9 +131,7 @@ func (s *state) bytes() int64 {
 
 func (s *state) append(b []byte) []byte {
 	b = binary.BigEndian.AppendUint32(b, formatVersion)
-	for c := range classes {
-		b = binary.BigEndian.AppendUint64(b, uint64(s.blocks[c]))
-	}
+	b, _ = binary.Append(b, binary.BigEndian, s.blocks[:]) // never fails
 	return seal(stateKey, b)
 }
 
@@ -170,17 +168,13 @@ func parseChunk(k, v []byte) (class, *bitmap, error) {
 		return 0, nil, fmt.Errorf("%w: key %x of slots", ErrDamaged, k)
 	}
 	b := new(bitmap)
-	for i := range b {
-		b[i] = binary.LittleEndian.Uint64(v[8*i:])
-	}
-	return class(k[0]), b, nil
+	_, err = binary.Decode(v, binary.LittleEndian, b[:])
+	return class(k[0]), b, err
 }
 
 // append appends the value for a chunk of slots.
 func (b *bitmap) append(to, key []byte) []byte {
-	for _, word := range b {
-		to = binary.LittleEndian.AppendUint64(to, word)
-	}
+	to, _ = binary.Append(to, binary.LittleEndian, b[:]) // never fails
 	return seal(key, to)
 }
 

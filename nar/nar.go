@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 )
 
 // Kind tells what a [Node] is.
@@ -110,10 +111,8 @@ func CheckName(name string) error {
 	case len(name) > MaxName:
 		return fmt.Errorf("entry name of %d bytes, longer than %d", len(name), MaxName)
 	}
-	for i := range len(name) {
-		if c := name[i]; c == 0 || c == '/' {
-			return fmt.Errorf("entry name %q has the byte %#02x", name, c)
-		}
+	if i := strings.IndexAny(name, "\x00/"); i >= 0 {
+		return fmt.Errorf("entry name %q has the byte %#02x", name, name[i])
 	}
 	return nil
 }
@@ -126,11 +125,8 @@ func CheckTarget(target string) error {
 		return errors.New("empty symbolic link target")
 	case len(target) > MaxTarget:
 		return fmt.Errorf("symbolic link target of %d bytes, longer than %d", len(target), MaxTarget)
-	}
-	for i := range len(target) {
-		if target[i] == 0 {
-			return fmt.Errorf("symbolic link target %.100q has a NUL byte", target)
-		}
+	case strings.IndexByte(target, 0) >= 0:
+		return fmt.Errorf("symbolic link target %.100q has a NUL byte", target)
 	}
 	return nil
 }

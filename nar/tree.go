@@ -3,6 +3,7 @@
 package nar
 
 import (
+	"bufio"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -184,7 +185,12 @@ func (t *Tree) Contents() (Chunk, error) {
 	if t.file == nil || t.left == 0 {
 		return Chunk{}, io.EOF
 	}
-	c := t.memory()
+	var c Chunk
+	if t.left < PieceSize {
+		c.Bytes = make([]byte, t.left)
+	} else {
+		c = t.pool.Get()
+	}
 	n, err := io.ReadFull(t.file, c.Bytes)
 	if err != nil {
 		c.Release()
@@ -198,59 +204,46 @@ func (t *Tree) Contents() (Chunk, error) {
 	return c, nil
 }
 
-// memory returns memory for the next piece of contents.
-func (t *Tree) memory() Chunk {
-	if t.left < PieceSize {
-		return Chunk{Bytes: make([]byte, t.left)}
-	}
-	return t.pool.Get()
-}
-
-// Write writes the archive of the whole tree that nodes holds to w. It returns
-// the number of bytes written, and the first error of either side.
+// Write writes the archive of the whole tree that nodes holds to w. It returns the number of bytes
+// written, and the first error of either side.
 func Write(w io.Writer, nodes Nodes) (written int64, err error) {
-	var framer Framer
-	var frame []byte
+	out := bufio.NewWriterSize(w, 32<<10)
 	put := func(b []byte) error {
-		n, err := w.Write(b)
+		n, err := out.Write(b)
 		written += int64(n)
 		return err
+	}
+	var framer Framer
+	var frame []byte
+	contents := func() error {
+		for {
+			c, err := nodes.Contents()
+			if err == io.EOF {
+				return put(framer.AppendContentsEnd(frame[:0]))
+			} else if err != nil {
+				return err
+			}
+			err = put(c.Bytes)
+			c.Release()
+			if err != nil {
+				return err
+			}
+		}
 	}
 	for {
 		n, err := nodes.Next()
 		if err == io.EOF {
-			return written, put(frame)
+			return written, out.Flush()
 		} else if err != nil {
 			return written, err
 		}
-		frame = framer.AppendNode(frame, n)
-		if n.Kind == Regular {
-			for {
-				c, err := nodes.Contents()
-				if err == io.EOF {
-					break
-				} else if err != nil {
-					return written, err
-				}
-				if len(frame) > 0 {
-					err = put(frame)
-					frame = frame[:0]
-				}
-				if err == nil {
-					err = put(c.Bytes)
-				}
-				c.Release()
-				if err != nil {
-					return written, err
-				}
-			}
-			frame = framer.AppendContentsEnd(frame)
+		frame = framer.AppendNode(frame[:0], n)
+		err = put(frame)
+		if err == nil && n.Kind == Regular {
+			err = contents()
 		}
-		if len(frame) >= 32<<10 {
-			if err := put(frame); err != nil {
-				return written, err
-			}
-			frame = frame[:0]
+		if err != nil {
+			return written, err
 		}
 	}
 }
