@@ -35,12 +35,7 @@ func (w *writer) begin() (*change, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &change{w: w, tx: tx, blocks: tx.Bucket(blocksBucket), state: w.state, time: w.store.now()}
-	if c.blocks == nil || tx.Bucket(slotsBucket) == nil || tx.Bucket(storeBucket) == nil {
-		c.rollback()
-		return nil, fmt.Errorf("%w: a bucket is missing", ErrDamaged)
-	}
-	return c, nil
+	return &change{w: w, tx: tx, blocks: tx.Bucket(blocksBucket), state: w.state, time: w.store.options.now()}, nil
 }
 
 // rollback gives the change up, unless it has been committed.

@@ -117,7 +117,7 @@ func (s *Store) read(ref *eris.Reference, l location, dst []byte) ([]byte, bool,
 	if checksum(ref, dst) != l.sum() {
 		return nil, false, nil
 	}
-	slab.touch(l.slot(), s.now())
+	slab.touch(l.slot(), s.options.now())
 	return dst, true, nil
 }
 
@@ -143,11 +143,7 @@ func (s *Store) Have(question []byte) (answer []byte) {
 	defer func() { <-share.running }()
 	begin, n := time.Now(), 0
 	_ = s.view(func(tx *bbolt.Tx) error {
-		bucket := tx.Bucket(blocksBucket)
-		if bucket == nil {
-			return fmt.Errorf("%w: no blocks", ErrDamaged)
-		}
-		cursor := bucket.Cursor()
+		cursor := tx.Bucket(blocksBucket).Cursor()
 		answer = fetch.HaveBits(question, func(prefix []byte) (has, known bool) {
 			if n++; n%64 == 0 && time.Since(begin) > haveTime {
 				return false, false

@@ -253,11 +253,7 @@ func makeIndex(directory string, enter func(*bbolt.DB) (state, error)) (s state,
 // lookup returns the location of a block.
 func (s *Store) lookup(ref *eris.Reference) (l location, found bool, err error) {
 	err = s.view(func(tx *bbolt.Tx) (err error) {
-		bucket := tx.Bucket(blocksBucket)
-		if bucket == nil {
-			return fmt.Errorf("%w: no blocks", ErrDamaged)
-		}
-		if v := bucket.Get(ref[:]); v != nil {
+		if v := tx.Bucket(blocksBucket).Get(ref[:]); v != nil {
 			found = true
 			l, err = parseLocation(ref[:], v)
 		}
@@ -294,9 +290,9 @@ func (s *Store) guard(f func() error) error {
 	return err
 }
 
-// guard calls a function that uses bbolt. bbolt panics where its file is damaged, and faults where
-// the file is shorter than it was; both become errors. That is sound, because all that bbolt keeps
-// in memory is given up then.
+// guard calls a function that uses bbolt. bbolt panics where its file is damaged, as do its users
+// where a bucket is missing, and faults where the file is shorter than it was; all become errors.
+// That is sound, because all that bbolt keeps in memory is given up then.
 func guard(f func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {

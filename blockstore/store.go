@@ -55,7 +55,7 @@ type Options struct {
 	// Of tests; 0 stands for the constants and for clock.
 	queueBytes int64
 	hintBytes  int
-	now        func() uint32
+	now        func() uint32 // the time of an access, in quarters of a second
 }
 
 // Store is a store of blocks in a directory. Its methods are safe for use by many goroutines at a
@@ -67,7 +67,6 @@ type Store struct {
 	index     *bbolt.DB
 	slabs     [classes]*slab
 	hints     *hints
-	now       func() uint32 // the time of an access, in quarters of a second
 
 	room  *semaphore.Weighted // of bytes in the queue
 	queue chan *request
@@ -76,7 +75,7 @@ type Store struct {
 
 	writer   writer
 	endCheck context.CancelFunc // ends the writer's check of the index
-	stopped  chan struct{}      // closed when the writer has ended
+	running  sync.WaitGroup     // of the writer
 	final    error              // of the writer, once it has ended
 
 	failure    atomic.Pointer[error] // why no more is written, if so
@@ -120,10 +119,8 @@ func open(directory string, options Options) (_ *Store, err error) {
 		directory: directory,
 		options:   options,
 		hints:     newHints(options.hintBytes),
-		now:       options.now,
 		room:      semaphore.NewWeighted(options.queueBytes),
 		queue:     make(chan *request, maxBatchBlocks),
-		stopped:   make(chan struct{}),
 	}
 	for i := range s.reads {
 		s.reads[i].running = make(chan struct{}, readsPerShare)
@@ -143,7 +140,7 @@ func open(directory string, options Options) (_ *Store, err error) {
 	s.progress.stats.hold(s.writer.state)
 	ctx, cancel := context.WithCancel(context.Background())
 	s.endCheck = cancel
-	go s.writer.run(ctx)
+	s.running.Go(func() { s.final = s.writer.run(ctx) })
 	return s, nil
 }
 
@@ -178,7 +175,7 @@ func (s *Store) openFiles() error {
 		if n := slotsTaken(taken[c]); n != s.writer.state.blocks[c] {
 			return fmt.Errorf("%w: %d blocks in %d slots", ErrDamaged, s.writer.state.blocks[c], n)
 		}
-		s.slabs[c], err = openSlab(s.directory, c, taken[c], s.now())
+		s.slabs[c], err = openSlab(s.directory, c, taken[c], s.options.now())
 		if errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("%w: it has blocks of %d bytes, and their file is missing", ErrDamaged, c.size())
 		} else if err != nil {
@@ -199,7 +196,7 @@ func (s *Store) Close() error {
 		close(s.queue)
 		s.gate.Unlock()
 		s.endCheck()
-		<-s.stopped
+		s.running.Wait()
 		if s.closed = errors.Join(s.final, s.closeFiles()); s.closed != nil {
 			s.closed = fmt.Errorf("closing block store %q: %w", s.directory, s.closed)
 		}

@@ -36,9 +36,8 @@ type writer struct {
 
 // run checks the index, and then does requests until the queue is closed. The context ends the
 // check.
-func (w *writer) run(ctx context.Context) {
+func (w *writer) run(ctx context.Context) error {
 	s := w.store
-	defer close(s.stopped)
 	if err := s.checkIndex(ctx); err != nil {
 		s.fail(err)
 	} else {
@@ -58,8 +57,7 @@ func (w *writer) run(ctx context.Context) {
 			select {
 			case r, ok := <-s.queue:
 				if !ok {
-					s.final = w.saveAccesses()
-					return
+					return w.saveAccesses()
 				}
 				first = r
 			case <-save.C:
