@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"slices"
 
 	"go.etcd.io/bbolt"
 
@@ -154,16 +153,6 @@ func (c *change) record() error {
 	slots := c.tx.Bucket(slotsBucket)
 	for class := range classes {
 		slab := c.w.store.slabs[class]
-		slices.Sort(c.taken[class])
-		slices.Sort(c.freed[class])
-		for _, slot := range c.freed[class] {
-			if !slab.isTaken(slot) {
-				return fmt.Errorf("%w: block in a free slot", ErrDamaged)
-			}
-		}
-		if free := slices.Compact(slices.Clone(c.freed[class])); len(free) != len(c.freed[class]) {
-			return fmt.Errorf("%w: blocks in the same slot", ErrDamaged)
-		}
 		chunks := make(map[int]*bitmap)
 		chunk := func(slot uint32) *bitmap {
 			i := int(slot / slotsPerChunk)
@@ -177,6 +166,9 @@ func (c *change) record() error {
 			chunk(slot)
 		}
 		for _, slot := range c.freed[class] {
+			if !slab.isTaken(slot) || !chunk(slot).has(slot) {
+				return fmt.Errorf("%w: block in a free slot, or two in one", ErrDamaged)
+			}
 			chunk(slot).clear(slot)
 		}
 		for i, b := range chunks {

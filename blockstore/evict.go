@@ -3,8 +3,10 @@
 package blockstore
 
 import (
+	"cmp"
 	"errors"
 	"math"
+	"slices"
 	"syscall"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -26,46 +28,30 @@ type plan struct {
 	hand  eris.Reference // where to go on
 }
 
-// makePlan chooses the time so that at least so many bytes were last used before it, if there are.
+// samples is of how many slots of each slab the times are looked at for a plan.
+const samples = 1 << 16
+
+// makePlan chooses the time so that about so many bytes were last used before it, if there are: at
+// least as many where each slot is looked at.
 func (w *writer) makePlan(bytes int64) {
-	w.plan.bytes = bytes
-	w.plan.time = math.MaxUint32
-	first, last := uint32(math.MaxUint32), uint32(0)
-	each := func(f func(c class, time uint32)) {
-		for _, slab := range w.store.slabs {
-			chunks := *slab.accessChunks.Load()
-			for i, taken := range slab.taken {
-				for slot := range uint32(slotsPerChunk) {
-					if taken.has(slot) {
-						f(slab.class, chunks[i].times[slot].Load())
-					}
-				}
+	type use struct {
+		time uint32
+		size int64 // of all blocks for which it stands
+	}
+	var uses []use
+	for _, slab := range w.store.slabs {
+		step := slab.end/samples + 1
+		for slot := int64(0); slot < slab.end; slot += step {
+			if slab.isTaken(uint32(slot)) {
+				uses = append(uses, use{slab.time(uint32(slot)), step * int64(slab.class.size())})
 			}
 		}
 	}
-	each(func(_ class, t uint32) {
-		first, last = min(first, t), max(last, t)
-	})
-	if first > last {
-		return
-	}
-	var histogram [4096]int64
-	shift := 0
-	for (last-first)>>shift >= uint32(len(histogram)) {
-		shift++
-	}
-	each(func(c class, t uint32) {
-		// Times change meanwhile.
-		i := uint32(len(histogram) - 1)
-		if t >= first {
-			i = min(i, (t-first)>>shift)
-		}
-		histogram[i] += int64(c.size())
-	})
-	var sum int64
-	for i, n := range histogram {
-		if sum += n; sum >= bytes {
-			w.plan.time = min(w.plan.time, first+(uint32(i)+1)<<shift-1)
+	slices.SortFunc(uses, func(a, b use) int { return cmp.Compare(a.time, b.time) })
+	w.plan.bytes, w.plan.time = bytes, math.MaxUint32
+	for _, u := range uses {
+		if bytes -= u.size; bytes <= 0 {
+			w.plan.time = u.time
 			return
 		}
 	}

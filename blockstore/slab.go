@@ -10,6 +10,7 @@ import (
 	"math/bits"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
@@ -257,6 +258,7 @@ func (s *slab) punch(slots []uint32) error {
 	const page = 4096
 	size := int64(s.class.size())
 	perPage := uint32(max(1, page/size))
+	slices.Sort(slots)
 	last := int64(-1)
 next:
 	for _, slot := range slots {
