@@ -134,31 +134,13 @@ func (d *decoder) run(end, lim int) stop {
 				code -= bound
 				m.isRepG0[state&(states-1)] = uint16(p - p>>probMove)
 
-				rng, code = d.refill(rng, code)
-				p = uint64(m.isRepG1[state&(states-1)])
-				bound = (rng >> probBits) * p
-				if code < bound {
-					rng = bound
-					m.isRepG1[state&(states-1)] = uint16(p + (1<<probBits-p)>>probMove)
+				var second, third bool
+				if second, rng, code = d.flag(&m.isRepG1[state&(states-1)], rng, code); !second {
 					rep1, rep0 = rep0, rep1
+				} else if third, rng, code = d.flag(&m.isRepG2[state&(states-1)], rng, code); !third {
+					rep2, rep1, rep0 = rep1, rep0, rep2
 				} else {
-					rng -= bound
-					code -= bound
-					m.isRepG1[state&(states-1)] = uint16(p - p>>probMove)
-
-					rng, code = d.refill(rng, code)
-					p = uint64(m.isRepG2[state&(states-1)])
-					bound = (rng >> probBits) * p
-					if code < bound {
-						rng = bound
-						m.isRepG2[state&(states-1)] = uint16(p + (1<<probBits-p)>>probMove)
-						rep2, rep1, rep0 = rep1, rep0, rep2
-					} else {
-						rng -= bound
-						code -= bound
-						m.isRepG2[state&(states-1)] = uint16(p - p>>probMove)
-						rep3, rep2, rep1, rep0 = rep2, rep1, rep0, rep3
-					}
+					rep3, rep2, rep1, rep0 = rep2, rep1, rep0, rep3
 				}
 			}
 			n, rng, code = d.length(&m.repLen, posState, rng, code)

@@ -92,6 +92,21 @@ func decide(rng, code, p uint64) (r, c, q, bit uint64) {
 	return
 }
 
+// flag decodes a bit that is seldom asked for, by a branch.
+//
+//go:noinline
+func (d *decoder) flag(t *uint16, rng, code uint64) (set bool, r, c uint64) {
+	rng, code = d.refill(rng, code)
+	p := uint64(*t)
+	bound := (rng >> probBits) * p
+	if code < bound {
+		*t = uint16(p + (1<<probBits-p)>>probMove)
+		return false, bound, code
+	}
+	*t = uint16(p - p>>probMove)
+	return true, rng - bound, code - bound
+}
+
 // plainLiteral decodes a literal that does not follow a match. The byte is the low eight bits of
 // the result.
 //
@@ -234,16 +249,12 @@ func (d *decoder) length(l *lenModel, posState, rng, code uint64) (n, r, c uint6
 		return n - 8 + minMatch, rng, code
 	}
 	l.choice = uint16(p - p>>probMove)
-	rng, code = d.refill(rng-bound, code-bound)
-	p = uint64(l.choice2)
-	bound = (rng >> probBits) * p
-	if code < bound {
-		l.choice2 = uint16(p + (1<<probBits-p)>>probMove)
-		n, rng, code = d.tree3(&l.mid[posState&(posStates-1)], bound, code)
+	long, rng, code := d.flag(&l.choice2, rng-bound, code-bound)
+	if !long {
+		n, rng, code = d.tree3(&l.mid[posState&(posStates-1)], rng, code)
 		return n - 8 + minMatch + 8, rng, code
 	}
-	l.choice2 = uint16(p - p>>probMove)
-	n, rng, code = d.tree8(&l.high, rng-bound, code-bound)
+	n, rng, code = d.tree8(&l.high, rng, code)
 	return n - 256 + minMatch + 16, rng, code
 }
 
