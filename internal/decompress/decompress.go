@@ -188,11 +188,3 @@ func (z *Reader) Close() error {
 	}
 	return nil
 }
-
-// noEOF turns the end of the source into an end too early.
-func noEOF(err error) error {
-	if err == io.EOF {
-		return io.ErrUnexpectedEOF
-	}
-	return err
-}

@@ -14,7 +14,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -389,32 +388,17 @@ func TestPrograms(t *testing.T) {
 // Memory for the window is no more than what comes out can need, whatever the compressor has taken.
 func TestSmallWindow(t *testing.T) {
 	contents := bytes.Repeat([]byte("0123456789abcdef, and so on; "), 30000)
-	var compressed bytes.Buffer
-	w, err := zstd.NewWriter(&compressed, zstd.WithWindowSize(64<<20), zstd.WithSingleSegment(false))
-	if err != nil {
-		t.Fatal(err)
-	}
-	// In parts, so that the writer cannot know how little it will be.
-	w.Write(contents[:len(contents)/2])
-	w.Flush()
-	w.Write(contents[len(contents)/2:])
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
+	compressed := zstdWindow(t, contents, 64<<20)
 	used := func(most int64) uint64 {
-		var before, after runtime.MemStats
-		runtime.ReadMemStats(&before)
-		z, err := OpenAtMost("zstd", bytes.NewReader(compressed.Bytes()), most)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer z.Close()
-		got, err := io.ReadAll(io.LimitReader(z, int64(len(contents))+1))
-		if err != nil || !bytes.Equal(got, contents) {
-			t.Fatalf("%d bytes of %d, %v", len(got), len(contents), err)
-		}
-		runtime.ReadMemStats(&after)
-		return after.TotalAlloc - before.TotalAlloc
+		return heap(func() {
+			z, err := OpenAtMost("zstd", bytes.NewReader(compressed), most)
+			must(t, err)
+			defer z.Close()
+			got, err := io.ReadAll(io.LimitReader(z, int64(len(contents))+1))
+			if err != nil || !bytes.Equal(got, contents) {
+				t.Fatalf("%d bytes of %d, %v", len(got), len(contents), err)
+			}
+		})
 	}
 	if narrow, wide := used(int64(len(contents))), used(maxWindow); narrow+(32<<20) > wide {
 		t.Errorf("%d bytes of memory, and %d with the whole window", narrow, wide)

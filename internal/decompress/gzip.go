@@ -15,7 +15,8 @@ const freeGzip = 1 << 20
 // A gzipReader decompresses gzip members (RFC 1952).
 type gzipReader struct {
 	in     *bufio.Reader
-	z      *gzip.Reader
+	z      gzip.Reader
+	begun  bool
 	inside bool // of a member
 }
 
@@ -24,46 +25,39 @@ func newGzipReader(r io.Reader) *gzipReader {
 }
 
 func (g *gzipReader) Read(p []byte) (int, error) {
-	for len(p) > 0 {
-		if err := g.member(); err != nil {
-			return 0, err
+	for {
+		if !g.inside {
+			if err := g.member(); err != nil {
+				return 0, err
+			}
 		}
 		n, err := g.z.Read(p)
 		if err == io.EOF {
 			g.inside, err = false, nil
 		}
-		if n > 0 || err != nil {
+		if n > 0 || err != nil || len(p) == 0 {
 			return n, err
 		}
 	}
-	return 0, nil
 }
 
-// member reads the header of a member unless it is inside of one. It returns io.EOF if there was a
-// member and what follows is not one.
-func (g *gzipReader) member() (err error) {
-	if g.inside {
-		return nil
-	}
+// member reads the header of a member. It returns io.EOF if there was a member and what follows is
+// not one.
+func (g *gzipReader) member() error {
 	magic, err := g.in.Peek(2)
-	if err == nil && (magic[0] != 0x1F || magic[1] != 0x8B) {
-		err = gzip.ErrHeader
-	}
-	if g.z != nil && (err == io.EOF || err == gzip.ErrHeader) {
+	if g.begun && (err == io.EOF || err == nil && string(magic) != "\x1F\x8B") {
 		return io.EOF
 	}
-	if err != nil {
-		return noEOF(err)
-	}
-	if g.z == nil {
-		g.z, err = gzip.NewReader(g.in)
-	} else {
+	if err == nil {
 		err = g.z.Reset(g.in)
 	}
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
 	if err != nil {
-		return noEOF(err)
+		return err
 	}
 	g.z.Multistream(false)
-	g.inside = true
+	g.begun, g.inside = true, true
 	return nil
 }
