@@ -25,8 +25,7 @@
 // taken; and two files with the time of the last access to each slot. While the store is closed
 // there is the checksum of the whole index, too. New blocks are written into free slots and synced,
 // and then the index is committed, so that a crash at any moment leaves a consistent store. Slots
-// of evicted blocks are used again, lowest first. docs/blockstore.md of the repository has the
-// measurements that led here.
+// of evicted blocks are used again, lowest first.
 //
 // Blocks need no more than their bytes, so the files with blocks can be as large as the limit. When
 // the mix of block sizes shifts, the space of slots that are not soon to be used again is given
@@ -40,12 +39,9 @@
 // stored stays readable, and later calls try again. If the index was possibly not written although
 // its commit had begun, the store takes no more blocks until it is opened anew.
 //
-// bbolt maps the index into memory and does not checksum it. Therefore each entry has a checksum
-// with its key, and before anything is written the whole index is checked, against its checksum,
-// or, after a crash, entry by entry. Damage that is found then or later, by an entry or because
-// bbolt panics, becomes an error that wraps [ErrDamaged], and the index loses its name. Because
-// blocks name themselves by their hash, [Rebuild] makes a new index from the blocks alone. Two
-// things are not found: that the list of free pages was damaged in a crash, before it has led to
-// other damage; and a cycle in the tree that a reader meets before the check has seen the checksum
-// is wrong, which ends the program.
+// bbolt does not checksum the index. Therefore each entry has a checksum with its key, and before
+// anything is written the whole index is checked. Damage that is found then or later becomes an
+// error that wraps [ErrDamaged], and the index loses its name. Because blocks name themselves by
+// their hash, [Rebuild] makes a new one from the blocks alone. docs/blockstore.md has the two kinds
+// of damage that are not found.
 package blockstore

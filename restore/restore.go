@@ -268,23 +268,19 @@ func (r *restorer) node(n nar.Node) error {
 // contents collects the contents of f and hands it to a worker: whole if it is small, else as a
 // stream.
 func (r *restorer) contents(f *file) error {
-	sent := false
-	err := r.pieces(f, &sent)
-	if err == nil && !sent {
-		err = r.send(f)
-		sent = err == nil
-	}
-	if f.stream != nil {
+	err := r.pieces(f)
+	switch {
+	case f.stream != nil:
 		close(f.stream)
-	}
-	if !sent {
-		f.release()
-		r.complete(f.directory)
+	case err == nil:
+		err = r.send(f)
+	default:
+		r.drop(f)
 	}
 	return err
 }
 
-func (r *restorer) pieces(f *file, sent *bool) error {
+func (r *restorer) pieces(f *file) error {
 	for arrived := uint64(0); ; {
 		c, err := r.nodes.Contents()
 		if err == io.EOF {
@@ -305,7 +301,7 @@ func (r *restorer) pieces(f *file, sent *bool) error {
 			c.Release()
 			return err
 		}
-		if *sent {
+		if f.stream != nil {
 			select {
 			case f.stream <- c:
 				continue
@@ -320,7 +316,6 @@ func (r *restorer) pieces(f *file, sent *bool) error {
 			if err := r.send(f); err != nil {
 				return err
 			}
-			*sent = true
 		}
 	}
 }
@@ -336,8 +331,15 @@ func (r *restorer) send(f *file) error {
 	case r.files <- f:
 		return nil
 	case <-r.ctx.Done():
+		r.drop(f)
 		return r.ctx.Err()
 	}
+}
+
+// drop lets go of a file that no worker has.
+func (r *restorer) drop(f *file) {
+	f.release()
+	r.complete(f.directory)
 }
 
 func (r *restorer) tooLarge() error {
@@ -444,8 +446,7 @@ func (r *restorer) complete(d *directory) error {
 // abandon closes what is left open after an error.
 func (r *restorer) abandon() {
 	for f := range r.files {
-		f.release()
-		r.complete(f.directory)
+		r.drop(f)
 	}
 	for _, d := range r.open {
 		r.complete(d)
