@@ -25,38 +25,41 @@ func TestFullDisk(t *testing.T) {
 		}
 	}()
 	directory, filler := filepath.Join(mount, "store"), filepath.Join(mount, "filler")
-	s, err := Open(directory, Options{})
-	must(t, err)
+	var s *Store
+	reopen := func(options Options) {
+		t.Helper()
+		if s != nil {
+			if err := s.Close(); err != nil && !errors.Is(err, syscall.ENOSPC) { // times of access may not fit
+				t.Fatal(err)
+			}
+		}
+		var err error
+		s, err = Open(directory, options)
+		must(t, err)
+	}
+	reopen(Options{})
 	defer func() { s.Close() }()
 	var acknowledged []int
 	next := 0
-	// fill puts blocks until so many calls in a row have failed.
-	fill := func(size int, failures int) {
+	// fill puts batches until 20 in a row have failed, and checks all that was acknowledged.
+	fill := func(size int) {
 		t.Helper()
-		for failed := 0; failed < failures; {
+		for failed := 0; failed < 20; next += size {
 			var refs []eris.Reference
 			var blocks [][]byte
+			var numbers []int
 			for i := next; i < next+size; i++ {
 				ref, block := testBlock(i, crashSize(i))
-				refs, blocks = append(refs, ref), append(blocks, block)
+				refs, blocks, numbers = append(refs, ref), append(blocks, block), append(numbers, i)
 			}
-			err := s.PutBatch(t.Context(), refs, blocks)
-			switch {
-			case err == nil:
-				for i := next; i < next+size; i++ {
-					acknowledged = append(acknowledged, i)
-				}
+			failed++
+			if err := s.PutBatch(t.Context(), refs, blocks); err == nil {
+				acknowledged = append(acknowledged, numbers...)
 				failed = 0
-			case errors.Is(err, syscall.ENOSPC):
-				failed++
-			default:
+			} else if !errors.Is(err, syscall.ENOSPC) {
 				t.Fatal(err)
 			}
-			next += size
 		}
-	}
-	check := func() {
-		t.Helper()
 		for _, i := range acknowledged {
 			mustHave(t, s, i, crashSize(i))
 		}
@@ -64,46 +67,26 @@ func TestFullDisk(t *testing.T) {
 	must(t, os.WriteFile(filler, make([]byte, 3<<20), 0o600))
 	// Large batches fail first, then ever smaller ones: now the blocks do not fit, now the index.
 	for _, size := range []int{64, 8, 1} {
-		fill(size, 20)
-		check()
+		fill(size)
 	}
 	half := len(acknowledged)
 	if half == 0 || s.Stats().Failed == 0 {
 		t.Errorf("%d acknowledged, %+v", half, s.Stats())
 	}
-	// The store can be opened on a full disk.
-	if err := s.Close(); err != nil && !errors.Is(err, syscall.ENOSPC) { // times of access may not fit
-		t.Fatal(err)
-	}
-	if s, err = Open(directory, Options{}); err != nil {
-		t.Fatal(err)
-	}
-	check()
-	// Space again.
+	reopen(Options{}) // on a full disk
 	must(t, os.Remove(filler))
-	fill(1, 20)
+	fill(1)
 	if len(acknowledged) < half*3/2 {
 		t.Errorf("%d acknowledged with half of the space, %d with all of it", half, len(acknowledged))
 	}
-	check()
-	if err := s.Close(); err != nil && !errors.Is(err, syscall.ENOSPC) {
-		t.Fatal(err)
-	}
-	if s, err = Open(directory, Options{}); err != nil {
-		t.Fatal(err)
-	}
-	check()
+	reopen(Options{})
+	fill(1)
 	// Of a batch that failed some blocks may be there.
 	if stats := s.Stats(); stats.Damaged != 0 || stats.Blocks1KiB+stats.Blocks32KiB < int64(len(acknowledged)) {
 		t.Errorf("%d acknowledged, %+v", len(acknowledged), stats)
 	}
 	// What was given up has left its space.
-	if err := s.Close(); err != nil && !errors.Is(err, syscall.ENOSPC) {
-		t.Fatal(err)
-	}
-	if s, err = Open(directory, Options{MaxBytes: 2 << 20}); err != nil {
-		t.Fatal(err)
-	}
+	reopen(Options{MaxBytes: 2 << 20})
 	mustPut(t, s, next, eris.BlockSize32KiB)
 	mustHave(t, s, next, eris.BlockSize32KiB)
 }
