@@ -18,14 +18,10 @@ const fuzzDictionary = 1 << 20
 
 func FuzzReader(f *testing.F) {
 	names, err := filepath.Glob(filepath.Join("..", "..", "testdata", "guix-mirror", "nar", "lzip", "*"))
-	if err != nil {
-		f.Fatal(err)
-	}
+	must(f, err)
 	for _, name := range append(names, "testdata/sync-flush.lz") {
 		data, err := os.ReadFile(name)
-		if err != nil {
-			f.Fatal(err)
-		}
+		must(f, err)
 		if len(data) < 2000 {
 			f.Add(data)
 		}

@@ -5,6 +5,7 @@ package lzip
 import (
 	"bytes"
 	"os/exec"
+	"slices"
 	"testing"
 )
 
@@ -14,19 +15,12 @@ func TestWriter(t *testing.T) {
 		var b, again bytes.Buffer
 		for _, to := range []*bytes.Buffer{&b, &again} {
 			w, err := NewWriter(to, level)
-			if err != nil {
-				t.Fatal(err)
+			must(t, err)
+			for piece := range slices.Chunk(data, 100000) {
+				_, err := w.Write(piece)
+				must(t, err)
 			}
-			for rest := data; len(rest) > 0; {
-				n, err := w.Write(rest[:min(len(rest), 100000)])
-				if err != nil {
-					t.Fatal(err)
-				}
-				rest = rest[n:]
-			}
-			if err := w.Close(); err != nil {
-				t.Fatal(err)
-			}
+			must(t, w.Close())
 		}
 		if !bytes.Equal(b.Bytes(), again.Bytes()) {
 			t.Errorf("level %d: other bytes the second time", level)
