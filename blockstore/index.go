@@ -180,9 +180,6 @@ func (b *bitmap) append(to, key []byte) []byte {
 
 // openIndex opens the index, which must exist.
 func openIndex(path string) (*bbolt.DB, error) {
-	if _, err := os.Stat(path); err != nil {
-		return nil, err
-	}
 	var db *bbolt.DB
 	err := guard(func() (err error) {
 		mapped := 1 << 30 // address space, not memory: the map is rarely made anew while the index grows
