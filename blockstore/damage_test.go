@@ -40,9 +40,8 @@ func damageTemplate(t *testing.T) (map[string][]byte, []eris.Reference) {
 	files := make(map[string][]byte)
 	for _, name := range []string{indexName, sumName, "blocks-1k", "blocks-32k", "accessed-1k", "accessed-32k"} {
 		var err error
-		if files[name], err = os.ReadFile(filepath.Join(directory, name)); err != nil {
-			t.Fatal(err)
-		}
+		files[name], err = os.ReadFile(filepath.Join(directory, name))
+		must(t, err)
 	}
 	files[indexName] = files[indexName][:used] // what bbolt has in stock is of no interest
 	return files, refs
@@ -60,9 +59,8 @@ func start(t *testing.T, directory string) *Store {
 	t.Helper()
 	s, err := Open(directory, Options{hintBytes: 64})
 	if errors.Is(err, ErrDamaged) {
-		if _, err := Rebuild(t.Context(), directory); err != nil {
-			t.Fatal(err)
-		}
+		_, err = Rebuild(t.Context(), directory)
+		must(t, err)
 		s, err = Open(directory, Options{hintBytes: 64})
 	}
 	must(t, err)
@@ -273,9 +271,8 @@ func TestDamagedBlock(t *testing.T) {
 			found, _, err := s.lookup(&ref)
 			must(t, err)
 			offset := int64(found.slot())*int64(size) + int64(size)/2
-			if _, err := s.slabs[found.class()].file.WriteAt([]byte{block[size/2] ^ 0x10}, offset); err != nil {
-				t.Fatal(err)
-			}
+			_, err = s.slabs[found.class()].file.WriteAt([]byte{block[size/2] ^ 0x10}, offset)
+			must(t, err)
 			left := int64(3)
 			if again {
 				// Put finds it and repairs it.

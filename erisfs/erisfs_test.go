@@ -99,9 +99,8 @@ var wide = erisfs.Limits{NarSize: 1 << 30}
 func archive(t testing.TB, nodes nar.Nodes) []byte {
 	t.Helper()
 	var b bytes.Buffer
-	if _, err := nar.Write(&b, nodes); err != nil {
-		t.Fatal(err)
-	}
+	_, err := nar.Write(&b, nodes)
+	must(t, err)
 	return b.Bytes()
 }
 
@@ -430,9 +429,8 @@ func TestIndexMemory(t *testing.T) {
 		return m.HeapAlloc
 	}
 	before := heap()
-	if x, err = erisfs.Decode(index, erisfs.Limits{NarSize: count * 192}); err != nil {
-		t.Fatal(err)
-	}
+	x, err = erisfs.Decode(index, erisfs.Limits{NarSize: count * 192})
+	must(t, err)
 	if taken := int64(heap() - before); taken > 4*count+(1<<20) {
 		t.Errorf("the index has %d bytes, and %d beside it are in use", len(index), taken)
 	}
@@ -539,9 +537,8 @@ func BenchmarkEncode(b *testing.B) {
 			}
 			b.SetBytes(int64(bench.files * bench.size))
 			for b.Loop() {
-				if _, err := erisfs.Encode(context.Background(), nar.NewTree(root), nil, erisfs.EncodeOptions{}); err != nil {
-					b.Fatal(err)
-				}
+				_, err := erisfs.Encode(context.Background(), nar.NewTree(root), nil, erisfs.EncodeOptions{})
+				must(b, err)
 			}
 		})
 	}
@@ -561,8 +558,7 @@ func BenchmarkDecode(b *testing.B) {
 	b.SetBytes(int64(len(index)))
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := erisfs.Decode(index, wide); err != nil {
-			b.Fatal(err)
-		}
+		_, err := erisfs.Decode(index, wide)
+		must(b, err)
 	}
 }

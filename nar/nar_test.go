@@ -179,9 +179,8 @@ func TestNixStore(t *testing.T) {
 		want, err := exec.Command(program, "--dump", path).Output()
 		must(t, err)
 		var got bytes.Buffer
-		if _, err := nar.Write(&got, nar.NewTree(path)); err != nil {
-			t.Fatal(err)
-		}
+		_, err = nar.Write(&got, nar.NewTree(path))
+		must(t, err)
 		if !bytes.Equal(got.Bytes(), want) {
 			t.Errorf("%s: differs from nix-store --dump", v.name)
 		}
@@ -344,9 +343,8 @@ func TestReadAhead(t *testing.T) {
 	a := nar.NewReadAhead(context.Background(), long, 2, size)
 	first, err := a.Next()
 	must(t, err)
-	if _, err := a.Next(); err != nil {
-		t.Fatal(err)
-	}
+	_, err = a.Next()
+	must(t, err)
 	// Both buffers are in use: nothing more can be read.
 	before := string(first.Bytes)
 	a.Close()

@@ -63,9 +63,7 @@ func TestFaultOfSource(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "index out of range") {
 		t.Errorf("error %v", err)
 	}
-	if err := restore.Remove(s + "/item"); err != nil {
-		t.Error(err)
-	}
+	must(t, restore.Remove(s+"/item"))
 }
 
 // TestNoName checks that what is no name of a file is neither made nor removed.
@@ -87,9 +85,7 @@ func TestNoName(t *testing.T) {
 		t.Error(err)
 	}
 	// A slash at the end changes nothing.
-	if err := restore.Remove(d + "/a/b/"); err != nil {
-		t.Error(err)
-	}
+	must(t, restore.Remove(d+"/a/b/"))
 	if _, err := os.Stat(d + "/a/b"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("error %v", err)
 	}
@@ -118,9 +114,7 @@ func TestRemoveKeepsMounts(t *testing.T) {
 			t.Fatalf("%s: %q, error %v: something was deleted that is not part of the tree", name, b, err)
 		}
 	}
-	if err := restore.Remove(tree); err != nil {
-		t.Error(err)
-	}
+	must(t, restore.Remove(tree))
 }
 
 // TestDeepStaleTree removes a tree that is deeper than a process may have files open.
@@ -166,12 +160,10 @@ func TestOddNames(t *testing.T) {
 	}
 	var want bytes.Buffer
 	again := append(nodeList(nil), nodes...)
-	if _, err := nar.Write(&want, &again); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := restoreArchive(want.Bytes(), 100, s+"/item", restore.Options{}); err != nil {
-		t.Fatal(err)
-	}
+	_, err := nar.Write(&want, &again)
+	must(t, err)
+	_, err = restoreArchive(want.Bytes(), 100, s+"/item", restore.Options{})
+	must(t, err)
 	if got := archiveOf(t, s+"/item"); !bytes.Equal(got, want.Bytes()) {
 		t.Error("another tree was restored")
 	}

@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -36,20 +37,17 @@ func must(tb testing.TB, err error) {
 func makeTree(t testing.TB, root string, seed uint64, files int) {
 	t.Helper()
 	random := rand.New(rand.NewPCG(seed, 1))
-	check := func(err error) {
-		must(t, err)
-	}
-	check(os.Mkdir(root, 0o755))
+	must(t, os.Mkdir(root, 0o755))
 	dirs := []string{root}
 	for i := range files {
 		dir := dirs[random.IntN(len(dirs))]
 		path := fmt.Sprintf("%s/%c-%d", dir, 'A'+random.IntN(50), i)
 		switch random.IntN(8) {
 		case 0:
-			check(os.Mkdir(path, 0o755))
+			must(t, os.Mkdir(path, 0o755))
 			dirs = append(dirs, path)
 		case 1:
-			check(os.Symlink("../"+strings.Repeat("x", 1+random.IntN(100)), path))
+			must(t, os.Symlink("../"+strings.Repeat("x", 1+random.IntN(100)), path))
 		default:
 			size := random.IntN(30000)
 			if random.IntN(20) == 0 {
@@ -59,7 +57,7 @@ func makeTree(t testing.TB, root string, seed uint64, files int) {
 			for j := range b {
 				b[j] = byte(random.IntN(256))
 			}
-			check(os.WriteFile(path, b, []fs.FileMode{0o644, 0o755}[random.IntN(2)]))
+			must(t, os.WriteFile(path, b, []fs.FileMode{0o644, 0o755}[random.IntN(2)]))
 		}
 	}
 }
@@ -68,9 +66,8 @@ func makeTree(t testing.TB, root string, seed uint64, files int) {
 func archiveOf(t testing.TB, path string) []byte {
 	t.Helper()
 	var b bytes.Buffer
-	if _, err := nar.Write(&b, nar.NewTree(path)); err != nil {
-		t.Fatal(err)
-	}
+	_, err := nar.Write(&b, nar.NewTree(path))
+	must(t, err)
 	return b.Bytes()
 }
 
@@ -84,31 +81,21 @@ func restoreArchive(archive []byte, piece int, destination string, o restore.Opt
 // checkCanonical checks modes and times of a tree.
 func checkCanonical(t *testing.T, root string) {
 	t.Helper()
-	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+	must(t, filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
-		var st unix.Stat_t
-		if err := unix.Lstat(path, &st); err != nil {
-			return err
+		info, err := d.Info()
+		must(t, err)
+		if info.ModTime() != time.Unix(1, 0) {
+			t.Errorf("%s: modification time %v", path, info.ModTime())
 		}
-		if st.Mtim != (unix.Timespec{Sec: 1}) {
-			t.Errorf("%s: modification time %v", path, st.Mtim)
-		}
-		mode := st.Mode & 0o7777
-		switch st.Mode & unix.S_IFMT {
-		case unix.S_IFDIR:
-			if mode != 0o555 {
-				t.Errorf("%s: mode %o", path, mode)
-			}
-		case unix.S_IFREG:
-			if mode != 0o444 && mode != 0o555 {
-				t.Errorf("%s: mode %o", path, mode)
-			}
+		mode := info.Mode()
+		if kind := mode.Type(); kind != fs.ModeSymlink && mode.Perm() != 0o555 && (kind != 0 || mode != 0o444) {
+			t.Errorf("%s: mode %v", path, mode)
 		}
 		return nil
-	})
-	must(t, err)
+	}))
 }
 
 // store returns an empty store that is removed at the end of the test even though its directories
@@ -118,9 +105,7 @@ func store(t testing.TB) string {
 	d := filepath.Join(t.TempDir(), "store")
 	must(t, os.Mkdir(d, 0o755))
 	t.Cleanup(func() {
-		if err := restore.Remove(d); err != nil {
-			t.Error(err)
-		}
+		must(t, restore.Remove(d))
 	})
 	return d
 }
@@ -173,25 +158,18 @@ func TestWritable(t *testing.T) {
 	d := t.TempDir()
 	makeTree(t, d+"/tree", 8, 40)
 	archive := archiveOf(t, d+"/tree")
-	if _, err := restoreArchive(archive, 4096, d+"/copy", restore.Options{Writable: true}); err != nil {
-		t.Fatal(err)
-	}
+	_, err := restoreArchive(archive, 4096, d+"/copy", restore.Options{Writable: true})
+	must(t, err)
 	if !bytes.Equal(archiveOf(t, d+"/copy"), archive) {
 		t.Error("the restored tree is another one")
 	}
-	err := filepath.WalkDir(d+"/copy", func(path string, e fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
+	must(t, filepath.WalkDir(d+"/copy", func(path string, e fs.DirEntry, err error) error {
 		info, err := os.Lstat(path)
 		if err == nil && (info.Mode().Perm()&0o200 == 0 || info.ModTime().Unix() == 1) {
 			t.Errorf("%s: %v, %v", path, info.Mode(), info.ModTime())
 		}
 		return err
-	})
-	if err != nil {
-		t.Error(err)
-	}
+	}))
 }
 
 // TestLimit checks that no byte beyond the limit is accepted, wherever it is.
@@ -238,9 +216,8 @@ func TestTruncated(t *testing.T) {
 		must(t, restore.Remove(s+"/item"))
 	}
 	// What has been shared meanwhile is complete.
-	if _, err := restoreArchive(archive, 10000, s+"/item", restore.Options{LinksDirectory: s + "/.links"}); err != nil {
-		t.Fatal(err)
-	}
+	_, err := restoreArchive(archive, 10000, s+"/item", restore.Options{LinksDirectory: s + "/.links"})
+	must(t, err)
 	if !bytes.Equal(archiveOf(t, s+"/item"), archive) {
 		t.Error("the restored tree is another one")
 	}
@@ -369,9 +346,8 @@ func TestDeduplication(t *testing.T) {
 	s := store(t)
 	o := restore.Options{LinksDirectory: s + "/.links"}
 	for _, item := range []string{"one", "two"} {
-		if _, err := restoreArchive(archive, 64<<10, s+"/"+item, o); err != nil {
-			t.Fatal(err)
-		}
+		_, err := restoreArchive(archive, 64<<10, s+"/"+item, o)
+		must(t, err)
 	}
 	names := map[string]uint64{"a": 5, "b": 5, "program": 3, "small": 1, "least": 3, "large": 5, "twin": 5}
 	for name, want := range names {
@@ -446,9 +422,8 @@ func TestNoDeduplication(t *testing.T) {
 	file := d + "/file"
 	must(t, os.WriteFile(file, make([]byte, 8191), 0o644))
 	s := store(t)
-	if _, err := restoreArchive(archiveOf(t, file), 4096, s+"/small", restore.Options{LinksDirectory: s + "/.links"}); err != nil {
-		t.Fatal(err)
-	}
+	_, err := restoreArchive(archiveOf(t, file), 4096, s+"/small", restore.Options{LinksDirectory: s + "/.links"})
+	must(t, err)
 	if _, err := os.Stat(s + "/.links"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("small files make a links directory: %v", err)
 	}
@@ -498,9 +473,7 @@ func TestConcurrentDeduplication(t *testing.T) {
 		}()
 	}
 	for range times {
-		if err := <-failures; err != nil {
-			t.Error(err)
-		}
+		must(t, <-failures)
 	}
 	for i := range times {
 		item := fmt.Sprintf("%s/item-%d", s, i)
@@ -534,9 +507,7 @@ func TestFullDisk(t *testing.T) {
 	if !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("error %v", err)
 	}
-	if err := restore.Remove(d + "/item"); err != nil {
-		t.Error(err)
-	}
+	must(t, restore.Remove(d+"/item"))
 	if _, err := os.Lstat(d + "/item"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("error %v", err)
 	}
@@ -548,25 +519,17 @@ func TestDeep(t *testing.T) {
 	d := t.TempDir()
 	deep := d + "/tree"
 	for i := range 500 {
-		if err := errors.Join(os.Mkdir(deep, 0o755), os.WriteFile(deep+"/f", fmt.Appendf(nil, "%9999d", i), 0o644)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, errors.Join(os.Mkdir(deep, 0o755), os.WriteFile(deep+"/f", fmt.Appendf(nil, "%9999d", i), 0o644)))
 		deep += "/d"
 	}
 	archive := archiveOf(t, d+"/tree")
 	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		t.Fatal(err)
-	}
+	must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
 	low := unix.Rlimit{Cur: 256, Max: limit.Max}
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &low); err != nil {
-		t.Fatal(err)
-	}
+	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &low))
 	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit) // before the directory is removed
 	result, err := restoreArchive(archive, 128<<10, d+"/again", restore.Options{LinksDirectory: d + "/.links"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if result.NarHash != sha256.Sum256(archive) || !bytes.Equal(archiveOf(t, d+"/again"), archive) {
 		t.Error("the restored tree is another one")
 	}
@@ -574,14 +537,10 @@ func TestDeep(t *testing.T) {
 	if err != nil || info.Mode().Perm() != 0o555 || info.ModTime().Unix() != 1 {
 		t.Errorf("directory %v, error %v", info, err)
 	}
-	if err := restore.Remove(d + "/again"); err != nil {
-		t.Fatal(err)
-	}
+	must(t, restore.Remove(d+"/again"))
 	// One that is cut, or goes deeper, leaves nothing open.
 	open, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if _, err := restoreArchive(archive[:len(archive)/2], 128<<10, d+"/cut", restore.Options{}); err == nil {
 		t.Error("half an archive is restored")
 	}
@@ -589,9 +548,7 @@ func TestDeep(t *testing.T) {
 		t.Errorf("%d open files, after %d, error %v", len(now), len(open), err)
 	}
 	for _, name := range []string{"/cut", "/tree"} { // which the clean-up would have an open file for each level of
-		if err := restore.Remove(d + name); err != nil {
-			t.Error(err)
-		}
+		must(t, restore.Remove(d+name))
 	}
 }
 
@@ -643,9 +600,8 @@ func BenchmarkRestore(b *testing.B) {
 					if deduplicate {
 						o.LinksDirectory = s + "/.links"
 					}
-					if _, err := restoreArchive(archive, 128<<10, s+"/item", o); err != nil {
-						b.Fatal(err)
-					}
+					_, err := restoreArchive(archive, 128<<10, s+"/item", o)
+					must(b, err)
 					b.StopTimer()
 					must(b, restore.Remove(s))
 					b.StartTimer()

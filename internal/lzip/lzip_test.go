@@ -407,9 +407,8 @@ func TestMemory(t *testing.T) {
 			t.Skip(err)
 		}
 		_, after, _ := strings.Cut(string(b), "Rss:")
-		if _, err := fmt.Sscan(after, &kib); err != nil {
-			t.Fatal(err)
-		}
+		_, err = fmt.Sscan(after, &kib)
+		must(t, err)
 		return kib
 	}
 	m := compress(t, words(14, 100000), code64K)
@@ -417,9 +416,8 @@ func TestMemory(t *testing.T) {
 	z := NewReader(bytes.NewReader(m), maxDictionary)
 	defer z.Close()
 	before := resident()
-	if _, err := z.Read(make([]byte, 1)); err != nil {
-		t.Fatal(err)
-	}
+	_, err := z.Read(make([]byte, 1))
+	must(t, err)
 	if more := resident() - before; more > 32<<10 {
 		t.Errorf("%d KiB for 100000 bytes", more)
 	}
