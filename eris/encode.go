@@ -41,10 +41,10 @@ const maxEmptyReads = 100
 // once the sink has them all. With a nil sink it merely computes the capability.
 //
 // It keeps one buffer of at most 256 KiB per worker, and one more; the sink is called by up to as
-// many goroutines at a time as there are workers, and one more. Content that fits one buffer is encoded without
-// further goroutines. The reader is never used by two goroutines at a time, but by different ones
-// one after the other. If it has the method Len of [bytes.Reader], memory for short content is made
-// to measure.
+// many goroutines at a time as there are workers, and one more. Content that fits one buffer is
+// encoded without further goroutines. The reader is never used by two goroutines at a time, but by
+// different ones one after the other. If it has the method Len of [bytes.Reader], memory for short
+// content is made to measure.
 //
 // The first error ends it: one of the reader (io.EOF alone is the end of the content), of the sink,
 // or of the context. A call of Read that is under way cannot be interrupted, and Encode waits for

@@ -63,8 +63,8 @@ type Node struct {
 	// would rather link to it than write a copy. Such a consumer reads it, by ReadAt and before the
 	// next call of Next, in place of Contents.
 	Same *os.File
-	// Unique tells that no other file is likely to have the contents of a Regular, so that it does not
-	// pay to look for one to share them with.
+	// Unique tells that no other file is likely to have the contents of a Regular, so that it does
+	// not pay to look for one to share them with.
 	Unique bool
 }
 

@@ -20,8 +20,8 @@ import (
 // A Tree is a file tree on disk as [Nodes]. It must not change meanwhile: the Next after a file
 // that has is an error.
 type Tree struct {
-	// Rename, if not nil, gives the name of an entry in the archive for the one that it has on disk,
-	// both of the same length. It is set before the first call of Next.
+	// Rename, if not nil, gives the name of an entry in the archive for the one that it has on
+	// disk, both of the same length. It is set before the first call of Next.
 	Rename func(name string) string
 
 	root    string

@@ -79,8 +79,8 @@ func (l *links) share(name string, f *file) {
 		unix.Linkat(f.directory.fd, f.name, fd, name, 0)
 		return
 	}
-	// The new link takes the place of the file in one step.
-	// A name of the form that the daemon clears away should it be left behind.
+	// The new link takes the place of the file in one step. A name of the form that the daemon
+	// clears away should it be left behind.
 	temporary := fmt.Sprintf(".tmp-link-%d-%s", os.Getpid(), rand.Text())
 	if unix.Linkat(fd, name, fd, temporary, 0) != nil {
 		return

@@ -27,11 +27,10 @@ import (
 // Options say how [Restore] works. The zero Options restore without de-duplication and without a
 // limit.
 type Options struct {
-	// LinksDirectory is the directory of de-duplication links of the store,
-	// STORE/.links. Files of at least 8192 bytes are shared through it; it is
-	// created when the first is, and where nodes name files that have their contents already, they
-	// become links to those. Empty turns de-duplication off. It must be on
-	// the file system of the destination.
+	// LinksDirectory is the directory of de-duplication links of the store, STORE/.links. Files of
+	// at least 8192 bytes are shared through it; it is created when the first is, and where nodes
+	// name files that have their contents already, they become links to those. Empty turns
+	// de-duplication off. It must be on the file system of the destination.
 	LinksDirectory string
 	// Damaged, if not nil, is called with the name of each file in LinksDirectory that had other
 	// contents than it should have, and was removed; other store items may share it. It is called

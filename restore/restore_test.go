@@ -163,7 +163,7 @@ func TestWritable(t *testing.T) {
 	if !bytes.Equal(archiveOf(t, d+"/copy"), archive) {
 		t.Error("the restored tree is another one")
 	}
-	must(t, filepath.WalkDir(d+"/copy", func(path string, e fs.DirEntry, err error) error {
+	must(t, filepath.WalkDir(d+"/copy", func(path string, e fs.DirEntry, _ error) error {
 		info, err := os.Lstat(path)
 		if err == nil && (info.Mode().Perm()&0o200 == 0 || info.ModTime().Unix() == 1) {
 			t.Errorf("%s: %v, %v", path, info.Mode(), info.ModTime())

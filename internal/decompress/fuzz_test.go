@@ -32,8 +32,8 @@ func FuzzOpen(f *testing.F) {
 	f.Fuzz(func(t *testing.T, m byte, data []byte) {
 		method := methods[int(m)%len(methods)]
 		const limit = 1 << 20
-		// The dictionary is made before there are data; so that this does not only clear memory, the
-		// large ones are left to TestXz.
+		// The dictionary is made before there are data; so that this does not only clear memory,
+		// the large ones are left to TestXz.
 		if i := bytes.IndexByte(data, 0x21); method == "xz" && i >= 0 && i+2 < len(data) && data[i+2] > 20 {
 			return
 		}

@@ -23,8 +23,8 @@ type Reader struct {
 }
 
 // NewReader returns a Reader of r. It reads from r only when data are wanted, and may read more of
-// r than the members need. maxDictionary is the largest dictionary size accepted, in bytes.
-// It bounds the window, which takes memory only as data arrive.
+// r than the members need. maxDictionary is the largest dictionary size accepted, in bytes. It
+// bounds the window, which takes memory only as data arrive.
 func NewReader(r io.Reader, maxDictionary int) *Reader {
 	z := &Reader{maxDictionary: maxDictionary}
 	z.d.src = r
