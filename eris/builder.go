@@ -72,24 +72,16 @@ func (l *levelEncoder) encodeAtOnce(ctx context.Context, pairs []Pair, plaintext
 	for _, key := range keys[:n] {
 		if !l.any || Key(key) != l.last.Key {
 			l.last, l.any = Pair{references[next], key}, true
-			if err := put(ctx, l.sink, l.last.Reference, blocks[next]); err != nil {
-				return nil, err
+			if l.sink != nil {
+				if err := l.sink(ctx, l.last.Reference, blocks[next]); err != nil {
+					return nil, fmt.Errorf("storing block %v: %w", l.last.Reference, err)
+				}
 			}
 			next++
 		}
 		pairs = append(pairs, l.last)
 	}
 	return pairs, nil
-}
-
-func put(ctx context.Context, sink Sink, ref Reference, block []byte) error {
-	if sink == nil {
-		return nil
-	}
-	if err := sink(ctx, ref, block); err != nil {
-		return fmt.Errorf("storing block %v: %w", ref, err)
-	}
-	return nil
 }
 
 // treeBuilder makes the internal nodes of a tree while the pairs of its leaves arrive in order.

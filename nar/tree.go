@@ -53,9 +53,7 @@ type entry struct{ disk, name string }
 func NewTree(path string) *Tree { return &Tree{root: path} }
 
 // Close ends the walk early.
-func (t *Tree) Close() { t.closeFile() }
-
-func (t *Tree) closeFile() {
+func (t *Tree) Close() {
 	if t.file != nil {
 		t.file.Close()
 		t.file = nil
@@ -67,7 +65,7 @@ func (t *Tree) Next() (Node, error) {
 	if err := t.checkFile(); err != nil {
 		return Node{}, err
 	}
-	t.closeFile()
+	t.Close()
 	if !t.started {
 		t.started = true
 		return t.visit(t.root, "")
