@@ -130,12 +130,12 @@ func (e *encoder) node(n nar.Node) error {
 	if err := e.hash.Node(n); err != nil {
 		return err
 	}
+	if !utf8.ValidString(n.Name) || !utf8.ValidString(n.Target) {
+		return fmt.Errorf("%w: the name or target %.300q is not UTF-8", ErrNotRepresentable, n.Name+n.Target)
+	}
 	e.shape = append(e.shape, n)
 	switch n.Kind {
 	case nar.Directory:
-		if !utf8.ValidString(n.Name) {
-			return fmt.Errorf("%w: the name %.300q is not UTF-8", ErrNotRepresentable, n.Name)
-		}
 		e.path = append(e.path, n.Name)
 		e.empty = true
 		return nil
@@ -145,9 +145,6 @@ func (e *encoder) node(n nar.Node) error {
 		}
 		e.path = e.path[:len(e.path)-1]
 		return nil
-	}
-	if !utf8.ValidString(n.Name) || !utf8.ValidString(n.Target) {
-		return fmt.Errorf("%w: the name or target %.300q is not UTF-8", ErrNotRepresentable, n.Name+n.Target)
 	}
 	e.empty = false
 	entry := &Entry{Kind: n.Kind, Executable: n.Executable, Target: n.Target}
