@@ -18,6 +18,7 @@ import (
 	"go.etcd.io/bbolt"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
 // sumName is a file with the checksum of the whole index. It is there while the store is closed,
@@ -53,18 +54,9 @@ func (s *Store) sumIndex(ctx context.Context, size int64) (sum uint32, err error
 		return 0, err
 	}
 	defer f.Close()
-	b := make([]byte, 1<<20)
-	for size > 0 {
-		n, err := f.Read(b[:min(size, int64(len(b)))])
-		if err == io.EOF {
-			break
-		} else if err = cmp.Or(err, context.Cause(ctx)); err != nil {
-			return 0, err
-		}
-		sum = crc32.Update(sum, castagnoli, b[:n])
-		size -= int64(n)
-	}
-	return sum, nil
+	h := crc32.New(castagnoli)
+	_, err = io.CopyBuffer(nar.Until(ctx, h), io.LimitReader(f, size), make([]byte, 1<<20))
+	return h.Sum32(), err
 }
 
 // checkIndex checks the whole index: against the checksum, or, where there is none, entry by entry.

@@ -342,7 +342,7 @@ func TestBuffer(t *testing.T) {
 }
 
 func TestPrograms(t *testing.T) {
-	data := append(archive(8, 400000), make([]byte, 200000)...)
+	data := append(archive(8, 150000), make([]byte, 100000)...)
 	tests := []struct{ method, command string }{
 		{"gzip", "gzip -1"},
 		{"gzip", "gzip -9"},
