@@ -36,50 +36,46 @@ func newHints(bytes int) *hints {
 	return &hints{maphash.MakeSeed(), make([]hintSet, 1<<(bits.Len(uint(n))-1))}
 }
 
-func (h *hints) find(ref *eris.Reference) (*hintSet, uint64) {
-	tag := maphash.Bytes(h.seed, ref[:])
-	return &h.sets[tag&uint64(len(h.sets)-1)], tag
+// find returns where a hint is or would be, its tag, and its number there, -1 if there is none.
+func (h *hints) find(ref *eris.Reference) (set *hintSet, tag uint64, at int) {
+	tag = maphash.Bytes(h.seed, ref[:])
+	set = &h.sets[tag&uint64(len(h.sets)-1)]
+	for i := range set.tags {
+		if set.tags[i].Load() == tag {
+			return set, tag, i
+		}
+	}
+	return set, tag, -1
 }
 
 // get returns a location, if there is a hint.
 func (h *hints) get(ref *eris.Reference) (location, bool) {
-	set, tag := h.find(ref)
-	for i := range set.tags {
-		if set.tags[i].Load() == tag {
-			if l := set.locations[i].Load(); l != 0 {
-				return location(l), true
-			}
-		}
+	set, _, at := h.find(ref)
+	if at < 0 {
+		return 0, false
 	}
-	return 0, false
+	l := set.locations[at].Load()
+	return location(l), l != 0
 }
 
 // put remembers a location, in place of another hint if need be.
 func (h *hints) put(ref *eris.Reference, l location) {
-	set, tag := h.find(ref)
-	free := -1
-	for i := range set.tags {
-		switch {
-		case set.tags[i].Load() == tag:
-			set.locations[i].Store(uint64(l))
-			return
-		case free < 0 && set.locations[i].Load() == 0:
-			free = i
+	set, tag, at := h.find(ref)
+	if at < 0 {
+		at = int(l.sum() % uint32(len(set.tags))) // any will do
+		for i := range set.locations {
+			if set.locations[i].Load() == 0 {
+				at = i
+			}
 		}
 	}
-	if free < 0 {
-		free = int(l.sum() % uint32(len(set.tags))) // any will do
-	}
-	set.locations[free].Store(uint64(l))
-	set.tags[free].Store(tag)
+	set.locations[at].Store(uint64(l))
+	set.tags[at].Store(tag)
 }
 
 // remove forgets a location.
 func (h *hints) remove(ref *eris.Reference) {
-	set, tag := h.find(ref)
-	for i := range set.tags {
-		if set.tags[i].Load() == tag {
-			set.locations[i].Store(0)
-		}
+	if set, _, at := h.find(ref); at >= 0 {
+		set.locations[at].Store(0)
 	}
 }
