@@ -40,8 +40,7 @@ const (
 // without end.
 var errNothing = errors.New("hardly any data come out")
 
-// ErrUnknownMethod is in the chain of the error for a method that there is not.
-var ErrUnknownMethod = errors.New("unknown compression method")
+var errUnknownMethod = errors.New("unknown compression method")
 
 var errClosed = errors.New("decompressor is closed")
 
@@ -71,9 +70,8 @@ func (i *input) Read(p []byte) (int, error) {
 }
 
 // Open returns a Reader of what r has, compressed with the given method: none, gzip, lzip, zstd, xz
-// or bzip2, as it stands in a narinfo. With another one the error has [ErrUnknownMethod] in its
-// chain. Nothing is read from r before data are asked for; more may be read than is needed. Closing
-// the Reader does not close r.
+// or bzip2, as it stands in a narinfo; another one is an error. Nothing is read from r before data
+// are asked for; more may be read than is needed. Closing the Reader does not close r.
 //
 // Data may consist of several members, streams or frames, one after the other, whose contents are
 // joined. After a member of gzip, anything that does not begin like one is ignored, as gzip(1)
@@ -109,7 +107,7 @@ func OpenAtMost(method string, r io.Reader, most int64) (*Reader, error) {
 		// The reader of the standard library joins streams.
 		z.r = bzip2.NewReader(bufio.NewReaderSize(r, inputSize))
 	default:
-		return nil, fmt.Errorf("%w %.40q", ErrUnknownMethod, method)
+		return nil, fmt.Errorf("%w %.40q", errUnknownMethod, method)
 	}
 	return z, nil
 }

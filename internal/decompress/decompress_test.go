@@ -178,7 +178,7 @@ func TestBzip2(t *testing.T) {
 func TestUnknownMethod(t *testing.T) {
 	for _, method := range []string{"", "lz4", "GZIP", "gzip ", strings.Repeat("x\x1b", 500)} {
 		z, err := Open(method, strings.NewReader(""))
-		if !errors.Is(err, ErrUnknownMethod) || z != nil {
+		if !errors.Is(err, errUnknownMethod) || z != nil {
 			t.Errorf("%.20q: %v", method, err)
 		} else if len(err.Error()) > 300 || strings.ContainsRune(err.Error(), '\x1b') {
 			t.Errorf("%.20q: error %q", method, err)

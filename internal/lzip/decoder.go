@@ -128,7 +128,7 @@ func (d *decoder) begin(maxDict int) error {
 		return err
 	}
 	if dict > maxDict {
-		return fmt.Errorf("%w: %d bytes, the limit is %d", ErrDictionary, dict, maxDict)
+		return fmt.Errorf("%w: %d bytes, the limit is %d", errDictionary, dict, maxDict)
 	}
 	d.began = d.inOff + int64(d.ip)
 	d.ip += headerSize

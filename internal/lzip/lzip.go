@@ -24,20 +24,14 @@ const (
 )
 
 var (
-	// ErrFormat is in the chain of every error that says that the data are not sound lzip data.
-	// Data that end too early are not among them: those give io.ErrUnexpectedEOF.
-	ErrFormat = errors.New("invalid lzip data")
-
-	// ErrDictionary is in the chain of the error for a member whose dictionary is larger than the
-	// limit.
-	ErrDictionary = errors.New("lzip dictionary too large")
-
-	errClosed = errors.New("lzip reader is closed")
+	errFormat     = errors.New("invalid lzip data")
+	errDictionary = errors.New("lzip dictionary too large")
+	errClosed     = errors.New("lzip reader is closed")
 )
 
-// formatError makes an error that is ErrFormat.
+// formatError makes an error that is errFormat.
 func formatError(format string, a ...any) error {
-	return fmt.Errorf("%w: %s", ErrFormat, fmt.Sprintf(format, a...))
+	return fmt.Errorf("%w: %s", errFormat, fmt.Sprintf(format, a...))
 }
 
 // magic are the first bytes of a member, its version included.

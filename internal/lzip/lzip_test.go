@@ -303,29 +303,29 @@ func TestErrors(t *testing.T) {
 		err  error
 	}{
 		{"nothing", nil, io.ErrUnexpectedEOF},
-		{"other format", []byte("\x1f\x8b\x08\x00 and so on"), ErrFormat},
-		{"version 0", change(4, 1), ErrFormat},
-		{"version 2", change(4, 3), ErrFormat},
-		{"dictionary below 4 KiB", change(5, code4K^0x0B), ErrFormat},
-		{"dictionary below 4 KiB by fraction", change(5, code4K^0x2C), ErrFormat},
-		{"dictionary above 512 MiB", change(5, code4K^0x1E), ErrFormat},
-		{"dictionary above the limit", change(5, code4K^0x1C), ErrDictionary},
-		{"first byte of the stream", change(6, 1), ErrFormat},
-		{"code outside of the interval", append([]byte(magic+"\x0c\x00\xff\xff\xff\xff"), make([]byte, 40)...), ErrFormat},
-		{"CRC", change(-20, 1), ErrFormat},
-		{"data size", change(-16, 1), ErrFormat},
-		{"data size, high byte", change(-9, 1), ErrFormat},
-		{"member size", change(-8, 1), ErrFormat},
-		{"member size, high byte", change(-1, 1), ErrFormat},
+		{"other format", []byte("\x1f\x8b\x08\x00 and so on"), errFormat},
+		{"version 0", change(4, 1), errFormat},
+		{"version 2", change(4, 3), errFormat},
+		{"dictionary below 4 KiB", change(5, code4K^0x0B), errFormat},
+		{"dictionary below 4 KiB by fraction", change(5, code4K^0x2C), errFormat},
+		{"dictionary above 512 MiB", change(5, code4K^0x1E), errFormat},
+		{"dictionary above the limit", change(5, code4K^0x1C), errDictionary},
+		{"first byte of the stream", change(6, 1), errFormat},
+		{"code outside of the interval", append([]byte(magic+"\x0c\x00\xff\xff\xff\xff"), make([]byte, 40)...), errFormat},
+		{"CRC", change(-20, 1), errFormat},
+		{"data size", change(-16, 1), errFormat},
+		{"data size, high byte", change(-9, 1), errFormat},
+		{"member size", change(-8, 1), errFormat},
+		{"member size, high byte", change(-1, 1), errFormat},
 		{"no end marker", wrap(code4K, unended.out, unended.data), io.ErrUnexpectedEOF},
-		{"garbage after the member", append(bytes.Clone(good), "garbage"...), ErrFormat},
+		{"garbage after the member", append(bytes.Clone(good), "garbage"...), errFormat},
 		{"little garbage after the member", append(bytes.Clone(good), 0), io.ErrUnexpectedEOF},
 		{"half a header after the member", append(bytes.Clone(good), magic...), io.ErrUnexpectedEOF},
-		{"match with no data", symbols(func(e *memberEncoder) { e.match(0, 2) }), ErrFormat},
-		{"repeat with no data", symbols(func(e *memberEncoder) { e.repeat(0, 2) }), ErrFormat},
-		{"short repeat with no data", symbols(func(e *memberEncoder) { e.shortRepeat() }), ErrFormat},
-		{"distance one too far", symbols(func(e *memberEncoder) { e.literal(1); e.literal(2); e.match(2, 2) }), ErrFormat},
-		{"distance that wraps", symbols(func(e *memberEncoder) { e.literal(1); e.match(0xFFFFFFFE, 2) }), ErrFormat},
+		{"match with no data", symbols(func(e *memberEncoder) { e.match(0, 2) }), errFormat},
+		{"repeat with no data", symbols(func(e *memberEncoder) { e.repeat(0, 2) }), errFormat},
+		{"short repeat with no data", symbols(func(e *memberEncoder) { e.shortRepeat() }), errFormat},
+		{"distance one too far", symbols(func(e *memberEncoder) { e.literal(1); e.literal(2); e.match(2, 2) }), errFormat},
+		{"distance that wraps", symbols(func(e *memberEncoder) { e.literal(1); e.match(0xFFFFFFFE, 2) }), errFormat},
 		{
 			"distance beyond the dictionary",
 			symbols(func(e *memberEncoder) {
@@ -334,11 +334,11 @@ func TestErrors(t *testing.T) {
 				}
 				e.match(minDictionary, 2)
 			}),
-			ErrFormat,
+			errFormat,
 		},
-		{"marker of length 4", symbols(func(e *memberEncoder) { e.literal(1); e.marker(4) }), ErrFormat},
-		{"marker of length 273", symbols(func(e *memberEncoder) { e.literal(1); e.marker(273) }), ErrFormat},
-		{"a member inside of the data", append(bytes.Clone(good[:len(good)-20]), good...), ErrFormat},
+		{"marker of length 4", symbols(func(e *memberEncoder) { e.literal(1); e.marker(4) }), errFormat},
+		{"marker of length 273", symbols(func(e *memberEncoder) { e.literal(1); e.marker(273) }), errFormat},
+		{"a member inside of the data", append(bytes.Clone(good[:len(good)-20]), good...), errFormat},
 	}
 	for _, test := range tests {
 		for source, wrap := range sources {
@@ -359,7 +359,7 @@ func TestErrors(t *testing.T) {
 func TestLastPieceIsChecked(t *testing.T) {
 	m := compress(t, words(12, 50000), code64K)
 	m[len(m)-20]++
-	if got, err := decompress(m); !errors.Is(err, ErrFormat) || len(got) != 0 {
+	if got, err := decompress(m); !errors.Is(err, errFormat) || len(got) != 0 {
 		t.Errorf("%d bytes, %v", len(got), err)
 	}
 }

@@ -11,8 +11,8 @@ import "io"
 // what the compressed data say, but not known to be whole.
 //
 // The errors are io.EOF after the last member, io.ErrUnexpectedEOF where the data end inside of a
-// member or before the first, errors with [ErrFormat] or [ErrDictionary] in their chain, and those
-// of the source as they are. An error is final.
+// member or before the first, those of the source as they are, and others for data that are not
+// sound and for dictionaries above the limit. An error is final.
 type Reader struct {
 	maxDictionary int
 	d             decoder
