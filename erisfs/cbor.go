@@ -145,9 +145,6 @@ const (
 	narPerIndex = 256
 )
 
-// maxEntries is the greatest number of entries.
-func (l Limits) maxEntries() uint64 { return min(l.NarSize/leastNarEntry+1, maxEntries) }
-
 // IndexLength is the length of the longest index that is accepted, in bytes. An index is read into
 // memory, so this bounds the memory that somebody can make us use who publishes one. A path may
 // take more in an index than in an archive, where directories are written once.
@@ -175,7 +172,7 @@ func newIndex(b []byte, narSize uint64) (*Index, error) {
 		return nil, fmt.Errorf("%d bytes are too many", len(b))
 	}
 	d := &decoder{b: b}
-	begin := d.index(Limits{narSize}.maxEntries())
+	begin := d.index(min(narSize/leastNarEntry+1, maxEntries))
 	if d.err != nil {
 		return nil, fmt.Errorf("at byte %d: %w", d.pos, d.err)
 	}
