@@ -17,12 +17,12 @@ completions = $(share)/bash-completion/completions $(share)/zsh/site-functions $
 lib = $(DESTDIR)$(PREFIX)/lib
 version = $(shell sed -n 's/^const release = "\(.*\)"$$/\1/p' internal/program/version.go)
 
-.PHONY: all check soak install uninstall dist bench clean $(name)
+.PHONY: all check soak install uninstall dist bench clean
 
 all: $(name)
 
-# Go knows what has to be built again.
-$(name):
+# "sudo make install" builds nothing that "make" has built: root may have no Go.
+$(name): go.mod go.sum $(shell find */ -type f ! -path '*/testdata/*' ! -path 'bench/*' ! -path 'docs/*' ! -name '*_test.go')
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags=-s -o $@ ./cmd/$(name)
 
 check:
