@@ -364,12 +364,10 @@ func (i *installation) finish() error {
 	reload := []string{"systemctl", "daemon-reload"}
 	i.steps = append([]Step{{Undo: restart}, {Undo: reload}}, i.steps...)
 	i.steps = append(i.steps, Step{Command: reload})
-	for _, unit := range i.started {
-		stop := []string{"systemctl", "stop", unit}
-		if strings.HasSuffix(unit, ".socket") {
-			stop = append(stop, "guix-substitute-eris.service")
-		}
-		i.steps = append(i.steps, Step{Command: []string{"systemctl", "start", unit}, Undo: stop})
+	if len(i.started) > 0 {
+		// At once, and not only started: a service that runs gets no further socket.
+		i.steps = append(i.steps, Step{Command: append([]string{"systemctl", "restart"}, i.started...),
+			Undo: append([]string{"systemctl", "stop", "guix-substitute-eris.service"}, i.started...)})
 	}
 	i.steps = append(i.steps, Step{Command: restart})
 	return nil
