@@ -167,6 +167,9 @@ func (o oneByte) Read(p []byte) (int, error) { return o.r.Read(p[:min(1, len(p))
 // dialError says in a few words why there is no connection.
 func dialError(err error) error {
 	if dns, ok := errors.AsType[*net.DNSError](err); ok {
+		if inner := dns.Unwrap(); inner != nil {
+			return fmt.Errorf("host name lookup: %w", dialError(inner))
+		}
 		return fmt.Errorf("host name lookup: %s", dns.Err)
 	}
 	op, ok := errors.AsType[*net.OpError](err)

@@ -125,6 +125,9 @@ func (l *location) String() string {
 // server identifies a server: connections to one are not used for another.
 func (l *location) server() string { return l.scheme + "://" + l.address() }
 
+// shown is the server for people.
+func (l *location) shown() string { return strings.TrimSuffix(l.server(), ":"+usualPorts[l.scheme]) }
+
 // address is the host and port to connect to.
 func (l *location) address() string {
 	return net.JoinHostPort(l.host, cmp.Or(l.port, usualPorts[l.scheme]))

@@ -213,7 +213,7 @@ func (c *Client) peer(l *location) *peer {
 	p := c.peers[server]
 	if p == nil {
 		p = &peer{
-			c: c, location: l, server: server,
+			c: c, location: l, server: l.shown(),
 			rest:      backoff.Backoff{Min: leastRest, Max: mostRest},
 			pipelines: newPipelines(max(1, c.o.MaxConnections-c.o.NarConnections)),
 		}

@@ -68,7 +68,7 @@ func (c *Client) narinfos(ctx context.Context, server string, hashes []string, a
 	}
 	base, _, _ := strings.Cut(l.target, "?")
 	base = strings.TrimSuffix(base, "/") + "/"
-	call := &call{answer: answer, left: len(hashes), done: make(chan struct{}), server: l.server()}
+	call := &call{answer: answer, left: len(hashes), done: make(chan struct{}), server: l.shown()}
 	call.group.SetLimit(runtime.GOMAXPROCS(0))
 	questions := make([]*question, len(hashes))
 	for i, hash := range hashes {

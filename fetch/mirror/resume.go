@@ -110,7 +110,7 @@ func (n *Nar) restart(response *http.Response) error {
 		again.Write(buffer[:count])
 		left -= int64(count)
 		if err != nil && left > 0 {
-			return &ServerError{Server: n.location.server(), Err: shortened(causeOf(n.ctx, noEOF(err)))}
+			return &ServerError{Server: n.location.shown(), Err: shortened(causeOf(n.ctx, noEOF(err)))}
 		}
 	}
 	if again.Sum64() != n.had.Sum64() {
@@ -135,7 +135,7 @@ func (n *Nar) continues(response *http.Response) error {
 	default:
 		status := statusError(n.location, response)
 		if status.Temporary() {
-			return &ServerError{Server: n.location.server(), Err: status}
+			return &ServerError{Server: n.location.shown(), Err: status}
 		}
 		return status
 	}
