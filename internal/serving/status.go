@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"os"
 	"path/filepath"
 	"sync"
 	"time"
@@ -24,6 +25,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/serverlog"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/status"
 )
 
@@ -304,7 +306,12 @@ func (s statistics) text() []byte {
 
 // askStatistics asks the server that listens on the socket.
 func (s *serveSettings) askStatistics() (socket string, answer statistics, err error) {
-	if socket, err = s.socketPath(); err != nil {
+	socket, err = s.socketPath()
+	system, _ := settings.DefaultSocket(0, "")
+	if there(system) && !there(socket) && s.socket == "" {
+		socket, err = system, nil // a user who runs none means that one
+	}
+	if err != nil {
 		return socket, answer, err
 	}
 	path, err := filepath.Abs(socket)
@@ -323,4 +330,9 @@ func (s *serveSettings) askStatistics() (socket string, answer statistics, err e
 		err = json.Unmarshal(text, &answer)
 	}
 	return socket, answer, err
+}
+
+func there(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
 }

@@ -122,7 +122,8 @@ func opened[S fetch.Store](store S, err error) (fetch.Store, error) {
 	return store, nil
 }
 
-// OpenToPut opens the store where blocks are to go: that of a flag, or else the first of
+// OpenToPut opens the store where blocks are to go: that of a flag or of the environment, else the
+// one that runs on this machine, for those of others seldom take blocks, and else the first of
 // [StoreURLs]. It is nil if there is none.
 func OpenToPut(flag string) (fetch.Store, error) {
 	var file File
@@ -135,6 +136,9 @@ func OpenToPut(flag string) (fetch.Store, error) {
 	urls := StoreURLs(flag, file)
 	if len(urls) == 0 {
 		return nil, nil
+	}
+	if flag == "" && os.Getenv(StoreVariable) == "" {
+		urls = append(runningStore(), urls...)
 	}
 	return OpenStore(urls[0])
 }
