@@ -125,8 +125,8 @@ func sameEachTime(text, work string) string {
 		{`version: guix-substitute-eris .*`, "version: VERSION"},
 		{`helpers confine themselves: .*`, "helpers confine themselves"},
 		{`\S+/bin/guix-substitute-eris( ixmr)?\b`, "PROGRAM"},
-		{`for the group \d+`, "for the group GID"},
-		{`process \d+, user \d+`, "process PID, user UID"},
+		{`for the group \w+`, "for the group GID"},
+		{`process \d+, user \w+`, "process PID, user UID"},
 	} {
 		text = regexp.MustCompile(r[0]).ReplaceAllString(text, r[1])
 	}

@@ -156,7 +156,7 @@ func (d *doctor) examineDaemon() {
 		d.ill(start, "guix-daemon", "it does not run")
 		return
 	}
-	d.well("guix-daemon", "process %d, user %d, %s", p.pid, p.credentials.uid, cmp.Or(p.program, "of a program that cannot be seen"))
+	d.well("guix-daemon", "process %d, user %s, %s", p.pid, userName(p.credentials.uid), cmp.Or(p.program, "of a program that cannot be seen"))
 	if p.environment == nil {
 		d.ill("sudo guix-substitute-eris doctor", "in use", "the environment of the daemon can be read by root only, so that it is not known")
 		return

@@ -9,10 +9,12 @@ import (
 	"io/fs"
 	"net/http"
 	"os"
+	"os/user"
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -178,7 +180,10 @@ func (d *doctor) examineKeys() {
 	if err == nil {
 		keys, err = acl.ParseACL(text)
 	}
-	const authorise = "sudo guix archive --authorize < KEY-OF-A-SERVER.pub"
+	authorise := "sudo guix archive --authorize < KEY-OF-A-SERVER.pub"
+	if known, _ := filepath.Glob(filepath.Join("/", d.root, "var/guix/profiles/per-user/root/current-guix/share/guix/*.guix.gnu.org.pub")); len(known) > 0 {
+		authorise = "sudo guix archive --authorize < " + strings.Join(known, "\nsudo guix archive --authorize < ")
+	}
 	switch {
 	case err != nil:
 		d.ill(authorise, "authorised keys", "%s: %v", name, err)
@@ -261,7 +266,7 @@ func writable(directory string, who credentials) (existing string, err error) {
 		case !info.IsDir():
 			return existing, &fs.PathError{Op: "open", Path: existing, Err: unix.ENOTDIR}
 		case !who.may(info, 2):
-			return existing, fmt.Errorf("user %d may not write to %s", who.uid, existing)
+			return existing, fmt.Errorf("user %s may not write to %s", userName(who.uid), existing)
 		}
 		return existing, nil
 	}
@@ -285,6 +290,21 @@ func (c credentials) may(info fs.FileInfo, what fs.FileMode) bool {
 		what <<= 3
 	}
 	return info.Mode()&what == what
+}
+
+// userName is a user as people know it, or its number.
+func userName(uid int) string {
+	if u, err := user.LookupId(strconv.Itoa(uid)); err == nil {
+		return u.Username
+	}
+	return strconv.Itoa(uid)
+}
+
+func groupName(gid int) string {
+	if g, err := user.LookupGroupId(strconv.Itoa(gid)); err == nil {
+		return g.Name
+	}
+	return strconv.Itoa(gid)
 }
 
 // helper are the credentials that the helpers of the daemon have.
@@ -324,12 +344,13 @@ func examineServer(ctx context.Context, mirrors *mirror.Client, url string) find
 	begin := time.Now()
 	err := mirrors.Narinfos(ctx, url, []string{absent}, func(a mirror.Answer) { status = a.Status })
 	took := time.Since(begin)
-	path, local := strings.CutPrefix(url, "file://")
-	if _, err2 := os.Stat(path); local && err == nil {
-		err = err2
-	}
 	look := "curl -I " + mirror.WithoutUser(url) + "/nix-cache-info"
+	if path, local := strings.CutPrefix(url, "file://"); local {
+		look = "ls " + page.Quote(path) + " # is the medium plugged in?"
+	}
 	switch {
+	case missing(url):
+		return illness(look, name, "nothing is there")
 	case err != nil:
 		return illness(look, name, "%s", strings.TrimPrefix(message.Plain(err), mirror.WithoutUser(url)+": "))
 	case status >= 400 && status != http.StatusNotFound && status != http.StatusGone:
@@ -357,6 +378,10 @@ func (d *doctor) examineStores(ctx context.Context, sub *session.Session) {
 		case strings.HasPrefix(r.URL, "cache:"):
 		case r.Found: // and may have left
 			d.well(subject, "found on the local network; %s", cmp.Or(r.Failure, "answers ("+page.Duration(r.Latency)+")"))
+		case settings.IsSocket(r.URL) && os.Geteuid() != 0 && strings.HasSuffix(r.Failure, unix.EACCES.Error()):
+			d.well(subject, "is there, and not for this user")
+		case strings.HasPrefix(r.URL, "file:") && r.Failure != "":
+			d.ill("sudo editor "+page.Quote(settings.FileName())+" # unless a medium is to be plugged in", subject, "%s", r.Failure)
 		case r.Failure != "" && settings.IsSocket(r.URL):
 			d.ill("sudo systemctl start guix-substitute-eris.socket", subject, "%s", r.Failure)
 		case r.Failure != "":
@@ -383,8 +408,14 @@ func (d *doctor) examineSocket(url string) {
 		if len(who.groups) > 0 {
 			mend = fmt.Sprintf("sudo chgrp %[1]d %[2]s # for good: serve --socket-group=%[1]d", who.groups[0], page.Quote(u.Host))
 		}
+		if system, _ := settings.DefaultSocket(0, ""); u.Host == system {
+			mend = "sudo guix-substitute-eris setup && sudo systemctl restart guix-daemon"
+		}
+		if d.shepherd() {
+			mend = "sudo editor /etc/config.scm # (listen '(\"coap+unix:///run/guix-substitute-eris/get.sock?get\")), and see docs/guide-guix-system.md"
+		}
 		d.ill(mend, "block store "+url,
-			"the daemon, as user %d, may not connect to it: the socket is for the group %d", who.uid, stat.Gid)
+			"the daemon, as user %s, may not connect to it: the socket is for the group %s", userName(who.uid), groupName(int(stat.Gid)))
 	}
 }
 

@@ -8,12 +8,14 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -22,6 +24,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
@@ -412,6 +415,8 @@ func showNoNarinfo(p *page.Page, s substitute.ServerReport) {
 	switch {
 	case s.Failure != "":
 		p.Say(5, page.Bad, "%s", message.Text(strings.TrimPrefix(s.Failure, s.URL+": ")))
+	case missing(s.URL):
+		p.Say(5, page.Bad, "nothing is there; is the medium plugged in?")
 	case s.Baking:
 		p.Say(5, page.Note, "does not have it yet, and has begun to make it (%s)", took)
 	case s.Status == 404 || s.Status == 410 || s.Status == 0:
@@ -423,11 +428,24 @@ func showNoNarinfo(p *page.Page, s substitute.ServerReport) {
 	}
 }
 
+// missing reports whether a server is a directory that is not there, or has nothing.
+func missing(url string) bool {
+	directories := mirror.LocalDirectories(url)
+	return len(directories) > 0 && !slices.ContainsFunc(directories, func(directory string) bool {
+		entries, err := os.ReadDir(directory)
+		return len(entries) > 0 || err != nil && !errors.Is(err, fs.ErrNotExist)
+	})
+}
+
 func (e *explanation) showSignature(p *page.Page, s substitute.ServerReport) {
 	signer := fmt.Sprintf("%s, key %s", s.Signer, fingerprint(s.Key))
 	switch {
 	case s.Authorised && s.Refused == "":
-		p.Say(5, page.Good, "signed by %s, which %s authorises", signer, e.keys)
+		who := e.keys + " authorises"
+		if _, err := os.Stat(e.keys); err != nil {
+			who = "is that of this machine"
+		}
+		p.Say(5, page.Good, "signed by %s, which %s", signer, who)
 	case s.Authorised:
 		p.Say(5, page.Bad, "its signature does not count (%s), but the settings want none", s.Refused)
 	case s.UnknownKey:
@@ -445,6 +463,9 @@ func (e *explanation) showStore(p *page.Page, s storeReport) {
 	}
 	if s.Failure != "" {
 		p.Say(5, page.Bad, "%s", s.Failure)
+		if settings.IsSocket(s.URL) && os.Geteuid() != 0 && strings.HasSuffix(s.Failure, syscall.EACCES.Error()) {
+			p.Say(5, page.Note, "to you, that is; sudo shows what the daemon may")
+		}
 		return
 	}
 	near := ""

@@ -232,7 +232,11 @@ func (s *Settings) StoreURLs() []string {
 		for _, path := range slices.Compact([]string{path, unescaped}) {
 			stick := url.URL{Scheme: "file", Path: filepath.Join("/", path, "blocks")}
 			info, err := os.Stat(stick.Path)
-			if err == nil && info.IsDir() && !slices.Contains(urls, stick.String()) {
+			known := func(text string) bool {
+				u, err := storeurl.Parse(text)
+				return err == nil && u.String() == stick.String()
+			}
+			if err == nil && info.IsDir() && !slices.ContainsFunc(urls, known) {
 				urls = append(slices.Clip(urls), stick.String())
 			}
 		}
@@ -493,7 +497,9 @@ func (s *Settings) Keys() *acl.ACL {
 		s.log.WarnOnce("acl", "no substitute is authorised: %s", message.Text(fmt.Sprintf("%s: %v", name, err)))
 		return nil
 	}
-	if !s.Unauthorised && !s.HasForeignKeys(keys) {
+	if s.acl != "" && identity == (files.Identity{}) {
+		s.log.WarnOnce("acl", "there is no %s, which is to say who is authorised", name)
+	} else if !s.Unauthorised && !s.HasForeignKeys(keys) {
 		s.log.WarnOnce("acl", "access control list %s authorises no other machine; substitutes may be unavailable", name)
 	}
 	s.keys, s.keysFile = keys, identity

@@ -37,8 +37,11 @@ func (s Speed) String() string {
 		return "out of reach"
 	}
 	how := "measured"
-	if !s.Known {
+	switch {
+	case !s.Known:
 		how = "not measured"
+	case s.Latency == 0:
+		how = "this machine"
 	}
 	return fmt.Sprintf("%.1f MB/s after %d ms (%s)", s.Rate/1e6, s.Latency.Milliseconds(), how)
 }
