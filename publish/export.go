@@ -204,14 +204,18 @@ func (e *exporter) checkRoom(ctx context.Context) error {
 	needed, fetched, total := 0.0, 0.0, int64(0)
 	for _, it := range e.items {
 		total += int64(it.narinfo.NarSize)
+		size := float64(it.narinfo.NarSize)
 		had, err := Directory(e.o.Directory).Item(ctx, hashPartOf(it.path))
-		if err == nil && had.NarDigest == it.narinfo.NarDigest {
+		has := err == nil && had.NarDigest == it.narinfo.NarDigest
+		if e.needsNar(it) && (!has || e.o.Nars) {
+			needed += size
+		}
+		if has {
 			continue // exported before, with all of its blocks
 		}
-		size := float64(it.narinfo.NarSize)
 		needed += size
-		if e.needsNar(it) {
-			needed += size
+		if padded := eris.BlockSizeFor(int64(it.narinfo.NarSize)); padded == eris.BlockSize32KiB {
+			needed += 2 * float64(padded) // the last leaf and the root
 		}
 		if _, err := os.Lstat(filepath.Join(e.o.Root, filepath.Base(it.path))); err != nil {
 			fetched = max(fetched, size)

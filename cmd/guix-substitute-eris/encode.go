@@ -308,6 +308,8 @@ func convergenceSecret(text string) (secret eris.ConvergenceSecret, err error) {
 		_, err := rand.Read(secret[:])
 		return secret, err
 	}
-	secret, err = eris.ParseConvergenceSecret(text)
-	return secret, message.OfUsage(err)
+	if secret, err = eris.ParseConvergenceSecret(text); err != nil {
+		err = message.Usage("%w\nhint: \"unique\" makes one that nobody knows; without the option the URN depends on the contents alone", err)
+	}
+	return secret, err
 }

@@ -88,7 +88,9 @@ func byHandCommand() *cobra.Command {
 		switch err := s.CheckURLs(); {
 		case c.Flags().NFlag() == 0:
 			return c.Help()
-		case *query == *fetch:
+		case *query && *fetch:
+			return message.Usage("--query and --substitute are not possible together")
+		case !*query && !*fetch:
 			return message.Usage("one of --query and --substitute is needed")
 		case *fetch && len(items) != 0 && len(items) != 2:
 			return message.Usage("--substitute takes an item and a destination: --substitute /gnu/store/… /tmp/…")

@@ -56,7 +56,7 @@ func Help() *cobra.Command {
 		Long:  `Show what a command does and its options, or, without one, all commands.`,
 		RunE: func(c *cobra.Command, args []string) error {
 			if len(args) > 1 {
-				return message.Usage("help takes one command: guix-substitute-eris help %s", args[0])
+				return message.Usage("help takes one command: guix-substitute-eris help encode")
 			}
 			shown, rest, err := c.Root().Find(args)
 			if err != nil || len(rest) > 0 {

@@ -129,7 +129,7 @@ func Text(text string) string {
 			{`(/?)\.new-[A-Z2-7]{26}: `, "$1: "},
 			{`\b(?:dial|read|write) (?:tcp|udp|unix|unixgram)[46]? (?:\S+->)?(\S+): `, "$1: "},
 			{`\b(?:lstat|stat|open|openat|fstatat|mkdir|mkdirat|readlink|remove|unlinkat|create|statfs) (\S+): `, "$1: "},
-			{`\b(?:read|write) (\S*/\S*): `, "$1: "},
+			{`\b(?:read|write) (\S*/\S*|\S+: is a directory)(: |$)`, "$1$2"},
 			{`\blisten (?:tcp|udp|unix)[46]? (?:address )?(\S+): `, "$1: "},
 			{`\blisten (?:tcp|udp|unix)[46]?: (?:address|lookup) (\S+)(?: on \S+)?: `, "$1: "},
 			{`\b(?:connect|bind): `, ""},
@@ -137,6 +137,7 @@ func Text(text string) string {
 			{`(the address right\?) (?:\S+): `, "$1 "}, // which the URL has
 			{`http: server gave HTTP response to HTTPS client`, "it speaks HTTP, and not HTTPS"},
 			{`(does not exist; .*): file does not exist$`, "$1"},
+			{`net/http: HTTP/1.x transport connection broken: .*`, "it speaks something else than HTTP"},
 			{`context canceled`, "interrupted"},
 			{`context deadline exceeded|i/o timeout`, "no answer in time"},
 			{`address already in use`, "another program listens there"},
@@ -163,7 +164,7 @@ func once(line string) string {
 	var parts []string
 	for part := range strings.SplitSeq(line, ": ") {
 		said := func(p string) bool {
-			return p == part || strings.HasSuffix(p, " "+part) || strings.HasSuffix(p, strconv.Quote(part)) || strings.HasPrefix(part, "/") && strings.HasSuffix(p, "file://"+part)
+			return p == part || strings.HasSuffix(p, " "+part) || strings.HasSuffix(p, ":"+part) || strings.HasSuffix(p, strconv.Quote(part)) || strings.HasPrefix(part, "/") && strings.HasSuffix(p, "file://"+part)
 		}
 		if !slices.ContainsFunc(parts, said) {
 			parts = append(parts, part)
@@ -185,6 +186,10 @@ func hint(err error) string {
 		return "end that program, or choose another port or socket by --listen or --socket"
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
 		return "this machine has no such address; \"ip address\" shows those that it has"
+	case has("no such host"), errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH), has("network is unreachable"):
+		return "is the name right, and has this machine a network?"
+	case errors.Is(err, syscall.ENOTDIR):
+		return "a file is where a directory must be; name another place"
 	case has("invalid port"):
 		return "a port is a number from 1 to 65535"
 	case errors.Is(err, syscall.ENOSPC):

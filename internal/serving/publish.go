@@ -194,6 +194,9 @@ func (s *publishSettings) handler() (h http.Handler, err error) {
 	}
 	var nars *narcache.Cache
 	if s.cache != "" {
+		if err := files.MakeDirectory(s.cache); err != nil {
+			return nil, err
+		}
 		nars = narcache.New(filepath.Join(s.cache, "nars"), max(1, s.workers), time.Duration(s.ttl), s.log.Warnf)
 		s.closers = append(s.closers, nars.Close)
 	}
@@ -241,14 +244,11 @@ func (s *publishSettings) openBlocks() (fetch.Store, error) {
 }
 
 func (s *publishSettings) capabilities(store fetch.Store) (*publish.Capabilities, error) {
-	if store == nil && s.eris == "false" {
-		return nil, nil
-	}
-	directory, err := s.cached("capabilities", "")
-	if err != nil {
+	nar, err := s.narForm()
+	if err != nil || store == nil && s.eris == "false" {
 		return nil, err
 	}
-	nar, err := s.narForm()
+	directory, err := s.cached("capabilities", "")
 	if err != nil {
 		return nil, err
 	}
@@ -315,8 +315,11 @@ func (s *publishSettings) key() (*acl.SigningKey, error) {
 		return nil, nil
 	}
 	secret, err := files.ReadLimited(s.privateKey, acl.MaxSexpSize)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("%w; \"guix archive --generate-key\" makes a key pair", err)
+	}
 	if err != nil {
-		return nil, fmt.Errorf("%w; \"guix archive --generate-key\" makes a key pair", err)
+		return nil, err
 	}
 	public, err := files.ReadLimited(s.publicKey, acl.MaxSexpSize)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {

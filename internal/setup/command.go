@@ -217,7 +217,9 @@ compare it with what the administrator of the server says.`,
 }
 
 func (c *changeFlags) use(ctx context.Context, server, keyFile string) error {
-	if !strings.Contains(server, "://") {
+	if strings.HasPrefix(server, "/") {
+		return message.Usage("%q is not the whole URL of a server\nhint: write file://%s for a directory", server, server)
+	} else if !strings.Contains(server, "://") {
 		return message.Usage("%q is not the whole URL of a server\nhint: write http://%s, or file:///… for a directory", server, server)
 	} else if err := mirror.CheckURL(server); err != nil {
 		return message.Usage("%w\nhint: a server has a URL like http://lan.example:8080, and a stick file:///media/stick", err)
@@ -305,7 +307,7 @@ func readOffer(ctx context.Context, server, keyFile string) (o offer, err error)
 		err = o.key.Usable()
 	}
 	if err != nil {
-		return o, fmt.Errorf("the key: %w", err)
+		return o, fmt.Errorf("the key%s: %w\nhint: a key is a file as \"keygen\" makes it, signing-key.pub", strings.TrimSuffix(" of "+keyFile, " of "), err)
 	}
 	return o, nil
 }
