@@ -221,6 +221,9 @@ const (
 
 func (d *doctor) examineState() {
 	directory, who := d.KeepDirectory(), d.helper()
+	if d.daemon != nil && d.daemon.environment == nil {
+		who = ourselves() // whose directory it is, as that of the daemon is not known
+	}
 	if directory == "" {
 		d.well("cache", "nothing is kept for later, by the settings")
 	} else if existing, err := writable(directory, who); err != nil {
@@ -312,6 +315,10 @@ func (d *doctor) helper() credentials {
 	if d.daemon != nil {
 		return d.daemon.credentials
 	}
+	return ourselves()
+}
+
+func ourselves() credentials {
 	groups, _ := os.Getgroups() // none is none
 	return credentials{os.Geteuid(), append(groups, os.Getegid())}
 }
@@ -381,7 +388,7 @@ func (d *doctor) examineStores(ctx context.Context, sub *session.Session) {
 		case settings.IsSocket(r.URL) && os.Geteuid() != 0 && strings.HasSuffix(r.Failure, unix.EACCES.Error()):
 			d.well(subject, "is there, and not for this user")
 		case strings.HasPrefix(r.URL, "file:") && r.Failure != "":
-			d.ill("sudo editor "+page.Quote(settings.FileName())+" # unless a medium is to be plugged in", subject, "%s", r.Failure)
+			d.ill("sudo editor "+page.Quote(settings.FileName())+" # or plug the medium in", subject, "%s", r.Failure)
 		case r.Failure != "" && settings.IsSocket(r.URL):
 			d.ill("sudo systemctl start guix-substitute-eris.socket", subject, "%s", r.Failure)
 		case r.Failure != "":
