@@ -62,6 +62,8 @@ install: $(name)
 	install -m 644 README.md CHANGELOG.md docs/*.md $(share)/doc/$(name)/
 
 uninstall:
+	@if [ -e "$(DESTDIR)/etc/systemd/system/guix-daemon.service.d/$(name).conf" ]; then \
+		echo 'guix-daemon would start what is not there: run "guix-substitute-eris setup --undo" first' >&2; exit 1; fi
 	rm -f $(bin)/$(name) $(addprefix $(units)/,$(notdir $(unit_files))) $(extensions)/substitute.scm
 	rm -f $(lib)/sysusers.d/$(name).conf $(lib)/tmpfiles.d/$(name).conf
 	rm -rf $(share)/$(name) $(share)/doc/$(name) $(share)/man/man1/$(name)*.1 $(share)/man/man5/substitute-eris.toml.5

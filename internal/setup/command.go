@@ -253,7 +253,11 @@ func (c *changeFlags) use(ctx context.Context, server, keyFile string) error {
 	} else if err != nil {
 		return err
 	}
-	return c.change(s, steps, "Substitutes come from there, too.\n\"guix-substitute-eris setup --undo\" takes it back.")
+	done := "Substitutes come from there, too."
+	if !s.exists(dropIn) {
+		done = "note: if guix-daemon does not use this program yet, \"sudo guix-substitute-eris setup\" has it do so; see \"doctor\""
+	}
+	return c.change(s, steps, done+"\n\"guix-substitute-eris setup --undo\" takes it back.")
 }
 
 // fullFingerprint is what identifies a key, as its file has it.
