@@ -408,6 +408,13 @@ func (e *explanation) showServer(p *page.Page, s substitute.ServerReport) {
 			p.Say(5, page.Note, "%s, %s, blocks of %d KiB", shownCapability(c.URN), signed, c.BlockSize>>10)
 		}
 	}
+	for _, d := range s.Narinfo.Deltas {
+		where := ""
+		if _, err := os.Lstat(filepath.Join(filepath.Dir(e.Path), d.Base)); err != nil {
+			where = ", which is not in the store"
+		}
+		p.Say(5, page.Note, "delta, %s, from %s%s", page.Size(int64(min(d.Size, 1<<62))), d.Base, where)
+	}
 }
 
 func showNoNarinfo(p *page.Page, s substitute.ServerReport) {
