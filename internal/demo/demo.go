@@ -141,7 +141,7 @@ func (d *demo) run(ctx context.Context, trees []string) (err error) {
 	if want := strings.Join(paths, "\n") + "\n\n"; reply != want {
 		return fmt.Errorf("the reply is %q instead of %q", reply, want)
 	}
-	d.say("   %d of %d, after %v", len(d.items), len(d.items)+1, since(begin))
+	d.say("   %d of %d, the last of which nobody has, after %v", len(d.items), len(d.items)+1, since(begin))
 
 	d.say("\n4. The items are deleted, and the daemon has other helpers fetch them")
 	if err := d.fetchAll(ctx, "urn:eris:"); err != nil {

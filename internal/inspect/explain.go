@@ -206,9 +206,9 @@ func (e *explanation) concludeMissing() {
 	if e.Missing == 0 || len(e.Ways) == 0 || e.Ways[0].Kind != "blocks" {
 		return
 	}
-	why := fmt.Sprintf("%d of the %s that were looked for are in no store that answers", e.Missing, page.Count(e.Sampled, "block"))
+	why := fmt.Sprintf("no store that answers has %d of the %s that were looked for", e.Missing, page.Count(e.Sampled, "block"))
 	if e.Form == "" {
-		why = "its first block is in no store that answers"
+		why = "no store that answers has its first block"
 	}
 	if other := slices.IndexFunc(e.Ways, func(w substitute.WayReport) bool { return w.Kind != "blocks" }); other >= 0 {
 		e.Reason = fmt.Sprintf("blocks are tried first, and then it comes by way %d: %s", other+1, why)
