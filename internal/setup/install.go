@@ -12,6 +12,7 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
@@ -365,9 +366,11 @@ func (i *installation) finish() error {
 	i.steps = append([]Step{{Undo: restart}, {Undo: reload}}, i.steps...)
 	i.steps = append(i.steps, Step{Command: reload})
 	if len(i.started) > 0 {
-		// At once, and not only started: a service that runs gets no further socket.
-		i.steps = append(i.steps, Step{Command: append([]string{"systemctl", "restart"}, i.started...),
-			Undo: append([]string{"systemctl", "stop", "guix-substitute-eris.service"}, i.started...)})
+		// A service that runs gets no further socket. Clients of the socket for the network have the
+		// other one started, too; not the other way round, so that it is the last.
+		slices.Sort(i.started)
+		i.steps = append(i.steps, Step{Command: []string{"systemctl", "stop", "guix-substitute-eris.socket"}},
+			Step{Command: append([]string{"systemctl", "start"}, i.started...), Undo: append([]string{"systemctl", "stop", "guix-substitute-eris.service"}, i.started...)})
 	}
 	i.steps = append(i.steps, Step{Command: restart})
 	return nil

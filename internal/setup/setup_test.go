@@ -109,10 +109,11 @@ func TestLive(t *testing.T) {
 	want := []string{
 		"systemd-sysusers /etc/sysusers.d/guix-substitute-eris.conf",
 		"systemctl daemon-reload",
-		"systemctl restart guix-substitute-eris.socket guix-substitute-eris-network.socket guix-substitute-eris-publish.service",
+		"systemctl stop guix-substitute-eris.socket",
+		"systemctl start guix-substitute-eris-network.socket guix-substitute-eris-publish.service guix-substitute-eris.socket",
 		"systemctl try-restart guix-daemon.service",
 
-		"systemctl stop guix-substitute-eris.service guix-substitute-eris.socket guix-substitute-eris-network.socket guix-substitute-eris-publish.service",
+		"systemctl stop guix-substitute-eris.service guix-substitute-eris-network.socket guix-substitute-eris-publish.service guix-substitute-eris.socket",
 		"userdel guix-substitute-eris",
 		"systemctl daemon-reload",
 		"systemctl try-restart guix-daemon.service",
@@ -125,7 +126,7 @@ func TestLive(t *testing.T) {
 // TestInterrupted has each step fail once, or the process end before it or in the middle of it: all
 // can be undone.
 func TestInterrupted(t *testing.T) {
-	for n := range 15 {
+	for n := range 16 {
 		s := machine(t, "")
 		before := snapshot(t, s)
 		steps, err := install(t, s), error(nil)
@@ -158,11 +159,11 @@ func TestUndoInterrupted(t *testing.T) {
 }
 
 func TestFailure(t *testing.T) {
-	s := machine(t, "systemctl restart guix-substitute-eris.socket")
+	s := machine(t, "systemctl start guix-substitute-eris.socket")
 	before := snapshot(t, s)
 	steps, _, err := s.Install(Options{Program: filepath.Join(s.root, "opt/program"), Store: true})
 	must(t, err)
-	if err := s.Do(steps, t.Logf); err == nil || !strings.Contains(err.Error(), "cannot run systemctl restart guix-substitute-eris.socket") {
+	if err := s.Do(steps, t.Logf); err == nil || !strings.Contains(err.Error(), "cannot run systemctl start guix-substitute-eris.socket") {
 		t.Errorf("%v", err)
 	}
 	undone(t, s, before)
