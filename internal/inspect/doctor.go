@@ -138,6 +138,7 @@ func (d *doctor) examine(ctx context.Context) {
 	d.examineKeys()
 	d.examineState()
 	d.examineAhead()
+	d.examineSharing()
 	d.examineServers(ctx, sub)
 	d.examineStores(ctx, sub)
 	d.examineClock(time.Now())
@@ -254,6 +255,22 @@ func (d *doctor) examineAhead() {
 	d.well("ahead of the daemon", "%s staged, %d used, %s wasted, since %s",
 		page.Count(int(a.Staged), "item"), a.Used, page.Size(max(0, a.StagedBytes-a.UsedBytes)), a.Since.Format(time.DateOnly))
 	d.findings[len(d.findings)-1].Data = a
+}
+
+// examineSharing looks whether the publisher runs, where systemd is to start it.
+func (d *doctor) examineSharing() {
+	const unit = "guix-substitute-eris-publish.service"
+	has := func(name string) bool {
+		_, err := os.Lstat(filepath.Join("/", d.root, name))
+		return err == nil
+	}
+	switch {
+	case !has("etc/systemd/system/multi-user.target.wants/" + unit):
+	case has("run/systemd/units/invocation:" + unit):
+		d.well("sharing", "the publisher runs")
+	default:
+		d.ill("sudo systemctl start "+unit, "sharing", "the publisher does not run, so that others get nothing from here")
+	}
 }
 
 // writable returns the first directory that exists, of one and those above it, and an error that
