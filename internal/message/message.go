@@ -137,7 +137,7 @@ func Text(text string) string {
 			{`(the address right\?) (?:\S+): `, "$1 "}, // which the URL has
 			{`http: server gave HTTP response to HTTPS client`, "it speaks HTTP, and not HTTPS"},
 			{`(does not exist; .*): file does not exist$`, "$1"},
-			{`net/http: HTTP/1.x transport connection broken: .*`, "it speaks something else than HTTP"},
+			{`(?:net/http: HTTP/1.x transport connection broken|readLoopPeekFailLocked): .*`, "it speaks something else than HTTP"},
 			{`context canceled`, "interrupted"},
 			{`context deadline exceeded|i/o timeout`, "no answer in time"},
 			{`address already in use`, "another program listens there"},

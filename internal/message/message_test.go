@@ -31,7 +31,8 @@ func TestText(t *testing.T) {
 		"listen tcp: lookup x.example on 192.0.2.1:53: no such host":                 "x.example: no such host",
 		"block store \"/proc/x\": mkdir /proc/x: it failed":                          "block store \"/proc/x\": it failed",
 		"Get: net/http: HTTP/1.x transport connection broken: malformed HTTP status": "Get: it speaks something else than HTTP",
-		"": "",
+		"x: readLoopPeekFailLocked: %!w(<nil>)":                                      "x: it speaks something else than HTTP",
+		"":                                                                           "",
 	} {
 		if got := Text(text); got != want {
 			t.Errorf("%q: %q, want %q", text, got, want)
