@@ -230,10 +230,19 @@ program, its configuration must go through @code{with-substitute-eris}.")
                     (list #$directory (dirname #$socket))
                     '(#o700 #o755))))))
 
+(define (uses-network? config)
+  "Whether the block store of CONFIG serves others than programs of this
+machine, or asks others."
+  (any (lambda (url) (not (string-prefix? "coap+unix:" url)))
+       (append (eris-block-store-configuration-listen config)
+               (eris-block-store-configuration-upstreams config))))
+
 (define (eris-block-store-shepherd-services config)
   (list (shepherd-program
          'eris-block-store "Keep ERIS blocks and serve them."
-         '(user-processes loopback networking) %account
+         `(user-processes loopback
+                          ,@(if (uses-network? config) '(networking) '()))
+         %account
          #~(list #$(eris-block-store-configuration-program config)
                  "serve"
                  #$@(append
