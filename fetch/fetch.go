@@ -68,6 +68,13 @@ func (r *Request) proceed() {
 	r.Done(r)
 }
 
+// Fail ends a request without a block: it sets the fields and calls Done. It is for sources, in
+// place of all else that they do at the end.
+func (r *Request) Fail(err error) {
+	r.Block, r.Err = nil, err
+	r.Done(r)
+}
+
 // Window bounds what a reader has in flight.
 type Window struct {
 	Requests int

@@ -123,8 +123,7 @@ func (l *limited) Cancel(r *Request) {
 	if timer != nil {
 		timer.Stop()
 		l.limiter.Return(int(r.Size))
-		r.Err = context.Canceled
-		r.Done(r)
+		r.Fail(context.Canceled)
 	}
 }
 
@@ -143,8 +142,7 @@ func (l *limited) Close() error {
 	l.mu.Unlock()
 	for r, timer := range waiting {
 		timer.Stop()
-		r.Err = ErrClosed
-		r.Done(r)
+		r.Fail(ErrClosed)
 	}
 	return l.Source.Close()
 }

@@ -117,7 +117,7 @@ func (w *worker) answer(lookups []lookup) {
 			switch {
 			case !w.read(l):
 				w.table.absent.Add(1)
-				fail(l.request, fmt.Errorf("block %v: %w", l.request.Pair.Reference, eris.ErrNotFound))
+				l.request.Fail(fmt.Errorf("block %v: %w", l.request.Pair.Reference, eris.ErrNotFound))
 			case l.request.Size == eris.BlockSize32KiB:
 				groups[2] = append(groups[2], l)
 			case l.candidates[0].entry.kept() != 0, l.candidates[0].entry.number == innerNode:

@@ -74,7 +74,7 @@ func (t *Table) Close() error {
 	t.queue = nil
 	t.queueMu.Unlock()
 	for _, r := range queue {
-		fail(r, fetch.ErrClosed)
+		r.Fail(fetch.ErrClosed)
 	}
 	t.group.Wait()
 	for _, r := range t.runs {
@@ -270,7 +270,7 @@ func (t *Table) Start(r *fetch.Request) {
 	t.queueMu.Lock()
 	if t.closed {
 		t.queueMu.Unlock()
-		fail(r, fetch.ErrClosed)
+		r.Fail(fetch.ErrClosed)
 		return
 	}
 	t.queue = append(t.queue, r)
@@ -290,13 +290,8 @@ func (t *Table) Cancel(r *fetch.Request) {
 	}
 	t.queueMu.Unlock()
 	if n >= 0 {
-		fail(r, context.Canceled)
+		r.Fail(context.Canceled)
 	}
-}
-
-func fail(r *fetch.Request, err error) {
-	r.Block, r.Err = nil, err
-	r.Done(r)
 }
 
 // String returns the directory of the items.

@@ -79,8 +79,7 @@ var _ fetch.Store = (*Stream)(nil)
 
 // Start implements [fetch.Source].
 func (s *Stream) Start(r *fetch.Request) {
-	r.Err = eris.ErrNotFound
-	r.Done(r)
+	r.Fail(eris.ErrNotFound)
 }
 
 // Cancel implements [fetch.Source].

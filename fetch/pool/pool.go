@@ -203,8 +203,7 @@ func (p *Pool) Start(r *fetch.Request) {
 	switch {
 	case p.closed:
 		p.mu.Unlock()
-		r.Err = fetch.ErrClosed
-		r.Done(r)
+		r.Fail(fetch.ErrClosed)
 		return
 	case l != nil:
 		l.more = append(l.more, r)

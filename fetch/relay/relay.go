@@ -243,8 +243,7 @@ type keeper struct{ Store }
 
 // Start implements [fetch.Source].
 func (k keeper) Start(r *fetch.Request) {
-	r.Block, r.Err = nil, eris.ErrNotFound
-	r.Done(r)
+	r.Fail(eris.ErrNotFound)
 }
 
 // Close implements [fetch.Source]. The store is not the pool's.

@@ -49,7 +49,7 @@ func (s *Settings) usedFiles(destination string) confine.Paths {
 	if s.kept != "" {
 		paths.Write = append(paths.Write, s.kept)
 	}
-	// Where the names of these are links to is not known beforehand.
+	// Where the names of these are links to is not known beforehand. What is in /etc may be read.
 	for _, file := range []string{"/etc/resolv.conf", "/etc/hosts", os.Getenv("SSL_CERT_FILE"), os.Getenv("SSL_CERT_DIR")} {
 		if file == "" {
 			continue // which would be the current directory
