@@ -75,8 +75,9 @@ var aliases = map[string]string{"dir+fs": "file", "cbor+file": "dump"}
 const dumpSuffix = ".cbor"
 
 const (
-	maxSize        = 8192
-	maxPathSize    = 1024 // bytes in all segments of a path of CoAP
+	maxSize        = 16384 // more than maxFilePath in percent-encoding
+	maxFilePath    = 4095  // PATH_MAX of Linux without the zero byte
+	maxPathSize    = 1024  // bytes in all segments of a path of CoAP
 	maxSegments    = 32
 	maxSegmentSize = 255 // RFC 7252, section 5.10
 	// maxSocketPath is the longest path that the address of a Unix socket can hold, on Linux.
@@ -169,7 +170,8 @@ func cutScheme(text string, listen bool) (scheme, string, error) {
 	if other, ok := aliases[name]; ok {
 		name = other
 	}
-	if path, _, _ := strings.Cut(rest, "?"); name == "file" && strings.HasSuffix(path, dumpSuffix) {
+	path, _, _ := strings.Cut(rest, "?")
+	if path, _ := url.PathUnescape(path); name == "file" && strings.HasSuffix(path, dumpSuffix) {
 		name = "dump"
 	}
 	var names []string
@@ -258,6 +260,8 @@ func (u *URL) setFile(text string) error {
 	switch {
 	case u.Path == "":
 		return fmt.Errorf("it has no path; write %s:PATH", u.Scheme)
+	case len(u.Path) > maxFilePath:
+		return errors.New("too long")
 	case strings.ContainsRune(u.Path, 0):
 		return errors.New("has a control character")
 	case u.Path == "~" || strings.HasPrefix(u.Path, "~/"):

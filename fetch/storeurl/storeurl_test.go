@@ -27,6 +27,7 @@ func TestParse(t *testing.T) {
 		u.Get, u.Put = get, !get
 		return u
 	}
+	long := strings.Repeat("\xff", maxFilePath)
 	for _, v := range []struct {
 		text             string
 		want             URL
@@ -58,6 +59,8 @@ func TestParse(t *testing.T) {
 		{"dir+fs:///srv/blocks", file("file", "/srv/blocks"), "", "", "file:///srv/blocks"},
 		{"cbor+file:x", file("dump", "x"), "", "", "dump:x"},
 		{"file:out.cbor", file("dump", "out.cbor"), "", "", "dump:out.cbor"},
+		{"file:out%2Ecbor", file("dump", "out.cbor"), "", "", "dump:out.cbor"},
+		{"file:" + long, file("file", long), "", "", "file:" + strings.Repeat("%FF", len(long))},
 		{"my out.cbor", file("dump", "my out.cbor"), "", "", "dump:my%20out.cbor"},
 
 		{"http://Example.org", web("http", "example.org", 80, "", nil), "tcp", "example.org:80", "http://example.org"},
@@ -85,7 +88,7 @@ func TestParse(t *testing.T) {
 }
 
 func TestParseWrong(t *testing.T) {
-	long := strings.Repeat("secret", 2000)
+	long := strings.Repeat("secret", 3000)
 	for _, text := range []string{
 		"coap:", "coap:example.net", "coap:/example.net", "//example.net", "coap+udp://example.net", "coap://", "coap:///secret", "coap://:5683",
 		"coap://secret@example.net", "coap://example.net#secret", "coap://example.net:0", "coap://example.net:65536", "coap://example.net:+1",
@@ -97,7 +100,7 @@ func TestParseWrong(t *testing.T) {
 		"coap://example.net/" + long, "coap://" + strings.Repeat("a", 254),
 
 		"file", "file:", "file://", "file://localhost", "file://media", "files:a", "file:a#b", "file:%", "file:%zz", "file:a%00", "file:a\n",
-		"file:" + strings.Repeat("a", maxSize), "file:///x?layout=round", "file:///x?x", "dump:", "dump:x?layout=flat",
+		"file:" + strings.Repeat("a", maxFilePath+1), "file:///x?layout=round", "file:///x?x", "dump:", "dump:x?layout=flat",
 
 		"http:", "http://", "http:///secret", "http:secret", "ftp://example.org/secret", "https://example.org/secret#x", "http://example.org/?key=secret",
 		"http://example.org/sec ret", "http://example.org/%zzsecret", "http://example.org/?static&layout=secret", "https://example.org/?h2c",
