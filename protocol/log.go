@@ -75,7 +75,19 @@ func (l *Log) Notef(format string, a ...any) { l.say(0, "", format, a...) }
 
 // WarnOnce shows a warning unless one with the same key has been shown before.
 func (l *Log) WarnOnce(key, format string, a ...any) {
-	l.say(maphash.String(l.seed, key)|1, "warning: ", format, a...)
+	l.say(l.key(key), "warning: ", format, a...)
+}
+
+// key is what stands for a key in said.
+func (l *Log) key(key string) uint64 { return maphash.String(l.seed, key) | 1 }
+
+// first reports whether a key has not been noted before, and notes it. The caller holds the lock.
+func (l *Log) first(key uint64) bool {
+	if l.said[key] || len(l.said) == maxSaid {
+		return false
+	}
+	l.said[key] = true
+	return true
 }
 
 func (l *Log) say(key uint64, kind, format string, a ...any) {
@@ -100,11 +112,8 @@ const maxHeld = 64 << 10
 
 // put shows a message, or keeps it. The caller holds the lock.
 func (l *Log) put(m message) {
-	if m.key != 0 {
-		if l.said[m.key] || len(l.said) == maxSaid {
-			return
-		}
-		l.said[m.key] = true
+	if m.key != 0 && !l.first(m.key) {
+		return
 	}
 	switch size := len(m.prefix) + len(m.text); {
 	case !l.held:

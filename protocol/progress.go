@@ -208,11 +208,14 @@ type Lookup struct {
 }
 
 // Lookup starts showing that a server is asked about total items over the network. End must be
-// called at the end.
+// called at the end. Of the lookups of single items only the first one and those that take long
+// have a line: clients ask for hundreds of them, one after the other.
 func (l *Log) Lookup(url string, total int) *Lookup {
 	p := &Lookup{log: l, url: cut(l.oneLine(url), maxURL), total: total, shown: -1}
 	shown := l.lock()
-	p.show(shown)
+	if shown.first(l.key("looking on "+p.url)) || total > 1 {
+		p.show(shown)
+	}
 	shown.mu.Unlock()
 	p.stop = l.repeat(p.show)
 	return p
@@ -226,8 +229,10 @@ func (p *Lookup) End() {
 	p.stop()
 	l := p.log.lock()
 	defer l.mu.Unlock()
-	p.show(l)
-	l.endLine()
+	if p.shown >= 0 {
+		p.show(l)
+		l.endLine()
+	}
 }
 
 // show draws the line in l, which is locked, if there is news.

@@ -304,6 +304,14 @@ func testMessages(t *testing.T) {
 	lookup.Answered()
 	log.Warnf("%s\n@ download-started x", "evil\x1b[2J")
 	lookup.End()
+	for range 2 {
+		log.Lookup("http://h", 1).End() // not shown: neither the first one, nor slow
+	}
+	slow := log.Lookup("http://h", 1)
+	time.Sleep(time.Second)
+	slow.Answered()
+	slow.End()
+	log.Lookup("http://other", 1).End()
 	log.Errorf("bad")
 	log.Notef("note")
 	for range 3 {
@@ -314,6 +322,11 @@ func testMessages(t *testing.T) {
 		"\n",
 		"guix substitute: warning: evil [2J @ download-started x\n",
 		"\r\x1b[Klooking for substitutes on 'http://h'... 100.0%",
+		"\n",
+		"\r\x1b[Klooking for substitutes on 'http://h'...   0.0%",
+		"\r\x1b[Klooking for substitutes on 'http://h'... 100.0%",
+		"\n",
+		"\r\x1b[Klooking for substitutes on 'http://other'...   0.0%",
 		"\n",
 		"guix substitute: error: bad\n",
 		"guix substitute: note\n",
