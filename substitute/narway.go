@@ -163,9 +163,12 @@ func seedable(records []record, method string) bool {
 // unquoted is an error of what is read from a URL, without anything that a local file contains, or
 // that strangers have named.
 func (j *job) unquoted(a *attempt, url string, err error) error {
+	if err == nil || err == io.EOF {
+		return err // before what takes longer: this is called for each part of each file
+	}
 	_, ofFile := errors.AsType[*fs.PathError](err)
 	transfer := !mirror.IsLocal(url) && (!j.s.Strangers || a.cut.Load() || a.ctx.Err() != nil)
-	if err == nil || err == io.EOF || transfer || ofFile {
+	if transfer || ofFile {
 		return err
 	}
 	return errUnquoted
