@@ -44,7 +44,25 @@ type Options struct {
 // failure. A symbolic link at path is replaced and never followed. The directory must exist. If
 // write or anything else fails the old file stays, and nothing is left behind. The writer is
 // buffered. It is safe for concurrent use, but with [Options.Locked].
-func Replace(path string, mode fs.FileMode, o Options, write func(w io.Writer) error) (err error) {
+func Replace(path string, mode fs.FileMode, o Options, write func(w io.Writer) error) error {
+	return replace(path, mode, o, func(f *os.File) error {
+		w := bufio.NewWriterSize(f, 64<<10)
+		if err := write(w); err != nil {
+			return err
+		}
+		return w.Flush()
+	})
+}
+
+// Write is [Replace] with what the file is to have.
+func Write(path string, mode fs.FileMode, o Options, contents []byte) error {
+	return replace(path, mode, o, func(f *os.File) error {
+		_, err := f.Write(contents)
+		return err
+	})
+}
+
+func replace(path string, mode fs.FileMode, o Options, write func(f *os.File) error) (err error) {
 	directory, name := filepath.Split(path)
 	f, err := temporary(directory, name, mode, o.Locked)
 	if err != nil {
@@ -55,7 +73,11 @@ func Replace(path string, mode fs.FileMode, o Options, write func(w io.Writer) e
 			os.Remove(f.Name())
 		}
 	}()
-	if err := errors.Join(fill(f, o.Sync, write), f.Close()); err != nil {
+	err = write(f)
+	if err == nil && o.Sync {
+		err = f.Sync()
+	}
+	if err := errors.Join(err, f.Close()); err != nil {
 		return err
 	}
 	if o.New {
@@ -67,14 +89,6 @@ func Replace(path string, mode fs.FileMode, o Options, write func(w io.Writer) e
 		return err
 	}
 	return SyncDirectory(filepath.Dir(path))
-}
-
-// Write is [Replace] with what the file is to have.
-func Write(path string, mode fs.FileMode, o Options, contents []byte) error {
-	return Replace(path, mode, o, func(w io.Writer) error {
-		_, err := w.Write(contents)
-		return err
-	})
 }
 
 // temporary makes the file that is filled.
@@ -102,17 +116,6 @@ func RemoveAbandoned(directory string) {
 			os.Remove(name)
 		}
 	}
-}
-
-func fill(f *os.File, sync bool, write func(w io.Writer) error) error {
-	w := bufio.NewWriterSize(f, 64<<10)
-	if err := write(w); err != nil {
-		return err
-	}
-	if err := w.Flush(); err != nil || !sync {
-		return err
-	}
-	return f.Sync()
 }
 
 // MoveNew gives a file or a directory another name on the same file system. The error wraps
