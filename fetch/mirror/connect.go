@@ -77,7 +77,7 @@ type connection struct {
 	timeout time.Duration // of silence
 	due     time.Time     // when the whole response is due
 	header  int           // bytes that may still be read for a header; negative outside of headers
-	write   chan error    // has the result of the last write, once that is over; nil before the first
+	write   chan struct{} // is closed when the last write is over; nil before the first
 	stop    func() bool   // ends what closes the connection together with its context
 }
 
@@ -218,21 +218,26 @@ func (c *connection) request(l *location) string {
 // send writes requests without waiting for that: a server may not read more before we have read
 // what it has written. What goes wrong ends the connection. Only one write may be under way.
 func (c *connection) send(requests []byte, timeout time.Duration) {
-	done := make(chan error, 1)
+	done := make(chan struct{})
 	c.write = done
 	go func() {
+		defer close(done)
 		c.net.SetWriteDeadline(time.Now().Add(timeout))
-		_, err := c.net.Write(requests)
-		if err != nil {
+		if _, err := c.net.Write(requests); err != nil {
 			c.net.Close()
 		}
-		done <- err
-		close(done)
 	}()
 }
 
 // sending reports whether a write is under way.
-func (c *connection) sending() bool { return c.write != nil && len(c.write) == 0 }
+func (c *connection) sending() bool {
+	select {
+	case <-c.write:
+		return false
+	default:
+		return c.write != nil
+	}
+}
 
 // Read reads from the network, for the buffer: within the time that the server has, and no more
 // than a header may have while one is read.

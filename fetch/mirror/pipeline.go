@@ -359,11 +359,14 @@ func (x *exchange) await() (again, open bool) {
 	}
 	x.idle, x.answered = x.served > 0, 0
 	p.mu.Unlock()
-	if surplus {
+	switch {
+	case surplus:
 		return false, false
-	}
-	if !queued {
+	case !queued:
 		pause = idleTime
+	case x.conn.sending():
+		<-x.conn.write // the responses have overtaken the end of it
+		return false, true
 	}
 	select {
 	case <-p.wake:
