@@ -8,6 +8,7 @@ import (
 	"io"
 	"math"
 	"os"
+	"slices"
 	"strings"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/delta"
@@ -19,8 +20,13 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
-// deltaRate is how fast an item is made of a base and a delta, in bytes per second.
-const deltaRate = 250e6
+const (
+	// deltaRate is how fast an item is made of a base and a delta, in bytes per second.
+	deltaRate = 250e6
+	// mostFailed is after how many deltas of an item that have failed no others are tried: whoever
+	// sends narinfos may list many, each of which costs time.
+	mostFailed = 2
+)
 
 // A deltaWay is a delta, of which the base is in the store. What narinfos say of deltas is not
 // signed, and the base may be broken: that it fails says nothing about the narinfo.
@@ -34,6 +40,9 @@ type deltaWay struct {
 
 // listDeltas adds the deltas that narinfos offer. No server learns which bases there are.
 func (j *job) listDeltas(records []record) {
+	if j.failedDeltas >= mostFailed {
+		return
+	}
 	for _, r := range records {
 		for _, d := range r.narinfo.Deltas {
 			w := &deltaWay{j: j, base: j.s.StoreDir + "/" + d.Base, size: int64(d.Size)}
@@ -77,9 +86,7 @@ func (w *deltaWay) String() string {
 	return mirror.WithoutUser(w.url)
 }
 
-// pace never gives a delta up: how fast it comes says little, because most of the time may be spent
-// on the base.
-func (w *deltaWay) pace() pace { return pace{after: throughput.Longest, factor: 1} }
+func (w *deltaWay) pace() pace { return paceHere(w.j.want.NarSize, deltaRate) }
 
 func (w *deltaWay) expect(ctx context.Context) expectation {
 	var e expectation
@@ -102,7 +109,8 @@ func (w *deltaWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bo
 	if err != nil {
 		return nil, nil, err
 	}
-	nodes, err := delta.NewReader(ctx, body, w.base, delta.ReadOptions{MaxSize: w.j.options().MaxBytes, Link: w.valid(ctx)})
+	// What is longer than was said when it was chosen has not been the better way.
+	nodes, err := delta.NewReader(ctx, io.LimitReader(body, w.size), w.base, delta.ReadOptions{MaxSize: w.j.options().MaxBytes, Link: w.valid(ctx)})
 	if err != nil {
 		done(false)
 		return nil, nil, w.j.unquoted(a, w.url, err)
@@ -143,9 +151,13 @@ func (w *deltaWay) valid(ctx context.Context) bool {
 	return err == nil
 }
 
-// failed notes what a delta has made that is something else, which it would make again.
+// failed notes what a delta has made that is something else, which it would make again, and takes
+// others out of the list when there have been enough.
 func (w *deltaWay) failed(_ context.Context, err error) {
 	if w.j.s.Reuse != nil && errors.Is(err, errContents) {
 		w.j.s.Reuse.NoDelta(w.base, w.j.want)
+	}
+	if w.j.failedDeltas++; w.j.failedDeltas == mostFailed {
+		w.j.ways = slices.DeleteFunc(w.j.ways, func(c *candidate) bool { return c.kind() == "delta" })
 	}
 }

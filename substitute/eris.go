@@ -90,7 +90,7 @@ func (w *blocksWay) kind() string { return "blocks" }
 
 func (w *blocksWay) String() string { return w.capability.URN() }
 
-func (w *blocksWay) pace() pace { return pace{paceAfter, 0, preferFactor} }
+func (w *blocksWay) pace() pace { return pace{paceAfter, 0, preferFactor, 0} }
 
 func (j *job) limits() erisfs.Limits { return erisfs.Limits{NarSize: j.options().MaxBytes} }
 

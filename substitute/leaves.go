@@ -42,8 +42,7 @@ func (w *leavesWay) kind() string { return "leaves" }
 
 func (w *leavesWay) String() string { return w.blocksWay.String() + " with " + w.old.String() }
 
-// pace never gives it up, like a delta.
-func (w *leavesWay) pace() pace { return pace{after: throughput.Longest, factor: 1} }
+func (w *leavesWay) pace() pace { return paceHere(uint64(w.size), leavesRate) }
 
 func (w *leavesWay) expect(context.Context) expectation {
 	e := w.j.expectMissing(w.capability, w.size, w.missing())
@@ -96,6 +95,6 @@ type countedBase struct {
 
 func (b countedBase) File(path string, plain bool) (nar.Node, nar.Feeder, func() bool, error) {
 	node, contents, done, err := b.Base.File(path, plain)
-	b.a.countShown(int(min(node.Size, math.MaxInt32)), 0)
+	b.a.countRead(node.Size)
 	return node, contents, done, err
 }

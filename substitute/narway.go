@@ -87,7 +87,7 @@ func (w *narWay) kind() string { return "nar" }
 
 func (w *narWay) String() string { return mirror.WithoutUser(w.url) }
 
-func (w *narWay) pace() pace { return pace{slowTime, slowTime, 10} }
+func (w *narWay) pace() pace { return pace{slowTime, slowTime, 10, 0} }
 
 func (w *narWay) expect(context.Context) expectation {
 	method := w.from.Compression

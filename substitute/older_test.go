@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -269,18 +270,21 @@ func TestLeaves(t *testing.T) {
 // TestDelta gets an item by a delta where there is one that can be used, and from the nar
 // elsewhere, without a warning.
 func TestDelta(t *testing.T) {
+	t.Parallel()
 	base, url := itemName(1, "x-1"), "delta"
 	for _, test := range []struct {
 		name     string
 		policy   substitute.Policy
 		line     narinfo.Delta // Size 1 stands for the right one
 		unsigned bool          // capabilities that nobody has signed are used
+		offers   int           // of further ones
+		silent   bool          // the server is, when it is asked for it
 		change   func(store string, served map[string]string)
-		delta    bool // it comes from there
-		asked    bool // the server is asked for it
+		delta    bool  // it comes from there
+		asked    int64 // how often the server is asked for one
 	}{
-		{name: "a file", line: narinfo.Delta{Base: base, URL: url, Size: 1}, delta: true, asked: true},
-		{name: "a file, with nars first", policy: substitute.HTTPFirst, line: narinfo.Delta{Base: base, URL: url, Size: 1}, delta: true, asked: true},
+		{name: "a file", line: narinfo.Delta{Base: base, URL: url, Size: 1}, delta: true, asked: 1},
+		{name: "a file, with nars first", policy: substitute.HTTPFirst, line: narinfo.Delta{Base: base, URL: url, Size: 1}, delta: true, asked: 1},
 		{name: "a file, with blocks only", policy: substitute.ERISOnly, line: narinfo.Delta{Base: base, URL: url, Size: 1}},
 		{name: "blocks", line: narinfo.Delta{Base: base, URL: "urn", Size: 1}, unsigned: true, delta: true},
 		{name: "blocks only", policy: substitute.ERISOnly, line: narinfo.Delta{Base: base, URL: "urn", Size: 1}, unsigned: true, delta: true},
@@ -290,19 +294,24 @@ func TestDelta(t *testing.T) {
 		{name: "no base", line: narinfo.Delta{Base: itemName(7, "x-1"), URL: url, Size: 1}},
 		{name: "larger than the nar", line: narinfo.Delta{Base: base, URL: url, Size: 1e9}},
 		{name: "of a file of ours", line: narinfo.Delta{Base: base, URL: "file:///etc/passwd", Size: 1}},
-		{name: "gone", line: narinfo.Delta{Base: base, URL: url, Size: 1}, asked: true,
+		{name: "gone", line: narinfo.Delta{Base: base, URL: url, Size: 1}, asked: 1,
 			change: func(_ string, served map[string]string) { delete(served, "/delta") }},
-		{name: "no delta", line: narinfo.Delta{Base: base, URL: url, Size: 1}, asked: true,
+		{name: "no delta", line: narinfo.Delta{Base: base, URL: url, Size: 1}, asked: 1,
 			change: func(_ string, served map[string]string) { served["/delta"] = "not found, but here is a page" }},
-		{name: "cut off", line: narinfo.Delta{Base: base, URL: url, Size: 1}, asked: true,
+		{name: "cut off", line: narinfo.Delta{Base: base, URL: url, Size: 1}, asked: 1,
 			change: func(_ string, served map[string]string) { served["/delta"] = served["/delta"][:40] }},
-		{name: "another base", line: narinfo.Delta{Base: base, URL: url, Size: 1}, asked: true,
+		{name: "longer than it is said to be", line: narinfo.Delta{Base: base, URL: url, Size: 60}, asked: 1},
+		{name: "silent", line: narinfo.Delta{Base: base, URL: url, Size: 1}, asked: 1, silent: true},
+		{name: "too many", line: narinfo.Delta{Base: base, URL: url, Size: 1}, offers: 9, asked: 2,
+			change: func(_ string, served map[string]string) { delete(served, "/delta") }},
+		{name: "another base", line: narinfo.Delta{Base: base, URL: url, Size: 1}, asked: 1,
 			change: func(store string, _ map[string]string) {
 				os.Remove(store + "/" + base)
 				os.WriteFile(store+"/"+base, []byte(strings.Repeat("?", 30e3)), 0o444)
 			}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
 			store := t.TempDir()
 			numbers := ""
 			for i := range 5000 {
@@ -326,7 +335,18 @@ func TestDelta(t *testing.T) {
 			}
 			key := acl.GenerateSigningKey()
 			server := newTestServer(t)
-			server.has(want.StorePath, signInfo(t, key, want)+line.Text()+"\n")
+			lines := line.Text() + "\n"
+			for i := range test.offers {
+				lines += narinfo.Delta{Base: line.Base, Size: line.Size, URL: fmt.Sprintf("%s?%d", line.URL, i)}.Text() + "\n"
+			}
+			server.has(want.StorePath, signInfo(t, key, want)+lines)
+			if test.silent {
+				server.wait = func(r *http.Request) {
+					if r.URL.Path == "/delta" {
+						<-r.Context().Done()
+					}
+				}
+			}
 			server.texts["/nar"], server.texts["/delta"] = string(archive), made.String()
 			if test.change != nil {
 				test.change(store, server.texts)
@@ -334,7 +354,11 @@ func TestDelta(t *testing.T) {
 			s, log := withLog(t, key, server.url)
 			s.StoreDir, s.Policy, s.UnsignedCapabilities = store, test.policy, test.unsigned
 			s.Blocks, s.Speeds = newMemoryBlocks(t, blocks, 0), &knownSpeed{speed: substitute.Speed{Rate: 1e5, Known: true}}
+			begin := time.Now()
 			outcome := s.Substitute(t.Context(), want.StorePath, want.StorePath)
+			if took := time.Since(begin); took > 15*time.Second {
+				t.Errorf("it took %v", took)
+			}
 			if test.policy == substitute.ERISOnly && !test.delta {
 				if outcome.Status != substitute.NotFound {
 					t.Errorf("status %d", outcome.Status)
@@ -348,10 +372,7 @@ func TestDelta(t *testing.T) {
 			if nar := strings.Contains(log.String(), "/nar"); nar == test.delta {
 				t.Errorf("the nar is used: %t:\n%s", nar, log)
 			}
-			requests := int64(1) // for the narinfo
-			if test.asked {
-				requests++
-			}
+			requests := 1 + test.asked // one for the narinfo
 			if !test.delta {
 				requests++
 			}

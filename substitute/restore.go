@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"net/http"
 	"os"
@@ -164,13 +165,14 @@ type job struct {
 	progress    *protocol.Download
 	ahead       *atomic.Bool // the daemon does not wait for it; nil if it always has
 
-	records []record         // that have been listed
-	listed  map[string]bool  // URLs and URNs
-	ways    []*candidate     // still to be tried, in order
-	base    *reuse.Candidate // an old item in which blocks may stand
-	later   []*candidate     // to be tried once more if nothing else works: slow or wrong ones
-	failing []*candidate     // failed for a while
-	useless []record         // whose nar is gone or has other contents
+	records      []record         // that have been listed
+	listed       map[string]bool  // URLs and URNs
+	ways         []*candidate     // still to be tried, in order
+	base         *reuse.Candidate // an old item in which blocks may stand
+	later        []*candidate     // to be tried once more if nothing else works: slow or wrong ones
+	failing      []*candidate     // failed for a while
+	failedDeltas int              // tried in vain
+	useless      []record         // whose nar is gone or has other contents
 
 	actual       *[32]byte     // the first wrong hash
 	silence      time.Duration // that servers have kept
@@ -284,6 +286,11 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 	}); ok {
 		w.failed(ctx, err)
 	}
+	if errors.Is(err, errSlow) {
+		j.later = append(j.later, c)
+		j.log.Notef("%s: %v", c, err)
+		return
+	}
 	if c.kind() != "blocks" && c.kind() != "nar" {
 		if j.s.Verbose {
 			j.log.Notef("%v; going on with another way", naming(c.String(), err))
@@ -293,10 +300,6 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 	var status *mirror.StatusError
 	var server *mirror.ServerError
 	switch {
-	case errors.Is(err, errSlow):
-		j.later = append(j.later, c)
-		j.log.Notef("%s: %v", c, err)
-		return
 	case changedOnTheWay(c, err):
 		c.again = true
 		j.later = slices.Insert(j.later, 0, c)
@@ -367,7 +370,8 @@ type attempt struct {
 	cancel   context.CancelCauseFunc
 	again    bool         // what came the first time was wrong
 	records  []record     // of the job when it began; watch may add to those of the job
-	got      atomic.Int64 // bytes
+	got      atomic.Int64 // bytes that have come over the network
+	read     atomic.Int64 // bytes of files of an old item
 	total    atomic.Int64 // bytes that will come, if the server says so
 	slow     atomic.Bool  // it was given up for that
 	cut      atomic.Bool  // the server has broken off
@@ -389,6 +393,13 @@ func (a *attempt) left(expected int64) int64 {
 
 // count notes that n bytes have come over the network.
 func (a *attempt) count(n int) { a.countShown(n, n) }
+
+// countRead notes that a file of an old item is being read, so that the attempt is not taken for one
+// that hangs.
+func (a *attempt) countRead(size uint64) {
+	a.read.Add(int64(min(size, math.MaxInt32)))
+	a.progress.Transferred(0)
+}
 
 // countShown notes that n bytes have come, of which fewer are shown as progress.
 func (a *attempt) countShown(n, shown int) {
@@ -466,7 +477,7 @@ func (j *job) watch(ctx context.Context, c *candidate, a *attempt) (stopped func
 	var asked time.Time // when other servers were, which may rest for a while
 	look := func() (goOn bool) {
 		now := sample{time.Now(), a.got.Load()}
-		err := w.tooSlow(now)
+		err := w.tooSlow(sample{now.at, now.got + a.read.Load()})
 		switch {
 		case err != nil || patient:
 		case len(j.ways) > 0 && w.slowerThan(now, j.ways[0].time):
@@ -535,6 +546,7 @@ func (w *watched) tooSlow(now sample) error {
 func (w *watched) slowerThan(now sample, other time.Duration) bool {
 	p := w.c.pace()
 	bytes, elapsed := since(&w.window, now, p.window)
+	elapsed -= p.here
 	left := float64(w.a.left(w.c.bytes))
 	return elapsed >= p.after && left > p.factor*float64(bytes)/elapsed.Seconds()*(other+preferMargin).Seconds()
 }

@@ -5,7 +5,6 @@ package substitute
 import (
 	"context"
 	"errors"
-	"math"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/throughput"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
@@ -66,8 +65,7 @@ func (w *rewrittenWay) failed(ctx context.Context, err error) {
 	}
 }
 
-// countedNodes counts the bytes of the files that come, which do not come over the network, so that
-// the attempt is not taken for one that hangs.
+// countedNodes counts the bytes of the files that come.
 type countedNodes struct {
 	nar.Nodes
 	a *attempt
@@ -75,6 +73,6 @@ type countedNodes struct {
 
 func (n *countedNodes) Next() (nar.Node, error) {
 	node, err := n.Nodes.Next()
-	n.a.countShown(int(min(node.Size, math.MaxInt32)), 0)
+	n.a.countRead(node.Size)
 	return node, err
 }

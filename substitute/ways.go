@@ -49,11 +49,21 @@ type expectation struct {
 }
 
 // A pace says that a way is given up once it is clear, after some time, that it needs factor times
-// as long as another way, which begins from the start. What counts is how fast it has been in the
-// last window, or since its beginning if that is 0.
+// as long as another way, which begins from the start. What counts is how fast bytes have come over
+// the network in the last window, or since its beginning if that is 0. The time for what is read
+// here meanwhile does not count.
 type pace struct {
 	after, window time.Duration
 	factor        float64
+	here          time.Duration
+}
+
+// hereFactor is how many times longer than expected it may take to read what is here.
+const hereFactor = 4
+
+// paceHere is the pace of a way for which size bytes of an old item are read, at some rate.
+func paceHere(size uint64, rate float64) pace {
+	return pace{slowTime, 0, 10, throughput.Seconds(hereFactor * float64(min(size, 1<<62)) / rate)}
 }
 
 // A candidate is a way in the list.

@@ -798,3 +798,37 @@ func TestSeedsHoldUpNothing(t *testing.T) {
 	must(t, syscall.Kill(-d.cmd.Process.Pid, syscall.SIGKILL))
 	d.close() // which says that it was killed
 }
+
+// TestLockedDatabase substitutes items of which there are older ones, while somebody keeps the
+// daemon's database locked: nothing waits for that again and again.
+func TestLockedDatabase(t *testing.T) {
+	a := newAheadTest(t, 0, "ahead-items = 0\n")
+	db, err := newDatabase(filepath.Join(filepath.Dir(a.store), "state/db/db.sqlite"))
+	must(t, err)
+	defer db.Close()
+	for _, item := range a.items {
+		must(t, os.MkdirAll(fmt.Sprintf("%s/%s%s", a.store, strings.Repeat("a", 32), filepath.Base(item.path)[32:]), 0o755))
+	}
+	for _, before := range []int{0, 1} { // items that are substituted before it is locked
+		d := a.start("substitute")
+		for _, item := range a.items[:before] {
+			a.substitute(d, item, item.path)
+		}
+		locked, err := db.Conn(t.Context())
+		must(t, err)
+		_, err = locked.ExecContext(t.Context(), "BEGIN EXCLUSIVE")
+		must(t, err)
+		begin := time.Now()
+		a.substituteRest(d)
+		if took := time.Since(begin); took > 8*time.Second {
+			t.Errorf("%d items took %v", len(a.items)-before, took)
+		}
+		must(t, d.close())
+		_, err = locked.ExecContext(t.Context(), "ROLLBACK")
+		must(t, errors.Join(err, locked.Close()))
+		for _, item := range a.items {
+			makeWritable(item.path)
+			must(t, os.RemoveAll(item.path))
+		}
+	}
+}

@@ -16,11 +16,15 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	_ "modernc.org/sqlite" // the driver of the daemon's database
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
+
+// Patience is for how long most users of the database wait while somebody locks it.
+const Patience = 10 * time.Second
 
 // ErrNoItem is returned for a store item that there is not.
 var ErrNoItem = errors.New("no such store item")
@@ -28,27 +32,30 @@ var ErrNoItem = errors.New("no such store item")
 // A Database is the database of guix-daemon. It is safe for concurrent use.
 type Database struct {
 	name  string
+	url   string
 	store string
 	db    *sql.DB
 }
 
 // Open opens the daemon's database (usually /var/guix/db/db.sqlite) for reading. store is the store
-// directory without a slash at its end. Close must be called at the end.
+// directory without a slash at its end. Patience is for how long somebody may lock it until that
+// is an error. Close must be called at the end.
 //
 // The daemon may write at the same time. It keeps a write-ahead log, for which SQLite wants to have
 // a file of shared memory beside the database; when nobody has the database open there is none, and
 // who may not make one, because the directory belongs to root, could not read. Then there is
 // nothing in a log either, so the database is read as a file that nobody changes, and what was read
 // counts if indeed nobody has.
-func Open(name, store string) (*Database, error) {
+func Open(name, store string, patience time.Duration) (*Database, error) {
 	if _, err := os.Stat(name); err != nil {
 		return nil, err
 	}
-	db, err := sql.Open("sqlite", databaseURL(name, ""))
+	url := databaseURL(name, patience)
+	db, err := sql.Open("sqlite", url)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
-	d := &Database{name, store, db}
+	d := &Database{name, url, store, db}
 	err = d.read(context.Background(), func(db *sql.DB) error {
 		var n int
 		return db.QueryRow("SELECT count(*) FROM (SELECT id FROM ValidPaths LIMIT 1)").Scan(&n)
@@ -60,11 +67,11 @@ func Open(name, store string) (*Database, error) {
 	return d, nil
 }
 
-// databaseURL is what SQLite knows a database by. The daemon may hold it for a moment.
-func databaseURL(name, more string) string {
+// databaseURL is what SQLite knows a database by.
+func databaseURL(name string, patience time.Duration) string {
 	source := url.URL{
 		Scheme: "file", Opaque: (&url.URL{Path: name}).EscapedPath(),
-		RawQuery: "mode=ro&_pragma=busy_timeout(10000)&_pragma=query_only(1)" + more,
+		RawQuery: fmt.Sprintf("mode=ro&_pragma=busy_timeout(%d)&_pragma=query_only(1)", patience.Milliseconds()),
 	}
 	return source.String()
 }
@@ -86,7 +93,7 @@ func (d *Database) read(ctx context.Context, run func(*sql.DB) error) error {
 		if !ok {
 			continue
 		}
-		db, err := sql.Open("sqlite", databaseURL(d.name, "&immutable=1"))
+		db, err := sql.Open("sqlite", d.url+"&immutable=1")
 		if err != nil {
 			return err
 		}

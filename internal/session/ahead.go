@@ -4,10 +4,13 @@ package session
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"runtime"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/ahead"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
@@ -113,6 +116,15 @@ func (s *Settings) clean() {
 	ahead.CleanStages(s.Store)
 }
 
+const (
+	// databasePatience is for how long an item waits while the database is locked, which may be
+	// fetched instead, and databaseRest is for how long nobody waits again then.
+	databasePatience = 500 * time.Millisecond
+	databaseRest     = 20 * databasePatience
+)
+
+var errLocked = errors.New("the database of guix-daemon is locked")
+
 // finder returns what finds older items of the store to make new ones of, or nil. The daemon's
 // database is opened when there is an item of which it is to be asked.
 func (s *Settings) finder() (finder *reuse.Finder, closeDatabase func()) {
@@ -121,14 +133,23 @@ func (s *Settings) finder() (finder *reuse.Finder, closeDatabase func()) {
 	}
 	var database *guixdb.Database
 	open := sync.OnceValue(func() (err error) {
-		database, err = guixdb.Open(settings.DatabaseFile(), s.Store)
+		database, err = guixdb.Open(settings.DatabaseFile(), s.Store, databasePatience)
 		return err
 	})
+	var locked atomic.Int64 // until when it is taken to be, as Unix time in nanoseconds
 	find := func(ctx context.Context, hashPart string) (*narinfo.Narinfo, error) {
 		if err := open(); err != nil {
 			return nil, fmt.Errorf("%w: %w", reuse.ErrNoDatabase, err)
 		}
-		return database.Item(ctx, hashPart)
+		begin := time.Now()
+		if begin.UnixNano() < locked.Load() {
+			return nil, errLocked
+		}
+		info, err := database.Item(ctx, hashPart)
+		if end := time.Now(); err != nil && end.Sub(begin) >= databasePatience {
+			locked.Store(end.Add(databaseRest).UnixNano())
+		}
+		return info, err
 	}
 	return reuse.New(reuse.Config{StoreDir: s.Store, Database: find, MissesFile: s.inCache("reuse")}), func() {
 		if database != nil {
