@@ -32,7 +32,7 @@ func (c *Candidate) Base(ctx context.Context) (*Base, error) {
 		var err error
 		if c.info != nil {
 			references = c.info.References
-		} else if references, err = c.finder.references(ctx, c.old); err != nil {
+		} else if references, err = c.finder.references(ctx, c.old, c.want); err != nil {
 			return nil, err
 		}
 		c.pairs = Replacements(c.old, filepath.Base(c.want.StorePath), references, c.want.References)

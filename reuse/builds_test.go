@@ -224,6 +224,18 @@ func TestFixtures(t *testing.T) {
 	if c, _ := s.attempt(s.finder(), want); c != nil {
 		t.Error("made without the debug file")
 	}
+	// Nobody reads a source over and over.
+	_, want = s.both("z-1.0", []string{"bash-5.1"}, func(item string, refs []string) map[string]string {
+		source := refs[0] + strings.Repeat("#", 1<<20)
+		files := map[string]string{"lib/x.py": source}
+		for i := range 200 {
+			files[fmt.Sprintf("lib/x.%d.pyc", i)] = compiled(source, "")
+		}
+		return files
+	})
+	if c, _ := s.attempt(s.finder(), want); c != nil {
+		t.Error("a source was read 200 times")
+	}
 }
 
 // TestRepairedPart looks for blocks in a file that is repaired, and differs in something else, too:

@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -37,6 +38,24 @@ type workshop struct {
 	foreign  bool   // other references change than that to itself
 	table    *Replacer
 	names    func() ([]string, error) // of all items of the store
+	unread   atomic.Int64             // bytes that may still be read, see mayRead
+}
+
+// What repairs may read for checksums: so many bytes, and so many times as many as the item has.
+// Whoever has built an item may have put in any number of checksums of the same bytes.
+const (
+	leastSummed  = 64 << 20
+	summedFactor = 16
+)
+
+var errSummed = errors.New("too many checksums of the same bytes")
+
+// mayRead returns an error if repairs have read too much to read so many bytes more.
+func (w *workshop) mayRead(size int64) error {
+	if w.unread.Add(-size) < 0 {
+		return errSummed
+	}
+	return nil
 }
 
 // repairs returns the patches of a file of the old item. path is below the item.
@@ -58,6 +77,9 @@ func (w *workshop) repairs(f io.ReaderAt, path string, size int64) ([]patch, err
 
 // crc returns the CRC-32 of a part of a file, before and after rewriting.
 func (w *workshop) crc(f io.ReaderAt, start, size int64) (old, new uint32, err error) {
+	if err := w.mayRead(size); err != nil {
+		return 0, 0, err
+	}
 	s := w.table.stream(f, start, size)
 	for b, err := range s.pieces() {
 		if err != nil {
@@ -137,9 +159,8 @@ func (w *workshop) debugCRC(file, name string, old uint32) (uint32, bool) {
 	for _, item := range debugItems {
 		if f, size, err := OpenRegular(path.Join(w.store, item, "lib/debug", w.store, w.new, directory, name)); err == nil {
 			defer f.Close()
-			sum := crc32.NewIEEE()
-			_, err := io.Copy(sum, io.NewSectionReader(f, 0, size))
-			return sum.Sum32(), err == nil
+			sum, _, err := w.crc(f, 0, size)
+			return sum, err == nil
 		}
 	}
 	itself := path.Join(w.store, w.old)
@@ -183,7 +204,7 @@ func (w *workshop) debugItems() []string {
 }
 
 // maxSource bounds the source of a compiled file, in bytes.
-const maxSource = 16 << 20
+const maxSource = 4 << 20
 
 // python makes the hash of the source anew that is in a compiled file (PEP 552). The key is the
 // magic number of the file; later versions of Python compute SipHash-1-3, earlier ones SipHash-2-4.
@@ -198,7 +219,7 @@ func (w *workshop) python(head [16]byte, file string) ([]patch, error) {
 		return nil, nil
 	}
 	defer f.Close()
-	if size > maxSource {
+	if size > maxSource || w.mayRead(size) != nil {
 		return nil, nil
 	}
 	source := part(f, 0, int(size))
@@ -269,13 +290,11 @@ func (w *workshop) zip(f io.ReaderAt, size int64) ([]patch, error) {
 	}
 	start, directory := zipDirectory(f, size)
 	var patches []patch
-	total := int64(0) // of what is stored; members do not overlap
-	for rest := directory; len(rest) >= 46 && string(rest[:4]) == zipCentral && total <= size; {
+	for rest := directory; len(rest) >= 46 && string(rest[:4]) == zipCentral; {
 		le := binary.LittleEndian
 		length := 46 + int(le.Uint16(rest[28:])) + int(le.Uint16(rest[30:])) + int(le.Uint16(rest[32:]))
 		at := start + int64(len(directory)-len(rest))
 		if le.Uint16(rest[10:]) == 0 { // stored
-			total += int64(le.Uint32(rest[20:]))
 			patches = append(patches, w.member(f, size, rest[:46], at)...)
 		}
 		rest = rest[min(length, len(rest)):]

@@ -119,7 +119,7 @@ func (f *Finder) candidates(ctx context.Context, name, item string, want *narinf
 	case errors.Is(err, ErrNoDatabase):
 		// Nothing can be known before it has been read, which is not done in vain twice.
 		if err = nil; !f.misses.has(useless) {
-			references, err = f.references(ctx, name)
+			references, err = f.references(ctx, name, want)
 			if ways = mappings(name, item, references, want.References); err == nil && len(ways) == 0 {
 				f.misses.add(useless)
 			}
@@ -152,13 +152,17 @@ func (f *Finder) candidates(ctx context.Context, name, item string, want *narinf
 	return []*Candidate{{true, f, name, info, want, nil, nil}}
 }
 
-// references finds out which items of the store an item mentions.
-func (f *Finder) references(ctx context.Context, name string) ([]string, error) {
+var errMuchLonger = errors.New("it is much longer than what is wanted")
+
+// references finds out which items of the store an item mentions. One that is much longer than what
+// is wanted is of no use, and may take long to read.
+func (f *Finder) references(ctx context.Context, name string, want *narinfo.Narinfo) ([]string, error) {
 	all, err := f.listing.all()
 	if err != nil {
 		return nil, err
 	}
 	found := map[string]bool{}
+	left := int64(min(want.NarSize, 1<<61))*2 + 1<<20
 	all.found = func(p Replacement) { found[p.Old] = true }
 	tree := nar.NewTree(f.StoreDir + "/" + name)
 	defer tree.Close()
@@ -168,6 +172,9 @@ func (f *Finder) references(ctx context.Context, name string) ([]string, error) 
 			return slices.Collect(maps.Keys(found)), nil
 		} else if err != nil {
 			return nil, err
+		}
+		if left -= int64(n.Size); left < 0 {
+			return nil, errMuchLonger
 		}
 		all.text(n.Name)
 		all.text(n.Target)
@@ -199,10 +206,12 @@ func (c *Candidate) Nodes(ctx context.Context) *Nodes {
 func (c *Candidate) workshop() *workshop {
 	table := NewReplacer(c.pairs)
 	table.pool = &c.finder.pool
-	return &workshop{
+	w := &workshop{
 		store: c.finder.StoreDir, old: c.old, new: filepath.Base(c.want.StorePath),
 		foreign: len(c.pairs) > 1, table: table, names: c.finder.listing.read,
 	}
+	w.unread.Store(leastSummed + summedFactor*int64(min(c.want.NarSize, 1<<56)))
+	return w
 }
 
 func (c *Candidate) remember() {

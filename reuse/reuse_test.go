@@ -254,6 +254,21 @@ func TestGates(t *testing.T) {
 	}
 }
 
+// TestMuchLonger has an old item of another length than what is wanted, which nobody reads to find
+// its references without a database.
+func TestMuchLonger(t *testing.T) {
+	s := newTestStore(t)
+	old, want := s.both("x-1.0", []string{"bash-5.1"}, tree)
+	must(t, os.Chmod(s.dir+"/"+old, 0o755))
+	must(t, errors.Join(os.WriteFile(s.dir+"/"+old+"/a", nil, 0o644), os.Truncate(s.dir+"/"+old+"/a", 1<<38)))
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	for c := range New(Config{StoreDir: s.dir}).Find(ctx, want) {
+		t.Errorf("%s is a candidate", c)
+	}
+	must(t, ctx.Err())
+}
+
 // TestBroken has old items that are not what they should be, or not for long. All fail without
 // harm.
 func TestBroken(t *testing.T) {
@@ -515,6 +530,7 @@ func FuzzRepairs(f *testing.F) {
 			store: "/nonexistent", old: hash(1) + "-x", new: hash(2) + "-x", table: table,
 			names: func() ([]string, error) { return nil, nil },
 		}
+		w.unread.Store(1 << 20)
 		patches, err := w.repairs(bytes.NewReader(contents), path, int64(len(contents)))
 		for _, p := range patches {
 			if err != nil || p.offset < 0 || p.offset+int64(len(p.bytes)) > int64(len(contents)) {
