@@ -394,8 +394,8 @@ func (a *attempt) left(expected int64) int64 {
 // count notes that n bytes have come over the network.
 func (a *attempt) count(n int) { a.countShown(n, n) }
 
-// countRead notes that a file of an old item is being read, so that the attempt is not taken for one
-// that hangs.
+// countRead notes that a file of an old item is being read, so that the attempt is not taken for
+// one that hangs.
 func (a *attempt) countRead(size uint64) {
 	a.read.Add(int64(min(size, math.MaxInt32)))
 	a.progress.Transferred(0)

@@ -38,8 +38,8 @@ type Database struct {
 }
 
 // Open opens the daemon's database (usually /var/guix/db/db.sqlite) for reading. store is the store
-// directory without a slash at its end. Patience is for how long somebody may lock it until that
-// is an error. Close must be called at the end.
+// directory without a slash at its end. Patience is for how long somebody may lock it until that is
+// an error. Close must be called at the end.
 //
 // The daemon may write at the same time. It keeps a write-ahead log, for which SQLite wants to have
 // a file of shared memory beside the database; when nobody has the database open there is none, and

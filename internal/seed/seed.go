@@ -18,6 +18,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -35,9 +36,13 @@ const (
 	workers = 4
 	// closeTime is for how long Close goes on with copies.
 	closeTime = 10 * time.Second
+	// mostLonger is by how many bytes, beside an eighth, what is compressed may be longer.
+	mostLonger = 1 << 10
 	// wholePrefix begins the names of copies that are whole.
 	wholePrefix = "nar-"
 )
+
+var errLonger = errors.New("a compressed nar is much longer than the nar")
 
 // Seeds are the nars of a directory that are on their way to a store. A nil one takes none. It is
 // safe for concurrent use, also by several processes.
@@ -46,6 +51,7 @@ type Seeds struct {
 	store     fetch.Store
 	failed    func(error)
 	more      chan struct{}
+	begun     atomic.Int64 // bytes that copies under way may have
 	stop      context.CancelFunc
 	done      sync.WaitGroup
 }
@@ -107,28 +113,33 @@ func (s *Seeds) putCopy(ctx context.Context, name string) error {
 // A Copy is that of a nar that is being fetched. It is for one goroutine at a time. A nil one takes
 // nothing.
 type Copy struct {
-	s   *Seeds
-	f   *os.File
-	err error // of writing
+	s    *Seeds
+	f    *os.File
+	size int64 // that it may have
+	n    int64 // that it has
+	err  error // of writing
 }
 
-// Begin returns a copy of a nar that may have so many bytes; it must be ended. It is nil if there
-// is no room: a copy takes at most half of what the file system has left, for others need it more.
+// Begin returns a copy of a nar that has so many bytes before it is compressed; it must be ended.
+// It is nil if there is no room: a copy takes at most half of what the file system has left, for
+// others need it more.
 func (s *Seeds) Begin(size uint64) *Copy {
 	if s == nil || size > maxBytes {
 		return nil
 	}
-	f, err := s.create(int64(size))
-	if err != nil {
+	c := &Copy{s: s, size: int64(size)}
+	var err error
+	if c.f, err = s.create(s.begun.Add(c.size)); err != nil {
 		s.failed(err)
 	}
-	if f == nil {
+	if c.f == nil {
+		s.begun.Add(-c.size)
 		return nil
 	}
-	return &Copy{s: s, f: f}
+	return c
 }
 
-// create makes a file, if there is room, and removes those that are too old.
+// create makes a file, if there is room for all that are begun, and removes those that are too old.
 func (s *Seeds) create(size int64) (*os.File, error) {
 	if err := files.MakeDirectory(s.directory); err != nil {
 		return nil, err
@@ -156,10 +167,16 @@ func (s *Seeds) create(size int64) (*os.File, error) {
 // Write takes what has come next. It never fails: what cannot be copied is given up, and takes no
 // more room on a disk that may be full.
 func (c *Copy) Write(p []byte) (int, error) {
-	if c != nil && c.err == nil {
-		if _, c.err = c.f.Write(p); c.err != nil {
-			c.f.Truncate(0)
-		}
+	if c == nil || c.err != nil {
+		return len(p), nil
+	}
+	if c.n += int64(len(p)); c.n > c.size+c.size/8+mostLonger {
+		c.err = errLonger
+	} else {
+		_, c.err = c.f.Write(p)
+	}
+	if c.err != nil {
+		c.f.Truncate(0)
 	}
 	return len(p), nil
 }
@@ -169,12 +186,13 @@ func (c *Copy) End(right bool) {
 	if c == nil {
 		return
 	}
+	c.s.begun.Add(-c.size)
 	name := c.f.Name()
 	err := errors.Join(c.err, c.f.Close())
 	if right && err == nil {
 		err = os.Rename(name, filepath.Join(c.s.directory, wholePrefix+filepath.Base(name)[len(files.TemporaryPrefix):]))
 	}
-	if err != nil {
+	if right && err != nil {
 		c.s.failed(err)
 	}
 	if !right || err != nil {
