@@ -47,8 +47,10 @@ type Database struct {
 // nothing in a log either, so the database is read as a file that nobody changes, and what was read
 // counts if indeed nobody has.
 func Open(name, store string, patience time.Duration) (*Database, error) {
-	if _, err := os.Stat(name); err != nil {
+	if info, err := os.Stat(name); err != nil {
 		return nil, err
+	} else if !info.Mode().IsRegular() { // a pipe would be waited for
+		return nil, fmt.Errorf("%s is no regular file", name)
 	}
 	url := databaseURL(name, patience)
 	db, err := sql.Open("sqlite", url)

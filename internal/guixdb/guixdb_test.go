@@ -82,6 +82,10 @@ func TestDatabase(t *testing.T) {
 		t.Errorf("error %v", err)
 	}
 	must(t, os.WriteFile(name+".bad", []byte(strings.Repeat("no database ", 1000)), 0o644))
+	must(t, syscall.Mkfifo(name+".pipe", 0o600))
+	if _, err := guixdb.Open(name+".pipe", "/gnu/store", guixdb.Patience); err == nil {
+		t.Error("a pipe is a database")
+	}
 	if _, err := guixdb.Open(name+".bad", "/gnu/store", guixdb.Patience); err == nil {
 		t.Error("anything is a database")
 	}
