@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -267,6 +268,22 @@ func TestTooLarge(t *testing.T) {
 		if !errors.Is(err, delta.ErrTooLarge) || b.Len() > 0 {
 			t.Errorf("%s: error %v, %d bytes", name, err, b.Len())
 		}
+	}
+}
+
+// TestManyFiles compares many small files, which take no memory each.
+func TestManyFiles(t *testing.T) {
+	old, new := tree{}, tree{}
+	for i := range 3000 {
+		old[fmt.Sprint(i)], new[fmt.Sprint(i)] = "a", "b"
+	}
+	oldTree, newTree := old.make(t), new.make(t)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	write(t, newTree, oldTree, delta.WriteOptions{})
+	runtime.ReadMemStats(&after)
+	if n := after.TotalAlloc - before.TotalAlloc; n > 64<<20 {
+		t.Errorf("%d MiB were allocated", n>>20)
 	}
 }
 

@@ -57,7 +57,7 @@ func write(ctx context.Context, w io.Writer, tree, base string, o WriteOptions) 
 	if err := os.Remove(frames.Name()); err != nil {
 		return 0, err
 	}
-	x := &writer{ctx: ctx, o: o, base: b, frames: frames, replacer: reuse.NewReplacer(o.Replacements)}
+	x := &writer{ctx: ctx, o: o, base: b, frames: frames, replacer: reuse.NewReplacer(o.Replacements), copier: reuse.NewReplacer(nil)}
 	if err := x.findBases(base); err != nil {
 		return 0, err
 	}
@@ -88,6 +88,7 @@ type writer struct {
 	o        WriteOptions
 	base     base
 	replacer *reuse.Replacer
+	copier   *reuse.Replacer // of nothing, whose memory all files share
 	codec    codec
 
 	paths map[string]bool   // of the regular files of the base
@@ -244,7 +245,7 @@ func (w *writer) file(path string, f *os.File, size uint64) error {
 
 // compare returns the method for a file of the same size as its base.
 func (w *writer) compare(f, old *os.File, size int64) (method, error) {
-	same, err := w.same(f, size, reuse.NewReplacer(nil).Contents(old, size))
+	same, err := w.same(f, size, w.copier.Contents(old, size))
 	if same || err != nil {
 		return methodCopy, err
 	}
