@@ -3,12 +3,11 @@
 package delta
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
 )
 
@@ -35,10 +34,8 @@ func openBase(name string) (base, error) {
 func (b base) open(path string) (f *os.File, size uint64, err error) {
 	name := string(b)
 	if path != "" {
-		for entry := range strings.SplitSeq(path, "/") {
-			if err == nil {
-				err = nar.CheckName(entry)
-			}
+		if !filepath.IsLocal(path) || filepath.Clean(path) != path {
+			err = errors.New("not below it")
 		}
 		name += "/" + path
 	}

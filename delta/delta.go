@@ -14,7 +14,7 @@ import (
 	"fmt"
 	"io"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
 )
 
 // The header: magic, version, encoder, and the length of the compressed index in four bytes.
@@ -86,7 +86,7 @@ type indexReader interface {
 
 func readUvarint(r indexReader) (uint64, error) {
 	n, err := binary.ReadUvarint(r)
-	return n, unexpected(err)
+	return n, reuse.Unexpected(err)
 }
 
 // readString reads a string of at most limit bytes.
@@ -100,43 +100,5 @@ func readString(r indexReader, limit int) (string, error) {
 	}
 	b := make([]byte, n)
 	_, err = io.ReadFull(r, b)
-	return string(b), unexpected(err)
-}
-
-// unexpected is the error of what ends too early.
-func unexpected(err error) error {
-	if err == io.EOF {
-		return io.ErrUnexpectedEOF
-	}
-	return err
-}
-
-var errTooDeep = fmt.Errorf("more than %d directories deep", nar.MaxDepth)
-
-// A path is where a walk through a tree is.
-type path struct {
-	bytes []byte
-	ends  []int // of the directories
-}
-
-// enter adds an entry to the path, which must be undone by leave.
-func (p *path) enter(name string) {
-	p.ends = append(p.ends, len(p.bytes))
-	if len(p.bytes) > 0 {
-		p.bytes = append(p.bytes, '/')
-	}
-	p.bytes = append(p.bytes, name...)
-}
-
-func (p *path) leave() {
-	last := len(p.ends) - 1
-	p.bytes, p.ends = p.bytes[:p.ends[last]], p.ends[:last]
-}
-
-// entry returns the path of an entry.
-func (p *path) entry(name string) string {
-	if len(p.bytes) == 0 {
-		return name
-	}
-	return string(p.bytes) + "/" + name
+	return string(b), reuse.Unexpected(err)
 }

@@ -65,7 +65,7 @@ func TestHostile(t *testing.T) {
 	must(t, os.WriteFile(outside, []byte("o"), 0o644))
 	x := frame([]byte("x"))
 	deep := []any{0, directory}
-	for range nar.MaxDepth {
+	for range nar.MaxDepth + 1 {
 		deep = append(deep, directory, text("d"))
 	}
 	file := func(parts ...any) []byte { return index(append([]any{0, directory, regular, text("n")}, parts...)...) }
@@ -92,7 +92,7 @@ func TestHostile(t *testing.T) {
 		{"an end as root", forged(index(0, end)), "kind 0"},
 		{"an unknown kind", forged(index(0, 5)), "kind 5"},
 		{"two roots", forged(index(0, directory, end, directory, end)), "more than one root"},
-		{"too deep", forged(index(deep...)), "deep"},
+		{"too deep", forged(index(deep...)), "longer than"},
 		{"no end", forged(index(0, directory)), "unexpected EOF"},
 		{"an empty name", forged(index(0, directory, symlink, text(""), text("x"))), "empty entry name"},
 		{"a name with a slash", forged(index(0, directory, symlink, text("a/b"), text("x"))), "0x2f"},
@@ -107,9 +107,9 @@ func TestHostile(t *testing.T) {
 		{"a large file", forged(file(1<<20+1, fresh)), "more than 1048576"},
 		{"large files", forged(index(0, directory, regular, text("a"), 1<<20, copied, text("f"))), "instead of 1048576"},
 		{"an unknown method", forged(file(1, 4)), "method 4"},
-		{"a way out", forged(file(1, copied, text("../outside"))), `".."`},
-		{"an absolute way out", forged(file(1, copied, text(outside))), "empty entry name"},
-		{"a way out of a directory", forged(file(1, replaced, text("d/../../outside"))), `".."`},
+		{"a way out", forged(file(1, copied, text("../outside"))), "not below it"},
+		{"an absolute way out", forged(file(1, copied, text(outside))), "not below it"},
+		{"a way out of a directory", forged(file(1, replaced, text("d/../../outside"))), "not below it"},
 		{"a way by a link", forged(file(100<<10, copied, text("l"))), "too many"},
 		{"a directory as base", forged(file(1, patch, text("d"), 0, 0, len(x)), x), "no regular file"},
 		{"a base with a long path", forged(file(1, copied, 3801)), "3801 bytes"},

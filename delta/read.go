@@ -43,7 +43,6 @@ type Reader struct {
 	pool     nar.Pool // of parts of pieces
 	failed   error
 
-	at      path
 	last    []string // the name of the last entry of each open directory
 	started bool
 	sum     uint64 // of the sizes of files
@@ -89,7 +88,7 @@ func (r *Reader) Close() {
 func (r *Reader) open(base string) error {
 	var head [headerSize]byte
 	if _, err := io.ReadFull(r.body, head[:]); err != nil {
-		return unexpected(err)
+		return reuse.Unexpected(err)
 	}
 	rest, ok := strings.CutPrefix(string(head[:]), magic)
 	switch {
@@ -104,7 +103,7 @@ func (r *Reader) open(base string) error {
 	}
 	index := new(bytes.Buffer)
 	if _, err := io.CopyN(index, r.body, int64(length)); err != nil {
-		return unexpected(err)
+		return reuse.Unexpected(err)
 	}
 	var err error
 	r.zstd, err = zstd.NewReader(index, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(indexWindow))
@@ -133,7 +132,7 @@ func (r *Reader) replacements() error {
 	for range n {
 		var b [2 * reuse.HashLength]byte
 		if _, err := io.ReadFull(r.index, b[:]); err != nil {
-			return unexpected(err)
+			return reuse.Unexpected(err)
 		}
 		x := reuse.Replacement{Old: string(b[:reuse.HashLength]), New: string(b[reuse.HashLength:])}
 		if !isHash(x.Old) || !isHash(x.New) || x.Old <= before {
@@ -199,16 +198,7 @@ func (r *Reader) next() (nar.Node, error) {
 	switch kind {
 	case kindEnd:
 		r.last = r.last[:len(r.last)-1]
-		if len(r.at.ends) > 0 {
-			r.at.leave()
-		}
 	case kindDirectory:
-		if len(r.last) == nar.MaxDepth {
-			return n, errTooDeep
-		}
-		if n.Name != "" {
-			r.at.enter(n.Name)
-		}
 		r.last = append(r.last, "")
 	case kindRegular, kindExecutable:
 		err = r.begin(&n)
@@ -231,7 +221,7 @@ func (r *Reader) end() error {
 // node reads a node but for the contents of a file.
 func (r *Reader) node() (n nar.Node, kind byte, err error) {
 	if kind, err = r.index.ReadByte(); err != nil {
-		return n, kind, unexpected(err)
+		return n, kind, reuse.Unexpected(err)
 	}
 	kinds := [...]nar.Kind{nar.End, nar.Directory, nar.Symlink, nar.Regular, nar.Regular}
 	if int(kind) >= len(kinds) || kind == kindEnd && len(r.last) == 0 {
@@ -265,20 +255,22 @@ func (r *Reader) name() (string, error) {
 		err = nar.CheckName(name)
 	}
 	last := &r.last[len(r.last)-1]
-	switch {
-	case err != nil:
-	case name <= *last:
+	if err == nil && name <= *last {
 		err = fmt.Errorf("entry %q after %q", name, *last)
-	case len(r.at.bytes)+1+len(name) > nar.MaxPath:
-		err = fmt.Errorf("path of entry %q is longer than %d bytes", name, nar.MaxPath)
 	}
 	*last = name
+	if err == nil && len(r.path()) > nar.MaxPath { // bounds the depth too
+		err = fmt.Errorf("path of entry %q is longer than %d bytes", name, nar.MaxPath)
+	}
 	return name, err
 }
 
+// path returns where the last entry is, below the root.
+func (r *Reader) path() string { return strings.Join(r.last, "/") }
+
 // begin begins with a file.
 func (r *Reader) begin(n *nar.Node) error {
-	r.file.path = r.at.entry(n.Name)
+	r.file.path = r.path()
 	if n.Size == 0 {
 		return nil
 	}
@@ -339,7 +331,7 @@ func (r *Reader) Contents() (nar.Chunk, error) {
 		}
 	}
 	if err != nil {
-		r.failed = fmt.Errorf("delta: file %q: %w", f.path, unexpected(err))
+		r.failed = fmt.Errorf("delta: file %q: %w", f.path, reuse.Unexpected(err))
 	}
 	return c, r.failed
 }
@@ -400,7 +392,7 @@ func readFull(r io.Reader, n int, b []byte) ([]byte, error) {
 		b = make([]byte, n)
 	}
 	_, err := io.ReadFull(r, b[:n])
-	return b[:n], unexpected(err)
+	return b[:n], reuse.Unexpected(err)
 }
 
 // section is a part of a file.

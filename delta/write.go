@@ -104,8 +104,8 @@ type writer struct {
 // findBases lists the files of the base.
 func (w *writer) findBases(name string) error {
 	w.paths, w.alike = map[string]bool{}, map[string]string{}
-	return walk(nar.NewTree(name), func(n nar.Node, path string, _ *os.File) error {
-		if n.Kind == nar.Regular && n.Size > 0 {
+	return walk(name, func(_ nar.Node, path string, file *os.File) error {
+		if file != nil {
 			w.paths[path] = true
 			if alike := unversioned(path); path != "" && w.alike[alike] == "" {
 				w.alike[alike] = path
@@ -115,29 +115,23 @@ func (w *writer) findBases(name string) error {
 	})
 }
 
-// walk calls f for each node, with its path, which is empty for the root and for ends of
-// directories, and its open file.
-func walk(tree *nar.Tree, f func(n nar.Node, path string, file *os.File) error) error {
+// walk calls f for each node of a tree. Of a file that is not empty it gives the path below the
+// root, and the open file.
+func walk(root string, f func(n nar.Node, path string, file *os.File) error) error {
+	tree := nar.NewTree(root)
 	defer tree.Close()
-	var at path
-	for first := true; ; first = false {
+	for {
 		n, err := tree.Next()
 		if err == io.EOF {
 			return nil
 		} else if err != nil {
 			return err
 		}
-		name := ""
-		switch {
-		case n.Kind == nar.End && len(at.ends) > 0:
-			at.leave()
-		case n.Kind != nar.End && !first:
-			name = at.entry(n.Name)
-			if n.Kind == nar.Directory {
-				at.enter(n.Name)
-			}
+		path, file := "", tree.File()
+		if file != nil {
+			path = strings.TrimPrefix(strings.TrimPrefix(file.Name(), root), "/")
 		}
-		if err := f(n, name, tree.File()); err != nil {
+		if err := f(n, path, file); err != nil {
 			return err
 		}
 	}
@@ -178,7 +172,7 @@ func (w *writer) walk(tree string) error {
 		return fmt.Errorf("%d hashes to replace", len(w.o.Replacements))
 	}
 	root := true
-	return walk(nar.NewTree(tree), func(n nar.Node, path string, file *os.File) error {
+	return walk(tree, func(n nar.Node, path string, file *os.File) error {
 		if err := w.ctx.Err(); err != nil {
 			return err
 		}
@@ -203,7 +197,7 @@ func (w *writer) walk(tree string) error {
 			w.index = appendString(w.index, n.Target)
 		case nar.Regular:
 			w.index = binary.AppendUvarint(w.index, n.Size)
-			if n.Size > 0 {
+			if file != nil {
 				return w.file(path, file, n.Size)
 			}
 		}
@@ -265,7 +259,7 @@ func (w *writer) same(f *os.File, size int64, feeder nar.Feeder) (bool, error) {
 	for offset := int64(0); offset < size; {
 		c, err := feeder.Next()
 		if err != nil {
-			return false, unexpected(err)
+			return false, reuse.Unexpected(err)
 		}
 		n := len(c.Bytes)
 		_, err = f.ReadAt(b[:n], offset)

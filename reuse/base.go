@@ -112,7 +112,7 @@ func (b *Base) ReadPart(path string, p []byte, offset int64) (n int, err error) 
 	defer c.Release()
 	piece := c.Bytes[:to-from]
 	if _, err := f.ReadAt(piece, from); err != nil {
-		return 0, unexpected(err)
+		return 0, Unexpected(err)
 	}
 	table.rewrite(piece, len(piece))
 	if patches, ok := b.patches.Load(path); ok {

@@ -62,7 +62,7 @@ func (w *workshop) mayRead(size int64) error {
 func (w *workshop) repairs(f io.ReaderAt, path string, size int64) ([]patch, error) {
 	var head [16]byte
 	if n, err := f.ReadAt(head[:], 0); err != nil && (err != io.EOF || n == 0) {
-		return nil, unexpected(err)
+		return nil, Unexpected(err)
 	}
 	switch {
 	case string(head[:4]) == elf.ELFMAG:

@@ -290,7 +290,7 @@ func (s *stream) Next() (nar.Chunk, error) {
 	known := copy(c.Bytes, s.carry)
 	if _, err := s.file.ReadAt(c.Bytes[known:], s.start+s.offset+int64(known)); err != nil {
 		c.Release()
-		return nar.Chunk{}, unexpected(err)
+		return nar.Chunk{}, Unexpected(err)
 	}
 	limit := n
 	if s.offset+int64(n) < s.size {
@@ -324,8 +324,8 @@ func (s *stream) pieces() iter.Seq2[[]byte, error] {
 	}
 }
 
-// unexpected is the error of a file that has become shorter.
-func unexpected(err error) error {
+// Unexpected is the error of what ends too early, a file that has become shorter for example.
+func Unexpected(err error) error {
 	if err == io.EOF {
 		return io.ErrUnexpectedEOF
 	}
