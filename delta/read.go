@@ -368,7 +368,7 @@ func (r *Reader) decode(n int) error {
 		return err
 	}
 	if r.file.old != nil {
-		if r.dictionary, err = readFull(section(r.file.old, p.offset, p.length), int(p.length), r.dictionary); err != nil {
+		if r.dictionary, err = readFull(io.NewSectionReader(r.file.old, int64(p.offset), int64(p.length)), int(p.length), r.dictionary); err != nil {
 			return err
 		}
 		r.replacer.Replace(r.dictionary)
@@ -393,11 +393,6 @@ func readFull(r io.Reader, n int, b []byte) ([]byte, error) {
 	}
 	_, err := io.ReadFull(r, b[:n])
 	return b[:n], reuse.Unexpected(err)
-}
-
-// section is a part of a file.
-func section(f io.ReaderAt, offset, length uint64) io.Reader {
-	return io.NewSectionReader(f, int64(offset), int64(length))
 }
 
 // pieceEntry reads and checks what the index says of a piece of n bytes.

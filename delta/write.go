@@ -285,14 +285,14 @@ func (w *writer) pieces(f io.ReaderAt, size uint64, old io.ReaderAt, oldSize uin
 		}
 		n := int(min(pieceSize, size-offset))
 		var err error
-		if w.piece, err = readFull(section(f, offset, uint64(n)), n, w.piece); err != nil {
+		if w.piece, err = readFull(io.NewSectionReader(f, int64(offset), int64(n)), n, w.piece); err != nil {
 			return err
 		}
 		p, same := piece{}, false
 		if old != nil {
 			p = choose(offset, size, n, oldSize)
 			if same = p == before; !same {
-				if w.dictionary, err = readFull(section(old, p.offset, p.length), int(p.length), w.dictionary); err != nil {
+				if w.dictionary, err = readFull(io.NewSectionReader(old, int64(p.offset), int64(p.length)), int(p.length), w.dictionary); err != nil {
 					return err
 				}
 				w.replacer.Replace(w.dictionary)

@@ -308,24 +308,16 @@ func (d *Deltas) clean() error {
 // serve answers a request for /delta/BASE/ITEM. It reports whether there is that delta; if not,
 // nothing has been written.
 func (d *Deltas) serve(w http.ResponseWriter, r *http.Request) bool {
-	parts := strings.Split(r.URL.Path, "/")
-	if len(parts) != 4 || parts[1] != "delta" {
+	names, ok := strings.CutPrefix(r.URL.Path, "/delta/")
+	base, hash, _ := strings.Cut(names, "/")
+	if !ok || !isHashPart(base) || !isHashPart(hash) {
 		return false
 	}
-	base, ok := narinfoName(parts[2] + ".narinfo")
-	hash, ok2 := narinfoName(parts[3] + ".narinfo")
-	if !ok || !ok2 {
-		return false
-	}
-	f, err := os.Open(d.file(base, hash))
+	f, info, err := files.OpenRegular(d.file(base, hash), os.O_RDONLY)
 	if err != nil {
 		return false
 	}
 	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return false
-	}
 	w.Header().Set("Content-Type", "application/octet-stream")
 	// A file is never changed, but another one may take its place.
 	w.Header().Set("Etag", fmt.Sprintf(`"%x-%x"`, info.Size(), info.ModTime().UnixNano()))

@@ -32,6 +32,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
 )
 
 // ServerOptions say what a [Server] serves.
@@ -275,11 +276,12 @@ func (s *Server) gone(ctx context.Context, hashPart string) (string, error) {
 // it but the digits of nix-base32, whatever the name was.
 func narinfoName(name string) (hashPart string, ok bool) {
 	hashPart, ok = strings.CutSuffix(name, ".narinfo")
-	if !ok || len(hashPart) != 32 {
-		return "", false
-	}
-	_, err := nixbase32.DecodeString(hashPart)
-	return hashPart, err == nil
+	return hashPart, ok && isHashPart(hashPart)
+}
+
+func isHashPart(name string) bool {
+	_, err := nixbase32.DecodeString(name)
+	return err == nil && len(name) == reuse.HashLength
 }
 
 // item looks an item up, and completes what is known of it.

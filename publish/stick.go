@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -86,12 +87,7 @@ func listed(it *exportItem, urls []narinfo.URL, line string) string {
 			break // the record ends
 		}
 		if name, _, ok := strings.Cut(l, ":"); ok && l[0] != '+' {
-			switch name {
-			case "URL", "Compression", "FileSize", "FileHash", "ERIS", "Delta":
-				drop = true
-			default:
-				drop = false
-			}
+			drop = slices.Contains([]string{"URL", "Compression", "FileSize", "FileHash", "ERIS", "Delta"}, name)
 		}
 		if !drop {
 			text.WriteString(strings.TrimSuffix(l, "\n") + "\n")

@@ -4,6 +4,7 @@ package reuse
 
 import (
 	"cmp"
+	"maps"
 	"math"
 	"os"
 	"slices"
@@ -73,19 +74,16 @@ func (l *Listing) Like(item string, older bool, like func(name, item string) boo
 			return nil, err
 		}
 	}
-	var found []string
 	born := map[string]int64{}
 	for _, name := range names {
 		if name == item || !like(name, item) {
 			continue
 		}
 		if b, err := l.birth(name); err == nil && b < latest {
-			found = append(found, name)
 			born[name] = b
 		}
 	}
-	slices.SortFunc(found, func(a, b string) int { return cmp.Or(cmp.Compare(born[b], born[a]), cmp.Compare(a, b)) })
-	return found, nil
+	return slices.SortedFunc(maps.Keys(born), func(a, b string) int { return cmp.Or(cmp.Compare(born[b], born[a]), cmp.Compare(a, b)) }), nil
 }
 
 // birth is when an item came to its place, in nanoseconds, as far as can be told: its modification

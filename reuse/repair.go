@@ -4,7 +4,6 @@ package reuse
 
 import (
 	"bytes"
-	"cmp"
 	"debug/elf"
 	"encoding/binary"
 	"errors"
@@ -14,7 +13,6 @@ import (
 	"os"
 	"path"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync/atomic"
 
@@ -299,7 +297,6 @@ func (w *workshop) zip(f io.ReaderAt, size int64) ([]patch, error) {
 		}
 		rest = rest[min(length, len(rest)):]
 	}
-	slices.SortFunc(patches, func(a, b patch) int { return cmp.Compare(a.offset, b.offset) })
 	return patches, nil
 }
 

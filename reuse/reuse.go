@@ -152,8 +152,6 @@ func (f *Finder) candidates(ctx context.Context, name, item string, want *narinf
 	return []*Candidate{{true, f, name, info, want, nil, nil}}
 }
 
-var errMuchLonger = errors.New("it is much longer than what is wanted")
-
 // references finds out which items of the store an item mentions. One that is much longer than what
 // is wanted is of no use, and may take long to read.
 func (f *Finder) references(ctx context.Context, name string, want *narinfo.Narinfo) ([]string, error) {
@@ -174,7 +172,7 @@ func (f *Finder) references(ctx context.Context, name string, want *narinfo.Nari
 			return nil, err
 		}
 		if left -= int64(n.Size); left < 0 {
-			return nil, errMuchLonger
+			return nil, errors.New("it is much longer than what is wanted")
 		}
 		all.text(n.Name)
 		all.text(n.Target)

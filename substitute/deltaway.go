@@ -8,6 +8,7 @@ import (
 	"io"
 	"math"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -18,6 +19,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/throughput"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
 )
 
 const (
@@ -143,11 +145,7 @@ func (w *deltaWay) valid(ctx context.Context) bool {
 	if w.j.s.Reuse == nil {
 		return false
 	}
-	part, err := narinfo.HashPart(w.j.s.StoreDir, w.base)
-	if err != nil {
-		return false
-	}
-	_, err = w.j.s.Reuse.Database(ctx, part)
+	_, err := w.j.s.Reuse.Database(ctx, filepath.Base(w.base)[:reuse.HashLength])
 	return err == nil
 }
 

@@ -160,7 +160,7 @@ func imageNodes(ctx context.Context, contents *image.Image) (nar.Nodes, func(ok 
 // openImage opens the contents of a read capability, of size bytes or some more. The attempt ends
 // when more than most bytes have been fetched.
 func (j *job) openImage(ctx context.Context, a *attempt, c eris.ReadCapability, size, most int64) (*image.Image, error) {
-	a.from(shownURN(c, j.path), size)
+	a.progress.From(shownURN(c, j.path), size)
 	var shown atomic.Int64
 	blocks := fetch.Counted(j.s.Blocks, func(n int) {
 		after := shown.Add(int64(n))

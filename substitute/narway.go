@@ -221,7 +221,7 @@ func (j *job) download(ctx context.Context, a *attempt, url string, size int64) 
 		size = body.Size
 		a.total.Store(size)
 	}
-	a.from(body.URL, size)
+	a.progress.From(body.URL, size)
 	if !mirror.IsLocal(url) {
 		d.r = ratelimit.Reader(ctx, body, j.s.Limiter)
 	}
@@ -240,7 +240,7 @@ func (d *download) Read(p []byte) (int, error) {
 	n, err := read(p)
 	d.waited.Add(int64(time.Since(begin)))
 	d.n.Add(int64(n))
-	d.a.count(n)
+	d.a.countShown(n, n)
 	if err != nil && err != io.EOF && d.a.ctx.Err() == nil {
 		d.a.cut.Store(true)
 	}

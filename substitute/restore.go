@@ -377,10 +377,6 @@ type attempt struct {
 	cut      atomic.Bool  // the server has broken off
 }
 
-// from tells where the item comes from, for people, and how many bytes will come; negative is
-// unknown.
-func (a *attempt) from(url string, size int64) { a.progress.From(url, size) }
-
 // left returns how many bytes are still to come, of so many that were expected.
 func (a *attempt) left(expected int64) int64 {
 	got := a.got.Load()
@@ -391,9 +387,6 @@ func (a *attempt) left(expected int64) int64 {
 	return max(expected-got, got/8)
 }
 
-// count notes that n bytes have come over the network.
-func (a *attempt) count(n int) { a.countShown(n, n) }
-
 // countRead notes that a file of an old item is being read, so that the attempt is not taken for
 // one that hangs.
 func (a *attempt) countRead(size uint64) {
@@ -401,7 +394,8 @@ func (a *attempt) countRead(size uint64) {
 	a.progress.Transferred(0)
 }
 
-// countShown notes that n bytes have come, of which fewer are shown as progress.
+// countShown notes that n bytes have come over the network, of which fewer may be shown as
+// progress.
 func (a *attempt) countShown(n, shown int) {
 	a.got.Add(int64(n))
 	a.progress.Transferred(shown)

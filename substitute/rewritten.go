@@ -50,7 +50,7 @@ func (w *rewrittenWay) expect(context.Context) expectation {
 }
 
 func (w *rewrittenWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool), error) {
-	a.from("file://"+w.old.String(), 0)
+	a.progress.From("file://"+w.old.String(), 0)
 	nodes := w.old.Nodes(ctx)
 	return &countedNodes{nodes, a}, func(bool) { nodes.Close() }, nil
 }

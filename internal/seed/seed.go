@@ -36,13 +36,9 @@ const (
 	workers = 4
 	// closeTime is for how long Close goes on with copies.
 	closeTime = 10 * time.Second
-	// mostLonger is by how many bytes, beside an eighth, what is compressed may be longer.
-	mostLonger = 1 << 10
 	// wholePrefix begins the names of copies that are whole.
 	wholePrefix = "nar-"
 )
-
-var errLonger = errors.New("a compressed nar is much longer than the nar")
 
 // Seeds are the nars of a directory that are on their way to a store. A nil one takes none. It is
 // safe for concurrent use, also by several processes.
@@ -116,7 +112,6 @@ type Copy struct {
 	s    *Seeds
 	f    *os.File
 	size int64 // that it may have
-	n    int64 // that it has
 	err  error // of writing
 }
 
@@ -167,16 +162,10 @@ func (s *Seeds) create(size int64) (*os.File, error) {
 // Write takes what has come next. It never fails: what cannot be copied is given up, and takes no
 // more room on a disk that may be full.
 func (c *Copy) Write(p []byte) (int, error) {
-	if c == nil || c.err != nil {
-		return len(p), nil
-	}
-	if c.n += int64(len(p)); c.n > c.size+c.size/8+mostLonger {
-		c.err = errLonger
-	} else {
-		_, c.err = c.f.Write(p)
-	}
-	if c.err != nil {
-		c.f.Truncate(0)
+	if c != nil && c.err == nil {
+		if _, c.err = c.f.Write(p); c.err != nil {
+			c.f.Truncate(0)
+		}
 	}
 	return len(p), nil
 }
