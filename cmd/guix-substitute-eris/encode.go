@@ -193,7 +193,7 @@ func closureOf(ctx context.Context, paths []string) ([]string, error) {
 		name, _, _ := strings.Cut(inside, "/")
 		items = append(items, store+"/"+name)
 	}
-	database, err := guixdb.Open(settings.DatabaseFile(), store, guixdb.Patience)
+	database, err := guixdb.Open(settings.DatabaseFile(), store, guixdb.Timeout)
 	if err != nil {
 		return nil, fmt.Errorf("the database of guix-daemon cannot be read: %w", err)
 	}

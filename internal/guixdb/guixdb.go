@@ -23,8 +23,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
-// Patience is for how long most users of the database wait while somebody locks it.
-const Patience = 10 * time.Second
+// Timeout is for how long most users of the database wait while somebody locks it.
+const Timeout = 10 * time.Second
 
 // ErrNoItem is returned for a store item that there is not.
 var ErrNoItem = errors.New("no such store item")
@@ -38,21 +38,21 @@ type Database struct {
 }
 
 // Open opens the daemon's database (usually /var/guix/db/db.sqlite) for reading. store is the store
-// directory without a slash at its end. Patience is for how long somebody may lock it until that is
-// an error. Close must be called at the end.
+// directory without a slash at its end. The timeout is for how long somebody may lock it until that
+// is an error. Close must be called at the end.
 //
 // The daemon may write at the same time. It keeps a write-ahead log, for which SQLite wants to have
 // a file of shared memory beside the database; when nobody has the database open there is none, and
 // who may not make one, because the directory belongs to root, could not read. Then there is
 // nothing in a log either, so the database is read as a file that nobody changes, and what was read
 // counts if indeed nobody has.
-func Open(name, store string, patience time.Duration) (*Database, error) {
+func Open(name, store string, timeout time.Duration) (*Database, error) {
 	if info, err := os.Stat(name); err != nil {
 		return nil, err
 	} else if !info.Mode().IsRegular() { // a pipe would be waited for
 		return nil, fmt.Errorf("%s is no regular file", name)
 	}
-	url := databaseURL(name, patience)
+	url := databaseURL(name, timeout)
 	db, err := sql.Open("sqlite", url)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
@@ -70,10 +70,10 @@ func Open(name, store string, patience time.Duration) (*Database, error) {
 }
 
 // databaseURL is what SQLite knows a database by.
-func databaseURL(name string, patience time.Duration) string {
+func databaseURL(name string, timeout time.Duration) string {
 	source := url.URL{
 		Scheme: "file", Opaque: (&url.URL{Path: name}).EscapedPath(),
-		RawQuery: fmt.Sprintf("mode=ro&_pragma=busy_timeout(%d)&_pragma=query_only(1)", patience.Milliseconds()),
+		RawQuery: fmt.Sprintf("mode=ro&_pragma=busy_timeout(%d)&_pragma=query_only(1)", timeout.Milliseconds()),
 	}
 	return source.String()
 }

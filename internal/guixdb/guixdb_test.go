@@ -58,7 +58,7 @@ func TestDatabase(t *testing.T) {
 		"INSERT INTO Refs VALUES (1, 1)",
 	)
 	defer db.Close() // the daemon has it open too
-	d, err := guixdb.Open(name, "/gnu/store", guixdb.Patience)
+	d, err := guixdb.Open(name, "/gnu/store", guixdb.Timeout)
 	must(t, err)
 	defer d.Close()
 	n, err := d.Item(context.Background(), strings.Repeat("a", 32))
@@ -78,15 +78,15 @@ func TestDatabase(t *testing.T) {
 	if _, err := d.Item(context.Background(), strings.Repeat("c", 32)); err == nil || errors.Is(err, guixdb.ErrNoItem) {
 		t.Errorf("error %v", err)
 	}
-	if _, err := guixdb.Open(name+".absent", "/gnu/store", guixdb.Patience); !errors.Is(err, os.ErrNotExist) {
+	if _, err := guixdb.Open(name+".absent", "/gnu/store", guixdb.Timeout); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("error %v", err)
 	}
 	must(t, os.WriteFile(name+".bad", []byte(strings.Repeat("no database ", 1000)), 0o644))
 	must(t, syscall.Mkfifo(name+".pipe", 0o600))
-	if _, err := guixdb.Open(name+".pipe", "/gnu/store", guixdb.Patience); err == nil {
+	if _, err := guixdb.Open(name+".pipe", "/gnu/store", guixdb.Timeout); err == nil {
 		t.Error("a pipe is a database")
 	}
-	if _, err := guixdb.Open(name+".bad", "/gnu/store", guixdb.Patience); err == nil {
+	if _, err := guixdb.Open(name+".bad", "/gnu/store", guixdb.Timeout); err == nil {
 		t.Error("anything is a database")
 	}
 }
@@ -96,7 +96,7 @@ func TestDatabase(t *testing.T) {
 func TestDatabaseOfAnotherUser(t *testing.T) {
 	const variable = "TEST_GUIXDB_DATABASE"
 	if name := os.Getenv(variable); name != "" {
-		d, err := guixdb.Open(name, "/gnu/store", guixdb.Patience)
+		d, err := guixdb.Open(name, "/gnu/store", guixdb.Timeout)
 		must(t, err)
 		defer d.Close()
 		if n, err := d.Item(context.Background(), strings.Repeat("a", 32)); err != nil || n.NarSize != 123 {
@@ -134,7 +134,7 @@ func TestDatabaseWhileWriting(t *testing.T) {
 	name := t.TempDir() + "/db.sqlite"
 	db := database(t, name)
 	defer db.Close()
-	d, err := guixdb.Open(name, "/gnu/store", guixdb.Patience)
+	d, err := guixdb.Open(name, "/gnu/store", guixdb.Timeout)
 	must(t, err)
 	defer d.Close()
 	item := func(i int) string { return fmt.Sprintf("%032d", i) }

@@ -72,7 +72,7 @@ func (s *itemSettings) openItems() (publish.Items, error) {
 		}
 		return publish.Directory(s.narinfos), nil
 	}
-	d, err := guixdb.Open(s.database, s.store, guixdb.Patience)
+	d, err := guixdb.Open(s.database, s.store, guixdb.Timeout)
 	if err != nil {
 		return nil, fmt.Errorf("the database of guix-daemon cannot be read: %w%s", err, s.instead)
 	}

@@ -117,10 +117,10 @@ func (s *Settings) clean() {
 }
 
 const (
-	// databasePatience is for how long an item waits while the database is locked, which may be
+	// databaseTimeout is for how long an item waits while the database is locked, which may be
 	// fetched instead, and databaseRest is for how long nobody waits again then.
-	databasePatience = 500 * time.Millisecond
-	databaseRest     = 20 * databasePatience
+	databaseTimeout = 500 * time.Millisecond
+	databaseRest    = 20 * databaseTimeout
 )
 
 var errLocked = errors.New("the database of guix-daemon is locked")
@@ -133,7 +133,7 @@ func (s *Settings) finder() (finder *reuse.Finder, closeDatabase func()) {
 	}
 	var database *guixdb.Database
 	open := sync.OnceValue(func() (err error) {
-		database, err = guixdb.Open(settings.DatabaseFile(), s.Store, databasePatience)
+		database, err = guixdb.Open(settings.DatabaseFile(), s.Store, databaseTimeout)
 		return err
 	})
 	var locked atomic.Int64 // until when it is taken to be, as Unix time in nanoseconds
@@ -146,7 +146,7 @@ func (s *Settings) finder() (finder *reuse.Finder, closeDatabase func()) {
 			return nil, errLocked
 		}
 		info, err := database.Item(ctx, hashPart)
-		if end := time.Now(); err != nil && end.Sub(begin) >= databasePatience {
+		if end := time.Now(); err != nil && end.Sub(begin) >= databaseTimeout {
 			locked.Store(end.Add(databaseRest).UnixNano())
 		}
 		return info, err
