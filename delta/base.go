@@ -3,7 +3,6 @@
 package delta
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -31,18 +30,15 @@ func openBase(name string) (base, error) {
 
 // open opens the regular file at a path, which is empty if the base is a file, and returns its
 // length in bytes.
-func (b base) open(path string) (f *os.File, size uint64, err error) {
+func (b base) open(path string) (*os.File, uint64, error) {
 	name := string(b)
 	if path != "" {
 		if !filepath.IsLocal(path) || filepath.Clean(path) != path {
-			err = errors.New("not below it")
+			return nil, 0, fmt.Errorf("file %q of %s: not below it", path, b)
 		}
 		name += "/" + path
 	}
-	var length int64
-	if err == nil {
-		f, length, err = reuse.OpenRegular(name)
-	}
+	f, length, err := reuse.OpenRegular(name)
 	if err != nil {
 		return nil, 0, fmt.Errorf("file %q of %s: %w", path, b, err)
 	}

@@ -10,10 +10,12 @@
 package delta
 
 import (
+	"bufio"
 	"encoding/binary"
 	"fmt"
 	"io"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
 )
 
@@ -57,6 +59,9 @@ const (
 	kindExecutable
 )
 
+// kinds has what they are.
+var kinds = [...]nar.Kind{nar.End, nar.Directory, nar.Symlink, nar.Regular, nar.Regular}
+
 // A method is how the contents of a file are there.
 type method uint64
 
@@ -78,19 +83,13 @@ func appendString(b []byte, s string) []byte {
 	return append(binary.AppendUvarint(b, uint64(len(s))), s...)
 }
 
-// indexReader reads the parts of an index.
-type indexReader interface {
-	io.Reader
-	io.ByteReader
-}
-
-func readUvarint(r indexReader) (uint64, error) {
+func readUvarint(r *bufio.Reader) (uint64, error) {
 	n, err := binary.ReadUvarint(r)
 	return n, reuse.Unexpected(err)
 }
 
 // readString reads a string of at most limit bytes.
-func readString(r indexReader, limit int) (string, error) {
+func readString(r *bufio.Reader, limit int) (string, error) {
 	n, err := readUvarint(r)
 	if err != nil {
 		return "", err

@@ -223,7 +223,6 @@ func (r *Reader) node() (n nar.Node, kind byte, err error) {
 	if kind, err = r.index.ReadByte(); err != nil {
 		return n, kind, reuse.Unexpected(err)
 	}
-	kinds := [...]nar.Kind{nar.End, nar.Directory, nar.Symlink, nar.Regular, nar.Regular}
 	if int(kind) >= len(kinds) || kind == kindEnd && len(r.last) == 0 {
 		return n, kind, fmt.Errorf("node of kind %d", kind)
 	}

@@ -176,18 +176,11 @@ func (w *writer) walk(tree string) error {
 		if err := w.ctx.Err(); err != nil {
 			return err
 		}
-		kind := byte(kindEnd)
-		switch {
-		case n.Kind == nar.Directory:
-			kind = kindDirectory
-		case n.Kind == nar.Symlink:
-			kind = kindSymlink
-		case n.Kind == nar.Regular && n.Executable:
+		kind := slices.Index(kinds[:], n.Kind)
+		if n.Executable {
 			kind = kindExecutable
-		case n.Kind == nar.Regular:
-			kind = kindRegular
 		}
-		w.index = append(w.index, kind)
+		w.index = append(w.index, byte(kind))
 		if !root && kind != kindEnd {
 			w.index = appendString(w.index, n.Name)
 		}

@@ -123,8 +123,6 @@ const (
 	databaseRest    = 20 * databaseTimeout
 )
 
-var errLocked = errors.New("the database of guix-daemon is locked")
-
 // finder returns what finds older items of the store to make new ones of, or nil. The daemon's
 // database is opened when there is an item of which it is to be asked.
 func (s *Settings) finder() (finder *reuse.Finder, closeDatabase func()) {
@@ -143,7 +141,7 @@ func (s *Settings) finder() (finder *reuse.Finder, closeDatabase func()) {
 		}
 		begin := time.Now()
 		if begin.UnixNano() < locked.Load() {
-			return nil, errLocked
+			return nil, errors.New("the database of guix-daemon is locked")
 		}
 		info, err := database.Item(ctx, hashPart)
 		if end := time.Now(); err != nil && end.Sub(begin) >= databaseTimeout {
