@@ -276,8 +276,9 @@ func scriptSameInode(ts *testscript.TestScript, neg bool, args []string) {
 
 // A scriptServer is a web server of a script.
 type scriptServer struct {
-	mu   sync.Mutex
-	seen []string
+	mu     sync.Mutex
+	seen   []string
+	active int // requests that will be seen when they have been answered
 }
 
 // serve VARIABLE DIRECTORY [RULE]... serves the files of a directory over HTTP until the end of the
@@ -327,6 +328,14 @@ func scriptProxy(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	server := &scriptServer{}
 	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		server.mu.Lock()
+		server.active++
+		server.mu.Unlock()
+		defer func() {
+			server.mu.Lock()
+			server.active--
+			server.mu.Unlock()
+		}()
 		counted := &countedAnswer{ResponseWriter: w}
 		httputil.NewSingleHostReverseProxy(there).ServeHTTP(counted, r)
 		server.mu.Lock()
@@ -467,6 +476,11 @@ func scriptRequests(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	s := v.(*scriptServer)
 	s.mu.Lock()
+	for s.active > 0 {
+		s.mu.Unlock()
+		time.Sleep(time.Millisecond)
+		s.mu.Lock()
+	}
 	defer s.mu.Unlock()
 	slices.Sort(s.seen)
 	text := strings.Join(s.seen, "\n")
