@@ -29,8 +29,8 @@ check:
 	$(GO) test ./...
 
 # Five minutes and more: schedules of faults, how often a helper, a block store and a publisher are
-# killed, and how many pages of a full disk there are between two attempts (as root). SOAK=0 and
-# KILLS=0 leave one of them out.
+# killed, and how many pages of a full disk there are between two attempts (as root). SOAK=0, KILLS=0
+# and FULL=0 leave one of them out.
 SOAK = 1000
 KILLS = 500
 FULL = 1

@@ -54,6 +54,8 @@ func (c *closers) close() {
 // openItems opens what knows the items; close closes it.
 func (s *itemSettings) openItems() (publish.Items, error) {
 	switch {
+	case s.manifest != "" && s.narinfos != "":
+		return nil, message.Usage("--manifest and --narinfos both say where the items are known from; leave one out")
 	case s.manifest != "":
 		text, err := os.ReadFile(s.manifest)
 		if err != nil {

@@ -75,7 +75,7 @@ Options of "guix publish" have the same meaning here.`,
 	f.BoolVarP(&s.advertise, "advertise", "a", false, "be found on the local network")
 	s.itemSettings.flags(f)
 	f.StringVar(&s.annotate, "annotate", "", "pass on the narinfos of the server at `URL`")
-	f.StringVar(&s.publicKey, "public-key", filepath.Join(settings.Directory(), "signing-key.pub"), "the key that others authorise is in `FILE`")
+	f.StringVar(&s.publicKey, "public-key", publicKeyFile(), "the key that others authorise is in `FILE`")
 	f.StringVar(&s.privateKey, "private-key", filepath.Join(settings.Directory(), "signing-key.sec"), "sign with the key in `FILE`; \"none\" signs nothing")
 	f.StringVar(&s.eris, "eris", "false", "publish read capabilities and serve the blocks, made from the files of the items, at this address; or, as --eris=`URL`, the same as --store")
 	f.Lookup("eris").NoOptDefVal = "true"
@@ -322,8 +322,11 @@ func (s *publishSettings) key() (*acl.SigningKey, error) {
 		return nil, err
 	}
 	public, err := files.ReadLimited(s.publicKey, acl.MaxSexpSize)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err != nil && (s.publicKey != publicKeyFile() || !errors.Is(err, fs.ErrNotExist)) {
 		return nil, err
+	}
+	if err == nil && len(public) == 0 {
+		return nil, fmt.Errorf("%s: public key: the file is empty", s.publicKey)
 	}
 	name := s.privateKey
 	key, err := acl.ParseSigningKey(secret, nil)
@@ -337,13 +340,16 @@ func (s *publishSettings) key() (*acl.SigningKey, error) {
 	return key, nil
 }
 
+// publicKeyFile is where the public key is, unless it is said; there need not be one.
+func publicKeyFile() string { return filepath.Join(settings.Directory(), "signing-key.pub") }
+
 // A Signer makes signed narinfos of the items in the daemon's database, for other commands than
 // "publish".
 type Signer struct{ s publishSettings }
 
 // Flags defines the options that name the key pair.
 func (s *Signer) Flags(f *pflag.FlagSet) {
-	f.StringVar(&s.s.publicKey, "public-key", filepath.Join(settings.Directory(), "signing-key.pub"), "for --sign, the key that others authorise is in `FILE`")
+	f.StringVar(&s.s.publicKey, "public-key", publicKeyFile(), "for --sign, the key that others authorise is in `FILE`")
 	f.StringVar(&s.s.privateKey, "private-key", filepath.Join(settings.Directory(), "signing-key.sec"), "for --sign, sign with the key in `FILE`")
 }
 
