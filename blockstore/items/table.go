@@ -119,11 +119,12 @@ func (r *run) live() (n int) {
 func (r *run) wasted() bool { return 2*r.live() < len(r.items) }
 
 // Run keeps the table up to date until ctx is done. Names returns the file names of all items;
-// stamp, which is called often, something that is another when they may be others.
-func (t *Table) Run(ctx context.Context, stamp func() string, names func(ctx context.Context) ([]string, error)) {
+// stamp, which is called often, something that is another when they may be others. Shared is told
+// when another number of them is shared than before.
+func (t *Table) Run(ctx context.Context, stamp func() string, names func(ctx context.Context) ([]string, error), shared func(Stats)) {
 	ticker := time.NewTicker(period)
 	defer ticker.Stop()
-	seen, shared := "", -1
+	seen, items := "", -1
 	var failure string
 	for {
 		if now := stamp(); now != seen || t.changed.Load() {
@@ -140,9 +141,9 @@ func (t *Table) Run(ctx context.Context, stamp func() string, names func(ctx con
 			} else if err == nil {
 				seen, failure = now, ""
 			}
-			if s := t.Stats(); s.Items != shared {
-				shared = s.Items
-				t.log("%d store items are shared, with %d blocks", s.Items, s.Entries)
+			if s := t.Stats(); s.Items != items {
+				items = s.Items
+				shared(s)
 			}
 		}
 		select {

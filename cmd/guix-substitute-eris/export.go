@@ -123,7 +123,7 @@ func (e *exportSettings) export(ctx context.Context, items []string) error {
 		options.Servers = append(options.Servers, from)
 	}
 	if e.sign {
-		server, key, closeItems, err := e.signer.Open(e.Store, e.root)
+		server, key, closeItems, err := e.signer.Open(e.Store, e.root, e.Log().Notef)
 		if err != nil {
 			return err
 		}

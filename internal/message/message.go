@@ -250,11 +250,6 @@ func Unknown(thing, name string, known []string) string {
 // longestName is how long a name may be for which similar ones are looked for, in bytes.
 const longestName = 64
 
-// Log shows a message of a server.
-func Log(format string, a ...any) {
-	fmt.Fprintln(os.Stderr, "guix-substitute-eris:", page.Clean(fmt.Sprintf(format, a...)))
-}
-
 // OfStore says what is wrong with a store, which the caller names.
 func OfStore(url string, err error) string {
 	text := strings.TrimPrefix(err.Error(), url+": ")

@@ -21,6 +21,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/guixdb"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/serverlog"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
@@ -105,7 +106,7 @@ func (s *itemSettings) stamp() string {
 
 // share opens the table of the items in a directory, and keeps it up to date until it is closed by
 // the function that is returned.
-func (s *itemSettings) share(directory string) (*items.Table, func(), error) {
+func (s *itemSettings) share(directory string, log *serverlog.Log) (*items.Table, func(), error) {
 	if _, err := s.names(context.Background()); err != nil {
 		return nil, nil, err
 	}
@@ -113,14 +114,17 @@ func (s *itemSettings) share(directory string) (*items.Table, func(), error) {
 	if root == "" {
 		root = s.store
 	}
-	table, err := items.Open(directory, root, message.Log)
+	table, err := items.Open(directory, root, log.Warnf)
 	if err != nil {
 		return nil, nil, err
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	var group sync.WaitGroup
 	copied := *s // what is appended to its closers meanwhile is not for others
-	group.Go(func() { table.Run(ctx, copied.stamp, copied.names) })
+	shared := func(s items.Stats) {
+		log.Info(fmt.Sprintf("%d store items are shared, with %d blocks", s.Items, s.Entries))
+	}
+	group.Go(func() { table.Run(ctx, copied.stamp, copied.names, shared) })
 	return table, func() {
 		stop()
 		group.Wait()
@@ -141,7 +145,7 @@ func (s *serveSettings) openShared(ctx context.Context) (sharing, error) {
 	if err != nil || !s.items {
 		return sharing{Store: store, closeItems: func() {}}, err
 	}
-	table, closeItems, err := s.share(filepath.Join(s.directory, "items"))
+	table, closeItems, err := s.share(filepath.Join(s.directory, "items"), s.log.Log)
 	if err != nil {
 		return sharing{}, errors.Join(err, store.Close())
 	}

@@ -219,14 +219,14 @@ func (s *publishSettings) ownBlocks() (http.Handler, error) {
 	if err != nil {
 		return nil, err
 	}
-	table, closeTable, err := s.share(directory)
+	table, closeTable, err := s.share(directory, s.log.Log)
 	if errors.Is(err, files.ErrLocked) {
-		message.Log("another publisher serves the blocks: %v", err)
+		s.log.Warnf("another publisher serves the blocks: %v", err)
 		return nil, nil
 	} else if err != nil {
 		return nil, err
 	}
-	web := httpserver.New(httpserver.Config{Source: table, Log: func(err error) { message.Log("%v", err) }})
+	web := httpserver.New(httpserver.Config{Source: table, Log: s.log.WarnError})
 	s.closers = append(s.closers, closeTable, func() { web.Close() })
 	return web.Handler(httpserver.Access{Get: true}), nil
 }
@@ -356,7 +356,7 @@ func (s *Signer) Flags(f *pflag.FlagSet) {
 // Open reads the key pair and opens the database. The store directory is as in
 // [publish.ServerOptions], and so is root. Unless there is an error, closeItems must be called at
 // the end.
-func (s *Signer) Open(store, root string) (server *publish.Server, key *acl.PublicKey, closeItems func(), err error) {
+func (s *Signer) Open(store, root string, log func(format string, a ...any)) (server *publish.Server, key *acl.PublicKey, closeItems func(), err error) {
 	pair, err := s.s.key()
 	if err != nil {
 		return nil, nil, nil, err
@@ -369,7 +369,7 @@ func (s *Signer) Open(store, root string) (server *publish.Server, key *acl.Publ
 	}
 	host, _ := os.Hostname()
 	server, err = publish.NewServer(publish.ServerOptions{
-		StoreDir: store, Root: root, Items: items, Key: pair, Host: cmp.Or(host, "localhost"), Compressions: []string{"none"}, Log: message.Log,
+		StoreDir: store, Root: root, Items: items, Key: pair, Host: cmp.Or(host, "localhost"), Compressions: []string{"none"}, Log: log,
 	})
 	if err != nil {
 		s.s.close()
