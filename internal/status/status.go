@@ -166,12 +166,16 @@ func (s *Server) rates(f Figure) (rates [minutes]float64) {
 }
 
 // OnThisMachine reports whether a request comes from this machine, asks under one of its own names,
-// and was not passed on by a proxy that says so.
+// and was not passed on by a proxy that says so, or that speaks HTTP/1.0, as nginx does where
+// nothing else is set, which says nothing of its clients.
 func OnThisMachine(r *http.Request) bool {
 	for _, header := range []string{"Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-Ip"} {
 		if r.Header.Get(header) != "" {
 			return false
 		}
+	}
+	if !r.ProtoAtLeast(1, 1) {
+		return false
 	}
 	remote, err := netip.ParseAddrPort(r.RemoteAddr)
 	host := r.Host

@@ -119,10 +119,13 @@ func TestOnThisMachine(t *testing.T) {
 		{"localhost", "", "", false},
 		{"localhost", "127.0.0.1:5", "X-Forwarded-For", false},
 		{"localhost", "127.0.0.1:5", "Via", false},
+		{"127.0.0.1:8080", "127.0.0.1:5", "HTTP/1.0", false},
 	} {
 		r := httptest.NewRequest("GET", "http://x/", nil)
 		r.Host, r.RemoteAddr = v.host, v.remote
-		if v.header != "" {
+		if v.header == "HTTP/1.0" {
+			r.ProtoMinor = 0
+		} else if v.header != "" {
 			r.Header.Set(v.header, "192.0.2.1")
 		}
 		if got := status.OnThisMachine(r); got != v.want {
