@@ -229,11 +229,6 @@ func (e *exporter) checkRoom(ctx context.Context) error {
 	return nil
 }
 
-// file is the name of the narinfo of an item.
-func (e *exporter) file(it *exportItem) string {
-	return filepath.Join(e.o.Directory, hashPartOf(it.path)+".narinfo")
-}
-
 // write writes the narinfos, each after those of the items that it refers to, and then what makes
 // the directory a substitute server.
 func (e *exporter) write() error {
@@ -251,7 +246,7 @@ func (e *exporter) write() error {
 				}
 			}
 		}
-		return writeFile(e.file(it), 0o644, it.text)
+		return writeFile(filepath.Join(e.o.Directory, hashPartOf(it.path)+".narinfo"), 0o644, it.text)
 	}
 	for _, it := range e.items {
 		if left[filepath.Base(it.path)] != nil {
@@ -341,8 +336,9 @@ func (e *exporter) export(ctx context.Context, it *exportItem) error {
 		if !errors.Is(err, fs.ErrNotExist) {
 			e.o.Log("%v; fetching it", err)
 		}
-		private, err := os.MkdirTemp(e.o.Directory, ".fetch-")
-		if err != nil {
+		// The same name each time, so that nothing stays of an export that was killed.
+		private := filepath.Join(e.o.Directory, ".fetch-"+hashPartOf(path))
+		if err := cmp.Or(restore.Remove(private), os.Mkdir(private, 0o700)); err != nil {
 			return err
 		}
 		defer restore.Remove(private)
