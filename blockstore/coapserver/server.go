@@ -147,7 +147,7 @@ type Server struct {
 	putBytes    atomic.Int64 // in batches beyond the first of each connection
 	answerBytes atomic.Int64 // as last counted by the connections
 	connections atomic.Int64
-	lastLog     atomic.Int64
+	seldom      admission.Seldom
 	counts      admission.Counts
 
 	mu       sync.Mutex
@@ -297,9 +297,4 @@ func (s *Server) Close() error {
 }
 
 // log hands an error to the log, unless there was one just now.
-func (s *Server) log(err error) {
-	now, last := time.Now().Unix(), s.lastLog.Load()
-	if now != last && s.lastLog.CompareAndSwap(last, now) {
-		s.config.Log(err)
-	}
-}
+func (s *Server) log(err error) { s.seldom.Log(s.config.Log, err) }

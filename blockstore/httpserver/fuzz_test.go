@@ -82,7 +82,7 @@ func FuzzRequest(f *testing.F) {
 			if !strings.EqualFold(query, ref.URN()) || !strings.HasSuffix(query, ref.String()) || r.URL.Path != Path {
 				t.Errorf("%q is answered by %s", r.RequestURI, answer.Status)
 			}
-			if answer.StatusCode == 200 && !bytes.Equal(w.Body.Bytes(), store.block) {
+			if answer.StatusCode == 200 && r.Method == "GET" && !bytes.Equal(w.Body.Bytes(), store.block) {
 				t.Error("the answer is not the block")
 			}
 		case answer.StatusCode < 400 || answer.StatusCode > 405:

@@ -12,6 +12,7 @@
 package httpserver
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -23,7 +24,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/semaphore"
@@ -86,7 +86,7 @@ type Server struct {
 	config   Config
 	requests *semaphore.Weighted
 	memory   sync.Pool // of *[32769]byte
-	lastLog  atomic.Int64
+	seldom   admission.Seldom
 	counts   admission.Counts
 
 	ctx    context.Context // ends with Close
@@ -255,12 +255,13 @@ func (s *Server) get(w http.ResponseWriter, r *http.Request, access Access, memo
 	// A block never changes, so its reference is all there is to know of its version.
 	header.Set("Etag", `"`+ref.String()+`"`)
 	header.Set("Cache-Control", "public, max-age=31536000, immutable")
-	if matches(r.Header.Get("If-None-Match"), ref) {
-		w.WriteHeader(http.StatusNotModified)
-		return
-	}
 	header.Set("Content-Type", "application/octet-stream")
 	header.Set("X-Content-Type-Options", "nosniff")
+	if tags := r.Header["If-None-Match"]; tags != nil {
+		r.Header = http.Header{"If-None-Match": tags} // blocks go whole
+		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(block))
+		return
+	}
 	header.Set("Content-Length", strconv.Itoa(len(block)))
 	// net/http drops the body of the answer to HEAD.
 	_, _ = w.Write(block)
@@ -321,27 +322,8 @@ func (s *Server) refuseFault(w http.ResponseWriter, r *http.Request, err error, 
 		http.Error(w, "server is closing", http.StatusServiceUnavailable)
 		return
 	}
-	// At most about one per second.
-	now, last := time.Now().Unix(), s.lastLog.Load()
-	if now != last && s.lastLog.CompareAndSwap(last, now) {
-		s.config.Log(err)
-	}
+	s.seldom.Log(s.config.Log, err)
 	http.Error(w, text, http.StatusInternalServerError)
-}
-
-// matches reports whether a header If-None-Match (RFC 9110, section 13.1.2) has the block's entity
-// tag, or is "*".
-func matches(header string, ref eris.Reference) bool {
-	for tag := range strings.SplitSeq(header, ",") {
-		tag = strings.Trim(tag, " \t")
-		if tag == "*" {
-			return true
-		}
-		if text, ok := strings.CutPrefix(strings.TrimPrefix(tag, "W/"), `"`); ok && text == ref.String()+`"` {
-			return true
-		}
-	}
-	return false
 }
 
 // put answers a PUT. The memory has one byte more than the largest block.

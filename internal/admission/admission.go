@@ -315,6 +315,18 @@ func (g *Gate) Serve(ctx context.Context, listener net.Listener, server *http.Se
 	return err
 }
 
+// Seldom logs at most about once per second, whatever strangers make go wrong. The zero value is
+// ready; it is safe for concurrent use.
+type Seldom struct{ last atomic.Int64 }
+
+// Log hands an error to the log, unless there was one just now.
+func (s *Seldom) Log(log func(error), err error) {
+	now, last := time.Now().Unix(), s.last.Load()
+	if now != last && s.last.CompareAndSwap(last, now) {
+		log(err)
+	}
+}
+
 // FromPageHere reports whether a request may be answered though it changes something or begins a
 // conversation: whether it is of no browser, which would say where its page comes from (Origin), or
 // names as its host the address that it came to, localhost if that is of this machine, or one of

@@ -6,14 +6,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"sync"
 	"time"
 
 	"github.com/spf13/pflag"
-	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/items"
@@ -68,12 +66,8 @@ func (s *itemSettings) openItems() (publish.Items, error) {
 		}
 		return m, nil
 	case s.narinfos != "":
-		if info, err := os.Stat(s.narinfos); err != nil {
-			return nil, err
-		} else if !info.IsDir() {
-			return nil, &fs.PathError{Op: "open", Path: s.narinfos, Err: unix.ENOTDIR}
-		}
-		return publish.Directory(s.narinfos), nil
+		_, err := os.Stat(s.narinfos + "/") // which must be a directory
+		return publish.Directory(s.narinfos), err
 	}
 	d, err := guixdb.Open(s.database, s.store, guixdb.Timeout)
 	if err != nil {
