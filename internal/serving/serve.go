@@ -123,6 +123,9 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 		if err := errors.Join(s.user.check(c.Name()), s.log.open()); err != nil {
 			return err
 		}
+		if !s.items && s.manifest+s.narinfos+s.root != "" {
+			return message.Usage("--manifest, --narinfos and --root say which store items there are; they are shared with --items")
+		}
 		return s.run(c.Context())
 	}
 	return c
