@@ -115,10 +115,14 @@ func (c *changeFlags) undo(s *System) error {
 			saying(format, a...)
 		}
 	})
-	if err == nil && nothing {
-		fmt.Println("There is nothing to take back.")
+	if err != nil || c.dryRun && !nothing {
+		return err
 	}
-	if err != nil || nothing || c.dryRun {
+	if nothing {
+		fmt.Println("There is nothing to take back.")
+		if !c.dryRun { // a process that was killed at the very beginning has left its record
+			_, err = s.Undo(false, saying)
+		}
 		return err
 	}
 	if err := c.agreed("Restore what was there before?"); err != nil {

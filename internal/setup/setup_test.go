@@ -134,15 +134,20 @@ func TestInterrupted(t *testing.T) {
 			t.Fatalf("there are only %d steps", len(steps))
 		}
 		must(t, s.Do(steps[:n], t.Logf))
-		if step := steps[n]; step.Path != "" && !step.Keep {
-			// The record is there, and the file is not.
+		if step := steps[n]; step.Path != "" {
+			// The record is there, and the file only in part.
 			must(t, s.open())
-			r := record{Path: step.Path, After: stateOf(step.Text, step.Link)}
+			must(t, s.makeParents(step.Path))
+			r := record{Path: step.Path}
+			if !step.Keep {
+				r.After = stateOf(step.Text, step.Link)
+			}
 			if s.exists(step.Path) {
 				r.Copy, err = s.keep(step.Path)
 				must(t, err)
 			}
 			must(t, s.add(r))
+			must(t, os.WriteFile(unfinished(filepath.Join(s.root, step.Path)), nil, 0o600))
 			s.lock.Close()
 		}
 		undone(t, s, before)

@@ -82,7 +82,7 @@ func (s Step) String() string {
 // A record is what is known of one step that was done, or was about to be: it is written before.
 type record struct {
 	Path  string   `json:"path,omitempty"`
-	After string   `json:"after,omitempty"` // the state of the path then
+	After string   `json:"after,omitempty"` // the state of the path then; nothing if it stays
 	Copy  string   `json:"copy,omitempty"`  // the path of what was there before, if anything was
 	Undo  []string `json:"undo,omitempty"`
 }
@@ -160,8 +160,14 @@ func (s *System) add(r record) error {
 	return s.save(s.records)
 }
 
+// write is done with the record locked, so that what is written has a name that [System.Undo] knows.
 func write(name string, mode fs.FileMode, text []byte) error {
-	return files.Write(name, mode, files.Options{Sync: true}, text)
+	return files.Write(name, mode, files.Options{Sync: true, Locked: true}, text)
+}
+
+// unfinished is the name of what is to become a file.
+func unfinished(name string) string {
+	return filepath.Join(filepath.Dir(name), files.TemporaryPrefix+filepath.Base(name))
 }
 
 // Do does the steps in order, and says each before. What fails ends it; what was done before that
@@ -213,21 +219,22 @@ func (s *System) put(step Step) error {
 	if err != nil {
 		return err
 	}
-	r := record{Path: step.Path, After: stateOf(step.Text, step.Link)}
+	r := record{Path: step.Path}
 	before, err := os.Lstat(name)
-	if err == nil && !step.Keep {
-		r.Copy, err = s.keep(step.Path)
+	if !step.Keep {
+		r.After = stateOf(step.Text, step.Link)
+		if err == nil {
+			r.Copy, err = s.keep(step.Path)
+		}
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if !step.Keep {
-		if err := s.add(r); err != nil {
-			return err
-		}
+	if err := s.add(r); err != nil {
+		return err
 	}
 	if step.Link != "" {
-		temporary := filepath.Join(filepath.Dir(name), files.TemporaryPrefix+filepath.Base(name))
+		temporary := unfinished(name)
 		os.Remove(temporary)
 		if err := os.Symlink(step.Link, temporary); err != nil {
 			return err
@@ -305,7 +312,7 @@ func state(name string) (string, error) {
 // Directories that Do has made are removed if they are empty then. With dry, it only says what it
 // would do, and undone is whether there is nothing to undo.
 func (s *System) Undo(dry bool, say func(format string, a ...any)) (undone bool, err error) {
-	if _, err := os.Lstat(filepath.Join(s.root, stateDirectory, recordName)); dry && err != nil {
+	if _, err := os.Lstat(filepath.Join(s.root, stateDirectory)); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
 			return true, nil
 		}
@@ -315,6 +322,9 @@ func (s *System) Undo(dry bool, say func(format string, a ...any)) (undone bool,
 		return false, err
 	}
 	defer s.lock.Close()
+	if dry && len(s.records) == 0 {
+		return true, nil
+	}
 	var left []record
 	for n := len(s.records) - 1; n >= 0; n-- {
 		what, act, err := s.undo(s.records[n])
@@ -324,8 +334,8 @@ func (s *System) Undo(dry bool, say func(format string, a ...any)) (undone bool,
 		case err == nil && what != "":
 			say("%s", what)
 		}
-		if err == nil && act != nil && !dry {
-			err = act()
+		if err == nil && !dry {
+			err = s.carryOut(s.records[n], act)
 		}
 		if err != nil {
 			say("not undone: %v", err)
@@ -346,6 +356,18 @@ func (s *System) Undo(dry bool, say func(format string, a ...any)) (undone bool,
 	return true, err
 }
 
+// carryOut does what undoes a step, if that is anything, and removes what a process that was killed
+// has left of it.
+func (s *System) carryOut(r record, act func() error) error {
+	if name, err := s.at(r.Path); r.Path != "" && err == nil {
+		os.Remove(unfinished(name)) // there is seldom one
+	}
+	if act == nil {
+		return nil
+	}
+	return act()
+}
+
 // undo returns what undoes a step, and says it; either may be nothing.
 func (s *System) undo(r record) (what string, act func() error, err error) {
 	if r.Path == "" && !s.live {
@@ -357,6 +379,9 @@ func (s *System) undo(r record) (what string, act func() error, err error) {
 	name, err := s.at(r.Path)
 	if err != nil {
 		return "", nil, err
+	}
+	if r.After == "" {
+		return "", nil, nil
 	}
 	second, before := "", ""
 	if r.Copy != "" {
