@@ -133,7 +133,7 @@ func (d *doctor) examine(ctx context.Context) {
 	if d.Confines() {
 		d.well("confinement", "helpers confine themselves: %s", confine.InForce())
 	} else {
-		d.ill("sudo sed -i '/^confine *=/d' "+page.Quote(settings.FileName()), "confinement", "helpers do not confine themselves: \"confine = false\" in %s", settings.FileName())
+		d.ill("sudo sed -i '/^[[:space:]]*confine[[:space:]]*=/d' "+page.Quote(settings.FileName()), "confinement", "helpers do not confine themselves: \"confine = false\" in %s", settings.FileName())
 	}
 	d.examineKeys()
 	d.examineState()
@@ -205,8 +205,8 @@ func (d *doctor) examineKeys() {
 	default:
 		d.well("signing key", "%s", secret)
 	}
-	if _, err := settings.Read(); err != nil {
-		d.ill("sudo editor "+page.Quote(settings.FileName()), "configuration", "%s", strings.TrimPrefix(err.Error(), "configuration ignored: "))
+	if d.Wrong != nil {
+		d.ill("sudo editor "+page.Quote(settings.FileName()), "configuration", "%s", strings.TrimPrefix(d.Wrong.Error(), "configuration ignored: "))
 	} else if _, err := os.Stat(settings.FileName()); err != nil {
 		d.well("configuration", "there is no %s, and none is needed", settings.FileName())
 	} else {
@@ -392,7 +392,7 @@ func (d *doctor) examineStores(ctx context.Context, sub *session.Session) {
 	for _, url := range urls {
 		d.examineSocket(url)
 	}
-	if policy, err := d.Policy(); len(members) == 0 && len(urls) > 0 && err == nil && policy != substitute.HTTPOnly {
+	if policy, _ := d.Policy(); len(members) == 0 && len(urls) > 0 && policy != substitute.HTTPOnly {
 		d.ill("sudo editor "+page.Quote(settings.FileName()), "block stores", "none of them can be opened")
 	}
 	reports, _ := reportStores(ctx, sub, nil)

@@ -14,6 +14,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/ahead"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/guixdb"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
@@ -59,11 +60,12 @@ func (s *Settings) daemonSession() *ahead.Session {
 
 // ahead returns what substitutes ahead of the daemon. It must be closed.
 func (s *Settings) ahead(sub *Session) *ahead.Ahead {
+	bytes, _ := bytesize.Parse(s.file.AheadBytes) // which settings.Read has looked at
 	return ahead.New(sub.Substituter, ahead.Options{
 		StoreDir: s.Store,
 		Session:  s.daemonSession(),
 		Items:    s.aheadItems(),
-		Bytes:    s.size("ahead-bytes", s.file.AheadBytes, settings.Default().AheadBytes),
+		Bytes:    bytes,
 		AtOnce: func() int {
 			if sub.Mirrors.Closing() {
 				return atOnceOfClosing

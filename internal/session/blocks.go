@@ -53,7 +53,7 @@ func (s *Settings) openBlocks(urls []string, state *sourcestate.State, limiter *
 			b.local = b.local && m.Local
 		}
 	}
-	size := s.size("cache-size", s.file.CacheSize, settings.Default().CacheSize)
+	size, _ := bytesize.Parse(s.file.CacheSize) // which settings.Read has looked at
 	if directory := s.inCache("blocks"); b.nearby == nil && directory != "" && size > 0 && !b.local {
 		c := cache.Open(directory, size, func(err error) {
 			log.WarnOnce("block cache", "blocks cannot be kept for later: %v", err)
@@ -163,23 +163,10 @@ func serverOf(address string) string {
 // limiter returns what bounds the bytes per second that are fetched, or nil.
 func (s *Settings) limiter() *ratelimit.Limiter {
 	rate := s.limitRate
-	if rate == 0 && s.file.LimitRate != "" {
-		var err error
-		if rate, err = bytesize.ParseRate(s.file.LimitRate); err != nil {
-			s.log.Warnf("limit of the rate ignored: %v", err)
-		}
+	if rate == 0 {
+		rate, _ = bytesize.ParseRate(s.file.LimitRate) // nothing is no limit
 	}
 	return ratelimit.New(rate, 0)
-}
-
-// size returns the number of bytes of a setting, or else of its default.
-func (s *Settings) size(name, text, usual string) int64 {
-	size, err := bytesize.Parse(text)
-	if err != nil {
-		s.log.Warnf("%s ignored: %v", name, err)
-		return s.size(name, usual, "0")
-	}
-	return size
 }
 
 // seeds returns what puts nars that were fetched into the store of this machine, or nil.

@@ -49,7 +49,8 @@ type Settings struct {
 	acl            string
 	Store          string // its directory
 	cacheDirectory string
-	Unauthorised   bool // signatures do not count
+	Unauthorised   bool  // signatures do not count
+	Wrong          error // what is wrong with the configuration file; it counts as if it were not there
 	stores         string
 	policy         string
 	limitRate      int64 // 0 is as the file has it
@@ -106,10 +107,7 @@ func (s *Settings) begin() {
 }
 
 func (s *Settings) read() {
-	var err error
-	if s.file, err = settings.Read(); err != nil {
-		s.log.Warnf("%v", err)
-	}
+	s.file, s.Wrong = settings.Read()
 	if s.Store == "" {
 		s.Store = settings.StoreDirectory()
 	}
@@ -119,6 +117,13 @@ func (s *Settings) read() {
 	}
 	if s.policy == "" {
 		s.policy = s.file.Policy
+	}
+	if _, err := s.Policy(); err != nil {
+		s.Wrong = errors.Join(s.Wrong, fmt.Errorf("%s: %w", settings.FileName(), err))
+		s.policy = settings.Default().Policy
+	}
+	if s.Wrong != nil {
+		s.log.Warnf("%v", s.Wrong)
 	}
 	if s.kept = s.KeepDirectory(); s.kept != "" {
 		if err := files.MakeDirectory(s.kept); err != nil {
@@ -322,10 +327,7 @@ func (s *Settings) Session(query bool) *Session { return s.session(query, s.log)
 
 // session is Session with another log for what goes on in it.
 func (s *Settings) session(query bool, log *protocol.Log) *Session {
-	policy, err := s.Policy()
-	if err != nil {
-		s.log.Warnf("policy %.40q is not understood; fastest is followed", s.policy)
-	}
+	policy, _ := s.Policy() // which read has looked at
 	path := s.inCache("sources")
 	if query {
 		path = "" // which learns nothing about them

@@ -12,7 +12,9 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"strings"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"github.com/BurntSushi/toml"
@@ -60,8 +62,8 @@ func FileName() string {
 	return filepath.Join(Directory(), "substitute-eris.toml")
 }
 
-// Read reads the configuration file; there need not be one. With an error, what it returns is as if
-// there were none.
+// Read reads the configuration file; there need not be one. With an error, what is wrong is as if it
+// were not there, or, where that cannot be told, all of it.
 func Read() (File, error) {
 	c := Default()
 	name := FileName()
@@ -75,10 +77,46 @@ func Read() (File, error) {
 	if err != nil {
 		return Default(), fmt.Errorf("configuration ignored: %s: %s", name, message.Plain(err))
 	}
+	wrong := c.correct()
 	if undecoded := meta.Undecoded(); len(undecoded) > 0 {
-		return c, fmt.Errorf("%s: %s", name, message.Unknown("setting", undecoded[0].String(), settingNames()))
+		wrong = append(wrong, message.Unknown("setting", undecoded[0].String(), settingNames()))
+	}
+	if len(wrong) > 0 {
+		return c, fmt.Errorf("%s: %s", name, strings.Join(wrong, "; "))
 	}
 	return c, nil
+}
+
+// correct has what makes no sense be as it is by default, and says it.
+func (c *File) correct() (wrong []string) {
+	usual := Default()
+	for _, v := range []struct {
+		name  string
+		text  *string
+		usual string
+		parse func(text string) (int64, error)
+	}{
+		{"cache-size", &c.CacheSize, usual.CacheSize, bytesize.Parse},
+		{"ahead-bytes", &c.AheadBytes, usual.AheadBytes, bytesize.Parse},
+		{"limit-rate", &c.LimitRate, usual.LimitRate, bytesize.ParseRate},
+		{"cache-directory", &c.CacheDirectory, usual.CacheDirectory, absolute},
+	} {
+		if *v.text == v.usual {
+			continue
+		}
+		if _, err := v.parse(*v.text); err != nil {
+			wrong = append(wrong, fmt.Sprintf("%s: %v", v.name, err))
+			*v.text = v.usual
+		}
+	}
+	return wrong
+}
+
+func absolute(name string) (int64, error) {
+	if !filepath.IsAbs(name) {
+		return 0, fmt.Errorf("%q does not begin with /", name)
+	}
+	return 0, nil
 }
 
 // StoreDirectory is the store, as Guix finds it (Guix, guix/config.scm).
