@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net/http"
 	"net/url"
 	"os"
@@ -28,6 +27,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 )
 
 // changeFlags are the options of the commands that change the system.
@@ -237,7 +237,7 @@ func (c *changeFlags) use(ctx context.Context, server, keyFile string) error {
 		return err
 	}
 	p := page.New()
-	p.Say(0, page.Good, "%s is a substitute server", server)
+	p.Say(0, page.Good, "%s is a substitute server", mirror.WithoutUser(server))
 	for _, store := range offer.stores {
 		p.Say(0, page.Note, "blocks: %s", store)
 	}
@@ -281,8 +281,11 @@ type offer struct {
 // have it: this is about a key.
 func readOffer(ctx context.Context, server, keyFile string) (o offer, err error) {
 	info, err := get(ctx, server, "nix-cache-info")
+	if err == nil {
+		err = checkStore(string(info))
+	}
 	if err != nil {
-		return o, fmt.Errorf("%s is no substitute server, or cannot be reached: %w", server, err)
+		return o, fmt.Errorf("%s is no substitute server, or cannot be reached: %w", mirror.WithoutUser(server), err)
 	}
 	at, err := url.Parse(server)
 	if err != nil {
@@ -318,6 +321,20 @@ func readOffer(ctx context.Context, server, keyFile string) (o offer, err error)
 		return o, fmt.Errorf("the key%s: %w\nhint: a key is a file as \"keygen\" makes it, signing-key.pub", strings.TrimSuffix(" of "+keyFile, " of "), err)
 	}
 	return o, nil
+}
+
+// checkStore looks whether a server, by what it says of itself, has items of the store of this
+// machine. A login page has none, and what is for Nix is of no use.
+func checkStore(info string) error {
+	for line := range strings.Lines(info) {
+		directory, ok := strings.CutPrefix(line, "StoreDir: ")
+		if directory = strings.TrimSpace(directory); ok && directory != settings.StoreDirectory() {
+			return fmt.Errorf("its items are for the store directory %q, and those of this machine are in %s", directory, settings.StoreDirectory())
+		} else if ok {
+			return nil
+		}
+	}
+	return errors.New("its nix-cache-info names no store directory (StoreDir)")
 }
 
 // announced returns the stores of a server on the network. One without a host is on that of the
@@ -358,7 +375,11 @@ func get(ctx context.Context, server, name string) ([]byte, error) {
 	}
 	defer response.Body.Close()
 	if response.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("%s: status %d: %w", name, response.StatusCode, fs.ErrNotExist)
+		err = fmt.Errorf("%s: status %d %s", name, response.StatusCode, http.StatusText(response.StatusCode))
+		if to, none := response.Location(); none == nil {
+			err = fmt.Errorf("%w\nhint: it leads elsewhere; if that is right, use %s", err, strings.TrimSuffix(to.String(), "/"+name))
+		}
+		return nil, err
 	}
 	text, err := io.ReadAll(io.LimitReader(response.Body, maxOffer+1))
 	if err == nil && len(text) > maxOffer {
