@@ -54,5 +54,9 @@ func keygen(public, secret string) error {
 	if err := write(secret, key.SecretText(), 0o400); err != nil {
 		return err
 	}
-	return write(public, key.PublicKey().Text(), 0o444)
+	err := write(public, key.PublicKey().Text(), 0o444)
+	if err != nil {
+		os.Remove(secret) // it would be in the way of the next attempt
+	}
+	return err
 }

@@ -3,6 +3,7 @@
 package inspect
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"fmt"
@@ -157,7 +158,7 @@ func (d *doctor) adoptEnvironment() {
 	for _, name := range []string{settings.StoreVariable, "XDG_CACHE_HOME"} {
 		ours, theirs := os.Getenv(name), d.daemon.environment[name]
 		if name == settings.StoreVariable && ours != "" && ours != theirs {
-			d.ill("echo \"eris-stores = [\\\"$"+settings.StoreVariable+"\\\"]\" | sudo tee -a "+page.Quote(settings.FileName()), "environment", "%s is set here, but the daemon has another value, or none", settings.StoreVariable)
+			d.ill("unset "+settings.StoreVariable+"\nsudo editor "+page.Quote(settings.FileName())+" # eris-stores = [\"URL\"]", "environment", "%s is set here, but the daemon has another value, or none", settings.StoreVariable)
 		}
 		os.Setenv(name, theirs)
 	}
@@ -362,7 +363,11 @@ func examineServer(ctx context.Context, mirrors *mirror.Client, url string) find
 	ctx, cancel := context.WithTimeoutCause(ctx, 2*probeTimeout, fmt.Errorf("no answer in %v", 2*probeTimeout))
 	defer cancel()
 	if err := mirror.CheckURL(url); err != nil {
-		return illness("sudo systemctl edit --full guix-daemon # --substitute-urls=…", name, "%v", err)
+		edit := "sudo systemctl edit --full guix-daemon # --substitute-urls=…"
+		if text, _ := files.ReadRegular(settings.FileName(), 1<<20); bytes.Contains(text, []byte(url)) {
+			edit = "sudo editor " + page.Quote(settings.FileName())
+		}
+		return illness(edit, name, "%v", err)
 	}
 	status := 0
 	begin := time.Now()

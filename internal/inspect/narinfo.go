@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"strings"
 
@@ -63,8 +64,11 @@ line that says which server it is from, and what its signature is worth.`,
 		}
 		sub := s.SilentSession(true)
 		defer sub.Close()
+		var full error
 		worst, err := forItems(c.Context(), &s, sub, items, func(e explanation) message.Status {
-			if showNarinfos(&e.Explanation, *key) {
+			if text := showNarinfos(&e.Explanation, *key); text != "" {
+				_, err := io.WriteString(os.Stdout, text)
+				full = cmp.Or(full, err)
 				return 0
 			}
 			what := e.Availability
@@ -74,14 +78,14 @@ line that says which server it is from, and what its signature is worth.`,
 			fmt.Fprintf(os.Stderr, "%s: %s: %s\n", e.Path, what, message.Text(e.Reason))
 			return max(message.Unavailable, session.ExitStatus(e.Availability))
 		})
-		return cmp.Or(err, worst.Err())
+		return cmp.Or(err, full, worst.Err())
 	}
 	return c
 }
 
-// showNarinfos shows the narinfos of an item, or the key of the first that has one, and reports
-// whether there was anything to show.
-func showNarinfos(e *substitute.Explanation, key bool) (shown bool) {
+// showNarinfos returns the narinfos of an item, or the key of the first that has one, and shows
+// which servers have none.
+func showNarinfos(e *substitute.Explanation, key bool) (text string) {
 	for _, r := range e.Servers {
 		switch {
 		case r.Narinfo == nil && r.Failure != "":
@@ -95,16 +99,14 @@ func showNarinfos(e *substitute.Explanation, key bool) (shown bool) {
 		}
 		if key {
 			fmt.Fprintf(os.Stderr, "# signed by %s, from %s\n", page.Clean(r.Signer), page.Clean(r.URL))
-			fmt.Println(r.Key)
-			return true
+			return r.Key + "\n"
 		}
-		fmt.Printf("# %s: %s\n", page.Clean(r.URL), page.Clean(worth(r)))
+		text += fmt.Sprintf("# %s: %s\n", page.Clean(r.URL), page.Clean(worth(r)))
 		for line := range strings.Lines(r.Narinfo.Text()) {
-			fmt.Println(page.Clean(strings.TrimSuffix(line, "\n")))
+			text += page.Clean(strings.TrimSuffix(line, "\n")) + "\n"
 		}
-		shown = true
 	}
-	return shown
+	return text
 }
 
 func worth(r substitute.ServerReport) string {

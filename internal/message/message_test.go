@@ -25,6 +25,8 @@ func TestText(t *testing.T) {
 		"dial tcp: lookup x.example on 192.0.2.1:53: no such host":                   "x.example: no such host",
 		"the directory /a does not exist; make it: file does not exist":              "the directory /a does not exist; make it",
 		"listen tcp 127.0.0.1:80: bind: address already in use":                      "127.0.0.1:80: another program listens there",
+		"cannot write /a/b: open /a/.new-b: read-only file system":                   "cannot write /a/b: /a/.new-b: read-only file system",
+		"x: interrupt signal received":                                               "x: interrupted",
 		"x: context canceled\ny: context deadline exceeded":                          "x: interrupted\n  y: no answer in time",
 		"getting " + ref + ": file:b: b: no such file or directory":                  "file:b: no such file or directory",
 		"store is read-only: open /etc/.new-BMJNQQVSVB6PBDGDPHEYJJQEAT: it failed":   "store is read-only: /etc/: it failed",
