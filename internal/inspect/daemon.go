@@ -245,17 +245,13 @@ var errNotRestarted = errors.New("the running daemon does not have it: it was no
 // unitVariable returns the value of a variable that the service of the daemon has in its files, or
 // nothing.
 func (d *doctor) unitVariable(name string) (value string) {
+	set := regexp.MustCompile(`(?m)^[ \t]*Environment=(?:.*[\s"'])?` + name + `=([^\s"']*)`)
 	for _, pattern := range []string{"etc/systemd/system/guix-daemon.service", "etc/systemd/system/guix-daemon.service.d/*.conf"} {
 		units, _ := filepath.Glob(filepath.Join("/", d.root, pattern))
 		for _, file := range units {
 			text, _ := files.ReadRegular(file, 1<<20)
-			for line := range strings.Lines(string(text)) {
-				setting, ok := strings.CutPrefix(strings.TrimSpace(line), "Environment=")
-				for word := range strings.FieldsSeq(setting) {
-					if v, found := strings.CutPrefix(strings.Trim(word, `"'`), name+"="); ok && found {
-						value = v
-					}
-				}
+			for _, m := range set.FindAllSubmatch(text, -1) {
+				value = string(m[1])
 			}
 		}
 	}

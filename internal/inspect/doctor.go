@@ -123,7 +123,7 @@ func showFindings(p *page.Page, findings []finding) {
 }
 
 func (d *doctor) examine(ctx context.Context) {
-	d.versions()
+	d.well("version", "guix-substitute-eris %s, %s, %s/%s", program.Version(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
 	d.examineDaemon()
 	d.adoptEnvironment()
 	d.LoadQuietly(d.daemon != nil && d.daemon.environment != nil)
@@ -143,10 +143,6 @@ func (d *doctor) examine(ctx context.Context) {
 	d.examineServers(ctx, sub)
 	d.examineStores(ctx, sub)
 	d.examineClock(time.Now())
-}
-
-func (d *doctor) versions() {
-	d.well("version", "guix-substitute-eris %s, %s, %s/%s", program.Version(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }
 
 // adoptEnvironment makes the environment of the daemon the one that counts, for what its helpers

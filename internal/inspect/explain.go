@@ -495,10 +495,12 @@ func (e *explanation) showStore(p *page.Page, s storeReport) {
 		p.Say(5, page.Good, "has all of the %s of it%s", page.Count(e.Blocks, "block"), rate)
 	case s.Has == e.Sampled:
 		p.Say(5, page.Good, "has all of %d sampled blocks, of %d of it%s", e.Sampled, e.Blocks, rate)
-	case s.Near:
-		p.Say(5, page.Note, "has %d of the %s that were looked for, of %d of it%s", s.Has, page.Count(e.Sampled, "block"), e.Blocks, rate)
 	default:
-		p.Say(5, page.Bad, "has %d of the %s that were looked for, of %d of it%s", s.Has, page.Count(e.Sampled, "block"), e.Blocks, rate)
+		m := page.Bad
+		if s.Near {
+			m = page.Note
+		}
+		p.Say(5, m, "has %d of the %s that were looked for, of %d of it%s", s.Has, page.Count(e.Sampled, "block"), e.Blocks, rate)
 	}
 }
 

@@ -90,33 +90,23 @@ func Read() (File, error) {
 // correct has what makes no sense be as it is by default, and says it.
 func (c *File) correct() (wrong []string) {
 	usual := Default()
-	for _, v := range []struct {
-		name  string
-		text  *string
-		usual string
-		parse func(text string) (int64, error)
-	}{
-		{"cache-size", &c.CacheSize, usual.CacheSize, bytesize.Parse},
-		{"ahead-bytes", &c.AheadBytes, usual.AheadBytes, bytesize.Parse},
-		{"limit-rate", &c.LimitRate, usual.LimitRate, bytesize.ParseRate},
-		{"cache-directory", &c.CacheDirectory, usual.CacheDirectory, absolute},
-	} {
-		if *v.text == v.usual {
-			continue
+	look := func(name string, text *string, usual string, parse func(text string) (int64, error)) {
+		if *text == usual {
+			return
 		}
-		if _, err := v.parse(*v.text); err != nil {
-			wrong = append(wrong, fmt.Sprintf("%s: %v", v.name, err))
-			*v.text = v.usual
+		if _, err := parse(*text); err != nil {
+			wrong = append(wrong, fmt.Sprintf("%s: %v", name, err))
+			*text = usual
 		}
+	}
+	look("cache-size", &c.CacheSize, usual.CacheSize, bytesize.Parse)
+	look("ahead-bytes", &c.AheadBytes, usual.AheadBytes, bytesize.Parse)
+	look("limit-rate", &c.LimitRate, usual.LimitRate, bytesize.ParseRate)
+	if c.CacheDirectory != "" && !filepath.IsAbs(c.CacheDirectory) {
+		wrong = append(wrong, fmt.Sprintf("cache-directory: %q does not begin with /", c.CacheDirectory))
+		c.CacheDirectory = ""
 	}
 	return wrong
-}
-
-func absolute(name string) (int64, error) {
-	if !filepath.IsAbs(name) {
-		return 0, fmt.Errorf("%q does not begin with /", name)
-	}
-	return 0, nil
 }
 
 // StoreDirectory is the store, as Guix finds it (Guix, guix/config.scm).

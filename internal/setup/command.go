@@ -115,19 +115,15 @@ func (c *changeFlags) undo(s *System) error {
 			saying(format, a...)
 		}
 	})
-	if err != nil || c.dryRun && !nothing {
-		return err
-	}
-	if nothing {
+	if err == nil && nothing {
 		fmt.Println("There is nothing to take back.")
-		if !c.dryRun { // a process that was killed at the very beginning has left its record
-			_, err = s.Undo(false, saying)
-		}
+	} else if err == nil && !c.dryRun {
+		err = c.agreed("Restore what was there before?")
+	}
+	if err != nil || c.dryRun {
 		return err
 	}
-	if err := c.agreed("Restore what was there before?"); err != nil {
-		return err
-	}
+	// Also where nothing is: a process that was killed at the beginning has left an empty record.
 	undone, err := s.Undo(false, saying)
 	if err == nil && !undone {
 		err = errors.New("some things are left\nhint: mend them by hand; --undo tries again")

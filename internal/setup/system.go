@@ -334,8 +334,8 @@ func (s *System) Undo(dry bool, say func(format string, a ...any)) (undone bool,
 		case err == nil && what != "":
 			say("%s", what)
 		}
-		if err == nil && !dry {
-			err = s.carryOut(s.records[n], act)
+		if err == nil && act != nil && !dry {
+			err = act()
 		}
 		if err != nil {
 			say("not undone: %v", err)
@@ -343,6 +343,9 @@ func (s *System) Undo(dry bool, say func(format string, a ...any)) (undone bool,
 		}
 		if dry {
 			continue
+		}
+		if name, err := s.at(s.records[n].Path); err == nil && name != s.root {
+			os.Remove(unfinished(name)) // which a process that was killed has left
 		}
 		if err := s.save(append(s.records[:n:n], left...)); err != nil {
 			return false, err
@@ -354,18 +357,6 @@ func (s *System) Undo(dry bool, say func(format string, a ...any)) (undone bool,
 	err = os.RemoveAll(s.directory)
 	os.Remove(filepath.Dir(s.directory)) // unless something else is there
 	return true, err
-}
-
-// carryOut does what undoes a step, if that is anything, and removes what a process that was killed
-// has left of it.
-func (s *System) carryOut(r record, act func() error) error {
-	if name, err := s.at(r.Path); r.Path != "" && err == nil {
-		os.Remove(unfinished(name)) // there is seldom one
-	}
-	if act == nil {
-		return nil
-	}
-	return act()
 }
 
 // undo returns what undoes a step, and says it; either may be nothing.
