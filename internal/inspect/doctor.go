@@ -370,8 +370,8 @@ func examineServer(ctx context.Context, mirrors *mirror.Client, url string) find
 	err := mirrors.Narinfos(ctx, url, []string{absent}, func(a mirror.Answer) { status = a.Status })
 	took := time.Since(begin)
 	look := "curl -I " + mirror.WithoutUser(url) + "/nix-cache-info"
-	if path, local := strings.CutPrefix(url, "file://"); local {
-		look = "ls " + page.Quote(path) + " # is the medium plugged in?"
+	if directories := mirror.LocalDirectories(url); len(directories) > 0 {
+		look = "ls " + page.Quote(directories[len(directories)-1]) + " # is the medium plugged in?"
 	}
 	switch {
 	case missing(url):

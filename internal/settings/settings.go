@@ -62,8 +62,8 @@ func FileName() string {
 	return filepath.Join(Directory(), "substitute-eris.toml")
 }
 
-// Read reads the configuration file; there need not be one. With an error, what is wrong is as if it
-// were not there, or, where that cannot be told, all of it.
+// Read reads the configuration file; there need not be one. With an error, what is wrong is as if
+// it were not there, or, where that cannot be told, all of it.
 func Read() (File, error) {
 	c := Default()
 	name := FileName()

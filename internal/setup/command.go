@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"net/url"
 	"os"
@@ -224,6 +225,9 @@ func (c *changeFlags) use(ctx context.Context, server, keyFile string) error {
 	} else if err := mirror.CheckURL(server); err != nil {
 		return message.Usage("%w\nhint: a server has a URL like http://lan.example:8080, and a stick file:///media/stick", err)
 	}
+	if strings.HasPrefix(server, "file:") {
+		server = strings.ReplaceAll(server, " ", "%20") // spaces separate URLs
+	}
 	s, err := Open(c.root)
 	if err != nil {
 		return err
@@ -292,9 +296,10 @@ func readOffer(ctx context.Context, server, keyFile string) (o offer, err error)
 			o.stores = announced(at.Hostname(), strings.Fields(urls))
 		}
 	}
-	if blocks := filepath.Join(at.Path, "blocks"); at.Scheme == "file" {
+	for _, directory := range mirror.LocalDirectories(server) {
+		blocks := filepath.Join(directory, "blocks")
 		if _, err := os.Stat(blocks); err == nil {
-			o.stores = []string{"file:" + blocks}
+			o.stores = []string{"file:" + (&url.URL{Path: blocks}).EscapedPath()}
 		}
 	}
 	var text []byte
@@ -353,8 +358,14 @@ func announced(host string, urls []string) (stores []string) {
 const maxOffer = 64 << 10
 
 func get(ctx context.Context, server, name string) ([]byte, error) {
-	if path, ok := strings.CutPrefix(server, "file://"); ok {
-		return files.ReadRegular(filepath.Join(path, name), maxOffer)
+	var text []byte
+	err := fs.ErrNotExist
+	directories := mirror.LocalDirectories(server)
+	for i := 0; i < len(directories) && errors.Is(err, fs.ErrNotExist); i++ {
+		text, err = files.ReadRegular(filepath.Join(directories[i], name), maxOffer)
+	}
+	if len(directories) > 0 {
+		return text, err
 	}
 	client := http.Client{Timeout: 20 * time.Second, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, server+"/"+name, nil)
@@ -377,7 +388,7 @@ func get(ctx context.Context, server, name string) ([]byte, error) {
 		}
 		return nil, err
 	}
-	text, err := io.ReadAll(io.LimitReader(response.Body, maxOffer+1))
+	text, err = io.ReadAll(io.LimitReader(response.Body, maxOffer+1))
 	if err == nil && len(text) > maxOffer {
 		err = fmt.Errorf("%s is longer than %d bytes", name, maxOffer)
 	}

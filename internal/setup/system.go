@@ -160,7 +160,8 @@ func (s *System) add(r record) error {
 	return s.save(s.records)
 }
 
-// write is done with the record locked, so that what is written has a name that [System.Undo] knows.
+// write is done with the record locked, so that what is written has a name that [System.Undo]
+// knows.
 func write(name string, mode fs.FileMode, text []byte) error {
 	return files.Write(name, mode, files.Options{Sync: true, Locked: true}, text)
 }
