@@ -186,12 +186,12 @@ func (a *Annotator) get(ctx context.Context, url string) (response *http.Respons
 		return nil, nil, err
 	}
 	defer response.Body.Close()
+	if err := checkStatus(response); err != nil {
+		return nil, nil, err // before reading: the body of 101 is the connection, which has no end
+	}
 	text, err = io.ReadAll(io.LimitReader(response.Body, narinfo.MaxSize+1))
 	if err == nil && len(text) > narinfo.MaxSize {
 		err = fmt.Errorf("%s: the answer has more than %d bytes", url, narinfo.MaxSize)
-	}
-	if err == nil {
-		err = checkStatus(response)
 	}
 	if at := response.Request.URL; err == nil && at.Host != a.upstream.Host {
 		if _, failed := narinfo.Parse(text); failed != nil {

@@ -394,6 +394,7 @@ func TestAnnotatorUpstream(t *testing.T) {
 	}{
 		"narinfo elsewhere": {found + hidden.URL + "/good\r\n\r\n", path, 200, good},
 		"secret elsewhere":  {found + hidden.URL + "/secret\r\n\r\n", path, 502, "no good answer"},
+		"another protocol":  {"HTTP/1.1 101 x\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n", path, 502, "no good answer"},
 		"no status":         {"HTTP/1.1 000 \r\nContent-Length: 1\r\n\r\nx", path, 502, "no good answer"},
 		"no status, nar":    {"HTTP/1.1 099 x\r\nContent-Length: 1\r\n\r\nx", "/nar/x", 502, "no answer"},
 		"long header":       {"HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 1<<20) + "\r\nContent-Length: 1\r\n\r\nx", path, 502, "no good answer"},
@@ -409,6 +410,9 @@ func TestAnnotatorUpstream(t *testing.T) {
 				}
 				http.ReadRequest(bufio.NewReader(c))
 				io.WriteString(c, test.response)
+				if name == "another protocol" {
+					io.Copy(io.Discard, c)
+				}
 				c.Close()
 			}
 		}()

@@ -572,6 +572,7 @@ func TestNarFaults(t *testing.T) {
 		"closes":                   {"", "", true, ""},
 		"trickles a header":        {"HTTP/1.1 200 OK\r\n", "X-Y: Z\r\n", false, ""},
 		"trickles interim answers": {"", "HTTP/1.1 102 Processing\r\n\r\n", false, ""},
+		"another protocol":         {"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n", "", false, "101"},
 		"trickles an error":        {"HTTP/1.1 404 Not Found\r\nContent-Length: 60000\r\n\r\n", "not found ", false, "404"},
 		"trickles a redirection":   {"HTTP/1.1 302 Found\r\nLocation: ftp://x/\r\nContent-Length: 60000\r\n\r\n", "go on ", false, ""},
 		"long status line":         {long + "\r\n\r\n", "", false, ""},

@@ -224,6 +224,10 @@ func (n *Nar) request(fields http.Header) (*http.Response, error) {
 	n.silence.Stop() // until there is a connection, which has timeouts of its own
 	response, err := c.transport.RoundTrip(r)
 	n.silence.Stop()
+	if err == nil && response.StatusCode == http.StatusSwitchingProtocols {
+		response.Body.Close() // it is the connection, of which no end of a context is the end
+		response.Body = http.NoBody
+	}
 	var body io.Reader
 	if err == nil {
 		n.body = response.Body

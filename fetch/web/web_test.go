@@ -175,6 +175,9 @@ func TestAnswers(t *testing.T) {
 				return
 			}
 			io.WriteString(conn, text)
+			if strings.Contains(text, "101") {
+				io.Copy(io.Discard, conn)
+			}
 			conn.Close()
 		}
 	}
@@ -239,6 +242,7 @@ func TestAnswers(t *testing.T) {
 		"not HTTP":           {raw("SSH-2.0-secret-path\r\n"), isOther},
 		"endless header":     {raw("HTTP/1.1 200 OK\r\nA: " + strings.Repeat("x", 1<<20)), isOther},
 		"endless interim":    {raw(strings.Repeat("HTTP/1.1 103 Early Hints\r\n\r\n", 1000)), isOther},
+		"another protocol":   {raw("HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"), isStatus},
 		"hangs up":           {raw(""), isOther},
 	} {
 		t.Run(strings.ReplaceAll(name, " ", "_"), func(t *testing.T) {

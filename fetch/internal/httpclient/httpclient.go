@@ -310,6 +310,10 @@ func (e *exchange) run(ctx context.Context, request *http.Request, handle func(r
 		}
 		return err
 	}
+	if r.StatusCode == http.StatusSwitchingProtocols {
+		r.Body.Close() // it is the connection, of which no end of a context is the end
+		return &StatusError{Code: r.StatusCode}
+	}
 	e.answered = true
 	e.timer.Reset(c.options.BodyTimeout)
 	defer func() {
