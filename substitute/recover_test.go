@@ -155,6 +155,23 @@ func TestFailingForAWhile(t *testing.T) {
 			f.restore(t, s, substitute.Success, log)
 		})
 	})
+	t.Run("busy blocks", func(t *testing.T) {
+		t.Parallel()
+		bubble(t, func(t *testing.T, n *testNetwork) {
+			free := time.Now().Add(9 * time.Second)
+			blocks := &lastless{memoryBlocks: f.blocks}
+			blocks.Workers = fetch.NewWorkers(1, func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
+				if left := time.Until(free); left > 0 {
+					return nil, &fetch.BusyError{After: left, Err: io.EOF}
+				}
+				return f.blocks.Get(ctx, ref, size, dst)
+			})
+			defer blocks.Close()
+			s, log := n.with(f.key, n.serve(f.handler(signERIS(t, f.key, itemPath(0), f.encoded), http.NotFound)))
+			s.Blocks, s.Policy = blocks, substitute.ERISOnly
+			f.restore(t, s, substitute.Success, log)
+		})
+	})
 }
 
 // TestWrongOnce gets an item from the only server, which brings wrong bytes at first, or always.

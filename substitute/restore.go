@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/throughput"
@@ -299,6 +300,7 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 	}
 	var status *mirror.StatusError
 	var server *mirror.ServerError
+	var busy *fetch.BusyError
 	switch {
 	case changedOnTheWay(c, err):
 		c.again = true
@@ -310,6 +312,9 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 	case status != nil && status.Temporary():
 		j.failing = append(j.failing, c)
 		j.retryAfter = max(j.retryAfter, status.RetryAfter)
+	case errors.As(err, &busy):
+		j.failing = append(j.failing, c)
+		j.retryAfter = max(j.retryAfter, busy.After)
 	case errors.As(err, &server) && !errors.Is(err, os.ErrDeadlineExceeded):
 		if server.Failures < maxServerFailures {
 			j.failing = append(j.failing, c)

@@ -146,7 +146,7 @@ func CID(ref eris.Reference) string {
 func (s *Store) get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) (block []byte, err error) {
 	err = eris.ErrNotFound
 	if s.url.Get {
-		err = s.do(ctx, s.getRequest(ref), func(r *http.Response) (err error) {
+		err = s.client.Do(ctx, s.getRequest(ref), func(r *http.Response) (err error) {
 			if r.StatusCode != http.StatusOK {
 				return s.getError(r)
 			}
@@ -181,7 +181,9 @@ func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error
 
 func (s *Store) put(ctx context.Context, ref eris.Reference, block []byte) error {
 	putAs := func(old bool) error {
-		return s.do(ctx, s.putRequest(block, old), func(r *http.Response) error { return putResult(ref, r) })
+		return s.client.Retry(ctx, func() error {
+			return s.client.Do(ctx, s.putRequest(block, old), func(r *http.Response) error { return putResult(ref, r) })
+		})
 	}
 	old := s.oldPut.Load()
 	err := putAs(old)
@@ -191,11 +193,6 @@ func (s *Store) put(ctx context.Context, ref eris.Reference, block []byte) error
 		}
 	}
 	return err
-}
-
-// do makes an exchange, again while the node is busy.
-func (s *Store) do(ctx context.Context, request *http.Request, take func(*http.Response) error) error {
-	return s.client.Retry(ctx, func() error { return s.client.Do(ctx, request, take) })
 }
 
 // request makes a request for a path of the node; body may be nil.

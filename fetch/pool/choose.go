@@ -17,7 +17,7 @@ func (p *Pool) candidates(l *lookup, now time.Duration) set {
 	var s set
 	spent := l.spent()
 	for _, m := range p.far {
-		if !m.banned && !m.resting() && m.restUntil-now <= waitForRest && spent&m.bit == 0 {
+		if !m.banned && !m.resting() && m.isSoon(now) && spent&m.bit == 0 {
 			s |= m.bit
 		}
 	}
@@ -32,7 +32,7 @@ func (p *Pool) nextRound(l *lookup, now time.Duration) bool {
 	l.rounds++
 	l.progress = false
 	for _, m := range p.far {
-		if m.proven && !m.banned && m.restUntil-now <= waitForRest {
+		if m.proven && !m.banned && m.isSoon(now) {
 			l.failed &^= m.bit
 		}
 	}

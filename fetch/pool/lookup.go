@@ -18,8 +18,8 @@ const (
 	// maxRounds is how often one member is asked again for one block at most.
 	maxRounds = 20
 	// waitForRest is how long a block waits for a member that failed to be tried again when there
-	// is no other.
-	waitForRest = time.Second
+	// is no other, and waitForBusy for one that has said when.
+	waitForRest, waitForBusy = time.Second, 2500 * time.Millisecond
 )
 
 var (

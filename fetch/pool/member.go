@@ -108,6 +108,14 @@ func newMember(p *Pool, i int, given Member) *member {
 
 func (m *member) usable(now time.Duration) bool { return !m.banned && m.restUntil <= now }
 
+// isSoon reports whether the member may be asked now, or so soon that it is worth waiting for.
+func (m *member) isSoon(now time.Duration) bool {
+	if m.failures == 0 {
+		return m.restUntil-now <= waitForBusy
+	}
+	return m.restUntil-now <= waitForRest
+}
+
 // resting reports whether the member is asked by probes only, at most.
 func (m *member) resting() bool { return m.silent || m.failures > 0 && !m.proven }
 

@@ -630,7 +630,7 @@ func TestBroken(t *testing.T) {
 func TestBusy(t *testing.T) {
 	f := &fake{roundTrip: 20e6, rate: 20e6, answer: func(_ context.Context, _ int, i int64) error {
 		if i/20%10 == 1 {
-			return &fetch.BusyError{After: 300 * time.Millisecond, Err: errBroken}
+			return &fetch.BusyError{After: 2100 * time.Millisecond, Err: errBroken}
 		}
 		return nil
 	}}

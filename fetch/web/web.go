@@ -134,9 +134,9 @@ var (
 )
 
 // Open returns the store at a URL, whose form is in the package comment. It makes no connection:
-// the first request does. While a server that is busy says that it will be able to answer soon,
-// requests wait for that; they fail with a [fetch.BusyError] if it takes longer. After a connection
-// could not be made, they fail at once for a time that gets longer with each such failure.
+// the first request does. Requests to a server that is busy fail with a [fetch.BusyError], so that
+// it is not taken for silent; what is put waits for some seconds before. After a connection could
+// not be made, requests fail at once for a time that gets longer with each such failure.
 //
 // The path and the user information of the URL may be secret; neither errors nor [Store.String]
 // show them. The Store must be closed.
@@ -277,7 +277,7 @@ func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error
 	case s.url.Put:
 		// A copy, because what the transport writes from may still be in use when it has returned.
 		body := bytes.NewReader(bytes.Clone(block))
-		err = s.do(ctx, outgoing{http.MethodPut, s.address(ref, 0), "", body, int64(len(block)), sha256.Sum256(block)}, stored)
+		err = s.put(ctx, outgoing{http.MethodPut, s.address(ref, 0), "", body, int64(len(block)), sha256.Sum256(block)})
 	}
 	if err != nil {
 		return fmt.Errorf("%v: block %v: %w", s, ref, err)
@@ -355,7 +355,7 @@ func (s *Store) PutObject(ctx context.Context, name string, content *os.File, si
 	if !s.url.Put {
 		return fetch.ErrReadOnly
 	}
-	return s.do(ctx, outgoing{http.MethodPut, s.at("/"+name, ""), "", content, size, sum}, stored)
+	return s.put(ctx, outgoing{http.MethodPut, s.at("/"+name, ""), "", content, size, sum})
 }
 
 // outgoing is a request to be made.
@@ -368,28 +368,31 @@ type outgoing struct {
 	sum    [sha256.Size]byte
 }
 
+// put makes a request to store something, again while the server is busy.
+func (s *Store) put(ctx context.Context, o outgoing) error {
+	return s.client.Retry(ctx, func() error { return s.do(ctx, o, stored) })
+}
+
 // do makes a request, follows redirections, and has the response handled.
 func (s *Store) do(ctx context.Context, o outgoing, handle func(r *http.Response) error) error {
-	return s.client.Retry(ctx, func() error {
-		next := o.url
-		for range maxRedirects + 1 {
-			request, err := s.request(o, next)
-			if err != nil {
-				return err
-			}
-			next = nil
-			err = s.client.Do(ctx, request, func(r *http.Response) (err error) {
-				if next, err = redirection(request, r); next != nil || err != nil {
-					return err
-				}
-				return handle(r)
-			})
-			if err != nil || next == nil {
-				return err
-			}
+	next := o.url
+	for range maxRedirects + 1 {
+		request, err := s.request(o, next)
+		if err != nil {
+			return err
 		}
-		return errRedirects
-	})
+		next = nil
+		err = s.client.Do(ctx, request, func(r *http.Response) (err error) {
+			if next, err = redirection(request, r); next != nil || err != nil {
+				return err
+			}
+			return handle(r)
+		})
+		if err != nil || next == nil {
+			return err
+		}
+	}
+	return errRedirects
 }
 
 // request makes a request. Only the server of the store gets the user name and password, or a

@@ -21,6 +21,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/httpclient"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/web"
 )
@@ -45,7 +46,7 @@ func openHandler(t *testing.T, suffix string, options web.Options, handler http.
 	return mustOpen(t, server.URL+suffix, options)
 }
 
-func get(t *testing.T, store *web.Store, ref eris.Reference, size eris.BlockSize) ([]byte, error) {
+func get(t *testing.T, store fetch.Source, ref eris.Reference, size eris.BlockSize) ([]byte, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
@@ -471,14 +472,14 @@ func TestRefused(t *testing.T) {
 }
 
 // TestRetryAfter has a server refuse all requests for a second, as one that is busy: all of them
-// succeed nevertheless, and the server is left alone meanwhile.
+// succeed nevertheless, the server is left alone meanwhile, and nobody takes it for silent.
 func TestRetryAfter(t *testing.T) {
 	for _, code := range []int{http.StatusTooManyRequests, http.StatusServiceUnavailable} {
-		ref, block := newBlock(eris.BlockSize1KiB, 7)
 		const connections, requests = 4, 223
 		var mu sync.Mutex
 		var asked, refused int
 		var until time.Time
+		blocks := map[string][]byte{}
 		store := openHandler(t, "", web.Options{Connections: connections}, func(w http.ResponseWriter, r *http.Request) {
 			mu.Lock()
 			defer mu.Unlock()
@@ -491,45 +492,59 @@ func TestRetryAfter(t *testing.T) {
 				w.WriteHeader(code)
 				return
 			}
-			w.Write(block)
+			w.Write(blocks[r.URL.RawQuery])
 		})
+		p := pool.New([]pool.Member{{Source: store}}, pool.Options{OnRest: func(source string, err error) { t.Errorf("%s rests: %v", source, err) }})
 		var group sync.WaitGroup
-		for range requests {
+		for i := range requests {
+			ref, block := newBlock(eris.BlockSize1KiB, byte(i))
+			mu.Lock()
+			blocks["urn:blake2b:"+ref.String()] = block
+			mu.Unlock()
 			group.Go(func() {
-				if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
+				if _, err := get(t, p, ref, eris.BlockSize1KiB); err != nil {
 					t.Error(err)
 				}
 			})
 		}
 		group.Wait()
+		must(t, p.Close())
 		if asked != requests+refused || refused == 0 || refused > connections {
 			t.Errorf("%d: %d requests, of which %d were refused", code, asked, refused)
 		}
 	}
 }
 
-// TestBusy checks that a server that wants to be left alone for long is, and that the error says
-// so.
+// TestBusy checks that a server that wants to be left alone is, and that the error says so at once:
+// who waits here looks silent to a pool.
 func TestBusy(t *testing.T) {
-	var asked atomic.Int32
-	store := openHandler(t, "", web.Options{}, func(w http.ResponseWriter, r *http.Request) {
-		asked.Add(1)
-		w.Header().Set("Retry-After", "1000000")
-		w.WriteHeader(http.StatusTooManyRequests)
-	})
 	ref, block := newBlock(eris.BlockSize1KiB, 7)
-	for range 5 {
+	for after, least := range map[string]time.Duration{"1000000": 20 * time.Second, "1": 0} {
+		var asked atomic.Int32
+		store := openHandler(t, "", web.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			asked.Add(1)
+			w.Header().Set("Retry-After", after)
+			w.WriteHeader(http.StatusTooManyRequests)
+		})
 		_, err := get(t, store, ref, eris.BlockSize1KiB)
 		busy, ok := errors.AsType[*fetch.BusyError](err)
-		if !ok || busy.After <= 20*time.Second || busy.After > 30*time.Second || errors.Is(err, eris.ErrNotFound) {
-			t.Errorf("error is %v", err)
+		if !ok || busy.After <= least || busy.After > 30*time.Second || errors.Is(err, eris.ErrNotFound) || asked.Load() != 1 {
+			t.Errorf("error is %v after %d requests", err, asked.Load())
 		}
-	}
-	if busy, ok := errors.AsType[*fetch.BusyError](store.Put(t.Context(), ref, block)); !ok {
-		t.Errorf("Put: error is %v", busy)
-	}
-	if n := asked.Load(); n != 1 {
-		t.Errorf("%d requests", n)
+		if least == 0 {
+			continue
+		}
+		for range 4 {
+			if _, err = get(t, store, ref, eris.BlockSize1KiB); !errors.As(err, &busy) {
+				t.Errorf("error is %v", err)
+			}
+		}
+		if busy, ok := errors.AsType[*fetch.BusyError](store.Put(t.Context(), ref, block)); !ok {
+			t.Errorf("Put: error is %v", busy)
+		}
+		if n := asked.Load(); n != 1 {
+			t.Errorf("%d requests", n)
+		}
 	}
 }
 
