@@ -50,7 +50,7 @@ func (s *Store) getParts(ctx context.Context, c connection, first *wire.Exchange
 		aim(x, length, part.Exponent, dst)
 		err := s.do(ctx, c, x)
 		if err == nil {
-			err = partError(x)
+			err = s.partError(x)
 		}
 		if err != nil {
 			return 0, err
@@ -99,7 +99,7 @@ func (s *Store) getPartsAtOnce(ctx context.Context, c connection, first *wire.Ex
 		case ctx.Err() != nil:
 			err = context.Cause(ctx)
 		default:
-			err = partError(x)
+			err = s.partError(x)
 			part, end := x.Response.Block2, min(x.Block.Offset()+unit, len(dst))
 			if err == nil && (part.More != (end < len(dst)) || part.Exponent != exponent || x.Block.Offset()+x.Length != end) {
 				err = errBlockwise
@@ -130,7 +130,7 @@ func aim(x *wire.Exchange, offset int, exponent uint8, dst []byte) {
 }
 
 // partError returns what is wrong with the answer to a request for a part, or nil.
-func partError(x *wire.Exchange) error {
+func (s *Store) partError(x *wire.Exchange) error {
 	part := x.Response.Block2
 	if err := getError(x); err != nil {
 		return err
@@ -138,6 +138,7 @@ func partError(x *wire.Exchange) error {
 	if !part.Present || part.Offset() != x.Block.Offset() || !part.FitPart(x.Length) {
 		return errBlockwise
 	}
+	s.moved.Add(int64(x.Length))
 	return nil
 }
 

@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
@@ -45,6 +46,7 @@ type Store struct {
 	main    *link
 	parts   chan *link // for a block that is put in parts: one such transfer on each at a time
 	links   []*link
+	moved   atomic.Int64 // bytes of parts of blocks
 }
 
 var _ fetch.Store = (*Store)(nil)
@@ -106,6 +108,9 @@ func (s *Store) String() string { return s.name }
 // AsksHave reports whether requests with Have are understood. What of a question does not fit into
 // a message that the peer takes is left without an answer.
 func (s *Store) AsksHave() bool { return s.url.Get }
+
+// Progress returns how many bytes have come of blocks that come in parts, whole or not.
+func (s *Store) Progress() int64 { return s.moved.Load() }
 
 // Start implements [fetch.Source]. If the connection fails, the request is made once more on a new
 // one.

@@ -33,6 +33,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -82,6 +83,7 @@ type Store struct {
 	runs     []*run // of all packs, in the order in which they were used
 	received int64  // bytes of runs, since there was none, and when the first of them came
 	began    time.Time
+	moved    atomic.Int64 // bytes that have been read
 
 	putting sync.Mutex
 	spool   *spool
@@ -130,6 +132,29 @@ func (s *Store) String() string { return s.objects.String() }
 
 // AnySize reports whether a block that is not there in one size is not there in the other either.
 func (s *Store) AnySize() bool { return true }
+
+// Progress returns how many bytes have been read, also of what is before the blocks asked for.
+func (s *Store) Progress() int64 { return s.moved.Load() }
+
+// read is Range of the objects, counted.
+func (s *Store) read(ctx context.Context, name string, from, n int64, use func(body io.Reader, from, total int64) error) error {
+	return s.objects.Range(ctx, name, from, n, func(body io.Reader, from, total int64) error {
+		return use(&counting{body, &s.moved}, from, total)
+	})
+}
+
+// counting counts what is read.
+type counting struct {
+	io.Reader
+	n *atomic.Int64
+}
+
+// Read implements io.Reader.
+func (c *counting) Read(p []byte) (int, error) {
+	n, err := c.Reader.Read(p)
+	c.n.Add(int64(n))
+	return n, err
+}
 
 // Close ends all requests.
 func (s *Store) Close() error {

@@ -99,7 +99,7 @@ func (p *pack) readTable() (*table, *run, error) {
 	for {
 		var tail []byte
 		var total int64
-		err := p.s.objects.Range(p.ctx, p.name, -int64(length), int64(length), func(body io.Reader, from, size int64) (err error) {
+		err := p.s.read(p.ctx, p.name, -int64(length), int64(length), func(body io.Reader, from, size int64) (err error) {
 			total = size
 			tail = make([]byte, min(int64(length), size-from))
 			_, err = io.ReadFull(body, tail)
@@ -287,7 +287,7 @@ func (p *pack) begin(r *run) *run {
 	r.pack, r.used, r.blocks = p, s.gets, map[int][]byte{}
 	s.runs = append(s.runs, r)
 	s.group.Go(func() {
-		err := s.objects.Range(p.ctx, p.name, r.from, r.length, r.read)
+		err := s.read(p.ctx, p.name, r.from, r.length, r.read)
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		r.finish(err)

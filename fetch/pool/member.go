@@ -62,6 +62,9 @@ type member struct {
 	probing   bool
 	quiet     time.Duration // for how long there has been no answer although something was asked
 	doubted   bool          // a request was given up since the last answer
+	progress  func() int64  // bytes that have come, also of blocks that are not whole; nil if not known
+	moved     int64         // of them, at movedAt
+	movedAt   time.Duration
 	busyUntil time.Duration // with what was cancelled
 
 	attempts list.List[attempt, *attempt] // in flight, in order of start
@@ -87,6 +90,9 @@ func newMember(p *Pool, i int, given Member) *member {
 	}
 	s, ok := given.Source.(anySizer)
 	m.anySize = ok && s.AnySize()
+	if s, ok := given.Source.(interface{ Progress() int64 }); ok {
+		m.progress = s.Progress
+	}
 	if !m.local {
 		m.source = fetch.Limited(m.source, p.options.Limiter)
 	}

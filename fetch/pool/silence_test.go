@@ -251,6 +251,35 @@ func TestCrawls(t *testing.T) {
 	}
 }
 
+// moving is a source that tells how many bytes have come of blocks that are not whole.
+type moving struct {
+	fetch.Source
+	bytes atomic.Int64
+}
+
+func (m *moving) Progress() int64 { return m.bytes.Add(1 << 10) } // 100 KiB/s
+
+// TestParts has the only store give parts of a block for some seconds, or for ever, before the
+// block: the line is slow then, and the store not silent; but not for ever.
+func TestParts(t *testing.T) {
+	slow := func(context.Context, int, int64) error { time.Sleep(6 * time.Second); return nil }
+	for _, v := range []struct {
+		answer func(ctx context.Context, n int, i int64) error
+		good   bool
+		most   time.Duration
+	}{{slow, true, 7 * time.Second}, {hang, false, 35 * time.Second}} {
+		list := sources(&fake{answer: v.answer})
+		list[0].Source = &moving{Source: list[0].Source}
+		simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
+			begin := time.Now()
+			err := get(t.Context(), p, 1, large)
+			if took := time.Since(begin); took > v.most || (err == nil) != v.good {
+				t.Errorf("it took %v, error %v", took, err)
+			}
+		})
+	}
+}
+
 // TestRoundTrip checks that the round trip that is learnt is that of the line, not what waits in
 // it, and that it does not count for long that a store was slow.
 func TestRoundTrip(t *testing.T) {

@@ -33,6 +33,8 @@ const (
 	// mostBusy is for how long at most a member may be silent because it is still answering what
 	// has been cancelled.
 	mostBusy = 10 * time.Second
+	// Where a block comes in parts, so many bytes are a sign of life, for up to mostSlow.
+	leastMoved, mostSlow = 4 << 10, 30 * time.Second
 	// probeLimit is how long a probe may take, and probeWait for how long its block waits for it if
 	// there is nobody else: who is back is of use at once.
 	probeLimit = 20 * time.Second
@@ -99,6 +101,9 @@ func (p *Pool) checkSilence(m *member, now time.Duration) {
 	// Counted in looks, not by the clock, so that a machine that has no time for us does not look
 	// like a silent source.
 	m.quiet += watchInterval
+	if m.moves(oldest, now) {
+		m.quiet, m.movedAt = 0, now
+	}
 	allowed := m.allowedSilence(oldest, now)
 	switch {
 	case m.quiet <= allowed:
@@ -109,6 +114,20 @@ func (p *Pool) checkSilence(m *member, now time.Duration) {
 	default:
 		m.fallsSilent(now)
 	}
+}
+
+// moves reports whether parts of blocks have come, so that it is a slow line, and not silence. Where
+// others work, blocks had better come from them.
+func (m *member) moves(oldest *attempt, now time.Duration) bool {
+	if m.progress == nil || now-oldest.start > mostSlow || m.pool.othersWork(m, now) {
+		return false
+	}
+	moved := m.progress()
+	enough := moved-m.moved >= leastMoved
+	if enough {
+		m.moved = moved
+	}
+	return enough
 }
 
 func (m *member) allowedSilence(oldest *attempt, now time.Duration) time.Duration {
@@ -192,7 +211,7 @@ func (p *Pool) giveUp(m *member, now time.Duration) {
 			break
 		}
 		n++
-		if l := a.lookup; l != nil && !a.probe && l.queue == nil && !l.awaits(a, now) && (a.background || now-a.start > 2*lostAge) {
+		if l := a.lookup; l != nil && !a.probe && l.queue == nil && !l.awaits(a, now) && (a.background || now-max(a.start+lostAge, m.movedAt) > lostAge) {
 			a.cancel(errLate)
 		}
 	}
