@@ -118,8 +118,8 @@ func (s *Store) find(r *root, ref eris.Reference, block []byte) error {
 			s.hint.Store(flat)
 			return nil
 		}
-		if length, ok := err.(wrongSizeError); ok {
-			err = &eris.BlockError{Reference: ref, Length: int(length), Want: eris.BlockSize(len(block))}
+		if wrong, ok := err.(*eris.BlockError); ok {
+			wrong.Reference = ref
 		}
 		if !errors.Is(err, eris.ErrNotFound) {
 			result = err
@@ -290,13 +290,9 @@ func file(flat bool, name string) string {
 	return name[:2] + "/" + name
 }
 
-// wrongSizeError is the size in bytes of a file that has not the size that was expected.
-type wrongSizeError int64
-
-func (e wrongSizeError) Error() string { return fmt.Sprintf("file has %d bytes", int64(e)) }
-
 // read reads the file with the given path, which must have the size of block. The error is
-// eris.ErrNotFound if there is none that could be a block.
+// eris.ErrNotFound if there is none that could be a block, and an [eris.BlockError] without the
+// reference if it has another size.
 func (r *root) read(path string, block []byte) error {
 	// To open a device may have effects, so look first.
 	info, err := r.Lstat(path)
@@ -322,7 +318,7 @@ func (r *root) read(path string, block []byte) error {
 	}
 	n, err := io.ReadFull(f, block)
 	if err == io.EOF || err == io.ErrUnexpectedEOF {
-		return wrongSizeError(n)
+		return &eris.BlockError{Length: n, Want: eris.BlockSize(len(block))}
 	}
 	return err
 }
@@ -334,7 +330,7 @@ func check(info fs.FileInfo, size int) error {
 	case !info.Mode().IsRegular(), info.Size() == 0:
 		return eris.ErrNotFound
 	case info.Size() != int64(size):
-		return wrongSizeError(info.Size())
+		return &eris.BlockError{Length: int(info.Size()), Want: eris.BlockSize(size)}
 	}
 	return nil
 }

@@ -31,7 +31,6 @@ import (
 	"net/url"
 	"os"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -62,9 +61,6 @@ const (
 
 var errSize = errors.New("block size is neither 1 KiB nor 32 KiB")
 
-// errOtherName says that the node stores the block, but under a name by which nobody looks for it.
-var errOtherName = errors.New("node names the block otherwise")
-
 // Store is an IPFS node. It implements [fetch.Store], and is safe for concurrent use. Requests fail
 // with an error that wraps [eris.ErrNotFound] if the node does not have the block, or does not find
 // it within [Options.Timeout].
@@ -74,9 +70,6 @@ type Store struct {
 	rpc     bool
 	timeout time.Duration
 	client  *httpclient.Client
-
-	// oldPut says that the daemon is of before Kubo 0.11 (2021), which had no cid-codec.
-	oldPut atomic.Bool
 }
 
 var _ fetch.Store = (*Store)(nil)
@@ -180,19 +173,9 @@ func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error
 }
 
 func (s *Store) put(ctx context.Context, ref eris.Reference, block []byte) error {
-	putAs := func(old bool) error {
-		return s.client.Retry(ctx, func() error {
-			return s.client.Do(ctx, s.putRequest(block, old), func(r *http.Response) error { return putResult(ref, r) })
-		})
-	}
-	old := s.oldPut.Load()
-	err := putAs(old)
-	if !old && errors.Is(err, errOtherName) {
-		if err = putAs(true); err == nil {
-			s.oldPut.Store(true)
-		}
-	}
-	return err
+	return s.client.Retry(ctx, func() error {
+		return s.client.Do(ctx, s.putRequest(block), func(r *http.Response) error { return putResult(ref, r) })
+	})
 }
 
 // request makes a request for a path of the node; body may be nil.
@@ -263,14 +246,10 @@ func readText(response *http.Response) string {
 	return strings.TrimSpace(string(b))
 }
 
-// putRequest makes the request that stores and pins a block. An old daemon knows "format" instead
-// of "cid-codec", and the present one refuses both together.
-func (s *Store) putRequest(block []byte, old bool) *http.Request {
-	codec := "cid-codec"
-	if old {
-		codec = "format"
-	}
-	query := url.Values{"mhtype": {"blake2b-256"}, "mhlen": {"32"}, "pin": {"true"}, codec: {"raw"}}
+// putRequest makes the request that stores and pins a block. Kubo before 0.11 (2021) does not know
+// the codec, and gives the block another name.
+func (s *Store) putRequest(block []byte) *http.Request {
+	query := url.Values{"mhtype": {"blake2b-256"}, "mhlen": {"32"}, "pin": {"true"}, "cid-codec": {"raw"}}
 	var body bytes.Buffer // to which writing does not fail
 	form := multipart.NewWriter(&body)
 	part, _ := form.CreateFormFile("file", "block")
@@ -288,7 +267,7 @@ func putResult(ref eris.Reference, response *http.Response) error {
 			return fmt.Errorf("answer of the node is not understood: %w", err)
 		}
 		if stored.Key != CID(ref) {
-			return fmt.Errorf("%w: %.100q", errOtherName, stored.Key)
+			return fmt.Errorf("node stores the block under another name, by which nobody looks for it: %.100q; it may be too old", stored.Key)
 		}
 		return nil
 	}
@@ -296,10 +275,6 @@ func putResult(ref eris.Reference, response *http.Response) error {
 	switch response.StatusCode {
 	case http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusMethodNotAllowed:
 		return fmt.Errorf("%w: %w", fetch.ErrReadOnly, err)
-	case http.StatusBadRequest, http.StatusInternalServerError:
-		if strings.Contains(err.Text, "cid-codec") {
-			return fmt.Errorf("%w: %w", errOtherName, err)
-		}
 	}
 	return err
 }

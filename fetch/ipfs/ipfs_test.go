@@ -58,7 +58,6 @@ const secretPath = "hidden-away"
 // real ones might.
 type testNode struct {
 	blocks *sourcetest.Backend
-	old    bool // it has "format" instead of "cid-codec"
 	server atomic.Pointer[httptest.Server]
 }
 
@@ -136,11 +135,7 @@ func (n *testNode) blockGet(w http.ResponseWriter, r *http.Request) {
 
 func (n *testNode) blockPut(w http.ResponseWriter, r *http.Request) {
 	query := r.URL.Query()
-	codec, other := "cid-codec", "format"
-	if n.old {
-		codec, other = other, codec
-	}
-	if query.Get(codec) != "raw" && !n.old || query.Has(other) && !n.old || query.Get("mhtype") != "blake2b-256" ||
+	if query.Get("cid-codec") != "raw" || query.Get("mhtype") != "blake2b-256" ||
 		query.Get("mhlen") != "32" || query.Get("pin") != "true" || len(query) != 4 {
 		rpcError(w, http.StatusBadRequest, "invalid request "+r.URL.RawQuery)
 		return
@@ -154,10 +149,7 @@ func (n *testNode) blockPut(w http.ResponseWriter, r *http.Request) {
 		rpcError(w, http.StatusInternalServerError, err.Error())
 		return
 	}
-	prefix := "\x01\x55\xa0\xe4\x02\x20"
-	if query.Get(codec) != "raw" {
-		prefix = "\x01\x70\xa0\xe4\x02\x20" // an old one ignores what it does not know, and takes the block for a directory
-	}
+	const prefix = "\x01\x55\xa0\xe4\x02\x20"
 	name := strings.ToLower(base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(append([]byte(prefix), ref[:]...)))
 	json.NewEncoder(w).Encode(map[string]any{"Key": "b" + name, "Size": len(block)})
 }
@@ -234,13 +226,11 @@ func mustOpen(tb testing.TB, url string, options Options) *Store {
 }
 
 func TestConformance(t *testing.T) {
-	for _, kind := range []string{"gateway", "rpc", "rpc of before 2022"} {
+	for _, kind := range []string{"gateway", "rpc"} {
 		t.Run(kind, func(t *testing.T) {
 			sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
 				n := startNode(t, backend)
-				n.old = strings.Contains(kind, "before")
-				query, _, _ := strings.Cut(kind, " ")
-				store := mustOpen(t, n.url("?"+query), Options{})
+				store := mustOpen(t, n.url("?"+kind), Options{})
 				fixture := sourcetest.Fixture{
 					Source:   store,
 					ReadOnly: mustOpen(t, n.url("?gateway"), Options{}),

@@ -139,21 +139,12 @@ func (s *Store) Progress() int64 { return s.moved.Load() }
 // read is Range of the objects, counted.
 func (s *Store) read(ctx context.Context, name string, from, n int64, use func(body io.Reader, from, total int64) error) error {
 	return s.objects.Range(ctx, name, from, n, func(body io.Reader, from, total int64) error {
-		return use(&counting{body, &s.moved}, from, total)
+		count := writerFunc(func(b []byte) (int, error) {
+			s.moved.Add(int64(len(b)))
+			return len(b), nil
+		})
+		return use(io.TeeReader(body, count), from, total)
 	})
-}
-
-// counting counts what is read.
-type counting struct {
-	io.Reader
-	n *atomic.Int64
-}
-
-// Read implements io.Reader.
-func (c *counting) Read(p []byte) (int, error) {
-	n, err := c.Reader.Read(p)
-	c.n.Add(int64(n))
-	return n, err
 }
 
 // Close ends all requests.
