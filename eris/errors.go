@@ -11,6 +11,9 @@ import (
 // does not have. Readers pass it on, wrapped with the reference.
 var ErrNotFound = errors.New("block not found")
 
+// ErrBlockSize is the error of stores that are given what has not the size of a block.
+var ErrBlockSize = errors.New("block size is neither 1 KiB nor 32 KiB")
+
 // BlockError says that bytes were offered as a block which they are not: their hash is not the
 // reference, or their number is not the block size. The fault lies with who offered them, except in
 // one case: a capability with the wrong block size makes a good block look wrong.

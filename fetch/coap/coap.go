@@ -170,7 +170,6 @@ func responseError(x *wire.Exchange) error {
 }
 
 var (
-	errSize      = errors.New("block size is neither 1 KiB nor 32 KiB")
 	errUnusable  = errors.New("response has an option that is not understood")
 	errBlockwise = errors.New("block-wise transfer went wrong")
 	errSlow      = errors.New("block takes too long in parts")

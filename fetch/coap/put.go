@@ -22,7 +22,7 @@ const baseMessageSize = 1152
 // block is put once more on a new one.
 func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error {
 	if !eris.BlockSize(len(block)).Valid() {
-		return &blockError{s, ref, errSize}
+		return &blockError{s, ref, eris.ErrBlockSize}
 	}
 	if !s.url.Put {
 		return &blockError{s, ref, fetch.ErrReadOnly}

@@ -57,7 +57,7 @@ func (q *request) start(r *fetch.Request) {
 	if r.Have == nil {
 		switch {
 		case !r.Size.Valid() || cap(r.Dst) < int(r.Size):
-			q.end(0, errSize)
+			q.end(0, eris.ErrBlockSize)
 			return
 		case !q.store.url.Get:
 			q.end(0, eris.ErrNotFound)

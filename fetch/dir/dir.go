@@ -144,6 +144,7 @@ func (s adapter) Write(ref eris.Reference, block []byte) (commit func() error, e
 		// The sync covers it even if another process has written it just now.
 		return r.commits.Do, nil
 	}
+	s.hint.Store(s.flat) // it is looked for there first from now on
 	return func() error {
 		err := r.commits.Do()
 		if err != nil {
@@ -152,13 +153,7 @@ func (s adapter) Write(ref eris.Reference, block []byte) (commit func() error, e
 			r.Remove(file(s.flat, name))
 		}
 		return err
-	}, s.write(r, name, block)
-}
-
-// write writes a block, which is looked for there first from now on.
-func (s *Store) write(r *root, name string, block []byte) error {
-	s.hint.Store(s.flat)
-	return r.write(file(s.flat, name), block)
+	}, r.write(file(s.flat, name), block)
 }
 
 // checkEvery is how often it is checked whether the path still leads to the directory: perhaps

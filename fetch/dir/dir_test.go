@@ -20,6 +20,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/local"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 )
 
@@ -56,11 +57,40 @@ func mustWrite(tb testing.TB, path string, content []byte) {
 	must(tb, os.WriteFile(path, content, 0o666))
 }
 
+// hooked are files with something that happens before each operation, and after a block has been
+// made durable.
+type hooked struct {
+	local.Files
+	before func(ref eris.Reference, put bool) error
+	after  func(ref eris.Reference)
+}
+
+func (h hooked) Read(ref eris.Reference, block []byte) error {
+	if err := h.before(ref, false); err != nil {
+		return err
+	}
+	return h.Files.Read(ref, block)
+}
+
+func (h hooked) Write(ref eris.Reference, block []byte) (func() error, error) {
+	if err := h.before(ref, true); err != nil {
+		return nil, err
+	}
+	commit, err := h.Files.Write(ref, block)
+	return func() error {
+		err := commit()
+		if err == nil {
+			h.after(ref)
+		}
+		return err
+	}, err
+}
+
 // follow has a store find the blocks of a backend as files, and the backend find the files that
 // were put. Holding and failing happens where the store does file operations.
 func follow(tb testing.TB, s *Store, backend *sourcetest.Backend, directory string, flat bool) {
 	var mu sync.Mutex
-	s.Before = func(ref eris.Reference, put bool) error {
+	before := func(ref eris.Reference, put bool) error {
 		block, err := backend.Get(context.Background(), ref, 0, nil)
 		if errors.Is(err, eris.ErrNotFound) || err == nil && put {
 			return nil
@@ -77,13 +107,14 @@ func follow(tb testing.TB, s *Store, backend *sourcetest.Backend, directory stri
 		mustWrite(tb, file, block)
 		return nil
 	}
-	s.After = func(ref eris.Reference) {
+	after := func(ref eris.Reference) {
 		block, err := os.ReadFile(path(directory, flat, ref))
 		if err != nil {
 			tb.Error(err)
 		}
 		backend.Set(ref, block)
 	}
+	s.Store = local.New(s.URL, hooked{adapter{s}, before, after})
 }
 
 func TestConformance(t *testing.T) {
@@ -331,7 +362,7 @@ func TestFailures(t *testing.T) {
 	}
 	for _, err := range []error{unix.EROFS, unix.EACCES, unix.EPERM} {
 		s := mustOpen(t, "file://"+t.TempDir())
-		s.Before = func(eris.Reference, bool) error { return &os.PathError{Err: err} }
+		s.Store = local.New(s.URL, hooked{adapter{s}, func(eris.Reference, bool) error { return &os.PathError{Err: err} }, nil})
 		if err := s.Put(t.Context(), ref, block); !errors.Is(err, fetch.ErrReadOnly) {
 			t.Errorf("error is %v", err)
 		}

@@ -20,6 +20,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/local"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 )
 
@@ -140,6 +141,35 @@ func pair(ref eris.Reference, block []byte, behind string) []byte {
 	return append(append(b, block...), behind...)
 }
 
+// hooked are files with something that happens before each operation, and after a block has been
+// made durable.
+type hooked struct {
+	local.Files
+	before func(ref eris.Reference, put bool) error
+	after  func(ref eris.Reference)
+}
+
+func (h hooked) Read(ref eris.Reference, block []byte) error {
+	if err := h.before(ref, false); err != nil {
+		return err
+	}
+	return h.Files.Read(ref, block)
+}
+
+func (h hooked) Write(ref eris.Reference, block []byte) (func() error, error) {
+	if err := h.before(ref, true); err != nil {
+		return nil, err
+	}
+	commit, err := h.Files.Write(ref, block)
+	return func() error {
+		err := commit()
+		if err == nil {
+			h.after(ref)
+		}
+		return err
+	}, err
+}
+
 func TestConformance(t *testing.T) {
 	sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
 		path := filepath.Join(t.TempDir(), "dump.cbor")
@@ -147,7 +177,7 @@ func TestConformance(t *testing.T) {
 		o := &outsider{tb: t, path: path, has: make(map[eris.Reference]string)}
 		open := func(query string) *Store {
 			s := mustOpen(t, "dump:"+path+query)
-			s.Before = func(ref eris.Reference, put bool) error {
+			before := func(ref eris.Reference, put bool) error {
 				block, err := backend.Get(context.Background(), ref, 0, nil)
 				if errors.Is(err, eris.ErrNotFound) || err == nil && put {
 					return nil
@@ -158,7 +188,7 @@ func TestConformance(t *testing.T) {
 				o.add(ref, block, backend)
 				return nil
 			}
-			s.After = func(ref eris.Reference) { backend.Set(ref, o.find(ref)) }
+			s.Store = local.New(s.URL, hooked{adapter{s}, before, func(ref eris.Reference) { backend.Set(ref, o.find(ref)) }})
 			return s
 		}
 		return sourcetest.Fixture{Source: open(""), ReadOnly: open("?get"), Held: 4}

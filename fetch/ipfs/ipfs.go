@@ -59,8 +59,6 @@ const (
 	rpcPath = "/api/v0"
 )
 
-var errSize = errors.New("block size is neither 1 KiB nor 32 KiB")
-
 // Store is an IPFS node. It implements [fetch.Store], and is safe for concurrent use. Requests fail
 // with an error that wraps [eris.ErrNotFound] if the node does not have the block, or does not find
 // it within [Options.Timeout].
@@ -162,20 +160,16 @@ func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error
 	err := fetch.ErrReadOnly
 	switch {
 	case !eris.BlockSize(len(block)).Valid():
-		err = errSize
+		err = eris.ErrBlockSize
 	case s.url.Put && s.rpc:
-		err = s.put(ctx, ref, block)
+		err = s.client.Retry(ctx, func() error {
+			return s.client.Do(ctx, s.putRequest(block), func(r *http.Response) error { return putResult(ref, r) })
+		})
 	}
 	if err != nil {
 		return fmt.Errorf("%v: block %v: %w", s, ref, err)
 	}
 	return nil
-}
-
-func (s *Store) put(ctx context.Context, ref eris.Reference, block []byte) error {
-	return s.client.Retry(ctx, func() error {
-		return s.client.Do(ctx, s.putRequest(block), func(r *http.Response) error { return putResult(ref, r) })
-	})
 }
 
 // request makes a request for a path of the node; body may be nil.

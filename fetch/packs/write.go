@@ -149,7 +149,6 @@ type writerFunc func(b []byte) (int, error)
 func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
 
 var (
-	errSize      = errors.New("block size is neither 1 KiB nor 32 KiB")
 	errNoRoot    = errors.New("which item the blocks belong to is not known; pack it by encode")
 	temporaryFor = ".pack-*"
 )
@@ -221,7 +220,7 @@ func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error
 		return context.Cause(ctx)
 	}
 	if !eris.BlockSize(len(block)).Valid() {
-		return errSize
+		return eris.ErrBlockSize
 	}
 	s.putting.Lock()
 	defer s.putting.Unlock()

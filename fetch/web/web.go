@@ -126,7 +126,6 @@ const (
 )
 
 var (
-	errSize      = errors.New("block size is neither 1 KiB nor 32 KiB")
 	errLayout    = errors.New("a layout is for static stores")
 	errRedirect  = errors.New("server redirects to something that is no HTTP address")
 	errRedirects = errors.New("server redirects too often")
@@ -273,7 +272,7 @@ func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error
 	err := fetch.ErrReadOnly
 	switch {
 	case !eris.BlockSize(len(block)).Valid():
-		err = errSize
+		err = eris.ErrBlockSize
 	case s.url.Put:
 		// A copy, because what the transport writes from may still be in use when it has returned.
 		body := bytes.NewReader(bytes.Clone(block))

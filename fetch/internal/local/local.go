@@ -28,8 +28,6 @@ const (
 	closeWait = time.Second
 )
 
-var errSize = errors.New("block size is neither 1 KiB nor 32 KiB")
-
 // Files is what a [Store] keeps blocks in. Its methods are called from many goroutines at a time.
 type Files interface {
 	// Read fills a slice that has the size of the block.
@@ -48,11 +46,6 @@ type Store struct {
 	// URL is that of the store.
 	URL storeurl.URL
 
-	// Before and After are for tests: they are called before each file operation, and after a block
-	// has been made durable.
-	Before func(ref eris.Reference, put bool) error
-	After  func(ref eris.Reference)
-
 	files Files
 	slots chan struct{}
 	done  chan struct{} // closed by Close
@@ -66,7 +59,7 @@ type Store struct {
 // New returns a store whose blocks are in files.
 func New(u storeurl.URL, files Files) *Store {
 	s := &Store{
-		URL: u, files: files, Before: func(eris.Reference, bool) error { return nil }, After: func(eris.Reference) {},
+		URL: u, files: files,
 		slots: make(chan struct{}, maxOperations), done: make(chan struct{}), idle: make(chan struct{}),
 	}
 	s.Workers = fetch.NewWorkers(maxOperations, s.get)
@@ -79,9 +72,7 @@ func (s *Store) String() string { return s.URL.String() }
 func (s *Store) get(_ context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
 	err := eris.ErrNotFound
 	if s.URL.Get {
-		if err = s.Before(ref, false); err == nil {
-			err = s.files.Read(ref, dst[:size])
-		}
+		err = s.files.Read(ref, dst[:size])
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%v: %w", s, err)
@@ -103,7 +94,7 @@ func (s *Store) put(ctx context.Context, ref eris.Reference, block []byte) error
 		return fetch.ErrReadOnly
 	}
 	if !eris.BlockSize(len(block)).Valid() {
-		return errSize
+		return eris.ErrBlockSize
 	}
 	if err := eris.Verify(ref, block); err != nil {
 		return err
@@ -111,17 +102,9 @@ func (s *Store) put(ctx context.Context, ref eris.Reference, block []byte) error
 	block = bytes.Clone(block)
 	var commit func() error
 	return s.Do(ctx, func() (err error) {
-		if err = s.Before(ref, true); err == nil {
-			commit, err = s.files.Write(ref, block)
-		}
+		commit, err = s.files.Write(ref, block)
 		return err
-	}, func() error {
-		err := commit()
-		if err == nil {
-			s.After(ref)
-		}
-		return err
-	})
+	}, func() error { return commit() })
 }
 
 // Do runs an operation of writing, then its end, and returns their error, which wraps

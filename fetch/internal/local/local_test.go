@@ -104,7 +104,7 @@ func TestPutCommits(t *testing.T) {
 	if err := s.Put(t.Context(), eris.Reference{}, block); !errors.As(err, &wrong) {
 		t.Errorf("another block: %v", err)
 	}
-	if err := s.Put(t.Context(), eris.Sum(block[1:]), block[1:]); !errors.Is(err, errSize) {
+	if err := s.Put(t.Context(), eris.Sum(block[1:]), block[1:]); !errors.Is(err, eris.ErrBlockSize) {
 		t.Errorf("something that is no block: %v", err)
 	}
 }
