@@ -116,8 +116,8 @@ func (p *Pool) checkSilence(m *member, now time.Duration) {
 	}
 }
 
-// moves reports whether parts of blocks have come, so that it is a slow line, and not silence. Where
-// others work, blocks had better come from them.
+// moves reports whether parts of blocks have come, so that it is a slow line, and not silence.
+// Where others work, blocks had better come from them.
 func (m *member) moves(oldest *attempt, now time.Duration) bool {
 	if m.progress == nil || now-oldest.start > mostSlow || m.pool.othersWork(m, now) {
 		return false
