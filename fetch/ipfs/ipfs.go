@@ -30,6 +30,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -222,12 +223,8 @@ func (s *Store) getError(response *http.Response) error {
 // time. There is no code for that, only text: "ipld: could not find CID", before 2022
 // "blockservice: key not found" or "merkledag: not found"; and "context deadline exceeded".
 func saysNotFound(text string) bool {
-	for _, phrase := range []string{"could not find", "not found", "deadline exceeded"} {
-		if strings.Contains(text, phrase) {
-			return true
-		}
-	}
-	return false
+	phrases := []string{"could not find", "not found", "deadline exceeded"}
+	return slices.ContainsFunc(phrases, func(phrase string) bool { return strings.Contains(text, phrase) })
 }
 
 // readText returns the beginning of what an error response says. The RPC wraps it in JSON.

@@ -298,7 +298,7 @@ func TestHostile(t *testing.T) {
 			server := httptest.NewServer(handler)
 			defer server.Close()
 			store := mustOpen(t, server.URL+"?packed")
-			if _, err := fetch.Get(t.Context(), store, ref, eris.BlockSize1KiB, nil); err == nil {
+			if _, err := fetch.Get(t.Context(), store, ref, eris.BlockSize1KiB, nil); err == nil && name != "cut" { // the block is in the end, too
 				t.Error("there is no error")
 			} else {
 				t.Log(err)

@@ -116,10 +116,7 @@ func (m *member) usable(now time.Duration) bool { return !m.banned && m.restUnti
 
 // isSoon reports whether the member may be asked now, or so soon that it is worth waiting for.
 func (m *member) isSoon(now time.Duration) bool {
-	if m.failures == 0 {
-		return m.restUntil-now <= waitForBusy
-	}
-	return m.restUntil-now <= waitForRest
+	return m.restUntil-now <= waitForRest || m.failures == 0 && m.restUntil-now <= waitForBusy
 }
 
 // resting reports whether the member is asked by probes only, at most.

@@ -8,6 +8,7 @@
 package storeurl
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
@@ -167,9 +168,7 @@ func cutScheme(text string, listen bool) (scheme, string, error) {
 		name, rest, ok = "dump", (&url.URL{Path: text}).EscapedPath(), true
 	}
 	name = strings.ToLower(name)
-	if other, ok := aliases[name]; ok {
-		name = other
-	}
+	name = cmp.Or(aliases[name], name)
 	path, _, _ := strings.Cut(rest, "?")
 	if path, _ := url.PathUnescape(path); name == "file" && strings.HasSuffix(path, dumpSuffix) {
 		name = "dump"
@@ -426,15 +425,11 @@ func decode(text string) (string, error) {
 func shown(text string) string {
 	name, rest, ok := strings.Cut(text, ":")
 	name = strings.ToLower(name)
-	if other, ok := aliases[name]; ok {
-		name = other
-	}
+	name = cmp.Or(aliases[name], name)
 	authority, ok2 := strings.CutPrefix(rest, "//")
 	host, _, _ := strings.Cut(authority, "/")
 	host, _, _ = strings.Cut(host, "?")
-	if at := strings.LastIndexByte(host, '@'); at >= 0 {
-		host = host[at+1:]
-	}
+	host = host[strings.LastIndexByte(host, '@')+1:]
 	var u URL
 	switch {
 	case !ok, name == "file", name == "dump", name == "coap+unix" && (!ok2 || host == ""):

@@ -186,11 +186,10 @@ func Open(url string, options Options) (*Store, error) {
 
 // String returns the scheme, the host and the kind of the store.
 func (s *Store) String() string {
-	if s.url.Has("static") {
-		return s.url.String() + "?static"
-	}
-	if s.url.Has("packed") {
-		return s.url.String() + "?packed"
+	for _, kind := range []string{"static", "packed"} {
+		if s.url.Has(kind) {
+			return s.url.String() + "?" + kind
+		}
 	}
 	return s.url.String()
 }
