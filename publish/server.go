@@ -112,9 +112,6 @@ const (
 // temporaryTTL is for how long a narinfo may be kept that will say more soon.
 const temporaryTTL = time.Minute
 
-// narPath is the form of paths of nars.
-var narPath = regexp.MustCompile(`^(/[A-Za-z0-9_-][A-Za-z0-9._~-]*)+$`)
-
 // NewServer returns a server, or an error for options that make no sense.
 func NewServer(o ServerOptions) (*Server, error) {
 	o.Root = cmp.Or(o.Root, o.StoreDir)
@@ -122,7 +119,7 @@ func NewServer(o ServerOptions) (*Server, error) {
 		o.Compressions = []string{"zstd", "gzip"}
 	}
 	o.NarPath = cmp.Or(o.NarPath, "nar")
-	if !narPath.MatchString("/"+o.NarPath) || o.NarPath == "log" {
+	if !regexp.MustCompile(`^(/[A-Za-z0-9_-][A-Za-z0-9._~-]*)+$`).MatchString("/"+o.NarPath) || o.NarPath == "log" {
 		return nil, fmt.Errorf("nars cannot be below the path %.100q; choose letters and digits, and not \"log\"", o.NarPath)
 	}
 	forms := map[string]string{"none": "none", "gzip": "gzip", "lzip": "lzip", "zstd": "zstd"}

@@ -141,9 +141,6 @@ func (d *daemonProcess) options() (options string) {
 // usualProgram is where the extension has the program, if neither it nor the environment says.
 const usualProgram = "/usr/local/bin/guix-substitute-eris"
 
-// namedProgram is what the extension runs.
-var namedProgram = regexp.MustCompile(`"(/[^"\s]*/guix-substitute-eris)"`)
-
 // examineDaemon finds out whether the running daemon starts this program.
 func (d *doctor) examineDaemon() {
 	d.daemon = findDaemon(filepath.Join("/", d.root, "proc"), d.trusts)
@@ -197,7 +194,7 @@ func (d *doctor) usedProgram() (program, how string, err error) {
 			return "", "", errors.New("Guix finds no extensions in " + directory + ": the name must end in /guix/extensions")
 		}
 		program = cmp.Or(env["GUIX_SUBSTITUTE_ERIS"], usualProgram)
-		if m := namedProgram.FindSubmatch(text); m != nil && env["GUIX_SUBSTITUTE_ERIS"] == "" {
+		if m := regexp.MustCompile(`"(/[^"\s]*/guix-substitute-eris)"`).FindSubmatch(text); m != nil && env["GUIX_SUBSTITUTE_ERIS"] == "" {
 			program = string(m[1])
 		}
 		return program, "as an extension, " + file, d.checkProgram(program)

@@ -30,11 +30,9 @@ func Show(c *cobra.Command, _ []string) {
 		}
 	}
 	options := c.LocalFlags().FlagUsagesWrapped(columns)
+	optionalValue := regexp.MustCompile(`(--\w+) (\w+)\[="true"\]`) // as package pflag shows it
 	fmt.Printf("\nOptions:\n%s", optionalValue.ReplaceAllString(options, "$1[=$2]       "))
 }
-
-// optionalValue is how package pflag shows an option whose value may be left out.
-var optionalValue = regexp.MustCompile(`(--\w+) (\w+)\[="true"\]`)
 
 func commandsOf(c *cobra.Command, g *cobra.Group) []*cobra.Command {
 	return slices.DeleteFunc(slices.Clone(c.Commands()), func(sub *cobra.Command) bool { return sub.GroupID != g.ID || sub.Hidden })
