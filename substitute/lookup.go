@@ -6,11 +6,13 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"os"
 	"slices"
 	"sync"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
@@ -79,6 +81,8 @@ type inquiry struct {
 func (s *Substituter) lookup(ctx context.Context, paths []string) *lookup {
 	l := s.newLookup(paths, nil)
 	l.run(ctx)
+	for pause := leastAgain; pause < mostAgain && l.again(ctx, pause); pause *= 2 {
+	}
 	for _, it := range l.items {
 		if l.first(it) < 0 {
 			for _, r := range it.records {
@@ -87,6 +91,46 @@ func (s *Substituter) lookup(ctx context.Context, paths []string) *lookup {
 		}
 	}
 	return l
+}
+
+const (
+	// After leastAgain a lookup turns again to servers that were there a moment ago, then after
+	// twice that, and so on below mostAgain. They may have been away mostOutages times in a row.
+	leastAgain, mostAgain = 200 * time.Millisecond, 3 * time.Second
+	mostOutages           = 2
+	// brokenSoon is within which time their connections break, or it is more than a moment.
+	brokenSoon = 10 * time.Second
+)
+
+// again asks those servers again, after a pause, that have answered before in this process but have
+// left items open that nobody else has, once they are through with their rest: clients of the
+// daemon take what has no answer for missing, and a server that is started anew is back at once.
+func (l *lookup) again(ctx context.Context, pause time.Duration) bool {
+	var servers []*server
+	todo := l.todo()
+	for _, a := range l.inquiries {
+		open := slices.ContainsFunc(todo, func(it *item) bool { return it.waiting[a] })
+		down, rests := errors.AsType[*mirror.ServerError](l.s.Mirrors.Down(a.server.url))
+		gone := rests && (down.Failures > mostOutages || errors.Is(down, os.ErrDeadlineExceeded))
+		if !open || gone || !a.server.answered.Load() || time.Since(a.begin) > brokenSoon {
+			continue
+		}
+		servers = append(servers, a.server)
+		if rests {
+			pause = max(pause, down.Rest)
+		}
+	}
+	if len(servers) == 0 {
+		return false
+	}
+	select {
+	case <-time.After(pause):
+	case <-ctx.Done():
+		return false
+	}
+	l.servers, l.inquiries = servers, nil
+	l.run(ctx)
+	return true
 }
 
 // sayRefused says once for each key, or each other reason, why narinfos do not count.

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -144,6 +145,44 @@ func TestDeadServerSaidOnce(t *testing.T) {
 		}
 		if n := strings.Count(log.String(), "nobody listens"); n != 1 {
 			t.Errorf("%d messages about the dead server in: %s", n, log)
+		}
+	})
+}
+
+// TestServerReturns has a server that has answered break connections for a while, and then for good:
+// it is waited for, but not for ever.
+func TestServerReturns(t *testing.T) {
+	bubble(t, func(t *testing.T, n *testNetwork) {
+		key := acl.GenerateSigningKey()
+		var away atomic.Int64 // until when connections break, in nanoseconds
+		leave := func(d time.Duration) { away.Store(time.Now().Add(d).UnixNano()) }
+		texts := map[string]string{}
+		for _, path := range itemPaths(60) {
+			texts["/"+filepath.Base(path)[:32]+".narinfo"] = sign(t, key, path, 100)
+		}
+		s, _ := n.with(key, n.serve(func(w http.ResponseWriter, r *http.Request) {
+			if time.Now().UnixNano() < away.Load() {
+				panic(http.ErrAbortHandler)
+			}
+			io.WriteString(w, texts[r.URL.Path])
+		}))
+		for i := range 20 {
+			leave(time.Duration(i) * 100 * time.Millisecond)
+			if len(s.Info(t.Context(), itemPaths(60)[i:i+1])) != 1 {
+				t.Errorf("not found after an outage of %d ms", i*100)
+			}
+		}
+		leave(time.Second)
+		if got := len(s.Info(t.Context(), itemPaths(60)[25:50])); got != 25 {
+			t.Errorf("%d of 25 are found", got)
+		}
+		leave(time.Hour)
+		begin := time.Now()
+		for i := 50; i < 60; i++ {
+			s.Info(t.Context(), itemPaths(60)[i:i+1])
+		}
+		if took := time.Since(begin); took > 10*time.Second {
+			t.Errorf("a server that stays away was waited for for %v", took)
 		}
 	})
 }

@@ -177,6 +177,7 @@ type server struct {
 	index int    // in the order of preference
 	// sluggish tells that the last lookup ended without all of its answers.
 	sluggish atomic.Bool
+	answered atomic.Bool // at least once
 }
 
 // Close stops looking ahead. It returns when nothing of that goes on any more.
