@@ -157,6 +157,23 @@ func TestNarinfosRedirected(t *testing.T) {
 	if answers, err := collect(t.Context(), client(t, mirror.Options{}), loop.URL, hashes(1)); err != nil || answers[hash0].Status != http.StatusFound {
 		t.Errorf("%v, error %v", answers, err)
 	}
+	// Each to a host of its own.
+	var dials atomic.Int64
+	far := func(ctx context.Context, network, address string) (net.Conn, error) {
+		if strings.HasSuffix(address, ".example:80") {
+			dials.Add(1)
+			return nil, errors.New("it is far away")
+		}
+		return new(net.Dialer).DialContext(ctx, network, address)
+	}
+	away := serving(t, func(w http.ResponseWriter, r *http.Request) {
+		host := strings.TrimSuffix(r.URL.Path[1:], ".narinfo") + ".example"
+		http.Redirect(w, r, "http://"+host+r.URL.Path, http.StatusFound)
+	})
+	collect(t.Context(), client(t, mirror.Options{Dial: far}), away.URL, hashes(1000))
+	if n := dials.Load(); n < 10 || n > 300 {
+		t.Errorf("%d connections", n)
+	}
 }
 
 // silentAddress makes a loopback address neither take nor refuse connections at a port: its queue

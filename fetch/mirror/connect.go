@@ -122,8 +122,7 @@ func (c *Client) secure(ctx context.Context, raw net.Conn, l *location, via *url
 	timeout := 2 * c.o.ConnectTimeout
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no connection within %v", timeout))
 	defer cancel()
-	stop := context.AfterFunc(ctx, func() { raw.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
+	defer context.AfterFunc(ctx, func() { raw.SetDeadline(time.Unix(1, 0)) })()
 	var err error
 	if via != nil {
 		err = tunnel(raw, l.address(), via)

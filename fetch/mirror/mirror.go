@@ -170,8 +170,8 @@ func (c *Client) Down(rawURL string) error {
 }
 
 const (
-	// maxServers bounds what is remembered of servers.
-	maxServers = 1000
+	// maxServers bounds what is remembered of servers, of which redirections may name any number.
+	maxServers = 256
 	// maxConnections is the most that [Options] may ask for.
 	maxConnections = 256
 	// leastRest and mostRest bound the rest of a server that could not be reached.
@@ -217,12 +217,18 @@ func (c *Client) peer(l *location) *peer {
 			rest:      backoff.Backoff{Min: leastRest, Max: mostRest},
 			pipelines: newPipelines(max(1, c.o.MaxConnections-c.o.NarConnections)),
 		}
-		// Redirections may name any number of servers.
 		if len(c.peers) < maxServers {
 			c.peers[server] = p
 		}
 	}
 	return p
+}
+
+// hasRoom reports whether narinfos may be redirected to a location: each server takes a connection.
+func (c *Client) hasRoom(l *location) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.peers[l.server()] != nil || len(c.peers) < maxServers
 }
 
 // resting returns why the server rests, or nil.

@@ -329,6 +329,37 @@ func TestUnwillingServers(t *testing.T) {
 	}
 }
 
+// TestEndlessBodies asks a server that sends bodies without end: they are answers that say nothing,
+// and not waited for. The further items are asked for on another connection.
+func TestEndlessBodies(t *testing.T) {
+	for _, header := range []string{
+		"200 OK\r\nContent-Length: 1000000000000", "404 Not Found\r\nContent-Length: 1000000000000",
+		"200 OK\r\nTransfer-Encoding: chunked", "200 OK",
+	} {
+		t.Run(header, func(t *testing.T) {
+			t.Parallel()
+			server := rawServer(t, func(n int, conn net.Conn, r *bufio.Reader) {
+				if n > 0 {
+					for reply(conn, r) {
+					}
+					return
+				}
+				_, err := io.WriteString(conn, "HTTP/1.1 "+header+"\r\n\r\n")
+				for err == nil {
+					_, err = io.WriteString(conn, "400\r\n"+strings.Repeat("x", 1<<10)+"\r\n")
+				}
+			})
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			answers, err := collect(ctx, client(t, mirror.Options{NarinfoTimeout: time.Hour}), server, hashes(10))
+			must(t, err)
+			if len(answers) != 10 || answers[hash0].Body != nil {
+				t.Errorf("%d answers, of the first one a body of %d bytes", len(answers), len(answers[hash0].Body))
+			}
+		})
+	}
+}
+
 // TestBrokenServers checks that nothing a server does makes a look-up fail to end, and that a
 // broken server is not asked again.
 func TestBrokenServers(t *testing.T) {

@@ -148,8 +148,7 @@ func (c *Client) openRedirected(ctx context.Context, rawURL string, fields http.
 
 // openNar makes one request, with some fields; it returns the nar, or where to ask instead.
 func (c *Client) openNar(ctx context.Context, l *location, fields http.Header) (n *Nar, elsewhere string, err error) {
-	p := c.peer(l)
-	if err := p.resting(); err != nil {
+	if err := c.peer(l).resting(); err != nil {
 		return nil, "", err
 	}
 	if c.o.OnSlow != nil {

@@ -166,7 +166,7 @@ func (p *peer) narinfo(q *question, header *http.Response, a Answer) time.Durati
 	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther,
 		http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
 		to, err := q.location.redirected(header.Header.Get("Location"))
-		if q.redirects++; err == nil && q.redirects <= maxRedirects {
+		if q.redirects++; err == nil && q.redirects <= maxRedirects && p.c.hasRoom(to) {
 			q.location = to
 			p.c.peer(to).add([]*question{q})
 			return 0
@@ -188,7 +188,6 @@ const (
 // readAnswer reads the rest of a response. An error means that the connection is of no more use and
 // that there was no answer.
 func readAnswer(response *http.Response) (Answer, error) {
-	defer response.Body.Close()
 	a := Answer{
 		Status: response.StatusCode,
 		MaxAge: maxAge(response.Header),
@@ -202,10 +201,12 @@ func readAnswer(response *http.Response) (Answer, error) {
 	if err != nil {
 		return a, err
 	}
-	if len(body) > MaxNarinfo {
-		response.Close = true
-	} else if a.Status == http.StatusOK {
+	if len(body) <= MaxNarinfo && a.Status == http.StatusOK {
 		a.Body = bytes.Clone(body) // without what was read in vain
+	}
+	// The body is not closed: that would read all of it, and it may be endless.
+	if _, err := io.CopyN(io.Discard, response.Body, maxDrain); err != io.EOF {
+		response.Close = true
 	}
 	return a, nil
 }

@@ -149,8 +149,7 @@ func (p *peer) work() {
 			p.unreachable(err)
 			return
 		}
-		again := p.use(conn)
-		if !again {
+		if !p.use(conn) {
 			return
 		}
 	}

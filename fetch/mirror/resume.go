@@ -109,8 +109,11 @@ func (n *Nar) restart(response *http.Response) error {
 		count, err := n.read(buffer[:min(left, int64(len(buffer)))])
 		again.Write(buffer[:count])
 		left -= int64(count)
+		if err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
 		if err != nil && left > 0 {
-			return &ServerError{Server: n.location.shown(), Err: shortened(causeOf(n.ctx, noEOF(err)))}
+			return &ServerError{Server: n.location.shown(), Err: shortened(causeOf(n.ctx, err))}
 		}
 	}
 	if again.Sum64() != n.had.Sum64() {
@@ -121,18 +124,9 @@ func (n *Nar) restart(response *http.Response) error {
 
 var errChanged = errors.New("the contents have changed")
 
-func noEOF(err error) error {
-	if err == io.EOF {
-		return io.ErrUnexpectedEOF
-	}
-	return err
-}
-
 // continues returns why a response is not the rest of the nar, or nil.
 func (n *Nar) continues(response *http.Response) error {
-	switch code := response.StatusCode; {
-	case code == http.StatusPartialContent:
-	default:
+	if response.StatusCode != http.StatusPartialContent {
 		status := statusError(n.location, response)
 		if status.Temporary() {
 			return &ServerError{Server: n.location.shown(), Err: status}
