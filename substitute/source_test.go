@@ -149,8 +149,8 @@ func TestDeadServerSaidOnce(t *testing.T) {
 	})
 }
 
-// TestServerReturns has a server that has answered break connections for a while, and then for good:
-// it is waited for, but not for ever.
+// TestServerReturns has a server that has answered break connections for a while, and then for
+// good: it is waited for, but not for ever.
 func TestServerReturns(t *testing.T) {
 	bubble(t, func(t *testing.T, n *testNetwork) {
 		key := acl.GenerateSigningKey()
