@@ -282,7 +282,7 @@ func TestManyFiles(t *testing.T) {
 	runtime.ReadMemStats(&before)
 	write(t, newTree, oldTree, delta.WriteOptions{})
 	runtime.ReadMemStats(&after)
-	if n := after.TotalAlloc - before.TotalAlloc; n > 64<<20 {
+	if n := after.TotalAlloc - before.TotalAlloc; n > 200<<20 { // the race detector has memory used again less often
 		t.Errorf("%d MiB were allocated", n>>20)
 	}
 }

@@ -89,6 +89,7 @@ type writer struct {
 	base     base
 	replacer *reuse.Replacer
 	copier   *reuse.Replacer // of nothing, whose memory all files share
+	compared [nar.PieceSize]byte
 	codec    codec
 
 	paths map[string]bool   // of the regular files of the base
@@ -248,15 +249,15 @@ func (w *writer) compare(f, old *os.File, size int64) (method, error) {
 
 // same reports whether a file has the contents that feeder brings.
 func (w *writer) same(f *os.File, size int64, feeder nar.Feeder) (bool, error) {
-	var b [nar.PieceSize]byte
 	for offset := int64(0); offset < size; {
 		c, err := feeder.Next()
 		if err != nil {
 			return false, reuse.Unexpected(err)
 		}
 		n := len(c.Bytes)
-		_, err = f.ReadAt(b[:n], offset)
-		equal := err == nil && bytes.Equal(b[:n], c.Bytes)
+		b := w.compared[:n]
+		_, err = f.ReadAt(b, offset)
+		equal := err == nil && bytes.Equal(b, c.Bytes)
 		c.Release()
 		if !equal {
 			return false, err
