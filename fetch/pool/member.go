@@ -176,6 +176,7 @@ func (m *member) answers(a *attempt, now time.Duration) {
 	if a.start >= m.failedAt && (m.failures > 0 || m.silent) {
 		m.failures, m.silent, m.restUntil = 0, false, 0
 		m.backoff.Succeed()
+		m.pool.returns(m)
 		if m.noted {
 			m.noted = false
 			m.remember()

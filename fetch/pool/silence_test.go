@@ -367,3 +367,29 @@ func TestNear(t *testing.T) {
 }
 
 var _ fetch.Store = (*kept)(nil)
+
+// TestSilentBesideBusy has a good source be silent for a moment, beside one that mostly wants to be
+// asked again later: the good one is tried again although all that is wanted waits for the other.
+func TestSilentBesideBusy(t *testing.T) {
+	var until atomic.Int64 // nanoseconds since 1970
+	busy := &fake{roundTrip: 5e6, rate: 20e6, answer: func(_ context.Context, _ int, i int64) error {
+		if i%3 != 2 {
+			return &fetch.BusyError{After: time.Second, Err: errBroken}
+		}
+		return nil
+	}}
+	good := &fake{roundTrip: 50e6, rate: 20e6, answer: func(ctx context.Context, n int, i int64) error {
+		if i == 200 {
+			until.Store(time.Now().Add(time.Second).UnixNano())
+		}
+		if time.Now().UnixNano() < until.Load() {
+			return hang(ctx, n, i)
+		}
+		return nil
+	}}
+	simulate(t, pool.Options{}, sources(busy, good), func(t *testing.T, p *pool.Pool) {
+		if took := readAll(t, p, 500, large, 128); took > 5*time.Second {
+			t.Errorf("it takes %v", took)
+		}
+	})
+}

@@ -84,6 +84,11 @@ func (p *Pool) look() {
 	for _, m := range p.members {
 		p.giveUp(m, now)
 	}
+	// While all that is wanted waits for a member that is busy, no request comes to probe others
+	// by.
+	if l := cmp.Or(p.fresh.first(), p.retries.first()); l != nil && !p.othersWork(nil, now) {
+		p.probe(l.pair, l.key.size, nil, now)
+	}
 	p.distribute(now)
 }
 

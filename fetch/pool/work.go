@@ -202,6 +202,17 @@ func (p *Pool) tell(f func(source string, err error), name string, err error) {
 	})
 }
 
+// returns lets a member that works again be asked for the blocks that it failed to deliver and that
+// wait for others now, which may be for long.
+func (p *Pool) returns(m *member) {
+	for _, l := range p.retries.lookups {
+		if l != nil && l.failed&p.farSet&m.bit != 0 && l.rounds < maxRounds {
+			l.rounds++
+			l.failed &^= m.bit
+		}
+	}
+}
+
 // reroute looks again at the blocks that wait, after a member was lost to them.
 func (p *Pool) reroute(now time.Duration) {
 	for _, m := range p.members {
