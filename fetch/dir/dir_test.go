@@ -57,56 +57,18 @@ func mustWrite(tb testing.TB, path string, content []byte) {
 	must(tb, os.WriteFile(path, content, 0o666))
 }
 
-// hooked are files with something that happens before each operation, and after a block has been
-// made durable.
-type hooked struct {
-	local.Files
-	before func(ref eris.Reference, put bool) error
-	after  func(ref eris.Reference)
-}
-
-func (h hooked) Read(ref eris.Reference, block []byte) error {
-	if err := h.before(ref, false); err != nil {
-		return err
-	}
-	return h.Files.Read(ref, block)
-}
-
-func (h hooked) Write(ref eris.Reference, block []byte) (func() error, error) {
-	if err := h.before(ref, true); err != nil {
-		return nil, err
-	}
-	commit, err := h.Files.Write(ref, block)
-	return func() error {
-		err := commit()
-		if err == nil {
-			h.after(ref)
-		}
-		return err
-	}, err
-}
-
 // follow has a store find the blocks of a backend as files, and the backend find the files that
 // were put. Holding and failing happens where the store does file operations.
 func follow(tb testing.TB, s *Store, backend *sourcetest.Backend, directory string, flat bool) {
 	var mu sync.Mutex
-	before := func(ref eris.Reference, put bool) error {
-		block, err := backend.Get(context.Background(), ref, 0, nil)
-		if errors.Is(err, eris.ErrNotFound) || err == nil && put {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
+	before := backend.Before(func(ref eris.Reference, block []byte) {
 		mu.Lock()
 		defer mu.Unlock()
 		file := path(directory, flat, ref)
-		if there, err := os.ReadFile(file); err == nil && bytes.Equal(there, block) {
-			return nil
+		if there, err := os.ReadFile(file); err != nil || !bytes.Equal(there, block) {
+			mustWrite(tb, file, block)
 		}
-		mustWrite(tb, file, block)
-		return nil
-	}
+	})
 	after := func(ref eris.Reference) {
 		block, err := os.ReadFile(path(directory, flat, ref))
 		if err != nil {
@@ -114,7 +76,7 @@ func follow(tb testing.TB, s *Store, backend *sourcetest.Backend, directory stri
 		}
 		backend.Set(ref, block)
 	}
-	s.Store = local.New(s.URL, hooked{adapter{s}, before, after})
+	s.Store = local.New(s.URL, sourcetest.Files{Files: adapter{s}, Before: before, After: after})
 }
 
 func TestConformance(t *testing.T) {
@@ -362,7 +324,7 @@ func TestFailures(t *testing.T) {
 	}
 	for _, err := range []error{unix.EROFS, unix.EACCES, unix.EPERM} {
 		s := mustOpen(t, "file://"+t.TempDir())
-		s.Store = local.New(s.URL, hooked{adapter{s}, func(eris.Reference, bool) error { return &os.PathError{Err: err} }, nil})
+		s.Store = local.New(s.URL, sourcetest.Files{Files: adapter{s}, Before: func(eris.Reference, bool) error { return &os.PathError{Err: err} }})
 		if err := s.Put(t.Context(), ref, block); !errors.Is(err, fetch.ErrReadOnly) {
 			t.Errorf("error is %v", err)
 		}

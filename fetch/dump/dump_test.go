@@ -141,35 +141,6 @@ func pair(ref eris.Reference, block []byte, behind string) []byte {
 	return append(append(b, block...), behind...)
 }
 
-// hooked are files with something that happens before each operation, and after a block has been
-// made durable.
-type hooked struct {
-	local.Files
-	before func(ref eris.Reference, put bool) error
-	after  func(ref eris.Reference)
-}
-
-func (h hooked) Read(ref eris.Reference, block []byte) error {
-	if err := h.before(ref, false); err != nil {
-		return err
-	}
-	return h.Files.Read(ref, block)
-}
-
-func (h hooked) Write(ref eris.Reference, block []byte) (func() error, error) {
-	if err := h.before(ref, true); err != nil {
-		return nil, err
-	}
-	commit, err := h.Files.Write(ref, block)
-	return func() error {
-		err := commit()
-		if err == nil {
-			h.after(ref)
-		}
-		return err
-	}, err
-}
-
 func TestConformance(t *testing.T) {
 	sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
 		path := filepath.Join(t.TempDir(), "dump.cbor")
@@ -177,18 +148,9 @@ func TestConformance(t *testing.T) {
 		o := &outsider{tb: t, path: path, has: make(map[eris.Reference]string)}
 		open := func(query string) *Store {
 			s := mustOpen(t, "dump:"+path+query)
-			before := func(ref eris.Reference, put bool) error {
-				block, err := backend.Get(context.Background(), ref, 0, nil)
-				if errors.Is(err, eris.ErrNotFound) || err == nil && put {
-					return nil
-				}
-				if err != nil {
-					return err
-				}
-				o.add(ref, block, backend)
-				return nil
-			}
-			s.Store = local.New(s.URL, hooked{adapter{s}, before, func(ref eris.Reference) { backend.Set(ref, o.find(ref)) }})
+			before := backend.Before(func(ref eris.Reference, block []byte) { o.add(ref, block, backend) })
+			after := func(ref eris.Reference) { backend.Set(ref, o.find(ref)) }
+			s.Store = local.New(s.URL, sourcetest.Files{Files: adapter{s}, Before: before, After: after})
 			return s
 		}
 		return sourcetest.Fixture{Source: open(""), ReadOnly: open("?get"), Held: 4}
