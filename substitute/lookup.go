@@ -13,6 +13,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
@@ -81,7 +82,8 @@ type inquiry struct {
 func (s *Substituter) lookup(ctx context.Context, paths []string) *lookup {
 	l := s.newLookup(paths, nil)
 	l.run(ctx)
-	for pause := leastAgain; pause < mostAgain && l.again(ctx, pause); pause *= 2 {
+	pauses := backoff.Backoff{Min: leastAgain, Max: leastAgain << mostAgain}
+	for pauses.Failures() < mostAgain && l.again(ctx, pauses.Fail(time.Now(), 0)) {
 	}
 	for _, it := range l.items {
 		if l.first(it) < 0 {
@@ -94,10 +96,11 @@ func (s *Substituter) lookup(ctx context.Context, paths []string) *lookup {
 }
 
 const (
-	// After leastAgain a lookup turns again to servers that were there a moment ago, then after
-	// twice that, and so on below mostAgain. They may have been away mostOutages times in a row.
-	leastAgain, mostAgain = 200 * time.Millisecond, 3 * time.Second
-	mostOutages           = 2
+	// mostAgain is how often a lookup turns again to servers that were there a moment ago, at first
+	// after leastAgain. They may have been away mostOutages times in a row.
+	mostAgain   = 4
+	leastAgain  = 200 * time.Millisecond
+	mostOutages = 2
 	// brokenSoon is within which time their connections break, or it is more than a moment.
 	brokenSoon = 10 * time.Second
 )
@@ -110,9 +113,11 @@ func (l *lookup) again(ctx context.Context, pause time.Duration) bool {
 	todo := l.todo()
 	for _, a := range l.inquiries {
 		open := slices.ContainsFunc(todo, func(it *item) bool { return it.waiting[a] })
+		if !open || !a.server.answered.Load() || time.Since(a.begin) > brokenSoon {
+			continue
+		}
 		down, rests := errors.AsType[*mirror.ServerError](l.s.Mirrors.Down(a.server.url))
-		gone := rests && (down.Failures > mostOutages || errors.Is(down, os.ErrDeadlineExceeded))
-		if !open || gone || !a.server.answered.Load() || time.Since(a.begin) > brokenSoon {
+		if rests && (down.Failures > mostOutages || errors.Is(down, os.ErrDeadlineExceeded)) {
 			continue
 		}
 		servers = append(servers, a.server)

@@ -396,7 +396,6 @@ func (a *attempt) left(expected int64) int64 {
 // one that hangs.
 func (a *attempt) countRead(size uint64) {
 	a.read.Add(int64(min(size, math.MaxInt32)))
-	a.progress.Transferred(0)
 }
 
 // countShown notes that n bytes have come over the network, of which fewer may be shown as
