@@ -231,11 +231,12 @@ func (p *pack) readAhead(r *run, i int) {
 }
 
 func (p *pack) following(r *run) *run {
-	at := slices.IndexFunc(p.s.runs, func(o *run) bool { return o.pack == p && o.first == r.end && o.end > o.first })
-	if at < 0 {
-		return nil
+	for _, o := range p.s.runs {
+		if o.pack == p && o.first == r.end && o.end > o.first {
+			return o
+		}
 	}
-	return p.s.runs[at]
+	return nil
 }
 
 // makeRoom drops runs that have come and have not been used lately: those of which all has been
