@@ -29,7 +29,7 @@ func TestMemory(t *testing.T) {
 		known bool
 	}{
 		{now, false, true}, {now.Add(time.Minute), false, true}, {now.Add(time.Hour), false, false},
-		{now.Add(-time.Second), false, false}, {now, true, false},
+		{now.Add(-time.Second), false, true}, {now.Add(-time.Minute), false, false}, {now, true, false},
 	} {
 		answer, known, r, _ := m.Begin("a", test.anew, test.at)
 		if known != test.known || known && answer != 7 {
