@@ -41,11 +41,7 @@ func (s *Substituter) Known(ctx context.Context, paths []string) []Item {
 			continue
 		}
 		n := f.authorised.narinfo
-		item := Item{Path: path, NarHash: n.NarHash, NarSize: n.NarSize}
-		for _, r := range n.References {
-			item.References = append(item.References, s.StoreDir+"/"+r)
-		}
-		items = append(items, item)
+		items = append(items, Item{Path: path, References: s.references(n), NarHash: n.NarHash, NarSize: n.NarSize})
 	}
 	return items
 }

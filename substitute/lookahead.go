@@ -100,13 +100,9 @@ func (a *lookAhead) see(ctx context.Context, items []string, most int) (unseen [
 // goAhead looks up what an item refers to. All lookups share the connections to a server, and what
 // is requested on them at about the same time.
 func (s *Substituter) goAhead(ctx context.Context, n *narinfo.Narinfo) {
-	var references []string
-	for _, name := range n.References {
-		references = append(references, s.StoreDir+"/"+name)
-	}
 	// The daemon does not ask about what is there, nor about what that refers to, which is there as
 	// well.
-	wanted := slices.DeleteFunc(s.ahead.see(ctx, references, s.LookAhead), func(path string) bool {
+	wanted := slices.DeleteFunc(s.ahead.see(ctx, s.references(n), s.LookAhead), func(path string) bool {
 		_, err := os.Lstat(path)
 		return err == nil
 	})

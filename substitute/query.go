@@ -124,7 +124,7 @@ func (s *Substituter) known(server *server, it *item) (r *record, known bool, p 
 	e, ok := s.Cache.Get(server.url, it.hash, now)
 	if ok {
 		r = s.read(server, it, e.Narinfo, e.Until.Add(-e.TTL))
-		s.memory.Put(key, r, len(e.Narinfo), now, earlier(e.Until, now.Add(memoryTime)))
+		s.memory.Put(key, r, len(e.Narinfo), now, now.Add(min(e.Until.Sub(now), memoryTime)))
 		s.memory.End(key, p, true, r)
 	}
 	return r, ok, p, true
@@ -258,22 +258,14 @@ func (s *Substituter) remember(server *server, it *item, a mirror.Answer, r *rec
 // keep keeps what is known of an item, in memory and on disk; what does not count, or not for long,
 // in memory only.
 func (s *Substituter) keep(server *server, it *item, e narinfocache.Entry, r *record) {
-	now := s.Now()
-	until := now.Add(e.TTL)
+	now, ttl := s.Now(), e.TTL
 	if s.Cache != nil && (e.TTL > transientTTL || r != nil) && (r == nil || r.authorised) {
-		until = earlier(until, now.Add(memoryTime))
+		ttl = min(ttl, memoryTime)
 		if err := s.Cache.PutLater(server.url, it.hash, e, now); err != nil {
 			s.Log.WarnOnce("cache", "narinfos cannot be kept for later: %v", err)
 		}
 	}
-	s.memory.Put(memoryKey{server, it.path}, r, len(e.Narinfo), now, until)
-}
-
-func earlier(t, u time.Time) time.Time {
-	if u.Before(t) {
-		return u
-	}
-	return t
+	s.memory.Put(memoryKey{server, it.path}, r, len(e.Narinfo), now, now.Add(ttl))
 }
 
 // renew requests narinfos of an item again that have turned out to be of no use, if they have been

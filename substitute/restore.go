@@ -251,8 +251,8 @@ func (j *job) tryAll(ctx context.Context) (Outcome, bool) {
 		j.ways = j.ways[1:]
 		size, err := j.try(ctx, c)
 		if err == nil {
-			if c.kind() == "nar" {
-				j.whyNotBlocks()
+			if c.kind() == "nar" && j.s.Verbose {
+				j.log.Notef("%s: not from blocks: %s", j.path, j.notBlocks())
 			}
 			// The daemon needs a number, and takes the one that the narinfo has.
 			if j.want.NarSizeKnown {

@@ -209,16 +209,21 @@ func (s *Substituter) Info(ctx context.Context, items []string) []protocol.Info 
 			continue
 		}
 		n := f.all[0].narinfo
-		r := protocol.Info{Path: item, NarSize: n.NarSize, DownloadSize: downloadSize(n)}
+		r := protocol.Info{Path: item, References: s.references(n), NarSize: n.NarSize, DownloadSize: downloadSize(n)}
 		if n.Deriver != "" {
 			r.Deriver = s.StoreDir + "/" + n.Deriver
-		}
-		for _, ref := range n.References {
-			r.References = append(r.References, s.StoreDir+"/"+ref)
 		}
 		records = append(records, r)
 	}
 	return records
+}
+
+// references returns the file names of what an item refers to.
+func (s *Substituter) references(n *narinfo.Narinfo) (paths []string) {
+	for _, name := range n.References {
+		paths = append(paths, s.StoreDir+"/"+name)
+	}
+	return paths
 }
 
 // downloadSize is the size of the nar that would be tried first, in bytes; 0 if it is not known.

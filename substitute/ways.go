@@ -177,13 +177,6 @@ func (s *Substituter) usable(f *found) bool {
 	})
 }
 
-// whyNotBlocks says to people who want to know why an item has not come from blocks.
-func (j *job) whyNotBlocks() {
-	if j.s.Verbose {
-		j.log.Notef("%s: not from blocks: %s", j.path, j.notBlocks())
-	}
-}
-
 // notBlocks returns why an item does not come from blocks.
 func (j *job) notBlocks() string {
 	switch {
