@@ -15,9 +15,10 @@ import (
 	"syscall"
 	"time"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 )
 
 func init() {
@@ -84,12 +85,6 @@ func scriptBlockstore(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Check(s.stop())
 	case "kill":
 		s.kill()
-	case "signal":
-		signal := unix.SignalNum(args[2])
-		if signal == 0 {
-			ts.Fatalf("there is no signal %s", args[2])
-		}
-		ts.Check(s.cmd.Process.Signal(signal))
 	case "await":
 		pattern, err := regexp.Compile("(?m)" + args[2])
 		ts.Check(err)

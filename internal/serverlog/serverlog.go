@@ -79,8 +79,8 @@ func journal() bool {
 	return err == nil && os.Getenv("JOURNAL_STREAM") == fmt.Sprintf("%d:%d", s.Dev, s.Ino)
 }
 
-// handler writes a message with its attributes behind it: url, json, access (in parentheses) and
-// error (after a colon) without their names.
+// handler writes a message with its attributes behind it: url, access (in parentheses) and error
+// (after a colon) without their names.
 type handler struct {
 	slog.Handler // that writes unless text is wanted; servers do not use what makes handlers of it
 	log          *Log
@@ -100,8 +100,6 @@ func (h *handler) Handle(ctx context.Context, r slog.Record) error {
 			fmt.Fprintf(&b, " (%v)", a.Value)
 		case "error":
 			fmt.Fprintf(&b, ": %v", a.Value)
-		case "json":
-			fmt.Fprintf(&b, " %s", a.Value.Any())
 		default:
 			fmt.Fprintf(&b, " %s=%v", a.Key, a.Value)
 		}

@@ -6,12 +6,10 @@ package serving
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -19,7 +17,6 @@ import (
 
 	coapmessage "github.com/plgd-dev/go-coap/v3/message"
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
@@ -28,10 +25,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/relay"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lan"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
@@ -111,13 +106,11 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 	f.Func("limit-rate", "receive, and send, at most at `RATE` in all, in bytes per second, like 2MiB (default: no limit)", bytesize.Set(&s.limitRate, bytesize.ParseRate))
 	maxConnectionsFlag(c, &s.maxConnections, "per --listen and --socket ")
 	f.BoolVar(&s.advertise, "advertise", false, "be found on the local network; without --listen, listen at coap+tcp://[::]:5683")
-	f.BoolVar(&s.stats, "stats", false, "print the statistics of the server that listens on the socket, as JSON, and do nothing else")
+	f.BoolVar(&s.stats, "stats", false, "print the statistics of the server that listens on the socket, as metrics of Prometheus, and do nothing else")
 	c.RunE = func(*cobra.Command, []string) error {
 		if s.stats {
-			_, answer, err := s.askStatistics()
-			if err == nil {
-				err = page.JSON(answer)
-			}
+			_, sections, err := s.askStatistics()
+			fmt.Print(status.Metrics(sections))
 			return err
 		}
 		if err := errors.Join(s.user.check(c.Name()), s.log.open()); err != nil {
@@ -304,8 +297,7 @@ func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error
 }
 
 // serveEndpoints serves the store on all endpoints until ctx is done, one of them fails, or the
-// store takes no more blocks; SIGUSR1 has the statistics written to the log. From then on, further
-// signals end the program at once.
+// store takes no more blocks. From then on, further signals end the program at once.
 func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from *relay.Relay, peers []peer, endpoints []*endpoint) (err error) {
 	logError, timeout := s.log.WarnError, messageTimeout(s.limitRate)
 	web := httpserver.New(httpserver.Config{
@@ -313,25 +305,16 @@ func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from 
 	})
 	started := time.Now()
 	var coap *coapserver.Server
-	collect := func() statistics {
-		all := statisticsOf(started, store, from, coap, web)
-		all.Blocks.FreeBytes, _ = files.Free(s.directory)
-		return all
-	}
-	stats := func() []byte { return collect().text() }
+	collect := func() []status.Section { return s.sections(started, store, from, coap, web) }
 	coap = coapserver.New(coapserver.Config{
 		Source:         store,
 		Sink:           store,
-		Document:       coapserver.Document{Path: []string{statisticsPath}, Format: coapmessage.AppJSON, Text: stats},
+		Document:       coapserver.Document{Path: []string{statisticsPath}, Format: coapmessage.AppOctets, Text: func() []byte { return packed(collect()) }},
 		MaxConnections: s.maxConnections,
 		MessageTimeout: timeout,
 		Log:            logError,
 		Requested:      s.log.blocks(),
 	})
-	asked := make(chan os.Signal, 1)
-	signal.Notify(asked, unix.SIGUSR1)
-	defer signal.Stop(asked)
-
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	failed := make(chan error, len(endpoints)+1)
@@ -365,7 +348,7 @@ func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from 
 	}
 	if s.statusListener != nil {
 		page := &status.Server{
-			Title: "Block store", Collect: func() []status.Section { return collect().sections() }, Healthy: store.Err, Warnings: s.log.Warnings,
+			Title: "Block store", Collect: collect, Healthy: store.Err, Warnings: s.log.Warnings,
 		}
 		s.log.Info("status at", "url", "http://"+s.statusListener.Addr().String())
 		group.Go(func() {
@@ -387,8 +370,6 @@ func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from 
 			err = store.Err()
 		case <-ctx.Done():
 		case err = <-failed:
-		case <-asked:
-			s.log.Info("statistics:", "json", json.RawMessage(stats()))
 		}
 	}
 	if err == nil {

@@ -3,9 +3,12 @@
 package serving
 
 import (
+	"bytes"
+	"compress/gzip"
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -20,8 +23,10 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/httpserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/relay"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/serverlog"
@@ -44,7 +49,7 @@ func Status() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return status.Print("block store at "+socket, answer.sections())
+		return status.Print("block store at "+socket, answer)
 	}
 	return c
 }
@@ -65,51 +70,60 @@ func size(text, name string, value int64) status.Figure {
 	return status.Figure{Text: text, Name: name, Value: float64(value), Unit: "bytes"}
 }
 
-// sections shows the statistics to people and to monitoring.
-func (s statistics) sections() []status.Section {
-	blocks := []status.Figure{
-		number("blocks of 32 KiB", "blocks_32kib", s.Blocks.Count32KiB),
-		number("blocks of 1 KiB", "blocks_1kib", s.Blocks.Count1KiB),
-		size("size", "block_bytes", s.Blocks.Bytes),
+// sections are the statistics of the server, for people and for monitoring.
+func (s *serveSettings) sections(started time.Time, store sharing, from *relay.Relay, blocks *coapserver.Server, web *httpserver.Server) []status.Section {
+	b := store.Stats()
+	figures := []status.Figure{
+		number("blocks of 32 KiB", "blocks_32kib", b.Blocks32KiB),
+		number("blocks of 1 KiB", "blocks_1kib", b.Blocks1KiB),
+		size("size", "block_bytes", b.Bytes),
 	}
-	if s.Blocks.MaxBytes > 0 {
-		blocks = append(blocks, size("size at most", "block_bytes_max", s.Blocks.MaxBytes))
+	if b.MaxBytes > 0 {
+		figures = append(figures, size("size at most", "block_bytes_max", b.MaxBytes))
 	}
-	if s.Blocks.FreeBytes > 0 {
-		blocks = append(blocks, size("free on disk", "disk_free_bytes", s.Blocks.FreeBytes))
+	if free, err := files.Free(s.directory); err == nil {
+		figures = append(figures, size("free on disk", "disk_free_bytes", free))
 	}
 	sections := []status.Section{
-		{Title: "Blocks", Figures: append(blocks, number("evicted", "blocks_evicted_total", s.Evicted),
-			number("damaged", "blocks_damaged_total", s.Damaged)), Error: s.LastError},
+		{Title: "Blocks", Figures: append(figures, number("evicted", "blocks_evicted_total", b.Evicted),
+			number("damaged", "blocks_damaged_total", b.Damaged)), Error: errorText(b.Err)},
 		{Title: "Requests", Figures: []status.Figure{
-			number("found", "gets_found_total", s.Got.Found), number("absent", "gets_absent_total", s.Got.Absent),
-			number("stored", "puts_total", s.Put.Acknowledged-s.Put.HeldAlready), number("held already", "puts_held_already_total", s.Put.HeldAlready),
-			number("not stored, by faults", "puts_failed_total", s.Put.Failed), number("waiting to be stored", "puts_waiting", int64(s.Put.Waiting)),
+			number("found", "gets_found_total", b.Hits), number("absent", "gets_absent_total", b.Misses),
+			number("stored", "puts_total", b.Puts-b.Duplicates), number("held already", "puts_held_already_total", b.Duplicates),
+			number("not stored, by faults", "puts_failed_total", b.Failed), number("waiting to be stored", "puts_waiting", int64(b.Queued)),
 		}},
-		clients("Clients by CoAP", "coap_", s.CoAP), clients("Clients by HTTP", "http_", s.HTTP),
-		{Title: "Program " + s.Version, Figures: []status.Figure{running(s.Started)}},
+		clients("Clients by CoAP", "coap_", blocks.Stats()), clients("Clients by HTTP", "http_", web.Stats()),
+		{Title: "Program " + program.Version(), Figures: []status.Figure{running(started)}},
 	}
-	if s.Upstreams == nil {
+	if store.items != nil {
+		i := store.items.Stats()
+		sections = append(sections, status.Section{Title: "Store items", Figures: []status.Figure{
+			number("items", "items", int64(i.Items)), number("blocks", "item_blocks", i.Entries), size("size of their table", "item_table_bytes", i.Bytes),
+			number("found", "item_gets_found_total", i.Found), number("absent", "item_gets_absent_total", i.Absent),
+		}})
+	}
+	if from == nil {
 		return sections
 	}
+	u := from.Stats()
 	sections = append(sections, status.Section{Title: "From upstreams", Figures: []status.Figure{
-		number("found", "upstream_found_total", s.Upstreams.Found), number("absent", "upstream_absent_total", s.Upstreams.Absent),
-		number("absent because nobody answered in time", "upstream_late_total", s.Upstreams.Late),
-		number("absent because the client had looked for too much", "upstream_refused_total", s.Upstreams.Refused),
+		number("found", "upstream_found_total", u.Found), number("absent", "upstream_absent_total", u.Absent),
+		number("absent because nobody answered in time", "upstream_late_total", u.Late),
+		number("absent because the client had looked for too much", "upstream_refused_total", u.Refused),
 	}})
-	for _, u := range s.Upstreams.Stores {
-		sections = append(sections, u.section())
+	for _, s := range u.Upstreams {
+		sections = append(sections, upstream(s))
 	}
 	return sections
 }
 
-func (u storeStatistics) section() status.Section {
+func upstream(u pool.SourceStats) status.Section {
 	figures := []status.Figure{size("received", "upstream_bytes_total", u.Bytes)}
 	if u.Rate > 0 {
 		figures = append(figures, status.Figure{Text: "speed", Name: "upstream_rate", Value: u.Rate, Unit: "bytes/s"})
 	}
 	if u.RoundTrip > 0 {
-		figures = append(figures, status.Figure{Text: "round trip", Name: "upstream_round_trip_seconds", Value: u.RoundTrip, Unit: "seconds"})
+		figures = append(figures, status.Figure{Text: "round trip", Name: "upstream_round_trip_seconds", Value: u.RoundTrip.Seconds(), Unit: "seconds"})
 	}
 	figures = append(figures,
 		number("requests", "upstream_requests_total", u.Requests), number("misses", "upstream_misses_total", u.Misses),
@@ -118,7 +132,15 @@ func (u storeStatistics) section() status.Section {
 	for i := range figures {
 		figures[i].Label = u.URL
 	}
-	return status.Section{Title: "Upstream " + u.URL, Error: u.LastError, Figures: figures}
+	return status.Section{Title: "Upstream " + u.URL, Error: errorText(u.Err), Figures: figures}
+}
+
+// errorText returns what a page has room for.
+func errorText(err error) string {
+	if err == nil {
+		return ""
+	}
+	return fmt.Sprintf("%.500v", err)
 }
 
 func clients(title, prefix string, c admission.Stats) status.Section {
@@ -182,130 +204,35 @@ func serveStatus(ctx context.Context, l net.Listener, s *status.Server) error {
 	return gate.Serve(ctx, l, gate.Server(s))
 }
 
-// statisticsPath is the resource with the statistics of a running server, which it shows on Unix
-// sockets.
-const statisticsPath = "stats"
+const (
+	// statisticsPath is the resource with the statistics of a running server, which it shows on
+	// Unix sockets: sections as JSON, in gzip, for of a document there may be 32 KiB.
+	statisticsPath = "stats"
+	// statisticsTimeout is how long a server may take to send them, and maxStatistics how many
+	// bytes they may be.
+	statisticsTimeout = 30 * time.Second
+	maxStatistics     = 4 << 20
+)
 
-// statisticsTimeout is how long a server may take to send its statistics.
-const statisticsTimeout = 30 * time.Second
-
-// statistics is what a running server tells about itself, in JSON.
-type statistics struct {
-	Version string    `json:"version"`
-	Started time.Time `json:"started"`
-
-	Blocks struct {
-		Count1KiB  int64 `json:"count1KiB"`
-		Count32KiB int64 `json:"count32KiB"`
-		Bytes      int64 `json:"bytes"`
-		FreeBytes  int64 `json:"freeBytes"` // on the disk; 0: not known
-		MaxBytes   int64 `json:"maxBytes"`  // 0: no limit
-	} `json:"blocks"`
-
-	// Since the start.
-	Got struct {
-		Found  int64 `json:"found"`
-		Absent int64 `json:"absent"`
-	} `json:"got"`
-	Put struct {
-		Acknowledged int64 `json:"acknowledged"` // held already, or stored
-		HeldAlready  int64 `json:"heldAlready"`
-		Failed       int64 `json:"failed"`
-		Commits      int64 `json:"commits"`
-		Waiting      int   `json:"waiting"` // at the moment
-	} `json:"put"`
-	Evicted   int64  `json:"evicted"`
-	Damaged   int64  `json:"damaged"`
-	LastError string `json:"lastError,omitempty"`
-
-	CoAP admission.Stats `json:"coap"`
-	HTTP admission.Stats `json:"http"`
-
-	Upstreams *upstreamStatistics `json:"upstreams,omitempty"`
-	Items     *itemStatistics     `json:"items,omitempty"`
+func packed(sections []status.Section) []byte {
+	var text bytes.Buffer
+	z := gzip.NewWriter(&text)
+	_ = json.NewEncoder(z).Encode(sections) // has nothing that JSON cannot express
+	z.Close()
+	return text.Bytes()
 }
 
-// itemStatistics is what is made of store items; found and absent since the start.
-type itemStatistics struct {
-	Items   int   `json:"count"`
-	Entries int64 `json:"blocks"`
-	Bytes   int64 `json:"tableBytes"`
-	Found   int64 `json:"found"`
-	Absent  int64 `json:"absent"`
-}
-
-// upstreamStatistics is what was got from elsewhere since the start.
-type upstreamStatistics struct {
-	Found   int64             `json:"found"`
-	Absent  int64             `json:"absent"`
-	Late    int64             `json:"late"`    // of these, nobody answered in time
-	Refused int64             `json:"refused"` // of these, the client had looked for too much in vain
-	Stores  []storeStatistics `json:"stores"`
-}
-
-type storeStatistics struct {
-	URL       string  `json:"url"`
-	Requests  int64   `json:"requests"`
-	Bytes     int64   `json:"bytes"`
-	Misses    int64   `json:"misses"`
-	Faults    int64   `json:"faults"`
-	Failures  int64   `json:"failures"`
-	Banned    bool    `json:"banned"`
-	Resting   bool    `json:"resting"`
-	Rate      float64 `json:"rate"`      // bytes per second; 0: not known
-	RoundTrip float64 `json:"roundTrip"` // seconds; 0: not known
-	LastError string  `json:"lastError,omitempty"`
-}
-
-func statisticsOf(started time.Time, store sharing, from *relay.Relay, blocks *coapserver.Server, web *httpserver.Server) statistics {
-	s := statistics{Version: program.Version(), Started: started.UTC().Truncate(time.Second)}
-	b := store.Stats()
-	s.Blocks.Count1KiB, s.Blocks.Count32KiB = b.Blocks1KiB, b.Blocks32KiB
-	s.Blocks.Bytes, s.Blocks.MaxBytes = b.Bytes, b.MaxBytes
-	s.Got.Found, s.Got.Absent = b.Hits, b.Misses
-	s.Put.Acknowledged, s.Put.HeldAlready, s.Put.Failed = b.Puts, b.Duplicates, b.Failed
-	s.Put.Commits, s.Put.Waiting = b.Commits, b.Queued
-	s.Evicted, s.Damaged = b.Evicted, b.Damaged
-	if b.Err != nil {
-		s.LastError = fmt.Sprintf("%.500v", b.Err)
-	}
-	s.CoAP, s.HTTP = blocks.Stats(), web.Stats()
-	if store.items != nil {
-		i := itemStatistics(store.items.Stats())
-		s.Items = &i
-	}
-	if from != nil {
-		s.Upstreams = upstreamStatisticsOf(from.Stats())
-	}
-	return s
-}
-
-func upstreamStatisticsOf(r relay.Stats) *upstreamStatistics {
-	u := &upstreamStatistics{Found: r.Found, Absent: r.Absent, Late: r.Late, Refused: r.Refused}
-	for _, s := range r.Upstreams {
-		of := storeStatistics{
-			URL: s.URL, Requests: s.Requests, Bytes: s.Bytes, Misses: s.Misses, Faults: s.Faults, Failures: s.Failures,
-			Banned: s.Banned, Resting: s.Resting, Rate: s.Rate, RoundTrip: s.RoundTrip.Seconds(),
-		}
-		if s.Err != nil {
-			of.LastError = fmt.Sprintf("%.100v", s.Err)
-		}
-		u.Stores = append(u.Stores, of)
-	}
-	return u
-}
-
-// text returns the JSON, in one line.
-func (s statistics) text() []byte {
-	b, err := json.Marshal(s)
+func unpacked(text []byte) (sections []status.Section, err error) {
+	z, err := gzip.NewReader(bytes.NewReader(text))
 	if err != nil {
-		panic(err) // it has nothing that JSON cannot express
+		return nil, err
 	}
-	return b
+	err = json.NewDecoder(io.LimitReader(z, maxStatistics)).Decode(&sections)
+	return sections, err
 }
 
 // askStatistics asks the server that listens on the socket.
-func (s *serveSettings) askStatistics() (socket string, answer statistics, err error) {
+func (s *serveSettings) askStatistics() (socket string, answer []status.Section, err error) {
 	socket, err = s.socketPath()
 	system, _ := settings.DefaultSocket(0, "")
 	if there(system) && !there(socket) && s.socket == "" {
@@ -327,7 +254,7 @@ func (s *serveSettings) askStatistics() (socket string, answer statistics, err e
 	defer cancel()
 	text, err := store.Document(ctx, statisticsPath)
 	if err == nil {
-		err = json.Unmarshal(text, &answer)
+		answer, err = unpacked(text)
 	}
 	return socket, answer, err
 }

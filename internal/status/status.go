@@ -76,10 +76,10 @@ func Print(title string, sections []Section) error {
 // prefix begins the names of all metrics.
 const prefix = "guix_substitute_eris_"
 
-// metrics returns sections in the text format of Prometheus, version 0.0.4
+// Metrics returns sections in the text format of Prometheus, version 0.0.4
 // (https://prometheus.io/docs/instrumenting/exposition_formats/), which wants all of one name
 // together.
-func metrics(sections []Section) string {
+func Metrics(sections []Section) string {
 	var names []string
 	lines := map[string]string{}
 	escape := strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
@@ -203,7 +203,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.NotFound(w, r)
 	case r.URL.Path == "/metrics":
 		h.Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		fmt.Fprint(w, metrics(s.Collect()))
+		fmt.Fprint(w, Metrics(s.Collect()))
 	case r.URL.Path == "/healthz":
 		if err := s.Healthy(); err != nil {
 			http.Error(w, page.Clean(err.Error()), http.StatusServiceUnavailable)
