@@ -17,6 +17,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 )
 
@@ -60,14 +61,14 @@ func (c *chain) serveCounted(items string, rate int64) (*blockstore.Store, *wire
 	store, err := blockstore.Open(c.directory+"/blocks", blockstore.Options{})
 	must(c.t, err)
 	c.t.Cleanup(func() { store.Close() })
-	server := coapserver.New(coapserver.Config{Source: store, Sink: store})
+	server := coapserver.New(coapserver.Config{Source: fetch.Limited(store, ratelimit.New(rate, 0)), Sink: store})
 	listener, err := net.Listen("tcp", "127.0.0.1:0") // not a near one, of which nothing is kept
 	must(c.t, err)
 	w := &wire{Listener: listener, reached: make(chan struct{})}
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
-		server.Serve(ratelimit.Listener(w, nil, ratelimit.New(rate, 0)), coapserver.Access{Get: true, Put: true})
+		server.Serve(w, coapserver.Access{Get: true, Put: true})
 	}()
 	c.t.Cleanup(func() {
 		listener.Close()

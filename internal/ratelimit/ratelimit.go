@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package ratelimit bounds how many bytes per second go through what shares a [Limiter]: readers,
-// connections, listeners, datagrams, or whatever calls [Limiter.WaitN]. Start with [New].
-//
-// A nil *Limiter is no limit: wrapping with it returns what was to be wrapped, so that nothing is
-// slower, and no interface lost, where no limit is set.
+// Package ratelimit bounds how many bytes per second go through what shares a [Limiter]. Start with
+// [New].
 package ratelimit
 
 import (
 	"context"
+	"io"
 	"math"
 	"sync"
 	"time"
@@ -25,7 +23,7 @@ const (
 // A Limiter is a bucket into which tokens flow at a steady rate, one for each byte. It is safe for
 // concurrent use, and meant to be shared. Whoever comes takes the tokens at once, even those that
 // are still to flow in, and waits until they are there: nobody starves, and many users get equal
-// shares of equal demands. The methods of a nil Limiter do nothing.
+// shares of equal demands.
 type Limiter struct {
 	rate  float64       // bytes per second
 	burst time.Duration // how long a full bucket has taken to fill
@@ -73,9 +71,9 @@ func (l *Limiter) Take(n int) time.Duration {
 }
 
 // Return gives back n tokens that were taken but not used, for example because what was to be sent
-// does not exist. Those who wait already do not wait less.
+// does not exist; to no limiter it gives nothing. Those who wait already do not wait less.
 func (l *Limiter) Return(n int) {
-	if l == nil || n <= 0 {
+	if l == nil {
 		return
 	}
 	d := l.duration(int64(n))
@@ -84,34 +82,29 @@ func (l *Limiter) Return(n int) {
 	l.spent = l.spent.Add(-d)
 }
 
-// WaitN waits until n bytes may go; n may be more than the burst. When ctx is done before that, it
-// returns the cause, and the bytes do not count.
-func (l *Limiter) WaitN(ctx context.Context, n int) error {
-	if l == nil || n <= 0 {
-		return nil
+// Reader returns a reader of r whose bytes count. When ctx is done while bytes that were read wait
+// to be let through, Read returns them with the cause of ctx.
+func Reader(ctx context.Context, r io.Reader, l *Limiter) io.Reader {
+	if l == nil {
+		return r
 	}
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	d := l.Take(n)
-	if d <= 0 {
-		return nil
-	}
-	timer := time.NewTimer(d)
+	return &reader{ctx, r, l}
+}
+
+type reader struct {
+	ctx     context.Context
+	r       io.Reader
+	limiter *Limiter
+}
+
+func (r *reader) Read(p []byte) (int, error) {
+	n, err := r.r.Read(p[:min(len(p), r.limiter.chunk)])
+	timer := time.NewTimer(r.limiter.Take(n))
 	defer timer.Stop()
 	select {
 	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		l.Return(n)
-		return context.Cause(ctx)
+		return n, err
+	case <-r.ctx.Done():
+		return n, context.Cause(r.ctx)
 	}
-}
-
-// part returns as much of the beginning of p as is let through at once.
-func (l *Limiter) part(p []byte) []byte {
-	if l == nil {
-		return p
-	}
-	return p[:min(len(p), l.chunk)]
 }

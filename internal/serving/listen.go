@@ -25,7 +25,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/systemd"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/unixsocket"
 )
@@ -152,14 +151,6 @@ func (e *endpoint) secure(directory string) error {
 	c, err := certificate(filepath.Join(directory, "tls.pem"))
 	e.listener = tls.NewListener(e.listener, &tls.Config{Certificates: []tls.Certificate{c}, NextProtos: []string{"coap"}})
 	return err
-}
-
-func (e *endpoint) limit(in, out *ratelimit.Limiter) {
-	if e.packets != nil {
-		e.packets = ratelimit.PacketConn(e.packets, in, out)
-		return
-	}
-	e.listener = ratelimit.Listener(e.listener, in, out)
 }
 
 func (e *endpoint) close() {

@@ -15,7 +15,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/relay"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 )
 
@@ -28,13 +27,8 @@ const leastPeerRest, mostPeerRest = time.Second, 5 * time.Minute
 
 var errEnded = errors.New("the connection has ended")
 
-// peer is a server that is given blocks over a connection that we have made.
-type peer struct {
-	*coap.Store
-	in, out *ratelimit.Limiter // of what is received, and sent
-}
-
-func (s *serveSettings) openPeers(in, out *ratelimit.Limiter) (peers []peer, err error) {
+// openPeers opens servers that are given blocks over connections that we make.
+func (s *serveSettings) openPeers() (peers []*coap.Store, err error) {
 	for _, url := range s.peers {
 		if _, err := storeurl.ParseScheme(url, "coap+tcp", "coaps+tcp", "coap+ws", "coaps+ws", "coap+unix"); err != nil {
 			return nil, fmt.Errorf("--peer: %w", err)
@@ -43,7 +37,7 @@ func (s *serveSettings) openPeers(in, out *ratelimit.Limiter) (peers []peer, err
 		if err != nil {
 			return nil, fmt.Errorf("--peer: %w", err)
 		}
-		peers = append(peers, peer{store, in, out})
+		peers = append(peers, store)
 	}
 	return peers, nil
 }
@@ -77,13 +71,12 @@ func (s *serveSettings) openMembers(connected *peers.Group, hops int) ([]pool.Me
 	if connected == nil {
 		return members, err
 	}
-	// What comes over connections of the server is within its limit already.
-	return append(members, pool.Member{Source: connected.Source(), Local: true}), err
+	return append(members, pool.Member{Source: connected.Source()}), err
 }
 
-// serve connects to the peer, and again whenever that has ended, and gives it the blocks of the
+// servePeer connects to a peer, and again whenever that has ended, and gives it the blocks of the
 // store, and nothing that is got from elsewhere for it, until ctx is done.
-func (p peer) serve(ctx context.Context, server *coapserver.Server, log logSettings) {
+func servePeer(ctx context.Context, p *coap.Store, server *coapserver.Server, log logSettings) {
 	defer p.Close()
 	rest := backoff.Backoff{Min: leastPeerRest, Max: mostPeerRest}
 	for ctx.Err() == nil {
@@ -91,7 +84,7 @@ func (p peer) serve(ctx context.Context, server *coapserver.Server, log logSetti
 		conn, err := p.Dial(ctx)
 		if err == nil {
 			log.Info("serving the peer", "url", p.String())
-			server.ServeConn(ratelimit.Conn(conn, p.in, p.out), coapserver.Access{Get: true, KeepAlive: keepAlive})
+			server.ServeConn(conn, coapserver.Access{Get: true, KeepAlive: keepAlive})
 			err = errEnded
 		}
 		if time.Since(began) > keepAlive {

@@ -21,6 +21,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/httpserver"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/peers"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/relay"
@@ -103,7 +105,7 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 	})
 	f.BoolVar(&s.items, "items", false, "serve the blocks of the store items of this machine too, which are made from their files")
 	s.itemSettings.flags(f)
-	f.Func("limit-rate", "receive, and send, at most at `RATE` in all, in bytes per second, like 2MiB (default: no limit)", bytesize.Set(&s.limitRate, bytesize.ParseRate))
+	f.Func("limit-rate", "get blocks from upstreams, and send blocks, at most at `RATE` in all, in bytes per second, like 2MiB (default: no limit)", bytesize.Set(&s.limitRate, bytesize.ParseRate))
 	maxConnectionsFlag(c, &s.maxConnections, "per --listen and --socket ")
 	f.BoolVar(&s.advertise, "advertise", false, "be found on the local network; without --listen, listen at coap+tcp://[::]:5683")
 	f.BoolVar(&s.stats, "stats", false, "print the statistics of the server that listens on the socket, as metrics of Prometheus, and do nothing else")
@@ -192,19 +194,17 @@ func (s *serveSettings) run(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	in, out := ratelimit.New(s.limitRate, 0), ratelimit.New(s.limitRate, 0)
 	for _, e := range endpoints {
-		e.limit(in, out)
 		if err := e.secure(s.directory); err != nil {
 			return err
 		}
 	}
-	peers, err := s.openPeers(in, out)
+	peers, err := s.openPeers()
 	if err != nil {
 		return err
 	}
 	connected := s.newGroup(endpoints)
-	from, err := s.openUpstreams(store, connected, in)
+	from, err := s.openUpstreams(store, connected)
 	if err != nil {
 		return err
 	}
@@ -253,8 +253,8 @@ func (s *serveSettings) socketPath() (string, error) {
 }
 
 // openUpstreams returns what gets blocks from elsewhere, also from those who are connected unless
-// that is nil; nil if there is nowhere. The limiter is of what is received.
-func (s *serveSettings) openUpstreams(store sharing, connected *peers.Group, limiter *ratelimit.Limiter) (*relay.Relay, error) {
+// that is nil; nil if there is nowhere.
+func (s *serveSettings) openUpstreams(store sharing, connected *peers.Group) (*relay.Relay, error) {
 	if len(s.upstreams) == 0 && connected == nil {
 		return nil, nil
 	}
@@ -269,7 +269,7 @@ func (s *serveSettings) openUpstreams(store sharing, connected *peers.Group, lim
 		Levels: levels,
 		Open:   func(hops int) ([]pool.Member, error) { return s.openMembers(connected, hops) },
 		Pool: pool.Options{
-			State: sourcestate.Open(filepath.Join(s.directory, "upstreams")), Limiter: limiter,
+			State: sourcestate.Open(filepath.Join(s.directory, "upstreams")), Limiter: ratelimit.New(s.limitRate, 0),
 			OnFault: func(source string, err error) {
 				s.log.Error("upstream gave wrong bytes and is not asked again:", "url", source, "error", message.OfStore(source, err))
 			},
@@ -298,21 +298,21 @@ func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error
 
 // serveEndpoints serves the store on all endpoints until ctx is done, one of them fails, or the
 // store takes no more blocks. From then on, further signals end the program at once.
-func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from *relay.Relay, peers []peer, endpoints []*endpoint) (err error) {
-	logError, timeout := s.log.WarnError, messageTimeout(s.limitRate)
+func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from *relay.Relay, peers []*coap.Store, endpoints []*endpoint) (err error) {
+	limiter := ratelimit.New(s.limitRate, 0)
+	source := slower{fetch.Limited(store, limiter), store}
 	web := httpserver.New(httpserver.Config{
-		Source: store, Sink: store.Put, MaxConnections: s.maxConnections, RequestTimeout: timeout, Log: logError, Wrap: s.log.requests,
+		Source: source, Sink: store.Put, MaxConnections: s.maxConnections, Log: s.log.WarnError, Wrap: s.log.requests,
 	})
 	started := time.Now()
-	var coap *coapserver.Server
-	collect := func() []status.Section { return s.sections(started, store, from, coap, web) }
-	coap = coapserver.New(coapserver.Config{
-		Source:         store,
+	var blocks *coapserver.Server
+	collect := func() []status.Section { return s.sections(started, store, from, blocks, web) }
+	blocks = coapserver.New(coapserver.Config{
+		Source:         source,
 		Sink:           store,
 		Document:       coapserver.Document{Path: []string{statisticsPath}, Format: coapmessage.AppOctets, Text: func() []byte { return packed(collect()) }},
 		MaxConnections: s.maxConnections,
-		MessageTimeout: timeout,
-		Log:            logError,
+		Log:            s.log.WarnError,
 		Requested:      s.log.blocks(),
 	})
 	ctx, stop := context.WithCancel(ctx)
@@ -322,19 +322,19 @@ func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from 
 	for _, e := range endpoints {
 		e.Document = e.scheme == "coap+unix"
 		if e.relay && from != nil {
-			e.Relay = from.For
+			e.Relay = func(client string, hops int) fetch.Source { return fetch.Limited(from.For(client, hops), limiter) }
 		}
 		group.Go(func() {
 			var err error
 			switch {
 			case e.packets != nil:
-				err = coap.ServePacket(e.packets, e.Access)
+				err = blocks.ServePacket(e.packets, e.Access)
 			case e.scheme == "coap+ws":
-				err = coap.ServeWebSocket(e.listener, e.Access)
+				err = blocks.ServeWebSocket(e.listener, e.Access)
 			case e.scheme == "http":
 				err = web.Serve(ctx, e.listener, httpserver.Access{Get: e.Get, Put: e.Put, Relay: e.Relay, Hosts: e.Hosts})
 			default:
-				err = coap.Serve(e.listener, e.Access)
+				err = blocks.Serve(e.listener, e.Access)
 			}
 			if err != nil {
 				failed <- fmt.Errorf("serving on %v: %w", e, err)
@@ -358,7 +358,7 @@ func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from 
 		})
 	}
 	for _, p := range peers {
-		group.Go(func() { p.serve(ctx, coap, s.log) })
+		group.Go(func() { servePeer(ctx, p, blocks, s.log) })
 	}
 	s.log.notify("READY=1")
 	check := time.NewTicker(checkPeriod)
@@ -380,19 +380,14 @@ func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from 
 	graceful, cancel := context.WithTimeout(context.Background(), stopTime)
 	defer cancel()
 	// What was acknowledged is durable already; clients that do not go are cut off.
-	_ = coap.Shutdown(graceful)
+	_ = blocks.Shutdown(graceful)
 	group.Wait()
 	web.Close()
 	return err
 }
 
-// messageTimeout returns how long a client may take for a message, given the limit of bytes per
-// second, 0 if there is none. It must not be cut off because it has to share the rate with many
-// others.
-func messageTimeout(rate int64) time.Duration {
-	const shared = 64 << 20 // 256 KiB for each of 256 connections
-	if rate <= 0 {
-		return time.Minute
-	}
-	return min(max(time.Minute, time.Duration(shared/float64(rate)*float64(time.Second))), time.Hour)
+// slower is a store with a limit to how many bytes of blocks are got from it.
+type slower struct {
+	fetch.Source
+	fetch.Haver
 }
