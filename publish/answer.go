@@ -165,30 +165,29 @@ func (s *Server) nar(w http.ResponseWriter, r *http.Request, compression string)
 		s.failed(w, r, err)
 		return
 	}
-	n := &narContent{ctx: r.Context(), server: s, path: s.file(item.StorePath), compression: compression}
-	n.tag = narTag(item.NarDigest, compression)
-	known, size := true, int64(item.NarSize)
-	if compression != "none" {
-		size, known = s.size(n.tag)
+	n := &narContent{ctx: r.Context(), path: s.file(item.StorePath), compression: compression}
+	part := r.Header.Get("Range") != ""
+	whole := false // of a size that is not known, and need not be
+	if compression == "none" {
+		n.size = int64(item.NarSize)
+	} else {
+		whole = !part && r.Header.Get("If-None-Match") == ""
 	}
-	n.size = size
-	// The size need not be known to send the whole.
-	whole := !known && r.Header.Get("Range") == "" && r.Header.Get("If-None-Match") == ""
-	if (compression != "none" || r.Header.Get("Range") != "") && !(whole && r.Method == http.MethodHead) {
+	if (compression != "none" || part) && !(whole && r.Method == http.MethodHead) {
 		release, ok := s.slot(w, r)
 		if !ok {
 			return
 		}
 		defer release()
 	}
-	s.narHeader(w, n.tag)
+	s.narHeader(w, narTag(item.NarDigest, compression))
 	w.Header().Set("Accept-Ranges", "bytes")
 	switch {
 	case !whole:
 		http.ServeContent(w, r, "", time.Time{}, n)
 		err = n.close()
 	case r.Method == http.MethodGet:
-		_, err = n.measure(w)
+		err = writeNar(w, n.path, compression)
 	}
 	if err != nil {
 		if r.Context().Err() == nil {
@@ -264,21 +263,11 @@ func (s *Server) slot(w http.ResponseWriter, r *http.Request) (release func(), o
 	return release, err == nil
 }
 
-// size returns the size of a compressed nar, if it is known.
-func (s *Server) size(tag string) (size int64, known bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	size, known = s.sizes[tag]
-	return size, known
-}
-
 // A narContent is a nar as an io.ReadSeeker, for [http.ServeContent]: it is made from its beginning
 // when it is read, and what is before the offset is dropped. It must be closed.
 type narContent struct {
 	ctx               context.Context
-	server            *Server
 	path, compression string
-	tag               string
 	size              int64 // 0: not known
 
 	offset int64
@@ -286,27 +275,15 @@ type narContent struct {
 	done   chan error
 }
 
-// measure writes the nar, and keeps its size.
-func (n *narContent) measure(w io.Writer) (size int64, err error) {
-	count := &skipper{w: w}
-	if err := writeNar(count, n.path, n.compression); err != nil {
-		return 0, err
-	}
-	n.server.mu.Lock()
-	defer n.server.mu.Unlock()
-	keep(n.server.sizes, n.tag, count.offset, maxKept)
-	return count.offset, nil
-}
-
 // Seek implements io.Seeker. The size is found out by making the nar, if it is not known.
 func (n *narContent) Seek(offset int64, whence int) (int64, error) {
 	if whence == io.SeekEnd {
 		if n.size == 0 {
-			v, err, _ := n.server.walking.Do(n.tag, func() (any, error) { return n.measure(io.Discard) })
-			if err != nil {
+			count := &skipper{w: io.Discard}
+			if err := writeNar(nar.Until(n.ctx, count), n.path, n.compression); err != nil {
 				return 0, err
 			}
-			n.size = v.(int64)
+			n.size = count.offset
 		}
 		offset += n.size
 	}

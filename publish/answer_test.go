@@ -128,7 +128,9 @@ func checkParts(t *testing.T, first, second string) {
 	}
 	for _, fields := range [][]string{nil, {"Range: bytes=7-"}} {
 		status, header, body := request(t, "HEAD", second, fields...)
-		if status != 200 || header.Get("Etag") != tag || body != "" || header.Get("Content-Length") != fmt.Sprint(n) {
+		length := header.Get("Content-Length")
+		live := length == "" && strings.Contains(second, "/nar/") // and compressed, perhaps
+		if status != 200 || header.Get("Etag") != tag || body != "" || length != fmt.Sprint(n) && !live {
 			t.Errorf("%s: HEAD: status %d, header %v", second, status, header)
 		}
 	}

@@ -6,14 +6,12 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"path/filepath"
-	"slices"
 	"sync"
 	"time"
 
@@ -137,8 +135,6 @@ type known struct {
 	Store string `json:"store"`
 	// Nar is what is known of the compressed nar, if that is encoded too.
 	Nar *knownNar `json:"nar,omitempty"`
-	// Item is what the narinfo says beside, once there has been one.
-	Item *knownItem `json:"item,omitempty"`
 	// Sum is the SHA-256 of the rest, so that damage is noticed.
 	Sum string `json:"sum"`
 }
@@ -173,19 +169,6 @@ func (c *Capabilities) current(n *knownNar) bool {
 		return n != nil && n.Form == upstreamForm
 	}
 	return c.Nar != "" && n != nil && n.Compression == c.Nar && n.Form == compressedForm
-}
-
-// knownItem is what is known of an item for when it has gone.
-type knownItem struct {
-	StorePath  string   `json:"storePath"`
-	NarSize    uint64   `json:"narSize"`
-	References []string `json:"references"`
-	Deriver    string   `json:"deriver,omitempty"`
-}
-
-func (i *knownItem) equal(other *knownItem) bool {
-	return other != nil && i.StorePath == other.StorePath && i.NarSize == other.NarSize && i.Deriver == other.Deriver &&
-		slices.Equal(i.References, other.References)
 }
 
 const (
@@ -279,40 +262,6 @@ func (c *Capabilities) lookUp(hashPart string) (k known, ok bool) {
 	}
 	keep(c.known, hashPart, k, maxKnown)
 	return k, true
-}
-
-// keepItem records what the narinfo of an item says, for when the item has gone from the store but
-// its blocks have not; see gone. The capability of the item must be known, and there must be a
-// store for blocks, or it does nothing.
-func (c *Capabilities) keepItem(path string, n *narinfo.Narinfo) {
-	k, ok := c.lookUp(hashPartOf(path))
-	item := &knownItem{n.StorePath, n.NarSize, n.References, n.Deriver}
-	if !ok || c.store == nil || k.StorePath != path || item.equal(k.Item) {
-		return
-	}
-	k.Item = item
-	c.keep(k)
-}
-
-// gone returns an item that is not in the store any more, if it can still be had from the blocks
-// that were put into our store: as far as the root block, which it asks for, can tell.
-func (c *Capabilities) gone(ctx context.Context, hashPart string) (n *narinfo.Narinfo, ok bool) {
-	k, ok := c.lookUp(hashPart)
-	if !ok || k.Item == nil || c.store == nil || k.Store != storeName(c.store) {
-		return nil, false
-	}
-	capability, err := eris.ParseURN(k.URN)
-	if err != nil {
-		return nil, false
-	}
-	n = &narinfo.Narinfo{StorePath: k.Item.StorePath, NarSize: k.Item.NarSize, NarSizeKnown: true, References: k.Item.References, Deriver: k.Item.Deriver}
-	if digest, err := hex.DecodeString(k.NarHash); err != nil || copy(n.NarDigest[:], digest) != len(n.NarDigest) {
-		return nil, false
-	}
-	ctx, cancel := context.WithTimeout(ctx, maxWait)
-	defer cancel()
-	_, err = fetch.Get(ctx, c.store, capability.Root, capability.BlockSize, make([]byte, 0, capability.BlockSize))
-	return n, err == nil
 }
 
 func (c *Capabilities) file(hashPart string) string {

@@ -90,7 +90,6 @@ type Server struct {
 
 	mu       sync.Mutex
 	archives map[string]archive // by path
-	sizes    map[string]int64   // of compressed nars, by ETag
 }
 
 // archive is what is known of the archive of an item that is, or was, in the store.
@@ -102,7 +101,7 @@ type archive struct {
 }
 
 const (
-	// maxKept is how many archives, and sizes, are kept in memory.
+	// maxKept is how many archives are kept in memory.
 	maxKept = 10000
 	// compressingPerCore is how many nars are compressed at a time for each core. More than one,
 	// because clients take them slowly.
@@ -137,7 +136,7 @@ func NewServer(o ServerOptions) (*Server, error) {
 		o: o, mux: http.NewServeMux(),
 		compressing: admission.NewSlots(compressingPerCore * runtime.GOMAXPROCS(0)),
 		walkers:     make(chan struct{}, runtime.GOMAXPROCS(0)),
-		archives:    map[string]archive{}, sizes: map[string]int64{},
+		archives:    map[string]archive{},
 	}
 	s.mux.HandleFunc("GET /{$}", s.welcome)
 	s.mux.HandleFunc("GET /nix-cache-info", s.cacheInfo)
@@ -253,20 +252,13 @@ func (s *Server) narinfo(w http.ResponseWriter, r *http.Request) {
 	serveText(w, r, text)
 }
 
-// gone makes the narinfo of an item that has left the store, if it can be had from its blocks or as
-// a nar that is kept.
+// gone makes the narinfo of an item that has left the store, if its nars are kept.
 func (s *Server) gone(ctx context.Context, hashPart string) (string, error) {
 	item, err := s.kept(ctx, hashPart)
-	var capabilities []narinfo.ERIS
-	if s.o.Capabilities != nil {
-		if n, ok := s.o.Capabilities.gone(ctx, hashPart); ok && narinfo.CheckStorePath(s.o.StoreDir, n.StorePath) == nil {
-			item, err, capabilities = n, nil, s.o.Capabilities.values(n.StorePath)
-		}
-	}
 	if err != nil {
 		return "", err
 	}
-	return s.sign(item, capabilities)
+	return s.sign(item, nil)
 }
 
 // narinfoName returns the hash part in the file name of a narinfo. What it returns has nothing in
@@ -406,11 +398,7 @@ func (s *Server) text(ctx context.Context, item *narinfo.Narinfo) (text string, 
 	if errors.Is(err, errOtherContents) {
 		return "", false, fmt.Errorf("%w: %w", ErrNoItem, err)
 	}
-	// Without it, the nar can still be had.
-	if complete {
-		s.o.Capabilities.keepItem(path, item)
-	}
-	text, err = s.sign(item, values)
+	text, err = s.sign(item, values) // without it, the nar can still be had
 	return text, complete, err
 }
 

@@ -228,19 +228,10 @@ func (s *Server) get(ctx context.Context, l *lookup, r getRequest, f form) (code
 		options = coap.AppendUintOption(nil, 0, message.ContentFormat, uint32(document.Format))
 		return f.cut(options, message.ContentFormat, document.Text(), r.block2)
 	}
-	block, ok := []byte(nil), false
-	if r.block2.Number != 0 {
-		block, ok = s.recent.get(r.ref, l.memory[:0])
-	}
-	if !ok {
-		block, code = s.find(ctx, l, r)
-		s.requested(r.client, "GET", r.ref, code)
-		if code != codes.Content {
-			return code, nil, nil
-		}
-		if r.block2.Present && len(block) > r.block2.Unit() {
-			s.recent.add(r.ref, block)
-		}
+	block, code := s.find(ctx, l, r)
+	s.requested(r.client, "GET", r.ref, code)
+	if code != codes.Content {
+		return code, nil, nil
 	}
 	return f.cut(slices.Clip(maxAgeOption), message.MaxAge, block, r.block2)
 }

@@ -139,7 +139,6 @@ type Server struct {
 	pool    *sync.Pool // of memory for answers
 	batches sync.Pool  // of *batch
 	lookups sync.Pool  // of *lookup
-	recent  recent
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
