@@ -60,7 +60,6 @@ func (c *change) count(committed bool) {
 		s.Damaged += c.damaged
 		if committed {
 			s.Evicted += c.evicted
-			s.Commits++
 			s.hold(c.state)
 		}
 	})

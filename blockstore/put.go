@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"sync/atomic"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
@@ -19,8 +18,8 @@ import (
 // and not written again.
 //
 // All blocks that are put at a time share a commit, so throughput comes from many calls at a time,
-// or [Store.PutBatch]. If the context ends while the block waits, Put returns its cause; if it ends
-// later, Put returns the outcome a little later.
+// or [Store.PutBatch]. If the context ends while there is no room for the block, Put returns its
+// cause; if it ends later, Put returns the outcome a little later.
 func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error {
 	return s.PutBatch(ctx, []eris.Reference{ref}, [][]byte{block})
 }
@@ -37,19 +36,19 @@ func (s *Store) PutBatch(ctx context.Context, refs []eris.Reference, blocks [][]
 	}
 	done := make(chan error, len(refs))
 	requests := make([]request, len(refs))
-	var failure error
+	var err error
 	for i := range requests {
-		r := &requests[i]
-		r.ref, r.block, r.sum, r.done = refs[i], blocks[i], checksum(&refs[i], blocks[i]), done
-		if failure == nil {
-			failure = s.send(ctx, r)
+		requests[i] = request{ref: refs[i], block: blocks[i], sum: checksum(&refs[i], blocks[i]), done: done}
+		if err == nil {
+			err = s.send(ctx, &requests[i])
 		}
-		if failure != nil {
-			r.claimed.Store(true)
-			done <- failure
+		if err != nil {
+			done <- err
 		}
 	}
-	err := wait(ctx, requests, done)
+	for range requests {
+		err = cmp.Or(err, <-done)
+	}
 	switch {
 	case err == nil:
 		return nil
@@ -79,16 +78,13 @@ type request struct {
 	sum   uint32
 	done  chan<- error // gets the outcome, for which it has room
 
-	claimed atomic.Bool // by the writer, or by a caller who no longer waits
-
 	// Of the writer.
 	outcome error // if not that of the commit
 	known   bool  // the outcome does not depend on the commit
 	same    *request
 }
 
-// send hands a request to the writer, which completes it unless the owner claims it first. It waits
-// for room.
+// send hands a request to the writer, which completes it. It waits for room.
 func (s *Store) send(ctx context.Context, r *request) error {
 	if err := s.Err(); err != nil {
 		return err
@@ -109,25 +105,4 @@ func (s *Store) send(ctx context.Context, r *request) error {
 		s.room.Release(int64(len(r.block)))
 		return context.Cause(ctx)
 	}
-}
-
-// wait waits until the requests are done, or have been taken back because the context ended, and
-// returns the first error.
-func wait(ctx context.Context, requests []request, done chan error) (err error) {
-	ended := ctx.Done()
-	for left := len(requests); left > 0; {
-		select {
-		case outcome := <-done:
-			err = cmp.Or(err, outcome)
-			left--
-		case <-ended:
-			ended = nil
-			for i := range requests {
-				if requests[i].claimed.CompareAndSwap(false, true) {
-					done <- context.Cause(ctx)
-				}
-			}
-		}
-	}
-	return err
 }

@@ -22,7 +22,6 @@ type Stats struct {
 	Puts       int64 // blocks that were acknowledged, duplicates among them
 	Duplicates int64 // blocks that were there already
 	Failed     int64 // blocks that could not be stored
-	Commits    int64 // transactions
 	Queued     int   // requests that wait for a transaction, at the moment
 
 	Evicted int64 // blocks that made room for others

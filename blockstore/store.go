@@ -84,8 +84,7 @@ type Store struct {
 	reads      [readShares]readShare // by reference, so that cores do not fight over them
 	progress   progress
 
-	closeOnce sync.Once
-	closed    error
+	close func() error // end, once
 }
 
 // Open opens the store in a directory, which it makes if need be. Errors wrap [files.ErrLocked] if
@@ -136,7 +135,7 @@ func open(directory string, options Options) (_ *Store, err error) {
 	if err := s.openFiles(); err != nil {
 		return nil, err
 	}
-	s.writer.store = s
+	s.writer.store, s.close = s, sync.OnceValue(s.end)
 	s.progress.stats.hold(s.writer.state)
 	ctx, cancel := context.WithCancel(context.Background())
 	s.endCheck = cancel
@@ -189,19 +188,19 @@ func (s *Store) openFiles() error {
 // error if the times of access or the checksum of the index, which is read for that, could not be
 // saved, or a file could not be closed; blocks that were acknowledged are durable in any case.
 // Further calls return the same again.
-func (s *Store) Close() error {
-	s.closeOnce.Do(func() {
-		s.gate.Lock()
-		s.shut = true
-		close(s.queue)
-		s.gate.Unlock()
-		s.endCheck()
-		s.running.Wait()
-		if s.closed = errors.Join(s.final, s.closeFiles()); s.closed != nil {
-			s.closed = fmt.Errorf("closing block store %q: %w", s.directory, s.closed)
-		}
-	})
-	return s.closed
+func (s *Store) Close() error { return s.close() }
+
+func (s *Store) end() error {
+	s.gate.Lock()
+	s.shut = true
+	close(s.queue)
+	s.gate.Unlock()
+	s.endCheck()
+	s.running.Wait()
+	if err := errors.Join(s.final, s.closeFiles()); err != nil {
+		return fmt.Errorf("closing block store %q: %w", s.directory, err)
+	}
+	return nil
 }
 
 func (s *Store) closeFiles() error {

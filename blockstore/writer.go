@@ -72,33 +72,24 @@ func (w *writer) run(ctx context.Context) error {
 func (w *writer) collect(first *request) []*request {
 	// Those who were waiting for the last commit may be about to come back.
 	runtime.Gosched()
-	var batch []*request
-	space := w.batchBytes()
-	for r := first; ; {
-		switch {
-		case !r.claimed.CompareAndSwap(false, true):
-			w.store.room.Release(int64(len(r.block))) // nobody waits for it
-		default:
-			batch = append(batch, r)
-			space -= int64(len(r.block))
-		}
-		if len(batch) == maxBatchBlocks {
-			return batch
-		}
+	batch, space := []*request{first}, w.batchBytes()-int64(len(first.block))
+	for len(batch) < maxBatchBlocks {
 		select {
 		case next, ok := <-w.store.queue:
 			if !ok {
 				return batch
 			}
-			if len(batch) > 0 && int64(len(next.block)) > space {
+			if int64(len(next.block)) > space {
 				w.next = next
 				return batch
 			}
-			r = next
+			batch = append(batch, next)
+			space -= int64(len(next.block))
 		default:
 			return batch
 		}
 	}
+	return batch
 }
 
 // do does a batch of requests and completes them.

@@ -23,11 +23,9 @@
 //
 //	blocks | entries | paths | items | footer
 //
-// The blocks are those that are kept, item by item. An entry has the first 8 bytes of a reference,
-// 4 bytes that say in which file the leaf is, by where its path begins among the paths, and 4 bytes
-// with its number, or that it is an inner node; or that it is a block of the run, and where.
-// Entries are sorted, and of every 64th one the beginning of the reference is in memory. Behind the
-// path of a file with blocks of 32 KiB are the keys of its leaves. The items are names, and where
-// the blocks and paths of each begin. The footer has lengths and a checksum (CRC-32C) of all but
-// the blocks, which name themselves.
+// The blocks are those that are kept, item by item. Entries are sorted; each has 8 bytes of a
+// reference, and where in the paths its file is, or in the blocks it is itself. Behind the path of
+// a file with blocks of 32 KiB are the keys of its leaves. The items are names, and where the
+// blocks and paths of each begin. The footer has lengths and a checksum (CRC-32C) of all but the
+// blocks, which name themselves.
 package items
