@@ -76,7 +76,6 @@ type Store struct {
 	writer   writer
 	endCheck context.CancelFunc // ends the writer's check of the index
 	running  sync.WaitGroup     // of the writer
-	final    error              // of the writer, once it has ended
 
 	failure    atomic.Pointer[error] // why no more is written, if so
 	committing atomic.Bool           // the writer is at work
@@ -139,7 +138,7 @@ func open(directory string, options Options) (_ *Store, err error) {
 	s.progress.stats.hold(s.writer.state)
 	ctx, cancel := context.WithCancel(context.Background())
 	s.endCheck = cancel
-	s.running.Go(func() { s.final = s.writer.run(ctx) })
+	s.running.Go(func() { s.writer.run(ctx) })
 	return s, nil
 }
 
@@ -148,8 +147,7 @@ func (s *Store) openFiles() error {
 	path := filepath.Join(s.directory, indexName)
 	if _, err := os.Stat(path); errors.Is(err, os.ErrNotExist) {
 		for c := range classes {
-			name, _ := slabNames(c)
-			if info, err := os.Stat(filepath.Join(s.directory, name)); err == nil && info.Size() > 0 {
+			if info, err := os.Stat(filepath.Join(s.directory, slabName(c))); err == nil && info.Size() > 0 {
 				return fmt.Errorf("%w: there are blocks, but %s is missing", ErrDamaged, indexName)
 			}
 		}
@@ -174,7 +172,7 @@ func (s *Store) openFiles() error {
 		if n := slotsTaken(taken[c]); n != s.writer.state.blocks[c] {
 			return fmt.Errorf("%w: %d blocks in %d slots", ErrDamaged, s.writer.state.blocks[c], n)
 		}
-		s.slabs[c], err = openSlab(s.directory, c, taken[c], s.options.now())
+		s.slabs[c], err = openSlab(s.directory, c, taken[c])
 		if errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("%w: it has blocks of %d bytes, and their file is missing", ErrDamaged, c.size())
 		} else if err != nil {
@@ -185,9 +183,9 @@ func (s *Store) openFiles() error {
 }
 
 // Close lets calls of Put that are under way come to their end, and closes the store. It returns an
-// error if the times of access or the checksum of the index, which is read for that, could not be
-// saved, or a file could not be closed; blocks that were acknowledged are durable in any case.
-// Further calls return the same again.
+// error if the checksum of the index, which is read for that, could not be saved, or a file could
+// not be closed; blocks that were acknowledged are durable in any case. Further calls return the
+// same again.
 func (s *Store) Close() error { return s.close() }
 
 func (s *Store) end() error {
@@ -197,7 +195,7 @@ func (s *Store) end() error {
 	s.gate.Unlock()
 	s.endCheck()
 	s.running.Wait()
-	if err := errors.Join(s.final, s.closeFiles()); err != nil {
+	if err := s.closeFiles(); err != nil {
 		return fmt.Errorf("closing block store %q: %w", s.directory, err)
 	}
 	return nil
@@ -210,7 +208,7 @@ func (s *Store) closeFiles() error {
 	}
 	for _, slab := range s.slabs {
 		if slab != nil {
-			err = errors.Join(err, slab.close())
+			err = errors.Join(err, slab.file.Close())
 		}
 	}
 	if s.lock != nil {
