@@ -115,8 +115,7 @@ type Capabilities struct {
 
 	encodings *tasks.Tasks // by path and hash
 
-	mu    sync.Mutex
-	known map[string]known // by hash part
+	mu sync.Mutex
 	// For how long requests may wait, as it was when one began to.
 	waiting time.Duration
 	waited  time.Time
@@ -168,15 +167,11 @@ func (c *Capabilities) current(n *knownNar) bool {
 	if c.upstreamNar != nil {
 		return n != nil && n.Form == upstreamForm
 	}
-	return c.Nar != "" && n != nil && n.Compression == c.Nar && n.Form == compressedForm
+	return n != nil && n.Compression == c.Nar && n.Form == compressedForm
 }
 
-const (
-	// maxKnown is how many capabilities are kept in memory.
-	maxKnown = 100000
-	// maxKnownFile is how long the file of one may be, in bytes.
-	maxKnownFile = 2 * narinfo.MaxSize
-)
+// maxKnownFile is how long a file with what is known may be, in bytes.
+const maxKnownFile = 2 * narinfo.MaxSize
 
 // NewCapabilities returns the capabilities that directory knows; it is created when there is
 // something to keep. Blocks of items that are encoded, workers at a time, at least 1, are put into
@@ -184,8 +179,8 @@ const (
 func NewCapabilities(directory string, store fetch.Store, workers int, log func(format string, a ...any)) *Capabilities {
 	return &Capabilities{
 		directory: directory, store: store, log: log,
-		encodings: tasks.New(workers, log), known: map[string]known{},
-		waiting: maxWait, waited: time.Now(),
+		encodings: tasks.New(workers, log),
+		waiting:   maxWait, waited: time.Now(),
 	}
 }
 
@@ -202,88 +197,67 @@ func storeName(store fetch.Store) string {
 	return fmt.Sprintf("%x", sum[:16])
 }
 
-// Known returns the capability of a store item with the given NarHash if it need not be computed.
-func (c *Capabilities) Known(path string, narHash [sha256.Size]byte) (eris.ReadCapability, bool) {
-	k, ok := c.lookUp(hashPartOf(path))
-	if !ok || k.StorePath != path || k.NarHash != fmt.Sprintf("%x", narHash) || c.store != nil && k.Store != storeName(c.store) {
-		return eris.ReadCapability{}, false
-	}
-	if (c.Nar != "" || c.upstreamNar != nil) && !c.current(k.Nar) {
-		return eris.ReadCapability{}, false
-	}
-	capability, err := eris.ParseURN(k.URN)
-	return capability, err == nil
-}
-
-// values returns what narinfos say of an item of which the capability is known.
-func (c *Capabilities) values(path string) []narinfo.ERIS {
-	k, ok := c.lookUp(hashPartOf(path))
-	if !ok {
-		return nil
-	}
-	values := []narinfo.ERIS{{URN: k.URN}}
-	if c.current(k.Nar) && k.Nar.URN != "" {
-		kind, _ := splitCompression(k.Nar.Compression)
-		values = append(values, narinfo.ERIS{URN: k.Nar.URN, Form: "nar." + kind, Size: k.Nar.Size})
-	}
-	return values
-}
-
-// lookUp returns what is known of an item.
-func (c *Capabilities) lookUp(hashPart string) (k known, ok bool) {
-	c.mu.Lock()
-	k, ok = c.known[hashPart]
-	c.mu.Unlock()
-	if ok {
-		return k, true
-	}
-	text, err := files.ReadState(c.file(hashPart), maxKnownFile)
-	if err == nil {
-		if err = json.Unmarshal(text, &k); err == nil {
-			var same []byte
-			if same, err = k.text(); err == nil && !bytes.Equal(same, text) {
-				err = errors.New("does not have the sum that it states")
-			}
-		}
-		if err != nil {
-			err = fmt.Errorf("%s is damaged: %w", c.file(hashPart), err)
-		}
-	}
+// Known returns what narinfos say of a store item with the given NarHash if it need not be computed.
+func (c *Capabilities) Known(path string, narHash [sha256.Size]byte) (values []narinfo.ERIS, ok bool) {
+	k, err := c.read(hashPartOf(path))
 	if err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {
 			c.log("%v", err)
 		}
-		return known{}, false
+		return nil, false
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if newer, ok := c.known[hashPart]; ok { // it has been found out meanwhile
-		return newer, true
+	if k.StorePath != path || k.NarHash != fmt.Sprintf("%x", narHash) || c.store != nil && k.Store != storeName(c.store) {
+		return nil, false
 	}
-	keep(c.known, hashPart, k, maxKnown)
-	return k, true
+	values = []narinfo.ERIS{{URN: k.URN}}
+	if c.Nar == "" && c.upstreamNar == nil {
+		return values, true
+	}
+	if !c.current(k.Nar) {
+		return nil, false
+	}
+	if k.Nar.URN != "" {
+		kind, _ := splitCompression(k.Nar.Compression)
+		values = append(values, narinfo.ERIS{URN: k.Nar.URN, Form: "nar." + kind, Size: k.Nar.Size})
+	}
+	return values, true
+}
+
+// read returns what is on disk of an item.
+func (c *Capabilities) read(hashPart string) (k known, err error) {
+	text, err := files.ReadState(c.file(hashPart), maxKnownFile)
+	if err != nil {
+		return k, err
+	}
+	if err = json.Unmarshal(text, &k); err == nil {
+		var same []byte
+		if same, err = k.text(); err == nil && !bytes.Equal(same, text) {
+			err = errors.New("does not have the sum that it states")
+		}
+	}
+	if err != nil {
+		err = fmt.Errorf("%s is damaged: %w", c.file(hashPart), err)
+	}
+	return k, err
 }
 
 func (c *Capabilities) file(hashPart string) string {
 	return filepath.Join(c.directory, hashPart+".json")
 }
 
-// keep keeps what is known of an item in memory and on disk.
-func (c *Capabilities) keep(k known) {
-	hashPart := hashPartOf(k.StorePath)
-	c.mu.Lock()
-	keep(c.known, hashPart, k, maxKnown)
-	c.mu.Unlock()
+// keep writes what is known of an item to disk.
+func (c *Capabilities) keep(k known) error {
 	text, err := k.text()
 	if err == nil {
 		err = files.MakeDirectory(c.directory)
 	}
 	if err == nil {
-		err = writeFile(c.file(hashPart), 0o600, string(text))
+		err = writeFile(c.file(hashPartOf(k.StorePath)), 0o600, string(text))
 	}
 	if err != nil {
-		c.log("what is known of %s cannot be kept: %v", k.StorePath, err)
+		err = fmt.Errorf("what is known of %s cannot be kept: %w", k.StorePath, err)
 	}
+	return err
 }
 
 const (
@@ -329,16 +303,18 @@ func (c *Capabilities) FindSoon(ctx context.Context, path string, narHash [sha25
 // or, if its archive has more than waitFor bytes, later; it is not complete as long as that goes
 // on.
 func (c *Capabilities) find(ctx context.Context, path string, n *narinfo.Narinfo, waitFor uint64) (values []narinfo.ERIS, complete bool, err error) {
-	if _, ok := c.Known(path, n.NarDigest); !ok {
-		if n.NarSize > waitFor {
-			c.FindLater(path, n.NarDigest)
-			return nil, false, nil
-		}
-		if found, err := c.FindSoon(ctx, path, n.NarDigest); !found {
-			return nil, false, err
-		}
+	if values, complete = c.Known(path, n.NarDigest); complete {
+		return values, true, nil
 	}
-	return c.values(path), true, nil
+	if n.NarSize > waitFor {
+		c.FindLater(path, n.NarDigest)
+		return nil, false, nil
+	}
+	if found, err := c.FindSoon(ctx, path, n.NarDigest); !found {
+		return nil, false, err
+	}
+	values, complete = c.Known(path, n.NarDigest)
+	return values, complete, nil
 }
 
 // FindLater has an item encoded in the background, unless it is being encoded, or could not be a
@@ -385,10 +361,10 @@ func (c *Capabilities) encode(ctx context.Context, path string, narHash [sha256.
 	} else {
 		_, err = putBlocks(ctx, c.store, path, encode)
 	}
-	if err == nil {
-		c.keep(k)
+	if err != nil {
+		return err
 	}
-	return err
+	return c.keep(k)
 }
 
 // putBlocks puts the blocks that encode makes of something into a store. Nobody may hear of them

@@ -353,7 +353,10 @@ func (s *Server) walk(path string, info os.FileInfo, hash bool) (archive, error)
 		a.file = info
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		keep(s.archives, path, a, maxKept)
+		if len(s.archives) >= maxKept {
+			clear(s.archives)
+		}
+		s.archives[path] = a
 		return a, nil
 	})
 	return v.(archive), err
@@ -374,14 +377,6 @@ func walk(path string, hash bool) (a archive, err error) {
 		err = nil
 	}
 	return a, err
-}
-
-// keep puts something into a map of at most so many.
-func keep[V any](kept map[string]V, key string, value V, most int) {
-	if len(kept) >= most {
-		clear(kept)
-	}
-	kept[key] = value
 }
 
 // file is where a store item is.
