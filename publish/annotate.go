@@ -9,10 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log"
-	"net"
 	"net/http"
-	"net/http/httputil"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -49,19 +46,16 @@ type AnnotatorOptions struct {
 // An Annotator passes on the narinfos of another server, unchanged but for a field ERIS below the
 // signature of each item that is in the local store with the same contents. It needs no key:
 // whoever uses the capability checks what it gets against the NarHash that the other server has
-// signed. Everything else, nars above all, is redirected to that server; or passed on, if that
-// server is on the loopback interface, where clients would not find it. It is an http.Handler.
+// signed. Everything else, nars above all, is redirected to that server. It is an http.Handler.
 type Annotator struct {
 	o        AnnotatorOptions
 	upstream *url.URL
 	client   *http.Client
-	nars     *mirror.Client         // nil if they are not encoded
-	proxy    *httputil.ReverseProxy // nil to redirect
+	nars     *mirror.Client // nil if they are not encoded
 }
 
 const (
-	// upstreamTimeout bounds the time for a narinfo, and for the head of an answer that is passed
-	// on.
+	// upstreamTimeout bounds the time for a narinfo.
 	upstreamTimeout = 30 * time.Second
 	// upstreamConnections bounds the connections to the other server, and maxUpstreamHeader the
 	// header of each answer, in bytes.
@@ -88,27 +82,7 @@ func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 		a.nars = mirror.NewClient(mirror.Options{Getenv: os.Getenv})
 		o.Capabilities.upstreamNar = a.encodeNar
 	}
-	if onLoopback(u.Hostname()) {
-		transport := transport.Clone() // nars must not take the connections of narinfos
-		transport.MaxConnsPerHost = 0
-		a.proxy = &httputil.ReverseProxy{
-			Rewrite:        func(r *httputil.ProxyRequest) { r.Out.URL, r.Out.Host = a.there(r.In.URL), "" },
-			Transport:      transport,
-			ModifyResponse: checkStatus,
-			ErrorLog:       log.New(io.Discard, "", 0), // clients see that what is cut off is not whole
-			ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
-				a.o.Log("%v", err)
-				http.Error(w, "no answer from "+u.Host, http.StatusBadGateway)
-			},
-		}
-	}
 	return a, nil
-}
-
-// onLoopback reports whether a host is this machine, as seen from itself.
-func onLoopback(host string) bool {
-	ip := net.ParseIP(host)
-	return ip.IsLoopback() || ip == nil && (host == "localhost" || strings.HasSuffix(host, ".localhost"))
 }
 
 // there returns where the other server has what is asked for here.
@@ -130,17 +104,9 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if a.o.Deltas != nil && a.o.Deltas.serve(w, r) {
 		return
 	}
-	if slices.Contains(strings.Split(r.URL.Path, "/"), "..") {
-		http.NotFound(w, r) // the other server has more, perhaps, than what is below its URL
-		return
-	}
 	there := a.there(r.URL)
 	if _, ok := narinfoName(strings.TrimPrefix(r.URL.Path, "/")); !ok {
-		if a.proxy != nil {
-			a.proxy.ServeHTTP(w, r)
-		} else {
-			http.Redirect(w, r, there.String(), http.StatusFound)
-		}
+		http.Redirect(w, r, there.String(), http.StatusFound)
 		return
 	}
 	response, text, err := a.get(r.Context(), there.String())
@@ -166,15 +132,6 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Write(text)
 }
 
-// checkStatus returns an error for an answer that cannot be passed on: net/http takes what has no
-// status as a fault of ours.
-func checkStatus(r *http.Response) error {
-	if r.StatusCode < 200 {
-		return fmt.Errorf("%s: status %03d", r.Request.URL.Redacted(), r.StatusCode)
-	}
-	return nil
-}
-
 // get gets what is no longer than a narinfo from the other server. That may have it elsewhere; but
 // it is a narinfo then, or else clients could have it show them what only this machine can reach.
 func (a *Annotator) get(ctx context.Context, url string) (response *http.Response, text []byte, err error) {
@@ -186,8 +143,8 @@ func (a *Annotator) get(ctx context.Context, url string) (response *http.Respons
 		return nil, nil, err
 	}
 	defer response.Body.Close()
-	if err := checkStatus(response); err != nil {
-		return nil, nil, err // before reading: the body of 101 is the connection, which has no end
+	if response.StatusCode < 200 { // the body of 101 is the connection, which has no end
+		return nil, nil, fmt.Errorf("%s: status %03d", response.Request.URL.Redacted(), response.StatusCode)
 	}
 	text, err = io.ReadAll(io.LimitReader(response.Body, narinfo.MaxSize+1))
 	if err == nil && len(text) > narinfo.MaxSize {
