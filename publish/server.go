@@ -225,16 +225,12 @@ func (s *Server) narinfo(w http.ResponseWriter, r *http.Request) {
 	complete := false
 	item, err := s.item(r.Context(), hashPart)
 	if err == nil {
-		kept := s.keepNars(item)
 		text, complete, err = s.text(r.Context(), item)
-		complete = complete && kept
-		if err == nil {
-			var all bool
-			text, all = s.o.Deltas.addTo(text, item)
-			complete = complete && all
-		}
 	} else if errors.Is(err, ErrNoItem) {
-		text, err = s.gone(r.Context(), hashPart)
+		// Perhaps it has left the store, and its nars are kept.
+		if item, err = s.kept(r.Context(), hashPart); err == nil {
+			text, err = s.sign(item, nil)
+		}
 	}
 	if err != nil {
 		if errors.Is(err, ErrNoItem) {
@@ -250,15 +246,6 @@ func (s *Server) narinfo(w http.ResponseWriter, r *http.Request) {
 	maxAge(w, ttl)
 	w.Header().Set("Content-Type", "application/x-nix-narinfo")
 	serveText(w, r, text)
-}
-
-// gone makes the narinfo of an item that has left the store, if its nars are kept.
-func (s *Server) gone(ctx context.Context, hashPart string) (string, error) {
-	item, err := s.kept(ctx, hashPart)
-	if err != nil {
-		return "", err
-	}
-	return s.sign(item, nil)
 }
 
 // narinfoName returns the hash part in the file name of a narinfo. What it returns has nothing in
@@ -384,17 +371,20 @@ func (s *Server) file(path string) string { return filepath.Join(s.o.Root, filep
 
 // text makes the narinfo of an item. It is not complete if there will be more in it soon.
 func (s *Server) text(ctx context.Context, item *narinfo.Narinfo) (text string, complete bool, err error) {
-	if s.o.Capabilities == nil {
-		text, err = s.sign(item, nil)
-		return text, true, err
+	kept, known := s.keepNars(item), true
+	var values []narinfo.ERIS
+	if s.o.Capabilities != nil {
+		values, known, err = s.o.Capabilities.find(ctx, s.file(item.StorePath), item, s.o.WaitFor)
+		if errors.Is(err, errOtherContents) {
+			return "", false, fmt.Errorf("%w: %w", ErrNoItem, err)
+		}
 	}
-	path := s.file(item.StorePath)
-	values, complete, err := s.o.Capabilities.find(ctx, path, item, s.o.WaitFor)
-	if errors.Is(err, errOtherContents) {
-		return "", false, fmt.Errorf("%w: %w", ErrNoItem, err)
+	// Without capabilities, the nar can still be had.
+	if text, err = s.sign(item, values); err != nil {
+		return "", false, err
 	}
-	text, err = s.sign(item, values) // without it, the nar can still be had
-	return text, complete, err
+	text, all := s.o.Deltas.addTo(text, item)
+	return text, known && kept && all, nil
 }
 
 // sign makes the narinfo of an item with read capabilities, or without any.
