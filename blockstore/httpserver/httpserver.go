@@ -146,91 +146,85 @@ func (s *Server) Close() error {
 	return nil
 }
 
+// A refusal is an answer without a block.
+type refusal struct {
+	status int
+	text   string
+}
+
 // Handler returns what answers requests, for servers that serve other things too: they bound
 // connections and times themselves. The server must be closed after them.
 func (s *Server) Handler(access Access) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if !s.requests.TryAcquire(1) {
-			w.Header().Set("Retry-After", "1")
-			http.Error(w, "too many requests at a time", http.StatusServiceUnavailable)
-			return
-		}
-		defer s.requests.Release(1)
-		memory := s.memory.Get().(*[eris.BlockSize32KiB + 1]byte)
-		defer s.memory.Put(memory)
-		switch {
-		case r.Method == http.MethodGet, r.Method == http.MethodHead:
-			s.get(w, r, access, memory[:0])
-		case r.Method == http.MethodPut:
-			s.put(w, r, access, memory[:])
-		case r.Method == http.MethodPost && r.URL.Path == HavePath:
-			s.have(w, r, access, memory[:fetch.MaxHave*fetch.HavePrefix+1])
-		default:
-			w.Header().Set("Allow", "GET, HEAD, PUT")
-			http.Error(w, "method is not known here", http.StatusMethodNotAllowed)
+		if refused := s.answer(w, r, access); refused != nil {
+			http.Error(w, refused.text, refused.status)
 		}
 	})
 }
 
-// Errors of parseQuery.
-var (
-	errCapability = errors.New("this server has blocks only, and decodes nothing")
-	errQuery      = errors.New("query is not urn:blake2b: and a reference")
-	errNoQuery    = errors.New("query has no reference")
-)
+func (s *Server) answer(w http.ResponseWriter, r *http.Request, access Access) *refusal {
+	if !s.requests.TryAcquire(1) {
+		w.Header().Set("Retry-After", "1")
+		return &refusal{http.StatusServiceUnavailable, "too many requests at a time"}
+	}
+	defer s.requests.Release(1)
+	memory := s.memory.Get().(*[eris.BlockSize32KiB + 1]byte)
+	defer s.memory.Put(memory)
+	switch {
+	case r.Method == http.MethodGet, r.Method == http.MethodHead:
+		return s.get(w, r, access, memory[:0])
+	case r.Method == http.MethodPut:
+		return s.put(w, r, access, memory[:])
+	case r.Method == http.MethodPost && r.URL.Path == HavePath:
+		return s.have(w, r, access, memory[:fetch.MaxHave*fetch.HavePrefix+1])
+	}
+	w.Header().Set("Allow", "GET, HEAD, PUT")
+	return &refusal{http.StatusMethodNotAllowed, "method is not known here"}
+}
 
 // maxQuery is the greatest length in bytes of a query that is looked at: the URN of a read
 // capability, the longest of the URNs that are understood, with every character percent-encoded.
 const maxQuery = 3 * 115
 
 // parseQuery reads the reference of a block from the query of a URL: the bare URN, without the name
-// of a parameter. Characters may be percent-encoded. It returns errNoQuery if the query is empty or
-// ends behind "urn:blake2b:", errCapability for the URN of a read capability, and errQuery for
-// anything else.
-func parseQuery(query string) (ref eris.Reference, err error) {
+// of a parameter. Characters may be percent-encoded. None is given if the query is empty or ends
+// behind "urn:blake2b:".
+func parseQuery(query string) (ref eris.Reference, given bool, refused *refusal) {
+	wrong := &refusal{http.StatusBadRequest, "query is not urn:blake2b: and a reference"}
 	if len(query) > maxQuery {
-		return ref, errQuery
+		return ref, false, wrong
 	}
 	urn, err := url.PathUnescape(query)
 	if err != nil {
-		return ref, errQuery
+		return ref, false, wrong
 	}
 	scheme := strings.ToLower(urn)
 	switch {
 	case urn == "" || scheme == "urn:blake2b:":
-		return ref, errNoQuery
+		return ref, false, nil
 	case strings.HasPrefix(scheme, "urn:eris:"):
-		return ref, errCapability
+		return ref, false, &refusal{http.StatusForbidden, "this server has blocks only, and decodes nothing"}
 	}
 	if ref, err = eris.ParseReferenceURN(urn); err != nil {
-		return ref, errQuery
+		return ref, false, wrong
 	}
-	return ref, nil
-}
-
-// refuseQuery answers to a query that parseQuery returned an error for.
-func refuseQuery(w http.ResponseWriter, err error) {
-	status := http.StatusBadRequest
-	if err == errCapability {
-		status = http.StatusForbidden
-	}
-	http.Error(w, err.Error(), status)
+	return ref, true, nil
 }
 
 // get answers a GET or HEAD. The memory has room for a block.
-func (s *Server) get(w http.ResponseWriter, r *http.Request, access Access, memory []byte) {
+func (s *Server) get(w http.ResponseWriter, r *http.Request, access Access, memory []byte) *refusal {
 	if r.URL.Path != Path {
-		http.Error(w, "there is nothing here but "+Path, http.StatusNotFound)
-		return
+		return &refusal{http.StatusNotFound, "there is nothing here but " + Path}
 	}
 	if !access.Get || s.config.Source == nil {
-		http.Error(w, "blocks are not to be had here", http.StatusForbidden)
-		return
+		return &refusal{http.StatusForbidden, "blocks are not to be had here"}
 	}
-	ref, err := parseQuery(r.URL.RawQuery)
-	if err != nil {
-		refuseQuery(w, err)
-		return
+	ref, given, refused := parseQuery(r.URL.RawQuery)
+	if refused != nil {
+		return refused
+	}
+	if !given {
+		return &refusal{http.StatusBadRequest, "query has no reference"}
 	}
 	source := s.config.Source
 	if access.Relay != nil {
@@ -245,11 +239,9 @@ func (s *Server) get(w http.ResponseWriter, r *http.Request, access Access, memo
 		if access.Relay != nil {
 			w.Header().Set("Cache-Control", "no-store") // somebody else may have it the next time
 		}
-		http.Error(w, "block is not here", http.StatusNotFound)
-		return
+		return &refusal{http.StatusNotFound, "block is not here"}
 	case err != nil:
-		s.refuseFault(w, r, fmt.Errorf("getting a block: %w", err), "block cannot be read")
-		return
+		return s.fault(r, fmt.Errorf("getting a block: %w", err), "block cannot be read")
 	}
 	header := w.Header()
 	// A block never changes, so its reference is all there is to know of its version.
@@ -260,24 +252,23 @@ func (s *Server) get(w http.ResponseWriter, r *http.Request, access Access, memo
 	if tags := r.Header["If-None-Match"]; tags != nil {
 		r.Header = http.Header{"If-None-Match": tags} // blocks go whole
 		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(block))
-		return
+		return nil
 	}
 	header.Set("Content-Length", strconv.Itoa(len(block)))
 	// net/http drops the body of the answer to HEAD.
 	_, _ = w.Write(block)
+	return nil
 }
 
 // have answers a POST, which asks which blocks are here. The memory has one byte more than the
 // longest question.
-func (s *Server) have(w http.ResponseWriter, r *http.Request, access Access, memory []byte) {
+func (s *Server) have(w http.ResponseWriter, r *http.Request, access Access, memory []byte) *refusal {
 	store, ok := s.config.Source.(fetch.Haver)
 	if !ok {
-		http.Error(w, "nobody knows here what there is", http.StatusNotFound)
-		return
+		return &refusal{http.StatusNotFound, "nobody knows here what there is"}
 	}
 	if !access.Get {
-		http.Error(w, "blocks are not to be had here", http.StatusForbidden)
-		return
+		return &refusal{http.StatusForbidden, "blocks are not to be had here"}
 	}
 	n, err := io.ReadFull(r.Body, memory)
 	answer, ok := []byte(nil), false
@@ -285,14 +276,14 @@ func (s *Server) have(w http.ResponseWriter, r *http.Request, access Access, mem
 		answer, ok = fetch.AnswerHave(store, memory[:n])
 	}
 	if !ok {
-		http.Error(w, "body is no question", http.StatusBadRequest)
-		return
+		return &refusal{http.StatusBadRequest, "body is no question"}
 	}
 	header := w.Header()
 	header.Set("Content-Type", "application/octet-stream")
 	header.Set("Cache-Control", "no-store")
 	header.Set("Content-Length", strconv.Itoa(len(answer)))
 	_, _ = w.Write(answer)
+	return nil
 }
 
 // hops returns through how many servers a request may go, this one among them; 0 if it does not
@@ -315,53 +306,43 @@ func isAbsent(err error) bool {
 	return errors.Is(err, eris.ErrNotFound) || errors.As(err, new(*eris.BlockError))
 }
 
-// refuseFault answers where the store failed, and logs it; unless the client has gone or the server
-// is being closed.
-func (s *Server) refuseFault(w http.ResponseWriter, r *http.Request, err error, text string) {
+// fault refuses a request because the store failed, and logs that; unless the client has gone or the
+// server is being closed.
+func (s *Server) fault(r *http.Request, err error, text string) *refusal {
 	if r.Context().Err() != nil {
-		http.Error(w, "server is closing", http.StatusServiceUnavailable)
-		return
+		return &refusal{http.StatusServiceUnavailable, "server is closing"}
 	}
 	s.seldom.Log(s.config.Log, err)
-	http.Error(w, text, http.StatusInternalServerError)
+	return &refusal{http.StatusInternalServerError, text}
 }
 
 // put answers a PUT. The memory has one byte more than the largest block.
-func (s *Server) put(w http.ResponseWriter, r *http.Request, access Access, memory []byte) {
+func (s *Server) put(w http.ResponseWriter, r *http.Request, access Access, memory []byte) *refusal {
+	readOnly := &refusal{http.StatusForbidden, "blocks cannot be stored here"}
 	if r.URL.Path != Path || !access.Put || s.config.Sink == nil || !admission.FromPageHere(r, access.Hosts) {
-		http.Error(w, "blocks cannot be stored here", http.StatusForbidden)
-		return
+		return readOnly
 	}
-	named, err := parseQuery(r.URL.RawQuery)
-	anyBlock := err == errNoQuery
-	if err != nil && !anyBlock {
-		refuseQuery(w, err)
-		return
+	named, given, refused := parseQuery(r.URL.RawQuery)
+	if refused != nil {
+		return refused
 	}
 	block, err := readBlock(r.Body, memory)
 	if err != nil {
-		http.Error(w, err.Error(), http.StatusBadRequest)
-		return
+		return &refusal{http.StatusBadRequest, err.Error()}
 	}
 	ref := eris.Sum(block)
-	if !anyBlock && ref != named {
-		http.Error(w, "body is not the block of that reference", http.StatusBadRequest)
-		return
+	if given && ref != named {
+		return &refusal{http.StatusBadRequest, "body is not the block of that reference"}
 	}
-	err = s.config.Sink(r.Context(), ref, block)
-	switch {
-	case err == nil:
-	case errors.Is(err, fetch.ErrReadOnly):
-		http.Error(w, "blocks cannot be stored here", http.StatusForbidden)
-		return
-	default:
-		s.refuseFault(w, r, fmt.Errorf("storing a block: %w", err), "block cannot be stored")
-		return
+	if err := s.config.Sink(r.Context(), ref, block); errors.Is(err, fetch.ErrReadOnly) {
+		return readOnly
+	} else if err != nil {
+		return s.fault(r, fmt.Errorf("storing a block: %w", err), "block cannot be stored")
 	}
-	header := w.Header()
-	header.Set("Content-Location", Path+"?"+ref.URN())
-	header.Set("Content-Length", "0")
+	w.Header().Set("Content-Location", Path+"?"+ref.URN())
+	w.Header().Set("Content-Length", "0")
 	w.WriteHeader(http.StatusOK)
+	return nil
 }
 
 // readBlock reads all of a body into memory, which has one byte more than the largest block.
