@@ -209,10 +209,10 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 			continue
 		}
 		wait = time.Millisecond
-		if leave, ok := gate.Enter(conn); ok {
+		if c, ok := gate.Enter(conn); ok {
 			go func() {
-				defer leave()
-				s.serveConn(conn, access, func(idle bool) { gate.SetIdle(conn, idle) })
+				defer c.Close()
+				s.serveConn(conn, access, c.SetIdle)
 			}()
 		}
 	}

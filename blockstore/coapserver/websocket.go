@@ -33,7 +33,7 @@ func (s *Server) ServeWebSocket(listener net.Listener, access Access) error {
 	defer s.services.Done()
 	gate := admission.New(s.config.MaxConnections, listener, &s.counts, s.config.Log)
 	server := gate.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		s.serveWebSocket(w, r, access, gate)
+		s.serveWebSocket(w, r, access)
 	}))
 	server.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
 		return context.WithValue(ctx, connKey{}, conn)
@@ -41,14 +41,14 @@ func (s *Server) ServeWebSocket(listener net.Listener, access Access) error {
 	server.WriteTimeout = handshakeTimeout
 	server.IdleTimeout = handshakeTimeout
 	defer context.AfterFunc(s.ctx, func() { server.Close() })()
-	return gate.Serve(s.stopping, listener, server)
+	return gate.Serve(s.stopping, server)
 }
 
 // connKey is the key of the connection in the context of a request.
 type connKey struct{}
 
 // serveWebSocket serves one connection until it ends.
-func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request, access Access, gate *admission.Gate) {
+func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request, access Access) {
 	switch {
 	case r.URL.Path != coap.WebSocketPath:
 		http.Error(w, "there is nothing here but "+coap.WebSocketPath, http.StatusNotFound)
@@ -64,9 +64,8 @@ func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request, access A
 	if err != nil {
 		return // the client has been told
 	}
-	conn := r.Context().Value(connKey{}).(net.Conn)
-	idle := func(idle bool) { gate.SetIdle(conn, idle) }
-	s.serveConn(coap.NewWebSocket(socket, conn), access, idle) // it closes the connection even if the server is closing
+	conn := r.Context().Value(connKey{}).(*admission.Conn)
+	s.serveConn(coap.NewWebSocket(socket, conn), access, conn.SetIdle) // it closes the connection even if the server is closing
 }
 
 // offersCoAP reports whether a client wants to speak CoAP (RFC 6455, section 4.1, number 10).

@@ -130,7 +130,7 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener, access Access
 	server.Protocols = new(http.Protocols)
 	server.Protocols.SetHTTP1(true)
 	server.Protocols.SetUnencryptedHTTP2(true)
-	return gate.Serve(ctx, listener, server)
+	return gate.Serve(ctx, server)
 }
 
 // Stats returns the statistics of connections.

@@ -78,27 +78,31 @@ func addressOf(address net.Addr) netip.Addr {
 	return netip.Addr{}
 }
 
-// A Gate lets connections in as long as there is room, or another one is idle. It is safe for
-// concurrent use.
+// A Gate is a listener that lets connections in as long as there is room, or another one is idle.
+// It is safe for concurrent use.
 type Gate struct {
+	net.Listener
 	*Counts
 	public bool // it does not listen on this machine alone
 	log    func(error)
 	open   sync.WaitGroup
 
-	mu       sync.Mutex
-	shares   shares
-	visitors map[net.Conn]*visitor
-	clock    uint64 // how often a connection has become idle
+	mu     sync.Mutex
+	shares shares
+	inside map[*Conn]struct{}
+	clock  uint64 // how often a connection has become idle
 
 	lastLog  time.Time
 	unlogged int // of those turned away
 }
 
-// visitor is a connection that has been let in.
-type visitor struct {
-	host netip.Prefix
-	idle uint64 // the clock when it became idle; 0 if it is not
+// A Conn is a connection that a gate has let in. It leaves when it is closed.
+type Conn struct {
+	net.Conn
+	gate  *Gate
+	host  netip.Prefix
+	idle  uint64 // the clock when it became idle; 0 if it is not
+	leave func()
 }
 
 // Stats counts connections.
@@ -129,11 +133,12 @@ func New(most int, listener net.Listener, counts *Counts, log func(error)) *Gate
 		log = func(error) {}
 	}
 	return &Gate{
+		Listener: listener,
 		Counts:   counts,
 		public:   listener != nil && !addressOf(listener.Addr()).IsLoopback(),
 		log:      log,
 		shares:   newShares(most),
-		visitors: map[net.Conn]*visitor{},
+		inside:   map[*Conn]struct{}{},
 	}
 }
 
@@ -149,15 +154,27 @@ func (g *Gate) host(conn net.Conn) netip.Prefix {
 	return hostOf(ip)
 }
 
-// Enter lets a connection in, or closes it and returns false. When it has come to its end, leave
-// must be called, once. Where there is no room it closes the connection that has been idle the
-// longest, of the same host if it is that which has too many.
-func (g *Gate) Enter(conn net.Conn) (leave func(), ok bool) {
+// Accept implements net.Listener. What it returns is a [*Conn].
+func (g *Gate) Accept() (net.Conn, error) {
+	for {
+		conn, err := g.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if c, ok := g.Enter(conn); ok {
+			return c, nil
+		}
+	}
+}
+
+// Enter lets a connection in, or closes it. Where there is no room it closes the connection that
+// has been idle the longest, of the same host if it is that which has too many.
+func (g *Gate) Enter(conn net.Conn) (c *Conn, ok bool) {
 	host := g.host(conn)
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	ok = g.shares.hosts[host] < g.shares.perHost || g.makeRoom(func(v *visitor) bool { return v.host == host })
-	ok = ok && (g.shares.all < g.shares.most || g.makeRoom(func(*visitor) bool { return true }))
+	ok = g.shares.hosts[host] < g.shares.perHost || g.makeRoom(func(c *Conn) bool { return c.host == host })
+	ok = ok && (g.shares.all < g.shares.most || g.makeRoom(func(*Conn) bool { return true }))
 	if !ok {
 		g.turnedAway.Add(1)
 		g.logTurnedAway()
@@ -167,17 +184,36 @@ func (g *Gate) Enter(conn net.Conn) (leave func(), ok bool) {
 	g.accepted.Add(1)
 	g.connections.Add(1)
 	g.shares.add(host)
-	v := &visitor{host: host}
-	g.visitors[conn] = v
+	c = &Conn{Conn: conn, gate: g, host: host}
+	g.inside[c] = struct{}{}
 	g.open.Add(1)
-	return func() {
+	c.leave = sync.OnceFunc(func() {
 		defer g.open.Done()
 		g.mu.Lock()
 		defer g.mu.Unlock()
-		if g.visitors[conn] == v {
-			g.remove(conn, v)
-		}
-	}, true
+		g.remove(c)
+	})
+	return c, true
+}
+
+// Close closes the connection, which leaves.
+func (c *Conn) Close() error {
+	defer c.leave()
+	return c.Conn.Close()
+}
+
+// SetIdle says whether nothing is being done for a connection at the moment, so that it may make
+// room for others; at first something is.
+func (c *Conn) SetIdle(idle bool) {
+	c.gate.mu.Lock()
+	defer c.gate.mu.Unlock()
+	switch {
+	case !idle:
+		c.idle = 0
+	case c.idle == 0:
+		c.gate.clock++
+		c.idle = c.gate.clock
+	}
 }
 
 // logTurnedAway tells how many connections were turned away since it has told so last.
@@ -191,80 +227,34 @@ func (g *Gate) logTurnedAway() {
 	g.unlogged, g.lastLog = 0, now
 }
 
-// SetIdle says whether nothing is being done for a connection at the moment, so that it may make
-// room for others; at first something is. The connection is one that was let in, or that Accept of
-// a listener of the gate returned; others are ignored.
-func (g *Gate) SetIdle(conn net.Conn, idle bool) {
-	if m, ok := conn.(*member); ok {
-		conn = m.Conn
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	v := g.visitors[conn]
-	switch {
-	case v == nil:
-	case !idle:
-		v.idle = 0
-	case v.idle == 0:
-		g.clock++
-		v.idle = g.clock
-	}
-}
-
 // makeRoom closes the connection that has been idle the longest, of those that may go. It reports
 // whether there is one.
-func (g *Gate) makeRoom(may func(*visitor) bool) bool {
-	var oldest net.Conn
-	for conn, v := range g.visitors {
-		if v.idle != 0 && may(v) && (oldest == nil || v.idle < g.visitors[oldest].idle) {
-			oldest = conn
+func (g *Gate) makeRoom(may func(*Conn) bool) bool {
+	var oldest *Conn
+	for c := range g.inside {
+		if c.idle != 0 && may(c) && (oldest == nil || c.idle < oldest.idle) {
+			oldest = c
 		}
 	}
 	if oldest == nil {
 		return false
 	}
-	g.remove(oldest, g.visitors[oldest])
-	oldest.Close()
+	g.remove(oldest)
+	oldest.Conn.Close()
 	return true
 }
 
-// remove takes a connection out of all counts.
-func (g *Gate) remove(conn net.Conn, v *visitor) {
-	g.connections.Add(-1)
-	g.shares.remove(v.host)
-	delete(g.visitors, conn)
+// remove takes a connection out of all counts, once.
+func (g *Gate) remove(c *Conn) {
+	if _, ok := g.inside[c]; ok {
+		delete(g.inside, c)
+		g.connections.Add(-1)
+		g.shares.remove(c.host)
+	}
 }
 
 // Wait waits until all connections have left. No others may come meanwhile.
 func (g *Gate) Wait() { g.open.Wait() }
-
-// gatedListener accepts what the gate lets in. Connections leave when they are closed.
-type gatedListener struct {
-	net.Listener
-	gate *Gate
-}
-
-func (l *gatedListener) Accept() (net.Conn, error) {
-	for {
-		conn, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		if leave, ok := l.gate.Enter(conn); ok {
-			return &member{Conn: conn, leave: sync.OnceFunc(leave)}, nil
-		}
-	}
-}
-
-type member struct {
-	net.Conn
-	leave func()
-}
-
-func (m *member) Close() error {
-	defer m.leave()
-	return m.Conn.Close()
-}
 
 // The bounds of what [Gate.Server] returns.
 const (
@@ -282,7 +272,7 @@ func (g *Gate) Server(handler http.Handler) *http.Server {
 	return &http.Server{
 		Handler: handler,
 		ConnState: func(conn net.Conn, state http.ConnState) {
-			g.SetIdle(conn, state == http.StateNew || state == http.StateIdle)
+			conn.(*Conn).SetIdle(state == http.StateNew || state == http.StateIdle)
 		},
 		ReadHeaderTimeout: headerTimeout,
 		ReadTimeout:       requestTimeout,
@@ -296,16 +286,16 @@ func (g *Gate) Server(handler http.Handler) *http.Server {
 // stopTime is how long clients get when a server stops.
 const stopTime = 5 * time.Second
 
-// Serve has a server of the gate serve what the listener accepts, until that fails or ctx is done;
+// Serve has a server of the gate serve what that accepts, until the listener fails or ctx is done;
 // then what has been requested is answered, if that does not take long, and all connections end.
-func (g *Gate) Serve(ctx context.Context, listener net.Listener, server *http.Server) error {
+func (g *Gate) Serve(ctx context.Context, server *http.Server) error {
 	stop := context.AfterFunc(ctx, func() {
 		graceful, cancel := context.WithTimeout(context.Background(), stopTime)
 		defer cancel()
 		_ = server.Shutdown(graceful)
 		server.Close()
 	})
-	err := server.Serve(&gatedListener{listener, g})
+	err := server.Serve(g)
 	if stop() {
 		server.Close()
 	} else {

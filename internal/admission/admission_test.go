@@ -43,16 +43,16 @@ func (c *client) Close() error {
 
 func TestGate(t *testing.T) {
 	g := admission.New(6, nil, new(admission.Counts), nil)
-	var leave []func()
+	var inside []*admission.Conn
 	enter := func(address string, want bool) {
 		t.Helper()
 		c := &client{address: address}
-		l, ok := g.Enter(c)
+		conn, ok := g.Enter(c)
 		if ok != want || c.closed == want {
 			t.Errorf("%q: let in %v, closed %v", address, ok, c.closed)
 		}
 		if ok {
-			leave = append(leave, l)
+			inside = append(inside, conn)
 		}
 	}
 	enter("192.0.2.1:1", true)
@@ -61,26 +61,26 @@ func TestGate(t *testing.T) {
 	enter("192.0.2.1:4", false)
 	enter("192.0.2.2:1", true)
 	enter("[2001:db8::1]:1", true)
-	leave[0]()
+	inside[0].Close()
 	enter("192.0.2.1:4", true)
 	enter("[2001:db8::2]:1", true)
 	enter("[2001:db8:1::1]:1", false) // there are six
 	if s := g.Stats(); s != (admission.Stats{Connections: 6, Accepted: 7, TurnedAway: 2}) {
 		t.Errorf("%+v", s)
 	}
-	for _, l := range leave[1:] {
-		l()
+	leave := func() {
+		for _, c := range inside {
+			c.Close()
+		}
+		inside = nil
 	}
-	leave = nil
+	leave()
 	for range 3 {
 		enter("127.0.0.1:1", true)
 		enter("", true)
 	}
 	enter("[::1]:1", false)
-	for _, l := range leave {
-		l()
-	}
-	leave = nil
+	leave()
 	enter("[2001:db8::1]:1", true)
 	enter("[2001:db8::2]:1", true)
 	enter("[2001:db8::3]:1", true)
@@ -93,30 +93,30 @@ func TestGate(t *testing.T) {
 func TestIdle(t *testing.T) {
 	g := admission.New(4, nil, new(admission.Counts), nil)
 	clients := map[string]*client{}
-	leave := map[string]func(){}
+	inside := map[string]*admission.Conn{}
 	enter := func(address string, want bool) {
 		t.Helper()
 		c := &client{address: address}
-		l, ok := g.Enter(c)
+		conn, ok := g.Enter(c)
 		if ok != want || c.closed == want {
 			t.Errorf("%q: let in %v, closed %v", address, ok, c.closed)
 		}
-		clients[address], leave[address] = c, l
+		clients[address], inside[address] = c, conn
 	}
 	for _, address := range []string{"192.0.2.1:1", "192.0.2.1:2", "192.0.2.2:1", "192.0.2.3:1"} {
 		enter(address, true)
 	}
 	enter("192.0.2.4:1", false) // all are busy
-	g.SetIdle(clients["192.0.2.2:1"], true)
-	g.SetIdle(clients["192.0.2.1:2"], true)
-	g.SetIdle(clients["192.0.2.3:1"], true)
-	g.SetIdle(clients["192.0.2.2:1"], true) // for no less long than before
-	enter("192.0.2.1:3", true)              // a host that has half makes room itself
+	inside["192.0.2.2:1"].SetIdle(true)
+	inside["192.0.2.1:2"].SetIdle(true)
+	inside["192.0.2.3:1"].SetIdle(true)
+	inside["192.0.2.2:1"].SetIdle(true) // for no less long than before
+	enter("192.0.2.1:3", true)          // a host that has half makes room itself
 	if !clients["192.0.2.1:2"].closed || clients["192.0.2.2:1"].closed || clients["192.0.2.3:1"].closed {
 		t.Error("another host made room")
 	}
 	enter("192.0.2.1:4", false)
-	g.SetIdle(clients["192.0.2.2:1"], false)
+	inside["192.0.2.2:1"].SetIdle(false)
 	enter("192.0.2.5:1", true)
 	if clients["192.0.2.2:1"].closed || !clients["192.0.2.3:1"].closed {
 		t.Error("a busy connection made room, or none")
@@ -125,10 +125,10 @@ func TestIdle(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 	// Those that made room leave, too, and do not count twice.
-	g.SetIdle(clients["192.0.2.3:1"], true)
-	for _, l := range leave {
-		if l != nil {
-			l()
+	inside["192.0.2.3:1"].SetIdle(true)
+	for _, c := range inside {
+		if c != nil {
+			c.Close()
 		}
 	}
 	g.Wait()
@@ -154,7 +154,7 @@ func TestServe(t *testing.T) {
 		}))
 		ctx, stop := context.WithCancel(t.Context())
 		served := make(chan error)
-		go func() { served <- g.Serve(ctx, l, server) }()
+		go func() { served <- g.Serve(ctx, server) }()
 		ask := func() net.Conn {
 			c, err := network.Dial(t.Context(), "tcp", l.Addr().String())
 			if err != nil {
@@ -191,8 +191,9 @@ func TestServe(t *testing.T) {
 		}
 
 		l = network.Listen()
+		g = admission.New(1, l, new(admission.Counts), nil)
 		ctx, stop = context.WithCancel(t.Context())
-		go func() { served <- g.Serve(ctx, l, g.Server(server.Handler)) }()
+		go func() { served <- g.Serve(ctx, g.Server(server.Handler)) }()
 		third := ask()
 		begin = time.Now()
 		stop()

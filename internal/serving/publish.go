@@ -138,7 +138,7 @@ func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 	s.log.Info("publishing on", "url", "http://"+l.Addr().String())
 	s.log.notify("READY=1")
 	defer context.AfterFunc(ctx, func() { s.log.notify("STOPPING=1") })()
-	return gate.Serve(ctx, l, gate.Server(handler))
+	return gate.Serve(ctx, gate.Server(handler))
 }
 
 // handler makes what serves, until close.

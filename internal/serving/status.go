@@ -201,7 +201,7 @@ func serveStatus(ctx context.Context, l net.Listener, s *status.Server) error {
 	defer sampling.Wait()
 	defer stop()
 	gate := admission.New(most, l, new(admission.Counts), nil)
-	return gate.Serve(ctx, l, gate.Server(s))
+	return gate.Serve(ctx, gate.Server(s))
 }
 
 const (
