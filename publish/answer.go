@@ -203,54 +203,6 @@ func (s *Server) narHeader(w http.ResponseWriter, tag string) {
 	maxAge(w, s.o.TTL)
 }
 
-// keepNars reports whether all nars of an item are kept that are to be; those that are not are made
-// in the background.
-func (s *Server) keepNars(item *narinfo.Narinfo) bool {
-	if s.o.Nars == nil {
-		return true
-	}
-	all, path := true, s.file(item.StorePath)
-	for _, c := range s.o.Compressions {
-		name := narTag(item.NarDigest, c)
-		if _, ok := s.o.Nars.Size(name); ok || c == "none" {
-			continue
-		}
-		all = false
-		s.o.Nars.Make(name, item.NarDigest, func(ctx context.Context, compressed, plain io.Writer) error {
-			if err := writeNar(nar.Until(ctx, compressed), path, c, nar.Until(ctx, plain)); err != nil {
-				return fmt.Errorf("compressing %s: %w", path, err)
-			}
-			return nil
-		})
-	}
-	if all {
-		if err := s.o.Nars.Note(item); err != nil {
-			s.o.Log("what is known of %s cannot be kept: %v", path, err)
-		}
-	}
-	return all
-}
-
-// keptNar serves a nar that is kept, of an item that may have left the store and is nil then. It
-// reports whether there is one; if not, nothing has been written.
-func (s *Server) keptNar(w http.ResponseWriter, r *http.Request, name string, item *narinfo.Narinfo, compression string) bool {
-	if item == nil {
-		var err error
-		if item, err = s.kept(r.Context(), hashPartOf(name)); err != nil || item.StorePath != s.o.StoreDir+"/"+name {
-			return false
-		}
-	}
-	tag := narTag(item.NarDigest, compression)
-	f, err := s.o.Nars.Open(tag)
-	if err != nil {
-		return false
-	}
-	defer f.Close()
-	s.narHeader(w, tag)
-	http.ServeContent(w, r, "", time.Time{}, f)
-	return true
-}
-
 // slot waits until a nar may be compressed, or answers that there are too many.
 func (s *Server) slot(w http.ResponseWriter, r *http.Request) (release func(), ok bool) {
 	ctx, cancel := context.WithTimeout(r.Context(), slotWait)

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narcache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
@@ -36,7 +35,7 @@ func keptNarinfo(t *testing.T, url string) *narinfo.Narinfo {
 func TestKeptNars(t *testing.T) {
 	directory, items := aStore(t)
 	cache := filepath.Join(t.TempDir(), "nars")
-	nars := narcache.New(cache, 2, 0, logger(t))
+	nars := publish.NewNars(cache, 2, 0, logger(t))
 	defer nars.Close()
 	o := publish.ServerOptions{Root: directory, Items: items, Compressions: []string{"zstd", "gzip:9", "none"}, TTL: time.Hour}
 	plain := server(t, o).URL
@@ -90,7 +89,7 @@ func TestKeptNars(t *testing.T) {
 		must(t, os.Chtimes(filepath.Join(cache, e.Name()), old, old))
 	}
 	request(t, "GET", url+"/"+n.URLs[0].URL) // somebody does: for the nar, and what is known of it
-	narcache.New(cache, 1, time.Hour, logger(t)).Close()
+	publish.NewNars(cache, 1, time.Hour, logger(t)).Close()
 	left, err := filepath.Glob(cache + "/*")
 	if err != nil || len(left) != 2 || !strings.HasSuffix(left[0], hash+".narinfo") || !strings.Contains(left[1], "-zstd-") {
 		t.Errorf("left: %v, %v", left, err)
@@ -106,7 +105,7 @@ func TestUnkeptNars(t *testing.T) {
 		n.NarDigest, n.NarSize, n.NarSizeKnown = [32]byte{1}, 1, true
 		cache := t.TempDir()
 		logged := make(chan struct{})
-		nars := narcache.New(cache, 1, 0, func(string, ...any) { close(logged) })
+		nars := publish.NewNars(cache, 1, 0, func(string, ...any) { close(logged) })
 		url := server(t, publish.ServerOptions{Root: directory, Items: publish.Manifest{hash: &n}, Nars: nars, Compressions: []string{"gzip"}}).URL
 		request(t, "GET", url+"/"+hash+".narinfo")
 		<-logged
@@ -118,7 +117,7 @@ func TestUnkeptNars(t *testing.T) {
 	t.Run("no place", func(t *testing.T) {
 		file := filepath.Join(t.TempDir(), "file")
 		must(t, os.WriteFile(file, nil, 0o600))
-		nars := narcache.New(filepath.Join(file, "nars"), 1, 0, logger(t))
+		nars := publish.NewNars(filepath.Join(file, "nars"), 1, 0, logger(t))
 		defer nars.Close()
 		url := server(t, publish.ServerOptions{Root: directory, Items: items, Nars: nars, Compressions: []string{"gzip"}}).URL
 		for i := range 2 {

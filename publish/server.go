@@ -28,7 +28,6 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narcache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -49,7 +48,7 @@ type ServerOptions struct {
 	// Capabilities finds read capabilities; nil leaves the field ERIS out.
 	Capabilities *Capabilities
 	// Nars keeps nars that have been compressed; nil keeps none.
-	Nars *narcache.Cache
+	Nars *Nars
 	// Deltas has deltas of the items; nil has none.
 	Deltas *Deltas
 	// Blocks serves blocks, at /uri-res/N2R; nil if none are served.
@@ -269,15 +268,6 @@ func (s *Server) item(ctx context.Context, hashPart string) (*narinfo.Narinfo, e
 	return s.complete(n)
 }
 
-// kept looks an item up that has left the store, but of which nars are kept.
-func (s *Server) kept(ctx context.Context, hashPart string) (*narinfo.Narinfo, error) {
-	if s.o.Nars == nil {
-		return nil, fmt.Errorf("%w: %s", ErrNoItem, hashPart)
-	}
-	s.o.Nars.Used(hashPart + ".narinfo")
-	return s.lookUp(ctx, Directory(s.o.Nars.Directory()), hashPart)
-}
-
 // lookUp looks an item up among some.
 func (s *Server) lookUp(ctx context.Context, items Items, hashPart string) (*narinfo.Narinfo, error) {
 	n, err := items.Item(ctx, hashPart)
@@ -422,7 +412,7 @@ func (s *Server) urls(item *narinfo.Narinfo) []narinfo.URL {
 			}
 		}
 		if s.o.Nars != nil && !u.SizeKnown {
-			u.FileSize, u.SizeKnown = s.o.Nars.Size(narTag(item.NarDigest, form))
+			u.FileSize, u.SizeKnown = s.o.Nars.size(narTag(item.NarDigest, form))
 		}
 		urls = append(urls, u)
 	}

@@ -29,7 +29,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lan"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narcache"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
@@ -192,12 +191,12 @@ func (s *publishSettings) handler() (h http.Handler, err error) {
 	if err != nil {
 		return nil, err
 	}
-	var nars *narcache.Cache
+	var nars *publish.Nars
 	if s.cache != "" {
 		if err := files.MakeDirectory(s.cache); err != nil {
 			return nil, err
 		}
-		nars = narcache.New(filepath.Join(s.cache, "nars"), max(1, s.workers), time.Duration(s.ttl), s.log.Warnf)
+		nars = publish.NewNars(filepath.Join(s.cache, "nars"), max(1, s.workers), time.Duration(s.ttl), s.log.Warnf)
 		s.closers = append(s.closers, nars.Close)
 	}
 	h, err = publish.NewServer(publish.ServerOptions{

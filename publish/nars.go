@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package publish
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/tasks"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
+)
+
+const (
+	// leastTTL is for how long a nar is kept at least that nobody asks for, and usedEvery how
+	// exactly it is noted that somebody does.
+	leastTTL  = 30 * 24 * time.Hour
+	usedEvery = time.Hour
+	// cleanEvery is when it is looked again what can be removed.
+	cleanEvery = 24 * time.Hour
+)
+
+// Nars keeps compressed nars in files, as "guix publish --cache" does, so that each is made once,
+// its size is known, and it can be had for a while after the item has left the store. It is safe
+// for concurrent use.
+type Nars struct {
+	directory string
+	log       func(format string, a ...any)
+	ttl       time.Duration
+	making    *tasks.Tasks // by file name
+	cleaned   atomic.Int64 // when, as Unix time in seconds
+}
+
+// NewNars returns what is kept in a directory, which is made when there is something to keep; of
+// what is made, workers at a time, at least 1. What nobody has asked for in ttl, or in 30 days if
+// that is longer, is removed now, and every day that something is made. Messages go to log. Close
+// must be called at the end.
+func NewNars(directory string, workers int, ttl time.Duration, log func(format string, a ...any)) *Nars {
+	n := &Nars{directory: directory, log: log, ttl: max(ttl, leastTTL), making: tasks.New(workers, log)}
+	n.clean()
+	return n
+}
+
+// Close ends what goes on in the background, and waits for it. What is half made is removed.
+func (n *Nars) Close() { n.making.Close() }
+
+// clean removes, once a day, what has not been used for long, and what a process has left that was
+// killed.
+func (n *Nars) clean() {
+	now, last := time.Now().Unix(), n.cleaned.Load()
+	if now-last < int64(cleanEvery/time.Second) || !n.cleaned.CompareAndSwap(last, now) {
+		return
+	}
+	files.RemoveAbandoned(n.directory)
+	entries, err := os.ReadDir(n.directory)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		n.log("%v", err)
+	}
+	for _, e := range entries {
+		if info, err := e.Info(); err == nil && time.Since(info.ModTime()) > n.ttl {
+			os.Remove(filepath.Join(n.directory, e.Name()))
+		}
+	}
+}
+
+func (n *Nars) file(name string) string { return filepath.Join(n.directory, name) }
+
+// size returns the length of a nar in bytes, if it is kept.
+func (n *Nars) size(name string) (size uint64, ok bool) {
+	info, err := os.Lstat(n.file(name))
+	if err != nil {
+		return 0, false
+	}
+	return uint64(info.Size()), true
+}
+
+// open opens a nar. The error wraps [fs.ErrNotExist] if it is not kept.
+func (n *Nars) open(name string) (*os.File, error) {
+	n.used(name)
+	f, _, err := files.OpenRegular(n.file(name), os.O_RDONLY)
+	return f, err
+}
+
+// used notes that somebody has asked for what is in a file of the directory, if it is there.
+func (n *Nars) used(name string) {
+	info, err := os.Lstat(n.file(name))
+	if now := time.Now(); err == nil && now.Sub(info.ModTime()) > usedEvery {
+		os.Chtimes(n.file(name), time.Time{}, now)
+	}
+}
+
+// make has a nar made in the background, if it is not kept, of the tree at path, which must have
+// the hash, or it is not kept. Failures are logged; then it can be tried again in a minute.
+func (n *Nars) make(name, path, compression string, hash [sha256.Size]byte) {
+	n.making.Start(name, func(ctx context.Context) error {
+		if _, ok := n.size(name); ok {
+			return nil // it has just been made
+		}
+		if err := files.MakeDirectory(n.directory); err != nil {
+			return err
+		}
+		n.clean()
+		return files.Replace(n.file(name), 0o600, files.Options{}, func(w io.Writer) error {
+			sum := sha256.New()
+			err := writeNar(nar.Until(ctx, w), path, compression, nar.Until(ctx, sum))
+			if err == nil && [sha256.Size]byte(sum.Sum(nil)) != hash {
+				err = errOtherContents
+			}
+			if err != nil {
+				err = fmt.Errorf("compressing %s: %w", path, err)
+			}
+			return err
+		})
+	})
+}
+
+// note keeps what is known of an item for when it has left the store: a narinfo without signature
+// that names no nar, in the file HASH.narinfo.
+func (n *Nars) note(item *narinfo.Narinfo) error {
+	part, err := narinfo.SignedPart(item)
+	if err != nil {
+		return err
+	}
+	text, err := narinfo.Text(part, "", []narinfo.URL{{URL: "nar", Compression: "none"}})
+	if err != nil {
+		return err
+	}
+	name := hashPartOf(item.StorePath) + ".narinfo"
+	if kept, err := files.ReadRegular(n.file(name), narinfo.MaxSize); err == nil && string(kept) == text {
+		n.used(name)
+		return nil
+	}
+	return files.Write(n.file(name), 0o600, files.Options{}, []byte(text))
+}
+
+// keepNars reports whether all nars of an item are kept that are to be; those that are not are made
+// in the background.
+func (s *Server) keepNars(item *narinfo.Narinfo) bool {
+	if s.o.Nars == nil {
+		return true
+	}
+	all, path := true, s.file(item.StorePath)
+	for _, c := range s.o.Compressions {
+		name := narTag(item.NarDigest, c)
+		if _, ok := s.o.Nars.size(name); ok || c == "none" {
+			continue
+		}
+		all = false
+		s.o.Nars.make(name, path, c, item.NarDigest)
+	}
+	if all {
+		if err := s.o.Nars.note(item); err != nil {
+			s.o.Log("what is known of %s cannot be kept: %v", path, err)
+		}
+	}
+	return all
+}
+
+// keptNar serves a nar that is kept, of an item that may have left the store and is nil then. It
+// reports whether there is one; if not, nothing has been written.
+func (s *Server) keptNar(w http.ResponseWriter, r *http.Request, name string, item *narinfo.Narinfo, compression string) bool {
+	if item == nil {
+		var err error
+		if item, err = s.kept(r.Context(), hashPartOf(name)); err != nil || item.StorePath != s.o.StoreDir+"/"+name {
+			return false
+		}
+	}
+	tag := narTag(item.NarDigest, compression)
+	f, err := s.o.Nars.open(tag)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	s.narHeader(w, tag)
+	http.ServeContent(w, r, "", time.Time{}, f)
+	return true
+}
+
+// kept looks an item up that has left the store, but of which nars are kept.
+func (s *Server) kept(ctx context.Context, hashPart string) (*narinfo.Narinfo, error) {
+	if s.o.Nars == nil {
+		return nil, fmt.Errorf("%w: %s", ErrNoItem, hashPart)
+	}
+	s.o.Nars.used(hashPart + ".narinfo")
+	return s.lookUp(ctx, Directory(s.o.Nars.directory), hashPart)
+}
