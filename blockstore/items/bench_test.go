@@ -4,14 +4,12 @@ package items
 
 import (
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"fmt"
 	"net"
 	"os"
 	"path/filepath"
 	"runtime"
-	"sync"
 	"testing"
 	"time"
 
@@ -19,7 +17,6 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
@@ -30,9 +27,8 @@ import (
 )
 
 // BenchmarkServe gets an item, by turns from the database and from the files, over a Unix socket
-// and by TCP: as who restores it does, and block by block, where blocks are verified and nothing
-// else. The result is the throughput of the files by that of the database (ratio), and the memory
-// and disk that the table takes.
+// and by TCP, as who restores it does. The result is the throughput of the files by that of the
+// database (ratio), and the memory and disk that the table takes.
 func BenchmarkServe(b *testing.B) {
 	for size, files := range map[string][2]int{"32KiB": {64, 4 << 20}, "1KiB": {8000, 8000}} {
 		b.Run(size, func(b *testing.B) {
@@ -46,15 +42,7 @@ func BenchmarkServe(b *testing.B) {
 			must(b, err)
 			defer store.Close()
 			pipeline := fetch.NewPipeline(b.Context(), store)
-			var mu sync.Mutex
-			var blocks []*fetch.Request
-			sink := func(ctx context.Context, ref eris.Reference, block []byte) error {
-				mu.Lock()
-				blocks = append(blocks, &fetch.Request{Pair: eris.Pair{Reference: ref}, Size: eris.BlockSize(len(block))})
-				mu.Unlock()
-				return pipeline.Put(ctx, ref, block)
-			}
-			encoding, err := publish.Encode(b.Context(), filepath.Join(root, "item"), sink, erisfs.EncodeOptions{})
+			encoding, err := publish.Encode(b.Context(), filepath.Join(root, "item"), pipeline.Put, erisfs.EncodeOptions{})
 			must(b, err)
 			must(b, pipeline.Flush())
 			directory := b.TempDir()
@@ -73,11 +61,8 @@ func BenchmarkServe(b *testing.B) {
 			b.Logf("opened in %v", time.Since(begin))
 			for _, network := range []string{"unix", "tcp"} {
 				files, database := serve(b, network, table), serve(b, network, store)
-				b.Run(network+"/item", func(b *testing.B) {
-					compare(b, encoding.NarSize, files.pool, database.pool, func(s fetch.Source) { restore(b, s, encoding) })
-				})
-				b.Run(network+"/blocks", func(b *testing.B) {
-					compare(b, encoding.NarSize, files.client, database.client, func(s fetch.Source) { getAll(b, s, blocks) })
+				b.Run(network, func(b *testing.B) {
+					compare(b, encoding.NarSize, files, database, func(s fetch.Source) { restore(b, s, encoding) })
 				})
 			}
 		})
@@ -102,39 +87,6 @@ func compare(b *testing.B, bytes uint64, files, database fetch.Source, get func(
 	b.ReportMetric(float64(used[1])/float64(used[0]), "ratio-of-processor-time")
 }
 
-// getAll gets blocks, 256 at a time, and verifies those that have come.
-func getAll(b *testing.B, source fetch.Source, blocks []*fetch.Request) {
-	const window = 256
-	done := make(chan *fetch.Request, window)
-	var come []*fetch.Request
-	for next, left := 0, len(blocks); left > 0; left -= len(come) {
-		for i := range max(len(come), min(window, len(blocks))-next) {
-			if next == len(blocks) {
-				break
-			}
-			r := blocks[next]
-			next++
-			r.Done = func(r *fetch.Request) { done <- r }
-			if i < len(come) {
-				r.Dst, come[i].Dst = come[i].Dst, nil
-			}
-			if cap(r.Dst) < int(r.Size) {
-				r.Dst = make([]byte, 0, r.Size)
-			}
-			source.Start(r)
-		}
-		for come = append(come[:0], <-done); len(done) > 0; {
-			come = append(come, <-done)
-		}
-		fetch.Verify(come)
-		for _, r := range come {
-			if r.Err != nil {
-				b.Fatal(r.Err)
-			}
-		}
-	}
-}
-
 // processorTime returns how much time of all processors the process has used, which depends less on
 // what else goes on.
 func processorTime() time.Duration {
@@ -150,29 +102,19 @@ func memory() int64 {
 	return int64(m.HeapAlloc)
 }
 
-// clients are a client of a server, and a pool with another one.
-type clients struct{ client, pool fetch.Source }
-
-// serve serves a source, and returns clients of it.
-func serve(b *testing.B, network string, source fetch.Source) clients {
+// serve serves a source, and returns a client of it.
+func serve(b *testing.B, network string, source fetch.Source) fetch.Source {
 	server := coapserver.New(coapserver.Config{Source: source})
 	address := map[string]string{"unix": filepath.Join(b.TempDir(), "s"), "tcp": "127.0.0.1:0"}[network]
 	l, err := net.Listen(network, address)
 	must(b, err)
 	go server.Serve(l, coapserver.Access{Get: true})
 	b.Cleanup(func() { server.Close() })
-	var opened [2]fetch.Source
-	for i := range opened {
-		if opened[i], err = coap.Open("coap+"+network+"://"+l.Addr().String(), coap.Options{}); err != nil {
-			b.Fatal(err)
-		}
-	}
-	p := pool.New([]pool.Member{{Source: opened[1], Local: true}}, pool.Options{})
-	b.Cleanup(func() {
-		opened[0].Close()
-		p.Close()
-	})
-	return clients{opened[0], p}
+	client, err := coap.Open("coap+"+network+"://"+l.Addr().String(), coap.Options{})
+	must(b, err)
+	p := pool.New([]pool.Member{{Source: client, Local: true}}, pool.Options{})
+	b.Cleanup(func() { p.Close() })
+	return p
 }
 
 // restore reads an item as who restores it does: it verifies and decrypts blocks, and hashes nodes.
