@@ -18,64 +18,44 @@ import (
 // References are told apart by a hash with a secret seed. Anybody can make a reference that has the
 // checksum of another one, but nobody can make one with this hash, too.
 type hints struct {
-	seed maphash.Seed
-	sets []hintSet
+	seed  maphash.Seed
+	slots []hint // by the hash
 }
 
-// hintSet is a cache line: the hints whose tags agree in some bits.
-type hintSet struct {
-	tags      [4]atomic.Uint64 // hashes of references
-	locations [4]atomic.Uint64
-}
+// hint says where the block is whose reference has the hash.
+type hint struct{ hash, location atomic.Uint64 }
 
-const hintSetSize = 64
+const hintSize = 16
 
 // newHints returns hints that take no more memory than given, or little.
 func newHints(bytes int) *hints {
-	n := max(1, bytes/hintSetSize)
-	return &hints{maphash.MakeSeed(), make([]hintSet, 1<<(bits.Len(uint(n))-1))}
+	n := max(1, bytes/hintSize)
+	return &hints{maphash.MakeSeed(), make([]hint, 1<<(bits.Len(uint(n))-1))}
 }
 
-// find returns where a hint is or would be, its tag, and its number there, -1 if there is none.
-func (h *hints) find(ref *eris.Reference) (set *hintSet, tag uint64, at int) {
-	tag = maphash.Bytes(h.seed, ref[:])
-	set = &h.sets[tag&uint64(len(h.sets)-1)]
-	for i := range set.tags {
-		if set.tags[i].Load() == tag {
-			return set, tag, i
-		}
-	}
-	return set, tag, -1
+// find returns where a hint is or would be, and its hash.
+func (h *hints) find(ref *eris.Reference) (*hint, uint64) {
+	hash := maphash.Bytes(h.seed, ref[:])
+	return &h.slots[hash&uint64(len(h.slots)-1)], hash
 }
 
 // get returns a location, if there is a hint.
 func (h *hints) get(ref *eris.Reference) (location, bool) {
-	set, _, at := h.find(ref)
-	if at < 0 {
-		return 0, false
-	}
-	l := set.locations[at].Load()
-	return location(l), l != 0
+	hint, hash := h.find(ref)
+	l := hint.location.Load()
+	return location(l), l != 0 && hint.hash.Load() == hash
 }
 
 // put remembers a location, in place of another hint if need be.
 func (h *hints) put(ref *eris.Reference, l location) {
-	set, tag, at := h.find(ref)
-	if at < 0 {
-		at = int(l.sum() % uint32(len(set.tags))) // any will do
-		for i := range set.locations {
-			if set.locations[i].Load() == 0 {
-				at = i
-			}
-		}
-	}
-	set.locations[at].Store(uint64(l))
-	set.tags[at].Store(tag)
+	hint, hash := h.find(ref)
+	hint.location.Store(uint64(l))
+	hint.hash.Store(hash)
 }
 
 // remove forgets a location.
 func (h *hints) remove(ref *eris.Reference) {
-	if set, _, at := h.find(ref); at >= 0 {
-		set.locations[at].Store(0)
+	if hint, hash := h.find(ref); hint.hash.Load() == hash {
+		hint.location.Store(0)
 	}
 }
