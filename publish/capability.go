@@ -197,7 +197,8 @@ func storeName(store fetch.Store) string {
 	return fmt.Sprintf("%x", sum[:16])
 }
 
-// Known returns what narinfos say of a store item with the given NarHash if it need not be computed.
+// Known returns what narinfos say of a store item with the given NarHash if it need not be
+// computed.
 func (c *Capabilities) Known(path string, narHash [sha256.Size]byte) (values []narinfo.ERIS, ok bool) {
 	k, err := c.read(hashPartOf(path))
 	if err != nil {

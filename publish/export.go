@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
@@ -90,9 +91,8 @@ const maxExported = 1 << 20
 //
 // It fails before anything is stored if the file system of Directory has less room than the items
 // have bytes, and at the first item that cannot be exported. Narinfos are written when the blocks
-// of all items are stored, each after those that it refers to, and nix-cache-info is written last;
-// so what there is after a failure can be substituted. The blocks stay, and need not be stored
-// again.
+// of all items are stored, and nix-cache-info is written last. After a failure the blocks stay, and
+// need not be stored again.
 func Export(ctx context.Context, items []string, o ExportOptions) (Exported, error) {
 	o.Root = cmp.Or(o.Root, o.StoreDir)
 	e := exporter{o: o, seen: map[string]bool{}}
@@ -110,7 +110,7 @@ type exporter struct {
 	items   []*exportItem
 	text    int // bytes of narinfos
 	done    Exported
-	earlier *earlier
+	earlier earlier
 }
 
 // A NoNarinfoError says that no server describes an item so that it counts.
@@ -229,30 +229,12 @@ func (e *exporter) checkRoom(ctx context.Context) error {
 	return nil
 }
 
-// write writes the narinfos, each after those of the items that it refers to, and then what makes
-// the directory a substitute server.
+// write writes the narinfos, and then what makes the directory a substitute server. What was found
+// later is referred to by what was found earlier, mostly, and comes first.
 func (e *exporter) write() error {
-	left := make(map[string]*exportItem, len(e.items))
-	for _, it := range e.items {
-		left[filepath.Base(it.path)] = it
-	}
-	var write func(it *exportItem) error
-	write = func(it *exportItem) error {
-		delete(left, filepath.Base(it.path))
-		for _, name := range it.narinfo.References {
-			if reference := left[name]; reference != nil {
-				if err := write(reference); err != nil {
-					return err
-				}
-			}
-		}
-		return writeFile(filepath.Join(e.o.Directory, hashPartOf(it.path)+".narinfo"), 0o644, it.text)
-	}
-	for _, it := range e.items {
-		if left[filepath.Base(it.path)] != nil {
-			if err := write(it); err != nil {
-				return err
-			}
+	for _, it := range slices.Backward(e.items) {
+		if err := writeFile(filepath.Join(e.o.Directory, hashPartOf(it.path)+".narinfo"), 0o644, it.text); err != nil {
+			return err
 		}
 	}
 	return writeFile(filepath.Join(e.o.Directory, "nix-cache-info"), 0o644, cacheInfo(e.o.StoreDir))

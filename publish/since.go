@@ -8,20 +8,18 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/delta"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
 // earlier is what an earlier export has: what is in a store that it was brought to.
-type earlier struct {
-	items  map[string]*narinfo.Narinfo   // by store path
-	byName map[string][]*narinfo.Narinfo // by name without version
-}
+type earlier map[string][]*narinfo.Narinfo // by name without version
 
 // readEarlier reads the narinfos in a directory; an empty one has nothing.
-func readEarlier(ctx context.Context, directory, storeDir string) (*earlier, error) {
-	e := &earlier{map[string]*narinfo.Narinfo{}, map[string][]*narinfo.Narinfo{}}
+func readEarlier(ctx context.Context, directory, storeDir string) (earlier, error) {
+	e := earlier{}
 	if directory == "" {
 		return e, nil
 	}
@@ -29,29 +27,33 @@ func readEarlier(ctx context.Context, directory, storeDir string) (*earlier, err
 	if err != nil {
 		return nil, err
 	}
-	for _, entry := range entries {
+	for i, entry := range entries {
 		hash, ok := narinfoName(entry.Name())
 		if !ok {
 			continue
 		}
-		if len(e.items) == maxExported {
+		if i == maxExported {
 			return nil, fmt.Errorf("%s: more than %d items are too many", directory, maxExported)
 		}
 		n, err := Directory(directory).Item(ctx, hash)
 		if err != nil || narinfo.CheckStorePath(storeDir, n.StorePath) != nil || hashPartOf(n.StorePath) != hash {
 			continue // it is no use there either
 		}
-		e.items[n.StorePath] = n
-		key := narinfo.UnversionedName(filepath.Base(n.StorePath))
-		e.byName[key] = append(e.byName[key], n)
+		name := unversionedName(n)
+		e[name] = append(e[name], n)
 	}
 	return e, nil
 }
 
 // has reports whether an item was there with the same contents.
-func (e *earlier) has(n *narinfo.Narinfo) bool {
-	had := e.items[n.StorePath]
-	return had != nil && had.NarDigest == n.NarDigest
+func (e earlier) has(n *narinfo.Narinfo) bool {
+	return slices.ContainsFunc(e[unversionedName(n)], func(had *narinfo.Narinfo) bool {
+		return had.StorePath == n.StorePath && had.NarDigest == n.NarDigest
+	})
+}
+
+func unversionedName(n *narinfo.Narinfo) string {
+	return narinfo.UnversionedName(filepath.Base(n.StorePath))
 }
 
 // exportDelta exports an item of which the tree is at hand as a delta from an older one, in place
@@ -59,7 +61,7 @@ func (e *earlier) has(n *narinfo.Narinfo) bool {
 // use.
 func (e *exporter) exportDelta(ctx context.Context, n *narinfo.Narinfo, tree string) (string, error) {
 	limit := int64(0)
-	for i, base := range e.earlier.byName[narinfo.UnversionedName(filepath.Base(n.StorePath))] {
+	for i, base := range e.earlier[unversionedName(n)] {
 		baseTree := filepath.Join(e.o.Root, filepath.Base(base.StorePath))
 		if i == maxBases {
 			break

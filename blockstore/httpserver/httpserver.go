@@ -306,8 +306,8 @@ func isAbsent(err error) bool {
 	return errors.Is(err, eris.ErrNotFound) || errors.As(err, new(*eris.BlockError))
 }
 
-// fault refuses a request because the store failed, and logs that; unless the client has gone or the
-// server is being closed.
+// fault refuses a request because the store failed, and logs that; unless the client has gone or
+// the server is being closed.
 func (s *Server) fault(r *http.Request, err error, text string) *refusal {
 	if r.Context().Err() != nil {
 		return &refusal{http.StatusServiceUnavailable, "server is closing"}

@@ -134,7 +134,8 @@ func TestServeKilled(t *testing.T) {
 	must(t, server.stop())
 }
 
-// TestServeLimitsRate checks that blocks go no faster than is permitted, over all listeners together.
+// TestServeLimitsRate checks that blocks go no faster than is permitted, over all listeners
+// together.
 func TestServeLimitsRate(t *testing.T) {
 	t.Parallel()
 	const rate, blocks = 512 << 10, 12

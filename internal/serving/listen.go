@@ -57,7 +57,6 @@ func parseEndpoint(text string) (endpoint, error) {
 // "coap+tcp?get&put".
 func passedEndpoint(s systemd.Socket) (endpoint, error) {
 	scheme, query, _ := strings.Cut(s.Name, "?")
-	e := endpoint{scheme: scheme, listener: s.Listener, packets: s.Packets}
 	var address net.Addr
 	if s.Packets != nil {
 		address = s.Packets.LocalAddr()
@@ -65,18 +64,17 @@ func passedEndpoint(s systemd.Socket) (endpoint, error) {
 		address = s.Listener.Addr()
 	}
 	network := address.Network()
-	e.address = address.String()
 	if serveNetworks[scheme] == "" {
-		e.scheme = map[string]string{"unix": "coap+unix", "tcp": "coap+tcp", "udp": "coap"}[network]
+		scheme = map[string]string{"unix": "coap+unix", "tcp": "coap+tcp", "udp": "coap"}[network]
 	}
-	if serveNetworks[e.scheme] != network {
+	if serveNetworks[scheme] != network {
 		return endpoint{}, fmt.Errorf("socket %.100q of the service manager: cannot serve this on %s", s.Name, network)
 	}
-	u, err := storeurl.ParseListen(e.scheme + "://" + map[string]string{"unix": "/passed"}[network] + "?" + query)
+	e, err := parseEndpoint(scheme + "://" + map[string]string{"unix": "/passed"}[network] + "?" + query)
 	if err != nil {
 		return endpoint{}, fmt.Errorf("socket %.100q of the service manager: %w", s.Name, err)
 	}
-	e.Get, e.Put, e.relay = u.Get, u.Put, u.Relay()
+	e.address, e.Hosts, e.listener, e.packets = address.String(), nil, s.Listener, s.Packets
 	return e, nil
 }
 
