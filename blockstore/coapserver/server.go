@@ -289,8 +289,8 @@ func (s *Server) Shutdown(ctx context.Context) error {
 // Close closes all listeners and connections at once and waits until all calls of Serve,
 // ServePacket and ServeConn, and of stores, have returned; the contexts of the latter end.
 func (s *Server) Close() error {
+	s.stopAccepting() // first, so that what ends by it is no failure
 	s.cancel()
-	s.stopAccepting()
 	s.services.Wait()
 	return nil
 }
