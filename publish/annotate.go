@@ -70,8 +70,6 @@ func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 		return nil, fmt.Errorf("%q is not the URL of a substitute server", o.Upstream)
 	}
 	o.Root = cmp.Or(o.Root, o.StoreDir)
-	u = u.JoinPath("/")
-	u.Path, u.RawPath = strings.TrimSuffix(u.Path, "/"), strings.TrimSuffix(u.RawPath, "/")
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.MaxConnsPerHost = upstreamConnections
 	transport.MaxIdleConnsPerHost = upstreamConnections
@@ -85,17 +83,6 @@ func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 	return a, nil
 }
 
-// there returns where the other server has what is asked for here.
-func (a *Annotator) there(here *url.URL) *url.URL {
-	there := *a.upstream
-	there.Path, there.RawPath = a.upstream.Path+here.Path, ""
-	if raw := a.upstream.EscapedPath() + here.EscapedPath(); raw != there.EscapedPath() {
-		there.RawPath = raw
-	}
-	there.RawQuery = here.RawQuery
-	return &there
-}
-
 // ServeHTTP implements http.Handler.
 func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if w = accept(w, r, a.o.StallTimeout); w == nil {
@@ -104,7 +91,8 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if a.o.Deltas != nil && a.o.Deltas.serve(w, r) {
 		return
 	}
-	there := a.there(r.URL)
+	there := a.upstream.JoinPath(r.URL.EscapedPath())
+	there.RawQuery = r.URL.RawQuery
 	if _, ok := narinfoName(strings.TrimPrefix(r.URL.Path, "/")); !ok {
 		http.Redirect(w, r, there.String(), http.StatusFound)
 		return
@@ -165,7 +153,7 @@ func (a *Annotator) get(ctx context.Context, url string) (response *http.Respons
 // what helpers seed are the same blocks.
 func (a *Annotator) encodeNar(ctx context.Context, path string, narHash [sha256.Size]byte, sink eris.Sink) (*knownNar, error) {
 	k := &knownNar{Form: upstreamForm}
-	_, text, err := a.get(ctx, a.upstream.String()+"/"+hashPartOf(path)+".narinfo")
+	_, text, err := a.get(ctx, a.upstream.JoinPath(hashPartOf(path)+".narinfo").String())
 	if err != nil {
 		return nil, err
 	}
