@@ -45,15 +45,14 @@ func (s *Store) Cancel(*fetch.Request) {}
 func (s *Store) String() string { return "block store " + s.directory }
 
 func (s *Store) get(ref *eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
-	share := &s.reads[ref[0]%readShares]
-	share.running <- struct{}{}
-	defer func() { <-share.running }()
+	s.reads <- struct{}{}
+	defer func() { <-s.reads }()
 	// A wrong hint costs a read and does no harm.
 	if l, ok := s.hints.get(ref); ok && l.class().size() == int(size) {
 		if block, ok, _ := s.read(ref, l, dst); ok {
 			// Readers that never wait would keep the writer from its processor for a time slice
 			// after each of its system calls, so that a commit takes a tenth of a second.
-			if share.hits.Add(1)%16 == 0 && s.committing.Load() {
+			if s.hits.Add(1)%16 == 0 && s.committing.Load() {
 				runtime.Gosched()
 			}
 			return block, nil
@@ -62,9 +61,9 @@ func (s *Store) get(ref *eris.Reference, size eris.BlockSize, dst []byte) ([]byt
 	block, err := s.search(ref, size, dst)
 	switch {
 	case err == nil:
-		share.hits.Add(1)
+		s.hits.Add(1)
 	case errors.Is(err, eris.ErrNotFound):
-		share.misses.Add(1)
+		s.misses.Add(1)
 	}
 	return block, readable(err)
 }
@@ -138,9 +137,8 @@ func (s *Store) removeDamaged(ref eris.Reference) {
 
 // Have implements [fetch.Haver] by the index. It looks for some time only.
 func (s *Store) Have(question []byte) (answer []byte) {
-	share := &s.reads[question[0]%readShares]
-	share.running <- struct{}{}
-	defer func() { <-share.running }()
+	s.reads <- struct{}{}
+	defer func() { <-s.reads }()
 	begin, n := time.Now(), 0
 	_ = s.view(func(tx *bbolt.Tx) error {
 		cursor := tx.Bucket(blocksBucket).Cursor()

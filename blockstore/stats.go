@@ -4,7 +4,6 @@ package blockstore
 
 import (
 	"sync"
-	"sync/atomic"
 )
 
 // Stats is what a [Store] holds, and what it has done since it was opened.
@@ -38,27 +37,13 @@ func (s *Store) Stats() Stats {
 	s.progress.note(func(noted *Stats) { stats = *noted })
 	stats.MaxBytes = s.options.MaxBytes
 	stats.Queued = len(s.queue)
-	for i := range s.reads {
-		stats.Hits += s.reads[i].hits.Load()
-		stats.Misses += s.reads[i].misses.Load()
-	}
+	stats.Hits, stats.Misses = s.hits.Load(), s.misses.Load()
 	return stats
 }
 
 // A read that waits for the disk needs a thread, of which a Go program may have 10,000 before it is
 // ended: so many requests may well come at a time, so reads must be bounded.
-const (
-	readShares    = 16
-	readsPerShare = 32
-)
-
-// readShare has the counters that one part of all reads shares, and a value for each that is under
-// way. It fills a cache line.
-type readShare struct {
-	hits, misses atomic.Int64
-	running      chan struct{}
-	_            [40]byte
-}
+const maxReads = 512
 
 // progress is what the writer tells about itself.
 type progress struct {

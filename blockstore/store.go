@@ -77,11 +77,12 @@ type Store struct {
 	endCheck context.CancelFunc // ends the writer's check of the index
 	running  sync.WaitGroup     // of the writer
 
-	failure    atomic.Pointer[error] // why no more is written, if so
-	committing atomic.Bool           // the writer is at work
-	damaged    atomic.Bool           // the index cannot be used, nor closed
-	reads      [readShares]readShare // by reference, so that cores do not fight over them
-	progress   progress
+	failure      atomic.Pointer[error] // why no more is written, if so
+	committing   atomic.Bool           // the writer is at work
+	damaged      atomic.Bool           // the index cannot be used, nor closed
+	reads        chan struct{}         // has a value for each that is under way
+	hits, misses atomic.Int64
+	progress     progress
 
 	close func() error // end, once
 }
@@ -119,9 +120,7 @@ func open(directory string, options Options) (_ *Store, err error) {
 		hints:     newHints(options.hintBytes),
 		room:      semaphore.NewWeighted(options.queueBytes),
 		queue:     make(chan *request, maxBatchBlocks),
-	}
-	for i := range s.reads {
-		s.reads[i].running = make(chan struct{}, readsPerShare)
+		reads:     make(chan struct{}, maxReads),
 	}
 	defer func() {
 		if err != nil {

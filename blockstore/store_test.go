@@ -325,18 +325,17 @@ func TestStats(t *testing.T) {
 	}
 }
 
-// TestReadsAreBounded has as many reads of a part as there may be: a further one waits.
+// TestReadsAreBounded has as many reads as there may be: a further one waits.
 func TestReadsAreBounded(t *testing.T) {
 	s := testOpen(t, t.TempDir(), Options{})
-	ref := mustPut(t, s, 0, eris.BlockSize1KiB)
-	running := s.reads[ref[0]%readShares].running
-	for range readsPerShare {
-		running <- struct{}{}
+	mustPut(t, s, 0, eris.BlockSize1KiB)
+	for range maxReads {
+		s.reads <- struct{}{}
 	}
 	freed := make(chan struct{})
 	go func() {
 		close(freed)
-		<-running
+		<-s.reads
 	}()
 	mustHave(t, s, 0, eris.BlockSize1KiB)
 	select {
@@ -344,8 +343,8 @@ func TestReadsAreBounded(t *testing.T) {
 	default:
 		t.Error("a read did not wait")
 	}
-	for range readsPerShare - 1 {
-		<-running
+	for range maxReads - 1 {
+		<-s.reads
 	}
 	mustHave(t, s, 0, eris.BlockSize1KiB)
 }
