@@ -125,7 +125,8 @@ func (e *NoNarinfoError) Error() string {
 type exportItem struct {
 	path    string
 	narinfo *narinfo.Narinfo
-	server  string // where that is from; may be empty
+	good    bool   // that is authorised
+	server  string // where it is from; may be empty
 	text    string
 }
 
@@ -264,11 +265,10 @@ func (e *exporter) find(ctx context.Context, paths []string) (map[string]*export
 		byHash[hashPart] = path
 	}
 	found := map[string]*exportItem{}
-	authorised := map[string]bool{}
 	for _, server := range e.o.Servers {
 		var missing []string
 		for _, path := range paths {
-			if !authorised[path] {
+			if it := found[path]; it == nil || !it.good {
 				missing = append(missing, hashPartOf(path))
 			}
 		}
@@ -292,15 +292,14 @@ func (e *exporter) find(ctx context.Context, paths []string) (map[string]*export
 				e.o.Log("%s: %v", path, err)
 				continue
 			}
-			good := n.Authorise(e.o.Keys) == nil
-			_, signed := n.SignedText()
-			if good && !authorised[path] || signed && found[path] == nil {
-				found[path], authorised[path] = &exportItem{path: path, narinfo: n, server: server.URL}, good
+			good := n.Authorise(e.o.Keys) == nil // of what has been missing
+			if _, signed := n.SignedText(); good || signed && found[path] == nil {
+				found[path] = &exportItem{path: path, narinfo: n, good: good, server: server.URL}
 			}
 		}
 	}
-	for path := range found {
-		if !authorised[path] {
+	for path, it := range found {
+		if !it.good {
 			e.o.Log("warning: nobody whose signature counts here has signed the narinfo of %s", path)
 		}
 	}
