@@ -76,7 +76,7 @@ func (c *chain) serveCounted(items string, rate int64) (*blockstore.Store, *wire
 		<-served
 	})
 	c.stores["coap+tcp"] = "coap+tcp://" + listener.Addr().String()
-	c.publish("--cache="+c.directory+"/published", "--eris="+c.stores["coap+tcp"], "--wait-for=4000000000", items)
+	c.publish("--cache="+c.directory+"/published", "--eris="+c.stores["coap+tcp"], "--cache-bypass-threshold=4000000000", items)
 	return store, w
 }
 

@@ -11,21 +11,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/spf13/pflag"
-
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 )
-
-// guixNames has the options of publish that have another name in "guix publish", or had one here.
-func guixNames(_ *pflag.FlagSet, name string) pflag.NormalizedName {
-	switch name {
-	case "wait-for":
-		name = "cache-bypass-threshold"
-	case "secret-key":
-		name = "private-key"
-	}
-	return pflag.NormalizedName(name)
-}
 
 // A guixTime is a time as options of Guix have it (guix/ui.scm: string->duration), but without
 // months, which others would take for minutes.

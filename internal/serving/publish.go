@@ -66,7 +66,6 @@ Options of "guix publish" have the same meaning here.`,
 		Args: message.NoArguments,
 	}
 	f := c.Flags()
-	f.SetNormalizeFunc(guixNames)
 	f.StringVar(&s.listen, "listen", "", "listen on `HOST`, a name or an address, or on HOST:PORT (default: 127.0.0.1, and all addresses with --advertise)")
 	f.IntVarP(&s.port, "port", "p", 8080, "listen on `PORT`")
 	s.user.flag(c)
@@ -88,7 +87,7 @@ Options of "guix publish" have the same meaning here.`,
 	f.Lookup("workers").DefValue = "0" // it depends on the machine, and manuals do not
 	f.StringVar(&s.logs, "log-directory", "/var/log/guix/drvs", "the daemon's build logs are in `DIRECTORY`; \"none\" serves none")
 	s.waitFor = 64 << 20
-	f.Func("cache-bypass-threshold", "encode items of up to this `SIZE` before answering; larger ones are encoded in the background (also: --wait-for)", bytesize.Set(&s.waitFor, bytesize.Parse))
+	f.Func("cache-bypass-threshold", "encode items of up to this `SIZE` before answering; larger ones are encoded in the background", bytesize.Set(&s.waitFor, bytesize.Parse))
 	f.Lookup("cache-bypass-threshold").DefValue = "64MiB"
 	maxConnectionsFlag(c, &s.maxConnections, "")
 	f.StringVar(&s.forms, "forms", "eris-fs", "what read capabilities denote is one of these `FORMS`, separated by commas: eris-fs and, in addition, nar, the compressed nar; with --annotate that of the other server, which is fetched for that once")
