@@ -129,21 +129,22 @@ func (s *itemSettings) share(directory string, log *serverlog.Log) (*items.Table
 // sharing is a block store, perhaps with the blocks of store items.
 type sharing struct {
 	*blockstore.Store
-	items      *items.Table // nil: none
-	closeItems func()
+	items *items.Table // nil: none
 }
 
-// openShared opens the block store and, if it is to be shared, the table of items.
+// openShared opens the block store and, if they are to be shared, the table of items, which is
+// closed with the settings.
 func (s *serveSettings) openShared(ctx context.Context) (sharing, error) {
 	store, err := s.openStore(ctx)
 	if err != nil || !s.items {
-		return sharing{Store: store, closeItems: func() {}}, err
+		return sharing{Store: store}, err
 	}
 	table, closeItems, err := s.share(filepath.Join(s.directory, "items"), s.log.Log)
 	if err != nil {
 		return sharing{}, errors.Join(err, store.Close())
 	}
-	return sharing{store, table, closeItems}, nil
+	s.closers = append(s.closers, closeItems)
+	return sharing{store, table}, nil
 }
 
 // Start implements [fetch.Source]. The block store answers at once.
@@ -182,10 +183,4 @@ func (s sharing) Have(question []byte) []byte {
 		answer[i] |= more[i]
 	}
 	return answer
-}
-
-// Close closes both.
-func (s sharing) Close() error {
-	s.closeItems()
-	return s.Store.Close()
 }

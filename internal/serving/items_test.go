@@ -32,7 +32,8 @@ func TestSharing(t *testing.T) {
 	must(t, err)
 	table, err := items.Open(t.TempDir(), root, t.Logf)
 	must(t, err)
-	s := sharing{store, table, func() { table.Close() }}
+	defer table.Close()
+	s := sharing{store, table}
 	defer s.Close()
 	must(t, table.Update(t.Context(), []string{"item"}))
 	block := make([]byte, eris.BlockSize1KiB)

@@ -189,6 +189,7 @@ func (s *serveSettings) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
+	defer s.close()
 	if s.advertise {
 		if s.advertised, err = advertisedPort(endpoints); err != nil {
 			return err
