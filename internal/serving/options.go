@@ -14,12 +14,9 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 )
 
-// A guixTime is a time as options of Guix have it (guix/ui.scm: string->duration), but without
+// setTime sets a time as options of Guix have it (guix/ui.scm: string->duration), but without
 // months, which others would take for minutes.
-type guixTime time.Duration
-
-// set is for [pflag.FlagSet.Func].
-func (t *guixTime) set(text string) error {
+func setTime(t *time.Duration, text string) error {
 	number, unit := text, ""
 	if text != "" {
 		number, unit = text[:len(text)-1], text[len(text)-1:]
@@ -32,7 +29,7 @@ func (t *guixTime) set(text string) error {
 	case err != nil || !ok:
 		return errors.New("it must be a number below 65536 and a unit: s, h, d or w, like 36h or 5d")
 	}
-	*t = guixTime(time.Duration(n*seconds) * time.Second)
+	*t = time.Duration(n*seconds) * time.Second
 	return nil
 }
 

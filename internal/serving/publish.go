@@ -43,7 +43,7 @@ type publishSettings struct {
 	forms                 string
 	compressions          []string
 	deltas, waitFor       int64 // how many bytes
-	ttl, negativeTTL      guixTime
+	ttl, negativeTTL      time.Duration
 	logs, narPath         string
 	port, workers         int
 	portGiven, advertise  bool
@@ -80,8 +80,8 @@ Options of "guix publish" have the same meaning here.`,
 	f.StringVar(&s.blocks, "store", "", "put the blocks into the store at `URL`; with \"none\", and --eris, blocks are neither put nor served")
 	f.StringVarP(&s.cache, "cache", "c", "", "keep compressed nars, and what is known of read capabilities, in `DIRECTORY` (default: no nars; capabilities below /var/cache/guix-substitute-eris, or below the cache of a user)")
 	f.StringSliceVarP(&s.compressions, "compression", "C", []string{"zstd", "gzip"}, "offer nars as `TYPE`: none, gzip, lzip, zstd, or with a level, like zstd:19; may be given several times")
-	f.Func("ttl", "narinfos may be kept for this `TIME`: 36h, 5d or 2w for instance", s.ttl.set)
-	f.Func("negative-ttl", "that an item is not there may be kept for this `TIME`, 600s for instance", s.negativeTTL.set)
+	f.Func("ttl", "narinfos may be kept for this `TIME`: 36h, 5d or 2w for instance", func(text string) error { return setTime(&s.ttl, text) })
+	f.Func("negative-ttl", "that an item is not there may be kept for this `TIME`, 600s for instance", func(text string) error { return setTime(&s.negativeTTL, text) })
 	f.StringVar(&s.narPath, "nar-path", "nar", "nars are below this `PREFIX` of the paths of URLs")
 	f.IntVar(&s.workers, "workers", runtime.NumCPU(), "encode and, with --cache, compress this `NUMBER` of items at a time")
 	f.Lookup("workers").DefValue = "0" // it depends on the machine, and manuals do not
@@ -195,13 +195,13 @@ func (s *publishSettings) handler() (h http.Handler, err error) {
 		if err := files.MakeDirectory(s.cache); err != nil {
 			return nil, err
 		}
-		nars = publish.NewNars(filepath.Join(s.cache, "nars"), max(1, s.workers), time.Duration(s.ttl), s.log.Warnf)
+		nars = publish.NewNars(filepath.Join(s.cache, "nars"), max(1, s.workers), s.ttl, s.log.Warnf)
 		s.closers = append(s.closers, nars.Close)
 	}
 	h, err = publish.NewServer(publish.ServerOptions{
 		StoreDir: s.store, Root: s.root, Items: items, Key: key, Host: cmp.Or(host, "localhost"), Capabilities: capabilities, Nars: nars, Deltas: deltas, Blocks: blocks,
 		WaitFor: uint64(s.waitFor), Compressions: guixCompressions(s.compressions), NarPath: s.narPath,
-		TTL: time.Duration(s.ttl), NegativeTTL: time.Duration(s.negativeTTL),
+		TTL: s.ttl, NegativeTTL: s.negativeTTL,
 		LogDirectory: s.logs, Log: s.log.Warnf, BlockStores: strings.Fields(s.announce),
 	})
 	return h, message.OfUsage(err)
