@@ -38,7 +38,7 @@ func damageTemplate(t *testing.T) (map[string][]byte, []eris.Reference) {
 	must(t, s.view(func(tx *bbolt.Tx) error { used = tx.Size(); return nil }))
 	must(t, s.Close())
 	files := make(map[string][]byte)
-	for _, name := range []string{indexName, sumName, "blocks-1k", "blocks-32k"} {
+	for _, name := range []string{indexName, sumName, "blocks-1k", "blocks-32k", "accessed-1k", "accessed-32k"} {
 		var err error
 		files[name], err = os.ReadFile(filepath.Join(directory, name))
 		must(t, err)
@@ -90,7 +90,7 @@ func wholeBlocks(t *testing.T, directory string) map[eris.Reference]location {
 	t.Helper()
 	whole := make(map[eris.Reference]location)
 	for c := range classes {
-		name := slabName(c)
+		name, _ := slabNames(c)
 		slab, err := os.ReadFile(filepath.Join(directory, name))
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			t.Fatal(err)
@@ -105,7 +105,7 @@ func wholeBlocks(t *testing.T, directory string) map[eris.Reference]location {
 // doDamage damages one of the files of a store, mostly the index. It returns what it did.
 func doDamage(t *testing.T, directory string, random *rand.Rand) string {
 	t.Helper()
-	name := []string{indexName, indexName, indexName, indexName, "blocks-1k", "blocks-32k"}[random.IntN(6)]
+	name := []string{indexName, indexName, indexName, indexName, "blocks-1k", "blocks-32k", "accessed-1k"}[random.IntN(7)]
 	path := filepath.Join(directory, name)
 	b, err := os.ReadFile(path)
 	must(t, err)

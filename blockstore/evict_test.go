@@ -29,7 +29,8 @@ func TestEviction(t *testing.T) {
 	var now atomic.Uint32
 	now.Store(1000)
 	const fits = 990 // blocks of 1 KiB, of the 992 that 1 MiB has room for, but for what is kept free
-	s := testOpen(t, t.TempDir(), Options{MaxBytes: MinBytes, now: now.Load})
+	directory := t.TempDir()
+	s := testOpen(t, directory, Options{MaxBytes: MinBytes, now: now.Load})
 	for i := 0; i < fits; i += 30 {
 		now.Add(1)
 		putMany(t, s, eris.BlockSize1KiB, i, i+30)
@@ -37,12 +38,16 @@ func TestEviction(t *testing.T) {
 	if evicted := s.Stats().Evicted; evicted != 0 {
 		t.Fatalf("%d evicted before the limit", evicted)
 	}
-	// Use the first third.
+	// Use the first third, after opening the store anew.
+	must(t, s.Close())
+	s = testOpen(t, directory, Options{MaxBytes: MinBytes, now: now.Load})
 	for i := range fits / 3 {
 		now.Add(1)
 		mustHave(t, s, i, eris.BlockSize1KiB)
 	}
-	// Put as many as the second third.
+	// Opened anew again, put as many as the second third.
+	must(t, s.Close())
+	s = testOpen(t, directory, Options{MaxBytes: MinBytes, now: now.Load})
 	for i := fits; i < fits+fits/3; i++ {
 		now.Add(1)
 		mustPut(t, s, i, eris.BlockSize1KiB)
@@ -95,7 +100,7 @@ func TestShift(t *testing.T) {
 		putMany(t, s, size, phase<<20, phase<<20+limit/int(size))
 		var used int64
 		for c := range classes {
-			name := slabName(c)
+			name, _ := slabNames(c)
 			info, err := os.Stat(filepath.Join(directory, name))
 			must(t, err)
 			used += info.Sys().(*syscall.Stat_t).Blocks * 512

@@ -51,7 +51,8 @@ func Rebuild(ctx context.Context, directory string) (blocks int64, err error) {
 
 // enterSlab enters the blocks of one slab into a new index.
 func enterSlab(ctx context.Context, db *bbolt.DB, directory string, c class) (blocks int64, err error) {
-	f, err := os.Open(filepath.Join(directory, slabName(c)))
+	name, _ := slabNames(c)
+	f, err := os.Open(filepath.Join(directory, name))
 	if errors.Is(err, os.ErrNotExist) {
 		return 0, nil
 	} else if err != nil {

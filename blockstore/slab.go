@@ -3,6 +3,8 @@
 package blockstore
 
 import (
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"math/bits"
@@ -47,29 +49,27 @@ type slab struct {
 	end    int64 // all slots from here on have never been taken, or not since the store was opened
 	lowest int   // no slot below this one is free
 
-	accesses atomic.Pointer[[]*accessChunk] // as many as taken
+	accessed     *os.File                         // times of last access, as chunks of 4-byte big-endian numbers
+	accessChunks atomic.Pointer[[]*accessesChunk] // as many as taken
 }
 
-// accessChunk has the time of the last access to each slot since the store was opened.
-type accessChunk [slotsPerChunk]atomic.Uint32
+// accessesChunk has the time of the last access to each slot.
+type accessesChunk struct {
+	times   [slotsPerChunk]atomic.Uint32
+	unsaved atomic.Bool
+}
 
-// slabName returns the name of the file with the blocks of a class.
-func slabName(c class) string {
+func slabNames(c class) (blocks, accessed string) {
 	if c == class1KiB {
-		return "blocks-1k"
+		return "blocks-1k", "accessed-1k"
 	}
-	return "blocks-32k"
+	return "blocks-32k", "accessed-32k"
 }
 
-// openSlab opens the file of a slab whose slots are taken as given. If any slot is taken, it must
-// exist.
-func openSlab(directory string, c class, taken []*bitmap) (*slab, error) {
+// openSlab opens the files of a slab whose slots are taken as given. If any slot is taken, the file
+// of blocks must exist.
+func openSlab(directory string, c class, taken []*bitmap, now uint32) (*slab, error) {
 	s := &slab{class: c, taken: taken, count: slotsTaken(taken)}
-	chunks := make([]*accessChunk, len(taken))
-	for i := range chunks {
-		chunks[i] = new(accessChunk)
-	}
-	s.accesses.Store(&chunks)
 	for chunk, b := range taken {
 		for i, word := range b {
 			if word != 0 {
@@ -77,13 +77,30 @@ func openSlab(directory string, c class, taken []*bitmap) (*slab, error) {
 			}
 		}
 	}
+	blocks, accessed := slabNames(c)
 	flags := os.O_RDWR
 	if s.count == 0 {
 		flags |= os.O_CREATE
 	}
 	var err error
-	s.file, err = os.OpenFile(filepath.Join(directory, slabName(c)), flags, 0o600)
-	return s, err
+	if s.file, err = os.OpenFile(filepath.Join(directory, blocks), flags, 0o600); err != nil {
+		return nil, err
+	}
+	if s.accessed, err = os.OpenFile(filepath.Join(directory, accessed), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	if err := s.loadAccesses(now); err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	return s, nil
+}
+
+func (s *slab) close() error {
+	err := s.file.Close()
+	if s.accessed != nil {
+		err = errors.Join(err, s.accessed.Close())
+	}
+	return err
 }
 
 // read fills the block with the bytes of a slot. It returns io.EOF or io.ErrUnexpectedEOF if the
@@ -141,34 +158,71 @@ func (s *slab) unused() int64 { return (s.end - s.count) * int64(s.class.size())
 // grow adds a chunk of free slots.
 func (s *slab) grow() {
 	s.taken = append(s.taken, new(bitmap))
-	chunks := append(slices.Clip(*s.accesses.Load()), new(accessChunk))
-	s.accesses.Store(&chunks)
+	old := s.accessChunks.Load()
+	chunks := append((*old)[:len(*old):len(*old)], new(accessesChunk))
+	s.accessChunks.Store(&chunks)
 }
 
 // touch notes an access to a slot, at the given time.
 func (s *slab) touch(slot, now uint32) {
-	// Written only if it changes: readers on several cores then share the memory.
-	if t := s.access(slot); t != nil && t.Load() != now {
-		t.Store(now)
-	}
-}
-
-// time returns the time of the last access to a slot; 0 if there was none since the store was
-// opened.
-func (s *slab) time(slot uint32) uint32 {
-	if t := s.access(slot); t != nil {
-		return t.Load()
-	}
-	return 0
-}
-
-// access returns where the time is; nil for a slot that only a damaged index has.
-func (s *slab) access(slot uint32) *atomic.Uint32 {
-	chunks := *s.accesses.Load()
+	chunks := *s.accessChunks.Load()
 	if int(slot/slotsPerChunk) >= len(chunks) {
-		return nil
+		return // only where the index is damaged
 	}
-	return &chunks[slot/slotsPerChunk][slot%slotsPerChunk]
+	chunk := chunks[slot/slotsPerChunk]
+	// Written only if it changes: readers on several cores then share the memory.
+	if chunk.times[slot%slotsPerChunk].Load() != now {
+		chunk.times[slot%slotsPerChunk].Store(now)
+		if !chunk.unsaved.Load() {
+			chunk.unsaved.Store(true)
+		}
+	}
+}
+
+// time returns the time of the last access to a slot.
+func (s *slab) time(slot uint32) uint32 {
+	chunks := *s.accessChunks.Load()
+	if int(slot/slotsPerChunk) >= len(chunks) {
+		return 0
+	}
+	return chunks[slot/slotsPerChunk].times[slot%slotsPerChunk].Load()
+}
+
+// loadAccesses reads the times of access. What is absent counts as never accessed, what is to come
+// as accessed now.
+func (s *slab) loadAccesses(now uint32) error {
+	chunks := make([]*accessesChunk, len(s.taken))
+	b := make([]byte, 4*slotsPerChunk)
+	for i := range chunks {
+		chunks[i] = new(accessesChunk)
+		n, err := s.accessed.ReadAt(b, int64(i)*int64(len(b)))
+		if err != nil && err != io.EOF {
+			return err
+		}
+		for j := range n / 4 {
+			chunks[i].times[j].Store(min(binary.BigEndian.Uint32(b[4*j:]), now))
+		}
+	}
+	s.accessChunks.Store(&chunks)
+	return nil
+}
+
+// saveAccesses writes the times of access that have changed. They need not be durable.
+func (s *slab) saveAccesses() error {
+	var b [4 * slotsPerChunk]byte
+	for i, chunk := range *s.accessChunks.Load() {
+		if !chunk.unsaved.Swap(false) {
+			continue
+		}
+		for j := range chunk.times {
+			binary.BigEndian.PutUint32(b[4*j:], chunk.times[j].Load())
+		}
+		if _, err := s.accessed.WriteAt(b[:], int64(i)*int64(len(b))); err != nil {
+			chunk.unsaved.Store(true)
+			return err
+		}
+	}
+	return nil
 }
 
 // truncate gives back what lies behind the last block.

@@ -26,8 +26,9 @@ type Stats struct {
 	Evicted int64 // blocks that made room for others
 	Damaged int64 // blocks that were damaged on disk and removed
 
-	// Err is the last failure of something that nobody waited for, if there was any: giving space
-	// back to the file system, or evicting what was above the limit at first. No block is affected.
+	// Err is the last failure of something that nobody waited for, if there was any: saving the
+	// times of access, giving space back to the file system, or evicting what was above the limit
+	// at first. No block is affected.
 	Err error
 }
 

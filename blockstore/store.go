@@ -76,6 +76,7 @@ type Store struct {
 	writer   writer
 	endCheck context.CancelFunc // ends the writer's check of the index
 	running  sync.WaitGroup     // of the writer
+	final    error              // of the writer, once it has ended
 
 	failure      atomic.Pointer[error] // why no more is written, if so
 	committing   atomic.Bool           // the writer is at work
@@ -137,7 +138,7 @@ func open(directory string, options Options) (_ *Store, err error) {
 	s.progress.stats.hold(s.writer.state)
 	ctx, cancel := context.WithCancel(context.Background())
 	s.endCheck = cancel
-	s.running.Go(func() { s.writer.run(ctx) })
+	s.running.Go(func() { s.final = s.writer.run(ctx) })
 	return s, nil
 }
 
@@ -146,7 +147,8 @@ func (s *Store) openFiles() error {
 	path := filepath.Join(s.directory, indexName)
 	if _, err := os.Stat(path); errors.Is(err, os.ErrNotExist) {
 		for c := range classes {
-			if info, err := os.Stat(filepath.Join(s.directory, slabName(c))); err == nil && info.Size() > 0 {
+			name, _ := slabNames(c)
+			if info, err := os.Stat(filepath.Join(s.directory, name)); err == nil && info.Size() > 0 {
 				return fmt.Errorf("%w: there are blocks, but %s is missing", ErrDamaged, indexName)
 			}
 		}
@@ -171,7 +173,7 @@ func (s *Store) openFiles() error {
 		if n := slotsTaken(taken[c]); n != s.writer.state.blocks[c] {
 			return fmt.Errorf("%w: %d blocks in %d slots", ErrDamaged, s.writer.state.blocks[c], n)
 		}
-		s.slabs[c], err = openSlab(s.directory, c, taken[c])
+		s.slabs[c], err = openSlab(s.directory, c, taken[c], s.options.now())
 		if errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("%w: it has blocks of %d bytes, and their file is missing", ErrDamaged, c.size())
 		} else if err != nil {
@@ -182,9 +184,9 @@ func (s *Store) openFiles() error {
 }
 
 // Close lets calls of Put that are under way come to their end, and closes the store. It returns an
-// error if the checksum of the index, which is read for that, could not be saved, or a file could
-// not be closed; blocks that were acknowledged are durable in any case. Further calls return the
-// same again.
+// error if the times of access or the checksum of the index, which is read for that, could not be
+// saved, or a file could not be closed; blocks that were acknowledged are durable in any case.
+// Further calls return the same again.
 func (s *Store) Close() error { return s.close() }
 
 func (s *Store) end() error {
@@ -194,7 +196,7 @@ func (s *Store) end() error {
 	s.gate.Unlock()
 	s.endCheck()
 	s.running.Wait()
-	if err := s.closeFiles(); err != nil {
+	if err := errors.Join(s.final, s.closeFiles()); err != nil {
 		return fmt.Errorf("closing block store %q: %w", s.directory, err)
 	}
 	return nil
@@ -207,7 +209,7 @@ func (s *Store) closeFiles() error {
 	}
 	for _, slab := range s.slabs {
 		if slab != nil {
-			err = errors.Join(err, slab.file.Close())
+			err = errors.Join(err, slab.close())
 		}
 	}
 	if s.lock != nil {

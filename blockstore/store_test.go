@@ -113,7 +113,7 @@ func checkStore(t testing.TB, s *Store) map[eris.Reference]bool {
 		}
 		var slabs [classes]*os.File
 		for c := range classes {
-			name := slabName(c)
+			name, _ := slabNames(c)
 			var err error
 			if slabs[c], err = os.Open(filepath.Join(s.directory, name)); err != nil {
 				return err

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
@@ -21,17 +22,21 @@ const (
 	maxBatchBytes  = 16 << 20
 )
 
+// savePeriod is how often times of access are saved; as much of them is lost in a crash.
+const savePeriod = 5 * time.Minute
+
 // writer is the one goroutine that changes the store. It commits whatever requests have come in
 // while it did the last commit.
 type writer struct {
 	store *Store
-	state state // as committed
-	plan  plan  // for eviction
+	state state    // as committed
+	plan  plan     // for eviction
+	next  *request // received, but not part of the last batch
 }
 
 // run checks the index, and then does requests until the queue is closed. The context ends the
 // check.
-func (w *writer) run(ctx context.Context) {
+func (w *writer) run(ctx context.Context) error {
 	s := w.store
 	if err := s.checkIndex(ctx); err != nil {
 		s.fail(err)
@@ -40,41 +45,51 @@ func (w *writer) run(ctx context.Context) {
 			s.progress.background(slab.truncate())
 		}
 	}
+	save := time.NewTicker(savePeriod)
+	defer save.Stop()
 	if s.Err() == nil {
 		s.progress.background(s.guard(func() error { return w.makeRoom(w.batchBytes()) }))
 	}
-	for first := range s.queue {
-		for first != nil {
-			batch, next := w.collect(first)
-			w.do(batch)
-			first = next
+	for {
+		first := w.next
+		w.next = nil
+		for first == nil {
+			select {
+			case r, ok := <-s.queue:
+				if !ok {
+					return w.saveAccesses()
+				}
+				first = r
+			case <-save.C:
+				s.progress.background(w.saveAccesses())
+			}
 		}
+		w.do(w.collect(first))
 	}
 }
 
-// collect makes a batch of a request and those that wait behind it. It returns the one that does
-// not fit into the batch any more, too.
-func (w *writer) collect(first *request) (batch []*request, next *request) {
+// collect makes a batch of a request and those that wait behind it.
+func (w *writer) collect(first *request) []*request {
 	// Those who were waiting for the last commit may be about to come back.
 	runtime.Gosched()
-	batch = []*request{first}
-	space := w.batchBytes() - int64(len(first.block))
+	batch, space := []*request{first}, w.batchBytes()-int64(len(first.block))
 	for len(batch) < maxBatchBlocks {
 		select {
 		case next, ok := <-w.store.queue:
 			if !ok {
-				return batch, nil
+				return batch
 			}
 			if int64(len(next.block)) > space {
-				return batch, next
+				w.next = next
+				return batch
 			}
 			batch = append(batch, next)
 			space -= int64(len(next.block))
 		default:
-			return batch, nil
+			return batch
 		}
 	}
-	return batch, nil
+	return batch
 }
 
 // do does a batch of requests and completes them.
@@ -269,4 +284,15 @@ func (w *writer) unusedBytes() int64 {
 		return min(most, limit/8)
 	}
 	return most
+}
+
+func (w *writer) saveAccesses() error {
+	var err error
+	for _, slab := range w.store.slabs {
+		err = errors.Join(err, slab.saveAccesses())
+	}
+	if err != nil {
+		return fmt.Errorf("saving times of access: %w", err)
+	}
+	return nil
 }
