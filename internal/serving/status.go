@@ -28,6 +28,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/serverlog"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
@@ -44,10 +45,14 @@ func Status() *cobra.Command {
 		Args: message.NoArguments,
 	}
 	c.Flags().StringVar(&s.socket, "socket", "", "ask the server at the Unix socket `PATH` (default: that of serve)")
+	asJSON := c.Flags().Bool("json", false, "print what is known as JSON")
 	c.RunE = func(*cobra.Command, []string) error {
 		socket, answer, err := s.askStatistics()
-		if err != nil {
+		switch {
+		case err != nil:
 			return err
+		case *asJSON:
+			return page.JSON(answer)
 		}
 		return status.Print("block store at "+socket, answer)
 	}

@@ -23,11 +23,11 @@ import (
 
 // A Figure is a number, and what it says.
 type Figure struct {
-	Text  string // for people, "blocks found" for instance
-	Name  string // for monitoring, in snake case without a prefix; a counter ends in _total
-	Label string // of the same name, what this one is about; empty if there is but one
-	Value float64
-	Unit  string // "", "bytes", "bytes/s", "seconds", or "yes" for what is or is not
+	Text  string  `json:"text"`            // for people, "blocks found" for instance
+	Name  string  `json:"name"`            // for monitoring, in snake case without a prefix; a counter ends in _total
+	Label string  `json:"label,omitempty"` // of the same name, what this one is about; empty if there is but one
+	Value float64 `json:"value"`
+	Unit  string  `json:"unit,omitempty"` // "", "bytes", "bytes/s", "seconds", or "yes" for what is or is not
 }
 
 // counter reports whether the number only grows, so that its rate is of interest.
@@ -52,9 +52,9 @@ func (f Figure) String() string {
 
 // A Section is figures about one thing.
 type Section struct {
-	Title   string // may come from anybody
-	Error   string // what went wrong last, if anything
-	Figures []Figure
+	Title   string   `json:"title"`           // may come from anybody
+	Error   string   `json:"error,omitempty"` // what went wrong last, if anything
+	Figures []Figure `json:"figures"`
 }
 
 // Print prints sections on a terminal.
