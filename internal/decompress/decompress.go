@@ -17,7 +17,9 @@ import (
 	"io"
 	"math/bits"
 
+	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
+	"github.com/xi2/xz"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lzip"
 )
@@ -34,6 +36,9 @@ const (
 	// decoder of lzip reads some MiB ahead.
 	freeInput    = 32 << 20
 	inputPerByte = 2
+	// freeGzip is freeInput for gzip: members may be empty, each of 20 bytes, which take a
+	// microsecond.
+	freeGzip = 1 << 20
 )
 
 // errNothing is in the chain of the error for data that are hardly any. A server could send them
@@ -47,6 +52,7 @@ var errClosed = errors.New("decompressor is closed")
 // A Reader gives what was compressed. It is not safe for concurrent use.
 type Reader struct {
 	method  string
+	open    func() (io.Reader, error) // of the method, called before the first read
 	r       io.Reader
 	close   func()
 	err     error
@@ -74,8 +80,7 @@ func (i *input) Read(p []byte) (int, error) {
 // are asked for; more may be read than is needed. Closing the Reader does not close r.
 //
 // Data may consist of several members, streams or frames, one after the other, whose contents are
-// joined. After a member of gzip, anything that does not begin like one is ignored, as gzip(1)
-// does; for the others it is an error. Checksums are verified.
+// joined; anything else behind them is an error. Checksums are verified.
 func Open(method string, r io.Reader) (*Reader, error) { return OpenAtMost(method, r, maxWindow) }
 
 // OpenAtMost is like [Open] for contents of which no more than the given number of bytes are
@@ -88,24 +93,27 @@ func OpenAtMost(method string, r io.Reader, most int64) (*Reader, error) {
 		z.r = r
 		return z, nil
 	}
-	r = &input{r, z}
+	in := bufio.NewReaderSize(&input{r, z}, inputSize)
 	switch method {
 	case "gzip":
-		z.r, z.free = newGzipReader(r), freeGzip
+		z.free = freeGzip
+		z.open = func() (io.Reader, error) { return gzip.NewReader(in) }
 	case "lzip":
-		l := lzip.NewReader(r, maxWindow)
+		l := lzip.NewReader(&input{r, z}, maxWindow)
 		z.r, z.close = l, func() { l.Close() }
 	case "zstd":
-		d, err := newZstdDecoder(r, most)
+		d, err := newZstdDecoder(&narrowed{r: in, most: most})
 		if err != nil {
 			return nil, fmt.Errorf("zstd: %w", err)
 		}
 		z.r, z.close = d, d.Close
 	case "xz":
-		z.r = &xzReader{in: bufio.NewReaderSize(r, inputSize)}
+		// All blocks share one dictionary, which is made as large as the first header says, if that
+		// is not refused, and takes memory as it is filled.
+		z.open = func() (io.Reader, error) { return xz.NewReader(in, maxWindow) }
 	case "bzip2":
 		// The reader of the standard library joins streams.
-		z.r = bzip2.NewReader(bufio.NewReaderSize(r, inputSize))
+		z.r = bzip2.NewReader(in)
 	default:
 		return nil, fmt.Errorf("%w %.40q", errUnknownMethod, method)
 	}
@@ -116,13 +124,10 @@ func OpenAtMost(method string, r io.Reader, most int64) (*Reader, error) {
 // user. Measured on an archive of 200 MiB from level 19 (window 8 MiB), zstd(1) takes 0.35 s of
 // processor time and this 0.34 to 0.39 s, with 12 MiB for the whole process; with goroutines of its
 // own, the decoder takes 0.39 to 0.42 s and 17 MiB, and no less time until it is done.
-func newZstdDecoder(r io.Reader, most int64) (*zstd.Decoder, error) {
-	// The buffer saves calls, and hides a bytes.Buffer, which the decoder would decode as a whole
-	// into memory.
-	return zstd.NewReader(&narrowed{r: bufio.NewReaderSize(r, inputSize), most: most},
-		zstd.WithDecoderConcurrency(1),
-		zstd.WithDecoderLowmem(true),
-		zstd.WithDecoderMaxWindow(maxWindow))
+// The buffer below it saves calls, and hides a bytes.Buffer, which the decoder would decode as a
+// whole into memory.
+func newZstdDecoder(r *narrowed) (*zstd.Decoder, error) {
+	return zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
 }
 
 // narrowed is a frame of zstd whose header says that its window is no larger than need be (RFC
@@ -156,8 +161,8 @@ func (z *Reader) Read(p []byte) (int, error) {
 	}
 	n, err := z.read(p)
 	z.out += int64(n)
-	if err == io.EOF && z.in == 0 && z.method != "none" {
-		err = io.ErrUnexpectedEOF // no data at all
+	if err == io.EOF && z.in == 0 && z.method != "none" || err == xz.ErrBuf { // no data at all, or more is wanted than there is
+		err = io.ErrUnexpectedEOF
 	}
 	if err != nil && err != io.EOF && z.method != "none" {
 		err = fmt.Errorf("%s: %w", z.method, err)
@@ -174,6 +179,11 @@ func (z *Reader) read(p []byte) (n int, err error) {
 			err = fmt.Errorf("decoder failed: %v", p)
 		}
 	}()
+	if z.r == nil {
+		if z.r, err = z.open(); err != nil {
+			return 0, err
+		}
+	}
 	return z.r.Read(p)
 }
 

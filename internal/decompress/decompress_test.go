@@ -244,13 +244,6 @@ func TestTruncated(t *testing.T) {
 			if i == joined {
 				continue
 			}
-			if method == "gzip" && i == joined+1 {
-				// One byte that follows may be anything.
-				if got, err := decompress(t, method, compressed[:i]); err != nil || !bytes.Equal(got, data) {
-					t.Errorf("gzip with a byte more: %v", err)
-				}
-				continue
-			}
 			got, err := decompress(t, method, compressed[:i])
 			if !errors.Is(err, io.ErrUnexpectedEOF) || !strings.HasPrefix(err.Error(), method+": ") {
 				t.Errorf("%s, cut to %d bytes of %d: %v", method, i, len(compressed), err)
@@ -308,12 +301,7 @@ func TestGarbage(t *testing.T) {
 		}
 		compressed := compress(t, data)
 		for _, garbage := range []string{"\x00", "\x00\x00\x00\x00\x00", "garbage, and more of it", "\x1f\x8a", "LZIQ\x01\x10"} {
-			got, err := decompress(t, method, append(bytes.Clone(compressed), garbage...))
-			if method == "gzip" {
-				if err != nil || !bytes.Equal(got, data) {
-					t.Errorf("gzip and %q: %v", garbage, err)
-				}
-			} else if err == nil {
+			if _, err := decompress(t, method, append(bytes.Clone(compressed), garbage...)); err == nil {
 				t.Errorf("%s and %q: no error", method, garbage)
 			}
 		}
