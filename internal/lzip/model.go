@@ -22,16 +22,19 @@ const (
 	probMove = 5 // adaptation rate
 )
 
+// A tree is the probabilities of a symbol of eight bits at most. Number 0 is not used: node s has
+// the children 2s and 2s+1.
+type tree [0x100]uint16
+
 // lenModel holds the probabilities of a length: eight short ones and eight middle ones per position
 // state, and 256 long ones.
 type lenModel struct {
 	choice, choice2 uint16
-	low, mid        [posStates][8]uint16
-	high            [256]uint16
+	low, mid        [posStates]tree
+	high            tree
 }
 
-// model is all that the decoder has learnt about the member so far. A tree of n bits is an array of
-// 1<<n probabilities of which number 0 is not used: node s has the children 2s and 2s+1.
+// model is all that the decoder has learnt about the member so far.
 //
 // A literal has three trees side by side: the plain one, and at 0x100 and 0x200 those for literals
 // after a match, while the bits decoded so far agree with the byte that the match would have given
@@ -43,44 +46,36 @@ type model struct {
 	isRepG1  [states]uint16
 	isRepG2  [states]uint16
 	isRep0L  [states * posStates]uint16
-	slot     [lenStates][64]uint16
+	slot     [lenStates]tree
 	special  [128]uint16
-	align    [16]uint16
+	align    tree
 	matchLen lenModel
 	repLen   lenModel
 	literal  [litContexts][0x300]uint16
 }
 
+// reset forgets all.
 func (m *model) reset() {
-	setInit(m.isMatch[:])
-	setInit(m.isRep[:])
-	setInit(m.isRepG0[:])
-	setInit(m.isRepG1[:])
-	setInit(m.isRepG2[:])
-	setInit(m.isRep0L[:])
+	setInit(m.isMatch[:], m.isRep[:], m.isRepG0[:], m.isRepG1[:], m.isRepG2[:], m.isRep0L[:], m.special[:], m.align[:])
 	for i := range m.slot {
 		setInit(m.slot[i][:])
 	}
-	setInit(m.special[:])
-	setInit(m.align[:])
-	m.matchLen.reset()
-	m.repLen.reset()
+	for _, l := range []*lenModel{&m.matchLen, &m.repLen} {
+		l.choice, l.choice2 = probInit, probInit
+		for i := range l.low {
+			setInit(l.low[i][:], l.mid[i][:])
+		}
+		setInit(l.high[:])
+	}
 	for i := range m.literal {
 		setInit(m.literal[i][:])
 	}
 }
 
-func (l *lenModel) reset() {
-	l.choice, l.choice2 = probInit, probInit
-	for i := range l.low {
-		setInit(l.low[i][:])
-		setInit(l.mid[i][:])
-	}
-	setInit(l.high[:])
-}
-
-func setInit(p []uint16) {
-	for i := range p {
-		p[i] = probInit
+func setInit(all ...[]uint16) {
+	for _, p := range all {
+		for i := range p {
+			p[i] = probInit
+		}
 	}
 }

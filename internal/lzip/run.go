@@ -20,6 +20,9 @@ const (
 // bits before, so that at most 21 bytes are shifted in.
 const maxSymbol = 21
 
+// markers has what the lengths of a marker mean, from the least one on.
+var markers = [3]stop{stopEnd, stopSync, stopMarker}
+
 // afterLiteral is the state after a literal.
 var afterLiteral = [states]uint8{0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 4, 5}
 
@@ -50,7 +53,7 @@ func (d *decoder) run(end, lim int) stop {
 			t := &m.literal[prev>>5]
 			var s uint64
 			if state < 7 {
-				s, rng, code = d.plainLiteral(t, rng, code)
+				s, rng, code = d.tree((*tree)(t[:]), 8, rng, code)
 			} else {
 				// A state of 7 or more means that there has been a match, so that rep0 is sound.
 				from := pos - int(rep0) - 1
@@ -71,47 +74,24 @@ func (d *decoder) run(end, lim int) stop {
 		afterMatch := (state + 9) >> 4 // 1 in the states from 7
 
 		var n uint64
-		rng, code = d.refill(rng, code)
-		p = uint64(m.isRep[state&(states-1)])
-		bound = (rng >> probBits) * p
-		if code < bound {
-			m.isRep[state&(states-1)] = uint16(p + (1<<probBits-p)>>probMove)
-			n, rng, code = d.length(&m.matchLen, posState, bound, code)
+		var repeated, older, long bool
+		if repeated, rng, code = d.flag(&m.isRep[state&(states-1)], rng, code); !repeated {
+			n, rng, code = d.length(&m.matchLen, posState, rng, code)
 			var dist uint64
 			dist, rng, code = d.distance(n, rng, code)
 			if dist >= d.dictSize {
 				why = stopDistance
 				if dist == 0xFFFFFFFF {
 					rng, code = d.refill(rng, code)
-					switch n {
-					case minMatch:
-						why = stopEnd
-					case minMatch + 1:
-						why = stopSync
-					default:
-						why = stopMarker
-					}
+					why = markers[min(n-minMatch, 2)]
 				}
 				break
 			}
 			rep3, rep2, rep1, rep0 = rep2, rep1, rep0, uint32(dist)
 			state = 7 + 3*afterMatch
 		} else {
-			rng -= bound
-			code -= bound
-			m.isRep[state&(states-1)] = uint16(p - p>>probMove)
-
-			rng, code = d.refill(rng, code)
-			p = uint64(m.isRepG0[state&(states-1)])
-			bound = (rng >> probBits) * p
-			if code < bound {
-				m.isRepG0[state&(states-1)] = uint16(p + (1<<probBits-p)>>probMove)
-				rng, code = d.refill(bound, code)
-				p = uint64(m.isRep0L[index])
-				bound = (rng >> probBits) * p
-				if code < bound {
-					rng = bound
-					m.isRep0L[index] = uint16(p + (1<<probBits-p)>>probMove)
+			if older, rng, code = d.flag(&m.isRepG0[state&(states-1)], rng, code); !older {
+				if long, rng, code = d.flag(&m.isRep0L[index], rng, code); !long {
 					from := pos - int(rep0) - 1
 					if from < 0 {
 						if !d.full {
@@ -126,22 +106,12 @@ func (d *decoder) run(end, lim int) stop {
 					state = 9 + 2*afterMatch
 					continue
 				}
-				rng -= bound
-				code -= bound
-				m.isRep0L[index] = uint16(p - p>>probMove)
+			} else if older, rng, code = d.flag(&m.isRepG1[state&(states-1)], rng, code); !older {
+				rep1, rep0 = rep0, rep1
+			} else if older, rng, code = d.flag(&m.isRepG2[state&(states-1)], rng, code); !older {
+				rep2, rep1, rep0 = rep1, rep0, rep2
 			} else {
-				rng -= bound
-				code -= bound
-				m.isRepG0[state&(states-1)] = uint16(p - p>>probMove)
-
-				var second, third bool
-				if second, rng, code = d.flag(&m.isRepG1[state&(states-1)], rng, code); !second {
-					rep1, rep0 = rep0, rep1
-				} else if third, rng, code = d.flag(&m.isRepG2[state&(states-1)], rng, code); !third {
-					rep2, rep1, rep0 = rep1, rep0, rep2
-				} else {
-					rep3, rep2, rep1, rep0 = rep2, rep1, rep0, rep3
-				}
+				rep3, rep2, rep1, rep0 = rep2, rep1, rep0, rep3
 			}
 			n, rng, code = d.length(&m.repLen, posState, rng, code)
 			state = 8 + 3*afterMatch

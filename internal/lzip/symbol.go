@@ -20,7 +20,7 @@ package lzip
 //     the loop instead of in a function (-4 %, -2 %);
 //   - the position of the input in memory instead of in a register, since it is
 //     needed once per eight bits and registers are scarce (about -5 %);
-//   - literals, slots and lengths as functions of their own, so that each has all
+//   - literals and other trees as functions of their own, so that each has all
 //     registers for itself.
 //
 // What did not pay: touching the source of a match as soon as all but the four low bits of its
@@ -69,30 +69,7 @@ func choose(rng, code, p, p0, p1 uint64) (r, c, q, next, bit uint64) {
 	return
 }
 
-// decide is choose for a last bit.
-func decide(rng, code, p uint64) (r, c, q, bit uint64) {
-	bound := (rng >> probBits) * p
-	r = rng - bound
-	c = code - bound
-	q = p
-	zero := code < bound
-	if zero {
-		r = bound
-	}
-	if zero {
-		c = code
-	}
-	if zero {
-		q = p - (1<<probBits - 1<<probMove + 1)
-	}
-	if !zero {
-		bit = 1
-	}
-	q = p - uint64(int64(q)>>probMove)
-	return
-}
-
-// flag decodes a bit that is seldom asked for, by a branch.
+// flag decodes a bit by a branch.
 //
 //go:noinline
 func (d *decoder) flag(t *uint16, rng, code uint64) (set bool, r, c uint64) {
@@ -107,23 +84,21 @@ func (d *decoder) flag(t *uint16, rng, code uint64) (set bool, r, c uint64) {
 	return true, rng - bound, code - bound
 }
 
-// plainLiteral decodes a literal that does not follow a match. The byte is the low eight bits of
-// the result.
+// tree decodes a symbol of so many bits; the result is above by 1<<bits.
 //
 //go:noinline
-func (d *decoder) plainLiteral(t *[0x300]uint16, rng, code uint64) (sym, r, c uint64) {
+func (d *decoder) tree(t *tree, bits int, rng, code uint64) (sym, r, c uint64) {
 	var q, bit uint64
 	s, p := uint64(1), uint64(t[1])
-	for range 7 {
-		s &= 0x7f
+	for range bits - 1 {
+		i := s & 0x7f
 		rng, code = d.refill(rng, code)
-		i := s
 		rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*i]), uint64(t[2*i+1]))
 		t[i] = uint16(q)
 		s = 2*i + bit
 	}
 	rng, code = d.refill(rng, code)
-	rng, code, q, bit = decide(rng, code, p)
+	rng, code, q, _, bit = choose(rng, code, p, 0, 0)
 	t[s&0xff] = uint16(q)
 	return 2*s + bit, rng, code
 }
@@ -155,112 +130,33 @@ func (d *decoder) matchedLiteral(t *[0x300]uint16, m, rng, code uint64) (sym, r,
 		i = s + off + m&off
 	}
 	rng, code = d.refill(rng, code)
-	rng, code, q, bit = decide(rng, code, p)
+	rng, code, q, _, bit = choose(rng, code, p, 0, 0)
 	t[i] = uint16(q)
 	return 2*s + bit, rng, code
-}
-
-// tree3 decodes a symbol of three bits; the result is above by 8.
-//
-//go:noinline
-func (d *decoder) tree3(t *[8]uint16, rng, code uint64) (sym, r, c uint64) {
-	var q, bit uint64
-	s, p := uint64(1), uint64(t[1])
-	for range 2 {
-		i := s & 3
-		rng, code = d.refill(rng, code)
-		rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*i]), uint64(t[2*i+1]))
-		t[i] = uint16(q)
-		s = 2*i + bit
-	}
-	rng, code = d.refill(rng, code)
-	rng, code, q, bit = decide(rng, code, p)
-	t[s&7] = uint16(q)
-	return 2*s + bit, rng, code
-}
-
-// tree6 decodes a symbol of six bits; the result is above by 64.
-//
-//go:noinline
-func (d *decoder) tree6(t *[64]uint16, rng, code uint64) (sym, r, c uint64) {
-	var q, bit uint64
-	s, p := uint64(1), uint64(t[1])
-	for range 5 {
-		i := s & 31
-		rng, code = d.refill(rng, code)
-		rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*i]), uint64(t[2*i+1]))
-		t[i] = uint16(q)
-		s = 2*i + bit
-	}
-	rng, code = d.refill(rng, code)
-	rng, code, q, bit = decide(rng, code, p)
-	t[s&63] = uint16(q)
-	return 2*s + bit, rng, code
-}
-
-// tree8 decodes a symbol of eight bits; the result is above by 256.
-//
-//go:noinline
-func (d *decoder) tree8(t *[256]uint16, rng, code uint64) (sym, r, c uint64) {
-	s := uint64(1)
-	for range 8 {
-		i := uint8(s)
-		var q, bit uint64
-		rng, code = d.refill(rng, code)
-		rng, code, q, bit = decide(rng, code, uint64(t[i]))
-		t[i] = uint16(q)
-		s = 2*s + bit
-	}
-	return s, rng, code
 }
 
 // reversed turns a node of the last level of the alignment tree into the four bits that lead to it,
 // the first of them lowest.
 var reversed = [16]uint8{0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15}
 
-// alignment decodes the four low bits of a long distance.
-//
-//go:noinline
-func (d *decoder) alignment(rng, code uint64) (sym, r, c uint64) {
-	t := &d.model.align
-	var q, bit uint64
-	s, p := uint64(1), uint64(t[1])
-	for range 3 {
-		i := s & 7
-		rng, code = d.refill(rng, code)
-		rng, code, q, p, bit = choose(rng, code, p, uint64(t[2*i]), uint64(t[2*i+1]))
-		t[i] = uint16(q)
-		s = 2*i + bit
-	}
-	rng, code = d.refill(rng, code)
-	rng, code, q, bit = decide(rng, code, p)
-	t[s&15] = uint16(q)
-	return uint64(reversed[(2*s+bit)&15]), rng, code
-}
-
 // length decodes the length of a match, in bytes.
 func (d *decoder) length(l *lenModel, posState, rng, code uint64) (n, r, c uint64) {
-	rng, code = d.refill(rng, code)
-	p := uint64(l.choice)
-	bound := (rng >> probBits) * p
-	if code < bound {
-		l.choice = uint16(p + (1<<probBits-p)>>probMove)
-		n, rng, code = d.tree3(&l.low[posState&(posStates-1)], bound, code)
+	far, rng, code := d.flag(&l.choice, rng, code)
+	if !far {
+		n, rng, code = d.tree(&l.low[posState&(posStates-1)], 3, rng, code)
 		return n - 8 + minMatch, rng, code
 	}
-	l.choice = uint16(p - p>>probMove)
-	long, rng, code := d.flag(&l.choice2, rng-bound, code-bound)
-	if !long {
-		n, rng, code = d.tree3(&l.mid[posState&(posStates-1)], rng, code)
+	if far, rng, code = d.flag(&l.choice2, rng, code); !far {
+		n, rng, code = d.tree(&l.mid[posState&(posStates-1)], 3, rng, code)
 		return n - 8 + minMatch + 8, rng, code
 	}
-	n, rng, code = d.tree8(&l.high, rng, code)
+	n, rng, code = d.tree(&l.high, 8, rng, code)
 	return n - 256 + minMatch + 16, rng, code
 }
 
 // distance decodes how far back a match of n bytes lies: 0 is the byte just before.
 func (d *decoder) distance(n, rng, code uint64) (dist, r, c uint64) {
-	slot, rng, code := d.tree6(&d.model.slot[min(n-minMatch, lenStates-1)], rng, code)
+	slot, rng, code := d.tree(&d.model.slot[min(n-minMatch, lenStates-1)], 6, rng, code)
 	slot &= 63
 	if slot < slotModelled {
 		return slot, rng, code
@@ -276,7 +172,7 @@ func (d *decoder) distance(n, rng, code uint64) (dist, r, c uint64) {
 			i := (base + s) & 127
 			var q, bit uint64
 			rng, code = d.refill(rng, code)
-			rng, code, q, bit = decide(rng, code, uint64(t[i]))
+			rng, code, q, _, bit = choose(rng, code, uint64(t[i]), 0, 0)
 			t[i] = uint16(q)
 			s = 2*s + bit
 			dist += bit << (k & 7)
@@ -298,6 +194,6 @@ func (d *decoder) distance(n, rng, code uint64) (dist, r, c uint64) {
 		}
 		dist = 2*dist + bit
 	}
-	low, rng, code := d.alignment(rng, code)
-	return dist<<4 | low, rng, code
+	low, rng, code := d.tree(&d.model.align, 4, rng, code)
+	return dist<<4 | uint64(reversed[low&15]), rng, code
 }
