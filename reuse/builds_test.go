@@ -202,7 +202,7 @@ func stored(t *testing.T, members ...string) string {
 }
 
 // files are what the tools make, in short, with the hashes of an item and of what it refers to.
-func files(t *testing.T, item, ref string) map[string]string {
+func fixtures(t *testing.T, item, ref string) map[string]string {
 	debug := "debug information of /store/" + item + " and " + ref
 	source := "PATH = '/store/" + ref + "'\n"
 	return map[string]string{
@@ -216,9 +216,9 @@ func files(t *testing.T, item, ref string) map[string]string {
 // TestFixtures has what the real programs make where those are not installed.
 func TestFixtures(t *testing.T) {
 	s := newTestStore(t)
-	s.check(s.both("x-1.0", []string{"bash-5.1"}, func(item string, refs []string) map[string]string { return files(t, item, refs[0]) }))
+	s.check(s.both("x-1.0", []string{"bash-5.1"}, func(item string, refs []string) map[string]string { return fixtures(t, item, refs[0]) }))
 	// The debug link counts: without the repair it would be another item.
-	old, want := s.both("y-1.0", []string{"bash-5.1"}, func(item string, refs []string) map[string]string { return files(t, item, refs[0]) })
+	old, want := s.both("y-1.0", []string{"bash-5.1"}, func(item string, refs []string) map[string]string { return fixtures(t, item, refs[0]) })
 	must(t, os.Chmod(s.dir+"/"+old+"/bin/.debug", 0o755))
 	must(t, os.Remove(s.dir+"/"+old+"/bin/.debug/x.debug"))
 	if c, _ := s.attempt(s.finder(), want); c != nil {

@@ -5,9 +5,9 @@ package reuse
 import (
 	"crypto/sha256"
 	"fmt"
+	"os"
 
-	"golang.org/x/sys/unix"
-
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
@@ -43,40 +43,26 @@ func (r record) offset() int64 {
 	return int64(uint(r[0])<<8|uint(r[1])) % missSlots * int64(len(r))
 }
 
-// open opens the file, which may be where others can put one of theirs.
-func (m misses) open(flags int) (int, error) {
-	fd, err := unix.Open(m.path, flags|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0o600)
-	if err != nil {
-		return -1, err
-	}
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 {
-		unix.Close(fd)
-		return -1, unix.EINVAL
-	}
-	return fd, nil
-}
-
 // has reports whether the record is there. Without a file nothing is.
 func (m misses) has(r record) bool {
-	fd, err := m.open(unix.O_RDONLY)
+	f, _, err := files.OpenState(m.path, os.O_RDONLY)
 	if err != nil {
 		return false
 	}
-	defer unix.Close(fd)
+	defer f.Close()
 	var found record
-	n, err := unix.Pread(fd, found[:], r.offset())
-	return err == nil && n == len(found) && found == r
+	_, err = f.ReadAt(found[:], r.offset())
+	return err == nil && found == r
 }
 
 // add keeps the record. What cannot be kept is tried again.
 func (m misses) add(r record) {
-	fd, err := m.open(unix.O_WRONLY | unix.O_CREAT)
+	f, _, err := files.OpenState(m.path, os.O_WRONLY|os.O_CREATE)
 	if err != nil {
 		return
 	}
-	defer unix.Close(fd)
-	unix.Pwrite(fd, r[:], r.offset())
+	defer f.Close()
+	f.WriteAt(r[:], r.offset())
 }
 
 // NoDelta notes that a delta from the item of the given file name has not made what the narinfo

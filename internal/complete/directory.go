@@ -8,15 +8,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
@@ -39,14 +37,12 @@ func (i *Item) Complete() bool {
 // their blocks in the store, and nars and deltas in the directory. They are in the order of the
 // names of the narinfos. Errors are those of [Check] and of reading the directory.
 func Directory(ctx context.Context, directory string, o Options) (items []Item, err error) {
-	root, err := os.OpenRoot(directory)
-	if err != nil {
-		return nil, err
-	}
-	defer root.Close()
-	names, err := fs.Glob(root.FS(), "*.narinfo")
-	for _, name := range names {
-		item, err := checkItem(ctx, root, name, o)
+	entries, err := os.ReadDir(directory)
+	for _, e := range entries {
+		if filepath.Ext(e.Name()) != ".narinfo" {
+			continue
+		}
+		item, err := checkItem(ctx, directory, e.Name(), o)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", item.Path, err)
 		}
@@ -55,8 +51,8 @@ func Directory(ctx context.Context, directory string, o Options) (items []Item, 
 	return items, err
 }
 
-func checkItem(ctx context.Context, root *os.Root, name string, o Options) (Item, error) {
-	n, err := readNarinfo(root, name)
+func checkItem(ctx context.Context, directory string, name string, o Options) (Item, error) {
+	n, err := readNarinfo(directory, name)
 	if err != nil {
 		return Item{Path: name, Faults: []string{err.Error()}}, nil
 	}
@@ -68,7 +64,7 @@ func checkItem(ctx context.Context, root *os.Root, name string, o Options) (Item
 		if strings.Contains(u.URL, ":") {
 			continue // it is on a server
 		}
-		if err := checkNar(ctx, root, u, n); ctx.Err() != nil {
+		if err := checkNar(ctx, directory, u, n); ctx.Err() != nil {
 			return item, context.Cause(ctx)
 		} else if err != nil {
 			item.Faults = append(item.Faults, fmt.Sprintf("%s: %v", u.URL, err))
@@ -78,20 +74,15 @@ func checkItem(ctx context.Context, root *os.Root, name string, o Options) (Item
 		if strings.Contains(d.URL, ":") {
 			continue
 		}
-		if info, err := root.Stat(d.URL); err != nil || info.Size() != int64(d.Size) {
+		if info, err := os.Stat(filepath.Join(directory, d.URL)); err != nil || info.Size() != int64(d.Size) {
 			item.Faults = append(item.Faults, d.URL+": it is not there, or not whole")
 		}
 	}
 	return item, nil
 }
 
-func readNarinfo(root *os.Root, name string) (*narinfo.Narinfo, error) {
-	f, err := openRegular(root, name)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	text, err := io.ReadAll(io.LimitReader(f, narinfo.MaxSize+1))
+func readNarinfo(directory string, name string) (*narinfo.Narinfo, error) {
+	text, err := files.ReadRegular(filepath.Join(directory, name), narinfo.MaxSize)
 	if err != nil {
 		return nil, err
 	}
@@ -128,8 +119,8 @@ func checkBlocks(ctx context.Context, n *narinfo.Narinfo, o Options) (best Repor
 	return best, nil
 }
 
-func checkNar(ctx context.Context, root *os.Root, u narinfo.URL, n *narinfo.Narinfo) error {
-	f, err := openRegular(root, u.URL)
+func checkNar(ctx context.Context, directory string, u narinfo.URL, n *narinfo.Narinfo) error {
+	f, _, err := files.OpenRegular(filepath.Join(directory, u.URL), os.O_RDONLY)
 	if err != nil {
 		return errors.New("it is not there")
 	}
@@ -147,17 +138,4 @@ func checkNar(ctx context.Context, root *os.Root, u narinfo.URL, n *narinfo.Nari
 		return errors.New("it has another hash than the narinfo says")
 	}
 	return nil
-}
-
-// openRegular opens a file that somebody else may have made: no pipe is waited for.
-func openRegular(root *os.Root, name string) (*os.File, error) {
-	f, err := root.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, err
-	}
-	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
-		f.Close()
-		return nil, errors.Join(err, errors.New("it is no regular file"))
-	}
-	return f, nil
 }

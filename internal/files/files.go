@@ -15,6 +15,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -131,14 +132,6 @@ func MoveNew(from, to string) error {
 	default:
 		return &os.LinkError{Op: "rename", Old: from, New: to, Err: err}
 	}
-	// A link does not replace what somebody else has made meanwhile; nor does everything have them.
-	err = os.Link(from, to)
-	if errors.Is(err, fs.ErrExist) {
-		return err
-	}
-	if err == nil {
-		return os.Remove(from)
-	}
 	if _, err := os.Lstat(to); err == nil {
 		return &fs.PathError{Op: "create", Path: to, Err: fs.ErrExist}
 	}
@@ -181,7 +174,7 @@ func PunchHole(f *os.File, offset, length int64) error {
 
 // onFile makes a system call on a file, which must be open.
 func onFile(f *os.File, operation string, call func(fd int) error) error {
-	if _, err := retry(func() (int, error) { return 0, call(int(f.Fd())) }); err != nil {
+	if err := retry(func() error { return call(int(f.Fd())) }); err != nil {
 		return &fs.PathError{Op: operation, Path: f.Name(), Err: err}
 	}
 	return nil
@@ -217,56 +210,49 @@ var (
 	errShared  = errors.New("other users may write to it")
 )
 
-// open opens a regular file that belongs to this user, not through a symbolic link at its path.
-func open(path string, flags int) (fd int, size int64, err error) {
-	fd, err = retry(func() (int, error) {
-		return unix.Open(path, flags|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_NONBLOCK|unix.O_NOCTTY, 0o600)
-	})
+// OpenState opens a file of state. It must be a regular file of this user that others cannot write
+// to; a symbolic link, a pipe or a device at path is refused at once.
+func OpenState(path string, flags int) (*os.File, fs.FileInfo, error) {
+	f, err := os.OpenFile(path, flags|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY, 0o600)
 	if err != nil {
-		return -1, 0, &fs.PathError{Op: "open", Path: path, Err: err}
+		return nil, nil, err
 	}
-	var stat unix.Stat_t
-	err = unix.Fstat(fd, &stat)
+	info, err := f.Stat()
 	switch {
 	case err != nil:
-	case stat.Mode&unix.S_IFMT != unix.S_IFREG:
+	case !info.Mode().IsRegular():
 		err = ErrSpecial
-	case stat.Uid != uint32(os.Geteuid()):
+	case info.Sys().(*syscall.Stat_t).Uid != uint32(os.Geteuid()):
 		err = errForeign
-	case stat.Mode&0o022 != 0:
+	case info.Mode()&0o022 != 0:
 		err = errShared
 	}
 	if err != nil {
-		unix.Close(fd)
-		return -1, 0, &fs.PathError{Op: "open", Path: path, Err: err}
+		f.Close()
+		return nil, nil, &fs.PathError{Op: "open", Path: path, Err: err}
 	}
-	return fd, stat.Size, nil
+	return f, info, nil
 }
 
-// ReadState reads a file of state whole. It must be a regular file of this user that others cannot
-// write to, of at most the given number of bytes; a symbolic link, a pipe or a device at path is
-// refused at once. The error wraps [fs.ErrNotExist] if there is no file.
+// ReadState reads a file as [OpenState] opens it whole, of at most the given number of bytes. The
+// error wraps [fs.ErrNotExist] if there is no file.
 func ReadState(path string, most int) ([]byte, error) {
-	fd, size, err := open(path, unix.O_RDONLY)
+	f, info, err := OpenState(path, os.O_RDONLY)
 	if err != nil {
 		return nil, err
 	}
-	defer unix.Close(fd)
-	b := make([]byte, min(int64(most), size)+1) // one more, to see the end
-	for length := 0; length < len(b); {
-		n, err := retry(func() (int, error) { return unix.Read(fd, b[length:]) })
-		if err != nil {
-			return nil, &fs.PathError{Op: "read", Path: path, Err: err}
-		}
-		if n == 0 {
-			return b[:length], nil
-		}
-		length += n
+	defer f.Close()
+	if info.Size() > int64(most) {
+		return nil, tooLarge(path, most)
 	}
-	if size <= int64(most) {
-		return nil, &fs.PathError{Op: "read", Path: path, Err: errors.New("it grows")}
+	b := make([]byte, info.Size()+1) // one more, to see the end
+	n, err := io.ReadFull(f, b)
+	if err == nil {
+		err = &fs.PathError{Op: "read", Path: path, Err: errors.New("it grows")}
+	} else if err == io.EOF || err == io.ErrUnexpectedEOF {
+		return b[:n], nil
 	}
-	return nil, tooLarge(path, most)
+	return nil, err
 }
 
 // Lock opens a lock file, which it makes with mode 0600 if need be, and takes its lock, for which
@@ -274,11 +260,10 @@ func ReadState(path string, most int) ([]byte, error) {
 // Closing the file gives the lock back, and so does the end of the process. The file is never
 // written to; it must be a regular file of this user, not a symbolic link.
 func Lock(path string, wait time.Duration) (*os.File, error) {
-	fd, _, err := open(path, unix.O_RDWR|unix.O_CREAT)
+	f, _, err := OpenState(path, os.O_RDWR|os.O_CREATE)
 	if err != nil {
 		return nil, err
 	}
-	f := os.NewFile(uintptr(fd), path)
 	if err := LockFile(f, wait); err != nil {
 		f.Close()
 		return nil, err
@@ -308,15 +293,14 @@ func LockFile(f *os.File, wait time.Duration) error {
 func UnlockFile(f *os.File) error { return flock(f, unix.LOCK_UN) }
 
 func flock(f *os.File, how int) error {
-	_, err := retry(func() (int, error) { return 0, unix.Flock(int(f.Fd()), how) })
-	return err
+	return retry(func() error { return unix.Flock(int(f.Fd()), how) })
 }
 
 // retry repeats a system call that a signal has interrupted.
-func retry(call func() (int, error)) (n int, err error) {
+func retry(call func() error) error {
 	for {
-		if n, err = call(); err != unix.EINTR {
-			return n, err
+		if err := call(); err != unix.EINTR {
+			return err
 		}
 	}
 }
