@@ -79,7 +79,6 @@ func (b *buffer) Release() {
 type ReadAhead struct {
 	pieces chan piece
 	stop   context.CancelFunc
-	done   sync.WaitGroup
 	failed error
 }
 
@@ -92,8 +91,8 @@ type piece struct {
 // of r, which io.EOF is too, when ctx is done, or at Close.
 func NewReadAhead(ctx context.Context, r io.Reader, count, size int) *ReadAhead {
 	ctx, stop := context.WithCancel(ctx)
-	a := &ReadAhead{pieces: make(chan piece, count), stop: stop}
-	a.done.Go(func() { a.read(ctx, r, count, size) })
+	a := &ReadAhead{pieces: make(chan piece, count+1), stop: stop} // has room for all, and an error
+	go a.read(ctx, r, count, size)
 	return a
 }
 
@@ -116,7 +115,7 @@ func (a *ReadAhead) read(ctx context.Context, r io.Reader, count, size int) {
 			select {
 			case b = <-free:
 			case <-ctx.Done():
-				a.send(ctx, piece{err: ctx.Err()})
+				a.pieces <- piece{err: ctx.Err()}
 				return
 			}
 		}
@@ -131,27 +130,10 @@ func (a *ReadAhead) read(ctx context.Context, r io.Reader, count, size int) {
 			}
 		}
 		if n > 0 {
-			if !a.send(ctx, piece{chunk: b.lend(n)}) {
-				return
-			}
+			a.pieces <- piece{chunk: b.lend(n)}
 		}
 	}
-	a.send(ctx, piece{err: failed})
-}
-
-// send delivers p unless nobody listens any more.
-func (a *ReadAhead) send(ctx context.Context, p piece) bool {
-	select {
-	case a.pieces <- p:
-		return true
-	default:
-	}
-	select {
-	case a.pieces <- p:
-		return true
-	case <-ctx.Done():
-		return false
-	}
+	a.pieces <- piece{err: failed}
 }
 
 // Next implements [Feeder].
@@ -172,9 +154,8 @@ func (a *ReadAhead) Next() (Chunk, error) {
 // return first. Chunks that were handed out stay valid.
 func (a *ReadAhead) Close() {
 	a.stop()
-	for range a.pieces { // the memory goes with it
+	for range a.pieces { // until it has ended; the memory goes with it
 	}
-	a.done.Wait()
 }
 
 type readerFeeder struct {

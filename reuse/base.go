@@ -6,8 +6,8 @@ import (
 	"context"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
-	"sync"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
@@ -16,16 +16,14 @@ import (
 // only reads, and what it reads may be different at any time, or have gone. It is safe for
 // concurrent use.
 type Base struct {
-	ctx      context.Context
-	workshop *workshop
-	link     bool      // see [Nodes]
-	back     *Replacer // from names in the new item to those in the old one
-	patches  sync.Map  // []patch of the files that are repaired, by path
+	item  string // file name
+	table *Replacer
+	link  bool      // see [Nodes]
+	back  *Replacer // from names in the new item to those in the old one
 }
 
-// Base returns the old item as a base, which is of use where the item as a whole is not. Programs
-// of Go are rewritten like other files. Without a database the old item may be read to find out
-// what it refers to; errors are those of that. The context ends all reading.
+// Base returns the old item as a base, which is of use where the item as a whole is not. Without a
+// database the old item may be read to find out what it refers to; errors are those of that.
 func (c *Candidate) Base(ctx context.Context) (*Base, error) {
 	if c.Hopeless {
 		var references []string
@@ -37,72 +35,57 @@ func (c *Candidate) Base(ctx context.Context) (*Base, error) {
 		}
 		c.pairs = Replacements(c.old, filepath.Base(c.want.StorePath), references, c.want.References)
 	}
-	w := c.workshop()
-	w.foreign = false
 	back := make([]Replacement, len(c.pairs))
 	for i, p := range c.pairs {
 		back[i] = Replacement{p.New, p.Old}
 	}
-	return &Base{ctx: ctx, workshop: w, link: c.info != nil, back: NewReplacer(back)}, nil
+	return &Base{item: c.String(), table: c.table(), link: c.info != nil, back: NewReplacer(back)}, nil
 }
 
 // Differs notes that the base differs from the item in too much. It is no candidate any more, once
 // it is hopeless, too.
 func (c *Candidate) Differs() { c.finder.misses.add(newRecord(c.old, c.want.NarDigest, asBase)) }
 
-// path returns the file name in the old item of what is at a path of the new one; both are empty
-// for an item that is a file.
-func (b *Base) path(path string) (relative, full string) {
-	relative = b.back.text(path)
-	return relative, filepath.Join(b.workshop.store, b.workshop.old, relative)
+// open opens the file in the old item of what is at a path of the new one, which is empty for an
+// item that is a file.
+func (b *Base) open(path string) (*os.File, int64, error) {
+	name := filepath.Join(b.item, b.back.text(path))
+	f, size, err := OpenRegular(name)
+	if err != nil {
+		err = fmt.Errorf("%s: %w", name, err)
+	}
+	return f, size, err
 }
 
-// File opens the file that is at a path below the old item, as it is when it has been rewritten and
-// repaired. It is an [erisfs.Base]'s: of a plain file the node names the file with its contents, if
-// the database says that the old item is complete.
+// File opens the file that is at a path below the old item, as it is when it has been rewritten. It
+// is an [erisfs.Base]'s: of a plain file the node names the file with its contents, if the database
+// says that the old item is complete.
 func (b *Base) File(path string, plain bool) (node nar.Node, c nar.Feeder, done func() (plain bool), err error) {
-	relative, full := b.path(path)
-	f, size, err := OpenRegular(full)
+	f, size, err := b.open(path)
 	if err != nil {
-		return node, nil, nil, fmt.Errorf("%s: %w", full, err)
+		return node, nil, nil, err
 	}
-	node.Size = uint64(size)
-	opened := &contents{}
-	if plain {
-		opened.stream = b.workshop.table.stream(f, 0, size)
-		if b.link {
-			node.Same = f
-		}
-	} else if size > 0 {
-		*opened, err = b.workshop.open(b.ctx, f, relative, false, &node)
+	node.Size, node.Unique = uint64(size), !plain
+	if plain && b.link {
+		node.Same = f
 	}
-	if err != nil {
+	s := b.table.stream(f, 0, size)
+	return node, s, func() bool {
 		f.Close()
-		return node, nil, nil, fmt.Errorf("%s: %w", full, err)
-	}
-	node.Unique = !plain
-	if opened.stream != nil && len(opened.stream.patches) > 0 {
-		b.patches.Store(path, opened.stream.patches)
-	}
-	return node, opened, func() bool {
-		defer f.Close()
-		defer opened.drop()
-		return opened.stream == nil || !opened.stream.changed && len(opened.stream.patches) == 0
+		return !s.changed
 	}, nil
 }
 
-// ReadPart reads up to 64 KiB at an offset of a file, rewritten, and repaired as it was when File
-// opened it. It returns how many bytes there are, which are fewer than p has at the end of the
-// file.
+// ReadPart reads up to 64 KiB at an offset of a file, rewritten. It returns how many bytes there
+// are, which are fewer than p has at the end of the file.
 func (b *Base) ReadPart(path string, p []byte, offset int64) (n int, err error) {
-	_, full := b.path(path)
-	f, size, err := OpenRegular(full)
+	f, size, err := b.open(path)
 	if err != nil {
 		return 0, err
 	}
 	defer f.Close()
 	// With what there may be of a hash before and behind.
-	table := b.workshop.table
+	table := b.table
 	from := max(0, offset-int64(table.span-1))
 	to := min(size, offset+int64(len(p)+table.span-1))
 	if offset > size || to-from > nar.PieceSize {
@@ -115,10 +98,5 @@ func (b *Base) ReadPart(path string, p []byte, offset int64) (n int, err error) 
 		return 0, Unexpected(err)
 	}
 	table.rewrite(piece, len(piece))
-	if patches, ok := b.patches.Load(path); ok {
-		for _, x := range patches.([]patch) {
-			x.apply(piece, from)
-		}
-	}
 	return copy(p, piece[offset-from:]), nil
 }

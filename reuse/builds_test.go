@@ -237,18 +237,3 @@ func TestFixtures(t *testing.T) {
 		t.Error("a source was read 200 times")
 	}
 }
-
-// TestRepairedPart looks for blocks in a file that is repaired, and differs in something else, too:
-// what is repaired need not be fetched.
-func TestRepairedPart(t *testing.T) {
-	s := newTestStore(t)
-	_, want, p := s.publishedTwice("x-1.0", []string{"bash-5.1"}, func(item string, refs []string) {
-		debug := "debug information of " + refs[0]
-		data := mixed(200 << 10)
-		s.write(item, map[string]string{"bin/x": elfFile(item[:3]+data+refs[0], debug), "bin/.debug/x.debug": debug})
-	})
-	// The index, the node above the leaves, and the first leaf.
-	if n := s.get(want, p, s.base(s.finder(), want)); n > 2*32<<10+2<<10 {
-		t.Errorf("%d bytes were fetched", n)
-	}
-}

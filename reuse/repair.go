@@ -14,7 +14,6 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
-	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -36,7 +35,7 @@ type workshop struct {
 	foreign  bool   // other references change than that to itself
 	table    *Replacer
 	names    func() ([]string, error) // of all items of the store
-	unread   atomic.Int64             // bytes that may still be read, see mayRead
+	unread   int64                    // bytes that may still be read, see mayRead
 }
 
 // What repairs may read for checksums: so many bytes, and so many times as many as the item has.
@@ -50,7 +49,7 @@ var errSummed = errors.New("too many checksums of the same bytes")
 
 // mayRead returns an error if repairs have read too much to read so many bytes more.
 func (w *workshop) mayRead(size int64) error {
-	if w.unread.Add(-size) < 0 {
+	if w.unread -= size; w.unread < 0 {
 		return errSummed
 	}
 	return nil

@@ -201,15 +201,18 @@ func (c *Candidate) Nodes(ctx context.Context) *Nodes {
 	return n
 }
 
+func (c *Candidate) table() *Replacer {
+	t := NewReplacer(c.pairs)
+	t.pool = &c.finder.pool
+	return t
+}
+
 func (c *Candidate) workshop() *workshop {
-	table := NewReplacer(c.pairs)
-	table.pool = &c.finder.pool
-	w := &workshop{
+	return &workshop{
 		store: c.finder.StoreDir, old: c.old, new: filepath.Base(c.want.StorePath),
-		foreign: len(c.pairs) > 1, table: table, names: c.finder.listing.read,
+		foreign: len(c.pairs) > 1, table: c.table(), names: c.finder.listing.read,
+		unread: leastSummed + summedFactor*int64(min(c.want.NarSize, 1<<56)),
 	}
-	w.unread.Store(leastSummed + summedFactor*int64(min(c.want.NarSize, 1<<56)))
-	return w
 }
 
 func (c *Candidate) remember() {

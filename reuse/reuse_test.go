@@ -528,9 +528,8 @@ func FuzzRepairs(f *testing.F) {
 	f.Fuzz(func(t *testing.T, contents []byte, path string) {
 		w := &workshop{
 			store: "/nonexistent", old: hash(1) + "-x", new: hash(2) + "-x", table: table,
-			names: func() ([]string, error) { return nil, nil },
+			names: func() ([]string, error) { return nil, nil }, unread: 1 << 20,
 		}
-		w.unread.Store(1 << 20)
 		patches, err := w.repairs(bytes.NewReader(contents), path, int64(len(contents)))
 		for _, p := range patches {
 			if err != nil || p.offset < 0 || p.offset+int64(len(p.bytes)) > int64(len(contents)) {

@@ -7,8 +7,7 @@ package bytesize
 import (
 	"errors"
 	"fmt"
-	"math"
-	"strconv"
+	"math/big"
 	"strings"
 )
 
@@ -60,29 +59,17 @@ func parse(text string) (int64, error) {
 		end++
 	}
 	number, unit := text[:end], strings.TrimPrefix(text[end:], " ")
-	if number == "" || number[0] == '.' || number[end-1] == '.' {
+	factor, known := multiplier(unit)
+	r, ok := new(big.Rat).SetString(number)
+	if !known || !ok || number[0] == '.' || number[end-1] == '.' {
 		return 0, errForm
 	}
-	factor, ok := multiplier(unit)
-	if !ok {
-		return 0, errForm
-	}
-	if !strings.Contains(number, ".") {
-		n, err := strconv.ParseInt(number, 10, 64)
-		if err != nil || n > math.MaxInt64/factor {
-			return 0, errRange
-		}
-		return n * factor, nil
-	}
-	f, err := strconv.ParseFloat(number, 64)
-	if errors.Is(err, strconv.ErrSyntax) {
-		return 0, errForm
-	}
-	f *= float64(factor)
-	if err != nil || f >= math.MaxInt64 {
+	r.Mul(r, new(big.Rat).SetInt64(factor))
+	n := new(big.Int).Quo(r.Num(), r.Denom())
+	if !n.IsInt64() {
 		return 0, errRange
 	}
-	return int64(f), nil
+	return n.Int64(), nil
 }
 
 // multiplier returns how many bytes a unit stands for.
