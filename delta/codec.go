@@ -66,32 +66,3 @@ func newEncoder(level zstd.EncoderLevel, window int, more ...zstd.EOption) *zstd
 	}
 	return e
 }
-
-// A decoder decompresses pieces. The zero decoder is ready for use.
-type decoder struct{ zstd *zstd.Decoder }
-
-// decode appends a piece to dst, whose capacity bounds it.
-func (d *decoder) decode(dst, frame, dictionary []byte) ([]byte, error) {
-	options := []zstd.DOption{zstd.WithDecodeAllCapLimit(true), zstd.WithDecoderMaxWindow(1 << 30)}
-	if len(dictionary) > 0 {
-		options = append(options, zstd.WithDecoderDictRaw(0, dictionary))
-	} else {
-		options = append(options, zstd.WithDecoderDictDelete())
-	}
-	if d.zstd == nil {
-		z, err := zstd.NewReader(nil, append(options, zstd.WithDecoderConcurrency(1))...)
-		if err != nil {
-			return nil, err
-		}
-		d.zstd = z
-	} else if err := d.zstd.ResetWithOptions(nil, options...); err != nil {
-		return nil, err
-	}
-	return d.zstd.DecodeAll(frame, dst)
-}
-
-func (d *decoder) close() {
-	if d.zstd != nil {
-		d.zstd.Close()
-	}
-}

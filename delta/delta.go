@@ -14,6 +14,8 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
@@ -100,4 +102,32 @@ func readString(r *bufio.Reader, limit int) (string, error) {
 	b := make([]byte, n)
 	_, err = io.ReadFull(r, b)
 	return string(b), reuse.Unexpected(err)
+}
+
+// openBase finds a directory or a file. Links lead to the directory that it is in, but not to it.
+func openBase(name string) (string, error) {
+	parent, err := filepath.EvalSymlinks(filepath.Dir(name))
+	if err != nil {
+		return "", err
+	}
+	name = filepath.Join(parent, filepath.Base(name))
+	info, err := os.Lstat(name)
+	if err == nil && !info.IsDir() && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is neither a directory nor a regular file", name)
+	}
+	return name, err
+}
+
+// openFile opens the regular file at a path below a base, which is empty if the base is a file, and
+// returns its length in bytes. It follows no link: no path leads out of the base, whatever changes
+// meanwhile.
+func openFile(base, path string) (*os.File, uint64, error) {
+	if path != "" && (!filepath.IsLocal(path) || filepath.Clean(path) != path) {
+		return nil, 0, fmt.Errorf("file %q of %s: not below it", path, base)
+	}
+	f, length, err := reuse.OpenRegular(filepath.Join(base, path))
+	if err != nil {
+		return nil, 0, fmt.Errorf("file %q of %s: %w", path, base, err)
+	}
+	return f, uint64(length), nil
 }

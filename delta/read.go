@@ -34,12 +34,12 @@ type Reader struct {
 	ctx      context.Context
 	o        ReadOptions
 	body     *bufio.Reader
-	base     base
+	base     string // links lead to the directory that it is in, but not to it
 	replacer *reuse.Replacer
 	copier   *reuse.Replacer // of nothing
 	zstd     *zstd.Decoder   // of the index
 	index    *bufio.Reader
-	decoder  decoder
+	frames   *zstd.Decoder
 	pool     nar.Pool // of parts of pieces
 	failed   error
 
@@ -77,9 +77,10 @@ func NewReader(ctx context.Context, body io.Reader, base string, o ReadOptions) 
 // Close lets go of what is open.
 func (r *Reader) Close() {
 	r.drop()
-	r.decoder.close()
-	if r.zstd != nil {
-		r.zstd.Close()
+	for _, z := range []*zstd.Decoder{r.zstd, r.frames} {
+		if z != nil {
+			z.Close()
+		}
 	}
 	r.failed = errors.Join(r.failed, os.ErrClosed)
 }
@@ -111,6 +112,10 @@ func (r *Reader) open(base string) error {
 		return err
 	}
 	r.index = bufio.NewReader(r.zstd)
+	r.frames, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecodeAllCapLimit(true), zstd.WithDecoderMaxWindow(1<<30))
+	if err != nil {
+		return err
+	}
 	if err := r.replacements(); err != nil {
 		return fmt.Errorf("index: %w", err)
 	}
@@ -291,7 +296,7 @@ func (r *Reader) begin(n *nar.Node) error {
 	if from == "" {
 		from = r.file.path
 	}
-	if r.file.old, r.file.oldSize, err = r.base.open(from); err != nil {
+	if r.file.old, r.file.oldSize, err = openFile(r.base, from); err != nil {
 		return err
 	}
 	if method(m) == methodPatch {
@@ -340,18 +345,10 @@ func (r *Reader) decoded() (nar.Chunk, error) {
 	f := &r.file
 	if len(f.rest) == 0 {
 		n := int(min(pieceSize, f.left))
-		if n <= nar.PieceSize {
-			r.piece = nil // it goes on as it is
-		}
 		if err := r.decode(n); err != nil {
 			return nar.Chunk{}, err
 		}
 		f.left -= uint64(n)
-		if n <= nar.PieceSize {
-			c := nar.NewChunk(r.piece, nil)
-			r.piece = nil
-			return c, nil
-		}
 		f.rest = r.piece
 	}
 	c := r.pool.Get()
@@ -375,10 +372,17 @@ func (r *Reader) decode(n int) error {
 	if r.frame, err = readFull(r.body, int(p.frame), r.frame); err != nil {
 		return err
 	}
-	if cap(r.piece) < n {
+	if cap(r.piece) < n { // it is bounded by the capacity
 		r.piece = make([]byte, 0, n)
 	}
-	r.piece, err = r.decoder.decode(r.piece[:0:n], r.frame, r.dictionary[:p.length])
+	option := zstd.WithDecoderDictDelete()
+	if p.length > 0 {
+		option = zstd.WithDecoderDictRaw(0, r.dictionary[:p.length])
+	}
+	if err := r.frames.ResetWithOptions(nil, option); err != nil {
+		return err
+	}
+	r.piece, err = r.frames.DecodeAll(r.frame, r.piece[:0:n])
 	if err == nil && len(r.piece) != n {
 		err = fmt.Errorf("frame of %d bytes instead of %d", len(r.piece), n)
 	}

@@ -86,7 +86,7 @@ func write(ctx context.Context, w io.Writer, tree, base string, o WriteOptions) 
 type writer struct {
 	ctx      context.Context
 	o        WriteOptions
-	base     base
+	base     string
 	replacer *reuse.Replacer
 	copier   *reuse.Replacer // of nothing, whose memory all files share
 	compared [nar.PieceSize]byte
@@ -209,7 +209,7 @@ func (w *writer) file(path string, f *os.File, size uint64) error {
 			return w.pieces(f, size, nil, 0)
 		}
 	}
-	old, oldSize, err := w.base.open(from)
+	old, oldSize, err := openFile(w.base, from)
 	if err != nil {
 		return err
 	}
@@ -233,16 +233,13 @@ func (w *writer) file(path string, f *os.File, size uint64) error {
 
 // compare returns the method for a file of the same size as its base.
 func (w *writer) compare(f, old *os.File, size int64) (method, error) {
-	same, err := w.same(f, size, w.copier.Contents(old, size))
-	if same || err != nil {
-		return methodCopy, err
-	}
-	if w.replacer.None() {
-		return methodPatch, nil
-	}
-	same, err = w.same(f, size, w.replacer.Contents(old, size))
-	if same || err != nil {
-		return methodReplaced, err
+	for m, r := range []*reuse.Replacer{methodCopy: w.copier, methodReplaced: w.replacer} {
+		if method(m) == methodReplaced && r.None() {
+			break
+		}
+		if same, err := w.same(f, size, r.Contents(old, size)); same || err != nil {
+			return method(m), err
+		}
 	}
 	return methodPatch, nil
 }
