@@ -20,6 +20,9 @@ const (
 // bits before, so that at most 21 bytes are shifted in.
 const maxSymbol = 21
 
+// slack is how many bytes run may read and write beyond the end of a match.
+const slack = 16
+
 // markers has what the lengths of a marker mean, from the least one on.
 var markers = [3]stop{stopEnd, stopSync, stopMarker}
 
@@ -149,4 +152,16 @@ func (d *decoder) run(end, lim int) stop {
 	d.pos, d.state, d.prev = pos, state, prev
 	d.rep0, d.rep1, d.rep2, d.rep3 = rep0, rep1, rep2, rep3
 	return why
+}
+
+// copyMatch copies n bytes from buf[from:] to buf[pos:], as a loop over single bytes would: where
+// the two overlap, what was written is read again.
+func copyMatch(buf []byte, pos, from, n int) {
+	if from > pos { // in a ring
+		copy(buf[pos:pos+n], buf[from:])
+		return
+	}
+	for end := pos + n; pos < end; {
+		pos += copy(buf[pos:end], buf[from:pos])
+	}
 }
