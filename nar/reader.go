@@ -24,12 +24,11 @@ type Reader struct {
 	left  uint64 // of the contents under way
 	size  uint64 // of the contents under way
 	open  []openDirectory
-	path  int // length of the path of the directory under way
 }
 
 type openDirectory struct {
 	last string // name of the entry read last, "" before the first
-	name int    // length of this directory's own name and slash
+	path int    // length of the path of this directory below the root, with a slash
 }
 
 type readerState uint8
@@ -82,9 +81,7 @@ func (r *Reader) next() Node {
 	case inDirectory:
 		switch token := r.token(); string(token) {
 		case ")":
-			last := len(r.open) - 1
-			r.path -= r.open[last].name
-			r.open = r.open[:last]
+			r.open = r.open[:len(r.open)-1]
 			r.endNode()
 			return Node{Kind: End}
 		case "entry":
@@ -113,7 +110,7 @@ func (r *Reader) entry() Node {
 		r.fail("entry %q twice", name)
 	case name < dir.last:
 		r.fail("entry %q after %q", name, dir.last)
-	case r.path+len(name) > MaxPath:
+	case dir.path+len(name) > MaxPath:
 		r.fail("path of entry %q is longer than %d bytes", name, MaxPath)
 	}
 	dir.last = name
@@ -130,9 +127,8 @@ func (r *Reader) node(name string) Node {
 		n.Kind = Directory
 		d := openDirectory{}
 		if len(r.open) > 0 {
-			d.name = len(name) + 1
+			d.path = r.open[len(r.open)-1].path + len(name) + 1
 		}
-		r.path += d.name
 		r.open = append(r.open, d)
 		r.state = inDirectory
 	case "symlink":

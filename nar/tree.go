@@ -27,7 +27,6 @@ type Tree struct {
 	root    string
 	started bool
 	open    []listing
-	path    int // length of the path of the directory under way
 
 	file *os.File    // the Regular under way, nil when there is none
 	info os.FileInfo // of file, as it was
@@ -39,7 +38,7 @@ type Tree struct {
 type listing struct {
 	path    string
 	entries []entry
-	length  int // of its own name and slash in the path below the root
+	length  int // of the path in the archive, with a slash
 }
 
 // entry is a name on disk and in the archive.
@@ -75,13 +74,12 @@ func (t *Tree) Next() (Node, error) {
 	}
 	dir := &t.open[len(t.open)-1]
 	if len(dir.entries) == 0 {
-		t.path -= dir.length
 		t.open = t.open[:len(t.open)-1]
 		return Node{Kind: End}, nil
 	}
 	e := dir.entries[len(dir.entries)-1]
 	dir.entries = dir.entries[:len(dir.entries)-1]
-	if t.path+len(e.name) > MaxPath {
+	if dir.length+len(e.name) > MaxPath {
 		return Node{}, fmt.Errorf("%s: path of entry %q is longer than %d bytes", t.root, e.name, MaxPath)
 	}
 	return t.visit(dir.path+"/"+e.disk, e.name)
@@ -115,12 +113,11 @@ func (t *Tree) visit(path, name string) (Node, error) {
 		n.Kind = Directory
 		d := listing{path: path}
 		if len(t.open) > 0 {
-			d.length = len(name) + 1
+			d.length = t.open[len(t.open)-1].length + len(name) + 1
 		}
 		if d.entries, err = t.readNames(path); err != nil {
 			return n, err
 		}
-		t.path += d.length
 		t.open = append(t.open, d)
 		return n, nil
 	case os.ModeSymlink:
@@ -183,12 +180,8 @@ func (t *Tree) Contents() (Chunk, error) {
 	if t.file == nil || t.left == 0 {
 		return Chunk{}, io.EOF
 	}
-	var c Chunk
-	if t.left < PieceSize {
-		c.Bytes = make([]byte, t.left)
-	} else {
-		c = t.pool.Get()
-	}
+	c := t.pool.Get()
+	c.Bytes = c.Bytes[:min(t.left, PieceSize)]
 	n, err := io.ReadFull(t.file, c.Bytes)
 	if err != nil {
 		c.Release()
