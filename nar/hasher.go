@@ -21,18 +21,18 @@ type Hasher struct {
 	ctx    context.Context
 	framer Framer
 	size   uint64
-	frame  []byte // what is not handed over yet; the memory of fill
-	fill   *buffer
-	free   chan *buffer
+	pool   Pool
+	frame  Chunk      // what is not handed over yet
 	pieces chan Chunk // nil as long as there is no goroutine
 	done   sync.WaitGroup
 	state  hash.Hash
 }
 
 const (
-	frameFull    = 32 << 10
-	frameBuffers = 4
-	hashQueue    = 16
+	// frameFull is the length in bytes of a run that is handed over. There is room for a node and
+	// more in a chunk above it.
+	frameFull = PieceSize / 2
+	hashQueue = 16
 	// alone is the length in bytes of an archive up to which there is no goroutine: two hand-overs
 	// cost as much as the hash.
 	alone = 64 << 10
@@ -41,14 +41,7 @@ const (
 )
 
 // NewHasher starts a hasher. When ctx is done its methods return the error of ctx.
-func NewHasher(ctx context.Context) *Hasher {
-	h := &Hasher{ctx: ctx, free: make(chan *buffer, frameBuffers), state: sha256.New()}
-	home := func(b *buffer) { h.free <- b } // has room for all
-	for range frameBuffers {
-		h.free <- &buffer{home: home}
-	}
-	return h
-}
+func NewHasher(ctx context.Context) *Hasher { return &Hasher{ctx: ctx, state: sha256.New()} }
 
 // start starts the goroutine.
 func (h *Hasher) start() {
@@ -85,11 +78,7 @@ func (h *Hasher) Contents(c Chunk) error {
 		return err
 	}
 	c.Retain()
-	if err := h.send(c); err != nil {
-		c.Release()
-		return err
-	}
-	return nil
+	return h.send(c)
 }
 
 // Finish ends the goroutine and returns the hash. It means nothing after an error.
@@ -106,18 +95,14 @@ func (h *Hasher) Finish() (sum [sha256.Size]byte) {
 
 // extend hashes what is appended to the framing bytes, which are handed over when there are many.
 func (h *Hasher) extend(appendTo func([]byte) []byte) error {
-	if h.fill == nil {
-		select {
-		case h.fill = <-h.free:
-		case <-h.ctx.Done():
-			return h.ctx.Err()
-		}
-		h.frame = h.fill.bytes[:0]
+	if h.frame.Bytes == nil {
+		h.frame = h.pool.Get()
+		h.frame.Bytes = h.frame.Bytes[:0]
 	}
-	before := len(h.frame)
-	h.frame = appendTo(h.frame)
-	h.size += uint64(len(h.frame) - before)
-	if len(h.frame) < frameFull {
+	before := len(h.frame.Bytes)
+	h.frame.Bytes = appendTo(h.frame.Bytes)
+	h.size += uint64(len(h.frame.Bytes) - before)
+	if len(h.frame.Bytes) < frameFull {
 		return nil
 	}
 	return h.push()
@@ -125,17 +110,12 @@ func (h *Hasher) extend(appendTo func([]byte) []byte) error {
 
 // push hands the framing bytes over.
 func (h *Hasher) push() error {
-	if h.fill == nil || len(h.frame) == 0 {
-		return nil
-	}
-	h.fill.bytes = h.frame // it may have grown
-	if err := h.send(h.fill.lend(len(h.frame))); err != nil {
-		return err
-	}
-	h.fill, h.frame = nil, nil
-	return nil
+	c := h.frame
+	h.frame = Chunk{}
+	return h.send(c)
 }
 
+// send hashes what it takes over.
 func (h *Hasher) send(c Chunk) error {
 	if h.size <= alone {
 		h.state.Write(c.Bytes)
@@ -149,6 +129,7 @@ func (h *Hasher) send(c Chunk) error {
 	case h.pieces <- c:
 		return nil
 	case <-h.ctx.Done():
+		c.Release()
 		return h.ctx.Err()
 	}
 }

@@ -3,6 +3,7 @@
 package restore
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"hash"
 	"unsafe"
@@ -23,31 +24,18 @@ type file struct {
 
 	arrived uint64         // bytes in pieces
 	pieces  []nar.Chunk    // all contents, or the first ones when there is a stream
-	copied  bool           // the last piece is our own memory, with room to append
 	stream  chan nar.Chunk // the rest of the contents, nil if there is none
 }
 
 // add takes over c, the next piece of contents.
 func (f *file) add(c nar.Chunk) {
 	f.arrived += uint64(len(c.Bytes))
-	if len(c.Bytes) >= smallPiece || f.arrived == f.size && len(f.pieces) == 0 {
-		f.pieces = append(f.pieces, c)
-		f.copied = false
-		return
+	if len(c.Bytes) < smallPiece && (f.arrived < f.size || len(f.pieces) > 0) {
+		own := nar.NewChunk(bytes.Clone(c.Bytes), nil)
+		c.Release()
+		c = own
 	}
-	if f.copied {
-		last := &f.pieces[len(f.pieces)-1]
-		if len(last.Bytes)+len(c.Bytes) <= cap(last.Bytes) {
-			last.Bytes = append(last.Bytes, c.Bytes...)
-			c.Release()
-			return
-		}
-	}
-	room := min(f.size-f.arrived+uint64(len(c.Bytes)), 8*smallPiece)
-	own := append(make([]byte, 0, room), c.Bytes...)
-	c.Release()
-	f.pieces = append(f.pieces, nar.NewChunk(own, nil))
-	f.copied = true
+	f.pieces = append(f.pieces, c)
 }
 
 // release lets go of the memory.
