@@ -24,19 +24,15 @@ type Nodes struct {
 	candidate *Candidate
 	workshop  *workshop
 	tree      *nar.Tree
-
-	contents contents // of the Regular under way
+	stream    *stream // of the Regular under way, nil if that is empty
 }
 
 // Close ends the walk early. It need not be called after Next has returned an error.
-func (n *Nodes) Close() {
-	n.contents.drop()
-	n.tree.Close()
-}
+func (n *Nodes) Close() { n.tree.Close() }
 
 // Next implements [nar.Nodes].
 func (n *Nodes) Next() (nar.Node, error) {
-	n.contents.drop()
+	n.stream = nil
 	if err := n.ctx.Err(); err != nil {
 		return nar.Node{}, err
 	}
@@ -44,16 +40,12 @@ func (n *Nodes) Next() (nar.Node, error) {
 	if err != nil {
 		return node, err
 	}
-	switch node.Kind {
-	case nar.Symlink:
+	f := n.tree.File()
+	switch {
+	case node.Kind == nar.Symlink:
 		node.Target = n.workshop.table.text(node.Target)
-	case nar.Regular:
-		if node.Size == 0 {
-			break
-		}
-		f := n.tree.File()
-		path := strings.TrimPrefix(strings.TrimPrefix(f.Name(), n.candidate.String()), "/")
-		if n.contents, err = n.workshop.open(n.ctx, f, path, n.candidate.info != nil, &node); err != nil {
+	case f != nil:
+		if err := n.open(f, &node); err != nil {
 			if errors.Is(err, errGo) {
 				n.candidate.remember() // no attempt can succeed
 			}
@@ -64,64 +56,32 @@ func (n *Nodes) Next() (nar.Node, error) {
 	return node, nil
 }
 
-// contents are those of a file, rewritten. Without a stream there are none.
-type contents struct {
-	stream *stream
-	first  nar.Chunk // the first piece, if there are Bytes
-}
-
-// drop lets go of what is in memory.
-func (c *contents) drop() {
-	c.first.Release()
-	*c = contents{}
-}
-
-// Next implements [nar.Feeder].
-func (c *contents) Next() (nar.Chunk, error) {
-	if first := c.first; first.Bytes != nil {
-		c.first = nar.Chunk{}
-		return first, nil
-	}
-	if c.stream == nil {
-		return nar.Chunk{}, io.EOF
-	}
-	return c.stream.Next()
-}
-
-// open begins with a file that is not empty, of the old item, where it is at a path below that.
-// With link it fills in the node as well, for which the file is read as a whole.
-func (w *workshop) open(ctx context.Context, f *os.File, path string, link bool, node *nar.Node) (c contents, err error) {
-	patches, err := w.repairs(f, path, int64(node.Size))
+// open begins with a file that is not empty. One that may be linked is read as a whole first, or up
+// to its first hash.
+func (n *Nodes) open(f *os.File, node *nar.Node) error {
+	path := strings.TrimPrefix(strings.TrimPrefix(f.Name(), n.candidate.String()), "/")
+	patches, err := n.workshop.repairs(f, path, int64(node.Size))
 	if err != nil {
-		return c, err
+		return err
 	}
-	c.stream = w.table.stream(f, 0, int64(node.Size))
-	c.stream.patches = patches
-	if c.first, err = c.stream.Next(); err != nil {
-		return contents{}, err
+	n.stream = n.workshop.table.stream(f, 0, int64(node.Size))
+	n.stream.patches = patches
+	node.Unique = len(patches) > 0
+	if node.Unique || n.candidate.info == nil || node.Size < leastLinked {
+		return nil
 	}
-	if node.Unique = len(patches) > 0 || c.stream.changed; node.Unique || !link || node.Size < leastLinked {
-		return c, nil
-	}
-	// It is read twice if it has no hash, and up to the first hash.
-	read := c.stream.offset
-	for _, err := range c.stream.pieces() {
-		if err = cmp.Or(err, ctx.Err()); err != nil {
-			c.drop()
-			return c, err
+	read := n.workshop.table.stream(f, 0, int64(node.Size))
+	for _, err := range read.pieces() {
+		if err := cmp.Or(err, n.ctx.Err()); err != nil {
+			return err
 		}
-		if c.stream.changed {
-			break
+		if read.changed {
+			node.Unique = true
+			return nil
 		}
 	}
-	if node.Unique = c.stream.changed; !node.Unique {
-		node.Same = f
-	}
-	if c.stream.offset > read {
-		c.drop()
-		c.stream = w.table.stream(f, 0, int64(node.Size))
-	}
-	return c, nil
+	node.Same = f
+	return nil
 }
 
 // Contents implements [nar.Nodes].
@@ -129,7 +89,10 @@ func (n *Nodes) Contents() (nar.Chunk, error) {
 	if err := n.ctx.Err(); err != nil {
 		return nar.Chunk{}, err
 	}
-	c, err := n.contents.Next()
+	if n.stream == nil {
+		return nar.Chunk{}, io.EOF
+	}
+	c, err := n.stream.Next()
 	if err != nil && err != io.EOF {
 		err = fmt.Errorf("%s: %w", n.tree.File().Name(), err)
 	}
