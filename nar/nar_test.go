@@ -17,16 +17,11 @@ import (
 	"testing/iotest"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
-// must ends the test if there is an error.
-func must(tb testing.TB, err error) {
-	tb.Helper()
-	if err != nil {
-		tb.Fatal(err)
-	}
-}
+var must = testhelp.Must
 
 // strs concatenates strings in the encoding of the format.
 func strs(ss ...string) string {
@@ -164,26 +159,6 @@ func TestVectors(t *testing.T) {
 				t.Errorf("read back:\n%s(error %v), want:\n%s", got, err, want)
 			}
 		})
-	}
-}
-
-// TestNixStore compares with what Nix makes of the same tree.
-func TestNixStore(t *testing.T) {
-	program, err := exec.LookPath("nix-store")
-	if err != nil {
-		t.Skip("nix-store is not installed")
-	}
-	for _, v := range vectors {
-		path := filepath.Join(t.TempDir(), "item")
-		v.make(t, path)
-		want, err := exec.Command(program, "--dump", path).Output()
-		must(t, err)
-		var got bytes.Buffer
-		_, err = nar.Write(&got, nar.NewTree(path))
-		must(t, err)
-		if !bytes.Equal(got.Bytes(), want) {
-			t.Errorf("%s: differs from nix-store --dump", v.name)
-		}
 	}
 }
 
@@ -407,34 +382,4 @@ func FuzzReader(f *testing.F) {
 			t.Errorf("accepted %q, which is %q in canonical form", b, out.Bytes())
 		}
 	})
-}
-
-func BenchmarkReader(b *testing.B) {
-	for _, bench := range []struct {
-		name        string
-		files, size int
-	}{{"small", 2000, 1000}, {"large", 4, 4 << 20}} {
-		b.Run(bench.name, func(b *testing.B) {
-			var entries strings.Builder
-			contents := strings.Repeat("x", bench.size)
-			for i := range bench.files {
-				entries.WriteString(entry(fmt.Sprintf("file-%06d", i), regular(contents)))
-			}
-			a := archive(directory(entries.String()))
-			b.SetBytes(int64(len(a)))
-			b.ReportAllocs()
-			for b.Loop() {
-				ahead := nar.NewReadAhead(b.Context(), strings.NewReader(a), 16, 128<<10)
-				r := nar.NewReader(ahead)
-				var err error
-				for err == nil {
-					_, err = r.Next() // which passes over contents
-				}
-				if err != io.EOF {
-					b.Fatal(err)
-				}
-				ahead.Close()
-			}
-		})
-	}
 }

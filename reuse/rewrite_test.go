@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"math/rand/v2"
-	"slices"
 	"strings"
 	"testing"
 	"unicode/utf16"
@@ -211,33 +210,4 @@ func FuzzRewrite(f *testing.F) {
 			}
 		}
 	})
-}
-
-// BenchmarkRewrite measures what is done to each byte of a file: of text, of a program, and of
-// random bytes.
-func BenchmarkRewrite(b *testing.B) {
-	var pairs []Replacement
-	for i := range 200 {
-		pairs = append(pairs, Replacement{hash(2*i+10) + "-x", hash(2*i+11) + "-x"})
-	}
-	table := NewReplacer(pairs)
-	random := make([]byte, 1<<20)
-	r := rand.New(rand.NewPCG(1, 2))
-	for i := range random {
-		random[i] = byte(r.Uint32())
-	}
-	for name, data := range map[string][]byte{
-		"text":   slices.Repeat([]byte("It is a text of ordinary words, (define (f x) (* x 2)) "), 20000),
-		"random": random,
-		"digits": bytes.Repeat([]byte("0123456789abcdf"), 70000),
-		"wide":   []byte(strings.Repeat(wide("some text in UTF-16 ", 2, binary.LittleEndian), 25000)),
-		"zeros":  make([]byte, 1<<20),
-	} {
-		b.Run(name, func(b *testing.B) {
-			b.SetBytes(int64(len(data)))
-			for b.Loop() {
-				table.rewrite(data, len(data))
-			}
-		})
-	}
 }

@@ -21,6 +21,8 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"github.com/ulikunitz/xz"
 	"github.com/ulikunitz/xz/lzma"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 // archive makes n bytes, half of which repeat.
@@ -41,12 +43,7 @@ func archive(seed uint64, n int) []byte {
 	return b[:n]
 }
 
-func must(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var must = testhelp.Must
 
 func write(t testing.TB, w io.WriteCloser, data []byte) {
 	t.Helper()

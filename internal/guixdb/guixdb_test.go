@@ -17,15 +17,10 @@ import (
 	"testing"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/guixdb"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
-// must ends the test if there is an error.
-func must(tb testing.TB, err error) {
-	tb.Helper()
-	if err != nil {
-		tb.Fatal(err)
-	}
-}
+var must = testhelp.Must
 
 // database makes a database like the daemon's (Guix, nix/libstore/schema.sql).
 func database(t *testing.T, name string, statements ...string) *sql.DB {

@@ -16,14 +16,11 @@ import (
 	"testing/iotest"
 
 	"github.com/ulikunitz/xz/lzma"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
-func must(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var must = testhelp.Must
 
 // compress makes a member with an encoder that is not ours.
 func compress(t testing.TB, data []byte, code byte) []byte {

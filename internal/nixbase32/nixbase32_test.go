@@ -112,14 +112,3 @@ func FuzzDecode(f *testing.F) {
 		}
 	})
 }
-
-func BenchmarkDecode(b *testing.B) {
-	var digest [32]byte
-	text := nixbase32.EncodeToString(digest[:])
-	b.SetBytes(int64(len(digest)))
-	for b.Loop() {
-		if err := nixbase32.Decode(digest[:], text); err != nil {
-			b.Fatal(err)
-		}
-	}
-}
