@@ -144,8 +144,7 @@ func TestRoundTrip(t *testing.T) {
 						checkCanonical(t, s+"/"+name)
 					}
 					// What is not part of a store can be changed.
-					o.Writable = true
-					_, err := restoreArchive(archive, piece, s+"/writable", o)
+					_, err := restoreArchive(archive, piece, s+"/writable", restore.Options{Writable: true})
 					must(t, err)
 					info, err := os.Lstat(s + "/writable")
 					if err != nil || info.Mode().Perm()&0o200 == 0 || info.ModTime().Unix() == 1 || !bytes.Equal(archiveOf(t, s+"/writable"), archive) {
