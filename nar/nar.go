@@ -31,21 +31,6 @@ const (
 	End
 )
 
-// String returns the word that the archive format uses for the kind.
-func (k Kind) String() string {
-	switch k {
-	case Directory:
-		return "directory"
-	case Regular:
-		return "regular"
-	case Symlink:
-		return "symlink"
-	case End:
-		return "end of directory"
-	}
-	return fmt.Sprintf("kind %d", uint8(k))
-}
-
 // A Node is one step of a walk through a tree in NAR order.
 type Node struct {
 	Kind Kind

@@ -66,7 +66,8 @@ func describe(nodes nar.Nodes) (string, error) {
 		} else if err != nil {
 			return b.String(), err
 		}
-		fmt.Fprintf(&b, "%s %q", n.Kind, n.Name)
+		kind := [...]string{nar.Directory: "directory", nar.Regular: "regular", nar.Symlink: "symlink", nar.End: "end of directory"}[n.Kind]
+		fmt.Fprintf(&b, "%s %q", kind, n.Name)
 		switch n.Kind {
 		case nar.Symlink:
 			fmt.Fprintf(&b, " -> %q", n.Target)

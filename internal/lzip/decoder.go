@@ -136,10 +136,8 @@ func (d *decoder) begin(maxDict int) error {
 	ring := ringFor(dict)
 	if len(d.window) < ring+maxMatch+slack {
 		d.close()
-		// Address space costs memory only where it is written to, so that a header that asks for a
-		// large dictionary gets nothing before there are data to fill it. Memory outside of the
-		// heap is given back at once, not when the garbage collector gets to it, and does not make
-		// it run earlier: two items in a row never hold two windows.
+		// Memory outside of the heap is taken only where it is written to, whatever a header asks
+		// for, and given back at once: two items in a row never hold two windows.
 		d.window, err = unix.Mmap(-1, 0, ring+maxMatch+slack, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
 		if err != nil {
 			return fmt.Errorf("memory for a window of %d bytes: %w", ring, err)

@@ -9,23 +9,14 @@ package lzip
 //
 // Everything below is written so that the compiler of Go 1.26 makes for amd64 about the machine
 // code one would write by hand; the decoder takes 0.55 to 0.7 of the processor time of lzip 1.23.
-// What that is made of, as the change in processor time on 100 MiB of shared libraries and on 64
-// MiB of text, measured by taking one thing away at a time:
+// What that is made of, as the change in processor time on shared libraries and on text:
 //
-//   - bits of literals, slots, lengths and alignment decoded with conditional
-//     moves: a branch for them is mispredicted too often (-26 %, -24 %);
-//   - both children of a node loaded before the bit is known that chooses between
-//     them, so that no load lies between one bit and the next (-12 %, -9 %);
-//   - short matches copied in the loop, 16 bytes at once, instead of in a function
-//     (-4 %, -2 %);
-//   - the position of the input in memory instead of in a register, since it is
-//     needed once per eight bits and registers are scarce (about -5 %);
-//   - literals and other trees as functions of their own, so that each has all
-//     registers for itself.
-//
-// What did not pay: touching the source of a match as soon as all but the four low bits of its
-// distance are known; huge pages for the window (-3 % with 32 MiB, nothing with 8 MiB). Neither
-// unsafe nor assembly is used.
+//   - bits of trees decoded with conditional moves: a branch for them is mispredicted too often
+//     (-26 %, -24 %);
+//   - both children of a node loaded before the bit is known that chooses between them (-12 %, -9 %);
+//   - short matches copied in the loop, 16 bytes at once, instead of in a function (-4 %, -2 %);
+//   - the position of the input in memory: registers are scarce (about -5 %);
+//   - trees in functions of their own, so that each has all registers for itself.
 
 // refill brings rng back to at least 1<<24. It needs one byte of input at most.
 func (d *decoder) refill(rng, code uint64) (uint64, uint64) {
