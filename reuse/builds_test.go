@@ -188,7 +188,7 @@ func compiled(source, data string) string {
 }
 
 // stored is a zip file whose members are not compressed.
-func stored(t *testing.T, members ...string) string {
+func stored(t testing.TB, members ...string) string {
 	var b bytes.Buffer
 	z := zip.NewWriter(&b)
 	for i, m := range members {
@@ -202,13 +202,13 @@ func stored(t *testing.T, members ...string) string {
 }
 
 // files are what the tools make, in short, with the hashes of an item and of what it refers to.
-func fixtures(t *testing.T, item, ref string) map[string]string {
+func fixtures(s *testStore, item, ref string) map[string]string {
 	debug := "debug information of /store/" + item + " and " + ref
 	source := "PATH = '/store/" + ref + "'\n"
 	return map[string]string{
-		"bin/x": elfFile("/store/"+ref+"/lib", debug), "bin/.debug/x.debug": debug,
+		"bin/x": elfFile("/store/"+ref+"/lib", debug), "lib/debug" + s.dir + "/" + item + "/bin/x.debug": debug,
 		"lib/x.py": source, "lib/__pycache__/x.cpython-311.pyc": compiled(source, "/store/"+ref),
-		"share/x.jar": stored(t, "/store/"+item, "nothing", ref), "lib/x.go": "\x7fELF GOOF" + wide("/store/"+ref, 4, binary.LittleEndian),
+		"share/x.jar": stored(s.t, "/store/"+item, "nothing", ref), "lib/x.go": "\x7fELF GOOF" + wide("/store/"+ref, 4, binary.LittleEndian),
 		"lib/x.a": "!<arch>\nx.o/            0           0     0     644     44        `\n/store/" + ref,
 	}
 }
@@ -216,11 +216,11 @@ func fixtures(t *testing.T, item, ref string) map[string]string {
 // TestFixtures has what the real programs make where those are not installed.
 func TestFixtures(t *testing.T) {
 	s := newTestStore(t)
-	s.check(s.both("x-1.0", []string{"bash-5.1"}, func(item string, refs []string) map[string]string { return fixtures(t, item, refs[0]) }))
+	s.check(s.both("x-1.0", []string{"bash-5.1"}, func(item string, refs []string) map[string]string { return fixtures(s, item, refs[0]) }))
 	// The debug link counts: without the repair it would be another item.
-	old, want := s.both("y-1.0", []string{"bash-5.1"}, func(item string, refs []string) map[string]string { return fixtures(t, item, refs[0]) })
-	must(t, os.Chmod(s.dir+"/"+old+"/bin/.debug", 0o755))
-	must(t, os.Remove(s.dir+"/"+old+"/bin/.debug/x.debug"))
+	old, want := s.both("y-1.0", []string{"bash-5.1"}, func(item string, refs []string) map[string]string { return fixtures(s, item, refs[0]) })
+	debug := s.dir + "/" + old + "/lib/debug" + s.dir + "/" + old + "/bin"
+	must(t, errors.Join(os.Chmod(debug, 0o755), os.Remove(debug+"/x.debug")))
 	if c, _ := s.attempt(s.finder(), want); c != nil {
 		t.Error("made without the debug file")
 	}

@@ -149,7 +149,8 @@ func (b *bounded) ReadAt(p []byte, offset int64) (int, error) {
 }
 
 // debugCRC returns the CRC of the new debug file of the given name of the file at file: of the very
-// file if there is one already, else of the old one, whose CRC is old, after rewriting.
+// file if there is one already, else of the old one, whose CRC is old, after rewriting. They are
+// where Guix puts them (guix/build/gnu-build-system.scm: strip).
 func (w *workshop) debugCRC(file, name string, old uint32) (uint32, bool) {
 	directory := path.Dir(file)
 	debugItems := w.debugItems()
@@ -160,16 +161,8 @@ func (w *workshop) debugCRC(file, name string, old uint32) (uint32, bool) {
 			return sum, err == nil
 		}
 	}
-	itself := path.Join(w.store, w.old)
-	places := []string{
-		path.Join(itself, directory), path.Join(itself, directory, ".debug"),
-		path.Join(itself, "lib/debug", itself, directory), path.Join(itself, "lib/debug", directory),
-	}
-	for _, item := range debugItems {
-		places = append(places, path.Join(w.store, item, "lib/debug", itself, directory))
-	}
-	for _, place := range places {
-		f, size, err := OpenRegular(path.Join(place, name))
+	for _, item := range append(debugItems, w.old) {
+		f, size, err := OpenRegular(path.Join(w.store, item, "lib/debug", w.store, w.old, directory, name))
 		if err != nil {
 			continue
 		}
