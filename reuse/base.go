@@ -69,7 +69,7 @@ func (b *Base) File(path string, plain bool) (node nar.Node, c nar.Feeder, done 
 	if plain && b.link {
 		node.Same = f
 	}
-	s := b.table.stream(f, 0, size)
+	s := b.table.stream(f, size)
 	return node, s, func() bool {
 		f.Close()
 		return !s.changed

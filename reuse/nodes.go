@@ -64,13 +64,13 @@ func (n *Nodes) open(f *os.File, node *nar.Node) error {
 	if err != nil {
 		return err
 	}
-	n.stream = n.workshop.table.stream(f, 0, int64(node.Size))
+	n.stream = n.workshop.table.stream(f, int64(node.Size))
 	n.stream.patches = patches
 	node.Unique = len(patches) > 0
 	if node.Unique || n.candidate.info == nil || node.Size < leastLinked {
 		return nil
 	}
-	read := n.workshop.table.stream(f, 0, int64(node.Size))
+	read := n.workshop.table.stream(f, int64(node.Size))
 	for _, err := range read.pieces() {
 		if err := cmp.Or(err, n.ctx.Err()); err != nil {
 			return err

@@ -77,7 +77,8 @@ func (w *workshop) crc(f io.ReaderAt, start, size int64) (old, new uint32, err e
 	if err := w.mayRead(size); err != nil {
 		return 0, 0, err
 	}
-	s := w.table.stream(f, start, size)
+	part := io.NewSectionReader(f, start, size)
+	s := w.table.stream(part, size)
 	for b, err := range s.pieces() {
 		if err != nil {
 			return 0, 0, err
@@ -88,7 +89,7 @@ func (w *workshop) crc(f io.ReaderAt, start, size int64) (old, new uint32, err e
 		return new, new, nil
 	}
 	h := crc32.NewIEEE()
-	_, err = io.Copy(h, io.NewSectionReader(f, start, size))
+	_, err = io.Copy(h, part)
 	return h.Sum32(), new, err
 }
 

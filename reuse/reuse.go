@@ -176,7 +176,7 @@ func (f *Finder) references(ctx context.Context, name string, want *narinfo.Nari
 		}
 		all.text(n.Name)
 		all.text(n.Target)
-		for _, err := range all.stream(tree.File(), 0, int64(n.Size)).pieces() {
+		for _, err := range all.stream(tree.File(), int64(n.Size)).pieces() {
 			if err = cmp.Or(err, ctx.Err()); err != nil {
 				return nil, err
 			}

@@ -216,7 +216,7 @@ func (t *Replacer) Replace(b []byte) { t.rewrite(b, len(b)) }
 
 // Contents returns the first size bytes of a file, rewritten, piece by piece. A file that has
 // become shorter is an error.
-func (t *Replacer) Contents(f io.ReaderAt, size int64) nar.Feeder { return t.stream(f, 0, size) }
+func (t *Replacer) Contents(f io.ReaderAt, size int64) nar.Feeder { return t.stream(f, size) }
 
 // rewrite replaces all matches in b that start before limit. It returns the end of what is final
 // then, and whether there were any.
@@ -259,23 +259,22 @@ func (p patch) apply(b []byte, offset int64) {
 	}
 }
 
-// A stream is the contents of a file, or of a part of one, rewritten piece by piece.
+// A stream is the contents of a file, rewritten piece by piece.
 type stream struct {
 	table   *Replacer
 	file    io.ReaderAt
-	start   int64 // of the part in the file
 	size    int64
 	piece   int // bytes that are read at once, at most [nar.PieceSize]
 	patches []patch
 
-	offset  int64  // in the part, of the next piece
+	offset  int64  // of the next piece
 	carry   []byte // read, but not final
 	changed bool   // a match has been replaced
 }
 
-// stream returns a part of a file, rewritten.
-func (t *Replacer) stream(f io.ReaderAt, start, size int64) *stream {
-	return &stream{table: t, file: f, start: start, size: size, piece: nar.PieceSize}
+// stream returns the first size bytes of a file, rewritten.
+func (t *Replacer) stream(f io.ReaderAt, size int64) *stream {
+	return &stream{table: t, file: f, size: size, piece: nar.PieceSize}
 }
 
 // Next implements [nar.Feeder]. What might be the beginning of a match that ends in the next piece
@@ -288,7 +287,7 @@ func (s *stream) Next() (nar.Chunk, error) {
 	n := int(min(int64(s.piece), s.size-s.offset))
 	c.Bytes = c.Bytes[:n]
 	known := copy(c.Bytes, s.carry)
-	if _, err := s.file.ReadAt(c.Bytes[known:], s.start+s.offset+int64(known)); err != nil {
+	if _, err := s.file.ReadAt(c.Bytes[known:], s.offset+int64(known)); err != nil {
 		c.Release()
 		return nar.Chunk{}, Unexpected(err)
 	}

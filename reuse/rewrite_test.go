@@ -87,7 +87,7 @@ func forms(s string) []string {
 // streamed is b as a stream rewrites it.
 func streamed(t testing.TB, pairs []Replacement, b []byte) []byte {
 	t.Helper()
-	s := NewReplacer(pairs).stream(bytes.NewReader(b), 0, int64(len(b)))
+	s := NewReplacer(pairs).stream(bytes.NewReader(b), int64(len(b)))
 	s.piece = smallPiece
 	return whole(t, s)
 }
@@ -159,7 +159,7 @@ func TestPatches(t *testing.T) {
 	b := bytes.Repeat([]byte("."), 2*smallPiece)
 	table := NewReplacer(somePairs())
 	end := int64(smallPiece - table.span + 1)
-	s := table.stream(bytes.NewReader(b), 0, int64(len(b)))
+	s := table.stream(bytes.NewReader(b), int64(len(b)))
 	s.piece, s.patches = smallPiece, []patch{{0, []byte("first")}, {end - 2, []byte("middle")}, {int64(len(b)) - 4, []byte("last")}}
 	got := whole(t, s)
 	for _, p := range s.patches {
