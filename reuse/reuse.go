@@ -190,11 +190,8 @@ func (c *Candidate) String() string { return c.finder.StoreDir + "/" + c.old }
 // Nodes returns what the new item should be. What goes wrong is an error of its Next and Contents,
 // and means that this candidate is of no use: the old item may be deleted or be found to be broken
 // at any time. Files of 8 KiB and more without a hash in them are named, see [nar.Node.Same], if
-// the database says that the old item is complete.
-//
-// It costs about 0.1 s of a processor for each GB, beside what the consumer does, and no more
-// memory than some pieces of [nar.PieceSize] and the sources and directories that are repaired,
-// which have a few MiB. The caller must call Close unless it has seen an error or the end.
+// the database says that the old item is complete. The caller must call Close unless it has seen an
+// error or the end.
 func (c *Candidate) Nodes(ctx context.Context) *Nodes {
 	n := &Nodes{ctx: ctx, candidate: c, workshop: c.workshop(), tree: nar.NewTree(c.String())}
 	n.tree.Rename = n.workshop.table.text
