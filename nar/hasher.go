@@ -111,6 +111,9 @@ func (h *Hasher) extend(appendTo func([]byte) []byte) error {
 // push hands the framing bytes over.
 func (h *Hasher) push() error {
 	c := h.frame
+	if c.Bytes == nil {
+		return nil
+	}
 	h.frame = Chunk{}
 	return h.send(c)
 }
