@@ -80,7 +80,8 @@ func (i *input) Read(p []byte) (int, error) {
 // are asked for; more may be read than is needed. Closing the Reader does not close r.
 //
 // Data may consist of several members, streams or frames, one after the other, whose contents are
-// joined; anything else behind them is an error. Checksums are verified.
+// joined. After a member of gzip, anything that does not begin like one is ignored, as gzip(1)
+// does; for the others it is an error. Checksums are verified.
 func Open(method string, r io.Reader) (*Reader, error) { return OpenAtMost(method, r, maxWindow) }
 
 // OpenAtMost is like [Open] for contents of which no more than the given number of bytes are
@@ -97,7 +98,7 @@ func OpenAtMost(method string, r io.Reader, most int64) (*Reader, error) {
 	switch method {
 	case "gzip":
 		z.free = freeGzip
-		z.open = func() (io.Reader, error) { return gzip.NewReader(in) }
+		z.open = func() (io.Reader, error) { return openMembers(in) }
 	case "lzip":
 		l := lzip.NewReader(&input{r, z}, maxWindow)
 		z.r, z.close = l, func() { l.Close() }
@@ -118,6 +119,43 @@ func OpenAtMost(method string, r io.Reader, most int64) (*Reader, error) {
 		return nil, fmt.Errorf("%w %.40q", errUnknownMethod, method)
 	}
 	return z, nil
+}
+
+// members are those of gzip (RFC 1952), up to what is none.
+type members struct {
+	*gzip.Reader
+	in *bufio.Reader
+}
+
+func openMembers(in *bufio.Reader) (*members, error) {
+	z, err := gzip.NewReader(in)
+	if err != nil {
+		return nil, err
+	}
+	z.Multistream(false)
+	return &members{z, in}, nil
+}
+
+func (m *members) Read(p []byte) (int, error) {
+	for {
+		n, err := m.Reader.Read(p)
+		if err != io.EOF {
+			return n, err
+		} else if n > 0 {
+			return n, nil
+		}
+		magic, err := m.in.Peek(2)
+		switch {
+		case err == nil && string(magic) == "\x1F\x8B":
+			err = m.Reset(m.in)
+			m.Multistream(false)
+		case err == nil:
+			err = io.EOF
+		}
+		if err != nil {
+			return 0, err
+		}
+	}
 }
 
 // newZstdDecoder makes a decoder that decodes one block after the other in the goroutine of its

@@ -242,6 +242,9 @@ func TestTruncated(t *testing.T) {
 				continue
 			}
 			got, err := decompress(t, method, compressed[:i])
+			if method == "gzip" && i == joined+1 && err == nil && bytes.Equal(got, data) {
+				continue // one byte that follows may be anything
+			}
 			if !errors.Is(err, io.ErrUnexpectedEOF) || !strings.HasPrefix(err.Error(), method+": ") {
 				t.Errorf("%s, cut to %d bytes of %d: %v", method, i, len(compressed), err)
 			}
@@ -298,8 +301,9 @@ func TestGarbage(t *testing.T) {
 		}
 		compressed := compress(t, data)
 		for _, garbage := range []string{"\x00", "\x00\x00\x00\x00\x00", "garbage, and more of it", "\x1f\x8a", "LZIQ\x01\x10"} {
-			if _, err := decompress(t, method, append(bytes.Clone(compressed), garbage...)); err == nil {
-				t.Errorf("%s and %q: no error", method, garbage)
+			got, err := decompress(t, method, append(bytes.Clone(compressed), garbage...))
+			if ignored := err == nil && bytes.Equal(got, data); ignored != (method == "gzip") {
+				t.Errorf("%s and %q: %v", method, garbage, err)
 			}
 		}
 		if _, err := decompress(t, method, []byte("this is not compressed at all")); err == nil {
