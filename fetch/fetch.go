@@ -54,20 +54,6 @@ type Request struct {
 	outer []func(r *Request) // Done as it was before each stage that is in front of the source
 }
 
-// intercept has f called instead of Done, which it goes on to by proceed.
-func (r *Request) intercept(f func(r *Request)) {
-	r.outer = append(r.outer, r.Done)
-	r.Done = f
-}
-
-// proceed calls Done as it was before the last call of intercept.
-func (r *Request) proceed() {
-	last := len(r.outer) - 1
-	r.Done = r.outer[last]
-	r.outer = r.outer[:last]
-	r.Done(r)
-}
-
 // Fail ends a request without a block: it sets the fields and calls Done. It is for sources, in
 // place of all else that they do at the end.
 func (r *Request) Fail(err error) {

@@ -64,7 +64,7 @@ func (s *testStore) publishedTwice(name string, references []string, build func(
 func (p published) open(t testing.TB, base erisfs.Base) (nodes nar.Nodes, done func(), fetched func() int64) {
 	t.Helper()
 	var bytes atomic.Int64
-	source := fetch.Counted(p.blocks.Open(16), func(n int) { bytes.Add(int64(n)) })
+	source := fetch.Within(p.blocks.Open(16), eris.Reference{}, func(n int) { bytes.Add(int64(n)) })
 	x, err := image.Open(t.Context(), source, p.capability, erisfs.Limits{NarSize: 1 << 40}, fetch.Window{})
 	must(t, err)
 	x.Base = base

@@ -162,7 +162,7 @@ func imageNodes(ctx context.Context, contents *image.Image) (nar.Nodes, func(ok 
 func (j *job) openImage(ctx context.Context, a *attempt, c eris.ReadCapability, size, most int64) (*image.Image, error) {
 	a.progress.From(shownURN(c, j.path), size)
 	var shown atomic.Int64
-	blocks := fetch.Counted(j.s.Blocks, func(n int) {
+	blocks := fetch.Within(j.s.Blocks, c.Root, func(n int) {
 		after := shown.Add(int64(n))
 		a.countShown(n, int(min(after, size)-min(after-int64(n), size)))
 		if after > most {
@@ -174,7 +174,7 @@ func (j *job) openImage(ctx context.Context, a *attempt, c eris.ReadCapability, 
 		window = j.s.Window()
 	}
 	window.Waited = j.waited
-	return image.Open(ctx, fetch.Within(blocks, c.Root), c, j.limits(), window)
+	return image.Open(ctx, blocks, c, j.limits(), window)
 }
 
 // shownURN is what people are told that the item comes from: the URN, and the name of the item in

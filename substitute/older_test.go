@@ -230,7 +230,7 @@ func TestLeaves(t *testing.T) {
 				blocks.after = test.most
 				s, log := withLog(t, key, server.url)
 				s.StoreDir, s.Policy, s.Reuse, s.UnsignedCapabilities, s.Verbose, s.StoreSpeed = store, test.policy, finder, true, true, test.speed
-				s.Blocks = fetch.Counted(blocks, func(n int) { fetched.Add(int64(n)) })
+				s.Blocks = fetch.Within(blocks, eris.Reference{}, func(n int) { fetched.Add(int64(n)) })
 				var outcome substitute.Outcome
 				if test.ahead {
 					place = store + "/staged"

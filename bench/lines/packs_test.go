@@ -135,7 +135,7 @@ func readPack(b *testing.B, url string, c eris.ReadCapability, length int64) (in
 	}
 	blocks := pool.New([]pool.Member{{Source: source}}, pool.Options{})
 	defer blocks.Close()
-	r, err := content.Open(b.Context(), fetch.Within(blocks, c.Root), c, length, blocks.Window())
+	r, err := content.Open(b.Context(), fetch.Within(blocks, c.Root, nil), c, length, blocks.Window())
 	if err != nil {
 		return 0, err
 	}

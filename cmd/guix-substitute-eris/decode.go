@@ -95,9 +95,9 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	}
 	shown := log.Transfer(name, sourceNames(members))
 	defer shown.Stop()
-	blocks := fetch.Counted(all, shown.Add)
+	blocks := fetch.Within(all, c.Root, shown.Add)
 	// What is decoded may be as large as it likes; it goes to disk only.
-	x, err := image.Open(ctx, fetch.Within(blocks, c.Root), c, erisfs.Limits{NarSize: 1 << 60}, all.Window())
+	x, err := image.Open(ctx, blocks, c, erisfs.Limits{NarSize: 1 << 60}, all.Window())
 	if err != nil {
 		return result, err
 	}

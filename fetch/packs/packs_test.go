@@ -135,7 +135,7 @@ func serve(tb testing.TB, directory string) *counter {
 // read reads all that a capability denotes, as substitution does, and returns how many bytes the
 // files have.
 func read(ctx context.Context, blocks fetch.Source, c eris.ReadCapability) (files, length int64, err error) {
-	x, err := image.Open(ctx, fetch.Within(blocks, c.Root), c, erisfs.Limits{NarSize: 1 << 40}, fetch.Window{})
+	x, err := image.Open(ctx, fetch.Within(blocks, c.Root, nil), c, erisfs.Limits{NarSize: 1 << 40}, fetch.Window{})
 	if err != nil {
 		return 0, 0, err
 	}
@@ -219,7 +219,7 @@ func TestPackIsDump(t *testing.T) {
 	store := mustOpen(t, "file:"+packs+"?packed")
 	for _, ref := range refs {
 		for _, size := range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
-			if _, err = fetch.Get(t.Context(), fetch.Within(store, c.Root), ref, size, nil); err == nil {
+			if _, err = fetch.Get(t.Context(), fetch.Within(store, c.Root, nil), ref, size, nil); err == nil {
 				break
 			}
 		}
@@ -251,12 +251,12 @@ func TestRoot(t *testing.T) {
 	must(t, err)
 	server := serve(t, packs)
 	fresh := mustOpen(t, server.URL+"?packed")
-	if _, err := fetch.Get(t.Context(), fetch.Within(fresh, c.Root), leaf, eris.BlockSize32KiB, nil); err != nil {
+	if _, err := fetch.Get(t.Context(), fetch.Within(fresh, c.Root, nil), leaf, eris.BlockSize32KiB, nil); err != nil {
 		t.Errorf("a leaf whose root is known: %v", err)
 	}
 	server.requests.Store(0)
 	for i := range 100 {
-		_, err := fetch.Get(t.Context(), fetch.Within(fresh, eris.Reference{1}), eris.Reference{byte(i)}, eris.BlockSize1KiB, nil)
+		_, err := fetch.Get(t.Context(), fetch.Within(fresh, eris.Reference{1}, nil), eris.Reference{byte(i)}, eris.BlockSize1KiB, nil)
 		if !errors.Is(err, eris.ErrNotFound) {
 			t.Errorf("error is %v, not that the block is missing", err)
 		}

@@ -10,6 +10,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/list"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 )
 
 const (
@@ -41,7 +42,8 @@ type member struct {
 	name    string
 	near    bool
 	local   bool
-	anySize bool // see anySizer
+	limiter *ratelimit.Limiter // nil if there is none for it
+	anySize bool               // see anySizer
 	index   int
 	bit     set
 	score   float64
@@ -94,7 +96,7 @@ func newMember(p *Pool, i int, given Member) *member {
 		m.progress = s.Progress
 	}
 	if !m.local {
-		m.source = fetch.Limited(m.source, p.options.Limiter)
+		m.limiter = p.options.Limiter
 	}
 	record := p.options.State.Get(m.name)
 	if m.score = 1; !record.Fault.IsZero() {
@@ -149,6 +151,9 @@ func (m *member) sent(a *attempt, now time.Duration) {
 	a.clean = m.isClean()
 	if a.clean {
 		m.draining = false
+	}
+	if m.limiter != nil {
+		m.pool.limitedUntil = now + m.limiter.Take(int(size))
 	}
 	m.requests++
 	m.bytes += size

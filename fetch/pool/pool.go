@@ -8,14 +8,14 @@
 //
 //   - Near. Members that are marked near, a store of this machine or the cache on disk, are asked
 //     first, one after the other. What they do not have, or do not say in time, goes on.
-//   - Far. The other members are used together, through the limit of the rate if there is one
-//     ([fetch.Limited]).
+//   - Far. The other members are used together. If there is a limit of the rate, they are asked for
+//     a block when those before it have had their time.
 //   - Verify. Every answer is checked against its reference, many at a time, here and nowhere else
 //     ([fetch.Verify]). A member that gave wrong bytes is not asked again for an hour.
 //   - Keep. A block that a near member did not have and a far one had is put into the near one,
 //     when there is time.
-//   - Count. Whoever wants to know how many bytes have come for him puts [fetch.Counted] before the
-//     pool.
+//   - Count. Whoever wants to know how many bytes have come for an item puts [fetch.Within] before
+//     the pool.
 //
 // # Words
 //
@@ -136,9 +136,10 @@ type Pool struct {
 	unasked []asked
 	askedAt time.Duration
 
-	inFlight  int
-	delivered int64 // bytes
-	doubled   int64 // bytes that were asked for a second time because they were late
+	limitedUntil time.Duration // by the limit of the rate
+	inFlight     int
+	delivered    int64 // bytes
+	doubled      int64 // bytes that were asked for a second time because they were late
 
 	// What has been decided under the lock and is to be done without it, see unlock.
 	starts   *attempt

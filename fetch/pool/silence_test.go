@@ -60,9 +60,9 @@ func TestGiveUp(t *testing.T) {
 	}
 }
 
-// TestLimitIsNoSilence checks that a limit of the rate is not taken for silence of the sources:
-// what it holds back has not been requested from them.
-func TestLimitIsNoSilence(t *testing.T) {
+// TestLimit checks that a limit of the rate is kept, and not taken for silence of the sources: what
+// it holds back has not been requested from them.
+func TestLimit(t *testing.T) {
 	for _, rate := range []int64{300e3, 30e3, 10e3} {
 		for n := 1; n <= 2; n++ {
 			synctest.Test(t, func(t *testing.T) {
@@ -70,11 +70,23 @@ func TestLimitIsNoSilence(t *testing.T) {
 					Limiter: ratelimit.New(rate, 0),
 					OnRest:  func(source string, err error) { t.Errorf("%d bytes/s: %s rests: %v", rate, source, err) },
 				})
-				readAll(t, p, 100, large, 100)
+				near(t, readAll(t, p, 100, large, 100), 99*float64(large)/float64(rate), 1.02)
 				p.Close()
 			})
 		}
 	}
+	// What does not come does not count.
+	synctest.Test(t, func(t *testing.T) {
+		p := pool.New(sources(&fake{roundTrip: 1e6, answer: missing}), pool.Options{Limiter: ratelimit.New(30e3, 0)})
+		defer p.Close()
+		begin := time.Now()
+		for i := range 100 {
+			get(t.Context(), p, i, large)
+		}
+		if took := time.Since(begin); took > time.Second {
+			t.Errorf("100 blocks that are missing took %v", took)
+		}
+	})
 }
 
 // TestSilent has sources that accept and stay silent, from the beginning or after some blocks: it

@@ -142,6 +142,8 @@ func (m *member) window(alone bool) int64 {
 // hasRoom reports whether the member may be asked for a further block.
 func (m *member) hasRoom(alone bool, now time.Duration) bool {
 	switch {
+	case m.limiter != nil && now < m.pool.limitedUntil:
+		return false
 	case m.failures > 0 || m.silent:
 		return m.requests < gentleRequests
 	case m.requests >= maxRequests:

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 )
 
 const (
@@ -96,11 +95,11 @@ func (p *Pool) checkSilence(m *member, now time.Duration) {
 	oldest := m.attempts.First()
 	// It may pass over questions, which it perhaps does not understand.
 	for ; oldest != nil && oldest.question != nil; oldest = oldest.Next() {
-		if !oldest.heldBack() && oldest.isLate() {
+		if oldest.isLate() {
 			oldest.cancel(errLate)
 		}
 	}
-	if oldest == nil || m.silent || now < m.busyUntil || oldest.heldBack() {
+	if oldest == nil || m.silent || now < m.busyUntil {
 		return
 	}
 	// Counted in looks, not by the clock, so that a machine that has no time for us does not look
@@ -224,21 +223,15 @@ func (p *Pool) giveUp(m *member, now time.Duration) {
 
 // isLost reports whether a request is so late that it may never be answered.
 func (m *member) isLost(a *attempt, now time.Duration) bool {
-	return now-a.start > max(lostAge, 2*m.gap(a.request.Size)) && (!m.known || now-a.start > lostFactor*a.expected) && !a.heldBack()
-}
-
-// heldBack reports whether it is the limit of the rate that a request waits for, not the member.
-func (a *attempt) heldBack() bool {
-	limited, ok := a.member.source.(interface{ Waits(r *fetch.Request) bool })
-	return ok && limited.Waits(&a.request)
+	return now-a.start > max(lostAge, 2*m.gap(a.request.Size)) && (!m.known || now-a.start > lostFactor*a.expected)
 }
 
 func (m *member) isLate(a *attempt, now time.Duration) bool {
 	age := now - a.start
 	if a.expected >= time.Hour {
-		return age > unknownDelay && !a.heldBack()
+		return age > unknownDelay
 	}
-	return age > time.Duration(float64(a.expected)*m.tail)+hedgeDelay && !a.heldBack()
+	return age > time.Duration(float64(a.expected)*m.tail)+hedgeDelay
 }
 
 // alternative returns the far member that would deliver a late block first; while none is known,

@@ -142,6 +142,10 @@ func (p *Pool) outcome(a *attempt, now time.Duration) outcome {
 	}
 	var wrong *eris.BlockError
 	var later *fetch.BusyError
+	if m.limiter != nil && !errors.As(err, &wrong) { // nothing has come
+		m.limiter.Return(int(a.request.Size))
+		p.limitedUntil = min(p.limitedUntil, now+m.limiter.Take(0))
+	}
 	switch {
 	case errors.Is(err, eris.ErrNotFound), errors.As(err, &wrong) && (m.mayErr() || wrong.IsOtherSize(a.request.Size)):
 		m.misses++

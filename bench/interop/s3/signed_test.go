@@ -52,7 +52,7 @@ func TestSigned(t *testing.T) {
 			return nil, err
 		}
 		defer s.Close()
-		r, err := content.Open(t.Context(), fetch.Within(s, c.Root), c, int64(len(random)), fetch.Window{})
+		r, err := content.Open(t.Context(), fetch.Within(s, c.Root, nil), c, int64(len(random)), fetch.Window{})
 		if err != nil {
 			return nil, err
 		}
