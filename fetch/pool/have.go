@@ -30,10 +30,12 @@ const (
 	mostAsked = fetch.MaxHave - 1
 	// askInterval is how long others are waited for that may be in the same question.
 	askInterval = 10 * time.Millisecond
-	// A block waits for answers for answerFactor times what is expected, which is less than it
-	// takes to ask one after the other, and longestAnswer at most.
+	// A block waits for answers for answerFactor times what is expected, which is
+	// less than it takes to ask one after the other, and longestAnswer at most.
 	answerFactor  = 4
 	longestAnswer = 2 * time.Second
+	// reliefSearch is how many of the blocks that wait for a busy member are looked at by another.
+	reliefSearch = 64
 	// claimWeight is the weight of a claim that turns out to be true or false for the truth of a
 	// member, and lateWeight that of an answer that has not come. Below leastTruth claims are not
 	// believed any more.
@@ -273,7 +275,7 @@ func (p *Pool) relief(m *member) *lookup {
 		if o == m || o.queue.live < 2 || o.expected(o.queue.bytes) < 2*m.expected(int64(eris.BlockSize32KiB)) {
 			continue
 		}
-		for _, l := range o.queue.lookups[:min(len(o.queue.lookups), latePerMember)] {
+		for _, l := range o.queue.lookups[:min(len(o.queue.lookups), reliefSearch)] {
 			if l != nil && l.held&p.askable&m.bit != 0 && l.spent()&m.bit == 0 {
 				return l
 			}

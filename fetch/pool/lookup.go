@@ -85,7 +85,6 @@ type attempt struct {
 	directed   bool          // the member probably has it
 	question   []asked       // what is asked instead of a block
 	waited     time.Duration // for its answer
-	hedged     bool          // another one was made because this is late
 	cause      error         // why it was cancelled, if it was
 
 	state atomic.Int32
@@ -355,7 +354,7 @@ func (a *attempt) recycle() {
 	r.Dst, r.Block, r.Err, r.Have = nil, nil, nil, nil
 	a.lookup, a.sibling, a.cause, a.question = nil, nil, nil, nil
 	a.waited = 0
-	a.background, a.probe, a.hedged, a.directed = false, false, false, false
+	a.background, a.probe, a.directed = false, false, false
 	a.state.Store(starting)
 	a.steps.Store(0)
 	a.following, a.member.spare = a.member.spare, a

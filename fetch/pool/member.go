@@ -81,7 +81,7 @@ type member struct {
 	missing      map[key]struct{}
 	missingSince time.Duration
 
-	asked, duplicates, misses, faults, failed int64
+	asked, misses, faults, failed int64
 }
 
 func newMember(p *Pool, i int, given Member) *member {
@@ -188,12 +188,12 @@ func (m *member) answers(a *attempt, now time.Duration) {
 			m.pool.tell(nil, "", nil)
 		}
 	}
-	if a.expected < time.Hour {
-		if float64(took) > float64(a.expected)*m.tail {
-			m.tail = min(greatestTail, m.tail*(1+0.95*tailStep))
-		} else {
-			m.tail = max(leastTail, m.tail*(1-0.05*tailStep))
-		}
+	switch {
+	case a.expected >= time.Hour:
+	case float64(took) > float64(a.expected)*m.tail:
+		m.tail = min(greatestTail, m.tail*(1+0.95*tailStep))
+	default:
+		m.tail = max(leastTail, m.tail*(1-0.05*tailStep))
 	}
 }
 
@@ -216,13 +216,6 @@ func (m *member) cancelled(a *attempt, now time.Duration) {
 	}
 	if a.cause != errNotFirst {
 		m.quiet = 0
-		return
-	}
-	if a.background {
-		return
-	}
-	if a.expected < time.Hour && float64(now-a.start) > float64(a.expected)*m.tail {
-		m.tail = min(greatestTail, m.tail*(1+0.95*tailStep))
 	}
 }
 

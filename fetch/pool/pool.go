@@ -34,8 +34,8 @@
 // waits for, or only for a moment if there is nobody else (probes: for blocks that were asked for
 // anyway), and is in use again when it answers. Near and far members are treated alike in this.
 //
-// Hedge: a block that takes longer than 95 of 100 from its member is asked from another one as
-// well, as long as little is asked for twice.
+// Hedge: a block that takes much longer than was expected is asked from another member as well, as
+// long as little is asked for twice.
 //
 // Equal blocks that are asked for at the same time are fetched once.
 //

@@ -10,19 +10,18 @@ import (
 
 // SourceStats is what a source has done, and what is known about it.
 type SourceStats struct {
-	URL        string        // without anything secret
-	Near       bool          // as in Member
-	Requests   int64         // made
-	Bytes      int64         // of blocks delivered
-	Duplicates int64         // blocks delivered that another source had delivered before
-	Misses     int64         // answers that it does not have the block
-	Faults     int64         // answers with wrong bytes
-	Failures   int64         // requests that failed otherwise, and silences
-	Banned     bool          // because of a fault
-	Resting    bool          // not used because it failed or was silent, for now
-	RoundTrip  time.Duration // the shortest; 0 if not known
-	Rate       float64       // bytes per second; 0 if not known
-	Err        error         // the last failure or fault
+	URL       string        // without anything secret
+	Near      bool          // as in Member
+	Requests  int64         // made
+	Bytes     int64         // of blocks delivered
+	Misses    int64         // answers that it does not have the block
+	Faults    int64         // answers with wrong bytes
+	Failures  int64         // requests that failed otherwise, and silences
+	Banned    bool          // because of a fault
+	Resting   bool          // not used because it failed or was silent, for now
+	RoundTrip time.Duration // the shortest; 0 if not known
+	Rate      float64       // bytes per second; 0 if not known
+	Err       error         // the last failure or fault
 }
 
 // Stats returns what the sources have done so far, in the order in which they were given.
@@ -33,7 +32,7 @@ func (p *Pool) Stats() []SourceStats {
 	stats := make([]SourceStats, len(p.members))
 	for i, m := range p.members {
 		stats[i] = SourceStats{
-			URL: m.name, Near: m.near, Requests: m.asked, Bytes: m.delivered, Duplicates: m.duplicates, Misses: m.misses,
+			URL: m.name, Near: m.near, Requests: m.asked, Bytes: m.delivered, Misses: m.misses,
 			Faults: m.faults, Failures: m.failed, Banned: m.banned, Resting: m.restUntil > now || m.failures > 0 || m.silent,
 			RoundTrip: m.minRoundTrip(), Rate: m.typical, Err: m.lastError,
 		}

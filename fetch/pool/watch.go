@@ -14,13 +14,13 @@ import (
 const (
 	// watchInterval is how often the watcher looks at what is in flight.
 	watchInterval = 10 * time.Millisecond
-	// hedgeDelay is after what time beyond the expected a block may be asked from another member,
-	// and unknownDelay after what time if nothing is known about the first.
+	// A block that is late by hedgeDelay may be asked from another member, or by unknownDelay if
+	// nothing is known about the first.
 	hedgeDelay   = 15 * time.Millisecond
 	unknownDelay = 100 * time.Millisecond
 	// hedgeShare is the greatest share of bytes that are asked for twice because they are late,
-	// beside hedgeFree bytes.
-	hedgeShare, hedgeFree = 0.02, 1 << 20
+	// beside hedgeFree bytes; hedgeSearch is how many late requests of a member are looked at.
+	hedgeShare, hedgeFree, hedgeSearch = 0.02, 1 << 20, 64
 	// A member is silent that has not answered for some time that follows from what is known about
 	// it: at least leastSilence, or loneSilence if there is no other; at most mostSilence, unless
 	// it takes longer for one block and there is no other that could be tried; firstSilence if it
@@ -42,8 +42,6 @@ const (
 	// and what two blocks take.
 	lostAge    = 2 * time.Second
 	lostFactor = 10
-	// latePerMember is how many late requests of a member are looked at in one go.
-	latePerMember = 64
 	// Rests of members that fail, and that are silent.
 	failureRest, silentRest, longestRest = 150 * time.Millisecond, time.Second, time.Minute
 )
@@ -161,77 +159,38 @@ func (m *member) gap(size eris.BlockSize) time.Duration {
 	return seconds(float64(size) / rate)
 }
 
+// hedge asks others for blocks that are late.
 func (p *Pool) hedge(now time.Duration) {
-	if len(p.far) == 0 || len(p.members) == 1 {
+	for _, m := range p.members {
+		a := m.attempts.First()
+		for n := 0; a != nil && a.isOverdue(now) && n < hedgeSearch; n++ {
+			p.hedgeOne(a, now)
+			a = a.Next()
+		}
+	}
+}
+
+func (p *Pool) hedgeOne(a *attempt, now time.Duration) {
+	l, size := a.lookup, int64(a.request.Size)
+	if l == nil || l.foreground == nil || l.attempts != a || a.cause != nil {
 		return
 	}
-	var late []*attempt
-	for _, m := range p.members {
-		n := 0
-		for a := m.attempts.First(); a != nil && n < latePerMember; a = a.Next() {
-			if !m.isLate(a, now) {
-				if m.known {
-					break
-				}
-				continue
-			}
-			n++
-			if l := a.lookup; l != nil && l.foreground != nil && l.attempts == a && a.cause == nil && !a.hedged {
-				late = append(late, a)
-			}
-		}
+	// What is so late that it may never come does not wait until there is room for hedges again: it
+	// may be what everything else waits for.
+	if float64(p.doubled+size) > hedgeFree+hedgeShare*float64(p.delivered) && !a.member.isLost(a, now) {
+		return
 	}
-	// The earlier a block was asked for, the earlier it is needed.
-	slices.SortFunc(late, func(a, b *attempt) int { return cmp.Compare(a.lookup.sequence, b.lookup.sequence) })
-	for _, a := range late {
-		size := int64(a.request.Size)
-		// What is so late that it may never come must not wait until there is room for hedges
-		// again: it may be what everything else waits for.
-		if !a.member.isLost(a, now) && float64(p.doubled+size) > hedgeFree+hedgeShare*float64(p.delivered) {
-			continue
-		}
-		if m := p.alternative(a, now); m != nil {
-			a.hedged = true
-			p.doubled += size
-			p.sendBehind(m, a.lookup, a.request.Pair, a.request.Size, now)
-		}
+	if m := p.alternative(a, now); m != nil {
+		p.doubled += size
+		p.sendBehind(m, l, l.pair, l.key.size, now)
 	}
 }
 
-// giveUp ends requests that may never be answered although others are, unless there is hope from
-// elsewhere.
-func (p *Pool) giveUp(m *member, now time.Duration) {
-	n := 0
-	for a := m.attempts.First(); a != nil && n < latePerMember; a = a.Next() {
-		if a.probe && now-a.start > probeLimit {
-			a.cancel(errLate)
-			m.fails(a, errLate, now)
-			return
-		}
-		if l := a.lookup; a.probe && l != nil && l.queue == nil && now-a.start >= probeWait {
-			p.advance(l, now)
-		}
-		if !m.isLost(a, now) {
-			break
-		}
-		n++
-		if l := a.lookup; l != nil && !a.probe && l.queue == nil && !l.awaits(a, now) && (a.background || now-max(a.start+lostAge, m.movedAt) > lostAge) {
-			a.cancel(errLate)
-		}
-	}
-}
-
-// isLost reports whether a request is so late that it may never be answered.
-func (m *member) isLost(a *attempt, now time.Duration) bool {
-	return now-a.start > max(lostAge, 2*m.gap(a.request.Size)) && (!m.known || now-a.start > lostFactor*a.expected)
-}
-
-func (m *member) isLate(a *attempt, now time.Duration) bool {
-	age := now - a.start
+func (a *attempt) isOverdue(now time.Duration) bool {
 	if a.expected >= time.Hour {
-		return age > unknownDelay
+		return now-a.start > unknownDelay
 	}
-	return age > time.Duration(float64(a.expected)*m.tail)+hedgeDelay
+	return now-a.start > time.Duration(float64(a.expected)*a.member.tail)+hedgeDelay
 }
 
 // alternative returns the far member that would deliver a late block first; while none is known,
@@ -240,22 +199,48 @@ func (p *Pool) alternative(a *attempt, now time.Duration) *member {
 	var best, untried *member
 	l, size := a.lookup, int64(a.request.Size)
 	for _, m := range p.far {
-		if l.spent()&m.bit == 0 && !m.known && m.requests == 0 && m.usable(now) && !m.resting() && untried == nil {
+		switch {
+		case l.spent()&m.bit != 0:
+		case untried == nil && !m.known && m.requests == 0 && m.usable(now) && !m.resting():
 			untried = m
-		}
-		if l.spent()&m.bit != 0 || !m.trusted(now) || m.hits < 0.5 && l.held&m.bit == 0 {
-			continue
-		}
-		if best == nil || m.expected(size) < best.expected(size) {
+		case !m.trusted(now) || m.hits < 0.5 && l.held&m.bit == 0:
+		case best == nil || m.expected(size) < best.expected(size):
 			best = m
 		}
 	}
-	if best == nil {
+	switch {
+	case best == nil:
 		return untried
-	} else if best.expected(size) > 2*(now-a.start) {
+	case best.expected(size) > 2*(now-a.start):
 		return nil
 	}
 	return best
+}
+
+// giveUp ends requests that may never be answered although others are, unless there is hope from
+// elsewhere.
+func (p *Pool) giveUp(m *member, now time.Duration) {
+	for a := m.attempts.First(); a != nil; a = a.Next() {
+		l := a.lookup
+		switch {
+		case a.probe && now-a.start > probeLimit:
+			a.cancel(errLate)
+			m.fails(a, errLate, now)
+			return
+		case a.probe && l != nil && l.queue == nil && now-a.start >= probeWait:
+			p.advance(l, now)
+		case a.probe:
+		case !m.isLost(a, now):
+			return
+		case l != nil && l.queue == nil && !l.awaits(a, now) && (a.background || now-max(a.start+lostAge, m.movedAt) > lostAge):
+			a.cancel(errLate)
+		}
+	}
+}
+
+// isLost reports whether a request is so late that it may never be answered.
+func (m *member) isLost(a *attempt, now time.Duration) bool {
+	return now-a.start > max(lostAge, 2*m.gap(a.request.Size)) && (!m.known || now-a.start > lostFactor*a.expected)
 }
 
 // probe asks members that rest, and those about which nothing is known while others work, for a

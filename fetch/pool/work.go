@@ -87,9 +87,6 @@ func (p *Pool) ended(a *attempt, now time.Duration) {
 	cause, err := a.cause, a.request.Err
 	a.recycle()
 	if l == nil {
-		if outcome == success {
-			m.duplicates++
-		}
 		return
 	}
 	switch {
@@ -100,7 +97,6 @@ func (p *Pool) ended(a *attempt, now time.Duration) {
 			p.turnsOut(l, m, true)
 		}
 	case outcome == success:
-		m.duplicates++
 	case outcome == miss:
 		l.missed |= m.bit
 		p.turnsOut(l, m, false)

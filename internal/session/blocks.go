@@ -108,8 +108,8 @@ func (b *blocks) show(log *protocol.Log) {
 		if s.Err != nil {
 			state += fmt.Sprintf(" (%s)", message.OfStore(s.URL, s.Err))
 		}
-		log.Notef("store %s: %d requests, %.1f MB, %d without the block, %d twice; %.1f MB/s, %d ms%s", s.URL, s.Requests,
-			float64(s.Bytes)/1e6, s.Misses, s.Duplicates, s.Rate/1e6, s.RoundTrip.Milliseconds(), state)
+		log.Notef("store %s: %d requests, %.1f MB, %d without the block; %.1f MB/s, %d ms%s", s.URL, s.Requests,
+			float64(s.Bytes)/1e6, s.Misses, s.Rate/1e6, s.RoundTrip.Milliseconds(), state)
 	}
 }
 
