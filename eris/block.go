@@ -24,40 +24,19 @@ func SumAll(refs []Reference, blocks [][]byte) {
 	var sums [hashedAtOnce][32]byte
 	for len(blocks) > 0 {
 		n := 1
+		for n < min(hashedAtOnce, len(blocks)) && len(blocks[n]) == len(blocks[0]) {
+			n++
+		}
 		if BlockSize(len(blocks[0])).Valid() {
-			n = sumAlike(&sums, blocks, nil)
+			blake2lanes.Sum256(sums[:n], blocks[:n], nil)
 		} else {
+			n = 1
 			sums[0] = Sum(blocks[0])
 		}
 		for i := range n {
 			refs[i] = sums[i]
 		}
 		refs, blocks = refs[n:], blocks[n:]
-	}
-}
-
-// sumAlike hashes the first of some blocks, as many as have the same length but no more than can be
-// hashed at once, and returns how many.
-func sumAlike(sums *[hashedAtOnce][32]byte, blocks [][]byte, key *[32]byte) int {
-	n := 1
-	for n < min(hashedAtOnce, len(blocks)) && len(blocks[n]) == len(blocks[0]) {
-		n++
-	}
-	blake2lanes.Sum256(sums[:n], blocks[:n], key)
-	return n
-}
-
-// KeyAll writes the keys of leaves, given their plaintexts, to keys, of which there must be as
-// many: their hashes under the convergence secret (ERIS 1.0.0, section "Encrypting"). Each must
-// have the length of a block. It is as fast as [SumAll].
-func KeyAll(keys []Key, leaves [][]byte, secret ConvergenceSecret) {
-	var sums [hashedAtOnce][32]byte
-	for len(leaves) > 0 {
-		n := sumAlike(&sums, leaves, (*[32]byte)(&secret))
-		for i := range n {
-			keys[i] = sums[i]
-		}
-		keys, leaves = keys[n:], leaves[n:]
 	}
 }
 

@@ -9,7 +9,6 @@ import (
 	"io"
 	"runtime"
 	"slices"
-	"sync"
 
 	"golang.org/x/sync/errgroup"
 )
@@ -134,8 +133,9 @@ func readFull(r io.Reader, b []byte) (n int, ended bool, err error) {
 // leafEncoder encodes the leaves of one turn after another.
 type leafEncoder struct {
 	levelEncoder
-	pairs []Pair
-	told  func(first int64, pairs []Pair)
+	buffer []byte // for a turn
+	pairs  []Pair
+	told   func(first int64, pairs []Pair)
 }
 
 func newLeafEncoder(sink Sink, size BlockSize, options EncodeOptions) *leafEncoder {
@@ -155,99 +155,79 @@ func (l *leafEncoder) encode(ctx context.Context, number int64, plaintext []byte
 	return l.pairs, err
 }
 
-// turns is what the workers of one Encode share: they read in turns, and encode on their own.
+// turns is one Encode on several cores: turns are read one after the other, and encoded by as many
+// goroutines as there are encoders.
 type turns struct {
 	size  BlockSize
+	free  chan *leafEncoder
 	order chan chan []Pair // what becomes of each turn, in the order of the content
-
-	mu     sync.Mutex
-	reader io.Reader
-	count  int64 // turns read so far
-	atEnd  bool  // the reader has said io.EOF
-	ended  bool  // the last turn has been read
+	group *errgroup.Group
 }
 
 func encodeParallel(ctx context.Context, r io.Reader, sink Sink, size BlockSize, options EncodeOptions, workers int) (ReadCapability, error) {
-	t := &turns{size: size, order: make(chan chan []Pair, workers*waitingTurns), reader: r}
-	tree := treeBuilder{size: size, sink: sink}
-	group, groupCtx := errgroup.WithContext(ctx)
+	t := &turns{size: size, free: make(chan *leafEncoder, workers), order: make(chan chan []Pair, workers*waitingTurns)}
 	for range workers {
-		group.Go(func() error { return t.encode(groupCtx, newLeafEncoder(sink, size, options)) })
+		t.free <- newLeafEncoder(sink, size, options)
 	}
-	group.Go(func() error { return t.build(groupCtx, &tree) })
-	if err := group.Wait(); err != nil {
+	tree := treeBuilder{size: size, sink: sink}
+	var groupCtx context.Context
+	t.group, groupCtx = errgroup.WithContext(ctx)
+	t.group.Go(func() error { return t.read(groupCtx, r) })
+	t.group.Go(func() error {
+		for result := range t.order {
+			if err := tree.add(groupCtx, 0, <-result); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err := t.group.Wait(); err != nil {
 		return ReadCapability{}, err
 	}
 	return tree.finish(ctx)
 }
 
-// encode encodes turns until the content ends.
-func (t *turns) encode(ctx context.Context, leaves *leafEncoder) error {
-	buffer := make([]byte, turn)
-	for {
-		content, number, result, err := t.next(ctx, buffer)
-		if result == nil {
-			return err
+// read has one turn after the other encoded, until the content ends.
+func (t *turns) read(ctx context.Context, r io.Reader) error {
+	defer close(t.order)
+	ended := false
+	for number := int64(0); !ended; number++ {
+		var leaves *leafEncoder
+		select {
+		case leaves = <-t.free:
+		case <-ctx.Done():
+			return ctx.Err()
 		}
-		pairs, err := leaves.encode(ctx, number, content)
-		if err != nil {
-			return err
+		if leaves.buffer == nil {
+			leaves.buffer = make([]byte, turn, turn+int(t.size)) // with room for the padding
 		}
+		var n int
+		var err error
+		if n, ended, err = readFull(r, leaves.buffer); err != nil {
+			return fmt.Errorf("encoding: %w", err)
+		}
+		content := leaves.buffer[:n]
+		if ended {
+			content = pad(content, t.size)
+		}
+		result := make(chan []Pair, 1)
+		select {
+		case t.order <- result:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		t.group.Go(func() error { return t.encode(ctx, leaves, number, content, result) })
+	}
+	return nil
+}
+
+// encode encodes one turn. If that fails the result has no pairs.
+func (t *turns) encode(ctx context.Context, leaves *leafEncoder, number int64, content []byte, result chan<- []Pair) error {
+	defer close(result)
+	pairs, err := leaves.encode(ctx, number, content)
+	if err == nil {
 		result <- slices.Clone(pairs)
+		t.free <- leaves
 	}
-}
-
-// next takes the next turn from the reader, with padding if it is the last one, and says where its
-// pairs are to go; nowhere if there is none.
-func (t *turns) next(ctx context.Context, buffer []byte) (content []byte, number int64, result chan []Pair, err error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.ended {
-		return nil, 0, nil, nil
-	}
-	n := 0
-	if !t.atEnd {
-		if n, t.atEnd, err = readFull(t.reader, buffer); err != nil {
-			t.ended = true
-			return nil, 0, nil, fmt.Errorf("encoding: %w", err)
-		}
-	}
-	content = buffer[:n]
-	// The reader may have filled the buffer and said io.EOF at once: the padding then needs a turn
-	// of its own.
-	if t.ended = t.atEnd && n < len(buffer); t.ended {
-		content = pad(content, t.size)
-		defer close(t.order)
-	}
-	result = make(chan []Pair, 1)
-	select {
-	case t.order <- result:
-	case <-ctx.Done():
-		return nil, 0, nil, ctx.Err()
-	}
-	t.count++
-	return content, t.count - 1, result, nil
-}
-
-// build gives the pairs of all turns to the tree.
-func (t *turns) build(ctx context.Context, tree *treeBuilder) error {
-	for {
-		var result chan []Pair
-		select {
-		case result = <-t.order:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-		if result == nil {
-			return nil // the last turn has been read, and all are in the tree
-		}
-		select {
-		case pairs := <-result:
-			if err := tree.add(ctx, 0, pairs); err != nil {
-				return err
-			}
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
+	return err
 }

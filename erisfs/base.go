@@ -5,7 +5,6 @@ package erisfs
 import (
 	"context"
 	"errors"
-	"io"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -32,9 +31,6 @@ type Base interface {
 const (
 	// baseWorkers bounds how many files are compared at a time; each takes about 400 KiB of memory.
 	baseWorkers = 8
-	// leavesAtOnce is how many files of one leaf are compared together: as many leaves are hashed
-	// best at a time.
-	leavesAtOnce = 8
 	// mostKeys is how many keys of leaves are kept, of 32 bytes each.
 	mostKeys = 1 << 17
 )
@@ -59,24 +55,10 @@ func (t *Tree) Use(ctx context.Context, base Base) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(min(runtime.GOMAXPROCS(0), baseWorkers))
 	u := &use{ctx: ctx, tree: t}
-	leaves := map[eris.BlockSize][]int{} // files of one, by its size
 	for i := range t.local {
-		e := t.index.Entry(i)
-		size := e.Capability.BlockSize
-		switch {
-		case e.Kind != nar.Regular:
-		case e.Capability.Level > 0:
+		if e := t.index.Entry(i); e.Kind == nar.Regular {
 			group.Go(func() error { return u.file(i, e) })
-		default:
-			if leaves[size] = append(leaves[size], i); len(leaves[size]) == leavesAtOnce {
-				files := leaves[size]
-				leaves[size] = nil
-				group.Go(func() error { return u.leaves(files, size) })
-			}
 		}
-	}
-	for size, files := range leaves {
-		group.Go(func() error { return u.leaves(files, size) })
 	}
 	err := group.Wait()
 	if err == nil && !u.found.Load() {
@@ -118,31 +100,6 @@ func (u *use) file(i int, e Entry) error {
 	if !whole && u.kept+len(keys) <= mostKeys {
 		u.tree.keys[i] = keys
 		u.kept += len(keys)
-	}
-	return u.ctx.Err()
-}
-
-// leaves finds out whether the base has files that are one leaf, for which its key is enough.
-func (u *use) leaves(files []int, size eris.BlockSize) error {
-	var leaves [leavesAtOnce][]byte
-	var keys [leavesAtOnce]eris.Key
-	memory := make([]byte, len(files)*int(size))
-	for k, i := range files {
-		leaves[k] = memory[k*int(size):][:size]
-		node, contents, done, err := u.tree.base.File(u.tree.index.Entry(i).Path, false)
-		if err != nil {
-			continue // an empty leaf is none: it has no padding
-		}
-		u.found.Store(true)
-		r := contentsReader{next: contents.Next, length: node.Size}
-		if n, err := io.ReadFull(&r, leaves[k]); err == io.EOF || err == io.ErrUnexpectedEOF {
-			eris.PadLeaf(leaves[k], n)
-		}
-		u.tree.local[i].hashes = !done()
-	}
-	eris.KeyAll(keys[:len(files)], leaves[:len(files)], eris.ConvergenceSecret{})
-	for k, i := range files {
-		u.tree.local[i].whole = keys[k] == u.tree.index.Entry(i).Capability.Key
 	}
 	return u.ctx.Err()
 }
