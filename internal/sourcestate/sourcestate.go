@@ -10,7 +10,6 @@
 package sourcestate
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -52,11 +51,6 @@ type Ahead struct {
 	Since time.Time `json:"since,omitzero"`
 }
 
-func (a *Ahead) add(b Ahead) {
-	a.Staged, a.StagedBytes = a.Staged+b.Staged, a.StagedBytes+b.StagedBytes
-	a.Used, a.UsedBytes = a.Used+b.Used, a.UsedBytes+b.UsedBytes
-}
-
 const (
 	// maxAge is after how long a record is forgotten, and maxSpeedAge after how long its speed is:
 	// another network or another hour may have another one.
@@ -69,6 +63,7 @@ const (
 	maxRecords   = 512
 	maxRests     = 1000
 	maxFile      = 256 << 10
+	maxChanges   = 8192
 	lockWait     = 2 * time.Second
 	// slowestMeasured is how many bytes a measurement needs to say anything about speed, and
 	// wholeMeasured to be believed as much as all earlier ones together.
@@ -83,9 +78,8 @@ type State struct {
 	now  func() time.Time
 
 	mu      sync.Mutex
-	records map[string]Record // by key
-	touched map[string]bool   // since the last Save
-	ahead   Ahead             // the same
+	known   file
+	changes []func(*file) // since the last Save
 }
 
 // Open reads the file at path. If there is none, or it makes no sense, nothing is known. An empty
@@ -93,9 +87,9 @@ type State struct {
 func Open(path string) *State { return open(path, time.Now) }
 
 func open(path string, now func() time.Time) *State {
-	s := &State{path: path, now: now, records: map[string]Record{}, touched: map[string]bool{}}
+	s := &State{path: path, now: now, known: parse(nil, now())}
 	if path != "" {
-		s.records = read(path, now()).Sources
+		s.known = read(path, now())
 	}
 	return s
 }
@@ -110,7 +104,7 @@ func key(url string) string {
 func (s *State) Get(url string) Record {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.records[key(url)].aged(s.now())
+	return s.known.Sources[key(url)].aged(s.now())
 }
 
 // aged returns what the record says now.
@@ -130,21 +124,21 @@ func (r Record) aged(now time.Time) Record {
 // answer took. Either of them may be 0 if it was not measured. It also says that the source can be
 // reached.
 func (s *State) Measured(url string, bytes int64, duration, roundTrip time.Duration) {
-	s.change(url, func(r *Record, now time.Time) {
+	s.learn(url, func(r *Record, now time.Time) {
 		if bytes >= slowestMeasured && duration > 0 {
 			rate := float64(bytes) / duration.Seconds()
 			if r.Rate > 0 {
 				// What is old counts less.
-				age := math.Exp2(-now.Sub(r.Measured).Hours() / rateHalfLife.Hours())
+				age := min(1, math.Exp2(-now.Sub(r.Measured).Hours()/rateHalfLife.Hours()))
 				weight := 1 - age*(1-min(0.5, 0.5*float64(bytes)/wholeMeasured))
 				rate = r.Rate*(1-weight) + rate*weight
 			}
 			r.Rate, r.Measured = rate, now
 		}
-		if roundTrip > 0 {
-			if r.RoundTrip > 0 && roundTrip > r.RoundTrip {
-				roundTrip = (r.RoundTrip + roundTrip) / 2
-			}
+		switch {
+		case r.RoundTrip > 0 && roundTrip > r.RoundTrip:
+			r.RoundTrip = (r.RoundTrip + roundTrip) / 2
+		case roundTrip > 0:
 			r.RoundTrip = roundTrip
 		}
 		r.Rest, r.Rests = time.Time{}, 0
@@ -153,22 +147,27 @@ func (s *State) Measured(url string, bytes int64, duration, roundTrip time.Durat
 
 // Fault notes that the source gave wrong bytes.
 func (s *State) Fault(url string) {
-	s.change(url, func(r *Record, now time.Time) { r.Fault = now })
+	s.learn(url, func(r *Record, now time.Time) { r.Fault = now })
 }
 
 // Rests notes that the source did not answer, so many times in a row, and is to be left alone until
 // then.
 func (s *State) Rests(url string, until time.Time, times int) {
-	s.change(url, func(r *Record, now time.Time) {
+	s.learn(url, func(r *Record, now time.Time) {
 		r.Rest, r.Rests = until.Round(time.Millisecond).UTC(), min(times, maxRests)
 	})
 }
 
 // CountAhead adds to what has been counted. Since does not matter.
 func (s *State) CountAhead(a Ahead) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.ahead.add(a)
+	now := s.now().Truncate(time.Second).UTC()
+	s.change(func(f *file) {
+		f.Ahead.Staged, f.Ahead.StagedBytes = f.Ahead.Staged+a.Staged, f.Ahead.StagedBytes+a.StagedBytes
+		f.Ahead.Used, f.Ahead.UsedBytes = f.Ahead.Used+a.Used, f.Ahead.UsedBytes+a.UsedBytes
+		if f.Ahead.Since.IsZero() {
+			f.Ahead.Since = now
+		}
+	})
 }
 
 // ReadAhead returns what a file has counted, also one of another user.
@@ -177,16 +176,31 @@ func ReadAhead(path string) Ahead {
 	return parse(b, time.Now()).Ahead
 }
 
-func (s *State) change(url string, f func(r *Record, now time.Time)) {
+func (s *State) learn(url string, learn func(r *Record, now time.Time)) {
+	k, now := key(url), s.now().Round(time.Millisecond).UTC()
+	s.change(func(f *file) {
+		r := f.Sources[k].aged(now)
+		learn(&r, now)
+		if now.After(r.Updated) {
+			r.Updated = now
+		}
+		f.Sources[k] = r
+		if len(f.Sources) > 2*maxRecords {
+			keepNewest(f.Sources)
+		}
+	})
+}
+
+// change changes what is known, and what Save writes.
+func (s *State) change(change func(*file)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	k, now := key(url), s.now().Round(time.Millisecond).UTC()
-	r := s.records[k].aged(now)
-	f(&r, now)
-	r.Updated = now
-	s.records[k], s.touched[k] = r, true
-	if len(s.records) > 2*maxRecords {
-		keepNewest(s.records)
+	change(&s.known)
+	if s.path != "" {
+		s.changes = append(s.changes, change)
+	}
+	if len(s.changes) > maxChanges { // of a file that cannot be written
+		s.changes = slices.Delete(s.changes, 0, maxChanges/2)
 	}
 }
 
@@ -196,7 +210,7 @@ func (s *State) change(url string, f func(r *Record, now time.Time)) {
 func (s *State) Save() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.path == "" || len(s.touched) == 0 && s.ahead == (Ahead{}) {
+	if len(s.changes) == 0 {
 		return nil
 	}
 	if err := files.MakeDirectory(filepath.Dir(s.path)); err != nil {
@@ -208,49 +222,19 @@ func (s *State) Save() error {
 	}
 	defer lock.Close()
 	data := read(s.path, s.now())
-	records := data.Sources
-	for k := range s.touched {
-		if mine, ok := s.records[k]; ok {
-			records[k] = merge(records[k], mine)
-		}
+	for _, change := range s.changes {
+		change(&data)
 	}
-	keepNewest(records)
-	if data.Ahead.add(s.ahead); data.Ahead.Since.IsZero() && data.Ahead != (Ahead{}) {
-		data.Ahead.Since = s.now().Truncate(time.Second).UTC()
-	}
+	keepNewest(data.Sources)
 	b, err := json.Marshal(data)
 	if err == nil {
 		// It is not synced: after a power failure it may be empty, which does no harm.
 		err = files.Write(s.path, 0o600, files.Options{Locked: true}, b)
 	}
-	if err != nil {
-		return err
+	if err == nil {
+		s.known, s.changes = data, nil
 	}
-	s.records, s.ahead = records, Ahead{}
-	clear(s.touched)
-	return nil
-}
-
-// merge adds what this process knows to what the file says, which may be of another process and
-// newer.
-func merge(theirs, mine Record) Record {
-	if theirs.Updated.IsZero() {
-		return mine
-	}
-	merged := mine
-	if theirs.Updated.After(mine.Updated) {
-		merged = theirs
-	}
-	if merged.Rate == 0 {
-		merged.Rate = max(mine.Rate, theirs.Rate)
-	}
-	if merged.RoundTrip == 0 {
-		merged.RoundTrip = max(mine.RoundTrip, theirs.RoundTrip)
-	}
-	if merged.Fault = mine.Fault; theirs.Fault.After(mine.Fault) {
-		merged.Fault = theirs.Fault
-	}
-	return merged
+	return err
 }
 
 // file is the form on disk.
@@ -271,8 +255,7 @@ func read(path string, now time.Time) file {
 // parse returns what a file says, as far as it makes sense.
 func parse(b []byte, now time.Time) file {
 	var data file
-	decoder := json.NewDecoder(bytes.NewReader(b))
-	if decoder.Decode(&data) != nil || data.Version != version || len(data.Sources) > maxRecords {
+	if json.Unmarshal(b, &data) != nil || data.Version != version || len(data.Sources) > maxRecords {
 		return file{Version: version, Sources: map[string]Record{}}
 	}
 	soon := now.Add(time.Minute) // clocks are set now and then

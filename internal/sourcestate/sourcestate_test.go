@@ -155,8 +155,8 @@ func TestBounds(t *testing.T) {
 		t.Fatalf("the file has %d bytes: %v", info.Size(), err)
 	}
 	s = open(path, c.Now)
-	if len(s.records) != maxRecords || s.Get(fmt.Sprint(5*maxRecords-1)).Rate == 0 {
-		t.Errorf("%d records, and the last is %+v", len(s.records), s.Get(fmt.Sprint(5*maxRecords-1)))
+	if len(s.known.Sources) != maxRecords || s.Get(fmt.Sprint(5*maxRecords-1)).Rate == 0 {
+		t.Errorf("%d records, and the last is %+v", len(s.known.Sources), s.Get(fmt.Sprint(5*maxRecords-1)))
 	}
 }
 
