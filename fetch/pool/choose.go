@@ -65,7 +65,7 @@ func (p *Pool) distribute(now time.Duration) {
 
 // next returns the block that a member is to be asked for first of those that it probably has.
 func (p *Pool) next(m *member) *lookup {
-	if l := m.queue.first(); l != nil || m.near || p.askable&m.bit == 0 {
+	if l := m.queue.First(); l != nil || m.near || p.askable&m.bit == 0 {
 		return l
 	}
 	return p.relief(m)
@@ -161,25 +161,18 @@ func (v *survey) cheapest(m *member, l *lookup) bool {
 // all.
 func (p *Pool) pick(m *member, v *survey) *lookup {
 	trusted := v.trusted&m.bit != 0
-	looked := 0
-	for _, l := range p.retries.lookups {
-		if l == nil {
-			continue
-		}
-		if looked++; looked > retrySearch {
-			break // what is behind that will come to the front
-		}
-		switch {
-		case l.spent()&m.bit != 0:
-		case trusted && v.cheapest(m, l), v.trusted&^l.spent() == 0:
+	l := p.retries.First()
+	for looked := 0; l != nil && looked < retrySearch; looked++ { // what is behind that will come to the front
+		if l.spent()&m.bit == 0 && (trusted && v.cheapest(m, l) || v.trusted&^l.spent() == 0) {
 			return l
 		}
+		l = l.Next()
 	}
 	if !trusted && v.trusted != 0 {
 		return nil // probes will tell
 	}
 	if !trusted || m == v.front {
-		return p.fresh.first()
+		return p.fresh.First()
 	}
 	ahead := int64(0)
 	for _, o := range p.far {
@@ -191,14 +184,10 @@ func (p *Pool) pick(m *member, v *survey) *lookup {
 		return nil
 	}
 	passed := p.retries.bytes
-	for _, l := range p.fresh.lookups {
-		if l == nil {
-			continue
-		}
-		if passed >= ahead {
-			return l
-		}
+	l = p.fresh.First()
+	for l != nil && passed < ahead {
 		passed += int64(l.key.size)
+		l = l.Next()
 	}
-	return nil
+	return l
 }

@@ -275,10 +275,12 @@ func (p *Pool) relief(m *member) *lookup {
 		if o == m || o.queue.live < 2 || o.expected(o.queue.bytes) < 2*m.expected(int64(eris.BlockSize32KiB)) {
 			continue
 		}
-		for _, l := range o.queue.lookups[:min(len(o.queue.lookups), reliefSearch)] {
-			if l != nil && l.held&p.askable&m.bit != 0 && l.spent()&m.bit == 0 {
+		l := o.queue.First()
+		for n := 0; l != nil && n < reliefSearch; n++ {
+			if l.held&p.askable&m.bit != 0 && l.spent()&m.bit == 0 {
 				return l
 			}
+			l = l.Next()
 		}
 	}
 	return nil

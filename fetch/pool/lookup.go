@@ -61,8 +61,8 @@ type lookup struct {
 	seen     int64 // bytes that the member had delivered when it failed
 	err      error // the last failure of those in failed; in the end that of the requests
 
+	list.Links[lookup]
 	queue      *queue // where it waits for a member, if it does
-	position   uint64 // there
 	foreground *attempt
 	attempts   *attempt // all
 
@@ -164,7 +164,7 @@ func (p *Pool) proceed(l *lookup, now time.Duration) {
 	if l.family != nil && l.family.pending != 0 {
 		return // told goes on with it
 	}
-	if l.failed|l.missed|l.denied != 0 {
+	if (l.failed|l.missed|l.denied)&p.farSet != 0 {
 		p.retries.push(l)
 	} else {
 		p.fresh.push(l)
@@ -410,39 +410,21 @@ func (p *Pool) verdict(l *lookup, now time.Duration) error {
 // queue is where blocks wait for a member, in the order in which they came. They may be taken from
 // anywhere in it.
 type queue struct {
-	lookups []*lookup // nil where one was taken
-	start   uint64    // position of lookups[0]
-	live    int
-	bytes   int64
+	list.List[lookup, *lookup]
+	live  int
+	bytes int64
 }
 
 func (q *queue) push(l *lookup) {
-	l.queue, l.position = q, q.start+uint64(len(q.lookups))
-	q.lookups = append(q.lookups, l)
+	l.queue = q
+	q.Push(l)
 	q.live++
 	q.bytes += int64(l.key.size)
 }
 
 func (q *queue) remove(l *lookup) {
-	q.lookups[l.position-q.start] = nil
 	l.queue = nil
+	q.Remove(l)
 	q.live--
 	q.bytes -= int64(l.key.size)
-	n := 0
-	for n < len(q.lookups) && q.lookups[n] == nil {
-		n++
-	}
-	q.start += uint64(n)
-	if q.live == 0 {
-		q.lookups = q.lookups[:0] // and its memory is used again
-		return
-	}
-	q.lookups = q.lookups[n:]
-}
-
-func (q *queue) first() *lookup {
-	if q.live == 0 {
-		return nil
-	}
-	return q.lookups[0]
 }

@@ -269,7 +269,7 @@ func (m *member) cancelAll(cause error) {
 // empty has blocks that wait for the member go elsewhere, if they can.
 func (m *member) empty(now time.Duration) {
 	for range m.queue.live {
-		l := m.queue.first()
+		l := m.queue.First()
 		m.queue.remove(l)
 		m.pool.proceed(l, now)
 	}

@@ -293,6 +293,15 @@ func TestTimes(t *testing.T) {
 	}
 }
 
+// TestBehindNear has two sources share the work behind a near one that has nothing.
+func TestBehindNear(t *testing.T) {
+	list := append(sources(&fake{name: "cache", answer: missing}), sources(&fake{roundTrip: 5e6, rate: 10e6}, &fake{roundTrip: 100e6, rate: 10e6})...)
+	list[0].Near = true
+	simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
+		near(t, readAll(t, p, 4000, large, 384), 4000*float64(large)/20e6, 1/0.9)
+	})
+}
+
 // TestSmallBlocks gets small blocks over long lines: enough are in flight. Thousands at once, in
 // the window that the pool proposes, take one round trip to find out that the source answers, and
 // one for each window.

@@ -83,7 +83,7 @@ func (p *Pool) look() {
 	}
 	// While all that is wanted waits for a member that is busy, no request comes to probe others
 	// by.
-	if l := cmp.Or(p.fresh.first(), p.retries.first()); l != nil && !p.othersWork(nil, now) {
+	if l := cmp.Or(p.fresh.First(), p.retries.First()); l != nil && !p.othersWork(nil, now) {
 		p.probe(l.pair, l.key.size, nil, now)
 	}
 	p.distribute(now)

@@ -205,8 +205,8 @@ func (p *Pool) tell(f func(source string, err error), name string, err error) {
 // returns lets a member that works again be asked for the blocks that it failed to deliver and that
 // wait for others now, which may be for long.
 func (p *Pool) returns(m *member) {
-	for _, l := range p.retries.lookups {
-		if l != nil && l.failed&p.farSet&m.bit != 0 && l.rounds < maxRounds {
+	for l := p.retries.First(); l != nil; l = l.Next() {
+		if l.failed&p.farSet&m.bit != 0 && l.rounds < maxRounds {
 			l.rounds++
 			l.failed &^= m.bit
 		}
@@ -221,9 +221,9 @@ func (p *Pool) reroute(now time.Duration) {
 		}
 	}
 	for _, q := range []*queue{&p.retries, &p.fresh} {
-		waiting := q.lookups
-		for _, l := range waiting {
-			if l != nil && p.candidates(l, now) == 0 {
+		var next *lookup
+		for l := q.First(); l != nil; l = next {
+			if next = l.Next(); p.candidates(l, now) == 0 {
 				q.remove(l)
 				p.proceed(l, now)
 			}
