@@ -32,24 +32,23 @@ type Workers struct {
 	mu      sync.Mutex
 	wake    sync.Cond // workers that have nothing to do wait on it
 	closed  bool
+	tasks   map[*task]struct{} // all
 	waiting list.List          // of *task: those that no worker has taken, in order
-	calls   map[*task]struct{} // that are under way
 	running int
 	idle    int
 	group   sync.WaitGroup
 }
 
-// task is a request between Start and Done.
+// task is a request between Start and Done. Its call may last longer, and has what it needs of it.
 type task struct {
+	request   *Request // nil once Done has been or is being called
 	root      eris.Reference
 	reference eris.Reference
 	size      eris.BlockSize
 	have      []byte
 	waits     *list.Element // in the list of those that wait, or nowhere any more
-
-	mu      sync.Mutex
-	request *Request           // nil once Done has been or is being called
-	cancel  context.CancelFunc // of the call; nil if none is under way
+	ctx       context.Context
+	cancel    context.CancelFunc
 }
 
 // NewWorkers returns up to n workers that call get, which is as [Get] without verification: it
@@ -58,7 +57,7 @@ type task struct {
 // returns, so that a call that does not end in time harms nobody. It should return soon after its
 // context has ended; Close waits for it, but requests do not.
 func NewWorkers(n int, get func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error)) *Workers {
-	w := &Workers{get: get, most: n, calls: map[*task]struct{}{}}
+	w := &Workers{get: get, most: n, tasks: map[*task]struct{}{}}
 	w.wake.L = &w.mu
 	w.ctx, w.cancel = context.WithCancelCause(context.Background())
 	return w
@@ -70,10 +69,11 @@ func (w *Workers) Start(r *Request) {
 	w.mu.Lock()
 	if w.closed {
 		w.mu.Unlock()
-		t.end(nil, ErrClosed)
+		r.Fail(ErrClosed)
 		return
 	}
 	r.Held = t
+	w.tasks[t] = struct{}{}
 	t.waits = w.waiting.PushBack(t)
 	switch {
 	case w.idle > 0:
@@ -88,19 +88,9 @@ func (w *Workers) Start(r *Request) {
 
 // Cancel implements [Source].
 func (w *Workers) Cancel(r *Request) {
-	t, ok := r.Held.(*task)
-	if !ok {
-		return
+	if t, ok := r.Held.(*task); ok {
+		w.end(t, nil, context.Canceled)
 	}
-	w.mu.Lock()
-	w.waiting.Remove(t.waits) // if it is there
-	w.mu.Unlock()
-	t.mu.Lock()
-	if t.cancel != nil {
-		t.cancel()
-	}
-	t.mu.Unlock()
-	t.end(nil, context.Canceled)
 }
 
 // Close ends all requests and waits until the calls that are under way have returned. It always
@@ -108,26 +98,28 @@ func (w *Workers) Cancel(r *Request) {
 func (w *Workers) Close() error {
 	w.mu.Lock()
 	w.closed = true
-	tasks := slices.Collect(maps.Keys(w.calls))
-	for w.waiting.Len() > 0 {
-		tasks = append(tasks, w.waiting.Remove(w.waiting.Front()).(*task))
-	}
+	tasks := slices.Collect(maps.Keys(w.tasks))
 	w.wake.Broadcast()
 	w.mu.Unlock()
 	w.cancel(ErrClosed)
 	for _, t := range tasks {
-		t.end(nil, ErrClosed)
+		w.end(t, nil, ErrClosed)
 	}
 	w.group.Wait()
 	return nil
 }
 
-// end calls Done, if that has not been done.
-func (t *task) end(block []byte, err error) {
-	t.mu.Lock()
-	r := t.request
+// end calls Done, if that has not been done, and ends the call, if there is one.
+func (w *Workers) end(t *task, block []byte, err error) {
+	w.mu.Lock()
+	r, cancel := t.request, t.cancel
 	t.request = nil
-	t.mu.Unlock()
+	delete(w.tasks, t)
+	w.waiting.Remove(t.waits) // if it is there
+	w.mu.Unlock()
+	if cancel != nil {
+		cancel()
+	}
 	if r == nil {
 		return
 	}
@@ -138,19 +130,12 @@ func (t *task) end(block []byte, err error) {
 
 func (w *Workers) work() {
 	memory := make([]byte, 0, eris.BlockSize32KiB)
-	var t *task
-	for {
-		var ctx context.Context
-		var cancel context.CancelFunc
-		if t, ctx, cancel = w.take(t); t == nil {
-			return
+	for t := w.take(); t != nil; t = w.take() {
+		block, err := w.serve(t.ctx, t, memory)
+		if err != nil && t.ctx.Err() != nil {
+			err = context.Cause(t.ctx)
 		}
-		block, err := w.serve(ctx, t, memory)
-		if err != nil && ctx.Err() != nil {
-			err = context.Cause(ctx)
-		}
-		cancel()
-		t.end(block, err)
+		w.end(t, block, err)
 	}
 }
 
@@ -169,24 +154,18 @@ func (w *Workers) serve(ctx context.Context, t *task, memory []byte) ([]byte, er
 // AsksHave reports whether requests with Have are understood.
 func (w *Workers) AsksHave() bool { return w.Have != nil }
 
-// take waits for the request after the last one of a worker. It returns nil when there will be
-// none.
-func (w *Workers) take(last *task) (*task, context.Context, context.CancelFunc) {
+// take waits for the next request. It returns nil when there will be none.
+func (w *Workers) take() *task {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	delete(w.calls, last)
 	for w.waiting.Len() == 0 {
 		if w.closed {
-			return nil, nil, nil
+			return nil
 		}
 		w.idle++
 		w.wake.Wait()
 	}
 	t := w.waiting.Remove(w.waiting.Front()).(*task)
-	w.calls[t] = struct{}{}
-	ctx, cancel := context.WithCancel(w.ctx)
-	t.mu.Lock()
-	t.cancel = cancel
-	t.mu.Unlock()
-	return t, ctx, cancel
+	t.ctx, t.cancel = context.WithCancel(w.ctx)
+	return t
 }
