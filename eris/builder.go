@@ -23,15 +23,12 @@ type Sink func(ctx context.Context, ref Reference, block []byte) error
 // each call is not felt.
 const hashedAtOnce = 32
 
-// levelEncoder encodes the nodes of one level in order, and puts those that differ from the one
-// before. A run of equal nodes, as sparse files have it, then costs one hash per node.
+// levelEncoder encodes the nodes of one level.
 type levelEncoder struct {
 	level  int
 	size   BlockSize
 	secret *ConvergenceSecret // nil for internal nodes
 	sink   Sink
-	last   Pair
-	any    bool
 }
 
 // encode encodes whole nodes in place, puts their blocks, and appends their pairs.
@@ -56,30 +53,18 @@ func (l *levelEncoder) encodeAtOnce(ctx context.Context, pairs []Pair, plaintext
 	}
 	blake2lanes.Sum256(keys[:n], blocks[:n], (*[32]byte)(l.secret))
 
-	// From here on blocks has only those that differ from the one before.
-	different := 0
 	for i, key := range keys[:n] {
-		if i > 0 && key == keys[i-1] || i == 0 && l.any && Key(key) == l.last.Key {
+		chacha20.XORKeyStream(blocks[i], blocks[i], &key, byte(l.level))
+	}
+	blake2lanes.Sum256(references[:n], blocks[:n], nil)
+	for i, key := range keys[:n] {
+		pairs = append(pairs, Pair{references[i], key})
+		if l.sink == nil {
 			continue
 		}
-		chacha20.XORKeyStream(blocks[i], blocks[i], &key, byte(l.level))
-		blocks[different] = blocks[i]
-		different++
-	}
-	blake2lanes.Sum256(references[:different], blocks[:different], nil)
-
-	next := 0
-	for _, key := range keys[:n] {
-		if !l.any || Key(key) != l.last.Key {
-			l.last, l.any = Pair{references[next], key}, true
-			if l.sink != nil {
-				if err := l.sink(ctx, l.last.Reference, blocks[next]); err != nil {
-					return nil, fmt.Errorf("storing block %v: %w", l.last.Reference, err)
-				}
-			}
-			next++
+		if err := l.sink(ctx, references[i], blocks[i]); err != nil {
+			return nil, fmt.Errorf("storing block %v: %w", Reference(references[i]), err)
 		}
-		pairs = append(pairs, l.last)
 	}
 	return pairs, nil
 }

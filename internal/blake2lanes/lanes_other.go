@@ -4,5 +4,7 @@
 
 package blake2lanes
 
+var useAVX2, useAVX512 bool
+
 // sumVector does nothing where there are no vector routines.
 func sumVector(sums [][32]byte, blocks [][]byte, key *[32]byte) int { return 0 }

@@ -8,15 +8,21 @@ import (
 	"testing"
 )
 
-// xorRoutine is one way to do what XORKeyStream does.
-type xorRoutine struct {
-	name string
-	xor  func(dst, src []byte, key *[32]byte, nonce byte)
+// withRoutines has every routine that this processor can run do the work, not only the one that it
+// would choose.
+func withRoutines(f func(name string)) {
+	avx2, avx512 := useAVX2, useAVX512
+	defer func() { useAVX2, useAVX512 = avx2, avx512 }()
+	f("chosen")
+	useAVX512 = false
+	f("at most AVX2")
+	useAVX2 = false
+	f("plain")
 }
 
 // checkXor runs a routine out of place and in place, with the block at an odd address and guarded
 // on both sides.
-func checkXor(t *testing.T, r xorRoutine, src []byte, key *[32]byte, nonce byte, shift int) {
+func checkXor(t *testing.T, name string, src []byte, key *[32]byte, nonce byte, shift int) {
 	t.Helper()
 	want := make([]byte, len(src))
 	xorPlain(want, src, key, nonce)
@@ -31,24 +37,24 @@ func checkXor(t *testing.T, r xorRoutine, src []byte, key *[32]byte, nonce byte,
 			copy(dst, src)
 			from = dst
 		}
-		r.xor(dst, from, key, nonce)
+		XORKeyStream(dst, from, key, nonce)
 		if !bytes.Equal(dst, want) {
-			t.Fatalf("%s, %s, %d bytes, nonce %d, shift %d: differs from the chacha20 package", r.name, place, len(src), nonce, shift)
+			t.Fatalf("%s, %s, %d bytes, nonce %d, shift %d: differs from the chacha20 package", name, place, len(src), nonce, shift)
 		}
 		before, after := arena[:guard+shift], arena[guard+shift+len(src):]
 		if len(bytes.Trim(before, "\xA5"))+len(bytes.Trim(after, "\xA5")) != 0 {
-			t.Fatalf("%s, %s: wrote outside of the block", r.name, place)
+			t.Fatalf("%s, %s: wrote outside of the block", name, place)
 		}
 	}
 	if !bytes.Equal(src, kept) {
-		t.Fatalf("%s: changed its source", r.name)
+		t.Fatalf("%s: changed its source", name)
 	}
 }
 
 func TestKeyStreamRoutines(t *testing.T) {
 	random := rand.NewChaCha8([32]byte{1})
-	for _, r := range xorRoutines() {
-		t.Run(r.name, func(t *testing.T) {
+	withRoutines(func(name string) {
+		t.Run(name, func(t *testing.T) {
 			for _, size := range []int{1 << 10, 32 << 10} {
 				src := make([]byte, size)
 				for nonce := range 256 {
@@ -58,11 +64,11 @@ func TestKeyStreamRoutines(t *testing.T) {
 					var key [32]byte
 					random.Read(key[:])
 					random.Read(src)
-					checkXor(t, r, src, &key, byte(nonce), nonce%67)
+					checkXor(t, name, src, &key, byte(nonce), nonce%67)
 				}
 			}
 		})
-	}
+	})
 }
 
 // The first block of the key stream of RFC 8439, appendix A.1, test vector 1: key, nonce and
@@ -72,13 +78,13 @@ func TestKeyStreamKnownAnswer(t *testing.T) {
 		0x76, 0xb8, 0xe0, 0xad, 0xa0, 0xf1, 0x3d, 0x90, 0x40, 0x5d, 0x6a, 0xe5, 0x53, 0x86, 0xbd, 0x28,
 		0xbd, 0xd2, 0x19, 0xb8, 0xa0, 0x8d, 0xed, 0x1a, 0xa8, 0x36, 0xef, 0xcc, 0x8b, 0x77, 0x0d, 0xc7,
 	}
-	for _, r := range xorRoutines() {
+	withRoutines(func(name string) {
 		block := make([]byte, 1024)
-		r.xor(block, block, &[32]byte{}, 0)
+		XORKeyStream(block, block, &[32]byte{}, 0)
 		if !bytes.Equal(block[:len(want)], want) {
-			t.Errorf("%s: key stream starts with %x", r.name, block[:len(want)])
+			t.Errorf("%s: key stream starts with %x", name, block[:len(want)])
 		}
-	}
+	})
 }
 
 func TestKeyStreamRefusesOverlapAndLength(t *testing.T) {

@@ -4,5 +4,7 @@
 
 package chacha20
 
+var useAVX2, useAVX512 bool
+
 // xorVector does nothing where there are no vector routines.
 func xorVector(dst, src []byte, key *[32]byte, nonce byte) bool { return false }
