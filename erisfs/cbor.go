@@ -322,16 +322,15 @@ func (d *decoder) head(major byte) uint64 {
 	if first == nil {
 		return 0
 	}
-	if first[0]>>5 != major {
+	info := first[0] & 0x1f
+	switch {
+	case first[0]>>5 != major:
 		d.pos--
 		d.fail("an item of major type %d, where %d is expected", first[0]>>5, major)
 		return 0
-	}
-	info := first[0] & 0x1f
-	if info < 24 {
+	case info < 24:
 		return uint64(info)
-	}
-	if info > 27 {
+	case info > 27:
 		d.fail("an item of additional information %d", info)
 		return 0
 	}

@@ -71,18 +71,8 @@ func (x *Index) Entry(i int) Entry {
 // Contents returns the capabilities of all files, in NAR order.
 func (x *Index) Contents() iter.Seq[eris.ReadCapability] {
 	return func(yield func(eris.ReadCapability) bool) {
-		for _, begin := range x.begin {
-			names, pos := knownHead(x.text, int(begin))
-			for range names {
-				n, end := knownHead(x.text, pos)
-				pos = end + n
-			}
-			d := decoder{b: x.text, pos: pos}
-			var e Entry
-			if d.value(&e); d.err != nil {
-				panic("erisfs: " + d.err.Error()) // Decode has read it before
-			}
-			if e.Kind == nar.Regular && !yield(e.Capability) {
+		for i := range x.begin {
+			if e := x.Entry(i); e.Kind == nar.Regular && !yield(e.Capability) {
 				return
 			}
 		}
