@@ -7,11 +7,10 @@
 // # Trust
 //
 // The source must verify: every block that it delivers is the one with the reference that was
-// requested. The pool (package fetch/pool) does that, since it is the pool that goes elsewhere when
-// a block is wrong; readers hash no leaf again. Here every internal node is checked against its key
-// and for the shape that an encoder gives it, and no content may be longer than the limit its
-// reader sets. A source of blocks can therefore withhold content, but neither alter it, nor make
-// the reader work or store without bound.
+// requested. The pool (package fetch/pool) does that; readers hash no leaf again. Here every
+// internal node is checked against its key and for the shape that an encoder gives it, and no
+// content may be longer than the limit its reader sets. A source of blocks can therefore withhold
+// content, but neither alter it, nor make the reader work or store without bound.
 //
 // A read capability whose level is 0 does not authenticate its own key: if the key is wrong, the
 // result is noise, which the padding gives away in most cases but not in all. Capabilities must
@@ -19,12 +18,8 @@
 //
 // # Errors
 //
-// Two kinds of failure ask for different answers, and can be told apart:
-//
-//   - a block cannot be had: what is returned wraps the error of the source, [eris.ErrNotFound] if
-//     it does not have the block.
-//   - the content itself is at fault: [*Error]. No source can help.
-//
+// A block that cannot be had is the error of the source, wrapped: [eris.ErrNotFound] if it does not
+// have the block. [*Error] says that the content itself is at fault, where no source can help.
 // Besides, there is the cause of a context that has ended.
 package content
 
@@ -108,15 +103,13 @@ var (
 
 // Sequence reads many contents in an order known beforehand, as if they were one: requests for the
 // blocks of contents to come are made while earlier ones are being handed out, within one
-// [fetch.Window]. The length of a content is known before its first byte. Contents may be of any
-// mix of lengths and block sizes; thousands of short ones go as fast as a long one.
+// [fetch.Window]. Thousands of short ones go as fast as a long one.
 //
-// How it goes: the right-most path of every content is fetched first, some way ahead, and tells its
-// length; the left-most path is fetched at the same time, so that it takes one round trip per
-// level, and one more, to come to the first leaf. Other leaves are then requested strictly in
-// order, so that a full window always holds what is needed next. Internal nodes are requested one
-// window ahead of their leaves, their parents two windows, and so on, so that no leaf has to wait
-// for its parent. As many goroutines as there are processors decrypt and check; results wait in
+// The right-most path of every content is fetched first, some way ahead, and tells its length; the
+// left-most path at the same time, so that the first leaf is there after one round trip per level.
+// Other leaves are then requested strictly in order, so that a full window always holds what is
+// needed next. Internal nodes are requested one window ahead of their leaves, their parents two
+// windows, and so on. As many goroutines as there are processors decrypt and check; results wait in
 // their places until it is their turn.
 //
 // Its methods must not be called by several goroutines at a time; to end it from elsewhere, end its
@@ -133,21 +126,16 @@ type Sequence struct {
 // readyBatch is how many leaves are taken from the fetcher at a time.
 const readyBatch = 64
 
-// NewSequence starts to read the wanted contents in their order. The iterator is advanced some
-// hundred contents ahead of need, during calls of Next and Leaf, and must not wait long; a content
-// that is not to be read must not be in it. Total is the greatest acceptable sum of the lengths in
-// bytes.
-//
-// The source must verify its blocks, as the pool does: leaves are not hashed again.
+// NewSequence starts to read the wanted contents in their order, until the context ends. The
+// iterator is advanced some hundred contents ahead of need, during calls of Next and Leaf, and must
+// not wait long; a content that is not to be read must not be in it. Total is the greatest
+// acceptable sum of the lengths in bytes. The source must verify.
 //
 // The window bounds the requests in flight, and by its Bytes the memory for blocks that were
 // requested and not yet released, decrypted or on their way: half of it for leaves in order, half
-// for the right-most and left-most paths of contents to come. Besides it there are, for a content
-// of level 2 or more, internal nodes a little ahead of the leaves: for every 16 (or 512, by block
-// size) leaves in flight one, and a few per level. It need not be large: twice as many bytes as
-// come in one round trip. Zero fields stand for 256 requests and 16 MiB.
-//
-// The context ends everything that goes on.
+// for the paths of contents to come. Besides it there are, for a content of level 2 or more,
+// internal nodes a little ahead of the leaves: for every 16 (or 512, by block size) leaves in
+// flight one, and a few per level. Zero fields stand for 256 requests and 16 MiB.
 func NewSequence(ctx context.Context, source fetch.Source, wants iter.Seq[Want], total int64, window fetch.Window) *Sequence {
 	s := &Sequence{fetcher: newFetcher(ctx, source, total, window)}
 	s.fetcher.next, s.stop = iter.Pull(wants)

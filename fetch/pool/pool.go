@@ -17,38 +17,34 @@
 //   - Count. Whoever wants to know how many bytes have come for an item puts [fetch.Within] before
 //     the pool.
 //
+// Equal blocks that are asked for at the same time are fetched once.
+//
 // # Words
 //
-// Window: what is in flight to a member is what it delivers in two round trips (twice the product
-// of bandwidth and delay), and no more. Requests beyond that wait in the pool, in the order in
-// which they came, so that blocks that are needed first are not stuck behind a member that turns
-// out to be slow, that giving up is quick, and that what is measured is the member and not a queue.
-// A far member that has room takes the first waiting block that the others would not have delivered
-// earlier: fast ones take from the front, slow ones from behind, and one that could only be late
-// takes none. From time to time a window is let drain, to measure the round trip again.
+// Window: what is in flight to a member is what it delivers in two round trips, and no more, so
+// that blocks that are needed first are not stuck behind a member that turns out to be slow, that
+// giving up is quick, and that what is measured is the member and not a queue. Requests beyond that
+// wait in the pool in their order. A far member that has room takes the first that the others would
+// not have delivered earlier: fast ones take from the front, slow ones from behind, and one that
+// could only be late takes none.
 //
 // Rest: a member that answers nothing for a time that follows from its own history, or fails, is
 // left alone for a while, which grows from one time to the next. What was asked of it goes
-// elsewhere, or fails at once if there is nowhere else. The state file says so to other processes,
-// which then do not wait in their turn. A member that rests is tried by single requests that nobody
-// waits for, or only for a moment if there is nobody else (probes: for blocks that were asked for
-// anyway), and is in use again when it answers. Near and far members are treated alike in this.
+// elsewhere, or fails at once; other processes are told by the state file. It is tried by probes:
+// for blocks that were asked for anyway, but that nobody waits for, or only for a moment if there
+// is nobody else.
 //
-// Hedge: a block that takes much longer than was expected is asked from another member as well, as
-// long as little is asked for twice.
-//
-// Equal blocks that are asked for at the same time are fetched once.
+// Hedge: a block that takes longer than 95 of 100 from its member is asked from another one as
+// well, as long as little is asked for twice.
 //
 // # Many members with a part each
 //
 // As long as no far member misses anything, each is taken to have everything. Otherwise who gave a
-// node is asked first for its children ([fetch.Kin]), if that has mostly worked. Where it has not,
-// and for large nodes, all members that understand it ([fetch.Request], Have) are asked which of
-// the children they have, before blocks are asked for: then each goes to one that has it. Who says
-// that it does not have a block is asked for it only when all others were. Nobody waits for the
-// answers of those who have never given one, nor long for others. Who is found to claim what it
-// does not have gets less, and is then taken to know nothing; so is at once who claims to have what
-// cannot be.
+// node is asked first for its children ([fetch.Kin]), if that has mostly worked; and before large
+// nodes, or where it has not, all members that understand it ([fetch.Request], Have) are asked
+// which of the children they have. Who denies a block is asked for it only when all others were.
+// Nobody waits for the answers of those who have never given one, nor long for others. Who claims
+// what it does not have is believed less, and then not at all; at once, if it cannot be.
 package pool
 
 import (
