@@ -208,18 +208,3 @@ func FuzzParseURN(f *testing.F) {
 		}
 	})
 }
-
-func FuzzReadCapabilityBinary(f *testing.F) {
-	f.Add(append([]byte{0x0a, 0}, make([]byte, 64)...))
-	f.Add(append([]byte{0x0f, 6}, make([]byte, 64)...))
-	f.Add([]byte{0x0f})
-	f.Fuzz(func(t *testing.T, data []byte) {
-		var c ReadCapability
-		if c.UnmarshalBinary(data) != nil {
-			return
-		}
-		if back, err := c.AppendBinary(nil); err != nil || !bytes.Equal(back, data) {
-			t.Errorf("%x came back as %x, %v", data, back, err)
-		}
-	})
-}

@@ -228,27 +228,6 @@ func TestEncodeSinkErrors(t *testing.T) {
 	}
 }
 
-func TestEncodeCancelled(t *testing.T) {
-	content := randomContent(6, 4<<20)
-	for _, at := range []int64{0, 1, 50, 1000} {
-		ctx, cancel := context.WithCancel(t.Context())
-		var puts atomic.Int64
-		sink := Sink(func(ctx context.Context, _ Reference, _ []byte) error {
-			if puts.Add(1) == at {
-				cancel()
-			}
-			return ctx.Err()
-		})
-		if at == 0 {
-			cancel()
-		}
-		if _, err := Encode(ctx, bytes.NewReader(content), sink, EncodeOptions{BlockSize: BlockSize1KiB, Workers: 2}); !errors.Is(err, context.Canceled) {
-			t.Errorf("cancelled at %d: %v", at, err)
-		}
-		cancel()
-	}
-}
-
 // A cancelled context must end an encoding that waits for a sink, and leave nothing behind: the
 // bubble would not end.
 func TestEncodeCancelledWhileSinkHangs(t *testing.T) {
@@ -262,6 +241,9 @@ func TestEncodeCancelledWhileSinkHangs(t *testing.T) {
 		})
 		if _, err := Encode(ctx, bytes.NewReader(content), sink, EncodeOptions{Workers: 5}); !errors.Is(err, context.DeadlineExceeded) {
 			t.Error(err)
+		}
+		if _, err := Encode(ctx, bytes.NewReader(content), nil, EncodeOptions{}); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("after the end: %v", err)
 		}
 	})
 }
@@ -340,21 +322,6 @@ func TestEncodeWithLateTurn(t *testing.T) {
 		}
 		checkSameBlocks(t, made, blocks)
 	})
-}
-
-func TestEncodeEqualBlocks(t *testing.T) {
-	t.Parallel()
-	for _, size := range bothSizes {
-		content := make([]byte, 20*turn)
-		want, blocks := encodeSlowly(content, size, ConvergenceSecret{})
-		for _, workers := range []int{1, 2} {
-			got, m := mustEncode(t, content, EncodeOptions{BlockSize: size, Workers: workers})
-			checkSameBlocks(t, m, blocks)
-			if got != want {
-				t.Errorf("%v: %v instead of %v", size, got, want)
-			}
-		}
-	}
 }
 
 func TestEncodeRefusesBlockSizes(t *testing.T) {

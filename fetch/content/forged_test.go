@@ -222,23 +222,6 @@ func greatestLevel(size eris.BlockSize) int {
 	return level
 }
 
-func TestLeast(t *testing.T) {
-	for _, test := range []struct {
-		size  eris.BlockSize
-		level int
-		want  int64
-	}{
-		{eris.BlockSize1KiB, 0, 0}, {eris.BlockSize1KiB, 1, 1 << 10}, {eris.BlockSize1KiB, 2, 16 << 10}, {eris.BlockSize1KiB, 3, 256 << 10},
-		{eris.BlockSize1KiB, 13, 1 << 58}, {eris.BlockSize1KiB, 14, 1 << 62}, {eris.BlockSize1KiB, 15, math.MaxInt64},
-		{eris.BlockSize32KiB, 0, 0}, {eris.BlockSize32KiB, 1, 32 << 10}, {eris.BlockSize32KiB, 2, 16 << 20},
-		{eris.BlockSize32KiB, 6, 1 << 60}, {eris.BlockSize32KiB, 7, math.MaxInt64},
-	} {
-		if got := least(test.size, test.level); got != test.want {
-			t.Errorf("%v, level %d: %d, want %d", test.size, test.level, got, test.want)
-		}
-	}
-}
-
 // Content of 2^58 or 2^60 bytes is sound, and can be started to be read, and left; its length is
 // computed without overflow.
 func TestExabytes(t *testing.T) {
