@@ -93,7 +93,10 @@ func (p *Pool) match(now time.Duration) (*member, *lookup) {
 	}
 }
 
-const smallestSize = int64(eris.BlockSize1KiB)
+const (
+	smallestSize = int64(eris.BlockSize1KiB)
+	leastHits    = 1e-3
+)
 
 // survey is when far members would deliver a further block.
 type survey struct {
@@ -101,14 +104,12 @@ type survey struct {
 	trusted set
 	front   *member                   // the trusted one with the least cost
 	due     [MaxSources]time.Duration // how long until it is there, if they have it
-	cost    [MaxSources]time.Duration // the same, and what it takes when they do not, of those that are trusted
+	cost    [MaxSources]time.Duration // the same, and more the more often they do not, of those that are trusted
 }
 
 func (p *Pool) survey(now time.Duration) *survey {
 	v := &p.scratch
 	v.open, v.trusted, v.front = 0, 0, nil
-	// The least of all, and the least but for the one that has it.
-	first, second := time.Hour, time.Hour
 	for _, m := range p.far {
 		due := m.expected(smallestSize)
 		v.due[m.index] = due
@@ -119,24 +120,7 @@ func (p *Pool) survey(now time.Duration) *survey {
 			continue
 		}
 		v.trusted |= m.bit
-		if due < first {
-			first, second = due, first
-		} else {
-			second = min(second, due)
-		}
-	}
-	for _, m := range p.far {
-		if v.trusted&m.bit == 0 {
-			continue
-		}
-		other := first
-		if v.due[m.index] == first {
-			other = second
-		}
-		if v.trusted == m.bit {
-			other = 0
-		}
-		v.cost[m.index] = v.due[m.index] + time.Duration((1-m.hits)*float64(other))
+		v.cost[m.index] = min(time.Hour, time.Duration(float64(due)/max(m.hits, leastHits)))
 		if v.front == nil || v.cost[m.index] < v.cost[v.front.index] {
 			v.front = m
 		}
