@@ -68,12 +68,11 @@ func Decrypt(dst, block []byte, key Key, level int) {
 // must be as many. Many leaves at a time take much less time than one by one. The last leaf of a
 // content must have been padded by [PadLeaf].
 func EncodeLeaves(refs []Reference, leaves [][]byte, secret ConvergenceSecret) {
-	keys := make([][32]byte, len(leaves))
-	blake2lanes.Sum256(keys, leaves, (*[32]byte)(&secret))
-	for i, leaf := range leaves {
-		chacha20.XORKeyStream(leaf, leaf, &keys[i], 0)
+	keys, sums := make([][32]byte, len(leaves)), make([][32]byte, len(leaves))
+	encodeNodes(keys, sums, leaves, (*[32]byte)(&secret), 0)
+	for i, sum := range sums {
+		refs[i] = sum
 	}
-	SumAll(refs, leaves)
 }
 
 // PadLeaf writes the padding of a last leaf of which the first n bytes are the end of the content.

@@ -33,40 +33,35 @@ type levelEncoder struct {
 
 // encode encodes whole nodes in place, puts their blocks, and appends their pairs.
 func (l *levelEncoder) encode(ctx context.Context, pairs []Pair, plaintext []byte) ([]Pair, error) {
-	var err error
+	var keys, references [hashedAtOnce][32]byte
+	var nodes [hashedAtOnce][]byte
 	for part := range slices.Chunk(plaintext, hashedAtOnce*int(l.size)) {
-		if pairs, err = l.encodeAtOnce(ctx, pairs, part); err != nil {
-			return nil, err
+		n := 0
+		for node := range slices.Chunk(part, int(l.size)) {
+			nodes[n] = node
+			n++
+		}
+		encodeNodes(keys[:n], references[:n], nodes[:n], (*[32]byte)(l.secret), l.level)
+		for i, block := range nodes[:n] {
+			pairs = append(pairs, Pair{references[i], keys[i]})
+			if l.sink == nil {
+				continue
+			}
+			if err := l.sink(ctx, references[i], block); err != nil {
+				return nil, fmt.Errorf("storing block %v: %w", Reference(references[i]), err)
+			}
 		}
 	}
 	return pairs, nil
 }
 
-// encodeAtOnce is encode for up to hashedAtOnce nodes.
-func (l *levelEncoder) encodeAtOnce(ctx context.Context, pairs []Pair, plaintext []byte) ([]Pair, error) {
-	var keys, references [hashedAtOnce][32]byte
-	var blocks [hashedAtOnce][]byte
-	n := 0
-	for block := range slices.Chunk(plaintext, int(l.size)) {
-		blocks[n] = block
-		n++
+// encodeNodes makes blocks of nodes of a level, in place.
+func encodeNodes(keys, references [][32]byte, nodes [][]byte, secret *[32]byte, level int) {
+	blake2lanes.Sum256(keys, nodes, secret)
+	for i, node := range nodes {
+		chacha20.XORKeyStream(node, node, &keys[i], byte(level))
 	}
-	blake2lanes.Sum256(keys[:n], blocks[:n], (*[32]byte)(l.secret))
-
-	for i, key := range keys[:n] {
-		chacha20.XORKeyStream(blocks[i], blocks[i], &key, byte(l.level))
-	}
-	blake2lanes.Sum256(references[:n], blocks[:n], nil)
-	for i, key := range keys[:n] {
-		pairs = append(pairs, Pair{references[i], key})
-		if l.sink == nil {
-			continue
-		}
-		if err := l.sink(ctx, references[i], blocks[i]); err != nil {
-			return nil, fmt.Errorf("storing block %v: %w", Reference(references[i]), err)
-		}
-	}
-	return pairs, nil
+	blake2lanes.Sum256(references, nodes, nil)
 }
 
 // treeBuilder makes the internal nodes of a tree while the pairs of its leaves arrive in order.
