@@ -5,8 +5,7 @@ package eris
 import (
 	"golang.org/x/crypto/blake2b"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/blake2lanes"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/chacha20"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lanes"
 )
 
 // Sum returns the reference of a block, given its encrypted bytes. It does not look at the length.
@@ -28,7 +27,7 @@ func SumAll(refs []Reference, blocks [][]byte) {
 			n++
 		}
 		if BlockSize(len(blocks[0])).Valid() {
-			blake2lanes.Sum256(sums[:n], blocks[:n], nil)
+			lanes.Sum256(sums[:n], blocks[:n], nil)
 		} else {
 			n = 1
 			sums[0] = Sum(blocks[0])
@@ -60,7 +59,7 @@ func Decrypt(dst, block []byte, key Key, level int) {
 	if !BlockSize(len(block)).Valid() {
 		panic("eris: not the length of a block")
 	}
-	chacha20.XORKeyStream(dst, block, (*[32]byte)(&key), byte(level))
+	lanes.XORKeyStream(dst, block, (*[32]byte)(&key), byte(level))
 }
 
 // EncodeLeaves makes the blocks of leaves, which may be of different contents but must have the

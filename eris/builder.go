@@ -7,8 +7,7 @@ import (
 	"fmt"
 	"slices"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/blake2lanes"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/chacha20"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lanes"
 )
 
 // Sink takes the blocks that [Encode] makes; nil takes none. It is given a block and its reference,
@@ -57,11 +56,11 @@ func (l *levelEncoder) encode(ctx context.Context, pairs []Pair, plaintext []byt
 
 // encodeNodes makes blocks of nodes of a level, in place.
 func encodeNodes(keys, references [][32]byte, nodes [][]byte, secret *[32]byte, level int) {
-	blake2lanes.Sum256(keys, nodes, secret)
+	lanes.Sum256(keys, nodes, secret)
 	for i, node := range nodes {
-		chacha20.XORKeyStream(node, node, &keys[i], byte(level))
+		lanes.XORKeyStream(node, node, &keys[i], byte(level))
 	}
-	blake2lanes.Sum256(references, nodes, nil)
+	lanes.Sum256(references, nodes, nil)
 }
 
 // treeBuilder makes the internal nodes of a tree while the pairs of its leaves arrive in order.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package blake2lanes
+package lanes
 
 import (
 	"bytes"

@@ -2,21 +2,9 @@
 
 //go:build amd64 && !purego && gc
 
-package chacha20
+package lanes
 
-import (
-	"encoding/binary"
-
-	"golang.org/x/sys/cpu"
-)
-
-// The 512-bit routine is used from the processor generation on that has VBMI2 (Ice Lake, Zen 4).
-// Older ones with AVX-512 lower their clock for 512-bit work, and that of whatever else runs on the
-// core with it.
-var (
-	useAVX2   = cpu.X86.HasAVX2
-	useAVX512 = cpu.X86.HasAVX512F && cpu.X86.HasAVX512VBMI2
-)
+import "encoding/binary"
 
 // Bytes that one turn of each routine makes: 8 and 16 blocks of the cipher. Both divide stride.
 const (

@@ -2,7 +2,7 @@
 
 //go:build amd64 && !purego && gc
 
-package blake2lanes
+package lanes
 
 import (
 	"encoding/binary"

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package chacha20 is the ChaCha20 of RFC 8439 for whole blocks of ERIS. On amd64 most of the work
-// is done by two small routines of our own, because there golang.org/x/crypto/chacha20 is plain Go;
-// elsewhere that package has vector code, or is all there is.
-package chacha20
+package lanes
 
 import (
 	"unsafe"
@@ -21,10 +18,10 @@ const stride = 1024
 // overlap; else it panics. It is safe for concurrent use.
 func XORKeyStream(dst, src []byte, key *[32]byte, nonce byte) {
 	if len(src) == 0 || len(src)%stride != 0 || len(dst) != len(src) {
-		panic("chacha20: not the length of a block")
+		panic("lanes: not the length of a block")
 	}
 	if overlapInexactly(dst, src) {
-		panic("chacha20: source and destination overlap, but are not the same")
+		panic("lanes: source and destination overlap, but are not the same")
 	}
 	if !xorVector(dst, src, key, nonce) {
 		xorPlain(dst, src, key, nonce)
@@ -36,7 +33,7 @@ func XORKeyStream(dst, src []byte, key *[32]byte, nonce byte) {
 func xorPlain(dst, src []byte, key *[32]byte, nonce byte) {
 	cipher, err := chacha20.NewUnauthenticatedCipher(key[:], []byte{nonce, chacha20.NonceSize - 1: 0})
 	if err != nil {
-		panic("chacha20: " + err.Error()) // only for wrong lengths of key or nonce
+		panic("lanes: " + err.Error()) // only for wrong lengths of key or nonce
 	}
 	cipher.XORKeyStream(dst, src)
 }

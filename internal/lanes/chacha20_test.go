@@ -1,24 +1,12 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-package chacha20
+package lanes
 
 import (
 	"bytes"
 	"math/rand/v2"
 	"testing"
 )
-
-// withRoutines has every routine that this processor can run do the work, not only the one that it
-// would choose.
-func withRoutines(f func(name string)) {
-	avx2, avx512 := useAVX2, useAVX512
-	defer func() { useAVX2, useAVX512 = avx2, avx512 }()
-	f("chosen")
-	useAVX512 = false
-	f("at most AVX2")
-	useAVX2 = false
-	f("plain")
-}
 
 // checkXor runs a routine out of place and in place, with the block at an odd address and guarded
 // on both sides.
