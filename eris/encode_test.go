@@ -289,41 +289,6 @@ func TestEncodeWithSlowSink(t *testing.T) {
 	}
 }
 
-// One turn that is very late holds the others up, when they are too far ahead of it, but not for
-// ever.
-func TestEncodeWithLateTurn(t *testing.T) {
-	t.Parallel()
-	content := randomContent(8, 100*turn)
-	want, blocks := mustEncode(t, content, EncodeOptions{BlockSize: BlockSize32KiB})
-	var first Reference // that a shorter content has, too
-	_, shorter := encodeSlowly(content[:BlockSize32KiB+1], BlockSize32KiB, ConvergenceSecret{})
-	for ref := range shorter.blocks {
-		if _, ok := blocks.blocks[ref]; ok {
-			first = ref
-		}
-	}
-	synctest.Test(t, func(t *testing.T) {
-		made := newMemory()
-		sink := Sink(func(ctx context.Context, ref Reference, block []byte) error {
-			if ref == first {
-				time.Sleep(time.Hour)
-				made.mu.Lock()
-				puts := made.puts
-				made.mu.Unlock()
-				if turns := puts / (turn / int(BlockSize32KiB)); turns < 2*waitingTurns || turns > 2*waitingTurns+2 {
-					t.Errorf("%d turns were made meanwhile", turns)
-				}
-			}
-			return made.Put(ctx, ref, block)
-		})
-		got, err := Encode(t.Context(), bytes.NewReader(content), sink, EncodeOptions{Workers: 2})
-		if err != nil || got != want {
-			t.Errorf("%v, %v", got, err)
-		}
-		checkSameBlocks(t, made, blocks)
-	})
-}
-
 func TestEncodeRefusesBlockSizes(t *testing.T) {
 	for _, size := range []BlockSize{-1, 1, 1023, 2048, 65536} {
 		if _, err := Encode(t.Context(), bytes.NewReader(nil), nil, EncodeOptions{BlockSize: size}); err == nil {

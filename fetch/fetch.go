@@ -13,6 +13,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -160,26 +161,24 @@ func Get(ctx context.Context, source Source, ref eris.Reference, size eris.Block
 // alone. It is safe for concurrent use, with different requests.
 func Verify(requests []*Request) {
 	const most = 64
-	for len(requests) > 0 {
-		batch := requests[:min(most, len(requests))]
-		requests = requests[len(batch):]
+	for batch := range slices.Chunk(requests, most) {
 		var blocks [most][]byte
 		var sums [most]eris.Reference
-		var index [most]int
+		var checked [most]*Request
 		n := 0
-		for i, r := range batch {
+		for _, r := range batch {
 			switch {
 			case r.Err != nil, r.Have != nil:
 			case len(r.Block) != int(r.Size):
 				r.Err = &eris.BlockError{Reference: r.Pair.Reference, Length: len(r.Block), Want: r.Size}
 			default:
-				blocks[n], index[n] = r.Block, i
+				blocks[n], checked[n] = r.Block, r
 				n++
 			}
 		}
 		eris.SumAll(sums[:n], blocks[:n])
-		for k := range n {
-			if r := batch[index[k]]; sums[k] != r.Pair.Reference {
+		for i, r := range checked[:n] {
+			if sums[i] != r.Pair.Reference {
 				r.Err = &eris.BlockError{Reference: r.Pair.Reference, Length: len(r.Block)}
 			}
 		}

@@ -183,6 +183,7 @@ func TestPipelineOutlivesEncoder(t *testing.T) {
 	if err := pipeline.Flush(); err != nil || !backend.Has(ref) {
 		t.Errorf("the block was not stored: %v", err)
 	}
+	pipeline = fetch.NewPipeline(whole, store)
 	release = backend.Hold()
 	defer release()
 	ref = put(2)

@@ -6,6 +6,7 @@ import (
 	"context"
 	"sync"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sync/semaphore"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -15,13 +16,12 @@ import (
 // to keep a block durably answers late, but it answers many requests almost as soon as one. It is
 // safe for concurrent use.
 type Pipeline struct {
-	ctx   context.Context
+	ctx   context.Context // ends with the first failure
+	group *errgroup.Group
 	store Store
 	room  *semaphore.Weighted // bytes
 
-	wait    sync.WaitGroup
 	mu      sync.Mutex
-	failed  error
 	seen    map[eris.Reference]struct{}
 	buffers sync.Pool
 	blocks  int64
@@ -37,31 +37,18 @@ const (
 	maxSeen = 1 << 17
 )
 
-// NewPipeline returns a pipeline into store, which stays the caller's. When ctx ends, blocks that
-// have not been stored yet fail.
+// NewPipeline returns a pipeline into store, which stays the caller's. When ctx ends, or a block
+// fails, those fail that have not been stored yet.
 func NewPipeline(ctx context.Context, store Store) *Pipeline {
-	return &Pipeline{
-		ctx:   ctx,
-		store: store,
-		room:  semaphore.NewWeighted(pipelineBytes),
-		seen:  map[eris.Reference]struct{}{},
-	}
+	p := &Pipeline{store: store, room: semaphore.NewWeighted(pipelineBytes), seen: map[eris.Reference]struct{}{}}
+	p.group, p.ctx = errgroup.WithContext(ctx)
+	return p
 }
 
 // Put takes a block over. The error is that of an earlier block or of ctx, which is that of waiting
 // for room only: it may end, as the context of an encoder does, before the block is stored.
 func (p *Pipeline) Put(ctx context.Context, ref eris.Reference, block []byte) error {
-	p.mu.Lock()
-	err := p.failed
-	_, twice := p.seen[ref]
-	if err == nil && !twice {
-		if len(p.seen) == maxSeen {
-			clear(p.seen)
-		}
-		p.seen[ref] = struct{}{}
-	}
-	p.mu.Unlock()
-	if err != nil || twice {
+	if err := context.Cause(p.ctx); err != nil || p.isTwice(ref) {
 		return err
 	}
 	cost := int64(len(block) + pipelineCost)
@@ -73,31 +60,35 @@ func (p *Pipeline) Put(ctx context.Context, ref eris.Reference, block []byte) er
 		buffer = new([]byte)
 	}
 	*buffer = append((*buffer)[:0], block...)
-	p.wait.Go(func() {
+	p.group.Go(func() error {
 		defer p.room.Release(cost)
 		err := p.store.Put(p.ctx, ref, *buffer)
 		p.buffers.Put(buffer)
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		switch {
-		case err == nil:
+		if err == nil {
+			p.mu.Lock()
+			defer p.mu.Unlock()
 			p.blocks++
 			p.bytes += int64(len(block))
-		case p.failed == nil:
-			p.failed = err
 		}
+		return err
 	})
 	return nil
 }
 
-// Flush waits until every block has been stored, and returns the first error. It must be called
-// before the pipeline is given up, and before anybody is told of the blocks.
-func (p *Pipeline) Flush() error {
-	p.wait.Wait()
+func (p *Pipeline) isTwice(ref eris.Reference) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.failed
+	_, twice := p.seen[ref]
+	if len(p.seen) == maxSeen {
+		clear(p.seen)
+	}
+	p.seen[ref] = struct{}{}
+	return twice
 }
+
+// Flush waits until every block has been stored, and returns the first error. It must be called
+// once, before the pipeline is given up, and before anybody is told of the blocks.
+func (p *Pipeline) Flush() error { return p.group.Wait() }
 
 // Stored returns how many blocks have been stored so far, and how many bytes they have. Blocks that
 // were given twice count once, mostly.
