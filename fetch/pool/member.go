@@ -78,8 +78,7 @@ type member struct {
 	truth float64 // less than 1 after claims that were false
 	tail  float64 // see firstTail
 
-	missing      map[key]struct{}
-	missingSince time.Duration
+	missing map[key]time.Duration // since when it is known not to have a block
 
 	asked, misses, faults, failed int64
 }
@@ -87,7 +86,7 @@ type member struct {
 func newMember(p *Pool, i int, given Member) *member {
 	m := &member{
 		pool: p, source: given.Source, name: given.Source.String(), local: given.Near || given.Local,
-		index: i, bit: 1 << i, hits: 1, truth: 1, tail: firstTail, failedAt: -1, missing: map[key]struct{}{},
+		index: i, bit: 1 << i, hits: 1, truth: 1, tail: firstTail, failedAt: -1, missing: map[key]time.Duration{},
 		backoff: backoff.Backoff{Min: failureRest, Max: longestRest},
 	}
 	s, ok := given.Source.(anySizer)
@@ -276,36 +275,20 @@ func (m *member) empty(now time.Duration) {
 }
 
 // lacks reports whether the member has said lately that it does not have a block.
-func (m *member) lacks(k key) bool {
-	if len(m.missing) == 0 {
-		return false
-	}
-	_, ok := m.missing[k]
-	if ok && m.pool.now()-m.missingSince > missingAge {
-		clear(m.missing)
-		return false
-	}
-	return ok
+func (m *member) lacks(k key, now time.Duration) bool {
+	at, ok := m.missing[k]
+	return ok && now-at <= missingAge
 }
 
-// remembersMissing notes that a far member does not have a block. Near ones are quick to say so
-// again.
-func (m *member) remembersMissing(k key) {
-	if m.near {
-		return
-	}
-	now := m.pool.now()
-	if len(m.missing) >= maxMissing || now-m.missingSince > missingAge {
+// remembersMissing notes that the member does not have a block, or not in any size.
+func (m *member) remembersMissing(k key, anySize bool, now time.Duration) {
+	if len(m.missing) >= maxMissing {
 		clear(m.missing)
-		m.missingSince = now
 	}
-	m.missing[k] = struct{}{}
-}
-
-// remembersMissingSizes is remembersMissing for a block that the member does not have in any size.
-func (m *member) remembersMissingSizes(k key) {
-	for _, k.size = range []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB} {
-		m.remembersMissing(k)
+	m.missing[k] = now
+	if anySize {
+		m.missing[key{k.reference, eris.BlockSize1KiB}] = now
+		m.missing[key{k.reference, eris.BlockSize32KiB}] = now
 	}
 }
 

@@ -213,7 +213,7 @@ func (p *Pool) Start(r *fetch.Request) {
 	p.join(l, r.Kin, r.Nth)
 	for _, m := range p.members {
 		m.pardon(now)
-		if m.lacks(k) {
+		if m.lacks(k, now) {
 			l.missed |= m.bit
 		}
 	}

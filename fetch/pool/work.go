@@ -100,10 +100,8 @@ func (p *Pool) ended(a *attempt, now time.Duration) {
 	case outcome == miss:
 		l.missed |= m.bit
 		p.turnsOut(l, m, false)
-		if m.anySize && errors.Is(err, eris.ErrNotFound) {
-			m.remembersMissingSizes(l.key)
-		} else {
-			m.remembersMissing(l.key)
+		if !m.near { // which are quick to say so again
+			m.remembersMissing(l.key, m.anySize && errors.Is(err, eris.ErrNotFound), now)
 		}
 	case cause != nil:
 		// Not the member's doing, unless it was silent or has lied, which has been noted then.
