@@ -235,8 +235,8 @@ func (r *contentsReader) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// verify reads the index back, as whoever fetches it will, and compares it with the walk, from whose
-// files and links, in their order, all directories follow.
+// verify reads the index back, as whoever fetches it will, and compares it with the walk, from
+// whose files and links, in their order, all directories follow.
 func (e *encoder) verify(index []byte, r Result) error {
 	limits := Limits{NarSize: max(r.NarSize, 1<<20)}
 	if int64(len(index)) > limits.IndexLength() {

@@ -134,8 +134,8 @@ const readyBatch = 64
 // The window bounds the requests in flight, and by its Bytes the memory for blocks that were
 // requested and not yet released, decrypted or on their way: half of it for leaves in order, half
 // for the paths of contents to come. Besides it there are, for a content of level 2 or more,
-// internal nodes a little ahead of the leaves: for every 16 (or 512, by block size) leaves in
-// flight one, and a few per level. Zero fields stand for 256 requests and 16 MiB.
+// internal nodes a little ahead of the leaves: one for every 16 (or 512, by block size) of these,
+// and a few per level. Zero fields stand for 256 requests and 16 MiB.
 func NewSequence(ctx context.Context, source fetch.Source, wants iter.Seq[Want], total int64, window fetch.Window) *Sequence {
 	s := &Sequence{fetcher: newFetcher(ctx, source, total, window)}
 	s.fetcher.next, s.stop = iter.Pull(wants)

@@ -30,8 +30,8 @@ const (
 	mostAsked = fetch.MaxHave - 1
 	// askInterval is how long others are waited for that may be in the same question.
 	askInterval = 10 * time.Millisecond
-	// A block waits for answers for answerFactor times what is expected, which is
-	// less than it takes to ask one after the other, and longestAnswer at most.
+	// A block waits for answers for answerFactor times what is expected, which is less than it
+	// takes to ask one after the other, and longestAnswer at most.
 	answerFactor  = 4
 	longestAnswer = 2 * time.Second
 	// reliefSearch is how many of the blocks that wait for a busy member are looked at by another.
