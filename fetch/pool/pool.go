@@ -109,14 +109,13 @@ type Pool struct {
 	near    []*member
 	far     []*member
 	epoch   time.Time
-	group   sync.WaitGroup            // the workers, the watcher, and calls of OnFault and the like
+	group   sync.WaitGroup            // the workers, and calls of OnFault and the like
 	arrived *arrivals.Queue[*attempt] // that have ended
-	kick    chan struct{}             // wakes the watcher
-	stop    chan struct{}             // closed by Close
 
 	mu       sync.Mutex
 	closed   bool
-	sleeping bool // the watcher is
+	watcher  *time.Timer // calls watch
+	watched  bool        // it will
 	lookups  map[key]*lookup
 	sequence uint64
 	farSet   set
@@ -150,9 +149,9 @@ func New(members []Member, options Options) *Pool {
 		options.State = sourcestate.Open("")
 	}
 	p := &Pool{
-		options: options, epoch: time.Now(), kick: make(chan struct{}, 1), stop: make(chan struct{}), sleeping: true,
-		lookups: map[key]*lookup{}, kin: 1, askedAt: -askInterval,
+		options: options, epoch: time.Now(), lookups: map[key]*lookup{}, kin: 1, askedAt: -askInterval,
 	}
+	p.watcher = time.AfterFunc(time.Hour, p.watch)
 	p.arrived = arrivals.New(func(a *attempt) eris.BlockSize { return a.request.Size })
 	allNear := !slices.ContainsFunc(members, func(m Member) bool { return !m.Near })
 	for i, given := range members {
@@ -175,7 +174,6 @@ func New(members []Member, options Options) *Pool {
 	for range runtime.GOMAXPROCS(0) {
 		p.group.Go(p.work)
 	}
-	p.group.Go(p.watch)
 	return p
 }
 
@@ -224,16 +222,6 @@ func (p *Pool) Start(r *fetch.Request) {
 	p.unlock()
 }
 
-func (p *Pool) wakeWatcher() {
-	if p.sleeping {
-		p.sleeping = false
-		select {
-		case p.kick <- struct{}{}:
-		default:
-		}
-	}
-}
-
 // Cancel implements [fetch.Source].
 func (p *Pool) Cancel(r *fetch.Request) {
 	l, ok := r.Held.(*lookup)
@@ -277,6 +265,7 @@ func (p *Pool) Close() error {
 		return nil
 	}
 	p.closed = true
+	p.watcher.Stop()
 	for _, m := range p.members {
 		m.remember()
 		m.cancelAll(fetch.ErrClosed)
@@ -285,7 +274,6 @@ func (p *Pool) Close() error {
 		p.advance(l, p.now())
 	}
 	p.unlock()
-	close(p.stop)
 	p.arrived.Kick()
 	for _, m := range p.near {
 		m.keeper.close()

@@ -48,27 +48,21 @@ const (
 
 var errRested = errors.New("source has not answered an earlier process")
 
-// watch looks at what is in flight until the pool is closed; it sleeps while there is nothing.
-// Called without the lock.
+// watch looks at what is in flight, and again later until there is nothing. Called without the lock.
 func (p *Pool) watch() {
-	ticker := time.NewTicker(time.Hour)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-p.kick:
-			ticker.Reset(watchInterval)
-		case <-ticker.C:
-		case <-p.stop:
-			return
-		}
-		p.mu.Lock()
-		if p.inFlight == 0 && len(p.lookups) == 0 {
-			p.sleeping = true
-			ticker.Reset(time.Hour)
-		} else if !p.closed {
-			p.look()
-		}
-		p.unlock()
+	p.mu.Lock()
+	defer p.unlock()
+	if p.watched = !p.closed && (p.inFlight > 0 || len(p.lookups) > 0); p.watched {
+		p.look()
+		p.watcher.Reset(watchInterval)
+	}
+}
+
+// wakeWatcher has somebody watch what is in flight.
+func (p *Pool) wakeWatcher() {
+	if !p.watched {
+		p.watched = true
+		p.watcher.Reset(watchInterval)
 	}
 }
 
