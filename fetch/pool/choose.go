@@ -26,11 +26,10 @@ func (p *Pool) candidates(l *lookup, now time.Duration) set {
 
 // nextRound lets members be asked again that failed, but worked before: connections break.
 func (p *Pool) nextRound(l *lookup, now time.Duration) bool {
-	if l.rounds >= maxRounds || l.rounds > 0 && !l.progress {
+	if l.rounds >= maxRounds {
 		return false
 	}
 	l.rounds++
-	l.progress = false
 	for _, m := range p.far {
 		if m.proven && !m.banned && m.isSoon(now) {
 			l.failed &^= m.bit

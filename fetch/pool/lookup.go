@@ -53,13 +53,11 @@ type lookup struct {
 	held   set // who says to have it
 	denied set // who says not to: asked when nobody else is left, for it may have others to ask
 
-	missed   set // who does not have it
-	failed   set // who failed
-	active   set // who is being asked
-	rounds   int
-	progress bool  // a member that failed again has delivered other blocks meanwhile
-	seen     int64 // bytes that the member had delivered when it failed
-	err      error // the last failure of those in failed; in the end that of the requests
+	missed set // who does not have it
+	failed set // who failed
+	active set // who is being asked
+	rounds int
+	err    error // the last failure of those in failed; in the end that of the requests
 
 	list.Links[lookup]
 	queue      *queue // where it waits for a member, if it does
@@ -364,8 +362,6 @@ func (a *attempt) recycle() {
 // know than other failures.
 func (l *lookup) fail(m *member, err error) {
 	l.failed |= m.bit
-	l.progress = l.progress || m.delivered > l.seen
-	l.seen = m.delivered
 	var wrong *eris.BlockError
 	if l.err == nil || !errors.As(l.err, &wrong) {
 		l.err = fmt.Errorf("%s: %w", m.name, err)

@@ -107,11 +107,9 @@ func (p *Pool) ended(a *attempt, now time.Duration) {
 		// Not the member's doing, unless it was silent or has lied, which has been noted then.
 		if cause != errNotFirst && !l.cancelled {
 			l.fail(m, cause)
-			l.progress = l.progress || cause == errLate
 		}
 	default:
 		l.fail(m, err)
-		l.progress = l.progress || outcome == busy
 	}
 	p.advance(l, now)
 }
@@ -122,9 +120,7 @@ type outcome int
 const (
 	success outcome = iota
 	miss            // the member does not have the block
-	lie             // it gave something else
-	busy            // it wants to be asked again later
-	failure         // it could not say, or was not let
+	failure         // it gave something else, could not say, or was not let
 )
 
 // outcome takes note of what the answer says about the member.
@@ -151,11 +147,9 @@ func (p *Pool) outcome(a *attempt, now time.Duration) outcome {
 	case wrong != nil:
 		m.faults++
 		p.ban(m, err)
-		return lie
 	case errors.As(err, &later):
 		m.lastError, m.restUntil = err, max(m.restUntil, now+min(later.After, longestRest))
 		p.reroute(now)
-		return busy
 	case a.cause == nil:
 		m.fails(a, err, now)
 	case a.cause == errNotFirst || a.cause == context.Canceled:
