@@ -48,7 +48,8 @@ const (
 
 var errRested = errors.New("source has not answered an earlier process")
 
-// watch looks at what is in flight, and again later until there is nothing. Called without the lock.
+// watch looks at what is in flight, and again later until there is nothing. Called without the
+// lock.
 func (p *Pool) watch() {
 	p.mu.Lock()
 	defer p.unlock()
