@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 )
@@ -32,8 +33,8 @@ type Workers struct {
 	mu      sync.Mutex
 	wake    sync.Cond // workers that have nothing to do wait on it
 	closed  bool
-	tasks   map[*task]struct{} // all
 	waiting list.List          // of *task: those that no worker has taken, in order
+	calls   map[*task]struct{} // that are under way
 	running int
 	idle    int
 	group   sync.WaitGroup
@@ -41,7 +42,7 @@ type Workers struct {
 
 // task is a request between Start and Done. Its call may last longer, and has what it needs of it.
 type task struct {
-	request   *Request // nil once Done has been or is being called
+	request   atomic.Pointer[Request] // nil once Done has been or is being called
 	root      eris.Reference
 	reference eris.Reference
 	size      eris.BlockSize
@@ -57,7 +58,7 @@ type task struct {
 // returns, so that a call that does not end in time harms nobody. It should return soon after its
 // context has ended; Close waits for it, but requests do not.
 func NewWorkers(n int, get func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error)) *Workers {
-	w := &Workers{get: get, most: n, tasks: map[*task]struct{}{}}
+	w := &Workers{get: get, most: n, calls: map[*task]struct{}{}}
 	w.wake.L = &w.mu
 	w.ctx, w.cancel = context.WithCancelCause(context.Background())
 	return w
@@ -65,7 +66,8 @@ func NewWorkers(n int, get func(ctx context.Context, ref eris.Reference, size er
 
 // Start implements [Source].
 func (w *Workers) Start(r *Request) {
-	t := &task{request: r, root: r.Root, reference: r.Pair.Reference, size: r.Size, have: r.Have}
+	t := &task{root: r.Root, reference: r.Pair.Reference, size: r.Size, have: r.Have}
+	t.request.Store(r)
 	w.mu.Lock()
 	if w.closed {
 		w.mu.Unlock()
@@ -73,7 +75,6 @@ func (w *Workers) Start(r *Request) {
 		return
 	}
 	r.Held = t
-	w.tasks[t] = struct{}{}
 	t.waits = w.waiting.PushBack(t)
 	switch {
 	case w.idle > 0:
@@ -88,9 +89,18 @@ func (w *Workers) Start(r *Request) {
 
 // Cancel implements [Source].
 func (w *Workers) Cancel(r *Request) {
-	if t, ok := r.Held.(*task); ok {
-		w.end(t, nil, context.Canceled)
+	t, ok := r.Held.(*task)
+	if !ok {
+		return
 	}
+	w.mu.Lock()
+	w.waiting.Remove(t.waits) // if it is there
+	cancel := t.cancel
+	w.mu.Unlock()
+	if cancel != nil {
+		cancel()
+	}
+	t.end(nil, context.Canceled)
 }
 
 // Close ends all requests and waits until the calls that are under way have returned. It always
@@ -98,28 +108,23 @@ func (w *Workers) Cancel(r *Request) {
 func (w *Workers) Close() error {
 	w.mu.Lock()
 	w.closed = true
-	tasks := slices.Collect(maps.Keys(w.tasks))
+	tasks := slices.Collect(maps.Keys(w.calls))
+	for w.waiting.Len() > 0 {
+		tasks = append(tasks, w.waiting.Remove(w.waiting.Front()).(*task))
+	}
 	w.wake.Broadcast()
 	w.mu.Unlock()
 	w.cancel(ErrClosed)
 	for _, t := range tasks {
-		w.end(t, nil, ErrClosed)
+		t.end(nil, ErrClosed)
 	}
 	w.group.Wait()
 	return nil
 }
 
-// end calls Done, if that has not been done, and ends the call, if there is one.
-func (w *Workers) end(t *task, block []byte, err error) {
-	w.mu.Lock()
-	r, cancel := t.request, t.cancel
-	t.request = nil
-	delete(w.tasks, t)
-	w.waiting.Remove(t.waits) // if it is there
-	w.mu.Unlock()
-	if cancel != nil {
-		cancel()
-	}
+// end calls Done, if that has not been done.
+func (t *task) end(block []byte, err error) {
+	r := t.request.Swap(nil)
 	if r == nil {
 		return
 	}
@@ -130,12 +135,13 @@ func (w *Workers) end(t *task, block []byte, err error) {
 
 func (w *Workers) work() {
 	memory := make([]byte, 0, eris.BlockSize32KiB)
-	for t := w.take(); t != nil; t = w.take() {
+	for t := w.take(nil); t != nil; t = w.take(t) {
 		block, err := w.serve(t.ctx, t, memory)
 		if err != nil && t.ctx.Err() != nil {
 			err = context.Cause(t.ctx)
 		}
-		w.end(t, block, err)
+		t.cancel()
+		t.end(block, err)
 	}
 }
 
@@ -154,10 +160,12 @@ func (w *Workers) serve(ctx context.Context, t *task, memory []byte) ([]byte, er
 // AsksHave reports whether requests with Have are understood.
 func (w *Workers) AsksHave() bool { return w.Have != nil }
 
-// take waits for the next request. It returns nil when there will be none.
-func (w *Workers) take() *task {
+// take waits for the request after the last one of a worker. It returns nil when there will be
+// none.
+func (w *Workers) take(last *task) *task {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	delete(w.calls, last)
 	for w.waiting.Len() == 0 {
 		if w.closed {
 			return nil
@@ -166,6 +174,7 @@ func (w *Workers) take() *task {
 		w.wake.Wait()
 	}
 	t := w.waiting.Remove(w.waiting.Front()).(*task)
+	w.calls[t] = struct{}{}
 	t.ctx, t.cancel = context.WithCancel(w.ctx)
 	return t
 }
