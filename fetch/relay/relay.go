@@ -86,8 +86,6 @@ type Options struct {
 // Relay is safe for concurrent use.
 type Relay struct {
 	store  Store
-	looks  sync.Pool      // of *look
-	memory sync.Pool      // of *[32768]byte
 	pools  []*pool.Pool   // by how many servers requests may go through, the most first
 	starts sync.WaitGroup // requests that have waited, and are being started
 
@@ -118,8 +116,6 @@ type client struct {
 // New returns a relay in front of a store, which must outlive it. Errors are those of Open.
 func New(store Store, options Options) (*Relay, error) {
 	r := &Relay{store: store, clients: map[string]*client{}}
-	r.looks.New = newLook
-	r.memory.New = func() any { return new([eris.BlockSize32KiB]byte) }
 	for hops := cmp.Or(options.Levels, levels); hops > 0; hops-- {
 		members, err := options.Open(hops)
 		if err != nil {
@@ -208,34 +204,20 @@ func (r *Relay) clientOf(name string) *client {
 
 // find looks a block up in the store. It reports whether upstreams may be asked.
 func (r *Relay) find(q *fetch.Request) (goOn bool) {
-	look := r.looks.Get().(*look)
-	defer r.looks.Put(look)
-	look.Pair, look.Size, look.Dst = q.Pair, q.Size, q.Dst
-	r.store.Start(&look.Request)
-	<-look.done
+	done := make(chan struct{}, 1)
+	look := fetch.Request{Pair: q.Pair, Size: q.Size, Dst: q.Dst, Done: func(*fetch.Request) { done <- struct{}{} }}
+	r.store.Start(&look)
+	<-done
 	q.Block, q.Err = look.Block, look.Err
 	goOn = errors.Is(q.Err, eris.ErrNotFound)
 	if goOn && q.Size == eris.BlockSize32KiB {
 		// A client that does not know the size tries this one first. A block has one size only.
 		look.Size = eris.BlockSize1KiB
-		r.store.Start(&look.Request)
-		<-look.done
+		r.store.Start(&look)
+		<-done
 		goOn = look.Err != nil
 	}
-	look.Dst, look.Block = nil, nil
 	return goOn
-}
-
-// look is a request of the store.
-type look struct {
-	fetch.Request
-	done chan struct{}
-}
-
-func newLook() any {
-	l := &look{done: make(chan struct{}, 1)}
-	l.Done = func(*fetch.Request) { l.done <- struct{}{} }
-	return l
 }
 
 // keeper is the store of the server in a pool, in which blocks have been looked up already.

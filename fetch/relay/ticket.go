@@ -99,13 +99,12 @@ func (c *client) finds(size eris.BlockSize) {
 // ticket is a request of upstreams, made once. It has memory of its own: when nobody waits for it
 // any more, the block may come nevertheless, and is kept.
 type ticket struct {
-	relay  *Relay
-	outer  *fetch.Request // of the client; not to be touched once it has been answered
-	inner  fetch.Request  // of the pool
-	memory *[eris.BlockSize32KiB]byte
-	pool   *pool.Pool
-	began  time.Time
-	state  atomic.Int32
+	relay *Relay
+	outer *fetch.Request // of the client; not to be touched once it has been answered
+	inner fetch.Request  // of the pool
+	pool  *pool.Pool
+	began time.Time
+	state atomic.Int32
 
 	// Guarded by the lock of the relay.
 	client   *client
@@ -123,8 +122,7 @@ const (
 
 // start asks the pool. Called without the lock.
 func (t *ticket) start() {
-	t.memory = t.relay.memory.Get().(*[eris.BlockSize32KiB]byte)
-	t.inner.Dst = t.memory[:0:t.inner.Size]
+	t.inner.Dst = make([]byte, 0, t.inner.Size)
 	t.pool.Start(&t.inner)
 	if !t.state.CompareAndSwap(starting, started) {
 		t.pool.Cancel(&t.inner)
@@ -215,9 +213,6 @@ func (t *ticket) finish() {
 		if err == nil {
 			q.Block = append(q.Dst[:0], t.inner.Block...)
 		}
-	}
-	r.memory.Put(t.memory)
-	if answer {
 		q.Done(q)
 	}
 }
