@@ -136,12 +136,12 @@ func TestHostile(t *testing.T) {
 			return coaptest.Stream(codes.Content, m.Token, part.AppendOption(nil, 0, message.Block2), make([]byte, size))
 		})
 	}
-	// flood sends the same bytes without end.
+	// flood sends the same bytes without end, once it has been asked.
 	flood := func(b []byte) func(*peer) {
 		return func(p *peer) {
+			p.begin(codes.GET)
 			var group sync.WaitGroup
 			group.Go(func() { p.awaitEnd() })
-			p.write(csm)
 			for p.write(bytes.Repeat(b, 100)) {
 			}
 			group.Wait()

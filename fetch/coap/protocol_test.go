@@ -214,7 +214,10 @@ func TestPutForms(t *testing.T) {
 				messages int
 			}
 			results := make(chan result, 4)
-			options := coap.Options{CapabilityTimeout: 50 * time.Millisecond}
+			options := coap.Options{CapabilityTimeout: time.Minute}
+			if v.csm == nil {
+				options.CapabilityTimeout = 50 * time.Millisecond
+			}
 			store := openPeer(t, options, func(_ int, p *peer) {
 				p.write(v.csm)
 				if v.messages == 0 {
