@@ -46,16 +46,12 @@ func TestResolveURL(t *testing.T) {
 
 func TestPreferredURLs(t *testing.T) {
 	// A URL is written METHOD or METHOD=SIZE.
-	for _, tt := range []struct{ name, in, fast, small string }{
-		{"as guix publish writes them", "gzip lzip zstd none=9", "zstd none=9 gzip lzip", "none=9 lzip zstd gzip"},
-		{"all sizes known", "gzip=3 lzip=1 zstd=2 none=9", "zstd=2 none=9 gzip=3 lzip=1", "lzip=1 zstd=2 gzip=3 none=9"},
-		{"none before zstd", "none zstd", "none zstd", "zstd none"},
-		{"all unknown", "none gzip bzip2 xz zstd lzip", "none zstd gzip lzip bzip2 xz", "lzip bzip2 xz zstd gzip none"},
-		{"the rest is alike", "xz bzip2 xz bzip2", "xz bzip2 xz bzip2", "xz bzip2 xz bzip2"},
-		{"known before unknown", "lzip none=100", "none=100 lzip", "none=100 lzip"},
-		{"equal sizes", "gzip=5 none=5 lzip=5", "none=5 gzip=5 lzip=5", "gzip=5 none=5 lzip=5"},
-		{"size zero is known", "gzip=7 none=0", "none=0 gzip=7", "none=0 gzip=7"},
-		{"unsupported", "br=1 gzip=2 GZIP=1 zstd-1=1", "gzip=2", "gzip=2"},
+	for _, tt := range []struct{ name, in, want string }{
+		{"as guix publish writes them", "gzip lzip zstd none=9", "zstd none=9 gzip lzip"},
+		{"sizes do not count", "gzip=3 lzip=1 zstd=2 none=9", "zstd=2 none=9 gzip=3 lzip=1"},
+		{"all methods", "none gzip bzip2 xz zstd lzip", "none zstd gzip lzip bzip2 xz"},
+		{"alike", "xz bzip2 xz bzip2", "xz bzip2 xz bzip2"},
+		{"unsupported", "br=1 gzip=2 GZIP=1 zstd-1=1", "gzip=2"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			var b strings.Builder
@@ -68,14 +64,12 @@ func TestPreferredURLs(t *testing.T) {
 				}
 			}
 			n := parse(t, b.String())
-			for order, want := range map[narinfo.Order]string{narinfo.Fast: tt.fast, narinfo.Small: tt.small} {
-				var got []string
-				for _, u := range n.PreferredURLs(order) {
-					got = append(got, u.URL)
-				}
-				if !slices.Equal(got, strings.Fields(want)) {
-					t.Errorf("order %d: got %q, want %q", order, got, want)
-				}
+			var got []string
+			for _, u := range n.PreferredURLs() {
+				got = append(got, u.URL)
+			}
+			if !slices.Equal(got, strings.Fields(tt.want)) {
+				t.Errorf("got %q, want %q", got, tt.want)
 			}
 			if n.URLs[0].URL != strings.Fields(tt.in)[0] {
 				t.Error("URLs was changed")
@@ -88,7 +82,7 @@ func TestLongURL(t *testing.T) {
 	for length, want := range map[int]int{4096: 3, 4097: 2} { // beside the two of hello
 		n, err := narinfo.Parse([]byte(hello + "URL: " + strings.Repeat("x", length) + "\nCompression: none\n"))
 		must(t, err)
-		if got := len(n.PreferredURLs(narinfo.Fast)); got != want {
+		if got := len(n.PreferredURLs()); got != want {
 			t.Errorf("with a URL of %d bytes: %d that can be used, want %d", length, got, want)
 		}
 	}

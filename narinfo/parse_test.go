@@ -111,7 +111,7 @@ func TestParseAccepts(t *testing.T) {
 			func(n *narinfo.Narinfo) any { return n.URLs },
 			[]narinfo.URL{{"a", "", 0, false}, {"b", "xz", 1, true}, {"c", "zstd", 3, true}}},
 		{"a URL that cannot be used beside one that can", hello + "URL: a b\nCompression: none\nURL: x\nCompression: brotli\nURL:\nCompression: none\n",
-			func(n *narinfo.Narinfo) any { return len(n.PreferredURLs(narinfo.Fast)) }, 2},
+			func(n *narinfo.Narinfo) any { return len(n.PreferredURLs()) }, 2},
 		{"any ERIS value", edit(t, hello, "NarSize", "ERIS: urn:erisx2:AAAA\nERIS:\nNarSize"),
 			func(n *narinfo.Narinfo) any { return n.ERIS }, []narinfo.ERIS{{URN: "urn:erisx2:AAAA", Signed: true}, {Signed: true}}},
 		{"ERIS values that say the form, or not quite", edit(t, hello, "NarSize", "ERIS: u nar.zstd 7\nERIS: u nar.zstd\nERIS: u nar.zstd -7\nERIS: u  7\nNarSize"),
@@ -243,8 +243,8 @@ func ExampleParse() {
 		fmt.Println(err)
 		return
 	}
-	fmt.Println(n.NarHash, n.PreferredURLs(narinfo.Small)[0].URL)
-	// Output: sha256:04zwf782yjwnh3q6hz5izfd6jyip8kgw6g6yj43fiqhbyhdd0dqw nar/gzip/9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello
+	fmt.Println(n.NarHash, n.PreferredURLs()[0].URL)
+	// Output: sha256:04zwf782yjwnh3q6hz5izfd6jyip8kgw6g6yj43fiqhbyhdd0dqw nar/9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello
 }
 
 // must ends the test if there is an error.

@@ -41,55 +41,23 @@ func badURLByte(s string) int {
 	return -1
 }
 
-// Order tells in which order the URLs of a narinfo are tried.
-type Order int
-
-const (
-	// Fast prefers what takes little time to decompress.
-	Fast Order = iota
-	// Small prefers what takes little time to download.
-	Small
-)
-
-// PreferredURLs returns the URLs that can be used, the preferred ones first. Left out are those
-// with a compression that is not supported, with blanks, control characters or other than ASCII
-// characters, and those of more than 4096 bytes. A parsed narinfo has at least one.
-//
-// With [Small], known sizes come first. Where the order does not decide, that of the narinfo does.
-// (Guix, guix/narinfo.scm: narinfo-preferred-uris.)
-func (n *Narinfo) PreferredURLs(order Order) []URL {
+// PreferredURLs returns the URLs that can be used, in the order of the time that decompression
+// takes, and else in that of the narinfo. Left out are those with a compression that is not
+// supported, with blanks, control characters or other than ASCII characters, and those of more than
+// 4096 bytes. A parsed narinfo has at least one. (Guix, guix/narinfo.scm: narinfo-preferred-uris.)
+func (n *Narinfo) PreferredURLs() []URL {
 	urls := make([]URL, 0, len(n.URLs))
 	for _, u := range n.URLs {
 		if u.usable() {
 			urls = append(urls, u)
 		}
 	}
-	compare := func(u, v URL) int { return cmp.Compare(slowness[u.Compression], slowness[v.Compression]) }
-	if order == Small {
-		compare = compareSizes
-	}
-	slices.SortStableFunc(urls, compare)
+	slices.SortStableFunc(urls, func(u, v URL) int { return cmp.Compare(slowness[u.Compression], slowness[v.Compression]) })
 	return urls
 }
 
-// slowness ranks methods by the time that decompression takes, and looseness by the size of what
-// they usually yield.
-var (
-	slowness  = map[string]int{"none": 0, "zstd": 0, "gzip": 1, "lzip": 2, "xz": 3, "bzip2": 3}
-	looseness = map[string]int{"lzip": 0, "zstd": 1, "xz": 1, "bzip2": 1, "gzip": 2, "none": 3}
-)
-
-func compareSizes(u, v URL) int {
-	switch {
-	case u.SizeKnown && v.SizeKnown:
-		return cmp.Compare(u.FileSize, v.FileSize)
-	case u.SizeKnown:
-		return -1
-	case v.SizeKnown:
-		return 1
-	}
-	return cmp.Compare(looseness[u.Compression], looseness[v.Compression])
-}
+// slowness ranks methods by the time that decompression takes.
+var slowness = map[string]int{"none": 0, "zstd": 0, "gzip": 1, "lzip": 2, "xz": 3, "bzip2": 3}
 
 // ResolveURL returns the absolute URL of a nar, given the URL of the substitute server, base, and
 // the value of a field URL. A value that starts with a scheme is absolute; any other is appended to

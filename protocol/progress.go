@@ -181,19 +181,11 @@ func byteCount(n float64) string {
 // bar draws how much of 100 percent is done.
 func bar(percent float64, unicode bool) string {
 	const width = 18
+	filled := int(percent * width / 100)
 	if !unicode {
-		filled := int(percent * width / 100)
 		return "[" + strings.Repeat("#", filled) + strings.Repeat(" ", width-filled) + "]"
 	}
-	eighths := int(percent * width * 8 / 100)
-	filled, part := eighths/8, eighths%8
-	s := "▕" + strings.Repeat("█", filled)
-	empty := width - filled
-	if part > 0 {
-		s += string([]rune("▏▎▍▌▋▊▉")[part-1])
-		empty--
-	}
-	return s + strings.Repeat(" ", empty) + "▏"
+	return "▕" + strings.Repeat("█", filled) + strings.Repeat(" ", width-filled) + "▏"
 }
 
 // A Lookup shows the progress of asking one server for narinfos. Its methods are safe for

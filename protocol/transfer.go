@@ -5,11 +5,9 @@ package protocol
 import (
 	"fmt"
 	"io"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
-	"unicode/utf8"
 )
 
 // waitingAfter is when people are told that nothing comes.
@@ -71,49 +69,32 @@ func (t *Transfer) show(l *Log) {
 	if n != t.shown {
 		t.shown, t.changed = n, now
 	}
-	line := transferLine(t.name, t.total.Load(), n, now.Sub(t.begin), l.style)
+	line := transferLine(t.name, t.total.Load(), n, now.Sub(t.begin), l.style.Columns)
 	if t.from != "" && now.Sub(t.changed) >= waitingAfter {
-		line = "waiting for " + t.from
-		if most := max(1, l.style.Columns); utf8.RuneCountInString(line) > most {
-			line = string([]rune(line)[:most])
-		}
+		line = clip("waiting for "+t.from, l.style.Columns)
 	}
 	l.draw(line)
 }
 
-// transferLine is a line of at most as many characters as the style has columns. The total is 0 if
-// it is not known.
-func transferLine(name string, total, n int64, elapsed time.Duration, style LogStyle) string {
-	rate := 0.0
-	if s := elapsed.Seconds(); s > 0 {
-		rate = float64(n) / s
-	}
-	speed := byteCount(rate) + "/s"
-	forms := []string{byteCount(float64(n)) + "  " + speed + "  " + shownTime(elapsed.Round(time.Second)), byteCount(float64(n))}
+// transferLine is a line of at most so many characters, with what matters most in front. The total
+// is 0 if it is not known.
+func transferLine(name string, total, n int64, elapsed time.Duration, columns int) string {
+	rate := float64(n) / max(elapsed, time.Millisecond).Seconds()
+	line := byteCount(float64(n)) + "  " + shownTime(elapsed.Round(time.Second))
 	if total > 0 {
-		percent := min(100, 100*float64(n)/float64(total))
-		share := fmt.Sprintf("%.0f%%", percent)
-		left := share
-		if rate > 0 {
-			left += "  " + shownTime(time.Duration(float64(max(0, total-n))/rate*float64(time.Second)).Round(time.Second)) + " left"
-		}
-		forms = []string{
-			byteCount(float64(n)) + " of " + byteCount(float64(total)) + "  " + speed + " " + bar(percent, style.Unicode) + " " + left,
-			byteCount(float64(n)) + " of " + byteCount(float64(total)) + "  " + left, left, share,
-		}
+		line = fmt.Sprintf("%.0f%% of %s", min(100, 100*float64(n)/float64(total)), byteCount(float64(total)))
 	}
-	form := forms[len(forms)-1]
-	for _, f := range forms {
-		if utf8.RuneCountInString(name)+1+utf8.RuneCountInString(f) <= style.Columns {
-			form = f
-			break
-		}
+	if total > 0 && n > 0 {
+		left := float64(max(0, total-n)) / rate
+		line += "  " + shownTime(time.Duration(left*float64(time.Second)).Round(time.Second)) + " left"
 	}
-	space := style.Columns - utf8.RuneCountInString(name) - utf8.RuneCountInString(form)
-	if space < 1 {
-		return form
-	}
-	return name + strings.Repeat(" ", space) + form
+	return clip(line+"  "+byteCount(rate)+"/s  "+name, columns)
+}
+
+// clip leaves so many characters of a line, but at least one.
+func clip(line string, columns int) string {
+	characters := []rune(line)
+	return string(characters[:min(len(characters), max(1, columns))])
 }
 
 // shownTime is a time for people.

@@ -41,13 +41,11 @@ func TestTransfer(t *testing.T) {
 		total   int64
 		want    string
 	}{
-		{79, 10 << 20, "out" + strings.Repeat(" ", 12) + "4.0MiB of 10.0MiB  1.0MiB/s [#######           ] 40%  6.0 s left"},
-		{50, 10 << 20, "out" + strings.Repeat(" ", 13) + "4.0MiB of 10.0MiB  40%  6.0 s left"},
-		{20, 10 << 20, "out  40%  6.0 s left"},
-		{10, 10 << 20, "out    40%"},
-		{4, 10 << 20, "40%"},
-		{50, 0, "out" + strings.Repeat(" ", 24) + "4.0MiB  1.0MiB/s  4.0 s"},
-		{12, 0, "out   4.0MiB"},
+		{79, 10 << 20, "40% of 10.0MiB  6.0 s left  1.0MiB/s  out"},
+		{26, 10 << 20, "40% of 10.0MiB  6.0 s left"},
+		{4, 10 << 20, "40% "},
+		{50, 0, "4.0MiB  4.0 s  1.0MiB/s  out"},
+		{12, 0, "4.0MiB  4.0 "},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			var w terminal

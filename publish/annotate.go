@@ -161,7 +161,7 @@ func (a *Annotator) encodeNar(ctx context.Context, path string, narHash [sha256.
 	if err != nil {
 		return k, nil
 	}
-	urls := n.PreferredURLs(narinfo.Fast)
+	urls := n.PreferredURLs()
 	i := slices.IndexFunc(urls, func(u narinfo.URL) bool { return u.Compression != "none" })
 	if i < 0 {
 		return k, nil

@@ -59,7 +59,7 @@ func (e *exporter) writeNar(ctx context.Context, it *exportItem, tree string) (n
 
 // elsewhere returns the nars that whoever gets the narinfo can have from a server.
 func (it *exportItem) elsewhere() (urls []narinfo.URL) {
-	for _, u := range it.narinfo.PreferredURLs(narinfo.Small) {
+	for _, u := range it.narinfo.PreferredURLs() {
 		base := it.server
 		if base == "" {
 			base = "file:" // so that what is relative is of no use

@@ -115,9 +115,9 @@ func (w *deltaWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bo
 	nodes, err := delta.NewReader(ctx, io.LimitReader(body, w.size), w.base, delta.ReadOptions{MaxSize: w.j.options().MaxBytes, Link: w.valid(ctx)})
 	if err != nil {
 		done(false)
-		return nil, nil, w.j.unquoted(a, w.url, err)
+		return nil, nil, err
 	}
-	return &countedNodes{unquotedNodes{nodes, w.j, a, w.url}, a}, func(ok bool) {
+	return &countedNodes{nodes, a}, func(ok bool) {
 		nodes.Close()
 		done(ok)
 	}, nil

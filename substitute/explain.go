@@ -180,7 +180,7 @@ func (s *Substituter) describe(report *ServerReport, r *record, want *narinfo.Na
 	if want != nil {
 		report.Vouches, report.Differs = want.Text() == n.Text() && r.authorised, narinfo.Differences(n, want)
 	}
-	usable := n.PreferredURLs(narinfo.Fast)
+	usable := n.PreferredURLs()
 	for _, u := range n.URLs {
 		nar := NarReport{URL: u.URL, Compression: u.Compression, Size: -1}
 		if u.SizeKnown {

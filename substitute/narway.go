@@ -8,8 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
@@ -70,7 +70,7 @@ func (j *job) listNars(records []record) {
 		return
 	}
 	for _, r := range records {
-		for _, u := range r.narinfo.PreferredURLs(narinfo.Fast) {
+		for _, u := range r.narinfo.PreferredURLs() {
 			url, err := narURL(r, u.URL)
 			switch {
 			case err != nil:
@@ -135,10 +135,10 @@ func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool
 	if err != nil {
 		body.copied.End(false)
 		body.nar.Close()
-		return nil, nil, j.unquoted(a, w.url, err)
+		return nil, nil, err
 	}
 	reader, closeNodes := j.reader(ctx, plain)
-	return unquotedNodes{reader, j, a, w.url}, func(ok bool) {
+	return reader, func(ok bool) {
 		closeNodes()
 		plain.Close()
 		body.done(ok)
@@ -160,38 +160,15 @@ func seedable(records []record, method string) bool {
 	return !others && method != "none"
 }
 
-// unquoted is an error of what is read from a URL, without anything that a local file contains, or
-// that strangers have named.
-func (j *job) unquoted(a *attempt, url string, err error) error {
-	if err == nil || err == io.EOF {
-		return err // before what takes longer: this is called for each part of each file
-	}
-	_, ofFile := errors.AsType[*fs.PathError](err)
-	transfer := !mirror.IsLocal(url) && (!j.s.Strangers || a.cut.Load() || a.ctx.Err() != nil)
-	if transfer || ofFile {
+// unquoted is an error of an attempt, without anything that a local file contains, or that strangers
+// have named.
+func (j *job) unquoted(a *attempt, err error) error {
+	_, ofFile := errors.AsType[syscall.Errno](err)
+	transfer := !mirror.IsLocal(a.url) && (!j.s.Strangers || a.cut.Load() || a.ctx.Err() != nil)
+	if a.url == "" || transfer || ofFile {
 		return err
 	}
 	return errUnquoted
-}
-
-// unquotedNodes are nodes whose errors show no contents that must not be shown.
-type unquotedNodes struct {
-	nar.Nodes
-	j   *job
-	a   *attempt
-	url string
-}
-
-// Next implements [nar.Nodes].
-func (n unquotedNodes) Next() (nar.Node, error) {
-	node, err := n.Nodes.Next()
-	return node, n.j.unquoted(n.a, n.url, err)
-}
-
-// Contents implements [nar.Nodes].
-func (n unquotedNodes) Contents() (nar.Chunk, error) {
-	chunk, err := n.Nodes.Contents()
-	return chunk, n.j.unquoted(n.a, n.url, err)
 }
 
 // A download is the bytes that a server sends. They give way to what somebody waits for, if nobody
@@ -221,6 +198,7 @@ func (j *job) download(ctx context.Context, a *attempt, url string, size int64) 
 		size = body.Size
 		a.total.Store(size)
 	}
+	a.url = url
 	a.progress.From(body.URL, size)
 	if !mirror.IsLocal(url) {
 		d.r = ratelimit.Reader(ctx, body, j.s.Limiter)

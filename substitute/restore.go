@@ -373,6 +373,7 @@ type attempt struct {
 	progress *protocol.Download
 	ctx      context.Context
 	cancel   context.CancelCauseFunc
+	url      string       // of what is downloaded, once it has begun
 	again    bool         // what came the first time was wrong
 	records  []record     // of the job when it began; watch may add to those of the job
 	got      atomic.Int64 // bytes that have come over the network
@@ -420,11 +421,11 @@ func (j *job) try(ctx context.Context, c *candidate) (narSize uint64, err error)
 	}
 	nodes, done, err := c.nodes(ctx, a)
 	if err != nil {
-		return 0, prefer(ctx, err)
+		return 0, prefer(ctx, j.unquoted(a, err))
 	}
 	result, err := restore.Restore(ctx, nodes, j.destination, j.options())
 	if err != nil {
-		err = prefer(ctx, err)
+		err = prefer(ctx, j.unquoted(a, err))
 		cancel(err) // makes a read that is under way return
 	} else {
 		err = j.check(c, result)

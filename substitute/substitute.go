@@ -228,7 +228,7 @@ func (s *Substituter) references(n *narinfo.Narinfo) (paths []string) {
 
 // downloadSize is the size of the nar that would be tried first, in bytes; 0 if it is not known.
 func downloadSize(n *narinfo.Narinfo) uint64 {
-	if urls := n.PreferredURLs(narinfo.Fast); len(urls) > 0 && urls[0].SizeKnown {
+	if urls := n.PreferredURLs(); len(urls) > 0 && urls[0].SizeKnown {
 		return urls[0].FileSize
 	}
 	return 0

@@ -170,7 +170,7 @@ func (s *Substituter) usable(f *found) bool {
 		return false
 	}
 	return slices.ContainsFunc(f.all, func(r record) bool {
-		return len(r.narinfo.ERIS) > 0 || slices.ContainsFunc(r.narinfo.PreferredURLs(narinfo.Fast), func(u narinfo.URL) bool {
+		return len(r.narinfo.ERIS) > 0 || slices.ContainsFunc(r.narinfo.PreferredURLs(), func(u narinfo.URL) bool {
 			_, err := narURL(r, u.URL)
 			return err == nil
 		})

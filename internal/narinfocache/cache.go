@@ -24,6 +24,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -284,95 +285,75 @@ func (c *Cache) Clean(now time.Time, stop <-chan struct{}) {
 	}
 }
 
-// trim removes what is too old, and then those entries, if all take too much, that have not been
-// used for longest, to the hour, until they take three quarters of what they may. It returns false
-// if it was stopped.
+// trim removes what is too old, and then, if all take too much, those entries that have not been
+// used for longest, until they take three quarters of what they may. It returns false if it was
+// stopped.
 func (c *Cache) trim(now time.Time, stop <-chan struct{}) bool {
-	var hours [maxAge/time.Hour + 1]int64 // bytes, by when they were last used
+	var kept []used
 	total := int64(0)
-	if !c.walk(stop, func(info fs.FileInfo) (remove bool) {
-		most := maxAge
-		if strings.HasPrefix(info.Name(), files.TemporaryPrefix) {
-			most = temporaryAge
-		}
-		if now.Sub(info.ModTime()) > most {
-			return true
-		}
-		hours[idle(info, now)] += onDisk(info)
-		total += onDisk(info)
-		return false
-	}) {
-		return false
-	}
-	if total <= c.most {
-		return true
-	}
-	excess := total - c.most/4*3
-	last := len(hours) - 1 // the hour of which not all are removed
-	for ; hours[last] < excess; last-- {
-		excess -= hours[last]
-	}
-	return c.walk(stop, func(info fs.FileInfo) (remove bool) {
-		hour := idle(info, now)
-		if hour == last && excess > 0 {
-			excess -= onDisk(info)
-			return true
-		}
-		return hour > last
-	})
-}
-
-// idle returns for how many hours a file has not been used, as far as the file system tells: some
-// note reading once a day.
-func idle(info fs.FileInfo, now time.Time) int {
-	used := info.ModTime()
-	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
-		if read := time.Unix(stat.Atim.Unix()); read.After(used) && !read.After(now) {
-			used = read
-		}
-	}
-	return int(min(max(0, now.Sub(used)), maxAge) / time.Hour)
-}
-
-// onDisk is about how many bytes a file takes on disk.
-func onDisk(info fs.FileInfo) int64 { return (info.Size() + 4095) &^ 4095 }
-
-// walk calls remove for all files of servers, and removes those for which it returns true, and
-// directories that are empty. It returns false if it was stopped.
-func (c *Cache) walk(stop <-chan struct{}, remove func(fs.FileInfo) bool) bool {
 	servers, _ := os.ReadDir(c.directory)
 	for _, server := range servers {
-		directory := filepath.Join(c.directory, server.Name())
 		if !server.IsDir() {
 			continue
 		}
-		if !walkServer(directory, stop, remove) {
-			return false
-		}
-		os.Remove(directory) // fails if there is something in it
-	}
-	return true
-}
-
-func walkServer(directory string, stop <-chan struct{}, remove func(fs.FileInfo) bool) bool {
-	d, err := os.Open(directory)
-	if err != nil {
-		return true
-	}
-	defer d.Close()
-	for err == nil {
-		var entries []fs.DirEntry
-		entries, err = d.ReadDir(512)
+		directory := filepath.Join(c.directory, server.Name())
+		entries, _ := os.ReadDir(directory)
 		for _, e := range entries {
 			select {
 			case <-stop:
 				return false
 			default:
 			}
-			if info, err := e.Info(); err == nil && info.Mode().IsRegular() && remove(info) {
-				os.Remove(filepath.Join(directory, e.Name()))
+			info, err := e.Info()
+			if err != nil || !info.Mode().IsRegular() {
+				continue
 			}
+			most := maxAge
+			if strings.HasPrefix(e.Name(), files.TemporaryPrefix) {
+				most = temporaryAge
+			}
+			name := filepath.Join(directory, e.Name())
+			if now.Sub(info.ModTime()) > most {
+				os.Remove(name)
+				continue
+			}
+			kept = append(kept, used{name, lastUse(info, now), onDisk(info)})
+			total += onDisk(info)
 		}
+		os.Remove(directory) // fails if there is something in it
+	}
+	if total <= c.most {
+		return true
+	}
+	slices.SortFunc(kept, func(a, b used) int { return a.last.Compare(b.last) })
+	for _, u := range kept {
+		if total <= c.most/4*3 {
+			break
+		}
+		os.Remove(u.name)
+		total -= u.size
 	}
 	return true
 }
+
+// used is a file, when it was used, and how many bytes it takes.
+type used struct {
+	name string
+	last time.Time
+	size int64
+}
+
+// lastUse returns when a file was used, as far as the file system tells: some note reading once a
+// day.
+func lastUse(info fs.FileInfo, now time.Time) time.Time {
+	last := info.ModTime()
+	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
+		if read := time.Unix(stat.Atim.Unix()); read.After(last) && !read.After(now) {
+			last = read
+		}
+	}
+	return last
+}
+
+// onDisk is about how many bytes a file takes on disk.
+func onDisk(info fs.FileInfo) int64 { return (info.Size() + 4095) &^ 4095 }
