@@ -51,7 +51,7 @@ func TestSecrets(t *testing.T) {
 	})
 	secret := strings.Replace(server, "http://", "http://alice:s3cret@", 1)
 	var shown []string
-	c := client(t, mirror.Options{ResumeDelay: time.Millisecond, OnRedirect: func(url string) { shown = append(shown, url) }})
+	c := client(t, mirror.Options{ResumeDelay: time.Millisecond, Note: func(format string, a ...any) { shown = append(shown, fmt.Sprintf(format, a...)) }})
 	for _, name := range []string{"/loop", "/away", "/bad", "/cut", "/broken", "/absent"} {
 		_, err := read(t, c, secret+name)
 		if err == nil {

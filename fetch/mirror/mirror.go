@@ -55,19 +55,12 @@ type Options struct {
 	// fly; 60 seconds by default. A server that has kept silent gets half of that the next time,
 	// and so on down to an eighth. A third of it bounds silence in the middle of a nar.
 	NarTimeout time.Duration
-	// SlowAfter is the time after which OnSlow is called for a nar whose headers have not come; 5
-	// seconds by default.
-	SlowAfter time.Duration
-	// OnSlow is called with the host of a slow server, from any goroutine.
-	OnSlow func(host string)
-	// OnRedirect is called with the URL that a nar request was redirected to.
-	OnRedirect func(url string)
 	// ResumeDelay is the time until a nar that was cut off is requested again; it doubles with each
 	// attempt. 250 milliseconds by default.
 	ResumeDelay time.Duration
-	// OnResume is called, by the reader of the nar at url, when what was cut off after offset bytes
-	// goes on.
-	OnResume func(url string, offset int64, cut error)
+	// Note tells people that a nar is slow to come, is redirected, or goes on after it was cut off.
+	// It is called from any goroutine; nil tells nobody.
+	Note func(format string, a ...any)
 	// PublicFiles, if not nil, are the URLs of servers that somebody has named who may not read all
 	// that this process can. Then a local file is used only if it is below the directory of a file:
 	// URL among them, is regular, may be read by everybody, and is not reached through a symbolic
@@ -103,8 +96,10 @@ func NewClient(o Options) *Client {
 	o.ConnectTimeout = cmp.Or(o.ConnectTimeout, 5*time.Second)
 	o.NarinfoTimeout = cmp.Or(o.NarinfoTimeout, 10*time.Second)
 	o.NarTimeout = cmp.Or(o.NarTimeout, time.Minute)
-	o.SlowAfter = cmp.Or(o.SlowAfter, 5*time.Second)
 	o.ResumeDelay = cmp.Or(o.ResumeDelay, 250*time.Millisecond)
+	if o.Note == nil {
+		o.Note = func(string, ...any) {}
+	}
 	if o.Getenv == nil {
 		o.Getenv = func(string) string { return "" }
 	}

@@ -516,7 +516,7 @@ func TestNar(t *testing.T) {
 		io.WriteString(w, "b")
 	})
 	var redirected []string
-	c := client(t, mirror.Options{OnRedirect: func(url string) { redirected = append(redirected, url) }})
+	c := client(t, mirror.Options{Note: func(format string, a ...any) { redirected = append(redirected, fmt.Sprintf(format, a...)) }})
 	tests := []struct{ url, want string }{
 		{"/nar/plain", "/nar/plain  "},
 		{"/nar/what%3Fis%3Dthis%2Bthing", "/nar/what%3Fis%3Dthis%2Bthing  "},
@@ -628,8 +628,8 @@ func TestNarFaults(t *testing.T) {
 			})
 			slow := make(chan string, 10)
 			c := client(t, mirror.Options{
-				NarTimeout: 200 * time.Millisecond, SlowAfter: 20 * time.Millisecond, ResumeDelay: time.Millisecond,
-				OnSlow: func(host string) { slow <- host },
+				NarTimeout: 200 * time.Millisecond, ResumeDelay: time.Millisecond,
+				Note: func(format string, a ...any) { slow <- fmt.Sprintf(format, a...) },
 			})
 			_, err := read(t, c, server+"/nar")
 			if err == nil || !strings.Contains(err.Error(), test.want) {

@@ -139,9 +139,7 @@ func (c *Client) openRedirected(ctx context.Context, rawURL string, fields http.
 			return nil, fmt.Errorf("%s: redirected to %.300q: %w", l, WithoutUser(next), err)
 		}
 		l = target
-		if c.o.OnRedirect != nil {
-			c.o.OnRedirect(l.String())
-		}
+		c.o.Note("following redirection to '%s'...", l)
 	}
 	return nil, fmt.Errorf("%s: more than %d redirections", WithoutUser(rawURL), maxRedirects)
 }
@@ -151,10 +149,10 @@ func (c *Client) openNar(ctx context.Context, l *location, fields http.Header) (
 	if err := c.peer(l).resting(); err != nil {
 		return nil, "", err
 	}
-	if c.o.OnSlow != nil {
-		slow := time.AfterFunc(c.o.SlowAfter, func() { c.o.OnSlow(l.hostField()) })
-		defer slow.Stop()
-	}
+	slow := time.AfterFunc(c.o.NarTimeout/slowShare, func() {
+		c.o.Note("warning: %s: server is somewhat slow; try '--no-substitutes' if it does not get better", l.hostField())
+	})
+	defer slow.Stop()
 	n = &Nar{URL: l.String(), client: c, location: l, parent: ctx, timeout: c.o.NarTimeout / bodyShare}
 	response, err := n.request(fields)
 	if err != nil {
@@ -187,6 +185,10 @@ func (c *Client) openNar(ctx context.Context, l *location, fields http.Header) (
 func statusError(l *location, r *http.Response) *StatusError {
 	return &StatusError{l.String(), r.Status, r.StatusCode, backoff.RetryAfter(r.Header.Get("Retry-After"), time.Now())}
 }
+
+// slowShare is the part of the time for which a server may be silent before a nar after which people
+// are told.
+const slowShare = 12
 
 // bodyShare is the part of the time for which a server may be silent before a nar after which one
 // in the middle is requested again.

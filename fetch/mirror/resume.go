@@ -53,9 +53,7 @@ func (n *Nar) cut(cause error) error {
 		var server *ServerError
 		switch {
 		case err == nil:
-			if n.client.o.OnResume != nil {
-				n.client.o.OnResume(n.URL, n.offset, cause)
-			}
+			n.client.o.Note("%s: %v; going on after %d bytes", n.URL, cause, n.offset)
 			return nil
 		case n.parent.Err() != nil:
 			return context.Cause(n.parent)

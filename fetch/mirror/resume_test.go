@@ -106,7 +106,11 @@ func quick(t *testing.T, resumed *atomic.Int64) *mirror.Client {
 	return client(t, mirror.Options{
 		ResumeDelay: time.Millisecond,
 		NarTimeout:  900 * time.Millisecond,
-		OnResume:    func(string, int64, error) { resumed.Add(1) },
+		Note: func(format string, _ ...any) {
+			if strings.Contains(format, "going on") {
+				resumed.Add(1)
+			}
+		},
 	})
 }
 
@@ -392,9 +396,9 @@ func TestResumeNginx(t *testing.T) {
 	must(t, os.Chtimes(www+"/nar", before, before))
 	url := "http://" + sourcetest.Proxy(t, nginx(t, www), 0, 1<<20) + "/nar"
 	var resumed atomic.Int64
-	c := client(t, mirror.Options{ResumeDelay: time.Millisecond, OnResume: func(url string, offset int64, cut error) {
+	c := client(t, mirror.Options{ResumeDelay: time.Millisecond, Note: func(format string, a ...any) {
 		if resumed.Add(1) == 1 {
-			t.Logf("%s: %d bytes, then %v", url, offset, cut)
+			t.Logf(format, a...)
 		}
 	}})
 	expect(t, c, url, string(contents))

@@ -356,13 +356,7 @@ func (s *Settings) session(query bool, log *protocol.Log) *Session {
 			NarConnections: narConnections,
 			PublicFiles:    s.publicFiles(),
 			Getenv:         os.Getenv,
-			OnSlow: func(host string) {
-				s.log.Warnf("%s: server is somewhat slow; try '--no-substitutes' if it does not get better", host)
-			},
-			OnResume: func(url string, offset int64, cut error) {
-				s.log.Notef("%s: %v; going on after %d bytes", url, cut, offset)
-			},
-			OnRedirect: func(url string) { s.log.Notef("following redirection to '%s'...", url) },
+			Note:           s.log.Notef,
 		}),
 		Cache: s.cache(),
 		Log:   log,
