@@ -7,7 +7,6 @@ import (
 	"os"
 	"slices"
 	"sync"
-	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
@@ -18,14 +17,9 @@ import (
 // narinfos of references are fetched in the background, wherever a request would look for them
 // first, in memory and on disk.
 
-const (
-	// maxAheadRequest is the number of items of a request after which nothing is looked up ahead:
-	// whoever asks about many at once knows what is wanted.
-	maxAheadRequest = 16
-	// aheadTime is for how long it goes on without a request, which tells that somebody is still
-	// interested.
-	aheadTime = 30 * time.Second
-)
+// maxAheadRequest is the number of items of a request after which nothing is looked up ahead:
+// whoever asks about many at once knows what is wanted.
+const maxAheadRequest = 16
 
 // A lookAhead fetches narinfos before they are asked for. The zero value is ready.
 type lookAhead struct {
@@ -34,7 +28,6 @@ type lookAhead struct {
 	mu     sync.Mutex
 	ctx    context.Context // nil while nothing goes on
 	cancel context.CancelFunc
-	until  time.Time
 	seen   map[string]bool // store items
 }
 
@@ -73,7 +66,6 @@ func (s *Substituter) lookAhead(items []string, found map[string]*found) {
 		a.seen = map[string]bool{}
 	}
 	ctx := a.ctx
-	a.until = time.Now().Add(aheadTime)
 	a.mu.Unlock()
 	a.see(ctx, items, s.LookAhead)
 	for _, f := range found {
@@ -85,7 +77,7 @@ func (s *Substituter) lookAhead(items []string, found map[string]*found) {
 func (a *lookAhead) see(ctx context.Context, items []string, most int) (unseen []string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if ctx.Err() != nil || time.Now().After(a.until) {
+	if ctx.Err() != nil {
 		return nil
 	}
 	for _, item := range items {

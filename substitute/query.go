@@ -124,7 +124,7 @@ func (s *Substituter) known(server *server, it *item) (r *record, known bool, p 
 	e, ok := s.Cache.Get(server.url, it.hash, now)
 	if ok {
 		r = s.read(server, it, e.Narinfo, e.Until.Add(-e.TTL))
-		s.memory.Put(key, r, len(e.Narinfo), now, now.Add(min(e.Until.Sub(now), memoryTime)))
+		s.memory.Put(key, r, len(e.Narinfo), now.Add(min(e.Until.Sub(now), memoryTime)))
 		s.memory.End(key, p, true, r)
 	}
 	return r, ok, p, true
@@ -265,7 +265,7 @@ func (s *Substituter) keep(server *server, it *item, e narinfocache.Entry, r *re
 			s.Log.WarnOnce("cache", "narinfos cannot be kept for later: %v", err)
 		}
 	}
-	s.memory.Put(memoryKey{server, it.path}, r, len(e.Narinfo), now, now.Add(ttl))
+	s.memory.Put(memoryKey{server, it.path}, r, len(e.Narinfo), now.Add(ttl))
 }
 
 // renew requests narinfos of an item again that have turned out to be of no use, if they have been

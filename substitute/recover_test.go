@@ -448,16 +448,19 @@ func TestUselessCache(t *testing.T) {
 	}
 }
 
-// TestClockSetBack checks that what was learnt while the clock was ahead is not believed.
+// TestClockSetBack checks that what another process learnt while the clock was ahead is not
+// believed.
 func TestClockSetBack(t *testing.T) {
 	f := newFixture(t, 10)
 	server := newTestServer(t)
+	directory := t.TempDir()
+	before := newSubstituter(t, f.key, server)
+	closeCache := withCache(t, before, directory)
+	before.Now = func() time.Time { return time.Now().Add(1000 * time.Hour) }
+	available(t, before, itemPaths(1), 0)
+	closeCache()
 	s := newSubstituter(t, f.key, server)
-	defer withCache(t, s, t.TempDir())()
-	later := 1000 * time.Hour
-	s.Now = func() time.Time { return time.Now().Add(later) }
-	available(t, s, itemPaths(1), 0)
-	later = 0
+	defer withCache(t, s, directory)()
 	server.has(itemPath(0), f.narinfo(t, "none nar"))
 	available(t, s, itemPaths(1), 1)
 }

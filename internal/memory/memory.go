@@ -14,8 +14,6 @@ const (
 	// of.
 	maxAnswers = 20000
 	maxBytes   = 8 << 20
-	// mostWait is for how long a busy machine may keep a goroutine between two steps.
-	mostWait = 10 * time.Second
 )
 
 // A Memory has answers by what they are answers to. The zero value is ready. It is safe for
@@ -28,8 +26,8 @@ type Memory[K comparable, V any] struct {
 }
 
 type kept[V any] struct {
-	answer      V
-	from, until time.Time
+	answer V
+	until  time.Time
 }
 
 // A Request is one that is under way.
@@ -46,9 +44,8 @@ type Request[V any] struct {
 func (m *Memory[K, V]) Begin(key K, anew bool, now time.Time) (answer V, known bool, r *Request[V], ours bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	// One from the future was put there before the clock was set, or while the caller, who had
-	// looked at the clock before, waited for the lock.
-	if e, ok := m.answers[key]; ok && !anew && !now.After(e.until) && e.from.Sub(now) <= mostWait {
+	// Times of the process go on when the clock is set.
+	if e, ok := m.answers[key]; ok && !anew && !now.After(e.until) {
 		return e.answer, true, nil, false
 	}
 	if r := m.open[key]; r != nil {
@@ -73,15 +70,15 @@ func (m *Memory[K, V]) End(key K, r *Request[V], answered bool, answer V) {
 	}
 }
 
-// Put keeps an answer, made of so many bytes, for some time.
-func (m *Memory[K, V]) Put(key K, answer V, bytes int, now, until time.Time) {
+// Put keeps an answer, made of so many bytes, until some time.
+func (m *Memory[K, V]) Put(key K, answer V, bytes int, until time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.answers == nil || len(m.answers) >= maxAnswers || m.bytes > maxBytes {
 		m.answers, m.bytes = map[K]kept[V]{}, 0
 	}
 	m.bytes += bytes
-	m.answers[key] = kept[V]{answer, now, until}
+	m.answers[key] = kept[V]{answer, until}
 }
 
 // Clear forgets all answers.
