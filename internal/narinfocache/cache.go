@@ -75,9 +75,8 @@ const (
 	maxAge = 2 * 24 * time.Hour
 	// maxTTL bounds what is believed of their entries.
 	maxTTL = 365 * 24 * time.Hour
-	// cleanupPeriod is the time between two searches for expired entries.
-	cleanupPeriod = 5 * 24 * time.Hour
-	// maxBytes bounds what the entries take on disk. It is looked at after about trimEvery files.
+	// maxBytes bounds what the entries take on disk. It is looked at, and what is too old removed,
+	// after about trimEvery files.
 	maxBytes  = 256 << 20
 	trimEvery = 4096
 	// maxPending bounds what waits to be written, in bytes.
@@ -88,8 +87,6 @@ const (
 	maxFile = 2 << 20
 	// temporaryAge is after how long such a file has no writer any more.
 	temporaryAge = time.Hour
-	// stampName is the file whose modification time is that of the last clean-up.
-	stampName = "last-cleanup"
 )
 
 // Open returns the cache in directory, which it creates if need be, for its owner alone. It fails
@@ -215,7 +212,7 @@ func (c *Cache) write() {
 		err := c.put(l.url, l.hash, l.entry, l.stored)
 		// By chance, because many processes that write little write much together.
 		if rand.IntN(c.trimEvery) == 0 {
-			c.trim(time.Now(), nil)
+			c.trim(time.Now())
 		}
 		c.mu.Lock()
 		if c.pending[key] == l { // nothing newer has come
@@ -267,28 +264,9 @@ func plain(hash string) bool {
 	return len(hash) == 32
 }
 
-// Clean removes what is too old, or too much, if that has not been done for some days. It stops
-// when stop is closed, to go on another time. Errors of single files are passed over.
-func (c *Cache) Clean(now time.Time, stop <-chan struct{}) {
-	stamp := filepath.Join(c.directory, stampName)
-	info, err := os.Lstat(stamp)
-	if err == nil && now.Sub(info.ModTime()).Abs() < cleanupPeriod {
-		return
-	}
-	// Before the work, so that other processes do not begin it too.
-	err = files.Write(stamp, 0o600, files.Options{}, nil)
-	if err != nil || os.Chtimes(stamp, now, now) != nil {
-		return
-	}
-	if !c.trim(now, stop) {
-		os.Remove(stamp)
-	}
-}
-
 // trim removes what is too old, and then, if all take too much, those entries that have not been
-// used for longest, until they take three quarters of what they may. It returns false if it was
-// stopped.
-func (c *Cache) trim(now time.Time, stop <-chan struct{}) bool {
+// used for longest, until they take three quarters of what they may. Errors are passed over.
+func (c *Cache) trim(now time.Time) {
 	var kept []used
 	total := int64(0)
 	servers, _ := os.ReadDir(c.directory)
@@ -299,11 +277,6 @@ func (c *Cache) trim(now time.Time, stop <-chan struct{}) bool {
 		directory := filepath.Join(c.directory, server.Name())
 		entries, _ := os.ReadDir(directory)
 		for _, e := range entries {
-			select {
-			case <-stop:
-				return false
-			default:
-			}
 			info, err := e.Info()
 			if err != nil || !info.Mode().IsRegular() {
 				continue
@@ -323,7 +296,7 @@ func (c *Cache) trim(now time.Time, stop <-chan struct{}) bool {
 		os.Remove(directory) // fails if there is something in it
 	}
 	if total <= c.most {
-		return true
+		return
 	}
 	slices.SortFunc(kept, func(a, b used) int { return a.last.Compare(b.last) })
 	for _, u := range kept {
@@ -333,7 +306,6 @@ func (c *Cache) trim(now time.Time, stop <-chan struct{}) bool {
 		os.Remove(u.name)
 		total -= u.size
 	}
-	return true
 }
 
 // used is a file, when it was used, and how many bytes it takes.

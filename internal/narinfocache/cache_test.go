@@ -42,7 +42,7 @@ func entries(t testing.TB, directory string) []string {
 	t.Helper()
 	var found []string
 	err := filepath.WalkDir(directory, func(path string, d fs.DirEntry, err error) error {
-		if err == nil && !d.IsDir() && d.Name() != "last-cleanup" {
+		if err == nil && !d.IsDir() {
 			found = append(found, path)
 		}
 		return err
@@ -169,7 +169,7 @@ func TestCorrupt(t *testing.T) {
 	}
 }
 
-func TestClean(t *testing.T) {
+func TestTrimOld(t *testing.T) {
 	d := t.TempDir()
 	c := open(t, d)
 	start := time.Now()
@@ -182,23 +182,13 @@ func TestClean(t *testing.T) {
 	for _, junk := range []string{".new-123", strings.Repeat("z", 32)} {
 		must(t, os.WriteFile(server+"/"+junk, []byte("junk"), 0o600))
 	}
-	stopped := make(chan struct{})
-	close(stopped)
-	for _, test := range []struct {
-		name string
-		at   time.Duration
-		stop chan struct{}
-		left int
-	}{
-		{"the first", 0, nil, 10},
-		{"one that is not due, of another process", 3 * 24 * time.Hour, nil, 10},
-		{"one that was stopped", 6 * 24 * time.Hour, stopped, 10},
-		{"one that goes on", 6 * 24 * time.Hour, nil, 0},
-	} {
-		open(t, d).Clean(start.Add(test.at), test.stop)
-		if got := len(entries(t, d)); got != test.left {
-			t.Errorf("%d files after %s", got, test.name)
-		}
+	c.trim(start)
+	if got := len(entries(t, d)); got != 10 {
+		t.Errorf("%d files are left of what is new", got)
+	}
+	c.trim(start.Add(3 * 24 * time.Hour))
+	if got := entries(t, d); len(got) != 0 {
+		t.Errorf("old files are left: %q", got)
 	}
 	must(t, c.put(url, hash, Entry{TTL: time.Hour}, now))
 }
@@ -272,8 +262,8 @@ func TestUnfit(t *testing.T) {
 		}
 		os.Remove(path)
 	}
-	must(t, os.Symlink(victim, filepath.Join(d, "last-cleanup")))
-	c.Clean(time.Now().Add(100*24*time.Hour), nil)
+	must(t, os.Symlink(filepath.Dir(victim), filepath.Join(d, "server")))
+	c.trim(time.Now().Add(100 * 24 * time.Hour))
 	if b, err := os.ReadFile(victim); err != nil || !bytes.Equal(b, precious) {
 		t.Errorf("what a link names has changed: %q, error %v", b, err)
 	}
@@ -349,7 +339,7 @@ func FuzzDecode(f *testing.F) {
 		if e, ok := c.Get(url, hash, now); ok && e.TTL < 0 {
 			t.Errorf("entry %+v", e)
 		}
-		c.Clean(now.Add(1000*time.Hour), nil)
+		c.trim(now.Add(1000 * time.Hour))
 	})
 }
 

@@ -14,7 +14,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -157,15 +156,8 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error
 		s.renewKeys(sub, query, true)
 	}
 	var cleaning sync.WaitGroup
-	stop := make(chan struct{})
-	cleaning.Go(func() {
-		s.clean()
-		if query && sub.Cache != nil {
-			sub.Cache.Clean(time.Now(), stop)
-		}
-	})
+	cleaning.Go(s.clean)
 	defer cleaning.Wait()
-	defer close(stop)
 	if query {
 		sub.LookAhead = lookAhead
 		sub.noted = s.daemonSession()
