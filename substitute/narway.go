@@ -160,8 +160,8 @@ func seedable(records []record, method string) bool {
 	return !others && method != "none"
 }
 
-// unquoted is an error of an attempt, without anything that a local file contains, or that strangers
-// have named.
+// unquoted is an error of an attempt, without anything that a local file contains, or that
+// strangers have named.
 func (j *job) unquoted(a *attempt, err error) error {
 	_, ofFile := errors.AsType[syscall.Errno](err)
 	transfer := !mirror.IsLocal(a.url) && (!j.s.Strangers || a.cut.Load() || a.ctx.Err() != nil)

@@ -186,8 +186,8 @@ func statusError(l *location, r *http.Response) *StatusError {
 	return &StatusError{l.String(), r.Status, r.StatusCode, backoff.RetryAfter(r.Header.Get("Retry-After"), time.Now())}
 }
 
-// slowShare is the part of the time for which a server may be silent before a nar after which people
-// are told.
+// slowShare is the part of the time for which a server may be silent before a nar after which
+// people are told.
 const slowShare = 12
 
 // bodyShare is the part of the time for which a server may be silent before a nar after which one
