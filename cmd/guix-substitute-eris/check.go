@@ -61,7 +61,11 @@ func (s *checkSettings) check(ctx context.Context, what string) error {
 	if err != nil && !isDirectory {
 		return fmt.Errorf("%w; this is no directory either", err)
 	}
-	urls, err := s.urls(what, isDirectory)
+	var own []string
+	if isDirectory && len(s.stores) == 0 {
+		own = []string{"file:" + (&url.URL{Path: filepath.Join(what, "blocks")}).EscapedPath()}
+	}
+	urls, err := storeURLs(strings.Join(s.stores, " "), own...)
 	if err != nil {
 		return err
 	}
@@ -107,25 +111,6 @@ func (s *checkSettings) check(ctx context.Context, what string) error {
 		err = message.Unavailable
 	}
 	return err
-}
-
-// urls returns the store that is checked, and those to repair it from.
-func (s *checkSettings) urls(what string, isDirectory bool) ([]string, error) {
-	if urls := strings.Fields(strings.Join(s.stores, " ")); len(urls) > 0 {
-		return urls, nil
-	}
-	file, err := settings.Read()
-	if err != nil {
-		return nil, err
-	}
-	urls := settings.StoreURLs("", file)
-	if isDirectory {
-		urls = append([]string{"file:" + (&url.URL{Path: filepath.Join(what, "blocks")}).EscapedPath()}, urls...)
-	}
-	if len(urls) == 0 {
-		return nil, errNoStore()
-	}
-	return urls, nil
 }
 
 // showItems shows what there is of items: all that can be said of those that are not complete, or

@@ -18,7 +18,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
@@ -38,7 +37,6 @@ store that runs on this machine.`,
 	}
 	stores := c.Flags().String("store", "", "fetch blocks from the stores with these `URLS`, separated by spaces, in this order (default: $ERIS_STORE_URL, the setting eris-stores, or what runs here)")
 	raw := c.Flags().Bool("raw", false, "write the contents as they are, even if they are a file tree")
-	asJSON := c.Flags().Bool("json", false, "print what was decoded as JSON")
 	c.RunE = func(_ *cobra.Command, args []string) error {
 		if len(args) != 2 {
 			return message.Usage("decode takes a URN and a destination: guix-substitute-eris decode --store=URL urn:eris:… FILE")
@@ -46,43 +44,25 @@ store that runs on this machine.`,
 		if strings.HasPrefix(args[1], "urn:eris:") {
 			return message.Usage("decode takes the URN first, and then the destination: guix-substitute-eris decode %s %s", args[1], args[0])
 		}
-		result, err := decode(c.Context(), args[0], args[1], *stores, *raw)
-		if err == nil && *asJSON {
-			err = page.JSON(result)
-		}
-		return err
+		return decode(c.Context(), args[0], args[1], *stores, *raw)
 	}
 	return c
 }
 
-// decodeResult is what decode prints.
-type decodeResult struct {
-	Form string `json:"form"`
-	// Size is the length of the contents in bytes.
-	Size int64 `json:"size"`
-	// NarHash and NarSize are those of a tree.
-	NarHash string `json:"narHash,omitempty"`
-	NarSize uint64 `json:"narSize,omitempty"`
-}
-
-func decode(ctx context.Context, urn, destination, flag string, raw bool) (result decodeResult, err error) {
+func decode(ctx context.Context, urn, destination, flag string, raw bool) error {
 	c, err := parseURN(urn)
 	if err != nil {
-		return result, err
+		return err
 	}
 	name := destination
 	if destination != "-" {
 		if destination, err = restore.CheckNew(destination); err != nil {
-			return result, err
+			return err
 		}
 	}
-	file, err := settings.Read()
+	urls, err := storeURLs(flag)
 	if err != nil {
-		return result, err
-	}
-	urls := settings.StoreURLs(flag, file)
-	if len(urls) == 0 {
-		return result, errNoStore()
+		return err
 	}
 	members, err := settings.OpenStores(urls, 0)
 	log := session.NewLog()
@@ -91,7 +71,7 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	}})
 	defer all.Close()
 	if err != nil {
-		return result, err
+		return err
 	}
 	shown := log.Transfer(name, sourceNames(members))
 	defer shown.Stop()
@@ -99,38 +79,43 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) (resul
 	// What is decoded may be as large as it likes; it goes to disk only.
 	x, err := image.Open(ctx, blocks, c, erisfs.Limits{NarSize: 1 << 60}, all.Window())
 	if err != nil {
-		return result, err
+		return err
 	}
 	defer x.Close()
-	result = decodeResult{Form: string(x.Form), Size: x.Content.Size()}
-	x.Total = func(bytes int64) { shown.Total(result.Size + bytes) }
+	size := x.Content.Size()
+	x.Total = func(bytes int64) { shown.Total(size + bytes) }
 	if raw || x.Form != image.ERISFS {
-		shown.Total(result.Size)
+		shown.Total(size)
 	}
-	if raw || x.Form != image.ERISFS && x.Form != image.Nar {
-		if err = writeContents(x.Content, destination); err == nil && destination != "-" {
-			shown.Done("wrote %s to %s", page.Size(result.Size), name)
-		}
-		return result, err
+	switch {
+	case raw || x.Form != image.ERISFS && x.Form != image.Nar:
+		err = writeContents(x.Content, destination)
+	case destination == "-":
+		return message.Usage("a file tree cannot be written to standard output; see --raw")
+	default:
+		size, err = writeTree(ctx, x, destination)
 	}
-	if destination == "-" {
-		return result, message.Usage("a file tree cannot be written to standard output; see --raw")
+	if err == nil && destination != "-" {
+		shown.Done("wrote %s to %s", page.Size(size), name)
 	}
+	return err
+}
+
+// writeTree makes the tree of an image where there is nothing yet, and returns the length of its
+// archive.
+func writeTree(ctx context.Context, x *image.Image, destination string) (size int64, err error) {
 	nodes, closeNodes, err := x.Nodes(ctx)
 	if err != nil {
-		return result, err
+		return 0, err
 	}
 	defer closeNodes()
 	unix.Umask(0o022)
 	err = restore.Whole(destination, func(temporary string) error {
 		r, err := restore.Restore(ctx, nodes, temporary, restore.Options{Writable: true})
-		result.NarHash, result.NarSize = "sha256:"+nixbase32.EncodeToString(r.NarHash[:]), r.NarSize
+		size = int64(r.NarSize)
 		return err
 	})
-	if err == nil {
-		shown.Done("wrote %s to %s", page.Size(int64(result.NarSize)), name)
-	}
-	return result, err
+	return size, err
 }
 
 // parseURN reads a read capability as it is printed, also with the name of an item behind it.
@@ -138,6 +123,17 @@ func parseURN(text string) (eris.ReadCapability, error) {
 	urn, _, _ := strings.Cut(text, "#")
 	c, err := eris.ParseURN(urn)
 	return c, message.OfUsage(err)
+}
+
+// storeURLs returns the stores that blocks come from, of which there must be one: those that are
+// given first, and those that the flag names, or what counts without it.
+func storeURLs(flag string, first ...string) ([]string, error) {
+	file, err := settings.Read()
+	urls := append(first, settings.StoreURLs(flag, file)...)
+	if err == nil && len(urls) == 0 {
+		err = errNoStore()
+	}
+	return urls, err
 }
 
 func errNoStore() error {

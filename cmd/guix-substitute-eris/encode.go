@@ -20,20 +20,17 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dump"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/guixdb"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
 
 // encodeSettings are the options of encode.
 type encodeSettings struct {
-	store, secret       string
-	item, closure, json bool
+	store, secret string
+	item, closure bool
 }
 
 func encodeCommand() *cobra.Command {
@@ -61,7 +58,6 @@ encoded too; each URN has the item behind it.`,
 	f.StringVar(&s.secret, "convergence-secret", "", "use the convergence secret `BASE32`, or \"unique\" for one that nobody knows; by default everybody who encodes the same contents gets the same URN")
 	f.BoolVar(&s.item, "item", false, "encode a file as if it were a store item")
 	f.BoolVar(&s.closure, "closure", false, "encode store items with everything that they refer to")
-	f.BoolVar(&s.json, "json", false, "print the result as JSON")
 	c.RunE = func(_ *cobra.Command, args []string) error {
 		if len(args) != 1 && (!s.closure || len(args) == 0) {
 			return message.Usage("encode takes one file or directory: guix-substitute-eris encode --store=URL FILE")
@@ -72,109 +68,117 @@ encoded too; each URN has the item behind it.`,
 }
 
 func (s *encodeSettings) run(ctx context.Context, args []string) error {
+	secret, err := convergenceSecret(s.secret)
+	if err != nil {
+		return err
+	}
+	if s.closure {
+		s.item = true
+		if args, err = closureOf(ctx, args); err != nil {
+			return err
+		}
+	}
 	store, err := settings.OpenToPut(s.store)
 	if err != nil {
 		return err
 	}
-	out, to := os.Stdout, ""
-	if store != nil {
-		defer store.Close()
-		to = store.String()
-		if _, ok := store.(*dump.Stream); ok {
-			if term.IsTerminal(1) {
-				return message.Usage("a dump is not for a terminal; name a file: --store=dump:FILE")
-			}
-			out = os.Stderr
-		}
-	}
 	log := session.NewLog()
-	shown := log.Transfer(args[0], to)
+	if store == nil {
+		nowhere := func(context.Context, eris.Reference, []byte) error { return nil }
+		capabilities, err := s.encodeAll(ctx, args, nowhere, secret)
+		if err == nil {
+			log.Notef("nothing was stored, so that nobody can fetch it; --store=URL names a store")
+			err = s.print(os.Stdout, capabilities, args)
+		}
+		return err
+	}
+	defer store.Close()
+	out := os.Stdout
+	if _, ok := store.(*dump.Stream); ok {
+		if term.IsTerminal(1) {
+			return message.Usage("a dump is not for a terminal; name a file: --store=dump:FILE")
+		}
+		out = os.Stderr
+	}
+	shown := log.Transfer(args[0], store.String())
 	defer shown.Stop()
-	results, err := s.encodeAll(ctx, store, args, shown)
-	if err != nil {
-		return err
+	if term.IsTerminal(2) {
+		shown.Total(sizeOf(args))
 	}
-	if err := s.print(out, results); err != nil {
-		return err
+	put, err := putInto(ctx, store, " of "+strings.Join(args, ", "), func(sink eris.Sink) ([]eris.ReadCapability, error) {
+		return s.encodeAll(ctx, args, func(ctx context.Context, ref eris.Reference, block []byte) error {
+			shown.Add(len(block))
+			return sink(ctx, ref, block)
+		}, secret)
+	})
+	if err == nil {
+		err = s.print(out, put.capabilities, args)
 	}
-	var blocks, bytes int64
-	for _, r := range results {
-		blocks, bytes = blocks+r.Blocks, bytes+r.Bytes
+	if err == nil {
+		shown.Done("stored %v in %s", put, store)
 	}
-	if store != nil {
-		shown.Done("stored %s, %s, in %s", page.Count(int(blocks), "block"), page.Size(bytes), store)
-	} else {
-		log.Notef("nothing was stored, so that nobody can fetch it; --store=URL names a store")
-	}
-	return nil
+	return err
 }
 
-func (s *encodeSettings) print(out *os.File, results []encodeResult) error {
-	if s.json && s.closure {
-		return page.WriteJSON(out, results)
-	} else if s.json {
-		return page.WriteJSON(out, results[0])
-	}
-	for _, r := range results {
-		if _, err := fmt.Fprintln(out, strings.TrimSpace(r.URN+" "+r.Path)); err != nil {
+func (s *encodeSettings) print(out *os.File, capabilities []eris.ReadCapability, paths []string) error {
+	for i, c := range capabilities {
+		line := c.URN()
+		if s.closure {
+			line += " " + paths[i]
+		}
+		if _, err := fmt.Fprintln(out, line); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// encodeResult is what encode prints.
-type encodeResult struct {
-	capability eris.ReadCapability
-	URN        string `json:"urn"`
-	// Path is the store item, of a closure.
-	Path string `json:"path,omitempty"`
-	// Form is "data" for the contents of a file, "eris-fs" or "nar" for a tree.
-	Form string `json:"form"`
-	// Size is the length of the contents of a file in bytes.
-	Size *int64 `json:"size,omitempty"`
-	// NarHash, NarSize and Files are those of a tree.
-	NarHash string `json:"narHash,omitempty"`
-	NarSize uint64 `json:"narSize,omitempty"`
-	Files   int    `json:"files,omitempty"`
-	// Blocks and Bytes are how many blocks were put, and how long they are in all; 0 without a
-	// store.
-	Blocks int64 `json:"blocks"`
-	Bytes  int64 `json:"bytes"`
+// blocksPut are blocks that are stored.
+type blocksPut struct {
+	capabilities []eris.ReadCapability
+	blocks       int
+	bytes        int64
 }
 
-// encodeAll encodes what the arguments name into a store, which may be nil.
-func (s *encodeSettings) encodeAll(ctx context.Context, store fetch.Store, args []string, shown *protocol.Transfer) ([]encodeResult, error) {
-	secret, err := convergenceSecret(s.secret)
-	if err != nil {
-		return nil, err
+// String says how many there are.
+func (b blocksPut) String() string {
+	return page.Count(b.blocks, "block") + ", " + page.Size(b.bytes) + ","
+}
+
+// putInto has blocks put into a store, which is then told of the read capabilities that came of it.
+// What the result counts is stored, also with an error.
+func putInto(ctx context.Context, store fetch.Store, what string, produce func(sink eris.Sink) ([]eris.ReadCapability, error)) (put blocksPut, err error) {
+	pipeline := fetch.NewPipeline(ctx, store)
+	put.capabilities, err = produce(pipeline.Put)
+	if stored := pipeline.Flush(); stored != nil { // also after an error: calls may be under way
+		err = fmt.Errorf("storing the blocks%s: %w", what, stored)
 	}
-	paths := args
-	if s.closure {
-		s.item = true
-		if paths, err = closureOf(ctx, args); err != nil {
-			return nil, err
-		}
+	if err == nil {
+		err = settings.FinishPut(ctx, store, put.capabilities)
 	}
-	if term.IsTerminal(2) {
-		shown.Total(sizeOf(paths))
-	}
-	var results []encodeResult
-	var capabilities []eris.ReadCapability
+	blocks, bytes := pipeline.Stored()
+	put.blocks, put.bytes = int(blocks), bytes
+	return put, err
+}
+
+// encodeAll encodes files and trees.
+func (s *encodeSettings) encodeAll(ctx context.Context, paths []string, sink eris.Sink, secret eris.ConvergenceSecret) (capabilities []eris.ReadCapability, err error) {
 	for _, path := range paths {
-		r, err := s.encode(ctx, store, path, secret, shown)
+		var c eris.ReadCapability
+		if content := s.content(path); content != nil {
+			c, err = encodeContent(ctx, content, sink, secret)
+			content.Close()
+		} else if path, err = filepath.Abs(path); err == nil {
+			var e publish.Encoding
+			e, err = publish.Encode(ctx, path, sink, erisfs.EncodeOptions{Secret: secret})
+			c = e.Capability
+		}
 		if err != nil {
 			return nil, err
 		}
-		if s.closure {
-			r.Path = path
-		}
-		results, capabilities = append(results, r), append(capabilities, r.capability)
+		capabilities = append(capabilities, c)
 	}
-	if store == nil {
-		return results, nil
-	}
-	return results, settings.FinishPut(ctx, store, capabilities)
+	return capabilities, nil
 }
 
 // closureOf returns the store items that paths lead to, and everything that they refer to.
@@ -216,35 +220,6 @@ func sizeOf(paths []string) (size int64) {
 	return size
 }
 
-// encode encodes a file or a tree into a store, which may be nil.
-func (s *encodeSettings) encode(ctx context.Context, store fetch.Store, path string, secret eris.ConvergenceSecret, shown *protocol.Transfer) (result encodeResult, err error) {
-	put := eris.Sink(func(context.Context, eris.Reference, []byte) error { return nil })
-	var pipeline *fetch.Pipeline
-	if store != nil {
-		pipeline = fetch.NewPipeline(ctx, store)
-		put = pipeline.Put
-	}
-	sink := func(ctx context.Context, ref eris.Reference, block []byte) error {
-		shown.Add(len(block))
-		return put(ctx, ref, block)
-	}
-	if content := s.content(path); content != nil {
-		defer content.Close()
-		result, err = encodeContent(ctx, content, sink, secret)
-	} else {
-		result, err = encodeTree(ctx, path, sink, secret)
-	}
-	result.URN = result.capability.URN()
-	if pipeline == nil {
-		return result, err
-	}
-	if err2 := pipeline.Flush(); err2 != nil { // also after an error: calls may be under way
-		return result, fmt.Errorf("storing the blocks of %s: %w", path, err2)
-	}
-	result.Blocks, result.Bytes = pipeline.Stored()
-	return result, err
-}
-
 // content opens what is to be encoded as its contents; for a tree it returns nil. What cannot be
 // opened counts as a tree, and is an error when that is encoded.
 func (s *encodeSettings) content(path string) *os.File {
@@ -259,45 +234,22 @@ func (s *encodeSettings) content(path string) *os.File {
 }
 
 // encodeContent encodes the contents of a file, which must not change meanwhile.
-func encodeContent(ctx context.Context, content *os.File, sink eris.Sink, secret eris.ConvergenceSecret) (encodeResult, error) {
+func encodeContent(ctx context.Context, content *os.File, sink eris.Sink, secret eris.ConvergenceSecret) (eris.ReadCapability, error) {
 	before, err := content.Stat()
 	if err != nil {
-		return encodeResult{}, err
+		return eris.ReadCapability{}, err
 	}
-	var size int64
 	var from io.Reader = content
 	if !before.Mode().IsRegular() {
 		from = untilDone(ctx, func() (io.Reader, error) { return content, nil })
 	}
-	c, err := eris.Encode(ctx, readerFunc(func(p []byte) (int, error) {
-		n, err := from.Read(p)
-		size += int64(max(n, 0))
-		return n, err
-	}), sink, eris.EncodeOptions{Secret: secret})
+	c, err := eris.Encode(ctx, from, sink, eris.EncodeOptions{Secret: secret})
 	if after, err2 := content.Stat(); err == nil && before.Mode().IsRegular() {
 		if err = err2; err == nil && (after.Size() != before.Size() || !after.ModTime().Equal(before.ModTime())) {
 			err = fmt.Errorf("%s has changed while it was read", content.Name())
 		}
 	}
-	return encodeResult{capability: c, Form: string(image.Data), Size: &size}, err
-}
-
-// readerFunc is a function as an io.Reader.
-type readerFunc func(p []byte) (int, error)
-
-// Read implements io.Reader.
-func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
-
-func encodeTree(ctx context.Context, path string, sink eris.Sink, secret eris.ConvergenceSecret) (encodeResult, error) {
-	path, err := filepath.Abs(path)
-	if err != nil {
-		return encodeResult{}, err
-	}
-	e, err := publish.Encode(ctx, path, sink, erisfs.EncodeOptions{Secret: secret})
-	return encodeResult{
-		capability: e.Capability, Form: e.Form, NarHash: "sha256:" + nixbase32.EncodeToString(e.NarHash[:]),
-		NarSize: e.NarSize, Files: e.Files,
-	}, err
+	return c, err
 }
 
 func convergenceSecret(text string) (secret eris.ConvergenceSecret, err error) {

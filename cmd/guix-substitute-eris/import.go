@@ -13,7 +13,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dir"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dump"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
@@ -40,25 +39,16 @@ URNs that the dump discloses are printed.
     ssh HOST guix-substitute-eris import -`,
 	}
 	store := c.Flags().String("store", "", "put the blocks into the store at `URL` (default: the first of $ERIS_STORE_URL, of the setting eris-stores, or what runs here)")
-	asJSON := c.Flags().Bool("json", false, "print the result as JSON")
 	c.RunE = func(_ *cobra.Command, args []string) error {
 		if len(args) != 1 {
 			return message.Usage("import takes one dump, directory or \"-\": guix-substitute-eris import --store=URL FILE")
 		}
-		return importBlocks(c.Context(), args[0], *store, *asJSON)
+		return importBlocks(c.Context(), args[0], *store)
 	}
 	return c
 }
 
-// imported tells what has been put into a store.
-type imported struct {
-	Blocks  int64    `json:"blocks"`
-	Bytes   int64    `json:"bytes"`
-	Damaged int64    `json:"damaged"` // blocks that are not what their references say, and were left out
-	URNs    []string `json:"urns,omitempty"`
-}
-
-func importBlocks(ctx context.Context, name, storeURL string, asJSON bool) error {
+func importBlocks(ctx context.Context, name, storeURL string) error {
 	store, err := settings.OpenToPut(storeURL)
 	if err != nil {
 		return err
@@ -68,62 +58,40 @@ func importBlocks(ctx context.Context, name, storeURL string, asJSON bool) error
 	defer store.Close()
 	shown := session.NewLog().Transfer(name, name)
 	defer shown.Stop()
-	result, err := importInto(ctx, store, name, shown)
+	damaged := 0 // blocks that are not what their references say, and are left out
+	put, err := putInto(ctx, store, "", func(sink eris.Sink) ([]eris.ReadCapability, error) {
+		return eachBlock(ctx, name, shown, func(ref eris.Reference, block []byte) error {
+			shown.Add(len(block))
+			if eris.Verify(ref, block) != nil {
+				damaged++
+				return ctx.Err()
+			}
+			return sink(ctx, ref, block)
+		})
+	})
 	if name == "-" {
 		name = "standard input"
 	}
 	var format *dump.FormatError
 	if errors.As(err, &format) && format.Err == io.ErrUnexpectedEOF {
 		return fmt.Errorf("%s: the dump is cut off at byte %d; %s before that, %s, are stored\nhint: import it again, from the beginning; what is stored stays",
-			name, format.Offset, page.Count(int(result.Blocks), "block"), page.Size(result.Bytes))
-	} else if format != nil && result.Blocks == 0 {
+			name, format.Offset, page.Count(put.blocks, "block"), page.Size(put.bytes))
+	} else if format != nil && put.blocks == 0 {
 		return fmt.Errorf("%s is no dump of blocks\nhint: \"encode --store=dump:FILE PATH\" makes one", name)
 	} else if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
-	if asJSON {
-		err = page.JSON(result)
-	} else {
-		for _, urn := range result.URNs {
-			fmt.Println(urn)
-		}
+	for _, c := range put.capabilities {
+		fmt.Println(c.URN())
 	}
-	if err != nil {
-		return err
-	}
-	shown.Done("stored %s, %s, in %s", page.Count(int(result.Blocks), "block"), page.Size(result.Bytes), store)
+	shown.Done("stored %v in %s", put, store)
 	switch {
-	case result.Damaged > 0:
-		return fmt.Errorf("%s: damaged, and left out: %s", name, page.Count(int(result.Damaged), "block"))
-	case result.Blocks == 0:
+	case damaged > 0:
+		return fmt.Errorf("%s: damaged, and left out: %s", name, page.Count(damaged, "block"))
+	case put.blocks == 0:
 		return fmt.Errorf("%s has no blocks", name)
 	}
 	return nil
-}
-
-// importInto verifies blocks and puts those that are right into a store. What the result counts is
-// stored, also with an error.
-func importInto(ctx context.Context, store fetch.Store, name string, shown *protocol.Transfer) (result imported, err error) {
-	pipeline := fetch.NewPipeline(ctx, store)
-	capabilities, err := eachBlock(ctx, name, shown, func(ref eris.Reference, block []byte) error {
-		shown.Add(len(block))
-		if eris.Verify(ref, block) != nil {
-			result.Damaged++
-			return ctx.Err()
-		}
-		return pipeline.Put(ctx, ref, block)
-	})
-	if stored := pipeline.Flush(); stored != nil {
-		err = fmt.Errorf("storing the blocks: %w", stored)
-	}
-	result.Blocks, result.Bytes = pipeline.Stored()
-	for _, c := range capabilities {
-		result.URNs = append(result.URNs, c.URN())
-	}
-	if err == nil {
-		err = settings.FinishPut(ctx, store, capabilities)
-	}
-	return result, err
 }
 
 // eachBlock calls f for each block of a dump or a directory, as [dump.Read] does.
