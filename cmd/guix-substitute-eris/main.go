@@ -60,12 +60,6 @@ var commands = []row{
 func run(args []string) int {
 	// Package net/http tells, among others, what servers send that nobody has asked for.
 	log.SetOutput(io.Discard)
-	guix := ""
-	if len(args) > 0 {
-		if file, ok := strings.CutPrefix(args[0], "--guix="); ok {
-			guix, args = file, args[1:]
-		}
-	}
 	if len(args) == 5 && args[0] == "substitute" && args[1] == session.CleanOption {
 		session.CleanAfter(args[2], args[3], args[4])
 		return 0
@@ -74,8 +68,8 @@ func run(args []string) int {
 		return message.Report(helper(&session.Settings{}, args[1] == "--query"))
 	}
 	if len(args) > 0 && !isOurs(args[0]) {
-		if guix != "" || program.IsGuix() {
-			return message.Report(program.Guix(guix, args))
+		if program.IsGuix() {
+			return message.Report(program.Guix(args))
 		}
 		return message.Report(message.UnknownCommand(args[0], commandNames()))
 	}
@@ -130,7 +124,7 @@ func rootCommand() *cobra.Command {
 	root.SetFlagErrorFunc(message.Option)
 	root.Args = cobra.ArbitraryArgs
 	words := map[string][]string{ // as values of options
-		"policy": session.Policies(), "layout": {"sharded", "flat"}, "way": {"extension", "program"},
+		"policy": session.Policies(), "way": {"extension", "program"},
 		"log-format": {"text", "json"}, "compression": {"none", "gzip", "zstd"},
 	}
 	manual.Complete(root, words)
@@ -167,8 +161,7 @@ for can be had:
       restore a store item, or answer requests read from standard input
 
 In the environment of guix-daemon (GUIX=...) or under the name guix, any other
-command is handed to the real guix. The option --guix=FILE before the command
-says where that is.
+command is handed to the real guix.
 
 Exit statuses: 0 for success, 2 for a wrong command line, 3 if something is not
 available, 4 if it is not authorised, 5 if who has it cannot be reached, 1 for
