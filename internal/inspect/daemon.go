@@ -17,6 +17,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/setup"
 	"golang.org/x/sys/unix"
 )
 
@@ -138,9 +139,6 @@ func (d *daemonProcess) options() (options string) {
 	return options
 }
 
-// usualProgram is where the extension has the program, if neither it nor the environment says.
-const usualProgram = "/usr/local/bin/guix-substitute-eris"
-
 // examineDaemon finds out whether the running daemon starts this program.
 func (d *doctor) examineDaemon() {
 	d.daemon = findDaemon(filepath.Join("/", d.root, "proc"), d.trusts)
@@ -193,7 +191,7 @@ func (d *doctor) usedProgram() (program, how string, err error) {
 		if !strings.HasSuffix(filepath.Clean(directory), "/guix/extensions") {
 			return "", "", errors.New("Guix finds no extensions in " + directory + ": the name must end in /guix/extensions")
 		}
-		program = cmp.Or(env["GUIX_SUBSTITUTE_ERIS"], usualProgram)
+		program = cmp.Or(env["GUIX_SUBSTITUTE_ERIS"], setup.Program)
 		if m := regexp.MustCompile(`"(/[^"\s]*/guix-substitute-eris)"`).FindSubmatch(text); m != nil && env["GUIX_SUBSTITUTE_ERIS"] == "" {
 			program = string(m[1])
 		}
@@ -206,12 +204,15 @@ func (d *doctor) usedProgram() (program, how string, err error) {
 	if env["GUIX_EXTENSIONS_PATH"] != "" {
 		return "", "", errors.New("there is no substitute.scm of this program in " + env["GUIX_EXTENSIONS_PATH"] + " (GUIX_EXTENSIONS_PATH)")
 	}
+	const unit = "etc/systemd/system/guix-daemon.service"
+	more, _ := filepath.Glob(filepath.Join("/", d.root, unit+".d/*.conf"))
+	_, service := setup.ReadUnit(append([]string{filepath.Join("/", d.root, unit)}, more...)...)
 	for _, name := range []string{"GUIX_EXTENSIONS_PATH", "GUIX"} {
-		if set := d.unitVariable(name); set != "" && env[name] == "" {
+		if set := service[name]; set != "" && env[name] == "" {
 			return "", "", fmt.Errorf("the service sets %s=%s, and %w", name, set, errNotRestarted)
 		}
 	}
-	if set := d.unitVariable("GUIX"); set != "" && guix != set {
+	if set := service["GUIX"]; set != "" && guix != set {
 		return "", "", errors.New("the service sets GUIX=" + set + ", but the daemon has GUIX=" + guix +
 			": the guix-daemon of \"guix pull\" is a wrapper that sets it itself; use the extension")
 	}
@@ -238,22 +239,6 @@ func (d *doctor) checkProgram(path string) error {
 
 // errNotRestarted is why the daemon does not have what its service sets.
 var errNotRestarted = errors.New("the running daemon does not have it: it was not restarted since")
-
-// unitVariable returns the value of a variable that the service of the daemon has in its files, or
-// nothing.
-func (d *doctor) unitVariable(name string) (value string) {
-	set := regexp.MustCompile(`(?m)^[ \t]*Environment=(?:.*[\s"'])?` + name + `=([^\s"']*)`)
-	for _, pattern := range []string{"etc/systemd/system/guix-daemon.service", "etc/systemd/system/guix-daemon.service.d/*.conf"} {
-		units, _ := filepath.Glob(filepath.Join("/", d.root, pattern))
-		for _, file := range units {
-			text, _ := files.ReadRegular(file, 1<<20)
-			for _, m := range set.FindAllSubmatch(text, -1) {
-				value = string(m[1])
-			}
-		}
-	}
-	return value
-}
 
 // examineConfinement looks whether AppArmor lets the daemon run the program. The profile of Guix
 // permits programs in the store only (Guix, etc/apparmor.d/guix-daemon.in).

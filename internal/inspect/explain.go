@@ -378,7 +378,8 @@ func (e *explanation) showServer(p *page.Page, s substitute.ServerReport) {
 		what = "has a narinfo, which the others are compared with"
 	}
 	p.Say(5, page.Good, "%s (%s)", what, page.Duration(s.Latency))
-	e.showSignature(p, s)
+	mark, signature := worth(s, e.keys)
+	p.Say(5, mark, "%s", signature)
 	if e.NarHash != "" && !s.Vouches {
 		if len(s.Differs) > 0 {
 			p.Say(5, page.Bad, "not used: it differs from the authorised narinfo in %s", strings.Join(s.Differs, ", "))
@@ -442,26 +443,6 @@ func missing(url string) bool {
 		entries, err := os.ReadDir(directory)
 		return len(entries) > 0 || err != nil && !errors.Is(err, fs.ErrNotExist)
 	})
-}
-
-func (e *explanation) showSignature(p *page.Page, s substitute.ServerReport) {
-	signer := fmt.Sprintf("%s, key %s", s.Signer, fingerprint(s.Key))
-	switch {
-	case s.Authorised && s.Refused == "":
-		who := e.keys + " authorises"
-		if _, err := os.Stat(e.keys); err != nil {
-			who = "is that of this machine"
-		}
-		p.Say(5, page.Good, "signed by %s, which %s", signer, who)
-	case s.Authorised:
-		p.Say(5, page.Bad, "its signature does not count (%s), but the settings want none", s.Refused)
-	case s.UnknownKey:
-		p.Say(5, page.Bad, "signed by %s, which %s does not authorise", signer, e.keys)
-	case s.Key == "":
-		p.Say(5, page.Note, "not signed")
-	default:
-		p.Say(5, page.Bad, "signed by %s: %s", signer, s.Refused)
-	}
 }
 
 func (e *explanation) showStore(p *page.Page, s storeReport) {

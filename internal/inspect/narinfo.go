@@ -66,7 +66,7 @@ line that says which server it is from, and what its signature is worth.`,
 		defer sub.Close()
 		var full error
 		worst, err := forItems(c.Context(), &s, sub, items, func(e explanation) message.Status {
-			if text := showNarinfos(&e.Explanation, *key); text != "" {
+			if text := showNarinfos(e, *key); text != "" {
 				_, err := io.WriteString(os.Stdout, text)
 				full = cmp.Or(full, err)
 				return 0
@@ -85,7 +85,7 @@ line that says which server it is from, and what its signature is worth.`,
 
 // showNarinfos returns the narinfos of an item, or the key of the first that has one, and shows
 // which servers have none.
-func showNarinfos(e *substitute.Explanation, key bool) (text string) {
+func showNarinfos(e explanation, key bool) (text string) {
 	for _, r := range e.Servers {
 		switch {
 		case r.Narinfo == nil && r.Failure != "":
@@ -101,7 +101,8 @@ func showNarinfos(e *substitute.Explanation, key bool) (text string) {
 			fmt.Fprintf(os.Stderr, "# signed by %s, from %s\n", page.Clean(r.Signer), page.Clean(r.URL))
 			return r.Key + "\n"
 		}
-		text += fmt.Sprintf("# %s: %s\n", page.Clean(r.URL), page.Clean(worth(r)))
+		_, signature := worth(r, e.keys)
+		text += fmt.Sprintf("# %s: %s\n", page.Clean(r.URL), page.Clean(signature))
 		for line := range strings.Lines(r.Narinfo.Text()) {
 			text += page.Clean(strings.TrimSuffix(line, "\n")) + "\n"
 		}
@@ -109,15 +110,22 @@ func showNarinfos(e *substitute.Explanation, key bool) (text string) {
 	return text
 }
 
-func worth(r substitute.ServerReport) string {
+// worth says what the signature of a narinfo is worth to those who have a list of authorised keys.
+func worth(r substitute.ServerReport, keys string) (page.Mark, string) {
 	signer := fmt.Sprintf("signed by %s, key %s", r.Signer, fingerprint(r.Key))
 	switch {
-	case r.Key == "":
-		return "not signed"
+	case r.Authorised && r.Refused == "":
+		who := keys + " authorises"
+		if _, err := os.Stat(keys); err != nil {
+			who = "is that of this machine"
+		}
+		return page.Good, signer + ", which " + who
+	case r.Authorised:
+		return page.Bad, "its signature does not count (" + r.Refused + "), but the settings want none"
 	case r.UnknownKey:
-		return signer + ", which is not authorised"
-	case r.Refused != "":
-		return signer + ": " + r.Refused
+		return page.Bad, signer + ", which " + keys + " does not authorise"
+	case r.Key == "":
+		return page.Note, "not signed"
 	}
-	return signer + ", which is authorised"
+	return page.Bad, signer + ": " + r.Refused
 }

@@ -48,23 +48,33 @@ func Wrap(descriptor int, text string) string {
 	columns := columnsOf(descriptor, math.MaxInt32)
 	var b strings.Builder
 	for line := range strings.Lines(text) {
-		used := 0
-		for i, word := range strings.Split(line, " ") {
-			n := utf8.RuneCountInString(strings.TrimSuffix(word, "\n"))
-			switch {
-			case i == 0:
-			case used+1+n > columns:
-				b.WriteString("\n  ")
-				used = 2
-			default:
-				b.WriteByte(' ')
-				used++
-			}
-			b.WriteString(word)
-			used += n
-		}
+		fill(&b, strings.Split(line, " "), columns, 0, 2, func(word string, _ int) string { return word })
 	}
 	return b.String()
+}
+
+// fill adds words to lines of some columns, of which the first has some used already and further
+// ones are indented. What is written of a word follows from the columns that are left for it.
+func fill(b *strings.Builder, words []string, columns, used, indent int, fit func(word string, left int) string) {
+	for i, word := range words {
+		if i > 0 {
+			word = fit(word, columns-used-1)
+		} else {
+			word = fit(word, columns-used)
+		}
+		n := utf8.RuneCountInString(strings.TrimSuffix(word, "\n"))
+		switch {
+		case i == 0:
+		case used+1+n > columns:
+			b.WriteString("\n" + strings.Repeat(" ", indent))
+			used = indent
+		default:
+			b.WriteByte(' ')
+			used++
+		}
+		b.WriteString(word)
+		used += n
+	}
 }
 
 // Print prints the page on standard output.
@@ -121,28 +131,14 @@ const (
 // paragraph adds words after a prefix. What is too long for a line, and a long name that does not
 // fit into the rest of one, is shortened in its middle.
 func (p *Page) paragraph(prefix, text string) {
-	room := p.columns - utf8.RuneCountInString(prefix)
-	used := 0
+	indent := utf8.RuneCountInString(prefix)
 	p.WriteString(prefix)
-	for _, word := range strings.Fields(p.clean(text)) {
-		most := room
-		if left := room - used - 1; used > 0 && left >= shortestName && utf8.RuneCountInString(word) > longestWord {
-			most = left
+	fill(&p.Builder, strings.Fields(p.clean(text)), p.columns, indent, indent, func(word string, left int) string {
+		if left < shortestName || utf8.RuneCountInString(word) <= longestWord {
+			left = p.columns - indent
 		}
-		word = p.shorten(word, most)
-		n := utf8.RuneCountInString(word)
-		switch {
-		case used == 0:
-		case used+1+n > room:
-			p.WriteString("\n" + strings.Repeat(" ", utf8.RuneCountInString(prefix)))
-			used = 0
-		default:
-			p.WriteByte(' ')
-			used++
-		}
-		p.WriteString(word)
-		used += n
-	}
+		return p.shorten(word, left)
+	})
 	p.WriteByte('\n')
 }
 

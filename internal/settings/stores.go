@@ -97,27 +97,25 @@ func openStoreFor(text string, hops int) (fetch.Store, error) {
 	if err != nil {
 		return nil, err
 	}
+	var store fetch.Store
 	switch {
 	case u.Scheme == "s3" || u.Has("packed"):
-		return opened(packs.Open(text, web.Options{}))
+		store, err = packs.Open(text, web.Options{})
 	case u.Scheme == "http" || u.Scheme == "https":
-		return opened(web.Open(text, web.Options{HopLimit: hops}))
+		store, err = web.Open(text, web.Options{HopLimit: hops})
 	case u.Scheme == "file":
-		return opened(dir.Open(text))
+		store, err = dir.Open(text)
 	case u.Scheme == "dump" && u.Path == "-":
-		return &dump.Stream{W: os.Stdout, KeepCapabilities: u.Has("capability")}, nil
+		store = &dump.Stream{W: os.Stdout, KeepCapabilities: u.Has("capability")}
 	case u.Scheme == "dump":
-		return opened(dump.Open(text))
+		store, err = dump.Open(text)
 	case u.Scheme == "ipfs+http" || u.Scheme == "ipfs+https":
-		return opened(ipfs.Open(text, ipfs.Options{}))
+		store, err = ipfs.Open(text, ipfs.Options{})
+	default:
+		store, err = coap.Open(text, coap.Options{HopLimit: uint8(hops)})
 	}
-	return opened(coap.Open(text, coap.Options{HopLimit: uint8(hops)}))
-}
-
-// opened returns a store that has been opened, or nil, which is no nil pointer in an interface.
-func opened[S fetch.Store](store S, err error) (fetch.Store, error) {
 	if err != nil {
-		return nil, err
+		return nil, err // and no nil pointer in an interface
 	}
 	return store, nil
 }

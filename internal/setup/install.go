@@ -248,28 +248,34 @@ func (i *installation) daemon() daemon {
 	}
 	own := filepath.Join(i.root, dropIn)
 	more, _ := filepath.Glob(filepath.Join(filepath.Dir(own), "*.conf")) // the pattern is right
-	for _, file := range append([]string{filepath.Join(i.root, d.unit)}, more...) {
-		if file == own {
-			continue
-		}
-		text, _ := files.ReadRegular(file, maxFile) // what cannot be read says nothing
-		for _, m := range regexp.MustCompile(`(?m)^(ExecStart|User|Environment)=(.*)$`).FindAllSubmatch(text, -1) {
-			switch value := string(m[2]); string(m[1]) {
-			case "User":
-				d.user = strings.TrimSpace(value)
-			case "ExecStart":
-				if fields := strings.Fields(value); len(fields) > 0 {
-					d.program = i.isProgram(strings.TrimLeft(fields[0], "@-:+!"))
-				}
-			default:
-				_, after, _ := strings.Cut(value, "GUIX_EXTENSIONS_PATH=")
-				if fields := strings.FieldsFunc(after, func(r rune) bool { return strings.ContainsRune(" \t\"'", r) }); len(fields) > 0 {
-					d.extensions = fields[0]
-				}
+	more = slices.DeleteFunc(more, func(file string) bool { return file == own })
+	said, environment := ReadUnit(append([]string{filepath.Join(i.root, d.unit)}, more...)...)
+	d.user, d.extensions = said["User"], environment["GUIX_EXTENSIONS_PATH"]
+	if fields := strings.Fields(said["ExecStart"]); len(fields) > 0 {
+		d.program = i.isProgram(strings.TrimLeft(fields[0], "@-:+!"))
+	}
+	return d
+}
+
+// ReadUnit returns what the files of a service of systemd say, and the variables that they set, by
+// name; what stands last counts, and what cannot be read says nothing.
+func ReadUnit(names ...string) (said, environment map[string]string) {
+	said, environment = map[string]string{}, map[string]string{}
+	for _, name := range names {
+		text, _ := files.ReadRegular(name, maxFile)
+		for line := range strings.Lines(string(text)) {
+			setting, value, _ := strings.Cut(strings.TrimSpace(line), "=")
+			said[setting] = value
+			if setting != "Environment" {
+				continue
+			}
+			for _, word := range strings.FieldsFunc(value, func(r rune) bool { return strings.ContainsRune(" \t\"'", r) }) {
+				variable, value, _ := strings.Cut(word, "=")
+				environment[variable] = value
 			}
 		}
 	}
-	return d
+	return said, environment
 }
 
 // isProgram reports whether a file is a program of the machine, and no script.

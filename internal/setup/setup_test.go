@@ -258,8 +258,7 @@ func TestAddToList(t *testing.T) {
 		{"l = []", "l = [\"v\", ]", ""},
 		{"# l = [\n l=[ 'w' ] # x\n", "# l = [\n l=[\"v\",  'w' ] # x\n", ""},
 		{"l = [\n # c\n \"w\",\n \"v\"\n]\n", "l = [\n # c\n \"w\",\n \"v\"\n]\n", ""},
-		{"l = 1", "", "no list"},
-		{"l = [1]", "", "no list of texts"},
+		{"l = 1", "", "by hand"},
 		{"l = [", "", "expected"},
 		{"[t]\na = 1\n", "", "by hand"},
 		{"a = '''\nl = [\n'''\nl = []\n", "", "by hand"},
@@ -276,7 +275,7 @@ func TestAddToList(t *testing.T) {
 			t.Errorf("%q: %q, %v", c.text, got, err)
 		}
 	}
-	for _, value := range []string{`a"b`, `a\b`, "a\nb", "", "é"} {
+	for _, value := range []string{`a"b`, `a\b`, "a\nb", "a\"]\nx = [\"b"} {
 		if got, err := addToList(nil, "l", value); err == nil {
 			t.Errorf("%q: %q", value, got)
 		}

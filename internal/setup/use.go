@@ -87,13 +87,13 @@ func (s *System) configure(steps []Step, entries ...[2]string) ([]Step, error) {
 // addToList puts a text first in a list of a TOML file, and leaves everything else, comments among
 // it, as it is.
 func addToList(text []byte, setting, value string) ([]byte, error) {
-	before, old, err := decodeList(text, setting)
-	if err != nil || slices.Contains(old, value) {
-		return text, err
+	want, got := map[string]any{}, map[string]any{}
+	if err := toml.Unmarshal(text, &want); err != nil {
+		return nil, err
 	}
-	byHand := fmt.Errorf("add %q to the list %q by hand", value, setting)
-	if !regexp.MustCompile(`^[!#-\[\]-~]+$`).MatchString(value) { // neither quotes nor backslashes
-		return nil, byHand
+	old, _ := want[setting].([]any)
+	if slices.Contains(old, any(value)) {
+		return text, nil
 	}
 	var changed []byte
 	if at := regexp.MustCompile(`(?m)^[ \t]*` + setting + `[ \t]*=[ \t]*\[`).FindIndex(text); at != nil {
@@ -105,31 +105,9 @@ func addToList(text []byte, setting, value string) ([]byte, error) {
 		}
 		changed = append(changed, setting+` = ["`+value+"\"]\n"...)
 	}
-	after, list, err := decodeList(changed, setting)
-	delete(before, setting)
-	delete(after, setting)
-	if err != nil || !slices.Equal(list, append([]string{value}, old...)) || !reflect.DeepEqual(before, after) {
-		return nil, byHand
+	want[setting] = append([]any{value}, old...)
+	if toml.Unmarshal(changed, &got) != nil || !reflect.DeepEqual(want, got) {
+		return nil, fmt.Errorf("add %q to the list %q by hand", value, setting)
 	}
 	return changed, nil
-}
-
-// decodeList returns what a TOML file says, and one list of it.
-func decodeList(text []byte, setting string) (all map[string]any, list []string, err error) {
-	all = map[string]any{}
-	if err := toml.Unmarshal(text, &all); err != nil {
-		return nil, nil, err
-	}
-	values, ok := all[setting].([]any)
-	if all[setting] != nil && !ok {
-		return nil, nil, fmt.Errorf("%q is no list", setting)
-	}
-	for _, v := range values {
-		item, ok := v.(string)
-		if !ok {
-			return nil, nil, fmt.Errorf("%q is no list of texts", setting)
-		}
-		list = append(list, item)
-	}
-	return all, list, nil
 }
