@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -202,9 +203,7 @@ func (a *aheadTest) ask(first string) {
 	}
 	d := a.start("query")
 	replies, err := d.talk(requests.String())
-	if err2 := d.close(); err == nil {
-		err = err2
-	}
+	err = cmp.Or(err, d.close())
 	if n := strings.Count(replies, "-item"); err != nil || n < len(a.items) {
 		a.t.Fatalf("%d items are available, %v\n%s", n, err, d.log.String())
 	}

@@ -89,8 +89,7 @@ func (p *peer) listen(t *testing.T, socket string, blocks *blockMap) {
 	t.Helper()
 	l, err := net.Listen("unix", socket)
 	must(t, err)
-	var mu sync.Mutex
-	var conns []net.Conn
+	ctx, stop := context.WithCancel(context.Background())
 	var wait sync.WaitGroup
 	wait.Go(func() {
 		for {
@@ -98,19 +97,13 @@ func (p *peer) listen(t *testing.T, socket string, blocks *blockMap) {
 			if err != nil {
 				return
 			}
-			mu.Lock()
-			conns = append(conns, conn)
-			mu.Unlock()
+			context.AfterFunc(ctx, func() { conn.Close() })
 			wait.Go(func() { p.play(conn, blocks) })
 		}
 	})
 	t.Cleanup(func() {
 		l.Close()
-		mu.Lock()
-		for _, conn := range conns {
-			conn.Close()
-		}
-		mu.Unlock()
+		stop()
 		wait.Wait()
 	})
 }

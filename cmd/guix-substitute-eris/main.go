@@ -75,7 +75,10 @@ func run(args []string) int {
 	}
 	root := rootCommand()
 	root.SetArgs(commandFirst(args))
-	return message.Report(root.Execute())
+	ctx, stop := program.UntilSignal()
+	defer stop()
+	context.AfterFunc(ctx, stop) // the next signal ends the program at once
+	return message.Report(root.ExecuteContext(ctx))
 }
 
 // commandFirst puts a command before the options that stand before it, for cobra, which cannot tell
@@ -100,18 +103,6 @@ func commandNames() []string {
 		names = append(names, r.name)
 	}
 	return names
-}
-
-// untilSignal has the context of a command end by a signal; the next one ends the program at once.
-func untilSignal(c *cobra.Command) {
-	run := c.RunE
-	c.RunE = func(c *cobra.Command, args []string) error {
-		ctx, stop := program.UntilSignal()
-		defer stop()
-		context.AfterFunc(ctx, stop)
-		c.SetContext(ctx)
-		return run(c, args)
-	}
 }
 
 func rootCommand() *cobra.Command {
@@ -139,7 +130,6 @@ func rootCommand() *cobra.Command {
 			c.ValidArgsFunction = cobra.NoFileCompletions
 		}
 		manual.Complete(c, words)
-		untilSignal(c)
 		root.AddCommand(c)
 		if r.name == "help" {
 			root.SetHelpCommand(c)

@@ -123,7 +123,6 @@ var scriptCommands = map[string]scriptFunc{
 	"expand":     scriptExpand,
 	"replace":    withUsage("FILE OLD NEW", scriptReplace),
 	"stat":       withUsage("FILE MODE", scriptStat),
-	"sameinode":  withUsage("FILE FILE", scriptSameInode),
 	"document":   withUsage("FILE [MARK SCRIPT]", scriptDocument),
 	"measured":   withUsage("FILE URL BYTES DURATION", scriptMeasured),
 	"transcript": withUsage("FILE", scriptTranscript),
@@ -260,17 +259,6 @@ func scriptStat(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	if !info.ModTime().Equal(time.Unix(1, 0)) {
 		ts.Fatalf("%s has the modification time %v", args[0], info.ModTime())
-	}
-}
-
-// sameinode FILE FILE checks that two names are of one file.
-func scriptSameInode(ts *testscript.TestScript, neg bool, args []string) {
-	a, err := os.Lstat(ts.MkAbs(args[0]))
-	ts.Check(err)
-	b, err := os.Lstat(ts.MkAbs(args[1]))
-	ts.Check(err)
-	if os.SameFile(a, b) == neg {
-		ts.Fatalf("%s and %s: the same file: %v", args[0], args[1], !neg)
 	}
 }
 

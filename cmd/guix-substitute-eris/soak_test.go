@@ -598,7 +598,7 @@ func TestPublishKilled(t *testing.T) {
 // publishedURN returns the read capability in a narinfo, or "" if there is no complete narinfo. On
 // a busy machine the first ones may be without, for the publisher does not wait for ever.
 func publishedURN(t *testing.T, url, hash string) string {
-	for range 600 {
+	for range 6000 {
 		response, err := http.Get(url)
 		if err != nil {
 			return ""

@@ -97,17 +97,16 @@ func byHandCommand() *cobra.Command {
 		case err != nil:
 			return err
 		case len(items) == 0:
+			signal.Reset() // which end it at once between requests
 			return s.Serve(os.Stdin, 1, *query, true)
 		}
 		if err := s.Load(); err != nil {
 			return err
 		}
-		ctx, stop := program.UntilSignal()
-		defer stop()
 		if *query && !*raw {
-			return inspect.Answer(ctx, &s, items)
+			return inspect.Answer(c.Context(), &s, items)
 		}
-		return s.ByHand(ctx, *query, items)
+		return s.ByHand(c.Context(), *query, items)
 	}
 	return c
 }
