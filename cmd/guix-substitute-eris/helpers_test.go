@@ -10,7 +10,6 @@ import (
 	"testing"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
@@ -51,9 +50,6 @@ func archiveOf(t testing.TB, tree string) []byte {
 	must(t, err)
 	return b.Bytes()
 }
-
-// hashText is a hash as narinfos and replies have it.
-func hashText(sum [sha256.Size]byte) string { return "sha256:" + nixbase32.EncodeToString(sum[:]) }
 
 // checkTree checks the hash of a tree.
 func checkTree(t *testing.T, path, want string) {

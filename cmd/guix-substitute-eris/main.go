@@ -14,9 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/demo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/inspect"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/manual"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/serving"
@@ -48,10 +46,10 @@ var commands = []row{
 	{"setup", "To put it in place", setup.Setup},
 	{"use", "To put it in place", setup.UseServer},
 	{"keygen", "Other commands", keygenCommand},
-	{"demo", "Other commands", demo.Command},
-	{"completion", "Other commands", manual.Completion},
-	{"help", "Other commands", manual.Help},
-	{"man", "Other commands", manual.Man},
+	{"demo", "Other commands", demoCommand},
+	{"completion", "Other commands", completionCommand},
+	{"help", "Other commands", helpCommand},
+	{"man", "Other commands", manCommand},
 	{"substitute", "What guix-daemon runs", substituteCommand},
 }
 
@@ -111,14 +109,14 @@ func rootCommand() *cobra.Command {
 	root.Short, root.Long = "substitutes for GNU Guix from ERIS blocks", help
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SilenceErrors, root.SilenceUsage, root.DisableFlagsInUseLine = true, true, true
-	root.SetHelpFunc(manual.Show)
+	root.SetHelpFunc(showHelp)
 	root.SetFlagErrorFunc(message.Option)
 	root.Args = cobra.ArbitraryArgs
 	words := map[string][]string{ // as values of options
 		"policy": session.Policies(), "way": {"extension", "program"},
 		"log-format": {"text", "json"}, "compression": {"none", "gzip", "zstd"},
 	}
-	manual.Complete(root, words)
+	completeOptions(root, words)
 	for _, r := range commands {
 		if !root.ContainsGroup(r.group) {
 			root.AddGroup(&cobra.Group{ID: r.group, Title: r.group + ":"})
@@ -129,7 +127,7 @@ func rootCommand() *cobra.Command {
 		if c.Args != nil {
 			c.ValidArgsFunction = cobra.NoFileCompletions
 		}
-		manual.Complete(c, words)
+		completeOptions(c, words)
 		root.AddCommand(c)
 		if r.name == "help" {
 			root.SetHelpCommand(c)

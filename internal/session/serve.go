@@ -18,8 +18,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/ahead"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/confine"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
@@ -318,4 +324,97 @@ func appendOutcome(dst []byte, o substitute.Outcome) []byte {
 		return protocol.AppendHashMismatch(dst, o.Expected, o.Actual)
 	}
 	return protocol.AppendNotFound(dst)
+}
+
+// CleanOption is the option of a helper that cleans up after another one; see [CleanAfter].
+const CleanOption = "--clean"
+
+// guard starts what removes what is staged, and writes down what was counted, when this process has
+// ended.
+func (s *Settings) guard() {
+	if session := s.daemonSession(); session != nil {
+		s.tell = session.Guard(s.Store, "substitute", CleanOption, s.inCache("sources"))
+	}
+}
+
+// CleanAfter is what a helper runs with [CleanOption], the file of what is known of sources, the
+// store and the name of a session: see [ahead.CleanAfter].
+func CleanAfter(sources, store, session string) {
+	state, last := sourcestate.Open(sources), ahead.CleanAfter(os.Stdin, store, session)
+	state.CountAhead(sourcestate.Ahead{
+		Staged: int64(last.Staged.Items), StagedBytes: last.Staged.Bytes, Used: int64(last.Used.Items), UsedBytes: last.Used.Bytes,
+	})
+	state.Save()
+}
+
+func (s *Settings) clean() {
+	if directory := s.inCache("sessions"); directory != "" {
+		ahead.CleanSessions(directory)
+	}
+	ahead.CleanStages(s.Store)
+}
+
+// systemFiles are what the libraries of Go read: certificates, names of hosts and servers of names,
+// time zones, and what the kernel says of this process and of control groups. It is all of /etc,
+// because what is there is replaced by new files while helpers run, and Landlock, whose rules are
+// about files and not about their names, could allow only those that are there at the start. Below
+// /run are keys of services, and sessions of users.
+var systemFiles = []string{
+	"/etc", "/run/systemd/resolve", "/run/NetworkManager", "/run/resolvconf", "/usr/share", "/usr/local/share",
+	"/var/lib/ca-certificates", "/proc", "/sys", "/dev/null", "/dev/urandom",
+}
+
+// Confines reports whether helpers confine themselves.
+func (s *Settings) Confines() bool { return s.file.Confine }
+
+// confine confines this process before it reads what servers send. The destination is that of the
+// first request, which is the daemon's word; all others of the daemon are in the store.
+func (s *Settings) confine(destination string) {
+	if !s.Confines() {
+		return
+	}
+	if err := confine.Process(s.usedFiles(destination)); err != nil && (s.verbose || s.file.Verbose) {
+		s.log.Warnf("%v", err)
+	}
+}
+
+func (s *Settings) usedFiles(destination string) confine.Paths {
+	paths := confine.Paths{
+		Write: []string{s.Store},
+		Read:  append(slices.Clone(systemFiles), settings.Directory(), settings.StateDirectory(), filepath.Dir(settings.DatabaseFile()), filepath.Dir(s.KeysFile())),
+	}
+	if destination != "" {
+		paths.Write = append(paths.Write, filepath.Dir(destination))
+	}
+	if s.kept != "" {
+		paths.Write = append(paths.Write, s.kept)
+	}
+	// Where the names of these are links to is not known beforehand. What is in /etc may be read.
+	for _, file := range []string{"/etc/resolv.conf", "/etc/hosts", os.Getenv("SSL_CERT_FILE"), os.Getenv("SSL_CERT_DIR")} {
+		if file == "" {
+			continue // which would be the current directory
+		}
+		if file, err := filepath.EvalSymlinks(file); err == nil && !strings.HasPrefix(file, "/etc/") {
+			paths.Read = append(paths.Read, file, filepath.Dir(file))
+		}
+	}
+	for _, url := range s.ServerURLs() {
+		directories := mirror.LocalDirectories(url)
+		if directories != nil && s.publicFiles() == nil {
+			// What the administrator has named may have links to anywhere.
+			directories = []string{"/"}
+		}
+		paths.Read = append(paths.Read, directories...)
+	}
+	for _, text := range settings.StoreURLs(s.stores, s.file) {
+		u, err := storeurl.Parse(text)
+		switch {
+		case err != nil:
+		case u.Scheme == "file":
+			paths.Write = append(paths.Write, u.Path)
+		case u.Scheme == "dump":
+			paths.Write = append(paths.Write, filepath.Dir(u.Path))
+		}
+	}
+	return paths
 }

@@ -17,7 +17,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/spf13/pflag"
 	"golang.org/x/term"
@@ -25,7 +24,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/ahead"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/bytesize"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
@@ -34,7 +32,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/seed"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
@@ -53,7 +50,7 @@ type Settings struct {
 	Wrong          error // what is wrong with the configuration file; it counts as if it were not there
 	stores         string
 	policy         string
-	limitRate      int64 // 0 is as the file has it
+	limitRate      int64 // bytes per second; 0 is no limit
 	verbose        bool
 
 	daemon  bool // the daemon has started this process
@@ -117,6 +114,9 @@ func (s *Settings) read() {
 	}
 	if s.policy == "" {
 		s.policy = s.file.Policy
+	}
+	if s.limitRate == 0 {
+		s.limitRate, _ = bytesize.ParseRate(s.file.LimitRate) // nothing is no limit
 	}
 	if _, err := s.Policy(); err != nil {
 		s.Wrong = errors.Join(s.Wrong, fmt.Errorf("%s: %w", settings.FileName(), err))
@@ -247,143 +247,6 @@ func (s *Settings) StoreURLs() []string {
 		}
 	}
 	return urls
-}
-
-// A Session is a substituter with what it works with.
-type Session struct {
-	*substitute.Substituter
-	blocks *blocks  // nil if there is no store
-	found  []string // URLs of those of the local network
-	state  *sourcestate.State
-	saved  time.Time
-	closed func() // what else is to be closed at the end
-
-	noted   *ahead.Session // of the daemon, when it asks what is available; nil is none
-	staging *ahead.Ahead   // when it substitutes
-}
-
-// Stores returns the block stores, if there are any, and what is known of each.
-func (s *Session) Stores() ([]pool.Member, []pool.SourceStats) {
-	if s.blocks == nil {
-		return nil, nil
-	}
-	return s.blocks.members, s.blocks.Stats()
-}
-
-// Found reports whether a store was found on the local network.
-func (s *Session) Found(url string) bool { return slices.Contains(s.found, url) }
-
-// saveEvery is how often what is known of servers and stores is written down.
-const saveEvery = 5 * time.Second
-
-// after does what is to be done after a substitution. The daemon kills its helpers as soon as it
-// does not need them any more.
-func (s *Session) after() {
-	if s.blocks != nil && s.Verbose {
-		s.blocks.show(s.Log)
-	}
-	if s.Verbose && s.staging != nil && s.staging.Stats().Err != nil {
-		s.Log.WarnOnce("staging", "items are not substituted ahead of the daemon any more: %v", s.staging.Stats().Err)
-	}
-	if time.Since(s.saved) < saveEvery {
-		return
-	}
-	if err := s.state.Save(); err != nil {
-		s.Log.WarnOnce("sources", "what is known of sources cannot be kept for later: %v", err)
-	}
-	s.saved = time.Now()
-}
-
-// note notes what the daemon has asked about on its own, and can have.
-func (s *Session) note(items []string, records []protocol.Info) {
-	if s.noted == nil || len(items) != 1 || len(records) != 1 {
-		return
-	}
-	if err := s.noted.Note(records[0].Path); err != nil {
-		s.Log.WarnOnce("session", "items are not substituted ahead of the daemon: %v", err)
-	}
-}
-
-// Close writes down what is known of sources, and ends all.
-func (s *Session) Close() {
-	if s.staging != nil {
-		s.staging.Close()
-	}
-	s.Substituter.Close()
-	if s.blocks != nil {
-		s.blocks.Close()
-	}
-	s.state.Save()
-	s.closed()
-	s.Mirrors.Close()
-	if s.Cache != nil {
-		s.Cache.Close()
-	}
-}
-
-// Session returns the substituter that the settings describe. It must be closed. For queries it has
-// no stores.
-func (s *Settings) Session(query bool) *Session { return s.session(query, s.log) }
-
-// session is Session with another log for what goes on in it.
-func (s *Settings) session(query bool, log *protocol.Log) *Session {
-	policy, _ := s.Policy() // which read has looked at
-	path := s.inCache("sources")
-	if query {
-		path = "" // which learns nothing about them
-	}
-	result := &Session{state: sourcestate.Open(path), closed: func() {}}
-	limiter := s.limiter()
-	narConnections := 0 // half of all
-	if !query {
-		narConnections = s.narConnections()
-	}
-	result.Substituter = substitute.New(substitute.Config{
-		Policy:               policy,
-		Limiter:              limiter,
-		Speeds:               serverSpeeds{result.state},
-		Verbose:              s.verbose || s.file.Verbose,
-		UnsignedCapabilities: s.file.UnsignedCapabilities,
-		StoreDir:             s.Store,
-		URLs:                 s.ServerURLs(),
-		Strangers:            s.publicFiles() != nil,
-		AllowUnauthenticated: s.Unauthorised,
-		Deduplicate:          s.options.Deduplicate(),
-		KeysFile:             s.KeysFile(),
-		Debug:                os.Getenv("GUIX_SUBSTITUTE_DEBUG") != "",
-		Mirrors: mirror.NewClient(mirror.Options{
-			MaxConnections: s.file.NarinfoConnections,
-			NarConnections: narConnections,
-			PublicFiles:    s.publicFiles(),
-			Getenv:         os.Getenv,
-			Note:           s.log.Notef,
-		}),
-		Cache: s.cache(),
-		Log:   log,
-	})
-	if !query {
-		result.Reuse, result.closed = s.finder()
-		result.Seeds = s.seeding
-	}
-	urls := s.StoreURLs()
-	if !query && s.near != nil {
-		result.found = s.near.urls()
-		urls = append(slices.Clip(urls), result.found...)
-		result.Failed = func(format string, a ...any) { s.failed = fmt.Sprintf(format, a...) }
-	}
-	if !query && policy != substitute.HTTPOnly && len(urls) > 0 {
-		b, err := s.openBlocks(urls, result.state, limiter, log)
-		if err != nil {
-			s.log.Warnf("%v", err)
-		}
-		if b != nil {
-			result.blocks = b
-			result.Blocks, result.Window, result.StoreSpeed = b, b.window, b.speed
-			result.Probe = b.Probe
-			result.Nearby, result.NearbyStride = b.nearby, b.stride
-		}
-	}
-	return result
 }
 
 // publicFiles returns the URLs of servers if they come from somebody who may not read all that we
@@ -528,9 +391,11 @@ func (s *Settings) HasForeignKeys(keys *acl.ACL) bool {
 	return err != nil || !own.Equal(listed[0])
 }
 
-// SilentSession returns a session that shows nothing by itself but the warnings of its beginning.
-func (s *Settings) SilentSession(query bool) *Session {
-	sub := s.session(query, silent())
-	sub.SetKeys(s.Keys())
-	return sub
+// inCache returns a file name in the directory for what is kept for other processes; empty if
+// nothing is.
+func (s *Settings) inCache(name string) string {
+	if s.kept == "" {
+		return ""
+	}
+	return filepath.Join(s.kept, name)
 }

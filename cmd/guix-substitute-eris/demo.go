@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package demo shows the whole way on a private store, for people who have nothing but the program.
-package demo
+package main
 
 import (
 	"bufio"
@@ -34,8 +33,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
 
-// Command shows the whole way.
-func Command() *cobra.Command {
+// demoCommand shows the whole way.
+func demoCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "[PATH]...",
 		Short: "show the whole way on a private store",
@@ -48,7 +47,7 @@ from the nars.
 The items are copies of the files or trees at PATH; without any, of a generated
 tree. Everything happens in one new directory, which is removed at the end.`,
 		RunE: func(c *cobra.Command, paths []string) error {
-			err := run(c.Context(), paths)
+			err := demonstrate(c.Context(), paths)
 			if c.Context().Err() != nil {
 				return errors.New("interrupted")
 			}
@@ -61,11 +60,11 @@ tree. Everything happens in one new directory, which is removed at the end.`,
 type demo struct {
 	program, directory string
 	store, mirror      string // URLs
-	items              []item
+	items              []demoItem
 }
 
-// item is a store item.
-type item struct {
+// demoItem is a store item.
+type demoItem struct {
 	path string
 	hash string // NarHash
 	size uint64 // NarSize
@@ -74,7 +73,7 @@ type item struct {
 // maxSocketPath is how long the name of a socket may be (unix(7)).
 const maxSocketPath = 107
 
-func run(ctx context.Context, trees []string) (err error) {
+func demonstrate(ctx context.Context, trees []string) (err error) {
 	// The children are told to end when the thread ends that has started them.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -199,10 +198,11 @@ func (d *demo) makeItem(ctx context.Context, path string) error {
 	tree := nar.NewTree(path)
 	defer tree.Close()
 	r, err := restore.Restore(ctx, tree, d.file("publisher/"+name), restore.Options{})
-	d.items = append(d.items, item{d.file("store/" + name), hashText(r.NarHash), r.NarSize})
+	d.items = append(d.items, demoItem{d.file("store/" + name), hashText(r.NarHash), r.NarSize})
 	return err
 }
 
+// hashText is a hash as narinfos and replies have it.
 func hashText(sum [sha256.Size]byte) string { return "sha256:" + nixbase32.EncodeToString(sum[:]) }
 
 // generate makes a tree with what occurs in store items: many small files, some of them equal, a

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package manual has the commands that explain the others: help, completion for shells, and what
-// writes the manual pages. All say what the commands say of themselves.
-package manual
+package main
 
 import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -20,8 +20,106 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 )
 
-// Man is the command that writes the manual pages.
-func Man() *cobra.Command {
+// helpColumns is the width of a help.
+const helpColumns = 80
+
+// showHelp shows what a command does, and its options with what they are by default.
+func showHelp(c *cobra.Command, _ []string) {
+	c.InitDefaultHelpFlag()
+	fmt.Printf("Usage: %s\n\n%s\n", c.UseLine(), cmp.Or(c.Long, c.Short))
+	for _, g := range c.Groups() {
+		fmt.Printf("\n%s\n", g.Title)
+		for _, sub := range commandsOf(c, g) {
+			fmt.Printf("  %-12s %s\n", sub.Name(), sub.Short)
+		}
+	}
+	options := c.LocalFlags().FlagUsagesWrapped(helpColumns)
+	optionalValue := regexp.MustCompile(`(--\w+) (\w+)\[="true"\]`) // as package pflag shows it
+	fmt.Printf("\nOptions:\n%s", optionalValue.ReplaceAllString(options, "$1[=$2]       "))
+}
+
+func commandsOf(c *cobra.Command, g *cobra.Group) []*cobra.Command {
+	return slices.DeleteFunc(slices.Clone(c.Commands()), func(sub *cobra.Command) bool { return sub.GroupID != g.ID || sub.Hidden })
+}
+
+// helpCommand is the command that shows the help of a command.
+func helpCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "[COMMAND]",
+		ValidArgsFunction: func(c *cobra.Command, args []string, _ string) (names []string, _ cobra.ShellCompDirective) {
+			for _, sub := range c.Root().Commands() {
+				if len(args) == 0 && !sub.Hidden {
+					names = append(names, sub.Name())
+				}
+			}
+			return names, cobra.ShellCompDirectiveNoFileComp
+		},
+		Short: "show this help, or that of a command",
+		Long:  `Show what a command does and its options, or, without one, all commands.`,
+		RunE: func(c *cobra.Command, args []string) error {
+			if len(args) > 1 {
+				return message.Usage("help takes one command: guix-substitute-eris help encode")
+			}
+			shown, rest, err := c.Root().Find(args)
+			if err != nil || len(rest) > 0 {
+				var names []string
+				for _, sub := range c.Root().Commands() {
+					names = append(names, sub.Name())
+				}
+				return message.UnknownCommand(args[0], names)
+			}
+			return shown.Help()
+		},
+	}
+}
+
+// shells has what writes the completion of each.
+var shells = map[string]func(root *cobra.Command) error{
+	"bash": func(root *cobra.Command) error { return root.GenBashCompletionV2(os.Stdout, true) },
+	"zsh":  func(root *cobra.Command) error { return root.GenZshCompletion(os.Stdout) },
+	"fish": func(root *cobra.Command) error { return root.GenFishCompletion(os.Stdout, true) },
+}
+
+// completionCommand is the command that has shells complete commands, options and their values.
+func completionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "bash|zsh|fish",
+		Short: "complete command lines in a shell",
+		Long: `Print what has a shell complete command lines of this program. "make install"
+puts it where shells look for it. To try it in bash:
+
+  source <(guix-substitute-eris completion bash)`,
+		ValidArgs: slices.Sorted(maps.Keys(shells)),
+		RunE: func(c *cobra.Command, args []string) error {
+			if len(args) != 1 || shells[args[0]] == nil {
+				return message.Usage("completion takes the name of a shell: bash, zsh or fish")
+			}
+			return shells[args[0]](c.Root())
+		},
+	}
+}
+
+// completeOptions has the values of options completed: by the word that stands for the value in the help,
+// names of files or directories, or words that are given. Other values are not names of files.
+func completeOptions(c *cobra.Command, words map[string][]string) {
+	c.Flags().VisitAll(func(f *pflag.Flag) {
+		complete := cobra.NoFileCompletions
+		switch value, _ := pflag.UnquoteUsage(f); {
+		case words[f.Name] != nil:
+			complete = cobra.FixedCompletions(words[f.Name], cobra.ShellCompDirectiveNoFileComp)
+		case value == "DIRECTORY":
+			complete = cobra.FixedCompletions(nil, cobra.ShellCompDirectiveFilterDirs)
+		case value == "FILE" || value == "PATH" || value == "":
+			return
+		}
+		if err := c.RegisterFlagCompletionFunc(f.Name, complete); err != nil {
+			panic(err) // the option is one of the command
+		}
+	})
+}
+
+// manCommand is the command that writes the manual pages.
+func manCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:    "DIRECTORY",
 		Short:  "write the manual pages",
