@@ -54,7 +54,6 @@ type Settings struct {
 	verbose        bool
 
 	daemon  bool // the daemon has started this process
-	byHand  bool // a person has, and nothing of theirs is replaced
 	options protocol.Options
 	file    settings.File
 	log     *protocol.Log
