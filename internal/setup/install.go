@@ -85,11 +85,7 @@ func (s *System) GuixSystem() bool {
 
 // put adds a step unless the file is as it should be.
 func (i *installation) put(step Step) error {
-	name, err := i.at(step.Path)
-	if err != nil {
-		return err
-	}
-	now, err := state(name)
+	now, err := state(i.at(step.Path))
 	if err != nil {
 		return err
 	}
