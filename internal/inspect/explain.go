@@ -92,10 +92,7 @@ func explain(ctx context.Context, s *session.Settings, items []string, asJSON, f
 		return err
 	}
 	if asJSON {
-		if err := page.JSON(all); err != nil {
-			return err
-		}
-		return worst.Err()
+		return cmp.Or(page.JSON(all), worst.Err())
 	}
 	p := page.New()
 	for i, e := range all {
@@ -235,18 +232,16 @@ func (borrowed) Close() error { return nil }
 
 // capability returns the read capability that would be used, or one that is offered at all.
 func (e *explanation) capability() (eris.ReadCapability, bool) {
-	var urns []string
 	for _, w := range e.Ways {
-		urns = append(urns, w.Name)
-	}
-	for _, s := range e.Servers {
-		for _, c := range s.Capabilities {
-			urns = append(urns, c.URN)
+		if c, err := eris.ParseURN(w.Name); err == nil {
+			return c, true
 		}
 	}
-	for _, urn := range urns {
-		if c, err := eris.ParseURN(urn); err == nil {
-			return c, true
+	for _, s := range e.Servers {
+		for _, offered := range s.Capabilities {
+			if c, err := eris.ParseURN(offered.URN); err == nil {
+				return c, true
+			}
 		}
 	}
 	return eris.ReadCapability{}, false
@@ -370,7 +365,8 @@ func (e *explanation) show(p *page.Page) {
 
 func (e *explanation) showServer(p *page.Page, s substitute.ServerReport) {
 	if s.Narinfo == nil {
-		showNoNarinfo(p, s)
+		mark, why := noNarinfo(s)
+		p.Say(5, mark, "%s", why)
 		return
 	}
 	what := "has a narinfo"
@@ -418,22 +414,22 @@ func (e *explanation) showServer(p *page.Page, s substitute.ServerReport) {
 	}
 }
 
-func showNoNarinfo(p *page.Page, s substitute.ServerReport) {
-	took := page.Duration(s.Latency)
+// noNarinfo says why there is no narinfo of a server.
+func noNarinfo(s substitute.ServerReport) (page.Mark, string) {
+	took := "(" + page.Duration(s.Latency) + ")"
 	switch {
 	case s.Failure != "":
-		p.Say(5, page.Bad, "%s", message.Text(strings.TrimPrefix(s.Failure, s.URL+": ")))
+		return page.Bad, message.Text(strings.TrimPrefix(s.Failure, s.URL+": "))
 	case missing(s.URL):
-		p.Say(5, page.Bad, "nothing is there; is the medium plugged in?")
+		return page.Bad, "nothing is there; is the medium plugged in?"
 	case s.Baking:
-		p.Say(5, page.Note, "does not have it yet, and has begun to make it (%s)", took)
+		return page.Note, "does not have it yet, and has begun to make it " + took
 	case s.Status == 404 || s.Status == 410 || s.Status == 0:
-		p.Say(5, page.Note, "does not have it (%s)", took)
+		return page.Note, "does not have it " + took
 	case s.Status == 200:
-		p.Say(5, page.Bad, "answers with something else than a narinfo of the item (%s)", took)
-	default:
-		p.Say(5, page.Bad, "answers with status %d (%s)", s.Status, took)
+		return page.Bad, "answers with something else than a narinfo of the item " + took
 	}
+	return page.Bad, fmt.Sprintf("answers with status %d %s", s.Status, took)
 }
 
 // missing reports whether a server is a directory that is not there, or has nothing.

@@ -87,17 +87,14 @@ line that says which server it is from, and what its signature is worth.`,
 // which servers have none.
 func showNarinfos(e explanation, key bool) (text string) {
 	for _, r := range e.Servers {
-		switch {
-		case r.Narinfo == nil && r.Failure != "":
-			fmt.Fprintf(os.Stderr, "# %s: %s\n", page.Clean(r.URL), page.Clean(message.Text(strings.TrimPrefix(r.Failure, r.URL+": "))))
-			continue
-		case r.Narinfo == nil:
-			fmt.Fprintf(os.Stderr, "# %s: no narinfo (status %d)\n", page.Clean(r.URL), r.Status)
-			continue
-		case key && r.Key == "":
+		if r.Narinfo == nil {
+			_, why := noNarinfo(r)
+			fmt.Fprintf(os.Stderr, "# %s: %s\n", page.Clean(r.URL), page.Clean(why))
 			continue
 		}
-		if key {
+		if key && r.Key == "" {
+			continue
+		} else if key {
 			fmt.Fprintf(os.Stderr, "# signed by %s, from %s\n", page.Clean(r.Signer), page.Clean(r.URL))
 			return r.Key + "\n"
 		}

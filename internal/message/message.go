@@ -231,18 +231,15 @@ func hint(err error) string {
 // Unknown says that there is no command, option or setting of a name, and which one may be meant.
 func Unknown(thing, name string, known []string) string {
 	text := fmt.Sprintf("there is no %s %q", thing, name)
-	var all cobra.Command
-	for _, k := range known {
-		all.AddCommand(&cobra.Command{Use: k, Run: func(*cobra.Command, []string) {}})
-	}
-	least := min(3, max(1, len(strings.TrimLeft(name, "-"))/3))
 	if name == "" || len(name) > longestName {
 		return text
 	}
-	for all.SuggestionsMinimumDistance = 1; all.SuggestionsMinimumDistance <= least; all.SuggestionsMinimumDistance++ {
-		if meant := all.SuggestionsFor(name); len(meant) > 0 {
-			return fmt.Sprintf("%s; did you mean %q?", text, meant[0])
-		}
+	all := cobra.Command{SuggestionsMinimumDistance: min(3, max(1, len(strings.TrimLeft(name, "-"))/3))}
+	for _, k := range known {
+		all.AddCommand(&cobra.Command{Use: k, Run: func(*cobra.Command, []string) {}})
+	}
+	if meant := all.SuggestionsFor(name); len(meant) > 0 {
+		text += fmt.Sprintf("; did you mean %q?", meant[0])
 	}
 	return text
 }
