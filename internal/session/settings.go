@@ -5,7 +5,6 @@
 package session
 
 import (
-	"bufio"
 	"cmp"
 	"errors"
 	"fmt"
@@ -228,13 +227,8 @@ func (s *Settings) StoreURLs() []string {
 		return urls
 	}
 	for _, server := range s.ServerURLs() {
-		path, ok := strings.CutPrefix(server, "file://")
-		if !ok {
-			continue
-		}
-		unescaped, _ := url.PathUnescape(path)
-		for _, path := range slices.Compact([]string{path, unescaped}) {
-			stick := url.URL{Scheme: "file", Path: filepath.Join("/", path, "blocks")}
+		for _, directory := range mirror.LocalDirectories(server) {
+			stick := url.URL{Scheme: "file", Path: filepath.Join(directory, "blocks")}
 			info, err := os.Stat(stick.Path)
 			known := func(text string) bool {
 				u, err := storeurl.Parse(text)
@@ -281,14 +275,10 @@ const maxDiscovered = 50
 
 // discovered returns the servers that "guix discover" has found.
 func (s *Settings) discovered() []string {
-	f, _, err := files.OpenRegular(filepath.Join(settings.StateDirectory(), "discover", "publish"), os.O_RDONLY)
-	if err != nil {
-		return nil
-	}
-	defer f.Close()
+	text, _ := files.ReadRegular(filepath.Join(settings.StateDirectory(), "discover", "publish"), 1<<20)
 	var urls []string
-	for lines := bufio.NewScanner(f); lines.Scan() && len(urls) < 10000; {
-		if url := strings.TrimSpace(lines.Text()); url != "" && mirror.CheckURL(url) == nil && !mirror.IsLocal(url) {
+	for url := range strings.FieldsSeq(string(text)) {
+		if mirror.CheckURL(url) == nil && !mirror.IsLocal(url) {
 			urls = append(urls, url)
 		}
 	}
@@ -301,25 +291,20 @@ func (s *Settings) discovered() []string {
 
 // KeepDirectory is where things are kept for other processes, or empty.
 func (s *Settings) KeepDirectory() string {
-	switch {
-	case s.cacheDirectory == "none":
+	if s.cacheDirectory == "none" {
 		return ""
-	case s.cacheDirectory != "":
-		return s.cacheDirectory
-	case s.file.CacheDirectory != "":
-		return s.file.CacheDirectory
+	}
+	if named := cmp.Or(s.cacheDirectory, s.file.CacheDirectory); named != "" {
+		return named
 	}
 	// Where AppArmor lets the daemon's helpers write, and where Guix has its own
 	// (guix/substitutes.scm: %narinfo-cache-directory), beside that.
-	base := os.Getenv("XDG_CACHE_HOME")
-	if base == "" && s.daemon {
+	if s.daemon && os.Getenv("XDG_CACHE_HOME") == "" {
 		return filepath.Join(settings.StateDirectory(), "substitute", "eris")
 	}
-	if base == "" {
-		var err error
-		if base, err = os.UserCacheDir(); err != nil {
-			return ""
-		}
+	base, err := os.UserCacheDir()
+	if err != nil {
+		return ""
 	}
 	return filepath.Join(base, "guix", "substitute-eris")
 }
@@ -338,9 +323,6 @@ func (s *Settings) cache() *narinfocache.Cache {
 	return c
 }
 
-// maxACL bounds the length of an ACL file in bytes.
-const maxACL = acl.MaxSexpSize
-
 // Keys reads the list of authorised keys. Without one the machine's own key is authorised, as Guix,
 // guix/pki.scm: current-acl, has it. When the list cannot be understood, no key is. As long as the
 // file is the same, so is the list.
@@ -350,7 +332,7 @@ func (s *Settings) Keys() *acl.ACL {
 	if identity != (files.Identity{}) && identity == s.keysFile {
 		return s.keys
 	}
-	keys, err := acl.ReadACL(func() ([]byte, error) { return files.ReadRegular(name, maxACL) }, ownKey)
+	keys, err := acl.ReadACL(func() ([]byte, error) { return files.ReadRegular(name, acl.MaxSexpSize) }, ownKey)
 	if err != nil {
 		s.log.WarnOnce("acl", "no substitute is authorised: %s", message.Text(fmt.Sprintf("%s: %v", name, err)))
 		return nil
@@ -365,15 +347,12 @@ func (s *Settings) Keys() *acl.ACL {
 }
 
 func ownKey() ([]byte, error) {
-	return files.ReadRegular(filepath.Join(settings.Directory(), "signing-key.pub"), maxACL)
+	return files.ReadRegular(filepath.Join(settings.Directory(), "signing-key.pub"), acl.MaxSexpSize)
 }
 
 // KeysFile is the name of the list of authorised keys.
 func (s *Settings) KeysFile() string {
-	if s.acl != "" {
-		return s.acl
-	}
-	return filepath.Join(settings.Directory(), "acl")
+	return cmp.Or(s.acl, filepath.Join(settings.Directory(), "acl"))
 }
 
 // HasForeignKeys reports whether a list has another key than the machine's own.
