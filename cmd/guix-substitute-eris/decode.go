@@ -31,9 +31,7 @@ func decodeCommand() *cobra.Command {
 		Long: `Fetch what a read capability denotes and write it to a file or a directory
 that does not exist yet; "-" is standard output. File trees are recognised, as
 ERIS-FS and as nars; other contents, compressed nars among them, are written
-as they are. Blocks come from the stores that --store, or else the variable
-ERIS_STORE_URL, or else the configuration file names, or else from the block
-store that runs on this machine.`,
+as they are.`,
 	}
 	stores := c.Flags().String("store", "", "fetch blocks from the stores with these `URLS`, separated by spaces, in this order (default: $ERIS_STORE_URL, the setting eris-stores, or what runs here)")
 	raw := c.Flags().Bool("raw", false, "write the contents as they are, even if they are a file tree")

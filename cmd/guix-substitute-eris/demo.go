@@ -121,8 +121,10 @@ func demonstrate(ctx context.Context, trees []string) (err error) {
 		if err != nil {
 			return err
 		}
-		if i == 0 {
-			fmt.Print(indent(text))
+		for line := range strings.Lines(text) {
+			if i == 0 {
+				say("   | %.129s", strings.TrimSuffix(line, "\n"))
+			}
 		}
 		say("   %s of nar encoded, blocks stored, narinfo signed in %v", page.Size(int64(item.size)), since(begin))
 	}
@@ -152,18 +154,6 @@ func say(format string, a ...any) { fmt.Printf(format+"\n", a...) }
 func (d *demo) file(name string) string { return filepath.Join(d.directory, name) }
 
 func since(begin time.Time) time.Duration { return time.Since(begin).Round(time.Millisecond) }
-
-func indent(text string) string {
-	var b strings.Builder
-	for line := range strings.Lines(text) {
-		line = strings.TrimSuffix(line, "\n")
-		if len(line) > 132 {
-			line = line[:129] + "..."
-		}
-		b.WriteString("   | " + line + "\n")
-	}
-	return b.String()
-}
 
 func (d *demo) makeItems(ctx context.Context, paths []string) error {
 	if err := os.Mkdir(d.file("publisher"), 0o755); err != nil {

@@ -42,13 +42,8 @@ func encodeCommand() *cobra.Command {
 capability. A file is encoded as its contents, like other programs for ERIS do
 it, without its name and permissions; a tree, or with --item a file too, is
 encoded as "publish" encodes store items. "-" is the contents of standard
-input.
-
-Blocks are put into the store that --store, or else the first that the
-variable ERIS_STORE_URL or the configuration file names, or else into the
-block store that runs on this machine; with --store=none they are kept
-nowhere. --store=dump:- is standard output, which gets nothing else then: the
-URN goes to standard error.
+input. --store=dump:- is standard output, which gets nothing else then: the URN
+goes to standard error.
 
 With --closure, PATHs are store items, and everything that they refer to is
 encoded too; each URN has the item behind it.`,

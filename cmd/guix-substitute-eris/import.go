@@ -27,10 +27,7 @@ func importCommand() *cobra.Command {
 		Use:   "FILE|DIRECTORY|-",
 		Short: "put the blocks of a dump or a directory into a store",
 		Long: `Put the blocks of a dump, of a directory of blocks or of one that "export" has
-made, or of a dump on standard input ("-") into the store that --store, or
-else the first that the variable ERIS_STORE_URL or the configuration file
-names, or else into the block store that runs on this machine. Each block is
-verified.
+made, or of a dump on standard input ("-") into a store. Each block is verified.
 
 What is whole of a dump that is cut off is stored; to go on, import it again.
 URNs that the dump discloses are printed.

@@ -56,10 +56,7 @@ of them and whether it counts, what each block store has, which ways there are,
 what they should cost, and which one is taken. Nothing is restored.
 
 An ITEM is a store path, a hash part, or a link into the store, of a profile for
-example. What servers say is requested anew, and kept for later.
-
-The exit status is 0 if all items can be had, 3 if one is not available, 4 if
-one is not authorised, 5 if no server can be reached.`,
+example. What servers say is requested anew, and kept for later.`,
 	}
 	asJSON := c.Flags().Bool("json", false, "print what is known as JSON")
 	full := c.Flags().Bool("full", false, "ask each store for all blocks of the items, and not only for some")

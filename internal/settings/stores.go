@@ -124,16 +124,10 @@ func openStoreFor(text string, hops int) (fetch.Store, error) {
 // one that runs on this machine, for those of others seldom take blocks, and else the first of
 // [StoreURLs]. It is nil if there is none.
 func OpenToPut(flag string) (fetch.Store, error) {
-	var file File
-	if flag == "" {
-		var err error
-		if file, err = Read(); err != nil {
-			return nil, err
-		}
-	}
+	file, err := Read()
 	urls := StoreURLs(flag, file)
-	if len(urls) == 0 {
-		return nil, nil
+	if err != nil || len(urls) == 0 {
+		return nil, err
 	}
 	if flag == "" && os.Getenv(StoreVariable) == "" {
 		urls = append(runningStore(), urls...)
