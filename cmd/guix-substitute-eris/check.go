@@ -21,7 +21,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 )
 
-// checkSettings are the options of check.
 type checkSettings struct {
 	stores       []string
 	repair, json bool
@@ -141,7 +140,6 @@ func showItems(items []complete.Item) error {
 	return p.Print()
 }
 
-// maxAffected is how many files are listed.
 const maxAffected = 20
 
 func faultsOf(item complete.Item) (lines []string) {

@@ -33,7 +33,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
 
-// demoCommand shows the whole way.
 func demoCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "[PATH]...",
@@ -63,7 +62,6 @@ type demo struct {
 	items              []demoItem
 }
 
-// demoItem is a store item.
 type demoItem struct {
 	path string
 	hash string // NarHash
@@ -234,7 +232,6 @@ func (d *demo) makeConfiguration() error {
 	)
 }
 
-// narinfo gets the narinfo of an item.
 func (d *demo) narinfo(path string) (string, error) {
 	url := d.mirror + "/" + filepath.Base(path)[:32] + ".narinfo"
 	response, err := http.Get(url) // the publisher ends with the context of all

@@ -27,7 +27,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
 
-// encodeSettings are the options of encode.
 type encodeSettings struct {
 	store, secret string
 	item, closure bool
@@ -128,14 +127,12 @@ func (s *encodeSettings) print(out *os.File, capabilities []eris.ReadCapability,
 	return nil
 }
 
-// blocksPut are blocks that are stored.
 type blocksPut struct {
 	capabilities []eris.ReadCapability
 	blocks       int
 	bytes        int64
 }
 
-// String says how many there are.
 func (b blocksPut) String() string {
 	return page.Count(b.blocks, "block") + ", " + page.Size(b.bytes) + ","
 }
@@ -156,7 +153,6 @@ func putInto(ctx context.Context, store fetch.Store, what string, produce func(s
 	return put, err
 }
 
-// encodeAll encodes files and trees.
 func (s *encodeSettings) encodeAll(ctx context.Context, paths []string, sink eris.Sink, secret eris.ConvergenceSecret) (capabilities []eris.ReadCapability, err error) {
 	for _, path := range paths {
 		var c eris.ReadCapability

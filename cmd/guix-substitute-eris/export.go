@@ -25,7 +25,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
-// exportSettings are the options of export.
 type exportSettings struct {
 	session.Settings
 	to, root, since string

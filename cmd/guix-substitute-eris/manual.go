@@ -20,7 +20,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 )
 
-// helpColumns is the width of a help.
 const helpColumns = 80
 
 // showHelp shows what a command does, and its options with what they are by default.
@@ -42,7 +41,6 @@ func commandsOf(c *cobra.Command, g *cobra.Group) []*cobra.Command {
 	return slices.DeleteFunc(slices.Clone(c.Commands()), func(sub *cobra.Command) bool { return sub.GroupID != g.ID || sub.Hidden })
 }
 
-// helpCommand is the command that shows the help of a command.
 func helpCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "[COMMAND]",
@@ -73,7 +71,6 @@ func helpCommand() *cobra.Command {
 	}
 }
 
-// shells has what writes the completion of each.
 var shells = map[string]func(root *cobra.Command) error{
 	"bash": func(root *cobra.Command) error { return root.GenBashCompletionV2(os.Stdout, true) },
 	"zsh":  func(root *cobra.Command) error { return root.GenZshCompletion(os.Stdout) },
@@ -118,7 +115,6 @@ func completeOptions(c *cobra.Command, words map[string][]string) {
 	})
 }
 
-// manCommand is the command that writes the manual pages.
 func manCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:    "DIRECTORY",
@@ -177,7 +173,6 @@ func (p *manPage) section(title, text string) {
 	}
 }
 
-// term adds what a word means.
 func (p *manPage) term(word, text string) {
 	fmt.Fprintf(p, ".TP\n\\fB%s\\fR\n%s\n", roff(word), roff(text))
 }

@@ -25,7 +25,6 @@ func isHelper(args []string) bool {
 	return len(args) == 2 && args[0] == "substitute" && (args[1] == "--query" || args[1] == "--substitute")
 }
 
-// helper answers the requests of the daemon.
 func helper(s *session.Settings, query bool) error {
 	// Another program may have left something else there. What this process has opened itself, Go
 	// for its own use for example, is closed when a program is started, which this was not.

@@ -21,7 +21,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A daemonProcess is the running guix-daemon.
 type daemonProcess struct {
 	pid         int
 	program     string // its file name; empty if that cannot be read
@@ -169,7 +168,6 @@ func (d *doctor) examineDaemon() {
 	d.examineConfinement(program, strings.HasPrefix(how, "as an extension"))
 }
 
-// plugIn are the commands that have the daemon use the program.
 func (d *doctor) plugIn() string {
 	if d.shepherd() {
 		return "sudo editor /etc/config.scm # (modify-services … (guix-service-type config => (with-substitute-eris config)))\n" +
@@ -237,7 +235,6 @@ func (d *doctor) checkProgram(path string) error {
 	return errors.New(path + " is not this program")
 }
 
-// errNotRestarted is why the daemon does not have what its service sets.
 var errNotRestarted = errors.New("the running daemon does not have it: it was not restarted since")
 
 // examineConfinement looks whether AppArmor lets the daemon run the program. The profile of Guix

@@ -37,7 +37,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
 
-// A finding is a line of the doctor's report.
 type finding struct {
 	Subject string `json:"subject"`
 	OK      bool   `json:"ok"`
@@ -48,7 +47,6 @@ type finding struct {
 	Data any `json:"data,omitempty"`
 }
 
-// A doctor gathers findings.
 type doctor struct {
 	session.Settings
 	root     string // of the system
@@ -261,7 +259,6 @@ func writable(directory string, who credentials) (existing string, err error) {
 	return directory, err
 }
 
-// credentials are those of a process.
 type credentials struct {
 	uid    int
 	groups []int
@@ -296,7 +293,6 @@ func groupName(gid int) string {
 	return strconv.Itoa(gid)
 }
 
-// helper are the credentials that the helpers of the daemon have.
 func (d *doctor) helper() credentials {
 	if d.daemon != nil {
 		return d.daemon.credentials
@@ -323,7 +319,6 @@ func (d *doctor) examineServers(ctx context.Context, sub *session.Session) {
 	d.findings = append(d.findings, results...)
 }
 
-// absent is a hash part that no item has.
 const absent = "00000000000000000000000000000000"
 
 func examineServer(ctx context.Context, mirrors *mirror.Client, url string) finding {

@@ -101,7 +101,6 @@ func explain(ctx context.Context, s *session.Settings, items []string, asJSON, f
 	return cmp.Or(p.Print(), worst.Err())
 }
 
-// An explanation is what is known of an item.
 type explanation struct {
 	substitute.Explanation
 	InStore bool `json:"inStore"`
@@ -115,7 +114,6 @@ type explanation struct {
 	keys    string        // file that lists them
 }
 
-// A storeReport is what is known of a block store.
 type storeReport struct {
 	URL     string        `json:"url"`
 	Near    bool          `json:"near"`              // it is asked before others, and keeps what they have
@@ -148,7 +146,6 @@ func forItems(
 	return worst, nil
 }
 
-// examineStores finds out what the stores have of an item.
 func (e *explanation) examineStores(ctx context.Context, sub *session.Session, full bool) {
 	members, _ := sub.Stores()
 	if len(members) == 0 {
@@ -411,7 +408,6 @@ func (e *explanation) showServer(p *page.Page, s substitute.ServerReport) {
 	}
 }
 
-// noNarinfo says why there is no narinfo of a server.
 func noNarinfo(s substitute.ServerReport) (page.Mark, string) {
 	took := "(" + page.Duration(s.Latency) + ")"
 	switch {

@@ -28,7 +28,6 @@ const guixVariable = "GUIX_SUBSTITUTE_ERIS_GUIX"
 // to as the real guix, so that one that calls this program again is handed nothing twice.
 const handedVariable = "GUIX_SUBSTITUTE_ERIS_HANDED"
 
-// usualGuix are the places where guix is when nobody says where.
 var usualGuix = []string{
 	"/run/current-system/profile/bin/guix",
 	"/var/guix/profiles/per-user/root/current-guix/bin/guix",

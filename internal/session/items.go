@@ -38,7 +38,6 @@ func ExitStatus(a substitute.Availability) message.Status {
 	}[a]
 }
 
-// maxLinks is how many links are followed from a file to a store item.
 const maxLinks = 40
 
 // FindItem returns the store item that a person means: by its path or that of a file in it, by its

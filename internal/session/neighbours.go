@@ -113,7 +113,6 @@ func browse(ctx context.Context, found func(urls string)) {
 	}
 }
 
-// urls returns the stores that have been found.
 func (n *neighbours) urls() []string {
 	n.text = n.read()
 	var urls []string

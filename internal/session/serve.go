@@ -85,7 +85,6 @@ func (s *Settings) ByHand(ctx context.Context, query bool, items []string) error
 	return result.Err()
 }
 
-// sayMissing names the items that cannot be had, and reports whether there are none.
 func (s *Settings) sayMissing(items []string, records []protocol.Info) bool {
 	complete := true
 	for _, item := range items {
@@ -289,7 +288,6 @@ func destinationOf(r protocol.Request) string {
 	return ""
 }
 
-// noReply is the reply that says nothing is available.
 func noReply(query bool) []byte {
 	if query {
 		return protocol.AppendHave(nil, nil)

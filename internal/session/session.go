@@ -58,7 +58,6 @@ func (s *Session) Stores() ([]pool.Member, []pool.SourceStats) {
 // Found reports whether a store was found on the local network.
 func (s *Session) Found(url string) bool { return slices.Contains(s.found, url) }
 
-// saveEvery is how often what is known of servers and stores is written down.
 const saveEvery = 5 * time.Second
 
 // after does what is to be done after a substitution. The daemon kills its helpers as soon as it
@@ -230,7 +229,6 @@ func (s *Settings) openBlocks(urls []string, state *sourcestate.State, limiter *
 // which costs more than the block.
 var localWindow = fetch.Window{Requests: 512, Bytes: 8 << 20}
 
-// window is what a reader should keep in flight.
 func (b *blocks) window() fetch.Window {
 	if b.local {
 		return localWindow

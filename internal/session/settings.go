@@ -181,7 +181,6 @@ func (s *Settings) Adopt(options string) {
 
 func silent() *protocol.Log { return protocol.NewLog(io.Discard, protocol.LogStyle{}) }
 
-// policies are the words for policies.
 var policies = map[string]substitute.Policy{
 	"fastest":    substitute.Fastest,
 	"eris-first": substitute.ERISFirst,
@@ -273,7 +272,6 @@ func (s *Settings) ServerURLs() []string {
 // guix/scripts/substitute.scm: %max-substitute-urls).
 const maxDiscovered = 50
 
-// discovered returns the servers that "guix discover" has found.
 func (s *Settings) discovered() []string {
 	text, _ := files.ReadRegular(filepath.Join(settings.StateDirectory(), "discover", "publish"), 1<<20)
 	var urls []string
@@ -309,7 +307,6 @@ func (s *Settings) KeepDirectory() string {
 	return filepath.Join(base, "guix", "substitute-eris")
 }
 
-// cache opens the cache of narinfos, or returns nil.
 func (s *Settings) cache() *narinfocache.Cache {
 	directory := s.inCache("narinfos")
 	if directory == "" {

@@ -345,7 +345,6 @@ func announced(host string, urls []string) (stores []string) {
 	return stores
 }
 
-// maxOffer bounds what a server says of itself, in bytes.
 const maxOffer = 64 << 10
 
 func get(ctx context.Context, server, name string) ([]byte, error) {

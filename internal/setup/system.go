@@ -138,7 +138,6 @@ func write(name string, mode fs.FileMode, text []byte) error {
 	return files.Write(name, mode, files.Options{Sync: true, Locked: true}, text)
 }
 
-// unfinished is the name of what is to become a file.
 func unfinished(name string) string {
 	return filepath.Join(filepath.Dir(name), files.TemporaryPrefix+filepath.Base(name))
 }
