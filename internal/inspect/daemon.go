@@ -46,15 +46,12 @@ func findDaemon(proc string, trusted func(uid string) bool) *daemonProcess {
 		if err != nil {
 			continue
 		}
-		// The name is in parentheses, and may have any characters (proc_pid_stat(5)).
-		stat, _ := files.ReadRegular(filepath.Join(proc, e.Name(), "stat"), maxProcessFile)
-		_, after, ok := bytes.Cut(stat, []byte(" (guix-daemon) "))
-		fields := strings.Fields(string(after))
+		status := statusOf(filepath.Join(proc, e.Name()))
 		// Both users must be trusted: the real one too, because a set-user-ID program may be started
 		// under any name.
-		real, c := credentialsOf(filepath.Join(proc, e.Name()))
-		if ok && len(fields) > 1 && trusted(real) && trusted(strconv.Itoa(c.uid)) {
-			parents[pid], _ = strconv.Atoi(fields[1])
+		users := status["Uid"]
+		if slices.Equal(status["Name"], []string{"guix-daemon"}) && len(users) > 1 && trusted(users[0]) && trusted(users[1]) {
+			parents[pid], _ = strconv.Atoi(strings.Join(status["PPid"], ""))
 		}
 	}
 	var first []int
@@ -66,28 +63,33 @@ func findDaemon(proc string, trusted func(uid string) bool) *daemonProcess {
 	if len(first) == 0 {
 		return nil
 	}
-	return readDaemon(proc, slices.MinFunc(first, cmp.Compare))
+	return readDaemon(proc, slices.Min(first))
 }
 
-// credentialsOf returns the real user of a process, empty if that is not known, and what it may do.
-func credentialsOf(directory string) (real string, c credentials) {
+// statusOf returns the words in the lines about a process, by their names (proc_pid_status(5)).
+func statusOf(directory string) map[string][]string {
+	status := map[string][]string{}
 	text, _ := files.ReadRegular(filepath.Join(directory, "status"), maxProcessFile)
 	for line := range strings.Lines(string(text)) {
-		fields := strings.Fields(line)
-		for i, f := range fields {
-			n, err := strconv.Atoi(f)
-			switch {
-			case err != nil:
-			case fields[0] == "Uid:" && i == 1:
-				real = f
-			case fields[0] == "Uid:" && i == 2: // the effective one
-				c.uid = n
-			case fields[0] == "Gid:" && i == 2, fields[0] == "Groups:":
-				c.groups = append(c.groups, n)
-			}
-		}
+		name, words, _ := strings.Cut(line, ":")
+		status[name] = strings.Fields(words)
 	}
-	return real, c
+	return status
+}
+
+// credentialsOf returns what a process may do, by its effective user and group and the other groups.
+func credentialsOf(status map[string][]string) (c credentials) {
+	numbers := func(name string) (list []int) {
+		for _, word := range status[name] {
+			n, _ := strconv.Atoi(word) // the kernel writes numbers
+			list = append(list, n)
+		}
+		return list
+	}
+	if users, groups := numbers("Uid"), numbers("Gid"); len(users) > 1 && len(groups) > 1 {
+		c = credentials{users[1], append(groups[1:2:2], numbers("Groups")...)}
+	}
+	return c
 }
 
 // trusts reports whether a daemon may be one of the user: root, or whoever owns the store.
@@ -114,7 +116,7 @@ func readDaemon(proc string, pid int) *daemonProcess {
 			}
 		}
 	}
-	_, d.credentials = credentialsOf(filepath.Join(proc, strconv.Itoa(pid)))
+	d.credentials = credentialsOf(statusOf(in("")))
 	if text, err := files.ReadRegular(in("attr/current"), maxProcessFile); err == nil {
 		d.confinement = strings.TrimSpace(strings.Trim(string(text), "\x00"))
 	}
