@@ -94,7 +94,10 @@ func demonstrate(ctx context.Context, trees []string) (err error) {
 	if err := errors.Join(d.makeItems(ctx, trees), d.makeConfiguration()); err != nil {
 		return err
 	}
+	return d.show(ctx)
+}
 
+func (d *demo) show(ctx context.Context) error {
 	say("\n1. A block store on a Unix socket, and a publisher that puts blocks there")
 	d.store = "coap+unix://" + d.file("eris.sock")
 	_, stopStore, err := d.start(ctx, "serving on coap+unix:", "serve", "--directory="+d.file("blocks"), "--socket="+d.file("eris.sock"))
@@ -102,14 +105,14 @@ func demonstrate(ctx context.Context, trees []string) (err error) {
 		return err
 	}
 	defer stopStore()
-	mirror, stopPublisher, err := d.start(ctx, "publishing on ", "publish", "--listen=127.0.0.1:0", "--store-dir="+d.file("store"), "--root="+d.file("publisher"),
+	var stopPublisher func()
+	d.mirror, stopPublisher, err = d.start(ctx, "publishing on ", "publish", "--listen=127.0.0.1:0", "--store-dir="+d.file("store"), "--root="+d.file("publisher"),
 		"--public-key="+d.file("etc/signing-key.pub"), "--private-key="+d.file("etc/signing-key.sec"),
 		"--manifest="+d.file("manifest"), "--eris="+d.store, "--wait-for=1TiB", "--cache="+d.file("cache"))
 	if err != nil {
 		return err
 	}
 	defer stopPublisher()
-	d.mirror = mirror
 	say("   %s\n   %s", d.store, d.mirror)
 
 	say("\n2. The narinfo of %s", filepath.Base(d.items[0].path))

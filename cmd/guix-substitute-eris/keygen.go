@@ -40,8 +40,6 @@ func keygen(public, secret string) error {
 		if _, err := os.Lstat(name); err == nil {
 			return fmt.Errorf("%s exists, and others may trust it\nhint: move it away, or name another file by --public-key and --private-key", name)
 		}
-	}
-	for _, name := range []string{public, secret} {
 		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
 			return err
 		}

@@ -9,10 +9,12 @@ import (
 	"io"
 	"log"
 	"os"
+	"os/signal"
 	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/inspect"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
@@ -73,7 +75,11 @@ func run(args []string) int {
 	}
 	root := rootCommand()
 	root.SetArgs(commandFirst(args))
-	ctx, stop := program.UntilSignal()
+	signals := []os.Signal{unix.SIGINT, unix.SIGTERM}
+	if !signal.Ignored(unix.SIGHUP) { // one that "nohup" has started outlives the terminal
+		signals = append(signals, unix.SIGHUP)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), signals...)
 	defer stop()
 	context.AfterFunc(ctx, stop) // the next signal ends the program at once
 	return message.Report(root.ExecuteContext(ctx))

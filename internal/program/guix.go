@@ -5,13 +5,11 @@
 package program
 
 import (
-	"context"
 	"debug/buildinfo"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"runtime/debug"
 	"slices"
@@ -123,14 +121,4 @@ func IsOurs(path string) bool {
 	}
 	own, ok := debug.ReadBuildInfo()
 	return ok && own.Path != "" && other.Path == own.Path
-}
-
-// UntilSignal returns a context that ends when the user, the service manager or the end of the
-// terminal ends the program. One that "nohup" has started outlives the terminal.
-func UntilSignal() (context.Context, context.CancelFunc) {
-	signals := []os.Signal{unix.SIGINT, unix.SIGTERM}
-	if !signal.Ignored(unix.SIGHUP) {
-		signals = append(signals, unix.SIGHUP)
-	}
-	return signal.NotifyContext(context.Background(), signals...)
 }
