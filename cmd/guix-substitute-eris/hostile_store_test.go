@@ -249,8 +249,8 @@ func testHostileStores(t *testing.T, idle bool) {
 }
 
 // TestHostileContents has read capabilities, signed by somebody who is trusted or not, of contents
-// that are no good; more of what is wrong with an index is in the tests of package erisfs. The store
-// is honest.
+// that are no good; more of what is wrong with an index is in the tests of package erisfs. The
+// store is honest.
 func TestHostileContents(t *testing.T) {
 	h := newHostileMachine(t)
 	blocks := &blockMap{}

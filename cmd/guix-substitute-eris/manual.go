@@ -96,8 +96,9 @@ puts it where shells look for it. To try it in bash:
 	}
 }
 
-// completeOptions has the values of options completed: by the word that stands for the value in the help,
-// names of files or directories, or words that are given. Other values are not names of files.
+// completeOptions has the values of options completed: by the word that stands for the value in the
+// help, names of files or directories, or words that are given. Other values are not names of
+// files.
 func completeOptions(c *cobra.Command, words map[string][]string) {
 	c.Flags().VisitAll(func(f *pflag.Flag) {
 		complete := cobra.NoFileCompletions

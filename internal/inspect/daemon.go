@@ -47,8 +47,8 @@ func findDaemon(proc string, trusted func(uid string) bool) *daemonProcess {
 			continue
 		}
 		status := statusOf(filepath.Join(proc, e.Name()))
-		// Both users must be trusted: the real one too, because a set-user-ID program may be started
-		// under any name.
+		// Both users must be trusted: the real one too, because a set-user-ID program may be
+		// started under any name.
 		users := status["Uid"]
 		if slices.Equal(status["Name"], []string{"guix-daemon"}) && len(users) > 1 && trusted(users[0]) && trusted(users[1]) {
 			parents[pid], _ = strconv.Atoi(strings.Join(status["PPid"], ""))
@@ -77,7 +77,8 @@ func statusOf(directory string) map[string][]string {
 	return status
 }
 
-// credentialsOf returns what a process may do, by its effective user and group and the other groups.
+// credentialsOf returns what a process may do, by its effective user and group and the other
+// groups.
 func credentialsOf(status map[string][]string) (c credentials) {
 	numbers := func(name string) (list []int) {
 		for _, word := range status[name] {

@@ -368,8 +368,8 @@ func (i *installation) finish() error {
 	i.steps = append([]Step{{Undo: restart}, {Undo: reload}}, i.steps...)
 	i.steps = append(i.steps, Step{Command: reload})
 	if len(i.started) > 0 {
-		// A service that runs gets no further socket. Clients of the socket for the network have the
-		// other one started, too; not the other way round, so that it is the last.
+		// A service that runs gets no further socket. Clients of the socket for the network have
+		// the other one started, too; not the other way round, so that it is the last.
 		slices.Sort(i.started)
 		i.steps = append(i.steps, Step{Command: []string{"systemctl", "stop", "guix-substitute-eris.socket"}},
 			Step{Command: append([]string{"systemctl", "start"}, i.started...), Undo: append([]string{"systemctl", "stop", "guix-substitute-eris.service"}, i.started...)})

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package setup puts the program in place on a machine, and takes that back: the commands "setup" and "use". [System.Install] and [System.Use] say what is to be
-// done, as steps; [System.Do] does it and keeps a record of what was there before, by which
-// [System.Undo] restores that.
+// Package setup puts the program in place on a machine, and takes that back: the commands "setup"
+// and "use". [System.Install] and [System.Use] say what is to be done, as steps; [System.Do] does
+// it and keeps a record of what was there before, by which [System.Undo] restores that.
 package setup
 
 import (
@@ -28,7 +28,8 @@ const stateDirectory = "/var/lib/guix-substitute-eris/setup"
 // maxFile bounds the length of a file that is changed, in bytes; the longest is the program.
 const maxFile = 1 << 28
 
-// A System is a machine. It is not safe for concurrent use; several processes exclude each other by a lock in Do and Undo.
+// A System is a machine. It is not safe for concurrent use; several processes exclude each other by
+// a lock in Do and Undo.
 type System struct {
 	root string // "/", or the directory that stands for it in tests
 	live bool   // its service manager is systemd, and runs
