@@ -688,18 +688,12 @@ func TestDaemonGone(t *testing.T) {
 		<-asked
 		d.replies.Close()
 		d.stdin.Close()
-		gone := make(chan struct{})
-		go func() {
-			d.close() // which says that there was nobody to reply to
-			close(gone)
-		}()
-		select {
-		case <-gone:
-		case <-time.After(20 * time.Second):
+		late := time.AfterFunc(20*time.Second, func() {
 			t.Errorf("%s: it goes on", mode)
 			d.cmd.Process.Kill()
-			<-gone
-		}
+		})
+		d.close() // which says that there was nobody to reply to
+		late.Stop()
 		if left := a.left(); len(left) > 0 {
 			t.Errorf("%s: %v are left", mode, left)
 		}

@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
-	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -316,12 +315,7 @@ func (f *fullTest) serves(t *testing.T) bool {
 func (f *fullTest) publishes(t *testing.T) bool {
 	said := ""
 	for range 2 {
-		var mu sync.Mutex
-		p, err := startPublisher(f.directory, f.env, func(format string, a ...any) {
-			mu.Lock()
-			defer mu.Unlock()
-			said += fmt.Sprintf(format, a...) + "\n"
-		}, []string{"--cache=" + f.small + "/cache", "--eris=" + f.stores["coap+unix"], f.manifest(), "--root=" + f.directory + "/items"})
+		p, err := startPublisher(f.directory, f.env, func(format string, a ...any) { said += fmt.Sprintf(format, a...) + "\n" }, []string{"--cache=" + f.small + "/cache", "--eris=" + f.stores["coap+unix"], f.manifest(), "--root=" + f.directory + "/items"})
 		if err != nil {
 			if !strings.Contains(said, noSpace) {
 				t.Fatalf("%v\n%q", err, said)

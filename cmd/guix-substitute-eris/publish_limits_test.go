@@ -4,14 +4,12 @@ package main
 
 import (
 	"bufio"
-	"crypto/rand"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 )
@@ -21,18 +19,12 @@ import (
 func TestPublishConnections(t *testing.T) {
 	directory := t.TempDir()
 	const item = "00000000000000000000000000000001-item"
-	contents := make([]byte, 32<<20) // more than sockets hold
-	rand.Read(contents)
 	writeFiles(t, directory, map[string][]byte{
-		"items/" + item: contents, "manifest": []byte("StorePath: /gnu/store/" + item + "\nReferences: \n"),
+		"items/" + item: noise(1, 32<<20), // more than sockets hold
+		"manifest":      []byte("StorePath: /gnu/store/" + item + "\nReferences: \n"),
 	})
-	var mu sync.Mutex
-	var log strings.Builder
-	logf := func(format string, a ...any) {
-		mu.Lock()
-		defer mu.Unlock()
-		fmt.Fprintf(&log, format+"\n", a...)
-	}
+	var log strings.Builder // until it has ended it is not ours
+	logf := func(format string, a ...any) { fmt.Fprintf(&log, format+"\n", a...) }
 	publisher, err := startPublisher(directory, os.Environ(), logf, []string{
 		"--root=items", "--manifest=manifest", "--private-key=none", "--max-connections=3",
 	})
@@ -74,12 +66,7 @@ func TestPublishConnections(t *testing.T) {
 		t.Errorf("a connection beyond the limit: status %d", status)
 	}
 	busy[0].Close()
-	for tries := 0; get(dial(), "/nix-cache-info") != 200; tries++ {
-		if tries == 1000 {
-			t.Fatal("there is no room although a connection has ended")
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
+	eventually(t, "there is no room although a connection has ended", func() bool { return get(dial(), "/nix-cache-info") == 200 })
 	for _, conn := range busy[1:] {
 		conn.Close()
 	}

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -55,15 +56,14 @@ func (c *chain) serveCounted(items string, rate int64) (*blockstore.Store, *wire
 	listener, err := net.Listen("tcp", "127.0.0.1:0") // not a near one, of which nothing is kept
 	must(c.t, err)
 	w := &wire{Listener: listener}
-	served := make(chan struct{})
-	go func() {
-		defer close(served)
+	var served sync.WaitGroup
+	served.Go(func() {
 		server.Serve(w, coapserver.Access{Get: true, Put: true})
-	}()
+	})
 	c.t.Cleanup(func() {
 		listener.Close()
 		server.Close()
-		<-served
+		served.Wait()
 	})
 	c.stores["coap+tcp"] = "coap+tcp://" + listener.Addr().String()
 	c.publish("--cache="+c.directory+"/published", "--eris="+c.stores["coap+tcp"], "--cache-bypass-threshold=4000000000", items)

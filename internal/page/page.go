@@ -230,11 +230,8 @@ func Quote(word string) string {
 }
 
 // JSON prints a result on standard output.
-func JSON(v any) error { return WriteJSON(os.Stdout, v) }
-
-// WriteJSON prints a result on w.
-func WriteJSON(w io.Writer, v any) error {
-	e := json.NewEncoder(w)
+func JSON(v any) error {
+	e := json.NewEncoder(os.Stdout)
 	e.SetIndent("", "  ")
 	return e.Encode(v)
 }
