@@ -149,25 +149,18 @@ func checkMounted(directory string, parents []string) error {
 	if entries, err := os.ReadDir(directory); err == nil && len(entries) > 0 {
 		return nil
 	}
-	existing, missing := directory, ""
-	for _, err := os.Stat(existing); err != nil && existing != "/"; _, err = os.Stat(existing) {
-		missing = filepath.Join(filepath.Base(existing), missing)
+	existing := directory
+	real, err := filepath.EvalSymlinks(existing)
+	for ; err != nil && existing != "/"; real, err = filepath.EvalSymlinks(existing) {
 		existing = filepath.Dir(existing)
 	}
-	existing, err := filepath.EvalSymlinks(existing)
-	if err != nil {
-		return err
-	}
-	resolved := filepath.Join(existing, missing)
+	resolved := real + strings.TrimPrefix(directory, existing)
 	for _, parent := range parents {
 		if resolved != parent && !strings.HasPrefix(resolved, parent+"/") {
 			continue
 		}
 		var here, above unix.Stat_t
-		if err := unix.Stat(existing, &here); err != nil {
-			return &os.PathError{Op: "stat", Path: existing, Err: err}
-		}
-		if err := unix.Stat(filepath.Dir(parent), &above); err != nil || here.Dev == above.Dev {
+		if err := errors.Join(unix.Stat(real, &here), unix.Stat(filepath.Dir(parent), &above)); err != nil || here.Dev == above.Dev {
 			return fmt.Errorf("no stick is mounted where %s is to be", directory)
 		}
 	}
