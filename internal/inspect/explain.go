@@ -74,8 +74,7 @@ func explain(ctx context.Context, s *session.Settings, items []string, asJSON, f
 	if err := s.Load(); err != nil {
 		return err
 	}
-	d := doctor{root: settings.SystemRoot()}
-	s.Adopt(findDaemon(filepath.Join("/", d.root, "proc"), d.trusts).options())
+	s.Adopt(findDaemon().options())
 	s.LookAround()
 	sub := s.SilentSession(false)
 	defer sub.Close()
