@@ -187,17 +187,12 @@ func (a *aheadTest) start(mode string) *daemonHelper {
 	return d
 }
 
-// query asks about each item on its own, as the daemon does before it substitutes them.
-func (a *aheadTest) query() {
-	a.t.Helper()
-	a.ask("")
-}
-
-// ask asks what a client has the daemon ask, which may be nothing, and then about each item.
-func (a *aheadTest) ask(first string) {
+// query asks about each item on its own, as the daemon does before it substitutes them, after what a
+// client has the daemon ask first.
+func (a *aheadTest) query(first ...string) {
 	a.t.Helper()
 	var requests strings.Builder
-	requests.WriteString(first)
+	requests.WriteString(strings.Join(first, ""))
 	for _, item := range a.items {
 		fmt.Fprintf(&requests, "info %s\n", item.path)
 	}
@@ -641,7 +636,7 @@ func TestAheadRoundTrips(t *testing.T) {
 			for _, item := range a.items {
 				all += " " + item.path
 			}
-			a.ask(all + "\n")
+			a.query(all + "\n")
 			if n := line.count(); n > 8 {
 				t.Errorf("questions took %d round trips", n)
 			}

@@ -82,8 +82,8 @@ func FileName() string {
 // Read reads the configuration file; there need not be one. With an error, what is wrong is as if
 // it were not there, or, where that cannot be told, all of it.
 func Read() (File, error) {
-	c := Default()
-	name := FileName()
+	usual, name := Default(), FileName()
+	c := usual
 	text, err := files.ReadRegular(name, maxConfiguration)
 	if errors.Is(err, fs.ErrNotExist) {
 		return c, nil
@@ -92,9 +92,9 @@ func Read() (File, error) {
 	}
 	meta, err := toml.Decode(string(text), &c)
 	if err != nil {
-		return Default(), fmt.Errorf("configuration ignored: %s: %s", name, message.Plain(err))
+		return usual, fmt.Errorf("configuration ignored: %s: %s", name, message.Plain(err))
 	}
-	wrong := c.correct()
+	wrong := c.correct(usual)
 	if undecoded := meta.Undecoded(); len(undecoded) > 0 {
 		wrong = append(wrong, message.Unknown("setting", undecoded[0].String(), settingNames()))
 	}
@@ -105,8 +105,7 @@ func Read() (File, error) {
 }
 
 // correct has what makes no sense be as it is by default, and says it.
-func (c *File) correct() (wrong []string) {
-	usual := Default()
+func (c *File) correct(usual File) (wrong []string) {
 	look := func(name string, text *string, usual string, parse func(text string) (int64, error)) {
 		if *text == usual {
 			return
