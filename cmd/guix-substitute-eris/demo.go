@@ -108,7 +108,7 @@ func (d *demo) show(ctx context.Context) error {
 	var stopPublisher func()
 	d.mirror, stopPublisher, err = d.start(ctx, "publishing on ", "publish", "--listen=127.0.0.1:0", "--store-dir="+d.file("store"), "--root="+d.file("publisher"),
 		"--public-key="+d.file("etc/signing-key.pub"), "--private-key="+d.file("etc/signing-key.sec"),
-		"--manifest="+d.file("manifest"), "--eris="+d.store, "--wait-for=1TiB", "--cache="+d.file("cache"))
+		"--manifest="+d.file("manifest"), "--eris="+d.store, "--cache-bypass-threshold=1TiB", "--cache="+d.file("cache"))
 	if err != nil {
 		return err
 	}
