@@ -187,8 +187,8 @@ func (a *aheadTest) start(mode string) *daemonHelper {
 	return d
 }
 
-// query asks about each item on its own, as the daemon does before it substitutes them, after what a
-// client has the daemon ask first.
+// query asks about each item on its own, as the daemon does before it substitutes them, after what
+// a client has the daemon ask first.
 func (a *aheadTest) query(first ...string) {
 	a.t.Helper()
 	var requests strings.Builder
