@@ -71,7 +71,7 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) error 
 	if err != nil {
 		return err
 	}
-	shown := log.Transfer(name, all.String())
+	shown := log.Transfer(name, sourceNames(members))
 	defer shown.Stop()
 	blocks := fetch.Within(all, c.Root, shown.Add)
 	// What is decoded may be as large as it likes; it goes to disk only.
@@ -136,6 +136,15 @@ func storeURLs(flag string, first ...string) ([]string, error) {
 
 func errNoStore() error {
 	return message.Usage("no store is known; name one by --store or by %s", settings.StoreVariable)
+}
+
+// sourceNames are the URLs of stores, for people.
+func sourceNames(members []pool.Member) string {
+	var names []string
+	for _, m := range members {
+		names = append(names, m.Source.String())
+	}
+	return strings.Join(names, ", ")
 }
 
 // writeContents writes contents to a file that there is not yet, or to standard output.

@@ -33,13 +33,9 @@ type daemonProcess struct {
 // maxProcessFile bounds the length of what is read of a process, in bytes.
 const maxProcessFile = 4 << 20
 
-// at returns where a path of the system is.
-func at(path string) string { return filepath.Join("/", settings.SystemRoot(), path) }
-
-// findDaemon returns the running guix-daemon and no child of it, or nil. Anybody can give a process
-// that name, so that its users are looked at.
-func findDaemon() *daemonProcess {
-	proc := at("proc")
+// findDaemon returns the running guix-daemon and no child of it, or nil. proc is usually /proc.
+// Anybody can give a process that name; trusted tells whose count, by real and effective user.
+func findDaemon(proc string, trusted func(uid string) bool) *daemonProcess {
 	entries, err := os.ReadDir(proc)
 	if err != nil {
 		return nil
@@ -54,7 +50,7 @@ func findDaemon() *daemonProcess {
 		// Both users must be trusted: the real one too, because a set-user-ID program may be
 		// started under any name.
 		users := status["Uid"]
-		if slices.Equal(status["Name"], []string{"guix-daemon"}) && len(users) > 1 && trusts(users[0]) && trusts(users[1]) {
+		if slices.Equal(status["Name"], []string{"guix-daemon"}) && len(users) > 1 && trusted(users[0]) && trusted(users[1]) {
 			parents[pid], _ = strconv.Atoi(strings.Join(status["PPid"], ""))
 		}
 	}
@@ -98,10 +94,10 @@ func credentialsOf(status map[string][]string) (c credentials) {
 }
 
 // trusts reports whether a daemon may be one of the user: root, or whoever owns the store.
-func trusts(uid string) bool {
+func (d *doctor) trusts(uid string) bool {
 	var store unix.Stat_t
 	err := unix.Stat(settings.StoreDirectory(), &store)
-	return uid == "0" || settings.SystemRoot() != "" || err == nil && uid == strconv.Itoa(int(store.Uid))
+	return uid == "0" || d.root != "" || err == nil && uid == strconv.Itoa(int(store.Uid))
 }
 
 func readDaemon(proc string, pid int) *daemonProcess {
@@ -147,11 +143,11 @@ func (d *daemonProcess) options() (options string) {
 
 // examineDaemon finds out whether the running daemon starts this program.
 func (d *doctor) examineDaemon() {
-	d.daemon = findDaemon()
+	d.daemon = findDaemon(filepath.Join("/", d.root, "proc"), d.trusts)
 	p := d.daemon
 	if p == nil {
 		start := "sudo systemctl start guix-daemon"
-		if shepherd() {
+		if d.shepherd() {
 			start = "sudo herd start guix-daemon"
 		}
 		d.ill(start, "guix-daemon", "it does not run")
@@ -176,7 +172,7 @@ func (d *doctor) examineDaemon() {
 }
 
 func (d *doctor) plugIn() string {
-	if shepherd() {
+	if d.shepherd() {
 		return "sudo editor /etc/config.scm # (modify-services … (guix-service-type config => (with-substitute-eris config)))\n" +
 			"sudo guix system reconfigure /etc/config.scm && sudo herd restart guix-daemon"
 	}
@@ -210,8 +206,8 @@ func (d *doctor) usedProgram() (program, how string, err error) {
 		return "", "", errors.New("there is no substitute.scm of this program in " + env["GUIX_EXTENSIONS_PATH"] + " (GUIX_EXTENSIONS_PATH)")
 	}
 	const unit = "etc/systemd/system/guix-daemon.service"
-	more, _ := filepath.Glob(at(unit + ".d/*.conf"))
-	_, service := setup.ReadUnit(append([]string{at(unit)}, more...)...)
+	more, _ := filepath.Glob(filepath.Join("/", d.root, unit+".d/*.conf"))
+	_, service := setup.ReadUnit(append([]string{filepath.Join("/", d.root, unit)}, more...)...)
 	for _, name := range []string{"GUIX_EXTENSIONS_PATH", "GUIX"} {
 		if set := service[name]; set != "" && env[name] == "" {
 			return "", "", fmt.Errorf("the service sets %s=%s, and %w", name, set, errNotRestarted)
@@ -252,7 +248,7 @@ func (d *doctor) examineConfinement(program string, extension bool) {
 		return
 	}
 	const local = "etc/apparmor.d/local/guix-daemon"
-	rules, _ := files.ReadRegular(at(local), 1<<20)
+	rules, _ := files.ReadRegular(filepath.Join("/", d.root, local), 1<<20)
 	if strings.HasPrefix(program, settings.StoreDirectory()+"/") || !extension && bytes.Contains(rules, []byte(program)) {
 		d.well("AppArmor", "the profile %s is in force and permits it", profile)
 		return

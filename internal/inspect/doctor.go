@@ -49,6 +49,7 @@ type finding struct {
 
 type doctor struct {
 	session.Settings
+	root     string // of the system
 	daemon   *daemonProcess
 	findings []finding
 }
@@ -67,7 +68,7 @@ func illness(mend, subject, format string, a ...any) finding {
 
 // Doctor is the command that looks for what is not as it should be.
 func Doctor() *cobra.Command {
-	var d doctor
+	d := doctor{root: settings.SystemRoot()}
 	c := &cobra.Command{
 		Short: "look whether all is set up, and say what to mend",
 		Long: `Look whether this program is set up: whether the running guix-daemon uses it,
@@ -155,8 +156,8 @@ func (d *doctor) adoptEnvironment() {
 }
 
 // shepherd reports whether services are those of Guix System, and not of systemd.
-func shepherd() bool {
-	_, err := os.Stat(at("run/current-system/profile/bin/herd"))
+func (d *doctor) shepherd() bool {
+	_, err := os.Stat(filepath.Join("/", d.root, "run/current-system/profile/bin/herd"))
 	return err == nil
 }
 
@@ -168,7 +169,7 @@ func (d *doctor) examineKeys() {
 		keys, err = acl.ParseACL(text)
 	}
 	authorise := "sudo guix archive --authorize < KEY-OF-A-SERVER.pub"
-	if known, _ := filepath.Glob(at("var/guix/profiles/per-user/root/current-guix/share/guix/*.guix.gnu.org.pub")); len(known) > 0 {
+	if known, _ := filepath.Glob(filepath.Join("/", d.root, "var/guix/profiles/per-user/root/current-guix/share/guix/*.guix.gnu.org.pub")); len(known) > 0 {
 		authorise = "sudo guix archive --authorize < " + strings.Join(known, "\nsudo guix archive --authorize < ")
 	}
 	switch {
@@ -402,7 +403,7 @@ func (d *doctor) examineSocket(url string) {
 		if system, _ := settings.DefaultSocket(0, ""); u.Host == system {
 			mend = "sudo guix-substitute-eris setup && sudo systemctl restart guix-daemon"
 		}
-		if shepherd() {
+		if d.shepherd() {
 			mend = "sudo editor /etc/config.scm # (listen '(\"coap+unix:///run/guix-substitute-eris/get.sock?get\")), and see docs/guide-guix-system.md"
 		}
 		d.ill(mend, "block store "+url,

@@ -74,7 +74,8 @@ func explain(ctx context.Context, s *session.Settings, items []string, asJSON, f
 	if err := s.Load(); err != nil {
 		return err
 	}
-	s.Adopt(findDaemon().options())
+	d := doctor{root: settings.SystemRoot()}
+	s.Adopt(findDaemon(filepath.Join("/", d.root, "proc"), d.trusts).options())
 	s.LookAround()
 	sub := s.SilentSession(false)
 	defer sub.Close()
