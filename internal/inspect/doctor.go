@@ -87,9 +87,21 @@ status is 0 if all is well, else 1.`,
 
 func (d *doctor) run(ctx context.Context, asJSON bool) error {
 	d.examine(ctx)
-	bads := 0
+	var worst message.Status
+	if slices.ContainsFunc(d.findings, func(f finding) bool { return !f.OK }) {
+		worst = message.Failed
+	}
+	if asJSON {
+		return cmp.Or(page.JSON(d.findings), worst.Err())
+	}
 	p := page.New()
-	for _, f := range d.findings {
+	showFindings(p, d.findings)
+	return cmp.Or(p.Print(), worst.Err())
+}
+
+func showFindings(p *page.Page, findings []finding) {
+	bads := 0
+	for _, f := range findings {
 		m := page.Good
 		if !f.OK {
 			m = page.Bad
@@ -100,17 +112,11 @@ func (d *doctor) run(ctx context.Context, asJSON bool) error {
 			p.Command(6, strings.TrimSuffix(line, "\n"))
 		}
 	}
-	worst := message.Failed
 	if bads == 0 {
-		worst = 0
 		p.Heading("All is well.")
-	} else {
-		p.Heading(page.Count(bads, "thing") + " to mend, by the commands above.")
+		return
 	}
-	if asJSON {
-		return cmp.Or(page.JSON(d.findings), worst.Err())
-	}
-	return cmp.Or(p.Print(), worst.Err())
+	p.Heading(page.Count(bads, "thing") + " to mend, by the commands above.")
 }
 
 func (d *doctor) examine(ctx context.Context) {
@@ -130,6 +136,7 @@ func (d *doctor) examine(ctx context.Context) {
 	d.examineKeys()
 	d.examineState()
 	d.examineAhead()
+	d.examineSharing()
 	d.examineServers(ctx, sub)
 	d.examineStores(ctx, sub)
 	d.examineClock(time.Now())
@@ -244,19 +251,39 @@ func (d *doctor) examineAhead() {
 	d.findings[len(d.findings)-1].Data = a
 }
 
+// examineSharing looks whether the publisher runs, where systemd is to start it.
+func (d *doctor) examineSharing() {
+	const unit = "guix-substitute-eris-publish.service"
+	has := func(name string) bool {
+		_, err := os.Lstat(filepath.Join("/", d.root, name))
+		return err == nil
+	}
+	switch {
+	case !has("etc/systemd/system/multi-user.target.wants/" + unit):
+	case has("run/systemd/units/invocation:" + unit):
+		d.well("sharing", "the publisher runs")
+	default:
+		d.ill("sudo systemctl start "+unit, "sharing", "the publisher does not run, so that others get nothing from here")
+	}
+}
+
 // writable returns the first directory that exists, of one and those above it, and an error that
 // says why a user cannot write there.
 func writable(directory string, who credentials) (existing string, err error) {
-	info, err := os.Stat(directory)
-	switch parent := filepath.Dir(directory); {
-	case os.IsNotExist(err) && directory != parent:
-		return writable(parent, who)
-	case err == nil && !info.IsDir():
-		err = &fs.PathError{Op: "open", Path: directory, Err: unix.ENOTDIR}
-	case err == nil && !who.may(info, 2):
-		err = fmt.Errorf("user %s may not write to %s", userName(who.uid), directory)
+	for existing = directory; ; existing = filepath.Dir(existing) {
+		info, err := os.Stat(existing)
+		switch {
+		case os.IsNotExist(err) && existing != filepath.Dir(existing):
+			continue
+		case err != nil:
+			return existing, err
+		case !info.IsDir():
+			return existing, &fs.PathError{Op: "open", Path: existing, Err: unix.ENOTDIR}
+		case !who.may(info, 2):
+			return existing, fmt.Errorf("user %s may not write to %s", userName(who.uid), existing)
+		}
+		return existing, nil
 	}
-	return directory, err
 }
 
 type credentials struct {

@@ -34,11 +34,13 @@ import (
 // changeFlags are the options of the commands that change the system.
 type changeFlags struct {
 	yes, dryRun bool
+	root        string
 }
 
 func (c *changeFlags) flags(f *pflag.FlagSet) {
 	f.BoolVar(&c.yes, "yes", false, "do not ask")
 	f.BoolVar(&c.dryRun, "dry-run", false, "say what would be done, and do nothing")
+	f.StringVar(&c.root, "root", os.Getenv("GUIX_SUBSTITUTE_ERIS_SYSTEM_ROOT"), "change the system in `DIRECTORY`, which does not run: an image, for example")
 }
 
 // Setup is the command that puts the program in place, or takes that back.
@@ -63,10 +65,14 @@ do, asks, and keeps a record, by which --undo restores what was there before.`,
 			return message.Usage("--way is extension or program, and not %q", o.Way)
 		}
 		o.Store = !*noStore
-		if *undo {
-			return change.undo(Open())
+		s, err := Open(change.root)
+		switch {
+		case err != nil:
+			return err
+		case *undo:
+			return change.undo(s)
 		}
-		return change.install(Open(), o)
+		return change.install(s, o)
 	}
 	return c
 }
@@ -75,7 +81,7 @@ func (c *changeFlags) install(s *System, o Options) (err error) {
 	if o.Program, err = os.Executable(); err != nil {
 		return err
 	}
-	if o.RealGuix, err = program.RealGuix(); err != nil || s.root != "/" {
+	if o.RealGuix, err = program.RealGuix(); err != nil || c.root != "" {
 		o.RealGuix = "" // which is not known of another system
 	}
 	steps, notes, err := s.Install(o)
@@ -132,7 +138,7 @@ var errNothingDone = errors.New("nothing was done")
 func saying(format string, a ...any) { fmt.Print(page.Wrap(1, fmt.Sprintf(format+"\n", a...))) }
 
 func (c *changeFlags) permitted() error {
-	if settings.SystemRoot() == "" && os.Geteuid() != 0 && !c.dryRun {
+	if c.root == "" && os.Geteuid() != 0 && !c.dryRun {
 		return errors.New("only root can change the system\nhint: run it by sudo, or with --dry-run to see what it would do")
 	}
 	return nil
@@ -222,7 +228,10 @@ func (c *changeFlags) use(ctx context.Context, server, keyFile string) error {
 	if strings.HasPrefix(server, "file:") {
 		server = strings.ReplaceAll(server, " ", "%20") // spaces separate URLs
 	}
-	s := Open()
+	s, err := Open(c.root)
+	if err != nil {
+		return err
+	}
 	offer, err := readOffer(ctx, server, keyFile)
 	if err != nil {
 		return err

@@ -85,7 +85,11 @@ func (s *System) GuixSystem() bool {
 
 // put adds a step unless the file is as it should be.
 func (i *installation) put(step Step) error {
-	now, err := state(i.at(step.Path))
+	name, err := i.at(step.Path)
+	if err != nil {
+		return err
+	}
+	now, err := state(name)
 	if err != nil {
 		return err
 	}

@@ -201,9 +201,35 @@ func TestLostKey(t *testing.T) {
 	}
 }
 
-// TestPipes has pipes in the place of files, to which nobody writes.
-func TestPipes(t *testing.T) {
+// TestStrangers has the tree of somebody else, with a record that was not made by this program:
+// nothing outside of the tree is changed, and no program is run.
+func TestStrangers(t *testing.T) {
 	s := machine(t, "")
+	s.live = false
+	outside := filepath.Join(t.TempDir(), "outside")
+	must(t, os.WriteFile(outside, []byte("x"), 0o600))
+	up := strings.Repeat("/..", strings.Count(s.root, "/"))
+	must(t, s.open())
+	must(t, s.save([]record{
+		{Undo: []string{"rm", outside}},
+		{Path: "/a", After: stateOf([]byte("a"), ""), Copy: up + outside},
+		{Path: up + outside, After: stateOf([]byte("x"), "")},
+	}))
+	s.lock.Close()
+	must(t, os.WriteFile(filepath.Join(s.root, "a"), []byte("a"), 0o600))
+	if undone, err := s.Undo(false, t.Logf); undone || err != nil {
+		t.Error(undone, err)
+	}
+	if _, err := os.Stat(outside); err != nil {
+		t.Error(err)
+	}
+
+	// The record itself leads elsewhere, and nobody writes to the files of the service.
+	must(t, os.RemoveAll(s.directory))
+	must(t, os.Symlink(filepath.Dir(outside), s.directory))
+	if _, err := s.Undo(false, t.Logf); err == nil {
+		t.Error("a record outside of the tree was taken")
+	}
 	for _, name := range []string{"etc/os-release", "etc/systemd/system/guix-daemon.service", "usr/bin/guix-daemon"} {
 		name = filepath.Join(s.root, name)
 		must(t, os.RemoveAll(name))

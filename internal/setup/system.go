@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package setup puts the program in place on a machine, and takes that back: the commands "setup"
-// and "use". [System.Install] and [System.Use] say what is to be done, as steps; [System.Do] does
-// it and keeps a record of what was there before, by which [System.Undo] restores that.
+// Package setup puts the program in place on a machine, or in the directory tree of one, and takes
+// that back: the commands "setup" and "use". [System.Install] and [System.Use] say what is to be
+// done, as steps; [System.Do] does it and keeps a record of what was there before, by which
+// [System.Undo] restores that.
 package setup
 
 import (
@@ -19,7 +20,6 @@ import (
 	"syscall"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 )
 
 // stateDirectory is where the record of what was done is.
@@ -28,10 +28,10 @@ const stateDirectory = "/var/lib/guix-substitute-eris/setup"
 // maxFile bounds the length of a file that is changed, in bytes; the longest is the program.
 const maxFile = 1 << 28
 
-// A System is a machine. It is not safe for concurrent use; several processes exclude each other by
-// a lock in Do and Undo.
+// A System is a machine, or the directory tree of one that does not run. It is not safe for
+// concurrent use; several processes exclude each other by a lock in Do and Undo.
 type System struct {
-	root string // "/", or the directory that stands for it in tests
+	root string // "/", or the directory that stands for it
 	live bool   // its service manager is systemd, and runs
 
 	directory string // of the record, while that is open
@@ -39,11 +39,18 @@ type System struct {
 	records   []record
 }
 
-// Open returns the machine that this process runs on, or the tree of one in tests.
-func Open() *System {
-	s := &System{root: filepath.Join("/", settings.SystemRoot())}
+// Open returns the machine that this process runs on, or the tree at root unless that is empty.
+func Open(root string) (*System, error) {
+	abs, err := filepath.Abs(filepath.Join("/", root))
+	if root != "" {
+		abs, err = filepath.Abs(root)
+	}
+	if err == nil {
+		abs, err = filepath.EvalSymlinks(abs)
+	}
+	s := &System{root: abs}
 	s.live = s.root == "/" && s.exists("/run/systemd/system")
-	return s
+	return s, err
 }
 
 // A Step is one thing to do: write a file or a symbolic link, or run a command.
@@ -80,17 +87,33 @@ type record struct {
 	Undo  []string `json:"undo,omitempty"`
 }
 
-// at returns where a path of the system is.
-func (s *System) at(path string) string { return filepath.Join(s.root, path) }
+// at returns where a path of the system is. Links of a tree do not lead out of it.
+func (s *System) at(path string) (string, error) {
+	name := filepath.Join(s.root, path)
+	for parent := filepath.Dir(name); s.root != "/"; parent = filepath.Dir(parent) {
+		real, err := filepath.EvalSymlinks(parent)
+		if errors.Is(err, fs.ErrNotExist) && parent != s.root {
+			continue
+		}
+		if err == nil && real != s.root && !strings.HasPrefix(real, s.root+"/") {
+			err = fmt.Errorf("%s leads out of %s", parent, s.root)
+		}
+		return name, err
+	}
+	return name, nil
+}
 
 func (s *System) exists(path string) bool {
-	_, err := os.Stat(s.at(path))
+	_, err := os.Stat(filepath.Join(s.root, path))
 	return err == nil
 }
 
 // read returns the contents of a regular file of the system; a link in its place is an error.
 func (s *System) read(path string) ([]byte, error) {
-	name := s.at(path)
+	name, err := s.at(path)
+	if err != nil {
+		return nil, err
+	}
 	if info, err := os.Lstat(name); err == nil && !info.Mode().IsRegular() {
 		return nil, fmt.Errorf("%s is no regular file, so that somebody else cares for it; nothing is changed", name)
 	}
@@ -101,8 +124,12 @@ const recordName = "record.json"
 
 // open opens the record, and locks it until close.
 func (s *System) open() (err error) {
-	s.directory = s.at(stateDirectory)
-	if err := files.MakeDirectory(s.directory); err != nil {
+	name, err := s.at(filepath.Join(stateDirectory, recordName))
+	if err == nil {
+		s.directory = filepath.Dir(name)
+		err = files.MakeDirectory(s.directory)
+	}
+	if err != nil {
 		return err
 	}
 	if s.lock, err = files.Lock(filepath.Join(s.directory, "lock"), 0); err != nil {
@@ -185,10 +212,13 @@ func run(command []string) error {
 }
 
 func (s *System) put(step Step) error {
-	if err := s.makeParents(step.Path); err != nil {
+	name, err := s.at(step.Path)
+	if err == nil {
+		err = s.makeParents(step.Path)
+	}
+	if err != nil {
 		return err
 	}
-	name := s.at(step.Path)
 	r := record{Path: step.Path}
 	before, err := os.Lstat(name)
 	if !step.Keep {
@@ -227,7 +257,7 @@ func (s *System) put(step Step) error {
 func (s *System) keep(path string) (string, error) {
 	for n := 1; ; n++ {
 		second := fmt.Sprintf("%s.before-guix-substitute-eris-%d", path, n)
-		err := os.Link(s.at(path), s.at(second))
+		err := os.Link(filepath.Join(s.root, path), filepath.Join(s.root, second))
 		if !errors.Is(err, fs.ErrExist) {
 			return second, err
 		}
@@ -246,7 +276,7 @@ func (s *System) makeParents(path string) error {
 	if err := s.add(record{Path: parent, After: directoryState}); err != nil {
 		return err
 	}
-	return os.Mkdir(s.at(parent), 0o755)
+	return os.Mkdir(filepath.Join(s.root, parent), 0o755)
 }
 
 const directoryState = "directory"
@@ -282,7 +312,7 @@ func state(name string) (string, error) {
 // Directories that Do has made are removed if they are empty then. With dry, it only says what it
 // would do, and undone is whether there is nothing to undo.
 func (s *System) Undo(dry bool, say func(format string, a ...any)) (undone bool, err error) {
-	if _, err := os.Lstat(s.at(stateDirectory)); err != nil {
+	if _, err := os.Lstat(filepath.Join(s.root, stateDirectory)); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
 			return true, nil
 		}
@@ -314,8 +344,8 @@ func (s *System) Undo(dry bool, say func(format string, a ...any)) (undone bool,
 		if dry {
 			continue
 		}
-		if path := s.records[n].Path; path != "" {
-			os.Remove(unfinished(s.at(path))) // which a process that was killed has left
+		if name, err := s.at(s.records[n].Path); err == nil && name != s.root {
+			os.Remove(unfinished(name)) // which a process that was killed has left
 		}
 		if err := s.save(append(s.records[:n:n], left...)); err != nil {
 			return false, err
@@ -331,15 +361,25 @@ func (s *System) Undo(dry bool, say func(format string, a ...any)) (undone bool,
 
 // undo returns what undoes a step, and says it; either may be nothing.
 func (s *System) undo(r record) (what string, act func() error, err error) {
-	if r.Path == "" {
+	if r.Path == "" && !s.live {
+		return "", nil, fmt.Errorf("%q is not run, for the system does not run", strings.Join(r.Undo, " "))
+	} else if r.Path == "" {
 		return "run " + strings.Join(r.Undo, " "), func() error { return run(r.Undo) }, nil
+	}
+	// The record of a tree that somebody else has made may have anything.
+	name, err := s.at(r.Path)
+	if err != nil {
+		return "", nil, err
 	}
 	if r.After == "" {
 		return "", nil, nil
 	}
-	name, second, before := s.at(r.Path), s.at(r.Copy), ""
+	second, before := "", ""
 	if r.Copy != "" {
-		if before, err = state(second); err != nil || before == "" {
+		if second, err = s.at(r.Copy); err == nil {
+			before, err = state(second)
+		}
+		if err != nil || before == "" {
 			return "", nil, err // it was restored, and the process ended then
 		}
 	}
