@@ -27,10 +27,10 @@ import (
 
 type exportSettings struct {
 	session.Settings
-	to, root, since string
-	closure, create bool
-	nars, sign      bool
-	signer          serving.Signer
+	to, root, layout, since string
+	closure, create         bool
+	nars, sign              bool
+	signer                  serving.Signer
 }
 
 func exportCommand() *cobra.Command {
@@ -52,6 +52,7 @@ like a substitute.`,
 	f.StringVar(&e.to, "to", "", "write to `DIRECTORY`")
 	f.BoolVar(&e.closure, "closure", false, "export everything that the items refer to, too")
 	f.StringVar(&e.root, "root", "", "the items are in `DIRECTORY`, if not in the store directory")
+	f.StringVar(&e.layout, "layout", "sharded", "blocks are in subdirectories (\"sharded\"), or all in one (\"flat\"): `LAYOUT`")
 	f.BoolVar(&e.create, "create", false, "make the directory where sticks are mounted, even if there is none")
 	f.StringVar(&e.since, "since", "", "leave out what `DIRECTORY`, an earlier export, has, and write deltas from older versions that it has")
 	f.BoolVar(&e.nars, "nars", false, "write nars too, for those who have a Guix without this program")
@@ -61,6 +62,9 @@ like a substitute.`,
 	c.RunE = func(_ *cobra.Command, items []string) error {
 		if len(items) == 0 || e.to == "" {
 			return message.Usage("export takes store items, and a directory as --to")
+		}
+		if e.layout != "sharded" && e.layout != "flat" {
+			return message.Usage("the layout is either sharded or flat, and not %q", e.layout)
 		}
 		return e.export(c.Context(), items)
 	}
@@ -82,7 +86,7 @@ func (e *exportSettings) export(ctx context.Context, items []string) error {
 		}
 	}
 	where := url.URL{Scheme: "file", Path: filepath.Join(directory, "blocks")}
-	blocks, err := settings.OpenStore(where.String())
+	blocks, err := settings.OpenStore(where.String() + "?layout=" + e.layout)
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -49,31 +50,40 @@ cat <&5
 	four, err := os.Create(d + "/four")
 	must(t, err)
 	defer four.Close()
-	five, w, err := os.Pipe()
-	must(t, err)
-	defer five.Close()
-	io.WriteString(w, "from 5\n")
-	w.Close()
-	cmd := &exec.Cmd{
-		Path: program,
-		// This is how it names the program for "perform-download" and "discover".
-		Args:       []string{"guix", script, "", "two words", "--query"},
-		Env:        []string{"GUIX_SUBSTITUTE_ERIS_GUIX=" + shell, "X=\xff"},
-		Dir:        d,
-		ExtraFiles: []*os.File{four, four, five},
+	for _, flag := range []bool{false, true} {
+		five, w, err := os.Pipe()
+		must(t, err)
+		io.WriteString(w, "from 5\n")
+		w.Close()
+		cmd := &exec.Cmd{
+			Path: program,
+			// This is how it names the program for "perform-download" and "discover".
+			Args:       []string{"guix", script, "", "two words", "--query"},
+			Env:        []string{"GUIX_SUBSTITUTE_ERIS_GUIX=" + shell, "X=\xff"},
+			Dir:        d,
+			ExtraFiles: []*os.File{four, four, five},
+		}
+		if flag {
+			cmd.Args = slices.Insert(cmd.Args, 1, "--guix="+shell)
+			cmd.Env[0] = "GUIX_SUBSTITUTE_ERIS_GUIX=/nowhere"
+		}
+		out, err := cmd.Output()
+		five.Close()
+		want := "guix\n" + script + "\n\ntwo words\n--query\n" + d + "\nfrom 5\n"
+		if err != nil || string(out) != want {
+			t.Errorf("with --guix %v: %q, error %v; want %q", flag, out, err, want)
+		}
+		cmd = &exec.Cmd{Path: program, Args: []string{"guix", d + "/environment"}, Env: cmd.Env}
+		if flag {
+			cmd.Args = slices.Insert(cmd.Args, 1, "--guix="+shell)
+		}
+		must(t, os.WriteFile(d+"/environment", []byte(`cat /proc/$$/environ`), 0o644))
+		out, err = cmd.Output()
+		if want := strings.Join(cmd.Env, "\x00") + "\x00GUIX_SUBSTITUTE_ERIS_HANDED=" + shell + "\x00"; err != nil || string(out) != want {
+			t.Errorf("environment %q, error %v; want %q", out, err, want)
+		}
 	}
-	out, err := cmd.Output()
-	want := "guix\n" + script + "\n\ntwo words\n--query\n" + d + "\nfrom 5\n"
-	if err != nil || string(out) != want {
-		t.Errorf("%q, error %v; want %q", out, err, want)
-	}
-	must(t, os.WriteFile(d+"/environment", []byte(`cat /proc/$$/environ`), 0o644))
-	cmd = &exec.Cmd{Path: program, Args: []string{"guix", d + "/environment"}, Env: cmd.Env}
-	out, err = cmd.Output()
-	if want := strings.Join(cmd.Env, "\x00") + "\x00GUIX_SUBSTITUTE_ERIS_HANDED=" + shell + "\x00"; err != nil || string(out) != want {
-		t.Errorf("environment %q, error %v; want %q", out, err, want)
-	}
-	if b, err := os.ReadFile(d + "/four"); err != nil || string(b) != "from 4\n" {
+	if b, err := os.ReadFile(d + "/four"); err != nil || string(b) != "from 4\nfrom 4\n" {
 		t.Errorf("descriptor 4 got %q, error %v", b, err)
 	}
 }

@@ -60,6 +60,12 @@ var commands = []row{
 func run(args []string) int {
 	// Package net/http tells, among others, what servers send that nobody has asked for.
 	log.SetOutput(io.Discard)
+	guix := ""
+	if len(args) > 0 {
+		if file, ok := strings.CutPrefix(args[0], "--guix="); ok {
+			guix, args = file, args[1:]
+		}
+	}
 	if len(args) == 5 && args[0] == "substitute" && args[1] == session.CleanOption {
 		session.CleanAfter(args[2], args[3], args[4])
 		return 0
@@ -68,8 +74,8 @@ func run(args []string) int {
 		return message.Report(helper(&session.Settings{}, args[1] == "--query"))
 	}
 	if len(args) > 0 && !isOurs(args[0]) {
-		if program.IsGuix() {
-			return message.Report(program.Guix(args))
+		if guix != "" || program.IsGuix() {
+			return message.Report(program.Guix(guix, args))
 		}
 		return message.Report(message.UnknownCommand(args[0], commandNames()))
 	}
@@ -119,7 +125,7 @@ func rootCommand() *cobra.Command {
 	root.SetFlagErrorFunc(message.Option)
 	root.Args = cobra.ArbitraryArgs
 	words := map[string][]string{ // as values of options
-		"policy": session.Policies(), "way": {"extension", "program"},
+		"policy": session.Policies(), "layout": {"sharded", "flat"}, "way": {"extension", "program"},
 		"log-format": {"text", "json"}, "compression": {"none", "gzip", "zstd"},
 	}
 	completeOptions(root, words)
@@ -154,7 +160,8 @@ for can be had:
       restore a store item
 
 In the environment of guix-daemon (GUIX=...) or under the name guix, any other
-command is handed to the real guix.
+command is handed to the real guix. The option --guix=FILE before the command
+says where that is.
 
 Exit statuses: 0 for success, 2 for a wrong command line, 3 if something is not
 available, 4 if it is not authorised, 5 if who has it cannot be reached, 1 for

@@ -41,11 +41,11 @@ func IsGuix() bool {
 	return helper || filepath.Base(os.Args[0]) == "guix" || os.Getenv("GUIX") != "" || os.Getenv(guixVariable) != ""
 }
 
-// Guix hands a command of guix to the real guix: the daemon runs several through the program that
-// it takes for guix. Arguments, argv[0] among them, environment (but for one variable), working
-// directory and descriptors stay as they are.
-func Guix(args []string) error {
-	program, err := RealGuix()
+// Guix hands a command of guix to the real guix, which flag names unless it is empty: the daemon
+// runs several through the program that it takes for guix. Arguments, argv[0] among them,
+// environment (but for one variable), working directory and descriptors stay as they are.
+func Guix(flag string, args []string) error {
+	program, err := RealGuix(flag)
 	if err == nil {
 		err = handTo(program, args)
 	}
@@ -65,13 +65,17 @@ func handTo(program string, args []string) error {
 	return &fs.PathError{Op: "cannot run", Path: program, Err: unix.Exec(program, argv, os.Environ())}
 }
 
-// RealGuix returns the absolute file name of the real guix, which is never this program.
-func RealGuix() (string, error) {
+// RealGuix returns the absolute file name of the real guix, which is never this program. flag names
+// it unless it is empty.
+func RealGuix(flag string) (string, error) {
 	self, err := os.Stat("/proc/self/exe")
 	if err != nil {
 		return "", fmt.Errorf("cannot tell this program from the real guix: %w", err)
 	}
-	named, by := os.Getenv(guixVariable), "the environment variable "+guixVariable
+	named, by := flag, "the option --guix"
+	if named == "" {
+		named, by = os.Getenv(guixVariable), "the environment variable "+guixVariable
+	}
 	if named == "" {
 		file, err := settings.Read()
 		if err != nil {
@@ -93,7 +97,7 @@ func RealGuix() (string, error) {
 			return path, nil
 		}
 	}
-	return "", fmt.Errorf("no real guix in the usual places; name it by %s or in %s", guixVariable, settings.FileName())
+	return "", fmt.Errorf("no real guix in the usual places; name it by --guix, by %s or in %s", guixVariable, settings.FileName())
 }
 
 // checkGuix returns an error that says why path cannot be the real guix.

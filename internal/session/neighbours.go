@@ -33,7 +33,9 @@ const (
 // and when; nobody waits for them as long as items come from elsewhere.
 type neighbours struct {
 	file string // empty if there is none
-	text string // what is used: what the file had when it was read last
+	text string // what it would have
+	used string // what the file had when it was read last
+	seen files.Identity
 	stop context.CancelFunc
 	look sync.WaitGroup // that is under way
 }
@@ -52,8 +54,7 @@ func (s *Settings) looksAround() bool {
 	return wanted && s.stores == "" && !settings.NoStores("", s.file) && policy != substitute.HTTPOnly
 }
 
-// neighbours returns the stores of the local network, and looks for them if that is due. What is
-// found is written down at once, for helpers that are waiting.
+// neighbours returns the stores of the local network, and looks for them if that is due.
 func (s *Settings) neighbours() *neighbours {
 	n := &neighbours{stop: func() {}}
 	if !s.looksAround() || !s.daemon {
@@ -64,33 +65,28 @@ func (s *Settings) neighbours() *neighbours {
 	}
 	ctx, stop := context.WithTimeout(context.Background(), browseTime)
 	n.stop = stop
-	n.look.Go(func() {
-		defer stop()
-		browse(ctx, func(text string) {
-			_ = files.Write(n.file, 0o600, files.Options{}, []byte(text)) // others look by themselves then
-		})
-	})
+	n.look.Go(func() { n.browse(ctx) })
 	return n
 }
 
 // LookAround has later sessions use the stores of the local network, as helpers of the daemon do:
 // those that they have found lately, or else those that answer now, which is written nowhere.
 func (s *Settings) LookAround() {
-	s.near = &neighbours{}
+	n := &neighbours{stop: func() {}}
 	helper := *s
 	helper.daemon = true
-	directory := helper.KeepDirectory()
-	if !s.looksAround() || directory == "" { // as helpers do not
-		return
+	file := filepath.Join(helper.KeepDirectory(), "neighbours")
+	text, err := files.ReadRegular(file, 64*maxNeighbours)
+	switch {
+	case !s.looksAround(), helper.KeepDirectory() == "": // as helpers do not
+	case err == nil && fresh(file):
+		n.text = string(text)
+	default:
+		ctx, stop := context.WithTimeout(context.Background(), browseTime)
+		defer stop()
+		n.browse(ctx)
 	}
-	file := filepath.Join(directory, "neighbours")
-	if text, err := files.ReadRegular(file, 64*maxNeighbours); err == nil && fresh(file) {
-		s.near.text = string(text)
-		return
-	}
-	ctx, stop := context.WithTimeout(context.Background(), browseTime)
-	defer stop()
-	browse(ctx, func(text string) { s.near.text = text })
+	s.near = n
 }
 
 func fresh(file string) bool {
@@ -98,25 +94,36 @@ func fresh(file string) bool {
 	return err == nil && time.Since(info.ModTime()).Abs() < browseEvery
 }
 
-// browse calls found with the URLs of all who have answered, in lines, whenever there is one more,
-// and if there is none at all, so that it is not tried again at once.
-func browse(ctx context.Context, found func(urls string)) {
-	urls, count := "", 0
-	err := lan.Browse(ctx, lan.Blocks, func(a netip.AddrPort) {
-		if count++; count <= maxNeighbours {
-			urls += fmt.Sprintf("coap+tcp://%s\n", a)
-			found(urls)
+// browse writes down who answers, at once, for helpers that are waiting.
+func (n *neighbours) browse(ctx context.Context) {
+	defer n.stop()
+	var urls []string
+	found := func(a netip.AddrPort) {
+		if len(urls) < maxNeighbours {
+			urls = append(urls, fmt.Sprintf("coap+tcp://%s\n", a))
+			n.write(urls)
 		}
-	})
-	if count == 0 && (err != nil || errors.Is(ctx.Err(), context.DeadlineExceeded)) {
-		found("")
+	}
+	err := lan.Browse(ctx, lan.Blocks, found)
+	if len(urls) == 0 && (err != nil || errors.Is(ctx.Err(), context.DeadlineExceeded)) {
+		n.write(nil) // so that it is not tried again at once
 	}
 }
 
+// write is for others; who cannot be told looks by itself.
+func (n *neighbours) write(urls []string) {
+	if n.file == "" {
+		n.text = strings.Join(urls, "")
+		return
+	}
+	_ = files.Write(n.file, 0o600, files.Options{}, []byte(strings.Join(urls, "")))
+}
+
 func (n *neighbours) urls() []string {
-	n.text = n.read()
+	n.seen = files.Identify(n.file)
+	n.used = n.read()
 	var urls []string
-	for url := range strings.FieldsSeq(n.text) {
+	for url := range strings.FieldsSeq(n.used) {
 		if u, err := storeurl.Parse(url); err == nil && u.Scheme == "coap+tcp" && len(urls) < maxNeighbours {
 			urls = append(urls, u.String())
 		}
@@ -125,7 +132,17 @@ func (n *neighbours) urls() []string {
 }
 
 // changed reports whether there are others than when urls was called.
-func (n *neighbours) changed() bool { return n.read() != n.text }
+func (n *neighbours) changed() bool {
+	now := files.Identify(n.file)
+	if now != (files.Identity{}) && now == n.seen {
+		return false
+	}
+	text := n.read()
+	if text == n.used {
+		n.seen = now
+	}
+	return text != n.used
+}
 
 // awaited waits for the end of what is under way, and reports whether that, or another helper, has
 // changed anything.

@@ -81,7 +81,7 @@ func (c *changeFlags) install(s *System, o Options) (err error) {
 	if o.Program, err = os.Executable(); err != nil {
 		return err
 	}
-	if o.RealGuix, err = program.RealGuix(); err != nil || c.root != "" {
+	if o.RealGuix, err = program.RealGuix(""); err != nil || c.root != "" {
 		o.RealGuix = "" // which is not known of another system
 	}
 	steps, notes, err := s.Install(o)
