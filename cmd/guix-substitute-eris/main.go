@@ -154,10 +154,11 @@ By hand, --query and --substitute do what guix-daemon has "guix substitute" do;
 replies go to standard output, and the exit status is 0 if all that was asked
 for can be had:
 
-  --query ITEM...
-      say whether store items can be had
-  --substitute ITEM DESTINATION
-      restore a store item
+  --query [ITEM]...
+      say whether store items can be had, or answer requests read from
+      standard input
+  --substitute [ITEM DESTINATION]
+      restore a store item, or answer requests read from standard input
 
 In the environment of guix-daemon (GUIX=...) or under the name guix, any other
 command is handed to the real guix. The option --guix=FILE before the command

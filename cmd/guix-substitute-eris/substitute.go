@@ -34,7 +34,7 @@ func helper(s *session.Settings, query bool) error {
 		return fmt.Errorf("file descriptor %d is not open for replies; to ask by hand, leave out \"substitute\"", protocol.ReplyDescriptor)
 	}
 	unix.CloseOnExec(protocol.ReplyDescriptor)
-	return s.Serve(os.Stdin, protocol.ReplyDescriptor, query)
+	return s.Serve(os.Stdin, protocol.ReplyDescriptor, query, false)
 }
 
 // substituteCommand is what the daemon runs, with options that it does not give.
@@ -79,7 +79,8 @@ func modeFlags(c *cobra.Command, queries, substitutes string) (query, substitute
 func byHandCommand() *cobra.Command {
 	var s session.Settings
 	c := &cobra.Command{}
-	query, fetch := modeFlags(c, "say whether store items can be had", "restore an item to a destination")
+	query, fetch := modeFlags(c, "say whether store items can be had, or answer requests read from standard input",
+		"restore an item to a destination, or answer requests read from standard input")
 	raw := c.Flags().Bool("raw", false, "answer about items in the language of the daemon, too")
 	s.Flags(c.Flags())
 	c.RunE = func(_ *cobra.Command, items []string) error {
@@ -90,12 +91,13 @@ func byHandCommand() *cobra.Command {
 			return message.Usage("--query and --substitute are not possible together")
 		case !*query && !*fetch:
 			return message.Usage("one of --query and --substitute is needed")
-		case *query && len(items) == 0:
-			return message.Usage("--query takes store items: --query /gnu/store/…")
-		case *fetch && len(items) != 2:
+		case *fetch && len(items) != 0 && len(items) != 2:
 			return message.Usage("--substitute takes an item and a destination: --substitute /gnu/store/… /tmp/…")
 		case err != nil:
 			return err
+		case len(items) == 0:
+			signal.Reset() // which end it at once between requests
+			return s.Serve(os.Stdin, 1, *query, true)
 		}
 		if err := s.Load(); err != nil {
 			return err

@@ -23,6 +23,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/confine"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
@@ -44,6 +45,7 @@ const lookAhead = 10000
 // or, unless it is a query, restores the first item to a destination that there must not be. The
 // error may be a [message.Status].
 func (s *Settings) ByHand(ctx context.Context, query bool, items []string) error {
+	s.byHand = true
 	if !query {
 		s.seeding = s.seeds()
 		defer s.seeding.Close()
@@ -63,7 +65,8 @@ func (s *Settings) ByHand(ctx context.Context, query bool, items []string) error
 			result = message.Unavailable
 		}
 	} else {
-		outcome, err := s.restoreNew(ctx, sub, items[0], items[1])
+		unix.Umask(0o022)
+		outcome, err := s.restore(ctx, sub, items[0], items[1])
 		if err != nil {
 			return err
 		}
@@ -80,11 +83,14 @@ func (s *Settings) ByHand(ctx context.Context, query bool, items []string) error
 		return err
 	}
 	if ctx.Err() != nil {
-		return errors.New("interrupted")
+		return errInterrupted
 	}
 	return result.Err()
 }
 
+var errInterrupted = errors.New("interrupted")
+
+// sayMissing names the items that cannot be had, and reports whether there are none.
 func (s *Settings) sayMissing(items []string, records []protocol.Info) bool {
 	complete := true
 	for _, item := range items {
@@ -99,40 +105,36 @@ func (s *Settings) sayMissing(items []string, records []protocol.Info) bool {
 // errNotRestored is for what has been told already.
 var errNotRestored = errors.New("not restored")
 
-// restoreNew restores an item to a place where there is nothing, which gets its name when it is
-// complete.
-func (s *Settings) restoreNew(ctx context.Context, sub *Session, item, destination string) (outcome substitute.Outcome, err error) {
+// restore restores an item. The destination is the daemon's, who wants what is there to be
+// replaced, if it is not the store; a person's files are not touched.
+func (s *Settings) restore(ctx context.Context, sub *Session, item, destination string) (outcome substitute.Outcome, err error) {
 	defer sub.after()
-	unix.Umask(0o022)
-	if err := s.checkDestination(destination); err != nil {
-		return outcome, err
+	if absolute, _ := filepath.Abs(destination); strings.HasPrefix(s.Store+"/", absolute+"/") {
+		return outcome, fmt.Errorf("%.300q cannot be a destination: the store is there", destination)
 	}
-	if destination, err = restore.CheckNew(destination); err != nil {
-		return outcome, err
+	if !s.byHand {
+		return sub.staging.Substitute(ctx, item, destination), nil
 	}
-	err = restore.Whole(destination, func(temporary string) error {
-		if outcome = sub.Substitute(ctx, item, temporary); outcome.Status != substitute.Success {
-			return errNotRestored
-		}
-		return nil
-	})
+	destination, err = restore.CheckNew(destination)
+	if err == nil {
+		err = restore.Whole(destination, func(temporary string) error {
+			if outcome = sub.Substitute(ctx, item, temporary); outcome.Status != substitute.Success {
+				return errNotRestored
+			}
+			return nil
+		})
+	}
 	if errors.Is(err, errNotRestored) {
 		err = nil
 	}
 	return outcome, err
 }
 
-// checkDestination keeps the store from being replaced by an item.
-func (s *Settings) checkDestination(destination string) error {
-	if absolute, _ := filepath.Abs(destination); strings.HasPrefix(s.Store+"/", absolute+"/") {
-		return fmt.Errorf("%.300q cannot be a destination: the store is there", destination)
-	}
-	return nil
-}
-
-// Serve loads the settings, and answers requests of the daemon until there are no more. It does not
-// end earlier, whatever happens: the daemon would take that for a failure of everything.
-func (s *Settings) Serve(stdin io.Reader, replies int, query bool) error {
+// Serve loads the settings, and answers requests until there are no more, to the daemon or, by
+// hand, to a person. It does not end earlier, whatever happens: the daemon would take that for a
+// failure of everything.
+func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error {
+	s.byHand = byHand
 	s.begin()
 	requests := s.log.Requests(stdin)
 	s.read()
@@ -142,7 +144,11 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query bool) error {
 		if os.Getenv("GOGC") == "" {
 			debug.SetGCPercent(garbagePercent)
 		}
+	}
+	if !query && !byHand {
 		s.guard()
+	}
+	if !query {
 		s.seeding = s.seeds()
 		defer s.seeding.Close()
 	}
@@ -175,7 +181,7 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query bool) error {
 		case err != nil:
 			return err
 		}
-		if first {
+		if first && !s.byHand {
 			s.confine(destinationOf(request))
 		}
 		switch {
@@ -184,20 +190,35 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query bool) error {
 		case first || !query:
 			s.renewKeys(sub, query, first)
 		}
-		reply := s.answer(read, sub, request, query)
+		ctx, stop := s.requestContext(read)
+		reply := s.answer(ctx, sub, request, query)
 		if !query && bytes.Equal(reply, protocol.AppendNotFound(nil)) && s.near.awaited() {
 			renew()
 			s.failed = ""
-			reply = s.answer(read, sub, request, query)
+			reply = s.answer(ctx, sub, request, query)
 		}
 		if s.failed != "" {
 			s.log.Errorf("%s", s.failed)
 			s.failed = ""
 		}
+		interrupted := ctx.Err() != nil
+		stop()
 		if err := requests.Reply(replies, reply); err != nil {
 			return fmt.Errorf("cannot reply: %v", err)
 		}
+		if interrupted {
+			return errInterrupted
+		}
 	}
+}
+
+// requestContext returns the context of a request. A person ends one by a signal; the daemon kills,
+// or is gone.
+func (s *Settings) requestContext(read context.Context) (context.Context, context.CancelFunc) {
+	if s.byHand {
+		return program.UntilSignal()
+	}
+	return context.WithCancel(read)
 }
 
 // whileRead returns a context that ends when nobody can read the replies any more: when the daemon
@@ -251,7 +272,7 @@ func (s *Settings) answer(ctx context.Context, sub *Session, request protocol.Re
 		if fault := recover(); fault != nil {
 			s.log.Errorf("internal error: %v: %s", fault, debug.Stack())
 			reply = noReply(query)
-			if destination := destinationOf(request); !query && destination != "" {
+			if destination := destinationOf(request); !query && !s.byHand && destination != "" {
 				// Nothing half-made stays, as after any other failure.
 				if err := restore.Remove(destination); err != nil {
 					s.log.Errorf("%v", err)
@@ -268,15 +289,14 @@ func (s *Settings) answer(ctx context.Context, sub *Session, request protocol.Re
 		sub.note(arguments, records)
 		return protocol.AppendInfo(nil, records)
 	case !query && destinationOf(request) != "":
-		if err := s.checkDestination(arguments[1]); err != nil {
+		outcome, err := s.restore(ctx, sub, arguments[0], arguments[1])
+		if err != nil {
 			s.log.Errorf("%v", err)
-			break
+			outcome = substitute.Outcome{}
 		}
-		defer sub.after()
-		return appendOutcome(nil, sub.staging.Substitute(ctx, arguments[0], arguments[1]))
-	default:
-		s.log.Errorf("request %.200q with %d arguments is not understood", request.Command, len(arguments))
+		return appendOutcome(nil, outcome)
 	}
+	s.log.Errorf("request %.200q with %d arguments is not understood", request.Command, len(arguments))
 	return noReply(query)
 }
 

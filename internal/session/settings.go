@@ -53,6 +53,7 @@ type Settings struct {
 	verbose        bool
 
 	daemon  bool // the daemon has started this process
+	byHand  bool // a person has, and nothing of theirs is replaced
 	options protocol.Options
 	file    settings.File
 	log     *protocol.Log
