@@ -5,16 +5,13 @@
 package main
 
 import (
-	"context"
 	"io"
 	"log"
 	"os"
-	"os/signal"
 	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/inspect"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
@@ -81,13 +78,8 @@ func run(args []string) int {
 	}
 	root := rootCommand()
 	root.SetArgs(commandFirst(args))
-	signals := []os.Signal{unix.SIGINT, unix.SIGTERM}
-	if !signal.Ignored(unix.SIGHUP) { // one that "nohup" has started outlives the terminal
-		signals = append(signals, unix.SIGHUP)
-	}
-	ctx, stop := signal.NotifyContext(context.Background(), signals...)
+	ctx, stop := program.UntilSignal()
 	defer stop()
-	context.AfterFunc(ctx, stop) // the next signal ends the program at once
 	return message.Report(root.ExecuteContext(ctx))
 }
 

@@ -5,11 +5,13 @@
 package program
 
 import (
+	"context"
 	"debug/buildinfo"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"runtime/debug"
 	"slices"
@@ -125,4 +127,16 @@ func IsOurs(path string) bool {
 	}
 	own, ok := debug.ReadBuildInfo()
 	return ok && own.Path != "" && other.Path == own.Path
+}
+
+// UntilSignal returns a context that ends when the user, the service manager or the end of the
+// terminal wants the program to end; the next signal ends it at once.
+func UntilSignal() (context.Context, context.CancelFunc) {
+	signals := []os.Signal{unix.SIGINT, unix.SIGTERM}
+	if !signal.Ignored(unix.SIGHUP) { // one that "nohup" has started outlives the terminal
+		signals = append(signals, unix.SIGHUP)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), signals...)
+	context.AfterFunc(ctx, stop)
+	return ctx, stop
 }
