@@ -124,6 +124,8 @@ func TestFailingForAWhile(t *testing.T) {
 		"503": {func(w http.ResponseWriter) { w.WriteHeader(503) }, 5, 3 * time.Second, 4 * time.Second, substitute.Success, 6},
 		"429, later please": {func(w http.ResponseWriter) { w.Header().Set("Retry-After", "9"); w.WriteHeader(429) },
 			5, 18 * time.Second, 18 * time.Second, substitute.Success, 6},
+		"503, after maintenance": {func(w http.ResponseWriter) { w.Header().Set("Retry-After", "3600"); w.WriteHeader(503) },
+			1000, 0, 0, substitute.NotFound, 2},
 		"500":      {func(w http.ResponseWriter) { w.WriteHeader(500) }, 5, 3 * time.Second, 4 * time.Second, substitute.Success, 6},
 		"closed":   {func(w http.ResponseWriter) { panic(http.ErrAbortHandler) }, 5, 3 * time.Second, 4 * time.Second, substitute.Success, 6},
 		"for ever": {func(w http.ResponseWriter) { w.WriteHeader(503) }, 1000, 0, time.Minute, substitute.NotFound, 8},

@@ -39,7 +39,7 @@ const (
 	paceEvery = 250 * time.Millisecond
 	// maxRounds is how often ways that have failed for a while are tried again.
 	maxRounds = 3
-	// maxRetryAfter bounds for how long a server is waited for because it wants that.
+	// maxRetryAfter is the longest time for which a server is waited for because it wants that.
 	maxRetryAfter = 30 * time.Second
 	// roundPause is the time until ways that have failed for a while are tried again, which
 	// doubles, and maxPauses is what all of these may be together.
@@ -309,10 +309,11 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 		if !isBlocks(c) {
 			j.useless = append(j.useless, c.from)
 		}
+	case status != nil && status.RetryAfter > maxRetryAfter, errors.As(err, &busy) && busy.After > maxRetryAfter:
 	case status != nil && status.Temporary():
 		j.failing = append(j.failing, c)
 		j.retryAfter = max(j.retryAfter, status.RetryAfter)
-	case errors.As(err, &busy):
+	case busy != nil:
 		j.failing = append(j.failing, c)
 		j.retryAfter = max(j.retryAfter, busy.After)
 	case errors.As(err, &server) && !errors.Is(err, os.ErrDeadlineExceeded):
@@ -346,7 +347,7 @@ func (j *job) pause(ctx context.Context, round int, begin time.Time) bool {
 	}
 	wait := roundPause << round
 	wait += rand.N(wait/4 + 1)
-	wait = max(wait, min(j.retryAfter, maxRetryAfter))
+	wait = max(wait, j.retryAfter)
 	if time.Since(begin)+wait > maxPauses {
 		return false
 	}

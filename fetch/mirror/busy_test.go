@@ -80,14 +80,21 @@ func TestBusyServers(t *testing.T) {
 			})
 		}
 	}
-	t.Run("always", func(t *testing.T) {
-		t.Parallel()
-		server := serving(t, func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(503) })
-		answers, err := collect(t.Context(), client(t, mirror.Options{}), server.URL, hashes(3))
-		if err != nil || len(answers) != 3 || answers[hash0].Status != 503 {
-			t.Errorf("%v, error %v", answers, err)
-		}
-	})
+	for _, after := range []string{"", "3600"} {
+		t.Run("always, later "+after, func(t *testing.T) {
+			t.Parallel()
+			server := serving(t, func(w http.ResponseWriter, r *http.Request) {
+				w.Header().Set("Retry-After", after)
+				w.WriteHeader(503)
+			})
+			ctx, cancel := context.WithTimeout(t.Context(), 25*time.Second)
+			defer cancel()
+			answers, err := collect(ctx, client(t, mirror.Options{}), server.URL, hashes(3))
+			if err != nil || len(answers) != 3 || answers[hash0].Status != 503 {
+				t.Errorf("%v, error %v", answers, err)
+			}
+		})
+	}
 }
 
 // TestFewWorkers asks servers whose workers stay with a connection until it is closed, for narinfos

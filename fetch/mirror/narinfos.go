@@ -159,9 +159,9 @@ type question struct {
 func (p *peer) narinfo(q *question, header *http.Response, a Answer) time.Duration {
 	switch a.Status {
 	case http.StatusServiceUnavailable, http.StatusTooManyRequests:
-		if row := p.busyRow(); row <= maxBusy {
-			wait := backoff.RetryAfter(header.Header.Get("Retry-After"), time.Now())
-			return min(max(wait, busyDelay<<row), maxRetryAfter)
+		wait := backoff.RetryAfter(header.Header.Get("Retry-After"), time.Now())
+		if row := p.busyRow(); row <= maxBusy && wait <= maxRetryAfter {
+			return max(wait, busyDelay<<row)
 		}
 	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther,
 		http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
@@ -181,7 +181,8 @@ const (
 	maxBusy = 5
 	// busyDelay is the least time until a busy server is asked again; it doubles with each time.
 	busyDelay = 50 * time.Millisecond
-	// maxRetryAfter bounds for how long a server is left alone because it wants that.
+	// maxRetryAfter is the longest time for which a server is waited for because it wants that;
+	// with one that wants more, for maintenance perhaps, all who ask would wait in vain.
 	maxRetryAfter = 30 * time.Second
 )
 
