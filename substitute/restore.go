@@ -150,7 +150,7 @@ func (s *Substituter) prepare(ctx context.Context, l *lookup, j *job) ([]record,
 	}
 	j.s, j.want, j.listed = s, f.authorised.narinfo, map[string]bool{}
 	j.list(ctx, f.all)
-	if j.wantsBlocks() {
+	if j.wantsBlocks() || len(j.ways) > 0 && j.ways[0].isLast() {
 		j.moreRecords(ctx)
 	}
 	return nil, nil
@@ -251,6 +251,9 @@ func (j *job) tryAll(ctx context.Context) (Outcome, bool) {
 		j.ways = j.ways[1:]
 		size, err := j.try(ctx, c)
 		if err == nil {
+			if c.kind() == "nar" {
+				c.from.server.ended(true)
+			}
 			if c.kind() == "nar" && j.s.Verbose {
 				j.log.Notef("%s: not from blocks: %s", j.path, j.notBlocks())
 			}
@@ -287,6 +290,11 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 	}); ok {
 		w.failed(ctx, err)
 	}
+	status, _ := errors.AsType[*mirror.StatusError](err)
+	gone := status != nil && (status.Code == http.StatusNotFound || status.Code == http.StatusGone)
+	if c.kind() == "nar" && !gone && ctx.Err() == nil {
+		c.from.server.ended(false)
+	}
 	if errors.Is(err, errSlow) {
 		j.later = append(j.later, c)
 		j.log.Notef("%s: %v", c, err)
@@ -298,14 +306,13 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 		}
 		return
 	}
-	var status *mirror.StatusError
 	var server *mirror.ServerError
 	var busy *fetch.BusyError
 	switch {
 	case changedOnTheWay(c, err):
 		c.again = true
 		j.later = slices.Insert(j.later, 0, c)
-	case errors.Is(err, errContents), errors.As(err, &status) && (status.Code == http.StatusNotFound || status.Code == http.StatusGone):
+	case errors.Is(err, errContents), gone:
 		if !isBlocks(c) {
 			j.useless = append(j.useless, c.from)
 		}

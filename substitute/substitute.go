@@ -18,6 +18,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -25,6 +26,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/memory"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/narinfocache"
@@ -142,7 +144,8 @@ func New(c Config) *Substituter {
 			seen[url] = true
 			base, _, _ := strings.Cut(url, "?") // as narinfos are requested
 			s.servers = append(s.servers, &server{
-				url: url, base: base, name: mirror.WithoutUser(url), index: len(s.servers),
+				vain: backoff.Backoff{Min: 10 * time.Second, Max: time.Minute},
+				url:  url, base: base, name: mirror.WithoutUser(url), index: len(s.servers),
 			})
 		}
 	}
@@ -178,6 +181,28 @@ type server struct {
 	// sluggish tells that the last lookup ended without all of its answers.
 	sluggish atomic.Bool
 	answered atomic.Bool // at least once
+
+	mu   sync.Mutex
+	vain backoff.Backoff // its nars have failed or come too slowly
+}
+
+// ended notes whether a nar of the server was of use.
+func (s *server) ended(ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if ok {
+		s.vain.Succeed()
+	} else {
+		s.vain.Fail(time.Now(), 0)
+	}
+}
+
+// last reports whether nars of the server are the last to be tried, so that not each item loses the
+// seconds until they are given up.
+func (s *server) last() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.vain.Rest(time.Now()) > 0
 }
 
 // Close stops looking ahead. It returns when nothing of that goes on any more.

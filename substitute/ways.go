@@ -104,6 +104,8 @@ func (j *job) rank(c *candidate) float64 {
 	switch {
 	case c.kind() == "old item":
 		return -2
+	case c.isLast():
+		return 1e6 + c.time.Seconds()
 	case !blocks:
 		// The order of the servers is the user's: a later one has to be faster by some factor.
 		return c.time.Seconds() * (1 + float64(min(c.from.server.index, 8))/4)
@@ -114,6 +116,9 @@ func (j *job) rank(c *candidate) float64 {
 	}
 	return (c.time - preferMargin).Seconds() / preferFactor
 }
+
+// isLast reports whether the way is a nar of a server whose nars were of no use just now.
+func (c *candidate) isLast() bool { return c.kind() == "nar" && c.from.server.last() }
 
 const (
 	// Nars have to be faster by so much before they are preferred to blocks: what is measured is
