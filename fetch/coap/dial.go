@@ -14,6 +14,7 @@ import (
 
 	"github.com/coder/websocket"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/dial"
 	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 
@@ -62,8 +63,7 @@ func (s *Store) dial(ctx context.Context) (net.Conn, error) {
 		return s.dialWebSocket(ctx)
 	}
 	network, address := s.url.Address()
-	var dialer net.Dialer
-	conn, err := dialer.DialContext(ctx, network, address)
+	conn, err := dial.With(&net.Dialer{})(ctx, network, address)
 	if socket, ok := conn.(*net.UnixConn); ok {
 		_ = socket.SetWriteBuffer(unixSocketBuffer) // as far as the system allows
 	}
@@ -93,6 +93,7 @@ func (s *Store) dialWebSocket(ctx context.Context) (net.Conn, error) {
 		target.Scheme = "https"
 	}
 	transport := &http.Transport{
+		DialContext:            dial.With(&net.Dialer{}),
 		Proxy:                  http.ProxyFromEnvironment,
 		TLSClientConfig:        &tls.Config{InsecureSkipVerify: true}, // without ForceAttemptHTTP2 it is HTTP/1.1
 		MaxResponseHeaderBytes: maxHandshake,

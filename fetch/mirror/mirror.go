@@ -27,6 +27,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/dial"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
 )
 
@@ -104,7 +105,7 @@ func NewClient(o Options) *Client {
 		o.Getenv = func(string) string { return "" }
 	}
 	if o.Dial == nil {
-		o.Dial = (&net.Dialer{Timeout: 2 * o.ConnectTimeout, KeepAlive: 30 * time.Second}).DialContext
+		o.Dial = dial.With(&net.Dialer{Timeout: 2 * o.ConnectTimeout, KeepAlive: 30 * time.Second})
 	}
 	c := &Client{
 		o: o,

@@ -25,6 +25,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/dial"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/proxy"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
 )
@@ -139,7 +140,7 @@ func (c *Client) dial(ctx context.Context, network, address string) (net.Conn, e
 	ctx, cancel := context.WithTimeoutCause(ctx, c.options.ConnectTimeout, errConnect)
 	defer cancel()
 	defer context.AfterFunc(c.ctx, cancel)()
-	inner, err := (&net.Dialer{KeepAlive: 30 * time.Second}).DialContext(ctx, network, address)
+	inner, err := dial.With(&net.Dialer{KeepAlive: 30 * time.Second})(ctx, network, address)
 	switch {
 	case err == nil:
 		return &conn{inner, context.AfterFunc(c.ctx, func() { inner.Close() })}, nil
