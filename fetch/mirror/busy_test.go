@@ -59,7 +59,7 @@ func TestRest(t *testing.T) {
 // any case.
 func TestBusyServers(t *testing.T) {
 	for _, most := range []int64{1, 2, 4} {
-		for _, status := range []int{http.StatusServiceUnavailable, http.StatusTooManyRequests} {
+		for _, status := range []int{http.StatusServiceUnavailable, http.StatusTooManyRequests, http.StatusBadGateway} {
 			t.Run(fmt.Sprint(most, " at a time, ", status), func(t *testing.T) {
 				t.Parallel()
 				var now, count, refused atomic.Int64

@@ -158,7 +158,8 @@ type question struct {
 // is an answer. It returns how long the server is to be left alone, 0 if it is not busy.
 func (p *peer) narinfo(q *question, header *http.Response, a Answer) time.Duration {
 	switch a.Status {
-	case http.StatusServiceUnavailable, http.StatusTooManyRequests:
+	case http.StatusServiceUnavailable, http.StatusTooManyRequests,
+		http.StatusBadGateway: // a proxy before a server that is started anew
 		wait := backoff.RetryAfter(header.Header.Get("Retry-After"), time.Now())
 		if row := p.busyRow(); row <= maxBusy && wait <= maxRetryAfter {
 			return max(wait, busyDelay<<row)
