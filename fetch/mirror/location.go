@@ -169,9 +169,13 @@ func (e *shortError) Error() string { return e.message }
 func (e *shortError) Unwrap() error { return e.err }
 
 // shortened bounds an error's message, which may quote what a server has sent, and makes it one
-// line of ASCII.
+// line of ASCII. The end of a connection it tells in English.
 func shortened(err error) error {
 	whole := err.Error()
+	if before, ok := strings.CutSuffix(whole, "EOF"); ok {
+		err = &shortError{strings.TrimSuffix(before, "unexpected ") + "connection was closed too early", err}
+		whole = err.Error()
+	}
 	message := strings.Map(func(r rune) rune {
 		if r < ' ' || r >= 0x7f {
 			return '?'

@@ -597,8 +597,8 @@ func TestNarFaults(t *testing.T) {
 		closes  bool
 		want    string
 	}{
-		"cut":                      {"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n12345", "", true, "unexpected EOF"},
-		"chunk":                    {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n12345\r\n", "", true, "EOF"},
+		"cut":                      {"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n12345", "", true, "connection was closed too early"},
+		"chunk":                    {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n12345\r\n", "", true, "connection was closed too early"},
 		"silent":                   {"", "", false, "no answer within 200ms"},
 		"stalls":                   {"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n12345", "", false, "timeout"},
 		"closes":                   {"", "", true, ""},

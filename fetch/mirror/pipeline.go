@@ -489,7 +489,7 @@ func (p *peer) pipelined(responses int, broke bool) {
 
 // broke deals with an error of the connection.
 func (x *exchange) broke(err error) (again bool) {
-	p := x.p
+	p, err := x.p, shortened(err)
 	silent := errors.Is(err, os.ErrDeadlineExceeded)
 	p.mu.Lock()
 	x.giveBack()

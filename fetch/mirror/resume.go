@@ -223,7 +223,7 @@ func (n *Nar) Read(p []byte) (int, error) {
 			n.ended = true
 			return count, io.EOF
 		case err == io.EOF:
-			n.failed = io.ErrUnexpectedEOF
+			n.failed = shortened(io.ErrUnexpectedEOF)
 		default:
 			n.failed = shortened(causeOf(n.ctx, err))
 		}

@@ -184,7 +184,7 @@ func TestNotResumed(t *testing.T) {
 		least, most int // requests
 		want        string
 	}{
-		"always cut": {&cuttingServer{}, 4, 4, "unexpected EOF"}, // restarted three times
+		"always cut": {&cuttingServer{}, 4, 4, "connection was closed too early"}, // restarted three times
 		"other contents": {&cuttingServer{header: func(h http.Header, n int) { h.Set("ETag", fmt.Sprintf(`"%d"`, n)) },
 			lie: func(w http.ResponseWriter, r *http.Request, n int) bool {
 				w.Write(noise(len(contents) + 1)[1:])
@@ -212,9 +212,9 @@ func TestNotResumed(t *testing.T) {
 		"always an error": {&cuttingServer{header: tag, lie: func(w http.ResponseWriter, r *http.Request, n int) bool {
 			w.WriteHeader(http.StatusBadGateway)
 			return true
-		}}, 6, 6, "unexpected EOF"},
-		"a byte at a time": {&cuttingServer{header: tag, each: 1}, 6, 6, "unexpected EOF"},
-		"nothing more":     {&cuttingServer{header: tag, lie: func(w http.ResponseWriter, r *http.Request, n int) bool { abort(w); return true }}, 2, 6, "EOF"},
+		}}, 6, 6, "connection was closed too early"},
+		"a byte at a time": {&cuttingServer{header: tag, each: 1}, 6, 6, "connection was closed too early"},
+		"nothing more":     {&cuttingServer{header: tag, lie: func(w http.ResponseWriter, r *http.Request, n int) bool { abort(w); return true }}, 2, 6, "connection was closed too early"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
