@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"math/rand/v2"
 	"net/url"
@@ -335,7 +336,7 @@ func (s *Settings) Keys() *acl.ACL {
 		s.log.WarnOnce("acl", "no substitute is authorised: %s", message.Text(fmt.Sprintf("%s: %v", name, err)))
 		return nil
 	}
-	if s.acl != "" && identity == (files.Identity{}) {
+	if _, err := os.Stat(name); s.acl != "" && errors.Is(err, fs.ErrNotExist) {
 		s.log.WarnOnce("acl", "there is no %s, which is to say who is authorised", name)
 	} else if !s.Unauthorised && !s.HasForeignKeys(keys) {
 		s.log.WarnOnce("acl", "access control list %s authorises no other machine; substitutes may be unavailable", name)
