@@ -138,7 +138,7 @@ func (s *Store) partError(x *wire.Exchange) error {
 	if !part.Present || part.Offset() != x.Block.Offset() || !part.FitPart(x.Length) {
 		return errBlockwise
 	}
-	s.moved.Add(int64(x.Length))
+	s.received.Add(int64(x.Length))
 	return nil
 }
 

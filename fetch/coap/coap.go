@@ -35,18 +35,18 @@ const putSockets = 4
 // used, and [*eris.BlockError] if it gave something of another size. Any other says that it gave
 // another answer, or that the connection has failed; it may do better the next time.
 type Store struct {
-	url     storeurl.URL
-	name    string
-	options Options
-	blocks  *wire.Requests
-	have    *wire.Requests // for questions what the store has
-	pool    *sync.Pool     // of memory for messages
-	ctx     context.Context
-	cancel  context.CancelFunc
-	main    *link
-	parts   chan *link // for a block that is put in parts: one such transfer on each at a time
-	links   []*link
-	moved   atomic.Int64 // bytes of parts of blocks
+	url      storeurl.URL
+	name     string
+	options  Options
+	blocks   *wire.Requests
+	have     *wire.Requests // for questions what the store has
+	pool     *sync.Pool     // of memory for messages
+	ctx      context.Context
+	cancel   context.CancelFunc
+	main     *link
+	parts    chan *link // for a block that is put in parts: one such transfer on each at a time
+	links    []*link
+	received atomic.Int64 // bytes, by TCP; by UDP, of blocks that come in parts
 }
 
 var _ fetch.Store = (*Store)(nil)
@@ -109,8 +109,8 @@ func (s *Store) String() string { return s.name }
 // a message that the peer takes is left without an answer.
 func (s *Store) AsksHave() bool { return s.url.Get }
 
-// Progress returns how many bytes have come of blocks that come in parts, whole or not.
-func (s *Store) Progress() int64 { return s.moved.Load() }
+// Progress returns how many bytes have come over networks, also of blocks that are not whole.
+func (s *Store) Progress() int64 { return s.received.Load() }
 
 // Start implements [fetch.Source]. If the connection fails, the request is made once more on a new
 // one.

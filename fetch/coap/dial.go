@@ -11,6 +11,7 @@ import (
 	"net/http/httptrace"
 	"net/url"
 	"strings"
+	"sync/atomic"
 
 	"github.com/coder/websocket"
 
@@ -63,7 +64,7 @@ func (s *Store) dial(ctx context.Context) (net.Conn, error) {
 		return s.dialWebSocket(ctx)
 	}
 	network, address := s.url.Address()
-	conn, err := dial.With(&net.Dialer{})(ctx, network, address)
+	conn, err := s.dialCounted(ctx, network, address)
 	if socket, ok := conn.(*net.UnixConn); ok {
 		_ = socket.SetWriteBuffer(unixSocketBuffer) // as far as the system allows
 	}
@@ -84,6 +85,29 @@ func (s *Store) dial(ctx context.Context) (net.Conn, error) {
 	return secure, nil
 }
 
+// counted is a connection that counts what it receives. It writes buffers as a net.TCPConn does.
+type counted struct {
+	*net.TCPConn
+	received *atomic.Int64
+}
+
+// Read reads from the connection.
+func (c *counted) Read(b []byte) (int, error) {
+	n, err := c.TCPConn.Read(b)
+	c.received.Add(int64(n))
+	return n, err
+}
+
+// dialCounted connects, and has what is received on TCP counted: below TLS and WebSockets, which
+// give away what is whole only.
+func (s *Store) dialCounted(ctx context.Context, network, address string) (net.Conn, error) {
+	conn, err := dial.With(&net.Dialer{})(ctx, network, address)
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		return &counted{tcp, &s.received}, err
+	}
+	return conn, err
+}
+
 // dialWebSocket connects to where a CoAP endpoint is over WebSockets (RFC 8323, section 8.3 and
 // 8.4), through the proxy that the environment names, if any.
 func (s *Store) dialWebSocket(ctx context.Context) (net.Conn, error) {
@@ -93,8 +117,8 @@ func (s *Store) dialWebSocket(ctx context.Context) (net.Conn, error) {
 		target.Scheme = "https"
 	}
 	transport := &http.Transport{
-		DialContext:            dial.With(&net.Dialer{}),
 		Proxy:                  http.ProxyFromEnvironment,
+		DialContext:            s.dialCounted,
 		TLSClientConfig:        &tls.Config{InsecureSkipVerify: true}, // without ForceAttemptHTTP2 it is HTTP/1.1
 		MaxResponseHeaderBytes: maxHandshake,
 	}

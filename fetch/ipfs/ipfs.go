@@ -111,6 +111,9 @@ func Open(text string, options Options) (*Store, error) {
 // String returns the scheme and the host.
 func (s *Store) String() string { return s.url.String() }
 
+// Progress returns how many bytes have come, also of blocks that are not whole.
+func (s *Store) Progress() int64 { return s.client.Progress() }
+
 // Close ends all requests and closes all connections.
 func (s *Store) Close() error {
 	s.Workers.Close()

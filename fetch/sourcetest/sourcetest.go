@@ -86,6 +86,7 @@ func Test(t *testing.T, open func(t *testing.T, backend *Backend) Fixture) {
 		{"SlowAndFast", testSlowAndFast},
 		{"Restart", func(t *testing.T, s *suite) { testInterruption(t, s, s.Restart) }},
 		{"Break", func(t *testing.T, s *suite) { testInterruption(t, s, s.Break) }},
+		{"Progress", testProgress},
 		{"String", testString},
 		{"Put", testPut},
 		{"PutMany", testPutMany},
@@ -532,6 +533,24 @@ func testInterruption(t *testing.T, s *suite, interrupt func()) {
 		interrupt()
 	}
 	s.getAgain(t, ref, want)
+}
+
+// testProgress looks whether a slow line can be told from silence: before a block is whole, what
+// has come of it is counted.
+func testProgress(t *testing.T, s *suite) {
+	source, ok := s.Source.(interface{ Progress() int64 })
+	_, store := s.Source.(fetch.Store) // others hide what they are
+	if !store || s.Break == nil || strings.HasPrefix(s.Source.String(), "coap+unix:") {
+		t.Skip("it is not on a network")
+	} else if !ok {
+		t.Fatal("the source does not say how many bytes have come")
+	}
+	ref, want := s.add(eris.BlockSize32KiB)
+	before := source.Progress()
+	s.mustGet(t, ref, want)
+	if came := source.Progress() - before; came < 16<<10 {
+		t.Errorf("%d bytes of a block of 32 KiB have come", came)
+	}
 }
 
 func testString(t *testing.T, s *suite) {

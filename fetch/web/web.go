@@ -198,6 +198,9 @@ func (s *Store) String() string {
 // it is, because addresses do not tell the size.
 func (s *Store) AnySize() bool { return true }
 
+// Progress returns how many bytes have come, also of blocks that are not whole.
+func (s *Store) Progress() int64 { return s.client.Progress() }
+
 // Close ends all requests and connections.
 func (s *Store) Close() error {
 	s.Workers.Close()

@@ -46,6 +46,7 @@ type Options struct {
 type Client struct {
 	options   Options
 	transport *http.Transport
+	received  atomic.Int64
 	ctx       context.Context // ends with Close
 	cancel    context.CancelCauseFunc
 
@@ -122,10 +123,21 @@ func Header() http.Header {
 	}
 }
 
+// Progress returns how many bytes have been received, also of what is not whole.
+func (c *Client) Progress() int64 { return c.received.Load() }
+
 // conn is a connection that is closed when the client is.
 type conn struct {
 	net.Conn
-	stop func() bool
+	client *Client
+	stop   func() bool
+}
+
+// Read reads from the connection, and counts.
+func (c *conn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	c.client.received.Add(int64(n))
+	return n, err
 }
 
 // Close closes the connection.
@@ -143,7 +155,7 @@ func (c *Client) dial(ctx context.Context, network, address string) (net.Conn, e
 	inner, err := dial.With(&net.Dialer{KeepAlive: 30 * time.Second})(ctx, network, address)
 	switch {
 	case err == nil:
-		return &conn{inner, context.AfterFunc(c.ctx, func() { inner.Close() })}, nil
+		return &conn{inner, c, context.AfterFunc(c.ctx, func() { inner.Close() })}, nil
 	case context.Cause(ctx) == errConnect:
 		return nil, fmt.Errorf("%w within %v", errConnect, c.options.ConnectTimeout)
 	case errors.Is(err, syscall.ECONNREFUSED):
