@@ -186,7 +186,11 @@ func (s *Store) find(ctx context.Context, root, ref eris.Reference, size eris.Bl
 	if p.err != nil {
 		return nil, p.err
 	}
-	return p.get(ctx, ref, size)
+	for {
+		if block, err := p.get(ctx, ref, size); err != errTaken {
+			return block, err
+		}
+	}
 }
 
 // use returns the pack where a block should be, which may not be open yet. It must be left.

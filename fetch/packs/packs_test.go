@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -264,6 +265,24 @@ func TestRoot(t *testing.T) {
 	if n := server.requests.Load(); n > 2 {
 		t.Errorf("%d requests for a pack that is not there", n)
 	}
+}
+
+// A block that many wait for is there for all of them.
+func TestSameBlock(t *testing.T) {
+	tree, packs := t.TempDir(), t.TempDir()
+	fill(t, filepath.Join(tree, "a"), 1, 100<<10)
+	c := encode(t, tree, packs)
+	store := mustOpen(t, "file:"+packs+"?packed")
+	var group sync.WaitGroup
+	for range 64 {
+		group.Go(func() {
+			block, err := fetch.Get(t.Context(), fetch.Within(store, c.Root), c.Root, c.BlockSize, nil)
+			if err != nil || eris.Verify(c.Root, block) != nil {
+				t.Errorf("%d bytes, error %v", len(block), err)
+			}
+		})
+	}
+	group.Wait()
 }
 
 // Servers that answer something else make requests fail, and no more.

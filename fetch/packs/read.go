@@ -175,7 +175,9 @@ func (p *pack) get(ctx context.Context, ref eris.Reference, size eris.BlockSize)
 		return nil, err
 	}
 	block, ok := r.blocks[i]
-	if !ok {
+	if !ok && i-r.first < r.have {
+		return nil, errTaken
+	} else if !ok {
 		return nil, r.err
 	}
 	delete(r.blocks, i)

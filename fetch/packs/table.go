@@ -26,6 +26,7 @@ var (
 	errNotPack = errors.New("this is not a pack")
 	errTable   = errors.New("the table of the pack is wrong")
 	errCut     = errors.New("the pack ends before its blocks do")
+	errTaken   = errors.New("another request has taken the block")
 	errTooMany = errors.New("too many blocks for one pack")
 )
 
