@@ -130,9 +130,13 @@ func (c *conn) putBatches(b *batch) {
 		for _, ref := range b.refs {
 			c.server.requested(c.client, "PUT", ref, code)
 		}
+		var text []byte
+		if code == codes.InternalServerError {
+			text = []byte("blocks cannot be stored; the log of the server says why")
+		}
 		c.peer.Lock()
 		for _, answer := range b.answers {
-			c.peer.Respond(answer.token, code, block1Option(answer.block1, code), nil)
+			c.peer.Respond(answer.token, code, block1Option(answer.block1, code), text)
 		}
 		booked := b.booked
 		b.booked = false

@@ -155,6 +155,8 @@ func TestAnswers(t *testing.T) {
 			t.Errorf("%s: answer is %v, want %v", v.name, m.Code, v.code)
 		} else if v.code == codes.Content && !bytes.Equal(m.Payload, v.payload) {
 			t.Errorf("%s: wrong payload of %d bytes", v.name, len(m.Payload))
+		} else if v.name == "PUT, failing" && !strings.Contains(string(m.Payload), "the log") {
+			t.Errorf("%s: the client hears %q", v.name, m.Payload)
 		}
 		// The connection goes on.
 		c.write(getRequest(2, small, eris.BlockSize1KiB, coap.Block{}))
