@@ -86,6 +86,9 @@ func importBlocks(ctx context.Context, name, storeURL string) error {
 	case damaged > 0:
 		return fmt.Errorf("%s: damaged, and left out: %s", name, page.Count(damaged, "block"))
 	case put.blocks == 0:
+		if _, err := os.Stat(filepath.Join(name, "blocks-32k")); err == nil {
+			return fmt.Errorf("in %s \"serve\" keeps its blocks\nhint: start \"serve --directory=%[1]s\", and name it as a store, or as --upstream", name)
+		}
 		return fmt.Errorf("%s has no blocks", name)
 	}
 	return nil
