@@ -31,6 +31,9 @@ func (p *Pool) nextRound(l *lookup, now time.Duration) bool {
 	}
 	l.rounds++
 	for _, m := range p.far {
+		if l.lied&m.bit == 0 {
+			m.pardonDamaged(l.key.size)
+		}
 		if m.proven && !m.banned && m.isSoon(now) {
 			l.failed &^= m.bit
 		}

@@ -55,6 +55,7 @@ type lookup struct {
 
 	missed set // who does not have it
 	failed set // who failed
+	lied   set // who gave wrong bytes
 	active set // who is being asked
 	rounds int
 	err    error // the last failure of those in failed; in the end that of the requests
@@ -71,7 +72,7 @@ type lookup struct {
 	next  *lookup // of those that are over, or spare
 }
 
-func (l *lookup) spent() set { return l.missed | l.failed | l.active | l.denied }
+func (l *lookup) spent() set { return l.missed | l.failed | l.lied | l.active | l.denied }
 
 // attempt is a request to a member for a lookup.
 type attempt struct {

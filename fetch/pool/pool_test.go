@@ -592,6 +592,26 @@ func TestLiar(t *testing.T) {
 	})
 }
 
+// TestDamaged has sources of which each gives one wrong block: together they have all.
+func TestDamaged(t *testing.T) {
+	for n := 2; n <= 3; n++ {
+		var list []*fake
+		for i := range n {
+			list = append(list, &fake{roundTrip: 5e6, rate: 20e6, answer: func(_ context.Context, block int, _ int64) error {
+				if block == 100+200*i {
+					return &eris.BlockError{Reference: reference(block, large), Length: int(large), Want: large}
+				}
+				return nil
+			}})
+		}
+		simulate(t, pool.Options{}, sources(list...), func(t *testing.T, p *pool.Pool) {
+			for range 3 { // so that each is asked for what it lacks
+				readAll(t, p, 600, large, 64)
+			}
+		})
+	}
+}
+
 // TestOtherSize checks that nobody is banned because somebody asked for a block by the wrong size:
 // capabilities come from strangers.
 func TestOtherSize(t *testing.T) {

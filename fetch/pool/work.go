@@ -109,6 +109,9 @@ func (p *Pool) ended(a *attempt, now time.Duration) {
 			l.fail(m, cause)
 		}
 	default:
+		if outcome == lie {
+			l.lied |= m.bit
+		}
 		l.fail(m, err)
 	}
 	p.advance(l, now)
@@ -120,7 +123,8 @@ type outcome int
 const (
 	success outcome = iota
 	miss            // the member does not have the block
-	failure         // it gave something else, could not say, or was not let
+	lie             // it gave something else
+	failure         // it could not say, or was not let
 )
 
 // outcome takes note of what the answer says about the member.
@@ -147,6 +151,7 @@ func (p *Pool) outcome(a *attempt, now time.Duration) outcome {
 	case wrong != nil:
 		m.faults++
 		p.ban(m, err)
+		return lie
 	case errors.As(err, &later):
 		m.lastError, m.restUntil = err, max(m.restUntil, now+min(later.After, longestRest))
 		p.reroute(now)
@@ -164,6 +169,12 @@ const banTime = time.Hour
 
 func (m *member) pardon(now time.Duration) {
 	m.banned = m.banned && now-m.bannedAt < banTime
+}
+
+// pardonDamaged has a member be asked again that has given no fewer right blocks than wrong ones,
+// for what nobody else has.
+func (m *member) pardonDamaged(size eris.BlockSize) {
+	m.banned = m.banned && m.delivered < m.faults*int64(size)
 }
 
 // ban excludes a member for a long time.
