@@ -95,7 +95,8 @@ var toGroups = []unix.SockFilter{
 // onLink has the sockets of Multicast DNS that are open take nothing but what was sent to its
 // groups, which no router passes on. The library would answer whoever sends a question to this
 // machine, with a longer message, at any address that it pretends to have; but only the local link
-// is to be answered (RFC 6762, sections 5.5 and 11).
+// is to be answered (RFC 6762, sections 5.5 and 11). An answer to an address that a sender on the
+// link pretends to have ends at the first router.
 func onLink() error {
 	entries, err := os.ReadDir("/proc/self/fd")
 	for _, e := range entries {
@@ -106,6 +107,10 @@ func onLink() error {
 		program := unix.SockFprog{Len: uint16(len(toGroups)), Filter: &toGroups[0]}
 		if err := unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &program); err != nil {
 			return fmt.Errorf("cannot leave out what comes from other networks: %w", err)
+		}
+		err4 := unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_TTL, 1)
+		if err := unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_UNICAST_HOPS, 1); err != nil && err4 != nil {
+			return fmt.Errorf("cannot keep answers on this network: %w", err)
 		}
 	}
 	return err

@@ -5,6 +5,7 @@ package lan
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
+	"golang.org/x/net/ipv4"
 )
 
 // TestMain is, in a network namespace, one of the machines of TestBrowse.
@@ -72,10 +74,16 @@ func askAlone(ctx context.Context, machine netip.Addr) error {
 			return err
 		}
 		socket.SetReadDeadline(time.Now().Add(time.Second))
+		p := ipv4.NewPacketConn(socket)
+		err = p.SetControlMessage(ipv4.FlagTTL, true)
 		for !answered && err == nil {
-			var from netip.AddrPort
-			_, from, err = socket.ReadFromUDPAddrPort(b)
-			answered = err == nil && from.Addr().Unmap() == machine
+			var control *ipv4.ControlMessage
+			var from net.Addr
+			_, control, from, err = p.ReadFrom(b)
+			answered = err == nil && from.(*net.UDPAddr).AddrPort().Addr().Unmap() == machine
+			if answered && control.TTL != 1 {
+				return fmt.Errorf("routers pass its answers on: TTL %d", control.TTL)
+			}
 		}
 		socket.Close()
 	}
