@@ -33,7 +33,7 @@ that does not exist yet; "-" is standard output. File trees are recognised, as
 ERIS-FS and as nars; other contents, compressed nars among them, are written
 as they are.`,
 	}
-	stores := c.Flags().String("store", "", "fetch blocks from the stores with these `URLS`, separated by spaces, in this order (default: $ERIS_STORE_URL, the setting eris-stores, or what runs here)")
+	stores := c.Flags().StringArray("store", nil, "fetch blocks from the stores with these `URLS`, separated by spaces, in this order; may be given several times (default: $ERIS_STORE_URL, the setting eris-stores, or what runs here)")
 	raw := c.Flags().Bool("raw", false, "write the contents as they are, even if they are a file tree")
 	c.RunE = func(_ *cobra.Command, args []string) error {
 		if len(args) != 2 {
@@ -42,7 +42,7 @@ as they are.`,
 		if strings.HasPrefix(args[1], "urn:eris:") {
 			return message.Usage("decode takes the URN first, and then the destination: guix-substitute-eris decode %s %s", args[1], args[0])
 		}
-		return decode(c.Context(), args[0], args[1], *stores, *raw)
+		return decode(c.Context(), args[0], args[1], strings.Join(*stores, " "), *raw)
 	}
 	return c
 }
