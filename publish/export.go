@@ -145,6 +145,15 @@ func (e *exporter) run(ctx context.Context, items []string) error {
 	if err := os.MkdirAll(e.o.Directory, 0o755); err != nil {
 		return err
 	}
+	directory, err := os.Open(e.o.Directory)
+	if err != nil {
+		return err
+	}
+	defer directory.Close()
+	// What is half-made has the same names in each export. Not all file systems have locks.
+	if err := files.LockFile(directory, 0); errors.Is(err, files.ErrLocked) {
+		return fmt.Errorf("another export writes to %s; wait for its end", e.o.Directory)
+	}
 	if err := e.subdirectory("blocks"); err != nil {
 		return err
 	}
