@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -332,6 +333,24 @@ func TestHostile(t *testing.T) {
 	defer server.Close()
 	if _, err := fetch.Get(t.Context(), mustOpen(t, server.URL+"?packed"), ref, eris.BlockSize1KiB, nil); err != nil {
 		t.Errorf("from a server without ranges: %v", err)
+	}
+}
+
+// What a bucket finds wrong with a signature is no answer to whether it has something.
+func TestRefused(t *testing.T) {
+	t.Setenv("AWS_ACCESS_KEY_ID", "KEY")
+	t.Setenv("AWS_SECRET_ACCESS_KEY", "secret")
+	for code, missing := range map[string]bool{"SignatureDoesNotMatch": false, "RequestTimeTooSkewed": false, "AccessDenied": true, "<&": true} {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusForbidden)
+			fmt.Fprintf(w, "<Error><Code>%s</Code><Message>KEY</Message></Error>", code)
+		}))
+		defer server.Close()
+		store := mustOpen(t, "s3://bucket/packs?endpoint="+url.QueryEscape(server.URL))
+		_, err := fetch.Get(t.Context(), store, eris.Reference{1}, eris.BlockSize1KiB, nil)
+		if errors.Is(err, eris.ErrNotFound) != missing || !missing && !strings.HasSuffix(err.Error(), fmt.Sprintf("403 Forbidden: %q", code)) {
+			t.Errorf("%s: %v", code, err)
+		}
 	}
 }
 

@@ -41,6 +41,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -119,8 +120,10 @@ const (
 	havePath    = "/.well-known/eris/have" // docs/formats.md
 )
 
-// maxRedirects bounds the redirections of one request, maxLocation the bytes of their addresses.
+// maxRedirects bounds the redirections of one request, maxLocation the bytes of their addresses,
+// and maxRefusal those of what a bucket says of a request that it refuses.
 const (
+	maxRefusal   = 4096
 	maxRedirects = 10
 	maxLocation  = 8192
 )
@@ -286,7 +289,27 @@ func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error
 	return nil
 }
 
-func stored(r *http.Response) error {
+// errorCode is in the answers of buckets to requests that they refuse.
+var errorCode = regexp.MustCompile(`<Code>([A-Za-z]{1,64})</Code>`)
+
+// refusal returns what a bucket finds wrong with a signed request, or with our clock; nil if it may
+// be that there is nothing, of which buckets say, too, that access is denied.
+func (s *Store) refusal(r *http.Response) error {
+	if s.sign == nil || r.StatusCode != http.StatusForbidden {
+		return nil
+	}
+	text, _ := io.ReadAll(io.LimitReader(r.Body, maxRefusal))
+	code := errorCode.FindSubmatch(text)
+	if code == nil || string(code[1]) == "AccessDenied" {
+		return nil
+	}
+	return &httpclient.StatusError{Code: r.StatusCode, Text: string(code[1])}
+}
+
+func (s *Store) stored(r *http.Response) error {
+	if err := s.refusal(r); err != nil {
+		return err
+	}
 	err := &httpclient.StatusError{Code: r.StatusCode}
 	switch r.StatusCode {
 	case http.StatusOK, http.StatusCreated, http.StatusNoContent:
@@ -321,7 +344,7 @@ func (s *Store) Range(ctx context.Context, name string, from, n int64, use func(
 			}
 			return use(io.LimitReader(r.Body, n), at, total)
 		case http.StatusNotFound, http.StatusGone, http.StatusForbidden:
-			return eris.ErrNotFound
+			return cmp.Or(s.refusal(r), eris.ErrNotFound)
 		}
 		return &httpclient.StatusError{Code: r.StatusCode}
 	})
@@ -371,7 +394,7 @@ type outgoing struct {
 
 // put makes a request to store something, again while the server is busy.
 func (s *Store) put(ctx context.Context, o outgoing) error {
-	return s.client.Retry(ctx, func() error { return s.do(ctx, o, stored) })
+	return s.client.Retry(ctx, func() error { return s.do(ctx, o, s.stored) })
 }
 
 // do makes a request, follows redirections, and has the response handled.
