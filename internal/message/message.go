@@ -198,7 +198,7 @@ func hint(err error) string {
 		return "mount it so that it can be written to, or name another place"
 	case errors.Is(err, fs.ErrPermission):
 		return "do it as a user who may, root for example, or name another place"
-	case has("403 Forbidden: "):
+	case has("s3://") && has("403 Forbidden: "):
 		return "are AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION those of the bucket, and is the clock of this machine right?"
 	case errors.Is(err, fetch.ErrReadOnly), has("4.05"), has("403 Forbidden"):
 		return "whoever serves the store must permit it: serve --listen='URL?get&put', or its socket"
