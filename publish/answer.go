@@ -144,7 +144,7 @@ func writeNar(w io.Writer, path, compression string, others ...io.Writer) error 
 	}
 	if err == nil {
 		_, err = nar.Write(io.MultiWriter(append(others, z)...), tree)
-		err = errors.Join(err, z.Close())
+		err = cmp.Or(err, z.Close())
 	}
 	return err
 }
