@@ -29,7 +29,7 @@ const (
 	noOrder = -1
 	// asBase is that of a record that says that little of the old item is in the new one.
 	asBase = -2
-	// byDelta is that of a record that says that a delta from the old item has made something else.
+	// byDelta is that of a record that says that a delta has made something else.
 	byDelta = -3
 )
 
@@ -65,13 +65,13 @@ func (m misses) add(r record) {
 	f.WriteAt(r[:], r.offset())
 }
 
-// NoDelta notes that a delta from the item of the given file name has not made what the narinfo
-// describes, and HasNoDelta reports that, for all processes.
-func (f *Finder) NoDelta(base string, want *narinfo.Narinfo) {
-	f.misses.add(newRecord(base, want.NarDigest, byDelta))
+// NoDelta notes that a delta, with all that tells it from those of others, has not made what the
+// narinfo describes, and HasNoDelta reports that, for all processes.
+func (f *Finder) NoDelta(delta string, want *narinfo.Narinfo) {
+	f.misses.add(newRecord(delta, want.NarDigest, byDelta))
 }
 
 // HasNoDelta is explained at NoDelta.
-func (f *Finder) HasNoDelta(base string, want *narinfo.Narinfo) bool {
-	return f.misses.has(newRecord(base, want.NarDigest, byDelta))
+func (f *Finder) HasNoDelta(delta string, want *narinfo.Narinfo) bool {
+	return f.misses.has(newRecord(delta, want.NarDigest, byDelta))
 }

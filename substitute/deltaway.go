@@ -52,7 +52,7 @@ func (j *job) listDeltas(records []record) {
 				continue
 			}
 			j.listed[w.key()] = true
-			if j.s.Reuse != nil && j.s.Reuse.HasNoDelta(w.base, j.want) {
+			if j.s.Reuse != nil && j.s.Reuse.HasNoDelta(w.key(), j.want) {
 				continue
 			}
 			j.ways = append(j.ways, &candidate{way: w, from: r})
@@ -153,7 +153,7 @@ func (w *deltaWay) valid(ctx context.Context) bool {
 // others out of the list when there have been enough.
 func (w *deltaWay) failed(_ context.Context, err error) {
 	if w.j.s.Reuse != nil && errors.Is(err, errContents) {
-		w.j.s.Reuse.NoDelta(w.base, w.j.want)
+		w.j.s.Reuse.NoDelta(w.key(), w.j.want)
 	}
 	if w.j.failedDeltas++; w.j.failedDeltas == mostFailed {
 		w.j.ways = slices.DeleteFunc(w.j.ways, func(c *candidate) bool { return c.kind() == "delta" })
