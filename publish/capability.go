@@ -173,10 +173,12 @@ func (c *Capabilities) current(n *knownNar) bool {
 // maxKnownFile is how long a file with what is known may be, in bytes.
 const maxKnownFile = 2 * narinfo.MaxSize
 
-// NewCapabilities returns the capabilities that directory knows; it is created when there is
-// something to keep. Blocks of items that are encoded, workers at a time, at least 1, are put into
-// store; nil is nowhere. Messages go to log. Close must be called at the end.
+// NewCapabilities returns the capabilities that directory knows, but for those that nobody has
+// asked for in 30 days, which are removed; it is created when there is something to keep. Blocks of
+// items that are encoded, workers at a time, at least 1, are put into store; nil is nowhere.
+// Messages go to log. Close must be called at the end.
 func NewCapabilities(directory string, store fetch.Store, workers int, log func(format string, a ...any)) *Capabilities {
+	removeUnused(directory)
 	return &Capabilities{
 		directory: directory, store: store, log: log,
 		encodings: tasks.New(workers, log),
@@ -226,6 +228,7 @@ func (c *Capabilities) Known(path string, narHash [sha256.Size]byte) (values []n
 
 // read returns what is on disk of an item.
 func (c *Capabilities) read(hashPart string) (k known, err error) {
+	used(c.file(hashPart))
 	text, err := files.ReadState(c.file(hashPart), maxKnownFile)
 	if err != nil {
 		return k, err

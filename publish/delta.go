@@ -79,6 +79,7 @@ type keptDelta struct {
 // NewDeltas returns deltas that are made as o says. Close must be called at the end.
 func NewDeltas(o DeltaOptions) *Deltas {
 	o.Root = cmp.Or(o.Root, o.StoreDir)
+	removeUnused(o.Directory)
 	return &Deltas{o: o, listing: &reuse.Listing{Directory: o.Root}, making: tasks.New(1, o.Log)}
 }
 
@@ -125,6 +126,7 @@ func (d *Deltas) record(hash string) string { return filepath.Join(d.o.Directory
 
 // read returns what is kept of an item. A record that is damaged counts as none.
 func (d *Deltas) read(hash string) (kept itemDeltas, ok bool) {
+	used(d.record(hash))
 	text, err := files.ReadState(d.record(hash), maxKnownFile)
 	if err != nil || json.Unmarshal(text, &kept) != nil {
 		return kept, false

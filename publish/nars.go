@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -92,10 +93,25 @@ func (n *Nars) open(name string) (*os.File, error) {
 }
 
 // used notes that somebody has asked for what is in a file of the directory, if it is there.
-func (n *Nars) used(name string) {
-	info, err := os.Lstat(n.file(name))
+func (n *Nars) used(name string) { used(n.file(name)) }
+
+// used notes that somebody has asked for what is in a file, if it is there.
+func used(path string) {
+	info, err := os.Lstat(path)
 	if now := time.Now(); err == nil && now.Sub(info.ModTime()) > usedEvery {
-		os.Chtimes(n.file(name), time.Time{}, now)
+		os.Chtimes(path, time.Time{}, now)
+	}
+}
+
+// removeUnused removes what is known in a directory of items that nobody has asked for since long.
+func removeUnused(directory string) {
+	entries, _ := os.ReadDir(directory) // which need not be there
+	for _, e := range entries {
+		hashPart, ok := strings.CutSuffix(e.Name(), ".json")
+		info, err := e.Info()
+		if ok && isHashPart(hashPart) && err == nil && time.Since(info.ModTime()) > leastTTL {
+			os.Remove(filepath.Join(directory, e.Name()))
+		}
 	}
 }
 

@@ -301,6 +301,34 @@ func TestCapabilities(t *testing.T) {
 	c.Close()
 }
 
+// TestUnusedRecords checks that what nobody has asked for in a month is removed, and nothing else.
+func TestUnusedRecords(t *testing.T) {
+	path, narHash := aTree(t)
+	cache := t.TempDir()
+	c := publish.NewCapabilities(cache, nil, 2, logger(t))
+	_, err := find(c, path, narHash)
+	must(t, err)
+	name := func(digit string) string { return cache + "/" + strings.Repeat(digit, 32) + ".json" }
+	others := []string{name("1"), name("e"), cache + "/notes.json"} // e is no digit of hashes
+	for _, name := range others {
+		must(t, os.WriteFile(name, nil, 0o600))
+	}
+	used := cache + "/00000000000000000000000000000002.json"
+	month := time.Now().Add(-31 * 24 * time.Hour)
+	for _, name := range append(others, used) {
+		must(t, os.Chtimes(name, month, month))
+	}
+	c.Known(path, narHash)
+	c.Close()
+	publish.NewCapabilities(cache, nil, 2, logger(t)).Close()
+	publish.NewDeltas(publish.DeltaOptions{Directory: cache, Log: logger(t)}).Close()
+	for i, name := range append(others, used) {
+		if _, err := os.Lstat(name); (err == nil) != (i > 0) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 // TestEncodeForms checks that a tree that ERIS-FS cannot express is encoded as its archive.
 func TestEncodeForms(t *testing.T) {
 	directory, items := aStore(t)
