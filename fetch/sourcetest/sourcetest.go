@@ -535,8 +535,7 @@ func testInterruption(t *testing.T, s *suite, interrupt func()) {
 	s.getAgain(t, ref, want)
 }
 
-// testProgress looks whether a slow line can be told from silence: before a block is whole, what
-// has come of it is counted.
+// testProgress looks whether a slow line can be told from silence: what comes is counted.
 func testProgress(t *testing.T, s *suite) {
 	source, ok := s.Source.(interface{ Progress() int64 })
 	_, store := s.Source.(fetch.Store) // others hide what they are
