@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -53,6 +54,9 @@ encoded too; each URN has the item behind it.`,
 	f.BoolVar(&s.item, "item", false, "encode a file as if it were a store item")
 	f.BoolVar(&s.closure, "closure", false, "encode store items with everything that they refer to")
 	c.RunE = func(_ *cobra.Command, args []string) error {
+		if slices.Contains(args, "") {
+			return message.Usage("the name of what is to be encoded is empty; write . for the working directory")
+		}
 		if len(args) != 1 && (!s.closure || len(args) == 0) {
 			return message.Usage("encode takes one file or directory: guix-substitute-eris encode --store=URL FILE")
 		}
