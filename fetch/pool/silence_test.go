@@ -292,6 +292,41 @@ func TestParts(t *testing.T) {
 	}
 }
 
+// TestLostBesideParts has a request be lost that others overtake: it is made again soon, although
+// parts of others come all the time.
+func TestLostBesideParts(t *testing.T) {
+	f := &fake{roundTrip: 50e6, rate: 1e6}
+	lost := false
+	f.answer = func(ctx context.Context, n int, _ int64) error {
+		if n == 300 && !lost {
+			lost = true
+			return hang(ctx, n, 0)
+		}
+		return nil
+	}
+	list := sources(f)
+	list[0].Source = &moving{Source: f}
+	simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
+		readAll(t, p, 100, large, 8) // so that it is known
+		ended := make(chan time.Duration, 1)
+		go func() {
+			begin := time.Now()
+			if err := get(t.Context(), p, 300, large); err != nil {
+				t.Error(err)
+			}
+			ended <- time.Since(begin)
+		}()
+		for i := range 250 { // ten seconds
+			if err := get(t.Context(), p, i, large); err != nil {
+				t.Error(err)
+			}
+		}
+		if took := <-ended; took > 6*time.Second {
+			t.Errorf("it took %v", took)
+		}
+	})
+}
+
 // TestRoundTrip checks that the round trip that is learnt is that of the line, not what waits in
 // it, and that it does not count for long that a store was slow.
 func TestRoundTrip(t *testing.T) {

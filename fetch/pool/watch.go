@@ -120,8 +120,9 @@ func (m *member) moves(oldest *attempt, now time.Duration) bool {
 		return false
 	}
 	moved := m.progress()
-	enough := moved-m.moved >= leastMoved
-	if enough {
+	answered := m.quiet <= watchInterval // what comes then may be of others than those that are late
+	enough := m.quiet > leastSilence && moved-m.moved >= leastMoved
+	if answered || enough {
 		m.moved = moved
 	}
 	return enough
