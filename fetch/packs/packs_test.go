@@ -277,7 +277,7 @@ func TestSameBlock(t *testing.T) {
 	var group sync.WaitGroup
 	for range 64 {
 		group.Go(func() {
-			block, err := fetch.Get(t.Context(), fetch.Within(store, c.Root), c.Root, c.BlockSize, nil)
+			block, err := fetch.Get(t.Context(), fetch.Within(store, c.Root, nil), c.Root, c.BlockSize, nil)
 			if err != nil || eris.Verify(c.Root, block) != nil {
 				t.Errorf("%d bytes, error %v", len(block), err)
 			}
