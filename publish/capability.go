@@ -134,6 +134,9 @@ type known struct {
 	Store string `json:"store"`
 	// Nar is what is known of the compressed nar, if that is encoded too.
 	Nar *knownNar `json:"nar,omitempty"`
+	// Narinfo is the last one of the item, for when the item has gone from the store but its blocks
+	// have not.
+	Narinfo string `json:"narinfo,omitempty"`
 	// Sum is the SHA-256 of the rest, so that damage is noticed.
 	Sum string `json:"sum"`
 }
@@ -243,6 +246,36 @@ func (c *Capabilities) read(hashPart string) (k known, err error) {
 		err = fmt.Errorf("%s is damaged: %w", c.file(hashPart), err)
 	}
 	return k, err
+}
+
+// keepNarinfo records the narinfo of an item whose blocks are put into a store, for gone.
+func (c *Capabilities) keepNarinfo(path, text string) {
+	k, err := c.read(hashPartOf(path))
+	if err != nil || c.store == nil || k.StorePath != path || k.Narinfo == text {
+		return
+	}
+	k.Narinfo = text
+	if err := c.keep(k); err != nil {
+		c.log("%v", err)
+	}
+}
+
+// gone returns the narinfo of an item that is not in the store any more, if it can still be had
+// from the blocks that were put into our store: as far as the root block, which it asks for, can
+// tell.
+func (c *Capabilities) gone(ctx context.Context, hashPart string) (text string, ok bool) {
+	k, err := c.read(hashPart)
+	if err != nil || k.Narinfo == "" || c.store == nil || k.Store != storeName(c.store) {
+		return "", false
+	}
+	capability, err := eris.ParseURN(k.URN)
+	if err != nil {
+		return "", false
+	}
+	ctx, cancel := context.WithTimeout(ctx, maxWait)
+	defer cancel()
+	_, err = fetch.Get(ctx, c.store, capability.Root, capability.BlockSize, nil)
+	return k.Narinfo, err == nil
 }
 
 func (c *Capabilities) file(hashPart string) string {

@@ -516,6 +516,38 @@ func TestAnnotatorPassesOn(t *testing.T) {
 	}
 }
 
+// TestGone deletes an item: it is offered as long as its blocks are in the store.
+func TestGone(t *testing.T) {
+	directory, items := aStore(t)
+	key := acl.GenerateSigningKey()
+	cache, store := t.TempDir(), newMemoryStore()
+	start := func(store fetch.Store) string {
+		c := publish.NewCapabilities(cache, store, 2, logger(t))
+		t.Cleanup(c.Close)
+		return server(t, publish.ServerOptions{Root: directory, Items: items, Key: key, Capabilities: c, WaitFor: 1 << 30}).URL
+	}
+	const name = "/00000000000000000000000000000002.narinfo"
+	first := start(store)
+	_, _, before := get(t, first+name)
+	if !strings.Contains(before, "ERIS: ") {
+		t.Fatalf("narinfo:\n%s", before)
+	}
+	must(t, os.RemoveAll(directory+"/00000000000000000000000000000002-tree"))
+	above, _, _ := strings.Cut(before, "Signature:")
+	for what, url := range map[string]string{"the same process": first, "another one": start(store)} {
+		status, _, text := get(t, url+name)
+		if status != 200 || !strings.HasPrefix(text, above+"Signature:") {
+			t.Fatalf("%s: status %d, narinfo:\n%s", what, status, text)
+		}
+		authorised(t, key, text)
+		wantStatus(t, url+"/nar/zstd/00000000000000000000000000000002-tree", 404)
+	}
+	// Without a store there are no blocks, and blocks may go, too.
+	wantStatus(t, start(nil)+name, 404)
+	store.Store = newMemoryStore().Store
+	wantStatus(t, first+name, 404)
+}
+
 // TestFindLater checks that an item is encoded once in the background, however often it is asked
 // for, and that Close waits for it.
 func TestFindLater(t *testing.T) {

@@ -226,10 +226,7 @@ func (s *Server) narinfo(w http.ResponseWriter, r *http.Request) {
 	if err == nil {
 		text, complete, err = s.text(r.Context(), item)
 	} else if errors.Is(err, ErrNoItem) {
-		// Perhaps it has left the store, and its nars are kept.
-		if item, err = s.kept(r.Context(), hashPart); err == nil {
-			text, err = s.sign(item, nil)
-		}
+		text, err = s.gone(r.Context(), hashPart)
 	}
 	if err != nil {
 		if errors.Is(err, ErrNoItem) {
@@ -245,6 +242,22 @@ func (s *Server) narinfo(w http.ResponseWriter, r *http.Request) {
 	maxAge(w, ttl)
 	w.Header().Set("Content-Type", "application/x-nix-narinfo")
 	serveText(w, r, text)
+}
+
+// gone returns the narinfo of an item that has left the store, if it can be had from its blocks or
+// as a nar that is kept.
+func (s *Server) gone(ctx context.Context, hashPart string) (string, error) {
+	if s.o.Capabilities != nil {
+		text, ok := s.o.Capabilities.gone(ctx, hashPart)
+		if ok && strings.HasPrefix(text, "StorePath: "+s.o.StoreDir+"/"+hashPart) {
+			return text, nil
+		}
+	}
+	item, err := s.kept(ctx, hashPart)
+	if err != nil {
+		return "", err
+	}
+	return s.sign(item, nil)
 }
 
 // narinfoName returns the hash part in the file name of a narinfo. What it returns has nothing in
@@ -372,6 +385,9 @@ func (s *Server) text(ctx context.Context, item *narinfo.Narinfo) (text string, 
 	// Without capabilities, the nar can still be had.
 	if text, err = s.sign(item, values); err != nil {
 		return "", false, err
+	}
+	if s.o.Capabilities != nil && known {
+		s.o.Capabilities.keepNarinfo(s.file(item.StorePath), text)
 	}
 	text, all := s.o.Deltas.addTo(text, item)
 	return text, known && kept && all, nil
