@@ -238,6 +238,9 @@ func (c *changeFlags) use(ctx context.Context, server, keyFile string) error {
 	}
 	p := page.New()
 	p.Say(0, page.Good, "%s is a substitute server", mirror.WithoutUser(server))
+	if mirror.WithoutUser(server) != server {
+		p.Say(0, page.Note, "its password will be in %s: whoever may read that file has it", configurationFile)
+	}
 	for _, store := range offer.stores {
 		p.Say(0, page.Note, "blocks: %s", store)
 	}
