@@ -32,7 +32,7 @@ import (
 )
 
 // memoryLimit is what the garbage collector keeps the heap below where it can, in bytes.
-const memoryLimit = 48 << 20
+const memoryLimit = 44 << 20
 
 // garbagePercent is how much garbage there may be for what is in use, as far as the limit allows
 // it: with as much as usual, collecting it took a tenth of the time of restoring small files.
