@@ -158,8 +158,11 @@ func (s *State) Rests(url string, until time.Time, times int) {
 	})
 }
 
-// CountAhead adds to what has been counted. Since does not matter.
+// CountAhead adds to what has been counted, unless that is nothing. Since does not matter.
 func (s *State) CountAhead(a Ahead) {
+	if a == (Ahead{Since: a.Since}) {
+		return
+	}
 	now := s.now().Truncate(time.Second).UTC()
 	s.change(func(f *file) {
 		f.Ahead.Staged, f.Ahead.StagedBytes = f.Ahead.Staged+a.Staged, f.Ahead.StagedBytes+a.StagedBytes

@@ -219,6 +219,12 @@ func TestAhead(t *testing.T) {
 	if a := ReadAhead(path); a != (Ahead{}) {
 		t.Errorf("no file counts %+v", a)
 	}
+	nothing := Open(path)
+	nothing.CountAhead(Ahead{})
+	must(t, nothing.Save())
+	if _, err := os.Stat(path); err == nil {
+		t.Error("nothing was counted and is written down")
+	}
 	begin := time.Now().Add(-time.Second)
 	for range 3 {
 		s := Open(path)
