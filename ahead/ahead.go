@@ -282,7 +282,7 @@ func (a *Ahead) useOfOther(ctx context.Context, path, destination string) (subst
 	moved, c := a.stage.take(within, key(known[0]), destination)
 	if moved {
 		a.used(known[0])
-		return known[0].Outcome(), nil
+		return substitute.Outcome{Status: substitute.Success, NarHash: known[0].NarHash, NarSize: known[0].NarSize}, nil
 	}
 	return substitute.Outcome{}, c
 }

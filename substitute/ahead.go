@@ -24,11 +24,6 @@ type Item struct {
 	NarSize uint64
 }
 
-// Outcome is the outcome of a substitution of the item that has gone well.
-func (i Item) Outcome() Outcome {
-	return Outcome{Status: Success, NarHash: i.NarHash, NarSize: i.NarSize}
-}
-
 // Known returns those of the items of which there are authorised narinfos that Substitute can use,
 // in any order. It shows nothing, and ends with the context. It is safe for concurrent use, also
 // with Substitute.
