@@ -181,7 +181,7 @@ const maxKnownFile = 2 * narinfo.MaxSize
 // items that are encoded, workers at a time, at least 1, are put into store; nil is nowhere.
 // Messages go to log. Close must be called at the end.
 func NewCapabilities(directory string, store fetch.Store, workers int, log func(format string, a ...any)) *Capabilities {
-	removeUnused(directory)
+	removeUnusedRecords(directory)
 	return &Capabilities{
 		directory: directory, store: store, log: log,
 		encodings: tasks.New(workers, log),

@@ -79,7 +79,7 @@ type keptDelta struct {
 // NewDeltas returns deltas that are made as o says. Close must be called at the end.
 func NewDeltas(o DeltaOptions) *Deltas {
 	o.Root = cmp.Or(o.Root, o.StoreDir)
-	removeUnused(o.Directory)
+	removeUnusedRecords(o.Directory)
 	return &Deltas{o: o, listing: &reuse.Listing{Directory: o.Root}, making: tasks.New(1, o.Log)}
 }
 

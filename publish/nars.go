@@ -63,14 +63,8 @@ func (n *Nars) clean() {
 		return
 	}
 	files.RemoveAbandoned(n.directory)
-	entries, err := os.ReadDir(n.directory)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := removeUnused(n.directory, n.ttl, func(string) bool { return true }); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		n.log("%v", err)
-	}
-	for _, e := range entries {
-		if info, err := e.Info(); err == nil && time.Since(info.ModTime()) > n.ttl {
-			os.Remove(filepath.Join(n.directory, e.Name()))
-		}
 	}
 }
 
@@ -103,16 +97,24 @@ func used(path string) {
 	}
 }
 
-// removeUnused removes what is known in a directory of items that nobody has asked for since long.
-func removeUnused(directory string) {
-	entries, _ := os.ReadDir(directory) // which need not be there
+// removeUnused removes the files of a directory that are meant and that nobody has asked for in
+// ttl. The error is that the directory cannot be read.
+func removeUnused(directory string, ttl time.Duration, meant func(name string) bool) error {
+	entries, err := os.ReadDir(directory)
 	for _, e := range entries {
-		hashPart, ok := strings.CutSuffix(e.Name(), ".json")
-		info, err := e.Info()
-		if ok && isHashPart(hashPart) && err == nil && time.Since(info.ModTime()) > leastTTL {
+		if info, err := e.Info(); err == nil && meant(e.Name()) && time.Since(info.ModTime()) > ttl {
 			os.Remove(filepath.Join(directory, e.Name()))
 		}
 	}
+	return err
+}
+
+// removeUnusedRecords removes what is known in a directory of items, which need not be there.
+func removeUnusedRecords(directory string) {
+	_ = removeUnused(directory, leastTTL, func(name string) bool {
+		hashPart, ok := strings.CutSuffix(name, ".json")
+		return ok && isHashPart(hashPart)
+	})
 }
 
 // make has a nar made in the background, if it is not kept, of the tree at path, which must have

@@ -11,7 +11,6 @@ import (
 	"net/http/httptrace"
 	"net/url"
 	"strings"
-	"sync/atomic"
 
 	"github.com/coder/websocket"
 
@@ -85,27 +84,11 @@ func (s *Store) dial(ctx context.Context) (net.Conn, error) {
 	return secure, nil
 }
 
-// counted is a connection that counts what it receives. It writes buffers as a net.TCPConn does.
-type counted struct {
-	*net.TCPConn
-	received *atomic.Int64
-}
-
-// Read reads from the connection.
-func (c *counted) Read(b []byte) (int, error) {
-	n, err := c.TCPConn.Read(b)
-	c.received.Add(int64(n))
-	return n, err
-}
-
 // dialCounted connects, and has what is received on TCP counted: below TLS and WebSockets, which
 // give away what is whole only.
 func (s *Store) dialCounted(ctx context.Context, network, address string) (net.Conn, error) {
 	conn, err := dial.With(&net.Dialer{})(ctx, network, address)
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		return &counted{tcp, &s.received}, err
-	}
-	return conn, err
+	return dial.Counted(conn, &s.received), err
 }
 
 // dialWebSocket connects to where a CoAP endpoint is over WebSockets (RFC 8323, section 8.3 and

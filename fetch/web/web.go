@@ -289,9 +289,6 @@ func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error
 	return nil
 }
 
-// errorCode is in the answers of buckets to requests that they refuse.
-var errorCode = regexp.MustCompile(`<Code>([A-Za-z]{1,64})</Code>`)
-
 // refusal returns what a bucket finds wrong with a signed request, or with our clock; nil if it may
 // be that there is nothing, of which buckets say, too, that access is denied.
 func (s *Store) refusal(r *http.Response) error {
@@ -299,7 +296,8 @@ func (s *Store) refusal(r *http.Response) error {
 		return nil
 	}
 	text, _ := io.ReadAll(io.LimitReader(r.Body, maxRefusal))
-	code := errorCode.FindSubmatch(text)
+	// Compiled here, because most processes never need it.
+	code := regexp.MustCompile(`<Code>([A-Za-z]{1,64})</Code>`).FindSubmatch(text)
 	if code == nil || string(code[1]) == "AccessDenied" {
 		return nil
 	}
