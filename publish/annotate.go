@@ -244,6 +244,6 @@ func (a *Annotator) capabilities(ctx context.Context, n *narinfo.Narinfo) (value
 		return nil, true
 	}
 	// What is in the store here was built here, perhaps, and is different.
-	values, complete, err := a.o.Capabilities.find(ctx, path, n, a.o.WaitFor)
-	return values, complete || err != nil
+	k, complete, err := a.o.Capabilities.find(ctx, path, n, a.o.WaitFor)
+	return a.o.Capabilities.values(k), complete || err != nil
 }

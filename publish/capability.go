@@ -205,28 +205,39 @@ func storeName(store fetch.Store) string {
 // Known returns what narinfos say of a store item with the given NarHash if it need not be
 // computed.
 func (c *Capabilities) Known(path string, narHash [sha256.Size]byte) (values []narinfo.ERIS, ok bool) {
+	k, ok := c.lookUp(path, narHash)
+	return c.values(k), ok
+}
+
+// encodesNars reports whether there is to be a capability of the compressed nar, too.
+func (c *Capabilities) encodesNars() bool { return c.Nar != "" || c.upstreamNar != nil }
+
+// lookUp returns what is known of a store item, if that is all that there is to be.
+func (c *Capabilities) lookUp(path string, narHash [sha256.Size]byte) (k known, ok bool) {
 	k, err := c.read(hashPartOf(path))
-	if err != nil {
+	switch {
+	case err != nil:
 		if !errors.Is(err, fs.ErrNotExist) {
 			c.log("%v", err)
 		}
-		return nil, false
+		return known{}, false
+	case k.StorePath != path, k.NarHash != fmt.Sprintf("%x", narHash), c.store != nil && k.Store != storeName(c.store),
+		c.encodesNars() && !c.current(k.Nar):
+		return known{}, false
 	}
-	if k.StorePath != path || k.NarHash != fmt.Sprintf("%x", narHash) || c.store != nil && k.Store != storeName(c.store) {
-		return nil, false
+	return k, true
+}
+
+// values returns what narinfos say of an item of which something is known; nothing of others.
+func (c *Capabilities) values(k known) (values []narinfo.ERIS) {
+	if k.URN != "" {
+		values = []narinfo.ERIS{{URN: k.URN}}
 	}
-	values = []narinfo.ERIS{{URN: k.URN}}
-	if c.Nar == "" && c.upstreamNar == nil {
-		return values, true
-	}
-	if !c.current(k.Nar) {
-		return nil, false
-	}
-	if k.Nar.URN != "" {
+	if c.encodesNars() && k.Nar != nil && k.Nar.URN != "" {
 		kind, _ := splitCompression(k.Nar.Compression)
 		values = append(values, narinfo.ERIS{URN: k.Nar.URN, Form: "nar." + kind, Size: k.Nar.Size})
 	}
-	return values, true
+	return values
 }
 
 // read returns what is on disk of an item.
@@ -249,9 +260,8 @@ func (c *Capabilities) read(hashPart string) (k known, err error) {
 }
 
 // keepNarinfo records the narinfo of an item whose blocks are put into a store, for gone.
-func (c *Capabilities) keepNarinfo(path, text string) {
-	k, err := c.read(hashPartOf(path))
-	if err != nil || c.store == nil || k.StorePath != path || k.Narinfo == text {
+func (c *Capabilities) keepNarinfo(k known, text string) {
+	if c.store == nil || k.Narinfo == text {
 		return
 	}
 	k.Narinfo = text
@@ -339,19 +349,19 @@ func (c *Capabilities) FindSoon(ctx context.Context, path string, narHash [sha25
 // find returns what the narinfo of an item says of capabilities, encoding the item if need be, soon
 // or, if its archive has more than waitFor bytes, later; it is not complete as long as that goes
 // on.
-func (c *Capabilities) find(ctx context.Context, path string, n *narinfo.Narinfo, waitFor uint64) (values []narinfo.ERIS, complete bool, err error) {
-	if values, complete = c.Known(path, n.NarDigest); complete {
-		return values, true, nil
+func (c *Capabilities) find(ctx context.Context, path string, n *narinfo.Narinfo, waitFor uint64) (k known, complete bool, err error) {
+	if k, complete = c.lookUp(path, n.NarDigest); complete {
+		return k, true, nil
 	}
 	if n.NarSize > waitFor {
 		c.FindLater(path, n.NarDigest)
-		return nil, false, nil
+		return k, false, nil
 	}
 	if found, err := c.FindSoon(ctx, path, n.NarDigest); !found {
-		return nil, false, err
+		return k, false, err
 	}
-	values, complete = c.Known(path, n.NarDigest)
-	return values, complete, nil
+	k, complete = c.lookUp(path, n.NarDigest)
+	return k, complete, nil
 }
 
 // FindLater has an item encoded in the background, unless it is being encoded, or could not be a

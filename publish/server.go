@@ -374,10 +374,12 @@ func (s *Server) file(path string) string { return filepath.Join(s.o.Root, filep
 
 // text makes the narinfo of an item. It is not complete if there will be more in it soon.
 func (s *Server) text(ctx context.Context, item *narinfo.Narinfo) (text string, complete bool, err error) {
-	kept, known := s.keepNars(item), true
+	kept, complete := s.keepNars(item), true
+	var k known
 	var values []narinfo.ERIS
 	if s.o.Capabilities != nil {
-		values, known, err = s.o.Capabilities.find(ctx, s.file(item.StorePath), item, s.o.WaitFor)
+		k, complete, err = s.o.Capabilities.find(ctx, s.file(item.StorePath), item, s.o.WaitFor)
+		values = s.o.Capabilities.values(k)
 		if errors.Is(err, errOtherContents) {
 			return "", false, fmt.Errorf("%w: %w", ErrNoItem, err)
 		}
@@ -386,11 +388,11 @@ func (s *Server) text(ctx context.Context, item *narinfo.Narinfo) (text string, 
 	if text, err = s.sign(item, values); err != nil {
 		return "", false, err
 	}
-	if s.o.Capabilities != nil && known {
-		s.o.Capabilities.keepNarinfo(s.file(item.StorePath), text)
+	if s.o.Capabilities != nil && complete {
+		s.o.Capabilities.keepNarinfo(k, text)
 	}
 	text, all := s.o.Deltas.addTo(text, item)
-	return text, known && kept && all, nil
+	return text, complete && kept && all, nil
 }
 
 // sign makes the narinfo of an item with read capabilities, or without any.
