@@ -119,7 +119,11 @@ type Capabilities struct {
 	// For how long requests may wait, as it was when one began to.
 	waiting time.Duration
 	waited  time.Time
+	unkept  map[string]known // by hash part: what could not be written down
 }
+
+// maxUnkept is how many items are remembered of which nothing could be written down.
+const maxUnkept = 256
 
 // A narEncoder encodes the compressed nar of the item at path that another server has. What it
 // returns has no URN if there is none.
@@ -185,7 +189,7 @@ func NewCapabilities(directory string, store fetch.Store, workers int, log func(
 	return &Capabilities{
 		directory: directory, store: store, log: log,
 		encodings: tasks.New(workers, log),
-		waiting:   maxWait, waited: time.Now(),
+		waiting:   maxWait, waited: time.Now(), unkept: make(map[string]known),
 	}
 }
 
@@ -240,8 +244,14 @@ func (c *Capabilities) values(k known) (values []narinfo.ERIS) {
 	return values
 }
 
-// read returns what is on disk of an item.
+// read returns what is known of an item.
 func (c *Capabilities) read(hashPart string) (k known, err error) {
+	c.mu.Lock()
+	k, ok := c.unkept[hashPart]
+	c.mu.Unlock()
+	if ok {
+		return k, nil
+	}
 	used(c.file(hashPart))
 	text, err := files.ReadState(c.file(hashPart), maxKnownFile)
 	if err != nil {
@@ -265,9 +275,7 @@ func (c *Capabilities) keepNarinfo(k known, text string) {
 		return
 	}
 	k.Narinfo = text
-	if err := c.keep(k); err != nil {
-		c.log("%v", err)
-	}
+	c.keep(k)
 }
 
 // gone returns the narinfo of an item that is not in the store any more, if it can still be had
@@ -292,19 +300,27 @@ func (c *Capabilities) file(hashPart string) string {
 	return filepath.Join(c.directory, hashPart+".json")
 }
 
-// keep writes what is known of an item to disk.
-func (c *Capabilities) keep(k known) error {
+// keep writes what is known of an item to disk. If that fails it is remembered, so that an item need
+// not be encoded again and again, and has a capability, as long as the disk is full.
+func (c *Capabilities) keep(k known) {
+	hashPart := hashPartOf(k.StorePath)
 	text, err := k.text()
 	if err == nil {
 		err = files.MakeDirectory(c.directory)
 	}
 	if err == nil {
-		err = writeFile(c.file(hashPartOf(k.StorePath)), 0o600, string(text))
+		err = writeFile(c.file(hashPart), 0o600, string(text))
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.unkept, hashPart)
 	if err != nil {
-		err = fmt.Errorf("what is known of %s cannot be kept: %w", k.StorePath, err)
+		c.log("what is known of %s cannot be kept: %v", k.StorePath, err)
+		if len(c.unkept) == maxUnkept {
+			clear(c.unkept)
+		}
+		c.unkept[hashPart] = k
 	}
-	return err
 }
 
 const (
@@ -408,10 +424,10 @@ func (c *Capabilities) encode(ctx context.Context, path string, narHash [sha256.
 	} else {
 		_, err = putBlocks(ctx, c.store, path, encode)
 	}
-	if err != nil {
-		return err
+	if err == nil {
+		c.keep(k)
 	}
-	return c.keep(k)
+	return err
 }
 
 // putBlocks puts the blocks that encode makes of something into a store. Nobody may hear of them

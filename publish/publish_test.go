@@ -260,6 +260,13 @@ func TestCapabilities(t *testing.T) {
 	must(t, err)
 	c.Close()
 
+	// It is known as well where nothing can be written.
+	c = publish.NewCapabilities("/dev/null/cache", nil, 2, logger(t))
+	if got, err := find(c, path, narHash); err != nil || got != first {
+		t.Errorf("%v, error %v", got, err)
+	}
+	c.Close()
+
 	// Another process knows it; with a store the blocks are needed, once.
 	c = publish.NewCapabilities(cache, nil, 2, logger(t))
 	if got, ok := c.Known(path, narHash); !ok || got[0].URN != first.URN() {
