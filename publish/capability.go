@@ -300,8 +300,8 @@ func (c *Capabilities) file(hashPart string) string {
 	return filepath.Join(c.directory, hashPart+".json")
 }
 
-// keep writes what is known of an item to disk. If that fails it is remembered, so that an item need
-// not be encoded again and again, and has a capability, as long as the disk is full.
+// keep writes what is known of an item to disk. If that fails it is remembered, so that an item
+// need not be encoded again and again, and has a capability, as long as the disk is full.
 func (c *Capabilities) keep(k known) {
 	hashPart := hashPartOf(k.StorePath)
 	text, err := k.text()
