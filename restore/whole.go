@@ -5,6 +5,7 @@ package restore
 import (
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -14,17 +15,17 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
-// CheckNew returns the absolute form of the name of a file or tree that a user wants to be made,
-// and an error, which wraps [fs.ErrExist], if there is something of that name.
-func CheckNew(path string) (string, error) {
-	path, err := filepath.Abs(path)
-	if err != nil {
-		return "", err
-	}
+// CheckNew returns an error, which wraps [fs.ErrExist], if there is something of the name that a
+// user wants to be made, and another one if there is no directory to make it in.
+func CheckNew(path string) error {
 	if _, err := os.Lstat(path); err == nil {
-		return "", &fs.PathError{Op: "create", Path: path, Err: unix.EEXIST}
+		return &fs.PathError{Op: "create", Path: path, Err: unix.EEXIST}
 	}
-	return path, nil
+	_, err := os.Stat(filepath.Dir(path))
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("the directory %s does not exist; make it, or name another destination", filepath.Dir(path))
+	}
+	return err
 }
 
 // Whole has a file or a tree made beside the name that it gets when it is complete and on disk:

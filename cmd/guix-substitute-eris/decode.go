@@ -6,6 +6,7 @@ import (
 	"context"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -54,7 +55,10 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) error 
 	}
 	name := destination
 	if destination != "-" {
-		if destination, err = restore.CheckNew(destination); err != nil {
+		if destination, err = filepath.Abs(destination); err == nil {
+			err = restore.CheckNew(destination)
+		}
+		if err != nil {
 			return err
 		}
 	}

@@ -26,6 +26,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
@@ -109,14 +110,16 @@ var errNotRestored = errors.New("not restored")
 // replaced, if it is not the store; a person's files are not touched.
 func (s *Settings) restore(ctx context.Context, sub *Session, item, destination string) (outcome substitute.Outcome, err error) {
 	defer sub.after()
-	if absolute, _ := filepath.Abs(destination); strings.HasPrefix(s.Store+"/", absolute+"/") {
-		return outcome, fmt.Errorf("%.300q cannot be a destination: the store is there", destination)
+	if destination, err = filepath.Abs(destination); err != nil {
+		return outcome, err
+	}
+	if err := s.checkDestination(item, destination); err != nil {
+		return outcome, err
 	}
 	if !s.byHand {
 		return sub.staging.Substitute(ctx, item, destination), nil
 	}
-	destination, err = restore.CheckNew(destination)
-	if err == nil {
+	if err = restore.CheckNew(destination); err == nil {
 		err = restore.Whole(destination, func(temporary string) error {
 			if outcome = sub.Substitute(ctx, item, temporary); outcome.Status != substitute.Success {
 				return errNotRestored
@@ -128,6 +131,32 @@ func (s *Settings) restore(ctx context.Context, sub *Session, item, destination 
 		err = nil
 	}
 	return outcome, err
+}
+
+// checkDestination refuses what would take the place of other things than store items. What the
+// daemon wants is the item, or the name that it has while it is repaired (Guix,
+// nix/libstore/build.cc: SubstitutionGoal::tryToRun).
+func (s *Settings) checkDestination(item, destination string) error {
+	if (destination == item || destination == item+".tmp") && narinfo.CheckStorePath(s.Store, item) == nil {
+		return nil
+	}
+	real := destination
+	if parent, err := filepath.EvalSymlinks(filepath.Dir(destination)); err == nil {
+		real = filepath.Join(parent, filepath.Base(destination))
+	}
+	for _, used := range []string{s.Store, settings.StateDirectory(), settings.Directory(), s.kept} {
+		target, _ := filepath.EvalSymlinks(used) // which need not be there
+		if used != "" && (meet(used, destination) || target != "" && meet(target, real)) {
+			return fmt.Errorf("%.300q cannot be a destination: it would take the place of what is in %s", destination, used)
+		}
+	}
+	return nil
+}
+
+// meet reports whether one of two file names is in the other, or both are one.
+func meet(a, b string) bool {
+	a, b = strings.TrimSuffix(a, "/")+"/", strings.TrimSuffix(b, "/")+"/"
+	return strings.HasPrefix(a, b) || strings.HasPrefix(b, a)
 }
 
 // Serve loads the settings, and answers requests until there are no more, to the daemon or, by
