@@ -180,7 +180,7 @@ func (s *encodeSettings) encodeAll(ctx context.Context, paths []string, sink eri
 func closureOf(ctx context.Context, paths []string) ([]string, error) {
 	store := settings.StoreDirectory()
 	var items []string
-	for _, path := range paths {
+	for _, path := range session.Names(paths) {
 		real, err := filepath.EvalSymlinks(path)
 		if err != nil {
 			return nil, err

@@ -95,6 +95,7 @@ func (e *exportSettings) export(ctx context.Context, items []string) error {
 	defer sub.Close()
 	keys := e.Keys()
 	sub.SetKeys(keys)
+	items = session.Names(items)
 	for i, item := range items {
 		if items[i], err = e.FindItem(ctx, sub, item); err != nil {
 			return err

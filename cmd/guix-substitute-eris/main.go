@@ -76,7 +76,7 @@ func run(args []string) int {
 		}
 		return message.Report(message.UnknownCommand(args[0], commandNames()))
 	}
-	root := rootCommand()
+	root := rootCommand(len(args) > 0 && strings.HasPrefix(args[0], cobra.ShellCompRequestCmd))
 	root.SetArgs(commandFirst(args))
 	ctx, stop := program.UntilSignal()
 	defer stop()
@@ -107,7 +107,7 @@ func commandNames() []string {
 	return names
 }
 
-func rootCommand() *cobra.Command {
+func rootCommand(completing bool) *cobra.Command {
 	root := byHandCommand()
 	root.Use = "guix-substitute-eris COMMAND [OPTION]... [ARGUMENT]..."
 	root.Short, root.Long = "substitutes for GNU Guix from ERIS blocks", help
@@ -120,7 +120,7 @@ func rootCommand() *cobra.Command {
 		"policy": session.Policies(), "layout": {"sharded", "flat"}, "way": {"extension", "program"},
 		"log-format": {"text", "json"}, "compression": {"none", "gzip", "zstd"},
 	}
-	completeOptions(root, words)
+	completeOptions(root, words, completing)
 	for _, r := range commands {
 		if !root.ContainsGroup(r.group) {
 			root.AddGroup(&cobra.Group{ID: r.group, Title: r.group + ":"})
@@ -131,7 +131,7 @@ func rootCommand() *cobra.Command {
 		if c.Args != nil {
 			c.ValidArgsFunction = cobra.NoFileCompletions
 		}
-		completeOptions(c, words)
+		completeOptions(c, words, completing)
 		root.AddCommand(c)
 		if r.name == "help" {
 			root.SetHelpCommand(c)

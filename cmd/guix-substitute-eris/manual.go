@@ -98,11 +98,15 @@ puts it where shells look for it. To try it in bash:
 
 // completeOptions has the values of options completed: by the word that stands for the value in the
 // help, names of files or directories, or words that are given. Other values are not names of
-// files.
-func completeOptions(c *cobra.Command, words map[string][]string) {
+// files. Shells that are completing show what an option says of itself without the marks.
+func completeOptions(c *cobra.Command, words map[string][]string, completing bool) {
 	c.Flags().VisitAll(func(f *pflag.Flag) {
 		complete := cobra.NoFileCompletions
-		switch value, _ := pflag.UnquoteUsage(f); {
+		value, plain := pflag.UnquoteUsage(f)
+		if completing {
+			f.Usage = plain
+		}
+		switch {
 		case words[f.Name] != nil:
 			complete = cobra.FixedCompletions(words[f.Name], cobra.ShellCompDirectiveNoFileComp)
 		case value == "DIRECTORY":

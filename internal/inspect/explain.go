@@ -79,15 +79,12 @@ func explain(ctx context.Context, s *session.Settings, items []string, asJSON, f
 	s.LookAround()
 	sub := s.SilentSession(false)
 	defer sub.Close()
-	var all []explanation
-	worst, err := forItems(ctx, s, sub, items, func(e explanation) message.Status {
+	all := []explanation{}
+	worst := forItems(ctx, s, sub, items, func(e explanation) message.Status {
 		e.examineStores(ctx, sub, full)
 		all = append(all, e)
 		return session.ExitStatus(e.Availability)
 	})
-	if err != nil {
-		return err
-	}
 	if asJSON {
 		return cmp.Or(page.JSON(all), worst.Err())
 	}
@@ -125,25 +122,29 @@ type storeReport struct {
 	Found   bool          `json:"found"`             // on the local network
 }
 
-// forItems calls show with what is known of items but for the stores, and returns the highest of
-// the exit statuses that show has returned.
+// forItems calls show with what is known of items but for the stores, and reports of which nothing
+// can be known. It returns the highest of the exit statuses.
 func forItems(
 	ctx context.Context, s *session.Settings, sub *session.Session, items []string, show func(explanation) message.Status,
-) (worst message.Status, err error) {
-	for _, text := range items {
+) (worst message.Status) {
+	for _, text := range session.Names(items) {
 		e := explanation{keys: s.KeysFile()}
 		item, err := s.FindItem(ctx, sub, text)
 		if err == nil {
 			e.Explanation, err = sub.Explain(ctx, item)
 		}
 		if err != nil {
-			return 0, err
+			worst = max(worst, message.Status(message.Report(err)))
+		} else {
+			_, err = os.Lstat(item)
+			e.InStore = err == nil
+			worst = max(worst, show(e))
 		}
-		_, err = os.Lstat(item)
-		e.InStore = err == nil
-		worst = max(worst, show(e))
+		if ctx.Err() != nil {
+			break
+		}
 	}
-	return worst, nil
+	return worst
 }
 
 func (e *explanation) examineStores(ctx context.Context, sub *session.Session, full bool) {

@@ -23,7 +23,7 @@ func Answer(ctx context.Context, s *session.Settings, items []string) error {
 	sub := s.SilentSession(false) // blocks may be the only way
 	defer sub.Close()
 	p := page.New()
-	worst, err := forItems(ctx, s, sub, items, func(e explanation) message.Status {
+	worst := forItems(ctx, s, sub, items, func(e explanation) message.Status {
 		p.Line(0, "%s", e.Path)
 		if e.Availability != substitute.Available {
 			p.Say(2, page.Bad, "%s: %s", e.Availability, message.Text(e.Reason))
@@ -41,7 +41,7 @@ func Answer(ctx context.Context, s *session.Settings, items []string) error {
 	if worst > 0 && p.Len() > 0 {
 		p.Line(0, "\"guix-substitute-eris explain ITEM\" says more.")
 	}
-	return cmp.Or(p.Print(), err, worst.Err())
+	return cmp.Or(p.Print(), worst.Err())
 }
 
 // Narinfo is the command that shows what servers say.
@@ -65,7 +65,7 @@ line that says which server it is from, and what its signature is worth.`,
 		sub := s.SilentSession(true)
 		defer sub.Close()
 		var full error
-		worst, err := forItems(c.Context(), &s, sub, items, func(e explanation) message.Status {
+		worst := forItems(c.Context(), &s, sub, items, func(e explanation) message.Status {
 			if text := showNarinfos(e, *key); text != "" {
 				_, err := io.WriteString(os.Stdout, text)
 				full = cmp.Or(full, err)
@@ -78,7 +78,7 @@ line that says which server it is from, and what its signature is worth.`,
 			fmt.Fprintf(os.Stderr, "%s: %s: %s\n", e.Path, what, message.Text(e.Reason))
 			return max(message.Unavailable, session.ExitStatus(e.Availability))
 		})
-		return cmp.Or(err, full, worst.Err())
+		return cmp.Or(full, worst.Err())
 	}
 	return c
 }

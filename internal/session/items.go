@@ -38,6 +38,15 @@ func ExitStatus(a substitute.Availability) message.Status {
 	}[a]
 }
 
+// Names returns the names of items that arguments have, each of which may be several lines: what
+// "guix build" prints, in quotation marks.
+func Names(arguments []string) (names []string) {
+	for _, text := range arguments {
+		names = append(names, strings.Split(strings.TrimRight(text, "\n"), "\n")...)
+	}
+	return names
+}
+
 const maxLinks = 40
 
 // FindItem returns the store item that a person means: by its path or that of a file in it, by its

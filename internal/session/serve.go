@@ -60,6 +60,7 @@ func (s *Settings) ByHand(ctx context.Context, query bool, items []string) error
 	var reply []byte
 	var result message.Status
 	if query {
+		items = Names(items)
 		records := sub.Info(ctx, items)
 		reply = protocol.AppendInfo(nil, records)
 		if !s.sayMissing(items, records) {

@@ -16,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -94,9 +95,9 @@ func Read() (File, error) {
 	if err != nil {
 		return usual, fmt.Errorf("configuration ignored: %s: %s", name, message.Plain(err))
 	}
-	wrong := c.correct(usual)
-	if undecoded := meta.Undecoded(); len(undecoded) > 0 {
-		wrong = append(wrong, message.Unknown("setting", undecoded[0].String(), settingNames()))
+	wrong := c.correct(usual, string(text))
+	for _, unknown := range meta.Undecoded() {
+		wrong = append(wrong, lineOf(string(text), unknown[len(unknown)-1])+message.Unknown("setting", unknown.String(), settingNames()))
 	}
 	if len(wrong) > 0 {
 		return c, fmt.Errorf("%s: %s", name, strings.Join(wrong, "; "))
@@ -104,14 +105,23 @@ func Read() (File, error) {
 	return c, nil
 }
 
+// lineOf says in which line of a file a setting stands; nothing if that cannot be told.
+func lineOf(text, name string) string {
+	at := regexp.MustCompile(`(?m)^([^#=\n]*[\["'. \t])?` + regexp.QuoteMeta(name) + `["'\]. \t=]`).FindStringIndex(text)
+	if at == nil {
+		return ""
+	}
+	return fmt.Sprintf("line %d: ", 1+strings.Count(text[:at[1]-1], "\n"))
+}
+
 // correct has what makes no sense be as it is by default, and says it.
-func (c *File) correct(usual File) (wrong []string) {
+func (c *File) correct(usual File, file string) (wrong []string) {
 	look := func(name string, text *string, usual string, parse func(text string) (int64, error)) {
 		if *text == usual {
 			return
 		}
 		if _, err := parse(*text); err != nil {
-			wrong = append(wrong, fmt.Sprintf("%s: %v", name, err))
+			wrong = append(wrong, fmt.Sprintf("%s%s: %v", lineOf(file, name), name, err))
 			*text = usual
 		}
 	}
@@ -119,7 +129,7 @@ func (c *File) correct(usual File) (wrong []string) {
 	look("ahead-bytes", &c.AheadBytes, usual.AheadBytes, bytesize.Parse)
 	look("limit-rate", &c.LimitRate, usual.LimitRate, bytesize.ParseRate)
 	if c.CacheDirectory != "" && !filepath.IsAbs(c.CacheDirectory) {
-		wrong = append(wrong, fmt.Sprintf("cache-directory: %q does not begin with /", c.CacheDirectory))
+		wrong = append(wrong, fmt.Sprintf("%scache-directory: %q does not begin with /", lineOf(file, "cache-directory"), c.CacheDirectory))
 		c.CacheDirectory = ""
 	}
 	return wrong
