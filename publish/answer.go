@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/klauspost/compress/gzip"
@@ -36,7 +37,9 @@ const (
 
 // oneRange is a field Range that is not ignored (RFC 9110, section 14): net/http would answer one
 // of no bytes as if they were some, and refuse to serve other units.
-var oneRange = regexp.MustCompile(`^bytes=([0-9]+-[0-9]*|-0*[1-9][0-9]*)$`)
+var oneRange = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^bytes=([0-9]+-[0-9]*|-0*[1-9][0-9]*)$`)
+})
 
 // accept refuses requests that are not to be served, and returns nil then: other methods than GET
 // and HEAD, as if nothing were there, which is what "guix publish" does, and requests with a body,
@@ -55,7 +58,7 @@ func accept(w http.ResponseWriter, r *http.Request, stall time.Duration) http.Re
 		return nil
 	}
 	// Each of several ranges could take as long as the whole.
-	if r.Method == http.MethodHead || !oneRange.MatchString(r.Header.Get("Range")) {
+	if r.Method == http.MethodHead || !oneRange().MatchString(r.Header.Get("Range")) {
 		r.Header.Del("Range")
 	}
 	stall = cmp.Or(stall, stallTimeout)
