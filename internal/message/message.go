@@ -88,13 +88,16 @@ func Report(err error) int {
 	if !ok {
 		h = hint(err)
 	}
-	text = "guix-substitute-eris: error: " + Text(text) + "\n"
+	text = fmt.Sprintf("guix-substitute-eris: error: %.*s\n", longestText, Text(text))
 	if h != "" {
-		text += "hint: " + h + "\n"
+		text += fmt.Sprintf("hint: %.*s\n", longestText, h)
 	}
 	io.WriteString(os.Stderr, page.Wrap(2, text))
 	return int(statusOf(err))
 }
+
+// longestText is how much is shown of an error, in characters: a name may have any length.
+const longestText = 4000
 
 func statusOf(err error) Status {
 	var f failure
@@ -128,7 +131,7 @@ func Text(text string) string {
 			{`(?:\b\w+ )?\S*\.incoming(?:/[0-9a-f]+)?: `, ""}, // which nobody has named
 			{`(/?)\.new-[A-Z2-7]{26}: `, "$1: "},
 			{`\b(?:dial|read|write) (?:tcp|udp|unix|unixgram)[46]? (?:\S+->)?(\S+): `, "$1: "},
-			{`(^|: |\()(?:lstat|stat|open|openat|fstatat|mkdir|mkdirat|readlink|remove|unlinkat|create|statfs) (\S+): `, "$1$2: "},
+			{`(^|: |\()(?:lstat|stat|open|openat|fstatat|mkdir|mkdirat|readlink|remove|unlinkat|create|statfs) (.+?): `, "$1$2: "},
 			{`(^|: |\()(?:read|write) (\S*/\S*|\S+: is a directory)(: |$)`, "$1$2$3"},
 			{`\blisten (?:tcp|udp|unix)[46]? (?:address )?(\S+): `, "$1: "},
 			{`\blisten (?:tcp|udp|unix)[46]?: (?:address|lookup) (\S+)(?: on \S+)?: `, "$1: "},
