@@ -48,20 +48,15 @@ func Wrap(descriptor int, text string) string {
 	columns := columnsOf(descriptor, math.MaxInt32)
 	var b strings.Builder
 	for line := range strings.Lines(text) {
-		fill(&b, strings.Split(line, " "), columns, 0, 2, func(word string, _ int) string { return word })
+		fill(&b, strings.Split(line, " "), columns, 0, 2)
 	}
 	return b.String()
 }
 
 // fill adds words to lines of some columns, of which the first has some used already and further
-// ones are indented. What is written of a word follows from the columns that are left for it.
-func fill(b *strings.Builder, words []string, columns, used, indent int, fit func(word string, left int) string) {
+// ones are indented.
+func fill(b *strings.Builder, words []string, columns, used, indent int) {
 	for i, word := range words {
-		if i > 0 {
-			word = fit(word, columns-used-1)
-		} else {
-			word = fit(word, columns-used)
-		}
 		n := utf8.RuneCountInString(strings.TrimSuffix(word, "\n"))
 		switch {
 		case i == 0:
@@ -121,24 +116,15 @@ func (p *Page) Command(indent int, text string) {
 	fmt.Fprintf(p, "%*s%s\n", indent, "", p.clean(text))
 }
 
-const (
-	// longestWord is how many characters words have that are no names.
-	longestWord = 40
-	// shortestName is how many characters of a name are of use.
-	shortestName = 32
-)
-
-// paragraph adds words after a prefix. What is too long for a line, and a long name that does not
-// fit into the rest of one, is shortened in its middle.
+// paragraph adds words after a prefix. What is too long for a line is shortened in its middle.
 func (p *Page) paragraph(prefix, text string) {
 	indent := utf8.RuneCountInString(prefix)
 	p.WriteString(prefix)
-	fill(&p.Builder, strings.Fields(p.clean(text)), p.columns, indent, indent, func(word string, left int) string {
-		if left < shortestName || utf8.RuneCountInString(word) <= longestWord {
-			left = p.columns - indent
-		}
-		return p.shorten(word, left)
-	})
+	words := strings.Fields(p.clean(text))
+	for i, word := range words {
+		words[i] = p.shorten(word, p.columns-indent)
+	}
+	fill(&p.Builder, words, p.columns, indent, indent)
 	p.WriteByte('\n')
 }
 
