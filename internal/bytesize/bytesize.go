@@ -7,15 +7,13 @@ package bytesize
 import (
 	"errors"
 	"fmt"
+	"math"
 	"math/big"
 	"strings"
 )
 
 // maxText bounds the length of what is read.
 const maxText = 64
-
-// prefixes are the letters of units in the order of their powers.
-const prefixes = "KMGTPE"
 
 var (
 	errForm  = errors.New(`not a number with a unit such as "K", "MiB" or "GB"`)
@@ -51,17 +49,13 @@ func Set(n *int64, parse func(text string) (int64, error)) func(text string) err
 }
 
 func parse(text string) (int64, error) {
-	if len(text) > maxText {
+	number := strings.TrimRight(text, "KMGTPEkmgtpeiB ")
+	factor, known := multiplier(strings.TrimPrefix(text[len(number):], " "))
+	if !known || len(text) > maxText || strings.Trim(number, "0123456789.") != "" || strings.Trim(number, ".") != number {
 		return 0, errForm
 	}
-	end := 0
-	for end < len(text) && (text[end] == '.' || '0' <= text[end] && text[end] <= '9') {
-		end++
-	}
-	number, unit := text[:end], strings.TrimPrefix(text[end:], " ")
-	factor, known := multiplier(unit)
 	r, ok := new(big.Rat).SetString(number)
-	if !known || !ok || number[0] == '.' || number[end-1] == '.' {
+	if !ok {
 		return 0, errForm
 	}
 	r.Mul(r, new(big.Rat).SetInt64(factor))
@@ -73,25 +67,16 @@ func parse(text string) (int64, error) {
 }
 
 // multiplier returns how many bytes a unit stands for.
-func multiplier(unit string) (int64, bool) {
+func multiplier(unit string) (factor int64, known bool) {
 	if unit == "" || unit == "B" {
 		return 1, true
 	}
-	power := strings.IndexByte(prefixes, strings.ToUpper(unit[:1])[0])
-	base := int64(1024)
+	power := strings.IndexByte(" KMGTPE", strings.ToUpper(unit[:1])[0])
 	switch unit[1:] {
 	case "", "iB":
+		factor = 1 << (10 * max(0, power))
 	case "B":
-		base = 1000
-	default:
-		power = -1
+		factor = int64(math.Pow10(3 * power))
 	}
-	if power < 0 {
-		return 0, false
-	}
-	factor := base
-	for range power {
-		factor *= base
-	}
-	return factor, true
+	return factor, power > 0 && factor > 0
 }

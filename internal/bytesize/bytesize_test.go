@@ -4,7 +4,6 @@ package bytesize_test
 
 import (
 	"math"
-	"strconv"
 	"strings"
 	"testing"
 
@@ -60,21 +59,4 @@ func TestParse(t *testing.T) {
 	if got, err := bytesize.ParseRate("1/h"); err == nil || !strings.Contains(err.Error(), "rate ") {
 		t.Errorf("ParseRate: %d, %v", got, err)
 	}
-}
-
-func FuzzParse(f *testing.F) {
-	f.Add("1.5MiB")
-	f.Add("12kB")
-	f.Fuzz(func(t *testing.T, text string) {
-		n, err := bytesize.Parse(text)
-		if err != nil {
-			return
-		}
-		if n < 0 {
-			t.Fatalf("Parse(%q) = %d", text, n)
-		}
-		if again, err := bytesize.Parse(strconv.FormatInt(n, 10)); err != nil || again != n {
-			t.Fatalf("Parse(%d) = %d, %v", n, again, err)
-		}
-	})
 }
