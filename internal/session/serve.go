@@ -255,21 +255,21 @@ func (s *Settings) requestContext(read context.Context) (context.Context, contex
 // was killed, another one may want the same destination, and nothing should go on to write there.
 func whileRead(replies int) (ctx context.Context, stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
-	r, w, err := os.Pipe()
-	if err != nil {
+	var pipe [2]int
+	if unix.Pipe2(pipe[:], unix.O_CLOEXEC) != nil {
 		return ctx, cancel
 	}
 	var watch sync.WaitGroup
 	watch.Go(func() {
-		defer r.Close()
+		defer unix.Close(pipe[0])
 		defer cancel()
 		// Without events that are wanted it returns when one of the other ends is closed.
-		ends := []unix.PollFd{{Fd: int32(replies)}, {Fd: int32(r.Fd())}}
+		ends := []unix.PollFd{{Fd: int32(replies)}, {Fd: int32(pipe[0])}}
 		for _, err := unix.Poll(ends, -1); err == unix.EINTR; _, err = unix.Poll(ends, -1) {
 		}
 	})
 	return ctx, func() {
-		w.Close()
+		unix.Close(pipe[1])
 		watch.Wait()
 	}
 }

@@ -118,9 +118,9 @@ func (s *Settings) session(query bool, log *protocol.Log) *Session {
 	}
 	result := &Session{state: sourcestate.Open(path), closed: func() {}}
 	limiter := ratelimit.New(s.limitRate, 0)
-	narConnections := 0 // half of all
-	if !query {
-		narConnections = s.narConnections()
+	narConnections := s.narConnections()
+	if query {
+		narConnections = 0 // half of all
 	}
 	result.Substituter = substitute.New(substitute.Config{
 		Policy:               policy,
@@ -145,17 +145,18 @@ func (s *Settings) session(query bool, log *protocol.Log) *Session {
 		Cache: s.cache(),
 		Log:   log,
 	})
-	if !query {
-		result.Reuse, result.closed = s.finder()
-		result.Seeds = s.seeding
+	if query {
+		return result
 	}
+	result.Reuse, result.closed = s.finder()
+	result.Seeds = s.seeding
 	urls := s.StoreURLs()
-	if !query && s.near != nil {
+	if s.near != nil {
 		result.found = s.near.urls()
 		urls = append(slices.Clip(urls), result.found...)
 		result.Failed = func(format string, a ...any) { s.failed = fmt.Sprintf(format, a...) }
 	}
-	if !query && policy != substitute.HTTPOnly && len(urls) > 0 {
+	if policy != substitute.HTTPOnly && len(urls) > 0 {
 		b, err := s.openBlocks(urls, result.state, limiter, log)
 		if err != nil {
 			s.log.Warnf("%v", err)

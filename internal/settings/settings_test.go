@@ -3,6 +3,7 @@
 package settings
 
 import (
+	"fmt"
 	"os"
 	"slices"
 	"strings"
@@ -22,6 +23,10 @@ func TestDefaults(t *testing.T) {
 			t.Errorf("not a comment and a setting:\n%s", entry)
 		}
 		shown = append(shown, name)
+	}
+	said := File{}
+	if _, err := toml.Decode(Defaults, &said); err != nil || fmt.Sprint(said) != fmt.Sprint(Default()) {
+		t.Errorf("defaults are %v, and the table has %v, %v", Default(), said, err)
 	}
 	known := settingNames()
 	slices.Sort(shown)
