@@ -53,33 +53,31 @@ const maxLinks = 40
 // name or its hash part, or by a link into the store, of a profile for example. For a hash part,
 // the store and then the servers are looked through for the name.
 func (s *Settings) FindItem(ctx context.Context, sub *Session, text string) (string, error) {
-	path := strings.TrimRight(text, "/")
-	if !strings.Contains(path, "/") && len(path) >= 32 && narinfo.CheckStoreName(path[:32]+"-x") == nil {
-		if _, err := os.Lstat(path); err != nil {
-			return s.itemByHash(ctx, sub, path)
+	name := strings.TrimRight(text, "/")
+	if !strings.Contains(name, "/") && len(name) >= 32 && narinfo.CheckStoreName(name[:32]+"-x") == nil {
+		if _, err := os.Lstat(name); err != nil {
+			return s.itemByHash(ctx, sub, name)
 		}
 	}
+	path, _ := filepath.Abs(text) // which needs a working directory for some
 	for range maxLinks {
-		absolute, err := filepath.Abs(path)
-		if err != nil {
-			return "", err
-		}
-		if inside, ok := strings.CutPrefix(absolute, s.Store+"/"); ok {
+		if inside, ok := strings.CutPrefix(path, s.Store+"/"); ok {
 			item, _, _ := strings.Cut(inside, "/")
 			item = s.Store + "/" + item
 			return item, message.OfUsage(narinfo.CheckStorePath(s.Store, item))
 		}
-		if path, err = os.Readlink(absolute); err != nil {
+		target, err := os.Readlink(path)
+		if err != nil {
+			target = filepath.Base(path) // perhaps one of the directories is a link
+		}
+		directory, _ := filepath.EvalSymlinks(filepath.Dir(path))
+		if next := filepath.Join(directory, target); filepath.IsAbs(target) {
+			path = filepath.Clean(target)
+		} else if next != path && directory != "" {
+			path = next
+		} else {
 			break
 		}
-		if !filepath.IsAbs(path) {
-			path = filepath.Join(filepath.Dir(absolute), path)
-		}
-	}
-	// A link may stand anywhere in the name.
-	real, err := filepath.EvalSymlinks(text)
-	if err == nil && strings.HasPrefix(real, s.Store+"/") {
-		return s.FindItem(ctx, sub, real)
 	}
 	return "", message.Usage("%q is neither an item of the store directory %q, nor a link to one, nor a hash part (32 letters and digits)"+
 		"\nhint: for a package, \"guix build -n PACKAGE\" shows the items that would be fetched", text, s.Store)

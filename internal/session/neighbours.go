@@ -35,7 +35,6 @@ type neighbours struct {
 	file string // empty if there is none
 	text string // what it would have
 	used string // what the file had when it was read last
-	seen files.Identity
 	stop context.CancelFunc
 	look sync.WaitGroup // that is under way
 }
@@ -57,36 +56,35 @@ func (s *Settings) looksAround() bool {
 // neighbours returns the stores of the local network, and looks for them if that is due.
 func (s *Settings) neighbours() *neighbours {
 	n := &neighbours{stop: func() {}}
-	if !s.looksAround() || !s.daemon {
-		return n
+	if s.daemon && s.looksAround() {
+		n.file = s.inCache("neighbours")
 	}
-	if n.file = s.inCache("neighbours"); n.file == "" || fresh(n.file) {
-		return n
+	if n.file != "" && !fresh(n.file) {
+		ctx, stop := context.WithTimeout(context.Background(), browseTime)
+		n.stop = stop
+		n.look.Go(func() { n.browse(ctx) })
 	}
-	ctx, stop := context.WithTimeout(context.Background(), browseTime)
-	n.stop = stop
-	n.look.Go(func() { n.browse(ctx) })
 	return n
 }
 
 // LookAround has later sessions use the stores of the local network, as helpers of the daemon do:
 // those that they have found lately, or else those that answer now, which is written nowhere.
 func (s *Settings) LookAround() {
-	n := &neighbours{stop: func() {}}
 	helper := *s
 	helper.daemon = true
-	file := filepath.Join(helper.KeepDirectory(), "neighbours")
-	text, err := files.ReadRegular(file, 64*maxNeighbours)
-	switch {
-	case !s.looksAround(), helper.KeepDirectory() == "": // as helpers do not
-	case err == nil && fresh(file):
-		n.text = string(text)
-	default:
-		ctx, stop := context.WithTimeout(context.Background(), browseTime)
-		defer stop()
-		n.browse(ctx)
+	s.near = &neighbours{stop: func() {}}
+	directory := helper.KeepDirectory()
+	if directory == "" || !s.looksAround() { // as helpers do not
+		return
 	}
-	s.near = n
+	file := filepath.Join(directory, "neighbours")
+	if text, err := files.ReadRegular(file, 64*maxNeighbours); err == nil && fresh(file) {
+		s.near.text = string(text)
+		return
+	}
+	ctx, stop := context.WithTimeout(context.Background(), browseTime)
+	defer stop()
+	s.near.browse(ctx)
 }
 
 func fresh(file string) bool {
@@ -120,7 +118,6 @@ func (n *neighbours) write(urls []string) {
 }
 
 func (n *neighbours) urls() []string {
-	n.seen = files.Identify(n.file)
 	n.used = n.read()
 	var urls []string
 	for url := range strings.FieldsSeq(n.used) {
@@ -132,17 +129,7 @@ func (n *neighbours) urls() []string {
 }
 
 // changed reports whether there are others than when urls was called.
-func (n *neighbours) changed() bool {
-	now := files.Identify(n.file)
-	if now != (files.Identity{}) && now == n.seen {
-		return false
-	}
-	text := n.read()
-	if text == n.used {
-		n.seen = now
-	}
-	return text != n.used
-}
+func (n *neighbours) changed() bool { return n.read() != n.used }
 
 // awaited waits for the end of what is under way, and reports whether that, or another helper, has
 // changed anything.
