@@ -70,24 +70,6 @@ func TestParseACLRejects(t *testing.T) {
 	}
 }
 
-func TestRealACL(t *testing.T) {
-	text := read(t, "../testdata/guix-mirror/acl")
-	a, err := ParseACL([]byte(text))
-	must(t, err)
-	if a.Text() != text {
-		t.Errorf("Text =\n%swant\n%s", a.Text(), text)
-	}
-	pub := read(t, "../testdata/guix-mirror/signing-key.pub")
-	k, err := ParsePublicKey([]byte(pub))
-	must(t, err)
-	if !a.Contains(k) || !a.Keys()[0].Equal(k) || k.Usable() != nil || k.Text() != pub {
-		t.Errorf("the key %v and the list %v do not fit", k, a.Keys())
-	}
-	if k2, err := ParsePublicKey([]byte(eccKey)); err != nil || a.Contains(k2) || k2.Equal(k) {
-		t.Errorf("the list contains %v (%v)", k2, err)
-	}
-}
-
 func TestEmptyACLs(t *testing.T) {
 	k, err := ParsePublicKey([]byte(eccKey))
 	must(t, err)

@@ -185,21 +185,3 @@ func TestDecodePoint(t *testing.T) {
 		}
 	}
 }
-
-func BenchmarkVerifyECDSA(b *testing.B) {
-	q, v := newPublicPoint(vectorPoint(b)), ecdsaVectors[0]
-	h, r, s := [32]byte(unhex(b, v.h)), unhex(b, v.r), unhex(b, v.s)
-	for b.Loop() {
-		if !verifyECDSA(q, h, r, s) {
-			b.Fatal("rejected")
-		}
-	}
-}
-
-func BenchmarkSignECDSA(b *testing.B) {
-	key, err := newECDSAKey(unhex(b, eccD), vectorPoint(b))
-	must(b, err)
-	for b.Loop() {
-		key.sign([32]byte{})
-	}
-}

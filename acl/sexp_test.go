@@ -192,14 +192,3 @@ func read(t testing.TB, name string) string {
 	must(t, err)
 	return string(b)
 }
-
-func BenchmarkParseSexp(b *testing.B) {
-	text := []byte(read(b, "../testdata/guix-mirror/acl"))
-	b.SetBytes(int64(len(text)))
-	b.ReportAllocs()
-	for b.Loop() {
-		if _, err := parseSexp(text); err != nil {
-			b.Fatal(err)
-		}
-	}
-}
