@@ -69,12 +69,21 @@ func snapshot(t *testing.T, s *System) (lines []string) {
 	return lines
 }
 
-// undone undoes everything, after which all must be as before, but for a key pair, which others may
-// trust.
+// undone undoes everything as it was announced, after which all must be as before, but for a key
+// pair, which others may trust.
 func undone(t *testing.T, s *System, before []string) (keys bool) {
 	t.Helper()
-	undone, err := s.Undo(false, t.Logf)
+	said := ""
+	say := func(format string, a ...any) { said += fmt.Sprintf(format+"\n", a...) }
+	_, err := s.Undo(true, say)
 	must(t, err)
+	announced := strings.ReplaceAll(said, "would ", "")
+	said = ""
+	undone, err := s.Undo(false, say)
+	must(t, err)
+	if said != announced {
+		t.Errorf("announced was\n%s and done\n%s", announced, said)
+	}
 	err = errors.Join(os.Remove(filepath.Join(s.root, "etc/guix/signing-key.sec")), os.Remove(filepath.Join(s.root, publicKeyFile)))
 	if after := snapshot(t, s); !undone || !slices.Equal(before, after) {
 		t.Errorf("all undone: %v; before:\n%s\nafter:\n%s", undone, strings.Join(before, "\n"), strings.Join(after, "\n"))
@@ -102,6 +111,9 @@ func TestLive(t *testing.T) {
 			t.Errorf("it is done already: %v", step)
 		}
 	}
+	again, err := s.Use("http://a", nil, nil)
+	must(t, err)
+	must(t, s.Do(again, t.Logf))
 	if !undone(t, s, before) {
 		t.Error("the key pair is gone")
 	}

@@ -37,6 +37,7 @@ type System struct {
 	directory string // of the record, while that is open
 	lock      *os.File
 	records   []record
+	foreseen  map[string]string // what would be at file names, while undoing is only shown
 }
 
 // Open returns the machine that this process runs on, or the tree at root unless that is empty.
@@ -325,14 +326,15 @@ func (s *System) Undo(dry bool, say func(format string, a ...any)) (undone bool,
 	if dry && len(s.records) == 0 {
 		return true, nil
 	}
+	would := ""
+	if s.foreseen = nil; dry {
+		would, s.foreseen = "would ", map[string]string{}
+	}
 	var left []record
 	for n := len(s.records) - 1; n >= 0; n-- {
 		what, act, err := s.undo(s.records[n])
-		switch {
-		case err == nil && what != "" && dry:
-			say("would %s", what)
-		case err == nil && what != "":
-			say("%s", what)
+		if err == nil && what != "" {
+			say("%s%s", would, what)
 		}
 		if err == nil && act != nil && !dry {
 			err = act()
@@ -383,7 +385,10 @@ func (s *System) undo(r record) (what string, act func() error, err error) {
 			return "", nil, err // it was restored, and the process ended then
 		}
 	}
-	now, err := state(name)
+	now, ok := s.foreseen[name]
+	if !ok {
+		now, err = state(name)
+	}
 	switch {
 	case err != nil:
 		return "", nil, err
@@ -391,6 +396,11 @@ func (s *System) undo(r record) (what string, act func() error, err error) {
 		return "", func() error { os.Remove(name); return nil }, nil // others may have put something there
 	case now != r.After && now != before:
 		return "", nil, fmt.Errorf("%s was changed since; it is left as it is", r.Path)
+	}
+	if s.foreseen != nil {
+		s.foreseen[name] = before
+	}
+	switch {
 	case r.Copy != "" && now != r.After: // both are names of the same file
 		return "", func() error { return os.Remove(second) }, nil
 	case r.Copy != "":
