@@ -1,16 +1,13 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
 // Package acl decides whose word is taken for what a store item contains. It reads the
-// access-control list of Guix (usually /etc/guix/acl) and verifies the signatures of narinfos
-// against it; it also makes such signatures, for a server that publishes store items.
+// access-control list of Guix (usually /etc/guix/acl), verifies the signatures of narinfos against
+// it, and makes such signatures. Start with [ParseACL] and [ACL.Verify], or with [ParseSigningKey]
+// and [SigningKey.Sign]. Keys, signatures and the list itself are s-expressions.
 //
-// Start with [ParseACL] and [ACL.Verify] to verify, and with [ParseSigningKey] and
-// [SigningKey.Sign] to sign. Keys, signatures and the list itself are s-expressions.
-//
-// The package reads no files and has no state; what it is given is bounded in size before anything
-// is allocated for it. Signatures are ECDSA over the curve edwards25519 (not EdDSA) or RSA, both
-// with SHA-256: what `guix archive --generate-key` has made since it exists. (Guix, guix/pki.scm;
-// Guix Reference Manual, "Substitute Authentication" and "Invoking guix archive".)
+// What it is given is bounded in size before anything is allocated for it. Signatures are ECDSA
+// over the curve edwards25519 (not EdDSA) or RSA, both with SHA-256: what `guix archive
+// --generate-key` has made since it exists (Guix, guix/pki.scm).
 package acl
 
 import (
@@ -20,10 +17,8 @@ import (
 	"slices"
 )
 
-// ACL is an access-control list: the public keys whose signatures count. The zero ACL and a nil
-// *ACL contain no key, so that nothing is authorised.
-//
-// An ACL never changes and can be used by several goroutines at once.
+// ACL is an access-control list: the public keys whose signatures count, none if it is the zero one
+// or nil. It never changes and can be used by several goroutines at once.
 type ACL struct{ keys []*PublicKey }
 
 // NewACL returns the list of the given keys; a key that is given twice is listed once.
@@ -38,11 +33,8 @@ func NewACL(keys ...*PublicKey) *ACL {
 }
 
 // ParseACL parses the text of an ACL file, (acl (entry KEY (tag (guix import))) …) with each KEY of
-// the form (public-key …). It fails if the text is no s-expression or if a single entry has another
-// form; a list that is partly understood must not be acted upon. (Guix, guix/pki.scm:
-// acl->public-keys.)
-//
-// A key of a kind that cannot be used (see [PublicKey.Usable]) is no error.
+// the form (public-key …), which need not be usable. It fails if a single entry has another form: a
+// list that is partly understood must not be acted upon (Guix, guix/pki.scm: acl->public-keys).
 func ParseACL(text []byte) (*ACL, error) {
 	s, err := parseFile(text)
 	if err != nil {
@@ -121,8 +113,7 @@ func (a *ACL) Contains(k *PublicKey) bool {
 	return a.lookup(k.sexp) != nil
 }
 
-// lookup returns the key of the list that is the expression s, or nil. The key of the list is
-// already decoded.
+// lookup returns the key of the list that is the expression s, or nil.
 func (a *ACL) lookup(s sexp) *PublicKey {
 	for _, k := range a.Keys() {
 		if k.sexp.equal(s) {

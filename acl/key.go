@@ -17,9 +17,8 @@ import (
 
 // PublicKey is a public key: an s-expression (public-key …). Two keys are the same key if their
 // expressions are, to the last byte of each atom; that one point can be encoded in several ways
-// does not make them one key (Guix, guix/pki.scm: authorized-key?).
-//
-// A PublicKey never changes and can be used by several goroutines at once.
+// does not make them one key (Guix, guix/pki.scm: authorized-key?). It never changes and can be
+// used by several goroutines at once.
 type PublicKey struct {
 	sexp sexp
 
@@ -30,9 +29,7 @@ type PublicKey struct {
 }
 
 // ParsePublicKey parses a text that contains an expression (public-key …), such as that of a file
-// signing-key.pub. It fails if the text is no s-expression or contains no public key.
-//
-// It does not fail if the key is of a kind that this package cannot use; see [PublicKey.Usable].
+// signing-key.pub. The key need not be usable.
 func ParsePublicKey(text []byte) (*PublicKey, error) {
 	s, err := parseFile(text)
 	if err != nil {

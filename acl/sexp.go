@@ -35,17 +35,12 @@ type sexp struct {
 	list []sexp
 }
 
-// parseSexp parses the first list in text, ignoring what follows it. White space may precede it.
-//
-// It reads what Libgcrypt reads, canonical and "advanced" notation mixed: tokens, "strings" with C
+// parseSexp parses the first list in text, ignoring what follows it. White space may precede it. It
+// reads what Libgcrypt reads, canonical and "advanced" notation mixed: tokens, "strings" with C
 // escapes, #hexadecimal#, |base64|, and 5:bytes, each being only another spelling of the same atom.
 // Four things that Libgcrypt lets pass are errors here, for no program writes them: a [display
 // hint], a length before another notation (5"bytes"), a list that does not stand first, and the
-// empty list as the whole expression. On the other hand, 0: is accepted, which Libgcrypt prints but
-// does not read.
-//
-// Besides such syntax errors, it fails if text is longer than [MaxSexpSize], if more than 64 lists
-// are nested, or if there are too many elements.
+// empty list as the whole expression. 0: is accepted, which Libgcrypt prints but does not read.
 func parseSexp(text []byte) (sexp, error) {
 	if len(text) > MaxSexpSize {
 		return sexp{}, fmt.Errorf("s-expression of %d bytes exceeds the limit of %d", len(text), MaxSexpSize)
@@ -326,25 +321,16 @@ func (s sexp) named(name string) ([]sexp, bool) {
 	return s.list[1:], true
 }
 
-// value returns the atom VALUE of a list (name VALUE), and reports whether s is one.
-func (s sexp) value(name string) ([]byte, bool) {
-	value := s.at(1).atom
-	return value, string(s.at(0).atom) == name && len(s.list) == 2 && value != nil
-}
-
 // values returns the values of elements, which must be lists (name VALUE), one for each of names,
 // in any order. It returns the values in the order of names.
 func values(elements []sexp, names ...string) ([][]byte, bool) {
 	values := make([][]byte, len(names))
 	for _, e := range elements {
 		i := slices.Index(names, string(e.at(0).atom))
-		if i < 0 || values[i] != nil {
+		if i < 0 || values[i] != nil || len(e.list) != 2 || e.list[1].atom == nil {
 			return nil, false
 		}
-		var ok bool
-		if values[i], ok = e.value(names[i]); !ok {
-			return nil, false
-		}
+		values[i] = e.list[1].atom
 	}
 	return values, len(elements) == len(names)
 }
@@ -361,13 +347,10 @@ func list(name string, elements ...sexp) sexp {
 func field[T string | []byte](name string, value T) sexp { return list(name, atom(value)) }
 
 // String returns a list as Libgcrypt prints it, in the "advanced" notation, over several lines and
-// with a line feed at the end. Guix writes its key files, its ACL and the signatures of narinfos
-// like that, and this function gives the same bytes. (Libgcrypt, gcry_sexp_sprint with
-// GCRYSEXP_FMT_ADVANCED.) There is one exception: an atom that looks like text in ISO 8859-1, as
-// one number in some thousands does, Libgcrypt prints as a string, which readers take for what it
-// is only if they expect the same character encoding. Here it is hexadecimal.
-//
-// The result is ASCII, and safe to show on a terminal.
+// with a line feed at the end, as Guix has it in files and signatures (Libgcrypt, gcry_sexp_sprint
+// with GCRYSEXP_FMT_ADVANCED); but an atom that looks like text in ISO 8859-1, as one number in
+// some thousands does, is not a string, which readers take for what it is only if they expect the
+// same character encoding. The result is ASCII, and safe to show on a terminal.
 func (s sexp) String() string {
 	var b strings.Builder
 	s.print(&b, 0, true)

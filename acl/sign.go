@@ -33,9 +33,8 @@ type SigningKey struct {
 // signing-key.sec, with an expression (private-key …), and of signing-key.pub, with the (public-key
 // …) that belongs to it. If public is empty, the public key is made of what the private key says.
 //
-// It fails if a text is no s-expression or lacks the key, if the private key is neither (ecc (curve
-// Ed25519) (q …) (d …)) nor (rsa (n …) (e …) (d …) (p …) (q …) (u …)), and if the two keys do not
-// belong together. No error says anything about secret numbers.
+// The private key is (ecc (curve Ed25519) (q …) (d …)) or (rsa (n …) (e …) (d …) (p …) (q …) (u
+// …)). No error says anything about secret numbers.
 func ParseSigningKey(secret, public []byte) (*SigningKey, error) {
 	s, err := parseFile(secret)
 	if err != nil {
@@ -138,10 +137,9 @@ func (k *SigningKey) SecretText() string { return k.private.String() }
 
 // Sign returns the value of the field Signature of a narinfo, 1;HOST;BASE64, where digest is the
 // SHA-256 digest of its signed part. host is shown to people; Guix writes the name of the machine.
-// The result depends on nothing else: the same arguments give the same value.
-//
-// It fails if host is not UTF-8 or contains a semicolon or a control character. (Guix,
-// guix/scripts/publish.scm: narinfo-string and signed-string; Guix, guix/pki.scm: signature-sexp.)
+// The result depends on nothing else. It fails if host is not UTF-8 or contains a semicolon or a
+// control character (Guix, guix/scripts/publish.scm: narinfo-string and signed-string;
+// guix/pki.scm: signature-sexp).
 func (k *SigningKey) Sign(digest [32]byte, host string) (string, error) {
 	if !utf8.ValidString(host) || strings.ContainsFunc(host, func(r rune) bool { return r == ';' || unicode.IsControl(r) }) {
 		return "", fmt.Errorf("signature: unusable host name %.100q", host)

@@ -96,15 +96,13 @@ func (s *Signature) PublicKey() (*PublicKey, error) {
 }
 
 // Verify checks that field, the value of the field Signature of a narinfo, is a signature of digest
-// by a key of the list. digest is the SHA-256 digest of the signed part of the narinfo.
-//
-// Otherwise it returns an error that wraps the first that applies, in the order of Guix, of
-// [ErrUnsupportedVersion] and [ErrCorruptSignature], [ErrUnauthorisedKey], [ErrHashMismatch], and
-// [ErrInvalidSignature]. (Guix, guix/pki.scm: %signature-status.)
+// by a key of the list; digest is the SHA-256 digest of the signed part of the narinfo. The error
+// wraps the first that applies, in the order of Guix, of [ErrUnsupportedVersion] and
+// [ErrCorruptSignature], [ErrUnauthorisedKey], [ErrHashMismatch], and [ErrInvalidSignature] (Guix,
+// guix/pki.scm: %signature-status).
 //
 // Accepted are ECDSA signatures with (flags rfc6979) or (flags raw) and RSA signatures with (flags
-// pkcs1), both over (hash sha256 …). Libgcrypt would also verify other combinations; Guix makes
-// none of them.
+// pkcs1), both over (hash sha256 …). Guix makes no others.
 func (a *ACL) Verify(digest [32]byte, field string) error {
 	signature, err := ParseSignature(field)
 	if err != nil {
