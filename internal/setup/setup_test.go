@@ -270,6 +270,7 @@ func TestAddToList(t *testing.T) {
 		{"l = []", "l = [\"v\", ]", ""},
 		{"# l = [\n l=[ 'w' ] # x\n", "# l = [\n l=[\"v\",  'w' ] # x\n", ""},
 		{"l = [\n # c\n \"w\",\n \"v\"\n]\n", "l = [\n # c\n \"w\",\n \"v\"\n]\n", ""},
+		{"l = [\"none\"]", "l = [\"none\"]", ""},
 		{"l = 1", "", "by hand"},
 		{"l = [", "", "expected"},
 		{"[t]\na = 1\n", "", "by hand"},

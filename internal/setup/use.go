@@ -84,15 +84,15 @@ func (s *System) configure(steps []Step, entries ...[2]string) ([]Step, error) {
 	return steps, nil
 }
 
-// addToList puts a text first in a list of a TOML file, and leaves everything else, comments among
-// it, as it is.
+// addToList puts a text first in a list of a TOML file, unless that is to be none, and leaves
+// everything else, comments among it, as it is.
 func addToList(text []byte, setting, value string) ([]byte, error) {
 	want, got := map[string]any{}, map[string]any{}
 	if err := toml.Unmarshal(text, &want); err != nil {
 		return nil, err
 	}
 	old, _ := want[setting].([]any)
-	if slices.Contains(old, any(value)) {
+	if slices.Contains(old, any(value)) || slices.Contains(old, any("none")) {
 		return text, nil
 	}
 	var changed []byte
