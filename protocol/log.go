@@ -164,8 +164,9 @@ func (l *Log) Release() {
 const maxLine = 2000
 
 // oneLine keeps a message from being taken for several, or for an event, from controlling a
-// terminal, and from being no text in the user's locale.
+// terminal, and from being no text in the user's locale. Errors that were joined stand in lines.
 func (l *Log) oneLine(s string) string {
+	s = strings.ReplaceAll(strings.TrimRight(s, "\n"), "\n", "; ")
 	s = strings.Map(func(r rune) rune {
 		switch {
 		case unicode.IsControl(r):

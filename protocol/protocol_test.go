@@ -202,8 +202,8 @@ func TestTraces(t *testing.T) {
 			d.From("http://two/", -1)
 			d.Transferred(7)
 			d.Finish(true)
-		}, `@ download-started /s/x http://one/a%20b%20@%20evil 10
-@ download-progress /s/x http://one/a%20b%20@%20evil 10 0
+		}, `@ download-started /s/x http://one/a%20b;%20@%20evil 10
+@ download-progress /s/x http://one/a%20b;%20@%20evil 10 0
 @ download-started /s/x http://two/ -
 @ download-progress /s/x http://two/ - 0
 @ download-progress /s/x http://two/ - 7
@@ -320,7 +320,7 @@ func testMessages(t *testing.T) {
 	want := []string{
 		"\r\x1b[Klooking for substitutes on 'http://h'...   0.0%",
 		"\n",
-		"guix substitute: warning: evil [2J @ download-started x\n",
+		"guix substitute: warning: evil [2J; @ download-started x\n",
 		"\r\x1b[Klooking for substitutes on 'http://h'... 100.0%",
 		"\n",
 		"\r\x1b[Klooking for substitutes on 'http://h'...   0.0%",
