@@ -143,7 +143,7 @@ func (w *walk) visit(ctx context.Context, g *errgroup.Group, v visit) error {
 		return context.Cause(ctx)
 	}
 	block, err := w.get(ctx, v)
-	if err != nil || block == nil || v.level == 0 || !w.unseen(v) {
+	if err != nil || block == nil || v.level == 0 {
 		return err
 	}
 	plain := make([]byte, v.size)
@@ -168,13 +168,6 @@ func (w *walk) visit(ctx context.Context, g *errgroup.Group, v visit) error {
 	return nil
 }
 
-// unseen reports whether an inner node has not been met before.
-func (w *walk) unseen(v visit) bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return first(w.seen, v)
-}
-
 // first reports whether something is not in a set, and puts it there.
 func first[T comparable](set map[T]bool, x T) bool {
 	again := set[x]
@@ -182,7 +175,8 @@ func first[T comparable](set map[T]bool, x T) bool {
 	return !again
 }
 
-// get gets a block, from elsewhere if need be; nil if it is not to be had.
+// get gets a block, from elsewhere if need be. It is nil if it is not to be had, or an inner node
+// that has been met before.
 func (w *walk) get(ctx context.Context, v visit) ([]byte, error) {
 	ref := v.pair.Reference
 	block, err := fetch.Get(ctx, w.o.Store, ref, v.size, nil)
@@ -204,6 +198,9 @@ func (w *walk) get(ctx context.Context, v visit) ([]byte, error) {
 		r.Bytes += int64(v.size)
 		if repaired && first(w.noted, ref) {
 			r.Repaired++
+		}
+		if v.level > 0 && !first(w.seen, v) {
+			block = nil
 		}
 	case !lacking(err):
 		return nil, err
