@@ -29,7 +29,7 @@ type row struct {
 	new         func() *cobra.Command // Use is what it takes beside options
 }
 
-// commands are the commands that people run, in the order of the help.
+// commands are the commands that people run, by the group that they have in the help.
 var commands = []row{
 	{"encode", "ERIS", encodeCommand},
 	{"decode", "ERIS", decodeCommand},
