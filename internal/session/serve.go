@@ -435,7 +435,7 @@ func (s *Settings) usedFiles(destination string) confine.Paths {
 		}
 		paths.Read = append(paths.Read, directories...)
 	}
-	for _, text := range settings.StoreURLs(s.stores, s.file) {
+	for _, text := range settings.NamedStores(s.stores, s.file) {
 		u, err := storeurl.Parse(text)
 		switch {
 		case err != nil:

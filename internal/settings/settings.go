@@ -185,7 +185,7 @@ const StoreVariable = "ERIS_STORE_URL"
 // configuration file, and else that of the block store of this machine, if one runs. "none" is
 // none.
 func StoreURLs(flag string, file File) []string {
-	urls := namedStores(flag, file)
+	urls := NamedStores(flag, file)
 	switch {
 	case NoStores(flag, file):
 		return nil
@@ -197,10 +197,11 @@ func StoreURLs(flag string, file File) []string {
 
 // NoStores reports whether what names stores says that there is to be none.
 func NoStores(flag string, file File) bool {
-	return slices.Equal(namedStores(flag, file), []string{"none"})
+	return slices.Equal(NamedStores(flag, file), []string{"none"})
 }
 
-func namedStores(flag string, file File) []string {
+// NamedStores returns the store URLs that were given.
+func NamedStores(flag string, file File) []string {
 	if urls := strings.Fields(cmp.Or(flag, os.Getenv(StoreVariable))); len(urls) > 0 {
 		return urls
 	}
