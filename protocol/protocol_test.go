@@ -60,19 +60,6 @@ func requestsOf(r io.Reader) *protocol.Requests {
 	return protocol.NewLog(io.Discard, protocol.LogStyle{}).Requests(r)
 }
 
-func TestLongRequest(t *testing.T) {
-	const n = 200_000
-	path := " /gnu/store/" + strings.Repeat("a", 80)
-	requests := requestsOf(strings.NewReader("have" + strings.Repeat(path, n) + " \nhave x\n"))
-	got, err := requests.Next()
-	if err != nil || len(got.Arguments) != n || got.Arguments[n-1] != path[1:] {
-		t.Errorf("%d arguments, error %v", len(got.Arguments), err)
-	}
-	if got, err := requests.Next(); err != nil || len(got.Arguments) != 1 {
-		t.Errorf("next request: %q, error %v", got, err)
-	}
-}
-
 // endless has lines without end.
 type endless struct{ left int }
 

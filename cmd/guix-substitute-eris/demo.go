@@ -25,7 +25,6 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
@@ -213,10 +212,9 @@ func generate(root string) (err error) {
 	return errors.Join(err, os.Symlink("program", root+"/bin/alias"))
 }
 
-// makeConfiguration makes the key pair, the list of authorised keys, and what the publisher has to
-// know of the items: without a daemon there is no database.
+// makeConfiguration makes the key pair, which is authorised as there is no other one, and what the
+// publisher has to know of the items: without a daemon there is no database.
 func (d *demo) makeConfiguration() error {
-	key := acl.GenerateSigningKey()
 	var manifest strings.Builder
 	for i, item := range d.items {
 		references := ""
@@ -226,10 +224,7 @@ func (d *demo) makeConfiguration() error {
 		fmt.Fprintf(&manifest, "StorePath: %s\nReferences: %s\n\n", item.path, references)
 	}
 	return errors.Join(
-		os.MkdirAll(d.file("etc"), 0o755),
-		os.WriteFile(d.file("etc/signing-key.pub"), []byte(key.PublicKey().Text()), 0o644),
-		os.WriteFile(d.file("etc/signing-key.sec"), []byte(key.SecretText()), 0o600),
-		os.WriteFile(d.file("etc/acl"), []byte(acl.NewACL(key.PublicKey()).Text()), 0o644),
+		keygen(d.file("etc/signing-key.pub"), d.file("etc/signing-key.sec")),
 		os.WriteFile(d.file("etc/substitute-eris.toml"), []byte("policy = \"eris-first\"\n"), 0o644),
 		os.WriteFile(d.file("manifest"), []byte(manifest.String()), 0o644),
 	)
