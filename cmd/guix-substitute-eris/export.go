@@ -140,8 +140,8 @@ func (e *exportSettings) export(ctx context.Context, items []string) error {
 	}
 	shown.Done("exported blocks of %s to %s", page.Size(done.Bytes), e.to)
 	where.Path = directory
-	fmt.Printf("%s, %s, %s\nsubstitute URL: %s\n", page.Count(int(done.Items), "item"), page.Count(int(done.Blocks), "block"), page.Size(done.Bytes), where.String())
-	return nil
+	_, err = fmt.Printf("%s, %s, %s\nsubstitute URL: %s\n", page.Count(int(done.Items), "item"), page.Count(int(done.Blocks), "block"), page.Size(done.Bytes), where.String())
+	return err
 }
 
 // mountParents are the directories below which sticks are mounted.

@@ -79,7 +79,9 @@ func importBlocks(ctx context.Context, name, storeURL string) error {
 		return fmt.Errorf("%s: %w", name, err)
 	}
 	for _, c := range put.capabilities {
-		fmt.Println(c.URN())
+		if _, err := fmt.Println(c.URN()); err != nil {
+			return err
+		}
 	}
 	shown.Done("stored %v in %s", put, store)
 	switch {
