@@ -145,19 +145,24 @@ func (s *Settings) checkDestination(item, destination string) error {
 	if parent, err := filepath.EvalSymlinks(filepath.Dir(destination)); err == nil {
 		real = filepath.Join(parent, filepath.Base(destination))
 	}
+	_, err := os.Lstat(destination)
 	for _, used := range []string{s.Store, settings.StateDirectory(), settings.Directory(), s.kept} {
 		target, _ := filepath.EvalSymlinks(used) // which need not be there
-		if used != "" && (meet(used, destination) || target != "" && meet(target, real)) {
+		if used == "" {
+			continue
+		}
+		above := within(used, destination) || target != "" && within(target, real)
+		inside := within(destination, used) || target != "" && within(real, target)
+		if above || inside && err == nil {
 			return fmt.Errorf("%.300q cannot be a destination: it would take the place of what is in %s", destination, used)
 		}
 	}
 	return nil
 }
 
-// meet reports whether one of two file names is in the other, or both are one.
-func meet(a, b string) bool {
-	a, b = strings.TrimSuffix(a, "/")+"/", strings.TrimSuffix(b, "/")+"/"
-	return strings.HasPrefix(a, b) || strings.HasPrefix(b, a)
+// within reports whether a file name is another one, or in it.
+func within(name, directory string) bool {
+	return strings.HasPrefix(name+"/", strings.TrimSuffix(directory, "/")+"/")
 }
 
 // Serve loads the settings, and answers requests until there are no more, to the daemon or, by
