@@ -24,7 +24,8 @@ func (p *Pool) candidates(l *lookup, now time.Duration) set {
 	return s
 }
 
-// nextRound lets members be asked again that failed, but worked before: connections break.
+// nextRound lets members be asked again that failed, but worked before, for connections break; or
+// that were busy.
 func (p *Pool) nextRound(l *lookup, now time.Duration) bool {
 	if l.rounds >= maxRounds {
 		return false
@@ -34,7 +35,7 @@ func (p *Pool) nextRound(l *lookup, now time.Duration) bool {
 		if l.lied&m.bit == 0 {
 			m.pardonDamaged(l.key.size)
 		}
-		if m.proven && !m.banned && m.isSoon(now) {
+		if (m.proven || m.failures == 0) && !m.banned && m.isSoon(now) {
 			l.failed &^= m.bit
 		}
 	}

@@ -655,10 +655,11 @@ func TestBroken(t *testing.T) {
 	}
 }
 
-// TestBusy has a source ask for some time, twice: it is given that, and nothing has failed.
+// TestBusy has a source ask for some time, at first and twice later: it is given that, and nothing
+// has failed.
 func TestBusy(t *testing.T) {
 	f := &fake{roundTrip: 20e6, rate: 20e6, answer: func(_ context.Context, _ int, i int64) error {
-		if i/20%10 == 1 {
+		if i/20%10 == 0 {
 			return &fetch.BusyError{After: 2100 * time.Millisecond, Err: errBroken}
 		}
 		return nil

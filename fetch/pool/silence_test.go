@@ -208,6 +208,15 @@ func TestSlow(t *testing.T) {
 			})
 		})
 	}
+	// Two that share a line, from each of which a block comes in parts for four seconds.
+	list := sources(&fake{roundTrip: 20e6, rate: 8 << 10}, &fake{roundTrip: 20e6, rate: 8 << 10})
+	for i := range list {
+		list[i].Source = &moving{Source: list[i].Source}
+	}
+	rests := func(source string, err error) { t.Errorf("%s rests: %v", source, err) }
+	simulate(t, pool.Options{OnRest: rests}, list, func(t *testing.T, p *pool.Pool) {
+		near(t, readAll(t, p, 20, large, 64), 40, 1.3)
+	})
 }
 
 // TestManySilent has many sources that accept and stay silent before a good one: together they cost

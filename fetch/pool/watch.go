@@ -114,9 +114,10 @@ func (p *Pool) checkSilence(m *member, now time.Duration) {
 }
 
 // moves reports whether parts of blocks have come, so that it is a slow line, and not silence.
-// Where others work, blocks had better come from them.
+// Where others are much faster, blocks had better come from them.
 func (m *member) moves(oldest *attempt, now time.Duration) bool {
-	if m.progress == nil || now-oldest.start > mostSlow || m.pool.othersWork(m, now) {
+	faster := func(o *member) bool { return o != m && o.trusted(now) && 2*o.gap(oldest.request.Size) < m.quiet }
+	if m.progress == nil || now-oldest.start > mostSlow || slices.ContainsFunc(m.pool.far, faster) {
 		return false
 	}
 	moved := m.progress()
