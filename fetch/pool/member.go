@@ -28,9 +28,6 @@ const (
 	// asked but by probes.
 	restAge = 5 * time.Minute
 
-	// faultScore is what the speed of a member counts that has given wrong bytes of late.
-	faultScore = 0.25
-
 	maxMissing = 4096
 	missingAge = 30 * time.Second
 )
@@ -46,7 +43,6 @@ type member struct {
 	anySize bool               // see anySizer
 	index   int
 	bit     set
-	score   float64
 	keeper  *keep // of a near one
 	queue   queue // of what is near, or what a far one probably has
 
@@ -67,7 +63,6 @@ type member struct {
 	progress  func() int64  // bytes that have come, also of blocks that are not whole; nil if not known
 	moved     int64         // of them, at movedAt
 	movedAt   time.Duration
-	busyUntil time.Duration // with what was cancelled
 
 	attempts list.List[attempt, *attempt] // in flight, in order of start
 	spare    *attempt
@@ -98,9 +93,6 @@ func newMember(p *Pool, i int, given Member) *member {
 		m.limiter = p.options.Limiter
 	}
 	record := p.options.State.Get(m.name)
-	if m.score = 1; !record.Fault.IsZero() {
-		m.score = faultScore
-	}
 	m.speeds.recall(record, p.epoch)
 	if record.Rests > 0 && p.epoch.Sub(record.Rest) < restAge {
 		m.failures, m.silent, m.noted = record.Rests, true, true
@@ -133,8 +125,7 @@ func (m *member) expected(size int64) time.Duration {
 	if !m.known {
 		return time.Hour
 	}
-	d := max(m.minRoundTrip(), seconds(float64(m.bytes+size)/m.speed()))
-	return time.Duration(float64(d) / m.score)
+	return max(m.minRoundTrip(), seconds(float64(m.bytes+size)/m.speed()))
 }
 
 func (m *member) sent(a *attempt, now time.Duration) {
@@ -210,9 +201,6 @@ func (m *member) delivers(a *attempt, now time.Duration) {
 // cancelled takes note of a request that was given up although the member might have answered it.
 // What it sends nevertheless is in front of what it will be asked next.
 func (m *member) cancelled(a *attempt, now time.Duration) {
-	if m.known {
-		m.busyUntil = min(now+mostBusy, max(now, m.busyUntil)+seconds(float64(a.request.Size)/m.speed()))
-	}
 	if a.cause != errNotFirst {
 		m.quiet = 0
 	}

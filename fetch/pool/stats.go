@@ -70,7 +70,7 @@ func (p *Pool) Expect() Expectation {
 			continue
 		}
 		e.Known++
-		e.Rate += m.typical * m.score
+		e.Rate += m.typical
 		if e.RoundTrip == 0 || m.minRoundTrip() < e.RoundTrip {
 			e.RoundTrip = m.minRoundTrip()
 		}

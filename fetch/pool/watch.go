@@ -29,9 +29,6 @@ const (
 	loneSilence  = 2 * time.Second
 	mostSilence  = 3 * time.Second
 	firstSilence = 1500 * time.Millisecond
-	// mostBusy is for how long at most a member may be silent because it is still answering what
-	// has been cancelled.
-	mostBusy = 10 * time.Second
 	// Where a block comes in parts, so many bytes are a sign of life, for up to mostSlow.
 	leastMoved, mostSlow = 4 << 10, 30 * time.Second
 	// probeLimit is how long a probe may take, and probeWait for how long its block waits for it if
@@ -92,7 +89,7 @@ func (p *Pool) checkSilence(m *member, now time.Duration) {
 			oldest.cancel(errLate)
 		}
 	}
-	if oldest == nil || m.silent || now < m.busyUntil {
+	if oldest == nil || m.silent {
 		return
 	}
 	// Counted in looks, not by the clock, so that a machine that has no time for us does not look

@@ -185,7 +185,6 @@ func (p *Pool) ban(m *member, err error) {
 	m.banned, m.bannedAt, m.lastError = true, p.now(), err
 	p.askable &^= m.bit
 	p.telling &^= m.bit
-	p.options.State.Fault(m.name)
 	m.cancelAll(errBanned)
 	p.reroute(p.now())
 	p.tell(p.options.OnFault, m.name, err)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package sourcestate remembers how fast, how far and how honest sources were, for the next
-// process: the daemon starts new helpers all the time, and each of them would have to find out
-// again. Start with [Open].
+// Package sourcestate remembers how fast and how far sources were, for the next process: the daemon
+// starts new helpers all the time, and each of them would have to find out again. Start with
+// [Open].
 //
 // What is remembered are hints, never reasons to trust: a file that is lost, cut off or wrong costs
 // some speed. Any number of processes may use one file; each adds what it has learnt. URLs, which
@@ -29,8 +29,6 @@ type Record struct {
 	Rate float64 `json:"rate,omitzero"`
 	// RoundTrip is the shortest time that an answer took; 0 if it is not known.
 	RoundTrip time.Duration `json:"round_trip,omitzero"`
-	// Fault is when it last gave wrong bytes; zero if it has not, or not of late.
-	Fault time.Time `json:"fault,omitzero"`
 	// Rest is until when it is to be left alone because it did not answer, Rests times in a row; 0
 	// if it answers.
 	Rest  time.Time `json:"rest,omitzero"`
@@ -56,8 +54,6 @@ const (
 	// another network or another hour may have another one.
 	maxAge      = 90 * 24 * time.Hour
 	maxSpeedAge = 12 * time.Hour
-	// faultAge is after how long a fault is forgotten.
-	faultAge = 2 * 24 * time.Hour
 	// rateHalfLife is after how long a rate weighs half of what it did against a new one.
 	rateHalfLife = 10 * time.Minute
 	maxRecords   = 512
@@ -109,9 +105,6 @@ func (s *State) Get(url string) Record {
 
 // aged returns what the record says now.
 func (r Record) aged(now time.Time) Record {
-	if now.Sub(r.Fault) > faultAge {
-		r.Fault = time.Time{}
-	}
 	if now.Sub(r.Updated) > maxSpeedAge {
 		r.Rate, r.RoundTrip = 0, 0
 	} else if now.Sub(r.Measured) > maxSpeedAge {
@@ -143,11 +136,6 @@ func (s *State) Measured(url string, bytes int64, duration, roundTrip time.Durat
 		}
 		r.Rest, r.Rests = time.Time{}, 0
 	})
-}
-
-// Fault notes that the source gave wrong bytes.
-func (s *State) Fault(url string) {
-	s.learn(url, func(r *Record, now time.Time) { r.Fault = now })
 }
 
 // Rests notes that the source did not answer, so many times in a row, and is to be left alone until
@@ -278,7 +266,7 @@ func parse(b []byte, now time.Time) file {
 
 // valid reports whether a record makes sense.
 func (r *Record) valid(now, soon time.Time) bool {
-	return !r.Updated.After(soon) && now.Sub(r.Updated) <= maxAge && !r.Fault.After(soon) && !r.Measured.After(soon) &&
+	return !r.Updated.After(soon) && now.Sub(r.Updated) <= maxAge && !r.Measured.After(soon) &&
 		!r.Rest.After(now.Add(time.Hour)) && r.Rests >= 0 && r.Rests <= maxRests && r.Rate >= 0 && r.Rate < 1e12 &&
 		r.RoundTrip >= 0 && r.RoundTrip <= time.Minute
 }

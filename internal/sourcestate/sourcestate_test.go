@@ -49,7 +49,7 @@ func TestRemembers(t *testing.T) {
 	must(t, s.Save())
 	c.pass(time.Hour)
 	want(t, open(path, c.Now), "the next process", func(r Record) bool {
-		return r.Rate == 10<<20 && r.RoundTrip == 30*time.Millisecond && r.Fault.IsZero() && r.Updated.Equal(c.Now().Add(-time.Hour))
+		return r.Rate == 10<<20 && r.RoundTrip == 30*time.Millisecond && r.Updated.Equal(c.Now().Add(-time.Hour))
 	})
 	b, err := os.ReadFile(path)
 	if err != nil || bytes.Contains(b, []byte("secret")) || bytes.Contains(b, []byte("example")) {
@@ -81,24 +81,19 @@ func TestMeasured(t *testing.T) {
 	want(t, s, "after a long time", func(r Record) bool { return r.Rate == 0 && r.RoundTrip != 0 })
 }
 
-// TestRestsAndFaults has a source that does not answer, and one that lies.
-func TestRestsAndFaults(t *testing.T) {
+// TestRests has a source that does not answer.
+func TestRests(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "sources")
 	c := newClock()
 	s := open(path, c.Now)
-	until, fault := c.Now().Add(time.Minute), c.Now()
+	until := c.Now().Add(time.Minute)
 	s.Rests(url, until, 3)
-	s.Fault(url)
 	must(t, s.Save())
 	s = open(path, c.Now)
 	want(t, s, "the next process", func(r Record) bool { return r.Rest.Equal(until) && r.Rests == 3 })
-	c.pass(faultAge)
-	s.Measured(url, 1<<20, time.Second, 0) // what is learnt later does not change the fault
+	s.Measured(url, 1<<20, time.Second, 0)
 	must(t, s.Save())
-	s = open(path, c.Now)
-	want(t, s, "after it has answered", func(r Record) bool { return r.Rest.IsZero() && r.Rests == 0 && r.Fault.Equal(fault) })
-	c.pass(time.Minute)
-	want(t, s, "a fault is forgiven", func(r Record) bool { return r.Fault.IsZero() })
+	want(t, open(path, c.Now), "after it has answered", func(r Record) bool { return r.Rest.IsZero() && r.Rests == 0 })
 }
 
 // TestProcesses has several states learn at the same time.
@@ -131,13 +126,13 @@ func TestMerge(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "sources")
 	c := newClock()
 	one, two := open(path, c.Now), open(path, c.Now)
-	one.Fault(url)
+	one.Rests(url, c.Now().Add(time.Hour), 1)
 	c.pass(time.Minute)
 	two.Measured(url, 1e6, time.Second, time.Millisecond)
 	must(t, two.Save())
 	must(t, one.Save())
 	for _, s := range []*State{one, open(path, c.Now)} {
-		want(t, s, "what either learnt", func(r Record) bool { return r.Rate == 1e6 && !r.Fault.IsZero() })
+		want(t, s, "what either learnt", func(r Record) bool { return r.Rate == 1e6 && r.Rests == 1 })
 	}
 }
 
@@ -170,6 +165,7 @@ func TestBadFiles(t *testing.T) {
 		"rate":      `{"version":2,"sources":{"` + k + `":{"rate":-1,"updated":"2026-04-24T03:06:40Z"}}}`,
 		"huge":      `{"version":2,"sources":{"` + k + `":{"rate":1e300,"updated":"2026-04-24T03:06:40Z"}}}`,
 		"future":    `{"version":2,"sources":{"` + k + `":{"rate":1,"updated":"2279-10-26T00:00:00Z"}}}`,
+		"rests":     `{"version":2,"sources":{"` + k + `":{"rest":"2027-04-24T03:06:40Z","rests":9,"updated":"2026-04-24T03:06:40Z"}}}`,
 		"oversized": `{"version":2,"sources":{"` + k + `":{"rate":1,"updated":"2026-04-24T03:06:40Z"}}}` + strings.Repeat(" ", maxFile),
 		"array":     `[]`,
 	} {
@@ -200,7 +196,7 @@ func TestSaveFails(t *testing.T) {
 }
 
 func FuzzParse(f *testing.F) {
-	f.Add([]byte(`{"version":2,"sources":{"` + key(url) + `":{"rate":1,"round_trip":5,"fault":"2026-04-12T13:20:00Z","rest":"2026-04-24T03:06:40Z","rests":2,"measured":"2026-04-24T03:06:40Z","updated":"2026-04-24T03:06:40Z"}}}`))
+	f.Add([]byte(`{"version":2,"sources":{"` + key(url) + `":{"rate":1,"round_trip":5,"rest":"2026-04-24T03:06:40Z","rests":2,"measured":"2026-04-24T03:06:40Z","updated":"2026-04-24T03:06:40Z"}}}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		now := newClock().Now()
 		for k, r := range parse(b, now).Sources {
