@@ -5,13 +5,11 @@ package dir
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -40,12 +38,6 @@ func mustOpen(tb testing.TB, url string) *Store {
 	return s
 }
 
-func newBlock(size eris.BlockSize) (eris.Reference, []byte) {
-	block := make([]byte, size)
-	rand.Read(block)
-	return eris.Sum(block), block
-}
-
 // path returns where a block is below a directory.
 func path(directory string, flat bool, ref eris.Reference) string {
 	return filepath.Join(directory, file(flat, ref.String()))
@@ -57,30 +49,8 @@ func mustWrite(tb testing.TB, path string, content []byte) {
 	must(tb, os.WriteFile(path, content, 0o666))
 }
 
-// follow has a store find the blocks of a backend as files, and the backend find the files that
-// were put. Holding and failing happens where the store does file operations.
-func follow(tb testing.TB, s *Store, backend *sourcetest.Backend, directory string, flat bool) {
-	var mu sync.Mutex
-	before := backend.Before(func(ref eris.Reference, block []byte) {
-		mu.Lock()
-		defer mu.Unlock()
-		file := path(directory, flat, ref)
-		if there, err := os.ReadFile(file); err != nil || !bytes.Equal(there, block) {
-			mustWrite(tb, file, block)
-		}
-	})
-	after := func(ref eris.Reference) {
-		block, err := os.ReadFile(path(directory, flat, ref))
-		if err != nil {
-			tb.Error(err)
-		}
-		backend.Set(ref, block)
-	}
-	s.Store = local.New(s.URL, sourcetest.Files{Files: adapter{s}, Before: before, After: after})
-}
-
 func TestConformance(t *testing.T) {
-	for name, flat := range map[string]bool{"sharded": false, "flat": true} {
+	for _, name := range []string{"sharded", "flat"} {
 		t.Run(name, func(t *testing.T) {
 			sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
 				directory := t.TempDir()
@@ -88,7 +58,7 @@ func TestConformance(t *testing.T) {
 					s, err := Open("file://" + directory + "?layout=" + name + query)
 					must(t, err)
 					t.Cleanup(func() { s.Close() }) // waits for operations that Close did not wait for
-					follow(t, s, backend, directory, flat)
+					s.Store = local.New(s.URL, sourcetest.Files{Files: adapter{s}, Backend: backend})
 					return s
 				}
 				return sourcetest.Fixture{Source: open(""), ReadOnly: open("&get"), Held: 4}
@@ -106,7 +76,7 @@ func TestLayouts(t *testing.T) {
 	s := mustOpen(t, "file://"+directory)
 	for i := range 20 {
 		for _, flat := range []bool{true, false} {
-			ref, block := newBlock(eris.BlockSize1KiB)
+			ref, block := sourcetest.NewBlock(eris.BlockSize1KiB)
 			mustWrite(t, path(directory, flat, ref), block)
 			if got, err := get(s, ref, eris.BlockSize1KiB); err != nil || !bytes.Equal(got, block) {
 				t.Errorf("%d: flat %v: %v", i, flat, err)
@@ -117,7 +87,7 @@ func TestLayouts(t *testing.T) {
 	for query, flat := range map[string]bool{"": false, "?layout=sharded": false, "?layout=flat": true} {
 		directory := filepath.Join(t.TempDir(), "new directory")
 		s := mustOpen(t, "file://"+strings.ReplaceAll(directory, " ", "%20")+query)
-		ref, block := newBlock(eris.BlockSize32KiB)
+		ref, block := sourcetest.NewBlock(eris.BlockSize32KiB)
 		must(t, s.Put(t.Context(), ref, block))
 		if got, err := os.ReadFile(path(directory, flat, ref)); err != nil || !bytes.Equal(got, block) {
 			t.Errorf("%s: %v", query, err)
@@ -161,7 +131,7 @@ func TestHostileDirectory(t *testing.T) {
 			t.Run(name+"/"+what, func(t *testing.T) {
 				directory := t.TempDir()
 				s := mustOpen(t, "file://"+directory+"?layout="+name)
-				ref, block := newBlock(eris.BlockSize1KiB)
+				ref, block := sourcetest.NewBlock(eris.BlockSize1KiB)
 				file := path(directory, flat, ref)
 				must(t, os.MkdirAll(filepath.Dir(file), 0o777))
 				if err := place(file, block); err != nil {
@@ -193,15 +163,15 @@ func TestHostileDirectory(t *testing.T) {
 	t.Run("subdirectories that are links", func(t *testing.T) {
 		directory := t.TempDir()
 		s := mustOpen(t, "file://"+directory)
-		ref, block := newBlock(eris.BlockSize1KiB)
+		ref, block := sourcetest.NewBlock(eris.BlockSize1KiB)
 		mustWrite(t, path(outside, false, ref), block)
 		must(t, os.Symlink(filepath.Join(outside, ref.String()[:2]), filepath.Join(directory, ref.String()[:2])))
 		if _, err := get(s, ref, eris.BlockSize1KiB); err == nil {
 			t.Error("Get followed a link")
 		}
-		other, block := newBlock(eris.BlockSize1KiB)
+		other, block := sourcetest.NewBlock(eris.BlockSize1KiB)
 		for other.String()[:2] == ref.String()[:2] {
-			other, block = newBlock(eris.BlockSize1KiB)
+			other, block = sourcetest.NewBlock(eris.BlockSize1KiB)
 		}
 		must(t, os.Symlink(outside, filepath.Join(directory, incoming)))
 		before, _ := os.ReadDir(outside)
@@ -219,7 +189,7 @@ func TestHostileDirectory(t *testing.T) {
 func TestDamaged(t *testing.T) {
 	directory := t.TempDir()
 	s := mustOpen(t, "file://"+directory+"?layout=flat")
-	ref, block := newBlock(eris.BlockSize1KiB)
+	ref, block := sourcetest.NewBlock(eris.BlockSize1KiB)
 	wrong := bytes.Clone(block)
 	wrong[0] ^= 1
 	mustWrite(t, path(directory, true, ref), wrong)
@@ -247,7 +217,7 @@ func TestOtherDirectory(t *testing.T) {
 	parent := t.TempDir()
 	directory := filepath.Join(parent, "usb")
 	s := mustOpen(t, "file://"+directory)
-	ref, block := newBlock(eris.BlockSize1KiB)
+	ref, block := sourcetest.NewBlock(eris.BlockSize1KiB)
 	expire := func() {
 		s.mu.Lock()
 		s.checked = time.Time{}
@@ -261,7 +231,7 @@ func TestOtherDirectory(t *testing.T) {
 		t.Errorf("with the directory: %v", err)
 	}
 	must(t, os.Rename(directory, directory+"-old"))
-	other, otherBlock := newBlock(eris.BlockSize1KiB)
+	other, otherBlock := sourcetest.NewBlock(eris.BlockSize1KiB)
 	expire()
 	if _, err := get(s, other, eris.BlockSize1KiB); err == nil || errors.Is(err, eris.ErrNotFound) {
 		t.Errorf("when the directory has gone, the error is %v", err)
@@ -296,7 +266,7 @@ func TestClean(t *testing.T) {
 		must(t, os.Chtimes(filepath.Join(directory, incoming, name), long, long))
 	}
 	s := mustOpen(t, "file://"+directory)
-	ref, block := newBlock(eris.BlockSize1KiB)
+	ref, block := sourcetest.NewBlock(eris.BlockSize1KiB)
 	must(t, s.Put(t.Context(), ref, block))
 	for name, want := range map[string]bool{old: false, fresh: true, foreign: true} {
 		if _, err := os.Lstat(filepath.Join(directory, incoming, name)); (err == nil) != want {
@@ -305,8 +275,18 @@ func TestClean(t *testing.T) {
 	}
 }
 
+// refusing are files that cannot be written.
+type refusing struct {
+	local.Files
+	err error
+}
+
+func (r refusing) Write(eris.Reference, []byte) (func() error, error) {
+	return nil, &os.PathError{Err: r.err}
+}
+
 func TestFailures(t *testing.T) {
-	ref, block := newBlock(eris.BlockSize1KiB)
+	ref, block := sourcetest.NewBlock(eris.BlockSize1KiB)
 	s := mustOpen(t, "file://"+t.TempDir()+"?put")
 	must(t, s.Put(t.Context(), ref, block))
 	if _, err := get(s, ref, eris.BlockSize1KiB); !errors.Is(err, eris.ErrNotFound) {
@@ -324,7 +304,7 @@ func TestFailures(t *testing.T) {
 	}
 	for _, err := range []error{unix.EROFS, unix.EACCES, unix.EPERM} {
 		s := mustOpen(t, "file://"+t.TempDir())
-		s.Store = local.New(s.URL, sourcetest.Files{Files: adapter{s}, Before: func(eris.Reference, bool) error { return &os.PathError{Err: err} }})
+		s.Store = local.New(s.URL, refusing{adapter{s}, err})
 		if err := s.Put(t.Context(), ref, block); !errors.Is(err, fetch.ErrReadOnly) {
 			t.Errorf("error is %v", err)
 		}
@@ -359,7 +339,7 @@ func BenchmarkPut(b *testing.B) {
 			s := mustOpen(b, "file://"+b.TempDir())
 			refs, blocks := make([]eris.Reference, b.N), make([][]byte, b.N)
 			for i := range refs {
-				refs[i], blocks[i] = newBlock(size)
+				refs[i], blocks[i] = sourcetest.NewBlock(size)
 			}
 			b.SetBytes(int64(size))
 			b.ResetTimer()
@@ -376,7 +356,7 @@ func BenchmarkGet(b *testing.B) {
 				s := mustOpen(b, "file://"+b.TempDir())
 				refs, blocks := make([]eris.Reference, 512), make([][]byte, 512)
 				for i := range refs {
-					refs[i], blocks[i] = newBlock(size)
+					refs[i], blocks[i] = sourcetest.NewBlock(size)
 				}
 				putAll(b, s, refs, blocks)
 				b.SetBytes(int64(size))

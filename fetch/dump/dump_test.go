@@ -5,7 +5,6 @@ package dump
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"io"
@@ -14,7 +13,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"testing/iotest"
 
@@ -50,88 +48,12 @@ func openBytes(tb testing.TB, content []byte) (s *Store, path string) {
 	return mustOpen(tb, "dump:"+strings.ReplaceAll(path, "#", "%23")), path
 }
 
-func newBlock(size eris.BlockSize) (eris.Reference, []byte) {
-	block := make([]byte, size)
-	rand.Read(block)
-	return eris.Sum(block), block
-}
-
 func newCapability(n byte) eris.ReadCapability {
 	return eris.ReadCapability{BlockSize: eris.BlockSize1KiB, Level: 1, Root: eris.Reference{n, 1}, Key: eris.Key{n, 2}}
 }
 
 func get(s *Store, ref eris.Reference, size eris.BlockSize) ([]byte, error) {
 	return fetch.Get(context.Background(), s, ref, size, nil)
-}
-
-// outsider writes pairs into a dump as another program might, and reads them.
-type outsider struct {
-	tb   testing.TB
-	path string
-	mu   sync.Mutex
-	has  map[eris.Reference]string
-}
-
-// add writes a block, unless it has, and everything else that the backend has by now, because each
-// change of the file has it read through.
-func (o *outsider) add(ref eris.Reference, block []byte, backend *sourcetest.Backend) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.has[ref] == string(block) {
-		return
-	}
-	var pairs []byte
-	for ref, block := range backend.All() {
-		if o.has[ref] != string(block) {
-			o.has[ref] = string(block)
-			pairs = append(pairs, pair(ref, block, "")...)
-		}
-	}
-	file, err := os.OpenFile(o.path, os.O_RDWR, 0)
-	if err != nil {
-		o.tb.Error(err)
-		return
-	}
-	defer file.Close()
-	info, err := file.Stat()
-	if err == nil {
-		_, err = file.WriteAt(append(pairs, 0xff, 0xff), info.Size()-2)
-	}
-	if err != nil {
-		o.tb.Error(err)
-	}
-}
-
-// find reads a block by the first occurrence of its reference.
-func (o *outsider) find(ref eris.Reference) []byte {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	file, err := os.Open(o.path)
-	if err != nil {
-		o.tb.Error(err)
-		return nil
-	}
-	defer file.Close()
-	info, err := file.Stat()
-	if err != nil {
-		o.tb.Error(err)
-		return nil
-	}
-	for p := (parser{file: file, size: info.Size()}); ; {
-		l, err := p.next()
-		if err != nil {
-			o.tb.Errorf("block %v that was put: %v", ref, err)
-			return nil
-		}
-		if l.ref == ref {
-			block := make([]byte, l.size)
-			if _, err := file.ReadAt(block, l.offset); err != nil {
-				o.tb.Error(err)
-			}
-			o.has[ref] = string(block)
-			return block
-		}
-	}
 }
 
 // pair is a pair of the map, with something behind it.
@@ -145,12 +67,9 @@ func TestConformance(t *testing.T) {
 	sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
 		path := filepath.Join(t.TempDir(), "dump.cbor")
 		must(t, os.WriteFile(path, []byte("\xda\x65\x72\x69\x73\x9f\xbf\xff\xff"), 0o666))
-		o := &outsider{tb: t, path: path, has: make(map[eris.Reference]string)}
 		open := func(query string) *Store {
 			s := mustOpen(t, "dump:"+path+query)
-			before := backend.Before(func(ref eris.Reference, block []byte) { o.add(ref, block, backend) })
-			after := func(ref eris.Reference) { backend.Set(ref, o.find(ref)) }
-			s.Store = local.New(s.URL, sourcetest.Files{Files: adapter{s}, Before: before, After: after})
+			s.Store = local.New(s.URL, sourcetest.Files{Files: adapter{s}, Backend: backend})
 			return s
 		}
 		return sourcetest.Fixture{Source: open(""), ReadOnly: open("?get"), Held: 4}
@@ -280,7 +199,7 @@ func TestContinue(t *testing.T) {
 			before, capabilities, _ := read(w.dump)
 			_, path := openBytes(t, w.dump)
 			s := mustOpen(t, "dump:"+path+"?capability")
-			ref, block := newBlock(eris.BlockSize32KiB)
+			ref, block := sourcetest.NewBlock(eris.BlockSize32KiB)
 			err := s.Put(t.Context(), ref, block)
 			if w.name == "things that are no blocks" || w.format && w.blocks == 0 && w.dump != nil {
 				var format *FormatError
@@ -478,7 +397,7 @@ func TestChanged(t *testing.T) {
 
 // TestNoFile has things in the place of the dump that are no files.
 func TestNoFile(t *testing.T) {
-	ref, block := newBlock(eris.BlockSize1KiB)
+	ref, block := sourcetest.NewBlock(eris.BlockSize1KiB)
 	directory := t.TempDir()
 	for _, path := range []string{directory, "/dev/null", filepath.Join(directory, "no", "such", "directory")} {
 		s := mustOpen(t, "dump:"+path)
@@ -541,7 +460,7 @@ func FuzzDump(f *testing.F) {
 				t.Errorf("the store does not find a block that the reader finds: %v", err)
 			}
 		}
-		ref, block := newBlock(eris.BlockSize1KiB)
+		ref, block := sourcetest.NewBlock(eris.BlockSize1KiB)
 		if err := s.Put(t.Context(), ref, block); err != nil {
 			if after, err := os.ReadFile(path); err != nil || !bytes.Equal(after, dump) {
 				t.Errorf("Put failed but changed the file: %v", err)

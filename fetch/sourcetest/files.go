@@ -3,6 +3,7 @@
 package sourcetest
 
 import (
+	"bytes"
 	"context"
 	"errors"
 
@@ -10,18 +11,23 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/local"
 )
 
-// Files are files of a store with something that happens before each operation, and after a block
-// has been made durable.
+// Files are files of a store that are given what a backend has when it is asked for, and give the
+// backend what is put. They hold and fail as it does.
 type Files struct {
 	local.Files
-	// Before is told whether the block is to be put. Its error is that of the operation.
-	Before func(ref eris.Reference, put bool) error
-	After  func(ref eris.Reference)
+	Backend *Backend
 }
 
 // Read implements [local.Files].
 func (f Files) Read(ref eris.Reference, block []byte) error {
-	if err := f.Before(ref, false); err != nil {
+	want, err := f.Backend.Get(context.Background(), ref, 0, nil)
+	if there := make([]byte, len(want)); err == nil && (f.Files.Read(ref, there) != nil || !bytes.Equal(there, want)) {
+		var commit func() error
+		if commit, err = f.Files.Write(ref, want); err == nil {
+			err = commit()
+		}
+	}
+	if err != nil && !errors.Is(err, eris.ErrNotFound) {
 		return err
 	}
 	return f.Files.Read(ref, block)
@@ -29,30 +35,19 @@ func (f Files) Read(ref eris.Reference, block []byte) error {
 
 // Write implements [local.Files].
 func (f Files) Write(ref eris.Reference, block []byte) (func() error, error) {
-	if err := f.Before(ref, true); err != nil {
+	if _, err := f.Backend.Get(context.Background(), ref, 0, nil); err != nil && !errors.Is(err, eris.ErrNotFound) {
 		return nil, err
 	}
 	commit, err := f.Files.Write(ref, block)
 	return func() error {
 		err := commit()
+		there := make([]byte, len(block))
 		if err == nil {
-			f.After(ref)
+			err = f.Files.Read(ref, there)
+		}
+		if err == nil {
+			f.Backend.Set(ref, there)
 		}
 		return err
 	}, err
-}
-
-// Before returns what holds and fails as the backend does, for [Files]: place gives the store a
-// block of the backend that is asked for.
-func (b *Backend) Before(place func(ref eris.Reference, block []byte)) func(ref eris.Reference, put bool) error {
-	return func(ref eris.Reference, put bool) error {
-		block, err := b.Get(context.Background(), ref, 0, nil)
-		if errors.Is(err, eris.ErrNotFound) || err == nil && put {
-			return nil
-		}
-		if err == nil {
-			place(ref, block)
-		}
-		return err
-	}
 }

@@ -20,9 +20,8 @@
 //		})
 //	}
 //
-// A source without a server, whose blocks are in files, makes the Backend's calls where it does
-// file operations, and the test writes the files: see the tests of packages fetch/dir and
-// fetch/dump.
+// A source without a server, whose blocks are in files, is given [Files]: see the tests of packages
+// fetch/dir and fetch/dump.
 //
 // What a fixture does not offer is not tested. What is particular to a transport, above all what a
 // peer can do that does not keep to its protocol, has to be tested beside the suite.
