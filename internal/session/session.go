@@ -163,7 +163,7 @@ func (s *Settings) session(query bool, log *protocol.Log) *Session {
 		}
 		if b != nil {
 			result.blocks = b
-			result.Blocks, result.Window, result.StoreSpeed = b, b.window, b.speed
+			result.Blocks, result.Window, result.StoreSpeed = b, b.Window, b.speed
 			result.Probe = b.Probe
 			result.Nearby, result.NearbyStride = b.nearby, b.stride
 		}
@@ -224,17 +224,6 @@ func (s *Settings) openBlocks(urls []string, state *sourcestate.State, limiter *
 		},
 	})
 	return b, failed
-}
-
-// localWindow is enough for stores of this machine: what is more only takes memory, the use of
-// which costs more than the block.
-var localWindow = fetch.Window{Requests: 512, Bytes: 8 << 20}
-
-func (b *blocks) window() fetch.Window {
-	if b.local {
-		return localWindow
-	}
-	return b.Window()
 }
 
 // speed is how fast blocks should come. As long as there is a store of which nothing is known,
