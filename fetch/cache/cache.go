@@ -174,12 +174,10 @@ func (c *Cache) Close() error {
 			c.ring.file.Close()
 		}
 	}()
-	timer := time.NewTimer(closeWait)
-	defer timer.Stop()
 	select {
 	case <-closed:
 		return nil
-	case <-timer.C:
+	case <-time.After(closeWait):
 		return fmt.Errorf("cache of blocks %s: the disk does not answer", c.directory)
 	}
 }

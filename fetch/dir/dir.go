@@ -341,7 +341,7 @@ func (r *root) write(path string, block []byte) error {
 		err = r.Rename(temporary, path)
 	}
 	if errors.Is(err, fs.ErrNotExist) {
-		if err = r.makeDirectory(filepath.Dir(path)); err == nil {
+		if err = r.MkdirAll(filepath.Dir(path), 0o777); err == nil {
 			err = r.Rename(temporary, path)
 		}
 	}
@@ -354,20 +354,13 @@ func (r *root) write(path string, block []byte) error {
 func (r *root) create(path string) (*os.File, error) {
 	// A link in its place would lead elsewhere in the directory, where other programs may read.
 	if info, err := r.Lstat(incoming); errors.Is(err, fs.ErrNotExist) {
-		if err := r.makeDirectory(incoming); err != nil {
+		if err := r.MkdirAll(incoming, 0o777); err != nil {
 			return nil, err
 		}
 	} else if err == nil && !info.IsDir() {
 		return nil, &os.PathError{Op: "open", Path: incoming, Err: unix.ENOTDIR}
 	}
 	return r.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666)
-}
-
-func (r *root) makeDirectory(path string) error {
-	if err := r.Mkdir(path, 0o777); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
-	}
-	return nil
 }
 
 // forgotten is the age from which on a file that is being written is taken for one that nobody

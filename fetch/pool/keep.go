@@ -160,11 +160,9 @@ func (k *keep) close() {
 	k.mu.Unlock()
 	timer := time.AfterFunc(keepClose, k.cancel)
 	defer timer.Stop()
-	late := time.NewTimer(keepClose + time.Second)
-	defer late.Stop()
 	select {
 	case <-k.done:
-	case <-late.C: // a disk that hangs cannot be told to stop
+	case <-time.After(keepClose + time.Second): // a disk that hangs cannot be told to stop
 	}
 	k.cancel()
 }
