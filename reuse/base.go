@@ -42,10 +42,6 @@ func (c *Candidate) Base(ctx context.Context) (*Base, error) {
 	return &Base{item: c.String(), table: c.table(), link: c.info != nil, back: NewReplacer(back)}, nil
 }
 
-// Differs notes that the base differs from the item in too much. It is no candidate any more, once
-// it is hopeless, too.
-func (c *Candidate) Differs() { c.finder.misses.add(newRecord(c.old, c.want.NarDigest, asBase)) }
-
 // open opens the file in the old item of what is at a path of the new one, which is empty for an
 // item that is a file.
 func (b *Base) open(path string) (*os.File, int64, error) {

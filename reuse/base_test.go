@@ -357,10 +357,5 @@ func TestReadPart(t *testing.T) {
 		if _, _, done, err := base.File("f", true); err == nil {
 			done()
 		}
-		c.Differs()
-		c.remember()
-	}
-	for c := range s.finder().Find(t.Context(), want) {
-		t.Errorf("%s is a candidate for what differs", c)
 	}
 }

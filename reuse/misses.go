@@ -27,10 +27,8 @@ const (
 	// noOrder is that of a record that says that all orders of references have failed, or that
 	// there is none.
 	noOrder = -1
-	// asBase is that of a record that says that little of the old item is in the new one.
-	asBase = -2
-	// byDelta is that of a record that says that a delta has made something else.
-	byDelta = -3
+	// byWay is that of a record of [Finder.NoteInVain].
+	byWay = -2
 )
 
 func newRecord(old string, narHash [sha256.Size]byte, order int) record {
@@ -65,13 +63,14 @@ func (m misses) add(r record) {
 	f.WriteAt(r[:], r.offset())
 }
 
-// NoDelta notes that a delta, with all that tells it from those of others, has not made what the
-// narinfo describes, and HasNoDelta reports that, for all processes.
-func (f *Finder) NoDelta(delta string, want *narinfo.Narinfo) {
-	f.misses.add(newRecord(delta, want.NarDigest, byDelta))
+// NoteInVain notes that an old item and something that servers offer, which the text tells from all
+// else, have not made what the narinfo describes, or not cheaply. InVain reports that, for all
+// processes.
+func (f *Finder) NoteInVain(way string, want *narinfo.Narinfo) {
+	f.misses.add(newRecord(way, want.NarDigest, byWay))
 }
 
-// HasNoDelta is explained at NoDelta.
-func (f *Finder) HasNoDelta(delta string, want *narinfo.Narinfo) bool {
-	return f.misses.has(newRecord(delta, want.NarDigest, byDelta))
+// InVain is explained at NoteInVain.
+func (f *Finder) InVain(way string, want *narinfo.Narinfo) bool {
+	return f.misses.has(newRecord(way, want.NarDigest, byWay))
 }

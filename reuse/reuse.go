@@ -81,10 +81,9 @@ type Candidate struct {
 
 // Find yields what the item of an authorised narinfo may be made of, the best first: items of the
 // same name, the newest first, at most four candidates that are not hopeless, and one for each of
-// the items of which all are, unless too much of it differs. The best ones have the same length,
-// and references that can be told to belong to those of want. It looks for each when it is asked
-// for, which costs a query of the database; without one the old item is read then. Failures are no
-// candidates.
+// the items of which all are. The best ones have the same length, and references that can be told
+// to belong to those of want. It looks for each when it is asked for, which costs a query of the
+// database; without one the old item is read then. Failures are no candidates.
 func (f *Finder) Find(ctx context.Context, want *narinfo.Narinfo) iter.Seq[*Candidate] {
 	return func(yield func(*Candidate) bool) {
 		item := filepath.Base(want.StorePath)
@@ -145,9 +144,6 @@ func (f *Finder) candidates(ctx context.Context, name, item string, want *narinf
 		last := found[len(found)-1]
 		last.records = append(last.records, useless)
 		return found
-	}
-	if f.misses.has(newRecord(name, want.NarDigest, asBase)) {
-		return nil
 	}
 	return []*Candidate{{true, f, name, info, want, nil, nil}}
 }

@@ -25,8 +25,8 @@ import (
 const (
 	// deltaRate is how fast an item is made of a base and a delta, in bytes per second.
 	deltaRate = 250e6
-	// mostFailed is after how many deltas of an item that have failed no others are tried: whoever
-	// sends narinfos may list many, each of which costs time.
+	// mostFailed is after how many deltas of an item, or ways by leaves, that have failed no others
+	// are tried: whoever sends narinfos may list many, each of which costs time.
 	mostFailed = 2
 )
 
@@ -42,7 +42,7 @@ type deltaWay struct {
 
 // listDeltas adds the deltas that narinfos offer. No server learns which bases there are.
 func (j *job) listDeltas(records []record) {
-	if j.failedDeltas >= mostFailed {
+	if j.vain["delta"] >= mostFailed {
 		return
 	}
 	for _, r := range records {
@@ -52,7 +52,7 @@ func (j *job) listDeltas(records []record) {
 				continue
 			}
 			j.listed[w.key()] = true
-			if j.s.Reuse != nil && j.s.Reuse.HasNoDelta(w.key(), j.want) {
+			if j.s.Reuse != nil && j.s.Reuse.InVain(w.key(), j.want) {
 				continue
 			}
 			j.ways = append(j.ways, &candidate{way: w, from: r})
@@ -149,13 +149,18 @@ func (w *deltaWay) valid(ctx context.Context) bool {
 	return err == nil
 }
 
-// failed notes what a delta has made that is something else, which it would make again, and takes
-// others out of the list when there have been enough.
+// failed notes what a delta has made that is something else, which it would make again.
 func (w *deltaWay) failed(_ context.Context, err error) {
 	if w.j.s.Reuse != nil && errors.Is(err, errContents) {
-		w.j.s.Reuse.NoDelta(w.key(), w.j.want)
+		w.j.s.Reuse.NoteInVain(w.key(), w.j.want)
 	}
-	if w.j.failedDeltas++; w.j.failedDeltas == mostFailed {
-		w.j.ways = slices.DeleteFunc(w.j.ways, func(c *candidate) bool { return c.kind() == "delta" })
+	w.j.failedOlder(w.kind())
+}
+
+// failedOlder counts the ways of a kind that have failed, and takes others out of the list when
+// there have been enough.
+func (j *job) failedOlder(kind string) {
+	if j.vain[kind]++; j.vain[kind] == mostFailed {
+		j.ways = slices.DeleteFunc(j.ways, func(c *candidate) bool { return c.kind() == kind })
 	}
 }

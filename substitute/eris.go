@@ -52,10 +52,7 @@ func (j *job) listBlocks(records []record) {
 				}
 				j.listed[c.URN()] = true
 				w := newBlocksWay(j, c, e)
-				if j.base != nil && w.form == "" {
-					j.ways = append(j.ways, &candidate{way: &leavesWay{w, j.base}, from: r})
-					j.base = nil
-				}
+				j.listLeaves(w, r)
 				j.ways = append(j.ways, &candidate{way: w, from: r})
 			}
 		}

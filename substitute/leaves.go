@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"math"
+	"slices"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/throughput"
@@ -28,6 +29,18 @@ const (
 type leavesWay struct {
 	*blocksWay
 	old *reuse.Candidate
+}
+
+// listLeaves adds the first old item with which the capability has not failed. Each capability has
+// such a way: whoever lists one may lie, or have made another build.
+func (j *job) listLeaves(w *blocksWay, r record) {
+	for _, old := range j.bases {
+		l := &leavesWay{w, old}
+		if w.form == "" && j.vain[l.kind()] < mostFailed && !j.s.Reuse.InVain(l.String(), j.want) {
+			j.ways = append(j.ways, &candidate{way: l, from: r})
+			return
+		}
+	}
 }
 
 func isLeaves(c *candidate) bool { return c.kind() == "leaves" }
@@ -56,10 +69,11 @@ func (w *leavesWay) missing() int64 { return min(w.size, leastMissing+w.size/lea
 
 // most is how many bytes may be fetched before the next way is taken, unless that is blocks too.
 func (w *leavesWay) most() int64 {
-	if ways := w.j.ways; len(ways) > 0 && !isBlocks(ways[0]) {
-		return max(leastMissing, ways[0].bytes/2)
+	next := slices.IndexFunc(w.j.ways, func(c *candidate) bool { return !isLeaves(c) })
+	if next < 0 || isBlocks(w.j.ways[next]) {
+		return math.MaxInt64
 	}
-	return math.MaxInt64
+	return max(leastMissing, w.j.ways[next].bytes/2)
 }
 
 func (w *leavesWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool), error) {
@@ -83,8 +97,9 @@ func (w *leavesWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok b
 // failed notes that it is of no use.
 func (w *leavesWay) failed(_ context.Context, err error) {
 	if errors.Is(err, errDiffers) || errors.Is(err, errContents) {
-		w.old.Differs()
+		w.j.s.Reuse.NoteInVain(w.String(), w.j.want)
 	}
+	w.j.failedOlder(w.kind())
 }
 
 // countedBase counts the bytes of files that are read, as countedNodes does.

@@ -183,6 +183,7 @@ func TestLeaves(t *testing.T) {
 		policy substitute.Policy
 		off    bool
 		nar    bool                    // the blocks are a nar
+		liar   bool                    // a capability of something else is listed before
 		more   string                  // contents of the new item
 		length uint64                  // of the old one, differs by that
 		speed  func() substitute.Speed // of the stores
@@ -200,6 +201,7 @@ func TestLeaves(t *testing.T) {
 		{name: "nars alone", more: other, policy: substitute.HTTPOnly},
 		{name: "turned off", more: other, policy: substitute.ERISOnly, off: true, most: 5 << 20},
 		{name: "a nar in blocks", more: other, policy: substitute.ERISOnly, nar: true, most: 5 << 20, listed: true},
+		{name: "one capability of something else", more: other, liar: true, most: 5 << 20, listed: true},
 		{name: "others all over", more: "-" + some, policy: substitute.ERISOnly, most: 5 << 20, listed: true},
 		{name: "others all over, slowly", more: "-" + some, speed: slow, most: 3 << 20, listed: true, given: true},
 	} {
@@ -214,6 +216,12 @@ func TestLeaves(t *testing.T) {
 				encoded.Capability, err = eris.Encode(t.Context(), bytes.NewReader(archive), backend.Put, eris.EncodeOptions{})
 			}
 			want.ERIS = []narinfo.ERIS{{URN: encoded.Capability.URN()}}
+			if test.liar {
+				lie, _ := makeItem(t, t.TempDir(), itemName(3, "x"), itemName(4, "y"), "-"+some)
+				other, err := erisfs.Encode(t.Context(), nar.NewTree(lie.StorePath), backend.Put, erisfs.EncodeOptions{})
+				must(t, err)
+				want.ERIS = []narinfo.ERIS{{URN: other.Capability.URN()}, want.ERIS[0]}
+			}
 			must(t, errors.Join(err, restore.Remove(want.StorePath)))
 			key, server := acl.GenerateSigningKey(), newTestServer(t)
 			server.has(want.StorePath, signInfo(t, key, want))
@@ -254,6 +262,9 @@ func TestLeaves(t *testing.T) {
 				}
 				if rewriting := strings.Contains(log.String(), "file://"); rewriting != (!test.off && test.length == 0 && (attempt == 0 || test.more == some)) {
 					t.Errorf("attempt %d: rewriting is tried: %t", attempt, rewriting)
+				}
+				if test.liar && attempt == 1 {
+					test.most = 100 << 10
 				}
 				if n := fetched.Swap(0); n > test.most || (n == 0) != (test.most == 0) && attempt == 0 {
 					t.Errorf("attempt %d: %d bytes of blocks", attempt, n)

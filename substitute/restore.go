@@ -149,6 +149,7 @@ func (s *Substituter) prepare(ctx context.Context, l *lookup, j *job) ([]record,
 		return []record{f.authorised}, err
 	}
 	j.s, j.want, j.listed = s, f.authorised.narinfo, map[string]bool{}
+	j.vain = map[string]int{}
 	j.list(ctx, f.all)
 	if j.wantsBlocks() || len(j.ways) > 0 && j.ways[0].isLast() {
 		j.moreRecords(ctx)
@@ -166,14 +167,14 @@ type job struct {
 	progress    *protocol.Download
 	ahead       *atomic.Bool // the daemon does not wait for it; nil if it always has
 
-	records      []record         // that have been listed
-	listed       map[string]bool  // URLs and URNs
-	ways         []*candidate     // still to be tried, in order
-	base         *reuse.Candidate // an old item in which blocks may stand
-	later        []*candidate     // to be tried once more if nothing else works: slow or wrong ones
-	failing      []*candidate     // failed for a while
-	failedDeltas int              // tried in vain
-	useless      []record         // whose nar is gone or has other contents
+	records []record           // that have been listed
+	listed  map[string]bool    // URLs and URNs
+	ways    []*candidate       // still to be tried, in order
+	bases   []*reuse.Candidate // old items in which blocks may stand
+	later   []*candidate       // to be tried once more if nothing else works: slow or wrong ones
+	failing []*candidate       // failed for a while
+	vain    map[string]int     // how many ways of a kind that uses an older item have failed
+	useless []record           // whose nar is gone or has other contents
 
 	actual       *[32]byte     // the first wrong hash
 	silence      time.Duration // that servers have kept

@@ -22,7 +22,7 @@ type rewrittenWay struct {
 }
 
 // listRewritten adds the old items, once. References are those of the narinfo that is authorised.
-// The first of all, even if it is hopeless, is what blocks are looked for in, see leavesWay.
+// In all of them, even if they are hopeless, blocks may be looked for, see leavesWay.
 func (j *job) listRewritten(ctx context.Context) {
 	const once = "rewritten" // no URL and no URN
 	if j.s.Reuse == nil || j.listed[once] {
@@ -30,9 +30,7 @@ func (j *job) listRewritten(ctx context.Context) {
 	}
 	j.listed[once] = true
 	for c := range j.s.Reuse.Find(ctx, j.want) {
-		if j.base == nil {
-			j.base = c
-		}
+		j.bases = append(j.bases, c)
 		if !c.Hopeless {
 			j.ways = append(j.ways, &candidate{way: &rewrittenWay{j, c}})
 		}
