@@ -322,6 +322,10 @@ func (r *restorer) pieces(f *file) error {
 // send hands a file to the workers, and starts another one if those that there are have enough to
 // do: a tiny item is restored in less time than it takes to start several.
 func (r *restorer) send(f *file) error {
+	if len(r.open) == 1 && f.stream == nil {
+		defer f.release()
+		return r.create(f)
+	}
 	if r.started == 0 || r.started < workers && (len(r.files) > 0 || f.stream != nil) {
 		r.started++
 		r.group.Go(func() error { return contained(r.work) })
