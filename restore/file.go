@@ -4,6 +4,7 @@ package restore
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"hash"
 	"unsafe"
@@ -90,7 +91,10 @@ func (r *restorer) create(f *file) error {
 	}
 	err = r.fill(fd, f, h)
 	if err == nil && !r.writable {
-		err = futimens(fd, &canonicalTime)
+		if f.directory.parent == nil { // whose access control list may have changed the mode
+			err = unix.Fchmod(fd, mode)
+		}
+		err = cmp.Or(err, futimens(fd, &canonicalTime))
 	}
 	if err2 := unix.Close(fd); err == nil {
 		err = err2

@@ -123,7 +123,7 @@ func TestDeepStaleTree(t *testing.T) {
 	var limit unix.Rlimit
 	must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
 	low := limit
-	low.Cur = 100
+	low.Cur = 28
 	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &low))
 	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
 	parent, err := unix.Open(s, unix.O_DIRECTORY|unix.O_RDONLY, 0)
@@ -144,6 +144,23 @@ func TestDeepStaleTree(t *testing.T) {
 	must(t, restore.Remove(s+"/d"))
 	if names, err := os.ReadDir(s); err != nil || len(names) > 0 {
 		t.Errorf("%v, error %v", names, err)
+	}
+}
+
+// TestDefaultList restores items in a store that gives others no access to what is new in it.
+func TestDefaultList(t *testing.T) {
+	s := store(t)
+	list := []byte("\x02\x00\x00\x00" + "\x01\x00\x07\x00\xff\xff\xff\xff" + "\x04\x00\x05\x00\xff\xff\xff\xff" + "\x20\x00\x00\x00\xff\xff\xff\xff")
+	if err := unix.Setxattr(s, "system.posix_acl_default", list, 0); err != nil {
+		t.Skipf("no access control lists: %v", err)
+	}
+	for name, nodes := range map[string]nodeList{
+		"file": {{Kind: nar.Regular}},
+		"tree": {{Kind: nar.Directory}, {Kind: nar.Directory, Name: "d"}, {Kind: nar.Regular, Name: "f"}, {Kind: nar.End}, {Kind: nar.End}},
+	} {
+		_, err := restore.Restore(t.Context(), &nodes, s+"/"+name, restore.Options{})
+		must(t, err)
+		checkCanonical(t, s+"/"+name)
 	}
 }
 

@@ -61,7 +61,7 @@ type remover struct {
 }
 
 // maxOpen is how deep a remover goes.
-const maxOpen = 32
+const maxOpen = 8
 
 var errMount = errors.New("it is a mount point")
 

@@ -69,7 +69,7 @@ const (
 	// last keptDescriptors stay open, and those in which files are being created; further ones are
 	// closed from leaveFrom on. So what is above that is for directories that have only to be
 	// completed, which workers do.
-	maxDescriptors, leaveFrom, keptDescriptors = 192, 128, 64
+	maxDescriptors, leaveFrom, keptDescriptors = 64, 40, 16
 )
 
 // Restore writes the tree of nodes to destination and returns its NarHash and length. Directories
@@ -228,6 +228,10 @@ func (r *restorer) node(n nar.Node) error {
 		}
 		dir.pending.Add(1)
 		r.open = append(r.open, d)
+		if dir.parent == nil && !r.writable {
+			// Or else a store would give its own access control list to all that is in it.
+			unix.Fremovexattr(d.fd, "system.posix_acl_default")
+		}
 		return nil
 	case nar.Symlink:
 		if err := unix.Symlinkat(n.Target, dir.fd, name); err != nil {

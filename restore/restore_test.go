@@ -509,7 +509,7 @@ func TestDeep(t *testing.T) {
 	archive := archiveOf(t, d+"/tree")
 	var limit unix.Rlimit
 	must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
-	low := unix.Rlimit{Cur: 256, Max: limit.Max}
+	low := unix.Rlimit{Cur: 96, Max: limit.Max}
 	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &low))
 	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit) // before the directory is removed
 	result, err := restoreArchive(archive, 128<<10, d+"/again", restore.Options{LinksDirectory: d + "/.links"})
