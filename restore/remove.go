@@ -74,8 +74,11 @@ func (r *remover) remove(dir int, name string, depth int) error {
 	if err != unix.EISDIR && err != unix.EPERM {
 		return err
 	}
-	fd, err := openForRemoval(dir, name)
-	if err != nil {
+	fd, openErr := openForRemoval(dir, name)
+	if openErr != nil && openErr != unix.ENOTDIR { // a file that may not be changed
+		err = openErr
+	}
+	if openErr != nil {
 		return fmt.Errorf("%q: %w", name, err)
 	}
 	f := os.NewFile(uintptr(fd), name)
