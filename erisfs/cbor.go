@@ -7,7 +7,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
-	"math"
 	"slices"
 	"strings"
 	"unicode/utf8"
@@ -46,11 +45,9 @@ var magic = []byte{0xda, 0x65, 0x72, 0x69, 0x74, 0x82}
 // IsIndex reports whether content that begins with head, of at least 6 bytes, is an index.
 func IsIndex(head []byte) bool { return bytes.HasPrefix(head, magic) }
 
-// Encode returns the index in its only encoding. The caller must not change it.
-func (x *Index) Encode() []byte { return x.text }
-
-// encodeEntries returns the index of entries that have been checked.
-func encodeEntries(entries []Entry) []byte {
+// EncodeIndex returns the index with the given entries, in any order, in its only encoding. Their
+// capabilities must be valid; what else is wrong with them, [Decode] finds.
+func EncodeIndex(entries []Entry) []byte {
 	type item struct{ key, value []byte }
 	items := make([]item, len(entries))
 	for i := range entries {
@@ -95,7 +92,7 @@ func (e *Entry) appendValue(b []byte) []byte {
 	b = appendHead(b, majorBytes, eris.ReadCapabilitySize)
 	b, err := e.Capability.AppendBinary(b)
 	if err != nil {
-		panic(err) // NewIndex has checked it
+		panic(err)
 	}
 	return b
 }
@@ -153,36 +150,25 @@ func (l Limits) IndexLength() int64 {
 }
 
 // Decode reads an index. It accepts only what Encode writes: the deterministic encoding, keys
-// strictly ascending, nothing behind it; and only trees that can be restored, as [NewIndex] has it.
+// strictly ascending, nothing behind it; and only trees that can be restored: names and targets are
+// those of package nar and UTF-8, paths differ, and none is in another one that is a file or a link.
 // Errors name the offset or the path of the fault.
 //
 // The caller has bounded the length of b by [Limits.IndexLength], and must not change b any more:
 // the index keeps it.
 func Decode(b []byte, limits Limits) (*Index, error) {
-	x, err := newIndex(b, limits.NarSize)
-	if err != nil {
-		return nil, fmt.Errorf("malformed ERIS-FS index: %w", err)
-	}
-	return x, nil
-}
-
-// newIndex reads an index whose archive may have a length of narSize.
-func newIndex(b []byte, narSize uint64) (*Index, error) {
-	if uint64(len(b)) > math.MaxUint32 {
-		return nil, fmt.Errorf("%d bytes are too many", len(b))
-	}
 	d := &decoder{b: b}
-	begin := d.index(min(narSize/leastNarEntry+1, maxEntries))
+	begin := d.index(min(limits.NarSize/leastNarEntry+1, maxEntries))
 	if d.err != nil {
-		return nil, fmt.Errorf("at byte %d: %w", d.pos, d.err)
+		return nil, fmt.Errorf("malformed ERIS-FS index: at byte %d: %w", d.pos, d.err)
 	}
 	directories, err := order(b, begin)
-	if err != nil {
-		return nil, err
-	}
 	// A few long paths can be the tree of millions of directories.
-	if most := narSize/leastNarDirectory + 1; directories > most {
-		return nil, fmt.Errorf("%d directories, where an archive of %d bytes has at most %d", directories, narSize, most)
+	if most := limits.NarSize/leastNarDirectory + 1; err == nil && directories > most {
+		err = fmt.Errorf("%d directories, where an archive of %d bytes has at most %d", directories, limits.NarSize, most)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("malformed ERIS-FS index: %w", err)
 	}
 	return &Index{text: b, begin: begin}, nil
 }

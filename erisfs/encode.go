@@ -74,12 +74,9 @@ func Encode(ctx context.Context, nodes nar.Nodes, sink eris.Sink, o EncodeOption
 	for i, p := range e.entries {
 		entries[i] = *p
 	}
+	index := EncodeIndex(entries)
 	var err error
-	if r.Index, err = NewIndex(entries); err != nil {
-		return Result{}, err
-	}
-	index := r.Index.Encode()
-	if err := e.verify(index, r); err != nil {
+	if r.Index, err = verify(index, entries, r.NarSize); err != nil {
 		return Result{}, fmt.Errorf("the index does not describe the tree: %w", err)
 	}
 	r.Capability, err = eris.Encode(ctx, bytes.NewReader(index), sink,
@@ -235,24 +232,24 @@ func (r *contentsReader) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// verify reads the index back, as whoever fetches it will, and compares it with the walk, from
-// whose files and links, in their order, all directories follow.
-func (e *encoder) verify(index []byte, r Result) error {
-	limits := Limits{NarSize: max(r.NarSize, 1<<20)}
-	if int64(len(index)) > limits.IndexLength() {
-		return fmt.Errorf("%w: its paths are too long", ErrNotRepresentable)
+// verify reads an index back, as whoever fetches it will, and compares it with the files and links
+// of the walk, in their order, from which all directories follow.
+func verify(index []byte, entries []Entry, narSize uint64) (*Index, error) {
+	limits := Limits{NarSize: max(narSize, 1<<20)}
+	if len(entries) > maxEntries || int64(len(index)) > limits.IndexLength() {
+		return nil, fmt.Errorf("%w: it has too many paths, or too long ones", ErrNotRepresentable)
 	}
 	x, err := Decode(index, limits)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if x.Len() != len(e.entries) {
-		return fmt.Errorf("%d entries instead of %d", x.Len(), len(e.entries))
+	if x.Len() != len(entries) {
+		return nil, fmt.Errorf("%d entries instead of %d", x.Len(), len(entries))
 	}
-	for i, want := range e.entries {
-		if x.Entry(i) != *want {
-			return fmt.Errorf("entry %.300q is another one", want.Path)
+	for i, want := range entries {
+		if x.Entry(i) != want {
+			return nil, fmt.Errorf("entry %.300q is another one", want.Path)
 		}
 	}
-	return nil
+	return x, nil
 }

@@ -5,7 +5,7 @@
 //
 // [Encode] turns a tree into blocks and the read capability of its index; [ReadIndex] and
 // [Index.Nodes] turn that and a source of blocks into nodes in NAR order, which is what a store
-// item is restored from. [Decode] and [Index.Encode] are the format alone.
+// item is restored from. [Decode] and [EncodeIndex] are the format alone.
 //
 // An index may come from anybody: it is checked in full, and against bounds that are known
 // beforehand, before a block of any file is fetched.
@@ -21,9 +21,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
-	"math"
 	"slices"
-	"unicode/utf8"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
@@ -83,42 +81,6 @@ func (x *Index) Contents() iter.Seq[eris.ReadCapability] {
 // empty directories and with names or link targets that are not UTF-8; and for those with an index
 // that readers would refuse, see [Limits].
 var ErrNotRepresentable = errors.New("not representable in ERIS-FS")
-
-// NewIndex returns the index with the given entries, in any order. It fails, and says why, when an
-// entry cannot be in an index: names and targets are those of package nar and must be UTF-8 (else
-// the error wraps [ErrNotRepresentable]), paths must be different, and none may be in another one
-// that is a file or a link. At least one entry is needed.
-func NewIndex(entries []Entry) (*Index, error) {
-	if len(entries) == 0 {
-		return nil, fmt.Errorf("%w: empty directory", ErrNotRepresentable)
-	}
-	if len(entries) > maxEntries {
-		return nil, fmt.Errorf("%w: %d entries are more than %d", ErrNotRepresentable, len(entries), maxEntries)
-	}
-	for i := range entries {
-		if err := entries[i].check(); err != nil {
-			return nil, err
-		}
-	}
-	return newIndex(encodeEntries(entries), math.MaxUint64)
-}
-
-// check checks what the encoding needs. The rest is found when it is read back.
-func (e *Entry) check() error {
-	if !utf8.ValidString(e.Path) || !utf8.ValidString(e.Target) {
-		return fmt.Errorf("%w: %q is not UTF-8", ErrNotRepresentable, e.Path+e.Target)
-	}
-	switch e.Kind {
-	case nar.Regular:
-		if err := e.Capability.Validate(); err != nil {
-			return fmt.Errorf("file %.300q: %w", e.Path, err)
-		}
-	case nar.Symlink:
-	default:
-		return fmt.Errorf("%.300q is neither a file nor a link", e.Path)
-	}
-	return nil
-}
 
 // order puts the entries, which begin at the given places of text, in NAR order, in which a path
 // that is a prefix of others stands directly before them, so that conflicts are between neighbours.
