@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
@@ -60,24 +61,13 @@ type Options struct {
 	// AtOnce returns how many items are restored at the same time at most; they are fewer where
 	// many fail. It must not wait.
 	AtOnce  func() int
-	Workers int   // how many large ones; of others as many as take the same memory
-	Before  Stats // what was counted before
+	Workers int // how many large ones; of others as many as take the same memory
+	// Before is what was counted before: what this helper has staged, and used of that and of what
+	// other helpers of the session have staged.
+	Before sourcestate.Ahead
 	// Counted, unless it is nil, is called with what has been counted when that has changed. It
 	// must not wait, nor call methods of the Ahead.
-	Counted func(Stats)
-}
-
-// Stats tells what was staged, by this helper, and what of that, and of what other helpers of the
-// session have staged, it has used.
-type Stats struct {
-	Staged, Used Count
-	Err          error // why nothing is staged any more
-}
-
-// A Count counts items.
-type Count struct {
-	Items int
-	Bytes int64 // the sum of their NarSize
+	Counted func(sourcestate.Ahead)
 }
 
 // Ahead substitutes items, and those that come next ahead of the daemon. Its methods are to be
@@ -103,7 +93,8 @@ type Ahead struct {
 	request  bool               // one is under way
 	requests int                // so far
 	poll     *time.Timer        // while one is under way
-	stats    Stats
+	counts   sourcestate.Ahead
+	err      error // why nothing is staged any more
 }
 
 // staged is an item that is staged or being staged.
@@ -128,9 +119,8 @@ func key(item substitute.Item) string {
 
 // New returns an Ahead, which must be closed.
 func New(restorer *substitute.Substituter, o Options) *Ahead {
-	a := &Ahead{o: o, restorer: restorer, kick: make(chan struct{}, 1), staged: map[string]*staged{}, stats: o.Before, limit: atOnceAtFirst, step: 1}
+	a := &Ahead{o: o, restorer: restorer, kick: make(chan struct{}, 1), staged: map[string]*staged{}, counts: o.Before, limit: atOnceAtFirst, step: 1}
 	a.ctx, a.cancel = context.WithCancel(context.Background())
-	a.stats.Err = nil
 	a.plan = newPlan(exists)
 	a.stage.store = o.StoreDir
 	if o.Session != nil {
@@ -153,11 +143,11 @@ func (a *Ahead) Close() error {
 	return a.stage.close()
 }
 
-// Stats returns what has been staged so far.
-func (a *Ahead) Stats() Stats {
+// Err returns why nothing is staged any more, or nil.
+func (a *Ahead) Err() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.stats
+	return a.err
 }
 
 // Substitute restores an item to a destination, as [substitute.Substituter.Substitute] does.
@@ -220,15 +210,15 @@ func (a *Ahead) forget(path string, s *staged) {
 func (a *Ahead) used(item substitute.Item) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.add(&a.stats.Used, item)
+	a.count(&a.counts.Used, &a.counts.UsedBytes, item)
 }
 
-// add counts an item. The caller holds the lock.
-func (a *Ahead) add(c *Count, item substitute.Item) {
-	c.Items++
-	c.Bytes += int64(item.NarSize)
+// count counts an item. The caller holds the lock.
+func (a *Ahead) count(items, bytes *int64, item substitute.Item) {
+	*items++
+	*bytes += int64(item.NarSize)
 	if a.o.Counted != nil {
-		a.o.Counted(a.stats)
+		a.o.Counted(a.counts)
 	}
 }
 
@@ -267,7 +257,7 @@ func (a *Ahead) use(ctx context.Context, s *staged, destination string) (substit
 func (a *Ahead) shared() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.stats.Err == nil && (a.plan.left > 0 || exists(a.stage.path())) && a.stage.open() == nil
+	return a.err == nil && (a.plan.left > 0 || exists(a.stage.path())) && a.stage.open() == nil
 }
 
 // useOfOther gives an item its place that another helper of the session has staged or is staging.
@@ -367,10 +357,10 @@ func (a *Ahead) fill() bool {
 		return false
 	}
 	// Running items need the room for themselves.
-	if free, err := files.Free(a.o.StoreDir); a.stats.Err != nil || err != nil || free < a.o.Bytes+size {
+	if free, err := files.Free(a.o.StoreDir); a.err != nil || err != nil || free < a.o.Bytes+size {
 		return false
 	}
-	if a.stats.Err = a.stage.open(); a.stats.Err != nil {
+	if a.err = a.stage.open(); a.err != nil {
 		return false
 	}
 	a.plan.take(item.Path)
@@ -417,7 +407,7 @@ func (a *Ahead) restore(ctx context.Context, s *staged, c *claim) {
 		if a.good++; a.good >= a.step {
 			a.limit, a.good = min(a.limit+1, a.o.AtOnce()), 0
 		}
-		a.add(&a.stats.Staged, s.item)
+		a.count(&a.counts.Staged, &a.counts.StagedBytes, s.item)
 	} else {
 		a.step, a.limit, a.good = a.limit, max(a.limit/2, 1), 0
 		if a.staged[s.item.Path] == s {

@@ -4,7 +4,7 @@ package ahead
 
 import (
 	"bufio"
-	"fmt"
+	"encoding/json"
 	"io"
 	"math"
 	"os"
@@ -14,6 +14,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 )
 
 // Guard starts a process that removes what the helpers of the session leave in the store when this
@@ -25,7 +27,7 @@ import (
 //
 // It is for the start, before anything that strangers have made is read: the process is as free as
 // this one.
-func (s *Session) Guard(store string, arguments ...string) (tell func(Stats)) {
+func (s *Session) Guard(store string, arguments ...string) (tell func(sourcestate.Ahead)) {
 	// What the daemon has left open by mistake is not for the guard, which may live longer.
 	unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
 	guard := exec.Command("/proc/self/exe", append(arguments, store, filepath.Base(s.path))...)
@@ -35,10 +37,11 @@ func (s *Session) Guard(store string, arguments ...string) (tell func(Stats)) {
 	input, err := guard.StdinPipe()
 	pipe, ok := input.(syscall.Conn)
 	if err != nil || !ok || guard.Start() != nil {
-		return func(Stats) {}
+		return func(sourcestate.Ahead) {}
 	}
-	return func(t Stats) {
-		line := fmt.Appendf(nil, "%d %d %d %d\n", t.Staged.Items, t.Staged.Bytes, t.Used.Items, t.Used.Bytes)
+	return func(counts sourcestate.Ahead) {
+		line, _ := json.Marshal(counts) // which has no error
+		line = append(line, '\n')
 		if raw, err := pipe.SyscallConn(); err == nil {
 			raw.Write(func(fd uintptr) bool {
 				unix.Write(int(fd), line) // what does not fit, the next line says
@@ -52,12 +55,12 @@ func (s *Session) Guard(store string, arguments ...string) (tell func(Stats)) {
 // helpers of the session to end; what they have left in the store is removed. It returns what that
 // helper has told last. Signals that end the service of the daemon do not end this: it is over
 // soon.
-func CleanAfter(input io.Reader, store, session string) (last Stats) {
+func CleanAfter(input io.Reader, store, session string) (last sourcestate.Ahead) {
 	signal.Ignore(unix.SIGHUP, unix.SIGINT, unix.SIGTERM)
 	for lines := bufio.NewScanner(input); lines.Scan(); {
-		var t Stats
-		if n, _ := fmt.Sscan(lines.Text(), &t.Staged.Items, &t.Staged.Bytes, &t.Used.Items, &t.Used.Bytes); n == 4 {
-			last = t
+		var counts sourcestate.Ahead
+		if json.Unmarshal(lines.Bytes(), &counts) == nil {
+			last = counts
 		}
 	}
 	io.Copy(io.Discard, input) // if there was a line that is none of ours

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 )
 
 func TestSession(t *testing.T) {
@@ -93,15 +95,16 @@ func TestSessionsOfOthers(t *testing.T) {
 // What counts is the last line that is whole; what else comes is passed over, however long.
 func TestCleanAfterCounts(t *testing.T) {
 	defer signal.Reset()
-	want := Stats{Staged: Count{3, 300}, Used: Count{2, 200}}
+	want := sourcestate.Ahead{Staged: 3, StagedBytes: 300, Used: 2, UsedBytes: 200}
+	line := `{"staged":3,"staged_bytes":300,"used":2,"used_bytes":200}` + "\n"
 	for _, input := range []string{
-		"1 100 0 0\n3 300 2 200\n", "3 300 2 200\n4 4\n\nx 5 5 5\n", "3 300 2 200\n" + strings.Repeat("x", 1<<20),
+		`{"staged":1}` + "\n" + line, line + `{"staged":4` + "\n\n[5]\n", line + strings.Repeat("x", 1<<20),
 	} {
 		if got := CleanAfter(strings.NewReader(input), t.TempDir(), "1-1"); got != want {
 			t.Errorf("%.40q: %+v", input, got)
 		}
 	}
-	if got := CleanAfter(strings.NewReader(""), t.TempDir(), "1-1"); got != (Stats{}) {
+	if got := CleanAfter(strings.NewReader(""), t.TempDir(), "1-1"); got != (sourcestate.Ahead{}) {
 		t.Errorf("nothing counts %+v", got)
 	}
 }

@@ -374,10 +374,8 @@ func (s *Settings) guard() {
 // CleanAfter is what a helper runs with [CleanOption], the file of what is known of sources, the
 // store and the name of a session: see [ahead.CleanAfter].
 func CleanAfter(sources, store, session string) {
-	state, last := sourcestate.Open(sources), ahead.CleanAfter(os.Stdin, store, session)
-	state.CountAhead(sourcestate.Ahead{
-		Staged: int64(last.Staged.Items), StagedBytes: last.Staged.Bytes, Used: int64(last.Used.Items), UsedBytes: last.Used.Bytes,
-	})
+	state := sourcestate.Open(sources)
+	state.CountAhead(ahead.CleanAfter(os.Stdin, store, session))
 	state.Save()
 }
 

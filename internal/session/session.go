@@ -66,8 +66,8 @@ func (s *Session) after() {
 	if s.blocks != nil && s.Verbose {
 		s.blocks.show(s.Log)
 	}
-	if s.Verbose && s.staging != nil && s.staging.Stats().Err != nil {
-		s.Log.WarnOnce("staging", "items are not substituted ahead of the daemon any more: %v", s.staging.Stats().Err)
+	if s.Verbose && s.staging != nil && s.staging.Err() != nil {
+		s.Log.WarnOnce("staging", "items are not substituted ahead of the daemon any more: %v", s.staging.Err())
 	}
 	if time.Since(s.saved) < saveEvery {
 		return
@@ -369,7 +369,7 @@ func (s *Settings) ahead(sub *Session) *ahead.Ahead {
 		},
 		Workers: min(max(leastAheadWorkers, runtime.NumCPU()), mostAheadWorkers),
 		Before:  s.counted,
-		Counted: func(t ahead.Stats) {
+		Counted: func(t sourcestate.Ahead) {
 			if s.counted = t; s.tell != nil {
 				s.tell(t)
 			}
