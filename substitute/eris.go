@@ -3,6 +3,7 @@
 package substitute
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -19,7 +20,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/throughput"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
 const (
@@ -51,7 +51,7 @@ func (j *job) listBlocks(records []record) {
 					continue // a draft of the encoding, perhaps
 				}
 				j.listed[c.URN()] = true
-				w := newBlocksWay(j, c, e)
+				w := &blocksWay{j, c, e.Form, int64(min(cmp.Or(e.Size, j.want.NarSize), 1<<62))}
 				j.listLeaves(w, r)
 				j.ways = append(j.ways, &candidate{way: w, from: r})
 			}
@@ -73,15 +73,6 @@ func (s *Substituter) capability(urn string, signed bool) (eris.ReadCapability, 
 }
 
 var errNoBlocks = errors.New("no block store is used")
-
-// newBlocksWay returns the way by a value of the field ERIS.
-func newBlocksWay(j *job, c eris.ReadCapability, e narinfo.ERIS) *blocksWay {
-	w := &blocksWay{j, c, e.Form, int64(min(j.want.NarSize, 1<<62))}
-	if e.Form != "" {
-		w.size = int64(min(e.Size, 1<<62))
-	}
-	return w
-}
 
 func (w *blocksWay) kind() string { return "blocks" }
 

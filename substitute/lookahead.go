@@ -21,24 +21,25 @@ import (
 // whoever asks about many at once knows what is wanted.
 const maxAheadRequest = 16
 
-// A lookAhead fetches narinfos before they are asked for. The zero value is ready.
+// A lookAhead fetches narinfos before they are asked for.
 type lookAhead struct {
+	ctx     context.Context
+	cancel  context.CancelFunc
 	workers sync.WaitGroup
 
-	mu     sync.Mutex
-	ctx    context.Context // nil while nothing goes on
-	cancel context.CancelFunc
-	seen   map[string]bool // store items
+	mu   sync.Mutex
+	seen map[string]bool // store items
+}
+
+func newLookAhead() *lookAhead {
+	a := &lookAhead{seen: map[string]bool{}}
+	a.ctx, a.cancel = context.WithCancel(context.Background())
+	return a
 }
 
 // stop ends everything, and waits for that.
 func (a *lookAhead) stop() {
-	a.mu.Lock()
-	if a.cancel != nil {
-		a.cancel()
-	}
-	a.ctx, a.cancel, a.seen = nil, nil, nil
-	a.mu.Unlock()
+	a.cancel()
 	a.workers.Wait()
 }
 
@@ -59,27 +60,16 @@ func (s *Substituter) lookAhead(items []string, found map[string]*found) {
 	if s.LookAhead <= 0 || len(items) > maxAheadRequest {
 		return
 	}
-	a := &s.ahead
-	a.mu.Lock()
-	if a.ctx == nil {
-		a.ctx, a.cancel = context.WithCancel(context.Background())
-		a.seen = map[string]bool{}
-	}
-	ctx := a.ctx
-	a.mu.Unlock()
-	a.see(ctx, items, s.LookAhead)
+	s.ahead.see(items, s.LookAhead)
 	for _, f := range found {
-		s.goAhead(ctx, f.authorised.narinfo)
+		s.goAhead(f.authorised.narinfo)
 	}
 }
 
 // see returns those of some items that are to be looked up now, of most in all.
-func (a *lookAhead) see(ctx context.Context, items []string, most int) (unseen []string) {
+func (a *lookAhead) see(items []string, most int) (unseen []string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if ctx.Err() != nil {
-		return nil
-	}
 	for _, item := range items {
 		if !a.seen[item] && len(a.seen) < most {
 			a.seen[item] = true
@@ -91,14 +81,14 @@ func (a *lookAhead) see(ctx context.Context, items []string, most int) (unseen [
 
 // goAhead looks up what an item refers to. All lookups share the connections to a server, and what
 // is requested on them at about the same time.
-func (s *Substituter) goAhead(ctx context.Context, n *narinfo.Narinfo) {
+func (s *Substituter) goAhead(n *narinfo.Narinfo) {
 	// The daemon does not ask about what is there, nor about what that refers to, which is there as
 	// well.
-	wanted := slices.DeleteFunc(s.ahead.see(ctx, s.references(n), s.LookAhead), func(path string) bool {
+	wanted := slices.DeleteFunc(s.ahead.see(s.references(n), s.LookAhead), func(path string) bool {
 		_, err := os.Lstat(path)
 		return err == nil
 	})
-	if len(wanted) == 0 {
+	if len(wanted) == 0 || s.ahead.ctx.Err() != nil {
 		return
 	}
 	s.ahead.workers.Go(func() {
@@ -107,6 +97,6 @@ func (s *Substituter) goAhead(ctx context.Context, n *narinfo.Narinfo) {
 				s.Log.WarnOnce("ahead", "internal error while looking ahead: %v", fault)
 			}
 		}()
-		s.newLookup(wanted, func(r *record) { s.goAhead(ctx, r.narinfo) }).run(ctx)
+		s.newLookup(wanted, func(r *record) { s.goAhead(r.narinfo) }).run(s.ahead.ctx)
 	})
 }

@@ -14,6 +14,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/seed"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/throughput"
@@ -32,17 +33,8 @@ var (
 	}
 )
 
-const (
-	// unknownRatio is how many times smaller a compressed nar is of which the length is not known.
-	unknownRatio = 3.5
-	// readAheadBuffers and readAheadSize (bytes) are the memory between a decompressor and the
-	// restorer.
-	readAheadBuffers = 24
-	readAheadSize    = 128 << 10
-	leastReadAhead   = 4 << 10
-	// shortArchive is the length in bytes of an archive up to which it is not read ahead.
-	shortArchive = 64 << 10
-)
+// unknownRatio is how many times smaller a compressed nar is of which the length is not known.
+const unknownRatio = 3.5
 
 // A narWay is a nar at a URL.
 type narWay struct {
@@ -137,7 +129,7 @@ func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool
 		body.nar.Close()
 		return nil, nil, err
 	}
-	reader, closeNodes := j.reader(ctx, plain)
+	reader, closeNodes := image.ReadNar(ctx, plain, j.want.NarSize)
 	return reader, func(ok bool) {
 		closeNodes()
 		plain.Close()
@@ -252,13 +244,4 @@ func (j *job) openNar(ctx context.Context, a *attempt, url string) (*mirror.Nar,
 		j.silence += took
 	}
 	return body, err
-}
-
-// reader reads the archive, in a goroutine of its own unless it is short.
-func (j *job) reader(ctx context.Context, plain io.Reader) (nodes *nar.Reader, done func()) {
-	if j.want.NarSize <= shortArchive {
-		return nar.NewReader(nar.FeedReader(plain, int(max(j.want.NarSize, leastReadAhead)))), func() {}
-	}
-	ahead := nar.NewReadAhead(ctx, plain, readAheadBuffers, int(min(j.want.NarSize, readAheadSize)))
-	return nar.NewReader(ahead), ahead.Close
 }

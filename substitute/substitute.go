@@ -127,7 +127,7 @@ type Substituter struct {
 	Config
 	servers []*server
 	memory  memory.Memory[memoryKey, *record]
-	ahead   lookAhead
+	ahead   *lookAhead
 	order   precedence.Order
 }
 
@@ -136,7 +136,7 @@ func New(c Config) *Substituter {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	s := &Substituter{Config: c}
+	s := &Substituter{Config: c, ahead: newLookAhead()}
 	s.sayIgnored()
 	seen := map[string]bool{}
 	for _, url := range c.URLs {
@@ -168,6 +168,7 @@ func (s *Substituter) sayIgnored() {
 // SetKeys changes the keys whose signatures count.
 func (s *Substituter) SetKeys(keys *acl.ACL) {
 	s.ahead.stop()
+	s.ahead = newLookAhead()
 	s.Keys = keys
 	s.memory.Clear()
 }

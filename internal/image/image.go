@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"strings"
 
@@ -112,11 +113,25 @@ func formOf(head []byte) (form Form, method string) {
 	return Data, ""
 }
 
-// The memory between a decompressor and whoever reads nodes.
 const (
+	// readAheadBuffers and readAheadSize (bytes) are the memory between a decompressor and whoever
+	// reads nodes.
 	readAheadBuffers = 24
 	readAheadSize    = 128 << 10
+	leastReadAhead   = 4 << 10
+	// shortArchive is the length in bytes of an archive up to which it is not read ahead.
+	shortArchive = 64 << 10
 )
+
+// ReadNar returns the nodes of an archive that should have size bytes. Unless it is short, a
+// goroutine reads ahead, which close ends.
+func ReadNar(ctx context.Context, archive io.Reader, size uint64) (nodes *nar.Reader, close func()) {
+	if size <= shortArchive {
+		return nar.NewReader(nar.FeedReader(archive, int(max(size, leastReadAhead)))), func() {}
+	}
+	ahead := nar.NewReadAhead(ctx, archive, readAheadBuffers, int(min(size, readAheadSize)))
+	return nar.NewReader(ahead), ahead.Close
+}
 
 // Nodes returns the tree of the image, once. The caller must call close, which closes the image,
 // too; if there is an error, it is closed already. Contents that look like a compressed nar may
@@ -149,10 +164,10 @@ func (x *Image) Nodes(ctx context.Context) (nodes nar.Nodes, close func(), err e
 		x.Close()
 		return nil, nil, err
 	}
-	ahead := nar.NewReadAhead(ctx, plain, readAheadBuffers, readAheadSize)
-	return nar.NewReader(ahead), func() {
+	nodes, closeNodes := ReadNar(ctx, plain, x.limits.NarSize)
+	return nodes, func() {
 		x.cancel() // whoever reads ahead may wait for blocks
-		ahead.Close()
+		closeNodes()
 		plain.Close()
 		x.Close()
 	}, nil
