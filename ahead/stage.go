@@ -22,8 +22,9 @@ import (
 // item means that it is not staged.
 const stagingName = ".guix-substitute-eris"
 
-// lockPoll is how often it is looked whether another helper has staged an item.
-const lockPoll = 5 * time.Millisecond
+// lockWait is how often it is looked whether somebody still waits for an item that another helper
+// is staging.
+const lockWait = 100 * time.Millisecond
 
 // A stage is a directory in the store in which the helpers of one session restore items before they
 // are asked for. It is there as long as something is in it. Each helper has a shared lock of it,
@@ -187,11 +188,7 @@ func (s *stage) take(ctx context.Context, key, destination string) (moved bool, 
 	final := filepath.Join(s.path(), key)
 	lock, err := files.Lock(final+".lock", 0)
 	for errors.Is(err, files.ErrLocked) && ctx.Err() == nil {
-		select {
-		case <-time.After(lockPoll):
-		case <-ctx.Done():
-		}
-		lock, err = files.Lock(final+".lock", 0)
+		lock, err = files.Lock(final+".lock", lockWait)
 	}
 	if err != nil {
 		return false, &claim{}
