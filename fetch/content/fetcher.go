@@ -27,7 +27,8 @@ type fetcher struct {
 	detach func() bool // of the watcher of the parent
 	group  sync.WaitGroup
 
-	widen        func()   // uses the whole window if it may; nil once that is so
+	window       fetch.Window
+	narrow       bool     // nobody waits, so that a part of the window is used
 	most         int      // requests in flight
 	leafBudget   int64    // most bytes of leaves
 	pathBudget   int64    // most bytes of right-most and left-most paths
@@ -140,17 +141,8 @@ func newFetcher(ctx context.Context, source fetch.Source, total int64, window fe
 	if window.Bytes < 1 {
 		window.Bytes = defaultBytes
 	}
-	f := &fetcher{source: source, parent: ctx, totalLimit: total}
-	f.use(window.Requests, window.Bytes)
-	if window.Waited != nil && !window.Waited() {
-		f.use(max(1, window.Requests/unwaitedShare), max(1, window.Bytes/unwaitedShare))
-		f.widen = func() {
-			if window.Waited() {
-				f.use(window.Requests, window.Bytes)
-				f.widen = nil
-			}
-		}
-	}
+	f := &fetcher{source: source, parent: ctx, totalLimit: total, window: window}
+	f.setBounds()
 	f.releaseBytes = f.leafBudget / 8
 	f.ready.L = &f.mu
 	f.responses = arrivals.New(func(r *request) eris.BlockSize { return r.Size })
@@ -167,8 +159,12 @@ func newFetcher(ctx context.Context, source fetch.Source, total int64, window fe
 	return f
 }
 
-// use sets the bounds that follow from a window.
-func (f *fetcher) use(requests int, bytes int64) {
+// setBounds sets the bounds that follow from the window.
+func (f *fetcher) setBounds() {
+	requests, bytes := f.window.Requests, f.window.Bytes
+	if f.narrow = f.window.Waited != nil && !f.window.Waited(); f.narrow {
+		requests, bytes = max(1, requests/unwaitedShare), max(1, bytes/unwaitedShare)
+	}
 	f.most = requests
 	f.leafBudget = bytes / 2
 	f.pathBudget = bytes - f.leafBudget

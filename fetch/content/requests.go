@@ -80,8 +80,8 @@ func (f *fetcher) putRequest(r *request) {
 // dispatch starts requests as long as there is something to fetch and room for it. It is called and
 // returns with the lock held, but gives it up meanwhile.
 func (f *fetcher) dispatch() {
-	if f.widen != nil {
-		f.widen()
+	if f.narrow {
+		f.setBounds()
 	}
 	for f.err == nil {
 		var batch [startBatch]*request
