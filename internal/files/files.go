@@ -8,6 +8,7 @@ package files
 
 import (
 	"bufio"
+	"bytes"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -241,18 +242,7 @@ func ReadState(path string, most int) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
-	if info.Size() > int64(most) {
-		return nil, tooLarge(path, most)
-	}
-	b := make([]byte, info.Size()+1) // one more, to see the end
-	n, err := io.ReadFull(f, b)
-	if err == nil {
-		err = &fs.PathError{Op: "read", Path: path, Err: errors.New("it grows")}
-	} else if err == io.EOF || err == io.ErrUnexpectedEOF {
-		return b[:n], nil
-	}
-	return nil, err
+	return readAll(f, path, info.Size(), most)
 }
 
 // Lock opens a lock file, which it makes with mode 0600 if need be, and takes its lock, for which
@@ -336,25 +326,25 @@ func OpenRegular(path string, flags int) (*os.File, fs.FileInfo, error) {
 
 // ReadRegular reads a file of at most the given number of bytes as [OpenRegular] opens it.
 func ReadRegular(path string, most int) ([]byte, error) {
-	f, _, err := OpenRegular(path, os.O_RDONLY)
+	f, info, err := OpenRegular(path, os.O_RDONLY)
 	if err != nil {
 		return nil, err
 	}
-	return readAll(f, path, most)
+	return readAll(f, path, info.Size(), most)
 }
 
-// readAll reads a file and closes it.
-func readAll(f *os.File, path string, most int) ([]byte, error) {
+// readAll reads a file, which should have size bytes, and closes it.
+func readAll(f *os.File, path string, size int64, most int) ([]byte, error) {
 	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, int64(most)+1))
-	if err == nil && len(b) > most {
-		err = tooLarge(path, most)
+	b := bytes.NewBuffer(make([]byte, 0, min(size, int64(most))+bytes.MinRead))
+	_, err := b.ReadFrom(io.LimitReader(f, int64(most)+1))
+	if err == nil && b.Len() > most {
+		err = &fs.PathError{Op: "read", Path: path, Err: fmt.Errorf("larger than %d bytes", most)}
 	}
-	return b, err
-}
-
-func tooLarge(path string, most int) error {
-	return &fs.PathError{Op: "read", Path: path, Err: fmt.Errorf("larger than %d bytes", most)}
+	if err != nil {
+		return nil, err
+	}
+	return b.Bytes(), nil
 }
 
 // ReadLimited reads a file of any kind, of at most the given number of bytes.
@@ -363,7 +353,7 @@ func ReadLimited(path string, most int) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return readAll(f, path, most)
+	return readAll(f, path, 0, most)
 }
 
 // An Identity tells the contents of a file from what it had before. The zero one is that of no
