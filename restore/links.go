@@ -25,8 +25,8 @@ type links struct {
 	path    string
 	damaged func(file string) // tells a link that has other contents than its name says; or nil
 
-	mu sync.Mutex
-	fd int // of path, -1 while it is not open
+	once sync.Once
+	fd   int // of path, -1 if it is not open
 }
 
 func (l *links) close() {
@@ -35,43 +35,34 @@ func (l *links) close() {
 	}
 }
 
-// open returns the descriptor of the directory. With create it makes the directory.
-func (l *links) open(create bool) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.fd >= 0 {
-		return l.fd, nil
-	}
-	const flags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
-	fd, err := unix.Open(l.path, flags, 0)
-	if err == unix.ENOENT && create {
-		if err := unix.Mkdir(l.path, 0o755); err != nil && err != unix.EEXIST {
-			return -1, err
+// open returns the descriptor of the directory, which it makes if need be; -1 if it cannot.
+func (l *links) open() int {
+	l.once.Do(func() {
+		const flags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
+		fd, err := unix.Open(l.path, flags, 0)
+		if err == unix.ENOENT {
+			unix.Mkdir(l.path, 0o755)
+			fd, err = unix.Open(l.path, flags, 0)
 		}
-		fd, err = unix.Open(l.path, flags, 0)
-	}
-	if err != nil {
-		return -1, err
-	}
-	l.fd = fd
-	return fd, nil
+		if err == nil {
+			l.fd = fd
+		}
+	})
+	return l.fd
 }
 
 // use creates f as a link to the contents of the given name, and reports whether that went well. If
 // not, nothing has been created.
 func (l *links) use(name string, f *file) bool {
-	fd, err := l.open(false)
-	return err == nil && l.usable(fd, name, f) && unix.Linkat(fd, name, f.directory.fd, f.name, 0) == nil
+	fd := l.open()
+	return fd >= 0 && l.usable(fd, name, f) && unix.Linkat(fd, name, f.directory.fd, f.name, 0) == nil
 }
 
 // share makes f, which exists in its final form, share its contents with the link of the given
 // name, or become that link.
 func (l *links) share(name string, f *file) {
-	fd, err := l.open(true)
-	if err != nil {
-		return
-	}
-	if unix.Linkat(f.directory.fd, f.name, fd, name, 0) != unix.EEXIST {
+	fd := l.open()
+	if fd < 0 || unix.Linkat(f.directory.fd, f.name, fd, name, 0) != unix.EEXIST {
 		return // it is the link now; or the directory is full, or of another owner
 	}
 	if !l.usable(fd, name, f) {

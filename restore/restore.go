@@ -28,7 +28,7 @@ import (
 // limit.
 type Options struct {
 	// LinksDirectory is the directory of de-duplication links of the store, STORE/.links. Files of
-	// at least 8192 bytes are shared through it; it is created when the first is, and where nodes
+	// at least 8192 bytes are shared through it; it is created when the first comes, and where nodes
 	// name files that have their contents already, they become links to those. Empty turns
 	// de-duplication off. It must be on the file system of the destination.
 	LinksDirectory string

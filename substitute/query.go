@@ -223,24 +223,18 @@ func (s *Substituter) received(server *server, it *item, a mirror.Answer, ahead 
 	return r
 }
 
-// note makes a record of an answer, and keeps it for later.
+// note makes a record of an answer, and keeps it for later. What may be no answer of the server,
+// but of a network that wants us to log in first, is kept for seconds, and not for other processes.
 func (s *Substituter) note(server *server, it *item, a mirror.Answer) *record {
 	var text []byte
 	if a.Status == http.StatusOK {
 		text = a.Body
 	}
 	r := s.read(server, it, text, s.Now())
-	if !mirror.IsLocal(server.url) {
-		s.remember(server, it, a, r)
-	}
-	return r
-}
-
-// remember keeps an answer of a server for later. What may be no answer of the server, but of a
-// network that wants us to log in first, is kept for seconds, and not for other processes.
-func (s *Substituter) remember(server *server, it *item, a mirror.Answer, r *record) {
 	e := narinfocache.Entry{TTL: transientTTL}
 	switch {
+	case mirror.IsLocal(server.url):
+		return r
 	case r != nil:
 		e.Narinfo, e.TTL = a.Body, narinfoTTL
 		if a.MaxAge >= 0 {
@@ -253,6 +247,7 @@ func (s *Substituter) remember(server *server, it *item, a mirror.Answer, r *rec
 		}
 	}
 	s.keep(server, it, e, r)
+	return r
 }
 
 // keep keeps what is known of an item, in memory and on disk; what does not count, or not for long,
