@@ -42,15 +42,8 @@ func (c ReadCapability) Validate() error {
 
 // AppendBinary appends the 66 bytes of the capability to b: the binary logarithm of the block size,
 // the level, the root reference, the root key (ERIS 1.0.0, section "Binary Encoding of Read
-// Capability"). Its errors are those of Validate.
-func (c ReadCapability) AppendBinary(b []byte) ([]byte, error) {
-	if err := c.Validate(); err != nil {
-		return b, err
-	}
-	return c.appendBinary(b), nil
-}
-
-func (c ReadCapability) appendBinary(b []byte) []byte {
+// Capability"). The capability must be valid.
+func (c ReadCapability) AppendBinary(b []byte) []byte {
 	b = append(b, byte(bits.TrailingZeros(uint(c.BlockSize))), byte(c.Level))
 	b = append(b, c.Root[:]...)
 	return append(b, c.Key[:]...)
@@ -85,7 +78,7 @@ func (c *ReadCapability) UnmarshalBinary(data []byte) error {
 // 115 characters in all. The capability must be valid; the URN of one that is not does not parse.
 func (c ReadCapability) URN() string {
 	var binary [ReadCapabilitySize]byte
-	return string(base32Encoding.AppendEncode([]byte(urnPrefix), c.appendBinary(binary[:0])))
+	return string(base32Encoding.AppendEncode([]byte(urnPrefix), c.AppendBinary(binary[:0])))
 }
 
 // String returns the URN.

@@ -90,11 +90,7 @@ func (e *Entry) appendValue(b []byte) []byte {
 	// Unconfirmed: the tag of capabilities.
 	b = appendHead(b, majorTag, eris.CBORTagReadCapability)
 	b = appendHead(b, majorBytes, eris.ReadCapabilitySize)
-	b, err := e.Capability.AppendBinary(b)
-	if err != nil {
-		panic(err)
-	}
-	return b
+	return e.Capability.AppendBinary(b)
 }
 
 // appendHead appends the head of an item in its shortest form.

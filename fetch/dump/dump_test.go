@@ -111,7 +111,7 @@ func workedDumps() []worked {
 		}
 		return b
 	}
-	binary, _ := newCapability(1).AppendBinary(nil)
+	binary := newCapability(1).AppendBinary(nil)
 	capability := join("\xd9\x01\x14\x58\x42", binary)
 	wrong := pair(refs[1], append(bytes.Clone(blocks[1][1:]), 9), "")
 	wrong0 := pair(refs[0], append(bytes.Clone(blocks[0][1:]), 9), "")
@@ -252,7 +252,7 @@ func TestWritten(t *testing.T) {
 	want += "\xff"
 	for n := range byte(3) {
 		must(t, s.AddCapability(t.Context(), newCapability(n)))
-		binary, _ := newCapability(n).AppendBinary(nil)
+		binary := newCapability(n).AppendBinary(nil)
 		want += "\xd9\x01\x14\x58\x42" + string(binary)
 		if got, err := os.ReadFile(path); err != nil || string(got) != want+"\xff" {
 			t.Fatalf("after %d capabilities: something else is written, %v", n+1, err)

@@ -59,7 +59,7 @@ func appendEnd(b []byte, capabilities []eris.ReadCapability) []byte {
 		b = append(b, majorTag<<5|25)
 		b = binary.BigEndian.AppendUint16(b, eris.CBORTagReadCapability)
 		b = append(b, majorBytes<<5|24, eris.ReadCapabilitySize)
-		b, _ = c.AppendBinary(b)
+		b = c.AppendBinary(b)
 	}
 	return append(b, ended)
 }
