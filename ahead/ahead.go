@@ -1,18 +1,9 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package ahead substitutes what the daemon will ask for before it asks. The daemon asks for one
-// item after the other, so that line and processors are idle in between; but it has said before
-// what it will need, and the order follows from references. Start with [New].
-//
-// # How it goes
-//
-// The query helper of a daemon process notes each item that the daemon asks about on its own in the
-// [Session] of that process, if it can be had. The substitute helper of the same process reads that
-// when the first request comes, finds out in which order the items will be asked for, and restores
-// the next ones in the background, in a directory of its own in the store: by the same code, from
-// the same sources, with the same check of NarHash, but to another place. When the daemon asks for
-// one of them, it is renamed to its destination if it is complete, and waited for if it is under
-// way. Whatever is wrong with a staged item means that it is not staged.
+// Package ahead substitutes what the daemon will ask for before it asks, see "Ahead of the daemon"
+// in docs/design.md. The query helper notes what it was asked about in a [Session]; the substitute
+// helper reads that, and stages the next items: by the same code, from the same sources, with the
+// same check of NarHash, but to another place. Start with [New].
 package ahead
 
 import (

@@ -14,12 +14,4 @@
 //
 // Confidentiality is weak by design: with the null [ConvergenceSecret], anybody who has the content
 // can compute its capability and its references, and so recognise who stores or fetches it.
-//
-// # Errors
-//
-// Two kinds of failure to get a block ask for different answers, and can be told apart:
-//
-//   - the source does not have the block: [ErrNotFound]. Another source may have it.
-//   - the source gave other bytes: [*BlockError]. Another source may do better, and this one should
-//     be avoided.
 package eris
