@@ -147,8 +147,8 @@ func (l Limits) IndexLength() int64 {
 
 // Decode reads an index. It accepts only what Encode writes: the deterministic encoding, keys
 // strictly ascending, nothing behind it; and only trees that can be restored: names and targets are
-// those of package nar and UTF-8, paths differ, and none is in another one that is a file or a link.
-// Errors name the offset or the path of the fault.
+// those of package nar and UTF-8, paths differ, and none is in another one that is a file or a
+// link. Errors name the offset or the path of the fault.
 //
 // The caller has bounded the length of b by [Limits.IndexLength], and must not change b any more:
 // the index keeps it.
