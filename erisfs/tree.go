@@ -34,7 +34,8 @@ func ReadIndex(r *content.Reader, limits Limits) (*Index, error) {
 // It must be closed.
 type Tree struct {
 	index    *Index
-	next     int // entry
+	next     func() (entry int, n nar.Node, ok bool)
+	stop     func()
 	sequence *content.Sequence
 
 	base     Base               // nil if there is none
@@ -42,10 +43,7 @@ type Tree struct {
 	keys     map[int][]eris.Key // of the leaves of files that it has in part, by entry
 	contents nar.Feeder         // of the file under way, if it comes from there
 	done     func() bool
-
-	open  []string   // names of the directories under way, of which that of the root is empty
-	queue []nar.Node // up to the next entry, which is the last of them
-	file  bool       // a Regular is under way
+	file     bool // a Regular is under way
 }
 
 // Nodes returns the tree of the index. The window bounds what is in flight; no more than
@@ -54,6 +52,7 @@ type Tree struct {
 func (x *Index) Nodes(ctx context.Context, source fetch.Source, limits Limits, window fetch.Window) *Tree {
 	most := int64(min(limits.NarSize, 1<<63-1))
 	t := &Tree{index: x}
+	t.next, t.stop = iter.Pull2(x.nodes())
 	t.sequence = content.NewSequence(ctx, source, t.wants(most), most, window)
 	return t
 }
@@ -80,6 +79,7 @@ func (t *Tree) wants(limit int64) iter.Seq[content.Want] {
 
 // Close lets go of everything.
 func (t *Tree) Close() error {
+	t.stop()
 	t.closeLocal()
 	return t.sequence.Close()
 }
@@ -87,14 +87,14 @@ func (t *Tree) Close() error {
 // Next implements [nar.Nodes].
 func (t *Tree) Next() (nar.Node, error) {
 	t.closeLocal()
-	n, ok := t.node()
+	i, n, ok := t.next()
 	if !ok {
 		return nar.Node{}, io.EOF
 	}
 	t.file = n.Kind == nar.Regular
 	switch {
-	case t.file && t.base != nil && t.local[t.next-1].whole:
-		node, contents, done, err := t.base.File(t.index.Entry(t.next-1).Path, !t.local[t.next-1].hashes)
+	case t.file && t.base != nil && t.local[i].whole:
+		node, contents, done, err := t.base.File(t.index.Entry(i).Path, !t.local[i].hashes)
 		n.Size, n.Same, n.Unique = node.Size, node.Same, node.Unique
 		t.contents, t.done = contents, done
 		return n, err
@@ -104,61 +104,49 @@ func (t *Tree) Next() (nar.Node, error) {
 			return n, err
 		}
 		n.Size = uint64(size)
-		n.Unique = t.base != nil && t.local[t.next-1].hashes
+		n.Unique = t.base != nil && t.local[i].hashes
 	}
 	return n, nil
 }
 
-// node returns the next node, without its size.
-func (t *Tree) node() (n nar.Node, ok bool) {
-	if len(t.queue) == 0 {
-		t.plan()
-	}
-	if len(t.queue) == 0 {
-		return nar.Node{}, false
-	}
-	n = t.queue[0]
-	t.queue = t.queue[1:]
-	return n, true
-}
-
-// plan queues the nodes up to the next entry, or to the end.
-func (t *Tree) plan() {
-	t.queue = t.queue[:0]
-	if t.next == t.index.Len() {
-		t.next++
-		if t.index.Len() == 0 {
-			t.enter([]string{""}) // the index of an empty directory
+// nodes yields the nodes in NAR order, without sizes; files and links with the numbers of their
+// entries.
+func (x *Index) nodes() iter.Seq2[int, nar.Node] {
+	return func(yield func(int, nar.Node) bool) {
+		var open []string // names of the directories under way, of which that of the root is empty
+		enter := func(directory []string) bool {
+			same := 0
+			for same < min(len(directory), len(open)) && directory[same] == open[same] {
+				same++
+			}
+			for ; len(open) > same; open = open[:len(open)-1] {
+				if !yield(-1, nar.Node{Kind: nar.End}) {
+					return false
+				}
+			}
+			for _, name := range directory[same:] {
+				if !yield(-1, nar.Node{Kind: nar.Directory, Name: name}) {
+					return false
+				}
+			}
+			open = append(open, directory[same:]...)
+			return true
 		}
-		t.enter(nil)
+		for i := range x.begin {
+			e := x.Entry(i)
+			names := []string{""} // that of an item that is no directory
+			if e.Path != "" {
+				names = append(names, strings.Split(e.Path, "/")...)
+			}
+			last := len(names) - 1
+			if !enter(names[:last]) || !yield(i, nar.Node{Kind: e.Kind, Name: names[last], Executable: e.Executable, Target: e.Target}) {
+				return
+			}
+		}
+		if x.Len() > 0 || enter([]string{""}) { // the index of an empty directory
+			enter(nil)
+		}
 	}
-	if t.next > t.index.Len() {
-		return
-	}
-	e := t.index.Entry(t.next)
-	t.next++
-	names := []string{""} // that of an item that is no directory
-	if e.Path != "" {
-		names = append(names, strings.Split(e.Path, "/")...)
-	}
-	last := len(names) - 1
-	t.enter(names[:last])
-	t.queue = append(t.queue, nar.Node{Kind: e.Kind, Name: names[last], Executable: e.Executable, Target: e.Target})
-}
-
-// enter queues what leads from the directory under way to another one.
-func (t *Tree) enter(directory []string) {
-	same := 0
-	for same < min(len(directory), len(t.open)) && directory[same] == t.open[same] {
-		same++
-	}
-	for range len(t.open) - same {
-		t.queue = append(t.queue, nar.Node{Kind: nar.End})
-	}
-	for _, name := range directory[same:] {
-		t.queue = append(t.queue, nar.Node{Kind: nar.Directory, Name: name})
-	}
-	t.open = append(t.open[:same], directory[same:]...)
 }
 
 // Contents implements [nar.Nodes].
