@@ -92,7 +92,7 @@ type CapabilityReport struct {
 
 // A WayReport is one way to get the item.
 type WayReport struct {
-	Kind string `json:"kind"` // "old item", "leaves", "delta", "blocks" or "nar"
+	Kind string `json:"kind"` // "old item", "delta", "blocks" (also with an old item) or "nar"
 	// Name is the file name of the old item, the URN, or the URL.
 	Name   string        `json:"name"`
 	Server string        `json:"server,omitempty"` // whose narinfo offers it
