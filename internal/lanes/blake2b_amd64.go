@@ -29,8 +29,9 @@ var iv = [8]uint64{
 // package: lanes that have no block of their own then repeat the last one. For a single block both
 // take the same time.
 const (
-	lanesAVX2, leastAVX2     = 4, 2
-	lanesAVX512, leastAVX512 = 8, 2
+	lanesAVX2   = 4
+	lanesAVX512 = 8
+	least       = 2
 )
 
 // compressAVX512 takes chunks of 128 bytes, one after another from each of eight blocks, into eight
@@ -56,23 +57,15 @@ func compressLanes(lanes int, state *[64]uint64, blocks *[8]*byte, chunks int, b
 	compressAVX2(state, blocks, chunks, before, last, &scratch)
 }
 
-// sumVector does the work of Sum256 for the first blocks, and returns for how many. The others, at
-// most a few, are hashed as fast by the blake2b package.
-func sumVector(sums [][32]byte, blocks [][]byte, key *[32]byte) int {
-	switch {
-	case useAVX512:
-		return sumLanes(lanesAVX512, leastAVX512, sums, blocks, key)
-	case useAVX2:
-		return sumLanes(lanesAVX2, leastAVX2, sums, blocks, key)
-	}
-	return 0
-}
-
-// sumLanes hashes blocks while at least so many are left (1 or more), up to one per lane at a time,
-// and returns how many it has hashed.
-func sumLanes(lanes, least int, sums [][32]byte, blocks [][]byte, key *[32]byte) (done int) {
-	if len(blocks) < least {
+// sumVector does the work of Sum256 for the first blocks, and returns for how many. The other one
+// is hashed as fast by the blake2b package.
+func sumVector(sums [][32]byte, blocks [][]byte, key *[32]byte) (done int) {
+	if len(blocks) < least || !useAVX2 && !useAVX512 {
 		return 0
+	}
+	lanes := lanesAVX2
+	if useAVX512 {
+		lanes = lanesAVX512
 	}
 	// The state before the first byte of a block is the same for all. A key is a chunk of its own
 	// in front (RFC 7693, section 2.9), so that one turn for it does for all blocks.
