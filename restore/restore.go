@@ -215,24 +215,7 @@ func (r *restorer) node(n nar.Node) error {
 		r.open = r.open[:len(r.open)-1]
 		return r.complete(dir)
 	case nar.Directory:
-		if len(r.descriptors) >= leaveFrom {
-			r.leave(r.open[1:max(1, len(r.open)-keptDescriptors)])
-		}
-		if err := r.reserve(); err != nil {
-			return err
-		}
-		d, err := makeDirectory(dir, name)
-		if err != nil {
-			<-r.descriptors
-			return r.pathError("mkdir", n.Name, err)
-		}
-		dir.pending.Add(1)
-		r.open = append(r.open, d)
-		if dir.parent == nil && !r.writable {
-			// Or else a store would give its own access control list to all that is in it.
-			unix.Fremovexattr(d.fd, "system.posix_acl_default")
-		}
-		return nil
+		return r.directory(dir, name, n.Name)
 	case nar.Symlink:
 		if err := unix.Symlinkat(n.Target, dir.fd, name); err != nil {
 			return r.pathError("symlink", n.Name, err)
@@ -264,6 +247,28 @@ func (r *restorer) node(n nar.Node) error {
 	}
 	if r.hash.Size() > r.limit {
 		return r.tooLarge()
+	}
+	return nil
+}
+
+// directory makes a directory, which errors call something else if it is the root, and goes into it.
+func (r *restorer) directory(parent *directory, name, shown string) error {
+	if len(r.descriptors) >= leaveFrom {
+		r.leave(r.open[1:max(1, len(r.open)-keptDescriptors)])
+	}
+	if err := r.reserve(); err != nil {
+		return err
+	}
+	d, err := makeDirectory(parent, name)
+	if err != nil {
+		<-r.descriptors
+		return r.pathError("mkdir", shown, err)
+	}
+	parent.pending.Add(1)
+	r.open = append(r.open, d)
+	if parent.parent == nil && !r.writable {
+		// Or else a store would give its own access control list to all that is in it.
+		unix.Fremovexattr(d.fd, "system.posix_acl_default")
 	}
 	return nil
 }
