@@ -28,8 +28,8 @@ import (
 // limit.
 type Options struct {
 	// LinksDirectory is the directory of de-duplication links of the store, STORE/.links. Files of
-	// at least 8192 bytes are shared through it; it is created when the first comes, and where nodes
-	// name files that have their contents already, they become links to those. Empty turns
+	// at least 8192 bytes are shared through it; it is created when the first comes, and where
+	// nodes name files that have their contents already, they become links to those. Empty turns
 	// de-duplication off. It must be on the file system of the destination.
 	LinksDirectory string
 	// Damaged, if not nil, is called with the name of each file in LinksDirectory that had other
@@ -251,7 +251,8 @@ func (r *restorer) node(n nar.Node) error {
 	return nil
 }
 
-// directory makes a directory, which errors call something else if it is the root, and goes into it.
+// directory makes a directory, which errors call something else if it is the root, and goes into
+// it.
 func (r *restorer) directory(parent *directory, name, shown string) error {
 	if len(r.descriptors) >= leaveFrom {
 		r.leave(r.open[1:max(1, len(r.open)-keptDescriptors)])
