@@ -12,6 +12,8 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -59,7 +61,7 @@ func TestRest(t *testing.T) {
 // any case.
 func TestBusyServers(t *testing.T) {
 	for _, most := range []int64{1, 2, 4} {
-		for _, status := range []int{http.StatusServiceUnavailable, http.StatusTooManyRequests, http.StatusBadGateway} {
+		for _, status := range []int{503, 429, 502, 500, 504, 408, 425} {
 			t.Run(fmt.Sprint(most, " at a time, ", status), func(t *testing.T) {
 				t.Parallel()
 				var now, count, refused atomic.Int64
@@ -94,6 +96,69 @@ func TestBusyServers(t *testing.T) {
 				t.Errorf("%v, error %v", answers, err)
 			}
 		})
+	}
+}
+
+// TestBadItems asks a server that fails at some items.
+func TestBadItems(t *testing.T) {
+	t.Parallel()
+	server := serving(t, func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasSuffix(r.URL.Path, "5.narinfo") {
+			w.WriteHeader(500)
+		} else {
+			serve(w, r)
+		}
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), 25*time.Second)
+	defer cancel()
+	answers, err := collect(ctx, client(t, mirror.Options{}), server.URL+"/base", hashes(100))
+	must(t, err)
+	for hash, a := range answers {
+		if want := a.Status == 500; strings.HasSuffix(hash, "5") != want {
+			t.Errorf("%s: status %d", hash, a.Status)
+		}
+	}
+}
+
+// TestUnordered asks servers that answer what is in a pipeline from its end, or about another item
+// each time.
+func TestUnordered(t *testing.T) {
+	for _, lying := range []bool{false, true} {
+		server := rawServer(t, func(n int, conn net.Conn, r *bufio.Reader) {
+			for {
+				var paths []string
+				for len(paths) == 0 || r.Buffered() > 0 {
+					request, err := http.ReadRequest(r)
+					if err != nil {
+						return
+					}
+					paths = append(paths, request.URL.Path)
+				}
+				for _, path := range slices.Backward(paths) {
+					hash := path[len("/base/") : len("/base/")+32]
+					body := "StorePath: /gnu/store/" + hash + "-x\n"
+					status := 200
+					switch i, _ := strconv.Atoi(hash); {
+					case lying:
+						body = strings.ReplaceAll(body, "0", "1")
+					case i%3 == 0:
+						status, body = 404, ""
+					}
+					fmt.Fprintf(conn, "HTTP/1.1 %d Yes\r\nContent-Length: %d\r\n\r\n%s", status, len(body), body)
+				}
+			}
+		})
+		answers, err := collect(t.Context(), client(t, mirror.Options{}), server, hashes(100))
+		must(t, err)
+		for i, hash := range hashes(100) {
+			a, want := answers[hash], 200
+			if !lying && i%3 == 0 {
+				want = 404
+			}
+			if a.Status != want || want == 200 && lying == strings.Contains(string(a.Body), hash) {
+				t.Errorf("%d: status %d, %q", i, a.Status, a.Body)
+			}
+		}
 	}
 }
 

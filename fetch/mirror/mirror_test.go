@@ -177,7 +177,7 @@ func TestAnswers(t *testing.T) {
 		case 2:
 			http.Redirect(w, r, strings.Replace(r.URL.Path, "2", "0", 1), http.StatusFound)
 		case 3:
-			w.WriteHeader(http.StatusInternalServerError)
+			w.WriteHeader(http.StatusForbidden)
 			w.Write(make([]byte, 100000))
 		case 4: // chunked
 			io.WriteString(w, "a")
@@ -206,7 +206,7 @@ func TestAnswers(t *testing.T) {
 		{200, 4, 77 * time.Second, false},
 		{404, -1, 12 * time.Second, true},
 		{200, 4, 77 * time.Second, false}, // redirected to the first
-		{500, -1, -1, false},
+		{403, -1, -1, false},
 		{200, 2, -1, false},
 		{200, -1, -1, false}, // too long
 		{200, mirror.MaxNarinfo, -1, false},

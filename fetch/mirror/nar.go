@@ -100,9 +100,11 @@ func (e *StatusError) Error() string {
 }
 
 // Temporary reports whether the same request may work later: the server is busy or has failed.
-func (e *StatusError) Temporary() bool {
-	return e.Code >= 500 && e.Code != http.StatusNotImplemented || e.Code == http.StatusRequestTimeout ||
-		e.Code == http.StatusTooEarly || e.Code == http.StatusTooManyRequests
+func (e *StatusError) Temporary() bool { return isTemporary(e.Code) }
+
+func isTemporary(code int) bool {
+	return code >= 500 && code != http.StatusNotImplemented || code == http.StatusRequestTimeout ||
+		code == http.StatusTooEarly || code == http.StatusTooManyRequests
 }
 
 // maxRedirects bounds the redirections of one request.

@@ -36,6 +36,13 @@ type Answer struct {
 	Baking bool
 }
 
+// isOfAnother reports whether an answer is the narinfo of another item than was asked for.
+func (a *Answer) isOfAnother() bool {
+	path, ok := bytes.CutPrefix(a.Body, []byte("StorePath: "))
+	line, _, _ := bytes.Cut(path, []byte("\n"))
+	return ok && !bytes.Contains(line, []byte("/"+a.Hash+"-"))
+}
+
 // MaxNarinfo is the length of the longest narinfo in bytes.
 const MaxNarinfo = 1 << 20
 
@@ -152,18 +159,25 @@ type question struct {
 
 	redirects int
 	breaks    int // connections that broke when it was the next to be answered
+	refusals  int // answers that the server is busy
 }
 
-// narinfo deals with a response: a busy server is asked again, a redirection followed, and all else
-// is an answer. It returns how long the server is to be left alone, 0 if it is not busy.
-func (p *peer) narinfo(q *question, header *http.Response, a Answer) time.Duration {
-	switch a.Status {
-	case http.StatusServiceUnavailable, http.StatusTooManyRequests,
-		http.StatusBadGateway: // a proxy before a server that is started anew
+// narinfo deals with a response: a server that is busy or fails is asked again, a redirection
+// followed, and all else is an answer. It returns how long the server is to be left alone, 0 if it
+// is not busy.
+func (x *exchange) narinfo(q *question, header *http.Response, a Answer) time.Duration {
+	p := x.p
+	if isTemporary(a.Status) {
 		wait := backoff.RetryAfter(header.Header.Get("Retry-After"), time.Now())
-		if row := p.busyRow(); row <= maxBusy && wait <= maxRetryAfter {
+		q.refusals++
+		if row := p.busyRow(); row <= maxBusy && q.refusals <= maxRefusals && wait <= maxRetryAfter {
 			return max(wait, busyDelay<<row)
 		}
+	}
+	switch a.Status {
+	case http.StatusOK:
+		q.call.resolve(a, nil)
+		return 0
 	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther,
 		http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
 		to, err := q.location.redirected(header.Header.Get("Location"))
@@ -173,13 +187,15 @@ func (p *peer) narinfo(q *question, header *http.Response, a Answer) time.Durati
 			return 0
 		}
 	}
-	q.call.resolve(a, nil)
+	x.held = append(x.held, held{q, a})
 	return 0
 }
 
 const (
-	// maxBusy is how often in a row a server may say that it is busy.
-	maxBusy = 5
+	// maxBusy is how often in a row a server may say that it is busy, and maxRefusals how often it
+	// may say so about one item.
+	maxBusy     = 5
+	maxRefusals = 20
 	// busyDelay is the least time until a busy server is asked again; it doubles with each time.
 	busyDelay = 50 * time.Millisecond
 	// maxRetryAfter is the longest time for which a server is waited for because it wants that;

@@ -63,6 +63,7 @@ type pipelines struct {
 	failures  int       // connections without a response since the last one
 	good      bool      // there has been a response
 	broken    int       // pipelines that it has broken off soon, since one that it has not
+	unordered bool      // it has answered one in the wrong order, and gets no more
 
 	// How fast the workers are: responses since a time, and per second when they were fewer.
 	since      time.Time
@@ -167,7 +168,44 @@ func (p *peer) use(conn *connection) (again bool) {
 		p.mu.Unlock()
 		conn.close()
 	}()
-	return x.run()
+	again = x.run()
+	resolveHeld(x.held)
+	return again
+}
+
+// release gives the answers that are older than all that is under way.
+func (x *exchange) release() {
+	x.p.mu.Lock()
+	n := max(0, len(x.held)-len(x.unanswered))
+	x.p.mu.Unlock()
+	resolveHeld(x.held[:n])
+	x.held = x.held[n:]
+}
+
+func resolveHeld(all []held) {
+	for _, h := range all {
+		h.q.call.resolve(h.a, nil)
+	}
+}
+
+// unordered deals with a narinfo that was not asked for: perhaps a proxy answers in another order
+// than it was asked. Then nothing in the pipeline can be told apart but narinfos, and all else is
+// requested again, without pipelines. It reports whether that is so.
+func (x *exchange) unordered(q *question) bool {
+	p := x.p
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !x.piped {
+		return false
+	}
+	p.unordered = true
+	x.giveBack()
+	p.putBack([]*question{q})
+	for _, h := range x.held {
+		p.putBack([]*question{h.q})
+	}
+	x.held = nil
+	return true
 }
 
 // dropVain closes the connections on which nothing is under way that anybody waits for.
@@ -267,6 +305,14 @@ type exchange struct {
 	first      time.Time // and when the first response came
 	answered   int       // and how many have come
 	vain       bool      // it was closed because nobody waits for what is under way
+	piped      bool      // there have been several requests under way
+	held       []held    // what may belong to another request that was under way
+}
+
+// held is an answer that is not given yet.
+type held struct {
+	q *question
+	a Answer
 }
 
 // run requests narinfos. It reports whether the worker makes another connection if need be; if not,
@@ -293,11 +339,15 @@ func (x *exchange) run() (again bool) {
 		}
 		q := x.responded()
 		a.Hash = q.hash
-		if wait := x.p.narinfo(q, response, a); wait > 0 {
+		if a.isOfAnother() && x.unordered(q) {
+			return true
+		}
+		if wait := x.narinfo(q, response, a); wait > 0 {
 			x.busy(q, wait)
 		} else if a.Status == http.StatusOK || a.Status == http.StatusNotFound {
 			x.p.notBusy()
 		}
+		x.release()
 		if response.Close {
 			x.p.mu.Lock()
 			x.giveBack()
@@ -312,7 +362,7 @@ func (x *exchange) run() (again bool) {
 func (x *exchange) more() {
 	p := x.p
 	window := x.window
-	if p.broken >= maxBroken {
+	if p.broken >= maxBroken || p.unordered {
 		window = 1
 	}
 	if len(x.unanswered) > window/2 || x.conn.sending() || p.workers > p.most || time.Now().Before(p.busyUntil) {
@@ -335,6 +385,7 @@ func (x *exchange) more() {
 		x.sent = time.Now()
 	}
 	x.unanswered = append(slices.Clip(x.unanswered), questions...)
+	x.piped = x.piped || len(x.unanswered) > 1
 	x.conn.send(requests, p.c.o.NarinfoTimeout)
 }
 
@@ -445,13 +496,13 @@ func (p *peer) grow(now time.Time) {
 	p.spawn(2 * p.workers)
 }
 
-// busy puts a question back that a busy server has not answered, and leaves the server alone for a
-// while, with fewer connections.
+// busy puts a question behind the others that a busy server has not answered, and leaves the server
+// alone for a while, with fewer connections.
 func (x *exchange) busy(q *question, wait time.Duration) {
 	p := x.p
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.putBack([]*question{q})
+	p.queues[q.urgency] = append(p.queues[q.urgency], q)
 	if until := time.Now().Add(wait); until.After(p.busyUntil) {
 		p.busyUntil = until
 	}
