@@ -5,6 +5,7 @@ package publish
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -51,6 +52,7 @@ type Annotator struct {
 	o        AnnotatorOptions
 	upstream *url.URL
 	client   *http.Client
+	via      string         // names it in requests, so that it knows those that come back to it
 	nars     *mirror.Client // nil if they are not encoded
 }
 
@@ -75,7 +77,10 @@ func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 	transport.MaxIdleConnsPerHost = upstreamConnections
 	transport.ResponseHeaderTimeout = upstreamTimeout
 	transport.MaxResponseHeaderBytes = maxUpstreamHeader
-	a := &Annotator{o: o, upstream: u, client: &http.Client{Transport: transport, Timeout: upstreamTimeout}}
+	a := &Annotator{
+		o: o, upstream: u, via: "1.1 annotate-" + rand.Text(),
+		client: &http.Client{Transport: transport, Timeout: upstreamTimeout},
+	}
 	if o.Capabilities != nil && o.Nars {
 		a.nars = mirror.NewClient(mirror.Options{Getenv: os.Getenv})
 		o.Capabilities.upstreamNar = a.encodeNar
@@ -97,7 +102,13 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.Redirect(w, r, there.String(), http.StatusFound)
 		return
 	}
-	response, text, err := a.get(r.Context(), there.String())
+	via := strings.Join(r.Header.Values("Via"), ", ")
+	if strings.Contains(via, a.via) {
+		a.o.Log("requests to %s come back to this server", a.upstream.Host)
+		http.Error(w, "requests to "+a.upstream.Host+" come back here", http.StatusLoopDetected)
+		return
+	}
+	response, text, err := a.get(r.Context(), there.String(), via)
 	if err != nil {
 		a.o.Log("%v", err)
 		http.Error(w, "no good answer from "+a.upstream.Host, http.StatusBadGateway)
@@ -122,11 +133,13 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // get gets what is no longer than a narinfo from the other server. That may have it elsewhere; but
 // it is a narinfo then, or else clients could have it show them what only this machine can reach.
-func (a *Annotator) get(ctx context.Context, url string) (response *http.Response, text []byte, err error) {
+// Via is the field of the request that it is for (RFC 9110, section 7.6.3).
+func (a *Annotator) get(ctx context.Context, url, via string) (response *http.Response, text []byte, err error) {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return nil, nil, err
 	}
+	request.Header.Set("Via", strings.TrimPrefix(via+", "+a.via, ", "))
 	if response, err = a.client.Do(request); err != nil {
 		return nil, nil, err
 	}
@@ -153,7 +166,7 @@ func (a *Annotator) get(ctx context.Context, url string) (response *http.Respons
 // what helpers seed are the same blocks.
 func (a *Annotator) encodeNar(ctx context.Context, path string, narHash [sha256.Size]byte, sink eris.Sink) (*knownNar, error) {
 	k := &knownNar{Form: upstreamForm}
-	_, text, err := a.get(ctx, a.upstream.JoinPath(hashPartOf(path)+".narinfo").String())
+	_, text, err := a.get(ctx, a.upstream.JoinPath(hashPartOf(path)+".narinfo").String(), "")
 	if err != nil {
 		return nil, err
 	}

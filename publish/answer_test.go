@@ -278,7 +278,15 @@ func TestUnpublishable(t *testing.T) {
 		text += "\n"
 	}
 	items := manifest(t, text)
-	h := server(t, publish.ServerOptions{Root: directory, Items: items, Capabilities: newCapabilities(t, nil), WaitFor: 1 << 20})
+	var pipe atomic.Int64 // how often it is told
+	h := server(t, publish.ServerOptions{
+		Root: directory, Items: items, Capabilities: newCapabilities(t, nil), WaitFor: 1 << 20,
+		Log: func(format string, a ...any) {
+			if strings.Contains(fmt.Sprintf(format, a...), "/pipe") {
+				pipe.Add(1)
+			}
+		},
+	})
 	for path, want := range map[string]int{
 		"/00000000000000000000000000000001.narinfo": 200,
 		"/nar/zstd/" + name(1):                      200,
@@ -288,6 +296,9 @@ func TestUnpublishable(t *testing.T) {
 		"/00000000000000000000000000000003.narinfo": 404,
 	} {
 		wantStatus(t, h.URL+path, want)
+	}
+	if n := pipe.Load(); n != 1 {
+		t.Errorf("that one cannot be published is logged %d times", n)
 	}
 	var want bytes.Buffer
 	nar.Write(&want, nar.NewTree(deep))

@@ -113,7 +113,10 @@ func get(t *testing.T, url string) (status int, header http.Header, body string)
 // server starts a server.
 func server(t *testing.T, o publish.ServerOptions) *httptest.Server {
 	t.Helper()
-	o.StoreDir, o.Log = "/gnu/store", logger(t)
+	o.StoreDir = "/gnu/store"
+	if o.Log == nil {
+		o.Log = logger(t)
+	}
 	s, err := publish.NewServer(o)
 	must(t, err)
 	h := httptest.NewServer(s)
@@ -459,6 +462,18 @@ func TestAnnotatorUpstream(t *testing.T) {
 		}
 		l.Close()
 	}
+}
+
+// TestAnnotatorLoop has two annotators ask each other.
+func TestAnnotatorLoop(t *testing.T) {
+	second := httptest.NewUnstartedServer(nil)
+	defer second.Close()
+	first := annotator(t, publish.AnnotatorOptions{Upstream: "http://" + second.Listener.Addr().String()})
+	a, err := publish.NewAnnotator(publish.AnnotatorOptions{Upstream: first, Log: logger(t)})
+	must(t, err)
+	second.Config.Handler = a
+	second.Start()
+	wantStatus(t, first+"/0000000000000000000000000000000a.narinfo", http.StatusLoopDetected)
 }
 
 // TestAnnotatorPassesOn checks what an annotator makes of answers that are no narinfos of items

@@ -97,6 +97,7 @@ type archive struct {
 	hashed bool // its digest and size are known; else only that it can be made
 	digest [sha256.Size]byte
 	size   uint64
+	failed string // why it could not be made the last time
 }
 
 const (
@@ -333,23 +334,31 @@ func (s *Server) walk(path string, info os.FileInfo, hash bool) (archive, error)
 		s.walkers <- struct{}{}
 		defer func() { <-s.walkers }()
 		a, err := walk(path, hash)
+		a.file = info
 		if err != nil {
-			s.o.Log("%s cannot be published: %v", path, err)
+			a = archive{failed: err.Error()}
 			if !errors.As(err, new(*fs.PathError)) {
 				err = fmt.Errorf("%w: %w", ErrNoItem, err)
 			}
-			return a, err
 		}
-		a.file = info
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if len(s.archives) >= maxKept {
-			clear(s.archives)
+		if before := s.keep(path, a); err != nil && before.failed != a.failed {
+			s.o.Log("%s cannot be published: %s", path, a.failed)
 		}
-		s.archives[path] = a
-		return a, nil
+		return a, err
 	})
 	return v.(archive), err
+}
+
+// keep keeps what is known of an archive, and returns what was known before.
+func (s *Server) keep(path string, a archive) (before archive) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	before = s.archives[path]
+	if len(s.archives) >= maxKept {
+		clear(s.archives)
+	}
+	s.archives[path] = a
+	return before
 }
 
 func walk(path string, hash bool) (a archive, err error) {
