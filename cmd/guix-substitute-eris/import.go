@@ -71,8 +71,12 @@ func importBlocks(ctx context.Context, name, storeURL string) error {
 	}
 	var format *dump.FormatError
 	if errors.As(err, &format) && format.Err == io.ErrUnexpectedEOF {
-		return fmt.Errorf("%s: the dump is cut off at byte %d; %s before that, %s, are stored\nhint: import it again, from the beginning; what is stored stays",
-			name, format.Offset, page.Count(put.blocks, "block"), page.Size(put.bytes))
+		cut := fmt.Sprintf("cut off at byte %d", format.Length)
+		if format.Offset > format.Length {
+			cut = fmt.Sprintf("damaged or cut off: it has %d bytes, and says that something in it ends at byte %d", format.Length, format.Offset)
+		}
+		return fmt.Errorf("%s: the dump is %s; %s before that, %s, are stored\nhint: import it again, from the beginning; what is stored stays",
+			name, cut, page.Count(put.blocks, "block"), page.Size(put.bytes))
 	} else if format != nil && put.blocks == 0 {
 		return fmt.Errorf("%s is no dump of blocks\nhint: \"encode --store=dump:FILE PATH\" makes one", name)
 	} else if err != nil {

@@ -40,6 +40,9 @@ const (
 type FormatError struct {
 	Offset int64 // in bytes
 	Err    error // io.ErrUnexpectedEOF if the dump is cut off
+	// Length is that of a stream that is cut off, in bytes; less than Offset if something in it
+	// claims to be longer.
+	Length int64
 }
 
 // Error returns a text with the offset.
@@ -154,7 +157,7 @@ func (p *parser) peek(n int) ([]byte, error) {
 	return p.window[at : at+n], nil
 }
 
-func (p *parser) wrong(err error) error { return &FormatError{p.offset, err} }
+func (p *parser) wrong(err error) error { return &FormatError{Offset: p.offset, Err: err} }
 
 // cut returns the error for an input that ends too early, unless it failed otherwise.
 func (p *parser) cut(err error) error {

@@ -27,12 +27,17 @@ func Read(r io.Reader, block func(ref eris.Reference, block []byte) error) ([]er
 		l, err := p.next()
 		if err == io.EOF {
 			return p.capabilities, nil
-		} else if err != nil {
-			return p.capabilities, err
 		}
-		n, err := s.ReadAt(memory[:l.size], l.offset)
-		if n < l.size {
-			return p.capabilities, p.cut(err)
+		n := 0
+		if err == nil {
+			n, err = s.ReadAt(memory[:l.size], l.offset)
+			err = p.cut(err)
+		}
+		if format, ok := errors.AsType[*FormatError](err); ok {
+			format.Length = s.at + int64(s.r.Buffered())
+		}
+		if n < l.size || err != nil {
+			return p.capabilities, err
 		}
 		if err := block(l.ref, memory[:l.size]); err != nil {
 			return p.capabilities, err
