@@ -21,6 +21,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
@@ -64,6 +65,19 @@ func (m *memoryBlocks) String() string { return "memory:" }
 type knownSpeed struct {
 	speed substitute.Speed
 	noted []int64
+	rests
+}
+
+// rests remembers the rests of servers.
+type rests struct{ *sourcestate.State }
+
+func (r rests) Rest(url string) (time.Time, int) {
+	known := r.Get(url)
+	return known.Rest, known.Rests
+}
+
+func newKnownSpeed(speed substitute.Speed) *knownSpeed {
+	return &knownSpeed{speed: speed, rests: rests{sourcestate.Open("")}}
 }
 
 func (k *knownSpeed) Speed(string) substitute.Speed { return k.speed }
@@ -139,7 +153,7 @@ func TestChoice(t *testing.T) {
 			}))
 			defer server.Close()
 			blocks := newMemoryBlocks(t, all, v.pace)
-			speeds := &knownSpeed{speed: v.server}
+			speeds := newKnownSpeed(v.server)
 			s, log := withLog(t, key, server.URL)
 			s.Blocks, s.Policy, s.Verbose, s.Speeds = blocks, v.policy, true, speeds
 			s.StoreSpeed = func() substitute.Speed { return v.store }

@@ -364,7 +364,7 @@ func TestDelta(t *testing.T) {
 			}
 			s, log := withLog(t, key, server.url)
 			s.StoreDir, s.Policy, s.UnsignedCapabilities = store, test.policy, test.unsigned
-			s.Blocks, s.Speeds = newMemoryBlocks(t, blocks, 0), &knownSpeed{speed: substitute.Speed{Rate: 1e5, Known: true}}
+			s.Blocks, s.Speeds = newMemoryBlocks(t, blocks, 0), newKnownSpeed(substitute.Speed{Rate: 1e5, Known: true})
 			begin := time.Now()
 			outcome := s.Substitute(t.Context(), want.StorePath, want.StorePath)
 			if took := time.Since(begin); took > 15*time.Second {

@@ -144,9 +144,12 @@ func New(c Config) *Substituter {
 			seen[url] = true
 			base, _, _ := strings.Cut(url, "?") // as narinfos are requested
 			s.servers = append(s.servers, &server{
-				vain: backoff.Backoff{Min: 10 * time.Second, Max: time.Minute},
-				url:  url, base: base, name: mirror.WithoutUser(url), index: len(s.servers),
+				vain: backoff.Backoff{Min: 10 * time.Second, Max: 5 * time.Minute},
+				url:  url, base: base, name: mirror.WithoutUser(url), index: len(s.servers), speeds: c.Speeds,
 			})
+			if c.Speeds != nil {
+				s.servers[len(s.servers)-1].vain.Resume(c.Speeds.Rest(url))
+			}
 		}
 	}
 	return s
@@ -182,19 +185,26 @@ type server struct {
 	// sluggish tells that the last lookup ended without all of its answers.
 	sluggish atomic.Bool
 	answered atomic.Bool // at least once
+	speeds   Speeds      // as in Config
 
 	mu   sync.Mutex
 	vain backoff.Backoff // its nars have failed or come too slowly
 }
 
-// ended notes whether a nar of the server was of use.
+// ended notes whether a nar of the server was of use, also for the next process: there may be one
+// for each item.
 func (s *server) ended(ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	before := s.vain.Failures()
+	now := time.Now()
 	if ok {
 		s.vain.Succeed()
 	} else {
-		s.vain.Fail(time.Now(), 0)
+		s.vain.Fail(now, 0)
+	}
+	if failures := s.vain.Failures(); failures != before && s.speeds != nil {
+		s.speeds.Rests(s.url, now.Add(s.vain.Rest(now)), failures)
 	}
 }
 

@@ -152,6 +152,10 @@ type Speeds interface {
 	// Measured notes that a server has sent so many bytes while they were waited for so long, and
 	// that its first byte came after the latency.
 	Measured(url string, bytes int64, waited, latency time.Duration)
+	// Rests notes until when nars of the server with a substitute URL are the last to be tried, and
+	// for the how many-th time in a row; Rest returns that.
+	Rests(url string, until time.Time, times int)
+	Rest(url string) (until time.Time, times int)
 }
 
 // nearRate is how fast files of this machine come, in bytes per second.

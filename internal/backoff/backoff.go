@@ -51,6 +51,14 @@ func (b *Backoff) Fail(now time.Time, retryAfter time.Duration) time.Duration {
 // Succeed ends the rest, and the row of failures.
 func (b *Backoff) Succeed() { b.failures, b.until = 0, time.Time{} }
 
+// Resume goes on with a rest that another process has begun, after so many failures; those before
+// one that ended longer ago than the longest rest do not count.
+func (b *Backoff) Resume(until time.Time, failures int) {
+	if time.Since(until) < b.Max {
+		b.failures, b.until = failures, until
+	}
+}
+
 // Rest returns how long the rest still is; 0 if it is over.
 func (b *Backoff) Rest(now time.Time) time.Duration { return max(0, b.until.Sub(now)) }
 

@@ -292,6 +292,17 @@ func (s serverSpeeds) Measured(address string, bytes int64, waited, latency time
 	s.state.Measured(serverOf(address), bytes, max(waited, time.Millisecond), latency)
 }
 
+// Rests implements [substitute.Speeds]. Blocks may come from the same URL.
+func (s serverSpeeds) Rests(address string, until time.Time, times int) {
+	s.state.Rests("nars of "+address, until, times)
+}
+
+// Rest implements [substitute.Speeds].
+func (s serverSpeeds) Rest(address string) (until time.Time, times int) {
+	r := s.state.Get("nars of " + address)
+	return r.Rest, r.Rests
+}
+
 func serverOf(address string) string {
 	u, err := url.Parse(address)
 	if err != nil {
