@@ -301,6 +301,7 @@ func TestSlowFirst(t *testing.T) {
 	}{
 		"slow":                       {[]http.HandlerFunc{f.handler(plain, slow), good}, 6 * time.Second, substitute.Success},
 		"silent":                     {[]http.HandlerFunc{f.handler(plain, silent), good}, 6 * time.Second, substitute.Success},
+		"silent, with two URLs":      {[]http.HandlerFunc{f.handler(two, silent), good}, 6 * time.Second, substitute.Success},
 		"stalls":                     {[]http.HandlerFunc{f.handler(plain, stalls), good}, 11 * time.Second, substitute.Success},
 		"does not end":               {[]http.HandlerFunc{f.handler(plain, endless), good}, 11 * time.Second, substitute.Success},
 		"the good one is back later": {[]http.HandlerFunc{f.handler(plain, silent), back}, 16 * time.Second, substitute.Success},

@@ -237,7 +237,10 @@ func (j *job) wantsBlocks() bool {
 // tryAll tries the ways in the list, then those of further servers, and at last some once more.
 func (j *job) tryAll(ctx context.Context) (Outcome, bool) {
 	for ctx.Err() == nil {
-		if len(j.ways) == 0 && !j.moreRecords(ctx) {
+		// The other ways of a server that is of no use now are the last, also after those of
+		// others.
+		j.sort()
+		if (len(j.ways) == 0 || j.ways[0].isLast()) && !j.moreRecords(ctx) && len(j.ways) == 0 {
 			// Nars that have been silent only if there was not much of that.
 			j.ways = slices.DeleteFunc(j.later, func(c *candidate) bool {
 				c.patient = true

@@ -90,6 +90,11 @@ func (j *job) list(ctx context.Context, records []record) {
 		c.expectation = c.expect(ctx)
 		j.ways[before+i] = c
 	}
+	j.sort()
+}
+
+// sort sorts the ways by their ranks, which change with what servers do.
+func (j *job) sort() {
 	slices.SortStableFunc(j.ways, func(a, b *candidate) int { return cmp.Compare(j.rank(a), j.rank(b)) })
 }
 

@@ -312,6 +312,15 @@ func TestUnwillingServers(t *testing.T) {
 				}
 			}
 		},
+		"cuts the first answers": func(n int, conn net.Conn, r *bufio.Reader) {
+			if n < 3 {
+				r.Peek(1)
+				io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nnot all")
+				return
+			}
+			for reply(conn, r) {
+			}
+		},
 		"cuts an answer now and then": func(n int, conn net.Conn, r *bufio.Reader) {
 			for i := 0; reply(conn, r); i++ {
 				if i == 5 && n < 5 {

@@ -102,6 +102,12 @@ func (e *StatusError) Error() string {
 // Temporary reports whether the same request may work later: the server is busy or has failed.
 func (e *StatusError) Temporary() bool { return isTemporary(e.Code) }
 
+// isOverload reports whether a status says that the server is busy or away, whatever is asked of
+// it.
+func isOverload(code int) bool {
+	return code >= http.StatusBadGateway && code <= http.StatusGatewayTimeout || code == http.StatusTooManyRequests
+}
+
 func isTemporary(code int) bool {
 	return code >= 500 && code != http.StatusNotImplemented || code == http.StatusRequestTimeout ||
 		code == http.StatusTooEarly || code == http.StatusTooManyRequests

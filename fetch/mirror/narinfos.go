@@ -158,8 +158,7 @@ type question struct {
 	urgency  urgency
 
 	redirects int
-	breaks    int // connections that broke when it was the next to be answered
-	refusals  int // answers that the server is busy
+	breaks    int // how often the connection broke when it was the next to be answered, or the server failed
 }
 
 // narinfo deals with a response: a server that is busy or fails is asked again, a redirection
@@ -169,8 +168,10 @@ func (x *exchange) narinfo(q *question, header *http.Response, a Answer) time.Du
 	p := x.p
 	if isTemporary(a.Status) {
 		wait := backoff.RetryAfter(header.Header.Get("Retry-After"), time.Now())
-		q.refusals++
-		if row := p.busyRow(); row <= maxBusy && q.refusals <= maxRefusals && wait <= maxRetryAfter {
+		if !isOverload(a.Status) {
+			q.breaks++ // perhaps the server fails at this item
+		}
+		if row := p.busyRow(); row <= maxBusy && q.breaks < maxFailures && wait <= maxRetryAfter {
 			return max(wait, busyDelay<<row)
 		}
 	}
@@ -192,10 +193,8 @@ func (x *exchange) narinfo(q *question, header *http.Response, a Answer) time.Du
 }
 
 const (
-	// maxBusy is how often in a row a server may say that it is busy, and maxRefusals how often it
-	// may say so about one item.
-	maxBusy     = 5
-	maxRefusals = 20
+	// maxBusy is how often in a row a server may say that it is busy.
+	maxBusy = 5
 	// busyDelay is the least time until a busy server is asked again; it doubles with each time.
 	busyDelay = 50 * time.Millisecond
 	// maxRetryAfter is the longest time for which a server is waited for because it wants that;

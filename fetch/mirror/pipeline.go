@@ -332,7 +332,9 @@ func (x *exchange) run() (again bool) {
 		response, err := x.conn.response(x.timeout())
 		var a Answer
 		if err == nil {
-			a, err = readAnswer(response)
+			if a, err = readAnswer(response); err != nil {
+				x.cut(err)
+			}
 		}
 		if err != nil {
 			return x.broke(err)
@@ -496,18 +498,35 @@ func (p *peer) grow(now time.Time) {
 	p.spawn(2 * p.workers)
 }
 
-// busy puts a question behind the others that a busy server has not answered, and leaves the server
-// alone for a while, with fewer connections.
+// busy puts a question back that a busy server has not answered, and leaves the server alone for a
+// while, with fewer connections.
 func (x *exchange) busy(q *question, wait time.Duration) {
 	p := x.p
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.queues[q.urgency] = append(p.queues[q.urgency], q)
+	p.putBack([]*question{q})
+	p.pause(wait)
+	p.most = max(1, p.workers-1)
+	x.window = 1
+}
+
+// pause lets nothing be requested for a while. The caller holds the lock.
+func (p *peer) pause(wait time.Duration) {
 	if until := time.Now().Add(wait); until.After(p.busyUntil) {
 		p.busyUntil = until
 	}
-	p.most = max(1, p.workers-1)
-	x.window = 1
+}
+
+// cut deals with a response that has begun and broken off: the server is there, but busy perhaps.
+func (x *exchange) cut(err error) {
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return
+	}
+	p, row := x.p, x.p.busyRow()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.good = row <= maxBusy
+	p.pause(busyDelay << min(row, maxBusy))
 }
 
 // busyRow notes that the server is busy, and returns how often it has been in a row; responses to
