@@ -57,6 +57,11 @@ func accept(w http.ResponseWriter, r *http.Request, stall time.Duration) http.Re
 		http.NotFound(w, r)
 		return nil
 	}
+	// Guix appends "/HASH.narinfo" to URLs that end in a slash, and follows no redirection.
+	r.URL.Path = "/" + strings.TrimLeft(r.URL.Path, "/")
+	if r.URL.RawPath != "" {
+		r.URL.RawPath = "/" + strings.TrimLeft(r.URL.RawPath, "/")
+	}
 	// Each of several ranges could take as long as the whole.
 	if r.Method == http.MethodHead || !oneRange().MatchString(r.Header.Get("Range")) {
 		r.Header.Del("Range")

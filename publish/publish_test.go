@@ -135,6 +135,12 @@ func TestNarinfo(t *testing.T) {
 	if status != 200 || header.Get("Cache-Control") != "max-age=3600" || header.Get("Content-Type") != "application/x-nix-narinfo" {
 		t.Errorf("status %d, header %v", status, header)
 	}
+	// As it is asked for below a URL that ends in a slash, by clients that follow no redirection.
+	request, err := http.NewRequest("GET", h.URL+"//00000000000000000000000000000001.narinfo", nil)
+	must(t, err)
+	if r, err := http.DefaultTransport.RoundTrip(request); err != nil || r.StatusCode != 200 {
+		t.Errorf("below a slash: %v, error %v", r, err)
+	}
 	above, below, _ := strings.Cut(text, "Signature: ")
 	wantAbove := "StorePath: /gnu/store/00000000000000000000000000000001-file+plus\n" +
 		"NarHash: sha256:04zwf782yjwnh3q6hz5izfd6jyip8kgw6g6yj43fiqhbyhdd0dqw\nNarSize: 120\n" +
