@@ -108,6 +108,10 @@ func isOverload(code int) bool {
 	return code >= http.StatusBadGateway && code <= http.StatusGatewayTimeout || code == http.StatusTooManyRequests
 }
 
+func isRedirection(code int) bool {
+	return code > 300 && code <= 303 || code == http.StatusTemporaryRedirect || code == http.StatusPermanentRedirect
+}
+
 func isTemporary(code int) bool {
 	return code >= 500 && code != http.StatusNotImplemented || code == http.StatusRequestTimeout ||
 		code == http.StatusTooEarly || code == http.StatusTooManyRequests
@@ -172,14 +176,13 @@ func (c *Client) openNar(ctx context.Context, l *location, fields http.Header) (
 	if n.Decoded {
 		n.Size, n.total = -1, -1
 	}
-	switch response.StatusCode {
-	case http.StatusOK:
+	if response.StatusCode == http.StatusOK {
 		if !n.Decoded {
 			n.validator = validator(response.Header)
 		}
 		return n, "", nil
-	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther,
-		http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
+	}
+	if isRedirection(response.StatusCode) {
 		elsewhere = response.Header.Get("Location")
 	}
 	n.Drain(io.Discard)

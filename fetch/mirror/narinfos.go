@@ -161,42 +161,41 @@ type question struct {
 	breaks    int // how often the connection broke when it was the next to be answered, or the server failed
 }
 
-// narinfo deals with a response: a server that is busy or fails is asked again, a redirection
-// followed, and all else is an answer. It returns how long the server is to be left alone, 0 if it
-// is not busy.
-func (x *exchange) narinfo(q *question, header *http.Response, a Answer) time.Duration {
+// narinfo deals with a response: a redirection is followed, and all else is an answer, unless the
+// server is busy or fails, and is to be asked again.
+func (x *exchange) narinfo(q *question, header *http.Response, a Answer) (again bool) {
 	p := x.p
-	if isTemporary(a.Status) {
-		wait := backoff.RetryAfter(header.Header.Get("Retry-After"), time.Now())
+	switch {
+	case isTemporary(a.Status):
 		if !isOverload(a.Status) {
 			q.breaks++ // perhaps the server fails at this item
 		}
-		if row := p.busyRow(); row <= maxBusy && q.breaks < maxFailures && wait <= maxRetryAfter {
-			return max(wait, busyDelay<<row)
+		if q.breaks < maxFailures && p.refused(backoff.RetryAfter(header.Header.Get("Retry-After"), time.Now())) {
+			return true
 		}
-	}
-	switch a.Status {
-	case http.StatusOK:
-		q.call.resolve(a, nil)
-		return 0
-	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther,
-		http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
+	case a.Status == http.StatusOK, a.Status == http.StatusNotFound:
+		p.works()
+	case isRedirection(a.Status):
 		to, err := q.location.redirected(header.Header.Get("Location"))
 		if q.redirects++; err == nil && q.redirects <= maxRedirects && p.c.hasRoom(to) {
 			q.location = to
 			p.c.peer(to).add([]*question{q})
-			return 0
+			return false
 		}
 	}
-	x.held = append(x.held, held{q, a})
-	return 0
+	if a.Status == http.StatusOK {
+		q.call.resolve(a, nil)
+	} else {
+		x.held = append(x.held, held{q, a})
+	}
+	return false
 }
 
 const (
 	// maxBusy is how often in a row a server may say that it is busy.
 	maxBusy = 5
-	// busyDelay is the least time until a busy server is asked again; it doubles with each time.
-	busyDelay = 50 * time.Millisecond
+	// busyDelay is about the time until a busy server is asked again; it doubles with each time.
+	busyDelay = 100 * time.Millisecond
 	// maxRetryAfter is the longest time for which a server is waited for because it wants that;
 	// with one that wants more, for maintenance perhaps, all who ask would wait in vain.
 	maxRetryAfter = 30 * time.Second

@@ -5,10 +5,11 @@ package mirror
 import (
 	"errors"
 	"fmt"
-	"net/http"
 	"os"
 	"slices"
 	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
 )
 
 const (
@@ -58,12 +59,11 @@ type pipelines struct {
 	wake    chan struct{} // has room for one: there are questions for a worker that is idle
 	leave   chan struct{} // workers that are idle leave when they read from it
 
-	busyUntil time.Time // nothing is requested before
-	busyTimes int       // that it was busy since the last response that it was not
-	failures  int       // connections without a response since the last one
-	good      bool      // there has been a response
-	broken    int       // pipelines that it has broken off soon, since one that it has not
-	unordered bool      // it has answered one in the wrong order, and gets no more
+	busy      backoff.Backoff // nothing is requested while it rests
+	failures  int             // connections without a response since the last one
+	good      bool            // there has been a response
+	broken    int             // pipelines that it has broken off soon, since one that it has not
+	unordered bool            // it has answered one in the wrong order, and gets no more
 
 	// How fast the workers are: responses since a time, and per second when they were fewer.
 	since      time.Time
@@ -75,7 +75,10 @@ type pipelines struct {
 }
 
 func newPipelines(limit int) pipelines {
-	return pipelines{limit: limit, most: limit, open: map[*exchange]bool{}, wake: make(chan struct{}, 1), leave: make(chan struct{})}
+	return pipelines{
+		limit: limit, most: limit, open: map[*exchange]bool{}, wake: make(chan struct{}, 1), leave: make(chan struct{}),
+		busy: backoff.Backoff{Min: busyDelay, Max: maxRetryAfter},
+	}
 }
 
 // add puts questions into the queue, unless the server rests.
@@ -332,8 +335,8 @@ func (x *exchange) run() (again bool) {
 		response, err := x.conn.response(x.timeout())
 		var a Answer
 		if err == nil {
-			if a, err = readAnswer(response); err != nil {
-				x.cut(err)
+			if a, err = readAnswer(response); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+				x.cut()
 			}
 		}
 		if err != nil {
@@ -344,10 +347,8 @@ func (x *exchange) run() (again bool) {
 		if a.isOfAnother() && x.unordered(q) {
 			return true
 		}
-		if wait := x.narinfo(q, response, a); wait > 0 {
-			x.busy(q, wait)
-		} else if a.Status == http.StatusOK || a.Status == http.StatusNotFound {
-			x.p.notBusy()
+		if x.narinfo(q, response, a) {
+			x.again(q)
 		}
 		x.release()
 		if response.Close {
@@ -367,7 +368,7 @@ func (x *exchange) more() {
 	if p.broken >= maxBroken || p.unordered {
 		window = 1
 	}
-	if len(x.unanswered) > window/2 || x.conn.sending() || p.workers > p.most || time.Now().Before(p.busyUntil) {
+	if len(x.unanswered) > window/2 || x.conn.sending() || p.workers > p.most || p.busy.Rest(time.Now()) > 0 {
 		return
 	}
 	questions := p.take(window - len(x.unanswered))
@@ -403,7 +404,7 @@ func (x *exchange) giveBack() {
 func (x *exchange) await() (again, open bool) {
 	p := x.p
 	p.mu.Lock()
-	pause := time.Until(p.busyUntil)
+	pause := p.busy.Rest(time.Now())
 	queued := p.queued() > 0
 	surplus := p.workers > p.most
 	if surplus {
@@ -426,7 +427,7 @@ func (x *exchange) await() (again, open bool) {
 		return true, false
 	case <-p.c.ctx.Done():
 		return true, false
-	case <-time.After(max(0, pause)):
+	case <-time.After(pause):
 		if !queued {
 			return true, false
 		}
@@ -498,52 +499,44 @@ func (p *peer) grow(now time.Time) {
 	p.spawn(2 * p.workers)
 }
 
-// busy puts a question back that a busy server has not answered, and leaves the server alone for a
-// while, with fewer connections.
-func (x *exchange) busy(q *question, wait time.Duration) {
+// again puts a question back that a busy server has not answered, which gets fewer connections.
+func (x *exchange) again(q *question) {
 	p := x.p
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.putBack([]*question{q})
-	p.pause(wait)
 	p.most = max(1, p.workers-1)
 	x.window = 1
 }
 
-// pause lets nothing be requested for a while. The caller holds the lock.
-func (p *peer) pause(wait time.Duration) {
-	if until := time.Now().Add(wait); until.After(p.busyUntil) {
-		p.busyUntil = until
+// refused lets nothing be requested of a busy server for a while. It reports whether it is to be
+// asked again at all.
+func (p *peer) refused(retryAfter time.Duration) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	if retryAfter > maxRetryAfter || p.busy.Failures() >= maxBusy && p.busy.Rest(now) == 0 {
+		return false
+	}
+	p.busy.Fail(now, retryAfter)
+	return true
+}
+
+// works notes that the server is not busy. Answers to what was requested before it was say nothing.
+func (p *peer) works() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.busy.Rest(time.Now()) == 0 {
+		p.busy.Succeed()
 	}
 }
 
 // cut deals with a response that has begun and broken off: the server is there, but busy perhaps.
-func (x *exchange) cut(err error) {
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return
-	}
-	p, row := x.p, x.p.busyRow()
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.good = row <= maxBusy
-	p.pause(busyDelay << min(row, maxBusy))
-}
-
-// busyRow notes that the server is busy, and returns how often it has been in a row; responses to
-// what was requested at the same time count once.
-func (p *peer) busyRow() int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if !time.Now().Before(p.busyUntil) || p.busyTimes == 0 {
-		p.busyTimes++
-	}
-	return p.busyTimes
-}
-
-func (p *peer) notBusy() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.busyTimes = 0
+func (x *exchange) cut() {
+	again := x.p.refused(0)
+	x.p.mu.Lock()
+	defer x.p.mu.Unlock()
+	x.p.good = again
 }
 
 // pipelined notes how many responses have come on a connection, and whether it broke while there

@@ -9,6 +9,7 @@ import (
 	"hash/maphash"
 	"io"
 	"net/http"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -154,24 +155,17 @@ func (n *Nar) continues(response *http.Response) error {
 // contentRange parses a field Content-Range of bytes (RFC 9110, section 14.4). total is negative if
 // it is not known.
 func contentRange(field string) (first, last, total int64, ok bool) {
-	unit, value, _ := strings.Cut(field, " ")
-	span, of, found := strings.Cut(value, "/")
-	from, to, found2 := strings.Cut(span, "-")
-	if !strings.EqualFold(unit, "bytes") || !found || !found2 {
+	m := regexp.MustCompile(`(?i)^bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)$`).FindStringSubmatch(field)
+	if m == nil {
 		return 0, 0, 0, false
 	}
-	number := func(s string) int64 {
-		n, err := strconv.ParseUint(s, 10, 63)
-		ok = ok && err == nil
-		return int64(n)
+	first, _ = strconv.ParseInt(m[1], 10, 64)
+	last, _ = strconv.ParseInt(m[2], 10, 64)
+	total = -1
+	if m[3] != "*" {
+		total, _ = strconv.ParseInt(m[3], 10, 64)
 	}
-	ok = true
-	first, last, total = number(from), number(to), -1
-	if of != "*" {
-		total = number(of)
-	}
-	ok = ok && first <= last && (total < 0 || last < total)
-	return first, last, total, ok
+	return first, last, total, first <= last && (total < 0 || last < total)
 }
 
 // validator returns what the contents of a response can be recognised by, as a value of the field
