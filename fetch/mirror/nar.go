@@ -48,9 +48,8 @@ type Nar struct {
 	validator string
 	final     bool // it is not requested again
 	ended     bool
-	again     int // requests after the first, in all
-	restarts  int // of them, those for all of it
-	tries     int // since the offset progress
+	restarts  int // requests for all of it after the first
+	tries     int // requests after the first, since the offset progress
 	progress  int64
 }
 

@@ -16,10 +16,8 @@ import (
 )
 
 const (
-	// maxAgain bounds how often in a row a nar is requested again that makes no progress between,
-	// and maxAgainInAll how often one is at all.
-	maxAgain      = 5
-	maxAgainInAll = 200
+	// maxAgain bounds how often in a row a nar is requested again that makes no progress between.
+	maxAgain = 5
 	// maxRestarts bounds how often all of it is.
 	maxRestarts = 3
 	// againProgress is what counts as progress, in bytes.
@@ -40,7 +38,7 @@ func (n *Nar) cut(cause error) error {
 	}
 	for {
 		n.Close()
-		if n.tries >= maxAgain || n.again >= maxAgainInAll {
+		if n.tries >= maxAgain {
 			return cause
 		}
 		select {
@@ -49,7 +47,6 @@ func (n *Nar) cut(cause error) error {
 			return context.Cause(n.parent)
 		}
 		n.tries++
-		n.again++
 		err := n.goOn()
 		var server *ServerError
 		switch {

@@ -36,10 +36,10 @@ func TestWindows(t *testing.T) {
 			t.Errorf("zstd, window of 1<<%d bytes: %v", log, err)
 		}
 	}
-	lzip := compressors["lzip"](t, data)
+	member := compressors["lzip"](t, data)
 	for log := byte(16); log <= 29; log++ {
-		lzip[5] = log
-		got, err := decompress(t, "lzip", lzip)
+		member[5] = log
+		got, err := decompress(t, "lzip", member)
 		if (err == nil) != (log <= 27) || err == nil && !bytes.Equal(got, data) {
 			t.Errorf("lzip, dictionary of 1<<%d bytes: %v", log, err)
 		}
