@@ -81,13 +81,10 @@ func (n *Nars) size(name string) (size uint64, ok bool) {
 
 // open opens a nar. The error wraps [fs.ErrNotExist] if it is not kept.
 func (n *Nars) open(name string) (*os.File, error) {
-	n.used(name)
+	used(n.file(name))
 	f, _, err := files.OpenRegular(n.file(name), os.O_RDONLY)
 	return f, err
 }
-
-// used notes that somebody has asked for what is in a file of the directory, if it is there.
-func (n *Nars) used(name string) { used(n.file(name)) }
 
 // used notes that somebody has asked for what is in a file, if it is there.
 func used(path string) {
@@ -155,7 +152,7 @@ func (n *Nars) note(item *narinfo.Narinfo) error {
 	}
 	name := hashPartOf(item.StorePath) + ".narinfo"
 	if kept, err := files.ReadRegular(n.file(name), narinfo.MaxSize); err == nil && string(kept) == text {
-		n.used(name)
+		used(n.file(name))
 		return nil
 	}
 	return files.Write(n.file(name), 0o600, files.Options{}, []byte(text))
@@ -209,6 +206,6 @@ func (s *Server) kept(ctx context.Context, hashPart string) (*narinfo.Narinfo, e
 	if s.o.Nars == nil {
 		return nil, fmt.Errorf("%w: %s", ErrNoItem, hashPart)
 	}
-	s.o.Nars.used(hashPart + ".narinfo")
+	used(s.o.Nars.file(hashPart + ".narinfo"))
 	return s.lookUp(ctx, Directory(s.o.Nars.directory), hashPart)
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"os"
 	"strings"
 )
 
@@ -169,8 +170,14 @@ func (e *shortError) Error() string { return e.message }
 func (e *shortError) Unwrap() error { return e.err }
 
 // shortened bounds an error's message, which may quote what a server has sent, and makes it one
-// line of ASCII. The end of a connection it tells in English.
+// line of ASCII. The end of a connection it tells in English, and of whose it is nothing.
 func shortened(err error) error {
+	if op, ok := errors.AsType[*net.OpError](err); ok && op.Op != "dial" && op.Err != nil {
+		err = op.Err
+		if call, ok := errors.AsType[*os.SyscallError](err); ok {
+			err = call.Err
+		}
+	}
 	whole := err.Error()
 	if before, ok := strings.CutSuffix(whole, "EOF"); ok {
 		err = &shortError{strings.TrimSuffix(before, "unexpected ") + "connection was closed too early", err}

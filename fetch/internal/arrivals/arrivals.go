@@ -23,13 +23,12 @@ const (
 type Queue[T any] struct {
 	size func(T) eris.BlockSize
 
-	mu      sync.Mutex
-	wake    sync.Cond
-	items   []T // from head on
-	head    int
-	waiting int  // goroutines
-	kicked  bool // there is something else to do
-	closed  bool
+	mu     sync.Mutex
+	wake   sync.Cond
+	items  []T // from head on
+	head   int
+	kicked bool // there is something else to do
+	closed bool
 }
 
 // New returns an empty queue of things whose blocks have the given size.
@@ -44,7 +43,7 @@ func (q *Queue[T]) Add(x T) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.items = append(q.items, x)
-	q.rouse()
+	q.wake.Signal()
 }
 
 // Kick has somebody return from Take, even with nothing.
@@ -52,14 +51,7 @@ func (q *Queue[T]) Kick() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.kicked = true
-	q.rouse()
-}
-
-func (q *Queue[T]) rouse() {
-	if q.waiting > 0 {
-		q.waiting--
-		q.wake.Signal()
-	}
+	q.wake.Signal()
 }
 
 // Close has everybody return from Take when the queue is empty.
@@ -67,7 +59,6 @@ func (q *Queue[T]) Close() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.closed = true
-	q.waiting = 0
 	q.wake.Broadcast()
 }
 
@@ -80,7 +71,6 @@ func (q *Queue[T]) Take(batch []T) (n int, ok bool) {
 		if q.closed {
 			return 0, false
 		}
-		q.waiting++
 		q.wake.Wait()
 	}
 	q.kicked = false
