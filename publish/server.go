@@ -94,9 +94,8 @@ type Server struct {
 // archive is what is known of the archive of an item that is, or was, in the store.
 type archive struct {
 	file   os.FileInfo
-	hashed bool // its digest and size are known; else only that it can be made
 	digest [sha256.Size]byte
-	size   uint64
+	size   uint64 // 0 if it and the digest are not known, but only that it can be made
 	failed string // why it could not be made the last time
 }
 
@@ -317,9 +316,9 @@ func (s *Server) complete(n *narinfo.Narinfo) (*narinfo.Narinfo, error) {
 // never can.
 func (s *Server) walk(path string, info os.FileInfo, hash bool) (archive, error) {
 	s.mu.Lock()
-	a, ok := s.archives[path]
+	a := s.archives[path]
 	s.mu.Unlock()
-	if ok && (a.hashed || !hash) && os.SameFile(a.file, info) && a.file.ModTime().Equal(info.ModTime()) {
+	if (a.size > 0 || !hash) && os.SameFile(a.file, info) && a.file.ModTime().Equal(info.ModTime()) {
 		return a, nil
 	}
 	v, err, _ := s.walking.Do(fmt.Sprint(hash, path), func() (any, error) {
@@ -355,7 +354,6 @@ func (s *Server) keep(path string, a archive) (before archive) {
 
 func walk(path string, hash bool) (a archive, err error) {
 	if hash {
-		a.hashed = true
 		a.digest, a.size, err = nar.HashTree(context.Background(), path)
 		return a, err
 	}
