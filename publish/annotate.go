@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -53,6 +54,7 @@ type Annotator struct {
 	upstream *url.URL
 	client   *http.Client
 	via      string         // names it in requests, so that it knows those that come back to it
+	looped   sync.Once      // tells that some do
 	nars     *mirror.Client // nil if they are not encoded
 }
 
@@ -104,7 +106,7 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	via := strings.Join(r.Header.Values("Via"), ", ")
 	if strings.Contains(via, a.via) {
-		a.o.Log("requests to %s come back to this server", a.upstream.Host)
+		a.looped.Do(func() { a.o.Log("requests to %s come back to this server", a.upstream.Host) })
 		http.Error(w, "requests to "+a.upstream.Host+" come back here", http.StatusLoopDetected)
 		return
 	}

@@ -112,7 +112,7 @@ func isRedirection(code int) bool {
 }
 
 func isTemporary(code int) bool {
-	return code >= 500 && code != http.StatusNotImplemented || code == http.StatusRequestTimeout ||
+	return code >= 500 && code != http.StatusNotImplemented && code != http.StatusLoopDetected || code == http.StatusRequestTimeout ||
 		code == http.StatusTooEarly || code == http.StatusTooManyRequests
 }
 
