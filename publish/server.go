@@ -173,9 +173,17 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *Server) welcome(w http.ResponseWriter, r *http.Request) {
-	io.WriteString(w, "This is a substitute server for GNU Guix: give its address to guix-daemon by the option --substitute-urls.\n"+
-		"The key that signs its narinfos is at /signing-key.pub.\n")
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	io.WriteString(w, welcomePage)
 }
+
+const welcomePage = `<!DOCTYPE html>
+<html lang="en"><head><title>Substitutes</title></head>
+<body><h1>Substitutes for GNU Guix</h1>
+<p>This is a substitute server: give its address to <code>guix-daemon</code> by the option
+<code>--substitute-urls</code>. Narinfos have ERIS read capabilities where they are known. The
+key that signs them is <a href="signing-key.pub">here</a>.</p></body></html>
+`
 
 func (s *Server) cacheInfo(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "text/plain")
