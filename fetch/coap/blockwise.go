@@ -138,7 +138,9 @@ func (s *Store) partError(x *wire.Exchange) error {
 	if !part.Present || part.Offset() != x.Block.Offset() || !part.FitPart(x.Length) {
 		return errBlockwise
 	}
-	s.received.Add(int64(x.Length))
+	if s.url.Scheme == "coap" {
+		s.received.Add(int64(x.Length))
+	}
 	return nil
 }
 

@@ -46,7 +46,7 @@ type Store struct {
 	main     *link
 	parts    chan *link // for a block that is put in parts: one such transfer on each at a time
 	links    []*link
-	received atomic.Int64 // bytes, by TCP; by UDP, of blocks that come in parts
+	received atomic.Int64 // bytes of responses; by UDP, of blocks that come in parts
 }
 
 var _ fetch.Store = (*Store)(nil)
@@ -109,7 +109,8 @@ func (s *Store) String() string { return s.name }
 // a message that the peer takes is left without an answer.
 func (s *Store) AsksHave() bool { return s.url.Get }
 
-// Progress returns how many bytes have come over networks, also of blocks that are not whole.
+// Progress returns how many bytes have come of what was requested, also of blocks that are not
+// whole.
 func (s *Store) Progress() int64 { return s.received.Load() }
 
 // Start implements [fetch.Source]. If the connection fails, the request is made once more on a new

@@ -39,7 +39,9 @@ func (s *Store) newConnection(dial func() (net.Conn, error)) connection {
 		config.Timeout, config.Dial = o.RequestTimeout, dial
 		return wire.NewEndpoint(nil, config)
 	}
-	return wire.NewConn(nil, wire.Config{Timeout: o.RequestTimeout, IdleTimeout: o.IdleTimeout, Window: o.Window, Pool: s.pool, Dial: dial})
+	return wire.NewConn(nil, wire.Config{
+		Timeout: o.RequestTimeout, IdleTimeout: o.IdleTimeout, Window: o.Window, Pool: s.pool, Received: &s.received, Dial: dial,
+	})
 }
 
 // Dial makes a stream of its own to the server of the store, which is the caller's: for whoever
@@ -63,7 +65,7 @@ func (s *Store) dial(ctx context.Context) (net.Conn, error) {
 		return s.dialWebSocket(ctx)
 	}
 	network, address := s.url.Address()
-	conn, err := s.dialCounted(ctx, network, address)
+	conn, err := dial.With(&net.Dialer{})(ctx, network, address)
 	if socket, ok := conn.(*net.UnixConn); ok {
 		_ = socket.SetWriteBuffer(unixSocketBuffer) // as far as the system allows
 	}
@@ -84,13 +86,6 @@ func (s *Store) dial(ctx context.Context) (net.Conn, error) {
 	return secure, nil
 }
 
-// dialCounted connects, and has what is received on TCP counted: below TLS and WebSockets, which
-// give away what is whole only.
-func (s *Store) dialCounted(ctx context.Context, network, address string) (net.Conn, error) {
-	conn, err := dial.With(&net.Dialer{})(ctx, network, address)
-	return dial.Counted(conn, &s.received), err
-}
-
 // dialWebSocket connects to where a CoAP endpoint is over WebSockets (RFC 8323, section 8.3 and
 // 8.4), through the proxy that the environment names, if any.
 func (s *Store) dialWebSocket(ctx context.Context) (net.Conn, error) {
@@ -101,7 +96,7 @@ func (s *Store) dialWebSocket(ctx context.Context) (net.Conn, error) {
 	}
 	transport := &http.Transport{
 		Proxy:                  http.ProxyFromEnvironment,
-		DialContext:            s.dialCounted,
+		DialContext:            dial.With(&net.Dialer{}),
 		TLSClientConfig:        &tls.Config{InsecureSkipVerify: true}, // without ForceAttemptHTTP2 it is HTTP/1.1
 		MaxResponseHeaderBytes: maxHandshake,
 	}

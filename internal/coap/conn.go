@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message"
@@ -20,8 +21,8 @@ const (
 	// maxAge is after how many Timeouts without an answer a request condemns its connection, even
 	// if others are answered.
 	maxAge = 10
-	// progressBytes is how many bytes, sent or received within large messages, count as progress
-	// like a whole message.
+	// progressBytes is how many bytes, sent or received of what is awaited, count as progress like
+	// a whole message.
 	progressBytes = 4 << 10
 	// maxQueued is how many bytes of requests wait to be sent at most, but for those of one more.
 	maxQueued = 4 << 20
@@ -39,8 +40,8 @@ const (
 // Config says how a [Conn] behaves.
 type Config struct {
 	// Timeout is for how long the peer may make no progress with what it owes: no answer to what
-	// was requested, no end of a message that has begun, and no 4 KiB of anything large in either
-	// direction. It must be positive.
+	// was requested, no end of a message that has begun, and no 4 KiB of what is asked or answered
+	// in either direction. It must be positive.
 	Timeout time.Duration
 	// IdleTimeout is for how long the connection is kept while neither side sends requests. It must
 	// be positive.
@@ -54,6 +55,9 @@ type Config struct {
 	Window int
 	// Pool is the memory for messages, which the connections of one owner share: see [NewPool].
 	Pool *sync.Pool
+	// Received, if not nil, is given how many bytes have come of responses to what was requested,
+	// also of those that are not whole. What nobody has asked for does not count.
+	Received *atomic.Int64
 	// Dial makes the stream, unless it was given. The error is that of all requests then.
 	Dial func() (net.Conn, error)
 	// Paths are the resources that the peer may ask for, and Handler serves them. If they are nil
@@ -100,7 +104,8 @@ type Conn struct {
 	tick       uint32
 	progress   uint32 // tick of the last progress
 	lastUse    uint32 // tick of the last request or answer
-	moved      int64  // bytes of payloads at the last progress
+	received   int64  // bytes of requests that are not whole, and of responses that were awaited
+	moved      int64  // bytes sent and received at the last progress
 	pingMoved  int64  // bytes that had been sent at the last Ping
 	useless    int    // messages of no use that the peer may yet send
 	peer       Capabilities
@@ -110,6 +115,7 @@ type Conn struct {
 
 	// Of the goroutine that reads.
 	requests int // that have come since the lock was held last
+	part     int // bytes of the message that is not whole, if it is awaited
 	incoming Request
 	started  bool // the first message has come
 	batch    []delivery
@@ -146,6 +152,9 @@ func NewConn(conn net.Conn, config Config) *Conn {
 func (c *Conn) open(conn net.Conn) {
 	c.conn, c.queue.conn = conn, conn
 	c.reader = newReader(conn)
+	if w, ok := conn.(*webSocket); ok {
+		w.part = c.begun
+	}
 	closeOnce(c.opened)
 }
 
@@ -425,7 +434,7 @@ func (c *Conn) watch() {
 		c.Lock()
 		c.tick++
 		c.useless = min(c.useless+uselessPerTick, uselessMessages)
-		if moved := c.queue.moved + c.reader.moved.Load(); moved-c.moved >= progressBytes {
+		if moved := c.queue.moved + c.received; moved-c.moved >= progressBytes {
 			c.progress, c.moved = c.tick, moved
 		}
 		owed := len(c.sent) > 0 || c.receiving
@@ -468,7 +477,7 @@ func (c *Conn) age() uint32 {
 
 // dry is called before the reader waits.
 func (c *Conn) dry() {
-	within := c.reader.within()
+	within := c.reader.part() > 0
 	if within != c.receiving || c.requests > 0 {
 		c.setReceiving(within)
 	}
@@ -497,6 +506,7 @@ type delivery struct {
 	code     codes.Code
 	response Response
 	payload  []byte
+	fresh    int // bytes of the payload that have not been counted
 	exchange *Exchange
 }
 
@@ -540,6 +550,9 @@ func (c *Conn) readBuffered() error {
 		case !c.started && head.Size > 0 && head.Code != codes.CSM:
 			return &protocolError{error: errNoCSM}
 		case !ok:
+			if head.Size > 0 {
+				c.begun(head, c.reader.part())
+			}
 			return nil
 		}
 		c.started = true
@@ -551,11 +564,31 @@ func (c *Conn) readBuffered() error {
 		default:
 			err = c.control(head, body)
 		}
+		c.part = 0
 		if err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// begun takes note of how many bytes there are of a message that is not whole. A sign of life is
+// only what was requested, or requests something. The lock must not be held.
+func (c *Conn) begun(head Head, bytes int) {
+	c.Lock()
+	defer c.Unlock()
+	if _, awaited := c.find(head.Token); bytes > c.part && (isRequest(head.Code) || isResponse(head.Code) && awaited) {
+		c.receive(head.Code, bytes-c.part)
+		c.part = bytes
+	}
+}
+
+// receive counts bytes of a request, or of a response that was awaited. The lock must be held.
+func (c *Conn) receive(code codes.Code, bytes int) {
+	c.received += int64(bytes)
+	if c.config.Received != nil && isResponse(code) {
+		c.config.Received.Add(int64(bytes))
+	}
 }
 
 // response adds a response to the batch.
@@ -568,6 +601,7 @@ func (c *Conn) response(head Head, body []byte) error {
 		return &protocolError{error: err}
 	}
 	d.payload = options.payload()
+	d.fresh = max(0, len(d.payload)-c.part)
 	c.batch = c.batch[:n+1]
 	return nil
 }
@@ -586,6 +620,7 @@ func (c *Conn) deliver() error {
 			continue
 		}
 		known++
+		c.receive(d.code, d.fresh)
 		delete(c.sent, uint32(d.token.Value))
 		if d.exchange = s.exchange; d.exchange != nil {
 			d.exchange.state = exchangeTaken

@@ -2,10 +2,7 @@
 
 package coap
 
-import (
-	"io"
-	"sync/atomic"
-)
+import "io"
 
 const (
 	// readBuffer is the size in bytes of the buffer of a reader. It holds a whole message of the
@@ -13,8 +10,6 @@ const (
 	// the block where it belongs. It has firstBuffer until more comes at a time: servers of
 	// thousands of clients get short requests.
 	readBuffer, firstBuffer = 1 << 17, 1 << 13
-	// largeMessage is the length in bytes from which on a message counts as large.
-	largeMessage = 8 << 10
 	// halfPage is where memory for messages begins to be used. Where the source of a copy and its
 	// destination are at the same place within a page of 4 KiB, as those of whole blocks mostly
 	// are, processors take twice as long.
@@ -27,8 +22,6 @@ type reader struct {
 	buffer []byte
 	start  int // of what is not consumed
 	end    int
-	large  bool         // the message that has begun, or else the last one, is
-	moved  atomic.Int64 // bytes read within large messages
 }
 
 // newReader returns a reader for messages of at most MessageSize bytes.
@@ -45,7 +38,6 @@ func (r *reader) next() (head Head, body []byte, ok bool, err error) {
 	case err != nil:
 		return Head{}, nil, false, err
 	}
-	r.large = head.Length >= largeMessage
 	if head.Size+head.Length > r.end-r.start {
 		return head, nil, false, nil
 	}
@@ -54,8 +46,8 @@ func (r *reader) next() (head Head, body []byte, ok bool, err error) {
 	return head, r.buffer[at:r.start:r.start], true, nil
 }
 
-// within reports whether a part of a message has been read, so that the rest is due.
-func (r *reader) within() bool { return r.start < r.end }
+// part returns how many bytes of a message have been read whose rest is due.
+func (r *reader) part() int { return r.end - r.start }
 
 // fill waits for more bytes. It returns io.EOF if the stream ends between messages,
 // io.ErrUnexpectedEOF if it ends within one, and the errors of the connection.
@@ -75,13 +67,10 @@ func (r *reader) fill() error {
 	r.end += n
 	switch {
 	case n > 0:
-		if r.large && r.within() {
-			r.moved.Add(int64(n))
-		}
 		return nil
 	case err == nil:
 		return io.ErrNoProgress
-	case err == io.EOF && r.within():
+	case err == io.EOF && r.part() > 0:
 		return io.ErrUnexpectedEOF
 	}
 	return err

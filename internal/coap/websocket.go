@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/coder/websocket"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
 )
 
 const (
@@ -47,9 +48,10 @@ type webSocket struct {
 	group    sync.WaitGroup
 	close    sync.Once
 
-	in   []byte // a message that was received, behind headRoom bytes
-	rest []byte // what has not been read of it
-	out  []byte // the message that is being written, with the head as on other streams
+	part func(head Head, bytes int) // told how much there is of a message; may be nil
+	in   []byte                     // a message that was received, behind headRoom bytes
+	rest []byte                     // what has not been read of it
+	out  []byte                     // the message that is being written, with the head as on other streams
 
 	mu    sync.Mutex
 	fault error // of the peer
@@ -90,11 +92,19 @@ func (w *webSocket) receive() error {
 	if kind != websocket.MessageBinary {
 		return errText
 	}
-	n, err := io.ReadFull(r, w.in[headRoom:])
+	n := 0
+	for err == nil && headRoom+n < len(w.in) {
+		var more int
+		more, err = r.Read(w.in[headRoom+n : min(headRoom+n+progressBytes, len(w.in))])
+		n += more
+		if message := w.in[headRoom : headRoom+n]; more > 0 && n >= 2+maxTokenSize && w.part != nil {
+			w.part(Head{Code: codes.Code(message[1]), Token: parseToken(message[2 : 2+min(message[0]&15, maxTokenSize)])}, n)
+		}
+	}
 	switch {
 	case err == nil, errors.Is(err, websocket.ErrMessageTooBig):
 		return fmt.Errorf("%w: over WebSockets, limit %d", errMessageSize, MessageSize)
-	case err != io.EOF && err != io.ErrUnexpectedEOF: // these are the end of the message
+	case err != io.EOF: // that is the end of the message
 		return err
 	}
 	start, err := fromWebSocket(w.in[:headRoom+n])

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -27,6 +28,8 @@ type peer struct {
 	socket *websocket.Conn
 	conn   net.Conn
 	client bool // its frames are masked
+
+	received atomic.Int64 // by us, of what was requested
 }
 
 // Opcodes (RFC 6455, section 5.2).
@@ -122,14 +125,14 @@ func open(t *testing.T, client bool) (ours net.Conn, theirs *peer) {
 		near, far = far, near
 	}
 	near.socket.SetReadLimit(-1)
-	return NewWebSocket(far.socket, far.conn), &peer{t, near.socket, near.conn, client}
+	return NewWebSocket(far.socket, far.conn), &peer{t: t, socket: near.socket, conn: near.conn, client: client}
 }
 
 // play makes a connection over a WebSocket, on which a block is requested. The channels have why it
 // has ended, and the request when it is done.
 func play(t *testing.T, client bool, timeout time.Duration) (c *Conn, p *peer, over chan error, done chan *Exchange) {
 	ours, p := open(t, client)
-	c = NewConn(ours, Config{Timeout: timeout, IdleTimeout: timeout, Window: 16, Pool: NewPool()})
+	c = NewConn(ours, Config{Timeout: timeout, IdleTimeout: timeout, Window: 16, Pool: NewPool(), Received: &p.received})
 	over, done = make(chan error, 1), make(chan *Exchange, 1)
 	go func() { over <- c.Run() }()
 	t.Cleanup(func() { p.conn.Close() })
@@ -165,7 +168,11 @@ func TestWebSocket(t *testing.T) {
 		block := bytes.Repeat([]byte{1, 2, 3, 4}, 8192)
 		answer := append([]byte{1, 0x45, 1, 0xff}, block...)
 		p.write(p.frame(final|opBinary, csm), p.frame(opBinary, answer[:1]), p.frame(opContinuation, nil), p.frame(final|opPing, []byte("x")))
-		p.write(p.frame(opContinuation, answer[1:20000]), p.frame(final|opContinuation, answer[20000:]))
+		p.write(p.frame(opContinuation, answer[1:20000]))
+		for p.received.Load() != 20000 {
+			time.Sleep(time.Millisecond)
+		}
+		p.write(p.frame(final|opContinuation, answer[20000:]))
 		if x := <-done; x.Err != nil || !bytes.Equal(x.Dst, block) {
 			t.Errorf("answer has not come: %v", x.Err)
 		}
@@ -227,6 +234,7 @@ func TestWebSocketHostile(t *testing.T) {
 		{"endless pings", nil, one(final|opPing, []byte("x")), true, any},
 		{"endless pongs", nil, one(final|opPong, []byte("x")), true, any},
 		{"endless capabilities", nil, one(final|opBinary, csm), true, any},
+		{"endless answers to nobody", nil, one(final|opBinary, append([]byte{1, 0x45, 9, 0xff}, make([]byte, 32768)...)), true, any},
 	} {
 		for _, client := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%s/client=%v", v.name, client), func(t *testing.T) {
@@ -257,6 +265,9 @@ func TestWebSocketHostile(t *testing.T) {
 				}
 				if err := <-over; err == nil {
 					t.Error("the connection does not say why it has ended")
+				}
+				if n := p.received.Load(); v.repeat && n != 0 {
+					t.Errorf("%d bytes count that nobody has asked for", n)
 				}
 			})
 		}
