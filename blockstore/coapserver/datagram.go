@@ -51,6 +51,7 @@ func (s *Server) ServePacket(conn net.PacketConn, access Access) error {
 	defer s.services.Done()
 	// What is being served can still be answered.
 	defer context.AfterFunc(s.stopping, func() { conn.SetReadDeadline(time.Unix(1, 0)) })()
+	defer context.AfterFunc(s.ctx, func() { conn.Close() })()
 	config := s.config.Datagram
 	p := &packets{server: s, access: access, transfers: newTransfers(maxTransfers, maxTransfersPerHost, transferTimeout)}
 	config.Timeout, config.Paths, config.Handler = answerTimeout, s.paths, p.serve

@@ -14,7 +14,6 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 )
 
@@ -52,13 +51,13 @@ func (c *chain) serveCounted(items string, rate int64) (*blockstore.Store, *wire
 	store, err := blockstore.Open(c.directory+"/blocks", blockstore.Options{})
 	must(c.t, err)
 	c.t.Cleanup(func() { store.Close() })
-	server := coapserver.New(coapserver.Config{Source: fetch.Limited(store, ratelimit.New(rate, 0)), Sink: store})
+	server := coapserver.New(coapserver.Config{Source: store, Sink: store})
 	listener, err := net.Listen("tcp", "127.0.0.1:0") // not a near one, of which nothing is kept
 	must(c.t, err)
 	w := &wire{Listener: listener}
 	var served sync.WaitGroup
 	served.Go(func() {
-		server.Serve(w, coapserver.Access{Get: true, Put: true})
+		server.Serve(ratelimit.Listener(w, ratelimit.New(rate, 0)), coapserver.Access{Get: true, Put: true})
 	})
 	c.t.Cleanup(func() {
 		listener.Close()

@@ -99,12 +99,21 @@ type reader struct {
 
 func (r *reader) Read(p []byte) (int, error) {
 	n, err := r.r.Read(p[:min(len(p), r.limiter.chunk)])
-	timer := time.NewTimer(r.limiter.Take(n))
+	if _, e := r.limiter.wait(r.ctx, n); e != nil {
+		err = e
+	}
+	return n, err
+}
+
+// wait takes n tokens and waits until they are there, or returns the cause of ctx.
+func (l *Limiter) wait(ctx context.Context, n int) (took time.Duration, err error) {
+	took = l.Take(n)
+	timer := time.NewTimer(took)
 	defer timer.Stop()
 	select {
 	case <-timer.C:
-		return n, err
-	case <-r.ctx.Done():
-		return n, context.Cause(r.ctx)
+		return max(0, took), nil
+	case <-ctx.Done():
+		return 0, context.Cause(ctx)
 	}
 }

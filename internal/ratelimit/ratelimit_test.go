@@ -8,6 +8,7 @@ import (
 	"errors"
 	"io"
 	"math"
+	"net"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -109,3 +110,51 @@ func TestReader(t *testing.T) {
 		about(t, "giving up", time.Since(start), time.Second)
 	})
 }
+
+// TestConn checks that what is sent on several connections and a socket goes as slowly as is said,
+// that who waits for that is not late, and that closing ends the waiting.
+func TestConn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := ratelimit.New(1000, 1)
+		start := time.Now()
+		var written, reading sync.WaitGroup
+		var conns []net.Conn
+		for range 2 {
+			near, far := net.Pipe()
+			c := ratelimit.Conn(near, l)
+			conns = append(conns, c)
+			reading.Go(func() { io.Copy(io.Discard, far) })
+			written.Go(func() {
+				c.SetDeadline(time.Now().Add(time.Second))
+				if n, err := c.Write(make([]byte, 10_000)); n != 10_000 || err != nil {
+					t.Errorf("%d bytes, %v", n, err)
+				}
+			})
+		}
+		p := ratelimit.PacketConn(nowhere{}, l)
+		for range 10 {
+			written.Go(func() { p.WriteTo(make([]byte, 1000), nil) })
+		}
+		written.Wait()
+		about(t, "30 kB at 1 kB/s", time.Since(start), 30*time.Second)
+		for _, c := range conns {
+			time.AfterFunc(time.Second, func() { c.Close() })
+			written.Go(func() {
+				if _, err := c.Write(make([]byte, 20_000)); !errors.Is(err, net.ErrClosed) {
+					t.Errorf("writing to what is closed: %v", err)
+				}
+			})
+		}
+		written.Wait()
+		reading.Wait()
+		about(t, "all", time.Since(start), 31*time.Second)
+		if ratelimit.Conn(conns[0], nil) != conns[0] || ratelimit.Listener(nil, nil) != nil || ratelimit.PacketConn(p, nil) != p {
+			t.Error("what has no limit is wrapped")
+		}
+	})
+}
+
+// nowhere is a socket that sends nothing.
+type nowhere struct{ net.PacketConn }
+
+func (nowhere) WriteTo(b []byte, _ net.Addr) (int, error) { return len(b), nil }

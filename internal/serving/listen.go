@@ -25,6 +25,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/systemd"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/unixsocket"
 )
@@ -138,6 +139,15 @@ func advertisedPort(endpoints []*endpoint) (uint16, error) {
 		}
 	}
 	return 0, message.Usage("--advertise: others cannot connect to any address; name one by --listen=coap+tcp://[::]:5683")
+}
+
+// limit bounds what is sent.
+func (e *endpoint) limit(limiter *ratelimit.Limiter) {
+	if e.packets != nil {
+		e.packets = ratelimit.PacketConn(e.packets, limiter)
+	} else {
+		e.listener = ratelimit.Listener(e.listener, limiter)
+	}
 }
 
 // secure has TLS spoken where the scheme says so, with a certificate in the directory of the

@@ -15,6 +15,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/relay"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 )
 
@@ -76,15 +77,15 @@ func (s *serveSettings) openMembers(connected *peers.Group, hops int) ([]pool.Me
 
 // servePeer connects to a peer, and again whenever that has ended, and gives it the blocks of the
 // store, and nothing that is got from elsewhere for it, until ctx is done.
-func servePeer(ctx context.Context, p *coap.Store, server *coapserver.Server, log logSettings) {
+func (s *serveSettings) servePeer(ctx context.Context, p *coap.Store, server *coapserver.Server) {
 	defer p.Close()
 	rest := backoff.Backoff{Min: leastPeerRest, Max: mostPeerRest}
 	for ctx.Err() == nil {
 		began := time.Now()
 		conn, err := p.Dial(ctx)
 		if err == nil {
-			log.Info("serving the peer", "url", p.String())
-			server.ServeConn(conn, coapserver.Access{Get: true, KeepAlive: keepAlive})
+			s.log.Info("serving the peer", "url", p.String())
+			server.ServeConn(ratelimit.Conn(conn, s.sending), coapserver.Access{Get: true, KeepAlive: keepAlive})
 			err = errEnded
 		}
 		if time.Since(began) > keepAlive {
@@ -92,7 +93,7 @@ func servePeer(ctx context.Context, p *coap.Store, server *coapserver.Server, lo
 		}
 		wait := rest.Fail(time.Now(), 0)
 		if ctx.Err() == nil {
-			log.Warn("the peer is tried again:", "url", p.String(), "in", wait.Round(time.Second).String(), "error", err)
+			s.log.Warn("the peer is tried again:", "url", p.String(), "in", wait.Round(time.Second).String(), "error", err)
 		}
 		select {
 		case <-ctx.Done():

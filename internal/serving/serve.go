@@ -45,6 +45,7 @@ type serveSettings struct {
 	listen, upstreams       []string
 	peers                   []string
 	maxSize, limitRate      int64 // 0: no limit
+	sending                 *ratelimit.Limiter
 	maxConnections          int
 	stats, advertise, relay bool
 	advertised              uint16 // the port
@@ -195,7 +196,9 @@ func (s *serveSettings) run(ctx context.Context) (err error) {
 			return err
 		}
 	}
+	s.sending = ratelimit.New(s.limitRate, 0)
 	for _, e := range endpoints {
+		e.limit(s.sending)
 		if err := e.secure(s.directory); err != nil {
 			return err
 		}
@@ -300,16 +303,14 @@ func (s *serveSettings) openStore(ctx context.Context) (*blockstore.Store, error
 // serveEndpoints serves the store on all endpoints until ctx is done, one of them fails, or the
 // store takes no more blocks. From then on, further signals end the program at once.
 func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from *relay.Relay, peers []*coap.Store, endpoints []*endpoint) (err error) {
-	limiter := ratelimit.New(s.limitRate, 0)
-	source := slower{fetch.Limited(store, limiter), store}
 	web := httpserver.New(httpserver.Config{
-		Source: source, Sink: store.Put, MaxConnections: s.maxConnections, Log: s.log.WarnError, Wrap: s.log.requests,
+		Source: store, Sink: store.Put, MaxConnections: s.maxConnections, Log: s.log.WarnError, Wrap: s.log.requests,
 	})
 	started := time.Now()
 	var blocks *coapserver.Server
 	collect := func() []status.Section { return s.sections(started, store, from, blocks, web) }
 	blocks = coapserver.New(coapserver.Config{
-		Source:         source,
+		Source:         store,
 		Sink:           store,
 		Document:       coapserver.Document{Path: []string{statisticsPath}, Format: coapmessage.AppOctets, Text: func() []byte { return packed(collect()) }},
 		MaxConnections: s.maxConnections,
@@ -323,7 +324,7 @@ func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from 
 	for _, e := range endpoints {
 		e.Document = e.scheme == "coap+unix"
 		if e.relay && from != nil {
-			e.Relay = func(client string, hops int) fetch.Source { return fetch.Limited(from.For(client, hops), limiter) }
+			e.Relay = func(client string, hops int) fetch.Source { return from.For(client, hops) }
 		}
 		group.Go(func() {
 			var err error
@@ -359,7 +360,7 @@ func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from 
 		})
 	}
 	for _, p := range peers {
-		group.Go(func() { servePeer(ctx, p, blocks, s.log) })
+		group.Go(func() { s.servePeer(ctx, p, blocks) })
 	}
 	s.log.notify("READY=1")
 	check := time.NewTicker(checkPeriod)
@@ -385,10 +386,4 @@ func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from 
 	group.Wait()
 	web.Close()
 	return err
-}
-
-// slower is a store with a limit to how many bytes of blocks are got from it.
-type slower struct {
-	fetch.Source
-	fetch.Haver
 }
