@@ -40,7 +40,7 @@ func (s *Store) newConnection(dial func() (net.Conn, error)) connection {
 		return wire.NewEndpoint(nil, config)
 	}
 	return wire.NewConn(nil, wire.Config{
-		Timeout: o.RequestTimeout, IdleTimeout: o.IdleTimeout, Window: o.Window, Pool: s.pool, Received: &s.received, Dial: dial,
+		Timeout: o.RequestTimeout, IdleTimeout: o.IdleTimeout, Greeting: o.DialTimeout, Window: o.Window, Pool: s.pool, Received: &s.received, Dial: dial,
 	})
 }
 

@@ -358,7 +358,7 @@ func TestSlowParts(t *testing.T) {
 }
 
 // TestSilentOnce checks that a peer that has never answered is not asked twice for one block, and
-// one that has is: the connection may have died without anybody having been told.
+// soon given up if it says nothing at all; and that one that has answered is asked again: the connection may have died without anybody having been told.
 func TestSilentOnce(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
 	var asked atomic.Int32
@@ -372,6 +372,13 @@ func TestSilentOnce(t *testing.T) {
 	fails.check(t, err)
 	if n := asked.Load(); n != 1 {
 		t.Errorf("the peer was asked %d times", n)
+	}
+	mute := openPeer(t, coap.Options{DialTimeout: 100 * time.Millisecond}, func(_ int, p *peer) { p.awaitEnd() })
+	_, err = get(t, mute, ref, eris.BlockSize1KiB)
+	for _, err := range []error{err, mute.Put(t.Context(), ref, block)} {
+		if fails.check(t, err); err == nil || !strings.Contains(err.Error(), "it accepts connections, and says nothing") {
+			t.Errorf("error is %v", err)
+		}
 	}
 	falls := openPeer(t, short, func(connection int, p *peer) {
 		if connection > 0 {

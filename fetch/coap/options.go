@@ -29,8 +29,8 @@ type Options struct {
 	// IdleTimeout is for how long a connection without requests is kept. Default 5 min.
 	IdleTimeout time.Duration
 
-	// DialTimeout is how long making a connection may take, including TLS and WebSockets. Default 5
-	// s.
+	// DialTimeout is how long making a connection may take, including TLS and WebSockets, and then
+	// until the peer says what it can receive. Default 5 s.
 	DialTimeout time.Duration
 
 	// CapabilityTimeout is how long the first block of 32 KiB that is put waits for the peer to say

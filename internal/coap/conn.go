@@ -50,6 +50,9 @@ type Config struct {
 	// although neither side sends requests, by whatever is in between as well. It is at its end if
 	// nothing comes, and less than 4 KiB goes, until the next one.
 	KeepAlive time.Duration
+	// Greeting, if positive, is how long the peer may take to say what it can receive, which is its
+	// first message.
+	Greeting time.Duration
 	// Window is the most requests of ours that are without an answer at a time, at most 65536;
 	// further ones wait.
 	Window int
@@ -186,6 +189,10 @@ func (c *Conn) serve() {
 		c.conn.Close()
 	})
 	group.Go(c.watch)
+	if c.config.Greeting > 0 {
+		timer := time.AfterFunc(c.config.Greeting, c.awaitGreeting)
+		defer timer.Stop()
+	}
 	err := c.read()
 	protocol, broken := err.(*protocolError)
 	agreed := err == errReleased || c.draining // which nobody else sets
@@ -207,6 +214,15 @@ func (c *Conn) serve() {
 	group.Wait()
 	if socket, ok := c.conn.(interface{ Wait() }); ok {
 		socket.Wait() // a WebSocket takes leave
+	}
+}
+
+// awaitGreeting ends the connection if the peer has not said anything.
+func (c *Conn) awaitGreeting() {
+	select {
+	case <-c.introduced:
+	default:
+		c.Close(errMute)
 	}
 }
 

@@ -5,7 +5,9 @@ package coap
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
+	"os"
 	"sync"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -259,6 +261,7 @@ func refusal(method codes.Code) codes.Code {
 var (
 	// ErrSilent is wrapped by the error of a request that the peer did not answer in time.
 	ErrSilent   = errors.New("no answer in time")
+	errMute     = fmt.Errorf("%w: it accepts connections, and says nothing; is \"serve\" running well, or does it hang: %w", ErrSilent, os.ErrDeadlineExceeded)
 	errClosed   = errors.New("connection is closed")
 	errIdle     = errors.New("connection was idle")
 	errReleased = errors.New("peer closes the connection")

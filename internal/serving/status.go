@@ -215,7 +215,7 @@ const (
 	statisticsPath = "stats"
 	// statisticsTimeout is how long a server may take to send them, and maxStatistics how many
 	// bytes they may be.
-	statisticsTimeout = 30 * time.Second
+	statisticsTimeout = 8 * time.Second
 	maxStatistics     = 4 << 20
 )
 
