@@ -14,6 +14,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"time"
 
 	"go.etcd.io/bbolt"
 
@@ -27,6 +28,9 @@ import (
 // transaction before.
 const sumName = "index.sum"
 
+// maxSumTime is how long it may take to read the index for its checksum when the store is closed.
+const maxSumTime = 5 * time.Second
+
 // closeIndex closes the index, and notes its checksum if nobody has to doubt it.
 func (s *Store) closeIndex() error {
 	var size int64
@@ -37,8 +41,12 @@ func (s *Store) closeIndex() error {
 	if err = errors.Join(err, guard(s.index.Close)); err != nil || s.Err() != nil {
 		return err
 	}
-	sum, err := s.sumIndex(context.Background(), size)
-	if err != nil {
+	ctx, cancel := context.WithTimeout(context.Background(), maxSumTime)
+	defer cancel()
+	sum, err := s.sumIndex(ctx, size)
+	if ctx.Err() != nil {
+		return nil // the entries will be checked
+	} else if err != nil {
 		return err
 	}
 	return files.Replace(filepath.Join(s.directory, sumName), 0o600, files.Options{Locked: true}, func(w io.Writer) error {
@@ -63,6 +71,9 @@ func (s *Store) sumIndex(ctx context.Context, size int64) (sum uint32, err error
 // It must be called before anything is written: what a damaged index has as free may be in use.
 // Besides, the checksum is good for that time only.
 func (s *Store) checkIndex(ctx context.Context) error {
+	if s.options.checking != nil {
+		s.options.checking(ctx)
+	}
 	path := filepath.Join(s.directory, sumName)
 	b, err := files.ReadState(path, crc32.Size)
 	return s.view(func(tx *bbolt.Tx) error {

@@ -56,6 +56,7 @@ type Options struct {
 	queueBytes int64
 	hintBytes  int
 	now        func() uint32 // the time of an access, in quarters of a second
+	checking   func(ctx context.Context)
 }
 
 // Store is a store of blocks in a directory. Its methods are safe for use by many goroutines at a
@@ -94,7 +95,7 @@ type Store struct {
 //
 // It takes a few milliseconds, and about one more for each million blocks. Then the whole index is
 // checked, a second or so for each million blocks: calls of Put wait for that, and others do not.
-// [Store.Err] tells if it is damaged.
+// [Store.Err] tells if it is damaged; [Store.Interrupt] ends it.
 func Open(directory string, options Options) (*Store, error) {
 	s, err := open(directory, options)
 	if err != nil {
@@ -183,18 +184,22 @@ func (s *Store) openFiles() error {
 	return files.SyncDirectory(s.directory)
 }
 
+// Interrupt ends the check of the index, if it is under way. Calls of Put that wait for it fail, as
+// do all further ones. It is for who is about to close the store, as Close does it too.
+func (s *Store) Interrupt() { s.endCheck() }
+
 // Close lets calls of Put that are under way come to their end, and closes the store. It returns an
-// error if the times of access or the checksum of the index, which is read for that, could not be
-// saved, or a file could not be closed; blocks that were acknowledged are durable in any case.
+// error if the times of access or the checksum of the index, which is read for that unless it takes
+// seconds, could not be saved, or a file could not be closed; blocks that were acknowledged are durable in any case.
 // Further calls return the same again.
 func (s *Store) Close() error { return s.close() }
 
 func (s *Store) end() error {
+	s.Interrupt() // first: those who hold the gate may wait for the check
 	s.gate.Lock()
 	s.shut = true
 	close(s.queue)
 	s.gate.Unlock()
-	s.endCheck()
 	s.running.Wait()
 	if err := errors.Join(s.final, s.closeFiles()); err != nil {
 		return fmt.Errorf("closing block store %q: %w", s.directory, err)

@@ -373,3 +373,33 @@ func TestForgedReference(t *testing.T) {
 		}
 	}
 }
+
+// TestCloseWhileChecked closes a store whose index takes long to be checked, while more is being put
+// than there is room for: all of that fails, and what was there is there afterwards.
+func TestCloseWhileChecked(t *testing.T) {
+	directory := t.TempDir()
+	s, err := Open(directory, Options{})
+	must(t, err)
+	mustPut(t, s, 0, eris.BlockSize32KiB)
+	must(t, s.Close())
+	must(t, os.Remove(filepath.Join(directory, sumName)))
+	s, err = Open(directory, Options{queueBytes: 1 << 18, checking: func(ctx context.Context) { <-ctx.Done() }})
+	must(t, err)
+	done := make(chan error, 100)
+	for i := range cap(done) {
+		go func() {
+			ref, block := testBlock(i+1, eris.BlockSize32KiB)
+			done <- s.Put(context.Background(), ref, block)
+		}()
+	}
+	for s.room.TryAcquire(1) { // until there is no more room
+		s.room.Release(1)
+	}
+	must(t, s.Close())
+	for range cap(done) {
+		if err := <-done; !errors.Is(err, context.Canceled) && !errors.Is(err, fetch.ErrClosed) {
+			t.Errorf("Put: %v", err)
+		}
+	}
+	mustHave(t, testOpen(t, directory, Options{}), 0, eris.BlockSize32KiB)
+}

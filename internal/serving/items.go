@@ -100,8 +100,8 @@ func (s *itemSettings) stamp() string {
 
 // share opens the table of the items in a directory, and keeps it up to date until it is closed by
 // the function that is returned.
-func (s *itemSettings) share(directory string, log *serverlog.Log) (*items.Table, func(), error) {
-	if _, err := s.names(context.Background()); err != nil {
+func (s *itemSettings) share(ctx context.Context, directory string, log *serverlog.Log) (*items.Table, func(), error) {
+	if _, err := s.names(ctx); err != nil {
 		return nil, nil, err
 	}
 	root := s.root
@@ -139,7 +139,7 @@ func (s *serveSettings) openShared(ctx context.Context) (sharing, error) {
 	if err != nil || !s.items {
 		return sharing{Store: store}, err
 	}
-	table, closeItems, err := s.share(filepath.Join(s.directory, "items"), s.log.Log)
+	table, closeItems, err := s.share(ctx, filepath.Join(s.directory, "items"), s.log.Log)
 	if err != nil {
 		return sharing{}, errors.Join(err, store.Close())
 	}

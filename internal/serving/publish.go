@@ -113,7 +113,7 @@ Options of "guix publish" have the same meaning here.`,
 // serve serves on l until ctx is done.
 func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 	defer s.close()
-	handler, err := s.handler()
+	handler, err := s.handler(ctx)
 	if err != nil {
 		l.Close()
 		return err
@@ -140,7 +140,7 @@ func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 }
 
 // handler makes what serves, until close.
-func (s *publishSettings) handler() (h http.Handler, err error) {
+func (s *publishSettings) handler(ctx context.Context) (h http.Handler, err error) {
 	var key *acl.SigningKey
 	if s.annotate == "" {
 		if key, err = s.key(); err != nil {
@@ -186,7 +186,7 @@ func (s *publishSettings) handler() (h http.Handler, err error) {
 	if s.logs == "none" {
 		s.logs = ""
 	}
-	blocks, err := s.ownBlocks()
+	blocks, err := s.ownBlocks(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -209,7 +209,7 @@ func (s *publishSettings) handler() (h http.Handler, err error) {
 
 // ownBlocks returns what serves the blocks of the items from their files, which is done where read
 // capabilities are published and no store has the blocks; else it is nil.
-func (s *publishSettings) ownBlocks() (http.Handler, error) {
+func (s *publishSettings) ownBlocks(ctx context.Context) (http.Handler, error) {
 	if s.eris == "false" || s.blocks != "" {
 		return nil, nil
 	}
@@ -217,7 +217,7 @@ func (s *publishSettings) ownBlocks() (http.Handler, error) {
 	if err != nil {
 		return nil, err
 	}
-	table, closeTable, err := s.share(directory, s.log.Log)
+	table, closeTable, err := s.share(ctx, directory, s.log.Log)
 	if errors.Is(err, files.ErrLocked) {
 		s.log.Warnf("another publisher serves the blocks: %v", err)
 		return nil, nil

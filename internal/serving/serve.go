@@ -379,6 +379,7 @@ func (s *serveSettings) serveEndpoints(ctx context.Context, store sharing, from 
 	}
 	s.log.notify("STOPPING=1")
 	stop()
+	store.Interrupt()
 	graceful, cancel := context.WithTimeout(context.Background(), stopTime)
 	defer cancel()
 	// What was acknowledged is durable already; clients that do not go are cut off.
