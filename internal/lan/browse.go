@@ -17,8 +17,9 @@ import (
 )
 
 const (
-	// MaxFound is how many servers Browse finds at most.
-	MaxFound = 32
+	// MaxFound is how many servers Browse finds at most, and maxPerHost how many of one machine, so
+	// that it cannot keep the others from being found.
+	MaxFound, maxPerHost = 32, 2
 	// multicastPort is the port of Multicast DNS.
 	multicastPort = 5353
 	// maxMessage bounds the length of a message (RFC 6762, section 17).
@@ -42,7 +43,7 @@ func Browse(ctx context.Context, service string, found func(netip.AddrPort)) err
 	defer context.AfterFunc(ctx, func() { socket.SetReadDeadline(time.Unix(1, 0)) })()
 	near := networks()
 	b := make([]byte, maxMessage)
-	seen := map[netip.AddrPort]bool{}
+	seen, hosts := map[netip.AddrPort]bool{}, map[netip.Addr]int{}
 	for {
 		n, from, err := socket.ReadFromUDPAddrPort(b)
 		if err != nil {
@@ -55,8 +56,9 @@ func Browse(ctx context.Context, service string, found func(netip.AddrPort)) err
 		}
 		for _, port := range ports(b[:n], service) {
 			a := netip.AddrPortFrom(sender, port)
-			if !seen[a] && len(seen) < MaxFound {
+			if !seen[a] && len(seen) < MaxFound && hosts[sender] < maxPerHost {
 				seen[a] = true
+				hosts[sender]++
 				found(a)
 			}
 		}

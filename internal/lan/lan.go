@@ -12,6 +12,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/brutella/dnssd"
 	"github.com/brutella/dnssd/log"
@@ -27,7 +28,7 @@ const (
 )
 
 // Advertise makes a service be found that listens on a TCP port of all addresses of this machine.
-// It does so until ctx ends, or returns an error that says why it cannot. The name of the service
+// It does so until ctx ends, and a little longer, or returns an error that says why it cannot. The name of the service
 // has that of the machine in it, as that of "guix publish" has.
 func Advertise(ctx context.Context, service string, port uint16) error {
 	host, err := os.Hostname()
@@ -58,8 +59,22 @@ func respond(ctx context.Context, c dnssd.Config) error {
 	if _, err := responder.Add(service); err != nil {
 		return err
 	}
-	return responder.Respond(ctx)
+	responds := make(chan error, 1)
+	go func() { responds <- responder.Respond(ctx) }()
+	select {
+	case err = <-responds:
+	case <-ctx.Done():
+		select {
+		case <-responds:
+		case <-time.After(goodbye):
+		}
+	}
+	return err
 }
+
+// goodbye is how long it may take to say that a service ends. The library answers one question after
+// the other, and pauses before each: a message of a neighbour can have thousands.
+const goodbye = 2 * time.Second
 
 // interfaces returns those on which there may be others.
 func interfaces() (usable []net.Interface) {

@@ -42,6 +42,11 @@ func TestMain(m *testing.M) {
 		}
 		slices.Sort(found)
 		os.Stdout.WriteString(strings.Join(found, " "))
+	case "end":
+		if err := endUnderQuestions(ctx); err != nil {
+			println(err.Error())
+			os.Exit(1)
+		}
 	case "unicast":
 		if err := askAlone(ctx, netip.MustParseAddr("192.0.2.1")); err != nil {
 			println(err.Error())
@@ -95,6 +100,33 @@ func askAlone(ctx context.Context, machine netip.Addr) error {
 	return ctx.Err()
 }
 
+// endUnderQuestions advertises a service while messages with hundreds of questions come. It is an
+// error if that does not end soon.
+func endUnderQuestions(ctx context.Context) error {
+	advertised, end := context.WithCancel(ctx)
+	done := make(chan error, 1)
+	go func() { done <- Advertise(advertised, Blocks, 5683) }()
+	m := dnsmessage.Message{Questions: slices.Repeat([]dnsmessage.Question{{
+		Name: dnsmessage.MustNewName(Blocks + ".local."), Type: dnsmessage.TypePTR, Class: dnsmessage.ClassINET,
+	}}, 500)}
+	questions, err := m.Pack()
+	for range 30 { // for as long as it takes to begin
+		if err == nil {
+			var socket *net.UDPConn
+			socket, err = ask(questions)
+			socket.Close()
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	end()
+	select {
+	case e := <-done:
+		return errors.Join(err, e)
+	case <-time.After(2 * goodbye):
+		return errors.New("it does not end")
+	}
+}
+
 // lan makes a bridge with four machines, in namespaces of its own. The first is on another network,
 // from which packets come nevertheless.
 const lan = `
@@ -124,10 +156,11 @@ LAN_TEST=advertise nsenter -t $pid2 -n "$0" &
 others="$others $!"
 LAN_TEST=browse nsenter -t $pid3 -n "$0"
 LAN_TEST=unicast nsenter -t $pid3 -n "$0"
+LAN_TEST=end nsenter -t $pid3 -n "$0"
 `
 
 // TestBrowse has one machine of a network find two others, and not one of another network. Those
-// who are found answer nobody but the local link.
+// who are found answer nobody but the local link, and end soon whatever they are asked.
 func TestBrowse(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can make network namespaces")
