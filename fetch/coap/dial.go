@@ -3,6 +3,7 @@
 package coap
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -11,6 +12,7 @@ import (
 	"net/http/httptrace"
 	"net/url"
 	"strings"
+	"time"
 
 	"github.com/coder/websocket"
 
@@ -21,6 +23,10 @@ import (
 const (
 	// unixSocketBuffer is how many bytes the kernel shall buffer on Unix sockets.
 	unixSocketBuffer = 1 << 20
+	// firstAckTimeout is how long the first copies of the first requests by UDP wait for an answer:
+	// a store that has not answered anything is given up soon, perhaps before the 2 s of RFC 7252
+	// are over.
+	firstAckTimeout = 500 * time.Millisecond
 	// maxHandshake bounds the header with which a server answers that it speaks WebSockets, in
 	// bytes.
 	maxHandshake = 16 << 10
@@ -37,6 +43,7 @@ func (s *Store) newConnection(dial func() (net.Conn, error)) connection {
 	if s.url.Scheme == "coap" && o.Dial == nil {
 		config := o.Datagram
 		config.Timeout, config.Dial = o.RequestTimeout, dial
+		config.AckTimeout = cmp.Or(config.AckTimeout, firstAckTimeout)
 		return wire.NewEndpoint(nil, config)
 	}
 	return wire.NewConn(nil, wire.Config{
