@@ -66,6 +66,7 @@ type Store struct {
 	options   Options
 	lock      *os.File
 	index     *bbolt.DB
+	indexFile os.FileInfo // of the index
 	slabs     [classes]*slab
 	hints     *hints
 
@@ -161,6 +162,9 @@ func (s *Store) openFiles() error {
 	if s.index, err = openIndex(path); err != nil {
 		return err
 	}
+	if s.indexFile, err = os.Stat(path); err != nil {
+		return err
+	}
 	var taken [classes][]*bitmap
 	if err := guard(func() error {
 		return s.index.View(func(tx *bbolt.Tx) (err error) {
@@ -219,6 +223,16 @@ func (s *Store) closeFiles() error {
 	}
 	if s.lock != nil {
 		err = errors.Join(err, s.lock.Close())
+	}
+	return err
+}
+
+// inPlace returns an error if the index is not where it was opened: what was stored now would be
+// gone with the process.
+func (s *Store) inPlace() error {
+	info, err := os.Stat(filepath.Join(s.directory, indexName))
+	if err == nil && !os.SameFile(info, s.indexFile) {
+		err = errors.New("another index is in its place")
 	}
 	return err
 }

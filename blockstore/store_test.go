@@ -403,3 +403,16 @@ func TestCloseWhileChecked(t *testing.T) {
 	}
 	mustHave(t, testOpen(t, directory, Options{}), 0, eris.BlockSize32KiB)
 }
+
+// TestRemoved has the directory of an open store removed: what cannot last is not acknowledged.
+func TestRemoved(t *testing.T) {
+	directory := filepath.Join(t.TempDir(), "store")
+	s := testOpen(t, directory, Options{})
+	mustPut(t, s, 0, eris.BlockSize1KiB)
+	must(t, os.RemoveAll(directory))
+	ref, block := testBlock(1, eris.BlockSize1KiB)
+	if err := s.Put(t.Context(), ref, block); !errors.Is(err, os.ErrNotExist) || s.Err() == nil {
+		t.Errorf("Put: %v; Err: %v", err, s.Err())
+	}
+	mustHave(t, s, 0, eris.BlockSize1KiB)
+}

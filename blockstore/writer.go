@@ -133,6 +133,10 @@ func (w *writer) transact(batch []*request) error {
 	for _, r := range batch {
 		coming += int64(len(r.block))
 	}
+	if err := w.store.inPlace(); err != nil {
+		w.store.fail(err)
+		return err
+	}
 	if err := w.makeRoom(coming); err != nil {
 		return err
 	}
