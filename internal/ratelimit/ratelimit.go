@@ -45,7 +45,7 @@ func New(rate, burst int64) *Limiter {
 	}
 	l := &Limiter{rate: float64(rate)}
 	l.burst = l.duration(burst)
-	l.chunk = int(min(max(rate/16, leastChunk), mostChunk))
+	l.chunk = int(min(max(rate/64, leastChunk), mostChunk))
 	l.spent = time.Now().Add(-l.burst)
 	return l
 }
