@@ -29,7 +29,7 @@ import (
 var errHangs = errors.New("the call hangs")
 
 // short are options under which what would take a minute takes a fraction of a second.
-var short = coap.WithBackoff(coap.Options{RequestTimeout: 100 * time.Millisecond, CapabilityTimeout: 100 * time.Millisecond}, time.Millisecond)
+var short = coap.WithBackoff(coap.Options{RequestTimeout: 100 * time.Millisecond}, time.Millisecond)
 
 // outcome is what a test wants of a call.
 type outcome int

@@ -4,8 +4,6 @@ package coap
 
 import (
 	"cmp"
-	"context"
-	"net"
 	"time"
 
 	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
@@ -33,14 +31,6 @@ type Options struct {
 	// until the peer says what it can receive. Default 5 s.
 	DialTimeout time.Duration
 
-	// CapabilityTimeout is how long the first block of 32 KiB that is put waits for the peer to say
-	// what it can receive. Default 2 s.
-	CapabilityTimeout time.Duration
-
-	// Dial, if not nil, makes the stream, on which RFC 8323 is then spoken. Its context ends after
-	// DialTimeout.
-	Dial func(ctx context.Context) (net.Conn, error)
-
 	// Datagram is for coap over UDP: Window, AckTimeout and MaxRetransmit.
 	Datagram wire.EndpointConfig
 
@@ -57,7 +47,6 @@ func (o Options) withDefaults() Options {
 	o.RequestTimeout = cmp.Or(o.RequestTimeout, 30*time.Second)
 	o.IdleTimeout = cmp.Or(o.IdleTimeout, 5*time.Minute)
 	o.DialTimeout = cmp.Or(o.DialTimeout, 5*time.Second)
-	o.CapabilityTimeout = cmp.Or(o.CapabilityTimeout, 2*time.Second)
 	o.minBackoff = cmp.Or(o.minBackoff, 100*time.Millisecond)
 	return o
 }

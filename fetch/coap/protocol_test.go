@@ -206,7 +206,6 @@ func TestPutForms(t *testing.T) {
 		{"BERT of one unit is none", coaptest.Capabilities(1300, true), 7, 32},
 		{"says nothing", coaptest.Capabilities(0, false), 7, 1},
 		{"says no", coaptest.Capabilities(1152, false), 7, 0},
-		{"never says anything", nil, 7, 1},
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			type result struct {
@@ -214,25 +213,14 @@ func TestPutForms(t *testing.T) {
 				messages int
 			}
 			results := make(chan result, 4)
-			options := coap.Options{CapabilityTimeout: time.Minute}
-			if v.csm == nil {
-				options.CapabilityTimeout = 50 * time.Millisecond
-			}
-			store := openPeer(t, options, func(_ int, p *peer) {
+			store := openPeer(t, coap.Options{}, func(_ int, p *peer) {
 				p.write(v.csm)
 				if v.messages == 0 {
 					p.awaitEnd()
 					return
 				}
-				if v.csm == nil {
-					m, _ := p.readUntil(codes.PUT)
-					block := m.Payload
-					p.write(csm, coaptest.Stream(codes.Created, m.Token, nil, ""))
-					results <- result{block, 1}
-				} else {
-					block, messages := p.takePut(v.most)
-					results <- result{block, messages}
-				}
+				block, messages := p.takePut(v.most)
+				results <- result{block, messages}
 				p.awaitEnd()
 			})
 			err := store.Put(t.Context(), ref, block)

@@ -67,7 +67,7 @@ func (s *Store) put(ctx context.Context, block []byte) error {
 	peer := wire.Capabilities{MessageSize: baseMessageSize}
 	size := len(block) + s.blocks.Overhead()
 	if conn, ok := c.(*wire.Conn); ok && size > baseMessageSize {
-		if peer, err = conn.AwaitPeer(ctx, s.options.CapabilityTimeout); err != nil {
+		if peer, err = conn.AwaitPeer(ctx); err != nil {
 			return err
 		}
 		silent := !peer.Stated && !peer.BlockWise // some servers say nothing, and take whole blocks

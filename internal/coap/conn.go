@@ -4,9 +4,11 @@ package coap
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -95,11 +97,9 @@ type Conn struct {
 	conn   net.Conn // nil until it is made
 	config Config
 	reader *reader
-	opened chan struct{} // closed when there is a stream, or will be none
 	done   chan struct{}
 
 	released  bool // we have announced the end
-	expired   bool // the peer had its time after that
 	receiving bool // a message has begun; the reader, who alone sets this, waits for the rest
 	asks      bool // the peer has made requests
 	pinged    bool // nothing has come since the last Ping
@@ -130,7 +130,6 @@ func NewConn(conn net.Conn, config Config) *Conn {
 	c := &Conn{
 		conn:       conn,
 		config:     config,
-		opened:     make(chan struct{}),
 		done:       make(chan struct{}),
 		useless:    uselessMessages,
 		peer:       Capabilities{MessageSize: baseMessageSize},
@@ -158,7 +157,6 @@ func (c *Conn) open(conn net.Conn) {
 	if w, ok := conn.(*webSocket); ok {
 		w.part = c.begun
 	}
-	closeOnce(c.opened)
 }
 
 // closeOnce closes a channel unless it is closed. The lock must be held.
@@ -262,19 +260,11 @@ func (e *protocolError) option() []byte {
 // Peer returns what the peer can receive, as far as it has said so. The lock must be held.
 func (c *Conn) Peer() Capabilities { return c.peer }
 
-// AwaitPeer returns what the peer can receive. It waits until the peer has said so, for no longer
-// than the given time once there is a connection. The error is the cause of the context.
-func (c *Conn) AwaitPeer(ctx context.Context, timeout time.Duration) (Capabilities, error) {
-	select {
-	case <-c.opened:
-	case <-ctx.Done():
-		return Capabilities{}, context.Cause(ctx)
-	}
-	timer := time.NewTimer(timeout)
-	defer timer.Stop()
+// AwaitPeer returns what the peer can receive. It waits until the peer has said so, or the
+// connection is at its end. The error is the cause of the context.
+func (c *Conn) AwaitPeer(ctx context.Context) (Capabilities, error) {
 	select {
 	case <-c.introduced:
-	case <-timer.C:
 	case <-ctx.Done():
 		return Capabilities{}, context.Cause(ctx)
 	}
@@ -319,12 +309,7 @@ func (c *Conn) Release(grace time.Duration, err error) {
 	}
 	c.Respond(Token{}, codes.Release, nil, nil)
 	c.Unlock()
-	time.AfterFunc(grace, func() {
-		c.Lock()
-		c.expired = true
-		c.Unlock()
-		c.conn.SetReadDeadline(time.Unix(1, 0))
-	})
+	time.AfterFunc(grace, func() { c.conn.SetReadDeadline(time.Unix(1, 0)) })
 }
 
 // leave sends the last words, if there is a code for them, after all else that was to be sent, and
@@ -356,7 +341,6 @@ func (c *Conn) end(err error) {
 	c.failSent(err)
 	c.failWaiting(err)
 	clear(c.sent)
-	closeOnce(c.opened)
 	closeOnce(c.introduced)
 	c.written()
 }
@@ -544,12 +528,9 @@ func (c *Conn) read() error {
 			continue
 		}
 		c.dry()
-		if err := c.reader.fill(); err != nil {
-			c.Lock()
-			defer c.Unlock()
-			if c.expired {
-				return errReleased
-			}
+		if err := c.reader.fill(); errors.Is(err, os.ErrDeadlineExceeded) {
+			return errReleased // the peer had its time after that
+		} else if err != nil {
 			return err
 		}
 	}
