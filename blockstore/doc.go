@@ -18,11 +18,5 @@
 // not: readers of ERIS verify each block against its reference. Nor is it what tells references
 // apart, because it can be forged.
 //
-// docs/blockstore.md says what is on disk, and what happens when things go wrong. In short: two
-// files of slots for blocks of each size, two with the times of the last accesses, and an index
-// (bbolt). Blocks are written into free slots and synced, and then the index is committed, so that
-// a crash at any moment leaves a consistent store. bbolt does not checksum the index; therefore
-// each entry has a checksum with its key, the whole index is checked before anything is written,
-// and damage that is found becomes an error that wraps [ErrDamaged]. Because blocks name themselves
-// by their hash, [Rebuild] makes a new index from the blocks alone.
+// docs/blockstore.md says what is on disk, and what happens when things go wrong.
 package blockstore

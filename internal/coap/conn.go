@@ -112,9 +112,10 @@ type Conn struct {
 	pingMoved  int64  // bytes that had been sent at the last Ping
 	useless    int    // messages of no use that the peer may yet send
 	peer       Capabilities
-	introduced chan struct{} // closed when peer is known, or the connection is at its end
-	scratch    []byte        // what stands before a payload
-	options    []byte        // of the request that is being sent
+	introduced chan struct{} // closed by introduce when peer is known, or the connection is at its end
+	introduce  func()
+	scratch    []byte // what stands before a payload
+	options    []byte // of the request that is being sent
 
 	// Of the goroutine that reads.
 	requests int // that have come since the lock was held last
@@ -135,6 +136,7 @@ func NewConn(conn net.Conn, config Config) *Conn {
 		peer:       Capabilities{MessageSize: baseMessageSize},
 		introduced: make(chan struct{}),
 	}
+	c.introduce = sync.OnceFunc(func() { close(c.introduced) })
 	c.requester = requester{transport: c, sent: make(map[uint32]sentRequest)}
 	if c.config.Handler == nil {
 		c.config.Paths, c.config.Handler = nil, refuser{c}
@@ -156,15 +158,6 @@ func (c *Conn) open(conn net.Conn) {
 	c.reader = newReader(conn)
 	if w, ok := conn.(*webSocket); ok {
 		w.part = c.begun
-	}
-}
-
-// closeOnce closes a channel unless it is closed. The lock must be held.
-func closeOnce(c chan struct{}) {
-	select {
-	case <-c:
-	default:
-		close(c)
 	}
 }
 
@@ -341,7 +334,7 @@ func (c *Conn) end(err error) {
 	c.failSent(err)
 	c.failWaiting(err)
 	clear(c.sent)
-	closeOnce(c.introduced)
+	c.introduce()
 	c.written()
 }
 
@@ -700,7 +693,7 @@ func (c *Conn) control(head Head, body []byte) error {
 	switch head.Code {
 	case codes.Pong:
 	case codes.CSM:
-		closeOnce(c.introduced)
+		c.introduce()
 	case codes.Ping:
 		c.lastUse = c.tick
 		c.Respond(head.Token, codes.Pong, nil, nil)

@@ -36,22 +36,24 @@ func Conn(c net.Conn, limiter *Limiter) net.Conn {
 	if limiter == nil {
 		return c
 	}
-	limited := &conn{Conn: c, limiter: limiter}
-	limited.ctx, limited.cancel = closable()
-	return limited
+	return &conn{Conn: c, sender: newSender(limiter)}
 }
 
-// closable returns the context of what is open, and what ends it.
-func closable() (context.Context, context.CancelFunc) {
-	ctx, cancel := context.WithCancelCause(context.Background())
-	return ctx, func() { cancel(net.ErrClosed) }
+// sender is what a connection or a socket waits by, until it is closed.
+type sender struct {
+	limiter *Limiter
+	ctx     context.Context
+	end     context.CancelCauseFunc
+}
+
+func newSender(limiter *Limiter) sender {
+	ctx, end := context.WithCancelCause(context.Background())
+	return sender{limiter, ctx, end}
 }
 
 type conn struct {
 	net.Conn
-	limiter *Limiter
-	ctx     context.Context // ends with the connection
-	cancel  context.CancelFunc
+	sender
 
 	mu       sync.Mutex
 	deadline time.Time // for writing
@@ -99,7 +101,7 @@ func (c *conn) SetDeadline(t time.Time) error {
 }
 
 func (c *conn) Close() error {
-	c.cancel()
+	c.end(net.ErrClosed)
 	return c.Conn.Close()
 }
 
@@ -108,16 +110,12 @@ func PacketConn(p net.PacketConn, limiter *Limiter) net.PacketConn {
 	if limiter == nil {
 		return p
 	}
-	limited := &packets{PacketConn: p, limiter: limiter}
-	limited.ctx, limited.cancel = closable()
-	return limited
+	return &packets{p, newSender(limiter)}
 }
 
 type packets struct {
 	net.PacketConn
-	limiter *Limiter
-	ctx     context.Context // ends with the socket
-	cancel  context.CancelFunc
+	sender
 }
 
 func (p *packets) WriteTo(b []byte, to net.Addr) (int, error) {
@@ -128,6 +126,6 @@ func (p *packets) WriteTo(b []byte, to net.Addr) (int, error) {
 }
 
 func (p *packets) Close() error {
-	p.cancel()
+	p.end(net.ErrClosed)
 	return p.PacketConn.Close()
 }
