@@ -118,8 +118,9 @@ type Conn struct {
 	options    []byte // of the request that is being sent
 
 	// Of the goroutine that reads.
-	requests int // that have come since the lock was held last
-	part     int // bytes of the message that is not whole, if it is awaited
+	requests int  // that have come since the lock was held last
+	part     int  // bytes of the message that is not whole, if it is awaited
+	slow     bool // no message has become whole by what came last
 	incoming Request
 	started  bool // the first message has come
 	batch    []delivery
@@ -540,9 +541,10 @@ func (c *Conn) readBuffered() error {
 		case !c.started && head.Size > 0 && head.Code != codes.CSM:
 			return &protocolError{error: errNoCSM}
 		case !ok:
-			if head.Size > 0 {
+			if c.slow && head.Size > 0 {
 				c.begun(head, c.reader.part())
 			}
+			c.slow = true
 			return nil
 		}
 		c.started = true
@@ -554,7 +556,7 @@ func (c *Conn) readBuffered() error {
 		default:
 			err = c.control(head, body)
 		}
-		c.part = 0
+		c.part, c.slow = 0, false
 		if err != nil {
 			return err
 		}

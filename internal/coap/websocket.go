@@ -23,6 +23,9 @@ const (
 
 	// maxWebSocketMessage is more than the size in bytes of any message that is written.
 	maxWebSocketMessage = 2 * MessageSize
+	// webSocketPart is how many bytes of a message are read at a time, so that it is known that it
+	// comes: as many as TLS gives away together.
+	webSocketPart = 16 << 10
 	// headRoom is how many bytes longer the head of a message is on other streams, at most.
 	headRoom = 4
 )
@@ -95,7 +98,7 @@ func (w *webSocket) receive() error {
 	n := 0
 	for err == nil && headRoom+n < len(w.in) {
 		var more int
-		more, err = r.Read(w.in[headRoom+n : min(headRoom+n+progressBytes, len(w.in))])
+		more, err = r.Read(w.in[headRoom+n : min(headRoom+n+webSocketPart, len(w.in))])
 		n += more
 		if message := w.in[headRoom : headRoom+n]; more > 0 && n >= 2+maxTokenSize && w.part != nil {
 			w.part(Head{Code: codes.Code(message[1]), Token: parseToken(message[2 : 2+min(message[0]&15, maxTokenSize)])}, n)
