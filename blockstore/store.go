@@ -194,8 +194,8 @@ func (s *Store) Interrupt() { s.endCheck() }
 
 // Close lets calls of Put that are under way come to their end, and closes the store. It returns an
 // error if the times of access or the checksum of the index, which is read for that unless it takes
-// seconds, could not be saved, or a file could not be closed; blocks that were acknowledged are durable in any case.
-// Further calls return the same again.
+// seconds, could not be saved, or a file could not be closed; blocks that were acknowledged are
+// durable in any case. Further calls return the same again.
 func (s *Store) Close() error { return s.close() }
 
 func (s *Store) end() error {

@@ -374,8 +374,8 @@ func TestForgedReference(t *testing.T) {
 	}
 }
 
-// TestCloseWhileChecked closes a store whose index takes long to be checked, while more is being put
-// than there is room for: all of that fails, and what was there is there afterwards.
+// TestCloseWhileChecked closes a store whose index takes long to be checked, while more is being
+// put than there is room for: all of that fails, and what was there is there afterwards.
 func TestCloseWhileChecked(t *testing.T) {
 	directory := t.TempDir()
 	s, err := Open(directory, Options{})

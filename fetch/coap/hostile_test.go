@@ -358,7 +358,8 @@ func TestSlowParts(t *testing.T) {
 }
 
 // TestSilentOnce checks that a peer that has never answered is not asked twice for one block, and
-// soon given up if it says nothing at all; and that one that has answered is asked again: the connection may have died without anybody having been told.
+// soon given up if it says nothing at all; and that one that has answered is asked again: the
+// connection may have died without anybody having been told.
 func TestSilentOnce(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
 	var asked atomic.Int32

@@ -28,8 +28,8 @@ const (
 )
 
 // Advertise makes a service be found that listens on a TCP port of all addresses of this machine.
-// It does so until ctx ends, and a little longer, or returns an error that says why it cannot. The name of the service
-// has that of the machine in it, as that of "guix publish" has.
+// It does so until ctx ends, and a little longer, or returns an error that says why it cannot. The
+// name of the service has that of the machine in it, as that of "guix publish" has.
 func Advertise(ctx context.Context, service string, port uint16) error {
 	host, err := os.Hostname()
 	if err == nil {
@@ -72,8 +72,8 @@ func respond(ctx context.Context, c dnssd.Config) error {
 	return err
 }
 
-// goodbye is how long it may take to say that a service ends. The library answers one question after
-// the other, and pauses before each: a message of a neighbour can have thousands.
+// goodbye is how long it may take to say that a service ends. The library answers one question
+// after the other, and pauses before each: a message of a neighbour can have thousands.
 const goodbye = 2 * time.Second
 
 // interfaces returns those on which there may be others.
