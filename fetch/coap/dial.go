@@ -40,7 +40,7 @@ var (
 // newConnection returns a connection that dial makes something for. Its Run must be called.
 func (s *Store) newConnection(dial func() (net.Conn, error)) connection {
 	o := &s.options
-	if s.url.Scheme == "coap" {
+	if s.url.Scheme == "coap" && o.Dial == nil {
 		config := o.Datagram
 		config.Timeout, config.Dial = o.RequestTimeout, dial
 		config.AckTimeout = cmp.Or(config.AckTimeout, firstAckTimeout)
@@ -65,6 +65,9 @@ func (s *Store) Dial(ctx context.Context) (net.Conn, error) {
 // dial makes a stream, or a socket of UDP, which makes no connection but may have to look a name
 // up.
 func (s *Store) dial(ctx context.Context) (net.Conn, error) {
+	if s.options.Dial != nil {
+		return s.options.Dial(ctx)
+	}
 	if strings.HasSuffix(s.url.Scheme, "+ws") {
 		return s.dialWebSocket(ctx)
 	}

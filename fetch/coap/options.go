@@ -4,6 +4,8 @@ package coap
 
 import (
 	"cmp"
+	"context"
+	"net"
 	"time"
 
 	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
@@ -30,6 +32,10 @@ type Options struct {
 	// DialTimeout is how long making a connection may take, including TLS and WebSockets, and then
 	// until the peer says what it can receive. Default 5 s.
 	DialTimeout time.Duration
+
+	// Dial, if not nil, makes the stream, on which RFC 8323 is then spoken. Its context ends after
+	// DialTimeout.
+	Dial func(ctx context.Context) (net.Conn, error)
 
 	// Datagram is for coap over UDP: Window, AckTimeout and MaxRetransmit.
 	Datagram wire.EndpointConfig
