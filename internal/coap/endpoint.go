@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -29,6 +30,9 @@ const (
 	// firstWindow is how many exchanges may be under way before anything is known about the
 	// network.
 	firstWindow = 4
+	// recentIDs is how many message IDs of separate answers are remembered, so that copies of them
+	// are acknowledged too.
+	recentIDs = 64
 	// maxUnacknowledged is how many answers may wait to be acknowledged; further ones are sent
 	// once.
 	maxUnacknowledged = 1024
@@ -77,6 +81,8 @@ type Endpoint struct {
 	busy      map[messageKey]struct{} // requests that are being served
 	nextID    uint16
 	lastHeard time.Time // last answer
+	recent    [recentIDs]uint16
+	recents   int
 
 	// Congestion control: how many exchanges may be under way, as TCP has it.
 	window    float64
@@ -394,32 +400,37 @@ func (e *Endpoint) acknowledged(m datagram, key messageKey) {
 	}
 }
 
-// response takes an answer that comes apart. It reports whether it was waited for; a copy of one is
-// not, and rejected.
+// response takes an answer that comes apart. It reports whether it, or a copy of it, was waited
+// for.
 func (e *Endpoint) response(m datagram) bool {
 	e.Lock()
 	defer e.Unlock()
+	if slices.Contains(e.recent[:min(e.recents, recentIDs)], m.ID) {
+		return true
+	}
 	s, ok := e.find(m.Token)
-	if ok {
-		e.accept(s.exchange, m)
+	if ok && e.accept(s.exchange, m) {
+		e.recent[e.recents%recentIDs] = m.ID
+		e.recents++
 	}
 	return ok
 }
 
-// accept takes a response. One that cannot be understood might as well not have come. The lock must
-// be held.
-func (e *Endpoint) accept(x *Exchange, m datagram) {
+// accept takes a response. It reports whether it could be understood; if not, it might as well not
+// have come. The lock must be held.
+func (e *Endpoint) accept(x *Exchange, m datagram) bool {
 	var response Response
 	options := walkOptions(m.Body)
 	if parseResponse(&options, &response) != nil {
-		return
+		return false
 	}
 	if answer := response.Block1; x.Payload != nil && answer.Present && answer.Number < x.Block.Number {
-		return // a late copy of the answer to the part before, which had the same token
+		return false // a late copy of the answer to the part before, which had the same token
 	}
 	x.answer(m.Code, &response, options.payload())
 	e.measure(x.sent)
 	e.take(x, nil)
+	return true
 }
 
 // Packet is a request of the peer that came in a datagram.
