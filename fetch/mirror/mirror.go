@@ -45,9 +45,9 @@ type Options struct {
 	MaxConnections int
 	// NarConnections is how many of these are for nars; half of them, rounded up, by default.
 	NarConnections int
-	// ConnectTimeout bounds the time to connect to a server that has one address; 5 seconds by
-	// default (Guix, guix/scripts/substitute.scm: %fetch-timeout). Twice that may pass until all
-	// addresses have been tried, and as much again until a secure connection stands.
+	// ConnectTimeout is 5 seconds by default (Guix, guix/scripts/substitute.scm: %fetch-timeout).
+	// Twice that may pass until the name of a server has been looked up and all of its addresses
+	// have been tried, and as much again until a secure connection stands.
 	ConnectTimeout time.Duration
 	// NarinfoTimeout bounds the time for which a server may be silent while it owes narinfos; 10
 	// seconds by default. A whole response may take three times that.
