@@ -241,7 +241,8 @@ func (d *doctor) checkProgram(path string) error {
 var errNotRestarted = errors.New("the running daemon does not have it: it was not restarted since")
 
 // examineConfinement looks whether AppArmor lets the daemon run the program. The profile of Guix
-// permits programs in the store only (Guix, etc/apparmor.d/guix-daemon.in).
+// lets the daemon run none but Guix's own, and an extension those of the store only (Guix,
+// etc/apparmor.d/guix-daemon).
 func (d *doctor) examineConfinement(program string, extension bool) {
 	profile, enforced := strings.CutSuffix(d.daemon.confinement, " (enforce)")
 	if !enforced {
@@ -249,14 +250,15 @@ func (d *doctor) examineConfinement(program string, extension bool) {
 	}
 	const local = "etc/apparmor.d/local/guix-daemon"
 	rules, _ := files.ReadRegular(filepath.Join("/", d.root, local), 1<<20)
-	if strings.HasPrefix(program, settings.StoreDirectory()+"/") || !extension && bytes.Contains(rules, []byte(program)) {
+	if extension && strings.HasPrefix(program, settings.StoreDirectory()+"/") || !extension && bytes.Contains(rules, []byte(program)) {
 		d.well("AppArmor", "the profile %s is in force and permits it", profile)
 		return
 	}
-	mend := "sudo guix-substitute-eris setup"
+	mend, permitted := "sudo guix-substitute-eris setup", "programs of Guix only"
 	if extension { // which runs with other rights than the daemon, that no file of the site adds to
 		mend = "make dist && guix build -L etc/guix guix-substitute-eris --root=/var/guix/gcroots/guix-substitute-eris\n" +
 			"sudo /var/guix/gcroots/guix-substitute-eris/bin/guix-substitute-eris setup"
+		permitted = "programs in the store only"
 	}
-	d.ill(mend, "AppArmor", "the profile %s is in force and lets the daemon run programs in the store only", profile)
+	d.ill(mend, "AppArmor", "the profile %s is in force and lets the daemon run %s", profile, permitted)
 }

@@ -330,16 +330,21 @@ func (i *installation) installHelper() error {
 	return i.put(Step{Path: dropIn, Text: text, Mode: 0o644})
 }
 
-// permit has AppArmor let the daemon run the program. The profile of Guix 1.5 permits programs of
-// the store, and includes a file of the site for the daemon itself, but none for its helpers (Guix,
-// etc/apparmor.d/guix-daemon).
+// ownRules are those of this program in the file of the site, of whatever version.
+var ownRules = regexp.MustCompile(`(?s)# SPDX-License-Identifier: GPL-3\.0-or-later\n#\n# For way B under AppArmor.*?\n}\n`)
+
+// permit has AppArmor let the daemon run the program. The profile of Guix 1.5 permits no programs
+// but those of Guix, includes a file of the site for the daemon itself, but none for its helpers,
+// which may run programs of the store (Guix, etc/apparmor.d/guix-daemon).
 func (i *installation) permit(way string) error {
 	const profile, local = "/etc/apparmor.d/guix-daemon", "/etc/apparmor.d/local/guix-daemon"
-	if !i.exists(profile) || strings.HasPrefix(i.program, "/gnu/store/") {
+	if !i.exists(profile) {
 		return nil
 	}
 	if way == "extension" {
-		i.note("AppArmor lets an extension of Guix run programs of the store only: build the package of this program by Guix, and run the setup of that; until then Guix's own helper does the work")
+		if !strings.HasPrefix(i.program, "/gnu/store/") {
+			i.note("AppArmor lets an extension of Guix run programs of the store only: build the package of this program by Guix, and run the setup of that; until then Guix's own helper does the work")
+		}
 		return nil
 	}
 	rules, err := i.text("apparmor.d/guix-substitute-eris")
@@ -350,15 +355,25 @@ func (i *installation) permit(way string) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) || bytes.Contains(now, rules) {
 		return err
 	}
+	// There must not be two profiles of one name.
+	now = ownRules.ReplaceAll(now, nil)
 	load := []string{"apparmor_parser", "-r", profile}
-	if i.live {
+	loaded := i.live && i.profileLoaded()
+	if loaded {
 		i.steps = append(i.steps, Step{Undo: load})
 	}
 	err = i.put(Step{Path: local, Text: append(now, rules...), Mode: 0o644})
-	if i.live {
+	if loaded {
 		i.steps = append(i.steps, Step{Command: load})
 	}
 	return err
+}
+
+// profileLoaded reports whether the profile of guix-daemon is in force. It may be there and not be:
+// AppArmor before version 4 does not understand it, and not every kernel has AppArmor.
+func (i *installation) profileLoaded() bool {
+	text, _ := files.ReadRegular(filepath.Join(i.root, "sys/kernel/security/apparmor/profiles"), maxFile)
+	return regexp.MustCompile(`(?m)^guix-daemon \(`).Match(text)
 }
 
 // finish has a running systemd do what the files say. When that is undone, in the reverse order,

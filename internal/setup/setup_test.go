@@ -135,6 +135,44 @@ func TestLive(t *testing.T) {
 	}
 }
 
+// TestAppArmor looks at when the profile of guix-daemon is loaded again: not where it is not in
+// force, which would fail. Rules for another place, or of another version, are replaced.
+func TestAppArmor(t *testing.T) {
+	const profile, loaded = "etc/apparmor.d/guix-daemon", "sys/kernel/security/apparmor/profiles"
+	s := machine(t, "")
+	const local, store = "etc/apparmor.d/local/guix-daemon", "/gnu/store/aaaa-guix-substitute-eris/bin/guix-substitute-eris"
+	for _, name := range []string{local, loaded} {
+		must(t, os.MkdirAll(filepath.Dir(filepath.Join(s.root, name)), 0o755))
+	}
+	must(t, os.WriteFile(filepath.Join(s.root, profile), nil, 0o644))
+	must(t, os.WriteFile(filepath.Join(s.root, local), []byte("# ours\n"), 0o644))
+	permit := func(program, profiles string) (loads int) {
+		must(t, os.WriteFile(filepath.Join(s.root, loaded), []byte(profiles), 0o644))
+		i := &installation{System: s, program: program}
+		must(t, i.permit("program"))
+		for _, step := range i.steps {
+			if len(step.Command) > 0 {
+				loads++
+			} else if step.Path != "" {
+				must(t, os.WriteFile(filepath.Join(s.root, local), step.Text, 0o644))
+			}
+		}
+		return loads
+	}
+	if permit(Program, "man (enforce)\nnot-guix-daemon (enforce)\n") != 0 {
+		t.Error("a profile is loaded that is not in force")
+	}
+	if permit(store, "man (enforce)\nguix-daemon (enforce)\n") != 1 {
+		t.Error("the profile is not loaded again")
+	}
+	text, err := os.ReadFile(filepath.Join(s.root, local))
+	must(t, err)
+	rules := string(text)
+	if !strings.HasPrefix(rules, "# ours\n") || strings.Count(rules, "\nprofile ") != 1 || !strings.Contains(rules, "\n"+store+" cx ") {
+		t.Errorf("the rules are now\n%s", rules)
+	}
+}
+
 // TestInterrupted has each step fail once, or the process end before it or in the middle of it: all
 // can be undone.
 func TestInterrupted(t *testing.T) {
