@@ -17,6 +17,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
@@ -289,7 +290,7 @@ func (e *exporter) find(ctx context.Context, paths []string) (map[string]*export
 			return nil, ctx.Err()
 		}
 		if err != nil {
-			e.o.Log("%v", err)
+			e.o.Log("%s", message.Plain(err))
 		}
 		for hashPart, text := range texts {
 			path := byHash[hashPart]
@@ -298,7 +299,7 @@ func (e *exporter) find(ctx context.Context, paths []string) (map[string]*export
 				err = cmp.Or(n.CheckItem(e.o.StoreDir, path), n.CheckHash())
 			}
 			if err != nil {
-				e.o.Log("%s: %v", path, err)
+				e.o.Log("%s: %s", path, message.Plain(err))
 				continue
 			}
 			good := n.Authorise(e.o.Keys) == nil // of what has been missing
@@ -324,7 +325,7 @@ func (e *exporter) export(ctx context.Context, it *exportItem) error {
 			return err
 		}
 		if !errors.Is(err, fs.ErrNotExist) {
-			e.o.Log("%v; fetching it", err)
+			e.o.Log("%s; fetching it", message.Plain(err))
 		}
 		// The same name each time, so that nothing stays of an export that was killed.
 		private := filepath.Join(e.o.Directory, ".fetch-"+hashPartOf(path))

@@ -16,6 +16,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/inspect"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/serving"
@@ -76,7 +77,7 @@ func (e *exportSettings) export(ctx context.Context, items []string) error {
 	if err != nil {
 		return err
 	}
-	if err := e.Load(); err != nil {
+	if err := inspect.Load(&e.Settings); err != nil {
 		return err
 	}
 	unix.Umask(0o022)

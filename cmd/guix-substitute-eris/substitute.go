@@ -99,7 +99,7 @@ func byHandCommand() *cobra.Command {
 			signal.Reset() // which end it at once between requests
 			return s.Serve(os.Stdin, 1, *query, true)
 		}
-		if err := s.Load(); err != nil {
+		if err := inspect.Load(&s); err != nil {
 			return err
 		}
 		if *query && !*raw {

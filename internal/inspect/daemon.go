@@ -16,6 +16,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/program"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/setup"
 	"golang.org/x/sys/unix"
@@ -139,6 +140,18 @@ func (d *daemonProcess) options() (options string) {
 		}
 	}
 	return options
+}
+
+// Load reads the settings, as [session.Settings.Load] does, for a command that somebody runs by
+// hand: what the running daemon tells its helpers counts there, too.
+func Load(s *session.Settings) error {
+	err := s.Load()
+	if _, told := os.LookupEnv("_NIX_OPTIONS"); err != nil || told {
+		return err
+	}
+	d := doctor{root: settings.SystemRoot()}
+	s.Adopt(findDaemon(filepath.Join("/", d.root, "proc"), d.trusts).options())
+	return nil
 }
 
 // examineDaemon finds out whether the running daemon starts this program.

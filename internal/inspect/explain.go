@@ -71,11 +71,9 @@ example. What servers say is requested anew, and kept for later.`,
 }
 
 func explain(ctx context.Context, s *session.Settings, items []string, asJSON, full bool) error {
-	if err := s.Load(); err != nil {
+	if err := Load(s); err != nil {
 		return err
 	}
-	d := doctor{root: settings.SystemRoot()}
-	s.Adopt(findDaemon(filepath.Join("/", d.root, "proc"), d.trusts).options())
 	s.LookAround()
 	sub := s.SilentSession(false)
 	defer sub.Close()
