@@ -65,6 +65,11 @@ do, asks, and keeps a record, by which --undo restores what was there before.`,
 			return message.Usage("--way is extension or program, and not %q", o.Way)
 		}
 		o.Store = !*noStore
+		program, err := leaveStore()
+		if err != nil {
+			return err
+		}
+		o.Program = program
 		s, err := Open(change.root)
 		switch {
 		case err != nil:
@@ -77,10 +82,32 @@ do, asks, and keeps a record, by which --undo restores what was there before.`,
 	return c
 }
 
-func (c *changeFlags) install(s *System, o Options) (err error) {
-	if o.Program, err = os.Executable(); err != nil {
-		return err
+// leaveStore returns the file name of this program. One in the store goes on as a copy in memory:
+// while a program runs from there, gnu-store.mount cannot be unmounted, so that guix-daemon, which
+// is restarted here, could not write to the store (Guix, etc/guix-daemon.service.in).
+func leaveStore() (name string, err error) {
+	name, err = os.Executable()
+	name, copied := strings.CutPrefix(name, "/memfd:")
+	if err != nil || copied || !strings.HasPrefix(name, settings.StoreDirectory()+"/") {
+		return name, err
 	}
+	text, err := os.ReadFile(name)
+	if err != nil {
+		return "", err
+	}
+	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
+	if err != nil {
+		return "", err
+	}
+	f := os.NewFile(uintptr(fd), name)
+	defer f.Close()
+	if _, err := f.Write(text); err != nil {
+		return "", err
+	}
+	return "", unix.Exec(fmt.Sprintf("/proc/self/fd/%d", fd), os.Args, os.Environ())
+}
+
+func (c *changeFlags) install(s *System, o Options) (err error) {
 	if o.RealGuix, err = program.RealGuix(""); err != nil || c.root != "" {
 		o.RealGuix = "" // which is not known of another system
 	}
