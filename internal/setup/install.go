@@ -331,7 +331,7 @@ func (i *installation) installHelper() error {
 }
 
 // ownRules are those of this program in the file of the site, of whatever version.
-var ownRules = regexp.MustCompile(`(?s)# SPDX-License-Identifier: GPL-3\.0-or-later\n#\n# For way B under AppArmor.*?\n}\n`)
+const ownRules = `(?s)# SPDX-License-Identifier: GPL-3\.0-or-later\n#\n# For way B under AppArmor.*?\n}\n`
 
 // permit has AppArmor let the daemon run the program. The profile of Guix 1.5 permits no programs
 // but those of Guix, includes a file of the site for the daemon itself, but none for its helpers,
@@ -356,7 +356,7 @@ func (i *installation) permit(way string) error {
 		return err
 	}
 	// There must not be two profiles of one name.
-	now = ownRules.ReplaceAll(now, nil)
+	now = regexp.MustCompile(ownRules).ReplaceAll(now, nil)
 	// What is kept compiled counts as new by its time, which a clock that was set back makes wrong.
 	load := []string{"apparmor_parser", "--replace", "--skip-read-cache", profile}
 	loaded := i.live && i.profileLoaded()
