@@ -52,7 +52,7 @@ type Request struct {
 	// Held is the source's own, from Start until Done.
 	Held any
 
-	outer func(r *Request) // Done as it was before the stage within
+	outer []func(r *Request) // Done as it was before each stage that is in front of the source
 }
 
 // Fail ends a request without a block: it sets the fields and calls Done. It is for sources, in

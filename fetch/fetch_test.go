@@ -197,7 +197,7 @@ func TestConformance(t *testing.T) {
 	for name, wrap := range map[string]func(fetch.Source) fetch.Source{
 		"workers": func(s fetch.Source) fetch.Source { return s },
 		"within": func(s fetch.Source) fetch.Source {
-			return fetch.Within(s, eris.Reference{1}, nil)
+			return fetch.Within(fetch.Within(s, eris.Reference{1}, nil), eris.Reference{2}, nil)
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

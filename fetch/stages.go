@@ -4,10 +4,22 @@ package fetch
 
 import "codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 
+// intercept has done called in place of Done, which must call proceed at its end.
+func (r *Request) intercept(done func(r *Request)) {
+	r.outer = append(r.outer, r.Done)
+	r.Done = done
+}
+
+// proceed calls what intercept has replaced.
+func (r *Request) proceed() {
+	last := len(r.outer) - 1
+	r.Done, r.outer = r.outer[last], r.outer[:last]
+	r.Done(r)
+}
+
 // Within returns a source that says of all requests that the blocks are of the item with a root,
 // and tells how many bytes each block has that has come. Got may be nil; it is called from any
-// goroutine, and must not wait. Closing it closes the source, which must not be within another
-// item.
+// goroutine, and must not wait. Closing it closes the source.
 func Within(source Source, root eris.Reference, got func(bytes int)) Source {
 	w := &within{Source: source, root: root, got: got}
 	w.done = w.count
@@ -23,7 +35,7 @@ type within struct {
 
 func (w *within) Start(r *Request) {
 	r.Root = w.root
-	r.outer, r.Done = r.Done, w.done
+	r.intercept(w.done)
 	w.Source.Start(r)
 }
 
@@ -31,6 +43,5 @@ func (w *within) count(r *Request) {
 	if r.Err == nil && w.got != nil {
 		w.got(len(r.Block))
 	}
-	r.Done = r.outer
-	r.Done(r)
+	r.proceed()
 }
