@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"os"
 	"slices"
 	"sync"
 	"time"
@@ -97,12 +96,11 @@ func (s *Substituter) lookup(ctx context.Context, paths []string) *lookup {
 
 const (
 	// mostAgain is how often a lookup turns again to servers that were there a moment ago, at first
-	// after leastAgain. They may have been away mostOutages times in a row.
+	// after leastAgain. They may have been away mostOutages times in a row, and for mostAway.
 	mostAgain   = 4
 	leastAgain  = 200 * time.Millisecond
 	mostOutages = 2
-	// brokenSoon is within which time their connections break, or it is more than a moment.
-	brokenSoon = 10 * time.Second
+	mostAway    = 28 * time.Second
 )
 
 // again asks those servers again, after a pause, that have answered before in this process but have
@@ -113,11 +111,11 @@ func (l *lookup) again(ctx context.Context, pause time.Duration) bool {
 	todo := l.todo()
 	for _, a := range l.inquiries {
 		open := slices.ContainsFunc(todo, func(it *item) bool { return it.waiting[a] })
-		if !open || !a.server.answered.Load() || time.Since(a.begin) > brokenSoon {
+		if !open || a.server.away(a.last) > mostAway {
 			continue
 		}
 		down, rests := errors.AsType[*mirror.ServerError](l.s.Mirrors.Down(a.server.url))
-		if rests && (down.Failures > mostOutages || errors.Is(down, os.ErrDeadlineExceeded)) {
+		if rests && down.Failures > mostOutages {
 			continue
 		}
 		servers = append(servers, a.server)

@@ -168,7 +168,7 @@ func (s *Substituter) fetch(ctx context.Context, server *server, items map[strin
 			stop(errTooMuch)
 			return
 		}
-		server.answered.Store(true)
+		server.isHere()
 		it := items[a.Hash].item
 		r := s.received(server, it, a, ahead)
 		if progress != nil {

@@ -149,19 +149,23 @@ func TestDeadServerSaidOnce(t *testing.T) {
 	})
 }
 
-// TestServerReturns has a server that has answered break connections for a while, and then for
-// good: it is waited for, but not for ever.
+// TestServerReturns has a server that has answered break connections for a while, or be silent, and
+// then for good: it is waited for, but not for ever.
 func TestServerReturns(t *testing.T) {
 	bubble(t, func(t *testing.T, n *testNetwork) {
 		key := acl.GenerateSigningKey()
 		var away atomic.Int64 // until when connections break, in nanoseconds
+		var silent atomic.Bool
 		leave := func(d time.Duration) { away.Store(time.Now().Add(d).UnixNano()) }
 		texts := map[string]string{}
 		for _, path := range itemPaths(60) {
 			texts["/"+filepath.Base(path)[:32]+".narinfo"] = sign(t, key, path, 100)
 		}
 		s, _ := n.with(key, n.serve(func(w http.ResponseWriter, r *http.Request) {
-			if time.Now().UnixNano() < away.Load() {
+			if left := time.Unix(0, away.Load()).Sub(time.Now()); left > 0 {
+				if silent.Load() {
+					<-r.Context().Done()
+				}
 				panic(http.ErrAbortHandler)
 			}
 			io.WriteString(w, texts[r.URL.Path])
@@ -176,13 +180,24 @@ func TestServerReturns(t *testing.T) {
 		if got := len(s.Info(t.Context(), itemPaths(60)[25:50])); got != 25 {
 			t.Errorf("%d of 25 are found", got)
 		}
-		leave(time.Hour)
-		begin := time.Now()
-		for i := 50; i < 60; i++ {
-			s.Info(t.Context(), itemPaths(60)[i:i+1])
-		}
-		if took := time.Since(begin); took > 10*time.Second {
-			t.Errorf("a server that stays away was waited for for %v", took)
+		for _, most := range []time.Duration{10 * time.Second, 90 * time.Second} {
+			leave(time.Hour)
+			begin := time.Now()
+			for i := 50; i < 60; i++ {
+				s.Info(t.Context(), itemPaths(60)[i:i+1])
+			}
+			if took := time.Since(begin); took > most {
+				t.Errorf("a server that stays away was waited for for %v", took)
+			}
+			silent.Store(true)
+			leave(0)
+			time.Sleep(time.Minute) // its rest
+			for i, wait := range []time.Duration{0, 12, 20} {
+				leave(wait * time.Second)
+				if len(s.Info(t.Context(), itemPaths(60)[20+i:21+i])) != 1 {
+					t.Errorf("not found after it was silent for %d s", wait)
+				}
+			}
 		}
 	})
 }

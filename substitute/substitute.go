@@ -16,6 +16,7 @@ package substitute
 import (
 	"context"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -184,11 +185,33 @@ type server struct {
 	index int    // in the order of preference
 	// sluggish tells that the last lookup ended without all of its answers.
 	sluggish atomic.Bool
-	answered atomic.Bool // at least once
-	speeds   Speeds      // as in Config
+	speeds   Speeds // as in Config
 
-	mu   sync.Mutex
-	vain backoff.Backoff // its nars have failed or come too slowly
+	mu       sync.Mutex
+	answered bool            // at least once
+	gone     time.Time       // since when it no longer does; zero if it does
+	vain     backoff.Backoff // its nars have failed or come too slowly
+}
+
+// isHere notes that the server has answered.
+func (s *server) isHere() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.answered, s.gone = true, time.Time{}
+}
+
+// away returns for how long the server has been away that does not answer; it did before last. One
+// that never has is away for ever.
+func (s *server) away(last time.Time) time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.answered {
+		return math.MaxInt64
+	}
+	if s.gone.IsZero() {
+		s.gone = last
+	}
+	return time.Since(s.gone)
 }
 
 // ended notes whether a nar of the server was of use, also for the next process: there may be one

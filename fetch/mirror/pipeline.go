@@ -35,6 +35,8 @@ const (
 	// maxFailuresLater is how many may break in a row at a server that has responded before:
 	// perhaps there are only items that it breaks at.
 	maxFailuresLater = 10
+	// maxSilent is how many in a row may be silent at such a server.
+	maxSilent = 1
 	// leastExtraTimeout is for how long at least a connection beside others may be silent at first.
 	leastExtraTimeout = 500 * time.Millisecond
 )
@@ -587,7 +589,7 @@ func (x *exchange) survives(silent bool, err *error) bool {
 	if silent {
 		*err = fmt.Errorf("no answer within %v: %w", p.c.o.NarinfoTimeout, os.ErrDeadlineExceeded)
 	}
-	if silent && !p.good || p.failures >= most {
+	if silent && (!p.good || p.failures > maxSilent) || p.failures >= most {
 		return false
 	}
 	// Perhaps the server breaks at this item. Silence is not waited for again, unless it was about
