@@ -321,8 +321,8 @@ func TestLookAheadFillsCache(t *testing.T) {
 	for _, item := range items {
 		s.Substitute(t.Context(), item, t.TempDir()+"/item") // the nar is 404
 	}
-	// One request for each nar, and one to see whether the narinfo is still the same.
-	if n := server.asked.Load() - 50; n != 100 {
+	// Two requests for each nar, and one to see whether the narinfo is still the same.
+	if n := server.asked.Load() - 50; n != 150 {
 		t.Errorf("%d requests for 50 nars", n)
 	}
 }

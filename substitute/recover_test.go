@@ -618,7 +618,7 @@ func TestUnknownSizes(t *testing.T) {
 	})
 	s, log := withLog(t, f.key, server.URL)
 	f.restore(t, s, substitute.NotFound, log)
-	if want := []string{"/zstd", "/gzip", "/lzip"}; !slices.Equal(paths, want) {
+	if want := []string{"/zstd", "/gzip", "/lzip"}; !slices.Equal(paths[:3], want) { // and then again
 		t.Errorf("requested: %q, want %q", paths, want)
 	}
 }

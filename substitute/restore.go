@@ -313,7 +313,7 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 	var server *mirror.ServerError
 	var busy *fetch.BusyError
 	switch {
-	case changedOnTheWay(c, err):
+	case mayBeRight(c, err, gone):
 		c.again = true
 		j.later = slices.Insert(j.later, 0, c)
 	case errors.Is(err, errContents), gone:
@@ -340,14 +340,14 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 	j.log.Warnf("%v; trying to find an alternative", naming(c.String(), err))
 }
 
-// changedOnTheWay reports whether a way has brought wrong bytes, for the first time, that were
-// perhaps right when they were sent. What fails on this machine, or was cut off more than once, is
-// not.
-func changedOnTheWay(c *candidate, err error) bool {
+// mayBeRight reports whether a way has brought wrong bytes, for the first time, that were perhaps
+// right when they were sent, or nothing, as a cache on the way may say that remembers it. What fails
+// on this machine, or was cut off more than once, is not.
+func mayBeRight(c *candidate, err error, gone bool) bool {
 	w, ok := c.way.(*narWay)
 	_, here := errors.AsType[syscall.Errno](err)
-	return ok && !c.again && !c.last.slow.Load() && !c.last.cut.Load() && c.last.got.Load() > 0 &&
-		!mirror.IsLocal(w.url) && !here
+	came := !c.last.slow.Load() && !c.last.cut.Load() && c.last.got.Load() > 0
+	return ok && !c.again && (came || gone) && !mirror.IsLocal(w.url) && !here
 }
 
 // pause waits before ways that have failed for a while are tried again. It reports whether there
@@ -386,7 +386,7 @@ type attempt struct {
 	ctx      context.Context
 	cancel   context.CancelCauseFunc
 	url      string       // of what is downloaded, once it has begun
-	again    bool         // what came the first time was wrong
+	again    bool         // what came the first time was wrong, or nothing
 	records  []record     // of the job when it began; watch may add to those of the job
 	got      atomic.Int64 // bytes that have come over the network
 	read     atomic.Int64 // bytes of files of an old item

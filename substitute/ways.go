@@ -73,7 +73,7 @@ type candidate struct {
 	from    record   // the narinfo that offers it
 	last    *attempt // nil if it has not been tried
 	patient bool     // it is not given up for being slow
-	again   bool     // it has brought wrong bytes, perhaps changed on their way
+	again   bool     // it has brought wrong bytes, perhaps changed on their way, or nothing
 }
 
 // list adds the ways of those records to the job's that describe the item. Earlier ones stay before

@@ -281,6 +281,7 @@ type scriptServer struct {
 //	                have an entity tag, and ranges can be asked for
 //	flip=PATH:N     in the first answer for this path, byte N is another one
 //	status=PATH:N   this path is answered with HTTP status N
+//	once=PATH:N     the first answer for this path is HTTP status N
 //	redirect=PATH:URL
 //	header=NAME:VALUE  is added to all answers
 //	nolength        answers have no Content-Length
@@ -397,6 +398,11 @@ func (s *scriptServer) handler(root *os.Root, rules []string, done chan struct{}
 			case "flip":
 				if s.count("GET "+path) == 1 {
 					flip = number
+				}
+			case "once":
+				if s.count("GET "+path) == 1 {
+					w.WriteHeader(number)
+					return
 				}
 			case "status":
 				w.WriteHeader(number)
