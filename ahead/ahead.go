@@ -348,7 +348,7 @@ func (a *Ahead) fill() bool {
 		return false
 	}
 	// Running items need the room for themselves.
-	if free, err := files.Free(a.o.StoreDir); a.err != nil || err != nil || free < a.o.Bytes+size {
+	if a.err != nil || !files.HasRoom(a.o.StoreDir, a.o.Bytes+size) {
 		return false
 	}
 	if a.err = a.stage.open(); a.err != nil {

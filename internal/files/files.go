@@ -387,3 +387,12 @@ func Free(directory string) (int64, error) {
 	}
 	return int64(min(s.Bavail, 1<<40)) * s.Bsize, nil
 }
+
+// HasRoom reports whether this user can still write so many bytes to the file system of a
+// directory, where each file has leastFile at least: some can have a number of files only.
+func HasRoom(directory string, size int64) bool {
+	const leastFile = 4 << 10
+	var s unix.Statfs_t
+	free, err := Free(directory)
+	return err == nil && free >= size && unix.Statfs(directory, &s) == nil && (s.Files == 0 || s.Ffree >= uint64(size)/leastFile)
+}
