@@ -225,8 +225,9 @@ func (l *lookup) run(parent context.Context) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, a := range l.inquiries {
-		// The next lookup does not wait for it again.
-		a.server.sluggish.Store(a.slow && a.pending > 0)
+		if a.slow && a.pending > 0 {
+			a.server.late() // the next lookup does not wait for it again
+		}
 	}
 }
 
@@ -302,7 +303,7 @@ func (l *lookup) start(server *server, todo []*item) *inquiry {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := time.Now()
-	a := &inquiry{server: server, begin: now, last: now, pending: len(todo), slow: server.sluggish.Load()}
+	a := &inquiry{server: server, begin: now, last: now, pending: len(todo), slow: server.isSlow()}
 	l.inquiries = append(l.inquiries, a)
 	for _, it := range todo {
 		it.waiting[a] = true

@@ -20,7 +20,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
@@ -146,6 +145,7 @@ func New(c Config) *Substituter {
 			base, _, _ := strings.Cut(url, "?") // as narinfos are requested
 			s.servers = append(s.servers, &server{
 				vain: backoff.Backoff{Min: 10 * time.Second, Max: 5 * time.Minute},
+				slow: backoff.Backoff{Min: 10 * time.Second, Max: time.Minute},
 				url:  url, base: base, name: mirror.WithoutUser(url), index: len(s.servers), speeds: c.Speeds,
 			})
 			if c.Speeds != nil {
@@ -179,18 +179,17 @@ func (s *Substituter) SetKeys(keys *acl.ACL) {
 
 // A server is a substitute server.
 type server struct {
-	url   string
-	base  string // what relative URLs of nars are appended to
-	name  string // the URL without what may be a password
-	index int    // in the order of preference
-	// sluggish tells that the last lookup ended without all of its answers.
-	sluggish atomic.Bool
-	speeds   Speeds // as in Config
+	url    string
+	base   string // what relative URLs of nars are appended to
+	name   string // the URL without what may be a password
+	index  int    // in the order of preference
+	speeds Speeds // as in Config
 
 	mu       sync.Mutex
 	answered bool            // at least once
 	gone     time.Time       // since when it no longer does; zero if it does
 	vain     backoff.Backoff // its nars have failed or come too slowly
+	slow     backoff.Backoff // lookups have ended without all of its answers
 }
 
 // isHere notes that the server has answered.
@@ -198,6 +197,21 @@ func (s *server) isHere() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.answered, s.gone = true, time.Time{}
+	s.slow.Succeed()
+}
+
+// late notes that a lookup has ended without all of the server's answers.
+func (s *server) late() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.slow.Fail(time.Now(), 0)
+}
+
+// isSlow reports whether the server is not waited for, as lookups have been in vain.
+func (s *server) isSlow() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.slow.Rest(time.Now()) > 0
 }
 
 // away returns for how long the server has been away that does not answer; it did before last. One
