@@ -6,8 +6,10 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"io"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
@@ -103,19 +105,18 @@ const (
 	mostAway    = 28 * time.Second
 )
 
-// again asks those servers again, after a pause, that have answered before in this process but have
-// left items open that nobody else has, once they are through with their rest: clients of the
-// daemon take what has no answer for missing, and a server that is started anew is back at once.
+// again asks those servers again, after a pause, that have answered before in this process, or have
+// taken connections, but have left items open that nobody else has, once they are through with
+// their rest: clients of the daemon take what has no answer for missing, and a server that is
+// started anew is back at once.
 func (l *lookup) again(ctx context.Context, pause time.Duration) bool {
 	var servers []*server
 	todo := l.todo()
 	for _, a := range l.inquiries {
 		open := slices.ContainsFunc(todo, func(it *item) bool { return it.waiting[a] })
-		if !open || a.server.away(a.last) > mostAway {
-			continue
-		}
 		down, rests := errors.AsType[*mirror.ServerError](l.s.Mirrors.Down(a.server.url))
-		if rests && down.Failures > mostOutages {
+		broke := rests && (errors.Is(down, io.ErrUnexpectedEOF) || errors.Is(down, syscall.ECONNRESET))
+		if !open || a.server.away(a.last) > mostAway && !broke || rests && down.Failures > mostOutages {
 			continue
 		}
 		servers = append(servers, a.server)

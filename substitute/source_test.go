@@ -170,6 +170,10 @@ func TestServerReturns(t *testing.T) {
 			}
 			io.WriteString(w, texts[r.URL.Path])
 		}))
+		leave(time.Second)
+		if len(s.Info(t.Context(), itemPaths(60)[24:25])) != 1 {
+			t.Error("not found at a server that broke the first connections")
+		}
 		for i := range 20 {
 			leave(time.Duration(i) * 100 * time.Millisecond)
 			if len(s.Info(t.Context(), itemPaths(60)[i:i+1])) != 1 {
