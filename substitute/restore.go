@@ -341,8 +341,8 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 }
 
 // mayBeRight reports whether a way has brought wrong bytes, for the first time, that were perhaps
-// right when they were sent, or nothing, as a cache on the way may say that remembers it. What fails
-// on this machine, or was cut off more than once, is not.
+// right when they were sent, or nothing, as a cache on the way may say that remembers it. What
+// fails on this machine, or was cut off more than once, is not.
 func mayBeRight(c *candidate, err error, gone bool) bool {
 	w, ok := c.way.(*narWay)
 	_, here := errors.AsType[syscall.Errno](err)

@@ -162,7 +162,7 @@ func TestServerReturns(t *testing.T) {
 			texts["/"+filepath.Base(path)[:32]+".narinfo"] = sign(t, key, path, 100)
 		}
 		s, _ := n.with(key, n.serve(func(w http.ResponseWriter, r *http.Request) {
-			if left := time.Unix(0, away.Load()).Sub(time.Now()); left > 0 {
+			if left := time.Until(time.Unix(0, away.Load())); left > 0 {
 				if silent.Load() {
 					<-r.Context().Done()
 				}
