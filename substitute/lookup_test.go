@@ -150,8 +150,8 @@ func TestOrder(t *testing.T) {
 	}
 }
 
-// TestSlowServer checks that one that does not answer costs a second, once, although it has answered
-// before, which is remembered.
+// TestSlowServer checks that one that does not answer costs a second, once, although it has
+// answered before, which is remembered.
 func TestSlowServer(t *testing.T) {
 	key := acl.GenerateSigningKey()
 	slow, good := newTestServer(t), newTestServer(t)

@@ -389,7 +389,7 @@ func Free(directory string) (int64, error) {
 }
 
 // HasRoom reports whether this user can still write so many bytes to the file system of a
-// directory, where each file has leastFile at least: some can have a number of files only.
+// directory, in files of leastFile bytes: many file systems have a bound on the number of files.
 func HasRoom(directory string, size int64) bool {
 	const leastFile = 4 << 10
 	var s unix.Statfs_t
