@@ -99,9 +99,9 @@ func (s *Substituter) lookup(ctx context.Context, paths []string) *lookup {
 const (
 	// mostAgain is how often a lookup turns again to servers that were there a moment ago, at first
 	// after leastAgain. They may have been away mostOutages times in a row, and for mostAway.
-	mostAgain   = 4
+	mostAgain   = 5
 	leastAgain  = 200 * time.Millisecond
-	mostOutages = 2
+	mostOutages = 3
 	mostAway    = 28 * time.Second
 )
 

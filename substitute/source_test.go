@@ -175,16 +175,16 @@ func TestServerReturns(t *testing.T) {
 			t.Error("not found at a server that broke the first connections")
 		}
 		for i := range 20 {
-			leave(time.Duration(i) * 100 * time.Millisecond)
+			leave(time.Duration(i) * 140 * time.Millisecond)
 			if len(s.Info(t.Context(), itemPaths(60)[i:i+1])) != 1 {
-				t.Errorf("not found after an outage of %d ms", i*100)
+				t.Errorf("not found after an outage of %d ms", i*140)
 			}
 		}
 		leave(time.Second)
 		if got := len(s.Info(t.Context(), itemPaths(60)[25:50])); got != 25 {
 			t.Errorf("%d of 25 are found", got)
 		}
-		for _, most := range []time.Duration{10 * time.Second, 90 * time.Second} {
+		for _, most := range []time.Duration{15 * time.Second, 90 * time.Second} {
 			leave(time.Hour)
 			begin := time.Now()
 			for i := 50; i < 60; i++ {
