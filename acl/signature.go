@@ -95,6 +95,19 @@ func (s *Signature) PublicKey() (*PublicKey, error) {
 	return newPublicKey(k), nil
 }
 
+// Signer returns what the signer of a narinfo calls itself in the field Signature, and its public
+// key as an s-expression; empty if that cannot be read.
+func Signer(field string) (host, key string) {
+	signature, err := ParseSignature(field)
+	if err != nil {
+		return "", ""
+	}
+	if k, err := signature.PublicKey(); err == nil {
+		key = k.String()
+	}
+	return signature.Host, key
+}
+
 // Verify checks that field, the value of the field Signature of a narinfo, is a signature of digest
 // by a key of the list; digest is the SHA-256 digest of the signed part of the narinfo. The error
 // wraps the first that applies, in the order of Guix, of [ErrUnsupportedVersion] and

@@ -96,3 +96,12 @@ func hasScheme(s string) bool {
 	}
 	return false
 }
+
+// DownloadSize returns the size in bytes of what the first of [Narinfo.PreferredURLs] names; 0 if
+// it is not known.
+func (n *Narinfo) DownloadSize() uint64 {
+	if urls := n.PreferredURLs(); len(urls) > 0 && urls[0].SizeKnown {
+		return urls[0].FileSize
+	}
+	return 0
+}

@@ -173,7 +173,7 @@ func (s *Substituter) describe(report *ServerReport, r *record, want *narinfo.Na
 	}
 	n := r.narinfo
 	report.Narinfo, report.Authorised = n, r.authorised
-	report.Signer, report.Key = signer(n)
+	report.Signer, report.Key = acl.Signer(n.Signature)
 	if r.refused != nil {
 		report.Refused, report.UnknownKey = r.refused.Error(), errors.Is(r.refused, acl.ErrUnauthorisedKey)
 	}

@@ -144,24 +144,11 @@ func (s *Substituter) sayRefused(r record) {
 			r.narinfo.StorePath, r.server.name, r.refused)
 		return
 	}
-	host, key := signer(r.narinfo)
+	host, key := acl.Signer(r.narinfo.Signature)
 	list := cmp.Or(s.KeysFile, "the access control list")
 	key = cmp.Or(key, "that cannot be read")
 	s.Log.WarnOnce("key "+key, "narinfo of %s from %s does not count: it is signed by %.60q with a key that %s does not authorise: %.300s",
 		r.narinfo.StorePath, r.server.name, host, list, key)
-}
-
-// signer returns what the signer of a narinfo calls itself, and its public key; empty if there is
-// none that can be read.
-func signer(n *narinfo.Narinfo) (host, key string) {
-	signature, err := acl.ParseSignature(n.Signature)
-	if err != nil {
-		return "", ""
-	}
-	if k, err := signature.PublicKey(); err == nil {
-		key = k.String()
-	}
-	return signature.Host, key
 }
 
 // all returns the items that are available.
@@ -304,7 +291,7 @@ func (l *lookup) start(server *server, todo []*item) *inquiry {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := time.Now()
-	a := &inquiry{server: server, begin: now, last: now, pending: len(todo), slow: server.isSlow()}
+	a := &inquiry{server: server, begin: now, last: now, pending: len(todo), slow: server.rests(&server.slow)}
 	l.inquiries = append(l.inquiries, a)
 	for _, it := range todo {
 		it.waiting[a] = true

@@ -21,16 +21,8 @@ import (
 
 // This file queries servers for narinfos, and keeps what they say.
 
-// How long answers of a server are kept that does not say it (Guix, guix/substitutes.scm:
-// %narinfo-ttl and the two after it; the last one is a minute there).
-const (
-	narinfoTTL   = 36 * time.Hour
-	negativeTTL  = 2 * time.Minute
-	transientTTL = 5 * time.Second
-	// maxTTL and maxNegativeTTL bound what servers say.
-	maxTTL         = 365 * 24 * time.Hour
-	maxNegativeTTL = time.Hour
-)
+// transientTTL is how long it is kept in memory that there was neither a narinfo, nor none.
+const transientTTL = 5 * time.Second
 
 const (
 	// lookupTimeout is how long a server gets in all, beside lookupTimeoutEach per item, so that
@@ -236,15 +228,9 @@ func (s *Substituter) note(server *server, it *item, a mirror.Answer) *record {
 	case mirror.IsLocal(server.url):
 		return r
 	case r != nil:
-		e.Narinfo, e.TTL = a.Body, narinfoTTL
-		if a.MaxAge >= 0 {
-			e.TTL = min(a.MaxAge, maxTTL)
-		}
+		e.Narinfo, e.TTL = a.Body, narinfocache.Lifetime(true, a.MaxAge)
 	case a.Status == http.StatusNotFound || a.Status == http.StatusAccepted:
-		e.TTL = negativeTTL
-		if a.MaxAge >= 0 {
-			e.TTL = min(a.MaxAge, maxNegativeTTL)
-		}
+		e.TTL = narinfocache.Lifetime(false, a.MaxAge)
 	}
 	s.keep(server, it, e, r)
 	return r
@@ -280,7 +266,7 @@ func (s *Substituter) renew(ctx context.Context, path string, useless []record, 
 			})
 		}
 		if same && r.authorised {
-			s.keep(r.server, it, narinfocache.Entry{TTL: negativeTTL}, nil)
+			s.keep(r.server, it, narinfocache.Entry{TTL: narinfocache.Lifetime(false, -1)}, nil)
 		}
 		changed = changed || !same
 	}

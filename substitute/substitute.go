@@ -207,13 +207,6 @@ func (s *server) late() {
 	s.slow.Fail(time.Now(), 0)
 }
 
-// isSlow reports whether the server is not waited for, as lookups have been in vain.
-func (s *server) isSlow() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.slow.Rest(time.Now()) > 0
-}
-
 // away returns for how long the server has been away that does not answer; it did before last. One
 // that never has is away for ever.
 func (s *server) away(last time.Time) time.Duration {
@@ -245,12 +238,13 @@ func (s *server) ended(ok bool) {
 	}
 }
 
-// last reports whether nars of the server are the last to be tried, so that not each item loses the
-// seconds until they are given up.
-func (s *server) last() bool {
+// rests reports whether one of the server's two things has been in vain just now: with slow, it is
+// not waited for; with vain, its nars are the last to be tried. So not each item loses the seconds
+// until it is given up.
+func (s *server) rests(b *backoff.Backoff) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.vain.Rest(time.Now()) > 0
+	return b.Rest(time.Now()) > 0
 }
 
 // Close stops looking ahead. It returns when nothing of that goes on any more.
@@ -282,7 +276,7 @@ func (s *Substituter) Info(ctx context.Context, items []string) []protocol.Info 
 			continue
 		}
 		n := f.all[0].narinfo
-		r := protocol.Info{Path: item, References: s.references(n), NarSize: n.NarSize, DownloadSize: downloadSize(n)}
+		r := protocol.Info{Path: item, References: s.references(n), NarSize: n.NarSize, DownloadSize: n.DownloadSize()}
 		if n.Deriver != "" {
 			r.Deriver = s.StoreDir + "/" + n.Deriver
 		}
@@ -297,14 +291,6 @@ func (s *Substituter) references(n *narinfo.Narinfo) (paths []string) {
 		paths = append(paths, s.StoreDir+"/"+name)
 	}
 	return paths
-}
-
-// downloadSize is the size of the nar that would be tried first, in bytes; 0 if it is not known.
-func downloadSize(n *narinfo.Narinfo) uint64 {
-	if urls := n.PreferredURLs(); len(urls) > 0 && urls[0].SizeKnown {
-		return urls[0].FileSize
-	}
-	return 0
 }
 
 // unique returns items without repetitions.

@@ -123,7 +123,9 @@ func (j *job) rank(c *candidate) float64 {
 }
 
 // isLast reports whether the way is a nar of a server whose nars were of no use just now.
-func (c *candidate) isLast() bool { return c.kind() == "nar" && c.from.server.last() }
+func (c *candidate) isLast() bool {
+	return c.kind() == "nar" && c.from.server.rests(&c.from.server.vain)
+}
 
 const (
 	// Nars have to be faster by so much before they are preferred to blocks: what is measured is

@@ -104,7 +104,7 @@ func (e *StatusError) Temporary() bool { return isTemporary(e.Code) }
 // isOverload reports whether a status says that the server is busy or away, whatever is asked of
 // it.
 func isOverload(code int) bool {
-	return code >= http.StatusBadGateway && code <= http.StatusGatewayTimeout || code == http.StatusTooManyRequests
+	return code >= http.StatusBadGateway && code <= http.StatusGatewayTimeout || isTemporary(code) && code < 500
 }
 
 func isRedirection(code int) bool {

@@ -43,6 +43,20 @@ type Entry struct {
 	Until time.Time
 }
 
+// Lifetime returns for how long an answer is to be kept, a narinfo or that there is none, of a
+// server that has said so; negative if it has not (Guix, guix/substitutes.scm: %narinfo-ttl and the
+// two after it; the last one is a minute there).
+func Lifetime(there bool, said time.Duration) time.Duration {
+	usual, most := 2*time.Minute, time.Hour
+	if there {
+		usual, most = 36*time.Hour, maxTTL
+	}
+	if said < 0 {
+		return usual
+	}
+	return min(said, most)
+}
+
 // cost is about how much memory an entry takes, in bytes.
 func (e Entry) cost() int { return 256 + len(e.Narinfo) }
 
