@@ -201,7 +201,7 @@ func TestLeaves(t *testing.T) {
 		{name: "nars alone", more: other, policy: substitute.HTTPOnly},
 		{name: "turned off", more: other, policy: substitute.ERISOnly, off: true, most: 5 << 20},
 		{name: "a nar in blocks", more: other, policy: substitute.ERISOnly, nar: true, most: 5 << 20, listed: true},
-		{name: "one capability of something else", more: other, liar: true, most: 5 << 20, listed: true},
+		{name: "one capability of something else", more: other, liar: true, speed: slow, most: 5 << 20, listed: true},
 		{name: "others all over", more: "-" + some, policy: substitute.ERISOnly, most: 5 << 20, listed: true},
 		{name: "others all over, slowly", more: "-" + some, speed: slow, most: 3 << 20, listed: true, given: true},
 	} {
