@@ -143,14 +143,15 @@ func New(c Config) *Substituter {
 		if mirror.CheckURL(url) == nil && !seen[url] {
 			seen[url] = true
 			base, _, _ := strings.Cut(url, "?") // as narinfos are requested
-			s.servers = append(s.servers, &server{
+			server := &server{
 				vain: backoff.Backoff{Min: 10 * time.Second, Max: 5 * time.Minute},
 				slow: backoff.Backoff{Min: 10 * time.Second, Max: time.Minute},
 				url:  url, base: base, name: mirror.WithoutUser(url), index: len(s.servers), speeds: c.Speeds,
-			})
-			if c.Speeds != nil {
-				s.servers[len(s.servers)-1].vain.Resume(c.Speeds.Rest(url))
 			}
+			if c.Speeds != nil {
+				server.vain.Resume(c.Speeds.Rest(url))
+			}
+			s.servers = append(s.servers, server)
 		}
 	}
 	return s

@@ -199,8 +199,7 @@ func (m *member) delivers(a *attempt, now time.Duration) {
 }
 
 // cancelled takes note of a request that was given up although the member might have answered it.
-// What it sends nevertheless is in front of what it will be asked next.
-func (m *member) cancelled(a *attempt, now time.Duration) {
+func (m *member) cancelled(a *attempt) {
 	if a.cause != errNotFirst {
 		m.quiet = 0
 	}

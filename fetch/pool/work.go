@@ -158,7 +158,7 @@ func (p *Pool) outcome(a *attempt, now time.Duration) outcome {
 	case a.cause == nil:
 		m.fails(a, err, now)
 	case a.cause == errNotFirst || a.cause == context.Canceled:
-		m.cancelled(a, now)
+		m.cancelled(a)
 	}
 	return failure
 }

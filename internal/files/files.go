@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -381,18 +382,26 @@ func Identify(path string) Identity {
 
 // Free returns how many bytes this user can still write to the file system of a directory.
 func Free(directory string) (int64, error) {
+	free, _, err := room(directory)
+	return free, err
+}
+
+// room returns how many bytes, and how many files, there is room for.
+func room(directory string) (free int64, files uint64, err error) {
 	var s unix.Statfs_t
 	if err := unix.Statfs(directory, &s); err != nil {
-		return 0, &fs.PathError{Op: "statfs", Path: directory, Err: err}
+		return 0, 0, &fs.PathError{Op: "statfs", Path: directory, Err: err}
 	}
-	return int64(min(s.Bavail, 1<<40)) * s.Bsize, nil
+	if files = s.Ffree; s.Files == 0 { // it has no bound
+		files = math.MaxUint64
+	}
+	return int64(min(s.Bavail, 1<<40)) * s.Bsize, files, nil
 }
 
 // HasRoom reports whether this user can still write so many bytes to the file system of a
 // directory, in files of leastFile bytes: many file systems have a bound on the number of files.
 func HasRoom(directory string, size int64) bool {
 	const leastFile = 4 << 10
-	var s unix.Statfs_t
-	free, err := Free(directory)
-	return err == nil && free >= size && unix.Statfs(directory, &s) == nil && (s.Files == 0 || s.Ffree >= uint64(size)/leastFile)
+	free, files, err := room(directory)
+	return err == nil && free >= size && files >= uint64(size)/leastFile
 }

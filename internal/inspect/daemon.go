@@ -34,9 +34,10 @@ type daemonProcess struct {
 // maxProcessFile bounds the length of what is read of a process, in bytes.
 const maxProcessFile = 4 << 20
 
-// findDaemon returns the running guix-daemon and no child of it, or nil. proc is usually /proc.
-// Anybody can give a process that name; trusted tells whose count, by real and effective user.
-func findDaemon(proc string, trusted func(uid string) bool) *daemonProcess {
+// findDaemon returns the running guix-daemon and no child of it, or nil. Anybody can give a process
+// that name; those count of users that are trusted, real and effective ones.
+func (d *doctor) findDaemon() *daemonProcess {
+	proc := filepath.Join("/", d.root, "proc")
 	entries, err := os.ReadDir(proc)
 	if err != nil {
 		return nil
@@ -51,7 +52,7 @@ func findDaemon(proc string, trusted func(uid string) bool) *daemonProcess {
 		// Both users must be trusted: the real one too, because a set-user-ID program may be
 		// started under any name.
 		users := status["Uid"]
-		if slices.Equal(status["Name"], []string{"guix-daemon"}) && len(users) > 1 && trusted(users[0]) && trusted(users[1]) {
+		if slices.Equal(status["Name"], []string{"guix-daemon"}) && len(users) > 1 && d.trusts(users[0]) && d.trusts(users[1]) {
 			parents[pid], _ = strconv.Atoi(strings.Join(status["PPid"], ""))
 		}
 	}
@@ -150,13 +151,13 @@ func Load(s *session.Settings) error {
 		return err
 	}
 	d := doctor{root: settings.SystemRoot()}
-	s.Adopt(findDaemon(filepath.Join("/", d.root, "proc"), d.trusts).options())
+	s.Adopt(d.findDaemon().options())
 	return nil
 }
 
 // examineDaemon finds out whether the running daemon starts this program.
 func (d *doctor) examineDaemon() {
-	d.daemon = findDaemon(filepath.Join("/", d.root, "proc"), d.trusts)
+	d.daemon = d.findDaemon()
 	p := d.daemon
 	if p == nil {
 		start := "sudo systemctl start guix-daemon"

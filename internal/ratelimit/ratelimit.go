@@ -107,12 +107,14 @@ func (r *reader) Read(p []byte) (int, error) {
 
 // wait takes n tokens and waits until they are there, or returns the cause of ctx.
 func (l *Limiter) wait(ctx context.Context, n int) (took time.Duration, err error) {
-	took = l.Take(n)
+	if took = l.Take(n); took <= 0 {
+		return 0, context.Cause(ctx)
+	}
 	timer := time.NewTimer(took)
 	defer timer.Stop()
 	select {
 	case <-timer.C:
-		return max(0, took), nil
+		return took, nil
 	case <-ctx.Done():
 		return 0, context.Cause(ctx)
 	}

@@ -106,7 +106,7 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 	})
 	f.BoolVar(&s.items, "items", false, "serve the blocks of the store items of this machine too, which are made from their files")
 	s.itemSettings.flags(f)
-	f.Func("limit-rate", "get blocks from upstreams, and send blocks, at most at `RATE` in all, in bytes per second, like 2MiB (default: no limit)", bytesize.Set(&s.limitRate, bytesize.ParseRate))
+	f.Func("limit-rate", "send at most `RATE` bytes per second in all, like 2MiB, and get at most so many of blocks from upstreams (default: no limit)", bytesize.Set(&s.limitRate, bytesize.ParseRate))
 	maxConnectionsFlag(c, &s.maxConnections, "per --listen and --socket ")
 	f.BoolVar(&s.advertise, "advertise", false, "be found on the local network; without --listen, listen at coap+tcp://[::]:5683")
 	f.BoolVar(&s.stats, "stats", false, "print the statistics of the server that listens on the socket, as metrics of Prometheus, and do nothing else")

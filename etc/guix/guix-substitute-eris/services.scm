@@ -208,7 +208,7 @@ program, its configuration must go through @code{with-substitute-eris}.")
   ;; The most bytes of blocks, as a string like "50GiB", or #f for no limit.
   (max-size   eris-block-store-configuration-max-size
               (default #f))
-  ;; Bytes of blocks that are sent per second, like "2MiB", or #f for no limit.
+  ;; Bytes that are sent per second, like "2MiB", or #f for no limit.
   (limit-rate eris-block-store-configuration-limit-rate
               (default #f))
   (log-file   eris-block-store-configuration-log-file

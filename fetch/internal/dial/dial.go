@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package dial connects to servers by their names, and counts what comes from them.
+// Package dial connects to servers by their names.
 package dial
 
 import (
@@ -78,25 +78,4 @@ func closeAll(results chan dialed) {
 			r.conn.Close()
 		}
 	}
-}
-
-// Counted returns a connection that adds the bytes that it receives to a count, if it is one of
-// TCP; another one it returns as it is.
-func Counted(conn net.Conn, received *atomic.Int64) net.Conn {
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		return &counted{tcp, received}
-	}
-	return conn
-}
-
-// counted writes buffers as a net.TCPConn does.
-type counted struct {
-	*net.TCPConn
-	received *atomic.Int64
-}
-
-func (c *counted) Read(b []byte) (int, error) {
-	n, err := c.TCPConn.Read(b)
-	c.received.Add(int64(n))
-	return n, err
 }

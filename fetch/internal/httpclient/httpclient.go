@@ -129,7 +129,15 @@ func (c *Client) Progress() int64 { return c.received.Load() }
 // conn is a connection that is closed when the client is.
 type conn struct {
 	net.Conn
-	stop func() bool
+	client *Client
+	stop   func() bool
+}
+
+// Read reads from the connection, and counts.
+func (c *conn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	c.client.received.Add(int64(n))
+	return n, err
 }
 
 // Close closes the connection.
@@ -147,7 +155,7 @@ func (c *Client) dial(ctx context.Context, network, address string) (net.Conn, e
 	inner, err := dial.With(&net.Dialer{KeepAlive: 30 * time.Second})(ctx, network, address)
 	switch {
 	case err == nil:
-		return &conn{dial.Counted(inner, &c.received), context.AfterFunc(c.ctx, func() { inner.Close() })}, nil
+		return &conn{inner, c, context.AfterFunc(c.ctx, func() { inner.Close() })}, nil
 	case context.Cause(ctx) == errConnect:
 		return nil, fmt.Errorf("%w within %v", errConnect, c.options.ConnectTimeout)
 	case errors.Is(err, syscall.ECONNREFUSED):
