@@ -19,6 +19,7 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lzip"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -195,7 +196,10 @@ func (s *Server) nar(w http.ResponseWriter, r *http.Request, compression string)
 		http.ServeContent(w, r, "", time.Time{}, n)
 		err = n.close()
 	case r.Method == http.MethodGet:
-		err = writeNar(w, n.path, compression)
+		sent := admission.Unfinished(r)
+		if err = writeNar(w, n.path, compression); err == nil {
+			sent()
+		}
 	}
 	if err != nil {
 		if r.Context().Err() == nil {

@@ -5,6 +5,7 @@ package publish_test
 import (
 	"bytes"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -20,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 )
@@ -254,6 +256,41 @@ func TestStalled(t *testing.T) {
 	}
 	if status, _, body := get(t, h.URL+"/nar/zstd/"+item); status != 200 || len(body) < len(contents) {
 		t.Errorf("afterwards: status %d, %d bytes", status, len(body))
+	}
+}
+
+// TestCutOff sends a nar, whose end is that of the connection for clients of HTTP/1.0 like nginx,
+// and fails in the middle: no proxy must take what has come for the whole of it.
+func TestCutOff(t *testing.T) {
+	const item = "00000000000000000000000000000001-item"
+	directory := t.TempDir()
+	contents := make([]byte, 32<<20) // more than sockets hold
+	rand.NewChaCha8([32]byte{}).Read(contents)
+	must(t, os.Mkdir(directory+"/"+item, 0o755))
+	must(t, os.WriteFile(directory+"/"+item+"/a", contents, 0o444))
+	must(t, os.WriteFile(directory+"/"+item+"/b", nil, 0o444))
+	s, err := publish.NewServer(publish.ServerOptions{
+		StoreDir: "/gnu/store", Root: directory, Items: manifest(t, "StorePath: /gnu/store/"+item+"\nReferences: \n"), Log: logger(t),
+	})
+	must(t, err)
+	h := httptest.NewUnstartedServer(nil)
+	gate := admission.New(4, h.Listener, new(admission.Counts), nil)
+	h.Listener, h.Config = gate, gate.Server(s)
+	h.Start()
+	defer h.Close()
+	for _, cut := range []bool{false, true} {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(h.URL, "http://"))
+		must(t, err)
+		defer conn.Close()
+		fmt.Fprintf(conn, "GET /nar/zstd/%s HTTP/1.0\r\n\r\n", item)
+		_, err = io.ReadFull(conn, make([]byte, 1000))
+		must(t, err)
+		if cut {
+			must(t, os.Remove(directory+"/"+item+"/b"))
+		}
+		if n, err := io.Copy(io.Discard, conn); errors.Is(err, syscall.ECONNRESET) != cut {
+			t.Errorf("cut off: %v; the connection ends after %d bytes: %v", cut, n, err)
+		}
 	}
 }
 

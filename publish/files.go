@@ -18,6 +18,7 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"golang.org/x/sys/unix"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -96,7 +97,10 @@ func (s *Server) log(w http.ResponseWriter, r *http.Request) {
 			text = bzip2.NewReader(f)
 		}
 		if err == nil && r.Method == http.MethodGet {
-			_, err = io.Copy(w, text)
+			sent := admission.Unfinished(r)
+			if _, err = io.Copy(w, text); err == nil {
+				sent()
+			}
 		}
 		if err != nil {
 			panic(http.ErrAbortHandler) // the client must see that it is not whole

@@ -61,7 +61,7 @@ type ServerOptions struct {
 	// Compressions are the ways in which nars are offered, in this order: none, gzip, lzip and
 	// zstd, each once. A level may follow: gzip:1 to gzip:9, lzip:1 to lzip:9, zstd:1 to zstd:22.
 	Compressions []string
-	// NarPath is below which path nars are, without a slash at its ends. Default "nar".
+	// NarPath is below which path nars are; slashes that separate nothing do not count. Default "nar".
 	NarPath string
 	// TTL is for how long narinfos may be kept, and NegativeTTL for how long it may be that an item
 	// is not there; 0 does not say.
@@ -116,7 +116,7 @@ func NewServer(o ServerOptions) (*Server, error) {
 	if len(o.Compressions) == 0 {
 		o.Compressions = []string{"zstd", "gzip"}
 	}
-	o.NarPath = cmp.Or(o.NarPath, "nar")
+	o.NarPath = strings.Join(strings.FieldsFunc(cmp.Or(o.NarPath, "nar"), func(r rune) bool { return r == '/' }), "/")
 	if !regexp.MustCompile(`^(/[A-Za-z0-9_-][A-Za-z0-9._~-]*)+$`).MatchString("/"+o.NarPath) || o.NarPath == "log" {
 		return nil, fmt.Errorf("nars cannot be below the path %.100q; choose letters and digits, and not \"log\"", o.NarPath)
 	}

@@ -28,9 +28,9 @@ file is overwritten.`,
 		if err := keygen(*public, *secret); err != nil {
 			return fmt.Errorf("the key pair is not made: %w", err)
 		}
-		fmt.Printf("public key:  %s\nprivate key: %s\n", *public, *secret)
-		fmt.Printf("Whoever is to trust it: sudo guix archive --authorize < %s\n", filepath.Base(*public))
-		return nil
+		_, err := fmt.Printf("public key:  %s\nprivate key: %s\nWhoever is to trust it: sudo guix archive --authorize < %s\n",
+			*public, *secret, filepath.Base(*public))
+		return err
 	}
 	return c
 }

@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"os"
 	"path/filepath"
@@ -25,16 +26,19 @@ const helpColumns = 80
 // showHelp shows what a command does, and its options with what they are by default.
 func showHelp(c *cobra.Command, _ []string) {
 	c.InitDefaultHelpFlag()
-	fmt.Printf("Usage: %s\n\n%s\n", c.UseLine(), cmp.Or(c.Long, c.Short))
+	text := fmt.Sprintf("Usage: %s\n\n%s\n", c.UseLine(), cmp.Or(c.Long, c.Short))
 	for _, g := range c.Groups() {
-		fmt.Printf("\n%s\n", g.Title)
+		text += fmt.Sprintf("\n%s\n", g.Title)
 		for _, sub := range commandsOf(c, g) {
-			fmt.Printf("  %-12s %s\n", sub.Name(), sub.Short)
+			text += fmt.Sprintf("  %-12s %s\n", sub.Name(), sub.Short)
 		}
 	}
 	options := c.LocalFlags().FlagUsagesWrapped(helpColumns)
 	optionalValue := regexp.MustCompile(`(--\w+) (\w+)\[="true"\]`) // as package pflag shows it
-	fmt.Printf("\nOptions:\n%s", optionalValue.ReplaceAllString(options, "$1[=$2]       "))
+	text += "\nOptions:\n" + optionalValue.ReplaceAllString(options, "$1[=$2]       ")
+	if _, err := io.WriteString(os.Stdout, text); err != nil {
+		os.Exit(message.Report(err)) // cobra takes no error from here
+	}
 }
 
 func commandsOf(c *cobra.Command, g *cobra.Group) []*cobra.Command {

@@ -3,10 +3,12 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -69,8 +71,8 @@ func modeFlags(c *cobra.Command, queries, substitutes string) (query, substitute
 		if !*version {
 			return nil
 		}
-		fmt.Println("guix-substitute-eris", program.Version())
-		return message.Status(0) // that is all
+		_, err := fmt.Println("guix-substitute-eris", program.Version())
+		return cmp.Or(err, error(message.Status(0))) // that is all
 	}
 	return f.Bool("query", false, queries), f.Bool("substitute", false, substitutes)
 }
@@ -91,7 +93,7 @@ func byHandCommand() *cobra.Command {
 			return message.Usage("--query and --substitute are not possible together")
 		case !*query && !*fetch:
 			return message.Usage("one of --query and --substitute is needed")
-		case *fetch && len(items) != 0 && len(items) != 2:
+		case *fetch && (len(items) != 0 && len(items) != 2 || slices.Contains(items, "")):
 			return message.Usage("--substitute takes an item and a destination: --substitute /gnu/store/… /tmp/…")
 		case err != nil:
 			return err

@@ -271,6 +271,9 @@ const (
 func (g *Gate) Server(handler http.Handler) *http.Server {
 	return &http.Server{
 		Handler: handler,
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+			return context.WithValue(ctx, connKey{}, conn)
+		},
 		ConnState: func(conn net.Conn, state http.ConnState) {
 			conn.(*Conn).SetIdle(state == http.StateNew || state == http.StateIdle)
 		},
@@ -281,6 +284,24 @@ func (g *Gate) Server(handler http.Handler) *http.Server {
 		MaxHeaderBytes:    maxHeader,
 		ErrorLog:          log.New(io.Discard, "", 0),
 	}
+}
+
+// connKey is the key of the connection in the context of a request.
+type connKey struct{}
+
+// Unfinished has clients and proxies see that an answer is not whole whose end is that of the
+// connection, as HTTP/1.0 has it where the length is not known: until whole is called, that end is a
+// reset, whatever ends the handler or this process. Proxies would keep what they take for whole.
+// The request is one to what [Gate.Server] returns; for others nothing is done.
+func Unfinished(r *http.Request) (whole func()) {
+	c, ok := r.Context().Value(connKey{}).(*Conn)
+	if ok && !r.ProtoAtLeast(1, 1) {
+		if tcp, ok := c.Conn.(*net.TCPConn); ok {
+			_ = tcp.SetLinger(0) // fails where the client has gone
+			return func() { _ = tcp.SetLinger(-1) }
+		}
+	}
+	return func() {}
 }
 
 // stopTime is how long clients get when a server stops.

@@ -223,8 +223,8 @@ func (d *doctor) examineState() {
 		d.well("cache", "nothing is kept for later, by the settings")
 	} else if existing, err := writable(directory, who); err != nil {
 		d.ill(fmt.Sprintf("sudo install -d -o %d %s", who.uid, page.Quote(directory)), "cache", "narinfos and blocks cannot be kept for later: %v", err)
-	} else if free, err := files.Free(existing); err == nil && free < leastKept {
-		d.ill("rm -r "+page.Quote(directory)+" # or name another cache-directory", "cache", "%s: only %s are free, so that little is kept for later", directory, page.Size(free))
+	} else if free, err := files.Free(existing); err == nil && !files.HasRoom(existing, leastKept) {
+		d.ill("rm -r "+page.Quote(directory)+" # or name another cache-directory", "cache", "%s: only %s are free, or hardly any more files, so that little is kept for later", directory, page.Size(free))
 	} else {
 		d.well("cache", "%s", directory)
 	}
@@ -234,6 +234,8 @@ func (d *doctor) examineState() {
 			d.ill("sudo mkdir -p "+page.Quote(place.path), place.subject, "%v", err)
 		case free < leastFree:
 			d.ill("guix gc -F 5G", place.subject, "%s: only %s are free", place.path, page.Size(free))
+		case !files.HasRoom(place.path, leastKept):
+			d.ill("df -i "+page.Quote(place.path)+"\nguix gc", place.subject, "%s: its file system takes hardly any more files", place.path)
 		default:
 			d.well(place.subject, "%s, %s free", place.path, page.Size(free))
 		}

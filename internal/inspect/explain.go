@@ -120,15 +120,19 @@ type storeReport struct {
 	Found   bool          `json:"found"`             // on the local network
 }
 
-// forItems calls show with what is known of items but for the stores, and reports of which nothing
-// can be known. It returns the highest of the exit statuses.
+// forItems calls show with what is known of items but for the stores, once for each, and reports of
+// which nothing can be known. It returns the highest of the exit statuses.
 func forItems(
 	ctx context.Context, s *session.Settings, sub *session.Session, items []string, show func(explanation) message.Status,
 ) (worst message.Status) {
+	shown := map[string]bool{}
 	for _, text := range session.Names(items) {
 		e := explanation{keys: s.KeysFile()}
 		item, err := s.FindItem(ctx, sub, text)
-		if err == nil {
+		if err == nil && shown[item] {
+			continue
+		} else if err == nil {
+			shown[item] = true
 			e.Explanation, err = sub.Explain(ctx, item)
 		}
 		if err != nil {
@@ -492,7 +496,7 @@ func (e *explanation) mend(p *page.Page) {
 		for _, s := range e.Servers {
 			if s.UnknownKey {
 				p.Line(2, "If you trust %s, authorise its key:", s.Signer)
-				p.Command(4, "guix-substitute-eris narinfo --key "+page.Quote(e.Path)+" | sudo guix archive --authorize")
+				p.Command(4, "guix-substitute-eris narinfo --key --substitute-urls="+page.Quote(s.URL)+" "+page.Quote(e.Path)+" | sudo guix archive --authorize")
 				return
 			}
 		}

@@ -142,6 +142,7 @@ func Text(text string) string {
 			{`(does not exist; .*): file does not exist$`, "$1"},
 			{`(?:net/http: HTTP/1.x transport connection broken|readLoopPeekFailLocked): .*`, "it speaks something else than HTTP"},
 			{`context canceled|\w+ signal received`, "interrupted"},
+			{`\bgetwd: no such file or directory`, "the working directory is gone"},
 			{`context deadline exceeded|i/o timeout`, "no answer in time"},
 			{`address already in use`, "another program listens there"},
 			{`missing port in address`, "the port is missing"},
@@ -191,6 +192,8 @@ func hint(err error) string {
 		return "this machine has no such address; \"ip address\" shows those that it has"
 	case has("no such host"), errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH), has("network is unreachable"):
 		return "is the name right, and has this machine a network?"
+	case has("getwd: "):
+		return "change to another directory by cd"
 	case errors.Is(err, syscall.ENOTDIR):
 		return "a file is where a directory must be; name another place"
 	case has("invalid port"):
@@ -213,8 +216,8 @@ func hint(err error) string {
 		return "--public-key and --private-key take the two files of one pair, signing-key.pub and signing-key.sec"
 	case has("public key: ") && !has("the key: "): // which is not an option's
 		return "--public-key takes a file as \"keygen\" makes it, signing-key.pub"
-	case has("no list \"private-key\""):
-		return "--private-key takes the other file of the pair, signing-key.sec"
+	case has("private key: "):
+		return "--private-key takes a file as \"keygen\" makes it, signing-key.sec"
 	case has("read capability: "):
 		return "a read capability is urn:eris: and 106 letters and digits, in capitals; copy it whole"
 	case has("missing port in address"), has("too many colons in address"):

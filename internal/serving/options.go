@@ -3,6 +3,7 @@
 package serving
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/systemd"
 )
 
 // setTime sets a time as options of Guix have it (guix/ui.scm: string->duration), but without
@@ -48,8 +50,15 @@ func guixCompressions(texts []string) (forms []string) {
 	return forms
 }
 
-// open listens where --listen and --port say: a host, or a host and a port.
+// open listens where the service manager does, or else where --listen and --port say: a host, or a
+// host and a port.
 func (s *publishSettings) open() (net.Listener, error) {
+	passed, err := systemd.Sockets()
+	if err == nil && len(passed) == 1 && passed[0].Listener != nil {
+		return passed[0].Listener, nil
+	} else if err != nil || len(passed) > 0 {
+		return nil, cmp.Or(err, fmt.Errorf("the service manager passes %d sockets, and must pass one, of a stream", len(passed)))
+	}
 	host, port, err := net.SplitHostPort(s.listen)
 	bare := strings.TrimSuffix(strings.TrimPrefix(s.listen, "["), "]")
 	_, notAddress := netip.ParseAddr(bare)

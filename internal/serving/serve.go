@@ -113,7 +113,9 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 	c.RunE = func(*cobra.Command, []string) error {
 		if s.stats {
 			_, sections, err := s.askStatistics()
-			fmt.Print(status.Metrics(sections))
+			if err == nil {
+				_, err = fmt.Print(status.Metrics(sections))
+			}
 			return err
 		}
 		if err := errors.Join(s.user.check(c.Name()), s.log.open()); err != nil {

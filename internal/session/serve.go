@@ -3,6 +3,7 @@
 package session
 
 import (
+	"cmp"
 	"bytes"
 	"context"
 	"errors"
@@ -54,7 +55,13 @@ func (s *Settings) ByHand(ctx context.Context, query bool, items []string) error
 	sub := s.Session(query)
 	defer sub.Close()
 	if !query {
-		s.confine(items[1])
+		item, err := s.FindItem(ctx, sub, items[0])
+		destination, err2 := filepath.Abs(items[1]) // "out/" is "out"
+		if err = cmp.Or(err, err2); err != nil {
+			return err
+		}
+		s.confine(destination)
+		items = []string{item, destination}
 	}
 	sub.SetKeys(s.Keys())
 	var reply []byte

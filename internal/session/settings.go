@@ -253,7 +253,7 @@ func (s *Settings) publicFiles() []string {
 	return nil
 }
 
-// ServerURLs returns the substitute URLs in order.
+// ServerURLs returns the substitute URLs in order, each once.
 func (s *Settings) ServerURLs() []string {
 	urls := DefaultURLs
 	if fromDaemon, ok := s.options.SubstituteURLs(); ok {
@@ -262,13 +262,17 @@ func (s *Settings) ServerURLs() []string {
 	if s.URLs != "" {
 		urls = strings.Fields(s.URLs)
 	} else if more := s.file.SubstituteURLs; len(more) > 0 {
-		rest := slices.DeleteFunc(slices.Clone(urls), func(url string) bool { return slices.Contains(more, url) })
-		urls = slices.Concat(more, rest)
+		urls = slices.Concat(more, urls)
 	}
 	if s.options.Discover() {
-		urls = append(s.discovered(), urls...)
+		urls = slices.Concat(s.discovered(), urls)
 	}
-	return urls
+	seen := map[string]bool{}
+	return slices.DeleteFunc(slices.Clone(urls), func(url string) bool {
+		url = strings.TrimRight(url, "/") // which says the same
+		defer func() { seen[url] = true }()
+		return seen[url]
+	})
 }
 
 // maxDiscovered is how many servers of the local network are asked (Guix,

@@ -138,11 +138,11 @@ func (c *changeFlags) undo(s *System) error {
 	if err := c.permitted(); err != nil {
 		return err
 	}
-	nothing, err := s.Undo(true, func(format string, a ...any) {
-		if !c.yes || c.dryRun {
-			saying(format, a...)
-		}
-	})
+	would := ""
+	nothing, err := s.Undo(true, func(format string, a ...any) { would += fmt.Sprintf(format+"\n", a...) })
+	if err == nil {
+		err = c.foretell(would)
+	}
 	if err == nil && nothing {
 		fmt.Println("There is nothing to take back.")
 	} else if err == nil && !c.dryRun {
@@ -189,6 +189,14 @@ func (c *changeFlags) agreed(question string) error {
 	return errNothingDone
 }
 
+// foretell says what would be done to who wants to know. Who cannot be told has not agreed.
+func (c *changeFlags) foretell(would string) (err error) {
+	if !c.yes || c.dryRun {
+		_, err = fmt.Print(page.Wrap(1, would))
+	}
+	return err
+}
+
 // change does steps, if the user agrees.
 func (c *changeFlags) change(s *System, steps []Step, done string) error {
 	if err := c.permitted(); err != nil {
@@ -198,15 +206,14 @@ func (c *changeFlags) change(s *System, steps []Step, done string) error {
 		fmt.Println("All of it is in place already.")
 		return nil
 	}
-	if !c.yes || c.dryRun {
-		for _, step := range steps {
-			if step.Path != "" || len(step.Command) > 0 {
-				saying("would %v", step)
-			}
+	would := ""
+	for _, step := range steps {
+		if step.String() != "" {
+			would += fmt.Sprintf("would %v\n", step)
 		}
 	}
-	if c.dryRun {
-		return nil
+	if err := c.foretell(would); err != nil || c.dryRun {
+		return err
 	}
 	if err := c.agreed("Do it?"); err != nil {
 		return err
@@ -245,8 +252,8 @@ compare it with what the administrator of the server says.`,
 }
 
 func (c *changeFlags) use(ctx context.Context, server, keyFile string) error {
-	if strings.HasPrefix(server, "/") {
-		return message.Usage("%q is not the whole URL of a server\nhint: write file://%s for a directory", server, server)
+	if path := strings.TrimPrefix(server, "file:"); strings.HasPrefix(path, "/") && !strings.HasPrefix(path, "//") {
+		return message.Usage("%q is not the whole URL of a server\nhint: write file://%s for a directory", server, path)
 	} else if !strings.Contains(server, "://") {
 		return message.Usage("%q is not the whole URL of a server\nhint: write http://%s, or file:///… for a directory", server, server)
 	} else if err := mirror.CheckURL(server); err != nil {

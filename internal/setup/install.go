@@ -28,10 +28,11 @@ const (
 	// Socket is that of the block store of the system.
 	Socket = "/run/guix-substitute-eris/eris.sock"
 
-	extensions = "/etc/guix/extensions"
-	account    = "guix-substitute-eris"
-	units      = "/etc/systemd/system"
-	dropIn     = units + "/guix-daemon.service.d/guix-substitute-eris.conf"
+	extensions     = "/etc/guix/extensions"
+	account        = "guix-substitute-eris"
+	units          = "/etc/systemd/system"
+	apparmorParser = "apparmor_parser"
+	dropIn         = units + "/guix-daemon.service.d/guix-substitute-eris.conf"
 )
 
 // ErrGuixSystem says that the system is made from a declaration, to which services are added.
@@ -358,7 +359,7 @@ func (i *installation) permit(way string) error {
 	// There must not be two profiles of one name.
 	now = regexp.MustCompile(ownRules).ReplaceAll(now, nil)
 	// What is kept compiled counts as new by its time, which a clock that was set back makes wrong.
-	load := []string{"apparmor_parser", "--replace", "--skip-read-cache", profile}
+	load := []string{apparmorParser, "--replace", "--skip-read-cache", profile}
 	loaded := i.live && i.profileLoaded()
 	if loaded {
 		i.steps = append(i.steps, Step{Undo: load})
@@ -372,8 +373,8 @@ func (i *installation) permit(way string) error {
 
 // profileLoaded reports whether the profile of guix-daemon is in force. It may be there and not be:
 // AppArmor before version 4 does not understand it, and not every kernel has AppArmor.
-func (i *installation) profileLoaded() bool {
-	text, _ := files.ReadRegular(filepath.Join(i.root, "sys/kernel/security/apparmor/profiles"), maxFile)
+func (s *System) profileLoaded() bool {
+	text, _ := files.ReadRegular(filepath.Join(s.root, "sys/kernel/security/apparmor/profiles"), maxFile)
 	return regexp.MustCompile(`(?m)^guix-daemon \(`).Match(text)
 }
 

@@ -165,6 +165,14 @@ func TestAppArmor(t *testing.T) {
 	if permit(store, "man (enforce)\nguix-daemon (enforce)\n") != 1 {
 		t.Error("the profile is not loaded again")
 	}
+	record := record{Undo: []string{apparmorParser, "--replace", profile}}
+	if what, _, err := s.undo(record); err != nil || what == "" {
+		t.Errorf("a profile that is in force is not loaded again without the rules: %v", err)
+	}
+	must(t, os.WriteFile(filepath.Join(s.root, loaded), nil, 0o644))
+	if what, act, err := s.undo(record); err != nil || what != "" || act != nil {
+		t.Errorf("a profile that is in force no longer is loaded: %s %v", what, err)
+	}
 	text, err := os.ReadFile(filepath.Join(s.root, local))
 	must(t, err)
 	rules := string(text)

@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -365,6 +366,8 @@ func (s *System) Undo(dry bool, say func(format string, a ...any)) (undone bool,
 func (s *System) undo(r record) (what string, act func() error, err error) {
 	if r.Path == "" && !s.live {
 		return "", nil, fmt.Errorf("%q is not run, for the system does not run", strings.Join(r.Undo, " "))
+	} else if r.Path == "" && slices.Contains(r.Undo, apparmorParser) && !s.profileLoaded() {
+		return "", nil, nil // it would be from now on
 	} else if r.Path == "" {
 		return "run " + strings.Join(r.Undo, " "), func() error { return run(r.Undo) }, nil
 	}
