@@ -8,10 +8,12 @@ import (
 	"io"
 	"log"
 	"os"
+	"os/signal"
 	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/inspect"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
@@ -76,6 +78,7 @@ func run(args []string) int {
 		}
 		return message.Report(message.UnknownCommand(args[0], commandNames()))
 	}
+	signal.Ignore(unix.SIGPIPE) // who reads what is shown and goes away must not leave half of a tree behind
 	root := rootCommand(len(args) > 0 && strings.HasPrefix(args[0], cobra.ShellCompRequestCmd))
 	root.SetArgs(commandFirst(args))
 	ctx, stop := program.UntilSignal()

@@ -290,8 +290,8 @@ func (g *Gate) Server(handler http.Handler) *http.Server {
 type connKey struct{}
 
 // Unfinished has clients and proxies see that an answer is not whole whose end is that of the
-// connection, as HTTP/1.0 has it where the length is not known: until whole is called, that end is a
-// reset, whatever ends the handler or this process. Proxies would keep what they take for whole.
+// connection, as HTTP/1.0 has it where the length is not known: until whole is called, that end is
+// a reset, whatever ends the handler or this process. Proxies would keep what they take for whole.
 // The request is one to what [Gate.Server] returns; for others nothing is done.
 func Unfinished(r *http.Request) (whole func()) {
 	c, ok := r.Context().Value(connKey{}).(*Conn)

@@ -40,6 +40,10 @@ const (
 	Unreachable  Status = 5
 )
 
+// unread is the exit status when nobody reads what is printed, which needs no words: what shells
+// make of the signal that would have ended the command.
+const unread = 128 + int(syscall.SIGPIPE)
+
 // Error implements error.
 func (s Status) Error() string { return fmt.Sprintf("exit status %d", int(s)) }
 
@@ -79,10 +83,14 @@ func OfUsage(err error) error {
 // exit status, which depends on what the error wraps.
 func Report(err error) int {
 	var told Status
-	if err == nil {
+	var at *fs.PathError
+	switch {
+	case err == nil:
 		return 0
-	} else if errors.As(err, &told) {
+	case errors.As(err, &told):
 		return int(told)
+	case errors.As(err, &at) && at.Path == os.Stdout.Name() && at.Err == syscall.EPIPE:
+		return unread
 	}
 	text, h, ok := strings.Cut(err.Error(), "\nhint: ")
 	if !ok {

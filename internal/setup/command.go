@@ -75,9 +75,9 @@ do, asks, and keeps a record, by which --undo restores what was there before.`,
 		case err != nil:
 			return err
 		case *undo:
-			return change.undo(s)
+			return change.undo(c.Context(), s)
 		}
-		return change.install(s, o)
+		return change.install(c.Context(), s, o)
 	}
 	return c
 }
@@ -107,7 +107,7 @@ func leaveStore() (name string, err error) {
 	return "", unix.Exec(fmt.Sprintf("/proc/self/fd/%d", fd), os.Args, os.Environ())
 }
 
-func (c *changeFlags) install(s *System, o Options) (err error) {
+func (c *changeFlags) install(ctx context.Context, s *System, o Options) (err error) {
 	if o.RealGuix, err = program.RealGuix(""); err != nil || c.root != "" {
 		o.RealGuix = "" // which is not known of another system
 	}
@@ -117,7 +117,7 @@ func (c *changeFlags) install(s *System, o Options) (err error) {
 	} else if err != nil {
 		return err
 	}
-	if err := c.change(s, steps, "\"guix-substitute-eris setup --undo\" takes it back."); err != nil {
+	if err := c.change(ctx, s, steps, "\"guix-substitute-eris setup --undo\" takes it back."); err != nil {
 		return err
 	}
 	for _, n := range notes {
@@ -134,7 +134,7 @@ const declaration = `  (use-modules (guix-substitute-eris services))
           (modify-services %base-services
             (guix-service-type config => (with-substitute-eris config)))))`
 
-func (c *changeFlags) undo(s *System) error {
+func (c *changeFlags) undo(ctx context.Context, s *System) error {
 	if err := c.permitted(); err != nil {
 		return err
 	}
@@ -146,7 +146,7 @@ func (c *changeFlags) undo(s *System) error {
 	if err == nil && nothing {
 		fmt.Println("There is nothing to take back.")
 	} else if err == nil && !c.dryRun {
-		err = c.agreed("Restore what was there before?")
+		err = c.agreed(ctx, "Restore what was there before?")
 	}
 	if err != nil || c.dryRun {
 		return err
@@ -172,19 +172,27 @@ func (c *changeFlags) permitted() error {
 }
 
 // agreed asks a question, unless that is not wanted. The error is errNothingDone if the answer is
-// no, or there is none.
-func (c *changeFlags) agreed(question string) error {
+// no, or there is none, also because a signal comes first.
+func (c *changeFlags) agreed(ctx context.Context, question string) error {
 	if c.yes {
 		return nil
 	}
 	fmt.Printf("%s [y/N] ", question)
-	answer, err := bufio.NewReader(os.Stdin).ReadString('\n')
-	switch {
-	case slices.Contains([]string{"y", "yes"}, strings.ToLower(strings.TrimSpace(answer))):
-		return nil
-	case answer == "" && err != nil:
+	answers := make(chan string, 1)
+	go func() { // ends with the program at the latest: nothing breaks off reading from a terminal
+		answer, _ := bufio.NewReader(os.Stdin).ReadString('\n')
+		answers <- answer
+	}()
+	select {
+	case <-ctx.Done():
 		fmt.Println()
-		return fmt.Errorf("%w, as nobody answered\nhint: --yes does it without a question", errNothingDone)
+	case answer := <-answers:
+		if slices.Contains([]string{"y", "yes"}, strings.ToLower(strings.TrimSpace(answer))) {
+			return nil
+		} else if answer == "" {
+			fmt.Println()
+			return fmt.Errorf("%w, as nobody answered\nhint: --yes does it without a question", errNothingDone)
+		}
 	}
 	return errNothingDone
 }
@@ -198,7 +206,7 @@ func (c *changeFlags) foretell(would string) (err error) {
 }
 
 // change does steps, if the user agrees.
-func (c *changeFlags) change(s *System, steps []Step, done string) error {
+func (c *changeFlags) change(ctx context.Context, s *System, steps []Step, done string) error {
 	if err := c.permitted(); err != nil {
 		return err
 	}
@@ -215,7 +223,7 @@ func (c *changeFlags) change(s *System, steps []Step, done string) error {
 	if err := c.foretell(would); err != nil || c.dryRun {
 		return err
 	}
-	if err := c.agreed("Do it?"); err != nil {
+	if err := c.agreed(ctx, "Do it?"); err != nil {
 		return err
 	}
 	defer unix.Umask(unix.Umask(0o022)) // what is made must be readable by the daemon
@@ -298,7 +306,7 @@ func (c *changeFlags) use(ctx context.Context, server, keyFile string) error {
 	if !s.exists(dropIn) {
 		done = "note: if guix-daemon does not use this program yet, \"sudo guix-substitute-eris setup\" has it do so; see \"doctor\""
 	}
-	return c.change(s, steps, done+"\n\"guix-substitute-eris setup --undo\" takes it back.")
+	return c.change(ctx, s, steps, done+"\n\"guix-substitute-eris setup --undo\" takes it back.")
 }
 
 // fullFingerprint is what identifies a key, as its file has it.
