@@ -30,13 +30,10 @@ import (
 type Encoding struct {
 	// Capability denotes the tree as ERIS-FS, or, if Form is "nar", its archive.
 	Capability eris.ReadCapability
-	// Form is "eris-fs" or "nar".
-	Form string
-	// NarHash is the SHA-256 of the archive, and NarSize its length in bytes.
+	// Form is "eris-fs" or "nar", NarHash the SHA-256 of the archive, and NarSize its length in bytes.
+	Form    string
 	NarHash [sha256.Size]byte
 	NarSize uint64
-	// Files is the number of files and links of the tree; 0 for an archive.
-	Files int
 }
 
 // Encode encodes the file tree at path, which may be a single file, and puts its blocks into sink;
@@ -48,29 +45,19 @@ func Encode(ctx context.Context, path string, sink eris.Sink, o erisfs.EncodeOpt
 	tree := nar.NewTree(path)
 	defer tree.Close()
 	r, err := erisfs.Encode(ctx, tree, sink, o)
-	if err == nil {
-		return Encoding{r.Capability, "eris-fs", r.NarHash, r.NarSize, r.Index.Len()}, nil
+	e := Encoding{r.Capability, "eris-fs", r.NarHash, r.NarSize}
+	if errors.Is(err, erisfs.ErrNotRepresentable) {
+		hash := sha256.New()
+		e.Form = "nar"
+		e.Capability, e.NarSize, err = encodeWritten(ctx, sink, o.Secret, func(w io.Writer) error {
+			return writeNar(io.MultiWriter(hash, w), path, "none")
+		})
+		hash.Sum(e.NarHash[:0])
 	}
-	if !errors.Is(err, erisfs.ErrNotRepresentable) {
-		return Encoding{}, fmt.Errorf("encoding %s: %w", path, err)
-	}
-	e, err := encodeArchive(ctx, path, sink, o.Secret)
 	if err != nil {
 		return Encoding{}, fmt.Errorf("encoding %s: %w", path, err)
 	}
 	return e, nil
-}
-
-// encodeArchive encodes the archive of a tree.
-func encodeArchive(ctx context.Context, path string, sink eris.Sink, secret eris.ConvergenceSecret) (Encoding, error) {
-	e := Encoding{Form: "nar"}
-	hash := sha256.New()
-	var err error
-	e.Capability, e.NarSize, err = encodeWritten(ctx, sink, secret, func(w io.Writer) error {
-		return writeNar(io.MultiWriter(hash, w), path, "none")
-	})
-	hash.Sum(e.NarHash[:0])
-	return e, err
 }
 
 // encodeWritten encodes what write writes, and returns how many bytes that is.

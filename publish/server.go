@@ -43,7 +43,7 @@ type ServerOptions struct {
 	Items Items
 	// Key signs narinfos; nil leaves them unsigned.
 	Key *acl.SigningKey
-	// Host is the name in signatures.
+	// Host is the name in signatures. Default that of this machine.
 	Host string
 	// Capabilities finds read capabilities; nil leaves the field ERIS out.
 	Capabilities *Capabilities
@@ -112,7 +112,8 @@ const temporaryTTL = time.Minute
 
 // NewServer returns a server, or an error for options that make no sense.
 func NewServer(o ServerOptions) (*Server, error) {
-	o.Root = cmp.Or(o.Root, o.StoreDir)
+	name, _ := os.Hostname()
+	o.Root, o.Host = cmp.Or(o.Root, o.StoreDir), cmp.Or(o.Host, name, "localhost")
 	if len(o.Compressions) == 0 {
 		o.Compressions = []string{"zstd", "gzip"}
 	}

@@ -146,8 +146,8 @@ func writeManual(root *cobra.Command, directory string) error {
 	}
 	err := write("5", "substitute-eris.toml", configurationPage())
 	for _, c := range append(root.Commands(), root) {
-		if !c.Hidden {
-			err = errors.Join(err, write("1", pageName(c), commandPage(c)))
+		if !c.Hidden && err == nil {
+			err = write("1", pageName(c), commandPage(c))
 		}
 	}
 	return err

@@ -219,9 +219,7 @@ func (d *doctor) usedProgram() (program, how string, err error) {
 	if env["GUIX_EXTENSIONS_PATH"] != "" {
 		return "", "", errors.New("there is no substitute.scm of this program in " + env["GUIX_EXTENSIONS_PATH"] + " (GUIX_EXTENSIONS_PATH)")
 	}
-	const unit = "etc/systemd/system/guix-daemon.service"
-	more, _ := filepath.Glob(filepath.Join("/", d.root, unit+".d/*.conf"))
-	_, service := setup.ReadUnit(append([]string{filepath.Join("/", d.root, unit)}, more...)...)
+	_, service := setup.ReadService(filepath.Join("/", d.root), "etc/systemd/system/guix-daemon.service", "")
 	for _, name := range []string{"GUIX_EXTENSIONS_PATH", "GUIX"} {
 		if set := service[name]; set != "" && env[name] == "" {
 			return "", "", fmt.Errorf("the service sets %s=%s, and %w", name, set, errNotRestarted)

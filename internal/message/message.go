@@ -185,61 +185,48 @@ func once(line string) string {
 	return strings.Join(parts, ": ")
 }
 
-// hint says what to do about an error, or nothing.
+// hint says what to do about an error, or nothing: the first of these that fits.
 func hint(err error) string {
 	text := err.Error()
-	has := func(part string) bool { return strings.Contains(text, part) }
-	switch {
-	case has("is \"serve\" running"), has("make it, or"), has("see --"), has("is a server running"):
-		return "" // it says so itself
-	case errors.Is(err, syscall.ECONNREFUSED), has("connection refused"):
-		return "nothing listens there; is the address right, and the program that serves it running?"
-	case errors.Is(err, syscall.EADDRINUSE):
-		return "end that program, or choose another port or socket by --listen or --socket"
-	case errors.Is(err, syscall.EADDRNOTAVAIL):
-		return "this machine has no such address; \"ip address\" shows those that it has"
-	case has("no such host"), errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH), has("network is unreachable"):
-		return "is the name right, and has this machine a network?"
-	case has("getwd: "):
-		return "change to another directory by cd"
-	case errors.Is(err, syscall.ENOTDIR):
-		return "a file is where a directory must be; name another place"
-	case has("invalid port"):
-		return "a port is a number from 1 to 65535"
-	case errors.Is(err, syscall.ENOSPC):
-		return "make room; blocks that are stored already stay, so that the next attempt goes on from there"
-	case errors.Is(err, syscall.EROFS):
-		return "mount it so that it can be written to, or name another place"
-	case errors.Is(err, fs.ErrPermission):
-		return "do it as a user who may, root for example, or name another place"
-	case has("s3://") && has("403 Forbidden: "):
-		return "are AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION those of the bucket, and is the clock of this machine right?"
-	case errors.Is(err, fetch.ErrReadOnly), has("4.05"), has("403 Forbidden"):
-		return "whoever serves the store must permit it: serve --listen='URL?get&put', or its socket"
-	case has("its bytes do not have this hash"):
-		return "the store is damaged; \"check --repair URN --store=URL --store=OTHER-URL\" puts the right bytes there"
-	case errors.Is(err, eris.ErrNotFound):
-		return "no store that was asked has it; is the URN copied whole? \"check URN\" says what is missing; name other stores by --store"
-	case has("does not belong to the private key"):
-		return "--public-key and --private-key take the two files of one pair, signing-key.pub and signing-key.sec"
-	case has("public key: ") && !has("the key: "): // which is not an option's
-		return "--public-key takes a file as \"keygen\" makes it, signing-key.pub"
-	case has("private key: "):
-		return "--private-key takes a file as \"keygen\" makes it, signing-key.sec"
-	case has("read capability: "):
-		return "a read capability is urn:eris: and 106 letters and digits, in capitals; copy it whole"
-	case has("missing port in address"), has("too many colons in address"):
-		return "write --listen=127.0.0.1:8080, or --listen=:8080 for all addresses of this machine"
-	case errors.Is(err, fs.ErrExist):
-		return "choose another name, or move what is there away"
-	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
-		return "is the address right, and can the machine be reached?"
-	case has("something else than a socket"):
-		return "move it away, or choose another --socket"
-	case has("in use by another process"), has("another server listens on it"):
-		return "end that program, or choose another --directory or --socket"
-	case errors.Is(err, fs.ErrNotExist) && !has("\"") && !has("database"):
-		return "is the name right?"
+	has := func(parts ...string) bool {
+		return slices.ContainsFunc(parts, func(part string) bool { return strings.Contains(text, part) })
+	}
+	is := func(causes ...error) bool {
+		return slices.ContainsFunc(causes, func(cause error) bool { return errors.Is(err, cause) })
+	}
+	for _, h := range [...]struct {
+		fits bool
+		hint string
+	}{
+		{has("is \"serve\" running", "make it, or", "see --", "is a server running"), ""}, // it says so itself
+		{is(syscall.ECONNREFUSED) || has("connection refused"), "nothing listens there; is the address right, and the program that serves it running?"},
+		{is(syscall.EADDRINUSE), "end that program, or choose another port or socket by --listen or --socket"},
+		{is(syscall.EADDRNOTAVAIL), "this machine has no such address; \"ip address\" shows those that it has"},
+		{is(syscall.ENETUNREACH, syscall.EHOSTUNREACH) || has("no such host", "network is unreachable"), "is the name right, and has this machine a network?"},
+		{has("getwd: "), "change to another directory by cd"},
+		{is(syscall.ENOTDIR), "a file is where a directory must be; name another place"},
+		{has("invalid port"), "a port is a number from 1 to 65535"},
+		{is(syscall.ENOSPC), "make room; blocks that are stored already stay, so that the next attempt goes on from there"},
+		{is(syscall.EROFS), "mount it so that it can be written to, or name another place"},
+		{is(fs.ErrPermission), "do it as a user who may, root for example, or name another place"},
+		{has("s3://") && has("403 Forbidden: "), "are AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION those of the bucket, and is the clock of this machine right?"},
+		{is(fetch.ErrReadOnly) || has("4.05", "403 Forbidden"), "whoever serves the store must permit it: serve --listen='URL?get&put', or its socket"},
+		{has("its bytes do not have this hash"), "the store is damaged; \"check --repair URN --store=URL --store=OTHER-URL\" puts the right bytes there"},
+		{is(eris.ErrNotFound), "no store that was asked has it; is the URN copied whole? \"check URN\" says what is missing; name other stores by --store"},
+		{has("does not belong to the private key"), "--public-key and --private-key take the two files of one pair, signing-key.pub and signing-key.sec"},
+		{has("public key: ") && !has("the key: "), "--public-key takes a file as \"keygen\" makes it, signing-key.pub"}, // which is not an option's
+		{has("private key: "), "--private-key takes a file as \"keygen\" makes it, signing-key.sec"},
+		{has("read capability: "), "a read capability is urn:eris: and 106 letters and digits, in capitals; copy it whole"},
+		{has("missing port in address", "too many colons in address"), "write --listen=127.0.0.1:8080, or --listen=:8080 for all addresses of this machine"},
+		{is(fs.ErrExist), "choose another name, or move what is there away"},
+		{is(context.DeadlineExceeded, os.ErrDeadlineExceeded), "is the address right, and can the machine be reached?"},
+		{has("something else than a socket"), "move it away, or choose another --socket"},
+		{has("in use by another process", "another server listens on it"), "end that program, or choose another --directory or --socket"},
+		{is(fs.ErrNotExist) && !has("\"") && !has("database"), "is the name right?"},
+	} {
+		if h.fits {
+			return h.hint
+		}
 	}
 	return ""
 }

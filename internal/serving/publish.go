@@ -3,14 +3,12 @@
 package serving
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net"
 	"net/http"
-	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -182,7 +180,6 @@ func (s *publishSettings) handler(ctx context.Context) (h http.Handler, err erro
 	if err != nil {
 		return nil, err
 	}
-	host, _ := os.Hostname()
 	if s.logs == "none" {
 		s.logs = ""
 	}
@@ -199,7 +196,7 @@ func (s *publishSettings) handler(ctx context.Context) (h http.Handler, err erro
 		s.closers = append(s.closers, nars.Close)
 	}
 	h, err = publish.NewServer(publish.ServerOptions{
-		StoreDir: s.store, Root: s.root, Items: items, Key: key, Host: cmp.Or(host, "localhost"), Capabilities: capabilities, Nars: nars, Deltas: deltas, Blocks: blocks,
+		StoreDir: s.store, Root: s.root, Items: items, Key: key, Capabilities: capabilities, Nars: nars, Deltas: deltas, Blocks: blocks,
 		WaitFor: uint64(s.waitFor), Compressions: guixCompressions(s.compressions), NarPath: s.narPath,
 		TTL: s.ttl, NegativeTTL: s.negativeTTL,
 		LogDirectory: s.logs, Log: s.log.Warnf, BlockStores: strings.Fields(s.announce),
@@ -365,9 +362,8 @@ func (s *Signer) Open(store, root string, log func(format string, a ...any)) (se
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	host, _ := os.Hostname()
 	server, err = publish.NewServer(publish.ServerOptions{
-		StoreDir: store, Root: root, Items: items, Key: pair, Host: cmp.Or(host, "localhost"), Compressions: []string{"none"}, Log: log,
+		StoreDir: store, Root: root, Items: items, Key: pair, Compressions: []string{"none"}, Log: log,
 	})
 	if err != nil {
 		s.s.close()

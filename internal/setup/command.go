@@ -140,13 +140,10 @@ func (c *changeFlags) undo(ctx context.Context, s *System) error {
 	}
 	would := ""
 	nothing, err := s.Undo(true, func(format string, a ...any) { would += fmt.Sprintf(format+"\n", a...) })
-	if err == nil {
-		err = c.foretell(would)
-	}
 	if err == nil && nothing {
 		fmt.Println("There is nothing to take back.")
-	} else if err == nil && !c.dryRun {
-		err = c.agreed(ctx, "Restore what was there before?")
+	} else if err == nil {
+		err = c.agreed(ctx, would, "Restore what was there before?")
 	}
 	if err != nil || c.dryRun {
 		return err
@@ -171,38 +168,29 @@ func (c *changeFlags) permitted() error {
 	return nil
 }
 
-// agreed asks a question, unless that is not wanted. The error is errNothingDone if the answer is
-// no, or there is none, also because a signal comes first.
-func (c *changeFlags) agreed(ctx context.Context, question string) error {
-	if c.yes {
+// agreed says what would be done, and asks a question, unless that is not wanted. The error is
+// errNothingDone if the answer is no, or there is none, also because a signal comes first.
+func (c *changeFlags) agreed(ctx context.Context, would, question string) error {
+	if c.yes && !c.dryRun {
 		return nil
 	}
+	if _, err := fmt.Print(page.Wrap(1, would)); err != nil || c.dryRun {
+		return err // who cannot be told has not agreed
+	}
 	fmt.Printf("%s [y/N] ", question)
-	answers := make(chan string, 1)
-	go func() { // ends with the program at the latest: nothing breaks off reading from a terminal
-		answer, _ := bufio.NewReader(os.Stdin).ReadString('\n')
-		answers <- answer
-	}()
-	select {
-	case <-ctx.Done():
+	defer context.AfterFunc(ctx, func() { // nothing else breaks off reading from a terminal
 		fmt.Println()
-	case answer := <-answers:
-		if slices.Contains([]string{"y", "yes"}, strings.ToLower(strings.TrimSpace(answer))) {
-			return nil
-		} else if answer == "" {
-			fmt.Println()
-			return fmt.Errorf("%w, as nobody answered\nhint: --yes does it without a question", errNothingDone)
-		}
+		os.Exit(message.Report(errNothingDone))
+	})()
+	answer, err := bufio.NewReader(os.Stdin).ReadString('\n')
+	switch {
+	case slices.Contains([]string{"y", "yes"}, strings.ToLower(strings.TrimSpace(answer))):
+		return nil
+	case answer == "" && err != nil:
+		fmt.Println()
+		return fmt.Errorf("%w, as nobody answered\nhint: --yes does it without a question", errNothingDone)
 	}
 	return errNothingDone
-}
-
-// foretell says what would be done to who wants to know. Who cannot be told has not agreed.
-func (c *changeFlags) foretell(would string) (err error) {
-	if !c.yes || c.dryRun {
-		_, err = fmt.Print(page.Wrap(1, would))
-	}
-	return err
 }
 
 // change does steps, if the user agrees.
@@ -220,10 +208,7 @@ func (c *changeFlags) change(ctx context.Context, s *System, steps []Step, done 
 			would += fmt.Sprintf("would %v\n", step)
 		}
 	}
-	if err := c.foretell(would); err != nil || c.dryRun {
-		return err
-	}
-	if err := c.agreed(ctx, "Do it?"); err != nil {
+	if err := c.agreed(ctx, would, "Do it?"); err != nil || c.dryRun {
 		return err
 	}
 	defer unix.Umask(unix.Umask(0o022)) // what is made must be readable by the daemon

@@ -247,10 +247,7 @@ func (i *installation) daemon() daemon {
 			return d
 		}
 	}
-	own := filepath.Join(i.root, dropIn)
-	more, _ := filepath.Glob(filepath.Join(filepath.Dir(own), "*.conf")) // the pattern is right
-	more = slices.DeleteFunc(more, func(file string) bool { return file == own })
-	said, environment := ReadUnit(append([]string{filepath.Join(i.root, d.unit)}, more...)...)
+	said, environment := ReadService(i.root, d.unit, path.Base(dropIn))
 	d.user, d.extensions = said["User"], environment["GUIX_EXTENSIONS_PATH"]
 	if fields := strings.Fields(said["ExecStart"]); len(fields) > 0 {
 		d.program = i.isProgram(strings.TrimLeft(fields[0], "@-:+!"))
@@ -258,11 +255,16 @@ func (i *installation) daemon() daemon {
 	return d
 }
 
-// ReadUnit returns what the files of a service of systemd say, and the variables that they set, by
-// name; what stands last counts, and what cannot be read says nothing.
-func ReadUnit(names ...string) (said, environment map[string]string) {
+// ReadService returns what the unit of a service of systemd and the drop-ins of the administrator,
+// but for one by that name, say on the system at root, and the variables that they set, by name;
+// what stands last counts, and what cannot be read says nothing.
+func ReadService(root, unit, but string) (said, environment map[string]string) {
 	said, environment = map[string]string{}, map[string]string{}
-	for _, name := range names {
+	names, _ := filepath.Glob(filepath.Join(root, units, path.Base(unit)+".d", "*.conf")) // the pattern is right
+	for _, name := range append([]string{filepath.Join(root, unit)}, names...) {
+		if filepath.Base(name) == but {
+			continue
+		}
 		text, _ := files.ReadRegular(name, maxFile)
 		for line := range strings.Lines(string(text)) {
 			setting, value, _ := strings.Cut(strings.TrimSpace(line), "=")
