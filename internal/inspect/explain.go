@@ -165,8 +165,11 @@ func (e *explanation) examineStores(ctx context.Context, sub *session.Session, f
 		e.Form = string(form)
 	}
 	e.Blocks = len(blocks)
-	if !full {
-		blocks = sample(blocks, sampledBlocks)
+	if !full && len(blocks) > sampledBlocks {
+		for i := range sampledBlocks { // from everywhere among them
+			blocks[i] = blocks[i*len(blocks)/sampledBlocks]
+		}
+		blocks = blocks[:sampledBlocks]
 	}
 	e.Sampled = len(blocks)
 	e.Stores, e.Missing = reportStores(ctx, sub, blocks)
@@ -242,18 +245,6 @@ func (e *explanation) capability() (eris.ReadCapability, bool) {
 		}
 	}
 	return eris.ReadCapability{}, false
-}
-
-// sample returns some of many blocks, from everywhere among them.
-func sample(blocks []image.Block, most int) []image.Block {
-	if len(blocks) <= most {
-		return blocks
-	}
-	some := make([]image.Block, most)
-	for i := range some {
-		some[i] = blocks[i*len(blocks)/most]
-	}
-	return some
 }
 
 // reportStore asks a store for blocks, and notes which it has given.

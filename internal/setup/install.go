@@ -4,6 +4,7 @@ package setup
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -182,18 +183,9 @@ func (i *installation) installStore() error {
 	return err
 }
 
+// installService has the user and the group of the store made, at once or when the system starts,
+// and puts its units in place.
 func (i *installation) installService() error {
-	if err := i.account(); err != nil {
-		return err
-	}
-	if err := i.unit("guix-substitute-eris.service", ""); err != nil {
-		return err
-	}
-	return i.unit("guix-substitute-eris.socket", "sockets.target")
-}
-
-// account has the user and the group of the store made: at once, or when the system starts.
-func (i *installation) account() error {
 	const name = "sysusers.d/guix-substitute-eris.conf"
 	file, err := i.putText(name, name, "/etc/sysusers.d")
 	if err != nil {
@@ -202,7 +194,7 @@ func (i *installation) account() error {
 	if _, err := user.Lookup(account); i.live && err != nil {
 		i.steps = append(i.steps, Step{Command: []string{"systemd-sysusers", file}, Undo: []string{"userdel", account}})
 	}
-	return nil
+	return cmp.Or(i.unit("guix-substitute-eris.service", ""), i.unit("guix-substitute-eris.socket", "sockets.target"))
 }
 
 // installShare lets others have blocks and items over the network.
