@@ -213,7 +213,7 @@ func (c *changeFlags) change(ctx context.Context, s *System, steps []Step, done 
 	}
 	defer unix.Umask(unix.Umask(0o022)) // what is made must be readable by the daemon
 	if err := s.Do(steps, saying); err != nil {
-		return fmt.Errorf("%w\nhint: \"guix-substitute-eris setup --undo\" takes back what was done before", err)
+		return fmt.Errorf("%w\nhint: when that is mended, the same command does the rest; \"guix-substitute-eris setup --undo\" takes back what was done before", err)
 	}
 	saying("%s", done)
 	return nil

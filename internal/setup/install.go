@@ -372,16 +372,18 @@ func (s *System) profileLoaded() bool {
 	return regexp.MustCompile(`(?m)^guix-daemon \(`).Match(text)
 }
 
-// finish has a running systemd do what the files say. When that is undone, in the reverse order,
-// files are restored before the daemon starts without them.
+// finish has a running systemd do what the files say, and start what does not run. When that is
+// undone, in the reverse order, files are restored before the daemon starts without them.
 func (i *installation) finish() error {
-	if len(i.steps) == 0 || !i.live {
+	idle := func(unit string) bool { return run([]string{"systemctl", "is-active", "--quiet", unit}) != nil }
+	if !i.live || len(i.steps) == 0 && !slices.ContainsFunc(i.started, idle) {
 		return nil
 	}
 	restart := []string{"systemctl", "try-restart", "guix-daemon.service"}
 	reload := []string{"systemctl", "daemon-reload"}
 	i.steps = append([]Step{{Undo: restart}, {Undo: reload}}, i.steps...)
-	i.steps = append(i.steps, Step{Command: reload})
+	// The daemon first, which needs none of the units: one that does not start ends it.
+	i.steps = append(i.steps, Step{Command: reload}, Step{Command: restart})
 	if len(i.started) > 0 {
 		// A service that runs gets no further socket. Clients of the socket for the network have
 		// the other one started, too; not the other way round, so that it is the last.
@@ -389,6 +391,5 @@ func (i *installation) finish() error {
 		i.steps = append(i.steps, Step{Command: []string{"systemctl", "stop", "guix-substitute-eris.socket"}},
 			Step{Command: append([]string{"systemctl", "start"}, i.started...), Undo: append([]string{"systemctl", "stop", "guix-substitute-eris.service"}, i.started...)})
 	}
-	i.steps = append(i.steps, Step{Command: restart})
 	return nil
 }

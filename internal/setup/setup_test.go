@@ -32,7 +32,7 @@ func machine(t *testing.T, fails string) *System {
 	root, err := filepath.EvalSymlinks(t.TempDir())
 	must(t, err)
 	bin := t.TempDir()
-	for _, name := range []string{"systemctl", "systemd-sysusers", "userdel"} {
+	for _, name := range []string{"systemctl", "systemd-sysusers", "userdel", "journalctl"} {
 		script := fmt.Sprintf("#!/bin/sh\necho %s \"$@\" >>%s/calls\ntest \"%s $*\" != '%s'\n", name, bin, name, fails)
 		must(t, os.WriteFile(filepath.Join(bin, name), []byte(script), 0o755))
 	}
@@ -121,9 +121,9 @@ func TestLive(t *testing.T) {
 	want := []string{
 		"systemd-sysusers /etc/sysusers.d/guix-substitute-eris.conf",
 		"systemctl daemon-reload",
+		"systemctl try-restart guix-daemon.service",
 		"systemctl stop guix-substitute-eris.socket",
 		"systemctl start guix-substitute-eris-network.socket guix-substitute-eris-publish.service guix-substitute-eris.socket",
-		"systemctl try-restart guix-daemon.service",
 
 		"systemctl stop guix-substitute-eris.service guix-substitute-eris-network.socket guix-substitute-eris-publish.service guix-substitute-eris.socket",
 		"userdel guix-substitute-eris",
@@ -221,15 +221,40 @@ func TestUndoInterrupted(t *testing.T) {
 	undone(t, s, before)
 }
 
+// TestFailure has units not start. What the service has said is the reason, if it has said any, and
+// the next time they are started, with nothing else to do; when they run, nothing is.
 func TestFailure(t *testing.T) {
-	s := machine(t, "systemctl start guix-substitute-eris.socket")
-	before := snapshot(t, s)
-	steps, _, err := s.Install(Options{Program: filepath.Join(s.root, "opt/program"), Store: true})
-	must(t, err)
-	if err := s.Do(steps, t.Logf); err == nil || !strings.Contains(err.Error(), "cannot run systemctl start guix-substitute-eris.socket") {
-		t.Errorf("%v", err)
+	const start = "systemctl start guix-substitute-eris.socket"
+	for said, want := range map[string]string{
+		"": "cannot run " + start + ": exit status 1",
+		"serving\nguix-substitute-eris: error: :5683: another program listens there\nstopping": "cannot run " + start + ": :5683: another program listens there",
+	} {
+		s := machine(t, start)
+		before := snapshot(t, s)
+		bin := strings.Split(os.Getenv("PATH"), ":")[0]
+		must(t, os.WriteFile(filepath.Join(bin, "journalctl"), fmt.Appendf(nil, "#!/bin/sh\nprintf '%%s' '%s'\n", said), 0o755))
+		o := Options{Program: filepath.Join(s.root, "opt/program"), Store: true}
+		steps, _, err := s.Install(o)
+		must(t, err)
+		if err := s.Do(steps, t.Logf); err == nil || err.Error() != want && !strings.HasPrefix(err.Error(), want+": ") {
+			t.Errorf("%v", err)
+		}
+		told := calls(t)
+		if !slices.Contains(told, "systemctl try-restart guix-daemon.service") {
+			t.Error("the daemon does not use the program")
+		}
+		i := &installation{System: s, o: o, started: []string{"guix-substitute-eris.socket"}}
+		must(t, i.finish())
+		if len(i.steps) != 0 {
+			t.Errorf("it runs, and there is to do: %v", i.steps)
+		}
+		must(t, os.WriteFile(filepath.Join(bin, "systemctl"), []byte("#!/bin/sh\ntest \"$1\" != is-active\n"), 0o755))
+		must(t, i.finish())
+		if !slices.ContainsFunc(i.steps, func(step Step) bool { return strings.Join(step.Command, " ") == start }) {
+			t.Errorf("it does not run, and is not started: %v", i.steps)
+		}
+		undone(t, s, before)
 	}
-	undone(t, s, before)
 }
 
 // TestLinkStays has the place of a link taken by one that cannot be made: what was there stays.

@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
@@ -202,15 +203,22 @@ func (s *System) do(step Step) error {
 	return run(step.Command)
 }
 
+// run runs a command. The error says what a service of ours that does not start has said, and else
+// what the command has.
 func run(command []string) error {
 	if len(command) == 0 {
 		return nil
 	}
+	begun := time.Now().Unix()
 	output, err := exec.Command(command[0], command[1:]...).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("%w: %.1000s", err, bytes.TrimSpace(output))
+	if err == nil {
+		return nil
 	}
-	return nil
+	said, _ := exec.Command("journalctl", "--identifier=guix-substitute-eris", fmt.Sprintf("--since=@%d", begun), "--output=cat").Output()
+	if _, reason, ok := bytes.Cut(said, []byte("error: ")); ok {
+		return fmt.Errorf("%.1000s", bytes.TrimSpace(bytes.SplitN(reason, []byte("\n"), 2)[0]))
+	}
+	return fmt.Errorf("%w: %.1000s", err, bytes.TrimSpace(output))
 }
 
 func (s *System) put(step Step) error {
