@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -22,6 +23,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
@@ -75,6 +77,7 @@ func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 	}
 	o.Root = cmp.Or(o.Root, o.StoreDir)
 	transport := http.DefaultTransport.(*http.Transport).Clone()
+	transport.DialContext = dial.With(&net.Dialer{})
 	transport.MaxConnsPerHost = upstreamConnections
 	transport.MaxIdleConnsPerHost = upstreamConnections
 	transport.ResponseHeaderTimeout = upstreamTimeout

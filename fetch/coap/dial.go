@@ -16,7 +16,7 @@ import (
 
 	"github.com/coder/websocket"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/dial"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 

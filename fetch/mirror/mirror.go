@@ -27,7 +27,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/dial"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
 )
 

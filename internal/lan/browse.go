@@ -89,25 +89,49 @@ func question(service string) ([]byte, error) {
 
 var errNobody = errors.New("no network interface can do that")
 
-// ask sends a question on all interfaces, by IPv4, and returns where answers come. From another
-// port than that of Multicast DNS, an answer comes to nobody else.
+// ask sends a question to everybody, and returns where answers come. From another port than that of
+// Multicast DNS, an answer comes to nobody else.
 func ask(question []byte) (*net.UDPConn, error) {
 	socket, err := net.ListenUDP("udp4", &net.UDPAddr{})
 	if err != nil {
 		return nil, err
 	}
-	err = errNobody
-	to := &net.UDPAddr{IP: net.IPv4(224, 0, 0, 251), Port: multicastPort}
-	for _, i := range interfaces() {
-		if _, failed := ipv4.NewPacketConn(socket).WriteTo(question, &ipv4.ControlMessage{IfIndex: i.Index}, to); failed == nil {
-			err = nil
-		}
-	}
-	if err != nil {
+	if _, err := (everybody{socket}).Write(question); err != nil {
 		socket.Close()
 		return nil, err
 	}
 	return socket, nil
+}
+
+// everybody is a connection to the local network: what is written goes to all interfaces, by IPv4.
+type everybody struct{ *net.UDPConn }
+
+func (e everybody) Write(question []byte) (int, error) {
+	err := errNobody
+	to := &net.UDPAddr{IP: net.IPv4(224, 0, 0, 251), Port: multicastPort}
+	for _, i := range interfaces() {
+		if _, failed := ipv4.NewPacketConn(e.UDPConn).WriteTo(question, &ipv4.ControlMessage{IfIndex: i.Index}, to); failed == nil {
+			err = nil
+		}
+	}
+	return len(question), err
+}
+
+// SetDeadline has a lost question be asked again soon: who is there answers at once.
+func (e everybody) SetDeadline(t time.Time) error {
+	if soon := time.Now().Add(time.Second); t.After(soon) {
+		t = soon
+	}
+	return e.UDPConn.SetDeadline(t)
+}
+
+// Resolver looks names of machines up that end in ".local", by asking the local network (RFC 6762,
+// section 3): the resolver of Go knows the servers of DNS only, not what the system adds to them.
+func Resolver() *net.Resolver {
+	return &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
+		socket, err := net.ListenUDP("udp4", &net.UDPAddr{})
+		return everybody{socket}, err
+	}}
 }
 
 // ports returns the ports of the services of a type that a message is about. Their address is that

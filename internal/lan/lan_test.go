@@ -42,6 +42,13 @@ func TestMain(m *testing.M) {
 		}
 		slices.Sort(found)
 		os.Stdout.WriteString(strings.Join(found, " "))
+	case "name":
+		if err := lookUp(ctx); err != nil {
+			println(err.Error())
+			os.Exit(1)
+		}
+	case "named":
+		println(beNamed().Error())
 	case "end":
 		if err := endUnderQuestions(ctx); err != nil {
 			println(err.Error())
@@ -55,6 +62,42 @@ func TestMain(m *testing.M) {
 	default:
 		os.Exit(m.Run())
 	}
+}
+
+// lookUp looks up, as often as it takes, the name of a machine that answers as mDNS responders do.
+func lookUp(ctx context.Context) error {
+	for {
+		found, err := Resolver().LookupNetIP(ctx, "ip4", "other.local")
+		if err == nil && found[0] == netip.MustParseAddr("192.0.2.1") {
+			return nil
+		} else if ctx.Err() != nil {
+			return fmt.Errorf("found %v: %w", found, err)
+		}
+	}
+}
+
+// beNamed answers questions about the address of other.local.
+func beNamed() error {
+	socket, err := net.ListenMulticastUDP("udp4", &interfaces()[0], &net.UDPAddr{IP: net.IPv4(224, 0, 0, 251), Port: multicastPort})
+	b := make([]byte, maxMessage)
+	for err == nil {
+		var n int
+		var from netip.AddrPort
+		n, from, err = socket.ReadFromUDPAddrPort(b)
+		var m dnsmessage.Message
+		if err != nil || m.Unpack(b[:n]) != nil || m.Response || m.Questions[0].Type != dnsmessage.TypeA {
+			continue
+		}
+		m.Response, m.Additionals = true, nil
+		m.Answers = []dnsmessage.Resource{{
+			Header: dnsmessage.ResourceHeader{Name: m.Questions[0].Name, Class: dnsmessage.ClassINET, TTL: 10},
+			Body:   &dnsmessage.AResource{A: [4]byte{192, 0, 2, 1}},
+		}}
+		if answer, failed := m.Pack(); failed == nil && m.Questions[0].Name.String() == "other.local." {
+			socket.WriteToUDPAddrPort(answer, from)
+		}
+	}
+	return err
 }
 
 // askAlone asks one machine, and then all of them, as often as it takes until that one answers. It
@@ -155,12 +198,15 @@ others="$others $!"
 LAN_TEST=advertise nsenter -t $pid2 -n "$0" &
 others="$others $!"
 LAN_TEST=browse nsenter -t $pid3 -n "$0"
+LAN_TEST=named nsenter -t $pid1 -n "$0" &
+others="$others $!"
+LAN_TEST=name nsenter -t $pid3 -n "$0"
 LAN_TEST=unicast nsenter -t $pid3 -n "$0"
 LAN_TEST=end nsenter -t $pid3 -n "$0"
 `
 
 // TestBrowse has one machine of a network find two others, and not one of another network. Those
-// who are found answer nobody but the local link, and end soon whatever they are asked.
+// who are found have a name, answer nobody but the local link, and end soon whatever they are asked.
 func TestBrowse(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can make network namespaces")

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -24,6 +25,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
@@ -396,7 +398,9 @@ func get(ctx context.Context, server, name string) ([]byte, error) {
 	if len(directories) > 0 {
 		return text, err
 	}
-	client := http.Client{Timeout: 20 * time.Second, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	transport.DialContext = dial.With(&net.Dialer{})
+	client := http.Client{Transport: transport, Timeout: 20 * time.Second, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, server+"/"+name, nil)
 	if err != nil {
 		return nil, err

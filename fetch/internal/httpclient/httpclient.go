@@ -25,7 +25,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/dial"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/proxy"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
 )

@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/net/dns/dnsmessage"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/dial"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 )
 
 // TestUnanswered connects by a name where a DNS server answers questions about some kinds of
