@@ -188,7 +188,7 @@ func (d *doctor) examineDaemon() {
 func (d *doctor) plugIn() string {
 	if d.shepherd() {
 		return "sudo editor /etc/config.scm # (modify-services … (guix-service-type config => (with-substitute-eris config)))\n" +
-			"sudo guix system reconfigure /etc/config.scm && sudo herd restart guix-daemon"
+			"sudo guix system reconfigure -L etc/guix /etc/config.scm && sudo herd restart guix-daemon"
 	}
 	return "sudo guix-substitute-eris setup"
 }

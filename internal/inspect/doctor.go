@@ -345,7 +345,25 @@ func (d *doctor) examineServers(ctx context.Context, sub *session.Session) {
 		wait.Go(func() { results[i] = examineServer(ctx, sub.Mirrors, url) })
 	}
 	wait.Wait()
+	for i, url := range urls {
+		if results[i].OK && slices.ContainsFunc(mirror.LocalDirectories(url), d.unseen) {
+			results[i] = illness("sudo systemctl restart guix-daemon", results[i].Subject, "guix-daemon does not see what was plugged in after it had started")
+		}
+	}
 	d.findings = append(d.findings, results...)
+}
+
+// unseen reports whether what is in a directory is not there for the daemon: by the service of Guix
+// 1.5, it keeps the mounts of when it was started (MountFlags=private).
+func (d *doctor) unseen(directory string) bool {
+	if d.daemon == nil {
+		return false
+	}
+	root := filepath.Join("/", d.root, "proc", strconv.Itoa(d.daemon.pid), "root")
+	_, err := os.Stat(root)
+	ours, _ := os.Stat(directory)
+	theirs, _ := os.Stat(filepath.Join(root, directory))
+	return err == nil && ours != nil && (theirs == nil || !os.SameFile(ours, theirs))
 }
 
 const absent = "00000000000000000000000000000000"

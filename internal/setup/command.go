@@ -153,7 +153,7 @@ func (c *changeFlags) undo(ctx context.Context, s *System) error {
 	// Also where nothing is: a process that was killed at the beginning has left an empty record.
 	undone, err := s.Undo(false, saying)
 	if err == nil && !undone {
-		err = errors.New("some things are left\nhint: mend them by hand; --undo tries again")
+		err = errors.New("some things are left\nhint: mend them by hand, what was there before being beside each file, as FILE.before-guix-substitute-eris-1; --undo tries again")
 	}
 	return err
 }
@@ -290,6 +290,9 @@ func (c *changeFlags) use(ctx context.Context, server, keyFile string) error {
 		return err
 	}
 	done := "Substitutes come from there, too."
+	if mirror.IsLocal(server) {
+		done += "\nnote: guix-daemon may see only what was plugged in when it was started: \"sudo systemctl restart guix-daemon\""
+	}
 	if !s.exists(dropIn) {
 		done = "note: if guix-daemon does not use this program yet, \"sudo guix-substitute-eris setup\" has it do so; see \"doctor\""
 	}
@@ -317,7 +320,11 @@ func readOffer(ctx context.Context, server, keyFile string) (o offer, err error)
 		err = checkStore(string(info))
 	}
 	if err != nil {
-		return o, fmt.Errorf("%s is no substitute server, or cannot be reached: %w", mirror.WithoutUser(server), err)
+		err = fmt.Errorf("%s is no substitute server, or cannot be reached: %w", mirror.WithoutUser(server), err)
+		if errors.Is(err, fs.ErrNotExist) {
+			err = fmt.Errorf("%w\nhint: is the medium plugged in, and the name right?", err)
+		}
+		return o, err
 	}
 	at, err := url.Parse(server)
 	if err != nil {

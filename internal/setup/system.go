@@ -340,6 +340,7 @@ func (s *System) Undo(dry bool, say func(format string, a ...any)) (undone bool,
 		would, s.foreseen = "would ", map[string]string{}
 	}
 	var left []record
+	told := map[string]bool{}
 	for n := len(s.records) - 1; n >= 0; n-- {
 		what, act, err := s.undo(s.records[n])
 		if err == nil && what != "" {
@@ -349,7 +350,10 @@ func (s *System) Undo(dry bool, say func(format string, a ...any)) (undone bool,
 			err = act()
 		}
 		if err != nil {
-			say("not undone: %v", err)
+			if !told[err.Error()] {
+				say("not undone: %v", err)
+			}
+			told[err.Error()] = true
 			left = append([]record{s.records[n]}, left...)
 		}
 		if dry {

@@ -178,6 +178,10 @@ program, its configuration must go through @code{with-substitute-eris}.")
    (extensions
     (list (service-extension guix-service-type
                              substitute-eris-guix-extension)
+          ;; For those who look for faults: "doctor", "explain".
+          (service-extension profile-service-type
+                             (compose list
+                                      substitute-eris-configuration-package))
           (service-extension special-files-service-type
                              substitute-eris-files)))
    (default-value (substitute-eris-configuration))))
