@@ -16,8 +16,8 @@ import (
 
 	"github.com/coder/websocket"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 )
 
 const (

@@ -27,8 +27,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 )
 
 // DefaultConnections is how many connections there are to one server at most, if [Options] does not

@@ -21,7 +21,7 @@ import (
 
 // TestMain is, in a network namespace, one of the machines of TestBrowse.
 func TestMain(m *testing.M) {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Second)
 	defer cancel()
 	switch os.Getenv("LAN_TEST") {
 	case "advertise":
@@ -178,7 +178,7 @@ ip link set lo up
 ip link add bridge type bridge
 ip link set bridge up
 for i in 0 1 2 3; do
-	unshare --net sleep 60 &
+	unshare --net sleep 100 &
 	eval pid$i=$!
 	for try in $(seq 100); do
 		[ "$(readlink /proc/$!/ns/net)" != "$(readlink /proc/self/ns/net)" ] && break
@@ -190,7 +190,7 @@ for i in 0 1 2 3; do
 done
 nsenter -t $pid0 -n sh -c "ip address flush dev lan0; ip address add 198.51.100.1/24 dev lan0; ip route add 192.0.2.0/24 dev lan0"
 nsenter -t $pid3 -n sh -c "echo 0 | tee /proc/sys/net/ipv4/conf/all/rp_filter >/proc/sys/net/ipv4/conf/lan0/rp_filter"
-trap 'kill $pid0 $pid1 $pid2 $pid3 $others' EXIT
+trap 'kill $pid0 $pid1 $pid2 $pid3 $others || true' EXIT
 LAN_TEST=advertise nsenter -t $pid0 -n "$0" &
 others=$!
 LAN_TEST=advertise nsenter -t $pid1 -n "$0" &
@@ -206,7 +206,8 @@ LAN_TEST=end nsenter -t $pid3 -n "$0"
 `
 
 // TestBrowse has one machine of a network find two others, and not one of another network. Those
-// who are found have a name, answer nobody but the local link, and end soon whatever they are asked.
+// who are found answer nobody but the local link, and end soon whatever they are asked. The address
+// of a name is found as well.
 func TestBrowse(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can make network namespaces")

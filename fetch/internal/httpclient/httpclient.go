@@ -25,9 +25,9 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/proxy"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 )
 
 // Options says how a [Client] behaves. All fields must be set but Verify, Cleartext and Getenv.
