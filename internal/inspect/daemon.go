@@ -162,7 +162,7 @@ func (d *doctor) examineDaemon() {
 	if p == nil {
 		start := "sudo systemctl start guix-daemon"
 		if d.shepherd() {
-			start = "sudo herd start guix-daemon"
+			start = "sudo herd start guix-daemon && guix build -n hello # the first client has it started"
 		}
 		d.ill(start, "guix-daemon", "it does not run")
 		return
