@@ -19,7 +19,8 @@ import (
 )
 
 const (
-	// slowAfter is for how long a server may give no answer before the next one is asked as well.
+	// slowAfter is for how long a server may give no answer before the next one is asked as well;
+	// half of that for each slow one before, so that many silent ones do not add up.
 	slowAfter = time.Second
 	// slowAtLast is for how long one may give answers before that.
 	slowAtLast = 5 * time.Second
@@ -225,10 +226,13 @@ func (l *lookup) wait(ctx context.Context, condition func() bool) {
 	defer ticker.Stop()
 	for {
 		l.mu.Lock()
-		now := time.Now()
+		now, after := time.Now(), slowAfter
 		for _, a := range l.inquiries {
-			if now.Sub(a.last) >= slowAfter || now.Sub(a.begin) >= slowAtLast {
+			if now.Sub(a.last) >= after || now.Sub(a.begin) >= slowAtLast {
 				a.slow = true
+			}
+			if a.slow {
+				after /= 2
 			}
 		}
 		holds := condition()

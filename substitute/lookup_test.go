@@ -194,6 +194,29 @@ func TestSlowServer(t *testing.T) {
 }
 
 // TestOrderOfSlowServers checks that an answer that comes while others are waited for counts by its
+// TestSilentServers asks many servers before the one that answers.
+func TestSilentServers(t *testing.T) {
+	key := acl.GenerateSigningKey()
+	release := make(chan struct{})
+	var servers []*testServer
+	for range 20 {
+		silent := newTestServer(t)
+		silent.wait = func(*http.Request) { <-release }
+		servers = append(servers, silent)
+	}
+	defer close(release)
+	good := newTestServer(t)
+	good.has(itemPath(0), sign(t, key, itemPath(0), 1))
+	s := newSubstituter(t, key, append(servers, good)...)
+	begin := time.Now()
+	if records := s.Info(context.Background(), itemPaths(1)); len(records) != 1 {
+		t.Errorf("records %+v", records)
+	}
+	if took := time.Since(begin); took > 12*time.Second { // a second for each would be 20
+		t.Errorf("it took %v", took)
+	}
+}
+
 // place in the list.
 func TestOrderOfSlowServers(t *testing.T) {
 	key := acl.GenerateSigningKey()

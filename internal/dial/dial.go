@@ -4,69 +4,99 @@
 package dial
 
 import (
+	"cmp"
 	"context"
 	"net"
 	"net/http/httptrace"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lan"
 )
 
-// lookupTime is for how long a lookup of both kinds of addresses is waited for before each kind is
-// looked up for itself as well.
-const lookupTime = 500 * time.Millisecond
+const (
+	// lookupTime is for how long a lookup of both kinds of addresses is waited for before each kind
+	// is looked up for itself as well.
+	lookupTime = 500 * time.Millisecond
+	// nextAfter is for how long an address is waited for before the next one is tried as well (RFC
+	// 8305, section 5). A dialer does so with the two kinds only.
+	nextAfter = 300 * time.Millisecond
+)
 
-// With is DialContext of a dialer, also where questions about one kind of addresses, mostly of
-// IPv6, have no answer: some routers drop these, and a lookup of both takes longer than a server
-// may have then. Names that end in ".local" are looked up on the local network, too. Errors are
-// those of the dialer.
+// With is DialContext of a dialer that is soon through with what has no answer: addresses of a name
+// at which the server is not, and questions about one kind of them, mostly of IPv6, which some
+// routers drop; a lookup of both takes longer than a server may have then. Names that end in
+// ".local" are looked up on the local network, too. Errors are those of the dialer.
 func With(d *net.Dialer) func(ctx context.Context, network, address string) (net.Conn, error) {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
-		ctx, cancel := context.WithCancel(ctx)
-		defer cancel()
+		ctx, cancel := context.WithTimeout(ctx, cmp.Or(d.Timeout, time.Hour))
 		var looking atomic.Bool
-		results := make(chan dialed, 5)
-		var workers sync.WaitGroup
-		left := 0
-		start := func(ctx context.Context, d *net.Dialer, kind string) {
-			left++
-			workers.Go(func() {
+		found := make(chan []net.IPAddr, 3)
+		traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+			DNSStart: func(httptrace.DNSStartInfo) { looking.Store(true) },
+			DNSDone: func(info httptrace.DNSDoneInfo) {
+				looking.Store(false)
+				found <- info.Addrs
+			},
+		})
+		results, running := make(chan dialed), 0
+		defer func() {
+			cancel()
+			for ; running > 0; running-- {
+				if late := <-results; late.err == nil {
+					late.conn.Close()
+				}
+			}
+		}()
+		start := func(ctx context.Context, d *net.Dialer, kind, address string) {
+			running++
+			go func() {
 				conn, err := d.DialContext(ctx, network+kind, address)
-				results <- dialed{conn, kind, err}
-			})
+				results <- dialed{conn, ctx == traced && kind == "", err}
+			}()
 		}
-		if host, _, _ := net.SplitHostPort(address); strings.HasSuffix(strings.ToLower(strings.TrimSuffix(host, ".")), ".local") {
+		start(traced, d, "", address)
+		host, port, _ := net.SplitHostPort(address)
+		if name := strings.TrimSuffix(host, "."); strings.HasSuffix(strings.ToLower(name), ".local") {
 			near := *d
 			near.Resolver = lan.Resolver()
-			start(ctx, &near, "4")
-			start(ctx, &near, "6")
+			start(ctx, &near, "4", net.JoinHostPort(name+".", port))
+			start(ctx, &near, "6", net.JoinHostPort(name+".", port))
 		}
-		start(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-			DNSStart: func(httptrace.DNSStartInfo) { looking.Store(true) },
-			DNSDone:  func(httptrace.DNSDoneInfo) { looking.Store(false) },
-		}), d, "")
+		var others []net.IPAddr
 		var failed error
-		late := time.After(lookupTime)
-		for left > 0 {
+		late, next := time.After(lookupTime), time.NewTicker(nextAfter)
+		defer next.Stop()
+		for running > 0 {
 			select {
 			case r := <-results:
+				running--
 				if r.err == nil {
-					cancel()
-					workers.Wait()
-					closeAll(results)
 					return r.conn, nil
 				}
-				left--
-				if r.kind == "" {
+				if r.first {
 					failed = r.err
+				}
+			case addresses := <-found:
+				begun := map[bool]bool{} // the dialer begins with one of each kind
+				for _, a := range addresses {
+					if kind := a.IP.To4() == nil; begun[kind] {
+						others = append(others, a)
+					} else {
+						begun[kind] = true
+					}
+				}
+				next.Reset(nextAfter)
+			case <-next.C:
+				if len(others) > 0 {
+					start(ctx, d, "", net.JoinHostPort(others[0].String(), port))
+					others = others[1:]
 				}
 			case <-late:
 				if looking.Load() {
-					start(ctx, d, "4")
-					start(ctx, d, "6")
+					start(traced, d, "4", address)
+					start(traced, d, "6", address)
 				}
 			}
 		}
@@ -74,19 +104,9 @@ func With(d *net.Dialer) func(ctx context.Context, network, address string) (net
 	}
 }
 
-// dialed is the result of one kind of addresses.
+// dialed is the result of one address, or, first, of the name.
 type dialed struct {
-	conn net.Conn
-	kind string
-	err  error
-}
-
-// closeAll closes the connections that came too late.
-func closeAll(results chan dialed) {
-	close(results)
-	for r := range results {
-		if r.err == nil {
-			r.conn.Close()
-		}
-	}
+	conn  net.Conn
+	first bool
+	err   error
 }

@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"net"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -15,7 +17,7 @@ import (
 )
 
 // TestUnanswered connects by a name where a DNS server answers questions about some kinds of
-// addresses only.
+// addresses only, and at some of the addresses, all but the last, nobody answers.
 func TestUnanswered(t *testing.T) {
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
@@ -25,21 +27,31 @@ func TestUnanswered(t *testing.T) {
 	_, port, _ := net.SplitHostPort(l.Addr().String())
 	for name, test := range map[string]struct {
 		answered []dnsmessage.Type
+		dead     int
 		ok       bool
 	}{
-		"all":     {[]dnsmessage.Type{dnsmessage.TypeA, dnsmessage.TypeAAAA}, true},
-		"no IPv6": {[]dnsmessage.Type{dnsmessage.TypeA}, true},
-		"none":    {nil, false},
+		"all":            {[]dnsmessage.Type{dnsmessage.TypeA, dnsmessage.TypeAAAA}, 0, true},
+		"no IPv6":        {[]dnsmessage.Type{dnsmessage.TypeA}, 0, true},
+		"none":           {nil, 0, false},
+		"dead addresses": {[]dnsmessage.Type{dnsmessage.TypeA, dnsmessage.TypeAAAA}, 3, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			server := nameServer(t, test.answered)
-			connect := dial.With(&net.Dialer{Resolver: &net.Resolver{
-				PreferGo: true,
-				Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
-					return new(net.Dialer).DialContext(ctx, "udp", server)
+			server := nameServer(t, test.answered, test.dead)
+			connect := dial.With(&net.Dialer{
+				Resolver: &net.Resolver{
+					PreferGo: true,
+					Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+						return new(net.Dialer).DialContext(ctx, "udp", server)
+					},
 				},
-			}})
+				ControlContext: func(ctx context.Context, _, address string, _ syscall.RawConn) error {
+					if !strings.HasPrefix(address, "127.0.0.1:") {
+						<-ctx.Done() // nobody answers there
+					}
+					return ctx.Err()
+				},
+			})
 			// A resolver waits five seconds for an answer, twice.
 			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 			defer cancel()
@@ -54,8 +66,9 @@ func TestUnanswered(t *testing.T) {
 	}
 }
 
-// nameServer knows the address 127.0.0.1 of each name, and answers questions of some types.
-func nameServer(t *testing.T, answered []dnsmessage.Type) string {
+// nameServer knows the address 127.0.0.1 of each name after some others, and answers questions of
+// some types.
+func nameServer(t *testing.T, answered []dnsmessage.Type, dead int) string {
 	conn, err := net.ListenPacket("udp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -72,13 +85,13 @@ func nameServer(t *testing.T, answered []dnsmessage.Type) string {
 			if m.Unpack(b[:n]) != nil {
 				continue
 			}
-			answer(conn, from, m, answered)
+			answer(conn, from, m, answered, dead)
 		}
 	}()
 	return conn.LocalAddr().String()
 }
 
-func answer(conn net.PacketConn, to net.Addr, m dnsmessage.Message, answered []dnsmessage.Type) {
+func answer(conn net.PacketConn, to net.Addr, m dnsmessage.Message, answered []dnsmessage.Type, dead int) {
 	q := m.Questions[0]
 	for _, kind := range answered {
 		if kind != q.Type {
@@ -86,10 +99,13 @@ func answer(conn net.PacketConn, to net.Addr, m dnsmessage.Message, answered []d
 		}
 		m.Response, m.Additionals = true, nil
 		if kind == dnsmessage.TypeA {
-			m.Answers = []dnsmessage.Resource{{
-				Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class},
-				Body:   &dnsmessage.AResource{A: [4]byte{127, 0, 0, 1}},
-			}}
+			for i := range dead + 1 {
+				a := [4]byte{127, 0, 0, byte(1 + dead - i)}
+				m.Answers = append(m.Answers, dnsmessage.Resource{
+					Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class},
+					Body:   &dnsmessage.AResource{A: a},
+				})
+			}
 		}
 		if b, err := m.Pack(); err == nil {
 			conn.WriteTo(b, to)
