@@ -164,6 +164,36 @@ func TestUnordered(t *testing.T) {
 	}
 }
 
+// TestPipelineRefused asks servers that take several requests at once for a bad one, say so or not,
+// and perhaps close the connection. One that is silent about the others is waited for once.
+func TestPipelineRefused(t *testing.T) {
+	const bad = "HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n"
+	for _, refusal := range []string{bad + "Connection: close\r\n\r\n", bad + "\r\n", ""} {
+		synctest.Test(t, func(t *testing.T) {
+			var network sourcetest.Network
+			server := rawServerAt(t, network.Listen(), func(_ int, conn net.Conn, r *bufio.Reader) {
+				for {
+					request, err := http.ReadRequest(r)
+					if err != nil {
+						return
+					}
+					rest, _ := r.Discard(r.Buffered())
+					if rest == 0 || refusal == "" {
+						answer(conn, request, "")
+					} else if io.WriteString(conn, refusal); strings.Contains(refusal, "close") {
+						return
+					}
+				}
+			})
+			begin := time.Now()
+			collectAll(t, client(t, mirror.Options{Dial: network.Dial}), server, hashes(40))
+			if took := time.Since(begin); took >= 20*time.Second {
+				t.Errorf("%q: it took %v", refusal, took)
+			}
+		})
+	}
+}
+
 // TestFewWorkers asks servers whose workers stay with a connection until it is closed, for narinfos
 // and then for a nar, by two clients.
 func TestFewWorkers(t *testing.T) {

@@ -5,6 +5,7 @@ package mirror
 import (
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"slices"
 	"time"
@@ -61,11 +62,11 @@ type pipelines struct {
 	wake    chan struct{} // has room for one: there are questions for a worker that is idle
 	leave   chan struct{} // workers that are idle leave when they read from it
 
-	busy      backoff.Backoff // nothing is requested while it rests
-	failures  int             // connections without a response since the last one
-	good      bool            // there has been a response
-	broken    int             // pipelines that it has broken off soon, since one that it has not
-	unordered bool            // it has answered one in the wrong order, and gets no more
+	busy     backoff.Backoff // nothing is requested while it rests
+	failures int             // connections without a response since the last one
+	good     bool            // there has been a response
+	broken   int             // pipelines that it has broken off soon, since one that it has not
+	refuses  bool            // it has answered one in the wrong order, or by an error, and gets no more
 
 	// How fast the workers are: responses since a time, and per second when they were fewer.
 	since      time.Time
@@ -196,17 +197,18 @@ func resolveHeld(all []held) {
 	}
 }
 
-// unordered deals with a narinfo that was not asked for: perhaps a proxy answers in another order
-// than it was asked. Then nothing in the pipeline can be told apart but narinfos, and all else is
+// misread deals with an answer to a pipeline that says nothing about the question whose turn it is.
+// Perhaps a proxy answers in another order than it was asked; then nothing in the pipeline can be
+// told apart but narinfos. Or the server takes more than one request for a bad one. All else is
 // requested again, without pipelines. It reports whether that is so.
-func (x *exchange) unordered(q *question) bool {
+func (x *exchange) misread(q *question) bool {
 	p := x.p
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !x.piped {
 		return false
 	}
-	p.unordered = true
+	p.refuses = true
 	x.giveBack()
 	p.putBack([]*question{q})
 	for _, h := range x.held {
@@ -349,7 +351,7 @@ func (x *exchange) run() (again bool) {
 		}
 		q := x.responded()
 		a.Hash = q.hash
-		if a.isOfAnother() && x.unordered(q) {
+		if (a.isOfAnother() || a.Status == http.StatusBadRequest) && x.misread(q) {
 			return true
 		}
 		if x.narinfo(q, response, a) {
@@ -370,7 +372,7 @@ func (x *exchange) run() (again bool) {
 func (x *exchange) more() {
 	p := x.p
 	window := x.window
-	if p.broken >= maxBroken || p.unordered {
+	if p.broken >= maxBroken || p.refuses {
 		window = 1
 	}
 	if len(x.unanswered) > window/2 || x.conn.sending() || p.workers > p.most || p.busy.Rest(time.Now()) > 0 {
@@ -580,7 +582,10 @@ func (x *exchange) broke(err error) (again bool) {
 func (x *exchange) survives(silent bool, err *error) bool {
 	p := x.p
 	plain := p.broken >= maxBroken
-	p.pipelined(x.served, len(x.unanswered) > 1) // perhaps it only dislikes pipelines
+	// Perhaps it only dislikes pipelines.
+	if p.pipelined(x.served, len(x.unanswered) > 1); silent && p.broken > 0 {
+		p.broken = maxBroken // it takes too long to find out by another one
+	}
 	if x.served > 0 && !silent {
 		return true
 	}
