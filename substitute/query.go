@@ -116,6 +116,9 @@ func (s *Substituter) known(server *server, it *item) (r *record, known bool, p 
 	e, ok := s.Cache.Get(server.url, it.hash, now)
 	if ok {
 		r = s.read(server, it, e.Narinfo, e.Until.Add(-e.TTL))
+		ok = r != nil || e.Narinfo == nil // or else it is damaged
+	}
+	if ok {
 		s.memory.Put(key, r, len(e.Narinfo), now.Add(min(e.Until.Sub(now), memoryTime)))
 		s.memory.End(key, p, true, r)
 	}

@@ -468,6 +468,33 @@ func TestUselessCache(t *testing.T) {
 	}
 }
 
+// TestDamagedCache has the kept narinfos of two items change places.
+func TestDamagedCache(t *testing.T) {
+	f := newFixture(t, 1000)
+	directory := t.TempDir()
+	server := newTestServer(t)
+	for _, path := range itemPaths(2) {
+		server.has(path, sign(t, f.key, path, 1))
+	}
+	for range 2 {
+		s := newSubstituter(t, f.key, server)
+		keep := withCache(t, s, directory)
+		if n := len(s.Info(t.Context(), itemPaths(2))); n != 2 {
+			t.Errorf("%d items are offered", n)
+		}
+		keep()
+		kept, err := filepath.Glob(directory + "/*/*")
+		if err != nil || len(kept) != 2 {
+			t.Fatalf("%q, error %v", kept, err)
+		}
+		for _, move := range [][2]string{{kept[0], kept[0] + "x"}, {kept[1], kept[0]}, {kept[0] + "x", kept[1]}} {
+			if err := os.Rename(move[0], move[1]); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
 // TestClockSetBack checks that what another process learnt while the clock was ahead is not
 // believed.
 func TestClockSetBack(t *testing.T) {
