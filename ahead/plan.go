@@ -15,6 +15,9 @@ import (
 // for it.
 const maxPlanned = 20000
 
+// maxVain is how often an item comes again that could not be substituted.
+const maxVain = 2
+
 // A plan knows the items that one daemon process will probably ask for, and in which order.
 //
 // The daemon substitutes an item once all of its references are valid. Of those that could be
@@ -38,6 +41,7 @@ type planned struct {
 	taken   bool       // by the daemon or from this plan, or it is valid
 	waits   int        // for how many references
 	waiters []*planned // that wait for it
+	vain    int        // how often it was taken for nothing
 }
 
 func newPlan(valid func(path string) bool) *plan {
@@ -101,6 +105,17 @@ func (p *plan) take(path string) {
 		}
 	}
 	i.waiters = nil
+}
+
+// again says that an item that next has returned could not be substituted. It comes again, unless
+// that is so too often.
+func (p *plan) again(path string) {
+	i := p.items[path]
+	if i.vain++; i.vain <= maxVain {
+		i.taken = false
+		p.left++
+		p.becomesReady(i)
+	}
 }
 
 // next returns the item that the daemon will ask for next, after all that have been taken, if each

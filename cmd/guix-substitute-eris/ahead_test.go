@@ -748,6 +748,40 @@ func TestAheadSmallServers(t *testing.T) {
 	}
 }
 
+// What could not be staged while a server was away is staged when it is back: nothing would come
+// otherwise.
+func TestAheadOutage(t *testing.T) {
+	a := newAheadTest(t, 2, "")
+	first := a.order()[0]
+	var mu sync.Mutex
+	asked := map[string]bool{}
+	back := false
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		base := filepath.Base(r.URL.Path)
+		if strings.HasPrefix(r.URL.Path, "/nar/") {
+			mu.Lock()
+			before := back
+			back = len(asked) == len(a.items)
+			asked[base] = true
+			mu.Unlock()
+			if !back {
+				w.WriteHeader(http.StatusServiceUnavailable)
+				return
+			}
+			if !before && base == filepath.Base(first.path) {
+				w.Write(first.nar)
+				return
+			}
+		}
+		a.ServeHTTP(w, r)
+	}))
+	t.Cleanup(server.Close)
+	t.Cleanup(func() { a.open(0, true) })
+	a.setServer(server.URL)
+	a.query()
+	a.substituteAll(a.start("substitute"))
+}
+
 // A store of this machine that takes nothing of what is to be seeded holds up no request, also when
 // stores of the local network come and go.
 func TestSeedsHoldUpNothing(t *testing.T) {
