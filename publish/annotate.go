@@ -188,7 +188,7 @@ func (a *Annotator) encodeNar(ctx context.Context, path string, narHash [sha256.
 	if err != nil || mirror.IsLocal(url) {
 		return k, nil
 	}
-	body, err := a.nars.OpenNar(ctx, url)
+	body, err := a.nars.OpenNar(ctx, url, false)
 	if status, ok := errors.AsType[*mirror.StatusError](err); ok && !status.Temporary() {
 		return k, nil // it has gone
 	} else if err != nil {

@@ -155,7 +155,7 @@ func (s *Substituter) inquire(ctx context.Context, server *server, path, hash st
 	ctx, cancel := lookupContext(ctx, 1)
 	defer cancel()
 	begin := time.Now()
-	err := s.Mirrors.Narinfos(ctx, server.url, []string{hash}, func(a mirror.Answer) {
+	err := s.Mirrors.Narinfos(ctx, server.url, []string{hash}, mirror.Wanted, func(a mirror.Answer) {
 		r.Status, r.Baking = a.Status, a.Baking
 		result = s.note(server, &item{path: path, hash: hash}, a)
 	})

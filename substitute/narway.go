@@ -235,11 +235,7 @@ func (j *job) openNar(ctx context.Context, a *attempt, url string) (*mirror.Nar,
 		left := max(mostSilence-j.silence, mostSilence/8)
 		defer time.AfterFunc(left, func() { a.cancel(errSilent) }).Stop()
 	}
-	open := j.s.Mirrors.OpenNar
-	if a.again {
-		open = j.s.Mirrors.OpenNarAnew
-	}
-	body, err := open(ctx, url)
+	body, err := j.s.Mirrors.OpenNar(ctx, url, a.again)
 	if took := time.Since(begin); err != nil && took >= slowTime/2 {
 		j.silence += took
 	}

@@ -154,11 +154,11 @@ func (s *Substituter) fetch(ctx context.Context, server *server, items map[strin
 		hashes = append(hashes, hash)
 	}
 	slices.Sort(hashes)
-	narinfos := s.Mirrors.Narinfos
+	urgency := mirror.Wanted
 	if ahead {
-		narinfos = s.Mirrors.NarinfosAhead
+		urgency = mirror.Ahead
 	}
-	err := narinfos(ctx, server.url, hashes, func(a mirror.Answer) {
+	err := s.Mirrors.Narinfos(ctx, server.url, hashes, urgency, func(a mirror.Answer) {
 		if left.Add(-int64(len(a.Body))) < 0 {
 			stop(errTooMuch)
 			return

@@ -312,20 +312,20 @@ func TestDeadAddresses(t *testing.T) {
 	// One that is given up while it is connected to.
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	if _, err := c.OpenNar(ctx, silent); !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := c.OpenNar(ctx, silent, false); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("error %v", err)
 	}
 	if err := c.Down(silent); err != nil {
 		t.Errorf("it rests: %v", err)
 	}
 	hasty := client(t, mirror.Options{ConnectTimeout: 50 * time.Millisecond})
-	if _, err := hasty.OpenNar(t.Context(), silent); err == nil || !strings.Contains(err.Error(), "timeout") {
+	if _, err := hasty.OpenNar(t.Context(), silent, false); err == nil || !strings.Contains(err.Error(), "timeout") {
 		t.Errorf("error %v", err)
 	}
 	if hasty.Down(silent) == nil {
 		t.Error("it does not rest")
 	}
-	if err := hasty.Narinfos(t.Context(), fmt.Sprintf("http://127.0.0.78:%d", at.Port), []string{"x"}, nil); err == nil || !strings.Contains(err.Error(), "127.0.0.78") {
+	if err := hasty.Narinfos(t.Context(), fmt.Sprintf("http://127.0.0.78:%d", at.Port), []string{"x"}, mirror.Wanted, nil); err == nil || !strings.Contains(err.Error(), "127.0.0.78") {
 		t.Errorf("error %v", err)
 	}
 }

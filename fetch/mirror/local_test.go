@@ -71,7 +71,7 @@ func TestPublicFiles(t *testing.T) {
 		}
 	}
 	none := client(t, mirror.Options{PublicFiles: []string{}})
-	if _, err := none.OpenNar(t.Context(), "file://"+root+"/nar/public"); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := none.OpenNar(t.Context(), "file://"+root+"/nar/public", false); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a file that nobody has named: error %v", err)
 	}
 }

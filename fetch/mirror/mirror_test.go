@@ -49,7 +49,7 @@ const hash0 = "00000000000000000000000000000000"
 func collect(ctx context.Context, c *mirror.Client, server string, hs []string) (map[string]mirror.Answer, error) {
 	var mu sync.Mutex
 	answers := map[string]mirror.Answer{}
-	err := c.Narinfos(ctx, server, hs, func(a mirror.Answer) {
+	err := c.Narinfos(ctx, server, hs, mirror.Wanted, func(a mirror.Answer) {
 		mu.Lock()
 		defer mu.Unlock()
 		if _, twice := answers[a.Hash]; twice {
@@ -435,7 +435,7 @@ func TestCancel(t *testing.T) {
 			return err
 		},
 		func(ctx context.Context, c *mirror.Client) error {
-			_, err := c.OpenNar(ctx, server+"/nar")
+			_, err := c.OpenNar(ctx, server+"/nar", false)
 			return err
 		},
 	} {
@@ -463,7 +463,7 @@ func TestScheme(t *testing.T) {
 		if _, err := collect(t.Context(), c, bad, hashes(1)); !errors.Is(err, mirror.ErrUnsupportedScheme) {
 			t.Errorf("%q: error %v", bad, err)
 		}
-		if _, err := c.OpenNar(t.Context(), bad); !errors.Is(err, mirror.ErrUnsupportedScheme) {
+		if _, err := c.OpenNar(t.Context(), bad, false); !errors.Is(err, mirror.ErrUnsupportedScheme) {
 			t.Errorf("%q: error %v", bad, err)
 		}
 	}
@@ -476,7 +476,7 @@ func TestScheme(t *testing.T) {
 
 func read(t *testing.T, c *mirror.Client, url string) (string, error) {
 	t.Helper()
-	n, err := c.OpenNar(t.Context(), url)
+	n, err := c.OpenNar(t.Context(), url, false)
 	if err != nil {
 		return "", err
 	}
@@ -557,7 +557,7 @@ func TestNar(t *testing.T) {
 		t.Errorf("absent: error %v", err)
 	}
 	// One that is left early does no harm to the next.
-	n, err := c.OpenNar(t.Context(), server.URL+"/long")
+	n, err := c.OpenNar(t.Context(), server.URL+"/long", false)
 	must(t, err)
 	if n.Size != 3<<20 {
 		t.Errorf("size %d", n.Size)
@@ -771,7 +771,7 @@ func BenchmarkNarinfos(b *testing.B) {
 			address := sourcetest.Proxy(b, strings.TrimPrefix(server.URL, "http://"), rtt, 0)
 			for b.Loop() {
 				c := mirror.NewClient(mirror.Options{})
-				must(b, c.Narinfos(b.Context(), "http://"+address+"/base", hs, func(mirror.Answer) {}))
+				must(b, c.Narinfos(b.Context(), "http://"+address+"/base", hs, mirror.Wanted, func(mirror.Answer) {}))
 				c.Close()
 			}
 		})

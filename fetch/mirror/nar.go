@@ -121,18 +121,13 @@ const maxRedirects = 10
 
 // OpenNar asks for the nar at rawURL, following redirections to http and https URLs. Errors are a
 // [*StatusError], a [*ServerError], an error of the file system for file: URLs, or the cause of
-// ctx. None shows user information of a URL, which is sent to its server only (RFC 7617).
-func (c *Client) OpenNar(ctx context.Context, rawURL string) (*Nar, error) {
-	return c.openRedirected(ctx, rawURL, nil)
-}
-
-// OpenNarAnew is OpenNar past what caches on the way have, after that was of no use (RFC 9111,
-// section 5.2.1.4).
-func (c *Client) OpenNarAnew(ctx context.Context, rawURL string) (*Nar, error) {
-	return c.openRedirected(ctx, rawURL, http.Header{"Cache-Control": {"no-cache"}})
-}
-
-func (c *Client) openRedirected(ctx context.Context, rawURL string, fields http.Header) (*Nar, error) {
+// ctx. None shows user information of a URL, which is sent to its server only (RFC 7617). Anew is
+// past what caches on the way have, after that was of no use (RFC 9111, section 5.2.1.4).
+func (c *Client) OpenNar(ctx context.Context, rawURL string, anew bool) (*Nar, error) {
+	var fields http.Header
+	if anew {
+		fields = http.Header{"Cache-Control": {"no-cache"}}
+	}
 	l, err := parse(rawURL)
 	if err != nil {
 		return nil, err

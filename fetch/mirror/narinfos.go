@@ -50,18 +50,9 @@ const MaxNarinfo = 1 << 20
 // answer for each that the server says something about; answer is called from several goroutines.
 // server is the substitute URL. Narinfos returns nil when every item was answered for. It returns a
 // [*ServerError] when the server cannot be reached or breaks off, and the cause of ctx when that is
-// done; then some items have had no answer. All calls share the connections to a server.
-func (c *Client) Narinfos(ctx context.Context, server string, hashes []string, answer func(Answer)) error {
-	return c.narinfos(ctx, server, hashes, answer, wanted)
-}
-
-// NarinfosAhead is like Narinfos for items that may be wanted later: their turn is after all that
-// is wanted now.
-func (c *Client) NarinfosAhead(ctx context.Context, server string, hashes []string, answer func(Answer)) error {
-	return c.narinfos(ctx, server, hashes, answer, ahead)
-}
-
-func (c *Client) narinfos(ctx context.Context, server string, hashes []string, answer func(Answer), u urgency) error {
+// done; then some items have had no answer. All calls share the connections to a server; the turn of
+// what is [Ahead] is after all that is [Wanted].
+func (c *Client) Narinfos(ctx context.Context, server string, hashes []string, u Urgency, answer func(Answer)) error {
 	l, err := parse(server)
 	switch {
 	case err != nil:
@@ -155,7 +146,7 @@ type question struct {
 	call     *call
 	location *location // of the narinfo, after redirections
 	hash     string
-	urgency  urgency
+	urgency  Urgency
 
 	redirects int
 	breaks    int // how often the connection broke when it was the next to be answered, or the server failed

@@ -42,12 +42,13 @@ const (
 	leastExtraTimeout = 500 * time.Millisecond
 )
 
-// urgency is the queue that a question waits in.
-type urgency int
+// An Urgency is the queue that a question waits in.
+type Urgency int
 
+// The urgencies.
 const (
-	wanted urgency = iota
-	ahead          // wanted later, perhaps
+	Wanted Urgency = iota
+	Ahead          // wanted later, perhaps
 	urgencies
 )
 
@@ -250,7 +251,7 @@ func (p *peer) gone() {
 	}
 }
 
-func (p *peer) queued() int { return len(p.queues[wanted]) + len(p.queues[ahead]) }
+func (p *peer) queued() int { return len(p.queues[Wanted]) + len(p.queues[Ahead]) }
 
 // unreachable ends a worker that could not connect. A server that has other connections takes no
 // more than those, but is there.

@@ -328,7 +328,7 @@ func TestResumeCancelled(t *testing.T) {
 		}))
 		c := client(t, mirror.Options{ResumeDelay: delay})
 		ctx, cancel := context.WithCancelCause(t.Context())
-		n, err := c.OpenNar(ctx, server.URL)
+		n, err := c.OpenNar(ctx, server.URL, false)
 		must(t, err)
 		done := make(chan error, 1)
 		go func() {
@@ -406,7 +406,7 @@ func TestResumeNginx(t *testing.T) {
 		t.Errorf("resumed %d times", resumed.Load())
 	}
 	// One that is replaced in between is not mixed with what takes its place.
-	n, err := c.OpenNar(t.Context(), url)
+	n, err := c.OpenNar(t.Context(), url, false)
 	must(t, err)
 	defer n.Close()
 	b := make([]byte, 1000)

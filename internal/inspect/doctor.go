@@ -381,7 +381,7 @@ func examineServer(ctx context.Context, mirrors *mirror.Client, url string) find
 	}
 	status := 0
 	begin := time.Now()
-	err := mirrors.Narinfos(ctx, url, []string{absent}, func(a mirror.Answer) { status = a.Status })
+	err := mirrors.Narinfos(ctx, url, []string{absent}, mirror.Wanted, func(a mirror.Answer) { status = a.Status })
 	took := time.Since(begin)
 	look := "curl -I " + mirror.WithoutUser(url) + "/nix-cache-info"
 	if directories := mirror.LocalDirectories(url); len(directories) > 0 {

@@ -115,7 +115,7 @@ func NarinfosFrom(ctx context.Context, client *mirror.Client, server string, has
 	var mu sync.Mutex
 	texts := map[string][]byte{}
 	total := 0
-	err := client.Narinfos(ctx, server, hashParts, func(a mirror.Answer) {
+	err := client.Narinfos(ctx, server, hashParts, mirror.Wanted, func(a mirror.Answer) {
 		if a.Status == http.StatusOK && a.Body != nil {
 			mu.Lock()
 			defer mu.Unlock()
