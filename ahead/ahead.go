@@ -75,7 +75,6 @@ type Ahead struct {
 	plan     *plan
 	stage    stage
 	staged   map[string]*staged // by the file name of the item
-	failed   map[string]bool    // what could not be staged, until anything can be substituted again
 	bytes    int64              // the sum of their NarSize
 	running  int                // of those, how many are being restored
 	limit    int                // how many may be: more after successes, fewer after failures
@@ -111,7 +110,7 @@ func key(item substitute.Item) string {
 
 // New returns an Ahead, which must be closed.
 func New(restorer *substitute.Substituter, o Options) *Ahead {
-	a := &Ahead{o: o, restorer: restorer, kick: make(chan struct{}, 1), staged: map[string]*staged{}, failed: map[string]bool{}, counts: o.Before, limit: atOnceAtFirst, step: 1}
+	a := &Ahead{o: o, restorer: restorer, kick: make(chan struct{}, 1), staged: map[string]*staged{}, counts: o.Before, limit: atOnceAtFirst, step: 1}
 	a.ctx, a.cancel = context.WithCancel(context.Background())
 	a.plan = newPlan(exists)
 	a.stage.store = o.StoreDir
@@ -165,18 +164,9 @@ func (a *Ahead) Substitute(ctx context.Context, path, destination string) substi
 	if o.Status == substitute.Success {
 		a.mu.Lock()
 		defer a.mu.Unlock()
-		a.retry()
+		a.plan.again()
 	}
 	return o
-}
-
-// retry plans again what could not be staged, perhaps because a server was away. The caller holds
-// the lock.
-func (a *Ahead) retry() {
-	for path := range a.failed {
-		a.plan.again(path)
-	}
-	clear(a.failed)
 }
 
 // begin begins a request, and returns what is staged for it, or nil.
@@ -186,7 +176,6 @@ func (a *Ahead) begin(path string) *staged {
 	a.request = true
 	a.requests++
 	a.plan.take(path)
-	delete(a.failed, path)
 	a.poll = time.AfterFunc(pollInterval, a.look)
 	if len(a.staged) > 0 {
 		a.wake()
@@ -416,12 +405,12 @@ func (a *Ahead) restore(ctx context.Context, s *staged, c *claim) {
 			a.limit, a.good = min(a.limit+1, a.o.AtOnce()), 0
 		}
 		a.count(&a.counts.Staged, &a.counts.StagedBytes, s.item)
-		a.retry()
+		a.plan.again()
 	} else {
 		a.step, a.limit, a.good = a.limit, max(a.limit/2, 1), 0
 		if a.staged[s.item.Path] == s {
 			a.forget(s.item.Path, s)
-			a.failed[s.item.Path] = true
+			a.plan.failed = append(a.plan.failed, a.plan.item(s.item.Path))
 		}
 	}
 	close(s.done)

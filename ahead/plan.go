@@ -15,8 +15,8 @@ import (
 // for it.
 const maxPlanned = 20000
 
-// maxVain is how often an item comes again that could not be substituted.
-const maxVain = 2
+// maxFailed is how often an item comes again that could not be substituted.
+const maxFailed = 2
 
 // A plan knows the items that one daemon process will probably ask for, and in which order.
 //
@@ -32,6 +32,8 @@ type plan struct {
 	valid func(path string) bool // reports whether an item is in the store
 	ready []*planned             // those that can be substituted, if what was taken is; in order
 	left  int                    // not taken yet
+	// failed are those that next has returned and that could not be substituted.
+	failed []*planned
 }
 
 // planned is an item of a plan, or a reference of one.
@@ -41,7 +43,7 @@ type planned struct {
 	taken   bool       // by the daemon or from this plan, or it is valid
 	waits   int        // for how many references
 	waiters []*planned // that wait for it
-	vain    int        // how often it was taken for nothing
+	failed  int        // how often it could not be substituted after next
 }
 
 func newPlan(valid func(path string) bool) *plan {
@@ -107,15 +109,17 @@ func (p *plan) take(path string) {
 	i.waiters = nil
 }
 
-// again says that an item that next has returned could not be substituted. It comes again, unless
-// that is so too often.
-func (p *plan) again(path string) {
-	i := p.items[path]
-	if i.vain++; i.vain <= maxVain {
-		i.taken = false
-		p.left++
-		p.becomesReady(i)
+// again has next return what has failed once more, perhaps because a server was away, unless that
+// is so too often.
+func (p *plan) again() {
+	for _, i := range p.failed {
+		if i.failed++; i.failed <= maxFailed {
+			i.taken = false
+			p.left++
+			p.becomesReady(i)
+		}
 	}
+	p.failed = nil
 }
 
 // next returns the item that the daemon will ask for next, after all that have been taken, if each

@@ -164,18 +164,11 @@ func progressLine(name string, size, transferred int64, elapsed time.Duration, c
 
 // byteCount is a number of bytes for people.
 func byteCount(n float64) string {
-	const kib, mib, gib, tib = 1 << 10, 1 << 20, 1 << 30, 1 << 40
-	switch {
-	case n < kib:
-		return fmt.Sprintf("%.0fB", n)
-	case n < mib:
-		return fmt.Sprintf("%.0fKiB", n/kib)
-	case n < gib:
-		return fmt.Sprintf("%.1fMiB", n/mib)
-	case n < tib:
-		return fmt.Sprintf("%.2fGiB", n/gib)
+	units, i := []string{"B", "KiB", "MiB", "GiB", "TiB"}, 0
+	for ; n >= 1024 && i < len(units)-1; i++ {
+		n /= 1024
 	}
-	return fmt.Sprintf("%.3fTiB", n/tib)
+	return fmt.Sprintf("%.*f%s", max(0, i-1), n, units[i])
 }
 
 // bar draws how much of 100 percent is done.

@@ -31,8 +31,8 @@ const (
 	// leastLimit is the least bound on the length of an archive, in bytes. A NarSize that is too
 	// small does occur and is harmless: NarHash decides.
 	leastLimit = 1 << 20
-	// A way that brings less than leastRate bytes per second for ratePeriod is left for the next
-	// one, or for none.
+	// A way is left for the next one, or for none, when less than leastRate bytes per second have
+	// come for ratePeriod.
 	leastRate  = 1 << 10
 	ratePeriod = time.Minute
 	// paceEvery is how often the pace is looked at.
@@ -385,14 +385,15 @@ type attempt struct {
 	progress *protocol.Download
 	ctx      context.Context
 	cancel   context.CancelCauseFunc
-	url      string       // of what is downloaded, once it has begun
-	again    bool         // what came the first time was wrong, or nothing
-	records  []record     // of the job when it began; watch may add to those of the job
-	got      atomic.Int64 // bytes that have come over the network
-	read     atomic.Int64 // bytes of files of an old item
-	total    atomic.Int64 // bytes that will come, if the server says so
-	slow     atomic.Bool  // it was given up for that
-	cut      atomic.Bool  // the server has broken off
+	url      string        // of what is downloaded, once it has begun
+	again    bool          // what came the first time was wrong, or nothing
+	records  []record      // of the job when it began; watch may add to those of the job
+	came     *atomic.Int64 // that of the Substituter
+	got      atomic.Int64  // bytes that have come over the network
+	read     atomic.Int64  // bytes of files of an old item
+	total    atomic.Int64  // bytes that will come, if the server says so
+	slow     atomic.Bool   // it was given up for that
+	cut      atomic.Bool   // the server has broken off
 }
 
 // left returns how many bytes are still to come, of so many that were expected.
@@ -415,13 +416,14 @@ func (a *attempt) countRead(size uint64) {
 // progress.
 func (a *attempt) countShown(n, shown int) {
 	a.got.Add(int64(n))
+	a.came.Add(int64(n))
 	a.progress.Transferred(shown)
 }
 
 // try restores the item by one way. It returns the length of the archive.
 func (j *job) try(ctx context.Context, c *candidate) (narSize uint64, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	a := &attempt{progress: j.progress, ctx: ctx, cancel: cancel, again: c.again, records: j.records}
+	a := &attempt{progress: j.progress, ctx: ctx, cancel: cancel, again: c.again, records: j.records, came: &j.s.came}
 	c.last = a
 	stopped := j.watch(ctx, c, a)
 	defer func() {
@@ -482,13 +484,14 @@ func (j *job) options() restore.Options {
 // way is known that would be, it looks for one at further servers. It ends with ctx; the caller
 // must call what it returns, which waits for that, before it uses the list again.
 func (j *job) watch(ctx context.Context, c *candidate, a *attempt) (stopped func()) {
-	begin := sample{at: time.Now()}
-	w := watched{c: c, a: a, period: []sample{begin}, window: []sample{begin}}
+	begin := time.Now()
+	w := watched{c: c, a: a, period: []sample{{begin, a.came.Load()}}, window: []sample{{begin, 0}}}
 	patient := c.patient || j.s.Limiter != nil
 	var asked time.Time // when other servers were, which may rest for a while
 	look := func() (goOn bool) {
 		now := sample{time.Now(), a.got.Load()}
-		err := w.tooSlow(sample{now.at, now.got + a.read.Load()})
+		// All items count, for it may be the line that is slow, which they share.
+		err := w.tooSlow(sample{now.at, a.came.Load() + a.read.Load()})
 		switch {
 		case err != nil || patient:
 		case len(j.ways) > 0 && w.slowerThan(now, j.ways[0].time):

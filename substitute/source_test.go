@@ -206,6 +206,31 @@ func TestServerReturns(t *testing.T) {
 	})
 }
 
+// TestSharedLine restores an item over a line that is so slow that together with another item it
+// takes minutes.
+func TestSharedLine(t *testing.T) {
+	f := newFixture(t, 50_000)
+	bubble(t, func(t *testing.T, n *testNetwork) {
+		s, log := n.with(f.key, n.serve(f.handler(f.narinfo(t, "none nar"), func(w http.ResponseWriter, r *http.Request) {
+			for rest := f.archive; len(rest) > 0; rest = rest[min(500, len(rest)):] {
+				if _, err := w.Write(rest[:min(500, len(rest))]); err != nil {
+					return
+				}
+				w.(http.Flusher).Flush()
+				time.Sleep(900 * time.Millisecond)
+			}
+		})))
+		var ahead sync.WaitGroup
+		ahead.Go(func() {
+			if o := s.Prepare(itemPath(0), filepath.Join(t.TempDir(), "other")).Run(t.Context()); o.Status != substitute.Success {
+				t.Errorf("outcome %+v of the other item", o)
+			}
+		})
+		f.restore(t, s, substitute.Success, log)
+		ahead.Wait()
+	})
+}
+
 // TestLocalFileFromNetwork checks that a narinfo from a network cannot have a file of ours opened,
 // while one of a directory can.
 func TestLocalFileFromNetwork(t *testing.T) {

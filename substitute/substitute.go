@@ -20,6 +20,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
@@ -129,6 +130,7 @@ type Substituter struct {
 	memory  memory.Memory[memoryKey, *record]
 	ahead   *lookAhead
 	order   precedence.Order
+	came    atomic.Int64 // bytes, over the network, for all items
 }
 
 // New returns a substituter.
@@ -254,14 +256,8 @@ func (s *Substituter) Close() { s.ahead.stop() }
 // Have returns those of the given store items that are available, in the order given. Anything that
 // is not the file name of a store item is not.
 func (s *Substituter) Have(ctx context.Context, items []string) []string {
-	var available []string
 	found := s.lookup(ctx, items).all()
-	for _, item := range unique(items) {
-		if found[item] != nil {
-			available = append(available, item)
-		}
-	}
-	return available
+	return slices.DeleteFunc(unique(items), func(item string) bool { return found[item] == nil })
 }
 
 // Info returns what the daemon wants to know about those of the given store items that are
