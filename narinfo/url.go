@@ -73,10 +73,7 @@ func ResolveURL(base, value string) (string, error) {
 	}
 	url := value
 	if !hasScheme(value) {
-		url = base + value
-		if !strings.HasSuffix(base, "/") {
-			url = base + "/" + value
-		}
+		url = strings.TrimSuffix(base, "/") + "/" + value
 	}
 	if i := badURLByte(url); i >= 0 {
 		return "", fmt.Errorf("the URL %.300q contains the byte %#02x", url, url[i])
