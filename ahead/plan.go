@@ -28,12 +28,11 @@ const maxFailed = 2
 //
 // It is not safe for concurrent use.
 type plan struct {
-	items map[string]*planned
-	valid func(path string) bool // reports whether an item is in the store
-	ready []*planned             // those that can be substituted, if what was taken is; in order
-	left  int                    // not taken yet
-	// failed are those that next has returned and that could not be substituted.
-	failed []*planned
+	items  map[string]*planned
+	valid  func(path string) bool // reports whether an item is in the store
+	ready  []*planned             // those that can be substituted, if what was taken is; in order
+	left   int                    // not taken yet
+	failed []*planned             // what next has returned and could not be substituted
 }
 
 // planned is an item of a plan, or a reference of one.

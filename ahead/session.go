@@ -122,10 +122,7 @@ func (s *Session) New() []string {
 // CleanSessions removes the files in the directory of daemon processes that are gone. Errors are
 // passed over.
 func CleanSessions(directory string) {
-	entries, err := os.ReadDir(directory)
-	if err != nil {
-		return
-	}
+	entries, _ := os.ReadDir(directory)
 	for _, e := range entries {
 		id, begun, ok := strings.Cut(e.Name(), "-")
 		process, err := strconv.Atoi(id)

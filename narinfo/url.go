@@ -46,12 +46,7 @@ func badURLByte(s string) int {
 // supported, with blanks, control characters or other than ASCII characters, and those of more than
 // 4096 bytes. A parsed narinfo has at least one. (Guix, guix/narinfo.scm: narinfo-preferred-uris.)
 func (n *Narinfo) PreferredURLs() []URL {
-	urls := make([]URL, 0, len(n.URLs))
-	for _, u := range n.URLs {
-		if u.usable() {
-			urls = append(urls, u)
-		}
-	}
+	urls := slices.DeleteFunc(slices.Clone(n.URLs), func(u URL) bool { return !u.usable() })
 	slices.SortStableFunc(urls, func(u, v URL) int { return cmp.Compare(slowness[u.Compression], slowness[v.Compression]) })
 	return urls
 }

@@ -59,8 +59,7 @@ func (o Options) UntrustedURLs() bool {
 
 // Discover reports whether servers found on the local network are to be asked too.
 func (o Options) Discover() bool {
-	v, _ := o.Get("discover")
-	return v == "true"
+	return o.values["discover"] == "true"
 }
 
 // Traces reports whether the client wants the events of a download as lines that it can read
@@ -84,6 +83,5 @@ func (o Options) Columns() int {
 
 // Deduplicate reports whether files are to be shared with equal ones of the store.
 func (o Options) Deduplicate() bool {
-	v, _ := o.Get("deduplicate")
-	return v == "yes"
+	return o.values["deduplicate"] == "yes"
 }

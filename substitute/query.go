@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"slices"
 	"sync"
@@ -149,16 +150,11 @@ func (s *Substituter) fetch(ctx context.Context, server *server, items map[strin
 	defer stop(nil)
 	var left atomic.Int64 // bytes
 	left.Store(lookupBytes + int64(len(items))*lookupBytesEach)
-	hashes := make([]string, 0, len(items))
-	for hash := range items {
-		hashes = append(hashes, hash)
-	}
-	slices.Sort(hashes)
 	urgency := mirror.Wanted
 	if ahead {
 		urgency = mirror.Ahead
 	}
-	err := s.Mirrors.Narinfos(ctx, server.url, hashes, urgency, func(a mirror.Answer) {
+	err := s.Mirrors.Narinfos(ctx, server.url, slices.Sorted(maps.Keys(items)), urgency, func(a mirror.Answer) {
 		if left.Add(-int64(len(a.Body))) < 0 {
 			stop(errTooMuch)
 			return
