@@ -5,10 +5,13 @@ package coapserver
 import (
 	"context"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
+	"golang.org/x/net/ipv4"
+	"golang.org/x/net/ipv6"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
@@ -42,7 +45,7 @@ type packets struct {
 // Mind that the sender of a datagram can be forged, and that an answer is up to twelve times as
 // long as its request: who can reach the socket can have that much sent to somebody else. Serve UDP
 // only where that is no harm, on a local network. If the socket is bound to no address in
-// particular, answers come from the address that the kernel chooses.
+// particular, see [AnswerFromThere].
 func (s *Server) ServePacket(conn net.PacketConn, access Access) error {
 	defer conn.Close()
 	if !s.begin() {
@@ -60,6 +63,42 @@ func (s *Server) ServePacket(conn net.PacketConn, access Access) error {
 		return nil
 	}
 	return err
+}
+
+// AnswerFromThere returns a socket whose answers come from the address that was asked: clients wait
+// for nothing else. Left to itself, the kernel chooses one of those of the machine, of which there
+// are several wherever IPv6 is.
+func AnswerFromThere(conn net.PacketConn) net.PacketConn {
+	socket, ok := conn.(*net.UDPConn)
+	if !ok || ipv6.NewPacketConn(socket).SetControlMessage(ipv6.FlagDst, true) != nil && ipv4.NewPacketConn(socket).SetControlMessage(ipv4.FlagDst, true) != nil {
+		return conn
+	}
+	return fromThere{socket}
+}
+
+type fromThere struct{ *net.UDPConn }
+
+// asker is the address of a client, and the one that it has asked, as the kernel says it: given
+// back to the kernel, the same words say from where an answer is to come (ip(7), ipv6(7)).
+type asker struct {
+	*net.UDPAddr
+	asked []byte
+}
+
+// ReadFrom implements net.PacketConn.
+func (c fromThere) ReadFrom(b []byte) (int, net.Addr, error) {
+	var control [128]byte
+	n, m, _, from, err := c.ReadMsgUDP(b, control[:])
+	if err != nil {
+		return n, nil, err
+	}
+	return n, asker{from, slices.Clone(control[:m])}, nil
+}
+
+// WriteTo implements net.PacketConn. The address must come from ReadFrom.
+func (c fromThere) WriteTo(b []byte, to net.Addr) (int, error) {
+	n, _, err := c.WriteMsgUDP(b, to.(asker).asked, to.(asker).UDPAddr)
+	return n, err
 }
 
 // datagramForm is how blocks go in datagrams (RFC 7252, section 4.6).

@@ -144,7 +144,7 @@ func advertisedPort(endpoints []*endpoint) (uint16, error) {
 // limit bounds what is sent.
 func (e *endpoint) limit(limiter *ratelimit.Limiter) {
 	if e.packets != nil {
-		e.packets = ratelimit.PacketConn(e.packets, limiter)
+		e.packets = ratelimit.PacketConn(coapserver.AnswerFromThere(e.packets), limiter)
 	} else {
 		e.listener = ratelimit.Listener(e.listener, limiter)
 	}

@@ -2,7 +2,14 @@
 
 package serving
 
-import "testing"
+import (
+	"net"
+	"testing"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
+)
 
 // TestParseEndpoint checks what becomes of URLs, about which package storeurl has more tests.
 func TestParseEndpoint(t *testing.T) {
@@ -24,5 +31,47 @@ func TestParseEndpoint(t *testing.T) {
 	}
 	if e, err := parseEndpoint("https://host"); err == nil {
 		t.Errorf("%v is something to listen on", e)
+	}
+}
+
+// TestAnswerFromThere asks a server that listens at all addresses by UDP, with a limit and without,
+// at each address of this machine: the answer must come from there.
+func TestAnswerFromThere(t *testing.T) {
+	for _, url := range []string{"coap://0.0.0.0:0", "coap://:0"} {
+		for _, limiter := range []*ratelimit.Limiter{nil, ratelimit.New(1<<30, 0)} {
+			e, err := parseEndpoint(url)
+			if err == nil {
+				err = e.listen(socketRights{})
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			e.limit(limiter)
+			server := coapserver.New(coapserver.Config{})
+			done := make(chan error)
+			go func() { done <- server.ServePacket(e.packets, e.Access) }()
+			for _, host := range []string{"127.0.0.1", "127.0.0.2", "::1"} {
+				_, port, _ := net.SplitHostPort(e.address)
+				if host == "::1" && url != "coap://:0" {
+					continue
+				}
+				conn, err := net.Dial("udp", net.JoinHostPort(host, port))
+				if err != nil {
+					t.Logf("%s cannot be asked: %v", host, err) // there may be no IPv6
+					continue
+				}
+				conn.Write([]byte("\x40\x00\x12\x34")) // a ping
+				conn.SetReadDeadline(time.Now().Add(10 * time.Second))
+				answer := make([]byte, 16)
+				if n, err := conn.Read(answer); string(answer[:n]) != "\x70\x00\x12\x34" {
+					t.Errorf("%s, asked at %s: answer %x, %v", url, host, answer[:n], err)
+				}
+				conn.Close()
+			}
+			server.Close()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}
 	}
 }
