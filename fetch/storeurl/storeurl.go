@@ -347,24 +347,24 @@ func (u *URL) setAuthority(authority string, listen bool) error {
 	host, port, hasPort := authority, "", false
 	if inner, ok := strings.CutPrefix(authority, "["); ok {
 		address, after, ok := strings.Cut(inner, "]")
-		// A zone is separated by %25, which is a percent sign (RFC 6874).
-		address, err := decode(address)
-		ip, err2 := netip.ParseAddr(address)
-		if !ok || err != nil || err2 != nil || !ip.Is6() || !isName(ip.Zone()) || after != "" && after[0] != ':' {
+		// A zone is separated by %25, which is a percent sign (RFC 6874); people write that one too.
+		ip, err := netip.ParseAddr(strings.Replace(address, "%25", "%", 1))
+		if !ok || err != nil || !ip.Is6() || !isName(ip.Zone()) || after != "" && after[0] != ':' {
 			return errors.New("the address of the host is not one of IPv6 in brackets, with :port behind it")
 		}
-		host, port, hasPort = address, strings.TrimPrefix(after, ":"), after != ""
+		host, port, hasPort = ip.String(), strings.TrimPrefix(after, ":"), after != ""
 	} else {
 		host, port, hasPort = strings.Cut(authority, ":")
 		var err error
 		if host, err = decode(host); err != nil {
 			return err
 		}
+		host = strings.ToLower(host)
 		if !isName(host) || len(host) > 253 || host == "" && !listen {
 			return fmt.Errorf("the host is not a name or an address; the form is %s://host:port/path", u.Scheme)
 		}
 	}
-	u.Host = strings.ToLower(host)
+	u.Host = host
 	if !hasPort {
 		return nil
 	}

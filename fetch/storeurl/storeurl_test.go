@@ -43,6 +43,8 @@ func TestParse(t *testing.T) {
 		{"coap+ws://a.example/s", coap("coap+ws", "a.example", 80, "s"), "tcp", "a.example:80", "coap+ws://a.example"},
 		{"coaps+ws://a.example", coap("coaps+ws", "a.example", 443), "tcp", "a.example:443", "coaps+ws://a.example"},
 		{"coap+tcp://[fe80::1%25eth0]", coap("coap+tcp", "fe80::1%eth0", 5683), "tcp", "[fe80::1%eth0]:5683", "coap+tcp://[fe80::1%25eth0]"},
+		{"coap+tcp://[FE80::0:1%25enP4p65s0]:7", coap("coap+tcp", "fe80::1%enP4p65s0", 7), "tcp", "[fe80::1%enP4p65s0]:7", "coap+tcp://[fe80::1%25enP4p65s0]:7"},
+		{"http://[fe80::1%eth0]", web("http", "fe80::1%eth0", 80, "", nil), "tcp", "[fe80::1%eth0]:80", "http://[fe80::1%25eth0]"},
 		{"coap+unix:///run/a%20b?get", only(coap("coap+unix", "/run/a b", 0), true), "unix", "/run/a b", "coap+unix:///run/a%20b"},
 		{"coap+unix://%2Frun%2Feris.sock/store/path", coap("coap+unix", "/run/eris.sock", 0, "store", "path"), "unix", "/run/eris.sock", "coap+unix:///run/eris.sock"},
 		{"coap+unix:///" + strings.Repeat("a", 106), coap("coap+unix", "/"+strings.Repeat("a", 106), 0), "unix", "/" + strings.Repeat("a", 106), "coap+unix:///" + strings.Repeat("a", 106)},
