@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"math"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -182,14 +181,10 @@ func (b *bitmap) append(to, key []byte) []byte {
 func openIndex(path string) (*bbolt.DB, error) {
 	var db *bbolt.DB
 	err := guard(func() (err error) {
-		mapped := 1 << 30 // address space, not memory: the map is rarely made anew while the index grows
-		if math.MaxInt == math.MaxInt32 {
-			mapped = 64 << 20
-		}
 		db, err = bbolt.Open(path, 0o600, &bbolt.Options{
 			Timeout:         1, // it is locked by nobody: the directory is
 			FreelistType:    bbolt.FreelistMapType,
-			InitialMmapSize: mapped,
+			InitialMmapSize: 64 << 20, // the map is made anew for each doubling beyond that
 			NoStatistics:    true,
 		})
 		return err

@@ -89,9 +89,7 @@ func openSlab(directory string, c class, taken []*bitmap, now uint32) (*slab, er
 	if s.accessed, err = os.OpenFile(filepath.Join(directory, accessed), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
 		return nil, errors.Join(err, s.close())
 	}
-	if err := s.loadAccesses(now); err != nil {
-		return nil, errors.Join(err, s.close())
-	}
+	s.loadAccesses(now)
 	return s, nil
 }
 
@@ -188,23 +186,19 @@ func (s *slab) time(slot uint32) uint32 {
 	return chunks[slot/slotsPerChunk].times[slot%slotsPerChunk].Load()
 }
 
-// loadAccesses reads the times of access. What is absent counts as never accessed, what is to come
-// as accessed now.
-func (s *slab) loadAccesses(now uint32) error {
+// loadAccesses reads the times of access. What is absent, or cannot be read, counts as never
+// accessed, what is to come as accessed now.
+func (s *slab) loadAccesses(now uint32) {
 	chunks := make([]*accessesChunk, len(s.taken))
 	b := make([]byte, 4*slotsPerChunk)
 	for i := range chunks {
 		chunks[i] = new(accessesChunk)
-		n, err := s.accessed.ReadAt(b, int64(i)*int64(len(b)))
-		if err != nil && err != io.EOF {
-			return err
-		}
+		n, _ := s.accessed.ReadAt(b, int64(i)*int64(len(b)))
 		for j := range n / 4 {
 			chunks[i].times[j].Store(min(binary.BigEndian.Uint32(b[4*j:]), now))
 		}
 	}
 	s.accessChunks.Store(&chunks)
-	return nil
 }
 
 // saveAccesses writes the times of access that have changed. They need not be durable.

@@ -307,12 +307,18 @@ func FinishPut(ctx context.Context, store fetch.Store, capabilities []eris.ReadC
 	return nil
 }
 
-// OpenStores opens all stores that can be opened, as members of a pool. Errors name those that
-// cannot. Hops is as in openStoreFor.
+// OpenStores opens all stores that can be opened, as members of a pool, each once. Errors name those
+// that cannot. Hops is as in openStoreFor.
 func OpenStores(urls []string, hops int) ([]pool.Member, error) {
 	var stores []pool.Member
 	var failed []error
+	var known []storeurl.URL
 	for _, text := range urls {
+		u, err := storeurl.Parse(text)
+		if err == nil && slices.ContainsFunc(known, func(k storeurl.URL) bool { return reflect.DeepEqual(k, u) }) {
+			continue // named a second time, perhaps with the port that it has anyway
+		}
+		known = append(known, u)
 		s, err := openStoreFor(text, hops)
 		if err != nil {
 			failed = append(failed, err)
