@@ -18,7 +18,6 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"net"
 	"slices"
 	"sync"
@@ -87,7 +86,7 @@ type Config struct {
 	// Document is what else there is, unless it has no path.
 	Document Document
 
-	// MaxConnections is the most connections at a time per listener: see [admission.Gate.Enter].
+	// MaxConnections is the most connections at a time per listener: see [admission.New].
 	// Default 256.
 	MaxConnections int
 	// MaxBytes and MaxTotalBytes bound the memory for blocks that are being stored, and as much for
@@ -190,31 +189,19 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 	defer context.AfterFunc(s.stopping, func() { listener.Close() })()
 	gate := admission.New(s.config.MaxConnections, listener, &s.counts, s.config.Log)
 	defer gate.Wait()
-	for wait := time.Millisecond; ; {
-		conn, err := listener.Accept()
+	for {
+		conn, err := gate.Accept()
 		if err != nil {
 			if s.stopping.Err() != nil {
 				return nil
 			}
-			if errors.Is(err, net.ErrClosed) {
-				return err
-			}
-			// Mostly too many open files: others will close theirs.
-			s.log(fmt.Errorf("accepting a connection: %w", err))
-			select {
-			case <-time.After(wait):
-			case <-s.stopping.Done():
-			}
-			wait = min(2*wait, time.Second)
-			continue
+			return err
 		}
-		wait = time.Millisecond
-		if c, ok := gate.Enter(conn); ok {
-			go func() {
-				defer c.Close()
-				s.serveConn(conn, access, c.SetIdle)
-			}()
-		}
+		c := conn.(*admission.Conn)
+		go func() {
+			defer c.Close()
+			s.serveConn(c.Conn, access, c.SetIdle)
+		}()
 	}
 }
 

@@ -62,7 +62,7 @@ type Config struct {
 	// 500.
 	Sink eris.Sink
 
-	// MaxConnections is the most connections at a time per listener: see [admission.Gate.Enter].
+	// MaxConnections is the most connections at a time per listener: see [admission.New].
 	// Default 256.
 	MaxConnections int
 	// MaxRequests is the most requests at a time in all, each of which needs 32 KiB; further ones

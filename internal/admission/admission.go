@@ -7,6 +7,7 @@ package admission
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -18,6 +19,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -127,7 +129,7 @@ const logEvery = time.Minute
 // least one. Listener is where they come from. If it listens on a loopback address, whoever comes
 // from there counts for no host, for that may be a proxy for many; a proxy on the same machine must
 // therefore use such an address. Connections are added to the counts. Log, if not nil, is told once
-// a minute at most that connections were turned away; it must not wait.
+// a minute at most that connections were turned away, or cannot be accepted; it must not wait.
 func New(most int, listener net.Listener, counts *Counts, log func(error)) *Gate {
 	if log == nil {
 		log = func(error) {}
@@ -154,17 +156,38 @@ func (g *Gate) host(conn net.Conn) netip.Prefix {
 	return hostOf(ip)
 }
 
-// Accept implements net.Listener. What it returns is a [*Conn].
+// Accept implements net.Listener. What it returns is a [*Conn]. Where no more files may be open, the
+// connection makes room that has been idle the longest; while none is, it tries again.
 func (g *Gate) Accept() (net.Conn, error) {
-	for {
+	for wait := time.Millisecond; ; wait = min(2*wait, time.Second) {
 		conn, err := g.Listener.Accept()
-		if err != nil {
+		switch {
+		case err == nil:
+			wait = time.Millisecond
+			if c, ok := g.Enter(conn); ok {
+				return c, nil
+			}
+		case !slices.ContainsFunc(scarce, func(e error) bool { return errors.Is(err, e) }):
 			return nil, err
-		}
-		if c, ok := g.Enter(conn); ok {
-			return c, nil
+		case !g.outlasts(err):
+			time.Sleep(wait)
 		}
 	}
+}
+
+// scarce are failures to accept a connection that pass.
+var scarce = []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM}
+
+// outlasts reports whether there is room again after a connection could not be accepted.
+func (g *Gate) outlasts(err error) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	room := g.makeRoom(func(*Conn) bool { return true })
+	if now := time.Now(); !room && now.Sub(g.lastLog) >= logEvery {
+		g.log(fmt.Errorf("accepting a connection: %w", err))
+		g.lastLog = now
+	}
+	return room
 }
 
 // Enter lets a connection in, or closes it. Where there is no room it closes the connection that

@@ -8,8 +8,10 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -86,6 +88,57 @@ func TestGate(t *testing.T) {
 	enter("[2001:db8::3]:1", true)
 	enter("[2001:db8::4]:1", false) // one network
 	enter("[2001:db8:0:1::4]:1", true)
+}
+
+// scarce is a listener to which connections come, and failures in between.
+type scarce struct {
+	net.Listener
+	coming []any
+}
+
+func (l *scarce) Addr() net.Addr { return &net.TCPAddr{} }
+
+func (l *scarce) Accept() (net.Conn, error) {
+	if len(l.coming) == 0 {
+		return nil, net.ErrClosed
+	}
+	next := l.coming[0]
+	l.coming = l.coming[1:]
+	if err, ok := next.(error); ok {
+		return nil, err
+	}
+	return next.(net.Conn), nil
+}
+
+// TestNoFiles has a process be out of files: an idle connection makes room, and while there is none
+// it is tried again, and said once.
+func TestNoFiles(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		full := &net.OpError{Op: "accept", Err: os.NewSyscallError("accept4", syscall.EMFILE)}
+		first, second, third := &client{address: "192.0.2.1:1"}, &client{address: "192.0.2.2:1"}, &client{address: "192.0.2.3:1"}
+		var said []error
+		g := admission.New(6, &scarce{coming: []any{first, full, full, second, full, third}}, new(admission.Counts), func(err error) { said = append(said, err) })
+		accept := func(want net.Conn) *admission.Conn {
+			t.Helper()
+			c, err := g.Accept()
+			if err != nil || c.(*admission.Conn).Conn != want {
+				t.Fatalf("%v, %v", c, err)
+			}
+			return c.(*admission.Conn)
+		}
+		accept(first)
+		accept(second).SetIdle(true)
+		accept(third)
+		if first.closed || !second.closed || third.closed {
+			t.Errorf("closed: %v, %v, %v", first.closed, second.closed, third.closed)
+		}
+		if len(said) != 1 || !errors.Is(said[0], syscall.EMFILE) {
+			t.Errorf("said %v", said)
+		}
+		if _, err := g.Accept(); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("at the end: %v", err)
+		}
+	})
 }
 
 // TestIdle lets new connections in where others are idle: the one that has been so the longest
