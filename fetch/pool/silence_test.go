@@ -301,6 +301,35 @@ func TestParts(t *testing.T) {
 	}
 }
 
+// turns is one of three sources behind a slow line, on which each has its turn of some seconds.
+type turns struct {
+	fetch.Source
+	nth   time.Duration
+	begin func() time.Time
+}
+
+func (s *turns) Progress() int64 {
+	const turn = 2500 * time.Millisecond
+	gone := time.Since(s.begin())
+	mine := gone/(3*turn)*turn + min(max(0, gone%(3*turn)-s.nth*turn), turn)
+	return int64(mine.Seconds() * (8 << 10))
+}
+
+// TestOneLine has three sources, of which nothing is known, behind one slow line: parts that come
+// from one say that the others are not silent.
+func TestOneLine(t *testing.T) {
+	slow := func(context.Context, int, int64) error { time.Sleep(12 * time.Second); return nil }
+	list := sources(&fake{answer: slow}, &fake{answer: slow}, &fake{answer: slow})
+	for i := range list {
+		list[i].Source = &turns{list[i].Source, time.Duration(i), sync.OnceValue(time.Now)}
+	}
+	simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
+		if err := get(t.Context(), p, 1, large); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // TestLostBesideParts has a request be lost that others overtake: it is made again soon, although
 // parts of others come all the time.
 func TestLostBesideParts(t *testing.T) {

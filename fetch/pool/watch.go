@@ -110,17 +110,23 @@ func (p *Pool) checkSilence(m *member, now time.Duration) {
 	}
 }
 
-// moves reports whether parts of blocks have come, so that it is a slow line, and not silence.
-// Where others are much faster, blocks had better come from them.
+// moves reports whether parts of blocks have come, so that it is a slow line, and not silence. While
+// no other works, all may be behind one such line, so that parts from any count. Where others are
+// much faster, blocks had better come from them.
 func (m *member) moves(oldest *attempt, now time.Duration) bool {
 	faster := func(o *member) bool { return o != m && o.trusted(now) && 2*o.gap(oldest.request.Size) < m.quiet }
-	if m.progress == nil || now-oldest.start > mostSlow || slices.ContainsFunc(m.pool.far, faster) {
+	if now-oldest.start > mostSlow || slices.ContainsFunc(m.pool.far, faster) {
 		return false
 	}
-	moved := m.progress()
+	moved, alone := int64(0), m.pool.othersWork(m, now)
+	for _, o := range m.pool.members {
+		if o.progress != nil && (o == m || !alone) {
+			moved += o.progress()
+		}
+	}
 	answered := m.quiet <= watchInterval // what comes then may be of others than those that are late
 	enough := m.quiet > leastSilence && moved-m.moved >= leastMoved
-	if answered || enough {
+	if answered || enough || moved < m.moved {
 		m.moved = moved
 	}
 	return enough
