@@ -27,10 +27,9 @@ const haveTime = 50 * time.Millisecond
 // for one that was damaged on disk, which is removed. Other errors are those of the file system,
 // [ErrDamaged] and [fetch.ErrClosed].
 func (s *Store) Start(r *fetch.Request) {
+	r.Block, r.Err = nil, eris.ErrBlockSize
 	if r.Size.Valid() {
 		r.Block, r.Err = s.get(&r.Pair.Reference, r.Size, r.Dst)
-	} else {
-		r.Block, r.Err = nil, fmt.Errorf("%d bytes is not a block size", int(r.Size))
 	}
 	if r.Err != nil {
 		r.Err = fmt.Errorf("block %v: %w", r.Pair.Reference, r.Err)
@@ -108,7 +107,7 @@ func (s *Store) read(ref *eris.Reference, l location, dst []byte) ([]byte, bool,
 		dst = make([]byte, size)
 	}
 	dst = dst[:size]
-	if err := slab.read(dst, l.slot()); err == io.EOF || err == io.ErrUnexpectedEOF {
+	if err := slab.read(dst, l.slot()); err == io.EOF {
 		return nil, false, nil
 	} else if err != nil {
 		return nil, false, err

@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"math/bits"
 	"os"
 	"path/filepath"
@@ -101,16 +100,9 @@ func (s *slab) close() error {
 	return err
 }
 
-// read fills the block with the bytes of a slot. It returns io.EOF or io.ErrUnexpectedEOF if the
-// file is too short.
+// read fills the block with the bytes of a slot. It returns io.EOF if the file is too short.
 func (s *slab) read(block []byte, slot uint32) error {
-	n, err := s.file.ReadAt(block, int64(slot)*int64(s.class.size()))
-	if n == len(block) {
-		return nil
-	}
-	if n > 0 && err == io.EOF {
-		return io.ErrUnexpectedEOF
-	}
+	_, err := s.file.ReadAt(block, int64(slot)*int64(s.class.size()))
 	return err
 }
 

@@ -2,9 +2,7 @@
 
 package blockstore
 
-import (
-	"sync"
-)
+import "sync"
 
 // Stats is what a [Store] holds, and what it has done since it was opened.
 type Stats struct {

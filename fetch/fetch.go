@@ -136,23 +136,29 @@ func Get(ctx context.Context, source Source, ref eris.Reference, size eris.Block
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	done := make(chan struct{})
-	r := &Request{Pair: eris.Pair{Reference: ref}, Size: size, Dst: dst[:0], Done: func(*Request) { close(done) }}
+	r := &Request{Pair: eris.Pair{Reference: ref}, Size: size, Dst: dst[:0]}
 	if cap(r.Dst) < int(size) {
 		r.Dst = make([]byte, 0, size)
 	}
+	if Await(ctx, source, r); r.Err != nil && ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	Verify([]*Request{r})
+	return r.Block, r.Err
+}
+
+// Await starts a request, whose Done it sets, and returns when it is done; soon, once ctx is. What
+// comes is not verified.
+func Await(ctx context.Context, source Source, r *Request) {
+	done := make(chan struct{})
+	r.Done = func(*Request) { close(done) }
 	source.Start(r)
 	select {
 	case <-done:
 	case <-ctx.Done():
 		source.Cancel(r)
 		<-done
-		if r.Err != nil {
-			return nil, context.Cause(ctx)
-		}
 	}
-	Verify([]*Request{r})
-	return r.Block, r.Err
 }
 
 // Verify checks the blocks of requests that are done, those without an error: many at a time take

@@ -30,13 +30,12 @@ type Workers struct {
 	cancel context.CancelCauseFunc
 	most   int
 
+	memory  sync.Pool // of *[eris.BlockSize32KiB]byte
 	mu      sync.Mutex
-	wake    sync.Cond // workers that have nothing to do wait on it
 	closed  bool
 	waiting list.List          // of *task: those that no worker has taken, in order
 	calls   map[*task]struct{} // that are under way
 	running int
-	idle    int
 	group   sync.WaitGroup
 }
 
@@ -59,7 +58,7 @@ type task struct {
 // context has ended; Close waits for it, but requests do not.
 func NewWorkers(n int, get func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error)) *Workers {
 	w := &Workers{get: get, most: n, calls: map[*task]struct{}{}}
-	w.wake.L = &w.mu
+	w.memory.New = func() any { return new([eris.BlockSize32KiB]byte) }
 	w.ctx, w.cancel = context.WithCancelCause(context.Background())
 	return w
 }
@@ -76,11 +75,7 @@ func (w *Workers) Start(r *Request) {
 	}
 	r.Held = t
 	t.waits = w.waiting.PushBack(t)
-	switch {
-	case w.idle > 0:
-		w.idle--
-		w.wake.Signal()
-	case w.running < w.most:
+	if w.running < w.most {
 		w.running++
 		w.group.Go(w.work)
 	}
@@ -112,7 +107,6 @@ func (w *Workers) Close() error {
 	for w.waiting.Len() > 0 {
 		tasks = append(tasks, w.waiting.Remove(w.waiting.Front()).(*task))
 	}
-	w.wake.Broadcast()
 	w.mu.Unlock()
 	w.cancel(ErrClosed)
 	for _, t := range tasks {
@@ -134,9 +128,10 @@ func (t *task) end(block []byte, err error) {
 }
 
 func (w *Workers) work() {
-	memory := make([]byte, 0, eris.BlockSize32KiB)
+	memory := w.memory.Get().(*[eris.BlockSize32KiB]byte)
+	defer w.memory.Put(memory)
 	for t := w.take(nil); t != nil; t = w.take(t) {
-		block, err := w.serve(t.ctx, t, memory)
+		block, err := w.serve(t.ctx, t, memory[:0])
 		if err != nil && t.ctx.Err() != nil {
 			err = context.Cause(t.ctx)
 		}
@@ -160,18 +155,15 @@ func (w *Workers) serve(ctx context.Context, t *task, memory []byte) ([]byte, er
 // AsksHave reports whether requests with Have are understood.
 func (w *Workers) AsksHave() bool { return w.Have != nil }
 
-// take waits for the request after the last one of a worker. It returns nil when there will be
-// none.
+// take returns the request after the last one of a worker, which has nothing more to do if it is
+// nil.
 func (w *Workers) take(last *task) *task {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	delete(w.calls, last)
-	for w.waiting.Len() == 0 {
-		if w.closed {
-			return nil
-		}
-		w.idle++
-		w.wake.Wait()
+	if w.waiting.Len() == 0 {
+		w.running--
+		return nil
 	}
 	t := w.waiting.Remove(w.waiting.Front()).(*task)
 	w.calls[t] = struct{}{}

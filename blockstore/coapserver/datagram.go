@@ -89,10 +89,7 @@ type asker struct {
 func (c fromThere) ReadFrom(b []byte) (int, net.Addr, error) {
 	var control [128]byte
 	n, m, _, from, err := c.ReadMsgUDP(b, control[:])
-	if err != nil {
-		return n, nil, err
-	}
-	return n, asker{from, slices.Clone(control[:m])}, nil
+	return n, asker{from, slices.Clone(control[:m])}, err
 }
 
 // WriteTo implements net.PacketConn. The address must come from ReadFrom.

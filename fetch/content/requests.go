@@ -224,8 +224,7 @@ func (r *request) decrypt() (err error) {
 		return fmt.Errorf("getting block %v: %w", r.Pair.Reference, r.Err)
 	case len(r.Block) != int(r.Size):
 		return &eris.BlockError{Reference: r.Pair.Reference, Length: len(r.Block), Want: r.Size}
-	}
-	if !r.near {
+	default:
 		eris.Decrypt(r.buffer.data, r.Block, r.Pair.Key, r.level)
 	}
 	if r.level == 0 && r.kind == pathRequest {

@@ -136,11 +136,7 @@ func (s adapter) Write(ref eris.Reference, block []byte) (commit func() error, e
 	}
 	name := ref.String()
 	there := make([]byte, len(block))
-	err = r.read(file(s.flat, name), there)
-	if err != nil {
-		err = s.find(r, ref, there)
-	}
-	if err == nil && eris.Verify(ref, there) == nil {
+	if s.find(r, ref, there) == nil && eris.Verify(ref, there) == nil {
 		// The sync covers it even if another process has written it just now.
 		return r.commits.Do, nil
 	}
@@ -368,20 +364,10 @@ func (r *root) create(path string) (*os.File, error) {
 const forgotten = time.Hour
 
 func (r *root) clean() {
-	directory, err := r.Open(incoming)
-	if err != nil {
-		return
-	}
-	defer directory.Close()
-	const most = 10000
-	names, _ := directory.Readdirnames(most)
+	names, _ := fs.Glob(r.FS(), incoming+"/"+strings.Repeat("[0-9a-f]", 16))
 	for _, name := range names {
-		if len(name) != 16 || strings.Trim(name, "0123456789abcdef") != "" {
-			continue
-		}
-		info, err := r.Lstat(incoming + "/" + name)
-		if err == nil && info.Mode().IsRegular() && time.Since(info.ModTime()) > forgotten {
-			r.Remove(incoming + "/" + name)
+		if info, err := r.Lstat(name); err == nil && info.Mode().IsRegular() && time.Since(info.ModTime()) > forgotten {
+			r.Remove(name)
 		}
 	}
 }

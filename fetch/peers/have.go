@@ -108,15 +108,8 @@ func (g *Group) put(q *question) {
 // the place none.
 func (g *Group) have(ctx context.Context, p *peer, question []byte, none int) []byte {
 	size := (len(question)/fetch.HavePrefix + 7) / 8
-	done := make(chan struct{})
-	r := &fetch.Request{Have: question, Size: eris.BlockSize(size), Dst: make([]byte, 0, size), Done: func(*fetch.Request) { close(done) }}
-	p.store.Start(r)
-	select {
-	case <-done:
-	case <-ctx.Done():
-		p.store.Cancel(r)
-		<-done
-	}
+	r := &fetch.Request{Have: question, Size: eris.BlockSize(size), Dst: make([]byte, 0, size)}
+	fetch.Await(ctx, p.store, r)
 	lies, _ := fetch.Has(r.Block, none)
 	if r.Err == nil && !lies {
 		return r.Block

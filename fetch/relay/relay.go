@@ -122,9 +122,7 @@ func New(store Store, options Options) (*Relay, error) {
 			for _, m := range members {
 				m.Source.Close()
 			}
-			for _, p := range r.pools {
-				p.Close()
-			}
+			r.Close()
 			return nil, err
 		}
 		members = members[:min(len(members), MaxUpstreams)]
@@ -204,17 +202,14 @@ func (r *Relay) clientOf(name string) *client {
 
 // find looks a block up in the store. It reports whether upstreams may be asked.
 func (r *Relay) find(q *fetch.Request) (goOn bool) {
-	done := make(chan struct{}, 1)
-	look := fetch.Request{Pair: q.Pair, Size: q.Size, Dst: q.Dst, Done: func(*fetch.Request) { done <- struct{}{} }}
-	r.store.Start(&look)
-	<-done
+	look := fetch.Request{Pair: q.Pair, Size: q.Size, Dst: q.Dst}
+	fetch.Await(context.Background(), r.store, &look)
 	q.Block, q.Err = look.Block, look.Err
 	goOn = errors.Is(q.Err, eris.ErrNotFound)
 	if goOn && q.Size == eris.BlockSize32KiB {
 		// A client that does not know the size tries this one first. A block has one size only.
 		look.Size = eris.BlockSize1KiB
-		r.store.Start(&look)
-		<-done
+		fetch.Await(context.Background(), r.store, &look)
 		goOn = look.Err != nil
 	}
 	return goOn

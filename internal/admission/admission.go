@@ -167,16 +167,13 @@ func (g *Gate) Accept() (net.Conn, error) {
 			if c, ok := g.Enter(conn); ok {
 				return c, nil
 			}
-		case !slices.ContainsFunc(scarce, func(e error) bool { return errors.Is(err, e) }):
+		case !errors.Is(err, syscall.EMFILE) && !errors.Is(err, syscall.ENFILE):
 			return nil, err
 		case !g.outlasts(err):
 			time.Sleep(wait)
 		}
 	}
 }
-
-// scarce are failures to accept a connection that pass.
-var scarce = []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM}
 
 // outlasts reports whether there is room again after a connection could not be accepted.
 func (g *Gate) outlasts(err error) bool {

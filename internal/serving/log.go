@@ -56,10 +56,7 @@ func (l *logSettings) access() *slog.Logger {
 
 // requests has the requests of a handler logged, if they are.
 func (l *logSettings) requests(h http.Handler) http.Handler {
-	if !l.withRequests {
-		return h
-	}
-	return &serverlog.Requests{Handler: h, Log: l.Logger}
+	return &serverlog.Requests{Handler: h, Log: l.access()}
 }
 
 // blocks returns what logs requests for blocks by CoAP, nil if they are not.

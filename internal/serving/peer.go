@@ -31,10 +31,11 @@ var errEnded = errors.New("the connection has ended")
 // openPeers opens servers that are given blocks over connections that we make.
 func (s *serveSettings) openPeers() (peers []*coap.Store, err error) {
 	for _, url := range s.peers {
-		if _, err := storeurl.ParseScheme(url, "coap+tcp", "coaps+tcp", "coap+ws", "coaps+ws", "coap+unix"); err != nil {
-			return nil, fmt.Errorf("--peer: %w", err)
+		_, err := storeurl.ParseScheme(url, "coap+tcp", "coaps+tcp", "coap+ws", "coaps+ws", "coap+unix")
+		var store *coap.Store
+		if err == nil {
+			store, err = coap.Open(url, coap.Options{})
 		}
-		store, err := coap.Open(url, coap.Options{})
 		if err != nil {
 			return nil, fmt.Errorf("--peer: %w", err)
 		}

@@ -51,9 +51,6 @@ func Sockets() ([]Socket, error) {
 	var sockets []Socket
 	split := strings.Split(names, ":")
 	for i := range n {
-		unix.CloseOnExec(firstDescriptor + i)
-	}
-	for i := range n {
 		s := Socket{}
 		if len(split) == n && names != "" {
 			s.Name = split[i]
