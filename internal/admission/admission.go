@@ -156,8 +156,8 @@ func (g *Gate) host(conn net.Conn) netip.Prefix {
 	return hostOf(ip)
 }
 
-// Accept implements net.Listener. What it returns is a [*Conn]. Where no more files may be open, the
-// connection makes room that has been idle the longest; while none is, it tries again.
+// Accept implements net.Listener. What it returns is a [*Conn]. Where no more files may be open,
+// the connection makes room that has been idle the longest; while none is, it tries again.
 func (g *Gate) Accept() (net.Conn, error) {
 	for wait := time.Millisecond; ; wait = min(2*wait, time.Second) {
 		conn, err := g.Listener.Accept()

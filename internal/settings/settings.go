@@ -307,8 +307,8 @@ func FinishPut(ctx context.Context, store fetch.Store, capabilities []eris.ReadC
 	return nil
 }
 
-// OpenStores opens all stores that can be opened, as members of a pool, each once. Errors name those
-// that cannot. Hops is as in openStoreFor.
+// OpenStores opens all stores that can be opened, as members of a pool, each once. Errors name
+// those that cannot. Hops is as in openStoreFor.
 func OpenStores(urls []string, hops int) ([]pool.Member, error) {
 	var stores []pool.Member
 	var failed []error
