@@ -30,12 +30,13 @@ type Workers struct {
 	cancel context.CancelCauseFunc
 	most   int
 
-	memory  sync.Pool // of *[eris.BlockSize32KiB]byte
 	mu      sync.Mutex
+	wake    sync.Cond // workers that have nothing to do wait on it
 	closed  bool
 	waiting list.List          // of *task: those that no worker has taken, in order
 	calls   map[*task]struct{} // that are under way
 	running int
+	idle    int
 	group   sync.WaitGroup
 }
 
@@ -58,7 +59,7 @@ type task struct {
 // context has ended; Close waits for it, but requests do not.
 func NewWorkers(n int, get func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error)) *Workers {
 	w := &Workers{get: get, most: n, calls: map[*task]struct{}{}}
-	w.memory.New = func() any { return new([eris.BlockSize32KiB]byte) }
+	w.wake.L = &w.mu
 	w.ctx, w.cancel = context.WithCancelCause(context.Background())
 	return w
 }
@@ -75,7 +76,11 @@ func (w *Workers) Start(r *Request) {
 	}
 	r.Held = t
 	t.waits = w.waiting.PushBack(t)
-	if w.running < w.most {
+	switch {
+	case w.idle > 0:
+		w.idle--
+		w.wake.Signal()
+	case w.running < w.most:
 		w.running++
 		w.group.Go(w.work)
 	}
@@ -107,6 +112,7 @@ func (w *Workers) Close() error {
 	for w.waiting.Len() > 0 {
 		tasks = append(tasks, w.waiting.Remove(w.waiting.Front()).(*task))
 	}
+	w.wake.Broadcast()
 	w.mu.Unlock()
 	w.cancel(ErrClosed)
 	for _, t := range tasks {
@@ -128,10 +134,9 @@ func (t *task) end(block []byte, err error) {
 }
 
 func (w *Workers) work() {
-	memory := w.memory.Get().(*[eris.BlockSize32KiB]byte)
-	defer w.memory.Put(memory)
+	memory := make([]byte, 0, eris.BlockSize32KiB)
 	for t := w.take(nil); t != nil; t = w.take(t) {
-		block, err := w.serve(t.ctx, t, memory[:0])
+		block, err := w.serve(t.ctx, t, memory)
 		if err != nil && t.ctx.Err() != nil {
 			err = context.Cause(t.ctx)
 		}
@@ -155,15 +160,18 @@ func (w *Workers) serve(ctx context.Context, t *task, memory []byte) ([]byte, er
 // AsksHave reports whether requests with Have are understood.
 func (w *Workers) AsksHave() bool { return w.Have != nil }
 
-// take returns the request after the last one of a worker, which has nothing more to do if it is
-// nil.
+// take waits for the request after the last one of a worker. It returns nil when there will be
+// none.
 func (w *Workers) take(last *task) *task {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	delete(w.calls, last)
-	if w.waiting.Len() == 0 {
-		w.running--
-		return nil
+	for w.waiting.Len() == 0 {
+		if w.closed {
+			return nil
+		}
+		w.idle++
+		w.wake.Wait()
 	}
 	t := w.waiting.Remove(w.waiting.Front()).(*task)
 	w.calls[t] = struct{}{}

@@ -364,10 +364,20 @@ func (r *root) create(path string) (*os.File, error) {
 const forgotten = time.Hour
 
 func (r *root) clean() {
-	names, _ := fs.Glob(r.FS(), incoming+"/"+strings.Repeat("[0-9a-f]", 16))
+	directory, err := r.Open(incoming)
+	if err != nil {
+		return
+	}
+	defer directory.Close()
+	const most = 10000
+	names, _ := directory.Readdirnames(most)
 	for _, name := range names {
-		if info, err := r.Lstat(name); err == nil && info.Mode().IsRegular() && time.Since(info.ModTime()) > forgotten {
-			r.Remove(name)
+		if len(name) != 16 || strings.Trim(name, "0123456789abcdef") != "" {
+			continue
+		}
+		info, err := r.Lstat(incoming + "/" + name)
+		if err == nil && info.Mode().IsRegular() && time.Since(info.ModTime()) > forgotten {
+			r.Remove(incoming + "/" + name)
 		}
 	}
 }
