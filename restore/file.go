@@ -3,7 +3,6 @@
 package restore
 
 import (
-	"bytes"
 	"cmp"
 	"crypto/sha256"
 	"hash"
@@ -25,18 +24,24 @@ type file struct {
 
 	arrived uint64         // bytes in pieces
 	pieces  []nar.Chunk    // all contents, or the first ones when there is a stream
+	copied  []byte         // the last piece, if that is our own memory, with room to append
 	stream  chan nar.Chunk // the rest of the contents, nil if there is none
 }
 
 // add takes over c, the next piece of contents.
 func (f *file) add(c nar.Chunk) {
 	f.arrived += uint64(len(c.Bytes))
-	if len(c.Bytes) < smallPiece && (f.arrived < f.size || len(f.pieces) > 0) {
-		own := nar.NewChunk(bytes.Clone(c.Bytes), nil)
-		c.Release()
-		c = own
+	if len(c.Bytes) >= smallPiece || f.arrived == f.size && len(f.pieces) == 0 {
+		f.pieces, f.copied = append(f.pieces, c), nil
+		return
 	}
-	f.pieces = append(f.pieces, c)
+	if len(f.copied)+len(c.Bytes) > cap(f.copied) {
+		room := min(f.size-f.arrived+uint64(len(c.Bytes)), maxPieces*smallPiece)
+		f.pieces, f.copied = append(f.pieces, nar.Chunk{}), make([]byte, 0, room)
+	}
+	f.copied = append(f.copied, c.Bytes...)
+	f.pieces[len(f.pieces)-1].Bytes = f.copied
+	c.Release()
 }
 
 // release lets go of the memory.

@@ -60,8 +60,9 @@ const (
 	// of more pieces are written while they arrive. The feeders of nodes have many more buffers
 	// than this, so that collecting never takes the last one.
 	maxPieces = 8
-	// smallPiece is the length in bytes below which a piece of contents, of several, is copied
-	// instead of being kept: many of them would hold much memory with little in it.
+	// smallPiece is the length in bytes below which a piece of contents is copied to the others of
+	// its file instead of being kept: many of them would hold much memory with little in it, and
+	// each would be written by itself, blocks of 1 KiB for example.
 	smallPiece = 4 << 10
 	// queuedFiles bounds the files that are complete but not created yet, each of up to maxPieces.
 	queuedFiles = 8
