@@ -39,8 +39,8 @@ type Options struct {
 	// MaxBytes is the greatest length of the archive that the nodes may make, in bytes; 0 is no
 	// limit. A tree beyond it fails before the excess is written.
 	MaxBytes uint64
-	// Writable gives the owner permission to write and leaves times as they are, for trees that are
-	// not part of a store.
+	// Writable gives the owner permission to write, what the umask permits to others, and leaves
+	// times as they are, for trees that are not part of a store.
 	Writable bool
 }
 
@@ -76,8 +76,8 @@ const (
 // Restore writes the tree of nodes to destination and returns its NarHash and length. Directories
 // get mode 0555, files 0444 or 0555, and everything the modification time 1 second after the Epoch
 // (Guix, guix/serialization.scm: restore-file). The parent of destination must exist and
-// destination must not. The umask of the process must leave read and execute permissions alone; 022
-// is what the daemon gives its helpers.
+// destination must not. The umask of the process must leave read and execute permissions alone, but
+// for trees that are not part of a store; 022 is what the daemon gives its helpers.
 //
 // It returns at the first error of nodes, of the file system or of ctx; whatever has been written
 // by then stays, for [Remove]. Contents that cannot be shared through the links directory are kept

@@ -10,7 +10,6 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
@@ -111,7 +110,6 @@ func writeTree(ctx context.Context, x *image.Image, destination string) (size in
 		return 0, err
 	}
 	defer closeNodes()
-	unix.Umask(0o022)
 	err = restore.Whole(destination, func(temporary string) error {
 		r, err := restore.Restore(ctx, nodes, temporary, restore.Options{Writable: true})
 		size = int64(r.NarSize)

@@ -138,6 +138,7 @@ func Text(text string) string {
 		for _, w := range [...]struct{ pattern, words string }{
 			{`(?:\b\w+ )?\S*\.incoming(?:/[0-9a-f]+)?: `, ""}, // which nobody has named
 			{`(/?)\.new-[A-Z2-7]{26}: `, "$1: "},
+			{`/\.new-[A-Z2-7]{26}/`, "/"},
 			{`\b(?:dial|read|write) (?:tcp|udp|unix|unixgram)[46]? (?:\S+->)?(\S+): `, "$1: "},
 			{`(^|: |\()(?:lstat|stat|open|openat|fstatat|mkdir|mkdirat|readlink|remove|unlinkat|create|statfs) (.+?): `, "$1$2: "},
 			{`(^|: |\()(?:read|write) (\S*/\S*|\S+: is a directory)(: |$)`, "$1$2$3"},
@@ -206,7 +207,7 @@ func hint(err error) string {
 		{has("getwd: "), "change to another directory by cd"},
 		{is(syscall.ENOTDIR), "a file is where a directory must be; name another place"},
 		{has("invalid port"), "a port is a number from 1 to 65535"},
-		{is(syscall.ENOSPC), "make room; blocks that are stored already stay, so that the next attempt goes on from there"},
+		{is(syscall.ENOSPC, syscall.EDQUOT), "make room; blocks that are stored already stay, so that the next attempt goes on from there"},
 		{is(syscall.EROFS), "mount it so that it can be written to, or name another place"},
 		{is(fs.ErrPermission), "do it as a user who may, root for example, or name another place"},
 		{has("s3://") && has("403 Forbidden: "), "are AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION those of the bucket, and is the clock of this machine right?"},
