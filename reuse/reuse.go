@@ -76,7 +76,7 @@ type Candidate struct {
 	info    *narinfo.Narinfo // of the old item; nil without a database
 	want    *narinfo.Narinfo
 	pairs   []Replacement // nil if it is hopeless
-	records []record      // what to remember if it fails
+	records []record      // what to remember if it fails; a later one may replace another
 }
 
 // Find yields what the item of an authorised narinfo may be made of, the best first: items of the
@@ -142,7 +142,7 @@ func (f *Finder) candidates(ctx context.Context, name, item string, want *narinf
 	}
 	if len(found) > 0 {
 		last := found[len(found)-1]
-		last.records = append(last.records, useless)
+		last.records = []record{useless, last.records[0]}
 		return found
 	}
 	return []*Candidate{{true, f, name, info, want, nil, nil}}
@@ -219,7 +219,7 @@ func (c *Candidate) remember() {
 // that is right, and the error names it if it is not. A large one is not, because that costs as
 // much again as the attempt.
 func (c *Candidate) Missed(ctx context.Context) error {
-	c.remember()
+	defer c.remember() // after the other record, which may belong to the same place
 	if c.info == nil || c.want.NarSize > mostChecked {
 		return nil
 	}

@@ -7,6 +7,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -465,6 +466,35 @@ func TestMisses(t *testing.T) {
 	m.add(a)
 	if text, err := os.ReadFile(secret); string(text) != "secret" || m.has(a) {
 		t.Errorf("another file has %q: %v", text, err)
+	}
+}
+
+// TestSharedPlace has an attempt of which what is remembered belongs to one place in the file. It is
+// not made again.
+func TestSharedPlace(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		other func(old string, digest, wrong [32]byte) record
+	}{
+		{"all orders", func(old string, _, wrong [32]byte) record { return newRecord(old, wrong, noOrder) }},
+		{"the old item is right", func(old string, digest, _ [32]byte) record { return newRecord(old, digest, noOrder) }},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := newTestStore(t)
+			old, want := s.both("x-1.0", []string{"bash-5.1"}, tree)
+			digest, wrong := s.items[old[:HashLength]].NarDigest, [32]byte{}
+			for i := uint32(1); newRecord(old, wrong, 0).offset() != test.other(old, digest, wrong).offset(); i++ {
+				binary.LittleEndian.PutUint32(wrong[:], i)
+			}
+			want.NarDigest = wrong
+			if c, failures := s.attempt(s.finder(), want); c != nil || len(failures) != 1 {
+				t.Fatalf("made: %t, %v", c != nil, failures)
+			}
+			must(t, restore.Remove(want.StorePath))
+			if _, failures := s.attempt(s.finder(), want); len(failures) > 0 {
+				t.Errorf("tried again: %v", failures)
+			}
+		})
 	}
 }
 
