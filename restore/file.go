@@ -76,13 +76,12 @@ func (r *restorer) work() error {
 
 // create makes one file in its final form.
 func (r *restorer) create(f *file) error {
-	share := r.links != nil && f.size >= deduplicationMinimum && !f.unique
-	var h *linkHash
-	if share {
+	var h *linkHash // nil if it is not to be shared
+	if r.links != nil && f.size >= deduplicationMinimum && !f.unique {
 		h = newLinkHash(f)
 	}
 	// With all contents at hand a link that exists saves the writing.
-	if share && f.stream == nil && r.links.use(h.name(), f) {
+	if h != nil && f.stream == nil && r.links.use(h.name(), f) {
 		return nil
 	}
 	mode := f.mode()
@@ -107,7 +106,7 @@ func (r *restorer) create(f *file) error {
 	if err != nil {
 		return r.pathError("write", f.name, err)
 	}
-	if share {
+	if h != nil {
 		r.links.share(h.name(), f)
 	}
 	return nil

@@ -218,14 +218,12 @@ func (r *restorer) node(n nar.Node) error {
 	case nar.Directory:
 		return r.directory(dir, name, n.Name)
 	case nar.Symlink:
-		if err := unix.Symlinkat(n.Target, dir.fd, name); err != nil {
+		err := unix.Symlinkat(n.Target, dir.fd, name)
+		if err == nil && !r.writable {
+			err = unix.UtimesNanoAt(dir.fd, name, canonicalTime[:], unix.AT_SYMLINK_NOFOLLOW)
+		}
+		if err != nil {
 			return r.pathError("symlink", n.Name, err)
-		}
-		if r.writable {
-			return nil
-		}
-		if err := unix.UtimesNanoAt(dir.fd, name, canonicalTime[:], unix.AT_SYMLINK_NOFOLLOW); err != nil {
-			return r.pathError("utimensat", n.Name, err)
 		}
 		return nil
 	}

@@ -19,13 +19,12 @@ import (
 // user wants to be made, and another one if nothing can have the name, or there is no directory to
 // make it in.
 func CheckNew(path string) error {
-	_, err := os.Lstat(path)
-	if err == nil {
+	if _, err := os.Lstat(path); err == nil {
 		return &fs.PathError{Op: "create", Path: path, Err: unix.EEXIST}
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	_, err = os.Stat(filepath.Dir(path))
+	_, err := os.Stat(filepath.Dir(path))
 	if errors.Is(err, fs.ErrNotExist) {
 		err = fmt.Errorf("the directory %s does not exist; make it, or name another destination", filepath.Dir(path))
 	}
