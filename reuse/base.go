@@ -19,6 +19,7 @@ type Base struct {
 	item  string // file name
 	table *Replacer
 	link  bool      // see [Nodes]
+	most  int64     // bytes of a file that are of use
 	back  *Replacer // from names in the new item to those in the old one
 }
 
@@ -39,7 +40,7 @@ func (c *Candidate) Base(ctx context.Context) (*Base, error) {
 	for i, p := range c.pairs {
 		back[i] = Replacement{p.New, p.Old}
 	}
-	return &Base{item: c.String(), table: c.table(), link: c.info != nil, back: NewReplacer(back)}, nil
+	return &Base{item: c.String(), table: c.table(), link: c.info != nil, most: most(c.want), back: NewReplacer(back)}, nil
 }
 
 // open opens the file in the old item of what is at a path of the new one, which is empty for an
@@ -61,6 +62,7 @@ func (b *Base) File(path string, plain bool) (node nar.Node, c nar.Feeder, done 
 	if err != nil {
 		return node, nil, nil, err
 	}
+	size = min(size, b.most)
 	node.Size, node.Unique = uint64(size), !plain
 	if plain && b.link {
 		node.Same = f

@@ -341,6 +341,15 @@ func TestReadPart(t *testing.T) {
 			t.Fatalf("%d bytes at %d are others: %v", len(p), offset, err)
 		}
 	}
+	// Of one that is longer than all of the new item no more than that is of use.
+	must(t, errors.Join(os.Chmod(s.dir+"/"+old+"/f", 0o644), os.Truncate(s.dir+"/"+old+"/f", 1<<40)))
+	node, _, done, err = base.File("f", false)
+	must(t, err)
+	done()
+	if node.Size > max(want.NarSize, 1<<20) {
+		t.Errorf("%d bytes for an item of %d", node.Size, want.NarSize)
+	}
+	must(t, os.Truncate(s.dir+"/"+old+"/f", int64(len(whole))))
 	for _, wrong := range []struct {
 		path   string
 		offset int64

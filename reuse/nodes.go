@@ -59,6 +59,9 @@ func (n *Nodes) Next() (nar.Node, error) {
 // open begins with a file that is not empty. One that may be linked is read as a whole first, or up
 // to its first hash.
 func (n *Nodes) open(f *os.File, node *nar.Node) error {
+	if int64(node.Size) > most(n.candidate.want) {
+		return errLonger
+	}
 	path := strings.TrimPrefix(strings.TrimPrefix(f.Name(), n.candidate.String()), "/")
 	patches, err := n.workshop.repairs(f, path, int64(node.Size))
 	if err != nil {

@@ -148,6 +148,11 @@ func (f *Finder) candidates(ctx context.Context, name, item string, want *narinf
 	return []*Candidate{{true, f, name, info, want, nil, nil}}
 }
 
+var errLonger = errors.New("longer than what is wanted")
+
+// most is how long a file can be that is of use. One may be much longer, if the disk is damaged.
+func most(want *narinfo.Narinfo) int64 { return int64(min(max(want.NarSize, 1<<20), 1<<61)) }
+
 // references finds out which items of the store an item mentions. One that is much longer than what
 // is wanted is of no use, and may take long to read.
 func (f *Finder) references(ctx context.Context, name string, want *narinfo.Narinfo) ([]string, error) {
@@ -156,7 +161,7 @@ func (f *Finder) references(ctx context.Context, name string, want *narinfo.Nari
 		return nil, err
 	}
 	found := map[string]bool{}
-	left := int64(min(want.NarSize, 1<<61))*2 + 1<<20
+	left := 2 * most(want)
 	all.found = func(p Replacement) { found[p.Old] = true }
 	tree := nar.NewTree(f.StoreDir + "/" + name)
 	defer tree.Close()
@@ -168,7 +173,7 @@ func (f *Finder) references(ctx context.Context, name string, want *narinfo.Nari
 			return nil, err
 		}
 		if left -= int64(n.Size); left < 0 {
-			return nil, errors.New("it is much longer than what is wanted")
+			return nil, errLonger
 		}
 		all.text(n.Name)
 		all.text(n.Target)

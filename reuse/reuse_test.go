@@ -276,6 +276,9 @@ func TestBroken(t *testing.T) {
 		"corrupt: a file less": func(s *testStore, old string) error {
 			return errors.Join(os.Chmod(filepath.Dir(file(s, old)), 0o755), os.Remove(file(s, old)))
 		},
+		"longer": func(s *testStore, old string) error {
+			return errors.Join(os.Chmod(file(s, old), 0o644), os.Truncate(file(s, old), 64<<20))
+		},
 		"vanished":        func(s *testStore, old string) error { return restore.Remove(s.dir + "/" + old) },
 		"being collected": func(s *testStore, old string) error { return os.Rename(s.dir+"/"+old, s.dir+"/.trash") },
 	} {
@@ -286,6 +289,10 @@ func TestBroken(t *testing.T) {
 		must(t, change(s, old))
 		c, failures := s.attempt(f, want)
 		text, corrupt := fmt.Sprint(failures), strings.HasPrefix(name, "corrupt")
+		// It is not read to its end, which may be far.
+		if longer := strings.Contains(text, "plain: longer than what is wanted"); longer != (name == "longer") {
+			t.Errorf("%s: longer: %t, %s", name, longer, text)
+		}
 		if c != nil || strings.Contains(text, "corrupt") != corrupt || corrupt && !strings.Contains(text, old) {
 			t.Errorf("%s: made: %t, %s", name, c != nil, text)
 		}
