@@ -278,9 +278,13 @@ func (r *Reader) begin(n *nar.Node) error {
 	if n.Size == 0 {
 		return nil
 	}
+	var from string
 	m, err := readUvarint(r.index)
-	if err == nil && m > uint64(methodNew) {
+	switch {
+	case err == nil && m > uint64(methodNew):
 		err = fmt.Errorf("method %d", m)
+	case err == nil && method(m) != methodNew:
+		from, err = readString(r.index, nar.MaxPath)
 	}
 	if err != nil {
 		return fmt.Errorf("index: file %q: %w", r.file.path, err)
@@ -288,10 +292,6 @@ func (r *Reader) begin(n *nar.Node) error {
 	r.file.left = n.Size
 	if method(m) == methodNew {
 		return nil
-	}
-	from, err := readString(r.index, nar.MaxPath)
-	if err != nil {
-		return fmt.Errorf("index: file %q: %w", r.file.path, err)
 	}
 	if from == "" {
 		from = r.file.path

@@ -6,7 +6,6 @@ import (
 	"bufio"
 	"context"
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -182,16 +181,14 @@ func (t *Tree) Contents() (Chunk, error) {
 	}
 	c := t.pool.Get()
 	c.Bytes = c.Bytes[:min(t.left, PieceSize)]
-	n, err := io.ReadFull(t.file, c.Bytes)
-	if err != nil {
+	if _, err := io.ReadFull(t.file, c.Bytes); err != nil {
 		c.Release()
-	}
-	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return Chunk{}, fmt.Errorf("%s became shorter while it was read", filepath.Clean(t.file.Name()))
-	} else if err != nil {
+		if err == io.EOF || err == io.ErrUnexpectedEOF {
+			err = fmt.Errorf("%s became shorter while it was read", filepath.Clean(t.file.Name()))
+		}
 		return Chunk{}, err
 	}
-	t.left -= uint64(n)
+	t.left -= uint64(len(c.Bytes))
 	return c, nil
 }
 

@@ -20,10 +20,7 @@ func (r *restorer) link(f *file, same *os.File) (bool, error) {
 	if same == nil || r.links == nil || r.writable || f.size < deduplicationMinimum {
 		return false, nil
 	}
-	if ok, err := canonical(f, same); err != nil || !ok {
-		return false, nil
-	}
-	if linkDescriptor(same, f.directory.fd, f.name) != nil {
+	if ok, err := canonical(f, same); err != nil || !ok || linkDescriptor(same, f.directory.fd, f.name) != nil {
 		return false, nil
 	}
 	for offset := uint64(0); offset < f.size; {

@@ -112,22 +112,21 @@ func (f *Finder) Find(ctx context.Context, want *narinfo.Narinfo) iter.Seq[*Cand
 func (f *Finder) candidates(ctx context.Context, name, item string, want *narinfo.Narinfo) []*Candidate {
 	useless := newRecord(name, want.NarDigest, noOrder)
 	info, err := f.Database(ctx, name[:HashLength])
-	var references []string
 	var ways [][]Replacement
 	switch {
 	case errors.Is(err, ErrNoDatabase):
 		// Nothing can be known before it has been read, which is not done in vain twice.
 		if err = nil; !f.misses.has(useless) {
+			var references []string
 			references, err = f.references(ctx, name, want)
 			if ways = mappings(name, item, references, want.References); err == nil && len(ways) == 0 {
 				f.misses.add(useless)
 			}
 		}
 	case err == nil:
-		references = info.References
 		// Rewriting keeps the length.
 		if !want.NarSizeKnown || !info.NarSizeKnown || want.NarSize == info.NarSize {
-			ways = mappings(name, item, references, want.References)
+			ways = mappings(name, item, info.References, want.References)
 		}
 	}
 	if err != nil {

@@ -113,13 +113,10 @@ func (s *Store) find(r *root, ref eris.Reference, block []byte) error {
 	name := ref.String()
 	result := error(eris.ErrNotFound)
 	for _, flat := range [...]bool{first, !first} {
-		err := r.read(file(flat, name), block)
+		err := r.read(file(flat, name), ref, block)
 		if err == nil {
 			s.hint.Store(flat)
 			return nil
-		}
-		if wrong, ok := err.(*eris.BlockError); ok {
-			wrong.Reference = ref
 		}
 		if !errors.Is(err, eris.ErrNotFound) {
 			result = err
@@ -227,7 +224,7 @@ func Each(directory string, f func(ref eris.Reference, block []byte) error) erro
 		}
 		var block []byte
 		if err == nil && eris.BlockSize(info.Size()).Valid() {
-			if err := r.read(name, memory[:info.Size()]); err == nil {
+			if err := r.read(name, ref, memory[:info.Size()]); err == nil {
 				block = memory[:info.Size()]
 			}
 		}
@@ -282,13 +279,13 @@ func file(flat bool, name string) string {
 }
 
 // read reads the file with the given path, which must have the size of block. The error is
-// eris.ErrNotFound if there is none that could be a block, and an [eris.BlockError] without the
-// reference if it has another size.
-func (r *root) read(path string, block []byte) error {
+// eris.ErrNotFound if there is none that could be a block, and an [eris.BlockError] if it has another
+// size.
+func (r *root) read(path string, ref eris.Reference, block []byte) error {
 	// To open a device may have effects, so look first.
 	info, err := r.Lstat(path)
 	if err == nil {
-		err = check(info, len(block))
+		err = check(info, ref, len(block))
 	}
 	var f *os.File
 	if err == nil {
@@ -302,26 +299,26 @@ func (r *root) read(path string, block []byte) error {
 	}
 	defer f.Close()
 	if info, err = f.Stat(); err == nil {
-		err = check(info, len(block))
+		err = check(info, ref, len(block))
 	}
 	if err != nil {
 		return err
 	}
 	n, err := io.ReadFull(f, block)
 	if err == io.EOF || err == io.ErrUnexpectedEOF {
-		return &eris.BlockError{Length: n, Want: eris.BlockSize(len(block))}
+		return &eris.BlockError{Reference: ref, Length: n, Want: eris.BlockSize(len(block))}
 	}
 	return err
 }
 
 // check returns an error if a file cannot be a block of the given size. An empty file is what a
 // power cut leaves behind.
-func check(info fs.FileInfo, size int) error {
+func check(info fs.FileInfo, ref eris.Reference, size int) error {
 	switch {
 	case !info.Mode().IsRegular(), info.Size() == 0:
 		return eris.ErrNotFound
 	case info.Size() != int64(size):
-		return &eris.BlockError{Length: int(info.Size()), Want: eris.BlockSize(size)}
+		return &eris.BlockError{Reference: ref, Length: int(info.Size()), Want: eris.BlockSize(size)}
 	}
 	return nil
 }

@@ -137,8 +137,7 @@ func Text(text string) string {
 	for i, line := range lines {
 		for _, w := range [...]struct{ pattern, words string }{
 			{`(?:\b\w+ )?\S*\.incoming(?:/[0-9a-f]+)?: `, ""}, // which nobody has named
-			{`(/?)\.new-[A-Z2-7]{26}: `, "$1: "},
-			{`/\.new-[A-Z2-7]{26}/`, "/"},
+			{`\.new-[A-Z2-7]{26}/?`, ""},
 			{`\b(?:dial|read|write) (?:tcp|udp|unix|unixgram)[46]? (?:\S+->)?(\S+): `, "$1: "},
 			{`(^|: |\()(?:lstat|stat|open|openat|fstatat|mkdir|mkdirat|readlink|remove|unlinkat|create|statfs) (.+?): `, "$1$2: "},
 			{`(^|: |\()(?:read|write) (\S*/\S*|\S+: is a directory)(: |$)`, "$1$2$3"},
