@@ -476,8 +476,8 @@ func TestMisses(t *testing.T) {
 	}
 }
 
-// TestSharedPlace has an attempt of which what is remembered belongs to one place in the file. It is
-// not made again.
+// TestSharedPlace has an attempt of which what is remembered belongs to one place in the file. It
+// is not made again.
 func TestSharedPlace(t *testing.T) {
 	for _, test := range []struct {
 		name  string

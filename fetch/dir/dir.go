@@ -279,8 +279,8 @@ func file(flat bool, name string) string {
 }
 
 // read reads the file with the given path, which must have the size of block. The error is
-// eris.ErrNotFound if there is none that could be a block, and an [eris.BlockError] if it has another
-// size.
+// eris.ErrNotFound if there is none that could be a block, and an [eris.BlockError] if it has
+// another size.
 func (r *root) read(path string, ref eris.Reference, block []byte) error {
 	// To open a device may have effects, so look first.
 	info, err := r.Lstat(path)
