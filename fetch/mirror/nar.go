@@ -308,18 +308,16 @@ func (l *location) request(ctx context.Context) *http.Request {
 	return r.WithContext(ctx)
 }
 
-// decoded returns the body of a response without a Content-Encoding, which we have not asked for.
+// decoded undoes gzip, which we have not asked for, and takes any other Content-Encoding for one of
+// the file itself (zstd), or left over from its upload (aws-chunked).
 func decoded(r *http.Response) (io.Reader, error) {
-	switch encoding := strings.ToLower(r.Header.Get("Content-Encoding")); encoding {
-	case "", "identity":
-		r.Header.Del("Content-Encoding")
-		return r.Body, nil
+	switch strings.ToLower(r.Header.Get("Content-Encoding")) {
 	case "gzip", "x-gzip":
-		if r.StatusCode != http.StatusOK {
-			return r.Body, nil
+		if r.StatusCode == http.StatusOK {
+			return decompress.Open("gzip", r.Body)
 		}
-		return decompress.Open("gzip", r.Body)
 	default:
-		return nil, fmt.Errorf("unwanted Content-Encoding %.40q", encoding)
+		r.Header.Del("Content-Encoding")
 	}
+	return r.Body, nil
 }

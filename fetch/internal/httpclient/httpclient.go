@@ -405,7 +405,7 @@ func busyError(r *http.Response) *fetch.BusyError {
 // decode undoes what a proxy has done that did not heed what was asked for.
 func decode(r *http.Response) error {
 	switch strings.ToLower(r.Header.Get("Content-Encoding")) {
-	case "", "identity":
+	case "", "identity", "aws-chunked": // the last is left over from how it was uploaded
 		return nil
 	case "gzip", "x-gzip":
 	default:
