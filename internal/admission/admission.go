@@ -92,7 +92,6 @@ type Gate struct {
 	mu     sync.Mutex
 	shares shares
 	inside map[*Conn]struct{}
-	clock  uint64 // how often a connection has become idle
 
 	lastLog  time.Time
 	unlogged int // of those turned away
@@ -103,7 +102,7 @@ type Conn struct {
 	net.Conn
 	gate  *Gate
 	host  netip.Prefix
-	idle  uint64 // the clock when it became idle; 0 if it is not
+	idle  time.Time // when it became idle; zero if it is not
 	leave func()
 }
 
@@ -157,7 +156,8 @@ func (g *Gate) host(conn net.Conn) netip.Prefix {
 }
 
 // Accept implements net.Listener. What it returns is a [*Conn]. Where no more files may be open,
-// the connection makes room that has been idle the longest; while none is, it tries again.
+// the connection makes room that has been idle the longest; while none is, and after other failures
+// but the end of the listener, it tries again.
 func (g *Gate) Accept() (net.Conn, error) {
 	for wait := time.Millisecond; ; wait = min(2*wait, time.Second) {
 		conn, err := g.Listener.Accept()
@@ -167,7 +167,7 @@ func (g *Gate) Accept() (net.Conn, error) {
 			if c, ok := g.Enter(conn); ok {
 				return c, nil
 			}
-		case !errors.Is(err, syscall.EMFILE) && !errors.Is(err, syscall.ENFILE):
+		case errors.Is(err, net.ErrClosed):
 			return nil, err
 		case !g.outlasts(err):
 			time.Sleep(wait)
@@ -179,7 +179,8 @@ func (g *Gate) Accept() (net.Conn, error) {
 func (g *Gate) outlasts(err error) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	room := g.makeRoom(func(*Conn) bool { return true })
+	full := errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
+	room := full && g.makeRoom(anyOf, time.Time{})
 	if now := time.Now(); !room && now.Sub(g.lastLog) >= logEvery {
 		g.log(fmt.Errorf("accepting a connection: %w", err))
 		g.lastLog = now
@@ -188,13 +189,19 @@ func (g *Gate) outlasts(err error) bool {
 }
 
 // Enter lets a connection in, or closes it. Where there is no room it closes the connection that
-// has been idle the longest, of the same host if it is that which has too many.
+// has been idle the longest, of the same host if it is that which has too many; for one that has
+// been so for some time it waits a tenth of a second.
 func (g *Gate) Enter(conn net.Conn) (c *Conn, ok bool) {
-	host := g.host(conn)
+	host, until := g.host(conn), time.Now().Add(leastIdle)
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	ok = g.shares.hosts[host] < g.shares.perHost || g.makeRoom(func(c *Conn) bool { return c.host == host })
-	ok = ok && (g.shares.all < g.shares.most || g.makeRoom(func(*Conn) bool { return true }))
+	ok = true
+	for ok && g.shares.hosts[host] >= g.shares.perHost {
+		ok = g.makeRoom(func(c *Conn) bool { return c.host == host }, until)
+	}
+	for ok && g.shares.all >= g.shares.most {
+		ok = g.makeRoom(anyOf, until)
+	}
 	if !ok {
 		g.turnedAway.Add(1)
 		g.logTurnedAway()
@@ -229,10 +236,9 @@ func (c *Conn) SetIdle(idle bool) {
 	defer c.gate.mu.Unlock()
 	switch {
 	case !idle:
-		c.idle = 0
-	case c.idle == 0:
-		c.gate.clock++
-		c.idle = c.gate.clock
+		c.idle = time.Time{}
+	case c.idle.IsZero():
+		c.idle = time.Now()
 	}
 }
 
@@ -247,22 +253,35 @@ func (g *Gate) logTurnedAway() {
 	g.unlogged, g.lastLog = 0, now
 }
 
-// makeRoom closes the connection that has been idle the longest, of those that may go. It reports
-// whether there is one.
-func (g *Gate) makeRoom(may func(*Conn) bool) bool {
+// leastIdle is for how long a connection had better have been idle before it makes room: whoever
+// has just come, or has just had an answer, is about to send a request.
+const leastIdle = 100 * time.Millisecond
+
+// makeRoom closes the connection that has been idle the longest, of those that may go, or waits for
+// one to have been idle long enough, until then at most, or to leave. It reports whether there is
+// one. The caller holds the lock, which is released while it waits.
+func (g *Gate) makeRoom(may func(*Conn) bool, until time.Time) bool {
 	var oldest *Conn
 	for c := range g.inside {
-		if c.idle != 0 && may(c) && (oldest == nil || c.idle < oldest.idle) {
+		if !c.idle.IsZero() && may(c) && (oldest == nil || c.idle.Before(oldest.idle)) {
 			oldest = c
 		}
 	}
 	if oldest == nil {
 		return false
 	}
+	if wait := min(leastIdle-time.Since(oldest.idle), time.Until(until)); wait > 0 {
+		g.mu.Unlock()
+		time.Sleep(wait)
+		g.mu.Lock()
+		return true
+	}
 	g.remove(oldest)
 	oldest.Conn.Close()
 	return true
 }
+
+func anyOf(*Conn) bool { return true }
 
 // remove takes a connection out of all counts, once.
 func (g *Gate) remove(c *Conn) {
@@ -330,8 +349,12 @@ const stopTime = 5 * time.Second
 // Serve has a server of the gate serve what that accepts, until the listener fails or ctx is done;
 // then what has been requested is answered, if that does not take long, and all connections end.
 func (g *Gate) Serve(ctx context.Context, server *http.Server) error {
+	some, none := context.WithCancel(context.Background()) // whether there are connections
+	defer none()
+	ended := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
-		graceful, cancel := context.WithTimeout(context.Background(), stopTime)
+		defer close(ended)
+		graceful, cancel := context.WithTimeout(some, stopTime)
 		defer cancel()
 		_ = server.Shutdown(graceful)
 		server.Close()
@@ -339,11 +362,13 @@ func (g *Gate) Serve(ctx context.Context, server *http.Server) error {
 	err := server.Serve(g)
 	if stop() {
 		server.Close()
-	} else {
-		err = nil
+		g.open.Wait()
+		return err
 	}
 	g.open.Wait()
-	return err
+	none()
+	<-ended
+	return nil
 }
 
 // Seldom logs at most about once per second, whatever strangers make go wrong. The zero value is

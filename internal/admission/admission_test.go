@@ -190,6 +190,41 @@ func TestIdle(t *testing.T) {
 	}
 }
 
+// TestBurst has more clients come at once than there is room for: each gets its answer, as it would
+// if they came one after the other.
+func TestBurst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var network sourcetest.Network
+		l := network.Listen()
+		g := admission.New(4, l, new(admission.Counts), nil)
+		ctx, stop := context.WithCancel(t.Context())
+		var servers, clients sync.WaitGroup
+		servers.Go(func() {
+			if err := g.Serve(ctx, g.Server(http.NotFoundHandler())); err != nil {
+				t.Error(err)
+			}
+		})
+		for range 40 {
+			clients.Go(func() {
+				c, err := network.Dial(t.Context(), "tcp", l.Addr().String())
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer c.Close()
+				time.Sleep(time.Millisecond) // so that all are there before any has asked
+				io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+				if answer, err := io.ReadAll(c); err != nil || !strings.Contains(string(answer), " 404 ") {
+					t.Errorf("answer %q, %v", answer, err)
+				}
+			})
+		}
+		clients.Wait()
+		stop()
+		servers.Wait()
+	})
+}
+
 // TestServe checks that who comes where there is no room is closed without having been served, that
 // idle connections make room, and that what has been requested at the end is answered, unless that
 // takes long.
@@ -231,6 +266,7 @@ func TestServe(t *testing.T) {
 		synctest.Wait()
 		second := ask()
 		read(first, "") // was idle, and has made room
+		synctest.Wait()
 		begin := time.Now()
 		stop()
 		time.Sleep(time.Second)
