@@ -52,6 +52,9 @@ func (c *closers) close() {
 
 // openItems opens what knows the items; close closes it.
 func (s *itemSettings) openItems() (publish.Items, error) {
+	if _, err := os.Stat(s.root + "/"); s.root != "" && err != nil {
+		return nil, err
+	}
 	switch {
 	case s.manifest != "" && s.narinfos != "":
 		return nil, message.Usage("--manifest and --narinfos both say where the items are known from; leave one out")
