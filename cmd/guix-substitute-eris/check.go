@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/complete"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
@@ -32,9 +33,9 @@ func checkCommand() *cobra.Command {
 		Use:   "URN|DIRECTORY",
 		Short: "look whether a store has all blocks of something",
 		Long: `Look whether all blocks of a URN, or of the items in a directory that "export"
-has made, are in a store and right; and whether nars and deltas in the
-directory are. What is missing is shown, with the files or items that lack it.
-The exit status is 0 if nothing is missing, and 3 if something is.
+has made, or its file: URL, are in a store and right; and whether nars and
+deltas in the directory are. What is missing is shown, with the files or
+items that lack it. The exit status is 0 if nothing is missing, and 3 if something is.
 
 The store is the first --store, or else what "decode" would ask; for a
 directory, the blocks in it. With --repair, what is missing comes from the
@@ -54,8 +55,12 @@ other stores.`,
 }
 
 func (s *checkSettings) check(ctx context.Context, what string) error {
-	info, err := os.Stat(what)
-	isDirectory := err == nil && info.IsDir()
+	isDirectory := false
+	for _, name := range append([]string{what}, mirror.LocalDirectories(what)...) { // export shows a URL
+		if info, err := os.Stat(name); err == nil && info.IsDir() && !isDirectory {
+			what, isDirectory = name, true
+		}
+	}
 	c, err := parseURN(what)
 	if err != nil && !isDirectory {
 		return fmt.Errorf("%w; this is no directory either", err)
