@@ -92,6 +92,7 @@ func (p *plan) becomesReady(i *planned) {
 // take says that an item is being substituted: because the daemon has asked for it, or because next
 // has returned it.
 func (p *plan) take(path string) {
+	p.failed = slices.DeleteFunc(p.failed, func(i *planned) bool { return i.Path == path })
 	i := p.item(path)
 	if i == nil || i.taken {
 		return

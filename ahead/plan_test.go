@@ -109,6 +109,38 @@ func TestPlanOrderIsThatOfTheDaemon(t *testing.T) {
 	}
 }
 
+// TestPlanAgain has items fail: they come again when something has succeeded since, but not for
+// ever, and not once the daemon has asked for them itself.
+func TestPlanAgain(t *testing.T) {
+	asked, bad := file("a", "asked"), file("b", "bad")
+	p := newPlan(func(string) bool { return false })
+	for _, path := range []string{asked, bad} {
+		p.add(substitute.Item{Path: path})
+	}
+	fail := func(want ...string) {
+		t.Helper()
+		got := takeAll(p, 10)
+		if !slices.Equal(got, want) {
+			t.Errorf("next are %v, not %v", got, want)
+		}
+		for _, path := range got {
+			p.failed = append(p.failed, p.item(path))
+		}
+	}
+	fail(asked, bad)
+	fail()
+	p.take(asked)
+	p.again()
+	fail(bad)
+	p.again()
+	fail(bad)
+	p.again()
+	fail()
+	if p.left != 0 {
+		t.Errorf("%d are left in the end", p.left)
+	}
+}
+
 func TestPlanBounded(t *testing.T) {
 	p := newPlan(func(string) bool { return false })
 	for i := range maxPlanned + 10 {

@@ -216,6 +216,24 @@ func rename(from, to string) error {
 	return os.Chmod(to, 0o555)
 }
 
+// openAround opens the directory around all stages, if it is this user's: others may be able to put
+// something of that name into the store.
+func openAround(store string) (*os.File, error) {
+	d, err := os.OpenFile(filepath.Join(store, stagingName), os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, err
+	}
+	var st unix.Stat_t
+	if err = unix.Fstat(int(d.Fd()), &st); err == nil && st.Uid != uint32(os.Geteuid()) {
+		err = fs.ErrPermission
+	}
+	if err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
 // cleanStage removes what the helpers of a session have left in the store, once there is none any
 // more, for which it waits. Errors are passed over.
 func cleanStage(store, session string) { clean(store, filepath.Base(session), 0) }
@@ -226,21 +244,21 @@ func CleanStages(store string) { clean(store, "*", unix.LOCK_NB) }
 
 // clean removes the stage of a session, or all stages ("*"), once it has its lock.
 func clean(store, session string, how int) {
-	around := filepath.Join(store, stagingName)
-	var st unix.Stat_t
-	if unix.Lstat(around, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR || st.Uid != uint32(os.Geteuid()) {
-		return // others may be able to put something of that name into the store
+	around, err := openAround(store)
+	if err != nil {
+		return
 	}
-	entries, _ := os.ReadDir(around)
-	for _, e := range entries {
-		if session != "*" && session != e.Name() {
+	defer around.Close()
+	names, _ := around.Readdirnames(-1)
+	for _, name := range names {
+		if session != "*" && session != name {
 			continue
 		}
-		path := filepath.Join(around, e.Name())
+		path := filepath.Join(around.Name(), name)
 		if lock, err := lockDirectory(path, unix.LOCK_EX|how); err == nil {
 			restore.Remove(path)
 			lock.Close()
 		}
 	}
-	os.Remove(around)
+	os.Remove(around.Name())
 }
