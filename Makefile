@@ -53,7 +53,7 @@ install: $(name)
 	./$(name) completion zsh > $(share)/zsh/site-functions/_$(name)
 	./$(name) completion fish > $(share)/fish/vendor_completions.d/$(name).fish
 	set -e; $(foreach f,$(unit_files),$(call place,$(f),$(units));)
-	$(call place,etc/guix/extensions/substitute.scm,$(extensions))
+	$(call place,etc/daemon/guix/extensions/substitute.scm,$(extensions))
 	install -m 644 $(guix_files) $(share)/$(name)/guix/$(name)/
 	install -m 644 etc/sysusers.d/$(name).conf $(lib)/sysusers.d/
 	install -m 644 etc/tmpfiles.d/$(name).conf $(lib)/tmpfiles.d/

@@ -6,7 +6,7 @@ package etc
 
 import "embed"
 
-//go:embed guix/extensions/substitute.scm systemd sysusers.d apparmor.d
+//go:embed daemon/guix/extensions/substitute.scm systemd sysusers.d apparmor.d
 var files embed.FS
 
 // File returns a file, by its path below the directory of this package.

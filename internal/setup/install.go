@@ -297,7 +297,7 @@ func (i *installation) installHelper() error {
 	}
 	variable := "GUIX=" + i.program
 	if way == "extension" {
-		if _, err := i.putText("guix/extensions/substitute.scm", "", extensions); err != nil {
+		if _, err := i.putText("daemon/guix/extensions/substitute.scm", "", extensions); err != nil {
 			return err
 		}
 		variable = "GUIX_EXTENSIONS_PATH=" + strings.TrimSuffix(extensions+":"+d.extensions, ":")
