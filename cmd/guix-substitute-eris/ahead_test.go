@@ -762,9 +762,10 @@ func TestAheadOutage(t *testing.T) {
 			mu.Lock()
 			before := back
 			back = len(asked) == len(a.items)
+			now := back
 			asked[base] = true
 			mu.Unlock()
-			if !back {
+			if !now {
 				w.WriteHeader(http.StatusServiceUnavailable)
 				return
 			}

@@ -34,8 +34,8 @@ func checkCommand() *cobra.Command {
 		Short: "look whether a store has all blocks of something",
 		Long: `Look whether all blocks of a URN, or of the items in a directory that "export"
 has made, or its file: URL, are in a store and right; and whether nars and
-deltas in the directory are. What is missing is shown, with the files or
-items that lack it. The exit status is 0 if nothing is missing, and 3 if something is.
+deltas in the directory are. What is missing is shown, with the files or items
+that lack it. The exit status is 0 if nothing is missing, and 3 if something is.
 
 The store is the first --store, or else what "decode" would ask; for a
 directory, the blocks in it. With --repair, what is missing comes from the

@@ -104,7 +104,7 @@ func TestExtension(t *testing.T) {
   (format #t "Guix's own: ~s~%" arguments))
 `), 0o644)
 	must(t, err)
-	etc, err := filepath.Abs("../../etc")
+	etc, err := filepath.Abs("../../etc/daemon")
 	must(t, err)
 	run := func(program string) (out, log, replies string) {
 		r, w, err := os.Pipe()
