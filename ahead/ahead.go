@@ -410,7 +410,7 @@ func (a *Ahead) restore(ctx context.Context, s *staged, c *claim) {
 		a.step, a.limit, a.good = a.limit, max(a.limit/2, 1), 0
 		if a.staged[s.item.Path] == s {
 			a.forget(s.item.Path, s)
-			a.plan.failed = append(a.plan.failed, a.plan.item(s.item.Path))
+			a.plan.fail(s.item.Path)
 		}
 	}
 	close(s.done)

@@ -109,6 +109,9 @@ func (p *plan) take(path string) {
 	i.waiters = nil
 }
 
+// fail says that an item that next has returned could not be substituted.
+func (p *plan) fail(path string) { p.failed = append(p.failed, p.items[path]) }
+
 // again has next return what has failed once more, perhaps because a server was away, unless that
 // is so too often.
 func (p *plan) again() {

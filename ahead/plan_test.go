@@ -124,7 +124,7 @@ func TestPlanAgain(t *testing.T) {
 			t.Errorf("next are %v, not %v", got, want)
 		}
 		for _, path := range got {
-			p.failed = append(p.failed, p.item(path))
+			p.fail(path)
 		}
 	}
 	fail(asked, bad)

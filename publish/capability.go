@@ -30,8 +30,9 @@ import (
 type Encoding struct {
 	// Capability denotes the tree as ERIS-FS, or, if Form is "nar", its archive.
 	Capability eris.ReadCapability
-	// Form is "eris-fs" or "nar", NarHash the SHA-256 of the archive, and NarSize its length in bytes.
-	Form    string
+	// Form is "eris-fs" or "nar".
+	Form string
+	// NarHash is the SHA-256 of the archive, and NarSize its length in bytes.
 	NarHash [sha256.Size]byte
 	NarSize uint64
 }

@@ -70,7 +70,10 @@ func (s *Server) ServePacket(conn net.PacketConn, access Access) error {
 // are several wherever IPv6 is.
 func AnswerFromThere(conn net.PacketConn) net.PacketConn {
 	socket, ok := conn.(*net.UDPConn)
-	if !ok || ipv6.NewPacketConn(socket).SetControlMessage(ipv6.FlagDst, true) != nil && ipv4.NewPacketConn(socket).SetControlMessage(ipv4.FlagDst, true) != nil {
+	if !ok || !socket.LocalAddr().(*net.UDPAddr).IP.IsUnspecified() {
+		return conn // which has one address
+	}
+	if ipv6.NewPacketConn(socket).SetControlMessage(ipv6.FlagDst, true) != nil && ipv4.NewPacketConn(socket).SetControlMessage(ipv4.FlagDst, true) != nil {
 		return conn
 	}
 	return fromThere{socket}

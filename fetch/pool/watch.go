@@ -118,9 +118,9 @@ func (m *member) moves(oldest *attempt, now time.Duration) bool {
 	if now-oldest.start > mostSlow || slices.ContainsFunc(m.pool.far, faster) {
 		return false
 	}
-	moved, alone := int64(0), m.pool.othersWork(m, now)
+	moved, others := int64(0), m.pool.othersWork(m, now)
 	for _, o := range m.pool.members {
-		if o.progress != nil && (o == m || !alone) {
+		if o.progress != nil && (o == m || !others) {
 			moved += o.progress()
 		}
 	}

@@ -30,7 +30,7 @@ const (
 // ".local" are looked up on the local network, too. Errors are those of the dialer.
 func With(d *net.Dialer) func(ctx context.Context, network, address string) (net.Conn, error) {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
-		ctx, cancel := context.WithTimeout(ctx, cmp.Or(d.Timeout, time.Hour))
+		ctx, cancel := context.WithTimeout(ctx, cmp.Or(d.Timeout, time.Hour)) // for all addresses
 		var looking atomic.Bool
 		found := make(chan []net.IPAddr, 3)
 		traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{

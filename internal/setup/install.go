@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"os/user"
 	"path"
 	"path/filepath"
@@ -375,7 +376,7 @@ func (s *System) profileLoaded() bool {
 // finish has a running systemd do what the files say, and start what does not run. When that is
 // undone, in the reverse order, files are restored before the daemon starts without them.
 func (i *installation) finish() error {
-	idle := func(unit string) bool { return run([]string{"systemctl", "is-active", "--quiet", unit}) != nil }
+	idle := func(unit string) bool { return exec.Command("systemctl", "is-active", "--quiet", unit).Run() != nil }
 	if !i.live || len(i.steps) == 0 && !slices.ContainsFunc(i.started, idle) {
 		return nil
 	}
