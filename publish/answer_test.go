@@ -254,8 +254,15 @@ func TestStalled(t *testing.T) {
 	if most, may := handler.most.Load(), int64(clients/4+clients/4); most > may {
 		t.Errorf("%d nars at a time, of which at most %d are plain", most, clients/4)
 	}
-	if status, _, body := get(t, h.URL+"/nar/zstd/"+item); status != 200 || len(body) < len(contents) {
-		t.Errorf("afterwards: status %d, %d bytes", status, len(body))
+	// Nor from what is large. Where the machine is busy, this client may stall, too.
+	for n := int64(0); n < int64(len(contents)); {
+		response, err := http.Get(h.URL + "/nar/zstd/" + item)
+		must(t, err)
+		n, err = io.Copy(io.Discard, response.Body)
+		response.Body.Close()
+		if n < int64(len(contents)) && time.Now().After(deadline) {
+			t.Fatalf("afterwards: %s, %d bytes, %v", response.Status, n, err)
+		}
 	}
 }
 

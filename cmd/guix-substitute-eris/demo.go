@@ -117,7 +117,7 @@ func (d *demo) show(ctx context.Context) error {
 	say("\n2. The narinfo of %s", filepath.Base(d.items[0].path))
 	for i, item := range d.items {
 		begin := time.Now()
-		text, err := d.narinfo(item.path)
+		text, err := d.narinfo(ctx, item.path)
 		if err != nil {
 			return err
 		}
@@ -230,18 +230,29 @@ func (d *demo) makeConfiguration() error {
 	)
 }
 
-func (d *demo) narinfo(path string) (string, error) {
+// narinfo asks the publisher about an item until it knows a read capability, for which it keeps
+// others waiting some seconds only; a minute at most.
+func (d *demo) narinfo(ctx context.Context, path string) (string, error) {
 	url := d.mirror + "/" + filepath.Base(path)[:32] + ".narinfo"
-	response, err := http.Get(url) // the publisher ends with the context of all
-	if err != nil {
-		return "", err
+	for begin := time.Now(); ; {
+		response, err := http.Get(url) // the publisher ends with the context of all
+		if err != nil {
+			return "", err
+		}
+		text, err := io.ReadAll(io.LimitReader(response.Body, narinfo.MaxSize))
+		response.Body.Close()
+		if err == nil && response.StatusCode != http.StatusOK {
+			err = fmt.Errorf("%s: %s", url, response.Status)
+		}
+		if err != nil || strings.Contains(string(text), "\nERIS: ") || time.Since(begin) > time.Minute {
+			return string(text), err
+		}
+		select {
+		case <-time.After(100 * time.Millisecond):
+		case <-ctx.Done():
+			return "", context.Cause(ctx)
+		}
 	}
-	defer response.Body.Close()
-	text, err := io.ReadAll(io.LimitReader(response.Body, narinfo.MaxSize))
-	if err == nil && response.StatusCode != http.StatusOK {
-		err = fmt.Errorf("%s: %s", url, response.Status)
-	}
-	return string(text), err
 }
 
 func (d *demo) askAbout(ctx context.Context) error {
