@@ -85,7 +85,7 @@
 
 (define (shepherd-program name documentation requirement user command log-file)
   "Return the Shepherd service NAME, which runs COMMAND, a gexp of a list, as
-USER."
+USER; #f means that it begins as root."
   (shepherd-service
    (documentation documentation)
    (provision (list name))
@@ -94,9 +94,6 @@ USER."
              #$command
              #:user #$user
              #:group #$user
-             #:supplementary-groups '(#$@(if (string=? user %account)
-                                             '()
-                                             (list %account)))
              #:log-file #$log-file
              #:resource-limits '((nofile 16384 16384))))
    ;; The servers end within some seconds, after what was under way.
@@ -312,47 +309,29 @@ keeps ERIS blocks and serves them by CoAP and HTTP.")
 
 (define %publisher "eris-publish")
 
-;; Where the publisher finds the private key, which it cannot read where Guix
-;; has it: a copy in a directory of its own.
-(define %publisher-key "/var/lib/eris-publish/signing-key.sec")
-
 (define (eris-publish-accounts config)
   (accounts %publisher "ERIS publisher" (list %account)))
 
 (define (eris-publish-activation config)
   #~(begin
       (use-modules (guix build utils))
-      (let* ((user (getpwnam #$%publisher))
-             (uid (passwd:uid user))
-             (gid (passwd:gid user))
-             (cache #$(eris-publish-configuration-cache config))
-             (directory (dirname #$%publisher-key))
-             (new (string-append #$%publisher-key ".new")))
+      (let ((user (getpwnam #$%publisher))
+            (cache #$(eris-publish-configuration-cache config)))
         (mkdir-p cache)
-        (chown cache uid gid)
-        (chmod cache #o700)
-        ;; This one is root's, for nobody else may put links where root writes.
-        (mkdir-p directory)
-        (chown directory 0 gid)
-        (chmod directory #o750)
-        (when (file-exists? "/etc/guix/signing-key.sec")
-          (false-if-exception (delete-file new))
-          (close-port (open new (logior O_WRONLY O_CREAT O_EXCL) #o600))
-          (copy-file "/etc/guix/signing-key.sec" new)
-          (chown new uid gid)
-          (chmod new #o400)
-          (rename-file new #$%publisher-key)))))
+        (chown cache (passwd:uid user) (passwd:gid user))
+        (chmod cache #o700))))
 
 (define (eris-publish-shepherd-services config)
   (list (shepherd-program
          'eris-publish "Publish store items, with ERIS read capabilities."
-         '(user-processes loopback networking guix-daemon) %publisher
+         '(user-processes loopback networking guix-daemon)
+         #f ;it reads the private key of Guix before it is that user
          #~(list #$(eris-publish-configuration-program config)
                  "publish"
                  #$@(append
                      (options "listen"
                               (list (eris-publish-configuration-listen config)))
-                     (options "private-key" (list %publisher-key))
+                     (options "user" (list %publisher))
                      (options "store"
                               (list (eris-publish-configuration-store config)))
                      (options "announce"
