@@ -26,6 +26,7 @@
 package dir
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -53,8 +54,9 @@ import (
 // there is one of another size; others are those of the file system.
 type Store struct {
 	*local.Store
-	flat bool        // new blocks are
-	hint atomic.Bool // the last block that was found is
+	flat   bool        // new blocks are
+	hint   atomic.Bool // the last block that was found is
+	memory sync.Pool   // of *[eris.BlockSize32KiB]byte, for blocks that may be there already
 
 	mu      sync.Mutex
 	root    *root // nil if it is not open
@@ -83,6 +85,7 @@ func Open(url string) (*Store, error) {
 	}
 	s := &Store{flat: u.Has("layout=flat")}
 	s.hint.Store(s.flat)
+	s.memory.New = func() any { return new([eris.BlockSize32KiB]byte) }
 	s.Store = local.New(u, adapter{s})
 	return s, nil
 }
@@ -132,8 +135,10 @@ func (s adapter) Write(ref eris.Reference, block []byte) (commit func() error, e
 		return nil, err
 	}
 	name := ref.String()
-	there := make([]byte, len(block))
-	if s.find(r, ref, there) == nil && eris.Verify(ref, there) == nil {
+	memory := s.memory.Get().(*[eris.BlockSize32KiB]byte)
+	defer s.memory.Put(memory)
+	there := memory[:len(block)]
+	if s.find(r, ref, there) == nil && bytes.Equal(there, block) {
 		// The sync covers it even if another process has written it just now.
 		return r.commits.Do, nil
 	}
@@ -353,7 +358,8 @@ func (r *root) create(path string) (*os.File, error) {
 	} else if err == nil && !info.IsDir() {
 		return nil, &os.PathError{Op: "open", Path: incoming, Err: unix.ENOTDIR}
 	}
-	return r.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666)
+	// Without O_NONBLOCK package os would set and clear that, in four system calls for each file.
+	return r.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NONBLOCK, 0o666)
 }
 
 // forgotten is the age from which on a file that is being written is taken for one that nobody

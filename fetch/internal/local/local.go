@@ -5,7 +5,6 @@
 package local
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -32,7 +31,7 @@ const (
 type Files interface {
 	// Read fills a slice that has the size of the block.
 	Read(ref eris.Reference, block []byte) error
-	// Write writes a block. Once commit returns nil it is durable.
+	// Write writes a block, of which it keeps nothing. Once commit returns nil it is durable.
 	Write(ref eris.Reference, block []byte) (commit func() error, err error)
 	// Release lets go of files. It is called once, last.
 	Release()
@@ -46,10 +45,11 @@ type Store struct {
 	// URL is that of the store.
 	URL storeurl.URL
 
-	files Files
-	slots chan struct{}
-	done  chan struct{} // closed by Close
-	idle  chan struct{} // closed when all operations have come to an end after that
+	files  Files
+	slots  chan struct{}
+	memory sync.Pool     // of *[eris.BlockSize32KiB]byte, for blocks that are put
+	done   chan struct{} // closed by Close
+	idle   chan struct{} // closed when all operations have come to an end after that
 
 	mu     sync.Mutex
 	closed bool
@@ -62,6 +62,7 @@ func New(u storeurl.URL, files Files) *Store {
 		URL: u, files: files,
 		slots: make(chan struct{}, maxOperations), done: make(chan struct{}), idle: make(chan struct{}),
 	}
+	s.memory.New = func() any { return new([eris.BlockSize32KiB]byte) }
 	s.Workers = fetch.NewWorkers(maxOperations, s.get)
 	return s
 }
@@ -99,9 +100,11 @@ func (s *Store) put(ctx context.Context, ref eris.Reference, block []byte) error
 	if err := eris.Verify(ref, block); err != nil {
 		return err
 	}
-	block = bytes.Clone(block)
+	memory := s.memory.Get().(*[eris.BlockSize32KiB]byte)
+	block = memory[:copy(memory[:], block)]
 	var commit func() error
 	return s.Do(ctx, func() (err error) {
+		defer s.memory.Put(memory)
 		commit, err = s.files.Write(ref, block)
 		return err
 	}, func() error { return commit() })
