@@ -52,7 +52,7 @@ func Parse(text []byte) (*Narinfo, error) {
 	if len(text) > MaxSize {
 		return nil, fmt.Errorf("narinfo: %d bytes exceed the limit of %d", len(text), MaxSize)
 	}
-	p := parser{lines: lines{text: string(text)}}
+	p := parser{lines: lines{text: string(text)}, n: &Narinfo{}, seen: make([]field, 0, 6)}
 	p.rest = p.text
 	if !utf8.ValidString(p.text) {
 		return nil, errors.New("narinfo: the text is not UTF-8")
@@ -83,8 +83,8 @@ type parser struct {
 	lines
 	signedEnd int // start of the field Signature, or −1
 
-	n    Narinfo
-	seen []field // the first one of each kind of which one counts
+	n    *Narinfo // which keeps nothing of the parser
+	seen []field  // the first one of each of the six kinds of which one counts
 }
 
 // first notes a field, and reports whether it is the first of its name.
@@ -111,7 +111,7 @@ func (p *parser) signed(f *field) bool { return f != nil && f.offset < p.signedE
 
 // field takes in one field.
 func (p *parser) field(f field) error {
-	n := &p.n
+	n := p.n
 	switch f.name {
 	case "StorePath", "NarHash", "NarSize", "References", "Deriver", "Signature":
 		if !p.first(f) {
@@ -193,7 +193,7 @@ func (p *parser) finish() (*Narinfo, error) {
 			return nil, fmt.Errorf("narinfo: no field %s", name)
 		}
 	}
-	n := &p.n
+	n := p.n
 	n.hashError = decodeNarHash(&n.NarDigest, n.NarHash)
 	if len(n.URLs) == 0 {
 		return nil, errors.New("narinfo: no field URL")
