@@ -41,6 +41,7 @@ const (
 // fails, those fail that have not been stored yet.
 func NewPipeline(ctx context.Context, store Store) *Pipeline {
 	p := &Pipeline{store: store, room: semaphore.NewWeighted(pipelineBytes), seen: map[eris.Reference]struct{}{}}
+	p.buffers.New = func() any { return new([]byte) }
 	p.group, p.ctx = errgroup.WithContext(ctx)
 	return p
 }
@@ -55,10 +56,7 @@ func (p *Pipeline) Put(ctx context.Context, ref eris.Reference, block []byte) er
 	if err := p.room.Acquire(ctx, cost); err != nil {
 		return err
 	}
-	buffer, _ := p.buffers.Get().(*[]byte)
-	if buffer == nil {
-		buffer = new([]byte)
-	}
+	buffer := p.buffers.Get().(*[]byte)
 	*buffer = append((*buffer)[:0], block...)
 	p.group.Go(func() error {
 		defer p.room.Release(cost)

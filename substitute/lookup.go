@@ -56,7 +56,7 @@ type lookup struct {
 	// it yet. Then nothing may be shown.
 	ahead func(*record)
 	// counts reports whether no other narinfo of an item is needed: usually if it is authorised.
-	counts func(*record) bool
+	counts func(record) bool
 
 	mu        sync.Mutex
 	inquiries []*inquiry
@@ -66,7 +66,7 @@ type lookup struct {
 type item struct {
 	path, hash string
 	anew       bool     // what has been kept does not count
-	records    []record // of each server that has a narinfo
+	records    []record // of each server that has a narinfo, in the order of the servers
 	waiting    map[*inquiry]bool
 }
 
@@ -88,7 +88,7 @@ func (s *Substituter) lookup(ctx context.Context, paths []string) *lookup {
 	for pauses.Failures() < mostAgain && l.again(ctx, pauses.Fail(time.Now(), 0)) {
 	}
 	for _, it := range l.items {
-		if l.first(it) < 0 {
+		if l.first(it) == nil {
 			for _, r := range it.records {
 				s.sayRefused(r)
 			}
@@ -176,7 +176,7 @@ func (l *lookup) records(path string) []record {
 func (s *Substituter) newLookup(paths []string, ahead func(*record)) *lookup {
 	l := &lookup{
 		s: s, servers: s.servers, changed: make(chan struct{}, 1), ahead: ahead,
-		counts: func(r *record) bool { return r.authorised },
+		counts: func(r record) bool { return r.authorised },
 	}
 	seen := map[string]bool{}
 	for _, path := range paths {
@@ -210,7 +210,13 @@ func (l *lookup) run(parent context.Context) {
 		workers.Go(func() { l.query(ctx, a, todo) })
 		l.wait(ctx, func() bool { return a.done || a.slow })
 	}
-	l.wait(ctx, l.decided)
+	open := l.items // but those of which all before have been decided
+	l.wait(ctx, func() bool {
+		for len(open) > 0 && l.decided(open[0]) {
+			open = open[1:]
+		}
+		return len(open) == 0
+	})
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, a := range l.inquiries {
@@ -249,33 +255,25 @@ func (l *lookup) wait(ctx context.Context, condition func() bool) {
 	}
 }
 
-// decided reports whether no answer to come could matter: each item either has a narinfo that
+// decided reports whether no answer to come could matter for an item: either it has a narinfo that
 // counts, and no server before the one that gave it is worth waiting for, or no server is left that
-// could have one. The caller holds the lock.
-func (l *lookup) decided() bool {
-	for _, it := range l.items {
-		hit := l.first(it)
-		for a := range it.waiting {
-			if a.done {
-				continue
-			}
-			if hit < 0 || a.server.index < hit && !a.slow {
-				return false
-			}
+// could have one. In one run that does not change any more. The caller holds the lock.
+func (l *lookup) decided(it *item) bool {
+	hit := l.first(it)
+	for a := range it.waiting {
+		if !a.done && (hit == nil || a.server.index < hit.server.index && !a.slow) {
+			return false
 		}
 	}
 	return true
 }
 
-// first returns the index of the first server with a narinfo that counts, or -1.
-func (l *lookup) first(it *item) int {
-	first := -1
-	for _, r := range it.records {
-		if l.counts(&r) && (first < 0 || r.server.index < first) {
-			first = r.server.index
-		}
+// first returns the first narinfo that counts, in the order of the servers, or nil.
+func (l *lookup) first(it *item) *record {
+	if i := slices.IndexFunc(it.records, l.counts); i >= 0 {
+		return &it.records[i]
 	}
-	return first
+	return nil
 }
 
 // todo returns the items that no server has a narinfo of that counts.
@@ -284,7 +282,7 @@ func (l *lookup) todo() []*item {
 	defer l.mu.Unlock()
 	var todo []*item
 	for _, it := range l.items {
-		if l.first(it) < 0 {
+		if l.first(it) == nil {
 			todo = append(todo, it)
 		}
 	}
@@ -315,6 +313,7 @@ func (l *lookup) answered(a *inquiry, it *item, r *record) {
 	a.last = time.Now()
 	if r != nil {
 		it.records = append(it.records, *r)
+		slices.SortStableFunc(it.records, func(a, b record) int { return a.server.index - b.server.index })
 	}
 	if a.pending == 0 || a.pending%64 == 0 {
 		l.notify()
@@ -344,19 +343,13 @@ func (l *lookup) query(ctx context.Context, a *inquiry, todo []*item) {
 	})
 }
 
-// sorted returns records in the order of their servers.
-func sorted(records []record) []record {
-	return slices.SortedFunc(slices.Values(records), func(a, b record) int { return a.server.index - b.server.index })
-}
-
 // found decides about an item after the lookup; nil if it is not available.
 func (l *lookup) found(it *item) *found {
 	first := l.first(it)
-	if first < 0 {
+	if first == nil {
 		return nil
 	}
-	f := &found{all: sorted(it.records)}
-	f.authorised = f.all[slices.IndexFunc(f.all, func(r record) bool { return r.server.index == first })]
-	f.all = slices.DeleteFunc(f.all, func(r record) bool { return !narinfo.Equivalent(r.narinfo, f.authorised.narinfo) })
+	f := &found{authorised: *first}
+	f.all = slices.DeleteFunc(slices.Clone(it.records), func(r record) bool { return !narinfo.Equivalent(r.narinfo, first.narinfo) })
 	return f
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -68,41 +69,49 @@ func (s *Substituter) queryOnce(ctx context.Context, server *server, todo []*ite
 		}
 	}
 	defer end() // whatever happens
-	for _, it := range todo {
-		if ctx.Err() != nil {
-			return nil
-		}
-		switch r, known, p, ours := s.known(server, it); {
-		case known:
-			answer(it, r)
-		case ours:
-			mine[it.hash] = &missing{it, p}
-		default:
-			theirs[it] = p
-		}
-	}
-	var waiter sync.WaitGroup
-	if len(theirs) > 0 {
-		waiter.Go(func() {
-			for it, p := range theirs {
-				select {
-				case <-p.Done:
-				case <-ctx.Done():
+	// Most of what a cache costs is to check signatures, for which there are many cores.
+	var workers sync.WaitGroup
+	var mu sync.Mutex // of both maps
+	for some := range slices.Chunk(todo, 1+len(todo)/runtime.GOMAXPROCS(0)) {
+		workers.Go(func() {
+			for _, it := range some {
+				if ctx.Err() != nil {
 					return
 				}
-				if p.Answered {
-					answer(it, p.Answer)
-				} else {
-					again = append(again, it)
+				r, known, p, ours := s.known(server, it)
+				if known {
+					answer(it, r)
+					continue
 				}
+				mu.Lock()
+				if ours {
+					mine[it.hash] = &missing{it, p}
+				} else {
+					theirs[it] = p
+				}
+				mu.Unlock()
 			}
 		})
+	}
+	if workers.Wait(); ctx.Err() != nil {
+		return nil
 	}
 	if len(mine) > 0 {
 		s.fetch(ctx, server, mine, ahead, answer)
 		end()
 	}
-	waiter.Wait()
+	for it, p := range theirs {
+		select {
+		case <-p.Done:
+		case <-ctx.Done():
+			return nil
+		}
+		if p.Answered {
+			answer(it, p.Answer)
+		} else {
+			again = append(again, it)
+		}
+	}
 	return again
 }
 

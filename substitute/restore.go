@@ -216,11 +216,11 @@ func (j *job) moreRecords(ctx context.Context) bool {
 		l.servers = slices.DeleteFunc(slices.Clone(l.servers), func(server *server) bool {
 			return slices.ContainsFunc(j.records, func(r record) bool { return r.server == server })
 		})
-		l.counts = func(r *record) bool {
+		l.counts = func(r record) bool {
 			return narinfo.Equivalent(r.narinfo, j.want) && (len(r.narinfo.ERIS) > 0 || !j.wantsBlocks())
 		}
 		l.run(ctx)
-		found := sorted(l.records(j.path))
+		found := l.records(j.path)
 		if len(found) == 0 {
 			break
 		}

@@ -16,6 +16,7 @@ package substitute
 import (
 	"context"
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"strings"
@@ -43,8 +44,8 @@ import (
 type Config struct {
 	// StoreDir is the store directory, an absolute file name without a slash at its end.
 	StoreDir string
-	// URLs are the substitute URLs in the order in which they are asked. Those that make no sense
-	// are passed over, with a warning.
+	// URLs are the substitute URLs in the order in which they are asked, each once. Those that make
+	// no sense are passed over, with a warning.
 	URLs []string
 	// Keys are the keys whose signatures count, and KeysFile the file that lists them, for
 	// messages.
@@ -140,10 +141,8 @@ func New(c Config) *Substituter {
 	}
 	s := &Substituter{Config: c, ahead: newLookAhead()}
 	s.sayIgnored()
-	seen := map[string]bool{}
 	for _, url := range c.URLs {
-		if mirror.CheckURL(url) == nil && !seen[url] {
-			seen[url] = true
+		if mirror.CheckURL(url) == nil {
 			base, _, _ := strings.Cut(url, "?") // as narinfos are requested
 			server := &server{
 				vain: backoff.Backoff{Min: 10 * time.Second, Max: 5 * time.Minute},
@@ -256,8 +255,11 @@ func (s *Substituter) Close() { s.ahead.stop() }
 // Have returns those of the given store items that are available, in the order given. Anything that
 // is not the file name of a store item is not.
 func (s *Substituter) Have(ctx context.Context, items []string) []string {
-	found := s.lookup(ctx, items).all()
-	return slices.DeleteFunc(unique(items), func(item string) bool { return found[item] == nil })
+	left := s.lookup(ctx, items).all()
+	return slices.DeleteFunc(slices.Clone(items), func(item string) bool {
+		defer delete(left, item) // each once
+		return left[item] == nil
+	})
 }
 
 // Info returns what the daemon wants to know about those of the given store items that are
@@ -267,11 +269,13 @@ func (s *Substituter) Info(ctx context.Context, items []string) []protocol.Info 
 	var records []protocol.Info
 	found := s.lookup(ctx, items).all()
 	defer s.lookAhead(items, found)
-	for _, item := range unique(items) {
-		f := found[item]
+	left := maps.Clone(found)
+	for _, item := range items {
+		f := left[item]
 		if f == nil || !s.usable(f) {
 			continue
 		}
+		delete(left, item) // each once
 		n := f.all[0].narinfo
 		r := protocol.Info{Path: item, References: s.references(n), NarSize: n.NarSize, DownloadSize: n.DownloadSize()}
 		if n.Deriver != "" {
@@ -288,14 +292,4 @@ func (s *Substituter) references(n *narinfo.Narinfo) (paths []string) {
 		paths = append(paths, s.StoreDir+"/"+name)
 	}
 	return paths
-}
-
-// unique returns items without repetitions.
-func unique(items []string) []string {
-	seen := make(map[string]bool, len(items))
-	return slices.DeleteFunc(slices.Clone(items), func(item string) bool {
-		again := seen[item]
-		seen[item] = true
-		return again
-	})
 }

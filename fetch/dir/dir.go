@@ -34,6 +34,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -54,9 +55,8 @@ import (
 // there is one of another size; others are those of the file system.
 type Store struct {
 	*local.Store
-	flat   bool        // new blocks are
-	hint   atomic.Bool // the last block that was found is
-	memory sync.Pool   // of *[eris.BlockSize32KiB]byte, for blocks that may be there already
+	flat bool        // new blocks are
+	hint atomic.Bool // the last block that was found is
 
 	mu      sync.Mutex
 	root    *root // nil if it is not open
@@ -85,7 +85,6 @@ func Open(url string) (*Store, error) {
 	}
 	s := &Store{flat: u.Has("layout=flat")}
 	s.hint.Store(s.flat)
-	s.memory.New = func() any { return new([eris.BlockSize32KiB]byte) }
 	s.Store = local.New(u, adapter{s})
 	return s, nil
 }
@@ -108,24 +107,26 @@ func (s adapter) Read(ref eris.Reference, block []byte) error {
 	if err != nil {
 		return err
 	}
-	return s.find(r, ref, block)
+	_, err = s.find(r, ref, len(block), block[:0])
+	return err
 }
 
-func (s *Store) find(r *root, ref eris.Reference, block []byte) error {
+// find looks for a block in both layouts, and reads it as [root.read] does.
+func (s *Store) find(r *root, ref eris.Reference, size int, dst []byte) ([]byte, error) {
 	first := s.hint.Load()
 	name := ref.String()
 	result := error(eris.ErrNotFound)
 	for _, flat := range [...]bool{first, !first} {
-		err := r.read(file(flat, name), ref, block)
+		block, err := r.read(file(flat, name), ref, size, dst)
 		if err == nil {
 			s.hint.Store(flat)
-			return nil
+			return block, nil
 		}
 		if !errors.Is(err, eris.ErrNotFound) {
 			result = err
 		}
 	}
-	return result
+	return nil, result
 }
 
 // Write implements [local.Files]. It does nothing if the block is there already.
@@ -135,10 +136,7 @@ func (s adapter) Write(ref eris.Reference, block []byte) (commit func() error, e
 		return nil, err
 	}
 	name := ref.String()
-	memory := s.memory.Get().(*[eris.BlockSize32KiB]byte)
-	defer s.memory.Put(memory)
-	there := memory[:len(block)]
-	if s.find(r, ref, there) == nil && bytes.Equal(there, block) {
+	if there, err := s.find(r, ref, len(block), nil); err == nil && bytes.Equal(there, block) {
 		// The sync covers it even if another process has written it just now.
 		return r.commits.Do, nil
 	}
@@ -209,7 +207,7 @@ func Each(directory string, f func(ref eris.Reference, block []byte) error) erro
 		return err
 	}
 	defer r.Close()
-	memory := make([]byte, eris.BlockSize32KiB)
+	memory := make([]byte, 0, eris.BlockSize32KiB)
 	return fs.WalkDir(r.FS(), ".", func(name string, d fs.DirEntry, err error) error {
 		switch {
 		case err != nil:
@@ -229,8 +227,8 @@ func Each(directory string, f func(ref eris.Reference, block []byte) error) erro
 		}
 		var block []byte
 		if err == nil && eris.BlockSize(info.Size()).Valid() {
-			if err := r.read(name, ref, memory[:info.Size()]); err == nil {
-				block = memory[:info.Size()]
+			if read, err := r.read(name, ref, int(info.Size()), memory); err == nil {
+				block = read
 			}
 		}
 		return f(ref, block)
@@ -283,37 +281,38 @@ func file(flat bool, name string) string {
 	return name[:2] + "/" + name
 }
 
-// read reads the file with the given path, which must have the size of block. The error is
-// eris.ErrNotFound if there is none that could be a block, and an [eris.BlockError] if it has
-// another size.
-func (r *root) read(path string, ref eris.Reference, block []byte) error {
+// read reads the file with the given path, which must have size bytes, into the memory of dst, or
+// into new memory if there is such a file and not enough of that. The error is eris.ErrNotFound if
+// there is none that could be a block, and an [eris.BlockError] if it has another size.
+func (r *root) read(path string, ref eris.Reference, size int, dst []byte) ([]byte, error) {
 	// To open a device may have effects, so look first.
 	info, err := r.Lstat(path)
 	if err == nil {
-		err = check(info, ref, len(block))
+		err = check(info, ref, size)
 	}
 	var f *os.File
 	if err == nil {
 		f, err = r.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
 	}
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
+		err = eris.ErrNotFound
+	}
 	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
-			return eris.ErrNotFound
-		}
-		return err
+		return nil, err
 	}
 	defer f.Close()
 	if info, err = f.Stat(); err == nil {
-		err = check(info, ref, len(block))
+		err = check(info, ref, size)
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
+	block := slices.Grow(dst, size)[:size]
 	n, err := io.ReadFull(f, block)
 	if err == io.EOF || err == io.ErrUnexpectedEOF {
-		return &eris.BlockError{Reference: ref, Length: n, Want: eris.BlockSize(len(block))}
+		err = &eris.BlockError{Reference: ref, Length: n, Want: eris.BlockSize(size)}
 	}
-	return err
+	return block[:n], err
 }
 
 // check returns an error if a file cannot be a block of the given size. An empty file is what a
