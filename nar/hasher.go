@@ -95,7 +95,7 @@ func (h *Hasher) Finish() (sum [sha256.Size]byte) {
 
 // extend hashes what is appended to the framing bytes, which are handed over when there are many.
 func (h *Hasher) extend(appendTo func([]byte) []byte) error {
-	if h.frame.Bytes == nil {
+	if h.frame.Bytes == nil && h.size > alone { // a short archive takes what it needs
 		h.frame = h.pool.Get()
 		h.frame.Bytes = h.frame.Bytes[:0]
 	}

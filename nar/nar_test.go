@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -383,4 +384,23 @@ func FuzzReader(f *testing.F) {
 			t.Errorf("accepted %q, which is %q in canonical form", b, out.Bytes())
 		}
 	})
+}
+
+// TestShortArchive checks that hashing a short archive takes no memory for a long one: there may be
+// thousands of them.
+func TestShortArchive(t *testing.T) {
+	const times = 100
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	for range times {
+		h := nar.NewHasher(t.Context())
+		if err := errors.Join(h.Node(nar.Node{Kind: nar.Regular, Size: 5}), h.Contents(nar.NewChunk([]byte("short"), nil)), h.EndContents()); err != nil {
+			t.Fatal(err)
+		}
+		h.Finish()
+	}
+	runtime.ReadMemStats(&after)
+	if each := (after.TotalAlloc - before.TotalAlloc) / times; each > 16<<10 {
+		t.Errorf("it took %d bytes", each)
+	}
 }

@@ -29,7 +29,8 @@ const (
 	// -22 and --long make at most, and more than xz -9 (64 MiB) and lzip -9 (32 MiB) do.
 	maxWindow = 128 << 20
 
-	inputSize = 64 << 10
+	// inputSize is how much is read at once, and leastInput that of a short archive.
+	inputSize, leastInput = 64 << 10, 4 << 10
 
 	// freeInput is how many bytes are read in any case, and inputPerByte how many more for each
 	// byte that comes out. No compressor makes data longer by more than a few hundredths; the
@@ -94,7 +95,7 @@ func OpenAtMost(method string, r io.Reader, most int64) (*Reader, error) {
 		z.r = r
 		return z, nil
 	}
-	in := bufio.NewReaderSize(&input{r, z}, inputSize)
+	in := bufio.NewReaderSize(&input{r, z}, int(min(inputSize, max(most, leastInput))))
 	switch method {
 	case "gzip":
 		z.free = freeGzip
