@@ -52,12 +52,11 @@ func Parse(text []byte) (*Narinfo, error) {
 	if len(text) > MaxSize {
 		return nil, fmt.Errorf("narinfo: %d bytes exceed the limit of %d", len(text), MaxSize)
 	}
-	p := parser{lines: lines{text: string(text)}, n: &Narinfo{}, seen: make([]field, 0, 6)}
-	p.rest = p.text
+	all := string(text)
+	p := parser{lines: lines{text: all, rest: all}, signedEnd: -1, n: &Narinfo{}, seen: make([]field, 0, 6)}
 	if !utf8.ValidString(p.text) {
 		return nil, errors.New("narinfo: the text is not UTF-8")
 	}
-	p.signedEnd = -1
 	// The field must start a line: else the last signed value and the signature would run into one
 	// another.
 	if i := strings.Index(p.text, signatureField); i == 0 || i > 0 && p.text[i-1] == '\n' {

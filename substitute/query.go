@@ -41,8 +41,9 @@ const (
 // that it says something about. What is requested already is waited for. With ahead, nobody has
 // asked for the items yet, and nothing is shown.
 func (s *Substituter) queryItems(ctx context.Context, server *server, todo []*item, ahead bool, answer func(*item, *record)) {
-	// Again only for what others have requested in vain.
-	for range maxQueries {
+	// Again only for what others have requested in vain, so often.
+	const most = 3
+	for range most {
 		if todo = s.queryOnce(ctx, server, todo, ahead, answer); len(todo) == 0 || ctx.Err() != nil {
 			return
 		}
@@ -54,9 +55,6 @@ func (s *Substituter) queryItems(ctx context.Context, server *server, todo []*it
 var errUnquoted = errors.New("it has other contents than it should")
 
 var errTooMuch = errors.New("sends more than narinfos can be, so that its further ones are ignored")
-
-// maxQueries is how often it is hoped for an answer that somebody else waits for.
-const maxQueries = 3
 
 // queryOnce returns the items that others have requested in vain.
 func (s *Substituter) queryOnce(ctx context.Context, server *server, todo []*item, ahead bool, answer func(*item, *record)) (again []*item) {
