@@ -102,7 +102,7 @@ const (
 	// after leastAgain. They may have been away mostOutages times in a row, and for mostAway.
 	mostAgain   = 5
 	leastAgain  = 200 * time.Millisecond
-	mostOutages = 3
+	mostOutages = 5
 	mostAway    = 28 * time.Second
 )
 

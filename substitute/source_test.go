@@ -206,6 +206,26 @@ func TestServerReturns(t *testing.T) {
 	})
 }
 
+// TestLineComesAndGoes asks for the first time over a line that is there for two of five seconds,
+// while something in between takes connections and breaks them: what is there is found.
+func TestLineComesAndGoes(t *testing.T) {
+	key := acl.GenerateSigningKey()
+	for start := range 20 {
+		bubble(t, func(t *testing.T, n *testNetwork) {
+			begin := time.Now().Add(-time.Duration(start) * 250 * time.Millisecond)
+			s, log := n.with(key, n.serve(func(w http.ResponseWriter, _ *http.Request) {
+				if time.Since(begin)%(5*time.Second) >= 2*time.Second {
+					panic(http.ErrAbortHandler)
+				}
+				io.WriteString(w, sign(t, key, itemPath(0), 100))
+			}))
+			if len(s.Info(t.Context(), itemPaths(1))) != 1 {
+				t.Errorf("not found from %d ms of the period: %s", start*250, log)
+			}
+		})
+	}
+}
+
 // TestSharedLine restores an item over a line that is so slow that together with another item it
 // takes minutes.
 func TestSharedLine(t *testing.T) {

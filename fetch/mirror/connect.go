@@ -215,14 +215,15 @@ func (c *connection) request(l *location) string {
 }
 
 // send writes requests without waiting for that: a server may not read more before we have read
-// what it has written. What goes wrong ends the connection. Only one write may be under way.
+// what it has written. Silence ends the connection; all else that goes wrong is noticed when what
+// the server has said before has been read. Only one write may be under way.
 func (c *connection) send(requests []byte, timeout time.Duration) {
 	done := make(chan struct{})
 	c.write = done
 	go func() {
 		defer close(done)
 		c.net.SetWriteDeadline(time.Now().Add(timeout))
-		if _, err := c.net.Write(requests); err != nil {
+		if _, err := c.net.Write(requests); errors.Is(err, os.ErrDeadlineExceeded) {
 			c.net.Close()
 		}
 	}()
@@ -251,9 +252,7 @@ func (c *connection) Read(p []byte) (int, error) {
 	if c.due.Before(due) {
 		due = c.due
 	}
-	if err := c.net.SetReadDeadline(due); err != nil {
-		return 0, err
-	}
+	c.net.SetReadDeadline(due) // if it cannot be set, the connection is closed
 	n, err := c.net.Read(p)
 	if c.header > 0 {
 		c.header -= n

@@ -4,6 +4,7 @@ package mirror_test
 
 import (
 	"bufio"
+	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -16,7 +17,9 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -290,6 +293,41 @@ func TestTLSWithoutNotice(t *testing.T) {
 	if _, err := read(t, c, server+"/known"); !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("of known length: error %v", err)
 	}
+}
+
+// TestAnsweredUnread asks a server that answers and closes the connection without reading.
+func TestAnsweredUnread(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := client(t, mirror.Options{Dial: func(context.Context, string, string) (net.Conn, error) {
+			ours, _ := net.Pipe()
+			return &unread{Conn: ours, answer: strings.NewReader("HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")}, nil
+		}})
+		answers, err := collect(t.Context(), c, "http://server", []string{"x"})
+		if err != nil || answers["x"].Status != http.StatusForbidden {
+			t.Errorf("answers %v, error %v", answers, err)
+		}
+	})
+}
+
+type unread struct {
+	net.Conn
+	answer io.Reader
+	closed atomic.Bool
+}
+
+func (u *unread) Write([]byte) (int, error) { return 0, syscall.EPIPE }
+
+func (u *unread) Read(p []byte) (int, error) {
+	time.Sleep(time.Second)
+	if u.closed.Load() {
+		return 0, net.ErrClosed
+	}
+	return u.answer.Read(p)
+}
+
+func (u *unread) Close() error {
+	u.closed.Store(true)
+	return u.Conn.Close()
 }
 
 // TestTunnel checks which answers of a proxy make a tunnel.

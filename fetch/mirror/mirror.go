@@ -170,9 +170,11 @@ const (
 	maxServers = 256
 	// maxConnections is the most that [Options] may ask for.
 	maxConnections = 256
-	// leastRest and mostRest bound the rest of a server that could not be reached.
-	leastRest = time.Second
-	mostRest  = time.Minute
+	// leastRest and mostRest bound the rest of a server that could not be reached. So many times it
+	// is short, because lines and servers that are away for seconds may soon be so again.
+	leastRest  = time.Second
+	mostRest   = time.Minute
+	shortRests = 3
 	// idleTime is after how long a connection that nobody uses is closed.
 	idleTime = time.Second
 )
@@ -244,6 +246,7 @@ func (p *peer) restingLocked() error {
 // fail makes the server rest, and returns the error that says so. The caller holds the lock.
 func (p *peer) fail(err error) error {
 	p.down = err
+	p.rest.Max = min(mostRest, leastRest<<max(0, min(p.rest.Failures(), 10)-shortRests))
 	rest := p.rest.Fail(time.Now(), 0)
 	return &ServerError{p.server, err, rest, p.rest.Failures()}
 }
