@@ -88,19 +88,20 @@ type piece struct {
 }
 
 // NewReadAhead starts reading from r, in count buffers of size bytes. It stops at the first error
-// of r, which io.EOF is too, when ctx is done, or at Close.
-func NewReadAhead(ctx context.Context, r io.Reader, count, size int) *ReadAhead {
+// of r, which io.EOF is too, when ctx is done, or at Close. Nothing of the first whole bytes waits
+// for what follows them.
+func NewReadAhead(ctx context.Context, r io.Reader, count, size int, whole uint64) *ReadAhead {
 	ctx, stop := context.WithCancel(ctx)
 	a := &ReadAhead{pieces: make(chan piece, count+1), stop: stop} // has room for all, and an error
-	go a.read(ctx, r, count, size)
+	go a.read(ctx, r, count, size, whole)
 	return a
 }
 
-func (a *ReadAhead) read(ctx context.Context, r io.Reader, count, size int) {
+func (a *ReadAhead) read(ctx context.Context, r io.Reader, count, size int, whole uint64) {
 	defer close(a.pieces)
 	free := make(chan *buffer, count) // has room for all
 	home := func(b *buffer) { free <- b }
-	made := 0
+	made, come := 0, uint64(0)
 	var failed error
 	for failed == nil {
 		var b *buffer
@@ -121,10 +122,11 @@ func (a *ReadAhead) read(ctx context.Context, r io.Reader, count, size int) {
 		}
 		n := 0
 		// Fill the buffer, but do not let a consumer wait that has nothing else to do.
-		for n < size && failed == nil && (n == 0 || len(a.pieces) > 0) {
+		for n < size && failed == nil && (n == 0 || len(a.pieces) > 0 && come != whole) {
 			var m int
 			m, failed = r.Read(b.bytes[n:])
 			n += m
+			come += uint64(m)
 			if ctx.Err() != nil {
 				failed = ctx.Err()
 			}

@@ -202,7 +202,7 @@ func TestPieces(t *testing.T) {
 		if got, err := describe(nar.NewReader(nar.FeedReader(strings.NewReader(sample), size))); err != nil || got != sampleNodes {
 			t.Errorf("pieces of %d bytes: error %v, nodes:\n%s", size, err, got)
 		}
-		a := nar.NewReadAhead(context.Background(), strings.NewReader(sample), 3, size)
+		a := nar.NewReadAhead(context.Background(), strings.NewReader(sample), 3, size, 0)
 		if got, err := describe(nar.NewReader(a)); err != nil || got != sampleNodes {
 			t.Errorf("read ahead in pieces of %d bytes: error %v, nodes:\n%s", size, err, got)
 		}
@@ -317,7 +317,7 @@ func TestMalformed(t *testing.T) {
 func TestReadAhead(t *testing.T) {
 	const size = 1 << 10
 	long := strings.NewReader(strings.Repeat("0123456789abcdef", 1<<10))
-	a := nar.NewReadAhead(context.Background(), long, 2, size)
+	a := nar.NewReadAhead(context.Background(), long, 2, size, 0)
 	first, err := a.Next()
 	must(t, err)
 	_, err = a.Next()
@@ -333,7 +333,7 @@ func TestReadAhead(t *testing.T) {
 	}
 
 	ctx, cancel := context.WithCancel(context.Background())
-	a = nar.NewReadAhead(ctx, strings.NewReader(strings.Repeat("x", 1<<20)), 2, size)
+	a = nar.NewReadAhead(ctx, strings.NewReader(strings.Repeat("x", 1<<20)), 2, size, 0)
 	cancel()
 	for range 1 << 10 {
 		if _, err = a.Next(); err != nil {
@@ -346,7 +346,7 @@ func TestReadAhead(t *testing.T) {
 	a.Close()
 
 	failure := errors.New("the disk is on fire")
-	a = nar.NewReadAhead(context.Background(), io.MultiReader(strings.NewReader("ab"), iotest.ErrReader(failure)), 2, size)
+	a = nar.NewReadAhead(context.Background(), io.MultiReader(strings.NewReader("ab"), iotest.ErrReader(failure)), 2, size, 0)
 	defer a.Close()
 	if c, err := a.Next(); err != nil || string(c.Bytes) != "ab" {
 		t.Errorf("%q, error %v", c.Bytes, err)

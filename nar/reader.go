@@ -13,6 +13,10 @@ import (
 // archive per tree, with names in order, zero padding, and nothing behind it. It never allocates by
 // a length that the archive claims, and memory does not grow but with the depth of the tree.
 type Reader struct {
+	// Ended, if it is not nil, is called when the archive is whole, before what follows is read.
+	// Then errors of the feeder are the end: its owner knows by a hash whether the archive is right.
+	Ended func()
+
 	feeder  Feeder
 	chunk   Chunk  // what is being read; its owner is held once
 	rest    []byte // the part of chunk that is not read yet
@@ -90,8 +94,14 @@ func (r *Reader) next() Node {
 			r.fail("%q where an entry or the end of a directory is due", token)
 		}
 	case atEnd:
+		if r.Ended != nil {
+			r.Ended()
+		}
 		for len(r.rest) == 0 && r.failed == nil {
 			r.refill()
+		}
+		if r.failed != nil && r.Ended != nil {
+			r.failed = io.EOF
 		}
 		r.fail("bytes after the end of the archive")
 	}

@@ -68,7 +68,7 @@ func archiveOf(t testing.TB, path string) []byte {
 
 // restoreArchive restores an archive that comes in pieces of the given length.
 func restoreArchive(archive []byte, piece int, destination string, o restore.Options) (restore.Result, error) {
-	ahead := nar.NewReadAhead(context.Background(), bytes.NewReader(archive), 32, piece)
+	ahead := nar.NewReadAhead(context.Background(), bytes.NewReader(archive), 32, piece, 0)
 	defer ahead.Close()
 	return restore.Restore(context.Background(), nar.NewReader(ahead), destination, o)
 }
@@ -297,7 +297,7 @@ func TestCancel(t *testing.T) {
 			cancel()
 		}
 	}()
-	ahead := nar.NewReadAhead(ctx, r, 16, 64<<10)
+	ahead := nar.NewReadAhead(ctx, r, 16, 64<<10, 0)
 	_, err := restore.Restore(ctx, nar.NewReader(ahead), s+"/item", restore.Options{})
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("error %v", err)

@@ -79,7 +79,9 @@ func (w *narWay) kind() string { return "nar" }
 
 func (w *narWay) String() string { return mirror.WithoutUser(w.url) }
 
-func (w *narWay) pace() pace { return pace{slowTime, slowTime, 10, 0} }
+// pace has less patience after each way that was given up before, so that many silent servers do
+// not add up.
+func (w *narWay) pace() pace { return pace{slowTime >> min(len(w.j.later), 3), slowTime, 10, 0} }
 
 func (w *narWay) expect(context.Context) expectation {
 	method := w.from.Compression
@@ -130,6 +132,7 @@ func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool
 		return nil, nil, err
 	}
 	reader, closeNodes := image.ReadNar(ctx, plain, j.want.NarSize)
+	reader.Ended = body.nar.Last
 	return reader, func(ok bool) {
 		closeNodes()
 		plain.Close()
@@ -236,7 +239,7 @@ func (j *job) openNar(ctx context.Context, a *attempt, url string) (*mirror.Nar,
 		defer time.AfterFunc(left, func() { a.cancel(errSilent) }).Stop()
 	}
 	body, err := j.s.Mirrors.OpenNar(ctx, url, a.again)
-	if took := time.Since(begin); err != nil && took >= slowTime/2 {
+	if took := time.Since(begin); err != nil && took >= slowTime/8 {
 		j.silence += took
 	}
 	return body, err

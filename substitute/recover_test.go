@@ -190,11 +190,11 @@ func TestWrongOnce(t *testing.T) {
 	}{
 		"contents":           {[]string{"none none"}, 50_000, 1, substitute.Success, 2},
 		"grammar":            {[]string{"none none"}, 9, 1, substitute.Success, 2},
-		"compressed":         {[]string{"gzip gzip"}, len(stored) - 5, 1, substitute.Success, 2},
+		"compressed":         {[]string{"gzip gzip"}, 20, 1, substitute.Success, 2},
 		"a page of a proxy":  {[]string{"gzip gzip"}, -1, 1, substitute.Success, 2},
 		"two URLs":           {[]string{"none none", "gzip gzip"}, 50, 2, substitute.Success, 3},
 		"always":             {[]string{"none none"}, 50_000, 1000, substitute.HashMismatch, 2},
-		"always, compressed": {[]string{"gzip gzip"}, len(stored) - 5, 1000, substitute.NotFound, 2},
+		"always, compressed": {[]string{"gzip gzip"}, 20, 1000, substitute.NotFound, 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -315,6 +315,9 @@ func TestSlowFirst(t *testing.T) {
 		"servers that give no narinfos before the good one": {[]http.HandlerFunc{
 			f.handler(plain, http.NotFound), silent, silent, silent, good,
 		}, 4 * time.Second, substitute.Success},
+		"three servers that are silent about nars before the good one": {[]http.HandlerFunc{
+			f.handler(plain, silent), f.handler(plain, silent), f.handler(plain, silent), good,
+		}, 10 * time.Second, substitute.Success},
 		"six silent URLs":         {[]http.HandlerFunc{f.handler(six, silent)}, 30 * time.Second, substitute.NotFound},
 		"slow to begin and alone": {[]http.HandlerFunc{f.handler(plain, late), f.handler(plain, http.NotFound)}, 30 * time.Second, substitute.Success},
 		"begins while another server is asked": {[]http.HandlerFunc{f.handler(compressed, begins), func(w http.ResponseWriter, r *http.Request) {
@@ -628,6 +631,46 @@ func TestEncodedNar(t *testing.T) {
 		})
 		s, log := withLog(t, f.key, server.URL)
 		f.restore(t, s, substitute.Success, log)
+	}
+}
+
+// TestNarWithoutEnd gets nars that are whole, while what should tell their end is wrong or does not
+// come: it is right by its hash, and nobody waits. Bytes of a nar behind its end are refused.
+func TestNarWithoutEnd(t *testing.T) {
+	for _, size := range []int{10_000, 1_000_000} {
+		f := newFixture(t, size)
+		compressed := gzipped(t, f.archive, gzip.DefaultCompression)
+		cut := compressed[:len(compressed)-8]
+		for name, c := range map[string]struct {
+			body   []byte
+			length int
+			end    func(*http.Request)
+			want   substitute.Status
+		}{
+			"a length that is too long":     {body: compressed, length: len(compressed) + 1, end: func(r *http.Request) { <-r.Context().Done() }, want: substitute.Success},
+			"no last chunk":                 {body: compressed, end: func(*http.Request) { panic(http.ErrAbortHandler) }, want: substitute.Success},
+			"a checksum that does not come": {body: cut, length: len(cut), want: substitute.Success},
+			"a wrong checksum":              {body: append(cut[:len(cut):len(cut)], "12345678"...), want: substitute.Success},
+			"bytes behind the end":          {body: gzipped(t, append(f.archive[:len(f.archive):len(f.archive)], 0), gzip.DefaultCompression), want: substitute.NotFound},
+		} {
+			bubble(t, func(t *testing.T, n *testNetwork) {
+				begin := time.Now()
+				s, log := n.with(f.key, n.serve(f.handler(f.narinfo(t, "gzip nar"), func(w http.ResponseWriter, r *http.Request) {
+					if c.length > 0 {
+						w.Header().Set("Content-Length", fmt.Sprint(c.length))
+					}
+					w.Write(c.body)
+					w.(http.Flusher).Flush()
+					if c.end != nil {
+						c.end(r)
+					}
+				})))
+				f.restore(t, s, c.want, log)
+				if took := time.Since(begin); took > 2*time.Second {
+					t.Errorf("%s: took %v: %s", name, took, log)
+				}
+			})
+		}
 	}
 }
 

@@ -50,7 +50,7 @@ const (
 	slowTime    = 5 * time.Second
 	mostSilence = 28 * time.Second
 	// maxServerFailures is after how many failures in a row a server is not waited for.
-	maxServerFailures = 4
+	maxServerFailures = 7
 )
 
 // A Status is the outcome of a substitution.
@@ -240,7 +240,9 @@ func (j *job) tryAll(ctx context.Context) (Outcome, bool) {
 		// The other ways of a server that is of no use now are the last, also after those of
 		// others.
 		j.sort()
-		if (len(j.ways) == 0 || j.ways[0].isLast()) && !j.moreRecords(ctx) && len(j.ways) == 0 {
+		for (len(j.ways) == 0 || j.ways[0].isLast()) && j.moreRecords(ctx) {
+		}
+		if len(j.ways) == 0 {
 			// Nars that have been silent only if there was not much of that.
 			j.ways = slices.DeleteFunc(j.later, func(c *candidate) bool {
 				c.patient = true

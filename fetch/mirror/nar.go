@@ -37,7 +37,8 @@ type Nar struct {
 	ctx      context.Context // of the request at hand
 	cancel   context.CancelCauseFunc
 	parent   context.Context
-	silence  *time.Timer // ends ctx when the server is silent
+	stop     context.CancelCauseFunc // of parent
+	silence  *time.Timer             // ends ctx when the server is silent
 	timeout  time.Duration
 	body     io.ReadCloser
 
@@ -73,8 +74,24 @@ const (
 	drainTime = time.Second
 )
 
+// Last tells, from any goroutine, that nothing but the end is still wanted: it is waited for for a
+// second at most.
+func (n *Nar) Last() {
+	if n.client != nil {
+		time.AfterFunc(drainTime, func() { n.stop(errSilent) })
+	}
+}
+
 // Close lets go of the connection.
 func (n *Nar) Close() error {
+	if n.client != nil {
+		n.stop(nil)
+	}
+	return n.drop()
+}
+
+// drop lets go of the response at hand.
+func (n *Nar) drop() error {
 	n.cancel(nil)
 	if n.silence != nil {
 		n.silence.Stop()
@@ -159,10 +176,11 @@ func (c *Client) openNar(ctx context.Context, l *location, fields http.Header) (
 		c.o.Note("warning: %s: server is somewhat slow; try '--no-substitutes' if it does not get better", l.hostField())
 	})
 	defer slow.Stop()
-	n = &Nar{URL: l.String(), client: c, location: l, parent: ctx, timeout: c.o.NarTimeout / bodyShare}
+	n = &Nar{URL: l.String(), client: c, location: l, timeout: c.o.NarTimeout / bodyShare}
+	n.parent, n.stop = context.WithCancelCause(ctx)
 	response, err := n.request(fields)
 	if err != nil {
-		n.cancel(nil)
+		n.stop(nil)
 		return nil, "", err
 	}
 	n.Size, n.total = response.ContentLength, response.ContentLength

@@ -37,7 +37,7 @@ func (n *Nar) cut(cause error) error {
 		n.tries, n.progress = 0, n.offset
 	}
 	for {
-		n.Close()
+		n.drop()
 		if n.tries >= maxAgain {
 			return cause
 		}

@@ -129,7 +129,7 @@ func ReadNar(ctx context.Context, archive io.Reader, size uint64) (nodes *nar.Re
 	if size <= shortArchive {
 		return nar.NewReader(nar.FeedReader(archive, int(max(size, leastReadAhead)))), func() {}
 	}
-	ahead := nar.NewReadAhead(ctx, archive, readAheadBuffers, int(min(size, readAheadSize)))
+	ahead := nar.NewReadAhead(ctx, archive, readAheadBuffers, int(min(size, readAheadSize)), size)
 	return nar.NewReader(ahead), ahead.Close
 }
 
