@@ -86,7 +86,7 @@ func (s *checkSettings) check(ctx context.Context, what string) error {
 			return message.Usage("--repair needs another store that blocks come from: --store=URL --store=OTHER-URL")
 		}
 		members, err := settings.OpenStores(urls[1:], 0)
-		from := pool.New(members, pool.Options{})
+		from := pool.New(members, pool.Options{Patient: true})
 		defer from.Close()
 		if err != nil {
 			return err

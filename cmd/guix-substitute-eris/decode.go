@@ -67,7 +67,7 @@ func decode(ctx context.Context, urn, destination, flag string, raw bool) error 
 	}
 	members, err := settings.OpenStores(urls, 0)
 	log := session.NewLog()
-	all := pool.New(members, pool.Options{OnFault: func(source string, err error) {
+	all := pool.New(members, pool.Options{Patient: true, OnFault: func(source string, err error) {
 		log.Warnf("%s gave wrong bytes and is not asked again: %s", source, message.OfStore(source, err))
 	}})
 	defer all.Close()

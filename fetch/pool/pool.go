@@ -93,6 +93,9 @@ type Options struct {
 	// unreachable, or that a near one fails to keep a block; not for what the state says of earlier
 	// processes.
 	OnRest func(source string, err error)
+	// Patient tells that nothing but these sources can have what is wanted: as long as no far one
+	// works, each has more time for its first answer.
+	Patient bool
 }
 
 // MaxSources is how many sources a pool uses at most.

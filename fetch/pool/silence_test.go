@@ -330,6 +330,35 @@ func TestOneLine(t *testing.T) {
 	})
 }
 
+// TestPatient gets blocks from stores that are seconds away, when nothing else can have them: silent
+// ones beside them change nothing, and are not waited for where another one works.
+func TestPatient(t *testing.T) {
+	for _, v := range []struct {
+		patient bool
+		fakes   []*fake
+		most    time.Duration
+		works   bool
+	}{
+		{false, []*fake{{roundTrip: 5e9}}, 2 * time.Second, false},
+		{true, []*fake{{roundTrip: 5e9}}, 11 * time.Second, true},
+		{true, []*fake{{answer: hang}, {roundTrip: 5e9}}, 12 * time.Second, true},
+		{true, []*fake{{answer: hang}}, 16 * time.Second, false},
+		{true, []*fake{{answer: hang}, {roundTrip: 20e6}}, time.Second, true},
+	} {
+		simulate(t, pool.Options{Patient: v.patient}, sources(v.fakes...), func(t *testing.T, p *pool.Pool) {
+			begin := time.Now()
+			for i := range 2 {
+				if err := get(t.Context(), p, i, large); (err == nil) != v.works {
+					t.Errorf("%+v: error %v", v, err)
+				}
+			}
+			if took := time.Since(begin); took > v.most {
+				t.Errorf("%+v: took %v", v, took)
+			}
+		})
+	}
+}
+
 // TestLostBesideParts has a request be lost that others overtake: it is made again soon, although
 // parts of others come all the time.
 func TestLostBesideParts(t *testing.T) {

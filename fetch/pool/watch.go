@@ -24,11 +24,12 @@ const (
 	// A member is silent that has not answered for some time that follows from what is known about
 	// it: at least leastSilence, or loneSilence if there is no other; at most mostSilence, unless
 	// it takes longer for one block and there is no other that could be tried; firstSilence if it
-	// has never answered, for connections have to be made.
-	leastSilence = 250 * time.Millisecond
-	loneSilence  = 2 * time.Second
-	mostSilence  = 3 * time.Second
-	firstSilence = 1500 * time.Millisecond
+	// has never answered, for connections have to be made, or patientSilence.
+	leastSilence   = 250 * time.Millisecond
+	loneSilence    = 2 * time.Second
+	mostSilence    = 3 * time.Second
+	firstSilence   = 1500 * time.Millisecond
+	patientSilence = 15 * time.Second
 	// Where a block comes in parts, so many bytes are a sign of life, for up to mostSlow.
 	leastMoved, mostSlow = 4 << 10, 30 * time.Second
 	// probeLimit is how long a probe may take, and probeWait for how long its block waits for it if
@@ -135,9 +136,9 @@ func (m *member) moves(oldest *attempt, now time.Duration) bool {
 func (m *member) allowedSilence(oldest *attempt, now time.Duration) time.Duration {
 	if !m.proven {
 		if m.known {
-			return min(2*leastSilence+5*m.minRoundTrip(), firstSilence) // a connection has to be made
+			return min(2*leastSilence+5*m.minRoundTrip(), m.patience(now)) // a connection has to be made
 		}
-		return firstSilence
+		return m.patience(now)
 	}
 	gap, most := m.gap(oldest.request.Size), mostSilence
 	allowed := max(leastSilence, 2*m.minRoundTrip(), time.Duration(float64(oldest.expected)*m.tail), 8*gap)
@@ -148,6 +149,14 @@ func (m *member) allowedSilence(oldest *attempt, now time.Duration) time.Duratio
 		most = max(most, 2*gap)
 	}
 	return min(allowed, most)
+}
+
+// patience is for how long a member may be silent before its first answer.
+func (m *member) patience(now time.Duration) time.Duration {
+	if m.pool.options.Patient && !m.proven && !m.local && !m.pool.othersWork(m, now) {
+		return patientSilence
+	}
+	return firstSilence
 }
 
 // gap returns how long a block takes after the one before it.
@@ -240,7 +249,7 @@ func (p *Pool) giveUp(m *member, now time.Duration) {
 
 // isLost reports whether a request is so late that it may never be answered.
 func (m *member) isLost(a *attempt, now time.Duration) bool {
-	return now-a.start > max(lostAge, 2*m.gap(a.request.Size)) && (!m.known || now-a.start > lostFactor*a.expected)
+	return now-a.start > max(lostAge, m.patience(now), 2*m.gap(a.request.Size)) && (!m.known || now-a.start > lostFactor*a.expected)
 }
 
 // probe asks members that rest, and those about which nothing is known while others work, for a
