@@ -112,6 +112,7 @@ func NewClient(o Options) *Client {
 		tls: &tls.Config{
 			InsecureSkipVerify: true, // see the package comment
 			MinVersion:         tls.VersionTLS10,
+			CipherSuites:       cipherSuites(),
 			ClientSessionCache: tls.NewLRUClientSessionCache(64),
 		},
 		peers: map[string]*peer{},

@@ -5,6 +5,7 @@ package mirror_test
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -659,9 +660,15 @@ func TestTLS(t *testing.T) {
 	// Its certificate is one that nobody knows.
 	server := httptest.NewTLSServer(http.HandlerFunc(serve))
 	defer server.Close()
+	old := httptest.NewUnstartedServer(http.HandlerFunc(serve))
+	old.TLS = &tls.Config{MaxVersion: tls.VersionTLS12, CipherSuites: []uint16{tls.TLS_RSA_WITH_AES_256_CBC_SHA}}
+	old.StartTLS()
+	defer old.Close()
 	c := client(t, mirror.Options{})
-	collectAll(t, c, server.URL+"/base", hashes(100))
-	expect(t, c, server.URL+"/base/"+hash0+".narinfo", "narinfo of "+hash0)
+	for _, url := range []string{server.URL, old.URL} {
+		collectAll(t, c, url+"/base", hashes(100))
+		expect(t, c, url+"/base/"+hash0+".narinfo", "narinfo of "+hash0)
+	}
 	// A redirection from a server without TLS is followed as well.
 	plain := httptest.NewServer(http.RedirectHandler(server.URL+"/base/"+hash0+".narinfo", http.StatusFound))
 	defer plain.Close()
