@@ -160,28 +160,6 @@ func (a *ReadAhead) Close() {
 	}
 }
 
-type readerFeeder struct {
-	r    io.Reader
-	size int
-}
-
-// FeedReader returns a [Feeder] of what r has, without a goroutine: each piece is read when it is
-// asked for, into new memory of size bytes.
-func FeedReader(r io.Reader, size int) Feeder { return &readerFeeder{r, size} }
-
-func (f *readerFeeder) Next() (Chunk, error) {
-	b := make([]byte, f.size)
-	for {
-		n, err := f.r.Read(b)
-		if n > 0 {
-			return Chunk{Bytes: b[:n]}, nil // an error comes back at the next read
-		}
-		if err != nil {
-			return Chunk{}, err
-		}
-	}
-}
-
 // PieceSize is how much of a file is read at once, in bytes.
 const PieceSize = 128 << 10
 

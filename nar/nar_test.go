@@ -97,7 +97,7 @@ func describe(nodes nar.Nodes) (string, error) {
 }
 
 func read(s string) (string, error) {
-	return describe(nar.NewReader(nar.FeedReader(strings.NewReader(s), 4096)))
+	return describe(nar.NewReader(nar.NewReadAhead(context.Background(), strings.NewReader(s), 2, 4096, 0)))
 }
 
 // The vectors are hashes of archives that Guix makes of small trees.
@@ -194,12 +194,12 @@ func TestPieces(t *testing.T) {
 		"with empty reads": &emptyReads{strings.NewReader(sample), false},
 	}
 	for name, r := range readers {
-		if got, err := describe(nar.NewReader(nar.FeedReader(r, 4096))); err != nil || got != sampleNodes {
+		if got, err := describe(nar.NewReader(nar.NewReadAhead(context.Background(), r, 2, 4096, 0))); err != nil || got != sampleNodes {
 			t.Errorf("%s: error %v, nodes:\n%s", name, err, got)
 		}
 	}
 	for size := 1; size < 100; size++ {
-		if got, err := describe(nar.NewReader(nar.FeedReader(strings.NewReader(sample), size))); err != nil || got != sampleNodes {
+		if got, err := describe(nar.NewReader(nar.NewReadAhead(context.Background(), strings.NewReader(sample), 2, size, 0))); err != nil || got != sampleNodes {
 			t.Errorf("pieces of %d bytes: error %v, nodes:\n%s", size, err, got)
 		}
 		a := nar.NewReadAhead(context.Background(), strings.NewReader(sample), 3, size, 0)
@@ -225,7 +225,7 @@ func (e *emptyReads) Read(p []byte) (int, error) {
 
 // TestSkip checks that contents need not be read.
 func TestSkip(t *testing.T) {
-	r := nar.NewReader(nar.FeedReader(strings.NewReader(sample), 16))
+	r := nar.NewReader(nar.NewReadAhead(context.Background(), strings.NewReader(sample), 2, 16, 0))
 	count, err := -1, error(nil)
 	for ; err == nil; count++ {
 		_, err = r.Next()
@@ -304,7 +304,7 @@ func TestMalformed(t *testing.T) {
 		}
 	}
 	// Errors are final.
-	r := nar.NewReader(nar.FeedReader(strings.NewReader("12345678"), 8))
+	r := nar.NewReader(nar.NewReadAhead(context.Background(), strings.NewReader("12345678"), 2, 8, 0))
 	_, first := r.Next()
 	if _, second := r.Next(); first == nil || second != first {
 		t.Errorf("errors %v and %v", first, second)
@@ -377,7 +377,7 @@ func FuzzReader(f *testing.F) {
 	f.Add([]byte(archive(regular("hi"))), uint8(255))
 	f.Add([]byte(archive(symlink("x"))), uint8(1))
 	f.Fuzz(func(t *testing.T, b []byte, size uint8) {
-		r := nar.NewReader(nar.FeedReader(bytes.NewReader(b), int(size)+1))
+		r := nar.NewReader(nar.NewReadAhead(context.Background(), bytes.NewReader(b), 2, int(size)+1, 0))
 		// An archive that is accepted is canonical: writing its nodes gives the same bytes.
 		var out bytes.Buffer
 		if _, err := nar.Write(&out, r); err == nil && !bytes.Equal(out.Bytes(), b) {

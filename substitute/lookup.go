@@ -83,9 +83,10 @@ type inquiry struct {
 // lookup looks for narinfos of paths, and says why those do not count that nobody authorises.
 func (s *Substituter) lookup(ctx context.Context, paths []string) *lookup {
 	l := s.newLookup(paths, nil)
+	begin := time.Now()
 	l.run(ctx)
 	pauses := backoff.Backoff{Min: leastAgain, Max: leastAgain << mostAgain}
-	for pauses.Failures() < mostAgain && l.again(ctx, pauses.Fail(time.Now(), 0)) {
+	for pauses.Failures() < mostAgain && time.Since(begin) < mostAway && l.again(ctx, pauses.Fail(time.Now(), 0)) {
 	}
 	for _, it := range l.items {
 		if l.first(it) == nil {
@@ -99,7 +100,7 @@ func (s *Substituter) lookup(ctx context.Context, paths []string) *lookup {
 
 const (
 	// mostAgain is how often a lookup turns again to servers that were there a moment ago, at first
-	// after leastAgain. They may have been away mostOutages times in a row, and for mostAway.
+	// after leastAgain, until mostAway is over. They may have been away mostOutages times in a row.
 	mostAgain   = 5
 	leastAgain  = 200 * time.Millisecond
 	mostOutages = 5
@@ -117,7 +118,7 @@ func (l *lookup) again(ctx context.Context, pause time.Duration) bool {
 		open := slices.ContainsFunc(todo, func(it *item) bool { return it.waiting[a] })
 		down, rests := errors.AsType[*mirror.ServerError](l.s.Mirrors.Down(a.server.url))
 		broke := rests && (errors.Is(down, io.ErrUnexpectedEOF) || errors.Is(down, syscall.ECONNRESET))
-		if !open || a.server.away(a.last) > mostAway && !broke || rests && down.Failures > mostOutages {
+		if !open || !a.server.answered.Load() && !broke || rests && down.Failures > mostOutages {
 			continue
 		}
 		servers = append(servers, a.server)

@@ -79,7 +79,7 @@ func (w *narWay) kind() string { return "nar" }
 
 func (w *narWay) String() string { return mirror.WithoutUser(w.url) }
 
-// pace has less patience after each way that was given up before, so that many silent servers do
+// pace gives less time after each way that was given up before, so that many silent servers do
 // not add up.
 func (w *narWay) pace() pace { return pace{slowTime >> min(len(w.j.later), 3), slowTime, 10, 0} }
 

@@ -17,7 +17,6 @@ import (
 	"context"
 	"fmt"
 	"maps"
-	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -187,18 +186,18 @@ type server struct {
 	index  int    // in the order of preference
 	speeds Speeds // as in Config
 
-	mu       sync.Mutex
-	answered bool            // at least once
-	gone     time.Time       // since when it no longer does; zero if it does
-	vain     backoff.Backoff // its nars have failed or come too slowly
-	slow     backoff.Backoff // lookups have ended without all of its answers
+	answered atomic.Bool // at least once
+
+	mu   sync.Mutex
+	vain backoff.Backoff // its nars have failed or come too slowly
+	slow backoff.Backoff // lookups have ended without all of its answers
 }
 
 // isHere notes that the server has answered.
 func (s *server) isHere() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.answered, s.gone = true, time.Time{}
+	s.answered.Store(true)
 	s.slow.Succeed()
 }
 
@@ -207,20 +206,6 @@ func (s *server) late() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.slow.Fail(time.Now(), 0)
-}
-
-// away returns for how long the server has been away that does not answer; it did before last. One
-// that never has is away for ever.
-func (s *server) away(last time.Time) time.Duration {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.answered {
-		return math.MaxInt64
-	}
-	if s.gone.IsZero() {
-		s.gone = last
-	}
-	return time.Since(s.gone)
 }
 
 // ended notes whether a nar of the server was of use, also for the next process: there may be one

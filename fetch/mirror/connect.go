@@ -15,7 +15,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"slices"
 	"strings"
 	"time"
 
@@ -35,15 +34,6 @@ var (
 	errHeader  = fmt.Errorf("response header is longer than %d bytes", maxHeader)
 	errInterim = errors.New("too many interim responses")
 )
-
-// cipherSuites are all: old servers have none of those that are offered by default, and what comes
-// is checked by other means.
-func cipherSuites() (all []uint16) {
-	for _, suite := range slices.Concat(tls.CipherSuites(), tls.InsecureCipherSuites()) {
-		all = append(all, suite.ID)
-	}
-	return all
-}
 
 // newTransport returns what nars are requested with.
 func (c *Client) newTransport() *http.Transport {

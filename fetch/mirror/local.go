@@ -71,7 +71,8 @@ func (c *Client) openNarFile(ctx context.Context, l *location) (*Nar, error) {
 		return nil, err
 	}
 	n := &Nar{URL: l.String(), Size: info.Size(), total: -1, body: f}
-	n.ctx, n.cancel = context.WithCancelCause(ctx)
+	n.ctx, n.stop = context.WithCancelCause(ctx)
+	n.cancel = n.stop
 	return n, nil
 }
 
@@ -79,15 +80,12 @@ func (c *Client) openNarFile(ctx context.Context, l *location) (*Nar, error) {
 // encode what cannot stand in one.
 func (c *Client) openFile(name string) (*os.File, error) {
 	f, err := c.openLocal(name)
-	if !errors.Is(err, fs.ErrNotExist) {
-		return f, err
-	}
-	if d := unescaped(name); d != name {
-		if f, err := c.openLocal(d); !errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) {
+		if f, err := c.openLocal(unescaped(name)); !errors.Is(err, fs.ErrNotExist) {
 			return f, err
 		}
 	}
-	return nil, err
+	return f, err
 }
 
 func (c *Client) openLocal(name string) (*os.File, error) {

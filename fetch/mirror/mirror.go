@@ -23,6 +23,7 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -112,10 +113,13 @@ func NewClient(o Options) *Client {
 		tls: &tls.Config{
 			InsecureSkipVerify: true, // see the package comment
 			MinVersion:         tls.VersionTLS10,
-			CipherSuites:       cipherSuites(),
 			ClientSessionCache: tls.NewLRUClientSessionCache(64),
 		},
 		peers: map[string]*peer{},
+	}
+	// Old servers have none of the ciphers that are offered by default.
+	for _, suite := range slices.Concat(tls.CipherSuites(), tls.InsecureCipherSuites()) {
+		c.tls.CipherSuites = append(c.tls.CipherSuites, suite.ID)
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	c.transport = c.newTransport()

@@ -60,9 +60,8 @@ func (n *Nar) Drain(w io.Writer) (ended bool) {
 	if n.ended || n.client == nil {
 		return n.ended
 	}
-	n.final, n.timeout = true, drainTime
-	stop := time.AfterFunc(drainTime, func() { n.cancel(errSilent) })
-	defer stop.Stop()
+	n.final = true
+	n.Last()
 	io.Copy(w, io.LimitReader(n, maxDrain))
 	return n.ended
 }
@@ -77,16 +76,12 @@ const (
 // Last tells, from any goroutine, that nothing but the end is still wanted: it is waited for for a
 // second at most.
 func (n *Nar) Last() {
-	if n.client != nil {
-		time.AfterFunc(drainTime, func() { n.stop(errSilent) })
-	}
+	time.AfterFunc(drainTime, func() { n.stop(errSilent) })
 }
 
 // Close lets go of the connection.
 func (n *Nar) Close() error {
-	if n.client != nil {
-		n.stop(nil)
-	}
+	n.stop(nil)
 	return n.drop()
 }
 
@@ -183,15 +178,11 @@ func (c *Client) openNar(ctx context.Context, l *location, fields http.Header) (
 		n.stop(nil)
 		return nil, "", err
 	}
-	n.Size, n.total = response.ContentLength, response.ContentLength
-	n.Decoded = response.Header.Get("Content-Encoding") != ""
-	if n.Decoded {
-		n.Size, n.total = -1, -1
+	n.Size, n.total = -1, -1
+	if n.Decoded = response.Header.Get("Content-Encoding") != ""; !n.Decoded {
+		n.Size, n.total, n.validator = response.ContentLength, response.ContentLength, validator(response.Header)
 	}
 	if response.StatusCode == http.StatusOK {
-		if !n.Decoded {
-			n.validator = validator(response.Header)
-		}
 		return n, "", nil
 	}
 	if isRedirection(response.StatusCode) {

@@ -330,7 +330,7 @@ func TestOneLine(t *testing.T) {
 	})
 }
 
-// TestPatient gets blocks from stores that are seconds away, when nothing else can have them: silent
+// TestPatient gets blocks from stores that are seconds away, when nothing else has them: silent
 // ones beside them change nothing, and are not waited for where another one works.
 func TestPatient(t *testing.T) {
 	for _, v := range []struct {

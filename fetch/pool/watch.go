@@ -136,9 +136,9 @@ func (m *member) moves(oldest *attempt, now time.Duration) bool {
 func (m *member) allowedSilence(oldest *attempt, now time.Duration) time.Duration {
 	if !m.proven {
 		if m.known {
-			return min(2*leastSilence+5*m.minRoundTrip(), m.patience(now)) // a connection has to be made
+			return min(2*leastSilence+5*m.minRoundTrip(), m.firstAllowed(now)) // a connection has to be made
 		}
-		return m.patience(now)
+		return m.firstAllowed(now)
 	}
 	gap, most := m.gap(oldest.request.Size), mostSilence
 	allowed := max(leastSilence, 2*m.minRoundTrip(), time.Duration(float64(oldest.expected)*m.tail), 8*gap)
@@ -151,8 +151,8 @@ func (m *member) allowedSilence(oldest *attempt, now time.Duration) time.Duratio
 	return min(allowed, most)
 }
 
-// patience is for how long a member may be silent before its first answer.
-func (m *member) patience(now time.Duration) time.Duration {
+// firstAllowed is for how long a member may be silent before its first answer.
+func (m *member) firstAllowed(now time.Duration) time.Duration {
 	if m.pool.options.Patient && !m.proven && !m.local && !m.pool.othersWork(m, now) {
 		return patientSilence
 	}
@@ -249,7 +249,7 @@ func (p *Pool) giveUp(m *member, now time.Duration) {
 
 // isLost reports whether a request is so late that it may never be answered.
 func (m *member) isLost(a *attempt, now time.Duration) bool {
-	return now-a.start > max(lostAge, m.patience(now), 2*m.gap(a.request.Size)) && (!m.known || now-a.start > lostFactor*a.expected)
+	return now-a.start > max(lostAge, m.firstAllowed(now), 2*m.gap(a.request.Size)) && (!m.known || now-a.start > lostFactor*a.expected)
 }
 
 // probe asks members that rest, and those about which nothing is known while others work, for a

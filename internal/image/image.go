@@ -119,17 +119,12 @@ const (
 	readAheadBuffers = 24
 	readAheadSize    = 128 << 10
 	leastReadAhead   = 4 << 10
-	// shortArchive is the length in bytes of an archive up to which it is not read ahead.
-	shortArchive = 64 << 10
 )
 
-// ReadNar returns the nodes of an archive that should have size bytes. Unless it is short, a
-// goroutine reads ahead, which close ends.
+// ReadNar returns the nodes of an archive that should have size bytes. A goroutine reads ahead,
+// which close ends.
 func ReadNar(ctx context.Context, archive io.Reader, size uint64) (nodes *nar.Reader, close func()) {
-	if size <= shortArchive {
-		return nar.NewReader(nar.FeedReader(archive, int(max(size, leastReadAhead)))), func() {}
-	}
-	ahead := nar.NewReadAhead(ctx, archive, readAheadBuffers, int(min(size, readAheadSize)), size)
+	ahead := nar.NewReadAhead(ctx, archive, readAheadBuffers, int(min(max(size, leastReadAhead), readAheadSize)), size)
 	return nar.NewReader(ahead), ahead.Close
 }
 
