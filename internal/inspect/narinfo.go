@@ -75,7 +75,7 @@ line that says which server it is from, and what its signature is worth.`,
 			if what == substitute.Available { // but has no key
 				what = substitute.NotAvailable
 			}
-			fmt.Fprintf(os.Stderr, "%s: %s: %s\n", e.Path, what, message.Text(e.Reason))
+			fmt.Fprintf(os.Stderr, "%s: %s: %s\n", page.Clean(e.Path), what, page.Clean(message.Text(e.Reason)))
 			return max(message.Unavailable, session.ExitStatus(e.Availability))
 		})
 		return cmp.Or(full, worst.Err())

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf16"
 	"unicode/utf8"
 
 	"golang.org/x/term"
@@ -44,11 +45,14 @@ func columnsOf(descriptor, usual int) int {
 
 // Wrap returns a text for a descriptor in lines that are no longer than its terminal is wide, the
 // further ones indented. Words are whole, and so are lines off a terminal unless COLUMNS is set.
+// What does not belong on a terminal is replaced: names of files may come from anybody.
 func Wrap(descriptor int, text string) string {
 	columns := columnsOf(descriptor, math.MaxInt32)
 	var b strings.Builder
 	for line := range strings.Lines(text) {
-		fill(&b, strings.Split(line, " "), columns, 0, 2)
+		plain := strings.TrimSuffix(line, "\n")
+		fill(&b, strings.Split(clean(plain, true), " "), columns, 0, 2)
+		b.WriteString(line[len(plain):])
 	}
 	return b.String()
 }
@@ -57,7 +61,7 @@ func Wrap(descriptor int, text string) string {
 // ones are indented.
 func fill(b *strings.Builder, words []string, columns, used, indent int) {
 	for i, word := range words {
-		n := utf8.RuneCountInString(strings.TrimSuffix(word, "\n"))
+		n := utf8.RuneCountInString(word)
 		switch {
 		case i == 0:
 		case used+1+n > columns:
@@ -217,7 +221,29 @@ func Quote(word string) string {
 
 // JSON prints a result on standard output.
 func JSON(v any) error {
-	e := json.NewEncoder(os.Stdout)
+	e := json.NewEncoder(Escaped{os.Stdout})
 	e.SetIndent("", "  ")
 	return e.Encode(v)
+}
+
+// Escaped writes JSON with escapes for all characters that do not belong on a terminal: packages
+// that make JSON have them for those of ASCII only. Each write must be of whole characters.
+type Escaped struct{ io.Writer }
+
+// Write implements io.Writer.
+func (e Escaped) Write(text []byte) (int, error) {
+	escaped := make([]byte, 0, len(text))
+	for _, r := range string(text) {
+		if r < 0x7f || strconv.IsPrint(r) {
+			escaped = utf8.AppendRune(escaped, r)
+			continue
+		}
+		for _, unit := range utf16.AppendRune(nil, r) {
+			escaped = fmt.Appendf(escaped, `\u%04x`, unit)
+		}
+	}
+	if _, err := e.Writer.Write(escaped); err != nil {
+		return 0, err
+	}
+	return len(text), nil
 }

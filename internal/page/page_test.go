@@ -3,6 +3,8 @@
 package page
 
 import (
+	"bytes"
+	"encoding/json"
 	"os/exec"
 	"strings"
 	"testing"
@@ -46,9 +48,26 @@ func TestWrap(t *testing.T) {
 		"": "", "a  b\n  c\n": "a  b\n  c\n",
 		strings.Repeat("é ", 21):            strings.TrimSuffix(strings.Repeat("é ", 20), " ") + "\n  é ",
 		"a " + long + " b\n" + long + "\nc": "a\n  " + long + "\n  b\n" + long + "\nc",
+		"\x1b[2Ja\u009b\r\u202e\xff é\nb":   "?[2Ja???? é\nb",
 	} {
 		if got := Wrap(1, text); got != want {
 			t.Errorf("%q: %q, want %q", text, got, want)
 		}
+	}
+}
+
+// TestEscaped reads JSON back that has no characters which do something to a terminal.
+func TestEscaped(t *testing.T) {
+	const want = "\x1b\x7f\u009b2J\u202e\U000e0001\U0001f600 é\n"
+	var b bytes.Buffer
+	if err := json.NewEncoder(Escaped{&b}).Encode(want); err != nil {
+		t.Fatal(err)
+	}
+	var got string
+	if err := json.Unmarshal(b.Bytes(), &got); err != nil || got != want {
+		t.Errorf("%s: %q, error %v", b.Bytes(), got, err)
+	}
+	if text := strings.TrimSpace(b.String()); text != `"\u001b\u007f\u009b2J\u202e\udb40\udc01😀 é\n"` {
+		t.Error(text)
 	}
 }

@@ -44,15 +44,11 @@ const (
 // New returns a log on standard error. The format is "text" or "json"; text has the priorities of
 // sd-daemon(3) before lines if the journal reads it.
 func New(format string) (*Log, error) {
-	l := &Log{}
-	switch format {
-	case "text":
-		l.Logger = slog.New(&handler{log: l, Handler: slog.NewJSONHandler(os.Stderr, nil), journal: journal(), text: true})
-	case "json":
-		l.Logger = slog.New(&handler{log: l, Handler: slog.NewJSONHandler(os.Stderr, nil)})
-	default:
+	if format != "text" && format != "json" {
 		return nil, message.Usage("the option --log-format has the value %.20q: it must be text or json", format)
 	}
+	l := &Log{}
+	l.Logger = slog.New(&handler{slog.NewJSONHandler(page.Escaped{Writer: os.Stderr}, nil), l, format == "text", journal()})
 	return l, nil
 }
 
