@@ -10,6 +10,7 @@ import (
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
@@ -48,13 +49,14 @@ type conn struct {
 	transfers *transfers
 
 	room    sync.Cond // there is room for more again
-	counted int64     // of what waits to be sent, in answerBytes of the server
+	counted int64     // of what is held, in answerBytes of the server
 	idle    func(bool)
 	isIdle  bool // as idle was told
 
 	gets     []getRequest // waiting, from firstGet on
 	firstGet int
 	getters  int
+	looking  int // of the getters, those that are looking a block up
 	maxGets  int
 	calling  bool // a getter has been started that has taken nothing yet
 
@@ -127,14 +129,28 @@ func (c *conn) Dry() {
 
 // Written implements [coap.Handler].
 func (c *conn) Written() {
-	bytes := max(0, int64(c.peer.Queued())-guaranteed)
-	c.server.answerBytes.Add(bytes - c.counted)
-	c.counted = bytes
+	c.count()
 	if c.peer.Broken() {
 		c.cancel()
 	}
 	c.tellIdle()
 	c.room.Broadcast()
+	if c.getters > 0 && !c.isFull() {
+		c.callGetter() // those have ended for which there was no room
+	}
+}
+
+// held is how many bytes are in memory for answers, those among them that are being made. The lock
+// must be held.
+func (c *conn) held() int64 {
+	return int64(c.peer.Queued()) + int64(c.looking)*int64(eris.BlockSize32KiB)
+}
+
+// count adds what is held to that of all connections. The lock must be held.
+func (c *conn) count() {
+	bytes := max(0, c.held()-guaranteed)
+	c.server.answerBytes.Add(bytes - c.counted)
+	c.counted = bytes
 }
 
 // tellIdle calls idle if it has changed whether nothing is under way. The lock must be held.
@@ -169,7 +185,7 @@ func (c *conn) answer(token coap.Token, code codes.Code, options, payload []byte
 // isFull reports whether there are so many answers that have not been taken that no more may be
 // made. The lock must be held.
 func (c *conn) isFull() bool {
-	bytes := int64(c.peer.Queued())
+	bytes := c.held()
 	if bytes <= guaranteed || c.peer.Broken() {
 		return false
 	}

@@ -139,6 +139,9 @@ func (c *conn) getLoop() {
 	c.calling = false
 	for {
 		for c.isFull() {
+			if c.getters > 1 {
+				return // one is enough to wait for room: each has memory for a block
+			}
 			c.room.Wait()
 		}
 		if c.firstGet == len(c.gets) || c.peer.Broken() || c.ctx.Err() != nil {
@@ -149,11 +152,14 @@ func (c *conn) getLoop() {
 		if len(c.gets)-c.firstGet == maxWaitingGets {
 			c.room.Broadcast()
 		}
+		c.looking++
+		c.count()
 		c.callGetter()
 		form := c.form()
 		c.peer.Unlock()
 		code, options, payload := c.server.get(c.ctx, l, r, form)
 		c.peer.Lock()
+		c.looking--
 		switch {
 		case len(payload) <= copyUpTo || len(l.Block) == 0 || &payload[0] != &l.Block[0]:
 			c.peer.Respond(r.token, code, options, payload)
@@ -164,6 +170,7 @@ func (c *conn) getLoop() {
 		default:
 			c.peer.RespondWith(r.token, code, options, payload, nil) // nobody changes it
 		}
+		c.count()
 	}
 }
 

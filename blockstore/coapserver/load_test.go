@@ -254,6 +254,34 @@ func TestManyGets(t *testing.T) {
 	group.Wait()
 }
 
+// TestManyLookups has many clients ask for much at a time, of a store that does not answer: memory
+// for the answers is bounded for all of them together, each gets its share, and all is answered.
+func TestManyLookups(t *testing.T) {
+	store := &held{release: make(chan struct{})}
+	_, address := serveConfig(t, "unix", readWrite, coapserver.Config{Source: store.source(t), MaxTotalBytes: 1 << 20})
+	ref, _ := sourcetest.NewBlock(eris.BlockSize32KiB)
+	const clients, count, share = 8, 100, 256 << 10
+	var all [clients]*client
+	for i := range all {
+		all[i] = dial(t, "unix", address, csm...)
+		for token := range uint32(count) {
+			all[i].write(getRequest(token, ref, eris.BlockSize32KiB, coap.Block{}))
+		}
+	}
+	under := awaitStill(store.calls.Load) * int64(eris.BlockSize32KiB)
+	if most := int64(1<<20 + clients*(share+eris.BlockSize32KiB)); under > most || under < clients*share {
+		t.Errorf("%d bytes are being looked up, not from %d to %d", under, clients*share, most)
+	}
+	close(store.release)
+	for _, c := range all {
+		for range count {
+			if m := c.readAnswer(); m.Code != codes.NotFound {
+				t.Fatalf("answer %v", m.Code)
+			}
+		}
+	}
+}
+
 // TestSlowReader has clients that ask and do not read: memory is bounded, others are served, and
 // the connections end.
 func TestSlowReader(t *testing.T) {

@@ -91,7 +91,7 @@ type Config struct {
 	MaxConnections int
 	// MaxBytes and MaxTotalBytes bound the memory for blocks that are being stored, and as much for
 	// answers that clients have not taken yet: per connection, and for all but a first 256 KiB of
-	// each connection together. Defaults 16 MiB and 256 MiB.
+	// each connection together. Defaults 16 MiB and 128 MiB.
 	MaxBytes, MaxTotalBytes int64
 	// MaxGets is the most blocks that are looked up at a time for a connection, and eight times
 	// that where others are asked for them, which takes longer; each needs 32 KiB. Default 32.
@@ -120,7 +120,7 @@ func (c Config) withDefaults() Config {
 	c.Path = slices.Clip(c.Path)
 	c.MaxConnections = cmp.Or(c.MaxConnections, 256)
 	c.MaxBytes = cmp.Or(c.MaxBytes, 16<<20)
-	c.MaxTotalBytes = cmp.Or(c.MaxTotalBytes, 256<<20)
+	c.MaxTotalBytes = cmp.Or(c.MaxTotalBytes, 128<<20)
 	c.MaxGets = cmp.Or(c.MaxGets, 32)
 	c.IdleTimeout = cmp.Or(c.IdleTimeout, 10*time.Minute)
 	c.MessageTimeout = cmp.Or(c.MessageTimeout, time.Minute)
