@@ -33,13 +33,11 @@ const (
 	inputSize, leastInput = 64 << 10, 4 << 10
 
 	// freeInput is how many bytes are read in any case, and inputPerByte how many more for each
-	// byte that comes out. No compressor makes data longer by more than a few hundredths; the
-	// decoder of lzip reads some MiB ahead.
-	freeInput    = 32 << 20
+	// byte that comes out. No compressor makes data longer by more than a few hundredths, and the
+	// largest block that must be whole is one of bzip2, of 900 kB. Members may be empty: each of
+	// 36 bytes takes lzip some ten microseconds.
+	freeInput    = 2 << 20
 	inputPerByte = 2
-	// freeGzip is freeInput for gzip: members may be empty, each of 20 bytes, which take a
-	// microsecond.
-	freeGzip = 1 << 20
 )
 
 // errNothing is in the chain of the error for data that are hardly any. A server could send them
@@ -58,7 +56,6 @@ type Reader struct {
 	close   func()
 	err     error
 	in, out int64 // bytes that have gone in and come out
-	free    int64 // freeInput but for tests
 }
 
 // An input is a source that ends when hardly anything comes out of it.
@@ -68,7 +65,7 @@ type input struct {
 }
 
 func (i *input) Read(p []byte) (int, error) {
-	if i.z.in > i.z.free+inputPerByte*i.z.out {
+	if i.z.in > freeInput+inputPerByte*i.z.out {
 		return 0, fmt.Errorf("%w: %d bytes of %d", errNothing, i.z.out, i.z.in)
 	}
 	n, err := i.r.Read(p)
@@ -90,7 +87,7 @@ func Open(method string, r io.Reader) (*Reader, error) { return OpenAtMost(metho
 // that was not told how little would come has taken a large window; memory for all of it, zeroed
 // for each small archive, took more time than all the rest.
 func OpenAtMost(method string, r io.Reader, most int64) (*Reader, error) {
-	z := &Reader{method: method, close: func() {}, free: freeInput}
+	z := &Reader{method: method, close: func() {}}
 	if method == "none" {
 		z.r = r
 		return z, nil
@@ -98,7 +95,6 @@ func OpenAtMost(method string, r io.Reader, most int64) (*Reader, error) {
 	in := bufio.NewReaderSize(&input{r, z}, int(min(inputSize, max(most, leastInput))))
 	switch method {
 	case "gzip":
-		z.free = freeGzip
 		z.open = func() (io.Reader, error) { return openMembers(in) }
 	case "lzip":
 		l := lzip.NewReader(&input{r, z}, maxWindow)
