@@ -100,7 +100,7 @@ func OpenAtMost(method string, r io.Reader, most int64) (*Reader, error) {
 		l := lzip.NewReader(&input{r, z}, maxWindow)
 		z.r, z.close = l, func() { l.Close() }
 	case "zstd":
-		d, err := newZstdDecoder(&narrowed{r: in, most: most})
+		d, err := newZstdDecoder(in, most)
 		if err != nil {
 			return nil, fmt.Errorf("zstd: %w", err)
 		}
@@ -155,31 +155,36 @@ func (m *members) Read(p []byte) (int, error) {
 	}
 }
 
-// newZstdDecoder makes a decoder that decodes one block after the other in the goroutine of its
-// user; with goroutines of its own it would take more memory and processor time, and no less time
-// until it is done. The buffer below it saves calls, and hides a bytes.Buffer, which the decoder
-// would decode as a whole into memory.
-func newZstdDecoder(r *narrowed) (*zstd.Decoder, error) {
-	return zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
+// usualWindow is the largest window that compressors of zstd take unasked (zstd -19), in bytes.
+const usualWindow = 8 << 20
+
+// newZstdDecoder makes a decoder of contents of so many bytes at most that decodes one block after
+// the other in the goroutine of its user; with goroutines of its own it would take more memory and
+// processor time, and no less time until it is done. The buffer below it saves calls, and hides a
+// bytes.Buffer, which the decoder would decode as a whole into memory.
+func newZstdDecoder(r *bufio.Reader, most int64) (*zstd.Decoder, error) {
+	const leastLog = 10
+	log := max(leastLog, bits.Len64(uint64(max(most, 1)-1)))
+	window := min(maxWindow, max(usualWindow, uint64(1)<<log))
+	return zstd.NewReader(&narrowed{r, byte(log-leastLog) << 3, most >= maxWindow}, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(window))
 }
 
-// narrowed is a frame of zstd whose header says that its window is no larger than need be (RFC
-// 8878, section 3.1.1.1).
+// narrowed has the header of the first frame of zstd, mostly the only one, say that its window is
+// no larger than need be (RFC 8878, section 3.1.1.1).
 type narrowed struct {
 	r     *bufio.Reader
-	most  int64 // bytes of contents
+	most  byte // as such a header has it
 	begun bool
 }
 
 // Read implements io.Reader.
 func (n *narrowed) Read(p []byte) (int, error) {
-	if !n.begun && n.most < maxWindow {
+	if !n.begun {
 		n.begun = true
-		const magic, descriptor, window, singleSegment, leastLog = "\x28\xb5\x2f\xfd", 4, 5, 1 << 5, 10
+		const magic, descriptor, window, singleSegment = "\x28\xb5\x2f\xfd", 4, 5, 1 << 5
 		h, err := n.r.Peek(window + 1)
 		if err == nil && string(h[:descriptor]) == magic && h[descriptor]&singleSegment == 0 {
-			exponent := max(0, bits.Len64(uint64(max(n.most, 1)-1))-leastLog)
-			h[window] = min(h[window], byte(exponent<<3))
+			h[window] = min(h[window], n.most)
 		}
 	}
 	return n.r.Read(p)

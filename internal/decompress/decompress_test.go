@@ -383,4 +383,15 @@ func TestSmallWindow(t *testing.T) {
 	if narrow, wide := used(int64(len(contents))), used(maxWindow); narrow+(32<<20) > wide {
 		t.Errorf("%d bytes of memory, and %d with the whole window", narrow, wide)
 	}
+	// Further frames have windows as they say, which are no larger than usual ones.
+	for window, want := range map[int]error{8 << 20: nil, 64 << 20: zstd.ErrWindowSizeExceeded} {
+		frame := zstdWindow(t, contents, window)
+		z, err := OpenAtMost("zstd", io.MultiReader(bytes.NewReader(frame), bytes.NewReader(frame)), int64(2*len(contents)))
+		must(t, err)
+		n, err := io.Copy(io.Discard, z)
+		if !errors.Is(err, want) || want == nil && n != int64(2*len(contents)) {
+			t.Errorf("frames with windows of %d bytes: %d bytes, %v", window, n, err)
+		}
+		z.Close()
+	}
 }
