@@ -154,7 +154,7 @@ func (x *Image) Nodes(ctx context.Context) (nodes nar.Nodes, close func(), err e
 		x.Close()
 		return nil, nil, errors.New("the contents are neither a tree nor a nar")
 	}
-	plain, err := decompress.Open(x.method, x.Content)
+	plain, err := decompress.OpenAtMost(x.method, x.Content, int64(min(x.limits.NarSize, 1<<62)))
 	if err != nil {
 		x.Close()
 		return nil, nil, err

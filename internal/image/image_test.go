@@ -15,6 +15,8 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/klauspost/compress/zstd"
+
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
@@ -135,6 +137,12 @@ func TestNoTree(t *testing.T) {
 	// An index that is too long is not fetched.
 	b, c := encode(t, []byte(index+strings.Repeat("x", 6<<20)))
 	if _, err := image.Open(t.Context(), b, c, limits, fetch.Window{}); !errors.Is(err, content.ErrTooLarge) {
+		t.Errorf("error %v", err)
+	}
+	// Nor does an archive have windows that are larger than it may be: these are two empty frames of
+	// zstd, the second with one of 64 MiB.
+	b, c = encode(t, []byte("\x28\xb5\x2f\xfd\x00\x00\x01\x00\x00"+"\x28\xb5\x2f\xfd\x00\x80\x01\x00\x00"))
+	if _, _, err := hashOf(t, b, c, limits); !errors.Is(err, zstd.ErrWindowSizeExceeded) {
 		t.Errorf("error %v", err)
 	}
 	b, c = encode(t, []byte(index+strings.Repeat("0123456789abcdefg", 26<<20/17)))
