@@ -49,7 +49,7 @@ type Signature struct {
 // ParseSignature parses the value of the field Signature of a narinfo, VERSION;HOST;BASE64, where
 // VERSION is 1 and BASE64 is the base64 encoding, in one piece, of an s-expression, each byte of
 // which is a character in UTF-8: numbers that look like text are printed as such, and that has
-// characters up to U+00FF. (Guix, guix/narinfo.scm: narinfo-signature->canonical-sexp;
+// characters from U+0001 to U+00FF. (Guix, guix/narinfo.scm: narinfo-signature->canonical-sexp;
 // Guile-Gcrypt, gcrypt/pk-crypto.scm: string->canonical-sexp.)
 //
 // It fails with [ErrUnsupportedVersion] or [ErrCorruptSignature].
@@ -74,8 +74,8 @@ func ParseSignature(value string) (*Signature, error) {
 		return nil, fmt.Errorf("%w: the third part is not base64: %w", ErrCorruptSignature, err)
 	}
 	characters, ok := bytesOfCharacters(decoded)
-	if !ok {
-		return nil, fmt.Errorf("%w: the third part is not base64 of UTF-8 of characters up to U+00FF", ErrCorruptSignature)
+	if !ok || slices.Contains(characters, 0) { // which ends a text for Libgcrypt
+		return nil, fmt.Errorf("%w: the third part is not base64 of UTF-8 of characters from U+0001 to U+00FF", ErrCorruptSignature)
 	}
 	s, err := parseSexp(characters)
 	if err != nil {

@@ -95,6 +95,7 @@ func TestVerify(t *testing.T) {
 		{"in canonical form", fieldOf(characters("(9:signature" + canonical(t, eccData) + canonical(t, eccVal) + canonical(t, eccKey) + ")")), both, nil, ""},
 		{"in canonical form, but not of characters", fieldOf("(9:signature" + canonical(t, eccData) + canonical(t, eccVal) + canonical(t, eccKey) + ")"), both, ErrCorruptSignature, "UTF-8"},
 		{"a character that is no byte", fieldOf("(signature " + eccData + eccVal + eccKey + ") \u0100"), both, ErrCorruptSignature, "UTF-8"},
+		{"a NUL after the expression", fieldOf("(signature " + eccData + eccVal + eccKey + ")\x00"), both, ErrCorruptSignature, "U+0001"},
 		{"flag raw", signatureOf(replace(eccData, "rfc6979", "raw"), eccVal, eccKey), both, nil, ""},
 		{"r with leading zeros", signatureOf(eccData, replace(eccVal, "#07", "#000007"), eccKey), both, nil, ""},
 		{"s before r", signatureOf(eccData, "(sig-val (ecdsa (s #"+eccS+"#) (r #"+eccR+"#)))", eccKey), both, nil, ""},
