@@ -6,6 +6,7 @@ import (
 	"context"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -35,17 +36,11 @@ func (s *Server) ServeWebSocket(listener net.Listener, access Access) error {
 	server := gate.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		s.serveWebSocket(w, r, access)
 	}))
-	server.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
-		return context.WithValue(ctx, connKey{}, conn)
-	}
 	server.WriteTimeout = handshakeTimeout
 	server.IdleTimeout = handshakeTimeout
 	defer context.AfterFunc(s.ctx, func() { server.Close() })()
 	return gate.Serve(s.stopping, server)
 }
-
-// connKey is the key of the connection in the context of a request.
-type connKey struct{}
 
 // serveWebSocket serves one connection until it ends.
 func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request, access Access) {
@@ -64,18 +59,12 @@ func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request, access A
 	if err != nil {
 		return // the client has been told
 	}
-	conn := r.Context().Value(connKey{}).(*admission.Conn)
+	conn := admission.ConnOf(r)
 	s.serveConn(coap.NewWebSocket(socket, conn), access, conn.SetIdle) // it closes the connection even if the server is closing
 }
 
 // offersCoAP reports whether a client wants to speak CoAP (RFC 6455, section 4.1, number 10).
 func offersCoAP(header http.Header) bool {
-	for _, line := range header.Values("Sec-Websocket-Protocol") {
-		for protocol := range strings.SplitSeq(line, ",") {
-			if strings.TrimSpace(protocol) == coap.WebSocketProtocol {
-				return true
-			}
-		}
-	}
-	return false
+	all := strings.Join(header.Values("Sec-Websocket-Protocol"), ",")
+	return slices.Contains(strings.Split(strings.ReplaceAll(all, " ", ""), ","), coap.WebSocketProtocol)
 }

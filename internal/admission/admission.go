@@ -93,7 +93,7 @@ type Gate struct {
 	shares shares
 	inside map[*Conn]struct{}
 
-	lastLog  time.Time
+	seldom   Seldom
 	unlogged int // of those turned away
 }
 
@@ -121,9 +121,6 @@ func (c *Counts) Stats() Stats {
 	return Stats{Connections: c.connections.Load(), Accepted: c.accepted.Load(), TurnedAway: c.turnedAway.Load()}
 }
 
-// logEvery is how often it is logged at most that connections are turned away.
-const logEvery = time.Minute
-
 // New returns a gate for so many connections at a time, of which one host may have half, but at
 // least one. Listener is where they come from. If it listens on a loopback address, whoever comes
 // from there counts for no host, for that may be a proxy for many; a proxy on the same machine must
@@ -140,6 +137,7 @@ func New(most int, listener net.Listener, counts *Counts, log func(error)) *Gate
 		log:      log,
 		shares:   newShares(most),
 		inside:   map[*Conn]struct{}{},
+		seldom:   Seldom{Every: time.Minute},
 	}
 }
 
@@ -181,9 +179,8 @@ func (g *Gate) outlasts(err error) bool {
 	defer g.mu.Unlock()
 	full := errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
 	room := full && g.makeRoom(anyOf, time.Time{})
-	if now := time.Now(); !room && now.Sub(g.lastLog) >= logEvery {
-		g.log(fmt.Errorf("accepting a connection: %w", err))
-		g.lastLog = now
+	if !room {
+		g.seldom.Log(g.log, fmt.Errorf("accepting a connection: %w", err))
 	}
 	return room
 }
@@ -204,7 +201,10 @@ func (g *Gate) Enter(conn net.Conn) (c *Conn, ok bool) {
 	}
 	if !ok {
 		g.turnedAway.Add(1)
-		g.logTurnedAway()
+		g.unlogged++
+		if g.seldom.Log(g.log, fmt.Errorf("%d connections turned away: all of %d, or half of them for one host, are busy", g.unlogged, g.shares.most)) {
+			g.unlogged = 0
+		}
 		conn.Close()
 		return nil, false
 	}
@@ -240,17 +240,6 @@ func (c *Conn) SetIdle(idle bool) {
 	case c.idle.IsZero():
 		c.idle = time.Now()
 	}
-}
-
-// logTurnedAway tells how many connections were turned away since it has told so last.
-func (g *Gate) logTurnedAway() {
-	g.unlogged++
-	now := time.Now()
-	if now.Sub(g.lastLog) < logEvery {
-		return
-	}
-	g.log(fmt.Errorf("%d connections turned away: all of %d, or half of them for one host, are busy", g.unlogged, g.shares.most))
-	g.unlogged, g.lastLog = 0, now
 }
 
 // leastIdle is for how long a connection had better have been idle before it makes room: whoever
@@ -328,13 +317,19 @@ func (g *Gate) Server(handler http.Handler) *http.Server {
 // connKey is the key of the connection in the context of a request.
 type connKey struct{}
 
+// ConnOf returns the connection that a request to what [Gate.Server] returns has come by; it is nil
+// for others.
+func ConnOf(r *http.Request) *Conn {
+	c, _ := r.Context().Value(connKey{}).(*Conn)
+	return c
+}
+
 // Unfinished has clients and proxies see that an answer is not whole whose end is that of the
 // connection, as HTTP/1.0 has it where the length is not known: until whole is called, that end is
 // a reset, whatever ends the handler or this process. Proxies would keep what they take for whole.
 // The request is one to what [Gate.Server] returns; for others nothing is done.
 func Unfinished(r *http.Request) (whole func()) {
-	c, ok := r.Context().Value(connKey{}).(*Conn)
-	if ok && !r.ProtoAtLeast(1, 1) {
+	if c := ConnOf(r); c != nil && !r.ProtoAtLeast(1, 1) {
 		if tcp, ok := c.Conn.(*net.TCPConn); ok {
 			_ = tcp.SetLinger(0) // fails where the client has gone
 			return func() { _ = tcp.SetLinger(-1) }
@@ -371,16 +366,21 @@ func (g *Gate) Serve(ctx context.Context, server *http.Server) error {
 	return nil
 }
 
-// Seldom logs at most about once per second, whatever strangers make go wrong. The zero value is
-// ready; it is safe for concurrent use.
-type Seldom struct{ last atomic.Int64 }
+// Seldom logs at most about once per second, or per Every, whatever strangers make go wrong. The
+// zero value is ready; it is safe for concurrent use.
+type Seldom struct {
+	Every time.Duration // 0 is a second
+	last  atomic.Int64
+}
 
-// Log hands an error to the log, unless there was one just now.
-func (s *Seldom) Log(log func(error), err error) {
+// Log hands an error to the log, unless there was one just now. It reports whether it has.
+func (s *Seldom) Log(log func(error), err error) (logged bool) {
 	now, last := time.Now().Unix(), s.last.Load()
-	if now != last && s.last.CompareAndSwap(last, now) {
+	logged = now-last >= max(1, int64(s.Every/time.Second)) && s.last.CompareAndSwap(last, now)
+	if logged {
 		log(err)
 	}
+	return logged
 }
 
 // FromPageHere reports whether a request may be answered though it changes something or begins a

@@ -232,18 +232,16 @@ type Escaped struct{ io.Writer }
 
 // Write implements io.Writer.
 func (e Escaped) Write(text []byte) (int, error) {
-	escaped := make([]byte, 0, len(text))
+	var b strings.Builder
 	for _, r := range string(text) {
 		if r < 0x7f || strconv.IsPrint(r) {
-			escaped = utf8.AppendRune(escaped, r)
+			b.WriteRune(r)
 			continue
 		}
 		for _, unit := range utf16.AppendRune(nil, r) {
-			escaped = fmt.Appendf(escaped, `\u%04x`, unit)
+			fmt.Fprintf(&b, `\u%04x`, unit)
 		}
 	}
-	if _, err := e.Writer.Write(escaped); err != nil {
-		return 0, err
-	}
-	return len(text), nil
+	_, err := io.WriteString(e.Writer, b.String())
+	return len(text), err
 }
