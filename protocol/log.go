@@ -6,10 +6,10 @@ import (
 	"fmt"
 	"hash/maphash"
 	"io"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
-	"unicode"
 	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
@@ -169,7 +169,7 @@ func (l *Log) oneLine(s string) string {
 	s = strings.ReplaceAll(strings.TrimRight(s, "\n"), "\n", "; ")
 	s = strings.Map(func(r rune) rune {
 		switch {
-		case unicode.IsControl(r):
+		case !strconv.IsPrint(r):
 			return ' '
 		case r >= utf8.RuneSelf && !l.style.Unicode:
 			return '?'

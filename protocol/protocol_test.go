@@ -327,10 +327,10 @@ func testMessages(t *testing.T) {
 // TestLogIsText checks that nothing from outside controls a terminal, is no text where it is shown,
 // or makes a line too long for one write.
 func TestLogIsText(t *testing.T) {
-	const evil = "a\u009b2Jb\x9b\u0085é\x00\x7f"
+	const evil = "a\u009b2Jb\x9b\u0085é\x00\x7f\u202e"
 	for unicode, want := range map[bool]string{
-		false: "g: warning: a 2Jb? ?  \n",
-		true:  "g: warning: a 2Jb\ufffd é  \n",
+		false: "g: warning: a 2Jb? ?   \n",
+		true:  "g: warning: a 2Jb\ufffd é   \n",
 	} {
 		var w lines
 		protocol.NewLog(&w, protocol.LogStyle{Program: "g", Unicode: unicode}).Warnf("%s", evil)
