@@ -264,6 +264,7 @@ func scriptStat(ts *testscript.TestScript, neg bool, args []string) {
 
 // A scriptServer is a web server of a script.
 type scriptServer struct {
+	work   string // the directory of the script
 	mu     sync.Mutex
 	seen   []string
 	active int // requests that will be seen when they have been answered
@@ -274,6 +275,7 @@ type scriptServer struct {
 //
 //	delay=DURATION  each answer takes that long
 //	silent          requests are taken and never answered
+//	with=VARIABLE   each answer waits until that server has been asked as well
 //	refuse          the URL is one where nobody listens
 //	cut=PATH:N      the connection is cut after N bytes of this path
 //	stall=PATH:N    after N bytes of this path nothing more comes
@@ -294,7 +296,7 @@ func scriptServe(ts *testscript.TestScript, neg bool, args []string) {
 		l.Close()
 		return
 	}
-	server := &scriptServer{}
+	server := &scriptServer{work: ts.Getenv("WORK")}
 	root, err := os.OpenRoot(ts.MkAbs(args[1]))
 	ts.Check(err)
 	done := make(chan struct{})
@@ -376,6 +378,15 @@ func (s *scriptServer) handler(root *os.Root, rules []string, done chan struct{}
 			case "silent":
 				silent()
 				return
+			case "with":
+				for asked := false; !asked && r.Context().Err() == nil; time.Sleep(time.Millisecond) {
+					if other, ok := servers.Load(s.work + "/" + value); ok {
+						other := other.(*scriptServer)
+						other.mu.Lock()
+						asked = len(other.seen) > 0
+						other.mu.Unlock()
+					}
+				}
 			case "header":
 				w.Header().Set(path, argument)
 			case "nolength":

@@ -164,7 +164,12 @@ func (d *doctor) examineDaemon() {
 		if d.shepherd() {
 			start = "sudo herd start guix-daemon && guix build -n hello # the first client has it started"
 		}
-		d.ill(start, "guix-daemon", "it does not run")
+		why := "it does not run"
+		if !d.hasGuix() {
+			start = "# install Guix first, as its manual says: https://guix.gnu.org/manual/en/html_node/Installation.html"
+			why += ", and Guix is not installed"
+		}
+		d.ill(start, "guix-daemon", "%s", why)
 		return
 	}
 	d.well("guix-daemon", "process %d, user %s, %s", p.pid, userName(p.credentials.uid), cmp.Or(p.program, "of a program that cannot be seen"))
@@ -183,6 +188,19 @@ func (d *doctor) examineDaemon() {
 	}
 	d.well("in use", "%s: %s", how, program)
 	d.examineConfinement(program, strings.HasPrefix(how, "as an extension"))
+}
+
+// hasGuix reports whether the program of the daemon, or a service for it, is where it may be.
+func (d *doctor) hasGuix() bool {
+	for _, name := range []string{
+		"var/guix/profiles/per-user/*/current-guix/bin/guix-daemon", "run/current-system/profile/bin/herd",
+		"usr/bin/guix-daemon", "usr/local/bin/guix-daemon", "etc/systemd/system/guix-daemon.service", "lib/systemd/system/guix-daemon.service",
+	} {
+		if found, _ := filepath.Glob(filepath.Join("/", d.root, name)); len(found) > 0 { // one for each user
+			return true
+		}
+	}
+	return false
 }
 
 func (d *doctor) plugIn() string {

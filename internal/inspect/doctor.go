@@ -137,8 +137,9 @@ func (d *doctor) examine(ctx context.Context) {
 	d.examineState()
 	d.examineAhead()
 	d.examineSharing()
+	stores := askStores(ctx, sub) // while servers are
 	d.examineServers(ctx, sub)
-	d.examineStores(ctx, sub)
+	d.examineStores(stores())
 	d.examineClock(time.Now())
 }
 
@@ -253,8 +254,21 @@ func (d *doctor) examineAhead() {
 	d.findings[len(d.findings)-1].Data = a
 }
 
-// examineSharing looks whether the publisher runs, where systemd is to start it.
+// examineSharing looks whether the publisher runs, where systemd is to start it, and for servers that
+// were started before the program was replaced.
 func (d *doctor) examineSharing() {
+	programs, _ := filepath.Glob(filepath.Join("/", d.root, "proc/[0-9]*/exe"))
+	for _, exe := range programs {
+		name, _ := os.Readlink(exe)
+		text, _ := files.ReadRegular(filepath.Join(filepath.Dir(exe), "cmdline"), maxProcessFile)
+		_, arguments, _ := strings.Cut(string(text), "\x00")
+		command, _, _ := strings.Cut(arguments, "\x00")
+		unit := map[string]string{"serve": "guix-substitute-eris.service", "publish": "guix-substitute-eris-publish.service"}[command]
+		if unit != "" && filepath.Base(name) == "guix-substitute-eris (deleted)" {
+			d.ill("sudo systemctl restart "+unit, command, "process %s is still of the program that was there before this one", filepath.Base(filepath.Dir(exe)))
+		}
+	}
+
 	const unit = "guix-substitute-eris-publish.service"
 	has := func(name string) bool {
 		_, err := os.Lstat(filepath.Join("/", d.root, name))
@@ -398,19 +412,17 @@ func examineServer(ctx context.Context, mirrors *mirror.Client, url string) find
 	return finding{Subject: name, OK: true, Detail: "answers (" + page.Duration(took) + ")"}
 }
 
-func (d *doctor) examineStores(ctx context.Context, sub *session.Session) {
+func (d *doctor) examineStores(reports []storeReport) {
 	urls := d.StoreURLs()
-	members, _ := sub.Stores()
-	if len(urls)+len(members) == 0 {
+	if len(urls)+len(reports) == 0 {
 		d.well("block stores", "none is configured; substitutes come as nars")
 	}
 	for _, url := range urls {
 		d.examineSocket(url)
 	}
-	if policy, _ := d.Policy(); len(members) == 0 && len(urls) > 0 && policy != substitute.HTTPOnly {
+	if policy, _ := d.Policy(); len(reports) == 0 && len(urls) > 0 && policy != substitute.HTTPOnly {
 		d.ill("sudo editor "+page.Quote(settings.FileName()), "block stores", "none of them can be opened")
 	}
-	reports, _ := reportStores(ctx, sub, nil)
 	for _, r := range reports {
 		subject := "block store " + r.URL
 		switch {

@@ -77,8 +77,12 @@ func explain(ctx context.Context, s *session.Settings, items []string, asJSON, f
 	s.LookAround()
 	sub := s.SilentSession(false)
 	defer sub.Close()
+	ctx, stop := context.WithCancel(ctx)
+	stores := askStores(ctx, sub)
+	defer func() { stop(); stores() }()
 	all := []explanation{}
 	worst := forItems(ctx, s, sub, items, func(e explanation) message.Status {
+		e.Stores = stores()
 		e.examineStores(ctx, sub, full)
 		all = append(all, e)
 		return session.ExitStatus(e.Availability)
@@ -107,6 +111,7 @@ type explanation struct {
 	Form    string        `json:"form,omitempty"` // of the contents, like "eris-fs"; empty if there is no block
 	Stores  []storeReport `json:"stores"`
 	keys    string        // file that lists them
+	policy  substitute.Policy
 }
 
 type storeReport struct {
@@ -128,6 +133,7 @@ func forItems(
 	shown := map[string]bool{}
 	for _, text := range session.Names(items) {
 		e := explanation{keys: s.KeysFile()}
+		e.policy, _ = s.Policy() // which was right when it was loaded
 		item, err := s.FindItem(ctx, sub, text)
 		if err == nil && shown[item] {
 			continue
@@ -149,6 +155,7 @@ func forItems(
 	return worst
 }
 
+// examineStores asks the stores that answer for blocks.
 func (e *explanation) examineStores(ctx context.Context, sub *session.Session, full bool) {
 	members, _ := sub.Stores()
 	if len(members) == 0 {
@@ -172,29 +179,41 @@ func (e *explanation) examineStores(ctx context.Context, sub *session.Session, f
 		blocks = blocks[:sampledBlocks]
 	}
 	e.Sampled = len(blocks)
-	e.Stores, e.Missing = reportStores(ctx, sub, blocks)
-	e.concludeMissing()
-}
-
-// reportStores asks all stores for blocks, and returns how many none of them has.
-func reportStores(ctx context.Context, sub *session.Session, blocks []image.Block) (reports []storeReport, missing int) {
-	members, stats := sub.Stores()
-	reports = make([]storeReport, len(members))
 	given := make([]atomic.Bool, len(blocks))
 	var wait sync.WaitGroup
 	for i, m := range members {
-		wait.Go(func() {
-			reports[i] = reportStore(ctx, m, stats[i], blocks, given)
-			reports[i].Found = sub.Found(reports[i].URL)
-		})
+		if r := &e.Stores[i]; r.Failure == "" {
+			wait.Go(func() { r.sample(ctx, m.Source, blocks, given) })
+		}
 	}
 	wait.Wait()
 	for i := range given {
 		if !given[i].Load() {
-			missing++
+			e.Missing++
 		}
 	}
-	return reports, missing
+	e.concludeMissing()
+}
+
+// askStores begins to ask all stores whether they are there, and returns what waits for the answers.
+func askStores(ctx context.Context, sub *session.Session) (reports func() []storeReport) {
+	members, stats := sub.Stores()
+	asked := make([]storeReport, len(members))
+	var wait sync.WaitGroup
+	for i, m := range members {
+		wait.Go(func() {
+			r := storeReport{URL: m.Source.String(), Near: m.Near, Rate: stats[i].Rate, Resting: stats[i].Resting}
+			latency, err := probe(ctx, m.Source)
+			if r.Latency, r.Found = latency, sub.Found(r.URL); err != nil {
+				r.Failure = message.OfStore(r.URL, err)
+			}
+			asked[i] = r
+		})
+	}
+	return func() []storeReport {
+		wait.Wait()
+		return slices.Clone(asked)
+	}
 }
 
 // concludeMissing says what becomes of an item that is to come from blocks of which some are
@@ -247,21 +266,15 @@ func (e *explanation) capability() (eris.ReadCapability, bool) {
 	return eris.ReadCapability{}, false
 }
 
-// reportStore asks a store for blocks, and notes which it has given.
-func reportStore(ctx context.Context, m pool.Member, known pool.SourceStats, blocks []image.Block, given []atomic.Bool) storeReport {
-	r := storeReport{URL: m.Source.String(), Near: m.Near, Rate: known.Rate, Resting: known.Resting}
-	latency, err := probe(ctx, m.Source)
-	if r.Latency = latency; err != nil {
-		r.Failure = message.OfStore(r.URL, err)
-		return r
-	}
+// sample asks a store for blocks, and notes which it has given.
+func (r *storeReport) sample(ctx context.Context, source fetch.Source, blocks []image.Block, given []atomic.Bool) {
 	begin := time.Now()
 	var has, bytes atomic.Int64
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(maxBlocksAtOnce)
 	for i, b := range blocks {
 		group.Go(func() error {
-			block, err := fetch.Get(ctx, m.Source, b.Reference, b.Size, nil)
+			block, err := fetch.Get(ctx, source, b.Reference, b.Size, nil)
 			if err == nil {
 				given[i].Store(true)
 				has.Add(1)
@@ -279,7 +292,6 @@ func reportStore(ctx context.Context, m pool.Member, known pool.SourceStats, blo
 	if r.Rate == 0 && bytes.Load() >= session.LeastMeasured {
 		r.Rate = float64(bytes.Load()) / time.Since(begin).Seconds()
 	}
-	return r
 }
 
 // probe asks a store for a block that there cannot be. It returns how long the answer took, or why
@@ -493,7 +505,7 @@ func (e *explanation) mend(p *page.Page) {
 		}
 		p.Line(2, "Name a server that signs its narinfos by --substitute-urls.")
 	case substitute.NotAvailable:
-		if e.Missing > 0 {
+		if e.Missing > 0 || e.NarHash != "" && e.policy == substitute.ERISOnly {
 			p.Line(2, "Name a store that has the blocks by --eris-store-url, or allow nars by --policy.")
 			return
 		}

@@ -90,15 +90,29 @@ func (s *Settings) itemByHash(ctx context.Context, sub *Session, text string) (s
 	if len(text) != 32 {
 		return "", message.Usage("%q is no name of a store item", text)
 	}
-	if found, _ := filepath.Glob(s.Store + "/" + text + "-*"); len(found) > 0 {
-		return found[0], nil
+	if present, _ := filepath.Glob(s.Store + "/" + text + "-*"); len(present) > 0 {
+		return present[0], nil
 	}
-	var failed []error
-	for _, server := range s.ServerURLs() {
-		texts, err := NarinfosFrom(ctx, sub.Mirrors, server, []string{text})
-		failed = append(failed, err)
-		if n, err := narinfo.Parse(texts[text]); err == nil && strings.HasPrefix(n.StorePath, s.Store+"/"+text+"-") {
-			return n.StorePath, nil
+	ctx, stop := context.WithCancel(ctx)
+	var wait sync.WaitGroup
+	defer func() { stop(); wait.Wait() }()
+	urls := s.ServerURLs()
+	found, failed := make([]chan string, len(urls)), make([]error, len(urls))
+	for i, server := range urls {
+		found[i] = make(chan string, 1)
+		wait.Go(func() {
+			texts, err := NarinfosFrom(ctx, sub.Mirrors, server, []string{text})
+			failed[i] = err
+			path := ""
+			if n, err := narinfo.Parse(texts[text]); err == nil && strings.HasPrefix(n.StorePath, s.Store+"/"+text+"-") {
+				path = n.StorePath
+			}
+			found[i] <- path
+		})
+	}
+	for _, of := range found { // the first server that has it, as elsewhere
+		if path := <-of; path != "" {
+			return path, nil
 		}
 	}
 	err := errors.Join(failed...)

@@ -259,11 +259,15 @@ func ReadService(root, unit, but string) (said, environment map[string]string) {
 			continue
 		}
 		text, _ := files.ReadRegular(name, maxFile)
+		text = regexp.MustCompile(`(?m)^[ \t]*[#;].*\n`).ReplaceAll(text, nil)
+		text = bytes.ReplaceAll(text, []byte("\\\n"), []byte(" ")) // lines that go on (systemd.syntax(7))
 		for line := range strings.Lines(string(text)) {
 			setting, value, _ := strings.Cut(strings.TrimSpace(line), "=")
 			said[setting] = value
 			if setting != "Environment" {
 				continue
+			} else if value == "" {
+				clear(environment) // what stands before does not count
 			}
 			for _, word := range strings.FieldsFunc(value, func(r rune) bool { return strings.ContainsRune(" \t\"'", r) }) {
 				variable, value, _ := strings.Cut(word, "=")

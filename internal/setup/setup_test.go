@@ -324,12 +324,22 @@ func TestStrangers(t *testing.T) {
 	}
 }
 
-// TestEmptySettings reads a service with settings that say nothing.
-func TestEmptySettings(t *testing.T) {
+// TestReadService reads services with settings that say nothing, or go on in the next line.
+func TestReadService(t *testing.T) {
 	s := machine(t, "")
-	must(t, os.WriteFile(filepath.Join(s.root, "etc/systemd/system/guix-daemon.service"),
-		[]byte("[Service]\nExecStart=\nUser=\nEnvironment=GUIX_EXTENSIONS_PATH=\nEnvironment=\n"), 0o644))
-	if d := (&installation{System: s}).daemon(); d.extensions != "" || d.program {
+	read := func(text string) daemon {
+		must(t, os.WriteFile(filepath.Join(s.root, "etc/systemd/system/guix-daemon.service"), []byte("[Service]\n"+text), 0o644))
+		return (&installation{System: s}).daemon()
+	}
+	if d := read("ExecStart=\nUser=\nEnvironment=GUIX_EXTENSIONS_PATH=\nEnvironment=\n"); d.extensions != "" || d.program {
+		t.Errorf("%+v", d)
+	}
+	d := read("# \\\nExecStart=\\\n  # between \\\n /usr/bin/guix-daemon \\\n --discover\nEnvironment=A=b \\\n GUIX_EXTENSIONS_PATH=/x\n")
+	said, _ := ReadService(s.root, "etc/systemd/system/guix-daemon.service", "")
+	if fields := strings.Fields(said["ExecStart"]); len(fields) != 2 || fields[0] != "/usr/bin/guix-daemon" || d.extensions != "/x" {
+		t.Errorf("%q %+v", said, d)
+	}
+	if d := read("Environment=GUIX_EXTENSIONS_PATH=/x\nEnvironment=\n"); d.extensions != "" {
 		t.Errorf("%+v", d)
 	}
 }
