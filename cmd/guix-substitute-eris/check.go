@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net/url"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 
@@ -67,7 +66,7 @@ func (s *checkSettings) check(ctx context.Context, what string) error {
 	}
 	var own []string
 	if isDirectory && len(s.stores) == 0 {
-		own = []string{"file:" + (&url.URL{Path: filepath.Join(what, "blocks")}).EscapedPath()}
+		own = []string{"file:" + (&url.URL{Path: what}).EscapedPath()}
 	}
 	urls, err := storeURLs(strings.Join(s.stores, " "), own...)
 	if err != nil {

@@ -45,8 +45,8 @@ encoded as "publish" encodes store items. "-" is the contents of standard
 input. --store=dump:- is standard output, which gets nothing else then: the URN
 goes to standard error.
 
-With --closure, PATHs are store items, and everything that they refer to is
-encoded too; each URN has the item behind it.`,
+With --closure, PATHs are store items, as "explain" takes them, and everything
+that they refer to is encoded too; each URN has the item behind it.`,
 	}
 	f := c.Flags()
 	f.StringVar(&s.store, "store", "", "put the blocks into the store at `URL`; \"none\" is none (default: the first of $ERIS_STORE_URL, of the setting eris-stores, or what runs here)")
@@ -181,16 +181,11 @@ func closureOf(ctx context.Context, paths []string) ([]string, error) {
 	store := settings.StoreDirectory()
 	var items []string
 	for _, path := range session.Names(paths) {
-		real, err := filepath.EvalSymlinks(path)
+		item, err := (&session.Settings{Store: store}).FindItem(ctx, nil, path)
 		if err != nil {
 			return nil, err
 		}
-		inside, ok := strings.CutPrefix(real, store+"/")
-		if !ok {
-			return nil, message.Usage("%s is no item of the store %s; --closure takes %s/…", path, store, store)
-		}
-		name, _, _ := strings.Cut(inside, "/")
-		items = append(items, store+"/"+name)
+		items = append(items, item)
 	}
 	database, err := guixdb.Open(settings.DatabaseFile(), store, guixdb.Timeout)
 	if err != nil {

@@ -110,9 +110,6 @@ func eachBlock(ctx context.Context, name string, shown *protocol.Transfer, f fun
 		return nil, err
 	}
 	if info.IsDir() {
-		if info, err := os.Stat(filepath.Join(name, "blocks")); err == nil && info.IsDir() {
-			name = filepath.Join(name, "blocks")
-		}
 		return nil, dir.Each(name, f)
 	}
 	if !info.Mode().IsRegular() {

@@ -69,7 +69,8 @@ var _ fetch.Store = (*Store)(nil)
 // Open returns the store in the directory that a URL names: file:///media/usb, or file:blocks,
 // relative to the working directory. The path is percent-encoded. An element "layout=flat" of the
 // query has new blocks written flat instead of sharded; "get", "put" or both restrict what the
-// store is used for.
+// store is used for. Of a directory with narinfos, as the command "export" makes it, the store is the
+// subdirectory "blocks".
 //
 // Open does not touch the directory. It is opened when it is needed; a directory that is not there,
 // because a medium is not plugged in, makes requests fail until it is. If it does not exist, the
@@ -163,7 +164,7 @@ func (s *Store) open(forWriting bool) (*root, error) {
 	defer s.mu.Unlock()
 	if s.root != nil && time.Since(s.checked) >= checkEvery {
 		s.checked = time.Now()
-		there, err := os.Stat(s.URL.Path)
+		there, err := os.Stat(inside(s.URL.Path))
 		here, _ := s.root.Stat(".")
 		if err != nil || !os.SameFile(here, there) {
 			s.setRoot(nil)
@@ -245,6 +246,16 @@ type root struct {
 	commits *local.Commits
 }
 
+// inside returns where the blocks of a directory are: of one that "export" has made, in a
+// subdirectory.
+func inside(directory string) string {
+	blocks := filepath.Join(directory, "blocks")
+	if info, err := os.Lstat(blocks); err == nil && info.IsDir() {
+		return blocks
+	}
+	return directory
+}
+
 func openRoot(path string, make bool) (*root, error) {
 	if make {
 		if err := os.Mkdir(path, 0o777); err != nil && !errors.Is(err, os.ErrExist) {
@@ -253,7 +264,7 @@ func openRoot(path string, make bool) (*root, error) {
 			}
 		}
 	}
-	directory, err := os.OpenRoot(path)
+	directory, err := os.OpenRoot(inside(path))
 	if err != nil {
 		return nil, err
 	}
