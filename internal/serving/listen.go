@@ -124,10 +124,21 @@ func (e *endpoint) listen(rights socketRights) (err error) {
 	default:
 		e.listener, err = net.Listen(network, e.address)
 		if err == nil {
-			e.address = e.listener.Addr().String()
+			e.address = bound(e.listener, e.address)
 		}
 	}
 	return err
+}
+
+// bound returns the address where a listener listens, by the one that it was to listen on: sockets
+// of Multipath TCP do not tell the zone.
+func bound(l net.Listener, asked string) string {
+	address := l.Addr().String()
+	_, port, _ := net.SplitHostPort(address)
+	if host, _, err := net.SplitHostPort(asked); err == nil && strings.Contains(host, "%") {
+		address = net.JoinHostPort(host, port)
+	}
+	return address
 }
 
 // advertisedPort returns the port where others of the local network can get blocks.

@@ -4,6 +4,7 @@ package serving
 
 import (
 	"net"
+	"strings"
 	"testing"
 	"time"
 
@@ -31,6 +32,30 @@ func TestParseEndpoint(t *testing.T) {
 	}
 	if e, err := parseEndpoint("https://host"); err == nil {
 		t.Errorf("%v is something to listen on", e)
+	}
+}
+
+// TestZone listens at an address with a zone, without which nobody would find it.
+func TestZone(t *testing.T) {
+	e, err := parseEndpoint("coap+tcp://[::1%25lo]:0")
+	if err == nil {
+		err = e.listen(socketRights{})
+	}
+	if err != nil {
+		t.Skip(err) // there may be no IPv6
+	}
+	defer e.close()
+	if !strings.HasPrefix(e.String(), "coap+tcp://[::1%25lo]:") || strings.HasSuffix(e.address, ":0") {
+		t.Error(e)
+	}
+	s := publishSettings{listen: "::1%lo"}
+	l, err := s.open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if !strings.HasPrefix(s.where, "[::1%lo]:") {
+		t.Error(s.where)
 	}
 }
 

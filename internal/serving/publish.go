@@ -35,6 +35,7 @@ import (
 type publishSettings struct {
 	itemSettings
 	listen, annotate      string
+	where                 string // it listens
 	publicKey, privateKey string
 	eris                  string // "true", "false", or the URL of the store for blocks
 	blocks, cache         string // blocks is this URL, too
@@ -60,10 +61,16 @@ func Publish() *cobra.Command {
 capabilities. Or, with --annotate, pass on the narinfos of another server and
 add read capabilities to those of items that are in the local store.
 
-Options of "guix publish" have the same meaning here.`,
+Options of "guix publish" have the same meaning here; there is no --repl.`,
 		Args: message.NoArguments,
 	}
 	f := c.Flags()
+	f.SetNormalizeFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
+		if name == "secret-key" { // as Guix has it, too
+			name = "private-key"
+		}
+		return pflag.NormalizedName(name)
+	})
 	f.StringVar(&s.listen, "listen", "", "listen on `HOST`, a name or an address, or on HOST:PORT (default: 127.0.0.1, and all addresses with --advertise)")
 	f.IntVarP(&s.port, "port", "p", 8080, "listen on `PORT`")
 	s.user.flag(c)
@@ -81,13 +88,14 @@ Options of "guix publish" have the same meaning here.`,
 	f.Func("ttl", "narinfos may be kept for this `TIME`: 36h, 5d or 2w for instance", func(text string) error { return setTime(&s.ttl, text) })
 	f.Func("negative-ttl", "that an item is not there may be kept for this `TIME`, 600s for instance", func(text string) error { return setTime(&s.negativeTTL, text) })
 	f.StringVar(&s.narPath, "nar-path", "nar", "nars are below this `PREFIX` of the paths of URLs")
-	f.IntVar(&s.workers, "workers", runtime.NumCPU(), "encode and, with --cache, compress this `NUMBER` of items at a time")
+	s.workers = runtime.NumCPU()
+	numberFlag(f, &s.workers, "workers", "encode and, with --cache, compress this `NUMBER` of items at a time")
 	f.Lookup("workers").DefValue = "0" // it depends on the machine, and manuals do not
 	f.StringVar(&s.logs, "log-directory", "/var/log/guix/drvs", "the daemon's build logs are in `DIRECTORY`; \"none\" serves none")
 	s.waitFor = 64 << 20
 	f.Func("cache-bypass-threshold", "encode items of up to this `SIZE` before answering; larger ones are encoded in the background", bytesize.Set(&s.waitFor, bytesize.Parse))
 	f.Lookup("cache-bypass-threshold").DefValue = "64MiB"
-	maxConnectionsFlag(c, &s.maxConnections, "")
+	maxConnectionsFlag(f, &s.maxConnections, "")
 	f.StringVar(&s.forms, "forms", "eris-fs", "what read capabilities denote is one of these `FORMS`, separated by commas: eris-fs and, in addition, nar, the compressed nar; with --annotate that of the other server, which is fetched for that once")
 	f.Func("deltas", "make deltas from older versions of items, in the background, and keep `BYTES` of them (1GiB, for instance)", bytesize.Set(&s.deltas, bytesize.Parse))
 	f.StringVar(&s.announce, "announce", "", "tell \"guix-substitute-eris use\" that the blocks are in the stores at `URLS`, separated by spaces, which may leave the host out: coap+tcp://:5683")
@@ -131,7 +139,7 @@ func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 		}
 		background.Go(func() { s.log.advertise(ctx, lan.Publish, port) })
 	}
-	s.log.Info("publishing on", "url", "http://"+l.Addr().String())
+	s.log.Info("publishing on", "url", "http://"+strings.ReplaceAll(s.where, "%", "%25"))
 	s.log.notify("READY=1")
 	defer context.AfterFunc(ctx, func() { s.log.notify("STOPPING=1") })()
 	return gate.Serve(ctx, gate.Server(handler))
@@ -192,7 +200,7 @@ func (s *publishSettings) handler(ctx context.Context) (h http.Handler, err erro
 		if err := files.MakeDirectory(s.cache); err != nil {
 			return nil, err
 		}
-		nars = publish.NewNars(filepath.Join(s.cache, "nars"), max(1, s.workers), s.ttl, s.log.Warnf)
+		nars = publish.NewNars(filepath.Join(s.cache, "nars"), s.workers, s.ttl, s.log.Warnf)
 		s.closers = append(s.closers, nars.Close)
 	}
 	h, err = publish.NewServer(publish.ServerOptions{
@@ -247,7 +255,7 @@ func (s *publishSettings) capabilities(store fetch.Store) (*publish.Capabilities
 	if err != nil {
 		return nil, err
 	}
-	c := publish.NewCapabilities(directory, store, max(1, s.workers), s.log.Warnf)
+	c := publish.NewCapabilities(directory, store, s.workers, s.log.Warnf)
 	c.Nar = nar
 	s.closers = append(s.closers, c.Close)
 	return c, nil

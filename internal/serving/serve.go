@@ -12,11 +12,13 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
 	coapmessage "github.com/plgd-dev/go-coap/v3/message"
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
@@ -107,7 +109,7 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 	f.BoolVar(&s.items, "items", false, "serve the blocks of the store items of this machine too, which are made from their files")
 	s.itemSettings.flags(f)
 	f.Func("limit-rate", "send at most `RATE` bytes per second in all, like 2MiB, and get at most so many of blocks from upstreams (default: no limit)", bytesize.Set(&s.limitRate, bytesize.ParseRate))
-	maxConnectionsFlag(c, &s.maxConnections, "per --listen and --socket ")
+	maxConnectionsFlag(c.Flags(), &s.maxConnections, "per --listen and --socket ")
 	f.BoolVar(&s.advertise, "advertise", false, "be found on the local network; without --listen, listen at coap+tcp://[::]:5683")
 	f.BoolVar(&s.stats, "stats", false, "print the statistics of the server that listens on the socket, as metrics of Prometheus, and do nothing else")
 	c.RunE = func(*cobra.Command, []string) error {
@@ -130,14 +132,20 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 }
 
 // maxConnectionsFlag defines the option --max-connections of a server.
-func maxConnectionsFlag(c *cobra.Command, value *int, where string) {
-	c.Flags().IntVar(value, "max-connections", 256, "have at most `NUMBER` connections "+where+"at a time, of which one host may have half")
-	c.PreRunE = func(*cobra.Command, []string) error {
-		if *value < 1 {
-			return message.Usage("the option --max-connections has the value \"%d\": it must be a number of at least 1", *value)
+func maxConnectionsFlag(f *pflag.FlagSet, value *int, where string) {
+	*value = 256
+	numberFlag(f, value, "max-connections", "have at most `NUMBER` connections "+where+"at a time, of which one host may have half")
+}
+
+// numberFlag defines an option that is a number of at least 1.
+func numberFlag(f *pflag.FlagSet, value *int, name, usage string) {
+	f.Func(name, usage, func(text string) (err error) {
+		if *value, err = strconv.Atoi(text); err != nil || *value < 1 {
+			return errors.New("it must be a number of at least 1")
 		}
 		return nil
-	}
+	})
+	f.Lookup(name).DefValue = strconv.Itoa(*value)
 }
 
 // run serves until a signal comes or something fails for good.
