@@ -13,7 +13,6 @@ units = $(DESTDIR)$(PREFIX)/lib/systemd/system
 EXTENSIONS = $(SYSCONFDIR)/guix/extensions
 extensions = $(DESTDIR)$(EXTENSIONS)
 share = $(DESTDIR)$(PREFIX)/share
-completions = $(share)/bash-completion/completions $(share)/zsh/site-functions $(share)/fish/vendor_completions.d
 lib = $(DESTDIR)$(PREFIX)/lib
 version = $(shell sed -n 's/^const release = "\(.*\)"$$/\1/p' internal/program/version.go)
 
@@ -39,36 +38,37 @@ soak:
 		-run '^Test(Soak|HelperKilled|ServeKilled|PublishKilled|FullDisks)$$' ./cmd/$(name)
 
 # Texts name the program where it is installed.
-place = sed 's|/usr/local/|$(PREFIX)/|g' $(1) | install -m 644 /dev/stdin $(2)/$(notdir $(1))
+place = sed 's|/usr/local/|$(PREFIX)/|g' $(1) | install -m 644 /dev/stdin "$(2)/$(notdir $(1))"
 
 unit_files = $(wildcard etc/systemd/$(name)*.*)
 guix_files = $(wildcard etc/guix/$(name)/*.scm)
 
 # What guix-daemon does, "setup" changes; this only puts files where they are found.
 install: $(name)
-	install -d $(bin) $(units) $(lib)/sysusers.d $(lib)/tmpfiles.d $(extensions) $(share)/$(name)/guix/$(name) $(share)/doc/$(name) $(completions)
-	install -m 755 $(name) $(bin)/
-	env -i ./$(name) man $(share)/man
-	./$(name) completion bash > $(share)/bash-completion/completions/$(name)
-	./$(name) completion zsh > $(share)/zsh/site-functions/_$(name)
-	./$(name) completion fish > $(share)/fish/vendor_completions.d/$(name).fish
+	install -d "$(bin)" "$(units)" "$(lib)/sysusers.d" "$(lib)/tmpfiles.d" "$(extensions)" "$(share)/$(name)/guix/$(name)" "$(share)/doc/$(name)" \
+		"$(share)/bash-completion/completions" "$(share)/zsh/site-functions" "$(share)/fish/vendor_completions.d"
+	install -m 755 $(name) "$(bin)/"
+	env -i ./$(name) man "$(share)/man"
+	./$(name) completion bash > "$(share)/bash-completion/completions/$(name)"
+	./$(name) completion zsh > "$(share)/zsh/site-functions/_$(name)"
+	./$(name) completion fish > "$(share)/fish/vendor_completions.d/$(name).fish"
 	set -e; $(foreach f,$(unit_files),$(call place,$(f),$(units));)
 	$(call place,etc/daemon/guix/extensions/substitute.scm,$(extensions))
-	install -m 644 $(guix_files) $(share)/$(name)/guix/$(name)/
-	install -m 644 etc/sysusers.d/$(name).conf $(lib)/sysusers.d/
-	install -m 644 etc/tmpfiles.d/$(name).conf $(lib)/tmpfiles.d/
+	install -m 644 $(guix_files) "$(share)/$(name)/guix/$(name)/"
+	install -m 644 etc/sysusers.d/$(name).conf "$(lib)/sysusers.d/"
+	install -m 644 etc/tmpfiles.d/$(name).conf "$(lib)/tmpfiles.d/"
 	$(call place,etc/systemd/guix-daemon.service.d/$(name).conf,$(share)/$(name))
 	$(call place,etc/apparmor.d/$(name),$(share)/$(name))
-	install -m 644 README.md CHANGELOG.md docs/*.md $(share)/doc/$(name)/
+	install -m 644 README.md CHANGELOG.md docs/*.md "$(share)/doc/$(name)/"
 
 uninstall:
 	@if [ -e "$(DESTDIR)/etc/systemd/system/guix-daemon.service.d/$(name).conf" ]; then \
 		echo 'guix-daemon would start what is not there: run "guix-substitute-eris setup --undo" first' >&2; exit 1; fi
-	rm -f $(bin)/$(name) $(addprefix $(units)/,$(notdir $(unit_files))) $(extensions)/substitute.scm
-	rm -f $(lib)/sysusers.d/$(name).conf $(lib)/tmpfiles.d/$(name).conf
-	rm -rf $(share)/$(name) $(share)/doc/$(name) $(share)/man/man1/$(name)*.1 $(share)/man/man5/substitute-eris.toml.5
-	rm -f $(share)/bash-completion/completions/$(name) $(share)/zsh/site-functions/_$(name) \
-		$(share)/fish/vendor_completions.d/$(name).fish
+	rm -f "$(bin)/$(name)" $(foreach f,$(notdir $(unit_files)),"$(units)/$(f)") "$(extensions)/substitute.scm"
+	rm -f "$(lib)/sysusers.d/$(name).conf" "$(lib)/tmpfiles.d/$(name).conf"
+	rm -rf "$(share)/$(name)" "$(share)/doc/$(name)" "$(share)/man/man1/$(name)"*.1 "$(share)/man/man5/substitute-eris.toml.5"
+	rm -f "$(share)/bash-completion/completions/$(name)" "$(share)/zsh/site-functions/_$(name)" \
+		"$(share)/fish/vendor_completions.d/$(name).fish"
 
 # The same bytes wherever and whenever it is made of a commit: no times, owners or modes of files go
 # in.

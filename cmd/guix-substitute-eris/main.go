@@ -121,7 +121,7 @@ func rootCommand(completing bool) *cobra.Command {
 	root.Args = cobra.ArbitraryArgs
 	words := map[string][]string{ // as values of options
 		"policy": session.Policies(), "layout": {"sharded", "flat"}, "way": {"extension", "program"},
-		"log-format": {"text", "json"}, "compression": {"none", "gzip", "zstd"},
+		"log-format": {"text", "json"}, "compression": {"none", "gzip", "lzip", "zstd"},
 	}
 	completeOptions(root, words, completing)
 	for _, r := range commands {
