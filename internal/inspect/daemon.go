@@ -164,8 +164,11 @@ func (d *doctor) examineDaemon() {
 		if d.shepherd() {
 			start = "sudo herd start guix-daemon && guix build -n hello # the first client has it started"
 		}
-		why := "it does not run"
-		if !d.hasGuix() {
+		why, guix := "it does not run", []string{
+			"run/current-system", "var/guix/profiles/per-user/root/current-guix", "usr/bin/guix-daemon", "usr/local/bin/guix-daemon",
+			"etc/systemd/system/guix-daemon.service", "lib/systemd/system/guix-daemon.service",
+		}
+		if !slices.ContainsFunc(guix, d.has) {
 			start = "# install Guix first, as its manual says: https://guix.gnu.org/manual/en/html_node/Installation.html"
 			why += ", and Guix is not installed"
 		}
@@ -188,19 +191,6 @@ func (d *doctor) examineDaemon() {
 	}
 	d.well("in use", "%s: %s", how, program)
 	d.examineConfinement(program, strings.HasPrefix(how, "as an extension"))
-}
-
-// hasGuix reports whether the program of the daemon, or a service for it, is where it may be.
-func (d *doctor) hasGuix() bool {
-	for _, name := range []string{
-		"var/guix/profiles/per-user/*/current-guix/bin/guix-daemon", "run/current-system/profile/bin/herd",
-		"usr/bin/guix-daemon", "usr/local/bin/guix-daemon", "etc/systemd/system/guix-daemon.service", "lib/systemd/system/guix-daemon.service",
-	} {
-		if found, _ := filepath.Glob(filepath.Join("/", d.root, name)); len(found) > 0 { // one for each user
-			return true
-		}
-	}
-	return false
 }
 
 func (d *doctor) plugIn() string {

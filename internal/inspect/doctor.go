@@ -163,11 +163,14 @@ func (d *doctor) adoptEnvironment() {
 	}
 }
 
-// shepherd reports whether services are those of Guix System, and not of systemd.
-func (d *doctor) shepherd() bool {
-	_, err := os.Stat(filepath.Join("/", d.root, "run/current-system/profile/bin/herd"))
+// has reports whether the system has a file.
+func (d *doctor) has(name string) bool {
+	_, err := os.Lstat(filepath.Join("/", d.root, name))
 	return err == nil
 }
+
+// shepherd reports whether services are those of Guix System, and not of systemd.
+func (d *doctor) shepherd() bool { return d.has("run/current-system/profile/bin/herd") }
 
 func (d *doctor) examineKeys() {
 	name := d.KeysFile()
@@ -270,13 +273,9 @@ func (d *doctor) examineSharing() {
 	}
 
 	const unit = "guix-substitute-eris-publish.service"
-	has := func(name string) bool {
-		_, err := os.Lstat(filepath.Join("/", d.root, name))
-		return err == nil
-	}
 	switch {
-	case !has("etc/systemd/system/multi-user.target.wants/" + unit):
-	case has("run/systemd/units/invocation:" + unit):
+	case !d.has("etc/systemd/system/multi-user.target.wants/" + unit):
+	case d.has("run/systemd/units/invocation:" + unit):
 		d.well("sharing", "the publisher runs")
 	default:
 		d.ill("sudo systemctl start "+unit, "sharing", "the publisher does not run, so that others get nothing from here")

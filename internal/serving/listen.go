@@ -3,6 +3,7 @@
 package serving
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -122,23 +123,20 @@ func (e *endpoint) listen(rights socketRights) (err error) {
 			e.address = e.packets.LocalAddr().String()
 		}
 	default:
-		e.listener, err = net.Listen(network, e.address)
+		e.listener, err = listenTCP(e.address)
 		if err == nil {
-			e.address = bound(e.listener, e.address)
+			e.address = e.listener.Addr().String()
 		}
 	}
 	return err
 }
 
-// bound returns the address where a listener listens, by the one that it was to listen on: sockets
-// of Multipath TCP do not tell the zone.
-func bound(l net.Listener, asked string) string {
-	address := l.Addr().String()
-	_, port, _ := net.SplitHostPort(address)
-	if host, _, err := net.SplitHostPort(asked); err == nil && strings.Contains(host, "%") {
-		address = net.JoinHostPort(host, port)
-	}
-	return address
+// listenTCP listens at an address by TCP, and not by Multipath TCP, whose sockets do not tell the
+// zone of their address.
+func listenTCP(address string) (net.Listener, error) {
+	var c net.ListenConfig
+	c.SetMultipathTCP(false)
+	return c.Listen(context.Background(), "tcp", address)
 }
 
 // advertisedPort returns the port where others of the local network can get blocks.

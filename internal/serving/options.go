@@ -16,9 +16,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/systemd"
 )
 
-// maxTime is 100 years, in seconds.
-const maxTime = 100 * 365 * 24 * 3600
-
 // setTime sets a time as options of Guix have it (guix/ui.scm: string->duration), but without
 // months, which others would take for minutes.
 func setTime(t *time.Duration, text string) error {
@@ -31,7 +28,7 @@ func setTime(t *time.Duration, text string) error {
 	switch {
 	case err == nil && unit == "m":
 		return fmt.Errorf("months for Guix are minutes for others; write %ds or %dd", n*60, n*30)
-	case err != nil || !ok || n*seconds > maxTime:
+	case err != nil || !ok || n*seconds > 100*365*24*3600:
 		return errors.New("it must be a number and a unit: s, h, d or w, like 36h or 5d; at most 100 years")
 	}
 	*t = time.Duration(n*seconds) * time.Second
@@ -58,7 +55,6 @@ func guixCompressions(texts []string) (forms []string) {
 func (s *publishSettings) open() (net.Listener, error) {
 	passed, err := systemd.Sockets()
 	if err == nil && len(passed) == 1 && passed[0].Listener != nil {
-		s.where = passed[0].Listener.Addr().String()
 		return passed[0].Listener, nil
 	} else if err != nil || len(passed) > 0 {
 		return nil, cmp.Or(err, fmt.Errorf("the service manager passes %d sockets, and must pass one, of a stream", len(passed)))
@@ -80,16 +76,9 @@ func (s *publishSettings) open() (net.Listener, error) {
 	case notAddress == nil || notNumber != nil && !strings.Contains(s.listen, ":"):
 		host = bare
 	default:
-		return s.listenOn(s.listen) // or it says what is wrong
+		return listenTCP(s.listen) // or it says what is wrong
 	}
-	return s.listenOn(net.JoinHostPort(host, strconv.Itoa(s.port)))
-}
-
-func (s *publishSettings) listenOn(address string) (l net.Listener, err error) {
-	if l, err = net.Listen("tcp", address); err == nil {
-		s.where = bound(l, address)
-	}
-	return l, err
+	return listenTCP(net.JoinHostPort(host, strconv.Itoa(s.port)))
 }
 
 // advertisedAs returns the port that others on the local network are told.

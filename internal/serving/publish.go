@@ -35,7 +35,6 @@ import (
 type publishSettings struct {
 	itemSettings
 	listen, annotate      string
-	where                 string // it listens
 	publicKey, privateKey string
 	eris                  string // "true", "false", or the URL of the store for blocks
 	blocks, cache         string // blocks is this URL, too
@@ -65,12 +64,6 @@ Options of "guix publish" have the same meaning here; there is no --repl.`,
 		Args: message.NoArguments,
 	}
 	f := c.Flags()
-	f.SetNormalizeFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
-		if name == "secret-key" { // as Guix has it, too
-			name = "private-key"
-		}
-		return pflag.NormalizedName(name)
-	})
 	f.StringVar(&s.listen, "listen", "", "listen on `HOST`, a name or an address, or on HOST:PORT (default: 127.0.0.1, and all addresses with --advertise)")
 	f.IntVarP(&s.port, "port", "p", 8080, "listen on `PORT`")
 	s.user.flag(c)
@@ -80,6 +73,7 @@ Options of "guix publish" have the same meaning here; there is no --repl.`,
 	f.StringVar(&s.annotate, "annotate", "", "pass on the narinfos of the server at `URL`")
 	f.StringVar(&s.publicKey, "public-key", publicKeyFile(), "the key that others authorise is in `FILE`")
 	f.StringVar(&s.privateKey, "private-key", filepath.Join(settings.Directory(), "signing-key.sec"), "sign with the key in `FILE`; \"none\" signs nothing")
+	f.StringVar(&s.privateKey, "secret-key", s.privateKey, "the same as --private-key: a `FILE`, or \"none\"")
 	f.StringVar(&s.eris, "eris", "false", "publish read capabilities and serve the blocks, made from the files of the items, at this address; or, as --eris=`URL`, the same as --store")
 	f.Lookup("eris").NoOptDefVal = "true"
 	f.StringVar(&s.blocks, "store", "", "put the blocks into the store at `URL`; with \"none\", and --eris, blocks are neither put nor served")
@@ -95,7 +89,8 @@ Options of "guix publish" have the same meaning here; there is no --repl.`,
 	s.waitFor = 64 << 20
 	f.Func("cache-bypass-threshold", "encode items of up to this `SIZE` before answering; larger ones are encoded in the background", bytesize.Set(&s.waitFor, bytesize.Parse))
 	f.Lookup("cache-bypass-threshold").DefValue = "64MiB"
-	maxConnectionsFlag(f, &s.maxConnections, "")
+	s.maxConnections = mostConnections
+	numberFlag(f, &s.maxConnections, "max-connections", "have at most `NUMBER` connections at a time, of which one host may have half")
 	f.StringVar(&s.forms, "forms", "eris-fs", "what read capabilities denote is one of these `FORMS`, separated by commas: eris-fs and, in addition, nar, the compressed nar; with --annotate that of the other server, which is fetched for that once")
 	f.Func("deltas", "make deltas from older versions of items, in the background, and keep `BYTES` of them (1GiB, for instance)", bytesize.Set(&s.deltas, bytesize.Parse))
 	f.StringVar(&s.announce, "announce", "", "tell \"guix-substitute-eris use\" that the blocks are in the stores at `URLS`, separated by spaces, which may leave the host out: coap+tcp://:5683")
@@ -139,7 +134,7 @@ func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 		}
 		background.Go(func() { s.log.advertise(ctx, lan.Publish, port) })
 	}
-	s.log.Info("publishing on", "url", "http://"+strings.ReplaceAll(s.where, "%", "%25"))
+	s.log.Info("publishing on", "url", "http://"+strings.ReplaceAll(l.Addr().String(), "%", "%25"))
 	s.log.notify("READY=1")
 	defer context.AfterFunc(ctx, func() { s.log.notify("STOPPING=1") })()
 	return gate.Serve(ctx, gate.Server(handler))

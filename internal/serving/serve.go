@@ -109,7 +109,8 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 	f.BoolVar(&s.items, "items", false, "serve the blocks of the store items of this machine too, which are made from their files")
 	s.itemSettings.flags(f)
 	f.Func("limit-rate", "send at most `RATE` bytes per second in all, like 2MiB, and get at most so many of blocks from upstreams (default: no limit)", bytesize.Set(&s.limitRate, bytesize.ParseRate))
-	maxConnectionsFlag(c.Flags(), &s.maxConnections, "per --listen and --socket ")
+	s.maxConnections = mostConnections
+	numberFlag(f, &s.maxConnections, "max-connections", "have at most `NUMBER` connections per --listen and --socket at a time, of which one host may have half")
 	f.BoolVar(&s.advertise, "advertise", false, "be found on the local network; without --listen, listen at coap+tcp://[::]:5683")
 	f.BoolVar(&s.stats, "stats", false, "print the statistics of the server that listens on the socket, as metrics of Prometheus, and do nothing else")
 	c.RunE = func(*cobra.Command, []string) error {
@@ -131,11 +132,8 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 	return c
 }
 
-// maxConnectionsFlag defines the option --max-connections of a server.
-func maxConnectionsFlag(f *pflag.FlagSet, value *int, where string) {
-	*value = 256
-	numberFlag(f, value, "max-connections", "have at most `NUMBER` connections "+where+"at a time, of which one host may have half")
-}
+// mostConnections is how many connections a server has at most, unless --max-connections says so.
+const mostConnections = 256
 
 // numberFlag defines an option that is a number of at least 1.
 func numberFlag(f *pflag.FlagSet, value *int, name, usage string) {

@@ -232,7 +232,11 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error
 		case first || !query:
 			s.renewKeys(sub, query, first)
 		}
-		ctx, stop := s.requestContext(read)
+		ctx, stop := context.WithCancel(read)
+		if s.byHand { // the daemon kills, or is gone
+			stop()
+			ctx, stop = program.UntilSignal()
+		}
 		reply := s.answer(ctx, sub, request, query)
 		if !query && bytes.Equal(reply, protocol.AppendNotFound(nil)) && s.near.awaited() {
 			renew()
@@ -252,15 +256,6 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error
 			return errInterrupted
 		}
 	}
-}
-
-// requestContext returns the context of a request. A person ends one by a signal; the daemon kills,
-// or is gone.
-func (s *Settings) requestContext(read context.Context) (context.Context, context.CancelFunc) {
-	if s.byHand {
-		return program.UntilSignal()
-	}
-	return context.WithCancel(read)
 }
 
 // whileRead returns a context that ends when nobody can read the replies any more: when the daemon
@@ -289,7 +284,7 @@ func whileRead(replies int) (ctx context.Context, stop func()) {
 // renewKeys reads the list of authorised keys. If it has changed, what is staged does not count.
 func (s *Settings) renewKeys(sub *Session, query, first bool) {
 	keys := s.Keys()
-	if !first && sameKeys(keys, sub.Keys) {
+	if !first && slices.EqualFunc(keys.Keys(), sub.Keys.Keys(), (*acl.PublicKey).Equal) {
 		return
 	}
 	if sub.staging != nil {
@@ -299,13 +294,6 @@ func (s *Settings) renewKeys(sub *Session, query, first bool) {
 	if !query {
 		sub.staging = s.ahead(sub)
 	}
-}
-
-func sameKeys(a, b *acl.ACL) bool {
-	if a == b || a == nil || b == nil {
-		return a == b
-	}
-	return slices.EqualFunc(a.Keys(), b.Keys(), func(a, b *acl.PublicKey) bool { return a.Equal(b) })
 }
 
 // answer returns the reply to a request; there is one whatever happens.

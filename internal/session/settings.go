@@ -231,12 +231,7 @@ func (s *Settings) StoreURLs() []string {
 	for _, server := range s.ServerURLs() {
 		for _, directory := range mirror.LocalDirectories(server) {
 			stick := url.URL{Scheme: "file", Path: filepath.Join(directory, "blocks")}
-			info, err := os.Stat(stick.Path)
-			known := func(text string) bool {
-				u, err := storeurl.Parse(text)
-				return err == nil && u.String() == stick.String()
-			}
-			if err == nil && info.IsDir() && !slices.ContainsFunc(urls, known) {
+			if info, err := os.Stat(stick.Path); err == nil && info.IsDir() { // perhaps once more, which counts once
 				urls = append(slices.Clip(urls), stick.String())
 			}
 		}
