@@ -69,8 +69,8 @@ var _ fetch.Store = (*Store)(nil)
 // Open returns the store in the directory that a URL names: file:///media/usb, or file:blocks,
 // relative to the working directory. The path is percent-encoded. An element "layout=flat" of the
 // query has new blocks written flat instead of sharded; "get", "put" or both restrict what the
-// store is used for. Of a directory with narinfos, as the command "export" makes it, the store is the
-// subdirectory "blocks".
+// store is used for. Blocks are also found in a subdirectory "blocks", as the command "export"
+// makes it.
 //
 // Open does not touch the directory. It is opened when it is needed; a directory that is not there,
 // because a medium is not plugged in, makes requests fail until it is. If it does not exist, the
@@ -117,14 +117,16 @@ func (s *Store) find(r *root, ref eris.Reference, size int, dst []byte) ([]byte,
 	first := s.hint.Load()
 	name := ref.String()
 	result := error(eris.ErrNotFound)
-	for _, flat := range [...]bool{first, !first} {
-		block, err := r.read(file(flat, name), ref, size, dst)
-		if err == nil {
-			s.hint.Store(flat)
-			return block, nil
-		}
-		if !errors.Is(err, eris.ErrNotFound) {
-			result = err
+	for _, place := range r.places {
+		for _, flat := range [...]bool{first, !first} {
+			block, err := r.read(place+file(flat, name), ref, size, dst)
+			if err == nil {
+				s.hint.Store(flat)
+				return block, nil
+			}
+			if !errors.Is(err, eris.ErrNotFound) {
+				result = err
+			}
 		}
 	}
 	return nil, result
@@ -164,7 +166,7 @@ func (s *Store) open(forWriting bool) (*root, error) {
 	defer s.mu.Unlock()
 	if s.root != nil && time.Since(s.checked) >= checkEvery {
 		s.checked = time.Now()
-		there, err := os.Stat(inside(s.URL.Path))
+		there, err := os.Stat(s.URL.Path)
 		here, _ := s.root.Stat(".")
 		if err != nil || !os.SameFile(here, there) {
 			s.setRoot(nil)
@@ -213,7 +215,7 @@ func Each(directory string, f func(ref eris.Reference, block []byte) error) erro
 		switch {
 		case err != nil:
 			return err
-		case d.IsDir() && name != "." && len(name) != 2: // of a stick with other things
+		case d.IsDir() && name != "." && name+"/" != exported && len(strings.TrimPrefix(name, exported)) != 2: // other things
 			return fs.SkipDir
 		case !d.Type().IsRegular():
 			return nil
@@ -236,6 +238,9 @@ func Each(directory string, f func(ref eris.Reference, block []byte) error) erro
 	})
 }
 
+// exported is where the blocks of a directory are that "export" has made.
+const exported = "blocks/"
+
 // incoming is the subdirectory where files are while they are being written.
 const incoming = ".incoming"
 
@@ -243,17 +248,8 @@ const incoming = ".incoming"
 // os.ErrClosed or are finished. Symbolic links do not lead out of it.
 type root struct {
 	*os.Root
+	places  []string // below it where blocks may be
 	commits *local.Commits
-}
-
-// inside returns where the blocks of a directory are: of one that "export" has made, in a
-// subdirectory.
-func inside(directory string) string {
-	blocks := filepath.Join(directory, "blocks")
-	if info, err := os.Lstat(blocks); err == nil && info.IsDir() {
-		return blocks
-	}
-	return directory
 }
 
 func openRoot(path string, make bool) (*root, error) {
@@ -264,11 +260,14 @@ func openRoot(path string, make bool) (*root, error) {
 			}
 		}
 	}
-	directory, err := os.OpenRoot(inside(path))
+	directory, err := os.OpenRoot(path)
 	if err != nil {
 		return nil, err
 	}
-	r := &root{Root: directory}
+	r := &root{Root: directory, places: []string{"", exported}}
+	if info, err := r.Lstat(exported); err != nil || !info.IsDir() {
+		r.places = r.places[:1]
+	}
 	r.commits = local.NewCommits(r.sync)
 	return r, nil
 }

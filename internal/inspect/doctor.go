@@ -257,8 +257,8 @@ func (d *doctor) examineAhead() {
 	d.findings[len(d.findings)-1].Data = a
 }
 
-// examineSharing looks whether the publisher runs, where systemd is to start it, and for servers that
-// were started before the program was replaced.
+// examineSharing looks whether the publisher runs, where systemd is to start it, and for servers
+// that were started before the program was replaced.
 func (d *doctor) examineSharing() {
 	programs, _ := filepath.Glob(filepath.Join("/", d.root, "proc/[0-9]*/exe"))
 	for _, exe := range programs {

@@ -195,7 +195,8 @@ func (e *explanation) examineStores(ctx context.Context, sub *session.Session, f
 	e.concludeMissing()
 }
 
-// askStores begins to ask all stores whether they are there, and returns what waits for the answers.
+// askStores begins to ask all stores whether they are there, and returns what waits for their
+// answers.
 func askStores(ctx context.Context, sub *session.Session) (reports func() []storeReport) {
 	members, stats := sub.Stores()
 	asked := make([]storeReport, len(members))

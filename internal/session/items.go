@@ -50,8 +50,8 @@ func Names(arguments []string) (names []string) {
 const maxLinks = 40
 
 // FindItem returns the store item that a person means: by its path or that of a file in it, by its
-// name or its hash part, or by a link into the store, of a profile for example. For a hash part, the
-// store and then, unless sub is nil, the servers are looked through for the name.
+// name or its hash part, or by a link into the store, of a profile for example. For a hash part,
+// the store and then, unless sub is nil, the servers are looked through for the name.
 func (s *Settings) FindItem(ctx context.Context, sub *Session, text string) (string, error) {
 	name := strings.TrimRight(text, "/")
 	if !strings.Contains(name, "/") && len(name) >= 32 && narinfo.CheckStoreName(name[:32]+"-x") == nil {
