@@ -4,7 +4,6 @@ package delta_test
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
 	"errors"
 	"io"
@@ -198,7 +197,7 @@ func FuzzRead(f *testing.F) {
 		const limit = 64 << 10
 		archive, err := read(t.Context(), forged(index, string(frames)), base, delta.ReadOptions{MaxSize: limit})
 		if err == nil {
-			if _, err := nar.Write(io.Discard, nar.NewReader(nar.NewReadAhead(context.Background(), bytes.NewReader(archive), 2, 4096, 0))); err != nil {
+			if _, err := nar.Write(io.Discard, nar.NewReader(nar.NewReadAhead(t.Context(), bytes.NewReader(archive), 2, 4096, 0))); err != nil {
 				t.Errorf("the tree is no good one: %v", err)
 			}
 		}

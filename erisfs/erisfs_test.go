@@ -362,7 +362,7 @@ func TestOrder(t *testing.T) {
 	defer tree.Close()
 	a := archive(t, tree)
 	// The reader of archives checks the order.
-	if _, err := nar.Write(io.Discard, nar.NewReader(nar.NewReadAhead(context.Background(), bytes.NewReader(a), 2, 1000, 0))); err != nil {
+	if _, err := nar.Write(io.Discard, nar.NewReader(nar.NewReadAhead(t.Context(), bytes.NewReader(a), 2, 1000, 0))); err != nil {
 		t.Error(err)
 	}
 	for _, entries := range [][]erisfs.Entry{

@@ -194,15 +194,15 @@ func TestPieces(t *testing.T) {
 		"with empty reads": &emptyReads{strings.NewReader(sample), false},
 	}
 	for name, r := range readers {
-		if got, err := describe(nar.NewReader(nar.NewReadAhead(context.Background(), r, 2, 4096, 0))); err != nil || got != sampleNodes {
+		if got, err := describe(nar.NewReader(nar.NewReadAhead(t.Context(), r, 2, 4096, 0))); err != nil || got != sampleNodes {
 			t.Errorf("%s: error %v, nodes:\n%s", name, err, got)
 		}
 	}
 	for size := 1; size < 100; size++ {
-		if got, err := describe(nar.NewReader(nar.NewReadAhead(context.Background(), strings.NewReader(sample), 2, size, 0))); err != nil || got != sampleNodes {
+		if got, err := describe(nar.NewReader(nar.NewReadAhead(t.Context(), strings.NewReader(sample), 2, size, 0))); err != nil || got != sampleNodes {
 			t.Errorf("pieces of %d bytes: error %v, nodes:\n%s", size, err, got)
 		}
-		a := nar.NewReadAhead(context.Background(), strings.NewReader(sample), 3, size, 0)
+		a := nar.NewReadAhead(t.Context(), strings.NewReader(sample), 3, size, 0)
 		if got, err := describe(nar.NewReader(a)); err != nil || got != sampleNodes {
 			t.Errorf("read ahead in pieces of %d bytes: error %v, nodes:\n%s", size, err, got)
 		}
@@ -225,7 +225,7 @@ func (e *emptyReads) Read(p []byte) (int, error) {
 
 // TestSkip checks that contents need not be read.
 func TestSkip(t *testing.T) {
-	r := nar.NewReader(nar.NewReadAhead(context.Background(), strings.NewReader(sample), 2, 16, 0))
+	r := nar.NewReader(nar.NewReadAhead(t.Context(), strings.NewReader(sample), 2, 16, 0))
 	count, err := -1, error(nil)
 	for ; err == nil; count++ {
 		_, err = r.Next()
@@ -304,7 +304,7 @@ func TestMalformed(t *testing.T) {
 		}
 	}
 	// Errors are final.
-	r := nar.NewReader(nar.NewReadAhead(context.Background(), strings.NewReader("12345678"), 2, 8, 0))
+	r := nar.NewReader(nar.NewReadAhead(t.Context(), strings.NewReader("12345678"), 2, 8, 0))
 	_, first := r.Next()
 	if _, second := r.Next(); first == nil || second != first {
 		t.Errorf("errors %v and %v", first, second)
@@ -317,7 +317,7 @@ func TestMalformed(t *testing.T) {
 func TestReadAhead(t *testing.T) {
 	const size = 1 << 10
 	long := strings.NewReader(strings.Repeat("0123456789abcdef", 1<<10))
-	a := nar.NewReadAhead(context.Background(), long, 2, size, 0)
+	a := nar.NewReadAhead(t.Context(), long, 2, size, 0)
 	first, err := a.Next()
 	must(t, err)
 	_, err = a.Next()
@@ -346,7 +346,7 @@ func TestReadAhead(t *testing.T) {
 	a.Close()
 
 	failure := errors.New("the disk is on fire")
-	a = nar.NewReadAhead(context.Background(), io.MultiReader(strings.NewReader("ab"), iotest.ErrReader(failure)), 2, size, 0)
+	a = nar.NewReadAhead(t.Context(), io.MultiReader(strings.NewReader("ab"), iotest.ErrReader(failure)), 2, size, 0)
 	defer a.Close()
 	if c, err := a.Next(); err != nil || string(c.Bytes) != "ab" {
 		t.Errorf("%q, error %v", c.Bytes, err)
@@ -377,7 +377,7 @@ func FuzzReader(f *testing.F) {
 	f.Add([]byte(archive(regular("hi"))), uint8(255))
 	f.Add([]byte(archive(symlink("x"))), uint8(1))
 	f.Fuzz(func(t *testing.T, b []byte, size uint8) {
-		r := nar.NewReader(nar.NewReadAhead(context.Background(), bytes.NewReader(b), 2, int(size)+1, 0))
+		r := nar.NewReader(nar.NewReadAhead(t.Context(), bytes.NewReader(b), 2, int(size)+1, 0))
 		// An archive that is accepted is canonical: writing its nodes gives the same bytes.
 		var out bytes.Buffer
 		if _, err := nar.Write(&out, r); err == nil && !bytes.Equal(out.Bytes(), b) {

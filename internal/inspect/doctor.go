@@ -268,7 +268,12 @@ func (d *doctor) examineSharing() {
 		command, _, _ := strings.Cut(arguments, "\x00")
 		unit := map[string]string{"serve": "guix-substitute-eris.service", "publish": "guix-substitute-eris-publish.service"}[command]
 		if unit != "" && filepath.Base(name) == "guix-substitute-eris (deleted)" {
-			d.ill("sudo systemctl restart "+unit, command, "process %s is still of the program that was there before this one", filepath.Base(filepath.Dir(exe)))
+			process := filepath.Base(filepath.Dir(exe))
+			mend := "sudo kill " + process + " # and start it again"
+			if d.has("run/systemd/units/invocation:" + unit) {
+				mend = "sudo systemctl restart " + unit
+			}
+			d.ill(mend, command, "process %s is still of the program that was there before this one", process)
 		}
 	}
 
