@@ -618,9 +618,9 @@ func TestAheadRoundTrips(t *testing.T) {
 		configuration string
 		most, least   int
 	}{
-		{50 * time.Millisecond, "", 12, 0},
-		{100 * time.Millisecond, "", 12, 0},
-		{300 * time.Millisecond, "", 12, 0},
+		{50 * time.Millisecond, "", 20, 0},
+		{100 * time.Millisecond, "", 20, 0},
+		{300 * time.Millisecond, "", 20, 0},
 		{10 * time.Millisecond, "ahead-items = 0\n", 1000, 60}, // which is what is counted
 	} {
 		t.Run(fmt.Sprintf("%v %s", test.delay, strings.TrimSpace(test.configuration)), func(t *testing.T) {
