@@ -214,9 +214,8 @@ func (s *Settings) openBlocks(urls []string, state *sourcestate.State, limiter *
 		members = append(members, pool.Member{Source: c, Near: true})
 	}
 	b.members = members
-	policy, _ := s.Policy() // which read has looked at
 	b.Pool = pool.New(members, pool.Options{
-		State: state, Limiter: limiter, Patient: policy == substitute.ERISOnly,
+		State: state, Limiter: limiter,
 		OnFault: func(source string, err error) {
 			log.Warnf("store %s gave wrong bytes and is not asked again: %s", source, message.OfStore(source, err))
 		},
