@@ -98,7 +98,7 @@ func TestForms(t *testing.T) {
 			}
 		}
 		b := sourcetest.NewBackend()
-		r, err := erisfs.Encode(t.Context(), nar.NewReader(nar.NewReadAhead(t.Context(), bytes.NewReader(plain), 2, 1<<16, 0)), b.Put, erisfs.EncodeOptions{})
+		r, err := erisfs.Encode(t.Context(), nar.NewReader(nar.NewReadAhead(t.Context(), bytes.NewReader(plain), 32, 1<<16, 0)), b.Put, erisfs.EncodeOptions{})
 		if errors.Is(err, erisfs.ErrNotRepresentable) {
 			continue
 		}
