@@ -79,9 +79,16 @@ func (w *narWay) kind() string { return "nar" }
 
 func (w *narWay) String() string { return mirror.WithoutUser(w.url) }
 
-// pace gives less time after each way that was given up before, so that many silent servers do
-// not add up.
-func (w *narWay) pace() pace { return pace{slowTime >> min(len(w.j.later), 3), slowTime, 10, 0} }
+// pace gives less time after ways that came too slowly, so that many silent servers do not add up.
+func (w *narWay) pace() pace {
+	slow := 0
+	for _, c := range w.j.later {
+		if c.last.slow.Load() {
+			slow++
+		}
+	}
+	return pace{slowTime >> min(slow, 2), slowTime, 10, 0}
+}
 
 func (w *narWay) expect(context.Context) expectation {
 	method := w.from.Compression
