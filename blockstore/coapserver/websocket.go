@@ -66,5 +66,7 @@ func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request, access A
 // offersCoAP reports whether a client wants to speak CoAP (RFC 6455, section 4.1, number 10).
 func offersCoAP(header http.Header) bool {
 	all := strings.Join(header.Values("Sec-Websocket-Protocol"), ",")
-	return slices.Contains(strings.Split(strings.ReplaceAll(all, " ", ""), ","), coap.WebSocketProtocol)
+	return slices.ContainsFunc(strings.Split(all, ","), func(protocol string) bool {
+		return strings.TrimSpace(protocol) == coap.WebSocketProtocol
+	})
 }

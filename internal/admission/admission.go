@@ -376,7 +376,8 @@ type Seldom struct {
 // Log hands an error to the log, unless there was one just now. It reports whether it has.
 func (s *Seldom) Log(log func(error), err error) (logged bool) {
 	now, last := time.Now().Unix(), s.last.Load()
-	logged = now-last >= max(1, int64(s.Every/time.Second)) && s.last.CompareAndSwap(last, now)
+	due := now < last || now-last >= max(1, int64(s.Every/time.Second)) // a clock may be set back
+	logged = due && s.last.CompareAndSwap(last, now)
 	if logged {
 		log(err)
 	}

@@ -400,3 +400,22 @@ func TestSlots(t *testing.T) {
 		}
 	})
 }
+
+// TestSeldom logs once in a while, also after the clock was set back: that of a bubble is that of
+// the year 2000.
+func TestSeldom(t *testing.T) {
+	logged := 0
+	log := func(error) { logged++ }
+	seldom := admission.Seldom{Every: time.Minute}
+	seldom.Log(log, errors.New("once"))
+	seldom.Log(log, errors.New("too soon"))
+	synctest.Test(t, func(t *testing.T) {
+		for range 3 {
+			seldom.Log(log, errors.New("at once, and a minute later"))
+			time.Sleep(30 * time.Second)
+		}
+	})
+	if logged != 3 {
+		t.Errorf("logged %d times", logged)
+	}
+}

@@ -136,6 +136,7 @@ func (d *doctor) examine(ctx context.Context) {
 	d.examineKeys()
 	d.examineState()
 	d.examineAhead()
+	d.examineServing()
 	d.examineSharing()
 	stores := askStores(ctx, sub) // while servers are
 	d.examineServers(ctx, sub)
@@ -257,26 +258,31 @@ func (d *doctor) examineAhead() {
 	d.findings[len(d.findings)-1].Data = a
 }
 
-// examineSharing looks whether the publisher runs, where systemd is to start it, and for servers
-// that were started before the program was replaced.
-func (d *doctor) examineSharing() {
+// examineServing looks for servers that were started before the program was replaced.
+func (d *doctor) examineServing() {
 	programs, _ := filepath.Glob(filepath.Join("/", d.root, "proc/[0-9]*/exe"))
 	for _, exe := range programs {
-		name, _ := os.Readlink(exe)
+		if name, _ := os.Readlink(exe); filepath.Base(name) != "guix-substitute-eris (deleted)" {
+			continue
+		}
 		text, _ := files.ReadRegular(filepath.Join(filepath.Dir(exe), "cmdline"), maxProcessFile)
 		_, arguments, _ := strings.Cut(string(text), "\x00")
 		command, _, _ := strings.Cut(arguments, "\x00")
 		unit := map[string]string{"serve": "guix-substitute-eris.service", "publish": "guix-substitute-eris-publish.service"}[command]
-		if unit != "" && filepath.Base(name) == "guix-substitute-eris (deleted)" {
-			process := filepath.Base(filepath.Dir(exe))
-			mend := "sudo kill " + process + " # and start it again"
-			if d.has("run/systemd/units/invocation:" + unit) {
-				mend = "sudo systemctl restart " + unit
-			}
-			d.ill(mend, command, "process %s is still of the program that was there before this one", process)
+		if unit == "" {
+			continue
 		}
+		process := filepath.Base(filepath.Dir(exe))
+		mend := "sudo kill " + process + " # and start it again"
+		if d.has("run/systemd/units/invocation:" + unit) {
+			mend = "sudo systemctl restart " + unit
+		}
+		d.ill(mend, command, "process %s is still of the program that was there before this one", process)
 	}
+}
 
+// examineSharing looks whether the publisher runs, where systemd is to start it.
+func (d *doctor) examineSharing() {
 	const unit = "guix-substitute-eris-publish.service"
 	switch {
 	case !d.has("etc/systemd/system/multi-user.target.wants/" + unit):

@@ -253,13 +253,14 @@ func (i *installation) daemon() daemon {
 // what stands last counts, and what cannot be read says nothing.
 func ReadService(root, unit, but string) (said, environment map[string]string) {
 	said, environment = map[string]string{}, map[string]string{}
+	comments := regexp.MustCompile(`(?m)^[ \t]*[#;].*\n`)
 	names, _ := filepath.Glob(filepath.Join(root, units, path.Base(unit)+".d", "*.conf")) // the pattern is right
 	for _, name := range append([]string{filepath.Join(root, unit)}, names...) {
 		if filepath.Base(name) == but {
 			continue
 		}
 		text, _ := files.ReadRegular(name, maxFile)
-		text = regexp.MustCompile(`(?m)^[ \t]*[#;].*\n`).ReplaceAll(text, nil)
+		text = comments.ReplaceAll(text, nil)
 		text = bytes.ReplaceAll(text, []byte("\\\n"), []byte(" ")) // lines that go on (systemd.syntax(7))
 		for line := range strings.Lines(string(text)) {
 			setting, value, _ := strings.Cut(strings.TrimSpace(line), "=")
