@@ -112,7 +112,7 @@ func (s *slab) take() (uint32, error) {
 		chunk := word / len(bitmap{})
 		if chunk == len(s.taken) {
 			if chunk == maxSlots/slotsPerChunk {
-				return 0, fmt.Errorf("%w: no more than %d blocks of %d bytes", errFull, maxSlots, s.class.size())
+				return 0, fmt.Errorf("%w: no more than %d blocks of %d bytes", errFull, uint32(maxSlots), s.class.size())
 			}
 			s.grow()
 		}

@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -116,7 +117,7 @@ func TestHostile(t *testing.T) {
 		{"a base that is missing", forged(file(1, copied, text("nothing"))), "no such file"},
 		{"a base of another size", forged(file(2, copied, text("d/g"))), "instead of 2"},
 		{"a dictionary behind the end", forged(file(1, patch, text("f"), 100<<10, 1, len(x)), x), "dictionary of 1"},
-		{"a dictionary that overflows", forged(file(1, patch, text("f"), 1<<62, 10, len(x)), x), "dictionary of 10"},
+		{"a dictionary that overflows", forged(file(1, patch, text("f"), math.MaxInt-5, 10, len(x)), x), "dictionary of 10"},
 		{"a long dictionary", forged(file(1, patch, text("f"), 0, 16<<10+9, len(x)), x), "dictionary of 16393"},
 		{"the longest dictionary", forged(append(file(1, patch, text("f"), 0, 16<<10+8, len(x)), end), x), ""},
 		{"a long frame", forged(file(1, fresh, 66), x), "frame of 66"},

@@ -239,12 +239,14 @@ func TestTraces(t *testing.T) {
 }
 
 func TestProgressForPeople(t *testing.T) {
-	show := func(style protocol.LogStyle, url string, size int64, n int, success bool) string {
+	show := func(style protocol.LogStyle, url string, size, n int64, success bool) string {
 		var w lines
 		style.Dynamic = true
 		d := protocol.NewLog(&w, style).Download("/gnu/store/lnqjid21cvqw4c4kh7xnj2ikp2d0qfnb-hello-1.0")
 		d.From(url, size)
-		d.Transferred(n)
+		for ; n > 0; n -= 1 << 30 {
+			d.Transferred(int(min(n, 1<<30)))
+		}
 		d.Finish(success)
 		return strings.Join(w.writes, "")
 	}

@@ -395,7 +395,7 @@ func room(directory string) (free int64, files uint64, err error) {
 	if files = s.Ffree; s.Files == 0 { // it has no bound
 		files = math.MaxUint64
 	}
-	return int64(min(s.Bavail, 1<<40)) * s.Bsize, files, nil
+	return int64(min(s.Bavail, 1<<40)) * int64(s.Bsize), files, nil
 }
 
 // HasRoom reports whether this user can still write so many bytes to the file system of a

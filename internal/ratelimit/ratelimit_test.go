@@ -53,7 +53,7 @@ func TestTake(t *testing.T) {
 		l.Return(300)
 		about(t, "what was given back", wait(300), 0)
 		about(t, "what was not", wait(100), 100*time.Millisecond)
-		l.Return(1 << 40) // no more than the burst
+		l.Return(1 << 30) // no more than the burst
 		about(t, "the burst, given back", wait(500), 0)
 		about(t, "what follows it", wait(100), 100*time.Millisecond)
 	})
