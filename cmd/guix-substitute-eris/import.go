@@ -87,7 +87,9 @@ func importBlocks(ctx context.Context, name, storeURL string) error {
 			return err
 		}
 	}
-	shown.Done("stored %v in %s", put, store)
+	if put.blocks > 0 {
+		shown.Done("stored %v in %s", put, store)
+	}
 	switch {
 	case damaged > 0:
 		return fmt.Errorf("%s: damaged, and left out: %s", name, page.Count(damaged, "block"))

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"sync"
 
@@ -163,7 +164,13 @@ type spool struct {
 	blocks map[eris.Reference]entry
 }
 
+// newSpool makes the directory, but not its parents. Without one it is that of temporary files.
 func newSpool(directory string) (*spool, error) {
+	if directory != "" {
+		if err := os.Mkdir(directory, 0o777); err != nil && !errors.Is(err, fs.ErrExist) {
+			return nil, err
+		}
+	}
 	file, err := temporary(directory)
 	if err != nil {
 		return nil, err

@@ -399,9 +399,9 @@ func (p *Pool) verdict(l *lookup, now time.Duration) error {
 	case missed == 0:
 		return unsaid
 	case unsaid != errNone:
-		return fmt.Errorf("block %v: %w (%v)", l.key.reference, eris.ErrNotFound, unsaid)
+		return fmt.Errorf("%w (%v)", eris.ErrNotFound, unsaid)
 	}
-	return fmt.Errorf("block %v: %w", l.key.reference, eris.ErrNotFound)
+	return eris.ErrNotFound
 }
 
 // queue is where blocks wait for a member, in the order in which they came. They may be taken from

@@ -328,7 +328,7 @@ func (e *explanation) show(p *page.Page) {
 		p.Say(2, page.Bad, "none is known; name some by --substitute-urls")
 	}
 	for i, s := range e.Servers {
-		p.Line(2, "%d. %s", i+1, s.URL)
+		p.Item(2, i+1, "%s", s.URL)
 		e.showServer(p, s)
 	}
 	p.Heading("Block stores")
@@ -336,7 +336,7 @@ func (e *explanation) show(p *page.Page) {
 		p.Say(2, page.Note, "none is used; name some by --eris-store-url, by %s or in %s", settings.StoreVariable, settings.FileName())
 	}
 	for i, s := range e.Stores {
-		p.Line(2, "%d. %s", i+1, s.URL)
+		p.Item(2, i+1, "%s", s.URL)
 		e.showStore(p, s)
 	}
 	switch {
@@ -419,7 +419,11 @@ func noNarinfo(s substitute.ServerReport) (page.Mark, string) {
 	took := "(" + page.Duration(s.Latency) + ")"
 	switch {
 	case s.Failure != "":
-		return page.Bad, message.Text(strings.TrimPrefix(s.Failure, s.URL+": "))
+		why := s.Failure
+		if server, after, ok := strings.Cut(why, ": "); ok && strings.HasPrefix(s.URL, server) {
+			why = after // the server has been named, with its path
+		}
+		return page.Bad, message.Text(why)
 	case missing(s.URL):
 		return page.Bad, "nothing is there; is the medium plugged in?"
 	case s.Baking:
@@ -486,7 +490,7 @@ func showWay(p *page.Page, i int, w substitute.WayReport) {
 	if w.Kind == "blocks" {
 		name = shownCapability(name)
 	}
-	p.Line(2, "%d. %s %s", i, w.Kind, name)
+	p.Item(2, i, "%s %s", w.Kind, name)
 	took := "about " + page.Duration(w.Time)
 	if w.Time >= 24*time.Hour {
 		took = "nobody knows how long"

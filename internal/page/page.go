@@ -109,6 +109,11 @@ func (p *Page) Line(indent int, format string, a ...any) {
 	p.paragraph(strings.Repeat(" ", indent), fmt.Sprintf(format, a...))
 }
 
+// Item adds a paragraph that begins with its number in a list, with further lines below the text.
+func (p *Page) Item(indent, number int, format string, a ...any) {
+	p.paragraph(fmt.Sprintf("%*s%d. ", indent, "", number), fmt.Sprintf(format, a...))
+}
+
 // Heading adds a line with an empty one before it.
 func (p *Page) Heading(text string) {
 	p.WriteByte('\n')

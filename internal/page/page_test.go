@@ -17,6 +17,10 @@ func TestPage(t *testing.T) {
 		p := &Page{columns: 40, unicode: unicode}
 		p.Say(5, Good, "%s and %s", strings.Repeat("http://example.org/", 9), "\x1b[2J\u202e é\xff\u0085 word word word word word word")
 		p.Line(0, "")
+		p.Item(2, 3, "nar %s", strings.Repeat("y", 39))
+		if list := "  3. nar\n     yyyy"; !strings.Contains(p.String(), list) {
+			t.Errorf("%v: %q does not begin with %q", unicode, p, list)
+		}
 		p.Heading(strings.Repeat("x", 41))
 		for line := range strings.Lines(p.String()) {
 			line = strings.TrimSuffix(line, "\n")
