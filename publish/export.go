@@ -71,7 +71,7 @@ type ExportServer struct {
 // Exported tells what has been exported.
 type Exported struct {
 	Items, Blocks int64
-	Bytes         int64 // of the blocks
+	Bytes         int64 // of blocks, nars and deltas
 }
 
 // MaxNarinfos bounds the narinfos of one export, in bytes.

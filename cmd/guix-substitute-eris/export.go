@@ -139,7 +139,7 @@ func (e *exportSettings) export(ctx context.Context, items []string) error {
 	} else if err != nil {
 		return err
 	}
-	shown.Done("exported blocks of %s to %s", page.Size(done.Bytes), e.to)
+	shown.Done("exported %s to %s", page.Size(done.Bytes), e.to)
 	where.Path = directory
 	_, err = fmt.Printf("%s, %s, %s\nsubstitute URL: %s\n", page.Count(int(done.Items), "item"), page.Count(int(done.Blocks), "block"), page.Size(done.Bytes), where.String())
 	return err

@@ -536,7 +536,7 @@ func TestMissing(t *testing.T) {
 		}
 		asked := a.requests() + b.requests()
 		for i := 1; i < 100; i += 2 {
-			if err := get(t.Context(), p, i, 1024); !errors.Is(err, eris.ErrNotFound) {
+			if err := get(t.Context(), p, i, 1024); err != eris.ErrNotFound {
 				t.Errorf("block %d: %v", i, err)
 			}
 		}

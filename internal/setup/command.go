@@ -153,7 +153,7 @@ func (c *changeFlags) undo(ctx context.Context, s *System) error {
 	// Also where nothing is: a process that was killed at the beginning has left an empty record.
 	undone, err := s.Undo(false, saying)
 	if err == nil && !undone {
-		err = errors.New("some things are left\nhint: mend them by hand, what was there before being beside each file, as FILE.before-guix-substitute-eris-1; --undo tries again")
+		err = errors.New("some things are left\nhint: mend them by hand; what was there before, if anything, is beside each file, as FILE.before-guix-substitute-eris-1; --undo tries again")
 	}
 	return err
 }
