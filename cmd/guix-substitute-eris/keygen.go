@@ -55,6 +55,7 @@ func keygen(public, secret string) error {
 	err := write(public, key.PublicKey().Text(), 0o444)
 	if err != nil {
 		os.Remove(secret) // it would be in the way of the next attempt
+		return err
 	}
-	return err
+	return os.Chmod(public, 0o444) // whatever the umask: those who publish are other users
 }
