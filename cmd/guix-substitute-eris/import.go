@@ -70,7 +70,9 @@ func importBlocks(ctx context.Context, name, storeURL string) error {
 		name = "standard input"
 	}
 	var format *dump.FormatError
-	if errors.As(err, &format) && format.Err == io.ErrUnexpectedEOF {
+	if errors.As(err, &format) && format.Length == 0 {
+		return fmt.Errorf("%s is empty\nhint: what should have written a dump there has failed", name)
+	} else if format != nil && format.Err == io.ErrUnexpectedEOF {
 		cut := fmt.Sprintf("cut off at byte %d", format.Length)
 		if format.Offset > format.Length {
 			cut = fmt.Sprintf("damaged or cut off: it has %d bytes, and says that something in it ends at byte %d", format.Length, format.Offset)
