@@ -45,15 +45,12 @@ func keygen(public, secret string) error {
 		}
 	}
 	key := acl.GenerateSigningKey()
-	write := func(name, text string, mode os.FileMode) error {
-		return files.Write(name, mode, files.Options{Sync: true, New: true}, []byte(text))
-	}
+	options := files.Options{Sync: true, New: true}
 	// The private one first: a public key without it is of no use.
-	if err := write(secret, key.SecretText(), 0o400); err != nil {
+	if err := files.Write(secret, 0o400, options, []byte(key.SecretText())); err != nil {
 		return err
 	}
-	err := write(public, key.PublicKey().Text(), 0o444)
-	if err != nil {
+	if err := files.Write(public, 0o444, options, []byte(key.PublicKey().Text())); err != nil {
 		os.Remove(secret) // it would be in the way of the next attempt
 		return err
 	}

@@ -149,10 +149,7 @@ type writerFunc func(b []byte) (int, error)
 // Write implements io.Writer.
 func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
 
-var (
-	errNoRoot    = errors.New("which item the blocks belong to is not known; pack it by encode")
-	temporaryFor = ".pack-*"
-)
+var errNoRoot = errors.New("which item the blocks belong to is not known; pack it by encode")
 
 // spool is blocks that have been put, in a file that nobody else sees. It is a source.
 type spool struct {
@@ -184,7 +181,7 @@ func newSpool(directory string) (*spool, error) {
 	return s, nil
 }
 
-func temporary(directory string) (*os.File, error) { return os.CreateTemp(directory, temporaryFor) }
+func temporary(directory string) (*os.File, error) { return os.CreateTemp(directory, ".pack-*") }
 
 // String implements [fetch.Source].
 func (s *spool) String() string { return "pack:" }

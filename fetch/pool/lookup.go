@@ -372,7 +372,7 @@ func (l *lookup) fail(m *member, err error) {
 // verdict returns why a block cannot be had. Members that were never reached, and those that lie,
 // have no say in whether the block exists, nor have near ones if there are others.
 func (p *Pool) verdict(l *lookup, now time.Duration) error {
-	unsaid, missed := errNone, l.missed
+	unsaid, missed, proven := errNone, l.missed, false
 	if len(p.far) > 0 {
 		for _, m := range p.near {
 			missed &^= m.bit
@@ -387,14 +387,10 @@ func (p *Pool) verdict(l *lookup, now time.Duration) error {
 		if m.lastError != nil && (m.banned || m.restUntil > now || m.failures > 0) {
 			unsaid = fmt.Errorf("%s is not asked: %w", m.name, m.lastError)
 		}
-	}
-	for _, m := range p.members {
-		if l.failed&m.bit != 0 && m.proven && !m.banned {
-			return l.err
-		}
+		proven = proven || l.failed&m.bit != 0 && m.proven && !m.banned
 	}
 	switch {
-	case missed == 0 && l.err != nil:
+	case proven, missed == 0 && l.err != nil:
 		return l.err
 	case missed == 0:
 		return unsaid

@@ -105,9 +105,8 @@ func (d *doctor) trusts(uid string) bool {
 func readDaemon(proc string, pid int) *daemonProcess {
 	d := &daemonProcess{pid: pid}
 	in := func(name string) string { return filepath.Join(proc, strconv.Itoa(pid), name) }
-	if program, err := os.Readlink(in("exe")); err == nil {
-		d.program = strings.TrimSuffix(program, " (deleted)")
-	}
+	program, _ := os.Readlink(in("exe"))
+	d.program = strings.TrimSuffix(program, " (deleted)")
 	if text, err := files.ReadRegular(in("cmdline"), maxProcessFile); err == nil {
 		d.arguments = strings.Split(string(text), "\x00")
 	}
@@ -120,9 +119,8 @@ func readDaemon(proc string, pid int) *daemonProcess {
 		}
 	}
 	d.credentials = credentialsOf(statusOf(in("")))
-	if text, err := files.ReadRegular(in("attr/current"), maxProcessFile); err == nil {
-		d.confinement = strings.TrimSpace(strings.Trim(string(text), "\x00"))
-	}
+	confinement, _ := files.ReadRegular(in("attr/current"), maxProcessFile)
+	d.confinement = strings.TrimSpace(strings.Trim(string(confinement), "\x00"))
 	return d
 }
 

@@ -198,7 +198,7 @@ func hint(err error) string {
 		fits bool
 		hint string
 	}{
-		{has("is \"serve\" running", "make it, or", "see --", "is a server running"), ""}, // it says so itself
+		{has("is \"serve\" running", "make it, or", "see --", "is a server running", "/dev/stdout: no space"), ""}, // it says so itself
 		{is(syscall.ECONNREFUSED) || has("connection refused"), "nothing listens there; is the address right, and the program that serves it running?"},
 		{is(syscall.EADDRINUSE), "end that program, or choose another port or socket by --listen or --socket"},
 		{is(syscall.EADDRNOTAVAIL), "this machine has no such address; \"ip address\" shows those that it has"},
@@ -206,7 +206,6 @@ func hint(err error) string {
 		{has("getwd: "), "change to another directory by cd"},
 		{is(syscall.ENOTDIR), "a file is where a directory must be; name another place"},
 		{has("invalid port"), "a port is a number from 1 to 65535"},
-		{has("/dev/stdout: "), ""}, // where nothing stays, nor is named
 		{is(syscall.ENOSPC, syscall.EDQUOT), "make room; blocks that are stored already stay, so that the next attempt goes on from there"},
 		{is(syscall.EROFS), "mount it so that it can be written to, or name another place"},
 		{is(fs.ErrPermission), "do it as a user who may, root for example, or name another place"},
