@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -136,57 +135,57 @@ func TestChoice(t *testing.T) {
 		},
 	} {
 		t.Run(v.name, func(t *testing.T) {
-			t.Parallel()
-			nars := 0
-			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				switch {
-				case strings.HasSuffix(r.URL.Path, ".narinfo"):
-					w.Write([]byte(text))
-				default:
-					nars++
-					if v.lacks {
-						http.NotFound(w, r)
-						return
+			bubble(t, func(t *testing.T, n *testNetwork) {
+				nars := 0
+				server := n.serve(func(w http.ResponseWriter, r *http.Request) {
+					switch {
+					case strings.HasSuffix(r.URL.Path, ".narinfo"):
+						w.Write([]byte(text))
+					default:
+						nars++
+						if v.lacks {
+							http.NotFound(w, r)
+							return
+						}
+						w.Write(archive.Bytes())
 					}
-					w.Write(archive.Bytes())
+				})
+				blocks := newMemoryBlocks(t, all, v.pace)
+				speeds := newKnownSpeed(v.server)
+				s, log := n.with(key, server)
+				s.Blocks, s.Policy, s.Verbose, s.Speeds = blocks, v.policy, true, speeds
+				s.StoreSpeed = func() substitute.Speed { return v.store }
+				if v.near {
+					s.Nearby = newMemoryBlocks(t, all, 0)
 				}
-			}))
-			defer server.Close()
-			blocks := newMemoryBlocks(t, all, v.pace)
-			speeds := newKnownSpeed(v.server)
-			s, log := withLog(t, key, server.URL)
-			s.Blocks, s.Policy, s.Verbose, s.Speeds = blocks, v.policy, true, speeds
-			s.StoreSpeed = func() substitute.Speed { return v.store }
-			if v.near {
-				s.Nearby = newMemoryBlocks(t, all, 0)
-			}
-			destination := filepath.Join(t.TempDir(), "item")
-			defer restore.Remove(destination) // it is read-only
-			e, err := s.Explain(t.Context(), path)
-			if err != nil || len(e.Ways) == 0 || nars > 0 || blocks.requested.Load() > 0 || log.String() != "" {
-				t.Fatalf("%+v, error %v; %d nars were requested; shown:\n%s", e, err, nars, log.String())
-			}
-			outcome := s.Substitute(t.Context(), path, destination)
-			if outcome.Status != substitute.Success {
-				t.Fatalf("%+v:\n%s", outcome, log.String())
-			}
-			if first := fmt.Sprintf("way 1 of %d: %s: ", len(e.Ways), e.Ways[0].Name); !strings.Contains(log.String(), first) {
-				t.Errorf("it is not done what was explained, %q:\n%s", first, log.String())
-			}
-			checkRestored(t, destination, outcome.NarHash)
-			requested := blocks.requested.Load()
-			if (requested > 0) != v.blocks || (nars > 0) != v.nar {
-				t.Errorf("%d blocks and %d nars were requested:\n%s", requested, nars, log.String())
-			}
-			if !strings.Contains(log.String(), v.shown) {
-				t.Errorf("shown:\n%s", log.String())
-			}
-			if requested == 0 && !strings.Contains(log.String(), "not from blocks") {
-				t.Errorf("it is not said why blocks were not used:\n%s", log.String())
-			}
-			if measured := len(speeds.noted) > 0; measured != (v.nar && !v.lacks) {
-				t.Errorf("the speed of the server was noted: %v", speeds.noted)
-			}
+				destination := filepath.Join(t.TempDir(), "item")
+				defer restore.Remove(destination) // it is read-only
+				e, err := s.Explain(t.Context(), path)
+				if err != nil || len(e.Ways) == 0 || nars > 0 || blocks.requested.Load() > 0 || log.String() != "" {
+					t.Fatalf("%+v, error %v; %d nars were requested; shown:\n%s", e, err, nars, log.String())
+				}
+				outcome := s.Substitute(t.Context(), path, destination)
+				if outcome.Status != substitute.Success {
+					t.Fatalf("%+v:\n%s", outcome, log.String())
+				}
+				if first := fmt.Sprintf("way 1 of %d: %s: ", len(e.Ways), e.Ways[0].Name); !strings.Contains(log.String(), first) {
+					t.Errorf("it is not done what was explained, %q:\n%s", first, log.String())
+				}
+				checkRestored(t, destination, outcome.NarHash)
+				requested := blocks.requested.Load()
+				if (requested > 0) != v.blocks || (nars > 0) != v.nar {
+					t.Errorf("%d blocks and %d nars were requested:\n%s", requested, nars, log.String())
+				}
+				if !strings.Contains(log.String(), v.shown) {
+					t.Errorf("shown:\n%s", log.String())
+				}
+				if requested == 0 && !strings.Contains(log.String(), "not from blocks") {
+					t.Errorf("it is not said why blocks were not used:\n%s", log.String())
+				}
+				if measured := len(speeds.noted) > 0; measured != (v.nar && !v.lacks) {
+					t.Errorf("the speed of the server was noted: %v", speeds.noted)
+				}
+			})
 		})
 	}
 }

@@ -60,7 +60,7 @@ func (b *sharedBuffer) warned(t *testing.T) {
 
 // withLog returns a substituter and what it shows.
 func withLog(t testing.TB, key *acl.SigningKey, urls ...string) (*substitute.Substituter, *sharedBuffer) {
-	return withOptions(t, mirror.Options{NarinfoTimeout: 5 * time.Second, NarTimeout: 5 * time.Second}, key, urls...)
+	return withOptions(t, mirror.Options{NarinfoTimeout: time.Minute, NarTimeout: time.Minute}, key, urls...)
 }
 
 func withOptions(t testing.TB, o mirror.Options, key *acl.SigningKey, urls ...string) (*substitute.Substituter, *sharedBuffer) {
