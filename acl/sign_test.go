@@ -8,15 +8,11 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
-// must ends the test if there is an error.
-func must(tb testing.TB, err error) {
-	tb.Helper()
-	if err != nil {
-		tb.Fatal(err)
-	}
-}
+var must = testhelp.Must
 
 // wantError fails the test unless err says what, or is none if that is empty.
 func wantError(t *testing.T, name string, err error, what string) {

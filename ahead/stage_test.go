@@ -8,16 +8,11 @@ import (
 	"path/filepath"
 	"testing"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
 
-// must ends the test if there is an error.
-func must(tb testing.TB, err error) {
-	tb.Helper()
-	if err != nil {
-		tb.Fatal(err)
-	}
-}
+var must = testhelp.Must
 
 // tree makes a tree as items of the store are: not writable.
 func tree(t *testing.T, path string) {

@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
@@ -247,13 +248,7 @@ func ExampleParse() {
 	// Output: sha256:04zwf782yjwnh3q6hz5izfd6jyip8kgw6g6yj43fiqhbyhdd0dqw nar/9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello
 }
 
-// must ends the test if there is an error.
-func must(tb testing.TB, err error) {
-	tb.Helper()
-	if err != nil {
-		tb.Fatal(err)
-	}
-}
+var must = testhelp.Must
 
 const (
 	helloPath = "/gnu/store/9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello"

@@ -17,6 +17,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 )
 
@@ -150,13 +151,7 @@ deduplicate=yes`, []string{"https://bordeaux.guix.gnu.org", "https://ci.guix.gnu
 	}
 }
 
-// must ends the test if there is an error.
-func must(tb testing.TB, err error) {
-	tb.Helper()
-	if err != nil {
-		tb.Fatal(err)
-	}
-}
+var must = testhelp.Must
 
 // lines is a log that notes each write.
 type lines struct{ writes []string }

@@ -13,15 +13,11 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
-// must ends the test if there is an error.
-func must(tb testing.TB, err error) {
-	tb.Helper()
-	if err != nil {
-		tb.Fatal(err)
-	}
-}
+var must = testhelp.Must
 
 const url = "http://127.0.0.1:8765/sub"
 

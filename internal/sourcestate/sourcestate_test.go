@@ -11,15 +11,11 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
-// must ends the test if there is an error.
-func must(tb testing.TB, err error) {
-	tb.Helper()
-	if err != nil {
-		tb.Fatal(err)
-	}
-}
+var must = testhelp.Must
 
 const url = "coap+tcp://store.example/secret-path"
 

@@ -12,15 +12,11 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
-// must ends the test if there is an error.
-func must(tb testing.TB, err error) {
-	tb.Helper()
-	if err != nil {
-		tb.Fatal(err)
-	}
-}
+var must = testhelp.Must
 
 // TestMain plays a service if it is told to: it prints what sockets it has, and answers one client
 // on each.
