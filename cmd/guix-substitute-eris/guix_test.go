@@ -13,10 +13,13 @@ import (
 	"testing"
 )
 
-// buildProgram builds the program as it is shipped. What testscript runs in its place knows by its
-// name what it is, so that it cannot be called otherwise.
+// buildProgram builds the program as it is shipped, or takes the one that ERIS_PROGRAM names. What
+// testscript runs in its place knows by its name what it is, so that it cannot be called otherwise.
 func buildProgram(t *testing.T) string {
 	t.Helper()
+	if program := os.Getenv("ERIS_PROGRAM"); program != "" {
+		return program
+	}
 	compiler, err := exec.LookPath("go")
 	if err != nil {
 		t.Skip("the program cannot be built: go is not in PATH")

@@ -165,18 +165,7 @@ func (h *hostileMachine) fetch(t *testing.T, path, store string, archive []byte,
 }
 
 // TestHostileStore has block stores that do not do what they should.
-func TestHostileStore(t *testing.T) { testHostileStores(t, false) }
-
-// TestHostileStoreLarge has those that take minutes, because they do nothing.
-func TestHostileStoreLarge(t *testing.T) {
-	if os.Getenv("ERIS_BIG_TESTS") == "" {
-		t.Skip("takes minutes; set ERIS_BIG_TESTS=1 to run it")
-	}
-	testHostileStores(t, true)
-}
-
-func testHostileStores(t *testing.T, idle bool) {
-	isIdle := map[string]bool{"never answers": true, "silent": true, "stops in an answer": true}
+func TestHostileStore(t *testing.T) {
 	h := newHostileMachine(t)
 	tree := h.directory + "/tree"
 	for i := range 50 {
@@ -236,9 +225,6 @@ func testHostileStores(t *testing.T, idle bool) {
 			return content(token, block)[:len(block)/2]
 		}), false}, false},
 	} {
-		if isIdle[name] != idle {
-			continue
-		}
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			socket := fmt.Sprintf("%s/%x", h.directory, sha256.Sum256([]byte(name)))[:len(h.directory)+9]

@@ -133,6 +133,7 @@ func TestLargeItemMemory(t *testing.T) {
 	if os.Getenv("ERIS_BIG_TESTS") == "" {
 		t.Skip("set ERIS_BIG_TESTS for an item of 2 GiB")
 	}
+	t.Parallel()
 	directory := t.TempDir()
 	item := makeLargeItem()
 	h, size := sha256.New(), 0
@@ -206,6 +207,7 @@ func TestLargeItemFromBase(t *testing.T) {
 	if os.Getenv("ERIS_BIG_TESTS") == "" {
 		t.Skip("set ERIS_BIG_TESTS for an item of 2 GiB")
 	}
+	t.Parallel()
 	contents := makeLargeItem().block[:40<<20]
 	for name, changed := range map[string][]byte{
 		"rewritten": contents, "delta": append([]byte("inserted"), contents...), "blocks": append([]byte("differs"), contents[7:]...),

@@ -73,6 +73,7 @@ func (c *chain) serveCounted(items string, rate int64) (*blockstore.Store, *wire
 // fetches only what is missing: of 200 MB at most 55 %, which is half and 10 MB that were on their
 // way. After that nothing crosses the wire. With ERIS_BIG_TESTS=1 the item does have 200 MB.
 func TestResume(t *testing.T) {
+	t.Parallel()
 	size, rate := int64(40e6), int64(10e6)
 	if big, _ := strconv.ParseBool(os.Getenv("ERIS_BIG_TESTS")); big {
 		size, rate = 200e6, 30e6
