@@ -289,20 +289,22 @@ func TestStrangers(t *testing.T) {
 // TestEndlessNarinfos asks a server whose narinfos are as long as may be: it is not listened to for
 // ever, and what it does not say another one says.
 func TestEndlessNarinfos(t *testing.T) {
-	key := acl.GenerateSigningKey()
-	endless, good := newTestServer(t), newTestServer(t)
-	const n = 60
-	for _, path := range itemPaths(n) {
-		good.has(path, sign(t, key, path, 100))
-		endless.has(path, sign(t, key, path, 100)+"Padding: "+strings.Repeat("x", 900<<10)+"\n")
-	}
-	s, log := withLog(t, key, endless.url, good.url)
-	available(t, s, itemPaths(n), n)
-	// 4 MiB and 8 KiB per item are 5 such narinfos.
-	if asked := good.asked.Load(); asked < n-6 || asked == n {
-		t.Errorf("the other server was asked for %d of %d items", asked, n)
-	}
-	if text := log.String(); strings.Count(text, "more than narinfos can be") != 1 {
-		t.Errorf("shown: %s", text)
-	}
+	bubble(t, func(t *testing.T, n *testNetwork) {
+		key := acl.GenerateSigningKey()
+		endless, good := n.testServer(), n.testServer()
+		const items = 60
+		for _, path := range itemPaths(items) {
+			good.has(path, sign(t, key, path, 100))
+			endless.has(path, sign(t, key, path, 100)+"Padding: "+strings.Repeat("x", 900<<10)+"\n")
+		}
+		s, log := n.with(key, endless.url, good.url)
+		available(t, s, itemPaths(items), items)
+		// 4 MiB and 8 KiB per item are 5 such narinfos.
+		if asked := good.asked.Load(); asked < items-6 || asked == items {
+			t.Errorf("the other server was asked for %d of %d items", asked, items)
+		}
+		if text := log.String(); strings.Count(text, "more than narinfos can be") != 1 {
+			t.Errorf("shown: %s", text)
+		}
+	})
 }
