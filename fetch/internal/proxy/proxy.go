@@ -4,6 +4,7 @@
 package proxy
 
 import (
+	"cmp"
 	"fmt"
 	"net"
 	"net/netip"
@@ -18,10 +19,12 @@ import (
 // host names that also stand for their subdomains, addresses, networks in CIDR notation, or "*",
 // each with or without a port.
 //
-// It returns an error, which does not show the value, if the proxy is none of HTTP.
+// A proxy that is named by https:// is spoken to without TLS, as Guix does: such a name mostly stands
+// in https_proxy for a proxy of plain HTTP. For returns an error, which does not show the value, if
+// the proxy is none of HTTP.
 func For(scheme, host, port string, getenv func(string) string) (*url.URL, error) {
 	name := scheme + "_proxy"
-	value := getenv(name)
+	value := strings.TrimSpace(getenv(name))
 	if port == "" {
 		port = map[string]string{"http": "80", "https": "443"}[scheme]
 	}
@@ -32,6 +35,9 @@ func For(scheme, host, port string, getenv func(string) string) (*url.URL, error
 		value = "http://" + value
 	}
 	u, err := url.Parse(value)
+	if err == nil && u.Scheme == "https" {
+		u.Scheme, u.Host = "http", net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "443"))
+	}
 	if err != nil || u.Scheme != "http" || u.Hostname() == "" {
 		return nil, fmt.Errorf("%s: only http:// proxies are supported", name)
 	}

@@ -15,6 +15,8 @@ func TestFor(t *testing.T) {
 		{"http", "example.org", "80", "proxy:3128", "", "http://proxy:3128"},
 		{"http", "example.org", "80", "http://alice:s3cret@proxy", "", "http://alice:s3cret@proxy"},
 		{"https", "example.org", "443", "", "", ""},
+		{"https", "example.org", "443", "https://alice@proxy:3128/", "", "http://alice@proxy:3128/"},
+		{"http", "example.org", "80", " https://proxy\n", "", "http://proxy:443"},
 		{"http", "example.org", "80", "proxy", "*", ""},
 		{"http", "Example.org", "80", "proxy", "EXAMPLE.org", ""},
 		{"http", "a.example.org", "80", "proxy", "x, example.org", ""},
@@ -35,7 +37,7 @@ func TestFor(t *testing.T) {
 			t.Errorf("%+v: %q, error %v", test, got, err)
 		}
 	}
-	for _, value := range []string{"socks5://proxy", "https://proxy", "http://", "http://s3cret:x@ho st", "http://:80"} {
+	for _, value := range []string{"socks5://proxy", "https://", "https://:443", "http://", "http://s3cret:x@ho st", "http://:80"} {
 		got, err := proxy.For("http", "example.org", "80", func(name string) string {
 			if name == "http_proxy" {
 				return value
