@@ -27,7 +27,6 @@ import (
 	"errors"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -78,8 +77,8 @@ type peer struct {
 	proven   bool // it has given a block
 	vain     int  // how often in a row it did not have what it was asked for
 	asked    time.Time
-	answered atomic.Int64 // when, in nanoseconds since 1970; needs no lock
-	doubts   int          // answers to questions that were wrong, or did not come; see mostDoubts
+	answered time.Time // zero before it has
+	doubts   int       // answers to questions that were wrong, or did not come; see mostDoubts
 	backoff  backoff.Backoff
 }
 
@@ -189,7 +188,10 @@ func (g *Group) ask(ctx context.Context, p *peer, ref eris.Reference, size eris.
 	began := time.Now()
 	var timer *time.Timer
 	timer = time.AfterFunc(time.Hour, func() {
-		if rest := silence - time.Since(time.Unix(0, max(began.UnixNano(), p.answered.Load()))); rest > 0 {
+		g.mu.Lock()
+		rest := silence - min(time.Since(began), time.Since(p.answered))
+		g.mu.Unlock()
+		if rest > 0 {
 			timer.Reset(rest)
 		} else {
 			cancel()
@@ -211,7 +213,7 @@ func (g *Group) note(p *peer, began time.Time, size eris.BlockSize, err error) {
 	switch {
 	case err == nil:
 		p.proven, p.vain = true, 0
-		p.answered.Store(now.UnixNano())
+		p.answered = now
 		p.backoff.Succeed()
 	case errors.As(err, &wrong) && !wrong.IsOtherSize(size):
 		if len(g.liars) >= mostLiars {
@@ -221,13 +223,13 @@ func (g *Group) note(p *peer, began time.Time, size eris.BlockSize, err error) {
 		p.conn.Close(err)
 		g.onLie(p.host, err)
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
-		if p.answered.Load() < began.UnixNano() && now.Sub(began) > leastSilence {
+		if p.answered.Before(began) && now.Sub(began) > leastSilence {
 			p.backoff.Fail(now, 0)
 			p.doubts++
 		}
 	default: // the peer does not have it, or will not say
 		p.vain = min(p.vain+1, mostVain)
-		p.answered.Store(now.UnixNano())
+		p.answered = now
 		p.backoff.Succeed()
 	}
 }
