@@ -25,9 +25,7 @@ import (
 func For(scheme, host, port string, getenv func(string) string) (*url.URL, error) {
 	name := scheme + "_proxy"
 	value := strings.TrimSpace(getenv(name))
-	if port == "" {
-		port = map[string]string{"http": "80", "https": "443"}[scheme]
-	}
+	port = cmp.Or(port, map[string]string{"http": "80", "https": "443"}[scheme])
 	if value == "" || exempt(strings.ToLower(host), port, getenv("no_proxy")) {
 		return nil, nil
 	}
@@ -45,7 +43,7 @@ func For(scheme, host, port string, getenv func(string) string) (*url.URL, error
 }
 
 func exempt(host, port, list string) bool {
-	address, notAddress := netip.ParseAddr(host)
+	address, _ := netip.ParseAddr(host)
 	for entry := range strings.SplitSeq(list, ",") {
 		entry = strings.ToLower(strings.TrimSpace(entry))
 		if h, p, err := net.SplitHostPort(entry); err == nil {
@@ -58,16 +56,10 @@ func exempt(host, port, list string) bool {
 		if entry == "" {
 			continue
 		}
-		if entry == "*" || entry == host || strings.HasSuffix(host, "."+entry) {
-			return true
-		}
-		if notAddress != nil {
-			continue
-		}
-		if a, err := netip.ParseAddr(entry); err == nil && a == address {
-			return true
-		}
-		if network, err := netip.ParsePrefix(entry); err == nil && network.Contains(address.WithZone("")) {
+		a, notAddress := netip.ParseAddr(entry)
+		network, _ := netip.ParsePrefix(entry)
+		if entry == "*" || entry == host || strings.HasSuffix(host, "."+entry) || notAddress == nil && a == address ||
+			network.Contains(address.WithZone("")) {
 			return true
 		}
 	}
