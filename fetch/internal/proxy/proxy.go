@@ -19,9 +19,9 @@ import (
 // host names that also stand for their subdomains, addresses, networks in CIDR notation, or "*",
 // each with or without a port.
 //
-// A proxy that is named by https:// is spoken to without TLS, as Guix does: such a name mostly stands
-// in https_proxy for a proxy of plain HTTP. For returns an error, which does not show the value, if
-// the proxy is none of HTTP.
+// A proxy that is named by https:// is spoken to without TLS, as Guix does: such a name mostly
+// stands in https_proxy for a proxy of plain HTTP. For returns an error, which does not show the
+// value, if the proxy is none of HTTP.
 func For(scheme, host, port string, getenv func(string) string) (*url.URL, error) {
 	name := scheme + "_proxy"
 	value := strings.TrimSpace(getenv(name))
