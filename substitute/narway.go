@@ -3,7 +3,6 @@
 package substitute
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -125,12 +124,7 @@ func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool
 		source = io.TeeReader(body, body.copied)
 	}
 	if method == "gzip" && body.nar.Decoded {
-		// Some servers call a file that is compressed itself encoded.
-		b := bufio.NewReader(body)
-		if magic, err := b.Peek(2); err == nil && string(magic) != "\x1f\x8b" {
-			method = "none"
-		}
-		source = b
+		method = decompress.PerhapsGzip // some servers call a file that is compressed itself encoded
 	}
 	plain, err := decompress.OpenAtMost(method, source, int64(min(j.options().MaxBytes, 1<<62)))
 	if err != nil {

@@ -624,10 +624,13 @@ func TestBlocksOfSecondServer(t *testing.T) {
 func TestEncodedNar(t *testing.T) {
 	f := newFixture(t, 10000)
 	compress := func(b []byte) []byte { return gzipped(t, b, gzip.DefaultCompression) }
-	for _, body := range [][]byte{compress(f.archive), compress(compress(f.archive))} {
-		server := f.serve(t, f.narinfo(t, "gzip nar"), func(w http.ResponseWriter, r *http.Request) {
+	for _, c := range []struct {
+		compression string
+		body        []byte
+	}{{"gzip", compress(f.archive)}, {"gzip", compress(compress(f.archive))}, {"none", f.archive}} {
+		server := f.serve(t, f.narinfo(t, c.compression+" nar"), func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Content-Encoding", "gzip")
-			w.Write(body)
+			w.Write(c.body)
 		})
 		s, log := withLog(t, f.key, server.URL)
 		f.restore(t, s, substitute.Success, log)

@@ -248,7 +248,7 @@ func TestContentEncoding(t *testing.T) {
 	c := client(t, mirror.Options{})
 	collectAll(t, c, server.URL+"/base", hashes(20))
 	expect(t, c, server.URL+"/base/nar", "narinfo of nar")
-	for _, of := range []string{"aws-chunked", "zstd", "UTF-8"} { // that is true of the file, or of nothing
+	for _, of := range []string{"aws-chunked", "zstd", "UTF-8", "gzip"} { // that is true of the file, or of nothing
 		server := serving(t, func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Content-Encoding", of)
 			serve(w, r)

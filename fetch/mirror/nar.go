@@ -221,7 +221,9 @@ func (n *Nar) request(fields http.Header) (*http.Response, error) {
 	defer time.AfterFunc(dropIdleAfter, p.dropIdle).Stop()
 	ctx, cancel := context.WithCancelCause(n.parent)
 	n.ctx, n.cancel = ctx, cancel
-	timeout, connected := p.narTimeout(), false
+	p.mu.Lock()
+	timeout, connected := c.o.NarTimeout>>min(p.silent, 3), false // of silence before a nar
+	p.mu.Unlock()
 	r := n.location.request(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		GotConn: func(httptrace.GotConnInfo) {
 			connected = true
@@ -291,13 +293,6 @@ func causeOf(ctx context.Context, err error) error {
 	return err
 }
 
-// narTimeout is for how long the server may be silent before a nar.
-func (p *peer) narTimeout() time.Duration {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.c.o.NarTimeout >> min(p.silent, 3)
-}
-
 // request returns a request for l, with the target as it was written.
 func (l *location) request(ctx context.Context) *http.Request {
 	r := &http.Request{Method: http.MethodGet, Host: l.hostField(), Header: http.Header{}}
@@ -317,13 +312,13 @@ func (l *location) request(ctx context.Context) *http.Request {
 	return r.WithContext(ctx)
 }
 
-// decoded undoes gzip, which we have not asked for, and takes any other Content-Encoding for one of
-// the file itself (zstd), or left over from its upload (aws-chunked).
+// decoded undoes gzip, which we have not asked for, where it is, and takes any other
+// Content-Encoding for one of the file itself (zstd), or left over from its upload (aws-chunked).
 func decoded(r *http.Response) (io.Reader, error) {
 	switch strings.ToLower(r.Header.Get("Content-Encoding")) {
 	case "gzip", "x-gzip":
 		if r.StatusCode == http.StatusOK {
-			return decompress.Open("gzip", r.Body)
+			return decompress.Open(decompress.PerhapsGzip, r.Body)
 		}
 	default:
 		r.Header.Del("Content-Encoding")

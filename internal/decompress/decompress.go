@@ -40,6 +40,10 @@ const (
 	inputPerByte = 2
 )
 
+// PerhapsGzip is the method of what is compressed with gzip if it begins like that, and else is not
+// compressed: a Content-Encoding is also said of files that have it themselves, or that have none.
+const PerhapsGzip = "gzip or none"
+
 // errNothing is in the chain of the error for data that are hardly any. A server could send them
 // without end.
 var errNothing = errors.New("hardly any data come out")
@@ -94,8 +98,13 @@ func OpenAtMost(method string, r io.Reader, most int64) (*Reader, error) {
 	}
 	in := bufio.NewReaderSize(&input{r, z}, int(min(inputSize, max(most, leastInput))))
 	switch method {
-	case "gzip":
-		z.open = func() (io.Reader, error) { return openMembers(in) }
+	case "gzip", PerhapsGzip:
+		z.open = func() (io.Reader, error) {
+			if magic, _ := in.Peek(2); method == PerhapsGzip && string(magic) != gzipMagic {
+				return in, nil
+			}
+			return openMembers(in)
+		}
 	case "lzip":
 		l := lzip.NewReader(&input{r, z}, maxWindow)
 		z.r, z.close = l, func() { l.Close() }
@@ -124,6 +133,8 @@ type members struct {
 	in *bufio.Reader
 }
 
+const gzipMagic = "\x1f\x8b"
+
 func openMembers(in *bufio.Reader) (*members, error) {
 	z, err := gzip.NewReader(in)
 	if err != nil {
@@ -143,7 +154,7 @@ func (m *members) Read(p []byte) (int, error) {
 		}
 		magic, err := m.in.Peek(2)
 		switch {
-		case err == nil && string(magic) == "\x1F\x8B":
+		case err == nil && string(magic) == gzipMagic:
 			err = m.Reset(m.in)
 			m.Multistream(false)
 		case err == nil:

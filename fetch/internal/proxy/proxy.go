@@ -53,13 +53,10 @@ func exempt(host, port, list string) bool {
 			entry = h
 		}
 		entry = strings.TrimPrefix(strings.Trim(entry, "[]"), ".")
-		if entry == "" {
-			continue
-		}
 		a, notAddress := netip.ParseAddr(entry)
 		network, _ := netip.ParsePrefix(entry)
-		if entry == "*" || entry == host || strings.HasSuffix(host, "."+entry) || notAddress == nil && a == address ||
-			network.Contains(address.WithZone("")) {
+		if entry == "*" || entry == host || entry != "" && strings.HasSuffix(host, "."+entry) ||
+			notAddress == nil && a == address || network.Contains(address.WithZone("")) {
 			return true
 		}
 	}

@@ -21,6 +21,7 @@ func TestFor(t *testing.T) {
 		{"http", "Example.org", "80", "proxy", "EXAMPLE.org", ""},
 		{"http", "a.example.org", "80", "proxy", "x, example.org", ""},
 		{"http", "a.example.org", "80", "proxy", ".example.org,", ""},
+		{"http", "example.org.", "80", "proxy", ",.,x", "http://proxy"},
 		{"http", "notexample.org", "80", "proxy", "example.org", "http://proxy"},
 		{"http", "example.org", "80", "proxy", "example.org:80", ""},
 		{"http", "example.org", "8080", "proxy", "example.org:80", "http://proxy"},
