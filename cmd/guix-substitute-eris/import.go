@@ -106,17 +106,26 @@ func importBlocks(ctx context.Context, name, storeURL string) error {
 
 // eachBlock calls f for each block of a dump or a directory, as [dump.Read] does.
 func eachBlock(ctx context.Context, name string, shown *protocol.Transfer, f func(ref eris.Reference, block []byte) error) ([]eris.ReadCapability, error) {
-	open := func() (io.Reader, error) { return os.Open(name) }
 	if name == "-" {
-		open = func() (io.Reader, error) { return os.Stdin, nil }
-	} else if info, err := os.Stat(name); err != nil {
-		return nil, err
-	} else if info.IsDir() {
-		return nil, dir.Each(name, f)
-	} else {
-		shown.Total(info.Size()) // of a pipe 0, as nobody knows
+		return dump.Read(untilDone(ctx, func() (io.Reader, error) { return os.Stdin, nil }), f)
 	}
-	return dump.Read(untilDone(ctx, open), f)
+	info, err := os.Stat(name)
+	if err != nil {
+		return nil, err
+	}
+	if info.IsDir() {
+		return nil, dir.Each(name, f)
+	}
+	if !info.Mode().IsRegular() {
+		return dump.Read(untilDone(ctx, func() (io.Reader, error) { return os.Open(name) }), f)
+	}
+	file, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	shown.Total(info.Size())
+	return dump.Read(file, f)
 }
 
 // untilDone returns what is read from something that may be a pipe or a terminal, until a context
