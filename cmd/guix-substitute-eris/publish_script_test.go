@@ -102,14 +102,14 @@ func (p *publisher) kill() {
 	p.cmd.Wait()
 }
 
-// fetch URL FILE [TEXT] gets a file over HTTP; with a text, until it has that, within half a
-// minute. "! fetch URL" wants status 404.
+// fetch URL FILE [TEXT] gets a file over HTTP; with a text, until it has that, within two
+// minutes. "! fetch URL" wants status 404.
 func scriptFetch(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) != 2 && len(args) != 3 && !neg || neg && len(args) != 1 {
 		ts.Fatalf("usage: fetch URL FILE [TEXT]")
 	}
 	if len(args) == 3 {
-		for range 300 {
+		for range 1200 {
 			scriptFetch(ts, false, args[:2])
 			if strings.Contains(ts.ReadFile(args[1]), args[2]) {
 				return
