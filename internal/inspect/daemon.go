@@ -130,9 +130,13 @@ func (d *daemonProcess) options() (options string) {
 	if d == nil {
 		return ""
 	}
-	for _, argument := range d.arguments {
-		switch name, value, _ := strings.Cut(argument, "="); name {
+	for i, argument := range d.arguments {
+		switch name, value, here := strings.Cut(argument, "="); name {
 		case "--substitute-urls":
+			// The service of Guix System gives the value as an argument of its own.
+			if next := i + 1; !here && next < len(d.arguments) {
+				value = d.arguments[next]
+			}
 			options += "substitute-urls=" + value + "\n"
 		case "--discover":
 			options += "discover=" + strconv.FormatBool(value != "no") + "\n"
@@ -158,10 +162,8 @@ func (d *doctor) examineDaemon() {
 	d.daemon = d.findDaemon()
 	p := d.daemon
 	if p == nil {
-		start := "sudo systemctl start guix-daemon"
-		if d.shepherd() {
-			start = "sudo herd start guix-daemon && guix build -n hello # the first client has it started"
-		}
+		start := d.either("sudo systemctl start guix-daemon",
+			"sudo herd start guix-daemon && guix build -n hello # the first client has it started")
 		why, guix := "it does not run", []string{
 			"run/current-system", "var/guix/profiles/per-user/root/current-guix", "usr/bin/guix-daemon", "usr/local/bin/guix-daemon",
 			"etc/systemd/system/guix-daemon.service", "lib/systemd/system/guix-daemon.service",
@@ -192,11 +194,9 @@ func (d *doctor) examineDaemon() {
 }
 
 func (d *doctor) plugIn() string {
-	if d.shepherd() {
-		return "sudo editor /etc/config.scm # (modify-services … (guix-service-type config => (with-substitute-eris config)))\n" +
-			"sudo guix system reconfigure -L etc/guix /etc/config.scm && sudo herd restart guix-daemon"
-	}
-	return "sudo guix-substitute-eris setup"
+	return d.either("sudo guix-substitute-eris setup",
+		"sudo editor /etc/config.scm # (modify-services … (guix-service-type config => (with-substitute-eris config)))\n"+
+			"sudo guix system reconfigure -L etc/guix /etc/config.scm && sudo herd restart guix-daemon")
 }
 
 // usedProgram returns the program that the daemon's helpers are, and how the daemon comes to it; or

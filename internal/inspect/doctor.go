@@ -170,8 +170,13 @@ func (d *doctor) has(name string) bool {
 	return err == nil
 }
 
-// shepherd reports whether services are those of Guix System, and not of systemd.
-func (d *doctor) shepherd() bool { return d.has("run/current-system/profile/bin/herd") }
+// either returns system where services are those of Guix System, and not of systemd, else other.
+func (d *doctor) either(other, system string) string {
+	if d.has("run/current-system/profile/bin/herd") {
+		return system
+	}
+	return other
+}
 
 func (d *doctor) examineKeys() {
 	name := d.KeysFile()
@@ -444,7 +449,7 @@ func (d *doctor) examineStores(reports []storeReport) {
 		case strings.HasPrefix(r.URL, "file:") && r.Failure != "":
 			d.ill("sudo editor "+page.Quote(settings.FileName())+" # or plug the medium in", subject, "%s", r.Failure)
 		case r.Failure != "" && settings.IsSocket(r.URL):
-			d.ill("sudo systemctl start guix-substitute-eris.socket", subject, "%s", r.Failure)
+			d.ill(d.either("sudo systemctl start guix-substitute-eris.socket", "sudo herd start eris-block-store"), subject, "%s", r.Failure)
 		case r.Failure != "":
 			d.ill("guix-substitute-eris serve --listen=… # on that machine", subject, "%s", r.Failure)
 		default:
@@ -472,9 +477,7 @@ func (d *doctor) examineSocket(url string) {
 		if system, _ := settings.DefaultSocket(0, ""); u.Host == system {
 			mend = "sudo guix-substitute-eris setup && sudo systemctl restart guix-daemon"
 		}
-		if d.shepherd() {
-			mend = "sudo editor /etc/config.scm # (listen '(\"coap+unix:///run/guix-substitute-eris/get.sock?get\")), and see docs/guide-guix-system.md"
-		}
+		mend = d.either(mend, "sudo editor /etc/config.scm # (listen '(\"coap+unix:///run/guix-substitute-eris/get.sock?get\")), and see docs/guide-guix-system.md")
 		d.ill(mend, "block store "+url,
 			"the daemon, as user %s, may not connect to it: the socket is for the group %s", userName(who.uid), groupName(int(stat.Gid)))
 	}

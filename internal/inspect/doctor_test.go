@@ -5,6 +5,7 @@ package inspect
 import (
 	"io/fs"
 	"os"
+	"strings"
 	"testing"
 	"time"
 )
@@ -46,6 +47,21 @@ func TestCredentials(t *testing.T) {
 		}
 		if got := v.who.may(info, 2); got != v.may {
 			t.Errorf("%v %+v: %v", v.mode, v.who, got)
+		}
+	}
+}
+
+// The service of Guix System gives the servers as an argument of their own.
+func TestDaemonOptions(t *testing.T) {
+	for arguments, want := range map[string]string{
+		"guix-daemon\x00--substitute-urls=http://a http://b\x00--discover=no\x00": "substitute-urls=http://a http://b\ndiscover=false\n",
+		"guix-daemon\x00--discover\x00--substitute-urls\x00http://a http://b\x00": "discover=true\nsubstitute-urls=http://a http://b\n",
+		"guix-daemon\x00--substitute-urls=\x00http://a\x00":                       "substitute-urls=\n",
+		"guix-daemon\x00--substitute-urls":                                        "substitute-urls=\n",
+	} {
+		d := daemonProcess{arguments: strings.Split(arguments, "\x00")}
+		if got := d.options(); got != want {
+			t.Errorf("%q: %q, want %q", arguments, got, want)
 		}
 	}
 }
