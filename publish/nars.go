@@ -59,7 +59,8 @@ func (n *Nars) Close() { n.making.Close() }
 // killed.
 func (n *Nars) clean() {
 	now, last := time.Now().Unix(), n.cleaned.Load()
-	if now-last < int64(cleanEvery/time.Second) || !n.cleaned.CompareAndSwap(last, now) {
+	// A clock that was set back makes it due.
+	if passed := now - last; passed >= 0 && passed < int64(cleanEvery/time.Second) || !n.cleaned.CompareAndSwap(last, now) {
 		return
 	}
 	files.RemoveAbandoned(n.directory)

@@ -414,18 +414,19 @@ func (s *Settings) finder() (finder *reuse.Finder, closeDatabase func()) {
 		database, err = guixdb.Open(settings.DatabaseFile(), s.Store, databaseTimeout)
 		return err
 	})
-	var locked atomic.Int64 // until when it is taken to be, as Unix time in nanoseconds
+	made := time.Now()
+	var locked atomic.Int64 // how long after that it is taken to be, by a clock that nobody sets
 	find := func(ctx context.Context, hashPart string) (*narinfo.Narinfo, error) {
 		if err := open(); err != nil {
 			return nil, fmt.Errorf("%w: %w", reuse.ErrNoDatabase, err)
 		}
-		begin := time.Now()
-		if begin.UnixNano() < locked.Load() {
+		begin := time.Since(made)
+		if begin < time.Duration(locked.Load()) {
 			return nil, errors.New("the database of guix-daemon is locked")
 		}
 		info, err := database.Item(ctx, hashPart)
-		if end := time.Now(); err != nil && end.Sub(begin) >= databaseTimeout {
-			locked.Store(end.Add(databaseRest).UnixNano())
+		if end := time.Since(made); err != nil && end-begin >= databaseTimeout {
+			locked.Store(int64(end + databaseRest))
 		}
 		return info, err
 	}
