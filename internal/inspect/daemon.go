@@ -152,10 +152,11 @@ func Load(s *session.Settings) error {
 	if _, told := os.LookupEnv("_NIX_OPTIONS"); err != nil || told {
 		return err
 	}
-	d := doctor{root: settings.SystemRoot()}
-	s.Adopt(d.findDaemon().options())
+	s.Adopt(runningDaemon().options())
 	return nil
 }
+
+func runningDaemon() *daemonProcess { return (&doctor{root: settings.SystemRoot()}).findDaemon() }
 
 // examineDaemon finds out whether the running daemon starts this program.
 func (d *doctor) examineDaemon() {

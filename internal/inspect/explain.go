@@ -111,6 +111,8 @@ type explanation struct {
 	Form    string        `json:"form,omitempty"` // of the contents, like "eris-fs"; empty if there is no block
 	Stores  []storeReport `json:"stores"`
 	keys    string        // file that lists them
+	// Guessed says that nobody told which servers the daemon asks.
+	guessed bool
 	policy  substitute.Policy
 }
 
@@ -131,8 +133,9 @@ func forItems(
 	ctx context.Context, s *session.Settings, sub *session.Session, items []string, show func(explanation) message.Status,
 ) (worst message.Status) {
 	shown := map[string]bool{}
+	guessed := s.URLs == "" && runningDaemon() == nil
 	for _, text := range session.Names(items) {
-		e := explanation{keys: s.KeysFile()}
+		e := explanation{keys: s.KeysFile(), guessed: guessed}
 		e.policy, _ = s.Policy() // which was right when it was loaded
 		item, err := s.FindItem(ctx, sub, text)
 		if err == nil && shown[item] {
@@ -330,6 +333,9 @@ func (e *explanation) show(p *page.Page) {
 	for i, s := range e.Servers {
 		p.Item(2, i+1, "%s", s.URL)
 		e.showServer(p, s)
+	}
+	if e.guessed {
+		p.Say(2, page.Note, "guix-daemon does not run, so that its servers are not known; the usual ones are asked")
 	}
 	p.Heading("Block stores")
 	if len(e.Stores) == 0 {
