@@ -112,6 +112,32 @@ USER; #f means that it begins as root."
          (home-directory "/var/empty")
          (shell (file-append shadow "/sbin/nologin")))))
 
+(define (own-directories user directories modes)
+  "Return a gexp that makes DIRECTORIES for USER, with MODES."
+  #~(begin
+      (use-modules (guix build utils))
+      (let* ((user (getpwnam #$user))
+             (uid (passwd:uid user))
+             (gid (passwd:gid user)))
+        (for-each
+         (lambda (directory mode)
+           (mkdir-p directory)
+           ;; An account that was taken away and comes back may have other
+           ;; numbers: what was of the old one is of the new one.
+           (let ((former (stat:uid (stat directory))))
+             (unless (memv former (list 0 uid))
+               (call-with-port (open directory O_RDONLY)
+                 (lambda (port)
+                   (for-each (lambda (file)
+                               (when (= former (stat:uid (lstat file)))
+                                 (chown-at port file uid gid
+                                           AT_SYMLINK_NOFOLLOW)))
+                             (find-files (string-append directory "/")
+                                         #:directories? #t))))))
+           (chown directory uid gid)
+           (chmod directory mode))
+         '#$directories '#$modes))))
+
 
 ;;;
 ;;; The helper of guix-daemon.
@@ -219,17 +245,11 @@ program, its configuration must go through @code{with-substitute-eris}.")
   (accounts %account "ERIS block store" '()))
 
 (define (eris-block-store-activation config)
-  (let ((directory (eris-block-store-configuration-directory config))
-        (socket (eris-block-store-configuration-socket config)))
-    #~(begin
-        (use-modules (guix build utils))
-        (let ((user (getpwnam #$%account)))
-          (for-each (lambda (directory mode)
-                      (mkdir-p directory)
-                      (chown directory (passwd:uid user) (passwd:gid user))
-                      (chmod directory mode))
-                    (list #$directory (dirname #$socket))
-                    '(#o700 #o755))))))
+  (own-directories %account
+                   (list (eris-block-store-configuration-directory config)
+                         (dirname (eris-block-store-configuration-socket
+                                   config)))
+                   '(#o700 #o755)))
 
 (define (uses-network? config)
   "Whether the block store of CONFIG serves others than programs of this
@@ -313,13 +333,9 @@ keeps ERIS blocks and serves them by CoAP and HTTP.")
   (accounts %publisher "ERIS publisher" (list %account)))
 
 (define (eris-publish-activation config)
-  #~(begin
-      (use-modules (guix build utils))
-      (let ((user (getpwnam #$%publisher))
-            (cache #$(eris-publish-configuration-cache config)))
-        (mkdir-p cache)
-        (chown cache (passwd:uid user) (passwd:gid user))
-        (chmod cache #o700))))
+  (own-directories %publisher
+                   (list (eris-publish-configuration-cache config))
+                   '(#o700)))
 
 (define (eris-publish-shepherd-services config)
   (list (shepherd-program
