@@ -115,25 +115,35 @@ USER; #f means that it begins as root."
 (define (own-directories user directories modes)
   "Return a gexp that makes DIRECTORIES for USER, with MODES."
   #~(begin
-      (use-modules (guix build utils))
+      (use-modules (guix build utils) (ice-9 ftw))
       (let* ((user (getpwnam #$user))
              (uid (passwd:uid user))
              (gid (passwd:gid user)))
+        ;; An account that was taken away and comes back may have other
+        ;; numbers: what was of the former one is of the new one.  Somebody may
+        ;; have the former number and make links meanwhile, so nothing is named
+        ;; but in a directory that is open.
+        (define (give directory former)
+          (for-each
+           (lambda (name)
+             (let ((status (statat directory name AT_SYMLINK_NOFOLLOW)))
+               (when (= former (stat:uid status))
+                 (when (eq? 'directory (stat:type status))
+                   (call-with-port
+                    (openat directory name
+                            (logior O_RDONLY O_DIRECTORY O_NOFOLLOW))
+                    (lambda (port) (give port former))))
+                 (chown-at directory name uid gid AT_SYMLINK_NOFOLLOW))))
+           (scandir (string-append "/proc/self/fd/"
+                                   (number->string (fileno directory)))
+                    (lambda (name) (not (member name '("." "..")))))))
         (for-each
          (lambda (directory mode)
            (mkdir-p directory)
-           ;; An account that was taken away and comes back may have other
-           ;; numbers: what was of the old one is of the new one.
            (let ((former (stat:uid (stat directory))))
              (unless (memv former (list 0 uid))
-               (call-with-port (open directory O_RDONLY)
-                 (lambda (port)
-                   (for-each (lambda (file)
-                               (when (= former (stat:uid (lstat file)))
-                                 (chown-at port file uid gid
-                                           AT_SYMLINK_NOFOLLOW)))
-                             (find-files (string-append directory "/")
-                                         #:directories? #t))))))
+               (call-with-port (open directory (logior O_RDONLY O_DIRECTORY))
+                 (lambda (port) (give port former)))))
            (chown directory uid gid)
            (chmod directory mode))
          '#$directories '#$modes))))
