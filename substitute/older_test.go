@@ -262,7 +262,9 @@ func TestLeaves(t *testing.T) {
 				if listed != (test.listed && !(test.given && attempt == 1)) && test.more != some {
 					t.Errorf("attempt %d: leaves are among the ways: %t", attempt, listed)
 				}
-				if rewriting := strings.Contains(log.String(), "file://"); rewriting != (!test.off && test.length == 0 && (attempt == 0 || test.more == some)) {
+				// Of 4096 times one, what is known of leaves takes the place of what is known of rewriting.
+				forgotten := test.given && attempt == 1
+				if rewriting := strings.Contains(log.String(), "file://"); !forgotten && rewriting != (!test.off && test.length == 0 && (attempt == 0 || test.more == some)) {
 					t.Errorf("attempt %d: rewriting is tried: %t", attempt, rewriting)
 				}
 				if test.liar && attempt == 1 {
