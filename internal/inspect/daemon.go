@@ -148,15 +148,21 @@ func (d *daemonProcess) options() (options string) {
 // Load reads the settings, as [session.Settings.Load] does, for a command that somebody runs by
 // hand: what the running daemon tells its helpers counts there, too.
 func Load(s *session.Settings) error {
-	err := s.Load()
-	if _, told := os.LookupEnv("_NIX_OPTIONS"); err != nil || told {
-		return err
-	}
-	s.Adopt(runningDaemon().options())
-	return nil
+	_, err := load(s)
+	return err
 }
 
-func runningDaemon() *daemonProcess { return (&doctor{root: settings.SystemRoot()}).findDaemon() }
+// load is [Load], and reports whether the servers are guessed: nobody says which the daemon asks.
+func load(s *session.Settings) (guessed bool, err error) {
+	err = s.Load()
+	if _, told := os.LookupEnv("_NIX_OPTIONS"); err != nil || told {
+		return false, err
+	}
+	d := doctor{root: settings.SystemRoot()}
+	daemon := d.findDaemon()
+	s.Adopt(daemon.options())
+	return daemon == nil && s.URLs == "", nil
+}
 
 // examineDaemon finds out whether the running daemon starts this program.
 func (d *doctor) examineDaemon() {

@@ -71,7 +71,8 @@ example. What servers say is requested anew, and kept for later.`,
 }
 
 func explain(ctx context.Context, s *session.Settings, items []string, asJSON, full bool) error {
-	if err := Load(s); err != nil {
+	guessed, err := load(s)
+	if err != nil {
 		return err
 	}
 	s.LookAround()
@@ -82,7 +83,7 @@ func explain(ctx context.Context, s *session.Settings, items []string, asJSON, f
 	defer func() { stop(); stores() }()
 	all := []explanation{}
 	worst := forItems(ctx, s, sub, items, func(e explanation) message.Status {
-		e.Stores = stores()
+		e.Stores, e.guessed = stores(), guessed
 		e.examineStores(ctx, sub, full)
 		all = append(all, e)
 		return session.ExitStatus(e.Availability)
@@ -111,8 +112,7 @@ type explanation struct {
 	Form    string        `json:"form,omitempty"` // of the contents, like "eris-fs"; empty if there is no block
 	Stores  []storeReport `json:"stores"`
 	keys    string        // file that lists them
-	// Guessed says that nobody told which servers the daemon asks.
-	guessed bool
+	guessed bool          // the servers are
 	policy  substitute.Policy
 }
 
@@ -133,9 +133,8 @@ func forItems(
 	ctx context.Context, s *session.Settings, sub *session.Session, items []string, show func(explanation) message.Status,
 ) (worst message.Status) {
 	shown := map[string]bool{}
-	guessed := s.URLs == "" && runningDaemon() == nil
 	for _, text := range session.Names(items) {
-		e := explanation{keys: s.KeysFile(), guessed: guessed}
+		e := explanation{keys: s.KeysFile()}
 		e.policy, _ = s.Policy() // which was right when it was loaded
 		item, err := s.FindItem(ctx, sub, text)
 		if err == nil && shown[item] {
