@@ -17,6 +17,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 // BenchmarkDecompress decompresses 32 MiB, and then does that in turns with the program and with
@@ -87,12 +88,7 @@ func command(words string, more ...string) *exec.Cmd {
 	return exec.Command(args[0], args[1:]...)
 }
 
-func must(b *testing.B, err error) {
-	b.Helper()
-	if err != nil {
-		b.Fatal(err)
-	}
-}
+var must = testhelp.Must
 
 // discard is io.Discard without its buffers.
 type discard struct{}

@@ -13,9 +13,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync/atomic"
 	"time"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/tasks"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
@@ -39,7 +39,7 @@ type Nars struct {
 	log       func(format string, a ...any)
 	ttl       time.Duration
 	making    *tasks.Tasks // by file name
-	cleaned   atomic.Int64 // when, as Unix time in seconds
+	cleaning  admission.Seldom
 }
 
 // NewNars returns what is kept in a directory, which is made when there is something to keep; of
@@ -47,7 +47,7 @@ type Nars struct {
 // that is longer, is removed now, and every day that something is made. Messages go to log. Close
 // must be called at the end.
 func NewNars(directory string, workers int, ttl time.Duration, log func(format string, a ...any)) *Nars {
-	n := &Nars{directory: directory, log: log, ttl: max(ttl, leastTTL), making: tasks.New(workers, log)}
+	n := &Nars{directory: directory, log: log, ttl: max(ttl, leastTTL), making: tasks.New(workers, log), cleaning: admission.Seldom{Every: cleanEvery}}
 	n.clean()
 	return n
 }
@@ -58,9 +58,7 @@ func (n *Nars) Close() { n.making.Close() }
 // clean removes, once a day, what has not been used for long, and what a process has left that was
 // killed.
 func (n *Nars) clean() {
-	now, last := time.Now().Unix(), n.cleaned.Load()
-	// A clock that was set back makes it due.
-	if passed := now - last; passed >= 0 && passed < int64(cleanEvery/time.Second) || !n.cleaned.CompareAndSwap(last, now) {
+	if !n.cleaning.Due() {
 		return
 	}
 	files.RemoveAbandoned(n.directory)

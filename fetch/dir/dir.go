@@ -254,10 +254,8 @@ type root struct {
 
 func openRoot(path string, make bool) (*root, error) {
 	if make {
-		if err := os.Mkdir(path, 0o777); err != nil && !errors.Is(err, os.ErrExist) {
-			if _, statErr := os.Stat(path); statErr != nil {
-				return nil, err
-			}
+		if err := local.MakeDirectory(path); err != nil {
+			return nil, err
 		}
 	}
 	directory, err := os.OpenRoot(path)

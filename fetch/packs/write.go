@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"sync"
 
@@ -17,6 +16,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dump"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/local"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 )
 
@@ -164,7 +164,7 @@ type spool struct {
 // newSpool makes the directory, but not its parents. Without one it is that of temporary files.
 func newSpool(directory string) (*spool, error) {
 	if directory != "" {
-		if err := os.Mkdir(directory, 0o777); err != nil && !errors.Is(err, fs.ErrExist) {
+		if err := local.MakeDirectory(directory); err != nil {
 			return nil, err
 		}
 	}

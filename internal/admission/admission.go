@@ -366,18 +366,23 @@ func (g *Gate) Serve(ctx context.Context, server *http.Server) error {
 	return nil
 }
 
-// Seldom logs at most about once per second, or per Every, whatever strangers make go wrong. The
-// zero value is ready; it is safe for concurrent use.
+// Seldom is for what is to be done at most about once per second, or per Every, such as to log what
+// strangers make go wrong. The zero value is ready; it is safe for concurrent use.
 type Seldom struct {
 	Every time.Duration // 0 is a second
 	last  atomic.Int64
 }
 
-// Log hands an error to the log, unless there was one just now. It reports whether it has.
-func (s *Seldom) Log(log func(error), err error) (logged bool) {
+// Due reports whether it is time, and takes it for done then.
+func (s *Seldom) Due() bool {
 	now, last := time.Now().Unix(), s.last.Load()
 	due := now < last || now-last >= max(1, int64(s.Every/time.Second)) // a clock may be set back
-	logged = due && s.last.CompareAndSwap(last, now)
+	return due && s.last.CompareAndSwap(last, now)
+}
+
+// Log hands an error to the log, unless there was one just now. It reports whether it has.
+func (s *Seldom) Log(log func(error), err error) (logged bool) {
+	logged = s.Due()
 	if logged {
 		log(err)
 	}

@@ -78,8 +78,9 @@ func (i *input) Read(p []byte) (int, error) {
 }
 
 // Open returns a Reader of what r has, compressed with the given method: none, gzip, lzip, zstd, xz
-// or bzip2, as it stands in a narinfo; another one is an error. Nothing is read from r before data
-// are asked for; more may be read than is needed. Closing the Reader does not close r.
+// or bzip2, as it stands in a narinfo, or [PerhapsGzip]; another one is an error. Nothing is read
+// from r before data are asked for; more may be read than is needed. Closing the Reader does not
+// close r.
 //
 // Data may consist of several members, streams or frames, one after the other, whose contents are
 // joined. After a member of gzip, anything that does not begin like one is ignored, as gzip(1)

@@ -198,7 +198,7 @@ func hint(err error) string {
 		fits bool
 		hint string
 	}{
-		{has("is \"serve\" running", "make it, or", "see --", "is a server running", "/dev/stdout: no space"), ""}, // it says so itself
+		{has("is \"serve\" running", "make it, or", "see --", "is a server running", "/dev/stdout: no space"), ""}, // it says so itself, or nothing stays
 		{is(syscall.ECONNREFUSED) || has("connection refused"), "nothing listens there; is the address right, and the program that serves it running?"},
 		{is(syscall.EADDRINUSE), "end that program, or choose another port or socket by --listen or --socket"},
 		{is(syscall.EADDRNOTAVAIL), "this machine has no such address; \"ip address\" shows those that it has"},

@@ -8,6 +8,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"sync"
 	"time"
 
@@ -26,6 +28,19 @@ const (
 	// them hang for ever.
 	closeWait = time.Second
 )
+
+// MakeDirectory makes the directory of a store, but not its parents. One that is there is kept,
+// whatever the file system says to making it.
+func MakeDirectory(path string) error {
+	err := os.Mkdir(path, 0o777)
+	if err == nil || errors.Is(err, fs.ErrExist) {
+		return nil
+	}
+	if _, statErr := os.Stat(path); statErr == nil {
+		return nil
+	}
+	return err
+}
 
 // Files is what a [Store] keeps blocks in. Its methods are called from many goroutines at a time.
 type Files interface {
