@@ -4,7 +4,7 @@ go 1.26.0
 
 require (
 	codeberg.org/guix-substitute-eris/guix-substitute-eris v0.0.0
-	github.com/plgd-dev/go-coap/v3 v3.8.0
+	github.com/plgd-dev/go-coap/v3 v3.8.1
 )
 
 require (
@@ -17,7 +17,6 @@ require (
 	github.com/pion/transport/v5 v5.1.4 // indirect
 	github.com/vishvananda/netlink v1.2.1-beta.2 // indirect
 	github.com/vishvananda/netns v0.0.0-20200728191858-db3c7e526aae // indirect
-	go.uber.org/atomic v1.12.0 // indirect
 	golang.org/x/crypto v0.59.0 // indirect
 	golang.org/x/exp v0.0.0-20261014143641-f0251eb4aa3e // indirect
 	golang.org/x/mod v0.42.0 // indirect
