@@ -22,6 +22,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -55,9 +56,10 @@ type Annotator struct {
 	o        AnnotatorOptions
 	upstream *url.URL
 	client   *http.Client
-	via      string         // names it in requests, so that it knows those that come back to it
-	looped   sync.Once      // tells that some do
-	nars     *mirror.Client // nil if they are not encoded
+	via      string           // names it in requests, so that it knows those that come back to it
+	looped   sync.Once        // tells that some do
+	failures admission.Seldom // that are logged
+	nars     *mirror.Client   // nil if they are not encoded
 }
 
 const (
@@ -115,7 +117,9 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	response, text, err := a.get(r.Context(), there.String(), via)
 	if err != nil {
-		a.o.Log("%v", err)
+		if r.Context().Err() == nil && a.failures.Due() {
+			a.o.Log("%v", err)
+		}
 		http.Error(w, "no good answer from "+a.upstream.Host, http.StatusBadGateway)
 		return
 	}

@@ -749,3 +749,35 @@ func TestItems(t *testing.T) {
 		}
 	}
 }
+
+// TestLogBounded has clients who ask in vain, or go away, not fill the log of a server and of an
+// annotator.
+func TestLogBounded(t *testing.T) {
+	const name = "0000000000000000000000000000000a.narinfo"
+	directory := t.TempDir()
+	must(t, os.WriteFile(directory+"/"+name, []byte("damaged"), 0o644))
+	lines := 0
+	log := func(string, ...any) { lines++ }
+	s, err := publish.NewServer(publish.ServerOptions{StoreDir: "/gnu/store", Items: publish.Directory(directory), Log: log})
+	must(t, err)
+	a, err := publish.NewAnnotator(publish.AnnotatorOptions{StoreDir: "/gnu/store", Upstream: "http://127.0.0.1:1", Log: log})
+	must(t, err)
+	for of, handler := range map[string]http.Handler{"server": s, "annotator": a} {
+		ask := func(ctx context.Context, times int) int {
+			lines = 0
+			for range times {
+				handler.ServeHTTP(httptest.NewRecorder(), httptest.NewRequestWithContext(ctx, "GET", "/"+name, nil))
+			}
+			return lines
+		}
+		gone, cancel := context.WithCancel(context.Background())
+		cancel()
+		if n := ask(gone, 10); n != 0 {
+			t.Errorf("%s: %d lines about clients that have gone", of, n)
+		}
+		begin := time.Now()
+		if n := ask(context.Background(), 100); n == 0 || n > 2+int(time.Since(begin).Seconds()) {
+			t.Errorf("%s: %d lines about 100 requests", of, n)
+		}
+	}
+}

@@ -85,7 +85,8 @@ type Server struct {
 
 	compressing *admission.Slots
 	walking     singleflight.Group
-	walkers     chan struct{} // one per core may walk at a time
+	walkers     chan struct{}    // one per core may walk at a time
+	failures    admission.Seldom // that are logged
 
 	mu       sync.Mutex
 	archives map[string]archive // by path
@@ -463,6 +464,8 @@ func (s *Server) failed(w http.ResponseWriter, r *http.Request, err error) {
 		http.NotFound(w, r)
 		return
 	}
-	s.o.Log("%s: %v", r.URL.Path, err)
+	if r.Context().Err() == nil && s.failures.Due() {
+		s.o.Log("%s: %v", r.URL.Path, err)
+	}
 	http.Error(w, "internal error", http.StatusInternalServerError)
 }
