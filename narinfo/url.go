@@ -43,13 +43,18 @@ func badURLByte(s string) int {
 
 // PreferredURLs returns the URLs that can be used, in the order of the time that decompression
 // takes, and else in that of the narinfo. Left out are those with a compression that is not
-// supported, with blanks, control characters or other than ASCII characters, and those of more than
-// 4096 bytes. A parsed narinfo has at least one. (Guix, guix/narinfo.scm: narinfo-preferred-uris.)
+// supported, with blanks, control characters or other than ASCII characters, those of more than
+// 4096 bytes, and all but the first eight of the rest, for each may take as long as a silent server
+// is waited for. A parsed narinfo has at least one. (Guix, guix/narinfo.scm:
+// narinfo-preferred-uris.)
 func (n *Narinfo) PreferredURLs() []URL {
 	urls := slices.DeleteFunc(slices.Clone(n.URLs), func(u URL) bool { return !u.usable() })
 	slices.SortStableFunc(urls, func(u, v URL) int { return cmp.Compare(slowness[u.Compression], slowness[v.Compression]) })
-	return urls
+	return urls[:min(len(urls), maxPreferred)]
 }
+
+// maxPreferred is how many URLs of a narinfo are used: one for each method and some to spare.
+const maxPreferred = 8
 
 // slowness ranks methods by the time that decompression takes.
 var slowness = map[string]int{"none": 0, "zstd": 0, "gzip": 1, "lzip": 2, "xz": 3, "bzip2": 3}
