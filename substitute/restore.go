@@ -315,7 +315,7 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 	var server *mirror.ServerError
 	var busy *fetch.BusyError
 	switch {
-	case mayBeRight(c, err, gone):
+	case mayBeRight(c, err, status != nil && !status.Temporary()):
 		c.again = true
 		j.later = slices.Insert(j.later, 0, c)
 	case errors.Is(err, errContents), gone:
@@ -343,13 +343,14 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 }
 
 // mayBeRight reports whether a way has brought wrong bytes, for the first time, that were perhaps
-// right when they were sent, or nothing, as a cache on the way may say that remembers it. What
-// fails on this machine, or was cut off more than once, is not.
-func mayBeRight(c *candidate, err error, gone bool) bool {
+// right when they were sent, or was refused, as by a cache on the way that remembers what was there
+// before, or a server that counts requests. What fails on this machine, or was cut off more than
+// once, is not.
+func mayBeRight(c *candidate, err error, refused bool) bool {
 	w, ok := c.way.(*narWay)
 	_, here := errors.AsType[syscall.Errno](err)
 	came := !c.last.slow.Load() && !c.last.cut.Load() && c.last.got.Load() > 0
-	return ok && !c.again && (came || gone) && !mirror.IsLocal(w.url) && !here
+	return ok && !c.again && (came || refused) && !mirror.IsLocal(w.url) && !here
 }
 
 // pause waits before ways that have failed for a while are tried again. It reports whether there
