@@ -30,6 +30,9 @@ const (
 	maxDeltaURL = 4096
 )
 
+// ErrNoField is the error of [Parse] about a field that is missing, which quotes nothing else.
+var ErrNoField = errors.New("narinfo: no field")
+
 // signatureField is what ends the signed part of a narinfo.
 const signatureField = "Signature:"
 
@@ -189,13 +192,13 @@ func (p *parser) field(f field) error {
 func (p *parser) finish() (*Narinfo, error) {
 	for _, name := range []string{"StorePath", "References"} {
 		if p.find(name) == nil {
-			return nil, fmt.Errorf("narinfo: no field %s", name)
+			return nil, fmt.Errorf("%w %s", ErrNoField, name)
 		}
 	}
 	n := p.n
 	n.hashError = decodeNarHash(&n.NarDigest, n.NarHash)
 	if len(n.URLs) == 0 {
-		return nil, errors.New("narinfo: no field URL")
+		return nil, fmt.Errorf("%w URL", ErrNoField)
 	}
 	if !slices.ContainsFunc(n.URLs, URL.usable) {
 		return nil, errors.New("narinfo: no well-formed URL with a supported compression")

@@ -115,8 +115,8 @@ var mostLevel = map[string]int{"gzip": gzip.BestCompression, "zstd": 22, "lzip":
 func splitCompression(text string) (kind string, level int) {
 	kind, number, given := strings.Cut(text, ":")
 	if given {
-		var err error
-		if level, err = strconv.Atoi(number); err != nil || level == 0 {
+		n, err := strconv.ParseUint(number, 10, 8)
+		if level = int(n); err != nil || level == 0 {
 			level = -1
 		}
 	}

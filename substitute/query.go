@@ -311,7 +311,7 @@ func (s *Substituter) read(server *server, it *item, text []byte, given time.Tim
 		err, kind = n.CheckItem(s.StoreDir, it.path), "item"
 	}
 	if err != nil {
-		if s.Strangers || mirror.IsLocal(server.url) {
+		if s.Strangers || mirror.IsLocal(server.url) && !errors.Is(err, narinfo.ErrNoField) {
 			err = errUnquoted
 		}
 		s.Log.WarnOnce("narinfo "+kind+server.url,

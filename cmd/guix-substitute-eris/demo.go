@@ -56,6 +56,7 @@ tree. Everything happens in one new directory, which is removed at the end.`,
 
 // demo is one demonstration: a machine in a directory.
 type demo struct {
+	page.Teller
 	program, directory string
 	store, mirror      string // URLs
 	items              []demoItem
@@ -89,15 +90,15 @@ func demonstrate(ctx context.Context, trees []string) (err error) {
 	}
 	d := &demo{program: program, directory: directory}
 	defer func() { err = errors.Join(err, restore.Remove(directory)) }()
-	say("Everything happens in %s.", directory)
+	d.Say("Everything happens in %s.\n", directory)
 	if err := errors.Join(d.makeItems(ctx, trees), d.makeConfiguration()); err != nil {
 		return err
 	}
-	return d.show(ctx)
+	return cmp.Or(d.show(ctx), d.Err())
 }
 
 func (d *demo) show(ctx context.Context) error {
-	say("\n1. A block store on a Unix socket, and a publisher that puts blocks there")
+	d.Say("\n1. A block store on a Unix socket, and a publisher that puts blocks there\n")
 	d.store = "coap+unix://" + d.file("eris.sock")
 	_, stopStore, err := d.start(ctx, "serving on coap+unix:", "serve", "--directory="+d.file("blocks"), "--socket="+d.file("eris.sock"))
 	if err != nil {
@@ -112,9 +113,9 @@ func (d *demo) show(ctx context.Context) error {
 		return err
 	}
 	defer stopPublisher()
-	say("   %s\n   %s", d.store, d.mirror)
+	d.Say("   %s\n   %s\n", d.store, d.mirror)
 
-	say("\n2. The narinfo of %s", filepath.Base(d.items[0].path))
+	d.Say("\n2. The narinfo of %s\n", filepath.Base(d.items[0].path))
 	for i, item := range d.items {
 		begin := time.Now()
 		text, err := d.narinfo(ctx, item.path)
@@ -123,21 +124,21 @@ func (d *demo) show(ctx context.Context) error {
 		}
 		for line := range strings.Lines(text) {
 			if i == 0 {
-				say("   | %.129s", strings.TrimSuffix(line, "\n"))
+				d.Say("   | %.129s\n", strings.TrimSuffix(line, "\n"))
 			}
 		}
-		say("   %s of nar encoded, blocks stored, narinfo signed in %v", page.Size(int64(item.size)), since(begin))
+		d.Say("   %s of nar encoded, blocks stored, narinfo signed in %v\n", page.Size(int64(item.size)), since(begin))
 	}
 
-	say("\n3. guix-daemon starts a helper and asks what is available")
+	d.Say("\n3. guix-daemon starts a helper and asks what is available\n")
 	if err := d.askAbout(ctx); err != nil {
 		return err
 	}
-	say("\n4. The daemon has other helpers fetch the items")
+	d.Say("\n4. The daemon has other helpers fetch the items\n")
 	if err := d.fetchAll(ctx, "urn:eris:"); err != nil {
 		return err
 	}
-	say("\n5. The block store is stopped, the items are deleted, and fetched once more")
+	d.Say("\n5. The block store is stopped, the items are deleted, and fetched once more\n")
 	stopStore()
 	if err := restore.Remove(d.file("store")); err != nil {
 		return err
@@ -145,11 +146,9 @@ func (d *demo) show(ctx context.Context) error {
 	if err := d.fetchAll(ctx, d.mirror); err != nil {
 		return err
 	}
-	say("\nAll items have come back both ways, with the hashes that their narinfos say.")
+	d.Say("\nAll items have come back both ways, with the hashes that their narinfos say.\n")
 	return nil
 }
-
-func say(format string, a ...any) { fmt.Printf(format+"\n", a...) }
 
 func (d *demo) file(name string) string { return filepath.Join(d.directory, name) }
 
@@ -268,7 +267,7 @@ func (d *demo) askAbout(ctx context.Context) error {
 	if reply != want+"\n" {
 		return fmt.Errorf("the reply is %q instead of %q", reply, want+"\n")
 	}
-	say("   %d of %d, the last of which nobody has, after %v", len(d.items), len(d.items)+1, since(begin))
+	d.Say("   %d of %d, the last of which nobody has, after %v\n", len(d.items), len(d.items)+1, since(begin))
 	return nil
 }
 
@@ -303,7 +302,7 @@ func (d *demo) fetchAll(ctx context.Context, from string) error {
 			return fmt.Errorf("%s has come from %q instead of %s", item.path, source, from)
 		}
 		rate := float64(item.size) / (1 << 20) / max(took.Seconds(), 0.001)
-		say("   %s\n     from %s\n     %v, %.0f MiB/s; hash checked: %s", filepath.Base(item.path), source, took, rate, item.hash)
+		d.Say("   %s\n     from %s\n     %v, %.0f MiB/s; hash checked: %s\n", filepath.Base(item.path), source, took, rate, item.hash)
 	}
 	return nil
 }

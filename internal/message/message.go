@@ -290,11 +290,8 @@ func Option(c *cobra.Command, err error) error {
 		text = fmt.Sprintf("the option --%[1]s needs a value: --%[1]s=%[2]s", missing.GetFlag().Name, value)
 	case errors.As(err, &invalid):
 		why := fmt.Sprint(errors.Unwrap(invalid))
-		switch invalid.GetFlag().Value.Type() {
-		case "bool":
+		if invalid.GetFlag().Value.Type() == "bool" {
 			why = "it must be true or false, or be left out"
-		case "int", "int64":
-			why = "it must be a number"
 		}
 		text = fmt.Sprintf("the option --%s has the value %q: %s", invalid.GetFlag().Name, invalid.GetValue(), why)
 		if strings.Contains(why, strconv.Quote(invalid.GetValue())) {

@@ -5,6 +5,7 @@
 package page
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -81,6 +82,19 @@ func (p *Page) Print() error {
 	_, err := io.WriteString(os.Stdout, p.String())
 	return err
 }
+
+// A Teller prints what a command says while it works, which goes on where nobody can be told. It
+// must not be used by several goroutines at a time.
+type Teller struct{ err error }
+
+// Say prints on standard output, at once.
+func (t *Teller) Say(format string, a ...any) {
+	_, err := fmt.Printf(format, a...)
+	t.err = cmp.Or(t.err, err)
+}
+
+// Err returns the first error of Say, or nil.
+func (t *Teller) Err() error { return t.err }
 
 // A Mark begins a line.
 type Mark int

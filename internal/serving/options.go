@@ -39,7 +39,7 @@ func setTime(t *time.Duration, text string) error {
 // one of gzip, and level 0 is none.
 func guixCompressions(texts []string) (forms []string) {
 	for _, text := range texts {
-		if n, err := strconv.Atoi(text); err == nil {
+		if n, err := strconv.ParseUint(text, 10, 8); err == nil {
 			text = fmt.Sprintf("gzip:%d", n)
 		}
 		if strings.HasSuffix(text, ":0") {
@@ -64,10 +64,8 @@ func (s *publishSettings) open() (net.Listener, error) {
 	_, notAddress := netip.ParseAddr(bare)
 	_, notNumber := strconv.Atoi(s.listen)
 	switch {
-	case s.port < 0 || s.port > 65535:
-		return nil, message.Usage("the option --port has the value \"%d\": it must be at most 65535", s.port)
-	case err == nil && port != "" && s.portGiven:
-		return nil, message.Usage("--listen=%s and --port=%d both say the port", s.listen, s.port)
+	case err == nil && port != "" && s.port != "":
+		return nil, message.Usage("--listen=%s and --port=%s both say the port", s.listen, s.port)
 	case err == nil && port == "":
 	case s.listen == "" && s.advertise:
 		host = ""
@@ -78,7 +76,7 @@ func (s *publishSettings) open() (net.Listener, error) {
 	default:
 		return listenTCP(s.listen) // or it says what is wrong
 	}
-	return listenTCP(net.JoinHostPort(host, strconv.Itoa(s.port)))
+	return listenTCP(net.JoinHostPort(host, cmp.Or(s.port, usualPort)))
 }
 
 // advertisedAs returns the port that others on the local network are told.

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -43,13 +44,16 @@ type publishSettings struct {
 	deltas, waitFor       int64 // how many bytes
 	ttl, negativeTTL      time.Duration
 	logs, narPath         string
-	port, workers         int
-	portGiven, advertise  bool
+	port                  string // empty is usualPort
+	workers               int
+	advertise             bool
 	maxConnections        int
 	announce              string
 	user                  runAs
 	log                   logSettings
 }
+
+const usualPort = "8080"
 
 // Publish is the command that serves narinfos and nars.
 func Publish() *cobra.Command {
@@ -65,7 +69,14 @@ Options of "guix publish" have the same meaning here; there is no --repl.`,
 	}
 	f := c.Flags()
 	f.StringVar(&s.listen, "listen", "", "listen on `HOST`, a name or an address, or on HOST:PORT (default: 127.0.0.1, and all addresses with --advertise)")
-	f.IntVarP(&s.port, "port", "p", 8080, "listen on `PORT`")
+	f.FuncP("port", "p", "listen on `PORT`", func(text string) error {
+		if _, err := strconv.ParseUint(text, 10, 16); err != nil {
+			return errors.New("it must be a number of at most 65535")
+		}
+		s.port = text
+		return nil
+	})
+	f.Lookup("port").DefValue = usualPort
 	s.user.flag(c)
 	s.log.flags(c)
 	f.BoolVarP(&s.advertise, "advertise", "a", false, "be found on the local network")
@@ -98,7 +109,6 @@ Options of "guix publish" have the same meaning here; there is no --repl.`,
 		if s.eris != "true" && s.eris != "false" {
 			s.blocks = s.eris
 		}
-		s.portGiven = f.Changed("port")
 		if err := errors.Join(s.user.check(c.Name()), s.log.open()); err != nil {
 			return err
 		}

@@ -135,12 +135,14 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 // mostConnections is how many connections a server has at most, unless --max-connections says so.
 const mostConnections = 256
 
-// numberFlag defines an option that is a number of at least 1.
+// numberFlag defines an option that is a decimal number of at least 1.
 func numberFlag(f *pflag.FlagSet, value *int, name, usage string) {
-	f.Func(name, usage, func(text string) (err error) {
-		if *value, err = strconv.Atoi(text); err != nil || *value < 1 {
+	f.Func(name, usage, func(text string) error {
+		n, err := strconv.ParseUint(text, 10, 31)
+		if err != nil || n < 1 {
 			return errors.New("it must be a number of at least 1")
 		}
+		*value = int(n)
 		return nil
 	})
 	f.Lookup(name).DefValue = strconv.Itoa(*value)

@@ -4,6 +4,7 @@ package setup
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -37,6 +38,8 @@ import (
 type changeFlags struct {
 	yes, dryRun bool
 	root        string
+
+	told page.Teller
 }
 
 func (c *changeFlags) flags(f *pflag.FlagSet) {
@@ -77,9 +80,9 @@ do, asks, and keeps a record, by which --undo restores what was there before.`,
 		case err != nil:
 			return err
 		case *undo:
-			return change.undo(c.Context(), s)
+			return cmp.Or(change.undo(c.Context(), s), change.told.Err())
 		}
-		return change.install(c.Context(), s, o)
+		return cmp.Or(change.install(c.Context(), s, o), change.told.Err())
 	}
 	return c
 }
@@ -123,7 +126,7 @@ func (c *changeFlags) install(ctx context.Context, s *System, o Options) (err er
 		return err
 	}
 	for _, n := range notes {
-		saying("note: %s", n)
+		c.say("note: %s", n)
 	}
 	return nil
 }
@@ -143,7 +146,7 @@ func (c *changeFlags) undo(ctx context.Context, s *System) error {
 	would := ""
 	nothing, err := s.Undo(true, func(format string, a ...any) { would += fmt.Sprintf(format+"\n", a...) })
 	if err == nil && nothing {
-		fmt.Println("There is nothing to take back.")
+		c.say("There is nothing to take back.")
 	} else if err == nil {
 		err = c.agreed(ctx, would, "Restore what was there before?")
 	}
@@ -151,7 +154,7 @@ func (c *changeFlags) undo(ctx context.Context, s *System) error {
 		return err
 	}
 	// Also where nothing is: a process that was killed at the beginning has left an empty record.
-	undone, err := s.Undo(false, saying)
+	undone, err := s.Undo(false, c.say)
 	if err == nil && !undone {
 		err = errors.New("some things are left\nhint: mend them by hand; what was there before, if anything, is beside each file, as FILE.before-guix-substitute-eris-1; --undo tries again")
 	}
@@ -161,7 +164,9 @@ func (c *changeFlags) undo(ctx context.Context, s *System) error {
 // errNothingDone is the outcome of a question that was answered by no.
 var errNothingDone = errors.New("nothing was done")
 
-func saying(format string, a ...any) { fmt.Print(page.Wrap(1, fmt.Sprintf(format+"\n", a...))) }
+func (c *changeFlags) say(format string, a ...any) {
+	c.told.Say("%s", page.Wrap(1, fmt.Sprintf(format+"\n", a...)))
+}
 
 func (c *changeFlags) permitted() error {
 	if c.root == "" && os.Geteuid() != 0 && !c.dryRun {
@@ -179,7 +184,7 @@ func (c *changeFlags) agreed(ctx context.Context, would, question string) error 
 	if _, err := fmt.Print(page.Wrap(1, would)); err != nil || c.dryRun {
 		return err // who cannot be told has not agreed
 	}
-	fmt.Printf("%s [y/N] ", question)
+	c.told.Say("%s [y/N] ", question)
 	defer context.AfterFunc(ctx, func() { // nothing else breaks off reading from a terminal
 		fmt.Println()
 		os.Exit(message.Report(errNothingDone))
@@ -189,7 +194,7 @@ func (c *changeFlags) agreed(ctx context.Context, would, question string) error 
 	case slices.Contains([]string{"y", "yes"}, strings.ToLower(strings.TrimSpace(answer))):
 		return nil
 	case answer == "" && err != nil:
-		fmt.Println()
+		c.say("")
 		return fmt.Errorf("%w, as nobody answered\nhint: --yes does it without a question", errNothingDone)
 	}
 	return errNothingDone
@@ -201,7 +206,7 @@ func (c *changeFlags) change(ctx context.Context, s *System, steps []Step, done 
 		return err
 	}
 	if len(steps) == 0 {
-		fmt.Println("All of it is in place already.")
+		c.say("All of it is in place already.")
 		return nil
 	}
 	would := ""
@@ -214,10 +219,10 @@ func (c *changeFlags) change(ctx context.Context, s *System, steps []Step, done 
 		return err
 	}
 	defer unix.Umask(unix.Umask(0o022)) // what is made must be readable by the daemon
-	if err := s.Do(steps, saying); err != nil {
+	if err := s.Do(steps, c.say); err != nil {
 		return fmt.Errorf("%w\nhint: when that is mended, the same command does the rest; \"guix-substitute-eris setup --undo\" takes back what was done before", err)
 	}
-	saying("%s", done)
+	c.say("%s", done)
 	return nil
 }
 
@@ -241,7 +246,7 @@ compare it with what the administrator of the server says.`,
 	key := c.Flags().String("key", "", "authorise the key in `FILE`, and not the one that the server shows; \"none\" authorises none")
 	change.flags(c.Flags())
 	c.RunE = func(_ *cobra.Command, args []string) error {
-		return change.use(c.Context(), strings.TrimRight(args[0], "/"), *key)
+		return cmp.Or(change.use(c.Context(), strings.TrimRight(args[0], "/"), *key), change.told.Err())
 	}
 	return c
 }
