@@ -32,7 +32,7 @@ func (s *Substituter) Known(ctx context.Context, paths []string) []Item {
 	l.run(ctx)
 	var items []Item
 	for path, f := range l.all() {
-		if !s.usable(f) || !f.authorised.narinfo.NarSizeKnown {
+		if s.usable(f) != nil || !f.authorised.narinfo.NarSizeKnown {
 			continue
 		}
 		n := f.authorised.narinfo

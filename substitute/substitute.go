@@ -257,10 +257,15 @@ func (s *Substituter) Info(ctx context.Context, items []string) []protocol.Info 
 	left := maps.Clone(found)
 	for _, item := range items {
 		f := left[item]
-		if f == nil || !s.usable(f) {
+		if f == nil {
 			continue
 		}
 		delete(left, item) // each once
+		if err := s.usable(f); err != nil {
+			server := f.authorised.server
+			s.Log.WarnOnce("unusable "+server.url, "narinfo of %s from %s is of no use: %v", item, server.name, err)
+			continue
+		}
 		n := f.all[0].narinfo
 		r := protocol.Info{Path: item, References: s.references(n), NarSize: n.NarSize, DownloadSize: n.DownloadSize()}
 		if n.Deriver != "" {

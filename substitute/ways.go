@@ -180,17 +180,23 @@ func (s *Substituter) serverSpeed(address string) Speed {
 	return s.Speeds.Speed(address).OrUnknown()
 }
 
-// usable reports whether Substitute has a way to what was found.
-func (s *Substituter) usable(f *found) bool {
-	if f.authorised.narinfo.CheckHash() != nil {
-		return false
+// usable returns nil if Substitute has a way to what was found, or why it has none.
+func (s *Substituter) usable(f *found) error {
+	err := f.authorised.narinfo.CheckHash()
+	if err != nil {
+		return err
 	}
-	return slices.ContainsFunc(f.all, func(r record) bool {
-		return len(r.narinfo.ERIS) > 0 || slices.ContainsFunc(r.narinfo.PreferredURLs(), func(u narinfo.URL) bool {
-			_, err := narURL(r, u.URL)
-			return err == nil
-		})
-	})
+	for _, r := range f.all {
+		if len(r.narinfo.ERIS) > 0 {
+			return nil
+		}
+		for _, u := range r.narinfo.PreferredURLs() {
+			if _, err = narURL(r, u.URL); err == nil {
+				return nil
+			}
+		}
+	}
+	return err
 }
 
 // notBlocks returns why an item does not come from blocks.
