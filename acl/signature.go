@@ -10,8 +10,8 @@ import (
 	"strings"
 )
 
-// The ways in which [ACL.Verify] and [ParseSignature] fail. Each error that they return wraps one
-// of these, and mostly says more. (Guix, guix/pki.scm: signature-case; Guix, guix/narinfo.scm:
+// The ways in which [ACL.Verify] fails. Each error that it returns wraps one of these, and mostly
+// says more. (Guix, guix/pki.scm: signature-case; Guix, guix/narinfo.scm:
 // narinfo-signature->canonical-sexp.)
 var (
 	// ErrUnsupportedVersion: the field has a version other than 1.
@@ -36,76 +36,56 @@ const MaxFieldSize = 32 << 10
 // strictBase64 rejects excess bits that are not zero.
 var strictBase64 = base64.StdEncoding.Strict()
 
-// Signature is the parsed value of the Signature field of a narinfo. It says nothing about whether
-// the signature is good.
-type Signature struct {
-	// Host is the name that the signing machine gave itself. It is not signed and can contain any
-	// characters but semicolons.
-	Host string
-
-	sexp sexp
-}
-
-// ParseSignature parses the value of the field Signature of a narinfo, VERSION;HOST;BASE64, where
+// parseSignature parses the value of the field Signature of a narinfo, VERSION;HOST;BASE64, where
 // VERSION is 1 and BASE64 is the base64 encoding, in one piece, of an s-expression, each byte of
 // which is a character in UTF-8: numbers that look like text are printed as such, and that has
 // characters from U+0001 to U+00FF. (Guix, guix/narinfo.scm: narinfo-signature->canonical-sexp;
 // Guile-Gcrypt, gcrypt/pk-crypto.scm: string->canonical-sexp.)
 //
-// It fails with [ErrUnsupportedVersion] or [ErrCorruptSignature].
-func ParseSignature(value string) (*Signature, error) {
+// Host is the name that the signing machine gave itself. It is not signed and can contain any
+// characters but semicolons. Nothing says yet whether the signature is good.
+func parseSignature(value string) (host string, s sexp, err error) {
 	if len(value) > MaxFieldSize {
-		return nil, fmt.Errorf("%w: the field has %d bytes", ErrCorruptSignature, len(value))
+		return "", s, fmt.Errorf("%w: the field has %d bytes", ErrCorruptSignature, len(value))
 	}
 	version, rest, _ := strings.Cut(value, ";")
 	host, text, ok := strings.Cut(rest, ";")
 	if !ok || strings.Contains(text, ";") {
-		return nil, fmt.Errorf("%w: the field has not exactly three parts", ErrCorruptSignature)
+		return "", s, fmt.Errorf("%w: the field has not exactly three parts", ErrCorruptSignature)
 	}
 	if version != "1" {
-		return nil, fmt.Errorf("%w %.100q", ErrUnsupportedVersion, version)
+		return "", s, fmt.Errorf("%w %.100q", ErrUnsupportedVersion, version)
 	}
 	// Go's decoder would skip line ends.
 	if strings.ContainsAny(text, "\r\n") {
-		return nil, fmt.Errorf("%w: the third part contains a line end", ErrCorruptSignature)
+		return "", s, fmt.Errorf("%w: the third part contains a line end", ErrCorruptSignature)
 	}
 	decoded, err := strictBase64.DecodeString(text)
 	if err != nil {
-		return nil, fmt.Errorf("%w: the third part is not base64: %w", ErrCorruptSignature, err)
+		return "", s, fmt.Errorf("%w: the third part is not base64: %w", ErrCorruptSignature, err)
 	}
 	characters, ok := bytesOfCharacters(decoded)
 	if !ok || slices.Contains(characters, 0) { // which ends a text for Libgcrypt
-		return nil, fmt.Errorf("%w: the third part is not base64 of UTF-8 of characters from U+0001 to U+00FF", ErrCorruptSignature)
+		return "", s, fmt.Errorf("%w: the third part is not base64 of UTF-8 of characters from U+0001 to U+00FF", ErrCorruptSignature)
 	}
-	s, err := parseSexp(characters)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrCorruptSignature, err)
+	if s, err = parseSexp(characters); err != nil {
+		return "", s, fmt.Errorf("%w: %w", ErrCorruptSignature, err)
 	}
-	return &Signature{Host: host, sexp: s}, nil
-}
-
-// PublicKey returns the key that the signature claims to be made by. It fails with
-// [ErrCorruptSignature] if the signature names none. Anyone can write any key into a signature, so
-// the result is good for showing only.
-func (s *Signature) PublicKey() (*PublicKey, error) {
-	k, ok := s.sexp.find("public-key")
-	if !ok {
-		return nil, fmt.Errorf("%w: no list \"public-key\"", ErrCorruptSignature)
-	}
-	return newPublicKey(k), nil
+	return host, s, nil
 }
 
 // Signer returns what the signer of a narinfo calls itself in the field Signature, and its public
-// key as an s-expression; empty if that cannot be read.
+// key as an s-expression; empty if that cannot be read. Anyone can write any key into a signature,
+// so both are good for showing only.
 func Signer(field string) (host, key string) {
-	signature, err := ParseSignature(field)
+	host, s, err := parseSignature(field)
 	if err != nil {
 		return "", ""
 	}
-	if k, err := signature.PublicKey(); err == nil {
-		key = k.String()
+	if k, ok := s.find("public-key"); ok {
+		key = k.oneLine()
 	}
-	return signature.Host, key
+	return host, key
 }
 
 // Verify checks that field, the value of the field Signature of a narinfo, is a signature of digest
@@ -117,11 +97,10 @@ func Signer(field string) (host, key string) {
 // Accepted are ECDSA signatures with (flags rfc6979) or (flags raw) and RSA signatures with (flags
 // pkcs1), both over (hash sha256 …). Guix makes no others.
 func (a *ACL) Verify(digest [32]byte, field string) error {
-	signature, err := ParseSignature(field)
+	_, s, err := parseSignature(field)
 	if err != nil {
 		return err
 	}
-	s := signature.sexp
 	data, ok := s.find("data")
 	if !ok {
 		return fmt.Errorf("%w: no list \"data\"", ErrCorruptSignature)

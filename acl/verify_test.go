@@ -214,17 +214,15 @@ func canonical(t testing.TB, text string) string {
 	return write(mustSexp(t, text))
 }
 
-func TestParseSignature(t *testing.T) {
-	s, err := ParseSignature(signatureOf(eccData, eccVal, eccKey))
-	must(t, err)
-	k, err := s.PublicKey()
-	if err != nil || s.Host != "example.org" || k.String() != eccKey {
-		t.Errorf("host %q, key %v, error %v", s.Host, k, err)
-	}
-	s, err = ParseSignature(signatureOf(eccData, eccVal))
-	must(t, err)
-	if k, err := s.PublicKey(); !errors.Is(err, ErrCorruptSignature) {
-		t.Errorf("PublicKey = %v, %v", k, err)
+func TestSigner(t *testing.T) {
+	for field, want := range map[string][2]string{
+		signatureOf(eccData, eccVal, eccKey): {"example.org", eccKey},
+		signatureOf(eccData, eccVal):         {"example.org", ""},
+		"2;example.org;":                     {},
+	} {
+		if host, key := Signer(field); host != want[0] || key != want[1] {
+			t.Errorf("host %q, key %v instead of %q", host, key, want)
+		}
 	}
 }
 
