@@ -175,9 +175,13 @@ func (a *Annotator) get(ctx context.Context, url, via string) (response *http.Re
 // what helpers seed are the same blocks.
 func (a *Annotator) encodeNar(ctx context.Context, path string, narHash [sha256.Size]byte, sink eris.Sink) (*knownNar, error) {
 	k := &knownNar{Form: upstreamForm}
-	_, text, err := a.get(ctx, a.upstream.JoinPath(hashPartOf(path)+".narinfo").String(), "")
+	at := a.upstream.JoinPath(hashPartOf(path) + ".narinfo").String()
+	response, text, err := a.get(ctx, at, "")
 	if err != nil {
 		return nil, err
+	}
+	if status := (&mirror.StatusError{URL: at, Status: response.Status, Code: response.StatusCode}); status.Temporary() {
+		return nil, status
 	}
 	n, err := narinfo.Parse(text)
 	if err != nil {
@@ -215,7 +219,9 @@ func (a *Annotator) encodeNar(ctx context.Context, path string, narHash [sha256.
 		}
 		return nil
 	})
-	if err != nil {
+	if broken := body.Failed(); broken != nil {
+		return nil, fmt.Errorf("the nar of %s: %w", path, broken) // it may come another time
+	} else if err != nil {
 		a.o.Log("the nar of %s has no capability: %v", path, err)
 		k = &knownNar{Form: upstreamForm}
 	}

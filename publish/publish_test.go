@@ -5,6 +5,7 @@ package publish_test
 import (
 	"bufio"
 	"bytes"
+	"compress/gzip"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -16,6 +17,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -28,6 +30,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/content"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -475,6 +478,53 @@ func TestAnnotatorLoop(t *testing.T) {
 	second.Config.Handler = a
 	second.Start()
 	wantStatus(t, first+"/0000000000000000000000000000000a.narinfo", http.StatusLoopDetected)
+}
+
+// TestAnnotatorNarLater has a server not give the nar the first time, because it is busy, or because
+// the connection breaks. The second time the nar gets its capability.
+func TestAnnotatorNarLater(t *testing.T) {
+	path, narHash := aTree(t)
+	text := "StorePath: /gnu/store/" + filepath.Base(path) + "\nNarHash: sha256:" + nixbase32.EncodeToString(narHash[:]) +
+		"\nNarSize: 1000000\nReferences: \nURL: nar.gz\nCompression: gzip\n"
+	var compressed bytes.Buffer
+	z := gzip.NewWriter(&compressed)
+	tree := nar.NewTree(path)
+	defer tree.Close()
+	_, err := nar.Write(z, tree)
+	must(t, errors.Join(err, z.Close()))
+	var busy, broken atomic.Bool
+	upstream := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.URL.Path == "/nar.gz" && broken.Load():
+			w.Header().Set("Content-Length", strconv.Itoa(compressed.Len()))
+			w.Write(compressed.Bytes()[:compressed.Len()/2])
+			http.NewResponseController(w).Flush()
+			panic(http.ErrAbortHandler)
+		case r.URL.Path == "/nar.gz":
+			w.Write(compressed.Bytes())
+		case busy.Load():
+			w.WriteHeader(http.StatusServiceUnavailable)
+		default:
+			io.WriteString(w, text)
+		}
+	}))
+	defer upstream.Close()
+	for name, failing := range map[string]*atomic.Bool{"busy": &busy, "broken": &broken} {
+		cache := t.TempDir()
+		for _, fails := range []bool{true, false} {
+			failing.Store(fails)
+			c := publish.NewCapabilities(cache, nil, 1, logger(t)) // as another process, which may try again at once
+			annotator(t, publish.AnnotatorOptions{Upstream: upstream.URL, Root: filepath.Dir(path), Capabilities: c, Nars: true})
+			found, err := c.FindSoon(t.Context(), path, narHash)
+			for !found && err == nil { // some tries take long
+				found, err = c.FindSoon(t.Context(), path, narHash)
+			}
+			if values, _ := c.Known(path, narHash); found == fails || len(values) == 2 == fails {
+				t.Errorf("%s %v: found %v, %v, error %v", name, fails, found, values, err)
+			}
+			c.Close()
+		}
+	}
 }
 
 // TestAnnotatorPassesOn checks what an annotator makes of answers that are no narinfos of items

@@ -54,6 +54,9 @@ type Nar struct {
 	progress  int64
 }
 
+// Failed returns why not all could be read, nil if nothing was in the way.
+func (n *Nar) Failed() error { return n.failed }
+
 // Drain writes a short rest that nobody has read to w, if there is one, for the connection to be
 // used again after Close. It takes a second at most, and reports whether that was the end.
 func (n *Nar) Drain(w io.Writer) (ended bool) {
