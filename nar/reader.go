@@ -80,7 +80,10 @@ func (r *Reader) next() Node {
 	}
 	switch r.state {
 	case atRoot:
-		r.expect(magic)
+		// Often it is a page that says why there is none.
+		if b := r.take(len(tokensMagic)); r.failed == nil && string(b) != tokensMagic {
+			r.fail("it begins with %q", b)
+		}
 		return r.node("")
 	case inDirectory:
 		switch token := r.token(); string(token) {
