@@ -9,8 +9,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"strconv"
 	"strings"
 	"testing"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -27,6 +30,9 @@ func TestMain(m *testing.M) {
 // confined prints what a confined process can do.
 func confined(directory string) {
 	in := func(name string) string { return filepath.Join(directory, name) }
+	if flags, err := strconv.Atoi(os.Getenv("CONFINE_TEST_REFUSE")); err == nil {
+		refuseFlags(uint32(flags))
+	}
 	if err := Process(Paths{Write: []string{in("state"), in("gone")}, Read: []string{in("settings"), in("key")}}); err != nil {
 		os.Stdout.WriteString("not confined: " + err.Error() + "\n")
 	}
@@ -63,6 +69,28 @@ func confined(directory string) {
 	}
 }
 
+// refuseFlags has the kernel refuse filters of the given flags, as one does that does not know
+// them.
+func refuseFlags(flags uint32) {
+	const load, equal, end = unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, unix.BPF_RET | unix.BPF_K
+	program := []unix.SockFilter{
+		{Code: load, K: 0}, // the number of the call
+		{Code: equal, K: unix.SYS_SECCOMP, Jf: 3},
+		{Code: load, K: 24}, // the second argument
+		{Code: equal, K: flags, Jf: 1},
+		{Code: end, K: unix.SECCOMP_RET_ERRNO | uint32(unix.EINVAL)},
+		{Code: end, K: unix.SECCOMP_RET_ALLOW},
+	}
+	filter := unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+	_, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&filter)))
+	if err != nil || errno != 0 {
+		fmt.Println("not refused:", err, errno)
+	}
+}
+
 func TestProcess(t *testing.T) {
 	if s := InForce(); !strings.HasPrefix(s, "files by Landlock") {
 		t.Skip(s)
@@ -76,9 +104,6 @@ func TestProcess(t *testing.T) {
 	if err := errors.Join(os.WriteFile(filepath.Join(directory, "key"), nil, 0o600), os.Symlink("../other/c", filepath.Join(directory, "state/link"))); err != nil {
 		t.Fatal(err)
 	}
-	command := exec.Command(os.Args[0])
-	command.Env = append(os.Environ(), "CONFINE_TEST="+directory)
-	out, err := command.CombinedOutput()
 	want := `read below settings: yes
 read the key: yes
 write below state: yes
@@ -94,7 +119,17 @@ remove elsewhere: no
 make a device: no
 start a program: no
 `
-	if err != nil || string(out) != want {
-		t.Errorf("got %v\n%s", err, out)
+	// Speculation stays as it is where the kernel can be asked for that, and only there.
+	withFlag, without := unix.SECCOMP_FILTER_FLAG_TSYNC|unix.SECCOMP_FILTER_FLAG_SPEC_ALLOW, unix.SECCOMP_FILTER_FLAG_TSYNC
+	for _, refused := range []string{"", strconv.Itoa(without), strconv.Itoa(withFlag)} {
+		if err := errors.Join(os.WriteFile(filepath.Join(directory, "state/a"), nil, 0o600), os.RemoveAll(filepath.Join(directory, "state/b")), os.RemoveAll(filepath.Join(directory, "state/c"))); err != nil {
+			t.Fatal(err)
+		}
+		command := exec.Command(os.Args[0])
+		command.Env = append(os.Environ(), "CONFINE_TEST="+directory, "CONFINE_TEST_REFUSE="+refused)
+		out, err := command.CombinedOutput()
+		if err != nil || string(out) != want {
+			t.Errorf("kernel refuses flags %q: got %v\n%s", refused, err, out)
+		}
 	}
 }
