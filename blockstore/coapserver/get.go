@@ -189,7 +189,7 @@ const noParts = 0xff
 // form returns how blocks go to the client. The lock must be held.
 func (c *conn) form() form {
 	peer := c.peer.Peer()
-	most := int(peer.MessageSize) - partOverhead
+	most := peer.MessageSize - partOverhead
 	f := form{whole: most, exponent: noParts, bert: max(1, most/unit) * unit}
 	switch {
 	case peer.BERT():

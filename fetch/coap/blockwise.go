@@ -165,7 +165,7 @@ func (s *Store) putParts(ctx context.Context, block []byte, peer *wire.Capabilit
 	}
 	exponent, most := uint8(wire.MaxExponent), blockUnit
 	if peer != nil && peer.BERT() {
-		if units := (int(min(peer.MessageSize, wire.MessageSize)) - s.blocks.Overhead()) / blockUnit; units > 1 {
+		if units := (peer.MessageSize - s.blocks.Overhead()) / blockUnit; units > 1 {
 			exponent, most = wire.BERT, units*blockUnit
 		}
 	}

@@ -197,6 +197,7 @@ func TestPutForms(t *testing.T) {
 		messages int   // 0: the block cannot be put
 	}{
 		{"whole", coaptest.Capabilities(65536, true), 7, 1},
+		{"whole, by the greatest size", coaptest.Capabilities(1<<32-1, false), 7, 1},
 		{"just whole", coaptest.Capabilities(32830, false), 7, 1},
 		{"base size, block-wise", coaptest.Capabilities(0, true), 7, 32},
 		{"stated base size, block-wise", coaptest.Capabilities(1152, true), 7, 32},

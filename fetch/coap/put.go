@@ -72,7 +72,7 @@ func (s *Store) put(ctx context.Context, block []byte) error {
 		}
 		silent := !peer.Stated && !peer.BlockWise // some servers say nothing, and take whole blocks
 		switch {
-		case size <= int(peer.MessageSize), silent:
+		case size <= peer.MessageSize, silent:
 		case peer.BlockWise:
 			return s.putParts(ctx, block, &peer)
 		default:

@@ -120,7 +120,7 @@ func (s *Store) fit(c connection, question []byte) []byte {
 	room := blockUnit
 	if conn, ok := c.(*wire.Conn); ok {
 		conn.Lock()
-		room = int(min(conn.Peer().MessageSize, wire.MessageSize)) - s.have.Overhead()
+		room = conn.Peer().MessageSize - s.have.Overhead()
 		conn.Unlock()
 	}
 	return question[:max(fetch.HavePrefix, min(len(question), room&^(fetch.HavePrefix-1)))]

@@ -10,8 +10,9 @@ import (
 // Capabilities is what a peer on a stream has said that it can receive (RFC 8323, section 5.3).
 // Before the peer has said anything, MessageSize is 1152 and the rest false (section 5.3.1).
 type Capabilities struct {
-	// MessageSize is the greatest size in bytes of a message, from its first byte to its last.
-	MessageSize uint32
+	// MessageSize is the greatest size in bytes of a message, from its first byte to its last, or
+	// the constant of that name if it is greater: more is never sent.
+	MessageSize int
 	// BlockWise says that the peer understands block-wise transfer.
 	BlockWise bool
 	// Stated says that the peer gave a message size itself. Some peers send a capability message
@@ -42,7 +43,7 @@ func (c *Capabilities) parseSignal(code codes.Code, body []byte) (payload []byte
 			if err != nil {
 				return nil, option.Number, err
 			}
-			next.MessageSize, next.Stated = n, true
+			next.MessageSize, next.Stated = int(min(n, MessageSize)), true
 		case code == codes.CSM && option.Number == message.TCPBlockWiseTransfer:
 			next.BlockWise = true
 		case option.critical() && code == codes.CSM:

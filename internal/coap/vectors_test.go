@@ -237,7 +237,7 @@ func TestCapabilities(t *testing.T) {
 		{"both", "23 010000 20", Capabilities{65536, true, true}, 0, true},
 		{"size only", "22 0480", Capabilities{1152, false, true}, 0, true},
 		{"block-wise only", "40", Capabilities{1152, true, false}, 0, true},
-		{"greatest", "24 ffffffff", Capabilities{1<<32 - 1, false, true}, 0, true},
+		{"greatest", "24 ffffffff", Capabilities{MessageSize, false, true}, 0, true},
 		{"size of 5 bytes", "25 0000000001", Capabilities{MessageSize: 1152}, 2, false},
 		{"unknown elective", "e0 0001", Capabilities{MessageSize: 1152}, 0, true},
 		{"unknown critical", "30", Capabilities{MessageSize: 1152}, 3, false},
