@@ -287,7 +287,7 @@ func TestDatagramHostile(t *testing.T) {
 
 // TestDatagramPeer checks what the client sends: copies of a message that is lost, acknowledgements
 // for answers that come apart, also when these come again, and answers to requests and pings of the
-// peer.
+// peer, and to what is malformed.
 func TestDatagramPeer(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
 	var copies, acks, resets, notFound atomic.Int32
@@ -304,6 +304,8 @@ func TestDatagramPeer(t *testing.T) {
 				return [][]byte{
 					coaptest.Datagram(message.Confirmable, codes.Content, 100, wire.Token{Value: 7, Size: 1}, nil, block),
 					coaptest.Datagram(message.Confirmable, codes.Empty, 101, wire.Token{}, nil, ""),
+					[]byte("\x49\x01\x00\x67123456789"), // a token that is too long
+					[]byte("\x40\x00\x00\x68\xff"),      // an empty message that is not
 					coaptest.Datagram(message.Confirmable, codes.GET, 102, token, nil, ""),
 				}
 			}
@@ -333,7 +335,7 @@ func TestDatagramPeer(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-done
-	if copies.Load() < 2 || acks.Load() != 2 || resets.Load() != 2 || notFound.Load() != 1 {
+	if copies.Load() < 2 || acks.Load() != 2 || resets.Load() != 4 || notFound.Load() != 1 {
 		t.Errorf("%d copies, %d acknowledgements, %d resets, %d times 4.04", copies.Load(), acks.Load(), resets.Load(), notFound.Load())
 	}
 }

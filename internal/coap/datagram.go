@@ -24,31 +24,24 @@ type datagram struct {
 
 // parseDatagram reads a message. It returns an error if the version is not 1, the token is longer
 // than 8 bytes, the message is truncated, or its code is 0.00 and more than the first four bytes
-// are there. It does not look at the options.
+// are there: [errVersion] if there is no more to know, else with the type and the ID. It does not
+// look at the options.
 func parseDatagram(b []byte) (datagram, error) {
-	if len(b) < 4 {
-		return datagram{}, errMessageTooShort
-	}
-	if b[0]>>6 != 1 {
+	if len(b) < 4 || b[0]>>6 != 1 {
 		return datagram{}, errVersion
 	}
+	m := datagram{Type: message.Type(b[0] >> 4 & 3), Code: codes.Code(b[1]), ID: binary.BigEndian.Uint16(b[2:])}
 	token := int(b[0] & 15)
-	if token > maxTokenSize {
-		return datagram{}, errTokenSize
+	switch {
+	case token > maxTokenSize:
+		return m, errTokenSize
+	case len(b) < 4+token:
+		return m, errMessageTooShort
+	case m.Code == codes.Empty && len(b) > 4:
+		return m, errEmptyMessage
 	}
-	if len(b) < 4+token {
-		return datagram{}, errMessageTooShort
-	}
-	if b[1] == byte(codes.Empty) && len(b) > 4 {
-		return datagram{}, errEmptyMessage
-	}
-	return datagram{
-		Type:  message.Type(b[0] >> 4 & 3),
-		Code:  codes.Code(b[1]),
-		ID:    binary.BigEndian.Uint16(b[2:]),
-		Token: parseToken(b[4 : 4+token]),
-		Body:  b[4+token:],
-	}, nil
+	m.Token, m.Body = parseToken(b[4:4+token]), b[4+token:]
+	return m, nil
 }
 
 // appendDatagramHead appends what stands before the options of a datagram.

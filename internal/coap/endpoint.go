@@ -354,8 +354,11 @@ func (e *Endpoint) receive() error {
 		case n > maxDatagramSize:
 			continue
 		}
-		if m, err := parseDatagram(buffer[:n]); err == nil {
+		switch m, err := parseDatagram(buffer[:n]); {
+		case err == nil:
 			e.packet(m, addr)
+		case err != errVersion && m.Type == message.Confirmable: // it would come again (RFC 7252, section 4.2)
+			_ = e.writeTo(appendEmpty(nil, message.Reset, m.ID), addr)
 		}
 	}
 }

@@ -32,7 +32,7 @@ var (
 	errUintLength      = errors.New("CoAP option is too long for a number")
 	errSignalOption    = errors.New("CoAP signalling message has an unknown critical option")
 	errMessageTooShort = errors.New("CoAP message is too short")
-	errVersion         = errors.New("CoAP version is not 1")
+	errVersion         = errors.New("not CoAP of version 1")
 	errEmptyMessage    = errors.New("empty CoAP message is not empty")
 )
 
