@@ -560,7 +560,7 @@ func TestInPool(t *testing.T) {
 		ref, block := testBlock(i, mixed(i))
 		backend.Set(ref, block)
 	}
-	for _, want := range []int64{n, 0} {
+	for _, kept := range []bool{false, true} {
 		c := Open(d, 16<<20, func(err error) { t.Error(err) })
 		far := backend.Open(64)
 		p := pool.New([]pool.Member{{Source: c, Near: true}, {Source: far}}, pool.Options{})
@@ -570,8 +570,9 @@ func TestInPool(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if s := p.Stats()[1]; s.Requests-want > 10 || want-s.Requests > 0 {
-			t.Errorf("%d requests instead of %d", s.Requests, want)
+		// On a busy machine some are kept too late, and others are late, so that both are asked.
+		if s := p.Stats(); kept && s[0].Misses > n/2 || !kept && s[1].Requests < n {
+			t.Errorf("kept: %v, %d misses, %d requests elsewhere", kept, s[0].Misses, s[1].Requests)
 		}
 		must(t, p.Close())
 	}

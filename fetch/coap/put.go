@@ -14,9 +14,6 @@ import (
 	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 
-// baseMessageSize is the size in bytes of a message that every peer takes.
-const baseMessageSize = 1152
-
 // Put implements [fetch.Store]: it returns nil once the server has answered that it has the block.
 // The reference is not sent, servers compute it; it is for messages. If the connection fails, the
 // block is put once more on a new one.
@@ -64,9 +61,9 @@ func (s *Store) put(ctx context.Context, block []byte) error {
 	if err != nil {
 		return err
 	}
-	peer := wire.Capabilities{MessageSize: baseMessageSize}
+	var peer wire.Capabilities
 	size := len(block) + s.blocks.Overhead()
-	if conn, ok := c.(*wire.Conn); ok && size > baseMessageSize {
+	if conn, ok := c.(*wire.Conn); ok && size > wire.BaseMessageSize {
 		if peer, err = conn.AwaitPeer(ctx); err != nil {
 			return err
 		}

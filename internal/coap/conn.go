@@ -134,7 +134,7 @@ func NewConn(conn net.Conn, config Config) *Conn {
 		config:     config,
 		done:       make(chan struct{}),
 		useless:    uselessMessages,
-		peer:       Capabilities{MessageSize: baseMessageSize},
+		peer:       Capabilities{MessageSize: BaseMessageSize},
 		introduced: make(chan struct{}),
 	}
 	c.introduce = sync.OnceFunc(func() { close(c.introduced) })

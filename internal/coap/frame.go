@@ -17,9 +17,9 @@ const (
 	// maxHeadSize is the greatest length in bytes of what stands before the options of a message on
 	// a stream: lengths, code and token.
 	maxHeadSize = 1 + 4 + 1 + maxTokenSize
-	// baseMessageSize is the size in bytes of a message that every peer on a stream can receive
+	// BaseMessageSize is the size in bytes of a message that every peer on a stream can receive
 	// before it has said anything (RFC 8323, section 5.3.1).
-	baseMessageSize = 1152
+	BaseMessageSize = 1152
 	// MessageSize is the Max-Message-Size that this program announces: a message with a block of 32
 	// KiB and any sensible options fits.
 	MessageSize = 1 << 16

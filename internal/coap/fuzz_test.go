@@ -186,8 +186,8 @@ func FuzzOptions(f *testing.F) {
 		if responseErr := parseResponse(&walk, &response); (responseErr == nil) != (err == nil) {
 			t.Fatalf("response has error %v, options have %v", responseErr, err)
 		}
-		capabilities := (Capabilities{MessageSize: baseMessageSize})
-		if _, bad, capErr := capabilities.parseSignal(codes.CSM, b); capErr == nil && err != nil || capErr != nil && capabilities != (Capabilities{MessageSize: baseMessageSize}) || capErr == nil && bad != 0 {
+		capabilities := (Capabilities{MessageSize: BaseMessageSize})
+		if _, bad, capErr := capabilities.parseSignal(codes.CSM, b); capErr == nil && err != nil || capErr != nil && capabilities != (Capabilities{MessageSize: BaseMessageSize}) || capErr == nil && bad != 0 {
 			t.Fatalf("capabilities have error %v, options have %v", capErr, err)
 		}
 	})

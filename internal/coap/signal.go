@@ -21,7 +21,7 @@ type Capabilities struct {
 }
 
 // BERT reports whether the peer takes several block units in a message (RFC 8323, section 6).
-func (c Capabilities) BERT() bool { return c.BlockWise && c.MessageSize > baseMessageSize }
+func (c Capabilities) BERT() bool { return c.BlockWise && c.MessageSize > BaseMessageSize }
 
 // parseSignal reads the options of a signalling message. A capability message is applied; what it
 // does not mention stays as it was. An error, with the number of the option of such a message that

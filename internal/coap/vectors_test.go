@@ -244,13 +244,13 @@ func TestCapabilities(t *testing.T) {
 		{"truncated", "24 ff", Capabilities{MessageSize: 1152}, 0, false},
 		{"with a diagnostic payload", "40 ff 61", Capabilities{1152, true, false}, 0, true},
 	} {
-		c := Capabilities{MessageSize: baseMessageSize}
+		c := Capabilities{MessageSize: BaseMessageSize}
 		_, bad, err := c.parseSignal(codes.CSM, fromHex(t, v.body))
 		if c != v.want || bad != v.bad || (err == nil) != v.ok {
 			t.Errorf("%s: %+v, option %d, error %v; want %+v, option %d", v.name, c, bad, err, v.want, v.bad)
 		}
 	}
-	c := Capabilities{MessageSize: baseMessageSize}
+	c := Capabilities{MessageSize: BaseMessageSize}
 	c.parseSignal(codes.CSM, fromHex(t, "40"))
 	c.parseSignal(codes.CSM, fromHex(t, "22 1000"))
 	if want := (Capabilities{4096, true, true}); c != want || !c.BERT() {
