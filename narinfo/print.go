@@ -81,10 +81,7 @@ func Text(signedPart, signature string, urls []URL) (string, error) {
 		if !u.usable() {
 			return "", fmt.Errorf("narinfo: the URL %.300q with compression %.300q cannot be used", u.URL, u.Compression)
 		}
-		b.WriteString("URL: " + u.URL + "\nCompression: " + u.Compression + "\n")
-		if u.SizeKnown {
-			b.WriteString("FileSize: " + strconv.FormatUint(u.FileSize, 10) + "\n")
-		}
+		b.WriteString(u.Text())
 	}
 	n, err := Parse([]byte(b.String()))
 	if err != nil {

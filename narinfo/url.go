@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -20,6 +21,15 @@ type URL struct {
 	// FileSize is the length in bytes of what the URL yields, if SizeKnown.
 	FileSize  uint64
 	SizeKnown bool
+}
+
+// Text returns the lines for a narinfo.
+func (u URL) Text() string {
+	text := "URL: " + u.URL + "\nCompression: " + u.Compression + "\n"
+	if u.SizeKnown {
+		text += "FileSize: " + strconv.FormatUint(u.FileSize, 10) + "\n"
+	}
+	return text
 }
 
 // usable reports whether the URL can be tried.

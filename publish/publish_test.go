@@ -480,8 +480,8 @@ func TestAnnotatorLoop(t *testing.T) {
 	wantStatus(t, first+"/0000000000000000000000000000000a.narinfo", http.StatusLoopDetected)
 }
 
-// TestAnnotatorNarLater has a server not give the nar the first time, because it is busy, or because
-// the connection breaks. The second time the nar gets its capability.
+// TestAnnotatorNarLater has a server not give the nar the first time: it is busy, or the connection
+// breaks. The second time the nar gets its capability.
 func TestAnnotatorNarLater(t *testing.T) {
 	path, narHash := aTree(t)
 	text := "StorePath: /gnu/store/" + filepath.Base(path) + "\nNarHash: sha256:" + nixbase32.EncodeToString(narHash[:]) +

@@ -97,10 +97,7 @@ func listed(it *exportItem, urls []narinfo.URL, line string) string {
 		urls = it.elsewhere()
 	}
 	for _, u := range urls {
-		fmt.Fprintf(&text, "URL: %s\nCompression: %s\n", u.URL, u.Compression)
-		if u.SizeKnown {
-			fmt.Fprintf(&text, "FileSize: %d\n", u.FileSize)
-		}
+		text.WriteString(u.Text())
 	}
 	if line != "" {
 		text.WriteString(line + "\n")
@@ -116,7 +113,7 @@ func capabilityLine(n *narinfo.Narinfo, c eris.ReadCapability) string {
 			return ""
 		}
 	}
-	return "ERIS: " + c.URN()
+	return narinfo.ERIS{URN: c.URN()}.Text()
 }
 
 // Narinfos returns the signed narinfos of items that there are, by hash part, as an [ExportServer]

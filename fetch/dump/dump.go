@@ -82,7 +82,7 @@ func unchanged(before, after os.FileInfo) bool {
 // Open returns the store in the file that a URL names: dump:///media/usb/blocks.cbor, or
 // dump:out.cbor, relative to the working directory. The path is percent-encoded. A query "?get",
 // "?put" or "?get&put" restricts what the store is used for, and "?capability" has
-// [Store.AddCapability] write read capabilities.
+// [Store.Finish] write read capabilities.
 //
 // Open does not touch the file. The first Get or Put reads through it, and so does the first Get
 // after it has been changed. If there is no file, the first Put makes one.
@@ -213,15 +213,17 @@ func (s *Store) setFile(file *os.File) error {
 	return nil
 }
 
-// AddCapability writes a read capability to the end of the dump, unless it is there already or the
-// URL does not ask for that: it discloses the contents to everybody who gets the dump. When it
-// returns nil, it is durable. Errors are those of Put.
-func (s *Store) AddCapability(ctx context.Context, c eris.ReadCapability) error {
-	if !s.URL.Has("capability") {
-		return nil
-	}
-	if err := s.addCapability(ctx, c); err != nil {
-		return fmt.Errorf("%v: read capability: %w", s, err)
+// Finish writes read capabilities to the end of the dump, but for those that are there already, if
+// the URL asks for that: they disclose the contents to everybody who gets the dump. When it returns
+// nil, they are durable. Errors are those of Put.
+func (s *Store) Finish(ctx context.Context, capabilities []eris.ReadCapability) error {
+	for _, c := range capabilities {
+		if !s.URL.Has("capability") {
+			break
+		}
+		if err := s.addCapability(ctx, c); err != nil {
+			return fmt.Errorf("%v: read capability: %w", s, err)
+		}
 	}
 	return nil
 }

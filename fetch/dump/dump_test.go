@@ -207,8 +207,8 @@ func TestContinue(t *testing.T) {
 				return
 			}
 			must(t, err)
-			must(t, s.AddCapability(t.Context(), newCapability(9)))
-			must(t, s.AddCapability(t.Context(), newCapability(9)))
+			must(t, s.Finish(t.Context(), []eris.ReadCapability{newCapability(9)}))
+			must(t, s.Finish(t.Context(), []eris.ReadCapability{newCapability(9)}))
 			dump, err := os.ReadFile(path)
 			must(t, err)
 			after, now, err := read(dump)
@@ -246,7 +246,7 @@ func TestWritten(t *testing.T) {
 	}
 	want += "\xff"
 	for n := range byte(3) {
-		must(t, s.AddCapability(t.Context(), newCapability(n)))
+		must(t, s.Finish(t.Context(), []eris.ReadCapability{newCapability(n)}))
 		binary := newCapability(n).AppendBinary(nil)
 		want += "\xd9\x01\x14\x58\x42" + string(binary)
 		if got, err := os.ReadFile(path); err != nil || string(got) != want+"\xff" {
@@ -256,7 +256,7 @@ func TestWritten(t *testing.T) {
 	// Without being asked for, no capability is written.
 	other := filepath.Join(t.TempDir(), "other.cbor")
 	silent := mustOpen(t, "dump:"+other)
-	must(t, silent.AddCapability(t.Context(), newCapability(1)))
+	must(t, silent.Finish(t.Context(), []eris.ReadCapability{newCapability(1)}))
 	if _, err := os.Stat(other); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("there is a file: %v", err)
 	}
@@ -488,7 +488,7 @@ func TestStream(t *testing.T) {
 		ends = append(ends, out.Len())
 	}
 	c := eris.ReadCapability{BlockSize: eris.BlockSize1KiB, Root: refs[0]}
-	must(t, s.End(c))
+	must(t, s.Finish(t.Context(), []eris.ReadCapability{c}))
 	if err := s.Put(t.Context(), refs[0], make([]byte, 1024)); err == nil {
 		t.Error("a block was put behind the end")
 	}

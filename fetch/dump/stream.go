@@ -4,6 +4,7 @@ package dump
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -66,10 +67,10 @@ func (f *forward) ReadAt(p []byte, offset int64) (int, error) {
 
 // Stream is a dump that is written to a stream, a pipe to another machine for example, which has no
 // blocks to give. It implements [fetch.Store] and is safe for concurrent use. Put returns once the
-// block has been written; what the other end does with it is not known. The dump is whole when End
-// has returned nil: without it, who reads the stream finds it cut off.
+// block has been written; what the other end does with it is not known. The dump is whole when
+// Finish has returned nil: without it, who reads the stream finds it cut off.
 type Stream struct {
-	// W is what it is written to, and KeepCapabilities whether End writes read capabilities. Both
+	// W is what it is written to, and KeepCapabilities whether Finish writes read capabilities. Both
 	// are set before anything else is done.
 	W                io.Writer
 	KeepCapabilities bool
@@ -101,41 +102,32 @@ func (s *Stream) Put(ctx context.Context, ref eris.Reference, block []byte) erro
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	return s.write(func(b []byte) []byte { return appendPair(b, ref, block) })
+	return s.write(func(b []byte) []byte { return appendPair(b, ref, block) }, nil)
 }
 
-// End ends the dump, with read capabilities if these are kept: they disclose the contents to
+// Finish ends the dump, with read capabilities if these are kept: they disclose the contents to
 // whoever has the dump. Nothing can be put afterwards.
-func (s *Stream) End(capabilities ...eris.ReadCapability) error {
+func (s *Stream) Finish(_ context.Context, capabilities []eris.ReadCapability) error {
 	if !s.KeepCapabilities {
 		capabilities = nil
 	}
-	return s.end(func(b []byte) []byte { return appendEnd(b, capabilities) })
+	return s.write(func(b []byte) []byte { return appendEnd(b, capabilities) }, errEnded)
 }
 
-// EndWith is End without read capabilities, but with a byte string as the last thing in the dump,
-// which readers of dumps pass over.
+// EndWith is Finish without read capabilities, but with a byte string as the last thing in the
+// dump, which readers of dumps pass over.
 func (s *Stream) EndWith(text []byte) error {
-	return s.end(func(b []byte) []byte {
+	return s.write(func(b []byte) []byte {
 		b = append(b, ended, majorBytes<<5|26)
 		b = binary.BigEndian.AppendUint32(b, uint32(len(text)))
 		return append(append(b, text...), ended)
-	})
-}
-
-func (s *Stream) end(add func(b []byte) []byte) error {
-	err := s.write(add)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.err == nil {
-		s.err = errEnded
-	}
-	return err
+	}, errEnded)
 }
 
 var errEnded = errors.New("the dump has been ended")
 
-func (s *Stream) write(add func(b []byte) []byte) error {
+// write writes what add adds, and then nothing more if there is a reason.
+func (s *Stream) write(add func(b []byte) []byte, then error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.err != nil {
@@ -147,6 +139,7 @@ func (s *Stream) write(add func(b []byte) []byte) error {
 		s.buffer = append(s.buffer, opening...)
 	}
 	s.buffer = add(s.buffer)
-	_, s.err = s.W.Write(s.buffer)
-	return s.err
+	_, err := s.W.Write(s.buffer)
+	s.err = cmp.Or(err, then)
+	return err
 }

@@ -292,17 +292,10 @@ func OpenToPut(flag string) (fetch.Store, error) {
 // capabilities, if it is one that makes packs of what they denote, or that keeps them and its URL
 // asks for that.
 func FinishPut(ctx context.Context, store fetch.Store, capabilities []eris.ReadCapability) error {
-	switch d := store.(type) {
-	case *dump.Stream:
-		return d.End(capabilities...)
-	case *packs.Store:
-		return d.Finish(ctx, capabilities)
-	case *dump.Store:
-		for _, c := range capabilities {
-			if err := d.AddCapability(ctx, c); err != nil {
-				return err
-			}
-		}
+	if s, ok := store.(interface {
+		Finish(ctx context.Context, capabilities []eris.ReadCapability) error
+	}); ok {
+		return s.Finish(ctx, capabilities)
 	}
 	return nil
 }
