@@ -119,8 +119,8 @@ func (r *run) live() (n int) {
 func (r *run) wasted() bool { return 2*r.live() < len(r.items) }
 
 // Run keeps the table up to date until ctx is done. Names returns the file names of all items;
-// stamp, which is called often, something that is another when they may be others. Shared is told
-// when another number of them is shared than before.
+// stamp, which is called often, something that is another when they may be others, or what has
+// failed is to be tried again. Shared is told when another number of them is shared than before.
 func (t *Table) Run(ctx context.Context, stamp func() string, names func(ctx context.Context) ([]string, error), shared func(Stats)) {
 	ticker := time.NewTicker(period)
 	defer ticker.Stop()
@@ -130,6 +130,7 @@ func (t *Table) Run(ctx context.Context, stamp func() string, names func(ctx con
 		if now := stamp(); now != seen || t.changed.Load() {
 			list, err := names(ctx)
 			if err == nil {
+				seen = now // what fails, on a full disk perhaps, is not begun again each time
 				err = t.Update(ctx, list)
 			}
 			if ctx.Err() != nil {
@@ -139,7 +140,7 @@ func (t *Table) Run(ctx context.Context, stamp func() string, names func(ctx con
 				t.log("%v", err)
 				failure = err.Error()
 			} else if err == nil {
-				seen, failure = now, ""
+				failure = ""
 			}
 			if s := t.Stats(); s.Items != items {
 				items = s.Items
