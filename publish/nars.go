@@ -173,7 +173,7 @@ func (s *Server) keepNars(item *narinfo.Narinfo) bool {
 		s.o.Nars.make(name, path, c, item.NarDigest)
 	}
 	if all {
-		if err := s.o.Nars.note(item); err != nil {
+		if err := s.o.Nars.note(item); err != nil && s.failures.Due() {
 			s.o.Log("what is known of %s cannot be kept: %v", path, err)
 		}
 	}

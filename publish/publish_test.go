@@ -831,3 +831,33 @@ func TestLogBounded(t *testing.T) {
 		}
 	}
 }
+
+// TestLogBoundedFull has those who ask for a nar that is kept not fill the log while nothing more
+// can be kept.
+func TestLogBoundedFull(t *testing.T) {
+	directory, items := aStore(t)
+	kept := t.TempDir()
+	nars := publish.NewNars(kept, 1, 0, logger(t))
+	defer nars.Close()
+	var lines atomic.Int64
+	s := server(t, publish.ServerOptions{
+		Root: directory, Items: items, Nars: nars, Compressions: []string{"gzip"}, Log: func(string, ...any) { lines.Add(1) },
+	})
+	const hashPart = "00000000000000000000000000000001"
+	ask := func() (header http.Header) {
+		_, header, _ = get(t, s.URL+"/"+hashPart+".narinfo")
+		return header
+	}
+	for ask().Get("Cache-Control") != "" { // until the nar is kept
+		time.Sleep(time.Millisecond)
+	}
+	note := kept + "/" + hashPart + ".narinfo"
+	must(t, errors.Join(os.Remove(note), os.Mkdir(note, 0o755)))
+	begin := time.Now()
+	for range 100 {
+		ask()
+	}
+	if n := lines.Load(); n == 0 || n > 2+int64(time.Since(begin).Seconds()) {
+		t.Errorf("%d lines about 100 requests", n)
+	}
+}
