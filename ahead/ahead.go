@@ -365,7 +365,8 @@ func (a *Ahead) fill() bool {
 	if c == nil {
 		return true // another helper stages it
 	}
-	if exists(item.Path) {
+	// The daemon locks what it has asked a helper for, and nothing is there before the first bytes.
+	if exists(item.Path) || exists(item.Path+".lock") {
 		c.release()
 		return true // another helper has been asked for it
 	}

@@ -354,6 +354,20 @@ func TestAheadTwoHelpers(t *testing.T) {
 	}
 }
 
+// What the daemon has asked another helper for is locked by it, and not staged, although there is
+// nothing of it yet.
+func TestAheadLocked(t *testing.T) {
+	a := newAheadTest(t, 3, "")
+	a.query()
+	order := a.order()
+	must(t, os.WriteFile(order[1].path+".lock", nil, 0o600))
+	d := a.start("substitute")
+	a.substitute(d, order[0], order[0].path)
+	must(t, d.close())
+	a.fetched(order[1], 0)
+	a.fetched(order[2], 1)
+}
+
 // What is repaired is restored from its source, not from the stage.
 func TestAheadRepair(t *testing.T) {
 	a := newAheadTest(t, 8, "")
