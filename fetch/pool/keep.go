@@ -66,7 +66,7 @@ func (m *member) mayErr() bool {
 }
 
 // newKeep returns nil if the member keeps nothing.
-func newKeep(p *Pool, m *member) *keep {
+func newKeep(m *member) *keep {
 	k := &keep{member: m, done: make(chan struct{}), wake: make(chan struct{}, 1)}
 	k.backoff = backoff.Backoff{Min: 5 * time.Second, Max: longestRest}
 	switch s := m.source.(type) {

@@ -165,7 +165,7 @@ func New(members []Member, options Options) *Pool {
 		p.members = append(p.members, m)
 		if m.near = given.Near && !allNear; m.near {
 			p.near = append(p.near, m)
-			m.keeper = newKeep(p, m)
+			m.keeper = newKeep(m)
 		} else {
 			p.far = append(p.far, m)
 			p.farSet |= m.bit
