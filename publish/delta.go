@@ -223,7 +223,7 @@ func writeDelta(ctx context.Context, name, baseTree string, base *narinfo.Narinf
 		MaxSize: limit, Scratch: filepath.Dir(name),
 		Replacements: reuse.Replacements(filepath.Base(base.StorePath), filepath.Base(item.StorePath), base.References, item.References),
 	}
-	err = files.Replace(name, 0o644, files.Options{}, func(w io.Writer) error {
+	err = files.Replace(name, 0o644, files.Options{Sync: true}, func(w io.Writer) error {
 		size, err = delta.Write(ctx, w, tree, baseTree, o)
 		return err
 	})

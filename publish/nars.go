@@ -69,10 +69,11 @@ func (n *Nars) clean() {
 
 func (n *Nars) file(name string) string { return filepath.Join(n.directory, name) }
 
-// size returns the length of a nar in bytes, if it is kept.
+// size returns the length of a nar in bytes, if it is kept. A file that is empty is what a power
+// failure may leave.
 func (n *Nars) size(name string) (size uint64, ok bool) {
 	info, err := os.Lstat(n.file(name))
-	if err != nil {
+	if err != nil || info.Size() == 0 {
 		return 0, false
 	}
 	return uint64(info.Size()), true
@@ -80,6 +81,9 @@ func (n *Nars) size(name string) (size uint64, ok bool) {
 
 // open opens a nar. The error wraps [fs.ErrNotExist] if it is not kept.
 func (n *Nars) open(name string) (*os.File, error) {
+	if _, ok := n.size(name); !ok {
+		return nil, &fs.PathError{Op: "open", Path: n.file(name), Err: fs.ErrNotExist}
+	}
 	used(n.file(name))
 	f, _, err := files.OpenRegular(n.file(name), os.O_RDONLY)
 	return f, err
@@ -124,7 +128,8 @@ func (n *Nars) make(name, path, compression string, hash [sha256.Size]byte) {
 			return err
 		}
 		n.clean()
-		return files.Replace(n.file(name), 0o600, files.Options{}, func(w io.Writer) error {
+		// It has no checksum, and is kept for as long as somebody asks for it.
+		return files.Replace(n.file(name), 0o600, files.Options{Sync: true}, func(w io.Writer) error {
 			sum := sha256.New()
 			err := writeNar(nar.Until(ctx, w), path, compression, nar.Until(ctx, sum))
 			if err == nil && [sha256.Size]byte(sum.Sum(nil)) != hash {

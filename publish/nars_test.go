@@ -66,6 +66,21 @@ func TestKeptNars(t *testing.T) {
 		bodies[u.URL] = body
 	}
 
+	// What a power failure has left of a nar is not served, but made anew.
+	made, err := filepath.Glob(cache + "/*-zstd-*")
+	if err != nil || len(made) != 1 {
+		t.Fatalf("%v, %v", made, err)
+	}
+	must(t, os.Truncate(made[0], 0))
+	for range 2 {
+		if _, body := wantStatus(t, url+"/"+n.URLs[0].URL, 200); body != bodies[n.URLs[0].URL] {
+			t.Errorf("%d bytes instead of %d after a power failure", len(body), len(bodies[n.URLs[0].URL]))
+		}
+		if again := keptNarinfo(t, url+"/"+hash+".narinfo"); again.URLs[0].FileSize != n.URLs[0].FileSize {
+			t.Errorf("%d bytes after a power failure", again.URLs[0].FileSize)
+		}
+	}
+
 	must(t, os.RemoveAll(directory+"/"+name))
 	_, _, body := request(t, "GET", url+"/"+hash+".narinfo")
 	if gone, err := narinfo.Parse([]byte(body)); err != nil || gone.StorePath != "/gnu/store/"+name || len(gone.References) != 2 {
