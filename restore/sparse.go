@@ -26,7 +26,10 @@ type sparseWriter struct {
 // write writes the next bytes of the file.
 func (w *sparseWriter) write(b []byte) error {
 	for len(b) > 0 {
-		n := w.data(b)
+		n := 0
+		for n < len(b) && w.zeros(b, n) == 0 {
+			n += w.part(b, n)
+		}
 		if err := pwriteAll(w.fd, b[:n], w.offset); err != nil {
 			return err
 		}
@@ -34,27 +37,27 @@ func (w *sparseWriter) write(b []byte) error {
 			w.written = w.offset
 		}
 		b = b[n:]
-		for isHole(b) {
-			b = b[hole:]
-			w.offset += hole
+		for n = w.zeros(b, 0); n > 0; n = w.zeros(b, 0) {
+			b = b[n:]
+			w.offset += int64(n)
 		}
 	}
 	return nil
 }
 
-// data returns how many of the next bytes come before a hole.
-func (w *sparseWriter) data(b []byte) int {
-	for n := int(-w.offset & (hole - 1)); n+hole <= len(b); n += hole {
-		if isHole(b[n:]) {
-			return n
-		}
-	}
-	return len(b)
+// part returns how many bytes of b, which comes next, from i on are in one block of the file.
+func (w *sparseWriter) part(b []byte, i int) int {
+	return min(len(b)-i, hole-int((w.offset+int64(i))&(hole-1)))
 }
 
-// isHole reports whether b begins with as many zeros as make a hole.
-func isHole(b []byte) bool {
-	return len(b) >= hole && b[0] == 0 && b[hole-1] == 0 && bytes.Equal(b[:hole], zeros[:])
+// zeros returns the same if all of them are zeros, else 0. What of a block is in other pieces does
+// not matter: where nothing is written there are zeros.
+func (w *sparseWriter) zeros(b []byte, i int) int {
+	n := w.part(b, i)
+	if n == 0 || b[i] != 0 || b[i+n-1] != 0 || !bytes.Equal(b[i:i+n], zeros[:n]) {
+		return 0
+	}
+	return n
 }
 
 // finish gives the file its length, if it ends in a hole.
