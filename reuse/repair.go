@@ -348,7 +348,8 @@ func (w *workshop) member(f io.ReaderAt, size int64, header []byte, at int64) []
 // links into it, or a pipe; so no link in the path, which must be clean, is followed, and nothing
 // is waited for.
 func OpenRegular(path string) (*os.File, int64, error) {
-	const flags = unix.O_RDONLY | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC
+	// Without O_LARGEFILE, which only Open adds itself, a kernel of 32 bits opens none above 2 GiB.
+	const flags = unix.O_RDONLY | unix.O_LARGEFILE | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC
 	fd, err := unix.Openat2(unix.AT_FDCWD, path, &unix.OpenHow{Flags: flags, Resolve: unix.RESOLVE_NO_SYMLINKS})
 	if err == unix.ENOSYS || err == unix.EPERM { // before Linux 5.6, or in a sandbox
 		var real string

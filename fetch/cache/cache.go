@@ -142,7 +142,7 @@ func (c *Cache) Keep(_ context.Context, refs []eris.Reference, blocks [][]byte) 
 	if r == nil {
 		return nil
 	}
-	most := max(min(mostBatch, int(c.maxBytes/32)), int(eris.BlockSize32KiB))
+	most := max(int(min(mostBatch, c.maxBytes/32)), int(eris.BlockSize32KiB))
 	for len(blocks) > 0 {
 		c.buffer = c.buffer[:0]
 		n := 0

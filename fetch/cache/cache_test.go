@@ -59,6 +59,18 @@ func testOpen(t testing.TB, directory string, maxBytes int64) *Cache {
 	return c
 }
 
+// Blocks that come together are written together in a large cache too: a part of this one is more
+// bytes than an int of 32 bits can say.
+func TestLargeBatch(t *testing.T) {
+	c := testOpen(t, t.TempDir(), 8<<20)
+	must(t, put(c, 0, 1, mixed))
+	c.maxBytes = 64 << 30
+	must(t, put(c, 0, 32, func(int) eris.BlockSize { return large }))
+	if n := len(c.buffer); n != mostBatch {
+		t.Errorf("%d bytes were written at a time", n)
+	}
+}
+
 // put keeps blocks from number first to before last, of sizes that a function tells.
 func put(c *Cache, first, last int, size func(int) eris.BlockSize) error {
 	var errs []error
