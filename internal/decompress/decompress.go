@@ -11,11 +11,13 @@ package decompress
 
 import (
 	"bufio"
+	"bytes"
 	"compress/bzip2"
 	"errors"
 	"fmt"
 	"io"
 	"math/bits"
+	"strings"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -38,6 +40,9 @@ const (
 	// 36 bytes takes lzip some ten microseconds.
 	freeInput    = 2 << 20
 	inputPerByte = 2
+
+	// mostShown is how many bytes a message shows.
+	mostShown = 24
 )
 
 // PerhapsGzip is the method of what is compressed with gzip if it begins like that, and else is not
@@ -59,7 +64,8 @@ type Reader struct {
 	r       io.Reader
 	close   func()
 	err     error
-	in, out int64 // bytes that have gone in and come out
+	in, out int64  // bytes that have gone in and come out
+	first   []byte // bytes that have gone in, as many as a message shows
 }
 
 // An input is a source that ends when hardly anything comes out of it.
@@ -74,6 +80,7 @@ func (i *input) Read(p []byte) (int, error) {
 	}
 	n, err := i.r.Read(p)
 	i.z.in += int64(n)
+	i.z.first = append(i.z.first, p[:min(n, mostShown-len(i.z.first))]...)
 	return n, err
 }
 
@@ -134,7 +141,10 @@ type members struct {
 	in *bufio.Reader
 }
 
-const gzipMagic = "\x1f\x8b"
+const gzipMagic, zstdMagic = "\x1f\x8b", "\x28\xb5\x2f\xfd"
+
+// magics are what begins like each method.
+var magics = map[string]string{"gzip": gzipMagic, "lzip": "LZIP", "zstd": zstdMagic, "xz": "\xfd7zXZ\x00", "bzip2": "BZh"}
 
 func openMembers(in *bufio.Reader) (*members, error) {
 	z, err := gzip.NewReader(in)
@@ -193,9 +203,9 @@ type narrowed struct {
 func (n *narrowed) Read(p []byte) (int, error) {
 	if !n.begun {
 		n.begun = true
-		const magic, descriptor, window, singleSegment = "\x28\xb5\x2f\xfd", 4, 5, 1 << 5
+		const descriptor, window, singleSegment = 4, 5, 1 << 5
 		h, err := n.r.Peek(window + 1)
-		if err == nil && string(h[:descriptor]) == magic && h[descriptor]&singleSegment == 0 {
+		if err == nil && string(h[:descriptor]) == zstdMagic && h[descriptor]&singleSegment == 0 {
 			h[window] = min(h[window], n.most)
 		}
 	}
@@ -215,7 +225,12 @@ func (z *Reader) Read(p []byte) (int, error) {
 		err = io.ErrUnexpectedEOF
 	}
 	if err != nil && err != io.EOF && z.method != "none" {
-		err = fmt.Errorf("%s: %w", z.method, err)
+		if !strings.HasPrefix(err.Error(), strings.TrimSuffix(z.method, " or none")) { // as those of gzip, xz and bzip2 do
+			err = fmt.Errorf("%s: %w", z.method, err)
+		}
+		if len(z.first) > 0 && !bytes.HasPrefix(z.first, []byte(magics[z.method])) { // often it is a page that says why
+			err = fmt.Errorf("%w: it begins with %q", err, z.first)
+		}
 	}
 	z.err = err
 	return n, err

@@ -7,6 +7,7 @@ import (
 	"compress/gzip"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
@@ -299,6 +300,38 @@ func TestGarbage(t *testing.T) {
 		}
 		if _, err := decompress(t, method, []byte("this is not compressed at all")); err == nil {
 			t.Errorf("%s: garbage accepted", method)
+		}
+	}
+}
+
+// TestForeign: what is not compressed as was said is shown, and the method is named once.
+func TestForeign(t *testing.T) {
+	for _, method := range methods {
+		for _, page := range []string{"<!DOCTYPE html>", "<", "<html><body>Please log in</body></html>"} {
+			_, err := decompress(t, method, []byte(page))
+			if method == "none" {
+				continue
+			}
+			if err == nil || !strings.HasPrefix(err.Error(), method) || strings.Count(err.Error(), method) != 1 ||
+				!strings.HasSuffix(err.Error(), fmt.Sprintf("it begins with %q", page[:min(24, len(page))])) {
+				t.Errorf("%s and %q: %v", method, page, err)
+			}
+		}
+	}
+	damaged := compressors["gzip"](t, nil)
+	damaged[len(damaged)-1] ^= 1
+	if _, err := decompress(t, PerhapsGzip, damaged); err == nil || strings.Count(err.Error(), "gzip") != 1 {
+		t.Errorf("gzip: %v", err)
+	}
+	// What breaks off, or is damaged later, is not shown.
+	for method, compress := range compressors {
+		good := compress(t, archive(4, 50))
+		for _, bad := range [][]byte{good[:len(good)-1], append(bytes.Clone(good[:len(good)/2]), make([]byte, 100)...)} {
+			z := open(t, method, iotest.OneByteReader(bytes.NewReader(bad)))
+			if _, err := io.Copy(io.Discard, z); method != "none" && (err == nil || strings.Count(err.Error(), method) != 1 || strings.Contains(err.Error(), "begins")) {
+				t.Errorf("%s: %v", method, err)
+			}
+			z.Close()
 		}
 	}
 }

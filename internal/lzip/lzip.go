@@ -24,7 +24,7 @@ const (
 )
 
 var (
-	errFormat     = errors.New("invalid lzip data")
+	errFormat     = errors.New("lzip data invalid")
 	errDictionary = errors.New("lzip dictionary too large")
 	errClosed     = errors.New("lzip reader is closed")
 )
