@@ -207,3 +207,18 @@ func FuzzRead(f *testing.F) {
 		}
 	})
 }
+
+// TestIndexBomb reads an index of a few KiB that decompresses to 64 MiB and is refused at once.
+func TestIndexBomb(t *testing.T) {
+	bomb := forged(append(index(1), make([]byte, 64<<20)...))
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	_, err := delta.NewReader(t.Context(), bytes.NewReader(bomb), t.TempDir(), delta.ReadOptions{MaxSize: 1 << 20})
+	runtime.ReadMemStats(&after)
+	if err == nil || !strings.Contains(err.Error(), "bad replacement") {
+		t.Errorf("error %v", err)
+	}
+	if used := after.TotalAlloc - before.TotalAlloc; used > 16<<20 {
+		t.Errorf("%d bytes of memory for a delta of %d", used, len(bomb))
+	}
+}

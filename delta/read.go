@@ -107,7 +107,8 @@ func (r *Reader) open(base string) error {
 		return reuse.Unexpected(err)
 	}
 	var err error
-	r.zstd, err = zstd.NewReader(index, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(indexWindow))
+	// It would decompress a short buffer as a whole, whatever comes of that.
+	r.zstd, err = zstd.NewReader(struct{ io.Reader }{index}, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(indexWindow))
 	if err != nil {
 		return err
 	}
