@@ -134,6 +134,9 @@ func (s *Substituter) substitute(ctx context.Context, l *lookup, j *job) (Outcom
 		return Outcome{}, useless, err
 	}
 	j.show()
+	if len(j.ways) == 0 && s.Policy == ERISOnly {
+		return Outcome{}, nil, fmt.Errorf("the policy is eris-only, and %s", j.notBlocks())
+	}
 	outcome := j.run(ctx)
 	return outcome, j.useless, nil
 }
@@ -151,7 +154,7 @@ func (s *Substituter) prepare(ctx context.Context, l *lookup, j *job) ([]record,
 	j.s, j.want, j.listed = s, f.authorised.narinfo, map[string]bool{}
 	j.vain = map[string]int{}
 	j.list(ctx, f.all)
-	if j.wantsBlocks() || len(j.ways) > 0 && j.ways[0].isLast() {
+	if j.wantsBlocks() || len(j.ways) > 0 && j.isLast(j.ways[0]) {
 		j.moreRecords(ctx)
 	}
 	return nil, nil
@@ -173,7 +176,7 @@ type job struct {
 	bases   []*reuse.Candidate // old items in which blocks may stand
 	later   []*candidate       // to be tried once more if nothing else works: slow or wrong ones
 	failing []*candidate       // failed for a while
-	vain    map[string]int     // how many ways of a kind that uses an older item have failed
+	vain    map[string]int     // how many ways of a kind, other than nars, have failed
 	useless []record           // whose nar is gone or has other contents
 
 	actual       *[32]byte     // the first wrong hash
@@ -240,7 +243,7 @@ func (j *job) tryAll(ctx context.Context) (Outcome, bool) {
 		// The other ways of a server that is of no use now are the last, also after those of
 		// others.
 		j.sort()
-		for (len(j.ways) == 0 || j.ways[0].isLast()) && j.moreRecords(ctx) {
+		for (len(j.ways) == 0 || j.isLast(j.ways[0])) && j.moreRecords(ctx) {
 		}
 		if len(j.ways) == 0 {
 			// Nars that have been silent only if there was not much of that.
@@ -289,6 +292,7 @@ var (
 // failed notes why a way has failed, and tells it.
 func (j *job) failed(ctx context.Context, c *candidate, err error) {
 	if isBlocks(c) {
+		j.vain[c.kind()]++
 		j.blocksFailed = err.Error()
 	}
 	if w, ok := c.way.(interface {

@@ -109,7 +109,7 @@ func (j *job) rank(c *candidate) float64 {
 	switch {
 	case c.kind() == "old item":
 		return -2
-	case c.isLast():
+	case j.isLast(c):
 		return 1e6 + c.time.Seconds()
 	case !blocks:
 		// The order of the servers is the user's: a later one has to be faster by some factor.
@@ -122,9 +122,11 @@ func (j *job) rank(c *candidate) float64 {
 	return (c.time - preferMargin).Seconds() / preferFactor
 }
 
-// isLast reports whether the way is a nar of a server whose nars were of no use just now.
-func (c *candidate) isLast() bool {
-	return c.kind() == "nar" && c.from.server.rests(&c.from.server.vain)
+// isLast reports whether the way is a nar of a server whose nars were of no use just now, or blocks
+// where other capabilities of the item were: a narinfo may have many, none of which need be signed,
+// and each may cost as much as the item.
+func (j *job) isLast(c *candidate) bool {
+	return c.kind() == "nar" && c.from.server.rests(&c.from.server.vain) || isBlocks(c) && j.vain[c.kind()] >= mostFailed
 }
 
 const (

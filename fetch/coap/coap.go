@@ -176,7 +176,7 @@ var (
 	errSlow      = errors.New("block takes too long in parts")
 )
 
-// blockError is an error about a block.
+// blockError is an error about a block. Whoever gets one names it, and has no reference here.
 type blockError struct {
 	store *Store
 	ref   eris.Reference
@@ -184,6 +184,9 @@ type blockError struct {
 }
 
 func (e *blockError) Error() string {
+	if e.ref == (eris.Reference{}) {
+		return fmt.Sprintf("%s: %v", e.store.name, e.err)
+	}
 	return fmt.Sprintf("%s: block %v: %v", e.store.name, e.ref, e.err)
 }
 

@@ -161,11 +161,11 @@ func (q *request) finish() {
 	case errors.Is(err, context.Canceled):
 		r.Err = err
 	case err != nil:
-		r.Err = &blockError{q.store, r.Pair.Reference, err}
+		r.Err = &blockError{store: q.store, err: err}
 	case r.Have != nil:
 		r.Block = q.dst[:length]
 	case length != int(r.Size):
-		r.Err = &blockError{q.store, r.Pair.Reference, &eris.BlockError{Reference: r.Pair.Reference, Length: length, Want: r.Size}}
+		r.Err = &eris.BlockError{Reference: r.Pair.Reference, Length: length, Want: r.Size}
 	default:
 		r.Block = q.dst
 	}

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -365,8 +366,16 @@ func (l *lookup) fail(m *member, err error) {
 	l.failed |= m.bit
 	var wrong *eris.BlockError
 	if l.err == nil || !errors.As(l.err, &wrong) {
-		l.err = fmt.Errorf("%s: %w", m.name, err)
+		l.err = m.named(err)
 	}
+}
+
+// named has an error name the member, once.
+func (m *member) named(err error) error {
+	if strings.HasPrefix(err.Error(), m.name+": ") {
+		return err
+	}
+	return fmt.Errorf("%s: %w", m.name, err)
 }
 
 // verdict returns why a block cannot be had. Members that were never reached, and those that lie,
@@ -382,7 +391,7 @@ func (p *Pool) verdict(l *lookup, now time.Duration) error {
 		wrong := (*eris.BlockError)(nil)
 		if m.banned && errors.As(m.lastError, &wrong) && wrong.Reference == l.key.reference {
 			// Perhaps in answer to another request for this very block.
-			l.err = fmt.Errorf("%s: %w", m.name, m.lastError)
+			l.err = m.named(m.lastError)
 		}
 		if m.lastError != nil && (m.banned || m.restUntil > now || m.failures > 0) {
 			unsaid = fmt.Errorf("%s is not asked: %w", m.name, m.lastError)
