@@ -15,8 +15,9 @@ import (
 const (
 	// blockUnit is the size in bytes of the largest unit of block-wise transfer.
 	blockUnit = 1024
-	// partsAtATime is how many parts of one block are requested at a time by UDP.
-	partsAtATime = 8
+	// partsAtATime is how many parts of one block are requested at a time by UDP: all, so that on a
+	// slow line blocks come one after the other, and not many of them late.
+	partsAtATime = 32
 	// slowParts is how many RequestTimeouts all parts of a block may take together.
 	slowParts = 10
 	// maxRestarts is how often the transfer of a block begins again because the server asks for

@@ -441,3 +441,53 @@ func TestDatagramPutToken(t *testing.T) {
 		}
 	}
 }
+
+// TestDatagramOrder gets two blocks by UDP from a peer that answers the first request for the
+// second one when it has been asked for a part of the first: one comes after the other.
+func TestDatagramOrder(t *testing.T) {
+	const parts = int(eris.BlockSize32KiB) / 1024
+	refs, blocks := make([]eris.Reference, 2), make([][]byte, 2)
+	for i := range refs {
+		refs[i], blocks[i] = newBlock(eris.BlockSize32KiB, i)
+	}
+	var asked [2]int
+	var held []byte
+	var behind atomic.Int32 // how many parts of the second one had been requested at the end of the first
+	url := datagramPeer(t, func(m coaptest.Message) (replies [][]byte) {
+		time.Sleep(time.Millisecond)
+		part, i := m.Block(message.Block2), 0
+		if bytes.Contains(m.Body, []byte(refs[1].String())) {
+			i = 1
+		}
+		asked[i]++
+		if asked[0] == parts && i == 0 {
+			behind.Store(int32(asked[1]))
+		}
+		part.Present, part.Exponent, part.More = true, wire.MaxExponent, int(part.Number) < parts-1
+		payload := blocks[i][part.Offset():][:1024]
+		reply := coaptest.Datagram(message.Acknowledgement, codes.Content, m.ID, m.Token, part.AppendOption(nil, 0, message.Block2), payload)
+		if i == 1 && part.Number == 0 && asked[0] < 4 {
+			held = reply
+			return nil
+		}
+		if held != nil && asked[0] >= 4 {
+			replies, held = [][]byte{held}, nil
+		}
+		return append(replies, reply)
+	})
+	store := mustOpen(t, url, coap.Options{})
+	var calls sync.WaitGroup
+	for i, ref := range refs {
+		calls.Go(func() {
+			if got, err := get(t, store, ref, eris.BlockSize32KiB); err != nil || !bytes.Equal(got, blocks[i]) {
+				t.Errorf("block %d: %v", i, err)
+			}
+		})
+		time.Sleep(10 * time.Millisecond)
+	}
+	calls.Wait()
+	store.Close()
+	if behind := int(behind.Load()); behind > parts/4 {
+		t.Errorf("%d parts of the second block are requested before the last one of the first", behind)
+	}
+}

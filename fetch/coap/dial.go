@@ -27,6 +27,9 @@ const (
 	// a store that has not answered anything is given up soon, perhaps before the 2 s of RFC 7252
 	// are over.
 	firstAckTimeout = 500 * time.Millisecond
+	// maxRetransmit is how often a request by UDP is sent again: of 300 on a line that loses three
+	// datagrams of ten each way, ten are in vain after the four times of RFC 7252.
+	maxRetransmit = 8
 	// maxHandshake bounds the header with which a server answers that it speaks WebSockets, in
 	// bytes.
 	maxHandshake = 16 << 10
@@ -44,6 +47,7 @@ func (s *Store) newConnection(dial func() (net.Conn, error)) connection {
 		config := o.Datagram
 		config.Timeout, config.Dial = o.RequestTimeout, dial
 		config.AckTimeout = cmp.Or(config.AckTimeout, firstAckTimeout)
+		config.MaxRetransmit = cmp.Or(config.MaxRetransmit, maxRetransmit)
 		return wire.NewEndpoint(nil, config)
 	}
 	return wire.NewConn(nil, wire.Config{

@@ -436,7 +436,7 @@ func (c *Conn) watch() {
 		if c.tick%ticksPerTimeout == 0 && c.age() > maxAge*ticksPerTimeout {
 			silent = true
 		}
-		unused := !owed && c.waiting.First() == nil && c.queue.bytes == 0 && c.tick-c.lastUse > idle
+		unused := !owed && c.first() == nil && c.queue.bytes == 0 && c.tick-c.lastUse > idle
 		c.Unlock()
 		switch {
 		case silent:

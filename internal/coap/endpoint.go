@@ -24,11 +24,15 @@ const (
 	ackRandomFactor = 1.5
 	// leastTimeout is the shortest first wait, however fast the peer has been so far.
 	leastTimeout = 200 * time.Millisecond
+	// mostDoubled is how far waits for answers are doubled: whoever wants a block asks elsewhere
+	// after some seconds without a word, and where many datagrams are lost, later copies would not
+	// have been sent by then.
+	mostDoubled = time.Second
 	// datagramTokenSize makes it hard to forge answers (RFC 7252, section 5.3.1): tokens start
 	// anywhere.
 	datagramTokenSize = 4
 	// firstWindow is how many exchanges may be under way before anything is known about the
-	// network.
+	// network, and at least: where much is lost, the only one would mostly wait to be sent again.
 	firstWindow = 4
 	// recentIDs is how many message IDs of separate answers are remembered, so that copies of them
 	// are acknowledged too.
@@ -42,11 +46,12 @@ const (
 type EndpointConfig struct {
 	// Window is the most exchanges under way at a time. RFC 7252, section 4.7, allows one (NSTART)
 	// unless there is a congestion control; here the window starts at 4, grows by one per round
-	// trip, and halves when a message is lost. Default 64.
+	// trip, and halves when a message is lost, but for the 4: each message backs off by itself.
+	// Default 64.
 	Window int
 	// AckTimeout is how long the first copy of a message waits to be acknowledged; each further
-	// wait is twice as long. Once round trips have been measured, their time counts if it is
-	// shorter. Default 2 s (RFC 7252, section 4.8).
+	// wait is twice as long, of a request up to a second. Once round trips have been measured,
+	// their time counts instead. Default 2 s (RFC 7252, section 4.8).
 	AckTimeout time.Duration
 	// MaxRetransmit is how often a message is sent again. Default 4 (RFC 7252, section 4.8).
 	MaxRetransmit int
@@ -90,6 +95,8 @@ type Endpoint struct {
 	lastLoss  time.Time
 	roundTrip time.Duration // smoothed, 0 if not known (RFC 6298)
 	variation time.Duration
+	unsure    uint16        // the last message of which it is not known which copy was answered,
+	unsureFor time.Duration // and how long after the first one that was; 0 if there is none
 }
 
 // messageKey names a message: they are told apart by endpoint and message ID (RFC 7252, section
@@ -127,9 +134,9 @@ func NewEndpoint(conn net.PacketConn, config EndpointConfig) *Endpoint {
 		unacked:   make(map[messageKey]*confirmable),
 		busy:      make(map[messageKey]struct{}),
 		nextID:    uint16(rand.Uint32()),
-		window:    min(firstWindow, float64(config.Window)),
 		threshold: float64(config.Window),
 	}
+	e.window = e.least()
 	e.requester = requester{
 		transport: e,
 		sent:      make(map[uint32]sentRequest),
@@ -196,9 +203,12 @@ func (e *Endpoint) drop(m *confirmable) {
 	delete(e.unacked, m.key)
 }
 
+// least returns the least window.
+func (e *Endpoint) least() float64 { return min(firstWindow, float64(e.config.Window)) }
+
 // hasRoom implements transport.
 func (e *Endpoint) hasRoom() bool {
-	return e.conn != nil && float64(len(e.sent)) < max(1, e.window)
+	return e.conn != nil && float64(len(e.sent)) < e.window
 }
 
 // forget implements transport.
@@ -269,7 +279,7 @@ func (e *Endpoint) expire(m *confirmable) {
 	m.tries++
 	m.wait *= 2
 	if m.exchange != nil {
-		m.wait = min(m.wait, left)
+		m.wait = min(m.wait, max(m.wait/2, mostDoubled), left)
 	}
 	m.timer.Reset(m.wait)
 	e.outbox = append(e.outbox, m)
@@ -294,7 +304,7 @@ func (e *Endpoint) lost(m *confirmable, err error) {
 func (e *Endpoint) timeout() time.Duration {
 	timeout := e.config.AckTimeout
 	if e.roundTrip > 0 {
-		timeout = min(timeout, max(leastTimeout, e.roundTrip+4*e.variation))
+		timeout = max(min(timeout, leastTimeout), e.roundTrip+4*e.variation)
 	}
 	return min(e.config.Timeout, time.Duration(float64(timeout)*(1+(ackRandomFactor-1)*rand.Float64())))
 }
@@ -308,10 +318,16 @@ func (e *Endpoint) measure(m *confirmable) {
 		e.window += 1 / e.window
 	}
 	e.window = min(e.window, float64(e.config.Window))
-	if m.tries > 1 {
-		return // it is not known to which copy this was the answer
-	}
 	took := e.lastHeard.Sub(m.began)
+	if m.tries > 1 {
+		e.unsure, e.unsureFor = m.key.id, took
+		return
+	}
+	e.sample(took)
+}
+
+// sample takes note of a round trip. The lock must be held.
+func (e *Endpoint) sample(took time.Duration) {
 	if e.roundTrip == 0 {
 		e.roundTrip, e.variation = took, took/2
 		return
@@ -327,7 +343,7 @@ func (e *Endpoint) congested(now time.Time) {
 		return
 	}
 	e.lastLoss = now
-	e.window = max(1, e.window/2)
+	e.window = max(e.least(), e.window/2)
 	e.threshold = e.window
 }
 
@@ -390,6 +406,11 @@ func (e *Endpoint) acknowledged(m datagram, key messageKey) {
 	sent := e.unacked[key]
 	switch {
 	case sent == nil:
+		if m.ID == e.unsure && e.unsureFor > 0 {
+			// Each copy has an answer: the message was sent again too early.
+			e.sample(e.unsureFor)
+			e.unsureFor = 0
+		}
 	case sent.exchange == nil:
 		e.drop(sent)
 	case m.Type == message.Reset:

@@ -3,6 +3,7 @@
 package coap
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -101,6 +102,7 @@ type requester struct {
 	transport transport
 
 	waiting   exchanges
+	begun     exchanges              // parts of what has begun, which come before what has not
 	sent      map[uint32]sentRequest // by token
 	ended     exchanges
 	outbox    []*confirmable // to be written once the lock is given up
@@ -173,12 +175,16 @@ func (r *requester) Start(x *Exchange) bool {
 		return false
 	}
 	x.state = exchangeWaiting
-	if x.Block.Number > 0 {
-		r.waiting.PushFirst(x) // what has begun comes before what has not
-	} else {
-		r.waiting.Push(x)
-	}
+	r.queue(x).Push(x)
 	return true
+}
+
+// queue returns where an exchange waits to be sent.
+func (r *requester) queue(x *Exchange) *exchanges {
+	if x.Block.Number > 0 {
+		return &r.begun
+	}
+	return &r.waiting
 }
 
 // Cancel makes Done of an exchange be called soon, if that has not been done, with
@@ -192,8 +198,8 @@ func (r *requester) Cancel(x *Exchange) {
 // flush sends what waits and may be sent. Tokens are numbers that are not used again, so that a
 // second answer to one request is not taken for the answer to another. The lock must be held.
 func (r *requester) flush() {
-	for x := r.waiting.First(); x != nil && r.err == nil && r.transport.hasRoom(); x = r.waiting.First() {
-		r.waiting.Remove(x)
+	for x := r.first(); x != nil && r.err == nil && r.transport.hasRoom(); x = r.first() {
+		r.queue(x).Remove(x)
 		if later := x.Payload != nil && x.Block.Number > 0; !later || x.owner != r {
 			r.lastToken++
 			x.owner, x.token = r, r.token(r.lastToken)
@@ -203,6 +209,9 @@ func (r *requester) flush() {
 		r.transport.transmit(x)
 	}
 }
+
+// first returns the exchange that is to be sent next, or nil. The lock must be held.
+func (r *requester) first() *Exchange { return cmp.Or(r.begun.First(), r.waiting.First()) }
 
 func (r *requester) token(n uint32) Token {
 	if r.tokenSize > 0 {
@@ -223,7 +232,7 @@ func (r *requester) find(token Token) (sentRequest, bool) {
 func (r *requester) take(x *Exchange, err error) {
 	switch x.state {
 	case exchangeWaiting:
-		r.waiting.Remove(x)
+		r.queue(x).Remove(x)
 	case exchangeSent:
 		r.transport.forget(x)
 	default:
@@ -235,8 +244,8 @@ func (r *requester) take(x *Exchange, err error) {
 
 // failWaiting ends all exchanges that were not sent yet. The lock must be held.
 func (r *requester) failWaiting(err error) {
-	for r.waiting.First() != nil {
-		r.take(r.waiting.First(), err)
+	for x := r.first(); x != nil; x = r.first() {
+		r.take(x, err)
 	}
 }
 
