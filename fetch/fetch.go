@@ -123,7 +123,7 @@ type BusyError struct {
 
 // Error implements error.
 func (e *BusyError) Error() string {
-	return fmt.Sprintf("%v; busy, to be asked again in %v", e.Err, e.After.Round(time.Millisecond))
+	return fmt.Sprintf("%v; to be asked again in %v", e.Err, e.After.Round(time.Millisecond))
 }
 
 // Unwrap returns what the source answered.

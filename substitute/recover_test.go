@@ -24,6 +24,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
@@ -172,6 +173,29 @@ func TestFailingForAWhile(t *testing.T) {
 			defer blocks.Close()
 			s, log := n.with(f.key, n.serve(f.handler(signERIS(t, f.key, itemPath(0), f.encoded), http.NotFound)))
 			s.Blocks, s.Policy = blocks, substitute.ERISOnly
+			f.restore(t, s, substitute.Success, log)
+		})
+	})
+	t.Run("blocks stop coming", func(t *testing.T) {
+		t.Parallel()
+		bubble(t, func(t *testing.T, n *testNetwork) {
+			var requests atomic.Int64
+			back := time.Now().Add(6 * time.Second)
+			blocks := &memoryBlocks{Backend: f.blocks.Backend}
+			blocks.Workers = fetch.NewWorkers(1, func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
+				if requests.Add(1) > 1 {
+					select {
+					case <-time.After(time.Until(back)):
+					case <-ctx.Done():
+						return nil, context.Cause(ctx)
+					}
+				}
+				return f.blocks.Get(ctx, ref, size, dst)
+			})
+			s, log := n.with(f.key, n.serve(f.handler(signERIS(t, f.key, itemPath(0), f.encoded), http.NotFound)))
+			p := pool.New([]pool.Member{{Source: blocks}}, pool.Options{})
+			defer p.Close()
+			s.Blocks, s.Policy = p, substitute.ERISOnly
 			f.restore(t, s, substitute.Success, log)
 		})
 	})

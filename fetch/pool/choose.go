@@ -31,6 +31,7 @@ func (p *Pool) nextRound(l *lookup, now time.Duration) bool {
 		return false
 	}
 	l.rounds++
+	failed := l.failed
 	for _, m := range p.far {
 		if l.lied&m.bit == 0 {
 			m.pardonDamaged(l.key.size)
@@ -39,7 +40,11 @@ func (p *Pool) nextRound(l *lookup, now time.Duration) bool {
 			l.failed &^= m.bit
 		}
 	}
-	return p.candidates(l, now) != 0
+	if p.candidates(l, now) == 0 {
+		l.failed = failed
+		return false
+	}
+	return true
 }
 
 func (p *Pool) distribute(now time.Duration) {

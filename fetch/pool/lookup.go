@@ -3,6 +3,7 @@
 package pool
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -379,9 +380,10 @@ func (m *member) named(err error) error {
 }
 
 // verdict returns why a block cannot be had. Members that were never reached, and those that lie,
-// have no say in whether the block exists, nor have near ones if there are others.
+// have no say in whether the block exists, nor have near ones if there are others. If a member that
+// has worked rests, it may be had after that.
 func (p *Pool) verdict(l *lookup, now time.Duration) error {
-	unsaid, missed, proven := errNone, l.missed, false
+	unsaid, missed, proven, rest := errNone, l.missed, false, time.Duration(0)
 	if len(p.far) > 0 {
 		for _, m := range p.near {
 			missed &^= m.bit
@@ -396,13 +398,20 @@ func (p *Pool) verdict(l *lookup, now time.Duration) error {
 		if m.lastError != nil && (m.banned || m.restUntil > now || m.failures > 0) {
 			unsaid = fmt.Errorf("%s is not asked: %w", m.name, m.lastError)
 		}
-		proven = proven || l.failed&m.bit != 0 && m.proven && !m.banned
+		if m.proven && !m.banned {
+			proven = proven || l.failed&m.bit != 0
+			if m.failures > 0 || m.restUntil > now {
+				rest = max(rest, failureRest, m.restUntil-now)
+			}
+		}
 	}
 	switch {
-	case proven, missed == 0 && l.err != nil:
-		return l.err
-	case missed == 0:
-		return unsaid
+	case proven, missed == 0:
+		err := cmp.Or(l.err, unsaid)
+		if rest > 0 {
+			return &fetch.BusyError{After: rest, Err: err}
+		}
+		return err
 	case unsaid != errNone:
 		return fmt.Errorf("%w (%v)", eris.ErrNotFound, unsaid)
 	}

@@ -148,6 +148,19 @@ func TestSilent(t *testing.T) {
 	}
 }
 
+// TestStopsBesideMissing has the only source that has a block stop: that another one does not have
+// it means nothing, and it may be had later.
+func TestStopsBesideMissing(t *testing.T) {
+	list := sources(&fake{roundTrip: 20e6, rate: 20e6, answer: stallsAfter(64)}, &fake{roundTrip: 20e6, answer: missing})
+	simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
+		readAll(t, p, 64, large, 16)
+		err := get(t.Context(), p, 1000, large)
+		if busy, ok := errors.AsType[*fetch.BusyError](err); !ok || busy.After <= 0 || errors.Is(err, eris.ErrNotFound) {
+			t.Errorf("the error is %v", err)
+		}
+	})
+}
+
 // TestReturn has the only source be silent for a while: it is tried by single requests nobody waits
 // for, and is then in use again.
 func TestReturn(t *testing.T) {
