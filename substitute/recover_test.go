@@ -176,29 +176,41 @@ func TestFailingForAWhile(t *testing.T) {
 			f.restore(t, s, substitute.Success, log)
 		})
 	})
-	t.Run("blocks stop coming", func(t *testing.T) {
-		t.Parallel()
-		bubble(t, func(t *testing.T, n *testNetwork) {
-			var requests atomic.Int64
-			back := time.Now().Add(6 * time.Second)
-			blocks := &memoryBlocks{Backend: f.blocks.Backend}
-			blocks.Workers = fetch.NewWorkers(1, func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
-				if requests.Add(1) > 1 {
-					select {
-					case <-time.After(time.Until(back)):
-					case <-ctx.Done():
-						return nil, context.Cause(ctx)
+	for _, stop := range []time.Duration{6 * time.Second, time.Hour} {
+		t.Run(fmt.Sprint("blocks stop coming for ", stop), func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(t *testing.T, n *testNetwork) {
+				var requests atomic.Int64
+				begin := time.Now()
+				back := begin.Add(stop)
+				blocks := &memoryBlocks{Backend: f.blocks.Backend}
+				blocks.Workers = fetch.NewWorkers(1, func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
+					if requests.Add(1) > 1 {
+						select {
+						case <-time.After(time.Until(back)):
+						case <-ctx.Done():
+							return nil, context.Cause(ctx)
+						}
 					}
+					return f.blocks.Get(ctx, ref, size, dst)
+				})
+				s, log := n.with(f.key, n.serve(f.handler(signERIS(t, f.key, itemPath(0), f.encoded), http.NotFound)))
+				p := pool.New([]pool.Member{{Source: blocks}}, pool.Options{})
+				defer p.Close()
+				s.Blocks, s.Policy = p, substitute.ERISOnly
+				if stop < time.Minute {
+					f.restore(t, s, substitute.Success, log)
+					return
 				}
-				return f.blocks.Get(ctx, ref, size, dst)
+				for range 20 {
+					f.restore(t, s, substitute.NotFound, log)
+				}
+				if took := time.Since(begin); took > time.Minute {
+					t.Errorf("twenty items took %v", took)
+				}
 			})
-			s, log := n.with(f.key, n.serve(f.handler(signERIS(t, f.key, itemPath(0), f.encoded), http.NotFound)))
-			p := pool.New([]pool.Member{{Source: blocks}}, pool.Options{})
-			defer p.Close()
-			s.Blocks, s.Policy = p, substitute.ERISOnly
-			f.restore(t, s, substitute.Success, log)
 		})
-	})
+	}
 }
 
 // TestWrongOnce gets an item from the only server, which brings wrong bytes at first, or always.

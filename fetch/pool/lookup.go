@@ -19,6 +19,8 @@ import (
 const (
 	// maxRounds is how often one member is asked again for one block at most.
 	maxRounds = 20
+	// mostStopped is for how long a member that has worked and stops is worth waiting for.
+	mostStopped = 15 * time.Second
 	// waitForRest is how long a block waits for a member that failed to be tried again when there
 	// is no other, and waitForBusy for one that has said when.
 	waitForRest, waitForBusy = time.Second, 2500 * time.Millisecond
@@ -381,7 +383,7 @@ func (m *member) named(err error) error {
 
 // verdict returns why a block cannot be had. Members that were never reached, and those that lie,
 // have no say in whether the block exists, nor have near ones if there are others. If a member that
-// has worked rests, it may be had after that.
+// has worked a moment ago rests, it may be had after that.
 func (p *Pool) verdict(l *lookup, now time.Duration) error {
 	unsaid, missed, proven, rest := errNone, l.missed, false, time.Duration(0)
 	if len(p.far) > 0 {
@@ -400,7 +402,7 @@ func (p *Pool) verdict(l *lookup, now time.Duration) error {
 		}
 		if m.proven && !m.banned {
 			proven = proven || l.failed&m.bit != 0
-			if m.failures > 0 || m.restUntil > now {
+			if now-m.deliveredAt < mostStopped && (m.failures > 0 || m.restUntil > now) {
 				rest = max(rest, failureRest, m.restUntil-now)
 			}
 		}
