@@ -210,9 +210,7 @@ func repair(t *testing.T, directory string, refs []eris.Reference) bool {
 	if there := readAll(t, s, refs); there < len(refs) || s.Err() != nil {
 		t.Errorf("%d blocks of %d are there after a restart, %v", there, len(refs), s.Err())
 	}
-	if err := s.Close(); err != nil {
-		t.Error(err)
-	}
+	must(t, s.Close())
 	return damage != nil
 }
 

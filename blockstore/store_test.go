@@ -39,11 +39,7 @@ func testOpen(t testing.TB, directory string, options Options) *Store {
 	t.Helper()
 	s, err := Open(directory, options)
 	must(t, err)
-	t.Cleanup(func() {
-		if err := s.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	t.Cleanup(func() { must(t, s.Close()) })
 	return s
 }
 
@@ -129,9 +125,7 @@ func checkStore(t testing.TB, s *Store) map[eris.Reference]bool {
 			return eris.Verify(ref, block)
 		})
 	})
-	if err != nil {
-		t.Error(err)
-	}
+	must(t, err)
 	return refs
 }
 

@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"golang.org/x/crypto/chacha20"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 // A block is what the ChaCha20 package makes of the plaintext, and comes back.
@@ -18,9 +20,7 @@ func TestDecrypt(t *testing.T) {
 		for _, level := range []int{0, 1, 255} {
 			plaintext, key := randomContent(7, int(size)), Key{1, 2, 31: 3}
 			cipher, err := chacha20.NewUnauthenticatedCipher(key[:], []byte{byte(level), 11: 0})
-			if err != nil {
-				t.Fatal(err)
-			}
+			testhelp.Must(t, err)
 			block := make([]byte, size)
 			cipher.XORKeyStream(block, plaintext)
 			got := make([]byte, size)
@@ -75,9 +75,7 @@ func TestNoAllocations(t *testing.T) {
 func TestVerify(t *testing.T) {
 	block := randomContent(1, 1024)
 	ref := Sum(block)
-	if err := Verify(ref, block); err != nil {
-		t.Error(err)
-	}
+	testhelp.Must(t, Verify(ref, block))
 	block[1023] ^= 1
 	for name, test := range map[string]struct {
 		ref   Reference

@@ -10,6 +10,8 @@ import (
 	"math/rand/v2"
 	"sync"
 	"testing"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 var bothSizes = []BlockSize{BlockSize1KiB, BlockSize32KiB}
@@ -50,9 +52,7 @@ func mustEncode(t testing.TB, content []byte, options EncodeOptions) (ReadCapabi
 	t.Helper()
 	m := newMemory()
 	capability, err := Encode(t.Context(), bytes.NewReader(content), m.Put, options)
-	if err != nil {
-		t.Fatal(err)
-	}
+	testhelp.Must(t, err)
 	return capability, m
 }
 

@@ -14,6 +14,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 // deaf is a transport that takes no notice of the end of a context.
@@ -63,9 +64,7 @@ func TestWorkersDeaf(t *testing.T) {
 		t.Errorf("%d bytes are left of requests that were cancelled", grown)
 	}
 	close(end)
-	if err := source.Close(); err != nil {
-		t.Error(err)
-	}
+	testhelp.Must(t, source.Close())
 	if !bytes.Equal(memory, make([]byte, len(memory))) {
 		t.Error("memory was written to after Done")
 	}
@@ -170,9 +169,7 @@ func TestPipelineOutlivesEncoder(t *testing.T) {
 		block[0] = n
 		ref := eris.Sum(block)
 		ctx, cancel := context.WithCancel(t.Context())
-		if err := pipeline.Put(ctx, ref, block); err != nil {
-			t.Fatal(err)
-		}
+		testhelp.Must(t, pipeline.Put(ctx, ref, block))
 		backend.AwaitHeld(1)
 		cancel()
 		return ref

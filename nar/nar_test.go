@@ -394,9 +394,7 @@ func TestShortArchive(t *testing.T) {
 	runtime.ReadMemStats(&before)
 	for range times {
 		h := nar.NewHasher(t.Context())
-		if err := errors.Join(h.Node(nar.Node{Kind: nar.Regular, Size: 5}), h.Contents(nar.NewChunk([]byte("short"), nil)), h.EndContents()); err != nil {
-			t.Fatal(err)
-		}
+		must(t, errors.Join(h.Node(nar.Node{Kind: nar.Regular, Size: 5}), h.Contents(nar.NewChunk([]byte("short"), nil)), h.EndContents()))
 		h.Finish()
 	}
 	runtime.ReadMemStats(&after)

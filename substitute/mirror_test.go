@@ -144,9 +144,7 @@ func checkRestored(t *testing.T, root, narHash string) {
 		}
 		return nil
 	})
-	if err != nil {
-		t.Error(err)
-	}
+	must(t, err)
 }
 
 // TestGuixMirrorInfo checks what the daemon is told about the items.

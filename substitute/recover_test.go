@@ -527,9 +527,7 @@ func TestDamagedCache(t *testing.T) {
 			t.Fatalf("%q, error %v", kept, err)
 		}
 		for _, move := range [][2]string{{kept[0], kept[0] + "x"}, {kept[1], kept[0]}, {kept[0] + "x", kept[1]}} {
-			if err := os.Rename(move[0], move[1]); err != nil {
-				t.Fatal(err)
-			}
+			must(t, os.Rename(move[0], move[1]))
 		}
 	}
 }

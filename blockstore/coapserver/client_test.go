@@ -14,7 +14,10 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
+
+var must = testhelp.Must
 
 // client is a client that does as it is told, and no more.
 type client struct {
@@ -28,9 +31,7 @@ var csm = coaptest.CSM
 // dial connects, and says what it can receive unless that is to be left out.
 func dial(tb testing.TB, network, address string, first ...byte) *client {
 	conn, err := net.Dial(network, address)
-	if err != nil {
-		tb.Fatal(err)
-	}
+	must(tb, err)
 	c := newClient(tb, conn)
 	if len(first) > 0 {
 		c.write(first)

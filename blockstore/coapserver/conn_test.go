@@ -84,8 +84,6 @@ func TestSilentHandshake(t *testing.T) {
 		if took := time.Since(begin); took > time.Minute {
 			t.Errorf("the connection was kept for %v", took)
 		}
-		if err := server.Close(); err != nil {
-			t.Error(err)
-		}
+		must(t, server.Close())
 	})
 }

@@ -27,9 +27,7 @@ type socket struct {
 
 func dialDatagram(tb testing.TB, address string) *socket {
 	conn, err := net.Dial("udp", address)
-	if err != nil {
-		tb.Fatal(err)
-	}
+	must(tb, err)
 	tb.Cleanup(func() { conn.Close() })
 	return &socket{tb: tb, conn: conn}
 }
@@ -48,9 +46,7 @@ func (s *socket) read() coaptest.Message {
 		s.tb.Fatalf("no answer: %v", err)
 	}
 	m, err := coaptest.ParseDatagram(b[:n])
-	if err != nil {
-		s.tb.Fatal(err)
-	}
+	must(s.tb, err)
 	return m
 }
 

@@ -35,9 +35,7 @@ func TestHostile(t *testing.T) {
 	})
 	fromHex := func(text string) []byte {
 		b, err := hex.DecodeString(strings.ReplaceAll(text, " ", ""))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		return b
 	}
 	csmAnd := func(text string) func(*client) {
@@ -144,9 +142,7 @@ func TestMaxConnections(t *testing.T) {
 			ref, _ := sourcetest.NewBlock(eris.BlockSize1KiB)
 			open := func() *fetchcoap.Store {
 				client, err := fetchcoap.Open("coap+"+network+"://"+address, fetchcoap.Options{})
-				if err != nil {
-					t.Fatal(err)
-				}
+				must(t, err)
 				t.Cleanup(func() { client.Close() })
 				return client
 			}

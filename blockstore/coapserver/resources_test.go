@@ -80,18 +80,14 @@ func answers(got, want []byte) bool {
 // TestHave asks a block store on disk what it has: as docs/formats.md says, and otherwise.
 func TestHave(t *testing.T) {
 	store, err := blockstore.Open(t.TempDir(), blockstore.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer store.Close()
 	var question []byte
 	want := make([]byte, fetch.MaxHave/8)
 	for i := range fetch.MaxHave {
 		ref, block := sourcetest.NewBlock([]eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB}[i%2])
 		if i%37 == 0 {
-			if err := store.Put(t.Context(), ref, block); err != nil {
-				t.Fatal(err)
-			}
+			must(t, store.Put(t.Context(), ref, block))
 			want[i/8] |= 0x80 >> (i % 8)
 		}
 		question = append(question, ref[:fetch.HavePrefix]...)

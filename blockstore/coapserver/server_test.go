@@ -50,16 +50,12 @@ func serveConfig(tb testing.TB, network string, access coapserver.Access, config
 	var group sync.WaitGroup
 	if network == "udp" {
 		conn, err := net.ListenPacket("udp", address)
-		if err != nil {
-			tb.Fatal(err)
-		}
+		must(tb, err)
 		address = conn.LocalAddr().String()
 		group.Go(func() { server.ServePacket(conn, access) })
 	} else {
 		listener, err := net.Listen(strings.Replace(network, "ws", "tcp", 1), address)
-		if err != nil {
-			tb.Fatal(err)
-		}
+		must(tb, err)
 		address = listener.Addr().String()
 		serve := server.Serve
 		if network == "ws" {
@@ -377,9 +373,7 @@ func TestWebSocketHandshake(t *testing.T) {
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			conn, err := net.Dial("tcp", address)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			defer conn.Close()
 			// The server may close before it has read everything, so that writing may fail.
 			io.WriteString(conn, v.request)

@@ -29,11 +29,7 @@ var must = testhelp.Must
 func openStore(t testing.TB) *blockstore.Store {
 	s, err := blockstore.Open(t.TempDir(), blockstore.Options{})
 	must(t, err)
-	t.Cleanup(func() {
-		if err := s.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	t.Cleanup(func() { must(t, s.Close()) })
 	return s
 }
 
@@ -251,16 +247,12 @@ func TestRelay(t *testing.T) {
 		seen, result = "", v.err
 		calls.Store(0)
 		r, err := http.NewRequest("GET", "http://"+v.address+"/uri-res/N2R?urn:blake2b:"+ref.String(), nil)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if v.forwards != "" {
 			r.Header.Set("Max-Forwards", v.forwards)
 		}
 		answer, err := client(t, false).Do(r)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		answer.Body.Close()
 		if n := calls.Load(); answer.StatusCode != 404 || seen != v.seen || answer.Header.Get("Cache-Control") != v.cache || n != v.calls {
 			t.Errorf("%+v: status %d, seen %q, cache %q, %d calls", v, answer.StatusCode, seen, answer.Header.Get("Cache-Control"), n)

@@ -748,9 +748,7 @@ func TestAheadSmallServers(t *testing.T) {
 			for _, item := range a.order() {
 				a.substitute(d, item, item.path)
 			}
-			if err := d.close(); err != nil {
-				t.Error(err)
-			}
+			must(t, d.close())
 			t.Logf("%d at the same time, %d refused", busiest.Load(), refused.Load())
 			if name == "closing" && busiest.Load() > 9 {
 				t.Errorf("%d requests were under way at the same time", busiest.Load())

@@ -24,7 +24,10 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
+
+var must = testhelp.Must
 
 // testServer is a server that can be restarted at the same address.
 type testServer struct {
@@ -83,9 +86,7 @@ func (s *testServer) start() {
 	s.server = server
 	if s.network == "udp" {
 		conn, err := net.ListenPacket("udp", s.address)
-		if err != nil {
-			s.tb.Fatal(err)
-		}
+		must(s.tb, err)
 		s.address = conn.LocalAddr().String()
 		s.group.Go(func() { server.ServePacket(conn, s.access) })
 		return
@@ -95,9 +96,7 @@ func (s *testServer) start() {
 		network = "tcp"
 	}
 	listener, err := net.Listen(network, s.address)
-	if err != nil {
-		s.tb.Fatal(err)
-	}
+	must(s.tb, err)
 	s.address = listener.Addr().String()
 	if s.tls != nil {
 		listener = tls.NewListener(listener, s.tls)
@@ -141,14 +140,10 @@ func escape(path string) string { return strings.ReplaceAll(path, "/", "%2F") }
 // testTLS returns the configuration of a server that wants its clients to ask for these protocols.
 func testTLS(tb testing.TB, protocols ...string) *tls.Config {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		tb.Fatal(err)
-	}
+	must(tb, err)
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
 	certificate, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
-	if err != nil {
-		tb.Fatal(err)
-	}
+	must(tb, err)
 	return &tls.Config{
 		Certificates: []tls.Certificate{{Certificate: [][]byte{certificate}, PrivateKey: key}},
 		NextProtos:   protocols,
@@ -163,9 +158,7 @@ func testTLS(tb testing.TB, protocols ...string) *tls.Config {
 
 func mustOpen(tb testing.TB, url string, options coap.Options) *coap.Store {
 	store, err := coap.Open(url, options)
-	if err != nil {
-		tb.Fatal(err)
-	}
+	must(tb, err)
 	return store
 }
 

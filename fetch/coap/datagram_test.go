@@ -104,9 +104,7 @@ func TestLoss(t *testing.T) {
 			config.Datagram.AckDelay, config.Datagram.AckTimeout = v.ackDelay, 20*time.Millisecond
 			server := coapserver.New(config)
 			socket, err := net.ListenPacket("udp", "127.0.0.1:0")
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			line := &lossy{PacketConn: socket, percent: 10, random: rand.New(rand.NewPCG(1, 2))}
 			var group sync.WaitGroup
 			group.Go(func() { server.ServePacket(line, readWrite) })
@@ -170,9 +168,7 @@ func (s *slowStore) String() string { return "slow:" }
 // datagramPeer plays the other end of UDP: f returns what is sent in answer to a datagram.
 func datagramPeer(t *testing.T, f func(m coaptest.Message) [][]byte) (url string) {
 	socket, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	var group sync.WaitGroup
 	group.Go(func() {
 		b := make([]byte, 2000)
@@ -344,9 +340,7 @@ func TestDatagramPeer(t *testing.T) {
 // tells.
 func TestDatagramRefused(t *testing.T) {
 	socket, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	address := socket.LocalAddr().String()
 	socket.Close()
 	store := mustOpen(t, "coap://"+address, coap.Options{RequestTimeout: 5 * time.Second})

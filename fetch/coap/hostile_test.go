@@ -108,9 +108,7 @@ func TestHostile(t *testing.T) {
 	ref32, block32 := newBlock(eris.BlockSize32KiB, 2)
 	fromHex := func(text string) []byte {
 		b, err := hex.DecodeString(strings.ReplaceAll(text, " ", ""))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		return b
 	}
 	// respond sends what reply makes to the first GET, and its parts if it has any, and then goes
@@ -471,9 +469,7 @@ func TestBackoff(t *testing.T) {
 // that not even TLS or WebSockets get anywhere. Nothing may hold up Cancel or Close.
 func TestAcceptsAndStaysSilent(t *testing.T) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer listener.Close()
 	for _, scheme := range []string{"coap+tcp", "coaps+tcp", "coap+ws", "coaps+ws", "coap"} {
 		store := mustOpen(t, scheme+"://"+listener.Addr().String(), coap.Options{RequestTimeout: time.Hour, DialTimeout: time.Hour})

@@ -40,9 +40,7 @@ func libcoapServer(t *testing.T, args ...string) (port string) {
 	}
 	// It needs the same port for TCP and UDP.
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	address := listener.Addr().String()
 	listener.Close()
 	port = address[strings.LastIndexByte(address, ':')+1:]
@@ -54,9 +52,7 @@ func libcoapServer(t *testing.T, args ...string) (port string) {
 func runServer(t *testing.T, network, address, program string, args ...string) {
 	t.Helper()
 	command := exec.Command(program, args...)
-	if err := command.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, command.Start())
 	t.Cleanup(func() {
 		command.Process.Kill()
 		command.Wait()
@@ -193,9 +189,7 @@ func TestNginx(t *testing.T) {
 	server := startServer(t, "ws", sourcetest.NewBackend().Open(64), readWrite)
 	directory := t.TempDir()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	address := listener.Addr().String()
 	listener.Close()
 	configuration := `
@@ -213,9 +207,7 @@ http {
 		}
 	}
 }`
-	if err := os.WriteFile(filepath.Join(directory, "nginx.conf"), []byte(configuration), 0o666); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(filepath.Join(directory, "nginx.conf"), []byte(configuration), 0o666))
 	runServer(t, "tcp", address, nginx, "-p", directory, "-c", "nginx.conf", "-e", filepath.Join(directory, "error.log"))
 	store := mustOpen(t, "coap+ws://"+address, coap.Options{})
 	defer store.Close()

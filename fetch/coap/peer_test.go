@@ -75,9 +75,7 @@ type script func(connection int, p *peer)
 // listen serves connections, each of which is closed when f returns, and returns the address.
 func listen(t *testing.T, network, address string, f func(connection int, conn net.Conn)) string {
 	listener, err := net.Listen(network, address)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	var group sync.WaitGroup
 	var mu sync.Mutex
 	var conns []net.Conn

@@ -133,9 +133,7 @@ func TestRelease(t *testing.T) {
 	if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
 		t.Error(err)
 	}
-	if err := <-first; err != nil {
-		t.Error(err)
-	}
+	must(t, <-first)
 	store.Close()
 	group.Wait()
 	if last != codes.Release {
@@ -295,9 +293,7 @@ func TestPutWaits(t *testing.T) {
 		}
 	})
 	time.Sleep(10 * time.Millisecond)
-	if err := store.Put(t.Context(), smallRef, small); err != nil {
-		t.Error(err)
-	}
+	must(t, store.Put(t.Context(), smallRef, small))
 	group.Wait()
 }
 
@@ -438,9 +434,7 @@ func TestCloseWhileReleased(t *testing.T) {
 	if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
 		t.Error(err)
 	}
-	if err := store.Close(); err != nil {
-		t.Error(err)
-	}
+	must(t, store.Close())
 	if err := <-first; err == nil {
 		t.Error("a request without an answer has succeeded")
 	}

@@ -22,15 +22,14 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/httpclient"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 // TestCID has the one pair of reference and name that is known from elsewhere: the block of "Hello
 // world!".
 func TestCID(t *testing.T) {
 	b, err := base32.StdEncoding.WithPadding(base32.NoPadding).DecodeString("H77AGSYKAVTQPUHODJTQA7WZPTWGTTKLRB2GLMF5H53NEKFJ3FUQ")
-	if err != nil {
-		t.Fatal(err)
-	}
+	testhelp.Must(t, err)
 	const want = "bafk2bzacea774a2lbicwob6q5yngoad63f6oy2onjoehiznqxu7xnurivhmws"
 	if got := CID(eris.Reference(b)); got != want {
 		t.Errorf("CID is %s, want %s", got, want)
@@ -219,9 +218,7 @@ func (n *testNode) url(query string) string {
 func mustOpen(tb testing.TB, url string, options Options) *Store {
 	tb.Helper()
 	s, err := Open(url, options)
-	if err != nil {
-		tb.Fatal(err)
-	}
+	testhelp.Must(tb, err)
 	return s
 }
 

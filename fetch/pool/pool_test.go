@@ -19,7 +19,10 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
+
+var must = testhelp.Must
 
 // fake is a source in simulated time, at the end of a line with a round trip and a rate. Its blocks
 // are made from their numbers.
@@ -210,9 +213,7 @@ func simulate(t *testing.T, options pool.Options, list []pool.Member, f func(t *
 	synctest.Test(t, func(t *testing.T) {
 		p := pool.New(list, options)
 		f(t, p)
-		if err := p.Close(); err != nil {
-			t.Error(err)
-		}
+		must(t, p.Close())
 		if err := get(t.Context(), p, 1, 1024); err == nil {
 			t.Error("Get after Close did not fail")
 		}
@@ -417,9 +418,7 @@ func TestHedgeBesideProbe(t *testing.T) {
 				}
 				return
 			default:
-				if err := get(t.Context(), p, i, large); err != nil {
-					t.Fatal(err)
-				}
+				must(t, get(t.Context(), p, i, large))
 			}
 		}
 	})
@@ -468,9 +467,7 @@ func TestBothHang(t *testing.T) {
 	simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
 		readAll(t, p, 200, large, 64)
 		begin := time.Now()
-		if err := get(t.Context(), p, 200, large); err != nil {
-			t.Error(err)
-		}
+		must(t, get(t.Context(), p, 200, large))
 		if took := time.Since(begin); took > 10*time.Second {
 			t.Errorf("took %v", took)
 		} else {
@@ -622,9 +619,7 @@ func TestOtherSize(t *testing.T) {
 	for _, list := range [][]pool.Member{sources(f), sources(f, &fake{roundTrip: 1e6})} {
 		simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
 			get(t.Context(), p, 1, 1024)
-			if err := get(t.Context(), p, 2, 1024); err != nil {
-				t.Error(err)
-			}
+			must(t, get(t.Context(), p, 2, 1024))
 			if p.Stats()[0].Banned {
 				t.Error("the source was banned")
 			}
@@ -676,9 +671,7 @@ func TestMerging(t *testing.T) {
 		a, b := &fake{roundTrip: 20e6}, &fake{roundTrip: 20e6}
 		simulate(t, pool.Options{}, sources(a, b)[:n], func(t *testing.T, p *pool.Pool) {
 			for i := 2; i < 4; i++ { // with a probe
-				if err := get(t.Context(), p, i, large); err != nil {
-					t.Fatal(err)
-				}
+				must(t, get(t.Context(), p, i, large))
 				time.Sleep(time.Second)
 			}
 			before := a.requests() + b.requests()

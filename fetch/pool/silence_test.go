@@ -270,13 +270,9 @@ func TestCrawls(t *testing.T) {
 			list := append(sources(&fake{name: "crawls", roundTrip: 1e6, rate: 1 << 10}), sources(v.others...)...)
 			list[0].Near = v.near
 			simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
-				if err := get(t.Context(), p, 0, 1024); err != nil {
-					t.Error(err)
-				}
+				must(t, get(t.Context(), p, 0, 1024))
 				begin := time.Now()
-				if err := get(t.Context(), p, 1, large); err != nil {
-					t.Error(err)
-				}
+				must(t, get(t.Context(), p, 1, large))
 				if took := time.Since(begin); took > v.most {
 					t.Errorf("it took %v", took)
 				}
@@ -337,9 +333,7 @@ func TestOneLine(t *testing.T) {
 		list[i].Source = &turns{list[i].Source, time.Duration(i), sync.OnceValue(time.Now)}
 	}
 	simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
-		if err := get(t.Context(), p, 1, large); err != nil {
-			t.Error(err)
-		}
+		must(t, get(t.Context(), p, 1, large))
 	})
 }
 
@@ -397,9 +391,7 @@ func TestLostBesideParts(t *testing.T) {
 			ended <- time.Since(begin)
 		}()
 		for i := range 250 { // ten seconds
-			if err := get(t.Context(), p, i, large); err != nil {
-				t.Error(err)
-			}
+			must(t, get(t.Context(), p, i, large))
 		}
 		if took := <-ended; took > 6*time.Second {
 			t.Errorf("it took %v", took)

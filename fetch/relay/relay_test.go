@@ -16,6 +16,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/relay"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 // memory is the store of a server: one that answers at once.
@@ -59,16 +60,12 @@ func (c counting) Start(r *fetch.Request) {
 func start(t *testing.T) (*relay.Relay, memory, *upstream) {
 	own, u := memory{sourcetest.NewBackend()}, &upstream{Backend: sourcetest.NewBackend()}
 	r, err := relay.New(own, relay.Options{Open: u.open})
-	if err != nil {
-		t.Fatal(err)
-	}
+	testhelp.Must(t, err)
 	return r, own, u
 }
 
 func stop(t *testing.T, r *relay.Relay) {
-	if err := r.Close(); err != nil {
-		t.Error(err)
-	}
+	testhelp.Must(t, r.Close())
 }
 
 // TestLevels checks that requests go on as far as they may, and no further; and that what has come
@@ -98,9 +95,7 @@ func TestLevels(t *testing.T) {
 func TestOneLevel(t *testing.T) {
 	u := &upstream{Backend: sourcetest.NewBackend()}
 	r, err := relay.New(memory{sourcetest.NewBackend()}, relay.Options{Open: u.open, Levels: 1})
-	if err != nil {
-		t.Fatal(err)
-	}
+	testhelp.Must(t, err)
 	defer stop(t, r)
 	ref, _ := sourcetest.NewBlock(eris.BlockSize1KiB)
 	for _, hops := range []int{0, 2, 1} {

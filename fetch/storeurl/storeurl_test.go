@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 func TestParse(t *testing.T) {
@@ -221,9 +223,7 @@ func TestHTTP(t *testing.T) {
 		"ipfs+http://[fe80::1%25eth0]:8080?rpc": "http://[fe80::1%25eth0]:8080/more",
 	} {
 		u, err := Parse(text)
-		if err != nil {
-			t.Fatal(err)
-		}
+		testhelp.Must(t, err)
 		if got := u.HTTP("/more").String(); got != want {
 			t.Errorf("%s: %s, want %s", text, got, want)
 		}

@@ -18,6 +18,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 // client is a connection that only has an address.
@@ -245,9 +246,7 @@ func TestServe(t *testing.T) {
 		go func() { served <- g.Serve(ctx, server) }()
 		ask := func() net.Conn {
 			c, err := network.Dial(t.Context(), "tcp", l.Addr().String())
-			if err != nil {
-				t.Fatal(err)
-			}
+			testhelp.Must(t, err)
 			go io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
 			synctest.Wait()
 			return c

@@ -42,18 +42,12 @@ func (h *oneBlock) Finish(bool) {}
 // TestBothWays has two peers that request from each other over one connection, at the same time.
 func TestBothWays(t *testing.T) {
 	listener, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer listener.Close()
 	near, err := net.Dial("unix", listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	far, err := listener.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	var handlers [2]*oneBlock
 	var runs sync.WaitGroup
 	for i, conn := range []net.Conn{near, far} {

@@ -22,9 +22,7 @@ func TestReaderMemory(t *testing.T) {
 	var got []int
 	for {
 		head, body, ok, err := r.next()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if ok {
 			if got = append(got, len(body)); len(got) == 1000 && len(r.buffer) != firstBuffer {
 				t.Errorf("short messages take %d bytes", len(r.buffer))

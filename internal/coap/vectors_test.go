@@ -15,7 +15,10 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
+
+var must = testhelp.Must
 
 // helloReference is the reference of the only block of "Hello world!" (ERIS 1.0.0, test vector 0).
 const helloReference = "H77AGSYKAVTQPUHODJTQA7WZPTWGTTKLRB2GLMF5H53NEKFJ3FUQ"
@@ -23,9 +26,7 @@ const helloReference = "H77AGSYKAVTQPUHODJTQA7WZPTWGTTKLRB2GLMF5H53NEKFJ3FUQ"
 func fromHex(t testing.TB, text string) []byte {
 	t.Helper()
 	b, err := hex.DecodeString(strings.Join(strings.Fields(text), ""))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return b
 }
 
@@ -43,9 +44,7 @@ const wellKnownHex = "bb 2e77656c6c2d6b6e6f776e 04 65726973 06 626c6f636b73 "
 // section 3.1; and the resource of https://eris.codeberg.page/eer/coap.xml.
 func TestVectors(t *testing.T) {
 	ref, err := eris.ParseReference(helloReference)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	text, limited := NewRequests(WellKnownPath()), NewRequests(WellKnownPath())
 	limited.HopLimit = 2
 	request := func(r *Requests, token uint32, x Exchange) []byte {
@@ -111,9 +110,7 @@ func TestVectors(t *testing.T) {
 // TestParseVectors reads requests as other programs send them.
 func TestParseVectors(t *testing.T) {
 	ref, err := eris.ParseReference(helloReference)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	paths := Paths{{"pinned", "blocks"}, wellKnownBlocks, {".well-known", "blocks"}}
 	rawQuery := "4d13 3ffe034b0a056707d0ee1a67007ed97cec69cd4b887465b0bd3f76d228a9d969"
 	textQuery := "4d27" + hex.EncodeToString([]byte(helloReference))

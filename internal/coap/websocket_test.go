@@ -117,9 +117,7 @@ func open(t *testing.T, client bool) (ours net.Conn, theirs *peer) {
 	near.socket, _, err = websocket.Dial(t.Context(), server.URL, &websocket.DialOptions{
 		HTTPClient: &http.Client{Transport: transport}, Subprotocols: []string{WebSocketProtocol},
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	far := <-accepted
 	if !client {
 		near, far = far, near

@@ -138,10 +138,8 @@ func TestCheckErrors(t *testing.T) {
 // for.
 func TestDirectoryOfStrangers(t *testing.T) {
 	directory := t.TempDir()
-	if err := errors.Join(unix.Mkfifo(directory+"/a.narinfo", 0o600), os.Symlink("/etc/passwd", directory+"/b.narinfo"),
-		os.Mkdir(directory+"/c.narinfo", 0o700), os.WriteFile(directory+"/d.narinfo", []byte("x"), 0o600)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(unix.Mkfifo(directory+"/a.narinfo", 0o600), os.Symlink("/etc/passwd", directory+"/b.narinfo"),
+		os.Mkdir(directory+"/c.narinfo", 0o700), os.WriteFile(directory+"/d.narinfo", []byte("x"), 0o600)))
 	var names []string
 	items, err := complete.Directory(t.Context(), directory, complete.Options{})
 	for _, i := range items {

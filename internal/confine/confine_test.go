@@ -16,6 +16,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 // TestMain runs a confined process when TestProcess asks for one.
@@ -97,13 +99,9 @@ func TestProcess(t *testing.T) {
 	}
 	directory := t.TempDir()
 	for _, name := range []string{"settings", "state", "other"} {
-		if err := errors.Join(os.Mkdir(filepath.Join(directory, name), 0o700), os.WriteFile(filepath.Join(directory, name, "a"), nil, 0o600)); err != nil {
-			t.Fatal(err)
-		}
+		testhelp.Must(t, errors.Join(os.Mkdir(filepath.Join(directory, name), 0o700), os.WriteFile(filepath.Join(directory, name, "a"), nil, 0o600)))
 	}
-	if err := errors.Join(os.WriteFile(filepath.Join(directory, "key"), nil, 0o600), os.Symlink("../other/c", filepath.Join(directory, "state/link"))); err != nil {
-		t.Fatal(err)
-	}
+	testhelp.Must(t, errors.Join(os.WriteFile(filepath.Join(directory, "key"), nil, 0o600), os.Symlink("../other/c", filepath.Join(directory, "state/link"))))
 	want := `read below settings: yes
 read the key: yes
 write below state: yes
@@ -122,9 +120,7 @@ start a program: no
 	// Speculation stays as it is where the kernel can be asked for that, and only there.
 	withFlag, without := unix.SECCOMP_FILTER_FLAG_TSYNC|unix.SECCOMP_FILTER_FLAG_SPEC_ALLOW, unix.SECCOMP_FILTER_FLAG_TSYNC
 	for _, refused := range []string{"", strconv.Itoa(without), strconv.Itoa(withFlag)} {
-		if err := errors.Join(os.WriteFile(filepath.Join(directory, "state/a"), nil, 0o600), os.RemoveAll(filepath.Join(directory, "state/b")), os.RemoveAll(filepath.Join(directory, "state/c"))); err != nil {
-			t.Fatal(err)
-		}
+		testhelp.Must(t, errors.Join(os.WriteFile(filepath.Join(directory, "state/a"), nil, 0o600), os.RemoveAll(filepath.Join(directory, "state/b")), os.RemoveAll(filepath.Join(directory, "state/c"))))
 		command := exec.Command(os.Args[0])
 		command.Env = append(os.Environ(), "CONFINE_TEST="+directory, "CONFINE_TEST_REFUSE="+refused)
 		out, err := command.CombinedOutput()

@@ -14,15 +14,14 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 // TestUnanswered connects by a name where a DNS server answers questions about some kinds of
 // addresses only, and at some of the addresses, all but the last, nobody answers.
 func TestUnanswered(t *testing.T) {
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	testhelp.Must(t, err)
 	t.Cleanup(func() { l.Close() })
 	_, port, _ := net.SplitHostPort(l.Addr().String())
 	for name, test := range map[string]struct {
@@ -70,9 +69,7 @@ func TestUnanswered(t *testing.T) {
 // some types.
 func nameServer(t *testing.T, answered []dnsmessage.Type, dead int) string {
 	conn, err := net.ListenPacket("udp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	testhelp.Must(t, err)
 	t.Cleanup(func() { conn.Close() })
 	go func() {
 		b := make([]byte, 1500)

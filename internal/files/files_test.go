@@ -216,9 +216,7 @@ func TestLock(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	if err := first.Close(); err != nil {
-		t.Error(err)
-	}
+	must(t, first.Close())
 	if contents(t, path) != "kept" {
 		t.Error("the lock file has changed")
 	}

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 func TestClock(t *testing.T) {
@@ -22,9 +24,7 @@ func TestClock(t *testing.T) {
 
 func TestCredentials(t *testing.T) {
 	file := t.TempDir() + "/file"
-	if err := os.WriteFile(file, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	testhelp.Must(t, os.WriteFile(file, nil, 0o600))
 	own, ownGroup := os.Getuid(), os.Getgid()
 	for _, v := range []struct {
 		mode fs.FileMode
@@ -38,13 +38,9 @@ func TestCredentials(t *testing.T) {
 		{0o602, credentials{uid: own + 1, groups: []int{ownGroup}}, false},
 		{0o000, credentials{uid: 0}, true},
 	} {
-		if err := os.Chmod(file, v.mode); err != nil {
-			t.Fatal(err)
-		}
+		testhelp.Must(t, os.Chmod(file, v.mode))
 		info, err := os.Stat(file)
-		if err != nil {
-			t.Fatal(err)
-		}
+		testhelp.Must(t, err)
 		if got := v.who.may(info, 2); got != v.may {
 			t.Errorf("%v %+v: %v", v.mode, v.who, got)
 		}

@@ -17,6 +17,8 @@ import (
 
 	"golang.org/x/net/dns/dnsmessage"
 	"golang.org/x/net/ipv4"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 // TestMain is, in a network namespace, one of the machines of TestBrowse.
@@ -239,9 +241,7 @@ func response(t testing.TB, name string, port uint16) []byte {
 		}},
 	}
 	b, err := m.Pack()
-	if err != nil {
-		t.Fatal(err)
-	}
+	testhelp.Must(t, err)
 	return b
 }
 

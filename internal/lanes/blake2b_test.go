@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"golang.org/x/crypto/blake2b"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 // withRoutines has every routine that this processor can run do the work, not only the one that it
@@ -41,9 +43,7 @@ func checkSums(t *testing.T, name string, blocks [][]byte, key *[32]byte) {
 			k = key[:]
 		}
 		hash, err := blake2b.New256(k)
-		if err != nil {
-			t.Fatal(err)
-		}
+		testhelp.Must(t, err)
 		hash.Write(block)
 		if want := hash.Sum(nil); !bytes.Equal(sums[1+i][:], want) {
 			t.Fatalf("%s, %d blocks of %d bytes, keyed %t: sum %d is %x, want %x",

@@ -122,9 +122,7 @@ func TestPutLater(t *testing.T) {
 	// What goes wrong later is told later.
 	os.RemoveAll(d)
 	must(t, os.WriteFile(d, nil, 0o644))
-	if err := c.PutLater(url, hash, Entry{}, now); err != nil {
-		t.Error(err)
-	}
+	must(t, c.PutLater(url, hash, Entry{}, now))
 	c.Close()
 	if err := c.PutLater(url, hash, Entry{}, now); err == nil {
 		t.Error("an entry cannot be written, and nothing says so")
@@ -250,9 +248,7 @@ func TestUnfit(t *testing.T) {
 		if _, ok := c.Get(url, hash, now); ok {
 			t.Errorf("an entry is read from a %s", name)
 		}
-		if err := c.put(url, hash, entry, now); err != nil {
-			t.Error(err)
-		}
+		must(t, c.put(url, hash, entry, now))
 		if _, ok := c.Get(url, hash, now); !ok {
 			t.Errorf("an entry does not take the place of a %s", name)
 		}

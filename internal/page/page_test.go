@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"unicode/utf8"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 // TestPage has texts of strangers and of all lengths.
@@ -64,9 +66,7 @@ func TestWrap(t *testing.T) {
 func TestEscaped(t *testing.T) {
 	const want = "\x1b\x7f\u009b2J\u202e\U000e0001\U0001f600 é\n"
 	var b bytes.Buffer
-	if err := json.NewEncoder(Escaped{&b}).Encode(want); err != nil {
-		t.Fatal(err)
-	}
+	testhelp.Must(t, json.NewEncoder(Escaped{&b}).Encode(want))
 	var got string
 	if err := json.Unmarshal(b.Bytes(), &got); err != nil || got != want {
 		t.Errorf("%s: %q, error %v", b.Bytes(), got, err)

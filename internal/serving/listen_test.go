@@ -60,9 +60,7 @@ func TestZone(t *testing.T) {
 	if err == nil {
 		err = e.listen(socketRights{})
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer e.close()
 	if !strings.HasPrefix(e.address, "["+host+"]:") {
 		t.Error(e.address)
@@ -78,9 +76,7 @@ func TestAnswerFromThere(t *testing.T) {
 			if err == nil {
 				err = e.listen(socketRights{})
 			}
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			e.limit(limiter)
 			server := coapserver.New(coapserver.Config{})
 			done := make(chan error)
@@ -104,9 +100,7 @@ func TestAnswerFromThere(t *testing.T) {
 				conn.Close()
 			}
 			server.Close()
-			if err := <-done; err != nil {
-				t.Error(err)
-			}
+			must(t, <-done)
 		}
 	}
 }

@@ -8,14 +8,14 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 // TestFindItem names items in the ways in which people do.
 func TestFindItem(t *testing.T) {
 	directory, err := filepath.EvalSymlinks(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	testhelp.Must(t, err)
 	store := directory + "/store"
 	hello, profile := store+"/"+strings.Repeat("a", 32)+"-hello", store+"/"+strings.Repeat("b", 32)+"-profile"
 	absent := store + "/" + strings.Repeat("c", 32) + "-absent"
@@ -23,9 +23,7 @@ func TestFindItem(t *testing.T) {
 		os.Symlink(hello+"/bin/hello", profile+"/bin/hello"), os.Symlink("../bin", profile+"/sbin"), os.Symlink(hello+"/bin", profile+"/libexec"),
 		os.Symlink("profile-1-link", directory+"/profile"), os.Symlink(profile, directory+"/profile-1-link"),
 		os.Symlink(absent+"/x", directory+"/dangling"), os.Symlink("loop", directory+"/loop"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	testhelp.Must(t, err)
 	t.Chdir(directory)
 	s := &Settings{Store: store}
 	for text, want := range map[string]string{

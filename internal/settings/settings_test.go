@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/BurntSushi/toml"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 // TestDefaults checks that the table of settings has all of them, each once, with a comment before
@@ -39,9 +41,7 @@ func TestDefaults(t *testing.T) {
 // TestExample checks the example of the document about the configuration.
 func TestExample(t *testing.T) {
 	text, err := os.ReadFile("../../docs/configuration.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	testhelp.Must(t, err)
 	_, after, _ := strings.Cut(string(text), "    substitute-urls = ")
 	example, _, _ := strings.Cut(after, "\n\n")
 	var c File

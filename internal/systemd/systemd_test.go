@@ -101,9 +101,7 @@ func TestSockets(t *testing.T) {
 		}
 		conn.Close()
 	}
-	if err := cmd.Wait(); err != nil {
-		t.Error(err)
-	}
+	must(t, cmd.Wait())
 	if want := "stream one\nstream two?get\npackets \nend 0 <nil> <nil>\n"; out.String() != want {
 		t.Errorf("%q, want %q", out.String(), want)
 	}

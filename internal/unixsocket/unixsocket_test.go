@@ -59,15 +59,11 @@ func TestListen(t *testing.T) {
 		t.Errorf("with a living server: %v", err)
 	}
 	mustDial(t, path)
-	if err := l.Close(); err != nil {
-		t.Error(err)
-	}
+	must(t, l.Close())
 	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the socket stays: %v", err)
 	}
-	if err := l.Close(); err != nil {
-		t.Error(err)
-	}
+	must(t, l.Close())
 	mustListen(t, path)
 }
 
@@ -129,9 +125,7 @@ func TestListenRace(t *testing.T) {
 			t.Fatalf("%d servers have the socket", len(won))
 		}
 		mustDial(t, path)
-		if err := won[0].Close(); err != nil {
-			t.Error(err)
-		}
+		must(t, won[0].Close())
 	}
 }
 
@@ -143,8 +137,6 @@ func TestCloseLeavesOthers(t *testing.T) {
 	other, err := net.Listen("unix", path)
 	must(t, err)
 	defer other.Close()
-	if err := l.Close(); err != nil {
-		t.Error(err)
-	}
+	must(t, l.Close())
 	mustDial(t, path)
 }

@@ -13,6 +13,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 var errTest = errors.New("test")
@@ -36,9 +37,7 @@ func (f *testFiles) Release() { f.released++ }
 
 func newStore(t *testing.T, files Files) *Store {
 	u, err := storeurl.Parse("file:x")
-	if err != nil {
-		t.Fatal(err)
-	}
+	testhelp.Must(t, err)
 	return New(u, files)
 }
 
@@ -64,9 +63,7 @@ func TestHang(t *testing.T) {
 		synctest.Wait()
 		cancel(errTest)
 		synctest.Wait()
-		if err := s.Close(); err != nil {
-			t.Error(err)
-		}
+		testhelp.Must(t, s.Close())
 		group.Wait()
 		if files.released > 0 {
 			t.Error("released while in use")
