@@ -170,7 +170,6 @@ func TestPutRefuses(t *testing.T) {
 	ref, block := testBlock(1, eris.BlockSize1KiB)
 	wrong := bytes.Clone(block)
 	wrong[1000] ^= 1
-	var blockError *eris.BlockError
 	long := make([]byte, 1025)
 	for name, err := range map[string]error{
 		"other bytes":   s.Put(t.Context(), ref, wrong),
@@ -178,7 +177,7 @@ func TestPutRefuses(t *testing.T) {
 		"empty":         s.Put(t.Context(), eris.Sum(nil), nil),
 		"batch":         s.PutBatch(t.Context(), []eris.Reference{ref, ref}, [][]byte{block, wrong}),
 	} {
-		if !errors.As(err, &blockError) {
+		if !errors.As(err, new(*eris.BlockError)) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

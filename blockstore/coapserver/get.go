@@ -301,11 +301,10 @@ func (l *lookup) get(ctx context.Context, source fetch.Source, ref eris.Referenc
 
 // getCode returns the code for what a store returned instead of a block. Last is as in getRequest.
 func (s *Server) getCode(err error, last bool) codes.Code {
-	var wrong *eris.BlockError
 	switch {
 	case last && errors.Is(err, eris.ErrNotFound):
 		return coap.HopLimitReached
-	case err == nil, errors.Is(err, eris.ErrNotFound), errors.As(err, &wrong):
+	case err == nil, errors.Is(err, eris.ErrNotFound), errors.As(err, new(*eris.BlockError)):
 		return codes.NotFound
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return codes.ServiceUnavailable

@@ -204,6 +204,13 @@ func (a *aheadTest) query(first ...string) {
 	}
 }
 
+// begin asks about all items, and starts the helper that is to substitute them in an order.
+func (a *aheadTest) begin() (d *daemonHelper, order []aheadItem) {
+	a.t.Helper()
+	a.query()
+	return a.start("substitute"), a.order()
+}
+
 // order returns the items in the order in which the daemon substitutes them.
 func (a *aheadTest) order() []aheadItem {
 	left := slices.Clone(a.items)
@@ -283,8 +290,7 @@ func (a *aheadTest) substituteAll(helpers ...*daemonHelper) {
 // each item begin and end once, and nothing is left.
 func TestAhead(t *testing.T) {
 	a := newAheadTest(t, 8, "")
-	a.query()
-	d := a.start("substitute")
+	d, _ := a.begin()
 	a.substituteRest(d)
 	a.nothingLeft() // the daemon kills its helpers when it needs them no more
 	must(t, d.close())
@@ -358,10 +364,9 @@ func TestAheadTwoHelpers(t *testing.T) {
 // nothing of it yet.
 func TestAheadLocked(t *testing.T) {
 	a := newAheadTest(t, 3, "")
-	a.query()
 	order := a.order()
 	must(t, os.WriteFile(order[1].path+".lock", nil, 0o600))
-	d := a.start("substitute")
+	d, _ := a.begin()
 	a.substitute(d, order[0], order[0].path)
 	must(t, d.close())
 	a.fetched(order[1], 0)
@@ -371,9 +376,7 @@ func TestAheadLocked(t *testing.T) {
 // What is repaired is restored from its source, not from the stage.
 func TestAheadRepair(t *testing.T) {
 	a := newAheadTest(t, 8, "")
-	a.query()
-	d := a.start("substitute")
-	order := a.order()
+	d, order := a.begin()
 	a.substitute(d, order[0], order[0].path)
 	a.substitute(d, order[1], order[1].path+".tmp")
 	must(t, d.close())
@@ -408,9 +411,7 @@ func eventually(t *testing.T, what string, condition func() bool) {
 // what was staged is gone soon, although nobody starts another helper.
 func TestAheadClientLeaves(t *testing.T) {
 	a := newAheadTest(t, 8, "")
-	a.query()
-	d := a.start("substitute")
-	order := a.order()
+	d, order := a.begin()
 	a.substitute(d, order[0], order[0].path)
 	eventually(t, "it is not staged", func() bool { return a.staged(order[1]) })
 	a.substitute(d, order[1], order[1].path)
@@ -426,9 +427,8 @@ func TestAheadClientLeaves(t *testing.T) {
 // Items that the daemon does not ask for do not keep others from being staged.
 func TestAheadPassedOver(t *testing.T) {
 	a := newAheadTest(t, 3, "ahead-items = 2\n")
-	a.query()
-	d := a.start("substitute")
-	leaves := slices.DeleteFunc(a.order(), func(i aheadItem) bool { return len(i.references) > 0 })
+	d, order := a.begin()
+	leaves := slices.DeleteFunc(order, func(i aheadItem) bool { return len(i.references) > 0 })
 	last := len(leaves) - 1
 	a.substitute(d, leaves[last], leaves[last].path) // while the first two are staged
 	for i := last - 1; i >= 5; i-- {
@@ -446,9 +446,7 @@ func TestAheadPassedOver(t *testing.T) {
 // An item that cannot be moved to its place is not left in the stage.
 func TestAheadInTheWay(t *testing.T) {
 	a := newAheadTest(t, 8, "")
-	a.query()
-	d := a.start("substitute")
-	order := a.order()
+	d, order := a.begin()
 	a.substitute(d, order[0], order[0].path)
 	eventually(t, "it is not staged", func() bool { return a.staged(order[1]) })
 	must(t, os.WriteFile(order[1].path, []byte("in the way"), 0o644))
@@ -463,9 +461,8 @@ func TestAheadInTheWay(t *testing.T) {
 func TestAheadNowhere(t *testing.T) {
 	a := newAheadTest(t, 100, "verbose = true\n")
 	must(t, os.WriteFile(a.store+"/.guix-substitute-eris", nil, 0o600))
-	a.query()
-	d := a.start("substitute")
-	for _, item := range a.order() {
+	d, order := a.begin()
+	for _, item := range order {
 		a.open(100, false)
 		var opened sync.WaitGroup
 		opened.Go(func() {
@@ -506,9 +503,7 @@ func children(t *testing.T, process int) (list []int) {
 // has started for that is killed as well.
 func TestAheadKilled(t *testing.T) {
 	a := newAheadTest(t, 100, "")
-	a.query()
-	d := a.start("substitute")
-	order := a.order()
+	d, order := a.begin()
 	fmt.Fprintf(d.stdin, "substitute %s %s\n", order[0].path, order[0].path)
 	a.await(8)
 	if left := a.left(); len(left) != 1 {
@@ -530,8 +525,7 @@ func TestAheadKilled(t *testing.T) {
 // deletes it (Guix, nix/libstore/gc.cc: LocalStore::deletePathRecursive).
 func TestAheadCollected(t *testing.T) {
 	a := newAheadTest(t, 100, "")
-	a.query()
-	d := a.start("substitute")
+	d, _ := a.begin()
 	var collector sync.WaitGroup
 	collector.Go(func() {
 		a.await(8)
@@ -743,9 +737,8 @@ func TestAheadSmallServers(t *testing.T) {
 			}))
 			t.Cleanup(server.Close)
 			a.setServer(server.URL)
-			a.query()
-			d := a.start("substitute")
-			for _, item := range a.order() {
+			d, order := a.begin()
+			for _, item := range order {
 				a.substitute(d, item, item.path)
 			}
 			must(t, d.close())
@@ -820,9 +813,7 @@ func TestSeedsHoldUpNothing(t *testing.T) {
 	neighbours := filepath.Join(kept, "neighbours")
 	err = errors.Join(os.MkdirAll(kept+"/seeds", 0o700), os.WriteFile(kept+"/seeds/nar-1", make([]byte, 10000), 0o600), os.WriteFile(neighbours, nil, 0o600))
 	must(t, err)
-	a.query()
-	d := a.start("substitute")
-	order := a.order()
+	d, order := a.begin()
 	a.substitute(d, order[0], order[0].path)
 	must(t, os.WriteFile(neighbours, []byte("coap+tcp://127.0.0.1:9\n"), 0o600))
 	begin := time.Now()

@@ -38,9 +38,8 @@ func (s *Store) getParts(ctx context.Context, c connection, first *wire.Exchange
 	case first.Length >= len(dst):
 		return first.Length + 1, nil
 	case udp:
-		var failure *connectionError
 		err := s.getPartsAtOnce(ctx, c, first, dst)
-		if err == nil || errors.As(err, &failure) || ctx.Err() != nil {
+		if err == nil || errors.As(err, new(*connectionError)) || ctx.Err() != nil {
 			return len(dst), err
 		}
 		// Perhaps the server does not like to be requested parts out of order.

@@ -44,12 +44,11 @@ const (
 
 func (want outcome) check(t *testing.T, err error) {
 	t.Helper()
-	var blockError *eris.BlockError
 	got := fails
 	switch {
 	case err == nil:
 		got = works
-	case errors.As(err, &blockError):
+	case errors.As(err, new(*eris.BlockError)):
 		got = wrong
 	case errors.Is(err, eris.ErrNotFound):
 		got = missing

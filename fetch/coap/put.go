@@ -46,9 +46,8 @@ func (e *connectionError) Unwrap() error { return e.error }
 // again reports whether a request that has failed should be made once more on a new connection: not
 // if none can be made, and not if the peer has never answered.
 func (s *Store) again(c connection, err error) bool {
-	var dial *dialError
 	answered, _ := c.State()
-	return s.url.Scheme != "coap" && !errors.As(err, &dial) && !errors.Is(err, context.Canceled) &&
+	return s.url.Scheme != "coap" && !errors.As(err, new(*dialError)) && !errors.Is(err, context.Canceled) &&
 		(answered || !errors.Is(err, wire.ErrSilent))
 }
 

@@ -221,8 +221,7 @@ func (q *request) inParts(first *wire.Exchange) {
 	}
 	q.mu.Unlock()
 	length, err := q.store.getParts(ctx, c, first, q.dst)
-	var failure *connectionError
-	if errors.As(err, &failure) {
+	if errors.As(err, new(*connectionError)) {
 		q.lost(err)
 		return
 	}

@@ -212,14 +212,12 @@ func readAll(ctx context.Context, source fetch.Source, capability eris.ReadCapab
 
 // errorKind says which of the kinds of the package comment an error is of.
 func errorKind(err error) string {
-	var wrong *eris.BlockError
-	var fault *Error
 	switch {
 	case err == nil:
 		return ""
-	case errors.As(err, &wrong):
+	case errors.As(err, new(*eris.BlockError)):
 		return "block"
-	case errors.As(err, &fault):
+	case errors.As(err, new(*Error)):
 		return "content"
 	case errors.Is(err, eris.ErrNotFound):
 		return "missing"

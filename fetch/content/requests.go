@@ -215,10 +215,9 @@ func decryptAll(batch []*request) {
 
 // decrypt decrypts the block; of a node the rest is for parse to do.
 func (r *request) decrypt() (err error) {
-	var wrong *eris.BlockError
 	switch {
 	case r.near:
-	case errors.As(r.Err, &wrong): // names the block
+	case errors.As(r.Err, new(*eris.BlockError)): // names the block
 		return r.Err
 	case r.Err != nil:
 		return fmt.Errorf("getting block %v: %w", r.Pair.Reference, r.Err)

@@ -340,8 +340,7 @@ func (s *Store) scan(file io.ReaderAt, size int64) (*contents, error) {
 }
 
 func (c *contents) finish(p *parser, err error, behind bool) error {
-	var format *FormatError
-	if err != io.EOF && (!errors.As(err, &format) || p.dumps == 0) {
+	if err != io.EOF && (!errors.As(err, new(*FormatError)) || p.dumps == 0) {
 		return err
 	}
 	c.whole = err == io.EOF

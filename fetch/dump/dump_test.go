@@ -169,12 +169,11 @@ func TestWorked(t *testing.T) {
 			found := 0
 			for i, ref := range refs {
 				got, err := get(s, ref, eris.BlockSize(len(good[i])))
-				var wrong *eris.BlockError
 				switch {
 				case err == nil && bytes.Equal(got, good[i]):
 					found++
 				case w.format && w.blocks == 0 && errors.As(err, &format):
-				case errors.Is(err, eris.ErrNotFound), errors.As(err, &wrong):
+				case errors.Is(err, eris.ErrNotFound), errors.As(err, new(*eris.BlockError)):
 				default:
 					t.Errorf("Get: %v", err)
 				}
@@ -197,8 +196,7 @@ func TestContinue(t *testing.T) {
 			ref, block := sourcetest.NewBlock(eris.BlockSize32KiB)
 			err := s.Put(t.Context(), ref, block)
 			if w.name == "things that are no blocks" || w.format && w.blocks == 0 && w.dump != nil {
-				var format *FormatError
-				if !errors.Is(err, errForeign) && !errors.As(err, &format) {
+				if !errors.Is(err, errForeign) && !errors.As(err, new(*FormatError)) {
 					t.Errorf("error is %v", err)
 				}
 				if after, err := os.ReadFile(path); err != nil || !bytes.Equal(after, w.dump) {
@@ -293,8 +291,7 @@ func TestCutEverywhere(t *testing.T) {
 		}
 		err := s.Put(t.Context(), refs[1], blocks[1])
 		if cut > 0 && cut < 7 {
-			var format *FormatError
-			if !errors.As(err, &format) {
+			if !errors.As(err, new(*FormatError)) {
 				t.Errorf("cut at %d: %v", cut, err)
 			}
 		} else if err != nil {

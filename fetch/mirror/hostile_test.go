@@ -169,8 +169,7 @@ func TestOneBadItem(t *testing.T) {
 			})
 			c := client(t, mirror.Options{NarinfoTimeout: 500 * time.Millisecond})
 			answers, err := collect(t.Context(), c, server, hs)
-			var failure *mirror.ServerError
-			if !errors.As(err, &failure) || !strings.Contains(err.Error(), hs[20]) {
+			if !errors.As(err, new(*mirror.ServerError)) || !strings.Contains(err.Error(), hs[20]) {
 				t.Errorf("error %v does not name the item", err)
 			}
 			check(t, answers, append(slices.Clone(hs[:20]), hs[21:]...))

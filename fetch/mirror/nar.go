@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash/maphash"
 	"io"
+	"maps"
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
@@ -233,9 +234,7 @@ func (n *Nar) request(fields http.Header) (*http.Response, error) {
 			n.silence.Reset(timeout) // waiting for a connection of our own is not the server's silence
 		},
 	}))
-	for name, values := range fields {
-		r.Header[name] = values
-	}
+	maps.Copy(r.Header, fields)
 	r.Header.Set("Accept-Encoding", "identity")
 	r.Header.Set("User-Agent", userAgent)
 	n.silence = time.AfterFunc(timeout, func() {

@@ -48,7 +48,6 @@ func (n *Nar) cut(cause error) error {
 		}
 		n.tries++
 		err := n.goOn()
-		var server *ServerError
 		switch {
 		case err == nil:
 			n.client.o.Note("%s: %v; going on after %d bytes", n.URL, cause, n.offset)
@@ -57,7 +56,7 @@ func (n *Nar) cut(cause error) error {
 			return context.Cause(n.parent)
 		case errors.Is(err, errRestarts):
 			return cause
-		case !errors.As(err, &server):
+		case !errors.As(err, new(*ServerError)):
 			return fmt.Errorf("%w, and no more of it: %w", cause, err)
 		}
 	}

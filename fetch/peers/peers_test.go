@@ -270,8 +270,7 @@ func TestLiar(t *testing.T) {
 		if _, err := g.get(t, ref); !errors.Is(err, eris.ErrNotFound) {
 			t.Error(err)
 		}
-		var wrong *eris.BlockError
-		if _, err := c.State(); !errors.As(err, &wrong) {
+		if _, err := c.State(); !errors.As(err, new(*eris.BlockError)) {
 			t.Errorf("the connection ended by %v", err)
 		}
 		if g.liars.Load() != "liar" {

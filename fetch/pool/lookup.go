@@ -367,8 +367,7 @@ func (a *attempt) recycle() {
 // know than other failures.
 func (l *lookup) fail(m *member, err error) {
 	l.failed |= m.bit
-	var wrong *eris.BlockError
-	if l.err == nil || !errors.As(l.err, &wrong) {
+	if l.err == nil || !errors.As(l.err, new(*eris.BlockError)) {
 		l.err = m.named(err)
 	}
 }

@@ -569,8 +569,7 @@ func TestLiar(t *testing.T) {
 	})
 	simulate(t, options, sources(liar), func(t *testing.T, p *pool.Pool) {
 		for range 3 {
-			var wrong *eris.BlockError
-			if err := get(t.Context(), p, 1, large); !errors.As(err, &wrong) {
+			if err := get(t.Context(), p, 1, large); !errors.As(err, new(*eris.BlockError)) {
 				t.Errorf("the only source lies: %v", err)
 			}
 		}

@@ -285,8 +285,7 @@ func testWrongSize(t *testing.T, s *suite) {
 	for i, size := range bothSizes {
 		ref, _ := s.add(size)
 		_, err := s.get(t.Context(), ref, bothSizes[1-i])
-		var wrong *eris.BlockError
-		if !errors.Is(err, eris.ErrNotFound) && !errors.As(err, &wrong) {
+		if !errors.Is(err, eris.ErrNotFound) && !errors.As(err, new(*eris.BlockError)) {
 			t.Errorf("%v: error is %v, neither that the block is missing nor that it is wrong", size, err)
 		}
 	}
@@ -317,8 +316,7 @@ func testBackendFails(t *testing.T, s *suite) {
 	ref, want := s.add(eris.BlockSize1KiB)
 	s.backend.Fail(true)
 	_, err := s.get(t.Context(), ref, eris.BlockSize1KiB)
-	var wrong *eris.BlockError
-	if err == nil || errors.Is(err, eris.ErrNotFound) || errors.As(err, &wrong) {
+	if err == nil || errors.Is(err, eris.ErrNotFound) || errors.As(err, new(*eris.BlockError)) {
 		t.Errorf("error is %v, which says something about the block", err)
 	}
 	s.backend.Fail(false)

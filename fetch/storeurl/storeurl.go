@@ -139,10 +139,8 @@ func read(text string, listen bool) (URL, error) {
 	if len(text) > maxSize {
 		return URL{}, errors.New("too long")
 	}
-	for i := range len(text) {
-		if text[i] < ' ' || text[i] == 0x7f {
-			return URL{}, errors.New("has a control character")
-		}
+	if strings.ContainsFunc(text, func(r rune) bool { return r < ' ' || r == 0x7f }) {
+		return URL{}, errors.New("has a control character")
 	}
 	s, rest, err := cutScheme(text, listen)
 	if err != nil {
@@ -270,10 +268,8 @@ func (u *URL) setFile(text string) error {
 }
 
 func (u *URL) setNetwork(text string, listen bool) error {
-	for i := range len(text) {
-		if text[i] == ' ' || text[i] >= 0x80 {
-			return errors.New("a space or a character that is not ASCII has to be percent-encoded")
-		}
+	if strings.ContainsFunc(text, func(r rune) bool { return r == ' ' || r >= 0x80 }) {
+		return errors.New("a space or a character that is not ASCII has to be percent-encoded")
 	}
 	rest, ok := strings.CutPrefix(text, "//")
 	if !ok {

@@ -186,8 +186,7 @@ func TestAnswers(t *testing.T) {
 	isRight := func(err error) bool { return err == nil }
 	isOther := func(err error) bool { return err != nil && !isWrong(err) && !isMissing(err) }
 	isStatus := func(err error) bool {
-		var s *httpclient.StatusError
-		return isOther(err) && errors.As(err, &s)
+		return isOther(err) && errors.As(err, new(*httpclient.StatusError))
 	}
 	for name, test := range map[string]struct {
 		answer http.HandlerFunc

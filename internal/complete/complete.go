@@ -223,6 +223,5 @@ func (w *walk) get(ctx context.Context, v visit) ([]byte, error) {
 
 // lacking reports whether an error says that a source does not have a block, or has it wrong.
 func lacking(err error) bool {
-	var wrong *eris.BlockError
-	return errors.Is(err, eris.ErrNotFound) || errors.As(err, &wrong)
+	return errors.Is(err, eris.ErrNotFound) || errors.As(err, new(*eris.BlockError))
 }

@@ -109,19 +109,16 @@ const longestText = 4000
 
 func statusOf(err error) Status {
 	var f failure
-	var malformed *storeurl.Error
-	var address *net.AddrError
 	var op *net.OpError
-	var server *mirror.ServerError
 	switch {
 	case errors.As(err, &f):
 		return f.status
-	case errors.As(err, &malformed), errors.As(err, &address):
+	case errors.As(err, new(*storeurl.Error)), errors.As(err, new(*net.AddrError)):
 		return BadUsage
 	case errors.As(err, &op) && op.Op == "listen":
 	case errors.Is(err, eris.ErrNotFound):
 		return Unavailable
-	case op != nil, errors.As(err, &server), errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
+	case op != nil, errors.As(err, new(*mirror.ServerError)), errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
 		return Unreachable
 	}
 	return Failed

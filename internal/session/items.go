@@ -143,8 +143,7 @@ func NarinfosFrom(ctx context.Context, client *mirror.Client, server string, has
 			texts[a.Hash] = a.Body
 		}
 	})
-	var down *mirror.ServerError
-	if errors.As(err, &down) {
+	if errors.As(err, new(*mirror.ServerError)) {
 		err = fmt.Errorf("some narinfos could not be had: %w", err)
 	}
 	return texts, err

@@ -214,11 +214,10 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error
 	defer stopReading()
 	for first := true; ; first = false {
 		request, err := requests.Next()
-		var tooLong *protocol.TooLongError
 		switch {
 		case err == io.EOF:
 			return nil
-		case errors.As(err, &tooLong):
+		case errors.As(err, new(*protocol.TooLongError)):
 			s.log.Errorf("%v", err)
 		case err != nil:
 			return err

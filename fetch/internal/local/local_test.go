@@ -97,8 +97,7 @@ func TestPutCommits(t *testing.T) {
 		})
 	}
 	group.Wait()
-	var wrong *eris.BlockError
-	if err := s.Put(t.Context(), eris.Reference{}, block); !errors.As(err, &wrong) {
+	if err := s.Put(t.Context(), eris.Reference{}, block); !errors.As(err, new(*eris.BlockError)) {
 		t.Errorf("another block: %v", err)
 	}
 	if err := s.Put(t.Context(), eris.Sum(block[1:]), block[1:]); !errors.Is(err, eris.ErrBlockSize) {
