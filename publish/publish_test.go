@@ -661,9 +661,9 @@ func TestFindLater(t *testing.T) {
 	}
 }
 
-// TestPatience has a store that hangs: many requests must not wait long for items to be encoded,
-// all of them together, and get what can be said without.
-func TestPatience(t *testing.T) {
+// TestHangingStore has a store that hangs: many requests must not wait long for items to be
+// encoded, all of them together, and get what can be said without.
+func TestHangingStore(t *testing.T) {
 	t.Parallel()
 	directory, items := aStore(t)
 	store := &gatedStore{memoryStore: newMemoryStore(), entered: make(chan struct{}, 100), gate: make(chan struct{})}

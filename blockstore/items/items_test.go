@@ -18,6 +18,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 
 	"golang.org/x/sys/unix"
 
@@ -493,29 +494,30 @@ func TestCloseAndCancel(t *testing.T) {
 // TestNotBegunAgain has a table that cannot be written be tried again when something has changed,
 // and not each time that this is looked at: that would read the items each time.
 func TestNotBegunAgain(t *testing.T) {
-	t.Parallel()
-	root, names := makeStore(t)
-	directory := t.TempDir()
-	table := open(t, directory, root)
-	update(t, table)
-	inTheWay := filepath.Join(directory, "1"+suffix)
-	write(t, filepath.Join(inTheWay, "file"), nil)
-	ctx, cancel := context.WithCancel(t.Context())
-	looks, tries := 0, 0
-	table.Run(ctx, func() string {
-		if looks++; looks < 4 {
-			return "before"
-		} else if looks == 4 {
-			if tries != 1 {
-				t.Errorf("tried %d times, while nothing changed", tries)
+	synctest.Test(t, func(t *testing.T) {
+		root, names := makeStore(t)
+		directory := t.TempDir()
+		table := open(t, directory, root)
+		update(t, table)
+		inTheWay := filepath.Join(directory, "1"+suffix)
+		write(t, filepath.Join(inTheWay, "file"), nil)
+		ctx, cancel := context.WithCancel(t.Context())
+		looks, tries := 0, 0
+		table.Run(ctx, func() string {
+			if looks++; looks < 4 {
+				return "before"
+			} else if looks == 4 {
+				if tries != 1 {
+					t.Errorf("tried %d times, while nothing changed", tries)
+				}
+				must(t, os.RemoveAll(inTheWay))
+			} else if looks == 6 {
+				cancel()
 			}
-			must(t, os.RemoveAll(inTheWay))
-		} else if looks == 6 {
-			cancel()
+			return "after"
+		}, func(context.Context) ([]string, error) { tries++; return names, nil }, func(Stats) {})
+		if n := table.Stats().Items; n != len(names) {
+			t.Errorf("%d items instead of %d", n, len(names))
 		}
-		return "after"
-	}, func(context.Context) ([]string, error) { tries++; return names, nil }, func(Stats) {})
-	if n := table.Stats().Items; n != len(names) {
-		t.Errorf("%d items instead of %d", n, len(names))
-	}
+	})
 }
