@@ -5,10 +5,13 @@ package coap
 import (
 	"bytes"
 	"errors"
+	"io"
 	"net"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
+	"testing/iotest"
 	"testing/synctest"
 	"time"
 
@@ -143,5 +146,34 @@ func (v vanishing) Write(p []byte) (int, error) {
 		return len(p), nil
 	default:
 		return v.Conn.Write(p)
+	}
+}
+
+// TestReaderMemory checks that who gets short messages, one after the other, keeps little memory
+// for them, and that long ones come whole.
+func TestReaderMemory(t *testing.T) {
+	short := encode(codes.GET, makeToken(1), nil, make([]byte, 100))
+	long := encode(codes.Content, makeToken(1), nil, bytes.Repeat([]byte("long"), 10000))
+	sent := slices.Concat(bytes.Repeat(short, 1000), long, short, long)
+	r := newReader(iotest.OneByteReader(bytes.NewReader(sent)))
+	var got []int
+	for {
+		head, body, ok, err := r.next()
+		must(t, err)
+		if ok {
+			if got = append(got, len(body)); len(got) == 1000 && len(r.buffer) != firstBuffer {
+				t.Errorf("short messages take %d bytes", len(r.buffer))
+			}
+			if head.Code == codes.Content && !bytes.HasSuffix(long, body) {
+				t.Error("another message")
+			}
+		} else if err := r.fill(); err == io.EOF {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(got) != 1003 || len(r.buffer) > readBuffer {
+		t.Errorf("%d messages, in %d bytes", len(got), len(r.buffer))
 	}
 }

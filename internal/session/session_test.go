@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -37,5 +38,22 @@ func TestFindItem(t *testing.T) {
 		if got != want && err == nil || (err == nil) != (want != "") {
 			t.Errorf("%q: %q, %v; want %q", text, got, err, want)
 		}
+	}
+}
+
+// TestUsedFiles checks that a helper may not read everything, nor where it happens to be started:
+// in the root directory, by most daemons.
+func TestUsedFiles(t *testing.T) {
+	t.Setenv("SSL_CERT_FILE", "")
+	s := Settings{URLs: "http://127.0.0.1:1"}
+	used := s.usedFiles("/gnu/store/x")
+	for _, path := range slices.Concat(used.Read, used.Write) {
+		if path == "/" || path != "" && !filepath.IsAbs(path) {
+			t.Errorf("may use %q", path)
+		}
+	}
+	s.URLs = "file:///media/stick"
+	if read := s.usedFiles("").Read; !slices.Contains(read, "/") {
+		t.Errorf("links of a stick may not be followed: %q", read)
 	}
 }
