@@ -40,9 +40,11 @@ const signatureField = "Signature:"
 // white space after it, a carriage return for instance, is part of it. A line that starts with "+"
 // continues the value before, one that starts with "#" is a comment. Empty lines may come first; a
 // later one ends the record, and what follows is not read. If a field occurs twice, the first one
-// counts, except for URL, ERIS and Delta. A field Compression or FileSize belongs to the field URL
-// before it. Unknown fields are ignored. (Guix, guix/records.scm: recutils->alist; Guix,
-// guix/narinfo.scm: read-narinfo.)
+// counts, except for URL, Compression, FileSize, ERIS and Delta. The n-th field Compression belongs
+// to the n-th field URL, wherever they stand, and so does the n-th FileSize; but if there are more
+// or fewer of that than URLs, each belongs to the URL before it, for `guix publish` leaves out what
+// it does not know. Unknown fields are ignored. (Guix, guix/records.scm: recutils->alist; Guix,
+// guix/narinfo.scm: read-narinfo, narinfo-preferred-uris.)
 //
 // Parse fails if text exceeds [MaxSize], [MaxReferences] or [MaxURLs] or is not UTF-8, if a line is
 // of no kind named above, if StorePath or References is missing or malformed or NarSize malformed,
@@ -87,6 +89,15 @@ type parser struct {
 
 	n    *Narinfo // which keeps nothing of the parser
 	seen []field  // the first one of each of the six kinds of which one counts
+
+	compressions []string
+	sizes        []fileSize
+}
+
+// fileSize is a field FileSize.
+type fileSize struct {
+	value string
+	urls  int // how many URLs stand before it
 }
 
 // first notes a field, and reports whether it is the first of its name.
@@ -161,18 +172,9 @@ func (p *parser) field(f field) error {
 		}
 		n.URLs = append(n.URLs, URL{URL: f.value})
 	case "Compression":
-		if i := len(n.URLs) - 1; i >= 0 && n.URLs[i].Compression == "" {
-			n.URLs[i].Compression = f.value
-		}
+		p.compressions = append(p.compressions, f.value)
 	case "FileSize":
-		if i := len(n.URLs) - 1; i >= 0 && !n.URLs[i].SizeKnown {
-			// A hint for people and for the choice among URLs: one that makes no sense is no reason
-			// to give up the narinfo.
-			size, err := strconv.ParseUint(f.value, 10, 64)
-			if err == nil {
-				n.URLs[i].FileSize, n.URLs[i].SizeKnown = size, true
-			}
-		}
+		p.sizes = append(p.sizes, fileSize{f.value, len(n.URLs)})
 	case "ERIS":
 		if len(n.ERIS) < maxERIS {
 			e := parseERIS(f.value)
@@ -200,6 +202,7 @@ func (p *parser) finish() (*Narinfo, error) {
 	if len(n.URLs) == 0 {
 		return nil, fmt.Errorf("%w URL", ErrNoField)
 	}
+	p.pair()
 	if !slices.ContainsFunc(n.URLs, URL.usable) {
 		return nil, errors.New("narinfo: no well-formed URL with a supported compression")
 	}
@@ -216,6 +219,27 @@ func (p *parser) finish() (*Narinfo, error) {
 		n.Deltas[i].Signed = false
 	}
 	return n, nil
+}
+
+// pair gives each URL the compression and the size that belong to it.
+func (p *parser) pair() {
+	urls := p.n.URLs
+	for i, c := range p.compressions[:min(len(p.compressions), len(urls))] {
+		urls[i].Compression = c
+	}
+	for i, s := range p.sizes {
+		if len(p.sizes) != len(urls) {
+			i = s.urls - 1
+		}
+		if i < 0 || urls[i].SizeKnown {
+			continue
+		}
+		// A hint for people and for the choice among URLs: one that makes no sense is no reason to
+		// give up the narinfo.
+		if size, err := strconv.ParseUint(s.value, 10, 64); err == nil {
+			urls[i].FileSize, urls[i].SizeKnown = size, true
+		}
+	}
 }
 
 // hashPrefix stands before the digits in a NarHash.
