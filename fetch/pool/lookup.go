@@ -397,7 +397,7 @@ func (p *Pool) verdict(l *lookup, now time.Duration) error {
 			l.err = m.named(m.lastError)
 		}
 		if m.lastError != nil && (m.banned || m.restUntil > now || m.failures > 0) {
-			unsaid = fmt.Errorf("%s is not asked: %w", m.name, m.lastError)
+			unsaid = m.named(m.lastError)
 		}
 		if m.proven && !m.banned {
 			proven = proven || l.failed&m.bit != 0

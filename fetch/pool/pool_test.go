@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -501,18 +502,22 @@ func TestDead(t *testing.T) {
 			t.Errorf("a missing block: %v after %v", err, time.Since(begin))
 		}
 	})
-	// Alone, it fails soon for everyone who comes later.
-	simulate(t, pool.Options{}, sources(dead), func(t *testing.T, p *pool.Pool) {
-		begin := time.Now()
-		for i := range 100 {
-			if err := get(t.Context(), p, i, large); err == nil || errors.Is(err, eris.ErrNotFound) {
-				t.Errorf("block %d: %v", i, err)
+	// Alone, it fails soon for everyone who comes later, as does one that says so at once; it is named
+	// once.
+	refused := &fake{name: "fake:0", answer: func(context.Context, int, int64) error { return fmt.Errorf("fake:0: %w", errBroken) }}
+	for _, f := range []*fake{dead, refused} {
+		simulate(t, pool.Options{}, sources(f), func(t *testing.T, p *pool.Pool) {
+			begin := time.Now()
+			for i := range 100 {
+				if err := get(t.Context(), p, i, large); err == nil || errors.Is(err, eris.ErrNotFound) || strings.Count(err.Error(), "fake:0") != 1 {
+					t.Errorf("block %d: %v", i, err)
+				}
 			}
-		}
-		if took := time.Since(begin); took > 2*time.Second {
-			t.Errorf("100 blocks took %v to fail", took)
-		}
-	})
+			if took := time.Since(begin); took > 2*time.Second {
+				t.Errorf("100 blocks took %v to fail", took)
+			}
+		})
+	}
 }
 
 // TestMissing checks who is asked for what is missing: everyone, but only once.
