@@ -47,6 +47,14 @@ func newKeeper(i int, has func(n int) bool) *keeper {
 
 func (k *keeper) AsksHave() bool { return true }
 
+// Progress is what has come over the line. Blocks that are not wanted any more have their turn on
+// it all the same, so that a source may send nothing else for seconds.
+func (k *keeper) Progress() int64 {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.booked - int64(max(0, time.Until(k.free)).Seconds()*k.rate)
+}
+
 func (k *keeper) Start(r *fetch.Request) {
 	if r.Have == nil {
 		k.fake.Start(r)

@@ -36,6 +36,7 @@ type fake struct {
 
 	mu     sync.Mutex
 	free   time.Time
+	booked int64 // bytes
 	asked  []int
 	active int
 	most   int
@@ -101,6 +102,7 @@ func (f *fake) Cancel(r *fetch.Request) { r.Held.(context.CancelFunc)() }
 
 // book returns when a block comes that is asked for now. f.mu must be held.
 func (f *fake) book(size eris.BlockSize) time.Time {
+	f.booked += int64(size)
 	at := time.Now().Add(f.roundTrip)
 	if f.rate > 0 {
 		if f.free.Before(at) {

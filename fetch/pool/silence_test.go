@@ -310,6 +310,32 @@ func TestParts(t *testing.T) {
 	}
 }
 
+// TestPartsBesideFast has a much faster store beside one that gives parts of a block: that is
+// waited for all the same if the other does not have the block.
+func TestPartsBesideFast(t *testing.T) {
+	const last = 1000
+	slow := &fake{roundTrip: 50e6, rate: 1e6, answer: func(_ context.Context, n int, _ int64) error {
+		if n == last {
+			time.Sleep(6 * time.Second)
+		}
+		return nil
+	}}
+	fast := &fake{roundTrip: 20e6, rate: 20e6, answer: func(ctx context.Context, n int, i int64) error {
+		if n == last {
+			return eris.ErrNotFound
+		}
+		return nil
+	}}
+	list := sources(slow, fast)
+	list[0].Source = &moving{Source: slow}
+	simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
+		readAll(t, p, last, large, 128)
+		if err := get(t.Context(), p, last, large); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // turns is one of three sources behind a slow line, on which each has its turn of some seconds.
 type turns struct {
 	fetch.Source

@@ -113,9 +113,15 @@ func (p *Pool) checkSilence(m *member, now time.Duration) {
 
 // moves reports whether parts of blocks have come, so that it is a slow line, and not silence.
 // While no other works, all may be behind one such line, so that parts from any count. Where others
-// are much faster, blocks had better come from them.
+// are much faster that may have the block, it had better come from them.
 func (m *member) moves(oldest *attempt, now time.Duration) bool {
-	faster := func(o *member) bool { return o != m && o.trusted(now) && 2*o.gap(oldest.request.Size) < m.quiet }
+	var spent set
+	if oldest.lookup != nil {
+		spent = oldest.lookup.spent()
+	}
+	faster := func(o *member) bool {
+		return o != m && spent&o.bit == 0 && o.trusted(now) && 2*o.gap(oldest.request.Size) < m.quiet
+	}
 	if now-oldest.start > mostSlow || slices.ContainsFunc(m.pool.far, faster) {
 		return false
 	}
