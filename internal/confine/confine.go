@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 	"unsafe"
 
 	"github.com/landlock-lsm/go-landlock/landlock"
@@ -94,17 +95,28 @@ const (
 // version of Go.
 var refused = []uint32{
 	unix.SYS_EXECVE, unix.SYS_EXECVEAT, unix.SYS_PTRACE, unix.SYS_PROCESS_VM_READV, unix.SYS_PROCESS_VM_WRITEV,
-	unix.SYS_MOUNT, unix.SYS_UMOUNT2, unix.SYS_PIVOT_ROOT, unix.SYS_CHROOT, unix.SYS_SETNS, unix.SYS_UNSHARE,
+	unix.SYS_PIDFD_GETFD, unix.SYS_MOUNT, unix.SYS_UMOUNT2, unix.SYS_FSOPEN, unix.SYS_FSPICK, unix.SYS_OPEN_TREE,
+	unix.SYS_MOVE_MOUNT, unix.SYS_MOUNT_SETATTR, unix.SYS_PIVOT_ROOT, unix.SYS_CHROOT, unix.SYS_SETNS, unix.SYS_UNSHARE,
 	unix.SYS_INIT_MODULE, unix.SYS_FINIT_MODULE, unix.SYS_DELETE_MODULE, unix.SYS_KEXEC_LOAD, unix.SYS_REBOOT,
-	unix.SYS_SWAPON, unix.SYS_SWAPOFF, unix.SYS_ACCT, unix.SYS_SETTIMEOFDAY, unix.SYS_CLOCK_SETTIME, unix.SYS_SETHOSTNAME,
+	unix.SYS_SWAPON, unix.SYS_SWAPOFF, unix.SYS_ACCT, unix.SYS_SETTIMEOFDAY, unix.SYS_CLOCK_SETTIME, unix.SYS_ADJTIMEX,
+	unix.SYS_CLOCK_ADJTIME, unix.SYS_SETHOSTNAME, unix.SYS_SETDOMAINNAME,
 	unix.SYS_BPF, unix.SYS_PERF_EVENT_OPEN, unix.SYS_USERFAULTFD, unix.SYS_ADD_KEY, unix.SYS_REQUEST_KEY, unix.SYS_KEYCTL,
 	unix.SYS_OPEN_BY_HANDLE_AT, unix.SYS_MKNODAT, unix.SYS_IO_URING_SETUP,
 }
 
-// architectures are the names that seccomp has for what Go calls otherwise (linux/audit.h).
-var architectures = map[string]uint32{
-	"386": unix.AUDIT_ARCH_I386, "amd64": unix.AUDIT_ARCH_X86_64, "arm": unix.AUDIT_ARCH_ARM,
-	"arm64": unix.AUDIT_ARCH_AARCH64, "ppc64le": unix.AUDIT_ARCH_PPC64LE, "riscv64": unix.AUDIT_ARCH_RISCV64,
+// architectures are the names that seccomp has for what Go calls otherwise (linux/audit.h), and the
+// numbers of such calls that not every architecture has: mknod, umount, stime, clock_settime64,
+// clock_adjtime64, ioperm, iopl and kexec_file_load, as far as it has them, in this order.
+var architectures = map[string]struct {
+	name  uint32
+	calls []uint32
+}{
+	"386":     {unix.AUDIT_ARCH_I386, []uint32{14, 22, 25, 404, 405, 101, 110}},
+	"amd64":   {unix.AUDIT_ARCH_X86_64, []uint32{133, 173, 172, 320}},
+	"arm":     {unix.AUDIT_ARCH_ARM, []uint32{14, 404, 405, 401}},
+	"arm64":   {unix.AUDIT_ARCH_AARCH64, []uint32{294}},
+	"ppc64le": {unix.AUDIT_ARCH_PPC64LE, []uint32{14, 22, 25, 101, 110, 382}},
+	"riscv64": {unix.AUDIT_ARCH_RISCV64, []uint32{294}},
 }
 
 // otherCalls are the numbers from which on x86-64 has calls of x32.
@@ -123,14 +135,15 @@ func refuseCalls() error {
 		return unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_K | code, Jt: yes, Jf: no, K: k}
 	}
 	load := uint16(unix.BPF_LD | unix.BPF_W | unix.BPF_ABS)
-	left := uint8(len(refused))
+	calls := slices.Concat(refused, architecture.calls)
+	left := uint8(len(calls))
 	program := []unix.SockFilter{
 		statement(load, machine),
-		jump(unix.BPF_JEQ, architecture, 0, left+2),
+		jump(unix.BPF_JEQ, architecture.name, 0, left+2),
 		statement(load, number),
 		jump(unix.BPF_JGE, otherCalls, left+1, 0),
 	}
-	for i, call := range refused {
+	for i, call := range calls {
 		program = append(program, jump(unix.BPF_JEQ, call, left-uint8(i), 0))
 	}
 	program = append(program,

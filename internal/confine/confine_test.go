@@ -9,7 +9,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -65,6 +67,11 @@ func confined(directory string) {
 			result = do.err.Error()
 		}
 		os.Stdout.WriteString(do.name + ": " + result + "\n")
+	}
+	for _, call := range architectures[runtime.GOARCH].calls {
+		if _, _, errno := unix.RawSyscall(uintptr(call), 0, 0, 0); errno != unix.EPERM {
+			os.Stdout.WriteString(fmt.Sprintln("may make the call", call, errno))
+		}
 	}
 	if n, err := unix.PrctlRetInt(unix.PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0); n != 1 {
 		os.Stdout.WriteString(fmt.Sprintln("may gain privileges", err))
@@ -126,6 +133,31 @@ start a program: no
 		out, err := command.CombinedOutput()
 		if err != nil || string(out) != want {
 			t.Errorf("kernel refuses flags %q: got %v\n%s", refused, err, out)
+		}
+	}
+}
+
+// TestArchitectures compares the numbers of calls that not every architecture has with those of
+// package unix.
+func TestArchitectures(t *testing.T) {
+	out, err := exec.Command("go", "list", "-f", "{{.Dir}}", "golang.org/x/sys/unix").Output()
+	if err != nil {
+		t.Skip("no go:", err)
+	}
+	for name, a := range architectures {
+		text, err := os.ReadFile(filepath.Join(strings.TrimSpace(string(out)), "zsysnum_linux_"+name+".go"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var want []uint32
+		for _, call := range []string{"MKNOD", "UMOUNT", "STIME", "CLOCK_SETTIME64", "CLOCK_ADJTIME64", "IOPERM", "IOPL", "KEXEC_FILE_LOAD"} {
+			if m := regexp.MustCompile(`\bSYS_` + call + ` += (\d+)`).FindSubmatch(text); m != nil {
+				n, _ := strconv.Atoi(string(m[1]))
+				want = append(want, uint32(n))
+			}
+		}
+		if !slices.Equal(a.calls, want) {
+			t.Errorf("%s: the calls are %v, want %v", name, a.calls, want)
 		}
 	}
 }
