@@ -24,9 +24,9 @@ const (
 )
 
 // parse reads the value of an option Block1 or Block2. It reports whether that was possible: it has
-// at most 3 bytes, and the option must not be repeated.
+// at most 3 bytes.
 func (b *Block) parse(value []byte) bool {
-	if len(value) > 3 || b.Present {
+	if len(value) > 3 {
 		return false
 	}
 	n, _ := parseUint(value)

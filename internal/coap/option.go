@@ -40,7 +40,24 @@ var (
 type option struct {
 	Number message.OptionID
 	Value  []byte
+	again  bool // not the first one of its number
 }
+
+// meaning returns the number of an option. One that occurs more often than it may is like one that
+// nobody knows, and as critical (RFC 7252, section 5.4.5).
+func (o option) meaning() message.OptionID {
+	switch o.Number {
+	case message.URIPath, message.URIQuery, requestTag:
+		return o.Number
+	}
+	if o.again {
+		return unknownOption | o.Number&1
+	}
+	return o.Number
+}
+
+// unknownOption is an option for experiments (RFC 7252, section 12.2), which has no meaning here.
+const unknownOption message.OptionID = 65534
 
 // critical reports whether a recipient that does not know the option must refuse the message: those
 // with odd numbers (RFC 7252, section 5.4.1).
@@ -87,7 +104,7 @@ func (o *optionWalk) next() (option, bool) {
 		o.err = errOptionNumber
 	default:
 		o.number, o.rest = number, b[length:]
-		return option{message.OptionID(number), b[:length:length]}, true
+		return option{message.OptionID(number), b[:length:length], delta == 0}, true
 	}
 	return option{}, false
 }

@@ -152,7 +152,7 @@ func (p Paths) parseOptions(body []byte, request *Request) codes.Code {
 		if !ok {
 			break
 		}
-		switch option.Number {
+		switch option.meaning() {
 		case message.URIPath:
 			if segments < len(path) {
 				path[segments] = option.Value
@@ -246,7 +246,7 @@ func parseResponse(options *optionWalk, response *Response) error {
 		if !ok {
 			return options.err
 		}
-		switch option.Number {
+		switch option.meaning() {
 		case message.Block1:
 			if !response.Block1.parse(option.Value) {
 				response.Unusable = true

@@ -38,13 +38,13 @@ func (c *Capabilities) parseSignal(code codes.Code, body []byte) (payload []byte
 				*c = next
 			}
 			return options.payload(), 0, options.err
-		case code == codes.CSM && option.Number == message.TCPMaxMessageSize:
+		case code == codes.CSM && option.meaning() == message.TCPMaxMessageSize:
 			n, err := parseUint(option.Value)
 			if err != nil {
 				return nil, option.Number, err
 			}
 			next.MessageSize, next.Stated = int(min(n, MessageSize)), true
-		case code == codes.CSM && option.Number == message.TCPBlockWiseTransfer:
+		case code == codes.CSM && option.meaning() == message.TCPBlockWiseTransfer:
 			next.BlockWise = true
 		case option.critical() && code == codes.CSM:
 			return nil, option.Number, errSignalOption

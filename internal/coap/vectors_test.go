@@ -151,6 +151,12 @@ func TestParseVectors(t *testing.T) {
 		{"unknown elective option", wellKnownHex + "e0 0000", Request{Resource: 1}, 0},
 		{"Block2 of 4 bytes", wellKnownHex + "c4 00000006", Request{}, codes.BadOption},
 		{"Block2 twice", wellKnownHex + "c1 06 01 06", Request{}, codes.BadOption},
+		{"Accept twice", wellKnownHex + "61 2a 01 2a", Request{}, codes.BadOption},
+		{"Uri-Host twice", "31 61 01 61" + "8b 2e77656c6c2d6b6e6f776e 04 65726973 06 626c6f636b73", Request{}, codes.BadOption},
+		{"Uri-Port twice", "71 01 01 01" + "4b 2e77656c6c2d6b6e6f776e 04 65726973 06 626c6f636b73", Request{}, codes.BadOption},
+		{"Block1 twice", wellKnownHex + "d1 03 0f 01 0f", Request{}, codes.BadOption},
+		{"Hop-Limit twice", wellKnownHex + textQuery + "11 02 01 03", Request{Resource: 1, Reference: ref, HasReference: true, HopLimit: 2}, 0},
+		{"Size1 twice", wellKnownHex + "d224 0400 02 8000", Request{Resource: 1, Size: 1024}, 0},
 		{"Proxy-Uri", wellKnownHex + "d1 0b 61", Request{}, codes.ProxyingNotSupported},
 		{"marker without payload", wellKnownHex + "ff", Request{}, codes.BadRequest},
 		{"reserved delta", wellKnownHex + "f0", Request{}, codes.BadRequest},
@@ -236,6 +242,7 @@ func TestCapabilities(t *testing.T) {
 		{"block-wise only", "40", Capabilities{1152, true, false}, 0, true},
 		{"greatest", "24 ffffffff", Capabilities{MessageSize, false, true}, 0, true},
 		{"size of 5 bytes", "25 0000000001", Capabilities{MessageSize: 1152}, 2, false},
+		{"size twice", "22 0480 02 1000", Capabilities{1152, false, true}, 0, true},
 		{"unknown elective", "e0 0001", Capabilities{MessageSize: 1152}, 0, true},
 		{"unknown critical", "30", Capabilities{MessageSize: 1152}, 3, false},
 		{"truncated", "24 ff", Capabilities{MessageSize: 1152}, 0, false},
@@ -268,7 +275,7 @@ func TestBlock(t *testing.T) {
 	} {
 		b := fromHex(t, v.text)
 		var got Block
-		if !got.parse(b) || got != v.want || got.parse(b) {
+		if !got.parse(b) || got != v.want {
 			t.Errorf("%s: %+v", v.text, got)
 		}
 		if again := AppendUintOption(nil, 0, 0, got.uint()); !bytes.Equal(again[1:], b) {
