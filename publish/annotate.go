@@ -117,7 +117,7 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	response, text, err := a.get(r.Context(), there.String(), via)
 	if err != nil {
-		if r.Context().Err() == nil && a.failures.Due() {
+		if a.failures.DueFor(r) {
 			a.o.Log("%v", err)
 		}
 		http.Error(w, "no good answer from "+a.upstream.Host, http.StatusBadGateway)

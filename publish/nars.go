@@ -81,12 +81,16 @@ func (n *Nars) size(name string) (size uint64, ok bool) {
 
 // open opens a nar. The error wraps [fs.ErrNotExist] if it is not kept.
 func (n *Nars) open(name string) (*os.File, error) {
-	if _, ok := n.size(name); !ok {
-		return nil, &fs.PathError{Op: "open", Path: n.file(name), Err: fs.ErrNotExist}
+	f, info, err := files.OpenRegular(n.file(name), os.O_RDONLY)
+	if err != nil {
+		return nil, err
 	}
-	used(n.file(name))
-	f, _, err := files.OpenRegular(n.file(name), os.O_RDONLY)
-	return f, err
+	if info.Size() == 0 {
+		f.Close()
+		return nil, &fs.PathError{Op: "open", Path: f.Name(), Err: fs.ErrNotExist}
+	}
+	used(f.Name())
+	return f, nil
 }
 
 // used notes that somebody has asked for what is in a file, if it is there.

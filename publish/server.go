@@ -464,7 +464,7 @@ func (s *Server) failed(w http.ResponseWriter, r *http.Request, err error) {
 		http.NotFound(w, r)
 		return
 	}
-	if r.Context().Err() == nil && s.failures.Due() {
+	if s.failures.DueFor(r) {
 		s.o.Log("%s: %v", r.URL.Path, err)
 	}
 	http.Error(w, "internal error", http.StatusInternalServerError)

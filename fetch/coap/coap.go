@@ -176,18 +176,13 @@ var (
 	errSlow      = errors.New("block takes too long in parts")
 )
 
-// blockError is an error about a block. Whoever gets one names it, and has no reference here.
+// blockError is an error of a store about a block. As a block that is missing makes one, it has no
+// words until somebody reads it.
 type blockError struct {
 	store *Store
-	ref   eris.Reference
 	err   error
 }
 
-func (e *blockError) Error() string {
-	if e.ref == (eris.Reference{}) {
-		return fmt.Sprintf("%s: %v", e.store.name, e.err)
-	}
-	return fmt.Sprintf("%s: block %v: %v", e.store.name, e.ref, e.err)
-}
+func (e *blockError) Error() string { return e.store.name + ": " + e.err.Error() }
 
 func (e *blockError) Unwrap() error { return e.err }

@@ -18,21 +18,23 @@ import (
 // The reference is not sent, servers compute it; it is for messages. If the connection fails, the
 // block is put once more on a new one.
 func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error {
-	if !eris.BlockSize(len(block)).Valid() {
-		return &blockError{s, ref, eris.ErrBlockSize}
-	}
-	if !s.url.Put {
-		return &blockError{s, ref, fetch.ErrReadOnly}
-	}
-	err := s.put(ctx, block)
-	var failure *connectionError
-	if errors.As(err, &failure) && failure.again {
+	var err error
+	switch {
+	case !eris.BlockSize(len(block)).Valid():
+		err = eris.ErrBlockSize
+	case !s.url.Put:
+		err = fetch.ErrReadOnly
+	default:
 		err = s.put(ctx, block)
+		var failure *connectionError
+		if errors.As(err, &failure) && failure.again {
+			err = s.put(ctx, block)
+		}
 	}
 	if cause := context.Cause(ctx); err == nil || cause != nil && errors.Is(err, cause) {
 		return err
 	}
-	return &blockError{s, ref, err}
+	return &blockError{s, fmt.Errorf("block %v: %w", ref, err)}
 }
 
 // connectionError is a failure of the connection, not of the request.

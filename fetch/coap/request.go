@@ -161,7 +161,7 @@ func (q *request) finish() {
 	case errors.Is(err, context.Canceled):
 		r.Err = err
 	case err != nil:
-		r.Err = &blockError{store: q.store, err: err}
+		r.Err = &blockError{q.store, err} // whoever gets it names the block
 	case r.Have != nil:
 		r.Block = q.dst[:length]
 	case length != int(r.Size):

@@ -380,6 +380,9 @@ func (s *Seldom) Due() bool {
 	return due && s.last.CompareAndSwap(last, now)
 }
 
+// DueFor is Due for what went wrong with a request; it never is if the client has gone.
+func (s *Seldom) DueFor(r *http.Request) bool { return r.Context().Err() == nil && s.Due() }
+
 // Log hands an error to the log, unless there was one just now. It reports whether it has.
 func (s *Seldom) Log(log func(error), err error) (logged bool) {
 	logged = s.Due()
