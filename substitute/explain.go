@@ -157,6 +157,9 @@ func (s *Substituter) inquire(ctx context.Context, server *server, path, hash st
 	begin := time.Now()
 	err := s.Mirrors.Narinfos(ctx, server.url, []string{hash}, mirror.Wanted, func(a mirror.Answer) {
 		r.Status, r.Baking = a.Status, a.Baking
+		if a.Unfollowed != nil {
+			r.Failure = "answers with " + a.StatusText()
+		}
 		result = s.note(server, &item{path: path, hash: hash}, a)
 	})
 	r.Latency = time.Since(begin)
@@ -221,7 +224,7 @@ func (s *Substituter) unavailable(servers []ServerReport, err error) (Availabili
 		return NotAuthorised, "no narinfo of it has a signature that counts"
 	case some(func(r ServerReport) bool { return r.Baking }):
 		return NotAvailable, "a server has begun to make it, and no other has it; try again in some minutes"
-	case some(func(r ServerReport) bool { return r.Narinfo == nil && r.Failure == "" }):
+	case some(func(r ServerReport) bool { return r.Narinfo == nil && (r.Failure == "" || r.Status != 0) }):
 		return NotAvailable, "no server that answers has it"
 	}
 	return NotReachable, "no server can be reached"

@@ -215,8 +215,7 @@ func (s *Substituter) received(server *server, it *item, a mirror.Answer, ahead 
 		}
 	case http.StatusAccepted, http.StatusNotFound, http.StatusGone:
 	default:
-		s.Log.WarnOnce(fmt.Sprint("status ", server.url, a.Status), "%s: narinfos are answered by status %d %s",
-			server.name, a.Status, http.StatusText(a.Status))
+		s.Log.WarnOnce(fmt.Sprint("status ", server.url, a.Status), "%s: narinfos are answered by %s", server.name, a.StatusText())
 	}
 	return r
 }

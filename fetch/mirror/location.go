@@ -27,6 +27,18 @@ type location struct {
 // parse parses a server's URL or that of a nar. Its errors show no user information.
 func parse(raw string) (*location, error) {
 	raw, _, _ = strings.Cut(raw, "#")
+	l, err := parseURL(raw)
+	switch {
+	case err == ErrUnsupportedScheme:
+		return nil, fmt.Errorf("%w in %.300q", err, WithoutUser(raw))
+	case err != nil:
+		return nil, fmt.Errorf("invalid URL %.300q: %w", WithoutUser(raw), err)
+	}
+	return l, nil
+}
+
+// parseURL is parse without a fragment, and with errors that do not name the URL.
+func parseURL(raw string) (*location, error) {
 	if scheme, name, _ := strings.Cut(raw, ":"); strings.EqualFold(scheme, "file") {
 		// What looks like a host is part of the name, and so is a query (Guix,
 		// guix/substitutes.scm, takes names as they stand too).
@@ -34,20 +46,20 @@ func parse(raw string) (*location, error) {
 			name = strings.TrimPrefix(after, "localhost")
 		}
 		if !strings.HasPrefix(name, "/") {
-			return nil, fmt.Errorf("invalid URL %.300q: no absolute file name", raw)
+			return nil, errors.New("no absolute file name")
 		}
 		return &location{scheme: "file", target: name}, nil
 	}
 	u, err := url.Parse(raw)
 	if err != nil {
-		return nil, fmt.Errorf("invalid URL %.300q: %w", WithoutUser(raw), plainError(err))
+		return nil, plainError(err)
 	}
 	l := &location{scheme: strings.ToLower(u.Scheme), user: u.User}
 	switch l.scheme {
 	case "http", "https":
 		l.host, l.port = strings.ToLower(u.Hostname()), u.Port()
 		if l.host == "" {
-			return nil, fmt.Errorf("invalid URL %.300q: no host", WithoutUser(raw))
+			return nil, errors.New("no host")
 		}
 		if l.port == usualPorts[l.scheme] {
 			l.port = ""
@@ -63,7 +75,7 @@ func parse(raw string) (*location, error) {
 		}
 		l.target = visible(target)
 	default:
-		return nil, fmt.Errorf("%w in %.300q", ErrUnsupportedScheme, WithoutUser(raw))
+		return nil, ErrUnsupportedScheme
 	}
 	return l, nil
 }
@@ -82,13 +94,18 @@ func visible(target string) string {
 }
 
 // redirected resolves the field Location of an answer (RFC 9110, section 10.2.2). User information
-// stays with its server.
-func (l *location) redirected(value string) (*location, error) {
+// stays with its server. An error says where it leads.
+func (l *location) redirected(value string) (to *location, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("redirected to %.300q: %w", WithoutUser(value), err)
+		}
+	}()
 	ref, err := url.Parse(value)
 	if err != nil {
 		return nil, plainError(err)
 	}
-	raw := value
+	raw, _, _ := strings.Cut(value, "#")
 	if !ref.IsAbs() {
 		base, err := url.Parse(l.String())
 		if err != nil {
@@ -96,7 +113,7 @@ func (l *location) redirected(value string) (*location, error) {
 		}
 		raw = base.ResolveReference(ref).String()
 	}
-	to, err := parse(raw)
+	to, err = parseURL(raw)
 	switch {
 	case err != nil:
 		return nil, err

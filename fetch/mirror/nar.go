@@ -158,7 +158,7 @@ func (c *Client) OpenNar(ctx context.Context, rawURL string, anew bool) (*Nar, e
 		}
 		target, err := l.redirected(next)
 		if err != nil {
-			return nil, fmt.Errorf("%s: redirected to %.300q: %w", l, WithoutUser(next), err)
+			return nil, fmt.Errorf("%s: %w", l, err)
 		}
 		l = target
 		c.o.Note("following redirection to '%s'...", l)

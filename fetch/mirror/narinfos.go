@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"runtime"
@@ -27,6 +28,8 @@ type Answer struct {
 	// and 404. Redirections have been followed, and what was refused because the server is busy has
 	// been requested again, if that was of any use.
 	Status int
+	// Unfollowed is why a redirection has not been followed, and where it leads; nil if none was.
+	Unfollowed error
 	// Body is the text of the narinfo, at most [MaxNarinfo] bytes, whatever it may be. A longer one
 	// comes as nil.
 	Body []byte
@@ -34,6 +37,15 @@ type Answer struct {
 	MaxAge time.Duration
 	// Baking tells that the server has begun to make what it does not have yet.
 	Baking bool
+}
+
+// StatusText is the status in words, for people, with why a redirection has not been followed.
+func (a *Answer) StatusText() string {
+	text := fmt.Sprintf("status %d %s", a.Status, http.StatusText(a.Status))
+	if a.Unfollowed != nil {
+		text += fmt.Sprintf(": %v", a.Unfollowed)
+	}
+	return text
 }
 
 // isOfAnother reports whether an answer is the narinfo of another item than was asked for.
@@ -167,10 +179,7 @@ func (x *exchange) narinfo(q *question, header *http.Response, a Answer) (again 
 	case a.Status == http.StatusOK, a.Status == http.StatusNotFound:
 		p.works()
 	case isRedirection(a.Status):
-		to, err := q.location.redirected(header.Header.Get("Location"))
-		if q.redirects++; err == nil && q.redirects <= maxRedirects && p.c.hasRoom(to) {
-			q.location = to
-			p.c.peer(to).add([]*question{q})
+		if a.Unfollowed = p.c.follow(q, header.Header.Get("Location")); a.Unfollowed == nil {
 			return false
 		}
 	}
@@ -180,6 +189,23 @@ func (x *exchange) narinfo(q *question, header *http.Response, a Answer) (again 
 		x.held = append(x.held, held{q, a})
 	}
 	return false
+}
+
+// follow has a narinfo requested where a redirection leads.
+func (c *Client) follow(q *question, value string) error {
+	to, err := q.location.redirected(value)
+	q.redirects++
+	switch {
+	case err != nil:
+		return err
+	case q.redirects > maxRedirects:
+		return fmt.Errorf("more than %d redirections", maxRedirects)
+	case !c.hasRoom(to):
+		return fmt.Errorf("redirected to %.300q: too many servers", to)
+	}
+	q.location = to
+	c.peer(to).add([]*question{q})
+	return nil
 }
 
 const (

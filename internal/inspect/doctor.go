@@ -408,9 +408,9 @@ func examineServer(ctx context.Context, mirrors *mirror.Client, url string) find
 		}
 		return illness(edit, name, "%v", err)
 	}
-	status := 0
+	var answer mirror.Answer
 	begin := time.Now()
-	err := mirrors.Narinfos(ctx, url, []string{absent}, mirror.Wanted, func(a mirror.Answer) { status = a.Status })
+	err := mirrors.Narinfos(ctx, url, []string{absent}, mirror.Wanted, func(a mirror.Answer) { answer = a })
 	took := time.Since(begin)
 	look := "curl -I " + mirror.WithoutUser(url) + "/nix-cache-info"
 	if directories := mirror.LocalDirectories(url); len(directories) > 0 {
@@ -421,8 +421,8 @@ func examineServer(ctx context.Context, mirrors *mirror.Client, url string) find
 		return illness(look, name, "nothing is there")
 	case err != nil:
 		return illness(look, name, "%s", strings.TrimPrefix(message.Plain(err), mirror.WithoutUser(url)+": "))
-	case status >= 400 && status != http.StatusNotFound && status != http.StatusGone:
-		return illness(look, name, "answers with status %d %s", status, http.StatusText(status))
+	case answer.Unfollowed != nil, answer.Status >= 400 && answer.Status != http.StatusNotFound && answer.Status != http.StatusGone:
+		return illness(look, name, "answers with %s", answer.StatusText())
 	}
 	return finding{Subject: name, OK: true, Detail: "answers (" + page.Duration(took) + ")"}
 }
