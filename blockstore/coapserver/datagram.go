@@ -42,7 +42,7 @@ type packets struct {
 // server is closed. It closes the socket. A block of 1 KiB is one datagram, one of 32 KiB goes in
 // parts. Requests that are lost are sent again by their clients.
 //
-// Mind that the sender of a datagram can be forged, and that an answer is up to twelve times as
+// Mind that the sender of a datagram can be forged, and that an answer is up to 17 times as
 // long as its request: who can reach the socket can have that much sent to somebody else. Serve UDP
 // only where that is no harm, on a local network. If the socket is bound to no address in
 // particular, see [AnswerFromThere].
