@@ -478,25 +478,6 @@ func TestConcurrentDeduplication(t *testing.T) {
 	}
 }
 
-func TestFullDisk(t *testing.T) {
-	d := filepath.Join(t.TempDir(), "small")
-	must(t, os.Mkdir(d, 0o755))
-	if err := unix.Mount("tmpfs", d, "tmpfs", 0, "size=2m"); err != nil {
-		t.Skipf("cannot mount a small file system (needs root): %v", err)
-	}
-	defer unix.Unmount(d, 0)
-	tree := t.TempDir()
-	makeTree(t, tree+"/tree", 5, 300)
-	_, err := restoreArchive(archiveOf(t, tree+"/tree"), 64<<10, d+"/item", restore.Options{LinksDirectory: d + "/.links"})
-	if !errors.Is(err, unix.ENOSPC) {
-		t.Errorf("error %v", err)
-	}
-	must(t, restore.Remove(d+"/item"))
-	if _, err := os.Lstat(d + "/item"); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("error %v", err)
-	}
-}
-
 // TestDeep restores a tree with more levels, and files all the way, than the process may have open
 // files.
 func TestDeep(t *testing.T) {
