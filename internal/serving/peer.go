@@ -15,6 +15,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/relay"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/message"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 )
@@ -94,7 +95,7 @@ func (s *serveSettings) servePeer(ctx context.Context, p *coap.Store, server *co
 		}
 		wait := rest.Fail(time.Now(), 0)
 		if ctx.Err() == nil {
-			s.log.Warn("the peer is tried again:", "url", p.String(), "in", wait.Round(time.Second).String(), "error", err)
+			s.log.Warn("the peer is tried again:", "url", p.String(), "in", wait.Round(time.Second).String(), "error", message.OfStore(p.String(), err))
 		}
 		select {
 		case <-ctx.Done():
