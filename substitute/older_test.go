@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -294,6 +295,7 @@ func TestDelta(t *testing.T) {
 		unsigned bool          // capabilities that nobody has signed are used
 		offers   int           // of further ones
 		silent   bool          // the server is, when it is asked for it
+		half     bool          // another server is, after half of it
 		change   func(store string, served map[string]string)
 		delta    bool  // it comes from there
 		asked    int64 // how often the server is asked for one
@@ -317,6 +319,7 @@ func TestDelta(t *testing.T) {
 			change: func(_ string, served map[string]string) { served["/delta"] = served["/delta"][:40] }},
 		{name: "longer than it is said to be", line: narinfo.Delta{Base: base, URL: url, Size: 60}, asked: 1},
 		{name: "silent", line: narinfo.Delta{Base: base, URL: url, Size: 1}, asked: 1, silent: true},
+		{name: "silent after half of it", line: narinfo.Delta{Base: base, Size: 1}, half: true},
 		{name: "too many", line: narinfo.Delta{Base: base, URL: url, Size: 1}, offers: 9, asked: 2,
 			change: func(_ string, served map[string]string) { delete(served, "/delta") }},
 		{name: "another base", line: narinfo.Delta{Base: base, URL: url, Size: 1}, asked: 1,
@@ -348,6 +351,18 @@ func TestDelta(t *testing.T) {
 			if line.URL == "urn" {
 				line.URL = c.URN()
 			}
+			rate := 1e5
+			if test.half {
+				rate = 1e4 // the nar should not take less than a tenth of what half a delta does
+				stalls := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					w.Header().Set("Content-Length", fmt.Sprint(size))
+					w.Write(made.Bytes()[:size/2])
+					w.(http.Flusher).Flush()
+					<-r.Context().Done()
+				}))
+				defer stalls.Close()
+				line.URL = stalls.URL
+			}
 			key := acl.GenerateSigningKey()
 			server := newTestServer(t)
 			lines := line.Text() + "\n"
@@ -368,7 +383,7 @@ func TestDelta(t *testing.T) {
 			}
 			s, log := withLog(t, key, server.url)
 			s.StoreDir, s.Policy, s.UnsignedCapabilities = store, test.policy, test.unsigned
-			s.Blocks, s.Speeds = newMemoryBlocks(t, blocks, 0), newKnownSpeed(substitute.Speed{Rate: 1e5, Known: true})
+			s.Blocks, s.Speeds = newMemoryBlocks(t, blocks, 0), newKnownSpeed(substitute.Speed{Rate: rate, Known: true})
 			begin := time.Now()
 			outcome := s.Substitute(t.Context(), want.StorePath, want.StorePath)
 			if took := time.Since(begin); took > 15*time.Second {

@@ -63,7 +63,8 @@ const hereFactor = 4
 
 // paceHere is the pace of a way for which size bytes of an old item are read, at some rate.
 func paceHere(size uint64, rate float64) pace {
-	return pace{slowTime, 0, 10, throughput.Seconds(hereFactor * float64(min(size, 1<<62)) / rate)}
+	here := throughput.Seconds(hereFactor * float64(min(size, 1<<62)) / rate)
+	return pace{slowTime, slowTime + here, 10, here}
 }
 
 // A candidate is a way in the list.
