@@ -101,11 +101,11 @@ func (w *limitedWriter) Write(p []byte) (int, error) {
 
 func tag(h http.Header, n int) { h.Set("ETag", `"one"`) }
 
-// quick is a client that does not wait long before it resumes.
+// quick is a client that does not wait long before it resumes, but for a server that is silent.
 func quick(t *testing.T, resumed *atomic.Int64) *mirror.Client {
 	return client(t, mirror.Options{
 		ResumeDelay: time.Millisecond,
-		NarTimeout:  900 * time.Millisecond,
+		NarTimeout:  4 * time.Second,
 		Note: func(format string, _ ...any) {
 			if strings.Contains(format, "going on") {
 				resumed.Add(1)
@@ -168,7 +168,7 @@ func TestResume(t *testing.T) {
 // TestNotResumed checks that what a server sends is not taken for the rest of something else, and
 // that there is an end to trying.
 func TestNotResumed(t *testing.T) {
-	contents := noise(1 << 20)
+	contents, others := noise(1<<20), noise(1<<20 + 1)[1:]
 	part := func(field string, body []byte) func(w http.ResponseWriter, r *http.Request, n int) bool {
 		return func(w http.ResponseWriter, r *http.Request, n int) bool {
 			w.Header().Set("Content-Range", field)
@@ -187,7 +187,7 @@ func TestNotResumed(t *testing.T) {
 		"always cut": {&cuttingServer{}, 4, 4, "connection was closed too early"}, // restarted three times
 		"other contents": {&cuttingServer{header: func(h http.Header, n int) { h.Set("ETag", fmt.Sprintf(`"%d"`, n)) },
 			lie: func(w http.ResponseWriter, r *http.Request, n int) bool {
-				w.Write(noise(len(contents) + 1)[1:])
+				w.Write(others)
 				return true
 			}}, 2, 2, "changed"},
 		"other length of all": {&cuttingServer{lie: func(w http.ResponseWriter, r *http.Request, n int) bool { w.Write(contents[1:]); return true }}, 2, 2, "changed"},
