@@ -60,6 +60,7 @@ func FuzzLocation(f *testing.F) {
 	} {
 		f.Add(s, s)
 	}
+	f.Add("http://example.org/", "/x#y")
 	f.Fuzz(func(t *testing.T, raw, to string) {
 		l, err := parse(raw)
 		if err != nil {

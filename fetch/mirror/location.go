@@ -37,7 +37,7 @@ func parse(raw string) (*location, error) {
 	return l, nil
 }
 
-// parseURL is parse without a fragment, and with errors that do not name the URL.
+// parseURL is parse of a URL that has no fragment, with errors that do not name it.
 func parseURL(raw string) (*location, error) {
 	if scheme, name, _ := strings.Cut(raw, ":"); strings.EqualFold(scheme, "file") {
 		// What looks like a host is part of the name, and so is a query (Guix,
@@ -105,7 +105,7 @@ func (l *location) redirected(value string) (to *location, err error) {
 	if err != nil {
 		return nil, plainError(err)
 	}
-	raw, _, _ := strings.Cut(value, "#")
+	raw := value
 	if !ref.IsAbs() {
 		base, err := url.Parse(l.String())
 		if err != nil {
@@ -113,6 +113,7 @@ func (l *location) redirected(value string) (to *location, err error) {
 		}
 		raw = base.ResolveReference(ref).String()
 	}
+	raw, _, _ = strings.Cut(raw, "#")
 	to, err = parseURL(raw)
 	switch {
 	case err != nil:
