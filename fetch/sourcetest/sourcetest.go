@@ -180,10 +180,10 @@ func (s *suite) mustMiss(t *testing.T, size eris.BlockSize) {
 	}
 }
 
-// getAgain gets a block; failures are forgiven for a while.
+// getAgain gets a block; failures are forgiven for longer than a source rests.
 func (s *suite) getAgain(t *testing.T, ref eris.Reference, want []byte) {
 	t.Helper()
-	for range 200 {
+	for range 2000 {
 		if _, err := s.get(t.Context(), ref, eris.BlockSize(len(want))); err == nil {
 			break
 		}

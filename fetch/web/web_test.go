@@ -465,6 +465,44 @@ func TestRefused(t *testing.T) {
 	}
 }
 
+// TestRestAfterQueue ends a server while a request waits for its only connection: how long the
+// source rests has to do with how long it took to connect, not with how long the request waited.
+func TestRestAfterQueue(t *testing.T) {
+	backend := sourcetest.NewBackend()
+	ref, block := newBlock(eris.BlockSize1KiB, 7)
+	backend.Set(ref, block)
+	server := startServer(t, serve("", backend, true), "http/1.1", "tls")
+	store := mustOpen(t, server.url(""), web.Options{Connections: 1})
+	release := backend.Hold()
+	defer release()
+	began := time.Now()
+	var group sync.WaitGroup
+	for range 3 {
+		group.Go(func() {
+			if _, err := get(t, store, ref, eris.BlockSize1KiB); err == nil {
+				t.Error("no request failed")
+			}
+		})
+	}
+	backend.AwaitHeld(1)
+	time.Sleep(time.Second)
+	server.server.Config.Close()
+	group.Wait()
+	took, ended := time.Since(began), time.Now()
+	release()
+	server.restart()
+	for {
+		_, err := get(t, store, ref, eris.BlockSize1KiB)
+		if err == nil {
+			break
+		}
+		if time.Since(ended) > 5*took {
+			t.Fatalf("%v after requests of %v: %v", time.Since(ended), took, err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
 // TestRetryAfter has a server refuse all requests for a second, as one that is busy: all of them
 // succeed nevertheless, the server is left alone meanwhile, and nobody takes it for silent.
 func TestRetryAfter(t *testing.T) {

@@ -149,6 +149,9 @@ func (c *conn) Close() error {
 // dial connects. The transport may go on with that when nobody waits for it any more, but not when
 // the client is closed.
 func (c *Client) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	if e, ok := ctx.Value(exchangeKey{}).(*exchange); ok {
+		e.dialed.Store(new(time.Now()))
+	}
 	ctx, cancel := context.WithTimeoutCause(ctx, c.options.ConnectTimeout, errConnect)
 	defer cancel()
 	defer context.AfterFunc(c.ctx, cancel)()
@@ -290,14 +293,17 @@ type exchange struct {
 	pass      func()
 	timer     *time.Timer
 	began     time.Time
+	dialed    atomic.Pointer[time.Time] // when it began to connect, which may wait for other requests
 	connected atomic.Bool
 	wrote     atomic.Bool
 	answered  bool
 }
 
+type exchangeKey struct{}
+
 func (e *exchange) run(ctx context.Context, request *http.Request, handle func(r *http.Response) error) error {
 	c := e.client
-	request = request.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+	request = request.WithContext(httptrace.WithClientTrace(context.WithValue(ctx, exchangeKey{}, e), &httptrace.ClientTrace{
 		GotConn: func(httptrace.GotConnInfo) {
 			e.connected.Store(true)
 			e.timer.Reset(c.options.Timeout)
@@ -317,9 +323,13 @@ func (e *exchange) run(ctx context.Context, request *http.Request, handle func(r
 	if err != nil {
 		err = plain(err)
 		if !e.connected.Load() && ctx.Err() == nil {
-			// The longer it took, the longer the rest, so that a host that does not answer takes a
-			// small part of the time.
-			c.failed(err, 6*time.Since(e.began))
+			// The longer it took to connect, the longer the rest, so that a host that does not answer
+			// takes a small part of the time.
+			var took time.Duration
+			if began := e.dialed.Load(); began != nil {
+				took = time.Since(*began)
+			}
+			c.failed(err, 6*took)
 		}
 		return err
 	}
