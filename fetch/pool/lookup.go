@@ -167,7 +167,7 @@ func (p *Pool) proceed(l *lookup, now time.Duration) {
 	if l.family != nil && l.family.pending != 0 {
 		return // told goes on with it
 	}
-	if (l.failed|l.missed|l.denied)&p.farSet != 0 {
+	if l.spent()&p.farSet != 0 {
 		p.retries.push(l)
 	} else {
 		p.fresh.push(l)

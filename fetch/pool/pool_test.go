@@ -306,6 +306,29 @@ func TestBehindNear(t *testing.T) {
 	})
 }
 
+// TestSlowNear has a near source be slow to say that it does not have blocks, so that far ones are
+// asked meanwhile: none of them is asked again when that has said so.
+func TestSlowNear(t *testing.T) {
+	slow := &fake{name: "cache", answer: func(_ context.Context, n int, _ int64) error {
+		if n%10 == 9 {
+			time.Sleep(50 * time.Millisecond)
+		}
+		return eris.ErrNotFound
+	}}
+	far := []*fake{{roundTrip: 20e6, rate: 20e6}, {roundTrip: 20e6, rate: 20e6}}
+	list := append(sources(slow), sources(far...)...)
+	list[0].Near = true
+	simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
+		readAll(t, p, 1000, 1024, 64)
+		for _, f := range far {
+			slices.Sort(f.asked)
+			if again := len(f.asked) - len(slices.Compact(slices.Clone(f.asked))); again > 0 {
+				t.Errorf("%s is asked %d times for a block that it was asked for", f.name, again)
+			}
+		}
+	})
+}
+
 // TestSmallBlocks gets small blocks over long lines: enough are in flight. Thousands at once, in
 // the window that the pool proposes, take one round trip to find out that the source answers, and
 // one for each window.
