@@ -195,7 +195,7 @@ func (c *conn) form() form {
 	case peer.BERT():
 		f.exponent = coap.BERT
 	case peer.BlockWise:
-		f.exponent = coap.MaxExponent
+		f.exponent = coap.Fit(most)
 	case !peer.Stated: // some clients say nothing, and take whole blocks
 		f.whole = coap.MessageSize
 	}

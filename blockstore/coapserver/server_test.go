@@ -210,6 +210,7 @@ func TestParts(t *testing.T) {
 		{"says nothing", []byte{0, 0xe1}, 1, 0},
 		{"base size", []byte{0x30, 0xe1, 0x22, 0x04, 0x80}, 0, 0},
 		{"block-wise", []byte{0x10, 0xe1, 0x40}, 32, 6},
+		{"block-wise, less than base size", []byte{0x40, 0xe1, 0x22, 0x02, 0x58, 0x20}, 64, 5},
 		{"BERT of one unit", []byte{0x40, 0xe1, 0x22, 0x05, 0x00, 0x20}, 32, coap.BERT},
 		{"BERT", []byte{0x40, 0xe1, 0x22, 0x10, 0x00, 0x20}, 11, coap.BERT},
 	} {
@@ -234,7 +235,8 @@ func TestParts(t *testing.T) {
 			if !m.Block(message.Block2).More {
 				break
 			}
-			part = coap.Block{Number: uint32(len(got) / 1024), Exponent: v.exponent, Present: true}
+			part = coap.Block{Exponent: v.exponent, Present: true}
+			part.Number = uint32(len(got) / part.Unit())
 		}
 		if messages != v.messages || v.messages != 0 && !bytes.Equal(got, block) {
 			t.Errorf("%s: %d bytes in %d messages", v.name, len(got), messages)

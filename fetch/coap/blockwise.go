@@ -163,13 +163,15 @@ func (s *Store) putParts(ctx context.Context, block []byte, peer *wire.Capabilit
 	if err != nil {
 		return err
 	}
-	exponent, most := uint8(wire.MaxExponent), blockUnit
-	if peer != nil && peer.BERT() {
-		if units := (peer.MessageSize - s.blocks.Overhead()) / blockUnit; units > 1 {
-			exponent, most = wire.BERT, units*blockUnit
-		}
+	room := blockUnit
+	if peer != nil {
+		room = peer.MessageSize - s.blocks.Overhead()
 	}
-	return s.transfer(ctx, c, block, exponent, most)
+	if units := room / blockUnit; units > 1 && peer.BERT() {
+		return s.transfer(ctx, c, block, wire.BERT, units*blockUnit)
+	}
+	exponent := wire.Fit(room)
+	return s.transfer(ctx, c, block, exponent, wire.Block{Exponent: exponent}.Unit())
 }
 
 // transfer puts a block in parts, in units of the given exponent and in messages with at most the

@@ -202,6 +202,7 @@ func TestPutForms(t *testing.T) {
 		{"smaller parts", coaptest.Capabilities(1152, true), 4, 1 + 124},
 		{"BERT of 2 units", coaptest.Capabilities(2400, true), 7, 16},
 		{"BERT of 31 units", coaptest.Capabilities(32000, true), 7, 2},
+		{"less than base size, block-wise", coaptest.Capabilities(600, true), 7, 64},
 		{"BERT of one unit is none", coaptest.Capabilities(1300, true), 7, 32},
 		{"says nothing", coaptest.Capabilities(0, false), 7, 1},
 		{"says no", coaptest.Capabilities(1152, false), 7, 0},
@@ -272,7 +273,7 @@ func TestPutRestarts(t *testing.T) {
 }
 
 // TestPutWaits checks that a block of 32 KiB waits for the capabilities of the peer, and one of 1
-// KiB does not.
+// KiB does not; and that one is put in parts, too, when the peer has said that it takes no more.
 func TestPutWaits(t *testing.T) {
 	smallRef, small := newBlock(eris.BlockSize1KiB, 1)
 	largeRef, large := newBlock(eris.BlockSize32KiB, 2)
@@ -281,10 +282,15 @@ func TestPutWaits(t *testing.T) {
 		if payload := m.Payload; !bytes.Equal(payload, small) {
 			t.Error("the large block came first")
 		}
-		p.write(coaptest.Capabilities(1152, true), coaptest.Stream(codes.Created, m.Token, nil, ""))
-		if _, messages := p.takePut(7); messages != 32 {
+		p.write(coaptest.Capabilities(600, true), coaptest.Stream(codes.Created, m.Token, nil, ""))
+		if _, messages := p.takePut(7); messages != 64 {
 			t.Errorf("%d messages", messages)
 		}
+		m, _ = p.readUntil(codes.PUT)
+		if part := m.Block(message.Block1); part != (wire.Block{More: true, Exponent: 5, Present: true}) || len(m.Payload) != 512 {
+			t.Errorf("part %+v with %d bytes", part, len(m.Payload))
+		}
+		p.write(coaptest.Stream(codes.Forbidden, m.Token, nil, ""))
 	})
 	var group sync.WaitGroup
 	group.Go(func() {
@@ -295,6 +301,9 @@ func TestPutWaits(t *testing.T) {
 	time.Sleep(10 * time.Millisecond)
 	must(t, store.Put(t.Context(), smallRef, small))
 	group.Wait()
+	if err := store.Put(t.Context(), smallRef, small); !errors.Is(err, fetch.ErrReadOnly) {
+		t.Error(err)
+	}
 }
 
 // TestPutAnswers checks what the answers to a PUT mean.

@@ -64,8 +64,15 @@ func (s *Store) put(ctx context.Context, block []byte) error {
 	}
 	var peer wire.Capabilities
 	size := len(block) + s.blocks.Overhead()
-	if conn, ok := c.(*wire.Conn); ok && size > wire.BaseMessageSize {
-		if peer, err = conn.AwaitPeer(ctx); err != nil {
+	if conn, ok := c.(*wire.Conn); ok {
+		if size > wire.BaseMessageSize {
+			peer, err = conn.AwaitPeer(ctx)
+		} else {
+			conn.Lock()
+			peer = conn.Peer()
+			conn.Unlock()
+		}
+		if err != nil {
 			return err
 		}
 		silent := !peer.Stated && !peer.BlockWise // some servers say nothing, and take whole blocks

@@ -56,6 +56,15 @@ func (b Block) Unit() int {
 	return 16 << min(b.Exponent, MaxExponent)
 }
 
+// Fit returns the exponent of the largest parts, without BERT, that fit into so many bytes; 0 if
+// none do.
+func Fit(room int) (exponent uint8) {
+	for exponent < MaxExponent && 32<<exponent <= room {
+		exponent++
+	}
+	return exponent
+}
+
 // Offset returns where in the body the part starts, in bytes; it is below 2³⁰.
 func (b Block) Offset() int {
 	return int(b.Number) * b.Unit()
