@@ -30,6 +30,9 @@ const (
 // that is too long.
 func (s *Store) getParts(ctx context.Context, c connection, first *wire.Exchange, dst []byte) (int, error) {
 	part, udp := first.Response.Block2, s.url.Scheme == "coap"
+	if udp {
+		s.received.Add(int64(first.Length))
+	}
 	switch {
 	case part.Number != 0 || !part.FitPart(first.Length) || udp && part.Exponent > wire.MaxExponent:
 		return 0, errBlockwise

@@ -437,7 +437,8 @@ func TestDatagramPutToken(t *testing.T) {
 }
 
 // TestDatagramOrder gets two blocks by UDP from a peer that answers the first request for the
-// second one when it has been asked for a part of the first: one comes after the other.
+// second one when it has been asked for a part of the first: one comes after the other. All that
+// comes is progress, the first parts as well.
 func TestDatagramOrder(t *testing.T) {
 	const parts = int(eris.BlockSize32KiB) / 1024
 	refs, blocks := make([]eris.Reference, 2), make([][]byte, 2)
@@ -483,5 +484,8 @@ func TestDatagramOrder(t *testing.T) {
 	store.Close()
 	if behind := int(behind.Load()); behind > parts/4 {
 		t.Errorf("%d parts of the second block are requested before the last one of the first", behind)
+	}
+	if n := store.Progress(); n != 2*int64(eris.BlockSize32KiB) {
+		t.Errorf("the progress is %d bytes", n)
 	}
 }

@@ -310,6 +310,29 @@ func TestParts(t *testing.T) {
 	}
 }
 
+// modem is a source whose line never rests.
+type modem struct {
+	*fake
+	begin func() time.Time
+}
+
+func (m *modem) Progress() int64 { return int64(time.Since(m.begin()).Seconds() * m.rate) }
+
+// TestModem asks for more than comes in half a minute at once, by a line that small blocks have
+// made look fast: one block comes after the other, and none is given up.
+func TestModem(t *testing.T) {
+	f := &fake{roundTrip: 600e6, rate: 7e3}
+	list := sources(f)
+	list[0].Source = &modem{f, sync.OnceValue(time.Now)}
+	simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
+		readAll(t, p, 3, 1024, 1)
+		readAll(t, p, 30, large, 30)
+		if n := f.requests(); n != 3+30 {
+			t.Errorf("%d requests for %d blocks", n, 3+30)
+		}
+	})
+}
+
 // TestPartsBesideFast has a much faster store beside one that gives parts of a block: that is
 // waited for all the same if the other does not have the block.
 func TestPartsBesideFast(t *testing.T) {

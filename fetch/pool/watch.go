@@ -30,7 +30,8 @@ const (
 	mostSilence    = 3 * time.Second
 	firstSilence   = 1500 * time.Millisecond
 	patientSilence = 15 * time.Second
-	// Where a block comes in parts, so many bytes are a sign of life, for up to mostSlow.
+	// Where a block comes in parts, so many bytes are a sign of life, for up to mostSlow after the
+	// last one that is whole.
 	leastMoved, mostSlow = 4 << 10, 30 * time.Second
 	// probeLimit is how long a probe may take, and probeWait for how long its block waits for it if
 	// there is nobody else: who is back is of use at once.
@@ -122,7 +123,7 @@ func (m *member) moves(oldest *attempt, now time.Duration) bool {
 	faster := func(o *member) bool {
 		return o != m && spent&o.bit == 0 && o.trusted(now) && 2*o.gap(oldest.request.Size) < m.quiet
 	}
-	if now-oldest.start > mostSlow || slices.ContainsFunc(m.pool.far, faster) {
+	if now-max(oldest.start, m.deliveredAt) > mostSlow || slices.ContainsFunc(m.pool.far, faster) {
 		return false
 	}
 	moved, others := int64(0), m.pool.othersWork(m, now)
