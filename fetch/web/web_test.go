@@ -503,6 +503,48 @@ func TestRestAfterQueue(t *testing.T) {
 	}
 }
 
+// TestCutOff has a server cut each connection off in the second answer on it: when one was, no
+// request is made on others that have had an answer.
+func TestCutOff(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize1KiB, 7)
+	const connections = 4
+	var mu sync.Mutex
+	answers := make(map[string]int)
+	together := make(chan struct{})
+	store := openHandler(t, "", web.Options{Connections: connections}, func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		answers[r.RemoteAddr]++
+		again := answers[r.RemoteAddr] > 1
+		if len(answers) == connections && !again {
+			close(together)
+		}
+		mu.Unlock()
+		<-together
+		w.Header().Set("Content-Length", "1024")
+		if again {
+			w.Write(block[:100])
+			w.(http.Flusher).Flush()
+			panic(http.ErrAbortHandler)
+		}
+		w.Write(block)
+	})
+	var group sync.WaitGroup
+	for range connections {
+		group.Go(func() {
+			if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	group.Wait()
+	if _, err := get(t, store, ref, eris.BlockSize1KiB); !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("error %v", err)
+	}
+	if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestRetryAfter has a server refuse all requests for a second, as one that is busy: all of them
 // succeed nevertheless, the server is left alone meanwhile, and nobody takes it for silent.
 func TestRetryAfter(t *testing.T) {

@@ -351,7 +351,13 @@ func (e *exchange) run(ctx context.Context, request *http.Request, handle func(r
 	if err := decode(r); err != nil {
 		return err
 	}
-	return handle(r)
+	err = handle(r)
+	if errors.Is(err, io.ErrUnexpectedEOF) || errors.As(err, new(*net.OpError)) {
+		// What cuts one off, after so many bytes perhaps, is about to do so with those that are
+		// idle: each would be one more failure in a row.
+		c.transport.CloseIdleConnections()
+	}
+	return err
 }
 
 // upload is the body of a request, which may take as long as it goes on.
