@@ -390,18 +390,21 @@ func TestOneLine(t *testing.T) {
 // ones beside them change nothing, and are not waited for where another one works.
 func TestPatient(t *testing.T) {
 	for _, v := range []struct {
-		patient bool
-		fakes   []*fake
-		most    time.Duration
-		works   bool
+		patient, local bool
+		fakes          []*fake
+		most           time.Duration
+		works          bool
 	}{
-		{false, []*fake{{roundTrip: 5e9}}, 2 * time.Second, false},
-		{true, []*fake{{roundTrip: 5e9}}, 11 * time.Second, true},
-		{true, []*fake{{answer: hang}, {roundTrip: 5e9}}, 12 * time.Second, true},
-		{true, []*fake{{answer: hang}}, 16 * time.Second, false},
-		{true, []*fake{{answer: hang}, {roundTrip: 20e6}}, time.Second, true},
+		{false, false, []*fake{{roundTrip: 5e9}}, 2 * time.Second, false},
+		{true, false, []*fake{{roundTrip: 5e9}}, 11 * time.Second, true},
+		{true, true, []*fake{{roundTrip: 5e9}}, 11 * time.Second, true}, // which is being started
+		{true, false, []*fake{{answer: hang}, {roundTrip: 5e9}}, 12 * time.Second, true},
+		{true, false, []*fake{{answer: hang}}, 16 * time.Second, false},
+		{true, false, []*fake{{answer: hang}, {roundTrip: 20e6}}, time.Second, true},
 	} {
-		simulate(t, pool.Options{Patient: v.patient}, sources(v.fakes...), func(t *testing.T, p *pool.Pool) {
+		list := sources(v.fakes...)
+		list[0].Local = v.local
+		simulate(t, pool.Options{Patient: v.patient}, list, func(t *testing.T, p *pool.Pool) {
 			begin := time.Now()
 			for i := range 2 {
 				if err := get(t.Context(), p, i, large); (err == nil) != v.works {
@@ -413,6 +416,22 @@ func TestPatient(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestKnownAlone has the only store, which an earlier process knew, take a second for its first
+// answer, as where its machine has something else to do, or starts it: it is not given up.
+func TestKnownAlone(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state")
+	synctest.Test(t, func(t *testing.T) {
+		for _, answer := range []func(context.Context, int, int64) error{
+			nil, func(context.Context, int, int64) error { time.Sleep(time.Second); return nil },
+		} {
+			list := sources(&fake{roundTrip: 20e6, rate: 20e6, answer: answer})
+			p := pool.New(list, pool.Options{State: sourcestate.Open(path)})
+			readAll(t, p, 64, large, 16)
+			must(t, p.Close())
+		}
+	})
 }
 
 // TestLostBesideParts has a request be lost that others overtake: it is made again soon, although

@@ -142,7 +142,7 @@ func (m *member) moves(oldest *attempt, now time.Duration) bool {
 
 func (m *member) allowedSilence(oldest *attempt, now time.Duration) time.Duration {
 	if !m.proven {
-		if m.known {
+		if m.known && m.pool.othersWork(m, now) {
 			return min(2*leastSilence+5*m.minRoundTrip(), m.firstAllowed(now)) // a connection has to be made
 		}
 		return m.firstAllowed(now)
@@ -160,7 +160,7 @@ func (m *member) allowedSilence(oldest *attempt, now time.Duration) time.Duratio
 
 // firstAllowed is for how long a member may be silent before its first answer.
 func (m *member) firstAllowed(now time.Duration) time.Duration {
-	if m.pool.options.Patient && !m.proven && !m.local && !m.pool.othersWork(m, now) {
+	if m.pool.options.Patient && !m.proven && !m.pool.othersWork(m, now) {
 		return patientSilence
 	}
 	return firstSilence
