@@ -826,10 +826,16 @@ func TestSeedsHoldUpNothing(t *testing.T) {
 	must(t, err)
 	d, order := a.begin()
 	a.substitute(d, order[0], order[0].path)
-	must(t, os.WriteFile(neighbours, []byte("coap+tcp://127.0.0.1:9\n"), 0o600))
-	begin := time.Now()
-	a.substitute(d, order[1], order[1].path)
-	if took := time.Since(begin); took > 8*time.Second {
+	// Ten seconds would be each time what closing the seeds takes; a machine that has no time for us
+	// has some another time.
+	took := time.Hour
+	for i := 1; i < 6 && took > 8*time.Second; i++ {
+		must(t, os.WriteFile(neighbours, fmt.Appendf(nil, "coap+tcp://127.0.0.1:%d\n", i), 0o600))
+		begin := time.Now()
+		a.substitute(d, order[i], order[i].path)
+		took = time.Since(begin)
+	}
+	if took > 8*time.Second {
 		t.Errorf("it took %v", took)
 	}
 	must(t, syscall.Kill(-d.cmd.Process.Pid, syscall.SIGKILL))
@@ -846,34 +852,42 @@ func TestLockedDatabase(t *testing.T) {
 	for _, item := range a.items {
 		must(t, os.MkdirAll(fmt.Sprintf("%s/%s%s", a.store, strings.Repeat("a", 32), filepath.Base(item.path)[32:]), 0o755))
 	}
-	unlocked := time.Duration(0)
-	for i, before := range []int{0, 0, 1} { // items that are substituted before it is locked, the first time never
+	// take returns how long the items take of a helper that has substituted some before the database
+	// is locked, if it is.
+	take := func(before int, lock bool) time.Duration {
 		d := a.start("substitute")
 		for _, item := range a.items[:before] {
 			a.substitute(d, item, item.path)
 		}
 		locked, err := db.Conn(t.Context())
 		must(t, err)
-		if i > 0 {
+		if lock {
 			_, err = locked.ExecContext(t.Context(), "BEGIN EXCLUSIVE")
 			must(t, err)
 		}
 		begin := time.Now()
 		a.substituteRest(d)
-		// Half a second for each would be nine.
-		if took := time.Since(begin); i == 0 {
-			unlocked = took
-		} else if took > 2*unlocked+4*time.Second {
-			t.Errorf("%d items took %v, and %v without the lock", len(a.items)-before, took, unlocked)
-		}
+		took := time.Since(begin)
 		must(t, d.close())
-		if i > 0 {
+		if lock {
 			_, err = locked.ExecContext(t.Context(), "ROLLBACK")
 		}
 		must(t, errors.Join(err, locked.Close()))
 		for _, item := range a.items {
 			makeWritable(item.path)
 			must(t, os.RemoveAll(item.path))
+		}
+		return took
+	}
+	unlocked := take(0, false)
+	for before := range 2 {
+		took := time.Hour
+		// Half a second for each would be nine, each time.
+		for try := 0; try < 5 && took > 2*unlocked+4*time.Second; try++ {
+			took = take(before, true)
+		}
+		if took > 2*unlocked+4*time.Second {
+			t.Errorf("%d items took %v, and %v without the lock", len(a.items)-before, took, unlocked)
 		}
 	}
 }
