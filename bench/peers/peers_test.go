@@ -198,24 +198,19 @@ type limit struct {
 	times    time.Duration // what it takes at the same time to ask the owner of each block
 }
 
-// check reads until it takes no more time than it may, five times at most; the rest has to be right
-// each time.
+// check reads, each time by a pool that knows nothing, until it takes no more than it may, five
+// times at most: on a busy machine who answers late is taken for one that may not have it.
 func (l limit) check(t *testing.T, name string, w *network, wants ...content.Want) {
 	t.Helper()
-	for i := range 5 {
+	for range 5 {
 		most := max(l.took, l.times*w.direct(t, wants))
 		r := w.read(t, wants...)
 		t.Logf("%s: %v, of at most %v", name, r, most)
-		if r.perBlock() > l.perBlock || r.misses > l.misses {
-			t.Errorf("%s: %.2f requests per block and %d misses instead of %.2f and %d", name, r.perBlock(), r.misses, l.perBlock, l.misses)
-		}
-		if r.took <= most {
+		if r.took <= most && r.perBlock() <= l.perBlock && r.misses <= l.misses {
 			return
 		}
-		if i == 4 {
-			t.Errorf("%s: it takes more than %v", name, most)
-		}
 	}
+	t.Errorf("%s: it never takes at most %.2f requests per block, %d misses, and the time", name, l.perBlock, l.misses)
 }
 
 const any, anyTime = 1 << 40, time.Hour
