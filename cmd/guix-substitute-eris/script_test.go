@@ -29,6 +29,7 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
@@ -289,13 +290,16 @@ type scriptServer struct {
 //	nolength        answers have no Content-Length
 //	ranges          parts of files can be asked for
 func scriptServe(ts *testscript.TestScript, neg bool, args []string) {
+	if slices.Contains(args[2:], "refuse") {
+		address, release, err := closedPort()
+		ts.Check(err)
+		ts.Defer(release)
+		ts.Setenv(args[0], "http://"+address)
+		return
+	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	ts.Check(err)
 	ts.Setenv(args[0], "http://"+l.Addr().String())
-	if slices.Contains(args[2:], "refuse") {
-		l.Close()
-		return
-	}
 	server := &scriptServer{work: ts.Getenv("WORK")}
 	root, err := os.OpenRoot(ts.MkAbs(args[1]))
 	ts.Check(err)
@@ -310,6 +314,21 @@ func scriptServe(ts *testscript.TestScript, neg bool, args []string) {
 		root.Close()
 	})
 	servers.Store(ts.Getenv("WORK")+"/"+args[0], server)
+}
+
+// closedPort returns an address of this machine where nobody listens, nor will before it is
+// released: that of a socket that does not listen.
+func closedPort() (address string, release func(), err error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return "", nil, err
+	}
+	release = func() { unix.Close(fd) }
+	err = unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}})
+	if name, failed := unix.Getsockname(fd); failed == nil && err == nil {
+		address = fmt.Sprint("127.0.0.1:", name.(*unix.SockaddrInet4).Port)
+	}
+	return address, release, err
 }
 
 // proxy VARIABLE URL serves what another server has, and sets the variable to its URL. In what

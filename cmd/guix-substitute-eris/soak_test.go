@@ -250,9 +250,10 @@ func (r *soakRun) listen(network, address string) net.Listener {
 }
 
 func (r *soakRun) closedPort() string {
-	l := r.listen("tcp", "127.0.0.1:0")
-	defer l.Close()
-	return l.Addr().String()
+	address, release, err := closedPort()
+	must(r.t, err)
+	r.closers = append(r.closers, release)
+	return address
 }
 
 // serve starts a substitute server, and returns its URL.
