@@ -255,24 +255,29 @@ func (c *chain) pseudorandom(path string, random *rand.ChaCha8, size int64) {
 
 // TestChainLarge takes items that are large in one way or another, and such as Guix has, through
 // everything: encoded, stored, published, queried, and substituted over each transport. With
-// ERIS_BIG_TESTS=1 they are as large as occurs; with "all" they come by each transport.
+// ERIS_BIG_TESTS=1 they are larger than all memory that a helper may have, and have as many files
+// and levels as occur; with "all" they are as large as occurs, and come by each transport.
 func TestChainLarge(t *testing.T) {
 	t.Parallel()
 	setting := os.Getenv("ERIS_BIG_TESTS")
 	big, all := setting != "", setting == "all"
 	size, files, depth, zeros := int64(8<<20), 500, 400, int64(64<<20)
 	if big {
-		size, files, depth, zeros = 3e8, 20000, nar.MaxDepth, 1<<30
+		size, files, depth, zeros = 100e6, 20000, nar.MaxDepth, 256<<20
 	}
 	if all {
-		size = 1e9
+		size, zeros = 1e9, 1<<30
 	}
 	c := newChain(t)
 	random := rand.NewChaCha8([32]byte{1})
 	c.generated("one-file", func(root string) { c.pseudorandom(root, random, size) })
 	c.generated("files", func(root string) {
 		for i := range files {
-			c.pseudorandom(fmt.Sprintf("%s/%d/%d/%d", root, i%10, i%100, i), random, int64(random.Uint64()%(40<<10+1)))
+			most := uint64(4 << 10)
+			if i%8 == 0 {
+				most = 40 << 10
+			}
+			c.pseudorandom(fmt.Sprintf("%s/%d/%d/%d", root, i%10, i%100, i), random, int64(random.Uint64()%(most+1)))
 		}
 	})
 	c.generated("deep", func(root string) {

@@ -209,30 +209,32 @@ func TestLargeItemFromBase(t *testing.T) {
 	}
 	t.Parallel()
 	contents := makeLargeItem().block[:40<<20]
+	directory := t.TempDir()
+	store, trees := directory+"/store", directory+"/trees"
+	base, item := strings.Repeat("a", 32)+"-foo", strings.Repeat("b", 32)+"-foo"
+	makeTree := func(t *testing.T, name string, changed []byte) {
+		tree := trees + "/" + name
+		writeFiles(t, tree, map[string][]byte{"changed": changed, "hashes": append([]byte(name), contents...), "large": nil})
+		must(t, os.Truncate(tree+"/large", 2<<30))
+	}
+	makeTree(t, base, contents)
+	must(t, os.Mkdir(store, 0o755))
+	t.Cleanup(func() {
+		must(t, restore.Remove(store))
+	})
+	old, err := restore.Restore(t.Context(), nar.NewTree(trees+"/"+base), store+"/"+base, restore.Options{})
+	must(t, err)
+	writeFiles(t, directory+"/etc", map[string]string{"substitute-eris.toml": "verbose = true\n"})
+	db, err := newDatabase(directory + "/var/db/db.sqlite")
+	must(t, err)
+	defer db.Close()
+	_, err = db.Exec(insertItem, store+"/"+base, fmt.Sprintf("sha256:%x", old.NarHash), old.NarSize)
+	must(t, err)
 	for name, changed := range map[string][]byte{
 		"rewritten": contents, "delta": append([]byte("inserted"), contents...), "blocks": append([]byte("differs"), contents[7:]...),
 	} {
 		t.Run(name, func(t *testing.T) {
-			directory := t.TempDir()
-			store, trees := directory+"/store", directory+"/trees"
-			t.Cleanup(func() {
-				must(t, restore.Remove(store))
-			})
-			base, item := strings.Repeat("a", 32)+"-foo", strings.Repeat("b", 32)+"-foo"
-			for item, changed := range map[string][]byte{base: contents, item: changed} {
-				tree := trees + "/" + item
-				writeFiles(t, tree, map[string][]byte{"changed": changed, "hashes": append([]byte(item), contents...), "large": nil})
-				must(t, os.Truncate(tree+"/large", 2<<30))
-			}
-			must(t, os.Mkdir(store, 0o755))
-			old, err := restore.Restore(t.Context(), nar.NewTree(trees+"/"+base), store+"/"+base, restore.Options{})
-			must(t, err)
-			writeFiles(t, directory+"/etc", map[string]string{"substitute-eris.toml": "verbose = true\n"})
-			db, err := newDatabase(directory + "/var/db/db.sqlite")
-			must(t, err)
-			defer db.Close()
-			_, err = db.Exec(insertItem, store+"/"+base, fmt.Sprintf("sha256:%x", old.NarHash), old.NarSize)
-			must(t, err)
+			makeTree(t, item, changed)
 			sum, size, err := nar.HashTree(t.Context(), trees+"/"+item)
 			must(t, err)
 			hash := hashText(sum)
@@ -267,6 +269,7 @@ func TestLargeItemFromBase(t *testing.T) {
 			if !strings.Contains(log, way) || failed > 1 || failed > 0 && name == "rewritten" {
 				t.Errorf("it has come in another way:\n%s", log)
 			}
+			must(t, errors.Join(restore.Remove(store+"/"+item), restore.Remove(store+"/.links"), os.RemoveAll(directory+"/var/substitute")))
 		})
 	}
 }
