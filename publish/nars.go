@@ -122,8 +122,9 @@ func removeUnusedRecords(directory string) {
 }
 
 // make has a nar made in the background, if it is not kept, of the tree at path, which must have
-// the hash, or it is not kept. Failures are logged; then it can be tried again in a minute.
-func (n *Nars) make(name, path, compression string, hash [sha256.Size]byte) {
+// the hash, or it is not kept; then made is called. Failures are logged; then it can be tried again
+// in a minute.
+func (n *Nars) make(name, path, compression string, hash [sha256.Size]byte, made func()) {
 	n.making.Start(name, func(ctx context.Context) error {
 		if _, ok := n.size(name); ok {
 			return nil // it has just been made
@@ -133,7 +134,7 @@ func (n *Nars) make(name, path, compression string, hash [sha256.Size]byte) {
 		}
 		n.clean()
 		// It has no checksum, and is kept for as long as somebody asks for it.
-		return files.Replace(n.file(name), 0o600, files.Options{Sync: true}, func(w io.Writer) error {
+		err := files.Replace(n.file(name), 0o600, files.Options{Sync: true}, func(w io.Writer) error {
 			sum := sha256.New()
 			err := writeNar(nar.Until(ctx, w), path, compression, nar.Until(ctx, sum))
 			if err == nil && [sha256.Size]byte(sum.Sum(nil)) != hash {
@@ -144,6 +145,10 @@ func (n *Nars) make(name, path, compression string, hash [sha256.Size]byte) {
 			}
 			return err
 		})
+		if err == nil {
+			made()
+		}
+		return err
 	})
 }
 
@@ -179,7 +184,8 @@ func (s *Server) keepNars(item *narinfo.Narinfo) bool {
 			continue
 		}
 		all = false
-		s.o.Nars.make(name, path, c, item.NarDigest)
+		// The item may leave the store before anybody asks again.
+		s.o.Nars.make(name, path, c, item.NarDigest, func() { s.keepNars(item) })
 	}
 	if all {
 		if err := s.o.Nars.note(item); err != nil && s.failures.Due() {
