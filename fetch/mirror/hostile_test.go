@@ -25,6 +25,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 )
 
 // TestSecrets checks that no message shows what stands before the host of a URL.
@@ -154,10 +155,9 @@ func TestOneConnectionOnly(t *testing.T) {
 // answered for, and the server is asked again.
 func TestOneBadItem(t *testing.T) {
 	for name, silent := range map[string]bool{"silent": true, "breaks": false} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
+		partInNetwork(t, name, func(t *testing.T, network *sourcetest.Network) {
 			hs := hashes(200)
-			server := rawServer(t, func(n int, conn net.Conn, r *bufio.Reader) {
+			server := rawServerAt(t, network.Listen(), func(n int, conn net.Conn, r *bufio.Reader) {
 				for {
 					b, err := r.Peek(60)
 					if bad := strings.Contains(string(b), hs[20]); bad && silent {
@@ -167,7 +167,7 @@ func TestOneBadItem(t *testing.T) {
 					}
 				}
 			})
-			c := client(t, mirror.Options{NarinfoTimeout: 500 * time.Millisecond})
+			c := client(t, mirror.Options{Dial: network.Dial, NarinfoTimeout: 500 * time.Millisecond})
 			answers, err := collect(t.Context(), c, server, hs)
 			if !errors.As(err, new(*mirror.ServerError)) || !strings.Contains(err.Error(), hs[20]) {
 				t.Errorf("error %v does not name the item", err)
@@ -429,29 +429,31 @@ func TestDirectory(t *testing.T) {
 // TestBoundedConnections checks that all that is asked of a server at the same time shares the
 // connections that it gets.
 func TestBoundedConnections(t *testing.T) {
-	server, connections := countingServer(t, func(w http.ResponseWriter, r *http.Request) {
-		time.Sleep(time.Millisecond)
-		serveBoth(w, r)
-	})
-	c := client(t, mirror.Options{MaxConnections: 3})
-	var wait sync.WaitGroup
-	for i := range 8 {
-		wait.Go(func() {
-			hs := hashes(100)
-			answers, err := collect(t.Context(), c, server.URL+"/base", hs)
-			if err != nil {
-				t.Error(err)
-			}
-			check(t, answers, hs)
-			for range 5 {
-				if got, err := read(t, c, fmt.Sprint(server.URL, "/nar", i)); err != nil || got != "nar" {
-					t.Error(got, err)
-				}
-			}
+	inNetwork(t, func(t *testing.T, network *sourcetest.Network) {
+		server, connections := countingServer(t, network, func(w http.ResponseWriter, r *http.Request) {
+			time.Sleep(time.Millisecond)
+			serveBoth(w, r)
 		})
-	}
-	wait.Wait()
-	if most := connections.most.Load(); most > 3 {
-		t.Errorf("%d connections at the same time", most)
-	}
+		c := client(t, mirror.Options{Dial: network.Dial, MaxConnections: 3})
+		var wait sync.WaitGroup
+		for i := range 8 {
+			wait.Go(func() {
+				hs := hashes(100)
+				answers, err := collect(t.Context(), c, server.URL+"/base", hs)
+				if err != nil {
+					t.Error(err)
+				}
+				check(t, answers, hs)
+				for range 5 {
+					if got, err := read(t, c, fmt.Sprint(server.URL, "/nar", i)); err != nil || got != "nar" {
+						t.Error(got, err)
+					}
+				}
+			})
+		}
+		wait.Wait()
+		if most := connections.most.Load(); most > 3 {
+			t.Errorf("%d connections at the same time", most)
+		}
+	})
 }

@@ -20,6 +20,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
@@ -95,6 +96,27 @@ func serving(t testing.TB, h http.HandlerFunc) *httptest.Server {
 	return server
 }
 
+// servingAt serves at an address of a network, and returns the URL.
+func servingAt(t *testing.T, l net.Listener, h http.HandlerFunc) string {
+	server := &http.Server{Handler: h}
+	go server.Serve(l)
+	t.Cleanup(func() { server.Close() })
+	return "http://" + l.Addr().String()
+}
+
+// inNetwork runs a test in a bubble with a network.
+func inNetwork(t *testing.T, test func(t *testing.T, network *sourcetest.Network)) {
+	synctest.Test(t, func(t *testing.T) { test(t, new(sourcetest.Network)) })
+}
+
+// partInNetwork runs a part of a test in a bubble with a network, beside other parts.
+func partInNetwork(t *testing.T, name string, test func(t *testing.T, network *sourcetest.Network)) {
+	t.Run(name, func(t *testing.T) {
+		t.Parallel()
+		inNetwork(t, test)
+	})
+}
+
 // serveBoth answers requests for nars as well.
 func serveBoth(w http.ResponseWriter, r *http.Request) {
 	if strings.HasSuffix(r.URL.Path, ".narinfo") {
@@ -120,10 +142,10 @@ func (c *counts) begin() {
 	}
 }
 
-// countingServer serves and counts connections.
-func countingServer(t *testing.T, h http.HandlerFunc) (*httptest.Server, *counts) {
+// countingServer serves in a network, and counts connections.
+func countingServer(t *testing.T, network *sourcetest.Network, h http.HandlerFunc) (*httptest.Server, *counts) {
 	var c counts
-	server := httptest.NewUnstartedServer(h)
+	server := &httptest.Server{Listener: network.Listen(), Config: &http.Server{Handler: h}}
 	server.Config.ConnState = func(_ net.Conn, s http.ConnState) {
 		switch s {
 		case http.StateNew:
@@ -138,25 +160,27 @@ func countingServer(t *testing.T, h http.HandlerFunc) (*httptest.Server, *counts
 }
 
 func TestNarinfos(t *testing.T) {
-	var requests counts
-	server, connections := countingServer(t, func(w http.ResponseWriter, r *http.Request) {
-		requests.begin()
-		defer requests.now.Add(-1)
-		time.Sleep(time.Millisecond)
-		serve(w, r)
-	})
-	c := client(t, mirror.Options{MaxConnections: 7})
-	for _, base := range []string{"/base", "/base/"} {
-		for _, n := range []int{0, 1, 2, 5, 300} {
-			collectAll(t, c, server.URL+base, hashes(n))
+	inNetwork(t, func(t *testing.T, network *sourcetest.Network) {
+		var requests counts
+		server, connections := countingServer(t, network, func(w http.ResponseWriter, r *http.Request) {
+			requests.begin()
+			defer requests.now.Add(-1)
+			time.Sleep(time.Millisecond)
+			serve(w, r)
+		})
+		c := client(t, mirror.Options{Dial: network.Dial, MaxConnections: 7})
+		for _, base := range []string{"/base", "/base/"} {
+			for _, n := range []int{0, 1, 2, 5, 300} {
+				collectAll(t, c, server.URL+base, hashes(n))
+			}
 		}
-	}
-	if most := requests.most.Load(); most > 7 || most < 2 {
-		t.Errorf("%d requests at the same time, want at most 7, and several: the server is slow", most)
-	}
-	if n := connections.all.Load(); n > 7 {
-		t.Errorf("%d connections, want at most 7: they are to be used again", n)
-	}
+		if most := requests.most.Load(); most > 7 || most < 2 {
+			t.Errorf("%d requests at the same time, want at most 7, and several: the server is slow", most)
+		}
+		if n := connections.all.Load(); n > 7 {
+			t.Errorf("%d connections, want at most 7: they are to be used again", n)
+		}
+	})
 }
 
 func TestAnswers(t *testing.T) {
@@ -396,16 +420,15 @@ func TestBrokenServers(t *testing.T) {
 		},
 	}
 	for name, f := range servers {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			server := rawServer(t, f)
-			c := client(t, mirror.Options{NarinfoTimeout: 300 * time.Millisecond})
+		partInNetwork(t, name, func(t *testing.T, network *sourcetest.Network) {
+			server := rawServerAt(t, network.Listen(), f)
+			c := client(t, mirror.Options{Dial: network.Dial, NarinfoTimeout: 300 * time.Millisecond})
 			var failure *mirror.ServerError
 			answers, err := collect(t.Context(), c, server, hashes(50))
 			if !errors.As(err, &failure) || len(answers) > 0 {
 				t.Fatalf("error %v, %d answers", err, len(answers))
 			}
-			if !strings.HasPrefix(failure.Server, "http://127.0.0.1:") {
+			if !strings.HasPrefix(failure.Server, "http://192.0.2.1") {
 				t.Errorf("the error is about %q", failure.Server)
 			}
 			if c.Down(server) == nil {
@@ -564,20 +587,21 @@ func TestNar(t *testing.T) {
 
 // TestNarReusesConnections fetches many nars over one connection, and narinfos over another.
 func TestNarReusesConnections(t *testing.T) {
-	server, connections := countingServer(t, serveBoth)
-	c := client(t, mirror.Options{})
-	for range 20 {
-		_, err := collect(t.Context(), c, server.URL+"/base", hashes(1))
-		must(t, err)
+	inNetwork(t, func(t *testing.T, network *sourcetest.Network) {
+		server, connections := countingServer(t, network, serveBoth)
+		c := client(t, mirror.Options{Dial: network.Dial})
+		for range 20 {
+			_, err := collect(t.Context(), c, server.URL+"/base", hashes(1))
+			must(t, err)
+			expect(t, c, server.URL+"/nar", "nar")
+		}
+		if n := connections.all.Load(); n != 2 {
+			t.Errorf("%d connections", n)
+		}
+		// A server that has closed meanwhile costs nothing but another connection.
+		server.CloseClientConnections()
 		expect(t, c, server.URL+"/nar", "nar")
-	}
-	// On a busy machine some are dropped, because a nar takes long or they are idle for long.
-	if n := connections.all.Load(); n > 10 {
-		t.Errorf("%d connections", n)
-	}
-	// A server that has closed meanwhile costs nothing but another connection.
-	server.CloseClientConnections()
-	expect(t, c, server.URL+"/nar", "nar")
+	})
 }
 
 // trickle writes a byte now and then until the other end is gone.
@@ -620,9 +644,8 @@ func TestNarFaults(t *testing.T) {
 		"long encoding":            {"HTTP/1.1 200 OK\r\nTransfer-Encoding: " + long + "\r\n\r\n", "", false, ""},
 		"control characters":       {"HTTP/1.1 200 OK\r\n\x1b[2J\n\x9b\r\n\r\n", "", false, ""},
 	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			server := rawServer(t, func(n int, conn net.Conn, r *bufio.Reader) {
+		partInNetwork(t, name, func(t *testing.T, network *sourcetest.Network) {
+			server := rawServerAt(t, network.Listen(), func(n int, conn net.Conn, r *bufio.Reader) {
 				http.ReadRequest(r)
 				io.WriteString(conn, test.answer)
 				switch {
@@ -634,7 +657,7 @@ func TestNarFaults(t *testing.T) {
 			})
 			slow := make(chan string, 10)
 			c := client(t, mirror.Options{
-				NarTimeout: 200 * time.Millisecond, ResumeDelay: time.Millisecond,
+				Dial: network.Dial, NarTimeout: 200 * time.Millisecond, ResumeDelay: time.Millisecond,
 				Note: func(format string, a ...any) { slow <- fmt.Sprintf(format, a...) },
 			})
 			_, err := read(t, c, server+"/nar")

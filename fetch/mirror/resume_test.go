@@ -45,8 +45,8 @@ func abort(w http.ResponseWriter) {
 type cuttingServer struct {
 	contents []byte
 	modified time.Time
-	each     int           // bytes of an answer
-	stall    chan struct{} // instead of a cut, silence until this is closed
+	each     int  // bytes of an answer
+	stall    bool // instead of a cut, silence
 	header   func(h http.Header, n int)
 	lie      func(w http.ResponseWriter, r *http.Request, n int) bool // answers itself
 
@@ -68,12 +68,9 @@ func (s *cuttingServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	limited := &limitedWriter{w, s.each}
 	http.ServeContent(limited, r, "nar", s.modified, bytes.NewReader(s.contents))
 	if limited.left == 0 {
-		if s.stall != nil {
+		if s.stall {
 			w.(http.Flusher).Flush()
-			select {
-			case <-s.stall:
-			case <-r.Context().Done():
-			}
+			<-r.Context().Done()
 		}
 		abort(w)
 	}
@@ -101,11 +98,10 @@ func (w *limitedWriter) Write(p []byte) (int, error) {
 
 func tag(h http.Header, n int) { h.Set("ETag", `"one"`) }
 
-// quick is a client that does not wait long before it resumes, but for a server that is silent.
-func quick(t *testing.T, resumed *atomic.Int64) *mirror.Client {
+// quick is a client in the network that does not wait long before it resumes.
+func quick(t *testing.T, network *sourcetest.Network, resumed *atomic.Int64) *mirror.Client {
 	return client(t, mirror.Options{
-		ResumeDelay: time.Millisecond,
-		NarTimeout:  4 * time.Second,
+		Dial: network.Dial, ResumeDelay: time.Millisecond, NarTimeout: time.Second,
 		Note: func(format string, _ ...any) {
 			if strings.Contains(format, "going on") {
 				resumed.Add(1)
@@ -117,9 +113,7 @@ func quick(t *testing.T, resumed *atomic.Int64) *mirror.Client {
 // TestResume reads nars that are cut off, from servers that let them be resumed.
 func TestResume(t *testing.T) {
 	contents := noise(1 << 20)
-	long := time.Now().Add(-time.Hour).UTC().Truncate(time.Second)
-	silence := make(chan struct{})
-	defer close(silence)
+	long := time.Date(1994, time.November, 6, 8, 49, 37, 0, time.UTC)
 	for name, test := range map[string]struct {
 		server    *cuttingServer
 		most      int64
@@ -127,7 +121,7 @@ func TestResume(t *testing.T) {
 	}{
 		"by an entity tag":               {&cuttingServer{each: 300000, header: tag}, 3, `"one"`},
 		"by a date":                      {&cuttingServer{each: 300000, modified: long}, 3, long.Format(http.TimeFormat)},
-		"after silence":                  {&cuttingServer{each: 600000, header: tag, stall: silence}, 1, `"one"`},
+		"after silence":                  {&cuttingServer{each: 600000, header: tag, stall: true}, 1, `"one"`},
 		"many small parts with progress": {&cuttingServer{each: 70000, header: tag}, 14, `"one"`},
 		"after errors of the server": {&cuttingServer{each: 600000, header: tag, lie: func(w http.ResponseWriter, r *http.Request, n int) bool {
 			if n < 4 {
@@ -145,11 +139,11 @@ func TestResume(t *testing.T) {
 			return true
 		}}, 3, `"one"`},
 	} {
-		t.Run(name, func(t *testing.T) {
+		partInNetwork(t, name, func(t *testing.T, network *sourcetest.Network) {
 			test.server.contents = contents
-			server := serving(t, test.server.ServeHTTP)
+			url := servingAt(t, network.Listen(), test.server.ServeHTTP)
 			var resumed atomic.Int64
-			got, err := read(t, quick(t, &resumed), server.URL)
+			got, err := read(t, quick(t, network, &resumed), url)
 			if err != nil || got != string(contents) {
 				t.Errorf("%d bytes, error %v; asked %q", len(got), err, test.server.asked())
 			}
@@ -216,16 +210,15 @@ func TestNotResumed(t *testing.T) {
 		"a byte at a time": {&cuttingServer{header: tag, each: 1}, 6, 6, "connection was closed too early"},
 		"nothing more":     {&cuttingServer{header: tag, lie: func(w http.ResponseWriter, r *http.Request, n int) bool { abort(w); return true }}, 2, 6, "connection was closed too early"},
 	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
+		partInNetwork(t, name, func(t *testing.T, network *sourcetest.Network) {
 			test.server.contents = contents
 			if test.server.each == 0 {
 				test.server.each = each
 			}
-			server := serving(t, test.server.ServeHTTP)
+			url := servingAt(t, network.Listen(), test.server.ServeHTTP)
 			var resumed atomic.Int64
-			c := quick(t, &resumed)
-			got, err := read(t, c, server.URL)
+			c := quick(t, network, &resumed)
+			got, err := read(t, c, url)
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("error %v, want %q", err, test.want)
 			}
@@ -235,7 +228,7 @@ func TestNotResumed(t *testing.T) {
 			if n := len(test.server.asked()); n < test.least || n > test.most {
 				t.Errorf("%d requests, want %d to %d: %q", n, test.least, test.most, test.server.asked())
 			}
-			if c.Down(server.URL) != nil {
+			if c.Down(url) != nil {
 				t.Error("the server counts as down")
 			}
 		})
@@ -264,7 +257,7 @@ func TestRestart(t *testing.T) {
 			h["Date"] = nil
 		},
 	} {
-		t.Run(name, func(t *testing.T) {
+		partInNetwork(t, name, func(t *testing.T, network *sourcetest.Network) {
 			s := &cuttingServer{contents: contents, each: 600000, header: header}
 			s.lie = func(w http.ResponseWriter, r *http.Request, n int) bool {
 				if n < 3 && name != "ranges are not known" {
@@ -274,9 +267,9 @@ func TestRestart(t *testing.T) {
 				w.Write(contents)
 				return true
 			}
-			server := serving(t, s.ServeHTTP)
+			url := servingAt(t, network.Listen(), s.ServeHTTP)
 			var resumed atomic.Int64
-			got, err := read(t, quick(t, &resumed), server.URL)
+			got, err := read(t, quick(t, network, &resumed), url)
 			if err != nil || got != string(contents) || resumed.Load() == 0 {
 				t.Errorf("%d bytes, error %v; asked %q", len(got), err, s.asked())
 			}
@@ -287,23 +280,25 @@ func TestRestart(t *testing.T) {
 // TestResumeWithoutLength resumes a nar of unknown length.
 func TestResumeWithoutLength(t *testing.T) {
 	contents := noise(500000)
-	s := &cuttingServer{contents: contents, each: 200000}
-	server := serving(t, func(w http.ResponseWriter, r *http.Request) {
-		tag(w.Header(), 0)
-		if len(s.asked()) == 0 {
-			s.mu.Lock()
-			s.requests = append(s.requests, "")
-			s.mu.Unlock()
-			w.Write(contents[:100000]) // chunked
-			abort(w)
+	inNetwork(t, func(t *testing.T, network *sourcetest.Network) {
+		s := &cuttingServer{contents: contents, each: 200000}
+		url := servingAt(t, network.Listen(), func(w http.ResponseWriter, r *http.Request) {
+			tag(w.Header(), 0)
+			if len(s.asked()) == 0 {
+				s.mu.Lock()
+				s.requests = append(s.requests, "")
+				s.mu.Unlock()
+				w.Write(contents[:100000]) // chunked
+				abort(w)
+			}
+			s.ServeHTTP(w, r)
+		})
+		var resumed atomic.Int64
+		expect(t, quick(t, network, &resumed), url, string(contents))
+		if resumed.Load() != 2 {
+			t.Errorf("resumed %d times", resumed.Load())
 		}
-		s.ServeHTTP(w, r)
 	})
-	var resumed atomic.Int64
-	expect(t, quick(t, &resumed), server.URL, string(contents))
-	if resumed.Load() != 2 {
-		t.Errorf("resumed %d times", resumed.Load())
-	}
 }
 
 // TestResumeCancelled gives up while it waits to resume, and while the rest is asked for.
@@ -375,7 +370,7 @@ server { listen %[2]s; root %[3]s; } }
 	server := exec.Command(program, "-c", configuration, "-e", filepath.Join(d, "log"))
 	must(t, server.Start())
 	t.Cleanup(func() { server.Process.Signal(os.Interrupt); server.Wait() })
-	for range 200 {
+	for range 3000 {
 		if conn, err := net.Dial("tcp", address); err == nil {
 			conn.Close()
 			return address
