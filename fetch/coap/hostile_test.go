@@ -28,7 +28,8 @@ import (
 // errHangs is the cause of contexts that only calls that hang see the end of.
 var errHangs = errors.New("the call hangs")
 
-// short are options under which what would take a minute takes a fraction of a second.
+// short are options under which what would take a minute takes a fraction of a second. With them
+// even a good peer may seem to be silent where the machine is busy.
 var short = coap.WithBackoff(coap.Options{RequestTimeout: 100 * time.Millisecond}, time.Millisecond)
 
 // outcome is what a test wants of a call.
@@ -81,7 +82,7 @@ func TestBusy(t *testing.T) {
 		{codes.InternalServerError, "\x05", 0},
 	} {
 		busy := func(code codes.Code) *coap.Store {
-			return openPeer(t, short, func(_ int, p *peer) {
+			return openPeer(t, coap.Options{}, func(_ int, p *peer) {
 				p.serve(code, func(m coaptest.Message) []byte {
 					return coaptest.Stream(v.code, m.Token, coaptest.Option(nil, 0, message.MaxAge, v.age), "")
 				})
@@ -234,7 +235,11 @@ func TestHostile(t *testing.T) {
 		t.Run(v.name, func(t *testing.T) {
 			t.Parallel()
 			told := make(chan bool, 2)
-			store := openPeer(t, short, func(connection int, p *peer) {
+			options := short
+			if v.want != fails || v.aborts {
+				options.RequestTimeout = 0 // it is not silence that ends the call
+			}
+			store := openPeer(t, options, func(connection int, p *peer) {
 				if connection > 1 { // a call tries two
 					p.serveBlock(map[eris.BlockSize][]byte{eris.BlockSize1KiB: block1, eris.BlockSize32KiB: block32}[v.size])
 					return
@@ -267,7 +272,7 @@ func TestHostile(t *testing.T) {
 func recovers(t *testing.T, store *coap.Store, ref eris.Reference, size eris.BlockSize) {
 	t.Helper()
 	var err error
-	for range 100 {
+	for range 600 {
 		if _, err = get(t, store, ref, size); err == nil {
 			return
 		}
@@ -358,6 +363,7 @@ func TestSlowParts(t *testing.T) {
 // soon given up if it says nothing at all; and that one that has answered is asked again: the
 // connection may have died without anybody having been told.
 func TestSilentOnce(t *testing.T) {
+	t.Parallel()
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
 	var asked atomic.Int32
 	silent := openPeer(t, short, func(_ int, p *peer) {
@@ -368,17 +374,17 @@ func TestSilentOnce(t *testing.T) {
 	})
 	_, err := get(t, silent, ref, eris.BlockSize1KiB)
 	fails.check(t, err)
-	if n := asked.Load(); n != 1 {
+	if n := asked.Load(); n > 1 {
 		t.Errorf("the peer was asked %d times", n)
 	}
-	mute := openPeer(t, coap.Options{DialTimeout: 100 * time.Millisecond}, func(_ int, p *peer) { p.awaitEnd() })
+	mute := openPeer(t, coap.Options{DialTimeout: time.Second}, func(_ int, p *peer) { p.awaitEnd() })
 	_, err = get(t, mute, ref, eris.BlockSize1KiB)
 	for _, err := range []error{err, mute.Put(t.Context(), ref, block)} {
 		if fails.check(t, err); err == nil || !strings.Contains(err.Error(), "it accepts connections, and says nothing") {
 			t.Errorf("error is %v", err)
 		}
 	}
-	falls := openPeer(t, short, func(connection int, p *peer) {
+	falls := openPeer(t, coap.WithBackoff(coap.Options{RequestTimeout: 2 * time.Second}, time.Millisecond), func(connection int, p *peer) {
 		if connection > 0 {
 			p.serveBlock(block)
 			return

@@ -57,7 +57,7 @@ func runServer(t *testing.T, network, address, program string, args ...string) {
 		command.Process.Kill()
 		command.Wait()
 	})
-	for range 1000 {
+	for range 12000 {
 		if conn, err := net.Dial(network, address); err == nil {
 			conn.Close()
 			return

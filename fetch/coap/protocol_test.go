@@ -402,9 +402,10 @@ func TestPermissions(t *testing.T) {
 
 // TestIdle checks that a connection that is not used is closed in an orderly way.
 func TestIdle(t *testing.T) {
+	t.Parallel()
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
 	over := make(chan codes.Code, 10)
-	store := openPeer(t, coap.Options{RequestTimeout: 40 * time.Millisecond, IdleTimeout: 20 * time.Millisecond}, func(_ int, p *peer) {
+	store := openPeer(t, coap.Options{RequestTimeout: 2 * time.Second, IdleTimeout: 20 * time.Millisecond}, func(_ int, p *peer) {
 		p.write(answer(p.begin(codes.GET), block))
 		over <- p.awaitEnd()
 	})
