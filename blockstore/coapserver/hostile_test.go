@@ -9,6 +9,7 @@ import (
 	"net"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -26,13 +27,7 @@ import (
 // TestHostile has clients that do not keep to the protocol. Each connection must come to its end
 // within bounded time, and others must be served meanwhile.
 func TestHostile(t *testing.T) {
-	store := newMemory()
-	ref, block := store.Add(eris.BlockSize1KiB)
-	_, address := serveConfig(t, "unix", readWrite, coapserver.Config{
-		Source: store, Sink: store,
-		MessageTimeout: 200 * time.Millisecond,
-		IdleTimeout:    400 * time.Millisecond,
-	})
+	ref, block := sourcetest.NewBlock(eris.BlockSize1KiB)
 	fromHex := func(text string) []byte {
 		b, err := hex.DecodeString(strings.ReplaceAll(text, " ", ""))
 		must(t, err)
@@ -45,6 +40,7 @@ func TestHostile(t *testing.T) {
 		return func(c *client) {
 			c.write(csm)
 			for c.write(bytes.Repeat(b, 100)) {
+				time.Sleep(time.Millisecond)
 			}
 		}
 	}
@@ -96,17 +92,33 @@ func TestHostile(t *testing.T) {
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			t.Parallel()
-			c := dial(t, "unix", address)
-			v.play(c)
-			last := c.awaitEnd()
-			if v.last != 0 && last != v.last {
-				t.Errorf("last message is %v, want %v", last, v.last)
-			}
-			good := dial(t, "unix", address, csm...)
-			good.write(getRequest(1, ref, eris.BlockSize1KiB, coap.Block{}))
-			if m := good.readAnswer(); m.Code != codes.Content {
-				t.Errorf("others are not served: %v", m.Code)
-			}
+			inNetwork(t, func(t *testing.T, network *sourcetest.Network) {
+				store := newMemory()
+				defer store.Close()
+				store.Set(ref, block)
+				open := serveIn(t, network, coapserver.Config{
+					Source: store, Sink: store,
+					MessageTimeout: 200 * time.Millisecond,
+					IdleTimeout:    400 * time.Millisecond,
+				})
+				c := open()
+				var group sync.WaitGroup
+				defer group.Wait()
+				group.Go(func() { v.play(c) })
+				if v.last == 0 {
+					group.Wait() // nobody reads meanwhile
+				}
+				last := c.awaitEnd()
+				c.conn.Close()
+				if v.last != 0 && last != v.last {
+					t.Errorf("last message is %v, want %v", last, v.last)
+				}
+				good := open(csm...)
+				good.write(getRequest(1, ref, eris.BlockSize1KiB, coap.Block{}))
+				if m := good.readAnswer(); m.Code != codes.Content {
+					t.Errorf("others are not served: %v", m.Code)
+				}
+			})
 		})
 	}
 }
@@ -168,7 +180,7 @@ func TestMaxConnections(t *testing.T) {
 					t.Errorf("a connection within the limit is not served: %v", r.Err)
 				}
 			}
-			for range 1000 {
+			for range 12000 {
 				if _, err := fetch.Get(t.Context(), other, ref, eris.BlockSize1KiB, nil); errors.Is(err, eris.ErrNotFound) {
 					return
 				}

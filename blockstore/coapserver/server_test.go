@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message"
@@ -72,6 +73,27 @@ func serveConfig(tb testing.TB, network string, access coapserver.Access, config
 		group.Wait()
 	})
 	return server, address
+}
+
+// inNetwork runs a test in a bubble with a network.
+func inNetwork(t *testing.T, test func(t *testing.T, network *sourcetest.Network)) {
+	synctest.Test(t, func(t *testing.T) { test(t, new(sourcetest.Network)) })
+}
+
+// serveIn serves in a network; what it returns is as [dial].
+func serveIn(t *testing.T, network *sourcetest.Network, config coapserver.Config) (open func(first ...byte) *client) {
+	server, listener := coapserver.New(config), network.Listen()
+	go server.Serve(listener, readWrite)
+	t.Cleanup(func() { server.Close() })
+	return func(first ...byte) *client {
+		conn, err := network.Dial(t.Context(), "tcp", listener.Addr().String())
+		must(t, err)
+		c := newClient(t, conn)
+		if len(first) > 0 {
+			c.write(first)
+		}
+		return c
+	}
 }
 
 // TestAnswers checks what is answered to what, byte for byte where the whole of the answer is
