@@ -60,7 +60,7 @@ func completed(t *testing.T, directory string, items publish.Manifest, i int) *n
 // known returns the deltas of an item once they are complete.
 func known(t *testing.T, d *publish.Deltas, n *narinfo.Narinfo) []narinfo.Delta {
 	t.Helper()
-	for range 3000 {
+	for range 6000 {
 		if list, complete := d.Known(n); complete {
 			return list
 		}

@@ -17,7 +17,7 @@ import (
 // keptNarinfo asks for a narinfo until all of its nars are kept.
 func keptNarinfo(t *testing.T, url string) *narinfo.Narinfo {
 	t.Helper()
-	for range 1000 {
+	for range 6000 {
 		header, body := wantStatus(t, url, 200)
 		n, err := narinfo.Parse([]byte(body))
 		must(t, err)

@@ -159,7 +159,7 @@ func TestNarinfo(t *testing.T) {
 	if strings.Contains(text, "ERIS:") || header.Get("Cache-Control") != "max-age=60" {
 		t.Errorf("header %v, narinfo:\n%s", header, text)
 	}
-	for range 1000 {
+	for range 6000 {
 		if _, header, text = get(t, url); strings.Contains(text, "\nERIS: urn:eris:B") {
 			break
 		}

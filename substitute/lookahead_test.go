@@ -119,7 +119,7 @@ func TestLookAhead(t *testing.T) {
 // until waits for a condition.
 func until(t *testing.T, what string, condition func() bool) {
 	t.Helper()
-	for range 1000 {
+	for range 6000 {
 		if condition() {
 			return
 		}

@@ -111,7 +111,7 @@ func Test(t *testing.T, open func(t *testing.T, backend *Backend) Fixture) {
 // pass, it says which there are.
 func AwaitGoroutines(t *testing.T, before int) {
 	t.Helper()
-	for range 500 {
+	for range 6000 {
 		if runtime.NumGoroutine() <= before {
 			return
 		}

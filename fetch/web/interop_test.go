@@ -59,7 +59,7 @@ http {
 			t.Logf("nginx says: %.4000s", log)
 		}
 	})
-	for range 2000 {
+	for range 12000 {
 		if conn, err := net.Dial("tcp", address); err == nil {
 			conn.Close()
 			return directory
