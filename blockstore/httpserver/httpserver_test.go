@@ -14,6 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore"
@@ -37,6 +38,10 @@ func openStore(t testing.TB) *blockstore.Store {
 func serve(t testing.TB, config httpserver.Config, access httpserver.Access) (*httpserver.Server, string) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
+	return serveAt(t, l, config, access), l.Addr().String()
+}
+
+func serveAt(t testing.TB, l net.Listener, config httpserver.Config, access httpserver.Access) *httpserver.Server {
 	s := httpserver.New(config)
 	var group sync.WaitGroup
 	group.Go(func() {
@@ -48,7 +53,7 @@ func serve(t testing.TB, config httpserver.Config, access httpserver.Access) (*h
 		group.Wait()
 		s.Close()
 	})
-	return s, l.Addr().String()
+	return s
 }
 
 var readWrite = httpserver.Access{Get: true, Put: true}
@@ -280,14 +285,12 @@ func sink(err error) eris.Sink {
 }
 
 // raw sends bytes and returns all that is answered.
-func raw(t *testing.T, address, text string) string {
-	conn, err := net.Dial("tcp", address)
-	must(t, err)
+func raw(t *testing.T, conn net.Conn, text string) string {
+	var group sync.WaitGroup
+	defer group.Wait()
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(30 * time.Second))
-	if _, err := io.WriteString(conn, text); err != nil {
-		t.Fatal(err)
-	}
+	group.Go(func() { io.WriteString(conn, text) })
 	b, err := io.ReadAll(conn)
 	if err, ok := err.(net.Error); ok && err.Timeout() {
 		t.Error("the server hangs")
@@ -297,8 +300,14 @@ func raw(t *testing.T, address, text string) string {
 
 // TestHostile sends what no good client sends.
 func TestHostile(t *testing.T) {
+	synctest.Test(t, testHostile)
+}
+
+func testHostile(t *testing.T) {
 	store := openStore(t)
-	_, address := serve(t, httpserver.Config{
+	var network sourcetest.Network
+	listener := network.Listen()
+	serveAt(t, listener, httpserver.Config{
 		Source: store, Sink: store.Put, RequestTimeout: 300 * time.Millisecond,
 	}, readWrite)
 	const head = "PUT /uri-res/N2R HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
@@ -315,7 +324,9 @@ func TestHostile(t *testing.T) {
 		{"nonsense", "\x00\x01\x02\r\n\r\n", "HTTP/1.1 400 "},
 		{"chunks of a block", head + "Transfer-Encoding: chunked\r\n\r\n400\r\n" + kib + "\r\n0\r\n\r\n", "HTTP/1.1 200 "},
 	} {
-		if got := raw(t, address, v.send); !strings.HasPrefix(got, v.want) {
+		conn, err := network.Dial(t.Context(), "tcp", listener.Addr().String())
+		must(t, err)
+		if got := raw(t, conn, v.send); !strings.HasPrefix(got, v.want) {
 			t.Errorf("%s: %.100q, want %q", v.name, got, v.want)
 		}
 	}
