@@ -23,7 +23,7 @@ import (
 
 // TestMain is, in a network namespace, one of the machines of TestBrowse.
 func TestMain(m *testing.M) {
-	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 300*time.Second)
 	defer cancel()
 	switch os.Getenv("LAN_TEST") {
 	case "advertise":
@@ -34,9 +34,9 @@ func TestMain(m *testing.M) {
 	case "browse":
 		// As often as it takes: how soon the others are there depends on the machine.
 		var found []string
-		for len(found) < 2 && ctx.Err() == nil {
+		for wait := 300 * time.Millisecond; len(found) < 2 && ctx.Err() == nil; wait *= 2 {
 			found = nil
-			once, end := context.WithTimeout(ctx, 300*time.Millisecond)
+			once, end := context.WithTimeout(ctx, wait)
 			if err := Browse(once, Blocks, func(a netip.AddrPort) { found = append(found, a.String()) }); err != nil {
 				println(err.Error())
 			}
@@ -167,7 +167,7 @@ func endUnderQuestions(ctx context.Context) error {
 	select {
 	case e := <-done:
 		return errors.Join(err, e)
-	case <-time.After(2 * goodbye):
+	case <-time.After(15 * goodbye): // to answer all of them would take many minutes
 		return errors.New("it does not end")
 	}
 }
@@ -180,7 +180,7 @@ ip link set lo up
 ip link add bridge type bridge
 ip link set bridge up
 for i in 0 1 2 3; do
-	unshare --net sleep 100 &
+	unshare --net sleep 300 &
 	eval pid$i=$!
 	for try in $(seq 100); do
 		[ "$(readlink /proc/$!/ns/net)" != "$(readlink /proc/self/ns/net)" ] && break

@@ -294,7 +294,10 @@ func TestManyProcesses(t *testing.T) {
 		processes = append(processes, p)
 		outputs = append(outputs, out)
 	}
-	time.Sleep(300 * time.Millisecond)
+	c := open(t, d)
+	for begun := false; !begun; time.Sleep(300 * time.Millisecond) {
+		_, begun = c.Get(url, fmt.Sprintf("%032d", 7), now)
+	}
 	for _, p := range processes {
 		p.Process.Kill()
 	}
@@ -304,7 +307,6 @@ func TestManyProcesses(t *testing.T) {
 			t.Error(s)
 		}
 	}
-	c := open(t, d)
 	good := 0
 	for i := range 50 {
 		if _, ok := c.Get(url, fmt.Sprintf("%032d", i), now); ok {
