@@ -168,7 +168,7 @@ func TestConformance(t *testing.T) {
 	for _, network := range []string{"unix", "tcp", "tls", "ws", "wss", "udp"} {
 		t.Run(network, func(t *testing.T) {
 			sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
-				options := coap.Options{}
+				options := coap.Options{DialTimeout: time.Minute}
 				store := backend.Open(64)
 				t.Cleanup(func() { store.Close() })
 				options.Datagram.AckTimeout = 50 * time.Millisecond

@@ -414,7 +414,11 @@ func TestHostile(t *testing.T) {
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			t.Parallel()
-			s := serve(t, v.query, Options{Timeout: 300 * time.Millisecond}, v.handler)
+			timeout := time.Minute
+			if strings.Contains(v.name, "for ever") {
+				timeout = 3 * time.Second // long enough to send the request first
+			}
+			s := serve(t, v.query, Options{Timeout: timeout}, v.handler)
 			var err error
 			if strings.HasSuffix(v.query, "put") {
 				err = s.Put(t.Context(), ref, block)

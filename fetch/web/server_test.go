@@ -17,6 +17,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/httpserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -200,7 +201,7 @@ func TestConformance(t *testing.T) {
 				server := startServer(t, serve(secretPath, backend, true), test.protocols...)
 				readOnly := startServer(t, serve("", backend, false), test.protocols...)
 				return sourcetest.Fixture{
-					Source:   mustOpen(t, server.url(secretPath+test.path), web.Options{}),
+					Source:   mustOpen(t, server.url(secretPath+test.path), web.Options{ConnectTimeout: time.Minute}),
 					ReadOnly: mustOpen(t, readOnly.url(test.path), web.Options{}),
 					Restart:  server.restart,
 					Break:    func() { server.server.CloseClientConnections() },

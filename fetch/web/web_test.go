@@ -381,9 +381,8 @@ func TestCredentials(t *testing.T) {
 
 // TestSilence has servers stop in the middle of everything.
 func TestSilence(t *testing.T) {
+	t.Parallel()
 	ref, block := newBlock(eris.BlockSize1KiB, 7)
-	hang := make(chan struct{})
-	defer close(hang)
 	for name, before := range map[string]func(w http.ResponseWriter){
 		"before the header": func(w http.ResponseWriter) {},
 		"in the body": func(w http.ResponseWriter) {
@@ -393,7 +392,7 @@ func TestSilence(t *testing.T) {
 		},
 		"dripping": func(w http.ResponseWriter) {
 			w.Header().Set("Content-Length", "1024")
-			for i := range 100 {
+			for i := range block {
 				if _, err := w.Write(block[i : i+1]); err != nil {
 					return
 				}
@@ -402,21 +401,22 @@ func TestSilence(t *testing.T) {
 			}
 		},
 	} {
-		store := openHandler(t, "", web.Options{Timeout: 50 * time.Millisecond}, func(w http.ResponseWriter, r *http.Request) {
-			before(w)
-			select {
-			case <-hang:
-			case <-r.Context().Done():
+		t.Run(strings.ReplaceAll(name, " ", "_"), func(t *testing.T) {
+			t.Parallel()
+			// So long that a machine that is busy gets to where the server stops.
+			store := openHandler(t, "", web.Options{Timeout: 2 * time.Second}, func(w http.ResponseWriter, r *http.Request) {
+				before(w)
+				<-r.Context().Done()
+			})
+			want := "the answer takes more than"
+			if name == "before the header" {
+				want = "not answered for"
+			}
+			_, err := get(t, store, ref, eris.BlockSize1KiB)
+			if err == nil || errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), want) {
+				t.Errorf("error is %v", err)
 			}
 		})
-		want := "the answer takes more than"
-		if name == "before the header" {
-			want = "not answered for"
-		}
-		_, err := get(t, store, ref, eris.BlockSize1KiB)
-		if err == nil || errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), want) {
-			t.Errorf("%s: error is %v", name, err)
-		}
 	}
 }
 
@@ -492,12 +492,13 @@ func TestRestAfterQueue(t *testing.T) {
 	release()
 	server.restart()
 	for {
+		after := time.Since(ended)
 		_, err := get(t, store, ref, eris.BlockSize1KiB)
 		if err == nil {
 			break
 		}
-		if time.Since(ended) > 5*took {
-			t.Fatalf("%v after requests of %v: %v", time.Since(ended), took, err)
+		if after > 5*took {
+			t.Fatalf("%v after requests of %v: %v", after, took, err)
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
@@ -557,10 +558,11 @@ func TestRetryAfter(t *testing.T) {
 		store := openHandler(t, "", web.Options{Connections: connections}, func(w http.ResponseWriter, r *http.Request) {
 			mu.Lock()
 			defer mu.Unlock()
+			now := time.Now()
 			if asked++; asked == 20 {
-				until = time.Now().Add(time.Second)
+				until = now.Add(time.Second)
 			}
-			if time.Now().Before(until) {
+			if now.Before(until) {
 				refused++
 				w.Header().Set("Retry-After", "1")
 				w.WriteHeader(code)
