@@ -168,7 +168,7 @@ func TestBodies(t *testing.T) {
 			conn, err := net.Dial("tcp", strings.TrimPrefix(h.URL, "http://"))
 			must(t, err)
 			defer conn.Close()
-			conn.SetDeadline(time.Now().Add(20 * time.Second))
+			conn.SetDeadline(time.Now().Add(2 * time.Minute))
 			fmt.Fprintf(conn, "%s /nix-cache-info HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n", method, body)
 			answer, err := io.ReadAll(conn)
 			if err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 413 ") {
@@ -219,7 +219,7 @@ func TestStalled(t *testing.T) {
 	}
 	// They do not keep others from what is small.
 	wantStatus(t, h.URL+"/00000000000000000000000000000001.narinfo", 200)
-	deadline, most := time.Now().Add(time.Minute), 0
+	deadline, most := time.Now().Add(10*time.Minute), 0
 	for done.Load() < int64(clients+1) && time.Now().Before(deadline) {
 		time.Sleep(10 * time.Millisecond)
 		most = max(most, open())

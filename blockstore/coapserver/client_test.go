@@ -52,7 +52,7 @@ func (c *client) write(b []byte) bool {
 
 // read returns the next message; ok is false at the end.
 func (c *client) read() (m coaptest.Message, ok bool) {
-	c.conn.SetReadDeadline(time.Now().Add(30 * time.Second))
+	c.conn.SetReadDeadline(time.Now().Add(3 * time.Minute))
 	m, err := coaptest.Read(c.r)
 	if err, isNet := err.(net.Error); isNet && err.Timeout() {
 		c.tb.Error("the server hangs")

@@ -39,7 +39,7 @@ func (s *socket) send(code codes.Code, token uint32, options, payload []byte) {
 }
 
 func (s *socket) read() coaptest.Message {
-	s.conn.SetReadDeadline(time.Now().Add(30 * time.Second))
+	s.conn.SetReadDeadline(time.Now().Add(3 * time.Minute))
 	b := make([]byte, 2000)
 	n, err := s.conn.Read(b)
 	if err != nil {

@@ -153,7 +153,7 @@ func (p *peer) serveBlock(block []byte) {
 // get gets a block and wants the outcome within a time that only a call that hangs exceeds.
 func get(t *testing.T, store *coap.Store, ref eris.Reference, size eris.BlockSize) ([]byte, error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeoutCause(t.Context(), 30*time.Second, errHangs)
+	ctx, cancel := context.WithTimeoutCause(t.Context(), 3*time.Minute, errHangs)
 	defer cancel()
 	return fetch.Get(ctx, store, ref, size, make([]byte, 0, size))
 }

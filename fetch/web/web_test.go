@@ -43,7 +43,7 @@ func openHandler(t *testing.T, suffix string, options web.Options, handler http.
 
 func get(t *testing.T, store fetch.Source, ref eris.Reference, size eris.BlockSize) ([]byte, error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	return fetch.Get(ctx, store, ref, size, nil)
 }
