@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -330,84 +329,84 @@ func TestDelta(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			store := t.TempDir()
-			numbers := ""
-			for i := range 5000 {
-				numbers += fmt.Sprintln(i)
-			}
-			makeItem(t, store, base, itemName(2, "y"), numbers)
-			want, archive := makeItem(t, store, itemName(3, "x-2"), itemName(2, "y"), numbers+"and more")
-			var made bytes.Buffer
-			size, err := delta.Write(t.Context(), &made, want.StorePath, store+"/"+base, delta.WriteOptions{})
-			must(t, err)
-			must(t, restore.Remove(want.StorePath))
-			blocks := sourcetest.NewBackend()
-			c, err := eris.Encode(t.Context(), bytes.NewReader(made.Bytes()), blocks.Put, eris.EncodeOptions{})
-			must(t, err)
-			line := test.line
-			if line.Size == 1 {
-				line.Size = uint64(size)
-			}
-			if line.URL == "urn" {
-				line.URL = c.URN()
-			}
-			rate := 1e5
-			if test.half {
-				rate = 1e4 // the nar should not take less than a tenth of what half a delta does
-				stalls := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-					w.Header().Set("Content-Length", fmt.Sprint(size))
-					w.Write(made.Bytes()[:size/2])
-					w.(http.Flusher).Flush()
-					<-r.Context().Done()
-				}))
-				defer stalls.Close()
-				line.URL = stalls.URL
-			}
-			key := acl.GenerateSigningKey()
-			server := newTestServer(t)
-			lines := line.Text() + "\n"
-			for i := range test.offers {
-				lines += narinfo.Delta{Base: line.Base, Size: line.Size, URL: fmt.Sprintf("%s?%d", line.URL, i)}.Text() + "\n"
-			}
-			server.has(want.StorePath, signInfo(t, key, want)+lines)
-			if test.silent {
-				server.wait = func(r *http.Request) {
-					if r.URL.Path == "/delta" {
+			bubble(t, func(t *testing.T, n *testNetwork) {
+				store := t.TempDir()
+				numbers := ""
+				for i := range 5000 {
+					numbers += fmt.Sprintln(i)
+				}
+				makeItem(t, store, base, itemName(2, "y"), numbers)
+				want, archive := makeItem(t, store, itemName(3, "x-2"), itemName(2, "y"), numbers+"and more")
+				var made bytes.Buffer
+				size, err := delta.Write(t.Context(), &made, want.StorePath, store+"/"+base, delta.WriteOptions{})
+				must(t, err)
+				must(t, restore.Remove(want.StorePath))
+				blocks := sourcetest.NewBackend()
+				c, err := eris.Encode(t.Context(), bytes.NewReader(made.Bytes()), blocks.Put, eris.EncodeOptions{})
+				must(t, err)
+				line := test.line
+				if line.Size == 1 {
+					line.Size = uint64(size)
+				}
+				if line.URL == "urn" {
+					line.URL = c.URN()
+				}
+				rate := 1e5
+				if test.half {
+					rate = 1e4 // the nar should not take less than a tenth of what half a delta does
+					line.URL = n.serve(func(w http.ResponseWriter, r *http.Request) {
+						w.Header().Set("Content-Length", fmt.Sprint(size))
+						w.Write(made.Bytes()[:size/2])
+						w.(http.Flusher).Flush()
 						<-r.Context().Done()
+					})
+				}
+				key := acl.GenerateSigningKey()
+				server := n.testServer()
+				lines := line.Text() + "\n"
+				for i := range test.offers {
+					lines += narinfo.Delta{Base: line.Base, Size: line.Size, URL: fmt.Sprintf("%s?%d", line.URL, i)}.Text() + "\n"
+				}
+				server.has(want.StorePath, signInfo(t, key, want)+lines)
+				if test.silent {
+					server.wait = func(r *http.Request) {
+						if r.URL.Path == "/delta" {
+							<-r.Context().Done()
+						}
 					}
 				}
-			}
-			server.texts["/nar"], server.texts["/delta"] = string(archive), made.String()
-			if test.change != nil {
-				test.change(store, server.texts)
-			}
-			s, log := withLog(t, key, server.url)
-			s.StoreDir, s.Policy, s.UnsignedCapabilities = store, test.policy, test.unsigned
-			s.Blocks, s.Speeds = newMemoryBlocks(t, blocks, 0), newKnownSpeed(substitute.Speed{Rate: rate, Known: true})
-			begin := time.Now()
-			outcome := s.Substitute(t.Context(), want.StorePath, want.StorePath)
-			if took := time.Since(begin); took > 15*time.Second {
-				t.Errorf("it took %v", took)
-			}
-			if test.policy == substitute.ERISOnly && !test.delta {
-				if outcome.Status != substitute.NotFound {
-					t.Errorf("status %d", outcome.Status)
+				server.texts["/nar"], server.texts["/delta"] = string(archive), made.String()
+				if test.change != nil {
+					test.change(store, server.texts)
 				}
-				return
-			}
-			if outcome.Status != substitute.Success {
-				t.Fatalf("status %d:\n%s", outcome.Status, log)
-			}
-			checkRestored(t, want.StorePath, outcome.NarHash)
-			if nar := strings.Contains(log.String(), "/nar"); nar == test.delta {
-				t.Errorf("the nar is used: %t:\n%s", nar, log)
-			}
-			requests := 1 + test.asked // one for the narinfo
-			if !test.delta {
-				requests++
-			}
-			server.wasAsked(t, requests)
-			log.warned(t)
+				s, log := n.with(key, server.url)
+				s.StoreDir, s.Policy, s.UnsignedCapabilities = store, test.policy, test.unsigned
+				s.Blocks, s.Speeds = newMemoryBlocks(t, blocks, 0), newKnownSpeed(substitute.Speed{Rate: rate, Known: true})
+				begin := time.Now()
+				outcome := s.Substitute(t.Context(), want.StorePath, want.StorePath)
+				if took := time.Since(begin); took > 15*time.Second {
+					t.Errorf("it took %v", took)
+				}
+				if test.policy == substitute.ERISOnly && !test.delta {
+					if outcome.Status != substitute.NotFound {
+						t.Errorf("status %d", outcome.Status)
+					}
+					return
+				}
+				if outcome.Status != substitute.Success {
+					t.Fatalf("status %d:\n%s", outcome.Status, log)
+				}
+				checkRestored(t, want.StorePath, outcome.NarHash)
+				if nar := strings.Contains(log.String(), "/nar"); nar == test.delta {
+					t.Errorf("the nar is used: %t:\n%s", nar, log)
+				}
+				requests := 1 + test.asked // one for the narinfo
+				if !test.delta {
+					requests++
+				}
+				server.wasAsked(t, requests)
+				log.warned(t)
+			})
 		})
 	}
 }
