@@ -14,11 +14,13 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/coder/websocket"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 )
 
 // peer is the other end of a WebSocket. Its messages are read by the library, and frames, wrong
@@ -68,13 +70,22 @@ func (p *peer) write(b ...[]byte) bool {
 	return err == nil
 }
 
-// message returns the next message.
-func (p *peer) message() []byte {
-	kind, b, err := p.socket.Read(p.t.Context())
-	if err != nil || kind != websocket.MessageBinary {
-		p.t.Errorf("message is %v, %v", kind, err)
-	}
-	return b
+// messages returns those that come, up to Release.
+func (p *peer) messages() <-chan []byte {
+	messages := make(chan []byte)
+	go func() {
+		defer close(messages)
+		for last := false; !last; {
+			kind, b, err := p.socket.Read(p.t.Context())
+			if err != nil || kind != websocket.MessageBinary {
+				p.t.Errorf("message is %v, %v", kind, err)
+				return
+			}
+			last = bytes.Equal(b, []byte{0, 0xe4})
+			messages <- b
+		}
+	}()
+	return messages
 }
 
 // awaitEnd reads until the connection is over, and returns the status in the last frame if it was
@@ -89,28 +100,30 @@ func (p *peer) awaitEnd() websocket.StatusCode {
 
 type connKey struct{}
 
-// open makes a WebSocket: client says whether the peer is the client.
+// open makes a WebSocket in a network in memory: client says whether the peer is the client.
 func open(t *testing.T, client bool) (ours net.Conn, theirs *peer) {
 	type end struct {
 		socket *websocket.Conn
 		conn   net.Conn
 	}
 	accepted := make(chan end, 1)
-	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	var network sourcetest.Network
+	server := &httptest.Server{Listener: network.Listen(), Config: &http.Server{}}
+	server.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		socket, err := websocket.Accept(w, r, &websocket.AcceptOptions{Subprotocols: []string{WebSocketProtocol}})
 		if err != nil {
 			t.Error(err)
 		}
 		accepted <- end{socket, r.Context().Value(connKey{}).(net.Conn)}
-	}))
+	})
 	server.Config.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
 		return context.WithValue(ctx, connKey{}, conn)
 	}
 	server.Start()
 	t.Cleanup(server.Close)
 	var near end
-	transport := &http.Transport{DialContext: func(ctx context.Context, network, address string) (conn net.Conn, err error) {
-		near.conn, err = net.Dial(network, address)
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, address string) (conn net.Conn, err error) {
+		near.conn, err = network.Dial(ctx, "", address)
 		return near.conn, err
 	}}
 	var err error
@@ -154,50 +167,55 @@ const (
 // checks that the end does not wait for a peer that does not agree to it.
 func TestWebSocket(t *testing.T) {
 	for _, client := range []bool{true, false} {
-		c, p, over, done := play(t, client, time.Minute)
-		if m := p.message(); !bytes.Equal(m, csm) {
-			t.Errorf("first message is %x, want %x", m, csm)
+		synctest.Test(t, func(t *testing.T) { testWebSocket(t, client) })
+	}
+}
+
+func testWebSocket(t *testing.T, client bool) {
+	c, p, over, done := play(t, client, time.Minute)
+	messages := p.messages()
+	if m := <-messages; !bytes.Equal(m, csm) {
+		t.Errorf("first message is %x, want %x", m, csm)
+	}
+	if m := <-messages; string(m) != get {
+		t.Errorf("GET is %x, want %x", m, get)
+	}
+	// The answer comes in pieces, with a ping between them, whose answer comes between
+	// messages.
+	block := bytes.Repeat([]byte{1, 2, 3, 4}, 8192)
+	answer := append([]byte{1, 0x45, 1, 0xff}, block...)
+	p.write(p.frame(final|opBinary, csm), p.frame(opBinary, answer[:1]), p.frame(opContinuation, nil), p.frame(final|opPing, []byte("x")))
+	p.write(p.frame(opContinuation, answer[1:20000]))
+	for p.received.Load() != 20000 {
+		time.Sleep(time.Millisecond)
+	}
+	p.write(p.frame(final|opContinuation, answer[20000:]))
+	if x := <-done; x.Err != nil || !bytes.Equal(x.Dst, block) {
+		t.Errorf("answer has not come: %v", x.Err)
+	}
+	// Put: head and payload are one message.
+	c.Start(&Exchange{Store: wellKnown, Payload: block, Done: func(x *Exchange) { done <- x }})
+	if m := <-messages; string(m) != "\x01\x03\x02"+path+"\xff"+string(block) {
+		t.Errorf("PUT has %d bytes", len(m))
+	}
+	p.write(p.frame(final|opBinary, []byte{1, 0x41, 2}))
+	if x := <-done; x.Err != nil || x.Code != 0x41 {
+		t.Errorf("answer to PUT: %v, %v", x.Code, x.Err)
+	}
+	// Two requests of the peer, the second in pieces.
+	p.write(p.frame(final|opBinary, []byte(get)), p.frame(opBinary, []byte(get[:1])), p.frame(final|opContinuation, []byte(get[1:])))
+	for range 2 {
+		if m := <-messages; !bytes.Equal(m, []byte{1, 0x84, 1}) {
+			t.Errorf("answer to GET is %x", m)
 		}
-		if m := p.message(); string(m) != get {
-			t.Errorf("GET is %x, want %x", m, get)
-		}
-		// The answer comes in pieces, with a ping between them, whose answer comes between
-		// messages.
-		block := bytes.Repeat([]byte{1, 2, 3, 4}, 8192)
-		answer := append([]byte{1, 0x45, 1, 0xff}, block...)
-		p.write(p.frame(final|opBinary, csm), p.frame(opBinary, answer[:1]), p.frame(opContinuation, nil), p.frame(final|opPing, []byte("x")))
-		p.write(p.frame(opContinuation, answer[1:20000]))
-		for p.received.Load() != 20000 {
-			time.Sleep(time.Millisecond)
-		}
-		p.write(p.frame(final|opContinuation, answer[20000:]))
-		if x := <-done; x.Err != nil || !bytes.Equal(x.Dst, block) {
-			t.Errorf("answer has not come: %v", x.Err)
-		}
-		// Put: head and payload are one message.
-		c.Start(&Exchange{Store: wellKnown, Payload: block, Done: func(x *Exchange) { done <- x }})
-		if m := p.message(); string(m) != "\x01\x03\x02"+path+"\xff"+string(block) {
-			t.Errorf("PUT has %d bytes", len(m))
-		}
-		p.write(p.frame(final|opBinary, []byte{1, 0x41, 2}))
-		if x := <-done; x.Err != nil || x.Code != 0x41 {
-			t.Errorf("answer to PUT: %v, %v", x.Code, x.Err)
-		}
-		// Two requests of the peer, the second in pieces.
-		p.write(p.frame(final|opBinary, []byte(get)), p.frame(opBinary, []byte(get[:1])), p.frame(final|opContinuation, []byte(get[1:])))
-		for range 2 {
-			if m := p.message(); !bytes.Equal(m, []byte{1, 0x84, 1}) {
-				t.Errorf("answer to GET is %x", m)
-			}
-		}
-		end, begin := errors.New("enough"), time.Now()
-		c.Release(0, end)
-		if m := p.message(); !bytes.Equal(m, []byte{0, 0xe4}) {
-			t.Errorf("last message is %x, want Release", m)
-		}
-		if err := <-over; err != end || time.Since(begin) > 4*time.Second { // it is 5 s that WebSockets would wait
-			t.Errorf("connection ended by %v after %v", err, time.Since(begin))
-		}
+	}
+	end, begin := errors.New("enough"), time.Now()
+	c.Release(0, end)
+	if m := <-messages; !bytes.Equal(m, []byte{0, 0xe4}) {
+		t.Errorf("last message is %x, want Release", m)
+	}
+	if err := <-over; err != end || time.Since(begin) > 4*time.Second { // it is 5 s that WebSockets would wait
+		t.Errorf("connection ended by %v after %v", err, time.Since(begin))
 	}
 }
 
@@ -237,40 +255,36 @@ func TestWebSocketHostile(t *testing.T) {
 		for _, client := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%s/client=%v", v.name, client), func(t *testing.T) {
 				t.Parallel()
-				timeout := time.Minute
-				if v.want == any {
-					timeout = 300 * time.Millisecond // it is that what ends the connection
-				}
-				_, p, over, done := play(t, client, timeout)
-				before := one(final|opBinary, csm)
-				if v.before != nil {
-					before = v.before
-				}
-				var group sync.WaitGroup
-				defer group.Wait()
-				p.write(before(p))
-				b := v.send(p)
-				if v.repeat {
+				synctest.Test(t, func(t *testing.T) {
+					_, p, over, done := play(t, client, 300*time.Millisecond)
+					before := one(final|opBinary, csm)
+					if v.before != nil {
+						before = v.before
+					}
+					var group sync.WaitGroup
+					defer group.Wait()
+					b := v.send(p)
 					group.Go(func() {
-						for p.write(bytes.Repeat(b, 100)) {
+						p.write(before(p))
+						for p.write(b) && v.repeat {
+							b = bytes.Repeat(v.send(p), 100)
+							time.Sleep(time.Millisecond)
 						}
 					})
-				} else {
-					p.write(b)
-				}
-				if got := p.awaitEnd(); v.want != any && got != v.want {
-					t.Errorf("status is %d, want %d", got, v.want)
-				}
-				p.conn.Close()
-				if x := <-done; x.Err == nil {
-					t.Error("the request does not fail")
-				}
-				if err := <-over; err == nil {
-					t.Error("the connection does not say why it has ended")
-				}
-				if n := p.received.Load(); v.repeat && n != 0 {
-					t.Errorf("%d bytes count that nobody has asked for", n)
-				}
+					if got := p.awaitEnd(); v.want != any && got != v.want {
+						t.Errorf("status is %d, want %d", got, v.want)
+					}
+					p.conn.Close()
+					if x := <-done; x.Err == nil {
+						t.Error("the request does not fail")
+					}
+					if err := <-over; err == nil {
+						t.Error("the connection does not say why it has ended")
+					}
+					if n := p.received.Load(); v.repeat && n != 0 {
+						t.Errorf("%d bytes count that nobody has asked for", n)
+					}
+				})
 			})
 		}
 	}
