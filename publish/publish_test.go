@@ -22,6 +22,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
@@ -665,13 +666,35 @@ func TestFindLater(t *testing.T) {
 // encoded, all of them together, and get what can be said without.
 func TestHangingStore(t *testing.T) {
 	t.Parallel()
+	synctest.Test(t, testHangingStore)
+}
+
+func testHangingStore(t *testing.T) {
 	directory, items := aStore(t)
 	store := &gatedStore{memoryStore: newMemoryStore(), entered: make(chan struct{}, 100), gate: make(chan struct{})}
 	c := newCapabilities(t, store)
-	h := server(t, publish.ServerOptions{Root: directory, Items: items, Capabilities: c, WaitFor: 1 << 30, TTL: time.Hour})
+	s, err := publish.NewServer(publish.ServerOptions{
+		StoreDir: "/gnu/store", Root: directory, Items: items, Capabilities: c, WaitFor: 1 << 30, TTL: time.Hour, Log: logger(t),
+	})
+	must(t, err)
+	var network sourcetest.Network
+	l := network.Listen()
+	h := &http.Server{Handler: s}
+	go h.Serve(l)
+	defer h.Close()
+	client := http.Client{Transport: &http.Transport{DialContext: network.Dial}}
+	defer client.CloseIdleConnections()
+	ask := func(item int) (header http.Header, text string) {
+		response, err := client.Get(fmt.Sprintf("http://%s/%032d.narinfo", l.Addr(), item))
+		must(t, err)
+		defer response.Body.Close()
+		body, err := io.ReadAll(response.Body)
+		must(t, err)
+		return response.Header, string(body)
+	}
 	begin := time.Now()
 	for i := range 100 {
-		_, header, text := get(t, fmt.Sprintf("%s/%032d.narinfo", h.URL, i%5+1))
+		header, text := ask(i%5 + 1)
 		if !strings.HasPrefix(text, "StorePath: ") || strings.Contains(text, "ERIS:") || header.Get("Cache-Control") != "max-age=60" {
 			t.Fatalf("header %v, narinfo:\n%s", header, text)
 		}
@@ -688,7 +711,7 @@ func TestHangingStore(t *testing.T) {
 		if _, err := find(c, path, sum); err != nil {
 			t.Error(err)
 		}
-		_, header, text := get(t, fmt.Sprintf("%s/%032d.narinfo", h.URL, i+1))
+		header, text := ask(i + 1)
 		if !strings.Contains(text, "\nERIS: urn:eris:B") || header.Get("Cache-Control") != "max-age=3600" {
 			t.Errorf("header %v, narinfo:\n%s", header, text)
 		}
