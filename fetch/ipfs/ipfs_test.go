@@ -216,7 +216,7 @@ func TestConformance(t *testing.T) {
 		t.Run(kind, func(t *testing.T) {
 			sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
 				n := startNode(t, backend)
-				store := mustOpen(t, n.url("?"+kind), Options{})
+				store := mustOpen(t, n.url("?"+kind), Options{Timeout: 5 * time.Minute})
 				fixture := sourcetest.Fixture{
 					Source:   store,
 					ReadOnly: mustOpen(t, n.url("?gateway"), Options{}),

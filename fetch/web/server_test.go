@@ -3,6 +3,7 @@
 package web_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -171,6 +172,8 @@ func (backendSource) String() string { return "backend" }
 
 func mustOpen(tb testing.TB, url string, options web.Options) *web.Store {
 	tb.Helper()
+	// The machine may be busy.
+	options.ConnectTimeout, options.Timeout = cmp.Or(options.ConnectTimeout, time.Minute), cmp.Or(options.Timeout, 5*time.Minute)
 	if options.Getenv == nil {
 		options.Getenv = func(string) string { return "" }
 	}
@@ -201,7 +204,7 @@ func TestConformance(t *testing.T) {
 				server := startServer(t, serve(secretPath, backend, true), test.protocols...)
 				readOnly := startServer(t, serve("", backend, false), test.protocols...)
 				return sourcetest.Fixture{
-					Source:   mustOpen(t, server.url(secretPath+test.path), web.Options{ConnectTimeout: time.Minute}),
+					Source:   mustOpen(t, server.url(secretPath+test.path), web.Options{}),
 					ReadOnly: mustOpen(t, readOnly.url(test.path), web.Options{}),
 					Restart:  server.restart,
 					Break:    func() { server.server.CloseClientConnections() },

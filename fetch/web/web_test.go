@@ -585,7 +585,8 @@ func TestRetryAfter(t *testing.T) {
 		}
 		group.Wait()
 		must(t, p.Close())
-		if asked != requests+refused || refused == 0 || refused > connections {
+		// A busy machine may ask twice for what it takes for lost.
+		if asked < requests+refused || refused == 0 || refused > connections {
 			t.Errorf("%d: %d requests, of which %d were refused", code, asked, refused)
 		}
 	}
