@@ -87,7 +87,7 @@ func (l *lossy) WriteTo(b []byte, to net.Addr) (int, error) {
 }
 
 // fast are options for a peer that is near and loses datagrams.
-var fast = coap.Options{Datagram: wire.EndpointConfig{AckTimeout: 20 * time.Millisecond, MaxRetransmit: 12}}
+var fast = coap.Options{RequestTimeout: 3 * time.Minute, Datagram: wire.EndpointConfig{AckTimeout: 20 * time.Millisecond, MaxRetransmit: 100}}
 
 // TestLoss puts and gets blocks by UDP over a line that loses, doubles and delays one datagram in
 // ten each, with a server that answers at once, and one that takes so long that answers come apart.
