@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"maps"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -60,54 +59,55 @@ func TestGuixMirror(t *testing.T) {
 	}
 	for _, compression := range []string{"gzip", "lzip", "zstd", "none"} {
 		t.Run(compression, func(t *testing.T) {
-			var nars []string
-			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				rest, isNar := strings.CutPrefix(r.URL.Path, "/nar/")
-				if !isNar {
-					http.ServeFile(w, r, guixMirror+"/all"+r.URL.Path)
-					return
+			bubble(t, func(t *testing.T, n *testNetwork) {
+				var nars []string
+				url := n.serve(func(w http.ResponseWriter, r *http.Request) {
+					rest, isNar := strings.CutPrefix(r.URL.Path, "/nar/")
+					if !isNar {
+						http.ServeFile(w, r, guixMirror+"/all"+r.URL.Path)
+						return
+					}
+					kind := "none"
+					if k, _, ok := strings.Cut(rest, "/"); ok {
+						kind = k
+					}
+					if kind != compression {
+						http.NotFound(w, r)
+						return
+					}
+					nars = append(nars, rest)
+					http.ServeFile(w, r, guixMirror+r.URL.Path)
+				})
+				store := t.TempDir()
+				s, _ := n.with(acl.GenerateSigningKey(), url)
+				s.SetKeys(mirrorKeys(t))
+				for name, item := range mirrorItems(t) {
+					nars = nil
+					destination := filepath.Join(store, filepath.Base(item))
+					if name == "many" && compression != "zstd" {
+						continue // for its size
+					}
+					outcome := s.Substitute(context.Background(), item, destination)
+					if outcome.Status != substitute.Success {
+						t.Errorf("%s: %+v", item, outcome)
+						continue
+					}
+					if len(nars) != 1 {
+						t.Errorf("%s: nars %q were fetched", item, nars)
+					}
+					checkRestored(t, destination, outcome.NarHash)
+					if nixStore == "" {
+						continue
+					}
+					dump, err := exec.Command(nixStore, "--dump", destination).Output()
+					must(t, err)
+					sum := sha256.Sum256(dump)
+					if got := "sha256:" + nixbase32.EncodeToString(sum[:]); got != outcome.NarHash || uint64(len(dump)) != outcome.NarSize {
+						t.Errorf("%s: nix-store sees %s, %d bytes; want %s, %d", item, got, len(dump), outcome.NarHash, outcome.NarSize)
+					}
 				}
-				kind := "none"
-				if k, _, ok := strings.Cut(rest, "/"); ok {
-					kind = k
-				}
-				if kind != compression {
-					http.NotFound(w, r)
-					return
-				}
-				nars = append(nars, rest)
-				http.ServeFile(w, r, guixMirror+r.URL.Path)
-			}))
-			defer server.Close()
-			store := t.TempDir()
-			s, _ := withLog(t, acl.GenerateSigningKey(), server.URL)
-			s.SetKeys(mirrorKeys(t))
-			for name, item := range mirrorItems(t) {
-				nars = nil
-				destination := filepath.Join(store, filepath.Base(item))
-				if name == "many" && compression != "zstd" {
-					continue // for its size
-				}
-				outcome := s.Substitute(context.Background(), item, destination)
-				if outcome.Status != substitute.Success {
-					t.Errorf("%s: %+v", item, outcome)
-					continue
-				}
-				if len(nars) != 1 {
-					t.Errorf("%s: nars %q were fetched", item, nars)
-				}
-				checkRestored(t, destination, outcome.NarHash)
-				if nixStore == "" {
-					continue
-				}
-				dump, err := exec.Command(nixStore, "--dump", destination).Output()
-				must(t, err)
-				sum := sha256.Sum256(dump)
-				if got := "sha256:" + nixbase32.EncodeToString(sum[:]); got != outcome.NarHash || uint64(len(dump)) != outcome.NarSize {
-					t.Errorf("%s: nix-store sees %s, %d bytes; want %s, %d", item, got, len(dump), outcome.NarHash, outcome.NarSize)
-				}
-			}
-			must(t, restore.Remove(store))
+				must(t, restore.Remove(store))
+			})
 		})
 	}
 }

@@ -86,47 +86,49 @@ func TestRewritten(t *testing.T) {
 		{name: "corrupt", corrupt: true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			store := t.TempDir()
-			old, _ := makeItem(t, store, itemName(1, "x"), itemName(2, "y"), ".")
-			want, archive := makeItem(t, store, itemName(3, "x"), itemName(4, "y"), "."+test.more)
-			old.NarSize = want.NarSize // the gate is no matter here
-			must(t, restore.Remove(want.StorePath))
-			if test.corrupt {
-				must(t, os.Chmod(old.StorePath, 0o644))
-				must(t, os.WriteFile(old.StorePath, []byte("uses "+store+"/"+itemName(2, "y")+"?"), 0o644))
-			}
-			key := acl.GenerateSigningKey()
-			server := newTestServer(t)
-			server.has(want.StorePath, signInfo(t, key, want))
-			server.texts["/nar"] = string(archive)
-			var finder *reuse.Finder
-			if !test.off {
-				finder = finderOf(t, store, old)
-			}
-			for attempt := range 2 {
-				s, log := withLog(t, key, server.url)
-				s.StoreDir, s.Policy, s.Reuse = store, test.policy, finder
-				outcome := s.Substitute(t.Context(), want.StorePath, want.StorePath)
-				if outcome.Status != substitute.Success {
-					t.Fatalf("status %d:\n%s", outcome.Status, log)
+			bubble(t, func(t *testing.T, n *testNetwork) {
+				store := t.TempDir()
+				old, _ := makeItem(t, store, itemName(1, "x"), itemName(2, "y"), ".")
+				want, archive := makeItem(t, store, itemName(3, "x"), itemName(4, "y"), "."+test.more)
+				old.NarSize = want.NarSize // the gate is no matter here
+				must(t, restore.Remove(want.StorePath))
+				if test.corrupt {
+					must(t, os.Chmod(old.StorePath, 0o644))
+					must(t, os.WriteFile(old.StorePath, []byte("uses "+store+"/"+itemName(2, "y")+"?"), 0o644))
 				}
-				checkRestored(t, want.StorePath, outcome.NarHash)
-				requests := int64(2)
-				if test.rewritten {
-					requests = 1
+				key := acl.GenerateSigningKey()
+				server := n.testServer()
+				server.has(want.StorePath, signInfo(t, key, want))
+				server.texts["/nar"] = string(archive)
+				var finder *reuse.Finder
+				if !test.off {
+					finder = finderOf(t, store, old)
 				}
-				server.wasAsked(t, requests)
-				tried := strings.Contains(log.String(), "file://"+old.StorePath)
-				if tried != (!test.off && (attempt == 0 || test.rewritten)) {
-					t.Errorf("attempt %d: the old item is tried: %t", attempt, tried)
+				for attempt := range 2 {
+					s, log := n.with(key, server.url)
+					s.StoreDir, s.Policy, s.Reuse = store, test.policy, finder
+					outcome := s.Substitute(t.Context(), want.StorePath, want.StorePath)
+					if outcome.Status != substitute.Success {
+						t.Fatalf("status %d:\n%s", outcome.Status, log)
+					}
+					checkRestored(t, want.StorePath, outcome.NarHash)
+					requests := int64(2)
+					if test.rewritten {
+						requests = 1
+					}
+					server.wasAsked(t, requests)
+					tried := strings.Contains(log.String(), "file://"+old.StorePath)
+					if tried != (!test.off && (attempt == 0 || test.rewritten)) {
+						t.Errorf("attempt %d: the old item is tried: %t", attempt, tried)
+					}
+					if warned := strings.Contains(log.String(), filepath.Base(old.StorePath)+" is corrupt"); warned != (test.corrupt && attempt == 0) {
+						t.Errorf("attempt %d: a warning about the old item: %t", attempt, warned)
+					}
+					if !test.corrupt {
+						log.warned(t)
+					}
 				}
-				if warned := strings.Contains(log.String(), filepath.Base(old.StorePath)+" is corrupt"); warned != (test.corrupt && attempt == 0) {
-					t.Errorf("attempt %d: a warning about the old item: %t", attempt, warned)
-				}
-				if !test.corrupt {
-					log.warned(t)
-				}
-			}
+			})
 		})
 	}
 }
@@ -208,76 +210,78 @@ func TestLeaves(t *testing.T) {
 		{name: "others all over, slowly", more: "-" + some, speed: slow, most: 3 << 20, listed: true, given: true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			store := t.TempDir()
-			old, _ := makeItem(t, store, itemName(1, "x"), itemName(2, "y"), some)
-			want, archive := makeItem(t, store, itemName(3, "x"), itemName(4, "y"), test.more)
-			old.NarSize = want.NarSize + test.length
-			backend := sourcetest.NewBackend()
-			encoded, err := erisfs.Encode(t.Context(), nar.NewTree(want.StorePath), backend.Put, erisfs.EncodeOptions{})
-			if test.nar {
-				encoded.Capability, err = eris.Encode(t.Context(), bytes.NewReader(archive), backend.Put, eris.EncodeOptions{})
-			}
-			want.ERIS = []narinfo.ERIS{{URN: encoded.Capability.URN()}}
-			if test.liar {
-				lie, _ := makeItem(t, t.TempDir(), itemName(3, "x"), itemName(4, "y"), "-"+some)
-				other, err := erisfs.Encode(t.Context(), nar.NewTree(lie.StorePath), backend.Put, erisfs.EncodeOptions{})
-				must(t, err)
-				want.ERIS = []narinfo.ERIS{{URN: other.Capability.URN()}, want.ERIS[0]}
-			}
-			must(t, errors.Join(err, restore.Remove(want.StorePath)))
-			key, server := acl.GenerateSigningKey(), newTestServer(t)
-			server.has(want.StorePath, signInfo(t, key, want))
-			server.texts["/nar"] = string(archive)
-			blocks := &silent{Source: pool.New([]pool.Member{{Source: backend.Open(16)}}, pool.Options{})}
-			defer blocks.Close()
-			var fetched atomic.Int64
-			var finder *reuse.Finder
-			if !test.off {
-				finder = finderOf(t, store, old)
-			}
-			for attempt := range 2 {
-				place := want.StorePath
-				blocks.after = test.most
-				s, log := withLog(t, key, server.url)
-				s.StoreDir, s.Policy, s.Reuse, s.UnsignedCapabilities, s.Verbose, s.StoreSpeed = store, test.policy, finder, true, true, test.speed
-				s.Blocks = fetch.Within(blocks, eris.Reference{}, func(n int) { fetched.Add(int64(n)) })
-				var outcome substitute.Outcome
-				if test.ahead {
-					place = store + "/staged"
-					r := s.Prepare(want.StorePath, place)
-					outcome = r.Run(t.Context())
-					r.Show()
-				} else {
-					outcome = s.Substitute(t.Context(), want.StorePath, place)
+			bubble(t, func(t *testing.T, n *testNetwork) {
+				store := t.TempDir()
+				old, _ := makeItem(t, store, itemName(1, "x"), itemName(2, "y"), some)
+				want, archive := makeItem(t, store, itemName(3, "x"), itemName(4, "y"), test.more)
+				old.NarSize = want.NarSize + test.length
+				backend := sourcetest.NewBackend()
+				encoded, err := erisfs.Encode(t.Context(), nar.NewTree(want.StorePath), backend.Put, erisfs.EncodeOptions{})
+				if test.nar {
+					encoded.Capability, err = eris.Encode(t.Context(), bytes.NewReader(archive), backend.Put, eris.EncodeOptions{})
 				}
-				if outcome.Status != substitute.Success {
-					t.Fatalf("status %d:\n%s", outcome.Status, log)
+				want.ERIS = []narinfo.ERIS{{URN: encoded.Capability.URN()}}
+				if test.liar {
+					lie, _ := makeItem(t, t.TempDir(), itemName(3, "x"), itemName(4, "y"), "-"+some)
+					other, err := erisfs.Encode(t.Context(), nar.NewTree(lie.StorePath), backend.Put, erisfs.EncodeOptions{})
+					must(t, err)
+					want.ERIS = []narinfo.ERIS{{URN: other.Capability.URN()}, want.ERIS[0]}
 				}
-				if text, err := os.ReadFile(place); err != nil || !strings.HasSuffix(string(text), itemName(4, "y")+test.more) {
-					t.Error("other contents")
+				must(t, errors.Join(err, restore.Remove(want.StorePath)))
+				key, server := acl.GenerateSigningKey(), n.testServer()
+				server.has(want.StorePath, signInfo(t, key, want))
+				server.texts["/nar"] = string(archive)
+				blocks := &silent{Source: pool.New([]pool.Member{{Source: backend.Open(16)}}, pool.Options{})}
+				defer blocks.Close()
+				var fetched atomic.Int64
+				var finder *reuse.Finder
+				if !test.off {
+					finder = finderOf(t, store, old)
 				}
-				must(t, restore.Remove(place))
-				// The second time it is known what is of no use.
-				listed := strings.Contains(log.String(), " with "+old.StorePath)
-				if listed != (test.listed && !(test.given && attempt == 1)) && test.more != some {
-					t.Errorf("attempt %d: leaves are among the ways: %t", attempt, listed)
+				for attempt := range 2 {
+					place := want.StorePath
+					blocks.after = test.most
+					s, log := n.with(key, server.url)
+					s.StoreDir, s.Policy, s.Reuse, s.UnsignedCapabilities, s.Verbose, s.StoreSpeed = store, test.policy, finder, true, true, test.speed
+					s.Blocks = fetch.Within(blocks, eris.Reference{}, func(n int) { fetched.Add(int64(n)) })
+					var outcome substitute.Outcome
+					if test.ahead {
+						place = store + "/staged"
+						r := s.Prepare(want.StorePath, place)
+						outcome = r.Run(t.Context())
+						r.Show()
+					} else {
+						outcome = s.Substitute(t.Context(), want.StorePath, place)
+					}
+					if outcome.Status != substitute.Success {
+						t.Fatalf("status %d:\n%s", outcome.Status, log)
+					}
+					if text, err := os.ReadFile(place); err != nil || !strings.HasSuffix(string(text), itemName(4, "y")+test.more) {
+						t.Error("other contents")
+					}
+					must(t, restore.Remove(place))
+					// The second time it is known what is of no use.
+					listed := strings.Contains(log.String(), " with "+old.StorePath)
+					if listed != (test.listed && !(test.given && attempt == 1)) && test.more != some {
+						t.Errorf("attempt %d: leaves are among the ways: %t", attempt, listed)
+					}
+					// Of 4096 times one, what is known of leaves takes the place of what is known of rewriting.
+					forgotten := test.given && attempt == 1
+					if rewriting := strings.Contains(log.String(), "file://"); !forgotten && rewriting != (!test.off && test.length == 0 && (attempt == 0 || test.more == some)) {
+						t.Errorf("attempt %d: rewriting is tried: %t", attempt, rewriting)
+					}
+					if test.liar && attempt == 1 {
+						test.most = 100 << 10
+					}
+					if n := fetched.Swap(0); n > test.most || (n == 0) != (test.most == 0) && attempt == 0 {
+						t.Errorf("attempt %d: %d bytes of blocks", attempt, n)
+					}
+					log.warned(t)
 				}
-				// Of 4096 times one, what is known of leaves takes the place of what is known of rewriting.
-				forgotten := test.given && attempt == 1
-				if rewriting := strings.Contains(log.String(), "file://"); !forgotten && rewriting != (!test.off && test.length == 0 && (attempt == 0 || test.more == some)) {
-					t.Errorf("attempt %d: rewriting is tried: %t", attempt, rewriting)
+				if text, err := os.ReadFile(old.StorePath); err != nil || string(text) != "uses "+store+"/"+itemName(2, "y")+some {
+					t.Error("the old item has changed")
 				}
-				if test.liar && attempt == 1 {
-					test.most = 100 << 10
-				}
-				if n := fetched.Swap(0); n > test.most || (n == 0) != (test.most == 0) && attempt == 0 {
-					t.Errorf("attempt %d: %d bytes of blocks", attempt, n)
-				}
-				log.warned(t)
-			}
-			if text, err := os.ReadFile(old.StorePath); err != nil || string(text) != "uses "+store+"/"+itemName(2, "y")+some {
-				t.Error("the old item has changed")
-			}
+			})
 		})
 	}
 }

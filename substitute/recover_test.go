@@ -234,31 +234,33 @@ func TestWrongOnce(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			var requests atomic.Int64
-			server := f.serve(t, f.narinfo(t, test.urls...), func(w http.ResponseWriter, r *http.Request) {
-				n := requests.Add(1)
-				if anew := r.Header.Get("Cache-Control") == "no-cache"; anew != (n > int64(len(test.urls))) {
-					t.Errorf("request %d is to pass caches: %v", n, anew)
+			bubble(t, func(t *testing.T, network *testNetwork) {
+				var requests atomic.Int64
+				url := network.serve(f.handler(f.narinfo(t, test.urls...), func(w http.ResponseWriter, r *http.Request) {
+					n := requests.Add(1)
+					if anew := r.Header.Get("Cache-Control") == "no-cache"; anew != (n > int64(len(test.urls))) {
+						t.Errorf("request %d is to pass caches: %v", n, anew)
+					}
+					body := f.archive
+					if r.URL.Path == "/gzip" {
+						body = stored
+					}
+					switch {
+					case n > test.times:
+					case test.at < 0:
+						body = bytes.Repeat([]byte("<html>later</html>"), 1000)
+					default:
+						body = bytes.Clone(body)
+						body[test.at] ^= 1
+					}
+					w.Write(body)
+				}))
+				s, log := network.with(f.key, url)
+				f.restore(t, s, test.want, log)
+				if n := requests.Load(); n != test.most {
+					t.Errorf("%d requests instead of %d:\n%s", n, test.most, log)
 				}
-				body := f.archive
-				if r.URL.Path == "/gzip" {
-					body = stored
-				}
-				switch {
-				case n > test.times:
-				case test.at < 0:
-					body = bytes.Repeat([]byte("<html>later</html>"), 1000)
-				default:
-					body = bytes.Clone(body)
-					body[test.at] ^= 1
-				}
-				w.Write(body)
 			})
-			s, log := withLog(t, f.key, server.URL)
-			f.restore(t, s, test.want, log)
-			if n := requests.Load(); n != test.most {
-				t.Errorf("%d requests instead of %d:\n%s", n, test.most, log)
-			}
 		})
 	}
 }
