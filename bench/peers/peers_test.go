@@ -221,7 +221,7 @@ func TestPeers(t *testing.T) {
 		w := newNetwork(t, n, true)
 		want := w.add(t, 64<<20, eris.BlockSize32KiB, 1, random(n))
 		// Who asks the owners takes all at once that it can, which is not what a pool may do to stores.
-		limit{1.6, 300, 1500 * time.Millisecond, 2}.check(t, fmt.Sprint("64 MiB at ", n), w, want)
+		limit{1.6, 300, 1500 * time.Millisecond, 4}.check(t, fmt.Sprint("64 MiB at ", n), w, want)
 	}
 	w := newNetwork(t, 20, true)
 	limit{1.6, 300, 2 * time.Second, 4}.check(t, "4 MiB in 1 KiB at 20", w, w.add(t, 4<<20, eris.BlockSize1KiB, 2, random(20)))
