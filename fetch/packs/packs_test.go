@@ -170,7 +170,7 @@ func read(ctx context.Context, blocks fetch.Source, c eris.ReadCapability) (file
 // are cached already do not make it more.
 func TestRequests(t *testing.T) {
 	small, large, packs := t.TempDir(), t.TempDir(), t.TempDir()
-	fill(t, filepath.Join(large, "large"), 0, 200e6)
+	fill(t, filepath.Join(large, "large"), 0, 50e6)
 	for i := range 5000 {
 		directory := filepath.Join(small, fmt.Sprint(i%50))
 		must(t, os.MkdirAll(directory, 0o777))
@@ -180,7 +180,7 @@ func TestRequests(t *testing.T) {
 		tree  string
 		files int64
 		most  int64
-	}{{large, 1, 40}, {small, 5000, 10}} {
+	}{{large, 1, 15}, {small, 5000, 10}} {
 		c := encode(t, test.tree, packs)
 		server := serve(t, packs)
 		blocks := pool.New([]pool.Member{{Source: mustOpen(t, server.URL+"?packed")}}, pool.Options{})
