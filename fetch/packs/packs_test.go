@@ -36,7 +36,7 @@ var must = testhelp.Must
 
 func mustOpen(tb testing.TB, url string) *Store {
 	tb.Helper()
-	s, err := Open(url, web.Options{Getenv: func(string) string { return "" }})
+	s, err := Open(url, web.Options{ConnectTimeout: time.Minute, Timeout: 5 * time.Minute, Getenv: func(string) string { return "" }})
 	must(tb, err)
 	tb.Cleanup(func() { s.Close() })
 	return s
