@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"sync"
 	"testing"
+	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
@@ -99,7 +100,7 @@ func TestCloseWhileBusy(t *testing.T) {
 		mu.Lock()
 		n := len(acknowledged)
 		mu.Unlock()
-		if n > 200 {
+		if time.Sleep(time.Millisecond); n > 200 {
 			break
 		}
 	}
