@@ -7,7 +7,6 @@ import (
 	"errors"
 	"io"
 	"net"
-	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
@@ -44,13 +43,11 @@ func (h *oneBlock) Finish(bool) {}
 
 // TestBothWays has two peers that request from each other over one connection, at the same time.
 func TestBothWays(t *testing.T) {
-	listener, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
-	must(t, err)
-	defer listener.Close()
-	near, err := net.Dial("unix", listener.Addr().String())
-	must(t, err)
-	far, err := listener.Accept()
-	must(t, err)
+	synctest.Test(t, testBothWays) // where the last words have time to arrive
+}
+
+func testBothWays(t *testing.T) {
+	near, far := net.Pipe()
 	var handlers [2]*oneBlock
 	var runs sync.WaitGroup
 	for i, conn := range []net.Conn{near, far} {
