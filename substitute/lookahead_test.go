@@ -92,28 +92,30 @@ func askOneByOne(t testing.TB, s *substitute.Substituter, first string) int {
 // onOneConnection has narinfos requested on one connection, where requests are counted: of several,
 // one that seems to have no server behind it is given up, and what was requested there is requested
 // again.
-func onOneConnection(t *testing.T, s *substitute.Substituter) {
-	s.Mirrors = mirror.NewClient(mirror.Options{MaxConnections: 2})
-	t.Cleanup(s.Mirrors.Close)
+func onOneConnection(n *testNetwork, s *substitute.Substituter) {
+	s.Mirrors = mirror.NewClient(mirror.Options{Dial: n.Dial, MaxConnections: 2})
+	n.t.Cleanup(s.Mirrors.Close)
 }
 
 // TestLookAhead asks about a closure one item at a time. Each narinfo is asked for once, those
 // ahead as well, and nothing is shown between requests.
 func TestLookAhead(t *testing.T) {
-	key := acl.GenerateSigningKey()
-	server := newTestServer(t)
-	closure(t, key, 300, 10, func(int) *testServer { return server })
-	s, log := withLog(t, key, server.url)
-	onOneConnection(t, s)
-	s.LookAhead = 1000
-	defer s.Close()
-	if n := askOneByOne(t, s, itemPath(0)); n != 300 {
-		t.Errorf("%d available", n)
-	}
-	server.wasAsked(t, 300)
-	if n := strings.Count(log.String(), "%"); n > 2 { // of the first item alone
-		t.Errorf("progress was shown %d times", n)
-	}
+	bubble(t, func(t *testing.T, n *testNetwork) {
+		key := acl.GenerateSigningKey()
+		server := n.testServer()
+		closure(t, key, 300, 10, func(int) *testServer { return server })
+		s, log := n.with(key, server.url)
+		onOneConnection(n, s)
+		s.LookAhead = 1000
+		defer s.Close()
+		if available := askOneByOne(t, s, itemPath(0)); available != 300 {
+			t.Errorf("%d available", available)
+		}
+		server.wasAsked(t, 300)
+		if n := strings.Count(log.String(), "%"); n > 2 { // of the first item alone
+			t.Errorf("progress was shown %d times", n)
+		}
+	})
 }
 
 // until waits for a condition.
@@ -131,32 +133,35 @@ func until(t *testing.T, what string, condition func() bool) {
 // TestLookAheadBounds checks what is not looked up ahead.
 func TestLookAheadBounds(t *testing.T) {
 	key := acl.GenerateSigningKey()
-	server := newTestServer(t)
-	items := closure(t, key, 300, 5, func(int) *testServer { return server })
+	items := itemPaths(300)
 	for name, test := range map[string]struct {
 		most int
 		ask  func(s *substitute.Substituter)
 		want int64
 	}{
-		"none":          {0, func(s *substitute.Substituter) { s.Info(t.Context(), items[:1]) }, 1},
-		"some":          {50, func(s *substitute.Substituter) { s.Info(t.Context(), items[:1]) }, 50},
-		"availability":  {1000, func(s *substitute.Substituter) { s.Have(t.Context(), items[:1]) }, 1},
-		"many at once":  {1000, func(s *substitute.Substituter) { s.Info(t.Context(), items[:100]) }, 100},
-		"all there is":  {1000, func(s *substitute.Substituter) { s.Info(t.Context(), items[:1]) }, 300},
-		"not available": {1000, func(s *substitute.Substituter) { s.Info(t.Context(), []string{itemPath(1000)}) }, 1},
+		"none":          {0, func(s *substitute.Substituter) { s.Info(context.Background(), items[:1]) }, 1},
+		"some":          {50, func(s *substitute.Substituter) { s.Info(context.Background(), items[:1]) }, 50},
+		"availability":  {1000, func(s *substitute.Substituter) { s.Have(context.Background(), items[:1]) }, 1},
+		"many at once":  {1000, func(s *substitute.Substituter) { s.Info(context.Background(), items[:100]) }, 100},
+		"all there is":  {1000, func(s *substitute.Substituter) { s.Info(context.Background(), items[:1]) }, 300},
+		"not available": {1000, func(s *substitute.Substituter) { s.Info(context.Background(), []string{itemPath(1000)}) }, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s, _ := withLog(t, key, server.url)
-			onOneConnection(t, s)
-			s.LookAhead = test.most
-			before := server.asked.Load()
-			test.ask(s)
-			until(t, "asking", func() bool { return server.asked.Load()-before >= test.want })
-			time.Sleep(20 * time.Millisecond) // for more, which would be wrong
-			s.Close()
-			if n := server.asked.Load() - before; n != test.want {
-				t.Errorf("%d requests, want %d", n, test.want)
-			}
+			bubble(t, func(t *testing.T, n *testNetwork) {
+				server := n.testServer()
+				closure(t, key, 300, 5, func(int) *testServer { return server })
+				s, _ := n.with(key, server.url)
+				onOneConnection(n, s)
+				s.LookAhead = test.most
+				before := server.asked.Load()
+				test.ask(s)
+				until(t, "asking", func() bool { return server.asked.Load()-before >= test.want })
+				time.Sleep(20 * time.Millisecond) // for more, which would be wrong
+				s.Close()
+				if n := server.asked.Load() - before; n != test.want {
+					t.Errorf("%d requests, want %d", n, test.want)
+				}
+			})
 		})
 	}
 	// What is in the store is not looked up, nor what it refers to.
@@ -180,20 +185,22 @@ func TestLookAheadBounds(t *testing.T) {
 // TestLookAheadOrder checks that what was looked up ahead has the answers of the servers that would
 // have been asked.
 func TestLookAheadOrder(t *testing.T) {
-	key := acl.GenerateSigningKey()
-	a, b := newTestServer(t), newTestServer(t)
-	closure(t, key, 100, 6, func(i int) *testServer { return []*testServer{a, b}[i%2] })
-	s := newSubstituter(t, key, a, b)
-	onOneConnection(t, s)
-	s.LookAhead = 1000
-	defer s.Close()
-	if n := askOneByOne(t, s, itemPath(0)); n != 100 {
-		t.Errorf("%d available", n)
-	}
-	// A question that meets the end of a lookup may be asked once more.
-	if n, m := a.asked.Load(), b.asked.Load(); n < 100 || n > 103 || m < 50 || m > 53 {
-		t.Errorf("the servers were asked %d and %d times", a.asked.Load(), b.asked.Load())
-	}
+	bubble(t, func(t *testing.T, n *testNetwork) {
+		key := acl.GenerateSigningKey()
+		a, b := n.testServer(), n.testServer()
+		closure(t, key, 100, 6, func(i int) *testServer { return []*testServer{a, b}[i%2] })
+		s, _ := n.with(key, a.url, b.url)
+		onOneConnection(n, s)
+		s.LookAhead = 1000
+		defer s.Close()
+		if available := askOneByOne(t, s, itemPath(0)); available != 100 {
+			t.Errorf("%d available", available)
+		}
+		// A question that meets the end of a lookup may be asked once more.
+		if n, m := a.asked.Load(), b.asked.Load(); n < 100 || n > 103 || m < 50 || m > 53 {
+			t.Errorf("the servers were asked %d and %d times", a.asked.Load(), b.asked.Load())
+		}
+	})
 }
 
 // TestLookAheadJoined checks that a request waits for what is being looked up ahead rather than
@@ -297,34 +304,36 @@ func TestLookAheadWarnings(t *testing.T) {
 // TestLookAheadFillsCache checks that what was looked up ahead is there for the next process, as
 // the one that restores items.
 func TestLookAheadFillsCache(t *testing.T) {
-	key := acl.GenerateSigningKey()
-	server := newTestServer(t)
-	items := closure(t, key, 50, 5, func(int) *testServer { return server })
-	directory := t.TempDir()
-	with := func() (*substitute.Substituter, func()) {
-		s := newSubstituter(t, key, server)
-		onOneConnection(t, s)
-		closeCache := withCache(t, s, directory)
-		return s, func() { s.Close(); closeCache() }
-	}
-	s, closeIt := with()
-	s.LookAhead = 1000
-	s.Info(t.Context(), items[:1])
-	until(t, "asking", func() bool { return server.asked.Load() >= 50 })
-	if have := s.Have(t.Context(), items); len(have) != 50 || server.asked.Load() != 50 { // waits for answers
-		t.Errorf("%d available after %d requests", len(have), server.asked.Load())
-	}
-	closeIt()
-	s, closeIt = with()
-	defer closeIt()
-	available(t, s, items, 50)
-	for _, item := range items {
-		s.Substitute(t.Context(), item, t.TempDir()+"/item") // the nar is 404
-	}
-	// Two requests for each nar, and one to see whether the narinfo is still the same.
-	if n := server.asked.Load() - 50; n != 150 {
-		t.Errorf("%d requests for 50 nars", n)
-	}
+	bubble(t, func(t *testing.T, n *testNetwork) {
+		key := acl.GenerateSigningKey()
+		server := n.testServer()
+		items := closure(t, key, 50, 5, func(int) *testServer { return server })
+		directory := t.TempDir()
+		with := func() (*substitute.Substituter, func()) {
+			s, _ := n.with(key, server.url)
+			onOneConnection(n, s)
+			closeCache := withCache(t, s, directory)
+			return s, func() { s.Close(); closeCache() }
+		}
+		s, closeIt := with()
+		s.LookAhead = 1000
+		s.Info(t.Context(), items[:1])
+		until(t, "asking", func() bool { return server.asked.Load() >= 50 })
+		if have := s.Have(t.Context(), items); len(have) != 50 || server.asked.Load() != 50 { // waits for answers
+			t.Errorf("%d available after %d requests", len(have), server.asked.Load())
+		}
+		closeIt()
+		s, closeIt = with()
+		defer closeIt()
+		available(t, s, items, 50)
+		for _, item := range items {
+			s.Substitute(t.Context(), item, t.TempDir()+"/item") // the nar is 404
+		}
+		// Two requests for each nar, and one to see whether the narinfo is still the same.
+		if requests := server.asked.Load() - 50; requests != 150 {
+			t.Errorf("%d requests for 50 nars", requests)
+		}
+	})
 }
 
 // BenchmarkClosure asks about a closure of 1000 items one at a time, as the daemon does, from a
