@@ -401,9 +401,10 @@ func TestPatient(t *testing.T) {
 		{true, false, []*fake{{answer: hang}, {roundTrip: 5e9}}, 12 * time.Second, true},
 		{true, false, []*fake{{answer: hang}}, 16 * time.Second, false},
 		{true, false, []*fake{{answer: hang}, {roundTrip: 20e6}}, time.Second, true},
+		{true, true, []*fake{{answer: hang}, {roundTrip: 20e6}}, time.Second, true},
 	} {
 		list := sources(v.fakes...)
-		list[0].Local = v.local
+		list[0].Near = v.local
 		simulate(t, pool.Options{Patient: v.patient}, list, func(t *testing.T, p *pool.Pool) {
 			begin := time.Now()
 			for i := range 2 {
