@@ -523,35 +523,40 @@ func (k *kept) Put(_ context.Context, ref eris.Reference, block []byte) error {
 }
 
 // TestNear has a near store with a half of the blocks: it is asked for all, and keeps what comes
-// from elsewhere.
+// from elsewhere, also where that has come before it has said that it does not have it.
 func TestNear(t *testing.T) {
-	half := func(_ context.Context, n int, _ int64) error {
-		if n%2 == 1 {
-			return eris.ErrNotFound
-		}
-		return nil
-	}
-	near, far := &kept{fake: &fake{name: "near", answer: half}, blocks: map[eris.Reference]bool{}}, &fake{roundTrip: 20e6, rate: 20e6}
-	list := append([]pool.Member{{Source: near, Near: true}}, sources(far)...)
-	simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
-		const n = 1000
-		readAll(t, p, n, 1024, 64)
-		if near.requests() != n || far.requests() != n/2 {
-			t.Errorf("%d and %d requests", near.requests(), far.requests())
-		}
-		synctest.Wait()
-		for i := range n {
-			if kept := near.blocks[reference(i, 1024)]; kept != (i%2 == 1) {
-				t.Errorf("block %d is kept: %v", i, kept)
+	for _, pause := range []time.Duration{0, 50 * time.Millisecond} {
+		half := func(_ context.Context, n int, _ int64) error {
+			if n%10 == 9 {
+				time.Sleep(pause)
 			}
+			if n%2 == 1 {
+				return eris.ErrNotFound
+			}
+			return nil
 		}
-		// Without it, the others go on.
-		near.lies = true
-		readAll(t, p, n, 1024, 64)
-		if s := p.Stats()[0]; !s.Banned {
-			t.Errorf("a near store that lies is %+v", s)
-		}
-	})
+		near, far := &kept{fake: &fake{name: "near", answer: half}, blocks: map[eris.Reference]bool{}}, &fake{roundTrip: 20e6, rate: 20e6}
+		list := append([]pool.Member{{Source: near, Near: true}}, sources(far)...)
+		simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
+			const n = 1000
+			readAll(t, p, n, 1024, 64)
+			if near.requests() != n || far.requests() != n/2 {
+				t.Errorf("%d and %d requests", near.requests(), far.requests())
+			}
+			synctest.Wait()
+			for i := range n {
+				if kept := near.blocks[reference(i, 1024)]; kept != (i%2 == 1) {
+					t.Errorf("pauses of %v: block %d is kept: %v", pause, i, kept)
+				}
+			}
+			// Without it, the others go on.
+			near.lies = true
+			readAll(t, p, n, 1024, 64)
+			if s := p.Stats()[0]; !s.Banned {
+				t.Errorf("a near store that lies is %+v", s)
+			}
+		})
+	}
 }
 
 var _ fetch.Store = (*kept)(nil)

@@ -89,11 +89,14 @@ func (p *Pool) ended(a *attempt, now time.Duration) {
 	if l == nil {
 		return
 	}
+	if outcome != miss && (outcome != failure || !m.mayErr()) {
+		l.keep &^= m.bit // it has the block after all, lies, or may be a store that hangs
+	}
 	switch {
 	case outcome == success && l.block == nil:
 		l.block = block
 		if !m.near {
-			l.keep, l.from = l.missed, m
+			l.keep, l.from = l.missed|l.active, m
 			p.turnsOut(l, m, true)
 		}
 	case outcome == success:
