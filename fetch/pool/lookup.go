@@ -72,7 +72,6 @@ type lookup struct {
 	block []byte // the result
 	from  any    // the far member that gave it
 	over  bool
-	keep  set     // near members that are to keep the block, as far as they do not have it
 	next  *lookup // of those that are over, or spare
 }
 

@@ -522,6 +522,40 @@ func (k *kept) Put(_ context.Context, ref eris.Reference, block []byte) error {
 	return nil
 }
 
+// cache is a near store that keeps many blocks at a time, and may be in error.
+type cache struct{ *kept }
+
+func (c cache) Keep(ctx context.Context, refs []eris.Reference, blocks [][]byte) error {
+	for i, ref := range refs {
+		if err := c.Put(ctx, ref, blocks[i]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// TestSlowCache gets blocks from a far source before a cache has come to look for them, and says
+// nothing when it need not any more: it keeps them.
+func TestSlowCache(t *testing.T) {
+	near := cache{&kept{fake: &fake{name: "cache"}, blocks: map[eris.Reference]bool{}}}
+	near.answer = func(ctx context.Context, _ int, _ int64) error {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(time.Second):
+			return eris.ErrNotFound
+		}
+	}
+	list := append([]pool.Member{{Source: near, Near: true}}, sources(&fake{roundTrip: 20e6, rate: 20e6})...)
+	simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
+		readAll(t, p, 20, 1024, 20)
+		synctest.Wait()
+		if n := len(near.blocks); n != 20 {
+			t.Errorf("%d blocks of 20 are kept", n)
+		}
+	})
+}
+
 // TestNear has a near store with a half of the blocks: it is asked for all, and keeps what comes
 // from elsewhere, also where that has come before it has said that it does not have it.
 func TestNear(t *testing.T) {

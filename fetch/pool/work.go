@@ -53,9 +53,9 @@ func (p *Pool) work() {
 
 // deliver calls Done of the requests of a lookup that is over. Called without the lock.
 func (p *Pool) deliver(l *lookup) {
-	if l.err == nil && l.keep != 0 {
+	if l.err == nil && l.from != nil {
 		for _, m := range p.near {
-			if l.keep&m.bit != 0 {
+			if l.missed&m.bit != 0 {
 				m.keeper.add(l.key.reference, l.block)
 			}
 		}
@@ -89,14 +89,11 @@ func (p *Pool) ended(a *attempt, now time.Duration) {
 	if l == nil {
 		return
 	}
-	if outcome != miss && (outcome != failure || !m.mayErr()) {
-		l.keep &^= m.bit // it has the block after all, lies, or may be a store that hangs
-	}
 	switch {
 	case outcome == success && l.block == nil:
 		l.block = block
 		if !m.near {
-			l.keep, l.from = l.missed|l.active, m
+			l.from = m
 			p.turnsOut(l, m, true)
 		}
 	case outcome == success:
@@ -106,6 +103,8 @@ func (p *Pool) ended(a *attempt, now time.Duration) {
 		if !m.near { // which are quick to say so again
 			m.remembersMissing(l.key, m.anySize && errors.Is(err, eris.ErrNotFound), now)
 		}
+	case cause == errNotFirst && m.mayErr():
+		l.missed |= m.bit // it was too slow to say so, and is to have it the next time
 	case cause != nil:
 		// Not the member's doing, unless it was silent or has lied, which has been noted then.
 		if cause != errNotFirst && !l.cancelled {
