@@ -319,7 +319,8 @@ func TestOldIndex(t *testing.T) {
 // Files that become shorter while the store is open, which for a mapped file means a fault.
 func TestCutFiles(t *testing.T) {
 	template, refs := damageTemplate(t)
-	for _, length := range []int64{0, 8192, 12288, 40960} {
+	// What is left has no room for all references, wherever bbolt has put them.
+	for _, length := range []int64{0, 8192, 12288, 16384} {
 		directory := t.TempDir()
 		writeFiles(t, directory, template)
 		s, err := Open(directory, Options{hintBytes: 64})
