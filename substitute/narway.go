@@ -198,6 +198,11 @@ func (j *job) download(ctx context.Context, a *attempt, url string, size int64) 
 	a.progress.From(body.URL, size)
 	if !mirror.IsLocal(url) {
 		d.r = ratelimit.Reader(ctx, body, j.s.Limiter)
+		body.Again = func(n int) {
+			a.read.Add(int64(n))
+			d.n.Add(int64(n))
+			j.s.Limiter.Wait(ctx, n)
+		}
 	}
 	return d, nil
 }

@@ -26,6 +26,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -398,6 +399,38 @@ func TestSlowFirst(t *testing.T) {
 					if took := time.Since(begin); took > 5*time.Second {
 						t.Errorf("the next item took %v:\n%s", took, log)
 					}
+				}
+			})
+		})
+	}
+}
+
+// TestBeginsAgainSlowly gets an item from the only server, which breaks off and cannot go on where
+// it was, over a slow line, and within a limit.
+func TestBeginsAgainSlowly(t *testing.T) {
+	f := newFixture(t, 1_000_000)
+	for name, limit := range map[string]int64{"line": 0, "limit": 10_000} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T, n *testNetwork) {
+				var requests atomic.Int64
+				s, log := n.with(f.key, n.serve(f.handler(f.narinfo(t, "none nar"), func(w http.ResponseWriter, r *http.Request) {
+					first := requests.Add(1) == 1
+					for b := f.archive; len(b) > 0; b = b[min(len(b), 10_000):] {
+						if first && len(b) < 100_000 {
+							panic(http.ErrAbortHandler)
+						}
+						w.Write(b[:min(len(b), 10_000)])
+						w.(http.Flusher).Flush()
+						if limit == 0 {
+							time.Sleep(time.Second)
+						}
+					}
+				})))
+				s.Limiter = ratelimit.New(limit, 0)
+				begin := time.Now()
+				f.restore(t, s, substitute.Success, log)
+				if took := time.Since(begin); took < 3*time.Minute || requests.Load() != 2 {
+					t.Errorf("%v, %d requests:\n%s", took, requests.Load(), log)
 				}
 			})
 		})

@@ -397,7 +397,7 @@ type attempt struct {
 	records  []record      // of the job when it began; watch may add to those of the job
 	came     *atomic.Int64 // that of the Substituter
 	got      atomic.Int64  // bytes that have come over the network
-	read     atomic.Int64  // bytes of files of an old item
+	read     atomic.Int64  // bytes of files of an old item, and those that came a second time
 	total    atomic.Int64  // bytes that will come, if the server says so
 	slow     atomic.Bool   // it was given up for that
 	cut      atomic.Bool   // the server has broken off

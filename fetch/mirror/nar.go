@@ -32,6 +32,9 @@ type Nar struct {
 	// Decoded tells that a Content-Encoding has been undone, which a proxy may have added; but some
 	// servers say so of a file that is compressed itself.
 	Decoded bool
+	// Again, if it is set, is called with how many bytes have come a second time, of which a read
+	// returns none.
+	Again func(n int)
 
 	client   *Client // nil for a file
 	location *location

@@ -103,6 +103,9 @@ func (n *Nar) restart(response *http.Response) error {
 	for left > 0 {
 		count, err := n.read(buffer[:min(left, int64(len(buffer)))])
 		again.Write(buffer[:count])
+		if n.Again != nil {
+			n.Again(count)
+		}
 		left -= int64(count)
 		if err == io.EOF {
 			err = io.ErrUnexpectedEOF

@@ -63,7 +63,7 @@ func (c *conn) Write(b []byte) (written int, err error) {
 	for err == nil && written < len(b) {
 		part := b[written:min(len(b), written+c.limiter.chunk)]
 		var took time.Duration
-		if took, err = c.limiter.wait(c.ctx, len(part)); err != nil {
+		if took, err = c.limiter.Wait(c.ctx, len(part)); err != nil {
 			break
 		}
 		if err = c.extend(took); err == nil {
@@ -119,7 +119,7 @@ type packets struct {
 }
 
 func (p *packets) WriteTo(b []byte, to net.Addr) (int, error) {
-	if _, err := p.limiter.wait(p.ctx, len(b)); err != nil {
+	if _, err := p.limiter.Wait(p.ctx, len(b)); err != nil {
 		return 0, err
 	}
 	return p.PacketConn.WriteTo(b, to)

@@ -99,14 +99,18 @@ type reader struct {
 
 func (r *reader) Read(p []byte) (int, error) {
 	n, err := r.r.Read(p[:min(len(p), r.limiter.chunk)])
-	if _, e := r.limiter.wait(r.ctx, n); e != nil {
+	if _, e := r.limiter.Wait(r.ctx, n); e != nil {
 		err = e
 	}
 	return n, err
 }
 
-// wait takes n tokens and waits until they are there, or returns the cause of ctx.
-func (l *Limiter) wait(ctx context.Context, n int) (took time.Duration, err error) {
+// Wait takes n tokens and waits until they are there, or returns the cause of ctx. With no Limiter
+// it does nothing.
+func (l *Limiter) Wait(ctx context.Context, n int) (took time.Duration, err error) {
+	if l == nil {
+		return 0, nil
+	}
 	if took = l.Take(n); took <= 0 {
 		return 0, context.Cause(ctx)
 	}
