@@ -134,13 +134,21 @@ func (n *Nar) continues(response *http.Response) error {
 	field := response.Header.Get("Content-Range")
 	first, last, total, ok := contentRange(field)
 	length := response.ContentLength
+	var err error
 	switch {
 	case !ok:
-		return fmt.Errorf("Content-Range %.100q makes no sense", field)
+		err = fmt.Errorf("Content-Range %.100q makes no sense", field)
 	case first != n.offset || n.total >= 0 && total >= 0 && total != n.total:
-		return fmt.Errorf("Content-Range %.100q instead of what was asked for", field)
+		err = fmt.Errorf("Content-Range %.100q instead of what was asked for", field)
 	case length >= 0 && length != last-first+1:
-		return fmt.Errorf("Content-Range %.100q for %d bytes", field, length)
+		err = fmt.Errorf("Content-Range %.100q for %d bytes", field, length)
+	}
+	if err != nil && n.validator != "" {
+		n.validator = "" // perhaps a proxy that is not good at ranges can have all of it
+		err = &ServerError{Server: n.location.shown(), Err: err}
+	}
+	if err != nil {
+		return err
 	}
 	if tag := response.Header.Get("ETag"); tag != "" && strings.HasPrefix(n.validator, `"`) && tag != n.validator {
 		return errChanged

@@ -191,14 +191,14 @@ func TestNotResumed(t *testing.T) {
 			http.Redirect(w, r, "/elsewhere", http.StatusFound)
 			return true
 		}}, 2, 2, "302"},
-		"no Content-Range":     {&cuttingServer{header: tag, lie: part("", rest)}, 2, 2, "makes no sense"},
-		"odd Content-Range":    {&cuttingServer{header: tag, lie: part("bytes 600000-1048575", rest)}, 2, 2, "makes no sense"},
-		"other unit":           {&cuttingServer{header: tag, lie: part("pages 600000-1048575/1048576", rest)}, 2, 2, "makes no sense"},
-		"beyond the end":       {&cuttingServer{header: tag, lie: part("bytes 600000-1048576/1048576", append(bytes.Clone(rest), 1))}, 2, 2, "makes no sense"},
-		"too large a number":   {&cuttingServer{header: tag, lie: part("bytes 600000-99999999999999999999/*", rest)}, 2, 2, "makes no sense"},
-		"other start":          {&cuttingServer{header: tag, lie: part("bytes 0-1048575/1048576", contents)}, 2, 2, "instead of"},
-		"other length":         {&cuttingServer{header: tag, lie: part("bytes 600000-1048575/1048577", rest)}, 2, 2, "instead of"},
-		"other Content-Length": {&cuttingServer{header: tag, lie: part("bytes 600000-1048575/1048576", rest[:1000])}, 2, 2, "for 1000 bytes"},
+		"no Content-Range":     {&cuttingServer{header: tag, lie: part("", rest)}, 3, 3, "makes no sense"},
+		"odd Content-Range":    {&cuttingServer{header: tag, lie: part("bytes 600000-1048575", rest)}, 3, 3, "makes no sense"},
+		"other unit":           {&cuttingServer{header: tag, lie: part("pages 600000-1048575/1048576", rest)}, 3, 3, "makes no sense"},
+		"beyond the end":       {&cuttingServer{header: tag, lie: part("bytes 600000-1048576/1048576", append(bytes.Clone(rest), 1))}, 3, 3, "makes no sense"},
+		"too large a number":   {&cuttingServer{header: tag, lie: part("bytes 600000-99999999999999999999/*", rest)}, 3, 3, "makes no sense"},
+		"other start":          {&cuttingServer{header: tag, lie: part("bytes 0-1048575/1048576", contents)}, 3, 3, "instead of"},
+		"other length":         {&cuttingServer{header: tag, lie: part("bytes 600000-1048575/1048577", rest)}, 3, 3, "instead of"},
+		"other Content-Length": {&cuttingServer{header: tag, lie: part("bytes 600000-1048575/1048576", rest[:1000])}, 3, 3, "for 1000 bytes"},
 		"other tag": {&cuttingServer{header: tag, lie: func(w http.ResponseWriter, r *http.Request, n int) bool {
 			w.Header().Set("ETag", `"two"`)
 			return part("bytes 600000-1048575/1048576", rest)(w, r, n)
@@ -242,6 +242,7 @@ func TestRestart(t *testing.T) {
 	for name, header := range map[string]func(h http.Header, n int){
 		"no validator":         nil,
 		"ranges are not known": tag,
+		"ranges are wrong":     tag,
 		"weak tag":             func(h http.Header, n int) { h.Set("ETag", `W/"one"`) },
 		"odd tag":              func(h http.Header, n int) { h["Etag"] = []string{`"a" "b"`} },
 		"another tag":          func(h http.Header, n int) { h.Set("ETag", fmt.Sprintf(`"%d"`, n)) },
@@ -260,7 +261,13 @@ func TestRestart(t *testing.T) {
 		partInNetwork(t, name, func(t *testing.T, network *sourcetest.Network) {
 			s := &cuttingServer{contents: contents, each: 600000, header: header}
 			s.lie = func(w http.ResponseWriter, r *http.Request, n int) bool {
-				if n < 3 && name != "ranges are not known" {
+				switch {
+				case name == "ranges are wrong" && r.Header.Get("Range") != "":
+					w.Header().Set("Content-Range", "bytes 0-9/10")
+					w.WriteHeader(http.StatusPartialContent)
+					w.Write(contents[:10])
+					return true
+				case n < 3 && !strings.HasPrefix(name, "ranges"):
 					return false
 				}
 				w.Header().Set("Content-Length", fmt.Sprint(len(contents)))
