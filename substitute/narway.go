@@ -220,7 +220,7 @@ func (d *download) Read(p []byte) (int, error) {
 	d.waited.Add(int64(time.Since(begin)))
 	d.n.Add(int64(n))
 	d.a.countShown(n, n)
-	if err != nil && err != io.EOF && d.a.ctx.Err() == nil {
+	if err != nil && err != io.EOF && d.a.ctx.Err() == nil && !errors.Is(err, mirror.ErrChanged) {
 		d.a.cut.Store(true)
 	}
 	return n, err

@@ -266,6 +266,27 @@ func TestWrongOnce(t *testing.T) {
 	}
 }
 
+// TestCompressedAnew gets an item from the only server, which breaks off, and then has compressed
+// the nar in another way, as one of several behind the same name may.
+func TestCompressedAnew(t *testing.T) {
+	f := newFixture(t, 100_000)
+	bubble(t, func(t *testing.T, network *testNetwork) {
+		var requests atomic.Int64
+		s, log := network.with(f.key, network.serve(f.handler(f.narinfo(t, "gzip nar"), func(w http.ResponseWriter, r *http.Request) {
+			if requests.Add(1) == 1 {
+				w.Write(gzipped(t, f.archive, gzip.BestCompression)[:200])
+				w.(http.Flusher).Flush()
+				panic(http.ErrAbortHandler)
+			}
+			w.Write(gzipped(t, f.archive, gzip.NoCompression))
+		})))
+		f.restore(t, s, substitute.Success, log)
+		if n := requests.Load(); n != 3 {
+			t.Errorf("%d requests:\n%s", n, log)
+		}
+	})
+}
+
 // drip sends a byte now and then.
 func drip(w http.ResponseWriter, r *http.Request, b []byte) {
 	for i := range b {

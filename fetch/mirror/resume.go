@@ -90,7 +90,7 @@ func (n *Nar) restart(response *http.Response) error {
 		return errRestarts
 	}
 	if n.total >= 0 && response.ContentLength >= 0 && response.ContentLength != n.total {
-		return errChanged
+		return ErrChanged
 	}
 	n.validator = ""
 	if response.Header.Get("Content-Encoding") == "" {
@@ -115,12 +115,13 @@ func (n *Nar) restart(response *http.Response) error {
 		}
 	}
 	if again.Sum64() != n.had.Sum64() {
-		return errChanged
+		return ErrChanged
 	}
 	return nil
 }
 
-var errChanged = errors.New("the contents have changed")
+// ErrChanged is why a nar that was cut off cannot go on: what comes now is another one.
+var ErrChanged = errors.New("the contents have changed")
 
 // continues returns why a response is not the rest of the nar, or nil.
 func (n *Nar) continues(response *http.Response) error {
@@ -151,7 +152,7 @@ func (n *Nar) continues(response *http.Response) error {
 		return err
 	}
 	if tag := response.Header.Get("ETag"); tag != "" && strings.HasPrefix(n.validator, `"`) && tag != n.validator {
-		return errChanged
+		return ErrChanged
 	}
 	if n.total < 0 {
 		n.total = total
