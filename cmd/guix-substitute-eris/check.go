@@ -54,12 +54,9 @@ other stores.`,
 }
 
 func (s *checkSettings) check(ctx context.Context, what string) error {
-	isDirectory := false
-	for _, name := range append([]string{what}, mirror.LocalDirectories(what)...) { // export shows a URL
-		if info, err := os.Stat(name); err == nil && info.IsDir() && !isDirectory {
-			what, isDirectory = name, true
-		}
-	}
+	what = localName(what)
+	info, err := os.Stat(what)
+	isDirectory := err == nil && info.IsDir()
 	c, err := parseURN(what)
 	if err != nil && !isDirectory {
 		return fmt.Errorf("%w; this is no directory either", err)
@@ -114,6 +111,18 @@ func (s *checkSettings) check(ctx context.Context, what string) error {
 		err = message.Unavailable
 	}
 	return err
+}
+
+// localName returns the name of what a person means by its name, or by its file: URL, which
+// "export" shows.
+func localName(name string) string {
+	for _, of := range mirror.LocalDirectories(name) {
+		if _, err := os.Stat(of); err == nil {
+			return of
+		}
+		name = of
+	}
+	return name
 }
 
 // showItems shows what there is of items: all that can be said of those that are not complete, or

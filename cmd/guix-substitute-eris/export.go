@@ -73,7 +73,7 @@ like a substitute.`,
 }
 
 func (e *exportSettings) export(ctx context.Context, items []string) error {
-	directory, err := filepath.Abs(e.to)
+	directory, err := filepath.Abs(localName(e.to))
 	if err != nil {
 		return err
 	}
@@ -105,7 +105,7 @@ func (e *exportSettings) export(ctx context.Context, items []string) error {
 	shown := e.Log().Transfer(e.to, e.to)
 	defer shown.Stop()
 	options := publish.ExportOptions{
-		StoreDir: e.Store, Root: e.root, Directory: directory, Blocks: blocks, Keys: keys, Closure: e.closure, Since: e.since, Nars: e.nars,
+		StoreDir: e.Store, Root: e.root, Directory: directory, Blocks: blocks, Keys: keys, Closure: e.closure, Since: localName(e.since), Nars: e.nars,
 		Log: e.Log().Notef, Total: shown.Total, Got: shown.Add,
 		Fetch: func(ctx context.Context, path, to string) error {
 			if outcome := sub.Substitute(ctx, path, to); outcome.Status != substitute.Success {

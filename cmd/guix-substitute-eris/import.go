@@ -35,12 +35,12 @@ URNs that the dump discloses are printed.
   guix-substitute-eris encode --store=dump:- PATH |
     ssh HOST guix-substitute-eris import -`,
 	}
-	store := c.Flags().String("store", "", "put the blocks into the store at `URL` (default: the first of $ERIS_STORE_URL, of the setting eris-stores, or what runs here)")
+	store := c.Flags().String("store", "", "put the blocks into the store at `URL` (default: the first of $ERIS_STORE_URL, what runs here, or the first of the setting eris-stores)")
 	c.RunE = func(_ *cobra.Command, args []string) error {
 		if len(args) != 1 || args[0] == "" {
 			return message.Usage("import takes one dump, directory or \"-\": guix-substitute-eris import --store=URL FILE")
 		}
-		return importBlocks(c.Context(), args[0], *store)
+		return importBlocks(c.Context(), localName(args[0]), *store)
 	}
 	return c
 }
