@@ -207,6 +207,9 @@ func commandPage(c *cobra.Command) string {
 	c.LocalFlags().VisitAll(func(f *pflag.Flag) {
 		value, text := pflag.UnquoteUsage(f)
 		name := "--" + f.Name
+		if f.Shorthand != "" {
+			name = "-" + f.Shorthand + ", " + name
+		}
 		switch {
 		case value == "":
 		case f.NoOptDefVal != "":
