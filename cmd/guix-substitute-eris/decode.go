@@ -33,10 +33,10 @@ that does not exist yet; "-" is standard output. File trees are recognised, as
 ERIS-FS and as nars; other contents, compressed nars among them, are written
 as they are.`,
 	}
-	stores := c.Flags().StringArray("store", nil, "fetch blocks from the stores with these `URLS`, separated by spaces, in this order; may be given several times (default: $ERIS_STORE_URL, the setting eris-stores, or what runs here)")
+	stores := c.Flags().StringArray("store", nil, "fetch blocks from the stores with these `URLS`, separated by spaces; may be given several times (default: $ERIS_STORE_URL, the setting eris-stores, or what runs here)")
 	raw := c.Flags().Bool("raw", false, "write the contents as they are, even if they are a file tree")
 	c.RunE = func(_ *cobra.Command, args []string) error {
-		if len(args) != 2 {
+		if len(args) != 2 || args[1] == "" {
 			return message.Usage("decode takes a URN and a destination: guix-substitute-eris decode --store=URL urn:eris:… FILE")
 		}
 		if strings.HasPrefix(args[1], "urn:eris:") {
