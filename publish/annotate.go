@@ -75,7 +75,7 @@ const (
 func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 	u, err := url.Parse(o.Upstream)
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
-		return nil, fmt.Errorf("%q is not the URL of a substitute server", o.Upstream)
+		return nil, fmt.Errorf("%q is not the URL of a substitute server, which begins with http:// or https://", o.Upstream)
 	}
 	o.Root = cmp.Or(o.Root, o.StoreDir)
 	transport := http.DefaultTransport.(*http.Transport).Clone()

@@ -17,18 +17,22 @@ import (
 
 // CheckNew returns an error, which wraps [fs.ErrExist], if there is something of the name that a
 // user wants to be made, and another one if nothing can have the name, or there is no directory to
-// make it in.
+// make it in, or none that may be written to.
 func CheckNew(path string) error {
 	if _, err := os.Lstat(path); err == nil {
 		return &fs.PathError{Op: "create", Path: path, Err: unix.EEXIST}
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	_, err := os.Stat(filepath.Dir(path))
-	if errors.Is(err, fs.ErrNotExist) {
-		err = fmt.Errorf("the directory %s does not exist; make it, or name another destination", filepath.Dir(path))
+	directory := filepath.Dir(path)
+	err := unix.Access(directory, unix.W_OK|unix.X_OK)
+	switch err {
+	case nil:
+		return nil
+	case unix.ENOENT:
+		return fmt.Errorf("the directory %s does not exist; make it, or name another destination", directory)
 	}
-	return err
+	return &fs.PathError{Op: "open", Path: directory, Err: err}
 }
 
 // Whole has a file or a tree made beside the name that it gets when it is complete and on disk:

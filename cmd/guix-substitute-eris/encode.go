@@ -49,7 +49,7 @@ With --closure, PATHs are store items, as "explain" takes them, and everything
 that they refer to is encoded too; each URN has the item behind it.`,
 	}
 	f := c.Flags()
-	f.StringVar(&s.store, "store", "", "put the blocks into the store at `URL`; \"none\" is none (default: the first of $ERIS_STORE_URL, of the setting eris-stores, or what runs here)")
+	f.StringVar(&s.store, "store", "", "put the blocks into the store at `URL`; \"none\" is none (default: the first of $ERIS_STORE_URL, what runs here, or the first of the setting eris-stores)")
 	f.StringVar(&s.secret, "convergence-secret", "", "use the convergence secret `BASE32`, or \"unique\" for one that nobody knows; by default everybody who encodes the same contents gets the same URN")
 	f.BoolVar(&s.item, "item", false, "encode a file as if it were a store item")
 	f.BoolVar(&s.closure, "closure", false, "encode store items with everything that they refer to")
@@ -57,7 +57,10 @@ that they refer to is encoded too; each URN has the item behind it.`,
 		if slices.Contains(args, "") {
 			return message.Usage("the name of what is to be encoded is empty; write . for the working directory")
 		}
-		if len(args) != 1 && (!s.closure || len(args) == 0) {
+		if s.closure && len(args) == 0 {
+			return message.Usage("encode --closure takes store items: guix-substitute-eris encode --closure --store=URL /gnu/store/…")
+		}
+		if len(args) != 1 && !s.closure {
 			return message.Usage("encode takes one file or directory: guix-substitute-eris encode --store=URL FILE")
 		}
 		return s.run(c.Context(), args)

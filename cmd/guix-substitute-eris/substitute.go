@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/signal"
 	"slices"
-	"strings"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -54,7 +53,8 @@ func substituteCommand() *cobra.Command {
 			return c.Help()
 		}
 		if len(args) > 0 || *query == *fetch {
-			return message.Usage("%q: unrecognized options", strings.Join(args, " "))
+			return message.Usage("substitute takes one of --query and --substitute, and reads what is asked from standard input" +
+				"\nhint: to ask by hand, leave out \"substitute\": guix-substitute-eris --query /gnu/store/…")
 		}
 		signal.Reset() // which end it at once
 		return helper(&s, *query)

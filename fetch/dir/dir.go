@@ -178,7 +178,7 @@ func (s *Store) open(forWriting bool) (*root, error) {
 	if s.root == nil {
 		r, err := openRoot(s.URL.Path, forWriting)
 		if errors.Is(err, fs.ErrNotExist) && forWriting {
-			return nil, fmt.Errorf("the directory %s does not exist; make it, or plug the medium in: %w", filepath.Dir(s.URL.Path), fs.ErrNotExist)
+			return nil, local.NoDirectory(s.URL.Path)
 		}
 		if err != nil {
 			return nil, err

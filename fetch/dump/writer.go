@@ -11,6 +11,7 @@ import (
 	"slices"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/local"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
@@ -188,6 +189,8 @@ func (s *Store) openWriter() (*writer, error) {
 			})
 			if err == nil || errors.Is(err, os.ErrExist) {
 				continue
+			} else if errors.Is(err, os.ErrNotExist) {
+				err = local.NoDirectory(s.URL.Path)
 			}
 		}
 		if err != nil {

@@ -30,7 +30,7 @@ func parse(raw string) (*location, error) {
 	l, err := parseURL(raw)
 	switch {
 	case err == ErrUnsupportedScheme:
-		return nil, fmt.Errorf("%w in %.300q", err, WithoutUser(raw))
+		return nil, fmt.Errorf("%w in %.300q; it must be http://, https:// or file:///", err, WithoutUser(raw))
 	case err != nil:
 		return nil, fmt.Errorf("invalid URL %.300q: %w", WithoutUser(raw), err)
 	}
@@ -49,6 +49,9 @@ func parseURL(raw string) (*location, error) {
 			return nil, errors.New("no absolute file name")
 		}
 		return &location{scheme: "file", target: name}, nil
+	}
+	if !strings.Contains(raw, "://") {
+		return nil, ErrUnsupportedScheme // of a host and a port, for example
 	}
 	u, err := url.Parse(raw)
 	if err != nil {

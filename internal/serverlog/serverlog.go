@@ -53,10 +53,10 @@ func New(format string) (*Log, error) {
 }
 
 // Warnf logs a warning without attributes, for packages that know no structured logs.
-func (l *Log) Warnf(format string, a ...any) { l.Warn(fmt.Sprintf(format, a...)) }
+func (l *Log) Warnf(format string, a ...any) { l.Warn(message.Text(fmt.Sprintf(format, a...))) }
 
 // WarnError does so with an error.
-func (l *Log) WarnError(err error) { l.Warn(err.Error()) }
+func (l *Log) WarnError(err error) { l.Warn(message.Plain(err)) }
 
 // Warnings returns the last warnings, the newest first.
 func (l *Log) Warnings() []Warning {

@@ -147,7 +147,7 @@ func advertisedPort(endpoints []*endpoint) (uint16, error) {
 			return address.Port(), nil
 		}
 	}
-	return 0, message.Usage("--advertise: others cannot connect to any address; name one by --listen=coap+tcp://[::]:5683")
+	return 0, message.Usage("--advertise: others cannot get blocks by coap+tcp at any address; name one by --listen=coap+tcp://[::]:5683")
 }
 
 // limit bounds what is sent.

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -260,6 +261,9 @@ func (s *serveSettings) endpoints(passed []*endpoint) ([]*endpoint, error) {
 }
 
 func (s *serveSettings) socketPath() (string, error) {
+	if strings.Contains(s.socket, "://") {
+		return "", message.Usage("--socket=%s: it must be the path of a socket, and not a URL", s.socket)
+	}
 	if s.socket != "" {
 		return s.socket, nil
 	}

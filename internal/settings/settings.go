@@ -277,6 +277,9 @@ func openStoreFor(text string, hops int) (fetch.Store, error) {
 // one that runs on this machine, for those of others seldom take blocks, and else the first of
 // [StoreURLs]. It is nil if there is none.
 func OpenToPut(flag string) (fetch.Store, error) {
+	if len(strings.Fields(flag)) > 1 {
+		return nil, message.Usage("--store=%q: blocks are put into one store; the spaces in its URL are written %%20", flag)
+	}
 	file, err := Read()
 	urls := StoreURLs(flag, file)
 	if err != nil || len(urls) == 0 {

@@ -69,6 +69,12 @@ do, asks, and keeps a record, by which --undo restores what was there before.`,
 		if !slices.Contains([]string{"", "extension", "program"}, o.Way) {
 			return message.Usage("--way is extension or program, and not %q", o.Way)
 		}
+		switch {
+		case *undo && (o.Share || *noStore || o.Way != ""):
+			return message.Usage("--undo takes back all of it; leave out --share, --no-store and --way")
+		case o.Share && *noStore:
+			return message.Usage("--share needs the block store; leave out --no-store")
+		}
 		o.Store = !*noStore
 		program, err := leaveStore()
 		if err != nil {

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -40,6 +41,11 @@ func MakeDirectory(path string) error {
 		return nil
 	}
 	return err
+}
+
+// NoDirectory says that nothing can be made at path, as its directory does not exist.
+func NoDirectory(path string) error {
+	return fmt.Errorf("the directory %s does not exist; make it, or plug the medium in: %w", filepath.Dir(path), fs.ErrNotExist)
 }
 
 // Files is what a [Store] keeps blocks in. Its methods are called from many goroutines at a time.
