@@ -116,7 +116,7 @@ Options of "guix publish" have the same meaning here; there is no --repl.`,
 		if err != nil {
 			return err
 		}
-		return s.serve(c.Context(), l)
+		return s.user.explain(s.serve(c.Context(), l))
 	}
 	return c
 }

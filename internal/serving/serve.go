@@ -128,7 +128,7 @@ and elsewhere only if the URL says so: "coap+tcp://[::1]:5683?get&put".`,
 		if !s.items && s.manifest+s.narinfos+s.root != "" {
 			return message.Usage("--manifest, --narinfos and --root say which store items there are; they are shared with --items")
 		}
-		return s.run(c.Context())
+		return s.user.explain(s.run(c.Context()))
 	}
 	return c
 }
@@ -235,9 +235,6 @@ func (s *serveSettings) endpoints(passed []*endpoint) ([]*endpoint, error) {
 	onSocket := func(e *endpoint) bool { return e.scheme == "coap+unix" }
 	if s.socket != "none" && (s.socket != "" || !slices.ContainsFunc(passed, onSocket)) {
 		path, err := s.socketPath()
-		if err == nil {
-			path, err = filepath.Abs(path)
-		}
 		if err != nil {
 			return nil, err
 		}
@@ -260,12 +257,13 @@ func (s *serveSettings) endpoints(passed []*endpoint) ([]*endpoint, error) {
 	return endpoints, nil
 }
 
+// socketPath returns the absolute path of the socket.
 func (s *serveSettings) socketPath() (string, error) {
 	if strings.Contains(s.socket, "://") {
 		return "", message.Usage("--socket=%s: it must be the path of a socket, and not a URL", s.socket)
 	}
 	if s.socket != "" {
-		return s.socket, nil
+		return filepath.Abs(s.socket)
 	}
 	return settings.DefaultSocket(os.Geteuid(), os.Getenv("XDG_RUNTIME_DIR"))
 }

@@ -5,6 +5,7 @@ package serving
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/user"
 	"strconv"
@@ -55,6 +56,14 @@ func (r runAs) lookUp() (*user.User, error) {
 		return nil, fmt.Errorf("only root can start what runs as the user %q", string(r))
 	}
 	return u, nil
+}
+
+// explain adds to the error of a server that has become the user what is to be done.
+func (r runAs) explain(err error) error {
+	if r == "" || r == "root" || !errors.Is(err, fs.ErrPermission) {
+		return err
+	}
+	return fmt.Errorf("%w\nhint: what it keeps must belong to its user: sudo install -d -o %s DIRECTORY", err, r)
 }
 
 // become makes the process, with all its threads, that of the user, with the groups of that user.
