@@ -77,7 +77,7 @@ func (e *exportSettings) export(ctx context.Context, items []string) error {
 	if err != nil {
 		return err
 	}
-	if err := inspect.Load(&e.Settings); err != nil {
+	if _, err := inspect.Load(&e.Settings); err != nil {
 		return err
 	}
 	unix.Umask(0o022)

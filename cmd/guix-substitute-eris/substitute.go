@@ -101,7 +101,7 @@ func byHandCommand() *cobra.Command {
 			signal.Reset() // which end it at once between requests
 			return s.Serve(os.Stdin, 1, *query, true)
 		}
-		if err := inspect.Load(&s); err != nil {
+		if _, err := inspect.Load(&s); err != nil {
 			return err
 		}
 		if *query && !*raw {

@@ -146,14 +146,9 @@ func (d *daemonProcess) options() (options string) {
 }
 
 // Load reads the settings, as [session.Settings.Load] does, for a command that somebody runs by
-// hand: what the running daemon tells its helpers counts there, too.
-func Load(s *session.Settings) error {
-	_, err := load(s)
-	return err
-}
-
-// load is [Load], and reports whether the servers are guessed: nobody says which the daemon asks.
-func load(s *session.Settings) (guessed bool, err error) {
+// hand: what the running daemon tells its helpers counts there, too. It reports whether the servers
+// are guessed: nobody says which the daemon asks.
+func Load(s *session.Settings) (guessed bool, err error) {
 	err = s.Load()
 	if _, told := os.LookupEnv("_NIX_OPTIONS"); err != nil || told {
 		return false, err

@@ -71,7 +71,7 @@ example. What servers say is requested anew, and kept for later.`,
 }
 
 func explain(ctx context.Context, s *session.Settings, items []string, asJSON, full bool) error {
-	guessed, err := load(s)
+	guessed, err := Load(s)
 	if err != nil {
 		return err
 	}

@@ -59,7 +59,7 @@ line that says which server it is from, and what its signature is worth.`,
 		if len(items) == 0 {
 			return message.Usage("narinfo takes store items: guix-substitute-eris narinfo /gnu/store/…")
 		}
-		if err := Load(&s); err != nil {
+		if _, err := Load(&s); err != nil {
 			return err
 		}
 		sub := s.SilentSession(true)

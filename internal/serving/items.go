@@ -3,6 +3,7 @@
 package serving
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -107,11 +108,7 @@ func (s *itemSettings) share(ctx context.Context, directory string, log *serverl
 	if _, err := s.names(ctx); err != nil {
 		return nil, nil, err
 	}
-	root := s.root
-	if root == "" {
-		root = s.store
-	}
-	table, err := items.Open(directory, root, log.Warnf)
+	table, err := items.Open(directory, cmp.Or(s.root, s.store), log.Warnf)
 	if err != nil {
 		return nil, nil, err
 	}

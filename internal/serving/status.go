@@ -14,7 +14,6 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -246,11 +245,7 @@ func (s *serveSettings) askStatistics() (socket string, answer []status.Section,
 	if err != nil {
 		return socket, answer, err
 	}
-	path, err := filepath.Abs(socket)
-	if err != nil {
-		return socket, answer, err
-	}
-	store, err := coap.Open((&url.URL{Scheme: "coap+unix", Path: path}).String(), coap.Options{})
+	store, err := coap.Open((&url.URL{Scheme: "coap+unix", Path: socket}).String(), coap.Options{})
 	if err != nil {
 		return socket, answer, err
 	}

@@ -27,9 +27,8 @@ const (
 	// Program is where the program is put if it is in no directory for programs, and where the
 	// files of package etc have it.
 	Program = "/usr/local/bin/guix-substitute-eris"
-	// Socket is that of the block store of the system.
-	Socket = "/run/guix-substitute-eris/eris.sock"
 
+	storeURL       = "coap+unix:///run/guix-substitute-eris/eris.sock" // of the system
 	extensions     = "/etc/guix/extensions"
 	account        = "guix-substitute-eris"
 	units          = "/etc/systemd/system"
@@ -50,8 +49,8 @@ type Options struct {
 	// RealGuix is the guix that "program" hands other commands to; without one that way is not
 	// taken unless Way says so.
 	RealGuix string
-	// Store is whether a block store is set up, and Share whether others may use it and the items
-	// of this machine, over the network.
+	// Store is whether a block store is set up, and Share, which needs it, whether others may use
+	// it and the items of this machine, over the network.
 	Store, Share bool
 }
 
@@ -171,7 +170,7 @@ func (i *installation) unit(name, wantedBy string) error {
 
 // installStore sets the block store up, which the first client starts.
 func (i *installation) installStore() error {
-	if !i.o.Store && !i.o.Share {
+	if !i.o.Store {
 		return nil
 	}
 	if !i.systemd() {
@@ -179,7 +178,7 @@ func (i *installation) installStore() error {
 	} else if err := i.installService(); err != nil {
 		return err
 	}
-	steps, err := i.configure(i.steps, [2]string{"eris-stores", "coap+unix://" + Socket})
+	steps, err := i.configure(i.steps, [2]string{"eris-stores", storeURL})
 	i.steps = steps
 	return err
 }
@@ -214,7 +213,7 @@ func (i *installation) installShare() error {
 			Step{Path: publicKeyFile, Text: []byte(key.PublicKey().Text()), Mode: 0o444, Keep: true})
 	}
 	if !i.systemd() {
-		i.note("no systemd is here: have your service manager run \"%[1]s serve --listen=coap+tcp://:5683\" and \"%[1]s publish --listen=:8080 --store=coap+unix://%[2]s --announce=coap+tcp://:5683\"", i.program, Socket)
+		i.note("no systemd is here: have your service manager run \"%[1]s serve --listen=coap+tcp://:5683\" and \"%[1]s publish --listen=:8080 --store=%[2]s --announce=coap+tcp://:5683\"", i.program, storeURL)
 		return nil
 	}
 	if err := i.unit("guix-substitute-eris-network.socket", "sockets.target"); err != nil {
@@ -320,7 +319,7 @@ func (i *installation) installHelper() error {
 		return err
 	}
 	text = bytes.ReplaceAll(text, []byte("GUIX_EXTENSIONS_PATH="+extensions), []byte(variable))
-	if d.user != "" && d.user != "root" && (i.o.Store || i.o.Share) {
+	if d.user != "" && d.user != "root" && i.o.Store {
 		// The daemon's helpers may connect to the block store. Where there is no such group, the
 		// daemon would not start.
 		text = append(text, "SupplementaryGroups="+account+"\n"...)
