@@ -113,6 +113,16 @@ func (s *Store) AsksHave() bool { return s.url.Get }
 // whole.
 func (s *Store) Progress() int64 { return s.received.Load() }
 
+// Renew ends the present connection, if that is the store's: what is under way fails, and the next
+// request makes another one.
+func (s *Store) Renew() {
+	s.main.mu.Lock()
+	defer s.main.mu.Unlock()
+	if c := s.main.present.Load(); c != nil && !s.main.closed {
+		(*c).Close(errRenewed)
+	}
+}
+
 // Start implements [fetch.Source]. If the connection fails, the request is made once more on a new
 // one.
 func (s *Store) Start(r *fetch.Request) {

@@ -399,6 +399,37 @@ func TestSilentOnce(t *testing.T) {
 	}
 }
 
+// TestRenew gives up a connection on which a peer that has answered says nothing more.
+func TestRenew(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize1KiB, 1)
+	asked := make(chan struct{})
+	store := openPeer(t, coap.Options{}, func(connection int, p *peer) {
+		if connection > 0 {
+			p.serveBlock(block)
+			return
+		}
+		m := p.begin(codes.GET)
+		p.write(answer(m, block))
+		p.readUntil(codes.GET)
+		close(asked)
+		p.awaitEnd()
+	})
+	_, err := get(t, store, ref, eris.BlockSize1KiB)
+	works.check(t, err)
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error)
+	go func() {
+		_, err := fetch.Get(ctx, store, ref, eris.BlockSize1KiB, nil)
+		ended <- err
+	}()
+	<-asked
+	cancel()
+	fails.check(t, <-ended)
+	store.Renew()
+	_, err = get(t, store, ref, eris.BlockSize1KiB)
+	works.check(t, err)
+}
+
 // TestCancelWithinAnswer ends a call of which half the answer has come: the memory is given back at
 // once, although the rest does not come, and the connection goes on when it does.
 func TestCancelWithinAnswer(t *testing.T) {

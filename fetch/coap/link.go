@@ -33,6 +33,7 @@ type connection interface {
 	State() (answered bool, err error)
 	Run() error
 	Release(grace time.Duration, err error)
+	Close(err error)
 }
 
 // link makes a connection when it is needed, and again when that has failed.
@@ -46,6 +47,8 @@ type link struct {
 	backoff backoff.Backoff
 	err     error // why the last connection is over
 }
+
+var errRenewed = errors.New("the connection is given up for another one")
 
 // dialError says that no connection could be made.
 type dialError struct{ error }

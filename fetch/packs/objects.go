@@ -36,6 +36,9 @@ func (d directoryOf) String() string { return d.URL.String() + "?packed" }
 // Close implements objects.
 func (d directoryOf) Close() error { return nil }
 
+// Renew implements objects.
+func (d directoryOf) Renew() {}
+
 // Range implements objects.
 func (d directoryOf) Range(_ context.Context, name string, from, n int64, use func(body io.Reader, from, total int64) error) error {
 	if !d.Get {

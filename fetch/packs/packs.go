@@ -47,6 +47,8 @@ type objects interface {
 	// Range and PutObject are as those of [web.Store]; PutObject may take the file away.
 	Range(ctx context.Context, name string, from, n int64, use func(body io.Reader, from, total int64) error) error
 	PutObject(ctx context.Context, name string, content *os.File, size int64, sum [sha256.Size]byte) error
+	// Renew is as that of [web.Store], too.
+	Renew()
 	// String returns the URL of the store without anything secret.
 	String() string
 	// Close ends all calls.
@@ -135,6 +137,9 @@ func (s *Store) AnySize() bool { return true }
 
 // Progress returns how many bytes have been read, also of what is before the blocks asked for.
 func (s *Store) Progress() int64 { return s.moved.Load() }
+
+// Renew has further requests go over new connections; what is under way fails.
+func (s *Store) Renew() { s.objects.Renew() }
 
 // read is Range of the objects, counted.
 func (s *Store) read(ctx context.Context, name string, from, n int64, use func(body io.Reader, from, total int64) error) error {

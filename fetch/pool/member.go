@@ -61,6 +61,7 @@ type member struct {
 	quiet     time.Duration // for how long there has been no answer although something was asked
 	doubted   bool          // a request was given up since the last answer
 	progress  func() int64  // bytes that have come, also of blocks that are not whole; nil if not known
+	renew     func()        // has further requests go over new connections
 	moved     int64         // of them, at movedAt
 	movedAt   time.Duration
 
@@ -81,13 +82,16 @@ type member struct {
 func newMember(p *Pool, i int, given Member) *member {
 	m := &member{
 		pool: p, source: given.Source, name: given.Source.String(), local: given.Near || given.Local,
-		index: i, bit: 1 << i, hits: 1, truth: 1, tail: firstTail, failedAt: -1, missing: map[key]time.Duration{},
+		index: i, bit: 1 << i, renew: func() {}, hits: 1, truth: 1, tail: firstTail, failedAt: -1, missing: map[key]time.Duration{},
 		backoff: backoff.Backoff{Min: failureRest, Max: longestRest},
 	}
 	s, ok := given.Source.(anySizer)
 	m.anySize = ok && s.AnySize()
 	if s, ok := given.Source.(interface{ Progress() int64 }); ok {
 		m.progress = s.Progress
+	}
+	if s, ok := given.Source.(interface{ Renew() }); ok {
+		m.renew = s.Renew
 	}
 	if !m.local {
 		m.limiter = p.options.Limiter
@@ -231,6 +235,9 @@ func (m *member) rests(err error, now time.Duration) {
 	m.failures++
 	if m.backoff.Min = failureRest; m.silent {
 		m.backoff.Min = silentRest
+	}
+	if m.silent && m.proven {
+		m.renew() // its network may be gone, of which a connection is not told
 	}
 	m.restUntil = now + m.backoff.Fail(m.pool.epoch.Add(now), 0)
 	if m.resting() || m.failures >= unreachable {

@@ -32,7 +32,7 @@
 // left alone for a while, which grows from one time to the next. What was asked of it goes
 // elsewhere, or fails at once; other processes are told by the state file. It is tried by probes:
 // for blocks that were asked for anyway, but that nobody waits for, or only for a moment if there
-// is nobody else.
+// is nobody else; over new connections, if it has answered before.
 //
 // Hedge: a block that takes longer than 95 of 100 from its member is asked from another one as
 // well, as long as little is asked for twice.

@@ -208,6 +208,45 @@ func TestReturn(t *testing.T) {
 	})
 }
 
+// forgetful is a source whose connection dies after some answers, of which nobody is told.
+type forgetful struct {
+	*fake
+	answered, renewed atomic.Int64
+}
+
+func (f *forgetful) Renew() {
+	f.renewed.Add(1)
+	f.answered.Store(0)
+}
+
+// TestRenew has the only source answer nothing more on its connections: it is asked on new ones,
+// but not as long as it has never answered.
+func TestRenew(t *testing.T) {
+	for _, most := range []int64{100, 0} {
+		f := &forgetful{fake: &fake{roundTrip: 20e6}}
+		f.answer = func(ctx context.Context, n int, i int64) error {
+			if f.answered.Add(1) > most {
+				return hang(ctx, n, i)
+			}
+			return nil
+		}
+		list := sources(f.fake)
+		list[0].Source = f
+		simulate(t, pool.Options{}, list, func(t *testing.T, p *pool.Pool) {
+			failed := 0
+			for i := range 150 {
+				if err := get(t.Context(), p, i, 1024); err != nil {
+					failed++
+					time.Sleep(2 * time.Second)
+				}
+			}
+			if renewed := f.renewed.Load(); renewed != min(most, 1) || most > 0 && failed > 1 {
+				t.Errorf("after %d answers: %d times new connections, %d blocks failed", most, renewed, failed)
+			}
+		})
+	}
+}
+
 // TestSlow has sources that are slow but not silent.
 func TestSlow(t *testing.T) {
 	for name, f := range map[string]*fake{

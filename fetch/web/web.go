@@ -204,6 +204,9 @@ func (s *Store) AnySize() bool { return true }
 // Progress returns how many bytes have come, also of blocks that are not whole.
 func (s *Store) Progress() int64 { return s.client.Progress() }
 
+// Renew has further requests go over new connections; what is under way fails.
+func (s *Store) Renew() { s.client.Renew() }
+
 // Close ends all requests and connections.
 func (s *Store) Close() error {
 	s.Workers.Close()

@@ -546,6 +546,34 @@ func TestCutOff(t *testing.T) {
 	}
 }
 
+// TestRenew has a store make new connections.
+func TestRenew(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize1KiB, 7)
+	for _, protocol := range []string{"http/1.1", "h2"} {
+		t.Run(protocol, func(t *testing.T) {
+			seen := make(chan string, 1)
+			server := startServer(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				seen <- r.RemoteAddr
+				w.Write(block)
+			}), protocol, "tls")
+			store := mustOpen(t, server.url(""), web.Options{Connections: 1})
+			var from [3]string
+			for i := range from {
+				if i == 2 {
+					store.Renew()
+				}
+				if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
+					t.Fatal(err)
+				}
+				from[i] = <-seen
+			}
+			if from[0] != from[1] || from[1] == from[2] {
+				t.Errorf("requests came from %v", from)
+			}
+		})
+	}
+}
+
 // TestRetryAfter has a server refuse all requests for a second, as one that is busy: all of them
 // succeed nevertheless, the server is left alone meanwhile, and nobody takes it for silent.
 func TestRetryAfter(t *testing.T) {

@@ -12,6 +12,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message"
@@ -239,11 +240,15 @@ func (e *Endpoint) confirm(key messageKey, addr net.Addr, b []byte, wait time.Du
 }
 
 // write sends a message. An error is that of the socket, mostly "connection refused" for what was
-// sent before.
+// sent before. After any other the endpoint is of no more use for requests: where the network has
+// changed, the socket still has the address that this machine had.
 func (e *Endpoint) write(m *confirmable) {
 	if err := e.writeTo(m.bytes, m.addr); err != nil && m.exchange != nil {
 		e.Lock()
 		defer e.Unlock()
+		if e.unacked[m.key] == m && !errors.Is(err, syscall.ECONNREFUSED) {
+			e.end(err)
+		}
 		e.lost(m, err)
 	}
 }

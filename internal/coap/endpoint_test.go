@@ -3,11 +3,13 @@
 package coap
 
 import (
+	"errors"
 	"io"
 	"math/rand/v2"
 	"net"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -58,6 +60,37 @@ func (p *farPeer) ReadFrom(b []byte) (int, net.Addr, error) {
 func (p *farPeer) Read([]byte) (int, error) { return 0, io.EOF }
 func (p *farPeer) RemoteAddr() net.Addr     { return nil }
 func (p *farPeer) Close() error             { return nil }
+
+// deaf is a socket on which nothing comes, and that cannot send.
+type deaf struct {
+	farPeer
+	err error
+}
+
+func (d *deaf) Write([]byte) (int, error) { return 0, &net.OpError{Op: "write", Err: d.err} }
+
+// TestWriteFails has the socket report errors: of no more use is it for all but "connection
+// refused", which is about what was sent before.
+func TestWriteFails(t *testing.T) {
+	for err, over := range map[error]bool{
+		syscall.ECONNREFUSED: false, syscall.ENETUNREACH: true, syscall.EINVAL: true, syscall.EADDRNOTAVAIL: true,
+	} {
+		socket := &deaf{farPeer{answers: make(chan []byte)}, err}
+		e := NewEndpoint(nil, EndpointConfig{Timeout: time.Minute, Dial: func() (net.Conn, error) { return socket, nil }})
+		e.lastHeard = time.Now()
+		go e.Run()
+		done := make(chan *Exchange, 1)
+		e.Start(&Exchange{Store: NewRequests(WellKnownPath()), Size: 1024, Done: func(x *Exchange) { done <- x }})
+		if x := <-done; !errors.Is(x.Err, err) {
+			t.Errorf("%v: %v", err, x.Err)
+		}
+		if _, state := e.State(); (state != nil) != over {
+			t.Errorf("after %v: %v", err, state)
+		}
+		e.Close(errClosed)
+		close(socket.answers)
+	}
+}
 
 // TestFarPeer makes requests by UDP to a peer that is farther away than the first wait for an
 // answer, and to one behind a line that loses much.

@@ -58,6 +58,8 @@ type Client struct {
 	mu    sync.Mutex
 	rest  backoff.Backoff // after failed connections, and when the server has asked for it
 	cause error           // of the rest
+	conns context.Context // of the connections, ends with them
+	drop  context.CancelFunc
 }
 
 const (
@@ -87,6 +89,7 @@ func New(base *url.URL, o Options) *Client {
 	c := &Client{options: o, first: make(chan struct{}, 1), rest: backoff.Backoff{Min: firstRest, Max: longestRest}}
 	c.known.Store(base.Scheme == "http" && !o.Cleartext)
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
+	c.conns, c.drop = context.WithCancel(c.ctx)
 	var protocols http.Protocols
 	protocols.SetHTTP1(!o.Cleartext)
 	protocols.SetHTTP2(true)
@@ -158,13 +161,24 @@ func (c *Client) dial(ctx context.Context, network, address string) (net.Conn, e
 	inner, err := dial.With(&net.Dialer{KeepAlive: 30 * time.Second})(ctx, network, address)
 	switch {
 	case err == nil:
-		return &conn{inner, c, context.AfterFunc(c.ctx, func() { inner.Close() })}, nil
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return &conn{inner, c, context.AfterFunc(c.conns, func() { inner.Close() })}, nil
 	case context.Cause(ctx) == errConnect:
 		return nil, fmt.Errorf("%w within %v", errConnect, c.options.ConnectTimeout)
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return nil, fmt.Errorf("%w; is a server running there?", syscall.ECONNREFUSED)
 	}
 	return nil, err
+}
+
+// Renew closes all connections: what is under way fails, and further requests make others.
+func (c *Client) Renew() {
+	c.transport.CloseIdleConnections()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.drop()
+	c.conns, c.drop = context.WithCancel(c.ctx)
 }
 
 // Close ends all requests and connections.
