@@ -13,6 +13,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message"
@@ -21,6 +22,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 )
@@ -365,20 +367,31 @@ func TestSlowParts(t *testing.T) {
 func TestSilentOnce(t *testing.T) {
 	t.Parallel()
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
-	var asked atomic.Int32
-	silent := openPeer(t, short, func(_ int, p *peer) {
-		p.serve(codes.GET, func(coaptest.Message) []byte {
-			asked.Add(1)
-			return nil
+	synctest.Test(t, func(t *testing.T) {
+		var network sourcetest.Network
+		var asked atomic.Int32
+		listener, silent := network.Listen(), script(func(_ int, p *peer) {
+			p.write(csm)
+			for {
+				if _, ok := p.readUntil(codes.GET); !ok {
+					return
+				}
+				asked.Add(1)
+			}
 		})
+		serveOn(t, listener, silent.run(t))
+		store := mustOpen(t, "coap+tcp://192.0.2.1", coap.Options{Dial: func(ctx context.Context) (net.Conn, error) {
+			return network.Dial(ctx, "tcp", listener.Addr().String())
+		}})
+		defer store.Close()
+		_, err := get(t, store, ref, eris.BlockSize1KiB)
+		fails.check(t, err)
+		if n := asked.Load(); n != 1 {
+			t.Errorf("the peer was asked %d times", n)
+		}
 	})
-	_, err := get(t, silent, ref, eris.BlockSize1KiB)
-	fails.check(t, err)
-	if n := asked.Load(); n > 1 {
-		t.Errorf("the peer was asked %d times", n)
-	}
 	mute := openPeer(t, coap.Options{DialTimeout: time.Second}, func(_ int, p *peer) { p.awaitEnd() })
-	_, err = get(t, mute, ref, eris.BlockSize1KiB)
+	_, err := get(t, mute, ref, eris.BlockSize1KiB)
 	for _, err := range []error{err, mute.Put(t.Context(), ref, block)} {
 		if fails.check(t, err); err == nil || !strings.Contains(err.Error(), "it accepts connections, and says nothing") {
 			t.Errorf("error is %v", err)

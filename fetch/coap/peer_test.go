@@ -76,6 +76,12 @@ type script func(connection int, p *peer)
 func listen(t *testing.T, network, address string, f func(connection int, conn net.Conn)) string {
 	listener, err := net.Listen(network, address)
 	must(t, err)
+	serveOn(t, listener, f)
+	return listener.Addr().String()
+}
+
+// serveOn does so where somebody listens.
+func serveOn(t *testing.T, listener net.Listener, f func(connection int, conn net.Conn)) {
 	var group sync.WaitGroup
 	var mu sync.Mutex
 	var conns []net.Conn
@@ -103,14 +109,15 @@ func listen(t *testing.T, network, address string, f func(connection int, conn n
 		mu.Unlock()
 		group.Wait()
 	})
-	return listener.Addr().String()
 }
 
 // playPeer starts to play a peer and returns the URL of it.
 func playPeer(t *testing.T, play script) (url string) {
-	return "coap+unix://" + listen(t, "unix", filepath.Join(t.TempDir(), "s"), func(n int, conn net.Conn) {
-		play(n, &peer{t: t, conn: conn, r: bufio.NewReaderSize(conn, 1<<16)})
-	})
+	return "coap+unix://" + listen(t, "unix", filepath.Join(t.TempDir(), "s"), play.run(t))
+}
+
+func (play script) run(t *testing.T) func(n int, conn net.Conn) {
+	return func(n int, conn net.Conn) { play(n, &peer{t: t, conn: conn, r: bufio.NewReaderSize(conn, 1<<16)}) }
 }
 
 // openPeer opens a store that is played by a script.
