@@ -7,6 +7,7 @@ import (
 	"errors"
 	"net"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -16,6 +17,40 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
+
+// TestStoodStill has this process be stopped while it connects: the time was not the server's.
+func TestStoodStill(t *testing.T) {
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	testhelp.Must(t, err)
+	defer l.Close()
+	for name, test := range map[string]struct {
+		stopped time.Duration
+		times   int32
+		ok      bool
+	}{
+		"stopped": {3 * time.Second, 1, true},
+		"slow":    {0, 100, false},
+	} {
+		var tried atomic.Int32
+		connect := dial.With(&net.Dialer{
+			Timeout: time.Second,
+			ControlContext: func(ctx context.Context, _, _ string, _ syscall.RawConn) error {
+				if tried.Add(1) <= test.times {
+					<-ctx.Done()
+					time.Sleep(test.stopped)
+				}
+				return ctx.Err()
+			},
+		})
+		conn, err := connect(t.Context(), "tcp", l.Addr().String())
+		if (err == nil) != test.ok {
+			t.Errorf("%s: error %v", name, err)
+		}
+		if err == nil {
+			conn.Close()
+		}
+	}
+}
 
 // TestUnanswered connects by a name where a DNS server answers questions about some kinds of
 // addresses only, and at some of the addresses, all but the last, nobody answers.

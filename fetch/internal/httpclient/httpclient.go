@@ -155,16 +155,17 @@ func (c *Client) dial(ctx context.Context, network, address string) (net.Conn, e
 	if e, ok := ctx.Value(exchangeKey{}).(*exchange); ok {
 		e.dialed.Store(new(time.Now()))
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, c.options.ConnectTimeout, errConnect)
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(c.ctx, cancel)()
-	inner, err := dial.With(&net.Dialer{KeepAlive: 30 * time.Second})(ctx, network, address)
+	var timeout net.Error
+	inner, err := dial.With(&net.Dialer{KeepAlive: 30 * time.Second, Timeout: c.options.ConnectTimeout})(ctx, network, address)
 	switch {
 	case err == nil:
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		return &conn{inner, c, context.AfterFunc(c.conns, func() { inner.Close() })}, nil
-	case context.Cause(ctx) == errConnect:
+	case errors.As(err, &timeout) && timeout.Timeout():
 		return nil, fmt.Errorf("%w within %v", errConnect, c.options.ConnectTimeout)
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return nil, fmt.Errorf("%w; is a server running there?", syscall.ECONNREFUSED)
