@@ -113,12 +113,14 @@ func (s *Store) AsksHave() bool { return s.url.Get }
 // whole.
 func (s *Store) Progress() int64 { return s.received.Load() }
 
-// Renew ends the present connection, if that is the store's: what is under way fails, and the next
-// request makes another one.
+// Renew ends the present connection, if that is the store's: what is under way, and what comes, is
+// requested on another one.
 func (s *Store) Renew() {
 	s.main.mu.Lock()
-	defer s.main.mu.Unlock()
-	if c := s.main.present.Load(); c != nil && !s.main.closed {
+	c := s.main.present.Load()
+	given := s.main.closed
+	s.main.mu.Unlock()
+	if c != nil && !given {
 		(*c).Close(errRenewed)
 	}
 }

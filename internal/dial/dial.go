@@ -30,17 +30,16 @@ const (
 // at which the server is not, and questions about one kind of them, mostly of IPv6, which some
 // routers drop; a lookup of both takes longer than a server may have then. Names that end in
 // ".local" are looked up on the local network, too. If this process was stopped while the time of
-// the dialer passed, it begins again. Errors are those of the dialer.
+// the dialer passed, it tries once more. Errors are those of the dialer.
 func With(d *net.Dialer) func(ctx context.Context, network, address string) (net.Conn, error) {
 	connect := once(d)
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
-		for {
-			began := time.Now()
-			conn, err := connect(ctx, network, address)
-			if err == nil || ctx.Err() != nil || d.Timeout == 0 || time.Since(began) < d.Timeout+stoodStill {
-				return conn, err
-			}
+		began := time.Now()
+		conn, err := connect(ctx, network, address)
+		if err != nil && ctx.Err() == nil && d.Timeout > 0 && time.Since(began) > d.Timeout+stoodStill {
+			return connect(ctx, network, address)
 		}
+		return conn, err
 	}
 }
 
