@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -203,6 +204,7 @@ func (d *Deltas) makeFrom(ctx context.Context, base, item *narinfo.Narinfo, limi
 	k := keptDelta{Base: filepath.Base(base.StorePath)}
 	name := d.file(hashPartOf(base.StorePath), hashPartOf(item.StorePath))
 	size, err := writeDelta(ctx, name, d.tree(base.StorePath), base, d.tree(item.StorePath), item, limit)
+	runtime.GC() // or the tables of the next encoder come on top of these
 	k.Size = uint64(size)
 	if err != nil || d.o.Store == nil {
 		return k, err

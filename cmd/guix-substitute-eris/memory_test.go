@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -271,5 +272,46 @@ func TestLargeItemFromBase(t *testing.T) {
 			}
 			must(t, errors.Join(restore.Remove(store+"/"+item), restore.Remove(store+"/.links"), os.RemoveAll(directory+"/var/substitute")))
 		})
+	}
+}
+
+// TestDeltasMemory has a publisher make deltas of some items, one after the other. It must do with
+// the memory for one.
+func TestDeltasMemory(t *testing.T) {
+	if os.Getenv("ERIS_BIG_TESTS") == "" {
+		t.Skip("set ERIS_BIG_TESTS for tests that look at memory")
+	}
+	t.Parallel()
+	directory := t.TempDir()
+	const items = 8
+	var manifest strings.Builder
+	for version := range 2 {
+		for i := range items {
+			name := fmt.Sprintf("%032d-item%c-1.%d", 2*i+version, 'a'+i, version)
+			writeFiles(t, directory+"/items", map[string][]byte{name: append(noise(uint64(i), 1<<20), byte(version))})
+			fmt.Fprintf(&manifest, "StorePath: /gnu/store/%s\nReferences: \n\n", name)
+		}
+		time.Sleep(100 * time.Millisecond) // so that the clock of the file system tells them apart
+	}
+	writeFiles(t, directory, map[string]string{"manifest": manifest.String()})
+	publisher, err := startPublisher(directory, os.Environ(), t.Logf, []string{
+		"--root=items", "--manifest=manifest", "--private-key=none", "--deltas=1MiB", "--cache=cache",
+	})
+	must(t, err)
+	defer publisher.kill()
+	for i := range items {
+		url := fmt.Sprintf("%s/%032d.narinfo", publisher.url, 2*i+1)
+		eventually(t, "no delta: "+url, func() bool {
+			response, err := http.Get(url)
+			must(t, err)
+			defer response.Body.Close()
+			text, err := io.ReadAll(response.Body)
+			must(t, err)
+			return bytes.Contains(text, []byte("\nDelta: "))
+		})
+	}
+	memory, err := mostMemory(publisher.cmd.Process.Pid)
+	if err != nil || memory > 192<<20 {
+		t.Errorf("%d MiB, error %v", memory>>20, err)
 	}
 }
