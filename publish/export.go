@@ -224,10 +224,7 @@ func (e *exporter) checkRoom(ctx context.Context) error {
 		if has {
 			continue // exported before, with all of its blocks
 		}
-		needed += size
-		if padded := eris.BlockSizeFor(int64(it.narinfo.NarSize)); padded == eris.BlockSize32KiB {
-			needed += 2 * float64(padded) // the last leaf and the root
-		}
+		needed += size + 2*float64(eris.BlockSizeFor(int64(it.narinfo.NarSize))) // the last leaf and the root
 		if _, err := os.Lstat(filepath.Join(e.o.Root, filepath.Base(it.path))); err != nil {
 			fetched = max(fetched, size)
 		}
@@ -235,7 +232,7 @@ func (e *exporter) checkRoom(ctx context.Context) error {
 	if needed += fetched; needed > float64(free) {
 		return fmt.Errorf("%s has too little room: the items need about %s, and %s are free", e.o.Directory, page.Size(int64(needed)), page.Size(free))
 	}
-	e.o.Log("%s: at most about %s to write; %s are free in %s", page.Count(len(e.items), "item"), page.Size(int64(needed)), page.Size(free), e.o.Directory)
+	e.o.Log("%s: about %s to write; %s are free in %s", page.Count(len(e.items), "item"), page.Size(int64(needed)), page.Size(free), e.o.Directory)
 	e.o.Total(total)
 	return nil
 }
