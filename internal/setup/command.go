@@ -331,7 +331,7 @@ func readOffer(ctx context.Context, server, keyFile string) (o offer, err error)
 		err = checkStore(string(info))
 	}
 	if err != nil {
-		err = fmt.Errorf("%s is no substitute server, or cannot be reached: %w", mirror.WithoutUser(server), err)
+		err = fmt.Errorf("%s cannot be used as a substitute server: %w", mirror.WithoutUser(server), err)
 		if errors.Is(err, fs.ErrNotExist) {
 			err = fmt.Errorf("%w\nhint: is the medium plugged in, and the name right?", err)
 		}
