@@ -412,8 +412,8 @@ func TestSilentOnce(t *testing.T) {
 	}
 }
 
-// TestRenew gives up a connection on which a peer that has answered says nothing more: what is under
-// way is requested on another one.
+// TestRenew gives up a connection on which a peer that has answered says nothing more: what is
+// under way is requested on another one.
 func TestRenew(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
 	asked := make(chan struct{})

@@ -260,10 +260,16 @@ func OfStore(url string, err error) string {
 
 // NoArguments is a [cobra.PositionalArgs] for commands that take none.
 func NoArguments(c *cobra.Command, args []string) error {
-	if len(args) > 0 {
-		return Usage("%s takes no arguments, and %q was given", c.Name(), args[0])
+	if len(args) == 0 {
+		return nil
 	}
-	return nil
+	hint := ""
+	c.Flags().Visit(func(f *pflag.Flag) {
+		if f.Value.Type() != "bool" && f.NoOptDefVal != "" && f.Value.String() == f.NoOptDefVal {
+			hint = fmt.Sprintf("\nhint: what --%[1]s may be given stands behind an equals sign: --%[1]s=%[2]s", f.Name, args[0])
+		}
+	})
+	return Usage("%s takes no arguments, and %q was given%s", c.Name(), args[0], hint)
 }
 
 // UnknownCommand says that there is no command of a name.
