@@ -129,6 +129,14 @@ func (c *File) correct(usual File, file string) (wrong []string) {
 	look("cache-size", &c.CacheSize, usual.CacheSize, bytesize.Parse)
 	look("ahead-bytes", &c.AheadBytes, usual.AheadBytes, bytesize.Parse)
 	look("limit-rate", &c.LimitRate, usual.LimitRate, bytesize.ParseRate)
+	atLeast := func(least int, name string, n *int, usual int) {
+		if *n < least {
+			wrong = append(wrong, fmt.Sprintf("%s%s: %d is less than %d", lineOf(file, name), name, *n, least))
+			*n = usual
+		}
+	}
+	atLeast(0, "ahead-items", &c.AheadItems, usual.AheadItems)
+	atLeast(1, "narinfo-connections", &c.NarinfoConnections, usual.NarinfoConnections)
 	if c.CacheDirectory != "" && !filepath.IsAbs(c.CacheDirectory) {
 		wrong = append(wrong, fmt.Sprintf("%scache-directory: %q does not begin with /", lineOf(file, "cache-directory"), c.CacheDirectory))
 		c.CacheDirectory = ""
