@@ -504,6 +504,41 @@ func TestRestAfterQueue(t *testing.T) {
 	}
 }
 
+// TestRestAfterAnswer has no connection come about to a server that has answered before, as where a
+// line is away for a moment: it is not left alone for long.
+func TestRestAfterAnswer(t *testing.T) {
+	backend := sourcetest.NewBackend()
+	ref, block := newBlock(eris.BlockSize1KiB, 7)
+	backend.Set(ref, block)
+	server := startServer(t, serve("", backend, true), "http/1.1", "tls")
+	store := mustOpen(t, server.url(""), web.Options{ConnectTimeout: time.Second})
+	if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
+		t.Fatal(err)
+	}
+	server.server.Config.Close()
+	store.Renew()
+	silent, err := net.Listen("tcp", server.address)
+	must(t, err)
+	began := time.Now()
+	if _, err := get(t, store, ref, eris.BlockSize1KiB); err == nil {
+		t.Error("a silent server has answered")
+	}
+	took, ended := time.Since(began), time.Now()
+	silent.Close()
+	server.restart()
+	for {
+		after := time.Since(ended)
+		_, err := get(t, store, ref, eris.BlockSize1KiB)
+		if err == nil {
+			break
+		}
+		if after > 5*took {
+			t.Fatalf("%v after requests of %v: %v", after, took, err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
 // TestCutOff has a server cut each connection off in the second answer on it: when one was, no
 // request is made on others that have had an answer.
 func TestCutOff(t *testing.T) {

@@ -58,6 +58,7 @@ type Client struct {
 	mu    sync.Mutex
 	rest  backoff.Backoff // after failed connections, and when the server has asked for it
 	cause error           // of the rest
+	last  time.Time       // when the server has answered
 	conns context.Context // of the connections, ends with them
 	drop  context.CancelFunc
 }
@@ -232,12 +233,25 @@ func (c *Client) failed(err error, after time.Duration) {
 	c.cause = err
 }
 
+// unreachable has the server rest for the longer the longer it took to connect, so that a host that
+// does not answer takes a small part of the time; but not if it has answered lately, for the line
+// may be away for a moment.
+func (c *Client) unreachable(err error, took time.Duration) {
+	c.mu.Lock()
+	if time.Since(c.last) < longestRest {
+		took = 0
+	}
+	c.mu.Unlock()
+	c.failed(err, 6*took)
+}
+
 // worked ends the row of failures; but not a rest, which an answer to an earlier request says
 // nothing about.
 func (c *Client) worked() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.rest.Rest(time.Now()) == 0 {
+	c.last = time.Now()
+	if c.rest.Rest(c.last) == 0 {
 		c.rest.Succeed()
 	}
 }
@@ -338,13 +352,11 @@ func (e *exchange) run(ctx context.Context, request *http.Request, handle func(r
 	if err != nil {
 		err = plain(err)
 		if !e.connected.Load() && ctx.Err() == nil {
-			// The longer it took to connect, the longer the rest, so that a host that does not answer
-			// takes a small part of the time.
 			var took time.Duration
 			if began := e.dialed.Load(); began != nil {
 				took = time.Since(*began)
 			}
-			c.failed(err, 6*took)
+			c.unreachable(err, took)
 		}
 		return err
 	}
