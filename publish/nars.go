@@ -177,17 +177,21 @@ func (s *Server) keepNars(item *narinfo.Narinfo) bool {
 	if s.o.Nars == nil {
 		return true
 	}
-	all, path := true, s.file(item.StorePath)
+	all, some, path := true, false, s.file(item.StorePath)
 	for _, c := range s.o.Compressions {
 		name := narTag(item.NarDigest, c)
-		if _, ok := s.o.Nars.size(name); ok || c == "none" {
+		if c == "none" {
+			continue
+		}
+		some = true
+		if _, ok := s.o.Nars.size(name); ok {
 			continue
 		}
 		all = false
 		// The item may leave the store before anybody asks again.
 		s.o.Nars.make(name, path, c, item.NarDigest, func() { s.keepNars(item) })
 	}
-	if all {
+	if all && some {
 		if err := s.o.Nars.note(item); err != nil && s.failures.Due() {
 			s.o.Log("what is known of %s cannot be kept: %v", path, err)
 		}

@@ -30,6 +30,18 @@ func keptNarinfo(t *testing.T, url string) *narinfo.Narinfo {
 	return nil
 }
 
+// TestNothingToKeep has a cache where only nars without compression are offered, which it does not
+// keep: nothing is noted, and nobody is told that this fails.
+func TestNothingToKeep(t *testing.T) {
+	directory, items := aStore(t)
+	nars := publish.NewNars(filepath.Join(t.TempDir(), "cache", "nars"), 1, 0, t.Errorf)
+	defer nars.Close()
+	url := server(t, publish.ServerOptions{Root: directory, Items: items, Compressions: []string{"none"}, Nars: nars, Log: t.Errorf}).URL
+	if status, _, _ := request(t, "GET", url+"/00000000000000000000000000000002.narinfo"); status != 200 {
+		t.Errorf("status %d", status)
+	}
+}
+
 // TestKeptNars has nars made once, which then have a size, are the same bytes as without a cache,
 // and can be had when the item has left the store.
 func TestKeptNars(t *testing.T) {

@@ -511,7 +511,7 @@ func TestRestAfterAnswer(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 7)
 	backend.Set(ref, block)
 	server := startServer(t, serve("", backend, true), "http/1.1", "tls")
-	store := mustOpen(t, server.url(""), web.Options{ConnectTimeout: time.Second})
+	store := mustOpen(t, server.url(""), web.Options{ConnectTimeout: 3 * time.Second})
 	if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
 		t.Fatal(err)
 	}
