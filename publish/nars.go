@@ -179,11 +179,11 @@ func (s *Server) keepNars(item *narinfo.Narinfo) bool {
 	}
 	all, some, path := true, false, s.file(item.StorePath)
 	for _, c := range s.o.Compressions {
-		name := narTag(item.NarDigest, c)
 		if c == "none" {
 			continue
 		}
 		some = true
+		name := narTag(item.NarDigest, c)
 		if _, ok := s.o.Nars.size(name); ok {
 			continue
 		}

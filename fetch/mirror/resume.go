@@ -144,12 +144,13 @@ func (n *Nar) continues(response *http.Response) error {
 	case length >= 0 && length != last-first+1:
 		err = fmt.Errorf("Content-Range %.100q for %d bytes", field, length)
 	}
-	if err != nil && n.validator != "" {
-		n.validator = "" // perhaps a proxy that is not good at ranges can have all of it
-		err = &ServerError{Server: n.location.shown(), Err: err}
-	}
-	if err != nil {
+	switch {
+	case err == nil:
+	case n.validator == "":
 		return err
+	default:
+		n.validator = "" // perhaps a proxy that is not good at ranges can have all of it
+		return &ServerError{Server: n.location.shown(), Err: err}
 	}
 	if tag := response.Header.Get("ETag"); tag != "" && strings.HasPrefix(n.validator, `"`) && tag != n.validator {
 		return ErrChanged

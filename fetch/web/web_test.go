@@ -491,16 +491,22 @@ func TestRestAfterQueue(t *testing.T) {
 	took, ended := time.Since(began), time.Now()
 	release()
 	server.restart()
-	for {
+	comesBack(t, store, ref, took, ended)
+}
+
+// comesBack gets a block of a store that answers again, and rests since requests to it have ended,
+// before six times as long has passed as these took.
+func comesBack(t *testing.T, store *web.Store, ref eris.Reference, took time.Duration, ended time.Time) {
+	t.Helper()
+	for ; ; time.Sleep(10 * time.Millisecond) {
 		after := time.Since(ended)
 		_, err := get(t, store, ref, eris.BlockSize1KiB)
 		if err == nil {
-			break
+			return
 		}
 		if after > 5*took {
 			t.Fatalf("%v after requests of %v: %v", after, took, err)
 		}
-		time.Sleep(10 * time.Millisecond)
 	}
 }
 
@@ -526,17 +532,7 @@ func TestRestAfterAnswer(t *testing.T) {
 	took, ended := time.Since(began), time.Now()
 	silent.Close()
 	server.restart()
-	for {
-		after := time.Since(ended)
-		_, err := get(t, store, ref, eris.BlockSize1KiB)
-		if err == nil {
-			break
-		}
-		if after > 5*took {
-			t.Fatalf("%v after requests of %v: %v", after, took, err)
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
+	comesBack(t, store, ref, took, ended)
 }
 
 // TestCutOff has a server cut each connection off in the second answer on it: when one was, no

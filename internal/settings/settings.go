@@ -117,12 +117,15 @@ func lineOf(text, name string) string {
 
 // correct has what makes no sense be as it is by default, and says it.
 func (c *File) correct(usual File, file string) (wrong []string) {
+	refuse := func(name, format string, a ...any) {
+		wrong = append(wrong, lineOf(file, name)+name+": "+fmt.Sprintf(format, a...))
+	}
 	look := func(name string, text *string, usual string, parse func(text string) (int64, error)) {
 		if *text == usual {
 			return
 		}
 		if _, err := parse(*text); err != nil {
-			wrong = append(wrong, fmt.Sprintf("%s%s: %v", lineOf(file, name), name, err))
+			refuse(name, "%v", err)
 			*text = usual
 		}
 	}
@@ -131,14 +134,14 @@ func (c *File) correct(usual File, file string) (wrong []string) {
 	look("limit-rate", &c.LimitRate, usual.LimitRate, bytesize.ParseRate)
 	atLeast := func(least int, name string, n *int, usual int) {
 		if *n < least {
-			wrong = append(wrong, fmt.Sprintf("%s%s: %d is less than %d", lineOf(file, name), name, *n, least))
+			refuse(name, "%d is less than %d", *n, least)
 			*n = usual
 		}
 	}
 	atLeast(0, "ahead-items", &c.AheadItems, usual.AheadItems)
 	atLeast(1, "narinfo-connections", &c.NarinfoConnections, usual.NarinfoConnections)
 	if c.CacheDirectory != "" && !filepath.IsAbs(c.CacheDirectory) {
-		wrong = append(wrong, fmt.Sprintf("%scache-directory: %q does not begin with /", lineOf(file, "cache-directory"), c.CacheDirectory))
+		refuse("cache-directory", "%q does not begin with /", c.CacheDirectory)
 		c.CacheDirectory = ""
 	}
 	return wrong
