@@ -412,7 +412,10 @@ func (e *exchange) silent() error {
 // plain replaces an error that quotes the server, which may write what it likes, also what is
 // secret in our URL.
 func plain(err error) error {
-	if text := err.Error(); len(text) > 300 || strings.Contains(text, "malformed") {
+	text := err.Error()
+	// net/http has no error for what comes before anything was requested.
+	unasked := strings.Contains(text, "readLoopPeekFailLocked: %!w(<nil>)")
+	if len(text) > 300 || unasked || strings.Contains(text, "malformed") {
 		return errNotHTTP
 	}
 	return err
