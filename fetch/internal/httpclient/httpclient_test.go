@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package httpclient
+
+import (
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"net/url"
+	"testing"
+	"time"
+)
+
+// Whether what a server says unasked comes before a request is sent or after that, it is no HTTP.
+func TestUnasked(t *testing.T) {
+	for _, before := range []bool{false, true} {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				if !before {
+					c.Read(make([]byte, 1))
+				}
+				io.WriteString(c, "\x00\xe1\n")
+				go io.Copy(io.Discard, c) // until the client closes it
+			}
+		}()
+		base := &url.URL{Scheme: "http", Host: l.Addr().String()}
+		c := New(base, Options{Connections: 1, ConnectTimeout: time.Minute, Timeout: time.Minute, BodyTimeout: time.Minute, IdleTimeout: time.Minute})
+		defer c.Close()
+		closed := false
+		ctx := httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
+			for before && !closed { // by net/http, which reads at once
+				closed = info.Conn.SetDeadline(time.Time{}) != nil
+				time.Sleep(time.Millisecond)
+			}
+		}})
+		err = c.Do(ctx, &http.Request{Method: "GET", URL: base, Header: Header()}, func(*http.Response) error { return nil })
+		if !errors.Is(err, errNotHTTP) || closed != before {
+			t.Errorf("before %v: %v", before, err)
+		}
+	}
+}
