@@ -34,6 +34,7 @@ func TestText(t *testing.T) {
 		"listen tcp: lookup x.example on 192.0.2.1:53: no such host":                 "x.example: no such host",
 		"block store \"/proc/x\": mkdir /proc/x: it failed":                          "block store \"/proc/x\": it failed",
 		"Get: net/http: HTTP/1.x transport connection broken: malformed HTTP status": "Get: it speaks something else than HTTP",
+		"Get: net/http: HTTP/1.x transport connection broken: unexpected EOF":        "Get: unexpected EOF",
 		"x: readLoopPeekFailLocked: %!w(<nil>)":                                      "x: it speaks something else than HTTP",
 		"":                                                                           "",
 	} {
@@ -58,6 +59,8 @@ func TestHint(t *testing.T) {
 		{fmt.Errorf("x: %w", syscall.ENOTDIR), "a file is where a directory must be"},
 		{&net.AddrError{Err: "invalid port", Addr: "99999"}, "1 to 65535"},
 		{fmt.Errorf("x: %w", os.ErrDeadlineExceeded), "can the machine be reached"},
+		{errors.New("readLoopPeekFailLocked: %!w(<nil>)"), "are the scheme and the port"},
+		{errors.New("net/http: HTTP/1.x transport connection broken: malformed HTTP response"), "are the scheme and the port"},
 		{errors.New("something else"), ""},
 	} {
 		if got := hint(v.err); !strings.Contains(got, v.want) || (got == "") != (v.want == "") {
