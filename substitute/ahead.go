@@ -25,18 +25,18 @@ type Item struct {
 }
 
 // Known returns those of the items of which there are authorised narinfos that Substitute can use,
-// in any order. It shows nothing, and ends with the context. It is safe for concurrent use, also
-// with Substitute.
+// in the order given. It shows nothing, and ends with the context. It is safe for concurrent use,
+// also with Substitute.
 func (s *Substituter) Known(ctx context.Context, paths []string) []Item {
 	l := s.newLookup(paths, func(*record) {})
 	l.run(ctx)
 	var items []Item
-	for path, f := range l.all() {
+	for _, f := range l.all() {
 		if s.usable(f) != nil || !f.authorised.narinfo.NarSizeKnown {
 			continue
 		}
 		n := f.authorised.narinfo
-		items = append(items, Item{Path: path, References: s.references(n), NarHash: n.NarHash, NarSize: n.NarSize})
+		items = append(items, Item{Path: n.StorePath, References: s.references(n), NarHash: n.NarHash, NarSize: n.NarSize})
 	}
 	return items
 }
@@ -69,7 +69,7 @@ func (r *Restoration) Run(ctx context.Context) (outcome Outcome) {
 	}()
 	l := r.s.newLookup([]string{r.job.path}, func(*record) {})
 	l.run(ctx)
-	outcome, _, _ = r.s.substitute(ctx, l, r.job)
+	outcome, _ = r.s.substitute(ctx, l, r.job)
 	return outcome
 }
 

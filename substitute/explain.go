@@ -128,7 +128,7 @@ func (s *Substituter) Explain(ctx context.Context, path string) (Explanation, er
 		e.Notes = append(e.Notes, strings.TrimSpace(text))
 	}
 	j := &job{path: path, log: s.Log}
-	_, err = s.prepare(ctx, s.lookup(ctx, []string{path}), j)
+	err = s.prepare(ctx, s.lookup(ctx, []string{path}), j)
 	want := j.want
 	for i := range e.Servers {
 		s.describe(&e.Servers[i], records[i], want)

@@ -56,7 +56,7 @@ func (a *lookAhead) began(items map[string]*missing) bool {
 }
 
 // lookAhead begins with what the found items refer to.
-func (s *Substituter) lookAhead(items []string, found map[string]*found) {
+func (s *Substituter) lookAhead(items []string, found []*found) {
 	if s.LookAhead <= 0 || len(items) > maxAheadRequest {
 		return
 	}

@@ -45,6 +45,9 @@ type found struct {
 	all []record
 }
 
+// path is the file name of the item.
+func (f *found) path() string { return f.authorised.narinfo.StorePath }
+
 // A lookup asks servers about items. Servers are asked in order, each for what those before it have
 // no authorised narinfo of. When a server is slow, the next one is asked without waiting for it.
 type lookup struct {
@@ -153,25 +156,14 @@ func (s *Substituter) sayRefused(r record) {
 		r.narinfo.StorePath, r.server.name, host, list, key)
 }
 
-// all returns the items that are available.
-func (l *lookup) all() map[string]*found {
-	result := make(map[string]*found, len(l.items))
+// all returns the items that are available, each once, in the order in which they were given.
+func (l *lookup) all() (all []*found) {
 	for _, it := range l.items {
 		if f := l.found(it); f != nil {
-			result[it.path] = f
+			all = append(all, f)
 		}
 	}
-	return result
-}
-
-// records returns the narinfos of an item, whether they count or not.
-func (l *lookup) records(path string) []record {
-	for _, it := range l.items {
-		if it.path == path {
-			return it.records
-		}
-	}
-	return nil
+	return all
 }
 
 func (s *Substituter) newLookup(paths []string, ahead func(*record)) *lookup {
@@ -350,7 +342,10 @@ func (l *lookup) found(it *item) *found {
 	if first == nil {
 		return nil
 	}
-	f := &found{authorised: *first}
-	f.all = slices.DeleteFunc(slices.Clone(it.records), func(r record) bool { return !narinfo.Equivalent(r.narinfo, first.narinfo) })
-	return f
+	return &found{*first, equivalent(it.records, first.narinfo)}
+}
+
+// equivalent returns those of some records that describe the same as a narinfo.
+func equivalent(records []record, n *narinfo.Narinfo) []record {
+	return slices.DeleteFunc(slices.Clone(records), func(r record) bool { return !narinfo.Equivalent(r.narinfo, n) })
 }

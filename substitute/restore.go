@@ -90,24 +90,19 @@ func (s *Substituter) Substitute(ctx context.Context, path, destination string) 
 	}
 	progress := s.Log.Download(destination)
 	begin := s.Now()
-	var outcome Outcome
 	for again := false; ; again = true {
-		var useless []record
-		var err error
-		outcome, useless, err = s.substitute(ctx, s.lookup(ctx, []string{path}), &job{
-			path: path, destination: destination, log: s.Log, progress: progress,
-		})
+		j := &job{path: path, destination: destination, log: s.Log, progress: progress}
+		outcome, err := s.substitute(ctx, s.lookup(ctx, []string{path}), j)
 		if outcome.Status == Success || ctx.Err() != nil {
-			break
+			progress.Finish(outcome.Status == Success)
+			return outcome
 		}
-		if !s.renew(ctx, path, useless, begin, again) || again {
+		if !s.renew(ctx, path, j.useless, begin, again) || again {
 			progress.Finish(false)
 			s.sayFailed(path, outcome, err)
 			return outcome
 		}
 	}
-	progress.Finish(outcome.Status == Success)
-	return outcome
 }
 
 func (s *Substituter) sayFailed(path string, o Outcome, err error) {
@@ -127,37 +122,36 @@ func (s *Substituter) sayFailed(path string, o Outcome, err error) {
 
 var errNone = errors.New("no authorised narinfo describes it")
 
-// substitute tries to get an item that has been looked up. After a failure it returns the narinfos
-// that were of no use. The error is nil if there were ways.
-func (s *Substituter) substitute(ctx context.Context, l *lookup, j *job) (Outcome, []record, error) {
-	if useless, err := s.prepare(ctx, l, j); err != nil {
-		return Outcome{}, useless, err
+// substitute tries to get an item that alone has been looked up. The error is nil if there were
+// ways.
+func (s *Substituter) substitute(ctx context.Context, l *lookup, j *job) (Outcome, error) {
+	if err := s.prepare(ctx, l, j); err != nil {
+		return Outcome{}, err
 	}
 	j.show()
 	if len(j.ways) == 0 && s.Policy == ERISOnly {
-		return Outcome{}, nil, fmt.Errorf("the policy is eris-only, and %s", j.notBlocks())
+		return Outcome{}, fmt.Errorf("the policy is eris-only, and %s", j.notBlocks())
 	}
-	outcome := j.run(ctx)
-	return outcome, j.useless, nil
+	return j.run(ctx), nil
 }
 
-// prepare lists the ways to an item that has been looked up. With an error it returns the narinfos
-// that are of no use.
-func (s *Substituter) prepare(ctx context.Context, l *lookup, j *job) ([]record, error) {
-	f := l.all()[j.path]
+// prepare lists the ways to an item that alone has been looked up.
+func (s *Substituter) prepare(ctx context.Context, l *lookup, j *job) error {
+	f := l.found(l.items[0])
 	if f == nil {
-		return l.records(j.path), errNone
+		j.useless = l.items[0].records
+		return errNone
 	}
 	if err := f.authorised.narinfo.CheckHash(); err != nil {
-		return []record{f.authorised}, err
+		j.useless = []record{f.authorised}
+		return err
 	}
-	j.s, j.want, j.listed = s, f.authorised.narinfo, map[string]bool{}
-	j.vain = map[string]int{}
+	j.s, j.want, j.listed, j.vain = s, f.authorised.narinfo, map[string]bool{}, map[string]int{}
 	j.list(ctx, f.all)
 	if j.wantsBlocks() || len(j.ways) > 0 && j.isLast(j.ways[0]) {
 		j.moreRecords(ctx)
 	}
-	return nil, nil
+	return nil
 }
 
 // A job is the substitution of one item.
@@ -177,7 +171,7 @@ type job struct {
 	later   []*candidate       // to be tried once more if nothing else works: slow or wrong ones
 	failing []*candidate       // failed for a while
 	vain    map[string]int     // how many ways of a kind, other than nars, have failed
-	useless []record           // whose nar is gone or has other contents
+	useless []record           // of which nothing comes, or whose nar is gone or has other contents
 
 	actual       *[32]byte     // the first wrong hash
 	silence      time.Duration // that servers have kept
@@ -223,11 +217,10 @@ func (j *job) moreRecords(ctx context.Context) bool {
 			return narinfo.Equivalent(r.narinfo, j.want) && (len(r.narinfo.ERIS) > 0 || !j.wantsBlocks())
 		}
 		l.run(ctx)
-		found := l.records(j.path)
-		if len(found) == 0 {
+		if len(l.items[0].records) == 0 {
 			break
 		}
-		j.list(ctx, found)
+		j.list(ctx, l.items[0].records)
 	}
 	return len(j.ways) > before
 }

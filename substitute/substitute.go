@@ -16,8 +16,6 @@ package substitute
 import (
 	"context"
 	"fmt"
-	"maps"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -239,12 +237,11 @@ func (s *Substituter) Close() { s.ahead.stop() }
 
 // Have returns those of the given store items that are available, in the order given. Anything that
 // is not the file name of a store item is not.
-func (s *Substituter) Have(ctx context.Context, items []string) []string {
-	left := s.lookup(ctx, items).all()
-	return slices.DeleteFunc(slices.Clone(items), func(item string) bool {
-		defer delete(left, item) // each once
-		return left[item] == nil
-	})
+func (s *Substituter) Have(ctx context.Context, items []string) (available []string) {
+	for _, f := range s.lookup(ctx, items).all() {
+		available = append(available, f.path())
+	}
+	return available
 }
 
 // Info returns what the daemon wants to know about those of the given store items that are
@@ -254,20 +251,14 @@ func (s *Substituter) Info(ctx context.Context, items []string) []protocol.Info 
 	var records []protocol.Info
 	found := s.lookup(ctx, items).all()
 	defer s.lookAhead(items, found)
-	left := maps.Clone(found)
-	for _, item := range items {
-		f := left[item]
-		if f == nil {
-			continue
-		}
-		delete(left, item) // each once
+	for _, f := range found {
 		if err := s.usable(f); err != nil {
 			server := f.authorised.server
-			s.Log.WarnOnce("unusable "+server.url, "narinfo of %s from %s is of no use: %v", item, server.name, err)
+			s.Log.WarnOnce("unusable "+server.url, "narinfo of %s from %s is of no use: %v", f.path(), server.name, err)
 			continue
 		}
 		n := f.all[0].narinfo
-		r := protocol.Info{Path: item, References: s.references(n), NarSize: n.NarSize, DownloadSize: n.DownloadSize()}
+		r := protocol.Info{Path: f.path(), References: s.references(n), NarSize: n.NarSize, DownloadSize: n.DownloadSize()}
 		if n.Deriver != "" {
 			r.Deriver = s.StoreDir + "/" + n.Deriver
 		}

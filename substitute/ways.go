@@ -13,7 +13,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/throughput"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
 // This file has the list of the ways to an item, and their order. Today they are old items that are
@@ -82,7 +81,7 @@ type candidate struct {
 func (j *job) list(ctx context.Context, records []record) {
 	before := len(j.ways)
 	j.records = append(j.records, records...)
-	records = slices.DeleteFunc(slices.Clone(records), func(r record) bool { return !narinfo.Equivalent(r.narinfo, j.want) })
+	records = equivalent(records, j.want)
 	j.listRewritten(ctx)
 	j.listDeltas(records)
 	j.listBlocks(records)
