@@ -20,7 +20,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
@@ -54,34 +54,12 @@ func (m *memoryBlocks) Get(ctx context.Context, ref eris.Reference, size eris.Bl
 	return m.Backend.Get(ctx, ref, size, dst)
 }
 
-func (m *memoryBlocks) Has(_ context.Context, ref eris.Reference, _ eris.BlockSize) bool {
-	return m.Backend.Has(ref)
-}
-
 func (m *memoryBlocks) String() string { return "memory:" }
 
-// knownSpeed is the speed of every server.
-type knownSpeed struct {
-	speed substitute.Speed
-	noted []int64
-	rests
+// know has a substituter know how fast a server is.
+func know(s *substitute.Substituter, server string, speed substitute.Speed) {
+	s.State.Measured(server, int64(1000*speed.Rate), 1000*time.Second, speed.Latency)
 }
-
-// rests remembers the rests of servers.
-type rests struct{ *sourcestate.State }
-
-func (r rests) Rest(url string) (time.Time, int) {
-	known := r.Get(url)
-	return known.Rest, known.Rests
-}
-
-func newKnownSpeed(speed substitute.Speed) *knownSpeed {
-	return &knownSpeed{speed: speed, rests: rests{sourcestate.Open("")}}
-}
-
-func (k *knownSpeed) Speed(string) substitute.Speed { return k.speed }
-
-func (k *knownSpeed) Measured(_ string, n int64, _, _ time.Duration) { k.noted = append(k.noted, n) }
 
 func TestChoice(t *testing.T) {
 	tree := filepath.Join(t.TempDir(), "tree")
@@ -151,12 +129,14 @@ func TestChoice(t *testing.T) {
 					}
 				})
 				blocks := newMemoryBlocks(t, all, v.pace)
-				speeds := newKnownSpeed(v.server)
 				s, log := n.with(key, server)
-				s.Blocks, s.Policy, s.Verbose, s.Speeds = blocks, v.policy, true, speeds
+				s.Blocks, s.Policy, s.Verbose = blocks, v.policy, true
+				know(s, server, v.server)
+				known := s.State.Get(server).Rate
 				s.StoreSpeed = func() substitute.Speed { return v.store }
 				if v.near {
-					s.Nearby = newMemoryBlocks(t, all, 0)
+					has := func(_ context.Context, ref eris.Reference, _ eris.BlockSize) bool { return all.Has(ref) }
+					s.Nearby = &image.Nearby{Source: newMemoryBlocks(t, all, 0), Has: has, Stride: 1}
 				}
 				destination := filepath.Join(t.TempDir(), "item")
 				defer restore.Remove(destination) // it is read-only
@@ -182,8 +162,8 @@ func TestChoice(t *testing.T) {
 				if requested == 0 && !strings.Contains(log.String(), "not from blocks") {
 					t.Errorf("it is not said why blocks were not used:\n%s", log.String())
 				}
-				if measured := len(speeds.noted) > 0; measured != (v.nar && !v.lacks) {
-					t.Errorf("the speed of the server was noted: %v", speeds.noted)
+				if rate := s.State.Get(server).Rate; (rate != known) != (v.nar && !v.lacks) {
+					t.Errorf("the rate of the server is %v instead of %v", rate, known)
 				}
 			})
 		})

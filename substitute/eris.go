@@ -100,7 +100,7 @@ func (j *job) expectBlocks(ctx context.Context, c eris.ReadCapability, size int6
 	missing, s := size, j.s
 	if s.Nearby != nil && s.Policy == Fastest {
 		within, cancel := context.WithTimeout(ctx, presentTime)
-		missing = max(0, size-image.Present(within, s.Nearby, c, j.limits(), s.NearbyStride))
+		missing = max(0, size-image.Present(within, s.Nearby, c, j.limits()))
 		cancel()
 	}
 	return j.expectMissing(c, size, missing)

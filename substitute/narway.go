@@ -232,8 +232,12 @@ func (d *download) done(ok bool) {
 	d.copied.End(whole)
 	d.nar.Close()
 	// One that was given up is known to be slow.
-	if d.j.s.Speeds != nil && !mirror.IsLocal(d.url) && (ok || d.a.slow.Load()) {
-		d.j.s.Speeds.Measured(d.url, d.n.Load(), time.Duration(d.waited.Load()), d.latency)
+	if !mirror.IsLocal(d.url) && (ok || d.a.slow.Load()) {
+		bytes, waited := d.n.Load(), time.Duration(d.waited.Load())
+		if bytes < LeastMeasured {
+			bytes, waited = 0, 0
+		}
+		d.j.s.State.Measured(serverOf(d.url), bytes, max(waited, time.Millisecond), d.latency)
 	}
 }
 

@@ -385,7 +385,11 @@ func TestDelta(t *testing.T) {
 				}
 				s, log := n.with(key, server.url)
 				s.StoreDir, s.Policy, s.UnsignedCapabilities = store, test.policy, test.unsigned
-				s.Blocks, s.Speeds = newMemoryBlocks(t, blocks, 0), newKnownSpeed(substitute.Speed{Rate: rate, Known: true})
+				s.Blocks = newMemoryBlocks(t, blocks, 0)
+				know(s, server.url, substitute.Speed{Rate: rate})
+				if test.half {
+					know(s, line.URL, substitute.Speed{Rate: rate})
+				}
 				begin := time.Now()
 				outcome := s.Substitute(t.Context(), want.StorePath, want.StorePath)
 				if took := time.Since(begin); took > 15*time.Second {

@@ -27,7 +27,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
@@ -400,12 +399,9 @@ func TestSlowFirst(t *testing.T) {
 					urls = append(urls, n.serve(h))
 				}
 				s, log := n.with(f.key, urls...)
-				speeds := slowServer{"nobody", rests{sourcestate.Open("")}}
 				if strings.Contains(name, "as is known") {
-					speeds.url = urls[0]
+					know(s, urls[0], substitute.Speed{Rate: 100})
 				}
-				s.Speeds = speeds
-				s = substitute.New(s.Config)
 				begin := time.Now()
 				f.restore(t, s, test.want, log)
 				if took := time.Since(begin); took > test.most {
@@ -495,18 +491,6 @@ func (l *lastless) Get(ctx context.Context, ref eris.Reference, size eris.BlockS
 	}
 	return l.Backend.Get(ctx, ref, size, dst)
 }
-
-// slowServer is the only server of which something is known: that it is slow.
-type slowServer struct {
-	url string
-	rests
-}
-
-func (s slowServer) Speed(url string) substitute.Speed {
-	return substitute.Speed{Rate: 100, Known: strings.HasPrefix(url, s.url)}
-}
-
-func (s slowServer) Measured(string, int64, time.Duration, time.Duration) {}
 
 // TestUselessCache gets an item whose narinfo in the cache is of no use any more.
 func TestUselessCache(t *testing.T) {

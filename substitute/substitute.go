@@ -32,6 +32,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/precedence"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/seed"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
@@ -84,12 +85,10 @@ type Config struct {
 	// Probe tries stores that are out of reach by a block that nobody waits for, so that it is
 	// noticed when they can be used again; nil is nothing.
 	Probe func(pair eris.Pair, size eris.BlockSize)
-	// Speeds remembers how fast substitute servers are; nil is nothing.
-	Speeds Speeds
-	// Nearby has the blocks that need not be fetched; nil is none. NearbyStride tells how many
-	// blocks there are for each that is looked for.
-	Nearby       image.Nearby
-	NearbyStride int
+	// State remembers how fast substitute servers are, and which rest; nil is for this process.
+	State *sourcestate.State
+	// Nearby has the blocks that need not be fetched; nil is none.
+	Nearby *image.Nearby
 	// Verbose shows the ways to each item, what is expected of them, and why blocks are not used.
 	Verbose bool
 	// LookAhead is how many narinfos are fetched in all before anybody asks for them: those of the
@@ -136,6 +135,9 @@ func New(c Config) *Substituter {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
+	if c.State == nil {
+		c.State = sourcestate.Open("")
+	}
 	s := &Substituter{Config: c, ahead: newLookAhead()}
 	s.sayIgnored()
 	for _, url := range c.URLs {
@@ -144,11 +146,10 @@ func New(c Config) *Substituter {
 			server := &server{
 				vain: backoff.Backoff{Min: 10 * time.Second, Max: 5 * time.Minute},
 				slow: backoff.Backoff{Min: 10 * time.Second, Max: time.Minute},
-				url:  url, base: base, name: mirror.WithoutUser(url), index: len(s.servers), speeds: c.Speeds,
+				url:  url, base: base, name: mirror.WithoutUser(url), index: len(s.servers), state: c.State,
 			}
-			if c.Speeds != nil {
-				server.vain.Resume(c.Speeds.Rest(url))
-			}
+			known := c.State.Get(narsOf(url))
+			server.vain.Resume(known.Rest, known.Rests)
 			s.servers = append(s.servers, server)
 		}
 	}
@@ -178,11 +179,11 @@ func (s *Substituter) SetKeys(keys *acl.ACL) {
 
 // A server is a substitute server.
 type server struct {
-	url    string
-	base   string // what relative URLs of nars are appended to
-	name   string // the URL without what may be a password
-	index  int    // in the order of preference
-	speeds Speeds // as in Config
+	url   string
+	base  string // what relative URLs of nars are appended to
+	name  string // the URL without what may be a password
+	index int    // in the order of preference
+	state *sourcestate.State
 
 	answered atomic.Bool // at least once
 
@@ -218,10 +219,13 @@ func (s *server) ended(ok bool) {
 	} else {
 		s.vain.Fail(now, 0)
 	}
-	if failures := s.vain.Failures(); failures != before && s.speeds != nil {
-		s.speeds.Rests(s.url, now.Add(s.vain.Rest(now)), failures)
+	if failures := s.vain.Failures(); failures != before {
+		s.state.Rests(narsOf(s.url), now.Add(s.vain.Rest(now)), failures)
 	}
 }
+
+// narsOf is what is remembered to rest when nars of a server do: blocks may come from the same URL.
+func narsOf(url string) string { return "nars of " + url }
 
 // rests reports whether one of the server's two things has been in vain just now: with slow, it is
 // not waited for; with vain, its nars are the last to be tried. So not each item loses the seconds

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"time"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/throughput"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
@@ -153,33 +154,29 @@ func (j *job) show() {
 // A Speed is how fast bytes come.
 type Speed = throughput.Speed
 
-// Speeds remembers how fast servers have been.
-type Speeds interface {
-	// Speed returns what is known of the server at a URL, of which the scheme, the host and the
-	// port count.
-	Speed(url string) Speed
-	// Measured notes that a server has sent so many bytes while they were waited for so long, and
-	// that its first byte came after the latency.
-	Measured(url string, bytes int64, waited, latency time.Duration)
-	// Rests notes until when nars of the server with a substitute URL are the last to be tried, and
-	// for the how many-th time in a row; Rest returns that.
-	Rests(url string, until time.Time, times int)
-	Rest(url string) (until time.Time, times int)
-}
-
-// nearRate is how fast files of this machine come, in bytes per second.
-const nearRate = 1e9
+const (
+	// nearRate is how fast files of this machine come, in bytes per second.
+	nearRate = 1e9
+	// LeastMeasured is how many bytes tell something about a speed.
+	LeastMeasured = 64 << 10
+)
 
 // serverSpeed is how fast a server is, or is thought to be.
 func (s *Substituter) serverSpeed(address string) Speed {
-	u, err := url.Parse(address)
-	if err == nil && u.Scheme == "file" {
+	if mirror.IsLocal(address) {
 		return Speed{Rate: nearRate, Known: true}
 	}
-	if s.Speeds == nil {
-		return Speed{}.OrUnknown()
+	r := s.State.Get(serverOf(address))
+	return Speed{Rate: r.Rate, Latency: r.RoundTrip, Known: r.Rate > 0}.OrUnknown()
+}
+
+// serverOf is what the speed of a server is remembered by.
+func serverOf(address string) string {
+	u, err := url.Parse(address)
+	if err != nil {
+		return address
 	}
-	return s.Speeds.Speed(address).OrUnknown()
+	return u.Scheme + "://" + u.Host
 }
 
 // usable returns nil if Substitute has a way to what was found, or why it has none.

@@ -188,26 +188,22 @@ func TestPresent(t *testing.T) {
 	}
 	c, err := eris.Encode(t.Context(), bytes.NewReader(random), all.Put, eris.EncodeOptions{BlockSize: eris.BlockSize1KiB})
 	must(t, err)
-	near := nearby{source(t, all), all}
-	if n := image.Present(t.Context(), near, c, erisfs.Limits{NarSize: 1 << 20}, 1); n < 300<<10 || n > 302<<10 {
+	near := nearby(t, all, 1)
+	if n := image.Present(t.Context(), near, c, erisfs.Limits{NarSize: 1 << 20}); n < 300<<10 || n > 302<<10 {
 		t.Errorf("%d bytes are there, of all", n)
 	}
-	if n := image.Present(t.Context(), near, c, erisfs.Limits{NarSize: 1 << 20}, 10); n < 290<<10 || n > 302<<10 {
+	if n := image.Present(t.Context(), nearby(t, all, 10), c, erisfs.Limits{NarSize: 1 << 20}); n < 290<<10 || n > 302<<10 {
 		t.Errorf("%d bytes are there, of all, by one leaf of ten", n)
 	}
 	none := sourcetest.NewBackend()
-	if n := image.Present(t.Context(), nearby{source(t, none), none}, c, erisfs.Limits{NarSize: 1 << 20}, 1); n != 0 {
+	if n := image.Present(t.Context(), nearby(t, none, 1), c, erisfs.Limits{NarSize: 1 << 20}); n != 0 {
 		t.Errorf("%d bytes are there, of nothing", n)
 	}
 }
 
-type nearby struct {
-	fetch.Source
-	backend *sourcetest.Backend
-}
-
-func (n nearby) Has(_ context.Context, ref eris.Reference, _ eris.BlockSize) bool {
-	return n.backend.Has(ref)
+func nearby(t *testing.T, b *sourcetest.Backend, stride int) *image.Nearby {
+	has := func(_ context.Context, ref eris.Reference, _ eris.BlockSize) bool { return b.Has(ref) }
+	return &image.Nearby{Source: source(t, b), Has: has, Stride: stride}
 }
 
 // TestTotal looks at what a tree is said to be long in all: exactly at its end, and about from the

@@ -13,20 +13,21 @@ import (
 
 // Nearby are blocks that can be had without waiting for anybody else: those of a cache, for
 // example. They need not be verified: what is wrong spoils an estimate only.
-type Nearby interface {
+type Nearby struct {
 	fetch.Source
 	// Has reports whether a block is there. It may be wrong at times.
-	Has(ctx context.Context, ref eris.Reference, size eris.BlockSize) bool
+	Has func(ctx context.Context, ref eris.Reference, size eris.BlockSize) bool
+	// Stride is how many leaves there are for each that is looked for: 1 if Has takes no time.
+	Stride int
 }
 
 // presentNodes bounds how many internal nodes are read to find out what is there.
 const presentNodes = 4096
 
 // Present estimates how many bytes of the contents of an image are in the leaves that nearby has.
-// It looks at one leaf of stride, and finds only what can be reached by way of an index and of
-// internal nodes that are there too. It ends with ctx, with what it has found by then.
-func Present(ctx context.Context, nearby Nearby, c eris.ReadCapability, limits erisfs.Limits, stride int) int64 {
-	stride = max(1, stride)
+// It finds only what can be reached by way of an index and of internal nodes that are there too. It
+// ends with ctx, with what it has found by then.
+func Present(ctx context.Context, nearby *Nearby, c eris.ReadCapability, limits erisfs.Limits) int64 {
 	var leaves int
 	var bytes int64
 	if !nearby.Has(ctx, c.Root, c.BlockSize) {
@@ -36,8 +37,8 @@ func Present(ctx context.Context, nearby Nearby, c eris.ReadCapability, limits e
 		if level > 0 {
 			return
 		}
-		if leaves++; leaves%stride == 0 && nearby.Has(ctx, b.Reference, b.Size) {
-			bytes += int64(b.Size) * int64(stride)
+		if leaves++; leaves%nearby.Stride == 0 && nearby.Has(ctx, b.Reference, b.Size) {
+			bytes += int64(b.Size) * int64(nearby.Stride)
 		}
 	}}
 	p.walk(c, limits)

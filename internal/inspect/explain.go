@@ -292,7 +292,7 @@ func (r *storeReport) sample(ctx context.Context, source fetch.Source, blocks []
 		r.Failure = message.OfStore(r.URL, err)
 	}
 	r.Has = int(has.Load())
-	if r.Rate == 0 && bytes.Load() >= session.LeastMeasured {
+	if r.Rate == 0 && bytes.Load() >= substitute.LeastMeasured {
 		r.Rate = float64(bytes.Load()) / time.Since(begin).Seconds()
 	}
 }

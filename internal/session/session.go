@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/url"
 	"os"
 	"runtime"
 	"slices"
@@ -39,7 +38,6 @@ type Session struct {
 	*substitute.Substituter
 	blocks *blocks  // nil if there is no store
 	found  []string // URLs of those of the local network
-	state  *sourcestate.State
 	saved  time.Time
 	closed func() // what else is to be closed at the end
 
@@ -72,7 +70,7 @@ func (s *Session) after() {
 	if time.Since(s.saved) < saveEvery {
 		return
 	}
-	if err := s.state.Save(); err != nil {
+	if err := s.State.Save(); err != nil {
 		s.Log.WarnOnce("sources", "what is known of sources cannot be kept for later: %v", err)
 	}
 	s.saved = time.Now()
@@ -97,7 +95,7 @@ func (s *Session) Close() {
 	if s.blocks != nil {
 		s.blocks.Close()
 	}
-	s.state.Save()
+	s.State.Save()
 	s.closed()
 	s.Mirrors.Close()
 	if s.Cache != nil {
@@ -116,7 +114,7 @@ func (s *Settings) session(query bool, log *protocol.Log) *Session {
 	if query {
 		path = "" // which learns nothing about them
 	}
-	result := &Session{state: sourcestate.Open(path), closed: func() {}}
+	result := &Session{closed: func() {}}
 	limiter := ratelimit.New(s.limitRate, 0)
 	narConnections := s.narConnections()
 	if query {
@@ -125,7 +123,7 @@ func (s *Settings) session(query bool, log *protocol.Log) *Session {
 	result.Substituter = substitute.New(substitute.Config{
 		Policy:               policy,
 		Limiter:              limiter,
-		Speeds:               serverSpeeds{result.state},
+		State:                sourcestate.Open(path),
 		Verbose:              s.verbose || s.file.Verbose,
 		UnsignedCapabilities: s.file.UnsignedCapabilities,
 		StoreDir:             s.Store,
@@ -157,15 +155,14 @@ func (s *Settings) session(query bool, log *protocol.Log) *Session {
 		result.Failed = func(format string, a ...any) { s.failed = fmt.Sprintf(format, a...) }
 	}
 	if policy != substitute.HTTPOnly && len(urls) > 0 {
-		b, err := s.openBlocks(urls, result.state, limiter, log)
+		b, err := s.openBlocks(urls, result.State, limiter, log)
 		if err != nil {
 			s.log.Warnf("%v", err)
 		}
 		if b != nil {
 			result.blocks = b
 			result.Blocks, result.Window, result.StoreSpeed = b, b.Window, b.speed
-			result.Probe = b.Probe
-			result.Nearby, result.NearbyStride = b.nearby, b.stride
+			result.Probe, result.Nearby = b.Probe, b.nearby
 		}
 	}
 	return result
@@ -183,9 +180,7 @@ func (s *Settings) SilentSession(query bool) *Session {
 type blocks struct {
 	*pool.Pool
 	members []pool.Member
-	nearby  image.Nearby // nil if no blocks are at hand
-	stride  int          // see [substitute.Config]
-	local   bool         // all stores are on this machine
+	nearby  *image.Nearby // nil if no blocks are at hand
 }
 
 // openBlocks opens the stores and the cache. What it returns must be closed, and is nil if there is
@@ -195,22 +190,22 @@ func (s *Settings) openBlocks(urls []string, state *sourcestate.State, limiter *
 	if len(members) == 0 {
 		return nil, failed
 	}
-	b := &blocks{local: true}
+	b, local := &blocks{}, true // all stores are on this machine
 	for i := range members {
 		m := &members[i]
 		if len(members) > 1 && b.nearby == nil && settings.IsSocket(m.Source.String()) {
 			m.Near = true
-			b.nearby, b.stride = &nearStore{Source: m.Source, resting: b.nearRests}, 64
+			b.nearby = &image.Nearby{Source: m.Source, Has: b.nearHas, Stride: 64}
 		} else {
-			b.local = b.local && m.Local
+			local = local && m.Local
 		}
 	}
 	size, _ := bytesize.Parse(s.file.CacheSize) // which settings.Read has looked at
-	if directory := s.inCache("blocks"); b.nearby == nil && directory != "" && size > 0 && !b.local {
+	if directory := s.inCache("blocks"); b.nearby == nil && directory != "" && size > 0 && !local {
 		c := cache.Open(directory, size, func(err error) {
 			log.WarnOnce("block cache", "blocks cannot be kept for later: %v", err)
 		})
-		b.nearby, b.stride = c, 1
+		b.nearby = &image.Nearby{Source: c, Has: c.Has, Stride: 1}
 		members = append(members, pool.Member{Source: c, Near: true})
 	}
 	b.members = members
@@ -253,62 +248,14 @@ func (b *blocks) show(log *protocol.Log) {
 	}
 }
 
-func (b *blocks) nearRests() bool {
-	return slices.ContainsFunc(b.Stats(), func(s pool.SourceStats) bool { return s.Near && (s.Resting || s.Banned) })
-}
-
-// nearStore is a store on this machine whose blocks are at hand.
-type nearStore struct {
-	fetch.Source
-	resting func() bool
-}
-
-// Has implements [image.Nearby].
-func (n *nearStore) Has(ctx context.Context, ref eris.Reference, size eris.BlockSize) bool {
-	if n.resting() {
+// nearHas reports whether the store on this machine whose blocks are at hand has one.
+func (b *blocks) nearHas(ctx context.Context, ref eris.Reference, size eris.BlockSize) bool {
+	rests := func(s pool.SourceStats) bool { return s.Near && (s.Resting || s.Banned) }
+	if slices.ContainsFunc(b.Stats(), rests) {
 		return false
 	}
-	_, err := fetch.Get(ctx, n.Source, ref, size, nil)
+	_, err := fetch.Get(ctx, b.nearby, ref, size, nil)
 	return err == nil
-}
-
-// serverSpeeds remembers the speeds of substitute servers among those of stores.
-type serverSpeeds struct{ state *sourcestate.State }
-
-// LeastMeasured is how many bytes tell something about a speed.
-const LeastMeasured = 64 << 10
-
-// Speed implements [substitute.Speeds].
-func (s serverSpeeds) Speed(address string) substitute.Speed {
-	r := s.state.Get(serverOf(address))
-	return substitute.Speed{Rate: r.Rate, Latency: r.RoundTrip, Known: r.Rate > 0}
-}
-
-// Measured implements [substitute.Speeds].
-func (s serverSpeeds) Measured(address string, bytes int64, waited, latency time.Duration) {
-	if bytes < LeastMeasured {
-		bytes, waited = 0, 0
-	}
-	s.state.Measured(serverOf(address), bytes, max(waited, time.Millisecond), latency)
-}
-
-// Rests implements [substitute.Speeds]. Blocks may come from the same URL.
-func (s serverSpeeds) Rests(address string, until time.Time, times int) {
-	s.state.Rests("nars of "+address, until, times)
-}
-
-// Rest implements [substitute.Speeds].
-func (s serverSpeeds) Rest(address string) (until time.Time, times int) {
-	r := s.state.Get("nars of " + address)
-	return r.Rest, r.Rests
-}
-
-func serverOf(address string) string {
-	u, err := url.Parse(address)
-	if err != nil {
-		return address
-	}
-	return u.Scheme + "://" + u.Host
 }
 
 // seeds returns what puts nars that were fetched into the store of this machine, or nil.
