@@ -5,9 +5,6 @@ package substitute
 import (
 	"context"
 	"runtime/debug"
-	"sync/atomic"
-
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 )
 
 // This file is for those who restore items before the daemon asks for them: by the same ways as
@@ -42,18 +39,13 @@ func (s *Substituter) Known(ctx context.Context, paths []string) []Item {
 }
 
 // A Restoration is a substitution that the daemon has not asked for yet.
-type Restoration struct {
-	s     *Substituter
-	log   *protocol.Log
-	job   *job
-	ahead atomic.Bool
-}
+type Restoration struct{ job job }
 
 // Prepare returns the restoration of an item to a place, which [Restoration.Run] begins.
 func (s *Substituter) Prepare(path, place string) *Restoration {
-	r := &Restoration{s: s, log: s.Log.Hold()}
-	r.ahead.Store(true)
-	r.job = &job{path: path, destination: place, log: r.log, progress: r.log.Download(path), ahead: &r.ahead}
+	log := s.Log.Hold()
+	r := &Restoration{job{s: s, path: path, destination: place, log: log, progress: log.Download(path)}}
+	r.job.ahead.Store(true)
 	return r
 }
 
@@ -63,25 +55,25 @@ func (r *Restoration) Run(ctx context.Context) (outcome Outcome) {
 	defer r.job.progress.Pause()
 	defer func() {
 		if fault := recover(); fault != nil {
-			r.log.Errorf("internal error: %v: %s", fault, debug.Stack())
+			r.job.log.Errorf("internal error: %v: %s", fault, debug.Stack())
 			outcome = Outcome{}
 		}
 	}()
-	l := r.s.newLookup([]string{r.job.path}, func(*record) {})
+	l := r.job.s.newLookup([]string{r.job.path}, func(*record) {})
 	l.run(ctx)
-	outcome, _ = r.s.substitute(ctx, l, r.job)
+	outcome, _ = r.job.substitute(ctx, l)
 	return outcome
 }
 
 // Show shows what has happened so far and what happens from now on: the daemon has asked for the
 // item and waits for it.
 func (r *Restoration) Show() {
-	r.ahead.Store(false)
-	r.log.Release()
+	r.job.ahead.Store(false)
+	r.job.log.Release()
 }
 
 // Finish shows the end, after Run and Show.
 func (r *Restoration) Finish(success bool) { r.job.progress.Finish(success) }
 
 // waited reports whether the daemon waits for the item.
-func (j *job) waited() bool { return j.ahead == nil || !j.ahead.Load() }
+func (j *job) waited() bool { return !j.ahead.Load() }

@@ -106,7 +106,7 @@ func (w *deltaWay) expect(ctx context.Context) expectation {
 	return e
 }
 
-func (w *deltaWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool), error) {
+func (w *deltaWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(), error) {
 	body, done, err := w.open(ctx, a)
 	if err != nil {
 		return nil, nil, err
@@ -114,23 +114,23 @@ func (w *deltaWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bo
 	// What is longer than was said when it was chosen has not been the better way.
 	nodes, err := delta.NewReader(ctx, io.LimitReader(body, w.size), w.base, delta.ReadOptions{MaxSize: w.j.options().MaxBytes, Link: w.valid(ctx)})
 	if err != nil {
-		done(false)
+		done()
 		return nil, nil, err
 	}
-	return &countedNodes{nodes, a}, func(ok bool) {
+	return &countedNodes{nodes, a}, func() {
 		nodes.Close()
-		done(ok)
+		done()
 	}, nil
 }
 
 // open begins to read the delta.
-func (w *deltaWay) open(ctx context.Context, a *attempt) (io.Reader, func(ok bool), error) {
+func (w *deltaWay) open(ctx context.Context, a *attempt) (io.Reader, func(), error) {
 	if w.blocks() {
 		contents, err := w.j.openImage(ctx, a, w.capability, w.size, math.MaxInt64)
 		if err != nil {
 			return nil, nil, err
 		}
-		return contents.Content, func(bool) { contents.Close() }, nil
+		return contents.Content, func() { contents.Close() }, nil
 	}
 	body, err := w.j.download(ctx, a, w.url, w.size)
 	if err != nil {

@@ -128,21 +128,12 @@ func (j *job) expectMissing(c eris.ReadCapability, size, missing int64) expectat
 	return e
 }
 
-func (w *blocksWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool), error) {
+func (w *blocksWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(), error) {
 	contents, err := w.j.openImage(ctx, a, w.capability, w.size, math.MaxInt64)
 	if err != nil {
 		return nil, nil, err
 	}
-	return imageNodes(ctx, contents)
-}
-
-// imageNodes returns the nodes of an image.
-func imageNodes(ctx context.Context, contents *image.Image) (nar.Nodes, func(ok bool), error) {
-	nodes, closeNodes, err := contents.Nodes(ctx)
-	if err != nil {
-		return nil, nil, err
-	}
-	return nodes, func(bool) { closeNodes() }, nil
+	return contents.Nodes(ctx)
 }
 
 // openImage opens the contents of a read capability, of size bytes or some more. The attempt ends

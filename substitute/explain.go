@@ -127,8 +127,8 @@ func (s *Substituter) Explain(ctx context.Context, path string) (Explanation, er
 		_, text, _ := strings.Cut(line, "warning: ")
 		e.Notes = append(e.Notes, strings.TrimSpace(text))
 	}
-	j := &job{path: path, log: s.Log}
-	err = s.prepare(ctx, s.lookup(ctx, []string{path}), j)
+	j := &job{s: s, path: path, log: s.Log}
+	err = j.prepare(ctx, s.lookup(ctx, []string{path}))
 	want := j.want
 	for i := range e.Servers {
 		s.describe(&e.Servers[i], records[i], want)

@@ -76,7 +76,7 @@ func (w *leavesWay) most() int64 {
 	return max(leastMissing, w.j.ways[next].bytes/2)
 }
 
-func (w *leavesWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool), error) {
+func (w *leavesWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(), error) {
 	contents, err := w.j.openImage(ctx, a, w.capability, w.missing(), w.most())
 	if err != nil {
 		return nil, nil, err
@@ -91,7 +91,7 @@ func (w *leavesWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok b
 		return nil, nil, err
 	}
 	contents.Base = countedBase{base, a}
-	return imageNodes(ctx, contents)
+	return contents.Nodes(ctx)
 }
 
 // failed notes that it is of no use.

@@ -108,7 +108,7 @@ func (w *narWay) expect(context.Context) expectation {
 	}
 }
 
-func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool), error) {
+func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(), error) {
 	j, method := w.j, w.from.Compression
 	size := int64(-1)
 	if method == "none" {
@@ -128,16 +128,15 @@ func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool
 	}
 	plain, err := decompress.OpenAtMost(method, source, int64(min(j.options().MaxBytes, 1<<62)))
 	if err != nil {
-		body.copied.End(false)
-		body.nar.Close()
+		body.done()
 		return nil, nil, err
 	}
 	reader, closeNodes := image.ReadNar(ctx, plain, j.want.NarSize)
 	reader.Ended = body.nar.Last
-	return reader, func(ok bool) {
+	return reader, func() {
 		closeNodes()
 		plain.Close()
-		body.done(ok)
+		body.done()
 	}, nil
 }
 
@@ -182,7 +181,7 @@ type download struct {
 }
 
 // download begins to fetch what a server has at a URL, of size bytes if the server does not say;
-// negative is unknown. The caller must call done, or close the nar to give it up.
+// negative is unknown. The caller must call done.
 func (j *job) download(ctx context.Context, a *attempt, url string, size int64) (*download, error) {
 	begin := time.Now()
 	body, err := j.openNar(ctx, a, url)
@@ -227,12 +226,12 @@ func (d *download) Read(p []byte) (int, error) {
 }
 
 // done ends the download, and learns from it how fast the server is.
-func (d *download) done(ok bool) {
-	whole := ok && d.nar.Drain(d.copied)
+func (d *download) done() {
+	whole := d.a.ok && d.nar.Drain(d.copied)
 	d.copied.End(whole)
 	d.nar.Close()
 	// One that was given up is known to be slow.
-	if !mirror.IsLocal(d.url) && (ok || d.a.slow.Load()) {
+	if !mirror.IsLocal(d.url) && (d.a.ok || d.a.slow.Load()) {
 		bytes, waited := d.n.Load(), time.Duration(d.waited.Load())
 		if bytes < LeastMeasured {
 			bytes, waited = 0, 0

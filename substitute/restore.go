@@ -91,8 +91,8 @@ func (s *Substituter) Substitute(ctx context.Context, path, destination string) 
 	progress := s.Log.Download(destination)
 	begin := s.Now()
 	for again := false; ; again = true {
-		j := &job{path: path, destination: destination, log: s.Log, progress: progress}
-		outcome, err := s.substitute(ctx, s.lookup(ctx, []string{path}), j)
+		j := &job{s: s, path: path, destination: destination, log: s.Log, progress: progress}
+		outcome, err := j.substitute(ctx, s.lookup(ctx, []string{path}))
 		if outcome.Status == Success || ctx.Err() != nil {
 			progress.Finish(outcome.Status == Success)
 			return outcome
@@ -124,19 +124,19 @@ var errNone = errors.New("no authorised narinfo describes it")
 
 // substitute tries to get an item that alone has been looked up. The error is nil if there were
 // ways.
-func (s *Substituter) substitute(ctx context.Context, l *lookup, j *job) (Outcome, error) {
-	if err := s.prepare(ctx, l, j); err != nil {
+func (j *job) substitute(ctx context.Context, l *lookup) (Outcome, error) {
+	if err := j.prepare(ctx, l); err != nil {
 		return Outcome{}, err
 	}
 	j.show()
-	if len(j.ways) == 0 && s.Policy == ERISOnly {
+	if len(j.ways) == 0 && j.s.Policy == ERISOnly {
 		return Outcome{}, fmt.Errorf("the policy is eris-only, and %s", j.notBlocks())
 	}
 	return j.run(ctx), nil
 }
 
 // prepare lists the ways to an item that alone has been looked up.
-func (s *Substituter) prepare(ctx context.Context, l *lookup, j *job) error {
+func (j *job) prepare(ctx context.Context, l *lookup) error {
 	f := l.found(l.items[0])
 	if f == nil {
 		j.useless = l.items[0].records
@@ -146,7 +146,7 @@ func (s *Substituter) prepare(ctx context.Context, l *lookup, j *job) error {
 		j.useless = []record{f.authorised}
 		return err
 	}
-	j.s, j.want, j.listed, j.vain = s, f.authorised.narinfo, map[string]bool{}, map[string]int{}
+	j.want, j.listed, j.vain = f.authorised.narinfo, map[string]bool{}, map[string]int{}
 	j.list(ctx, f.all)
 	if j.wantsBlocks() || len(j.ways) > 0 && j.isLast(j.ways[0]) {
 		j.moreRecords(ctx)
@@ -162,7 +162,7 @@ type job struct {
 	want        *narinfo.Narinfo
 	log         *protocol.Log
 	progress    *protocol.Download
-	ahead       *atomic.Bool // the daemon does not wait for it; nil if it always has
+	ahead       atomic.Bool // the daemon does not wait for it yet
 
 	records []record           // that have been listed
 	listed  map[string]bool    // URLs and URNs
@@ -392,6 +392,7 @@ type attempt struct {
 	got      atomic.Int64  // bytes that have come over the network
 	read     atomic.Int64  // bytes of files of an old item, and those that came a second time
 	total    atomic.Int64  // bytes that will come, if the server says so
+	ok       bool          // the right item was made
 	slow     atomic.Bool   // it was given up for that
 	cut      atomic.Bool   // the server has broken off
 }
@@ -444,7 +445,8 @@ func (j *job) try(ctx context.Context, c *candidate) (narSize uint64, err error)
 	} else {
 		err = j.check(c, result)
 	}
-	done(err == nil)
+	a.ok = err == nil
+	done()
 	return result.NarSize, err
 }
 

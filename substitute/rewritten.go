@@ -21,14 +21,12 @@ type rewrittenWay struct {
 	old *reuse.Candidate
 }
 
-// listRewritten adds the old items, once. References are those of the narinfo that is authorised.
-// In all of them, even if they are hopeless, blocks may be looked for, see leavesWay.
+// listRewritten adds the old items, by the references of the narinfo that is authorised. In all of
+// them, even if they are hopeless, blocks may be looked for, see leavesWay.
 func (j *job) listRewritten(ctx context.Context) {
-	const once = "rewritten" // no URL and no URN
-	if j.s.Reuse == nil || j.listed[once] {
+	if j.s.Reuse == nil {
 		return
 	}
-	j.listed[once] = true
 	for c := range j.s.Reuse.Find(ctx, j.want) {
 		j.bases = append(j.bases, c)
 		if !c.Hopeless {
@@ -47,10 +45,10 @@ func (w *rewrittenWay) expect(context.Context) expectation {
 	return expectation{0, throughput.Seconds(float64(w.j.want.NarSize) / rewriteRate), true, "an older item, rewritten"}
 }
 
-func (w *rewrittenWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(ok bool), error) {
+func (w *rewrittenWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(), error) {
 	a.progress.From("file://"+w.old.String(), 0)
 	nodes := w.old.Nodes(ctx)
-	return &countedNodes{nodes, a}, func(bool) { nodes.Close() }, nil
+	return &countedNodes{nodes, a}, nodes.Close, nil
 }
 
 // failed notes that the result has another hash.

@@ -30,8 +30,8 @@ type way interface {
 	expect(ctx context.Context) expectation
 	// nodes returns the tree as nodes, for the restorer; they stop when ctx ends. It tells the
 	// attempt from where they come, and all bytes that come over the network. done must be called
-	// once the nodes are not used any more; ok reports whether the right item was made of them.
-	nodes(ctx context.Context, a *attempt) (nodes nar.Nodes, done func(ok bool), err error)
+	// once the nodes are not used any more, and the attempt says whether it was of use.
+	nodes(ctx context.Context, a *attempt) (nodes nar.Nodes, done func(), err error)
 	// kind is "old item", "leaves" (of an old item, and blocks), "delta", "blocks" or "nar".
 	kind() string
 	// pace returns when the way is given up for another one because it is slow.
@@ -81,15 +81,16 @@ type candidate struct {
 // later ones of the same rank.
 func (j *job) list(ctx context.Context, records []record) {
 	before := len(j.ways)
+	if len(j.records) == 0 { // it is the first time
+		j.listRewritten(ctx)
+	}
 	j.records = append(j.records, records...)
 	records = equivalent(records, j.want)
-	j.listRewritten(ctx)
 	j.listDeltas(records)
 	j.listBlocks(records)
 	j.listNars(records)
-	for i, c := range j.ways[before:] {
+	for _, c := range j.ways[before:] {
 		c.expectation = c.expect(ctx)
-		j.ways[before+i] = c
 	}
 	j.sort()
 }
