@@ -14,8 +14,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
@@ -46,7 +44,7 @@ const (
 // Options says how [Ahead] works.
 type Options struct {
 	StoreDir string   // the store directory, an absolute file name
-	Session  *Session // of the daemon process
+	Session  *Session // of the daemon process; nil stages nothing
 	Items    int      // how many items are staged at most
 	Bytes    int64    // the sum of their NarSize at most
 	// AtOnce returns how many items are restored at the same time at most; they are fewer where
@@ -69,7 +67,7 @@ type Ahead struct {
 	ctx      context.Context
 	cancel   context.CancelFunc
 	kick     chan struct{}
-	group    errgroup.Group
+	group    sync.WaitGroup
 
 	mu       sync.Mutex
 	plan     *plan
@@ -116,10 +114,7 @@ func New(restorer *substitute.Substituter, o Options) *Ahead {
 	a.stage.store = o.StoreDir
 	if o.Session != nil {
 		a.stage.name = filepath.Base(o.Session.path)
-		a.group.Go(func() error {
-			a.run()
-			return nil
-		})
+		a.group.Go(a.run)
 	}
 	return a
 }
@@ -127,7 +122,7 @@ func New(restorer *substitute.Substituter, o Options) *Ahead {
 // Close cancels what is under way and removes what is staged.
 func (a *Ahead) Close() error {
 	a.cancel()
-	a.group.Wait() // what it runs returns nil
+	a.group.Wait()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	clear(a.staged)
@@ -144,7 +139,7 @@ func (a *Ahead) Err() error {
 // Substitute restores an item to a destination, as [substitute.Substituter.Substitute] does.
 func (a *Ahead) Substitute(ctx context.Context, path, destination string) substitute.Outcome {
 	// What is repaired is restored from its sources: the daemon does not trust what is there.
-	if a.o.Items <= 0 || a.o.Session == nil || path != destination {
+	if a.o.Session == nil || path != destination {
 		return a.restorer.Substitute(ctx, path, destination)
 	}
 	s := a.begin(path)
@@ -377,10 +372,9 @@ func (a *Ahead) fill() bool {
 	a.bytes += size
 	a.running++
 	a.memory += s.memory()
-	a.group.Go(func() error {
+	a.group.Go(func() {
 		defer cancel()
 		a.restore(ctx, s, c)
-		return nil
 	})
 	return true
 }

@@ -167,15 +167,13 @@ func (s *stage) move(key, destination string) error {
 	return rename(filepath.Join(s.path(), key), destination)
 }
 
-// remove removes an item that is staged, and reports whether there was one. It is renamed first, so
-// that another helper either has all of it or nothing.
-func (s *stage) remove(key string) bool {
+// remove removes an item that is staged, if there is one. It is renamed first, so that another
+// helper either has all of it or nothing.
+func (s *stage) remove(key string) {
 	final := filepath.Join(s.path(), key)
-	if rename(final, final+".gone") != nil {
-		return false
+	if rename(final, final+".gone") == nil {
+		restore.Remove(final + ".gone")
 	}
-	restore.Remove(final + ".gone")
-	return true
 }
 
 // take gives an item its place that another helper has staged or is staging; that is waited for,
