@@ -93,13 +93,10 @@ func (c *chain) add(path string, nodes nar.Nodes) {
 // serve starts the block store and the publisher, with the given source of items.
 func (c *chain) serve(items string) {
 	c.t.Helper()
-	store, err := startBlockServer(c.directory, c.directory+"/serve.log", c.env, "--directory="+c.directory+"/blocks",
+	store, err := startServe(c.directory, c.directory+"/serve.log", c.env, "--directory="+c.directory+"/blocks",
 		"--socket="+c.directory+"/s", "--listen=coap+tcp://127.0.0.1:0", "--listen=coap://127.0.0.1:0")
 	must(c.t, err)
-	c.t.Cleanup(func() {
-		must(c.t, store.stop())
-		store.end()
-	})
+	c.t.Cleanup(func() { must(c.t, store.stop()) })
 	c.stores = map[string]string{"coap+unix": store.urls["UNIX"], "coap+tcp": store.urls["TCP"], "coap": store.urls["UDP"]}
 	c.publish("--cache="+c.directory+"/cache", "--eris="+c.stores["coap+unix"], items)
 }
@@ -107,12 +104,10 @@ func (c *chain) serve(items string) {
 // publish starts the publisher.
 func (c *chain) publish(args ...string) {
 	c.t.Helper()
-	p, err := startPublisher(c.directory, c.env, c.t.Logf, append(args, "--root="+c.directory+"/items"))
+	p, err := startPublish(c.directory, c.directory+"/publish.log", c.env, append(args, "--root="+c.directory+"/items")...)
 	must(c.t, err)
-	c.server = p.url
-	c.t.Cleanup(func() {
-		must(c.t, p.stop())
-	})
+	c.server = p.urls["HTTP"]
+	c.t.Cleanup(func() { must(c.t, p.stop()) })
 }
 
 // mostMiB bounds the memory of a helper in tests. The race detector takes several times as much as

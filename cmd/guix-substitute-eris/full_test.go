@@ -282,8 +282,8 @@ func (f *fullTest) decoded(t *testing.T, store, urn string) {
 // serves has a store on the small disk, into which the item is encoded.
 func (f *fullTest) serves(t *testing.T) bool {
 	log := f.directory + "/full.log"
-	start := func() *blockServer {
-		server, err := startBlockServer(f.directory, log, f.env, "--directory="+f.small+"/blocks", "--socket="+f.directory+"/full")
+	start := func() *process {
+		server, err := startServe(f.directory, log, f.env, "--directory="+f.small+"/blocks", "--socket="+f.directory+"/full")
 		if text, _ := os.ReadFile(log); err != nil && !bytes.Contains(text, []byte(noSpace)) {
 			t.Fatalf("%v\n%s", err, text)
 		}
@@ -318,20 +318,22 @@ func (f *fullTest) serves(t *testing.T) bool {
 
 // publishes keeps read capabilities on the small disk.
 func (f *fullTest) publishes(t *testing.T) bool {
-	said := ""
+	said, log := "", f.directory+"/publish.log"
 	for range 2 {
-		p, err := startPublisher(f.directory, f.env, func(format string, a ...any) { said += fmt.Sprintf(format, a...) + "\n" }, []string{"--cache=" + f.small + "/cache", "--eris=" + f.stores["coap+unix"], f.manifest(), "--root=" + f.directory + "/items"})
-		if err != nil {
+		p, err := startPublish(f.directory, log, f.env, "--cache="+f.small+"/cache", "--eris="+f.stores["coap+unix"], f.manifest(), "--root="+f.directory+"/items")
+		if err == nil {
+			if urn := publishedURN(t, p.urls["HTTP"]+"/"+filepath.Base(f.narinfo()), f.items[0].hash); urn != f.urn {
+				t.Errorf("published: %q", urn)
+			}
+			must(t, p.stop())
+		}
+		text, _ := os.ReadFile(log)
+		if said += string(text); err != nil {
 			if !strings.Contains(said, noSpace) {
 				t.Fatalf("%v\n%q", err, said)
 			}
 			f.room()
-			continue
 		}
-		if urn := publishedURN(t, p.url+"/"+filepath.Base(f.narinfo()), f.items[0].hash); urn != f.urn {
-			t.Errorf("published: %q", urn)
-		}
-		must(t, p.stop())
 	}
 	return !strings.Contains(said, noSpace)
 }

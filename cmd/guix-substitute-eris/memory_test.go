@@ -294,13 +294,12 @@ func TestDeltasMemory(t *testing.T) {
 		time.Sleep(100 * time.Millisecond) // so that the clock of the file system tells them apart
 	}
 	writeFiles(t, directory, map[string]string{"manifest": manifest.String()})
-	publisher, err := startPublisher(directory, os.Environ(), t.Logf, []string{
-		"--root=items", "--manifest=manifest", "--private-key=none", "--deltas=1MiB", "--cache=cache",
-	})
+	publisher, err := startPublish(directory, directory+"/log", os.Environ(),
+		"--root=items", "--manifest=manifest", "--private-key=none", "--deltas=1MiB", "--cache=cache")
 	must(t, err)
-	defer publisher.kill()
+	defer publisher.end()
 	for i := range items {
-		url := fmt.Sprintf("%s/%032d.narinfo", publisher.url, 2*i+1)
+		url := fmt.Sprintf("%s/%032d.narinfo", publisher.urls["HTTP"], 2*i+1)
 		eventually(t, "no delta: "+url, func() bool {
 			response, err := http.Get(url)
 			must(t, err)

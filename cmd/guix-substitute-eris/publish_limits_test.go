@@ -23,14 +23,11 @@ func TestPublishConnections(t *testing.T) {
 		"items/" + item: noise(1, 32<<20), // more than sockets hold
 		"manifest":      []byte("StorePath: /gnu/store/" + item + "\nReferences: \n"),
 	})
-	var log strings.Builder // until it has ended it is not ours
-	logf := func(format string, a ...any) { fmt.Fprintf(&log, format+"\n", a...) }
-	publisher, err := startPublisher(directory, os.Environ(), logf, []string{
-		"--root=items", "--manifest=manifest", "--private-key=none", "--max-connections=3",
-	})
+	publisher, err := startPublish(directory, directory+"/log", os.Environ(),
+		"--root=items", "--manifest=manifest", "--private-key=none", "--max-connections=3")
 	must(t, err)
 	dial := func() net.Conn {
-		conn, err := net.Dial("tcp", strings.TrimPrefix(publisher.url, "http://"))
+		conn, err := net.Dial("tcp", strings.TrimPrefix(publisher.urls["HTTP"], "http://"))
 		must(t, err)
 		t.Cleanup(func() { conn.Close() })
 		conn.SetDeadline(time.Now().Add(time.Minute))
@@ -71,7 +68,8 @@ func TestPublishConnections(t *testing.T) {
 		conn.Close()
 	}
 	must(t, publisher.stop())
-	if !strings.Contains(log.String(), "connections turned away: all of 3, or half of them for one host, are busy; see --max-connections") {
-		t.Errorf("log:\n%s", log.String())
+	log, err := os.ReadFile(directory + "/log")
+	if err != nil || !strings.Contains(string(log), "connections turned away: all of 3, or half of them for one host, are busy; see --max-connections") {
+		t.Errorf("log:\n%s", log)
 	}
 }

@@ -3,20 +3,13 @@
 package main
 
 import (
-	"bufio"
-	"errors"
 	"io"
 	"net/http"
 	"os"
-	"os/exec"
-	"regexp"
 	"strings"
-	"sync"
-	"syscall"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
-	"golang.org/x/sys/unix"
 )
 
 // publish VARIABLE [OPTION]... runs the command of that name until the end of the script, or until
@@ -24,82 +17,29 @@ import (
 // to.
 func scriptPublish(ts *testscript.TestScript, neg bool, args []string) {
 	key := ts.Getenv("WORK") + "/" + args[0]
+	stop := func() (running bool) {
+		p, running := processes.LoadAndDelete(key)
+		if running {
+			ts.Check(p.(*process).stop())
+		}
+		return running
+	}
 	if neg {
-		p, ok := publishers.LoadAndDelete(key)
-		if !ok {
+		if !stop() {
 			ts.Fatalf("there is no publisher %s", args[0])
 		}
-		ts.Check(p.(*publisher).stop())
 		return
 	}
-	// The log of a script is not for other goroutines.
-	unread := func(string, ...any) {}
-	p, err := startPublisher(ts.MkAbs("."), scriptEnvironment(ts), unread, args[1:])
+	p, err := startPublish(ts.MkAbs("."), ts.MkAbs(args[0]+".log"), scriptEnvironment(ts), args[1:]...)
 	ts.Check(err)
-	ts.Setenv(args[0], p.url)
-	publishers.Store(key, p)
-	ts.Defer(func() {
-		if p, ok := publishers.LoadAndDelete(key); ok {
-			ts.Check(p.(*publisher).stop())
-		}
-	})
+	ts.Setenv(args[0], p.urls["HTTP"])
+	processes.Store(key, p)
+	ts.Defer(func() { stop() })
 }
 
-// publishers has the publishers of all scripts.
-var publishers sync.Map
-
-// published is what a publisher says when it listens.
-var published = regexp.MustCompile(`publishing on (\S+)`)
-
-// A publisher is the program, run as "publish".
-type publisher struct {
-	cmd *exec.Cmd
-	url string
-	log sync.WaitGroup
-}
-
-// startPublisher runs the command publish and waits until it listens.
-func startPublisher(directory string, env []string, logf func(string, ...any), args []string) (*publisher, error) {
-	cmd := exec.Command(theProgram, append([]string{"publish", "--listen=127.0.0.1:0"}, args...)...)
-	cmd.Dir, cmd.Env = directory, env
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	log, err := cmd.StderrPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := cmd.Start(); err != nil {
-		return nil, err
-	}
-	p := &publisher{cmd: cmd}
-	urls := make(chan string, 1)
-	p.log.Go(func() {
-		defer close(urls)
-		for s := bufio.NewScanner(log); s.Scan(); {
-			logf("publish: %s", s.Text())
-			if match := published.FindStringSubmatch(s.Text()); match != nil {
-				urls <- match[1] // it says so once
-			}
-		}
-	})
-	var ok bool
-	if p.url, ok = <-urls; !ok {
-		return nil, errors.Join(os.ErrProcessDone, cmd.Wait())
-	}
-	return p, nil
-}
-
-// stop ends the publisher by SIGTERM.
-func (p *publisher) stop() error {
-	p.cmd.Process.Signal(unix.SIGTERM)
-	p.log.Wait() // all that it says has been read
-	return p.cmd.Wait()
-}
-
-// kill ends the publisher by SIGKILL.
-func (p *publisher) kill() {
-	p.cmd.Process.Kill()
-	p.log.Wait()
-	p.cmd.Wait()
+// startPublish starts a publisher: see startProcess.
+func startPublish(directory, log string, env []string, args ...string) (*process, error) {
+	return startProcess(directory, log, env, append([]string{"publish", "--listen=127.0.0.1:0"}, args...))
 }
 
 // fetch URL FILE [TEXT] gets a file over HTTP; with a text, until it has that, within two

@@ -25,11 +25,12 @@ func init() {
 	scriptCommands["blockstore"] = withUsage("start|stop|kill|signal|await NAME [ARGUMENT]...", scriptBlockstore)
 }
 
-// blockServers has the block stores of all scripts, which run in parallel.
-var blockServers sync.Map
+// processes has the servers of all scripts, which run in parallel.
+var processes sync.Map
 
-// A blockServer is the program, run as "serve" under something that plays a service manager.
-type blockServer struct {
+// A process is the program, run as "serve" or "publish" under something that plays a service
+// manager.
+type process struct {
 	cmd       *exec.Cmd
 	urls      map[string]string // UNIX, TCP, TLS, WS, UDP, HTTP: the last one of each kind
 	directory string            // of the socket for states
@@ -55,7 +56,7 @@ func scriptBlockstore(ts *testscript.TestScript, neg bool, args []string) {
 	key := ts.Getenv("WORK") + "/" + name
 	log := ts.MkAbs(name + ".log")
 	if args[0] == "start" {
-		s, err := startBlockServer(ts.MkAbs("."), log, scriptEnvironment(ts), args[2:]...)
+		s, err := startServe(ts.MkAbs("."), log, scriptEnvironment(ts), args[2:]...)
 		text, _ := os.ReadFile(log)
 		ts.Logf("%s", text)
 		if neg {
@@ -72,14 +73,14 @@ func scriptBlockstore(ts *testscript.TestScript, neg bool, args []string) {
 		for kind, url := range s.urls {
 			ts.Setenv(name+"_"+kind, url)
 		}
-		blockServers.Store(key, s)
+		processes.Store(key, s)
 		return
 	}
-	v, ok := blockServers.Load(key)
+	v, ok := processes.Load(key)
 	if !ok {
 		ts.Fatalf("there is no block store %s", name)
 	}
-	s := v.(*blockServer)
+	s := v.(*process)
 	switch args[0] {
 	case "stop":
 		ts.Check(s.stop())
@@ -104,20 +105,25 @@ func scriptBlockstore(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 // servingLine is a line that names what is listened on.
-var servingLine = regexp.MustCompile(`(?m)^guix-substitute-eris: serving on ((coap\+unix|coap\+tcp|coaps\+tcp|coap\+ws|coap|http)://\S+) `)
+var servingLine = regexp.MustCompile(`(?m)^guix-substitute-eris: (?:serving|publishing) on ((coap\+unix|coap\+tcp|coaps\+tcp|coap\+ws|coap|http)://\S+)`)
 
 // statusLine names where the status is shown.
 var statusLine = regexp.MustCompile(`(?m)^guix-substitute-eris: status at (\S+)$`)
 
-// startBlockServer starts the program in a directory, with its log in a file, and waits until it is
+// startServe starts a block store: see startProcess.
+func startServe(directory, log string, env []string, args ...string) (*process, error) {
+	return startProcess(directory, log, env, append([]string{"serve"}, args...))
+}
+
+// startProcess starts the program in a directory, with its log in a file, and waits until it is
 // ready. If it ends instead, the error is an [exec.ExitError].
-func startBlockServer(directory, log string, env []string, args ...string) (_ *blockServer, err error) {
+func startProcess(directory, log string, env, args []string) (_ *process, err error) {
 	f, err := os.Create(log)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	s := &blockServer{ended: make(chan struct{}), urls: map[string]string{}}
+	s := &process{ended: make(chan struct{}), urls: map[string]string{}}
 	// Paths in the directory can be too long for a socket.
 	if s.directory, err = os.MkdirTemp("", "notify"); err != nil {
 		return nil, err
@@ -130,7 +136,7 @@ func startBlockServer(directory, log string, env []string, args ...string) (_ *b
 	if err := errors.Join(os.Chmod(s.directory, 0o755), os.Chmod(address.Name, 0o777)); err != nil {
 		return nil, err
 	}
-	s.cmd = exec.Command(theProgram, append([]string{"serve"}, args...)...)
+	s.cmd = exec.Command(theProgram, args...)
 	s.cmd.Dir = directory
 	s.cmd.Env = append(slices.Clip(env), "NOTIFY_SOCKET="+address.Name)
 	s.cmd.Stderr = f
@@ -162,13 +168,13 @@ func startBlockServer(directory, log string, env []string, args ...string) (_ *b
 }
 
 // kill ends the server by SIGKILL.
-func (s *blockServer) kill() {
+func (s *process) kill() {
 	s.cmd.Process.Kill()
 	<-s.ended
 }
 
 // end is for when the server is not needed any more, whatever it does.
-func (s *blockServer) end() {
+func (s *process) end() {
 	if s.cmd.Process != nil {
 		s.kill()
 	}
@@ -177,20 +183,21 @@ func (s *blockServer) end() {
 }
 
 // stop ends the server by SIGTERM, and checks that it does so in good order.
-func (s *blockServer) stop() error {
+func (s *process) stop() error {
+	defer s.end()
 	s.cmd.Process.Signal(unix.SIGTERM)
 	<-s.ended
 	if s.err != nil {
 		return s.err
 	}
-	if state := s.state(); state != "STOPPING=1" {
+	if state := s.state(); state != "STOPPING=1" && s.cmd.Args[1] == "serve" { // the other one may be too soon over
 		return fmt.Errorf("it told the service manager %q", state)
 	}
 	return nil
 }
 
 // state returns what the server next tells the service manager, or "ended".
-func (s *blockServer) state() string {
+func (s *process) state() string {
 	var b [256]byte
 	n, _ := s.states.Read(b[:])
 	return strings.TrimSpace(string(b[:n]))

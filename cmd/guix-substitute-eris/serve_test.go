@@ -22,10 +22,10 @@ import (
 
 // serveTest starts a block store in a directory of its own, which the test can use for other things
 // as well.
-func serveTest(t *testing.T, directory string, args ...string) *blockServer {
+func serveTest(t *testing.T, directory string, args ...string) *process {
 	t.Helper()
 	log := filepath.Join(directory, "log")
-	s, err := startBlockServer(directory, log, os.Environ(), append([]string{"--directory=blocks", "--socket=s"}, args...)...)
+	s, err := startServe(directory, log, os.Environ(), append([]string{"--directory=blocks", "--socket=s"}, args...)...)
 	if err != nil {
 		text, _ := os.ReadFile(log)
 		t.Fatalf("%v\n%s", err, text)
@@ -35,7 +35,7 @@ func serveTest(t *testing.T, directory string, args ...string) *blockServer {
 }
 
 // client returns a client of the block store, over a kind of URLs.
-func (s *blockServer) client(t *testing.T, kind string) *coap.Store {
+func (s *process) client(t *testing.T, kind string) *coap.Store {
 	t.Helper()
 	store, err := coap.Open(s.urls[kind], coap.Options{})
 	must(t, err)
@@ -68,7 +68,7 @@ type puts struct {
 
 // until has clients put blocks, ends the server when so many are acknowledged in all, and waits
 // until all clients have noticed that.
-func (p *puts) until(t *testing.T, s *blockServer, acknowledged int, end func()) {
+func (p *puts) until(t *testing.T, s *process, acknowledged int, end func()) {
 	store := s.client(t, "UNIX")
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
@@ -103,7 +103,7 @@ func (p *puts) until(t *testing.T, s *blockServer, acknowledged int, end func())
 }
 
 // check checks that a block store has all that was acknowledged.
-func (p *puts) check(t *testing.T, s *blockServer) {
+func (p *puts) check(t *testing.T, s *process) {
 	t.Helper()
 	store := s.client(t, "UNIX")
 	for _, i := range p.acknowledged {

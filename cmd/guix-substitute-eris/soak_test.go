@@ -542,7 +542,7 @@ func (r *soakRun) killed(mode int, left *int) bool {
 // it has said of the item holds: its blocks are in the store, and the next publisher says the same.
 func TestPublishKilled(t *testing.T) {
 	c := newChain(t)
-	store, err := startBlockServer(c.directory, c.directory+"/serve.log", c.env, "--directory="+c.directory+"/blocks", "--socket="+c.directory+"/s")
+	store, err := startServe(c.directory, c.directory+"/serve.log", c.env, "--directory="+c.directory+"/blocks", "--socket="+c.directory+"/s")
 	must(t, err)
 	t.Cleanup(store.end)
 	random := rand.New(rand.NewPCG(7, 8))
@@ -551,8 +551,8 @@ func TestPublishKilled(t *testing.T) {
 		c.generated("item", func(root string) {
 			must(t, os.WriteFile(root, noise(uint64(i), 1+random.IntN(2<<20)), 0o644))
 		})
-		publisher, err := startPublisher(c.directory, c.env, t.Logf, []string{"--root=" + c.directory + "/items",
-			"--cache=" + c.directory + "/cache", "--eris=" + store.urls["UNIX"], c.manifest()})
+		publisher, err := startPublish(c.directory, c.directory+"/publish.log", c.env, "--root="+c.directory+"/items",
+			"--cache="+c.directory+"/cache", "--eris="+store.urls["UNIX"], c.manifest())
 		must(t, err)
 		// The last one is not killed, and says everything once more.
 		items := c.items[max(0, i-1):]
@@ -567,7 +567,7 @@ func TestPublishKilled(t *testing.T) {
 		for _, item := range slices.Concat(items, items) {
 			group.Go(func() error {
 				path := "/" + filepath.Base(item.path)[:32] + ".narinfo"
-				if urn := publishedURN(t, publisher.url+path, item.hash); urn != "" {
+				if urn := publishedURN(t, publisher.urls["HTTP"]+path, item.hash); urn != "" {
 					urns.Store(path, urn)
 				}
 				return nil
@@ -577,7 +577,7 @@ func TestPublishKilled(t *testing.T) {
 		if i == kills(t, 3) {
 			must(t, publisher.stop())
 		} else {
-			publisher.kill()
+			publisher.end()
 		}
 		urns.Range(func(path, urn any) bool {
 			if before := said[path.(string)]; before != "" && before != urn {
