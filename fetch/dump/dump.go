@@ -293,7 +293,6 @@ type contents struct {
 
 	end          ending // of the dump that can be continued
 	capabilities []eris.ReadCapability
-	whole        bool // the dumps are not cut off, and there is nothing behind them
 	foreign      bool // there is something in them that would get lost if they were written anew
 	damaged      bool // the dump to be continued is followed by something that has blocks but is not whole
 }
@@ -343,7 +342,6 @@ func (c *contents) finish(p *parser, err error, behind bool) error {
 	if err != io.EOF && (!errors.As(err, new(*FormatError)) || p.dumps == 0) {
 		return err
 	}
-	c.whole = err == io.EOF
 	c.end = p.end
 	if p.dumps > 1 && p.end.end == 0 {
 		// What an interruption leaves behind a dump may look like the beginning of another one.

@@ -50,7 +50,6 @@ type lookup struct {
 	request   *fetch.Request   // the first: its Dst is used
 	more      []*fetch.Request // others for the same block
 	cancelled bool             // the first is
-	sequence  uint64
 
 	family *family // if it is not nil, of those of which l is the one at index nth
 	nth    int
@@ -121,8 +120,7 @@ func (p *Pool) newLookup(k key, r *fetch.Request) *lookup {
 	} else {
 		l = &lookup{}
 	}
-	p.sequence++
-	l.key, l.pair, l.request, l.sequence = k, r.Pair, r, p.sequence
+	l.key, l.pair, l.request = k, r.Pair, r
 	return l
 }
 

@@ -115,17 +115,16 @@ type Pool struct {
 	group   sync.WaitGroup            // the workers, and calls of OnFault and the like
 	arrived *arrivals.Queue[*attempt] // that have ended
 
-	mu       sync.Mutex
-	closed   bool
-	watcher  *time.Timer // calls watch
-	watched  bool        // it will
-	lookups  map[key]*lookup
-	sequence uint64
-	farSet   set
-	retries  queue // far blocks that were asked for once, in vain
-	fresh    queue // others
-	spare    *lookup
-	scratch  survey
+	mu      sync.Mutex
+	closed  bool
+	watcher *time.Timer // calls watch
+	watched bool        // it will
+	lookups map[key]*lookup
+	farSet  set
+	retries queue // far blocks that were asked for once, in vain
+	fresh   queue // others
+	spare   *lookup
+	scratch survey
 
 	// See inquire.
 	askable set     // who may be asked what it has, and is believed
