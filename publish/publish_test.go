@@ -42,16 +42,12 @@ var must = testhelp.Must
 
 // memoryStore is a store in memory that may refuse blocks.
 type memoryStore struct {
-	fetch.Store
-	blocks func() map[eris.Reference][]byte
-	fail   error
-	puts   atomic.Int64
+	*sourcetest.Store
+	fail error
+	puts atomic.Int64
 }
 
-func newMemoryStore() *memoryStore {
-	backend := sourcetest.NewBackend()
-	return &memoryStore{Store: backend.Open(4), blocks: backend.All}
-}
+func newMemoryStore() *memoryStore { return &memoryStore{Store: sourcetest.NewBackend().Open(4)} }
 
 func (m *memoryStore) Put(ctx context.Context, ref eris.Reference, block []byte) error {
 	m.puts.Add(1)
@@ -307,7 +303,7 @@ func TestCapabilities(t *testing.T) {
 		})
 	}
 	wait.Wait()
-	if n := len(store.blocks()); int(store.puts.Load()) > 2*n+1 {
+	if n := len(store.All()); int(store.puts.Load()) > 2*n+1 {
 		t.Errorf("%d blocks were put %d times", n, store.puts.Load())
 	}
 	if _, err := find(c, path, [32]byte{1}); err == nil || !strings.Contains(err.Error(), "other contents") {
@@ -626,17 +622,18 @@ func TestGone(t *testing.T) {
 // for, and that Close waits for it.
 func TestFindLater(t *testing.T) {
 	path, narHash := aTree(t)
-	store := &gatedStore{memoryStore: newMemoryStore(), entered: make(chan struct{}, 100), gate: make(chan struct{})}
+	store := newMemoryStore()
+	release := store.Hold()
 	c := publish.NewCapabilities(t.TempDir(), store, 2, logger(t))
 	before := runtime.NumGoroutine()
 	for range 1000 {
 		c.FindLater(path, narHash)
 	}
-	<-store.entered
+	store.AwaitHeld(1)
 	if n := runtime.NumGoroutine(); n > before+100 {
 		t.Errorf("%d goroutines for one item", n-before)
 	}
-	close(store.gate)
+	release()
 	if _, err := find(c, path, narHash); err != nil {
 		t.Error(err)
 	}
@@ -649,15 +646,16 @@ func TestFindLater(t *testing.T) {
 	}
 
 	// Whoever asked is gone, and the store hangs: Close ends it.
-	store = &gatedStore{memoryStore: newMemoryStore(), entered: make(chan struct{}, 100), gate: make(chan struct{})}
+	store = newMemoryStore()
+	store.Hold()
 	c = publish.NewCapabilities(t.TempDir(), store, 2, logger(t))
 	ctx, cancel := context.WithCancel(context.Background())
-	go func() { <-store.entered; cancel() }()
+	go func() { store.AwaitHeld(1); cancel() }()
 	if _, err := c.FindSoon(ctx, path, narHash); !errors.Is(err, context.Canceled) {
 		t.Errorf("error %v", err)
 	}
 	c.Close()
-	if n := store.inside.Load(); n != 0 {
+	if n := store.Held(); n != 0 {
 		t.Errorf("%d calls of the store go on after Close", n)
 	}
 }
@@ -671,7 +669,8 @@ func TestHangingStore(t *testing.T) {
 
 func testHangingStore(t *testing.T) {
 	directory, items := aStore(t)
-	store := &gatedStore{memoryStore: newMemoryStore(), entered: make(chan struct{}, 100), gate: make(chan struct{})}
+	store := newMemoryStore()
+	release := store.Hold()
 	c := newCapabilities(t, store)
 	s, err := publish.NewServer(publish.ServerOptions{
 		StoreDir: "/gnu/store", Root: directory, Items: items, Capabilities: c, WaitFor: 1 << 30, TTL: time.Hour, Log: logger(t),
@@ -702,7 +701,7 @@ func testHangingStore(t *testing.T) {
 	if took := time.Since(begin); took > time.Minute { // 100 waits would take minutes
 		t.Errorf("100 requests took %v", took)
 	}
-	close(store.gate)
+	release()
 	for i := range 5 {
 		n := items[fmt.Sprintf("%032d", i+1)]
 		path := filepath.Join(directory, filepath.Base(n.StorePath))
@@ -715,28 +714,6 @@ func testHangingStore(t *testing.T) {
 		if !strings.Contains(text, "\nERIS: urn:eris:B") || header.Get("Cache-Control") != "max-age=3600" {
 			t.Errorf("header %v, narinfo:\n%s", header, text)
 		}
-	}
-}
-
-// gatedStore is a store whose Put waits for a gate to be opened.
-type gatedStore struct {
-	*memoryStore
-	entered, gate chan struct{}
-	inside        atomic.Int32
-}
-
-func (g *gatedStore) Put(ctx context.Context, ref eris.Reference, block []byte) error {
-	g.inside.Add(1)
-	defer g.inside.Add(-1)
-	select {
-	case g.entered <- struct{}{}:
-	default:
-	}
-	select {
-	case <-g.gate:
-		return g.memoryStore.Put(ctx, ref, block)
-	case <-ctx.Done():
-		return ctx.Err()
 	}
 }
 

@@ -337,8 +337,11 @@ func testHostile(t *testing.T) {
 
 // TestBounds has more requests than are allowed; package admission bounds connections.
 func TestBounds(t *testing.T) {
-	waiting := &waiting{entered: make(chan struct{}, 16), leave: make(chan struct{})}
-	_, address := serve(t, httpserver.Config{Source: transport(t, waiting.get), MaxRequests: 3}, readWrite)
+	backend := sourcetest.NewBackend()
+	release := backend.Hold()
+	store := backend.Open(16)
+	defer store.Close()
+	_, address := serve(t, httpserver.Config{Source: store, MaxRequests: 3}, readWrite)
 	status := func() int {
 		answer, err := client(t, false).Get("http://" + address + "/uri-res/N2R?urn:blake2b:" + eris.Sum(nil).String())
 		if err != nil {
@@ -349,44 +352,31 @@ func TestBounds(t *testing.T) {
 		return answer.StatusCode
 	}
 	var group sync.WaitGroup
-	for range 3 {
+	for i := range 3 {
 		group.Go(func() {
 			if got := status(); got != 404 {
 				t.Errorf("status %d", got)
 			}
 		})
-		<-waiting.entered
+		backend.AwaitHeld(i + 1)
 	}
 	if got := status(); got != 503 {
 		t.Errorf("a further request at a time is answered by %d", got)
 	}
-	close(waiting.leave)
+	release()
 	group.Wait()
 	if got := status(); got != 404 {
 		t.Errorf("a request after that is answered by %d", got)
 	}
 }
 
-// waiting is where blocks are looked up until told otherwise, and are not there.
-type waiting struct{ entered, leave chan struct{} }
-
-func (w *waiting) get(ctx context.Context) error {
-	select {
-	case w.entered <- struct{}{}:
-	default:
-	}
-	select {
-	case <-w.leave:
-		return eris.ErrNotFound
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-}
-
 // TestClose closes a server whose store never answers.
 func TestClose(t *testing.T) {
-	waiting := &waiting{entered: make(chan struct{}, 16), leave: make(chan struct{})}
-	server, address := serve(t, httpserver.Config{Source: transport(t, waiting.get)}, readWrite)
+	backend := sourcetest.NewBackend()
+	backend.Hold()
+	store := backend.Open(1)
+	defer store.Close()
+	server, address := serve(t, httpserver.Config{Source: store}, readWrite)
 	var group sync.WaitGroup
 	group.Go(func() {
 		answer, err := client(t, false).Get("http://" + address + "/uri-res/N2R?urn:blake2b:" + eris.Sum(nil).String())
@@ -396,7 +386,7 @@ func TestClose(t *testing.T) {
 			t.Errorf("status %d", answer.StatusCode)
 		}
 	})
-	<-waiting.entered
+	backend.AwaitHeld(1)
 	server.Close()
 	group.Wait()
 }

@@ -137,9 +137,12 @@ func (b *Backend) passOthers() {
 	b.mu.Unlock()
 }
 
+// Held returns how many calls are held.
+func (b *Backend) Held() int { return int(b.waiting.Load()) }
+
 // AwaitHeld waits until at least n calls are held.
 func (b *Backend) AwaitHeld(n int) {
-	for b.waiting.Load() < int64(n) {
+	for b.Held() < n {
 		time.Sleep(time.Millisecond)
 	}
 }
