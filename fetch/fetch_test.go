@@ -17,21 +17,16 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
-// deaf is a transport that takes no notice of the end of a context.
-type deaf struct{ *fetch.Workers }
-
-func (deaf) String() string { return "deaf:" }
-
 // A call that does not return must not keep its request from being cancelled, nor write to its
 // memory later; and of requests that are cancelled while they wait for a worker nothing stays.
 func TestWorkersDeaf(t *testing.T) {
 	begun, end := make(chan struct{}), make(chan struct{})
 	block := bytes.Repeat([]byte{1}, int(eris.BlockSize1KiB))
-	source := deaf{fetch.NewWorkers(1, func(_ context.Context, _ eris.Reference, _ eris.BlockSize, dst []byte) ([]byte, error) {
+	source := fetch.NewWorkers("deaf:", 1, func(_ context.Context, _ eris.Reference, _ eris.BlockSize, dst []byte) ([]byte, error) {
 		close(begun)
 		<-end
 		return append(dst, block...), nil
-	})}
+	})
 	memory := make([]byte, len(block))
 	done := make(chan struct{}, 1)
 	start := func() *fetch.Request {
@@ -208,7 +203,7 @@ func TestConformance(t *testing.T) {
 func TestWithin(t *testing.T) {
 	block := make([]byte, eris.BlockSize1KiB)
 	var roots []eris.Reference
-	workers := fetch.NewWorkers(1, nil)
+	workers := fetch.NewWorkers("test:", 1, nil)
 	workers.Within = func(_ context.Context, root, _ eris.Reference, _ eris.BlockSize, _ []byte) ([]byte, error) {
 		if roots = append(roots, root); len(roots) == 2 {
 			return nil, eris.ErrNotFound
@@ -217,7 +212,7 @@ func TestWithin(t *testing.T) {
 	}
 	var got atomic.Int64
 	root := eris.Reference{1}
-	source := fetch.Within(deaf{workers}, root, func(n int) { got.Add(int64(n)) })
+	source := fetch.Within(workers, root, func(n int) { got.Add(int64(n)) })
 	defer source.Close()
 	for range 3 {
 		fetch.Get(t.Context(), source, eris.Sum(block), eris.BlockSize1KiB, nil)

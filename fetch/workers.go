@@ -15,8 +15,8 @@ import (
 
 // Workers makes requests of calls that wait, for transports that have no other (HTTP, files): a
 // bounded number of goroutines, started as they are needed, which serve requests in the order in
-// which these were started. A source embeds it, and with it has Start, Cancel and Close. It is safe
-// for concurrent use.
+// which these were started. They are a [Source], which others embed. They are safe for concurrent
+// use.
 type Workers struct {
 	// Have, if not nil, is called for requests with Have, as get is for others. It must be set
 	// before the first one.
@@ -25,6 +25,7 @@ type Workers struct {
 	// before the first request, too.
 	Within func(ctx context.Context, root, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error)
 
+	name   string
 	get    func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error)
 	ctx    context.Context
 	cancel context.CancelCauseFunc
@@ -52,17 +53,20 @@ type task struct {
 	cancel    context.CancelFunc
 }
 
-// NewWorkers returns up to n workers that call get, which is as [Get] without verification: it
-// returns an error that wraps [eris.ErrNotFound] for a block that the source does not have. It may
-// write the block to dst, or return other memory that nobody changes; dst is the worker's until get
-// returns, so that a call that does not end in time harms nobody. It should return soon after its
-// context has ended; Close waits for it, but requests do not.
-func NewWorkers(n int, get func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error)) *Workers {
-	w := &Workers{get: get, most: n, calls: map[*task]struct{}{}}
+// NewWorkers returns up to n workers, with a name for String, that call get, which is as [Get]
+// without verification: it returns an error that wraps [eris.ErrNotFound] for a block that the
+// source does not have. It may write the block to dst, or return other memory that nobody changes;
+// dst is the worker's until get returns, so that a call that does not end in time harms nobody. It
+// should return soon after its context has ended; Close waits for it, but requests do not.
+func NewWorkers(name string, n int, get func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error)) *Workers {
+	w := &Workers{name: name, get: get, most: n, calls: map[*task]struct{}{}}
 	w.wake.L = &w.mu
 	w.ctx, w.cancel = context.WithCancelCause(context.Background())
 	return w
 }
+
+// String implements [Source].
+func (w *Workers) String() string { return w.name }
 
 // Start implements [Source].
 func (w *Workers) Start(r *Request) {

@@ -37,7 +37,7 @@ type memoryBlocks struct {
 
 func newMemoryBlocks(t testing.TB, backend *sourcetest.Backend, pace time.Duration) *memoryBlocks {
 	m := &memoryBlocks{Backend: backend, pace: pace}
-	m.Workers = fetch.NewWorkers(1, m.Get)
+	m.Workers = fetch.NewWorkers("memory:", 1, m.Get)
 	t.Cleanup(func() { m.Close() })
 	return m
 }
@@ -53,8 +53,6 @@ func (m *memoryBlocks) Get(ctx context.Context, ref eris.Reference, size eris.Bl
 	}
 	return m.Backend.Get(ctx, ref, size, dst)
 }
-
-func (m *memoryBlocks) String() string { return "memory:" }
 
 // know has a substituter know how fast a server is.
 func know(s *substitute.Substituter, server string, speed substitute.Speed) {

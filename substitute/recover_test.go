@@ -163,8 +163,7 @@ func TestFailingForAWhile(t *testing.T) {
 		t.Parallel()
 		bubble(t, func(t *testing.T, n *testNetwork) {
 			free := time.Now().Add(9 * time.Second)
-			blocks := &lastless{memoryBlocks: f.blocks}
-			blocks.Workers = fetch.NewWorkers(1, func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
+			blocks := fetch.NewWorkers("memory:", 1, func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
 				if left := time.Until(free); left > 0 {
 					return nil, &fetch.BusyError{After: left, Err: io.EOF}
 				}
@@ -183,8 +182,7 @@ func TestFailingForAWhile(t *testing.T) {
 				var requests atomic.Int64
 				begin := time.Now()
 				back := begin.Add(stop)
-				blocks := &memoryBlocks{Backend: f.blocks.Backend}
-				blocks.Workers = fetch.NewWorkers(1, func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
+				blocks := fetch.NewWorkers("memory:", 1, func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
 					if requests.Add(1) > 1 {
 						select {
 						case <-time.After(time.Until(back)):
@@ -461,7 +459,7 @@ func TestLastBlock(t *testing.T) {
 	text := signERIS(t, f.key, itemPath(0), f.encoded)
 	bubble(t, func(t *testing.T, n *testNetwork) {
 		blocks := &lastless{memoryBlocks: f.blocks, left: 1000}
-		blocks.Workers = fetch.NewWorkers(1, blocks.Get)
+		blocks.Workers = fetch.NewWorkers("memory:", 1, blocks.Get)
 		defer blocks.Close()
 		for range 2 {
 			s, log := n.with(f.key, n.serve(f.handler(text, f.good)))

@@ -151,14 +151,10 @@ func (h *held) Get(ctx context.Context, _ eris.Reference, _ eris.BlockSize, _ []
 
 // source returns a source whose calls wait.
 func (h *held) source(t *testing.T) fetch.Source {
-	workers := fetch.NewWorkers(1<<16, h.Get)
+	workers := fetch.NewWorkers("held:", 1<<16, h.Get)
 	t.Cleanup(func() { workers.Close() })
-	return heldSource{workers}
+	return workers
 }
-
-type heldSource struct{ *fetch.Workers }
-
-func (heldSource) String() string { return "held:" }
 
 // awaitStill waits until a number has come to the least that it must be, and then until it does not
 // change any more.

@@ -267,14 +267,11 @@ func TestRelay(t *testing.T) {
 
 // transport is a source that gets blocks by calls that wait.
 func transport(t testing.TB, get func(ctx context.Context) error) fetch.Source {
-	w := fetch.NewWorkers(16, func(ctx context.Context, _ eris.Reference, _ eris.BlockSize, _ []byte) ([]byte, error) {
+	w := fetch.NewWorkers("test:", 16, func(ctx context.Context, _ eris.Reference, _ eris.BlockSize, _ []byte) ([]byte, error) {
 		return nil, get(ctx)
 	})
 	t.Cleanup(func() { w.Close() })
-	return struct {
-		*fetch.Workers
-		fmt.Stringer
-	}{w, nil}
+	return w
 }
 
 var errDisk = errors.New("disk is broken")

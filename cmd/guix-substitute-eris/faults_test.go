@@ -186,10 +186,7 @@ func (c *faultyConn) happen(b []byte) (int, error) {
 
 // faultyStore is a source of blocks that does not have some, sometimes.
 func faultyStore(store fetch.Source, f *faults) fetch.Source {
-	return struct {
-		*fetch.Workers
-		fmt.Stringer
-	}{fetch.NewWorkers(8, func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
+	return fetch.NewWorkers(store.String(), 8, func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
 		switch kind, _ := f.draw(ref.String()); kind {
 		case busy:
 			return nil, errors.New("busy")
@@ -197,7 +194,7 @@ func faultyStore(store fetch.Source, f *faults) fetch.Source {
 			return nil, eris.ErrNotFound
 		}
 		return fetch.Get(ctx, store, ref, size, dst)
-	}), store}
+	})
 }
 
 // respond writes a response that may have a fault.

@@ -747,9 +747,9 @@ func (d *daemonHelper) close() error {
 // lyingStore is a program for scripts: it serves blocks on the local network, all of them wrong,
 // until it is killed.
 func lyingStore() {
-	zeros := liar{fetch.NewWorkers(4, func(_ context.Context, _ eris.Reference, size eris.BlockSize, _ []byte) ([]byte, error) {
+	zeros := fetch.NewWorkers("liar:", 4, func(_ context.Context, _ eris.Reference, size eris.BlockSize, _ []byte) ([]byte, error) {
 		return make([]byte, size), nil
-	})}
+	})
 	err := func() error {
 		l, err := net.Listen("tcp", "[::]:5683")
 		if err != nil {
@@ -762,9 +762,3 @@ func lyingStore() {
 	fmt.Fprintln(os.Stderr, err)
 	os.Exit(1)
 }
-
-// liar is a source all of whose blocks are zeros.
-type liar struct{ *fetch.Workers }
-
-// String implements [fetch.Source].
-func (liar) String() string { return "liar:" }

@@ -65,12 +65,9 @@ const (
 // stays empty. If there is a cache of another size it is given up.
 func Open(directory string, maxBytes int64, onFailure func(error)) *Cache {
 	c := &Cache{directory: directory, maxBytes: maxBytes, onFailure: onFailure}
-	c.Workers = fetch.NewWorkers(readers, c.get)
+	c.Workers = fetch.NewWorkers("cache:"+directory, readers, c.get)
 	return c
 }
-
-// String returns the directory as a URL.
-func (c *Cache) String() string { return "cache:" + c.directory }
 
 func (c *Cache) use() *ring {
 	c.once.Do(func() {

@@ -151,7 +151,7 @@ type slowStore struct {
 
 func newSlowStore(latency time.Duration) *slowStore {
 	s := &slowStore{Backend: sourcetest.NewBackend(), latency: latency}
-	s.Workers = fetch.NewWorkers(100, func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
+	s.Workers = fetch.NewWorkers("slow:", 100, func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
 		time.Sleep(s.latency)
 		return s.Get(ctx, ref, size, dst)
 	})
@@ -162,8 +162,6 @@ func (s *slowStore) PutBatch(ctx context.Context, refs []eris.Reference, blocks 
 	time.Sleep(s.latency)
 	return s.Backend.PutBatch(ctx, refs, blocks)
 }
-
-func (s *slowStore) String() string { return "slow:" }
 
 // datagramPeer plays the other end of UDP: f returns what is sent in answer to a datagram.
 func datagramPeer(t *testing.T, f func(m coaptest.Message) [][]byte) (url string) {

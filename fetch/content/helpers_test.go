@@ -32,14 +32,10 @@ type openFunc func(t testing.TB, get getFunc) fetch.Source
 
 // open makes a source that has a goroutine for each request.
 func open(t testing.TB, get getFunc) fetch.Source {
-	s := source{fetch.NewWorkers(4096, get)}
+	s := fetch.NewWorkers("test:", 4096, get)
 	t.Cleanup(func() { s.Close() })
 	return s
 }
-
-type source struct{ *fetch.Workers }
-
-func (source) String() string { return "test:" }
 
 // openImmediate makes a source whose requests are done before Start returns.
 func openImmediate(_ testing.TB, get getFunc) fetch.Source { return immediate{get} }

@@ -104,12 +104,9 @@ func Open(text string, options Options) (*Store, error) {
 		Verify: u.User != nil, // which are to be kept from others; blocks are verified in any case
 		Getenv: getenv,
 	})
-	s.Workers = fetch.NewWorkers(connections, s.get)
+	s.Workers = fetch.NewWorkers(u.String(), connections, s.get)
 	return s, nil
 }
-
-// String returns the scheme and the host.
-func (s *Store) String() string { return s.url.String() }
 
 // Progress returns how many bytes have come, also of blocks that are not whole.
 func (s *Store) Progress() int64 { return s.client.Progress() }

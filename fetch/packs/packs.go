@@ -124,13 +124,10 @@ func Open(url string, o web.Options) (*Store, error) {
 	}
 	s.room = sync.NewCond(&s.mu)
 	s.ctx, s.cancel = context.WithCancel(context.Background())
-	s.Workers = fetch.NewWorkers(workers, nil)
+	s.Workers = fetch.NewWorkers(kept.String(), workers, nil)
 	s.Workers.Within = s.get
 	return s, nil
 }
-
-// String returns the URL of the store without anything secret.
-func (s *Store) String() string { return s.objects.String() }
 
 // AnySize reports whether a block that is not there in one size is not there in the other either.
 func (s *Store) AnySize() bool { return true }

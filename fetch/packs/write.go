@@ -177,14 +177,11 @@ func newSpool(directory string) (*spool, error) {
 		return nil, err
 	}
 	s := &spool{file: file, blocks: map[eris.Reference]entry{}}
-	s.Workers = fetch.NewWorkers(1, s.get)
+	s.Workers = fetch.NewWorkers("pack:", 1, s.get)
 	return s, nil
 }
 
 func temporary(directory string) (*os.File, error) { return os.CreateTemp(directory, ".pack-*") }
-
-// String implements [fetch.Source].
-func (s *spool) String() string { return "pack:" }
 
 // Close implements [fetch.Source].
 func (s *spool) Close() error {

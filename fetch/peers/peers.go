@@ -108,12 +108,7 @@ func (g *Group) Join(conn *wire.Conn, host string) (ended func()) {
 
 // Source returns a source of what the peers have, which must be closed. What a request finds with
 // nobody who was asked counts as not found, even if one of them said nothing.
-func (g *Group) Source() fetch.Source { return source{fetch.NewWorkers(workers, g.get)} }
-
-type source struct{ *fetch.Workers }
-
-// String returns what the group is called in messages.
-func (source) String() string { return "peers:" }
+func (g *Group) Source() fetch.Source { return fetch.NewWorkers("peers:", workers, g.get) }
 
 // get asks for a block.
 func (g *Group) get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {

@@ -75,7 +75,7 @@ type store struct {
 
 // knowing is a store that says what it has.
 type knowing struct {
-	named
+	*fetch.Workers
 	has func(prefix []byte) bool
 }
 
@@ -84,7 +84,7 @@ func (k knowing) Have(question []byte) []byte {
 }
 
 func (s *store) play(far net.Conn) {
-	source := fetch.NewWorkers(1, func(_ context.Context, ref eris.Reference, size eris.BlockSize, _ []byte) ([]byte, error) {
+	source := fetch.NewWorkers("memory:", 1, func(_ context.Context, ref eris.Reference, size eris.BlockSize, _ []byte) ([]byte, error) {
 		s.asked.Add(1)
 		time.Sleep(s.delay)
 		if block := s.blocks[ref]; len(block) == int(size) {
@@ -92,18 +92,14 @@ func (s *store) play(far net.Conn) {
 		}
 		return nil, eris.ErrNotFound
 	})
-	served := fetch.Source(named{source})
+	served := fetch.Source(source)
 	if s.has != nil {
-		served = knowing{named{source}, s.has}
+		served = knowing{source, s.has}
 	}
 	server := coapserver.New(coapserver.Config{Source: served, IdleTimeout: time.Hour})
 	server.ServeConn(far, coapserver.Access{Get: true})
 	source.Close()
 }
-
-type named struct{ *fetch.Workers }
-
-func (named) String() string { return "memory:" }
 
 func (g *group) get(t *testing.T, ref eris.Reference) ([]byte, error) {
 	return fetch.Get(t.Context(), g.source, ref, eris.BlockSize1KiB, nil)

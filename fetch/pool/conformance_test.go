@@ -13,16 +13,12 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/ratelimit"
 )
 
-// dead is a source that cannot be reached.
-type dead struct{ *fetch.Workers }
-
-func newDead() dead {
-	return dead{fetch.NewWorkers(4, func(context.Context, eris.Reference, eris.BlockSize, []byte) ([]byte, error) {
+// newDead returns a source that cannot be reached.
+func newDead() fetch.Source {
+	return fetch.NewWorkers("dead:", 4, func(context.Context, eris.Reference, eris.BlockSize, []byte) ([]byte, error) {
 		return nil, errBroken
-	})}
+	})
 }
-
-func (dead) String() string { return "dead:" }
 
 // TestConformance runs the suite of sources over pools.
 func TestConformance(t *testing.T) {

@@ -167,7 +167,7 @@ type Store struct {
 }
 
 // Open returns a store that serves n requests at a time.
-func (b *Backend) Open(n int) *Store { return &Store{fetch.NewWorkers(n, b.Get), b} }
+func (b *Backend) Open(n int) *Store { return &Store{fetch.NewWorkers("backend:", n, b.Get), b} }
 
 // Have implements [fetch.Haver].
 func (b *Backend) Have(question []byte) []byte {
@@ -179,8 +179,6 @@ func (b *Backend) Have(question []byte) []byte {
 		return prefixes[[fetch.HavePrefix]byte(prefix)], true
 	})
 }
-
-func (s *Store) String() string { return "backend:" }
 
 // Have implements [fetch.Haver].
 func (s *Store) Have(question []byte) []byte { return s.Backend.Have(question) }

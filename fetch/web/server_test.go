@@ -159,16 +159,12 @@ func put(w http.ResponseWriter, r *http.Request, ref eris.Reference, store block
 	w.WriteHeader(http.StatusCreated)
 }
 
-// backendSource is what our own server serves.
-type backendSource struct{ *fetch.Workers }
-
+// newBackendSource returns what our own server serves.
 func newBackendSource(tb testing.TB, backend *sourcetest.Backend) fetch.Source {
-	s := backendSource{fetch.NewWorkers(64, backend.Get)}
+	s := fetch.NewWorkers("backend:", 64, backend.Get)
 	tb.Cleanup(func() { s.Close() })
 	return s
 }
-
-func (backendSource) String() string { return "backend" }
 
 func mustOpen(tb testing.TB, url string, options web.Options) *web.Store {
 	tb.Helper()

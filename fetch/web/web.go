@@ -180,7 +180,7 @@ func Open(url string, options Options) (*Store, error) {
 	if u.TLS() || u.Has("h2c") {
 		workers = streams
 	}
-	s.Workers = fetch.NewWorkers(workers, s.get)
+	s.Workers = fetch.NewWorkers(s.String(), workers, s.get)
 	if u.Get && !u.Has("static") {
 		s.Workers.Have = s.have
 	}

@@ -84,12 +84,9 @@ func New(u storeurl.URL, files Files) *Store {
 		slots: make(chan struct{}, maxOperations), done: make(chan struct{}), idle: make(chan struct{}),
 	}
 	s.memory.New = func() any { return new([eris.BlockSize32KiB]byte) }
-	s.Workers = fetch.NewWorkers(maxOperations, s.get)
+	s.Workers = fetch.NewWorkers(u.String(), maxOperations, s.get)
 	return s
 }
-
-// String returns the URL of the store.
-func (s *Store) String() string { return s.URL.String() }
 
 func (s *Store) get(_ context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
 	err := eris.ErrNotFound
