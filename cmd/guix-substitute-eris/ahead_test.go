@@ -363,7 +363,7 @@ func TestAheadTwoHelpers(t *testing.T) {
 // What the daemon has asked another helper for is locked by it, and not staged, although there is
 // nothing of it yet.
 func TestAheadLocked(t *testing.T) {
-	a := newAheadTest(t, 3, "")
+	a := newAheadTest(t, 3, "ahead-items = 2\n") // or others are perhaps asked for before the one that is meant
 	order := a.order()
 	must(t, os.WriteFile(order[1].path+".lock", nil, 0o600))
 	d, _ := a.begin()
