@@ -55,7 +55,7 @@ func (j *job) listDeltas(records []record) {
 			if j.s.Reuse != nil && j.s.Reuse.InVain(w.key(), j.want) {
 				continue
 			}
-			j.ways = append(j.ways, &candidate{way: w, from: r})
+			j.ways = append(j.ways, &candidate{way: w, kind: "delta", pace: paceHere(j.want.NarSize, deltaRate), from: r})
 		}
 	}
 }
@@ -79,16 +79,12 @@ func (w *deltaWay) key() string { return w.String() + " " + w.base }
 // blocks reports whether the delta comes in blocks.
 func (w *deltaWay) blocks() bool { return w.url == "" }
 
-func (w *deltaWay) kind() string { return "delta" }
-
 func (w *deltaWay) String() string {
 	if w.blocks() {
 		return w.capability.URN()
 	}
 	return mirror.WithoutUser(w.url)
 }
-
-func (w *deltaWay) pace() pace { return paceHere(w.j.want.NarSize, deltaRate) }
 
 func (w *deltaWay) expect(ctx context.Context) expectation {
 	var e expectation
@@ -154,13 +150,13 @@ func (w *deltaWay) failed(_ context.Context, err error) {
 	if w.j.s.Reuse != nil && errors.Is(err, errContents) {
 		w.j.s.Reuse.NoteInVain(w.key(), w.j.want)
 	}
-	w.j.failedOlder(w.kind())
+	w.j.failedOlder("delta")
 }
 
 // failedOlder counts the ways of a kind that have failed, and takes others out of the list when
 // there have been enough.
 func (j *job) failedOlder(kind string) {
 	if j.vain[kind]++; j.vain[kind] == mostFailed {
-		j.ways = slices.DeleteFunc(j.ways, func(c *candidate) bool { return c.kind() == kind })
+		j.ways = slices.DeleteFunc(j.ways, func(c *candidate) bool { return c.kind == kind })
 	}
 }

@@ -53,7 +53,7 @@ func (j *job) listBlocks(records []record) {
 				j.listed[c.URN()] = true
 				w := &blocksWay{j, c, e.Form, int64(min(cmp.Or(e.Size, j.want.NarSize), 1<<62))}
 				j.listLeaves(w, r)
-				j.ways = append(j.ways, &candidate{way: w, from: r})
+				j.ways = append(j.ways, &candidate{way: w, kind: "blocks", pace: pace{paceAfter, 0, preferFactor, 0}, from: r})
 			}
 		}
 	}
@@ -74,11 +74,7 @@ func (s *Substituter) capability(urn string, signed bool) (eris.ReadCapability, 
 
 var errNoBlocks = errors.New("no block store is used")
 
-func (w *blocksWay) kind() string { return "blocks" }
-
 func (w *blocksWay) String() string { return w.capability.URN() }
-
-func (w *blocksWay) pace() pace { return pace{paceAfter, 0, preferFactor, 0} }
 
 func (j *job) limits() erisfs.Limits { return erisfs.Limits{NarSize: j.options().MaxBytes} }
 

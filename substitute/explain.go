@@ -232,8 +232,8 @@ func (s *Substituter) unavailable(servers []ServerReport, err error) (Availabili
 
 // report describes a way.
 func (c *candidate) report() WayReport {
-	r := WayReport{Kind: c.kind(), Name: c.String(), Bytes: c.bytes, Time: c.time, Known: c.known, How: c.how}
-	if isLeaves(c) {
+	r := WayReport{Kind: c.kind, Name: c.String(), Bytes: c.bytes, Time: c.time, Known: c.known, How: c.how}
+	if c.kind == "leaves" {
 		r.Kind = "blocks"
 	}
 	if c.from.server != nil {
@@ -248,13 +248,13 @@ func (j *job) reason() (Availability, string) {
 		return NotAvailable, "no way to it can be used: " + j.notBlocks() + ", and no nar"
 	}
 	first := j.ways[0]
-	switch first.kind() {
+	switch first.kind {
 	case "old item":
 		return Available, "it is made of an older item, with nothing fetched, unless the result has another hash"
 	case "leaves":
 		return Available, "it is made of an older item, which cannot become it as a whole, and of blocks"
 	case "delta", "nar":
-		return Available, "it comes as a " + first.kind() + ", and not from blocks: " + j.notBlocks()
+		return Available, "it comes as a " + first.kind + ", and not from blocks: " + j.notBlocks()
 	}
 	nar := slices.IndexFunc(j.ways, func(c *candidate) bool { return !isBlocks(c) })
 	switch {

@@ -36,14 +36,12 @@ type leavesWay struct {
 func (j *job) listLeaves(w *blocksWay, r record) {
 	for _, old := range j.bases {
 		l := &leavesWay{w, old}
-		if w.form == "" && j.vain[l.kind()] < mostFailed && !j.s.Reuse.InVain(l.String(), j.want) {
-			j.ways = append(j.ways, &candidate{way: l, from: r})
+		if w.form == "" && j.vain["leaves"] < mostFailed && !j.s.Reuse.InVain(l.String(), j.want) {
+			j.ways = append(j.ways, &candidate{way: l, kind: "leaves", pace: paceHere(uint64(w.size), leavesRate), from: r})
 			return
 		}
 	}
 }
-
-func isLeaves(c *candidate) bool { return c.kind() == "leaves" }
 
 var (
 	// errDiffers is why it is given up: a nar has fewer bytes.
@@ -51,11 +49,7 @@ var (
 	errNoTree  = errors.New("not ERIS-FS, so that nothing can be found in the older item")
 )
 
-func (w *leavesWay) kind() string { return "leaves" }
-
 func (w *leavesWay) String() string { return w.blocksWay.String() + " with " + w.old.String() }
-
-func (w *leavesWay) pace() pace { return paceHere(uint64(w.size), leavesRate) }
 
 func (w *leavesWay) expect(context.Context) expectation {
 	e := w.j.expectMissing(w.capability, w.size, w.missing())
@@ -69,7 +63,7 @@ func (w *leavesWay) missing() int64 { return min(w.size, leastMissing+w.size/lea
 
 // most is how many bytes may be fetched before the next way is taken, unless that is blocks too.
 func (w *leavesWay) most() int64 {
-	next := slices.IndexFunc(w.j.ways, func(c *candidate) bool { return !isLeaves(c) })
+	next := slices.IndexFunc(w.j.ways, func(c *candidate) bool { return c.kind != "leaves" })
 	if next < 0 || isBlocks(w.j.ways[next]) {
 		return math.MaxInt64
 	}
@@ -99,7 +93,7 @@ func (w *leavesWay) failed(_ context.Context, err error) {
 	if errors.Is(err, errDiffers) || errors.Is(err, errContents) {
 		w.j.s.Reuse.NoteInVain(w.String(), w.j.want)
 	}
-	w.j.failedOlder(w.kind())
+	w.j.failedOlder("leaves")
 }
 
 // countedBase counts the bytes of files that are read, as countedNodes does.

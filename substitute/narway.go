@@ -68,26 +68,13 @@ func (j *job) listNars(records []record) {
 				j.log.Warnf("%s: %v", j.path, err)
 			case !j.listed[url]:
 				j.listed[url] = true
-				j.ways = append(j.ways, &candidate{way: &narWay{j, url, u}, from: r})
+				j.ways = append(j.ways, &candidate{way: &narWay{j, url, u}, kind: "nar", pace: pace{slowTime, slowTime, 10, 0}, from: r})
 			}
 		}
 	}
 }
 
-func (w *narWay) kind() string { return "nar" }
-
 func (w *narWay) String() string { return mirror.WithoutUser(w.url) }
-
-// pace gives less time after ways that came too slowly, so that many silent servers do not add up.
-func (w *narWay) pace() pace {
-	slow := 0
-	for _, c := range w.j.later {
-		if c.last.slow.Load() {
-			slow++
-		}
-	}
-	return pace{slowTime >> min(slow, 2), slowTime, 10, 0}
-}
 
 func (w *narWay) expect(context.Context) expectation {
 	method := w.from.Compression

@@ -202,7 +202,7 @@ func (j *job) run(ctx context.Context) Outcome {
 }
 
 // isBlocks reports whether the way is blocks, of which all that are not near are fetched.
-func isBlocks(c *candidate) bool { return c.kind() == "blocks" }
+func isBlocks(c *candidate) bool { return c.kind == "blocks" }
 
 // moreRecords asks the servers that had no need to be asked before, which may have the item too: in
 // order, and without waiting for those that are slow. It reports whether there are further ways.
@@ -253,10 +253,10 @@ func (j *job) tryAll(ctx context.Context) (Outcome, bool) {
 		j.ways = j.ways[1:]
 		size, err := j.try(ctx, c)
 		if err == nil {
-			if c.kind() == "nar" {
+			if c.kind == "nar" {
 				c.from.server.ended(true)
 			}
-			if c.kind() == "nar" && j.s.Verbose {
+			if c.kind == "nar" && j.s.Verbose {
 				j.log.Notef("%s: not from blocks: %s", j.path, j.notBlocks())
 			}
 			// The daemon needs a number, and takes the one that the narinfo has.
@@ -285,7 +285,7 @@ var (
 // failed notes why a way has failed, and tells it.
 func (j *job) failed(ctx context.Context, c *candidate, err error) {
 	if isBlocks(c) {
-		j.vain[c.kind()]++
+		j.vain[c.kind]++
 		j.blocksFailed = err.Error()
 	}
 	if w, ok := c.way.(interface {
@@ -295,7 +295,7 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 	}
 	status, _ := errors.AsType[*mirror.StatusError](err)
 	gone := status != nil && (status.Code == http.StatusNotFound || status.Code == http.StatusGone)
-	if c.kind() == "nar" && !gone && ctx.Err() == nil {
+	if c.kind == "nar" && !gone && ctx.Err() == nil {
 		c.from.server.ended(false)
 	}
 	if errors.Is(err, errSlow) {
@@ -303,7 +303,7 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 		j.log.Notef("%s: %v", c, err)
 		return
 	}
-	if c.kind() != "blocks" && c.kind() != "nar" {
+	if c.kind != "blocks" && c.kind != "nar" {
 		if j.s.Verbose {
 			j.log.Notef("%v; going on with another way", naming(c.String(), err))
 		}
@@ -463,7 +463,7 @@ func (j *job) check(c *candidate, r restore.Result) error {
 	if r.NarHash == j.want.NarDigest {
 		return nil
 	}
-	if j.actual == nil && (isBlocks(c) || c.kind() == "nar") { // or else the base may be to blame
+	if j.actual == nil && (isBlocks(c) || c.kind == "nar") { // or else the base may be to blame
 		j.actual = &r.NarHash
 	}
 	return errContents
@@ -487,7 +487,11 @@ func (j *job) options() restore.Options {
 // must call what it returns, which waits for that, before it uses the list again.
 func (j *job) watch(ctx context.Context, c *candidate, a *attempt) (stopped func()) {
 	begin := time.Now()
-	w := watched{c: c, a: a, period: []sample{{begin, a.came.Load()}}, window: []sample{{begin, 0}}}
+	w := watched{c: c, a: a, pace: c.pace, period: []sample{{begin, a.came.Load()}}, window: []sample{{begin, 0}}}
+	if c.kind == "nar" { // ways that came too slowly leave less time, so that many silent servers do not add up
+		slow := slices.DeleteFunc(slices.Clone(j.later), func(c *candidate) bool { return !c.last.slow.Load() })
+		w.pace.after >>= min(len(slow), 2)
+	}
 	patient := c.patient || j.s.Limiter != nil
 	var asked time.Time // when other servers were, which may rest for a while
 	look := func() (goOn bool) {
@@ -510,7 +514,7 @@ func (j *job) watch(ctx context.Context, c *candidate, a *attempt) (stopped func
 	}
 	var wait sync.WaitGroup
 	wait.Go(func() {
-		ticker := time.NewTicker(min(paceEvery, c.pace().after/4))
+		ticker := time.NewTicker(min(paceEvery, w.pace.after/4))
 		defer ticker.Stop()
 		for goOn := true; goOn; {
 			select {
@@ -534,6 +538,7 @@ type sample struct {
 type watched struct {
 	c      *candidate
 	a      *attempt
+	pace   pace
 	period []sample // the last one that is older than ratePeriod, and later ones
 	window []sample // the same, with the window of the pace
 }
@@ -560,9 +565,8 @@ func (w *watched) tooSlow(now sample) error {
 
 // slowerThan reports whether the attempt is given up, by its pace, for a way that takes some time.
 func (w *watched) slowerThan(now sample, other time.Duration) bool {
-	p := w.c.pace()
-	bytes, elapsed := since(&w.window, now, p.window)
-	elapsed -= p.here
+	bytes, elapsed := since(&w.window, now, w.pace.window)
+	elapsed -= w.pace.here
 	left := float64(w.a.left(w.c.bytes))
-	return elapsed >= p.after && left > p.factor*float64(bytes)/elapsed.Seconds()*(other+preferMargin).Seconds()
+	return elapsed >= w.pace.after && left > w.pace.factor*float64(bytes)/elapsed.Seconds()*(other+preferMargin).Seconds()
 }

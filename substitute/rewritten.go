@@ -30,16 +30,12 @@ func (j *job) listRewritten(ctx context.Context) {
 	for c := range j.s.Reuse.Find(ctx, j.want) {
 		j.bases = append(j.bases, c)
 		if !c.Hopeless {
-			j.ways = append(j.ways, &candidate{way: &rewrittenWay{j, c}})
+			j.ways = append(j.ways, &candidate{way: &rewrittenWay{j, c}, kind: "old item", pace: pace{after: throughput.Longest, factor: 1}})
 		}
 	}
 }
 
-func (w *rewrittenWay) kind() string { return "old item" }
-
 func (w *rewrittenWay) String() string { return w.old.String() }
-
-func (w *rewrittenWay) pace() pace { return pace{after: throughput.Longest, factor: 1} }
 
 func (w *rewrittenWay) expect(context.Context) expectation {
 	return expectation{0, throughput.Seconds(float64(w.j.want.NarSize) / rewriteRate), true, "an older item, rewritten"}

@@ -32,10 +32,6 @@ type way interface {
 	// attempt from where they come, and all bytes that come over the network. done must be called
 	// once the nodes are not used any more, and the attempt says whether it was of use.
 	nodes(ctx context.Context, a *attempt) (nodes nar.Nodes, done func(), err error)
-	// kind is "old item", "leaves" (of an old item, and blocks), "delta", "blocks" or "nar".
-	kind() string
-	// pace returns when the way is given up for another one because it is slow.
-	pace() pace
 	// String names the way for messages, without anything secret.
 	String() string
 }
@@ -71,6 +67,8 @@ func paceHere(size uint64, rate float64) pace {
 type candidate struct {
 	way
 	expectation
+	kind    string   // "old item", "leaves" (of an old item, and blocks), "delta", "blocks" or "nar"
+	pace    pace     // when it is given up for another one because it is slow
 	from    record   // the narinfo that offers it
 	last    *attempt // nil if it has not been tried
 	patient bool     // it is not given up for being slow
@@ -102,14 +100,14 @@ func (j *job) sort() {
 
 // rank returns the place of a way in the list, as the policy has it.
 func (j *job) rank(c *candidate) float64 {
-	blocks := isBlocks(c) || isLeaves(c)
+	blocks := isBlocks(c) || c.kind == "leaves"
 	if d, ok := c.way.(*deltaWay); ok {
 		blocks = d.blocks()
 	}
 	// Where time does not count, fewer bytes are better: a compressed nar than ERIS-FS.
 	fewer := float64(c.bytes) / (1 << 63)
 	switch {
-	case c.kind() == "old item":
+	case c.kind == "old item":
 		return -2
 	case j.isLast(c):
 		return 1e6 + c.time.Seconds()
@@ -128,7 +126,7 @@ func (j *job) rank(c *candidate) float64 {
 // where other capabilities of the item were: a narinfo may have many, none of which need be signed,
 // and each may cost as much as the item.
 func (j *job) isLast(c *candidate) bool {
-	return c.kind() == "nar" && c.from.server.rests(&c.from.server.vain) || isBlocks(c) && j.vain[c.kind()] >= mostFailed
+	return c.kind == "nar" && c.from.server.rests(&c.from.server.vain) || isBlocks(c) && j.vain[c.kind] >= mostFailed
 }
 
 const (
