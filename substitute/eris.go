@@ -135,7 +135,7 @@ func (w *blocksWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(), e
 // openImage opens the contents of a read capability, of size bytes or some more. The attempt ends
 // when more than most bytes have been fetched.
 func (j *job) openImage(ctx context.Context, a *attempt, c eris.ReadCapability, size, most int64) (*image.Image, error) {
-	a.progress.From(shownURN(c, j.path), size)
+	j.progress.From(shownURN(c, j.path), size)
 	var shown atomic.Int64
 	blocks := fetch.Within(j.s.Blocks, c.Root, func(n int) {
 		after := shown.Add(int64(n))

@@ -196,18 +196,15 @@ func (s *Substituter) describe(report *ServerReport, r *record, want *narinfo.Na
 		}
 		report.Nars = append(report.Nars, nar)
 	}
-	for _, c := range n.ERIS {
-		report.Capabilities = append(report.Capabilities, s.reportCapability(c, c.Signed && r.authorised))
+	for _, e := range n.ERIS {
+		signed := e.Signed && r.authorised
+		c, err := s.capability(e.URN, signed)
+		offered := CapabilityReport{URN: e.URN, Signed: signed, BlockSize: int(c.BlockSize), Level: c.Level}
+		if err != nil && err != errNoBlocks { // the ways say that
+			offered.Unused = err.Error()
+		}
+		report.Capabilities = append(report.Capabilities, offered)
 	}
-}
-
-func (s *Substituter) reportCapability(e narinfo.ERIS, signed bool) CapabilityReport {
-	c, err := s.capability(e.URN, signed)
-	r := CapabilityReport{URN: e.URN, Signed: signed, BlockSize: int(c.BlockSize), Level: c.Level}
-	if err != nil && err != errNoBlocks { // the ways say that
-		r.Unused = err.Error()
-	}
-	return r
 }
 
 // unavailable says why there is no way at all.

@@ -158,12 +158,10 @@ func (j *job) unquoted(a *attempt, err error) error {
 type download struct {
 	nar     *mirror.Nar
 	r       io.Reader // of it, within the limit of the rate
-	url     string
 	latency time.Duration
 	n       atomic.Int64 // bytes that have come
 	waited  atomic.Int64 // in Read, in nanoseconds
 	copied  *seed.Copy   // for others; nil is none
-	j       *job
 	a       *attempt
 }
 
@@ -175,13 +173,13 @@ func (j *job) download(ctx context.Context, a *attempt, url string, size int64) 
 	if err != nil {
 		return nil, err
 	}
-	d := &download{nar: body, r: body, url: url, latency: time.Since(begin), j: j, a: a}
+	d := &download{nar: body, r: body, latency: time.Since(begin), a: a}
 	if body.Size >= 0 {
 		size = body.Size
 		a.total.Store(size)
 	}
 	a.url = url
-	a.progress.From(body.URL, size)
+	j.progress.From(body.URL, size)
 	if !mirror.IsLocal(url) {
 		d.r = ratelimit.Reader(ctx, body, j.s.Limiter)
 		body.Again = func(n int) {
@@ -196,10 +194,10 @@ func (j *job) download(ctx context.Context, a *attempt, url string, size int64) 
 // Read implements [io.Reader].
 func (d *download) Read(p []byte) (int, error) {
 	read := d.r.Read
-	if d.j.waited() {
-		read = func(p []byte) (int, error) { return d.j.s.order.Read(d.r, p) }
+	if d.a.j.waited() {
+		read = func(p []byte) (int, error) { return d.a.j.s.order.Read(d.r, p) }
 	} else {
-		d.j.s.order.GiveWay(d.a.ctx)
+		d.a.j.s.order.GiveWay(d.a.ctx)
 	}
 	begin := time.Now()
 	n, err := read(p)
@@ -218,12 +216,12 @@ func (d *download) done() {
 	d.copied.End(whole)
 	d.nar.Close()
 	// One that was given up is known to be slow.
-	if !mirror.IsLocal(d.url) && (d.a.ok || d.a.slow.Load()) {
+	if !mirror.IsLocal(d.a.url) && (d.a.ok || d.a.slow.Load()) {
 		bytes, waited := d.n.Load(), time.Duration(d.waited.Load())
 		if bytes < LeastMeasured {
 			bytes, waited = 0, 0
 		}
-		d.j.s.State.Measured(serverOf(d.url), bytes, max(waited, time.Millisecond), d.latency)
+		d.a.j.s.State.Measured(serverOf(d.a.url), bytes, max(waited, time.Millisecond), d.latency)
 	}
 }
 

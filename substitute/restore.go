@@ -382,19 +382,18 @@ func naming(url string, err error) error {
 
 // An attempt is the use of one way.
 type attempt struct {
-	progress *protocol.Download
-	ctx      context.Context
-	cancel   context.CancelCauseFunc
-	url      string        // of what is downloaded, once it has begun
-	again    bool          // what came the first time was wrong, or nothing
-	records  []record      // of the job when it began; watch may add to those of the job
-	came     *atomic.Int64 // that of the Substituter
-	got      atomic.Int64  // bytes that have come over the network
-	read     atomic.Int64  // bytes of files of an old item, and those that came a second time
-	total    atomic.Int64  // bytes that will come, if the server says so
-	ok       bool          // the right item was made
-	slow     atomic.Bool   // it was given up for that
-	cut      atomic.Bool   // the server has broken off
+	j       *job
+	ctx     context.Context
+	cancel  context.CancelCauseFunc
+	url     string       // of what is downloaded, once it has begun
+	again   bool         // what came the first time was wrong, or nothing
+	records []record     // of the job when it began; watch may add to those of the job
+	got     atomic.Int64 // bytes that have come over the network
+	read    atomic.Int64 // bytes of files of an old item, and those that came a second time
+	total   atomic.Int64 // bytes that will come, if the server says so
+	ok      bool         // the right item was made
+	slow    atomic.Bool  // it was given up for that
+	cut     atomic.Bool  // the server has broken off
 }
 
 // left returns how many bytes are still to come, of so many that were expected.
@@ -417,14 +416,14 @@ func (a *attempt) countRead(size uint64) {
 // progress.
 func (a *attempt) countShown(n, shown int) {
 	a.got.Add(int64(n))
-	a.came.Add(int64(n))
-	a.progress.Transferred(shown)
+	a.j.s.came.Add(int64(n))
+	a.j.progress.Transferred(shown)
 }
 
 // try restores the item by one way. It returns the length of the archive.
 func (j *job) try(ctx context.Context, c *candidate) (narSize uint64, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	a := &attempt{progress: j.progress, ctx: ctx, cancel: cancel, again: c.again, records: j.records, came: &j.s.came}
+	a := &attempt{j: j, ctx: ctx, cancel: cancel, again: c.again, records: j.records}
 	c.last = a
 	stopped := j.watch(ctx, c, a)
 	defer func() {
@@ -487,7 +486,7 @@ func (j *job) options() restore.Options {
 // must call what it returns, which waits for that, before it uses the list again.
 func (j *job) watch(ctx context.Context, c *candidate, a *attempt) (stopped func()) {
 	begin := time.Now()
-	w := watched{c: c, a: a, pace: c.pace, period: []sample{{begin, a.came.Load()}}, window: []sample{{begin, 0}}}
+	w := watched{c: c, a: a, pace: c.pace, period: []sample{{begin, j.s.came.Load()}}, window: []sample{{begin, 0}}}
 	if c.kind == "nar" { // ways that came too slowly leave less time, so that many silent servers do not add up
 		slow := slices.DeleteFunc(slices.Clone(j.later), func(c *candidate) bool { return !c.last.slow.Load() })
 		w.pace.after >>= min(len(slow), 2)
@@ -497,7 +496,7 @@ func (j *job) watch(ctx context.Context, c *candidate, a *attempt) (stopped func
 	look := func() (goOn bool) {
 		now := sample{time.Now(), a.got.Load()}
 		// All items count, for it may be the line that is slow, which they share.
-		err := w.tooSlow(sample{now.at, a.came.Load() + a.read.Load()})
+		err := w.tooSlow(sample{now.at, j.s.came.Load() + a.read.Load()})
 		switch {
 		case err != nil || patient:
 		case len(j.ways) > 0 && w.slowerThan(now, j.ways[0].time):

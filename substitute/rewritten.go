@@ -42,7 +42,7 @@ func (w *rewrittenWay) expect(context.Context) expectation {
 }
 
 func (w *rewrittenWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(), error) {
-	a.progress.From("file://"+w.old.String(), 0)
+	w.j.progress.From("file://"+w.old.String(), 0)
 	nodes := w.old.Nodes(ctx)
 	return &countedNodes{nodes, a}, nodes.Close, nil
 }
