@@ -250,7 +250,7 @@ func (s *Store) startWriter(file *os.File) (*writer, error) {
 	case !c.end.appendable && c.foreign:
 		return nil, errForeign
 	case !c.end.appendable:
-		return nil, s.renew(again, s.state.Size())
+		return nil, s.renew(again, s.state)
 	}
 	w := &writer{file: file, state: s.state, tail: c.end.tail, capabilities: slices.Clone(c.capabilities)}
 	if c.end.end > 0 {
@@ -261,16 +261,12 @@ func (s *Store) startWriter(file *os.File) (*writer, error) {
 }
 
 // renew writes a dump of definite length anew, so that it can be continued.
-func (s *Store) renew(file *os.File, size int64) error {
-	info, err := file.Stat()
-	if err != nil {
-		return err
-	}
+func (s *Store) renew(file *os.File, info os.FileInfo) error {
 	return files.Replace(s.URL.Path, info.Mode().Perm(), files.Options{Sync: true}, func(out io.Writer) error {
 		if _, err := io.WriteString(out, opening); err != nil {
 			return err
 		}
-		capabilities, err := Read(io.NewSectionReader(file, 0, size), func(ref eris.Reference, block []byte) error {
+		capabilities, err := Read(io.NewSectionReader(file, 0, info.Size()), func(ref eris.Reference, block []byte) error {
 			if eris.Verify(ref, block) != nil {
 				return nil
 			}
