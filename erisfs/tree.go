@@ -78,10 +78,10 @@ func (t *Tree) wants(limit int64) iter.Seq[content.Want] {
 }
 
 // Close lets go of everything.
-func (t *Tree) Close() error {
+func (t *Tree) Close() {
 	t.stop()
 	t.closeLocal()
-	return t.sequence.Close()
+	t.sequence.Close()
 }
 
 // Next implements [nar.Nodes].

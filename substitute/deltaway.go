@@ -126,7 +126,7 @@ func (w *deltaWay) open(ctx context.Context, a *attempt) (io.Reader, func(), err
 		if err != nil {
 			return nil, nil, err
 		}
-		return contents.Content, func() { contents.Close() }, nil
+		return contents.Content, contents.Close, nil
 	}
 	body, err := w.j.download(ctx, a, w.url, w.size)
 	if err != nil {

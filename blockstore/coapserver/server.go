@@ -275,11 +275,10 @@ func (s *Server) Shutdown(ctx context.Context) error {
 
 // Close closes all listeners and connections at once and waits until all calls of Serve,
 // ServePacket and ServeConn, and of stores, have returned; the contexts of the latter end.
-func (s *Server) Close() error {
+func (s *Server) Close() {
 	s.stopAccepting() // first, so that what ends by it is no failure
 	s.cancel()
 	s.services.Wait()
-	return nil
 }
 
 // log hands an error to the log, unless there was one just now.

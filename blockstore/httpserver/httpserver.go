@@ -137,13 +137,12 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener, access Access
 func (s *Server) Stats() admission.Stats { return s.counts.Stats() }
 
 // Close ends what is still under way, and waits for it. No requests may come any more.
-func (s *Server) Close() error {
+func (s *Server) Close() {
 	s.cancel()
 	// Handlers whose connections were closed may not have come to their end: all of them have when
 	// nothing of the semaphore is taken.
 	_ = s.requests.Acquire(context.Background(), s.config.MaxRequests)
 	s.requests.Release(s.config.MaxRequests)
-	return nil
 }
 
 // A refusal is an answer without a block.

@@ -220,7 +220,8 @@ func (c *chain) addMirror() {
 		plain, err := decompress.Open("gzip", f)
 		must(c.t, err)
 		c.add(n.StorePath, nar.NewReader(nar.NewReadAhead(c.t.Context(), plain, 32, 1<<16, 0)))
-		must(c.t, errors.Join(plain.Close(), f.Close()))
+		plain.Close()
+		must(c.t, f.Close())
 		if item := c.items[len(c.items)-1]; item.hash != n.NarHash {
 			c.t.Fatalf("%s: hash %s instead of %s", item.path, item.hash, n.NarHash)
 		}

@@ -194,11 +194,10 @@ func (s *Sequence) Leaf() (*Leaf, error) {
 }
 
 // Close cancels all requests in flight and waits for them, which is quick even if the source is
-// silent. Next and Leaf then return errors. It always returns nil.
-func (s *Sequence) Close() error {
+// silent. Next and Leaf then return errors.
+func (s *Sequence) Close() {
 	s.fetcher.close()
 	s.stop()
-	return nil
 }
 
 // Reader reads one content from start to end: it is a [Sequence] of one. It must not be used by
@@ -283,7 +282,5 @@ func (r *Reader) fill() error {
 	return nil
 }
 
-// Close cancels all requests in flight and waits for them. It always returns nil.
-func (r *Reader) Close() error {
-	return r.sequence.Close()
-}
+// Close cancels all requests in flight and waits for them.
+func (r *Reader) Close() { r.sequence.Close() }

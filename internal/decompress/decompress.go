@@ -115,7 +115,7 @@ func OpenAtMost(method string, r io.Reader, most int64) (*Reader, error) {
 		}
 	case "lzip":
 		l := lzip.NewReader(&input{r, z}, maxWindow)
-		z.r, z.close = l, func() { l.Close() }
+		z.r, z.close = l, l.Close
 	case "zstd":
 		d, err := newZstdDecoder(in, most)
 		if err != nil {
@@ -253,11 +253,10 @@ func (z *Reader) read(p []byte) (n int, err error) {
 }
 
 // Close ends what works for the Reader and gives its memory back. It does not close the source. It
-// returns nil, and may be called again.
-func (z *Reader) Close() error {
+// may be called again.
+func (z *Reader) Close() {
 	if z.err != errClosed {
 		z.err = errClosed
 		z.close()
 	}
-	return nil
 }

@@ -76,11 +76,10 @@ func Open(ctx context.Context, source fetch.Source, c eris.ReadCapability, limit
 	return x, nil
 }
 
-// Close cancels all requests in flight and waits for them. It may be called again, and always
-// returns nil.
-func (x *Image) Close() error {
+// Close cancels all requests in flight and waits for them. It may be called again.
+func (x *Image) Close() {
 	x.cancel()
-	return x.Content.Close()
+	x.Content.Close()
 }
 
 // Index reads the index of a tree whose form is ERIS-FS, once, in place of Nodes.
@@ -146,9 +145,9 @@ func (x *Image) Nodes(ctx context.Context) (nodes nar.Nodes, close func(), err e
 			}
 		}
 		if x.Total != nil {
-			return newTotalled(tree, index, x.Total), func() { tree.Close() }, nil
+			return newTotalled(tree, index, x.Total), tree.Close, nil
 		}
-		return tree, func() { tree.Close() }, nil
+		return tree, tree.Close, nil
 	}
 	if x.method == "" {
 		x.Close()

@@ -63,10 +63,8 @@ func (z *Reader) next() ([]byte, error) {
 	return p, err
 }
 
-// Close gives the memory of the Reader back. It does not close the source. It returns nil, and may
-// be called again.
-func (z *Reader) Close() error {
+// Close gives the memory of the Reader back. It does not close the source. It may be called again.
+func (z *Reader) Close() {
 	z.err, z.piece = errClosed, nil
 	z.d.close()
-	return nil
 }

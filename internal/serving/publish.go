@@ -235,7 +235,7 @@ func (s *publishSettings) ownBlocks(ctx context.Context) (http.Handler, error) {
 		return nil, err
 	}
 	web := httpserver.New(httpserver.Config{Source: table, Log: s.log.WarnError})
-	s.closers = append(s.closers, closeTable, func() { web.Close() })
+	s.closers = append(s.closers, closeTable, web.Close)
 	return web.Handler(httpserver.Access{Get: true}), nil
 }
 
