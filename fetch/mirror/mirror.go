@@ -55,7 +55,8 @@ type Options struct {
 	NarinfoTimeout time.Duration
 	// NarTimeout bounds the time until the header of a nar, which the server may compress on the
 	// fly; 60 seconds by default. A server that has kept silent gets half of that the next time,
-	// and so on down to an eighth. A third of it bounds silence in the middle of a nar.
+	// and so on down to an eighth. A third of it bounds silence in the middle of a nar. Where
+	// silence is not usual, a twentieth is enough for one more request on another connection.
 	NarTimeout time.Duration
 	// ResumeDelay is the time until a nar that was cut off is requested again; it doubles with each
 	// attempt. 250 milliseconds by default.
@@ -205,6 +206,8 @@ type peer struct {
 	down error // why it rests
 	// silent is how many nars in a row it has kept silent about.
 	silent int
+	// longest is how long the header of a nar takes when it takes long.
+	longest time.Duration
 	pipelines
 }
 
@@ -256,10 +259,11 @@ func (p *peer) fail(err error) error {
 	return &ServerError{p.server, err, rest, p.rest.Failures()}
 }
 
-// reached notes that the server has responded to a request for a nar.
-func (p *peer) reached() {
+// reached notes that the server has responded to a request for a nar after some time.
+func (p *peer) reached(took time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.longest = max(took, p.longest-p.longest/8)
 	p.rest.Succeed()
 	p.down, p.silent = nil, 0
 }

@@ -43,7 +43,9 @@ type Nar struct {
 	parent   context.Context
 	stop     context.CancelCauseFunc // of parent
 	silence  *time.Timer             // ends ctx when the server is silent
-	timeout  time.Duration
+	timeout  time.Duration           // of silence in the middle
+	longest  time.Duration           // silence that has ended
+	hurried  bool                    // it was requested again because there was no answer soon
 	body     io.ReadCloser
 
 	total     int64        // as Size, but also what is learnt later
@@ -215,6 +217,11 @@ const slowShare = 12
 // in the middle is requested again.
 const bodyShare = 3
 
+// soonShare is the same, at first, for a server that has answered others before, or lets the rest
+// be requested: after a change of network nothing comes by a connection from before, not even an
+// error. Where the line is such that there were silences, it is soonFactor times the longest.
+const soonShare, soonFactor = 20, 4
+
 // dropIdleAfter is for how long a nar is waited for while there are idle connections for narinfos.
 const dropIdleAfter = 200 * time.Millisecond
 
@@ -229,11 +236,17 @@ func (n *Nar) request(fields http.Header) (*http.Response, error) {
 	ctx, cancel := context.WithCancelCause(n.parent)
 	n.ctx, n.cancel = ctx, cancel
 	p.mu.Lock()
-	timeout, connected := c.o.NarTimeout>>min(p.silent, 3), false // of silence before a nar
+	timeout := c.o.NarTimeout >> min(p.silent, 3) // of silence before a nar
+	soon := min(timeout, n.soon(p.longest))
+	hurry := p.longest > 0 && !n.hurried && soon < timeout
 	p.mu.Unlock()
+	if hurry {
+		n.hurried, timeout = true, soon
+	}
+	connected, asked := false, time.Now()
 	r := n.location.request(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		GotConn: func(httptrace.GotConnInfo) {
-			connected = true
+			connected, asked = true, time.Now()
 			n.silence.Reset(timeout) // waiting for a connection of our own is not the server's silence
 		},
 	}))
@@ -259,10 +272,13 @@ func (n *Nar) request(fields http.Header) (*http.Response, error) {
 	case n.parent.Err() != nil:
 		cancel(nil)
 		return nil, context.Cause(n.parent)
+	case err != nil && hurry && connected && errors.Is(causeOf(ctx, err), os.ErrDeadlineExceeded):
+		return n.request(fields)
 	case err != nil:
 		return nil, p.narFailed(causeOf(ctx, err), connected)
 	}
-	p.reached()
+	n.longest = max(n.longest, time.Since(asked))
+	p.reached(time.Since(asked))
 	c.closing.Store(response.Close)
 	n.body = struct {
 		io.Reader
@@ -271,6 +287,11 @@ func (n *Nar) request(fields http.Header) (*http.Response, error) {
 	n.silence = time.AfterFunc(n.timeout, func() { cancel(errSilent) })
 	n.silence.Stop() // until somebody reads
 	return response, nil
+}
+
+// soon is how long a server has that is asked again then, after silences of at most longest.
+func (n *Nar) soon(longest time.Duration) time.Duration {
+	return max(n.client.o.NarTimeout/soonShare<<n.tries, soonFactor*longest)
 }
 
 // narFailed notes why there is no response.

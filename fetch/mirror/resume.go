@@ -33,9 +33,6 @@ func (n *Nar) cut(cause error) error {
 	if n.final || n.client == nil {
 		return cause
 	}
-	if n.offset-n.progress >= againProgress {
-		n.tries, n.progress = 0, n.offset
-	}
 	for {
 		n.drop()
 		if n.tries >= maxAgain {
@@ -219,6 +216,9 @@ func (n *Nar) Read(p []byte) (int, error) {
 		}
 		count, err := n.read(p)
 		n.offset += int64(count)
+		if n.offset-n.progress >= againProgress {
+			n.tries, n.progress = 0, n.offset
+		}
 		n.had.Write(p[:count])
 		switch {
 		case err == nil:
@@ -243,9 +243,19 @@ func (n *Nar) Read(p []byte) (int, error) {
 
 // read reads from the body at hand, with an end to the silence of the server.
 func (n *Nar) read(p []byte) (int, error) {
-	if n.silence != nil {
-		n.silence.Reset(n.timeout)
-		defer n.silence.Stop()
+	if n.silence == nil {
+		return n.body.Read(p)
 	}
-	return n.body.Read(p)
+	timeout := n.timeout
+	if n.validator != "" && n.restarts == 0 {
+		timeout = min(timeout, n.soon(n.longest))
+	}
+	n.silence.Reset(timeout)
+	defer n.silence.Stop()
+	begin := time.Now()
+	count, err := n.body.Read(p)
+	if count > 0 {
+		n.longest = max(n.longest, time.Since(begin))
+	}
+	return count, err
 }

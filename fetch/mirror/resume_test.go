@@ -284,6 +284,70 @@ func TestRestart(t *testing.T) {
 	}
 }
 
+// TestDeadConnection asks again soon, over another connection, where one is dead and nothing says
+// so, as after a change of network; not so soon where all would come again, or silence is usual.
+func TestDeadConnection(t *testing.T) {
+	contents := noise(1 << 20)
+	for name, test := range map[string]struct {
+		tag   bool
+		early bool          // another nar has come
+		pause time.Duration // of an answer that goes on
+		dead  []int         // after how many bytes answers end in silence; 0 is without a header
+		want  time.Duration
+		fails bool
+	}{
+		"in the middle":                {tag: true, dead: []int{600000}, want: 3 * time.Second},
+		"in the middle, and again":     {tag: true, dead: []int{600000, 1000}, want: 9 * time.Second},
+		"of a line that makes pauses":  {tag: true, pause: 2 * time.Second, dead: []int{600000}, want: 8 * time.Second},
+		"where all would come again":   {dead: []int{600000}, want: 20 * time.Second},
+		"before an answer":             {early: true, dead: []int{0}, want: 3 * time.Second},
+		"before two answers":           {early: true, dead: []int{0, 0}, want: 63 * time.Second, fails: true},
+		"before an answer as never":    {dead: []int{0}, want: 60 * time.Second, fails: true},
+		"before the rest, and on then": {tag: true, dead: []int{600000, 0}, want: 9 * time.Second},
+	} {
+		partInNetwork(t, name, func(t *testing.T, network *sourcetest.Network) {
+			var n atomic.Int64
+			url := servingAt(t, network.Listen(), func(w http.ResponseWriter, r *http.Request) {
+				time.Sleep(time.Millisecond)
+				if r.URL.Path == "/first" {
+					io.WriteString(w, "nar")
+					return
+				}
+				if test.tag {
+					tag(w.Header(), 0)
+				}
+				i := int(n.Add(1)) - 1
+				if i >= len(test.dead) {
+					http.ServeContent(w, r, "nar", time.Time{}, bytes.NewReader(contents))
+					return
+				}
+				if test.dead[i] > 0 {
+					http.ServeContent(&limitedWriter{w, test.dead[i]}, r, "nar", time.Time{}, bytes.NewReader(contents))
+					w.(http.Flusher).Flush()
+				}
+				if test.pause > 0 {
+					time.Sleep(test.pause)
+					w.Write(contents[test.dead[i]:][:1])
+					w.(http.Flusher).Flush()
+				}
+				<-r.Context().Done()
+			})
+			c := client(t, mirror.Options{Dial: network.Dial, ResumeDelay: time.Millisecond})
+			if test.early {
+				expect(t, c, url+"/first", "nar")
+			}
+			begin := time.Now()
+			got, err := read(t, c, url+"/nar")
+			if failed := err != nil || got != string(contents); failed != test.fails {
+				t.Errorf("%d bytes, error %v", len(got), err)
+			}
+			if took := time.Since(begin) - test.pause; took < test.want || took > test.want+time.Second {
+				t.Errorf("took %v, want %v", took, test.want)
+			}
+		})
+	}
+}
+
 // TestResumeWithoutLength resumes a nar of unknown length.
 func TestResumeWithoutLength(t *testing.T) {
 	contents := noise(500000)
