@@ -61,9 +61,7 @@ func (s *Store) Dial(ctx context.Context) (net.Conn, error) {
 	if s.url.Scheme == "coap" {
 		return nil, errNoStream
 	}
-	ctx, cancel := context.WithTimeout(ctx, s.options.DialTimeout)
-	defer cancel()
-	return s.dial(ctx)
+	return dial.Within(ctx, s.options.DialTimeout, s.dial)
 }
 
 // dial makes a stream, or a socket of UDP, which makes no connection but may have to look a name

@@ -412,6 +412,29 @@ func TestSilentOnce(t *testing.T) {
 	}
 }
 
+// TestStoodStill has this process be stopped while it connects: the time was not the peer's.
+func TestStoodStill(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize1KiB, 1)
+	synctest.Test(t, func(t *testing.T) {
+		var network sourcetest.Network
+		listener, play := network.Listen(), script(func(_ int, p *peer) { p.serveBlock(block) })
+		serveOn(t, listener, play.run(t))
+		stopped := false
+		store := mustOpen(t, "coap+tcp://192.0.2.1", coap.Options{Dial: func(ctx context.Context) (net.Conn, error) {
+			if !stopped {
+				stopped = true
+				<-ctx.Done()
+				time.Sleep(time.Minute)
+				return nil, ctx.Err()
+			}
+			return network.Dial(ctx, "tcp", listener.Addr().String())
+		}})
+		defer store.Close()
+		_, err := get(t, store, ref, eris.BlockSize1KiB)
+		works.check(t, err)
+	})
+}
+
 // TestRenew gives up a connection on which a peer that has answered says nothing more: what is
 // under way is requested on another one.
 func TestRenew(t *testing.T) {

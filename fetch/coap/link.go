@@ -16,6 +16,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
 	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 )
 
 const (
@@ -115,14 +116,12 @@ func (l *link) retire(c *connection) {
 
 // dial makes what a connection needs, after the given time.
 func (l *link) dial(rest time.Duration) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(l.store.ctx, rest+l.store.options.DialTimeout)
-	defer cancel()
 	select {
 	case <-time.After(rest):
-	case <-ctx.Done():
+	case <-l.store.ctx.Done():
 		return nil, fetch.ErrClosed
 	}
-	conn, err := l.store.dial(ctx)
+	conn, err := dial.Within(l.store.ctx, l.store.options.DialTimeout, l.store.dial)
 	switch {
 	case err == nil:
 		return conn, nil

@@ -465,6 +465,26 @@ func TestRefused(t *testing.T) {
 	}
 }
 
+// TestNameUnanswered says of a name about which no server answers that it is the name.
+func TestNameUnanswered(t *testing.T) {
+	before := net.DefaultResolver
+	defer func() { net.DefaultResolver = before }()
+	net.DefaultResolver = &net.Resolver{
+		PreferGo: true,
+		Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		},
+	}
+	store := mustOpen(t, "http://server.example./secret", web.Options{ConnectTimeout: 100 * time.Millisecond})
+	ref, _ := newBlock(eris.BlockSize1KiB, 7)
+	_, err := get(t, store, ref, eris.BlockSize1KiB)
+	want := "http://server.example.: host name lookup: no answer within 100ms"
+	if err == nil || err.Error() != want {
+		t.Errorf("error is %v, want %s", err, want)
+	}
+}
+
 // TestRestAfterQueue ends a server while a request waits for its only connection: how long the
 // source rests has to do with how long it took to connect, not with how long the request waited.
 func TestRestAfterQueue(t *testing.T) {

@@ -22,30 +22,42 @@ const (
 	// nextAfter is for how long an address is waited for before the next one is tried as well (RFC
 	// 8305, section 5). A dialer does so with the two kinds only.
 	nextAfter = 300 * time.Millisecond
-	// stoodStill is by how much a dialer exceeds its time only if this process was stopped meanwhile.
+	// stoodStill is by how much a call of Within exceeds its time only if this process was stopped
+	// meanwhile.
 	stoodStill = time.Second
 )
 
 // With is DialContext of a dialer that is soon through with what has no answer: addresses of a name
 // at which the server is not, and questions about one kind of them, mostly of IPv6, which some
 // routers drop; a lookup of both takes longer than a server may have then. Names that end in
-// ".local" are looked up on the local network, too. If this process was stopped while the time of
-// the dialer passed, it tries once more. Errors are those of the dialer.
+// ".local" are looked up on the local network, too. The time of the dialer is that for all
+// addresses, as in [Within]. Errors are those of the dialer.
 func With(d *net.Dialer) func(ctx context.Context, network, address string) (net.Conn, error) {
 	connect := once(d)
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
-		began := time.Now()
-		conn, err := connect(ctx, network, address)
-		if err != nil && ctx.Err() == nil && d.Timeout > 0 && time.Since(began) > d.Timeout+stoodStill {
+		return Within(ctx, cmp.Or(d.Timeout, time.Hour), func(ctx context.Context) (net.Conn, error) {
 			return connect(ctx, network, address)
+		})
+	}
+}
+
+// Within calls f with a context that ends after some time, and once more if that has passed while
+// this process was stopped.
+func Within[T any](ctx context.Context, timeout time.Duration, f func(ctx context.Context) (T, error)) (T, error) {
+	for again := false; ; again = true {
+		began := time.Now()
+		within, cancel := context.WithTimeout(ctx, timeout)
+		result, err := f(within)
+		cancel()
+		if err == nil || again || ctx.Err() != nil || time.Since(began) <= timeout+stoodStill {
+			return result, err
 		}
-		return conn, err
 	}
 }
 
 func once(d *net.Dialer) func(ctx context.Context, network, address string) (net.Conn, error) {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
-		ctx, cancel := context.WithTimeout(ctx, cmp.Or(d.Timeout, time.Hour)) // for all addresses
+		ctx, cancel := context.WithCancel(ctx)
 		var looking atomic.Bool
 		found := make(chan []net.IPAddr, 3)
 		traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{

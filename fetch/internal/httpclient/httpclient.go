@@ -76,6 +76,7 @@ const (
 var (
 	// ErrSilent is wrapped by errors of requests that were sent, but had no response in time.
 	ErrSilent  = errors.New("server has not answered")
+	errLookup  = errors.New("host name lookup: no answer")
 	errConnect = errors.New("no connection")
 	errUnsent  = errors.New("the request could not be sent")
 	errNotHTTP = errors.New("the answer is not HTTP")
@@ -166,6 +167,8 @@ func (c *Client) dial(ctx context.Context, network, address string) (net.Conn, e
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		return &conn{inner, c, context.AfterFunc(c.conns, func() { inner.Close() })}, nil
+	case errors.As(err, &timeout) && timeout.Timeout() && errors.As(err, new(*net.DNSError)):
+		return nil, fmt.Errorf("%w within %v", errLookup, c.options.ConnectTimeout)
 	case errors.As(err, &timeout) && timeout.Timeout():
 		return nil, fmt.Errorf("%w within %v", errConnect, c.options.ConnectTimeout)
 	case errors.Is(err, syscall.ECONNREFUSED):
