@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"net/http"
@@ -192,6 +193,7 @@ func (d *doctor) examineKeys() {
 	switch {
 	case err != nil:
 		d.ill(authorise, "authorised keys", "%s: %v", name, err)
+	case d.unreadable("authorised keys", name):
 	case !d.HasForeignKeys(keys):
 		d.ill(authorise, "authorised keys", "%s authorises no other machine, so that no substitute counts", name)
 	default:
@@ -213,9 +215,21 @@ func (d *doctor) examineKeys() {
 		d.ill("sudo editor "+page.Quote(settings.FileName()), "configuration", "%s", strings.TrimPrefix(d.Wrong.Error(), "configuration ignored: "))
 	} else if _, err := os.Stat(settings.FileName()); err != nil {
 		d.well("configuration", "there is no %s, and none is needed", settings.FileName())
-	} else {
+	} else if !d.unreadable("configuration", settings.FileName()) {
 		d.well("configuration", "%s", settings.FileName())
 	}
+}
+
+// unreadable reports whether there is a file that the daemon may not read, and says so.
+func (d *doctor) unreadable(subject, name string) bool {
+	who, directory := d.helper(), filepath.Dir(name)
+	above, err := os.Stat(directory)
+	info, err2 := os.Stat(name)
+	if err != nil || err2 != nil || who.may(above, 1) && who.may(info, 4) {
+		return false
+	}
+	d.ill("sudo chmod a+rX "+page.Quote(directory)+" "+page.Quote(name), subject, "the daemon, as user %s, may not read %s", userName(who.uid), name)
+	return true
 }
 
 // How many bytes should be free for the store, and for what is kept for later.
@@ -231,7 +245,9 @@ func (d *doctor) examineState() {
 	}
 	if directory == "" {
 		d.well("cache", "nothing is kept for later, by the settings")
-	} else if existing, err := writable(directory, who); err != nil {
+	} else if existing, err := writable(directory, who); errors.Is(err, errForeign) {
+		d.ill("sudo rm -r "+page.Quote(directory), "cache", "narinfos and blocks cannot be kept for later: %v", err)
+	} else if err != nil {
 		d.ill(fmt.Sprintf("sudo install -d -o %d %s", who.uid, page.Quote(directory)), "cache", "narinfos and blocks cannot be kept for later: %v", err)
 	} else if free, err := files.Free(existing); err == nil && !files.HasRoom(existing, leastKept) {
 		d.ill("rm -r "+page.Quote(directory)+" # or name another cache-directory", "cache", "%s: only %s are free, or hardly any more files, so that little is kept for later", directory, page.Size(free))
@@ -298,8 +314,8 @@ func (d *doctor) examineSharing() {
 	}
 }
 
-// writable returns the first directory that exists, of one and those above it, and an error that
-// says why a user cannot write there.
+// writable returns the first directory that exists, of one for state and those above it, and an
+// error that says why a user cannot keep anything there. State of others is not used.
 func writable(directory string, who credentials) (existing string, err error) {
 	for existing = directory; ; existing = filepath.Dir(existing) {
 		info, err := os.Stat(existing)
@@ -310,6 +326,8 @@ func writable(directory string, who credentials) (existing string, err error) {
 			return existing, err
 		case !info.IsDir():
 			return existing, &fs.PathError{Op: "open", Path: existing, Err: unix.ENOTDIR}
+		case existing == directory && info.Sys().(*syscall.Stat_t).Uid != uint32(who.uid):
+			return existing, fmt.Errorf("%s: %w than %s", existing, errForeign, userName(who.uid))
 		case !who.may(info, 2):
 			return existing, fmt.Errorf("user %s may not write to %s", userName(who.uid), existing)
 		}
@@ -317,12 +335,15 @@ func writable(directory string, who credentials) (existing string, err error) {
 	}
 }
 
+var errForeign = errors.New("it belongs to another user")
+
 type credentials struct {
 	uid    int
 	groups []int
 }
 
-// may reports whether a process may do something with a file: 2 is to write to it.
+// may reports whether a process may do something with a file: 4 is to read it, 2 to write to it,
+// and 1 to use what is in a directory.
 func (c credentials) may(info fs.FileInfo, what fs.FileMode) bool {
 	stat, ok := info.Sys().(*syscall.Stat_t)
 	switch {
