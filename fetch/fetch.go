@@ -123,6 +123,9 @@ type BusyError struct {
 
 // Error implements error.
 func (e *BusyError) Error() string {
+	if errors.As(e.Err, new(*BusyError)) { // which says so
+		return e.Err.Error()
+	}
 	return fmt.Sprintf("%v; to be asked again in %v", e.Err, e.After.Round(time.Millisecond))
 }
 

@@ -692,6 +692,18 @@ func TestBusy(t *testing.T) {
 			t.Errorf("the source is %+v", s)
 		}
 	})
+	later := &fake{answer: func(_ context.Context, n int, _ int64) error {
+		if n == 1 {
+			return nil
+		}
+		return &fetch.BusyError{After: 20 * time.Second, Err: errBroken}
+	}}
+	simulate(t, pool.Options{}, sources(later), func(t *testing.T, p *pool.Pool) {
+		must(t, get(t.Context(), p, 1, large))
+		if err := get(t.Context(), p, 2, large); strings.Count(fmt.Sprint(err), "to be asked again") != 1 {
+			t.Errorf("got %v, want that said once", err)
+		}
+	})
 }
 
 // TestMerging has many calls want the same block, of which the first is given up.
