@@ -5,6 +5,7 @@
 package serving
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -171,6 +172,9 @@ func (s *serveSettings) run(ctx context.Context) (err error) {
 	own, err := s.endpoints(endpoints)
 	if err != nil {
 		return err
+	}
+	if u, err := s.user.lookUp(); err == nil && u != nil { // the server will be of that group
+		s.socketGroup = cmp.Or(s.socketGroup, u.Gid)
 	}
 	rights, err := parseSocketRights(s.socketMode, s.socketGroup)
 	if err != nil {
