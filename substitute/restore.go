@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
@@ -335,6 +336,11 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 			j.log.WarnOnce("down "+server.Server, "%v", naming(c.String(), err))
 			return
 		}
+	}
+	if errors.Is(err, eris.ErrNotFound) && len(j.ways) > 0 && !j.s.Verbose {
+		// As it may be for many items of a server, which can be had nevertheless.
+		j.log.WarnOnce("not found", "%v; trying to find an alternative", naming(c.String(), err))
+		return
 	}
 	j.log.Warnf("%v; trying to find an alternative", naming(c.String(), err))
 }
