@@ -48,10 +48,10 @@ install: $(name)
 	install -d "$(bin)" "$(units)" "$(lib)/sysusers.d" "$(lib)/tmpfiles.d" "$(extensions)" "$(share)/$(name)/guix/$(name)" "$(share)/doc/$(name)" \
 		"$(share)/bash-completion/completions" "$(share)/zsh/site-functions" "$(share)/fish/vendor_completions.d"
 	install -m 755 $(name) "$(bin)/"
-	env -i ./$(name) man "$(share)/man"
-	./$(name) completion bash > "$(share)/bash-completion/completions/$(name)"
-	./$(name) completion zsh > "$(share)/zsh/site-functions/_$(name)"
-	./$(name) completion fish > "$(share)/fish/vendor_completions.d/$(name).fish"
+	umask 022; env -i ./$(name) man "$(share)/man"
+	umask 022; ./$(name) completion bash > "$(share)/bash-completion/completions/$(name)"
+	umask 022; ./$(name) completion zsh > "$(share)/zsh/site-functions/_$(name)"
+	umask 022; ./$(name) completion fish > "$(share)/fish/vendor_completions.d/$(name).fish"
 	set -e; $(foreach f,$(unit_files),$(call place,$(f),$(units));)
 	$(call place,etc/daemon/guix/extensions/substitute.scm,$(extensions))
 	install -m 644 $(guix_files) "$(share)/$(name)/guix/$(name)/"
