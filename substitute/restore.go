@@ -17,7 +17,6 @@ import (
 	"syscall"
 	"time"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
@@ -337,12 +336,16 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 			return
 		}
 	}
-	if errors.Is(err, eris.ErrNotFound) && len(j.ways) > 0 && !j.s.Verbose {
-		// As it may be for many items of a server, which can be had nevertheless.
-		j.log.WarnOnce("not found", "%v; trying to find an alternative", naming(c.String(), err))
+	text := fmt.Sprintf("%v; trying to find an alternative", naming(c.String(), err))
+	if isBlocks(c) && !errors.Is(err, errContents) && len(j.ways) > 0 && !j.s.Verbose {
+		// Which many items may meet with that can be had nevertheless.
+		for next := err; next != nil; next = errors.Unwrap(next) {
+			err = next
+		}
+		j.log.WarnOnce("blocks "+err.Error(), "%s", text)
 		return
 	}
-	j.log.Warnf("%v; trying to find an alternative", naming(c.String(), err))
+	j.log.Warnf("%s", text)
 }
 
 // mayBeRight reports whether a way has brought wrong bytes, for the first time, that were perhaps
