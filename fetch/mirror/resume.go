@@ -17,7 +17,7 @@ import (
 
 const (
 	// maxAgain bounds how often in a row a nar is requested again that makes no progress between.
-	maxAgain = 5
+	maxAgain = 6
 	// maxRestarts bounds how often all of it is.
 	maxRestarts = 3
 	// againProgress is what counts as progress, in bytes.

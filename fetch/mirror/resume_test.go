@@ -206,9 +206,9 @@ func TestNotResumed(t *testing.T) {
 		"always an error": {&cuttingServer{header: tag, lie: func(w http.ResponseWriter, r *http.Request, n int) bool {
 			w.WriteHeader(http.StatusBadGateway)
 			return true
-		}}, 6, 6, "connection was closed too early"},
-		"a byte at a time": {&cuttingServer{header: tag, each: 1}, 6, 6, "connection was closed too early"},
-		"nothing more":     {&cuttingServer{header: tag, lie: func(w http.ResponseWriter, r *http.Request, n int) bool { abort(w); return true }}, 2, 6, "connection was closed too early"},
+		}}, 7, 7, "connection was closed too early"},
+		"a byte at a time": {&cuttingServer{header: tag, each: 1}, 7, 7, "connection was closed too early"},
+		"nothing more":     {&cuttingServer{header: tag, lie: func(w http.ResponseWriter, r *http.Request, n int) bool { abort(w); return true }}, 2, 7, "connection was closed too early"},
 	} {
 		partInNetwork(t, name, func(t *testing.T, network *sourcetest.Network) {
 			test.server.contents = contents
