@@ -145,18 +145,16 @@ func (w *deltaWay) valid(ctx context.Context) bool {
 	return err == nil
 }
 
-// failed notes what a delta has made that is something else, which it would make again.
-func (w *deltaWay) failed(_ context.Context, err error) {
-	if w.j.s.Reuse != nil && errors.Is(err, errContents) {
-		w.j.s.Reuse.NoteInVain(w.key(), w.j.want)
-	}
-	w.j.failedOlder("delta")
-}
+func (w *deltaWay) failed(_ context.Context, err error) { w.j.failedOlder("delta", w.key(), err) }
 
-// failedOlder counts the ways of a kind that have failed, and takes others out of the list when
-// there have been enough.
-func (j *job) failedOlder(kind string) {
-	if j.vain[kind]++; j.vain[kind] == mostFailed {
+// failedOlder notes that a way has made something else of an older item, or would have to fetch too
+// much, which it would again. When enough ways of the kind have failed, it takes the others out of
+// the list.
+func (j *job) failedOlder(kind, key string, err error) {
+	if j.s.Reuse != nil && (errors.Is(err, errContents) || errors.Is(err, errDiffers)) {
+		j.s.Reuse.NoteInVain(key, j.want)
+	}
+	if j.vain[kind] == mostFailed {
 		j.ways = slices.DeleteFunc(j.ways, func(c *candidate) bool { return c.kind == kind })
 	}
 }

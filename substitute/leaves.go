@@ -88,13 +88,7 @@ func (w *leavesWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(), e
 	return contents.Nodes(ctx)
 }
 
-// failed notes that it is of no use.
-func (w *leavesWay) failed(_ context.Context, err error) {
-	if errors.Is(err, errDiffers) || errors.Is(err, errContents) {
-		w.j.s.Reuse.NoteInVain(w.String(), w.j.want)
-	}
-	w.j.failedOlder("leaves")
-}
+func (w *leavesWay) failed(_ context.Context, err error) { w.j.failedOlder("leaves", w.String(), err) }
 
 // countedBase counts the bytes of files that are read, as countedNodes does.
 type countedBase struct {

@@ -170,7 +170,7 @@ type job struct {
 	bases   []*reuse.Candidate // old items in which blocks may stand
 	later   []*candidate       // to be tried once more if nothing else works: slow or wrong ones
 	failing []*candidate       // failed for a while
-	vain    map[string]int     // how many ways of a kind, other than nars, have failed
+	vain    map[string]int     // how many ways of a kind have failed
 	useless []record           // of which nothing comes, or whose nar is gone or has other contents
 
 	actual       *[32]byte     // the first wrong hash
@@ -284,8 +284,8 @@ var (
 
 // failed notes why a way has failed, and tells it.
 func (j *job) failed(ctx context.Context, c *candidate, err error) {
+	j.vain[c.kind]++
 	if isBlocks(c) {
-		j.vain[c.kind]++
 		j.blocksFailed = err.Error()
 	}
 	if w, ok := c.way.(interface {
