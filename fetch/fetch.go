@@ -119,6 +119,8 @@ var ErrClosed = errors.New("source is closed")
 type BusyError struct {
 	After time.Duration // how long the source asks to be left alone; positive and bounded by whoever made the error
 	Err   error         // what it answered
+	// Stopped tells that it has not answered that, but has given blocks a moment ago.
+	Stopped bool
 }
 
 // Error implements error.

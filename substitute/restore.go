@@ -176,6 +176,7 @@ type job struct {
 	actual       *[32]byte     // the first wrong hash
 	silence      time.Duration // that servers have kept
 	retryAfter   time.Duration // that a failing server wants
+	stopped      bool          // a block store is away that was there a moment ago
 	blocksFailed string        // why blocks have been of no use
 }
 
@@ -187,7 +188,7 @@ func (j *job) run(ctx context.Context) Outcome {
 		if o, ok := j.tryAll(ctx); ok {
 			return o
 		}
-		if ctx.Err() != nil || round == maxRounds || !j.waited() || !j.pause(ctx, round, begin) {
+		if ctx.Err() != nil || round >= maxRounds && !j.stopped || !j.waited() || !j.pause(ctx, round, begin) {
 			break
 		}
 	}
@@ -326,6 +327,7 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 	case busy != nil:
 		j.failing = append(j.failing, c)
 		j.retryAfter = max(j.retryAfter, busy.After)
+		j.stopped = j.stopped || busy.Stopped
 	case errors.As(err, &server) && !errors.Is(err, os.ErrDeadlineExceeded):
 		if server.Failures < maxServerFailures {
 			j.failing = append(j.failing, c)
@@ -365,7 +367,7 @@ func (j *job) pause(ctx context.Context, round int, begin time.Time) bool {
 	if len(j.failing) == 0 {
 		return false
 	}
-	wait := roundPause << round
+	wait := roundPause << min(round, maxRounds-1)
 	wait += rand.N(wait/4 + 1)
 	wait = max(wait, j.retryAfter)
 	if time.Since(begin)+wait > maxPauses {
@@ -377,7 +379,7 @@ func (j *job) pause(ctx context.Context, round int, begin time.Time) bool {
 	case <-ctx.Done():
 		return false
 	}
-	j.ways, j.failing, j.retryAfter = j.failing, nil, 0
+	j.ways, j.failing, j.retryAfter, j.stopped = j.failing, nil, 0, false
 	return true
 }
 

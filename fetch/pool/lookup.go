@@ -398,7 +398,7 @@ func (p *Pool) verdict(l *lookup, now time.Duration) error {
 		}
 		if m.proven && !m.banned {
 			proven = proven || l.failed&m.bit != 0
-			if now-m.deliveredAt < mostStopped && (m.failures > 0 || m.restUntil > now) {
+			if now-m.heardAt < mostStopped && (m.failures > 0 || m.restUntil > now) {
 				rest = max(rest, failureRest, m.restUntil-now)
 			}
 		}
@@ -407,7 +407,7 @@ func (p *Pool) verdict(l *lookup, now time.Duration) error {
 	case proven, missed == 0:
 		err := cmp.Or(l.err, unsaid)
 		if rest > 0 {
-			return &fetch.BusyError{After: rest, Err: err}
+			return &fetch.BusyError{After: rest, Err: err, Stopped: true}
 		}
 		return err
 	case unsaid != errNone:

@@ -55,6 +55,7 @@ type member struct {
 	failures  int  // in a row, and silences
 	backoff   backoff.Backoff
 	failedAt  time.Duration // before this no answer says that it works again
+	heardAt   time.Duration // when it came
 	restUntil time.Duration
 	lastError error
 	probing   bool
@@ -170,7 +171,7 @@ func (m *member) answers(a *attempt, now time.Duration) {
 	if !m.proven && !m.known {
 		m.answeredAt = now
 	}
-	m.proven = true
+	m.proven, m.heardAt = true, now
 	m.measureRoundTrip(a, took, now)
 	if a.start >= m.failedAt && (m.failures > 0 || m.silent) {
 		m.failures, m.silent, m.restUntil = 0, false, 0
