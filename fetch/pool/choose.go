@@ -17,7 +17,7 @@ func (p *Pool) candidates(l *lookup, now time.Duration) set {
 	var s set
 	spent := l.spent()
 	for _, m := range p.far {
-		if !m.banned && !m.resting() && m.isSoon(now) && spent&m.bit == 0 {
+		if !m.banned && (!m.resting() || m.pauses(now)) && m.isSoon(now) && spent&m.bit == 0 {
 			s |= m.bit
 		}
 	}

@@ -114,7 +114,13 @@ func (m *member) usable(now time.Duration) bool { return !m.banned && m.restUnti
 
 // isSoon reports whether the member may be asked now, or so soon that it is worth waiting for.
 func (m *member) isSoon(now time.Duration) bool {
-	return m.restUntil-now <= waitForRest || m.failures == 0 && m.restUntil-now <= waitForBusy
+	return m.pauses(now) || m.restUntil-now <= waitForRest || m.failures == 0 && m.restUntil-now <= waitForBusy
+}
+
+// pauses reports whether the member, whatever it does now, is worth waiting for, because it was
+// there a moment ago and there is nothing else.
+func (m *member) pauses(now time.Duration) bool {
+	return m.pool.options.Patient && m.proven && now-m.heardAt < mostStopped
 }
 
 // resting reports whether the member is asked by probes only, at most.
@@ -241,6 +247,9 @@ func (m *member) rests(err error, now time.Duration) {
 		m.renew() // its network may be gone, of which a connection is not told
 	}
 	m.restUntil = now + m.backoff.Fail(m.pool.epoch.Add(now), 0)
+	if m.pauses(now) {
+		m.restUntil = min(m.restUntil, now+waitForRest)
+	}
 	if m.resting() || m.failures >= unreachable {
 		m.noted = true
 		m.pool.options.State.Rests(m.name, m.pool.epoch.Add(m.restUntil), m.failures)

@@ -94,7 +94,7 @@ type Options struct {
 	// processes.
 	OnRest func(source string, err error)
 	// Patient tells that nothing but these sources can have what is wanted: as long as no far one
-	// works, each has more time for its first answer.
+	// works, each has more time for its first answer, and one that stops is waited for.
 	Patient bool
 }
 

@@ -161,6 +161,43 @@ func TestStopsBesideMissing(t *testing.T) {
 	})
 }
 
+// TestStopsPatient has the only source stop in the middle, in silence or with an error, when
+// nothing else can have what is wanted: it is waited for, but not for ever.
+func TestStopsPatient(t *testing.T) {
+	for _, name := range []string{"silent", "fails"} {
+		t.Run(name, func(t *testing.T) {
+			var stops atomic.Bool
+			f := &fake{roundTrip: 20e6, rate: 20e6, answer: func(ctx context.Context, _ int, _ int64) error {
+				for stops.Load() {
+					if name == "fails" {
+						return errors.New("refused")
+					}
+					select {
+					case <-time.After(100 * time.Millisecond):
+					case <-ctx.Done():
+						return context.Cause(ctx)
+					}
+				}
+				return nil
+			}}
+			simulate(t, pool.Options{Patient: true}, sources(f), func(t *testing.T, p *pool.Pool) {
+				readAll(t, p, 64, large, 16)
+				stops.Store(true)
+				time.AfterFunc(12*time.Second, func() { stops.Store(false) })
+				readAll(t, p, 64, large, 16)
+				stops.Store(true)
+				for i, most := range []time.Duration{20 * time.Second, time.Second} {
+					begin := time.Now()
+					err := get(t.Context(), p, 1000, large)
+					if took := time.Since(begin); err == nil || took > most {
+						t.Errorf("request %d after it has gone: %v after %v", i, err, took)
+					}
+				}
+			})
+		})
+	}
+}
+
 // TestStopsForGood has the only source fail from some time on: that it is tried again and again is
 // no sign that blocks may be had later.
 func TestStopsForGood(t *testing.T) {

@@ -79,6 +79,9 @@ func (p *Pool) look() {
 	// by.
 	if l := cmp.Or(p.fresh.First(), p.retries.First()); l != nil && !p.othersWork(nil, now) {
 		p.probe(l.pair, l.key.size, nil, now)
+		if p.candidates(l, now) == 0 {
+			p.reroute(now) // for whom it waits has been away for long
+		}
 	}
 	p.distribute(now)
 }
