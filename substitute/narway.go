@@ -127,6 +127,12 @@ func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(), erro
 	}, nil
 }
 
+// isBeside reports whether another way is a nar at the same server, which comes no faster.
+func (w *narWay) isBeside(c *candidate) bool {
+	o, ok := c.way.(*narWay)
+	return ok && serverOf(o.url) == serverOf(w.url)
+}
+
 // seedable reports whether others may look for blocks of the nar with a compression: not if it is
 // known that there are read capabilities of other nars only.
 func seedable(records []record, method string) bool {

@@ -376,6 +376,7 @@ func TestSlowFirst(t *testing.T) {
 			f.handler(plain, silent), f.handler(plain, silent), f.handler(plain, silent), good,
 		}, 10 * time.Second, substitute.Success},
 		"six silent URLs":         {[]http.HandlerFunc{f.handler(six, silent)}, 30 * time.Second, substitute.NotFound},
+		"six slow URLs":           {[]http.HandlerFunc{f.handler(six, slow)}, 100 * time.Second, substitute.NotFound},
 		"slow to begin and alone": {[]http.HandlerFunc{f.handler(plain, late), f.handler(plain, http.NotFound)}, 30 * time.Second, substitute.Success},
 		"begins while another server is asked": {[]http.HandlerFunc{f.handler(compressed, begins), func(w http.ResponseWriter, r *http.Request) {
 			time.Sleep(290 * time.Millisecond)

@@ -304,6 +304,9 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 		j.log.Notef("%s: %v", c, err)
 		return
 	}
+	if w, ok := c.way.(*narWay); ok && c.last.slow.Load() {
+		j.ways, j.later = slices.DeleteFunc(j.ways, w.isBeside), slices.DeleteFunc(j.later, w.isBeside)
+	}
 	if c.kind != "blocks" && c.kind != "nar" {
 		if j.s.Verbose {
 			j.log.Notef("%v; going on with another way", naming(c.String(), err))
