@@ -737,12 +737,9 @@ func proxy(t *testing.T) (string, func() []string) {
 }
 
 func TestProxy(t *testing.T) {
-	proxyURL, seen := proxy(t)
 	plain := serving(t, serve)
 	secure := httptest.NewTLSServer(http.HandlerFunc(serve))
 	defer secure.Close()
-	withPassword := strings.Replace(proxyURL, "http://", "http://user:pw@", 1)
-	environment := map[string]string{"http_proxy": withPassword, "https_proxy": strings.TrimPrefix(proxyURL, "http://")}
 	hs := hashes(30)
 	for _, test := range []struct {
 		url, want string
@@ -754,7 +751,12 @@ func TestProxy(t *testing.T) {
 		{secure.URL, "", "example.org,127.0.0.0/8"},
 		{secure.URL, "", "*"},
 	} {
-		environment["no_proxy"] = test.exempt
+		// One each: a client may still begin a connection that turns out not to be needed.
+		proxyURL, seen := proxy(t)
+		environment := map[string]string{
+			"http_proxy":  strings.Replace(proxyURL, "http://", "http://user:pw@", 1),
+			"https_proxy": strings.TrimPrefix(proxyURL, "http://"), "no_proxy": test.exempt,
+		}
 		c := client(t, mirror.Options{Getenv: func(name string) string { return environment[name] }})
 		collectAll(t, c, test.url+"/base", hs)
 		expect(t, c, test.url+"/base/"+hs[0]+".narinfo", "narinfo of "+hs[0])
