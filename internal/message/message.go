@@ -144,7 +144,9 @@ func Text(text string) string {
 			{`\b(?:recvfrom|read|write): connection `, "connection "},
 			{`\bdial tcp: lookup (\S+)(?: on \S+)?: `, "$1: "},
 			{`(the address right\?) (?:\S+): `, "$1 "}, // which the URL has
+			{`failed to WebSocket dial: failed to send handshake request: Get "\S*": `, ""},
 			{`http: server gave HTTP response to HTTPS client`, "it speaks HTTP, and not HTTPS"},
+			{`http2: .* looked like an HTTP/1\.1 header`, "it speaks HTTP/1.1 only, and no h2c"},
 			{`tls: first record does not look like a TLS handshake`, "it does not speak TLS"},
 			{`failed to WebSocket dial: expected handshake response status code 101 but got (\d+)`, "it speaks HTTP, but no WebSocket is there: status $1"},
 			{`(does not exist; .*): file does not exist$`, "$1"},
@@ -210,7 +212,7 @@ func hint(err error) string {
 		{is(syscall.ENOSPC, syscall.EDQUOT), "make room; blocks that are stored already stay, so that the next attempt goes on from there"},
 		{is(syscall.EROFS), "mount it so that it can be written to, or name another place"},
 		{is(fs.ErrPermission), "do it as a user who may, root for example, or name another place"},
-		{has("tls: first record", "the answer is not HTTP", "malformed HTTP", "readLoopPeekFailLocked", "failed to WebSocket dial: expected"), "something else is served there; are the scheme and the port of the URL right?"},
+		{has("tls: first record", "server gave HTTP response", "looked like an HTTP/1.1", "the answer is not HTTP", "malformed HTTP", "readLoopPeekFailLocked", "failed to WebSocket dial: expected"), "something else is served there; are the scheme and the port of the URL right?"},
 		{has("s3://") && has("403 Forbidden: "), "are AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION those of the bucket, and is the clock of this machine right?"},
 		{is(fetch.ErrReadOnly) && has(": ipfs+"), "blocks are put by the RPC of a node, whose port is 5001; or say ?rpc in the URL"},
 		{is(fetch.ErrReadOnly) || has("4.05", "403 Forbidden"), "whoever serves the store must permit it: serve --listen='URL?get&put', or its socket"},

@@ -36,7 +36,9 @@ func TestText(t *testing.T) {
 		"Get: net/http: HTTP/1.x transport connection broken: malformed HTTP status": "Get: it speaks something else than HTTP",
 		"Get: net/http: HTTP/1.x transport connection broken: unexpected EOF":        "Get: unexpected EOF",
 		"x: readLoopPeekFailLocked: %!w(<nil>)":                                      "x: it speaks something else than HTTP",
-		"":                                                                           "",
+		"connecting: failed to WebSocket dial: failed to send handshake request: Get \"https://x/y\": http: server gave HTTP response to HTTPS client": "connecting: it speaks HTTP, and not HTTPS",
+		"x: http2: failed reading the frame payload: http2: frame too large, note that the frame header looked like an HTTP/1.1 header":                "x: it speaks HTTP/1.1 only, and no h2c",
+		"": "",
 	} {
 		if got := Text(text); got != want {
 			t.Errorf("%q: %q, want %q", text, got, want)
@@ -61,6 +63,7 @@ func TestHint(t *testing.T) {
 		{fmt.Errorf("x: %w", os.ErrDeadlineExceeded), "can the machine be reached"},
 		{errors.New("readLoopPeekFailLocked: %!w(<nil>)"), "are the scheme and the port"},
 		{errors.New("net/http: HTTP/1.x transport connection broken: malformed HTTP response"), "are the scheme and the port"},
+		{errors.New("x: http: server gave HTTP response to HTTPS client"), "something else is served there"},
 		{errors.New("something else"), ""},
 	} {
 		if got := hint(v.err); !strings.Contains(got, v.want) || (got == "") != (v.want == "") {

@@ -3,6 +3,7 @@
 package session
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -125,17 +126,23 @@ func (s *Settings) itemByHash(ctx context.Context, sub *Session, text string) (s
 	return "", fmt.Errorf("hash part %s: %w", text, err)
 }
 
-// NarinfosFrom gets the narinfos that a server has.
+// NarinfosFrom gets the narinfos that a server has. It is an error, too, if the server answers by
+// something else than these, and that it does not have them.
 func NarinfosFrom(ctx context.Context, client *mirror.Client, server string, hashParts []string) (map[string][]byte, error) {
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	var mu sync.Mutex
 	texts := map[string][]byte{}
 	total := 0
+	var refused error
 	err := client.Narinfos(ctx, server, hashParts, mirror.Wanted, func(a mirror.Answer) {
-		if a.Status == http.StatusOK && a.Body != nil {
-			mu.Lock()
-			defer mu.Unlock()
+		mu.Lock()
+		defer mu.Unlock()
+		switch {
+		case a.Status == http.StatusNotFound, a.Status == http.StatusGone:
+		case a.Status != http.StatusOK:
+			refused = message.Unavailable.Errorf("%s: narinfos are answered by %s", mirror.WithoutUser(server), a.StatusText())
+		case a.Body != nil:
 			if total += len(a.Body); total > publish.MaxNarinfos {
 				stop(fmt.Errorf("%s sends more than narinfos can be", mirror.WithoutUser(server)))
 				return
@@ -146,5 +153,5 @@ func NarinfosFrom(ctx context.Context, client *mirror.Client, server string, has
 	if errors.As(err, new(*mirror.ServerError)) {
 		err = fmt.Errorf("some narinfos could not be had: %w", err)
 	}
-	return texts, err
+	return texts, cmp.Or(err, refused)
 }
