@@ -496,7 +496,7 @@ func (d *doctor) examineSocket(url string) {
 			mend = fmt.Sprintf("sudo chgrp %[1]d %[2]s # for good: serve --socket-group=%[1]d", who.groups[0], page.Quote(u.Host))
 		}
 		if system, _ := settings.DefaultSocket(0, ""); u.Host == system {
-			mend = "sudo guix-substitute-eris setup && sudo systemctl restart guix-daemon"
+			mend = "sudo guix-substitute-eris setup"
 		}
 		mend = d.either(mend, "sudo editor /etc/config.scm # (listen '(\"coap+unix:///run/guix-substitute-eris/get.sock?get\")), and see docs/guide-guix-system.md")
 		d.ill(mend, "block store "+url,

@@ -34,6 +34,7 @@ const (
 	units          = "/etc/systemd/system"
 	apparmorParser = "apparmor_parser"
 	dropIn         = units + "/guix-daemon.service.d/guix-substitute-eris.conf"
+	socketDropIn   = units + "/guix-substitute-eris.socket.d/guix-daemon.conf"
 )
 
 // ErrGuixSystem says that the system is made from a declaration, to which services are added.
@@ -320,9 +321,12 @@ func (i *installation) installHelper() error {
 	}
 	text = bytes.ReplaceAll(text, []byte("GUIX_EXTENSIONS_PATH="+extensions), []byte(variable))
 	if d.user != "" && d.user != "root" && i.o.Store {
-		// The daemon's helpers may connect to the block store. Where there is no such group, the
-		// daemon would not start.
-		text = append(text, "SupplementaryGroups="+account+"\n"...)
+		// The daemon's helpers may connect to the block store. They are no members of its group,
+		// for then builds would be, in user namespaces that do not have it, where no file can be
+		// given to it, as tests of packages do (Guix, nix/libstore/build.cc: startBuilder).
+		if err := i.put(Step{Path: socketDropIn, Text: []byte("[Socket]\nSocketUser=" + d.user + "\n"), Mode: 0o644}); err != nil {
+			return err
+		}
 	}
 	if d.unit == "" {
 		i.note("no guix-daemon.service is here; when there is one, it will use this program")
