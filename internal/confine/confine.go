@@ -102,20 +102,24 @@ var refused = []uint32{
 	unix.SYS_CLOCK_ADJTIME, unix.SYS_SETHOSTNAME, unix.SYS_SETDOMAINNAME,
 	unix.SYS_BPF, unix.SYS_PERF_EVENT_OPEN, unix.SYS_USERFAULTFD, unix.SYS_ADD_KEY, unix.SYS_REQUEST_KEY, unix.SYS_KEYCTL,
 	unix.SYS_OPEN_BY_HANDLE_AT, unix.SYS_MKNODAT, unix.SYS_IO_URING_SETUP,
+	// By the service of Guix 1.5 the daemon is not root, but may give all files away, and Landlock
+	// does not look at that.
+	unix.SYS_FCHOWN, unix.SYS_FCHOWNAT,
 }
 
 // architectures are the names that seccomp has for what Go calls otherwise (linux/audit.h), and the
 // numbers of such calls that not every architecture has: mknod, umount, stime, clock_settime64,
-// clock_adjtime64, ioperm, iopl and kexec_file_load, as far as it has them, in this order.
+// clock_adjtime64, ioperm, iopl, kexec_file_load, chown, lchown, chown32, fchown32 and lchown32, as
+// far as it has them, in this order.
 var architectures = map[string]struct {
 	name  uint32
 	calls []uint32
 }{
-	"386":     {unix.AUDIT_ARCH_I386, []uint32{14, 22, 25, 404, 405, 101, 110}},
-	"amd64":   {unix.AUDIT_ARCH_X86_64, []uint32{133, 173, 172, 320}},
-	"arm":     {unix.AUDIT_ARCH_ARM, []uint32{14, 404, 405, 401}},
+	"386":     {unix.AUDIT_ARCH_I386, []uint32{14, 22, 25, 404, 405, 101, 110, 182, 16, 212, 207, 198}},
+	"amd64":   {unix.AUDIT_ARCH_X86_64, []uint32{133, 173, 172, 320, 92, 94}},
+	"arm":     {unix.AUDIT_ARCH_ARM, []uint32{14, 404, 405, 401, 182, 16, 212, 207, 198}},
 	"arm64":   {unix.AUDIT_ARCH_AARCH64, []uint32{294}},
-	"ppc64le": {unix.AUDIT_ARCH_PPC64LE, []uint32{14, 22, 25, 101, 110, 382}},
+	"ppc64le": {unix.AUDIT_ARCH_PPC64LE, []uint32{14, 22, 25, 101, 110, 382, 181, 16}},
 	"riscv64": {unix.AUDIT_ARCH_RISCV64, []uint32{294}},
 }
 

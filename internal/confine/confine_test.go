@@ -58,6 +58,7 @@ func confined(directory string) {
 		{"write by another way", os.WriteFile(in("state/link"), nil, 0o600)},
 		{"remove elsewhere", os.Remove(in("other/a"))},
 		{"make a device", unix.Mknod(in("state/fifo"), unix.S_IFIFO|0o600, 0)},
+		{"give a file to somebody", os.Chown(in("state/b"), os.Getuid(), os.Getgid())},
 		{"start a program", exec.Command(os.Args[0]).Run()},
 	} {
 		result := "yes"
@@ -122,6 +123,7 @@ write elsewhere: no
 write by another way: no
 remove elsewhere: no
 make a device: no
+give a file to somebody: no
 start a program: no
 `
 	// Speculation stays as it is where the kernel can be asked for that, and only there.
@@ -150,7 +152,7 @@ func TestArchitectures(t *testing.T) {
 			t.Fatal(err)
 		}
 		var want []uint32
-		for _, call := range []string{"MKNOD", "UMOUNT", "STIME", "CLOCK_SETTIME64", "CLOCK_ADJTIME64", "IOPERM", "IOPL", "KEXEC_FILE_LOAD"} {
+		for _, call := range []string{"MKNOD", "UMOUNT", "STIME", "CLOCK_SETTIME64", "CLOCK_ADJTIME64", "IOPERM", "IOPL", "KEXEC_FILE_LOAD", "CHOWN", "LCHOWN", "CHOWN32", "FCHOWN32", "LCHOWN32"} {
 			if m := regexp.MustCompile(`\bSYS_` + call + ` += (\d+)`).FindSubmatch(text); m != nil {
 				n, _ := strconv.Atoi(string(m[1]))
 				want = append(want, uint32(n))
