@@ -320,11 +320,11 @@ func (i *installation) installHelper() error {
 		return err
 	}
 	text = bytes.ReplaceAll(text, []byte("GUIX_EXTENSIONS_PATH="+extensions), []byte(variable))
-	if d.user != "" && d.user != "root" && i.o.Store {
+	if user := cmp.Or(d.user, "root"); i.o.Store && (user != "root" || i.exists(socketDropIn)) {
 		// The daemon's helpers may connect to the block store. They are no members of its group,
 		// for then builds would be, in user namespaces that do not have it, where no file can be
 		// given to it, as tests of packages do (Guix, nix/libstore/build.cc: startBuilder).
-		if err := i.put(Step{Path: socketDropIn, Text: []byte("[Socket]\nSocketUser=" + d.user + "\n"), Mode: 0o644}); err != nil {
+		if err := i.put(Step{Path: socketDropIn, Text: []byte("[Socket]\nSocketUser=" + user + "\n"), Mode: 0o644}); err != nil {
 			return err
 		}
 	}
