@@ -22,6 +22,9 @@ const (
 	// nextAfter is for how long an address is waited for before the next one is tried as well (RFC
 	// 8305, section 5). A dialer does so with the two kinds only.
 	nextAfter = 300 * time.Millisecond
+	// againAfter is for how long a connection is waited for before another one is tried as well: one
+	// that was begun before a change of network has an address from before.
+	againAfter = 3 * time.Second
 	// stoodStill is by how much a call of Within exceeds its time only if this process was stopped
 	// meanwhile.
 	stoodStill = time.Second
@@ -93,7 +96,7 @@ func once(d *net.Dialer) func(ctx context.Context, network, address string) (net
 		}
 		var others []net.IPAddr
 		var failed error
-		late, next := time.After(lookupTime), time.NewTicker(nextAfter)
+		late, again, next := time.After(lookupTime), time.After(againAfter), time.NewTicker(nextAfter)
 		defer next.Stop()
 		for running > 0 {
 			select {
@@ -119,6 +122,10 @@ func once(d *net.Dialer) func(ctx context.Context, network, address string) (net
 				if len(others) > 0 {
 					start(ctx, d, "", net.JoinHostPort(others[0].String(), port))
 					others = others[1:]
+				}
+			case <-again:
+				if !looking.Load() {
+					start(ctx, d, "", address)
 				}
 			case <-late:
 				if looking.Load() {

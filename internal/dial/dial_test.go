@@ -52,6 +52,32 @@ func TestStoodStill(t *testing.T) {
 	}
 }
 
+// TestChangedNetwork has the first connection get no answer, as where it was begun before a change
+// of network.
+func TestChangedNetwork(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	testhelp.Must(t, err)
+	defer l.Close()
+	var tried atomic.Int32
+	connect := dial.With(&net.Dialer{
+		Timeout: time.Minute,
+		ControlContext: func(ctx context.Context, _, _ string, _ syscall.RawConn) error {
+			if tried.Add(1) == 1 {
+				<-ctx.Done()
+			}
+			return ctx.Err()
+		},
+	})
+	began := time.Now()
+	conn, err := connect(t.Context(), "tcp", l.Addr().String())
+	testhelp.Must(t, err)
+	conn.Close()
+	if took := time.Since(began); took > 30*time.Second {
+		t.Errorf("it took %v", took)
+	}
+}
+
 // TestUnanswered connects by a name where a DNS server answers questions about some kinds of
 // addresses only, and at some of the addresses, all but the last, nobody answers.
 func TestUnanswered(t *testing.T) {
