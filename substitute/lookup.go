@@ -214,7 +214,7 @@ func (l *lookup) run(parent context.Context) {
 	defer l.mu.Unlock()
 	for _, a := range l.inquiries {
 		if a.slow && a.pending > 0 {
-			a.server.looked(true) // the next lookup does not wait for it again
+			a.server.late() // the next lookup does not wait for it again
 		}
 	}
 }

@@ -28,7 +28,7 @@ func TestManyItems(t *testing.T) {
 			r := &record{server: server, narinfo: &narinfo.Narinfo{StorePath: path}, authorised: true}
 			s.memory.Put(memoryKey{server, path}, r, 0, time.Now().Add(time.Minute))
 		}
-		server.looked(true)
+		server.late()
 		turn := make(chan struct{}, 1)
 		l := s.newLookup(paths, func(*record) {
 			turn <- struct{}{} // Wait is for one goroutine

@@ -166,7 +166,7 @@ func (s *Substituter) fetch(ctx context.Context, server *server, items map[strin
 			stop(errTooMuch)
 			return
 		}
-		server.looked(false)
+		server.isHere()
 		it := items[a.Hash].item
 		r := s.received(server, it, a, ahead)
 		if progress != nil {

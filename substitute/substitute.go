@@ -192,17 +192,19 @@ type server struct {
 	slow backoff.Backoff // lookups have ended without all of its answers
 }
 
-// looked notes that the server has answered, or, if it is late, that a lookup has ended without all
-// of its answers.
-func (s *server) looked(late bool) {
+// isHere notes that the server has answered.
+func (s *server) isHere() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if late {
-		s.slow.Fail(time.Now(), 0)
-		return
-	}
 	s.answered.Store(true)
 	s.slow.Succeed()
+}
+
+// late notes that a lookup has ended without all of the server's answers.
+func (s *server) late() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.slow.Fail(time.Now(), 0)
 }
 
 // ended notes whether a nar of the server was of use, also for the next process: there may be one
