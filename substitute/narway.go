@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -127,10 +128,16 @@ func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(), erro
 	}, nil
 }
 
-// isBeside reports whether another way is a nar at the same server, which comes no faster.
-func (w *narWay) isBeside(c *candidate) bool {
-	o, ok := c.way.(*narWay)
-	return ok && serverOf(o.url) == serverOf(w.url)
+// failed takes the other nars of a server out of the list if this one trickled: they are no faster.
+func (w *narWay) failed(_ context.Context, err error) {
+	if !errors.As(err, new(trickleError)) {
+		return
+	}
+	isBeside := func(c *candidate) bool {
+		o, ok := c.way.(*narWay)
+		return ok && serverOf(o.url) == serverOf(w.url)
+	}
+	w.j.ways, w.j.later = slices.DeleteFunc(w.j.ways, isBeside), slices.DeleteFunc(w.j.later, isBeside)
 }
 
 // seedable reports whether others may look for blocks of the nar with a compression: not if it is

@@ -304,9 +304,6 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 		j.log.Notef("%s: %v", c, err)
 		return
 	}
-	if w, ok := c.way.(*narWay); ok && c.last.slow.Load() {
-		j.ways, j.later = slices.DeleteFunc(j.ways, w.isBeside), slices.DeleteFunc(j.later, w.isBeside)
-	}
 	if c.kind != "blocks" && c.kind != "nar" {
 		if j.s.Verbose {
 			j.log.Notef("%v; going on with another way", naming(c.String(), err))
@@ -573,8 +570,13 @@ func (w *watched) tooSlow(now sample) error {
 	if elapsed < ratePeriod || bytes >= leastRate*int64(ratePeriod/time.Second) {
 		return nil
 	}
-	return fmt.Errorf("only %d bytes in %v", bytes, ratePeriod)
+	return trickleError{bytes}
 }
+
+// trickleError is why an attempt is given up that could never make an item: so few bytes have come.
+type trickleError struct{ bytes int64 }
+
+func (e trickleError) Error() string { return fmt.Sprintf("only %d bytes in %v", e.bytes, ratePeriod) }
 
 // slowerThan reports whether the attempt is given up, by its pace, for a way that takes some time.
 func (w *watched) slowerThan(now sample, other time.Duration) bool {
