@@ -398,7 +398,7 @@ func (p *Pool) verdict(l *lookup, now time.Duration) error {
 		}
 		if m.proven && !m.banned {
 			proven = proven || l.failed&m.bit != 0
-			if now-m.heardAt < mostStopped && (m.failures > 0 || m.restUntil > now) {
+			if m.wasHere(now) && (m.failures > 0 || m.restUntil > now) {
 				rest = max(rest, failureRest, m.restUntil-now)
 			}
 		}

@@ -117,11 +117,12 @@ func (m *member) isSoon(now time.Duration) bool {
 	return m.pauses(now) || m.restUntil-now <= waitForRest || m.failures == 0 && m.restUntil-now <= waitForBusy
 }
 
+// wasHere reports whether the member has answered a moment ago.
+func (m *member) wasHere(now time.Duration) bool { return m.proven && now-m.heardAt < mostStopped }
+
 // pauses reports whether the member, whatever it does now, is worth waiting for, because it was
 // there a moment ago and there is nothing else.
-func (m *member) pauses(now time.Duration) bool {
-	return m.pool.options.Patient && m.proven && now-m.heardAt < mostStopped
-}
+func (m *member) pauses(now time.Duration) bool { return m.pool.options.Patient && m.wasHere(now) }
 
 // resting reports whether the member is asked by probes only, at most.
 func (m *member) resting() bool { return m.silent || m.failures > 0 && !m.proven }

@@ -22,17 +22,16 @@ func TestUnasked(t *testing.T) {
 		}
 		defer l.Close()
 		go func() {
-			for {
-				c, err := l.Accept()
-				if err != nil {
-					return
-				}
-				if !before {
-					c.Read(make([]byte, 1))
-				}
-				io.WriteString(c, "\x00\xe1\n")
-				go io.Copy(io.Discard, c) // until the client closes it
+			c, err := l.Accept()
+			if err != nil {
+				return
 			}
+			defer c.Close()
+			if !before {
+				c.Read(make([]byte, 1))
+			}
+			io.WriteString(c, "\x00\xe1\n")
+			io.Copy(io.Discard, c) // until the client closes it
 		}()
 		base := &url.URL{Scheme: "http", Host: l.Addr().String()}
 		c := New(base, Options{Connections: 1, ConnectTimeout: time.Minute, Timeout: time.Minute, BodyTimeout: time.Minute, IdleTimeout: time.Minute})
