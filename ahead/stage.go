@@ -164,7 +164,25 @@ func (c *claim) release() {
 
 // move gives an item that is staged its place in the store, where there must be nothing.
 func (s *stage) move(key, destination string) error {
-	return rename(filepath.Join(s.path(), key), destination)
+	d, err := os.Open(s.path())
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return s.moveFrom(d, key, destination)
+}
+
+// moveFrom does so, if what is staged is in an open directory that is not collected meanwhile. The
+// kernel looks for the item before it waits until it may change the store: when the collector moves
+// the stage away then, it may have deleted a part of the item by the time that this is moved.
+func (s *stage) moveFrom(d *os.File, key, destination string) error {
+	if err := rename(filepath.Join(s.path(), key), destination); err != nil {
+		return err
+	}
+	if isAt(d, s.path()) {
+		return nil
+	}
+	return errors.Join(fs.ErrNotExist, restore.Remove(destination))
 }
 
 // remove removes an item that is staged, if there is one. It is renamed first, so that another

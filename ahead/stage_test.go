@@ -211,6 +211,18 @@ func TestStageCollected(t *testing.T) {
 	if err := s.move("a", a); err == nil {
 		t.Error("what was collected was moved")
 	}
+	// Nor is what was moved complete, if the stage was collected meanwhile.
+	must(t, s.open())
+	s.put(t, "a")
+	d, err := os.Open(s.path())
+	must(t, err)
+	defer d.Close()
+	collect()
+	must(t, s.open())
+	s.put(t, "a")
+	if err := s.moveFrom(d, "a", a); err == nil || exists(a) {
+		t.Errorf("what may have been collected is complete (%v), or left", err)
+	}
 	must(t, s.close())
 }
 
