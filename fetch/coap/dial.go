@@ -6,11 +6,14 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
+	"encoding/binary"
 	"errors"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
+	"os"
 	"strings"
 	"time"
 
@@ -74,6 +77,9 @@ func (s *Store) dial(ctx context.Context) (net.Conn, error) {
 		return s.dialWebSocket(ctx)
 	}
 	network, address := s.url.Address()
+	if network == "udp" {
+		return dial.WithAnswer(&net.Dialer{}, ping)(ctx, network, address)
+	}
 	conn, err := dial.With(&net.Dialer{})(ctx, network, address)
 	if socket, ok := conn.(*net.UnixConn); ok {
 		_ = socket.SetWriteBuffer(unixSocketBuffer) // as far as the system allows
@@ -93,6 +99,26 @@ func (s *Store) dial(ctx context.Context) (net.Conn, error) {
 		return nil, err
 	}
 	return secure, nil
+}
+
+// ping asks a server by UDP for an answer, which it has to give to an empty message (RFC 7252,
+// section 4.3), and closes the socket. It asks again, for datagrams get lost.
+func ping(ctx context.Context, conn net.Conn) error {
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	message := [4]byte{0x40}
+	binary.BigEndian.PutUint16(message[2:], uint16(rand.Uint32()))
+	for {
+		if _, err := conn.Write(message[:]); err != nil {
+			return err
+		}
+		if err := conn.SetReadDeadline(time.Now().Add(firstAckTimeout)); err != nil {
+			return err
+		}
+		if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+			return err
+		}
+	}
 }
 
 // dialWebSocket connects to where a CoAP endpoint is over WebSockets (RFC 8323, section 8.3 and

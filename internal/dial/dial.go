@@ -36,7 +36,14 @@ const (
 // ".local" are looked up on the local network, too. The time of the dialer is that for all
 // addresses, as in [Within]. Errors are those of the dialer.
 func With(d *net.Dialer) func(ctx context.Context, network, address string) (net.Conn, error) {
-	connect := once(d)
+	return WithAnswer(d, nil)
+}
+
+// WithAnswer is With for networks that make no connections: of a name with several addresses, it
+// takes the one at which the server answers first. For that, answers is to ask whoever the socket
+// is connected to until there is an answer, an error, or the context ends, and to close it.
+func WithAnswer(d *net.Dialer, answers func(context.Context, net.Conn) error) func(ctx context.Context, network, address string) (net.Conn, error) {
+	connect := once(d, answers)
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		return Within(ctx, cmp.Or(d.Timeout, time.Hour), func(ctx context.Context) (net.Conn, error) {
 			return connect(ctx, network, address)
@@ -58,15 +65,16 @@ func Within[T any](ctx context.Context, timeout time.Duration, f func(ctx contex
 	}
 }
 
-func once(d *net.Dialer) func(ctx context.Context, network, address string) (net.Conn, error) {
+func once(d *net.Dialer, answers func(context.Context, net.Conn) error) func(ctx context.Context, network, address string) (net.Conn, error) {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		ctx, cancel := context.WithCancel(ctx)
-		var looking atomic.Bool
+		var looking, several atomic.Bool
 		found := make(chan []net.IPAddr, 3)
 		traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 			DNSStart: func(httptrace.DNSStartInfo) { looking.Store(true) },
 			DNSDone: func(info httptrace.DNSDoneInfo) {
 				looking.Store(false)
+				several.CompareAndSwap(false, len(info.Addrs) > 1)
 				found <- info.Addrs
 			},
 		})
@@ -83,18 +91,42 @@ func once(d *net.Dialer) func(ctx context.Context, network, address string) (net
 			running++
 			go func() {
 				conn, err := d.DialContext(ctx, network+kind, address)
+				if err == nil && answers != nil && several.Load() {
+					if err = answers(ctx, conn); err == nil { // more answers may be under way to that socket
+						conn, err = d.DialContext(ctx, network, conn.RemoteAddr().String())
+					}
+				}
 				results <- dialed{conn, ctx == traced && kind == "", err}
 			}()
 		}
-		start(traced, d, "", address)
 		host, port, _ := net.SplitHostPort(address)
-		if name := strings.TrimSuffix(host, "."); strings.HasSuffix(strings.ToLower(name), ".local") {
+		name := strings.TrimSuffix(host, ".")
+		local := strings.HasSuffix(strings.ToLower(name), ".local")
+		several.Store(local)
+		start(traced, d, "", address)
+		if local {
 			near := *d
 			near.Resolver = lan.Resolver()
 			start(ctx, &near, "4", net.JoinHostPort(name+".", port))
 			start(ctx, &near, "6", net.JoinHostPort(name+".", port))
 		}
 		var others []net.IPAddr
+		learn := func(addresses []net.IPAddr) {
+			begun := map[bool]bool{} // the dialer begins with one of each kind, without connections with one
+			for _, a := range addresses {
+				if kind := answers != nil || a.IP.To4() == nil; begun[kind] {
+					others = append(others, a)
+				} else {
+					begun[kind] = true
+				}
+			}
+		}
+		startOther := func() {
+			if len(others) > 0 {
+				start(ctx, d, "", net.JoinHostPort(others[0].String(), port))
+				others = others[1:]
+			}
+		}
 		var failed error
 		late, again, next := time.After(lookupTime), time.After(againAfter), time.NewTicker(nextAfter)
 		defer next.Stop()
@@ -108,21 +140,19 @@ func once(d *net.Dialer) func(ctx context.Context, network, address string) (net
 				if r.first {
 					failed = r.err
 				}
-			case addresses := <-found:
-				begun := map[bool]bool{} // the dialer begins with one of each kind
-				for _, a := range addresses {
-					if kind := a.IP.To4() == nil; begun[kind] {
-						others = append(others, a)
-					} else {
-						begun[kind] = true
-					}
+				select {
+				case addresses := <-found:
+					learn(addresses)
+				default:
 				}
+				if running == 0 {
+					startOther()
+				}
+			case addresses := <-found:
+				learn(addresses)
 				next.Reset(nextAfter)
 			case <-next.C:
-				if len(others) > 0 {
-					start(ctx, d, "", net.JoinHostPort(others[0].String(), port))
-					others = others[1:]
-				}
+				startOther()
 			case <-again:
 				if !looking.Load() {
 					start(ctx, d, "", address)

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"net"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -14,6 +15,10 @@ import (
 
 	"golang.org/x/net/dns/dnsmessage"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
+	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
@@ -99,12 +104,7 @@ func TestUnanswered(t *testing.T) {
 			t.Parallel()
 			server := nameServer(t, test.answered, test.dead)
 			connect := dial.With(&net.Dialer{
-				Resolver: &net.Resolver{
-					PreferGo: true,
-					Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
-						return new(net.Dialer).DialContext(ctx, "udp", server)
-					},
-				},
+				Resolver: resolver(func() string { return server }),
 				ControlContext: func(ctx context.Context, _, address string, _ syscall.RawConn) error {
 					if !strings.HasPrefix(address, "127.0.0.1:") {
 						<-ctx.Done() // nobody answers there
@@ -127,6 +127,45 @@ func TestUnanswered(t *testing.T) {
 				t.Errorf("error %v", err)
 			}
 		})
+	}
+}
+
+// TestAnswered asks a store by UDP where the name has addresses at which nothing listens, and one
+// at which nobody answers, before that of the server.
+func TestAnswered(t *testing.T) {
+	socket, err := net.ListenPacket("udp4", "127.0.0.1:0")
+	testhelp.Must(t, err)
+	server := wire.NewEndpoint(socket, wire.EndpointConfig{})
+	var group sync.WaitGroup
+	group.Go(func() { server.Run() })
+	defer group.Wait()
+	defer server.Close(net.ErrClosed)
+	_, port, _ := net.SplitHostPort(socket.LocalAddr().String())
+	silent, err := net.ListenPacket("udp4", "127.0.0.3:"+port)
+	testhelp.Must(t, err)
+	defer silent.Close()
+
+	defaultServer.Store(nameServer(t, []dnsmessage.Type{dnsmessage.TypeA, dnsmessage.TypeAAAA}, 4))
+	store, err := coap.Open("coap://server.example.:"+port, coap.Options{})
+	testhelp.Must(t, err)
+	defer store.Close()
+	if _, err := fetch.Get(t.Context(), store, eris.Reference{}, eris.BlockSize1KiB, make([]byte, 1024)); !errors.Is(err, eris.ErrNotFound) {
+		t.Errorf("error %v", err)
+	}
+}
+
+// defaultServer is the name server of dialers that have no resolver of their own.
+var defaultServer atomic.Value
+
+func init() { net.DefaultResolver = resolver(func() string { return defaultServer.Load().(string) }) }
+
+// resolver asks a server of its own.
+func resolver(server func() string) *net.Resolver {
+	return &net.Resolver{
+		PreferGo: true,
+		Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "udp", server())
+		},
 	}
 }
 
