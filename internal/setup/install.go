@@ -77,7 +77,8 @@ func (s *System) Install(o Options) (steps []Step, notes []string, err error) {
 			return nil, nil, err
 		}
 	}
-	return i.steps, i.notes, nil
+	steps, err = s.planned(i.steps)
+	return steps, i.notes, err
 }
 
 // GuixSystem reports whether the system is made from a declaration.

@@ -280,6 +280,28 @@ func TestLostKey(t *testing.T) {
 	}
 }
 
+// TestChangedMeanwhile has files changed between what is planned and what is done, while a question
+// is open perhaps: nothing that somebody else has written is lost.
+func TestChangedMeanwhile(t *testing.T) {
+	key := acl.GenerateSigningKey().PublicKey()
+	for _, changed := range []string{aclFile, configurationFile, "/etc/guix/signing-key.sec"} {
+		s := machine(t, "")
+		name := filepath.Join(s.root, changed)
+		used, err := s.Use("http://a.example", nil, key)
+		must(t, err)
+		installed, _, err := s.Install(Options{Program: filepath.Join(s.root, "opt/program"), Store: true, Share: true})
+		must(t, err)
+		steps := slices.DeleteFunc(append(used, installed...), func(step Step) bool { return step.Path != changed })
+		must(t, os.WriteFile(name, []byte("another's"), 0o600))
+		if err := s.Do(steps[:1], t.Logf); err == nil || !strings.Contains(err.Error(), "changed meanwhile") {
+			t.Errorf("%s: %v", changed, err)
+		}
+		if text, err := os.ReadFile(name); string(text) != "another's" {
+			t.Errorf("%s has %q, %v", changed, text, err)
+		}
+	}
+}
+
 // TestStrangers has the tree of somebody else, with a record that was not made by this program:
 // nothing outside of the tree is changed, and no program is run.
 func TestStrangers(t *testing.T) {

@@ -67,6 +67,8 @@ type Step struct {
 	Keep bool
 	// Command is run if Path is empty; Undo takes back what it did. Either may be empty.
 	Command, Undo []string
+
+	was *string // the state of the path for which it was planned; nil is any
 }
 
 // String says in a line for people what is done; nothing if only the undoing does something.
@@ -173,6 +175,26 @@ func unfinished(name string) string {
 	return filepath.Join(filepath.Dir(name), files.TemporaryPrefix+filepath.Base(name))
 }
 
+// planned notes what there is where steps write: until they are done, somebody else may write
+// there, while a question is open for example.
+func (s *System) planned(steps []Step) ([]Step, error) {
+	for n := range steps {
+		if steps[n].Path == "" {
+			continue
+		}
+		name, err := s.at(steps[n].Path)
+		if err != nil {
+			return nil, err
+		}
+		was, err := state(name)
+		if err != nil {
+			return nil, err
+		}
+		steps[n].was = &was
+	}
+	return steps, nil
+}
+
 // Do does the steps in order, and says each before. What fails ends it; what was done before that
 // can be undone.
 func (s *System) Do(steps []Step, say func(format string, a ...any)) error {
@@ -223,10 +245,13 @@ func run(command []string) error {
 
 func (s *System) put(step Step) error {
 	name, err := s.at(step.Path)
-	if err == nil {
-		err = s.makeParents(step.Path)
-	}
 	if err != nil {
+		return err
+	}
+	if now, err := state(name); err == nil && step.was != nil && now != *step.was {
+		return errors.New("it was changed meanwhile")
+	}
+	if err := s.makeParents(step.Path); err != nil {
 		return err
 	}
 	r := record{Path: step.Path}

@@ -41,7 +41,10 @@ func (s *System) Use(server string, stores []string, key *acl.PublicKey) (steps 
 	for _, store := range stores {
 		entries = append(entries, [2]string{"eris-stores", store})
 	}
-	return s.configure(steps, entries...)
+	if steps, err = s.configure(steps, entries...); err != nil {
+		return nil, err
+	}
+	return s.planned(steps)
 }
 
 // authorise adds a key to the access control list. A list that is not wholly understood stays as it
