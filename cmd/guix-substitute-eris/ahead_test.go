@@ -416,7 +416,8 @@ func TestAheadClientLeaves(t *testing.T) {
 	eventually(t, "it is not staged", func() bool { return a.staged(order[1]) })
 	a.substitute(d, order[1], order[1].path)
 	a.open(100, false)
-	eventually(t, "nothing is staged", func() bool { return len(a.stage()) >= 7 })
+	// Seven were sent together with the first, of which the second may be one; others perhaps not.
+	eventually(t, "nothing is staged", func() bool { return len(a.stage()) >= 6 })
 	must(t, syscall.Kill(-d.cmd.Process.Pid, syscall.SIGKILL))
 	d.close() // which says that it was killed
 	eventually(t, "what was staged is left", func() bool { return len(a.left()) == 0 })
