@@ -367,11 +367,12 @@ func (a *Ahead) fill() bool {
 	}
 	ctx, cancel := context.WithCancel(a.ctx)
 	s.cancel = cancel
-	s.restoration = a.restorer.Prepare(item.Path, c.part())
+	s.restoration = a.restorer.Prepare(item.Path, c.part)
 	a.staged[item.Path] = s
 	a.bytes += size
 	a.running++
 	a.memory += s.memory()
+	a.group.Go(func() { c.watch(ctx, cancel) })
 	a.group.Go(func() {
 		defer cancel()
 		a.restore(ctx, s, c)
@@ -386,9 +387,7 @@ func (a *Ahead) restore(ctx context.Context, s *staged, c *claim) {
 	// The narinfo may be another one than when the item was planned, but the key names a hash.
 	if outcome.Status != substitute.Success || outcome.NarHash != s.item.NarHash || c.finish() != nil {
 		outcome = substitute.Outcome{}
-		if c.holds() {
-			restore.Remove(c.part())
-		}
+		restore.Remove(c.part)
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -4,6 +4,7 @@ package ahead
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"io/fs"
 	"os"
@@ -30,9 +31,10 @@ const lockWait = 100 * time.Millisecond
 // are asked for. It is there as long as something is in it. Each helper has a shared lock of it,
 // which tells others that it is in use.
 //
-// Of an item that is called KEY there are KEY.part while it is being restored, by whoever has the
+// Of an item that is called KEY there are KEY.….part while it is being restored, by whoever has the
 // lock of KEY.lock, and KEY when it is complete and has the right hash, which is a part of the key:
-// helpers that believe other narinfos look for something else.
+// helpers that believe other narinfos look for something else. The stage may be collected and made
+// anew while an item is restored, so that two helpers restore it, each to a name of its own.
 //
 // Files are named by their paths, not relative to the directory that is open: whoever could rename
 // them has the user that owns the store, and needs no such means.
@@ -121,6 +123,7 @@ func (s *stage) close() error {
 // A claim is the right to stage an item.
 type claim struct {
 	final string
+	part  string // the file name at which the item is to be restored
 	lock  *os.File
 }
 
@@ -132,7 +135,7 @@ func (s *stage) claim(key string) *claim {
 	if err != nil {
 		return nil
 	}
-	c := &claim{final, lock}
+	c := &claim{final, final + "." + rand.Text() + ".part", lock}
 	if _, err := os.Lstat(final); err == nil {
 		c.release()
 		return nil
@@ -140,20 +143,23 @@ func (s *stage) claim(key string) *claim {
 	return c
 }
 
-// part returns the file name at which the item is to be restored.
-func (c *claim) part() string { return c.final + ".part" }
-
-// holds reports whether what is at part is this helper's: if the stage was collected, another
-// helper may have made it anew, with a lock of its own.
-func (c *claim) holds() bool { return c.lock != nil && isAt(c.lock, c.lock.Name()) }
+// watch calls lost when the stage has been collected, unless the context ends before: what is still
+// written would be in the way of its being deleted (Guix, nix/libutil/util.cc: deletePath).
+func (c *claim) watch(ctx context.Context, lost func()) {
+	ticker := time.NewTicker(lockWait)
+	defer ticker.Stop()
+	for isAt(c.lock, c.lock.Name()) {
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+	lost()
+}
 
 // finish says that the item is complete.
-func (c *claim) finish() error {
-	if !c.holds() {
-		return fs.ErrNotExist
-	}
-	return rename(c.part(), c.final)
-}
+func (c *claim) finish() error { return rename(c.part, c.final) }
 
 // release gives up the right, if it is one.
 func (c *claim) release() {
@@ -213,7 +219,7 @@ func (s *stage) take(ctx context.Context, key, destination string) (moved bool, 
 		lock.Close()
 		return true, nil
 	}
-	return false, &claim{final, lock}
+	return false, &claim{lock: lock}
 }
 
 // rename renames a tree that may not be writable, as long as there is nothing of the new name.

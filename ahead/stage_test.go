@@ -42,7 +42,7 @@ func (s *stage) put(t *testing.T, key string) {
 		t.Fatalf("%s cannot be claimed", key)
 	}
 	defer c.release()
-	tree(t, c.part())
+	tree(t, c.part)
 	must(t, c.finish())
 }
 
@@ -92,7 +92,7 @@ func TestStageShared(t *testing.T) {
 	}
 	must(t, other.move("a", a))
 	c := one.claim("b")
-	tree(t, c.part())
+	tree(t, c.part)
 	if other.claim("b") != nil {
 		t.Error("an item is being staged twice")
 	}
@@ -234,7 +234,7 @@ func TestCleanStages(t *testing.T) {
 	a := filepath.Join(store, "a")
 	used.put(t, "a")
 	killed.put(t, "a")
-	tree(t, killed.claim("b").part())
+	tree(t, killed.claim("b").part)
 	killed.lock.Close() // which the end of a process does
 	CleanStages(store)
 	if exists(killed.path()) {
@@ -263,12 +263,12 @@ func TestCleanStages(t *testing.T) {
 }
 
 // Two helpers of one session stage the same item, because the collector has taken away what the
-// first one works in: it must not take the other's for its own.
+// first one works in: it must neither take the other's for its own nor remove it.
 func TestStageMadeAnew(t *testing.T) {
 	store, stages := newStages(t, 2)
 	first := stages[0].claim("a")
 	defer first.release()
-	tree(t, first.part())
+	tree(t, first.part)
 	must(t, os.Rename(filepath.Join(store, stagingName), filepath.Join(store, "trash")))
 	must(t, stages[1].open())
 	second := stages[1].claim("a")
@@ -276,9 +276,13 @@ func TestStageMadeAnew(t *testing.T) {
 		t.Fatal("the item cannot be claimed")
 	}
 	defer second.release()
-	must(t, os.Mkdir(second.part(), 0o755)) // which is not complete
+	must(t, os.Mkdir(second.part, 0o755)) // which is not complete
 	if err := first.finish(); err == nil {
 		t.Error("what another helper makes was taken for complete")
+	}
+	// Where a way fails, what it has written is removed, and the next one begins.
+	if must(t, restore.Remove(first.part)); !exists(second.part) {
+		t.Error("what another helper makes was removed")
 	}
 	if err := stages[1].move("a", filepath.Join(store, "a")); err == nil {
 		t.Error("what is not complete was moved")

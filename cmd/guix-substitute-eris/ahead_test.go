@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"context"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -46,6 +47,7 @@ type aheadTest struct {
 	needed  int            // until nars are sent
 	passed  int            // how often there have been enough
 	closed  bool           // nobody is answered any more
+	gone    []string       // the names of items whose answer was not waited for
 	asked   map[string]int // requests by the name of the item
 }
 
@@ -120,6 +122,11 @@ func (a *aheadTest) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			io.WriteString(w, item.narinfo)
 			return
 		case base:
+			defer context.AfterFunc(r.Context(), func() {
+				a.mu.Lock()
+				defer a.mu.Unlock()
+				a.gone = append(a.gone, base)
+			})()
 			if !a.pass(base) {
 				w.WriteHeader(http.StatusNotFound)
 			} else {
@@ -542,6 +549,34 @@ func TestAheadCollected(t *testing.T) {
 	})
 	a.substituteAll(d)
 	collector.Wait()
+}
+
+// What is under way then is given up: it would go on to write into what is being deleted, which
+// fails where something has come after a directory was read.
+func TestAheadCollectedUnderWay(t *testing.T) {
+	a := newAheadTest(t, 100, "")
+	d, order := a.begin()
+	replied := make(chan error)
+	go func() {
+		_, err := d.ask(fmt.Sprintf("substitute %s %s\n", order[0].path, order[0].path))
+		replied <- err
+	}()
+	a.await(8)
+	must(t, os.Rename(filepath.Join(a.store, ".guix-substitute-eris"), filepath.Join(a.store, "trash-item")))
+	eventually(t, "what was collected is still being fetched", func() bool {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		return len(a.gone) >= 7
+	})
+	// In the end a server that does not answer is given up, by all.
+	a.mu.Lock()
+	if slices.Contains(a.gone, filepath.Base(order[0].path)) {
+		t.Errorf("it is not given up for that: %v", a.gone)
+	}
+	a.mu.Unlock()
+	a.open(0, false)
+	must(t, <-replied)
+	a.substituteAll(d)
 }
 
 // A farLine is a listener that counts round trips: what clients send, and connections, wait until
