@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
@@ -72,6 +73,16 @@ func TestEviction(t *testing.T) {
 		t.Errorf("%+v", stats)
 	}
 	checkStore(t, s)
+}
+
+// A clock of the machine that is set back while a store is open, by a day here, does not make what
+// is used from then on seem to be what was used least recently.
+func TestClockSetBack(t *testing.T) {
+	const day = 4 * 24 * 60 * 60
+	right := clock(time.Now())()
+	if before := clock(time.Now().Add(24 * time.Hour)); before() < right+day {
+		t.Errorf("the clock is back by %d of %d", right+day-before(), day)
+	}
 }
 
 // A store that is opened with a lower limit shrinks.

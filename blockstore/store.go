@@ -52,7 +52,7 @@ type Options struct {
 	// it is evicted then.
 	MaxBytes int64
 
-	// Of tests; 0 stands for the constants and for clock.
+	// Of tests; 0 stands for the constants and for a clock from now on.
 	queueBytes int64
 	hintBytes  int
 	now        func() uint32 // the time of an access, in quarters of a second
@@ -109,7 +109,7 @@ func open(directory string, options Options) (_ *Store, err error) {
 	options.queueBytes = cmp.Or(options.queueBytes, queueBytes)
 	options.hintBytes = cmp.Or(options.hintBytes, hintBytes)
 	if options.now == nil {
-		options.now = clock
+		options.now = clock(time.Now())
 	}
 	if options.MaxBytes < 0 || options.MaxBytes > 0 && options.MaxBytes < MinBytes {
 		return nil, fmt.Errorf("limit of %d bytes is below the least possible, %d", options.MaxBytes, MinBytes)
@@ -253,11 +253,16 @@ func (s *Store) Err() error {
 	return nil
 }
 
-// clock is the time in quarters of a second since 2024, which a uint32 holds until 2058.
-func clock() uint32 {
+// clock returns the time in quarters of a second since 2024, which a uint32 holds until 2058. It
+// goes on by itself from a time, which is now: if that of the machine were set back, what is used
+// from then on would be evicted first.
+func clock(now time.Time) func() uint32 {
 	const epoch = 1704067200 // 2024-01-01
-	t := (time.Now().UnixMilli() - epoch*1000) / 250
-	return uint32(min(max(t, 0), math.MaxUint32))
+	begin := time.Now()
+	return func() uint32 {
+		t := (now.Add(time.Since(begin)).UnixMilli() - epoch*1000) / 250
+		return uint32(min(max(t, 0), math.MaxUint32))
+	}
 }
 
 // readable turns the errors of files and databases that have been closed into fetch.ErrClosed.
