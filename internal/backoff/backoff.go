@@ -52,10 +52,11 @@ func (b *Backoff) Fail(now time.Time, retryAfter time.Duration) time.Duration {
 func (b *Backoff) Succeed() { b.failures, b.until = 0, time.Time{} }
 
 // Resume goes on with a rest that another process has begun, after so many failures; those before
-// one that ended longer ago than the longest rest do not count.
+// one that ended longer ago than the longest rest do not count, nor does what is beyond that.
 func (b *Backoff) Resume(until time.Time, failures int) {
-	if time.Since(until) < b.Max {
-		b.failures, b.until = failures, until
+	now := time.Now()
+	if rest := until.Sub(now); rest > -b.Max {
+		b.failures, b.until = failures, now.Add(min(rest, b.Max))
 	}
 }
 

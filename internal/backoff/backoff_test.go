@@ -39,6 +39,20 @@ func TestBackoff(t *testing.T) {
 	}
 }
 
+// What another process has noted may be of a clock that was ahead.
+func TestResume(t *testing.T) {
+	for until, want := range map[time.Duration]time.Duration{
+		-2 * time.Minute: 0, -time.Second: 0, 10 * time.Second: 10 * time.Second, 59 * time.Minute: time.Minute,
+	} {
+		b := backoff.Backoff{Min: time.Second, Max: time.Minute}
+		now := time.Now()
+		b.Resume(now.Add(until), 3)
+		if rest := b.Rest(now); rest < want || rest > want+time.Since(now) {
+			t.Errorf("until %v from now: rests %v", until, rest)
+		}
+	}
+}
+
 // Chance spreads those that failed at once.
 func TestJitter(t *testing.T) {
 	rests := map[time.Duration]bool{}
