@@ -8,11 +8,14 @@ package ahead
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
@@ -352,7 +355,10 @@ func (a *Ahead) fill() bool {
 	if a.err != nil || !files.HasRoom(a.o.StoreDir, a.o.Bytes+size) {
 		return false
 	}
-	if a.err = a.stage.open(); a.err != nil {
+	if err := a.stage.open(); err != nil {
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			a.err = err
+		}
 		return false
 	}
 	a.plan.take(item.Path)

@@ -46,7 +46,8 @@ type stage struct {
 
 func (s *stage) path() string { return filepath.Join(s.store, stagingName, s.name) }
 
-// open makes the directory, if there is none.
+// open makes the directory, if there is none. The error wraps [unix.EWOULDBLOCK] while somebody is
+// removing what others have left there.
 func (s *stage) open() error {
 	if s.lock != nil {
 		if isAt(s.lock, s.path()) {
@@ -65,8 +66,8 @@ func (s *stage) open() error {
 		if err = files.MakeDirectory(s.path()); err != nil {
 			continue
 		}
-		if s.lock, err = lockDirectory(s.path(), unix.LOCK_SH|unix.LOCK_NB); err == nil {
-			return nil
+		if s.lock, err = lockDirectory(s.path(), unix.LOCK_SH|unix.LOCK_NB); err == nil || errors.Is(err, unix.EWOULDBLOCK) {
+			return err
 		}
 	}
 	return err

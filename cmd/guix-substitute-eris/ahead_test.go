@@ -490,6 +490,45 @@ func TestAheadNowhere(t *testing.T) {
 	}
 }
 
+// While another process removes what helpers of the session have left, nothing is staged; and then
+// it is.
+func TestAheadCleaned(t *testing.T) {
+	a := newAheadTest(t, 100, "verbose = true\n")
+	a.query()
+	sessions, err := filepath.Glob(a.store + "/../state/cache/guix/substitute-eris/sessions/*")
+	if err != nil || len(sessions) != 1 {
+		t.Fatalf("the sessions are %v, %v", sessions, err)
+	}
+	stage := filepath.Join(a.store, ".guix-substitute-eris", filepath.Base(sessions[0]))
+	must(t, os.MkdirAll(stage, 0o700))
+	cleaner, err := os.Open(stage)
+	must(t, err)
+	defer cleaner.Close()
+	must(t, syscall.Flock(int(cleaner.Fd()), syscall.LOCK_EX))
+	d, order := a.start("substitute"), a.order()
+	replied := make(chan error)
+	go func() {
+		_, err := d.ask(fmt.Sprintf("substitute %s %s\n", order[0].path, order[0].path))
+		replied <- err
+	}()
+	a.await(1)
+	time.Sleep(50 * time.Millisecond) // it takes 5 ms until something is to be staged
+	must(t, os.Remove(stage))
+	os.Remove(filepath.Dir(stage)) // unless the next one is there already
+	must(t, cleaner.Close())
+	eventually(t, "nothing is staged", func() bool {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		return a.waiting >= 8
+	})
+	a.open(0, false)
+	must(t, <-replied)
+	a.substituteAll(d)
+	if log := d.log.String(); strings.Contains(log, "ahead of the daemon any more") {
+		t.Errorf("nothing was staged any more:\n%s", log)
+	}
+}
+
 // children returns the processes that a process has started.
 func children(t *testing.T, process int) (list []int) {
 	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", process))
