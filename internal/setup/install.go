@@ -89,18 +89,11 @@ func (s *System) GuixSystem() bool {
 
 // put adds a step unless the file is as it should be.
 func (i *installation) put(step Step) error {
-	name, err := i.at(step.Path)
-	if err != nil {
-		return err
-	}
-	now, err := state(name)
-	if err != nil {
-		return err
-	}
-	if now != stateOf(step.Text, step.Link) {
+	now, err := i.now(step.Path)
+	if err == nil && now != stateOf(step.Text, step.Link) {
 		i.steps = append(i.steps, step)
 	}
-	return nil
+	return err
 }
 
 func (i *installation) note(format string, a ...any) {

@@ -175,19 +175,21 @@ func unfinished(name string) string {
 	return filepath.Join(filepath.Dir(name), files.TemporaryPrefix+filepath.Base(name))
 }
 
+// now returns what there is at a path of the system.
+func (s *System) now(path string) (string, error) {
+	name, err := s.at(path)
+	if err != nil {
+		return "", err
+	}
+	return state(name)
+}
+
 // planned notes what there is where steps write: until they are done, somebody else may write
 // there, while a question is open for example.
 func (s *System) planned(steps []Step) ([]Step, error) {
-	for n := range steps {
-		if steps[n].Path == "" {
-			continue
-		}
-		name, err := s.at(steps[n].Path)
-		if err != nil {
-			return nil, err
-		}
-		was, err := state(name)
-		if err != nil {
+	for n, step := range steps {
+		was, err := s.now(step.Path)
+		if err != nil && step.Path != "" {
 			return nil, err
 		}
 		steps[n].was = &was
@@ -244,14 +246,14 @@ func run(command []string) error {
 }
 
 func (s *System) put(step Step) error {
-	name, err := s.at(step.Path)
-	if err != nil {
-		return err
-	}
-	if now, err := state(name); err == nil && step.was != nil && now != *step.was {
+	if now, err := s.now(step.Path); err == nil && step.was != nil && now != *step.was {
 		return errors.New("it was changed meanwhile")
 	}
-	if err := s.makeParents(step.Path); err != nil {
+	name, err := s.at(step.Path)
+	if err == nil {
+		err = s.makeParents(step.Path)
+	}
+	if err != nil {
 		return err
 	}
 	r := record{Path: step.Path}
