@@ -385,7 +385,8 @@ func TestComesBack(t *testing.T) {
 		return nil
 	}
 	simulate(t, pool.Options{}, sources(f, &fake{roundTrip: 20e6, rate: 20e6}), func(t *testing.T, p *pool.Pool) {
-		near(t, readAll(t, p, n, large, 384), n*float64(large)/40e6+0.5, 1.1)
+		// Without it that takes 1.8 times as long. How long it rests is chance.
+		near(t, readAll(t, p, n, large, 384), n*float64(large)/40e6+0.5, 1.25)
 		if s := p.Stats()[0]; s.Resting || s.Bytes < n*int64(large)/3 {
 			t.Errorf("the source that came back is %+v", s)
 		}
