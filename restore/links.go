@@ -70,14 +70,15 @@ func (l *links) share(name string, f *file) {
 		unix.Linkat(f.directory.fd, f.name, fd, name, 0)
 		return
 	}
-	// The new link takes the place of the file in one step. A name of the form that the daemon
-	// clears away should it be left behind.
-	temporary := fmt.Sprintf(".tmp-link-%d-%s", os.Getpid(), rand.Text())
-	if unix.Linkat(fd, name, fd, temporary, 0) != nil {
+	// The new link takes the place of the file in one step. It comes from beside it: the collector
+	// ends with an error when what it has read in the directory of links is gone. A name of the form
+	// that the daemon clears away from the store should it be left behind.
+	temporary, dir := fmt.Sprintf(".tmp-link-%d-%s", os.Getpid(), rand.Text()), f.directory.fd
+	if unix.Linkat(fd, name, dir, temporary, 0) != nil {
 		return
 	}
-	if unix.Renameat(fd, temporary, f.directory.fd, f.name) != nil {
-		unix.Unlinkat(fd, temporary, 0)
+	if unix.Renameat(dir, temporary, dir, f.name) != nil {
+		unix.Unlinkat(dir, temporary, 0)
 	}
 }
 

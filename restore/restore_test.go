@@ -401,6 +401,34 @@ func TestDamagedLinks(t *testing.T) {
 	}
 }
 
+// TestLinksStay has a file shared that is too large to be kept in memory: nothing comes to the
+// directory of links for a moment. The garbage collector of Guix looks at each name that it has
+// read, and ends with an error where it is gone (nix/libstore/gc.cc: removeUnusedLinks).
+func TestLinksStay(t *testing.T) {
+	file := t.TempDir() + "/file"
+	must(t, os.WriteFile(file, make([]byte, 3<<20), 0o644))
+	s := store(t)
+	o := restore.Options{LinksDirectory: s + "/.links"}
+	_, err := restoreArchive(archiveOf(t, file), 64<<10, s+"/one", o)
+	must(t, err)
+	watch, err := unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)
+	if err != nil { // a user may have so many only
+		t.Skip(err)
+	}
+	defer unix.Close(watch)
+	_, err = unix.InotifyAddWatch(watch, s+"/.links", unix.IN_CREATE|unix.IN_MOVE|unix.IN_DELETE)
+	must(t, err)
+	_, err = restoreArchive(archiveOf(t, file), 64<<10, s+"/two", o)
+	must(t, err)
+	if _, links := inode(t, s+"/two"); links != 3 {
+		t.Errorf("the file has %d names", links)
+	}
+	var events [4096]byte
+	if n, err := unix.Read(watch, events[:]); err != unix.EAGAIN {
+		t.Errorf("the directory has changed: %q, %v", events[:max(n, 0)], err)
+	}
+}
+
 func TestNoDeduplication(t *testing.T) {
 	d := t.TempDir()
 	file := d + "/file"
