@@ -99,7 +99,9 @@ func openRing(directory string, maxBytes int64) (*ring, error) {
 	path := filepath.Join(directory, fileName)
 	if err := r.adopt(path); err != nil {
 		files.RemoveAbandoned(directory)
-		if err := files.Write(path, 0o600, files.Options{}, r.headBytes()); err != nil {
+		// Of those who find none, one makes it for all.
+		none := errors.Is(err, fs.ErrNotExist)
+		if err := files.Write(path, 0o600, files.Options{New: none}, r.headBytes()); err != nil && !errors.Is(err, fs.ErrExist) {
 			return nil, err
 		}
 		if err := r.adopt(path); err != nil {
