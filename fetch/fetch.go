@@ -113,11 +113,12 @@ var ErrUnanswered = fmt.Errorf("%w: nobody has said to have it", eris.ErrNotFoun
 // ErrClosed is the error of requests of a source that is closed.
 var ErrClosed = errors.New("source is closed")
 
-// A BusyError says that a source is there but does not answer now, as HTTP status 429 or 503 with
-// Retry-After, or CoAP 5.03 with Max-Age. It says nothing about the block: whoever asked waits for
-// After, or asks elsewhere, and does not count it as a failure of the source.
+// A BusyError says that a source is there but does not answer now, as HTTP status 429 or 503, or
+// CoAP 4.29 or 5.03. It says nothing about the block: whoever asked waits for After, asks for less
+// at a time, or asks elsewhere, and does not count it as a failure of the source that answers
+// others.
 type BusyError struct {
-	After time.Duration // how long the source asks to be left alone; positive and bounded by whoever made the error
+	After time.Duration // how long the source asks to be left alone, bounded by whoever made the error; 0 if it does not say
 	Err   error         // what it answered
 	// Stopped tells that it has not answered that, but has given blocks a moment ago.
 	Stopped bool
@@ -125,7 +126,7 @@ type BusyError struct {
 
 // Error implements error.
 func (e *BusyError) Error() string {
-	if errors.As(e.Err, new(*BusyError)) { // which says so
+	if e.After == 0 || errors.As(e.Err, new(*BusyError)) { // which says so
 		return e.Err.Error()
 	}
 	return fmt.Sprintf("%v; to be asked again in %v", e.Err, e.After.Round(time.Millisecond))

@@ -24,6 +24,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -269,12 +270,14 @@ type scriptServer struct {
 	mu     sync.Mutex
 	seen   []string
 	active int // requests that will be seen when they have been answered
+	busy   atomic.Int64
 }
 
 // serve VARIABLE DIRECTORY [RULE]... serves the files of a directory over HTTP until the end of the
 // script, and sets the variable to its URL. Rules:
 //
 //	delay=DURATION  each answer takes that long
+//	busy=N          more than N requests at a time are answered with HTTP status 429
 //	silent          requests are taken and never answered
 //	with=VARIABLE   each answer waits until that server has been asked as well
 //	refuse          the URL is one where nobody listens
@@ -388,6 +391,13 @@ func (s *scriptServer) handler(root *os.Root, rules []string, done chan struct{}
 			path, argument, _ := strings.Cut(value, ":")
 			number, _ := strconv.Atoi(argument)
 			switch name {
+			case "busy":
+				most, _ := strconv.ParseInt(value, 10, 64)
+				defer s.busy.Add(-1)
+				if s.busy.Add(1) > most {
+					w.WriteHeader(http.StatusTooManyRequests)
+					return
+				}
 			case "delay":
 				d, _ := time.ParseDuration(value)
 				select {

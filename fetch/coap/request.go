@@ -248,8 +248,8 @@ const longestRest = 30 * time.Second
 // busy peer may say for how long (RFC 7252, section 5.9.3.4; RFC 8516, section 2).
 func refusal(x *wire.Exchange) error {
 	err := responseError(x)
-	if after := x.Response.MaxAge; after > 0 && (x.Code == codes.ServiceUnavailable || x.Code == codes.TooManyRequests) {
-		return &fetch.BusyError{After: min(time.Duration(after)*time.Second, longestRest), Err: err}
+	if x.Code == codes.ServiceUnavailable || x.Code == codes.TooManyRequests {
+		return &fetch.BusyError{After: min(time.Duration(x.Response.MaxAge)*time.Second, longestRest), Err: err}
 	}
 	return err
 }

@@ -385,7 +385,7 @@ func TestHostile(t *testing.T) {
 		{"404", "", status(404, "ipld: could not find"), missing},
 		{"410", "", status(410, "blocked"), missing},
 		{"504", "", status(504, "timeout"), missing},
-		{"429", "", status(429, "slow down\x1b[2J"), response},
+		{"429", "", status(429, "slow down\x1b[2J"), busy},
 		{"503, busy for long", "", func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Retry-After", "100")
 			w.WriteHeader(http.StatusServiceUnavailable)

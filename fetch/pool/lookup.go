@@ -56,12 +56,13 @@ type lookup struct {
 	held   set // who says to have it
 	denied set // who says not to: asked when nobody else is left, for it may have others to ask
 
-	missed set // who does not have it
-	failed set // who failed
-	lied   set // who gave wrong bytes
-	active set // who is being asked
-	rounds int
-	err    error // the last failure of those in failed; in the end that of the requests
+	missed  set // who does not have it
+	failed  set // who failed
+	lied    set // who gave wrong bytes
+	active  set // who is being asked
+	rounds  int
+	refused bool  // it has been asked for, and is the next one
+	err     error // the last failure of those in failed; in the end that of the requests
 
 	list.Links[lookup]
 	queue      *queue // where it waits for a member, if it does
@@ -95,6 +96,7 @@ type attempt struct {
 	expected time.Duration // how long it was to take
 	// What was so at the start.
 	delivered   int64
+	answered    int64
 	deliveredAt time.Duration
 	full        bool // as much had been asked for as the member delivers in a round trip
 	clean       bool // nothing was in front of it that would falsify the round trip
@@ -164,7 +166,7 @@ func (p *Pool) proceed(l *lookup, now time.Duration) {
 	if l.family != nil && l.family.pending != 0 {
 		return // told goes on with it
 	}
-	if l.spent()&p.farSet != 0 {
+	if l.refused || l.spent()&p.farSet != 0 {
 		p.retries.push(l)
 	} else {
 		p.fresh.push(l)

@@ -70,6 +70,8 @@ type member struct {
 	spare    *attempt
 	requests int
 	bytes    int64
+	limit    backoff.Limit // of requests
+	answered int64         // of them
 	speeds
 	hits  float64 // share of what was asked that it had, but for what it was known to have
 	truth float64 // less than 1 after claims that were false
@@ -148,7 +150,7 @@ func (m *member) sent(a *attempt, now time.Duration) {
 	if m.asked == 0 {
 		m.firstAt = now
 	}
-	a.start, a.delivered, a.deliveredAt = now, m.delivered, m.deliveredAt
+	a.start, a.delivered, a.deliveredAt, a.answered = now, m.delivered, m.deliveredAt, m.answered
 	a.expected = m.expected(size)
 	a.clean = m.isClean()
 	if a.clean {
@@ -160,7 +162,7 @@ func (m *member) sent(a *attempt, now time.Duration) {
 	m.requests++
 	m.bytes += size
 	m.asked++
-	a.full = m.bytes >= m.window(false)/2
+	a.full = m.bytes >= m.window(false)/2 || !m.limit.Allows(m.pool.epoch.Add(now), m.requests)
 	m.attempts.Push(a)
 }
 
@@ -175,6 +177,7 @@ func (m *member) received(a *attempt) {
 func (m *member) answers(a *attempt, now time.Duration) {
 	took := max(now-a.start, time.Microsecond)
 	m.quiet, m.doubted = 0, false
+	m.answered++
 	if !m.proven && !m.known {
 		m.answeredAt = now
 	}
@@ -215,6 +218,25 @@ func (m *member) cancelled(a *attempt) {
 	if a.cause != errNotFirst {
 		m.quiet = 0
 	}
+}
+
+// refuses takes note that the member is busy. While it answers others, that is how many it gets at
+// a time, and the block waits for its turn; if not, it is a failure, or a rest as long as it wants.
+func (m *member) refuses(a *attempt, busy *fetch.BusyError, now time.Duration) outcome {
+	m.lastError = busy
+	others := max(m.requests, int(m.answered-a.answered))
+	m.limit.Refuse(m.pool.epoch.Add(now), others, busy.After)
+	switch {
+	case busy.After > 0:
+		m.restUntil = max(m.restUntil, now+min(busy.After, longestRest))
+		m.pool.reroute(now)
+	case others > 0 || a.question != nil:
+		return refusal
+	default:
+		a.request.Err = busy.Err
+		m.fails(a, busy.Err, now)
+	}
+	return failure
 }
 
 // fails takes note of a failure that says nothing about the block. All requests that were under way

@@ -26,7 +26,8 @@
 // giving up is quick, and that what is measured is the member and not a queue. Requests beyond that
 // wait in the pool in their order. A far member that has room takes the first that the others would
 // not have delivered earlier: fast ones take from the front, slow ones from behind, and one that
-// could only be late takes none.
+// could only be late takes none. One that is busy, and refuses some of what it is asked for, gets
+// as much at a time as it was answering then, and slowly more.
 //
 // Rest: a member that answers nothing for a time that follows from its own history, or fails, is
 // left alone for a while, which grows from one time to the next. What was asked of it goes

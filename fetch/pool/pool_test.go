@@ -707,6 +707,41 @@ func TestBusy(t *testing.T) {
 	})
 }
 
+// TestLimited has a source refuse more than some requests at a time, and say for how long or not:
+// it is asked for as many as it answers, for more when it takes more, and nothing has failed.
+func TestLimited(t *testing.T) {
+	for _, v := range []struct {
+		most  int64
+		after time.Duration
+	}{{1, 0}, {4, 0}, {4, time.Second}} {
+		var now, limit, refused atomic.Int64
+		limit.Store(v.most)
+		f := &fake{answer: func(context.Context, int, int64) error {
+			defer now.Add(-1)
+			if now.Add(1) > limit.Load() {
+				refused.Add(1)
+				return &fetch.BusyError{After: v.after, Err: errBroken}
+			}
+			time.Sleep(20 * time.Millisecond)
+			return nil
+		}}
+		rests := func(_ string, err error) { t.Errorf("it rests: %v", err) }
+		simulate(t, pool.Options{Patient: v.most == 1, OnRest: rests}, sources(f), func(t *testing.T, p *pool.Pool) {
+			near(t, readAll(t, p, int(60*v.most), eris.BlockSize1KiB, 16), 1.2+v.after.Seconds(), 1.5)
+			if n := refused.Load(); n > 32 {
+				t.Errorf("%d requests were refused", n)
+			}
+			limit.Store(50)
+			if took := readAll(t, p, 200, eris.BlockSize1KiB, 16); v.most == 1 && took > 3*time.Second { // instead of 4 s
+				t.Errorf("when it takes more it takes %v", took)
+			}
+			if s := p.Stats()[0]; s.Failures != 0 || s.Resting {
+				t.Errorf("the source is %+v", s)
+			}
+		})
+	}
+}
+
 // TestMerging has many calls want the same block, of which the first is given up.
 func TestMerging(t *testing.T) {
 	for n := 1; n <= 2; n++ {

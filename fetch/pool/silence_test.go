@@ -201,22 +201,24 @@ func TestStopsPatient(t *testing.T) {
 // TestStopsForGood has the only source fail from some time on: that it is tried again and again is
 // no sign that blocks may be had later.
 func TestStopsForGood(t *testing.T) {
-	f := &fake{roundTrip: 20e6, rate: 20e6, answer: func(_ context.Context, n int, _ int64) error {
-		if n <= 64 {
-			return nil
-		}
-		return errors.New("refused")
-	}}
-	simulate(t, pool.Options{}, sources(f), func(t *testing.T, p *pool.Pool) {
-		readAll(t, p, 64, large, 16)
-		for i := range 20 {
-			err := get(t.Context(), p, 1000, large)
-			if _, busy := errors.AsType[*fetch.BusyError](err); err == nil || busy != (i < 10) && (i < 10 || i > 16) {
-				t.Errorf("after %d s the error is %v", i, err)
+	for _, refusal := range []error{errBroken, &fetch.BusyError{Err: errBroken}} {
+		f := &fake{roundTrip: 20e6, rate: 20e6, answer: func(_ context.Context, n int, _ int64) error {
+			if n <= 64 {
+				return nil
 			}
-			time.Sleep(time.Second)
-		}
-	})
+			return refusal
+		}}
+		simulate(t, pool.Options{}, sources(f), func(t *testing.T, p *pool.Pool) {
+			readAll(t, p, 64, large, 16)
+			for i := range 20 {
+				err := get(t.Context(), p, 1000, large)
+				if _, busy := errors.AsType[*fetch.BusyError](err); err == nil || busy != (i < 10) && (i < 10 || i > 16) {
+					t.Errorf("after %d s the error is %v", i, err)
+				}
+				time.Sleep(time.Second)
+			}
+		})
+	}
 }
 
 // TestReturn has the only source be silent for a while: it is tried by single requests nobody waits

@@ -144,10 +144,10 @@ func (m *member) hasRoom(alone bool, now time.Duration) bool {
 	switch {
 	case m.limiter != nil && now < m.pool.limitedUntil:
 		return false
+	case m.requests >= maxRequests, !m.limit.Allows(m.pool.epoch.Add(now), m.requests):
+		return false
 	case m.failures > 0 || m.silent:
 		return m.requests < gentleRequests
-	case m.requests >= maxRequests:
-		return false
 	case !m.known && alone:
 		return m.bytes < unknownBytes
 	case !m.known:

@@ -97,6 +97,8 @@ func (p *Pool) ended(a *attempt, now time.Duration) {
 			p.turnsOut(l, m, true)
 		}
 	case outcome == success:
+	case outcome == refusal:
+		l.refused = true
 	case outcome == miss:
 		l.missed |= m.bit
 		p.turnsOut(l, m, false)
@@ -126,6 +128,7 @@ const (
 	success outcome = iota
 	miss            // the member does not have the block
 	lie             // it gave something else
+	refusal         // it was busy with others
 	failure         // it could not say, or was not let
 )
 
@@ -155,8 +158,7 @@ func (p *Pool) outcome(a *attempt, now time.Duration) outcome {
 		p.ban(m, err)
 		return lie
 	case errors.As(err, &later):
-		m.lastError, m.restUntil = err, max(m.restUntil, now+min(later.After, longestRest))
-		p.reroute(now)
+		return m.refuses(a, later, now)
 	case a.cause == nil:
 		m.fails(a, err, now)
 	case a.cause == errNotFirst || a.cause == context.Canceled:

@@ -704,6 +704,46 @@ func TestBusy(t *testing.T) {
 	}
 }
 
+// TestLimited puts blocks into a server that refuses more than some requests at a time, and says
+// for how long or not: all of them are stored, although all are put at the same time. One that
+// refuses everything is given up, after few requests.
+func TestLimited(t *testing.T) {
+	for _, most := range []int64{0, 2, 5} {
+		for _, after := range []string{"", "1"} {
+			t.Run(fmt.Sprintf("%d at a time, later %q", most, after), func(t *testing.T) {
+				t.Parallel()
+				var now, stored, refused atomic.Int64
+				store := openHandler(t, "", web.Options{Connections: 8}, func(w http.ResponseWriter, r *http.Request) {
+					defer now.Add(-1)
+					if now.Add(1) > most {
+						refused.Add(1)
+						w.Header().Set("Retry-After", after)
+						w.WriteHeader(http.StatusServiceUnavailable)
+						return
+					}
+					io.Copy(io.Discard, r.Body)
+					time.Sleep(time.Millisecond)
+					stored.Add(1)
+				})
+				const blocks = 200
+				var group sync.WaitGroup
+				for i := range blocks {
+					group.Go(func() {
+						ref, block := newBlock(eris.BlockSize1KiB, byte(i))
+						if err := store.Put(t.Context(), ref, block); (err == nil) != (most > 0) {
+							t.Error(err)
+						}
+					})
+				}
+				group.Wait()
+				if n := refused.Load(); stored.Load() < blocks && most > 0 || n == 0 || n > 2*blocks {
+					t.Errorf("%d are stored, %d requests were refused", stored.Load(), n)
+				}
+			})
+		}
+	}
+}
+
 // TestConnections counts connections: one where HTTP/2 is offered, and otherwise no more than
 // allowed, used again and again.
 func TestConnections(t *testing.T) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package backoff says how long something that failed rests before it is tried again.
+// Package backoff says how long something that failed rests before it is tried again, and how much
+// is asked for at a time of what is busy.
 package backoff
 
 import (
@@ -65,6 +66,34 @@ func (b *Backoff) Rest(now time.Time) time.Duration { return max(0, b.until.Sub(
 
 // Failures returns the number of failures in a row, those counted that began a rest.
 func (b *Backoff) Failures() int { return b.failures }
+
+// A Limit is how many requests may be under way with a source that refuses what is too much for it:
+// as many as it was answering then, and a quarter more each second, or after four times as long as
+// it has wanted to be left alone. Its zero state is that there is no limit. It is not safe for
+// concurrent use.
+type Limit struct {
+	most  int // 0: any number
+	grows time.Time
+}
+
+// Refuse takes note that a request was refused beside so many others, which were answered meanwhile
+// or may still be, and of what the source has asked for (see [Backoff.Fail]). A source that refuses
+// one alone does not do so because of their number, and has no limit.
+func (l *Limit) Refuse(now time.Time, others int, retryAfter time.Duration) {
+	if l.most == 0 || others < l.most {
+		l.most = others
+	}
+	l.grows = now.Add(max(time.Second, 4*retryAfter))
+}
+
+// Allows reports whether there may be one more request beside those that are under way.
+func (l *Limit) Allows(now time.Time, requests int) bool {
+	if requests >= l.most && l.most > 0 && now.After(l.grows) {
+		l.most += (l.most + 3) / 4
+		l.grows = now.Add(time.Second)
+	}
+	return l.most == 0 || requests < l.most
+}
 
 // mostRetryAfter bounds what servers ask for; callers have much lower bounds.
 const mostRetryAfter = 24 * time.Hour

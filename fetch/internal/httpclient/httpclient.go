@@ -61,6 +61,12 @@ type Client struct {
 	last  time.Time       // when the server has answered
 	conns context.Context // of the connections, ends with them
 	drop  context.CancelFunc
+
+	// Of calls of Retry.
+	limit    backoff.Limit
+	calls    int       // that are not waiting
+	answered int       // calls that were not refused
+	turn     sync.Cond // what waits until there may be one more waits on it
 }
 
 const (
@@ -89,6 +95,7 @@ func New(base *url.URL, o Options) *Client {
 		o.Getenv = os.Getenv
 	}
 	c := &Client{options: o, first: make(chan struct{}, 1), rest: backoff.Backoff{Min: firstRest, Max: longestRest}}
+	c.turn.L = &c.mu
 	c.known.Store(base.Scheme == "http" && !o.Cleartext)
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
 	c.conns, c.drop = context.WithCancel(c.ctx)
@@ -192,24 +199,83 @@ func (c *Client) Close() {
 	c.transport.CloseIdleConnections()
 }
 
-// Retry calls f, which makes requests by [Client.Do], and calls it again when the server was busy,
-// as often as that fits into some seconds. Other errors are those of f.
+// Retry calls f, which makes a request by [Client.Do], and calls it again when the server was busy:
+// with others, when it has its turn, of which there are fewer then; or by itself, as often as that
+// fits into some seconds. Other errors are those of f.
 func (c *Client) Retry(ctx context.Context, f func() error) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(c.ctx, func() { cancel(fetch.ErrClosed) })()
+	defer context.AfterFunc(ctx, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.turn.Broadcast()
+	})()
 	for waited := time.Duration(0); ; {
-		err := f()
-		busy, ok := errors.AsType[*fetch.BusyError](err)
-		if !ok || waited+busy.After > maxWait {
+		answered, err := c.begin(ctx)
+		if err != nil {
 			return err
 		}
-		waited += busy.After
+		err = c.resting()
+		rests := err != nil
+		if !rests {
+			err = f()
+		}
+		busy, _ := errors.AsType[*fetch.BusyError](err)
+		others := c.end(answered, busy, rests)
+		if busy == nil {
+			return err
+		}
+		if others == 0 {
+			waited += max(busy.After, firstRest)
+		}
+		if waited > maxWait {
+			return err
+		}
 		select {
 		case <-time.After(busy.After):
 		case <-ctx.Done():
 			return context.Cause(ctx)
-		case <-c.ctx.Done():
-			return fetch.ErrClosed
 		}
 	}
+}
+
+// begin waits until there may be one more call. It returns how many have been answered.
+func (c *Client) begin(ctx context.Context) (answered int, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for !c.limit.Allows(time.Now(), c.calls) && ctx.Err() == nil {
+		c.turn.Wait()
+	}
+	c.turn.Signal() // there may be room for another one
+	if ctx.Err() != nil {
+		return 0, context.Cause(ctx)
+	}
+	c.calls++
+	return c.answered, nil
+}
+
+// end takes note of how a call has ended, and returns how many others were under way or were
+// answered meanwhile.
+func (c *Client) end(answered int, busy *fetch.BusyError, rests bool) (others int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.calls--
+	others = max(c.calls, c.answered-answered)
+	switch {
+	case rests: // it has not been asked
+	case busy == nil:
+		c.answered++
+	default:
+		now := time.Now()
+		c.limit.Refuse(now, max(1, others), busy.After)
+		if others == 0 {
+			c.rest.Fail(now, busy.After)
+			c.cause = busy
+		}
+	}
+	c.turn.Signal()
+	return others
 }
 
 // resting returns why no request is made at present, or nil.
@@ -229,11 +295,12 @@ func (c *Client) resting() error {
 	return fmt.Errorf("not asked again for %v: %w", left.Round(time.Millisecond), c.cause)
 }
 
-func (c *Client) failed(err error, after time.Duration) {
+// failed has the server rest for some time, which it returns.
+func (c *Client) failed(err error, after time.Duration) time.Duration {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.rest.Fail(time.Now(), after)
 	c.cause = err
+	return c.rest.Fail(time.Now(), after)
 }
 
 // unreachable has the server rest for the longer the longer it took to connect, so that a host that
@@ -264,7 +331,7 @@ func (c *Client) worked() {
 // connection could not be made, calls fail at once for a time that gets longer with each such
 // failure.
 //
-// Errors are those of handle; a [*fetch.BusyError] if the server is busy and says for how long; the
+// Errors are those of handle; a [*fetch.BusyError] if the server is busy; the
 // cause of ctx; errors that wrap [ErrSilent]; and failures of the connection. None of them quotes
 // the URL or the server.
 func (c *Client) Do(ctx context.Context, request *http.Request, handle func(r *http.Response) error) error {
@@ -374,7 +441,9 @@ func (e *exchange) run(ctx context.Context, request *http.Request, handle func(r
 		r.Body.Close()
 	}()
 	if busy := busyError(r); busy != nil {
-		c.failed(busy, busy.After)
+		if busy.After > 0 {
+			busy.After = c.failed(busy, busy.After)
+		}
 		return busy
 	}
 	c.worked()
@@ -439,15 +508,12 @@ func (e *StatusError) Error() string {
 	return text
 }
 
-// busyError returns the error of a server that asks to be left alone for a while, or nil.
+// busyError returns the error of a server that is busy, or nil.
 func busyError(r *http.Response) *fetch.BusyError {
 	if r.StatusCode != http.StatusTooManyRequests && r.StatusCode != http.StatusServiceUnavailable {
 		return nil
 	}
 	after := backoff.RetryAfter(r.Header.Get("Retry-After"), time.Now())
-	if after == 0 {
-		return nil
-	}
 	return &fetch.BusyError{After: min(after, longestRest), Err: &StatusError{Code: r.StatusCode}}
 }
 
