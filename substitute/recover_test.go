@@ -123,14 +123,14 @@ func TestFailingForAWhile(t *testing.T) {
 		want        substitute.Status
 		requests    int64
 	}{
-		"503": {func(w http.ResponseWriter) { w.WriteHeader(503) }, 5, 3 * time.Second, 4 * time.Second, substitute.Success, 6},
+		"503": {func(w http.ResponseWriter) { w.WriteHeader(503) }, 5, 750 * time.Millisecond, time.Second, substitute.Success, 6},
 		"429, later please": {func(w http.ResponseWriter) { w.Header().Set("Retry-After", "9"); w.WriteHeader(429) },
 			5, 18 * time.Second, 18 * time.Second, substitute.Success, 6},
 		"503, after maintenance": {func(w http.ResponseWriter) { w.Header().Set("Retry-After", "3600"); w.WriteHeader(503) },
 			1000, 0, 0, substitute.NotFound, 2},
-		"500":      {func(w http.ResponseWriter) { w.WriteHeader(500) }, 5, 3 * time.Second, 4 * time.Second, substitute.Success, 6},
-		"closed":   {func(w http.ResponseWriter) { panic(http.ErrAbortHandler) }, 5, 3 * time.Second, 4 * time.Second, substitute.Success, 6},
-		"for ever": {func(w http.ResponseWriter) { w.WriteHeader(503) }, 1000, 0, time.Minute, substitute.NotFound, 8},
+		"500":      {func(w http.ResponseWriter) { w.WriteHeader(500) }, 5, 750 * time.Millisecond, time.Second, substitute.Success, 6},
+		"closed":   {func(w http.ResponseWriter) { panic(http.ErrAbortHandler) }, 5, 750 * time.Millisecond, time.Second, substitute.Success, 6},
+		"for ever": {func(w http.ResponseWriter) { w.WriteHeader(503) }, 1000, 0, 10 * time.Second, substitute.NotFound, 12},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -151,6 +151,30 @@ func TestFailingForAWhile(t *testing.T) {
 			})
 		})
 	}
+	t.Run("few requests each second", func(t *testing.T) {
+		t.Parallel()
+		bubble(t, func(t *testing.T, n *testNetwork) {
+			var last time.Time
+			s, log := n.with(f.key, n.serve(f.handler(f.narinfo(t, "none nar"), func(w http.ResponseWriter, r *http.Request) {
+				if time.Since(last) < 200*time.Millisecond {
+					w.WriteHeader(429)
+					return
+				}
+				last = time.Now()
+				f.good(w, r)
+			})))
+			begin := time.Now()
+			for range 20 {
+				f.restore(t, s, substitute.Success, log)
+			}
+			if took := time.Since(begin); took > 8*time.Second {
+				t.Errorf("20 items take %v", took)
+			}
+			if n := strings.Count(log.String(), "429"); n != 1 {
+				t.Errorf("that it refuses some is said %d times:\n%s", n, log)
+			}
+		})
+	})
 	t.Run("refused", func(t *testing.T) {
 		t.Parallel()
 		bubble(t, func(t *testing.T, n *testNetwork) {

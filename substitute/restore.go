@@ -38,12 +38,12 @@ const (
 	// paceEvery is how often the pace is looked at.
 	paceEvery = 250 * time.Millisecond
 	// maxRounds is how often ways that have failed for a while are tried again.
-	maxRounds = 3
+	maxRounds = 5
 	// maxRetryAfter is the longest time for which a server is waited for because it wants that.
 	maxRetryAfter = 30 * time.Second
 	// roundPause is the time until ways that have failed for a while are tried again, which
 	// doubles, and maxPauses is what all of these may be together.
-	roundPause = time.Second
+	roundPause = 250 * time.Millisecond
 	maxPauses  = time.Minute
 	// slowTime is how long a nar may come at any pace, and mostSilence for how long all servers
 	// together may be silent about one item, if they are several.
@@ -347,6 +347,11 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 		j.log.WarnOnce("blocks "+err.Error(), "%s", text)
 		return
 	}
+	if status != nil && status.RetryAfter <= maxRetryAfter && status.Temporary() {
+		// Which a server that limits what one client gets says about many items.
+		j.log.WarnOnce(fmt.Sprint(status.Code, " ", c.from.server.url), "%s", text)
+		return
+	}
 	j.log.Warnf("%s", text)
 }
 
@@ -373,7 +378,9 @@ func (j *job) pause(ctx context.Context, round int, begin time.Time) bool {
 	if time.Since(begin)+wait > maxPauses {
 		return false
 	}
-	j.log.Notef("%s: trying again in %.1f s", j.path, wait.Seconds())
+	if wait >= time.Second {
+		j.log.Notef("%s: trying again in %.1f s", j.path, wait.Seconds())
+	}
 	select {
 	case <-time.After(wait):
 	case <-ctx.Done():
