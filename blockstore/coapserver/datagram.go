@@ -25,6 +25,8 @@ const (
 	// maxTransfers is the most blocks at a time that are being received part by part, and
 	// maxTransfersPerHost that from one host. The oldest make room. Each needs 32 KiB.
 	maxTransfers, maxTransfersPerHost = 1024, 64
+	// requestBuffer is how many bytes the kernel shall keep of requests: more than a thousand.
+	requestBuffer = 1 << 20
 	// transferTimeout is for how long the parts of a block are kept without a further one.
 	transferTimeout = 30 * time.Second
 )
@@ -55,6 +57,9 @@ func (s *Server) ServePacket(conn net.PacketConn, access Access) error {
 	// What is being served can still be answered.
 	defer context.AfterFunc(s.stopping, func() { conn.SetReadDeadline(time.Unix(1, 0)) })()
 	defer context.AfterFunc(s.ctx, func() { conn.Close() })()
+	if socket, ok := conn.(interface{ SetReadBuffer(bytes int) error }); ok {
+		_ = socket.SetReadBuffer(requestBuffer) // as far as the system allows
+	}
 	config := s.config.Datagram
 	p := &packets{server: s, access: access, transfers: newTransfers(maxTransfers, maxTransfersPerHost, transferTimeout)}
 	config.Timeout, config.Paths, config.Handler = answerTimeout, s.paths, p.serve

@@ -26,6 +26,9 @@ import (
 const (
 	// unixSocketBuffer is how many bytes the kernel shall buffer on Unix sockets.
 	unixSocketBuffer = 1 << 20
+	// datagramBuffer is how many bytes the kernel shall keep of answers by UDP, so that none are lost
+	// while this process waits for a processor: a window of them.
+	datagramBuffer = 4 << 20
 	// firstAckTimeout is how long the first copies of the first requests by UDP wait for an answer:
 	// a store that has not answered anything is given up soon, perhaps before the 2 s of RFC 7252
 	// are over.
@@ -77,12 +80,16 @@ func (s *Store) dial(ctx context.Context) (net.Conn, error) {
 		return s.dialWebSocket(ctx)
 	}
 	network, address := s.url.Address()
+	var answers func(context.Context, net.Conn) error
 	if network == "udp" {
-		return dial.WithAnswer(&net.Dialer{}, ping)(ctx, network, address)
+		answers = ping
 	}
-	conn, err := dial.With(&net.Dialer{})(ctx, network, address)
-	if socket, ok := conn.(*net.UnixConn); ok {
-		_ = socket.SetWriteBuffer(unixSocketBuffer) // as far as the system allows
+	conn, err := dial.WithAnswer(&net.Dialer{}, answers)(ctx, network, address)
+	switch socket := conn.(type) { // buffers are as large as the system allows
+	case *net.UnixConn:
+		_ = socket.SetWriteBuffer(unixSocketBuffer)
+	case *net.UDPConn:
+		_ = socket.SetReadBuffer(datagramBuffer)
 	}
 	if err != nil || !s.url.TLS() {
 		return conn, err

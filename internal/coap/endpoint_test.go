@@ -22,13 +22,24 @@ import (
 // lost.
 type farPeer struct {
 	net.PacketConn // for the methods that are not called
-	roundTrip      time.Duration
-	percent        int // of datagrams that are lost, each way
-	answers        chan []byte
-	sent           atomic.Int32
+	line
+	answers chan []byte
+	sent    atomic.Int32
+	held    atomic.Int32 // at most, on the way
 
-	mu     sync.Mutex
-	random *rand.Rand
+	mu      sync.Mutex
+	random  *rand.Rand
+	free    time.Time // when the last answer in the queue will have been sent
+	present int32     // on the way
+}
+
+// line is how a peer is reached.
+type line struct {
+	roundTrip time.Duration
+	percent   int           // of datagrams that are lost, each way
+	gap       time.Duration // that an answer takes for itself
+	queue     time.Duration // that answers wait at most for their turn; further ones are lost
+	unsteady  time.Duration // that one answer of a hundred is late
 }
 
 func (p *farPeer) Write(b []byte) (int, error) {
@@ -45,7 +56,26 @@ func (p *farPeer) Write(b []byte) (int, error) {
 		}
 	}
 	answer := appendDatagramHead(nil, message.Acknowledgement, codes.Content, m.ID, m.Token)
-	time.AfterFunc(p.roundTrip, func() { p.answers <- answer })
+	now := time.Now()
+	if p.free.Before(now) {
+		p.free = now
+	}
+	waits := p.free.Sub(now)
+	if p.queue > 0 && waits > p.queue {
+		return len(b), nil
+	}
+	p.free = p.free.Add(p.gap)
+	if p.random.IntN(100) == 0 {
+		waits += p.unsteady
+	}
+	p.present++
+	p.held.Store(max(p.held.Load(), p.present))
+	time.AfterFunc(p.roundTrip+waits+p.gap, func() {
+		p.mu.Lock()
+		p.present--
+		p.mu.Unlock()
+		p.answers <- answer
+	})
 	return len(b), nil
 }
 
@@ -93,44 +123,50 @@ func TestWriteFails(t *testing.T) {
 }
 
 // TestFarPeer makes requests by UDP to a peer that is farther away than the first wait for an
-// answer, and to one behind a line that loses much.
+// answer, and to some behind lines that lose much, carry much, carry little, or are unsteady.
 func TestFarPeer(t *testing.T) {
-	const requests = 300
 	for name, test := range map[string]struct {
-		roundTrip time.Duration
-		percent   int
-		mostSent  int32
-		mostTime  time.Duration
+		line
+		requests int
+		mostSent int32
+		mostHeld int32
+		mostTime time.Duration
 	}{
-		"near":       {10 * time.Millisecond, 0, requests, time.Second},
-		"far":        {900 * time.Millisecond, 0, requests + 20, 30 * time.Second},
-		"very far":   {1800 * time.Millisecond, 0, requests + 20, time.Minute},
-		"much lost":  {10 * time.Millisecond, 30, 3 * requests, time.Minute},
-		"far, lossy": {600 * time.Millisecond, 10, 2 * requests, 100 * time.Second},
+		"near":                 {line{roundTrip: 10 * time.Millisecond}, 300, 300, 300, time.Second},
+		"far":                  {line{roundTrip: 900 * time.Millisecond}, 300, 320, 300, 30 * time.Second},
+		"very far":             {line{roundTrip: 1800 * time.Millisecond}, 300, 320, 300, time.Minute},
+		"much lost":            {line{roundTrip: 10 * time.Millisecond, percent: 30}, 300, 900, 300, time.Minute},
+		"far, lossy":           {line{roundTrip: 600 * time.Millisecond, percent: 10}, 300, 600, 300, 100 * time.Second},
+		"far, unsteady":        {line{roundTrip: 300 * time.Millisecond, unsteady: 100 * time.Millisecond}, 3000, 3000, 3000, 10 * time.Second},
+		"far and wide":         {line{roundTrip: 300 * time.Millisecond, gap: 100 * time.Microsecond}, 20000, 20000, 4096, 10 * time.Second},
+		"wide, busy":           {line{roundTrip: 50 * time.Microsecond, gap: 20 * time.Microsecond}, 20000, 20000, 100, time.Second},
+		"slow, short queue":    {line{roundTrip: 20 * time.Millisecond, gap: 9 * time.Millisecond, queue: 50 * time.Millisecond}, 1000, 1200, 100, 11 * time.Second},
+		"far, short queue":     {line{roundTrip: 300 * time.Millisecond, gap: time.Millisecond, queue: 50 * time.Millisecond}, 20000, 20500, 400, time.Minute},
+		"far, very long queue": {line{roundTrip: 300 * time.Millisecond, gap: time.Millisecond, queue: time.Hour}, 20000, 20100, 600, 30 * time.Second},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				peer := &farPeer{roundTrip: test.roundTrip, percent: test.percent, random: rand.New(rand.NewPCG(1, 2)), answers: make(chan []byte, 1000)}
+				peer := &farPeer{line: test.line, random: rand.New(rand.NewPCG(1, 2)), answers: make(chan []byte, test.requests)}
 				e := NewEndpoint(nil, EndpointConfig{
 					AckTimeout: 500 * time.Millisecond, Timeout: time.Minute,
 					Dial: func() (net.Conn, error) { return peer, nil },
 				})
 				go e.Run()
 				begin, store, done := time.Now(), NewRequests(WellKnownPath()), make(chan *Exchange)
-				for range requests {
+				for range test.requests {
 					e.Start(&Exchange{Store: store, Size: 1024, Done: func(x *Exchange) { done <- x }})
 				}
-				for answered := 0; answered < requests; {
+				for answered := 0; answered < test.requests; {
 					if x := <-done; x.Err == nil {
 						answered++
 					} else if !e.Start(x) { // as whoever wants the block does
 						t.Fatal(x.Err)
 					}
 				}
-				took, sent := time.Since(begin), peer.sent.Load()
-				t.Logf("%d messages, %v", sent, took)
-				if sent > test.mostSent || took > test.mostTime {
-					t.Errorf("%d requests took %d messages and %v", requests, sent, took)
+				took, sent, held := time.Since(begin), peer.sent.Load(), peer.held.Load()
+				t.Logf("%d messages, %d at a time, %v", sent, held, took)
+				if sent > test.mostSent || held > test.mostHeld || took > test.mostTime {
+					t.Errorf("%d requests took %d messages, %d at a time, and %v", test.requests, sent, held, took)
 				}
 				time.Sleep(time.Minute) // what is on the way arrives
 				e.Close(errClosed)
