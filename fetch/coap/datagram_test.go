@@ -338,6 +338,78 @@ func TestDatagramPeer(t *testing.T) {
 	}
 }
 
+// TestDatagramSameID has a peer whose answers, which come apart, all have the same message ID.
+func TestDatagramSameID(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize1KiB, 1)
+	url := datagramPeer(t, func(m coaptest.Message) [][]byte {
+		if m.Code != codes.GET {
+			return nil
+		}
+		return [][]byte{
+			coaptest.Datagram(message.Acknowledgement, codes.Empty, m.ID, wire.Token{}, nil, ""),
+			coaptest.Datagram(message.Confirmable, codes.Content, 99, m.Token, nil, block),
+		}
+	})
+	store := mustOpen(t, url, coap.Options{RequestTimeout: 5 * time.Second})
+	defer store.Close()
+	for range 3 {
+		if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestDatagramIDs gets so many blocks by UDP from a peer that it would take a message for a copy of
+// one before, if all came from one address.
+func TestDatagramIDs(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize1KiB, 1)
+	socket, err := net.ListenPacket("udp", "127.0.0.1:0")
+	must(t, err)
+	type messageKey struct {
+		from string
+		id   uint16
+	}
+	tokens := make(map[messageKey]wire.Token)
+	var group sync.WaitGroup
+	group.Go(func() {
+		b := make([]byte, 2000)
+		for {
+			n, from, err := socket.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			m, err := coaptest.ParseDatagram(b[:n])
+			if err != nil {
+				t.Errorf("client sends nonsense: %v", err)
+				continue
+			}
+			key := messageKey{from.String(), m.ID}
+			if before, ok := tokens[key]; ok && before != m.Token {
+				t.Errorf("the message ID %d comes a second time from %s", m.ID, from)
+			}
+			tokens[key] = m.Token
+			socket.WriteTo(coaptest.Datagram(message.Acknowledgement, codes.Content, m.ID, m.Token, nil, block), from)
+		}
+	})
+	store := mustOpen(t, "coap://"+socket.LocalAddr().String(), coap.Options{})
+	const blocks = 1<<16 + 100
+	var calls sync.WaitGroup
+	var next atomic.Int32
+	for range 16 {
+		calls.Go(func() {
+			for next.Add(1) <= blocks && !t.Failed() {
+				if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	calls.Wait()
+	store.Close()
+	socket.Close()
+	group.Wait()
+}
+
 // TestDatagramRefused checks that a port where nobody listens is noticed at once, if the system
 // tells.
 func TestDatagramRefused(t *testing.T) {

@@ -46,11 +46,14 @@ type connectionError struct {
 func (e *connectionError) Unwrap() error { return e.error }
 
 // again reports whether a request that has failed should be made once more on a new connection: not
-// if none can be made, and not if the peer has never answered.
+// if none can be made, and not if the peer has never answered; by UDP only where a socket takes no
+// more.
 func (s *Store) again(c connection, err error) bool {
 	answered, _ := c.State()
-	return s.url.Scheme != "coap" && !errors.As(err, new(*dialError)) && !errors.Is(err, context.Canceled) &&
-		(answered || !errors.Is(err, wire.ErrSilent))
+	if s.url.Scheme == "coap" {
+		return errors.Is(err, wire.ErrReleased)
+	}
+	return !errors.As(err, new(*dialError)) && !errors.Is(err, context.Canceled) && (answered || !errors.Is(err, wire.ErrSilent))
 }
 
 // put puts a block in one message, or in parts if the peer cannot take it otherwise.

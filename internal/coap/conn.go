@@ -187,14 +187,14 @@ func (c *Conn) serve() {
 	}
 	err := c.read()
 	protocol, broken := err.(*protocolError)
-	agreed := err == errReleased || c.draining // which nobody else sets
+	agreed := err == ErrReleased || c.draining // which nobody else sets
 	switch {
 	case broken:
 		c.leave(codes.Abort, protocol.option(), protocol.Error(), protocol.error)
-	case err == io.EOF || err == errReleased:
+	case err == io.EOF || err == ErrReleased:
 		// The peer may well wait for answers to what it has sent.
 		c.config.Handler.Finish(false)
-		if err = errReleased; !agreed {
+		if err = ErrReleased; !agreed {
 			err = io.ErrUnexpectedEOF
 		}
 		c.leave(codes.Empty, nil, "", err)
@@ -505,7 +505,7 @@ type delivery struct {
 }
 
 // read takes messages until the connection fails or the peer breaks the protocol. It returns
-// errReleased if the end was agreed.
+// ErrReleased if the end was agreed.
 func (c *Conn) read() error {
 	c.batch = make([]delivery, 0, deliveryBatch)
 	for {
@@ -523,7 +523,7 @@ func (c *Conn) read() error {
 		}
 		c.dry()
 		if err := c.reader.fill(); errors.Is(err, os.ErrDeadlineExceeded) {
-			return errReleased // the peer had its time after that
+			return ErrReleased // the peer had its time after that
 		} else if err != nil {
 			return err
 		}
@@ -650,11 +650,11 @@ func (c *Conn) count(answers, useless int) error {
 	return nil
 }
 
-// over returns errReleased if the peer wants the connection to end, and has answered all that was
+// over returns ErrReleased if the peer wants the connection to end, and has answered all that was
 // requested. The lock must be held.
 func (c *Conn) over() error {
 	if c.draining && len(c.sent) == 0 {
-		return errReleased
+		return ErrReleased
 	}
 	return nil
 }
@@ -701,7 +701,7 @@ func (c *Conn) control(head Head, body []byte) error {
 		c.Respond(head.Token, codes.Pong, nil, nil)
 	case codes.Release:
 		c.draining = true
-		c.failWaiting(errReleased)
+		c.failWaiting(ErrReleased)
 		return c.over()
 	default:
 		return &protocolError{error: errSignal}

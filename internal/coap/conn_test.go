@@ -92,7 +92,7 @@ func testBothWays(t *testing.T) {
 	if _, err := handlers[0].conn.State(); err != end {
 		t.Errorf("one side has ended by %v", err)
 	}
-	if _, err := handlers[1].conn.State(); err != errReleased {
+	if _, err := handlers[1].conn.State(); err != ErrReleased {
 		t.Errorf("the other side has ended by %v", err)
 	}
 	for i, h := range handlers {

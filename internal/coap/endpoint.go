@@ -41,6 +41,10 @@ const (
 	// Round trips that are longer by an eighth, within these bounds, tell that a queue begins (RFC
 	// 9406, section 4.2).
 	leastDelay, mostDelay = 4 * time.Millisecond, 16 * time.Millisecond
+	// messagesPerSocket is how many requests for blocks begin on a socket: servers may take a message
+	// for a copy whose ID came from the same address within 247 s (RFC 7252, section 4.4). As many
+	// IDs are left for what waits then, and for parts of what has begun.
+	messagesPerSocket = 1 << 15
 	// typicalRequest is more bytes than most requests have beside the payload.
 	typicalRequest = 128
 	// rateAging is what a rate that was reached still counts one round trip later.
@@ -95,6 +99,7 @@ type Endpoint struct {
 	unacked   map[messageKey]*confirmable
 	busy      map[messageKey]struct{} // requests that are being served
 	nextID    uint16
+	messages  int       // requests that were sent
 	lastHeard time.Time // last answer
 	recent    [recentIDs]uint16
 	recents   int
@@ -235,6 +240,10 @@ func (e *Endpoint) forget(x *Exchange) {
 
 // transmit implements transport.
 func (e *Endpoint) transmit(x *Exchange) {
+	if e.messages++; e.messages == messagesPerSocket {
+		e.full = true
+		time.AfterFunc(e.config.Timeout, e.leave)
+	}
 	b := make([]byte, 0, typicalRequest+len(x.Payload))
 	for e.nextID++; e.unacked[messageKey{id: e.nextID}] != nil; e.nextID++ {
 	}
@@ -242,6 +251,17 @@ func (e *Endpoint) transmit(x *Exchange) {
 	m := e.confirm(messageKey{id: e.nextID}, nil, appendPayload(b, x.Payload), e.timeout())
 	m.exchange, x.sent = x, m
 	e.outbox = append(e.outbox, m)
+}
+
+// leave closes the socket once nothing is under way any more.
+func (e *Endpoint) leave() {
+	e.Lock()
+	defer e.Unlock()
+	if len(e.sent) > 0 || e.first() != nil || time.Since(e.lastHeard) < e.config.Timeout/2 {
+		time.AfterFunc(e.config.Timeout, e.leave)
+		return
+	}
+	e.end(ErrReleased)
 }
 
 // confirm remembers a message that is to be acknowledged, which the caller then sends. The lock
@@ -472,15 +492,15 @@ func (e *Endpoint) acknowledged(m datagram, key messageKey) {
 func (e *Endpoint) response(m datagram) bool {
 	e.Lock()
 	defer e.Unlock()
-	if slices.Contains(e.recent[:min(e.recents, recentIDs)], m.ID) {
-		return true
-	}
 	s, ok := e.find(m.Token)
-	if ok && e.accept(s.exchange, m) {
+	if !ok {
+		return slices.Contains(e.recent[:min(e.recents, recentIDs)], m.ID)
+	}
+	if e.accept(s.exchange, m) {
 		e.recent[e.recents%recentIDs] = m.ID
 		e.recents++
 	}
-	return ok
+	return true
 }
 
 // accept takes a response. It reports whether it could be understood; if not, it might as well not

@@ -175,3 +175,47 @@ func TestFarPeer(t *testing.T) {
 		})
 	}
 }
+
+// TestFullSocket makes more requests than a socket may: further ones are refused, so that they are
+// made on another one, but parts of what has begun are not; no message ID is used twice; and the
+// socket is closed some time after the last answer.
+func TestFullSocket(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		peer := &farPeer{line: line{roundTrip: time.Millisecond}, random: rand.New(rand.NewPCG(1, 2)), answers: make(chan []byte, 100)}
+		e := NewEndpoint(nil, EndpointConfig{Timeout: time.Minute, Dial: func() (net.Conn, error) { return peer, nil }})
+		ended := make(chan error, 1)
+		go func() { ended <- e.Run() }()
+		store, done := NewRequests(WellKnownPath()), make(chan *Exchange)
+		start := func(part uint32) bool {
+			return e.Start(&Exchange{Store: store, Size: 1024, Block: Block{Number: part, Present: true}, Done: func(x *Exchange) { done <- x }})
+		}
+		for i := range messagesPerSocket {
+			if !start(0) {
+				t.Fatalf("request %d is refused", i)
+			}
+			if x := <-done; x.Err != nil {
+				t.Fatal(x.Err)
+			}
+		}
+		if _, err := e.State(); start(0) || err != ErrReleased {
+			t.Errorf("a further request is taken, and the state is %v", err)
+		}
+		for range messagesPerSocket {
+			if !start(1) {
+				t.Fatal("a further part is refused")
+			}
+			if x := <-done; x.Err != nil {
+				t.Fatal(x.Err)
+			}
+		}
+		time.Sleep(2 * time.Minute)
+		e.Lock()
+		err := e.err
+		e.Unlock()
+		if err != ErrReleased {
+			t.Errorf("two minutes after the last answer the end is %v", err)
+		}
+		close(peer.answers)
+		<-ended
+	})
+}

@@ -108,6 +108,7 @@ type requester struct {
 	outbox    []*confirmable // to be written once the lock is given up
 	err       error          // why the connection is at its end
 	draining  bool           // the peer has announced the end: no further requests of ours
+	full      bool           // no more than further parts of what has begun
 	answered  bool           // the peer has ever answered
 	lastToken uint32
 	tokenSize uint8 // 0 for the shortest
@@ -159,8 +160,8 @@ func (r *requester) connect(dial func() (net.Conn, error)) bool {
 func (r *requester) State() (answered bool, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.err == nil && r.draining {
-		return r.answered, errReleased
+	if r.err == nil && (r.draining || r.full) {
+		return r.answered, ErrReleased
 	}
 	return r.answered, r.err
 }
@@ -171,7 +172,7 @@ func (r *requester) State() (answered bool, err error) {
 func (r *requester) Start(x *Exchange) bool {
 	r.Lock()
 	defer r.Unlock()
-	if r.err != nil || r.draining {
+	if r.err != nil || r.draining || r.full && x.Block.Number == 0 {
 		return false
 	}
 	x.state = exchangeWaiting
@@ -269,11 +270,13 @@ func refusal(method codes.Code) codes.Code {
 // Errors of exchanges, and of connections.
 var (
 	// ErrSilent is wrapped by the error of a request that the peer did not answer in time.
-	ErrSilent   = errors.New("no answer in time")
+	ErrSilent = errors.New("no answer in time")
+	// ErrReleased says that the connection comes to its end as it should, and another one is to be
+	// made.
+	ErrReleased = errors.New("peer closes the connection")
 	errMute     = fmt.Errorf("%w: it accepts connections, and says nothing; is \"serve\" running well, or does it hang: %w", ErrSilent, os.ErrDeadlineExceeded)
 	errClosed   = errors.New("connection is closed")
 	errIdle     = errors.New("connection was idle")
-	errReleased = errors.New("peer closes the connection")
 	errFlood    = errors.New("peer sends too much that was not requested")
 	errNoCSM    = errors.New("peer did not begin with its capabilities")
 	errSignal   = errors.New("unknown signalling message")
