@@ -38,7 +38,7 @@ const (
 	// mostQueued is how many exchanges more may be under way than the line carries, which wait in
 	// queues: the kernel keeps about 90 datagrams for a socket that is not read, by default.
 	mostQueued = 64
-	// Round trips that are longer by an eighth, within these bounds, tell that a queue begins (RFC
+	// Round trips of which all are longer by an eighth, within these bounds, tell of a queue (RFC
 	// 9406, section 4.2).
 	leastDelay, mostDelay = 4 * time.Millisecond, 16 * time.Millisecond
 	// messagesPerSocket is how many requests for blocks begin on a socket: servers may take a message
@@ -49,6 +49,8 @@ const (
 	typicalRequest = 128
 	// rateAging is what a rate that was reached still counts one round trip later.
 	rateAging = 0.9
+	// mostBurst is how many messages are sent at once, or those of burstTime, as exact as timers are.
+	mostBurst, burstTime = 10, 2 * time.Millisecond
 	// recentIDs is how many message IDs of separate answers are remembered, so that copies of them
 	// are acknowledged too.
 	recentIDs = 64
@@ -114,7 +116,11 @@ type Endpoint struct {
 	period    time.Time     // when the present one has begun: each is about a round trip
 	answers   int           // in it
 	lowest    time.Duration // round trip in it
+	queue     bool          // there was one in the period before
 	rate      float64       // most answers per second of a period, of late
+	credit    float64       // messages that may be sent at once, at creditAt
+	creditAt  time.Time
+	pausing   bool          // what waits will be sent
 	unsure    uint16        // the last message of which it is not known which copy was answered,
 	unsureFor time.Duration // and how long after the first one that was; 0 if there is none
 }
@@ -228,7 +234,32 @@ func (e *Endpoint) least() float64 { return min(firstWindow, float64(e.config.Wi
 
 // hasRoom implements transport.
 func (e *Endpoint) hasRoom() bool {
-	return e.conn != nil && float64(len(e.sent)) < e.window
+	return e.conn != nil && float64(len(e.sent)) < e.window && e.paced()
+}
+
+// paced reports whether a message may be sent now, which are spread over the round trip, but for
+// some: short queues have no room for a window at once (RFC 9002, section 7.7). If not, what waits
+// is sent later. The lock must be held.
+func (e *Endpoint) paced() bool {
+	if e.roundTrip == 0 {
+		return true
+	}
+	now, gain := time.Now(), 1.25
+	if e.window < e.threshold {
+		gain = 2
+	}
+	rate := gain * e.window / e.roundTrip.Seconds()
+	e.credit = min(e.credit+rate*now.Sub(e.creditAt).Seconds(), max(mostBurst, rate*burstTime.Seconds()))
+	e.creditAt = now
+	if e.credit < 1 && !e.pausing {
+		e.pausing = true
+		time.AfterFunc(time.Duration(mostBurst/2/rate*float64(time.Second)), func() {
+			e.Lock()
+			e.pausing = false
+			e.Unlock() // which sends
+		})
+	}
+	return e.credit >= 1
 }
 
 // forget implements transport.
@@ -240,6 +271,7 @@ func (e *Endpoint) forget(x *Exchange) {
 
 // transmit implements transport.
 func (e *Endpoint) transmit(x *Exchange) {
+	e.credit--
 	if e.messages++; e.messages == messagesPerSocket {
 		e.full = true
 		time.AfterFunc(e.config.Timeout, e.leave)
@@ -343,7 +375,9 @@ func (e *Endpoint) lost(m *confirmable, err error) {
 func (e *Endpoint) timeout() time.Duration {
 	timeout := e.config.AckTimeout
 	if e.roundTrip > 0 {
-		timeout = e.roundTrip + max(min(timeout, leastTimeout), 4*e.variation)
+		// Where round trips have not varied so far, a queue may begin.
+		late := max(min(e.roundTrip/2, leastTimeout), 4*e.variation)
+		timeout = max(min(timeout, leastTimeout), e.roundTrip+late)
 	}
 	return min(e.config.Timeout, time.Duration(float64(timeout)*(1+(ackRandomFactor-1)*rand.Float64())))
 }
@@ -351,7 +385,7 @@ func (e *Endpoint) timeout() time.Duration {
 // measure takes note of an answer. The lock must be held.
 func (e *Endpoint) measure(m *confirmable) {
 	e.lastHeard, e.answered = time.Now(), true
-	e.grow()
+	e.grow(m)
 	took := e.lastHeard.Sub(m.began)
 	if m.tries > 1 {
 		e.unsure, e.unsureFor = m.key.id, took
@@ -360,25 +394,23 @@ func (e *Endpoint) measure(m *confirmable) {
 	e.sample(took)
 }
 
-// grow widens the window after an answer: by one, or by one per round trip once a queue has begun
-// or something was lost (RFC 5681, section 3.1). Beyond mostQueued it does so only while no more
-// exchanges than that wait in queues, as the difference between the round trip and the shortest one
-// tells (TCP Vegas). The lock must be held.
-func (e *Endpoint) grow() {
+// grow widens the window after an answer: by one, or by one per round trip while there is a queue,
+// and once something was lost (RFC 5681, section 3.1). Beyond mostQueued it does so only while no
+// more exchanges than that wait in queues, as the difference between the round trip and the
+// shortest one tells (TCP Vegas). The lock must be held.
+func (e *Endpoint) grow(m *confirmable) {
 	e.answers++
 	if took := e.lastHeard.Sub(e.period); took >= max(e.roundTrip, time.Millisecond) {
-		if e.lowest > e.shortest+max(leastDelay, min(mostDelay, e.shortest/8)) {
-			e.threshold = min(e.threshold, e.window)
-		}
+		e.queue = e.lowest > e.shortest+max(leastDelay, min(mostDelay, e.shortest/8))
 		e.rate = max(float64(e.answers)/took.Seconds(), rateAging*e.rate)
 		e.answers, e.lowest, e.period = 0, 0, e.lastHeard
 	}
-	if 2*float64(len(e.sent)) < e.window {
-		return // it is not made use of
+	if m.began.Before(e.lastLoss) || 2*float64(len(e.sent)) < e.window {
+		return // it was sent when there was more (RFC 9002, section 7.3.2), or the window is not used
 	}
 	switch queued := e.window * (1 - float64(e.shortest)/float64(e.roundTrip)); {
 	case e.window >= mostQueued && queued >= mostQueued:
-	case e.window < e.threshold:
+	case e.window < e.threshold && !e.queue:
 		e.window++
 	default:
 		e.window += 1 / e.window

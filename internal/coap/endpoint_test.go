@@ -137,11 +137,11 @@ func TestFarPeer(t *testing.T) {
 		"very far":             {line{roundTrip: 1800 * time.Millisecond}, 300, 320, 300, time.Minute},
 		"much lost":            {line{roundTrip: 10 * time.Millisecond, percent: 30}, 300, 900, 300, time.Minute},
 		"far, lossy":           {line{roundTrip: 600 * time.Millisecond, percent: 10}, 300, 600, 300, 100 * time.Second},
-		"far, unsteady":        {line{roundTrip: 300 * time.Millisecond, unsteady: 100 * time.Millisecond}, 3000, 3000, 3000, 10 * time.Second},
+		"far, unsteady":        {line{roundTrip: 300 * time.Millisecond, unsteady: 80 * time.Millisecond}, 3000, 3000, 3000, 10 * time.Second},
 		"far and wide":         {line{roundTrip: 300 * time.Millisecond, gap: 100 * time.Microsecond}, 20000, 20000, 4096, 10 * time.Second},
 		"wide, busy":           {line{roundTrip: 50 * time.Microsecond, gap: 20 * time.Microsecond}, 20000, 20000, 100, time.Second},
 		"slow, short queue":    {line{roundTrip: 20 * time.Millisecond, gap: 9 * time.Millisecond, queue: 50 * time.Millisecond}, 1000, 1200, 100, 11 * time.Second},
-		"far, short queue":     {line{roundTrip: 300 * time.Millisecond, gap: time.Millisecond, queue: 50 * time.Millisecond}, 20000, 20500, 400, time.Minute},
+		"far, short queue":     {line{roundTrip: 300 * time.Millisecond, gap: time.Millisecond, queue: 50 * time.Millisecond}, 20000, 20500, 400, 30 * time.Second},
 		"far, very long queue": {line{roundTrip: 300 * time.Millisecond, gap: time.Millisecond, queue: time.Hour}, 20000, 20100, 600, 30 * time.Second},
 	} {
 		t.Run(name, func(t *testing.T) {
