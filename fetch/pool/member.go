@@ -230,22 +230,25 @@ func (m *member) refuses(a *attempt, busy *fetch.BusyError, now time.Duration) o
 	case busy.After > 0:
 		m.restUntil = max(m.restUntil, now+min(busy.After, longestRest))
 		m.pool.reroute(now)
+		return failure
 	case others > 0 || a.question != nil:
 		return refusal
-	default:
-		a.request.Err = busy.Err
-		m.fails(a, busy.Err, now)
 	}
+	m.fails(a, busy.Err, busyRest, now)
+	if m.proven && m.isSoon(now) {
+		return refusal
+	}
+	a.request.Err = busy.Err
 	return failure
 }
 
 // fails takes note of a failure that says nothing about the block. All requests that were under way
 // at the time of the first one fail for the same reason.
-func (m *member) fails(a *attempt, err error, now time.Duration) {
+func (m *member) fails(a *attempt, err error, least, now time.Duration) {
 	m.failed++
 	m.lastError = err
 	if a.start > m.failedAt {
-		m.rests(err, now)
+		m.rests(err, least, now)
 	}
 }
 
@@ -256,14 +259,15 @@ func (m *member) fallsSilent(now time.Duration) {
 	m.failed++
 	m.quiet = 0
 	m.cancelAll(err)
-	m.rests(err, now)
+	m.rests(err, failureRest, now)
 }
 
-// rests has a member be left alone for a while. Other processes are told at once.
-func (m *member) rests(err error, now time.Duration) {
+// rests has a member be left alone for a while, which least is the first of in a row. Other
+// processes are told at once.
+func (m *member) rests(err error, least, now time.Duration) {
 	m.failedAt = now
 	m.failures++
-	if m.backoff.Min = failureRest; m.silent {
+	if m.backoff.Min = least; m.silent {
 		m.backoff.Min = silentRest
 	}
 	if m.silent && m.proven {

@@ -742,6 +742,24 @@ func TestLimited(t *testing.T) {
 	}
 }
 
+// TestRate has a source take a request only some time after the last one that it took.
+func TestRate(t *testing.T) {
+	for _, interval := range []time.Duration{20 * time.Millisecond, 200 * time.Millisecond} {
+		var last atomic.Int64
+		f := &fake{answer: func(context.Context, int, int64) error {
+			now, before := time.Now().UnixNano(), last.Load()
+			if now-before < int64(interval) || !last.CompareAndSwap(before, now) {
+				return &fetch.BusyError{Err: errBroken}
+			}
+			time.Sleep(time.Millisecond)
+			return nil
+		}}
+		simulate(t, pool.Options{}, sources(f), func(t *testing.T, p *pool.Pool) {
+			near(t, readAll(t, p, 200, eris.BlockSize1KiB, 64), 200*interval.Seconds(), 3)
+		})
+	}
+}
+
 // TestMerging has many calls want the same block, of which the first is given up.
 func TestMerging(t *testing.T) {
 	for n := 1; n <= 2; n++ {

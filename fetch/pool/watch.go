@@ -41,8 +41,9 @@ const (
 	// and what two blocks take.
 	lostAge    = 2 * time.Second
 	lostFactor = 10
-	// Rests of members that fail, and that are silent.
-	failureRest, silentRest, longestRest = 150 * time.Millisecond, time.Second, time.Minute
+	// Rests of members that fail, that are silent, and that are busy: how many requests they take
+	// in a time, too, is found out by these.
+	failureRest, silentRest, busyRest, longestRest = 150 * time.Millisecond, time.Second, 40 * time.Millisecond, time.Minute
 )
 
 var errRested = errors.New("source has not answered an earlier process")
@@ -244,7 +245,7 @@ func (p *Pool) giveUp(m *member, now time.Duration) {
 		switch {
 		case a.probe && now-a.start > probeLimit:
 			a.cancel(errLate)
-			m.fails(a, errLate, now)
+			m.fails(a, errLate, failureRest, now)
 			return
 		case a.probe && l != nil && l.queue == nil && now-a.start >= probeWait:
 			p.advance(l, now)

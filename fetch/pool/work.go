@@ -160,7 +160,7 @@ func (p *Pool) outcome(a *attempt, now time.Duration) outcome {
 	case errors.As(err, &later):
 		return m.refuses(a, later, now)
 	case a.cause == nil:
-		m.fails(a, err, now)
+		m.fails(a, err, failureRest, now)
 	case a.cause == errNotFirst || a.cause == context.Canceled:
 		m.cancelled(a)
 	}
