@@ -165,6 +165,11 @@ func (s *slowStore) PutBatch(ctx context.Context, refs []eris.Reference, blocks 
 
 // datagramPeer plays the other end of UDP: f returns what is sent in answer to a datagram.
 func datagramPeer(t *testing.T, f func(m coaptest.Message) [][]byte) (url string) {
+	return datagramPeerFor(t, func(_ net.Addr, m coaptest.Message) [][]byte { return f(m) })
+}
+
+// datagramPeerFor does so where it matters from where a datagram comes.
+func datagramPeerFor(t *testing.T, f func(from net.Addr, m coaptest.Message) [][]byte) (url string) {
 	socket, err := net.ListenPacket("udp", "127.0.0.1:0")
 	must(t, err)
 	var group sync.WaitGroup
@@ -180,7 +185,7 @@ func datagramPeer(t *testing.T, f func(m coaptest.Message) [][]byte) (url string
 				t.Errorf("client sends nonsense: %v", err)
 				continue
 			}
-			for _, reply := range f(m) {
+			for _, reply := range f(from, m) {
 				socket.WriteTo(reply, from)
 			}
 		}
@@ -363,35 +368,21 @@ func TestDatagramSameID(t *testing.T) {
 // one before, if all came from one address.
 func TestDatagramIDs(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
-	socket, err := net.ListenPacket("udp", "127.0.0.1:0")
-	must(t, err)
 	type messageKey struct {
 		from string
 		id   uint16
 	}
 	tokens := make(map[messageKey]wire.Token)
-	var group sync.WaitGroup
-	group.Go(func() {
-		b := make([]byte, 2000)
-		for {
-			n, from, err := socket.ReadFrom(b)
-			if err != nil {
-				return
-			}
-			m, err := coaptest.ParseDatagram(b[:n])
-			if err != nil {
-				t.Errorf("client sends nonsense: %v", err)
-				continue
-			}
-			key := messageKey{from.String(), m.ID}
-			if before, ok := tokens[key]; ok && before != m.Token {
-				t.Errorf("the message ID %d comes a second time from %s", m.ID, from)
-			}
-			tokens[key] = m.Token
-			socket.WriteTo(coaptest.Datagram(message.Acknowledgement, codes.Content, m.ID, m.Token, nil, block), from)
+	url := datagramPeerFor(t, func(from net.Addr, m coaptest.Message) [][]byte {
+		key := messageKey{from.String(), m.ID}
+		if before, ok := tokens[key]; ok && before != m.Token {
+			t.Errorf("the message ID %d comes a second time from %s", m.ID, from)
 		}
+		tokens[key] = m.Token
+		return [][]byte{coaptest.Datagram(message.Acknowledgement, codes.Content, m.ID, m.Token, nil, block)}
 	})
-	store := mustOpen(t, "coap://"+socket.LocalAddr().String(), coap.Options{})
+	store := mustOpen(t, url, coap.Options{})
+	defer store.Close()
 	const blocks = 1<<16 + 100
 	var calls sync.WaitGroup
 	var next atomic.Int32
@@ -405,9 +396,6 @@ func TestDatagramIDs(t *testing.T) {
 		})
 	}
 	calls.Wait()
-	store.Close()
-	socket.Close()
-	group.Wait()
 }
 
 // TestDatagramRefused checks that a port where nobody listens is noticed at once, if the system

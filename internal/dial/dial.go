@@ -74,7 +74,9 @@ func once(d *net.Dialer, answers func(context.Context, net.Conn) error) func(ctx
 			DNSStart: func(httptrace.DNSStartInfo) { looking.Store(true) },
 			DNSDone: func(info httptrace.DNSDoneInfo) {
 				looking.Store(false)
-				several.CompareAndSwap(false, len(info.Addrs) > 1)
+				if len(info.Addrs) > 1 {
+					several.Store(true)
+				}
 				found <- info.Addrs
 			},
 		})

@@ -188,8 +188,11 @@ func (s *System) now(path string) (string, error) {
 // there, while a question is open for example.
 func (s *System) planned(steps []Step) ([]Step, error) {
 	for n, step := range steps {
+		if step.Path == "" {
+			continue
+		}
 		was, err := s.now(step.Path)
-		if err != nil && step.Path != "" {
+		if err != nil {
 			return nil, err
 		}
 		steps[n].was = &was
