@@ -145,7 +145,7 @@ func TestDeltas(t *testing.T) {
 func TestDeltasBounded(t *testing.T) {
 	directory, items := versions(t, "x-1", "x-2", "x-3", "x-4")
 	kept := t.TempDir() + "/deltas"
-	left := kept + "/.new-1"
+	left := kept + "/.new-" + strings.Repeat("A", 26)
 	must(t, errors.Join(os.Mkdir(kept, 0o755), os.WriteFile(left, nil, 0o600), os.Chtimes(left, time.Time{}, time.Now().Add(-25*time.Hour))))
 	d := publish.NewDeltas(publish.DeltaOptions{Directory: kept, MaxBytes: 400, StoreDir: "/gnu/store", Root: directory, Items: items, Log: logger(t)})
 	defer d.Close()

@@ -113,8 +113,10 @@ func removeUnused(directory string, ttl time.Duration, meant func(name string) b
 	return err
 }
 
-// removeUnusedRecords removes what is known in a directory of items, which need not be there.
+// removeUnusedRecords removes what is known in a directory of items, which need not be there, and
+// what a process has left that was killed.
 func removeUnusedRecords(directory string) {
+	files.RemoveAbandoned(directory)
 	_ = removeUnused(directory, leastTTL, func(name string) bool {
 		hashPart, ok := strings.CutSuffix(name, ".json")
 		return ok && isHashPart(hashPart)

@@ -107,7 +107,7 @@ func TestKeptNars(t *testing.T) {
 
 	// What nobody asks for any more goes, and so does what a killed process has left.
 	old := time.Now().Add(-40 * 24 * time.Hour)
-	must(t, os.WriteFile(filepath.Join(cache, files.TemporaryPrefix+"x"), nil, 0o600))
+	must(t, os.WriteFile(filepath.Join(cache, files.TemporaryPrefix+strings.Repeat("A", 26)), nil, 0o600))
 	entries, err := os.ReadDir(cache)
 	if err != nil || len(entries) != 4 {
 		t.Fatalf("%v, %v", entries, err)

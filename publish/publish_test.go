@@ -31,6 +31,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/content"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
@@ -325,16 +326,18 @@ func TestUnusedRecords(t *testing.T) {
 		must(t, os.WriteFile(name, nil, 0o600))
 	}
 	used := cache + "/00000000000000000000000000000002.json"
+	left := cache + "/" + files.TemporaryPrefix + strings.Repeat("A", 26) // by a process that was killed
+	must(t, os.WriteFile(left, nil, 0o600))
 	month := time.Now().Add(-31 * 24 * time.Hour)
-	for _, name := range append(others, used) {
+	for _, name := range append(others, used, left) {
 		must(t, os.Chtimes(name, month, month))
 	}
 	c.Known(path, narHash)
 	c.Close()
 	publish.NewCapabilities(cache, nil, 2, logger(t)).Close()
 	publish.NewDeltas(publish.DeltaOptions{Directory: cache, Log: logger(t)}).Close()
-	for i, name := range append(others, used) {
-		if _, err := os.Lstat(name); (err == nil) != (i > 0) {
+	for _, name := range append(others, used, left) {
+		if _, err := os.Lstat(name); (err == nil) == (name == others[0] || name == left) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

@@ -47,7 +47,7 @@ func (e *exporter) writeNar(ctx context.Context, it *exportItem, tree string) (n
 	if err := e.subdirectory(filepath.Dir(u.URL)); err != nil {
 		return u, err
 	}
-	err := files.Replace(filepath.Join(e.o.Directory, u.URL), 0o644, files.Options{Sync: true}, func(w io.Writer) error {
+	err := files.Replace(filepath.Join(e.o.Directory, u.URL), 0o644, files.Options{Sync: true, Locked: true}, func(w io.Writer) error {
 		n := &skipper{w: w}
 		err := writeNar(nar.Until(ctx, n), tree, u.Compression)
 		u.FileSize = uint64(n.offset)

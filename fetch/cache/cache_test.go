@@ -405,7 +405,7 @@ func TestCloseInUse(t *testing.T) {
 func TestTemporary(t *testing.T) {
 	d := t.TempDir()
 	os.Chmod(d, 0o700)
-	for name, age := range map[string]time.Duration{files.TemporaryPrefix + "old": 48 * time.Hour, files.TemporaryPrefix + "new": 0, "foreign": 48 * time.Hour} {
+	for name, age := range map[string]time.Duration{files.TemporaryPrefix + strings.Repeat("A", 26): 48 * time.Hour, files.TemporaryPrefix + "new": 0, "foreign": 48 * time.Hour} {
 		name = filepath.Join(d, name)
 		must(t, os.WriteFile(name, nil, 0o600))
 		must(t, os.Chtimes(name, time.Time{}, time.Now().Add(-age)))

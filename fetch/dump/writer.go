@@ -260,9 +260,9 @@ func (s *Store) startWriter(file *os.File) (*writer, error) {
 	return w, nil
 }
 
-// renew writes a dump of definite length anew, so that it can be continued.
+// renew writes a dump of definite length, which is locked, anew, so that it can be continued.
 func (s *Store) renew(file *os.File, info os.FileInfo) error {
-	return files.Replace(s.URL.Path, info.Mode().Perm(), files.Options{Sync: true}, func(out io.Writer) error {
+	return files.Replace(s.URL.Path, info.Mode().Perm(), files.Options{Sync: true, Locked: true}, func(out io.Writer) error {
 		if _, err := io.WriteString(out, opening); err != nil {
 			return err
 		}

@@ -27,6 +27,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/web"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
@@ -347,6 +348,36 @@ func TestRefused(t *testing.T) {
 		if errors.Is(err, eris.ErrNotFound) != missing || !missing && !strings.HasSuffix(err.Error(), fmt.Sprintf("403 Forbidden: %q", code)) {
 			t.Errorf("%s: %v", code, err)
 		}
+	}
+}
+
+// TestKilled checks that a process that is killed while it sends a pack leaves nothing, and that
+// what one has left in a directory is removed a day later.
+func TestKilled(t *testing.T) {
+	temporary, packs := t.TempDir(), t.TempDir()
+	t.Setenv("TMPDIR", temporary)
+	put := func(url string) {
+		s := mustOpen(t, url)
+		c, err := eris.Encode(t.Context(), strings.NewReader("a pack"), s.Put, eris.EncodeOptions{})
+		must(t, err)
+		must(t, s.Finish(t.Context(), []eris.ReadCapability{c}))
+	}
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if entries, err := os.ReadDir(temporary); len(entries) > 0 {
+			t.Errorf("in the middle of %s there is %s, %v", r.Method, entries, err)
+		}
+		w.WriteHeader(http.StatusCreated)
+	}))
+	defer server.Close()
+	put(server.URL + "?packed")
+	left, foreign := filepath.Join(packs, files.TemporaryPrefix+strings.Repeat("A", 26)), filepath.Join(packs, ".new-notes")
+	for _, name := range []string{left, foreign} {
+		must(t, os.WriteFile(name, nil, 0o600))
+		must(t, os.Chtimes(name, time.Time{}, time.Now().Add(-25*time.Hour)))
+	}
+	put("file:" + packs + "?packed")
+	if entries, err := os.ReadDir(packs); err != nil || len(entries) != 2 || entries[0].Name() != filepath.Base(foreign) {
+		t.Errorf("there is %s, %v", entries, err)
 	}
 }
 

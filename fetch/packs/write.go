@@ -4,12 +4,15 @@ package packs
 
 import (
 	"bufio"
+	"cmp"
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"sync"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -17,6 +20,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dump"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/local"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 )
 
@@ -161,12 +165,14 @@ type spool struct {
 	blocks map[eris.Reference]entry
 }
 
-// newSpool makes the directory, but not its parents. Without one it is that of temporary files.
+// newSpool makes the directory, but not its parents, and removes what a process has left there that
+// was killed. Without one it is that of temporary files.
 func newSpool(directory string) (*spool, error) {
 	if directory != "" {
 		if err := local.MakeDirectory(directory); err != nil {
 			return nil, err
 		}
+		files.RemoveAbandoned(directory)
 	}
 	file, err := temporary(directory)
 	if err != nil {
@@ -181,7 +187,10 @@ func newSpool(directory string) (*spool, error) {
 	return s, nil
 }
 
-func temporary(directory string) (*os.File, error) { return os.CreateTemp(directory, ".pack-*") }
+func temporary(directory string) (*os.File, error) {
+	name := filepath.Join(cmp.Or(directory, os.TempDir()), files.TemporaryPrefix+rand.Text())
+	return os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+}
 
 // Close implements [fetch.Source].
 func (s *spool) Close() error {
@@ -263,6 +272,9 @@ func (s *Store) finish(ctx context.Context, c eris.ReadCapability) (err error) {
 	}
 	defer file.Close()
 	defer os.Remove(file.Name()) // if it is there yet
+	if s.directory == "" {
+		os.Remove(file.Name()) // what is sent needs no name
+	}
 	sum := sha256.New()
 	w := bufio.NewWriterSize(io.MultiWriter(file, sum), 1<<20)
 	if err := write(ctx, w, s.spool, c); err != nil {

@@ -17,14 +17,15 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// TemporaryPrefix begins the names of the temporary files that [Replace] makes. A process that is
-// killed leaves them behind; those of some age may be removed.
+// TemporaryPrefix begins the names of the temporary files that [Replace] makes; what follows is of
+// [rand.Text]. A process that is killed leaves them behind; [RemoveAbandoned] removes them.
 const TemporaryPrefix = ".new-"
 
 // ErrLocked is wrapped by errors that say that another process, or another open file of this one,
@@ -110,11 +111,12 @@ func temporary(directory, name string, mode fs.FileMode, locked bool) (*os.File,
 // abandonedAfter is when a temporary file is one that nobody writes any more.
 const abandonedAfter = 24 * time.Hour
 
-// RemoveAbandoned removes temporary files from a directory that have not been written for a day:
-// what processes have left behind that were killed.
+// RemoveAbandoned removes temporary files from a directory, where others may have files too, that
+// have not been written for a day: what processes have left behind that were killed.
 func RemoveAbandoned(directory string) {
-	abandoned, _ := filepath.Glob(filepath.Join(directory, TemporaryPrefix+"*"))
+	abandoned, _ := fs.Glob(os.DirFS(directory), TemporaryPrefix+strings.Repeat("[A-Z2-7]", len(rand.Text())))
 	for _, name := range abandoned {
+		name = filepath.Join(directory, name)
 		if info, err := os.Lstat(name); err == nil && time.Since(info.ModTime()) > abandonedAfter {
 			os.Remove(name)
 		}
