@@ -17,7 +17,8 @@ import (
 // earlier is what an earlier export has: what is in a store that it was brought to.
 type earlier map[string][]*narinfo.Narinfo // by name without version
 
-// readEarlier reads the narinfos in a directory; an empty one has nothing.
+// readEarlier reads the narinfos in a directory, which need not have any if it is one of an export;
+// an empty one has nothing.
 func readEarlier(ctx context.Context, directory, storeDir string) (earlier, error) {
 	e := earlier{}
 	if directory == "" {
@@ -41,6 +42,9 @@ func readEarlier(ctx context.Context, directory, storeDir string) (earlier, erro
 		}
 		name := unversionedName(n)
 		e[name] = append(e[name], n)
+	}
+	if _, err := os.Stat(filepath.Join(directory, "nix-cache-info")); err != nil && len(e) == 0 {
+		return nil, fmt.Errorf("%s is no earlier export: it has no narinfos and no nix-cache-info", directory)
 	}
 	return e, nil
 }
