@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -132,47 +133,65 @@ func Plain(err error) string { return Text(err.Error()) }
 func Text(text string) string {
 	lines := strings.Split(text, "\n")
 	for i, line := range lines {
-		for _, w := range [...]struct{ pattern, words string }{
-			{`(?:\b\w+ )?\S*\.incoming(?:/[0-9a-f]+)?: `, ""}, // which nobody has named
-			{`\.new-[A-Z2-7]{26}/?`, ""},
-			{`\b(?:dial|read|write) (?:tcp|udp|unix|unixgram)[46]? (?:\S+->)?(\S+): `, "$1: "},
-			{`(^|: |\()(?:lstat|stat|open|openat|fstatat|mkdir|mkdirat|readlink|remove|unlinkat|create|statfs|lchown) (.+?): `, "$1$2: "},
-			{`(^|: |\()(?:read|write) (\S*/\S*|\S+: is a directory)(: |$)`, "$1$2$3"},
-			{`\blisten (?:tcp|udp|unix)[46]? (?:address )?(\S+): `, "$1: "},
-			{`\blisten (?:tcp|udp|unix)[46]?: (?:address|lookup) (\S+)(?: on \S+)?: `, "$1: "},
-			{`\b(?:connect|bind): `, ""},
-			{`\b(?:recvfrom|read|write): connection `, "connection "},
-			{`\bdial tcp: lookup (\S+)(?: on \S+)?: `, "$1: "},
-			{`(the address right\?) (?:\S+): `, "$1 "}, // which the URL has
-			{`failed to WebSocket dial: failed to send handshake request: Get "\S*": `, ""},
-			{`http: server gave HTTP response to HTTPS client`, "it speaks HTTP, and not HTTPS"},
-			{`http2: .* looked like an HTTP/1\.1 header`, "it speaks HTTP/1.1 only, and no h2c"},
-			{`tls: first record does not look like a TLS handshake`, "it does not speak TLS"},
-			{`failed to WebSocket dial: expected handshake response status code 101 but got (\d+)`, "it speaks HTTP, but no WebSocket is there: status $1"},
-			{`(does not exist; .*): file does not exist$`, "$1"},
-			{`(?:net/http: HTTP/1.x transport connection broken: malformed|readLoopPeekFailLocked: ).*`, "it speaks something else than HTTP"},
-			{`net/http: HTTP/1.x transport connection broken: `, ""},
-			{`context canceled|\w+ signal received`, "interrupted"},
-			{`\bgetwd: no such file or directory`, "the working directory is gone"},
-			{`context deadline exceeded|i/o timeout`, "no answer in time"},
-			{`address already in use`, "another program listens there"},
-			{`missing port in address`, "the port is missing"},
-			{`too many colons in address`, "this is not of the form HOST:PORT"},
-			{`incompatible types: TOML value has type (\w+); destination has type (\w+)`, "it is of the type $1, and must be of the type $2"},
-			{`\btype (?:slice|\[\]string)\b`, "type list"},
-			{`\btype int(?:eger|64)?\b`, "type number"},
-			{`\btype bool(?:ean)?\b`, "type true or false"},
-			{`^toml: `, ""},
-		} {
-			line = regexp.MustCompile(w.pattern).ReplaceAllString(line, w.words)
+		for _, r := range rewordings() {
+			line = r.ReplaceAllString(line, r.words)
 		}
 		if !strings.Contains(line, "not found") && !strings.Contains(line, "hash") {
-			line = regexp.MustCompile(`\b(?:getting )?block [A-Z2-7]{52}: `).ReplaceAllString(line, "") // the same with any block
+			line = ofBlock().ReplaceAllString(line, "")
 		}
 		lines[i] = once(line)
 	}
 	return strings.Join(slices.Compact(lines), "\n  ")
 }
+
+// rewordings are what stands for texts of the libraries, in the order in which they are looked for.
+var rewordings = sync.OnceValue(func() (list []rewording) {
+	for _, w := range [...]struct{ pattern, words string }{
+		{`(?:\b\w+ )?\S*\.incoming(?:/[0-9a-f]+)?: `, ""}, // which nobody has named
+		{`\.new-[A-Z2-7]{26}/?`, ""},
+		{`\b(?:dial|read|write) (?:tcp|udp|unix|unixgram)[46]? (?:\S+->)?(\S+): `, "$1: "},
+		{`(^|: |\()(?:lstat|stat|open|openat|fstatat|mkdir|mkdirat|readlink|remove|unlinkat|create|statfs|lchown) (.+?): `, "$1$2: "},
+		{`(^|: |\()(?:read|write) (\S*/\S*|\S+: is a directory)(: |$)`, "$1$2$3"},
+		{`\blisten (?:tcp|udp|unix)[46]? (?:address )?(\S+): `, "$1: "},
+		{`\blisten (?:tcp|udp|unix)[46]?: (?:address|lookup) (\S+)(?: on \S+)?: `, "$1: "},
+		{`\b(?:connect|bind): `, ""},
+		{`\b(?:recvfrom|read|write): connection `, "connection "},
+		{`\bdial tcp: lookup (\S+)(?: on \S+)?: `, "$1: "},
+		{`(the address right\?) (?:\S+): `, "$1 "}, // which the URL has
+		{`failed to WebSocket dial: failed to send handshake request: Get "\S*": `, ""},
+		{`http: server gave HTTP response to HTTPS client`, "it speaks HTTP, and not HTTPS"},
+		{`http2: .* looked like an HTTP/1\.1 header`, "it speaks HTTP/1.1 only, and no h2c"},
+		{`tls: first record does not look like a TLS handshake`, "it does not speak TLS"},
+		{`failed to WebSocket dial: expected handshake response status code 101 but got (\d+)`, "it speaks HTTP, but no WebSocket is there: status $1"},
+		{`(does not exist; .*): file does not exist$`, "$1"},
+		{`(?:net/http: HTTP/1.x transport connection broken: malformed|readLoopPeekFailLocked: ).*`, "it speaks something else than HTTP"},
+		{`net/http: HTTP/1.x transport connection broken: `, ""},
+		{`context canceled|\w+ signal received`, "interrupted"},
+		{`\bgetwd: no such file or directory`, "the working directory is gone"},
+		{`context deadline exceeded|i/o timeout`, "no answer in time"},
+		{`address already in use`, "another program listens there"},
+		{`missing port in address`, "the port is missing"},
+		{`too many colons in address`, "this is not of the form HOST:PORT"},
+		{`incompatible types: TOML value has type (\w+); destination has type (\w+)`, "it is of the type $1, and must be of the type $2"},
+		{`\btype (?:slice|\[\]string)\b`, "type list"},
+		{`\btype int(?:eger|64)?\b`, "type number"},
+		{`\btype bool(?:ean)?\b`, "type true or false"},
+		{`^toml: `, ""},
+	} {
+		list = append(list, rewording{regexp.MustCompile(w.pattern), w.words})
+	}
+	return list
+})
+
+type rewording struct {
+	*regexp.Regexp
+	words string
+}
+
+// ofBlock is what the parts of an error begin with that are the same with any block.
+var ofBlock = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`\b(?:getting )?block [A-Z2-7]{52}: `)
+})
 
 // once removes the parts of an error that an earlier part has said.
 func once(line string) string {

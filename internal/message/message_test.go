@@ -44,6 +44,9 @@ func TestText(t *testing.T) {
 			t.Errorf("%q: %q, want %q", text, got, want)
 		}
 	}
+	if n := testing.AllocsPerRun(10, func() { Text("x: it failed") }); n > 500 {
+		t.Errorf("%v allocations, as if expressions were compiled each time", n)
+	}
 }
 
 func TestHint(t *testing.T) {
