@@ -19,6 +19,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/turns"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
@@ -40,6 +41,7 @@ type Store struct {
 	options  Options
 	blocks   *wire.Requests
 	have     *wire.Requests // for questions what the store has
+	turns    *turns.Turns   // of blocks that are put
 	pool     *sync.Pool     // of memory for messages
 	ctx      context.Context
 	cancel   context.CancelFunc
@@ -86,6 +88,7 @@ func newStore(u storeurl.URL, name string, options Options) *Store {
 	s.blocks.HopLimit = options.HopLimit
 	s.have = wire.NewDocument(append(slices.Clone(u.Segments), wire.HaveSegment))
 	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.turns = turns.New(s.ctx)
 	s.main = s.newLink()
 	return s
 }

@@ -7,6 +7,7 @@ import (
 	"context"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"net"
 	"path/filepath"
 	"strings"
@@ -92,12 +93,73 @@ func TestBusy(t *testing.T) {
 			})
 		}
 		_, getError := get(t, busy(codes.GET), ref, eris.BlockSize1KiB)
-		for _, err := range []error{getError, busy(codes.PUT).Put(t.Context(), ref, block)} {
+		failures := []error{getError}
+		if v.want != 0 { // see TestLimited
+			failures = append(failures, busy(codes.PUT).Put(t.Context(), ref, block))
+		}
+		for _, err := range failures {
 			busy, ok := errors.AsType[*fetch.BusyError](err)
 			if ok != (v.want >= 0) || ok && busy.After != v.want {
 				t.Errorf("%d, %q: error %v", v.code, v.age, err)
 			}
 			response.check(t, err)
+		}
+	}
+}
+
+// TestLimited puts blocks into a peer that refuses more than some requests at a time, and says for
+// how long or not: all of them are stored, although all are put at the same time. One that refuses
+// everything is given up, after few requests.
+func TestLimited(t *testing.T) {
+	for _, most := range []int64{0, 2, 5} {
+		for age, code := range map[string]codes.Code{"": codes.TooManyRequests, "\x01": codes.ServiceUnavailable} {
+			t.Run(fmt.Sprintf("%d at a time, later %q", most, age), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					var network sourcetest.Network
+					var now, stored, refused atomic.Int64
+					listener, play := network.Listen(), script(func(_ int, p *peer) {
+						var group sync.WaitGroup
+						defer group.Wait()
+						p.write(csm)
+						for {
+							m, ok := p.readUntil(codes.PUT)
+							if !ok {
+								return
+							}
+							group.Go(func() {
+								defer now.Add(-1)
+								if now.Add(1) > most {
+									refused.Add(1)
+									p.write(coaptest.Stream(code, m.Token, coaptest.Option(nil, 0, message.MaxAge, age), ""))
+									return
+								}
+								time.Sleep(time.Millisecond)
+								stored.Add(1)
+								p.write(coaptest.Stream(codes.Created, m.Token, nil, ""))
+							})
+						}
+					})
+					serveOn(t, listener, play.run(t))
+					store := mustOpen(t, "coap+tcp://192.0.2.1", coap.Options{Dial: func(ctx context.Context) (net.Conn, error) {
+						return network.Dial(ctx, "tcp", listener.Addr().String())
+					}})
+					defer store.Close()
+					const blocks = 60
+					var group sync.WaitGroup
+					for i := range blocks {
+						group.Go(func() {
+							ref, block := newBlock(eris.BlockSize1KiB, i)
+							if err := store.Put(t.Context(), ref, block); (err == nil) != (most > 0) {
+								t.Error(err)
+							}
+						})
+					}
+					group.Wait()
+					if n := refused.Load(); stored.Load() < blocks && most > 0 || n == 0 || n > 2*blocks {
+						t.Errorf("%d are stored, %d requests were refused", stored.Load(), n)
+					}
+				})
+			})
 		}
 	}
 }

@@ -16,7 +16,7 @@ import (
 
 // Put implements [fetch.Store]: it returns nil once the server has answered that it has the block.
 // The reference is not sent, servers compute it; it is for messages. If the connection fails, the
-// block is put once more on a new one.
+// block is put once more on a new one; if the server is busy, when it has its turn.
 func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error {
 	var err error
 	switch {
@@ -25,11 +25,16 @@ func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error
 	case !s.url.Put:
 		err = fetch.ErrReadOnly
 	default:
-		err = s.put(ctx, block)
-		var failure *connectionError
-		if errors.As(err, &failure) && failure.again {
-			err = s.put(ctx, block)
-		}
+		err = s.turns.Retry(ctx, func() error {
+			err := s.put(ctx, block)
+			if failure, ok := errors.AsType[*connectionError](err); ok && failure.again {
+				err = s.put(ctx, block)
+			}
+			if busy, ok := errors.AsType[*fetch.BusyError](err); ok && busy.After > 0 {
+				s.turns.Fail(busy, busy.After)
+			}
+			return err
+		})
 	}
 	if cause := context.Cause(ctx); err == nil || cause != nil && errors.Is(err, cause) {
 		return err

@@ -13,6 +13,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/turns"
 	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 
@@ -241,15 +242,12 @@ func getError(x *wire.Exchange) error {
 	return refusal(x)
 }
 
-// longestRest bounds for how long a busy peer is left alone.
-const longestRest = 30 * time.Second
-
 // refusal returns what the code of an error response means that says nothing about the block. A
 // busy peer may say for how long (RFC 7252, section 5.9.3.4; RFC 8516, section 2).
 func refusal(x *wire.Exchange) error {
 	err := responseError(x)
 	if x.Code == codes.ServiceUnavailable || x.Code == codes.TooManyRequests {
-		return &fetch.BusyError{After: min(time.Duration(x.Response.MaxAge)*time.Second, longestRest), Err: err}
+		return &fetch.BusyError{After: min(time.Duration(x.Response.MaxAge)*time.Second, turns.LongestRest), Err: err}
 	}
 	return err
 }

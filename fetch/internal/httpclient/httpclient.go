@@ -26,6 +26,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/proxy"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/turns"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 )
@@ -55,18 +56,12 @@ type Client struct {
 	known atomic.Bool   // there has been a connection
 	first chan struct{} // has room if nobody makes it
 
+	turns *turns.Turns
+
 	mu    sync.Mutex
-	rest  backoff.Backoff // after failed connections, and when the server has asked for it
-	cause error           // of the rest
 	last  time.Time       // when the server has answered
 	conns context.Context // of the connections, ends with them
 	drop  context.CancelFunc
-
-	// Of calls of Retry.
-	limit    backoff.Limit
-	calls    int       // that are not waiting
-	answered int       // calls that were not refused
-	turn     sync.Cond // what waits until there may be one more waits on it
 }
 
 const (
@@ -74,9 +69,6 @@ const (
 	// maxRest is how much of a body that nobody wants is read, so that the connection can be used
 	// again.
 	maxRest = 40 << 10
-	// maxWait is how long a request waits in all for a busy server before the caller hears of it.
-	maxWait                = 4 * time.Second
-	firstRest, longestRest = 100 * time.Millisecond, 30 * time.Second
 )
 
 var (
@@ -94,11 +86,11 @@ func New(base *url.URL, o Options) *Client {
 	if o.Getenv == nil {
 		o.Getenv = os.Getenv
 	}
-	c := &Client{options: o, first: make(chan struct{}, 1), rest: backoff.Backoff{Min: firstRest, Max: longestRest}}
-	c.turn.L = &c.mu
+	c := &Client{options: o, first: make(chan struct{}, 1)}
 	c.known.Store(base.Scheme == "http" && !o.Cleartext)
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
 	c.conns, c.drop = context.WithCancel(c.ctx)
+	c.turns = turns.New(c.ctx)
 	var protocols http.Protocols
 	protocols.SetHTTP1(!o.Cleartext)
 	protocols.SetHTTP2(true)
@@ -199,108 +191,16 @@ func (c *Client) Close() {
 	c.transport.CloseIdleConnections()
 }
 
-// Retry calls f, which makes a request by [Client.Do], and calls it again when the server was busy:
-// with others, when it has its turn, of which there are fewer then; or by itself, as often as that
-// fits into some seconds. Other errors are those of f.
-func (c *Client) Retry(ctx context.Context, f func() error) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	defer context.AfterFunc(c.ctx, func() { cancel(fetch.ErrClosed) })()
-	defer context.AfterFunc(ctx, func() {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		c.turn.Broadcast()
-	})()
-	for waited := time.Duration(0); ; {
-		answered, err := c.begin(ctx)
-		if err != nil {
-			return err
-		}
-		err = c.resting()
-		rests := err != nil
-		if !rests {
-			err = f()
-		}
-		busy, _ := errors.AsType[*fetch.BusyError](err)
-		others := c.end(answered, busy, rests)
-		if busy == nil {
-			return err
-		}
-		if others == 0 {
-			waited += max(busy.After, firstRest)
-		}
-		if waited > maxWait {
-			return err
-		}
-		select {
-		case <-time.After(busy.After):
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
-}
-
-// begin waits until there may be one more call. It returns how many have been answered.
-func (c *Client) begin(ctx context.Context) (answered int, err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for !c.limit.Allows(time.Now(), c.calls) && ctx.Err() == nil {
-		c.turn.Wait()
-	}
-	c.turn.Signal() // there may be room for another one
-	if ctx.Err() != nil {
-		return 0, context.Cause(ctx)
-	}
-	c.calls++
-	return c.answered, nil
-}
-
-// end takes note of how a call has ended, and returns how many others were under way or were
-// answered meanwhile.
-func (c *Client) end(answered int, busy *fetch.BusyError, rests bool) (others int) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.calls--
-	others = max(c.calls, c.answered-answered)
-	switch {
-	case rests: // it has not been asked
-	case busy == nil:
-		c.answered++
-	default:
-		now := time.Now()
-		c.limit.Refuse(now, max(1, others), busy.After)
-		if others == 0 {
-			c.rest.Fail(now, busy.After)
-			c.cause = busy
-		}
-	}
-	c.turn.Signal()
-	return others
-}
+// Retry calls f, which makes a request by [Client.Do], again when the server was busy; see
+// [turns.Turns.Retry].
+func (c *Client) Retry(ctx context.Context, f func() error) error { return c.turns.Retry(ctx, f) }
 
 // resting returns why no request is made at present, or nil.
 func (c *Client) resting() error {
 	if c.ctx.Err() != nil {
 		return fetch.ErrClosed
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	left := c.rest.Rest(time.Now())
-	if left == 0 {
-		return nil
-	}
-	if busy, ok := errors.AsType[*fetch.BusyError](c.cause); ok {
-		return &fetch.BusyError{After: left, Err: busy.Err}
-	}
-	return fmt.Errorf("not asked again for %v: %w", left.Round(time.Millisecond), c.cause)
-}
-
-// failed has the server rest for some time, which it returns.
-func (c *Client) failed(err error, after time.Duration) time.Duration {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.cause = err
-	return c.rest.Fail(time.Now(), after)
+	return c.turns.Resting()
 }
 
 // unreachable has the server rest for the longer the longer it took to connect, so that a host that
@@ -308,22 +208,19 @@ func (c *Client) failed(err error, after time.Duration) time.Duration {
 // may be away for a moment.
 func (c *Client) unreachable(err error, took time.Duration) {
 	c.mu.Lock()
-	if time.Since(c.last) < longestRest {
+	if time.Since(c.last) < turns.LongestRest {
 		took = 0
 	}
 	c.mu.Unlock()
-	c.failed(err, 6*took)
+	c.turns.Fail(err, 6*took)
 }
 
-// worked ends the row of failures; but not a rest, which an answer to an earlier request says
-// nothing about.
+// worked takes note of an answer.
 func (c *Client) worked() {
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	c.last = time.Now()
-	if c.rest.Rest(c.last) == 0 {
-		c.rest.Succeed()
-	}
+	c.mu.Unlock()
+	c.turns.Succeed()
 }
 
 // Do makes a request, whose body is what its GetBody returns, and has the response handled, the
@@ -442,7 +339,7 @@ func (e *exchange) run(ctx context.Context, request *http.Request, handle func(r
 	}()
 	if busy := busyError(r); busy != nil {
 		if busy.After > 0 {
-			busy.After = c.failed(busy, busy.After)
+			busy.After = c.turns.Fail(busy, busy.After)
 		}
 		return busy
 	}
@@ -514,7 +411,7 @@ func busyError(r *http.Response) *fetch.BusyError {
 		return nil
 	}
 	after := backoff.RetryAfter(r.Header.Get("Retry-After"), time.Now())
-	return &fetch.BusyError{After: min(after, longestRest), Err: &StatusError{Code: r.StatusCode}}
+	return &fetch.BusyError{After: min(after, turns.LongestRest), Err: &StatusError{Code: r.StatusCode}}
 }
 
 // decode undoes what a proxy has done that did not heed what was asked for.

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package turns keeps what is known of when a server may be asked: it rests after failures, and one
+// that is busy gets as many requests at a time as it answers. Start with [New].
+package turns
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
+)
+
+const (
+	// maxWait is how long a request waits in all for a busy server before the caller hears of it.
+	maxWait   = 4 * time.Second
+	firstRest = 100 * time.Millisecond
+	// LongestRest is the longest time for which a server is left alone.
+	LongestRest = 30 * time.Second
+)
+
+// Turns are those of one server. They are safe for concurrent use.
+type Turns struct {
+	open context.Context
+
+	mu    sync.Mutex
+	rest  backoff.Backoff // after failed connections, and when the server has asked for it
+	cause error           // of the rest
+
+	// Of calls of Retry.
+	limit    backoff.Limit
+	calls    int       // that are not waiting
+	answered int       // calls that were not refused
+	turn     sync.Cond // what waits until there may be one more waits on it
+}
+
+// New returns the turns of a server that is asked until open ends.
+func New(open context.Context) *Turns {
+	t := &Turns{open: open, rest: backoff.Backoff{Min: firstRest, Max: LongestRest}}
+	t.turn.L = &t.mu
+	return t
+}
+
+// Retry calls f, which makes a request, and calls it again when its error is a [*fetch.BusyError]:
+// with others, when it has its turn, of which there are fewer then; or by itself, as often as that
+// fits into some seconds. Other errors are those of f.
+func (t *Turns) Retry(ctx context.Context, f func() error) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(t.open, func() { cancel(fetch.ErrClosed) })()
+	defer context.AfterFunc(ctx, func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		t.turn.Broadcast()
+	})()
+	for waited := time.Duration(0); ; {
+		answered, err := t.begin(ctx)
+		if err != nil {
+			return err
+		}
+		err = t.Resting()
+		rests := err != nil
+		if !rests {
+			err = f()
+		}
+		busy, _ := errors.AsType[*fetch.BusyError](err)
+		others := t.end(answered, busy, rests)
+		switch {
+		case err == nil:
+			t.Succeed()
+			return nil
+		case busy == nil:
+			return err
+		}
+		if others == 0 {
+			waited += max(busy.After, firstRest)
+		}
+		if waited > maxWait {
+			return err
+		}
+		select {
+		case <-time.After(busy.After):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// begin waits until there may be one more call. It returns how many have been answered.
+func (t *Turns) begin(ctx context.Context) (answered int, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for !t.limit.Allows(time.Now(), t.calls) && ctx.Err() == nil {
+		t.turn.Wait()
+	}
+	t.turn.Signal() // there may be room for another one
+	if ctx.Err() != nil {
+		return 0, context.Cause(ctx)
+	}
+	t.calls++
+	return t.answered, nil
+}
+
+// end takes note of how a call has ended, and returns how many others were under way or were
+// answered meanwhile.
+func (t *Turns) end(answered int, busy *fetch.BusyError, rests bool) (others int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.calls--
+	others = max(t.calls, t.answered-answered)
+	switch {
+	case rests: // it has not been asked
+	case busy == nil:
+		t.answered++
+	default:
+		now := time.Now()
+		t.limit.Refuse(now, max(1, others), busy.After)
+		if others == 0 {
+			t.rest.Fail(now, busy.After)
+			t.cause = busy
+		}
+	}
+	t.turn.Signal()
+	return others
+}
+
+// Resting returns why no request is made at present, or nil.
+func (t *Turns) Resting() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	left := t.rest.Rest(time.Now())
+	if left == 0 {
+		return nil
+	}
+	if busy, ok := errors.AsType[*fetch.BusyError](t.cause); ok {
+		return &fetch.BusyError{After: left, Err: busy.Err}
+	}
+	return fmt.Errorf("not asked again for %v: %w", left.Round(time.Millisecond), t.cause)
+}
+
+// Fail has the server rest for some time, which it returns: for at least after, if that is not too
+// long.
+func (t *Turns) Fail(err error, after time.Duration) time.Duration {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.cause = err
+	return t.rest.Fail(time.Now(), after)
+}
+
+// Succeed ends the row of failures; but not a rest, which an answer to an earlier request says
+// nothing about.
+func (t *Turns) Succeed() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.rest.Rest(time.Now()) == 0 {
+		t.rest.Succeed()
+	}
+}
