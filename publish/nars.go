@@ -102,12 +102,23 @@ func used(path string) {
 }
 
 // removeUnused removes the files of a directory that are meant and that nobody has asked for in
-// ttl. The error is that the directory cannot be read.
+// ttl, until the last time that somebody has asked for one of them: the clock may be ahead. The
+// error is that the directory cannot be read.
 func removeUnused(directory string, ttl time.Duration, meant func(name string) bool) error {
 	entries, err := os.ReadDir(directory)
+	var all []fs.FileInfo
+	var last time.Time
 	for _, e := range entries {
-		if info, err := e.Info(); err == nil && meant(e.Name()) && time.Since(info.ModTime()) > ttl {
-			os.Remove(filepath.Join(directory, e.Name()))
+		if info, err := e.Info(); err == nil && meant(e.Name()) {
+			all = append(all, info)
+			if info.ModTime().After(last) {
+				last = info.ModTime()
+			}
+		}
+	}
+	for _, info := range all {
+		if min(last.Sub(info.ModTime()), time.Since(info.ModTime())) > ttl {
+			os.Remove(filepath.Join(directory, info.Name()))
 		}
 	}
 	return err

@@ -343,6 +343,25 @@ func TestUnusedRecords(t *testing.T) {
 	}
 }
 
+// TestClockAhead starts publishers while the clock is a month ahead, to which all that is known and
+// kept seems old: it stays, for the clock will be set back.
+func TestClockAhead(t *testing.T) {
+	cache := t.TempDir()
+	month := time.Now().Add(-31 * 24 * time.Hour)
+	names := []string{cache + "/00000000000000000000000000000002.json", cache + "/00000000000000000000000000000002-zstd-x"}
+	for i, name := range names {
+		must(t, os.WriteFile(name, nil, 0o600))
+		must(t, os.Chtimes(name, month, month.Add(time.Duration(i)*time.Hour)))
+	}
+	publish.NewCapabilities(cache, nil, 2, logger(t)).Close()
+	publish.NewNars(cache, 1, time.Hour, logger(t)).Close()
+	for _, name := range names {
+		if _, err := os.Lstat(name); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestEncodeForms checks that a tree that ERIS-FS cannot express is encoded as its archive.
 func TestEncodeForms(t *testing.T) {
 	directory, items := aStore(t)
