@@ -26,6 +26,7 @@ type Log struct {
 	mu   sync.Mutex
 	w    io.Writer       // nil if there is one behind
 	line bool            // a progress line is drawn, without a newline at its end
+	bar  bool            // clients have drawn one, of an event
 	said map[uint64]bool // hashes of keys, which may be long
 
 	held  bool
@@ -193,9 +194,9 @@ func cut(s string, most int) string {
 
 // endLine ends a progress line; the caller holds the lock.
 func (l *Log) endLine() {
-	if l.line {
+	if l.line || l.bar {
 		io.WriteString(l.w, "\n")
-		l.line = false
+		l.line, l.bar = false, false
 	}
 }
 

@@ -83,20 +83,21 @@ func (d *Download) Finish(success bool) {
 	}
 	l := d.log.lock()
 	defer l.mu.Unlock()
-	n := d.transferred.Load()
 	if success {
 		d.show(l)
 	}
 	switch {
 	case l.style.Traces && success:
 		if d.size < 0 {
-			d.size = n
+			d.size = d.transferred.Load()
 		}
-		if n != d.size {
-			l.put(message{text: fmt.Sprintf("@ download-progress %s %s %d %d\n", d.item, d.url, d.size, d.size)})
-		}
+		d.transferred.Store(d.size)
+		d.show(l)
+		l.bar = false // it ends behind the event
 		l.put(message{text: fmt.Sprintf("@ download-succeeded %s %s %d\n\n", d.item, d.url, d.size)})
-	case !l.style.Traces && l.style.Dynamic:
+	case l.style.Traces:
+		l.endLine()
+	case l.style.Dynamic:
 		l.put(message{text: "\n"})
 	}
 }
@@ -116,7 +117,10 @@ func (d *Download) show(l *Log) {
 	}
 	d.shown = n
 	if l.style.Traces {
+		bar := l.bar
+		l.bar = false // the event is drawn over it
 		l.put(message{text: fmt.Sprintf("@ download-progress %s %s %s %d\n", d.item, d.url, d.sizeField(), n)})
+		l.bar = bar || d.size > 0 || n > 0 // Guix, guix/progress.scm: display-download-progress
 		return
 	}
 	elapsed := time.Since(d.begin)

@@ -174,6 +174,7 @@ func TestTraces(t *testing.T) {
 			d.Finish(true)
 		}, `@ download-started /s/x http://one/a%20b;%20@%20evil 10
 @ download-progress /s/x http://one/a%20b;%20@%20evil 10 0
+
 @ download-started /s/x http://two/ -
 @ download-progress /s/x http://two/ - 0
 @ download-progress /s/x http://two/ - 7
@@ -195,7 +196,11 @@ func TestTraces(t *testing.T) {
 		"no success": {"/s/z", func(d *protocol.Download) {
 			d.From("u", 5)
 			d.Finish(false)
-		}, "@ download-started /s/z u 5\n@ download-progress /s/z u 5 0\n"},
+		}, "@ download-started /s/z u 5\n@ download-progress /s/z u 5 0\n\n"},
+		"clients have drawn nothing": {"/s/z", func(d *protocol.Download) {
+			d.From("u", -1)
+			d.Finish(false)
+		}, "@ download-started /s/z u -\n@ download-progress /s/z u - 0\n"},
 		"it appears without anybody asking": {"i", func(d *protocol.Download) {
 			d.From("u", 100)
 			d.Transferred(42)
@@ -219,6 +224,37 @@ func TestTraces(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Clients of the daemon draw a line of each progress, which messages stand below.
+func TestMessagesBelowProgress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var w lines
+		log := protocol.NewLog(&w, protocol.LogStyle{Program: "guix substitute", Traces: true, Columns: 80})
+		d := log.Download("i")
+		d.From("u", 100)
+		d.Transferred(42)
+		time.Sleep(time.Second)
+		log.Notef("going on after 42 bytes")
+		log.Warnf("cut off")
+		d.Transferred(58)
+		d.Finish(true)
+		log.Notef("done")
+		want := `@ download-started i u 100
+@ download-progress i u 100 0
+@ download-progress i u 100 42
+
+guix substitute: going on after 42 bytes
+guix substitute: warning: cut off
+@ download-progress i u 100 100
+@ download-succeeded i u 100
+
+guix substitute: done
+`
+		if got := strings.Join(w.writes, ""); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	})
 }
 
 func TestProgressForPeople(t *testing.T) {
