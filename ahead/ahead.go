@@ -266,6 +266,9 @@ func (a *Ahead) useOfOther(ctx context.Context, path, destination string) (subst
 	defer cancel()
 	moved, c := a.stage.take(within, key(known[0]), destination)
 	if moved {
+		shown := a.restorer.Log.Download(destination)
+		shown.From("file://"+filepath.Join(a.stage.path(), key(known[0])), 0)
+		shown.Finish(true)
 		a.used(known[0])
 		return substitute.Outcome{Status: substitute.Success, NarHash: known[0].NarHash, NarSize: known[0].NarSize}, nil
 	}

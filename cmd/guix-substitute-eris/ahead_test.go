@@ -186,6 +186,20 @@ func (a *aheadTest) fetched(item aheadItem, want int) {
 	}
 }
 
+// fetchedOnce checks that the nars of all items were asked for once, and that a log has each item
+// begin and end once.
+func (a *aheadTest) fetchedOnce(log string) {
+	a.t.Helper()
+	for _, item := range a.items {
+		a.fetched(item, 1)
+		for _, event := range []string{"started", "succeeded"} {
+			if n := strings.Count(log, "@ download-"+event+" "+item.path+" "); n != 1 {
+				a.t.Errorf("%s has %s %d times\n%s", item.path, event, n, log)
+			}
+		}
+	}
+}
+
 func (a *aheadTest) start(mode string) *daemonHelper {
 	a.t.Helper()
 	d, err := startDaemonHelper(theProgram, mode, a.env, false)
@@ -300,14 +314,7 @@ func TestAhead(t *testing.T) {
 	a.substituteRest(d)
 	a.nothingLeft() // the daemon kills its helpers when it needs them no more
 	must(t, d.close())
-	for _, item := range a.items {
-		a.fetched(item, 1)
-		for _, event := range []string{"started", "succeeded"} {
-			if n := strings.Count(d.log.String(), "@ download-"+event+" "+item.path+" "); n != 1 {
-				t.Errorf("%s has %s %d times\n%s", item.path, event, n, d.log.String())
-			}
-		}
-	}
+	a.fetchedOnce(d.log.String())
 	eventually(t, "nothing is counted, or something is wasted", func() bool {
 		counts := a.counts()
 		return counts.Staged >= 8 && counts.Used == counts.Staged && counts.UsedBytes == counts.StagedBytes
@@ -356,14 +363,13 @@ func TestAheadBounds(t *testing.T) {
 	}
 }
 
-// Two helpers of one daemon process fetch nothing twice.
+// Two helpers of one daemon process fetch nothing twice, and show each item, whoever has staged it.
 func TestAheadTwoHelpers(t *testing.T) {
 	a := newAheadTest(t, 8, "")
 	a.query()
-	a.substituteAll(a.start("substitute"), a.start("substitute"))
-	for _, item := range a.items {
-		a.fetched(item, 1)
-	}
+	one, other := a.start("substitute"), a.start("substitute")
+	a.substituteAll(one, other)
+	a.fetchedOnce(one.log.String() + other.log.String())
 }
 
 // What the daemon has asked another helper for is locked by it, and not staged, although there is
