@@ -40,7 +40,8 @@ type ExportOptions struct {
 	// Keys are those whose signatures count.
 	Keys narinfo.Verifier
 	// Fetch restores an item, checked against an authorised narinfo, to a path that is not there
-	// yet. It is for items that the local store does not have with the contents that were signed.
+	// yet, in the directory for temporary files ([os.TempDir]). It is for items that the local store
+	// does not have with the contents that were signed.
 	Fetch func(ctx context.Context, storePath, to string) error
 	// Since is the directory of an earlier export, which whoever gets this one has in the store.
 	// What is there is left out; an item of which an older version is there, and also in the local
@@ -201,8 +202,7 @@ func (e *exporter) collect(ctx context.Context, items []string) error {
 }
 
 // checkRoom compares the free space with what the items that have not been exported before should
-// need: about as much as their archives. One that has to be fetched takes its space twice, for a
-// while.
+// need: about as much as their archives.
 func (e *exporter) checkRoom(ctx context.Context) error {
 	directory := e.o.Directory
 	free, err := files.Free(directory)
@@ -212,7 +212,7 @@ func (e *exporter) checkRoom(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	needed, fetched, total := 0.0, 0.0, int64(0)
+	needed, total := 0.0, int64(0)
 	for _, it := range e.items {
 		total += int64(it.narinfo.NarSize)
 		size := float64(it.narinfo.NarSize)
@@ -225,11 +225,8 @@ func (e *exporter) checkRoom(ctx context.Context) error {
 			continue // exported before, with all of its blocks
 		}
 		needed += size + 2*float64(eris.BlockSizeFor(int64(it.narinfo.NarSize))) // the last leaf and the root
-		if _, err := os.Lstat(filepath.Join(e.o.Root, filepath.Base(it.path))); err != nil {
-			fetched = max(fetched, size)
-		}
 	}
-	if needed += fetched; needed > float64(free) {
+	if needed > float64(free) {
 		return fmt.Errorf("%s has too little room: the items need about %s, and %s are free", e.o.Directory, page.Size(int64(needed)), page.Size(free))
 	}
 	e.o.Log("%s: about %s to write; %s are free in %s", page.Count(len(e.items), "item"), page.Size(int64(needed)), page.Size(free), e.o.Directory)
@@ -324,9 +321,9 @@ func (e *exporter) export(ctx context.Context, it *exportItem) error {
 		if !errors.Is(err, fs.ErrNotExist) {
 			e.o.Log("%s; fetching it", message.Plain(err))
 		}
-		// The same name each time, so that nothing stays of an export that was killed.
-		private := filepath.Join(e.o.Directory, ".fetch-"+hashPartOf(path))
-		if err := cmp.Or(restore.Remove(private), os.Mkdir(private, 0o700)); err != nil {
+		// Not on the stick: it may know no links, no modes and no upper beside lower case.
+		private, err := os.MkdirTemp("", "guix-substitute-eris-export-")
+		if err != nil {
 			return err
 		}
 		defer restore.Remove(private)

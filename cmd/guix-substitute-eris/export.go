@@ -47,7 +47,7 @@ Guix can use it too if there are --nars.
 Narinfos come from the substitute servers, and with --sign, where these have
 none that counts, from the key of this machine. Items come from the local
 store; what it does not have with the contents that were signed is fetched
-like a substitute.`,
+like a substitute, to a directory for temporary files ($TMPDIR, or /tmp).`,
 	}
 	f := c.Flags()
 	f.StringVar(&e.to, "to", "", "write to `DIRECTORY`")
