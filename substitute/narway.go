@@ -121,6 +121,9 @@ func (w *narWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(), erro
 	}
 	reader, closeNodes := image.ReadNar(ctx, plain, j.want.NarSize)
 	reader.Ended = body.nar.Last
+	if method == "none" {
+		reader.Ended = body.nar.Whole
+	}
 	return reader, func() {
 		closeNodes()
 		plain.Close()

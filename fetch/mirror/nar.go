@@ -43,6 +43,7 @@ type Nar struct {
 	parent   context.Context
 	stop     context.CancelCauseFunc // of parent
 	silence  *time.Timer             // ends ctx when the server is silent
+	unframed bool                    // HTTP says neither how long it is nor where it ends
 	timeout  time.Duration           // of silence in the middle
 	longest  time.Duration           // silence that has ended
 	hurried  bool                    // it was requested again because there was no answer soon
@@ -86,6 +87,17 @@ const (
 // second at most.
 func (n *Nar) Last() {
 	time.AfterFunc(drainTime, func() { n.stop(errSilent) })
+}
+
+// Whole tells, from any goroutine, that all of the nar has been read: its end is waited for as by
+// Last, but not if it is that of the connection, which the server may keep (Guix,
+// guix/scripts/publish.scm: http-write).
+func (n *Nar) Whole() {
+	if n.unframed {
+		n.stop(errSilent)
+		return
+	}
+	n.Last()
 }
 
 // Close lets go of the connection.
@@ -188,6 +200,7 @@ func (c *Client) openNar(ctx context.Context, l *location, fields http.Header) (
 		return nil, "", err
 	}
 	n.Size, n.total = -1, -1
+	n.unframed = response.ProtoMajor == 1 && response.ContentLength < 0 && len(response.TransferEncoding) == 0
 	if n.Decoded = response.Header.Get("Content-Encoding") != ""; !n.Decoded {
 		n.Size, n.total, n.validator = response.ContentLength, response.ContentLength, validator(response.Header)
 	}
