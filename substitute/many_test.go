@@ -4,9 +4,11 @@ package substitute
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unsafe"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -42,4 +44,18 @@ func TestManyItems(t *testing.T) {
 			t.Errorf("of %d items, it was looked %d times whether one is decided", n, looked)
 		}
 	})
+}
+
+// TestRecordSize has a narinfo of short lines, which takes ten times as much memory as its text.
+func TestRecordSize(t *testing.T) {
+	text := "StorePath: /gnu/store/" + strings.Repeat("0", 32) + "-x\nReferences: \nCompression: none\n" +
+		strings.Repeat("URL:x\n", narinfo.MaxURLs) + strings.Repeat("ERIS:x\n", 16)
+	n, err := narinfo.Parse([]byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := len(text) + len(n.URLs)*int(unsafe.Sizeof(narinfo.URL{})) + len(n.ERIS)*int(unsafe.Sizeof(narinfo.ERIS{}))
+	if size := (&record{narinfo: n}).size(); size < want {
+		t.Errorf("%d bytes, of at least %d", size, want)
+	}
 }

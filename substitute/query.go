@@ -127,7 +127,7 @@ func (s *Substituter) known(server *server, it *item) (r *record, known bool, p 
 		ok = r != nil || e.Narinfo == nil // or else it is damaged
 	}
 	if ok {
-		s.memory.Put(key, r, len(e.Narinfo), now.Add(min(e.Until.Sub(now), memoryTime)))
+		s.memory.Put(key, r, r.size(), now.Add(min(e.Until.Sub(now), memoryTime)))
 		s.memory.End(key, p, true, r)
 	}
 	return r, ok, p, true
@@ -177,6 +177,11 @@ func (s *Substituter) fetch(ctx context.Context, server *server, items map[strin
 	})
 	if err != nil {
 		s.unanswered(server, err)
+	}
+	if context.Cause(ctx) == errTooMuch {
+		for _, m := range items {
+			answer(m.item, nil) // of which there is none, or it is not asked again
+		}
 	}
 }
 
@@ -251,7 +256,7 @@ func (s *Substituter) keep(server *server, it *item, e narinfocache.Entry, r *re
 			s.Log.WarnOnce("cache", "narinfos cannot be kept for later: %v", err)
 		}
 	}
-	s.memory.Put(memoryKey{server, it.path}, r, len(e.Narinfo), now.Add(ttl))
+	s.memory.Put(memoryKey{server, it.path}, r, r.size(), now.Add(ttl))
 }
 
 // renew requests narinfos of an item again that have turned out to be of no use, if they have been
@@ -276,6 +281,16 @@ func (s *Substituter) renew(ctx context.Context, path string, useless []record, 
 		changed = changed || !same
 	}
 	return changed
+}
+
+// size returns about how many bytes of memory a record takes: with short lines, many more than the
+// text has.
+func (r *record) size() int {
+	if r == nil {
+		return 0
+	}
+	n := r.narinfo
+	return len(n.Text()) + 16*len(n.References) + 64*(cap(n.URLs)+cap(n.ERIS)+cap(n.Deltas))
 }
 
 // memoryTime is for how long records are kept in memory that are in the cache too: other processes

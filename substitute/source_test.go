@@ -287,7 +287,7 @@ func TestStrangers(t *testing.T) {
 }
 
 // TestEndlessNarinfos asks a server whose narinfos are as long as may be: it is not listened to for
-// ever, and what it does not say another one says.
+// ever, nor asked again, and what it does not say another one says.
 func TestEndlessNarinfos(t *testing.T) {
 	bubble(t, func(t *testing.T, n *testNetwork) {
 		key := acl.GenerateSigningKey()
@@ -302,6 +302,12 @@ func TestEndlessNarinfos(t *testing.T) {
 		// 4 MiB and 8 KiB per item are 5 such narinfos.
 		if asked := good.asked.Load(); asked < items-6 || asked == items {
 			t.Errorf("the other server was asked for %d of %d items", asked, items)
+		}
+		alone, _ := n.with(key, endless.url)
+		begin := time.Now()
+		alone.Have(t.Context(), itemPaths(items))
+		if took := time.Since(begin); took > 100*time.Millisecond {
+			t.Errorf("alone, it holds a question up for %v", took)
 		}
 		if text := log.String(); strings.Count(text, "more than narinfos can be") != 1 {
 			t.Errorf("shown: %s", text)

@@ -10,10 +10,9 @@ import (
 )
 
 const (
-	// maxAnswers is how many answers are kept, and maxBytes how many bytes they may have been made
-	// of.
+	// maxAnswers is how many answers are kept, and maxBytes how many bytes they may take.
 	maxAnswers = 20000
-	maxBytes   = 8 << 20
+	maxBytes   = 12 << 20
 )
 
 // A Memory has answers by what they are answers to. The zero value is ready. It is safe for
@@ -70,7 +69,7 @@ func (m *Memory[K, V]) End(key K, r *Request[V], answered bool, answer V) {
 	}
 }
 
-// Put keeps an answer, made of so many bytes, until some time.
+// Put keeps an answer, which takes about so many bytes, until some time.
 func (m *Memory[K, V]) Put(key K, answer V, bytes int, until time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
