@@ -55,5 +55,5 @@ func Whole(path string, restoreTo func(temporary string) error) (err error) {
 	if err := files.MoveNew(temporary, path); err != nil {
 		return err
 	}
-	return d.Sync()
+	return files.SyncDirectory(directory)
 }

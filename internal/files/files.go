@@ -132,23 +132,30 @@ func MoveNew(from, to string) error {
 		return nil
 	case unix.EEXIST:
 		return &fs.PathError{Op: "create", Path: to, Err: fs.ErrExist}
-	case unix.EINVAL, unix.ENOSYS: // not on this file system
+	case unix.EINVAL, unix.ENOSYS, unix.EPERM: // not on this file system, or in a sandbox
 	default:
 		return &os.LinkError{Op: "rename", Old: from, New: to, Err: err}
 	}
+	if os.Link(from, to) == nil {
+		return os.Remove(from)
+	}
+	// It is a directory, or there are no links; or there is something.
 	if _, err := os.Lstat(to); err == nil {
 		return &fs.PathError{Op: "create", Path: to, Err: fs.ErrExist}
 	}
 	return os.Rename(from, to)
 }
 
-// SyncDirectory makes the names in a directory durable.
+// SyncDirectory makes the names in a directory durable, where the file system can do that.
 func SyncDirectory(directory string) error {
 	d, err := os.Open(directory)
 	if err != nil {
 		return err
 	}
-	return errors.Join(d.Sync(), d.Close())
+	if err = d.Sync(); errors.Is(err, unix.EINVAL) {
+		err = nil
+	}
+	return errors.Join(err, d.Close())
 }
 
 // SyncData makes the bytes of a file durable, and of what is known about it as much as is needed to
@@ -397,7 +404,7 @@ func room(directory string) (free int64, files uint64, err error) {
 	if files = s.Ffree; s.Files == 0 { // it has no bound
 		files = math.MaxUint64
 	}
-	return int64(min(s.Bavail, 1<<40)) * int64(s.Bsize), files, nil
+	return int64(min(s.Bavail, 1<<40)) * int64(s.Frsize), files, nil
 }
 
 // HasRoom reports whether this user can still write so many bytes to the file system of a

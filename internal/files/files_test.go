@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -83,40 +84,60 @@ func TestReplaceLinks(t *testing.T) {
 	}
 }
 
+// Where there is no renameat2, or not for this file system, one of several makes a file all the
+// same.
 func TestReplaceNew(t *testing.T) {
-	directory := t.TempDir()
-	path := filepath.Join(directory, "file")
-	var group sync.WaitGroup
-	results := make(chan error, 8)
-	for range cap(results) {
-		group.Go(func() { results <- files.Replace(path, 0o666, files.Options{New: true, Sync: true}, text("x")) })
-	}
-	group.Wait()
-	made := 0
-	for range cap(results) {
-		if err := <-results; err == nil {
-			made++
-		} else if !errors.Is(err, fs.ErrExist) {
-			t.Error(err)
+	testhelp.WithoutCall(t, unix.SYS_RENAMEAT2, noRename, func(t *testing.T) {
+		directory := t.TempDir()
+		path := filepath.Join(directory, "file")
+		var group sync.WaitGroup
+		results := make(chan error, 8)
+		for range cap(results) {
+			group.Go(func() { results <- files.Replace(path, 0o666, files.Options{New: true, Sync: true}, text("x")) })
 		}
-	}
-	if made != 1 || names(t, directory) != "file" {
-		t.Errorf("%d have made the file; files %s", made, names(t, directory))
-	}
+		group.Wait()
+		made := 0
+		for range cap(results) {
+			if err := <-results; err == nil {
+				made++
+			} else if !errors.Is(err, fs.ErrExist) {
+				t.Error(err)
+			}
+		}
+		if made != 1 || names(t, directory) != "file" {
+			t.Errorf("%d have made the file; files %s", made, names(t, directory))
+		}
+	})
 }
 
+// noRename are the answers to renameat2 of old kernels, of file systems, and of sandboxes, where
+// there is another call to rename.
+var noRename = map[bool][]unix.Errno{true: {unix.ENOSYS, unix.EINVAL, unix.EPERM}}[runtime.GOARCH != "riscv64"]
+
 func TestMoveNew(t *testing.T) {
-	directory := t.TempDir()
-	from, to := filepath.Join(directory, "from"), filepath.Join(directory, "to")
-	for range 2 {
-		if err := os.Mkdir(from, 0o555); err != nil { // one that nobody may write to
-			t.Fatal(err)
+	testhelp.WithoutCall(t, unix.SYS_RENAMEAT2, noRename, func(t *testing.T) {
+		directory := t.TempDir()
+		from, to := filepath.Join(directory, "from"), filepath.Join(directory, "to")
+		for range 2 {
+			if err := os.Mkdir(from, 0o555); err != nil { // one that nobody may write to
+				t.Fatal(err)
+			}
+			if err := files.MoveNew(from, to); err == nil && names(t, directory) == "to" {
+				continue
+			} else if !errors.Is(err, fs.ErrExist) || names(t, directory) != "from to" {
+				t.Errorf("%v, files %s", err, names(t, directory))
+			}
 		}
-		if err := files.MoveNew(from, to); err == nil && names(t, directory) == "to" {
-			continue
-		} else if !errors.Is(err, fs.ErrExist) || names(t, directory) != "from to" {
-			t.Errorf("%v, files %s", err, names(t, directory))
-		}
+	})
+}
+
+// Directories of some file systems, as those of /proc, cannot be synced.
+func TestSyncDirectory(t *testing.T) {
+	for _, directory := range []string{t.TempDir(), "/proc"} {
+		must(t, files.SyncDirectory(directory))
+	}
+	if err := files.SyncDirectory(filepath.Join(t.TempDir(), "none")); !errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
 	}
 }
 

@@ -230,6 +230,7 @@ func hint(err error) string {
 		{has("invalid port"), "a port is a number from 1 to 65535"},
 		{is(syscall.ENOSPC, syscall.EDQUOT), "make room; blocks that are stored already stay, so that the next attempt goes on from there"},
 		{is(syscall.EROFS), "mount it so that it can be written to, or name another place"},
+		{has("/…/", "symlink ") && is(fs.ErrExist, fs.ErrNotExist, syscall.EINVAL, syscall.EPERM, syscall.ENOSYS, syscall.EOPNOTSUPP), "the file system there may hold no links, or not all names, as those of sticks; name a place on another one"},
 		{is(fs.ErrPermission), "do it as a user who may, root for example, or name another place"},
 		{has("tls: first record", "server gave HTTP response", "looked like an HTTP/1.1", "the answer is not HTTP", "malformed HTTP", "readLoopPeekFailLocked", "failed to WebSocket dial: expected"), "something else is served there; are the scheme and the port of the URL right?"},
 		{has("s3://") && has("403 Forbidden: "), "are AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION those of the bucket, and is the clock of this machine right?"},

@@ -56,6 +56,10 @@ func TestHint(t *testing.T) {
 	}{
 		{&fs.PathError{Op: "open", Path: "/x", Err: syscall.EACCES}, "as a user who may"},
 		{&fs.PathError{Op: "open", Path: "/x", Err: syscall.EROFS}, "can be written to"},
+		{&fs.PathError{Op: "symlink", Path: "x", Err: syscall.EPERM}, "may hold no links"},
+		{&fs.PathError{Op: "create", Path: "x/…/README", Err: syscall.EEXIST}, "not all names"},
+		{&fs.PathError{Op: "create", Path: "x/…/a:b", Err: syscall.EINVAL}, "not all names"},
+		{&fs.PathError{Op: "write", Path: "x/…/y", Err: syscall.ENOSPC}, "make room"},
 		{fmt.Errorf("x: %w", syscall.ENOSPC), "make room"},
 		{fmt.Errorf("x: %w", syscall.EDQUOT), "make room"},
 		{fmt.Errorf("x: %w", syscall.EADDRNOTAVAIL), "no such address"},

@@ -3,12 +3,61 @@
 // Package testhelp has what the tests of many packages need.
 package testhelp
 
-import "testing"
+import (
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"testing"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
 
 // Must ends the test if there is an error.
 func Must(tb testing.TB, err error) {
 	tb.Helper()
 	if err != nil {
 		tb.Fatal(err)
+	}
+}
+
+// WithoutCall runs f as subtests: in this process, and in one for each of the errors, where a
+// system call fails by it, as by an old kernel, by a file system, or in a sandbox.
+func WithoutCall(t *testing.T, call uint32, errors []unix.Errno, f func(t *testing.T)) {
+	t.Run("with", f)
+	for _, err := range errors {
+		t.Run(unix.ErrnoName(err), func(t *testing.T) {
+			const variable = "TESTHELP_WITHOUT_CALL"
+			if os.Getenv(variable) != "" {
+				refuse(t, call, err)
+				f(t)
+				return
+			}
+			again := exec.Command(os.Args[0], "-test.run=^"+strings.ReplaceAll(t.Name(), "/", "$/^")+"$", "-test.v")
+			again.Env = append(os.Environ(), variable+"=1")
+			if out, err := again.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
+				t.Errorf("%v: %s", err, out)
+			}
+		})
+	}
+}
+
+// refuse has a call fail in all threads of this process, for good.
+func refuse(t *testing.T, call uint32, err unix.Errno) {
+	program := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 0}, // the number of the call
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: call, Jf: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(err)},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
+	}
+	filter := unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]}
+	// Only root may do without that, which is of this thread and goes to the others with the filter.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	Must(t, unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+	_, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&filter)))
+	if errno != 0 {
+		t.Fatal("seccomp: ", errno)
 	}
 }
