@@ -229,6 +229,7 @@ func hint(err error) string {
 		{is(syscall.ENOTDIR), "a file is where a directory must be; name another place"},
 		{has("invalid port"), "a port is a number from 1 to 65535"},
 		{is(syscall.ENOSPC, syscall.EDQUOT), "make room; blocks that are stored already stay, so that the next attempt goes on from there"},
+		{is(syscall.EFBIG), "the file system holds no file as large, which is 4 GiB on FAT32; name a place on another one"},
 		{is(syscall.EROFS), "mount it so that it can be written to, or name another place"},
 		{has("/…/", "symlink ") && is(fs.ErrExist, fs.ErrNotExist, syscall.EINVAL, syscall.EPERM, syscall.ENOSYS, syscall.EOPNOTSUPP), "the file system there may hold no links, or not all names, as those of sticks; name a place on another one"},
 		{is(fs.ErrPermission), "do it as a user who may, root for example, or name another place"},

@@ -62,6 +62,7 @@ func TestHint(t *testing.T) {
 		{&fs.PathError{Op: "write", Path: "x/…/y", Err: syscall.ENOSPC}, "make room"},
 		{fmt.Errorf("x: %w", syscall.ENOSPC), "make room"},
 		{fmt.Errorf("x: %w", syscall.EDQUOT), "make room"},
+		{fmt.Errorf("x: %w", syscall.EFBIG), "4 GiB on FAT32"},
 		{fmt.Errorf("x: %w", syscall.EADDRNOTAVAIL), "no such address"},
 		{fmt.Errorf("x: %w", syscall.ENETUNREACH), "has this machine a network"},
 		{errors.New("x.example: no such host"), "is the name right"},
