@@ -60,7 +60,8 @@ func TestHoles(t *testing.T) {
 			if b, err := os.ReadFile(s + "/item"); err != nil || !bytes.Equal(b, content) {
 				t.Errorf("%d, in pieces of %d: %d other bytes instead of %d, %v", i, piece, len(b), len(content), err)
 			}
-			if n := allocated(t, s+"/item"); holes && n > v.most {
+			// Some file systems have a block of addresses beside those of data.
+			if n := allocated(t, s+"/item"); holes && n > v.most+min(v.most, 4096) {
 				t.Errorf("%d, in pieces of %d: %d bytes have a place, %d need one", i, piece, n, v.most)
 			}
 		}
