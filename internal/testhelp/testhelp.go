@@ -22,15 +22,15 @@ func Must(tb testing.TB, err error) {
 	}
 }
 
-// WithoutCall runs f as subtests: in this process, and in one for each of the errors, where a
-// system call fails by it, as by an old kernel, by a file system, or in a sandbox.
-func WithoutCall(t *testing.T, call uint32, errors []unix.Errno, f func(t *testing.T)) {
-	t.Run("with", f)
+// WithoutCalls runs f as subtests in processes of their own, one for each of the errors, where
+// system calls fail by it, as by an old kernel, by a file system, or in a sandbox. The programs
+// that f starts are concerned as well.
+func WithoutCalls(t *testing.T, calls []uint32, errors []unix.Errno, f func(t *testing.T)) {
 	for _, err := range errors {
 		t.Run(unix.ErrnoName(err), func(t *testing.T) {
-			const variable = "TESTHELP_WITHOUT_CALL"
+			const variable = "TESTHELP_WITHOUT_CALLS"
 			if os.Getenv(variable) != "" {
-				refuse(t, call, err)
+				refuse(t, calls, err)
 				f(t)
 				return
 			}
@@ -43,14 +43,15 @@ func WithoutCall(t *testing.T, call uint32, errors []unix.Errno, f func(t *testi
 	}
 }
 
-// refuse has a call fail in all threads of this process, for good.
-func refuse(t *testing.T, call uint32, err unix.Errno) {
-	program := []unix.SockFilter{
-		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 0}, // the number of the call
-		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: call, Jf: 1},
-		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(err)},
-		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
+// refuse has calls fail in all threads of this process, for good.
+func refuse(t *testing.T, calls []uint32, err unix.Errno) {
+	program := []unix.SockFilter{{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 0}} // the number of the call
+	for _, call := range calls {
+		program = append(program,
+			unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: call, Jf: 1},
+			unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(err)})
 	}
+	program = append(program, unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW})
 	filter := unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]}
 	// Only root may do without that, which is of this thread and goes to the others with the filter.
 	runtime.LockOSThread()
