@@ -246,6 +246,8 @@ func hint(err error) string {
 		{has("missing port in address", "too many colons in address"), "write --listen=127.0.0.1:8080, or --listen=:8080 for all addresses of this machine"},
 		{is(fs.ErrExist), "choose another name, or move what is there away"},
 		{is(context.DeadlineExceeded, os.ErrDeadlineExceeded), "is the address right, and can the machine be reached?"},
+		{has("other users may write to it"), "chmod go-w takes that from them; a file system without modes, as of sticks, is mounted with umask=022"},
+		{is(syscall.ENOLCK), "the file system has no locks; name a place on another one"},
 		{has("something else than a socket"), "move it away, or choose another --socket"},
 		{has("in use by another process", "another server listens on it"), "end that program, or choose another --directory or --socket"},
 		{is(fs.ErrNotExist) && !has("\"") && !has("database"), "is the name right?"},

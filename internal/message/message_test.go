@@ -72,6 +72,8 @@ func TestHint(t *testing.T) {
 		{errors.New("readLoopPeekFailLocked: %!w(<nil>)"), "are the scheme and the port"},
 		{errors.New("net/http: HTTP/1.x transport connection broken: malformed HTTP response"), "are the scheme and the port"},
 		{errors.New("x: http: server gave HTTP response to HTTPS client"), "something else is served there"},
+		{errors.New("lock: other users may write to it"), "umask=022"},
+		{&fs.PathError{Op: "lock", Path: "x", Err: syscall.ENOLCK}, "has no locks"},
 		{errors.New("something else"), ""},
 	} {
 		if got := hint(v.err); !strings.Contains(got, v.want) || (got == "") != (v.want == "") {
