@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -118,6 +119,26 @@ func TestRemoveKeepsMounts(t *testing.T) {
 		}
 	}
 	must(t, restore.Remove(tree))
+}
+
+// A tree of the lower layer of an overlay, whose directories cannot be renamed, is removed as well.
+func TestRemoveOverlay(t *testing.T) {
+	lower, upper := t.TempDir(), t.TempDir()
+	must(t, os.MkdirAll(lower+"/tree"+strings.Repeat("/d", 30), 0o755))
+	if err := unix.Mount("tmpfs", upper, "tmpfs", 0, ""); err != nil {
+		t.Skipf("cannot mount: %v", err)
+	}
+	defer unix.Unmount(upper, unix.MNT_DETACH)
+	must(t, errors.Join(os.Mkdir(upper+"/new", 0o755), os.Mkdir(upper+"/work", 0o755)))
+	merged := t.TempDir()
+	if err := unix.Mount("overlay", merged, "overlay", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s/new,workdir=%s/work", lower, upper, upper)); err != nil {
+		t.Skipf("cannot mount: %v", err)
+	}
+	defer unix.Unmount(merged, unix.MNT_DETACH)
+	must(t, restore.Remove(merged+"/tree"))
+	if _, err := os.Lstat(merged + "/tree"); !errors.Is(err, os.ErrNotExist) {
+		t.Error("the tree is still there: ", err)
+	}
 }
 
 // TestDeepStaleTree removes a tree that is deeper than a process may have files open.

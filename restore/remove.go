@@ -53,7 +53,7 @@ func openParent(path string) (fd int, name string, err error) {
 }
 
 // A remover deletes one tree. It has a file open for each directory on the way down; what lies
-// deeper than maxOpen is moved up to the root of the tree first.
+// deeper than maxOpen is moved up to the root of the tree first, where the file system can do that.
 type remover struct {
 	device uint64
 	root   *os.File // the tree's own directory
@@ -96,8 +96,12 @@ func (r *remover) remove(dir int, name string, depth int) error {
 		unix.Fchmod(fd, 0o700)
 	}
 	if depth == maxOpen {
-		r.moved = true
-		return unix.Renameat(dir, name, int(r.root.Fd()), ".removed-"+rand.Text())
+		err := unix.Renameat(dir, name, int(r.root.Fd()), ".removed-"+rand.Text())
+		if err != unix.EXDEV { // an overlay leaves directories where they are
+			r.moved = true
+			return err
+		}
+		depth--
 	}
 	if depth == 0 {
 		r.root = f
