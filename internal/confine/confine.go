@@ -30,6 +30,8 @@ func InForce() string {
 	calls := "calls by seccomp"
 	if _, ok := architectures[runtime.GOARCH]; !ok {
 		calls = "calls not, for want of a filter for " + runtime.GOARCH
+	} else if _, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, 0); errno != unix.EFAULT {
+		calls = "calls not, for the kernel or a sandbox does not permit it" // which would miss the filter
 	}
 	version, _, errno := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 0, unix.LANDLOCK_CREATE_RULESET_VERSION)
 	if errno != 0 || version < renaming {

@@ -101,6 +101,18 @@ func refuseFlags(flags uint32) {
 	}
 }
 
+// What is said to be in force is so where a kernel or a sandbox has no seccomp either.
+func TestInForce(t *testing.T) {
+	if s := InForce(); !strings.HasSuffix(s, "calls by seccomp") {
+		t.Skip(s)
+	}
+	testhelp.WithoutCalls(t, []uint32{unix.SYS_SECCOMP}, []unix.Errno{unix.ENOSYS, unix.EPERM}, func(t *testing.T) {
+		if s := InForce(); !strings.HasSuffix(s, "does not permit it") {
+			t.Error(s)
+		}
+	})
+}
+
 func TestProcess(t *testing.T) {
 	if s := InForce(); !strings.HasPrefix(s, "files by Landlock") {
 		t.Skip(s)
