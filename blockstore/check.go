@@ -78,7 +78,7 @@ func (s *Store) checkIndex(ctx context.Context) error {
 	b, err := files.ReadState(path, crc32.Size)
 	return s.view(func(tx *bbolt.Tx) error {
 		if err != nil || len(b) != crc32.Size {
-			return cmp.Or(checkMeta(tx.DB()), checkEntries(ctx, tx))
+			return cmp.Or(checkMeta(tx.DB()), checkPages(ctx, tx), checkEntries(ctx, tx))
 		}
 		sum, err := s.sumIndex(ctx, tx.Size())
 		switch {
@@ -93,8 +93,8 @@ func (s *Store) checkIndex(ctx context.Context) error {
 	})
 }
 
-// checkMeta checks the checksums of both meta pages (as in bbolt's internal/common: FNV-1a of 56
-// bytes behind the header of the page).
+// checkMeta checks the numbers and the checksums of both meta pages (as in bbolt's internal/common:
+// FNV-1a of 56 bytes behind the header of the page, which begins with its number).
 func checkMeta(db *bbolt.DB) error {
 	f, err := os.Open(db.Path())
 	if err != nil {
@@ -102,11 +102,11 @@ func checkMeta(db *bbolt.DB) error {
 	}
 	defer f.Close()
 	for page := range int64(2) {
-		var meta [64]byte
-		_, err := f.ReadAt(meta[:], page*int64(db.Info().PageSize)+16)
+		var meta [80]byte
+		_, err := f.ReadAt(meta[:], page*int64(db.Info().PageSize))
 		sum := fnv.New64a()
-		sum.Write(meta[:56])
-		if err != nil || sum.Sum64() != binary.NativeEndian.Uint64(meta[56:]) {
+		sum.Write(meta[16:72])
+		if err != nil || binary.NativeEndian.Uint64(meta[:]) != uint64(page) || sum.Sum64() != binary.NativeEndian.Uint64(meta[72:]) {
 			return fmt.Errorf("%w: meta page %d is not what was written", ErrDamaged, page)
 		}
 	}
@@ -144,4 +144,64 @@ func checkEntries(ctx context.Context, tx *bbolt.Tx) error {
 		}
 	}
 	return nil
+}
+
+// checkPages checks that each page of the index has something of it, once, or is free: bbolt writes
+// to those that it takes for free. (bbolt's internal/common: a page begins with its number, flags,
+// of which the first is that of a branch, how many elements there are, and how many pages more it
+// takes; an element of a branch has 16 bytes, of which the last 8 are the number of a page.)
+func checkPages(ctx context.Context, tx *bbolt.Tx) error {
+	f, err := os.Open(tx.DB().Path())
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	b := make([]byte, tx.DB().Info().PageSize)
+	used := make([]bool, tx.Size()/int64(len(b)))
+	todo := []uint64{uint64(tx.Cursor().Bucket().RootPage())}
+	err = tx.ForEach(func(_ []byte, bucket *bbolt.Bucket) error {
+		if root := bucket.RootPage(); root != 0 { // or it is in the page of the root
+			todo = append(todo, uint64(root))
+		}
+		return nil
+	})
+	for len(todo) > 0 && err == nil {
+		page := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if _, err := f.ReadAt(b, int64(page)*int64(len(b))); err != nil {
+			return fmt.Errorf("%w: page %d: %w", ErrDamaged, page, err)
+		}
+		last := page + uint64(binary.NativeEndian.Uint32(b[12:]))
+		for i := page; i <= last; i++ {
+			if i >= uint64(len(used)) || used[i] {
+				return fmt.Errorf("%w: page %d is in use twice, or beyond the end", ErrDamaged, i)
+			}
+			used[i] = true
+		}
+		if b[8]&1 != 0 {
+			for i := range int(binary.NativeEndian.Uint16(b[10:])) {
+				todo = append(todo, binary.NativeEndian.Uint64(b[16+16*i+8:]))
+			}
+		}
+	}
+	lists := 0
+	for i := 2; i < len(used) && err == nil; i++ {
+		info, err := tx.Page(i)
+		switch {
+		case err != nil:
+			return err
+		case info.Type == "freelist" && !used[i]:
+			lists++
+			i += info.OverflowCount
+		case used[i] == (info.Type == "free"):
+			return fmt.Errorf("%w: page %d is in use and free, or neither", ErrDamaged, i)
+		}
+	}
+	if err == nil && lists != 1 {
+		err = fmt.Errorf("%w: there are %d lists of free pages", ErrDamaged, lists)
+	}
+	return err
 }
