@@ -24,6 +24,8 @@ const (
 	// unreachable is from how many failures in a row on other processes are told that a member
 	// fails which has worked before.
 	unreachable = 4
+	// mostBusy is how often one that has never answered may be busy until it counts as failing.
+	mostBusy = 6
 	// restAge is for how long a member that was found to be silent by an earlier process is not
 	// asked but by probes.
 	restAge = 5 * time.Minute
@@ -183,7 +185,7 @@ func (m *member) answers(a *attempt, now time.Duration) {
 	}
 	m.proven, m.heardAt = true, now
 	m.measureRoundTrip(a, took, now)
-	if a.start >= m.failedAt && (m.failures > 0 || m.silent) {
+	if a.start >= m.failedAt && (m.failures > 0 || m.silent || m.backoff.Failures() > 0) {
 		m.failures, m.silent, m.restUntil = 0, false, 0
 		m.backoff.Succeed()
 		m.pool.returns(m)
@@ -225,14 +227,20 @@ func (m *member) cancelled(a *attempt) {
 func (m *member) refuses(a *attempt, busy *fetch.BusyError, now time.Duration) outcome {
 	m.lastError = busy
 	others := max(m.requests, int(m.answered-a.answered))
-	m.limit.Refuse(m.pool.epoch.Add(now), others, busy.After)
+	after := busy.After
+	m.limit.Refuse(m.pool.epoch.Add(now), others, after)
 	switch {
-	case busy.After > 0:
-		m.restUntil = max(m.restUntil, now+min(busy.After, longestRest))
-		m.pool.reroute(now)
-		return failure
+	case after > 0:
 	case others > 0 || a.question != nil:
 		return refusal
+	case !m.proven && m.backoff.Failures() < mostBusy: // it is there
+		m.backoff.Min = busyRest
+		after = m.backoff.Fail(m.pool.epoch.Add(now), 0)
+	}
+	if after > 0 {
+		m.restUntil = max(m.restUntil, now+min(after, longestRest))
+		m.pool.reroute(now)
+		return failure
 	}
 	m.fails(a, busy.Err, busyRest, now)
 	if m.proven && m.isSoon(now) {

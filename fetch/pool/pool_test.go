@@ -707,6 +707,44 @@ func TestBusy(t *testing.T) {
 	})
 }
 
+// TestBusyAtFirst has a source be busy from the first request on, and not say for how long: it is
+// asked again, for seconds, and what another one has is not waited for.
+func TestBusyAtFirst(t *testing.T) {
+	begin := time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC) // of each bubble
+	for away, want := range map[time.Duration]bool{900 * time.Millisecond: true, 4 * time.Second: false} {
+		busy := func() *fake {
+			return &fake{answer: func(context.Context, int, int64) error {
+				if time.Since(begin) < away {
+					return &fetch.BusyError{Err: errBroken}
+				}
+				return nil
+			}}
+		}
+		for _, blocks := range []int{1, 50} {
+			f := busy()
+			simulate(t, pool.Options{}, sources(f), func(t *testing.T, p *pool.Pool) {
+				var group sync.WaitGroup
+				for i := range blocks {
+					group.Go(func() {
+						if err := get(t.Context(), p, i, eris.BlockSize1KiB); (err == nil) != want {
+							t.Errorf("busy for %v: %v", away, err)
+						}
+					})
+				}
+				group.Wait()
+				if s := p.Stats()[0]; want && s.Failures != 0 || f.requests() > 8*blocks {
+					t.Errorf("%d requests, the source is %+v", f.requests(), s)
+				}
+			})
+		}
+		simulate(t, pool.Options{}, sources(busy(), &fake{}), func(t *testing.T, p *pool.Pool) {
+			if took := readAll(t, p, 50, eris.BlockSize1KiB, 16); took > 500*time.Millisecond {
+				t.Errorf("with another one it takes %v", took)
+			}
+		})
+	}
+}
+
 // TestLimited has a source refuse more than some requests at a time, and say for how long or not:
 // it is asked for as many as it answers, for more when it takes more, and nothing has failed.
 func TestLimited(t *testing.T) {
