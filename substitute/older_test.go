@@ -299,6 +299,7 @@ func TestDelta(t *testing.T) {
 		offers   int           // of further ones
 		silent   bool          // the server is, when it is asked for it
 		half     bool          // another server is, after half of it
+		busy     int           // how many requests it refuses, but for narinfos
 		change   func(store string, served map[string]string)
 		delta    bool  // it comes from there
 		asked    int64 // how often the server is asked for one
@@ -323,6 +324,7 @@ func TestDelta(t *testing.T) {
 		{name: "longer than it is said to be", line: narinfo.Delta{Base: base, URL: url, Size: 60}, asked: 1},
 		{name: "silent", line: narinfo.Delta{Base: base, URL: url, Size: 1}, asked: 1, silent: true},
 		{name: "silent after half of it", line: narinfo.Delta{Base: base, Size: 1}, half: true},
+		{name: "refused with the nar", line: narinfo.Delta{Base: base, URL: url, Size: 1}, busy: 2, delta: true, asked: 3},
 		{name: "too many", line: narinfo.Delta{Base: base, URL: url, Size: 1}, offers: 9, asked: 2,
 			change: func(_ string, served map[string]string) { delete(served, "/delta") }},
 		{name: "another base", line: narinfo.Delta{Base: base, URL: url, Size: 1}, asked: 1,
@@ -379,14 +381,26 @@ func TestDelta(t *testing.T) {
 						}
 					}
 				}
+				url := server.url
+				if test.busy > 0 {
+					var refused atomic.Int64
+					url = n.serve(func(w http.ResponseWriter, r *http.Request) {
+						if !strings.HasSuffix(r.URL.Path, ".narinfo") && refused.Add(1) <= int64(test.busy) {
+							server.asked.Add(1)
+							w.WriteHeader(http.StatusTooManyRequests)
+							return
+						}
+						server.ServeHTTP(w, r)
+					})
+				}
 				server.texts["/nar"], server.texts["/delta"] = string(archive), made.String()
 				if test.change != nil {
 					test.change(store, server.texts)
 				}
-				s, log := n.with(key, server.url)
+				s, log := n.with(key, url)
 				s.StoreDir, s.Policy, s.UnsignedCapabilities = store, test.policy, test.unsigned
 				s.Blocks = newMemoryBlocks(t, blocks, 0)
-				know(s, server.url, substitute.Speed{Rate: rate})
+				know(s, url, substitute.Speed{Rate: rate})
 				if test.half {
 					know(s, line.URL, substitute.Speed{Rate: rate})
 				}
@@ -405,7 +419,7 @@ func TestDelta(t *testing.T) {
 					t.Fatalf("status %d:\n%s", outcome.Status, log)
 				}
 				checkRestored(t, want.StorePath, outcome.NarHash)
-				if nar := strings.Contains(log.String(), "/nar"); nar == test.delta {
+				if nar := strings.Contains(log.String(), "/nar..."); nar == test.delta {
 					t.Errorf("the nar is used: %t:\n%s", nar, log)
 				}
 				requests := 1 + test.asked // one for the narinfo
@@ -413,7 +427,9 @@ func TestDelta(t *testing.T) {
 					requests++
 				}
 				server.wasAsked(t, requests)
-				log.warned(t)
+				if test.busy == 0 {
+					log.warned(t)
+				}
 			})
 		})
 	}

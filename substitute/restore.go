@@ -305,6 +305,9 @@ func (j *job) failed(ctx context.Context, c *candidate, err error) {
 		return
 	}
 	if c.kind != "blocks" && c.kind != "nar" {
+		if status != nil && status.Temporary() {
+			j.failing = append(j.failing, c) // the nar may be refused, too
+		}
 		if j.s.Verbose {
 			j.log.Notef("%v; going on with another way", naming(c.String(), err))
 		}
