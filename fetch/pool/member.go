@@ -223,7 +223,8 @@ func (m *member) cancelled(a *attempt) {
 }
 
 // refuses takes note that the member is busy. While it answers others, that is how many it gets at
-// a time, and the block waits for its turn; if not, it is a failure, or a rest as long as it wants.
+// a time, and the block waits for its turn; if not, it is a rest as long as it wants, a few short
+// ones for a member that has never answered, or a failure.
 func (m *member) refuses(a *attempt, busy *fetch.BusyError, now time.Duration) outcome {
 	m.lastError = busy
 	others := max(m.requests, int(m.answered-a.answered))
