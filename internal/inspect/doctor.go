@@ -470,7 +470,11 @@ func (d *doctor) examineStores(reports []storeReport) {
 		case strings.HasPrefix(r.URL, "file:") && r.Failure != "":
 			d.ill("sudo editor "+page.Quote(settings.FileName())+" # or plug the medium in", subject, "%s", r.Failure)
 		case r.Failure != "" && settings.IsSocket(r.URL):
-			d.ill(d.either("sudo systemctl start guix-substitute-eris.socket", "sudo herd start eris-block-store"), subject, "%s", r.Failure)
+			start := "guix-substitute-eris serve # as a user of its own"
+			if d.has("etc/systemd/system/guix-substitute-eris.socket") {
+				start = "sudo systemctl start guix-substitute-eris.socket"
+			}
+			d.ill(d.either(start, "sudo herd start eris-block-store"), subject, "%s", r.Failure)
 		case r.Failure != "":
 			d.ill("guix-substitute-eris serve --listen=… # on that machine", subject, "%s", r.Failure)
 		default:
