@@ -470,9 +470,12 @@ func (d *doctor) examineStores(reports []storeReport) {
 		case strings.HasPrefix(r.URL, "file:") && r.Failure != "":
 			d.ill("sudo editor "+page.Quote(settings.FileName())+" # or plug the medium in", subject, "%s", r.Failure)
 		case r.Failure != "" && settings.IsSocket(r.URL):
+			const unit = "guix-substitute-eris.socket"
 			start := "guix-substitute-eris serve # as a user of its own"
-			if d.has("etc/systemd/system/guix-substitute-eris.socket") {
-				start = "sudo systemctl start guix-substitute-eris.socket"
+			for _, directory := range []string{"etc", "usr/local/lib", "usr/lib", "lib"} {
+				if d.has(directory + "/systemd/system/" + unit) {
+					start = "sudo systemctl start " + unit
+				}
 			}
 			d.ill(d.either(start, "sudo herd start eris-block-store"), subject, "%s", r.Failure)
 		case r.Failure != "":
