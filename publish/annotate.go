@@ -12,6 +12,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httputil"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -51,11 +52,13 @@ type AnnotatorOptions struct {
 // An Annotator passes on the narinfos of another server, unchanged but for a field ERIS below the
 // signature of each item that is in the local store with the same contents. It needs no key:
 // whoever uses the capability checks what it gets against the NarHash that the other server has
-// signed. Everything else, nars above all, is redirected to that server. It is an http.Handler.
+// signed. Everything else, nars above all, is redirected to that server, or comes from there by way
+// of this one where clients have the same name for both. It is an http.Handler.
 type Annotator struct {
 	o        AnnotatorOptions
 	upstream *url.URL
 	client   *http.Client
+	relay    *httputil.ReverseProxy
 	via      string           // names it in requests, so that it knows those that come back to it
 	looped   sync.Once        // tells that some do
 	failures admission.Seldom // that are logged
@@ -77,6 +80,7 @@ func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
 		return nil, fmt.Errorf("%q is not the URL of a substitute server, which begins with http:// or https://", o.Upstream)
 	}
+	u.Path = cmp.Or(u.Path, "/")
 	o.Root = cmp.Or(o.Root, o.StoreDir)
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.DialContext = dial.With(&net.Dialer{})
@@ -88,6 +92,7 @@ func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 		o: o, upstream: u, via: "1.1 annotate-" + rand.Text(),
 		client: &http.Client{Transport: transport, Timeout: upstreamTimeout},
 	}
+	a.relay = &httputil.ReverseProxy{Transport: transport.Clone(), Rewrite: a.rewrite, ErrorHandler: a.failed}
 	if o.Capabilities != nil && o.Nars {
 		a.nars = mirror.NewClient(mirror.Options{Getenv: os.Getenv})
 		o.Capabilities.upstreamNar = a.encodeNar
@@ -103,10 +108,11 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if a.o.Deltas != nil && a.o.Deltas.serve(w, r) {
 		return
 	}
-	there := a.upstream.JoinPath(r.URL.EscapedPath())
-	there.RawQuery = r.URL.RawQuery
-	if _, ok := narinfoName(strings.TrimPrefix(r.URL.Path, "/")); !ok {
-		http.Redirect(w, r, there.String(), http.StatusFound)
+	_, isNarinfo := narinfoName(strings.TrimPrefix(r.URL.Path, "/"))
+	// Guix takes a redirection to another port of the same host for one to where it is (Guix,
+	// guix/http-client.scm: http-fetch), and follows it for ever.
+	if !isNarinfo && !strings.EqualFold((&url.URL{Host: r.Host}).Hostname(), a.upstream.Hostname()) {
+		http.Redirect(w, r, a.there(r).String(), http.StatusFound)
 		return
 	}
 	via := strings.Join(r.Header.Values("Via"), ", ")
@@ -115,12 +121,13 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "requests to "+a.upstream.Host+" come back here", http.StatusLoopDetected)
 		return
 	}
-	response, text, err := a.get(r.Context(), there.String(), via)
+	if !isNarinfo {
+		a.relay.ServeHTTP(w, r)
+		return
+	}
+	response, text, err := a.get(r.Context(), a.there(r).String(), via)
 	if err != nil {
-		if a.failures.DueFor(r) {
-			a.o.Log("%v", err)
-		}
-		http.Error(w, "no good answer from "+a.upstream.Host, http.StatusBadGateway)
+		a.failed(w, r, err)
 		return
 	}
 	for _, name := range []string{"Content-Type", "Cache-Control", "X-Baking"} {
@@ -138,6 +145,28 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	w.WriteHeader(response.StatusCode)
 	w.Write(text)
+}
+
+// there returns the URL of a request at the other server.
+func (a *Annotator) there(r *http.Request) *url.URL {
+	there := a.upstream.JoinPath(r.URL.EscapedPath())
+	there.RawQuery = r.URL.RawQuery
+	return there
+}
+
+// rewrite makes a request one of the other server. It asks for no other protocol.
+func (a *Annotator) rewrite(p *httputil.ProxyRequest) {
+	p.Out.URL, p.Out.Host = a.there(p.In), ""
+	p.Out.Header.Add("Via", a.via)
+	p.Out.Header.Del("Upgrade")
+}
+
+// failed tells a client that the other server has not answered.
+func (a *Annotator) failed(w http.ResponseWriter, r *http.Request, err error) {
+	if a.failures.DueFor(r) {
+		a.o.Log("%v", err)
+	}
+	http.Error(w, "no good answer from "+a.upstream.Host, http.StatusBadGateway)
 }
 
 // get gets what is no longer than a narinfo from the other server. That may have it elsewhere; but

@@ -606,6 +606,25 @@ func TestAnnotatorPassesOn(t *testing.T) {
 	if to := response.Header.Get("Location"); response.StatusCode != 302 || to != "http://mirror.example/a%20b/nar/zstd/a%2Bb%3Fc" {
 		t.Errorf("status %d, to %q", response.StatusCode, to)
 	}
+
+	// But not at another port of the host, where Guix does not look; nor here for ever.
+	response, err = client.Get(here + "/nar/zstd/x")
+	must(t, err)
+	body, err := io.ReadAll(response.Body)
+	must(t, err)
+	if want := strings.TrimPrefix(upstream.URL, "http://") + " /mirror/nar/zstd/x"; response.StatusCode != 200 || string(body) != want {
+		t.Errorf("status %d, %q", response.StatusCode, body)
+	}
+	itself := httptest.NewUnstartedServer(nil)
+	options.Upstream, options.Log = "http://"+itself.Listener.Addr().String(), logger(t)
+	a, err := publish.NewAnnotator(options)
+	must(t, err)
+	itself.Config.Handler = a
+	itself.Start()
+	defer itself.Close()
+	wantStatus(t, itself.URL+"/nar/zstd/x", http.StatusLoopDetected)
+	upstream.Close()
+	wantStatus(t, here+"/nar/zstd/x", http.StatusBadGateway)
 }
 
 // TestGone deletes an item: it is offered as long as its blocks are in the store.
