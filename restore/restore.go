@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
@@ -127,6 +128,13 @@ func Restore(ctx context.Context, nodes nar.Nodes, destination string, o Options
 		return Result{}, failed
 	}
 	return r.result, nil
+}
+
+// IsFull reports whether an error says that the file system of a destination has no room for what
+// was being restored, or the user none on it.
+func IsFull(destination string, err error) bool {
+	path, ok := errors.AsType[*os.PathError](err)
+	return ok && strings.HasPrefix(path.Path, destination) && (errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT))
 }
 
 // errWalk is the error of a file of which no more contents come because the walk has failed, whose

@@ -64,6 +64,8 @@ const (
 	Success
 	// HashMismatch: ways have worked, but no one has had the right contents.
 	HashMismatch
+	// Full: the file system of the destination takes no more.
+	Full
 )
 
 // An Outcome is the result of a substitution.
@@ -123,7 +125,7 @@ func (s *Substituter) sayFailed(path string, o Outcome, err error) {
 var errNone = errors.New("no authorised narinfo describes it")
 
 // substitute tries to get an item that alone has been looked up. The error is nil if there were
-// ways.
+// ways, and room for it.
 func (j *job) substitute(ctx context.Context, l *lookup) (Outcome, error) {
 	if err := j.prepare(ctx, l); err != nil {
 		return Outcome{}, err
@@ -132,7 +134,8 @@ func (j *job) substitute(ctx context.Context, l *lookup) (Outcome, error) {
 	if len(j.ways) == 0 && j.s.Policy == ERISOnly {
 		return Outcome{}, fmt.Errorf("the policy is eris-only, and %s", j.notBlocks())
 	}
-	return j.run(ctx), nil
+	outcome := j.run(ctx)
+	return outcome, j.full
 }
 
 // prepare lists the ways to an item that alone has been looked up.
@@ -173,6 +176,7 @@ type job struct {
 	vain    map[string]int     // how many ways of a kind have failed
 	useless []record           // of which nothing comes, or whose nar is gone or has other contents
 
+	full         error         // there is no room for it
 	actual       *[32]byte     // the first wrong hash
 	silence      time.Duration // that servers have kept
 	retryAfter   time.Duration // that a failing server wants
@@ -188,9 +192,12 @@ func (j *job) run(ctx context.Context) Outcome {
 		if o, ok := j.tryAll(ctx); ok {
 			return o
 		}
-		if ctx.Err() != nil || round >= maxRounds && !j.stopped || !j.waited() || !j.pause(ctx, round, begin) {
+		if ctx.Err() != nil || j.full != nil || round >= maxRounds && !j.stopped || !j.waited() || !j.pause(ctx, round, begin) {
 			break
 		}
+	}
+	if j.full != nil {
+		return Outcome{Status: Full}
 	}
 	if j.actual != nil {
 		return Outcome{
@@ -233,7 +240,7 @@ func (j *job) wantsBlocks() bool {
 
 // tryAll tries the ways in the list, then those of further servers, and at last some once more.
 func (j *job) tryAll(ctx context.Context) (Outcome, bool) {
-	for ctx.Err() == nil {
+	for ctx.Err() == nil && j.full == nil {
 		// The other ways of a server that is of no use now are the last, also after those of
 		// others.
 		j.sort()
@@ -266,7 +273,11 @@ func (j *job) tryAll(ctx context.Context) (Outcome, bool) {
 			}
 			return Outcome{Status: Success, NarHash: j.want.NarHash, NarSize: size}, true
 		}
-		j.failed(ctx, c, err)
+		if restore.IsFull(j.destination, err) {
+			j.full = err // and no other way would do better
+		} else {
+			j.failed(ctx, c, err)
+		}
 		if err := restore.Remove(j.destination); err != nil {
 			j.log.Errorf("%v", err)
 			return Outcome{}, false

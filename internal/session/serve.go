@@ -84,7 +84,7 @@ func (s *Settings) ByHand(ctx context.Context, query bool, items []string) error
 		case substitute.NotFound:
 			result = sub.WhyNot(ctx, items[0])
 			s.log.Notef("\"guix-substitute-eris explain ITEM\" says why")
-		case substitute.HashMismatch:
+		case substitute.HashMismatch, substitute.Full:
 			result = message.Failed
 		}
 	}
