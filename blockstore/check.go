@@ -165,7 +165,10 @@ func checkPages(ctx context.Context, tx *bbolt.Tx) error {
 		}
 		return nil
 	})
-	for len(todo) > 0 && err == nil {
+	if err != nil {
+		return err
+	}
+	for len(todo) > 0 {
 		page := todo[len(todo)-1]
 		todo = todo[:len(todo)-1]
 		if ctx.Err() != nil {
@@ -188,7 +191,7 @@ func checkPages(ctx context.Context, tx *bbolt.Tx) error {
 		}
 	}
 	lists := 0
-	for i := 2; i < len(used) && err == nil; i++ {
+	for i := 2; i < len(used); i++ {
 		info, err := tx.Page(i)
 		switch {
 		case err != nil:
@@ -200,8 +203,8 @@ func checkPages(ctx context.Context, tx *bbolt.Tx) error {
 			return fmt.Errorf("%w: page %d is in use and free, or neither", ErrDamaged, i)
 		}
 	}
-	if err == nil && lists != 1 {
-		err = fmt.Errorf("%w: there are %d lists of free pages", ErrDamaged, lists)
+	if lists != 1 {
+		return fmt.Errorf("%w: there are %d lists of free pages", ErrDamaged, lists)
 	}
-	return err
+	return nil
 }

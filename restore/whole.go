@@ -3,7 +3,6 @@
 package restore
 
 import (
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -39,7 +38,7 @@ func CheckNew(path string) error {
 // whatever ends the program, what has the name is whole. Nothing is left behind after an error.
 func Whole(path string, restoreTo func(temporary string) error) (err error) {
 	directory := filepath.Dir(path)
-	temporary := filepath.Join(directory, files.TemporaryPrefix+rand.Text())
+	temporary := files.TemporaryName(directory)
 	defer func() { err = errors.Join(err, Remove(temporary)) }()
 	if err := restoreTo(temporary); err != nil {
 		return err

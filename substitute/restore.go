@@ -192,12 +192,9 @@ func (j *job) run(ctx context.Context) Outcome {
 		if o, ok := j.tryAll(ctx); ok {
 			return o
 		}
-		if ctx.Err() != nil || j.full != nil || round >= maxRounds && !j.stopped || !j.waited() || !j.pause(ctx, round, begin) {
+		if ctx.Err() != nil || round >= maxRounds && !j.stopped || !j.waited() || !j.pause(ctx, round, begin) {
 			break
 		}
-	}
-	if j.full != nil {
-		return Outcome{Status: Full}
 	}
 	if j.actual != nil {
 		return Outcome{
@@ -240,7 +237,7 @@ func (j *job) wantsBlocks() bool {
 
 // tryAll tries the ways in the list, then those of further servers, and at last some once more.
 func (j *job) tryAll(ctx context.Context) (Outcome, bool) {
-	for ctx.Err() == nil && j.full == nil {
+	for ctx.Err() == nil {
 		// The other ways of a server that is of no use now are the last, also after those of
 		// others.
 		j.sort()
@@ -273,14 +270,17 @@ func (j *job) tryAll(ctx context.Context) (Outcome, bool) {
 			}
 			return Outcome{Status: Success, NarHash: j.want.NarHash, NarSize: size}, true
 		}
-		if restore.IsFull(j.destination, err) {
-			j.full = err // and no other way would do better
+		var o Outcome
+		if restore.IsFull(j.destination, err) { // no other way would do better
+			o.Status, j.full = Full, err
 		} else {
 			j.failed(ctx, c, err)
 		}
-		if err := restore.Remove(j.destination); err != nil {
+		if err = restore.Remove(j.destination); err != nil {
 			j.log.Errorf("%v", err)
-			return Outcome{}, false
+		}
+		if err != nil || j.full != nil {
+			return o, j.full != nil
 		}
 	}
 	return Outcome{}, false

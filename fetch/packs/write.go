@@ -6,13 +6,11 @@ import (
 	"bufio"
 	"cmp"
 	"context"
-	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"sync"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -188,7 +186,7 @@ func newSpool(directory string) (*spool, error) {
 }
 
 func temporary(directory string) (*os.File, error) {
-	name := filepath.Join(cmp.Or(directory, os.TempDir()), files.TemporaryPrefix+rand.Text())
+	name := files.TemporaryName(cmp.Or(directory, os.TempDir()))
 	return os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 }
 

@@ -24,9 +24,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TemporaryPrefix begins the names of the temporary files that [Replace] makes; what follows is of
-// [rand.Text]. A process that is killed leaves them behind; [RemoveAbandoned] removes them.
+// TemporaryPrefix begins the names of temporary files, those that [Replace] makes for example. A
+// process that is killed leaves them behind.
 const TemporaryPrefix = ".new-"
+
+// TemporaryName returns the name of a temporary file in a directory that no other file has, and of
+// which [RemoveAbandoned] knows what it is.
+func TemporaryName(directory string) string {
+	return filepath.Join(directory, TemporaryPrefix+rand.Text())
+}
 
 // ErrLocked is wrapped by errors that say that another process, or another open file of this one,
 // has the lock.
@@ -97,13 +103,12 @@ func replace(path string, mode fs.FileMode, o Options, write func(f *os.File) er
 
 // temporary makes the file that is filled.
 func temporary(directory, name string, mode fs.FileMode, locked bool) (*os.File, error) {
-	temporary := directory + TemporaryPrefix + name
+	temporary := TemporaryName(directory)
 	if locked {
+		temporary = directory + TemporaryPrefix + name
 		if err := os.Remove(temporary); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, err
 		}
-	} else {
-		temporary = directory + TemporaryPrefix + rand.Text()
 	}
 	return os.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode) // O_EXCL follows no link
 }
