@@ -202,13 +202,17 @@ func (e *exporter) collect(ctx context.Context, items []string) error {
 }
 
 // checkRoom compares the free space with what the items that have not been exported before should
-// need: about as much as their archives.
+// need: about as much as their archives, in files of a block each, which take whole clusters.
 func (e *exporter) checkRoom(ctx context.Context) error {
 	directory := e.o.Directory
 	free, err := files.Free(directory)
 	for ; errors.Is(err, fs.ErrNotExist); free, err = files.Free(directory) {
 		directory = filepath.Dir(directory) // what it will be made in
 	}
+	if err != nil {
+		return err
+	}
+	cluster, err := files.Cluster(directory)
 	if err != nil {
 		return err
 	}
@@ -224,7 +228,8 @@ func (e *exporter) checkRoom(ctx context.Context) error {
 		if has {
 			continue // exported before, with all of its blocks
 		}
-		needed += size + 2*float64(eris.BlockSizeFor(int64(it.narinfo.NarSize))) // the last leaf and the root
+		block := float64(eris.BlockSizeFor(int64(it.narinfo.NarSize)))
+		needed += (size/block + 2) * max(block, float64(cluster)) // with the last leaf and the root
 	}
 	if needed > float64(free) {
 		return fmt.Errorf("%s has too little room: the items need about %s, and %s are free", e.o.Directory, page.Size(int64(needed)), page.Size(free))

@@ -396,26 +396,34 @@ func Identify(path string) Identity {
 
 // Free returns how many bytes this user can still write to the file system of a directory.
 func Free(directory string) (int64, error) {
-	free, _, err := room(directory)
+	free, _, _, err := room(directory)
 	return free, err
 }
 
-// room returns how many bytes, and how many files, there is room for.
-func room(directory string) (free int64, files uint64, err error) {
+// Cluster returns in how many bytes at a time the file system of a directory gives room to files:
+// a file of one byte takes so many.
+func Cluster(directory string) (int64, error) {
+	_, cluster, _, err := room(directory)
+	return cluster, err
+}
+
+// room returns how many bytes there is room for, in pieces of how many, and for how many files.
+func room(directory string) (free, cluster int64, files uint64, err error) {
 	var s unix.Statfs_t
 	if err := unix.Statfs(directory, &s); err != nil {
-		return 0, 0, &fs.PathError{Op: "statfs", Path: directory, Err: err}
+		return 0, 0, 0, &fs.PathError{Op: "statfs", Path: directory, Err: err}
 	}
 	if files = s.Ffree; s.Files == 0 { // it has no bound
 		files = math.MaxUint64
 	}
-	return int64(min(s.Bavail, 1<<40)) * int64(s.Frsize), files, nil
+	cluster = int64(s.Frsize)
+	return int64(min(s.Bavail, 1<<40)) * cluster, cluster, files, nil
 }
 
 // HasRoom reports whether this user can still write so many bytes to the file system of a
 // directory, in files of leastFile bytes: many file systems have a bound on the number of files.
 func HasRoom(directory string, size int64) bool {
 	const leastFile = 4 << 10
-	free, files, err := room(directory)
+	free, _, files, err := room(directory)
 	return err == nil && free >= size && files >= uint64(size)/leastFile
 }
