@@ -53,7 +53,8 @@ type AnnotatorOptions struct {
 // signature of each item that is in the local store with the same contents. It needs no key:
 // whoever uses the capability checks what it gets against the NarHash that the other server has
 // signed. Everything else, nars above all, is redirected to that server, or comes from there by way
-// of this one where clients have the same name for both. It is an http.Handler.
+// of this one where clients have the same name for both, or where that server wants the password of
+// its URL. It is an http.Handler.
 type Annotator struct {
 	o        AnnotatorOptions
 	upstream *url.URL
@@ -110,8 +111,9 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	_, isNarinfo := narinfoName(strings.TrimPrefix(r.URL.Path, "/"))
 	// Guix takes a redirection to another port of the same host for one to where it is (Guix,
-	// guix/http-client.scm: http-fetch), and follows it for ever.
-	if !isNarinfo && !strings.EqualFold((&url.URL{Host: r.Host}).Hostname(), a.upstream.Hostname()) {
+	// guix/http-client.scm: http-fetch), and follows it for ever. A password is not for clients.
+	sameHost := strings.EqualFold((&url.URL{Host: r.Host}).Hostname(), a.upstream.Hostname())
+	if !isNarinfo && !sameHost && a.upstream.User == nil {
 		http.Redirect(w, r, a.there(r).String(), http.StatusFound)
 		return
 	}
@@ -125,7 +127,7 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		a.relay.ServeHTTP(w, r)
 		return
 	}
-	response, text, err := a.get(r.Context(), a.there(r).String(), via)
+	response, text, err := a.get(r.Context(), a.there(r), via)
 	if err != nil {
 		a.failed(w, r, err)
 		return
@@ -157,6 +159,10 @@ func (a *Annotator) there(r *http.Request) *url.URL {
 // rewrite makes a request one of the other server. It asks for no other protocol.
 func (a *Annotator) rewrite(p *httputil.ProxyRequest) {
 	p.Out.URL, p.Out.Host = a.there(p.In), ""
+	if user := a.upstream.User; user != nil { // net/http does it for its client only
+		password, _ := user.Password()
+		p.Out.SetBasicAuth(user.Username(), password)
+	}
 	p.Out.Header.Add("Via", a.via)
 	p.Out.Header.Del("Upgrade")
 }
@@ -172,8 +178,8 @@ func (a *Annotator) failed(w http.ResponseWriter, r *http.Request, err error) {
 // get gets what is no longer than a narinfo from the other server. That may have it elsewhere; but
 // it is a narinfo then, or else clients could have it show them what only this machine can reach.
 // Via is the field of the request that it is for (RFC 9110, section 7.6.3).
-func (a *Annotator) get(ctx context.Context, url, via string) (response *http.Response, text []byte, err error) {
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+func (a *Annotator) get(ctx context.Context, url *url.URL, via string) (response *http.Response, text []byte, err error) {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url.String(), nil)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -187,13 +193,13 @@ func (a *Annotator) get(ctx context.Context, url, via string) (response *http.Re
 	}
 	text, err = io.ReadAll(io.LimitReader(response.Body, narinfo.MaxSize+1))
 	if err == nil && len(text) > narinfo.MaxSize {
-		err = fmt.Errorf("%s: the answer has more than %d bytes", url, narinfo.MaxSize)
+		err = fmt.Errorf("%s: the answer has more than %d bytes", url.Redacted(), narinfo.MaxSize)
 	}
 	if at := response.Request.URL; err == nil && at.Host != a.upstream.Host {
 		if _, failed := narinfo.Parse(text); failed != nil {
 			text = nil
 			if response.StatusCode == http.StatusOK {
-				err = fmt.Errorf("%s: redirected to %s, which is no narinfo", url, at.Redacted())
+				err = fmt.Errorf("%s: redirected to %s, which is no narinfo", url.Redacted(), at.Redacted())
 			}
 		}
 	}
@@ -204,12 +210,12 @@ func (a *Annotator) get(ctx context.Context, url, via string) (response *http.Re
 // what helpers seed are the same blocks.
 func (a *Annotator) encodeNar(ctx context.Context, path string, narHash [sha256.Size]byte, sink eris.Sink) (*knownNar, error) {
 	k := &knownNar{Form: upstreamForm}
-	at := a.upstream.JoinPath(hashPartOf(path) + ".narinfo").String()
+	at := a.upstream.JoinPath(hashPartOf(path) + ".narinfo")
 	response, text, err := a.get(ctx, at, "")
 	if err != nil {
 		return nil, err
 	}
-	if status := (&mirror.StatusError{URL: at, Status: response.Status, Code: response.StatusCode}); status.Temporary() {
+	if status := (&mirror.StatusError{URL: at.Redacted(), Status: response.Status, Code: response.StatusCode}); status.Temporary() {
 		return nil, status
 	}
 	n, err := narinfo.Parse(text)
@@ -244,7 +250,7 @@ func (a *Annotator) encodeNar(ctx context.Context, path string, narHash [sha256.
 			return err
 		}
 		if [sha256.Size]byte(h.Sum(nil)) != narHash || !body.Drain(w) || body.Decoded {
-			return fmt.Errorf("%s: %w", url, errOtherContents)
+			return fmt.Errorf("%s: %w", urls[i].URL, errOtherContents)
 		}
 		return nil
 	})

@@ -623,6 +623,22 @@ func TestAnnotatorPassesOn(t *testing.T) {
 	itself.Start()
 	defer itself.Close()
 	wantStatus(t, itself.URL+"/nar/zstd/x", http.StatusLoopDetected)
+
+	// A password is this server's: clients get the nars by way of it.
+	guarded := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		user, password, _ := r.BasicAuth()
+		fmt.Fprint(w, user, " ", password)
+	}))
+	defer guarded.Close()
+	options.Upstream = "http://me:secret@" + strings.Replace(strings.TrimPrefix(guarded.URL, "http://"), "127.0.0.1", "localhost", 1)
+	for _, path := range []string{"/nar/zstd/x", "/" + hash + ".narinfo"} {
+		response, err := client.Get(annotator(t, options) + path)
+		must(t, err)
+		if body, err := io.ReadAll(response.Body); err != nil || response.StatusCode != 200 || string(body) != "me secret" {
+			t.Errorf("%s: status %d, to %q: %q", path, response.StatusCode, response.Header.Get("Location"), body)
+		}
+		response.Body.Close()
+	}
 	upstream.Close()
 	wantStatus(t, here+"/nar/zstd/x", http.StatusBadGateway)
 }
