@@ -21,7 +21,6 @@ import (
 	v4 "github.com/aws/aws-sdk-go-v2/aws/signer/v4"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/storeurl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/web"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
@@ -41,9 +40,6 @@ func (d directoryOf) Renew() {}
 
 // Range implements objects.
 func (d directoryOf) Range(_ context.Context, name string, from, n int64, use func(body io.Reader, from, total int64) error) error {
-	if !d.Get {
-		return eris.ErrNotFound
-	}
 	file, info, err := files.OpenRegular(filepath.Join(d.Path, name), os.O_RDONLY)
 	if errors.Is(err, fs.ErrNotExist) {
 		return eris.ErrNotFound
@@ -59,9 +55,6 @@ func (d directoryOf) Range(_ context.Context, name string, from, n int64, use fu
 
 // PutObject implements objects: it gives the file, which is in the same directory, its name.
 func (d directoryOf) PutObject(_ context.Context, name string, content *os.File, _ int64, _ [sha256.Size]byte) error {
-	if !d.Put {
-		return fetch.ErrReadOnly
-	}
 	if err := content.Chmod(0o644); err != nil {
 		return err
 	}
@@ -95,11 +88,6 @@ func openBucket(u storeurl.URL, o web.Options) (objects, error) {
 		return nil, errEndpoint
 	case scheme == "https":
 		query += "&verify"
-	}
-	if !u.Put {
-		query += "&get"
-	} else if !u.Get {
-		query += "&put"
 	}
 	credentials := aws.Credentials{
 		AccessKeyID: os.Getenv("AWS_ACCESS_KEY_ID"), SecretAccessKey: os.Getenv("AWS_SECRET_ACCESS_KEY"),

@@ -68,6 +68,7 @@ const (
 // Store is a store of packs. It implements [fetch.Store], and is safe for concurrent use.
 type Store struct {
 	*fetch.Workers
+	url       storeurl.URL
 	objects   objects
 	directory string
 	ctx       context.Context
@@ -119,7 +120,7 @@ func Open(url string, o web.Options) (*Store, error) {
 		return nil, err
 	}
 	s := &Store{
-		objects: kept, directory: directory, packs: map[eris.Reference]*pack{},
+		url: u, objects: kept, directory: directory, packs: map[eris.Reference]*pack{},
 		left: make(chan struct{}), missing: map[eris.Reference]time.Time{},
 	}
 	s.room = sync.NewCond(&s.mu)
@@ -175,6 +176,9 @@ func (s *Store) get(ctx context.Context, root, ref eris.Reference, size eris.Blo
 }
 
 func (s *Store) find(ctx context.Context, root, ref eris.Reference, size eris.BlockSize) ([]byte, error) {
+	if !s.url.Get {
+		return nil, eris.ErrNotFound
+	}
 	p, err := s.use(ctx, root, ref)
 	if err != nil {
 		return nil, err

@@ -230,6 +230,9 @@ func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error
 	if !eris.BlockSize(len(block)).Valid() {
 		return eris.ErrBlockSize
 	}
+	if !s.url.Put {
+		return fmt.Errorf("%v: %w", s, fetch.ErrReadOnly)
+	}
 	s.putting.Lock()
 	defer s.putting.Unlock()
 	if s.spool == nil {

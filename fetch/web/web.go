@@ -327,9 +327,6 @@ func (s *Store) stored(r *http.Response) error {
 // length of the object, none of which is to be trusted. Errors are those of use; ones that wrap
 // [eris.ErrNotFound] if there is no such object; and those of requests.
 func (s *Store) Range(ctx context.Context, name string, from, n int64, use func(body io.Reader, from, total int64) error) error {
-	if !s.url.Get {
-		return eris.ErrNotFound
-	}
 	o := outgoing{method: http.MethodGet, url: s.at("/"+name, ""), bytes: fmt.Sprintf("bytes=%d-%d", from, from+n-1)}
 	if from < 0 {
 		o.bytes = fmt.Sprintf("bytes=%d", from)
@@ -377,9 +374,6 @@ func rangeOf(r *http.Response, from int64) (at, total int64, err error) {
 // PutObject stores the first size bytes of a file as the object BASE/name; sum is their SHA-256.
 // Errors are as those of Put.
 func (s *Store) PutObject(ctx context.Context, name string, content *os.File, size int64, sum [sha256.Size]byte) error {
-	if !s.url.Put {
-		return fetch.ErrReadOnly
-	}
 	return s.put(ctx, outgoing{http.MethodPut, s.at("/"+name, ""), "", content, size, sum})
 }
 
