@@ -3,6 +3,7 @@
 package substitute
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -467,11 +468,11 @@ func (j *job) try(ctx context.Context, c *candidate) (narSize uint64, err error)
 	}
 	nodes, done, err := c.nodes(ctx, a)
 	if err != nil {
-		return 0, prefer(ctx, j.unquoted(a, err))
+		return 0, cmp.Or(context.Cause(ctx), j.unquoted(a, err))
 	}
 	result, err := restore.Restore(ctx, nodes, j.destination, j.options())
 	if err != nil {
-		err = prefer(ctx, j.unquoted(a, err))
+		err = cmp.Or(context.Cause(ctx), j.unquoted(a, err))
 		cancel(err) // makes a read that is under way return
 	} else {
 		err = j.check(c, result)
@@ -479,14 +480,6 @@ func (j *job) try(ctx context.Context, c *candidate) (narSize uint64, err error)
 	a.ok = err == nil
 	done()
 	return result.NarSize, err
-}
-
-// prefer returns why a context was cancelled, rather than what followed from it.
-func prefer(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	return err
 }
 
 // check compares what was restored with what the narinfo says.

@@ -3,6 +3,7 @@
 package content
 
 import (
+	"cmp"
 	"context"
 	"io"
 	"sync"
@@ -187,10 +188,7 @@ func (f *fetcher) fail(err error) {
 	if f.err != nil {
 		return
 	}
-	if f.parent.Err() != nil {
-		err = context.Cause(f.parent)
-	}
-	f.err = err
+	f.err = cmp.Or(context.Cause(f.parent), err)
 	f.cancelAll()
 	f.ready.Broadcast()
 }

@@ -3,6 +3,7 @@
 package mirror
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -285,10 +286,10 @@ func (n *Nar) request(fields http.Header) (*http.Response, error) {
 	case n.parent.Err() != nil:
 		cancel(nil)
 		return nil, context.Cause(n.parent)
-	case err != nil && hurry && connected && errors.Is(causeOf(ctx, err), os.ErrDeadlineExceeded):
+	case err != nil && hurry && connected && errors.Is(cmp.Or(context.Cause(ctx), err), os.ErrDeadlineExceeded):
 		return n.request(fields)
 	case err != nil:
-		return nil, p.narFailed(causeOf(ctx, err), connected)
+		return nil, p.narFailed(cmp.Or(context.Cause(ctx), err), connected)
 	}
 	n.longest = max(n.longest, time.Since(asked))
 	p.reached(time.Since(asked))
@@ -322,14 +323,6 @@ func (p *peer) narFailed(err error, connected bool) error {
 		return &ServerError{Server: p.server, Err: dialError(err)}
 	}
 	return p.fail(dialError(err))
-}
-
-// causeOf prefers the reason of a cancelled context over what its cancellation did.
-func causeOf(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	return err
 }
 
 // request returns a request for l, with the target as it was written.

@@ -3,6 +3,7 @@
 package mirror
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -108,7 +109,7 @@ func (n *Nar) restart(response *http.Response) error {
 			err = io.ErrUnexpectedEOF
 		}
 		if err != nil && left > 0 {
-			return &ServerError{Server: n.location.shown(), Err: shortened(causeOf(n.ctx, err))}
+			return &ServerError{Server: n.location.shown(), Err: shortened(cmp.Or(context.Cause(n.ctx), err))}
 		}
 	}
 	if again.Sum64() != n.had.Sum64() {
@@ -228,7 +229,7 @@ func (n *Nar) Read(p []byte) (int, error) {
 		case err == io.EOF:
 			n.failed = shortened(io.ErrUnexpectedEOF)
 		default:
-			n.failed = shortened(causeOf(n.ctx, err))
+			n.failed = shortened(cmp.Or(context.Cause(n.ctx), err))
 		}
 		if n.total >= 0 && n.offset > n.total {
 			n.final = true
