@@ -293,7 +293,7 @@ func (a *Annotator) capabilities(ctx context.Context, n *narinfo.Narinfo) (value
 		return nil, true
 	}
 	path := filepath.Join(a.o.Root, filepath.Base(n.StorePath))
-	_, known := a.o.Capabilities.Known(path, n.NarDigest)
+	_, known := a.o.Capabilities.lookUp(path, n.NarDigest)
 	if !known {
 		if _, err := os.Lstat(path); err != nil {
 			return nil, true

@@ -194,13 +194,6 @@ func storeName(store fetch.Store) string {
 	return fmt.Sprintf("%x", sum[:16])
 }
 
-// Known returns what narinfos say of a store item with the given NarHash if it need not be
-// computed.
-func (c *Capabilities) Known(path string, narHash [sha256.Size]byte) (values []narinfo.ERIS, ok bool) {
-	k, ok := c.lookUp(path, narHash)
-	return c.values(k), ok
-}
-
 // encodesNars reports whether there is to be a capability of the compressed nar, too.
 func (c *Capabilities) encodesNars() bool { return c.Nar != "" || c.upstreamNar != nil }
 
@@ -325,9 +318,6 @@ const (
 // wait taken together. If that is too short, or ctx ends, found is false, and the encoding goes on:
 // somebody will ask again. Failures are logged, too.
 func (c *Capabilities) FindSoon(ctx context.Context, path string, narHash [sha256.Size]byte) (found bool, err error) {
-	if _, ok := c.Known(path, narHash); ok {
-		return true, nil
-	}
 	e := c.encoding(path, narHash)
 	begin := time.Now()
 	c.mu.Lock()
@@ -377,7 +367,7 @@ func (c *Capabilities) FindLater(path string, narHash [sha256.Size]byte) {
 // encoding returns the encoding of an item, which it starts if there is none.
 func (c *Capabilities) encoding(path string, narHash [sha256.Size]byte) *tasks.Task {
 	return c.encodings.Start(fmt.Sprintf("%s %x", path, narHash), func(ctx context.Context) error {
-		if _, ok := c.Known(path, narHash); ok {
+		if _, ok := c.lookUp(path, narHash); ok {
 			return nil // another encoding has just ended
 		}
 		return c.encode(ctx, path, narHash)

@@ -284,19 +284,11 @@ func usefulSize(ctx context.Context, path string) (int64, error) {
 // left behind that was killed.
 func (d *Deltas) clean() error {
 	files.RemoveAbandoned(d.o.Directory)
-	names, err := filepath.Glob(filepath.Join(d.o.Directory, "*.delta"))
-	if err != nil {
-		return err
-	}
-	var all []fs.FileInfo
+	all, err := oldestFirst(d.o.Directory, func(name string) bool { return filepath.Ext(name) == ".delta" })
 	sum := int64(0)
-	for _, name := range names {
-		if info, err := os.Lstat(name); err == nil {
-			all = append(all, info)
-			sum += info.Size()
-		}
+	for _, info := range all {
+		sum += info.Size()
 	}
-	slices.SortFunc(all, func(a, b fs.FileInfo) int { return a.ModTime().Compare(b.ModTime()) })
 	for _, info := range all {
 		if sum <= d.o.MaxBytes {
 			break
@@ -306,7 +298,7 @@ func (d *Deltas) clean() error {
 		}
 		sum -= info.Size()
 	}
-	return nil
+	return err
 }
 
 // serve answers a request for /delta/BASE/ITEM. It reports whether there is that delta; if not,

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -105,23 +106,26 @@ func used(path string) {
 // ttl, until the last time that somebody has asked for one of them: the clock may be ahead. The
 // error is that the directory cannot be read.
 func removeUnused(directory string, ttl time.Duration, meant func(name string) bool) error {
-	entries, err := os.ReadDir(directory)
-	var all []fs.FileInfo
-	var last time.Time
-	for _, e := range entries {
-		if info, err := e.Info(); err == nil && meant(e.Name()) {
-			all = append(all, info)
-			if info.ModTime().After(last) {
-				last = info.ModTime()
-			}
-		}
-	}
+	all, err := oldestFirst(directory, meant)
 	for _, info := range all {
+		last := all[len(all)-1].ModTime()
 		if min(last.Sub(info.ModTime()), time.Since(info.ModTime())) > ttl {
 			os.Remove(filepath.Join(directory, info.Name()))
 		}
 	}
 	return err
+}
+
+// oldestFirst returns those files of a directory that are meant.
+func oldestFirst(directory string, meant func(name string) bool) (all []fs.FileInfo, err error) {
+	entries, err := os.ReadDir(directory)
+	for _, e := range entries {
+		if info, err := e.Info(); err == nil && meant(e.Name()) {
+			all = append(all, info)
+		}
+	}
+	slices.SortFunc(all, func(a, b fs.FileInfo) int { return a.ModTime().Compare(b.ModTime()) })
+	return all, err
 }
 
 // removeUnusedRecords removes what is known in a directory of items, which need not be there, and

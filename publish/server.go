@@ -305,7 +305,7 @@ func (s *Server) complete(n *narinfo.Narinfo) (*narinfo.Narinfo, error) {
 	}
 	path, unknown := s.file(n.StorePath), n.NarDigest == [sha256.Size]byte{} || !n.NarSizeKnown
 	if !unknown && s.o.Capabilities != nil {
-		if _, ok := s.o.Capabilities.Known(path, n.NarDigest); ok {
+		if _, ok := s.o.Capabilities.lookUp(path, n.NarDigest); ok {
 			return n, nil // it has been walked
 		}
 	}
