@@ -175,7 +175,13 @@ func (s *publishSettings) handler(ctx context.Context) (h http.Handler, err erro
 	if err != nil {
 		return nil, err
 	}
-	deltas, err := s.deltasOf(store)
+	var items publish.Items
+	if s.annotate == "" || s.deltas > 0 {
+		if items, err = s.openItems(); err != nil {
+			return nil, err
+		}
+	}
+	deltas, err := s.deltasOf(store, items)
 	if err != nil {
 		return nil, err
 	}
@@ -188,10 +194,6 @@ func (s *publishSettings) handler(ctx context.Context) (h http.Handler, err erro
 			Nars: s.forms != "eris-fs", WaitFor: uint64(s.waitFor), Log: s.log.Warnf,
 		})
 		return h, message.OfUsage(err)
-	}
-	items, err := s.openItems()
-	if err != nil {
-		return nil, err
 	}
 	if s.logs == "none" {
 		s.logs = ""
@@ -286,16 +288,12 @@ func (s *publishSettings) narForm() (string, error) {
 	return "", message.Usage("the form nar needs a compression")
 }
 
-// deltasOf returns what makes deltas, or nothing if none are kept.
-func (s *publishSettings) deltasOf(store fetch.Store) (*publish.Deltas, error) {
+// deltasOf returns what makes deltas of items, or nothing if none are kept.
+func (s *publishSettings) deltasOf(store fetch.Store, items publish.Items) (*publish.Deltas, error) {
 	if s.deltas == 0 {
 		return nil, nil
 	}
 	directory, err := s.cached("deltas", "deltas")
-	if err != nil {
-		return nil, err
-	}
-	items, err := s.openItems() // of which deltas are made
 	if err != nil {
 		return nil, err
 	}
