@@ -3,8 +3,10 @@
 package fetch
 
 import (
+	"cmp"
 	"container/list"
 	"context"
+	"fmt"
 	"maps"
 	"slices"
 	"sync"
@@ -53,11 +55,12 @@ type task struct {
 	cancel    context.CancelFunc
 }
 
-// NewWorkers returns up to n workers, with a name for String, that call get, which is as [Get]
-// without verification: it returns an error that wraps [eris.ErrNotFound] for a block that the
-// source does not have. It may write the block to dst, or return other memory that nobody changes;
-// dst is the worker's until get returns, so that a call that does not end in time harms nobody. It
-// should return soon after its context has ended; Close waits for it, but requests do not.
+// NewWorkers returns up to n workers, with a name for String and errors, that call get, which is as
+// [Get] without verification: it returns an error that wraps [eris.ErrNotFound] for a block that
+// the source does not have. It may write the block to dst, or return other memory that nobody
+// changes; dst is the worker's until get returns, so that a call that does not end in time harms
+// nobody. It should return soon after its context has ended; Close waits for it, but requests do
+// not.
 func NewWorkers(name string, n int, get func(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error)) *Workers {
 	w := &Workers{name: name, get: get, most: n, calls: map[*task]struct{}{}}
 	w.wake.L = &w.mu
@@ -141,8 +144,8 @@ func (w *Workers) work() {
 	memory := make([]byte, 0, eris.BlockSize32KiB)
 	for t := w.take(nil); t != nil; t = w.take(t) {
 		block, err := w.serve(t.ctx, t, memory)
-		if err != nil && t.ctx.Err() != nil {
-			err = context.Cause(t.ctx)
+		if err != nil {
+			block, err = nil, cmp.Or(context.Cause(t.ctx), fmt.Errorf("%s: %w", w.name, err))
 		}
 		t.cancel()
 		t.end(block, err)

@@ -152,10 +152,7 @@ func (s *Store) get(ctx context.Context, ref eris.Reference, size eris.BlockSize
 	if errors.Is(err, httpclient.ErrSilent) {
 		err = fmt.Errorf("%w: the node has not found it within %v", eris.ErrNotFound, s.timeout)
 	}
-	if err != nil {
-		return nil, fmt.Errorf("%v: %w", s, err)
-	}
-	return block, nil
+	return block, err
 }
 
 // Put implements [fetch.Store]: it returns nil once the node has answered that it has stored and

@@ -28,7 +28,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"slices"
@@ -168,14 +167,6 @@ func (s *Store) Close() error {
 }
 
 func (s *Store) get(ctx context.Context, root, ref eris.Reference, size eris.BlockSize, _ []byte) ([]byte, error) {
-	block, err := s.find(ctx, root, ref, size)
-	if err != nil {
-		return nil, fmt.Errorf("%v: %w", s, err)
-	}
-	return block, nil
-}
-
-func (s *Store) find(ctx context.Context, root, ref eris.Reference, size eris.BlockSize) ([]byte, error) {
 	if !s.url.Get {
 		return nil, eris.ErrNotFound
 	}

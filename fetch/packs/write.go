@@ -181,7 +181,7 @@ func newSpool(directory string) (*spool, error) {
 		return nil, err
 	}
 	s := &spool{file: file, blocks: map[eris.Reference]entry{}}
-	s.Workers = fetch.NewWorkers("pack:", 1, s.get)
+	s.Workers = fetch.NewWorkers("the blocks that were put", 1, s.get)
 	return s, nil
 }
 

@@ -219,7 +219,7 @@ func (s *Store) Close() error {
 // listed answer so.
 func (s *Store) get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) (block []byte, err error) {
 	if !s.url.Get {
-		return nil, fmt.Errorf("%v: %w", s, eris.ErrNotFound)
+		return nil, eris.ErrNotFound
 	}
 	first := int(s.hint.Load())
 	for i := range s.layouts {
@@ -243,7 +243,7 @@ func (s *Store) get(ctx context.Context, ref eris.Reference, size eris.BlockSize
 			break
 		}
 	}
-	return nil, fmt.Errorf("%v: %w", s, err)
+	return nil, err
 }
 
 func (s *Store) have(ctx context.Context, question, dst []byte) ([]byte, error) {
@@ -259,10 +259,7 @@ func (s *Store) have(ctx context.Context, question, dst []byte) ([]byte, error) 
 		}
 		return nil
 	})
-	if err != nil {
-		return nil, fmt.Errorf("%v: %w", s, err)
-	}
-	return dst[:n], nil
+	return dst[:n], err
 }
 
 func (s *Store) address(ref eris.Reference, at int) *url.URL {

@@ -89,14 +89,10 @@ func New(u storeurl.URL, files Files) *Store {
 }
 
 func (s *Store) get(_ context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) ([]byte, error) {
-	err := eris.ErrNotFound
-	if s.URL.Get {
-		err = s.files.Read(ref, dst[:size])
+	if !s.URL.Get {
+		return nil, eris.ErrNotFound
 	}
-	if err != nil {
-		return nil, fmt.Errorf("%v: %w", s, err)
-	}
-	return dst[:size], nil
+	return dst[:size], s.files.Read(ref, dst[:size])
 }
 
 // Put implements [fetch.Store]. It verifies the block, because what is in files lasts. When ctx
