@@ -91,8 +91,13 @@ func (s *Settings) itemByHash(ctx context.Context, sub *Session, text string) (s
 	if len(text) != 32 {
 		return "", message.Usage("%q is no name of a store item", text)
 	}
-	if present, _ := filepath.Glob(s.Store + "/" + text + "-*"); len(present) > 0 {
-		return present[0], nil
+	present, _ := filepath.Glob(s.Store + "/" + text + "-*")
+	for _, path := range present {
+		info, err := os.Lstat(path)
+		isLock := err == nil && filepath.Ext(path) == ".lock" && info.Mode().IsRegular() && info.Size() == 0 // of the daemon
+		if !isLock {
+			return path, nil
+		}
 	}
 	if sub == nil {
 		return "", message.Unavailable.Errorf("hash part %s: the store has no item of that name", text)
