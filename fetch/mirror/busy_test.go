@@ -17,6 +17,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -181,6 +182,33 @@ func TestPipelineRefused(t *testing.T) {
 			collectAll(t, client(t, mirror.Options{Dial: network.Dial}), server, hashes(40))
 			if took := time.Since(begin); took >= 20*time.Second {
 				t.Errorf("%q: it took %v", refusal, took)
+			}
+		})
+	}
+}
+
+// TestAcknowledged has responses acknowledged at once: a server that has several small ones to send
+// may wait for that with each.
+func TestAcknowledged(t *testing.T) {
+	server := rawServer(t, func(n int, conn net.Conn, r *bufio.Reader) {
+		for reply(conn, r) {
+		}
+	})
+	var dialed net.Conn
+	c := client(t, mirror.Options{Dial: func(ctx context.Context, network, address string) (conn net.Conn, err error) {
+		conn, err = new(net.Dialer).DialContext(ctx, network, address)
+		dialed = conn
+		return conn, err
+	}})
+	for _, h := range hashes(20) {
+		collectAll(t, c, server, []string{h})
+		raw, err := dialed.(syscall.Conn).SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw.Control(func(fd uintptr) {
+			if at, err := unix.GetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_QUICKACK); at != 1 || err != nil {
+				t.Errorf("not acknowledged at once: %v, %v", at, err)
 			}
 		})
 	}

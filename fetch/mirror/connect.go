@@ -16,7 +16,10 @@ import (
 	"net/url"
 	"os"
 	"strings"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/proxy"
 )
@@ -71,6 +74,7 @@ func refusal(via *url.URL, r *http.Response) error {
 // A connection carries pipelined requests to one server.
 type connection struct {
 	net   net.Conn
+	tcp   net.Conn // below TLS
 	r     *bufio.Reader
 	proxy *url.URL // what plain HTTP requests are sent to instead of the server
 
@@ -97,7 +101,7 @@ func (p *peer) connect(ctx context.Context) (*connection, error) {
 	if err != nil {
 		return nil, dialError(err)
 	}
-	conn := &connection{net: raw, header: -1}
+	conn := &connection{net: raw, tcp: raw, header: -1}
 	if l.scheme == "http" {
 		conn.proxy = via
 	} else if conn.net, err = c.secure(ctx, raw, l, via); err != nil {
@@ -254,10 +258,23 @@ func (c *connection) Read(p []byte) (int, error) {
 	}
 	c.net.SetReadDeadline(due) // if it cannot be set, the connection is closed
 	n, err := c.net.Read(p)
+	c.acknowledge()
 	if c.header > 0 {
 		c.header -= n
 	}
 	return n, err
+}
+
+// acknowledge has Linux acknowledge at once what has come. Otherwise it waits up to 40 ms for more,
+// and a server that does not set TCP_NODELAY, such as one written in Python, holds its next small
+// responses back as long (RFC 9293, sections 3.7.4 and 3.8.6.3). Linux forgets it when something is
+// sent.
+func (c *connection) acknowledge() {
+	if conn, ok := c.tcp.(syscall.Conn); ok {
+		if raw, err := conn.SyscallConn(); err == nil {
+			raw.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_QUICKACK, 1) })
+		}
+	}
 }
 
 // response reads the header of the next response; the server may be silent for timeout, and take
