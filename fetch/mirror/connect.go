@@ -50,7 +50,7 @@ func (c *Client) newTransport() *http.Transport {
 		OnProxyConnectResponse: func(_ context.Context, via *url.URL, _ *http.Request, r *http.Response) error {
 			return refusal(via, r)
 		},
-		DialContext:            c.o.Dial,
+		DialContext:            c.dial,
 		TLSClientConfig:        c.tls.Clone(),
 		TLSHandshakeTimeout:    2 * c.o.ConnectTimeout,
 		DisableCompression:     true,
@@ -71,10 +71,34 @@ func refusal(via *url.URL, r *http.Response) error {
 	return fmt.Errorf("proxy %s answered %.100q to a request to connect", via.Host, r.Status)
 }
 
+// A promptConn has Linux acknowledge at once what has come. Otherwise it waits up to 40 ms for
+// more, and a server that does not set TCP_NODELAY, such as one written in Python, holds its next
+// small response, or what follows the header, back as long (RFC 9293, sections 3.7.4 and 3.8.6.3).
+// Linux forgets it when something is sent.
+type promptConn struct{ net.Conn }
+
+func (c promptConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if conn, ok := c.Conn.(syscall.Conn); ok {
+		if raw, err := conn.SyscallConn(); err == nil {
+			raw.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_QUICKACK, 1) })
+		}
+	}
+	return n, err
+}
+
+// dial connects to an address.
+func (c *Client) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	conn, err := c.o.Dial(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	return promptConn{conn}, nil
+}
+
 // A connection carries pipelined requests to one server.
 type connection struct {
 	net   net.Conn
-	tcp   net.Conn // below TLS
 	r     *bufio.Reader
 	proxy *url.URL // what plain HTTP requests are sent to instead of the server
 
@@ -97,11 +121,11 @@ func (p *peer) connect(ctx context.Context) (*connection, error) {
 	if via != nil {
 		address = net.JoinHostPort(via.Hostname(), cmp.Or(via.Port(), "80"))
 	}
-	raw, err := c.o.Dial(ctx, "tcp", address)
+	raw, err := c.dial(ctx, "tcp", address)
 	if err != nil {
 		return nil, dialError(err)
 	}
-	conn := &connection{net: raw, tcp: raw, header: -1}
+	conn := &connection{net: raw, header: -1}
 	if l.scheme == "http" {
 		conn.proxy = via
 	} else if conn.net, err = c.secure(ctx, raw, l, via); err != nil {
@@ -258,23 +282,10 @@ func (c *connection) Read(p []byte) (int, error) {
 	}
 	c.net.SetReadDeadline(due) // if it cannot be set, the connection is closed
 	n, err := c.net.Read(p)
-	c.acknowledge()
 	if c.header > 0 {
 		c.header -= n
 	}
 	return n, err
-}
-
-// acknowledge has Linux acknowledge at once what has come. Otherwise it waits up to 40 ms for more,
-// and a server that does not set TCP_NODELAY, such as one written in Python, holds its next small
-// responses back as long (RFC 9293, sections 3.7.4 and 3.8.6.3). Linux forgets it when something is
-// sent.
-func (c *connection) acknowledge() {
-	if conn, ok := c.tcp.(syscall.Conn); ok {
-		if raw, err := conn.SyscallConn(); err == nil {
-			raw.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_QUICKACK, 1) })
-		}
-	}
 }
 
 // response reads the header of the next response; the server may be silent for timeout, and take
