@@ -260,7 +260,7 @@ compare it with what the administrator of the server says.`,
 func (c *changeFlags) use(ctx context.Context, server, keyFile string) error {
 	if path := strings.TrimPrefix(server, "file:"); strings.HasPrefix(path, "/") && !strings.HasPrefix(path, "//") {
 		return message.Usage("%q is not the whole URL of a server\nhint: write file://%s for a directory", server, path)
-	} else if !strings.Contains(server, "://") {
+	} else if !strings.Contains(server, "://") && !strings.HasSuffix(server, ":") { // of http://
 		return message.Usage("%q is not the whole URL of a server\nhint: write http://%s, or file:///… for a directory", server, server)
 	} else if err := mirror.CheckURL(server); err != nil {
 		return message.Usage("%w\nhint: a server has a URL like http://lan.example:8080, and a stick file:///media/stick", err)
