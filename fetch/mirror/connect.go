@@ -16,12 +16,10 @@ import (
 	"net/url"
 	"os"
 	"strings"
-	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/proxy"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 )
 
 const (
@@ -71,29 +69,13 @@ func refusal(via *url.URL, r *http.Response) error {
 	return fmt.Errorf("proxy %s answered %.100q to a request to connect", via.Host, r.Status)
 }
 
-// A promptConn has Linux acknowledge at once what has come. Otherwise it waits up to 40 ms for
-// more, and a server that does not set TCP_NODELAY, such as one written in Python, holds its next
-// small response, or what follows the header, back as long (RFC 9293, sections 3.7.4 and 3.8.6.3).
-// Linux forgets it when something is sent.
-type promptConn struct{ net.Conn }
-
-func (c promptConn) Read(p []byte) (int, error) {
-	n, err := c.Conn.Read(p)
-	if conn, ok := c.Conn.(syscall.Conn); ok {
-		if raw, err := conn.SyscallConn(); err == nil {
-			raw.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_QUICKACK, 1) })
-		}
-	}
-	return n, err
-}
-
 // dial connects to an address.
 func (c *Client) dial(ctx context.Context, network, address string) (net.Conn, error) {
 	conn, err := c.o.Dial(ctx, network, address)
 	if err != nil {
 		return nil, err
 	}
-	return promptConn{conn}, nil
+	return dial.Prompt(conn), nil
 }
 
 // A connection carries pipelined requests to one server.

@@ -10,7 +10,10 @@ import (
 	"net/http/httptrace"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lan"
 )
@@ -176,3 +179,30 @@ type dialed struct {
 	first bool
 	err   error
 }
+
+// Prompt has Linux acknowledge at once what is read from a TCP connection. Otherwise it waits up to
+// 40 ms for more, and a server that does not set TCP_NODELAY, such as one written in Python, holds
+// its next small response, or what follows the header, back as long (RFC 9293, sections 3.7.4 and
+// 3.8.6.3). Other connections stay as they are.
+func Prompt(conn net.Conn) net.Conn {
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		if raw, err := tcp.SyscallConn(); err == nil {
+			return prompt{tcp, raw}
+		}
+	}
+	return conn
+}
+
+type prompt struct {
+	*net.TCPConn
+	raw syscall.RawConn
+}
+
+// Read implements net.Conn. Linux forgets the option when something is sent.
+func (c prompt) Read(p []byte) (int, error) {
+	n, err := c.TCPConn.Read(p)
+	c.raw.Control(acknowledge)
+	return n, err
+}
+
+func acknowledge(fd uintptr) { unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_QUICKACK, 1) }

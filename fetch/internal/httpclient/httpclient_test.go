@@ -7,11 +7,47 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/http/httptrace"
 	"net/url"
+	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
+
+// TestAcknowledged has responses acknowledged at once: a server may wait for that with the rest.
+func TestAcknowledged(t *testing.T) {
+	server := httptest.NewServer(http.NotFoundHandler())
+	defer server.Close()
+	base, err := url.Parse(server.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := New(base, Options{Connections: 1, ConnectTimeout: time.Minute, Timeout: time.Minute, BodyTimeout: time.Minute, IdleTimeout: time.Minute})
+	defer c.Close()
+	for range 20 {
+		var used *conn
+		ctx := httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) { used = info.Conn.(*conn) }})
+		err := c.Do(ctx, &http.Request{Method: "GET", URL: base, Header: Header()}, func(r *http.Response) error {
+			_, err := io.Copy(io.Discard, r.Body)
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw, err := used.Conn.(syscall.Conn).SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw.Control(func(fd uintptr) {
+			if at, err := unix.GetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_QUICKACK); at != 1 || err != nil {
+				t.Errorf("not acknowledged at once: %v, %v", at, err)
+			}
+		})
+	}
+}
 
 // Whether what a server says unasked comes before a request is sent or after that, it is no HTTP.
 func TestUnasked(t *testing.T) {
