@@ -47,6 +47,9 @@ const (
 	messagesPerSocket = 1 << 15
 	// typicalRequest is more bytes than most requests have beside the payload.
 	typicalRequest = 128
+	// mostRandom is the share of messages that may be lost without a queue before that counts as
+	// congestion, and lossMemory how many messages the share is about.
+	mostRandom, lossMemory = 1. / 8, 64
 	// rateAging is what a rate that was reached still counts one round trip later.
 	rateAging = 0.9
 	// mostBurst is how many messages are sent at once, or those of burstTime, as exact as timers are.
@@ -110,6 +113,7 @@ type Endpoint struct {
 	window    float64
 	threshold float64
 	lastLoss  time.Time
+	lossy     float64       // share of messages of late that were lost
 	roundTrip time.Duration // smoothed, 0 if not known (RFC 6298)
 	variation time.Duration
 	shortest  time.Duration // round trip
@@ -400,6 +404,7 @@ func (e *Endpoint) measure(m *confirmable) {
 // shortest one tells (TCP Vegas). The lock must be held.
 func (e *Endpoint) grow(m *confirmable) {
 	e.answers++
+	e.lossy -= e.lossy / lossMemory
 	if took := e.lastHeard.Sub(e.period); took >= max(e.roundTrip, time.Millisecond) {
 		e.queue = e.lowest > e.shortest+max(leastDelay, min(mostDelay, e.shortest/8))
 		e.rate = max(float64(e.answers)/took.Seconds(), rateAging*e.rate)
@@ -431,15 +436,20 @@ func (e *Endpoint) sample(took time.Duration) {
 }
 
 // congested takes note that what was sent at a time was lost. What was under way at the last loss
-// was lost together with that, and does not count again (RFC 6582, section 3.2). The window halves,
-// but what the line has carried is not too much for it (TCP Westwood). The lock must be held.
+// was lost together with that, and does not count again (RFC 6582, section 3.2). Nor do a few
+// without a queue, which are lost at random: TCP Veno tells them by that (Fu and Liew 2003). The
+// window halves, but what the line has carried is not too much for it (TCP Westwood). Before a
+// round trip is known, perhaps nothing was lost, and the threshold remains. The lock must be held.
 func (e *Endpoint) congested(sent, now time.Time) {
-	if sent.Before(e.lastLoss) {
+	e.lossy += (1 - e.lossy) / lossMemory
+	if sent.Before(e.lastLoss) || e.roundTrip > 0 && !e.queue && e.lossy < mostRandom {
 		return
 	}
 	e.lastLoss = now
 	e.window = max(e.least(), e.window/2, min(e.window, e.rate*e.shortest.Seconds()))
-	e.threshold = e.window
+	if e.roundTrip > 0 {
+		e.threshold = e.window
+	}
 }
 
 // receive takes datagrams until the socket is closed.
