@@ -58,6 +58,7 @@ type AnnotatorOptions struct {
 type Annotator struct {
 	o        AnnotatorOptions
 	upstream *url.URL
+	user     *url.Userinfo // what it wants; neither messages nor clients have it
 	client   *http.Client
 	relay    *httputil.ReverseProxy
 	via      string           // names it in requests, so that it knows those that come back to it
@@ -79,9 +80,10 @@ const (
 func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 	u, err := url.Parse(o.Upstream)
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
-		return nil, fmt.Errorf("%q is not the URL of a substitute server, which begins with http:// or https://", o.Upstream)
+		return nil, fmt.Errorf("%q is not the URL of a substitute server, which begins with http:// or https://", mirror.WithoutUser(o.Upstream))
 	}
-	u.Path = cmp.Or(u.Path, "/")
+	user := u.User
+	u.User, u.Path = nil, cmp.Or(u.Path, "/")
 	o.Root = cmp.Or(o.Root, o.StoreDir)
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.DialContext = dial.With(&net.Dialer{})
@@ -90,7 +92,7 @@ func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 	transport.ResponseHeaderTimeout = upstreamTimeout
 	transport.MaxResponseHeaderBytes = maxUpstreamHeader
 	a := &Annotator{
-		o: o, upstream: u, via: "1.1 annotate-" + rand.Text(),
+		o: o, upstream: u, user: user, via: "1.1 annotate-" + rand.Text(),
 		client: &http.Client{Transport: transport, Timeout: upstreamTimeout},
 	}
 	a.relay = &httputil.ReverseProxy{Transport: transport.Clone(), Rewrite: a.rewrite, ErrorHandler: a.failed}
@@ -109,11 +111,15 @@ func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if a.o.Deltas != nil && a.o.Deltas.serve(w, r) {
 		return
 	}
+	if slices.Contains(strings.Split(r.URL.Path, "/"), "..") { // it is not below the URL of that server
+		http.NotFound(w, r)
+		return
+	}
 	_, isNarinfo := narinfoName(strings.TrimPrefix(r.URL.Path, "/"))
 	// Guix takes a redirection to another port of the same host for one to where it is (Guix,
 	// guix/http-client.scm: http-fetch), and follows it for ever. A password is not for clients.
 	sameHost := strings.EqualFold((&url.URL{Host: r.Host}).Hostname(), a.upstream.Hostname())
-	if !isNarinfo && !sameHost && a.upstream.User == nil {
+	if !isNarinfo && !sameHost && a.user == nil {
 		http.Redirect(w, r, a.there(r).String(), http.StatusFound)
 		return
 	}
@@ -159,9 +165,9 @@ func (a *Annotator) there(r *http.Request) *url.URL {
 // rewrite makes a request one of the other server. It asks for no other protocol.
 func (a *Annotator) rewrite(p *httputil.ProxyRequest) {
 	p.Out.URL, p.Out.Host = a.there(p.In), ""
-	if user := a.upstream.User; user != nil { // net/http does it for its client only
-		password, _ := user.Password()
-		p.Out.SetBasicAuth(user.Username(), password)
+	if a.user != nil { // net/http does it for its client only
+		password, _ := a.user.Password()
+		p.Out.SetBasicAuth(a.user.Username(), password)
 	}
 	p.Out.Header.Add("Via", a.via)
 	p.Out.Header.Del("Upgrade")
@@ -178,28 +184,32 @@ func (a *Annotator) failed(w http.ResponseWriter, r *http.Request, err error) {
 // get gets what is no longer than a narinfo from the other server. That may have it elsewhere; but
 // it is a narinfo then, or else clients could have it show them what only this machine can reach.
 // Via is the field of the request that it is for (RFC 9110, section 7.6.3).
-func (a *Annotator) get(ctx context.Context, url *url.URL, via string) (response *http.Response, text []byte, err error) {
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url.String(), nil)
+func (a *Annotator) get(ctx context.Context, from *url.URL, via string) (response *http.Response, text []byte, err error) {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, from.String(), nil)
 	if err != nil {
 		return nil, nil, err
 	}
+	request.URL.User = a.user
 	request.Header.Set("Via", strings.TrimPrefix(via+", "+a.via, ", "))
 	if response, err = a.client.Do(request); err != nil {
+		if failed, ok := errors.AsType[*url.Error](err); ok {
+			failed.URL = mirror.WithoutUser(failed.URL)
+		}
 		return nil, nil, err
 	}
 	defer response.Body.Close()
 	if response.StatusCode < 200 { // the body of 101 is the connection, which has no end
-		return nil, nil, fmt.Errorf("%s: status %03d", response.Request.URL.Redacted(), response.StatusCode)
+		return nil, nil, fmt.Errorf("%s: status %03d", from, response.StatusCode)
 	}
 	text, err = io.ReadAll(io.LimitReader(response.Body, narinfo.MaxSize+1))
 	if err == nil && len(text) > narinfo.MaxSize {
-		err = fmt.Errorf("%s: the answer has more than %d bytes", url.Redacted(), narinfo.MaxSize)
+		err = fmt.Errorf("%s: the answer has more than %d bytes", from, narinfo.MaxSize)
 	}
 	if at := response.Request.URL; err == nil && at.Host != a.upstream.Host {
 		if _, failed := narinfo.Parse(text); failed != nil {
 			text = nil
 			if response.StatusCode == http.StatusOK {
-				err = fmt.Errorf("%s: redirected to %s, which is no narinfo", url.Redacted(), at.Redacted())
+				err = fmt.Errorf("%s: redirected to %s, which is no narinfo", from, mirror.WithoutUser(at.String()))
 			}
 		}
 	}
@@ -215,7 +225,7 @@ func (a *Annotator) encodeNar(ctx context.Context, path string, narHash [sha256.
 	if err != nil {
 		return nil, err
 	}
-	if status := (&mirror.StatusError{URL: at.Redacted(), Status: response.Status, Code: response.StatusCode}); status.Temporary() {
+	if status := (&mirror.StatusError{URL: at.String(), Status: response.Status, Code: response.StatusCode}); status.Temporary() {
 		return nil, status
 	}
 	n, err := narinfo.Parse(text)
@@ -227,7 +237,7 @@ func (a *Annotator) encodeNar(ctx context.Context, path string, narHash [sha256.
 	if i < 0 {
 		return k, nil
 	}
-	url, err := narinfo.ResolveURL(a.upstream.String(), urls[i].URL)
+	url, err := narinfo.ResolveURL(a.o.Upstream, urls[i].URL)
 	if err != nil || mirror.IsLocal(url) {
 		return k, nil
 	}

@@ -639,6 +639,25 @@ func TestAnnotatorPassesOn(t *testing.T) {
 		}
 		response.Body.Close()
 	}
+
+	// It opens what is below the URL of that server, and nothing else there.
+	for _, path := range []string{"/../private", "/nar/../../private", "/%2e%2e/private", "/nar/..%2F..%2Fprivate"} {
+		wantStatus(t, annotator(t, options)+path, http.StatusNotFound)
+	}
+
+	// A user name may be a secret, too, for the log and who reads its last lines on the page.
+	var log []string
+	options.Log = func(format string, a ...any) { log = append(log, fmt.Sprintf(format, a...)) }
+	guarded.Close()
+	a, err = publish.NewAnnotator(options)
+	must(t, err)
+	a.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest("GET", "/"+hash+".narinfo", nil))
+	options.Upstream = "htps://me:secret@mirror.example"
+	_, err = publish.NewAnnotator(options)
+	log = append(log, fmt.Sprint(err))
+	if text := strings.Join(log, "\n"); len(log) != 2 || strings.Contains(text, "me:") || strings.Contains(text, "secret") {
+		t.Errorf("log:\n%s", text)
+	}
 	upstream.Close()
 	wantStatus(t, here+"/nar/zstd/x", http.StatusBadGateway)
 }
