@@ -31,15 +31,16 @@ func TestResolveURL(t *testing.T) {
 		{"no scheme: no colon", "http://h", "x", "http://h/x"},
 		{"network path", "http://h", "//g/x", "http://h///g/x"},
 		{"file base", "file:///srv", "nar/x", "file:///srv/nar/x"},
+		{"base that is not ASCII", "http://me:secret@h/é", "nar/x", "http://me:secret@h/é/nar/x"},
 	} {
 		if got, err := narinfo.ResolveURL(tt.base, tt.value); err != nil || got != tt.want {
 			t.Errorf("%s: ResolveURL = %q, %v, want %q", tt.name, got, err, tt.want)
 		}
 	}
 	for _, value := range []string{"", "a b", "a\n", "a\r", "\x00", "\x7f", "é", "http://g/ x", "a\x1b[2J"} {
-		got, err := narinfo.ResolveURL("http://h", value)
-		if err == nil || strings.ContainsAny(err.Error(), "\x00\x1b\r\n") {
-			t.Errorf("ResolveURL(%q) = %q, %v, want an error without control characters", value, got, err)
+		got, err := narinfo.ResolveURL("http://me:secret@h", value)
+		if err == nil || strings.ContainsAny(err.Error(), "\x00\x1b\r\n") || strings.Contains(err.Error(), "secret") {
+			t.Errorf("ResolveURL(%q) = %q, %v, want an error without control characters and passwords", value, got, err)
 		}
 	}
 }

@@ -4,6 +4,7 @@ package narinfo
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -74,21 +75,20 @@ var slowness = map[string]int{"none": 0, "zstd": 0, "gzip": 1, "lzip": 2, "xz": 
 // base, with a slash between them unless base ends with one. Nothing else is changed: neither dot
 // segments nor percent signs are interpreted. (Guix, guix/narinfo.scm: narinfo-maker.)
 //
-// It fails if value is empty or if the result contains blanks, control characters or other than
-// ASCII characters. It does not look at the scheme: an unsigned narinfo can name any, "file" for
-// instance, so the caller must.
+// It fails if value is empty or contains blanks, control characters or other than ASCII characters.
+// Base may have such, as the name of a directory, and a password, which no error shows. It does not
+// look at the scheme: an unsigned narinfo can name any, "file" for instance, so the caller must.
 func ResolveURL(base, value string) (string, error) {
 	if value == "" {
-		return "", fmt.Errorf("empty URL in a narinfo from %.300q", base)
+		return "", errors.New("empty URL in a narinfo")
 	}
-	url := value
+	if i := badURLByte(value); i >= 0 {
+		return "", fmt.Errorf("the URL %.300q contains the byte %#02x", value, value[i])
+	}
 	if !hasScheme(value) {
-		url = strings.TrimSuffix(base, "/") + "/" + value
+		value = strings.TrimSuffix(base, "/") + "/" + value
 	}
-	if i := badURLByte(url); i >= 0 {
-		return "", fmt.Errorf("the URL %.300q contains the byte %#02x", url, url[i])
-	}
-	return url, nil
+	return value, nil
 }
 
 // hasScheme reports whether s starts with a URI scheme and a colon (RFC 3986, section 3.1).
