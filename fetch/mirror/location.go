@@ -26,9 +26,13 @@ type location struct {
 
 // parse parses a server's URL or that of a nar. Its errors show no user information.
 func parse(raw string) (*location, error) {
+	whole := raw
 	raw, _, _ = strings.Cut(raw, "#")
 	l, err := parseURL(raw)
 	switch {
+	case err != nil && strings.Contains(whole, "@") && WithoutUser(whole) == whole:
+		// What comes before a slash in a password is taken for a host and a port.
+		return nil, errors.New("invalid URL; in a password a slash is written %2F, ? is %3F and # is %23")
 	case err == ErrUnsupportedScheme:
 		return nil, fmt.Errorf("%w in %.300q; it must be http://, https:// or file:///", err, WithoutUser(raw))
 	case err != nil:
@@ -219,10 +223,10 @@ func shortened(err error) error {
 // WithoutUser returns a URL without its user information, which may be a password, for messages.
 // What is no URL it returns without what looks like that.
 func WithoutUser(rawURL string) string {
-	scheme, rest, ok := strings.Cut(rawURL, "//")
-	if !ok {
-		return rawURL
+	scheme, rest := "", rawURL // of what begins with a host
+	if i := strings.Index(rawURL, "//"); i >= 0 {
+		scheme, rest = rawURL[:i+2], rawURL[i+2:]
 	}
 	end := strings.IndexAny(rest+"/", "/?#")
-	return scheme + "//" + rest[strings.LastIndexByte(rest[:end], '@')+1:]
+	return scheme + rest[strings.LastIndexByte(rest[:end], '@')+1:]
 }
