@@ -254,6 +254,30 @@ func fewWorkers(t *testing.T, workers int) {
 	}
 }
 
+// TestSilentBeside asks a server that answers on one connection only. What was requested on others
+// is requested on that one as soon as they are given up.
+func TestSilentBeside(t *testing.T) {
+	inNetwork(t, func(t *testing.T, network *sourcetest.Network) {
+		var lost time.Time // when the last connection beside the first was given up
+		server := rawServerAt(t, network.Listen(), func(n int, conn net.Conn, r *bufio.Reader) {
+			if n > 0 {
+				io.Copy(io.Discard, r)
+				lost = time.Now()
+				return
+			}
+			for reply(conn, r) {
+				time.Sleep(5 * time.Millisecond)
+			}
+		})
+		collectAll(t, client(t, mirror.Options{Dial: network.Dial}), server, hashes(60))
+		end := time.Now()
+		synctest.Wait() // until the server has noticed
+		if after := end.Sub(lost); lost.IsZero() || after > 100*time.Millisecond {
+			t.Errorf("the last answers came %v after the last other connection was given up", after)
+		}
+	})
+}
+
 // TestContentEncoding undoes what a proxy does to responses.
 func TestContentEncoding(t *testing.T) {
 	server := serving(t, func(w http.ResponseWriter, r *http.Request) {

@@ -243,11 +243,15 @@ func (p *peer) needed() bool {
 	return false
 }
 
-// gone counts a worker no more. The caller holds the lock.
+// gone counts a worker no more. What it has put back is for another one, which may be idle. The
+// caller holds the lock.
 func (p *peer) gone() {
 	p.starting = max(0, p.starting-1) // or one of those is measured too early
 	if p.workers--; p.workers == 0 {
 		p.most, p.fewer, p.fewerRate = p.limit, 0, 0
+	}
+	if p.queued() > 0 {
+		p.spawn(0)
 	}
 }
 
