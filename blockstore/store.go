@@ -127,6 +127,7 @@ func open(directory string, options Options) (_ *Store, err error) {
 	}
 	defer func() {
 		if err != nil {
+			s.fail(err) // or its checksum would vouch for an index that nobody has checked
 			err = errors.Join(err, s.closeFiles())
 		}
 	}()

@@ -392,6 +392,28 @@ func TestCloseWhileChecked(t *testing.T) {
 	mustHave(t, testOpen(t, directory, Options{}), 0, eris.BlockSize32KiB)
 }
 
+// TestFailedOpen fails to open a store after a crash, and then opens it: its index is checked entry
+// by entry all the same, for nobody has done that.
+func TestFailedOpen(t *testing.T) {
+	directory := t.TempDir()
+	s, err := Open(directory, Options{})
+	must(t, err)
+	mustPut(t, s, 0, eris.BlockSize1KiB)
+	must(t, s.Close())
+	sum, accessed := filepath.Join(directory, sumName), filepath.Join(directory, "accessed-1k")
+	must(t, os.Remove(sum))
+	must(t, os.Remove(accessed))
+	must(t, os.Mkdir(accessed, 0o700))
+	if s, err := Open(directory, Options{}); err == nil {
+		t.Errorf("opened without %s: %v", accessed, s.Close())
+	}
+	if _, err := os.Stat(sum); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the index has a checksum, and was not checked: %v", err)
+	}
+	must(t, os.Remove(accessed))
+	mustHave(t, testOpen(t, directory, Options{}), 0, eris.BlockSize1KiB)
+}
+
 // TestRemoved has the directory of an open store removed: what cannot last is not acknowledged.
 func TestRemoved(t *testing.T) {
 	directory := filepath.Join(t.TempDir(), "store")
