@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -489,6 +490,40 @@ func TestCloseAndCancel(t *testing.T) {
 	if _, err := fetch.Get(t.Context(), table, eris.Reference{}, eris.BlockSize1KiB, nil); !errors.Is(err, fetch.ErrClosed) {
 		t.Fatalf("closed: %v", err)
 	}
+}
+
+// TestNoRoom has no room for a larger table: the one that there is goes on. It is a process of its
+// own, all files of which are limited.
+func TestNoRoom(t *testing.T) {
+	const variable = "ITEMS_TEST_NO_ROOM"
+	if os.Getenv(variable) == "" {
+		command := exec.Command(os.Args[0], "-test.run=^TestNoRoom$")
+		command.Env = append(os.Environ(), variable+"=1")
+		if output, err := command.CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, output)
+		}
+		return
+	}
+	root := t.TempDir()
+	for i := range 4 { // each has an inner node in the table
+		write(t, filepath.Join(root, "item0", fmt.Sprint(i)), random(uint64(i), smallFile+1))
+	}
+	write(t, filepath.Join(root, "item1"), random(5, 1000))
+	table := open(t, t.TempDir(), root)
+	update(t, table, "item0")
+	signal.Ignore(unix.SIGXFSZ)
+	var usual unix.Rlimit
+	must(t, unix.Getrlimit(unix.RLIMIT_FSIZE, &usual))
+	must(t, unix.Setrlimit(unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: 64 << 10, Max: usual.Max}))
+	for range 2 {
+		if err := table.Update(t.Context(), []string{"item0", "item1"}); !errors.Is(err, unix.EFBIG) {
+			t.Errorf("without room: %v", err)
+		}
+	}
+	wantAll(t, table, encode(t, filepath.Join(root, "item0")))
+	must(t, unix.Setrlimit(unix.RLIMIT_FSIZE, &usual))
+	update(t, table, "item0", "item1")
+	wantAll(t, table, encodeAll(t, root, "item0", "item1"))
 }
 
 // TestNotBegunAgain has a table that cannot be written be tried again when something has changed,

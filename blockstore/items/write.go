@@ -66,16 +66,22 @@ func (b *builder) add(ctx context.Context, name string) error {
 func (b *builder) put(_ context.Context, ref eris.Reference, block []byte) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.err == nil {
-		_, b.err = b.out.Write(block)
-	}
 	e := entry{prefixOf(&ref), kept32KiB, uint32(b.blocks >> 10)}
 	if eris.BlockSize(len(block)) == eris.BlockSize1KiB {
 		e.path = kept1KiB
 	}
 	b.entries = append(b.entries, e)
-	b.blocks += int64(len(block))
-	return b.err
+	_, err := b.Write(block)
+	return err
+}
+
+// Write writes a block, or a part of some.
+func (b *builder) Write(p []byte) (n int, err error) {
+	if b.err == nil {
+		n, b.err = b.out.Write(p)
+		b.blocks += int64(n)
+	}
+	return n, b.err
 }
 
 // file notes where the leaves of a file are, with their keys, and its inner nodes, if it is small.
@@ -127,10 +133,9 @@ func (b *builder) take(r *run) error {
 		moved[n] = b.newItem(i.name)
 		block, path := r.ends(n)
 		size := int64(block-i.block) << 10
-		if _, err := io.CopyN(b.out, io.NewSectionReader(r.file, int64(i.block)<<10, size), size); err != nil {
+		if _, err := io.CopyN(b, io.NewSectionReader(r.file, int64(i.block)<<10, size), size); err != nil {
 			return err
 		}
-		b.blocks += size
 		b.paths = append(b.paths, make([]byte, path-i.path)...)
 		if _, err := r.file.ReadAt(b.paths[moved[n].path:], r.blocks+r.entries*entrySize+int64(i.path)); err != nil {
 			return err
@@ -201,7 +206,9 @@ func (t *Table) build(ctx context.Context, names []string) (rest []string, err e
 			if r.entries >= limit/2 && !r.wasted() {
 				continue
 			}
-			if err := b.take(r); err != nil {
+			if err := b.take(r); b.err != nil {
+				return b.err
+			} else if err != nil {
 				t.damage(r)
 				return fmt.Errorf("%s: %w", r.file.Name(), err)
 			}
