@@ -215,13 +215,6 @@ func (m *member) delivers(a *attempt, now time.Duration) {
 	m.deliveredAt = now
 }
 
-// cancelled takes note of a request that was given up although the member might have answered it.
-func (m *member) cancelled(a *attempt) {
-	if a.cause != errNotFirst {
-		m.quiet = 0
-	}
-}
-
 // refuses takes note that the member is busy. While it answers others, that is how many it gets at
 // a time, and the block waits for its turn; if not, it is a rest as long as it wants, a few short
 // ones for a member that has never answered, or a failure.

@@ -161,8 +161,8 @@ func (p *Pool) outcome(a *attempt, now time.Duration) outcome {
 		return m.refuses(a, later, now)
 	case a.cause == nil:
 		m.fails(a, err, failureRest, now)
-	case a.cause == errNotFirst || a.cause == context.Canceled:
-		m.cancelled(a)
+	case a.cause == context.Canceled:
+		m.quiet = 0 // it might have answered
 	}
 	return failure
 }
