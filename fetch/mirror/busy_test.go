@@ -258,10 +258,13 @@ func fewWorkers(t *testing.T, workers int) {
 // is requested on that one as soon as they are given up.
 func TestSilentBeside(t *testing.T) {
 	inNetwork(t, func(t *testing.T, network *sourcetest.Network) {
+		var mu sync.Mutex
 		var lost time.Time // when the last connection beside the first was given up
 		server := rawServerAt(t, network.Listen(), func(n int, conn net.Conn, r *bufio.Reader) {
 			if n > 0 {
 				io.Copy(io.Discard, r)
+				mu.Lock()
+				defer mu.Unlock()
 				lost = time.Now()
 				return
 			}
@@ -272,6 +275,8 @@ func TestSilentBeside(t *testing.T) {
 		collectAll(t, client(t, mirror.Options{Dial: network.Dial}), server, hashes(60))
 		end := time.Now()
 		synctest.Wait() // until the server has noticed
+		mu.Lock()
+		defer mu.Unlock()
 		if after := end.Sub(lost); lost.IsZero() || after > 100*time.Millisecond {
 			t.Errorf("the last answers came %v after the last other connection was given up", after)
 		}
