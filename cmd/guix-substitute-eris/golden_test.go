@@ -49,7 +49,14 @@ func scriptTranscript(ts *testscript.TestScript, neg bool, args []string) {
 		updateScript(ts, args[0], got.String())
 		return
 	}
-	ts.Fatalf("the transcript is:\n%s", got.String())
+	lines, first := strings.SplitAfter(got.String(), "\n"), 0
+	for _, line := range strings.SplitAfter(want, "\n") {
+		if first == len(lines) || line != lines[first] {
+			break
+		}
+		first++
+	}
+	ts.Fatalf("the transcript is:\n%s\nit differs from here on:\n%s", got.String(), strings.Join(lines[first:min(first+5, len(lines))], ""))
 }
 
 // shellBlocks returns what a document of the project tells people to run, in blocks with a mark.
