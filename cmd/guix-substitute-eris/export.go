@@ -118,8 +118,9 @@ func (e *exportSettings) export(ctx context.Context, items []string) error {
 		from := publish.ExportServer{Narinfos: func(ctx context.Context, hashParts []string) (map[string][]byte, error) {
 			return session.NarinfosFrom(ctx, sub.Mirrors, server, hashParts)
 		}}
-		if !mirror.IsLocal(server) {
-			from.URL = mirror.WithoutUser(server)
+		if u, err := url.Parse(server); err == nil && !mirror.IsLocal(server) {
+			u.User = nil
+			from.URL = u.String() // in ASCII
 		}
 		options.Servers = append(options.Servers, from)
 	}
