@@ -153,7 +153,7 @@ func (s *publishSettings) serve(ctx context.Context, l net.Listener) error {
 // handler makes what serves, until close.
 func (s *publishSettings) handler(ctx context.Context) (h http.Handler, err error) {
 	var key *acl.SigningKey
-	if s.annotate == "" {
+	if s.annotate == "" && s.privateKey != "none" {
 		if key, err = s.key(); err != nil {
 			return nil, err
 		}
@@ -317,9 +317,6 @@ func (s *publishSettings) cached(usual, below string) (string, error) {
 }
 
 func (s *publishSettings) key() (*acl.SigningKey, error) {
-	if s.privateKey == "none" {
-		return nil, nil
-	}
 	secret, err := files.ReadLimited(s.privateKey, acl.MaxSexpSize)
 	if errors.Is(err, fs.ErrNotExist) {
 		err = fmt.Errorf("%w; \"guix archive --generate-key\" makes a key pair", err)
