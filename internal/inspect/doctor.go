@@ -433,7 +433,7 @@ func examineServer(ctx context.Context, mirrors *mirror.Client, url string) find
 	begin := time.Now()
 	err := mirrors.Narinfos(ctx, url, []string{absent}, mirror.Wanted, func(a mirror.Answer) { answer = a })
 	took := time.Since(begin)
-	look := "curl -I " + mirror.WithoutUser(url) + "/nix-cache-info"
+	look := "curl -I " + page.Quote(mirror.WithoutUser(url)+"/nix-cache-info")
 	if directories := mirror.LocalDirectories(url); len(directories) > 0 {
 		look = "ls " + page.Quote(directories[len(directories)-1]) + " # is the medium plugged in?"
 	}
@@ -441,7 +441,7 @@ func examineServer(ctx context.Context, mirrors *mirror.Client, url string) find
 	case missing(url):
 		return illness(look, name, "nothing is there")
 	case err != nil:
-		return illness(look, name, "%s", strings.TrimPrefix(message.Plain(err), mirror.WithoutUser(url)+": "))
+		return illness(look, name, "%s", unnamed(mirror.WithoutUser(url), err.Error()))
 	case answer.Unfollowed != nil, answer.Status >= 400 && answer.Status != http.StatusNotFound && answer.Status != http.StatusGone:
 		return illness(look, name, "answers with %s", answer.StatusText())
 	}

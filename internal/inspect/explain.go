@@ -424,11 +424,7 @@ func noNarinfo(s substitute.ServerReport) (page.Mark, string) {
 	took := "(" + page.Duration(s.Latency) + ")"
 	switch {
 	case s.Failure != "":
-		why := s.Failure
-		if server, after, ok := strings.Cut(why, ": "); ok && strings.HasPrefix(s.URL, server) {
-			why = after // the server has been named, with its path
-		}
-		return page.Bad, message.Text(why)
+		return page.Bad, message.Text(unnamed(s.URL, s.Failure))
 	case missing(s.URL):
 		return page.Bad, "nothing is there; is the medium plugged in?"
 	case s.Baking:
@@ -439,6 +435,15 @@ func noNarinfo(s substitute.ServerReport) (page.Mark, string) {
 		return page.Bad, "answers with something else than a narinfo of the item " + took
 	}
 	return page.Bad, fmt.Sprintf("answers with status %d %s", s.Status, took)
+}
+
+// unnamed returns why a server gives nothing without its name, for where its URL has been shown,
+// with its path.
+func unnamed(url, why string) string {
+	if server, after, ok := strings.Cut(why, ": "); ok && strings.HasPrefix(url, server) {
+		return after
+	}
+	return why
 }
 
 // missing reports whether a server is a directory that is not there, or has nothing.
