@@ -67,16 +67,6 @@ func (c *change) count(committed bool) {
 
 func (c *change) slab(l location) *slab { return c.w.store.slabs[l.class()] }
 
-// find returns the location of a block.
-func (c *change) find(ref *eris.Reference) (l location, found bool, err error) {
-	v := c.blocks.Get(ref[:])
-	if v == nil {
-		return 0, false, nil
-	}
-	l, err = parseLocation(ref[:], v)
-	return l, true, err
-}
-
 // holds reports whether a block can be read at a location: the given block, if there is one, else
 // whichever has the checksum.
 func (c *change) holds(ref *eris.Reference, l location, block []byte) bool {

@@ -245,13 +245,20 @@ func makeIndex(directory string, enter func(*bbolt.DB) (state, error)) (s state,
 // lookup returns the location of a block.
 func (s *Store) lookup(ref *eris.Reference) (l location, found bool, err error) {
 	err = s.view(func(tx *bbolt.Tx) (err error) {
-		if v := tx.Bucket(blocksBucket).Get(ref[:]); v != nil {
-			found = true
-			l, err = parseLocation(ref[:], v)
-		}
+		l, found, err = locate(tx.Bucket(blocksBucket), ref)
 		return err
 	})
 	return l, found, err
+}
+
+// locate is lookup in a transaction.
+func locate(blocks *bbolt.Bucket, ref *eris.Reference) (l location, found bool, err error) {
+	v := blocks.Get(ref[:])
+	if v == nil {
+		return 0, false, nil
+	}
+	l, err = parseLocation(ref[:], v)
+	return l, true, err
 }
 
 // view reads in a transaction.

@@ -194,7 +194,7 @@ func (c *change) sort(batch []*request) ([]*addition, error) {
 			r.same = first
 			continue
 		}
-		old, found, err := c.find(&r.ref)
+		old, found, err := locate(c.blocks, &r.ref)
 		if err != nil {
 			return nil, err
 		}
