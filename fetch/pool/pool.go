@@ -157,10 +157,7 @@ func New(members []Member, options Options) *Pool {
 	p.watcher = time.AfterFunc(time.Hour, p.watch)
 	p.arrived = arrivals.New(func(a *attempt) eris.BlockSize { return a.request.Size })
 	allNear := !slices.ContainsFunc(members, func(m Member) bool { return !m.Near })
-	for i, given := range members {
-		if i == MaxSources {
-			break
-		}
+	for i, given := range members[:min(len(members), MaxSources)] {
 		m := newMember(p, i, given)
 		p.members = append(p.members, m)
 		if m.near = given.Near && !allNear; m.near {
