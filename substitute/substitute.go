@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package substitute is the policy of a substituter, and the only room that sees the whole of it:
-// it looks narinfos up, decides which of them are authorised, lists the sources of an item,
-// restores it from the first that works, and checks the result. Start with [New].
+// Package substitute is the policy of a substituter, and the only package that sees the whole of
+// it: it looks narinfos up, decides which of them are authorised, lists the ways to an item,
+// restores it by the first that works, and checks the result. Start with [New].
 //
 // The rule behind it: trust comes only from the NarHash of an authorised narinfo. Everything else,
 // narinfos of mirrors and nars alike, may come from anybody, since what is restored is hashed and
