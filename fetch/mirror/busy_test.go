@@ -26,6 +26,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 )
 
 // TestRest asks a server that cannot be reached at first: it is asked again later by the same
@@ -196,7 +197,7 @@ func TestAcknowledged(t *testing.T) {
 	})
 	var dialed net.Conn
 	c := client(t, mirror.Options{Dial: func(ctx context.Context, network, address string) (conn net.Conn, err error) {
-		conn, err = new(net.Dialer).DialContext(ctx, network, address)
+		conn, err = dial.With(new(net.Dialer))(ctx, network, address)
 		dialed = conn
 		return conn, err
 	}})

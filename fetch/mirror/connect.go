@@ -19,7 +19,6 @@ import (
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/proxy"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 )
 
 const (
@@ -48,7 +47,7 @@ func (c *Client) newTransport() *http.Transport {
 		OnProxyConnectResponse: func(_ context.Context, via *url.URL, _ *http.Request, r *http.Response) error {
 			return refusal(via, r)
 		},
-		DialContext:            c.dial,
+		DialContext:            c.o.Dial,
 		TLSClientConfig:        c.tls.Clone(),
 		TLSHandshakeTimeout:    2 * c.o.ConnectTimeout,
 		DisableCompression:     true,
@@ -67,15 +66,6 @@ func refusal(via *url.URL, r *http.Response) error {
 		return nil
 	}
 	return fmt.Errorf("proxy %s answered %.100q to a request to connect", via.Host, r.Status)
-}
-
-// dial connects to an address.
-func (c *Client) dial(ctx context.Context, network, address string) (net.Conn, error) {
-	conn, err := c.o.Dial(ctx, network, address)
-	if err != nil {
-		return nil, err
-	}
-	return dial.Prompt(conn), nil
 }
 
 // A connection carries pipelined requests to one server.
@@ -103,7 +93,7 @@ func (p *peer) connect(ctx context.Context) (*connection, error) {
 	if via != nil {
 		address = net.JoinHostPort(via.Hostname(), cmp.Or(via.Port(), "80"))
 	}
-	raw, err := c.dial(ctx, "tcp", address)
+	raw, err := c.o.Dial(ctx, "tcp", address)
 	if err != nil {
 		return nil, dialError(err)
 	}

@@ -131,6 +131,11 @@ func (p *peer) spawn(wanted int) {
 		p.responses = 0
 		p.c.workers.Go(p.work)
 	}
+	p.wakeOne()
+}
+
+// wakeOne wakes a worker up that is idle, if there is one.
+func (p *peer) wakeOne() {
 	select {
 	case p.wake <- struct{}{}:
 	default:
@@ -251,7 +256,7 @@ func (p *peer) gone() {
 		p.most, p.fewer, p.fewerRate = p.limit, 0, 0
 	}
 	if p.queued() > 0 {
-		p.spawn(0)
+		p.wakeOne()
 	}
 }
 

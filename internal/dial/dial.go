@@ -37,14 +37,20 @@ const (
 // at which the server is not, and questions about one kind of them, mostly of IPv6, which some
 // routers drop; a lookup of both takes longer than a server may have then. Names that end in
 // ".local" are looked up on the local network, too. The time of the dialer is that for all
-// addresses, as in [Within]. Errors are those of the dialer.
+// addresses, as in [Within]. What is read by TCP is acknowledged at once. Errors are those of the
+// dialer.
 func With(d *net.Dialer) func(ctx context.Context, network, address string) (net.Conn, error) {
-	return WithAnswer(d, nil)
+	connect := WithAnswer(d, nil)
+	return func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := connect(ctx, network, address)
+		return acknowledging(conn), err
+	}
 }
 
-// WithAnswer is With for networks that make no connections: of a name with several addresses, it
-// takes the one at which the server answers first. For that, answers is to ask whoever the socket
-// is connected to until there is an answer, an error, or the context ends, and to close it.
+// WithAnswer is With for networks that make no connections, and for TCP as it is: of a name with
+// several addresses, it takes the one at which the server answers first. For that, answers is to
+// ask whoever the socket is connected to until there is an answer, an error, or the context ends,
+// and to close it.
 func WithAnswer(d *net.Dialer, answers func(context.Context, net.Conn) error) func(ctx context.Context, network, address string) (net.Conn, error) {
 	connect := once(d, answers)
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
@@ -180,26 +186,26 @@ type dialed struct {
 	err   error
 }
 
-// Prompt has Linux acknowledge at once what is read from a TCP connection. Otherwise it waits up to
-// 40 ms for more, and a server that does not set TCP_NODELAY, such as one written in Python, holds
-// its next small response, or what follows the header, back as long (RFC 9293, sections 3.7.4 and
-// 3.8.6.3). Other connections stay as they are.
-func Prompt(conn net.Conn) net.Conn {
+// acknowledging has Linux acknowledge at once what is read from a TCP connection. Otherwise it
+// waits up to 40 ms for more, and a server that does not set TCP_NODELAY, such as one written in
+// Python, holds its next small response, or what follows the header, back as long (RFC 9293,
+// sections 3.7.4 and 3.8.6.3). Others stay as they are.
+func acknowledging(conn net.Conn) net.Conn {
 	if tcp, ok := conn.(*net.TCPConn); ok {
 		if raw, err := tcp.SyscallConn(); err == nil {
-			return prompt{tcp, raw}
+			return acknowledged{tcp, raw}
 		}
 	}
 	return conn
 }
 
-type prompt struct {
+type acknowledged struct {
 	*net.TCPConn
 	raw syscall.RawConn
 }
 
 // Read implements net.Conn. Linux forgets the option when something is sent.
-func (c prompt) Read(p []byte) (int, error) {
+func (c acknowledged) Read(p []byte) (int, error) {
 	n, err := c.TCPConn.Read(p)
 	c.raw.Control(acknowledge)
 	return n, err

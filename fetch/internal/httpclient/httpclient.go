@@ -165,7 +165,7 @@ func (c *Client) dial(ctx context.Context, network, address string) (net.Conn, e
 	case err == nil:
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		return &conn{dial.Prompt(inner), c, context.AfterFunc(c.conns, func() { inner.Close() })}, nil
+		return &conn{inner, c, context.AfterFunc(c.conns, func() { inner.Close() })}, nil
 	case errors.As(err, &timeout) && timeout.Timeout() && errors.As(err, new(*net.DNSError)):
 		return nil, fmt.Errorf("%w within %v", errLookup, c.options.ConnectTimeout)
 	case errors.As(err, &timeout) && timeout.Timeout():
