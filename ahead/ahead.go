@@ -81,6 +81,7 @@ type Ahead struct {
 	limit    int                // how many may be: more after successes, fewer after failures
 	step     int                // how many successes make room for one more
 	good     int                // successes since there was room for one more
+	fewer    int                // how often there was made room for fewer
 	memory   int64              // that these take
 	request  bool               // one is under way
 	requests int                // so far
@@ -95,6 +96,7 @@ type staged struct {
 	restoration *substitute.Restoration
 	cancel      context.CancelFunc
 	request     int           // the one under way when it was begun
+	fewer       int           // that of the Ahead when it was begun
 	done        chan struct{} // closed when there is an outcome
 	outcome     substitute.Outcome
 }
@@ -349,7 +351,7 @@ func (a *Ahead) fill() bool {
 		a.plan.take(item.Path)
 		return true
 	}
-	s := &staged{item: item, request: a.requests, done: make(chan struct{})}
+	s := &staged{item: item, request: a.requests, fewer: a.fewer, done: make(chan struct{})}
 	if len(a.staged) >= a.o.Items || a.bytes+size > a.o.Bytes || a.running >= min(a.limit, a.o.AtOnce()) ||
 		a.memory+s.memory() > int64(a.o.Workers)*mostMemory {
 		return false
@@ -410,7 +412,11 @@ func (a *Ahead) restore(ctx context.Context, s *staged, c *claim) {
 		a.count(&a.counts.Staged, &a.counts.StagedBytes, s.item)
 		a.plan.again()
 	} else {
-		a.step, a.limit, a.good = a.limit, max(a.limit/2, 1), 0
+		// What was begun together fails together: that counts once.
+		if s.fewer == a.fewer {
+			a.step, a.limit, a.good = a.limit, max(a.limit/2, 1), 0
+			a.fewer++
+		}
 		if a.staged[s.item.Path] == s {
 			a.forget(s.item.Path, s)
 			a.plan.fail(s.item.Path)

@@ -823,10 +823,10 @@ func TestAheadSmallServers(t *testing.T) {
 				}
 				if strings.HasPrefix(r.URL.Path, "/nar/") {
 					n := under.Add(1)
-					defer under.Add(-1)
 					for b := busiest.Load(); n > b && !busiest.CompareAndSwap(b, n); b = busiest.Load() {
 					}
 					time.Sleep(20 * time.Millisecond)
+					under.Add(-1) // before the client can see the end of the response
 					if n > int32(most) {
 						refused.Add(1)
 						w.WriteHeader(http.StatusServiceUnavailable)
@@ -846,11 +846,44 @@ func TestAheadSmallServers(t *testing.T) {
 			if name == "closing" && busiest.Load() > 9 {
 				t.Errorf("%d requests were under way at the same time", busiest.Load())
 			}
-			if n := int(refused.Load()); n > len(a.items)/2 {
+			if n := int(refused.Load()); n > len(a.items) {
 				t.Errorf("%d requests were refused", n)
 			}
 		})
 	}
+}
+
+// What fails together makes room for half as many, not for one.
+func TestAheadFailingTogether(t *testing.T) {
+	a := newAheadTest(t, 0, "")
+	const first, then = 8, 4
+	var nars atomic.Int32
+	refused, served := make(chan struct{}), make(chan struct{})
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasPrefix(r.URL.Path, "/nar/") {
+			n, opens := nars.Add(1), served
+			if n <= first {
+				opens = refused
+			}
+			if n == first || n == first+then {
+				close(opens)
+			}
+			select {
+			case <-opens:
+			case <-r.Context().Done():
+				t.Errorf("only %d requests are under way at the same time", nars.Load()-first)
+			}
+			if n <= first {
+				w.WriteHeader(http.StatusServiceUnavailable)
+				return
+			}
+		}
+		a.ServeHTTP(w, r)
+	}))
+	t.Cleanup(server.Close)
+	a.setServer(server.URL)
+	d, _ := a.begin()
+	a.substituteAll(d)
 }
 
 // What could not be staged while a server was away is staged when it is back: nothing would come
