@@ -29,6 +29,9 @@ const (
 	// after some seconds without a word, and where many datagrams are lost, later copies would not
 	// have been sent by then.
 	mostDoubled = time.Second
+	// mostEarly is how many copies of a request are sent because later ones have been answered. More
+	// would not help where the peer takes its time for this one.
+	mostEarly = 3
 	// datagramTokenSize makes it hard to forge answers (RFC 7252, section 5.3.1): tokens start
 	// anywhere.
 	datagramTokenSize = 4
@@ -72,7 +75,8 @@ type EndpointConfig struct {
 	// wait is twice as long, of a request up to a second. Once round trips have been measured,
 	// their time counts instead. Default 2 s (RFC 7252, section 4.8).
 	AckTimeout time.Duration
-	// MaxRetransmit is how often a message is sent again. Default 4 (RFC 7252, section 4.8).
+	// MaxRetransmit is how often a message is sent again after these waits. Default 4 (RFC 7252,
+	// section 4.8).
 	MaxRetransmit int
 	// Timeout is how long a request waits for its answer in all. It must be positive.
 	Timeout time.Duration
@@ -106,6 +110,7 @@ type Endpoint struct {
 	nextID    uint16
 	messages  int       // requests that were sent
 	lastHeard time.Time // last answer
+	newest    time.Time // when the last request was sent that has been answered
 	recent    [recentIDs]uint16
 	recents   int
 
@@ -144,8 +149,10 @@ type confirmable struct {
 	bytes    []byte
 	exchange *Exchange // nil for an answer
 	began    time.Time
-	wait     time.Duration
-	tries    int
+	wait     time.Duration // for an answer to the last copy
+	sent     time.Time     // when that was sent
+	copies   int
+	early    int  // copies that were sent before the wait was over
 	acked    bool // the answer comes apart, and must not be requested again
 	timer    *time.Timer
 }
@@ -286,6 +293,7 @@ func (e *Endpoint) transmit(x *Exchange) {
 	b = x.Store.append(appendDatagramHead(b, message.Confirmable, x.Store.method(x), e.nextID, x.token), x)
 	m := e.confirm(messageKey{id: e.nextID}, nil, appendPayload(b, x.Payload), e.timeout())
 	m.exchange, x.sent = x, m
+	m.timer.Reset(e.checkAfter(m))
 	e.outbox = append(e.outbox, m)
 }
 
@@ -303,11 +311,25 @@ func (e *Endpoint) leave() {
 // confirm remembers a message that is to be acknowledged, which the caller then sends. The lock
 // must be held.
 func (e *Endpoint) confirm(key messageKey, addr net.Addr, b []byte, wait time.Duration) *confirmable {
-	m := &confirmable{endpoint: e, key: key, addr: addr, bytes: b, began: time.Now(), wait: wait, tries: 1}
+	now := time.Now()
+	m := &confirmable{endpoint: e, key: key, addr: addr, bytes: b, began: now, sent: now, wait: wait, copies: 1}
 	m.timer = time.AfterFunc(wait, func() { e.expire(m) })
 	e.unacked[key] = m
 	return m
 }
+
+// checkAfter returns how long after a copy of a message it is checked whether that was lost: at the
+// end of its wait, but a few times before, when what was sent later should have been answered: if
+// it has, this was lost (RFC 8985). The lock must be held.
+func (e *Endpoint) checkAfter(m *confirmable) time.Duration {
+	if m.exchange == nil || e.roundTrip == 0 || m.early == mostEarly {
+		return m.wait
+	}
+	return min(m.wait, e.roundTrip+2*e.late())
+}
+
+// late returns by how much answers may change their order. The lock must be held.
+func (e *Endpoint) late() time.Duration { return max(leastDelay, e.roundTrip/4, 4*e.variation) }
 
 // write sends a message. An error is that of the socket, mostly "connection refused" for what was
 // sent before. After any other the endpoint is of no more use for requests: where the network has
@@ -344,19 +366,32 @@ func (e *Endpoint) expire(m *confirmable) {
 	if m.acked && left > 0 {
 		return // the acknowledgement came at the same time
 	}
+	rest := m.wait - now.Sub(m.sent)
 	if m.exchange != nil {
-		e.congested(now.Add(-m.wait), now)
+		if rest > 0 && e.newest.Sub(m.sent) <= e.late() {
+			m.timer.Reset(min(rest, e.checkAfter(m)))
+			return
+		}
+		e.congested(m.sent, now)
 	}
-	if m.tries > e.config.MaxRetransmit || left <= 0 && m.exchange != nil {
+	switch {
+	case rest > 0:
+		m.early++
+	case m.copies-m.early > e.config.MaxRetransmit || left <= 0 && m.exchange != nil:
 		e.lost(m, fmt.Errorf("%w (%v)", ErrSilent, now.Sub(m.began).Round(time.Millisecond)))
 		return
+	case m.exchange == nil:
+		m.wait *= 2
+	default:
+		m.wait = min(2*m.wait, max(m.wait, mostDoubled))
 	}
-	m.tries++
-	m.wait *= 2
 	if m.exchange != nil {
-		m.wait = min(m.wait, max(m.wait/2, mostDoubled), left)
+		m.wait = min(m.wait, left)
+		e.credit-- // further requests are sent later
 	}
-	m.timer.Reset(m.wait)
+	m.copies++
+	m.sent = now
+	m.timer.Reset(e.checkAfter(m))
 	e.outbox = append(e.outbox, m)
 }
 
@@ -389,9 +424,12 @@ func (e *Endpoint) timeout() time.Duration {
 // measure takes note of an answer. The lock must be held.
 func (e *Endpoint) measure(m *confirmable) {
 	e.lastHeard, e.answered = time.Now(), true
+	if m.sent.After(e.newest) && e.lastHeard.Sub(m.sent) >= e.shortest {
+		e.newest = m.sent
+	}
 	e.grow(m)
 	took := e.lastHeard.Sub(m.began)
-	if m.tries > 1 {
+	if m.copies > 1 {
 		e.unsure, e.unsureFor = m.key.id, took
 		return
 	}
