@@ -192,11 +192,15 @@ func (c *Conn) serve() {
 	case broken:
 		c.leave(codes.Abort, protocol.option(), protocol.Error(), protocol.error)
 	case err == io.EOF || err == ErrReleased:
-		// The peer may well wait for answers to what it has sent.
-		c.config.Handler.Finish(false)
 		if err = ErrReleased; !agreed {
 			err = io.ErrUnexpectedEOF
 		}
+		c.Lock()
+		c.draining = true // no answers come any more
+		c.failAll(err)
+		c.Unlock()
+		// But the peer may well wait for answers to what it has sent.
+		c.config.Handler.Finish(false)
 		c.leave(codes.Empty, nil, "", err)
 	default:
 		c.Close(err)
@@ -332,11 +336,16 @@ func (c *Conn) end(err error) {
 		return
 	}
 	c.err = err
+	c.failAll(err)
+	c.introduce()
+	c.written()
+}
+
+// failAll makes all exchanges fail, and forgets what the peer owes. The lock must be held.
+func (c *Conn) failAll(err error) {
 	c.failSent(err)
 	c.failWaiting(err)
 	clear(c.sent)
-	c.introduce()
-	c.written()
 }
 
 // Respond answers a request of the peer, or sends anything that has a token. What it is given is
@@ -638,6 +647,7 @@ func (c *Conn) deliver() error {
 
 // count takes note of answers, and of messages of no use. The lock must be held.
 func (c *Conn) count(answers, useless int) error {
+	c.pinged = false
 	if answers > 0 {
 		c.answered = true
 		c.progress, c.lastUse = c.tick, c.tick
@@ -678,7 +688,6 @@ func (c *Conn) control(head Head, body []byte) error {
 	if err := c.count(0, 1); err != nil {
 		return err
 	}
-	c.pinged = false
 	switch {
 	case head.Code == codes.Empty:
 		return nil

@@ -174,3 +174,56 @@ func TestReaderMemory(t *testing.T) {
 		t.Errorf("%d messages, in %d bytes", len(got), len(r.buffer))
 	}
 }
+
+// slow is a handler that answers nothing until it may.
+type slow struct {
+	answers chan struct{}
+	asked   chan struct{} // closed by the first request
+}
+
+func (h *slow) Request(*Request) { close(h.asked) }
+func (h *slow) Dry()             {}
+func (h *slow) Written()         {}
+func (h *slow) Finish(bool)      { <-h.answers }
+
+// unread is a connection whose other side takes everything.
+type unread struct{ net.Conn }
+
+func (unread) Write(p []byte) (int, error)      { return len(p), nil }
+func (unread) SetWriteDeadline(time.Time) error { return nil }
+
+// TestEndWithRequests checks that requests fail at once when the peer has ended the connection,
+// although it is still being served, and that none are taken any more.
+func TestEndWithRequests(t *testing.T) {
+	near, far := net.Pipe()
+	h := &slow{make(chan struct{}), make(chan struct{})}
+	c := NewConn(unread{near}, Config{Timeout: time.Hour, IdleTimeout: time.Hour, Window: 1, Pool: NewPool(), Paths: Paths{wellKnownBlocks}, Handler: h})
+	var runs sync.WaitGroup
+	runs.Go(func() { _ = c.Run() })
+	defer runs.Wait()
+	defer close(h.answers)
+	store, failed := NewRequests(WellKnownPath()), make(chan error, 2)
+	for range cap(failed) { // one of which waits for its turn
+		if !c.Start(&Exchange{Store: store, Size: eris.BlockSize1KiB, Done: func(x *Exchange) { failed <- x.Err }}) {
+			t.Fatal("a request is not taken")
+		}
+	}
+	if _, err := far.Write(slices.Concat(AppendHead(nil, codes.CSM, Token{}, 0), AppendHead(nil, codes.GET, Token{}, 0))); err != nil {
+		t.Fatal(err)
+	}
+	<-h.asked
+	far.Close()
+	for range cap(failed) {
+		select {
+		case err := <-failed:
+			if err != io.ErrUnexpectedEOF {
+				t.Errorf("a request fails by %v", err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatal("a request goes on")
+		}
+	}
+	if c.Start(&Exchange{Store: store}) {
+		t.Error("a further request is taken")
+	}
+}
