@@ -3,6 +3,7 @@
 package coap
 
 import (
+	"cmp"
 	"context"
 	"errors"
 
@@ -205,8 +206,10 @@ func (s *Store) transfer(ctx context.Context, c connection, block []byte, expone
 			sent = 0
 			restarts++
 			continue
-		case !part.More || x.Code != codes.Continue:
+		case !part.More:
 			return putError(x)
+		case x.Code != codes.Continue: // who has it already keeps parts as if they were blocks
+			return cmp.Or(putError(x), errBlockwise)
 		case !answer.Present || x.Response.Unusable || answer.Number != part.Number:
 			return errBlockwise
 		}

@@ -10,3 +10,6 @@ func WithBackoff(o Options, first time.Duration) Options {
 	o.minBackoff = first
 	return o
 }
+
+// SetConnection has a store use a connection.
+func SetConnection(s *Store, c connection) { s.main.present.Store(&c) }

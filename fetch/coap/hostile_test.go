@@ -648,3 +648,52 @@ func TestNothingListens(t *testing.T) {
 		t.Errorf("error is %v", err)
 	}
 }
+
+// inParts is a connection that answers the first request by a part of a block, before it has said
+// that it takes the request.
+type inParts struct {
+	*wire.Conn
+	next      chan *wire.Exchange // is requested
+	cancelled chan struct{}       // closed when the first request has been
+}
+
+func (c *inParts) State() (answered bool, err error) { return true, nil }
+
+func (c *inParts) Start(x *wire.Exchange) bool {
+	if x.Block.Present {
+		c.next <- x
+		return true
+	}
+	x.Code, x.Length, x.Response.Block2 = codes.Content, 1024, wire.Block{More: true, Exponent: wire.MaxExponent, Present: true}
+	x.Done(x)
+	<-c.cancelled
+	return true
+}
+
+func (c *inParts) Cancel(x *wire.Exchange) {
+	if x.Block.Present {
+		x.Err = context.Canceled
+		x.Done(x)
+	}
+}
+
+// TestCancelBetweenParts cancels a request of which parts have come already, but which has not been
+// started altogether.
+func TestCancelBetweenParts(t *testing.T) {
+	ref, _ := newBlock(eris.BlockSize32KiB, 1)
+	store := mustOpen(t, "coap+tcp://127.0.0.1:1", coap.Options{})
+	defer store.Close()
+	c := &inParts{next: make(chan *wire.Exchange), cancelled: make(chan struct{})}
+	coap.SetConnection(store, c)
+	done := make(chan struct{})
+	r := &fetch.Request{Pair: eris.Pair{Reference: ref}, Size: eris.BlockSize32KiB, Dst: make([]byte, 0, eris.BlockSize32KiB), Done: func(*fetch.Request) { close(done) }}
+	go store.Start(r)
+	<-c.next
+	store.Cancel(r)
+	close(c.cancelled)
+	select {
+	case <-done:
+	case <-time.After(10 * time.Second):
+		t.Error("it goes on")
+	}
+}

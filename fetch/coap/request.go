@@ -133,10 +133,9 @@ func (q *request) cancel() {
 	q.cancelled = true
 	started, c, x, stop := q.started && !q.over, q.connection, q.exchange, q.stop
 	q.mu.Unlock()
-	if !started {
-		return // it is over, or send will see that it is cancelled
+	if started { // or else it is over, or send will see that it is cancelled
+		c.Cancel(x)
 	}
-	c.Cancel(x)
 	if stop != nil {
 		stop()
 	}

@@ -62,15 +62,21 @@ const (
 // Text returns the beginning of the diagnostic payload of an error response: for people, not to be
 // trusted.
 func (x *Exchange) Text() string {
+	if x.succeeded() {
+		return ""
+	}
 	return string(x.diagnostic[:min(x.Length, len(x.diagnostic))])
 }
+
+// succeeded reports whether the payload is what was requested.
+func (x *Exchange) succeeded() bool { return x.Code == codes.Content || x.Code == codes.Changed }
 
 // answer notes a response. Of anything but success, the beginning of the payload is kept for
 // messages.
 func (x *Exchange) answer(code codes.Code, response *Response, payload []byte) {
 	x.Code, x.Response, x.Length = code, *response, len(payload)
 	switch {
-	case code != codes.Content && code != codes.Changed:
+	case !x.succeeded():
 		copy(x.diagnostic[:], payload)
 	case len(payload) <= len(x.Dst):
 		copy(x.Dst, payload)
