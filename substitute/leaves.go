@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"math"
-	"slices"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/image"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/throughput"
@@ -62,16 +61,15 @@ func (w *leavesWay) expect(context.Context) expectation {
 func (w *leavesWay) missing() int64 { return min(w.size, leastMissing+w.size/leavesShare) }
 
 // most is how many bytes may be fetched before the next way is taken, unless that is blocks too.
-func (w *leavesWay) most() int64 {
-	next := slices.IndexFunc(w.j.ways, func(c *candidate) bool { return c.kind != "leaves" })
-	if next < 0 || isBlocks(w.j.ways[next]) {
+func (w *leavesWay) most(next *candidate) int64 {
+	if next == nil || isBlocks(next) {
 		return math.MaxInt64
 	}
-	return max(leastMissing, w.j.ways[next].bytes/2)
+	return max(leastMissing, next.bytes/2)
 }
 
 func (w *leavesWay) nodes(ctx context.Context, a *attempt) (nar.Nodes, func(), error) {
-	contents, err := w.j.openImage(ctx, a, w.capability, w.missing(), w.most())
+	contents, err := w.j.openImage(ctx, a, w.capability, w.missing(), w.most(a.next))
 	if err != nil {
 		return nil, nil, err
 	}

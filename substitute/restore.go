@@ -421,6 +421,7 @@ type attempt struct {
 	url     string       // of what is downloaded, once it has begun
 	again   bool         // what came the first time was wrong, or nothing
 	records []record     // of the job when it began; watch may add to those of the job
+	next    *candidate   // of another kind in the list then, which watch may change as well; nil if none is
 	got     atomic.Int64 // bytes that have come over the network
 	read    atomic.Int64 // bytes of files of an old item, and those that came a second time
 	total   atomic.Int64 // bytes that will come, if the server says so
@@ -457,6 +458,9 @@ func (a *attempt) countShown(n, shown int) {
 func (j *job) try(ctx context.Context, c *candidate) (narSize uint64, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	a := &attempt{j: j, ctx: ctx, cancel: cancel, again: c.again, records: j.records}
+	if i := slices.IndexFunc(j.ways, func(o *candidate) bool { return o.kind != c.kind }); i >= 0 {
+		a.next = j.ways[i]
+	}
 	c.last = a
 	stopped := j.watch(ctx, c, a)
 	defer func() {

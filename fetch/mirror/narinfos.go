@@ -59,11 +59,12 @@ func (a *Answer) isOfAnother() bool {
 const MaxNarinfo = 1 << 20
 
 // Narinfos asks a server for the narinfos of the store items with the given hash parts, and calls
-// answer for each that the server says something about; answer is called from several goroutines.
-// server is the substitute URL. Narinfos returns nil when every item was answered for. It returns a
-// [*ServerError] when the server cannot be reached or breaks off, and the cause of ctx when that is
-// done; then some items have had no answer. All calls share the connections to a server; the turn
-// of what is [Ahead] is after all that is [Wanted].
+// answer for each that the server says something about; answer is called from several goroutines,
+// and must not call the Client, whose locks may be held until it returns. server is the substitute
+// URL. Narinfos returns nil when every item was answered for. It returns a [*ServerError] when the
+// server cannot be reached or breaks off, and the cause of ctx when that is done; then some items
+// have had no answer. All calls share the connections to a server; the turn of what is [Ahead] is
+// after all that is [Wanted].
 func (c *Client) Narinfos(ctx context.Context, server string, hashes []string, u Urgency, answer func(Answer)) error {
 	l, err := parse(server)
 	switch {
