@@ -154,11 +154,12 @@ func (s *Store) find(ref eris.Reference, block []byte) error {
 	case at.Size() != len(block):
 		return &eris.BlockError{Reference: ref, Length: at.Size(), Want: eris.BlockSize(len(block))}
 	}
-	if n, err := s.file.ReadAt(block, at.Offset()); n < len(block) {
-		return fmt.Errorf("reading at byte %d: %w", at.Offset(), err)
-	}
-	if info, err := s.file.Stat(); err == nil && !s.appending && !unchanged(s.state, info) {
+	n, err := s.file.ReadAt(block, at.Offset())
+	if info, statErr := s.file.Stat(); statErr == nil && !s.appending && !unchanged(s.state, info) {
 		return errMoved
+	}
+	if n < len(block) {
+		return fmt.Errorf("reading at byte %d: %w", at.Offset(), err)
 	}
 	return nil
 }

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"testing"
 	"testing/iotest"
+	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
@@ -388,6 +389,23 @@ func TestChanged(t *testing.T) {
 	got, _, formatErr := read(dump)
 	if err != nil || formatErr != io.EOF || len(got) != 2 {
 		t.Errorf("%d blocks, %v, %v", len(got), err, formatErr)
+	}
+}
+
+// TestCutMeanwhile has the file cut off, or made anew, between two looks at it.
+func TestCutMeanwhile(t *testing.T) {
+	refs, blocks := goodBlocks()
+	one, two := pair(refs[0], blocks[0], ""), pair(refs[1], blocks[1], "")
+	for _, now := range [][]byte{append([]byte("\x81\xa2"), one...), append([]byte("\x81\xa1"), one...)} {
+		s, path := openBytes(t, slices.Concat([]byte("\x81\xa2"), one, two))
+		s.checkEvery = time.Hour
+		if _, err := get(s, refs[0], eris.BlockSize1KiB); err != nil {
+			t.Error(err)
+		}
+		must(t, os.WriteFile(path, now, 0o666))
+		if _, err := get(s, refs[1], eris.BlockSize32KiB); !errors.Is(err, eris.ErrNotFound) {
+			t.Error(err)
+		}
 	}
 }
 
