@@ -60,12 +60,12 @@ type Store struct {
 	checkEvery time.Duration
 	sync       func(*os.File) error
 
-	reading   sync.RWMutex
-	file      *os.File // nil if it is not open
-	state     os.FileInfo
-	appending bool // there is a writer, so that the file changes
-	checked   time.Time
-	contents  *contents
+	reading  sync.RWMutex
+	file     *os.File // nil if it is not open
+	state    os.FileInfo
+	changing bool // by a write of ours that is under way
+	checked  time.Time
+	contents *contents
 
 	writing sync.Mutex // taken before reading
 	room    *sync.Cond // of the batch
@@ -73,6 +73,10 @@ type Store struct {
 }
 
 var _ fetch.Store = (*Store)(nil)
+
+// isKnown reports whether a file is what was read through, or only we have changed it. The lock
+// reading must be held.
+func (s *Store) isKnown(now os.FileInfo) bool { return s.changing || unchanged(s.state, now) }
 
 // unchanged reports whether a file is the same and, by its size and time, has not been changed.
 func unchanged(before, after os.FileInfo) bool {
@@ -155,7 +159,7 @@ func (s *Store) find(ref eris.Reference, block []byte) error {
 		return &eris.BlockError{Reference: ref, Length: at.Size(), Want: eris.BlockSize(len(block))}
 	}
 	n, err := s.file.ReadAt(block, at.Offset())
-	if info, statErr := s.file.Stat(); statErr == nil && !s.appending && !unchanged(s.state, info) {
+	if info, statErr := s.file.Stat(); statErr == nil && !s.isKnown(info) {
 		return errMoved
 	}
 	if n < len(block) {
@@ -183,7 +187,7 @@ func (s *Store) refresh(now bool) error {
 		return err
 	}
 	s.checked = time.Now()
-	if s.file != nil && unchanged(s.state, info) {
+	if s.file != nil && s.isKnown(info) {
 		return nil
 	}
 	file, _, err := files.OpenRegular(s.URL.Path, os.O_RDONLY)

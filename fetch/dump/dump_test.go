@@ -409,6 +409,38 @@ func TestCutMeanwhile(t *testing.T) {
 	}
 }
 
+// TestGetMeanwhile gets a block while another one is put: the dump, which may be long, is not read
+// through for that. What somebody else does to it afterwards is noticed.
+func TestGetMeanwhile(t *testing.T) {
+	refs, blocks := goodBlocks()
+	s, path := openBytes(t, slices.Concat([]byte("\x9f\xbf"), pair(refs[0], blocks[0], "\xff\xff")))
+	syncs := 0
+	s.sync = func(*os.File) error {
+		syncs++
+		s.reading.RLock()
+		known := s.contents
+		s.reading.RUnlock()
+		if _, err := get(s, refs[0], eris.BlockSize1KiB); err != nil {
+			t.Error(err)
+		}
+		s.reading.RLock()
+		defer s.reading.RUnlock()
+		if s.contents != known {
+			t.Error("the dump was read through again")
+		}
+		return nil
+	}
+	must(t, s.Put(t.Context(), refs[1], blocks[1]))
+	if syncs == 0 {
+		t.Error("nothing was made durable")
+	}
+	must(t, os.WriteFile(path, append([]byte("\x81\xa1"), pair(refs[2], blocks[2], "")...), 0o666))
+	s.checkEvery = time.Hour
+	if _, err := get(s, refs[1], eris.BlockSize32KiB); !errors.Is(err, eris.ErrNotFound) {
+		t.Error(err)
+	}
+}
+
 // TestNoFile has things in the place of the dump that are no files.
 func TestNoFile(t *testing.T) {
 	ref, block := sourcetest.NewBlock(eris.BlockSize1KiB)

@@ -117,6 +117,9 @@ func (s *Store) commit() error {
 	w.pairs, w.blocks, w.changed = nil, nil, false
 	capabilities := slices.Clone(w.capabilities)
 	s.room.Broadcast()
+	s.reading.Lock()
+	s.changing = true
+	s.reading.Unlock()
 	s.writing.Unlock()
 
 	state, end, err := s.write(w, pairs, capabilities)
@@ -125,12 +128,13 @@ func (s *Store) commit() error {
 	defer s.writing.Unlock()
 	s.reading.Lock()
 	defer s.reading.Unlock()
+	s.changing = false
 	if err != nil {
 		// The next Put opens the dump again, and finds out what it has.
 		w.err = err
 		w.file.Close()
 		if s.writer == w {
-			s.writer, s.appending = nil, false
+			s.writer = nil
 		}
 		s.room.Broadcast()
 		return err
@@ -256,7 +260,6 @@ func (s *Store) startWriter(file *os.File) (*writer, error) {
 	if c.end.end > 0 {
 		w.end = int(c.end.end - c.end.tail)
 	}
-	s.appending = true
 	return w, nil
 }
 
