@@ -205,8 +205,6 @@ func (p *parser) head() (head, error) {
 	return h, nil
 }
 
-func (h head) isEnd() bool { return h.major == majorSimple && h.indefinite }
-
 func (p *parser) discard(n uint64) error {
 	if n > uint64(p.size-p.offset) {
 		p.offset = p.size
@@ -269,7 +267,7 @@ func (p *parser) ends(c *counter) (h head, ended bool, err error) {
 		c.left--
 	}
 	h, err = p.head()
-	if err != nil || !h.isEnd() {
+	if err != nil || h.major != majorSimple || !h.indefinite {
 		return h, false, err
 	}
 	if !c.indefinite {
@@ -367,13 +365,10 @@ func (p *parser) skip(h head, depth int) error {
 		if !h.indefinite {
 			return p.discard(h.value)
 		}
-		for {
-			part, err := p.head()
-			if err != nil {
+		for c := (counter{indefinite: true}); ; {
+			part, ended, err := p.ends(&c)
+			if err != nil || ended {
 				return err
-			}
-			if part.isEnd() {
-				return nil
 			}
 			if part.major != h.major || part.indefinite {
 				return p.wrong(errChunk)

@@ -341,13 +341,6 @@ func (c *Conn) end(err error) {
 	c.written()
 }
 
-// failAll makes all exchanges fail, and forgets what the peer owes. The lock must be held.
-func (c *Conn) failAll(err error) {
-	c.failSent(err)
-	c.failWaiting(err)
-	clear(c.sent)
-}
-
 // Respond answers a request of the peer, or sends anything that has a token. What it is given is
 // copied. The lock must be held.
 func (c *Conn) Respond(token Token, code codes.Code, options, payload []byte) {
@@ -593,15 +586,13 @@ func (c *Conn) receive(code codes.Code, bytes int) {
 }
 
 // response adds a response to the batch.
-func (c *Conn) response(head Head, body []byte) error {
+func (c *Conn) response(head Head, body []byte) (err error) {
 	n := len(c.batch)
 	d := &c.batch[:n+1][n]
 	d.token, d.code = head.Token, head.Code
-	options := walkOptions(body)
-	if err := parseResponse(&options, &d.response); err != nil {
+	if d.payload, err = parseResponse(body, &d.response); err != nil {
 		return &protocolError{error: err}
 	}
-	d.payload = options.payload()
 	d.fresh = max(0, len(d.payload)-c.part)
 	c.batch = c.batch[:n+1]
 	return nil

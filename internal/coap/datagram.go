@@ -19,7 +19,7 @@ type datagram struct {
 	Code  codes.Code
 	ID    uint16
 	Token Token
-	Body  []byte // options, payload marker and payload: see walkOptions
+	Body  []byte // options, payload marker and payload: see optionWalk
 }
 
 // parseDatagram reads a message. It returns an error if the version is not 1, the token is longer

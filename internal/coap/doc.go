@@ -12,13 +12,11 @@
 // # Why not all of go-coap
 //
 // Names of codes, options and message types are those of github.com/plgd-dev/go-coap/v3/message.
-// Its coders are not used but to compare with in tests, for two reasons. They are lax: the stream
-// coder takes tokens of 9 to 15 bytes, which RFC 8323, section 3.2, makes an error; both pass over
-// critical options whose value has a wrong length, which RFC 7252, section 5.4.3, wants treated
-// like unknown critical options; both take a payload marker without a payload, a format error by
-// RFC 7252, section 3; and the head of a stream message can only be had once all of it is there,
-// while a bound must be applied before anything is kept. And they are slow on the path that every
-// block takes, by about ten to one.
+// Its coders only serve tests, to compare with. They are lax: they take tokens of 9 to 15 bytes on
+// streams (an error by RFC 8323, section 3.2), critical options whose value has a wrong length
+// (like unknown ones by RFC 7252, section 5.4.3), and a payload marker without a payload (a format
+// error by section 3). They know the head of a message on a stream only once all of it is there,
+// while a bound must be applied before anything is kept. And they take ten times as long.
 //
 // Nothing in this package believes a length that comes from outside before it has been compared
 // with a bound.

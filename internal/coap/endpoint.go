@@ -224,8 +224,7 @@ func (e *Endpoint) end(err error) {
 	if e.err == nil {
 		e.err = err
 	}
-	e.failSent(err)
-	e.failWaiting(err)
+	e.failAll(err)
 	for _, m := range e.unacked {
 		m.timer.Stop()
 	}
@@ -587,14 +586,14 @@ func (e *Endpoint) response(m datagram) bool {
 // have come. The lock must be held.
 func (e *Endpoint) accept(x *Exchange, m datagram) bool {
 	var response Response
-	options := walkOptions(m.Body)
-	if parseResponse(&options, &response) != nil {
+	payload, err := parseResponse(m.Body, &response)
+	if err != nil {
 		return false
 	}
 	if answer := response.Block1; x.Payload != nil && answer.Present && answer.Number < x.Block.Number {
 		return false // a late copy of the answer to the part before, which had the same token
 	}
-	x.answer(m.Code, &response, options.payload())
+	x.answer(m.Code, &response, payload)
 	e.measure(x.sent)
 	e.take(x, nil)
 	return true

@@ -265,6 +265,13 @@ func (r *requester) failSent(err error) {
 	}
 }
 
+// failAll ends all exchanges, and forgets what the peer owes. The lock must be held.
+func (r *requester) failAll(err error) {
+	r.failSent(err)
+	r.failWaiting(err)
+	clear(r.sent)
+}
+
 // refusal is the answer to a request of the peer if we serve nothing.
 func refusal(method codes.Code) codes.Code {
 	if method == codes.GET {

@@ -133,7 +133,7 @@ func compareOptions(t *testing.T, code codes.Code, ours []option, theirs message
 }
 
 func allOptions(body []byte) (options []option, payload []byte, err error) {
-	walk := walkOptions(body)
+	walk := optionWalk{rest: body}
 	for {
 		option, ok := walk.next()
 		if !ok {
@@ -182,8 +182,7 @@ func FuzzOptions(f *testing.F) {
 			t.Fatal("offset of a part is out of range")
 		}
 		var response Response
-		walk := walkOptions(b)
-		if responseErr := parseResponse(&walk, &response); (responseErr == nil) != (err == nil) {
+		if _, responseErr := parseResponse(b, &response); (responseErr == nil) != (err == nil) {
 			t.Fatalf("response has error %v, options have %v", responseErr, err)
 		}
 		capabilities := (Capabilities{MessageSize: BaseMessageSize})

@@ -66,16 +66,10 @@ func (o option) critical() bool { return o.Number&1 == 1 }
 // optionWalk walks through the options of a message (RFC 7252, section 3.1). Call next until it
 // returns false, then look at err and payload.
 type optionWalk struct {
-	rest   []byte
+	rest   []byte // of the message, at first all that is behind the token
 	number int
 	marker bool
 	err    error // what is wrong with the options walked through so far
-}
-
-// walkOptions starts to walk through the given part of a message, which must begin behind the
-// token.
-func walkOptions(body []byte) optionWalk {
-	return optionWalk{rest: body}
 }
 
 // next returns the next option, in the order of their numbers. It returns false at the payload
@@ -168,8 +162,7 @@ func appendOptionHead(dst []byte, delta, length int) []byte {
 		panic("coap: options out of order")
 	}
 	d, l := nibble(delta), nibble(length)
-	dst = append(dst, byte(d<<4|l))
-	dst = appendExtended(dst, d, delta)
+	dst = appendExtended(append(dst, byte(d<<4|l)), d, delta)
 	return appendExtended(dst, l, length)
 }
 

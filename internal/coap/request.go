@@ -146,7 +146,7 @@ func (p Paths) parseOptions(body []byte, request *Request) codes.Code {
 	var path [8][]byte
 	segments, queries := 0, 0
 	refuse := codes.Empty
-	options := walkOptions(body)
+	options := optionWalk{rest: body}
 	for {
 		option, ok := options.next()
 		if !ok {
@@ -237,14 +237,15 @@ type Response struct {
 	Unusable bool
 }
 
-// parseResponse reads the options of a response, from a walk that has not begun, to the payload. It
-// returns the error of the walk.
-func parseResponse(options *optionWalk, response *Response) error {
+// parseResponse reads the options of a response, and returns the payload. The error says that it is
+// malformed.
+func parseResponse(body []byte, response *Response) (payload []byte, err error) {
 	*response = Response{}
+	options := optionWalk{rest: body}
 	for {
 		option, ok := options.next()
 		if !ok {
-			return options.err
+			return options.payload(), options.err
 		}
 		switch option.meaning() {
 		case message.Block1:

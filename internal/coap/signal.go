@@ -29,7 +29,7 @@ func (c Capabilities) BERT() bool { return c.BlockWise && c.MessageSize > BaseMe
 // option that is defined for other messages is critical.
 func (c *Capabilities) parseSignal(code codes.Code, body []byte) (payload []byte, bad message.OptionID, err error) {
 	next := *c
-	options := walkOptions(body)
+	options := optionWalk{rest: body}
 	for {
 		option, ok := options.next()
 		switch {
