@@ -3,13 +3,13 @@
 package restore
 
 import (
-	"cmp"
 	"crypto/sha256"
 	"hash"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
@@ -88,17 +88,16 @@ func (r *restorer) create(f *file) error {
 	if r.writable {
 		mode |= 0o200
 	}
-	fd, err := unix.Openat(f.directory.fd, f.name,
-		unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, mode)
+	fd, err := openAt(f.directory.fd, f.name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW, mode)
 	if err != nil {
 		return r.pathError("create", f.name, err)
 	}
 	err = r.fill(fd, f, h)
 	if err == nil && !r.writable {
-		if f.directory.parent == nil { // whose access control list may have changed the mode
-			err = unix.Fchmod(fd, mode)
+		if f.directory.parent != nil { // else its access control list may have changed the mode
+			mode = 0
 		}
-		err = cmp.Or(err, futimens(fd, &canonicalTime))
+		err = canonicalise(fd, mode)
 	}
 	if err2 := unix.Close(fd); err == nil {
 		err = err2
@@ -175,12 +174,28 @@ func (h *linkHash) name() string {
 	return h.text
 }
 
-// futimens sets the access and modification times of an open file. x/sys/unix has the system call
-// only with a name.
-func futimens(fd int, times *[2]unix.Timespec) error {
-	_, _, errno := unix.Syscall6(unix.SYS_UTIMENSAT, uintptr(fd), 0, uintptr(unsafe.Pointer(times)), 0, 0, 0)
-	if errno != 0 {
-		return errno
-	}
-	return nil
+// canonicalise gives an open file its final times, and mode unless that is 0. Of setting times,
+// x/sys/unix has the system call only with a name.
+func canonicalise(fd int, mode uint32) error {
+	return files.Retry(func() error {
+		if mode != 0 {
+			if err := unix.Fchmod(fd, mode); err != nil {
+				return err
+			}
+		}
+		_, _, errno := unix.Syscall6(unix.SYS_UTIMENSAT, uintptr(fd), 0, uintptr(unsafe.Pointer(&canonicalTime)), 0, 0, 0)
+		if errno != 0 {
+			return errno
+		}
+		return nil
+	})
+}
+
+// openAt opens a name in an open directory.
+func openAt(dir int, name string, flags int, mode uint32) (fd int, err error) {
+	err = files.Retry(func() (err error) {
+		fd, err = unix.Openat(dir, name, flags|unix.O_CLOEXEC, mode)
+		return err
+	})
+	return fd, err
 }

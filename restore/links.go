@@ -87,7 +87,7 @@ func (l *links) share(name string, f *file) {
 // or whoever could write to it has changed it, or because it was truncated when the machine went
 // down, is removed, and told.
 func (l *links) usable(fd int, name string, f *file) bool {
-	link, err := unix.Openat(fd, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	link, err := openAt(fd, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return false
 	}

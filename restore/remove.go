@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
@@ -45,7 +46,7 @@ func openParent(path string) (fd int, name string, err error) {
 		return -1, "", fmt.Errorf("%q cannot be a destination: %w", path, err)
 	}
 	directory := filepath.Dir(trimmed)
-	fd, err = unix.Open(directory, unix.O_DIRECTORY|unix.O_PATH|unix.O_CLOEXEC, 0)
+	fd, err = openAt(unix.AT_FDCWD, directory, unix.O_DIRECTORY|unix.O_PATH, 0)
 	if err != nil {
 		return -1, "", &os.PathError{Op: "open", Path: directory, Err: err}
 	}
@@ -67,7 +68,7 @@ var errMount = errors.New("it is a mount point")
 
 // remove deletes name in the open directory dir.
 func (r *remover) remove(dir int, name string, depth int) error {
-	err := unix.Unlinkat(dir, name, 0)
+	err := unlinkAt(dir, name, 0)
 	if err == nil || err == unix.ENOENT {
 		return nil
 	}
@@ -96,7 +97,8 @@ func (r *remover) remove(dir int, name string, depth int) error {
 		unix.Fchmod(fd, 0o700)
 	}
 	if depth == maxOpen {
-		err := unix.Renameat(dir, name, int(r.root.Fd()), ".removed-"+rand.Text())
+		to := ".removed-" + rand.Text()
+		err := files.Retry(func() error { return unix.Renameat(dir, name, int(r.root.Fd()), to) })
 		if err != unix.EXDEV { // an overlay leaves directories where they are
 			r.moved = true
 			return err
@@ -114,7 +116,7 @@ func (r *remover) remove(dir int, name string, depth int) error {
 		if err := r.entries(f, depth+1); err != nil {
 			return err
 		}
-		err := unix.Unlinkat(dir, name, unix.AT_REMOVEDIR)
+		err := unlinkAt(dir, name, unix.AT_REMOVEDIR)
 		if err != unix.ENOTEMPTY && err != unix.EEXIST || tries == 3 && !r.moved {
 			return err
 		}
@@ -143,7 +145,7 @@ func (r *remover) entries(f *os.File, depth int) error {
 
 // openForRemoval opens the directory name, after giving its owner permission if there is none.
 func openForRemoval(dir int, name string) (int, error) {
-	const flags = unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
+	const flags = unix.O_DIRECTORY | unix.O_NOFOLLOW
 	fd, err := openBeneath(dir, name, unix.O_RDONLY|flags)
 	if err != unix.EACCES {
 		return fd, err
@@ -163,19 +165,21 @@ func openForRemoval(dir int, name string) (int, error) {
 // openBeneath opens name in dir unless it is a mount point, which the number of its device does not
 // tell if it is a part of the same file system.
 func openBeneath(dir int, name string, flags int) (int, error) {
-	for {
-		fd, err := unix.Openat2(dir, name, &unix.OpenHow{
-			Flags:   uint64(flags),
-			Resolve: unix.RESOLVE_NO_XDEV | unix.RESOLVE_NO_SYMLINKS,
-		})
-		switch err {
-		case unix.EINTR:
-		case unix.EXDEV:
-			return -1, errMount
-		case unix.ENOSYS, unix.EPERM, unix.E2BIG: // before Linux 5.6, or in a sandbox
-			return unix.Openat(dir, name, flags, 0)
-		default:
-			return fd, err
-		}
+	how := unix.OpenHow{Flags: uint64(flags | unix.O_CLOEXEC), Resolve: unix.RESOLVE_NO_XDEV | unix.RESOLVE_NO_SYMLINKS}
+	fd := -1
+	err := files.Retry(func() (err error) {
+		fd, err = unix.Openat2(dir, name, &how)
+		return err
+	})
+	switch err {
+	case unix.EXDEV:
+		return -1, errMount
+	case unix.ENOSYS, unix.EPERM, unix.E2BIG: // before Linux 5.6, or in a sandbox
+		return openAt(dir, name, flags, 0)
 	}
+	return fd, err
+}
+
+func unlinkAt(dir int, name string, flags int) error {
+	return files.Retry(func() error { return unix.Unlinkat(dir, name, flags) })
 }

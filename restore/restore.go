@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
@@ -226,9 +227,11 @@ func (r *restorer) node(n nar.Node) error {
 	case nar.Directory:
 		return r.directory(dir, name, n.Name)
 	case nar.Symlink:
-		err := unix.Symlinkat(n.Target, dir.fd, name)
+		err := files.Retry(func() error { return unix.Symlinkat(n.Target, dir.fd, name) })
 		if err == nil && !r.writable {
-			err = unix.UtimesNanoAt(dir.fd, name, canonicalTime[:], unix.AT_SYMLINK_NOFOLLOW)
+			err = files.Retry(func() error {
+				return unix.UtimesNanoAt(dir.fd, name, canonicalTime[:], unix.AT_SYMLINK_NOFOLLOW)
+			})
 		}
 		if err != nil {
 			return r.pathError("symlink", n.Name, err)
@@ -378,10 +381,10 @@ func (r *restorer) pathError(op, name string, err error) error {
 
 // makeDirectory creates name in parent and opens it, never through a link.
 func makeDirectory(parent *directory, name string) (*directory, error) {
-	if err := unix.Mkdirat(parent.fd, name, 0o755); err != nil {
+	if err := files.Retry(func() error { return unix.Mkdirat(parent.fd, name, 0o755) }); err != nil {
 		return nil, err
 	}
-	fd, err := unix.Openat(parent.fd, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	fd, err := openAt(parent.fd, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -413,7 +416,7 @@ func (r *restorer) enter(d *directory, child int) error {
 	if err := r.reserve(); err != nil {
 		return err
 	}
-	fd, err := unix.Openat(child, "..", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	fd, err := openAt(child, "..", unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err == nil {
 		var st unix.Stat_t
 		if err = unix.Fstat(fd, &st); err == nil && st.Ino != d.inode {
@@ -448,9 +451,7 @@ func (r *restorer) complete(d *directory) error {
 		if d.fd >= 0 { // else the walk has failed
 			var err error
 			if !r.writable {
-				if err = unix.Fchmod(d.fd, 0o555); err == nil {
-					err = futimens(d.fd, &canonicalTime)
-				}
+				err = canonicalise(d.fd, 0o555)
 			}
 			unix.Close(d.fd)
 			<-r.descriptors

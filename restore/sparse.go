@@ -6,6 +6,8 @@ import (
 	"bytes"
 
 	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
 // hole is the length in bytes of what may be left out of a file if it is all zeros: a block of most
@@ -65,15 +67,17 @@ func (w *sparseWriter) finish() error {
 	if w.offset == w.written {
 		return nil
 	}
-	return unix.Ftruncate(w.fd, w.offset)
+	return files.Retry(func() error { return unix.Ftruncate(w.fd, w.offset) })
 }
 
 func pwriteAll(fd int, b []byte, offset int64) error {
 	for len(b) > 0 {
-		n, err := unix.Pwrite(fd, b, offset)
-		if err == unix.EINTR {
-			continue
-		} else if err != nil {
+		n := 0
+		err := files.Retry(func() (err error) {
+			n, err = unix.Pwrite(fd, b, offset)
+			return err
+		})
+		if err != nil {
 			return err
 		}
 		b, offset = b[n:], offset+int64(n)

@@ -131,7 +131,7 @@ func RemoveAbandoned(directory string) {
 // MoveNew gives a file or a directory another name on the same file system. The error wraps
 // [fs.ErrExist] if there is something of that name.
 func MoveNew(from, to string) error {
-	err := unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE)
+	err := Retry(func() error { return unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE) })
 	switch err {
 	case nil:
 		return nil
@@ -190,7 +190,7 @@ func PunchHole(f *os.File, offset, length int64) error {
 
 // onFile makes a system call on a file, which must be open.
 func onFile(f *os.File, operation string, call func(fd int) error) error {
-	if err := retry(func() error { return call(int(f.Fd())) }); err != nil {
+	if err := Retry(func() error { return call(int(f.Fd())) }); err != nil {
 		return &fs.PathError{Op: operation, Path: f.Name(), Err: err}
 	}
 	return nil
@@ -298,11 +298,12 @@ func LockFile(f *os.File, wait time.Duration) error {
 func UnlockFile(f *os.File) error { return flock(f, unix.LOCK_UN) }
 
 func flock(f *os.File, how int) error {
-	return retry(func() error { return unix.Flock(int(f.Fd()), how) })
+	return Retry(func() error { return unix.Flock(int(f.Fd()), how) })
 }
 
-// retry repeats a system call that a signal has interrupted.
-func retry(call func() error) error {
+// Retry repeats a system call that a signal has interrupted: some file systems, of networks or in
+// user space, let that happen to all that waits for them, and the runtime of Go sends signals.
+func Retry(call func() error) error {
 	for {
 		if err := call(); err != unix.EINTR {
 			return err
