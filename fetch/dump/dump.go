@@ -74,10 +74,6 @@ type Store struct {
 
 var _ fetch.Store = (*Store)(nil)
 
-// isKnown reports whether a file is what was read through, or only we have changed it. The lock
-// reading must be held.
-func (s *Store) isKnown(now os.FileInfo) bool { return s.changing || unchanged(s.state, now) }
-
 // unchanged reports whether a file is the same and, by its size and time, has not been changed.
 func unchanged(before, after os.FileInfo) bool {
 	return os.SameFile(before, after) && before.Size() == after.Size() && before.ModTime().Equal(after.ModTime())
@@ -159,7 +155,7 @@ func (s *Store) find(ref eris.Reference, block []byte) error {
 		return &eris.BlockError{Reference: ref, Length: at.Size(), Want: eris.BlockSize(len(block))}
 	}
 	n, err := s.file.ReadAt(block, at.Offset())
-	if info, statErr := s.file.Stat(); statErr == nil && !s.isKnown(info) {
+	if info, statErr := s.file.Stat(); statErr == nil && !s.changing && !unchanged(s.state, info) {
 		return errMoved
 	}
 	if n < len(block) {
@@ -187,7 +183,7 @@ func (s *Store) refresh(now bool) error {
 		return err
 	}
 	s.checked = time.Now()
-	if s.file != nil && s.isKnown(info) {
+	if s.file != nil && (s.changing || unchanged(s.state, info)) {
 		return nil
 	}
 	file, _, err := files.OpenRegular(s.URL.Path, os.O_RDONLY)

@@ -294,19 +294,17 @@ func (c *Conn) Close(err error) {
 // and to close it. If that is 0, what is under way fails with the error, and the connection ends as
 // soon as the peer could be told. It does not wait.
 func (c *Conn) Release(grace time.Duration, err error) {
-	c.Lock()
-	if c.released || c.err != nil {
-		c.Unlock()
-		return
-	}
-	c.released = true
 	if grace == 0 {
-		c.Unlock()
 		c.leave(codes.Release, nil, "", err)
 		return
 	}
+	c.Lock()
+	defer c.Unlock()
+	if c.released || c.err != nil {
+		return
+	}
+	c.released = true
 	c.Respond(Token{}, codes.Release, nil, nil)
-	c.Unlock()
 	time.AfterFunc(grace, func() { c.conn.SetReadDeadline(time.Unix(1, 0)) })
 }
 

@@ -43,6 +43,7 @@ type Exchange struct {
 	Err      error
 
 	diagnostic [64]byte
+	text       int // of it, in bytes
 	state      exchangeState
 	token      Token
 	owner      *requester   // that gave the token
@@ -61,23 +62,15 @@ const (
 
 // Text returns the beginning of the diagnostic payload of an error response: for people, not to be
 // trusted.
-func (x *Exchange) Text() string {
-	if x.succeeded() {
-		return ""
-	}
-	return string(x.diagnostic[:min(x.Length, len(x.diagnostic))])
-}
-
-// succeeded reports whether the payload is what was requested.
-func (x *Exchange) succeeded() bool { return x.Code == codes.Content || x.Code == codes.Changed }
+func (x *Exchange) Text() string { return string(x.diagnostic[:x.text]) }
 
 // answer notes a response. Of anything but success, the beginning of the payload is kept for
 // messages.
 func (x *Exchange) answer(code codes.Code, response *Response, payload []byte) {
-	x.Code, x.Response, x.Length = code, *response, len(payload)
+	x.Code, x.Response, x.Length, x.text = code, *response, len(payload), 0
 	switch {
-	case !x.succeeded():
-		copy(x.diagnostic[:], payload)
+	case code != codes.Content && code != codes.Changed:
+		x.text = copy(x.diagnostic[:], payload)
 	case len(payload) <= len(x.Dst):
 		copy(x.Dst, payload)
 	}
