@@ -62,22 +62,19 @@ var _ fetch.Store = (*Store)(nil)
 //
 // The path of the URL may be a secret; neither errors nor [Store.String] show it.
 func Open(url string, options Options) (*Store, error) {
-	u, err := storeurl.Parse(url)
+	u, err := storeurl.ParseScheme(url, "coap+unix", "coap+tcp", "coaps+tcp", "coap+ws", "coaps+ws", "coap")
 	if err != nil {
 		return nil, err
 	}
 	s := newStore(u, u.String(), options)
-	switch u.Scheme {
-	case "coap+unix", "coap+tcp", "coaps+tcp", "coap+ws", "coaps+ws":
+	if u.Scheme != "coap" {
 		s.parts = make(chan *link, 1)
 		s.parts <- s.main
-	case "coap":
-		s.parts = make(chan *link, putSockets)
-		for range putSockets {
-			s.parts <- s.newLink()
-		}
-	default:
-		return nil, fmt.Errorf("store URL: scheme %s is not one of CoAP", u.Scheme)
+		return s, nil
+	}
+	s.parts = make(chan *link, putSockets)
+	for range putSockets {
+		s.parts <- s.newLink()
 	}
 	return s, nil
 }
