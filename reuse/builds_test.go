@@ -5,11 +5,13 @@ package reuse
 import (
 	"archive/zip"
 	"bytes"
+	"debug/elf"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"os"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -157,28 +159,66 @@ func TestZip(t *testing.T) {
 	}
 }
 
-// elfFile is a program of no code that has data, and a debug link to a file of the given contents.
-func elfFile(data, debug string) string {
-	le := binary.LittleEndian
-	link := le.AppendUint32([]byte("x.debug\x00"), crc32.ChecksumIEEE([]byte(debug)))
+// elfFile is a program of no code, of 64 bits or 32, that has data, and a debug link to a file of
+// the given contents.
+func elfFile(order binary.AppendByteOrder, bits int, data, debug string) string {
+	link := order.AppendUint32([]byte("x.debug\x00"), crc32.ChecksumIEEE([]byte(debug)))
 	names := "\x00.gnu_debuglink\x00.shstrtab\x00"
-	b := append([]byte("\x7fELF\x02\x01\x01"), make([]byte, 9)...)
-	b = le.AppendUint16(le.AppendUint16(b, 2), 62) // a program, for x86-64
-	b = le.AppendUint64(le.AppendUint64(le.AppendUint32(b, 1), 0), 0)
-	b = le.AppendUint64(b, uint64(64+len(data)+len(link)+len(names))) // where the sections are
-	for _, n := range []uint16{0, 0, 64, 0, 0, 64, 3, 2} {            // the first two are flags
-		b = le.AppendUint16(b, n)
+	head := map[int]int{32: 52, 64: 64}[bits]
+	b := append([]byte("\x7fELF"), byte(bits/32), order.AppendUint16(nil, 0x201)[0], 1)
+	b = append(b, make([]byte, 9)...)
+	long := func(numbers ...int) {
+		for _, n := range numbers {
+			if bits == 64 {
+				b = order.AppendUint64(b, uint64(n))
+			} else {
+				b = order.AppendUint32(b, uint32(n))
+			}
+		}
+	}
+	b = order.AppendUint32(order.AppendUint16(order.AppendUint16(b, 2), 62), 1) // a program
+	long(0, 0, head+len(data)+len(link)+len(names))                             // where the sections are
+	b = order.AppendUint32(b, 0)
+	for _, n := range []uint16{uint16(head), 0, 0, uint16(16 + 6*bits/8), 3, 2} {
+		b = order.AppendUint16(b, n)
 	}
 	b = append(append(append(b, data...), link...), names...)
 	section := func(name, kind uint32, at, size int) {
-		b = le.AppendUint64(le.AppendUint32(le.AppendUint32(b, name), kind), 0)
-		b = le.AppendUint64(le.AppendUint64(le.AppendUint64(b, 0), uint64(at)), uint64(size))
-		b = append(b, make([]byte, 24)...)
+		b = order.AppendUint32(order.AppendUint32(b, name), kind)
+		long(0, 0, at, size)
+		b = append(b, make([]byte, 8)...)
+		long(0, 0)
 	}
 	section(0, 0, 0, 0)
-	section(1, 1, 64+len(data), len(link))
-	section(16, 3, 64+len(data)+len(link), len(names))
+	section(1, 1, head+len(data), len(link))
+	section(16, 3, head+len(data)+len(link), len(names))
 	return string(b)
+}
+
+// TestCompressedNames has a program with a table of names that is compressed, and very long if
+// somebody makes it plain.
+func TestCompressedNames(t *testing.T) {
+	le := binary.LittleEndian
+	const blocks, length = 512, 128 << 10
+	names := le.AppendUint64(le.AppendUint64(le.AppendUint64(nil, 2 /* zstd */), blocks*length), 1)
+	names = append(names, "\x28\xb5\x2f\xfd\x00\x58"...)
+	for i := range blocks { // of one byte each, which is repeated
+		head := le.AppendUint32(nil, length<<3|1<<1|uint32((i+1)/blocks))
+		names = append(append(names, head[:3]...), 0)
+	}
+	b := []byte(elfFile(le, 64, "", ""))
+	section := b[len(b)-64:]
+	le.PutUint64(section[8:], uint64(elf.SHF_COMPRESSED))
+	le.PutUint64(section[24:], uint64(len(b)))
+	le.PutUint64(section[32:], uint64(len(names)))
+	b = append(b, names...)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	_, err := new(workshop).elf(bytes.NewReader(b), "x")
+	runtime.ReadMemStats(&after)
+	if taken := after.TotalAlloc - before.TotalAlloc; err != nil || taken > 8<<20 {
+		t.Errorf("%d bytes of memory for a file of %d: %v", taken, len(b), err)
+	}
 }
 
 // compiled is a compiled file of Python that has the hash of its source.
@@ -206,7 +246,8 @@ func fixtures(s *testStore, item, ref string) map[string]string {
 	debug := "debug information of /store/" + item + " and " + ref
 	source := "PATH = '/store/" + ref + "'\n"
 	return map[string]string{
-		"bin/x": elfFile("/store/"+ref+"/lib", debug), "lib/debug" + s.dir + "/" + item + "/bin/x.debug": debug,
+		"bin/x": elfFile(binary.LittleEndian, 64, "/store/"+ref+"/lib", debug),
+		"bin/y": elfFile(binary.BigEndian, 32, "/store/"+ref+"/lib", debug), "lib/debug" + s.dir + "/" + item + "/bin/x.debug": debug,
 		"lib/x.py": source, "lib/__pycache__/x.cpython-311.pyc": compiled(source, "/store/"+ref),
 		"share/x.jar": stored(s.t, "/store/"+item, "nothing", ref), "lib/x.go": "\x7fELF GOOF" + wide("/store/"+ref, 4, binary.LittleEndian),
 		"lib/x.a": "!<arch>\nx.o/            0           0     0     644     44        `\n/store/" + ref,

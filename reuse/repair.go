@@ -96,30 +96,77 @@ func (w *workshop) crc(f io.ReaderAt, start, size int64) (old, new uint32, err e
 // elf makes the CRC of a debug link anew: that of the file with what has been stripped (GDB manual,
 // "Debugging Information in Separate Files").
 func (w *workshop) elf(f io.ReaderAt, path string) ([]patch, error) {
-	e, err := elf.NewFile(&bounded{f, maxELF})
-	if err != nil {
-		return nil, nil // it only begins like one
-	}
-	if w.foreign && e.Section(".note.go.buildid") != nil {
+	order, sections := elfSections(f)
+	if _, ok := sections[".note.go.buildid"]; ok && w.foreign {
 		return nil, errGo
 	}
-	link := e.Section(".gnu_debuglink")
-	if link == nil || link.Type == elf.SHT_NOBITS || link.FileSize < 8 || link.FileSize > 4<<10 {
+	link, ok := sections[".gnu_debuglink"]
+	if !ok || link.Type == uint32(elf.SHT_NOBITS) || link.Size < 8 || link.Size > 4<<10 {
 		return nil, nil
 	}
-	data := part(f, int64(link.Offset), int(link.FileSize))
+	data := part(f, int64(link.Off), int(link.Size))
 	name, _, ok := bytes.Cut(data, []byte{0})
 	at := (len(name) + 4) &^ 3 // behind the NUL, aligned
 	if !ok || at+4 > len(data) || nar.CheckName(string(name)) != nil {
 		return nil, nil
 	}
-	old := e.ByteOrder.Uint32(data[at:])
+	old := order.Uint32(data[at:])
 	sum, ok := w.debugCRC(path, string(name), old)
 	if !ok || sum == old {
 		return nil, nil
 	}
-	e.ByteOrder.PutUint32(data[at:], sum)
-	return []patch{{int64(link.Offset) + int64(at), data[at : at+4]}}, nil
+	order.PutUint32(data[at:], sum)
+	return []patch{{int64(link.Off) + int64(at), data[at : at+4]}}, nil
+}
+
+// maxELF bounds the table of the sections of a program and that of their names, in bytes.
+const maxELF = 1 << 20
+
+// elfSections returns the byte order of an ELF file, and the sections that repairs look for, by
+// name (System V ABI, "Object Files"). Package debug/elf would decompress the table of names, into
+// memory, however long it becomes.
+func elfSections(f io.ReaderAt) (order binary.ByteOrder, found map[string]elf.Section64) {
+	head := part(f, 0, binary.Size(elf.Header64{}))
+	if head == nil {
+		return nil, nil // it only begins like one
+	}
+	if order = binary.LittleEndian; head[elf.EI_DATA] == byte(elf.ELFDATA2MSB) {
+		order = binary.BigEndian
+	}
+	// Files of 32 bits have the same members in the same order, but addresses and lengths of four
+	// bytes.
+	word, long := 8, order.Uint64
+	if head[elf.EI_CLASS] == byte(elf.ELFCLASS32) {
+		word, long = 4, func(b []byte) uint64 { return uint64(order.Uint32(b)) }
+	}
+	counts := head[34+3*word:]
+	size, count, ofNames := int(order.Uint16(counts)), int(order.Uint16(counts[2:])), int(order.Uint16(counts[4:]))
+	if size < 8+4*word || size*count > maxELF || ofNames >= count {
+		return nil, nil
+	}
+	table := part(f, int64(long(head[24+2*word:])), size*count)
+	if table == nil {
+		return nil, nil
+	}
+	section := func(i int) elf.Section64 {
+		b := table[i*size:]
+		return elf.Section64{Name: order.Uint32(b), Type: order.Uint32(b[4:]), Off: long(b[8+2*word:]), Size: long(b[8+3*word:])}
+	}
+	names := section(ofNames)
+	if names.Size > maxELF {
+		return nil, nil
+	}
+	text := part(f, int64(names.Off), int(names.Size))
+	found = map[string]elf.Section64{}
+	for i := range count {
+		s := section(i)
+		for _, name := range []string{".note.go.buildid", ".gnu_debuglink"} {
+			if int64(s.Name) < int64(len(text)) && bytes.HasPrefix(text[s.Name:], []byte(name+"\x00")) {
+				found[name] = s
+			}
+		}
+	}
+	return order, found
 }
 
 // part reads a part of a file; it is nil if there are not so many bytes.
@@ -129,24 +176,6 @@ func part(f io.ReaderAt, offset int64, length int) []byte {
 		return nil
 	}
 	return b
-}
-
-// maxELF bounds what is read to find the sections of a program, in bytes; what is kept of them
-// takes about four times that.
-const maxELF = 2 << 20
-
-// bounded is a file that cannot be read beyond so many bytes in all.
-type bounded struct {
-	io.ReaderAt
-	left int
-}
-
-// ReadAt implements io.ReaderAt.
-func (b *bounded) ReadAt(p []byte, offset int64) (int, error) {
-	if b.left -= len(p); b.left < 0 {
-		return 0, errors.New("too many sections")
-	}
-	return b.ReaderAt.ReadAt(p, offset)
 }
 
 // debugCRC returns the CRC of the new debug file of the given name of the file at file: of the very

@@ -547,6 +547,8 @@ func TestListing(t *testing.T) {
 func FuzzRepairs(f *testing.F) {
 	table := NewReplacer(somePairs())
 	f.Add([]byte("\x7fELF\x02\x01\x01"), "bin/x")
+	f.Add([]byte(elfFile(binary.LittleEndian, 64, hash(1), "")), "bin/x")
+	f.Add([]byte(elfFile(binary.BigEndian, 32, hash(1), "")), "bin/x")
 	f.Add([]byte("\xa7\r\r\n\x01\x00\x00\x00abcdefgh"), "x/__pycache__/x.cpython-311.pyc")
 	var b bytes.Buffer
 	z := zip.NewWriter(&b)
