@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
@@ -23,10 +24,10 @@ type Listing struct {
 	// Directory is that of the store.
 	Directory string
 
-	mu    sync.Mutex
-	names []string
-	mtime time.Time // of the directory when it was read
-	again time.Time // when it may be read again
+	mu       sync.Mutex
+	names    []string
+	identity files.Identity // of the directory when it was read
+	again    time.Time      // when it may be read again
 }
 
 // readAgain is how many times longer than reading takes it is not read again.
@@ -41,9 +42,9 @@ func (l *Listing) read() ([]string, error) {
 	if begin.Before(l.again) {
 		return l.names, nil
 	}
-	info, err := os.Stat(l.Directory)
-	if err != nil || l.names != nil && info.ModTime().Equal(l.mtime) {
-		return l.names, err
+	identity := files.Identify(l.Directory)
+	if identity != (files.Identity{}) && identity == l.identity {
+		return l.names, nil
 	}
 	directory, err := os.Open(l.Directory)
 	if err != nil {
@@ -55,7 +56,7 @@ func (l *Listing) read() ([]string, error) {
 		return nil, err
 	}
 	l.names = slices.DeleteFunc(names, func(name string) bool { return narinfo.CheckStoreName(name) != nil })
-	l.mtime = info.ModTime()
+	l.identity = identity
 	end := time.Now()
 	l.again = end.Add(readAgain * end.Sub(begin))
 	return l.names, nil
