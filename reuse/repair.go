@@ -13,6 +13,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -214,9 +215,10 @@ func (w *workshop) debugItems() []string {
 	// The name of an output other than "out" ends with that of the output.
 	name := w.old[HashLength:]
 	shorter := name[:max(1, strings.LastIndexByte(name, '-'))]
+	wanted := []string{name + "-debug", shorter + "-debug"}
 	var found []string
 	for _, n := range names {
-		if n[HashLength:] == name+"-debug" || n[HashLength:] == shorter+"-debug" {
+		if slices.Contains(wanted, n[HashLength:]) {
 			found = append(found, n)
 		}
 	}
