@@ -215,13 +215,16 @@ func (r *Reader) next() (nar.Node, error) {
 
 // end checks that there is nothing behind the root.
 func (r *Reader) end() error {
-	if _, err := r.index.ReadByte(); err != io.EOF {
-		return errors.Join(errors.New("index: more than one root"), err)
+	if _, err := r.index.ReadByte(); err == nil {
+		return errors.New("index: more than one root")
+	} else if err != io.EOF {
+		return fmt.Errorf("index: %w", err)
 	}
-	if _, err := r.body.ReadByte(); err != io.EOF {
-		return errors.Join(errors.New("bytes behind the last frame"), err)
+	_, err := r.body.ReadByte()
+	if err == nil {
+		err = errors.New("bytes behind the last frame")
 	}
-	return io.EOF
+	return err
 }
 
 // node reads a node but for the contents of a file.
