@@ -79,6 +79,9 @@ type use struct {
 
 // file finds out what the base has of a file.
 func (u *use) file(i int, e Entry) error {
+	if err := u.ctx.Err(); err != nil {
+		return err
+	}
 	node, contents, done, err := u.tree.base.File(e.Path, false)
 	if err != nil {
 		return u.ctx.Err()

@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -548,5 +549,39 @@ func BenchmarkDecode(b *testing.B) {
 	for b.Loop() {
 		_, err := erisfs.Decode(index, wide)
 		must(b, err)
+	}
+}
+
+// canceling is a base that ends a context when it is asked.
+type canceling struct {
+	cancel context.CancelFunc
+	asked  atomic.Int32
+}
+
+func (c *canceling) File(string, bool) (nar.Node, nar.Feeder, func() bool, error) {
+	c.asked.Add(1)
+	c.cancel()
+	return nar.Node{}, nil, nil, fs.ErrNotExist
+}
+
+func (c *canceling) ReadPart(string, []byte, int64) (int, error) { return 0, fs.ErrNotExist }
+
+// TestUseEnds looks for no more files in a base when nobody waits for that any more.
+func TestUseEnds(t *testing.T) {
+	entries := make([]erisfs.Entry, 1000)
+	for i := range entries {
+		entries[i] = erisfs.Entry{Path: strconv.Itoa(i), Kind: nar.Regular, Capability: eris.ReadCapability{BlockSize: eris.BlockSize1KiB}}
+	}
+	x, err := erisfs.Decode(erisfs.EncodeIndex(entries), wide)
+	must(t, err)
+	ctx, cancel := context.WithCancel(t.Context())
+	tree := x.Nodes(ctx, source(t, sourcetest.NewBackend()), wide, fetch.Window{})
+	defer tree.Close()
+	base := &canceling{cancel: cancel}
+	if err := tree.Use(ctx, base); !errors.Is(err, context.Canceled) {
+		t.Errorf("error %v", err)
+	}
+	if n := base.asked.Load(); n > 100 {
+		t.Errorf("%d files were looked for", n)
 	}
 }
