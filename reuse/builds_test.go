@@ -5,6 +5,7 @@ package reuse
 import (
 	"archive/zip"
 	"bytes"
+	"cmp"
 	"debug/elf"
 	"encoding/binary"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"hash/crc32"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -218,6 +220,25 @@ func TestCompressedNames(t *testing.T) {
 	runtime.ReadMemStats(&after)
 	if taken := after.TotalAlloc - before.TotalAlloc; err != nil || taken > 8<<20 {
 		t.Errorf("%d bytes of memory for a file of %d: %v", taken, len(b), err)
+	}
+}
+
+// TestManyChecksums has a zip file whose directory has one member many times.
+func TestManyChecksums(t *testing.T) {
+	const most = leastSummed / leastRead
+	members := 2 * most
+	b := []byte(stored(t, hash(1)))
+	start, entry := zipDirectory(bytes.NewReader(b), int64(len(b)))
+	end := b[int(start)+len(entry):]
+	binary.LittleEndian.PutUint32(end[12:], uint32(members*len(entry)))
+	b = slices.Concat(b[:start], bytes.Repeat(entry, members), end)
+	w := &workshop{table: NewReplacer([]Replacement{{hash(1), hash(2)}}), unread: leastSummed}
+	patches, err := w.zip(bytes.NewReader(b), int64(len(b)))
+	if n := len(patches); err != nil || n == 0 || n > 3*most { // three for each
+		t.Errorf("%d patches for %d members: %v", n, members, err)
+	}
+	if !slices.IsSortedFunc(patches, func(a, b patch) int { return cmp.Compare(a.offset, b.offset) }) {
+		t.Error("the patches are not in order")
 	}
 }
 

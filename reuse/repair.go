@@ -4,6 +4,7 @@ package reuse
 
 import (
 	"bytes"
+	"cmp"
 	"debug/elf"
 	"encoding/binary"
 	"errors"
@@ -40,23 +41,25 @@ type workshop struct {
 }
 
 // What repairs may read for checksums: so many bytes, and so many times as many as the item has.
-// Whoever has built an item may have put in any number of checksums of the same bytes.
+// Each checksum counts for leastRead at least. Whoever has built an item may have put in any number
+// of checksums of the same bytes.
 const (
 	leastSummed  = 64 << 20
 	summedFactor = 16
+	leastRead    = 4 << 10
 )
 
 var errSummed = errors.New("too many checksums of the same bytes")
 
 // mayRead returns an error if repairs have read too much to read so many bytes more.
 func (w *workshop) mayRead(size int64) error {
-	if w.unread -= size; w.unread < 0 {
+	if w.unread -= max(size, leastRead); w.unread < 0 {
 		return errSummed
 	}
 	return nil
 }
 
-// repairs returns the patches of a file of the old item. path is below the item.
+// repairs returns the patches of a file of the old item, by offset. path is below the item.
 func (w *workshop) repairs(f io.ReaderAt, path string, size int64) ([]patch, error) {
 	var head [16]byte
 	if n, err := f.ReadAt(head[:], 0); err != nil && (err != io.EOF || n == 0) {
@@ -90,7 +93,7 @@ func (w *workshop) crc(f io.ReaderAt, start, size int64) (old, new uint32, err e
 		return new, new, nil
 	}
 	h := crc32.NewIEEE()
-	_, err = io.Copy(h, part)
+	_, err = io.Copy(h, io.LimitReader(part, size)) // which takes no more memory than that
 	return h.Sum32(), new, err
 }
 
@@ -321,6 +324,7 @@ func (w *workshop) zip(f io.ReaderAt, size int64) ([]patch, error) {
 		}
 		rest = rest[min(length, len(rest)):]
 	}
+	slices.SortFunc(patches, func(a, b patch) int { return cmp.Compare(a.offset, b.offset) })
 	return patches, nil
 }
 

@@ -251,12 +251,13 @@ type patch struct {
 }
 
 // apply puts the part of the patch into b that belongs there: b is what the file has at an offset.
-func (p patch) apply(b []byte, offset int64) {
-	for i, c := range p.bytes {
-		if k := p.offset + int64(i) - offset; k >= 0 && k < int64(len(b)) {
-			b[k] = c
-		}
+// It reports whether nothing of the patch is behind b.
+func (p patch) apply(b []byte, offset int64) bool {
+	at, length := p.offset-offset, int64(len(p.bytes))
+	if at < int64(len(b)) {
+		copy(b[max(0, at):], p.bytes[min(max(0, -at), length):])
 	}
+	return at+length <= int64(len(b))
 }
 
 // A stream is the contents of a file, rewritten piece by piece.
@@ -264,8 +265,8 @@ type stream struct {
 	table   *Replacer
 	file    io.ReaderAt
 	size    int64
-	piece   int // bytes that are read at once, at most [nar.PieceSize]
-	patches []patch
+	piece   int     // bytes that are read at once, at most [nar.PieceSize]
+	patches []patch // by offset
 
 	offset  int64  // of the next piece
 	carry   []byte // read, but not final
@@ -299,8 +300,8 @@ func (s *stream) Next() (nar.Chunk, error) {
 	s.changed = s.changed || changed
 	s.carry = append(s.carry[:0], c.Bytes[end:]...)
 	c.Bytes = c.Bytes[:end]
-	for _, p := range s.patches {
-		p.apply(c.Bytes, s.offset)
+	for len(s.patches) > 0 && s.patches[0].apply(c.Bytes, s.offset) {
+		s.patches = s.patches[1:]
 	}
 	s.offset += int64(end)
 	return c, nil

@@ -160,9 +160,10 @@ func TestPatches(t *testing.T) {
 	table := NewReplacer(somePairs())
 	end := int64(smallPiece - table.span + 1)
 	s := table.stream(bytes.NewReader(b), int64(len(b)))
-	s.piece, s.patches = smallPiece, []patch{{0, []byte("first")}, {end - 2, []byte("middle")}, {int64(len(b)) - 4, []byte("last")}}
+	patches := []patch{{0, []byte("first")}, {end - 2, []byte("middle")}, {end - 2, []byte("middle")}, {end + 4, []byte("next")}, {int64(len(b)) - 4, []byte("last")}}
+	s.piece, s.patches = smallPiece, patches
 	got := whole(t, s)
-	for _, p := range s.patches {
+	for _, p := range patches {
 		copy(b[p.offset:], p.bytes)
 	}
 	if !bytes.Equal(got, b) {
