@@ -203,21 +203,6 @@ func Write(w io.Writer, nodes Nodes) (written int64, err error) {
 	}
 	var framer Framer
 	var frame []byte
-	contents := func() error {
-		for {
-			c, err := nodes.Contents()
-			if err == io.EOF {
-				return put(framer.AppendContentsEnd(frame[:0]))
-			} else if err != nil {
-				return err
-			}
-			err = put(c.Bytes)
-			c.Release()
-			if err != nil {
-				return err
-			}
-		}
-	}
 	for {
 		n, err := nodes.Next()
 		if err == io.EOF {
@@ -227,8 +212,15 @@ func Write(w io.Writer, nodes Nodes) (written int64, err error) {
 		}
 		frame = framer.AppendNode(frame[:0], n)
 		err = put(frame)
-		if err == nil && n.Kind == Regular {
-			err = contents()
+		for n.Kind == Regular && err == nil {
+			var c Chunk
+			if c, err = nodes.Contents(); err == nil {
+				err = put(c.Bytes)
+				c.Release()
+			} else if err == io.EOF {
+				err = put(framer.AppendContentsEnd(frame[:0]))
+				break
+			}
 		}
 		if err != nil {
 			return written, err
