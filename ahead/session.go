@@ -5,6 +5,7 @@ package ahead
 import (
 	"bytes"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -105,17 +106,16 @@ func (s *Session) open() (*os.File, error) {
 func (s *Session) New() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if info, err := os.Lstat(s.path); err != nil || info.Size() == int64(s.read) {
+	f, _, err := files.OpenState(s.path, os.O_RDONLY)
+	if err != nil {
 		return nil
 	}
-	text, err := files.ReadState(s.path, maxSession)
-	if err != nil || len(text) < s.read {
-		return nil // it is being written to just now
-	}
+	defer f.Close()
+	text, _ := io.ReadAll(io.NewSectionReader(f, int64(s.read), int64(maxSession-s.read)))
 	// A last line without its end is not complete.
-	end := s.read + bytes.LastIndexByte(text[s.read:], '\n') + 1
-	items := strings.Split(string(text[s.read:end]), "\n")
-	s.read = end
+	end := bytes.LastIndexByte(text, '\n') + 1
+	items := strings.Split(string(text[:end]), "\n")
+	s.read += end
 	return items[:len(items)-1]
 }
 
