@@ -104,6 +104,24 @@ func (l *Listing) named(item string) ([]string, error) {
 	})
 }
 
+// debug returns the items that may be the output "debug" of the derivation of an item.
+func (l *Listing) debug(item string) []string {
+	names, err := l.read()
+	if err != nil {
+		return nil
+	}
+	// The name of an output other than "out" ends with that of the output.
+	name := item[HashLength:]
+	wanted := []string{name + "-debug", name[:max(1, strings.LastIndexByte(name, '-'))] + "-debug"}
+	var found []string
+	for _, n := range names {
+		if slices.Contains(wanted, n[HashLength:]) {
+			found = append(found, n)
+		}
+	}
+	return found
+}
+
 // all returns a table of the hashes of all items.
 func (l *Listing) all() (*Replacer, error) {
 	names, err := l.read()

@@ -36,8 +36,8 @@ type workshop struct {
 	old, new string // names of the items
 	foreign  bool   // other references change than that to itself
 	table    *Replacer
-	names    func() ([]string, error) // of all items of the store
-	unread   int64                    // bytes that may still be read, see mayRead
+	debug    func() []string // names of the items that may be the output "debug" of both items
+	unread   int64           // bytes that may still be read, see mayRead
 }
 
 // What repairs may read for checksums: so many bytes, and so many times as many as the item has.
@@ -187,7 +187,7 @@ func part(f io.ReaderAt, offset int64, length int) []byte {
 // where Guix puts them (guix/build/gnu-build-system.scm: strip).
 func (w *workshop) debugCRC(file, name string, old uint32) (uint32, bool) {
 	directory := path.Dir(file)
-	debugItems := w.debugItems()
+	debugItems := w.debug()
 	for _, item := range debugItems {
 		if f, size, err := OpenRegular(path.Join(w.store, item, "lib/debug", w.store, w.new, directory, name)); err == nil {
 			defer f.Close()
@@ -195,7 +195,7 @@ func (w *workshop) debugCRC(file, name string, old uint32) (uint32, bool) {
 			return sum, err == nil
 		}
 	}
-	for _, item := range append(debugItems, w.old) {
+	for _, item := range append(slices.Clip(debugItems), w.old) {
 		f, size, err := OpenRegular(path.Join(w.store, item, "lib/debug", w.store, w.old, directory, name))
 		if err != nil {
 			continue
@@ -207,25 +207,6 @@ func (w *workshop) debugCRC(file, name string, old uint32) (uint32, bool) {
 		}
 	}
 	return 0, false
-}
-
-// debugItems returns the items that may be the output "debug" of the derivations of both items.
-func (w *workshop) debugItems() []string {
-	names, err := w.names()
-	if err != nil {
-		return nil
-	}
-	// The name of an output other than "out" ends with that of the output.
-	name := w.old[HashLength:]
-	shorter := name[:max(1, strings.LastIndexByte(name, '-'))]
-	wanted := []string{name + "-debug", shorter + "-debug"}
-	var found []string
-	for _, n := range names {
-		if slices.Contains(wanted, n[HashLength:]) {
-			found = append(found, n)
-		}
-	}
-	return found
 }
 
 // maxSource bounds the source of a compiled file, in bytes.

@@ -21,6 +21,7 @@ import (
 	"maps"
 	"path/filepath"
 	"slices"
+	"sync"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
@@ -207,7 +208,8 @@ func (c *Candidate) table() *Replacer {
 func (c *Candidate) workshop() *workshop {
 	return &workshop{
 		store: c.finder.StoreDir, old: c.old, new: filepath.Base(c.want.StorePath),
-		foreign: len(c.pairs) > 1, table: c.table(), names: c.finder.listing.read,
+		foreign: len(c.pairs) > 1, table: c.table(),
+		debug:  sync.OnceValue(func() []string { return c.finder.listing.debug(c.old) }),
 		unread: leastSummed + summedFactor*int64(min(c.want.NarSize, 1<<56)),
 	}
 }

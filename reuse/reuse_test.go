@@ -566,7 +566,7 @@ func FuzzRepairs(f *testing.F) {
 	f.Fuzz(func(t *testing.T, contents []byte, path string) {
 		w := &workshop{
 			store: "/nonexistent", old: hash(1) + "-x", new: hash(2) + "-x", table: table,
-			names: func() ([]string, error) { return nil, nil }, unread: 1 << 20,
+			debug: func() []string { return nil }, unread: 1 << 20,
 		}
 		patches, err := w.repairs(bytes.NewReader(contents), path, int64(len(contents)))
 		for _, p := range patches {
