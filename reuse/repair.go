@@ -143,24 +143,17 @@ func elfSections(f io.ReaderAt) (order binary.ByteOrder, found map[string]elf.Se
 	if head[elf.EI_CLASS] == byte(elf.ELFCLASS32) {
 		word, long = 4, func(b []byte) uint64 { return uint64(order.Uint32(b)) }
 	}
-	counts := head[34+3*word:]
-	size, count, ofNames := int(order.Uint16(counts)), int(order.Uint16(counts[2:])), int(order.Uint16(counts[4:]))
-	if size < 8+4*word || size*count > maxELF || ofNames >= count {
-		return nil, nil
+	short := func(i int) int { return int(order.Uint16(head[34+3*word+2*i:])) }
+	size, count := max(short(0), 8+4*word), short(1)
+	table := part(f, int64(long(head[24+2*word:])), min(size*count, maxELF))
+	section := func(i int) (s elf.Section64) {
+		if b := table[min(i*size, len(table)):]; len(b) >= size {
+			s = elf.Section64{Name: order.Uint32(b), Type: order.Uint32(b[4:]), Off: long(b[8+2*word:]), Size: long(b[8+3*word:])}
+		}
+		return s
 	}
-	table := part(f, int64(long(head[24+2*word:])), size*count)
-	if table == nil {
-		return nil, nil
-	}
-	section := func(i int) elf.Section64 {
-		b := table[i*size:]
-		return elf.Section64{Name: order.Uint32(b), Type: order.Uint32(b[4:]), Off: long(b[8+2*word:]), Size: long(b[8+3*word:])}
-	}
-	names := section(ofNames)
-	if names.Size > maxELF {
-		return nil, nil
-	}
-	text := part(f, int64(names.Off), int(names.Size))
+	names := section(short(2))
+	text := part(f, int64(names.Off), int(min(names.Size, maxELF)))
 	found = map[string]elf.Section64{}
 	for i := range count {
 		s := section(i)

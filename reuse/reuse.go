@@ -42,8 +42,7 @@ type Database func(ctx context.Context, hashPart string) (*narinfo.Narinfo, erro
 type Config struct {
 	// StoreDir is the store directory, an absolute file name without a slash at its end.
 	StoreDir string
-	// Database knows the items of the store; nil is the same as one that fails with
-	// [ErrNoDatabase].
+	// Database knows the items of the store.
 	Database Database
 	// MissesFile is a file of at most 64 KiB that remembers for all processes which attempts have
 	// failed. Its directory must exist when it is needed. Empty is nothing is remembered.
@@ -60,9 +59,6 @@ type Finder struct {
 
 // New returns a finder. It reads nothing yet.
 func New(c Config) *Finder {
-	if c.Database == nil {
-		c.Database = func(context.Context, string) (*narinfo.Narinfo, error) { return nil, ErrNoDatabase }
-	}
 	return &Finder{Config: c, listing: &Listing{Directory: c.StoreDir}, misses: misses{c.MissesFile}}
 }
 

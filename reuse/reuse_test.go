@@ -259,7 +259,7 @@ func TestMuchLonger(t *testing.T) {
 	must(t, errors.Join(os.WriteFile(s.dir+"/"+old+"/a", nil, 0o644), os.Truncate(s.dir+"/"+old+"/a", 1<<38)))
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
-	for c := range New(Config{StoreDir: s.dir}).Find(ctx, want) {
+	for c := range s.finderOf(nil).Find(ctx, want) {
 		t.Errorf("%s is a candidate", c)
 	}
 	must(t, ctx.Err())

@@ -54,6 +54,9 @@ func (s *testStore) database(_ context.Context, hashPart string) (*narinfo.Narin
 func (s *testStore) finder() *Finder { return s.finderOf(s.database) }
 
 func (s *testStore) finderOf(database Database) *Finder {
+	if database == nil {
+		database = func(context.Context, string) (*narinfo.Narinfo, error) { return nil, ErrNoDatabase }
+	}
 	return New(Config{StoreDir: s.dir, Database: database, MissesFile: s.state + "/reuse"})
 }
 

@@ -5,6 +5,7 @@ package peers
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 
@@ -60,16 +61,13 @@ func (g *Group) inquire(ctx context.Context, ref eris.Reference) map[*peer]bool 
 // put asks all peers that may answer, and notes what they say.
 func (g *Group) put(q *question) {
 	var to []*peer
-	trusted := map[*peer]bool{}
+	var trusted []bool
 	g.mu.Lock()
 	g.question = nil
 	now := time.Now()
 	for _, p := range g.peers {
 		if p.doubts < mostDoubts && p.backoff.Rest(now) == 0 && now.Sub(g.liars[p.host]) >= lieTime {
-			to = append(to, p)
-			if p.doubts == 0 {
-				trusted[p] = true
-			}
+			to, trusted = append(to, p), append(trusted, p.doubts == 0)
 		}
 	}
 	g.mu.Unlock()
@@ -80,7 +78,7 @@ func (g *Group) put(q *question) {
 	var group, others sync.WaitGroup
 	for i, p := range to {
 		w := &others
-		if trusted[p] || len(trusted) == 0 {
+		if trusted[i] || !slices.Contains(trusted, true) {
 			w = &group
 		}
 		w.Go(func() { said[i] = g.have(ctx, p, prefixes, none) })
