@@ -102,7 +102,7 @@ func (c *Client) openLocal(name string) (*os.File, error) {
 			}
 		}
 	}
-	return nil, notPublic(name)
+	return nil, &shortError{name + ": there is no such file that everybody may read", fs.ErrNotExist}
 }
 
 // unescaped returns the name of a file with its percent signs interpreted, if that makes sense.
@@ -112,16 +112,6 @@ func unescaped(name string) string {
 	}
 	return name
 }
-
-// notPublic is the error for a file that is not there, as far as everybody can tell.
-type notPublic string
-
-func (e notPublic) Error() string {
-	return string(e) + ": there is no such file that everybody may read"
-}
-
-// Is makes it an [fs.ErrNotExist].
-func (e notPublic) Is(target error) bool { return target == fs.ErrNotExist }
 
 // openPublic opens a regular file below a directory, as somebody could who has no rights but those
 // that everybody has, and follows no symbolic link below it.
