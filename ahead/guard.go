@@ -64,6 +64,6 @@ func CleanAfter(input io.Reader, store, session string) (last sourcestate.Ahead)
 		}
 	}
 	io.Copy(io.Discard, input) // if there was a line that is none of ours
-	cleanStage(store, session)
+	clean(store, session, 0)
 	return last
 }

@@ -257,15 +257,12 @@ func openAround(store string) (*os.File, error) {
 	return d, nil
 }
 
-// cleanStage removes what the helpers of a session have left in the store, once there is none any
-// more, for which it waits. Errors are passed over.
-func cleanStage(store, session string) { clean(store, filepath.Base(session), 0) }
-
 // CleanStages removes what helpers that were killed have left in the store. What is in use stays.
 // Errors are passed over. It takes no time worth mentioning when there is nothing.
 func CleanStages(store string) { clean(store, "*", unix.LOCK_NB) }
 
-// clean removes the stage of a session, or all stages ("*"), once it has its lock.
+// clean removes the stage of a session, or all stages ("*"), once it has its lock, for which it
+// waits until no helper uses it, unless how is LOCK_NB. Errors are passed over.
 func clean(store, session string, how int) {
 	around, err := openAround(store)
 	if err != nil {

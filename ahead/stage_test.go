@@ -159,7 +159,7 @@ func TestStageTakeEnds(t *testing.T) {
 	}
 }
 
-// cleanStage removes the stage of one session once no helper uses it.
+// TestCleanStage removes the stage of one session once no helper uses it.
 func TestCleanStage(t *testing.T) {
 	store, stages := newStages(t, 2)
 	another := &stage{store: store, name: "3-4"}
@@ -168,7 +168,7 @@ func TestCleanStage(t *testing.T) {
 	cleaned := make(chan struct{})
 	go func() {
 		defer close(cleaned)
-		cleanStage(store, stages[0].name)
+		clean(store, stages[0].name, 0)
 	}()
 	stages[0].lock.Close() // which the end of a process does
 	if err := stages[1].move("a", filepath.Join(store, "a")); err != nil {
@@ -179,7 +179,7 @@ func TestCleanStage(t *testing.T) {
 	if exists(stages[0].path()) || !exists(another.path()) {
 		t.Error("what was left is left, or another session's was removed")
 	}
-	cleanStage(store, "../1-2") // which there is not
+	clean(store, "../1-2", 0) // which there is not
 	if err := another.close(); err != nil || exists(filepath.Join(store, stagingName)) {
 		t.Errorf("the directory is left: %v", err)
 	}
