@@ -113,13 +113,7 @@ func (l *Listing) debug(item string) []string {
 	// The name of an output other than "out" ends with that of the output.
 	name := item[HashLength:]
 	wanted := []string{name + "-debug", name[:max(1, strings.LastIndexByte(name, '-'))] + "-debug"}
-	var found []string
-	for _, n := range names {
-		if slices.Contains(wanted, n[HashLength:]) {
-			found = append(found, n)
-		}
-	}
-	return found
+	return slices.DeleteFunc(slices.Clone(names), func(n string) bool { return !slices.Contains(wanted, n[HashLength:]) })
 }
 
 // all returns a table of the hashes of all items.
