@@ -222,13 +222,6 @@ func (d *decoder) index(most uint64) []uint32 {
 // letter.
 const leastEntry = 7
 
-// entry reads a path and what is there.
-func (d *decoder) entry() (e Entry) {
-	d.key(&e)
-	d.value(&e)
-	return e
-}
-
 // key reads a path.
 func (d *decoder) key(e *Entry) {
 	// Unconfirmed: that keys are arrays of names in all implementations.

@@ -57,9 +57,10 @@ type Index struct {
 func (x *Index) Len() int { return len(x.begin) }
 
 // Entry returns the i-th entry, from 0 on.
-func (x *Index) Entry(i int) Entry {
+func (x *Index) Entry(i int) (e Entry) {
 	d := decoder{b: x.text, pos: int(x.begin[i])}
-	e := d.entry()
+	d.key(&e)
+	d.value(&e)
 	if d.err != nil {
 		panic("erisfs: " + d.err.Error()) // Decode has read it before
 	}
