@@ -144,10 +144,12 @@ func elfSections(f io.ReaderAt) (order binary.ByteOrder, found map[string]elf.Se
 		word, long = 4, func(b []byte) uint64 { return uint64(order.Uint32(b)) }
 	}
 	short := func(i int) int { return int(order.Uint16(head[34+3*word+2*i:])) }
-	size, count := max(short(0), 8+4*word), short(1)
-	table := part(f, int64(long(head[24+2*word:])), min(size*count, maxELF))
+	size := max(short(0), 8+4*word)
+	count := min(short(1), maxELF/size)
+	table := part(f, int64(long(head[24+2*word:])), size*count)
 	section := func(i int) (s elf.Section64) {
-		if b := table[min(i*size, len(table)):]; len(b) >= size {
+		if i < count && table != nil {
+			b := table[i*size:]
 			s = elf.Section64{Name: order.Uint32(b), Type: order.Uint32(b[4:]), Off: long(b[8+2*word:]), Size: long(b[8+3*word:])}
 		}
 		return s
