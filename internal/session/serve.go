@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -141,8 +142,8 @@ func (s *Settings) restore(ctx context.Context, sub *Session, item, destination 
 	return outcome, err
 }
 
-// checkDestination refuses what would take the place of other things than store items. What the
-// daemon wants is the item, or the name that it has while it is repaired (Guix,
+// checkDestination refuses what would take the place of other things than store items, devices for
+// example. What the daemon wants is the item, or the name that it has while it is repaired (Guix,
 // nix/libstore/build.cc: SubstitutionGoal::tryToRun).
 func (s *Settings) checkDestination(item, destination string) error {
 	if (destination == item || destination == item+".tmp") && narinfo.CheckStorePath(s.Store, item) == nil {
@@ -152,7 +153,10 @@ func (s *Settings) checkDestination(item, destination string) error {
 	if parent, err := filepath.EvalSymlinks(filepath.Dir(destination)); err == nil {
 		real = filepath.Join(parent, filepath.Base(destination))
 	}
-	_, err := os.Lstat(destination)
+	info, err := os.Lstat(destination)
+	if err == nil && info.Mode().Type()&^(fs.ModeDir|fs.ModeSymlink) != 0 {
+		return fmt.Errorf("%.300q cannot be a destination: it is no file, directory or symbolic link", destination)
+	}
 	for _, used := range []string{s.Store, settings.StateDirectory(), settings.Directory(), s.kept} {
 		target, _ := filepath.EvalSymlinks(used) // which need not be there
 		if used == "" {
