@@ -92,6 +92,7 @@ type Gate struct {
 	mu     sync.Mutex
 	shares shares
 	inside map[*Conn]struct{}
+	waited time.Time // when it will not count any more that it has waited
 
 	seldom   Seldom
 	unlogged int // of those turned away
@@ -187,7 +188,7 @@ func (g *Gate) outlasts(err error) bool {
 
 // Enter lets a connection in, or closes it. Where there is no room it closes the connection that
 // has been idle the longest, of the same host if it is that which has too many; for one that has
-// been so for some time it waits a tenth of a second.
+// been so for some time it waits a tenth of a second, if it has not waited much lately.
 func (g *Gate) Enter(conn net.Conn) (c *Conn, ok bool) {
 	host, until := g.host(conn), time.Now().Add(leastIdle)
 	g.mu.Lock()
@@ -246,6 +247,14 @@ func (c *Conn) SetIdle(idle bool) {
 // has just come, or has just had an answer, is about to send a request.
 const leastIdle = 100 * time.Millisecond
 
+// While the gate waits for one, all wait who have not been accepted yet, whatever host they come
+// from. So it waits for mostWaited in all, and then for a tenth of the time: many who come at once
+// are let in one after the other, and a host that floods it holds up no other for long.
+const (
+	mostWaited  = 3 * time.Second
+	waitedShare = 10
+)
+
 // makeRoom closes the connection that has been idle the longest, of those that may go, or waits for
 // one to have been idle long enough, until then at most, or to leave. It reports whether there is
 // one. The caller holds the lock, which is released while it waits.
@@ -259,7 +268,10 @@ func (g *Gate) makeRoom(may func(*Conn) bool, until time.Time) bool {
 	if oldest == nil {
 		return false
 	}
-	if wait := min(leastIdle-time.Since(oldest.idle), time.Until(until)); wait > 0 {
+	now := time.Now()
+	wait := min(leastIdle-now.Sub(oldest.idle), until.Sub(now))
+	if wait > 0 && g.waited.Sub(now) <= (mostWaited-wait)*waitedShare {
+		g.waited = now.Add(max(0, g.waited.Sub(now)) + wait*waitedShare)
 		g.mu.Unlock()
 		time.Sleep(wait)
 		g.mu.Lock()

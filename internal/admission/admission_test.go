@@ -226,6 +226,36 @@ func TestBurst(t *testing.T) {
 	})
 }
 
+// TestFlood has one host come again and again, which never asks for anything: it does not keep
+// another one waiting, which comes behind.
+func TestFlood(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var coming []any
+		for range 2000 {
+			coming = append(coming, &client{address: "192.0.2.1:1"})
+		}
+		other := &client{address: "192.0.2.2:1"}
+		g := admission.New(4, &scarce{coming: append(coming, other)}, new(admission.Counts), nil)
+		began := time.Now()
+		for {
+			c, err := g.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c.(*admission.Conn).Conn == other {
+				break
+			}
+			c.(*admission.Conn).SetIdle(true)
+		}
+		if waited := time.Since(began); waited > 5*time.Second {
+			t.Errorf("accepted after %v", waited)
+		}
+		if s := g.Stats(); s.Accepted != 2001 || s.Connections != 3 {
+			t.Errorf("%+v", s)
+		}
+	})
+}
+
 // TestServe checks that who comes where there is no room is closed without having been served, that
 // idle connections make room, and that what has been requested at the end is answered, unless that
 // takes long.
