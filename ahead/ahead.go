@@ -111,7 +111,7 @@ func key(item substitute.Item) string {
 	return hash + "-" + strings.ReplaceAll(item.NarHash, "/", "_") // as base64 has them
 }
 
-// New returns an Ahead, which must be closed.
+// New returns an Ahead, which must be closed. It is what makes room for the restorer.
 func New(restorer *substitute.Substituter, o Options) *Ahead {
 	a := &Ahead{o: o, restorer: restorer, kick: make(chan struct{}, 1), staged: map[string]*staged{}, counts: o.Before, limit: atOnceAtFirst, step: 1}
 	a.ctx, a.cancel = context.WithCancel(context.Background())
@@ -119,6 +119,7 @@ func New(restorer *substitute.Substituter, o Options) *Ahead {
 	a.stage.store = o.StoreDir
 	if o.Session != nil {
 		a.stage.name = filepath.Base(o.Session.path)
+		restorer.MakeRoom = a.makeRoom
 		a.group.Go(a.run)
 	}
 	return a
@@ -202,6 +203,26 @@ func (a *Ahead) forget(path string, s *staged) {
 	delete(a.staged, path)
 	a.bytes -= int64(s.item.NarSize)
 }
+
+// makeRoom gives up what the helpers of the session have staged: what the daemon waits for needs
+// the room. Nothing is staged any more then.
+func (a *Ahead) makeRoom() bool {
+	a.mu.Lock()
+	a.err = errFull
+	var given []*staged
+	for path, s := range a.staged {
+		a.forget(path, s)
+		given = append(given, s)
+	}
+	a.mu.Unlock()
+	for _, s := range given {
+		s.cancel()
+		<-s.done
+	}
+	return exists(a.stage.path()) && a.stage.collect() == nil
+}
+
+var errFull = errors.New("the file system of the store is full")
 
 // used counts an item that was used.
 func (a *Ahead) used(item substitute.Item) {

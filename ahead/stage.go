@@ -116,6 +116,11 @@ func (s *stage) close() error {
 	if !isAt(s.lock, s.path()) {
 		return nil // collected
 	}
+	return s.collect()
+}
+
+// collect removes the directory, whoever uses it, as the garbage collector does.
+func (s *stage) collect() error {
 	err := restore.Remove(s.path())
 	os.Remove(filepath.Dir(s.path())) // if there is no other session
 	return err

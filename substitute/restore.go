@@ -100,6 +100,9 @@ func (s *Substituter) Substitute(ctx context.Context, path, destination string) 
 			progress.Finish(outcome.Status == Success)
 			return outcome
 		}
+		if outcome.Status == Full && !again && s.MakeRoom != nil && s.MakeRoom() {
+			continue
+		}
 		if !s.renew(ctx, path, j.useless, begin, again) || again {
 			progress.Finish(false)
 			s.sayFailed(path, outcome, err)

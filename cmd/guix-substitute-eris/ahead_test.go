@@ -27,6 +27,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 )
@@ -360,6 +362,38 @@ func TestAheadBounds(t *testing.T) {
 		if a.most != most {
 			t.Errorf("%s: %d nars were fetched at the same time", name, a.most)
 		}
+	}
+}
+
+// What is staged takes no room from what the daemon waits for: where the disk has become full, it
+// is given up.
+func TestAheadFullDisk(t *testing.T) {
+	a := newAheadTest(t, 4, "")
+	if err := unix.Mount("none", a.store, "tmpfs", 0, "size=1m"); err != nil {
+		t.Skip("cannot mount a small file system (this needs root): ", err)
+	}
+	t.Cleanup(func() { must(t, unix.Unmount(a.store, unix.MNT_DETACH)) })
+	a.configure(fmt.Sprintf("ahead-bytes = \"%d\"\n", 3*len(a.items[0].nar)+1000))
+	d, order := a.begin()
+	a.substitute(d, order[0], order[0].path)
+	eventually(t, "not as much is staged as may be", func() bool {
+		return len(slices.DeleteFunc(slices.Clone(order), func(item aheadItem) bool { return !a.staged(item) })) == 3
+	})
+	a.open(0, false)
+	filler, err := os.Create(a.store + "/filler")
+	must(t, err)
+	if _, err := io.Copy(filler, rand.NewChaCha8([32]byte{})); !errors.Is(err, unix.ENOSPC) {
+		t.Fatal(err)
+	}
+	must(t, filler.Close())
+	other := slices.IndexFunc(order, func(item aheadItem) bool {
+		return item.path != order[0].path && len(item.references) == 0 && !a.staged(item)
+	})
+	a.substitute(d, order[other], order[other].path)
+	must(t, os.Remove(filler.Name()))
+	a.substituteAll(d)
+	if log := d.log.String(); strings.Contains(log, "no space left") {
+		t.Error(log)
 	}
 }
 
