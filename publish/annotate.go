@@ -95,7 +95,8 @@ func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 		o: o, upstream: u, user: user, via: "1.1 annotate-" + rand.Text(),
 		client: &http.Client{Transport: transport, Timeout: upstreamTimeout},
 	}
-	a.relay = &httputil.ReverseProxy{Transport: transport.Clone(), Rewrite: a.rewrite, ErrorHandler: a.failed}
+	a.client.CheckRedirect = a.follow
+	a.relay = &httputil.ReverseProxy{Transport: transport.Clone(), Rewrite: a.rewrite, ModifyResponse: a.redirected, ErrorHandler: a.failed}
 	if o.Capabilities != nil && o.Nars {
 		a.nars = mirror.NewClient(mirror.Options{Getenv: os.Getenv})
 		o.Capabilities.upstreamNar = a.encodeNar
@@ -171,6 +172,39 @@ func (a *Annotator) rewrite(p *httputil.ProxyRequest) {
 	}
 	p.Out.Header.Add("Via", a.via)
 	p.Out.Header.Del("Upgrade")
+}
+
+// is reports whether a URL is at the other server.
+func (a *Annotator) is(u *url.URL) bool {
+	return u.Scheme == a.upstream.Scheme && u.Host == a.upstream.Host
+}
+
+// redirected has clients come here that are redirected to something below the URL of the other
+// server: they have no password for it, and it may have another path there.
+func (a *Annotator) redirected(r *http.Response) error {
+	to, err := r.Location()
+	if err != nil || !a.is(to) {
+		return nil
+	}
+	to.Scheme, to.Host, to.User = "", "", nil
+	if path, below := strings.CutPrefix(to.String(), strings.TrimSuffix(a.upstream.EscapedPath(), "/")+"/"); below {
+		r.Header.Set("Location", "/"+strings.TrimLeft(path, "/"))
+	}
+	return nil
+}
+
+// mostRedirects bounds the redirections of one request.
+const mostRedirects = 10
+
+// follow is for a redirection of a narinfo: the password stays with its server.
+func (a *Annotator) follow(r *http.Request, before []*http.Request) error {
+	if len(before) >= mostRedirects {
+		return fmt.Errorf("more than %d redirections", mostRedirects)
+	}
+	if a.is(r.URL) {
+		r.URL.User = a.user
+	}
+	return nil
 }
 
 // failed tells a client that the other server has not answered.

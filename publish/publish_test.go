@@ -487,6 +487,42 @@ func TestAnnotatorUpstream(t *testing.T) {
 	}
 }
 
+// TestAnnotatorRedirected has a server that wants a password redirect to itself: clients, which do
+// not know it, get what is there all the same.
+func TestAnnotatorRedirected(t *testing.T) {
+	const name = "0000000000000000000000000000000a.narinfo"
+	var location string
+	guarded := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, password, _ := r.BasicAuth()
+		switch {
+		case password != "secret":
+			w.WriteHeader(http.StatusUnauthorized)
+		case strings.Contains(r.URL.Path, "/there/"):
+			io.WriteString(w, r.URL.RequestURI())
+		default:
+			w.Header().Set("Location", location)
+			w.WriteHeader(http.StatusFound)
+		}
+	}))
+	defer guarded.Close()
+	here := annotator(t, publish.AnnotatorOptions{Upstream: strings.Replace(guarded.URL, "//", "//me:secret@", 1) + "/a%20b/"})
+	for _, path := range []string{"nar/zstd/a%2Bb", name} {
+		want := "/a%20b/there/" + path + "?a=%2F"
+		for _, location = range []string{guarded.URL + want, want, "//" + strings.TrimPrefix(guarded.URL, "http://") + want} {
+			if _, body := wantStatus(t, here+"/"+path, http.StatusOK); body != want {
+				t.Errorf("%s: %q", location, body)
+			}
+		}
+	}
+	location = "http://127.0.0.1:1/there/"
+	response, err := http.DefaultTransport.RoundTrip(httptest.NewRequest("GET", here+"/nar/x", nil))
+	must(t, err)
+	response.Body.Close()
+	if to := response.Header.Get("Location"); to != location {
+		t.Errorf("to %q", to)
+	}
+}
+
 // TestAnnotatorLoop has two annotators ask each other.
 func TestAnnotatorLoop(t *testing.T) {
 	second := httptest.NewUnstartedServer(nil)
