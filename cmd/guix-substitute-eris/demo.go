@@ -223,6 +223,7 @@ func (d *demo) makeConfiguration() error {
 		fmt.Fprintf(&manifest, "StorePath: %s\nReferences: %s\n\n", item.path, references)
 	}
 	return errors.Join(
+		os.Mkdir(d.file("etc"), 0o755),
 		keygen(d.file("etc/signing-key.pub"), d.file("etc/signing-key.sec")),
 		os.WriteFile(d.file("etc/substitute-eris.toml"), []byte("policy = \"eris-first\"\n"), 0o644),
 		os.WriteFile(d.file("manifest"), []byte(manifest.String()), 0o644),

@@ -40,7 +40,12 @@ func keygen(public, secret string) error {
 		if _, err := os.Lstat(name); err == nil {
 			return fmt.Errorf("%s exists, and others may trust it\nhint: move it away, or name another file by --public-key and --private-key", name)
 		}
-		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+		directory := filepath.Dir(name)
+		_, err := os.Stat(directory)
+		if err != nil && directory == filepath.Clean(settings.Directory()) {
+			err = os.MkdirAll(directory, 0o755)
+		}
+		if err != nil {
 			return err
 		}
 	}
