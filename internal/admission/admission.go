@@ -304,13 +304,20 @@ const (
 	maxHeader      = 16 << 10
 )
 
-// Server returns an HTTP server for the listener of the gate, whose idle connections make room. The
-// header of a request has 30 seconds and 16 KiB, its body a minute, and so has what the handler
-// writes, unless it sets other deadlines; a connection waits 2 minutes for a further request. What
-// goes wrong between clients and net/http is not logged. Fields may be changed before it serves.
+// Server returns an HTTP server for the listener of the gate, whose idle connections make room, and
+// by HTTP/1 those on which a request has not come whole. The header of a request has 30 seconds and
+// 16 KiB, its body a minute, and so has what the handler writes, unless it sets other deadlines; a
+// connection waits 2 minutes for a further request. What goes wrong between clients and net/http is
+// not logged. Fields may be changed before it serves.
 func (g *Gate) Server(handler http.Handler) *http.Server {
 	return &http.Server{
-		Handler: handler,
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if c := ConnOf(r); r.ContentLength != 0 && r.ProtoMajor == 1 {
+				c.SetIdle(true)
+				r.Body = &body{r.Body, c}
+			}
+			handler.ServeHTTP(w, r)
+		}),
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
 			return context.WithValue(ctx, connKey{}, conn)
 		},
@@ -324,6 +331,20 @@ func (g *Gate) Server(handler http.Handler) *http.Server {
 		MaxHeaderBytes:    maxHeader,
 		ErrorLog:          log.New(io.Discard, "", 0),
 	}
+}
+
+// A body is that of a request, whose connection is idle until it has come.
+type body struct {
+	io.ReadCloser
+	conn *Conn
+}
+
+// Read implements io.Reader.
+func (b *body) Read(p []byte) (n int, err error) {
+	if n, err = b.ReadCloser.Read(p); err == io.EOF {
+		b.conn.SetIdle(false)
+	}
+	return n, err
 }
 
 // connKey is the key of the connection in the context of a request.

@@ -256,6 +256,46 @@ func TestFlood(t *testing.T) {
 	})
 }
 
+// TestBody has a client send the body of its request without end: it makes room, whether the body
+// is waited for or refused.
+func TestBody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var network sourcetest.Network
+		l := network.Listen()
+		g := admission.New(1, l, new(admission.Counts), nil)
+		ctx, stop := context.WithCancel(t.Context())
+		var servers sync.WaitGroup
+		servers.Go(func() {
+			err := g.Serve(ctx, g.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.Method == "PUT" {
+					io.Copy(w, r.Body)
+				}
+			})))
+			if err != nil {
+				t.Error(err)
+			}
+		})
+		ask := func(request string) net.Conn {
+			c, err := network.Dial(t.Context(), "tcp", l.Addr().String())
+			testhelp.Must(t, err)
+			go io.WriteString(c, request)
+			time.Sleep(time.Second)
+			return c
+		}
+		for _, head := range []string{"PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n", "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n"} {
+			slow := ask(head + "slow")
+			c := ask("PUT / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 5\r\n\r\nwhole")
+			if answer, err := io.ReadAll(c); err != nil || !strings.HasSuffix(string(answer), "\r\n\r\nwhole") {
+				t.Errorf("answer %q, %v", answer, err)
+			}
+			c.Close()
+			slow.Close()
+		}
+		stop()
+		servers.Wait()
+	})
+}
+
 // TestServe checks that who comes where there is no room is closed without having been served, that
 // idle connections make room, and that what has been requested at the end is answered, unless that
 // takes long.
