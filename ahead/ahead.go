@@ -111,7 +111,7 @@ func key(item substitute.Item) string {
 	return hash + "-" + strings.ReplaceAll(item.NarHash, "/", "_") // as base64 has them
 }
 
-// New returns an Ahead, which must be closed. It is what makes room for the restorer.
+// New returns an Ahead, which must be closed. It makes room for the restorer, too.
 func New(restorer *substitute.Substituter, o Options) *Ahead {
 	a := &Ahead{o: o, restorer: restorer, kick: make(chan struct{}, 1), staged: map[string]*staged{}, counts: o.Before, limit: atOnceAtFirst, step: 1}
 	a.ctx, a.cancel = context.WithCancel(context.Background())
@@ -119,7 +119,11 @@ func New(restorer *substitute.Substituter, o Options) *Ahead {
 	a.stage.store = o.StoreDir
 	if o.Session != nil {
 		a.stage.name = filepath.Base(o.Session.path)
-		restorer.MakeRoom = a.makeRoom
+		further := restorer.MakeRoom
+		restorer.MakeRoom = func(destination string) bool {
+			staged := a.makeRoom()
+			return further != nil && further(destination) || staged
+		}
 		a.group.Go(a.run)
 	}
 	return a

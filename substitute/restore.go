@@ -100,7 +100,7 @@ func (s *Substituter) Substitute(ctx context.Context, path, destination string) 
 			progress.Finish(outcome.Status == Success)
 			return outcome
 		}
-		if outcome.Status == Full && !again && s.MakeRoom != nil && s.MakeRoom() {
+		if outcome.Status == Full && !again && s.MakeRoom != nil && s.MakeRoom(destination) {
 			continue
 		}
 		if !s.renew(ctx, path, j.useless, begin, again) || again {

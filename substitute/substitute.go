@@ -80,9 +80,9 @@ type Config struct {
 	// is told, unless it is nil.
 	Log    *protocol.Log
 	Failed func(format string, a ...any)
-	// MakeRoom is called, once for an item, where there is no room for one that is waited for. It
-	// reports whether there may be more now. Nil is nobody can.
-	MakeRoom func() bool
+	// MakeRoom is called, once for an item, where there is no room at its destination and it is
+	// waited for. It reports whether there may be more now. Nil is nobody can.
+	MakeRoom func(destination string) bool
 	// StoreSpeed tells how fast the stores of Blocks are; nil is nobody knows.
 	StoreSpeed func() Speed
 	// Probe tries stores that are out of reach by a block that nobody waits for, so that it is

@@ -22,10 +22,13 @@ package cache
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
@@ -155,6 +158,23 @@ func (c *Cache) Keep(_ context.Context, refs []eris.Reference, blocks [][]byte) 
 		refs, blocks = refs[n:], blocks[n:]
 	}
 	return nil
+}
+
+// MakeRoom gives the room of all blocks back if they are on the file system of a directory, and
+// keeps none any more. It reports whether there was some.
+func (c *Cache) MakeRoom(directory string) bool {
+	c.write.Lock()
+	defer c.write.Unlock()
+	r := c.use()
+	if r == nil {
+		return false
+	}
+	var here, there unix.Stat_t
+	if errors.Join(unix.Fstat(int(r.file.Fd()), &here), unix.Stat(directory, &there)) != nil || here.Dev != there.Dev {
+		return false
+	}
+	c.broken.Store(true)
+	return here.Size > r.data && r.file.Truncate(r.data) == nil
 }
 
 // Close ends all requests, waits for the disk for at most some seconds, and lets go of the file.

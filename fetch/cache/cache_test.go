@@ -71,6 +71,28 @@ func TestLargeBatch(t *testing.T) {
 	}
 }
 
+// TestMakeRoom gives the room of blocks back: that cache has none any more, another one those that
+// come later.
+func TestMakeRoom(t *testing.T) {
+	directory := t.TempDir()
+	c, other := testOpen(t, directory, 8<<20), testOpen(t, directory, 8<<20)
+	must(t, put(c, 0, 100, mixed))
+	if other.MakeRoom("/proc") {
+		t.Error("on another file system")
+	}
+	if !c.MakeRoom(directory) || c.MakeRoom(directory) {
+		t.Error("not once")
+	}
+	must(t, put(c, 0, 100, mixed))
+	if n := count(t, c, 0, 100, mixed) + count(t, other, 0, 100, mixed); n != 0 {
+		t.Errorf("%d blocks are there", n)
+	}
+	must(t, put(other, 50, 150, mixed))
+	if n := count(t, other, 50, 150, mixed); n != 100 {
+		t.Errorf("%d blocks are there", n)
+	}
+}
+
 // put keeps blocks from number first to before last, of sizes that a function tells.
 func put(c *Cache, first, last int, size func(int) eris.BlockSize) error {
 	var errs []error

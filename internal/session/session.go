@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"sync"
@@ -163,6 +164,9 @@ func (s *Settings) session(query bool, log *protocol.Log) *Session {
 			result.blocks = b
 			result.Blocks, result.Window, result.StoreSpeed = b, b.Window, b.speed
 			result.Probe, result.Nearby = b.Probe, b.nearby
+			if b.cache != nil {
+				result.MakeRoom = func(destination string) bool { return b.cache.MakeRoom(filepath.Dir(destination)) }
+			}
 		}
 	}
 	return result
@@ -181,6 +185,7 @@ type blocks struct {
 	*pool.Pool
 	members []pool.Member
 	nearby  *image.Nearby // nil if no blocks are at hand
+	cache   *cache.Cache  // nil is none
 }
 
 // openBlocks opens the stores and the cache. What it returns must be closed, and is nil if there is
@@ -205,7 +210,7 @@ func (s *Settings) openBlocks(urls []string, state *sourcestate.State, limiter *
 		c := cache.Open(directory, size, func(err error) {
 			log.WarnOnce("block cache", "blocks cannot be kept for later: %v", err)
 		})
-		b.nearby = &image.Nearby{Source: c, Has: c.Has, Stride: 1}
+		b.nearby, b.cache = &image.Nearby{Source: c, Has: c.Has, Stride: 1}, c
 		members = append(members, pool.Member{Source: c, Near: true})
 	}
 	b.members = members
