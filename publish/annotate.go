@@ -93,10 +93,9 @@ func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 	transport.MaxResponseHeaderBytes = maxUpstreamHeader
 	a := &Annotator{
 		o: o, upstream: u, user: user, via: "1.1 annotate-" + rand.Text(),
-		client: &http.Client{Transport: transport, Timeout: upstreamTimeout},
 	}
-	a.client.CheckRedirect = a.follow
-	a.relay = &httputil.ReverseProxy{Transport: transport.Clone(), Rewrite: a.rewrite, ModifyResponse: a.redirected, ErrorHandler: a.failed}
+	a.client = &http.Client{Transport: withUser{transport, a}, Timeout: upstreamTimeout}
+	a.relay = &httputil.ReverseProxy{Transport: withUser{transport.Clone(), a}, Rewrite: a.rewrite, ModifyResponse: a.redirected, ErrorHandler: a.failed}
 	if o.Capabilities != nil && o.Nars {
 		a.nars = mirror.NewClient(mirror.Options{Getenv: os.Getenv})
 		o.Capabilities.upstreamNar = a.encodeNar
@@ -166,16 +165,28 @@ func (a *Annotator) there(r *http.Request) *url.URL {
 // rewrite makes a request one of the other server. It asks for no other protocol.
 func (a *Annotator) rewrite(p *httputil.ProxyRequest) {
 	p.Out.URL, p.Out.Host = a.there(p.In), ""
-	if a.user != nil { // net/http does it for its client only
-		password, _ := a.user.Password()
-		p.Out.SetBasicAuth(a.user.Username(), password)
-	}
 	p.Out.Header.Add("Via", a.via)
 	p.Out.Header.Del("Upgrade")
 }
 
-// is reports whether a URL is at the other server.
-func (a *Annotator) is(u *url.URL) bool {
+// withUser tells the other server, and nobody else, what it wants: net/http does so for a client
+// only, and not where the server redirects to itself.
+type withUser struct {
+	http.RoundTripper
+	a *Annotator
+}
+
+func (t withUser) RoundTrip(r *http.Request) (*http.Response, error) {
+	if t.a.user != nil && t.a.isThere(r.URL) {
+		password, _ := t.a.user.Password()
+		r = r.Clone(r.Context())
+		r.SetBasicAuth(t.a.user.Username(), password)
+	}
+	return t.RoundTripper.RoundTrip(r)
+}
+
+// isThere reports whether a URL is at the other server.
+func (a *Annotator) isThere(u *url.URL) bool {
 	return u.Scheme == a.upstream.Scheme && u.Host == a.upstream.Host
 }
 
@@ -183,26 +194,12 @@ func (a *Annotator) is(u *url.URL) bool {
 // server: they have no password for it, and it may have another path there.
 func (a *Annotator) redirected(r *http.Response) error {
 	to, err := r.Location()
-	if err != nil || !a.is(to) {
+	if err != nil || !a.isThere(to) {
 		return nil
 	}
 	to.Scheme, to.Host, to.User = "", "", nil
 	if path, below := strings.CutPrefix(to.String(), strings.TrimSuffix(a.upstream.EscapedPath(), "/")+"/"); below {
 		r.Header.Set("Location", "/"+strings.TrimLeft(path, "/"))
-	}
-	return nil
-}
-
-// mostRedirects bounds the redirections of one request.
-const mostRedirects = 10
-
-// follow is for a redirection of a narinfo: the password stays with its server.
-func (a *Annotator) follow(r *http.Request, before []*http.Request) error {
-	if len(before) >= mostRedirects {
-		return fmt.Errorf("more than %d redirections", mostRedirects)
-	}
-	if a.is(r.URL) {
-		r.URL.User = a.user
 	}
 	return nil
 }
@@ -223,7 +220,6 @@ func (a *Annotator) get(ctx context.Context, from *url.URL, via string) (respons
 	if err != nil {
 		return nil, nil, err
 	}
-	request.URL.User = a.user
 	request.Header.Set("Via", strings.TrimPrefix(via+", "+a.via, ", "))
 	if response, err = a.client.Do(request); err != nil {
 		if failed, ok := errors.AsType[*url.Error](err); ok {

@@ -11,16 +11,12 @@ import (
 	"io"
 	"net/http"
 	"regexp"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
 
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
-
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/lzip"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/compress"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
@@ -103,32 +99,12 @@ func serveText(w http.ResponseWriter, r *http.Request, text string) {
 	http.ServeContent(w, r, "", time.Time{}, strings.NewReader(text))
 }
 
-// compressedForm is part of the ETags of compressed nars. It must change whenever [writeNar] makes
-// other bytes of a tree than before, as it may with another version of a library: a test tells.
-const compressedForm = "1"
-
-// mostLevel has the highest level of each compression.
-var mostLevel = map[string]int{"gzip": gzip.BestCompression, "zstd": 22, "lzip": 9}
-
-// splitCompression splits a compression as in [ServerOptions] into its type and its level, which is
-// 0 if it is not given, and negative if it is no level.
-func splitCompression(text string) (kind string, level int) {
-	kind, number, given := strings.Cut(text, ":")
-	if given {
-		n, err := strconv.ParseUint(number, 10, 8)
-		if level = int(n); err != nil || level == 0 {
-			level = -1
-		}
-	}
-	return kind, level
-}
-
 // narTag tells the archives that items are served as apart, as ETag and as file name.
 func narTag(digest [sha256.Size]byte, compression string) string {
 	if compression == "none" {
 		return fmt.Sprintf("%x", digest)
 	}
-	return fmt.Sprintf("%x-%s-%s", digest, compression, compressedForm)
+	return fmt.Sprintf("%x-%s-%s", digest, compression, compress.Form)
 }
 
 // writeNar writes the nar of the tree at path, compressed as in [ServerOptions], and to others as
@@ -136,26 +112,12 @@ func narTag(digest [sha256.Size]byte, compression string) string {
 func writeNar(w io.Writer, path, compression string, others ...io.Writer) error {
 	tree := nar.NewTree(path)
 	defer tree.Close()
-	var z io.WriteCloser
-	var err error
-	kind, level := splitCompression(compression)
-	level = cmp.Or(level, 3)
-	switch kind {
-	case "lzip":
-		z, err = lzip.NewWriter(w, level)
-	case "gzip":
-		z, err = gzip.NewWriterLevel(w, level)
-	case "zstd":
-		z, err = zstd.NewWriter(w, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.EncoderLevelFromZstd(level)), zstd.WithWindowSize(1<<20))
-	default:
-		_, err = nar.Write(io.MultiWriter(append(others, w)...), tree)
+	z, err := compress.NewWriter(w, compression)
+	if err != nil {
 		return err
 	}
-	if err == nil {
-		_, err = nar.Write(io.MultiWriter(append(others, z)...), tree)
-		err = cmp.Or(err, z.Close())
-	}
-	return err
+	_, err = nar.Write(io.MultiWriter(append(others, z)...), tree)
+	return cmp.Or(err, z.Close())
 }
 
 // nar serves an item's nar, from a file if it is kept; else it is compressed on the way.

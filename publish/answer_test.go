@@ -139,7 +139,7 @@ func checkParts(t *testing.T, first, second string) {
 }
 
 // TestCompressedForm checks that nars are compressed to the same bytes as ever. If they are not any
-// more, compressedForm must be changed with this test: it is in the ETags that promise them.
+// more, compress.Form must be changed with this test: it is in the ETags that promise them.
 func TestCompressedForm(t *testing.T) {
 	const item = "00000000000000000000000000000001-item"
 	var text bytes.Buffer

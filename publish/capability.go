@@ -20,6 +20,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/compress"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/tasks"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
@@ -150,7 +151,7 @@ type knownNar struct {
 	URN         string `json:"urn"`
 	Size        uint64 `json:"size"` // in bytes
 	Compression string `json:"compression"`
-	// Form is [compressedForm], as it was, or upstreamForm.
+	// Form is [compress.Form], as it was, or upstreamForm.
 	Form string `json:"form"`
 }
 
@@ -162,7 +163,7 @@ func (c *Capabilities) current(n *knownNar) bool {
 	if c.upstreamNar != nil {
 		return n != nil && n.Form == upstreamForm
 	}
-	return n != nil && n.Compression == c.Nar && n.Form == compressedForm
+	return n != nil && n.Compression == c.Nar && n.Form == compress.Form
 }
 
 // maxKnownFile is how long a file with what is known may be, in bytes.
@@ -219,7 +220,7 @@ func (c *Capabilities) values(k known) (values []narinfo.ERIS) {
 		values = []narinfo.ERIS{{URN: k.URN}}
 	}
 	if c.encodesNars() && k.Nar != nil && k.Nar.URN != "" {
-		kind, _ := splitCompression(k.Nar.Compression)
+		kind, _, _ := compress.Split(k.Nar.Compression)
 		values = append(values, narinfo.ERIS{URN: k.Nar.URN, Form: "nar." + kind, Size: k.Nar.Size})
 	}
 	return values
@@ -391,7 +392,7 @@ func (c *Capabilities) encode(ctx context.Context, path string, narHash [sha256.
 		case c.upstreamNar != nil:
 			k.Nar, err = c.upstreamNar(ctx, path, narHash, sink)
 		case c.Nar != "":
-			k.Nar = &knownNar{Compression: c.Nar, Form: compressedForm}
+			k.Nar = &knownNar{Compression: c.Nar, Form: compress.Form}
 			err = k.Nar.encode(ctx, sink, func(w io.Writer) error { return writeNar(w, path, c.Nar) })
 		}
 		return err

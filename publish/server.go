@@ -28,6 +28,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/compress"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/nixbase32"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
@@ -125,8 +126,8 @@ func NewServer(o ServerOptions) (*Server, error) {
 	forms := map[string]string{"none": "none", "gzip": "gzip", "lzip": "lzip", "zstd": "zstd"}
 	offered := map[string]bool{}
 	for _, c := range o.Compressions {
-		kind, level := splitCompression(c)
-		if _, ok := forms[kind]; !ok || level < 0 || level > mostLevel[kind] {
+		kind, _, ok := compress.Split(c)
+		if !ok {
 			return nil, fmt.Errorf("nars cannot be compressed with %.100q; none, gzip (levels 1 to 9), lzip (1 to 9) and zstd (1 to 22) are known", c)
 		} else if offered[kind] {
 			return nil, fmt.Errorf("nars can be compressed with %s at one level only", kind)
@@ -428,7 +429,7 @@ func (s *Server) urls(item *narinfo.Narinfo) []narinfo.URL {
 	name := strings.ReplaceAll(url.PathEscape(filepath.Base(item.StorePath)), "+", "%2B")
 	var urls []narinfo.URL
 	for _, form := range s.o.Compressions {
-		c, _ := splitCompression(form)
+		c, _, _ := compress.Split(form)
 		u := narinfo.URL{URL: s.o.NarPath + "/" + c + "/" + name, Compression: c}
 		if c == "none" {
 			u = narinfo.URL{URL: s.o.NarPath + "/" + name, Compression: c, FileSize: item.NarSize, SizeKnown: true}
