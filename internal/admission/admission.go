@@ -314,6 +314,7 @@ func (g *Gate) Server(handler http.Handler) *http.Server {
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if c := ConnOf(r); r.ContentLength != 0 && r.ProtoMajor == 1 {
 				c.SetIdle(true)
+				r = r.WithContext(r.Context()) // for net/http looks at the body of its own
 				r.Body = &body{r.Body, c}
 			}
 			handler.ServeHTTP(w, r)

@@ -291,6 +291,13 @@ func TestBody(t *testing.T) {
 			c.Close()
 			slow.Close()
 		}
+		// Who asks first whether a body is wanted is told at once that it is not.
+		began := time.Now()
+		c := ask("POST / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5000\r\n\r\n")
+		if n, err := c.Read(make([]byte, 1)); n == 0 || time.Since(began) > 5*time.Second {
+			t.Errorf("an answer of %d bytes, %v, after %v", n, err, time.Since(began))
+		}
+		c.Close()
 		stop()
 		servers.Wait()
 	})
