@@ -187,20 +187,22 @@ func (t withUser) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // isThere reports whether a URL is at the other server.
 func (a *Annotator) isThere(u *url.URL) bool {
-	return u.Scheme == a.upstream.Scheme && u.Host == a.upstream.Host
+	return u.Scheme == a.upstream.Scheme && strings.EqualFold(u.Host, a.upstream.Host)
 }
 
 // redirected has clients come here that are redirected to something below the URL of the other
-// server: they have no password for it, and it may have another path there.
+// server, for which they have no password, and has them see what else is on it as there, not here.
 func (a *Annotator) redirected(r *http.Response) error {
 	to, err := r.Location()
 	if err != nil || !a.isThere(to) {
 		return nil
 	}
-	to.Scheme, to.Host, to.User = "", "", nil
-	if path, below := strings.CutPrefix(to.String(), strings.TrimSuffix(a.upstream.EscapedPath(), "/")+"/"); below {
-		r.Header.Set("Location", "/"+strings.TrimLeft(path, "/"))
+	to.Host, to.User = a.upstream.Host, nil
+	location := to.String()
+	if path, below := strings.CutPrefix(location, strings.TrimSuffix(a.upstream.String(), "/")+"/"); below {
+		location = "/" + strings.TrimLeft(path, "/")
 	}
+	r.Header.Set("Location", location)
 	return nil
 }
 
@@ -235,7 +237,7 @@ func (a *Annotator) get(ctx context.Context, from *url.URL, via string) (respons
 	if err == nil && len(text) > narinfo.MaxSize {
 		err = fmt.Errorf("%s: the answer has more than %d bytes", from, narinfo.MaxSize)
 	}
-	if at := response.Request.URL; err == nil && at.Host != a.upstream.Host {
+	if at := response.Request.URL; err == nil && !a.isThere(at) {
 		if _, failed := narinfo.Parse(text); failed != nil {
 			text = nil
 			if response.StatusCode == http.StatusOK {

@@ -505,21 +505,28 @@ func TestAnnotatorRedirected(t *testing.T) {
 		}
 	}))
 	defer guarded.Close()
-	here := annotator(t, publish.AnnotatorOptions{Upstream: strings.Replace(guarded.URL, "//", "//me:secret@", 1) + "/a%20b/"})
+	server := strings.Replace(guarded.URL, "127.0.0.1", "localhost", 1)
+	here := annotator(t, publish.AnnotatorOptions{Upstream: strings.Replace(server, "localhost", "me:secret@LOCALHOST", 1) + "/a%20b/"})
 	for _, path := range []string{"nar/zstd/a%2Bb", name} {
 		want := "/a%20b/there/" + path + "?a=%2F"
-		for _, location = range []string{guarded.URL + want, want, "//" + strings.TrimPrefix(guarded.URL, "http://") + want} {
+		for _, location = range []string{server + want, want, strings.TrimPrefix(server, "http:") + want} {
 			if _, body := wantStatus(t, here+"/"+path, http.StatusOK); body != want {
 				t.Errorf("%s: %q", location, body)
 			}
 		}
 	}
-	location = "http://127.0.0.1:1/there/"
-	response, err := http.DefaultTransport.RoundTrip(httptest.NewRequest("GET", here+"/nar/x", nil))
-	must(t, err)
-	response.Body.Close()
-	if to := response.Header.Get("Location"); to != location {
-		t.Errorf("to %q", to)
+	for l, want := range map[string]string{
+		"http://127.0.0.1:1/there/": "http://127.0.0.1:1/there/",
+		"/elsewhere/x#y":            strings.Replace(server, "localhost", "LOCALHOST", 1) + "/elsewhere/x#y",
+		"/a%20b//127.0.0.1:1/x":     "/127.0.0.1:1/x",
+	} {
+		location = l
+		response, err := http.DefaultTransport.RoundTrip(httptest.NewRequest("GET", here+"/nar/x", nil))
+		must(t, err)
+		response.Body.Close()
+		if to := response.Header.Get("Location"); to != want {
+			t.Errorf("%s: to %q", l, to)
+		}
 	}
 }
 
