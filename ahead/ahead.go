@@ -212,12 +212,8 @@ func (a *Ahead) forget(path string, s *staged) {
 // the room. Nothing is staged any more then.
 func (a *Ahead) makeRoom() bool {
 	a.mu.Lock()
-	a.err = errFull
-	var given []*staged
-	for path, s := range a.staged {
-		a.forget(path, s)
-		given = append(given, s)
-	}
+	given := a.staged
+	a.staged, a.bytes, a.err = map[string]*staged{}, 0, errFull
 	a.mu.Unlock()
 	for _, s := range given {
 		s.cancel()
