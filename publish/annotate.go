@@ -74,6 +74,8 @@ const (
 	// header of each answer, in bytes.
 	upstreamConnections = 64
 	maxUpstreamHeader   = 256 << 10
+	// maxRedirects is how many redirections in a row are followed for a client.
+	maxRedirects = 5
 )
 
 // NewAnnotator returns an annotator; the error is about its options.
@@ -95,7 +97,8 @@ func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 		o: o, upstream: u, user: user, via: "1.1 annotate-" + rand.Text(),
 	}
 	a.client = &http.Client{Transport: withUser{transport, a}, Timeout: upstreamTimeout}
-	a.relay = &httputil.ReverseProxy{Transport: withUser{transport.Clone(), a}, Rewrite: a.rewrite, ModifyResponse: a.redirected, ErrorHandler: a.failed}
+	relayed := &http.Client{Transport: withUser{transport.Clone(), a}, CheckRedirect: a.follow}
+	a.relay = &httputil.ReverseProxy{Transport: follower{relayed}, Rewrite: a.rewrite, ErrorHandler: a.failed}
 	if o.Capabilities != nil && o.Nars {
 		a.nars = mirror.NewClient(mirror.Options{Getenv: os.Getenv})
 		o.Capabilities.upstreamNar = a.encodeNar
@@ -164,7 +167,7 @@ func (a *Annotator) there(r *http.Request) *url.URL {
 
 // rewrite makes a request one of the other server. It asks for no other protocol.
 func (a *Annotator) rewrite(p *httputil.ProxyRequest) {
-	p.Out.URL, p.Out.Host = a.there(p.In), ""
+	p.Out.URL, p.Out.Host, p.Out.RequestURI = a.there(p.In), "", ""
 	p.Out.Header.Add("Via", a.via)
 	p.Out.Header.Del("Upgrade")
 }
@@ -190,19 +193,17 @@ func (a *Annotator) isThere(u *url.URL) bool {
 	return u.Scheme == a.upstream.Scheme && strings.EqualFold(u.Host, a.upstream.Host)
 }
 
-// redirected has clients come here that are redirected to something below the URL of the other
-// server, for which they have no password, and has them see what else is on it as there, not here.
-func (a *Annotator) redirected(r *http.Response) error {
-	to, err := r.Location()
-	if err != nil || !a.isThere(to) {
-		return nil
+// follower follows redirections for clients, as its own client allows.
+type follower struct{ *http.Client }
+
+func (f follower) RoundTrip(r *http.Request) (*http.Response, error) { return f.Do(r) }
+
+// follow allows those of the other server to itself: clients have no password for it, nor can they
+// tell where a path of it is.
+func (a *Annotator) follow(r *http.Request, via []*http.Request) error {
+	if len(via) > maxRedirects || !a.isThere(r.URL) {
+		return http.ErrUseLastResponse
 	}
-	to.Host, to.User = a.upstream.Host, nil
-	location := to.String()
-	if path, below := strings.CutPrefix(location, strings.TrimSuffix(a.upstream.String(), "/")+"/"); below {
-		location = "/" + strings.TrimLeft(path, "/")
-	}
-	r.Header.Set("Location", location)
 	return nil
 }
 
