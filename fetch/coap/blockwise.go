@@ -208,7 +208,7 @@ func (s *Store) transfer(ctx context.Context, c connection, block []byte, expone
 			continue
 		case !part.More:
 			return putError(x)
-		case x.Code != codes.Continue: // who has it already keeps parts as if they were blocks
+		case x.Code != codes.Continue: // a server that takes this for all of it keeps parts as blocks
 			return cmp.Or(putError(x), errBlockwise)
 		case !answer.Present || x.Response.Unusable || answer.Number != part.Number:
 			return errBlockwise
