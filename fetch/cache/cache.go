@@ -166,11 +166,8 @@ func (c *Cache) MakeRoom(directory string) bool {
 	c.write.Lock()
 	defer c.write.Unlock()
 	r := c.use()
-	if r == nil {
-		return false
-	}
 	var here, there unix.Stat_t
-	if errors.Join(unix.Fstat(int(r.file.Fd()), &here), unix.Stat(directory, &there)) != nil || here.Dev != there.Dev {
+	if r == nil || errors.Join(unix.Fstat(int(r.file.Fd()), &here), unix.Stat(directory, &there)) != nil || here.Dev != there.Dev {
 		return false
 	}
 	c.broken.Store(true)
