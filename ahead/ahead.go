@@ -111,7 +111,7 @@ func key(item substitute.Item) string {
 	return hash + "-" + strings.ReplaceAll(item.NarHash, "/", "_") // as base64 has them
 }
 
-// New returns an Ahead, which must be closed. It makes room for the restorer, too.
+// New returns an Ahead, which must be closed.
 func New(restorer *substitute.Substituter, o Options) *Ahead {
 	a := &Ahead{o: o, restorer: restorer, kick: make(chan struct{}, 1), staged: map[string]*staged{}, counts: o.Before, limit: atOnceAtFirst, step: 1}
 	a.ctx, a.cancel = context.WithCancel(context.Background())
@@ -119,11 +119,6 @@ func New(restorer *substitute.Substituter, o Options) *Ahead {
 	a.stage.store = o.StoreDir
 	if o.Session != nil {
 		a.stage.name = filepath.Base(o.Session.path)
-		further := restorer.MakeRoom
-		restorer.MakeRoom = func(destination string) bool {
-			staged := a.makeRoom()
-			return further != nil && further(destination) || staged
-		}
 		a.group.Go(a.run)
 	}
 	return a
@@ -208,9 +203,12 @@ func (a *Ahead) forget(path string, s *staged) {
 	a.bytes -= int64(s.item.NarSize)
 }
 
-// makeRoom gives up what the helpers of the session have staged: what the daemon waits for needs
-// the room. Nothing is staged any more then.
-func (a *Ahead) makeRoom() bool {
+// MakeRoom gives up what the helpers of the session have staged, for what the daemon waits for, and
+// reports whether there was something. Nothing is staged any more then.
+func (a *Ahead) MakeRoom() bool {
+	if a.o.Session == nil {
+		return false
+	}
 	a.mu.Lock()
 	given := a.staged
 	a.staged, a.bytes, a.err = map[string]*staged{}, 0, errFull

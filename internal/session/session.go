@@ -147,6 +147,11 @@ func (s *Settings) session(query bool, log *protocol.Log) *Session {
 	if query {
 		return result
 	}
+	result.MakeRoom = func(destination string) bool {
+		staged := result.staging != nil && result.staging.MakeRoom()
+		b := result.blocks
+		return b != nil && b.cache != nil && b.cache.MakeRoom(filepath.Dir(destination)) || staged
+	}
 	result.Reuse, result.closed = s.finder()
 	result.Seeds = s.seeding
 	urls := s.StoreURLs()
@@ -164,9 +169,6 @@ func (s *Settings) session(query bool, log *protocol.Log) *Session {
 			result.blocks = b
 			result.Blocks, result.Window, result.StoreSpeed = b, b.Window, b.speed
 			result.Probe, result.Nearby = b.Probe, b.nearby
-			if b.cache != nil {
-				result.MakeRoom = func(destination string) bool { return b.cache.MakeRoom(filepath.Dir(destination)) }
-			}
 		}
 	}
 	return result
