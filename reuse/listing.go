@@ -106,10 +106,7 @@ func (l *Listing) named(item string) ([]string, error) {
 
 // debug returns the items that may be the output "debug" of the derivation of an item.
 func (l *Listing) debug(item string) []string {
-	names, err := l.read()
-	if err != nil {
-		return nil
-	}
+	names, _ := l.read()
 	// The name of an output other than "out" ends with that of the output.
 	name := item[HashLength:]
 	wanted := []string{name + "-debug", name[:max(1, strings.LastIndexByte(name, '-'))] + "-debug"}
