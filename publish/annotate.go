@@ -93,9 +93,7 @@ func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 	transport.MaxIdleConnsPerHost = upstreamConnections
 	transport.ResponseHeaderTimeout = upstreamTimeout
 	transport.MaxResponseHeaderBytes = maxUpstreamHeader
-	a := &Annotator{
-		o: o, upstream: u, user: user, via: "1.1 annotate-" + rand.Text(),
-	}
+	a := &Annotator{o: o, upstream: u, user: user, via: "1.1 annotate-" + rand.Text()}
 	a.client = &http.Client{Transport: withUser{transport, a}, Timeout: upstreamTimeout}
 	relayed := &http.Client{Transport: withUser{transport.Clone(), a}, CheckRedirect: a.follow}
 	a.relay = &httputil.ReverseProxy{Transport: follower{relayed}, Rewrite: a.rewrite, ErrorHandler: a.failed}
