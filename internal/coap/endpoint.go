@@ -371,7 +371,9 @@ func (e *Endpoint) expire(m *confirmable) {
 			m.timer.Reset(min(rest, e.checkAfter(m)))
 			return
 		}
-		e.congested(m.sent, now)
+		if m.early == 0 { // later, the peer may as well take its time for this one
+			e.congested(m.sent, now)
+		}
 	}
 	switch {
 	case rest > 0:

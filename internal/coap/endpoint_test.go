@@ -29,8 +29,9 @@ type farPeer struct {
 
 	mu      sync.Mutex
 	random  *rand.Rand
-	free    time.Time // when the last answer in the queue will have been sent
-	present int32     // on the way
+	taken   map[uint16]bool // requests that the peer takes its time for
+	free    time.Time       // when the last answer in the queue will have been sent
+	present int32           // on the way
 }
 
 // line is how a peer is reached.
@@ -40,6 +41,7 @@ type line struct {
 	gap       time.Duration // that an answer takes for itself
 	queue     time.Duration // that answers wait at most for their turn; further ones are lost
 	unsteady  time.Duration // that one answer of a hundred is late
+	slow      time.Duration // that the peer takes for one request of ten, of which it answers one copy
 }
 
 func (p *farPeer) Write(b []byte) (int, error) {
@@ -67,6 +69,13 @@ func (p *farPeer) Write(b []byte) (int, error) {
 	p.free = p.free.Add(p.gap)
 	if p.random.IntN(100) == 0 {
 		waits += p.unsteady
+	}
+	if p.slow > 0 && m.ID%10 == 0 {
+		if p.taken[m.ID] {
+			return len(b), nil
+		}
+		waits += p.slow
+		p.taken[m.ID] = true
 	}
 	p.present++
 	p.held.Store(max(p.held.Load(), p.present))
@@ -123,7 +132,8 @@ func TestWriteFails(t *testing.T) {
 }
 
 // TestFarPeer makes requests by UDP to a peer that is farther away than the first wait for an
-// answer, and to some behind lines that lose much, carry much, carry little, or are unsteady.
+// answer, to some behind lines that lose much, carry much, carry little, or are unsteady, and to
+// one that is slow itself.
 func TestFarPeer(t *testing.T) {
 	for name, test := range map[string]struct {
 		line
@@ -140,6 +150,7 @@ func TestFarPeer(t *testing.T) {
 		"far, wide, lossy":     {line{roundTrip: 100 * time.Millisecond, gap: time.Millisecond, percent: 1}, 20000, 21000, 400, 30 * time.Second},
 		"near, wide, lossy":    {line{roundTrip: time.Millisecond, gap: 80 * time.Microsecond, percent: 3}, 20000, 22000, 400, 2300 * time.Millisecond},
 		"near, unsteady":       {line{roundTrip: time.Millisecond, gap: 80 * time.Microsecond, unsteady: 100 * time.Millisecond}, 20000, 20800, 400, 2 * time.Second},
+		"near, slow":           {line{roundTrip: 5 * time.Millisecond, gap: time.Millisecond, slow: 1500 * time.Millisecond}, 10000, 16000, 400, 2 * time.Minute},
 		"far, unsteady":        {line{roundTrip: 300 * time.Millisecond, unsteady: 80 * time.Millisecond}, 3000, 3000, 3000, 10 * time.Second},
 		"far and wide":         {line{roundTrip: 300 * time.Millisecond, gap: 100 * time.Microsecond}, 20000, 20000, 4096, 10 * time.Second},
 		"wide, busy":           {line{roundTrip: 50 * time.Microsecond, gap: 20 * time.Microsecond}, 20000, 20000, 100, time.Second},
@@ -149,7 +160,9 @@ func TestFarPeer(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				peer := &farPeer{line: test.line, random: rand.New(rand.NewPCG(1, 2)), answers: make(chan []byte, test.requests)}
+				peer := &farPeer{
+					line: test.line, random: rand.New(rand.NewPCG(1, 2)), taken: make(map[uint16]bool), answers: make(chan []byte, test.requests),
+				}
 				e := NewEndpoint(nil, EndpointConfig{
 					AckTimeout: 500 * time.Millisecond, Timeout: time.Minute,
 					Dial: func() (net.Conn, error) { return peer, nil },
