@@ -198,13 +198,8 @@ func TestBurst(t *testing.T) {
 		var network sourcetest.Network
 		l := network.Listen()
 		g := admission.New(4, l, new(admission.Counts), nil)
-		ctx, stop := context.WithCancel(t.Context())
-		var servers, clients sync.WaitGroup
-		servers.Go(func() {
-			if err := g.Serve(ctx, g.Server(http.NotFoundHandler())); err != nil {
-				t.Error(err)
-			}
-		})
+		defer serve(t, g, http.NotFoundHandler())()
+		var clients sync.WaitGroup
 		for range 40 {
 			clients.Go(func() {
 				c, err := network.Dial(t.Context(), "tcp", l.Addr().String())
@@ -221,9 +216,22 @@ func TestBurst(t *testing.T) {
 			})
 		}
 		clients.Wait()
-		stop()
-		servers.Wait()
 	})
+}
+
+// serve serves the connections of a gate until the function that it returns is called.
+func serve(t *testing.T, g *admission.Gate, handler http.Handler) (end func()) {
+	ctx, stop := context.WithCancel(t.Context())
+	var server sync.WaitGroup
+	server.Go(func() {
+		if err := g.Serve(ctx, g.Server(handler)); err != nil {
+			t.Error(err)
+		}
+	})
+	return func() {
+		stop()
+		server.Wait()
+	}
 }
 
 // TestFlood has one host come again and again, which never asks for anything: it does not keep
@@ -263,18 +271,11 @@ func TestBody(t *testing.T) {
 		var network sourcetest.Network
 		l := network.Listen()
 		g := admission.New(1, l, new(admission.Counts), nil)
-		ctx, stop := context.WithCancel(t.Context())
-		var servers sync.WaitGroup
-		servers.Go(func() {
-			err := g.Serve(ctx, g.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				if r.Method == "PUT" {
-					io.Copy(w, r.Body)
-				}
-			})))
-			if err != nil {
-				t.Error(err)
+		defer serve(t, g, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == "PUT" {
+				io.Copy(w, r.Body)
 			}
-		})
+		}))()
 		ask := func(request string) net.Conn {
 			c, err := network.Dial(t.Context(), "tcp", l.Addr().String())
 			testhelp.Must(t, err)
@@ -298,8 +299,6 @@ func TestBody(t *testing.T) {
 			t.Errorf("an answer of %d bytes, %v, after %v", n, err, time.Since(began))
 		}
 		c.Close()
-		stop()
-		servers.Wait()
 	})
 }
 
