@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"context"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -71,14 +70,6 @@ func withOptions(t testing.TB, o mirror.Options, key *acl.SigningKey, urls ...st
 	}), log
 }
 
-// deadAddress is an address that nobody listens at.
-func deadAddress(t testing.TB) string {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	defer l.Close()
-	return l.Addr().String()
-}
-
 // TestPasswordsNotShown checks that no message shows the user information of a server's URL.
 func TestPasswordsNotShown(t *testing.T) {
 	key := acl.GenerateSigningKey()
@@ -88,7 +79,7 @@ func TestPasswordsNotShown(t *testing.T) {
 	with := func(address string) string {
 		return "http://alice:s3cret@" + strings.TrimPrefix(address, "http://")
 	}
-	s, log := withLog(t, key, with(server.url), with(deadAddress(t)), "http://alice:s3cret@host:port")
+	s, log := withLog(t, key, with(server.url), with(testhelp.FreeAddress()), "http://alice:s3cret@host:port")
 	s.Debug = true
 	s.Info(context.Background(), itemPaths(3))
 	s.Substitute(context.Background(), itemPath(0), t.TempDir()+"/item")

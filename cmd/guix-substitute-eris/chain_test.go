@@ -24,6 +24,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/decompress"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
@@ -309,19 +310,11 @@ func TestWalkthrough(t *testing.T) {
 	must(t, err)
 	c := newChain(t)
 	must(t, os.Remove(c.directory+"/etc/substitute-eris.toml"))
-	// Another server may be at the port that people are told to use. It is one that the system gives
-	// to nobody who asks for any.
-	port := 0
-	for port == 0 {
-		n := 10000 + rand.IntN(20000)
-		if l, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", n)); err == nil {
-			port = n
-			must(t, l.Close())
-		}
-	}
+	// Another server may be at the port that people are told to use.
+	_, port, _ := net.SplitHostPort(testhelp.FreeAddress())
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "bash", "-c", strings.ReplaceAll(script, ":8181", fmt.Sprint(":", port)))
+	cmd := exec.CommandContext(ctx, "bash", "-c", strings.ReplaceAll(script, ":8181", ":"+port))
 	cmd.Dir, cmd.Env = c.directory, c.env
 	// Servers that a step has left behind end with the group.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGKILL}

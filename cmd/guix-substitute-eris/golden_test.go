@@ -120,7 +120,7 @@ func sameEachTime(text, work string) string {
 		text = regexp.MustCompile(`(signed by|trust) `+regexp.QuoteMeta(host)+`\b`).ReplaceAllString(text, "$1 HOST")
 	}
 	for _, r := range [][2]string{
-		{`127\.0\.0\.1:\d{4,5}`, "127.0.0.1:PORT"},
+		{`127\.\d+\.\d+\.\d+:\d{4,5}`, "127.0.0.1:PORT"},
 		{`\b\d+ ms\b|\b\d+\.\d s\b`, "TIME"},
 		{`\b\d+\.\d MB/s\b`, "SPEED"},
 		{`\b\d+\.\d GB free\b`, "MUCH free"},

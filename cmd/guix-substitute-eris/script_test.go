@@ -137,6 +137,7 @@ type scriptFunc = func(ts *testscript.TestScript, neg bool, args []string)
 var scriptCommands = map[string]scriptFunc{
 	"keygen":     withUsage("NAME", scriptKeygen),
 	"acl":        withUsage("FILE [KEY]...", scriptACL),
+	"address":    withUsage("VARIABLE...", scriptAddress),
 	"publish":    withUsage("VARIABLE [OPTION]...", scriptPublish),
 	"fetch":      scriptFetch,
 	"sign":       withUsage("KEY FILE", scriptSign),
@@ -318,10 +319,7 @@ type scriptServer struct {
 //	ranges          parts of files can be asked for
 func scriptServe(ts *testscript.TestScript, neg bool, args []string) {
 	if slices.Contains(args[2:], "refuse") {
-		address, release, err := closedPort()
-		ts.Check(err)
-		ts.Defer(release)
-		ts.Setenv(args[0], "http://"+address)
+		ts.Setenv(args[0], "http://"+testhelp.FreeAddress())
 		return
 	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -343,19 +341,11 @@ func scriptServe(ts *testscript.TestScript, neg bool, args []string) {
 	servers.Store(ts.Getenv("WORK")+"/"+args[0], server)
 }
 
-// closedPort returns an address of this machine where nobody listens, nor will before it is
-// released: that of a socket that does not listen.
-func closedPort() (address string, release func(), err error) {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return "", nil, err
+// address VARIABLE... sets variables to addresses of this machine where nobody listens.
+func scriptAddress(ts *testscript.TestScript, neg bool, args []string) {
+	for _, name := range args {
+		ts.Setenv(name, testhelp.FreeAddress())
 	}
-	release = func() { unix.Close(fd) }
-	err = unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}})
-	if name, failed := unix.Getsockname(fd); failed == nil && err == nil {
-		address = fmt.Sprint("127.0.0.1:", name.(*unix.SockaddrInet4).Port)
-	}
-	return address, release, err
 }
 
 // proxy VARIABLE URL serves what another server has, and sets the variable to its URL. In what

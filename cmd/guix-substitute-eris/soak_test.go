@@ -34,6 +34,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
@@ -209,8 +210,8 @@ func (s *soak) newRun(t *testing.T, seed uint64) *soakRun {
 		urls = append(urls, r.serveBlocks(f, directory, i))
 	}
 	if r.random.IntN(6) == 0 { // what is not there, in front
-		urls = append([]string{"coap+tcp://" + r.closedPort()}, urls...)
-		addresses = append(addresses, "http://"+r.closedPort())
+		urls = append([]string{"coap+tcp://" + testhelp.FreeAddress()}, urls...)
+		addresses = append(addresses, "http://"+testhelp.FreeAddress())
 	}
 	for _, all := range [][]string{addresses, urls} {
 		r.random.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
@@ -247,13 +248,6 @@ func (r *soakRun) listen(network, address string) net.Listener {
 	l, err := net.Listen(network, address)
 	must(r.t, err)
 	return l
-}
-
-func (r *soakRun) closedPort() string {
-	address, release, err := closedPort()
-	must(r.t, err)
-	r.closers = append(r.closers, release)
-	return address
 }
 
 // serve starts a substitute server, and returns its URL.

@@ -33,7 +33,7 @@ var must = testhelp.Must
 type testServer struct {
 	tb      testing.TB
 	network string
-	address string // set by the first start
+	address string
 	tls     *tls.Config
 	access  coapserver.Access
 	config  coapserver.Config
@@ -51,11 +51,11 @@ func startServer(tb testing.TB, network string, store fetch.Source, access coaps
 	case "unix":
 		s.address = filepath.Join(tb.TempDir(), "s")
 	case "tls":
-		s.address, s.tls = "127.0.0.1:0", testTLS(tb, "coap")
+		s.address, s.tls = testhelp.FreeAddress(), testTLS(tb, "coap")
 	case "wss":
-		s.address, s.tls = "127.0.0.1:0", testTLS(tb)
+		s.address, s.tls = testhelp.FreeAddress(), testTLS(tb)
 	default:
-		s.address = "127.0.0.1:0"
+		s.address = testhelp.FreeAddress()
 	}
 	s.config.Path, s.config.Source = path, store
 	s.config.Sink, _ = store.(coapserver.Sink)
@@ -87,7 +87,6 @@ func (s *testServer) start() {
 	if s.network == "udp" {
 		conn, err := net.ListenPacket("udp", s.address)
 		must(s.tb, err)
-		s.address = conn.LocalAddr().String()
 		s.group.Go(func() { server.ServePacket(conn, s.access) })
 		return
 	}
@@ -97,7 +96,6 @@ func (s *testServer) start() {
 	}
 	listener, err := net.Listen(network, s.address)
 	must(s.tb, err)
-	s.address = listener.Addr().String()
 	if s.tls != nil {
 		listener = tls.NewListener(listener, s.tls)
 	}

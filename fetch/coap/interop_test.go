@@ -23,11 +23,12 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
-// libcoapServer starts the example server of libcoap, with dynamic resources, and returns its port.
-// Such a server has one content per path, whatever the query.
-func libcoapServer(t *testing.T, args ...string) (port string) {
+// libcoapServer starts the example server of libcoap, with dynamic resources, and returns its
+// address. Such a server has one content per path, whatever the query.
+func libcoapServer(t *testing.T, args ...string) (address string) {
 	var name string
 	for _, candidate := range []string{"coap-server", "coap-server-notls", "coap-server-openssl", "coap-server-gnutls"} {
 		if path, err := exec.LookPath(candidate); err == nil {
@@ -38,14 +39,10 @@ func libcoapServer(t *testing.T, args ...string) (port string) {
 	if name == "" {
 		t.Skip("coap-server is not installed")
 	}
-	// It needs the same port for TCP and UDP.
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	address := listener.Addr().String()
-	listener.Close()
-	port = address[strings.LastIndexByte(address, ':')+1:]
-	runServer(t, "tcp", address, name, append([]string{"-A", "127.0.0.1", "-p", port, "-d", "100"}, args...)...)
-	return port
+	address = testhelp.FreeAddress() // it needs the same port for TCP and UDP
+	host, port, _ := net.SplitHostPort(address)
+	runServer(t, "tcp", address, name, append([]string{"-A", host, "-p", port, "-d", "100"}, args...)...)
+	return address
 }
 
 // runServer runs a program until the end of the test, and waits until it listens at an address.
@@ -70,17 +67,17 @@ func runServer(t *testing.T, network, address, program string, args ...string) {
 // TestLibcoapServer puts blocks to the server of libcoap and gets them back, by TCP and UDP, with
 // messages that it limits, and by a Unix socket through socat.
 func TestLibcoapServer(t *testing.T) {
-	port := libcoapServer(t)
+	address := libcoapServer(t)
 	// This one takes no message of 32 KiB, and so forces BERT.
 	limited := libcoapServer(t, "-X", "5000")
 	urls := map[string]string{
-		"tcp":          "coap+tcp://127.0.0.1:" + port + "/",
-		"tcp, limited": "coap+tcp://127.0.0.1:" + limited + "/",
-		"udp":          "coap://127.0.0.1:" + port + "/",
+		"tcp":          "coap+tcp://" + address + "/",
+		"tcp, limited": "coap+tcp://" + limited + "/",
+		"udp":          "coap://" + address + "/",
 	}
 	if socat, err := exec.LookPath("socat"); err == nil {
 		socket := filepath.Join(t.TempDir(), "s")
-		runServer(t, "unix", socket, socat, "UNIX-LISTEN:"+socket+",fork", "TCP:127.0.0.1:"+port)
+		runServer(t, "unix", socket, socat, "UNIX-LISTEN:"+socket+",fork", "TCP:"+address)
 		urls["unix"] = "coap+unix://" + escape(socket) + "/"
 	} else {
 		t.Log("without a Unix socket: socat is not installed")
@@ -188,10 +185,7 @@ func TestNginx(t *testing.T) {
 	}
 	server := startServer(t, "ws", sourcetest.NewBackend().Open(64), readWrite)
 	directory := t.TempDir()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	address := listener.Addr().String()
-	listener.Close()
+	address := testhelp.FreeAddress()
 	configuration := `
 daemon off; pid nginx.pid; error_log error.log; worker_processes 1; master_process off;
 events {}

@@ -56,8 +56,9 @@ const secretPath = "hidden-away"
 // testNode is an IPFS node as far as we need one: a gateway and an RPC that refuse whatever the
 // real ones might.
 type testNode struct {
-	blocks *sourcetest.Backend
-	server atomic.Pointer[httptest.Server]
+	blocks  *sourcetest.Backend
+	address string
+	server  atomic.Pointer[httptest.Server]
 }
 
 func (n *testNode) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -171,8 +172,8 @@ func onlyFile(r *http.Request) ([]byte, error) {
 }
 
 func startNode(tb testing.TB, blocks *sourcetest.Backend) *testNode {
-	n := &testNode{blocks: blocks}
-	n.server.Store(httptest.NewServer(n))
+	n := &testNode{blocks: blocks, address: testhelp.FreeAddress()}
+	n.start()
 	tb.Cleanup(func() { n.stop() })
 	return n
 }
@@ -187,21 +188,22 @@ func (n *testNode) stop() {
 }
 
 func (n *testNode) restart() {
-	address := n.address()
 	n.stop()
-	listener, err := net.Listen("tcp", address)
+	n.start()
+}
+
+func (n *testNode) start() {
+	listener, err := net.Listen("tcp", n.address)
 	if err != nil {
 		panic(err)
 	}
-	next := &httptest.Server{Listener: listener, Config: &http.Server{Handler: n}}
-	next.Start()
-	n.server.Store(next)
+	server := &httptest.Server{Listener: listener, Config: &http.Server{Handler: n}}
+	server.Start()
+	n.server.Store(server)
 }
 
-func (n *testNode) address() string { return n.server.Load().Listener.Addr().String() }
-
 func (n *testNode) url(query string) string {
-	return "ipfs+http://" + n.address() + "/" + secretPath + query
+	return "ipfs+http://" + n.address + "/" + secretPath + query
 }
 
 func mustOpen(tb testing.TB, url string, options Options) *Store {

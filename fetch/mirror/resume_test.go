@@ -23,6 +23,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 // noise is contents that are nowhere like elsewhere.
@@ -422,10 +423,7 @@ func nginx(t *testing.T, www string) string {
 			t.Skip("nginx is not installed")
 		}
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	address := l.Addr().String()
-	l.Close()
+	address := testhelp.FreeAddress()
 	d := t.TempDir()
 	text := fmt.Sprintf(`daemon off; worker_processes 1; pid %[1]s/nginx.pid; error_log %[1]s/log;
 events { worker_connections 100; }

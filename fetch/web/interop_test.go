@@ -22,15 +22,8 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/dir"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/web"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
-
-// freeAddress returns an address of loopback where nobody listens.
-func freeAddress(t *testing.T) string {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	defer listener.Close()
-	return listener.Addr().String()
-}
 
 // startNginx starts nginx with the given servers, one of which listens at the address, and returns
 // its directory.
@@ -111,7 +104,7 @@ func roundTrips(t *testing.T, to fetch.Store, from fetch.Source) {
 // TestNginxStatic has nginx serve a directory of blocks as docs/sources.md says: by HTTP/1.1 and
 // HTTP/2, in both layouts, and with blocks put by WebDAV.
 func TestNginxStatic(t *testing.T) {
-	plain, secure := freeAddress(t), freeAddress(t)
+	plain, secure := testhelp.FreeAddress(), testhelp.FreeAddress()
 	directory := startNginx(t, plain, `
 	server {
 		listen `+plain+`;
@@ -152,7 +145,7 @@ func TestNginxProxy(t *testing.T) {
 	var group sync.WaitGroup
 	group.Go(func() { server.Serve(t.Context(), listener, httpserver.Access{Get: true, Put: true}) })
 	t.Cleanup(group.Wait)
-	plain, secure := freeAddress(t), freeAddress(t)
+	plain, secure := testhelp.FreeAddress(), testhelp.FreeAddress()
 	proxy := `location /eris/uri-res/ {
 			proxy_pass http://` + listener.Addr().String() + `/uri-res/;
 			proxy_http_version 1.1;

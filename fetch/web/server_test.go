@@ -25,6 +25,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/web"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 // blocks is what a server serves.
@@ -39,7 +40,7 @@ type testServer struct {
 	prepare func(s *httptest.Server) // its configuration
 	start   func(s *httptest.Server)
 	scheme  string
-	address string       // set by the first start
+	address string
 	made    atomic.Int32 // connections
 	server  *httptest.Server
 }
@@ -47,7 +48,7 @@ type testServer struct {
 // startServer starts a server. The protocols are a list of http/1.1, h2 and h2c; h2 and tls have it
 // speak TLS.
 func startServer(tb testing.TB, handler http.Handler, protocols ...string) *testServer {
-	s := &testServer{tb: tb, start: (*httptest.Server).Start, scheme: "http://", address: "127.0.0.1:0"}
+	s := &testServer{tb: tb, start: (*httptest.Server).Start, scheme: "http://", address: testhelp.FreeAddress()}
 	var spoken http.Protocols
 	spoken.SetHTTP1(slices.Contains(protocols, "http/1.1"))
 	spoken.SetHTTP2(slices.Contains(protocols, "h2"))
@@ -75,7 +76,6 @@ func (s *testServer) restart() {
 	}
 	listener, err := net.Listen("tcp", s.address)
 	must(s.tb, err)
-	s.address = listener.Addr().String()
 	s.server = &httptest.Server{Listener: listener}
 	s.prepare(s.server)
 	s.start(s.server)

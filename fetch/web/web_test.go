@@ -455,7 +455,7 @@ func TestDeadServer(t *testing.T) {
 
 // TestRefused checks that the error says what can be done where no server runs, and names it once.
 func TestRefused(t *testing.T) {
-	address := freeAddress(t)
+	address := testhelp.FreeAddress()
 	store := mustOpen(t, "http://"+address+"/secret", web.Options{})
 	ref, _ := newBlock(eris.BlockSize1KiB, 7)
 	_, err := get(t, store, ref, eris.BlockSize1KiB)

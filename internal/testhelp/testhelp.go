@@ -4,6 +4,9 @@
 package testhelp
 
 import (
+	"fmt"
+	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"runtime"
@@ -20,6 +23,28 @@ func Must(tb testing.TB, err error) {
 	if err != nil {
 		tb.Fatal(err)
 	}
+}
+
+// FreeAddress returns an address of loopback where nobody listens, by TCP or UDP, nor will: its
+// host is one of sixteen million, and its port not one that the system gives to those who ask for
+// any. It is for servers that start again at the same address, or are told where to listen, and for
+// what nobody is to answer.
+func FreeAddress() string {
+	for range 1000 {
+		address := fmt.Sprintf("127.%d.%d.%d:%d", rand.IntN(256), rand.IntN(256), 1+rand.IntN(254), 10000+rand.IntN(20000))
+		stream, err := net.Listen("tcp", address)
+		if err != nil {
+			continue
+		}
+		datagram, err := net.ListenPacket("udp", address)
+		stream.Close()
+		if err != nil {
+			continue
+		}
+		datagram.Close()
+		return address
+	}
+	panic("no address is free")
 }
 
 // WithoutCalls runs f as subtests in processes of their own, one for each of the errors, where
