@@ -150,17 +150,39 @@ func (s *Store) partError(x *wire.Exchange) error {
 
 // putParts puts a block part by part, after those that others put so on the same link: a server may
 // tell transfers apart by the endpoint alone, and would make one block of the parts of two, which
-// nobody would notice. Peer is nil by UDP.
+// nobody would notice. Peer is nil by UDP. There, one more is put at a time after one of which at
+// most one part was sent again, and one less where an eighth of them were.
 func (s *Store) putParts(ctx context.Context, block []byte, peer *wire.Capabilities) error {
 	var l *link
 	select {
 	case l = <-s.parts:
-		defer func() { s.parts <- l }()
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	case <-s.ctx.Done():
 		return fetch.ErrClosed
 	}
+	x := &wire.Exchange{Store: s.blocks}
+	err := s.putPartsOn(ctx, l, x, block, peer)
+	if x.Again > len(block)/blockUnit/8 {
+		select {
+		case s.spare <- l:
+			return err
+		default: // no more are in use than at first
+		}
+	}
+	s.parts <- l
+	if err == nil && x.Again <= 1 {
+		select {
+		case more := <-s.spare:
+			s.parts <- more
+		default:
+		}
+	}
+	return err
+}
+
+// putPartsOn puts a block part by part on a link, by an exchange of which the store is set.
+func (s *Store) putPartsOn(ctx context.Context, l *link, x *wire.Exchange, block []byte, peer *wire.Capabilities) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, slowParts*s.options.RequestTimeout, errSlow)
 	defer cancel()
 	c, err := l.get()
@@ -172,16 +194,15 @@ func (s *Store) putParts(ctx context.Context, block []byte, peer *wire.Capabilit
 		room = peer.MessageSize - s.blocks.Overhead()
 	}
 	if units := room / blockUnit; units > 1 && peer.BERT() {
-		return s.transfer(ctx, c, block, wire.BERT, units*blockUnit)
+		return s.transfer(ctx, c, x, block, wire.BERT, units*blockUnit)
 	}
 	exponent := wire.Fit(room)
-	return s.transfer(ctx, c, block, exponent, wire.Block{Exponent: exponent}.Unit())
+	return s.transfer(ctx, c, x, block, exponent, wire.Block{Exponent: exponent}.Unit())
 }
 
 // transfer puts a block in parts, in units of the given exponent and in messages with at most the
 // given number of bytes of it (RFC 7959, section 2.5; RFC 8323, section 6).
-func (s *Store) transfer(ctx context.Context, c connection, block []byte, exponent uint8, most int) error {
-	x := &wire.Exchange{Store: s.blocks}
+func (s *Store) transfer(ctx context.Context, c connection, x *wire.Exchange, block []byte, exponent uint8, most int) error {
 	for sent, restarts := 0, 0; ; {
 		part := wire.Block{Exponent: exponent, Present: true}
 		part.Number = uint32(sent / part.Unit())

@@ -24,10 +24,10 @@ import (
 	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 
-// putSockets is how many blocks of 32 KiB are put at a time by UDP. Each such transfer has a
-// socket, hence an address, of its own, because some servers tell transfers apart by where they
-// come from.
-const putSockets = 4
+// leastPuts and mostPuts are how many blocks of 32 KiB are put at a time by UDP, at first and at
+// most. Each such transfer has a socket, hence an address, of its own, because some servers tell
+// transfers apart by where they come from; and one part of each is under way.
+const leastPuts, mostPuts = 4, 16
 
 // Store is an ERIS store that is reached by CoAP. It implements [fetch.Store]. It is safe for
 // concurrent use.
@@ -47,6 +47,7 @@ type Store struct {
 	cancel   context.CancelFunc
 	main     *link
 	parts    chan *link // for a block that is put in parts: one such transfer on each at a time
+	spare    chan *link // by UDP, what is not in use of that at present
 	links    []*link
 	received atomic.Int64 // bytes of responses; by UDP, of blocks that come in parts
 }
@@ -72,9 +73,12 @@ func Open(url string, options Options) (*Store, error) {
 		s.parts <- s.main
 		return s, nil
 	}
-	s.parts = make(chan *link, putSockets)
-	for range putSockets {
+	s.parts, s.spare = make(chan *link, mostPuts), make(chan *link, mostPuts-leastPuts)
+	for range leastPuts {
 		s.parts <- s.newLink()
+	}
+	for range cap(s.spare) {
+		s.spare <- s.newLink()
 	}
 	return s, nil
 }

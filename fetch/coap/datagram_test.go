@@ -498,6 +498,62 @@ func TestDatagramPutToken(t *testing.T) {
 	}
 }
 
+// TestDatagramPutMany puts blocks by UDP, each part of which is answered before the next is sent:
+// as many at a time as get through, from as many addresses. These are sixteen in the end, and four,
+// as at first, again when the first copy of each fourth part is lost.
+func TestDatagramPutMany(t *testing.T) {
+	var mu sync.Mutex
+	var loses bool
+	last := make(map[string]uint16) // message ID at an address
+	url := datagramPeerFor(t, func(from net.Addr, m coaptest.Message) [][]byte {
+		part := m.Block(message.Block1)
+		mu.Lock()
+		again := last[from.String()] == m.ID
+		last[from.String()] = m.ID
+		lost := loses && !again && part.Number%4 == 3
+		mu.Unlock()
+		if lost {
+			return nil
+		}
+		code := codes.Continue
+		if !part.More {
+			code = codes.Created
+		}
+		return [][]byte{coaptest.Datagram(message.Acknowledgement, code, m.ID, m.Token, part.AppendOption(nil, 0, message.Block1), "")}
+	})
+	store := mustOpen(t, url, fast)
+	defer store.Close()
+	put := func(blocks int) (addresses int) {
+		mu.Lock()
+		clear(last)
+		mu.Unlock()
+		var group sync.WaitGroup
+		for i := range blocks {
+			ref, block := newBlock(eris.BlockSize32KiB, i)
+			group.Go(func() {
+				if err := store.Put(t.Context(), ref, block); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		group.Wait()
+		mu.Lock()
+		defer mu.Unlock()
+		return len(last)
+	}
+	for _, want := range []int{16, 4} {
+		tries := 0
+		for put(2*want) != want {
+			if tries++; tries > 100 { // on a busy machine it may take some time
+				t.Fatalf("parts are lost: %t; blocks do not come from %d addresses", loses, want)
+			}
+		}
+		mu.Lock()
+		loses = true
+		mu.Unlock()
+	}
+}
+
 // TestDatagramOrder gets two blocks by UDP from a peer that answers the first request for the
 // second one when it has been asked for a part of the first: one comes after the other. All that
 // comes is progress, the first parts as well.

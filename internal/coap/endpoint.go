@@ -596,6 +596,7 @@ func (e *Endpoint) accept(x *Exchange, m datagram) bool {
 		return false // a late copy of the answer to the part before, which had the same token
 	}
 	x.answer(m.Code, &response, payload)
+	x.Again += x.sent.copies - 1
 	e.measure(x.sent)
 	e.take(x, nil)
 	return true

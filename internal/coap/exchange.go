@@ -40,6 +40,7 @@ type Exchange struct {
 	Code     codes.Code
 	Response Response
 	Length   int // of the payload
+	Again    int // how often a request was sent again, by UDP; of all parts of a PUT
 	Err      error
 
 	diagnostic [64]byte
