@@ -50,7 +50,7 @@ func (s *stage) path() string { return filepath.Join(s.store, stagingName, s.nam
 // removing what others have left there.
 func (s *stage) open() error {
 	if s.lock != nil {
-		if isAt(s.lock, s.path()) {
+		if files.IsAt(s.lock, s.path()) {
 			return nil
 		}
 		s.lock.Close() // it was collected
@@ -66,39 +66,11 @@ func (s *stage) open() error {
 		if err = files.MakeDirectory(s.path()); err != nil {
 			continue
 		}
-		if s.lock, err = lockDirectory(s.path(), unix.LOCK_SH|unix.LOCK_NB); err == nil || errors.Is(err, unix.EWOULDBLOCK) {
+		if s.lock, err = files.LockDirectory(s.path(), unix.LOCK_SH|unix.LOCK_NB); err == nil || errors.Is(err, unix.EWOULDBLOCK) {
 			return err
 		}
 	}
 	return err
-}
-
-// lockDirectory opens a directory and takes its lock (flock(2)).
-func lockDirectory(path string, how int) (*os.File, error) {
-	d, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Flock(int(d.Fd()), how); err != nil {
-		d.Close()
-		return nil, err
-	}
-	// Before the lock was taken, it may have been somebody else's to remove.
-	if !isAt(d, path) {
-		d.Close()
-		return nil, &fs.PathError{Op: "lock", Path: path, Err: fs.ErrNotExist}
-	}
-	return d, nil
-}
-
-// isAt reports whether a file that is open is still the one of that name.
-func isAt(f *os.File, path string) bool {
-	opened, err := f.Stat()
-	if err != nil {
-		return false
-	}
-	named, err := os.Lstat(path)
-	return err == nil && os.SameFile(opened, named)
 }
 
 // close removes the directory with all that is in it, unless another helper uses it.
@@ -113,7 +85,7 @@ func (s *stage) close() error {
 	if unix.Flock(int(s.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
 		return nil // who is last removes it
 	}
-	if !isAt(s.lock, s.path()) {
+	if !files.IsAt(s.lock, s.path()) {
 		return nil // collected
 	}
 	return s.collect()
@@ -154,7 +126,7 @@ func (s *stage) claim(key string) *claim {
 func (c *claim) watch(ctx context.Context, lost func()) {
 	ticker := time.NewTicker(lockWait)
 	defer ticker.Stop()
-	for isAt(c.lock, c.lock.Name()) {
+	for files.IsAt(c.lock, c.lock.Name()) {
 		select {
 		case <-ticker.C:
 		case <-ctx.Done():
@@ -191,7 +163,7 @@ func (s *stage) moveFrom(d *os.File, key, destination string) error {
 	if err := rename(filepath.Join(s.path(), key), destination); err != nil {
 		return err
 	}
-	if isAt(d, s.path()) {
+	if files.IsAt(d, s.path()) {
 		return nil
 	}
 	return errors.Join(fs.ErrNotExist, restore.Remove(destination))
@@ -244,24 +216,6 @@ func rename(from, to string) error {
 	return os.Chmod(to, 0o555)
 }
 
-// openAround opens the directory around all stages, if it is this user's: others may be able to put
-// something of that name into the store.
-func openAround(store string) (*os.File, error) {
-	d, err := os.OpenFile(filepath.Join(store, stagingName), os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
-	if err != nil {
-		return nil, err
-	}
-	var st unix.Stat_t
-	if err = unix.Fstat(int(d.Fd()), &st); err == nil && st.Uid != uint32(os.Geteuid()) {
-		err = fs.ErrPermission
-	}
-	if err != nil {
-		d.Close()
-		return nil, err
-	}
-	return d, nil
-}
-
 // CleanStages removes what helpers that were killed have left in the store. What is in use stays.
 // Errors are passed over. It takes no time worth mentioning when there is nothing.
 func CleanStages(store string) { clean(store, "*", unix.LOCK_NB) }
@@ -269,7 +223,7 @@ func CleanStages(store string) { clean(store, "*", unix.LOCK_NB) }
 // clean removes the stage of a session, or all stages ("*"), once it has its lock, for which it
 // waits until no helper uses it, unless how is LOCK_NB. Errors are passed over.
 func clean(store, session string, how int) {
-	around, err := openAround(store)
+	around, err := files.OpenDirectory(filepath.Join(store, stagingName))
 	if err != nil {
 		return
 	}
@@ -279,11 +233,7 @@ func clean(store, session string, how int) {
 		if session != "*" && session != name {
 			continue
 		}
-		path := filepath.Join(around.Name(), name)
-		if lock, err := lockDirectory(path, unix.LOCK_EX|how); err == nil {
-			restore.Remove(path)
-			lock.Close()
-		}
+		restore.RemoveUnused(filepath.Join(around.Name(), name), how)
 	}
 	os.Remove(around.Name())
 }

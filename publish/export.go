@@ -327,11 +327,11 @@ func (e *exporter) export(ctx context.Context, it *exportItem) error {
 			e.o.Log("%s; fetching it", message.Plain(err))
 		}
 		// Not on the stick: it may know no links, no modes and no upper beside lower case.
-		private, err := os.MkdirTemp("", "guix-substitute-eris-export-")
+		private, remove, err := restore.Temporary(os.TempDir(), "guix-substitute-eris-export-")
 		if err != nil {
 			return err
 		}
-		defer restore.Remove(private)
+		defer remove()
 		tree = filepath.Join(private, "item")
 		if err := e.o.Fetch(ctx, path, tree); err != nil {
 			return err

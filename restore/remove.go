@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -36,6 +37,40 @@ func Remove(path string) error {
 		return fmt.Errorf("cannot remove %s: %w", path, err)
 	}
 	return nil
+}
+
+// RemoveUnused removes a directory of this user as [Remove] does, if nobody has its lock; it waits
+// for that unless how is [unix.LOCK_NB]. Errors are passed over.
+func RemoveUnused(path string, how int) {
+	if lock, err := files.LockDirectory(path, unix.LOCK_EX|how); err == nil {
+		Remove(path)
+		lock.Close()
+	}
+}
+
+// Temporary makes a directory for trees, of which the name begins with prefix, in one where others
+// may have theirs too. What processes that were killed have left of such directories there is
+// removed. The caller calls remove when it needs the directory no more.
+func Temporary(parent, prefix string) (path string, remove func() error, err error) {
+	left, _ := fs.Glob(os.DirFS(parent), prefix+"*")
+	for _, name := range left {
+		RemoveUnused(filepath.Join(parent, name), unix.LOCK_NB)
+	}
+	for {
+		path, err := os.MkdirTemp(parent, prefix)
+		if err != nil {
+			return "", nil, err
+		}
+		lock, err := files.LockDirectory(path, unix.LOCK_EX|unix.LOCK_NB)
+		if errors.Is(err, unix.EWOULDBLOCK) || errors.Is(err, fs.ErrNotExist) {
+			continue // another process has taken it for one that was left
+		}
+		// Where the file system has no locks, nobody takes it for that.
+		return path, func() error {
+			defer lock.Close()
+			return Remove(path)
+		}, nil
+	}
 }
 
 // openParent opens the directory that path is in, and returns the name that path has there.

@@ -570,6 +570,29 @@ func TestRemove(t *testing.T) {
 	}
 }
 
+// What a process has left that was killed goes, and nothing that is in use.
+func TestTemporary(t *testing.T) {
+	parent := t.TempDir()
+	used, remove, err := restore.Temporary(parent, "ours-")
+	must(t, err)
+	left, foreign := parent+"/ours-1", parent+"/other-1"
+	must(t, os.MkdirAll(left+"/item", 0o700))
+	must(t, os.Chmod(left+"/item", 0o500))
+	must(t, os.Mkdir(foreign, 0o700))
+	must(t, os.Symlink(foreign, parent+"/ours-2"))
+	_, removeOther, err := restore.Temporary(parent, "ours-")
+	must(t, err)
+	for path, want := range map[string]bool{used: true, left: false, foreign: true} {
+		if _, err := os.Stat(path); (err == nil) != want {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	must(t, errors.Join(removeOther(), remove()))
+	if left, _ := os.ReadDir(parent); len(left) != 2 {
+		t.Errorf("%v are left", left)
+	}
+}
+
 func BenchmarkRestore(b *testing.B) {
 	for _, bench := range []struct {
 		name        string

@@ -84,12 +84,12 @@ func demonstrate(ctx context.Context, trees []string) (err error) {
 	if len(parent) > maxSocketPath-len("/guix-substitute-eris-demo-4294967295/eris.sock") {
 		parent = "/tmp"
 	}
-	directory, err := os.MkdirTemp(parent, "guix-substitute-eris-demo-")
+	directory, remove, err := restore.Temporary(parent, "guix-substitute-eris-demo-")
 	if err != nil {
 		return err
 	}
 	d := &demo{program: program, directory: directory}
-	defer func() { err = errors.Join(err, restore.Remove(directory)) }()
+	defer func() { err = errors.Join(err, remove()) }()
 	d.Say("Everything happens in %s.\n", directory)
 	if err := errors.Join(d.makeItems(ctx, trees), d.makeConfiguration()); err != nil {
 		return err

@@ -226,6 +226,24 @@ var (
 	errShared  = errors.New("other users may write to it")
 )
 
+// OpenDirectory opens a directory that must belong to this user: others may be able to put
+// something of that name there. A symbolic link is not followed.
+func OpenDirectory(path string) (*os.File, error) {
+	d, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, err
+	}
+	info, err := d.Stat()
+	if err == nil && info.Sys().(*syscall.Stat_t).Uid != uint32(os.Geteuid()) {
+		err = &fs.PathError{Op: "open", Path: path, Err: errForeign}
+	}
+	if err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
 // OpenState opens a file of state. It must be a regular file of this user that others cannot write
 // to; a symbolic link, a pipe or a device at path is refused at once.
 func OpenState(path string, flags int) (*os.File, fs.FileInfo, error) {
@@ -296,6 +314,33 @@ func LockFile(f *os.File, wait time.Duration) error {
 
 // UnlockFile gives back the lock of a file that stays open.
 func UnlockFile(f *os.File) error { return flock(f, unix.LOCK_UN) }
+
+// LockDirectory opens a directory as [OpenDirectory] does, and takes its lock as flock(2) says. The
+// error wraps [fs.ErrNotExist] if whoever had the lock before has removed the directory.
+func LockDirectory(path string, how int) (*os.File, error) {
+	d, err := OpenDirectory(path)
+	if err != nil {
+		return nil, err
+	}
+	if err = flock(d, how); err == nil && !IsAt(d, path) {
+		err = &fs.PathError{Op: "lock", Path: path, Err: fs.ErrNotExist}
+	}
+	if err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// IsAt reports whether a file that is open is still the one of that name.
+func IsAt(f *os.File, path string) bool {
+	opened, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	named, err := os.Lstat(path)
+	return err == nil && os.SameFile(opened, named)
+}
 
 func flock(f *os.File, how int) error {
 	return Retry(func() error { return unix.Flock(int(f.Fd()), how) })
