@@ -88,7 +88,7 @@ func (r *restorer) create(f *file) error {
 	if r.writable {
 		mode |= 0o200
 	}
-	fd, err := openAt(f.directory.fd, f.name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW, mode)
+	fd, err := files.OpenAt(f.directory.fd, f.name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW, mode)
 	if err != nil {
 		return r.pathError("create", f.name, err)
 	}
@@ -189,13 +189,4 @@ func canonicalise(fd int, mode uint32) error {
 		}
 		return nil
 	})
-}
-
-// openAt opens a name in an open directory.
-func openAt(dir int, name string, flags int, mode uint32) (fd int, err error) {
-	err = files.Retry(func() (err error) {
-		fd, err = unix.Openat(dir, name, flags|unix.O_CLOEXEC, mode)
-		return err
-	})
-	return fd, err
 }

@@ -11,6 +11,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
 // deduplicationMinimum is the length in bytes of the smallest file that is shared (Guix,
@@ -38,11 +40,11 @@ func (l *links) close() {
 // open returns the descriptor of the directory, which it makes if need be; -1 if it cannot.
 func (l *links) open() int {
 	l.once.Do(func() {
-		const flags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
-		fd, err := unix.Open(l.path, flags, 0)
+		const flags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW
+		fd, err := files.OpenAt(unix.AT_FDCWD, l.path, flags, 0)
 		if err == unix.ENOENT {
 			unix.Mkdir(l.path, 0o755)
-			fd, err = unix.Open(l.path, flags, 0)
+			fd, err = files.OpenAt(unix.AT_FDCWD, l.path, flags, 0)
 		}
 		if err == nil {
 			l.fd = fd
@@ -87,7 +89,7 @@ func (l *links) share(name string, f *file) {
 // or whoever could write to it has changed it, or because it was truncated when the machine went
 // down, is removed, and told.
 func (l *links) usable(fd int, name string, f *file) bool {
-	link, err := openAt(fd, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	link, err := files.OpenAt(fd, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return false
 	}

@@ -81,7 +81,7 @@ func openParent(path string) (fd int, name string, err error) {
 		return -1, "", fmt.Errorf("%q cannot be a destination: %w", path, err)
 	}
 	directory := filepath.Dir(trimmed)
-	fd, err = openAt(unix.AT_FDCWD, directory, unix.O_DIRECTORY|unix.O_PATH, 0)
+	fd, err = files.OpenAt(unix.AT_FDCWD, directory, unix.O_DIRECTORY|unix.O_PATH, 0)
 	if err != nil {
 		return -1, "", &os.PathError{Op: "open", Path: directory, Err: err}
 	}
@@ -200,17 +200,12 @@ func openForRemoval(dir int, name string) (int, error) {
 // openBeneath opens name in dir unless it is a mount point, which the number of its device does not
 // tell if it is a part of the same file system.
 func openBeneath(dir int, name string, flags int) (int, error) {
-	how := unix.OpenHow{Flags: uint64(flags | unix.O_CLOEXEC), Resolve: unix.RESOLVE_NO_XDEV | unix.RESOLVE_NO_SYMLINKS}
-	fd := -1
-	err := files.Retry(func() (err error) {
-		fd, err = unix.Openat2(dir, name, &how)
-		return err
-	})
+	fd, err := files.OpenResolved(dir, name, flags, unix.RESOLVE_NO_XDEV|unix.RESOLVE_NO_SYMLINKS)
 	switch err {
 	case unix.EXDEV:
 		return -1, errMount
-	case unix.ENOSYS, unix.EPERM, unix.E2BIG: // before Linux 5.6, or in a sandbox
-		return openAt(dir, name, flags, 0)
+	case unix.ENOSYS:
+		return files.OpenAt(dir, name, flags, 0)
 	}
 	return fd, err
 }

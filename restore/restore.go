@@ -384,7 +384,7 @@ func makeDirectory(parent *directory, name string) (*directory, error) {
 	if err := files.Retry(func() error { return unix.Mkdirat(parent.fd, name, 0o755) }); err != nil {
 		return nil, err
 	}
-	fd, err := openAt(parent.fd, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	fd, err := files.OpenAt(parent.fd, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -416,7 +416,7 @@ func (r *restorer) enter(d *directory, child int) error {
 	if err := r.reserve(); err != nil {
 		return err
 	}
-	fd, err := openAt(child, "..", unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	fd, err := files.OpenAt(child, "..", unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err == nil {
 		var st unix.Stat_t
 		if err = unix.Fstat(fd, &st); err == nil && st.Ino != d.inode {

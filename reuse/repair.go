@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
@@ -359,16 +360,16 @@ func (w *workshop) member(f io.ReaderAt, size int64, header []byte, at int64) []
 // links into it, or a pipe; so no link in the path, which must be clean, is followed, and nothing
 // is waited for.
 func OpenRegular(path string) (*os.File, int64, error) {
-	// Without O_LARGEFILE, which only Open adds itself, a kernel of 32 bits opens none above 2 GiB.
-	const flags = unix.O_RDONLY | unix.O_LARGEFILE | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC
-	fd, err := unix.Openat2(unix.AT_FDCWD, path, &unix.OpenHow{Flags: flags, Resolve: unix.RESOLVE_NO_SYMLINKS})
-	if err == unix.ENOSYS || err == unix.EPERM { // before Linux 5.6, or in a sandbox
+	// Without O_LARGEFILE, which only OpenAt adds itself, a kernel of 32 bits opens none above 2 GiB.
+	const flags = unix.O_RDONLY | unix.O_LARGEFILE | unix.O_NOFOLLOW | unix.O_NONBLOCK
+	fd, err := files.OpenResolved(unix.AT_FDCWD, path, flags, unix.RESOLVE_NO_SYMLINKS)
+	if err == unix.ENOSYS {
 		var real string
 		if real, err = filepath.EvalSymlinks(path); err == nil && real != path {
 			err = unix.ELOOP
 		}
 		if err == nil {
-			fd, err = unix.Open(path, flags, 0)
+			fd, err = files.OpenAt(unix.AT_FDCWD, path, flags, 0)
 		}
 	}
 	if err != nil {

@@ -121,8 +121,8 @@ func openPublic(directory, below string) (*os.File, error) {
 		return nil, err
 	}
 	// What is a link by now is not followed any more.
-	const flags = unix.O_NOFOLLOW | unix.O_CLOEXEC
-	at, err := unix.Open("/", unix.O_PATH|unix.O_DIRECTORY|flags, 0)
+	const flags = unix.O_PATH | unix.O_DIRECTORY | unix.O_NOFOLLOW
+	at, err := files.OpenAt(unix.AT_FDCWD, "/", flags, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -139,7 +139,7 @@ func openPublic(directory, below string) (*os.File, error) {
 		if i == len(path)-1 {
 			return openPublicFile(at, name)
 		}
-		next, err := unix.Openat(at, name, unix.O_PATH|unix.O_DIRECTORY|flags, 0)
+		next, err := files.OpenAt(at, name, flags, 0)
 		if err != nil {
 			return nil, err
 		}
@@ -152,13 +152,13 @@ func openPublic(directory, below string) (*os.File, error) {
 func openPublicFile(at int, name string) (*os.File, error) {
 	public := func(stat *unix.Stat_t) bool { return stat.Mode&unix.S_IFMT == unix.S_IFREG && stat.Mode&0o004 != 0 }
 	var stat unix.Stat_t
-	if err := unix.Fstatat(at, name, &stat, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+	if err := files.Retry(func() error { return unix.Fstatat(at, name, &stat, unix.AT_SYMLINK_NOFOLLOW) }); err != nil {
 		return nil, err
 	}
 	if !public(&stat) {
 		return nil, fs.ErrPermission
 	}
-	fd, err := unix.Openat(at, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	fd, err := files.OpenAt(at, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
 	if err != nil {
 		return nil, err
 	}

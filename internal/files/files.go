@@ -356,6 +356,29 @@ func Retry(call func() error) error {
 	}
 }
 
+// OpenAt opens a name in an open directory, or in [unix.AT_FDCWD].
+func OpenAt(dir int, name string, flags int, mode uint32) (fd int, err error) {
+	err = Retry(func() (err error) {
+		fd, err = unix.Openat(dir, name, flags|unix.O_CLOEXEC, mode)
+		return err
+	})
+	return fd, err
+}
+
+// OpenResolved is OpenAt with a restriction on how the name is resolved (openat2(2)). The error is
+// [unix.ENOSYS] before Linux 5.6 and in sandboxes.
+func OpenResolved(dir int, name string, flags int, resolve uint64) (fd int, err error) {
+	how := unix.OpenHow{Flags: uint64(flags | unix.O_CLOEXEC), Resolve: resolve}
+	err = Retry(func() (err error) {
+		fd, err = unix.Openat2(dir, name, &how)
+		return err
+	})
+	if err == unix.EPERM || err == unix.E2BIG {
+		err = unix.ENOSYS
+	}
+	return fd, err
+}
+
 // OpenRegular opens a file that is no state of ours, whoever owns it. Anything but a regular file
 // is refused at once: a device is not opened, and no writer of a pipe is waited for. Symbolic links
 // are followed unless flags has O_NOFOLLOW.
