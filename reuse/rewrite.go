@@ -250,13 +250,12 @@ type patch struct {
 	bytes  []byte
 }
 
-// apply puts the part of the patch into b that belongs there: b is what the file has at an offset.
+// apply puts the part of the patch into b that belongs there: b is what the file has at an offset,
+// and the patch does not begin behind it.
 // It reports whether nothing of the patch is behind b.
 func (p patch) apply(b []byte, offset int64) bool {
 	at, length := p.offset-offset, int64(len(p.bytes))
-	if at < int64(len(b)) {
-		copy(b[max(0, at):], p.bytes[min(max(0, -at), length):])
-	}
+	copy(b[max(0, at):], p.bytes[min(max(0, -at), length):])
 	return at+length <= int64(len(b))
 }
 
@@ -300,9 +299,16 @@ func (s *stream) Next() (nar.Chunk, error) {
 	s.changed = s.changed || changed
 	s.carry = append(s.carry[:0], c.Bytes[end:]...)
 	c.Bytes = c.Bytes[:end]
-	for len(s.patches) > 0 && s.patches[0].apply(c.Bytes, s.offset) {
-		s.patches = s.patches[1:]
+	done := 0
+	for i, p := range s.patches { // those of a damaged archive may overlap
+		if p.offset >= s.offset+int64(end) {
+			break
+		}
+		if p.apply(c.Bytes, s.offset) && done == i {
+			done++
+		}
 	}
+	s.patches = s.patches[done:]
 	s.offset += int64(end)
 	return c, nil
 }

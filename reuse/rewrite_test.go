@@ -160,7 +160,7 @@ func TestPatches(t *testing.T) {
 	table := NewReplacer(somePairs())
 	end := int64(smallPiece - table.span + 1)
 	s := table.stream(bytes.NewReader(b), int64(len(b)))
-	patches := []patch{{0, []byte("first")}, {end - 2, []byte("middle")}, {end - 2, []byte("middle")}, {end + 4, []byte("next")}, {int64(len(b)) - 4, []byte("last")}}
+	patches := []patch{{0, []byte("first")}, {end - 2, []byte("middle")}, {end - 2, []byte("middle")}, {end - 1, []byte("overlap")}, {end + 4, []byte("next")}, {int64(len(b)) - 4, []byte("last")}}
 	s.piece, s.patches = smallPiece, patches
 	got := whole(t, s)
 	for _, p := range patches {
