@@ -227,14 +227,8 @@ type refuser struct{ conn *Conn }
 
 func (h refuser) Request(r *Request) {
 	h.conn.Lock()
-	flood := h.conn.Queued() > 2*maxQueued // it does not take the answers
-	if !flood {
-		h.conn.Respond(r.Token, refusal(r.Code), nil, nil)
-	}
-	h.conn.Unlock()
-	if flood {
-		h.conn.Close(errFlood)
-	}
+	defer h.conn.Unlock()
+	h.conn.Respond(r.Token, refusal(r.Code), nil, nil)
 }
 
 func (refuser) Dry()        {}
@@ -291,21 +285,20 @@ func (c *Conn) Close(err error) {
 }
 
 // Release tells the peer that the connection ends, which has the given time to finish what it asks
-// and to close it. If that is 0, what is under way fails with the error, and the connection ends as
-// soon as the peer could be told. It does not wait.
+// and to close it. If that is 0, or there is no stream yet, what is under way fails with the error,
+// and the connection ends as soon as the peer could be told. It does not wait.
 func (c *Conn) Release(grace time.Duration, err error) {
-	if grace == 0 {
-		c.leave(codes.Release, nil, "", err)
-		return
-	}
 	c.Lock()
-	defer c.Unlock()
-	if c.released || c.err != nil {
-		return
+	conn := c.conn
+	if grace > 0 && conn != nil && !c.released && c.err == nil {
+		c.released = true
+		c.Respond(Token{}, codes.Release, nil, nil)
+		time.AfterFunc(grace, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
 	}
-	c.released = true
-	c.Respond(Token{}, codes.Release, nil, nil)
-	time.AfterFunc(grace, func() { c.conn.SetReadDeadline(time.Unix(1, 0)) })
+	c.Unlock()
+	if grace == 0 || conn == nil {
+		c.leave(codes.Release, nil, "", err)
+	}
 }
 
 // leave sends the last words, if there is a code for them, after all else that was to be sent, and
@@ -552,7 +545,7 @@ func (c *Conn) readBuffered() error {
 		case isResponse(head.Code):
 			err = c.response(head, body)
 		case isRequest(head.Code):
-			c.request(head, body)
+			err = c.request(head, body)
 		default:
 			err = c.control(head, body)
 		}
@@ -658,16 +651,23 @@ func (c *Conn) over() error {
 	return nil
 }
 
-// request hands a request to the handler.
-func (c *Conn) request(head Head, body []byte) {
+// request hands a request to the handler. If that has nothing, it is a message of no use.
+func (c *Conn) request(head Head, body []byte) (err error) {
 	r := &c.incoming
 	*r = Request{Code: head.Code, Token: head.Token}
 	c.config.Paths.parse(body, r)
-	c.requests++
+	if c.config.Paths != nil {
+		c.requests++
+	} else {
+		c.Lock()
+		c.asks, err = true, c.count(0, 1)
+		c.Unlock()
+	}
 	if c.receiving {
 		c.setReceiving(false)
 	}
 	c.config.Handler.Request(r)
+	return err
 }
 
 // control takes every message that is neither a request nor a response.

@@ -227,3 +227,41 @@ func TestEndWithRequests(t *testing.T) {
 		t.Error("a further request is taken")
 	}
 }
+
+// TestReleaseWithoutStream checks that a connection that is still being made can be let go of.
+func TestReleaseWithoutStream(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		end := errors.New("enough")
+		c := NewConn(nil, Config{Timeout: time.Minute, IdleTimeout: time.Minute, Window: 1, Pool: NewPool(), Dial: func() (net.Conn, error) {
+			time.Sleep(time.Minute)
+			return nil, io.EOF
+		}})
+		time.AfterFunc(time.Second, func() { c.Release(time.Second, end) })
+		if err := c.Run(); err != end {
+			t.Errorf("it has ended by %v", err)
+		}
+	})
+}
+
+// TestAskedWithoutEnd checks that who serves nothing refuses what it is asked, and ends a
+// connection where that has no end.
+func TestAskedWithoutEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		near, far := net.Pipe()
+		c := NewConn(near, Config{Timeout: time.Minute, IdleTimeout: time.Minute, Window: 1, Pool: NewPool()})
+		var group sync.WaitGroup
+		group.Go(func() { _ = c.Run() })
+		group.Go(func() { _, _ = io.Copy(io.Discard, far) })
+		request := AppendHead(nil, codes.GET, Token{}, 0)
+		_, err := far.Write(AppendHead(nil, codes.CSM, Token{}, 0))
+		asked := 0
+		for ; err == nil && asked < 10*uselessMessages; asked++ {
+			_, err = far.Write(request)
+		}
+		far.Close()
+		group.Wait()
+		if _, err := c.State(); !errors.Is(err, errFlood) || asked < uselessMessages {
+			t.Errorf("it has ended after %d requests, by %v", asked, err)
+		}
+	})
+}
