@@ -93,21 +93,23 @@ func (s *Substituter) Substitute(ctx context.Context, path, destination string) 
 	}
 	progress := s.Log.Download(destination)
 	begin := s.Now()
-	for again := false; ; again = true {
+	for renewed, madeRoom := false, false; ; {
 		j := &job{s: s, path: path, destination: destination, log: s.Log, progress: progress}
 		outcome, err := j.substitute(ctx, s.lookup(ctx, []string{path}))
 		if outcome.Status == Success || ctx.Err() != nil {
 			progress.Finish(outcome.Status == Success)
 			return outcome
 		}
-		if outcome.Status == Full && !again && s.MakeRoom != nil && s.MakeRoom(destination) {
+		if outcome.Status == Full && !madeRoom && s.MakeRoom != nil && s.MakeRoom(destination) {
+			madeRoom = true
 			continue
 		}
-		if !s.renew(ctx, path, j.useless, begin, again) || again {
+		if !s.renew(ctx, path, j.useless, begin, renewed) || renewed {
 			progress.Finish(false)
 			s.sayFailed(path, outcome, err)
 			return outcome
 		}
+		renewed = true
 	}
 }
 
