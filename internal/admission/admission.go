@@ -105,6 +105,8 @@ type Conn struct {
 	host  netip.Prefix
 	idle  time.Time // when it became idle; zero if it is not
 	leave func()
+
+	requests, waiting int // by HTTP: that are under way, and those of them whose body has not come
 }
 
 // Stats counts connections.
@@ -235,6 +237,11 @@ func (c *Conn) Close() error {
 func (c *Conn) SetIdle(idle bool) {
 	c.gate.mu.Lock()
 	defer c.gate.mu.Unlock()
+	c.setIdle(idle)
+}
+
+// setIdle is SetIdle. The caller holds the lock of the gate.
+func (c *Conn) setIdle(idle bool) {
 	switch {
 	case !idle:
 		c.idle = time.Time{}
@@ -305,18 +312,21 @@ const (
 )
 
 // Server returns an HTTP server for the listener of the gate, whose idle connections make room, and
-// by HTTP/1 those on which a request has not come whole. The header of a request has 30 seconds and
+// those on which no request has come whole. The header of a request has 30 seconds and
 // 16 KiB, its body a minute, and so has what the handler writes, unless it sets other deadlines; a
 // connection waits 2 minutes for a further request. What goes wrong between clients and net/http is
 // not logged. Fields may be changed before it serves.
 func (g *Gate) Server(handler http.Handler) *http.Server {
 	return &http.Server{
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if c := ConnOf(r); r.ContentLength != 0 && r.ProtoMajor == 1 {
-				c.SetIdle(true)
+			b := &body{ReadCloser: r.Body, conn: ConnOf(r)}
+			if r.ContentLength != 0 {
+				b.waiting = 1
 				r = r.WithContext(r.Context()) // for net/http looks at the body of its own
-				r.Body = &body{r.Body, c}
+				r.Body = b
 			}
+			b.conn.count(1, b.waiting, false)
+			defer func() { b.conn.count(-1, -b.waiting, r.Context().Err() != nil) }()
 			handler.ServeHTTP(w, r)
 		}),
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
@@ -334,16 +344,31 @@ func (g *Gate) Server(handler http.Handler) *http.Server {
 	}
 }
 
-// A body is that of a request, whose connection is idle until it has come.
+// count counts requests and those whose body has not come: while that are all, the connection is
+// idle. Net/http says that it is when the last one has ended, but does not wait for handlers of
+// requests that the client has given up by HTTP/2.
+func (c *Conn) count(requests, waiting int, givenUp bool) {
+	c.gate.mu.Lock()
+	defer c.gate.mu.Unlock()
+	c.requests += requests
+	c.waiting += waiting
+	if c.requests > c.waiting || c.waiting > 0 || givenUp {
+		c.setIdle(c.requests == c.waiting)
+	}
+}
+
+// A body is that of a request.
 type body struct {
 	io.ReadCloser
-	conn *Conn
+	conn    *Conn
+	waiting int // 1 until it has come
 }
 
 // Read implements io.Reader.
 func (b *body) Read(p []byte) (n int, err error) {
-	if n, err = b.ReadCloser.Read(p); err == io.EOF {
-		b.conn.SetIdle(false)
+	if n, err = b.ReadCloser.Read(p); err == io.EOF && b.waiting > 0 {
+		b.waiting = 0
+		b.conn.count(0, -1, false)
 	}
 	return n, err
 }

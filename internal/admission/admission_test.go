@@ -222,15 +222,19 @@ func TestBurst(t *testing.T) {
 // serve serves the connections of a gate until the function that it returns is called.
 func serve(t *testing.T, g *admission.Gate, handler http.Handler) (end func()) {
 	ctx, stop := context.WithCancel(t.Context())
-	var server sync.WaitGroup
-	server.Go(func() {
-		if err := g.Serve(ctx, g.Server(handler)); err != nil {
+	server := g.Server(handler)
+	server.Protocols = new(http.Protocols)
+	server.Protocols.SetHTTP1(true)
+	server.Protocols.SetUnencryptedHTTP2(true)
+	var group sync.WaitGroup
+	group.Go(func() {
+		if err := g.Serve(ctx, server); err != nil {
 			t.Error(err)
 		}
 	})
 	return func() {
 		stop()
-		server.Wait()
+		group.Wait()
 	}
 }
 
@@ -299,6 +303,67 @@ func TestBody(t *testing.T) {
 			t.Errorf("an answer of %d bytes, %v, after %v", n, err, time.Since(began))
 		}
 		c.Close()
+	})
+}
+
+// TestBodyOfMany has a client send the body of a request by HTTP/2 without end: the connection
+// makes room, but not while another request is answered there.
+func TestBodyOfMany(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var network sourcetest.Network
+		l := network.Listen()
+		g := admission.New(1, l, new(admission.Counts), nil)
+		answer := make(chan struct{})
+		defer serve(t, g, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if _, err := io.Copy(io.Discard, r.Body); err == nil {
+				<-answer
+			}
+		}))()
+		transport := &http.Transport{DialContext: network.Dial, Protocols: new(http.Protocols)}
+		transport.Protocols.SetUnencryptedHTTP2(true)
+		defer transport.CloseIdleConnections()
+		var group sync.WaitGroup
+		defer group.Wait()
+		ask := func(body io.Reader) (cancel func()) {
+			ctx, cancel := context.WithCancel(t.Context())
+			request, err := http.NewRequestWithContext(ctx, "PUT", "http://"+l.Addr().String(), body)
+			testhelp.Must(t, err)
+			group.Go(func() {
+				if response, err := transport.RoundTrip(request); err == nil {
+					response.Body.Close()
+				}
+			})
+			time.Sleep(time.Second)
+			return cancel
+		}
+		enters := func(want bool) {
+			t.Helper()
+			c, ok := g.Enter(&client{address: "192.0.2.9:1"})
+			if ok != want {
+				t.Errorf("another one is let in: %v", ok)
+			}
+			if ok {
+				c.Close()
+				synctest.Wait() // or the next request may go where there is no way any more
+			}
+		}
+		slow, end := io.Pipe()
+		defer end.Close()
+		defer ask(slow)()
+		defer ask(nil)()
+		enters(false)
+		answer <- struct{}{}
+		time.Sleep(time.Second)
+		enters(true)
+		// Nor does it count what was given up.
+		for range 2 {
+			ask(nil)()
+		}
+		for range 2 {
+			answer <- struct{}{}
+		}
+		time.Sleep(time.Second)
+		enters(true)
 	})
 }
 
