@@ -104,13 +104,16 @@ func (l *Listing) named(item string) ([]string, error) {
 	})
 }
 
-// debug returns the items that may be the output "debug" of the derivation of an item.
+// mostDebug bounds the items that are looked into for each program, twice.
+const mostDebug = 32
+
+// debug returns the newest items that may be the output "debug" of the derivation of an item.
 func (l *Listing) debug(item string) []string {
-	names, _ := l.read()
 	// The name of an output other than "out" ends with that of the output.
 	name := item[HashLength:]
 	wanted := []string{name + "-debug", name[:max(1, strings.LastIndexByte(name, '-'))] + "-debug"}
-	return slices.DeleteFunc(slices.Clone(names), func(n string) bool { return !slices.Contains(wanted, n[HashLength:]) })
+	items, _ := l.Like(item, false, func(name, _ string) bool { return slices.Contains(wanted, name[HashLength:]) })
+	return items[:min(len(items), mostDebug)]
 }
 
 // all returns a table of the hashes of all items.

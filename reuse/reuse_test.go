@@ -547,6 +547,19 @@ func TestListing(t *testing.T) {
 	}
 }
 
+// TestManyDebugItems looks into some of the items only that may have debug files.
+func TestManyDebugItems(t *testing.T) {
+	s := newTestStore(t)
+	for i := range 2 * mostDebug {
+		s.present(hash(i)+"-x-1.0-debug", hash(i)+"-x-1.0")
+	}
+	for _, item := range []string{"-x-1.0", "-x-1.0-lib"} {
+		if got := (&Listing{Directory: s.dir}).debug(hash(0) + item); len(got) != mostDebug {
+			t.Errorf("%d items", len(got))
+		}
+	}
+}
+
 // FuzzRepairs gives files to the repairs that are broken in any way.
 func FuzzRepairs(f *testing.F) {
 	table := NewReplacer(somePairs())
