@@ -17,6 +17,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/blockstore/coapserver"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 )
@@ -73,7 +74,7 @@ func TestConnected(t *testing.T) {
 }
 
 // TestSilentHandshake checks that a client that does not speak TLS where it should does not keep
-// its connection.
+// its connection, which makes room before that.
 func TestSilentHandshake(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server := coapserver.New(coapserver.Config{})
@@ -85,5 +86,22 @@ func TestSilentHandshake(t *testing.T) {
 			t.Errorf("the connection was kept for %v", took)
 		}
 		server.Close()
+
+		var network sourcetest.Network
+		l := network.Listen()
+		server = coapserver.New(coapserver.Config{MaxConnections: 1})
+		var group sync.WaitGroup
+		group.Go(func() { server.Serve(tls.NewListener(l, &tls.Config{}), coapserver.Access{Get: true}) })
+		for range 3 {
+			c, err := network.Dial(t.Context(), "tcp", l.Addr().String())
+			must(t, err)
+			defer c.Close()
+			time.Sleep(time.Second)
+		}
+		if s := server.Stats(); s.TurnedAway > 0 {
+			t.Errorf("%d connections were turned away", s.TurnedAway)
+		}
+		server.Close()
+		group.Wait()
 	})
 }

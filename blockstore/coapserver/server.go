@@ -222,9 +222,11 @@ func (s *Server) ServeConn(conn net.Conn, access Access) {
 // under way; it must not wait.
 func (s *Server) serveConn(netConn net.Conn, access Access, idle func(bool)) {
 	if secure, ok := netConn.(*tls.Conn); ok {
+		idle(true) // what has not agreed makes room
 		ctx, cancel := context.WithTimeout(s.ctx, handshakeTimeout)
 		err := secure.HandshakeContext(ctx)
 		cancel()
+		idle(false)
 		if err != nil {
 			netConn.Close()
 			return

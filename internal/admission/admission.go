@@ -7,6 +7,7 @@ package admission
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -285,7 +286,11 @@ func (g *Gate) makeRoom(may func(*Conn) bool, until time.Time) bool {
 		return true
 	}
 	g.remove(oldest)
-	oldest.Conn.Close()
+	conn := oldest.Conn
+	if secure, ok := conn.(*tls.Conn); ok {
+		conn = secure.NetConn() // to take leave can last seconds
+	}
+	conn.Close()
 	return true
 }
 

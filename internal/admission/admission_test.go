@@ -4,8 +4,14 @@ package admission_test
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"io"
+	"math/big"
 	"net"
 	"net/http"
 	"os"
@@ -364,6 +370,33 @@ func TestBodyOfMany(t *testing.T) {
 		}
 		time.Sleep(time.Second)
 		enters(true)
+	})
+}
+
+// TestLeave checks that a connection by TLS makes room at once, though its client does not read.
+func TestLeave(t *testing.T) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	testhelp.Must(t, err)
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
+	certificate, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	testhelp.Must(t, err)
+	config := &tls.Config{MaxVersion: tls.VersionTLS12, Certificates: []tls.Certificate{{Certificate: [][]byte{certificate}, PrivateKey: key}}}
+	synctest.Test(t, func(t *testing.T) {
+		near, far := net.Pipe()
+		defer far.Close()
+		g := admission.New(1, nil, new(admission.Counts), nil)
+		server := tls.Server(near, config)
+		first, _ := g.Enter(server)
+		go tls.Client(far, &tls.Config{InsecureSkipVerify: true}).Handshake()
+		testhelp.Must(t, server.Handshake())
+		first.SetIdle(true)
+		began := time.Now()
+		second, ok := g.Enter(&client{address: "192.0.2.9:1"})
+		if took := time.Since(began); !ok || took > time.Second {
+			t.Errorf("let in: %v, after %v", ok, took)
+		}
+		first.Close()
+		second.Close()
 	})
 }
 
