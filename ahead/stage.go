@@ -223,7 +223,7 @@ func CleanStages(store string) { clean(store, "*", unix.LOCK_NB) }
 // clean removes the stage of a session, or all stages ("*"), once it has its lock, for which it
 // waits until no helper uses it, unless how is LOCK_NB. Errors are passed over.
 func clean(store, session string, how int) {
-	around, err := files.OpenDirectory(filepath.Join(store, stagingName))
+	around, _, err := files.OpenState(filepath.Join(store, stagingName), unix.O_DIRECTORY)
 	if err != nil {
 		return
 	}

@@ -226,26 +226,9 @@ var (
 	errShared  = errors.New("other users may write to it")
 )
 
-// OpenDirectory opens a directory that must belong to this user: others may be able to put
-// something of that name there. A symbolic link is not followed.
-func OpenDirectory(path string) (*os.File, error) {
-	d, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
-	if err != nil {
-		return nil, err
-	}
-	info, err := d.Stat()
-	if err == nil && info.Sys().(*syscall.Stat_t).Uid != uint32(os.Geteuid()) {
-		err = &fs.PathError{Op: "open", Path: path, Err: errForeign}
-	}
-	if err != nil {
-		d.Close()
-		return nil, err
-	}
-	return d, nil
-}
-
-// OpenState opens a file of state. It must be a regular file of this user that others cannot write
-// to; a symbolic link, a pipe or a device at path is refused at once.
+// OpenState opens a file of state. It must be a regular file, or, if flags has O_DIRECTORY, a
+// directory, of this user, that others cannot write to; a symbolic link, a pipe or a device at path
+// is refused at once.
 func OpenState(path string, flags int) (*os.File, fs.FileInfo, error) {
 	f, err := os.OpenFile(path, flags|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY, 0o600)
 	if err != nil {
@@ -254,7 +237,7 @@ func OpenState(path string, flags int) (*os.File, fs.FileInfo, error) {
 	info, err := f.Stat()
 	switch {
 	case err != nil:
-	case !info.Mode().IsRegular():
+	case !info.Mode().IsRegular() && flags&unix.O_DIRECTORY == 0:
 		err = ErrSpecial
 	case info.Sys().(*syscall.Stat_t).Uid != uint32(os.Geteuid()):
 		err = errForeign
@@ -315,10 +298,10 @@ func LockFile(f *os.File, wait time.Duration) error {
 // UnlockFile gives back the lock of a file that stays open.
 func UnlockFile(f *os.File) error { return flock(f, unix.LOCK_UN) }
 
-// LockDirectory opens a directory as [OpenDirectory] does, and takes its lock as flock(2) says. The
+// LockDirectory opens a directory as [OpenState] does, and takes its lock as flock(2) says. The
 // error wraps [fs.ErrNotExist] if whoever had the lock before has removed the directory.
 func LockDirectory(path string, how int) (*os.File, error) {
-	d, err := OpenDirectory(path)
+	d, _, err := OpenState(path, unix.O_DIRECTORY)
 	if err != nil {
 		return nil, err
 	}
