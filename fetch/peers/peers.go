@@ -215,7 +215,7 @@ func (g *Group) note(p *peer, began time.Time, size eris.BlockSize, err error) {
 			clear(g.liars)
 		}
 		g.liars[p.host] = now
-		p.conn.Close(err)
+		go p.conn.Close(err) // which takes leave by TLS
 		g.onLie(p.host, err)
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		if p.answered.Before(began) && now.Sub(began) > leastSilence {
