@@ -227,8 +227,14 @@ type refuser struct{ conn *Conn }
 
 func (h refuser) Request(r *Request) {
 	h.conn.Lock()
-	defer h.conn.Unlock()
-	h.conn.Respond(r.Token, refusal(r.Code), nil, nil)
+	flood := h.conn.Queued() > 2*maxQueued // it does not take the answers
+	if !flood {
+		h.conn.Respond(r.Token, refusal(r.Code), nil, nil)
+	}
+	h.conn.Unlock()
+	if flood {
+		h.conn.Close(errFlood)
+	}
 }
 
 func (refuser) Dry()        {}
@@ -480,9 +486,11 @@ func (c *Conn) setReceiving(receiving bool) {
 	}
 	c.receiving = receiving
 	if c.requests > 0 {
-		c.progress, c.lastUse = c.tick, c.tick
 		c.asks, c.pinged = true, false
-		c.useless = min(c.useless+uselessPerUseful*c.requests, uselessMessages)
+		if c.config.Paths != nil { // else they are in vain, and nothing for which to keep the connection
+			c.progress, c.lastUse = c.tick, c.tick
+			c.useless = min(c.useless+uselessPerUseful*c.requests, uselessMessages)
+		}
 		c.requests = 0
 	}
 }
@@ -545,7 +553,7 @@ func (c *Conn) readBuffered() error {
 		case isResponse(head.Code):
 			err = c.response(head, body)
 		case isRequest(head.Code):
-			err = c.request(head, body)
+			c.request(head, body)
 		default:
 			err = c.control(head, body)
 		}
@@ -651,23 +659,16 @@ func (c *Conn) over() error {
 	return nil
 }
 
-// request hands a request to the handler. If that has nothing, it is a message of no use.
-func (c *Conn) request(head Head, body []byte) (err error) {
+// request hands a request to the handler.
+func (c *Conn) request(head Head, body []byte) {
 	r := &c.incoming
 	*r = Request{Code: head.Code, Token: head.Token}
 	c.config.Paths.parse(body, r)
-	if c.config.Paths != nil {
-		c.requests++
-	} else {
-		c.Lock()
-		c.asks, err = true, c.count(0, 1)
-		c.Unlock()
-	}
+	c.requests++
 	if c.receiving {
 		c.setReceiving(false)
 	}
 	c.config.Handler.Request(r)
-	return err
 }
 
 // control takes every message that is neither a request nor a response.
