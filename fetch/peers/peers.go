@@ -215,7 +215,7 @@ func (g *Group) note(p *peer, began time.Time, size eris.BlockSize, err error) {
 			clear(g.liars)
 		}
 		g.liars[p.host] = now
-		go p.conn.Close(err) // which takes leave by TLS
+		p.conn.Release(0, err) // which does not wait
 		g.onLie(p.host, err)
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		if p.answered.Before(began) && now.Sub(began) > leastSilence {
