@@ -257,7 +257,9 @@ guix substitute: done
 	})
 }
 
-func TestProgressForPeople(t *testing.T) {
+func TestProgressForPeople(t *testing.T) { synctest.Test(t, testProgressForPeople) }
+
+func testProgressForPeople(t *testing.T) {
 	show := func(style protocol.LogStyle, url string, size, n int64, success bool) string {
 		var w lines
 		style.Dynamic = true

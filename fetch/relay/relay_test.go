@@ -200,7 +200,9 @@ func TestRefuse(t *testing.T) {
 }
 
 // TestCrowd has one host make more requests than may be under way, cancels some, and closes.
-func TestCrowd(t *testing.T) {
+func TestCrowd(t *testing.T) { synctest.Test(t, testCrowd) }
+
+func testCrowd(t *testing.T) {
 	const count = 600
 	r, _, u := start(t)
 	source := r.For("192.0.2.1/32", 0)
