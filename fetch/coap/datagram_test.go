@@ -401,11 +401,11 @@ func TestDatagramIDs(t *testing.T) {
 // TestDatagramRefused checks that a port where nobody listens is noticed at once, if the system
 // tells.
 func TestDatagramRefused(t *testing.T) {
-	socket, err := net.ListenPacket("udp", "127.0.0.1:0")
+	// One that listens to another port only keeps its own from others.
+	socket, err := net.Dial("udp", "127.0.0.1:1")
 	must(t, err)
-	address := socket.LocalAddr().String()
-	socket.Close()
-	store := mustOpen(t, "coap://"+address, coap.Options{RequestTimeout: 5 * time.Second})
+	defer socket.Close()
+	store := mustOpen(t, "coap://"+socket.LocalAddr().String(), coap.Options{RequestTimeout: 5 * time.Second})
 	defer store.Close()
 	ref, block := newBlock(eris.BlockSize32KiB, 1)
 	_, err = get(t, store, ref, eris.BlockSize32KiB)

@@ -367,13 +367,14 @@ func TestEndlessBodies(t *testing.T) {
 	} {
 		t.Run(header, func(t *testing.T) {
 			t.Parallel()
-			server := rawServer(t, func(n int, conn net.Conn, r *bufio.Reader) {
-				if n > 0 {
-					for reply(conn, r) {
-					}
-					return
+			server := rawServer(t, func(_ int, conn net.Conn, r *bufio.Reader) {
+				request, err := http.ReadRequest(r)
+				for ; err == nil && !strings.Contains(request.URL.Path, hash0); request, err = http.ReadRequest(r) {
+					answer(conn, request, "")
 				}
-				_, err := io.WriteString(conn, "HTTP/1.1 "+header+"\r\n\r\n")
+				if err == nil {
+					_, err = io.WriteString(conn, "HTTP/1.1 "+header+"\r\n\r\n")
+				}
 				for err == nil {
 					_, err = io.WriteString(conn, "400\r\n"+strings.Repeat("x", 1<<10)+"\r\n")
 				}
