@@ -355,7 +355,7 @@ func TestDatagramSameID(t *testing.T) {
 			coaptest.Datagram(message.Confirmable, codes.Content, 99, m.Token, nil, block),
 		}
 	})
-	store := mustOpen(t, url, coap.Options{RequestTimeout: 5 * time.Second})
+	store := mustOpen(t, url, coap.Options{RequestTimeout: time.Minute})
 	defer store.Close()
 	for range 3 {
 		if _, err := get(t, store, ref, eris.BlockSize1KiB); err != nil {

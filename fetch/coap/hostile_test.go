@@ -115,9 +115,8 @@ func TestLimited(t *testing.T) {
 		for age, code := range map[string]codes.Code{"": codes.TooManyRequests, "\x01": codes.ServiceUnavailable} {
 			t.Run(fmt.Sprintf("%d at a time, later %q", most, age), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
-					var network sourcetest.Network
 					var now, stored, refused atomic.Int64
-					listener, play := network.Listen(), script(func(_ int, p *peer) {
+					store := openInNetwork(t, coap.Options{}, func(_ int, p *peer) {
 						var group sync.WaitGroup
 						defer group.Wait()
 						p.write(csm)
@@ -139,11 +138,6 @@ func TestLimited(t *testing.T) {
 							})
 						}
 					})
-					serveOn(t, listener, play.run(t))
-					store := mustOpen(t, "coap+tcp://192.0.2.1", coap.Options{Dial: func(ctx context.Context) (net.Conn, error) {
-						return network.Dial(ctx, "tcp", listener.Addr().String())
-					}})
-					defer store.Close()
 					const blocks = 60
 					var group sync.WaitGroup
 					for i := range blocks {
@@ -429,38 +423,34 @@ func TestSlowParts(t *testing.T) {
 // connection may have died without anybody having been told.
 func TestSilentOnce(t *testing.T) {
 	t.Parallel()
+	synctest.Test(t, testSilentOnce)
+}
+
+func testSilentOnce(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
-	synctest.Test(t, func(t *testing.T) {
-		var network sourcetest.Network
-		var asked atomic.Int32
-		listener, silent := network.Listen(), script(func(_ int, p *peer) {
-			p.write(csm)
-			for {
-				if _, ok := p.readUntil(codes.GET); !ok {
-					return
-				}
-				asked.Add(1)
+	var asked atomic.Int32
+	silent := openInNetwork(t, coap.Options{}, func(_ int, p *peer) {
+		p.write(csm)
+		for {
+			if _, ok := p.readUntil(codes.GET); !ok {
+				return
 			}
-		})
-		serveOn(t, listener, silent.run(t))
-		store := mustOpen(t, "coap+tcp://192.0.2.1", coap.Options{Dial: func(ctx context.Context) (net.Conn, error) {
-			return network.Dial(ctx, "tcp", listener.Addr().String())
-		}})
-		defer store.Close()
-		_, err := get(t, store, ref, eris.BlockSize1KiB)
-		fails.check(t, err)
-		if n := asked.Load(); n != 1 {
-			t.Errorf("the peer was asked %d times", n)
+			asked.Add(1)
 		}
 	})
-	mute := openPeer(t, coap.Options{DialTimeout: time.Second}, func(_ int, p *peer) { p.awaitEnd() })
-	_, err := get(t, mute, ref, eris.BlockSize1KiB)
+	_, err := get(t, silent, ref, eris.BlockSize1KiB)
+	fails.check(t, err)
+	if n := asked.Load(); n != 1 {
+		t.Errorf("the peer was asked %d times", n)
+	}
+	mute := openInNetwork(t, coap.Options{DialTimeout: time.Second}, func(_ int, p *peer) { p.awaitEnd() })
+	_, err = get(t, mute, ref, eris.BlockSize1KiB)
 	for _, err := range []error{err, mute.Put(t.Context(), ref, block)} {
 		if fails.check(t, err); err == nil || !strings.Contains(err.Error(), "it accepts connections, and says nothing") {
 			t.Errorf("error is %v", err)
 		}
 	}
-	falls := openPeer(t, coap.WithBackoff(coap.Options{RequestTimeout: 2 * time.Second}, time.Millisecond), func(connection int, p *peer) {
+	falls := openInNetwork(t, coap.WithBackoff(coap.Options{RequestTimeout: 2 * time.Second}, time.Millisecond), func(connection int, p *peer) {
 		if connection > 0 {
 			p.serveBlock(block)
 			return

@@ -17,6 +17,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/coap"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 )
 
@@ -123,6 +124,19 @@ func (play script) run(t *testing.T) func(n int, conn net.Conn) {
 // openPeer opens a store that is played by a script.
 func openPeer(t *testing.T, options coap.Options, play script) *coap.Store {
 	store := mustOpen(t, playPeer(t, play), options)
+	t.Cleanup(func() { store.Close() })
+	return store
+}
+
+// openInNetwork does so in a bubble, in which a peer is late only if it waits.
+func openInNetwork(t *testing.T, options coap.Options, play script) *coap.Store {
+	var network sourcetest.Network
+	listener := network.Listen()
+	serveOn(t, listener, play.run(t))
+	options.Dial = func(ctx context.Context) (net.Conn, error) {
+		return network.Dial(ctx, "tcp", listener.Addr().String())
+	}
+	store := mustOpen(t, "coap+tcp://192.0.2.1", options)
 	t.Cleanup(func() { store.Close() })
 	return store
 }

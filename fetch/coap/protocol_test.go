@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message"
@@ -418,11 +419,12 @@ func TestPermissions(t *testing.T) {
 }
 
 // TestIdle checks that a connection that is not used is closed in an orderly way.
-func TestIdle(t *testing.T) {
-	t.Parallel()
+func TestIdle(t *testing.T) { synctest.Test(t, testIdle) }
+
+func testIdle(t *testing.T) {
 	ref, block := newBlock(eris.BlockSize1KiB, 1)
 	over := make(chan codes.Code, 10)
-	store := openPeer(t, coap.Options{RequestTimeout: 2 * time.Second, IdleTimeout: 20 * time.Millisecond}, func(_ int, p *peer) {
+	store := openInNetwork(t, coap.Options{RequestTimeout: 2 * time.Second, IdleTimeout: 20 * time.Millisecond}, func(_ int, p *peer) {
 		p.write(answer(p.begin(codes.GET), block))
 		over <- p.awaitEnd()
 	})
