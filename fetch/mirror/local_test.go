@@ -19,7 +19,7 @@ import (
 func TestPublicFiles(t *testing.T) {
 	d, err := filepath.EvalSymlinks(t.TempDir())
 	must(t, err)
-	for at := d; at != "/" && at != os.TempDir(); at = filepath.Dir(at) {
+	for _, at := range []string{d, filepath.Dir(d)} { // further ones are not ours
 		must(t, os.Chmod(at, 0o755))
 	}
 	root := d + "/a mirror"
