@@ -315,7 +315,9 @@ func TestUnpublishable(t *testing.T) {
 		"/nar/" + name(2):                           404,
 		"/00000000000000000000000000000003.narinfo": 404,
 	} {
-		wantStatus(t, h.URL+path, want)
+		if status, _, _ := complete(t, h.URL+path); status != want {
+			t.Errorf("%s: status %d instead of %d", path, status, want)
+		}
 	}
 	if n := pipe.Load(); n != 1 {
 		t.Errorf("that one cannot be published is logged %d times", n)
