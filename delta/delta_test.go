@@ -29,6 +29,9 @@ import (
 
 var must = testhelp.Must
 
+// Items are restored under the umask that the commands set.
+func init() { unix.Umask(0o022) }
+
 const (
 	oldHash = "0123456789abcdfghijklmnpqrsvwxyz"
 	newHash = "zyxwvsrqpnmlkjihgfdcba9876543210"

@@ -28,6 +28,9 @@ import (
 
 var must = testhelp.Must
 
+// Items are restored under the umask that the commands set.
+func init() { unix.Umask(0o022) }
+
 // makeTree fills an empty directory with files of all kinds, the same for equal seeds.
 func makeTree(t testing.TB, root string, seed uint64, files int) {
 	t.Helper()

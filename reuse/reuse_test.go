@@ -30,6 +30,9 @@ import (
 
 var must = testhelp.Must
 
+// Items are restored under the umask that the commands set.
+func init() { unix.Umask(0o022) }
+
 // plain is a file without a hash in it that is long enough for a link.
 var plain = strings.Repeat("No hash is here.\n", 9000)
 

@@ -28,6 +28,9 @@ import (
 
 const guixMirror = "../testdata/guix-mirror"
 
+// Items are restored under the umask that the commands set.
+func init() { unix.Umask(0o022) }
+
 // mirrorItems returns the names and store items of the mirror.
 func mirrorItems(t testing.TB) map[string]string {
 	f, err := os.Open(guixMirror + "/items.txt")
