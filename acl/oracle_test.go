@@ -23,7 +23,7 @@ func runGuile(t *testing.T, program string) []string {
 		t.Skip("guile is not installed")
 	}
 	run := func(program string) ([]byte, error) {
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 		defer cancel()
 		cmd := exec.CommandContext(ctx, guile, "--no-auto-compile", "-c", program)
 		var stderr bytes.Buffer
