@@ -182,7 +182,7 @@ ip link set bridge up
 for i in 0 1 2 3; do
 	unshare --net sleep 300 &
 	eval pid$i=$!
-	for try in $(seq 100); do
+	for try in $(seq 10000); do
 		[ "$(readlink /proc/$!/ns/net)" != "$(readlink /proc/self/ns/net)" ] && break
 		sleep 0.01
 	done
