@@ -19,6 +19,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -50,6 +51,11 @@ const raceOptions = "atexit_sleep_ms=20"
 
 func TestMain(m *testing.M) {
 	os.Setenv("GORACE", raceOptions)
+	// What a shell runs in the background ignores this, and so would what scripts start, which they end by
+	// it.
+	if signal.Ignored(os.Interrupt) {
+		signal.Notify(make(chan os.Signal, 1), os.Interrupt)
+	}
 	testscript.Main(m, map[string]func(){
 		"guix-substitute-eris": func() { os.Exit(run(asAnybody(os.Args[1:]))) },
 		"lying-store":          lyingStore,
