@@ -163,8 +163,8 @@ func (c *chain) query() {
 	}
 }
 
-// substitute fetches everything from one store, and checks it. Where something stood still the store is
-// late; then it is done again.
+// substitute fetches everything from one store, and checks it. Where something stood still the
+// store is late; then it is done again.
 func (c *chain) substitute(store string) {
 	c.t.Helper()
 	destination := c.directory + "/got"

@@ -51,8 +51,7 @@ const raceOptions = "atexit_sleep_ms=20"
 
 func TestMain(m *testing.M) {
 	os.Setenv("GORACE", raceOptions)
-	// What a shell runs in the background ignores this, and so would what scripts start, which they end by
-	// it.
+	// What a shell runs in the background ignores this, and so would what scripts start and end by it.
 	if signal.Ignored(os.Interrupt) {
 		signal.Notify(make(chan os.Signal, 1), os.Interrupt)
 	}
@@ -554,9 +553,10 @@ func scriptRequests(ts *testscript.TestScript, neg bool, args []string) {
 //
 // With the option kill=PATH the program is killed as soon as PATH exists and is not empty. With
 // copies=N there are N of them at once, which must reply alike. With program=FILE another program
-// is started. With unread=yes nobody reads the log.
+// is started. With unread=yes nobody reads the log. With again=TEXT all is done again, twenty times
+// at most, while the log has this text: of a source that is late where something stood still.
 func scriptDaemon(ts *testscript.TestScript, neg bool, args []string) {
-	program, kill, copies, unread := theProgram, "", 1, false
+	program, kill, copies, unread, again := theProgram, "", 1, false, ""
 	requests := os.Expand(ts.ReadFile(args[1]), ts.Getenv)
 	options := "substitute-urls=" + ts.Getenv("URLS") + "\n"
 	for _, option := range args[2:] {
@@ -570,17 +570,21 @@ func scriptDaemon(ts *testscript.TestScript, neg bool, args []string) {
 			program = ts.MkAbs(value)
 		case "unread":
 			unread = true
+		case "again":
+			again = value
 		default:
 			options += option + "\n"
 		}
 	}
 	env := append(scriptEnvironment(ts), "_NIX_OPTIONS="+options+"discover=false\n") // no question to the network around us
 	results := make([]helperResult, copies)
-	var wait sync.WaitGroup
-	for i := range results {
-		wait.Go(func() { results[i] = runHelper(program, args[0], env, requests, kill, unread) })
+	for try := 0; try == 0 || try < 20 && again != "" && strings.Contains(results[0].log, again); try++ {
+		var wait sync.WaitGroup
+		for i := range results {
+			wait.Go(func() { results[i] = runHelper(program, args[0], env, requests, kill, unread) })
+		}
+		wait.Wait()
 	}
-	wait.Wait()
 	first := results[0]
 	ts.Check(os.WriteFile(ts.MkAbs("replies"), []byte(first.replies), 0o644))
 	ts.Check(os.WriteFile(ts.MkAbs("log"), []byte(first.log), 0o644))
