@@ -128,7 +128,8 @@ func (h *hostileMachine) publish(path string, archive []byte, c eris.ReadCapabil
 }
 
 // fetch substitutes an item in both ways: with nars to fall back to, and without. It checks that
-// what cannot be had leaves nothing behind.
+// what cannot be had leaves nothing behind. A good store that is late, where something stood still,
+// is asked again.
 func (h *hostileMachine) fetch(t *testing.T, path, store string, archive []byte, fromBlocks bool) {
 	t.Helper()
 	for _, etc := range []string{"etc", "first"} {
@@ -137,7 +138,11 @@ func (h *hostileMachine) fetch(t *testing.T, path, store string, archive []byte,
 		c := *h.chain
 		c.t = t
 		c.env = append(c.env[:len(c.env):len(c.env)], "GUIX_CONFIGURATION_DIRECTORY="+h.directory+"/"+etc)
-		reply, log, used := c.talk("substitute", store, "substitute "+path+" "+destination+"/item\n")
+		var reply, log string
+		var used usage
+		for try := 0; try == 0 || try < 20 && fromBlocks && strings.Contains(log, "has not answered"); try++ {
+			reply, log, used = c.talk("substitute", store, "substitute "+path+" "+destination+"/item\n")
+		}
 		if etc == "first" || fromBlocks {
 			checkTree(t, destination+"/item", hashText(sha256.Sum256(archive)))
 			if !strings.HasPrefix(reply, "success ") {
