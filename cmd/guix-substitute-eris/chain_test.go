@@ -71,7 +71,7 @@ func newChain(t *testing.T) *chain {
 		}
 	}
 	c.env = append(c.env, "GUIX_CONFIGURATION_DIRECTORY="+directory+"/etc", "GUIX_STATE_DIRECTORY="+directory+"/var",
-		"HOME="+directory, "XDG_CACHE_HOME="+directory+"/cache")
+		"HOME="+directory, "XDG_CACHE_HOME="+directory+"/cache", "GUIX_SUBSTITUTE_ERIS_SYSTEM_ROOT="+directory)
 	return c
 }
 

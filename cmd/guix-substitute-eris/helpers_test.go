@@ -76,6 +76,7 @@ func machineEnvironment(t testing.TB, directory, options string) []string {
 	}
 	return []string{
 		"PATH=" + os.Getenv("PATH"), "TESTSCRIPT_COMMAND=" + theProgram, "HOME=" + directory + "/home", "XDG_CACHE_HOME=" + directory + "/state/cache",
+		"GUIX_SUBSTITUTE_ERIS_SYSTEM_ROOT=" + directory,
 		"NIX_STORE_DIR=" + directory + "/store", "GUIX_CONFIGURATION_DIRECTORY=" + directory + "/etc", "GUIX_STATE_DIRECTORY=" + directory + "/state",
 		"_NIX_OPTIONS=discover=false\nprint-extended-build-trace=1\n" + options,
 	}

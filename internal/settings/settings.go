@@ -160,7 +160,7 @@ func Directory() string {
 
 // CacheDirectory returns the directory of what servers keep, for the system or for a user.
 func CacheDirectory(name string) (string, error) {
-	base := "/var/cache"
+	base := filepath.Join("/", SystemRoot(), "var/cache")
 	if os.Geteuid() != 0 {
 		var err error
 		if base, err = os.UserCacheDir(); err != nil {
@@ -246,8 +246,8 @@ func DefaultSocket(user int, runtimeDirectory string) (string, error) {
 	return "", errors.New("XDG_RUNTIME_DIR is not set; name a socket by --socket")
 }
 
-// SystemRoot is the directory that stands for / where processes and services of the system, and the
-// socket of its block store, are looked for: another one in tests.
+// SystemRoot is the directory that stands for / where processes and services of the system, the
+// socket of its block store, and what its servers keep, are looked for: another one in tests.
 func SystemRoot() string { return os.Getenv("GUIX_SUBSTITUTE_ERIS_SYSTEM_ROOT") }
 
 // OpenStore opens the store at a URL. docs/sources.md describes the kinds of stores. Errors do not
