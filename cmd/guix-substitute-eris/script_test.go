@@ -52,11 +52,15 @@ const raceOptions = "atexit_sleep_ms=20"
 func TestMain(m *testing.M) {
 	os.Setenv("GORACE", raceOptions)
 	if name := filepath.Base(os.Args[0]); name != theProgram && name != "lying-store" {
-		// What a shell runs in the background ignores this, and so would what scripts start and end by it.
+		// What a shell runs in the background ignores this, and so would what scripts start and end by
+		// it.
 		if signal.Ignored(os.Interrupt) {
 			signal.Notify(make(chan os.Signal, 1), os.Interrupt)
 		}
 		unix.Umask(0o022) // for others may read some of what they make
+		for _, proxy := range []string{"http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"} {
+			os.Unsetenv(proxy) // it need not know the way to us
+		}
 	}
 	testscript.Main(m, map[string]func(){
 		"guix-substitute-eris": func() { os.Exit(run(asAnybody(os.Args[1:]))) },
