@@ -58,8 +58,9 @@ func TestMain(m *testing.M) {
 			signal.Notify(make(chan os.Signal, 1), os.Interrupt)
 		}
 		unix.Umask(0o022) // for others may read some of what they make
-		for _, proxy := range []string{"http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"} {
-			os.Unsetenv(proxy) // it need not know the way to us
+		// A proxy need not know the way to us, and where lines are broken is not what is tested.
+		for _, name := range []string{"http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "COLUMNS"} {
+			os.Unsetenv(name)
 		}
 	}
 	testscript.Main(m, map[string]func(){
