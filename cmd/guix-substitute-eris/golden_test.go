@@ -123,7 +123,7 @@ func sameEachTime(text, work string) string {
 		{`127\.\d+\.\d+\.\d+:\d{4,5}`, "127.0.0.1:PORT"},
 		{`\b\d+ ms\b|\b\d+\.\d s\b`, "TIME"},
 		{`\b\d+\.\d MB/s\b`, "SPEED"},
-		{`\b\d+\.\d GB free\b`, "MUCH free"},
+		{`\b\d+\.\d [MG]B free\b`, "MUCH free"},
 		{`#[0-9A-F]{16}…`, "#KEY…"},
 		{`urn:eris:[A-Z2-7]{10,}(…[A-Z2-7]{4})?`, "urn:eris:URN"},
 		{`\bblock [A-Z2-7]{52}`, "block REFERENCE"},

@@ -793,7 +793,7 @@ func lyingStore() {
 		return make([]byte, size), nil
 	})
 	err := func() error {
-		l, err := net.Listen("tcp", "[::]:5683")
+		l, err := net.Listen("tcp", ":5683")
 		if err != nil {
 			return err
 		}
