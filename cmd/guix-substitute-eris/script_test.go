@@ -57,6 +57,9 @@ func TestMain(m *testing.M) {
 		if signal.Ignored(os.Interrupt) {
 			signal.Notify(make(chan os.Signal, 1), os.Interrupt)
 		}
+		if len(os.TempDir()) > 25 { // with which names of sockets would be too long
+			os.Unsetenv("TMPDIR")
+		}
 		unix.Umask(0o022) // for others may read some of what they make
 		// A proxy need not know the way to us, and where lines are broken is not what is tested.
 		for _, name := range []string{"http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "COLUMNS"} {
