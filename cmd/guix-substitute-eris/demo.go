@@ -281,8 +281,8 @@ func (d *demo) fetchAll(ctx context.Context, from string) error {
 	if err := os.Mkdir(d.file("store"), 0o755); err != nil {
 		return err
 	}
-	for _, item := range d.items {
-		begin := time.Now()
+	for left, tries := d.items, 0; len(left) > 0; {
+		item, begin := left[0], time.Now()
 		reply, said, err := d.ask(ctx, "--substitute", "substitute "+item.path+" "+item.path)
 		took := since(begin)
 		if err != nil {
@@ -300,10 +300,14 @@ func (d *demo) fetchAll(ctx context.Context, from string) error {
 		}
 		source, _, _ := strings.Cut(said[strings.LastIndex(said, downloading)+len(downloading):], "...")
 		if !strings.HasPrefix(source, from) {
+			if tries++; tries < 20 { // our servers were late, as this machine stood still
+				continue
+			}
 			return fmt.Errorf("%s has come from %q instead of %s", item.path, source, from)
 		}
 		rate := float64(item.size) / (1 << 20) / max(took.Seconds(), 0.001)
 		d.Say("   %s\n     from %s\n     %v, %.0f MiB/s; hash checked: %s\n", filepath.Base(item.path), source, took, rate, item.hash)
+		left = left[1:]
 	}
 	return nil
 }
