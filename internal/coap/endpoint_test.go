@@ -148,7 +148,7 @@ func TestFarPeer(t *testing.T) {
 		"much lost":            {line{roundTrip: 10 * time.Millisecond, percent: 30}, 300, 900, 300, time.Minute},
 		"far, lossy":           {line{roundTrip: 600 * time.Millisecond, percent: 10}, 300, 600, 300, 100 * time.Second},
 		"far, wide, lossy":     {line{roundTrip: 100 * time.Millisecond, gap: time.Millisecond, percent: 1}, 20000, 21000, 400, 30 * time.Second},
-		"near, wide, lossy":    {line{roundTrip: time.Millisecond, gap: 80 * time.Microsecond, percent: 3}, 20000, 22000, 400, 2300 * time.Millisecond},
+		"near, wide, lossy":    {line{roundTrip: time.Millisecond, gap: 80 * time.Microsecond, percent: 3}, 20000, 22000, 400, 5 * time.Second},
 		"near, unsteady":       {line{roundTrip: time.Millisecond, gap: 80 * time.Microsecond, unsteady: 100 * time.Millisecond}, 20000, 20800, 400, 2 * time.Second},
 		"near, slow":           {line{roundTrip: 5 * time.Millisecond, gap: time.Millisecond, slow: 1500 * time.Millisecond}, 10000, 16000, 400, 2 * time.Minute},
 		"far, unsteady":        {line{roundTrip: 300 * time.Millisecond, unsteady: 80 * time.Millisecond}, 3000, 3000, 3000, 10 * time.Second},
