@@ -69,7 +69,7 @@ func runProcess(arguments string) error {
 	if total := last - first; found < total*9/10 {
 		return fmt.Errorf("%d blocks of %d were there after they had been written", found, total)
 	}
-	return c.Close()
+	return closeSurely(c)
 }
 
 // process returns another process that uses a cache.
@@ -175,7 +175,7 @@ func TestCreateAtOnce(t *testing.T) {
 			if got := count(t, c, 0, 10, func(int) eris.BlockSize { return small }); got != 10 {
 				t.Errorf("%d blocks of 10", got)
 			}
-			must(t, c.Close())
+			must(t, closeSurely(c))
 		}
 	}
 }
@@ -223,7 +223,7 @@ func TestFullDisk(t *testing.T) {
 	if got := count(t, c, 1000, 1100, all); got < 90 {
 		t.Errorf("%d blocks of 100 on a full file system", got)
 	}
-	must(t, c.Close())
+	must(t, closeSurely(c))
 	// A new cache has no room.
 	must(t, os.Remove(filepath.Join(d, fileName)))
 	os.WriteFile(filler, make([]byte, 8<<20), 0o600)
@@ -235,7 +235,7 @@ func TestFullDisk(t *testing.T) {
 	if got := count(t, c, 0, 1000, all); got != 0 {
 		t.Errorf("%d blocks without room", got)
 	}
-	must(t, c.Close())
+	must(t, closeSurely(c))
 	// Room again.
 	must(t, os.Remove(filler))
 	c = open()
@@ -243,5 +243,5 @@ func TestFullDisk(t *testing.T) {
 	if got := count(t, c, 0, 100, all); got < 99 {
 		t.Errorf("%d blocks of 100", got)
 	}
-	must(t, c.Close())
+	must(t, closeSurely(c))
 }
