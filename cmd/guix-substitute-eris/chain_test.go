@@ -176,7 +176,8 @@ func (c *chain) substitute(store string) {
 	var replies, log string
 	var used usage
 	n := 0
-	for range 20 {
+	for try := range 20 {
+		time.Sleep(time.Duration(try) * restOfLate)
 		must(c.t, errors.Join(restore.Remove(destination), os.Mkdir(destination, 0o755)))
 		replies, log, used = c.talk("substitute", store, requests.String())
 		n = strings.Count(log, "Downloading urn:eris:")

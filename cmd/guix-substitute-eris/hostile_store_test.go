@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -141,6 +142,7 @@ func (h *hostileMachine) fetch(t *testing.T, path, store string, archive []byte,
 		var reply, log string
 		var used usage
 		for try := 0; try == 0 || try < 20 && fromBlocks && strings.Contains(log, "has not answered"); try++ {
+			time.Sleep(time.Duration(try) * restOfLate)
 			reply, log, used = c.talk("substitute", store, "substitute "+path+" "+destination+"/item\n")
 		}
 		if etc == "first" || fromBlocks {

@@ -590,6 +590,7 @@ func scriptDaemon(ts *testscript.TestScript, neg bool, args []string) {
 	env := append(scriptEnvironment(ts), "_NIX_OPTIONS="+options+"discover=false\n") // no question to the network around us
 	results := make([]helperResult, copies)
 	for try := 0; try == 0 || try < 20 && again != "" && strings.Contains(results[0].log, again); try++ {
+		time.Sleep(time.Duration(try) * restOfLate)
 		var wait sync.WaitGroup
 		for i := range results {
 			wait.Go(func() { results[i] = runHelper(program, args[0], env, requests, kill, unread) })
@@ -611,6 +612,10 @@ func scriptDaemon(ts *testscript.TestScript, neg bool, args []string) {
 		}
 	}
 }
+
+// restOfLate is how much longer is waited each time before a store is asked again that was late: it
+// is left alone for a while, by other processes as well.
+const restOfLate = 200 * time.Millisecond
 
 type helperResult struct {
 	replies, log string
