@@ -545,7 +545,8 @@ func TestPublishKilled(t *testing.T) {
 		c.generated("item", func(root string) {
 			must(t, os.WriteFile(root, noise(uint64(i), 1+random.IntN(2<<20)), 0o644))
 		})
-		publisher, err := startPublish(c.directory, c.directory+"/publish.log", c.env, "--root="+c.directory+"/items",
+		// Nobody else may answer in its place.
+		publisher, err := startPublish(c.directory, c.directory+"/publish.log", c.env, "--listen="+testhelp.FreeAddress(), "--root="+c.directory+"/items",
 			"--cache="+c.directory+"/cache", "--eris="+store.urls["UNIX"], c.manifest())
 		must(t, err)
 		// The last one is not killed, and says everything once more.
