@@ -324,14 +324,13 @@ const (
 func (g *Gate) Server(handler http.Handler) *http.Server {
 	return &http.Server{
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			b := &body{ReadCloser: r.Body, conn: ConnOf(r)}
-			if r.ContentLength != 0 {
-				b.waiting = 1
+			b := &body{ReadCloser: r.Body, conn: ConnOf(r), more: r.ContentLength != 0}
+			if b.more {
 				r = r.WithContext(r.Context()) // for net/http looks at the body of its own
 				r.Body = b
 			}
-			b.conn.count(1, b.waiting, false)
-			defer func() { b.conn.count(-1, -b.waiting, r.Context().Err() != nil) }()
+			b.conn.count(1, 0, false)
+			defer func() { b.conn.count(-1, -b.waiting, b.more || r.Context().Err() != nil) }()
 			handler.ServeHTTP(w, r)
 		}),
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
@@ -349,30 +348,37 @@ func (g *Gate) Server(handler http.Handler) *http.Server {
 	}
 }
 
-// count counts requests and those whose body has not come: while that are all, the connection is
+// count counts requests and those that wait for their body: while that are all, the connection is
 // idle. Net/http says that it is when the last one has ended, but does not wait for handlers of
-// requests that the client has given up by HTTP/2.
-func (c *Conn) count(requests, waiting int, givenUp bool) {
+// requests that the client has given up by HTTP/2, and waits for what they have not read of a body.
+// One such has ended if inVain is set.
+func (c *Conn) count(requests, waiting int, inVain bool) {
 	c.gate.mu.Lock()
 	defer c.gate.mu.Unlock()
 	c.requests += requests
 	c.waiting += waiting
-	if c.requests > c.waiting || c.waiting > 0 || givenUp {
+	if c.requests > c.waiting || c.waiting > 0 || inVain {
 		c.setIdle(c.requests == c.waiting)
 	}
 }
 
-// A body is that of a request.
+// A body is that of a request. Who answers without it does not wait for it: its length may be
+// unknown, and there is none.
 type body struct {
 	io.ReadCloser
 	conn    *Conn
-	waiting int // 1 until it has come
+	more    bool // it has not come whole
+	waiting int  // 1 from the first call of Read until then
 }
 
 // Read implements io.Reader.
 func (b *body) Read(p []byte) (n int, err error) {
-	if n, err = b.ReadCloser.Read(p); err == io.EOF && b.waiting > 0 {
-		b.waiting = 0
+	if b.more && b.waiting == 0 {
+		b.waiting = 1
+		b.conn.count(0, 1, false)
+	}
+	if n, err = b.ReadCloser.Read(p); err == io.EOF && b.more {
+		b.more, b.waiting = false, 0
 		b.conn.count(0, -1, false)
 	}
 	return n, err
