@@ -251,8 +251,7 @@ type patch struct {
 }
 
 // apply puts the part of the patch into b that belongs there: b is what the file has at an offset,
-// and the patch does not begin behind it.
-// It reports whether nothing of the patch is behind b.
+// and the patch does not begin behind it. It reports whether nothing of the patch is behind b.
 func (p patch) apply(b []byte, offset int64) bool {
 	at, length := p.offset-offset, int64(len(p.bytes))
 	copy(b[max(0, at):], p.bytes[min(max(0, -at), length):])

@@ -26,8 +26,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sync/semaphore"
-
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/admission"
@@ -65,9 +63,9 @@ type Config struct {
 	// MaxConnections is the most connections at a time per listener: see [admission.New].
 	// Default 256.
 	MaxConnections int
-	// MaxRequests is the most requests at a time in all, each of which needs 32 KiB; further ones
-	// are answered by 503. Default 4096.
-	MaxRequests int64
+	// MaxRequests is the most requests at a time in all, each of which needs 32 KiB, and of which
+	// one host may have half; further ones are answered by 503. Default 4096.
+	MaxRequests int
 	// RequestTimeout is how long a request may take to come, its header at most 30 s, and its
 	// answer to go. Default 60 s.
 	RequestTimeout time.Duration
@@ -84,13 +82,14 @@ const maxStreams = 128
 // Server serves blocks. Its methods are safe for concurrent use.
 type Server struct {
 	config   Config
-	requests *semaphore.Weighted
+	requests *admission.Slots
 	memory   sync.Pool // of *[32769]byte
 	seldom   admission.Seldom
 	counts   admission.Counts
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
+	closed sync.Once
 }
 
 // New returns a Server.
@@ -101,7 +100,7 @@ func New(config Config) *Server {
 	if config.Log == nil {
 		config.Log = func(error) {}
 	}
-	s := &Server{config: config, requests: semaphore.NewWeighted(config.MaxRequests)}
+	s := &Server{config: config, requests: admission.NewSlots(config.MaxRequests)}
 	s.memory.New = func() any { return new([eris.BlockSize32KiB + 1]byte) }
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
@@ -138,11 +137,14 @@ func (s *Server) Stats() admission.Stats { return s.counts.Stats() }
 
 // Close ends what is still under way, and waits for it. No requests may come any more.
 func (s *Server) Close() {
-	s.cancel()
-	// Handlers whose connections were closed may not have come to their end: all of them have when
-	// nothing of the semaphore is taken.
-	_ = s.requests.Acquire(context.Background(), s.config.MaxRequests)
-	s.requests.Release(s.config.MaxRequests)
+	s.closed.Do(func() {
+		s.cancel()
+		// Handlers whose connections were closed may not have come to their end: all of them have when
+		// nobody else has a slot.
+		for range s.config.MaxRequests {
+			_, _ = s.requests.Acquire(context.Background(), "")
+		}
+	})
 }
 
 // A refusal is an answer without a block.
@@ -162,11 +164,12 @@ func (s *Server) Handler(access Access) http.Handler {
 }
 
 func (s *Server) answer(w http.ResponseWriter, r *http.Request, access Access) *refusal {
-	if !s.requests.TryAcquire(1) {
+	release := s.requests.TryAcquire(r.RemoteAddr)
+	if release == nil {
 		w.Header().Set("Retry-After", "1")
 		return &refusal{http.StatusServiceUnavailable, "too many requests at a time"}
 	}
-	defer s.requests.Release(1)
+	defer release()
 	memory := s.memory.Get().(*[eris.BlockSize32KiB + 1]byte)
 	defer s.memory.Put(memory)
 	switch {

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -364,6 +365,38 @@ func TestBounds(t *testing.T) {
 	group.Wait()
 	if got := status(); got != 404 {
 		t.Errorf("a request after that is answered by %d", got)
+	}
+}
+
+// TestHostBounds has one host make half as many requests as are allowed in all, whose bodies do not
+// come: it may make no more, and another one is answered.
+func TestHostBounds(t *testing.T) {
+	backend := sourcetest.NewBackend()
+	store := backend.Open(16)
+	defer store.Close()
+	server := httpserver.New(httpserver.Config{Source: store, Sink: store.Put, MaxRequests: 4})
+	defer server.Close()
+	handler := server.Handler(readWrite)
+	ask := func(host, method string, body io.Reader) int {
+		r := httptest.NewRequest(method, "/uri-res/N2R?urn:blake2b:"+eris.Sum(nil).String(), body)
+		r.RemoteAddr = host + ":1"
+		answer := httptest.NewRecorder()
+		handler.ServeHTTP(answer, r)
+		return answer.Code
+	}
+	var group sync.WaitGroup
+	defer group.Wait()
+	for range 2 {
+		slow, end := io.Pipe()
+		defer end.Close()
+		group.Go(func() { ask("192.0.2.1", "PUT", slow) })
+		io.WriteString(end, "x") // when this is over it has been read
+	}
+	if got := ask("192.0.2.1", "GET", nil); got != 503 {
+		t.Errorf("a further request of the host is answered by %d", got)
+	}
+	if got := ask("192.0.2.2", "GET", nil); got != 404 {
+		t.Errorf("another host is answered by %d", got)
 	}
 }
 

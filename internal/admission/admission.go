@@ -317,7 +317,7 @@ const (
 )
 
 // Server returns an HTTP server for the listener of the gate, whose idle connections make room, and
-// those on which no request has come whole. The header of a request has 30 seconds and
+// those on which only bodies of requests are waited for. The header of a request has 30 seconds and
 // 16 KiB, its body a minute, and so has what the handler writes, unless it sets other deadlines; a
 // connection waits 2 minutes for a further request. What goes wrong between clients and net/http is
 // not logged. Fields may be changed before it serves.
@@ -497,26 +497,39 @@ func NewSlots(most int) *Slots {
 // the client, as in [http.Request]; this machine counts for no host, for it may be a proxy. Release
 // must be called, once.
 func (s *Slots) Acquire(ctx context.Context, remote string) (release func(), err error) {
-	address, _ := netip.ParseAddrPort(remote)
-	host := hostOf(address.Addr())
-	if address.Addr().Unmap().IsLoopback() {
-		host = netip.Prefix{}
-	}
 	for {
-		s.mu.Lock()
-		if s.shares.all < s.shares.most && s.shares.hosts[host] < s.shares.perHost {
-			s.shares.add(host)
-			s.mu.Unlock()
-			return func() { s.release(host) }, nil
+		release, freed := s.acquire(remote)
+		if release != nil {
+			return release, nil
 		}
-		freed := s.freed
-		s.mu.Unlock()
 		select {
 		case <-freed:
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		}
 	}
+}
+
+// TryAcquire is Acquire, but does not wait: if there is no slot it returns nil.
+func (s *Slots) TryAcquire(remote string) (release func()) {
+	release, _ = s.acquire(remote)
+	return release
+}
+
+// acquire returns a slot, or nil and what is closed when one has become free.
+func (s *Slots) acquire(remote string) (release func(), freed <-chan struct{}) {
+	address, _ := netip.ParseAddrPort(remote)
+	host := hostOf(address.Addr())
+	if address.Addr().Unmap().IsLoopback() {
+		host = netip.Prefix{}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.shares.all >= s.shares.most || s.shares.hosts[host] >= s.shares.perHost {
+		return nil, s.freed
+	}
+	s.shares.add(host)
+	return func() { s.release(host) }, nil
 }
 
 func (s *Slots) release(host netip.Prefix) {

@@ -45,8 +45,8 @@ type Config struct {
 	// was requested, no end of a message that has begun, and no 4 KiB of what is asked or answered
 	// in either direction. It must be positive.
 	Timeout time.Duration
-	// IdleTimeout is for how long the connection is kept while neither side sends requests. It must
-	// be positive.
+	// IdleTimeout is for how long the connection is kept while neither side sends requests, but for
+	// those of the peer if there are no Paths. It must be positive.
 	IdleTimeout time.Duration
 	// KeepAlive, if positive, is how often the peer is sent a Ping, so that the connection is kept
 	// although neither side sends requests, by whatever is in between as well. It is at its end if
