@@ -24,7 +24,7 @@ const (
 	answerTimeout = 2 * time.Minute
 	// maxTransfers is the most blocks at a time that are being received part by part, and
 	// maxTransfersPerHost that from one host. The oldest make room. Each needs 32 KiB.
-	maxTransfers, maxTransfersPerHost = 1024, 64
+	maxTransfers, maxTransfersPerHost = 1024, 256
 	// requestBuffer is how many bytes the kernel shall keep of requests: more than a thousand.
 	requestBuffer = 1 << 20
 	// transferTimeout is for how long the parts of a block are kept without a further one.

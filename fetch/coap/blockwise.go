@@ -9,6 +9,7 @@ import (
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
@@ -150,35 +151,50 @@ func (s *Store) partError(x *wire.Exchange) error {
 
 // putParts puts a block part by part, after those that others put so on the same link: a server may
 // tell transfers apart by the endpoint alone, and would make one block of the parts of two, which
-// nobody would notice. Peer is nil by UDP. There, one more is put at a time after one of which at
-// most one part was sent again, and one less where an eighth of them were.
+// nobody would notice. Peer is nil by UDP. It begins again, after others, if the server has dropped
+// what came before: a copy of an old message made it start afresh, or it has no room for so many.
 func (s *Store) putParts(ctx context.Context, block []byte, peer *wire.Capabilities) error {
-	var l *link
-	select {
-	case l = <-s.parts:
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	case <-s.ctx.Done():
-		return fetch.ErrClosed
+	for restarts := 0; ; restarts++ {
+		var l *link
+		select {
+		case l = <-s.parts:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-s.ctx.Done():
+			return fetch.ErrClosed
+		}
+		x := &wire.Exchange{Store: s.blocks}
+		err := s.putPartsOn(ctx, l, x, block, peer)
+		dropped := x.Code == codes.RequestEntityIncomplete && x.Block.Number > 0
+		s.release(l, x.Again, dropped, err)
+		if !dropped || restarts == maxRestarts {
+			return err
+		}
 	}
-	x := &wire.Exchange{Store: s.blocks}
-	err := s.putPartsOn(ctx, l, x, block, peer)
-	if x.Again > len(block)/blockUnit/8 {
+}
+
+// release gives back a link on which a block was put in parts, of which so many were sent again. By
+// UDP, one block more is put at a time after one of which at most one part was, until the server
+// drops one; and one less after that, or where an eighth of the parts were sent again.
+func (s *Store) release(l *link, again int, dropped bool, err error) {
+	if dropped {
+		s.crowded.Store(true)
+	}
+	if dropped || again > int(eris.BlockSize32KiB)/blockUnit/8 {
 		select {
 		case s.spare <- l:
-			return err
+			return
 		default: // no more are in use than at first
 		}
 	}
 	s.parts <- l
-	if err == nil && x.Again <= 1 {
+	if err == nil && again <= 1 && !s.crowded.Load() {
 		select {
 		case more := <-s.spare:
 			s.parts <- more
 		default:
 		}
 	}
-	return err
 }
 
 // putPartsOn puts a block part by part on a link, by an exchange of which the store is set.
@@ -203,7 +219,7 @@ func (s *Store) putPartsOn(ctx context.Context, l *link, x *wire.Exchange, block
 // transfer puts a block in parts, in units of the given exponent and in messages with at most the
 // given number of bytes of it (RFC 7959, section 2.5; RFC 8323, section 6).
 func (s *Store) transfer(ctx context.Context, c connection, x *wire.Exchange, block []byte, exponent uint8, most int) error {
-	for sent, restarts := 0, 0; ; {
+	for sent := 0; ; {
 		part := wire.Block{Exponent: exponent, Present: true}
 		part.Number = uint32(sent / part.Unit())
 		length := min(most, len(block)-sent)
@@ -220,12 +236,6 @@ func (s *Store) transfer(ctx context.Context, c connection, x *wire.Exchange, bl
 		case x.Code == codes.RequestEntityTooLarge && sent == 0 && answer.Present && answer.Exponent < exponent:
 			// The server wants smaller parts from the first on.
 			exponent, most = answer.Exponent, answer.Unit()
-			continue
-		case x.Code == codes.RequestEntityIncomplete && sent > 0 && restarts < maxRestarts:
-			// The server has dropped what came before, or a copy of an old message made it start
-			// afresh.
-			sent = 0
-			restarts++
 			continue
 		case !part.More:
 			return putError(x)

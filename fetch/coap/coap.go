@@ -46,8 +46,9 @@ type Store struct {
 	ctx      context.Context
 	cancel   context.CancelFunc
 	main     *link
-	parts    chan *link // for a block that is put in parts: one such transfer on each at a time
-	spare    chan *link // by UDP, what is not in use of that at present
+	parts    chan *link  // for a block that is put in parts: one such transfer on each at a time
+	spare    chan *link  // by UDP, what is not in use of that at present
+	crowded  atomic.Bool // by UDP, the server has dropped a block of which only some parts had come
 	links    []*link
 	received atomic.Int64 // bytes of responses; by UDP, of blocks that come in parts
 }

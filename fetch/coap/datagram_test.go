@@ -7,6 +7,7 @@ import (
 	"context"
 	"math/rand/v2"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -552,6 +553,45 @@ func TestDatagramPutMany(t *testing.T) {
 		loses = true
 		mu.Unlock()
 	}
+}
+
+// TestDatagramPutCrowded puts blocks by UDP to a server that has room for the parts of eight at a
+// time, and drops the one of which no part has come for the longest: fewer are put at a time then.
+func TestDatagramPutCrowded(t *testing.T) {
+	const room = 8
+	var mu sync.Mutex
+	var coming []string // from which addresses, the one that has been silent for the longest first
+	url := datagramPeerFor(t, func(from net.Addr, m coaptest.Message) [][]byte {
+		mu.Lock()
+		defer mu.Unlock()
+		part, code := m.Block(message.Block1), codes.Continue
+		i := slices.Index(coming, from.String())
+		if i >= 0 {
+			coming = slices.Delete(coming, i, i+1)
+		}
+		switch {
+		case i < 0 && part.Number > 0:
+			code = codes.RequestEntityIncomplete
+		case !part.More:
+			code = codes.Created
+		default:
+			coming = append(coming, from.String())
+			coming = coming[max(0, len(coming)-room):]
+		}
+		return [][]byte{coaptest.Datagram(message.Acknowledgement, code, m.ID, m.Token, part.AppendOption(nil, 0, message.Block1), "")}
+	})
+	store := mustOpen(t, url, fast)
+	defer store.Close()
+	var group sync.WaitGroup
+	for i := range 128 {
+		ref, block := newBlock(eris.BlockSize32KiB, i)
+		group.Go(func() {
+			if err := store.Put(t.Context(), ref, block); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	group.Wait()
 }
 
 // TestDatagramOrder gets two blocks by UDP from a peer that answers the first request for the
