@@ -104,10 +104,13 @@ type Conn struct {
 	net.Conn
 	gate  *Gate
 	host  netip.Prefix
-	idle  time.Time // when it became idle; zero if it is not
+	idle  time.Time // from when on it is idle; zero if it is not
 	leave func()
 
-	requests, waiting int // by HTTP: that are under way, and those of them whose body has not come
+	// By HTTP: requests that are under way, those of them that wait for the client, and until when
+	// that counts as doing its part.
+	requests, waiting int
+	flows             time.Time
 }
 
 // Stats counts connections.
@@ -243,11 +246,12 @@ func (c *Conn) SetIdle(idle bool) {
 
 // setIdle is SetIdle. The caller holds the lock of the gate.
 func (c *Conn) setIdle(idle bool) {
+	now := time.Now()
 	switch {
 	case !idle:
 		c.idle = time.Time{}
-	case c.idle.IsZero():
-		c.idle = time.Now()
+	case c.idle.IsZero() || c.idle.After(now):
+		c.idle = now
 	}
 }
 
@@ -268,15 +272,15 @@ const (
 // one. The caller holds the lock, which is released while it waits.
 func (g *Gate) makeRoom(may func(*Conn) bool, until time.Time) bool {
 	var oldest *Conn
+	now := time.Now()
 	for c := range g.inside {
-		if !c.idle.IsZero() && may(c) && (oldest == nil || c.idle.Before(oldest.idle)) {
+		if !c.idle.IsZero() && !c.idle.After(now) && may(c) && (oldest == nil || c.idle.Before(oldest.idle)) {
 			oldest = c
 		}
 	}
 	if oldest == nil {
 		return false
 	}
-	now := time.Now()
 	wait := min(leastIdle-now.Sub(oldest.idle), until.Sub(now))
 	if wait > 0 && g.waited.Sub(now) <= (mostWaited-wait)*waitedShare {
 		g.waited = now.Add(max(0, g.waited.Sub(now)) + wait*waitedShare)
@@ -314,24 +318,28 @@ const (
 	requestTimeout = time.Minute
 	idleTimeout    = 2 * time.Minute
 	maxHeader      = 16 << 10
+	// A body flows while so many bytes of it come within flowTime, and an answer while more of it can
+	// be written.
+	flowBytes = 4 << 10
+	flowTime  = 3 * time.Second
 )
 
 // Server returns an HTTP server for the listener of the gate, whose idle connections make room, and
-// those on which only bodies of requests are waited for. The header of a request has 30 seconds and
-// 16 KiB, its body a minute, and so has what the handler writes, unless it sets other deadlines; a
-// connection waits 2 minutes for a further request. What goes wrong between clients and net/http is
-// not logged. Fields may be changed before it serves.
+// those on which bodies of requests, or that answers are taken, are waited for and do not flow. The
+// header of a request has 30 seconds and 16 KiB, its body a minute, and so has what the handler
+// writes, unless it sets other deadlines; a connection waits 2 minutes for a further request. What
+// goes wrong between clients and net/http is not logged. Fields may be changed before it serves.
 func (g *Gate) Server(handler http.Handler) *http.Server {
 	return &http.Server{
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			b := &body{ReadCloser: r.Body, conn: ConnOf(r), more: r.ContentLength != 0}
-			if b.more {
+			x := &exchange{ResponseWriter: w, ReadCloser: r.Body, conn: ConnOf(r), more: r.ContentLength != 0}
+			if x.more {
 				r = r.WithContext(r.Context()) // for net/http looks at the body of its own
-				r.Body = b
+				r.Body = x
 			}
-			b.conn.count(1, 0, false)
-			defer func() { b.conn.count(-1, -b.waiting, b.more || r.Context().Err() != nil) }()
-			handler.ServeHTTP(w, r)
+			x.conn.count(1, 0, false)
+			defer func() { x.conn.count(-1, -x.waiting, false) }()
+			handler.ServeHTTP(x, r)
 		}),
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
 			return context.WithValue(ctx, connKey{}, conn)
@@ -348,41 +356,72 @@ func (g *Gate) Server(handler http.Handler) *http.Server {
 	}
 }
 
-// count counts requests and those that wait for their body: while that are all, the connection is
-// idle. Net/http says that it is when the last one has ended, but does not wait for handlers of
-// requests that the client has given up by HTTP/2, and waits for what they have not read of a body.
-// One such has ended if inVain is set.
-func (c *Conn) count(requests, waiting int, inVain bool) {
+// count counts requests and those that wait for the client, which has done its part just now if
+// flows is set: while these are all, the connection is idle once nothing has flowed for some time.
+// Net/http says that it is when the last one has ended, but does not wait for handlers of requests
+// that the client has given up by HTTP/2, and waits for what they have not read of a body.
+func (c *Conn) count(requests, waiting int, flows bool) {
 	c.gate.mu.Lock()
 	defer c.gate.mu.Unlock()
 	c.requests += requests
 	c.waiting += waiting
-	if c.requests > c.waiting || c.waiting > 0 || inVain {
-		c.setIdle(c.requests == c.waiting)
+	now := time.Now()
+	if flows {
+		c.flows = now.Add(flowTime)
+	}
+	switch {
+	case c.requests > c.waiting:
+		c.idle = time.Time{}
+	case c.idle.IsZero() || flows:
+		c.idle = now
+		if c.flows.After(now) {
+			c.idle = c.flows
+		}
 	}
 }
 
-// A body is that of a request. Who answers without it does not wait for it: its length may be
-// unknown, and there is none.
-type body struct {
+// An exchange is the body of a request, and where its answer goes. Who answers without the body
+// does not wait for it: its length may be unknown, and there is none.
+type exchange struct {
+	http.ResponseWriter
 	io.ReadCloser
 	conn    *Conn
-	more    bool // it has not come whole
+	more    bool // the body has not come whole
 	waiting int  // 1 from the first call of Read until then
+	flowed  int  // bytes of the body that have not been counted
 }
 
 // Read implements io.Reader.
-func (b *body) Read(p []byte) (n int, err error) {
-	if b.more && b.waiting == 0 {
-		b.waiting = 1
-		b.conn.count(0, 1, false)
+func (x *exchange) Read(p []byte) (n int, err error) {
+	if x.more && x.waiting == 0 {
+		x.waiting = 1
+		x.conn.count(0, 1, false)
 	}
-	if n, err = b.ReadCloser.Read(p); err == io.EOF && b.more {
-		b.more, b.waiting = false, 0
-		b.conn.count(0, -1, false)
+	n, err = x.ReadCloser.Read(p)
+	x.flowed += n
+	switch {
+	case !x.more:
+	case err == io.EOF:
+		x.more, x.waiting = false, 0
+		x.conn.count(0, -1, true)
+	case x.flowed >= flowBytes:
+		x.flowed = 0
+		x.conn.count(0, 0, true)
 	}
 	return n, err
 }
+
+// Write implements io.Writer.
+func (x *exchange) Write(p []byte) (n int, err error) {
+	if x.waiting == 0 {
+		x.conn.count(0, 1, false)
+		defer func() { x.conn.count(0, -1, n > 0) }()
+	}
+	return x.ResponseWriter.Write(p)
+}
+
+// Unwrap is for [http.ResponseController].
+func (x *exchange) Unwrap() http.ResponseWriter { return x.ResponseWriter }
 
 // connKey is the key of the connection in the context of a request.
 type connKey struct{}

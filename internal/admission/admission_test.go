@@ -362,7 +362,7 @@ func TestBodyOfMany(t *testing.T) {
 		defer ask("PUT", nil)()
 		enters(false)
 		answer <- struct{}{}
-		time.Sleep(time.Second)
+		time.Sleep(5 * time.Second)
 		enters(true)
 		// Nor does it count what was given up.
 		for range 2 {
@@ -371,7 +371,7 @@ func TestBodyOfMany(t *testing.T) {
 		for range 2 {
 			answer <- struct{}{}
 		}
-		time.Sleep(time.Second)
+		time.Sleep(5 * time.Second)
 		enters(true)
 		// A body of which nobody knows that it is empty is not waited for by who does not read it.
 		defer ask("GET", io.MultiReader())()
@@ -380,6 +380,67 @@ func TestBodyOfMany(t *testing.T) {
 		time.Sleep(time.Second)
 		enters(true)
 	})
+}
+
+// TestFlow has clients send the body of a request, or read an answer, slowly: their connections do
+// not make room before nothing flows any more.
+func TestFlow(t *testing.T) {
+	for _, second := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			var network sourcetest.Network
+			l := network.Listen()
+			g := admission.New(1, l, new(admission.Counts), nil)
+			defer serve(t, g, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				_, err := io.Copy(io.Discard, r.Body)
+				for err == nil {
+					_, err = w.Write(make([]byte, 32<<10))
+				}
+			}))()
+			transport := &http.Transport{DialContext: network.Dial, Protocols: new(http.Protocols)}
+			transport.Protocols.SetHTTP1(!second)
+			transport.Protocols.SetUnencryptedHTTP2(second)
+			defer transport.CloseIdleConnections()
+			enters := func(want bool) {
+				t.Helper()
+				c, ok := g.Enter(&client{address: "192.0.2.9:1"})
+				if ok != want {
+					t.Errorf("HTTP/2 %v: another one is let in: %v", second, ok)
+				}
+				if ok {
+					c.Close()
+				}
+			}
+			body, more := io.Pipe()
+			for _, sent := range []io.Reader{body, nil} {
+				request, err := http.NewRequestWithContext(t.Context(), "PUT", "http://"+l.Addr().String(), sent)
+				testhelp.Must(t, err)
+				answered := make(chan *http.Response, 1)
+				go func() {
+					response, _ := transport.RoundTrip(request)
+					answered <- response
+				}()
+				for i := 0; sent != nil && i < 10; i++ {
+					more.Write(make([]byte, 5<<10))
+					time.Sleep(time.Second)
+					enters(false)
+				}
+				if sent == nil {
+					response := <-answered
+					for range 10 {
+						// More than is sent without the client's leave, once all of that has come.
+						io.CopyN(io.Discard, response.Body, 5<<20)
+						time.Sleep(time.Second)
+						enters(false)
+					}
+					defer response.Body.Close()
+				}
+				time.Sleep(5 * time.Second)
+				enters(true)
+				synctest.Wait()
+			}
+			more.Close()
+		})
+	}
 }
 
 // TestLeave checks that a connection by TLS makes room at once, though its client does not read.
