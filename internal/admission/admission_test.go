@@ -287,6 +287,7 @@ func TestBody(t *testing.T) {
 			}
 		}))()
 		ask := func(request string) net.Conn {
+			synctest.Wait() // for those to have left that are closed
 			c, err := network.Dial(t.Context(), "tcp", l.Addr().String())
 			testhelp.Must(t, err)
 			go io.WriteString(c, request)
