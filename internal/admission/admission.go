@@ -332,7 +332,7 @@ const (
 func (g *Gate) Server(handler http.Handler) *http.Server {
 	return &http.Server{
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			x := &exchange{ResponseWriter: w, ReadCloser: r.Body, conn: ConnOf(r), more: r.ContentLength != 0}
+			x := &exchange{ResponseWriter: w, ReadCloser: r.Body, ctx: r.Context(), conn: ConnOf(r), more: r.ContentLength != 0}
 			if x.more {
 				r = r.WithContext(r.Context()) // for net/http looks at the body of its own
 				r.Body = x
@@ -385,6 +385,7 @@ func (c *Conn) count(requests, waiting int, flows bool) {
 type exchange struct {
 	http.ResponseWriter
 	io.ReadCloser
+	ctx     context.Context // ends when the client gives the request up
 	conn    *Conn
 	more    bool // the body has not come whole
 	waiting int  // 1 from the first call of Read until then
@@ -415,7 +416,7 @@ func (x *exchange) Read(p []byte) (n int, err error) {
 func (x *exchange) Write(p []byte) (n int, err error) {
 	if x.waiting == 0 {
 		x.conn.count(0, 1, false)
-		defer func() { x.conn.count(0, -1, n > 0) }()
+		defer func() { x.conn.count(0, -1, n > 0 && x.ctx.Err() == nil) }()
 	}
 	return x.ResponseWriter.Write(p)
 }
