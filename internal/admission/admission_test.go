@@ -328,6 +328,7 @@ func TestBodyOfMany(t *testing.T) {
 				}
 			}
 			<-answer
+			io.WriteString(w, "answer")
 		}))()
 		transport := &http.Transport{DialContext: network.Dial, Protocols: new(http.Protocols)}
 		transport.Protocols.SetUnencryptedHTTP2(true)
@@ -369,16 +370,17 @@ func TestBodyOfMany(t *testing.T) {
 		for range 2 {
 			ask("PUT", nil)()
 		}
+		synctest.Wait() // until the server knows
 		for range 2 {
 			answer <- struct{}{}
 		}
-		time.Sleep(5 * time.Second)
+		time.Sleep(time.Second)
 		enters(true)
 		// A body of which nobody knows that it is empty is not waited for by who does not read it.
 		defer ask("GET", io.MultiReader())()
 		enters(false)
 		answer <- struct{}{}
-		time.Sleep(time.Second)
+		time.Sleep(5 * time.Second)
 		enters(true)
 	})
 }
