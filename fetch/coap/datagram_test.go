@@ -480,8 +480,20 @@ func TestDatagramPutToken(t *testing.T) {
 	})
 	store := mustOpen(t, url, coap.Options{Datagram: wire.EndpointConfig{AckTimeout: 10 * time.Second}})
 	defer store.Close()
+	putMany(t, store, 8)
+	mu.Lock()
+	defer mu.Unlock()
+	for token, parts := range tokens {
+		if len(parts) != 32 {
+			t.Errorf("%d parts have the token %x", len(parts), token.Value)
+		}
+	}
+}
+
+// putMany puts so many blocks of 32 KiB at the same time.
+func putMany(t *testing.T, store *coap.Store, blocks int) {
 	var group sync.WaitGroup
-	for i := range 8 {
+	for i := range blocks {
 		ref, block := newBlock(eris.BlockSize32KiB, i)
 		group.Go(func() {
 			if err := store.Put(t.Context(), ref, block); err != nil {
@@ -490,13 +502,6 @@ func TestDatagramPutToken(t *testing.T) {
 		})
 	}
 	group.Wait()
-	mu.Lock()
-	defer mu.Unlock()
-	for token, parts := range tokens {
-		if len(parts) != 32 {
-			t.Errorf("%d parts have the token %x", len(parts), token.Value)
-		}
-	}
 }
 
 // TestDatagramPutMany puts blocks by UDP, each part of which is answered before the next is sent:
@@ -528,16 +533,7 @@ func TestDatagramPutMany(t *testing.T) {
 		mu.Lock()
 		clear(last)
 		mu.Unlock()
-		var group sync.WaitGroup
-		for i := range blocks {
-			ref, block := newBlock(eris.BlockSize32KiB, i)
-			group.Go(func() {
-				if err := store.Put(t.Context(), ref, block); err != nil {
-					t.Error(err)
-				}
-			})
-		}
-		group.Wait()
+		putMany(t, store, blocks)
 		mu.Lock()
 		defer mu.Unlock()
 		return len(last)
@@ -582,16 +578,7 @@ func TestDatagramPutCrowded(t *testing.T) {
 	})
 	store := mustOpen(t, url, fast)
 	defer store.Close()
-	var group sync.WaitGroup
-	for i := range 128 {
-		ref, block := newBlock(eris.BlockSize32KiB, i)
-		group.Go(func() {
-			if err := store.Put(t.Context(), ref, block); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-	group.Wait()
+	putMany(t, store, 128)
 }
 
 // TestDatagramOrder gets two blocks by UDP from a peer that answers the first request for the
