@@ -241,11 +241,6 @@ func (c *Conn) Close() error {
 func (c *Conn) SetIdle(idle bool) {
 	c.gate.mu.Lock()
 	defer c.gate.mu.Unlock()
-	c.setIdle(idle)
-}
-
-// setIdle is SetIdle. The caller holds the lock of the gate.
-func (c *Conn) setIdle(idle bool) {
 	now := time.Now()
 	switch {
 	case !idle:
