@@ -4,13 +4,8 @@ package coap_test
 
 import (
 	"bytes"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
-	"math/big"
 	"net"
 	"path/filepath"
 	"slices"
@@ -137,13 +132,8 @@ func escape(path string) string { return strings.ReplaceAll(path, "/", "%2F") }
 
 // testTLS returns the configuration of a server that wants its clients to ask for these protocols.
 func testTLS(tb testing.TB, protocols ...string) *tls.Config {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	must(tb, err)
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
-	certificate, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
-	must(tb, err)
 	return &tls.Config{
-		Certificates: []tls.Certificate{{Certificate: [][]byte{certificate}, PrivateKey: key}},
+		Certificates: []tls.Certificate{testhelp.Certificate()},
 		NextProtos:   protocols,
 		GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
 			if !slices.Equal(hello.SupportedProtos, protocols) {

@@ -26,6 +26,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/mirror"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 // TestSecrets checks that no message shows what stands before the host of a URL.
@@ -276,10 +277,7 @@ func TestIPv6(t *testing.T) {
 // TestTLSWithoutNotice reads a body that ends when the connection does, from a server that does not
 // say so by the means of TLS, as many do not.
 func TestTLSWithoutNotice(t *testing.T) {
-	certificates := httptest.NewTLSServer(nil)
-	defer certificates.Close()
-	config := certificates.TLS.Clone()
-	config.NextProtos = nil
+	config := &tls.Config{Certificates: []tls.Certificate{testhelp.Certificate()}}
 	server := rawServer(t, func(n int, raw net.Conn, _ *bufio.Reader) {
 		conn := tls.Server(raw, config)
 		if request, err := http.ReadRequest(bufio.NewReader(conn)); err == nil {

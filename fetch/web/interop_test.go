@@ -8,7 +8,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"net"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -64,9 +63,7 @@ http {
 }
 
 func mustWriteCertificate(t *testing.T, directory string) {
-	server := httptest.NewTLSServer(nil)
-	server.Close()
-	certificate := server.TLS.Certificates[0]
+	certificate := testhelp.Certificate()
 	key, err := x509.MarshalPKCS8PrivateKey(certificate.PrivateKey)
 	must(t, err)
 	for name, block := range map[string]*pem.Block{

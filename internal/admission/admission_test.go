@@ -4,14 +4,9 @@ package admission_test
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"io"
-	"math/big"
 	"net"
 	"net/http"
 	"os"
@@ -201,9 +196,7 @@ func TestIdle(t *testing.T) {
 // if they came one after the other.
 func TestBurst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var network sourcetest.Network
-		l := network.Listen()
-		g := admission.New(4, l, new(admission.Counts), nil)
+		network, l, g := listen(4)
 		defer serve(t, g, http.NotFoundHandler())()
 		var clients sync.WaitGroup
 		for range 40 {
@@ -223,6 +216,13 @@ func TestBurst(t *testing.T) {
 		}
 		clients.Wait()
 	})
+}
+
+// listen returns a gate for so many connections, with the listener and the network that it is in.
+func listen(most int) (*sourcetest.Network, net.Listener, *admission.Gate) {
+	network := new(sourcetest.Network)
+	l := network.Listen()
+	return network, l, admission.New(most, l, new(admission.Counts), nil)
 }
 
 // serve serves the connections of a gate until the function that it returns is called.
@@ -278,9 +278,7 @@ func TestFlood(t *testing.T) {
 // is waited for or refused.
 func TestBody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var network sourcetest.Network
-		l := network.Listen()
-		g := admission.New(1, l, new(admission.Counts), nil)
+		network, l, g := listen(1)
 		defer serve(t, g, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if r.Method == "PUT" {
 				io.Copy(w, r.Body)
@@ -317,9 +315,7 @@ func TestBody(t *testing.T) {
 // makes room, but not while another request is answered there.
 func TestBodyOfMany(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var network sourcetest.Network
-		l := network.Listen()
-		g := admission.New(1, l, new(admission.Counts), nil)
+		network, l, g := listen(1)
 		answer := make(chan struct{})
 		defer serve(t, g, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if r.Method == "PUT" {
@@ -390,9 +386,7 @@ func TestBodyOfMany(t *testing.T) {
 func TestFlow(t *testing.T) {
 	for _, second := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
-			var network sourcetest.Network
-			l := network.Listen()
-			g := admission.New(1, l, new(admission.Counts), nil)
+			network, l, g := listen(1)
 			defer serve(t, g, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				_, err := io.Copy(io.Discard, r.Body)
 				for err == nil {
@@ -448,12 +442,7 @@ func TestFlow(t *testing.T) {
 
 // TestLeave checks that a connection by TLS makes room at once, though its client does not read.
 func TestLeave(t *testing.T) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	testhelp.Must(t, err)
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
-	certificate, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
-	testhelp.Must(t, err)
-	config := &tls.Config{MaxVersion: tls.VersionTLS12, Certificates: []tls.Certificate{{Certificate: [][]byte{certificate}, PrivateKey: key}}}
+	config := &tls.Config{MaxVersion: tls.VersionTLS12, Certificates: []tls.Certificate{testhelp.Certificate()}}
 	synctest.Test(t, func(t *testing.T) {
 		near, far := net.Pipe()
 		defer far.Close()
@@ -478,9 +467,7 @@ func TestLeave(t *testing.T) {
 // takes long.
 func TestServe(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var network sourcetest.Network
-		l := network.Listen()
-		g := admission.New(1, l, new(admission.Counts), nil)
+		network, l, g := listen(1)
 		answer := make(chan struct{})
 		server := g.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			select {

@@ -4,9 +4,11 @@
 package testhelp
 
 import (
+	"crypto/tls"
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"runtime"
@@ -45,6 +47,14 @@ func FreeAddress() string {
 		return address
 	}
 	panic("no address is free")
+}
+
+// Certificate returns a certificate, with its key, that servers may use whose clients do not look
+// who has signed it.
+func Certificate() tls.Certificate {
+	server := httptest.NewTLSServer(nil)
+	server.Close()
+	return server.TLS.Certificates[0]
 }
 
 // WithoutCalls runs f as subtests in processes of their own, one for each of the errors, where
