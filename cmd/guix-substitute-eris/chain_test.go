@@ -176,15 +176,12 @@ func (c *chain) substitute(store string) {
 	var replies, log string
 	var used usage
 	n := 0
-	for try := range 20 {
-		time.Sleep(time.Duration(try) * restOfLate)
+	repeat(func() bool {
 		must(c.t, errors.Join(restore.Remove(destination), os.Mkdir(destination, 0o755)))
 		replies, log, used = c.talk("substitute", store, requests.String())
 		n = strings.Count(log, "Downloading urn:eris:")
-		if replies == want.String() && n == len(c.items) || !strings.Contains(log, "has not answered") {
-			break
-		}
-	}
+		return (replies != want.String() || n != len(c.items)) && strings.Contains(log, saysLate)
+	})
 	if replies != want.String() {
 		c.t.Errorf("%s: replies %q instead of %q\n%s", store, replies, want.String(), log)
 	}

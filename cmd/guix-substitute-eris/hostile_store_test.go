@@ -16,7 +16,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -141,10 +140,10 @@ func (h *hostileMachine) fetch(t *testing.T, path, store string, archive []byte,
 		c.env = append(c.env[:len(c.env):len(c.env)], "GUIX_CONFIGURATION_DIRECTORY="+h.directory+"/"+etc)
 		var reply, log string
 		var used usage
-		for try := 0; try == 0 || try < 20 && fromBlocks && strings.Contains(log, "has not answered"); try++ {
-			time.Sleep(time.Duration(try) * restOfLate)
+		repeat(func() bool {
 			reply, log, used = c.talk("substitute", store, "substitute "+path+" "+destination+"/item\n")
-		}
+			return fromBlocks && strings.Contains(log, saysLate)
+		})
 		if etc == "first" || fromBlocks {
 			checkTree(t, destination+"/item", hashText(sha256.Sum256(archive)))
 			if !strings.HasPrefix(reply, "success ") {

@@ -589,14 +589,14 @@ func scriptDaemon(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	env := append(scriptEnvironment(ts), "_NIX_OPTIONS="+options+"discover=false\n") // no question to the network around us
 	results := make([]helperResult, copies)
-	for try := 0; try == 0 || try < 20 && again != "" && strings.Contains(results[0].log, again); try++ {
-		time.Sleep(time.Duration(try) * restOfLate)
+	repeat(func() bool {
 		var wait sync.WaitGroup
 		for i := range results {
 			wait.Go(func() { results[i] = runHelper(program, args[0], env, requests, kill, unread) })
 		}
 		wait.Wait()
-	}
+		return again != "" && strings.Contains(results[0].log, again)
+	})
 	first := results[0]
 	ts.Check(os.WriteFile(ts.MkAbs("replies"), []byte(first.replies), 0o644))
 	ts.Check(os.WriteFile(ts.MkAbs("log"), []byte(first.log), 0o644))
@@ -613,9 +613,20 @@ func scriptDaemon(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// restOfLate is how much longer is waited each time before a store is asked again that was late: it
-// is left alone for a while, by other processes as well.
-const restOfLate = 200 * time.Millisecond
+// saysLate is what a log says of a store that was late, as where something stood still.
+const saysLate = "has not answered"
+
+// repeat calls a function again while it says that a store was late, twenty times in all at most.
+// Each time it waits for longer before: the store is left alone for a while, by other processes as
+// well.
+func repeat(late func() bool) {
+	for try := range 20 {
+		time.Sleep(time.Duration(try) * 200 * time.Millisecond)
+		if !late() {
+			return
+		}
+	}
+}
 
 type helperResult struct {
 	replies, log string
