@@ -11,6 +11,7 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/turns"
 	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 
@@ -44,7 +45,7 @@ func (s *Store) getParts(ctx context.Context, c connection, first *wire.Exchange
 		return first.Length + 1, nil
 	case udp:
 		err := s.getPartsAtOnce(ctx, c, first, dst)
-		if err == nil || errors.As(err, new(*connectionError)) || ctx.Err() != nil {
+		if err == nil || errors.As(err, new(*turns.LostError)) || ctx.Err() != nil {
 			return len(dst), err
 		}
 		// Perhaps the server does not like to be requested parts out of order.
@@ -203,7 +204,7 @@ func (s *Store) putPartsOn(ctx context.Context, l *link, x *wire.Exchange, block
 	defer cancel()
 	c, err := l.get()
 	if err != nil {
-		return err
+		return &turns.LostError{Err: err}
 	}
 	room := blockUnit
 	if peer != nil {

@@ -11,12 +11,14 @@ import (
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/internal/turns"
 	wire "codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 )
 
 // Put implements [fetch.Store]: it returns nil once the server has answered that it has the block.
 // The reference is not sent, servers compute it; it is for messages. If the connection fails, the
-// block is put once more on a new one; if the server is busy, when it has its turn.
+// block is put once more on a new one, and again as long as the server was there half a minute ago;
+// if the server is busy, when it has its turn.
 func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error {
 	var err error
 	switch {
@@ -27,9 +29,6 @@ func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error
 	default:
 		err = s.turns.Retry(ctx, func() error {
 			err := s.put(ctx, block)
-			if failure, ok := errors.AsType[*connectionError](err); ok && failure.again {
-				err = s.put(ctx, block)
-			}
 			if busy, ok := errors.AsType[*fetch.BusyError](err); ok && busy.After > 0 {
 				s.turns.Fail(busy, busy.After)
 			}
@@ -41,14 +40,6 @@ func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error
 	}
 	return &blockError{s, fmt.Errorf("block %v: %w", ref, err)}
 }
-
-// connectionError is a failure of the connection, not of the request.
-type connectionError struct {
-	error
-	again bool // the request should be made once more on a new connection
-}
-
-func (e *connectionError) Unwrap() error { return e.error }
 
 // again reports whether a request that has failed should be made once more on a new connection: not
 // if none can be made, and not if the peer has never answered; by UDP only where a socket takes no
@@ -68,7 +59,7 @@ func (s *Store) put(ctx context.Context, block []byte) error {
 	}
 	c, err := s.main.get()
 	if err != nil {
-		return err
+		return &turns.LostError{Err: err}
 	}
 	var peer wire.Capabilities
 	size := len(block) + s.blocks.Overhead()
@@ -81,7 +72,7 @@ func (s *Store) put(ctx context.Context, block []byte) error {
 			conn.Unlock()
 		}
 		if err != nil {
-			return err
+			return &turns.LostError{Err: err, Again: s.again(c, err)}
 		}
 		silent := !peer.Stated && !peer.BlockWise // some servers say nothing, and take whole blocks
 		switch {
@@ -108,7 +99,7 @@ func (s *Store) do(ctx context.Context, c connection, x *wire.Exchange) error {
 	x.Done = func(*wire.Exchange) { close(done) }
 	if !c.Start(x) {
 		_, err := c.State()
-		return &connectionError{err, s.again(c, err)}
+		return &turns.LostError{Err: err, Again: s.again(c, err)}
 	}
 	select {
 	case <-done:
@@ -125,7 +116,7 @@ func (s *Store) failure(ctx context.Context, c connection, err error) error {
 	case errors.Is(err, context.Canceled):
 		return context.Cause(ctx)
 	case err != nil:
-		return &connectionError{err, s.again(c, err)}
+		return &turns.LostError{Err: err, Again: s.again(c, err)}
 	}
 	return nil
 }

@@ -221,7 +221,7 @@ func (q *request) inParts(first *wire.Exchange) {
 	}
 	q.mu.Unlock()
 	length, err := q.store.getParts(ctx, c, first, q.dst)
-	if errors.As(err, new(*connectionError)) {
+	if errors.As(err, new(*turns.LostError)) {
 		q.lost(err)
 		return
 	}

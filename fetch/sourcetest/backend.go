@@ -23,6 +23,7 @@ type Backend struct {
 	held    chan struct{} // closed when calls may go on
 	err     error
 	waiting atomic.Int64 // calls that are held
+	ever    atomic.Int64 // calls that have been held
 }
 
 // NewBackend returns an empty Backend that behaves.
@@ -73,6 +74,7 @@ func (b *Backend) wait(ctx context.Context) error {
 	if held == nil {
 		return err
 	}
+	b.ever.Add(1)
 	b.waiting.Add(1)
 	defer b.waiting.Add(-1)
 	select {

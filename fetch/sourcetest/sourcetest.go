@@ -91,6 +91,8 @@ func Test(t *testing.T, open func(t *testing.T, backend *Backend) Fixture) {
 		{"PutMany", testPutMany},
 		{"PutFails", testPutFails},
 		{"PutCancel", testPutCancel},
+		{"PutRestart", func(t *testing.T, s *suite) { testPutInterruption(t, s, s.Restart) }},
+		{"PutBreak", func(t *testing.T, s *suite) { testPutInterruption(t, s, s.Break) }},
 		{"PutReadOnly", testPutReadOnly},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -636,6 +638,34 @@ func testPutCancel(t *testing.T, s *suite) {
 		release()
 		next, b := NewBlock(size)
 		s.mustPut(t, store, next, b)
+	}
+}
+
+// testPutInterruption interrupts the server twice while a block is put, which has to be there then.
+func testPutInterruption(t *testing.T, s *suite, interrupt func()) {
+	store := s.store(t)
+	if interrupt == nil {
+		t.Skip("the server or its connections cannot be interrupted")
+	}
+	for _, size := range bothSizes {
+		ref, b := NewBlock(size)
+		s.mustPut(t, store, ref, b)
+		release := s.backend.Hold()
+		before := s.backend.ever.Load()
+		next, b := NewBlock(size)
+		ctx, end := context.WithCancel(t.Context())
+		go func() {
+			defer end()
+			s.mustPut(t, store, next, b)
+		}()
+		for i := range int64(2) {
+			for s.backend.ever.Load() <= before+i && ctx.Err() == nil { // the call of before may be held still
+				time.Sleep(time.Millisecond)
+			}
+			interrupt()
+		}
+		release()
+		<-ctx.Done()
 	}
 }
 

@@ -59,7 +59,6 @@ type Client struct {
 	turns *turns.Turns
 
 	mu    sync.Mutex
-	last  time.Time       // when the server has answered
 	conns context.Context // of the connections, ends with them
 	drop  context.CancelFunc
 }
@@ -191,8 +190,8 @@ func (c *Client) Close() {
 	c.transport.CloseIdleConnections()
 }
 
-// Retry calls f, which makes a request by [Client.Do], again when the server was busy; see
-// [turns.Turns.Retry].
+// Retry calls f, which makes a request by [Client.Do], again when the server was busy, or the
+// connection was lost; see [turns.Turns.Retry].
 func (c *Client) Retry(ctx context.Context, f func() error) error { return c.turns.Retry(ctx, f) }
 
 // resting returns why no request is made at present, or nil.
@@ -207,20 +206,10 @@ func (c *Client) resting() error {
 // does not answer takes a small part of the time; but not if it has answered lately, for the line
 // may be away for a moment.
 func (c *Client) unreachable(err error, took time.Duration) {
-	c.mu.Lock()
-	if time.Since(c.last) < turns.LongestRest {
+	if c.turns.Away() < turns.LongestRest {
 		took = 0
 	}
-	c.mu.Unlock()
 	c.turns.Fail(err, 6*took)
-}
-
-// worked takes note of an answer.
-func (c *Client) worked() {
-	c.mu.Lock()
-	c.last = time.Now()
-	c.mu.Unlock()
-	c.turns.Succeed()
 }
 
 // Do makes a request, whose body is what its GetBody returns, and has the response handled, the
@@ -228,9 +217,9 @@ func (c *Client) worked() {
 // connection could not be made, calls fail at once for a time that gets longer with each such
 // failure.
 //
-// Errors are those of handle; a [*fetch.BusyError] if the server is busy; the
-// cause of ctx; errors that wrap [ErrSilent]; and failures of the connection. None of them quotes
-// the URL or the server.
+// Errors are those of handle; a [*fetch.BusyError] if the server is busy; the cause of ctx; errors
+// that wrap [ErrSilent]; and failures of the connection, which wrap a [*turns.LostError] where no
+// answer has come. None of them quotes the URL or the server.
 func (c *Client) Do(ctx context.Context, request *http.Request, handle func(r *http.Response) error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
@@ -254,7 +243,7 @@ func (c *Client) Do(ctx context.Context, request *http.Request, handle func(r *h
 	case err == nil || cause == nil:
 		return err
 	case cause == ErrSilent:
-		return e.silent()
+		return &turns.LostError{Err: e.silent()}
 	default:
 		return cause
 	}
@@ -317,7 +306,7 @@ func (e *exchange) run(ctx context.Context, request *http.Request, handle func(r
 	}
 	r, err := c.transport.RoundTrip(request)
 	if err != nil {
-		err = plain(err)
+		err = &turns.LostError{Err: plain(err)}
 		if !e.connected.Load() && ctx.Err() == nil {
 			var took time.Duration
 			if began := e.dialed.Load(); began != nil {
@@ -343,7 +332,7 @@ func (e *exchange) run(ctx context.Context, request *http.Request, handle func(r
 		}
 		return busy
 	}
-	c.worked()
+	c.turns.Succeed()
 	if err := decode(r); err != nil {
 		return err
 	}

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package turns keeps what is known of when a server may be asked: it rests after failures, and one
-// that is busy gets as many requests at a time as it answers. Start with [New].
+// Package turns keeps what is known of when a server may be asked: it rests after failures, gets as
+// many requests at a time as it answers when it is busy, and is asked again if it was there just
+// now. Start with [New].
 package turns
 
 import (
@@ -19,9 +20,25 @@ const (
 	// maxWait is how long a request waits in all for a busy server before the caller hears of it.
 	maxWait   = 4 * time.Second
 	firstRest = 100 * time.Millisecond
-	// LongestRest is the longest time for which a server is left alone.
+	// longestPause is the longest time before a request is made again whose connection was lost.
+	longestPause = 4 * time.Second
+	// LongestRest is the longest time for which a server is left alone, or is missed after it has
+	// answered.
 	LongestRest = 30 * time.Second
 )
+
+// A LostError is a failure of the connection, not of the request, which may have been carried out.
+type LostError struct {
+	Err error
+	// Again says that the request should be made once more on a new connection, at once.
+	Again bool
+}
+
+// Error is that of Err.
+func (e *LostError) Error() string { return e.Err.Error() }
+
+// Unwrap returns Err.
+func (e *LostError) Unwrap() error { return e.Err }
 
 // Turns are those of one server. They are safe for concurrent use.
 type Turns struct {
@@ -30,6 +47,7 @@ type Turns struct {
 	mu    sync.Mutex
 	rest  backoff.Backoff // after failed connections, and when the server has asked for it
 	cause error           // of the rest
+	last  time.Time       // when the server has answered
 
 	// Of calls of Retry.
 	limit    backoff.Limit
@@ -47,7 +65,8 @@ func New(open context.Context) *Turns {
 
 // Retry calls f, which makes a request, and calls it again when its error is a [*fetch.BusyError]:
 // with others, when it has its turn, of which there are fewer then; or by itself, as often as that
-// fits into some seconds. Other errors are those of f.
+// fits into some seconds. It does so, too, when the error is a [*LostError], as long as the server
+// has answered within the last half minute. Other errors are those of f.
 func (t *Turns) Retry(ctx context.Context, f func() error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -57,6 +76,7 @@ func (t *Turns) Retry(ctx context.Context, f func() error) error {
 		defer t.mu.Unlock()
 		t.turn.Broadcast()
 	})()
+	pauses := backoff.Backoff{Min: firstRest, Max: longestPause}
 	for waited := time.Duration(0); ; {
 		answered, err := t.begin(ctx)
 		if err != nil {
@@ -68,22 +88,32 @@ func (t *Turns) Retry(ctx context.Context, f func() error) error {
 			err = f()
 		}
 		busy, _ := errors.AsType[*fetch.BusyError](err)
-		others := t.end(answered, busy, rests)
+		lost, _ := errors.AsType[*LostError](err)
+		others := t.end(answered, busy, rests || lost != nil)
+		var pause time.Duration
 		switch {
 		case err == nil:
 			t.Succeed()
 			return nil
-		case busy == nil:
+		case busy != nil:
+			if others == 0 {
+				waited += max(busy.After, firstRest)
+			}
+			if waited > maxWait {
+				return err
+			}
+			pause = busy.After
+		case lost == nil:
 			return err
-		}
-		if others == 0 {
-			waited += max(busy.After, firstRest)
-		}
-		if waited > maxWait {
+		case lost.Again && pauses.Failures() == 0:
+			pauses.Fail(time.Now(), 0)
+		case t.Away() < LongestRest:
+			pause = pauses.Fail(time.Now(), 0)
+		default:
 			return err
 		}
 		select {
-		case <-time.After(busy.After):
+		case <-time.After(pause):
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
@@ -105,15 +135,15 @@ func (t *Turns) begin(ctx context.Context) (answered int, err error) {
 	return t.answered, nil
 }
 
-// end takes note of how a call has ended, and returns how many others were under way or were
-// answered meanwhile.
-func (t *Turns) end(answered int, busy *fetch.BusyError, rests bool) (others int) {
+// end takes note of how a call has ended, without an answer perhaps, and returns how many others
+// were under way or were answered meanwhile.
+func (t *Turns) end(answered int, busy *fetch.BusyError, unanswered bool) (others int) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.calls--
 	others = max(t.calls, t.answered-answered)
 	switch {
-	case rests: // it has not been asked
+	case unanswered:
 	case busy == nil:
 		t.answered++
 	default:
@@ -151,11 +181,19 @@ func (t *Turns) Fail(err error, after time.Duration) time.Duration {
 	return t.rest.Fail(time.Now(), after)
 }
 
-// Succeed ends the row of failures; but not a rest, which an answer to an earlier request says
-// nothing about.
+// Away returns how long ago the server has answered.
+func (t *Turns) Away() time.Duration {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return time.Since(t.last)
+}
+
+// Succeed takes note of an answer, which ends the row of failures; but not a rest, which an answer
+// to an earlier request says nothing about.
 func (t *Turns) Succeed() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.last = time.Now()
 	if t.rest.Rest(time.Now()) == 0 {
 		t.rest.Succeed()
 	}
