@@ -160,9 +160,9 @@ func (g *Gate) host(conn net.Conn) netip.Prefix {
 	return hostOf(ip)
 }
 
-// Accept implements net.Listener. What it returns is a [*Conn]. Where no more files may be open,
-// the connection makes room that has been idle the longest; while none is, and after other failures
-// but the end of the listener, it tries again.
+// Accept implements net.Listener. What it returns is a [*Conn]. Where no more files may be open, an
+// idle connection makes room, as in [Gate.Enter]; while there is none, and after other failures but
+// the end of the listener, it tries again.
 func (g *Gate) Accept() (net.Conn, error) {
 	for wait := time.Millisecond; ; wait = min(2*wait, time.Second) {
 		conn, err := g.Listener.Accept()
@@ -192,9 +192,10 @@ func (g *Gate) outlasts(err error) bool {
 	return room
 }
 
-// Enter lets a connection in, or closes it. Where there is no room it closes the connection that
-// has been idle the longest, of the same host if it is that which has too many; for one that has
-// been so for some time it waits a tenth of a second, if it has not waited much lately.
+// Enter lets a connection in, or closes it. Where there is no room it closes an idle connection, of
+// the same host if it is that which has too many, else of the one that has the most: that which has
+// been idle the longest. For one that has been so for some time it waits a tenth of a second, if it
+// has not waited much lately.
 func (g *Gate) Enter(conn net.Conn) (c *Conn, ok bool) {
 	host, until := g.host(conn), time.Now().Add(leastIdle)
 	g.mu.Lock()
@@ -262,21 +263,25 @@ const (
 	waitedShare = 10
 )
 
-// makeRoom closes the connection that has been idle the longest, of those that may go, or waits for
-// one to have been idle long enough, until then at most, or to leave. It reports whether there is
-// one. The caller holds the lock, which is released while it waits.
+// makeRoom closes the connection that [Gate.Enter] says, of those that may go, or waits for it to
+// have been idle long enough, until then at most, or to leave. It reports whether there is one. The
+// caller holds the lock, which is released while it waits.
 func (g *Gate) makeRoom(may func(*Conn) bool, until time.Time) bool {
-	var oldest *Conn
+	var first *Conn
+	most := 0 // connections of its host
 	now := time.Now()
 	for c := range g.inside {
-		if !c.idle.IsZero() && !c.idle.After(now) && may(c) && (oldest == nil || c.idle.Before(oldest.idle)) {
-			oldest = c
+		if c.idle.IsZero() || c.idle.After(now) || !may(c) {
+			continue
+		}
+		if n := g.shares.hosts[c.host]; first == nil || n > most || n == most && c.idle.Before(first.idle) {
+			first, most = c, n
 		}
 	}
-	if oldest == nil {
+	if first == nil {
 		return false
 	}
-	wait := min(leastIdle-now.Sub(oldest.idle), until.Sub(now))
+	wait := min(leastIdle-now.Sub(first.idle), until.Sub(now))
 	if wait > 0 && g.waited.Sub(now) <= (mostWaited-wait)*waitedShare {
 		g.waited = now.Add(max(0, g.waited.Sub(now)) + wait*waitedShare)
 		g.mu.Unlock()
@@ -284,8 +289,8 @@ func (g *Gate) makeRoom(may func(*Conn) bool, until time.Time) bool {
 		g.mu.Lock()
 		return true
 	}
-	g.remove(oldest)
-	conn := oldest.Conn
+	g.remove(first)
+	conn := first.Conn
 	if secure, ok := conn.(*tls.Conn); ok {
 		conn = secure.NetConn() // to take leave can last seconds
 	}

@@ -274,6 +274,32 @@ func TestFlood(t *testing.T) {
 	})
 }
 
+// TestFloodOfTwo has two hosts, which may have all room, come again and again: a connection of
+// another one stays, although it has been idle for longer than theirs.
+func TestFloodOfTwo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := admission.New(4, nil, new(admission.Counts), nil)
+		enter := func(address string) *client {
+			c := &client{address: address}
+			conn, ok := g.Enter(c)
+			if !ok {
+				t.Fatalf("%s was turned away", address)
+			}
+			conn.SetIdle(true)
+			time.Sleep(time.Millisecond)
+			return c
+		}
+		other := enter("192.0.2.1:1")
+		for range 1000 {
+			enter("192.0.2.2:1")
+			enter("192.0.2.3:1")
+		}
+		if other.closed {
+			t.Error("it made room for hosts that have more")
+		}
+	})
+}
+
 // TestBody has a client send the body of its request without end: it makes room, whether the body
 // is waited for or refused.
 func TestBody(t *testing.T) {
