@@ -62,16 +62,8 @@ func write(ctx context.Context, w io.Writer, source fetch.Source, c eris.ReadCap
 // inside writes the index of a tree, and what is not leaves of the files.
 func (k *packer) inside(c eris.ReadCapability) error {
 	limits := erisfs.Limits{NarSize: 1 << 60} // the blocks are our own
-	x, err := image.Open(k.ctx, k.source, c, limits, fetch.Window{})
-	if err != nil {
-		return err
-	}
-	defer x.Close()
-	if x.Form != image.ERISFS {
-		return nil
-	}
-	index, err := x.Index()
-	if err != nil {
+	_, index, err := image.ReadIndex(k.ctx, k.source, c, limits, fetch.Window{})
+	if err != nil || index == nil {
 		return err
 	}
 	if err := k.putLeaves(); err != nil {

@@ -5,6 +5,7 @@
 package complete
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -77,27 +78,15 @@ func Check(ctx context.Context, c eris.ReadCapability, o Options) (Report, error
 func (w *walk) inside(ctx context.Context, c eris.ReadCapability) error {
 	// What has been verified a moment ago need not be verified again.
 	limits := erisfs.Limits{NarSize: 1 << 60}
-	x, err := image.Open(ctx, w.o.Store, c, limits, fetch.Window{Requests: workers, Bytes: workers * int64(eris.BlockSize32KiB)})
-	if err != nil {
-		return err
-	}
-	defer x.Close()
-	w.report.Form = string(x.Form)
-	if x.Form != image.ERISFS {
-		return nil
-	}
-	index, err := x.Index()
-	if err != nil {
+	form, index, err := image.ReadIndex(ctx, w.o.Store, c, limits, fetch.Window{Requests: workers, Bytes: workers * int64(eris.BlockSize32KiB)})
+	w.report.Form = string(form)
+	if err != nil || index == nil {
 		return err
 	}
 	var files []visit
 	for i := range index.Len() {
 		if e := index.Entry(i); e.Kind == nar.Regular {
-			path := e.Path
-			if path == "" {
-				path = "."
-			}
-			files = append(files, root(e.Capability, path))
+			files = append(files, root(e.Capability, cmp.Or(e.Path, ".")))
 		}
 	}
 	return w.run(ctx, files)

@@ -90,6 +90,20 @@ func (x *Image) Index() (*erisfs.Index, error) {
 	return erisfs.ReadIndex(x.Content, x.limits)
 }
 
+// ReadIndex opens an image as [Open] does, and reads the index if its form is ERIS-FS; of another
+// one there is none.
+func ReadIndex(ctx context.Context, source fetch.Source, c eris.ReadCapability, limits erisfs.Limits, window fetch.Window) (form Form, index *erisfs.Index, err error) {
+	x, err := Open(ctx, source, c, limits, window)
+	if err != nil {
+		return "", nil, err
+	}
+	defer x.Close()
+	if x.Form == ERISFS {
+		index, err = x.Index()
+	}
+	return x.Form, index, err
+}
+
 // formOf tells what contents are that begin with head, and how they are compressed.
 func formOf(head []byte) (form Form, method string) {
 	if erisfs.IsIndex(head) {

@@ -79,17 +79,15 @@ type presence struct {
 
 // walk goes through all contents that an image consists of: the files of an index, or one archive.
 // It returns the form, which is empty if they cannot be read.
-func (p *presence) walk(c eris.ReadCapability, limits erisfs.Limits) (form Form) {
+func (p *presence) walk(c eris.ReadCapability, limits erisfs.Limits) Form {
 	contents := slices.Values([]eris.ReadCapability{c})
-	if x, err := Open(p.ctx, p.source, c, limits, fetch.Window{Requests: 4}); err == nil {
-		form = x.Form
-		if form == ERISFS {
-			contents = func(func(eris.ReadCapability) bool) {}
-			if index, err := x.Index(); err == nil {
-				contents = index.Contents()
-			}
-		}
-		x.Close()
+	form, index, err := ReadIndex(p.ctx, p.source, c, limits, fetch.Window{Requests: 4})
+	switch {
+	case form != ERISFS:
+	case err != nil:
+		return form
+	default:
+		contents = index.Contents()
 	}
 	for c := range contents {
 		p.add(eris.Pair{Reference: c.Root, Key: c.Key}, c.BlockSize, c.Level)
