@@ -135,6 +135,12 @@ func (e *BusyError) Error() string {
 // Unwrap returns what the source answered.
 func (e *BusyError) Unwrap() error { return e.Err }
 
+// Lacks reports whether an error says that a source does not have a block, or has another one in
+// its place, perhaps one that was damaged.
+func Lacks(err error) bool {
+	return errors.Is(err, eris.ErrNotFound) || errors.As(err, new(*eris.BlockError))
+}
+
 // Get gets one block and waits for it. It may write it to dst, as a [Source] may. The block is
 // verified: an [eris.BlockError] says that the source gave another. Other errors are those of the
 // source, and the cause of ctx when that is done.

@@ -304,7 +304,7 @@ func (s *Server) getCode(err error, last bool) codes.Code {
 	switch {
 	case last && errors.Is(err, eris.ErrNotFound):
 		return coap.HopLimitReached
-	case err == nil, errors.Is(err, eris.ErrNotFound), errors.As(err, new(*eris.BlockError)):
+	case err == nil, fetch.Lacks(err):
 		return codes.NotFound
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return codes.ServiceUnavailable

@@ -233,11 +233,11 @@ func (s *Server) get(w http.ResponseWriter, r *http.Request, access Access, memo
 		source = access.Relay(admission.Host(r.RemoteAddr), hops(r))
 	}
 	block, err := fetch.Get(r.Context(), source, ref, eris.BlockSize32KiB, memory)
-	if isAbsent(err) && !errors.Is(err, fetch.ErrUnanswered) {
+	if fetch.Lacks(err) && !errors.Is(err, fetch.ErrUnanswered) {
 		block, err = fetch.Get(r.Context(), source, ref, eris.BlockSize1KiB, memory)
 	}
 	switch {
-	case isAbsent(err):
+	case fetch.Lacks(err):
 		if access.Relay != nil {
 			w.Header().Set("Cache-Control", "no-store") // somebody else may have it the next time
 		}
@@ -300,12 +300,6 @@ func hops(r *http.Request) int {
 		return 1 // somebody bounds it
 	}
 	return int(n) + 1
-}
-
-// isAbsent reports whether an error says that a source does not have a block, or has another one
-// instead, perhaps one that was damaged.
-func isAbsent(err error) bool {
-	return errors.Is(err, eris.ErrNotFound) || errors.As(err, new(*eris.BlockError))
 }
 
 // fault refuses a request because the store failed, and logs that; unless the client has gone or

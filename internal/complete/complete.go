@@ -169,7 +169,7 @@ func first[T comparable](set map[T]bool, x T) bool {
 func (w *walk) get(ctx context.Context, v visit) ([]byte, error) {
 	ref := v.pair.Reference
 	block, err := fetch.Get(ctx, w.o.Store, ref, v.size, nil)
-	lacks := lacking(err)
+	lacks := fetch.Lacks(err)
 	repaired := false
 	if lacks && w.o.From != nil {
 		block, err = fetch.Get(ctx, w.o.From, ref, v.size, nil)
@@ -191,7 +191,7 @@ func (w *walk) get(ctx context.Context, v visit) ([]byte, error) {
 		if v.level > 0 && !first(w.seen, v) {
 			block = nil
 		}
-	case !lacking(err):
+	case !fetch.Lacks(err):
 		return nil, err
 	default:
 		block = nil
@@ -208,9 +208,4 @@ func (w *walk) get(ctx context.Context, v visit) ([]byte, error) {
 		return nil, errors.New("this has too many blocks to be checked")
 	}
 	return block, nil
-}
-
-// lacking reports whether an error says that a source does not have a block, or has it wrong.
-func lacking(err error) bool {
-	return errors.Is(err, eris.ErrNotFound) || errors.As(err, new(*eris.BlockError))
 }
