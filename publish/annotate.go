@@ -311,21 +311,21 @@ func (a *Annotator) annotate(ctx context.Context, text []byte) (annotated string
 		return string(text), true
 	}
 	values, complete := a.capabilities(ctx, n)
-	var lines []string
-	for _, v := range values {
-		lines = append(lines, v.Text())
-	}
-	annotated, all := a.o.Deltas.addTo(withLines(n.Text(), lines), n)
+	annotated, all := a.o.Deltas.addTo(withLines(n.Text(), values), n)
 	return annotated, complete && all
 }
 
-// withLines returns the text of a narinfo with lines below the signature. The rest stays as it is
-// but for empty lines at the end, which would end the record.
-func withLines(text string, lines []string) string {
-	if len(lines) == 0 {
+// withLines returns the text of a narinfo with the lines of fields below the signature. The rest
+// stays as it is but for empty lines at the end, which would end the record.
+func withLines[F interface{ Text() string }](text string, fields []F) string {
+	if len(fields) == 0 {
 		return text
 	}
-	return strings.TrimRight(text, "\n") + "\n" + strings.Join(lines, "\n") + "\n"
+	text = strings.TrimRight(text, "\n") + "\n"
+	for _, f := range fields {
+		text += f.Text() + "\n"
+	}
+	return text
 }
 
 // capabilities returns what is to be added to a narinfo: nothing to one that has some.

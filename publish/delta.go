@@ -327,9 +327,5 @@ func (d *Deltas) addTo(text string, item *narinfo.Narinfo) (with string, complet
 		return text, true
 	}
 	deltas, complete := d.Known(item)
-	var lines []string
-	for _, delta := range deltas {
-		lines = append(lines, delta.Text())
-	}
-	return withLines(text, lines), complete
+	return withLines(text, deltas), complete
 }
