@@ -376,7 +376,7 @@ func (a *Ahead) fill() bool {
 		return false
 	}
 	// Running items need the room for themselves.
-	if a.err != nil || !files.HasRoom(a.o.StoreDir, a.o.Bytes+size) {
+	if room, err := files.RoomIn(a.o.StoreDir); a.err != nil || err != nil || !room.Holds(a.o.Bytes+size) {
 		return false
 	}
 	if err := a.stage.open(); err != nil {

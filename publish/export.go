@@ -205,14 +205,10 @@ func (e *exporter) collect(ctx context.Context, items []string) error {
 // need: about as much as their archives, in files of a block each, which take whole clusters.
 func (e *exporter) checkRoom(ctx context.Context) error {
 	directory := e.o.Directory
-	free, err := files.Free(directory)
-	for ; errors.Is(err, fs.ErrNotExist); free, err = files.Free(directory) {
+	room, err := files.RoomIn(directory)
+	for ; errors.Is(err, fs.ErrNotExist); room, err = files.RoomIn(directory) {
 		directory = filepath.Dir(directory) // what it will be made in
 	}
-	if err != nil {
-		return err
-	}
-	cluster, err := files.Cluster(directory)
 	if err != nil {
 		return err
 	}
@@ -229,12 +225,12 @@ func (e *exporter) checkRoom(ctx context.Context) error {
 			continue // exported before, with all of its blocks
 		}
 		block := float64(eris.BlockSizeFor(int64(it.narinfo.NarSize)))
-		needed += (size/block + 2) * max(block, float64(cluster)) // with the last leaf and the root
+		needed += (size/block + 2) * max(block, float64(room.Cluster)) // with the last leaf and the root
 	}
-	if needed > float64(free) {
-		return fmt.Errorf("%s has too little room: the items need about %s, and %s are free", e.o.Directory, page.Size(int64(needed)), page.Size(free))
+	if needed > float64(room.Free) {
+		return fmt.Errorf("%s has too little room: the items need about %s, and %s are free", e.o.Directory, page.Size(int64(needed)), page.Size(room.Free))
 	}
-	e.o.Log("%s: about %s to write; %s are free in %s", page.Count(len(e.items), "item"), page.Size(int64(needed)), page.Size(free), e.o.Directory)
+	e.o.Log("%s: about %s to write; %s are free in %s", page.Count(len(e.items), "item"), page.Size(int64(needed)), page.Size(room.Free), e.o.Directory)
 	e.o.Total(total)
 	return nil
 }

@@ -446,36 +446,29 @@ func Identify(path string) Identity {
 	return Identity{uint64(s.Dev), s.Ino, s.Size, s.Mtim, s.Ctim}
 }
 
-// Free returns how many bytes this user can still write to the file system of a directory.
-func Free(directory string) (int64, error) {
-	free, _, _, err := room(directory)
-	return free, err
+// Room is what there is room for in a file system.
+type Room struct {
+	Free    int64  // bytes that this user can still write
+	Cluster int64  // bytes that a file of one byte takes
+	files   uint64 // that can still be made
 }
 
-// Cluster returns in how many bytes at a time the file system of a directory gives room to files:
-// a file of one byte takes so many.
-func Cluster(directory string) (int64, error) {
-	_, cluster, _, err := room(directory)
-	return cluster, err
-}
-
-// room returns how many bytes there is room for, in pieces of how many, and for how many files.
-func room(directory string) (free, cluster int64, files uint64, err error) {
+// RoomIn returns the room in the file system of a directory.
+func RoomIn(directory string) (r Room, err error) {
 	var s unix.Statfs_t
 	if err := unix.Statfs(directory, &s); err != nil {
-		return 0, 0, 0, &fs.PathError{Op: "statfs", Path: directory, Err: err}
+		return r, &fs.PathError{Op: "statfs", Path: directory, Err: err}
 	}
-	if files = s.Ffree; s.Files == 0 { // it has no bound
-		files = math.MaxUint64
+	r = Room{Free: int64(min(s.Bavail, 1<<40)) * int64(s.Frsize), Cluster: int64(s.Frsize), files: s.Ffree}
+	if s.Files == 0 { // it has no bound
+		r.files = math.MaxUint64
 	}
-	cluster = int64(s.Frsize)
-	return int64(min(s.Bavail, 1<<40)) * cluster, cluster, files, nil
+	return r, nil
 }
 
-// HasRoom reports whether this user can still write so many bytes to the file system of a
-// directory, in files of leastFile bytes: many file systems have a bound on the number of files.
-func HasRoom(directory string, size int64) bool {
+// Holds reports whether there is room for so many bytes in files of leastFile bytes: many file
+// systems have a bound on the number of files.
+func (r Room) Holds(size int64) bool {
 	const leastFile = 4 << 10
-	free, _, files, err := room(directory)
-	return err == nil && free >= size && files >= uint64(size)/leastFile
+	return r.Free >= size && r.files >= uint64(size)/leastFile
 }

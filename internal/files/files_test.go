@@ -311,15 +311,15 @@ func TestIdentify(t *testing.T) {
 	}
 }
 
-// TestHasRoom has a file system that has room for bytes, but not for many files.
-func TestHasRoom(t *testing.T) {
+// TestRoom has a file system that has room for bytes, but not for many files.
+func TestRoom(t *testing.T) {
 	directory := t.TempDir()
 	if err := unix.Mount("tmpfs", directory, "tmpfs", 0, "size=8m,nr_inodes=100"); err != nil {
 		t.Skip("cannot mount a small file system (this needs root): ", err)
 	}
 	defer unix.Unmount(directory, unix.MNT_DETACH)
 	for size, want := range map[int64]bool{100 << 10: true, 1 << 20: false, 9 << 20: false} {
-		if files.HasRoom(directory, size) != want {
+		if room, err := files.RoomIn(directory); err != nil || room.Holds(size) != want {
 			t.Errorf("room for %d bytes is %t", size, !want)
 		}
 	}

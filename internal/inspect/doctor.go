@@ -249,21 +249,21 @@ func (d *doctor) examineState() {
 		d.ill("sudo rm -r "+page.Quote(directory), "cache", "narinfos and blocks cannot be kept for later: %v", err)
 	} else if err != nil {
 		d.ill(fmt.Sprintf("sudo install -d -o %d %s", who.uid, page.Quote(directory)), "cache", "narinfos and blocks cannot be kept for later: %v", err)
-	} else if free, err := files.Free(existing); err == nil && !files.HasRoom(existing, leastKept) {
-		d.ill("rm -r "+page.Quote(directory)+" # or name another cache-directory", "cache", "%s: only %s are free, or hardly any more files, so that little is kept for later", directory, page.Size(free))
+	} else if room, err := files.RoomIn(existing); err == nil && !room.Holds(leastKept) {
+		d.ill("rm -r "+page.Quote(directory)+" # or name another cache-directory", "cache", "%s: only %s are free, or hardly any more files, so that little is kept for later", directory, page.Size(room.Free))
 	} else {
 		d.well("cache", "%s", directory)
 	}
 	for _, place := range []struct{ subject, path string }{{"store", d.Store}, {"state", settings.StateDirectory()}} {
-		switch free, err := files.Free(place.path); {
+		switch room, err := files.RoomIn(place.path); {
 		case err != nil:
 			d.ill("sudo mkdir -p "+page.Quote(place.path), place.subject, "%v", err)
-		case free < leastFree:
-			d.ill("guix gc -F 5G", place.subject, "%s: only %s are free", place.path, page.Size(free))
-		case !files.HasRoom(place.path, leastKept):
+		case room.Free < leastFree:
+			d.ill("guix gc -F 5G", place.subject, "%s: only %s are free", place.path, page.Size(room.Free))
+		case !room.Holds(leastKept):
 			d.ill("df -i "+page.Quote(place.path)+"\nguix gc", place.subject, "%s: its file system takes hardly any more files", place.path)
 		default:
-			d.well(place.subject, "%s, %s free", place.path, page.Size(free))
+			d.well(place.subject, "%s, %s free", place.path, page.Size(room.Free))
 		}
 	}
 }

@@ -143,7 +143,7 @@ func (s *Seeds) create(size int64) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if free, err := files.Free(s.directory); err != nil || size > free/2 {
+	if room, err := files.RoomIn(s.directory); err != nil || size > room.Free/2 {
 		return nil, err
 	}
 	for _, e := range entries {

@@ -85,8 +85,8 @@ func (s *serveSettings) sections(started time.Time, store sharing, from *relay.R
 	if b.MaxBytes > 0 {
 		figures = append(figures, size("size at most", "block_bytes_max", b.MaxBytes))
 	}
-	if free, err := files.Free(s.directory); err == nil {
-		figures = append(figures, size("free on disk", "disk_free_bytes", free))
+	if room, err := files.RoomIn(s.directory); err == nil {
+		figures = append(figures, size("free on disk", "disk_free_bytes", room.Free))
 	}
 	sections := []status.Section{
 		{Title: "Blocks", Figures: append(figures, number("evicted", "blocks_evicted_total", b.Evicted),
