@@ -3,7 +3,6 @@
 package coapserver
 
 import (
-	"context"
 	"slices"
 
 	"github.com/plgd-dev/go-coap/v3/message"
@@ -126,7 +125,9 @@ func (c *conn) handOverBatch() {
 // putBatches stores a batch and answers, and goes on with the batch that is open by then.
 func (c *conn) putBatches(b *batch) {
 	for b != nil {
-		code := c.server.store(c.ctx, b)
+		b.refs = slices.Grow(b.refs, len(b.blocks))[:len(b.blocks)]
+		eris.SumAll(b.refs, b.blocks)
+		code := c.server.putCode(c.server.config.Sink.PutBatch(c.ctx, b.refs, b.blocks))
 		for _, ref := range b.refs {
 			c.server.requested(c.client, "PUT", ref, code)
 		}
@@ -155,11 +156,4 @@ func (c *conn) putBatches(b *batch) {
 		c.room.Broadcast()
 		c.peer.Unlock()
 	}
-}
-
-// store stores a batch.
-func (s *Server) store(ctx context.Context, b *batch) codes.Code {
-	b.refs = slices.Grow(b.refs, len(b.blocks))[:len(b.blocks)]
-	eris.SumAll(b.refs, b.blocks)
-	return s.putCode(s.config.Sink.PutBatch(ctx, b.refs, b.blocks))
 }
