@@ -78,7 +78,7 @@ func (c *change) holds(ref *eris.Reference, l location, block []byte) bool {
 	if err := c.slab(l).read(there, l.slot()); err != nil {
 		return false
 	}
-	return checksum(ref, there) == l.sum() && (block == nil || bytes.Equal(block, there))
+	return checksum(ref[:], there) == l.sum() && (block == nil || bytes.Equal(block, there))
 }
 
 // insert adds a block that has been written.

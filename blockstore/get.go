@@ -112,7 +112,7 @@ func (s *Store) read(ref *eris.Reference, l location, dst []byte) ([]byte, bool,
 	} else if err != nil {
 		return nil, false, err
 	}
-	if checksum(ref, dst) != l.sum() {
+	if checksum(ref[:], dst) != l.sum() {
 		return nil, false, nil
 	}
 	slab.touch(l.slot(), s.options.now())

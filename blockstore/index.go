@@ -81,17 +81,17 @@ func (l location) sum() uint32  { return uint32(l >> 32) }
 func (l location) class() class { return class(l >> 31 & 1) }
 func (l location) slot() uint32 { return uint32(l) & (maxSlots - 1) }
 
-// checksum returns the CRC-32C of a reference and a block. It finds accidents; it is easy to make
-// another reference with the same one.
-func checksum(ref *eris.Reference, block []byte) uint32 {
-	return crc32.Update(crc32.Checksum(ref[:], castagnoli), castagnoli, block)
+// checksum returns the CRC-32C of a reference and a block, or of a key and a value. It finds
+// accidents; it is easy to make another reference with the same one.
+func checksum(key, value []byte) uint32 {
+	return crc32.Update(crc32.Checksum(key, castagnoli), castagnoli, value)
 }
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // seal appends a checksum to a value of the index.
 func seal(key, value []byte) []byte {
-	return binary.BigEndian.AppendUint32(value, crc32.Update(crc32.Checksum(key, castagnoli), castagnoli, value))
+	return binary.BigEndian.AppendUint32(value, checksum(key, value))
 }
 
 // unseal returns the value without the checksum, if that and the length are right.
@@ -100,7 +100,7 @@ func unseal(key, sealed []byte, length int) ([]byte, error) {
 		return nil, fmt.Errorf("%w: value of %d bytes for key %x", ErrDamaged, len(sealed), key)
 	}
 	value := sealed[:length]
-	if crc32.Update(crc32.Checksum(key, castagnoli), castagnoli, value) != binary.BigEndian.Uint32(sealed[length:]) {
+	if checksum(key, value) != binary.BigEndian.Uint32(sealed[length:]) {
 		return nil, fmt.Errorf("%w: value of key %x has another checksum", ErrDamaged, key)
 	}
 	return value, nil

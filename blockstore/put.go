@@ -38,7 +38,7 @@ func (s *Store) PutBatch(ctx context.Context, refs []eris.Reference, blocks [][]
 	requests := make([]request, len(refs))
 	var err error
 	for i := range requests {
-		requests[i] = request{ref: refs[i], block: blocks[i], sum: checksum(&refs[i], blocks[i]), done: done}
+		requests[i] = request{ref: refs[i], block: blocks[i], sum: checksum(refs[i][:], blocks[i]), done: done}
 		if err == nil {
 			err = s.send(ctx, &requests[i])
 		}

@@ -125,7 +125,7 @@ func findBlocks(slab []byte, c class, first int) (all []found) {
 	zeros := make([]byte, c.size())
 	for i, block := range blocks {
 		if !bytes.Equal(block, zeros) {
-			all = append(all, found{refs[i], makeLocation(checksum(&refs[i], block), c, uint32(first+i))})
+			all = append(all, found{refs[i], makeLocation(checksum(refs[i][:], block), c, uint32(first+i))})
 		}
 	}
 	return all
