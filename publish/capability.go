@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -98,11 +97,8 @@ type Capabilities struct {
 
 	upstreamNar narEncoder // in place of Nar; nil is none
 
-	directory string
-	store     fetch.Store // nil: blocks are kept nowhere
-	log       func(format string, a ...any)
-
-	encodings *tasks.Tasks // by path and hash
+	shelf             // of records; encodes by path and hash
+	store fetch.Store // nil: blocks are kept nowhere
 
 	mu sync.Mutex
 	// For how long requests may wait, as it was when one began to.
@@ -176,14 +172,10 @@ const maxKnownFile = 2 * narinfo.MaxSize
 func NewCapabilities(directory string, store fetch.Store, workers int, log func(format string, a ...any)) *Capabilities {
 	removeUnusedRecords(directory)
 	return &Capabilities{
-		directory: directory, store: store, log: log,
-		encodings: tasks.New(workers, log),
-		waiting:   maxWait, waited: time.Now(), unkept: make(map[string]known),
+		shelf: newShelf(directory, workers, log), store: store,
+		waiting: maxWait, waited: time.Now(), unkept: make(map[string]known),
 	}
 }
-
-// Close ends what goes on in the background, and waits for it. Calls of FindSoon fail from then on.
-func (c *Capabilities) Close() { c.encodings.Close() }
 
 // storeName tells stores apart without naming them: a store's URL may be secret. It is empty for no
 // store.
@@ -234,8 +226,8 @@ func (c *Capabilities) read(hashPart string) (k known, err error) {
 	if ok {
 		return k, nil
 	}
-	used(c.file(hashPart))
-	text, err := files.ReadState(c.file(hashPart), maxKnownFile)
+	used(c.record(hashPart))
+	text, err := files.ReadState(c.record(hashPart), maxKnownFile)
 	if err != nil {
 		return k, err
 	}
@@ -246,7 +238,7 @@ func (c *Capabilities) read(hashPart string) (k known, err error) {
 		}
 	}
 	if err != nil {
-		err = fmt.Errorf("%s is damaged: %w", c.file(hashPart), err)
+		err = fmt.Errorf("%s is damaged: %w", c.record(hashPart), err)
 	}
 	return k, err
 }
@@ -278,10 +270,6 @@ func (c *Capabilities) gone(ctx context.Context, hashPart string) (text string, 
 	return k.Narinfo, err == nil
 }
 
-func (c *Capabilities) file(hashPart string) string {
-	return filepath.Join(c.directory, hashPart+".json")
-}
-
 // keep writes what is known of an item to disk. If that fails it is remembered, so that an item
 // need not be encoded again and again, and has a capability, as long as the disk is full.
 func (c *Capabilities) keep(k known) {
@@ -291,7 +279,7 @@ func (c *Capabilities) keep(k known) {
 		err = files.MakeDirectory(c.directory)
 	}
 	if err == nil {
-		err = writeFile(c.file(hashPart), 0o600, string(text))
+		err = writeFile(c.record(hashPart), 0o600, string(text))
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -367,7 +355,7 @@ func (c *Capabilities) FindLater(path string, narHash [sha256.Size]byte) {
 
 // encoding returns the encoding of an item, which it starts if there is none.
 func (c *Capabilities) encoding(path string, narHash [sha256.Size]byte) *tasks.Task {
-	return c.encodings.Start(fmt.Sprintf("%s %x", path, narHash), func(ctx context.Context) error {
+	return c.making.Start(fmt.Sprintf("%s %x", path, narHash), func(ctx context.Context) error {
 		if _, ok := c.lookUp(path, narHash); ok {
 			return nil // another encoding has just ended
 		}

@@ -22,7 +22,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/tasks"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/reuse"
@@ -47,9 +46,9 @@ type DeltaOptions struct {
 // Deltas makes deltas of the items of a store, in the background: of each that somebody wants from
 // up to three that are older and have the same name without version. It is safe for concurrent use.
 type Deltas struct {
+	shelf   // makes by hash part
 	o       DeltaOptions
 	listing *reuse.Listing
-	making  *tasks.Tasks // by hash part
 }
 
 const (
@@ -81,11 +80,8 @@ type keptDelta struct {
 func NewDeltas(o DeltaOptions) *Deltas {
 	o.Root = cmp.Or(o.Root, o.StoreDir)
 	removeUnusedRecords(o.Directory)
-	return &Deltas{o: o, listing: &reuse.Listing{Directory: o.Root}, making: tasks.New(1, o.Log)}
+	return &Deltas{shelf: newShelf(o.Directory, 1, o.Log), o: o, listing: &reuse.Listing{Directory: o.Root}}
 }
-
-// Close ends what goes on in the background, and waits for it.
-func (d *Deltas) Close() { d.making.Close() }
 
 // Known returns the deltas of an item, for its narinfo, of which the URLs are relative to that of
 // the server. If they have not been made yet, that is put off to the background, if the item is in
@@ -108,7 +104,7 @@ func (d *Deltas) Known(item *narinfo.Narinfo) (list []narinfo.Delta, complete bo
 			list = append(list, narinfo.Delta{Base: k.Base, Size: k.Size, URL: k.URN})
 		}
 		base := hashPartOf(k.Base)
-		if _, err := os.Lstat(d.file(base, hash)); err == nil {
+		if _, err := os.Lstat(d.delta(base, hash)); err == nil {
 			list = append(list, narinfo.Delta{Base: k.Base, Size: k.Size, URL: "delta/" + base + "/" + hash})
 		}
 	}
@@ -118,12 +114,8 @@ func (d *Deltas) Known(item *narinfo.Narinfo) (list []narinfo.Delta, complete bo
 // hashPartOf returns the hash in the file name of a store item, which must have one.
 func hashPartOf(path string) string { return filepath.Base(path)[:reuse.HashLength] }
 
-// file is where the delta of an item from another one is; both are hash parts.
-func (d *Deltas) file(base, hash string) string {
-	return filepath.Join(d.o.Directory, base+"-"+hash+".delta")
-}
-
-func (d *Deltas) record(hash string) string { return filepath.Join(d.o.Directory, hash+".json") }
+// delta is where the delta of an item from another one is; both are hash parts.
+func (d *Deltas) delta(base, hash string) string { return d.file(base + "-" + hash + ".delta") }
 
 // read returns what is kept of an item. A record that is damaged counts as none.
 func (d *Deltas) read(hash string) (kept itemDeltas, ok bool) {
@@ -143,7 +135,7 @@ func (d *Deltas) make(ctx context.Context, item *narinfo.Narinfo) error {
 		return err
 	}
 	kept := itemDeltas{NarHash: fmt.Sprintf("%x", item.NarDigest)}
-	if err := files.MakeDirectory(d.o.Directory); err != nil {
+	if err := files.MakeDirectory(d.directory); err != nil {
 		return err
 	}
 	tree := d.tree(item.StorePath)
@@ -202,7 +194,7 @@ func (d *Deltas) bases(ctx context.Context, item *narinfo.Narinfo) ([]*narinfo.N
 // makeFrom makes one delta.
 func (d *Deltas) makeFrom(ctx context.Context, base, item *narinfo.Narinfo, limit int64) (keptDelta, error) {
 	k := keptDelta{Base: filepath.Base(base.StorePath)}
-	name := d.file(hashPartOf(base.StorePath), hashPartOf(item.StorePath))
+	name := d.delta(hashPartOf(base.StorePath), hashPartOf(item.StorePath))
 	size, err := writeDelta(ctx, name, d.tree(base.StorePath), base, d.tree(item.StorePath), item, limit)
 	runtime.GC() // or the tables of the next encoder come on top of these
 	k.Size = uint64(size)
@@ -213,7 +205,7 @@ func (d *Deltas) makeFrom(ctx context.Context, base, item *narinfo.Narinfo, limi
 	if err == nil {
 		k.URN, k.Store = c.URN(), storeName(d.o.Store)
 	} else if ctx.Err() == nil {
-		d.o.Log("%v", err) // it can be had as a file
+		d.log("%v", err) // it can be had as a file
 	}
 	return k, ctx.Err()
 }
@@ -283,8 +275,8 @@ func usefulSize(ctx context.Context, path string) (int64, error) {
 // clean removes the oldest deltas where there are too many bytes of them, and what a process has
 // left behind that was killed.
 func (d *Deltas) clean() error {
-	files.RemoveAbandoned(d.o.Directory)
-	all, err := oldestFirst(d.o.Directory, func(name string) bool { return filepath.Ext(name) == ".delta" })
+	files.RemoveAbandoned(d.directory)
+	all, err := oldestFirst(d.directory, func(name string) bool { return filepath.Ext(name) == ".delta" })
 	sum := int64(0)
 	for _, info := range all {
 		sum += info.Size()
@@ -293,7 +285,7 @@ func (d *Deltas) clean() error {
 		if sum <= d.o.MaxBytes {
 			break
 		}
-		if err := os.Remove(filepath.Join(d.o.Directory, info.Name())); err != nil {
+		if err := os.Remove(d.file(info.Name())); err != nil {
 			return err
 		}
 		sum -= info.Size()
@@ -309,7 +301,7 @@ func (d *Deltas) serve(w http.ResponseWriter, r *http.Request) bool {
 	if !ok || !isHashPart(base) || !isHashPart(hash) {
 		return false
 	}
-	f, info, err := files.OpenRegular(d.file(base, hash), os.O_RDONLY)
+	f, info, err := files.OpenRegular(d.delta(base, hash), os.O_RDONLY)
 	if err != nil {
 		return false
 	}

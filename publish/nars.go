@@ -32,15 +32,34 @@ const (
 	cleanEvery = 24 * time.Hour
 )
 
+// A shelf is a directory of what is made of items in the background. What is made has a key, by
+// which it is made once for all who want it.
+type shelf struct {
+	directory string
+	log       func(format string, a ...any)
+	making    *tasks.Tasks
+}
+
+func newShelf(directory string, workers int, log func(format string, a ...any)) shelf {
+	return shelf{directory, log, tasks.New(workers, log)}
+}
+
+// Close ends what goes on in the background, and waits for it. What is half made is removed, and
+// what is asked for from then on fails.
+func (s *shelf) Close() { s.making.Close() }
+
+func (s *shelf) file(name string) string { return filepath.Join(s.directory, name) }
+
+// record is the file with what is known of the item that has the hash part.
+func (s *shelf) record(hashPart string) string { return s.file(hashPart + ".json") }
+
 // Nars keeps compressed nars in files, as "guix publish --cache" does, so that each is made once,
 // its size is known, and it can be had for a while after the item has left the store. It is safe
 // for concurrent use.
 type Nars struct {
-	directory string
-	log       func(format string, a ...any)
-	ttl       time.Duration
-	making    *tasks.Tasks // by file name
-	cleaning  admission.Seldom
+	shelf    // makes by file name
+	ttl      time.Duration
+	cleaning admission.Seldom
 }
 
 // NewNars returns what is kept in a directory, which is made when there is something to keep; of
@@ -48,13 +67,10 @@ type Nars struct {
 // that is longer, is removed now, and every day that something is made. Messages go to log. Close
 // must be called at the end.
 func NewNars(directory string, workers int, ttl time.Duration, log func(format string, a ...any)) *Nars {
-	n := &Nars{directory: directory, log: log, ttl: max(ttl, leastTTL), making: tasks.New(workers, log), cleaning: admission.Seldom{Every: cleanEvery}}
+	n := &Nars{shelf: newShelf(directory, workers, log), ttl: max(ttl, leastTTL), cleaning: admission.Seldom{Every: cleanEvery}}
 	n.clean()
 	return n
 }
-
-// Close ends what goes on in the background, and waits for it. What is half made is removed.
-func (n *Nars) Close() { n.making.Close() }
 
 // clean removes, once a day, what has not been used for long, and what a process has left that was
 // killed.
@@ -67,8 +83,6 @@ func (n *Nars) clean() {
 		n.log("%v", err)
 	}
 }
-
-func (n *Nars) file(name string) string { return filepath.Join(n.directory, name) }
 
 // size returns the length of a nar in bytes, if it is kept. A file that is empty is what a power
 // failure may leave.
