@@ -270,12 +270,7 @@ func (c *Cache) put(url, hash string, e Entry, now time.Time) error {
 
 // plain reports whether a name can be that of a file here.
 func plain(hash string) bool {
-	for i := range len(hash) {
-		if c := hash[i]; (c < '0' || c > '9') && (c < 'a' || c > 'z') {
-			return false
-		}
-	}
-	return len(hash) == 32
+	return len(hash) == 32 && strings.Trim(hash, "0123456789abcdefghijklmnopqrstuvwxyz") == ""
 }
 
 // trim removes what is too old, and then, if all take too much, those entries that have not been

@@ -331,14 +331,12 @@ func OpenStores(urls []string, hops int) ([]pool.Member, error) {
 			failed = append(failed, err)
 			continue
 		}
-		stores = append(stores, pool.Member{Source: s, Local: isLocal(s.String())})
+		url := s.String()
+		local := IsSocket(url) || strings.HasPrefix(url, "file:") || strings.HasPrefix(url, "dump:")
+		stores = append(stores, pool.Member{Source: s, Local: local})
 	}
 	return stores, errors.Join(failed...)
 }
 
 // IsSocket reports whether a store is a daemon on this machine, by its URL.
 func IsSocket(url string) bool { return strings.HasPrefix(url, "coap+unix:") }
-
-func isLocal(url string) bool {
-	return IsSocket(url) || strings.HasPrefix(url, "file:") || strings.HasPrefix(url, "dump:")
-}

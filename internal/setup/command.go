@@ -424,9 +424,8 @@ func get(ctx context.Context, server, name string) ([]byte, error) {
 		return nil, err
 	}
 	response, err := client.Do(request)
-	var failed *url.Error // it has the URL, which is said already
-	if errors.As(err, &failed) {
-		err = failed.Err
+	if failed, ok := errors.AsType[*url.Error](err); ok {
+		err = failed.Err // without the URL, which is said already
 	}
 	if err != nil {
 		return nil, err

@@ -8,6 +8,7 @@ package setup
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -44,10 +45,7 @@ type System struct {
 
 // Open returns the machine that this process runs on, or the tree at root unless that is empty.
 func Open(root string) (*System, error) {
-	abs, err := filepath.Abs(filepath.Join("/", root))
-	if root != "" {
-		abs, err = filepath.Abs(root)
-	}
+	abs, err := filepath.Abs(cmp.Or(root, "/"))
 	if err == nil {
 		abs, err = filepath.EvalSymlinks(abs)
 	}

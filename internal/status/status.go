@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -262,10 +263,7 @@ func (s *Server) html() string {
 // svg draws how much a counter has grown in each minute, as bars of 32 pixels at most; nothing is
 // drawn of nothing.
 func svg(f Figure, rates [minutes]float64) string {
-	most, bars := 0.0, ""
-	for _, rate := range rates {
-		most = max(most, rate)
-	}
+	most, bars := slices.Max(rates[:]), ""
 	for i, rate := range rates {
 		if rate > 0 {
 			height := max(1, math.Round(rate/most*32))
