@@ -42,9 +42,8 @@ type AnnotatorOptions struct {
 	// Nars is whether the compressed nars of items that get a capability are fetched, and encoded
 	// too.
 	Nars bool
-	// WaitFor and StallTimeout are those of [ServerOptions].
-	WaitFor      uint64
-	StallTimeout time.Duration
+	// WaitFor is that of [ServerOptions].
+	WaitFor uint64
 	// Log is where messages go.
 	Log func(format string, a ...any)
 }
@@ -106,7 +105,7 @@ func NewAnnotator(o AnnotatorOptions) (*Annotator, error) {
 
 // ServeHTTP implements http.Handler.
 func (a *Annotator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if w = accept(w, r, a.o.StallTimeout); w == nil {
+	if w = accept(w, r, stallTimeout); w == nil {
 		return
 	}
 	if a.o.Deltas != nil && a.o.Deltas.serve(w, r) {

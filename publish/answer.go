@@ -63,7 +63,6 @@ func accept(w http.ResponseWriter, r *http.Request, stall time.Duration) http.Re
 	if r.Method == http.MethodHead || !oneRange().MatchString(r.Header.Get("Range")) {
 		r.Header.Del("Range")
 	}
-	stall = cmp.Or(stall, stallTimeout)
 	return &pacedWriter{w, controller, stall, stall}
 }
 

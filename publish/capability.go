@@ -307,7 +307,7 @@ const (
 // wait taken together. If that is too short, or ctx ends, found is false, and the encoding goes on:
 // somebody will ask again. Failures are logged, too.
 func (c *Capabilities) FindSoon(ctx context.Context, path string, narHash [sha256.Size]byte) (found bool, err error) {
-	e := c.encoding(path, narHash)
+	e := c.FindLater(path, narHash)
 	begin := time.Now()
 	c.mu.Lock()
 	c.waiting = min(maxWait, c.waiting+begin.Sub(c.waited)/refillAfter)
@@ -349,12 +349,7 @@ func (c *Capabilities) find(ctx context.Context, path string, n *narinfo.Narinfo
 
 // FindLater has an item encoded in the background, unless it is being encoded, or could not be a
 // short while ago. Failures are logged.
-func (c *Capabilities) FindLater(path string, narHash [sha256.Size]byte) {
-	c.encoding(path, narHash)
-}
-
-// encoding returns the encoding of an item, which it starts if there is none.
-func (c *Capabilities) encoding(path string, narHash [sha256.Size]byte) *tasks.Task {
+func (c *Capabilities) FindLater(path string, narHash [sha256.Size]byte) *tasks.Task {
 	return c.making.Start(fmt.Sprintf("%s %x", path, narHash), func(ctx context.Context) error {
 		if _, ok := c.lookUp(path, narHash); ok {
 			return nil // another encoding has just ended

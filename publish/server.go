@@ -170,7 +170,7 @@ func NewServer(o ServerOptions) (*Server, error) {
 
 // ServeHTTP implements http.Handler.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if w := accept(w, r, s.o.StallTimeout); w != nil {
+	if w := accept(w, r, cmp.Or(s.o.StallTimeout, stallTimeout)); w != nil {
 		s.mux.ServeHTTP(w, r)
 	}
 }
