@@ -4,7 +4,6 @@ package blockstore
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -78,7 +77,14 @@ func (s *Store) checkIndex(ctx context.Context) error {
 	b, err := files.ReadState(path, crc32.Size)
 	return s.view(func(tx *bbolt.Tx) error {
 		if err != nil || len(b) != crc32.Size {
-			return cmp.Or(checkMeta(tx.DB()), checkPages(ctx, tx), checkEntries(ctx, tx))
+			if err := checkMeta(tx.DB()); err != nil {
+				return err
+			}
+			// Before the entries: of pages that lead to themselves there is no end.
+			if err := checkPages(ctx, tx); err != nil {
+				return err
+			}
+			return checkEntries(ctx, tx)
 		}
 		sum, err := s.sumIndex(ctx, tx.Size())
 		switch {

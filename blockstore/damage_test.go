@@ -258,6 +258,36 @@ func TestDamagedFreeList(t *testing.T) {
 	}
 }
 
+// TestCyclicIndex has a page of the index be its own child, after a crash: that is found before
+// anybody follows the pages.
+func TestCyclicIndex(t *testing.T) {
+	template, _ := damageTemplate(t)
+	directory := t.TempDir()
+	writeFiles(t, directory, template)
+	index, err := openIndex(filepath.Join(directory, indexName))
+	must(t, err)
+	var branch int
+	must(t, index.View(func(tx *bbolt.Tx) error {
+		for info, err := tx.Page(branch); info.Type != "branch"; info, err = tx.Page(branch) {
+			must(t, err)
+			branch++
+		}
+		return nil
+	}))
+	must(t, index.Close())
+	damaged := bytes.Clone(template[indexName])
+	binary.NativeEndian.PutUint64(damaged[branch*os.Getpagesize()+16+8:], uint64(branch))
+	writeFiles(t, directory, map[string][]byte{indexName: damaged})
+	must(t, os.Remove(filepath.Join(directory, sumName)))
+	s, err := Open(directory, Options{})
+	must(t, err)
+	ref, block := testBlock(1000, eris.BlockSize1KiB)
+	if err := s.Put(t.Context(), ref, block); !errors.Is(err, ErrDamaged) {
+		t.Errorf("%v instead of ErrDamaged", err)
+	}
+	s.Close() // may or may not say something
+}
+
 // What keeps a store from being opened at all is damage, too, and Rebuild mends it.
 func TestUnusableIndex(t *testing.T) {
 	template, refs := damageTemplate(t)
