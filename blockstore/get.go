@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"runtime"
 	"time"
 
 	"go.etcd.io/bbolt"
+	bbolterrors "go.etcd.io/bbolt/errors"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
@@ -63,8 +65,10 @@ func (s *Store) get(ref *eris.Reference, size eris.BlockSize, dst []byte) ([]byt
 		s.hits.Add(1)
 	case errors.Is(err, eris.ErrNotFound):
 		s.misses.Add(1)
+	case errors.Is(err, os.ErrClosed), errors.Is(err, bbolterrors.ErrDatabaseNotOpen):
+		err = fetch.ErrClosed
 	}
-	return block, readable(err)
+	return block, err
 }
 
 // search gets a block by the index.

@@ -15,10 +15,8 @@ import (
 	"time"
 
 	"go.etcd.io/bbolt"
-	bbolterrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sync/semaphore"
 
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 )
 
@@ -264,12 +262,4 @@ func clock(now time.Time) func() uint32 {
 		t := (now.Add(time.Since(begin)).UnixMilli() - epoch*1000) / 250
 		return uint32(min(max(t, 0), math.MaxUint32))
 	}
-}
-
-// readable turns the errors of files and databases that have been closed into fetch.ErrClosed.
-func readable(err error) error {
-	if errors.Is(err, os.ErrClosed) || errors.Is(err, bbolterrors.ErrDatabaseNotOpen) {
-		return fetch.ErrClosed
-	}
-	return err
 }

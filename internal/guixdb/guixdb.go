@@ -52,12 +52,15 @@ func Open(name, store string, timeout time.Duration) (*Database, error) {
 	} else if !info.Mode().IsRegular() { // a pipe would be waited for
 		return nil, fmt.Errorf("%s is no regular file", name)
 	}
-	url := databaseURL(name, timeout)
-	db, err := sql.Open("sqlite", url)
+	address := (&url.URL{
+		Scheme: "file", Opaque: (&url.URL{Path: name}).EscapedPath(),
+		RawQuery: fmt.Sprintf("mode=ro&_pragma=busy_timeout(%d)&_pragma=query_only(1)", timeout.Milliseconds()),
+	}).String()
+	db, err := sql.Open("sqlite", address)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
-	d := &Database{name, url, store, db}
+	d := &Database{name, address, store, db}
 	err = d.read(context.Background(), func(db *sql.DB) error {
 		var n int
 		return db.QueryRow("SELECT count(*) FROM (SELECT id FROM ValidPaths LIMIT 1)").Scan(&n)
@@ -67,15 +70,6 @@ func Open(name, store string, timeout time.Duration) (*Database, error) {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	return d, nil
-}
-
-// databaseURL is what SQLite knows a database by.
-func databaseURL(name string, timeout time.Duration) string {
-	source := url.URL{
-		Scheme: "file", Opaque: (&url.URL{Path: name}).EscapedPath(),
-		RawQuery: fmt.Sprintf("mode=ro&_pragma=busy_timeout(%d)&_pragma=query_only(1)", timeout.Milliseconds()),
-	}
-	return source.String()
 }
 
 // Close closes the database.

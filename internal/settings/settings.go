@@ -176,10 +176,7 @@ func DatabaseFile() string {
 }
 
 func directoryFrom(variable, fallback string) string {
-	if d := os.Getenv(variable); d != "" {
-		return filepath.Clean(d)
-	}
-	return fallback
+	return filepath.Clean(cmp.Or(os.Getenv(variable), fallback))
 }
 
 func settingNames() (names []string) {
