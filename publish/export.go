@@ -125,7 +125,6 @@ func (e *NoNarinfoError) Error() string {
 
 // An exportItem is an item with its narinfo, in the end that with a read capability.
 type exportItem struct {
-	path    string
 	narinfo *narinfo.Narinfo
 	good    bool   // that is authorised
 	server  string // where it is from; may be empty
@@ -216,7 +215,7 @@ func (e *exporter) checkRoom(ctx context.Context) error {
 	for _, it := range e.items {
 		total += int64(it.narinfo.NarSize)
 		size := float64(it.narinfo.NarSize)
-		had, err := Directory(e.o.Directory).Item(ctx, hashPartOf(it.path))
+		had, err := Directory(e.o.Directory).Item(ctx, hashPartOf(it.narinfo.StorePath))
 		has := err == nil && had.NarDigest == it.narinfo.NarDigest
 		if e.needsNar(it) && (!has || e.o.Nars) {
 			needed += size
@@ -239,7 +238,7 @@ func (e *exporter) checkRoom(ctx context.Context) error {
 // later is referred to by what was found earlier, mostly, and comes first.
 func (e *exporter) write() error {
 	for _, it := range slices.Backward(e.items) {
-		if err := writeFile(filepath.Join(e.o.Directory, hashPartOf(it.path)+".narinfo"), 0o644, it.text); err != nil {
+		if err := writeFile(filepath.Join(e.o.Directory, hashPartOf(it.narinfo.StorePath)+".narinfo"), 0o644, it.text); err != nil {
 			return err
 		}
 	}
@@ -299,7 +298,7 @@ func (e *exporter) find(ctx context.Context, paths []string) (map[string]*export
 			}
 			good := n.Authorise(e.o.Keys) == nil // of what has been missing
 			if _, signed := n.SignedText(); good || signed && found[path] == nil {
-				found[path] = &exportItem{path: path, narinfo: n, good: good, server: server.URL}
+				found[path] = &exportItem{narinfo: n, good: good, server: server.URL}
 			}
 		}
 	}
@@ -313,8 +312,8 @@ func (e *exporter) find(ctx context.Context, paths []string) (map[string]*export
 
 // export stores the blocks of one item.
 func (e *exporter) export(ctx context.Context, it *exportItem) error {
-	path, n := it.path, it.narinfo
-	tree := filepath.Join(e.o.Root, filepath.Base(path))
+	n := it.narinfo
+	tree := filepath.Join(e.o.Root, filepath.Base(n.StorePath))
 	if err := check(ctx, tree, n); err != nil {
 		if e.o.Fetch == nil || ctx.Err() != nil {
 			return err
@@ -329,7 +328,7 @@ func (e *exporter) export(ctx context.Context, it *exportItem) error {
 		}
 		defer remove()
 		tree = filepath.Join(private, "item")
-		if err := e.o.Fetch(ctx, path, tree); err != nil {
+		if err := e.o.Fetch(ctx, n.StorePath, tree); err != nil {
 			return err
 		}
 	}
@@ -343,7 +342,7 @@ func (e *exporter) export(ctx context.Context, it *exportItem) error {
 	}
 	line, err := e.exportDelta(ctx, n, tree)
 	if err == nil && line == "" {
-		line, err = e.exportBlocks(ctx, it, tree)
+		line, err = e.exportBlocks(ctx, n, tree)
 	}
 	if err == nil {
 		it.text = listed(it, urls, line)
@@ -354,10 +353,9 @@ func (e *exporter) export(ctx context.Context, it *exportItem) error {
 
 // exportBlocks stores the blocks of an item of which the tree is at hand, and returns the line of
 // the narinfo for them.
-func (e *exporter) exportBlocks(ctx context.Context, it *exportItem, tree string) (string, error) {
-	path, n := it.path, it.narinfo
+func (e *exporter) exportBlocks(ctx context.Context, n *narinfo.Narinfo, tree string) (string, error) {
 	var encoding Encoding
-	pipeline, err := putBlocks(ctx, e.o.Blocks, path, func(sink eris.Sink) (err error) {
+	pipeline, err := putBlocks(ctx, e.o.Blocks, n.StorePath, func(sink eris.Sink) (err error) {
 		encoding, err = Encode(ctx, tree, func(ctx context.Context, ref eris.Reference, block []byte) error {
 			e.o.Got(len(block))
 			return sink(ctx, ref, block)
@@ -365,7 +363,7 @@ func (e *exporter) exportBlocks(ctx context.Context, it *exportItem, tree string
 		return err
 	})
 	if err == nil && encoding.NarHash != n.NarDigest {
-		err = otherContents(path, encoding.NarHash, n)
+		err = otherContents(n.StorePath, encoding.NarHash, n)
 	}
 	if err != nil {
 		return "", err

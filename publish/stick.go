@@ -42,7 +42,7 @@ func (e *exporter) needsNar(it *exportItem) bool { return e.o.Nars || len(it.els
 // writeNar writes the nar of an item of which the tree is at hand, and returns where.
 func (e *exporter) writeNar(ctx context.Context, it *exportItem, tree string) (narinfo.URL, error) {
 	// A question mark can stand neither in a path of a URL nor in a name of FAT.
-	name := strings.ReplaceAll(filepath.Base(it.path), "?", "_")
+	name := strings.ReplaceAll(filepath.Base(it.narinfo.StorePath), "?", "_")
 	u := narinfo.URL{URL: "nar/zstd/" + name, Compression: "zstd", SizeKnown: true}
 	if err := e.subdirectory(filepath.Dir(u.URL)); err != nil {
 		return u, err
